@@ -1,0 +1,400 @@
+"""Checkpoints: saved asynchronously, verified array by array when read. The only file that knows orbax.
+
+A checkpoint is a folder <workdir>/checkpoints/<step> with two items: `state`, the arrays under their paths
+('params/encoder/block_00/attn/qkv/kernel'), and `checksums`, the shape, dtype and 64 bits of checksum of each. Orbax
+notices a flipped bit in its metadata, but not in array data, and may even restore other values from damaged metadata;
+the checksums close that gap.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import safetensors.numpy
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from mae_jax.errors import UserError, nearest
+
+# Read when etils meets the first gs:// path: gcsfs serves it then, TensorFlow stays out.
+os.environ.setdefault("EPATH_USE_TF", "false")
+
+PyTree = Any
+Record = dict[str, list]  # path → [shape, dtype, word, word]
+
+BARRIER_SECONDS = 600  # how long a process waits for the others at the end of a save
+
+
+class Damaged(Exception):
+    """A checkpoint does not hold what was saved; the text names the first bad array or file."""
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every process creates one and calls the same methods in the same order.
+
+    Attributes:
+      failed: why the last save failed, None if it did not. A failed save is a warning, not an exception: training goes
+        on, and earlier checkpoints stay.
+    """
+
+    def __init__(self, workdir: epath.PathLike, keep_last: int, keep_every: int = 0) -> None:
+        """Nothing is touched on disk before the first `save`, so that readers can look at a run in progress.
+
+        Args:
+          workdir: local or gs://.
+          keep_last: number of newest checkpoints that stay.
+          keep_every: checkpoints of steps that are a multiple of this stay for ever; 0: none.
+        """
+        self.failed: str | None = None
+        self._root = epath.Path(workdir)
+        self._folder = self._root / "checkpoints"
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._pending: int | None = None
+        self._refused: list[int] = []
+        self._tidy = False
+        self._checkpointer = ocp.AsyncCheckpointer(
+            _handler(), async_options=ocp.options.AsyncOptions(timeout_secs=BARRIER_SECONDS))
+
+    def latest(self) -> int | None:
+        """Returns the newest committed step that was not refused, None if there is none."""
+        return max(self._steps(), default=None)
+
+    def save(self, step: int, state: PyTree) -> None:
+        """Starts saving `state` (any tree of arrays) and returns once it may be donated; waits for the save before.
+
+        A step that is already there is not written again.
+        """
+        self.wait()
+        self._prepare()
+        if step in self._steps():
+            return
+        arrays = _flatten(state)
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(_nest(arrays)),
+                                   checksums=ocp.args.JsonSave(_seal(_describe(arrays))))
+        try:
+            self._checkpointer.save(self._folder / str(step), args=items)
+            self._pending = step
+        except Exception as error:  # whatever the file system, orbax or TensorStore raise
+            self._fail(step, error)
+
+    def wait(self) -> None:
+        """Returns when the last save is committed, or has failed, and old checkpoints are deleted."""
+        step, self._pending = self._pending, None
+        if step is None:
+            return
+        try:
+            self._checkpointer.wait_until_finished()
+            self.failed = None
+        except Exception as error:
+            self._fail(step, error)
+        self._prune()
+
+    def restore(self, abstract: PyTree) -> PyTree | None:
+        """Reads the newest checkpoint that verifies.
+
+        Args:
+          abstract: the tree to fill, of jax.ShapeDtypeStruct with shardings, on any mesh.
+
+        Returns:
+          The tree with every array as it was saved, bit for bit; None if there are no checkpoints.
+
+        Raises:
+          UserError: there are checkpoints, and all are damaged; or they are of another model.
+        """
+        steps = self._steps()
+        wanted = _flatten(abstract)
+        for step in reversed(steps):
+            arrays = self._try(step, wanted)
+            if arrays is not None:
+                return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in wanted])
+            self._refused.append(step)
+        if steps:
+            raise UserError(f"every checkpoint in {self._folder} is damaged (steps {', '.join(map(str, steps))}); "
+                            "move the folder away to start from the beginning")
+        return None
+
+    def close(self) -> None:
+        """Waits for the last save and ends the background threads."""
+        self.wait()
+        self._checkpointer.close()
+
+    def _steps(self) -> list[int]:
+        return [step for step in _committed(self._folder) if step not in self._refused]
+
+    def _try(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array] | None:
+        folder, reason, arrays = self._folder / str(step), "", None
+        try:
+            record = _read_record(self._checkpointer, folder)
+            _check_same_model(folder, record, wanted)
+            arrays = _read_arrays(self._checkpointer, folder, record, {
+                path: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype, global_shape=leaf.shape)
+                for path, leaf in wanted.items()})
+        except Exception as error:
+            if isinstance(error, UserError):
+                raise
+            reason = _cause(error)
+            logging.warning("checkpoint of step %d refused: %s; trying the one before", step, reason)
+        return arrays if _all_agree(arrays is not None) else None
+
+    def _prepare(self) -> None:
+        """Before the first save: removes what interrupted saves left, and moves refused steps out of the way."""
+        if self._tidy or jax.process_index():
+            return
+        self._tidy = True
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in _leftovers(self._folder):
+            _attempt(f"remove {path}", path.rmtree)
+        for step in self._refused:
+            target = _unused(self._root / "refused", str(step))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if _attempt(f"move the refused checkpoint of step {step}", (self._folder / str(step)).rename, target):
+                logging.warning("the refused checkpoint of step %d is now in %s", step, target)
+        self._refused = [step for step in self._refused if (self._folder / str(step)).exists()]
+
+    def _prune(self) -> None:
+        steps = self._steps()
+        if jax.process_index():
+            return
+        for step in steps[:-self._keep_last]:
+            if not self._keep_every or step % self._keep_every:
+                _attempt(f"delete the old checkpoint of step {step}", (self._folder / str(step)).rmtree)
+
+    def _fail(self, step: int, error: Exception) -> None:
+        self.failed = f"checkpoint of step {step} not saved: {_cause(error)}"
+        logging.warning("%s; training goes on, earlier checkpoints stay", self.failed)
+        if jax.process_index() == 0:
+            for path in _leftovers(self._folder):
+                _attempt(f"remove {path}", path.rmtree)
+
+
+def load_params(path: epath.PathLike, ema: bool = False) -> dict[str, Any]:
+    """Reads the parameters alone, verified.
+
+    Args:
+      path: a workdir (its newest good step), a step folder <workdir>/checkpoints/<step>, or a *.safetensors file.
+      ema: the averaged parameters, where the checkpoint has them.
+
+    Returns:
+      Nested dict of np.ndarray.
+
+    Raises:
+      UserError: nothing there, or damaged.
+    """
+    path = epath.Path(path)
+    if path.suffix == ".safetensors":
+        return _load_file(path)
+    folders = [path] if path.name.isdigit() else [
+        path / "checkpoints" / str(step) for step in reversed(_committed(path / "checkpoints"))]
+    if not folders or not path.exists():
+        raise UserError(f"no checkpoint in {path}; expected a workdir with checkpoints/, a step folder in it, or a "
+                        "*.safetensors file")
+    with ocp.Checkpointer(_handler()) as reader:
+        for folder in folders:
+            try:
+                return _load_step(reader, folder, ema)
+            except Exception as error:
+                if isinstance(error, UserError):
+                    raise
+                logging.warning("checkpoint %s refused: %s", folder, _cause(error))
+    raise UserError(f"every checkpoint in {path} is damaged" if len(folders) > 1 else f"{folders[0]} is damaged")
+
+
+def save_params(path: epath.PathLike, params: PyTree, metadata: Mapping[str, str]) -> None:
+    """Writes parameters to a *.safetensors file, under names such as 'encoder/block_00/attn/qkv/kernel'.
+
+    Args:
+      path: local or gs://; replaced when it exists.
+      params: nested dict of arrays (float32; safetensors' NumPy reader knows no bfloat16).
+      metadata: texts for the header; the checksums join them under 'checksums'.
+    """
+    path = epath.Path(path)
+    arrays = {name: np.ascontiguousarray(array) for name, array in _flatten(params).items()}
+    header = {**metadata, "checksums": json.dumps(_seal(_describe(arrays)))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(safetensors.numpy.save(arrays, header))
+    partial.replace(path)
+
+
+def _load_step(reader: ocp.Checkpointer, folder: epath.Path, ema: bool) -> dict[str, Any]:
+    record = _read_record(reader, folder)
+    averaged = [path for path in record if path.startswith("ema/")]
+    paths = averaged if ema and averaged else [path for path in record if path.startswith("params/")]
+    arrays = _read_arrays(reader, folder, record, {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in paths})
+    return _nest({path.partition("/")[2]: array for path, array in arrays.items()})
+
+
+def _load_file(path: epath.Path) -> dict[str, Any]:
+    try:
+        content = path.read_bytes()
+        arrays = safetensors.numpy.load(content)
+        header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
+        sealed = header.get("__metadata__", {}).get("checksums")
+        if sealed:  # a file from elsewhere has none
+            _verify(_unseal(json.loads(sealed)), arrays)
+    except FileNotFoundError as error:
+        raise UserError(f"no such file: {path}") from error
+    except Exception as error:
+        raise UserError(f"{path} is damaged or no safetensors file: {_cause(error)}") from error
+    return _nest(arrays)
+
+
+def _handler() -> ocp.CompositeCheckpointHandler:
+    return ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(), checksums=ocp.JsonCheckpointHandler())
+
+
+def _read_record(reader: ocp.Checkpointer, folder: epath.Path) -> Record:
+    sealed = reader.restore(folder, args=ocp.args.Composite(checksums=ocp.args.JsonRestore())).checksums
+    return _unseal(sealed)
+
+
+def _read_arrays(reader: ocp.Checkpointer, folder: epath.Path, record: Record,
+                 how: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:
+    """Returns the arrays of the paths in `how`; raises Damaged, or what orbax raises, unless all are as recorded."""
+    item = ocp.args.PyTreeRestore(_nest(dict.fromkeys(how, 0)), restore_args=_nest(how), partial_restore=True)
+    arrays = _flatten(reader.restore(folder, args=ocp.args.Composite(state=item)).state)
+    _verify({path: record[path] for path in how}, arrays)
+    return arrays
+
+
+def _check_same_model(folder: epath.Path, record: Record, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    # Parameters first: they name what differs, the optimiser only follows them.
+    for path in sorted(record.keys() | wanted.keys(), key=lambda path: (not path.startswith("params/"), path)):
+        if path not in wanted:
+            raise UserError(f"{folder} is of another model or optimiser: it has {path}, this config does not; "
+                            f"{nearest(path, wanted)[:200]}")
+        if path not in record:
+            raise UserError(f"{folder} is of another model or optimiser: this config has {path}, it does not; "
+                            f"{nearest(path, record)[:200]}")
+        there, here = record[path][:2], [list(wanted[path].shape), str(wanted[path].dtype)]
+        if there != here:
+            raise UserError(f"{folder} is of another model: {path} is {there[1]}{there[0]} there and "
+                            f"{here[1]}{here[0]} in this config")
+
+
+def _describe(arrays: Mapping[str, Any]) -> Record:
+    """Returns shape, dtype and the two checksum words of every array."""
+    words = jax.device_get({path: checksum(array) for path, array in arrays.items()})
+    return {path: [list(array.shape), str(array.dtype), *map(int, words[path])] for path, array in arrays.items()}
+
+
+def _verify(record: Record, arrays: Mapping[str, Any]) -> None:
+    found = _describe(arrays)
+    for path in sorted(record.keys() | found.keys()):
+        if record.get(path) != found.get(path):
+            there, here = record.get(path, ["none"])[:2], found.get(path, ["none"])[:2]
+            raise Damaged(f"{path}: " + ("its checksum differs from the one saved" if there == here else
+                                         f"saved as {there}, read as {here}"))
+
+
+@jax.jit
+def checksum(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns two uint32 words that depend on every bit of every element and on its global index, not on the sharding.
+
+    Each word is the sum, modulo 2³², of a bijection of an element's bits that its index selects; so a change of one
+    element always changes both words, and any other change goes unnoticed with probability 2⁻⁶⁴.
+    Compiled once per shape, which for a ViT costs a sixth of compiling one function of the whole tree.
+
+    Args:
+      array: float, integer or bool of at most 32 bits per element; any sharding.
+    """
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
+    index = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        index = index * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    key = _mix(index + np.uint32(0x9E3779B9), 0x7FEB352D, 0x846CA68B)
+    first = _mix(bits ^ key, 0x7FEB352D, 0x846CA68B)
+    second = _mix(bits + key * np.uint32(0x85EBCA6B), 0x21F0AAAD, 0xD35A2D97)
+    return jnp.sum(first, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)
+
+
+def _mix(bits: jax.Array, first: int, second: int) -> jax.Array:
+    """A bijection of uint32: xor-shift and multiply, with the constants of C. Wellons' hash-prospector."""
+    bits = (bits ^ (bits >> 16)) * np.uint32(first)
+    bits = (bits ^ (bits >> 15)) * np.uint32(second)
+    return bits ^ (bits >> 16)
+
+
+def _seal(record: Record) -> dict[str, Any]:
+    """Adds the record's own checksum: a damaged record must not be taken for another model."""
+    return {"arrays": record, "crc32": zlib.crc32(json.dumps(record, sort_keys=True).encode())}
+
+
+def _unseal(sealed: dict[str, Any]) -> Record:
+    if _seal(sealed["arrays"])["crc32"] != sealed["crc32"]:
+        raise Damaged("the list of checksums is damaged")
+    return sealed["arrays"]
+
+
+def _flatten(tree: PyTree) -> dict[str, Any]:
+    """Returns path → leaf, in the order of jax.tree.leaves; empty nodes vanish."""
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested dicts for paths joined by '/'."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def _committed(folder: epath.Path) -> list[int]:
+    """Returns the steps of complete checkpoints, ascending."""
+    if not folder.exists():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and _complete(path))
+
+
+def _complete(path: epath.Path) -> bool:
+    # A local save is renamed when complete; on a bucket it is written in place and marked.
+    return (path / "commit_success.txt").exists() if os.fspath(path).startswith("gs://") else path.is_dir()
+
+
+def _leftovers(folder: epath.Path) -> list[epath.Path]:
+    """Returns the folders that interrupted saves left."""
+    return [path for path in folder.iterdir()
+            if ".orbax-checkpoint-tmp" in path.name or path.name.isdigit() and not _complete(path)]
+
+
+def _unused(folder: epath.Path, name: str) -> epath.Path:
+    path, count = folder / name, 1
+    while path.exists():
+        path, count = folder / f"{name}_{count}", count + 1
+    return path
+
+
+def _attempt(what: str, action: Any, *args: Any) -> bool:
+    """Does something that may fail without harm; a warning says so."""
+    try:
+        action(*args)
+    except Exception as error:
+        logging.warning("could not %s: %s", what, _cause(error))
+        return False
+    return True
+
+
+def _all_agree(good: bool) -> bool:
+    """Returns whether all processes are `good`."""
+    return good if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.asarray(good))))
+
+
+def _cause(error: BaseException) -> str:
+    """Returns the error in one line of at most about 300 characters."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"
