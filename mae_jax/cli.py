@@ -1,0 +1,90 @@
+"""What all commands share: flags, --help with an example, one line for a user's mistake, exit codes."""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict, config_flags
+
+from mae_jax.errors import GuardError, UserError
+
+FINISHED, BUG, MISTAKE, GUARD, STOPPED = 0, 1, 2, 3, 75
+
+
+def define_config() -> flags.FlagHolder[ConfigDict]:
+    """Defines --config=file.py[:argument] and its --config.field=value overrides."""
+    return config_flags.DEFINE_config_file("config", None, "recipe, as configs/quickstart.py[:argument]")
+
+
+def run(command: Callable[[], int], usage: str | None, required: tuple[str, ...] = ()) -> None:
+    """Parses the flags, runs `command` and exits with its code, or with the code of what went wrong.
+
+    Args:
+      command: returns the exit code.
+      usage: the text of --help, with a working example.
+      required: flags that must be given.
+    """
+    def parse(argv: list[str]) -> list[str]:
+        if any(arg in ("-h", "--help", "-help") for arg in argv[1:]):
+            print(usage)
+            print("Flags:\n" + flags.FLAGS.module_help(sys.modules["__main__"]))
+            sys.exit(FINISHED)
+        try:
+            rest = flags.FLAGS(argv)
+        except Exception as error:
+            _refuse(_first_line(error))
+        missing = [f"--{name}" for name in required if not flags.FLAGS[name].value]
+        if missing:
+            _refuse(f"{' and '.join(missing)} must be given; --help shows an example")
+        if len(rest) > 1:
+            _refuse(f"unexpected argument {rest[1]!r}; flags start with --")
+        return rest
+
+    app.run(lambda _: sys.exit(guarded(command)), flags_parser=parse)
+
+
+def quiet_logs() -> None:
+    """Shows our own INFO lines and the warnings of the libraries, on stderr."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    ours = logging.getLogger("mae_jax")
+    ours.setLevel(logging.INFO)
+    ours.addHandler(handler)
+    ours.propagate = False
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Runs the command and turns what it raises into an exit code; only our own bugs show a traceback."""
+    quiet_logs()
+    try:
+        return command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISTAKE
+    except GuardError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return GUARD
+    except Exception:
+        traceback.print_exc()
+        print("this is a bug in mae_jax; please report it with the lines above", file=sys.stderr)
+        return BUG
+
+
+def _first_line(error: Exception) -> str:
+    """Returns one line that says what is wrong with the flags or the config file."""
+    text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+    if isinstance(error, FileNotFoundError):
+        return f"no such config file: {error.filename or text}"
+    known = isinstance(error, flags.Error | UserError | AttributeError | KeyError | TypeError | ValueError)
+    return text if known else f"the config file does not load: {type(error).__name__}: {text}"
+
+
+def _refuse(line: str) -> None:
+    print(f"error: {line}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(MISTAKE)  # absl would print a traceback and exit 1

@@ -1,0 +1,202 @@
+"""Defaults, durations and validation of the config.
+
+A recipe under configs/ starts from `default()` and states only what differs. Every leaf can be overridden on the
+command line (`--config.optim.lr=1e-4`), so no default is a list or None: ml_collections cannot override those.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mae_jax import methods
+from mae_jax.errors import UserError, nearest
+from mae_jax.ops.patches import grid
+
+SIZES = {  # width, depth, heads: MAE section 4 (B, L, H), DeiT Table 1 (Ti, S)
+    "Ti": (192, 12, 3),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "H": (1280, 32, 16),
+}
+
+
+def default(method: str = "mae") -> ConfigDict:
+    """Returns the defaults of every field, with the own fields of `method` under `config.method`."""
+    return ConfigDict({
+        "seed": 0,
+        "batch_size": 256,  # images per step, over all devices
+        "init_from": "",  # start from the parameters of a workdir, a step folder in it, or an exported file
+        "data": {
+            "source": "photo_crops",
+            "path": "",  # folder, TFRecord pattern, npz file or TFDS data_dir; local or gs://
+            "name": "",  # TFDS name
+            "train_split": "train",
+            "eval_split": "test",  # '' turns evaluation off
+            "image_size": (224, 224),  # height, width in pixels
+            "augment": "random",  # none, fixed, random, jitter (MAE Table 1e)
+            "crop_scale": (0.2, 1.0),  # share of the area, MAE A.1
+            "crop_ratio": (3 / 4, 4 / 3),
+            "flip": True,
+            "eval_crop": 224 / 256,  # share of the short side that the evaluation's centre crop keeps
+            "resize": "exact",  # exact: as PIL and torchvision do; fast: see the README
+            "image_key": "image",  # TFRecord and npz field names
+            "label_key": "label",
+            "readers": 16,  # logical readers of a TFRecord stream
+            "shuffle_mb": 1024,  # encoded bytes held for shuffling, over all readers
+            "threads": 0,  # host threads; 0: one per core
+            "prefetch": 2,  # batches ready ahead, on the host and on the device
+        },
+        "model": {
+            **vit("B", patch=16),
+            "mlp_ratio": 4,
+            "dtype": "auto",  # activations: bfloat16 on accelerators, float32 on CPU
+            "gelu": "erf",  # erf (exact) or tanh
+            "pool": "mean",  # features of probes and k-NN: mean of the patch tokens, or cls
+            "scan": False,  # one compiled layer instead of depth; checkpoints do not change
+            "remat": "none",  # none, full, dots
+        },
+        "method": {"name": method, **methods.get(method).defaults},
+        "optim": {
+            "name": "adamw",
+            "lr": 1.5e-4,  # per 256 images: the peak is lr · batch_size / 256
+            "min_lr": 0.0,
+            "warmup": "40 epochs",
+            "betas": (0.9, 0.95),
+            "eps": 1e-8,
+            "weight_decay": 0.05,
+            "clip": 0.0,  # global norm; 0: off
+            "ema": 0.0,  # decay per step of averaged parameters, which evaluations then use; 0: off
+        },
+        "train": {
+            "duration": "800 epochs",
+            "accumulate": 1,  # gradient accumulation: micro-batches per step
+            "deterministic": False,  # GPUs: bit-identical runs, slower kernels
+        },
+        "mesh": {"data": -1},  # devices along the axis; -1: all of them
+        "checkpoint": {"every": "20 epochs", "keep_last": 3, "keep_every": ""},
+        "eval": {
+            "every": "20 epochs",
+            "max_examples": 50_000,  # read of the training split for probes, and of the evaluation split
+            "knn_k": 20,
+            "pictures": 8,  # in each grid
+        },
+        "log": {"every": "50 steps", "tensorboard": True, "profile_steps": ""},  # profile_steps: '20:25'
+        "guard": {"max_nonfinite": 10, "max_bad_fraction": 0.1},
+    })
+
+
+def vit(size: str, patch: int) -> dict[str, Any]:
+    """Returns the encoder's shape fields for a named size and a square patch of `patch` pixels."""
+    if size not in SIZES:
+        raise UserError(f"unknown model size {size!r}; {nearest(size, SIZES)}")
+    width, depth, heads = SIZES[size]
+    return {"width": width, "depth": depth, "heads": heads, "patch": (patch, patch)}
+
+
+def runlocal(config: ConfigDict) -> None:
+    """Shrinks a recipe in place until two steps take seconds on a laptop; method and recipe stay."""
+    patch = 4
+    config.batch_size = 16
+    config.data.update(source="photo_crops", path="", name="", train_split="train", eval_split="test",
+                       image_size=(8 * patch, 8 * patch))
+    config.model.update(width=48, depth=2, heads=3, patch=(patch, patch))
+    for name, value in {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2}.items():
+        if name in config.method:
+            config.method[name] = value
+    config.train.duration = "2 steps"
+    config.optim.warmup = "1 steps"
+    config.checkpoint.every = config.eval.every = "2 steps"
+    config.log.every = "1 steps"
+    config.eval.max_examples = 64
+
+
+def resolve(config: ConfigDict, arg: str, **presets: Any) -> ConfigDict:
+    """Applies the presets named in `arg` (comma-separated) and returns the locked config.
+
+    Args:
+      config: the recipe.
+      arg: what follows the colon in --config=file.py:arg; may be empty.
+      **presets: name → function that changes the config in place. `runlocal` is known to every recipe and comes last.
+    """
+    presets = {**presets, "runlocal": runlocal}
+    names = [name for name in arg.split(",") if name]
+    for name in sorted(names, key="runlocal".__eq__):
+        if name not in presets:
+            raise UserError(f"unknown config argument {name!r}; {nearest(name, presets)}")
+        presets[name](config)
+    return config.lock()
+
+
+def steps(duration: str, batch_size: int, examples: int) -> int:
+    """Converts a duration to steps: '800 epochs', '100 steps' or '5e6 examples'; '' gives 0.
+
+    Epochs are floor(examples · epochs / batch_size) steps.
+    """
+    if not duration:
+        return 0
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(epochs?|steps?|examples?)\s*", duration)
+    if not match:
+        raise UserError(f"cannot read the duration {duration!r}; write '800 epochs', '100 steps' or '5e6 examples'")
+    amount, unit = float(match[1]), match[2].rstrip("s")
+    per_step = {"epoch": batch_size / max(examples, 1), "step": 1, "example": batch_size}[unit]
+    # The nudge keeps 3 · (1/3) from flooring to 0: a millionth of a step is no step.
+    return math.floor(amount / per_step + 1e-6)
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns {'data.path': value, ...}; tuples become lists, as JSON has them."""
+    out = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            out.update(flat(value, f"{prefix}{key}."))
+        else:
+            out[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def from_dict(values: dict[str, Any]) -> ConfigDict:
+    """Makes a config of what JSON gave back; lists become the tuples that they were."""
+    def tuples(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: tuples(item) for key, item in value.items()}
+        return tuple(value) if isinstance(value, list) else value
+
+    return ConfigDict(tuples(values)).lock()
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises UserError for the first field whose value cannot work, whatever the data."""
+    grid(config)
+    choices = {
+        "data.augment": ("none", "fixed", "random", "jitter"),
+        "data.resize": ("exact", "fast"),
+        "model.dtype": ("auto", "float32", "bfloat16"),
+        "model.gelu": ("erf", "tanh"),
+        "model.pool": ("mean", "cls"),
+        "model.remat": ("none", "full", "dots"),
+        "optim.name": ("adamw",),
+    }
+    values = flat(config)
+    for key, allowed in choices.items():
+        if values[key] not in allowed:
+            raise UserError(f"{key}={values[key]!r}; {nearest(str(values[key]), allowed)}")
+    positive = ("batch_size", "model.width", "model.depth", "model.heads", "train.accumulate", "checkpoint.keep_last",
+                "data.prefetch", "eval.max_examples")
+    for key in positive:
+        if values[key] < 1:
+            raise UserError(f"{key}={values[key]}; it must be at least 1")
+    if config.checkpoint.keep_last < 2:
+        raise UserError("checkpoint.keep_last=1; keep at least 2, so that a damaged checkpoint has a predecessor")
+    if config.model.width % config.model.heads:
+        raise UserError(f"model.width={config.model.width} is not a multiple of model.heads={config.model.heads}")
+    if config.model.width % 4:
+        raise UserError(f"model.width={config.model.width}; sin-cos positions need a multiple of 4")
+    if config.batch_size % config.train.accumulate:
+        raise UserError(f"batch_size={config.batch_size} is not a multiple of train.accumulate={config.train.accumulate}")
+    for key in ("train.duration", "optim.warmup", "checkpoint.every", "checkpoint.keep_every", "eval.every", "log.every"):
+        steps(values[key], config.batch_size, 1)
+    methods.get(config.method.name).validate(config)

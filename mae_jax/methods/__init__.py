@@ -1,0 +1,14 @@
+"""The table of methods, by name."""
+
+from mae_jax.errors import UserError, nearest
+from mae_jax.methods.base import Method
+from mae_jax.methods.mae import MAE
+
+TABLE: dict[str, type[Method]] = {"mae": MAE}
+
+
+def get(name: str) -> type[Method]:
+    """Returns the method's class; raises UserError with the nearest name."""
+    if name not in TABLE:
+        raise UserError(f"unknown method.name {name!r}; {nearest(name, TABLE)}")
+    return TABLE[name]

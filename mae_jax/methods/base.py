@@ -1,0 +1,69 @@
+"""What every method provides: pure functions over plain nested dicts, bound to a config."""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_jax.data.orders import Order
+from mae_jax.ops.patches import grid, patch_values
+
+Batch = dict[str, jax.Array]
+Params = dict[str, Any]
+Extras = dict[str, Any]
+Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name → (sum, weight)
+
+
+class Method:
+    """Base of all methods; B images, N patches of P values each."""
+
+    defaults: ClassVar[dict[str, Any]] = {}  # own config fields under config.method
+    sees_whole_batch: ClassVar[bool] = False  # the loss has terms across images: accumulation is refused
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+
+    @staticmethod
+    def validate(config: ConfigDict) -> None:
+        """Raises UserError for own fields that cannot work."""
+
+    def order(self) -> Order:
+        """Returns how the host draws `order`."""
+        height, width = grid(self.config)
+        return Order("identity", (height, width), hidden=0)
+
+    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns name → global shape and dtype of the fields that the pipeline must provide."""
+        images, patches = self.config.batch_size, int(np.prod(grid(self.config)))
+        shapes = {
+            "patches": ((patches, patch_values(self.config)), jnp.uint8),
+            "order": ((patches,), jnp.int32),
+            "label": ((), jnp.int32),
+            "id": ((), jnp.int32),
+            "valid": ((), jnp.float32),
+            "replaced": ((), jnp.int32),
+        }
+        return {name: jax.ShapeDtypeStruct((images, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+
+    def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
+        """Returns initial float32 parameters and the extras (state that no gradient touches)."""
+        raise NotImplementedError
+
+    def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
+             train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
+        """Returns the scalar loss, the metrics (among them 'loss') and new extras."""
+        raise NotImplementedError
+
+    def after_update(self, params: Params, extras: Extras, step: jax.Array) -> Extras:
+        """Returns the extras after an accepted update; an EMA teacher lives here."""
+        return extras
+
+    def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1) -> jax.Array:
+        """Returns tokens [B, 1 + N, D] of whole, unmasked images, class token first, patches in the batch's order."""
+        raise NotImplementedError
+
+    def forward_flops(self) -> int:
+        """Returns the FLOPs of one image's forward pass in training: matrix products, 2 per multiply-add."""
+        raise NotImplementedError

@@ -1,0 +1,144 @@
+"""Masked autoencoder (He et al., 'Masked Autoencoders Are Scalable Vision Learners', arXiv 2111.06377)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from mae_jax.data.orders import Order
+from mae_jax.errors import UserError, nearest
+from mae_jax.flops import blocks_flops
+from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params
+from mae_jax.models.vit import make_decoder, make_encoder
+from mae_jax.ops import targets
+from mae_jax.ops.patches import grid, normalize, patch_values
+
+TARGETS = ("norm_pix", "pixel", "pca")
+MASKINGS = ("random", "block", "grid")
+
+
+def visible_patches(patches: int, mask_ratio: float) -> int:
+    """Returns V = int(N · (1 - r)), truncated in floating point as published: r = 0.9 leaves 4 of 50 visible."""
+    return int(patches * (1 - mask_ratio))
+
+
+class MAE(Method):
+    """Encodes the visible patches alone, decodes all, and asks for the pixels of the hidden ones."""
+
+    defaults = {
+        "mask_ratio": 0.75,
+        "masking": "random",  # random, block (BEiT's), grid (one patch kept of each 2 × 2); MAE Table 1f
+        "target": "norm_pix",  # norm_pix, pixel, pca (MAE Table 1d)
+        "decoder_width": 512,
+        "decoder_depth": 8,
+        "decoder_heads": 16,
+        "encoder_mask_tokens": False,  # the ablation of MAE Table 1c
+    }
+
+    @staticmethod
+    def validate(config: ConfigDict) -> None:
+        m = config.method
+        for key, allowed in (("target", TARGETS), ("masking", MASKINGS)):
+            if m[key] not in allowed:
+                raise UserError(f"method.{key}={m[key]!r}; {nearest(m[key], allowed)}")
+        if m.decoder_width % m.decoder_heads or m.decoder_width % 4:
+            raise UserError(f"method.decoder_width={m.decoder_width}; it must be a multiple of "
+                            f"method.decoder_heads={m.decoder_heads} and of 4")
+        height, width = grid(config)
+        visible = visible_patches(height * width, m.mask_ratio)
+        if not 0 < visible < height * width:
+            raise UserError(f"method.mask_ratio={m.mask_ratio} leaves {visible} of {height * width} patches visible; "
+                            "at least one must be visible and one hidden")
+
+    def __init__(self, config: ConfigDict):
+        super().__init__(config)
+        self.target = config.method.target
+        values = patch_values(config)
+        self.outputs = min(targets.PCA_COMPONENTS, values) if self.target == "pca" else values
+        self.encoder = make_encoder(config)
+        self.decoder = make_decoder(config, self.outputs)
+        height, width = grid(config)
+        self.patches = height * width
+        self.visible = visible_patches(self.patches, config.method.mask_ratio)
+        self.hidden = self.patches - self.visible
+
+    def order(self) -> Order:
+        return Order(self.config.method.masking, grid(self.config), self.hidden)
+
+    def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
+        encoder_key, decoder_key = jax.random.split(key)
+        one = {name: value[:1] for name, value in batch.items()}
+        pixels, order = normalize(one["patches"]), one["order"]
+        masks = self.hidden if self.config.method.encoder_mask_tokens else 0
+        seen = order[:, : self.visible + masks]
+        tokens, encoder = self.encoder.init_with_output(encoder_key, pixels[:, : self.visible], seen, masks)
+        decoder = self.decoder.init(decoder_key, tokens, order, self.hidden)
+        params = {"encoder": encoder["params"], "decoder": decoder["params"]}
+        # The axes come from the first batch: MAE does not say on what its PCA was computed (our choice).
+        pca = {"pca": targets.fit_pca(normalize(batch["patches"]), self.outputs)} if self.target == "pca" else {}
+        return params, pca
+
+    def predict(self, params: Params, batch: Batch) -> jax.Array:
+        """Returns float32 [B, M, outputs]: the predicted targets of the hidden patches, in the batch's order."""
+        masks = self.hidden if self.config.method.encoder_mask_tokens else 0
+        pixels = normalize(batch["patches"][:, : self.visible])
+        seen = batch["order"][:, : self.visible + masks]
+        tokens = self.encoder.apply({"params": params["encoder"]}, pixels, seen, masks)
+        return self.decoder.apply({"params": params["decoder"]}, tokens, batch["order"], self.hidden)
+
+    def targets(self, extras: Extras, pixels: jax.Array) -> jax.Array:
+        """Returns what normalised pixels [B, M, P] are asked for: float32 [B, M, outputs]."""
+        if self.target == "norm_pix":
+            return targets.norm_pix(pixels)
+        return targets.project_pca(pixels, extras["pca"]) if self.target == "pca" else pixels
+
+    def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
+             train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
+        """Mean squared error over hidden patches (MAE 3.1); the evaluation adds that of a plain colour.
+
+        `mean_colour_loss` is what predicting the mean colour of the visible patches would cost: the floor that any
+        reconstruction of pixels must beat. It is reported where the target is pixels.
+        """
+        pixels = normalize(batch["patches"][:, self.visible :])
+        wanted, valid = self.targets(extras, pixels), batch["valid"]
+        metrics = {"loss": _mean_square(self.predict(params, batch) - wanted, valid)}
+        if not train and self.target == "pixel":
+            seen = normalize(batch["patches"][:, : self.visible])
+            colour = seen.reshape(seen.shape[0], -1, 3).mean(1)
+            guess = jnp.tile(colour, (1, pixels.shape[-1] // 3))[:, None]
+            metrics["mean_colour_loss"] = _mean_square(guess - wanted, valid)
+        total, weight = metrics["loss"]
+        return total / jnp.maximum(weight, 1), (metrics, extras)
+
+    def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1) -> jax.Array:
+        pixels = normalize(batch["patches"])
+        return self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], block=block)
+
+    def forward_flops(self) -> int:
+        m, d, values = self.config.model, self.config.method, patch_values(self.config)
+        seen = self.patches if d.encoder_mask_tokens else self.visible
+        embed = 2 * self.visible * values * m.width
+        join = 2 * (1 + seen) * m.width * d.decoder_width
+        head = 2 * self.hidden * d.decoder_width * self.outputs
+        encoder = blocks_flops(1 + seen, m.width, m.depth, m.mlp_ratio)
+        decoder = blocks_flops(1 + self.patches, d.decoder_width, d.decoder_depth, m.mlp_ratio)
+        return embed + encoder + join + decoder + head
+
+    def reconstruct(self, params: Params, extras: Extras, batch: Batch) -> dict[str, Any]:
+        """Predicts the hidden patches as normalised pixels.
+
+        Returns:
+          'pixels': float32 [B, M, P]. A normalised-pixel prediction is un-normalised with the mean and deviation of
+          the hidden patch itself, which the model never saw: pictures of it must say so.
+        """
+        predicted = self.predict(params, batch)
+        if self.target == "norm_pix":
+            mean, deviation = targets.patch_moments(normalize(batch["patches"][:, self.visible :]))
+            return {"pixels": predicted * deviation + mean}
+        return {"pixels": targets.unproject_pca(predicted, extras["pca"]) if self.target == "pca" else predicted}
+
+
+def _mean_square(error: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (sum over images of the mean square of error [B, M, P], number of valid images)."""
+    return (jnp.square(error).mean((1, 2)) * valid).sum(), valid.sum()

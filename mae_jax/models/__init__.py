@@ -1,0 +1,1 @@
+"""Flax modules of the encoder and decoder; the only folder that imports flax."""

@@ -1,0 +1,129 @@
+"""The layers of a plain Vision Transformer (pre-norm; MAE A.1, timm's ViT)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+EPS = 1e-6  # layer norm, as in MAE and timm
+TOKEN_STD = 0.02  # initial deviation of class and mask tokens, as published
+GELUS = {"erf": lambda x: nn.gelu(x, approximate=False), "tanh": lambda x: nn.gelu(x, approximate=True)}
+REMATS: dict[str, Callable[..., Any] | None] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
+    """Returns the fixed 2-D sine-cosine position embedding, float32 [N, width], in raster order.
+
+    The first half of the channels encodes the column, the second the row; within each half sines come first, with
+    frequencies 10000^(-k / (width / 4)) (MAE's released models; Transformer, section 3.5).
+    """
+    frequencies = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width // 4))
+
+    def encode(positions: np.ndarray) -> np.ndarray:
+        angles = positions.reshape(-1, 1) * frequencies
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    rows, columns = np.mgrid[: grid[0], : grid[1]].astype(np.float64)
+    return np.concatenate([encode(columns), encode(rows)], axis=1).astype(np.float32)
+
+
+def dense(features: int, dtype: Any, name: str) -> nn.Dense:
+    """A linear layer with Xavier-uniform weights and zero bias (MAE A.1)."""
+    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
+
+
+def layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
+    """Layer norm whose statistics are float32 whatever the activations are."""
+    return nn.LayerNorm(epsilon=EPS, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens [B, T, D]; the softmax is float32."""
+
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        qkv = dense(3 * width, self.dtype, "qkv")(x).reshape(*x.shape[:2], 3, self.heads, width // self.heads)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits).astype(self.dtype)
+        out = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
+        return dense(width, self.dtype, "proj")(out)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them, over tokens [B, T, D]."""
+
+    ratio: int
+    gelu: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = GELUS[self.gelu](dense(self.ratio * x.shape[-1], self.dtype, "fc1")(x))
+        return dense(x.shape[-1], self.dtype, "fc2")(hidden)
+
+
+class Block(nn.Module):
+    """One pre-norm Transformer block over tokens [B, T, D]."""
+
+    heads: int
+    mlp_ratio: int
+    gelu: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + Attention(self.heads, self.dtype, name="attn")(layer_norm(self.dtype, "norm1")(x))
+        return x + Mlp(self.mlp_ratio, self.gelu, self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))
+
+
+class Blocks(nn.Module):
+    """Base of encoder and decoder: a stack of blocks whose parameters are per-block leaves `block_00`, `block_01`, ...
+
+    `scan` compiles one block and stacks the leaves here, inside the forward pass, so that checkpoints, path rules and
+    the optimiser never see a stack. `remat` recomputes activations in the backward pass.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: int
+    gelu: str
+    dtype: Any
+    scan: bool
+    remat: str
+
+    def run_blocks(self, x: jax.Array, depth: int | None = None) -> jax.Array:
+        """Applies the first `depth` blocks (all when None) to tokens [B, T, D]."""
+        def block(index: int) -> Block:
+            return Block(self.heads, self.mlp_ratio, self.gelu, self.dtype, name=f"block_{index:02d}")
+
+        blocks = [block(i) for i in range(self.depth)]
+        if self.is_initializing():
+            for module in blocks:
+                x = module(x)
+            return x
+        params = [self.variables["params"][module.name] for module in blocks][:depth]
+        pure = Block(self.heads, self.mlp_ratio, self.gelu, self.dtype, parent=None)
+
+        def apply(x: jax.Array, p: Any) -> jax.Array:
+            return pure.apply({"params": p}, x)
+
+        if self.remat != "none":
+            apply = jax.checkpoint(apply, policy=REMATS[self.remat], prevent_cse=not self.scan)
+        if self.scan and params:
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+            return jax.lax.scan(lambda x, p: (apply(x, p), None), x, stacked)[0]
+        for p in params:
+            x = apply(x, p)
+        return x

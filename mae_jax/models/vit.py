@@ -1,0 +1,92 @@
+"""The Vision Transformer encoder and MAE's decoder, both over tokens in any order."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from mae_jax.models.layers import TOKEN_STD, Blocks, dense, layer_norm, sincos_positions
+from mae_jax.ops.patches import grid
+
+
+def activation_dtype(config: ConfigDict) -> Any:
+    """Returns the dtype of activations: 'auto' is bfloat16 on accelerators and float32 on CPU."""
+    if config.model.dtype == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(config.model.dtype)
+
+
+class Encoder(Blocks):
+    """A ViT over any subset of an image's patches; a class token comes first."""
+
+    grid: tuple[int, int]
+
+    @nn.compact
+    def __call__(self, patches: jax.Array, order: jax.Array, mask_tokens: int = 0, block: int = -1) -> jax.Array:
+        """Encodes patches.
+
+        Args:
+          patches: [B, T, P] normalised pixels.
+          order: int32 [B, T + mask_tokens], the raster index of each token.
+          mask_tokens: learned tokens appended after the patches, for the rest of the order (MAE Table 1c).
+          block: the last block to run, without the final norm; -1 runs them all and the norm.
+
+        Returns:
+          [B, 1 + T + mask_tokens, D] tokens of dtype `self.dtype`.
+        """
+        images = patches.shape[0]
+        token_init = nn.initializers.normal(TOKEN_STD)
+        x = dense(self.width, self.dtype, "patch_embed")(patches)
+        if mask_tokens:
+            mask_token = self.param("mask_token", token_init, (1, 1, self.width))
+            x = jnp.concatenate([x, jnp.broadcast_to(mask_token, (images, mask_tokens, self.width)).astype(x.dtype)], 1)
+        x = x + jnp.asarray(sincos_positions(self.grid, self.width), self.dtype)[order]
+        cls_token = self.param("cls_token", token_init, (1, 1, self.width))  # its position embedding is zero
+        x = jnp.concatenate([jnp.broadcast_to(cls_token, (images, 1, self.width)).astype(x.dtype), x], 1)
+        if block >= 0:
+            return self.run_blocks(x, block + 1)
+        return layer_norm(self.dtype, "norm")(self.run_blocks(x))
+
+
+class Decoder(Blocks):
+    """MAE's decoder (MAE section 3): fills mask tokens in from the encoded ones and predicts the hidden patches."""
+
+    grid: tuple[int, int]
+    outputs: int
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, order: jax.Array, hidden: int) -> jax.Array:
+        """Predicts the last `hidden` patches of the order.
+
+        Args:
+          tokens: [B, 1 + T, D] encoded class token and the first T patches of the order.
+          order: int32 [B, N]; N - T mask tokens are appended.
+          hidden: how many rows, from the end, are predicted: the norm and the head run on these alone.
+
+        Returns:
+          float32 [B, hidden, outputs].
+        """
+        x = dense(self.width, self.dtype, "embed")(tokens)
+        mask_token = self.param("mask_token", nn.initializers.normal(TOKEN_STD), (1, 1, self.width))
+        missing = 1 + order.shape[1] - tokens.shape[1]
+        masks = jnp.broadcast_to(mask_token, (x.shape[0], missing, self.width)).astype(x.dtype)
+        positions = jnp.asarray(sincos_positions(self.grid, self.width), self.dtype)[order]
+        x = jnp.concatenate([x, masks], 1) + jnp.pad(positions, ((0, 0), (1, 0), (0, 0)))
+        x = layer_norm(self.dtype, "norm")(self.run_blocks(x)[:, -hidden:])
+        return dense(self.outputs, self.dtype, "head")(x).astype(jnp.float32)
+
+
+def make_encoder(config: ConfigDict) -> Encoder:
+    """Builds the encoder that `config.model` describes."""
+    m = config.model
+    return Encoder(m.width, m.depth, m.heads, m.mlp_ratio, m.gelu, activation_dtype(config), m.scan, m.remat,
+                   grid=grid(config))
+
+
+def make_decoder(config: ConfigDict, outputs: int) -> Decoder:
+    """Builds the decoder that `config.method` describes, with `outputs` values per patch."""
+    m, d = config.model, config.method
+    return Decoder(d.decoder_width, d.decoder_depth, d.decoder_heads, m.mlp_ratio, m.gelu, activation_dtype(config),
+                   m.scan, m.remat, grid=grid(config), outputs=outputs)

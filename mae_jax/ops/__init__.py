@@ -1,0 +1,1 @@
+"""Pure JAX functions that any method may use."""

@@ -1,0 +1,68 @@
+"""Parameter trees by path: names, the table printed at the start, and starting from other parameters."""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from mae_jax.errors import UserError
+
+
+def path(keys: tuple[Any, ...]) -> str:
+    """Returns 'encoder/block_00/attn/qkv/kernel' for a JAX key path."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Returns path → leaf."""
+    return {path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def table(params: Any, decayed: Any) -> str:
+    """Returns the parameters, one row for all blocks, with shapes, copies and whether weight decay applies."""
+    rows: dict[str, list[Any]] = {}
+    for name, leaf in flatten(params).items():
+        row = rows.setdefault(re.sub(r"block_\d+", "block_*", name), [leaf.shape, 0, flatten(decayed)[name]])
+        row[1] += 1
+    width = max(map(len, rows))
+    lines = [f"{'parameter':<{width}}  {'shape':<18} {'copies':>6}  decay"]
+    lines += [f"{name:<{width}}  {shape!s:<18} {copies:>6}  {'yes' if decay else 'no'}"
+              for name, (shape, copies, decay) in rows.items()]
+    return "\n".join([*lines, f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters"])
+
+
+def merge(params: Any, loaded: Any) -> tuple[Any, str]:
+    """Replaces parameters by loaded ones of the same path.
+
+    Returns:
+      The merged tree, leaves placed as those of `params`, and a report: what was taken, is new, or was left over.
+
+    Raises:
+      UserError: a path has another shape, or no path matches at all.
+    """
+    ours, theirs = flatten(params), flatten(loaded)
+    taken = sorted(ours.keys() & theirs.keys())
+    for name in taken:
+        if ours[name].shape != theirs[name].shape:
+            raise UserError(f"init_from: {name} has shape {tuple(theirs[name].shape)}, "
+                            f"but this model needs {tuple(ours[name].shape)}")
+    if not taken:
+        raise UserError(f"init_from: no parameter matches; it holds {', '.join(sorted(theirs)[:3])}, ...")
+
+    def pick(keys: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = path(keys)
+        if name not in theirs:
+            return leaf
+        return jax.device_put(np.asarray(theirs[name], leaf.dtype), leaf.sharding)
+
+    report = f"taken: {_summary(taken)}; new: {_summary(ours.keys() - theirs.keys())}; " \
+             f"left over: {_summary(theirs.keys() - ours.keys())}"
+    return jax.tree_util.tree_map_with_path(pick, params), report
+
+
+def _summary(names: Any) -> str:
+    """Returns '126 (decoder, encoder)': how many, and under which two-level prefixes."""
+    names = list(names)
+    prefixes = sorted({re.sub(r"block_\d+", "block_*", "/".join(name.split("/")[:2])) for name in names})
+    return f"{len(names)} ({', '.join(prefixes)})" if names else "none"

@@ -1,0 +1,99 @@
+"""The train state and the one jitted train step."""
+
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from mae_jax.methods import Method
+from mae_jax.methods.base import Batch, Extras, Metrics, Params
+from mae_jax.optim import Schedule
+
+
+class TrainState(NamedTuple):
+    """All that a checkpoint holds. `step` numbers the next batch; `bad_steps` counts non-finite ones in a row."""
+
+    step: jax.Array
+    params: Params
+    opt: Any
+    extras: Extras
+    ema: Params
+    bad_steps: jax.Array
+
+
+def stream_key(seed: int, step: jax.Array | int, stream: str) -> jax.Array:
+    """Returns the device's random key of a named stream at a step; addressed, never stored."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), zlib.crc32(stream.encode()))
+
+
+def init_state(config: ConfigDict, method: Method, optimizer: optax.GradientTransformation, batch: Batch) -> TrainState:
+    """Returns the state before the first step."""
+    params, extras = method.init(stream_key(config.seed, 0, "init"), batch)
+    ema = jax.tree.map(jnp.copy, params) if config.optim.ema else {}
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optimizer.init(params), extras, ema, jnp.copy(zero))
+
+
+def gradients(method: Method, state: TrainState, batch: Batch, key: jax.Array,
+              accumulate: int) -> tuple[Params, Metrics, Extras]:
+    """Returns gradients, metrics and extras, over `accumulate` micro-batches one after the other.
+
+    Micro-batch j takes the rows j, j + accumulate, ...: every device splits its own rows. The sum is weighted by the
+    weight of the loss, so that it is the gradient of the whole batch also where rows are invalid.
+    """
+    grad = jax.grad(method.loss, has_aux=True)
+    if accumulate == 1:
+        grads, (metrics, extras) = grad(state.params, state.extras, batch, key, state.step, True)
+        return grads, metrics, extras
+    parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def one(carry: tuple[Params, Metrics, Extras], item: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        total, sums, extras = carry
+        part, index = item
+        grads, (metrics, extras) = grad(state.params, extras, part, jax.random.fold_in(key, index), state.step, True)
+        total = jax.tree.map(lambda t, g: t + g * metrics["loss"][1], total, grads)
+        return (total, jax.tree.map(jnp.add, sums, metrics), extras), None
+
+    shapes = jax.eval_shape(grad, state.params, state.extras, jax.tree.map(lambda x: x[0], parts), key, state.step, True)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], shapes[1][0]))
+    (total, metrics, extras), _ = jax.lax.scan(one, (*zeros, state.extras), (parts, jnp.arange(accumulate)))
+    weight = jnp.maximum(metrics["loss"][1], 1)
+    return jax.tree.map(lambda t: t / weight, total), metrics, extras
+
+
+def make_train_step(config: ConfigDict, method: Method, optimizer: optax.GradientTransformation,
+                    schedule: Schedule) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns the pure function (state, batch) → (state, metrics) that the loop jits, donating the state.
+
+    Where a gradient is not finite, parameters, optimiser, EMA and extras keep their values bit for bit; `step`
+    advances all the same, so that the batch is not drawn again.
+    """
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = stream_key(config.seed, state.step, "loss")
+        grads, metrics, extras = gradients(method, state, batch, key, config.train.accumulate)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"][0])
+        lr = schedule(state.step)
+        updates, opt = optimizer.update(grads, state.opt, state.params)
+        params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
+        decay = config.optim.ema
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params) if decay else {}
+        extras = method.after_update(params, extras, state.step)
+        new = (params, opt, extras, ema)
+        old = (state.params, state.opt, state.extras, state.ema)
+        params, opt, extras, ema = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
+        one = jnp.ones((), jnp.float32)
+        metrics = metrics | {
+            "lr": (lr, one),
+            "grad_norm": (norm, one),
+            "bad_steps": (bad_steps.astype(jnp.float32), one),
+            "replaced": ((batch["replaced"] > 0).sum().astype(jnp.float32), one),
+        }
+        return TrainState(state.step + 1, params, opt, extras, ema, bad_steps), metrics
+
+    return train_step

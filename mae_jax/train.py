@@ -1,0 +1,281 @@
+"""The loop: restore, step, log, evaluate, save, stop cleanly. Nothing method-specific."""
+
+import collections
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mae_jax import cli, methods, optim, params, sharding, step, workdir
+from mae_jax.checkpoint import Checkpoints, load_params
+from mae_jax.config import steps, validate
+from mae_jax.errors import GuardError, UserError
+from mae_jax.evals.evaluate import Evaluator
+from mae_jax.flops import peak_flops, train_flops
+from mae_jax.methods import Method
+from mae_jax.methods.base import Batch, Metrics
+from mae_jax.metrics import Means, Recorder, Speed, progress_line
+from mae_jax.step import TrainState
+from mae_jax.stop import Stopper
+
+logger = logging.getLogger(__name__)
+BAD_PICTURES_AFTER = 100  # pictures seen before their bad fraction can stop a run
+
+
+class Run(NamedTuple):
+    """All that is fixed once config and data are known."""
+
+    config: ConfigDict
+    workdir: epath.Path
+    mesh: Mesh
+    method: Method
+    inputs: Any  # data.Inputs; data/ is imported only where the input is built
+    optimizer: optax.GradientTransformation
+    schedule: optim.Schedule
+    total: int  # steps
+
+    def every(self, group: str, field: str = "every") -> int:
+        """Returns a period of the config in steps, at least 1; 0 where it is off."""
+        duration = self.config[group][field]
+        return max(1, steps(duration, self.config.batch_size, self.inputs.num_train)) if duration else 0
+
+    def abstract_state(self) -> TrainState:
+        """Returns the train state's shapes, with the sharding of every leaf."""
+        shapes = jax.eval_shape(lambda batch: step.init_state(self.config, self.method, self.optimizer, batch),
+                                self.method.batch_spec())
+        return sharding.with_sharding(shapes, sharding.replicated(self.mesh))
+
+
+def prepare(config: ConfigDict, folder: epath.Path) -> Run:
+    """Checks the config, opens the data and builds the method; raises UserError before anything is written."""
+    from mae_jax import data
+
+    validate(config)
+    jax.config.update("jax_threefry_partitionable", True)
+    mesh = sharding.make_mesh(config)
+    method = methods.get(config.method.name)(config)
+    if config.train.accumulate > 1 and method.sees_whole_batch:
+        raise UserError(f"train.accumulate={config.train.accumulate}: the loss of {config.method.name} has terms "
+                        "across the whole batch, which micro-batches would change; use 1")
+    rows = sharding.local_rows(mesh, config.batch_size)
+    inputs = data.build(config, method.batch_spec(), method.order(), rows)
+    logger.info(inputs.description)
+    total = steps(config.train.duration, config.batch_size, inputs.num_train)
+    if total < 1:
+        raise UserError(f"train.duration={config.train.duration!r} is less than one step: {inputs.num_train} examples, "
+                        f"batch_size={config.batch_size}")
+    schedule = optim.make_schedule(config, inputs.num_train)
+    return Run(config, folder, mesh, method, inputs, optim.make_optimizer(config), schedule, total)
+
+
+def device_batches(run: Run, start: int) -> Iterator[Batch]:
+    """Yields the global batches of steps start, start + 1, ...; `data.prefetch` of them are on their way ahead."""
+    ready: collections.deque[Batch] = collections.deque()
+    for batch in run.inputs.train(start):
+        ready.append(sharding.to_devices(batch, run.mesh, run.config.batch_size))
+        if len(ready) > run.config.data.prefetch:
+            yield ready.popleft()
+
+
+def initial_state(run: Run) -> TrainState:
+    """Makes the state before the first step, from `init_from` where it is given."""
+    if run.config.init_from:
+        loaded = load_params(run.config.init_from)
+    batch = sharding.to_devices(next(run.inputs.train(0)), run.mesh, run.config.batch_size)
+    init = jax.jit(lambda batch: step.init_state(run.config, run.method, run.optimizer, batch),
+                   out_shardings=sharding.replicated(run.mesh))
+    state = init(batch)
+    if run.config.init_from:
+        merged, report = params.merge(state.params, loaded)
+        logger.info("init_from %s: %s", run.config.init_from, report)
+        state = state._replace(params=merged, ema=jax.tree.map(lambda x: x.copy(), merged) if state.ema else {})
+    return state
+
+
+class Log:
+    """Reads the metrics of a step one step late, so that the device never waits for the host; guards the run."""
+
+    def __init__(self, run: Run, recorder: Recorder):
+        self.run, self.recorder = run, recorder
+        self.every = run.every("log")
+        self.waiting: collections.deque[tuple[int, Metrics]] = collections.deque()
+        self.means = Means()
+        self.seen = self.replaced = 0
+        self.speed = Speed(run.config.batch_size, train_flops(run.method), peak_flops(jax.devices()[0]))
+
+    def push(self, done: int, metrics: Metrics) -> None:
+        """Takes the metrics of the step that has just been dispatched and handles those of the one before."""
+        self.waiting.append((done, metrics))
+        if len(self.waiting) > 1:
+            self._handle(*self.waiting.popleft())
+
+    def drain(self) -> None:
+        """Handles all that waits and makes sure that it is on disk."""
+        while self.waiting:
+            self._handle(*self.waiting.popleft())
+        self.recorder.flush()
+
+    def _handle(self, done: int, metrics: Metrics) -> None:
+        values = jax.device_get(metrics)
+        self.means.add(values)
+        self._guard(done, {name: float(total) for name, (total, _) in values.items()})
+        if done % self.every == 0 or done == self.run.total:
+            line = self.means.take("train/") | self.speed.take()
+            self.recorder.scalars(done, line)
+            if jax.process_index() == 0:
+                print(progress_line(done, self.run.total, line, self.run.config.batch_size), flush=True)
+
+    def _guard(self, done: int, sums: dict[str, float]) -> None:
+        guard = self.run.config.guard
+        if sums["bad_steps"] >= guard.max_nonfinite:
+            raise GuardError(
+                f"{int(sums['bad_steps'])} steps in a row had gradients that are not finite, the last one step "
+                f"{done - 1}; look into it with: python -m mae_jax.main --mode=replay --workdir={self.run.workdir} "
+                f"--step={done - 1}")
+        self.seen += self.run.config.batch_size
+        self.replaced += int(sums["replaced"])
+        if self.seen >= BAD_PICTURES_AFTER and self.replaced > guard.max_bad_fraction * self.seen:
+            raise GuardError(f"{self.replaced} of {self.seen} pictures could not be read, more than "
+                             f"guard.max_bad_fraction={guard.max_bad_fraction}: {'; '.join(self.run.inputs.bad)}")
+
+
+def evaluate_into(recorder: Recorder, evaluator: Evaluator, state: TrainState, done: int) -> dict[str, float]:
+    """Evaluates, writes scalars and pictures, prints one line, and returns the scalars."""
+    began = time.monotonic()
+    values = evaluator.scalars(state) | (evaluator.pixel_floor() if done == 0 else {})
+    recorder.scalars(done, values)
+    for name, picture in evaluator.pictures(state):
+        recorder.picture(done, name, picture)
+    if jax.process_index() == 0:
+        text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        print(f"evaluation at step {done}: {text}  ({time.monotonic() - began:.0f} s)", flush=True)
+    return values
+
+
+def train(config: ConfigDict, folder: str) -> int:
+    """Trains until `train.duration`, resuming what the workdir holds. Returns the exit code."""
+    folder = epath.Path(folder)
+    done_file = folder / "DONE"
+    run = prepare(config, folder)
+    for change in workdir.open_workdir(folder, config):
+        logger.info("changed since the run began: %s", change)
+    if done_file.exists() and int(done_file.read_text()) >= run.total:
+        print(f"{folder} is finished: step {done_file.read_text()} of {run.total}; a longer train.duration goes on")
+        return cli.FINISHED
+    with Stopper() as stopper:
+        checkpoints = Checkpoints(folder, config.checkpoint.keep_last, run.every("checkpoint", "keep_every"))
+        state = checkpoints.restore(run.abstract_state())
+        if state is None:
+            state = initial_state(run)
+            print(params.table(state.params, optim.decay_mask(state.params)), flush=True)
+        else:
+            logger.info("resumed at step %d", state.step)
+        recorder = Recorder(folder, int(state.step), config.log.tensorboard, jax.process_index() == 0)
+        try:
+            return loop(run, state, checkpoints, recorder, stopper)
+        finally:
+            recorder.close()
+            checkpoints.close()
+
+
+class Profile:
+    """Writes a profiler trace of the steps `log.profile_steps` = 'first:last' to <workdir>/profile."""
+
+    def __init__(self, run: Run):
+        text, self.folder = run.config.log.profile_steps, str(run.workdir / "profile")
+        try:
+            self.first, self.last = (int(n) for n in text.split(":")) if text else (0, 0)
+        except ValueError:
+            raise UserError(f"log.profile_steps={text!r}; write the first and the last step, as '20:25'") from None
+
+    def before(self, done: int) -> None:
+        if done == self.first:
+            jax.profiler.start_trace(self.folder)
+
+    def after(self, done: int, metrics: Metrics) -> None:
+        if self.first and done == self.last:
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
+            logger.info("profile of steps %d to %d: %s", self.first, self.last, self.folder)
+
+
+def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Recorder, stopper: Stopper) -> int:
+    """Steps from the state's step to the end. Returns the exit code."""
+    start, total = int(state.step), run.total
+    log, evaluator, profile = Log(run, recorder), Evaluator(run.method, run.inputs, run.mesh), Profile(run)
+    save_every, eval_every = run.every("checkpoint"), run.every("eval") if run.config.data.eval_split else 0
+    if eval_every and (start % eval_every == 0 or start == total) and not recorder.has(start, "eval/loss"):
+        evaluate_into(recorder, evaluator, state, start)
+    train_step = jax.jit(step.make_train_step(run.config, run.method, run.optimizer, run.schedule), donate_argnums=0)
+    batches = device_batches(run, start)
+    log.speed.start()
+    for done in range(start + 1, total + 1):
+        batch = log.speed.waiting(lambda: next(batches))
+        profile.before(done)
+        began = time.monotonic()
+        state, metrics = train_step(state, batch)
+        profile.after(done, metrics)
+        stopper.stepped()
+        if done == start + 1:
+            logger.info("compiled the train step in %.1f s", time.monotonic() - began)
+            log.speed.start()
+        stop = stopper.should_stop(done)
+        save, look = (bool(every) and (done == total or done % every == 0) for every in (save_every, eval_every))
+        try:
+            log.push(done, metrics)
+            if save or look or stop:
+                log.drain()
+        except GuardError:
+            checkpoints.save(done, state)
+            checkpoints.wait()
+            raise
+        if save or stop:
+            checkpoints.save(done, state)
+        if stop and done < total:
+            return finish(run, checkpoints, done)
+        if look:
+            checkpoints.wait()
+            if save and not checkpoints.failed:
+                stopper.saved()
+            evaluate_into(recorder, evaluator, state, done)
+            log.speed.start()
+    return finish(run, checkpoints, total)
+
+
+def finish(run: Run, checkpoints: Checkpoints, done: int) -> int:
+    """Waits for the last save and says how the run ended. Returns the exit code."""
+    checkpoints.wait()
+    if checkpoints.failed:
+        raise UserError(f"the state of step {done} could not be saved: {checkpoints.failed}; make room and run the "
+                        f"same command: it goes on from step {checkpoints.latest() or 0}")
+    if done < run.total:
+        print(f"stopped at step {done} of {run.total}, state saved; the same command goes on", flush=True)
+        return cli.STOPPED
+    if jax.process_index() == 0:
+        (run.workdir / "DONE").write_text(str(done))
+    print(f"finished {done} steps; {run.workdir}", flush=True)
+    return cli.FINISHED
+
+
+def evaluate(folder: str) -> int:
+    """Evaluates the newest checkpoint of a workdir with the config it was made with. Returns the exit code."""
+    path = epath.Path(folder)
+    run = prepare(workdir.read_config(path), path)
+    if not run.config.data.eval_split:
+        raise UserError("data.eval_split is '': there is nothing to evaluate on")
+    checkpoints = Checkpoints(path, run.config.checkpoint.keep_last)
+    state = checkpoints.restore(run.abstract_state())
+    if state is None:
+        raise UserError(f"{path} holds no checkpoint yet")
+    done = int(state.step)
+    recorder = Recorder(path, done, run.config.log.tensorboard, jax.process_index() == 0)
+    evaluate_into(recorder, Evaluator(run.method, run.inputs, run.mesh), state, done)
+    recorder.close()
+    checkpoints.close()
+    return cli.FINISHED

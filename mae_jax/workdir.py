@@ -1,0 +1,85 @@
+"""What a run leaves behind besides checkpoints: config.json, DONE, and the check of a resumed config."""
+
+import fnmatch
+import importlib.metadata
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_jax import config as configs
+from mae_jax.errors import UserError
+
+# What a resumed run may change: it alters how a run is watched, placed or ended, never what was trained so far.
+MAY_CHANGE = ("train.duration", "mesh.*", "eval.*", "checkpoint.*", "log.*", "guard.*", "data.threads",
+              "data.prefetch", "model.scan", "model.remat")
+PACKAGES = ("mae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
+
+
+def open_workdir(workdir: epath.Path, config: ConfigDict) -> list[str]:
+    """Creates the folder with its config.json, or compares the config with the one it holds.
+
+    Returns:
+      The changes of a resumed run, as text.
+
+    Raises:
+      UserError: the folder cannot be written, or a field that must not change has changed.
+    """
+    file = workdir / "config.json"
+    changes = compare(read_config(workdir), config) if file.exists() else []
+    record = {"config": config.to_dict(), "git_commit": git_commit(), "versions": versions()}
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            file.write_text(json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write the workdir {workdir}: {error.strerror or error}") from None
+    return changes
+
+
+def read_config(workdir: epath.Path) -> ConfigDict:
+    """Returns the config that a workdir was made with; raises UserError when there is none."""
+    file = workdir / "config.json"
+    if not file.exists():
+        raise UserError(f"{workdir} holds no config.json: not a workdir of mae_jax")
+    try:
+        return configs.from_dict(json.loads(file.read_text())["config"])
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+
+
+def compare(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Returns the allowed changes as text; raises UserError with the list of the others."""
+    before, after = configs.flat(old), configs.flat(new)
+    changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    texts = {key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in changed}
+    refused = [texts[key] for key in changed if not any(fnmatch.fnmatch(key, pattern) for pattern in MAY_CHANGE)]
+    if refused:
+        raise UserError(f"the workdir belongs to another config; {'; '.join(refused)}. "
+                        "Use another --workdir, or the config it was made with")
+    return list(texts.values())
+
+
+def git_commit() -> str:
+    """Returns the commit of the installed source, '' where it is not a git checkout."""
+    try:
+        out = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
+                             timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return out.stdout.strip()
+
+
+def versions() -> dict[str, Any]:
+    """Returns package → version, null where it is not installed."""
+    found: dict[str, Any] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
