@@ -1,0 +1,137 @@
+"""Encoded pictures to RGB, and the judgement that a file is broken.
+
+Content decides, not the file's extension. Formats: JPEG, PNG, WebP, BMP, GIF (first frame). EXIF rotation is ignored:
+pixels come as they are stored, as TFDS and torchvision give them.
+"""
+
+import io
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from mae_jax.data.tensorflow_cpu import tf
+
+MAX_PIXELS = 50_000_000
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+END_MARKER = b"\xff\xd9"  # of a JPEG
+FAST_MARGIN = 1.5  # how much larger than the target a part must remain that the decoder shrinks
+END_BYTES = 64  # where the marker is looked for: some writers append a few bytes
+
+Image.MAX_IMAGE_PIXELS = None  # PIL's own limit is higher than ours and warns before it refuses
+warnings.filterwarnings("ignore", module=r"PIL\.", category=UserWarning)  # odd metadata; the pixels decide
+
+
+class BadPicture(Exception):
+    """The bytes are no picture that can be used; the text says why."""
+
+
+class Box(NamedTuple):
+    """A part of a picture, in whole pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class Picture:
+    """An encoded or decoded picture: its size is known at once, its pixels are decoded when asked for."""
+
+    def __init__(self, data: bytes | np.ndarray, fast: bool = False):
+        """Reads the header.
+
+        Args:
+          data: an encoded file, or pixels uint8 [height, width, 3].
+          fast: allows decoding the wanted part only, and at reduced size.
+
+        Raises:
+          BadPicture: no picture, of an unknown format, or of more than 50 megapixels.
+        """
+        self._data, self._fast = data, fast
+        if isinstance(data, np.ndarray):
+            self._image = Image.fromarray(data)
+        else:
+            try:
+                self._image = Image.open(io.BytesIO(data), formats=FORMATS)
+            except Exception as error:  # PIL's plugins raise many kinds on broken bytes; all mean the same here
+                raise BadPicture(_reason(data, error)) from error
+        self.width, self.height = self._image.size
+        if self.width * self.height > MAX_PIXELS:
+            raise BadPicture(f"{self.width} x {self.height} is more than {MAX_PIXELS // 1_000_000} megapixels")
+
+    def view(self, box: Box, target: tuple[int, int]) -> Image.Image:
+        """Cuts `box` out and resizes it to `target` (height, width), in RGB.
+
+        Exact: PIL's antialiased bicubic filter on the cut, as torchvision does. Fast: see `_fast_view`.
+
+        Raises:
+          BadPicture: the pixels do not decode.
+        """
+        if not self._fused():
+            part = self.whole().crop((box.left, box.top, box.left + box.width, box.top + box.height))
+            return part.resize(target[::-1], Image.Resampling.BICUBIC)
+        try:
+            return _fast_view(self._data, box, target)
+        except Exception as error:
+            raise BadPicture(_reason(self._data, error)) from error
+
+    def whole(self) -> Image.Image:
+        """Returns the picture in RGB; raises BadPicture when the pixels do not decode."""
+        try:
+            return to_rgb(self._image)
+        except Exception as error:
+            raise BadPicture(_reason(self._data, error)) from error
+
+    def _fused(self) -> bool:
+        """Whether a part may be decoded alone. Without an end marker the file may be cut: decoded whole, it raises."""
+        plain = self._image.format in ("JPEG", "MPO") and self._image.mode in ("RGB", "L")
+        return self._fast and plain and END_MARKER in self._data[-END_BYTES:]
+
+
+def decode(data: bytes) -> np.ndarray:
+    """Returns the pixels of an encoded picture, uint8 [height, width, 3]; raises BadPicture."""
+    return np.asarray(Picture(data).whole())
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts any PIL mode: transparency is laid over white, 16 bits lose the lower 8, CMYK as PIL converts it."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode == "RGB":
+        image.load()
+        return image
+    return image.convert("RGB")
+
+
+def _fast_view(data: bytes, box: Box, target: tuple[int, int]) -> Image.Image:
+    """Decodes what `box` needs of a JPEG, and resizes it to `target`.
+
+    Where there is room, the JPEG decoder itself shrinks by 2, 4 or 8, and the bicubic filter goes on from there. Else
+    Hamming's window shrinks, half as wide as the bicubic one.
+    """
+    room = min(box.height / target[0], box.width / target[1])
+    ratio = max(r for r in (1, 2, 4, 8) if r == 1 or room >= FAST_MARGIN * r)
+    top, left = box.top // ratio, box.left // ratio
+    bottom, right = -(-(box.top + box.height) // ratio), -(-(box.left + box.width) // ratio)
+    pixels = tf.raw_ops.DecodeAndCropJpeg(
+        contents=data, crop_window=[top, left, bottom - top, right - left], channels=3, ratio=ratio,
+        fancy_upscaling=True, try_recover_truncated=False, acceptable_fraction=1, dct_method="INTEGER_ACCURATE")
+    x, y = box.left / ratio - left, box.top / ratio - top
+    exact_box = (x, y, x + box.width / ratio, y + box.height / ratio)
+    kind = Image.Resampling.HAMMING if ratio == 1 and room >= 1 else Image.Resampling.BICUBIC
+    return Image.fromarray(np.asarray(pixels)).resize(target[::-1], kind, box=exact_box)
+
+
+def _reason(data: bytes | np.ndarray, error: Exception) -> str:
+    """Returns why a picture is bad, in one short line."""
+    if not len(data):
+        return "empty file"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not a JPEG, PNG, WebP, BMP or GIF picture"
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return text[:120]

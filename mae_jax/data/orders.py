@@ -1,0 +1,102 @@
+"""Orders: which patches of a picture come first, and which, last, are hidden. NumPy only."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from mae_jax.errors import UserError, nearest
+
+BLOCK_PATCHES = 16  # smallest block, BEiT section 2.3, Algorithm 1
+BLOCK_ASPECT = 0.3  # aspect ratios from 0.3 to 1/0.3, the same place
+BLOCK_TRIES = 10  # blocks tried before single patches fill up; our choice
+
+
+class Order(NamedTuple):
+    """How a method hides patches."""
+
+    kind: str  # 'random' | 'block' | 'grid' | 'identity'
+    grid: tuple[int, int]  # patches along (height, width)
+    hidden: int  # M: the last M patches of the order are hidden
+
+
+def check(order: Order) -> None:
+    """Raises UserError when no picture can have such an order."""
+    height, width = order.grid
+    patches = height * width
+    if order.kind not in _KINDS:
+        raise UserError(f"unknown order of patches {order.kind!r}; {nearest(order.kind, _KINDS)}")
+    if not 0 <= order.hidden <= patches:
+        raise UserError(f"cannot hide {order.hidden} of {patches} patches; expected 0 to {patches}")
+    if order.kind != "grid":
+        return
+    if height % 2 or width % 2:
+        raise UserError(f"grid masking needs even numbers of patches along both sides, not {height} x {width}; "
+                        f"nearest: {' or '.join(f'{h} x {w}' for h, w in _even(height, width))}")
+    if 4 * order.hidden != 3 * patches:
+        raise UserError(f"grid masking hides 3 of 4 patches ({3 * patches // 4} of {patches}), not {order.hidden}")
+
+
+def draw(order: Order, rng: np.random.Generator) -> np.ndarray:
+    """Returns int32 [N], a permutation: entry k is the raster index of the k-th patch; the last M are hidden."""
+    return _KINDS[order.kind](order, rng).astype(np.int32)
+
+
+def _even(height: int, width: int) -> list[tuple[int, int]]:
+    """Returns the nearest smaller and larger even grids."""
+    down = (max(height // 2 * 2, 2), max(width // 2 * 2, 2))
+    up = ((height + 1) // 2 * 2, (width + 1) // 2 * 2)
+    return sorted({down, up})
+
+
+def _identity(order: Order, rng: np.random.Generator) -> np.ndarray:
+    return np.arange(math.prod(order.grid))
+
+
+def _random(order: Order, rng: np.random.Generator) -> np.ndarray:
+    """Every permutation alike likely (MAE section 3, 'Masking')."""
+    return rng.permutation(math.prod(order.grid))
+
+
+def _grid(order: Order, rng: np.random.Generator) -> np.ndarray:
+    """Keeps the first patch of each 2 x 2 (MAE Figure 6, 'grid')."""
+    hidden = np.ones(order.grid, bool)
+    hidden[::2, ::2] = False
+    return _visible_first(hidden)
+
+
+def _block(order: Order, rng: np.random.Generator) -> np.ndarray:
+    """Hides rectangles until M patches are hidden (BEiT Algorithm 1); the last few, if none fits, one by one."""
+    hidden = np.zeros(order.grid, bool)
+    while (left := order.hidden - int(hidden.sum())) and _add_block(hidden, left, rng):
+        pass
+    singles = rng.permutation(np.flatnonzero(~hidden))[:left]
+    hidden.flat[singles] = True
+    return _visible_first(hidden)
+
+
+def _add_block(hidden: np.ndarray, left: int, rng: np.random.Generator) -> bool:
+    """Hides one more rectangle that adds at most `left` patches; False when none was found."""
+    if left < BLOCK_PATCHES:
+        return False
+    rows, columns = hidden.shape
+    for _ in range(BLOCK_TRIES):
+        area = rng.uniform(BLOCK_PATCHES, left)
+        aspect = math.exp(rng.uniform(math.log(BLOCK_ASPECT), -math.log(BLOCK_ASPECT)))
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if height > rows or width > columns:
+            continue
+        top, side = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
+        block = hidden[top:top + height, side:side + width]
+        if 0 < block.size - block.sum() <= left:
+            block[:] = True
+            return True
+    return False
+
+
+def _visible_first(hidden: np.ndarray) -> np.ndarray:
+    """Turns a mask [rows, columns] into an order: visible patches, then hidden ones, each in raster order."""
+    return np.argsort(hidden.ravel(), kind="stable")
+
+
+_KINDS = {"random": _random, "block": _block, "grid": _grid, "identity": _identity}

@@ -1,0 +1,121 @@
+"""Sources with random access to batches: a pure function of the position, mapped in parallel by tf.data."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_jax.data.decode import BadPicture
+from mae_jax.data.random import permutation, rng
+from mae_jax.data.sources import Source
+from mae_jax.data.tensorflow_cpu import tf
+from mae_jax.data.views import Fields, Views
+
+TRIES = 4  # pictures tried for one position before a grey one stands in: the drawn one and three more
+PADDING = -1  # id of the rows that fill the last batch of an evaluation
+Batch = dict[str, np.ndarray]
+
+
+def train_example(source: Source, views: Views, seed: int, bad: deque[str], position: int) -> Fields:
+    """Returns all fields of the example at a position of the run.
+
+    Every epoch visits each example once, in an order of its own; batches straddle epochs. A bad picture gives way to
+    the next of the epoch's order.
+    """
+    epoch, place = divmod(position, source.size)
+    order = permutation(seed, epoch, source.size)
+    for tries in range(TRIES):
+        index = int(order[(place + tries) % source.size])
+        try:
+            picture, label = source.read(index)
+            return {**views.train(picture, position), "label": label, "id": index, "valid": 1.0, "replaced": tries}
+        except (BadPicture, OSError) as error:
+            bad.append(f"{source.name(index)}: {error}")
+    return {**views.grey(rng(seed, "order", position)), "id": index, "replaced": TRIES}
+
+
+def evaluate_example(source: Source, views: Views, indices: np.ndarray, bad: deque[str], position: int) -> Fields:
+    """Returns all fields of the example at a position of an evaluation; past the end, padding."""
+    grey = views.grey(rng(0, "evaluate", position))
+    if position >= len(indices):
+        return {**grey, "id": PADDING, "replaced": 0}
+    index = int(indices[position])
+    try:
+        picture, label = source.read(index)
+        return {**views.evaluate(picture, index), "label": label, "id": index, "valid": 1.0, "replaced": 0}
+    except (BadPicture, OSError) as error:
+        bad.append(f"{source.name(index)}: {error}")
+        return {**grey, "id": index, "replaced": 1}
+
+
+def subset(size: int, most: int) -> np.ndarray:
+    """Returns which examples an evaluation reads: all, or a random part that is the same in every run; sorted."""
+    if size <= most:
+        return np.arange(size)
+    return np.sort(rng(0, "subset", 0).permutation(size)[:most])
+
+
+def batches(example: Callable[[int], Fields], spec: dict[str, jax.ShapeDtypeStruct], rows: np.ndarray,
+            steps: range, data: ConfigDict) -> Iterator[Batch]:
+    """Yields these rows of the global batches of `steps`, made ahead by data.threads threads.
+
+    Args:
+      example: position → fields; called from many threads.
+      spec: name → global shape and dtype of the fields that are wanted.
+      rows: global rows, each below the global batch size.
+    """
+    size = next(iter(spec.values())).shape[0]
+    failures: list[Exception] = []
+
+    def call(count: np.int64) -> list[np.ndarray]:
+        step, row = divmod(int(count), len(rows))
+        try:
+            fields = example(step * size + int(rows[row]))
+        except Exception as error:
+            failures.append(error)
+            raise
+        return [np.asarray(fields[name], struct.dtype) for name, struct in spec.items()]
+
+    def fields_of(count: tf.Tensor) -> dict[str, tf.Tensor]:
+        values = tf.numpy_function(call, [count], [tf.as_dtype(struct.dtype) for struct in spec.values()])
+        for value, struct in zip(values, spec.values(), strict=True):
+            value.set_shape(struct.shape[1:])
+        return dict(zip(spec, values, strict=True))
+
+    workers = threads(data)
+    dataset = tf.data.Dataset.range(steps.start * len(rows), steps.stop * len(rows))
+    dataset = dataset.map(fields_of, num_parallel_calls=workers, deterministic=True)
+    dataset = dataset.batch(len(rows), drop_remainder=True).prefetch(data.prefetch).with_options(_options(workers))
+    return _iterate(dataset, failures)
+
+
+def threads(data: ConfigDict) -> int:
+    """Returns the number of host threads that make examples."""
+    return data.threads or os.cpu_count() or 1
+
+
+def _options(workers: int) -> tf.data.Options:
+    """Nothing that adapts itself: memory is what threads and prefetch say, and the order is fixed."""
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    options.deterministic = True
+    options.experimental_optimization.inject_prefetch = False
+    options.threading.private_threadpool_size = workers + 1  # one for the batching
+    options.threading.max_intra_op_parallelism = 1
+    return options
+
+
+def _iterate(dataset: tf.data.Dataset, failures: list[Exception]) -> Iterator[Batch]:
+    """Yields NumPy batches; an error of ours comes out as itself, not as TensorFlow's account of it."""
+    iterator = dataset.as_numpy_iterator()
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except tf.errors.OpError as error:
+            raise (failures[0] if failures else error) from None
+        yield batch

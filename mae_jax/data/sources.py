@@ -1,0 +1,77 @@
+"""The table of sources, and what a source with random access is."""
+
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_jax.data import splits
+from mae_jax.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from mae_jax.data.streams import Stream
+
+UNLABELLED = -1
+
+# data.source → the module that has `load(data, split)`. Imported when asked for: some need packages of their own.
+MODULES = {
+    "photo_crops": "mae_jax.data.photo_crops",
+}
+
+
+class Example(NamedTuple):
+    """One stored picture."""
+
+    picture: bytes | np.ndarray  # an encoded file, or uint8 [height, width, 3]
+    label: int = UNLABELLED
+
+
+@dataclass(frozen=True)
+class Source:
+    """A split whose examples can be read in any order, from any thread."""
+
+    size: int
+    read: Callable[[int], Example]  # index → example; OSError and BadPicture mean a bad picture
+    name: Callable[[int], str]  # index → what to call the example in a message
+    classes: tuple[str, ...] = ()
+
+    def sliced(self, split: splits.Split) -> "Source":
+        """Returns the part of this split that an expression names."""
+        start, stop = split.bounds(self.size)
+        if (start, stop) == (0, self.size):
+            return self
+        return Source(stop - start, lambda i: self.read(start + i), lambda i: self.name(start + i), self.classes)
+
+
+def load(data: ConfigDict, expression: str) -> "Source | Stream":
+    """Opens one split of the config's source and says how much it found.
+
+    Raises:
+      UserError: an unknown source or split, nothing there, or an empty split.
+    """
+    if data.source not in MODULES:
+        raise UserError(f"unknown data.source {data.source!r}; {nearest(data.source, [*MODULES, 'batches'])}")
+    source = importlib.import_module(MODULES[data.source]).load(data, splits.parse(expression))
+    if not source.size:
+        raise UserError(f"the split {expression!r} of data.source={data.source!r} has no pictures")
+    logging.info("%s %s: %d pictures, %d classes", data.source, expression, source.size, len(source.classes))
+    return source
+
+
+def package_folder(module: str, package: str, why: str) -> Path:
+    """Returns the folder of an installed package without importing it; raises UserError with the pip line."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"data.source={why!r} reads files of the package {package}: pip install {package}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def known_split(split: splits.Split, known: tuple[str, ...]) -> None:
+    """Raises UserError unless the split's name is known."""
+    if split.name not in known:
+        raise UserError(f"unknown split {split.name!r}; {nearest(split.name, known)}")
