@@ -1,0 +1,50 @@
+"""Looks into the gradients of one step: which images and which parameters are not finite."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from mae_jax import cli, params, sharding, workdir
+from mae_jax.checkpoint import Checkpoints
+from mae_jax.errors import UserError
+from mae_jax.step import gradients, stream_key
+from mae_jax.train import prepare
+
+
+def replay(folder: str, step: int) -> int:
+    """Computes the loss and gradients of `step` from the newest checkpoint's parameters, and prints what it finds.
+
+    Steps whose gradients were not finite left the parameters as they were, so that the checkpoint saved when the guard
+    stopped the run holds those that such a step began with. Returns the exit code.
+    """
+    path = epath.Path(folder)
+    run = prepare(workdir.read_config(path), path)
+    state = Checkpoints(path, run.config.checkpoint.keep_last).restore(run.abstract_state())
+    if state is None:
+        raise UserError(f"{path} holds no checkpoint yet")
+    step = int(state.step) - 1 if step < 0 else step
+    batch = sharding.to_devices(next(run.inputs.train(step)), run.mesh, run.config.batch_size)
+    state = state._replace(step=jnp.asarray(step, state.step.dtype))
+    key = stream_key(run.config.seed, step, "loss")
+    compute = jax.jit(lambda state, batch: gradients(run.method, state, batch, key, run.config.train.accumulate))
+    grads, metrics, _ = jax.device_get(compute(state, batch))
+    print(f"step {step} with the parameters of step {int(state.step)}: "
+          + "  ".join(f"{name} {total / max(weight, 1e-30):.6g}" for name, (total, weight) in metrics.items()))
+    bad = [name for name, grad in params.flatten(grads).items() if not np.isfinite(grad).all()]
+    print(f"parameters whose gradient is not finite: {', '.join(bad) or 'none'}")
+    print(f"examples whose loss is not finite: {', '.join(_bad_examples(run, state, batch)) or 'none'}")
+    return cli.FINISHED
+
+
+def _bad_examples(run, state, batch) -> list[str]:
+    """Returns the ids of the images whose own loss is not finite, each evaluated with only itself valid."""
+    key = stream_key(run.config.seed, int(state.step), "loss")
+
+    @jax.jit
+    def alone(row: jax.Array) -> jax.Array:
+        one = {name: jnp.broadcast_to(value[row][None], value.shape) for name, value in batch.items()}
+        return run.method.loss(state.params, state.extras, one, key, state.step, True)[0]
+
+    ids = np.asarray(batch["id"])
+    return [str(ids[row]) for row in range(run.config.batch_size) if not np.isfinite(alone(row))]

