@@ -53,6 +53,10 @@ def build(config: ConfigDict, spec: dict[str, jax.ShapeDtypeStruct], order: Orde
       UserError: the data is not there, or cannot give a field of the spec.
     """
     rows = np.arange(config.batch_size) if rows is None else np.asarray(rows)
+    if config.data.source == "batches":
+        from mae_jax.data import batches
+
+        return Inputs(**batches.open_folder(config, spec, rows))
     for name in spec:
         if name not in FIELDS:
             raise UserError(f"data.source={config.data.source!r} gives no batch field {name!r}; "

@@ -74,9 +74,9 @@ def batches(example: Callable[[int], Fields], spec: dict[str, jax.ShapeDtypeStru
         step, row = divmod(int(count), len(rows))
         try:
             fields = example(step * size + int(rows[row]))
-        except Exception as error:
+        except Exception as error:  # raised in TensorFlow's thread, it would come out as TensorFlow's account of it
             failures.append(error)
-            raise
+            return [np.zeros(struct.shape[1:], struct.dtype) for struct in spec.values()]
         return [np.asarray(fields[name], struct.dtype) for name, struct in spec.items()]
 
     def fields_of(count: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -109,13 +109,8 @@ def _options(workers: int) -> tf.data.Options:
 
 
 def _iterate(dataset: tf.data.Dataset, failures: list[Exception]) -> Iterator[Batch]:
-    """Yields NumPy batches; an error of ours comes out as itself, not as TensorFlow's account of it."""
-    iterator = dataset.as_numpy_iterator()
-    while True:
-        try:
-            batch = next(iterator)
-        except StopIteration:
-            return
-        except tf.errors.OpError as error:
-            raise (failures[0] if failures else error) from None
+    """Yields NumPy batches until the end or the first failure."""
+    for batch in dataset.as_numpy_iterator():
+        if failures:
+            raise failures[0]
         yield batch

@@ -16,10 +16,15 @@ from mae_jax.errors import UserError, nearest
 if TYPE_CHECKING:
     from mae_jax.data.streams import Stream
 
+log = logging.getLogger(__name__)
+
 UNLABELLED = -1
 
 # data.source → the module that has `load(data, split)`. Imported when asked for: some need packages of their own.
 MODULES = {
+    "folder": "mae_jax.data.folder",
+    "mnist5k": "mae_jax.data.mnist5k",
+    "npz": "mae_jax.data.npz",
     "photo_crops": "mae_jax.data.photo_crops",
 }
 
@@ -40,12 +45,17 @@ class Source:
     name: Callable[[int], str]  # index → what to call the example in a message
     classes: tuple[str, ...] = ()
 
+    def only(self, indices: np.ndarray) -> "Source":
+        """Returns the source of these examples, in this order."""
+        return Source(len(indices), lambda i: self.read(int(indices[i])), lambda i: self.name(int(indices[i])),
+                      self.classes)
+
     def sliced(self, split: splits.Split) -> "Source":
         """Returns the part of this split that an expression names."""
         start, stop = split.bounds(self.size)
         if (start, stop) == (0, self.size):
             return self
-        return Source(stop - start, lambda i: self.read(start + i), lambda i: self.name(start + i), self.classes)
+        return self.only(np.arange(start, stop))
 
 
 def load(data: ConfigDict, expression: str) -> "Source | Stream":
@@ -59,7 +69,7 @@ def load(data: ConfigDict, expression: str) -> "Source | Stream":
     source = importlib.import_module(MODULES[data.source]).load(data, splits.parse(expression))
     if not source.size:
         raise UserError(f"the split {expression!r} of data.source={data.source!r} has no pictures")
-    logging.info("%s %s: %d pictures, %d classes", data.source, expression, source.size, len(source.classes))
+    log.info("%s %s: %d pictures, %d classes", data.source, expression, source.size, len(source.classes))
     return source
 
 

@@ -1,9 +1,16 @@
 """Split expressions: 'train', 'test[:10%]', 'train[100:500]', with the meaning that TFDS gives them."""
 
+import hashlib
+import os
 import re
 from typing import NamedTuple
 
-from mae_jax.errors import UserError
+from ml_collections import ConfigDict
+
+from mae_jax.errors import UserError, nearest
+
+HELD_OUT = ("test", "val", "validation")  # names of the held-out split
+HELD_OUT_SHARE = 0.1  # of data that come without splits
 
 _EXPRESSION = re.compile(r"(?P<name>[\w.-]+)(\[(?P<start>\d+%?)?:(?P<stop>\d+%?)?\])?")
 
@@ -15,12 +22,13 @@ class Split(NamedTuple):
     start: str = ""  # '' | '500' | '10%'
     stop: str = ""
 
-    @property
-    def percents(self) -> tuple[int, int] | None:
-        """The slice in percent, (0, 100) for the whole split; None when a bound counts examples."""
+    def shares(self, low: float, high: float) -> tuple[float, float]:
+        """Returns the slice of the shares [low, high); raises UserError where a bound counts examples."""
         if any(bound and not bound.endswith("%") for bound in (self.start, self.stop)):
-            return None
-        return int(self.start[:-1] or 0), int(self.stop[:-1] or 100)
+            raise UserError(f"the split {str(self)!r}: a folder is sliced in percent, by a hash of each file's name; "
+                            f"write for example '{self.name}[:10%]'")
+        start, stop = int(self.start[:-1] or 0), int(self.stop[:-1] or 100)
+        return low + (high - low) * start / 100, low + (high - low) * stop / 100
 
     def bounds(self, size: int) -> tuple[int, int]:
         """Returns first and one-past-last index of the slice of a split of `size` examples."""
@@ -48,3 +56,26 @@ def _index(bound: str, size: int) -> int:
     if bound.endswith("%"):
         return round(int(bound[:-1]) * size / 100)
     return min(int(bound), size)
+
+
+def holds_out(data: ConfigDict) -> bool:
+    """Whether the config takes a held-out part from data that come without splits."""
+    return any(parse(text).name in HELD_OUT for text in (data.train_split, data.eval_split) if text)
+
+
+def part(name: str, held_out: bool) -> tuple[float, float]:
+    """Returns the shares [low, high) of data without splits that are 'train' or the held-out tenth.
+
+    Args:
+      name: 'train', or 'test' under any of its names.
+      held_out: whether anything is held out; if not, 'train' is everything.
+    """
+    if name not in ("train", *HELD_OUT):
+        raise UserError(f"unknown split {name!r}; {nearest(name, ('train', *HELD_OUT))}")
+    edge = 1 - HELD_OUT_SHARE * held_out
+    return (0.0, edge) if name == "train" else (edge, 1.0)
+
+
+def share(name: str) -> float:
+    """Returns where in [0, 1) the hash of an example's name lies: the same whatever else is in the data."""
+    return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=6).digest()) / 2**48

@@ -1,0 +1,79 @@
+"""batches: examples made beforehand (inspect --write=batches), for machines without TensorFlow. NumPy only.
+
+A folder, local or gs://, with train.npz, support.npz and evaluate.npz, whose arrays are batch fields [n, ...], and
+meta.json with the class names and the number of training pictures that were there.
+"""
+
+import itertools
+import json
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_jax.errors import UserError
+
+PADDING = {"valid": 0, "label": -1, "id": -1, "replaced": 0}  # the other fields repeat the first example
+Arrays = dict[str, np.ndarray]
+Spec = dict[str, jax.ShapeDtypeStruct]
+
+
+def open_folder(config: ConfigDict, spec: Spec, rows: np.ndarray) -> dict:
+    """Returns the fields of `data.Inputs`; raises UserError when the folder does not hold what the spec asks for."""
+    folder = epath.Path(config.data.path)
+    if not config.data.path or not (folder / "meta.json").is_file():
+        raise UserError(f"data.path={config.data.path!r} holds no meta.json of cached batches; "
+                        "python -m mae_jax.inspect --config=... --to=DIR --write=batches makes them")
+    meta = json.loads((folder / "meta.json").read_text())
+    parts = {name: _load(folder / f"{name}.npz", spec) for name in ("train", "support", "evaluate")}
+    sizes = {name: len(next(iter(arrays.values()))) for name, arrays in parts.items()}
+
+    def finite(name: str) -> Callable[[], Iterator[Arrays]]:
+        return lambda: _finite(parts[name], sizes[name], config.batch_size, rows)
+
+    return {
+        "train": lambda step: _endless(parts["train"], sizes["train"], config.batch_size, rows, step),
+        "support": finite("support"), "evaluate": finite("evaluate"),
+        "num_train": meta["num_train"], "num_eval": sizes["evaluate"], "classes": tuple(meta["classes"]),
+        "description": f"batches {folder}: {sizes['train']} cached training examples of {meta['num_train']} pictures, "
+                       f"{sizes['evaluate']} for evaluation; {len(meta['classes']) or 'no'} classes",
+        "bad": deque(maxlen=0),
+    }
+
+
+def _load(path: epath.Path, spec: Spec) -> Arrays:
+    """Reads the fields of the spec from one file and compares shapes and types."""
+    if not path.is_file():
+        raise UserError(f"cached batches lack {path}")
+    with path.open("rb") as file, np.load(file) as stored:
+        for name in spec:
+            if name not in stored.files:
+                raise UserError(f"{path} has no field {name!r}; it has {', '.join(sorted(stored.files))}")
+        arrays = {name: stored[name] for name in spec}
+    for name, struct in spec.items():
+        shape, dtype = arrays[name].shape[1:], arrays[name].dtype
+        if shape != struct.shape[1:] or dtype != struct.dtype:
+            raise UserError(f"{path}: {name!r} is {dtype} {list(shape)} per example, the config wants {struct.dtype} "
+                            f"{list(struct.shape[1:])}; the batches were made with another image_size or patch")
+    return arrays
+
+
+def _endless(arrays: Arrays, size: int, batch: int, rows: np.ndarray, step: int) -> Iterator[Arrays]:
+    """Yields these rows of the batches from `step` on; the file is read over and over."""
+    for number in itertools.count(step):
+        chosen = (number * batch + rows) % size
+        yield {name: array[chosen] for name, array in arrays.items()}
+
+
+def _finite(arrays: Arrays, size: int, batch: int, rows: np.ndarray) -> Iterator[Arrays]:
+    """Yields these rows of all batches, the last one padded."""
+    for first in range(0, size, batch):
+        positions = first + rows
+        beyond = positions >= size
+        out = {name: array[np.where(beyond, 0, positions)] for name, array in arrays.items()}
+        for name in PADDING.keys() & out.keys():
+            out[name][beyond] = PADDING[name]
+        yield out

@@ -1,0 +1,64 @@
+"""npz: arrays of pictures in one NumPy file, held in memory.
+
+Either x_train, y_train, x_test and y_test, or the arrays named by data.image_key and data.label_key, of which a tenth,
+chosen by a hash of the index, is 'test' if the config uses it. Labels are optional.
+"""
+
+import zipfile
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_jax.data import splits
+from mae_jax.data.sources import UNLABELLED, Example, Source, known_split
+from mae_jax.errors import UserError, nearest
+
+
+def load(data: ConfigDict, split: splits.Split) -> Source:
+    """Opens a split; raises UserError when the file or its arrays are not as described."""
+    path = epath.Path(data.path)
+    if not data.path or not path.is_file():
+        raise UserError(f"data.path={data.path!r} is no file; data.source='npz' needs one")
+    with path.open("rb") as file, _open(file, data.path) as arrays:
+        names = set(arrays.files)
+        if "x_train" in names:
+            known_split(split, tuple(sorted(name[2:] for name in names if name.startswith("x_"))))
+            images, labels = arrays[f"x_{split.name}"], arrays.get(f"y_{split.name}")
+            return _source(images, labels, f"x_{split.name}").sliced(split)
+        if data.image_key not in names:
+            raise UserError(f"{data.path} has no array data.image_key={data.image_key!r}; "
+                            f"{nearest(data.image_key, names)}")
+        images, labels = arrays[data.image_key], arrays.get(data.label_key)
+    low, high = splits.part(split.name, splits.holds_out(data))
+    shares = np.array([splits.share(str(i)) for i in range(len(images))])
+    return _source(images, labels, data.image_key).only(np.flatnonzero((low <= shares) & (shares < high))).sliced(split)
+
+
+def _open(file: object, path: str) -> np.lib.npyio.NpzFile:
+    try:
+        arrays = np.load(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is no npz file: {error}") from error
+    if not isinstance(arrays, np.lib.npyio.NpzFile):
+        raise UserError(f"{path} is no npz file but one array; write it with numpy.savez(image=..., label=...)")
+    return arrays
+
+
+def _source(images: np.ndarray, labels: np.ndarray | None, name: str) -> Source:
+    """Checks the arrays; uint8 [n, height, width], [.., 1] or [.., 3], and integers [n] (or [n, 1])."""
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+        raise UserError(f"array {name!r} is {images.dtype} {list(images.shape)}; expected uint8 [n, height, width, 3] "
+                        "or [n, height, width]")
+    if images.ndim == 3:
+        images = images[..., None]
+    labels = np.full(len(images), UNLABELLED) if labels is None else labels.reshape(-1)
+    if len(labels) != len(images) or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"the labels of {name!r} are {labels.dtype} {list(labels.shape)}; "
+                        f"expected integers [{len(images)}]")
+    classes = tuple(str(label) for label in range(labels.max(initial=UNLABELLED) + 1))
+
+    def read(i: int) -> Example:
+        return Example(np.ascontiguousarray(np.broadcast_to(images[i], (*images.shape[1:3], 3))), int(labels[i]))
+
+    return Source(len(images), read, lambda i: f"{name}[{i}]", classes)

@@ -1,0 +1,155 @@
+import io
+import os
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from mae_jax.data import folder, sources
+from mae_jax.data.decode import decode
+from mae_jax.errors import UserError
+
+
+def picture(value, kind="PNG"):
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (value, value, value)).save(file, kind)
+    return file.getvalue()
+
+
+def write(root, *names):
+    for value, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(value % 256))
+
+
+@pytest.fixture(autouse=True)
+def fresh_listing():
+    folder._list.cache_clear()
+
+
+def load(root, split="train", eval_split="test"):
+    data = ConfigDict({"source": "folder", "path": str(root), "train_split": "train", "eval_split": eval_split})
+    return sources.load(data, split)
+
+
+def names(source):
+    return {source.name(i) for i in range(source.size)}
+
+
+def test_split_folders_and_class_folders_at_any_depth_are_found(tmp_path):
+    write(tmp_path, "train/cat/a.png", "train/dog/deep/b.JPG", "train/dog/c.webp", "val/dog/d.gif", "val/cat/e.bmp")
+    train, held_out = load(tmp_path), load(tmp_path, "test")
+    assert names(train) == {"cat/a.png", "dog/deep/b.JPG", "dog/c.webp"}
+    assert names(held_out) == {"cat/e.bmp", "dog/d.gif"}
+    assert train.classes == held_out.classes == ("cat", "dog")
+    for source in (train, held_out):
+        for i in range(source.size):
+            assert source.classes[source.read(i).label] == source.name(i).split("/")[0]
+
+
+def test_what_is_read_is_the_file(tmp_path):
+    write(tmp_path, *(f"{i}.png" for i in range(20)))
+    source = load(tmp_path, eval_split="")
+    for i in range(20):
+        assert (decode(source.read(i).picture) == int(source.name(i)[:-4])).all()
+
+
+def test_class_labels_are_those_of_the_training_folder(tmp_path):
+    write(tmp_path, "train/b/a.png", "train/c/a.png", "test/a/a.png", "test/c/a.png")
+    held_out = load(tmp_path, "test")
+    assert [held_out.read(i).label for i in range(2)] == [-1, 1]
+
+
+@pytest.mark.parametrize("files", [("a.png", "b.png"), ("x/a.png", "x/b.png"), ("a.png", "x/b.png", "y/c.png")])
+def test_without_class_folders_there_are_no_labels(tmp_path, files):
+    write(tmp_path, *files)
+    source = load(tmp_path, eval_split="")
+    assert source.classes == ()
+    assert source.read(0).label == -1
+
+
+def test_a_folder_without_splits_holds_out_a_tenth_by_name(tmp_path):
+    write(tmp_path, *(f"{i}.png" for i in range(1000)))
+    train, held_out = names(load(tmp_path)), names(load(tmp_path, "test"))
+    assert not train & held_out
+    assert len(train | held_out) == 1000
+    assert 70 < len(held_out) < 130
+
+
+def test_adding_files_moves_none(tmp_path):
+    write(tmp_path, *(f"{i}.png" for i in range(100)))
+    before = {split: names(load(tmp_path, split)) for split in ("train", "test", "train[:30%]")}
+    folder._list.cache_clear()
+    write(tmp_path, *(f"new{i}.png" for i in range(100)))
+    for split, old in before.items():
+        assert {name for name in names(load(tmp_path, split)) if not name.startswith("new")} == old
+
+
+def test_slices_of_a_split_are_disjoint_and_complete(tmp_path):
+    write(tmp_path, *(f"{i}.png" for i in range(300)))
+    one, two = names(load(tmp_path, "train[:20%]")), names(load(tmp_path, "train[20%:]"))
+    assert not one & two
+    assert one | two == names(load(tmp_path))
+    assert 30 < len(one) < 80
+
+
+def test_without_an_evaluation_split_nothing_is_held_out(tmp_path):
+    write(tmp_path, *(f"{i}.png" for i in range(50)))
+    assert load(tmp_path, eval_split="").size == 50
+
+
+def test_a_lone_train_folder_is_the_whole(tmp_path):
+    write(tmp_path, *(f"train/{c}/{i}.png" for c in "ab" for i in range(100)))
+    assert load(tmp_path).classes == ("a", "b")
+    assert load(tmp_path).size + load(tmp_path, "test").size == 200
+
+
+def test_a_class_that_is_called_train_is_a_class(tmp_path):
+    write(tmp_path, "bus/a.png", "car/a.png", "train/a.png")
+    assert load(tmp_path, eval_split="").classes == ("bus", "car", "train")
+
+
+def test_hidden_files_and_links_out_of_the_folder_are_left_out(tmp_path):
+    write(tmp_path, "in/a.png", "in/.b.png", "in/.cache/c.png", "out/d.png")
+    os.symlink(tmp_path / "out" / "d.png", tmp_path / "in" / "d.png")
+    os.symlink(tmp_path / "out", tmp_path / "in" / "out")
+    os.symlink(tmp_path / "in" / "a.png", tmp_path / "in" / "e.png")
+    os.symlink(tmp_path / "in", tmp_path / "link")
+    assert names(load(tmp_path / "link", eval_split="")) == {"a.png", "e.png"}
+
+
+@pytest.mark.parametrize(("files", "path", "text"), [
+    ((), "nowhere", "is no folder"), ((), "", "is empty"), (("a.txt", "b.md"), "", r"2 other files, such as a\.txt")])
+def test_a_folder_without_pictures_says_what_is_there(tmp_path, files, path, text):
+    write(tmp_path, *files)
+    with pytest.raises(UserError, match=text):
+        load(tmp_path / path)
+
+
+@pytest.mark.parametrize(("split", "text"), [("trian", "did you mean 'train'"), ("train[:500]", r"train\[:10%\]")])
+def test_splits_that_a_folder_cannot_have_are_refused(tmp_path, split, text):
+    write(tmp_path, "a.png")
+    with pytest.raises(UserError, match=text):
+        load(tmp_path, split)
+
+
+def test_a_split_without_pictures_is_refused(tmp_path):
+    write(tmp_path, "a.png")
+    with pytest.raises(UserError, match="has no pictures"):
+        [load(tmp_path, split) for split in ("train", "test")]
+
+
+def test_a_file_that_vanished_is_an_error_of_the_file(tmp_path):
+    write(tmp_path, "a.png", "b.png")
+    source = load(tmp_path, eval_split="")
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(OSError, match=r"a\.png"):
+        source.read(0)
+
+
+def test_an_unlabelled_share_is_even():
+    shares = [folder.splits.share(f"folder/{i:06d}.jpg") for i in range(2000)]
+    assert abs(np.mean(shares) - 0.5) < 0.03
+    assert 0 <= min(shares) < max(shares) < 1
