@@ -34,7 +34,7 @@ setup(
         "scikit-learn>=1.6",
         "tensorboard>=2.19",  # clu's metric writers import it and do not declare it
         "tensorflow-datasets>=4.9.9",
-        # TensorFlow feeds data only. The CPU build is the small one; macOS and Linux on Arm have it under the plain name.
+        # TensorFlow feeds data only. The CPU build is the small one; macOS and Linux on Arm have it by the plain name.
         'tensorflow-cpu>=2.20,<2.22; sys_platform == "linux" and platform_machine == "x86_64"',
         'tensorflow>=2.20,<2.22; sys_platform != "linux" or platform_machine != "x86_64"',
     ],

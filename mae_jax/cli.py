@@ -2,15 +2,17 @@
 
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from mae_jax.errors import GuardError, UserError
+from mae_jax.errors import GuardError, UserError, nearest
 
 FINISHED, BUG, MISTAKE, GUARD, STOPPED = 0, 1, 2, 3, 75
 
@@ -35,8 +37,10 @@ def run(command: Callable[[], int], usage: str | None, required: tuple[str, ...]
             sys.exit(FINISHED)
         try:
             rest = flags.FLAGS(argv)
+            if "config" in flags.FLAGS:
+                _ = getattr(flags.FLAGS.config, "lock", None)  # a missing config file fails only when it is looked at
         except Exception as error:
-            _refuse(_first_line(error))
+            _refuse(_one_line(error))
         missing = [f"--{name}" for name in required if not flags.FLAGS[name].value]
         if missing:
             _refuse(f"{' and '.join(missing)} must be given; --help shows an example")
@@ -75,13 +79,39 @@ def guarded(command: Callable[[], int]) -> int:
         return BUG
 
 
-def _first_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """Returns one line that says what is wrong with the flags or the config file."""
-    text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
-    if isinstance(error, FileNotFoundError):
-        return f"no such config file: {error.filename or text}"
-    known = isinstance(error, flags.Error | UserError | AttributeError | KeyError | TypeError | ValueError)
-    return text if known else f"the config file does not load: {type(error).__name__}: {text}"
+    while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps a KeyError in an AttributeError
+        error = error.args[0]
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    line = " ".join(text.split())
+    if "Traceback" in text:  # how ml_collections passes on what a config file raised
+        return f"the config file does not load: {text.strip().splitlines()[-1]}"
+    if isinstance(error, flags.Error | UserError):
+        return line
+    if isinstance(error, OSError):
+        return _no_config(line)
+    if isinstance(error, KeyError):
+        return _unknown_field(line)
+    known = isinstance(error, AttributeError | TypeError | ValueError)
+    return line if known else f"the config file does not load: {type(error).__name__}: {line}"
+
+
+def _unknown_field(line: str) -> str:
+    """Returns ml_collections' account of an unknown field in our words."""
+    if found := re.search(r'Did you mean "(.+)" instead of "(.+)"', line):
+        return f"unknown config field {found[2]!r}; did you mean {found[1]!r}?"
+    return f"unknown config field {line}" if re.fullmatch(r"'\w+'", line) else line
+
+
+def _no_config(line: str) -> str:
+    """Returns what is wrong with the path of the config file, with the nearest file beside it."""
+    found = re.search(r"\[Errno \d+\] (.+?): '(.+?)'", line)
+    if not found:
+        return f"the config file does not load: {line}"
+    reason, path = found[1], Path(found[2])
+    beside = [file.stem for file in path.parent.glob("*.py")]
+    return f"cannot read the config file {path}: {reason.lower()}; {nearest(path.stem, beside)}"
 
 
 def _refuse(line: str) -> None:

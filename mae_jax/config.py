@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax import methods
@@ -23,9 +24,31 @@ SIZES = {  # width, depth, heads: MAE section 4 (B, L, H), DeiT Table 1 (Ti, S)
     "H": (1280, 32, 16),
 }
 
+# What `validate` checks of single fields; a method checks its own.
+CHOICES = {
+    "data.augment": ("none", "fixed", "random", "jitter"),
+    "data.resize": ("exact", "fast"),
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.gelu": ("erf", "tanh"),
+    "model.pool": ("mean", "cls"),
+    "model.remat": ("none", "full", "dots"),
+    "optim.name": ("adamw",),
+}
+PAIRS = ("data.image_size", "data.crop_scale", "data.crop_ratio", "model.patch", "optim.betas")
+POSITIVE = ("batch_size", "data.image_size", "model.patch", "model.width", "model.depth", "model.heads",
+            "model.mlp_ratio", "train.accumulate", "checkpoint.keep_last", "data.prefetch", "eval.max_examples",
+            "eval.knn_k", "eval.pictures", "guard.max_nonfinite")
+NOT_NEGATIVE = ("optim.lr", "optim.min_lr", "optim.eps", "optim.weight_decay", "optim.clip", "optim.betas",
+                "optim.ema", "data.crop_scale", "data.crop_ratio", "data.threads")
+BELOW_ONE = ("optim.betas", "optim.ema")
+DURATIONS = ("train.duration", "optim.warmup", "checkpoint.every", "checkpoint.keep_every", "eval.every", "log.every")
+
 
 def default(method: str = "mae") -> ConfigDict:
-    """Returns the defaults of every field, with the own fields of `method` under `config.method`."""
+    """Returns the defaults of every field, with the own fields of `method` under `config.method`.
+
+    They are locked: a recipe that misspells a field fails with the nearest name.
+    """
     return ConfigDict({
         "seed": 0,
         "batch_size": 256,  # images per step, over all devices
@@ -86,7 +109,7 @@ def default(method: str = "mae") -> ConfigDict:
         },
         "log": {"every": "50 steps", "tensorboard": True, "profile_steps": ""},  # profile_steps: '20:25'
         "guard": {"max_nonfinite": 10, "max_bad_fraction": 0.1},
-    })
+    }).lock()
 
 
 def vit(size: str, patch: int) -> dict[str, Any]:
@@ -138,7 +161,7 @@ def steps(duration: str, batch_size: int, examples: int) -> int:
     """
     if not duration:
         return 0
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(epochs?|steps?|examples?)\s*", duration)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d{1,2})?)\s*(epochs?|steps?|examples?)\s*", duration)
     if not match:
         raise UserError(f"cannot read the duration {duration!r}; write '800 epochs', '100 steps' or '5e6 examples'")
     amount, unit = float(match[1]), match[2].rstrip("s")
@@ -170,25 +193,9 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
 
 def validate(config: ConfigDict) -> None:
     """Raises UserError for the first field whose value cannot work, whatever the data."""
-    grid(config)
-    choices = {
-        "data.augment": ("none", "fixed", "random", "jitter"),
-        "data.resize": ("exact", "fast"),
-        "model.dtype": ("auto", "float32", "bfloat16"),
-        "model.gelu": ("erf", "tanh"),
-        "model.pool": ("mean", "cls"),
-        "model.remat": ("none", "full", "dots"),
-        "optim.name": ("adamw",),
-    }
     values = flat(config)
-    for key, allowed in choices.items():
-        if values[key] not in allowed:
-            raise UserError(f"{key}={values[key]!r}; {nearest(str(values[key]), allowed)}")
-    positive = ("batch_size", "model.width", "model.depth", "model.heads", "train.accumulate", "checkpoint.keep_last",
-                "data.prefetch", "eval.max_examples")
-    for key in positive:
-        if values[key] < 1:
-            raise UserError(f"{key}={values[key]}; it must be at least 1")
+    _check_ranges(values)
+    grid(config)
     if config.checkpoint.keep_last < 2:
         raise UserError("checkpoint.keep_last=1; keep at least 2, so that a damaged checkpoint has a predecessor")
     if config.model.width % config.model.heads:
@@ -196,7 +203,29 @@ def validate(config: ConfigDict) -> None:
     if config.model.width % 4:
         raise UserError(f"model.width={config.model.width}; sin-cos positions need a multiple of 4")
     if config.batch_size % config.train.accumulate:
-        raise UserError(f"batch_size={config.batch_size} is not a multiple of train.accumulate={config.train.accumulate}")
-    for key in ("train.duration", "optim.warmup", "checkpoint.every", "checkpoint.keep_every", "eval.every", "log.every"):
+        raise UserError(
+            f"batch_size={config.batch_size} is not a multiple of train.accumulate={config.train.accumulate}")
+    for key in DURATIONS:
         steps(values[key], config.batch_size, 1)
+    if not config.log.every:
+        raise UserError("log.every is ''; write how often to log, as '50 steps'")
     methods.get(config.method.name).validate(config)
+
+
+def _check_ranges(values: dict[str, Any]) -> None:
+    """Raises UserError for the first value that is no choice of its field, or too small or large."""
+    for key, allowed in CHOICES.items():
+        if values[key] not in allowed:
+            raise UserError(f"{key}={values[key]!r}; {nearest(str(values[key]), allowed)}")
+    for key in PAIRS:
+        if len(values[key]) != 2:
+            raise UserError(f"{key}={tuple(values[key])}; expected two numbers")
+    for key in POSITIVE:
+        if np.min(values[key]) < 1:
+            raise UserError(f"{key}={values[key]}; it must be at least 1")
+    for key in NOT_NEGATIVE:
+        if np.min(values[key]) < 0:
+            raise UserError(f"{key}={values[key]}; it must not be negative")
+    for key in BELOW_ONE:
+        if np.max(values[key]) >= 1:
+            raise UserError(f"{key}={values[key]}; it must be below 1")

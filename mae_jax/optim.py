@@ -55,4 +55,5 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """
     o = config.optim
     clip = [optax.clip_by_global_norm(o.clip)] if o.clip else []
-    return optax.chain(*clip, optax.scale_by_adam(*o.betas, eps=o.eps), optax.add_decayed_weights(o.weight_decay, decay_mask))
+    decay = optax.add_decayed_weights(o.weight_decay, decay_mask)
+    return optax.chain(*clip, optax.scale_by_adam(*o.betas, eps=o.eps), decay)

@@ -58,7 +58,8 @@ def gradients(method: Method, state: TrainState, batch: Batch, key: jax.Array,
         total = jax.tree.map(lambda t, g: t + g * metrics["loss"][1], total, grads)
         return (total, jax.tree.map(jnp.add, sums, metrics), extras), None
 
-    shapes = jax.eval_shape(grad, state.params, state.extras, jax.tree.map(lambda x: x[0], parts), key, state.step, True)
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(grad, state.params, state.extras, first, key, state.step, True)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], shapes[1][0]))
     (total, metrics, extras), _ = jax.lax.scan(one, (*zeros, state.extras), (parts, jnp.arange(accumulate)))
     weight = jnp.maximum(metrics["loss"][1], 1)

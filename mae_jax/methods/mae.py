@@ -42,6 +42,9 @@ class MAE(Method):
         for key, allowed in (("target", TARGETS), ("masking", MASKINGS)):
             if m[key] not in allowed:
                 raise UserError(f"method.{key}={m[key]!r}; {nearest(m[key], allowed)}")
+        for key in ("decoder_width", "decoder_depth", "decoder_heads"):
+            if m[key] < 1:
+                raise UserError(f"method.{key}={m[key]}; it must be at least 1")
         if m.decoder_width % m.decoder_heads or m.decoder_width % 4:
             raise UserError(f"method.decoder_width={m.decoder_width}; it must be a multiple of "
                             f"method.decoder_heads={m.decoder_heads} and of 4")
