@@ -6,14 +6,17 @@ notices a flipped bit in its metadata, but not in array data, and may even resto
 the checksums close that gap.
 """
 
+import functools
 import json
 import os
-import zlib
-from collections.abc import Mapping
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from logging import getLogger
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy
@@ -21,19 +24,15 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from mae_jax.checksum import Damaged, Record, describe, seal, unseal, verify
 from mae_jax.errors import UserError, nearest
 
 # Read when etils meets the first gs:// path: gcsfs serves it then, TensorFlow stays out.
 os.environ.setdefault("EPATH_USE_TF", "false")
 
 PyTree = Any
-Record = dict[str, list]  # path → [shape, dtype, word, word]
 
-BARRIER_SECONDS = 600  # how long a process waits for the others at the end of a save
-
-
-class Damaged(Exception):
-    """A checkpoint does not hold what was saved; the text names the first bad array or file."""
+SAVE_SECONDS = 600  # a save that takes longer has failed: TensorStore would retry a bucket for about 15 minutes
 
 
 class Checkpoints:
@@ -58,9 +57,8 @@ class Checkpoints:
         self._keep_last, self._keep_every = keep_last, keep_every
         self._pending: int | None = None
         self._refused: list[int] = []
-        self._tidy = False
         self._checkpointer = ocp.AsyncCheckpointer(
-            _handler(), async_options=ocp.options.AsyncOptions(timeout_secs=BARRIER_SECONDS))
+            _handler(), async_options=ocp.options.AsyncOptions(timeout_secs=SAVE_SECONDS))
 
     def latest(self) -> int | None:
         """Returns the newest committed step that was not refused, None if there is none."""
@@ -77,7 +75,7 @@ class Checkpoints:
             return
         arrays = _flatten(state)
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(_nest(arrays)),
-                                   checksums=ocp.args.JsonSave(_seal(_describe(arrays))))
+                                   checksums=ocp.args.JsonSave(seal(describe(arrays))))
         try:
             self._checkpointer.save(self._folder / str(step), args=items)
             self._pending = step
@@ -123,38 +121,36 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the last save and ends the background threads."""
         self.wait()
+        if self.failed:
+            self._sweep()
         self._checkpointer.close()
 
     def _steps(self) -> list[int]:
         return [step for step in _committed(self._folder) if step not in self._refused]
 
     def _try(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array] | None:
-        folder, reason, arrays = self._folder / str(step), "", None
+        folder, arrays = self._folder / str(step), None
         try:
             record = _read_record(self._checkpointer, folder)
             _check_same_model(folder, record, wanted)
             arrays = _read_arrays(self._checkpointer, folder, record, {
                 path: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype, global_shape=leaf.shape)
                 for path, leaf in wanted.items()})
-        except Exception as error:
-            if isinstance(error, UserError):
-                raise
-            reason = _cause(error)
-            logging.warning("checkpoint of step %d refused: %s; trying the one before", step, reason)
+        except Damaged as damage:
+            logging.warning("checkpoint of step %d refused: %s; trying the one before", step, damage)
         return arrays if _all_agree(arrays is not None) else None
 
     def _prepare(self) -> None:
-        """Before the first save: removes what interrupted saves left, and moves refused steps out of the way."""
-        if self._tidy or jax.process_index():
+        """Before a save: removes what interrupted saves left, and moves refused steps out of the way."""
+        if jax.process_index():
             return
-        self._tidy = True
         self._folder.mkdir(parents=True, exist_ok=True)
-        for path in _leftovers(self._folder):
-            _attempt(f"remove {path}", path.rmtree)
+        self._sweep()
         for step in self._refused:
             target = _unused(self._root / "refused", str(step))
             target.parent.mkdir(parents=True, exist_ok=True)
-            if _attempt(f"move the refused checkpoint of step {step}", (self._folder / str(step)).rename, target):
+            move = functools.partial((self._folder / str(step)).rename, target)
+            if _attempt(f"move the refused checkpoint of step {step}", move):
                 logging.warning("the refused checkpoint of step %d is now in %s", step, target)
         self._refused = [step for step in self._refused if (self._folder / str(step)).exists()]
 
@@ -169,9 +165,12 @@ class Checkpoints:
     def _fail(self, step: int, error: Exception) -> None:
         self.failed = f"checkpoint of step {step} not saved: {_cause(error)}"
         logging.warning("%s; training goes on, earlier checkpoints stay", self.failed)
-        if jax.process_index() == 0:
+        self._sweep()
+
+    def _sweep(self) -> None:
+        if jax.process_index() == 0 and self._folder.exists():
             for path in _leftovers(self._folder):
-                _attempt(f"remove {path}", path.rmtree)
+                _attempt(f"remove {path}", path.rmtree, tries=5)
 
 
 def load_params(path: epath.PathLike, ema: bool = False) -> dict[str, Any]:
@@ -199,10 +198,8 @@ def load_params(path: epath.PathLike, ema: bool = False) -> dict[str, Any]:
         for folder in folders:
             try:
                 return _load_step(reader, folder, ema)
-            except Exception as error:
-                if isinstance(error, UserError):
-                    raise
-                logging.warning("checkpoint %s refused: %s", folder, _cause(error))
+            except Damaged as damage:
+                logging.warning("checkpoint %s refused: %s", folder, damage)
     raise UserError(f"every checkpoint in {path} is damaged" if len(folders) > 1 else f"{folders[0]} is damaged")
 
 
@@ -216,7 +213,7 @@ def save_params(path: epath.PathLike, params: PyTree, metadata: Mapping[str, str
     """
     path = epath.Path(path)
     arrays = {name: np.ascontiguousarray(array) for name, array in _flatten(params).items()}
-    header = {**metadata, "checksums": json.dumps(_seal(_describe(arrays)))}
+    header = {**metadata, "checksums": json.dumps(seal(describe(arrays)))}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(safetensors.numpy.save(arrays, header))
@@ -238,7 +235,7 @@ def _load_file(path: epath.Path) -> dict[str, Any]:
         header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
         sealed = header.get("__metadata__", {}).get("checksums")
         if sealed:  # a file from elsewhere has none
-            _verify(_unseal(json.loads(sealed)), arrays)
+            verify(unseal(json.loads(sealed)), arrays)
     except FileNotFoundError as error:
         raise UserError(f"no such file: {path}") from error
     except Exception as error:
@@ -247,20 +244,47 @@ def _load_file(path: epath.Path) -> dict[str, Any]:
 
 
 def _handler() -> ocp.CompositeCheckpointHandler:
+    _quiet()
     return ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(), checksums=ocp.JsonCheckpointHandler())
 
 
+@functools.cache
+def _quiet() -> None:
+    """Keeps orbax's own output off the screen: all that concerns a user is said here, in one line each.
+
+    When one array cannot be read, orbax drops the reads of the others, and Python prints a traceback for each.
+    """
+    inside = f"{os.sep}orbax{os.sep}"
+    logging.get_absl_logger().addFilter(lambda record: inside not in record.pathname)
+    getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+    hook = sys.unraisablehook
+
+    def unless_abandoned(event: Any) -> None:
+        code = getattr(event.object, "cr_code", None)
+        if str(event.exc_value) != "Event loop is closed" and not (code and inside in code.co_filename):
+            hook(event)
+
+    sys.unraisablehook = unless_abandoned
+
+
 def _read_record(reader: ocp.Checkpointer, folder: epath.Path) -> Record:
-    sealed = reader.restore(folder, args=ocp.args.Composite(checksums=ocp.args.JsonRestore())).checksums
-    return _unseal(sealed)
+    try:
+        return unseal(reader.restore(folder, args=ocp.args.Composite(checksums=ocp.args.JsonRestore())).checksums)
+    except Exception as error:
+        raise Damaged(f"{folder / 'checksums'}: {_cause(error)}") from error
 
 
 def _read_arrays(reader: ocp.Checkpointer, folder: epath.Path, record: Record,
                  how: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:
-    """Returns the arrays of the paths in `how`; raises Damaged, or what orbax raises, unless all are as recorded."""
+    """Returns the arrays of the paths in `how`; raises Damaged unless all are as recorded."""
     item = ocp.args.PyTreeRestore(_nest(dict.fromkeys(how, 0)), restore_args=_nest(how), partial_restore=True)
-    arrays = _flatten(reader.restore(folder, args=ocp.args.Composite(state=item)).state)
-    _verify({path: record[path] for path in how}, arrays)
+    try:
+        arrays = _flatten(reader.restore(folder, args=ocp.args.Composite(state=item)).state)
+    except Exception as error:  # orbax and TensorStore raise anything from KeyError to XlaRuntimeError on damage
+        raise Damaged(f"{folder / 'state'}: {_cause(error)}") from error
+    # An array whose name got damaged comes back as the place-holder.
+    arrays = {path: array for path, array in arrays.items() if isinstance(array, jax.Array | np.ndarray)}
+    verify({path: record[path] for path in how}, arrays)
     return arrays
 
 
@@ -277,63 +301,6 @@ def _check_same_model(folder: epath.Path, record: Record, wanted: Mapping[str, j
         if there != here:
             raise UserError(f"{folder} is of another model: {path} is {there[1]}{there[0]} there and "
                             f"{here[1]}{here[0]} in this config")
-
-
-def _describe(arrays: Mapping[str, Any]) -> Record:
-    """Returns shape, dtype and the two checksum words of every array."""
-    words = jax.device_get({path: checksum(array) for path, array in arrays.items()})
-    return {path: [list(array.shape), str(array.dtype), *map(int, words[path])] for path, array in arrays.items()}
-
-
-def _verify(record: Record, arrays: Mapping[str, Any]) -> None:
-    found = _describe(arrays)
-    for path in sorted(record.keys() | found.keys()):
-        if record.get(path) != found.get(path):
-            there, here = record.get(path, ["none"])[:2], found.get(path, ["none"])[:2]
-            raise Damaged(f"{path}: " + ("its checksum differs from the one saved" if there == here else
-                                         f"saved as {there}, read as {here}"))
-
-
-@jax.jit
-def checksum(array: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns two uint32 words that depend on every bit of every element and on its global index, not on the sharding.
-
-    Each word is the sum, modulo 2³², of a bijection of an element's bits that its index selects; so a change of one
-    element always changes both words, and any other change goes unnoticed with probability 2⁻⁶⁴.
-    Compiled once per shape, which for a ViT costs a sixth of compiling one function of the whole tree.
-
-    Args:
-      array: float, integer or bool of at most 32 bits per element; any sharding.
-    """
-    if array.dtype == jnp.bool_:
-        array = array.astype(jnp.uint8)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
-    index = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, size in enumerate(bits.shape):
-        index = index * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    key = _mix(index + np.uint32(0x9E3779B9), 0x7FEB352D, 0x846CA68B)
-    first = _mix(bits ^ key, 0x7FEB352D, 0x846CA68B)
-    second = _mix(bits + key * np.uint32(0x85EBCA6B), 0x21F0AAAD, 0xD35A2D97)
-    return jnp.sum(first, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)
-
-
-def _mix(bits: jax.Array, first: int, second: int) -> jax.Array:
-    """A bijection of uint32: xor-shift and multiply, with the constants of C. Wellons' hash-prospector."""
-    bits = (bits ^ (bits >> 16)) * np.uint32(first)
-    bits = (bits ^ (bits >> 15)) * np.uint32(second)
-    return bits ^ (bits >> 16)
-
-
-def _seal(record: Record) -> dict[str, Any]:
-    """Adds the record's own checksum: a damaged record must not be taken for another model."""
-    return {"arrays": record, "crc32": zlib.crc32(json.dumps(record, sort_keys=True).encode())}
-
-
-def _unseal(sealed: dict[str, Any]) -> Record:
-    if _seal(sealed["arrays"])["crc32"] != sealed["crc32"]:
-        raise Damaged("the list of checksums is damaged")
-    return sealed["arrays"]
 
 
 def _flatten(tree: PyTree) -> dict[str, Any]:
@@ -369,7 +336,7 @@ def _complete(path: epath.Path) -> bool:
 def _leftovers(folder: epath.Path) -> list[epath.Path]:
     """Returns the folders that interrupted saves left."""
     return [path for path in folder.iterdir()
-            if ".orbax-checkpoint-tmp" in path.name or path.name.isdigit() and not _complete(path)]
+            if ".orbax-checkpoint-tmp" in path.name or (path.name.isdigit() and not _complete(path))]
 
 
 def _unused(folder: epath.Path, name: str) -> epath.Path:
@@ -379,14 +346,22 @@ def _unused(folder: epath.Path, name: str) -> epath.Path:
     return path
 
 
-def _attempt(what: str, action: Any, *args: Any) -> bool:
-    """Does something that may fail without harm; a warning says so."""
-    try:
-        action(*args)
-    except Exception as error:
-        logging.warning("could not %s: %s", what, _cause(error))
-        return False
-    return True
+def _attempt(what: str, action: Callable[[], Any], tries: int = 1) -> bool:
+    """Does something that may fail without harm; a warning says so.
+
+    More than one try, because a failed save's other writers may still be putting files into the folder to remove.
+    """
+    for left in reversed(range(tries)):
+        try:
+            action()
+        except Exception as error:
+            if left:
+                time.sleep(0.2)
+            else:
+                logging.warning("could not %s: %s", what, _cause(error))
+        else:
+            return True
+    return False
 
 
 def _all_agree(good: bool) -> bool:
@@ -395,6 +370,8 @@ def _all_agree(good: bool) -> bool:
 
 
 def _cause(error: BaseException) -> str:
-    """Returns the error in one line of at most about 300 characters."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"
+    """Returns the first error of a chain in one line, without the specs that TensorStore appends."""
+    while error.__cause__:
+        error = error.__cause__
+    text = re.split(r" \[\w+(?:\[\d+\])?=|\. See full TensorStore", " ".join(str(error).split()))[0]
+    return f"{type(error).__name__}: {text[:600]}"

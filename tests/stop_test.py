@@ -18,11 +18,9 @@ def tell(word):
     print(word, flush=True)
 
 def compile_for_long():
-    def deep(x):
-        for i in range(6000):
-            x = jnp.sin(x @ x) * (i + 1)
-        return x
-    lowered = jax.jit(deep).lower(jnp.ones((4, 4)))
+    def wide(x):  # 200 sorts: seconds inside XLA
+        return [jnp.sort(x[:i + 2] * i) @ x[:i + 2] for i in range(200)]
+    lowered = jax.jit(wide).lower(jnp.ones(2000))
     tell("compiling")
     lowered.compile()
     tell("compiled")
@@ -30,9 +28,8 @@ def compile_for_long():
 
 
 def start(body: str) -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-c", PROLOGUE + body], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True)
-    return process
+    return subprocess.Popen([sys.executable, "-c", PROLOGUE + body], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)
 
 
 def wait_for(process: subprocess.Popen, word: str) -> None:
