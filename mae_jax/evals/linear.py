@@ -1,5 +1,7 @@
 """Linear probe: multinomial logistic regression on frozen features."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +11,25 @@ ITERATIONS = 100  # of L-BFGS; enough for the training loss to settle on the fea
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)  # L2 strengths tried on a fifth of the training features (our choice)
 
 
-def fit(features: jax.Array, labels: jax.Array, classes: int, penalty: jax.Array) -> jax.Array:
-    """Returns weights [D + 1, classes] (the last row is the bias) that minimise mean cross-entropy + penalty · |W|²."""
+@partial(jax.jit, static_argnames="classes")
+def fit(features: jax.Array, labels: jax.Array, share: jax.Array, penalty: jax.Array, classes: int) -> jax.Array:
+    """Minimises Σ share · cross-entropy + penalty · |W|² from zero.
+
+    Args:
+      features: float32 [n, D].
+      labels: int32 [n].
+      share: float32 [n], the weight of each example, summing to 1.
+      penalty: L2 strength; the bias is free.
+      classes: number of classes.
+
+    Returns:
+      float32 [D + 1, classes]; the last row is the bias.
+    """
     inputs = jnp.concatenate([features, jnp.ones((features.shape[0], 1))], 1)
 
     def loss(weights: jax.Array) -> jax.Array:
-        entropy = optax.softmax_cross_entropy_with_integer_labels(inputs @ weights, labels).mean()
-        return entropy + penalty * jnp.square(weights[:-1]).sum()
+        entropy = optax.softmax_cross_entropy_with_integer_labels(inputs @ weights, labels)
+        return entropy @ share + penalty * jnp.square(weights[:-1]).sum()
 
     optimizer = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(loss)
@@ -29,9 +43,6 @@ def fit(features: jax.Array, labels: jax.Array, classes: int, penalty: jax.Array
     weights = jnp.zeros((inputs.shape[1], classes))
     (weights, _), _ = jax.lax.scan(iterate, (weights, optimizer.init(weights)), None, ITERATIONS)
     return weights
-
-
-_fit = jax.jit(fit, static_argnums=2)
 
 
 def accuracy(weights: jax.Array, features: np.ndarray, labels: np.ndarray) -> float:
@@ -50,7 +61,9 @@ def top1(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarra
     mean, deviation = features.mean(0), features.std(0) + 1e-6
     features, tests = (features - mean) / deviation, (test[0] - mean) / deviation
     held = np.arange(len(labels)) % 5 == 4
-    scores = [accuracy(_fit(features[~held], labels[~held], classes, penalty), features[held], labels[held])
+    kept = (~held / (~held).sum()).astype(np.float32)
+    scores = [accuracy(fit(features, labels, kept, penalty, classes), features[held], labels[held])
               for penalty in PENALTIES]
     penalty = PENALTIES[int(np.argmax(scores))]
-    return accuracy(_fit(features, labels, classes, penalty), tests, test[1])
+    everything = np.full(len(labels), 1 / len(labels), np.float32)
+    return accuracy(fit(features, labels, everything, penalty, classes), tests, test[1])
