@@ -1,7 +1,10 @@
 """Metrics on their way out: means of (sum, weight), metrics.jsonl, TensorBoard and the progress line."""
 
+import errno
+import io
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+
+from mae_jax.errors import UserError
+from mae_jax.workdir import replace_text
 
 logger = logging.getLogger(__name__)
 REMOTE_PERIOD = 30.0  # seconds between rewrites of metrics.jsonl in a bucket, which cannot append
@@ -33,26 +39,36 @@ class Means:
 
 
 class JsonLines:
-    """metrics.jsonl: one JSON object per line, each step of a kind once.
+    """metrics.jsonl: one JSON object per line, each metric of a step once.
 
     A line that cannot be written (a full disk) is kept and written with the next one.
+
+    Attributes:
+      seen: the (step, name) that the file held when it was opened.
     """
 
-    def __init__(self, path: epath.Path, restored_step: int):
+    def __init__(self, path: epath.Path, restored_step: float, active: bool = True):
+        """Reads the file and, where `active`, cuts lines past `restored_step` and torn ones."""
         self.path = path
         self.local = "://" not in str(path)
         self.pending: list[str] = []
         self.written = time.monotonic()
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= restored_step]
+        text = path.read_text() if path.exists() else ""
+        kept = [line for line in text.splitlines() if _step_of(line) <= restored_step]
         self.lines = [] if self.local else kept
         self.seen = {(json.loads(line)["step"], name) for line in kept for name in json.loads(line)}
-        if len(kept) < len(lines):
-            path.write_text("".join(line + "\n" for line in kept))
+        if active and text != _joined(kept):
+            try:
+                replace_text(path, _joined(kept))
+            except OSError as error:
+                raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        line = json.dumps({"step": step, "time": round(time.time(), 3), **values})
-        self.pending.append(line)
+        """Appends a line; names that the file held at this step when it was opened are left out."""
+        values = {name: value for name, value in values.items() if (step, name) not in self.seen}
+        if not values:
+            return
+        self.pending.append(json.dumps({"step": step, "time": round(time.time(), 3), **values}))
         if self.local or time.monotonic() - self.written > REMOTE_PERIOD:
             self.flush()
 
@@ -62,23 +78,39 @@ class JsonLines:
             return
         try:
             if self.local:
-                with open(self.path, "a") as file:
-                    file.write("".join(line + "\n" for line in self.pending))
+                _append(self.path, _joined(self.pending))
             else:
+                self.path.write_text(_joined(self.lines + self.pending))
                 self.lines += self.pending
-                self.path.write_text("".join(line + "\n" for line in self.lines))
             self.pending = []
-        except OSError as error:
+        except Exception as error:  # buckets raise errors of their own, and no metric is worth a run
             logger.warning("cannot write %s (%s); kept, and tried again", self.path, error)
         self.written = time.monotonic()
 
 
+def _joined(lines: list[str]) -> str:
+    return "".join(line + "\n" for line in lines)
+
+
+def _append(path: epath.Path, text: str) -> None:
+    """Appends all of the text or, when the disk is full, nothing."""
+    data = text.encode()
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, "no space left on device")
+        except OSError:
+            file.truncate(size)
+            raise
+
+
 def _step_of(line: str) -> float:
-    """Returns the step of a line; a line cut by a crash counts as past everything."""
+    """Returns the step of a line; NaN, which is past everything, for one that a crash has torn."""
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return math.nan
 
 
 def open_tensorboard(workdir: epath.Path) -> Any:
@@ -92,41 +124,44 @@ def open_tensorboard(workdir: epath.Path) -> Any:
 
 
 class Recorder:
-    """Writes scalars and pictures of process 0 to every sink; other processes write nothing."""
+    """Writes scalars and pictures of process 0 (`active`) to every sink; other processes write nothing."""
 
-    def __init__(self, workdir: epath.Path, restored_step: int, tensorboard: bool, active: bool = True):
+    def __init__(self, workdir: epath.Path, restored_step: float, tensorboard: bool, active: bool = True):
         self.workdir, self.active = workdir, active
-        self.jsonl = JsonLines(workdir / "metrics.jsonl", restored_step) if active else None
+        self.jsonl = JsonLines(workdir / "metrics.jsonl", restored_step, active)
         self.board = open_tensorboard(workdir) if active and tensorboard else None
 
     def has(self, step: int, name: str) -> bool:
-        """Says whether metrics.jsonl held the metric at the step when the run began."""
-        return self.jsonl is not None and (step, name) in self.jsonl.seen
+        """Says whether metrics.jsonl held the metric at the step when the run began; all processes say the same."""
+        return (step, name) in self.jsonl.seen
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes name → number; JSON has no NaN, so a number that is not finite is written as null."""
-        if self.jsonl is None:
+        if not self.active:
             return
         self.jsonl.write(step, {k: v if np.isfinite(v) else None for k, v in values.items()})
         if self.board:
             self.board.write_scalars(step, values)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """Writes uint8 [height, width, 3] as pictures/<name>_<step>.png."""
+        """Writes uint8 [height, width, 3] as pictures/<name>_<step>.png; a failure is a warning."""
         from PIL import Image
 
         if not self.active:
             return
-        folder = self.workdir / "pictures"
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"{name}_{step:07d}.png").open("wb") as file:
-            Image.fromarray(image).save(file, format="PNG")
+        path = self.workdir / "pictures" / f"{name}_{step:07d}.png"
+        content = io.BytesIO()
+        Image.fromarray(image).save(content, format="PNG")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content.getvalue())
+        except Exception as error:  # as in JsonLines.flush
+            logger.warning("cannot write %s (%s)", path, error)
         if self.board:
             self.board.write_images(step, {name: image[None]})
 
     def flush(self) -> None:
-        if self.jsonl:
-            self.jsonl.flush()
+        self.jsonl.flush()
         if self.board:
             self.board.flush()
 

@@ -2,6 +2,7 @@
 
 import collections
 import logging
+import math
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -161,12 +162,12 @@ def evaluate_into(recorder: Recorder, evaluator: Evaluator, state: TrainState, d
 def train(config: ConfigDict, folder: str) -> int:
     """Trains until `train.duration`, resuming what the workdir holds. Returns the exit code."""
     folder = epath.Path(folder)
-    done_file = folder / "DONE"
     run = prepare(config, folder)
     for change in workdir.open_workdir(folder, config):
         logger.info("changed since the run began: %s", change)
-    if done_file.exists() and int(done_file.read_text()) >= run.total:
-        print(f"{folder} is finished: step {done_file.read_text()} of {run.total}; a longer train.duration goes on")
+    finished = workdir.finished(folder)
+    if finished >= run.total:
+        print(f"{folder} is finished: step {finished} of {run.total}; a longer train.duration goes on")
         return cli.FINISHED
     with Stopper() as stopper:
         checkpoints = Checkpoints(folder, config.checkpoint.keep_last, run.every("checkpoint", "keep_every"))
@@ -258,7 +259,7 @@ def finish(run: Run, checkpoints: Checkpoints, done: int) -> int:
         print(f"stopped at step {done} of {run.total}, state saved; the same command goes on", flush=True)
         return cli.STOPPED
     if jax.process_index() == 0:
-        (run.workdir / "DONE").write_text(str(done))
+        workdir.replace_text(run.workdir / "DONE", f"{done}\n")
     print(f"finished {done} steps; {run.workdir}", flush=True)
     return cli.FINISHED
 
@@ -274,7 +275,8 @@ def evaluate(folder: str) -> int:
     if state is None:
         raise UserError(f"{path} holds no checkpoint yet")
     done = int(state.step)
-    recorder = Recorder(path, done, run.config.log.tensorboard, jax.process_index() == 0)
+    # Lines past this step stay: they may be those of a run in progress.
+    recorder = Recorder(path, math.inf, run.config.log.tensorboard, jax.process_index() == 0)
     evaluate_into(recorder, Evaluator(run.method, run.inputs, run.mesh), state, done)
     recorder.close()
     checkpoints.close()

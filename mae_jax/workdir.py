@@ -35,10 +35,31 @@ def open_workdir(workdir: epath.Path, config: ConfigDict) -> list[str]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            file.write_text(json.dumps(record, indent=2) + "\n")
+            replace_text(file, json.dumps(record, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write the workdir {workdir}: {error.strerror or error}") from None
     return changes
+
+
+def replace_text(file: epath.Path, text: str) -> None:
+    """Writes a file so that it always holds the old text or the new one, also after a kill or on a full disk."""
+    if "://" in str(file):  # an object in a bucket appears when it is complete
+        file.write_text(text)
+        return
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        partial.write_text(text)
+        partial.replace(file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def finished(workdir: epath.Path) -> int:
+    """Returns the step that DONE names, 0 where the run has not finished."""
+    file = workdir / "DONE"
+    text = file.read_text().strip() if file.exists() else ""
+    return int(text) if text.isdecimal() else 0
 
 
 def read_config(workdir: epath.Path) -> ConfigDict:
@@ -65,10 +86,13 @@ def compare(old: ConfigDict, new: ConfigDict) -> list[str]:
 
 
 def git_commit() -> str:
-    """Returns the commit of the installed source, '' where it is not a git checkout."""
+    """Returns the commit of the installed source, '' where it is not a git checkout.
+
+    The last commit that touched this file's folder: '' too for an installed copy inside somebody else's repository.
+    """
     try:
-        out = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True,
-                             timeout=10)
+        out = subprocess.run(["git", "log", "-1", "--format=%H", "--", "."], cwd=Path(__file__).parent,
+                             capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return out.stdout.strip()
