@@ -70,15 +70,14 @@ class Checkpoints:
         A step that is already there is not written again.
         """
         self.wait()
-        self._prepare()
-        if step in self._steps():
-            return
         arrays = _flatten(state)
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(_nest(arrays)),
                                    checksums=ocp.args.JsonSave(seal(describe(arrays))))
         try:
-            self._checkpointer.save(self._folder / str(step), args=items)
-            self._pending = step
+            self._prepare()
+            if step not in self._steps():
+                self._checkpointer.save(self._folder / str(step), args=items)
+                self._pending = step
         except Exception as error:  # whatever the file system, orbax or TensorStore raise
             self._fail(step, error)
 
@@ -92,7 +91,7 @@ class Checkpoints:
             self.failed = None
         except Exception as error:
             self._fail(step, error)
-        self._prune()
+        _attempt("delete old checkpoints", self._prune)
 
     def restore(self, abstract: PyTree) -> PyTree | None:
         """Reads the newest checkpoint that verifies.
@@ -114,15 +113,15 @@ class Checkpoints:
                 return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in wanted])
             self._refused.append(step)
         if steps:
-            raise UserError(f"every checkpoint in {self._folder} is damaged (steps {', '.join(map(str, steps))}); "
-                            "move the folder away to start from the beginning")
+            raise UserError(f"no checkpoint in {self._folder} could be read (steps {', '.join(map(str, steps))}, see "
+                            "the warnings above); move the folder away to start from the beginning")
         return None
 
     def close(self) -> None:
         """Waits for the last save and ends the background threads."""
         self.wait()
         if self.failed:
-            self._sweep()
+            _attempt("clean up", self._sweep)
         self._checkpointer.close()
 
     def _steps(self) -> list[int]:
@@ -142,17 +141,20 @@ class Checkpoints:
 
     def _prepare(self) -> None:
         """Before a save: removes what interrupted saves left, and moves refused steps out of the way."""
-        if jax.process_index():
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._sweep()
-        for step in self._refused:
-            target = _unused(self._root / "refused", str(step))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            move = functools.partial((self._folder / str(step)).rename, target)
-            if _attempt(f"move the refused checkpoint of step {step}", move):
-                logging.warning("the refused checkpoint of step %d is now in %s", step, target)
-        self._refused = [step for step in self._refused if (self._folder / str(step)).exists()]
+        if jax.process_index() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            for step in self._refused:
+                _attempt(f"move the refused checkpoint of step {step}", functools.partial(self._move_aside, step))
+        if self._refused:
+            _all_agree(True)  # the others look after process 0 has moved them
+            self._refused = [step for step in self._refused if (self._folder / str(step)).exists()]
+
+    def _move_aside(self, step: int) -> None:
+        target = _unused(self._root / "refused", str(step))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (self._folder / str(step)).rename(target)
+        logging.warning("the refused checkpoint of step %d is now in %s", step, target)
 
     def _prune(self) -> None:
         steps = self._steps()
@@ -165,7 +167,7 @@ class Checkpoints:
     def _fail(self, step: int, error: Exception) -> None:
         self.failed = f"checkpoint of step {step} not saved: {_cause(error)}"
         logging.warning("%s; training goes on, earlier checkpoints stay", self.failed)
-        self._sweep()
+        _attempt("clean up", self._sweep)
 
     def _sweep(self) -> None:
         if jax.process_index() == 0 and self._folder.exists():
@@ -189,9 +191,8 @@ def load_params(path: epath.PathLike, ema: bool = False) -> dict[str, Any]:
     path = epath.Path(path)
     if path.suffix == ".safetensors":
         return _load_file(path)
-    folders = [path] if path.name.isdigit() else [
-        path / "checkpoints" / str(step) for step in reversed(_committed(path / "checkpoints"))]
-    if not folders or not path.exists():
+    folders = _step_folders(path)
+    if not folders:
         raise UserError(f"no checkpoint in {path}; expected a workdir with checkpoints/, a step folder in it, or a "
                         "*.safetensors file")
     with ocp.Checkpointer(_handler()) as reader:
@@ -200,7 +201,7 @@ def load_params(path: epath.PathLike, ema: bool = False) -> dict[str, Any]:
                 return _load_step(reader, folder, ema)
             except Damaged as damage:
                 logging.warning("checkpoint %s refused: %s", folder, damage)
-    raise UserError(f"every checkpoint in {path} is damaged" if len(folders) > 1 else f"{folders[0]} is damaged")
+    raise UserError(f"no checkpoint in {path} could be read; see the warnings above")
 
 
 def save_params(path: epath.PathLike, params: PyTree, metadata: Mapping[str, str]) -> None:
@@ -319,6 +320,14 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[name] = leaf
     return tree
+
+
+def _step_folders(path: epath.Path) -> list[epath.Path]:
+    """Returns the steps that a workdir, its checkpoints folder or a step folder offers, newest first."""
+    if (path / "state").exists():
+        return [path]
+    folder = path / "checkpoints" if (path / "checkpoints").exists() else path
+    return [folder / str(step) for step in reversed(_committed(folder))]
 
 
 def _committed(folder: epath.Path) -> list[int]:
