@@ -1,0 +1,1 @@
+"""Weights in and out, in the layouts of other libraries; NumPy only."""

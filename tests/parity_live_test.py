@@ -1,0 +1,64 @@
+"""Parity with Hugging Face's ViTMAE, computed here and now where torch and transformers are installed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mae_jax import methods
+from mae_jax.config import default
+from mae_jax.interop.hf import hf_config, to_hf
+from mae_jax.ops.patches import grid
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+TOLERANCE = 1e-5  # of the largest absolute value of each tensor
+
+
+def hugging_face(config, params):
+    with torch.random.fork_rng():
+        model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**hf_config(config)))
+    state = {key: torch.from_numpy(value) for key, value in to_hf(params, grid(config), config.model.patch).items()}
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+def small(config):
+    config.data.image_size = (24, 24)
+    config.model.update(width=48, depth=3, heads=4, patch=(4, 4))
+    config.method.update(target="pixel", decoder_width=32, decoder_depth=2, decoder_heads=2, mask_ratio=0.6)
+
+
+@pytest.mark.parametrize("shrink", [None, small], ids=["vit_b_16", "small"])
+def test_exported_weights_give_hugging_face_the_same_loss_and_predictions(shrink):
+    config = default()
+    config.batch_size = 2
+    config.model.dtype = "float32"
+    if shrink:
+        shrink(config)
+    method = methods.get("mae")(config)
+    rng = np.random.default_rng(0)
+    shapes, _ = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec())
+    params = jax.tree.map(lambda s: 0.05 * rng.standard_normal(s.shape, np.float32), shapes)
+    spec = method.batch_spec()["patches"].shape
+    raster = rng.integers(0, 256, spec, np.uint8)
+    order = rng.permuted(np.tile(np.arange(spec[1], dtype=np.int32), (2, 1)), axis=1)
+    batch = {"patches": np.take_along_axis(raster, order[..., None], 1), "order": order, "valid": np.ones(2)}
+
+    @jax.jit
+    def ours(params):
+        return method.loss(params, {}, batch, jax.random.key(0), jnp.int32(0), True)[0], method.predict(params, batch)
+
+    height, width = grid(config)
+    patch = config.model.patch[0]
+    pictures = raster.reshape(2, height, width, patch, patch, 3).transpose(0, 5, 1, 3, 2, 4)
+    pixels = pictures.reshape(2, 3, height * patch, width * patch) / 255
+    pixels = (pixels - np.reshape([0.485, 0.456, 0.406], (3, 1, 1))) / np.reshape([0.229, 0.224, 0.225], (3, 1, 1))
+    with torch.no_grad():
+        theirs = hugging_face(config, params)(torch.from_numpy(pixels).float(),
+                                              noise=torch.from_numpy(np.argsort(order).astype(np.float32)))
+    loss, predictions = jax.device_get(ours(params))
+    expected = np.take_along_axis(theirs.logits.numpy(), order[:, method.visible:, None], 1)
+    np.testing.assert_allclose(loss, theirs.loss.numpy(), rtol=TOLERANCE)
+    np.testing.assert_allclose(predictions, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
