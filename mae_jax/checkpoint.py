@@ -151,8 +151,11 @@ class Checkpoints:
             self._refused = [step for step in self._refused if (self._folder / str(step)).exists()]
 
     def _move_aside(self, step: int) -> None:
-        target = _unused(self._root / "refused", str(step))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = self._root / "refused"
+        folder.mkdir(parents=True, exist_ok=True)
+        # Also makes the folder exist on a bucket, where a rename asks for it.
+        (folder / "README.txt").write_text("Damaged checkpoints, kept to be looked at; nothing reads them.\n")
+        target = _unused(folder, str(step))
         (self._folder / str(step)).rename(target)
         logging.warning("the refused checkpoint of step %d is now in %s", step, target)
 

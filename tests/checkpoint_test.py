@@ -135,7 +135,7 @@ def test_a_flipped_bit_in_array_data_refuses_the_step_by_name_and_restores_the_o
     assert checkpoints.latest() == 1
     checkpoints.save(2, make_state(2))
     checkpoints.wait()
-    assert names(tmp_path / "refused") == ["2"]
+    assert names(tmp_path / "refused") == ["2", "README.txt"]
     assert same(Checkpoints(tmp_path, 3).restore(abstract(make_state(0))), make_state(2))
 
 
@@ -235,6 +235,16 @@ def test_load_params_reads_a_workdir_a_step_and_an_exported_file(tmp_path, caplo
         load_params(tmp_path / "checkpoints" / "2")
     with pytest.raises(UserError, match="no checkpoint in"):
         load_params(tmp_path / "nowhere")
+
+
+def test_load_params_gives_the_average_when_asked_and_there_is_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints.save(1, {"params": {"kernel": jnp.ones(2)}, "ema": {"kernel": jnp.full(2, 0.5)}})
+    checkpoints.close()
+    assert load_params(tmp_path)["kernel"].tolist() == [1, 1]
+    assert load_params(tmp_path, ema=True)["kernel"].tolist() == [0.5, 0.5]
+    save(tmp_path / "plain", 1).close()
+    assert load_params(tmp_path / "plain", ema=True)["count"].tolist() == [1, 2, 3]
 
 
 def test_exported_file_round_trips_and_refuses_every_flipped_byte_of_the_data(tmp_path):

@@ -1,0 +1,80 @@
+"""Two processes save, refuse and stop together."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+number, port, workdir = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+import jax
+import numpy as np
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.config.update("jax_enable_preemption_service", True)
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec as P
+sys.path.insert(0, sys.argv[4])
+from checkpoint_test import Checkpoints, array_file, flip, make_state, names
+from mae_jax.stop import Stopper
+
+mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+def place(x):
+    return NamedSharding(mesh, P("data") if x.ndim and x.shape[0] % 4 == 0 else P())
+
+def state(step):
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, place(x), lambda i: np.asarray(x)[i]),
+                        make_state(step))
+
+abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), make_state(0))
+with Stopper() as stopper:
+    checkpoints = Checkpoints(workdir, 2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, state(step))
+    checkpoints.wait()
+    assert checkpoints.failed is None
+    if number == 0:
+        path = array_file(workdir / "checkpoints" / "3")
+        flip(path, path.stat().st_size // 2)
+    multihost_utils.sync_global_devices("damaged")
+    checkpoints = Checkpoints(workdir, 2)
+    assert int(checkpoints.restore(abstract).step) == 2
+    checkpoints.save(3, state(3))
+    checkpoints.wait()
+    assert checkpoints.latest() == 3
+    assert "3" in names(workdir / "refused")
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGINT)
+    step = 3
+    while not stopper.should_stop(step):
+        time.sleep(0.02)
+        step += 1
+    checkpoints.save(step, state(step))
+    checkpoints.close()
+    restored = Checkpoints(workdir, 2).restore(abstract)
+    for got, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(make_state(step)), strict=True):
+        for shard in got.addressable_shards:
+            assert np.asarray(shard.data).tobytes() == np.asarray(wanted)[shard.index].tobytes()
+    print("stopped at", step, flush=True)
+"""
+
+
+def test_two_processes_save_refuse_a_damaged_step_and_stop_at_the_same_step(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    processes = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(SCRIPT), str(number), str(port), str(tmp_path),
+                                   str(Path(__file__).parents[1])],
+                                  env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                 for number in range(2)]
+    ends = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends[0][1] + ends[1][1]
+    stops = [[line for line in out.splitlines() if line.startswith("stopped at")] for out, _ in ends]
+    assert stops[0] == stops[1] != []
+    assert all("step 3 refused: params/" in err for _, err in ends)
