@@ -1,7 +1,6 @@
 """The input: pictures to batches of permuted uint8 patches. The only folder that imports TensorFlow, when built."""
 
 import functools
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -61,32 +60,33 @@ def build(config: ConfigDict, spec: dict[str, jax.ShapeDtypeStruct], order: Orde
         if name not in FIELDS:
             raise UserError(f"data.source={config.data.source!r} gives no batch field {name!r}; "
                             f"{_PROVIDERS.get(name, 'it gives ' + ', '.join(FIELDS))}")
-    return _random_access(config, spec, order, rows)
+    return _open(config, spec, order, rows)
 
 
-def _random_access(config: ConfigDict, spec: dict[str, jax.ShapeDtypeStruct], order: Order, rows: np.ndarray) -> Inputs:
-    from mae_jax.data import pipeline, sources
+def _open(config: ConfigDict, spec: dict[str, jax.ShapeDtypeStruct], order: Order, rows: np.ndarray) -> Inputs:
+    from mae_jax.data import pipeline, sources, streams
     from mae_jax.data.views import Views
 
-    data, views, bad = config.data, Views(config, order), deque(maxlen=BAD_NAMES)
+    data = config.data
     source = sources.load(data, data.train_split)
     held_out = sources.load(data, data.eval_split) if data.eval_split else None
+    kinds = {sources.Source: pipeline, streams.Stream: streams}
+    bad: deque[str] = deque(maxlen=BAD_NAMES)
+    common = {"views": Views(config, order), "config": config, "spec": spec, "rows": rows, "bad": bad}
 
-    def train(step: int) -> Iterator[Batch]:
-        example = functools.partial(pipeline.train_example, source, views, config.seed, bad)
-        return pipeline.batches(example, spec, rows, range(step, sys.maxsize // config.batch_size), data)
+    def evaluate(part: sources.Source | streams.Stream | None) -> Iterator[Batch]:
+        return kinds[type(part)].evaluate(part, **common) if part else iter(())
 
-    def evaluate(part: sources.Source | None) -> Iterator[Batch]:
-        if part is None:
-            return iter(())
-        indices = pipeline.subset(part.size, config.eval.max_examples)
-        example = functools.partial(pipeline.evaluate_example, part, views, indices, bad)
-        return pipeline.batches(example, spec, rows, range(-(-len(indices) // config.batch_size)), data)
-
+    left_over = streams.left_over(source, config) if isinstance(source, streams.Stream) else range(0)
+    lost = ""
+    if left_over:
+        lost = f"; left out by {data.readers} readers: {len(left_over)}, from {source.name(left_over[0])}"
+    num_eval = held_out.size if held_out else 0
     return Inputs(
-        train=train, support=lambda: evaluate(source), evaluate=lambda: evaluate(held_out), num_train=source.size,
-        num_eval=held_out.size if held_out else 0, classes=source.classes, bad=bad,
-        description=_describe(data, source.size, held_out.size if held_out else 0, len(source.classes)))
+        train=functools.partial(kinds[type(source)].train, source, **common),
+        support=functools.partial(evaluate, source), evaluate=functools.partial(evaluate, held_out),
+        num_train=source.size - len(left_over), num_eval=num_eval, classes=source.classes, bad=bad,
+        description=_describe(data, source.size, num_eval, len(source.classes)) + lost)
 
 
 def _describe(data: ConfigDict, train: int, held_out: int, classes: int) -> str:

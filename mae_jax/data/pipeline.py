@@ -1,6 +1,8 @@
 """Sources with random access to batches: a pure function of the position, mapped in parallel by tf.data."""
 
+import functools
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -17,6 +19,7 @@ from mae_jax.data.views import Fields, Views
 TRIES = 4  # pictures tried for one position before a grey one stands in: the drawn one and three more
 PADDING = -1  # id of the rows that fill the last batch of an evaluation
 Batch = dict[str, np.ndarray]
+Spec = dict[str, jax.ShapeDtypeStruct]
 
 
 def train_example(source: Source, views: Views, seed: int, bad: deque[str], position: int) -> Fields:
@@ -58,9 +61,24 @@ def subset(size: int, most: int) -> np.ndarray:
     return np.sort(rng(0, "subset", 0).permutation(size)[:most])
 
 
-def batches(example: Callable[[int], Fields], spec: dict[str, jax.ShapeDtypeStruct], rows: np.ndarray,
+def train(source: Source, step: int, views: Views, config: ConfigDict, spec: Spec, rows: np.ndarray,
+          bad: deque[str]) -> Iterator[Batch]:
+    """Yields these rows of the batches step, step + 1, ... without end."""
+    example = functools.partial(train_example, source, views, config.seed, bad)
+    return batches(example, spec, rows, range(step, sys.maxsize // config.batch_size), config.data)
+
+
+def evaluate(source: Source, views: Views, config: ConfigDict, spec: Spec, rows: np.ndarray,
+             bad: deque[str]) -> Iterator[Batch]:
+    """Yields these rows of at most eval.max_examples examples, padded to full batches."""
+    indices = subset(source.size, config.eval.max_examples)
+    example = functools.partial(evaluate_example, source, views, indices, bad)
+    return batches(example, spec, rows, range(-(-len(indices) // config.batch_size)), config.data)
+
+
+def batches(example: Callable[[int], Fields], spec: Spec, rows: np.ndarray,
             steps: range, data: ConfigDict) -> Iterator[Batch]:
-    """Yields these rows of the global batches of `steps`, made ahead by data.threads threads.
+    """Yields these rows of the global batches of `steps`.
 
     Args:
       example: position → fields; called from many threads.
@@ -68,27 +86,41 @@ def batches(example: Callable[[int], Fields], spec: dict[str, jax.ShapeDtypeStru
       rows: global rows, each below the global batch size.
     """
     size = next(iter(spec.values())).shape[0]
+
+    def at(count: int) -> Fields:
+        step, row = divmod(count, len(rows))
+        return example(step * size + int(rows[row]))
+
+    return run(tf.data.Dataset.range(steps.start * len(rows), steps.stop * len(rows)), at, spec, len(rows), data)
+
+
+def run(items: tf.data.Dataset, example: Callable[..., Fields], spec: Spec, size: int,
+        data: ConfigDict) -> Iterator[Batch]:
+    """Yields batches of `size` examples, in the order of the items, made ahead by data.threads threads.
+
+    Args:
+      items: data set of scalars, or of tuples of scalars, of type int64 or string.
+      example: an item's values as int and bytes → fields; called from many threads.
+    """
     failures: list[Exception] = []
 
-    def call(count: np.int64) -> list[np.ndarray]:
-        step, row = divmod(int(count), len(rows))
+    def call(*values: np.int64 | bytes) -> list[np.ndarray]:
         try:
-            fields = example(step * size + int(rows[row]))
+            fields = example(*(value if isinstance(value, bytes) else int(value) for value in values))
         except Exception as error:  # raised in TensorFlow's thread, it would come out as TensorFlow's account of it
             failures.append(error)
             return [np.zeros(struct.shape[1:], struct.dtype) for struct in spec.values()]
         return [np.asarray(fields[name], struct.dtype) for name, struct in spec.items()]
 
-    def fields_of(count: tf.Tensor) -> dict[str, tf.Tensor]:
-        values = tf.numpy_function(call, [count], [tf.as_dtype(struct.dtype) for struct in spec.values()])
+    def fields_of(*item: tf.Tensor) -> dict[str, tf.Tensor]:
+        values = tf.numpy_function(call, item, [tf.as_dtype(struct.dtype) for struct in spec.values()])
         for value, struct in zip(values, spec.values(), strict=True):
             value.set_shape(struct.shape[1:])
         return dict(zip(spec, values, strict=True))
 
     workers = threads(data)
-    dataset = tf.data.Dataset.range(steps.start * len(rows), steps.stop * len(rows))
-    dataset = dataset.map(fields_of, num_parallel_calls=workers, deterministic=True)
-    dataset = dataset.batch(len(rows), drop_remainder=True).prefetch(data.prefetch).with_options(_options(workers))
+    dataset = items.map(fields_of, num_parallel_calls=workers, deterministic=True)
+    dataset = dataset.batch(size, drop_remainder=True).prefetch(data.prefetch).with_options(_options(workers))
     return _iterate(dataset, failures)
 
 
@@ -102,7 +134,8 @@ def _options(workers: int) -> tf.data.Options:
     options = tf.data.Options()
     options.autotune.enabled = False
     options.deterministic = True
-    options.experimental_optimization.inject_prefetch = False
+    # Nothing here gains from them, and noop_elimination (TensorFlow 2.21) crashes the process on nested streams.
+    options.experimental_optimization.apply_default_optimizations = False
     options.threading.private_threadpool_size = workers + 1  # one for the batching
     options.threading.max_intra_op_parallelism = 1
     return options

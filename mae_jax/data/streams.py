@@ -1,0 +1,241 @@
+"""TFRecord streams, of TFDS and plain: cut into logical readers, each with its own order, resumed by skipping.
+
+Of R = data.readers readers, reader r owns the r-th R-th of the records and the r-th R-th of the rows of every global
+batch. Which record is where therefore depends on the config, seed and step alone, not on how many processes there are:
+a process runs the readers whose rows it feeds. The records that do not divide by R are left out.
+"""
+
+import bisect
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_jax.data import pipeline
+from mae_jax.data.decode import BadPicture
+from mae_jax.data.pipeline import PADDING, TRIES, Batch, Spec
+from mae_jax.data.random import rng
+from mae_jax.data.sources import UNLABELLED
+from mae_jax.data.tensorflow_cpu import tf
+from mae_jax.data.views import Fields, Views
+from mae_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+AHEAD = 16  # encoded records that each reader holds ready; our choice
+Instruction = tuple[int, int, int]  # file, records to skip, records to take
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A split stored as TFRecord files of tf.train.Example, or a slice of it."""
+
+    files: tuple[str, ...]
+    counts: tuple[int, ...]  # records in each file
+    start: int  # the slice is records start ... start + size - 1 of all files in order
+    size: int
+    mean_bytes: float  # of a record
+    image_key: str
+    label_key: str  # '' without labels
+    classes: tuple[str, ...] = ()
+
+    def name(self, record: int) -> str:
+        """Returns what to call a record, numbered over all files."""
+        ends = list(itertools.accumulate(self.counts))
+        file = bisect.bisect_right(ends, record)
+        return f"{self.files[file]}, record {record - ends[file] + self.counts[file]}"
+
+    def instructions(self, start: int, size: int) -> list[Instruction]:
+        """Returns which parts of which files hold records start ... start + size - 1 of this slice."""
+        first, last, offset, found = self.start + start, self.start + start + size, 0, []
+        for file, count in enumerate(self.counts):
+            low, high = max(first, offset), min(last, offset + count)
+            if low < high:
+                found.append((file, low - offset, high - low))
+            offset += count
+        return found
+
+
+def left_over(stream: Stream, config: ConfigDict) -> range:
+    """Returns the records, numbered over all files, that no reader reads.
+
+    Raises:
+      UserError: the readers cannot share batch and records evenly.
+    """
+    readers, batch = config.data.readers, config.batch_size
+    if readers < 1 or batch % readers:
+        nearest = min((n for n in range(1, batch + 1) if batch % n == 0), key=lambda n: abs(n - readers))
+        raise UserError(f"batch_size={batch} is not a multiple of data.readers={readers}; nearest: {nearest}")
+    if stream.size < readers:
+        raise UserError(f"{stream.size} records are fewer than data.readers={readers}")
+    used = stream.size // readers * readers
+    return range(stream.start + used, stream.start + stream.size)
+
+
+def train(stream: Stream, step: int, views: Views, config: ConfigDict, spec: Spec, rows: np.ndarray,
+          bad: deque[str]) -> Iterator[Batch]:
+    """Yields these rows of the batches step, step + 1, ... without end.
+
+    A bad picture's row becomes a copy of the next good one of the same reader in the same batch, up to three further;
+    else it stays grey. Raises UserError for a corrupt file, or one with other than the promised number of records.
+    """
+    share, per_reader = config.batch_size // config.data.readers, stream.size // config.data.readers
+    own = np.unique(rows // share)
+    epoch, skip = divmod(step * share, per_reader)
+    readers = _readers(stream, config, own, share, epoch, skip)
+    own_rows = (own[:, None] * share + np.arange(share)).ravel()
+
+    def example(count: int, record: int, picture: bytes, label: int) -> Fields:
+        block, row = divmod(count, len(own_rows))
+        position = (step + block) * config.batch_size + int(own_rows[row])
+        try:
+            return {**views.train(picture, position), "label": label, "id": record, "valid": 1.0, "replaced": 0}
+        except BadPicture as error:
+            bad.append(f"{stream.name(record)}: {error}")
+            return {**views.grey(rng(config.seed, "order", position)), "id": record, "replaced": 1}
+
+    whole = {**spec, "replaced": jax.ShapeDtypeStruct((config.batch_size,), np.int32)}
+    batches = pipeline.run(readers, example, whole, len(own_rows), config.data)
+    keep = np.searchsorted(own_rows, rows)
+    for batch in _guarded(stream, batches, skip * len(own)):
+        repaired = repair(batch, share)
+        yield {name: repaired[name] if len(keep) == len(own_rows) else repaired[name][keep] for name in spec}
+
+
+def repair(batch: Batch, share: int) -> Batch:
+    """Replaces rows with `replaced` > 0 by the next good row of their reader (cyclic, three tries).
+
+    Args:
+      batch: fields [rows, ...]; `share` consecutive rows belong to one reader.
+    """
+    broken = batch["replaced"] > 0
+    if not broken.any():
+        return batch
+    source, replaced = np.arange(len(broken)), batch["replaced"].copy()
+    for row in np.flatnonzero(broken):
+        first = row // share * share
+        candidates = [first + (row - first + tries) % share for tries in range(1, min(TRIES, share))]
+        good = [tries for tries, other in enumerate(candidates, 1) if not broken[other]]
+        source[row] = candidates[good[0] - 1] if good else row
+        replaced[row] = good[0] if good else TRIES
+    return {**{name: value[source] for name, value in batch.items()}, "replaced": replaced}
+
+
+def evaluate(stream: Stream, views: Views, config: ConfigDict, spec: Spec, rows: np.ndarray,
+             bad: deque[str]) -> Iterator[Batch]:
+    """Yields these rows of the first eval.max_examples records, in order, padded to full batches.
+
+    Every process reads all of them and decodes its own rows.
+    """
+    size, batch = min(stream.size, config.eval.max_examples), config.batch_size
+    padding = -size % batch
+    records = _records(stream, stream.instructions(0, size))
+    nothing = tf.data.Dataset.from_tensors((np.int64(PADDING), "", np.int64(UNLABELLED)))
+    fed = tf.constant(np.isin(np.arange(batch), rows))
+    dataset = records.concatenate(nothing.repeat(padding)).enumerate()
+    dataset = dataset.filter(lambda position, _: fed[position % batch]).map(lambda position, item: (position, *item))
+
+    def example(position: int, record: int, picture: bytes, label: int) -> Fields:
+        grey = views.grey(rng(0, "evaluate", position))
+        if record == PADDING:
+            return {**grey, "id": PADDING, "replaced": 0}
+        try:
+            return {**views.evaluate(picture, record), "label": label, "id": record, "valid": 1.0, "replaced": 0}
+        except BadPicture as error:
+            bad.append(f"{stream.name(record)}: {error}")
+            return {**grey, "id": record, "replaced": 1}
+
+    return _guarded(stream, pipeline.run(dataset, example, spec, len(rows), config.data), skipped=0)
+
+
+def _readers(stream: Stream, config: ConfigDict, own: np.ndarray, share: int, epoch: int, skip: int) -> tf.data.Dataset:
+    """Returns (count, record, picture, label) without end: `share` of each own reader in turn."""
+    per_reader = stream.size // config.data.readers
+    parts = [np.array(stream.instructions(int(number) * per_reader, per_reader), np.int64) for number in own]
+    keys = np.array([rng(config.seed, "reader", int(number)).integers(1 << 62) for number in own])
+    held = int(config.data.shuffle_mb * 2**20 / config.data.readers / max(stream.mean_bytes, 1))
+    held = max(1, min(per_reader, held))
+
+    def reader(parts: tf.RaggedTensor, key: tf.Tensor) -> tf.data.Dataset:
+        parts = parts.to_tensor(shape=(None, 3))
+        epochs = tf.data.Dataset.range(epoch, np.iinfo(np.int64).max)
+        records = epochs.flat_map(lambda e: _epoch(stream, parts, key, e, held)).skip(skip)
+        return records.map(lambda record, raw: _parse(stream, record, raw)).prefetch(AHEAD)
+
+    numbers = tf.data.Dataset.from_tensor_slices((tf.ragged.stack([tf.constant(part) for part in parts]), keys))
+    turns = numbers.interleave(reader, cycle_length=len(own), block_length=share, num_parallel_calls=len(own),
+                               deterministic=True)
+    return turns.enumerate().map(lambda count, item: (count, *item))
+
+
+def _epoch(stream: Stream, parts: tf.Tensor, key: tf.Tensor, epoch: tf.Tensor, held: int) -> tf.data.Dataset:
+    """Returns (record, raw bytes) of one reader in one epoch: files in random order, then a shuffle buffer.
+
+    Args:
+      parts: the reader's instructions, int64 [n, 3].
+      key: the reader's own random number; the draws are a function of it and the epoch.
+      held: records in the shuffle buffer.
+    """
+    order = tf.argsort(tf.random.stateless_uniform([tf.shape(parts)[0]], [key, epoch]))
+    seed = tf.random.stateless_uniform([], [key + 1, epoch], 0, np.iinfo(np.int64).max, tf.int64)
+    records = tf.data.Dataset.from_tensor_slices(tf.gather(parts, order)).flat_map(lambda part: _part(stream, part))
+    return records.shuffle(held, seed=seed, reshuffle_each_iteration=False)
+
+
+def _records(stream: Stream, instructions: list[Instruction]) -> tf.data.Dataset:
+    """Returns (record, picture, label) of the instructions, in order."""
+    parts = tf.data.Dataset.from_tensor_slices(np.array(instructions, np.int64).reshape(-1, 3))
+    return parts.flat_map(lambda part: _part(stream, part)).map(lambda record, raw: _parse(stream, record, raw))
+
+
+def _part(stream: Stream, part: tf.Tensor) -> tf.data.Dataset:
+    """Returns (record, raw bytes) of one instruction; fails if the file does not hold what was promised."""
+    file, skip, take = tf.unstack(part, 3)
+    offsets = np.concatenate([[0], np.cumsum(stream.counts)[:-1]]).astype(np.int64)
+    to_the_end = tf.equal(skip + take, tf.gather(np.array(stream.counts, np.int64), file))
+    raw = tf.data.TFRecordDataset(tf.gather(list(stream.files), file))
+    raw = raw.skip(skip).take(tf.where(to_the_end, np.int64(-1), take))  # -1: all, so that surplus records are noticed
+    raw = raw.apply(tf.data.experimental.assert_cardinality(take))
+    return raw.enumerate(tf.gather(offsets, file) + skip)
+
+
+def _parse(stream: Stream, record: tf.Tensor, raw: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Reads picture and label; a record without a picture gives no bytes, which makes it a bad one."""
+    features = {stream.image_key: tf.io.FixedLenFeature([], tf.string, "")}
+    if stream.label_key:
+        features[stream.label_key] = tf.io.FixedLenFeature([], tf.int64, UNLABELLED)
+    example = tf.io.parse_single_example(raw, features)
+    label = example[stream.label_key] if stream.label_key else tf.constant(UNLABELLED, tf.int64)
+    return record, example[stream.image_key], label
+
+
+def _guarded(stream: Stream, batches: Iterator[Batch], skipped: int) -> Iterator[Batch]:
+    """Yields the batches; says how long skipping took, and which file it was when reading fails."""
+    begin = time.monotonic()
+    try:
+        for number, batch in enumerate(batches):
+            if number == 0 and skipped:
+                log.info("resumed the stream: skipped %d records in %.1f s", skipped, time.monotonic() - begin)
+            yield batch
+    except tf.errors.OpError as error:
+        raise UserError(diagnose(stream) or f"reading records failed: {error.message.splitlines()[0]}") from None
+
+
+def diagnose(stream: Stream) -> str:
+    """Reads all files to find the one that is not as promised; returns '' when every file is."""
+    for file, count in zip(stream.files, stream.counts, strict=True):
+        found = 0
+        try:
+            for _ in tf.data.TFRecordDataset(file):
+                found += 1
+        except tf.errors.OpError as error:
+            return f"{file} is damaged after record {found}: {error.message.splitlines()[0]}"
+        if found != count:
+            return f"{file} has {found} records where {count} are promised; write the data again, or mend its metadata"
+    return ""

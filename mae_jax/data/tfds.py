@@ -1,0 +1,76 @@
+"""tfds: a prepared data set of TensorFlow Datasets, read from data.path (its data_dir), local or gs://.
+
+Nothing is downloaded. Data stored as array_record have random access; TFRecord files are a stream.
+"""
+
+import difflib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mae_jax.data import splits
+from mae_jax.data.sources import UNLABELLED, Example, Source, known_split
+from mae_jax.data.streams import Stream
+from mae_jax.data.tensorflow_cpu import tf
+from mae_jax.errors import UserError, nearest
+
+
+def load(data: ConfigDict, split: splits.Split) -> Source | Stream:
+    """Opens a split; raises UserError when the data set is unknown, not prepared, or without pictures."""
+    api = _api()
+    builder = _builder(api, data)
+    known_split(split, tuple(builder.info.splits))
+    features, image_key, label_key = dict(builder.info.features), data.image_key, data.label_key
+    if not isinstance(features.get(image_key), api.features.Image):
+        pictures = [name for name, feature in features.items() if isinstance(feature, api.features.Image)]
+        raise UserError(f"data.name={data.name!r} has no picture data.image_key={image_key!r}; "
+                        f"{nearest(image_key, pictures)}")
+    labelled = isinstance(features.get(label_key), api.features.ClassLabel)
+    classes = tuple(features[label_key].names) if labelled else ()
+    info = builder.info.splits[split.name]
+    if builder.info.file_format.file_suffix == "array_record":
+        return _random_access(api, builder, data, split.name, classes).sliced(split)
+    start, stop = split.bounds(info.num_examples)
+    return Stream(
+        files=tuple(str(path) for path in info.filepaths), counts=tuple(info.shard_lengths), start=start,
+        size=stop - start, mean_bytes=info.num_bytes / max(info.num_examples, 1), image_key=image_key,
+        label_key=label_key if labelled else "", classes=classes)
+
+
+def _api() -> Any:
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise UserError(f"data.source='tfds' needs TensorFlow Datasets ({error}): "
+                        "pip install tensorflow-datasets") from error
+    return tensorflow_datasets
+
+
+def _builder(api: Any, data: ConfigDict) -> Any:
+    if not data.name:
+        raise UserError("data.source='tfds' needs data.name, such as 'imagenet2012' or 'imagenet_resized/64x64'")
+    try:
+        builder = api.builder(data.name, data_dir=data.path or None)
+    except (api.core.DatasetNotFoundError, ValueError) as error:
+        close = difflib.get_close_matches(data.name, api.list_builders(), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"TFDS knows no data set {data.name!r}, and data.path={data.path!r} holds none"
+                        f"{hint}") from error
+    if not builder.info.splits:
+        raise UserError(f"{data.name} is not prepared under {builder.data_path}; prepare it with `tfds build "
+                        f"{data.name} --data_dir=DIR` and pass --config.data.path=DIR (nothing is downloaded here)")
+    return builder
+
+
+def _random_access(api: Any, builder: Any, data: ConfigDict, split: str, classes: tuple[str, ...]) -> Source:
+    image_key, label_key = data.image_key, data.label_key
+    rows = builder.as_data_source(split, decoders={image_key: api.decode.SkipDecoding()})
+
+    def read(i: int) -> Example:
+        row = rows[i]
+        return Example(row[image_key], int(row[label_key]) if classes else UNLABELLED)
+
+    return Source(len(rows), read, lambda i: f"{data.name} {split}[{i}]", classes)
+
+
+tf.get_logger().setLevel("ERROR")  # TFDS speaks through it

@@ -1,0 +1,112 @@
+"""tfrecord: TFRecord files of tf.train.Example, named by a pattern in data.path, local or gs://.
+
+'{split}' in the pattern stands for the split's name; without it, 'test' is the last tenth of the records if the config
+uses it. A folder with records.json (as inspect --write makes it) can be named without a pattern. Counts and classes
+come from a records.json beside the files; without one they are counted at every start.
+"""
+
+import itertools
+import json
+import logging
+import time
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_jax.data import splits
+from mae_jax.data.streams import Stream
+from mae_jax.data.tensorflow_cpu import tf
+from mae_jax.errors import UserError, nearest
+
+log = logging.getLogger(__name__)
+
+RECORDS = "records.json"  # {"records": {file name: count}, "classes": [names]}
+PATTERN = "{split}-*.tfrecord"  # of the files beside it
+FRAME, TAIL = 12, 4  # bytes before a record (length, its checksum) and after it
+
+
+def load(data: ConfigDict, split: splits.Split) -> Stream:
+    """Opens a split; raises UserError when no file fits, or the records have no such feature."""
+    pattern = data.path
+    if pattern and "*" not in pattern and (epath.Path(pattern) / RECORDS).is_file():
+        pattern = str(epath.Path(pattern) / PATTERN)
+    files = _files(pattern, split.name)
+    label_key = _check_features(files[0], data)
+    counts, classes = _counts(files, data.image_key, label_key)
+    total = sum(counts)
+    low, high = (0, 1) if "{split}" in pattern else splits.part(split.name, splits.holds_out(data))
+    first, last = round(low * total), round(high * total)
+    start, stop = split.bounds(last - first)
+    return Stream(
+        files=tuple(map(str, files)), counts=counts, start=first + start, size=stop - start,
+        mean_bytes=sum(file.stat().length for file in files) / max(total, 1), image_key=data.image_key,
+        label_key=label_key if classes else "", classes=classes)
+
+
+def _files(pattern: str, split: str) -> list[epath.Path]:
+    """Returns the files of a split, sorted."""
+    names = sorted(tf.io.gfile.glob(pattern.replace("{split}", split))) if pattern else []
+    if not names:
+        raise UserError(f"no file fits data.path={pattern!r} for the split {split!r}; data.source='tfrecord' needs a "
+                        "pattern such as '/data/{split}-*.tfrecord'")
+    return [epath.Path(name) for name in names]
+
+
+def _check_features(file: epath.Path, data: ConfigDict) -> str:
+    """Looks at the first record; returns data.label_key if it has such an integer, else ''."""
+    try:
+        raw = next(iter(tf.data.TFRecordDataset(str(file))), None)
+        features = {} if raw is None else tf.train.Example.FromString(raw.numpy()).features.feature
+    except Exception as error:  # TensorFlow's or protobuf's, by where it breaks
+        raise UserError(f"{file} is no TFRecord file of tf.train.Example") from error
+    image = features.get(data.image_key)
+    if image is None or len(image.bytes_list.value) != 1:
+        raise UserError(f"the records of {file} have no encoded picture data.image_key={data.image_key!r}; "
+                        f"{nearest(data.image_key, features)}")
+    return data.label_key if data.label_key in features and features[data.label_key].int64_list.value else ""
+
+
+def _counts(files: list[epath.Path], image_key: str, label_key: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Returns records per file, and class names: from records.json, else by reading the files."""
+    described = files[0].parent / RECORDS
+    if described.is_file():
+        content = json.loads(described.read_text())
+        unknown = [file.name for file in files if file.name not in content["records"]]
+        if unknown:
+            raise UserError(f"{described} does not name {unknown[0]}; remove it to have the records counted")
+        return tuple(content["records"][file.name] for file in files), tuple(content["classes"])
+    begin = time.monotonic()
+    if label_key:
+        found = [_labels(file, label_key) for file in files]
+        highest = max(int(labels.max(initial=-1)) for labels in found)
+        counts, classes = tuple(map(len, found)), tuple(str(label) for label in range(highest + 1))
+    else:
+        counts, classes = tuple(count_records(file) for file in files), ()
+    log.info("counted %d records in %d files in %.1f s; a %s beside them saves this (python -m mae_jax.inspect "
+             "--write=tfrecord makes one)", sum(counts), len(files), time.monotonic() - begin, RECORDS)
+    return counts, classes
+
+
+def count_records(file: epath.Path) -> int:
+    """Counts the records of a file by its headers; raises UserError when they do not lead to its end."""
+    size, place, count = file.stat().length, 0, 0
+    with file.open("rb") as opened:
+        while place < size:
+            opened.seek(place)
+            place += FRAME + int.from_bytes(opened.read(8), "little") + TAIL
+            count += 1
+    if place != size:
+        raise UserError(f"{file} is cut short or damaged: record {count - 1} ends {place - size} bytes past the end")
+    return count
+
+
+def _labels(file: epath.Path, label_key: str) -> np.ndarray:
+    """Returns the labels of all records, int64 [records]."""
+    feature = {label_key: tf.io.FixedLenFeature([], tf.int64, -1)}
+    dataset = tf.data.TFRecordDataset(str(file)).batch(1024)
+    labels = dataset.map(lambda raw: tf.io.parse_example(raw, feature)[label_key]).as_numpy_iterator()
+    try:
+        return np.fromiter(itertools.chain.from_iterable(labels), np.int64)
+    except tf.errors.OpError as error:
+        raise UserError(f"{file} is cut short or damaged: {error.message.splitlines()[0]}") from None

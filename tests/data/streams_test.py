@@ -1,0 +1,343 @@
+"""TFRecord streams, on data sets that TFDS itself wrote and on plain files."""
+
+import io
+import itertools
+import json
+import struct
+from collections import Counter
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from mae_jax import config as configs
+from mae_jax import data, methods
+from mae_jax.data import sources, splits, streams, tfrecord
+from mae_jax.data.tensorflow_cpu import tf
+from mae_jax.errors import UserError
+
+TRAIN, TEST = 61, 11
+
+
+def jpeg(i):
+    file = io.BytesIO()
+    Image.new("RGB", (24, 24), (i, i, i)).save(file, "JPEG", quality=95)
+    file.seek(0)
+    return file
+
+
+def store(folder, file_format, labelled=True):
+    features = {"image": tfds.features.Image(encoding_format="jpeg")}
+    if labelled:
+        features["label"] = tfds.features.ClassLabel(names=["a", "b", "c"])
+    sets = {split: [(i, {"image": jpeg(i), "label": i % 3} if labelled else {"image": jpeg(i)}) for i in range(size)]
+            for split, size in (("train", TRAIN), ("test", TEST))}
+    tfds.dataset_builders.store_as_tfds_dataset(
+        "toy", "1.0.0", features=tfds.features.FeaturesDict(features), split_datasets=sets, data_dir=str(folder),
+        file_format=file_format, disable_shuffling=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    return store(tmp_path_factory.mktemp("tfds"), "tfrecord")
+
+
+def record(i, label=True):
+    feature = {"image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[jpeg(i).read()]))}
+    if label:
+        feature["label"] = tf.train.Feature(int64_list=tf.train.Int64List(value=[i % 3]))
+    return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
+
+
+def write(path, records):
+    with tf.io.TFRecordWriter(str(path)) as file:
+        for raw in records:
+            file.write(raw)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Five files of 3, 11, 0, 20 and 16 records."""
+    numbers = iter(range(50))
+    for shard, size in enumerate((3, 11, 0, 20, 16)):
+        write(tmp_path / f"train-{shard}.tfrecord", [record(next(numbers)) for _ in range(size)])
+    write(tmp_path / "test-0.tfrecord", [record(i) for i in range(7)])
+    return tmp_path
+
+
+def config(source, path, **fields):
+    c = configs.default()
+    c.batch_size = 8
+    c.data.update({"source": source, "path": str(path), "image_size": (16, 16), "readers": 4, "threads": 2,
+                   "augment": "none", **fields})
+    c.model.patch = (8, 8)
+    return c
+
+
+def tfds_config(stored, **fields):
+    return config("tfds", stored, name="toy", **fields)
+
+
+def plain_config(shards, **fields):
+    return config("tfrecord", shards / "{split}-*.tfrecord", **fields)
+
+
+def build(c, rows=None):
+    method = methods.get("mae")(c)
+    return data.build(c, method.batch_spec(), method.order(), rows)
+
+
+def take(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+def assert_equal(batches, others):
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], other[name], err_msg=name)
+
+
+def assert_pixels_belong_to_ids(batch):
+    shown = batch["patches"].reshape(len(batch["id"]), -1).mean(1)
+    np.testing.assert_allclose(shown, batch["id"], atol=1.5)
+    np.testing.assert_array_equal(batch["label"], batch["id"] % 3)
+
+
+def test_readers_get_the_parts_of_even_splits(stored):
+    stream = sources.load(tfds_config(stored).data, "train[10%:]")
+    builder = tfds.builder("toy", data_dir=str(stored))
+    for readers in (1, 4, 7):
+        for number, split in enumerate(tfds.even_splits("train[10%:]", readers, drop_remainder=True)):
+            theirs = builder.info.splits[split].file_instructions
+            size = stream.size // readers
+            ours = stream.instructions(number * size, size)
+            assert [(stream.files[file], skip, count) for file, skip, count in ours] == [
+                (part.filename, part.skip, part.examples_in_shard - part.skip if part.take == -1 else part.take)
+                for part in theirs]
+
+
+@pytest.mark.parametrize("make", [tfds_config, plain_config])
+def test_each_epoch_holds_each_record_of_each_reader_once(request, make):
+    c = make(request.getfixturevalue("stored" if make is tfds_config else "shards"))
+    inputs = build(c)
+    per_reader = inputs.num_train // 4  # 15, 12
+    found = take(inputs.train(0), per_reader)  # 2 rows a step: two epochs
+    for batch in found:
+        assert_pixels_belong_to_ids(batch)
+    for reader in range(4):
+        ids = np.concatenate([batch["id"][2 * reader:2 * reader + 2] for batch in found])
+        own = set(range(reader * per_reader, (reader + 1) * per_reader))
+        assert set(ids[:per_reader]) == set(ids[per_reader:]) == own
+        assert list(ids[:per_reader]) != list(ids[per_reader:])
+
+
+@pytest.mark.parametrize("step", [1, 7, 8, 20])
+def test_a_resumed_stream_goes_on_as_the_unbroken_one(stored, step):
+    c = tfds_config(stored, augment="random")
+    unbroken = take(build(c).train(0), 23)
+    assert_equal(take(build(c).train(step), 3), unbroken[step:step + 3])
+
+
+def test_resuming_says_how_long_it_took(stored, caplog):
+    caplog.set_level("INFO", logger="mae_jax")
+    next(build(tfds_config(stored)).train(3))
+    assert "skipped 24 records in" in caplog.text
+
+
+@pytest.mark.parametrize("parts", [((0, 1, 2, 3), (4, 5, 6, 7)), ((0, 3, 5), (1, 2, 4, 6, 7))])
+def test_processes_feed_the_rows_that_one_process_would(shards, parts):
+    c = plain_config(shards, augment="random")
+    whole = take(build(c).train(5), 4)
+    evaluation = list(build(c).support())
+    for rows in parts:
+        part = build(c, np.array(rows))
+        assert_equal(take(part.train(5), 4), [{k: v[list(rows)] for k, v in batch.items()} for batch in whole])
+        assert_equal(list(part.support()), [{k: v[list(rows)] for k, v in batch.items()} for batch in evaluation])
+
+
+def test_threads_change_nothing(stored):
+    one, two = tfds_config(stored, threads=1), tfds_config(stored, threads=5)
+    assert_equal(take(build(one).train(0), 6), take(build(two).train(0), 6))
+
+
+def test_the_seed_changes_the_order(stored):
+    one, two = tfds_config(stored), tfds_config(stored)
+    two.seed = 1
+    assert list(next(build(one).train(0))["id"]) != list(next(build(two).train(0))["id"])
+
+
+def test_a_small_buffer_still_gives_each_record_once(shards):
+    inputs = build(plain_config(shards, shuffle_mb=0, readers=2))
+    batches = take(inputs.train(0), 6)
+    ids = np.concatenate([batch["id"] for batch in batches])
+    assert max(Counter(ids).values()) == 1
+
+
+def test_evaluations_read_in_order_and_are_padded(stored):
+    inputs = build(tfds_config(stored))
+    batches = list(inputs.evaluate())
+    assert np.concatenate([batch["id"] for batch in batches]).tolist() == [*range(TEST), *[-1] * 5]
+    assert batches[1]["valid"].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert_pixels_belong_to_ids(batches[0])
+    assert inputs.num_eval == TEST
+
+
+def test_left_over_records_are_named_and_not_counted(stored):
+    inputs = build(tfds_config(stored))
+    assert inputs.num_train == 60
+    assert "left out by 4 readers: 1, from " in inputs.description
+    assert "record 60" in inputs.description
+
+
+@pytest.mark.parametrize(("fields", "text"), [
+    ({"readers": 3}, "nearest: 2"), ({"readers": 0}, "nearest: 1"), ({"train_split": "train[:3]"}, "fewer than"),
+    ({"train_split": "trian"}, "did you mean 'train'"), ({"image_key": "picture"}, "image")])
+def test_what_cannot_be_shared_or_found_is_refused(stored, fields, text):
+    with pytest.raises(UserError, match=text):
+        build(tfds_config(stored, **fields))
+
+
+@pytest.mark.parametrize(("fields", "text"), [
+    ({"name": ""}, "needs data.name"), ({"name": "no_such_set"}, "knows no data set 'no_such_set'"),
+    ({"name": "mnist"}, "not prepared")])
+def test_data_sets_that_are_not_there_are_refused(stored, fields, text):
+    c = tfds_config(stored)
+    c.data.update(fields)
+    with pytest.raises(UserError, match=text):
+        build(c)
+
+
+def test_array_record_has_random_access(tmp_path):
+    c = tfds_config(store(tmp_path, "array_record"))
+    source = sources.load(c.data, "train[10:20]")
+    assert isinstance(source, sources.Source)
+    assert source.size == 10
+    inputs = build(c)
+    batch = next(inputs.train(0))
+    assert_pixels_belong_to_ids(batch)
+    assert inputs.num_train == TRAIN
+    assert inputs.classes == ("a", "b", "c")
+
+
+def test_data_without_labels_stream_too(tmp_path):
+    inputs = build(tfds_config(store(tmp_path, "tfrecord", labelled=False)))
+    assert inputs.classes == ()
+    assert (next(inputs.train(0))["label"] == -1).all()
+
+
+def test_plain_files_are_counted_and_their_labels_found(shards, caplog):
+    caplog.set_level("INFO", logger="mae_jax")
+    inputs = build(plain_config(shards))
+    assert (inputs.num_train, inputs.num_eval, inputs.classes) == (48, 7, ("0", "1", "2"))
+    assert "counted 50 records in 5 files" in caplog.text
+
+
+def test_without_split_names_a_tenth_is_held_out(tmp_path):
+    write(tmp_path / "all.tfrecord", [record(i, label=False) for i in range(40)])
+    c = config("tfrecord", tmp_path / "*.tfrecord")
+    inputs = build(c)
+    assert (inputs.num_train, inputs.num_eval, inputs.classes) == (36, 4, ())
+    assert {i for batch in inputs.evaluate() for i in batch["id"]} == {36, 37, 38, 39, -1}
+
+
+def test_a_folder_with_records_json_needs_no_counting(shards, caplog):
+    counts = {f"train-{shard}.tfrecord": size for shard, size in enumerate((3, 11, 0, 20, 16))}
+    described = {"records": {**counts, "test-0.tfrecord": 7}, "classes": ["x", "y", "z"]}
+    (shards / "records.json").write_text(json.dumps(described))
+    caplog.set_level("INFO", logger="mae_jax")
+    inputs = build(config("tfrecord", shards))
+    assert (inputs.num_train, inputs.num_eval, inputs.classes) == (48, 7, ("x", "y", "z"))
+    assert "counted" not in caplog.text
+
+
+def test_headers_are_counted_without_reading_the_records(shards):
+    from etils import epath
+    assert [tfrecord.count_records(epath.Path(shards / f"train-{i}.tfrecord")) for i in range(5)] == [3, 11, 0, 20, 16]
+
+
+def test_a_file_cut_within_a_record_is_named_when_counted(shards):
+    from etils import epath
+    path = shards / "train-3.tfrecord"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"train-3\.tfrecord is cut short"):
+        tfrecord.count_records(epath.Path(path))
+
+
+def damage(kind, path):
+    raw = path.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0] + 16
+    if kind == "flipped":
+        path.write_bytes(raw[:60] + bytes([raw[60] ^ 1]) + raw[61:])
+    elif kind == "lacks one":
+        path.write_bytes(raw[length:])
+    else:
+        path.write_bytes(raw + raw[:length])
+
+
+@pytest.mark.parametrize(("kind", "text"), [
+    ("flipped", "damaged after record 0"), ("lacks one", "has 10 records where 11"),
+    ("has one more", "has 12 records where 11")])
+def test_a_file_that_is_not_as_promised_is_named(shards, kind, text):
+    counts = {f"train-{shard}.tfrecord": size for shard, size in enumerate((3, 11, 0, 20, 16))}
+    described = {"records": {**counts, "test-0.tfrecord": 7}, "classes": []}
+    (shards / "records.json").write_text(json.dumps(described))
+    damage(kind, shards / "train-1.tfrecord")
+    inputs = build(config("tfrecord", shards))
+    with pytest.raises(UserError, match=rf"train-1\.tfrecord.*{text}"):
+        take(inputs.train(0), 13)
+
+
+def test_bad_pictures_are_replaced_within_their_reader_and_named(shards):
+    def broken(i):
+        feature = {"image": tf.train.Feature(bytes_list=tf.train.BytesList(value=[b"text"]))}
+        return tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString()
+    write(shards / "train-3.tfrecord", [broken(i) if i in (17, 30) else record(i) for i in range(14, 34)])
+    c = plain_config(shards, readers=2)
+    inputs = build(c)
+    batches = take(inputs.train(0), 6)
+    replaced = np.concatenate([batch["replaced"] for batch in batches])
+    ids = np.concatenate([batch["id"] for batch in batches])
+    assert sorted(replaced)[-2:] == [1, 1]
+    assert len(inputs.bad) == 2
+    assert any("train-3.tfrecord, record 3" in name for name in inputs.bad)
+    assert not {17, 30} & set(ids)
+    for batch in batches:
+        assert (batch["valid"] == 1).all()
+        for row in np.flatnonzero(batch["replaced"]):
+            assert batch["id"][row] in batch["id"][[r for r in range(row // 4 * 4, row // 4 * 4 + 4) if r != row]]
+            shown = batch["patches"][row].mean()
+            assert abs(shown - batch["id"][row]) < 1.5
+
+
+def test_a_reader_with_only_bad_pictures_gives_grey_ones():
+    batch = {"id": np.arange(8), "valid": np.array([0.0] * 4 + [1.0] * 4), "replaced": np.array([1] * 4 + [0] * 4)}
+    repaired = streams.repair(batch, share=4)
+    assert repaired["replaced"].tolist() == [4] * 4 + [0] * 4
+    assert repaired["valid"].tolist() == [0] * 4 + [1] * 4
+    assert repaired["id"].tolist() == list(range(8))
+
+
+def test_the_next_good_picture_is_taken_cyclically_within_three_tries():
+    replaced = np.array([0, 1, 1, 1, 1, 0, 0, 1])
+    batch = {"id": np.arange(8), "replaced": replaced}
+    assert streams.repair(batch, share=8)["id"].tolist() == [0, 1, 5, 5, 5, 5, 6, 0]
+    assert streams.repair(batch, share=8)["replaced"].tolist() == [0, 4, 3, 2, 1, 0, 0, 1]
+
+
+def test_slices_of_a_stream_are_ranges_of_records(shards):
+    stream = tfrecord.load(plain_config(shards).data, splits.parse("train[5:20]"))
+    assert (stream.start, stream.size) == (5, 15)
+    assert stream.instructions(0, 15) == [(1, 2, 9), (3, 0, 6)]
+    assert stream.name(5).endswith("train-1.tfrecord, record 2")
+
+
+@pytest.mark.parametrize(("path", "text"), [
+    ("nothing-*", "no file fits"), ("", "no file fits"), ("*.txt", "no TFRecord")])
+def test_files_that_are_not_there_are_refused(tmp_path, path, text):
+    (tmp_path / "a.txt").write_text("text, longer than a header of a record would be")
+    c = config("tfrecord", tmp_path / path if path else "")
+    with pytest.raises(UserError, match=text):
+        build(c)
