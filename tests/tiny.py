@@ -1,0 +1,83 @@
+"""A MAE so small that it compiles in seconds, and random batches for it; for all tests."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from mae_jax import methods, optim
+from mae_jax.config import default, validate
+from mae_jax.methods import Method
+from mae_jax.methods.base import Batch, Extras, Params
+from mae_jax.ops.patches import grid, patch_values
+from mae_jax.params import path
+from mae_jax.step import TrainState, make_train_step
+
+EXAMPLES = 64  # of the training split that durations in epochs are counted with
+
+
+def tiny_config(fields: dict[str, Any] | None = None) -> ConfigDict:
+    """Returns a valid config of 16 patches, 4 of them visible, with dotted `fields` changed."""
+    config = default("mae")
+    config.batch_size = 8
+    config.data.update(image_size=(16, 16), threads=2)
+    config.model.update(width=32, depth=2, heads=2, patch=(4, 4))
+    config.method.update(decoder_width=16, decoder_depth=1, decoder_heads=2)
+    config.optim.update(lr=0.05, warmup="2 steps")
+    config.train.duration = "6 steps"
+    config.checkpoint.every = config.eval.every = "3 steps"
+    config.log.update(every="1 steps", tensorboard=False)
+    config.eval.max_examples = 32
+    config.update_from_flattened_dict(fields or {})
+    validate(config)
+    return config
+
+
+def tiny_batch(config: ConfigDict, seed: int = 0) -> Batch:
+    """Returns a batch of smooth random pictures (neighbouring pixels alike) with random orders, all valid."""
+    rng = np.random.default_rng(seed)
+    images, patches = config.batch_size, int(np.prod(grid(config)))
+    pixels = rng.normal(size=(images, patches, patch_values(config))).cumsum(-1) * 8 + 128
+    return {
+        "patches": pixels.clip(0, 255).astype(np.uint8),
+        "order": np.stack([rng.permutation(patches) for _ in range(images)]).astype(np.int32),
+        "label": rng.integers(3, size=images).astype(np.int32),
+        "id": np.arange(images, dtype=np.int32),
+        "valid": np.ones(images, np.float32),
+        "replaced": np.zeros(images, np.int32),
+    }
+
+
+def tiny_method(config: ConfigDict) -> Method:
+    return methods.get(config.method.name)(config)
+
+
+def tiny_params(config: ConfigDict, seed: int = 0) -> Params:
+    """Returns random parameters away from their symmetric start; drawn by NumPy, which needs no compilation."""
+    method, rng = tiny_method(config), np.random.default_rng(seed)
+
+    def draw(keys: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        scale = leaf.shape[0] ** -0.5 if len(leaf.shape) == 2 else 0.1
+        values = rng.normal(size=leaf.shape) * scale + path(keys).endswith("scale")
+        return values.astype(leaf.dtype)
+
+    shapes, _ = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec())
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def tiny_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optim.Schedule]:
+    return optim.make_optimizer(config), optim.make_schedule(config, EXAMPLES)
+
+
+def tiny_step(config: ConfigDict, method: Method | None = None, extras: Extras | None = None) -> tuple[TrainState, Any]:
+    """Returns (state before the first step, jitted and donating train step)."""
+    method = method or tiny_method(config)
+    optimizer, schedule = tiny_optimizer(config)
+    params = jax.tree.map(jnp.asarray, tiny_params(config))
+    ema = jax.tree.map(jnp.copy, params) if config.optim.ema else {}
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), extras or {}, ema,
+                       jnp.zeros((), jnp.int32))
+    return state, jax.jit(make_train_step(config, method, optimizer, schedule), donate_argnums=0)
