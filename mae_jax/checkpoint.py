@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from logging import getLogger
 from typing import Any
@@ -261,6 +262,7 @@ def _quiet() -> None:
     inside = f"{os.sep}orbax{os.sep}"
     logging.get_absl_logger().addFilter(lambda record: inside not in record.pathname)
     getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     hook = sys.unraisablehook
 
     def unless_abandoned(event: Any) -> None:
