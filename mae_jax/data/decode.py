@@ -58,6 +58,7 @@ class Picture:
             except Exception as error:  # PIL's plugins raise many kinds on broken bytes; all mean the same here
                 raise BadPicture(_reason(data, error)) from error
         self.width, self.height = self._image.size
+        self.format = self._image.format  # None for pixels
         if self.width * self.height > MAX_PIXELS:
             raise BadPicture(f"{self.width} x {self.height} is more than {MAX_PIXELS // 1_000_000} megapixels")
 
@@ -86,7 +87,7 @@ class Picture:
 
     def _fused(self) -> bool:
         """Whether a part may be decoded alone. Without an end marker the file may be cut: decoded whole, it raises."""
-        plain = self._image.format in ("JPEG", "MPO") and self._image.mode in ("RGB", "L")
+        plain = self.format in ("JPEG", "MPO") and self._image.mode in ("RGB", "L")
         return self._fast and plain and END_MARKER in self._data[-END_BYTES:]
 
 

@@ -120,7 +120,7 @@ def run(items: tf.data.Dataset, example: Callable[..., Fields], spec: Spec, size
 
     workers = threads(data)
     dataset = items.map(fields_of, num_parallel_calls=workers, deterministic=True)
-    dataset = dataset.batch(size, drop_remainder=True).prefetch(data.prefetch).with_options(_options(workers))
+    dataset = dataset.batch(size, drop_remainder=True).prefetch(data.prefetch).with_options(options(workers))
     return _iterate(dataset, failures)
 
 
@@ -129,7 +129,7 @@ def threads(data: ConfigDict) -> int:
     return data.threads or os.cpu_count() or 1
 
 
-def _options(workers: int) -> tf.data.Options:
+def options(workers: int = 1) -> tf.data.Options:
     """Nothing that adapts itself: memory is what threads and prefetch say, and the order is fixed."""
     options = tf.data.Options()
     options.autotune.enabled = False

@@ -1,7 +1,6 @@
 """The table of sources, and what a source with random access is."""
 
 import importlib
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,6 @@ from mae_jax.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from mae_jax.data.streams import Stream
-
-log = logging.getLogger(__name__)
 
 UNLABELLED = -1
 
@@ -61,7 +58,7 @@ class Source:
 
 
 def load(data: ConfigDict, expression: str) -> "Source | Stream":
-    """Opens one split of the config's source and says how much it found.
+    """Opens one split of the config's source.
 
     Raises:
       UserError: an unknown source or split, nothing there, or an empty split.
@@ -71,7 +68,6 @@ def load(data: ConfigDict, expression: str) -> "Source | Stream":
     source = importlib.import_module(MODULES[data.source]).load(data, splits.parse(expression))
     if not source.size:
         raise UserError(f"the split {expression!r} of data.source={data.source!r} has no pictures")
-    log.info("%s %s: %d pictures, %d classes", data.source, expression, source.size, len(source.classes))
     return source
 
 

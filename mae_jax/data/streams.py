@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -188,6 +189,12 @@ def _epoch(stream: Stream, parts: tf.Tensor, key: tf.Tensor, epoch: tf.Tensor, h
     return records.shuffle(held, seed=seed, reshuffle_each_iteration=False)
 
 
+def stored(stream: Stream) -> Iterator[tuple[int, bytes, int]]:
+    """Yields record number, encoded picture and label of every record, in order."""
+    records = _records(stream, stream.instructions(0, stream.size)).with_options(pipeline.options())
+    yield from _guarded(stream, records.as_numpy_iterator(), skipped=0)
+
+
 def _records(stream: Stream, instructions: list[Instruction]) -> tf.data.Dataset:
     """Returns (record, picture, label) of the instructions, in order."""
     parts = tf.data.Dataset.from_tensor_slices(np.array(instructions, np.int64).reshape(-1, 3))
@@ -215,7 +222,7 @@ def _parse(stream: Stream, record: tf.Tensor, raw: tf.Tensor) -> tuple[tf.Tensor
     return record, example[stream.image_key], label
 
 
-def _guarded(stream: Stream, batches: Iterator[Batch], skipped: int) -> Iterator[Batch]:
+def _guarded(stream: Stream, batches: Iterator[Any], skipped: int) -> Iterator[Any]:
     """Yields the batches; says how long skipping took, and which file it was when reading fails."""
     begin = time.monotonic()
     try:
@@ -232,7 +239,7 @@ def diagnose(stream: Stream) -> str:
     for file, count in zip(stream.files, stream.counts, strict=True):
         found = 0
         try:
-            for _ in tf.data.TFRecordDataset(file):
+            for _ in tf.data.TFRecordDataset(file).with_options(pipeline.options()):
                 found += 1
         except tf.errors.OpError as error:
             return f"{file} is damaged after record {found}: {error.message.splitlines()[0]}"

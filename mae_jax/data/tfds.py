@@ -17,19 +17,19 @@ from mae_jax.errors import UserError, nearest
 
 def load(data: ConfigDict, split: splits.Split) -> Source | Stream:
     """Opens a split; raises UserError when the data set is unknown, not prepared, or without pictures."""
-    api = _api()
-    builder = _builder(api, data)
+    module = api()
+    builder = _builder(module, data)
     known_split(split, tuple(builder.info.splits))
     features, image_key, label_key = dict(builder.info.features), data.image_key, data.label_key
-    if not isinstance(features.get(image_key), api.features.Image):
-        pictures = [name for name, feature in features.items() if isinstance(feature, api.features.Image)]
+    if not isinstance(features.get(image_key), module.features.Image):
+        pictures = [name for name, feature in features.items() if isinstance(feature, module.features.Image)]
         raise UserError(f"data.name={data.name!r} has no picture data.image_key={image_key!r}; "
                         f"{nearest(image_key, pictures)}")
-    labelled = isinstance(features.get(label_key), api.features.ClassLabel)
+    labelled = isinstance(features.get(label_key), module.features.ClassLabel)
     classes = tuple(features[label_key].names) if labelled else ()
     info = builder.info.splits[split.name]
     if builder.info.file_format.file_suffix == "array_record":
-        return _random_access(api, builder, data, split.name, classes).sliced(split)
+        return _random_access(module, builder, data, split.name, classes).sliced(split)
     start, stop = split.bounds(info.num_examples)
     return Stream(
         files=tuple(str(path) for path in info.filepaths), counts=tuple(info.shard_lengths), start=start,
@@ -37,7 +37,8 @@ def load(data: ConfigDict, split: splits.Split) -> Source | Stream:
         label_key=label_key if labelled else "", classes=classes)
 
 
-def _api() -> Any:
+def api() -> Any:
+    """Returns the tensorflow_datasets module; raises UserError with the pip line without it."""
     try:
         import tensorflow_datasets
     except ImportError as error:
@@ -46,13 +47,13 @@ def _api() -> Any:
     return tensorflow_datasets
 
 
-def _builder(api: Any, data: ConfigDict) -> Any:
+def _builder(module: Any, data: ConfigDict) -> Any:
     if not data.name:
         raise UserError("data.source='tfds' needs data.name, such as 'imagenet2012' or 'imagenet_resized/64x64'")
     try:
-        builder = api.builder(data.name, data_dir=data.path or None)
-    except (api.core.DatasetNotFoundError, ValueError) as error:
-        close = difflib.get_close_matches(data.name, api.list_builders(), n=1)
+        builder = module.builder(data.name, data_dir=data.path or None)
+    except (module.core.DatasetNotFoundError, ValueError) as error:
+        close = difflib.get_close_matches(data.name, module.list_builders(), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise UserError(f"TFDS knows no data set {data.name!r}, and data.path={data.path!r} holds none"
                         f"{hint}") from error
@@ -62,9 +63,9 @@ def _builder(api: Any, data: ConfigDict) -> Any:
     return builder
 
 
-def _random_access(api: Any, builder: Any, data: ConfigDict, split: str, classes: tuple[str, ...]) -> Source:
+def _random_access(module: Any, builder: Any, data: ConfigDict, split: str, classes: tuple[str, ...]) -> Source:
     image_key, label_key = data.image_key, data.label_key
-    rows = builder.as_data_source(split, decoders={image_key: api.decode.SkipDecoding()})
+    rows = builder.as_data_source(split, decoders={image_key: module.decode.SkipDecoding()})
 
     def read(i: int) -> Example:
         row = rows[i]

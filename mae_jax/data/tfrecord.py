@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_jax.data import splits
+from mae_jax.data import pipeline, splits
 from mae_jax.data.streams import Stream
 from mae_jax.data.tensorflow_cpu import tf
 from mae_jax.errors import UserError, nearest
@@ -105,8 +105,8 @@ def _labels(file: epath.Path, label_key: str) -> np.ndarray:
     """Returns the labels of all records, int64 [records]."""
     feature = {label_key: tf.io.FixedLenFeature([], tf.int64, -1)}
     dataset = tf.data.TFRecordDataset(str(file)).batch(1024)
-    labels = dataset.map(lambda raw: tf.io.parse_example(raw, feature)[label_key]).as_numpy_iterator()
+    labels = dataset.map(lambda raw: tf.io.parse_example(raw, feature)[label_key]).with_options(pipeline.options())
     try:
-        return np.fromiter(itertools.chain.from_iterable(labels), np.int64)
+        return np.fromiter(itertools.chain.from_iterable(labels.as_numpy_iterator()), np.int64)
     except tf.errors.OpError as error:
         raise UserError(f"{file} is cut short or damaged: {error.message.splitlines()[0]}") from None

@@ -1,0 +1,158 @@
+"""Storing pictures once, resized: as plain TFRecord files, as array_record through TFDS, or as finished batches."""
+
+import contextlib
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from PIL import Image
+
+from mae_jax.data import Inputs, pipeline, streams, tfds, tfrecord
+from mae_jax.data.decode import BadPicture, Picture
+from mae_jax.data.random import rng
+from mae_jax.data.sources import Example, Source
+from mae_jax.data.tensorflow_cpu import tf
+from mae_jax.errors import UserError
+
+QUALITY = 95  # of the JPEGs written
+PER_FILE = 4096  # records in a TFRecord file: about 150 MB of pictures with a short side of 256
+NAME, VERSION = "pictures", "1.0.0"  # of the data set that TFDS writes
+CHUNK = 256  # pictures that are read ahead
+
+Found = Source | streams.Stream
+Stored = Iterator[tuple[str, Example | BadPicture | OSError]]  # name, and the picture or what is wrong with it
+
+
+def stored(source: Found, mixed: bool = False) -> Iterator[tuple[str, Callable[[], Example]]]:
+    """Yields name and reader of every example; `mixed` puts sources with random access into a fixed random order."""
+    if isinstance(source, streams.Stream):
+        for record, picture, label in streams.stored(source):
+            yield source.name(record), lambda p=picture, n=label: Example(p, n)
+    else:
+        order = rng(0, "write", 0).permutation(source.size) if mixed else range(source.size)
+        for i in order:
+            yield source.name(int(i)), lambda i=int(i): source.read(i)
+
+
+def each(source: Found, change: Callable[[Example], Example], threads: int, mixed: bool = False) -> Stored:
+    """Yields every example after `change`, made in threads, or the error that it raised; bounded in memory."""
+    def one(item: tuple[str, Callable[[], Example]]) -> tuple[str, Example | BadPicture | OSError]:
+        name, read = item
+        try:
+            return name, change(read())
+        except (BadPicture, OSError) as error:
+            return name, error
+
+    items = stored(source, mixed)
+    with ThreadPoolExecutor(threads) as pool:
+        while chunk := list(itertools.islice(items, CHUNK)):
+            yield from pool.map(one, chunk)
+
+
+def shrink(example: Example, size: int) -> Example:
+    """Returns the example as a JPEG whose short side is at most `size`; a JPEG that is small enough is kept as it is.
+
+    Raises:
+      BadPicture: the picture does not decode.
+    """
+    opened = Picture(example.picture)
+    image = opened.whole()
+    short = min(image.size)
+    if short <= size and isinstance(example.picture, bytes) and opened.format == "JPEG":
+        return example
+    if short > size:
+        target = [max(size, round(side * size / short)) for side in image.size]
+        image = image.resize(target, Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=QUALITY)
+    return Example(file.getvalue(), example.label)
+
+
+def write_tfrecord(found: dict[str, Found], folder: epath.Path, size: int, threads: int) -> dict[str, list[str]]:
+    """Writes splits as TFRecord files and a records.json beside them; data.source='tfrecord' reads the folder.
+
+    Returns:
+      split → names of the broken pictures, which are left out, with the reason.
+    """
+    if (folder / tfrecord.RECORDS).exists():
+        raise UserError(f"{folder} holds {tfrecord.RECORDS} already; name another folder, or remove this one")
+    folder.mkdir(parents=True, exist_ok=True)
+    records, broken = {}, {}
+    for split, source in found.items():
+        broken[split], files = [], -(-source.size // PER_FILE)
+        examples = _good(each(source, lambda example: shrink(example, size), threads, mixed=True), broken[split])
+        for number in range(files):
+            name = f"{split}-{number:05d}-of-{files:05d}.tfrecord"
+            with tf.io.TFRecordWriter(str(folder / name)) as file:
+                records[name] = sum(1 for _ in map(file.write, map(_serialize, itertools.islice(examples, PER_FILE))))
+    classes = next(iter(found.values())).classes
+    (folder / tfrecord.RECORDS).write_text(json.dumps({"records": records, "classes": classes}, indent=1))
+    return broken
+
+
+def write_array_record(found: dict[str, Found], folder: epath.Path, size: int, threads: int) -> dict[str, list[str]]:
+    """Writes splits as a TFDS data set stored as array_record, which has random access; returns as `write_tfrecord`."""
+    api = tfds.api()
+    if (folder / NAME / VERSION).exists():
+        raise UserError(f"{folder} holds the data set {NAME} already; name another folder, or remove this one")
+    classes = next(iter(found.values())).classes
+    features = {"image": api.features.Image(encoding_format="jpeg")}
+    if classes:
+        features["label"] = api.features.ClassLabel(names=classes)
+    broken = {split: [] for split in found}
+
+    def keyed(split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        change = each(found[split], lambda example: shrink(example, size), threads)
+        for key, example in enumerate(_good(change, broken[split])):
+            yield key, {"image": io.BytesIO(example.picture), **({"label": example.label} if classes else {})}
+
+    api.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):  # it speaks of downloading
+        api.dataset_builders.store_as_tfds_dataset(
+            NAME, VERSION, features=api.features.FeaturesDict(features), data_dir=str(folder),
+            file_format="array_record", split_datasets={split: keyed(split) for split in found})
+    return broken
+
+
+def write_batches(config: ConfigDict, inputs: Inputs, folder: epath.Path, steps: int) -> None:
+    """Writes the first batches of a run and its evaluations; data.source='batches' reads the folder."""
+    if (folder / "meta.json").exists():
+        raise UserError(f"{folder} holds cached batches already; name another folder, or remove this one")
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {"train": itertools.islice(inputs.train(0), steps), "support": inputs.support(),
+             "evaluate": inputs.evaluate()}
+    for name, batches in parts.items():
+        with (folder / f"{name}.npz").open("wb") as file:
+            np.savez(file, **_joined(batches, inputs))
+    meta = {"classes": inputs.classes, "num_train": inputs.num_train}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _joined(batches: Iterable[pipeline.Batch], inputs: Inputs) -> pipeline.Batch:
+    """Returns the fields of all batches, joined and without padding; empty ones if there is no batch."""
+    batches = list(batches) or [{name: value[:0] for name, value in next(inputs.train(0)).items()}]
+    fields = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    real = fields["id"] != pipeline.PADDING
+    return {name: value[real] for name, value in fields.items()}
+
+
+def _good(examples: Stored, broken: list[str]) -> Iterator[Example]:
+    """Yields the good examples and notes the broken ones."""
+    for name, example in examples:
+        if isinstance(example, Exception):
+            broken.append(f"{name}: {example}")
+        else:
+            yield example
+
+
+def _serialize(example: Example) -> bytes:
+    image = tf.train.Feature(bytes_list=tf.train.BytesList(value=[example.picture]))
+    label = tf.train.Feature(int64_list=tf.train.Int64List(value=[example.label]))
+    features = {"image": image, **({"label": label} if example.label >= 0 else {})}
+    return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()

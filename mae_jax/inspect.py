@@ -1,0 +1,148 @@
+"""Looks at a data set: counts, broken pictures, speed, and a grid as the model will see it; or stores it once, resized.
+
+  python -m mae_jax.inspect --config=configs/folder.py --config.data.path=/pictures --to=grid.png
+  python -m mae_jax.inspect --config=configs/folder.py --config.data.path=/pictures --write=tfrecord --size=256 --to=DIR
+  python -m mae_jax.inspect --config=configs/quickstart.py --write=batches --steps=200 --to=DIR
+
+--write=tfrecord is read back with data.source=tfrecord and data.path=DIR; array_record, which has random access, with
+data.source=tfds, data.name=pictures and data.path=DIR; batches, which need no TensorFlow, with data.source=batches and
+data.path=DIR. Every picture is decoded in full; broken ones are listed by name, and left out of what is written.
+"""
+
+import os
+import resource
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+from PIL import Image
+
+from mae_jax import cli
+
+if TYPE_CHECKING:
+    from mae_jax.data import Batch, Inputs, Order
+
+CONFIG = cli.define_config()
+TO = flags.DEFINE_string("to", "inspect.png", "picture of the grid; with --write, the folder to write; local or gs://")
+WRITE = flags.DEFINE_enum("write", None, ["tfrecord", "array_record", "batches"], "store the data instead")
+SIZE = flags.DEFINE_integer("size", 256, "with --write=tfrecord or array_record: pixels along the short side, at most")
+STEPS = flags.DEFINE_integer("steps", 100, "with --write=batches: how many batches")
+
+SECONDS = 3.0  # that the speed is measured for
+NAMED = 50  # broken pictures that are printed
+SIDE = 8  # pictures along and down the grid, at most
+GAP = 2  # pixels between pictures of the grid
+
+
+def main() -> int:
+    from mae_jax import data, methods
+    from mae_jax.config import validate
+
+    config = CONFIG.value
+    validate(config)
+    method = methods.get(config.method.name)(config)
+    spec, order = method.batch_spec(), method.order()
+    if WRITE.value in ("tfrecord", "array_record"):
+        report_broken(write_pictures(config, WRITE.value, epath.Path(TO.value), SIZE.value))
+        return cli.FINISHED
+    inputs = data.build(config, spec, order)
+    print(inputs.description, flush=True)  # reading every picture may take long
+    if WRITE.value == "batches":
+        from mae_jax.data.write import write_batches
+
+        write_batches(config, inputs, epath.Path(TO.value), STEPS.value)
+        return cli.FINISHED
+    print(f"classes: {', '.join(inputs.classes) or 'none'}")
+    if config.data.source != "batches":
+        report_broken(audit(config))
+    print(speed(inputs))
+    save_grid(next(inputs.train(0)), order, tuple(config.model.patch), epath.Path(TO.value))
+    print(f"peak host memory {peak_memory() / 2**20:.0f} MiB; the first pictures of the run, as the model sees them: "
+          f"{TO.value}")
+    return cli.FINISHED
+
+
+def splits(config: ConfigDict) -> dict[str, str]:
+    """Returns the name under which a split is stored → the config's expression for it."""
+    return {name: expression for name, expression in (("train", config.data.train_split),
+                                                      ("test", config.data.eval_split)) if expression}
+
+
+def audit(config: ConfigDict) -> dict[str, list[str]]:
+    """Decodes every picture in full; returns split → 'name: reason' of the broken ones."""
+    from mae_jax.data import pipeline, sources, write
+    from mae_jax.data.decode import Picture
+
+    def whole(example: sources.Example) -> sources.Example:
+        Picture(example.picture).whole()
+        return example._replace(picture=b"")
+
+    broken = {}
+    for name, expression in splits(config).items():
+        found = write.each(sources.load(config.data, expression), whole, pipeline.threads(config.data))
+        broken[name] = [f"{picture}: {result}" for picture, result in found if isinstance(result, Exception)]
+    return broken
+
+
+def write_pictures(config: ConfigDict, kind: str, folder: epath.Path, size: int) -> dict[str, list[str]]:
+    """Stores both splits as `kind`; returns split → broken pictures, which are left out."""
+    from mae_jax.data import pipeline, sources, write
+
+    found = {name: sources.load(config.data, expression) for name, expression in splits(config).items()}
+    writer = {"tfrecord": write.write_tfrecord, "array_record": write.write_array_record}[kind]
+    return writer(found, folder, size, pipeline.threads(config.data))
+
+
+def report_broken(broken: dict[str, list[str]]) -> None:
+    """Prints the broken pictures of each split by name, the first 50 of them."""
+    for split, names in broken.items():
+        print(f"{split}: {len(names)} broken pictures{':' if names else ''}")
+        for name in names[:NAMED]:
+            print(f"  {name}")
+        if len(names) > NAMED:
+            print(f"  and {len(names) - NAMED} more")
+
+
+def speed(inputs: "Inputs") -> str:
+    """Measures the input pipeline alone, after its first batch, for three seconds; returns one line."""
+    batches = inputs.train(0)
+    next(batches)
+    begin, busy, images = time.monotonic(), time.process_time(), 0
+    while time.monotonic() - begin < SECONDS:
+        images += len(next(batches)["id"])
+    wall, busy = time.monotonic() - begin, time.process_time() - busy
+    return (f"{images / wall:.0f} images/s on {os.cpu_count()} cores; {images / busy:.0f} images/s per core "
+            f"({busy / images * 1e3:.2f} ms of one core each)")
+
+
+def peak_memory() -> int:
+    """Returns the most bytes of memory that this process has held."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def save_grid(batch: "Batch", order: "Order", patch: tuple[int, int], path: epath.Path) -> None:
+    """Writes the first pictures of a batch as a PNG; where patches are hidden, each above what the encoder sees."""
+    from mae_jax.ops.patches import assemble
+
+    few = {name: batch[name][:SIDE * SIDE] for name in ("patches", "order")}
+    pictures = [assemble(few["patches"], few["order"], order.grid, patch)]
+    if order.hidden:
+        seen = few["patches"].copy()
+        seen[:, -order.hidden:] = 127
+        pictures.append(assemble(seen, few["order"], order.grid, patch))
+    cells = [np.concatenate([np.pad(p[i], ((0, GAP), (0, GAP), (0, 0)), constant_values=255) for p in pictures])
+             for i in range(len(few["order"]))]
+    cells += [np.full_like(cells[0], 255)] * (-len(cells) % SIDE)
+    rows = [np.concatenate(cells[i:i + SIDE], axis=1) for i in range(0, len(cells), SIDE)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        Image.fromarray(np.concatenate(rows)).save(file, "PNG")
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__, required=("config",))

@@ -1,0 +1,151 @@
+"""The command as a user runs it, and what it writes read back through data.source."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from mae_jax import config as configs
+from mae_jax import data, methods
+from mae_jax.data import sources, write
+from mae_jax.data.decode import decode
+from mae_jax.errors import UserError
+
+
+def make_folder(root, broken=True):
+    """Twenty pictures of two classes, 40 x 30; picture i is of grey i. One is cut short, one is text."""
+    for i in range(20):
+        path = root / "ab"[i % 2] / f"{i:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (10 * i, 10 * i, 10 * i)).save(path, quality=95)
+    if broken:
+        cut = root / "a" / "00.jpg"
+        cut.write_bytes(cut.read_bytes()[:-20])
+        (root / "b" / "01.jpg").write_text("no picture")
+    return root
+
+
+def config(**fields):
+    c = configs.default()
+    c.batch_size = 4
+    c.data.update({"image_size": (16, 16), "threads": 2, "readers": 2, "eval_split": "", **fields})
+    c.model.patch = (8, 8)
+    return c
+
+
+def build(c):
+    method = methods.get("mae")(c)
+    return data.build(c, method.batch_spec(), method.order())
+
+
+def contents(c, split="train"):
+    """Returns grey value // 10 → class name of everything in a split."""
+    source = sources.load(c.data, split)
+    found = [item for _, item in write.each(source, lambda example: example, threads=2)]
+    return {round(float(decode(example.picture).mean()) / 10): source.classes[example.label] for example in found}
+
+
+EXPECTED = {i: "ab"[i % 2] for i in range(2, 20)}
+
+
+def test_a_folder_written_as_tfrecord_reads_back_whole(tmp_path):
+    c = config(source="folder", path=str(make_folder(tmp_path / "in")))
+    found = {"train": sources.load(c.data, "train")}
+    broken = write.write_tfrecord(found, epath.Path(tmp_path / "out"), size=24, threads=2)
+    assert [name.split(":")[0] for name in sorted(broken["train"])] == ["a/00.jpg", "b/01.jpg"]
+    back = config(source="tfrecord", path=str(tmp_path / "out"))
+    assert contents(back) == EXPECTED
+    assert build(back).classes == ("a", "b")
+    assert {decode(item.picture).shape for _, item in write.each(
+        sources.load(back.data, "train"), lambda example: example, 2)} == {(24, 32, 3)}
+
+
+def test_a_folder_written_as_array_record_reads_back_with_random_access(tmp_path):
+    c = config(source="folder", path=str(make_folder(tmp_path / "in")))
+    found = {"train": sources.load(c.data, "train")}
+    broken = write.write_array_record(found, epath.Path(tmp_path / "out"), size=64, threads=2)
+    assert len(broken["train"]) == 2
+    back = config(source="tfds", name="pictures", path=str(tmp_path / "out"))
+    assert isinstance(sources.load(back.data, "train"), sources.Source)
+    assert contents(back) == EXPECTED
+
+
+def test_small_jpegs_are_kept_byte_for_byte_and_others_become_jpegs():
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(file, "JPEG", quality=50)
+    example = sources.Example(file.getvalue(), 3)
+    assert write.shrink(example, 30) is example
+    assert decode(write.shrink(example, 15).picture).shape == (15, 20, 3)
+    pixels = sources.Example(np.zeros((5, 6, 3), np.uint8), 3)
+    assert write.shrink(pixels, 30).picture.startswith(b"\xff\xd8\xff")  # a JPEG
+
+
+def test_cached_batches_are_those_of_the_run(tmp_path):
+    c = config(source="folder", path=str(make_folder(tmp_path / "in", broken=False)), eval_split="test")
+    inputs = build(c)
+    write.write_batches(c, inputs, epath.Path(tmp_path / "out"), steps=3)
+    back = build(config(source="batches", path=str(tmp_path / "out"), eval_split="test"))
+    assert (back.num_train, back.num_eval, back.classes) == (inputs.num_train, inputs.num_eval, inputs.classes)
+    for name in ("train", "support", "evaluate"):
+        args = (0,) if name == "train" else ()
+        count = 3 if name == "train" else len(list(getattr(inputs, name)()))
+        pairs = list(zip(getattr(inputs, name)(*args), getattr(back, name)(*args), range(count), strict=False))
+        assert len(pairs) == count
+        for one, other, _ in pairs:
+            real = one["id"] >= 0
+            for field in one:
+                np.testing.assert_array_equal(one[field][real], other[field][real])
+
+
+@pytest.mark.parametrize("kind", ["write_tfrecord", "write_array_record"])
+def test_what_is_there_is_not_overwritten(tmp_path, kind):
+    c = config(source="folder", path=str(make_folder(tmp_path / "in")))
+    found = {"train": sources.load(c.data, "train")}
+    for attempt in range(2):
+        if attempt:
+            with pytest.raises(UserError, match="already"):
+                getattr(write, kind)(found, epath.Path(tmp_path / "out"), 24, 2)
+        else:
+            getattr(write, kind)(found, epath.Path(tmp_path / "out"), 24, 2)
+
+
+def run(*flags):
+    command = [sys.executable, "-m", "mae_jax.inspect", "--config=configs/quickstart.py:runlocal", *flags]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def test_the_command_counts_names_broken_pictures_and_draws_the_grid(tmp_path):
+    folder = make_folder(tmp_path / "in")
+    done = run("--config.data.source=folder", f"--config.data.path={folder}", "--config.data.eval_split=",
+               f"--to={tmp_path / 'grid.png'}")
+    assert done.returncode == 0, done.stderr
+    assert "20 pictures in train" in done.stdout
+    assert "classes: a, b" in done.stdout
+    assert "train: 2 broken pictures" in done.stdout
+    assert "a/00.jpg: " in done.stdout
+    assert "b/01.jpg: not a JPEG" in done.stdout
+    assert "images/s per core" in done.stdout
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (8 * (32 + 2), 2 * 2 * (32 + 2))  # 16 pictures, each above what the encoder sees
+
+
+def test_the_command_writes_both_splits(tmp_path):
+    done = run("--write=tfrecord", "--size=16", f"--to={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    described = json.loads((tmp_path / "records.json").read_text())
+    assert sum(described["records"].values()) == 3400 + 1020
+    assert len(described["classes"]) == 17
+
+
+def test_a_missing_folder_is_one_line_and_exit_code_2(tmp_path):
+    done = run("--config.data.source=folder", f"--config.data.path={tmp_path / 'none'}")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "is no folder" in done.stderr
