@@ -33,7 +33,7 @@ def run(command: Callable[[], int], usage: str | None, required: tuple[str, ...]
     def parse(argv: list[str]) -> list[str]:
         if any(arg in ("-h", "--help", "-help") for arg in argv[1:]):
             print(usage)
-            print("Flags:\n" + flags.FLAGS.module_help(sys.modules["__main__"]))
+            print("Flags:\n" + "\n".join(map(flags.FLAGS.module_help, ("__main__", __name__))))
             sys.exit(FINISHED)
         try:
             rest = flags.FLAGS(argv)

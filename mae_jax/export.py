@@ -15,15 +15,13 @@ TO = flags.DEFINE_string("to", "", "the file to write, *.safetensors")
 
 
 def main() -> int:
-    from etils import epath
-
     from mae_jax import params, workdir
     from mae_jax.checkpoint import load_params, save_params
     from mae_jax.errors import UserError
 
     if not TO.value.endswith(".safetensors"):
         raise UserError(f"--to={TO.value}: the file's name must end in .safetensors")
-    source = epath.Path(FROM.value)
+    source = workdir.locate(FROM.value)
     root = source.parent.parent if source.parent.name == "checkpoints" else source
     config = workdir.read_config(root)
     tree = load_params(source)

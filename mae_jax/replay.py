@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from mae_jax import cli, params, sharding, workdir
 from mae_jax.checkpoint import Checkpoints
 from mae_jax.errors import UserError
-from mae_jax.step import gradients, stream_key
-from mae_jax.train import prepare
+from mae_jax.methods.base import Batch
+from mae_jax.step import TrainState, gradients, stream_key
+from mae_jax.train import Run, prepare
 
 
 def replay(folder: str, step: int) -> int:
@@ -18,18 +18,19 @@ def replay(folder: str, step: int) -> int:
     Steps whose gradients were not finite left the parameters as they were, so that the checkpoint saved when the guard
     stopped the run holds those that such a step began with. Returns the exit code.
     """
-    path = epath.Path(folder)
+    path = workdir.locate(folder)
     run = prepare(workdir.read_config(path), path)
     state = Checkpoints(path, run.config.checkpoint.keep_last).restore(run.abstract_state())
     if state is None:
         raise UserError(f"{path} holds no checkpoint yet")
-    step = int(state.step) - 1 if step < 0 else step
+    saved = int(state.step)
+    step = saved - 1 if step < 0 else step
     batch = sharding.to_devices(next(run.inputs.train(step)), run.mesh, run.config.batch_size)
     state = state._replace(step=jnp.asarray(step, state.step.dtype))
     key = stream_key(run.config.seed, step, "loss")
     compute = jax.jit(lambda state, batch: gradients(run.method, state, batch, key, run.config.train.accumulate))
     grads, metrics, _ = jax.device_get(compute(state, batch))
-    print(f"step {step} with the parameters of step {int(state.step)}: "
+    print(f"step {step} with the parameters saved at step {saved}: "
           + "  ".join(f"{name} {total / max(weight, 1e-30):.6g}" for name, (total, weight) in metrics.items()))
     bad = [name for name, grad in params.flatten(grads).items() if not np.isfinite(grad).all()]
     print(f"parameters whose gradient is not finite: {', '.join(bad) or 'none'}")
@@ -37,7 +38,7 @@ def replay(folder: str, step: int) -> int:
     return cli.FINISHED
 
 
-def _bad_examples(run, state, batch) -> list[str]:
+def _bad_examples(run: Run, state: TrainState, batch: Batch) -> list[str]:
     """Returns the ids of the images whose own loss is not finite, each evaluated with only itself valid."""
     key = stream_key(run.config.seed, int(state.step), "loss")
 

@@ -161,7 +161,7 @@ def evaluate_into(recorder: Recorder, evaluator: Evaluator, state: TrainState, d
 
 def train(config: ConfigDict, folder: str) -> int:
     """Trains until `train.duration`, resuming what the workdir holds. Returns the exit code."""
-    folder = epath.Path(folder)
+    folder = workdir.locate(folder)
     run = prepare(config, folder)
     for change in workdir.open_workdir(folder, config):
         logger.info("changed since the run began: %s", change)
@@ -213,7 +213,8 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Record
     save_every, eval_every = run.every("checkpoint"), run.every("eval") if run.config.data.eval_split else 0
     if eval_every and (start % eval_every == 0 or start == total) and not recorder.has(start, "eval/loss"):
         evaluate_into(recorder, evaluator, state, start)
-    train_step = jax.jit(step.make_train_step(run.config, run.method, run.optimizer, run.schedule), donate_argnums=0)
+    train_step = jax.jit(step.make_train_step(run.config, run.method, run.optimizer, run.schedule), donate_argnums=0,
+                         compiler_options={"xla_gpu_deterministic_ops": run.config.train.deterministic})
     batches = device_batches(run, start)
     log.speed.start()
     for done in range(start + 1, total + 1):
@@ -266,7 +267,7 @@ def finish(run: Run, checkpoints: Checkpoints, done: int) -> int:
 
 def evaluate(folder: str) -> int:
     """Evaluates the newest checkpoint of a workdir with the config it was made with. Returns the exit code."""
-    path = epath.Path(folder)
+    path = workdir.locate(folder)
     run = prepare(workdir.read_config(path), path)
     if not run.config.data.eval_split:
         raise UserError("data.eval_split is '': there is nothing to evaluate on")

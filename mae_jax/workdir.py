@@ -2,6 +2,7 @@
 
 import fnmatch
 import importlib.metadata
+import importlib.util
 import json
 import subprocess
 from pathlib import Path
@@ -18,6 +19,21 @@ from mae_jax.errors import UserError
 MAY_CHANGE = ("train.duration", "mesh.*", "eval.*", "checkpoint.*", "log.*", "guard.*", "data.threads",
               "data.prefetch", "model.scan", "model.remat")
 PACKAGES = ("mae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
+
+
+def locate(folder: str) -> epath.Path:
+    """Returns the folder as a path; raises UserError where it is in a bucket and the packages for that are missing."""
+    missing = [name for name in ("gcsfs", "google.cloud.storage") if not _importable(name)]
+    if folder.startswith("gs://") and missing:
+        raise UserError(f"{folder}: a bucket needs {' and '.join(missing)}; run: pip install 'mae_jax[gcs]'")
+    return epath.Path(folder)
+
+
+def _importable(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def open_workdir(workdir: epath.Path, config: ConfigDict) -> list[str]:
