@@ -45,22 +45,23 @@ def gradients(method: Method, state: TrainState, batch: Batch, key: jax.Array,
     Micro-batch j takes the rows j, j + accumulate, ...: every device splits its own rows. The sum is weighted by the
     weight of the loss, so that it is the gradient of the whole batch also where rows are invalid.
     """
-    grad = jax.grad(method.loss, has_aux=True)
+    def grad(batch: Batch, extras: Extras, key: jax.Array) -> tuple[Params, tuple[Metrics, Extras]]:
+        return jax.grad(method.loss, has_aux=True)(state.params, extras, batch, key, state.step, True)
+
     if accumulate == 1:
-        grads, (metrics, extras) = grad(state.params, state.extras, batch, key, state.step, True)
+        grads, (metrics, extras) = grad(batch, state.extras, key)
         return grads, metrics, extras
     parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def one(carry: tuple[Params, Metrics, Extras], item: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         total, sums, extras = carry
         part, index = item
-        grads, (metrics, extras) = grad(state.params, extras, part, jax.random.fold_in(key, index), state.step, True)
+        grads, (metrics, extras) = grad(part, extras, jax.random.fold_in(key, index))
         total = jax.tree.map(lambda t, g: t + g * metrics["loss"][1], total, grads)
         return (total, jax.tree.map(jnp.add, sums, metrics), extras), None
 
-    first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(grad, state.params, state.extras, first, key, state.step, True)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], shapes[1][0]))
+    grads, (metrics, _) = jax.eval_shape(grad, jax.tree.map(lambda x: x[0], parts), state.extras, key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, metrics))
     (total, metrics, extras), _ = jax.lax.scan(one, (*zeros, state.extras), (parts, jnp.arange(accumulate)))
     weight = jnp.maximum(metrics["loss"][1], 1)
     return jax.tree.map(lambda t: t / weight, total), metrics, extras
@@ -76,7 +77,7 @@ def make_train_step(config: ConfigDict, method: Method, optimizer: optax.Gradien
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = stream_key(config.seed, state.step, "loss")
         grads, metrics, extras = gradients(method, state, batch, key, config.train.accumulate)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"][0])
         lr = schedule(state.step)
         updates, opt = optimizer.update(grads, state.opt, state.params)
