@@ -72,12 +72,15 @@ def tiny_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
     return optim.make_optimizer(config), optim.make_schedule(config, EXAMPLES)
 
 
-def tiny_step(config: ConfigDict, method: Method | None = None, extras: Extras | None = None) -> tuple[TrainState, Any]:
-    """Returns (state before the first step, jitted and donating train step)."""
-    method = method or tiny_method(config)
-    optimizer, schedule = tiny_optimizer(config)
+def tiny_state(config: ConfigDict, extras: Extras | None = None) -> TrainState:
+    """Returns the state before the first step, with `tiny_params`."""
     params = jax.tree.map(jnp.asarray, tiny_params(config))
     ema = jax.tree.map(jnp.copy, params) if config.optim.ema else {}
-    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), extras or {}, ema,
-                       jnp.zeros((), jnp.int32))
-    return state, jax.jit(make_train_step(config, method, optimizer, schedule), donate_argnums=0)
+    opt = tiny_optimizer(config)[0].init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt, extras or {}, ema, jnp.zeros((), jnp.int32))
+
+
+def tiny_step(config: ConfigDict, method: Method | None = None) -> Any:
+    """Returns the jitted train step, which donates its state."""
+    step = make_train_step(config, method or tiny_method(config), *tiny_optimizer(config))
+    return jax.jit(step, donate_argnums=0)
