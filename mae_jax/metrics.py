@@ -139,7 +139,7 @@ class Recorder:
         """Writes name → number; JSON has no NaN, so a number that is not finite is written as null."""
         if not self.active:
             return
-        self.jsonl.write(step, {k: v if np.isfinite(v) else None for k, v in values.items()})
+        self.jsonl.write(step, {k: float(v) if np.isfinite(v) else None for k, v in values.items()})
         if self.board:
             self.board.write_scalars(step, values)
 
