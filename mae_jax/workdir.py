@@ -85,7 +85,7 @@ def read_config(workdir: epath.Path) -> ConfigDict:
         raise UserError(f"{workdir} holds no config.json: not a workdir of mae_jax")
     try:
         return configs.from_dict(json.loads(file.read_text())["config"])
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged: {error}") from None
 
 

@@ -1,0 +1,231 @@
+"""Durations, presets, one-line refusals, command-line overrides, and what a resumed run may change."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+from mae_jax import config as configs
+from mae_jax import workdir
+from mae_jax.config import default, flat, from_dict, resolve, steps, validate, vit
+from mae_jax.errors import UserError, nearest
+from tests.tiny import tiny_config
+
+RECIPES = sorted(Path("configs").glob("*.py"))
+
+
+@pytest.mark.parametrize(("duration", "count"), [
+    ("800 epochs", 800 * 1_281_167 // 4096), ("1 epoch", 312), ("0.5 epochs", 156), ("100 steps", 100), ("1 step", 1),
+    ("5e6 examples", 1220), ("4096 examples", 1), ("4095 examples", 0), ("", 0), (" 7  steps ", 7), ("1e2 steps", 100)])
+def test_durations_become_whole_steps(duration, count):
+    assert steps(duration, batch_size=4096, examples=1_281_167) == count
+
+
+def test_a_duration_in_examples_and_epochs_of_the_same_length_agree():
+    for batch_size in range(1, 60):
+        for epochs in range(1, 8):
+            assert steps(f"{epochs} epochs", batch_size, 35) == epochs * 35 // batch_size
+            assert steps(f"{epochs * 35} examples", batch_size, 35) == epochs * 35 // batch_size
+
+
+@pytest.mark.parametrize("duration", ["800", "epochs", "800 epoch s", "-3 steps", "1.2.3 steps", ".", ". steps",
+                                      "1e400 steps", "ten steps", "5 batches"])
+def test_a_duration_that_cannot_be_read_is_refused_with_examples(duration):
+    with pytest.raises(UserError, match="write '800 epochs', '100 steps' or '5e6 examples'"):
+        steps(duration, 8, 100)
+
+
+def test_nearest_names_the_close_one_and_all():
+    assert nearest("rnadom", ("random", "block")) == "did you mean 'random'? known: block, random"
+    assert nearest("x", ("random", "block")) == "known: block, random"
+    assert nearest("x", ()) == "known: none"
+
+
+@pytest.mark.parametrize(("fields", "line"), [
+    ({"data.augment": "rnadom"}, "data.augment='rnadom'; did you mean 'random'?"),
+    ({"data.resize": "quick"}, "data.resize='quick'; known: exact, fast"),
+    ({"model.remat": "dot"}, "did you mean 'dots'?"),
+    ({"optim.name": "adam"}, "did you mean 'adamw'?"),
+    ({"batch_size": 0}, "batch_size=0; it must be at least 1"),
+    ({"batch_size": 9, "train.accumulate": 2}, "batch_size=9 is not a multiple of train.accumulate=2"),
+    ({"data.image_size": (30, 16)}, "height 30 is not a multiple of the patch size 4; nearest: 28 and 32"),
+    ({"data.image_size": (16, 3)}, "width 3 is not a multiple of the patch size 4; nearest: 4"),
+    ({"data.image_size": (16,)}, "data.image_size=(16,); expected two numbers"),
+    ({"model.patch": (0, 4)}, "model.patch=[0, 4]; it must be at least 1"),
+    ({"model.width": 30}, "sin-cos positions need a multiple of 4"),
+    ({"model.heads": 3}, "model.width=32 is not a multiple of model.heads=3"),
+    ({"checkpoint.keep_last": 1}, "keep at least 2"),
+    ({"optim.lr": -1.0}, "optim.lr=-1.0; it must not be negative"),
+    ({"optim.betas": (0.9, 1.0)}, "it must be below 1"),
+    ({"optim.ema": 1.0}, "optim.ema=1.0; it must be below 1"),
+    ({"eval.knn_k": 0}, "eval.knn_k=0; it must be at least 1"),
+    ({"guard.max_nonfinite": 0}, "it must be at least 1"),
+    ({"log.every": ""}, "log.every is ''"),
+    ({"checkpoint.every": "20 epoks"}, "cannot read the duration '20 epoks'"),
+    ({"method.name": "mea"}, "unknown method.name 'mea'; did you mean 'mae'?"),
+])
+def test_a_value_that_cannot_work_is_refused_in_one_line(fields, line):
+    with pytest.raises(UserError) as error:
+        tiny_config(fields)
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_size_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match="unknown model size 'XL'; did you mean 'L'"):
+        vit("XL", 16)
+
+
+def test_a_misspelt_field_in_a_recipe_is_refused():
+    config = default("mae")
+    with pytest.raises(KeyError, match="image_size"):
+        config.data.update(imagesize=(32, 32))
+    with pytest.raises(AttributeError, match="weight_decay"):
+        config.optim.weightdecay = 0.1
+
+
+def test_presets_apply_in_order_and_runlocal_last():
+    seen = []
+
+    def big(config):
+        seen.append(config.batch_size)
+        config.batch_size = 4096
+
+    config = resolve(default("mae"), "runlocal,big", big=big)
+    assert seen == [256]
+    assert config.batch_size == 16
+    assert config.is_locked
+    with pytest.raises(UserError, match="unknown config argument 'bgi'; did you mean 'big'"):
+        resolve(default("mae"), "bgi", big=big)
+
+
+def recipe(path: Path, arg: str = "") -> ConfigDict:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid_locked_and_says_how_to_run_it(path):
+    config = recipe(path)
+    assert config.is_locked
+    validate(config)
+    text = path.read_text()
+    assert text.startswith('"""')
+    assert f"--config={path}" in text
+
+
+def leaves(config: ConfigDict, prefix: str = "") -> dict:
+    out = {}
+    for key, value in config.items():
+        out |= leaves(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key: value}
+    return out
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_leaf_of_every_recipe_can_be_overridden_on_the_command_line(path, monkeypatch):
+    def other(value):
+        if isinstance(value, bool):
+            return not value
+        if isinstance(value, tuple):
+            return tuple(item * 2 for item in value)
+        return value + "x" if isinstance(value, str) else value * 2 + 1
+
+    wanted = {name: other(value) for name, value in leaves(recipe(path)).items()}
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "recipe", flag_values=values)
+    argv = ["main", f"--config={path}", *(f"--config.{name}={value}" for name, value in wanted.items())]
+    monkeypatch.setattr("sys.argv", argv)  # where ml_collections looks for the overrides
+    values(argv)
+    assert leaves(values.config) == wanted
+    assert {type(value) for value in wanted.values()} <= {bool, int, float, str, tuple}
+
+
+def test_a_config_comes_back_from_json_as_it_went():
+    config = tiny_config()
+    assert from_dict(json.loads(json.dumps(config.to_dict()))).to_dict() == config.to_dict()
+
+
+def test_flat_names_every_leaf_by_its_path():
+    values = flat(tiny_config())
+    assert values["data.image_size"] == [16, 16]
+    assert values["method.mask_ratio"] == 0.75
+    assert values.keys() == leaves(tiny_config()).keys()
+
+
+def test_a_resumed_run_may_change_how_it_is_watched_placed_and_ended():
+    fields = {"train.duration": "60 steps", "mesh.data": 1, "eval.every": "1 steps", "checkpoint.keep_last": 5,
+              "log.every": "2 steps", "guard.max_nonfinite": 3, "data.threads": 1, "data.prefetch": 5,
+              "model.scan": True, "model.remat": "full"}
+    changes = workdir.compare(tiny_config(), tiny_config(fields))
+    assert {change.split(":")[0] for change in changes} == set(fields)
+    assert "train.duration: '6 steps' -> '60 steps'" in changes
+
+
+def test_a_workdir_of_another_config_is_refused_with_the_list_and_left_alone(tmp_path):
+    folder = epath.Path(tmp_path) / "run"
+    assert workdir.open_workdir(folder, tiny_config()) == []
+    before = (folder / "config.json").read_text()
+    other = tiny_config({"optim.lr": 0.1, "seed": 3, "train.duration": "60 steps"})
+    with pytest.raises(UserError, match=r"optim.lr: 0.05 -> 0.1; seed: 0 -> 3\. Use another --workdir") as error:
+        workdir.open_workdir(folder, other)
+    assert "train.duration" not in str(error.value)
+    assert (folder / "config.json").read_text() == before
+
+
+def test_the_workdir_records_config_and_versions(tmp_path):
+    folder = epath.Path(tmp_path) / "run"
+    workdir.open_workdir(folder, tiny_config())
+    assert workdir.read_config(folder).to_dict() == tiny_config().to_dict()
+    record = json.loads((folder / "config.json").read_text())
+    assert record["versions"]["jax"]
+    assert "git_commit" in record
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("text", ["", '{"config": {"seed"', "[]", "{}"])
+def test_a_damaged_config_json_is_refused_in_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        workdir.read_config(epath.Path(tmp_path))
+
+
+def test_a_folder_that_is_no_workdir_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"holds no config\.json: not a workdir of mae_jax"):
+        workdir.read_config(epath.Path(tmp_path))
+
+
+def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the workdir"):
+        workdir.open_workdir(epath.Path(tmp_path) / "file" / "run", tiny_config())
+
+
+def test_replacing_a_file_on_a_full_disk_keeps_the_old_one(tmp_path, monkeypatch):
+    file = epath.Path(tmp_path) / "config.json"
+    workdir.replace_text(file, "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(file), "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        workdir.replace_text(file, "new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("config.json", "old")]
+
+
+@pytest.mark.parametrize(("text", "step"), [(None, 0), ("", 0), ("120\n", 120), ("12x", 0)])
+def test_done_names_the_last_step_and_a_damaged_one_is_none(tmp_path, text, step):
+    if text is not None:
+        (tmp_path / "DONE").write_text(text)
+    assert workdir.finished(epath.Path(tmp_path)) == step
+
+
+def test_the_table_of_sizes_is_that_of_the_papers():
+    assert configs.SIZES["L"] == (1024, 24, 16)
+    assert vit("H", 14) == {"width": 1280, "depth": 32, "heads": 16, "patch": (14, 14)}
