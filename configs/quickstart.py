@@ -15,13 +15,12 @@ from mae_jax.config import default, resolve
 
 def get_config(arg: str = "") -> ConfigDict:
     config = default("mae")
-    config.batch_size = 128
-    config.data.update(image_size=(32, 32), crop_scale=(0.3, 1.0), eval_crop=1.0)
+    config.batch_size = 64
+    config.data.update(image_size=(40, 40), crop_scale=(0.4, 1.0), eval_crop=1.0)
     config.model.update(width=128, depth=6, heads=4, patch=(4, 4))
     config.method.update(target="pixel", decoder_width=96, decoder_depth=2, decoder_heads=4)
-    config.optim.update(lr=2e-3, warmup="80 steps")  # lr per 256 images
-    config.train.duration = "800 steps"
-    config.checkpoint.every = "200 steps"
-    config.eval.every = "400 steps"
-    config.log.every = "50 steps"
+    config.optim.update(lr=6e-3, warmup="60 steps")  # a small model on small pictures bears far more than a ViT-L
+    config.train.duration = "1250 steps"
+    config.checkpoint.every = "250 steps"
+    config.eval.every = "625 steps"
     return resolve(config, arg)

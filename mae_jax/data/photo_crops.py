@@ -24,7 +24,7 @@ SCIKIT_LEARN = ("china.jpg", "flower.jpg")
 CLASSES = tuple(name.split(".")[0] for name in SCIKIT_IMAGE + SCIKIT_LEARN)
 CROPS = {"train": 200, "test": 60}  # per photograph
 TRAIN_SHARE = 0.6  # of the width
-SIDES = (48, 96)  # smallest and largest side of a crop, in pixels of the photograph
+SIDES = (32, 64)  # smallest and largest side of a crop, in pixels of the photograph
 
 
 def load(data: ConfigDict, split: Split) -> Source:
