@@ -31,7 +31,8 @@ def test_no_pixel_is_in_both_splits_and_every_region_holds_the_largest_crop(widt
 def test_crops_are_squares_of_many_sizes():
     source = sources.load(DATA, "test")
     shapes = {source.read(i).picture.shape for i in range(source.size)}
-    assert all(height == width and 48 <= height <= 96 for height, width, _ in shapes)
+    low, high = photo_crops.SIDES
+    assert all(height == width and low <= height <= high for height, width, _ in shapes)
     assert len(shapes) > 20
 
 
