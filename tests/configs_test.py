@@ -1,0 +1,39 @@
+"""Every recipe, shrunk by ':runlocal', trains two steps and leaves a whole workdir behind."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mae_jax import train
+from tests.config_test import RECIPES, recipe
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_shared(tmp_path_factory):
+    """The shrunken recipes are alike: most programs are compiled once."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_two_steps_of_a_recipe_leave_finite_losses_pictures_and_a_checkpoint(path, tmp_path, capsys):
+    config = recipe(path, "runlocal")
+    assert train.train(config, str(tmp_path)) == 0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+    evaluations = [row for row in rows if "eval/loss" in row]
+    assert [row["step"] for row in evaluations] == [0, 2]
+    assert all(0 <= row["eval/knn/top1"] <= 1 and row["eval/loss"] > 0 for row in evaluations)
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == [
+        "ratios_0000000.png", "ratios_0000002.png", "reconstruct_0000000.png", "reconstruct_0000002.png"]
+    assert (tmp_path / "DONE").read_text() == "2\n"
+    assert (tmp_path / "checkpoints" / "2").is_dir()
+    assert any((tmp_path / "tensorboard").iterdir())
+    assert "finished 2 steps" in capsys.readouterr().out
