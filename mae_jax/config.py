@@ -105,7 +105,7 @@ def default(method: str = "mae") -> ConfigDict:
             "every": "20 epochs",
             "max_examples": 50_000,  # read of the training split for probes, and of the evaluation split
             "knn_k": 20,
-            "pictures": 8,  # in each grid
+            "pictures": 16,  # in the grid of reconstructions
         },
         "log": {"every": "50 steps", "tensorboard": True, "profile_steps": ""},  # profile_steps: '20:25'
         "guard": {"max_nonfinite": 10, "max_bad_fraction": 0.1},
@@ -170,6 +170,15 @@ def steps(duration: str, batch_size: int, examples: int) -> int:
     return math.floor(amount / per_step + 1e-6)
 
 
+def profile_steps(config: ConfigDict) -> tuple[int, int]:
+    """Returns the first and the last step of the profiler trace, (0, 0) for none; raises UserError."""
+    text = config.log.profile_steps
+    match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
+    if text and (not match or int(match[1]) > int(match[2])):
+        raise UserError(f"log.profile_steps={text!r}; write the first and the last step, as '20:25'")
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns {'data.path': value, ...}; tuples become lists, as JSON has them."""
     out = {}
@@ -207,6 +216,7 @@ def validate(config: ConfigDict) -> None:
             f"batch_size={config.batch_size} is not a multiple of train.accumulate={config.train.accumulate}")
     for key in DURATIONS:
         steps(values[key], config.batch_size, 1)
+    profile_steps(config)
     if not config.log.every:
         raise UserError("log.every is ''; write how often to log, as '50 steps'")
     methods.get(config.method.name).validate(config)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from mae_jax import cli, methods, optim, params, sharding, step, workdir
 from mae_jax.checkpoint import Checkpoints, load_params
-from mae_jax.config import steps, validate
+from mae_jax.config import profile_steps, steps, validate
 from mae_jax.errors import GuardError, UserError
 from mae_jax.evals.evaluate import Evaluator
 from mae_jax.flops import peak_flops, train_flops
@@ -163,7 +163,7 @@ def train(config: ConfigDict, folder: str) -> int:
     """Trains until `train.duration`, resuming what the workdir holds. Returns the exit code."""
     folder = workdir.locate(folder)
     run = prepare(config, folder)
-    for change in workdir.open_workdir(folder, config):
+    for change in workdir.changes(folder, config):
         logger.info("changed since the run began: %s", change)
     finished = workdir.finished(folder)
     if finished >= run.total:
@@ -177,6 +177,7 @@ def train(config: ConfigDict, folder: str) -> int:
             print(params.table(state.params, optim.decay_mask(state.params)), flush=True)
         else:
             logger.info("resumed at step %d", state.step)
+        workdir.record(folder, config)  # not before all that a mistake can break has worked
         recorder = Recorder(folder, int(state.step), config.log.tensorboard, jax.process_index() == 0)
         try:
             return loop(run, state, checkpoints, recorder, stopper)
@@ -189,11 +190,8 @@ class Profile:
     """Writes a profiler trace of the steps `log.profile_steps` = 'first:last' to <workdir>/profile."""
 
     def __init__(self, run: Run):
-        text, self.folder = run.config.log.profile_steps, str(run.workdir / "profile")
-        try:
-            self.first, self.last = (int(n) for n in text.split(":")) if text else (0, 0)
-        except ValueError:
-            raise UserError(f"log.profile_steps={text!r}; write the first and the last step, as '20:25'") from None
+        self.first, self.last = profile_steps(run.config)
+        self.folder = str(run.workdir / "profile")
 
     def before(self, done: int) -> None:
         if done == self.first:

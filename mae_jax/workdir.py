@@ -36,25 +36,21 @@ def _importable(name: str) -> bool:
         return False
 
 
-def open_workdir(workdir: epath.Path, config: ConfigDict) -> list[str]:
-    """Creates the folder with its config.json, or compares the config with the one it holds.
+def changes(workdir: epath.Path, config: ConfigDict) -> list[str]:
+    """Returns what a resumed run changes, as text; raises UserError when a field that must not change has changed."""
+    return compare(read_config(workdir), config) if (workdir / "config.json").exists() else []
 
-    Returns:
-      The changes of a resumed run, as text.
 
-    Raises:
-      UserError: the folder cannot be written, or a field that must not change has changed.
-    """
+def record(workdir: epath.Path, config: ConfigDict) -> None:
+    """Writes config.json, and makes the folder; raises UserError when it cannot be written."""
     file = workdir / "config.json"
-    changes = compare(read_config(workdir), config) if file.exists() else []
-    record = {"config": config.to_dict(), "git_commit": git_commit(), "versions": versions()}
+    content = {"config": config.to_dict(), "git_commit": git_commit(), "versions": versions()}
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            replace_text(file, json.dumps(record, indent=2) + "\n")
+            replace_text(file, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write the workdir {workdir}: {error.strerror or error}") from None
-    return changes
 
 
 def replace_text(file: epath.Path, text: str) -> None:

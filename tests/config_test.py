@@ -65,6 +65,8 @@ def test_nearest_names_the_close_one_and_all():
     ({"eval.knn_k": 0}, "eval.knn_k=0; it must be at least 1"),
     ({"guard.max_nonfinite": 0}, "it must be at least 1"),
     ({"log.every": ""}, "log.every is ''"),
+    ({"log.profile_steps": "20"}, "log.profile_steps='20'; write the first and the last step, as '20:25'"),
+    ({"log.profile_steps": "25:20"}, "as '20:25'"),
     ({"checkpoint.every": "20 epoks"}, "cannot read the duration '20 epoks'"),
     ({"method.name": "mea"}, "unknown method.name 'mea'; did you mean 'mae'?"),
 ])
@@ -169,18 +171,20 @@ def test_a_resumed_run_may_change_how_it_is_watched_placed_and_ended():
 
 def test_a_workdir_of_another_config_is_refused_with_the_list_and_left_alone(tmp_path):
     folder = epath.Path(tmp_path) / "run"
-    assert workdir.open_workdir(folder, tiny_config()) == []
+    assert workdir.changes(folder, tiny_config()) == []
+    workdir.record(folder, tiny_config())
+    assert workdir.changes(folder, tiny_config()) == []
     before = (folder / "config.json").read_text()
     other = tiny_config({"optim.lr": 0.1, "seed": 3, "train.duration": "60 steps"})
     with pytest.raises(UserError, match=r"optim.lr: 0.05 -> 0.1; seed: 0 -> 3\. Use another --workdir") as error:
-        workdir.open_workdir(folder, other)
+        workdir.changes(folder, other)
     assert "train.duration" not in str(error.value)
     assert (folder / "config.json").read_text() == before
 
 
 def test_the_workdir_records_config_and_versions(tmp_path):
     folder = epath.Path(tmp_path) / "run"
-    workdir.open_workdir(folder, tiny_config())
+    workdir.record(folder, tiny_config())
     assert workdir.read_config(folder).to_dict() == tiny_config().to_dict()
     record = json.loads((folder / "config.json").read_text())
     assert record["versions"]["jax"]
@@ -203,7 +207,7 @@ def test_a_folder_that_is_no_workdir_is_refused(tmp_path):
 def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the workdir"):
-        workdir.open_workdir(epath.Path(tmp_path) / "file" / "run", tiny_config())
+        workdir.record(epath.Path(tmp_path) / "file" / "run", tiny_config())
 
 
 def test_replacing_a_file_on_a_full_disk_keeps_the_old_one(tmp_path, monkeypatch):
