@@ -1,7 +1,6 @@
 """Every recipe, shrunk by ':runlocal', trains two steps and leaves a whole workdir behind."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
