@@ -1,6 +1,8 @@
 """Pictures of what the model makes of hidden patches."""
 
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,12 +17,24 @@ from mae_jax.ops.patches import assemble, denormalize, grid
 GREY = 127  # of a patch that the model does not see
 RATIOS = (0.25, 0.5, 0.75, 0.9)  # of the picture at several masking ratios
 CELL = 128  # smallest side of a picture in a grid, in screen pixels
+CAPTIONS = ("input", "visible", "prediction") * 2
 GAP, CAPTION = 4, 18  # screen pixels between pictures, and for the line of text above
 
 
-def panels(method: Method, params: Any, extras: Any, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+@functools.lru_cache(maxsize=8)
+def predictor(method: Method, ratio: float) -> Callable[..., dict[str, jax.Array]]:
+    """Returns the compiled `reconstruct` of the method at a masking ratio; kept from one evaluation to the next."""
+    if ratio != method.config.method.mask_ratio:
+        config = method.config.copy_and_resolve_references()
+        config.method.update(mask_ratio=ratio, masking="random")
+        method = get(config.method.name)(config)
+    return jax.jit(method.reconstruct)
+
+
+def panels(method: Method, params: Any, extras: Any, batch: Batch,
+           ratio: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns (input, masked input, prediction with the visible patches pasted in), uint8 [B, height, width, 3]."""
-    predicted = jax.jit(method.reconstruct)(params, extras, batch)["pixels"]
+    predicted = predictor(method, ratio)(params, extras, batch)["pixels"]
     patches, order = np.asarray(batch["patches"]), np.asarray(batch["order"])
     hidden = predicted.shape[1]
     shape = grid(method.config), tuple(method.config.model.patch)
@@ -39,7 +53,7 @@ def tile(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str], title: s
     canvas = Image.new("RGB", (step_x * len(rows[0]) + GAP, 2 * CAPTION + step_y * len(rows) + GAP), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((GAP, 3), title, fill="black")
-    for column, caption in enumerate(captions):
+    for column, caption in enumerate(captions[: len(rows[0])]):
         draw.text((GAP + column * step_x, CAPTION + 3), caption, fill="black")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
@@ -56,21 +70,23 @@ def note(config: ConfigDict) -> str:
 
 
 def reconstructions(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarray:
-    """Returns the grid of `batch`: input, masked input, prediction."""
-    columns = panels(method, params, extras, batch)
-    title = f"{method.config.method.mask_ratio:.0%} hidden; {note(method.config)}"
-    return tile(list(zip(*columns, strict=True)), ("input", "visible", "prediction"), title)
+    """Returns the grid of `batch`: input, visible patches, prediction; two pictures to a row."""
+    ratio = method.config.method.mask_ratio
+    rows = list(zip(*panels(method, params, extras, batch, ratio), strict=True))
+    half = (len(rows) + 1) // 2
+    blank = (np.full_like(rows[0][0], 255),) * 3
+    pairs = [(*left, *right) for left, right in itertools.zip_longest(rows[:half], rows[half:], fillvalue=blank)]
+    title = f"{ratio:.0%} hidden; {note(method.config)}"
+    return tile(pairs, CAPTIONS, title)
 
 
 def at_ratios(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarray:
-    """Returns the first picture of `batch` at several masking ratios, one row each, with the same random order."""
-    first = {name: value[:1] for name, value in batch.items()}
+    """Returns two pictures of `batch` at several masking ratios, one row each, with the same random orders."""
+    few = {name: np.asarray(value)[-2:] for name, value in batch.items()}
     rows = []
     for ratio in RATIOS:
-        config = method.config.copy_and_resolve_references()
-        config.method.update(mask_ratio=ratio, masking="random")
-        other = get(config.method.name)(config)
-        rows.append([*(column[0] for column in panels(other, params, extras, first))])
-    title = f"hidden, from the top: {', '.join(f'{ratio:.0%}' for ratio in RATIOS)}; trained at " \
-            f"{method.config.method.mask_ratio:.0%}; {note(method.config)}"
-    return tile(rows, ("input", "visible", "prediction"), title)
+        original, visible, predicted = panels(method, params, extras, few, ratio)
+        rows.append([panel for i in range(len(original)) for panel in (original[i], visible[i], predicted[i])])
+    title = f"hidden, from the top: {', '.join(f'{ratio:.0%}' for ratio in RATIOS)} (trained at " \
+            f"{method.config.method.mask_ratio:.0%}); {note(method.config)}"
+    return tile(rows, CAPTIONS, title)
