@@ -1,8 +1,10 @@
 """Sources with random access to batches: a pure function of the position, mapped in parallel by tf.data."""
 
+import atexit
 import functools
 import os
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -121,7 +123,9 @@ def run(items: tf.data.Dataset, example: Callable[..., Fields], spec: Spec, size
     workers = threads(data)
     dataset = items.map(fields_of, num_parallel_calls=workers, deterministic=True)
     dataset = dataset.batch(size, drop_remainder=True).prefetch(data.prefetch).with_options(options(workers))
-    return _iterate(dataset, failures)
+    batches = _iterate(dataset, failures)
+    _running.add(batches)
+    return batches
 
 
 def threads(data: ConfigDict) -> int:
@@ -147,3 +151,13 @@ def _iterate(dataset: tf.data.Dataset, failures: list[Exception]) -> Iterator[Ba
         if failures:
             raise failures[0]
         yield batch
+
+
+_running: weakref.WeakSet[Iterator[Batch]] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop() -> None:
+    """Ends what still runs: TensorFlow's threads call Python, and hang the process when Python is already gone."""
+    for batches in list(_running):
+        batches.close()

@@ -230,7 +230,9 @@ def _guarded(stream: Stream, batches: Iterator[Any], skipped: int) -> Iterator[A
             if number == 0 and skipped:
                 log.info("resumed the stream: skipped %d records in %.1f s", skipped, time.monotonic() - begin)
             yield batch
-    except tf.errors.OpError as error:
+    except Exception as error:
+        if not isinstance(error, tf.errors.OpError):
+            raise
         raise UserError(diagnose(stream) or f"reading records failed: {error.message.splitlines()[0]}") from None
 
 

@@ -1,6 +1,8 @@
 """The input as a whole, on photo_crops and on small made sources."""
 
 import itertools
+import subprocess
+import sys
 from collections import deque
 
 import jax
@@ -193,3 +195,21 @@ def test_an_error_of_ours_comes_out_as_itself():
     c = config()
     with pytest.raises(UserError, match=r"^the disk is gone$"):
         next(pipeline.batches(example, spec(c), np.arange(8), range(5), c.data))
+
+
+def test_a_process_ends_while_batches_are_being_made():
+    """TensorFlow's threads hung the interpreter's exit when they came back to Python too late."""
+    code = """
+import sys, time
+import jax, numpy as np
+from ml_collections import ConfigDict
+from mae_jax.data import pipeline
+def example(position):
+    time.sleep(0.002)
+    return {"id": position}
+spec = {"id": jax.ShapeDtypeStruct((8,), np.int32)}
+batches = pipeline.batches(example, spec, np.arange(8), range(10**6), ConfigDict({"threads": 8, "prefetch": 2}))
+next(batches)
+sys.exit(75)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 75
