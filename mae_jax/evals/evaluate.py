@@ -69,20 +69,24 @@ class Evaluator:
 
     def scalars(self, state: TrainState) -> dict[str, float]:
         """Returns eval/loss, and where labels exist the top-1 of a linear probe and of k-NN, all in 0..1."""
-        means, held, config = Means(), Rows(self.mesh), self.method.config
+        means, held = Means(), Rows(self.mesh)
         for batch in self._batches(self.inputs.evaluate):
             metrics, features = self._batch(state, batch)
             means.add(jax.device_get(metrics))
             held.add(batch, features)
         out = means.take("eval/")
-        classes = len(self.inputs.classes)
-        if classes < 2:
-            return out
-        support = self.features(state)
         test = tuple(held.take())
-        out["eval/linear/top1"] = linear.top1(support, test, classes)
-        out["eval/knn/top1"] = knn.top1(support, test, classes, config.eval.knn_k)
-        return out
+        return out | self._probes(self.features(state), test, "top1") if self._labelled(test) else out
+
+    def _labelled(self, test: tuple[np.ndarray, np.ndarray]) -> bool:
+        """Says whether there is something to probe: classes, and held-out pictures that have one."""
+        return len(self.inputs.classes) > 1 and len(test[1]) > 0
+
+    def _probes(self, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray],
+                name: str) -> dict[str, float]:
+        classes = len(self.inputs.classes)
+        return {f"eval/linear/{name}": linear.top1(train, test, classes),
+                f"eval/knn/{name}": knn.top1(train, test, classes, self.method.config.eval.knn_k)}
 
     def features(self, state: TrainState) -> tuple[np.ndarray, np.ndarray]:
         """Returns (features [n, D], labels [n]) of the training split under the evaluation's preprocessing."""
@@ -94,8 +98,7 @@ class Evaluator:
 
     def pixel_floor(self) -> dict[str, float]:
         """Returns the probes of raw pixels, which a learned feature must beat; {} for large or unlabelled pictures."""
-        config, classes = self.method.config, len(self.inputs.classes)
-        if classes < 2 or np.prod(config.data.image_size) * 3 > PIXEL_LIMIT:
+        if len(self.inputs.classes) < 2 or np.prod(self.method.config.data.image_size) * 3 > PIXEL_LIMIT:
             return {}
         sets = []
         for source in (self.inputs.support, self.inputs.evaluate):
@@ -104,13 +107,12 @@ class Evaluator:
                 rows.add(batch, batch["patches"], batch["order"])
             patches, order, labels = rows.take()
             sets.append((self._raster(patches, order), labels))
-        return {"eval/linear/pixels_top1": linear.top1(*sets, classes),
-                "eval/knn/pixels_top1": knn.top1(*sets, classes, config.eval.knn_k)}
+        return self._probes(*sets, "pixels_top1") if self._labelled(sets[1]) else {}
 
     def _raster(self, patches: np.ndarray, order: np.ndarray) -> np.ndarray:
         config = self.method.config
         pictures = assemble(patches, order, grid(config), tuple(config.model.patch))
-        return pictures.reshape(len(pictures), -1).astype(np.float32) / 255
+        return pictures.reshape(len(pictures), np.prod(pictures.shape[1:])).astype(np.float32) / 255
 
     def pictures(self, state: TrainState) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (name, uint8 picture): reconstructions, and one picture at several masking ratios."""
