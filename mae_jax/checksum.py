@@ -38,6 +38,7 @@ def seal(record: Record) -> dict[str, Any]:
 
 
 def unseal(sealed: dict[str, Any]) -> Record:
+    """Returns the record in a sealed one; raises Damaged when its own checksum says so."""
     if seal(sealed["arrays"])["crc32"] != sealed["crc32"]:
         raise Damaged("the list of checksums is damaged")
     return sealed["arrays"]
