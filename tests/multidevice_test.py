@@ -1,0 +1,36 @@
+"""The same program on 1, 8 and 128 simulated devices; each in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+
+
+def run(module: str, devices: int) -> dict:
+    """Runs tests/multidevice/<module>.py on simulated devices; returns what its last line says."""
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                                "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-W", "error", "-m", f"tests.multidevice.{module}"], env=environment,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_eight_devices_train_as_one_does_and_bit_for_bit_as_eight_did_before():
+    found = run("losses", 8)
+    assert found["devices"] == 8
+    assert len(set(found["one"])) == 10
+    np.testing.assert_allclose(found["eight"], found["one"], rtol=1e-5)
+    np.testing.assert_allclose(found["accumulated"], found["one"], rtol=1e-5)
+    assert found["identical"]
+    assert found["replicated"] == ["True"]
+
+
+def test_the_vit_l_step_of_4096_images_compiles_for_128_devices():
+    found = run("compile_vit_l", 128)
+    assert (found["devices"], found["batch"], found["parameters"]) == (128, 4096, 329_239_296)
+    assert found["replicated"]
+    assert found["all_reduces"] > 0
+    print(f"lowered and compiled in {found['seconds']:.0f} s")
