@@ -143,7 +143,8 @@ class Log:
         self.replaced += int(sums["replaced"])
         if self.seen >= BAD_PICTURES_AFTER and self.replaced > guard.max_bad_fraction * self.seen:
             raise GuardError(f"{self.replaced} of {self.seen} pictures could not be read, more than "
-                             f"guard.max_bad_fraction={guard.max_bad_fraction}: {'; '.join(dict.fromkeys(self.run.inputs.bad))}")
+                             f"guard.max_bad_fraction={guard.max_bad_fraction}: "
+                             f"{'; '.join(dict.fromkeys(self.run.inputs.bad))}")
 
 
 def evaluate_into(recorder: Recorder, evaluator: Evaluator, state: TrainState, done: int) -> dict[str, float]:
