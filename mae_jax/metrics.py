@@ -113,14 +113,30 @@ def _step_of(line: str) -> float:
         return math.nan
 
 
-def open_tensorboard(workdir: epath.Path) -> Any:
-    """Returns clu's metric writer, or None with one warning where TensorFlow or TensorBoard is missing."""
-    try:
-        from clu import metric_writers
-    except ImportError as error:
-        logger.warning("no TensorBoard events: %s", error)
-        return None
-    return metric_writers.SummaryWriter(str(workdir / "tensorboard"))
+class TensorBoard:
+    """TensorBoard events through clu. What cannot be written is one warning: metrics.jsonl holds it too."""
+
+    def __init__(self, workdir: epath.Path):
+        self.writer, self.warned = None, False
+        self._try(lambda: self._open(workdir))
+
+    def _open(self, workdir: epath.Path) -> None:
+        from clu import metric_writers  # imports TensorFlow, which may be missing
+
+        self.writer = metric_writers.SummaryWriter(str(workdir / "tensorboard"))
+
+    def call(self, method: str, *args: Any) -> None:
+        """Calls a method of clu's metric writer."""
+        if self.writer:
+            self._try(lambda: getattr(self.writer, method)(*args))
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # no TensorFlow, a full disk, a bucket out of reach: none is worth a run
+            if not self.warned:
+                logger.warning("no TensorBoard events: %s", str(error).split("\n")[0])
+            self.warned = True
 
 
 class Recorder:
@@ -129,7 +145,7 @@ class Recorder:
     def __init__(self, workdir: epath.Path, restored_step: float, tensorboard: bool, active: bool = True):
         self.workdir, self.active = workdir, active
         self.jsonl = JsonLines(workdir / "metrics.jsonl", restored_step, active)
-        self.board = open_tensorboard(workdir) if active and tensorboard else None
+        self.board = TensorBoard(workdir) if active and tensorboard else None
 
     def has(self, step: int, name: str) -> bool:
         """Says whether metrics.jsonl held the metric at the step when the run began; all processes say the same."""
@@ -141,7 +157,7 @@ class Recorder:
             return
         self.jsonl.write(step, {k: float(v) if np.isfinite(v) else None for k, v in values.items()})
         if self.board:
-            self.board.write_scalars(step, values)
+            self.board.call("write_scalars", step, values)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes uint8 [height, width, 3] as pictures/<name>_<step>.png; a failure is a warning."""
@@ -158,17 +174,17 @@ class Recorder:
         except Exception as error:  # as in JsonLines.flush
             logger.warning("cannot write %s (%s)", path, error)
         if self.board:
-            self.board.write_images(step, {name: image[None]})
+            self.board.call("write_images", step, {name: image[None]})
 
     def flush(self) -> None:
         self.jsonl.flush()
         if self.board:
-            self.board.flush()
+            self.board.call("flush")
 
     def close(self) -> None:
         self.flush()
         if self.board:
-            self.board.close()
+            self.board.call("close")
 
 
 class Speed:

@@ -220,6 +220,25 @@ def test_without_tensorboard_one_warning_and_metrics_jsonl_remain(tmp_path, monk
         np.testing.assert_array_equal(np.asarray(picture), np.full((2, 3, 3), 7))
 
 
+def test_tensorboard_on_a_full_disk_is_one_warning_and_the_rest_goes_on(tmp_path, caplog):
+    recorder = Recorder(epath.Path(tmp_path), 0, tensorboard=True)
+
+    class Full:
+        def __getattr__(self, name):
+            return full
+
+    recorder.board.call("close")
+    recorder.board.writer = Full()
+    with caplog.at_level(logging.WARNING, "mae_jax"):
+        for step in (1, 2):
+            recorder.scalars(step, {"train/loss": 1.0})
+            recorder.picture(step, "reconstruct", np.zeros((2, 2, 3), np.uint8))
+        recorder.close()
+    assert [record.message for record in caplog.records] == [
+        "no TensorBoard events: [Errno 28] No space left on device"]
+    assert steps(tmp_path / "metrics.jsonl") == [1, 2]
+
+
 def test_speed_counts_steps_and_waiting_of_its_stretch(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
