@@ -6,6 +6,7 @@ notices a flipped bit in its metadata, but not in array data, and may even resto
 the checksums close that gap.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -123,7 +124,8 @@ class Checkpoints:
         self.wait()
         if self.failed:
             _attempt("clean up", self._sweep)
-        self._checkpointer.close()
+        with contextlib.suppress(Exception):  # orbax raises the failure of a save once more; it has been reported
+            self._checkpointer.close()
 
     def _steps(self) -> list[int]:
         return [step for step in _committed(self._folder) if step not in self._refused]
