@@ -40,7 +40,8 @@ def panels(method: Method, params: Any, extras: Any, batch: Batch,
     shape = grid(method.config), tuple(method.config.model.patch)
     masked, pasted = patches.copy(), patches.copy()
     masked[:, -hidden:] = GREY
-    pasted[:, -hidden:] = np.clip(np.rint(denormalize(np.asarray(predicted))), 0, 255).astype(np.uint8)
+    pixels = np.nan_to_num(denormalize(np.asarray(predicted)), nan=GREY)  # a model that diverged gets its pictures too
+    pasted[:, -hidden:] = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
     original, masked, pasted = (assemble(x, order, *shape) for x in (patches, masked, pasted))
     return original, masked, pasted
 
