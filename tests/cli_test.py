@@ -1,6 +1,5 @@
 """A user's mistake ends with one clear line and exit code 2, our bugs with a traceback and 1."""
 
-import logging
 import subprocess
 import sys
 
@@ -91,15 +90,6 @@ def test_a_config_file_of_the_users_own_that_does_not_load_is_explained(monkeypa
     found = line_of(monkeypatch, f"--config={tmp_path / 'mine.py'}")
     assert "\n" not in found
     assert line in found
-
-
-@pytest.fixture
-def _restored_logging():
-    """`cli.guarded` sets logging up for a command; other tests want it as pytest left it."""
-    logger = logging.getLogger("mae_jax")
-    before = logger.level, logger.propagate, list(logger.handlers)
-    yield
-    logger.level, logger.propagate, logger.handlers[:] = before
 
 
 def raises(error):

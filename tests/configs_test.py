@@ -9,16 +9,7 @@ from mae_jax import train
 from tests.config_test import RECIPES, recipe
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_programs_are_shared(tmp_path_factory):
-    """The shrunken recipes are alike: most programs are compiled once."""
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-
-
+@pytest.mark.usefixtures("_shared_compilations")  # the shrunken recipes are alike
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_two_steps_of_a_recipe_leave_finite_losses_pictures_and_a_checkpoint(path, tmp_path, capsys):
     config = recipe(path, "runlocal")

@@ -1,0 +1,24 @@
+"""Fixtures of all tests."""
+
+import logging
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+
+@pytest.fixture(scope="session")
+def _shared_compilations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Programs that are compiled again, by another run of the same shapes, come from a cache on disk."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture
+def _restored_logging() -> Iterator[None]:
+    """`cli.guarded` sets logging up for a command; other tests want it as pytest left it."""
+    logger = logging.getLogger("mae_jax")
+    before = logger.level, logger.propagate, list(logger.handlers)
+    yield
+    logger.level, logger.propagate, logger.handlers[:] = before

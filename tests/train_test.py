@@ -1,0 +1,97 @@
+"""The loop: going on, stopping by the guard, starting from other parameters, failing saves."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from mae_jax import replay, train
+from mae_jax.checkpoint import load_params
+from mae_jax.errors import GuardError, UserError
+from mae_jax.params import flatten
+from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.usefixtures("_shared_compilations")  # most runs here have the same shapes
+
+
+def rows(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_finished_run_stays_and_a_longer_duration_goes_on(tmp_path, capsys):
+    assert train.train(tiny_config(), str(tmp_path)) == 0
+    before = (tmp_path / "metrics.jsonl").read_text()
+    capsys.readouterr()
+    assert train.train(tiny_config(), str(tmp_path)) == 0
+    assert "is finished: step 6 of 6" in capsys.readouterr().out
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert train.train(tiny_config({"train.duration": "7 steps"}), str(tmp_path)) == 0
+    steps = [row["step"] for row in rows(tmp_path) if "train/loss" in row]
+    assert steps == [1, 2, 3, 4, 5, 6, 7]
+    assert [row["step"] for row in rows(tmp_path) if "eval/loss" in row] == [0, 3, 6, 7]
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["train"]["duration"] == "7 steps"
+    capsys.readouterr()
+    assert train.evaluate(str(tmp_path)) == 0
+    assert "evaluation at step 7" in capsys.readouterr().out
+    assert [row["step"] for row in rows(tmp_path) if "eval/loss" in row] == [0, 3, 6, 7]
+
+
+def test_gradients_that_stay_not_finite_stop_the_run_save_it_and_name_the_replay(tmp_path, capsys):
+    config = tiny_config({"optim.lr": 1e38, "guard.max_nonfinite": 2, "train.duration": "20 steps"})
+    with pytest.raises(GuardError, match=r"2 steps in a row .* the last one step \d+; .*--mode=replay") as error:
+        train.train(config, str(tmp_path))
+    assert f"--workdir={tmp_path}" in str(error.value)
+    saved = {int(folder.name) for folder in (tmp_path / "checkpoints").iterdir()}
+    step = int(re.search(r"--step=(\d+)", str(error.value))[1])
+    assert max(saved) > step
+    assert [row["train/bad_steps"] for row in rows(tmp_path) if "train/loss" in row][-2:] == [1, 2]
+    capsys.readouterr()
+    assert replay.replay(str(tmp_path), step) == 0
+    out = capsys.readouterr().out
+    assert "parameters whose gradient is not finite: " in out
+    assert "not finite: none" not in out
+
+
+def test_init_from_takes_the_parameters_of_another_run(tmp_path, caplog):
+    first, second = tmp_path / "first", tmp_path / "second"
+    config = tiny_config({"data.eval_split": "", "train.duration": "3 steps"})
+    assert train.train(config, str(first)) == 0
+    fields = {"data.eval_split": "", "train.duration": "1 steps", "init_from": str(first), "seed": 1,
+              "optim.warmup": "1 steps"}  # so that the first step's rate is 0
+    with caplog.at_level("INFO", "mae_jax"):
+        assert train.train(tiny_config(fields), str(second)) == 0
+    assert "init_from" in caplog.text
+    assert "new: none; left over: none" in caplog.text
+    ours, theirs = (flatten(load_params(folder)) for folder in (second, first))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+    assert not any("eval/loss" in row for row in rows(second))
+
+
+def test_a_last_save_that_fails_is_the_users_to_mend_and_the_run_goes_on_from_the_one_before(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        real = ocp.AsyncCheckpointer.save
+        patch.setattr(ocp.AsyncCheckpointer, "save",
+                      lambda self, path, **items: (full if path.name == "6" else real)(self, path, **items))
+        patch.setattr(ocp.AsyncCheckpointer, "close", full)  # as orbax does it after a failed save
+        with pytest.raises(UserError, match=r"state of step 6 could not be saved.*No space.*goes on from step 3"):
+            train.train(tiny_config(), str(tmp_path))
+    assert not (tmp_path / "DONE").exists()
+    assert train.train(tiny_config(), str(tmp_path)) == 0
+    assert [row["step"] for row in rows(tmp_path) if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_batch_on_the_devices_is_what_the_input_gives(tmp_path):
+    run = train.prepare(tiny_config(), tmp_path)
+    batches = train.device_batches(run, 2)
+    for wanted, found in zip(run.inputs.train(2), (next(batches) for _ in range(3)), strict=False):
+        assert wanted.keys() == found.keys()
+        for name, value in wanted.items():
+            np.testing.assert_array_equal(jax.device_get(found[name]), value)
