@@ -1,5 +1,6 @@
 """Metrics on their way out: means of (sum, weight), metrics.jsonl, TensorBoard and the progress line."""
 
+import contextlib
 import errno
 import io
 import json
@@ -114,10 +115,10 @@ def _step_of(line: str) -> float:
 
 
 class TensorBoard:
-    """TensorBoard events through clu. What cannot be written is one warning: metrics.jsonl holds it too."""
+    """TensorBoard events through clu. After the first failure there are none: metrics.jsonl has all."""
 
     def __init__(self, workdir: epath.Path):
-        self.writer, self.warned = None, False
+        self.writer = None
         self._try(lambda: self._open(workdir))
 
     def _open(self, workdir: epath.Path) -> None:
@@ -134,9 +135,8 @@ class TensorBoard:
         try:
             action()
         except Exception as error:  # no TensorFlow, a full disk, a bucket out of reach: none is worth a run
-            if not self.warned:
-                logger.warning("no TensorBoard events: %s", str(error).split("\n")[0])
-            self.warned = True
+            logger.warning("no TensorBoard events from here on: %s", str(error).split("\n")[0])
+            self.writer = None
 
 
 class Recorder:
@@ -173,6 +173,8 @@ class Recorder:
             path.write_bytes(content.getvalue())
         except Exception as error:  # as in JsonLines.flush
             logger.warning("cannot write %s (%s)", path, error)
+            with contextlib.suppress(Exception):
+                path.unlink(missing_ok=True)  # what there was room for
         if self.board:
             self.board.call("write_images", step, {name: image[None]})
 

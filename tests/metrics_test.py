@@ -212,7 +212,7 @@ def test_without_tensorboard_one_warning_and_metrics_jsonl_remain(tmp_path, monk
         recorder.scalars(1, {"train/loss": 1.0})
         recorder.picture(1, "reconstruct", np.full((2, 3, 3), 7, np.uint8))
         recorder.close()
-    assert [record.message.split(":")[0] for record in caplog.records] == ["no TensorBoard events"]
+    assert [record.message.split(":")[0] for record in caplog.records] == ["no TensorBoard events from here on"]
     assert steps(tmp_path / "metrics.jsonl") == [1]
     from PIL import Image
 
@@ -235,7 +235,7 @@ def test_tensorboard_on_a_full_disk_is_one_warning_and_the_rest_goes_on(tmp_path
             recorder.picture(step, "reconstruct", np.zeros((2, 2, 3), np.uint8))
         recorder.close()
     assert [record.message for record in caplog.records] == [
-        "no TensorBoard events: [Errno 28] No space left on device"]
+        "no TensorBoard events from here on: [Errno 28] No space left on device"]
     assert steps(tmp_path / "metrics.jsonl") == [1, 2]
 
 
