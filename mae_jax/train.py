@@ -227,7 +227,8 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Record
             logger.info("compiled the train step in %.1f s", time.monotonic() - began)
             log.speed.start()
         stop = stopper.should_stop(done)
-        save, look = (bool(every) and (done == total or done % every == 0) for every in (save_every, eval_every))
+        save = done == total or (save_every > 0 and done % save_every == 0)
+        look = eval_every > 0 and (done == total or done % eval_every == 0)
         try:
             log.push(done, metrics)
             if save or look or stop:
