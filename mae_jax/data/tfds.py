@@ -53,7 +53,8 @@ def _builder(module: Any, data: ConfigDict) -> Any:
     try:
         builder = module.builder(data.name, data_dir=data.path or None)
     except (module.core.DatasetNotFoundError, ValueError) as error:
-        close = difflib.get_close_matches(data.name, module.list_builders(), n=1)
+        known = module.list_builders(with_community_datasets=False)  # those would be looked up in a bucket
+        close = difflib.get_close_matches(data.name, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise UserError(f"TFDS knows no data set {data.name!r}, and data.path={data.path!r} holds none"
                         f"{hint}") from error
