@@ -11,6 +11,7 @@ import pytest
 from mae_jax import replay, train
 from mae_jax.checkpoint import load_params
 from mae_jax.errors import GuardError, UserError
+from mae_jax.metrics import Recorder
 from mae_jax.params import flatten
 from tests.tiny import tiny_config
 
@@ -95,3 +96,15 @@ def test_a_batch_on_the_devices_is_what_the_input_gives(tmp_path):
         assert wanted.keys() == found.keys()
         for name, value in wanted.items():
             np.testing.assert_array_equal(jax.device_get(found[name]), value)
+
+
+def test_too_many_bad_pictures_stop_the_run_with_their_names_but_not_before_100_were_seen(tmp_path):
+    run = train.prepare(tiny_config({"guard.max_bad_fraction": 0.2}), tmp_path)
+    run.inputs.bad.append("cats/7.jpg: no end marker")
+    log = train.Log(run, Recorder(tmp_path, 0, tensorboard=False))
+    metrics = {name: (np.float32(value), np.float32(1)) for name, value in
+               {"loss": 1, "lr": 1, "grad_norm": 1, "bad_steps": 0, "replaced": 2}.items()}  # 2 of 8 pictures
+    for done in range(1, 14):
+        log.push(done, metrics)  # handles the 12 before: 96 pictures
+    with pytest.raises(GuardError, match=r"26 of 104 pictures could not be read.*0\.2: cats/7\.jpg: no end marker"):
+        log.push(14, metrics)
