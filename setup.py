@@ -1,4 +1,4 @@
-"""Installs mae_jax. The extras: test, tpu, gpu, gcs, torch, plan, demo."""
+"""Installs mae_jax. The extras: test, fast, tpu, gpu, gcs, torch, plan, demo."""
 
 import re
 from pathlib import Path
@@ -39,7 +39,8 @@ setup(
         'tensorflow>=2.20,<2.22; sys_platform != "linux" or platform_machine != "x86_64"',
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff>=0.14"],
+        "test": ["pytest>=8", "ruff>=0.14", "opencv-python-headless>=4.10"],
+        "fast": ["opencv-python-headless>=4.10"],  # data.resize=fast
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "gpu": ["jax[cuda12]>=0.10,<0.13"],
         "gcs": ["google-cloud-storage>=2.19", "gcsfs>=2024.12"],

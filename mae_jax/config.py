@@ -65,7 +65,7 @@ def default(method: str = "mae") -> ConfigDict:
             "crop_ratio": (3 / 4, 4 / 3),
             "flip": True,
             "eval_crop": 224 / 256,  # share of the short side that the evaluation's centre crop keeps
-            "resize": "exact",  # exact: as PIL and torchvision do; fast: see the README
+            "resize": "exact",  # exact: as PIL and torchvision do; fast: OpenCV, not antialiased (see the README)
             "image_key": "image",  # TFRecord and npz field names
             "label_key": "label",
             "readers": 16,  # logical readers of a TFRecord stream

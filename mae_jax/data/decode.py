@@ -4,14 +4,17 @@ Content decides, not the file's extension. Formats: JPEG, PNG, WebP, BMP, GIF (f
 pixels come as they are stored, as TFDS and torchvision give them.
 """
 
+import functools
 import io
 import warnings
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from mae_jax.data.tensorflow_cpu import tf
+from mae_jax.errors import UserError
 
 MAX_PIXELS = 50_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
@@ -75,6 +78,8 @@ class Picture:
             return part.resize(target[::-1], Image.Resampling.BICUBIC)
         try:
             return _fast_view(self._data, box, target)
+        except UserError:
+            raise
         except Exception as error:
             raise BadPicture(_reason(self._data, error)) from error
 
@@ -112,20 +117,35 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _fast_view(data: bytes, box: Box, target: tuple[int, int]) -> Image.Image:
     """Decodes what `box` needs of a JPEG, and resizes it to `target`.
 
-    Where there is room, the JPEG decoder itself shrinks by 2, 4 or 8, and the bicubic filter goes on from there. Else
-    Hamming's window shrinks, half as wide as the bicubic one.
+    Below a factor of two OpenCV resizes without antialiasing, which matters little there: bilinear where it shrinks,
+    bicubic where it enlarges. Above, the JPEG decoder itself shrinks by 2, 4 or 8 where there is room for it, and
+    PIL's antialiased Hamming filter goes on from there.
     """
-    room = min(box.height / target[0], box.width / target[1])
-    ratio = max(r for r in (1, 2, 4, 8) if r == 1 or room >= FAST_MARGIN * r)
+    shrinks = box.height / target[0], box.width / target[1]
+    ratio = max(r for r in (1, 2, 4, 8) if r == 1 or min(shrinks) >= FAST_MARGIN * r)
     top, left = box.top // ratio, box.left // ratio
     bottom, right = -(-(box.top + box.height) // ratio), -(-(box.left + box.width) // ratio)
-    pixels = tf.raw_ops.DecodeAndCropJpeg(
+    pixels = np.asarray(tf.raw_ops.DecodeAndCropJpeg(
         contents=data, crop_window=[top, left, bottom - top, right - left], channels=3, ratio=ratio,
-        fancy_upscaling=True, try_recover_truncated=False, acceptable_fraction=1, dct_method="INTEGER_ACCURATE")
+        fancy_upscaling=True, try_recover_truncated=False, acceptable_fraction=1, dct_method="INTEGER_ACCURATE"))
+    if max(shrinks) < 2:
+        cv2 = opencv()
+        kind = cv2.INTER_LINEAR if min(shrinks) >= 1 else cv2.INTER_CUBIC
+        return Image.fromarray(cv2.resize(pixels, target[::-1], interpolation=kind))
     x, y = box.left / ratio - left, box.top / ratio - top
-    exact_box = (x, y, x + box.width / ratio, y + box.height / ratio)
-    kind = Image.Resampling.HAMMING if ratio == 1 and room >= 1 else Image.Resampling.BICUBIC
-    return Image.fromarray(np.asarray(pixels)).resize(target[::-1], kind, box=exact_box)
+    part = (x, y, x + box.width / ratio, y + box.height / ratio)
+    return Image.fromarray(pixels).resize(target[::-1], Image.Resampling.HAMMING, box=part)
+
+
+@functools.cache
+def opencv() -> ModuleType:
+    """Returns the module cv2, confined to the calling thread; raises UserError where it is missing."""
+    try:
+        import cv2
+    except ImportError:
+        raise UserError("data.resize='fast' needs OpenCV; run: pip install opencv-python-headless") from None
+    cv2.setNumThreads(1)
+    return cv2
 
 
 def _reason(data: bytes | np.ndarray, error: Exception) -> str:

@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.data import orders
 from mae_jax.data.augment import augment, centre
-from mae_jax.data.decode import Picture
+from mae_jax.data.decode import Picture, opencv
 from mae_jax.data.random import rng
 from mae_jax.data.sources import UNLABELLED
 
@@ -23,6 +23,8 @@ class Views:
         orders.check(order)
         self._seed, self._data, self._order = config.seed, config.data, order
         self._patch = tuple(config.model.patch)
+        if config.data.resize == "fast":
+            opencv()  # says at once what is missing
 
     def train(self, picture: bytes | np.ndarray, position: int) -> Fields:
         """Returns the augmented view that belongs to a position of the run; raises BadPicture."""
