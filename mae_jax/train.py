@@ -191,15 +191,18 @@ class Profile:
     """Writes a profiler trace of the steps `log.profile_steps` = 'first:last' to <workdir>/profile."""
 
     def __init__(self, run: Run):
-        self.first, self.last = profile_steps(run.config)
+        self.first, last = profile_steps(run.config)
+        self.last, self.running = min(last, run.total), False
         self.folder = str(run.workdir / "profile")
 
     def before(self, done: int) -> None:
         if done == self.first:
             jax.profiler.start_trace(self.folder)
+            self.running = True
 
     def after(self, done: int, metrics: Metrics) -> None:
-        if self.first and done == self.last:
+        if self.running and done == self.last:
+            self.running = False
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
             logger.info("profile of steps %d to %d: %s", self.first, self.last, self.folder)
