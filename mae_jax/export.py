@@ -1,7 +1,11 @@
-"""Writes the parameters of a run as one safetensors file, which `init_from` and other libraries read.
+"""Writes the parameters of a run as safetensors, which `init_from` and other libraries read.
 
   python -m mae_jax.export --from=runs/quickstart --to=quickstart.safetensors
-  python -m mae_jax.export --from=runs/quickstart/checkpoints/800 --to=quickstart.safetensors
+  python -m mae_jax.export --from=runs/quickstart/checkpoints/1250 --to=quickstart.safetensors
+  python -m mae_jax.export --from=runs/quickstart --layout=hf --to=FOLDER
+
+--layout=hf writes a folder that transformers' ViTMAEForPreTraining.from_pretrained reads; --layout=mae the names of the
+published MAE code and timm.
 """
 
 import json
@@ -11,25 +15,37 @@ from absl import flags
 from mae_jax import cli
 
 FROM = flags.DEFINE_string("from", "", "workdir, or one step's folder in it")
-TO = flags.DEFINE_string("to", "", "the file to write, *.safetensors")
+TO = flags.DEFINE_string("to", "", "the file to write, *.safetensors; with --layout=hf a folder")
+LAYOUT = flags.DEFINE_enum("layout", "mae_jax", ["mae_jax", "mae", "hf"], "whose names the arrays have")
 
 
-def main() -> int:
+def export(source: str, to: str, layout: str) -> int:
+    """Writes the parameters that `source` holds to `to`, with the names of `layout`. Returns the exit code."""
     from mae_jax import params, workdir
     from mae_jax.checkpoint import load_params, save_params
     from mae_jax.errors import UserError
+    from mae_jax.interop.hf import hf_config, to_hf
+    from mae_jax.interop.mae import to_mae
+    from mae_jax.ops.patches import grid
 
-    if not TO.value.endswith(".safetensors"):
-        raise UserError(f"--to={TO.value}: the file's name must end in .safetensors")
-    source = workdir.locate(FROM.value)
-    root = source.parent.parent if source.parent.name == "checkpoints" else source
-    config = workdir.read_config(root)
-    tree = load_params(source)
-    save_params(TO.value, tree, {"config": json.dumps(config.to_dict())})
+    file = workdir.locate(to)
+    if layout == "hf":
+        file = file / "model.safetensors"
+    elif file.suffix != ".safetensors":
+        raise UserError(f"--to={to}: the file's name must end in .safetensors")
+    folder = workdir.locate(source)
+    config = workdir.read_config(folder.parent.parent if folder.parent.name == "checkpoints" else folder)
+    tree = load_params(folder)
+    if layout != "mae_jax":
+        tree = {"hf": to_hf, "mae": to_mae}[layout](tree, grid(config), config.model.patch)
+    save_params(file, tree, {"format": "pt", "config": json.dumps(config.to_dict())})
+    if layout == "hf":
+        described = {"model_type": "vit_mae", "architectures": ["ViTMAEForPreTraining"], **hf_config(config)}
+        (file.parent / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     flat = params.flatten(tree)
-    print(f"{TO.value}: {len(flat)} arrays, {sum(x.size for x in flat.values()):,} parameters")
+    print(f"{file}: {len(flat)} arrays, {sum(x.size for x in flat.values()):,} values")
     return cli.FINISHED
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__, required=("from", "to"))
+    cli.run(lambda: export(FROM.value, TO.value, LAYOUT.value), __doc__, required=("from", "to"))
