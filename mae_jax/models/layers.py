@@ -8,9 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mae_jax.ops.attention import attention
+from mae_jax.ops.dense import gelu, linear
+
 EPS = 1e-6  # layer norm, as in MAE and timm
 TOKEN_STD = 0.02  # initial deviation of class and mask tokens, as published
-GELUS = {"erf": lambda x: nn.gelu(x, approximate=False), "tanh": lambda x: nn.gelu(x, approximate=True)}
+GELUS = {"erf": gelu, "tanh": lambda x: nn.gelu(x, approximate=True)}
 REMATS: dict[str, Callable[..., Any] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -33,9 +36,17 @@ def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
     return np.concatenate([encode(columns), encode(rows)], axis=1).astype(np.float32)
 
 
-def dense(features: int, dtype: Any, name: str) -> nn.Dense:
-    """A linear layer with Xavier-uniform weights and zero bias (MAE A.1)."""
-    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
+class Dense(nn.Module):
+    """A linear layer over the last axis with Xavier-uniform weights and zero bias (MAE A.1)."""
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return linear(x.astype(self.dtype), kernel, bias)
 
 
 def layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
@@ -52,12 +63,9 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
-        qkv = dense(3 * width, self.dtype, "qkv")(x).reshape(*x.shape[:2], 3, self.heads, width // self.heads)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits).astype(self.dtype)
-        out = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
-        return dense(width, self.dtype, "proj")(out)
+        qkv = Dense(3 * width, self.dtype, name="qkv")(x).reshape(*x.shape[:2], 3, self.heads, width // self.heads)
+        out = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]).reshape(x.shape)
+        return Dense(width, self.dtype, name="proj")(out)
 
 
 class Mlp(nn.Module):
@@ -69,8 +77,8 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = GELUS[self.gelu](dense(self.ratio * x.shape[-1], self.dtype, "fc1")(x))
-        return dense(x.shape[-1], self.dtype, "fc2")(hidden)
+        hidden = GELUS[self.gelu](Dense(self.ratio * x.shape[-1], self.dtype, name="fc1")(x))
+        return Dense(x.shape[-1], self.dtype, name="fc2")(hidden)
 
 
 class Block(nn.Module):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mae_jax.models.layers import TOKEN_STD, Blocks, dense, layer_norm, sincos_positions
+from mae_jax.models.layers import TOKEN_STD, Blocks, Dense, layer_norm, sincos_positions
 from mae_jax.ops.patches import grid
 
 
@@ -38,7 +38,7 @@ class Encoder(Blocks):
         """
         images = patches.shape[0]
         token_init = nn.initializers.normal(TOKEN_STD)
-        x = dense(self.width, self.dtype, "patch_embed")(patches)
+        x = Dense(self.width, self.dtype, name="patch_embed")(patches)
         if mask_tokens:
             mask_token = self.param("mask_token", token_init, (1, 1, self.width))
             x = jnp.concatenate([x, jnp.broadcast_to(mask_token, (images, mask_tokens, self.width)).astype(x.dtype)], 1)
@@ -68,14 +68,14 @@ class Decoder(Blocks):
         Returns:
           float32 [B, hidden, outputs].
         """
-        x = dense(self.width, self.dtype, "embed")(tokens)
+        x = Dense(self.width, self.dtype, name="embed")(tokens)
         mask_token = self.param("mask_token", nn.initializers.normal(TOKEN_STD), (1, 1, self.width))
         missing = 1 + order.shape[1] - tokens.shape[1]
         masks = jnp.broadcast_to(mask_token, (x.shape[0], missing, self.width)).astype(x.dtype)
         positions = jnp.asarray(sincos_positions(self.grid, self.width), self.dtype)[order]
         x = jnp.concatenate([x, masks], 1) + jnp.pad(positions, ((0, 0), (1, 0), (0, 0)))
         x = layer_norm(self.dtype, "norm")(self.run_blocks(x)[:, -hidden:])
-        return dense(self.outputs, self.dtype, "head")(x).astype(jnp.float32)
+        return Dense(self.outputs, self.dtype, name="head")(x).astype(jnp.float32)
 
 
 def make_encoder(config: ConfigDict) -> Encoder:
