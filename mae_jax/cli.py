@@ -73,6 +73,12 @@ def guarded(command: Callable[[], int]) -> int:
     except GuardError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return GUARD
+    except OSError as error:  # no permission, no space, no such folder, a bucket that does not answer
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        print("stopped before anything was done", file=sys.stderr)
+        return STOPPED
     except Exception:
         traceback.print_exc()
         print("this is a bug in mae_jax; please report it with the lines above", file=sys.stderr)

@@ -236,6 +236,12 @@ def _check_ranges(values: dict[str, Any]) -> None:
     for key in NOT_NEGATIVE:
         if np.min(values[key]) < 0:
             raise UserError(f"{key}={values[key]}; it must not be negative")
+    for key in ("data.crop_scale", "data.crop_ratio"):
+        low, high = values[key]
+        if not 0 < low <= high:
+            raise UserError(f"{key}={(low, high)}; expected two numbers above 0, the smaller one first")
+    if values["data.crop_scale"][1] > 1 or not 0 < values["data.eval_crop"] <= 1:
+        raise UserError("data.crop_scale and data.eval_crop are shares of a picture: above 0, at most 1")
     for key in BELOW_ONE:
         if np.max(values[key]) >= 1:
             raise UserError(f"{key}={values[key]}; it must be below 1")

@@ -35,7 +35,7 @@ def export(source: str, to: str, layout: str) -> int:
         raise UserError(f"--to={to}: the file's name must end in .safetensors")
     folder = workdir.locate(source)
     config = workdir.read_config(folder.parent.parent if folder.parent.name == "checkpoints" else folder)
-    tree = load_params(folder)
+    tree = load_params(folder, ema=True)  # what evaluations measured
     if layout != "mae_jax":
         tree = {"hf": to_hf, "mae": to_mae}[layout](tree, grid(config), config.model.patch)
     save_params(file, tree, {"format": "pt", "config": json.dumps(config.to_dict())})

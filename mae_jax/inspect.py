@@ -22,12 +22,14 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from mae_jax import cli
+from mae_jax.errors import UserError
 
 if TYPE_CHECKING:
     from mae_jax.data import Batch, Inputs, Order
 
 CONFIG = cli.define_config()
-TO = flags.DEFINE_string("to", "inspect.png", "picture of the grid; with --write, the folder to write; local or gs://")
+TO = flags.DEFINE_string("to", "", "picture of the grid (default: inspect.png); with --write, the folder to write; "
+                                   "local or gs://")
 WRITE = flags.DEFINE_enum("write", None, ["tfrecord", "array_record", "batches"], "store the data instead")
 SIZE = flags.DEFINE_integer("size", 256, "with --write=tfrecord or array_record: pixels along the short side, at most")
 STEPS = flags.DEFINE_integer("steps", 100, "with --write=batches: how many batches")
@@ -43,6 +45,8 @@ def main() -> int:
     from mae_jax.config import validate
 
     config = CONFIG.value
+    if WRITE.value and not TO.value:
+        raise UserError("--write needs --to=FOLDER")
     validate(config)
     method = methods.get(config.method.name)(config)
     spec, order = method.batch_spec(), method.order()
@@ -54,15 +58,15 @@ def main() -> int:
     if WRITE.value == "batches":
         from mae_jax.data.write import write_batches
 
-        write_batches(config, inputs, epath.Path(TO.value), STEPS.value)
+        write_batches(inputs, order, epath.Path(TO.value), STEPS.value)
         return cli.FINISHED
     print(f"classes: {', '.join(inputs.classes) or 'none'}")
     if config.data.source != "batches":
         report_broken(audit(config))
     print(speed(inputs))
-    save_grid(next(inputs.train(0)), order, tuple(config.model.patch), epath.Path(TO.value))
+    save_grid(next(inputs.train(0)), order, tuple(config.model.patch), epath.Path(TO.value or "inspect.png"))
     print(f"peak host memory {peak_memory() / 2**20:.0f} MiB; the first pictures of the run, as the model sees them: "
-          f"{TO.value}")
+          f"{TO.value or 'inspect.png'}")
     return cli.FINISHED
 
 

@@ -16,13 +16,15 @@ CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run, local or gs://")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "replay"],
                          "train; eval: evaluate a workdir's newest checkpoint; replay: look into one step's gradients")
-STEP = flags.DEFINE_integer("step", -1, "the step that --mode=replay looks into")
+STEP = flags.DEFINE_integer("step", -1, "the step that --mode=replay looks into; -1: the last one taken")
 
 
 def main() -> int:
-    from mae_jax import train  # JAX is imported after the flags are known to be right
+    from mae_jax import train
     from mae_jax.errors import UserError
 
+    if MODE.value != "train" and CONFIG.value is not None:
+        raise UserError(f"--mode={MODE.value} reads the config that the workdir was made with; leave --config out")
     if MODE.value == "eval":
         return train.evaluate(WORKDIR.value)
     if MODE.value == "replay":

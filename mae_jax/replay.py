@@ -39,12 +39,12 @@ def replay(folder: str, step: int) -> int:
 
 
 def _bad_examples(run: Run, state: TrainState, batch: Batch) -> list[str]:
-    """Returns the ids of the images whose own loss is not finite, each evaluated with only itself valid."""
+    """Returns the ids of the images whose own loss is not finite, each evaluated alone."""
     key = stream_key(run.config.seed, int(state.step), "loss")
 
     @jax.jit
     def alone(row: jax.Array) -> jax.Array:
-        one = {name: jnp.broadcast_to(value[row][None], value.shape) for name, value in batch.items()}
+        one = {name: jax.lax.dynamic_slice_in_dim(value, row, 1) for name, value in batch.items()}
         return run.method.loss(state.params, state.extras, one, key, state.step, True)[0]
 
     ids = np.asarray(batch["id"])

@@ -26,6 +26,7 @@ from mae_jax.step import TrainState
 from mae_jax.stop import Stopper
 
 logger = logging.getLogger(__name__)
+NAMED = 20  # bad pictures named in the line that stops a run
 BAD_PICTURES_AFTER = 100  # pictures seen before their bad fraction can stop a run
 
 
@@ -87,7 +88,7 @@ def device_batches(run: Run, start: int) -> Iterator[Batch]:
 def initial_state(run: Run) -> TrainState:
     """Makes the state before the first step, from `init_from` where it is given."""
     if run.config.init_from:
-        loaded = load_params(run.config.init_from)
+        loaded = load_params(run.config.init_from, ema=True)  # what evaluations measured
     batch = sharding.to_devices(next(run.inputs.train(0)), run.mesh, run.config.batch_size)
     init = jax.jit(lambda batch: step.init_state(run.config, run.method, run.optimizer, batch),
                    out_shardings=sharding.replicated(run.mesh))
@@ -108,6 +109,7 @@ class Log:
         self.waiting: collections.deque[tuple[int, Metrics]] = collections.deque()
         self.means = Means()
         self.seen = self.replaced = 0
+        self.named: set[str] = set()
         self.speed = Speed(run.config.batch_size, train_flops(run.method), peak_flops(jax.devices()[0]))
 
     def push(self, done: int, metrics: Metrics) -> None:
@@ -129,8 +131,16 @@ class Log:
         if done % self.every == 0 or done == self.run.total:
             line = self.means.take("train/") | self.speed.take()
             self.recorder.scalars(done, line)
+            self._name_bad_pictures()
             if jax.process_index() == 0:
                 print(progress_line(done, self.run.total, line, self.run.config.batch_size), flush=True)
+
+    def _name_bad_pictures(self) -> None:
+        """Logs the pictures that this process could not read, each once."""
+        for name in dict.fromkeys(self.run.inputs.bad):
+            if name not in self.named:
+                logger.warning("replaced a bad picture: %s", name)
+                self.named.add(name)
 
     def _guard(self, done: int, sums: dict[str, float]) -> None:
         guard = self.run.config.guard
@@ -144,16 +154,16 @@ class Log:
         if self.seen >= BAD_PICTURES_AFTER and self.replaced > guard.max_bad_fraction * self.seen:
             raise GuardError(f"{self.replaced} of {self.seen} pictures could not be read, more than "
                              f"guard.max_bad_fraction={guard.max_bad_fraction}: "
-                             f"{'; '.join(dict.fromkeys(self.run.inputs.bad))}")
+                             f"{'; '.join(list(dict.fromkeys(self.run.inputs.bad))[:NAMED])}")
 
 
 def evaluate_into(recorder: Recorder, evaluator: Evaluator, state: TrainState, done: int) -> dict[str, float]:
     """Evaluates, writes scalars and pictures, prints one line, and returns the scalars."""
     began = time.monotonic()
     values = evaluator.scalars(state) | (evaluator.pixel_floor() if done == 0 else {})
-    recorder.scalars(done, values)
     for name, picture in evaluator.pictures(state):
         recorder.picture(done, name, picture)
+    recorder.scalars(done, values)  # last: it marks the evaluation as done
     if jax.process_index() == 0:
         text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         print(f"evaluation at step {done}: {text}  ({time.monotonic() - began:.0f} s)", flush=True)
@@ -176,6 +186,9 @@ def train(config: ConfigDict, folder: str) -> int:
         if state is None:
             state = initial_state(run)
             print(params.table(state.params, optim.decay_mask(state.params)), flush=True)
+        elif int(state.step) > run.total:
+            raise UserError(f"{folder} is at step {int(state.step)}, past train.duration={config.train.duration!r} "
+                            f"({run.total} steps)")
         else:
             logger.info("resumed at step %d", state.step)
         workdir.record(folder, config)  # not before all that a mistake can break has worked
@@ -230,11 +243,12 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Record
             logger.info("compiled the train step in %.1f s", time.monotonic() - began)
             log.speed.start()
         stop = stopper.should_stop(done)
-        save = done == total or (save_every > 0 and done % save_every == 0)
         look = eval_every > 0 and (done == total or done % eval_every == 0)
+        # Also before an evaluation: a signal can then end it at once.
+        save = look or done == total or (save_every > 0 and done % save_every == 0)
         try:
             log.push(done, metrics)
-            if save or look or stop:
+            if save or stop:
                 log.drain()
         except GuardError:
             checkpoints.save(done, state)
@@ -246,7 +260,7 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Record
             return finish(run, checkpoints, done)
         if look:
             checkpoints.wait()
-            if save and not checkpoints.failed:
+            if not checkpoints.failed:
                 stopper.saved()
             evaluate_into(recorder, evaluator, state, done)
             log.speed.start()

@@ -80,15 +80,18 @@ def read_config(workdir: epath.Path) -> ConfigDict:
     if not file.exists():
         raise UserError(f"{workdir} holds no config.json: not a workdir of mae_jax")
     try:
-        return configs.from_dict(json.loads(file.read_text())["config"])
-    except (ValueError, KeyError, TypeError) as error:
+        stored = configs.from_dict(json.loads(file.read_text())["config"])
+        # A field that the stored config lacks is younger than the run, which had what is now its default.
+        config = configs.default(stored.method.name).unlock()
+        config.update(stored)
+        return config.lock()
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{file} is damaged: {error}") from None
 
 
 def compare(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Returns the allowed changes as text; raises UserError with the list of the others."""
-    # A field that the old config lacks is younger than the run, which had what is now its default.
-    before, after = configs.flat(configs.default(new.method.name)) | configs.flat(old), configs.flat(new)
+    before, after = configs.flat(old), configs.flat(new)
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     texts = {key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in changed}
     refused = [texts[key] for key in changed if not any(fnmatch.fnmatch(key, pattern) for pattern in MAY_CHANGE)]

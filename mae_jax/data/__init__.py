@@ -55,7 +55,7 @@ def build(config: ConfigDict, spec: dict[str, jax.ShapeDtypeStruct], order: Orde
     if config.data.source == "batches":
         from mae_jax.data import batches
 
-        return Inputs(**batches.open_folder(config, spec, rows))
+        return Inputs(**batches.open_folder(config, spec, order, rows))
     for name in spec:
         if name not in FIELDS:
             raise UserError(f"data.source={config.data.source!r} gives no batch field {name!r}; "

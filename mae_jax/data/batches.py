@@ -6,6 +6,7 @@ meta.json with the class names and the number of training pictures that were the
 
 import itertools
 import json
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -14,6 +15,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from mae_jax.data.orders import Order
 from mae_jax.errors import UserError
 
 PADDING = {"valid": 0, "label": -1, "id": -1, "replaced": 0}  # the other fields repeat the first example
@@ -21,13 +23,20 @@ Arrays = dict[str, np.ndarray]
 Spec = dict[str, jax.ShapeDtypeStruct]
 
 
-def open_folder(config: ConfigDict, spec: Spec, rows: np.ndarray) -> dict:
+def open_folder(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray) -> dict:
     """Returns the fields of `data.Inputs`; raises UserError when the folder does not hold what the spec asks for."""
     folder = epath.Path(config.data.path)
     if not config.data.path or not (folder / "meta.json").is_file():
         raise UserError(f"data.path={config.data.path!r} holds no meta.json of cached batches; "
                         "python -m mae_jax.inspect --config=... --to=DIR --write=batches makes them")
-    meta = json.loads((folder / "meta.json").read_text())
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{folder / 'meta.json'} is damaged: {error}") from None
+    made = [order.kind, list(order.grid), order.hidden]
+    if meta.get("order") != made:
+        raise UserError(f"the batches of {folder} were made for the order of patches {meta.get('order')} (kind, grid, "
+                        f"hidden), the config asks for {made}; make them with this config")
     parts = {name: _load(folder / f"{name}.npz", spec) for name in ("train", "support", "evaluate")}
     sizes = {name: len(next(iter(arrays.values()))) for name, arrays in parts.items()}
 
@@ -48,11 +57,14 @@ def _load(path: epath.Path, spec: Spec) -> Arrays:
     """Reads the fields of the spec from one file and compares shapes and types."""
     if not path.is_file():
         raise UserError(f"cached batches lack {path}")
-    with path.open("rb") as file, np.load(file) as stored:
-        for name in spec:
-            if name not in stored.files:
-                raise UserError(f"{path} has no field {name!r}; it has {', '.join(sorted(stored.files))}")
-        arrays = {name: stored[name] for name in spec}
+    try:
+        with path.open("rb") as file, np.load(file) as stored:
+            absent = [name for name in spec if name not in stored.files]
+            arrays = {name: stored[name] for name in spec if name not in absent}
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if absent:
+        raise UserError(f"{path} has no field {absent[0]!r}; it has {', '.join(sorted(arrays))}")
     for name, struct in spec.items():
         shape, dtype = arrays[name].shape[1:], arrays[name].dtype
         if shape != struct.shape[1:] or dtype != struct.dtype:

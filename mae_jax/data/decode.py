@@ -18,9 +18,8 @@ from mae_jax.errors import UserError
 
 MAX_PIXELS = 50_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-END_MARKER = b"\xff\xd9"  # of a JPEG
+SCAN_MARKER, END_MARKER = b"\xff\xda", b"\xff\xd9"  # of a JPEG; neither occurs within a scan
 FAST_MARGIN = 1.5  # how much larger than the target a part must remain that the decoder shrinks
-END_BYTES = 64  # where the marker is looked for: some writers append a few bytes
 
 Image.MAX_IMAGE_PIXELS = None  # PIL's own limit is higher than ours and warns before it refuses
 warnings.filterwarnings("ignore", module=r"PIL\.", category=UserWarning)  # odd metadata; the pixels decide
@@ -60,6 +59,8 @@ class Picture:
                 self._image = Image.open(io.BytesIO(data), formats=FORMATS)
             except Exception as error:  # PIL's plugins raise many kinds on broken bytes; all mean the same here
                 raise BadPicture(_reason(data, error)) from error
+            if self._image.format in ("JPEG", "MPO") and data.rfind(END_MARKER) < data.rfind(SCAN_MARKER):
+                raise BadPicture("cut off: no end marker after the last scan")
         self.width, self.height = self._image.size
         self.format = self._image.format  # None for pixels
         if self.width * self.height > MAX_PIXELS:
@@ -91,9 +92,9 @@ class Picture:
             raise BadPicture(_reason(self._data, error)) from error
 
     def _fused(self) -> bool:
-        """Whether a part may be decoded alone. Without an end marker the file may be cut: decoded whole, it raises."""
+        """Whether a part may be decoded alone; a file that was cut has been refused already."""
         plain = self.format in ("JPEG", "MPO") and self._image.mode in ("RGB", "L")
-        return self._fast and plain and END_MARKER in self._data[-END_BYTES:]
+        return self._fast and plain
 
 
 def decode(data: bytes) -> np.ndarray:

@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax.data import splits
-from mae_jax.data.sources import UNLABELLED, Example, Source, known_split
+from mae_jax.data.sources import UNLABELLED, Example, Source, known_split, numbered_classes
 from mae_jax.errors import UserError, nearest
 
 
@@ -52,11 +52,12 @@ def _source(images: np.ndarray, labels: np.ndarray | None, name: str) -> Source:
                         "or [n, height, width]")
     if images.ndim == 3:
         images = images[..., None]
-    labels = np.full(len(images), UNLABELLED) if labels is None else labels.reshape(-1)
+    labels = np.full(len(images), UNLABELLED) if labels is None else np.reshape(labels, -1)
     if len(labels) != len(images) or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"the labels of {name!r} are {labels.dtype} {list(labels.shape)}; "
                         f"expected integers [{len(images)}]")
-    classes = tuple(str(label) for label in range(labels.max(initial=UNLABELLED) + 1))
+    labels = labels.astype(np.int64)
+    classes = numbered_classes(labels)
 
     def read(i: int) -> Example:
         return Example(np.ascontiguousarray(np.broadcast_to(images[i], (*images.shape[1:3], 3))), int(labels[i]))

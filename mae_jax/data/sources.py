@@ -15,6 +15,7 @@ from mae_jax.errors import UserError, nearest
 if TYPE_CHECKING:
     from mae_jax.data.streams import Stream
 
+MOST_CLASSES = 1_000_000  # beyond it, labels are taken for something else
 UNLABELLED = -1
 
 # data.source → the module that has `load(data, split)`. Imported when asked for: some need packages of their own.
@@ -69,6 +70,14 @@ def load(data: ConfigDict, expression: str) -> "Source | Stream":
     if not source.size:
         raise UserError(f"the split {expression!r} of data.source={data.source!r} has no pictures")
     return source
+
+
+def numbered_classes(labels: np.ndarray) -> tuple[str, ...]:
+    """Returns '0' ... for the classes of integer labels [n], up to the highest; raises UserError for absurd ones."""
+    highest = int(labels.max(initial=UNLABELLED))
+    if highest >= MOST_CLASSES:
+        raise UserError(f"the label {highest} is no class number; expected 0 to {MOST_CLASSES - 1}, or -1 for none")
+    return tuple(map(str, range(highest + 1)))
 
 
 def package_folder(module: str, package: str, why: str) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mae_jax.data import splits
+from mae_jax.data.decode import BadPicture
 from mae_jax.data.sources import UNLABELLED, Example, Source, known_split
 from mae_jax.data.streams import Stream
 from mae_jax.data.tensorflow_cpu import tf
@@ -69,7 +70,10 @@ def _random_access(module: Any, builder: Any, data: ConfigDict, split: str, clas
     rows = builder.as_data_source(split, decoders={image_key: module.decode.SkipDecoding()})
 
     def read(i: int) -> Example:
-        row = rows[i]
+        try:
+            row = rows[i]
+        except Exception as error:  # array_record raises RuntimeError for damage
+            raise BadPicture(f"the record does not read: {str(error).splitlines()[0][:80]}") from error
         return Example(row[image_key], int(row[label_key]) if classes else UNLABELLED)
 
     return Source(len(rows), read, lambda i: f"{data.name} {split}[{i}]", classes)

@@ -15,6 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax.data import pipeline, splits
+from mae_jax.data.sources import numbered_classes
 from mae_jax.data.streams import Stream
 from mae_jax.data.tensorflow_cpu import tf
 from mae_jax.errors import UserError, nearest
@@ -71,7 +72,10 @@ def _counts(files: list[epath.Path], image_key: str, label_key: str) -> tuple[tu
     """Returns records per file, and class names: from records.json, else by reading the files."""
     described = files[0].parent / RECORDS
     if described.is_file():
-        content = json.loads(described.read_text())
+        try:
+            content = json.loads(described.read_text())
+        except ValueError as error:
+            raise UserError(f"{described} is damaged ({error}); remove it to have the records counted") from None
         unknown = [file.name for file in files if file.name not in content["records"]]
         if unknown:
             raise UserError(f"{described} does not name {unknown[0]}; remove it to have the records counted")
@@ -79,8 +83,7 @@ def _counts(files: list[epath.Path], image_key: str, label_key: str) -> tuple[tu
     begin = time.monotonic()
     if label_key:
         found = [_labels(file, label_key) for file in files]
-        highest = max(int(labels.max(initial=-1)) for labels in found)
-        counts, classes = tuple(map(len, found)), tuple(str(label) for label in range(highest + 1))
+        counts, classes = tuple(map(len, found)), numbered_classes(np.concatenate(found))
     else:
         counts, classes = tuple(count_records(file) for file in files), ()
     log.info("counted %d records in %d files in %.1f s; a %s beside them saves this (python -m mae_jax.inspect "

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 from PIL import Image
 
 from mae_jax.data import Inputs, pipeline, streams, tfds, tfrecord
 from mae_jax.data.decode import BadPicture, Picture
+from mae_jax.data.orders import Order
 from mae_jax.data.random import rng
 from mae_jax.data.sources import Example, Source
 from mae_jax.data.tensorflow_cpu import tf
@@ -120,7 +120,7 @@ def write_array_record(found: dict[str, Found], folder: epath.Path, size: int, t
     return broken
 
 
-def write_batches(config: ConfigDict, inputs: Inputs, folder: epath.Path, steps: int) -> None:
+def write_batches(inputs: Inputs, order: Order, folder: epath.Path, steps: int) -> None:
     """Writes the first batches of a run and its evaluations; data.source='batches' reads the folder."""
     if (folder / "meta.json").exists():
         raise UserError(f"{folder} holds cached batches already; name another folder, or remove this one")
@@ -130,7 +130,8 @@ def write_batches(config: ConfigDict, inputs: Inputs, folder: epath.Path, steps:
     for name, batches in parts.items():
         with (folder / f"{name}.npz").open("wb") as file:
             np.savez(file, **_joined(batches, inputs))
-    meta = {"classes": inputs.classes, "num_train": inputs.num_train}
+    meta = {"classes": inputs.classes, "num_train": inputs.num_train,
+            "order": [order.kind, list(order.grid), order.hidden]}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 

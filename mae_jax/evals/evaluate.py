@@ -75,6 +75,8 @@ class Evaluator:
             means.add(jax.device_get(metrics))
             held.add(batch, features)
         out = means.take("eval/")
+        if not held.parts:
+            return out
         test = tuple(held.take())
         return out | self._probes(self.features(state), test, "top1") if self._labelled(test) else out
 
@@ -98,7 +100,8 @@ class Evaluator:
 
     def pixel_floor(self) -> dict[str, float]:
         """Returns the probes of raw pixels, which a learned feature must beat; {} for large or unlabelled pictures."""
-        if len(self.inputs.classes) < 2 or np.prod(self.method.config.data.image_size) * 3 > PIXEL_LIMIT:
+        large = np.prod(self.method.config.data.image_size) * 3 > PIXEL_LIMIT
+        if large or not self.inputs.num_eval or len(self.inputs.classes) < 2:
             return {}
         sets = []
         for source in (self.inputs.support, self.inputs.evaluate):

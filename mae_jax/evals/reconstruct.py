@@ -84,6 +84,9 @@ def reconstructions(method: Method, params: Any, extras: Any, batch: Batch) -> n
 def at_ratios(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarray:
     """Returns two pictures of `batch` at several masking ratios, one row each, with the same random orders."""
     few = {name: np.asarray(value)[-2:] for name, value in batch.items()}
+    # Drawn anew: the order of block and grid masking is random in its halves only where the training ratio cuts it.
+    shuffle = np.random.default_rng(0).permutation(few["order"].shape[1])
+    few |= {"patches": few["patches"][:, shuffle], "order": few["order"][:, shuffle]}
     rows = []
     for ratio in RATIOS:
         original, visible, predicted = panels(method, params, extras, few, ratio)

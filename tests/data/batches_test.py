@@ -23,7 +23,8 @@ def write(folder, **sizes):
         np.savez(folder / f"{name}.npz", patches=draws.integers(0, 255, (size, 4, 12), dtype=np.uint8),
                  order=np.tile(np.arange(4, dtype=np.int32), (size, 1)), id=np.arange(size, dtype=np.int32),
                  valid=np.ones(size, np.float32))
-    (folder / "meta.json").write_text(json.dumps({"classes": ["a", "b"], "num_train": 100}))
+    meta = {"classes": ["a", "b"], "num_train": 100, "order": ["random", [2, 2], 3]}
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def build(folder, rows=None, spec=SPEC):
@@ -87,3 +88,11 @@ def test_cached_batches_need_no_tensorflow(tmp_path):
             "spec.loader.exec_module(module)\n"
             f"assert next(module.build({str(tmp_path)!r}).train(0))['id'].tolist() == [0, 1, 2, 3]\n")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_batches_of_another_order_of_patches_are_refused(tmp_path):
+    write(tmp_path)
+    meta = json.loads((tmp_path / "meta.json").read_text()) | {"order": ["block", [2, 2], 3]}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="order of patches"):
+        build(tmp_path)

@@ -127,3 +127,11 @@ def test_fast_pictures_that_are_no_plain_jpeg_are_decoded_exactly():
     data, box = encode(pattern(), "PNG"), Box(9, 11, 20, 30)
     exact, fast = (np.asarray(Picture(data, fast).view(box, (16, 16))) for fast in (False, True))
     assert (exact == fast).all()
+
+
+def test_a_jpeg_without_its_end_marker_is_bad_even_if_it_decodes():
+    data = encode(np.full((16, 16, 3), 90, np.uint8), "JPEG")
+    Picture(data)
+    with pytest.raises(BadPicture, match="end marker"):
+        Picture(data[:-2])
+    Picture(data + b"trailing bytes of a camera" * 10)

