@@ -78,7 +78,7 @@ def default(method: str = "mae") -> ConfigDict:
             "mlp_ratio": 4,
             "dtype": "auto",  # activations: bfloat16 on accelerators, float32 on CPU
             "gelu": "erf",  # erf (exact) or tanh
-            "pool": "cls",  # features of probes and k-NN: cls, the class token, as MAE has it (A.1), or mean of the patches
+            "pool": "cls",  # features of probes and k-NN: the class token (MAE A.1), or mean of the patch tokens
             "scan": False,  # one compiled layer instead of depth; checkpoints do not change
             "remat": "none",  # none, full, dots
         },
