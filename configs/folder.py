@@ -10,8 +10,8 @@ Arguments: `Ti` (the default, 5.5 M parameters in the encoder) or `S` (22 M); `r
 
 Nobody published a recipe for this; the choices are ours. Small data is seen for many epochs, which MAE bears well
 (SplitMask, arXiv 2112.10740, keeps the number of iterations constant as data shrinks), so the length is counted in
-examples, not epochs: 2 million. The batch is small, the decoder narrow (256, half of MAE's) and 4 blocks deep. Nobody has
-run it to its end yet; `python -m mae_jax.bench` with the same flags tells how long it takes on your machine.
+examples, not epochs: 2 million. The batch is small, the decoder narrow (256, half of MAE's) and 4 blocks deep. It has
+not been run to its end; `python -m mae_jax.bench` with the same flags tells how long it takes on your machine.
 """
 
 from functools import partial
