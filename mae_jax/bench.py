@@ -87,27 +87,24 @@ class TimedStep:
         import jax
         import numpy as np
 
-        from mae_jax import flops, methods, optim, sharding, step
+        from mae_jax import flops, sharding
+        from mae_jax.program import Program
 
         self.config, self.mesh = config, sharding.make_mesh(config)
-        method = methods.get(config.method.name)(config)
-        draws = np.random.default_rng(0)
-        spec = method.batch_spec()
+        program = Program(config, self.mesh, 1_281_167)
+        draws, spec = np.random.default_rng(0), program.batch
         host = {name: np.ones(s.shape, s.dtype) if name == "valid" else np.zeros(s.shape, s.dtype)
                 for name, s in spec.items()}
         host["patches"] = draws.integers(0, 256, spec["patches"].shape, np.uint8)
         host["order"] = draws.permuted(np.tile(np.arange(spec["order"].shape[1], dtype=np.int32),
                                                (config.batch_size, 1)), axis=1)
         self.batch = sharding.to_devices(host, self.mesh, config.batch_size)
-        optimizer = optim.make_optimizer(config)
-        init = jax.jit(lambda batch: step.init_state(config, method, optimizer, batch),
-                       out_shardings=sharding.replicated(self.mesh))
-        self.state = init(self.batch)
-        train_step = step.make_train_step(config, method, optimizer, optim.make_schedule(config, 1_281_167))
-        began = time.monotonic()
-        self.step = jax.jit(train_step, donate_argnums=0).lower(self.state, self.batch).compile()
+        with jax.set_mesh(self.mesh):
+            self.state = program.init(self.batch)
+            began = time.monotonic()
+            self.step = program.step.lower(self.state, self.batch).compile()
         self.compile_seconds = time.monotonic() - began
-        self.flops_per_image = flops.train_flops(method)
+        self.flops_per_image = flops.train_flops(program.method)
         self.peak = flops.peak_flops(jax.devices()[0])
 
     def run(self, batch: Any) -> None:

@@ -33,6 +33,7 @@ CHOICES = {
     "model.pool": ("mean", "cls"),
     "model.remat": ("none", "full", "dots"),
     "optim.name": ("adamw",),
+    "mesh.zero": ("auto", "on", "off"),
 }
 PAIRS = ("data.image_size", "data.crop_scale", "data.crop_ratio", "model.patch", "optim.betas")
 POSITIVE = ("batch_size", "data.image_size", "model.patch", "model.width", "model.depth", "model.heads",
@@ -99,7 +100,12 @@ def default(method: str = "mae") -> ConfigDict:
             "accumulate": 1,  # gradient accumulation: micro-batches per step
             "deterministic": False,  # GPUs: bit-identical runs, slower kernels
         },
-        "mesh": {"data": -1},  # devices along the axis; -1: all of them
+        "mesh": {
+            "data": -1,  # devices that share the rows of a batch; -1: the rest, here and below
+            "fsdp": 1,  # devices that share rows, and hold a part of each parameter
+            "tensor": 1,  # devices that share heads and hidden units
+            "zero": "auto",  # on, off: the optimiser cut over `data` (ZeRO-1); auto: on, but for CPUs
+        },
         "checkpoint": {"every": "20 epochs", "keep_last": 3, "keep_every": ""},
         "eval": {
             "every": "20 epochs",

@@ -20,16 +20,18 @@ def replay(folder: str, step: int) -> int:
     """
     path = workdir.locate(folder)
     run = prepare(workdir.read_config(path), path)
-    state = Checkpoints(path, run.config.checkpoint.keep_last).restore(run.abstract_state())
+    state = Checkpoints(path, run.config.checkpoint.keep_last).restore(run.program.state)
     if state is None:
         raise UserError(f"{path} holds no checkpoint yet")
     saved = int(state.step)
     step = saved - 1 if step < 0 else step
-    batch = sharding.to_devices(next(run.inputs.train(step)), run.mesh, run.config.batch_size)
+    batch = sharding.to_devices(next(run.inputs.train(step)), run.program.mesh, run.config.batch_size)
     state = state._replace(step=jnp.asarray(step, state.step.dtype))
     key = stream_key(run.config.seed, step, "loss")
-    compute = jax.jit(lambda state, batch: gradients(run.method, state, batch, key, run.config.train.accumulate))
-    grads, metrics, _ = jax.device_get(compute(state, batch))
+    method, parts = run.program.method, run.config.train.accumulate
+    compute = jax.jit(lambda state, batch: gradients(method, state, batch, key, parts))
+    with jax.set_mesh(run.program.mesh):
+        grads, metrics, _ = jax.device_get(compute(state, batch))
     print(f"step {step} with the parameters saved at step {saved}: "
           + "  ".join(f"{name} {total / max(weight, 1e-30):.6g}" for name, (total, weight) in metrics.items()))
     bad = [name for name, grad in params.flatten(grads).items() if not np.isfinite(grad).all()]
@@ -45,7 +47,7 @@ def _bad_examples(run: Run, state: TrainState, batch: Batch) -> list[str]:
     @jax.jit
     def alone(row: jax.Array) -> jax.Array:
         one = {name: jax.lax.dynamic_slice_in_dim(value, row, 1) for name, value in batch.items()}
-        return run.method.loss(state.params, state.extras, one, key, state.step, True)[0]
+        return run.program.method.loss(state.params, state.extras, one, key, state.step, True)[0]
 
     ids = np.asarray(batch["id"])
     return [str(ids[row]) for row in range(run.config.batch_size) if not np.isfinite(alone(row))]

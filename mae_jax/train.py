@@ -8,20 +8,18 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import optax
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mae_jax import cli, methods, optim, params, sharding, step, workdir
+from mae_jax import cli, methods, optim, params, sharding, workdir
 from mae_jax.checkpoint import Checkpoints, load_params
 from mae_jax.config import profile_steps, steps, validate
 from mae_jax.errors import GuardError, UserError
 from mae_jax.evals.evaluate import Evaluator
 from mae_jax.flops import peak_flops, train_flops
-from mae_jax.methods import Method
 from mae_jax.methods.base import Batch, Metrics
 from mae_jax.metrics import Means, Recorder, Speed, progress_line
+from mae_jax.program import Program
 from mae_jax.step import TrainState
 from mae_jax.stop import Stopper
 
@@ -35,11 +33,8 @@ class Run(NamedTuple):
 
     config: ConfigDict
     workdir: epath.Path
-    mesh: Mesh
-    method: Method
+    program: Program
     inputs: Any  # data.Inputs; data/ is imported only where the input is built
-    optimizer: optax.GradientTransformation
-    schedule: optim.Schedule
     total: int  # steps
 
     def every(self, group: str, field: str = "every") -> int:
@@ -47,40 +42,28 @@ class Run(NamedTuple):
         duration = self.config[group][field]
         return max(1, steps(duration, self.config.batch_size, self.inputs.num_train)) if duration else 0
 
-    def abstract_state(self) -> TrainState:
-        """Returns the train state's shapes, with the sharding of every leaf."""
-        shapes = jax.eval_shape(lambda batch: step.init_state(self.config, self.method, self.optimizer, batch),
-                                self.method.batch_spec())
-        return sharding.with_sharding(shapes, sharding.replicated(self.mesh))
-
 
 def prepare(config: ConfigDict, folder: epath.Path) -> Run:
     """Checks the config, opens the data and builds the method; raises UserError before anything is written."""
     from mae_jax import data
 
     validate(config)
-    jax.config.update("jax_threefry_partitionable", True)
     mesh = sharding.make_mesh(config)
     method = methods.get(config.method.name)(config)
-    if config.train.accumulate > 1 and method.sees_whole_batch:
-        raise UserError(f"train.accumulate={config.train.accumulate}: the loss of {config.method.name} has terms "
-                        "across the whole batch, which micro-batches would change; use 1")
-    rows = sharding.local_rows(mesh, config.batch_size)
-    inputs = data.build(config, method.batch_spec(), method.order(), rows)
+    inputs = data.build(config, method.batch_spec(), method.order(), sharding.local_rows(mesh, config.batch_size))
     logger.info(inputs.description)
     total = steps(config.train.duration, config.batch_size, inputs.num_train)
     if total < 1:
         raise UserError(f"train.duration={config.train.duration!r} is less than one step: {inputs.num_train} examples, "
                         f"batch_size={config.batch_size}")
-    schedule = optim.make_schedule(config, inputs.num_train)
-    return Run(config, folder, mesh, method, inputs, optim.make_optimizer(config), schedule, total)
+    return Run(config, folder, Program(config, mesh, inputs.num_train), inputs, total)
 
 
 def device_batches(run: Run, start: int) -> Iterator[Batch]:
     """Yields the global batches of steps start, start + 1, ...; `data.prefetch` of them are on their way ahead."""
     ready: collections.deque[Batch] = collections.deque()
     for batch in run.inputs.train(start):
-        ready.append(sharding.to_devices(batch, run.mesh, run.config.batch_size))
+        ready.append(sharding.to_devices(batch, run.program.mesh, run.config.batch_size))
         if len(ready) > run.config.data.prefetch:
             yield ready.popleft()
 
@@ -89,10 +72,7 @@ def initial_state(run: Run) -> TrainState:
     """Makes the state before the first step, from `init_from` where it is given."""
     if run.config.init_from:
         loaded = load_params(run.config.init_from, ema=True)  # what evaluations measured
-    batch = sharding.to_devices(next(run.inputs.train(0)), run.mesh, run.config.batch_size)
-    init = jax.jit(lambda batch: step.init_state(run.config, run.method, run.optimizer, batch),
-                   out_shardings=sharding.replicated(run.mesh))
-    state = init(batch)
+    state = run.program.init(sharding.to_devices(next(run.inputs.train(0)), run.program.mesh, run.config.batch_size))
     if run.config.init_from:
         merged, report = params.merge(state.params, loaded)
         logger.info("init_from %s: %s", run.config.init_from, report)
@@ -110,7 +90,7 @@ class Log:
         self.means = Means()
         self.seen = self.replaced = 0
         self.named: set[str] = set()
-        self.speed = Speed(run.config.batch_size, train_flops(run.method), peak_flops(jax.devices()[0]))
+        self.speed = Speed(run.config.batch_size, train_flops(run.program.method), peak_flops(jax.devices()[0]))
 
     def push(self, done: int, metrics: Metrics) -> None:
         """Takes the metrics of the step that has just been dispatched and handles those of the one before."""
@@ -180,9 +160,9 @@ def train(config: ConfigDict, folder: str) -> int:
     if finished >= run.total:
         print(f"{folder} is finished: step {finished} of {run.total}; a longer train.duration goes on")
         return cli.FINISHED
-    with Stopper() as stopper:
+    with Stopper() as stopper, jax.set_mesh(run.program.mesh):
         checkpoints = Checkpoints(folder, config.checkpoint.keep_last, run.every("checkpoint", "keep_every"))
-        state = checkpoints.restore(run.abstract_state())
+        state = checkpoints.restore(run.program.state)
         if state is None:
             state = initial_state(run)
             print(params.table(state.params, optim.decay_mask(state.params)), flush=True)
@@ -224,19 +204,18 @@ class Profile:
 def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Recorder, stopper: Stopper) -> int:
     """Steps from the state's step to the end. Returns the exit code."""
     start, total = int(state.step), run.total
-    log, evaluator, profile = Log(run, recorder), Evaluator(run.method, run.inputs, run.mesh), Profile(run)
+    evaluator = Evaluator(run.program.method, run.inputs, run.program.mesh)
+    log, profile = Log(run, recorder), Profile(run)
     save_every, eval_every = run.every("checkpoint"), run.every("eval") if run.config.data.eval_split else 0
     if eval_every and (start % eval_every == 0 or start == total) and not recorder.has(start, "eval/loss"):
         evaluate_into(recorder, evaluator, state, start)
-    train_step = jax.jit(step.make_train_step(run.config, run.method, run.optimizer, run.schedule), donate_argnums=0,
-                         compiler_options={"xla_gpu_deterministic_ops": run.config.train.deterministic})
     batches = device_batches(run, start)
     log.speed.start()
     for done in range(start + 1, total + 1):
         batch = log.speed.waiting(lambda: next(batches))
         profile.before(done)
         began = time.monotonic()
-        state, metrics = train_step(state, batch)
+        state, metrics = run.program.step(state, batch)
         profile.after(done, metrics)
         stopper.stepped()
         if done == start + 1:
@@ -289,13 +268,14 @@ def evaluate(folder: str) -> int:
     if not run.config.data.eval_split:
         raise UserError("data.eval_split is '': there is nothing to evaluate on")
     checkpoints = Checkpoints(path, run.config.checkpoint.keep_last)
-    state = checkpoints.restore(run.abstract_state())
+    state = checkpoints.restore(run.program.state)
     if state is None:
         raise UserError(f"{path} holds no checkpoint yet")
     done = int(state.step)
     # Lines past this step stay: they may be those of a run in progress.
     recorder = Recorder(path, math.inf, run.config.log.tensorboard, jax.process_index() == 0)
-    evaluate_into(recorder, Evaluator(run.method, run.inputs, run.mesh), state, done)
+    with jax.set_mesh(run.program.mesh):
+        evaluate_into(recorder, Evaluator(run.program.method, run.inputs, run.program.mesh), state, done)
     recorder.close()
     checkpoints.close()
     return cli.FINISHED

@@ -6,26 +6,29 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 
-def run(module: str, devices: int) -> dict:
+def run(module: str, devices: int, *arguments: str) -> dict:
     """Runs tests/multidevice/<module>.py on simulated devices; returns what its last line says."""
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
                                 "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-W", "error", "-m", f"tests.multidevice.{module}"], env=environment,
+    done = subprocess.run([sys.executable, "-W", "error", "-m", f"tests.multidevice.{module}", *arguments], env=environment,
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_eight_devices_train_as_one_does_and_bit_for_bit_as_eight_did_before():
-    found = run("losses", 8)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-3)])
+def test_every_mesh_trains_as_one_device_does_and_bit_for_bit_as_it_did_before(dtype, tolerance):
+    found = run("losses", 8, dtype)
     assert found["devices"] == 8
-    assert len(set(found["one"])) == 10
-    np.testing.assert_allclose(found["eight"], found["one"], rtol=1e-5)
-    np.testing.assert_allclose(found["accumulated"], found["one"], rtol=1e-5)
+    assert len(set(found["one"])) == 20
+    for name in found["held"]:
+        np.testing.assert_allclose(found[name], found["one"], rtol=tolerance, err_msg=name)
     assert found["identical"]
-    assert found["replicated"] == ["True"]
+    assert found["held"]["data"] == 1
+    assert max(found["held"][name] for name in ("zero", "fsdp", "zero x fsdp")) < 0.25
 
 
 def test_the_vit_l_step_of_4096_images_compiles_for_128_devices():

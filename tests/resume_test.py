@@ -53,7 +53,7 @@ def final_state(folder: Path) -> dict[str, np.ndarray]:
     config = worker.small_config()
     validate(config)
     run = train.prepare(config, folder)
-    state = Checkpoints(folder, 2).restore(run.abstract_state())
+    state = Checkpoints(folder, 2).restore(run.program.state)
     assert int(state.step) == worker.STEPS
     return {name: np.asarray(jax.device_get(leaf)) for name, leaf in flatten(state).items()}
 

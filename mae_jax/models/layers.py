@@ -10,6 +10,7 @@ import numpy as np
 
 from mae_jax.ops.attention import attention
 from mae_jax.ops.dense import gelu, linear
+from mae_jax.ops.layout import ROWS, constrain
 
 EPS = 1e-6  # layer norm, as in MAE and timm
 TOKEN_STD = 0.02  # initial deviation of class and mask tokens, as published
@@ -37,16 +38,20 @@ def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
 
 
 class Dense(nn.Module):
-    """A linear layer over the last axis with Xavier-uniform weights and zero bias (MAE A.1)."""
+    """A linear layer over the last axis with Xavier-uniform weights and zero bias (MAE A.1).
+
+    `split` is the dimension of the kernel that devices along `tensor` share: 'in', 'out' or none.
+    """
 
     features: int
     dtype: Any
+    split: str = ""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return linear(x.astype(self.dtype), kernel, bias)
+        return linear(x.astype(self.dtype), kernel, bias, self.split)
 
 
 def layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
@@ -63,9 +68,9 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
-        qkv = Dense(3 * width, self.dtype, name="qkv")(x).reshape(*x.shape[:2], 3, self.heads, width // self.heads)
-        out = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]).reshape(x.shape)
-        return Dense(width, self.dtype, name="proj")(out)
+        qkv = Dense(3 * width, self.dtype, name="qkv")(x).reshape(*x.shape[:2], 3, width)
+        qkv = constrain(qkv, ROWS, None, None, "tensor")  # heads
+        return Dense(width, self.dtype, "in", name="proj")(attention(qkv, self.heads))
 
 
 class Mlp(nn.Module):
@@ -77,8 +82,8 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = GELUS[self.gelu](Dense(self.ratio * x.shape[-1], self.dtype, name="fc1")(x))
-        return Dense(x.shape[-1], self.dtype, name="fc2")(hidden)
+        hidden = GELUS[self.gelu](Dense(self.ratio * x.shape[-1], self.dtype, "out", name="fc1")(x))
+        return Dense(x.shape[-1], self.dtype, "in", name="fc2")(hidden)
 
 
 class Block(nn.Module):
@@ -91,6 +96,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        x = constrain(x, ROWS)
         x = x + Attention(self.heads, self.dtype, name="attn")(layer_norm(self.dtype, "norm1")(x))
         return x + Mlp(self.mlp_ratio, self.gelu, self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))
 

@@ -7,8 +7,8 @@ import time
 import jax
 from jax.sharding import NamedSharding
 
-from mae_jax import methods, optim, sharding
-from mae_jax.step import init_state, make_train_step
+from mae_jax import sharding
+from mae_jax.program import Program
 
 
 def main() -> None:
@@ -17,20 +17,17 @@ def main() -> None:
     spec.loader.exec_module(recipe)
     config = recipe.get_config()
     config.model.scan = True
-    mesh, method = sharding.make_mesh(config), methods.get("mae")(config)
-    optimizer, schedule = optim.make_optimizer(config), optim.make_schedule(config, 1_281_167)
-    shapes = jax.eval_shape(lambda batch: init_state(config, method, optimizer, batch), method.batch_spec())
-    state = sharding.with_sharding(shapes, sharding.replicated(mesh))
-    batch = sharding.with_sharding(method.batch_spec(), sharding.batch_sharding(mesh))
+    mesh = sharding.make_mesh(config)
+    program = Program(config, mesh, 1_281_167)
     began = time.monotonic()
-    step = jax.jit(make_train_step(config, method, optimizer, schedule), donate_argnums=0)
-    compiled = step.lower(state, batch).compile()
+    with jax.set_mesh(mesh):
+        compiled = program.step.lower(program.state, program.batch).compile()
     out, _ = compiled.output_shardings
     placed = jax.tree.leaves(out, is_leaf=lambda leaf: isinstance(leaf, NamedSharding))
     print(json.dumps({
         "devices": mesh.size,
         "batch": config.batch_size,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes.params)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(program.state.params)),
         "replicated": all(leaf.is_fully_replicated for leaf in placed),
         "all_reduces": compiled.as_text().count("all-reduce"),
         "seconds": time.monotonic() - began,

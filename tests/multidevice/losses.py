@@ -1,39 +1,55 @@
-"""Run by multidevice_test on 8 simulated devices: prints the losses of ten steps on 1 and, twice, on 8 of them."""
+"""Run by multidevice_test on 8 simulated devices: prints the losses of twenty steps on several meshes."""
 
 import json
+import sys
 
 import jax
 import numpy as np
 
 from mae_jax import sharding
-from tests.tiny import tiny_batch, tiny_config, tiny_state, tiny_step
+from mae_jax.program import Program
+from tests.tiny import EXAMPLES, tiny_batch, tiny_config, tiny_state
 
-STEPS = 10
-FIELDS = {"batch_size": 16, "train.duration": "20 steps", "optim.ema": 0.9}
+STEPS = 20
+FIELDS = {"batch_size": 16, "train.duration": "20 steps", "optim.ema": 0.9, "model.width": 128, "model.heads": 4,
+          "method.decoder_width": 64, "method.decoder_heads": 4}  # large enough for its kernels to be cut
+MESHES = {
+    "data": {},
+    "zero": {"mesh.zero": "on"},
+    "fsdp": {"mesh.data": 1, "mesh.fsdp": 8},
+    "data x fsdp": {"mesh.fsdp": 2},
+    "zero x fsdp": {"mesh.fsdp": 2, "mesh.zero": "on"},
+    "tensor": {"mesh.data": 1, "mesh.tensor": 4, "mesh.fsdp": 2},
+    "accumulated": {"mesh.zero": "on", "train.accumulate": 2},
+    "scanned": {"mesh.zero": "on", "model.scan": True},
+    "remat": {"mesh.fsdp": 4, "model.scan": True, "model.remat": "full"},
+}
 
 
-def losses(config, devices) -> tuple[list[float], bytes, list[str]]:
-    """Returns the losses, all bits of the last state, and how its leaves are placed."""
+def losses(fields, devices) -> tuple[list[float], bytes, float]:
+    """Returns the losses, all bits of the last state, and the share of its bytes that one device holds."""
+    config = tiny_config(FIELDS | fields)
     mesh = sharding.make_mesh(config, devices)
-    state = jax.device_put(tiny_state(config), sharding.replicated(mesh))
-    step, out = tiny_step(config), []
-    for number in range(STEPS):
-        batch = tiny_batch(config, seed=number)
-        batch["valid"][number % 3] = 0
-        state, metrics = step(state, sharding.to_devices(batch, mesh, config.batch_size))
-        out.append(float(metrics["loss"][0] / metrics["loss"][1]))
+    program, out = Program(config, mesh, EXAMPLES), []
+    with jax.set_mesh(mesh):
+        state = jax.device_put(tiny_state(config), jax.tree.map(lambda leaf: leaf.sharding, program.state))
+        for number in range(STEPS):
+            batch = tiny_batch(config, seed=number)
+            batch["valid"][number % 3] = 0
+            state, metrics = program.step(state, sharding.to_devices(batch, mesh, config.batch_size))
+            out.append(float(metrics["loss"][0] / metrics["loss"][1]))
     leaves = jax.tree.leaves(state)
-    bits = b"".join(np.asarray(leaf).tobytes() for leaf in leaves)
-    return out, bits, sorted({str(leaf.sharding.is_fully_replicated) for leaf in leaves})
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves) / sum(leaf.nbytes for leaf in leaves)
+    return out, b"".join(np.asarray(leaf).tobytes() for leaf in leaves), held
 
 
 def main() -> None:
-    config = tiny_config(FIELDS)
-    one, _, _ = losses(config, jax.devices()[:1])
-    (eight, first, placed), (_, second, _) = (losses(config, jax.devices()) for _ in range(2))
-    accumulated, _, _ = losses(tiny_config(FIELDS | {"train.accumulate": 2}), jax.devices())
-    print(json.dumps({"devices": jax.device_count(), "one": one, "eight": eight, "accumulated": accumulated,
-                      "identical": first == second, "replicated": placed}))
+    dtype = {"model.dtype": sys.argv[1]}
+    found = {"devices": jax.device_count(), "one": losses(dtype, jax.devices()[:1])[0], "held": {}}
+    for name, fields in MESHES.items():
+        found[name], bits, found["held"][name] = losses(dtype | fields, jax.devices())
+    found["identical"] = bits == losses(dtype | fields, jax.devices())[1]
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
