@@ -34,6 +34,7 @@ CHOICES = {
     "model.remat": ("none", "full", "dots"),
     "optim.name": ("adamw",),
     "mesh.zero": ("auto", "on", "off"),
+    "mesh.reduce": ("float32", "bfloat16"),
 }
 PAIRS = ("data.image_size", "data.crop_scale", "data.crop_ratio", "model.patch", "optim.betas")
 POSITIVE = ("batch_size", "data.image_size", "model.patch", "model.width", "model.depth", "model.heads",
@@ -104,7 +105,8 @@ def default(method: str = "mae") -> ConfigDict:
             "data": -1,  # devices that share the rows of a batch; -1: the rest, here and below
             "fsdp": 1,  # devices that share rows, and hold a part of each parameter
             "tensor": 1,  # devices that share heads and hidden units
-            "zero": "auto",  # on, off: the optimiser cut over `data` (ZeRO-1); auto: on, but for CPUs
+            "zero": "auto",  # on, off: parameters and optimiser cut over `data` too (ZeRO); auto: on, but for CPUs
+            "reduce": "float32",  # in which the gradients of kernels are summed over devices; or bfloat16
         },
         "checkpoint": {"every": "20 epochs", "keep_last": 3, "keep_every": ""},
         "eval": {
@@ -158,6 +160,22 @@ def resolve(config: ConfigDict, arg: str, **presets: Any) -> ConfigDict:
             raise UserError(f"unknown config argument {name!r}; {nearest(name, presets)}")
         presets[name](config)
     return config.lock()
+
+
+def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
+    """Returns a copy with what 'auto' stands for on 'cpu', 'gpu' or 'tpu'; raises UserError for what does not go there.
+
+    The config that is stored keeps its 'auto': a run may go on elsewhere.
+    """
+    config = config.copy_and_resolve_references()
+    if config.model.dtype == "auto":
+        config.model.dtype = "float32" if platform == "cpu" else "bfloat16"
+    if config.mesh.zero == "auto":
+        config.mesh.zero = "off" if platform == "cpu" else "on"
+    if config.mesh.reduce == "bfloat16" and config.model.dtype != "bfloat16":
+        raise UserError(f"mesh.reduce=bfloat16 with activations in {config.model.dtype} would round the parameters; "
+                        "use model.dtype=bfloat16 or mesh.reduce=float32")
+    return config
 
 
 def steps(duration: str, batch_size: int, examples: int) -> int:

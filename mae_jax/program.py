@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import methods, optim, sharding
+from mae_jax.config import for_platform
 from mae_jax.errors import UserError
 from mae_jax.step import init_state, make_train_step
 
@@ -25,6 +26,7 @@ class Program:
 
     def __init__(self, config: ConfigDict, mesh: Mesh, examples: int):
         jax.config.update("jax_threefry_partitionable", True)  # what is drawn must not depend on the mesh
+        config = for_platform(config, mesh.devices.flat[0].platform)
         self.config, self.mesh = config, mesh
         self.method = methods.get(config.method.name)(config)
         if config.train.accumulate > 1 and self.method.sees_whole_batch:

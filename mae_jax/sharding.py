@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from mae_jax.config import for_platform
 from mae_jax.errors import UserError
 from mae_jax.ops.layout import ROWS, kernel_spec
 from mae_jax.params import path
@@ -38,7 +39,7 @@ def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Me
     _check_batch(config, data * fsdp)
     _check_tensor(config, tensor)
     make = partial(jax.make_mesh, axis_types=(AxisType.Auto,) * 4, devices=devices)
-    data, zero = (1, data) if cuts_data(config, devices[0].platform) else (data, 1)
+    data, zero = (1, data) if for_platform(config, devices[0].platform).mesh.zero == "on" else (data, 1)
     rows = zero * fsdp
     if data > 1 or rows not in (zero, fsdp) or rows < 4 or rows % 2:
         return make((data, zero, fsdp, tensor), AXES)
@@ -59,11 +60,6 @@ def mesh_sizes(config: ConfigDict, devices: int) -> list[int]:
         raise UserError(f"{text} does not multiply to {devices} device{'s' if devices > 1 else ''}; one axis may be "
                         "-1, which takes the rest")
     return sizes
-
-
-def cuts_data(config: ConfigDict, platform: str) -> bool:
-    """Says whether parameters are cut over `data` too: by default on accelerators, short of memory and bandwidth."""
-    return platform != "cpu" if config.mesh.zero == "auto" else config.mesh.zero == "on"
 
 
 def _check_batch(config: ConfigDict, parts: int) -> None:

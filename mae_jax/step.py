@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from mae_jax.methods import Method
 from mae_jax.methods.base import Batch, Extras, Metrics, Params
 from mae_jax.optim import Schedule
+from mae_jax.params import path
 
 
 class TrainState(NamedTuple):
@@ -45,8 +46,14 @@ def gradients(method: Method, state: TrainState, batch: Batch, key: jax.Array,
     Micro-batch j takes the rows j, j + accumulate, ...: every device splits its own rows. The sum is weighted by the
     weight of the loss, so that it is the gradient of the whole batch also where rows are invalid.
     """
+    def loss(params: Params, *args: Any) -> tuple[jax.Array, tuple[Metrics, Extras]]:
+        if method.config.mesh.reduce == "bfloat16":  # gradients of kernels are summed in the dtype that these have
+            params = jax.tree_util.tree_map_with_path(
+                lambda keys, leaf: leaf.astype(jnp.bfloat16) if path(keys).endswith("/kernel") else leaf, params)
+        return method.loss(params, *args)
+
     def grad(batch: Batch, extras: Extras, key: jax.Array) -> tuple[Params, tuple[Metrics, Extras]]:
-        return jax.grad(method.loss, has_aux=True)(state.params, extras, batch, key, state.step, True)
+        return jax.grad(loss, has_aux=True)(state.params, extras, batch, key, state.step, True)
 
     if accumulate == 1:
         grads, (metrics, extras) = grad(batch, state.extras, key)

@@ -13,8 +13,8 @@ def run(module: str, devices: int, *arguments: str) -> dict:
     """Runs tests/multidevice/<module>.py on simulated devices; returns what its last line says."""
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
                                 "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-W", "error", "-m", f"tests.multidevice.{module}", *arguments], env=environment,
-                          capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-W", "error", "-m", f"tests.multidevice.{module}", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -29,6 +29,16 @@ def test_every_mesh_trains_as_one_device_does_and_bit_for_bit_as_it_did_before(d
     assert found["identical"]
     assert found["held"]["data"] == 1
     assert max(found["held"][name] for name in ("zero", "fsdp", "zero x fsdp")) < 0.25
+
+
+def test_states_move_between_meshes_bit_for_bit_and_no_device_holds_a_large_one_whole():
+    found = run("meshes", 8)
+    assert found["restored"]
+    assert found["held"] < 0.75  # parameters and two moments, an eighth of each, and what making them takes
+    assert found["collectives"] == 0
+    # Each gradient of what is cut passes two stages, the second with half of it.
+    assert found["float32"] == {"f32": found["cut"] * 3 // 2}
+    assert found["bfloat16"] == {"bf16": found["cut"] * 3 // 2}
 
 
 def test_the_vit_l_step_of_4096_images_compiles_for_128_devices():

@@ -37,6 +37,19 @@ def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
     return np.concatenate([encode(columns), encode(rows)], axis=1).astype(np.float32)
 
 
+def embed_positions(grid: tuple[int, int], width: int, order: jax.Array, dtype: Any) -> jax.Array:
+    """Returns the fixed position embeddings [B, T, width] of patches with raster indices `order`, int32 [B, T].
+
+    On TPUs as a product with one-hot rows, which gives the same numbers: their gathers go row by row.
+    """
+    table = jnp.asarray(sincos_positions(grid, width), dtype)
+
+    def one_hot(order: jax.Array) -> jax.Array:
+        return jax.nn.one_hot(order, len(table), dtype=dtype) @ table
+
+    return jax.lax.platform_dependent(order, tpu=one_hot, default=lambda order: table[order])
+
+
 class Dense(nn.Module):
     """A linear layer over the last axis with Xavier-uniform weights and zero bias (MAE A.1).
 
@@ -54,6 +67,22 @@ class Dense(nn.Module):
         return linear(x.astype(self.dtype), kernel, bias, self.split)
 
 
+class DenseQKV(nn.Module):
+    """Queries, keys and values, three [B, T, D] for tokens [B, T, D], from one kernel [D, 3 D] as in timm and MAE.
+
+    Three products, not one whose result would have to be cut: its parts would be copied, and their gradients again.
+    """
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        width = x.shape[-1]
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (width, 3 * width)).reshape(width, 3, width)
+        bias = self.param("bias", nn.initializers.zeros, (3 * width,)).reshape(3, width)
+        return [linear(x.astype(self.dtype), kernel[:, i], bias[i], "out") for i in range(3)]
+
+
 def layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
     """Layer norm whose statistics are float32 whatever the activations are."""
     return nn.LayerNorm(epsilon=EPS, dtype=dtype, use_fast_variance=False, name=name)
@@ -67,10 +96,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        width = x.shape[-1]
-        qkv = Dense(3 * width, self.dtype, name="qkv")(x).reshape(*x.shape[:2], 3, width)
-        qkv = constrain(qkv, ROWS, None, None, "tensor")  # heads
-        return Dense(width, self.dtype, "in", name="proj")(attention(qkv, self.heads))
+        out = attention(*DenseQKV(self.dtype, name="qkv")(x), self.heads)
+        return Dense(x.shape[-1], self.dtype, "in", name="proj")(out)
 
 
 class Mlp(nn.Module):

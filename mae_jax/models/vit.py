@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mae_jax.models.layers import TOKEN_STD, Blocks, Dense, layer_norm, sincos_positions
+from mae_jax.models.layers import TOKEN_STD, Blocks, Dense, embed_positions, layer_norm
 from mae_jax.ops.patches import grid
 
 
@@ -42,7 +42,7 @@ class Encoder(Blocks):
         if mask_tokens:
             mask_token = self.param("mask_token", token_init, (1, 1, self.width))
             x = jnp.concatenate([x, jnp.broadcast_to(mask_token, (images, mask_tokens, self.width)).astype(x.dtype)], 1)
-        x = x + jnp.asarray(sincos_positions(self.grid, self.width), self.dtype)[order]
+        x = x + embed_positions(self.grid, self.width, order, self.dtype)
         cls_token = self.param("cls_token", token_init, (1, 1, self.width))  # its position embedding is zero
         x = jnp.concatenate([jnp.broadcast_to(cls_token, (images, 1, self.width)).astype(x.dtype), x], 1)
         if block >= 0:
@@ -72,7 +72,7 @@ class Decoder(Blocks):
         mask_token = self.param("mask_token", nn.initializers.normal(TOKEN_STD), (1, 1, self.width))
         missing = 1 + order.shape[1] - tokens.shape[1]
         masks = jnp.broadcast_to(mask_token, (x.shape[0], missing, self.width)).astype(x.dtype)
-        positions = jnp.asarray(sincos_positions(self.grid, self.width), self.dtype)[order]
+        positions = embed_positions(self.grid, self.width, order, self.dtype)
         x = jnp.concatenate([x, masks], 1) + jnp.pad(positions, ((0, 0), (1, 0), (0, 0)))
         x = layer_norm(self.dtype, "norm")(self.run_blocks(x)[:, -hidden:])
         return Dense(self.outputs, self.dtype, name="head")(x).astype(jnp.float32)

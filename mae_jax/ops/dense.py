@@ -103,9 +103,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # Without the barrier, XLA would keep what x was rounded from, in float32.
-    x = jax.lax.optimization_barrier(x)
-    return gelu(x), x
+    return gelu(x), _as_rounded(x)
 
 
 def _gelu_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
@@ -115,6 +113,11 @@ def _gelu_backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+def _as_rounded(x: jax.Array) -> jax.Array:
+    """Returns x; without it, XLA would keep what x was rounded from, in float32."""
+    return jax.lax.optimization_barrier(x)
 
 
 def _normal_cdf(x: jax.Array) -> jax.Array:

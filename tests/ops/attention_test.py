@@ -12,12 +12,11 @@ def textbook(q, k, v):
 
 def attention(q, k, v):
     images, tokens, heads, depth = q.shape
-    packed = jnp.stack([q, k, v], 2).reshape(images, tokens, 3, heads * depth)
-    return module.attention(packed, heads).reshape(q.shape)
+    return module.attention(*(x.reshape(images, tokens, heads * depth) for x in (q, k, v)), heads).reshape(q.shape)
 
 
-def operands(dtype=np.float32, scale=1.0):
-    draws = np.random.default_rng(0).standard_normal((4, 2, 7, 3, 8), np.float32)
+def operands(dtype=np.float32, scale=1.0, heads=3, depth=8):
+    draws = np.random.default_rng(0).standard_normal((4, 2, 7, heads, depth), np.float32)
     return [jnp.asarray(scale * a, dtype) for a in draws]
 
 
@@ -25,13 +24,15 @@ def operands(dtype=np.float32, scale=1.0):
 def _platform(request, monkeypatch):
     """What TPUs compute gives the same numbers on a CPU, where it is only slower."""
     if request.param == "TPU":
-        monkeypatch.setattr(module, "_weights", module._weights_on_tpu)
+        monkeypatch.setattr(module, "_forward_anywhere", module._forward_on_tpu)
+        monkeypatch.setattr(module, "_backward_anywhere", module._backward_on_tpu)
 
 
+@pytest.mark.parametrize(("heads", "depth"), [(3, 8), (4, 64)], ids=["heads apart", "two heads side by side"])
 @pytest.mark.usefixtures("_platform")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
-def test_attention_and_its_gradients_are_those_of_the_textbook(dtype, tolerance):
-    *inputs, dout = operands(dtype)
+def test_attention_and_its_gradients_are_those_of_the_textbook(dtype, tolerance, heads, depth):
+    *inputs, dout = operands(dtype, heads=heads, depth=depth)
     out, backward = jax.vjp(attention, *inputs)
     with jax.enable_x64(True):
         truth, exact = jax.vjp(textbook, *(np.float64(np.float32(a)) for a in inputs))
@@ -53,7 +54,7 @@ def test_no_product_mixes_float32_with_bfloat16():
     *inputs, dout = operands(jnp.bfloat16)
     program = jax.make_jaxpr(lambda *a: jax.vjp(attention, *a)[1](dout))(*inputs)
     found = list(products(program.jaxpr))
-    assert len(found) == 6 + 3  # and the three of TPUs
+    assert len(found) == 2 * 6 + 2  # the scores on TPUs three times
     assert all(var.aval.dtype == jnp.bfloat16 for eqn in found for var in eqn.invars)
 
 

@@ -1,0 +1,100 @@
+"""What each property of the train step is worth on TPUs, by the compiler's own estimate: the step without it.
+
+  python bench/tpu_step.py                                    (needs libtpu, no TPU; two to five minutes per row)
+  python bench/tpu_step.py --only=final --config=configs/vit_b_mae.py --topology=v3:4x4 --config.batch_size=1024
+
+Compiles the step for TPU cores that are not there, and writes a line per row to --to: seconds (`optimal_seconds`:
+for each operation the longer of its multiplications at the peak and its bytes at the memory's rate; no communication),
+gigabytes moved to and from a core's memory, and gibibytes held in it. Rows that --to already has are not done again.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+
+import jax
+from absl import flags
+from jax.experimental import topologies
+
+from mae_jax import cli, sharding
+from mae_jax.ops import attention, dense
+from mae_jax.program import Program
+
+CONFIG = cli.define_config()
+TOPOLOGY = flags.DEFINE_string("topology", "v3:8x8", "the TPU slice")
+TO = flags.DEFINE_string("to", "bench/results/tpu_step.jsonl", "JSON lines to add to")
+ONLY = flags.DEFINE_list("only", [], "rows to do; all when empty")
+GIB = 2**30
+
+
+@contextlib.contextmanager
+def elsewhere(*names: str) -> Iterator[None]:
+    """Takes what other platforms do, where the function for TPUs has one of these names."""
+    choose = jax.lax.platform_dependent
+
+    def other(*args, tpu, default):
+        name = getattr(tpu, "func", tpu).__name__
+        return default(*args) if name in names else choose(*args, tpu=tpu, default=default)
+
+    with mock.patch.object(jax.lax, "platform_dependent", other):
+        yield
+
+
+def one_by_one(width: int, heads: int) -> int:
+    return 1
+
+
+# Row → config fields that differ, and what takes the property away.
+ROWS = {
+    "final": ({}, contextlib.nullcontext),
+    "optimiser and parameters whole on every core": ({"mesh.zero": "off"}, contextlib.nullcontext),
+    "gradients summed in bfloat16": ({"mesh.reduce": "bfloat16"}, contextlib.nullcontext),
+    "tokens flattened before products": ({}, functools.partial(elsewhere, "whole")),
+    "attention as on other platforms": ({}, functools.partial(elsewhere, "_forward_on_tpu", "_backward_on_tpu")),
+    "heads of 64 apart": ({}, functools.partial(mock.patch.object, attention, "_together", one_by_one)),
+    "positions looked up": ({}, functools.partial(elsewhere, "one_hot")),
+    "what GELU saves not rounded": ({}, functools.partial(mock.patch.object, dense, "_as_rounded", lambda x: x)),
+    "GELU by tanh": ({"model.gelu": "tanh"}, contextlib.nullcontext),
+}
+
+
+def figures(fields: dict[str, object]) -> dict[str, float]:
+    """Compiles the step of the config with `fields` changed."""
+    config = CONFIG.value.copy_and_resolve_references().unlock()
+    config.update_from_flattened_dict({"model.dtype": "bfloat16", **fields})
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY.value).devices
+    mesh = sharding.make_mesh(config, list(devices))
+    program = Program(config, mesh, 1_281_167)
+    began = time.monotonic()
+    with jax.set_mesh(mesh):
+        compiled = program.step.lower(program.state, program.batch).compile()
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    return {"compiler_seconds": cost["optimal_seconds"], "gb_moved": cost["bytes accessed"] / 1e9,
+            "gib_held": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / GIB,
+            "tflop": cost["flops"] / 1e12, "compile_seconds": time.monotonic() - began}
+
+
+def main() -> int:
+    to = Path(TO.value)
+    done = {json.loads(line)["row"] for line in to.read_text().splitlines()} if to.exists() else set()
+    for row in ONLY.value or ROWS:
+        if row in done:
+            continue
+        fields, without = ROWS[row]
+        with without():
+            found = {"row": row, "topology": TOPOLOGY.value} | figures(fields)
+        print(json.dumps(found), flush=True)
+        with to.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+    return cli.FINISHED
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)
