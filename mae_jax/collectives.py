@@ -29,8 +29,9 @@ KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 OPERATION = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ({KINDS})(-start)?\(")
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
-# These reserve memory or join texts and take no time on the device.
-NO_COST = ("AllocateBuffer",)
+# Custom calls that take no time: they reserve memory, begin or end a collective that other work overlaps (its parts are
+# counted once, below), or name as one what already lies in one piece.
+NO_COST = ("AllocateBuffer", "AsyncCollectiveStart", "AsyncCollectiveDone", "ConcatBitcast")
 
 
 class Collective(NamedTuple):
@@ -62,24 +63,33 @@ class Collective(NamedTuple):
 
 def parse(text: str, devices: int) -> Iterator[Collective]:
     """Yields the collectives of a compiled text, loops' once; raises ValueError for groups that cannot be read."""
-    computation = ""
+    computation, chains = "", set()
     for line in text.splitlines():
         if line.endswith("{") and (found := COMPUTATION.match(line)):
             computation = found[1]
         elif ("replica_groups=" in line or "source_target_pairs=" in line) and (found := OPERATION.match(line)):
+            # Where other work overlaps a collective, its start, its end and that work each hold a copy of it.
+            if (chain := re.search(r'chain_id="\d+"', line)) and chain[0] in chains:
+                continue
+            chains |= {chain[0]} if chain else set()
             result, kind, start = found.groups()
             groups = _groups(line, devices)
             members = max(map(len, groups))
             size = _bytes(result)
-            if start and kind == "all-gather":  # the result is (operands, results)
+            if start and kind == "all-gather":  # what is started has the type (operands, results)
                 size = size * members // (members + 1)
-            elif start and kind == "collective-permute":
-                size //= 2
+            elif start and kind == "collective-permute":  # (operand, result, two numbers)
+                size = (size - 8) // 2
             if kind == "reduce-scatter":
                 size *= members
             elif "all-reduce-scatter" in computation:  # libtpu's fusion: reduced, and only the own piece kept
                 kind = "reduce-scatter"
             yield Collective(kind, "+".join(sorted({shape[1] for shape in SHAPE.finditer(result)})), size, groups)
+
+
+def withheld_seconds(text: str) -> float:
+    """Returns what the compiler's count of seconds is short by: libtpu 0.0.52 takes one off for each ConcatBitcast."""
+    return float(text.count('custom_call_target="ConcatBitcast"'))
 
 
 def unpriced(text: str) -> list[str]:

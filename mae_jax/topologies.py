@@ -84,7 +84,7 @@ class Torus(NamedTuple):
 
 def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
     """Returns the chip and the shape of a topology's name, as 'v3:8x8'; raises UserError."""
-    generation, _, sizes = name.partition(":")
+    generation, sizes = (*re.split("[:-]", name, maxsplit=1), "")[:2]
     generation = "7x" if generation in ("tpu7x", "v7x") else generation
     if generation not in CHIPS:
         raise UserError(f"unknown topology {name!r}; {nearest(generation, CHIPS)}; with the chips along each "
@@ -92,7 +92,7 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
     chip = CHIPS[generation]
     example = f"{generation}:{EXAMPLES[chip.dimensions]}"
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
-        raise UserError(f"topology {name!r} has no sizes; write the chips along each dimension, as {example}")
+        raise UserError(f"topology {name!r}: write the chips along each dimension, as {example}")
     shape = tuple(map(int, sizes.split("x")))
     if len(shape) != chip.dimensions:
         raise UserError(f"topology {name!r}: {generation} has {chip.dimensions} dimensions; write it as {example}")
