@@ -34,7 +34,7 @@ replica_groups=[2,64]<=[128], dimensions={{0}}, use_global_device_ids=true
 replica_groups=mesh['axis_0'=2,'axis_1'=64] {{'axis_0'}}, dimensions={{0}}, use_global_device_ids=true
   %all-reduce.474 = (f32[512]{{0:T(512)}}, f32[]{{:T(256)}}, /*index=5*/f32[3,512]{{1,0:T(4,128)}}) all-reduce(%a, %b, \
 %c), channel_id=2, replica_groups=mesh['axis_0'=128] {{'axis_0'}}, use_global_device_ids=true, to_apply=%region_0
-  %all-reduce.398 = s32[]{{:T(256)}} all-reduce(%fusion.3062), channel_id=662, replica_groups={{}}, to_apply=%region_1354
+  %all-reduce.398 = s32[]{{:T(256)}} all-reduce(%fusion.3062), channel_id=662, replica_groups={{}}
   %collective-permute.1 = f32[16,3072]{{1,0:T(8,128)}} collective-permute(%slice.407), channel_id=1, \
 source_target_pairs={{{{0,64}},{{1,65}}}}
   ROOT %add.2 = f32[] add(%get-tuple-element.1, %param.1)
