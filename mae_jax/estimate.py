@@ -96,7 +96,7 @@ def versions() -> dict[str, str]:
 def _source_digest() -> str:
     """Returns a digest of our code that a compiled step depends on."""
     files = [file for file in sorted(PACKAGE.rglob("*.py"))
-             if file.relative_to(PACKAGE).parts[0] not in ("data", "evals", "interop", "plan.py")]
+             if file.relative_to(PACKAGE).parts[0] not in ("data", "evals", "interop", "plan.py", "sweeps.py")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
