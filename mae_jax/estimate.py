@@ -6,6 +6,7 @@
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
 import time
 from collections.abc import Callable
@@ -57,9 +58,16 @@ def resolved(config: ConfigDict, target: Target) -> ConfigDict:
     return copy.lock()
 
 
-def measure(config: ConfigDict, target: Target, cache: str = "", say: Callable[[str], None] = lambda _: None,
-            ) -> dict[str, Any]:
+def measure(config: ConfigDict, target: Target, examples: int, cache: str = "",
+            say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Compiles the train step, or finds in the folder `cache` what was measured of the same step before.
+
+    Args:
+      config: 'auto' fields are those of the target.
+      target: what to compile for.
+      examples: of the training split, which the schedule's epochs count.
+      cache: a folder, or '' for none.
+      say: is told what is compiled.
 
     Returns:
       Plain values, sizes in bytes per device. Where memory is short, 'short' says so and what only a compiled step
@@ -69,19 +77,20 @@ def measure(config: ConfigDict, target: Target, cache: str = "", say: Callable[[
       UserError: the config does not fit the devices.
     """
     config = resolved(config, target)
-    known = {"config": configs.flat(config), "target": target.name, "versions": versions(), "source": _source_digest()}
+    known = {"config": configs.flat(config), "target": target.name, "examples": examples, "versions": versions(),
+             "source": _source_digest()}
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]
     file = Path(cache).expanduser() / f"{key}.json" if cache else None
     if file and file.exists():
         return json.loads(file.read_text()) | {"cached": True}
     mesh = sharding.make_mesh(config, target.devices)
-    program = Program(config, mesh, 1)
+    program = Program(config, mesh, examples)
     say(f"compiling for {target.name}, batch {config.batch_size}"
         f"{'' if config.model.scan else '; unrolled, which takes a minute or more for a large model'}")
     found = _shapes(program) | _compiled(program, target) | {"cached": False}
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
+        part = file.with_suffix(f".{os.getpid()}")  # others may write the same file
         part.write_text(json.dumps(found | {"of": known}))
         part.rename(file)
     return found
@@ -138,8 +147,7 @@ def _compiled(program: Program, target: Target) -> dict[str, Any]:
             raise
         return {"short": _shortage(str(error)), "compile_seconds": time.monotonic() - began}
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    text, unpriced = _text(compiled)
-    devices = list(program.mesh.devices.flat)
+    text, devices = _text(compiled), list(program.mesh.devices.flat)
     torus = topologies.torus(target.chip, devices) if target.chip else None
     return {
         "short": None,
@@ -150,19 +158,18 @@ def _compiled(program: Program, target: Target) -> dict[str, Any]:
         "flops": cost.get("flops"),
         "bytes_accessed": cost.get("bytes accessed"),
         "optimal_seconds": cost["optimal_seconds"] + collectives.withheld_seconds(text) if target.chip else None,
-        "unpriced": unpriced,
-        "collectives": collectives.table(list(collectives.parse(text, len(devices))), torus),
+        "unpriced": collectives.unpriced(text) if text else ["collectives, since jaxlib cannot read libtpu's text"],
+        "collectives": collectives.table(list(collectives.parse(text, len(devices))), torus) if text else None,
         "compile_seconds": time.monotonic() - began,
     }
 
 
-def _text(compiled: Any) -> tuple[str, list[str]]:
-    """Returns the compiled text, and what in it the compiler's seconds leave out."""
+def _text(compiled: Any) -> str:
+    """Returns the compiled text; '' where jaxlib (0.10.2) cannot read it, as what libtpu (0.0.52) compiles for 7x."""
     try:
-        text = compiled.as_text()
-    except jax.errors.JaxRuntimeError:  # jaxlib 0.10.2 cannot read what libtpu 0.0.52 compiles for 7x
-        return "", ["collectives: jaxlib cannot read the text that libtpu compiled"]
-    return text, collectives.unpriced(text)
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return ""
 
 
 def _shortage(error: str) -> dict[str, float | str]:
@@ -179,8 +186,8 @@ def figures(config: ConfigDict, target: Target, found: dict[str, Any], examples:
     steps = configs.steps(config.train.duration, config.batch_size, examples)
     total, limit = found.get("total_bytes"), target.chip.hbm if target.chip else None
     fits = None if limit is None else found["short"] is None and total <= limit
-    communication = sum(row["seconds"] for row in found["collectives"]) if target.chip and total else None
     why = _why_no_time(target, found)
+    communication = None if why else sum(row["seconds"] for row in found["collectives"])
     step = None if why else found["optimal_seconds"] + communication
     rate = config.batch_size / step if step else None
     model = found["model_flops_per_image"] * config.batch_size / len(target.devices)
@@ -199,9 +206,9 @@ def figures(config: ConfigDict, target: Target, found: dict[str, Any], examples:
         "fits": fits, "short": found["short"],
         "flops_per_core": found.get("flops"), "model_flops_per_core": model,
         "bytes_per_core": found.get("bytes_accessed"), "peak_flops_per_core": found["peak_flops"],
-        "collectives": found.get("collectives", []), "unpriced": found.get("unpriced", []), "no_time_because": why,
+        "collectives": found.get("collectives"), "unpriced": found.get("unpriced", []), "no_time_because": why,
         "compiler_seconds": None if why else found["optimal_seconds"],
-        "communication_seconds": None if why else communication,
+        "communication_seconds": communication,
         "estimated_step_seconds": step, "images_per_sec": rate,
         "mfu": model / step / found["peak_flops"] if step and found["peak_flops"] else None,
         "hours": steps * step / 3600 if step else None,

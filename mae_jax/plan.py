@@ -55,7 +55,7 @@ def main() -> int:
         result = sweeps.run(CONFIG.value, target, cells, BEST.value, EXAMPLES.value, CACHE.value, logger.info)
         print(sweeps.table(result))
     else:
-        found = estimate.measure(CONFIG.value, target, CACHE.value, logger.info)
+        found = estimate.measure(CONFIG.value, target, EXAMPLES.value, CACHE.value, logger.info)
         result = estimate.figures(CONFIG.value, target, found, EXAMPLES.value)
         print(page(CONFIG.value, result))
     if JSON.value:
@@ -116,7 +116,7 @@ def _work(f: dict[str, Any]) -> list[str]:
     if f["unpriced"]:
         lines.append(f"  not in these counts, or once: {', '.join(f['unpriced'])}")
     if not f["collectives"]:
-        return lines if f["devices"] > 1 and f["short"] else [*lines, "  collectives: none"]
+        return [*lines, f"  collectives: {'not known' if f['collectives'] is None else 'none'}"]
     lines += ["", f"  {'collective':<20}{'dtype':<7}{'group':>6}{'count':>7}{'MB':>11}{'MB sent':>11}{'ms':>9}"]
     for row in f["collectives"]:
         time = "" if row["seconds"] is None else f"{row['seconds'] * 1e3:.3f}"
@@ -130,9 +130,9 @@ def _time(f: dict[str, Any]) -> list[str]:
     if not f["estimated_step_seconds"]:
         return [f"no time: {f['no_time_because']}"]
     return [
-        "estimates, all of them bounds: no step is faster, measured ones are slower",
+        "estimates, lower bounds: operations and links at full speed, no waiting",
         f"  step            {f['estimated_step_seconds']:.4f} s = compiler {f['compiler_seconds']:.4f} + communication "
-        f"{f['communication_seconds']:.4f} (none of it overlapped)",
+        f"{f['communication_seconds']:.4f} (nothing overlapped)",
         f"  images          {f['images_per_sec']:,.0f} /s, {f['images_per_sec'] / f['devices']:,.1f} per device; "
         f"MFU {f['mfu']:.1%} of {f['peak_flops_per_core'] / 1e12:g} TFLOP/s",
         f"  recipe          {f['hours']:,.2f} hours, {f['core_hours']:,.0f} device-hours",

@@ -57,7 +57,7 @@ def run(config: ConfigDict, target: estimate.Target, cells: list[Cell], best: in
     def measured(cell: Cell, **values: Any) -> dict[str, Any]:
         try:
             variant = changed(config, cell | values)
-            return estimate.figures(variant, target, estimate.measure(variant, target, cache, say), examples)
+            return estimate.figures(variant, target, estimate.measure(variant, target, examples, cache, say), examples)
         except UserError as error:
             return {"error": str(error)}
 

@@ -35,7 +35,7 @@ def compiled(monkeypatch):
     """Replaces the compiler by one that gives each cell a time and a size; returns the log of what it was asked."""
     asked = []
 
-    def measure(config, target, cache, say):
+    def measure(config, target, examples, cache, say):
         asked.append((config.batch_size, config.model.remat, config.model.scan))
         if config.batch_size == 24:
             raise UserError("does not divide")

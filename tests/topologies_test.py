@@ -3,6 +3,7 @@
 import importlib.util
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from mae_jax import flops, topologies
@@ -42,6 +43,45 @@ def test_without_libtpu_the_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
     with pytest.raises(UserError, match=r"pip install 'mae_jax\[plan\]'"):
         topologies.devices("v3:2x2")
+
+
+class Libtpu:
+    """Fails like libtpu while another process loads it, `busy` times, or with a complaint."""
+
+    def __init__(self, busy: int, complaint: str = "Internal error when accessing libtpu multi-process lockfile"):
+        self.busy, self.complaint, self.asked = busy, complaint, []
+
+    def __call__(self, **options):
+        self.asked.append(options)
+        if len(self.asked) <= self.busy:
+            raise jax.errors.JaxRuntimeError(f"INTERNAL: {self.complaint}\nmore")
+        return SimpleNamespace(devices=("a", "b"))
+
+
+@pytest.fixture
+def libtpu(monkeypatch):
+    from jax.experimental import topologies as described
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "here" if name == "libtpu" else find(name))
+    monkeypatch.setattr(topologies.time, "sleep", lambda _: None)
+    return lambda *args: monkeypatch.setattr(described, "get_topology_desc", fake := Libtpu(*args)) or fake
+
+
+def test_libtpu_is_asked_again_while_another_process_loads_it(libtpu):
+    fake = libtpu(3)
+    assert topologies.devices("v4:2x2x1") == ["a", "b"]
+    assert fake.asked == [{"platform": "tpu", "topology_name": "v4:2x2x1", "chip_config_name": "megacore"}] * 4
+    libtpu(99)
+    with pytest.raises(UserError, match="in use by another process"):
+        topologies.devices("v3:2x2")
+
+
+def test_what_libtpu_refuses_is_passed_on_in_one_line(libtpu):
+    libtpu(1, "no such shape")
+    with pytest.raises(UserError) as error:
+        topologies.devices("v3:2x2")
+    assert str(error.value) == "libtpu refuses the topology 'v3:2x2': INTERNAL: no such shape"
 
 
 def test_every_generation_has_a_peak_in_the_one_table_of_peaks():

@@ -21,7 +21,7 @@ def main() -> None:
     out = {}
     for zero in ("off", "on"):
         config.mesh.zero = zero
-        found = estimate.measure(config, target)
+        found = estimate.measure(config, target, 1_281_167)
         program = Program(config, make_mesh(config, target.devices), 1)
         sizes = [leaf.size for leaf in jax.tree.leaves(program.state.params)]
         out[zero] = {"figures": estimate.figures(config, target, found, 1_281_167), "values": sum(sizes),
