@@ -50,14 +50,6 @@ def target(topology: str, simulated: int) -> Target:
     return Target(f"{simulated} simulated devices", jax.devices("cpu"), None)
 
 
-def resolved(config: ConfigDict, target: Target) -> ConfigDict:
-    """Returns a copy of the config for the target: on a TPU, dtype 'auto' is bfloat16 whatever compiles here."""
-    copy = configs.from_dict(config.to_dict()).unlock()
-    if target.chip and copy.model.dtype == "auto":
-        copy.model.dtype = "bfloat16"
-    return copy.lock()
-
-
 def measure(config: ConfigDict, target: Target, examples: int, cache: str = "",
             say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Compiles the train step, or finds in the folder `cache` what was measured of the same step before.
@@ -76,7 +68,6 @@ def measure(config: ConfigDict, target: Target, examples: int, cache: str = "",
     Raises:
       UserError: the config does not fit the devices.
     """
-    config = resolved(config, target)
     known = {"config": configs.flat(config), "target": target.name, "examples": examples, "versions": versions(),
              "source": _source_digest()}
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mae_jax import config as configs
 from mae_jax import workdir
-from mae_jax.config import default, flat, from_dict, resolve, steps, validate, vit
+from mae_jax.config import default, flat, for_platform, from_dict, resolve, steps, validate, vit
 from mae_jax.errors import UserError, nearest
 from tests.tiny import tiny_config
 
@@ -233,3 +233,20 @@ def test_done_names_the_last_step_and_a_damaged_one_is_none(tmp_path, text, step
 def test_the_table_of_sizes_is_that_of_the_papers():
     assert configs.SIZES["L"] == (1024, 24, 16)
     assert vit("H", 14) == {"width": 1280, "depth": 32, "heads": 16, "patch": (14, 14)}
+
+
+@pytest.mark.parametrize(("platform", "dtype", "zero"), [("cpu", "float32", "off"), ("tpu", "bfloat16", "on"),
+                                                         ("gpu", "bfloat16", "on")])
+def test_auto_stands_for_what_suits_the_platform_and_stays_auto_in_the_config(platform, dtype, zero):
+    config = default()
+    found = for_platform(config, platform)
+    assert (found.model.dtype, found.mesh.zero) == (dtype, zero)
+    assert (config.model.dtype, config.mesh.zero) == ("auto", "auto")
+
+
+def test_bfloat16_sums_need_bfloat16_activations():
+    config = default()
+    config.mesh.reduce = "bfloat16"
+    with pytest.raises(UserError, match=r"mesh.reduce=bfloat16 with activations in float32"):
+        for_platform(config, "cpu")
+    assert for_platform(config, "tpu").mesh.reduce == "bfloat16"

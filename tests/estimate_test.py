@@ -88,12 +88,6 @@ def test_a_device_holds_its_piece_of_what_is_cut_and_all_of_the_rest():
     assert found["image_bytes"] == 16 * 48 + 16 * 4 + 4 * 4
 
 
-def test_a_tpu_is_planned_in_bfloat16_whatever_compiles_here():
-    assert estimate.resolved(CONFIG, V3).model.dtype == "bfloat16"
-    assert CONFIG.model.dtype == "auto"
-    assert estimate.resolved(CONFIG, V3._replace(chip=None)).model.dtype == "auto"
-
-
 def test_what_was_compiled_is_found_again_and_another_config_is_not(tmp_path):
     target, said = estimate.Target("1 simulated devices", jax.devices("cpu"), None), []
     first = estimate.measure(tiny_config(), target, 64, str(tmp_path), said.append)
