@@ -158,7 +158,8 @@ def _compiled(program: Program, target: Target) -> dict[str, Any]:
 def _text(compiled: Any) -> str:
     """Returns the compiled text; '' where jaxlib (0.10.2) cannot read it, as what libtpu (0.0.52) compiles for 7x."""
     try:
-        return compiled.as_text()
+        with topologies.quiet_stderr():
+            return compiled.as_text()
     except jax.errors.JaxRuntimeError:
         return ""
 

@@ -114,7 +114,7 @@ def devices(name: str) -> list[Any]:
 
     for attempt in range(ATTEMPTS):
         try:
-            with _quiet_stderr():
+            with quiet_stderr():
                 return list(topologies.get_topology_desc(
                     platform="tpu", topology_name=f"{chip.name}:{'x'.join(map(str, shape))}", **chip.options).devices)
         except jax.errors.JaxRuntimeError as error:
@@ -134,8 +134,8 @@ def torus(chip: Chip, devices: list[Any]) -> Torus:
 
 
 @contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Drops what is written to file descriptor 2: libtpu complains there of the machine that it is not on."""
+def quiet_stderr() -> Iterator[None]:
+    """Drops what is written to file descriptor 2, where libtpu complains of the machine that it is not on."""
     kept = os.dup(2)
     with tempfile.TemporaryFile() as sink:
         os.dup2(sink.fileno(), 2)
