@@ -41,10 +41,10 @@ def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Me
     make = partial(jax.make_mesh, axis_types=(AxisType.Auto,) * 4, devices=devices)
     data, zero = (1, data) if for_platform(config, devices[0].platform).mesh.zero == "on" else (data, 1)
     rows = zero * fsdp
-    if data > 1 or rows not in (zero, fsdp) or rows < 4 or rows % 2:
+    if data > 1 or rows not in (zero, fsdp) or rows < 4 or rows % 2 or devices[0].platform == "gpu":
         return make((data, zero, fsdp, tensor), AXES)
     # All rows are along one axis that cuts parameters. Two axes instead, neighbours along the first: libtpu (0.0.52)
-    # turns a reduce-scatter over all devices at once into an all-reduce, and an all-gather likewise.
+    # turns a reduce-scatter over all devices at once into an all-reduce, and an all-gather likewise; NCCL does not.
     line = make((1, rows // 2, 2, tensor), AXES).devices
     return Mesh(line.swapaxes(1, 2), AXES, axis_types=(AxisType.Auto,) * 4)
 

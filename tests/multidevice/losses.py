@@ -36,7 +36,9 @@ def losses(fields, devices) -> tuple[list[float], bytes, float]:
         for number in range(STEPS):
             batch = tiny_batch(config, seed=number)
             batch["valid"][number % 3] = 0
-            state, metrics = program.step(state, sharding.to_devices(batch, mesh, config.batch_size))
+            given = state
+            state, metrics = program.step(given, sharding.to_devices(batch, mesh, config.batch_size))
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given)), "the state was not donated"
             out.append(float(metrics["loss"][0] / metrics["loss"][1]))
     leaves = jax.tree.leaves(state)
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves) / sum(leaf.nbytes for leaf in leaves)
