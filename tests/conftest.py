@@ -1,7 +1,11 @@
 """Fixtures of all tests."""
 
 import logging
+import os
 from collections.abc import Iterator
+
+# Before JAX is imported: where libtpu is installed, every process would look for a TPU, one at a time.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
