@@ -124,8 +124,7 @@ class Checkpoints:
         with contextlib.suppress(Exception):  # orbax raises the failure of a save once more; it has been reported
             self._checkpointer.close()
 
-    def _steps(self) -> list[int]:
-        # On a network's file system, processes may see different folders for some time.
+    def _steps(self) -> list[int]:  # of process 0: on a network's file system, others may see other folders for a while
         return distributed.first(self._listed() if jax.process_index() == 0 else [])
 
     def _listed(self) -> list[int]:

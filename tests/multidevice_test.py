@@ -13,8 +13,8 @@ def run(module: str, devices: int, *arguments: str) -> dict:
     """Runs tests/multidevice/<module>.py on simulated devices; returns what its last line says."""
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
                                 "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-W", "error", "-m", f"tests.multidevice.{module}", *arguments], env=environment,
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-W", "error", "-m", f"tests.multidevice.{module}", *arguments],
+                          env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
