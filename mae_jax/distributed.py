@@ -68,6 +68,7 @@ def together(command: Callable[[], int], place: Place, same: Mapping[str, Any], 
       UserError: not all came, or they do not fit together.
     """
     global _peers
+    signal.signal(signal.SIGTERM, _interrupt)
     _peers = join(place, same, start_seconds, heartbeat)
     phases.done("processes")
     try:
@@ -79,6 +80,10 @@ def together(command: Callable[[], int], place: Place, same: Mapping[str, Any], 
     _peers.part()
     _peers = None
     return code
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt  # SIGTERM before there is a Stopper: nothing is lost
 
 
 def join(place: Place, same: Mapping[str, Any], start_seconds: float, heartbeat: float) -> "Peers":
@@ -99,7 +104,7 @@ def join(place: Place, same: Mapping[str, Any], start_seconds: float, heartbeat:
             f"{place.host}:{port}", place.processes, place.process, local_device_ids=place.devices,
             cluster_detection_method="deactivate", initialization_timeout=max(1, int(start_seconds)),
             # Longer than ours, which names who was lost.
-            heartbeat_timeout_seconds=max(4, int(2 * heartbeat)), shutdown_timeout_seconds=max(4, int(2 * heartbeat)),
+            heartbeat_timeout_seconds=int(2 * heartbeat) + 10, shutdown_timeout_seconds=int(2 * heartbeat) + 10,
             coordinator_bind_address=f"127.0.0.1:{port}" if place.loopback else None)
         jax.devices()  # the processes exchange their devices here
     except BaseException as error:
@@ -239,9 +244,10 @@ class Peers:
         except OSError:
             data = b""
         if not data:
-            self.lines.pop(number).close()
             if number not in self._parted:
                 self._lost(number, "its connection was closed")
+            elif line := self.lines.pop(number, None):
+                line.close()
             return
         *messages, self._buffers[number] = (self._buffers[number] + data).split(b"\n")
         for message in messages:
@@ -278,6 +284,8 @@ class Peers:
             self._moving.release()
 
     def _lost(self, number: int, why: str) -> None:
+        if line := self.lines.pop(number, None):  # nothing more is awaited of it
+            line.close()
         self._end(LOST, f"process {number} of {self.place.processes} was lost: {why}; start the same command again on "
                         "all", number)
 
