@@ -71,20 +71,21 @@ def call(place: Place, greeting: Mapping[str, Any], seconds: float) -> tuple[soc
     while (left := deadline - time.monotonic()) > 0:
         try:
             line = socket.create_connection((place.host, place.port), timeout=left)
-            send(line, greeting)
-            state = "it takes the call and says nothing"
-            line.settimeout(deadline - time.monotonic() + ANSWER)  # process 0 began to wait later, or earlier
-            reply = _read_line(line)
         except OSError as error:
-            state = str(error.strerror or error) if not isinstance(error, TimeoutError) else state
+            state = str(error.strerror or error)
             time.sleep(PATIENCE)
             continue
-        if "leave" in reply:
-            raise UserError(reply["leave"][1])
+        send(line, greeting)
+        reply, state = {}, "it takes the call and says nothing"
+        with contextlib.suppress(OSError):
+            line.settimeout(left + ANSWER)  # process 0 began to wait at another time
+            reply = _read_line(line)
         if "go" in reply:
             line.settimeout(None)
             return line, reply["go"]
-        state = "another program answers there" if reply else "it hung up"
+        line.close()
+        if "leave" in reply:
+            raise UserError(reply["leave"][1])
         time.sleep(PATIENCE)
     raise UserError(f"coordinator {place.address} does not answer within {seconds:g} s ({state}); is process 0 running "
                     "there, and the port open?")
