@@ -235,10 +235,12 @@ def dry_run(config: ConfigDict, folder: str) -> int:
         run.program.compile()
     phases.done("compile")
     kinds = sorted({device.device_kind for device in jax.devices()})
-    say(f"{jax.device_count()} devices ({', '.join(kinds)}) of {jax.process_count()} processes")
+    processes = jax.process_count()
+    say(f"{jax.device_count()} devices ({', '.join(kinds)}) of {processes} process{'es' if processes > 1 else ''}")
     say(f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
-    for line in distributed.gather(f"{len(rows)} rows of {config.batch_size}, {jax.local_device_count()} devices"):
-        say(f"process: {line}")
+    shares = distributed.gather(f"{len(rows)} rows of {config.batch_size}, {jax.local_device_count()} devices")
+    for number, share in enumerate(shares):
+        say(f"process {number}: {share}")
     say(f"{run.total} steps; compiled after {phases.summary()}")
     return cli.FINISHED
 

@@ -1,7 +1,8 @@
 """One process of a run of several: `python peer.py WORKDIR COORDINATOR PROCESSES PROCESS HEARTBEAT [FIELDS]`.
 
 It trains a tiny MAE on cached batches, hence without TensorFlow, and appends which example each row of each step was
-to <WORKDIR>.ids.<PROCESS>. FIELDS is JSON: config fields to change; the field 'devices' permutes the devices.
+to <WORKDIR>.ids.<PROCESS>, and of each batch of an evaluation to <WORKDIR>.evaluated.<PROCESS>. FIELDS is JSON: config
+fields to change; besides, 'devices' permutes the devices and 'start_seconds' is how long to wait for all.
 """
 
 import json
@@ -18,7 +19,6 @@ from mae_jax import cli, data, distributed, place, sharding, train
 from tests.tiny import tiny_batch, tiny_config
 
 STEPS = 20
-START_SECONDS = 60.0
 SIZES = {"train": 48, "support": 32, "evaluate": 27}
 
 
@@ -47,19 +47,19 @@ def write_batches(folder: Path, config) -> None:
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def recording(build, file: str):
+def recording(build, folder: str, process: str):
     """Wraps data.build: every batch that is drawn leaves a line 'step row:id row:id ...'."""
+    def noted(batches: Iterator, start: int, rows: np.ndarray, kind: str) -> Iterator:
+        for step, batch in enumerate(batches, start):
+            pairs = zip(rows, batch["id"], strict=True)
+            with open(f"{folder}.{kind}.{process}", "a") as out:
+                out.write(" ".join([str(step), *(f"{row}:{number}" for row, number in pairs)]) + "\n")
+            yield batch
+
     def wrapped(config, spec, order, rows):
         inputs = build(config, spec, order, rows)
-
-        def batches(start: int) -> Iterator:
-            for step, batch in enumerate(inputs.train(start), start):
-                with open(file, "a") as out:
-                    pairs = zip(rows, batch["id"], strict=True)
-                    out.write(" ".join([str(step), *(f"{row}:{number}" for row, number in pairs)]) + "\n")
-                yield batch
-
-        return inputs._replace(train=batches)
+        return inputs._replace(train=lambda start: noted(inputs.train(start), start, rows, "ids"),
+                               evaluate=lambda: noted(inputs.evaluate(), 0, rows, "evaluated"))
 
     return wrapped
 
@@ -81,18 +81,18 @@ def cached_everywhere() -> None:
 def main() -> int:
     folder, coordinator, processes, process, heartbeat = sys.argv[1:6]
     fields = json.loads(sys.argv[6]) if len(sys.argv) > 6 else {}
-    permutation, mode = fields.pop("devices", None), fields.pop("mode", "train")
+    permutation, start_seconds = fields.pop("devices", None), fields.pop("start_seconds", 60)
     if permutation:
         make = sharding.make_mesh
         sharding.make_mesh = lambda config: make(config, [jax.devices()[number] for number in permutation])
-    data.build = recording(data.build, f"{folder}.ids.{process}")
+    data.build = recording(data.build, folder, process)
     config = small_config(Path(folder).parent, fields)
     cached_everywhere()
-    command = (lambda: train.train(config, folder)) if mode == "train" else lambda: train.evaluate(folder)
     here = place.find(coordinator, int(processes), int(process))
     if here is None:
-        return command()
-    return distributed.together(command, here, {"workdir": folder}, START_SECONDS, float(heartbeat))
+        return train.train(config, folder)
+    return distributed.together(lambda: train.train(config, folder), here, {"workdir": folder}, start_seconds,
+                                float(heartbeat))
 
 
 if __name__ == "__main__":

@@ -95,16 +95,16 @@ def state_of(folder: Path) -> dict[str, np.ndarray]:
     return {name: np.asarray(jax.device_get(leaf)) for name, leaf in flatten(state).items()}
 
 
-def drawn(folder: Path) -> dict[int, dict[int, int]]:
+def drawn(folder: Path, kind: str = "ids", steps: int = peer.STEPS) -> dict[int, dict[int, int]]:
     """Returns step → row → example of all processes; fails where one was drawn twice, differently."""
     found: dict[int, dict[int, int]] = {}
-    for file in folder.parent.glob(f"{folder.name}.ids.*"):
+    for file in folder.parent.glob(f"{folder.name}.{kind}.*"):
         for line in file.read_text().splitlines():
             step, *pairs = line.split()
             rows = found.setdefault(int(step), {})
             for row, number in (map(int, pair.split(":")) for pair in pairs):
                 assert rows.setdefault(row, number) == number, f"{folder}: step {step}, row {row} was drawn differently"
-    return {step: found[step] for step in range(peer.STEPS)}
+    return {step: found[step] for step in range(steps)}
 
 
 @functools.cache
@@ -135,8 +135,23 @@ def strike(run: list[subprocess.Popen], victim: int, fault: str, after: float) -
     return {"struck": struck, "codes": codes, "seconds": round(seconds, 2)}
 
 
+def one_round(folder: Path, cache: Path, golden: Path, seed: int, number: int, length: float) -> dict:
+    """Does round `number` and returns its line; a run that ends before its moment comes is tried again."""
+    draws, fault = random.Random(f"{seed} {number}"), list(FAULTS)[number % len(FAULTS)]
+    for attempt in range(20):
+        victim, after, run = draws.randrange(2), draws.uniform(0.2, 1.0) * length, folder / f"run_{number}_{attempt}"
+        found = strike(start(run, cache, devices=2), victim, fault, after)
+        if not found["struck"]:
+            continue
+        saved = [int(path.name) for path in run.glob("checkpoints/*") if path.name.isdigit()]
+        finish(run, cache, devices=2)
+        return {"round": number, "fault": fault, "victim": victim, "after": round(after, 2), **found,
+                "saved": max(saved, default=0), "same": same(run, golden)}
+    raise AssertionError("the runs are too fast to be struck")
+
+
 def campaign(rounds: int, seed: int, to: Path) -> None:
-    done = [json.loads(line) for line in to.read_text().splitlines()] if to.exists() else []
+    done = len(to.read_text().splitlines()) if to.exists() else 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         cache, golden = folder / "compiled", folder / "golden"
@@ -144,18 +159,8 @@ def campaign(rounds: int, seed: int, to: Path) -> None:
         began = time.monotonic()
         finish(folder / "warm", cache, devices=2)
         length = time.monotonic() - began
-        for number in range(len(done), rounds * len(FAULTS)):
-            draws = random.Random(f"{seed} {number}")
-            fault, victim = list(FAULTS)[number % len(FAULTS)], draws.randrange(2)
-            after = draws.uniform(0.3, 1.0) * length
-            run = folder / f"run_{number}"
-            line = {"round": number, "fault": fault, "victim": victim, "after": round(after, 2)}
-            line |= strike(start(run, cache, devices=2), victim, fault, after)
-            line["left_at"] = max([int(path.name) for path in run.glob("checkpoints/*") if path.name.isdigit()],
-                                  default=0)
-            began = time.monotonic()
-            finish(run, cache, devices=2)
-            line |= {"same": same(run, golden), "rerun_seconds": round(time.monotonic() - began, 1)}
+        for number in range(done, rounds * len(FAULTS)):
+            line = one_round(folder, cache, golden, seed, number, length)
             with to.open("a") as out:
                 out.write(json.dumps(line) + "\n")
             print(line, flush=True)
