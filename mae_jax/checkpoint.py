@@ -24,8 +24,8 @@ import orbax.checkpoint as ocp
 import safetensors.numpy
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 
+from mae_jax import distributed
 from mae_jax.checksum import Damaged, Record, describe, seal, unseal, verify
 from mae_jax.errors import UserError, nearest
 
@@ -75,24 +75,21 @@ class Checkpoints:
         arrays = _flatten(state)
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(_nest(arrays)),
                                    checksums=ocp.args.JsonSave(seal(describe(arrays))))
-        try:
-            self._prepare()
-            if step not in self._steps():
-                self._checkpointer.save(self._folder / str(step), args=items)
-                self._pending = step
-        except Exception as error:  # whatever the file system, orbax or TensorStore raise
-            self._fail(step, error)
+        # Orbax's save waits for all processes, so none may enter it where one cannot.
+        if not self._all_could(step, self._prepare):
+            return
+        self._refused = distributed.first(self._refused)
+        if step not in self._steps():
+            self._pending = step
+            self._all_could(step, lambda: self._checkpointer.save(self._folder / str(step), args=items))
 
     def wait(self) -> None:
         """Returns when the last save is committed, or has failed, and old checkpoints are deleted."""
-        step, self._pending = self._pending, None
-        if step is None:
+        if self._pending is None:
             return
-        try:
-            self._checkpointer.wait_until_finished()
+        step, self._pending = self._pending, None
+        if self._all_could(step, self._checkpointer.wait_until_finished):
             self.failed = None
-        except Exception as error:
-            self._fail(step, error)
         _attempt("delete old checkpoints", self._prune)
 
     def restore(self, abstract: PyTree) -> PyTree | None:
@@ -127,20 +124,31 @@ class Checkpoints:
         with contextlib.suppress(Exception):  # orbax raises the failure of a save once more; it has been reported
             self._checkpointer.close()
 
-    def _steps(self) -> list[int]:
+    def _steps(self) -> list[int]:  # of process 0: on a network's file system, others may see other folders for a while
+        return distributed.first(self._listed() if jax.process_index() == 0 else [])
+
+    def _listed(self) -> list[int]:
         return [step for step in _committed(self._folder) if step not in self._refused]
 
     def _try(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array] | None:
-        folder, arrays = self._folder / str(step), None
+        folder = self._folder / str(step)
+        record = self._all_read(step, lambda: _read_record(self._checkpointer, folder))
+        if record is None:
+            return None
+        _check_same_model(folder, record, wanted)
+        how = {path: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype, global_shape=leaf.shape)
+               for path, leaf in wanted.items()}
+        arrays = self._all_read(step, lambda: _read_arrays(self._checkpointer, folder, how))
+        return arrays and self._all_read(step, lambda: verify(record, arrays))
+
+    def _all_read(self, step: int, read: Callable[[], Any]) -> Any:
+        """Returns what `read` does, None where it finds damage on any process."""
+        result = None
         try:
-            record = _read_record(self._checkpointer, folder)
-            _check_same_model(folder, record, wanted)
-            arrays = _read_arrays(self._checkpointer, folder, record, {
-                path: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype, global_shape=leaf.shape)
-                for path, leaf in wanted.items()})
+            result = read()
         except Damaged as damage:
             logging.warning("checkpoint of step %d refused: %s; trying the one before", step, damage)
-        return arrays if _all_agree(arrays is not None) else None
+        return result if all(distributed.gather(result is not None)) else None
 
     def _prepare(self) -> None:
         """Before a save: removes what interrupted saves left, and moves refused steps out of the way."""
@@ -149,8 +157,6 @@ class Checkpoints:
             self._sweep()
             for step in self._refused:
                 _attempt(f"move the refused checkpoint of step {step}", functools.partial(self._move_aside, step))
-        if self._refused:
-            _all_agree(True)  # the others look after process 0 has moved them
             self._refused = [step for step in self._refused if (self._folder / str(step)).exists()]
 
     def _move_aside(self, step: int) -> None:
@@ -163,17 +169,25 @@ class Checkpoints:
         logging.warning("the refused checkpoint of step %d is now in %s", step, target)
 
     def _prune(self) -> None:
-        steps = self._steps()
         if jax.process_index():
             return
-        for step in steps[:-self._keep_last]:
+        for step in self._listed()[:-self._keep_last]:
             if not self._keep_every or step % self._keep_every:
                 _attempt(f"delete the old checkpoint of step {step}", (self._folder / str(step)).rmtree)
 
-    def _fail(self, step: int, error: Exception) -> None:
-        self.failed = f"checkpoint of step {step} not saved: {_cause(error)}"
-        logging.warning("%s; training goes on, earlier checkpoints stay", self.failed)
-        _attempt("clean up", self._sweep)
+    def _all_could(self, step: int, action: Callable[[], Any]) -> bool:
+        """Does a part of saving a step; returns whether no process failed, and says so where one did."""
+        cause = ""
+        try:
+            action()
+        except Exception as error:  # whatever the file system, orbax or TensorStore raise
+            cause = _cause(error)
+        if causes := list(filter(None, distributed.gather(cause))):
+            self._pending = None
+            self.failed = f"checkpoint of step {step} not saved: {causes[0]}"
+            logging.warning("%s; training goes on, earlier checkpoints stay", self.failed)
+            _attempt("clean up", self._sweep)
+        return not causes
 
     def _sweep(self) -> None:
         if jax.process_index() == 0 and self._folder.exists():
@@ -231,7 +245,8 @@ def _load_step(reader: ocp.Checkpointer, folder: epath.Path, ema: bool) -> dict[
     record = _read_record(reader, folder)
     averaged = [path for path in record if path.startswith("ema/")]
     paths = averaged if ema and averaged else [path for path in record if path.startswith("params/")]
-    arrays = _read_arrays(reader, folder, record, {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in paths})
+    arrays = _read_arrays(reader, folder, {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in paths})
+    verify({path: record[path] for path in paths}, arrays)
     return _nest({path.partition("/")[2]: array for path, array in arrays.items()})
 
 
@@ -282,18 +297,15 @@ def _read_record(reader: ocp.Checkpointer, folder: epath.Path) -> Record:
         raise Damaged(f"{folder / 'checksums'}: {_cause(error)}") from error
 
 
-def _read_arrays(reader: ocp.Checkpointer, folder: epath.Path, record: Record,
-                 how: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:
-    """Returns the arrays of the paths in `how`; raises Damaged unless all are as recorded."""
+def _read_arrays(reader: ocp.Checkpointer, folder: epath.Path, how: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:
+    """Returns the arrays of the paths in `how`; raises Damaged where one cannot be read."""
     item = ocp.args.PyTreeRestore(_nest(dict.fromkeys(how, 0)), restore_args=_nest(how), partial_restore=True)
     try:
         arrays = _flatten(reader.restore(folder, args=ocp.args.Composite(state=item)).state)
     except Exception as error:  # orbax and TensorStore raise anything from KeyError to XlaRuntimeError on damage
         raise Damaged(f"{folder / 'state'}: {_cause(error)}") from error
     # An array whose name got damaged comes back as the place-holder.
-    arrays = {path: array for path, array in arrays.items() if isinstance(array, jax.Array | np.ndarray)}
-    verify({path: record[path] for path in how}, arrays)
-    return arrays
+    return {path: array for path, array in arrays.items() if isinstance(array, jax.Array | np.ndarray)}
 
 
 def _check_same_model(folder: epath.Path, record: Record, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
@@ -378,11 +390,6 @@ def _attempt(what: str, action: Callable[[], Any], tries: int = 1) -> bool:
         else:
             return True
     return False
-
-
-def _all_agree(good: bool) -> bool:
-    """Returns whether all processes are `good`."""
-    return good if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.asarray(good))))
 
 
 def _cause(error: BaseException) -> str:

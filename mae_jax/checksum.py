@@ -23,14 +23,15 @@ def describe(arrays: Mapping[str, Any]) -> Record:
             for path, array in arrays.items()}
 
 
-def verify(record: Record, arrays: Mapping[str, Any]) -> None:
-    """Raises Damaged, naming the first array, unless `arrays` are exactly those of `record`."""
+def verify(record: Record, arrays: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arrays; raises Damaged, naming the first, unless they are exactly those of `record`."""
     found = describe(arrays)
     for path in sorted(record.keys() | found.keys()):
         if record.get(path) != found.get(path):
             there, here = record.get(path, ["none"])[:2], found.get(path, ["none"])[:2]
             raise Damaged(f"{path}: " + ("its checksum differs from the one saved" if there == here else
                                          f"saved as {there}, read as {here}"))
+    return arrays
 
 
 def seal(record: Record) -> dict[str, Any]:

@@ -67,22 +67,24 @@ def guarded(command: Callable[[], int]) -> int:
     quiet_logs()
     try:
         return command()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKE
-    except GuardError as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return GUARD
-    except OSError as error:  # no permission, no space, no such folder, a bucket that does not answer
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return MISTAKE
-    except KeyboardInterrupt:
-        print("stopped before anything was done", file=sys.stderr)
-        return STOPPED
-    except Exception:
-        traceback.print_exc()
-        print("this is a bug in mae_jax; please report it with the lines above", file=sys.stderr)
-        return BUG
+    except (Exception, KeyboardInterrupt) as error:
+        code, text = explain(error)
+        print(text, file=sys.stderr)
+        return code
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Returns the exit code of an error and what to print: one line, and a traceback before it for our own bugs."""
+    if isinstance(error, UserError):
+        return MISTAKE, f"error: {error}"
+    if isinstance(error, GuardError):
+        return GUARD, f"stopped: {error}"
+    if isinstance(error, OSError):  # no permission, no space, no such folder, a bucket that does not answer
+        return MISTAKE, f"error: {' '.join(str(error).split())}"
+    if isinstance(error, KeyboardInterrupt):
+        return STOPPED, "stopped before anything was done"
+    trace = "".join(traceback.format_exception(error))
+    return BUG, f"{trace}this is a bug in mae_jax; please report it with the lines above"
 
 
 def _one_line(error: Exception) -> str:

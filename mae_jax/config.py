@@ -100,6 +100,7 @@ def default(method: str = "mae") -> ConfigDict:
             "duration": "800 epochs",
             "accumulate": 1,  # gradient accumulation: micro-batches per step
             "deterministic": False,  # GPUs: bit-identical runs, slower kernels
+            "compilation_cache": "auto",  # folder of compiled programs; auto: <workdir>/compiled; '': none
         },
         "mesh": {
             "data": -1,  # devices that share the rows of a batch; -1: the rest, here and below

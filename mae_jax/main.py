@@ -1,39 +1,69 @@
-"""Trains, evaluates or replays a config in a workdir.
+r"""Trains, evaluates or replays a config in a workdir.
 
   python -m mae_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
   python -m mae_jax.main --config=configs/vit_l_mae.py --workdir=gs://bucket/vit_l --config.optim.lr=1e-4
+  python -m mae_jax.main --config=configs/vit_l_mae.py --workdir=/shared/vit_l \
+      --coordinator=10.0.0.1:7654 --processes=2 --process=0   # and --process=1 on the other host
   python -m mae_jax.main --mode=eval --workdir=runs/quickstart
 
-The same command resumes a run that was stopped. Exit codes: 0 finished, 2 your mistake (one line says which),
-3 stopped by a guard, 75 stopped by a signal with the state saved: start it again, 1 a bug.
+The same command resumes a run that was stopped. On several hosts it is started on each; under srun and on TPU VMs the
+processes find each other without flags. Exit codes: 0 finished, 2 your mistake (one line says which), 3 stopped by a
+guard, 75 stopped by a signal with the state saved: start it again, 134 another process was lost: start all again, 1 a
+bug.
 """
+
+from types import ModuleType
 
 from absl import flags
 
-from mae_jax import cli
+from mae_jax import cli, phases
 
 CONFIG = cli.define_config()
-WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run, local or gs://")
+WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run, local or gs://; the same for all processes")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "replay"],
                          "train; eval: evaluate a workdir's newest checkpoint; replay: look into one step's gradients")
 STEP = flags.DEFINE_integer("step", -1, "the step that --mode=replay looks into; -1: the last one taken")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "compile the train step, say how it would run, and write nothing")
+COORDINATOR = flags.DEFINE_string("coordinator", "auto", "HOST:PORT of process 0; off: one process; auto: several "
+                                  "under srun and on TPU VMs of more than one host, else one")
+PROCESSES = flags.DEFINE_integer("processes", -1, "how many processes, with --coordinator=HOST:PORT")
+PROCESS = flags.DEFINE_integer("process", -1, "the number of this one, from 0, with --coordinator=HOST:PORT")
+START_SECONDS = flags.DEFINE_float("start_seconds", 300, "how long to wait for all processes", lower_bound=1)
+HEARTBEAT = flags.DEFINE_float("heartbeat_seconds", 100, "a process that is silent for so long is lost, and all end",
+                               lower_bound=1)
 
 
 def main() -> int:
-    from mae_jax import train
+    from mae_jax import config, distributed, place, train
     from mae_jax.errors import UserError
 
-    if MODE.value != "train" and CONFIG.value is not None:
-        raise UserError(f"--mode={MODE.value} reads the config that the workdir was made with; leave --config out")
+    phases.done("imports")
+    if MODE.value != "train" and (CONFIG.value is not None or DRY_RUN.value):
+        raise UserError(f"--mode={MODE.value} reads the config that the workdir was made with; leave --config and "
+                        "--dry_run out")
+    if MODE.value == "train" and CONFIG.value is None:
+        raise UserError("--config must be given to train; --help shows an example")
+    here = place.find(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    if here is None:
+        return command(train)
+    if MODE.value == "replay":
+        raise UserError("--mode=replay runs in one process, on whatever devices that has; say --coordinator=off")
+    same = {"--processes": here.processes, "--workdir": WORKDIR.value, "--mode": MODE.value}
+    if CONFIG.value is not None:
+        config.validate(CONFIG.value)
+        same |= {f"--config.{name}": value for name, value in config.flat(CONFIG.value).items()}
+    return distributed.together(lambda: command(train), here, same, START_SECONDS.value, HEARTBEAT.value)
+
+
+def command(train: ModuleType) -> int:
+    """Does what the flags say, in one process or as one of several. Returns the exit code."""
     if MODE.value == "eval":
         return train.evaluate(WORKDIR.value)
     if MODE.value == "replay":
         from mae_jax import replay
 
         return replay.replay(WORKDIR.value, STEP.value)
-    if CONFIG.value is None:
-        raise UserError("--config must be given to train; --help shows an example")
-    return train.train(CONFIG.value, WORKDIR.value)
+    return (train.dry_run if DRY_RUN.value else train.train)(CONFIG.value, WORKDIR.value)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def merge(params: Any, loaded: Any) -> tuple[Any, str]:
         name = path(keys)
         if name not in theirs:
             return leaf
-        return jax.device_put(np.asarray(theirs[name], leaf.dtype), leaf.sharding)
+        value = np.asarray(theirs[name], leaf.dtype)
+        return jax.make_array_from_callback(value.shape, leaf.sharding, lambda index: value[index])
 
     report = f"taken: {_summary(taken)}; new: {_summary(ours.keys() - theirs.keys())}; " \
              f"left over: {_summary(theirs.keys() - ours.keys())}"

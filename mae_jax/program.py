@@ -45,3 +45,6 @@ class Program:
                             donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh)),
                             compiler_options={"xla_gpu_deterministic_ops": config.train.deterministic})
 
+    def compile(self) -> None:
+        """Compiles `step`, so that its first call runs at once."""
+        self.step.lower(self.state, self.batch).compile()

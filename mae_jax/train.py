@@ -1,6 +1,7 @@
 """The loop: restore, step, log, evaluate, save, stop cleanly. Nothing method-specific."""
 
 import collections
+import contextlib
 import logging
 import math
 import time
@@ -9,9 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from mae_jax import cli, methods, optim, params, sharding, workdir
+from mae_jax import cli, distributed, methods, optim, params, phases, sharding, workdir
 from mae_jax.checkpoint import Checkpoints, load_params
 from mae_jax.config import profile_steps, steps, validate
 from mae_jax.errors import GuardError, UserError
@@ -80,6 +82,12 @@ def initial_state(run: Run) -> TrainState:
     return state
 
 
+def say(line: str) -> None:
+    """Prints a line, once however many processes there are."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
 class Log:
     """Reads the metrics of a step one step late, so that the device never waits for the host; guards the run."""
 
@@ -112,8 +120,7 @@ class Log:
             line = self.means.take("train/") | self.speed.take()
             self.recorder.scalars(done, line)
             self._name_bad_pictures()
-            if jax.process_index() == 0:
-                print(progress_line(done, self.run.total, line, self.run.config.batch_size), flush=True)
+            say(progress_line(done, self.run.total, line, self.run.config.batch_size))
 
     def _name_bad_pictures(self) -> None:
         """Logs the pictures that this process could not read, each once."""
@@ -144,40 +151,98 @@ def evaluate_into(recorder: Recorder, evaluator: Evaluator, state: TrainState, d
     for name, picture in evaluator.pictures(state):
         recorder.picture(done, name, picture)
     recorder.scalars(done, values)  # last: it marks the evaluation as done
-    if jax.process_index() == 0:
-        text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-        print(f"evaluation at step {done}: {text}  ({time.monotonic() - began:.0f} s)", flush=True)
+    text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+    say(f"evaluation at step {done}: {text}  ({time.monotonic() - began:.0f} s)")
     return values
 
 
 def train(config: ConfigDict, folder: str) -> int:
     """Trains until `train.duration`, resuming what the workdir holds. Returns the exit code."""
-    folder = workdir.locate(folder)
-    run = prepare(config, folder)
-    for change in workdir.changes(folder, config):
+    with Stopper() as stopper:
+        run = opened(config, folder)
+        finished = distributed.first(workdir.finished(run.workdir))
+        if finished >= run.total:
+            say(f"{run.workdir} is finished: step {finished} of {run.total}; a longer train.duration goes on")
+            return cli.FINISHED
+        with jax.set_mesh(run.program.mesh), compiled_programs(config, run.workdir):
+            return resume(run, stopper)
+
+
+def opened(config: ConfigDict, folder: str) -> Run:
+    """Returns the run of a config in a workdir, after all checks that need no device; nothing is written."""
+    path = workdir.locate(folder)
+    jax.devices()
+    phases.done("devices")
+    run = prepare(config, path)
+    for change in workdir.changes(path, config):
         logger.info("changed since the run began: %s", change)
-    finished = workdir.finished(folder)
-    if finished >= run.total:
-        print(f"{folder} is finished: step {finished} of {run.total}; a longer train.duration goes on")
-        return cli.FINISHED
-    with Stopper() as stopper, jax.set_mesh(run.program.mesh):
-        checkpoints = Checkpoints(folder, config.checkpoint.keep_last, run.every("checkpoint", "keep_every"))
-        state = checkpoints.restore(run.program.state)
-        if state is None:
-            state = initial_state(run)
-            print(params.table(state.params, optim.decay_mask(state.params)), flush=True)
-        elif int(state.step) > run.total:
-            raise UserError(f"{folder} is at step {int(state.step)}, past train.duration={config.train.duration!r} "
-                            f"({run.total} steps)")
-        else:
-            logger.info("resumed at step %d", state.step)
-        workdir.record(folder, config)  # not before all that a mistake can break has worked
-        recorder = Recorder(folder, int(state.step), config.log.tensorboard, jax.process_index() == 0)
-        try:
-            return loop(run, state, checkpoints, recorder, stopper)
-        finally:
-            recorder.close()
+    phases.done("data")
+    return run
+
+
+@contextlib.contextmanager
+def compiled_programs(config: ConfigDict, folder: epath.Path) -> Iterator[None]:
+    """Keeps compiled programs where train.compilation_cache says; 'auto' where JAX was told, or else in the workdir.
+
+    What is read there is executed. So only a run reads its own workdir's, and no command that looks into a workdir.
+    """
+    place = config.train.compilation_cache
+    before = jax.config.jax_compilation_cache_dir
+    if place == "auto":
+        place = before or str(folder / "compiled")
+    jax.config.update("jax_compilation_cache_dir", place or None)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+
+
+def resume(run: Run, stopper: Stopper) -> int:
+    """Restores or makes the state and trains on. Returns the exit code."""
+    config, folder = run.config, run.workdir
+    checkpoints = Checkpoints(folder, config.checkpoint.keep_last, run.every("checkpoint", "keep_every"))
+    state = checkpoints.restore(run.program.state)
+    if state is None:
+        state = initial_state(run)
+        say(params.table(state.params, optim.decay_mask(state.params)))
+    elif int(state.step) > run.total:
+        raise UserError(f"{folder} is at step {int(state.step)}, past train.duration={config.train.duration!r} "
+                        f"({run.total} steps)")
+    else:
+        logger.info("resumed at step %d", state.step)
+    phases.done("state")
+    workdir.record(folder, config)  # not before all that a mistake can break has worked
+    recorder = Recorder(folder, int(state.step), config.log.tensorboard, jax.process_index() == 0)
+    try:
+        code = loop(run, state, checkpoints, recorder, stopper)
+    except BaseException:
+        if not distributed.peers():  # else the others may not come to wait for the last save
             checkpoints.close()
+        raise
+    finally:
+        recorder.close()
+    checkpoints.close()
+    return code
+
+
+def dry_run(config: ConfigDict, folder: str) -> int:
+    """Compiles the train step and says how the run would be laid out; writes nothing. Returns the exit code."""
+    run = opened(config, folder)
+    mesh, rows = run.program.mesh, sharding.local_rows(run.program.mesh, config.batch_size)
+    with jax.set_mesh(mesh):
+        run.program.compile()
+    phases.done("compile")
+    kinds = sorted({device.device_kind for device in jax.devices()})
+    processes = jax.process_count()
+    say(f"{jax.device_count()} devices ({', '.join(kinds)}) of {processes} process{'es' if processes > 1 else ''}")
+    say(f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
+    shares = distributed.gather(f"{len(rows)} rows of {config.batch_size}, {jax.local_device_count()} devices")
+    for number, share in enumerate(shares):
+        say(f"process {number}: {share}")
+    say(f"{run.total} steps; compiled after {phases.summary()}")
+    return cli.FINISHED
 
 
 class Profile:
@@ -207,19 +272,24 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Record
     evaluator = Evaluator(run.program.method, run.inputs, run.program.mesh)
     log, profile = Log(run, recorder), Profile(run)
     save_every, eval_every = run.every("checkpoint"), run.every("eval") if run.config.data.eval_split else 0
-    if eval_every and (start % eval_every == 0 or start == total) and not recorder.has(start, "eval/loss"):
+    due = eval_every and (start % eval_every == 0 or start == total)
+    if due and not distributed.first(recorder.has(start, "eval/loss")):
         evaluate_into(recorder, evaluator, state, start)
+        phases.done("evaluation")
+    run.program.compile()
+    phases.done("compile")
     batches = device_batches(run, start)
     log.speed.start()
     for done in range(start + 1, total + 1):
         batch = log.speed.waiting(lambda: next(batches))
         profile.before(done)
-        began = time.monotonic()
         state, metrics = run.program.step(state, batch)
         profile.after(done, metrics)
         stopper.stepped()
         if done == start + 1:
-            logger.info("compiled the train step in %.1f s", time.monotonic() - began)
+            jax.block_until_ready(metrics)
+            phases.done("first step")
+            logger.info("time to first step %s", phases.summary())
             log.speed.start()
         stop = stopper.should_stop(done)
         look = eval_every > 0 and (done == total or done % eval_every == 0)
@@ -253,11 +323,11 @@ def finish(run: Run, checkpoints: Checkpoints, done: int) -> int:
         raise UserError(f"the state of step {done} could not be saved: {checkpoints.failed}; make room and run the "
                         f"same command: it goes on from step {checkpoints.latest() or 0}")
     if done < run.total:
-        print(f"stopped at step {done} of {run.total}, state saved; the same command goes on", flush=True)
+        say(f"stopped at step {done} of {run.total}, state saved; the same command goes on")
         return cli.STOPPED
     if jax.process_index() == 0:
         workdir.replace_text(run.workdir / "DONE", f"{done}\n")
-    print(f"finished {done} steps; {run.workdir}", flush=True)
+    say(f"finished {done} steps; {run.workdir}")
     return cli.FINISHED
 
 

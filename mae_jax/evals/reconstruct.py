@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
@@ -34,13 +35,13 @@ def predictor(method: Method, ratio: float) -> Callable[..., dict[str, jax.Array
 def panels(method: Method, params: Any, extras: Any, batch: Batch,
            ratio: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns (input, masked input, prediction with the visible patches pasted in), uint8 [B, height, width, 3]."""
-    predicted = predictor(method, ratio)(params, extras, batch)["pixels"]
+    predicted = process_allgather(predictor(method, ratio)(params, extras, batch)["pixels"], tiled=True)
     patches, order = np.asarray(batch["patches"]), np.asarray(batch["order"])
     hidden = predicted.shape[1]
     shape = grid(method.config), tuple(method.config.model.patch)
     masked, pasted = patches.copy(), patches.copy()
     masked[:, -hidden:] = GREY
-    pixels = np.nan_to_num(denormalize(np.asarray(predicted)), nan=GREY)  # a model that diverged gets its pictures too
+    pixels = np.nan_to_num(denormalize(predicted), nan=GREY)  # a model that diverged gets its pictures too
     pasted[:, -hidden:] = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
     original, masked, pasted = (assemble(x, order, *shape) for x in (patches, masked, pasted))
     return original, masked, pasted

@@ -1,73 +1,82 @@
 """Two processes save, refuse and stop together."""
 
 import os
-import socket
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+from tests.faults.processes import free_port
+
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
-number, port, workdir = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+number, port, workdir = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 import jax
 import numpy as np
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.config.update("jax_enable_preemption_service", True)
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
 sys.path.insert(0, sys.argv[4])
 from checkpoint_test import Checkpoints, array_file, flip, make_state, names
+from mae_jax import cli, distributed
+from mae_jax.place import Place
 from mae_jax.stop import Stopper
 
-mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+def run():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
-def place(x):
-    return NamedSharding(mesh, P("data") if x.ndim and x.shape[0] % 4 == 0 else P())
+    def place(x):
+        return NamedSharding(mesh, P("data") if x.ndim and x.shape[0] % 4 == 0 else P())
 
-def state(step):
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, place(x), lambda i: np.asarray(x)[i]),
-                        make_state(step))
+    def state(step):
+        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, place(x), lambda i: np.asarray(x)[i]),
+                            make_state(step))
 
-abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), make_state(0))
-with Stopper() as stopper:
-    checkpoints = Checkpoints(workdir, 2)
-    for step in (1, 2, 3):
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), make_state(0))
+    with Stopper() as stopper:
+        checkpoints = Checkpoints(workdir, 2)
+        for step in (1, 2, 3):
+            checkpoints.save(step, state(step))
+        checkpoints.wait()
+        assert checkpoints.failed is None
+        if number == 0:
+            path = array_file(workdir / "checkpoints" / "3")
+            flip(path, path.stat().st_size // 2)
+        distributed.gather("damaged")
+        checkpoints = Checkpoints(workdir, 2)
+        assert int(checkpoints.restore(abstract).step) == 2
+        checkpoints.save(3, state(3))
+        checkpoints.wait()
+        assert checkpoints.latest() == 3
+        assert "3" in names(workdir / "refused")
+        if number == 0:  # process 0 alone cannot save: no process may wait for it
+            checkpoints._prepare = lambda: (workdir / "no" / "folder").mkdir()
+        checkpoints.save(4, state(4))
+        assert "checkpoint of step 4 not saved: FileNotFoundError" in checkpoints.failed
+        assert checkpoints.latest() == 3
+        checkpoints = Checkpoints(workdir, 2)
+        stopper.stepped()
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        step = 3
+        while not stopper.should_stop(step):
+            time.sleep(0.02)
+            step += 1
         checkpoints.save(step, state(step))
-    checkpoints.wait()
-    assert checkpoints.failed is None
-    if number == 0:
-        path = array_file(workdir / "checkpoints" / "3")
-        flip(path, path.stat().st_size // 2)
-    multihost_utils.sync_global_devices("damaged")
-    checkpoints = Checkpoints(workdir, 2)
-    assert int(checkpoints.restore(abstract).step) == 2
-    checkpoints.save(3, state(3))
-    checkpoints.wait()
-    assert checkpoints.latest() == 3
-    assert "3" in names(workdir / "refused")
-    if number == 1:
-        os.kill(os.getpid(), signal.SIGINT)
-    step = 3
-    while not stopper.should_stop(step):
-        time.sleep(0.02)
-        step += 1
-    checkpoints.save(step, state(step))
-    checkpoints.close()
-    restored = Checkpoints(workdir, 2).restore(abstract)
-    for got, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(make_state(step)), strict=True):
-        for shard in got.addressable_shards:
-            assert np.asarray(shard.data).tobytes() == np.asarray(wanted)[shard.index].tobytes()
-    print("stopped at", step, flush=True)
+        checkpoints.close()
+        restored = Checkpoints(workdir, 2).restore(abstract)
+        for got, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(make_state(step)), strict=True):
+            for shard in got.addressable_shards:
+                assert np.asarray(shard.data).tobytes() == np.asarray(wanted)[shard.index].tobytes()
+        print("stopped at", step, flush=True)
+    return 0
+
+here = Place("127.0.0.1", port, number, 2)
+sys.exit(cli.guarded(lambda: distributed.together(run, here, {}, 60, 30)))
 """
 
 
 def test_two_processes_save_refuse_a_damaged_step_and_stop_at_the_same_step(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     processes = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(SCRIPT), str(number), str(port), str(tmp_path),
                                    str(Path(__file__).parents[1])],

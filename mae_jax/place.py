@@ -1,0 +1,101 @@
+"""Which process of how many this one is: as the flags say, or as Slurm or a TPU VM says."""
+
+import glob
+import os
+import re
+import urllib.request
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from mae_jax.errors import UserError
+
+TPU_PORT = 8476  # of process 0 on TPU VMs; our choice
+METADATA_SECONDS = 2.0  # a machine that is no TPU VM has no metadata server
+METADATA = "http://{}/computeMetadata/v1/instance/attributes/{}"
+
+
+class Place(NamedTuple):
+    """One process among several."""
+
+    host: str  # of process 0
+    port: int
+    process: int
+    processes: int
+    devices: tuple[int, ...] | None = None  # numbers of the local devices that it uses; None: all
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT of process 0."""
+        return f"{self.host}:{self.port}"
+
+    @property
+    def loopback(self) -> bool:
+        """Says whether all processes are on this machine."""
+        return self.host in ("localhost", "127.0.0.1")
+
+
+def find(coordinator: str, processes: int, process: int, environ: Mapping[str, str] = os.environ) -> Place | None:
+    """Returns this process's place, None where it runs alone.
+
+    Args:
+      coordinator: HOST:PORT of process 0; 'off': alone, whatever the environment says; 'auto': several processes under
+        `srun` with more than one task, and on a TPU VM whose slice has more than one host, else alone.
+      processes: how many, with HOST:PORT.
+      process: the number of this one, from 0, with HOST:PORT.
+      environ: the environment variables.
+
+    Raises:
+      UserError: the flags do not fit together.
+    """
+    given = [name for name, value in (("--processes", processes), ("--process", process)) if value >= 0]
+    if coordinator in ("auto", "off"):
+        if given:
+            raise UserError(f"{' and '.join(given)} needs --coordinator=HOST:PORT, the address of process 0")
+        return (_slurm(environ) or _tpu(environ)) if coordinator == "auto" else None
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"--coordinator={coordinator!r}; expected HOST:PORT of process 0, auto or off")
+    if processes < 1 or not 0 <= process < processes:
+        raise UserError(f"--coordinator={coordinator} with --processes={processes} --process={process}; expected how "
+                        "many processes there are, at least 1, and the number of this one, from 0 to one less"
+                        .replace("=-1", " not given"))
+    return Place(host, int(port), process, processes)
+
+
+def _slurm(environ: Mapping[str, str]) -> Place | None:
+    tasks, nodes = int(environ.get("SLURM_NTASKS", 1)), environ.get("SLURM_STEP_NODELIST", "")
+    if tasks < 2 or not nodes:  # without a node list this is the batch script, not a task of srun
+        return None
+    # 'node[001-015,020],other' → 'node001'
+    first = re.sub(r"^([^\[,]*)\[(\w+).*", r"\1\2", nodes).split(",")[0]
+    port = 61440 + int(environ.get("SLURM_JOB_ID", 0)) % 4096  # the same on all nodes, another for each job
+    several = tasks > int(environ.get("SLURM_STEP_NUM_NODES", 1))
+    # Several tasks on a node share its GPUs, one each, unless Slurm itself shows each task its own alone.
+    alone = environ.get("CUDA_VISIBLE_DEVICES", "").isdecimal()
+    devices = (int(environ["SLURM_LOCALID"]),) if several and not alone else None
+    return Place(first, port, int(environ["SLURM_PROCID"]), tasks, devices)
+
+
+def _tpu(environ: Mapping[str, str]) -> Place | None:
+    """Asks what GKE says in the environment, or the metadata server of a machine that has TPU chips."""
+    if environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
+        return None
+    hosts, number = environ.get("TPU_WORKER_HOSTNAMES", ""), environ.get("TPU_WORKER_ID", "")
+    chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
+    if not hosts and chips and "TPU_SKIP_MDS_QUERY" not in environ:
+        server = environ.get("GCE_METADATA_IP", "metadata.google.internal")
+        hosts, number = (_metadata(server, name) for name in ("worker-network-endpoints", "agent-worker-number"))
+    # One of 'host', 'name:number:address'.
+    names = [host.split(":")[-1] for host in hosts.split(",") if host]
+    if len(names) < 2 or not number.isdecimal():
+        return None
+    return Place(names[0], TPU_PORT, int(number), len(names))
+
+
+def _metadata(server: str, name: str) -> str:
+    request = urllib.request.Request(METADATA.format(server, name), headers={"Metadata-Flavor": "Google"})
+    try:
+        with urllib.request.urlopen(request, timeout=METADATA_SECONDS) as reply:
+            return reply.read().decode().strip()
+    except OSError:
+        return ""

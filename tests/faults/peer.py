@@ -1,0 +1,99 @@
+"""One process of a run of several: `python peer.py WORKDIR COORDINATOR PROCESSES PROCESS HEARTBEAT [FIELDS]`.
+
+It trains a tiny MAE on cached batches, hence without TensorFlow, and appends which example each row of each step was
+to <WORKDIR>.ids.<PROCESS>, and of each batch of an evaluation to <WORKDIR>.evaluated.<PROCESS>. FIELDS is JSON: config
+fields to change; besides, 'devices' permutes the devices and 'start_seconds' is how long to wait for all.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax._src import compiler
+from jax._src.distributed import global_state as state
+
+from mae_jax import cli, data, distributed, place, sharding, train
+from tests.tiny import tiny_batch, tiny_config
+
+STEPS = 20
+SIZES = {"train": 48, "support": 32, "evaluate": 27}
+
+
+def small_config(folder: Path, fields: dict | None = None):
+    """Returns a config that trains on <folder>/batches, written when it is not there."""
+    config = tiny_config({
+        "batch_size": 16, "train.duration": f"{STEPS} steps", "optim.ema": 0.9, "optim.lr": 0.001,
+        "checkpoint.every": "4 steps", "checkpoint.keep_last": 2, "log.every": "4 steps", "data.source": "batches",
+        "data.path": str(folder / "batches"), "data.eval_split": "", "eval.max_examples": 100, **(fields or {})})
+    write_batches(folder / "batches", config)
+    return config
+
+
+def write_batches(folder: Path, config) -> None:
+    if folder.exists():
+        return
+    parts = {}
+    for seed, (name, size) in enumerate(SIZES.items()):
+        batches = [tiny_batch(config, seed=100 * seed + number) for number in range(-(-size // config.batch_size))]
+        parts[name] = {key: np.concatenate([batch[key] for batch in batches])[:size] for key in batches[0]}
+        parts[name]["id"] = np.arange(size, dtype=np.int32)
+    folder.mkdir(parents=True)
+    for name, arrays in parts.items():
+        np.savez(folder / f"{name}.npz", **arrays)
+    meta = {"classes": ["a", "b", "c"], "num_train": SIZES["train"], "order": ["random", [4, 4], 12]}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def recording(build, folder: str, process: str):
+    """Wraps data.build: every batch that is drawn leaves a line 'step row:id row:id ...'."""
+    def noted(batches: Iterator, start: int, rows: np.ndarray, kind: str) -> Iterator:
+        for step, batch in enumerate(batches, start):
+            pairs = zip(rows, batch["id"], strict=True)
+            with open(f"{folder}.{kind}.{process}", "a") as out:
+                out.write(" ".join([str(step), *(f"{row}:{number}" for row, number in pairs)]) + "\n")
+            yield batch
+
+    def wrapped(config, spec, order, rows):
+        inputs = build(config, spec, order, rows)
+        return inputs._replace(train=lambda start: noted(inputs.train(start), start, rows, "ids"),
+                               evaluate=lambda: noted(inputs.evaluate(), 0, rows, "evaluated"))
+
+    return wrapped
+
+
+def cached_everywhere() -> None:
+    """Lets all processes keep what they compile: JAX lets process 0 alone, whose programs CPU peers cannot use."""
+    write = compiler._cache_write
+
+    def writing(*args, **kwargs) -> None:
+        number, state.process_id = state.process_id, 0
+        try:
+            write(*args, **kwargs)
+        finally:
+            state.process_id = number
+
+    compiler._cache_write = writing
+
+
+def main() -> int:
+    folder, coordinator, processes, process, heartbeat = sys.argv[1:6]
+    fields = json.loads(sys.argv[6]) if len(sys.argv) > 6 else {}
+    permutation, start_seconds = fields.pop("devices", None), fields.pop("start_seconds", 60)
+    if permutation:
+        make = sharding.make_mesh
+        sharding.make_mesh = lambda config: make(config, [jax.devices()[number] for number in permutation])
+    data.build = recording(data.build, folder, process)
+    config = small_config(Path(folder).parent, fields)
+    cached_everywhere()
+    here = place.find(coordinator, int(processes), int(process))
+    if here is None:
+        return train.train(config, folder)
+    return distributed.together(lambda: train.train(config, folder), here, {"workdir": folder}, start_seconds,
+                                float(heartbeat))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guarded(main))

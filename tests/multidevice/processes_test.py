@@ -1,0 +1,137 @@
+"""Several real processes over loopback train as one does, evaluate every example once, and end together."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.faults import peer
+from tests.faults.processes import drawn, ends, environment, finish, free_port, output, same, start, state_of, strike
+
+LARGE = {"model.width": 128, "model.heads": 4, "method.decoder_width": 64, "method.decoder_heads": 4,
+         "log.every": "1 steps", "checkpoint.every": "20 steps"}  # large enough for its kernels to be cut
+EVALUATED = {"data.eval_split": "test", "eval.every": "20 steps"}
+# On a TPU slice too, rows of a process need not be neighbours, and `tensor` may join processes, which then feed the
+# same rows.
+PERMUTED = [0, 4, 5, 1, 2, 6, 7, 3]
+MESHES = {
+    "data": (4, {}),
+    "zero": (2, {"mesh.zero": "on", "devices": PERMUTED, **EVALUATED}),
+    "fsdp": (2, {"mesh.data": 2, "mesh.fsdp": 4, "devices": PERMUTED}),
+    "tensor": (2, {"mesh.data": 4, "mesh.tensor": 2, "devices": PERMUTED}),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("processes")
+
+
+def metrics(folder: Path, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+@pytest.fixture(scope="module")
+def one(place) -> Path:
+    """The run of a single process with eight devices."""
+    finish(place / "one", place / "compiled", processes=1, fields=LARGE | EVALUATED)
+    return place / "one"
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_processes_train_as_one_on_the_same_examples_and_one_device_reads_what_they_saved(one, place, mesh):
+    processes, fields = MESHES[mesh]
+    outputs = finish(place / mesh, place / "compiled", processes, fields=LARGE | fields)
+    losses = metrics(place / mesh, "train/loss")
+    assert len(losses) == peer.STEPS
+    np.testing.assert_allclose(losses, metrics(one, "train/loss"), rtol=1e-5)
+    assert drawn(place / mesh) == drawn(one)
+    assert int(state_of(place / mesh)["step"]) == peer.STEPS  # every array's checksum is verified
+    assert "finished" in outputs[0]
+    assert not any("finished" in text or "step" in text for text in outputs[1:])
+    if mesh == "tensor":
+        assert len((place / "tensor.ids.0").read_text().split("\n")[0].split()) == 17  # the step and all 16 rows
+
+
+def test_every_held_out_example_is_counted_once_with_the_same_answer(one, place):
+    zero = place / "zero"
+    for folder in (one, zero):
+        seen = [number for rows in drawn(folder, "evaluated", 2).values() for number in rows.values() if number >= 0]
+        assert sorted(seen) == list(range(peer.SIZES["evaluate"]))
+        for name in ("eval/knn/top1", "eval/linear/top1"):
+            right = np.array(metrics(folder, name)) * peer.SIZES["evaluate"]
+            np.testing.assert_allclose(right, np.rint(right), atol=1e-6)
+    np.testing.assert_allclose(metrics(zero, "eval/loss"), metrics(one, "eval/loss"), rtol=1e-5)
+    for name in ("eval/knn/top1", "eval/linear/top1", "eval/mean_colour_loss"):
+        np.testing.assert_allclose(metrics(zero, name), metrics(one, name), rtol=1e-6)
+    assert sorted(path.name for path in (zero / "pictures").iterdir()) == [
+        f"{name}_{step:07d}.png" for name in ("ratios", "reconstruct") for step in (0, 20)]
+
+
+@pytest.fixture(scope="module")
+def golden(place) -> Path:
+    finish(place / "golden", place / "compiled", devices=2)
+    return place / "golden"
+
+
+def begun(folder: Path, cache: Path) -> list[subprocess.Popen]:
+    """Starts two processes and returns when they have saved once."""
+    run, deadline = start(folder, cache, devices=2), time.monotonic() + 120
+    while not (folder / "checkpoints" / "4").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return run
+
+
+@pytest.mark.parametrize(("fault", "victim"), [("sigterm", 1), ("kill", 0), ("kill", 1), ("freeze", 0), ("freeze", 1)])
+def test_what_happens_to_one_ends_all_in_time_and_the_next_start_goes_on_bit_for_bit(golden, place, fault, victim):
+    folder = place / f"{fault}_{victim}"
+    found = strike(begun(folder, place / "compiled"), victim, fault, 0.2)
+    assert found["struck"]
+    if fault == "sigterm":
+        assert found["codes"] == [75, 75]
+        assert "stopped at step" in output(folder, 0)
+    else:
+        assert set(found["codes"]) <= {134, -signal.SIGABRT}  # the second one: JAX was faster
+    if fault == "freeze":
+        assert f"process {victim} of 2 was lost: nothing was heard of it for 5 s" in output(folder, 1 - victim)
+    finish(folder, place / "compiled", devices=2)
+    assert same(folder, golden)
+
+
+def test_a_mistake_of_one_process_ends_all_with_its_line(place):
+    folder = place / "mistaken"
+    run = start(folder, place / "compiled", devices=2, fields={"mesh.data": 3})
+    assert ends(run, 60) == [2, 2]
+    assert all("mesh.data=3, mesh.fsdp=1, mesh.tensor=1 does not multiply to 2 devices" in output(folder, number)
+               for number in range(2))
+
+
+def main(place: Path, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "mae_jax.main", "--config=configs/quickstart.py:runlocal",
+                           f"--workdir={place}/main", *flags], env=environment(2, place / "compiled"),
+                          capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_names_who_is_absent_and_leaves_nothing(tmp_path):
+    done = main(tmp_path, f"--coordinator=127.0.0.1:{free_port()}", "--processes=2", "--process=0", "--start_seconds=1")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: process 1 of 2 did not come to 127.0.0.1:")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "main").exists()
+
+
+def test_a_dry_run_says_how_the_run_would_be_laid_out_and_leaves_nothing(tmp_path):
+    done = main(tmp_path, "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert "2 devices (cpu) of 1 process" in done.stdout
+    assert "mesh: data 2, zero 1, fsdp 1, tensor 1" in done.stdout
+    assert "process 0: 16 rows of 16, 2 devices" in done.stdout
+    assert "compiled after" in done.stdout
+    assert not (tmp_path / "main").exists()
