@@ -99,6 +99,8 @@ def join(place: Place, same: Mapping[str, Any], start_seconds: float, heartbeat:
         link.tell({"go": port})
     try:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        # Gloo does not tell programs apart: two at a time, in another order on each process, would wait for ever.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         jax.config.update("jax_enable_preemption_service", False)  # Peers.should_stop does its work, and at once
         jax.distributed.initialize(
             f"{place.host}:{port}", place.processes, place.process, local_device_ids=place.devices,
