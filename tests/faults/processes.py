@@ -2,9 +2,10 @@
 
   python -m tests.faults.processes --rounds=20 --seed=0 --to=bench/results/processes_campaign.jsonl
 
-Each round starts a run of two processes with one device each, does one thing to one process at a random
-moment after they found each other, waits for all to end, starts the same commands again and compares the last state bit for bit, and the examples
-of each step, with those of a run that nothing disturbed. One JSON line per round; a restart goes on where it ended.
+Each round starts a run of two processes with one device each, does one thing to one of them at a random moment after
+they have met, waits for all to end, starts the same commands again, and compares the last state bit for bit, and the
+examples of each step, with those of a run that nothing disturbed. One JSON line per round; a restart goes on where it
+ended. At the end it prints the table.
 """
 
 import argparse
