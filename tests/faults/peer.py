@@ -1,8 +1,9 @@
 """One process of a run of several: `python peer.py WORKDIR COORDINATOR PROCESSES PROCESS HEARTBEAT [FIELDS]`.
 
 It trains a tiny MAE on cached batches, hence without TensorFlow, and appends which example each row of each step was
-to <WORKDIR>.ids.<PROCESS>, and of each batch of an evaluation to <WORKDIR>.evaluated.<PROCESS>. FIELDS is JSON: config
-fields to change; besides, 'devices' permutes the devices and 'start_seconds' is how long to wait for all.
+to <WORKDIR>.ids.<PROCESS>, and of each batch of an evaluation to <WORKDIR>.evaluated.<PROCESS>. When it has found the
+others it makes <WORKDIR>.joined.<PROCESS>. FIELDS is JSON: config fields to change; besides, 'devices' permutes the
+devices, 'start_seconds' is how long to wait for all, and 'only' has more fields for single processes.
 """
 
 import json
@@ -81,6 +82,7 @@ def cached_everywhere() -> None:
 def main() -> int:
     folder, coordinator, processes, process, heartbeat = sys.argv[1:6]
     fields = json.loads(sys.argv[6]) if len(sys.argv) > 6 else {}
+    fields |= fields.pop("only", {}).get(process, {})
     permutation, start_seconds = fields.pop("devices", None), fields.pop("start_seconds", 60)
     if permutation:
         make = sharding.make_mesh
@@ -91,8 +93,12 @@ def main() -> int:
     here = place.find(coordinator, int(processes), int(process))
     if here is None:
         return train.train(config, folder)
-    return distributed.together(lambda: train.train(config, folder), here, {"workdir": folder}, start_seconds,
-                                float(heartbeat))
+
+    def command() -> int:
+        Path(f"{folder}.joined.{process}").touch()
+        return train.train(config, folder)
+
+    return distributed.together(command, here, {"workdir": folder}, start_seconds, float(heartbeat))
 
 
 if __name__ == "__main__":

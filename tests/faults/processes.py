@@ -2,18 +2,21 @@
 
   python -m tests.faults.processes --rounds=20 --seed=0 --to=bench/results/processes_campaign.jsonl
 
-Each round starts a run of two processes with one device each, does one thing to one process at a random
-moment, waits for all to end, starts the same commands again and compares the last state bit for bit, and the examples
-of each step, with those of a run that nothing disturbed. One JSON line per round; a restart goes on where it ended.
+Each round starts a run of two processes with one device each, does one thing to one of them at a random moment after
+they have met, waits for all to end, starts the same commands again, and compares the last state bit for bit, and the
+examples of each step, with those of a run that nothing disturbed. One JSON line per round; a restart goes on where it
+ended. At the end it prints the table.
 """
 
 import argparse
+import collections
 import functools
 import json
 import os
 import random
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -61,6 +64,17 @@ def start(folder: Path, cache: Path, processes: int = 2, devices: int = 8, field
 def output(folder: Path, number: int) -> str:
     """Returns what a process of the last start has printed so far."""
     return Path(f"{folder}.out.{number}").read_text()
+
+
+def wait_for(path: Path, run: list[subprocess.Popen], seconds: float = 120) -> bool:
+    """Waits for a file; False when a process ended first."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if any(process.poll() is not None for process in run):
+            return False
+        assert time.monotonic() < deadline, f"{path} does not come"
+        time.sleep(0.02)
+    return True
 
 
 def ends(run: list[subprocess.Popen], seconds: float = 240) -> list[int]:
@@ -118,8 +132,15 @@ def same(folder: Path, golden: Path) -> bool:
     return outcome(folder) == outcome(golden)
 
 
+def joined(folder: Path, run: list[subprocess.Popen]) -> list[subprocess.Popen]:
+    """Waits until the processes have found each other."""
+    for number in range(len(run)):
+        wait_for(Path(f"{folder}.joined.{number}"), run)
+    return run
+
+
 def strike(run: list[subprocess.Popen], victim: int, fault: str, after: float) -> dict:
-    """Does it, and returns how the processes ended and how long that took."""
+    """Does it after so many seconds, and returns how the processes ended and how long that took."""
     time.sleep(after)
     struck = [process.poll() for process in run] == [None] * len(run)
     began = time.monotonic()
@@ -139,8 +160,8 @@ def one_round(folder: Path, cache: Path, golden: Path, seed: int, number: int, l
     """Does round `number` and returns its line; a run that ends before its moment comes is tried again."""
     draws, fault = random.Random(f"{seed} {number}"), list(FAULTS)[number % len(FAULTS)]
     for attempt in range(20):
-        victim, after, run = draws.randrange(2), draws.uniform(0.2, 1.0) * length, folder / f"run_{number}_{attempt}"
-        found = strike(start(run, cache, devices=2), victim, fault, after)
+        victim, after, run = draws.randrange(2), draws.uniform(0, length), folder / f"run_{number}_{attempt}"
+        found = strike(joined(run, start(run, cache, devices=2)), victim, fault, after)
         if not found["struck"]:
             continue
         saved = [int(path.name) for path in run.glob("checkpoints/*") if path.name.isdigit()]
@@ -150,20 +171,35 @@ def one_round(folder: Path, cache: Path, golden: Path, seed: int, number: int, l
     raise AssertionError("the runs are too fast to be struck")
 
 
+def report(lines: list[dict]) -> str:
+    """Returns the table of a campaign in Markdown."""
+    rows = ["| fault | rounds | exit codes of the others (sigterm: of both) | seconds to their end, median (most) | "
+            "same bits and examples after the restart |", "|---|---|---|---|---|"]
+    for fault in FAULTS:
+        ours = [line for line in lines if line["fault"] == fault]
+        codes = collections.Counter(", ".join(map(str, line["codes"])) for line in ours)
+        seconds = [line["seconds"] for line in ours] or [0.0]
+        rows.append(f"| {fault} | {len(ours)} | {'; '.join(f'{text} ({count})' for text, count in codes.items())} | "
+                    f"{statistics.median(seconds):.1f} ({max(seconds):.1f}) | {sum(line['same'] for line in ours)} |")
+    return "\n".join(rows) + "\n"
+
+
 def campaign(rounds: int, seed: int, to: Path) -> None:
     done = len(to.read_text().splitlines()) if to.exists() else 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         cache, golden = folder / "compiled", folder / "golden"
         finish(golden, cache, devices=2)
+        warm = joined(folder / "warm", start(folder / "warm", cache, devices=2))
         began = time.monotonic()
-        finish(folder / "warm", cache, devices=2)
+        ends(warm)
         length = time.monotonic() - began
         for number in range(done, rounds * len(FAULTS)):
             line = one_round(folder, cache, golden, seed, number, length)
             with to.open("a") as out:
                 out.write(json.dumps(line) + "\n")
             print(line, flush=True)
+    print(report([json.loads(line) for line in to.read_text().splitlines()]))
 
 
 if __name__ == "__main__":

@@ -4,14 +4,25 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.faults import peer
-from tests.faults.processes import drawn, ends, environment, finish, free_port, output, same, start, state_of, strike
+from tests.faults.processes import (
+    drawn,
+    ends,
+    environment,
+    finish,
+    free_port,
+    output,
+    same,
+    start,
+    state_of,
+    strike,
+    wait_for,
+)
 
 LARGE = {"model.width": 128, "model.heads": 4, "method.decoder_width": 64, "method.decoder_heads": 4,
          "log.every": "1 steps", "checkpoint.every": "20 steps"}  # large enough for its kernels to be cut
@@ -81,10 +92,8 @@ def golden(place) -> Path:
 
 def begun(folder: Path, cache: Path) -> list[subprocess.Popen]:
     """Starts two processes and returns when they have saved once."""
-    run, deadline = start(folder, cache, devices=2), time.monotonic() + 120
-    while not (folder / "checkpoints" / "4").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    run = start(folder, cache, devices=2)
+    assert wait_for(folder / "checkpoints" / "4", run)
     return run
 
 
@@ -104,12 +113,13 @@ def test_what_happens_to_one_ends_all_in_time_and_the_next_start_goes_on_bit_for
     assert same(folder, golden)
 
 
-def test_a_mistake_of_one_process_ends_all_with_its_line(place):
+def test_a_mistake_on_one_process_ends_all_with_its_line(place):
     folder = place / "mistaken"
-    run = start(folder, place / "compiled", devices=2, fields={"mesh.data": 3})
+    run = start(folder, place / "compiled", devices=2, fields={"only": {"1": {"data.path": str(place / "nowhere")}}})
     assert ends(run, 60) == [2, 2]
-    assert all("mesh.data=3, mesh.fsdp=1, mesh.tensor=1 does not multiply to 2 devices" in output(folder, number)
-               for number in range(2))
+    line = f"error: data.path='{place}/nowhere' holds no meta.json of cached batches"
+    assert output(folder, 1).startswith(line)
+    assert f"process 1 stopped: {line}" in output(folder, 0)
 
 
 def main(place: Path, *flags: str) -> subprocess.CompletedProcess:
