@@ -186,7 +186,8 @@ class Peers:
         self._over.wait(self.heartbeat + GRACE if _of_peers(error) else GRACE / 2)
         if self.verdict:
             self._deadline = time.monotonic()  # nothing is left to do here
-            time.sleep(60)  # the thread ends the process
+        if self.verdict or self._leaving:
+            time.sleep(60)  # another thread is about to end the process
         code, text = cli.explain(error)
         print(text, file=sys.stderr)
         self.leave(code, text.strip().splitlines()[-1])
