@@ -99,8 +99,10 @@ def join(place: Place, same: Mapping[str, Any], start_seconds: float, heartbeat:
         link.tell({"go": port})
     try:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        # Gloo does not tell programs apart: two at a time, in another order on each process, would wait for ever.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
+        # On CPUs, a collective holds a thread until all processes have come to it. Seen on two cores: with fewer threads
+        # than collectives at a time, processes wait for each other for ever. XLA reads this variable.
+        os.environ.setdefault("NPROC", str(max(32, os.cpu_count() or 1)))
+        jax.config.update("jax_cpu_enable_async_dispatch", False)  # one program at a time: gloo does not tell them apart
         jax.config.update("jax_enable_preemption_service", False)  # Peers.should_stop does its work, and at once
         jax.distributed.initialize(
             f"{place.host}:{port}", place.processes, place.process, local_device_ids=place.devices,
@@ -186,7 +188,8 @@ class Peers:
         self._over.wait(self.heartbeat + GRACE if _of_peers(error) else GRACE / 2)
         if self.verdict:
             self._deadline = time.monotonic()  # nothing is left to do here
-            time.sleep(60)  # the thread ends the process
+        if self.verdict or self._leaving:
+            time.sleep(60)  # another thread is about to end the process
         code, text = cli.explain(error)
         print(text, file=sys.stderr)
         self.leave(code, text.strip().splitlines()[-1])
