@@ -15,6 +15,7 @@ import json
 import os
 import re
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -25,6 +26,7 @@ import jax
 from absl import flags
 
 from mae_jax import cli, sharding, topologies
+from mae_jax import config as configs
 from mae_jax.collectives import withheld_seconds
 from mae_jax.ops import attention, dense
 from mae_jax.program import Program
@@ -88,13 +90,16 @@ def figures(fields: dict[str, object]) -> dict[str, float]:
 
 def main() -> int:
     to = Path(TO.value)
-    done = {json.loads(line)["row"] for line in to.read_text().splitlines()} if to.exists() else set()
+    lines = [json.loads(line) for line in to.read_text().splitlines()] if to.exists() else []
+    done = [{key: line[key] for key in ("row", "topology", "config")} for line in lines]
+    config = zlib.crc32(json.dumps(configs.flat(CONFIG.value), sort_keys=True).encode())
     for row in ONLY.value or ROWS:
-        if row in done:
+        what = {"row": row, "topology": TOPOLOGY.value, "config": config}
+        if what in done:
             continue
         fields, without = ROWS[row]
         with without():
-            found = {"row": row, "topology": TOPOLOGY.value} | figures(fields)
+            found = what | figures(fields)
         print(json.dumps(found), flush=True)
         with to.open("a") as file:
             file.write(json.dumps(found) + "\n")

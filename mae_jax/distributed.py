@@ -24,9 +24,11 @@ from typing import Any, NoReturn
 import jax
 
 from mae_jax import cli, phases, rendezvous
+from mae_jax.errors import say_now
 from mae_jax.place import Place
-from mae_jax.rendezvous import greeting_of, send
+from mae_jax.rendezvous import send
 
+GONE = object()  # said by a process that has come to its end
 LOST = 134  # exit code of a process whose peer was lost; also what shells report for JAX's own abort
 GRACE = 2.0  # seconds in which a process that is told to leave may end by itself
 
@@ -154,10 +156,16 @@ class Peers:
         """Returns the values of all processes, in their order."""
         if self.place.process:
             self.tell({"value": value})
-            return self._values[0].get()
-        values = [value, *(self._values[number].get() for number in range(1, self.place.processes))]
+            return self._take(0)
+        values = [value, *(self._take(number) for number in range(1, self.place.processes))]
         self.tell({"value": values})
         return values
+
+    def _take(self, number: int) -> Any:
+        value = self._values[number].get()
+        if value is GONE:
+            raise RuntimeError(f"process {number} came to its end while this one waits for what it says")
+        return value
 
     def request_stop(self) -> None:
         """Asks all processes to stop after the same step."""
@@ -238,10 +246,12 @@ class Peers:
                 _exit(self.verdict[0])
 
     def _refuse(self, listener: socket.socket) -> None:
-        line, _ = listener.accept()
-        number = greeting_of(line).get("mae_jax")
-        send(line, {"leave": [cli.MISTAKE, f"process {number} of this run is already there; the run has begun"]})
-        line.close()
+        """Turns a late caller away, without listening to it: this thread must not wait for a stranger."""
+        with contextlib.suppress(OSError):
+            line, _ = listener.accept()
+            send(line, {"leave": [cli.MISTAKE, f"a run has begun at {self.place.address}, and all its processes are "
+                                  "there; was this one started twice?"]})
+            line.close()
 
     def _read(self, number: int) -> None:
         try:
@@ -263,6 +273,7 @@ class Peers:
         """What the messages mean; 'stop' goes to process 0, which asks all how far they are and says after which."""
         if kind == "bye":
             self._parted.add(number)
+            self._values[number].put(GONE)
         elif kind == "value":
             self._values[number].put(value)
         elif kind == "leave":
@@ -300,7 +311,7 @@ class Peers:
             return
         self._hang_up()
         self.tell({"leave": [code, line]}, but=origin)
-        os.write(2, f"\n{line}\n".encode())
+        say_now(line)
         self.verdict, self._deadline = (code, line), time.monotonic() + GRACE
         self._over.set()
 

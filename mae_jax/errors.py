@@ -1,6 +1,8 @@
 """The two ways in which a run ends early on purpose, and the hints that go with them."""
 
+import contextlib
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -10,6 +12,18 @@ class UserError(Exception):
 
 class GuardError(Exception):
     """A guard stopped the run (non-finite gradients, too many bad pictures). The exit code is 3."""
+
+
+_STDERR = os.dup(2)  # as it is now: later it points to nowhere for a while (data/tensorflow_cpu.py)
+
+
+def say_now(line: str) -> None:
+    """Writes a line to standard error past Python's locks, which the main thread may hold, from any thread.
+
+    The first line break ends a progress line.
+    """
+    with contextlib.suppress(OSError):
+        os.write(_STDERR, f"\n{line}\n".encode())
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

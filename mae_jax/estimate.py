@@ -3,6 +3,7 @@
 `measure` compiles, and returns what it found as plain values, which a folder may keep; `figures` computes from these.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -73,7 +74,8 @@ def measure(config: ConfigDict, target: Target, examples: int, cache: str = "",
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]
     file = Path(cache).expanduser() / f"{key}.json" if cache else None
     if file and file.exists():
-        return json.loads(file.read_text()) | {"cached": True}
+        with contextlib.suppress(ValueError):  # a damaged file is made anew
+            return json.loads(file.read_text()) | {"cached": True}
     mesh = sharding.make_mesh(config, target.devices)
     program = Program(config, mesh, examples)
     say(f"compiling for {target.name}, batch {config.batch_size}"

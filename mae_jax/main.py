@@ -28,9 +28,10 @@ COORDINATOR = flags.DEFINE_string("coordinator", "auto", "HOST:PORT of process 0
                                   "under srun and on TPU VMs of more than one host, else one")
 PROCESSES = flags.DEFINE_integer("processes", -1, "how many processes, with --coordinator=HOST:PORT")
 PROCESS = flags.DEFINE_integer("process", -1, "the number of this one, from 0, with --coordinator=HOST:PORT")
-START_SECONDS = flags.DEFINE_float("start_seconds", 300, "how long to wait for all processes", lower_bound=1)
+START_SECONDS = flags.DEFINE_float("start_seconds", 300, "how long to wait for all processes", lower_bound=1,
+                                   upper_bound=86_400)
 HEARTBEAT = flags.DEFINE_float("heartbeat_seconds", 100, "a process that is silent for so long is lost, and all end",
-                               lower_bound=1)
+                               lower_bound=1, upper_bound=86_400)
 
 
 def main() -> int:
@@ -48,7 +49,8 @@ def main() -> int:
         return command(train)
     if MODE.value == "replay":
         raise UserError("--mode=replay runs in one process, on whatever devices that has; say --coordinator=off")
-    same = {"--processes": here.processes, "--workdir": WORKDIR.value, "--mode": MODE.value}
+    same = {"--processes": here.processes, "--workdir": WORKDIR.value, "--mode": MODE.value,
+            "--dry_run": DRY_RUN.value, "--heartbeat_seconds": HEARTBEAT.value}
     if CONFIG.value is not None:
         config.validate(CONFIG.value)
         same |= {f"--config.{name}": value for name, value in config.flat(CONFIG.value).items()}

@@ -59,7 +59,7 @@ def find(coordinator: str, processes: int, process: int, environ: Mapping[str, s
         raise UserError(f"--coordinator={coordinator} with --processes={processes} --process={process}; expected how "
                         "many processes there are, at least 1, and the number of this one, from 0 to one less"
                         .replace("=-1", " not given"))
-    return Place(host, int(port), process, processes)
+    return Place(host.strip("[]"), int(port), process, processes)
 
 
 def _slurm(environ: Mapping[str, str]) -> Place | None:
@@ -78,7 +78,7 @@ def _slurm(environ: Mapping[str, str]) -> Place | None:
 
 def _tpu(environ: Mapping[str, str]) -> Place | None:
     """Asks what GKE says in the environment, or the metadata server of a machine that has TPU chips."""
-    if environ.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
+    if (environ.get("JAX_PLATFORMS") or "tpu").split(",")[0] != "tpu":
         return None
     hosts, number = environ.get("TPU_WORKER_HOSTNAMES", ""), environ.get("TPU_WORKER_ID", "")
     chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")

@@ -78,8 +78,8 @@ def call(place: Place, greeting: Mapping[str, Any], seconds: float) -> tuple[soc
         send(line, greeting)
         reply, state = {}, "it takes the call and says nothing"
         with contextlib.suppress(OSError):
-            line.settimeout(left + ANSWER)  # process 0 began to wait at another time
-            reply = _read_line(line)
+            # Process 0 began to wait at another time.
+            reply = _read_line(line, time.monotonic() + left + ANSWER)
         if "go" in reply:
             line.settimeout(None)
             return line, reply["go"]
@@ -112,18 +112,18 @@ def _names(numbers: list[int]) -> str:
 def greeting_of(line: socket.socket) -> dict[str, Any]:
     """Returns what the caller says, {} where it says nothing that can be understood."""
     try:
-        line.settimeout(ANSWER)
-        greeting = _read_line(line)
+        greeting = _read_line(line, time.monotonic() + ANSWER)
         line.settimeout(None)
     except OSError:
         return {}
     return greeting
 
 
-def _read_line(line: socket.socket) -> dict[str, Any]:
-    """Reads one message; {} where what comes is none."""
+def _read_line(line: socket.socket, deadline: float) -> dict[str, Any]:
+    """Reads one message; {} where what comes is none; raises TimeoutError past the deadline."""
     text = b""
     while not text.endswith(b"\n"):  # byte by byte: what follows belongs to Peers
+        line.settimeout(max(deadline - time.monotonic(), 1e-3))
         byte = line.recv(1)
         if not byte or len(text) > 100_000:
             return {}

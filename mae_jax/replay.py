@@ -9,7 +9,7 @@ from mae_jax.checkpoint import Checkpoints
 from mae_jax.errors import UserError
 from mae_jax.methods.base import Batch
 from mae_jax.step import TrainState, gradients, stream_key
-from mae_jax.train import Run, prepare
+from mae_jax.train import Run, of_workdir, prepare
 
 
 def replay(folder: str, step: int) -> int:
@@ -19,7 +19,7 @@ def replay(folder: str, step: int) -> int:
     stopped the run holds those that such a step began with. Returns the exit code.
     """
     path = workdir.locate(folder)
-    run = prepare(workdir.read_config(path), path)
+    run = prepare(of_workdir(path), path)
     state = Checkpoints(path, run.config.checkpoint.keep_last).restore(run.program.state)
     if state is None:
         raise UserError(f"{path} holds no checkpoint yet")

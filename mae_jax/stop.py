@@ -11,6 +11,7 @@ import threading
 from types import TracebackType
 
 from mae_jax import distributed
+from mae_jax.errors import say_now
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 QUIT = 130  # 128 + SIGINT, as shells report it
@@ -74,19 +75,13 @@ class Stopper:
             self._leave("stopped: nothing to save, the same command goes on from here", STOPPED)
         elif not self.requested:
             self.requested = True
-            _say("stopping: saving after this step; press Ctrl-C "
+            say_now("stopping: saving after this step; press Ctrl-C "
                  f"{'again' if self._interrupts else 'twice'} to quit at once")
             if self._peers:
                 self._peers.request_stop()
 
     def _leave(self, line: str, code: int) -> None:
-        _say(line)
+        say_now(line)
         if self._peers:
             self._peers.leave(code, line)
         os._exit(code)  # the main thread may be inside a compilation that no exception can interrupt
-
-
-def _say(line: str) -> None:
-    # Straight to the file descriptor: the main thread may hold the lock of sys.stderr. The first line break ends a
-    # progress line.
-    os.write(2, f"\n{line}\n".encode())

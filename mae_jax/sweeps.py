@@ -23,7 +23,11 @@ def parse(text: str, config: ConfigDict) -> list[Cell]:
             raise UserError(f"--sweep: cannot read {part!r}; write 'batch_size=2048,4096;model.remat=none,full'")
         if name not in known:
             raise UserError(f"--sweep: unknown config field {name!r}; {nearest(name, known)}")
+        if name in fields:
+            raise UserError(f"--sweep: {name} is given twice")
         fields[name] = [_value(name, known[name], value.strip()) for value in values.split(",")]
+    if not fields:
+        raise UserError("--sweep is empty; write 'batch_size=2048,4096;model.remat=none,full'")
     return [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
 
 

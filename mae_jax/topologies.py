@@ -6,6 +6,7 @@ chips along each dimension. A device is what JAX calls one: a core on v2, v3 and
 
 import contextlib
 import importlib.util
+import math
 import os
 import re
 import tempfile
@@ -30,6 +31,7 @@ class Chip(NamedTuple):
       link_rate: bytes per second over one link, one way; each device's chip has two links per dimension.
       dimensions: of the torus.
       ring: a dimension whose size is a multiple of this, and above 2, is closed to a ring; the others are lines.
+      most: chips of the largest pod.
       name: what libtpu calls it.
       options: what libtpu must be told besides.
     """
@@ -39,6 +41,7 @@ class Chip(NamedTuple):
     link_rate: float
     dimensions: int
     ring: int
+    most: int
     name: str
     options: dict[str, str] = {}
 
@@ -50,13 +53,13 @@ class Chip(NamedTuple):
 # and v5e, v6e (16); v5p and 7x as v4. That every dimension of a v2 or v3 slice is a ring is an assumption: a slice that
 # is a part of a pod may lack the links that close it.
 CHIPS = {
-    "v2": Chip(8 * GIB, 300e9, 62e9, 2, 1, "v2"),
-    "v3": Chip(16 * GIB, 450e9, 100e9, 2, 1, "v3"),
-    "v4": Chip(32 * GIB, 1200e9, 45e9, 3, 4, "v4", {"chip_config_name": "megacore"}),
-    "v5e": Chip(16 * GIB, 819e9, 50e9, 2, 16, "v5e"),
-    "v5p": Chip(95 * GIB, 2765e9, 100e9, 3, 4, "v5p"),
-    "v6e": Chip(32 * GIB, 1638e9, 100e9, 2, 16, "v6e"),
-    "7x": Chip(96 * GIB, 3690e9, 100e9, 3, 4, "tpu7x"),
+    "v2": Chip(8 * GIB, 300e9, 62e9, 2, 1, 256, "v2"),
+    "v3": Chip(16 * GIB, 450e9, 100e9, 2, 1, 1024, "v3"),
+    "v4": Chip(32 * GIB, 1200e9, 45e9, 3, 4, 4096, "v4", {"chip_config_name": "megacore"}),
+    "v5e": Chip(16 * GIB, 819e9, 50e9, 2, 16, 256, "v5e"),
+    "v5p": Chip(95 * GIB, 2765e9, 100e9, 3, 4, 8960, "v5p"),
+    "v6e": Chip(32 * GIB, 1638e9, 100e9, 2, 16, 256, "v6e"),
+    "7x": Chip(96 * GIB, 3690e9, 100e9, 3, 4, 9216, "tpu7x"),
 }
 EXAMPLES = {2: "8x8", 3: "4x4x4"}
 ATTEMPTS = 10  # to load libtpu while another process does; one second apart
@@ -96,6 +99,9 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
     shape = tuple(map(int, sizes.split("x")))
     if len(shape) != chip.dimensions:
         raise UserError(f"topology {name!r}: {generation} has {chip.dimensions} dimensions; write it as {example}")
+    if math.prod(shape) > chip.most:
+        raise UserError(f"topology {name!r} has {math.prod(shape)} chips; the largest pod of {generation} has "
+                        f"{chip.most}")
     if any(size % 2 for size in shape[:2]):
         even = "x".join(str(size + size % 2) if i < 2 else str(size) for i, size in enumerate(shape))
         raise UserError(f"topology {name!r}: a host has 2x2 chips, so that the first two sizes are even; nearest: "

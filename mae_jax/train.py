@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from mae_jax import cli, distributed, methods, optim, params, phases, sharding, workdir
 from mae_jax.checkpoint import Checkpoints, load_params
-from mae_jax.config import profile_steps, steps, validate
+from mae_jax.config import default, profile_steps, steps, validate
 from mae_jax.errors import GuardError, UserError
 from mae_jax.evals.evaluate import Evaluator
 from mae_jax.flops import peak_flops, train_flops
@@ -331,10 +331,24 @@ def finish(run: Run, checkpoints: Checkpoints, done: int) -> int:
     return cli.FINISHED
 
 
+def of_workdir(path: epath.Path) -> ConfigDict:
+    """Returns the config that a workdir was made with, to look at the run: its mesh gives way where it does not fit.
+
+    What was trained on many devices can be looked at on one, and what was summed in bfloat16 where that is not done.
+    """
+    config = workdir.read_config(path)
+    try:
+        sharding.make_mesh(config)
+    except UserError:
+        config.mesh = default(config.method.name).mesh
+        logger.info("the mesh of the run does not fit here; looking at it with all devices along mesh.data")
+    return config
+
+
 def evaluate(folder: str) -> int:
     """Evaluates the newest checkpoint of a workdir with the config it was made with. Returns the exit code."""
     path = workdir.locate(folder)
-    run = prepare(workdir.read_config(path), path)
+    run = prepare(of_workdir(path), path)
     if not run.config.data.eval_split:
         raise UserError("data.eval_split is '': there is nothing to evaluate on")
     checkpoints = Checkpoints(path, run.config.checkpoint.keep_last)

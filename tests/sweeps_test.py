@@ -56,7 +56,7 @@ def sweep(text, best=3):
     return sweeps.run(config, V3, sweeps.parse(text, config), best, 64, "", lambda _: None)
 
 
-def test_few_cells_arecompiled_without_loops_at_once(compiled):
+def test_few_cells_are_compiled_without_loops_at_once(compiled):
     result = sweep("batch_size=8,16")
     assert compiled == [(8, "none", False), (16, "none", False)]
     assert result["recommended"] == {"batch_size": 16}  # 16 / 2.25 s beats 8 / 1.25 s
@@ -65,7 +65,7 @@ def test_few_cells_arecompiled_without_loops_at_once(compiled):
     assert "loops" not in table
 
 
-def test_of_many_cells_the_best_that_fit_arecompiled_again_without_loops(compiled):
+def test_of_many_cells_the_best_that_fit_are_compiled_again_without_loops(compiled):
     result = sweep("batch_size=8,16,24,32;model.remat=none,full", best=2)
     assert [scan for *_, scan in compiled] == [True] * 8 + [False] * 2
     assert compiled[8:] == [(8, "none", False), (16, "none", False)]  # (32, none) does not fit, full moves more
