@@ -5,8 +5,8 @@
   python bench/paper_table2.py --only=L-dec1 (some cells)
 
 Each cell is one `python -m mae_jax.plan`. Its figures are kept in bench/results/paper_table2.json (--to=), from which
-the table beside it, paper_table2.md, is made; delete the file to plan anew. The estimates are what nothing slows, the paper's
-hours were measured (with TensorFlow): their ratios compare.
+the table beside it, paper_table2.md, is made; delete the file to plan anew. The estimates are what nothing slows, the
+paper's hours were measured (with TensorFlow): their ratios compare.
 """
 
 import argparse
