@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mae_jax import rendezvous
+from mae_jax import distributed, rendezvous
 from mae_jax.errors import UserError
 from mae_jax.place import Place
 from tests.faults.processes import free_port
@@ -114,3 +114,46 @@ def test_garbage_at_the_port_disturbs_nobody():
             thread.join()
             told[0][1].close()
     assert list(told[0]) == [1]
+
+
+def test_who_dribbles_is_dropped_in_time(monkeypatch):
+    monkeypatch.setattr(rendezvous, "ANSWER", 0.3)
+    ours, theirs = socket.socketpair()
+    stop = threading.Event()
+
+    def dribble() -> None:
+        while not stop.wait(0.05):
+            theirs.sendall(b" ")
+
+    thread, began = threading.Thread(target=dribble), time.monotonic()
+    thread.start()
+    assert rendezvous.greeting_of(ours) == {}
+    assert time.monotonic() - began < 1
+    stop.set()
+    thread.join()
+    ours.close()
+    theirs.close()
+
+
+def test_a_late_caller_is_turned_away_though_it_says_nothing_and_others_stay_in_touch():
+    here = Place("127.0.0.1", free_port(), 0, 2)
+    listener, (line, peer) = rendezvous.listen(here), socket.socketpair()
+    link = distributed.Peers(here, {1: line}, listener, heartbeat=1.0)
+    peer.settimeout(5)
+    with socket.create_connection(("127.0.0.1", here.port), timeout=5) as silent:
+        assert b"a run has begun" in silent.recv(1000)
+        for _ in range(8):  # longer than a heartbeat
+            rendezvous.send(peer, {"alive": None})
+            time.sleep(0.2)
+    assert link.verdict is None
+    assert b"alive" in peer.recv(1000)
+    rendezvous.send(peer, {"bye": None})
+    with pytest.raises(RuntimeError, match="process 1 came to its end"):
+        link.gather("more")
+    link._hang_up()
+    link._leaving = True
+    rendezvous.send(link._self, {"bye": None})
+    link._thread.join(5)
+    assert not link._thread.is_alive()
+    for end in (peer, *link.lines.values(), link._self):
+        end.close()

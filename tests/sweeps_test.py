@@ -79,3 +79,10 @@ def test_where_nothing_fits_nothing_is_recommended(compiled):
     result = sweep("batch_size=32")
     assert result["recommended"] is None
     assert sweeps.table(result).endswith("recommended: none: nothing fits")
+
+
+@pytest.mark.parametrize(("text", "line"), [(";", "--sweep is empty"),
+                                            ("batch_size=8;batch_size=16", "batch_size is given twice")])
+def test_a_sweep_of_nothing_and_a_field_given_twice_are_refused(text, line):
+    with pytest.raises(UserError, match=line):
+        sweeps.parse(text, tiny_config())

@@ -108,3 +108,8 @@ def test_a_dimension_is_a_ring_where_its_generation_closes_it(name, rings):
     torus = topologies.torus(chip, places)
     assert torus.rings == rings
     assert torus.shape == shape
+
+
+def test_more_chips_than_a_pod_has_are_refused():
+    with pytest.raises(UserError, match="'v3:256x256' has 65536 chips; the largest pod of v3 has 1024"):
+        topologies.parse("v3:256x256")

@@ -108,3 +108,15 @@ def test_too_many_bad_pictures_stop_the_run_with_their_names_but_not_before_100_
         log.push(done, metrics)  # handles the 12 before: 96 pictures
     with pytest.raises(GuardError, match=r"26 of 104 pictures could not be read.*0\.2: cats/7\.jpg: no end marker"):
         log.push(14, metrics)
+
+
+def test_a_workdir_of_many_devices_is_looked_at_on_one(tmp_path, capsys):
+    config = tiny_config()
+    assert train.train(config, str(tmp_path)) == 0
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored["config"]["mesh"] |= {"data": 4, "tensor": 2, "reduce": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    capsys.readouterr()
+    assert train.evaluate(str(tmp_path)) == 0
+    assert "evaluation at step 6" in capsys.readouterr().out
+    assert replay.replay(str(tmp_path), -1) == 0
