@@ -122,7 +122,7 @@ def test_a_bug_of_ours_shows_its_traceback_and_exits_1(capsys):
 @pytest.mark.parametrize(("fields", "words"), [
     ({"data.source": "folder", "data.path": "/no/such/folder"}, ["/no/such/folder"]),
     ({"data.source": "foldr"}, ["unknown data.source 'foldr'", "did you mean 'folder'?"]),
-    ({"mesh.data": 3}, ["mesh.data=3, but there are 1 devices"]),
+    ({"mesh.data": 3}, ["mesh.data=3, mesh.fsdp=1, mesh.tensor=1 does not multiply to 1 device;"]),
     ({"train.duration": "0 steps"}, ["train.duration='0 steps' is less than one step"]),
     ({"method.masking": "grid", "data.image_size": (20, 16)}, ["5 x 4", "nearest: 4 x 4 or 6 x 4"]),
     ({"init_from": "/no/such/run"}, ["/no/such/run"]),
