@@ -99,10 +99,10 @@ def join(place: Place, same: Mapping[str, Any], start_seconds: float, heartbeat:
         link.tell({"go": port})
     try:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        # On CPUs, a collective holds a thread until all processes have come to it. Seen on two cores: with fewer threads
-        # than collectives at a time, processes wait for each other for ever. XLA reads this variable.
+        # On CPUs a collective holds a thread until all processes have come to it: with too few threads (XLA makes as
+        # many as NPROC says, or cores) they wait for each other for ever, as was seen. Nor does gloo tell programs apart.
         os.environ.setdefault("NPROC", str(max(32, os.cpu_count() or 1)))
-        jax.config.update("jax_cpu_enable_async_dispatch", False)  # one program at a time: gloo does not tell them apart
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         jax.config.update("jax_enable_preemption_service", False)  # Peers.should_stop does its work, and at once
         jax.distributed.initialize(
             f"{place.host}:{port}", place.processes, place.process, local_device_ids=place.devices,
