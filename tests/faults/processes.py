@@ -104,7 +104,9 @@ def state_of(folder: Path) -> dict[str, np.ndarray]:
     from mae_jax.checkpoint import Checkpoints
     from mae_jax.params import flatten
 
-    run = train.prepare(workdir.read_config(folder), folder)
+    config = workdir.read_config(folder)
+    config.mesh.update(data=-1, fsdp=1, tensor=1)
+    run = train.prepare(config, folder)
     state = Checkpoints(folder, 2).restore(run.program.state)
     return {name: np.asarray(jax.device_get(leaf)) for name, leaf in flatten(state).items()}
 

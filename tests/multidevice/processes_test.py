@@ -24,8 +24,9 @@ from tests.faults.processes import (
     wait_for,
 )
 
-LARGE = {"model.width": 128, "model.heads": 4, "method.decoder_width": 64, "method.decoder_heads": 4,
-         "log.every": "1 steps", "checkpoint.every": "20 steps"}  # large enough for its kernels to be cut
+# Large enough for its kernels to be cut.
+LARGE = {"model.width": 128, "model.depth": 1, "model.heads": 4, "method.decoder_width": 64,
+         "method.decoder_heads": 4, "log.every": "1 steps", "checkpoint.every": "20 steps"}
 EVALUATED = {"data.eval_split": "test", "eval.every": "20 steps"}
 # On a TPU slice too, rows of a process need not be neighbours, and `tensor` may join processes, which then feed the
 # same rows.
