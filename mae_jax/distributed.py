@@ -100,7 +100,8 @@ def join(place: Place, same: Mapping[str, Any], start_seconds: float, heartbeat:
     try:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         # On CPUs a collective holds a thread until all processes have come to it: with too few threads (XLA makes as
-        # many as NPROC says, or cores) they wait for each other for ever, as was seen. Nor does gloo tell programs apart.
+        # many as NPROC says, or cores) they wait for each other for ever, as was seen. Nor does gloo tell programs
+        # apart, so one at a time.
         os.environ.setdefault("NPROC", str(max(32, os.cpu_count() or 1)))
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         jax.config.update("jax_enable_preemption_service", False)  # Peers.should_stop does its work, and at once
