@@ -14,7 +14,7 @@ def run(module: str, devices: int, *arguments: str) -> dict:
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
                                 "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", "-m", f"tests.multidevice.{module}", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
