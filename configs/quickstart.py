@@ -16,7 +16,8 @@ from mae_jax.config import default, resolve
 def get_config(arg: str = "") -> ConfigDict:
     config = default("mae")
     config.batch_size = 64
-    config.data.update(image_size=(40, 40), crop_scale=(0.4, 1.0), eval_crop=1.0)
+    config.data.update(image_size=(40, 40), crop_scale=(0.4, 1.0))
+    config.eval.crop_ratio = (1.0,)
     config.model.update(width=128, depth=6, heads=4, patch=(4, 4))
     config.method.update(target="pixel", decoder_width=96, decoder_depth=2, decoder_heads=4)
     config.optim.update(lr=6e-3, warmup="60 steps")  # a small model on small pictures bears far more than a ViT-L

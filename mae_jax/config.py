@@ -26,23 +26,28 @@ SIZES = {  # width, depth, heads: MAE section 4 (B, L, H), DeiT Table 1 (Ti, S)
 
 # What `validate` checks of single fields; a method checks its own.
 CHOICES = {
-    "data.augment": ("none", "fixed", "random", "jitter"),
+    "data.augment": ("none", "fixed", "simple", "single", "random"),
+    "data.colour": ("none", "jitter", "three", "rand"),
     "data.resize": ("exact", "fast"),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.gelu": ("erf", "tanh"),
     "model.pool": ("mean", "cls"),
+    "model.positions": ("fixed", "learned", "random"),
+    "model.drop_path_rates": ("linear", "constant"),
+    "model.init": ("xavier", "normal"),
     "model.remat": ("none", "full", "dots"),
-    "optim.name": ("adamw",),
+    "optim.name": ("adamw", "lamb", "lars", "sgd"),
     "mesh.zero": ("auto", "on", "off"),
     "mesh.reduce": ("float32", "bfloat16"),
 }
 PAIRS = ("data.image_size", "data.crop_scale", "data.crop_ratio", "model.patch", "optim.betas")
 POSITIVE = ("batch_size", "data.image_size", "model.patch", "model.width", "model.depth", "model.heads",
             "model.mlp_ratio", "train.accumulate", "checkpoint.keep_last", "data.prefetch", "eval.max_examples",
-            "eval.knn_k", "eval.pictures", "guard.max_nonfinite")
+            "eval.knn_k", "eval.pictures", "guard.max_nonfinite", "data.repeats")
 NOT_NEGATIVE = ("optim.lr", "optim.min_lr", "optim.eps", "optim.weight_decay", "optim.clip", "optim.betas",
-                "optim.ema", "data.crop_scale", "data.crop_ratio", "data.threads")
-BELOW_ONE = ("optim.betas", "optim.ema")
+                "optim.ema", "optim.momentum", "optim.warmup_lr", "optim.layer_decay", "data.crop_scale",
+                "data.crop_ratio", "data.threads", "model.drop_path", "model.layer_scale")
+BELOW_ONE = ("optim.betas", "optim.ema", "optim.momentum", "model.drop_path")
 DURATIONS = ("train.duration", "optim.warmup", "checkpoint.every", "checkpoint.keep_every", "eval.every", "log.every")
 
 
@@ -60,13 +65,15 @@ def default(method: str = "mae") -> ConfigDict:
             "path": "",  # folder, TFRecord pattern, npz file or TFDS data_dir; local or gs://
             "name": "",  # TFDS name
             "train_split": "train",
+            "val_split": "",  # part of the training data that chooses checkpoints, as 'train[90%:]'; see checkpoint.best
             "eval_split": "test",  # '' turns evaluation off
             "image_size": (224, 224),  # height, width in pixels
-            "augment": "random",  # none, fixed, random, jitter (MAE Table 1e)
+            "augment": "random",  # crop: none, fixed, random (MAE Table 1e), simple (DeiT III), single (one draw, as BYOL)
+            "colour": "none",  # none, jitter (MAE Table 1e), three (3-Augment, DeiT III), rand (RandAugment)
+            "repeats": 1,  # views of each picture in a batch (repeated augmentation)
             "crop_scale": (0.2, 1.0),  # share of the area, MAE A.1
             "crop_ratio": (3 / 4, 4 / 3),
             "flip": True,
-            "eval_crop": 224 / 256,  # share of the short side that the evaluation's centre crop keeps
             "resize": "exact",  # exact: as PIL and torchvision do; fast: OpenCV, not antialiased (see the README)
             "image_key": "image",  # TFRecord and npz field names
             "label_key": "label",
@@ -80,19 +87,27 @@ def default(method: str = "mae") -> ConfigDict:
             "mlp_ratio": 4,
             "dtype": "auto",  # activations: bfloat16 on accelerators, float32 on CPU
             "gelu": "erf",  # erf (exact) or tanh
-            "pool": "cls",  # features of probes and k-NN: the class token (MAE A.1), or mean of the patch tokens
+            "pool": "cls",  # features of heads, probes and k-NN: the class token, or mean of the patch tokens
+            "positions": "fixed",  # sine-cosine; learned: starts from these; random: learned from noise (DeiT)
+            "layer_scale": 0.0,  # first value of each branch's scale (LayerScale); 0: none
+            "drop_path": 0.0,  # highest rate of stochastic depth; 0: off
+            "drop_path_rates": "linear",  # from 0 to the highest over the blocks (timm), or constant (DeiT III)
+            "init": "xavier",  # as MAE; normal: as DeiT, standard deviation 0.02
             "scan": False,  # one compiled layer instead of depth; checkpoints do not change
             "remat": "none",  # none, full, dots
         },
         "method": {"name": method, **methods.get(method).defaults},
         "optim": {
-            "name": "adamw",
+            "name": "adamw",  # adamw, lamb, lars, sgd
             "lr": 1.5e-4,  # per 256 images: the peak is lr · batch_size / 256
             "min_lr": 0.0,
             "warmup": "40 epochs",
+            "warmup_lr": 0.0,  # where the warm-up starts
             "betas": (0.9, 0.95),
             "eps": 1e-8,
+            "momentum": 0.9,  # of lars and sgd
             "weight_decay": 0.05,
+            "layer_decay": 1.0,  # factor of the learning rate from each block to the one before it
             "clip": 0.0,  # global norm; 0: off
             "ema": 0.0,  # decay per step of averaged parameters, which evaluations then use; 0: off
         },
@@ -109,11 +124,19 @@ def default(method: str = "mae") -> ConfigDict:
             "zero": "auto",  # on, off: parameters and optimiser cut over `data` too (ZeRO); auto: on, but for CPUs
             "reduce": "float32",  # in which the gradients of kernels are summed over devices; or bfloat16
         },
-        "checkpoint": {"every": "20 epochs", "keep_last": 3, "keep_every": ""},
+        "checkpoint": {
+            "every": "20 epochs",
+            "keep_last": 3,
+            "keep_every": "",
+            "best": "",  # keep the best checkpoint by this metric of data.val_split, as 'top1'; '': none
+        },
         "eval": {
             "every": "20 epochs",
             "max_examples": 50_000,  # read of the training split for probes, and of the evaluation split
+            "crop_ratio": (224 / 256,),  # share of the short side that the centre crop keeps; more: a curve
+            "sets": (),  # further test sets of TFDS for the last evaluation, as ('imagenet_v2',)
             "knn_k": 20,
+            "knn_temperature": 0.07,  # of the vote, as in DINO
             "pictures": 16,  # in the grid of reconstructions
         },
         "log": {"every": "50 steps", "tensorboard": True, "profile_steps": ""},  # profile_steps: '20:25'
@@ -265,8 +288,9 @@ def _check_ranges(values: dict[str, Any]) -> None:
         low, high = values[key]
         if not 0 < low <= high:
             raise UserError(f"{key}={(low, high)}; expected two numbers above 0, the smaller one first")
-    if values["data.crop_scale"][1] > 1 or not 0 < values["data.eval_crop"] <= 1:
-        raise UserError("data.crop_scale and data.eval_crop are shares of a picture: above 0, at most 1")
+    ratios = values["eval.crop_ratio"]
+    if values["data.crop_scale"][1] > 1 or not ratios or not all(0 < ratio <= 1 for ratio in ratios):
+        raise UserError("data.crop_scale and eval.crop_ratio are shares of a picture: above 0, at most 1")
     for key in BELOW_ONE:
         if np.max(values[key]) >= 1:
             raise UserError(f"{key}={values[key]}; it must be below 1")

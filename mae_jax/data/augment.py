@@ -17,31 +17,32 @@ BRIGHTNESS = CONTRAST = SATURATION = 0.4
 HUE = 0.1
 
 
-def augment(picture: Picture, rng: np.random.Generator, data: ConfigDict) -> np.ndarray:
-    """Returns a training view, uint8 [height, width, 3] of data.image_size, as data.augment says.
+def augment(picture: Picture, rng: np.random.Generator, config: ConfigDict) -> np.ndarray:
+    """Returns a training view, uint8 [height, width, 3] of data.image_size, as data.augment and data.colour say.
 
-    'random': crop of random size and shape, resized, flipped. 'jitter': the same with random colours. 'fixed': crop of
-    fixed size at a random place, flipped. 'none': the evaluation's centre crop.
+    'random': crop of random size and shape, resized, flipped. 'fixed': crop of fixed size at a random place, flipped.
+    'none': the evaluation's centre crop.
 
     Raises:
       BadPicture: the pixels do not decode.
     """
+    data, ratio = config.data, config.eval.crop_ratio[0]
     if data.augment == "none":
-        return centre(picture, data)
+        return centre(picture, config, ratio)
     if data.augment == "fixed":
-        image = _covering_crop(picture, data, rng.random(), rng.random())
+        image = _covering_crop(picture, data.image_size, ratio, rng.random(), rng.random())
     else:
         target = tuple(data.image_size)
         box = random_box(rng, (picture.height, picture.width), target, data.crop_scale, data.crop_ratio)
         image = picture.view(box, target)
     if data.flip and rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(jitter(image, rng) if data.augment == "jitter" else image)
+    return np.asarray(jitter(image, rng) if data.colour == "jitter" else image)
 
 
-def centre(picture: Picture, data: ConfigDict) -> np.ndarray:
-    """Returns the evaluation's view, uint8 [height, width, 3]: the central data.eval_crop of the picture, resized."""
-    return np.asarray(_covering_crop(picture, data, 0.5, 0.5))
+def centre(picture: Picture, config: ConfigDict, ratio: float) -> np.ndarray:
+    """Returns the evaluation's view, uint8 [height, width, 3]: the central `ratio` of the picture, resized."""
+    return np.asarray(_covering_crop(picture, config.data.image_size, ratio, 0.5, 0.5))
 
 
 def random_box(rng: np.random.Generator, size: tuple[int, int], target: tuple[int, int],
@@ -87,8 +88,8 @@ def _shift_hue(image: Image.Image, turn: float) -> Image.Image:
     return Image.merge("HSV", (hue.point(lambda h: (h + shift) % 256), saturation, value)).convert("RGB")
 
 
-def _covering_crop(picture: Picture, data: ConfigDict, down: float, right: float) -> Image.Image:
-    """Cuts data.eval_crop of the largest part that has the target's shape, and resizes it.
+def _covering_crop(picture: Picture, target: tuple[int, int], ratio: float, down: float, right: float) -> Image.Image:
+    """Cuts `ratio` of the largest part that has the target's shape, and resizes it.
 
     The same as torchvision's Resize of the short side and crop of the target's size, with no rounding between the two:
     PIL's resize takes a box in fractions of pixels and filters with what lies around it.
@@ -96,8 +97,8 @@ def _covering_crop(picture: Picture, data: ConfigDict, down: float, right: float
     Args:
       down, right: where the crop lies, in shares of the free space; 0.5 is the middle.
     """
-    height, width = data.image_size
-    unit = min(picture.height / height, picture.width / width) * data.eval_crop
+    height, width = target
+    unit = min(picture.height / height, picture.width / width) * ratio
     h, w = unit * height, unit * width
     top, left = (picture.height - h) * down, (picture.width - w) * right
     box = (left, top, min(left + w, picture.width), min(top + h, picture.height))

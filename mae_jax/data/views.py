@@ -21,24 +21,25 @@ class Views:
 
     def __init__(self, config: ConfigDict, order: orders.Order):
         orders.check(order)
-        self._seed, self._data, self._order = config.seed, config.data, order
+        self._config, self._order = config, order
         self._patch = tuple(config.model.patch)
         if config.data.resize == "fast":
             opencv()  # says at once what is missing
 
     def train(self, picture: bytes | np.ndarray, position: int) -> Fields:
         """Returns the augmented view that belongs to a position of the run; raises BadPicture."""
-        opened = Picture(picture, fast=self._data.resize == "fast")
-        pixels = augment(opened, rng(self._seed, "augment", position), self._data)
-        return self._cut(pixels, rng(self._seed, "order", position))
+        opened = Picture(picture, fast=self._config.data.resize == "fast")
+        pixels = augment(opened, rng(self._config.seed, "augment", position), self._config)
+        return self._cut(pixels, rng(self._config.seed, "order", position))
 
     def evaluate(self, picture: bytes | np.ndarray, index: int) -> Fields:
         """Returns the evaluation's view; its order depends on the example's index alone; raises BadPicture."""
-        return self._cut(centre(Picture(picture), self._data), rng(0, "evaluate", index))
+        pixels = centre(Picture(picture), self._config, self._config.eval.crop_ratio[0])
+        return self._cut(pixels, rng(0, "evaluate", index))
 
     def grey(self, draws: np.random.Generator) -> Fields:
         """Returns what stands in for a picture: for an unreadable one, and as padding of an evaluation."""
-        pixels = np.full((*self._data.image_size, 3), GREY, np.uint8)
+        pixels = np.full((*self._config.data.image_size, 3), GREY, np.uint8)
         return {**self._cut(pixels, draws), "label": UNLABELLED, "valid": 0.0}
 
     def _cut(self, pixels: np.ndarray, draws: np.random.Generator) -> Fields:

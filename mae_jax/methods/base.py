@@ -20,7 +20,8 @@ class Method:
     """Base of all methods; B images, N patches of P values each."""
 
     defaults: ClassVar[dict[str, Any]] = {}  # own config fields under config.method
-    sees_whole_batch: ClassVar[bool] = False  # the loss has terms across images: accumulation is refused
+    sees_whole_batch: bool = False  # the loss has terms across images: accumulation is refused
+    decayed: ClassVar[tuple[str, ...]] = ("kernel", "cls_token", "mask_token")  # weight decay, by last name of the path
 
     def __init__(self, config: ConfigDict):
         self.config = config
@@ -33,6 +34,10 @@ class Method:
         """Returns how the host draws `order`."""
         height, width = grid(self.config)
         return Order("identity", (height, width), hidden=0)
+
+    def learns(self, path: str) -> bool:
+        """Says whether the optimiser changes the parameter of a path; the others keep their values and have no state."""
+        return True
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns name → global shape and dtype of the fields that the pipeline must provide."""

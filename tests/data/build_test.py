@@ -124,7 +124,8 @@ def test_an_unknown_source_is_refused_with_the_nearest_name():
 def test_patches_are_cut_channel_fastest_and_permuted_by_their_order():
     c = config()
     pixels = np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8)
-    c.data.update(augment="none", eval_crop=1.0)
+    c.data.augment = "none"
+    c.eval.crop_ratio = (1.0,)
     fields = Views(c, ORDER).train(pixels, position=5)
     picture = assemble(fields["patches"][None], fields["order"][None], (4, 6), (8, 8))[0]
     assert (picture == pixels).all()
