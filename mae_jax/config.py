@@ -68,7 +68,7 @@ def default(method: str = "mae") -> ConfigDict:
             "val_split": "",  # part of the training data that chooses checkpoints, as 'train[90%:]'; see checkpoint.best
             "eval_split": "test",  # '' turns evaluation off
             "image_size": (224, 224),  # height, width in pixels
-            "augment": "random",  # crop: none, fixed, random (MAE Table 1e), simple (DeiT III), single (one draw, as BYOL)
+            "augment": "random",  # crop: none, fixed, random (MAE Table 1e), simple (DeiT III), single (BYOL)
             "colour": "none",  # none, jitter (MAE Table 1e), three (3-Augment, DeiT III), rand (RandAugment)
             "repeats": 1,  # views of each picture in a batch (repeated augmentation)
             "crop_scale": (0.2, 1.0),  # share of the area, MAE A.1

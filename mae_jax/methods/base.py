@@ -36,7 +36,7 @@ class Method:
         return Order("identity", (height, width), hidden=0)
 
     def learns(self, path: str) -> bool:
-        """Says whether the optimiser changes the parameter of a path; the others keep their values and have no state."""
+        """Says whether the optimiser changes the parameter of a path; the others have no optimiser state."""
         return True
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:

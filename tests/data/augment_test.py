@@ -10,7 +10,7 @@ from mae_jax.data.random import rng
 
 def settings(**fields):
     config = default()
-    config.data.update(image_size=(32, 32), **fields)
+    config.data.update({"image_size": (32, 32), **fields})
     return config
 
 
