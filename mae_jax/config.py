@@ -65,7 +65,7 @@ def default(method: str = "mae") -> ConfigDict:
             "path": "",  # folder, TFRecord pattern, npz file or TFDS data_dir; local or gs://
             "name": "",  # TFDS name
             "train_split": "train",
-            "val_split": "",  # part of the training data that chooses checkpoints, as 'train[90%:]'; see checkpoint.best
+            "val_split": "",  # part of the training data that chooses checkpoints, as 'train[90%:]'
             "eval_split": "test",  # '' turns evaluation off
             "image_size": (224, 224),  # height, width in pixels
             "augment": "random",  # crop: none, fixed, random (MAE Table 1e), simple (DeiT III), single (BYOL)
