@@ -1,29 +1,29 @@
 """Fine-tuning on the data sets of the transfer tables: one recipe for each, from any encoder of this library.
 
   python -m mae_jax.main --config=configs/transfer.py:dtd --workdir=runs/dtd --config.init_from=runs/pretrained
-  python -m mae_jax.transfer --config=configs/transfer.py --names=cifar10,dtd,pets --from=runs/pretrained --to=runs/suite
+  python -m mae_jax.transfer --config=configs/transfer.py --names=cifar10,dtd --from=runs/pretrained --to=runs/suite
 
 The second runs many and fits the recipe to the encoder's shape. Arguments, joined by commas in any order:
   the data set: a name in `DATA` below (default: cifar10);
   the size: B (the default), L, H, Ti or S, with its layer decay and stochastic depth;
-  the protocol: `finetune` (the default), or `linear`: a frozen encoder, batch norm and one layer. k-NN and a linear probe
-    on features that are computed once need no recipe: mae_jax.transfer --protocols=quick;
-  `held`: trains on a part of the training data and reads the rest of it (data.val_split) in place of the test data, to
-    choose a learning rate or a length; `runlocal` (not for voc2007, which has no small stand-in).
+  the protocol: `finetune` (the default), or `linear`: a frozen encoder, batch norm and one layer. k-NN and a linear
+    probe on features that are computed once need no recipe: mae_jax.transfer --protocols=quick;
+  `held`: trains on a part of the training data and reads the rest of it (data.val_split) in place of the test data,
+    to choose a learning rate or a length; `runlocal` (not for voc2007, which has no small stand-in).
 
 The 11 data sets of MoCE and MixedAE (aircraft to voc2007) have the splits and metrics of Kornblith and Ericsson, which
-these papers are taken to follow; the 6 of SplitMask's Table 3, top-1. DomainNet is TFDS's cleaned one, a little smaller
-than SplitMask's. Those of TFDS are prepared with `tfds build`; two are not in TFDS and are read from folders beside it,
-$TFDS_DATA_DIR (~/tensorflow_datasets) /aircraft and /inaturalist2019, one sub-folder of pictures for each class:
-  aircraft/train/<variant>/*.jpg (the 6,667 of images_variant_trainval.txt) and aircraft/test/<variant>/*.jpg (3,333);
+these papers are taken to follow; the 6 of SplitMask's Table 3 have top-1. DomainNet is TFDS's cleaned one, a little
+smaller than SplitMask's. Those of TFDS are prepared with `tfds build`; two are not in TFDS and are read from folders
+beside it, $TFDS_DATA_DIR (else ~/tensorflow_datasets) /aircraft and /inaturalist2019:
+  aircraft/train/<variant>/*.jpg: the 6,667 of images_variant_trainval.txt; aircraft/test/<variant>/*.jpg: 3,333;
   inaturalist2019/train/<category>/*.jpg and inaturalist2019/val/<category>/*.jpg.
 
 `finetune` is MAE's Table 9 with the published code's values for each size (FINETUNE.md); `linear` is Table 10 with the
-crop of the published code. No paper gives the lengths and batches for these data sets as far as we know: batch 256 and
-5,000 steps (20,000 where there are 50,000 pictures or more; SplitMask's iNaturalist: 100 epochs at batch 1024, Table 9)
-are our choice, and so are the values of Ti and S, and labels that include VOC's difficult objects. iBOT's protocol would
-be 1,000 epochs (360 on iNaturalist). The learning rate matters on small data sets: try several with --lrs. Expected:
-nobody has run these to their end here.
+crop of the published code. No paper gives the length and batch for these data sets as far as we know: batch 256 and
+5,000 steps (20,000 where there are 50,000 pictures or more; iNaturalist: 100 epochs at batch 1024, Table 9) are our
+choice; so are the values of Ti and S, and labels that include VOC's difficult objects. iBOT's protocol is 1,000 epochs
+(360 on iNaturalist). The learning rate matters on small data sets: try several with --lrs of mae_jax.transfer.
+Expected: not known; nobody has run these to their end here.
 """
 
 import os
@@ -80,9 +80,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config = default("supervised")
     data(config, "cifar10")
     size(config, "B")
-    presets = {**{name: partial(data, name=name) for name in DATA}, **{name: partial(size, name=name) for name in SIZES},
+    presets = {**{name: partial(data, name=name) for name in DATA},
+               **{name: partial(size, name=name) for name in SIZES},
                "finetune": finetune, "linear": linear, "held": held}
-    order = {name: place for place, name in enumerate(presets)}  # a protocol needs the data, and changes the size's values
+    order = {name: place for place, name in enumerate(presets)}  # what a size sets, a protocol may change
     names = [name for name in arg.split(",") if name]
     names += ["finetune"] * ("linear" not in names)
     return resolve(config, ",".join(sorted(names, key=lambda name: order.get(name, len(order)))), **presets)

@@ -1,0 +1,216 @@
+"""A suite of transfers: the cells of one table, each trained or probed from one encoder in a workdir of its own."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_jax import cli
+from mae_jax.errors import GuardError, UserError
+from mae_jax.suite_report import ALL, QUICK, Cell, Row, table, write
+
+QUICK_METRICS = ("linear/top1", "knn/top1")
+SHAPE = ("width", "depth", "heads", "patch", "mlp_ratio", "gelu", "positions", "layer_scale")  # what parameters fit
+DATA_GROUPS = ("data", "eval", "mesh", "log")  # of the recipe, when the encoder is looked at without training
+
+
+class Recipe:
+    """A config file, the arguments that were given with it, and the overrides of the command line."""
+
+    def __init__(self, config: str, overrides: dict[str, Any]):
+        file, _, self.arg = config.partition(":")
+        self.overrides = overrides
+        self.module = _module(Path(file))
+        self.stem = Path(file).stem
+
+    def config(self, *args: str) -> ConfigDict:
+        """Returns the config for more arguments, with the overrides; unlocked."""
+        config = self.module.get_config(self._joined(*args)).unlock()
+        config.update_from_flattened_dict(self.overrides)
+        return config
+
+    def metric(self, *args: str) -> str:
+        """Returns the metric that the recipe names, '' for none."""
+        return self.module.metric(self._joined(*args)) if hasattr(self.module, "metric") else ""
+
+    def _joined(self, *args: str) -> str:
+        return ",".join(filter(None, (self.arg, *args)))
+
+
+def _module(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rates(texts: list[str]) -> list[float]:
+    """Returns learning rates from the command line; raises UserError for what is no number."""
+    try:
+        return [float(text) for text in texts]
+    except ValueError:
+        raise UserError(f"--lrs={','.join(texts)}: no list of numbers; write for example 1e-4,3e-4,1e-3") from None
+
+
+def plan(recipe: Recipe, names: list[str], protocols: list[str], blocks: list[str]) -> list[Cell]:
+    """Returns the cells in the order in which they run; raises UserError for a number of blocks that is none."""
+    for text in blocks:
+        if text != ALL and not (text.replace(".", "", 1).isdecimal() and (float(text) == 0.5 or float(text) % 1 == 0)):
+            raise UserError(f"--blocks: {text!r}; write whole numbers, 0.5 (the MLP of the last block) or all")
+    cells = [Cell(name, protocol, number) for name in names or [""] for protocol in protocols or [""]
+             for number in (blocks if blocks and protocol not in (QUICK, "linear") else [""])]
+    return [cell if cell.data else cell._replace(data=recipe.stem) for cell in cells]
+
+
+def encoder_config(source: str) -> ConfigDict:
+    """Returns the config of a workdir, of a step's folder in one, or of what was exported; raises UserError."""
+    from mae_jax import config as configs
+    from mae_jax import workdir
+
+    path = workdir.locate(source)
+    if path.suffix != ".safetensors":
+        return workdir.read_config(path.parent.parent if path.parent.name == "checkpoints" else path)
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return configs.from_dict(json.loads(header["__metadata__"]["config"]))
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} does not say the shape of its model ({error}): it was not written by "
+                        "mae_jax.export") from None
+
+
+class Suite:
+    """All cells of one encoder under one folder."""
+
+    def __init__(self, recipe: Recipe, source: str, to: str, lrs: list[float]):
+        from mae_jax import workdir
+
+        self.recipe, self.source, self.lrs = recipe, source, lrs
+        self.encoder = encoder_config(source)
+        self.to = workdir.locate(to)
+
+    def config(self, cell: Cell, *args: str) -> ConfigDict:
+        """Returns the config of a cell; raises UserError for what the recipe does not know."""
+        name = "" if cell.data == self.recipe.stem else cell.data
+        if cell.protocol == QUICK:
+            return self._quick_config(self.recipe.config(name))
+        config = self.recipe.config(name, cell.protocol, *args)
+        config.model.update({field: self.encoder.model[field] for field in SHAPE})
+        config.init_from = self.source
+        if cell.blocks:
+            if "train_blocks" not in config.method:
+                raise UserError(f"--blocks: method.name={config.method.name!r} fine-tunes all blocks or none")
+            number = -1.0 if cell.blocks == ALL else float(cell.blocks)
+            config.method.train_blocks = number if number == 0.5 else int(number)
+        return config.lock()
+
+    def _quick_config(self, recipe: ConfigDict) -> ConfigDict:
+        """Returns the encoder's own config on the data of the recipe."""
+        config = self.encoder.copy_and_resolve_references().unlock()
+        config.update({group: recipe[group] for group in DATA_GROUPS})
+        config.update(init_from=self.source, batch_size=recipe.batch_size)
+        config.data.val_split = config.checkpoint.best = ""
+        config.train.update(duration="1 steps", accumulate=1)
+        return config.lock()
+
+    def run(self, cells: list[Cell]) -> int:
+        """Runs the cells, and writes table and plot after each; returns the exit code."""
+        rows, codes = [], [cli.FINISHED]
+        for cell in cells:
+            try:
+                code, found = self.run_cell(cell)
+            except (UserError, GuardError) as error:
+                code, line = cli.explain(error)
+                print(f"{cell.folder}: {line}", flush=True)
+                found = [Row(cell, "", None, None, None, str(error))]
+            if code == cli.STOPPED:
+                return code
+            codes.append(code)
+            rows += found
+            write(rows, self.to, self.source, self.encoder.model.depth)
+        print(table(rows))
+        return cli.MISTAKE if cli.MISTAKE in codes else max(codes)
+
+    def run_cell(self, cell: Cell) -> tuple[int, list[Row]]:
+        """Returns the exit code of a cell and, where it is finished, its rows."""
+        from mae_jax import train
+
+        folder, lr = self.to / cell.folder, None
+        print(f"-- {cell.folder}", flush=True)
+        config = self.config(cell)
+        if cell.protocol == QUICK:
+            look(config, folder)
+            return cli.FINISHED, [self._row(cell, folder, metric) for metric in QUICK_METRICS]
+        if self.lrs:
+            code, lr = self._best_lr(cell, folder)
+            if code != cli.FINISHED:
+                return code, []
+            config = with_lr(config, lr)
+        code = train.train(config, str(folder))
+        return code, [self._row(cell, folder, self._metric(cell), lr)] if code == cli.FINISHED else []
+
+    def _best_lr(self, cell: Cell, folder: epath.Path) -> tuple[int, float]:
+        """Trains once per learning rate without the test data; returns an exit code and the best on data.val_split."""
+        from mae_jax import train
+
+        config = self.config(cell)
+        if not config.data.val_split:
+            config = self.config(cell, "held")
+        config.data.eval_split = ""
+        scores = {}
+        for lr in self.lrs:
+            code = train.train(with_lr(config, lr), str(folder / f"lr_{lr:g}"))
+            if code != cli.FINISHED:
+                return code, lr
+            scores[lr] = measured(folder / f"lr_{lr:g}", self._metric(cell), "val")[1]
+        print("  ".join(f"lr {lr:g}: {score:.4f}" for lr, score in scores.items()), flush=True)
+        return cli.FINISHED, max(scores, key=scores.__getitem__)
+
+    def _metric(self, cell: Cell) -> str:
+        return self.recipe.metric("" if cell.data == self.recipe.stem else cell.data)
+
+    def _row(self, cell: Cell, folder: epath.Path, metric: str, lr: float | None = None) -> Row:
+        name, value, step = measured(folder, metric, "eval")
+        return Row(cell, name, value, step, lr)
+
+
+def with_lr(config: ConfigDict, lr: float) -> ConfigDict:
+    """Returns a copy of the config with another learning rate."""
+    config = config.copy_and_resolve_references()
+    config.optim.lr = lr
+    return config
+
+
+def look(config: ConfigDict, folder: epath.Path) -> None:
+    """Evaluates the encoder of `init_from` in a workdir as --mode=eval does, unless that is done."""
+    import jax
+
+    from mae_jax import train, workdir
+    from mae_jax.evals.evaluate import Evaluator
+    from mae_jax.metrics import Recorder
+
+    run = train.opened(config, str(folder))
+    if (run.workdir / "DONE").exists():
+        return
+    with jax.set_mesh(run.program.mesh), train.compiled_programs(config, run.workdir):
+        state = train.initial_state(run)
+        workdir.record(run.workdir, config)
+        recorder = Recorder(run.workdir, 0, config.log.tensorboard)
+        train.evaluate_into(recorder, Evaluator(run.program.method, run.inputs, run.program.mesh), state, 0)
+        recorder.close()
+    workdir.replace_text(run.workdir / "DONE", "0\n")
+
+
+def measured(folder: epath.Path, metric: str, part: str) -> tuple[str, float, int]:
+    """Returns (metric, value, step): the last value of <part>/<metric> in metrics.jsonl; of map or top1 for ''."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for name in [metric] if metric else ["map", "top1"]:
+        found = [line for line in lines if line.get(f"{part}/{name}") is not None]
+        if found:
+            return name, found[-1][f"{part}/{name}"], found[-1]["step"]
+    known = sorted({name for line in lines for name in line if name.startswith(f"{part}/")})
+    raise UserError(f"{folder}: no {part}/{metric or 'top1'} was measured; there is {', '.join(known) or 'nothing'}")

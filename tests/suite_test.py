@@ -1,0 +1,216 @@
+"""A suite on a tiny encoder: what runs, what is reported, what fails, what is skipped, and what a signal does."""
+
+import json
+import os
+import signal
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+import tests.transfer_stub  # noqa: F401
+from mae_jax import train
+from mae_jax.checkpoint import load_params, save_params
+from mae_jax.config import default
+from mae_jax.errors import UserError
+from mae_jax.suite import Recipe, Suite, encoder_config, measured, plan, rates
+from mae_jax.suite_report import Cell, Row, plot, series, table
+from tests.tiny import tiny_config
+
+RECIPE = """
+from mae_jax.config import default, resolve
+
+def get_config(arg=""):
+    config = default("supervised")
+    config.batch_size = 8
+    config.data.update(image_size=(16, 16), threads=2, train_split="train[:64]", eval_split="test[:32]")
+    config.model.update(width=64, depth=4, heads=4, patch=(8, 8))
+    config.optim.update(lr=0.05, warmup="1 steps")
+    config.train.duration = config.eval.every = config.checkpoint.every = "4 steps"
+    config.log.update(every="1 steps", tensorboard=False)
+    config.eval.max_examples = 32
+    return resolve(config, arg, crops=lambda config: None, more=more, absent=absent, linear=linear, held=held)
+
+def metric(arg):
+    return "mean_per_class" if "more" in arg else "top1"
+
+def more(config):
+    config.data.train_split = "train[64:128]"
+
+def absent(config):
+    config.data.update(source="folder", path="/no/such/folder")
+
+def linear(config):
+    config.method.train_blocks = 0
+
+def held(config):
+    config.data.update(val_split="train[64:96]", eval_split="")
+"""
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory, _shared_compilations) -> Path:
+    """A tiny MAE that was trained for 3 steps."""
+    folder = tmp_path_factory.mktemp("encoder")
+    config = tiny_config({"train.duration": "3 steps", "data.eval_split": "", "optim.lr": 1e-3})
+    assert train.train(config, str(folder)) == 0
+    return folder
+
+
+def suite(tmp_path: Path, source: Path, overrides: dict | None = None, lrs=()) -> Suite:
+    file = tmp_path / "mine.py"
+    file.write_text(RECIPE)
+    return Suite(Recipe(str(file), overrides or {}), str(source), str(tmp_path / "out"), list(lrs))
+
+
+def results(tmp_path: Path) -> list[dict]:
+    return json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+
+
+def test_a_cell_takes_the_shape_of_the_encoder_and_the_overrides_of_the_command_line(tmp_path, encoder):
+    some = suite(tmp_path, encoder, overrides={"optim.lr": 0.5, "train.duration": "9 steps"})
+    config = some.config(Cell("more", "linear"))
+    assert (config.model.width, config.model.depth, config.model.patch) == (32, 2, (4, 4))
+    assert (config.optim.lr, config.train.duration, config.init_from) == (0.5, "9 steps", str(encoder))
+    assert (config.data.train_split, config.method.train_blocks) == ("train[64:128]", 0)
+    assert some.config(Cell("more", blocks="0.5")).method.train_blocks == 0.5
+    assert some.config(Cell("more", blocks="all")).method.train_blocks == -1
+    probe = some.config(Cell("more", "quick"))
+    assert (probe.method.name, probe.data.train_split, probe.batch_size) == ("mae", "train[64:128]", 8)
+    with pytest.raises(UserError, match="unknown config argument 'mor'; did you mean 'more'"):
+        some.config(Cell("mor"))
+
+
+def test_the_shape_is_known_from_an_export_and_from_one_step_but_not_from_a_foreign_file(tmp_path, encoder):
+    file = tmp_path / "encoder.safetensors"
+    stored = {"config": json.dumps(encoder_config(str(encoder)).to_dict())}
+    save_params(file, load_params(encoder), stored)  # as mae_jax.export does it
+    for source in (encoder, encoder / "checkpoints" / "3", file):
+        assert encoder_config(str(source)).model.width == 32
+    foreign = tmp_path / "foreign.safetensors"
+    foreign.write_bytes(b"\x02\x00\x00\x00\x00\x00\x00\x00{}")
+    for path in (foreign, tmp_path / "missing.safetensors"):
+        with pytest.raises((UserError, OSError), match=r"foreign.*does not say|missing"):
+            encoder_config(str(path))
+
+
+def test_a_grid_has_all_numbers_of_blocks_where_they_mean_something(tmp_path, encoder):
+    some = suite(tmp_path, encoder)
+    cells = plan(some.recipe, ["a", "b"], ["", "linear", "quick"], ["0", "0.5", "all"])
+    assert [cell.folder for cell in cells[:5]] == ["a_blocks_0", "a_blocks_0.5", "a_blocks_all", "a_linear", "a_quick"]
+    assert len(cells) == 10
+    assert plan(some.recipe, [], [], []) == [Cell("mine")]
+    for wrong in ("some", "-1", "1.5", "nan", ""):
+        with pytest.raises(UserError, match=r"--blocks: .*write whole numbers"):
+            plan(some.recipe, ["a"], [], [wrong])
+
+
+@pytest.mark.usefixtures("_shared_compilations")
+def test_a_suite_reports_every_cell_names_what_failed_and_skips_what_is_done(tmp_path, encoder, capsys):
+    some = suite(tmp_path, encoder)
+    cells = plan(some.recipe, ["crops", "absent", "more"], ["", "quick"], [])
+    assert some.run(cells) == 2
+    out = capsys.readouterr().out
+    found = {(row["data"], row["protocol"], row["metric"]): row for row in results(tmp_path)}
+    assert len(found) == 8
+    for name, metric in (("crops", "top1"), ("more", "mean_per_class")):
+        lines = [json.loads(line) for line in (tmp_path / "out" / name / "metrics.jsonl").read_text().splitlines()]
+        assert found[name, "", metric]["value"] == lines[-1][f"eval/{metric}"]
+        assert (found[name, "", metric]["step"], lines[-1]["step"]) == (4, 4)
+        assert found[name, "quick", "knn/top1"]["step"] == 0
+    for protocol in ("", "quick"):
+        assert "/no/such/folder" in found["absent", protocol, ""]["problem"]
+    assert table([Row(Cell(**{k: row.pop(k) for k in ("data", "protocol", "blocks")}), **row)
+                  for row in results(tmp_path)]) in out
+    assert "mean of 2" in out
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("metrics.jsonl")}
+    assert len(before) == 4
+    assert some.run(cells) == 2
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.usefixtures("_shared_compilations")
+def test_the_quick_protocol_measures_what_an_evaluation_of_the_encoder_measures(tmp_path, encoder):
+    some = suite(tmp_path, encoder)
+    assert some.run([Cell("crops", "quick")]) == 0
+    again = some.config(Cell("crops", "quick")).copy_and_resolve_references()
+    again.unlock()
+    again.init_from = ""
+    folder = tmp_path / "again"
+    folder.mkdir()
+    os.symlink(encoder / "checkpoints", folder / "checkpoints")
+    (folder / "config.json").write_text(json.dumps({"config": again.to_dict()}))
+    assert train.evaluate(str(folder)) == 0
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    found = {row["metric"]: row["value"] for row in results(tmp_path)}
+    assert found == {name: line[f"eval/{name}"] for name in ("linear/top1", "knn/top1")}
+
+
+@pytest.mark.usefixtures("_shared_compilations")
+def test_a_signal_stops_the_whole_suite_and_the_same_command_goes_on(tmp_path, encoder, monkeypatch):
+    some = suite(tmp_path, encoder)
+    cells = plan(some.recipe, ["crops", "more"], [], [])
+    real = train.Log.push
+
+    def push(self, done, metrics):
+        if done == 2 and self.run.config.data.train_split == "train[64:128]":
+            os.kill(os.getpid(), signal.SIGTERM)
+            monkeypatch.setattr(train.Log, "push", real)
+        real(self, done, metrics)
+
+    monkeypatch.setattr(train.Log, "push", push)
+    assert some.run([*cells, Cell("absent")]) == 75
+    assert [row["data"] for row in results(tmp_path)] == ["crops"]
+    assert not (tmp_path / "out" / "more" / "DONE").exists()
+    assert some.run(cells) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "more" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+
+
+def test_a_metric_that_was_not_measured_is_named_with_those_that_were(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 3, "eval/top1": 0.5, "val/top1": 0.2}\n{"step": 4, "eval/top1": 0.6}\n')
+    assert measured(epath.Path(tmp_path), "", "eval") == ("top1", 0.6, 4)
+    assert measured(epath.Path(tmp_path), "top1", "val") == ("top1", 0.2, 3)
+    with pytest.raises(UserError, match="no eval/map was measured; there is eval/top1"):
+        measured(epath.Path(tmp_path), "map", "eval")
+
+
+def rows() -> list[Row]:
+    return [Row(Cell("dtd", "finetune", blocks), "top1", 0.3 + 0.1 * i, 100, None)
+            for i, blocks in enumerate(("0", "0.5", "4", "all"))] + [
+        Row(Cell("dtd", "quick"), "knn/top1", 0.25, 0, None), Row(Cell("pets", "quick"), "knn/top1", 0.75, 0, None),
+        Row(Cell("cars", "quick"), "", None, None, None, "not prepared")]
+
+
+def test_the_table_has_means_over_what_is_alike_and_says_what_failed():
+    text = table(rows())
+    assert "| mean of 2 | quick knn/top1 |" in " ".join(text.split())
+    assert "50.00%" in text
+    assert text.endswith("\n\ncars_quick: not prepared")
+    assert len(series(rows())["quick knn/top1"]) == 2
+    lines = text.split("\n\n")[0].splitlines()
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_the_plot_has_curves_over_blocks_and_bars():
+    pytest.importorskip("matplotlib")
+    both, one = (np.asarray(Image.open(BytesIO(plot(some, depth=12)))) for some in (rows(), rows()[:4]))
+    assert both.shape[1] == 2 * one.shape[1]
+    assert one.std() > 5
+
+
+def test_learning_rates_that_are_no_numbers_are_refused():
+    assert rates(["3e-4", "1"]) == [3e-4, 1.0]
+    with pytest.raises(UserError, match="--lrs=1,fast: no list of numbers"):
+        rates(["1", "fast"])
+
+
+def test_blocks_need_a_method_that_can_freeze(tmp_path, encoder):
+    some = suite(tmp_path, encoder)
+    some.recipe.module.get_config = lambda arg: default("mae").lock()
+    with pytest.raises(UserError, match=r"--blocks: method\.name='mae' fine-tunes all blocks or none"):
+        some.config(Cell("mine", blocks="1"))
