@@ -104,7 +104,8 @@ def data(config: ConfigDict, name: str) -> None:
     config.train.duration = config.eval.every = row.duration  # the test data are read at the end
     config.checkpoint.every = "5 epochs" if row.duration.endswith("epochs") else "1000 steps"
     several = row.metric == "map"  # labels of one picture
-    config.method.update(multi_label=several, loss="bce" if several else "cross_entropy")
+    config.method.update(multi_label=several, loss="bce" if several else "cross_entropy",
+                         classes=row.classes if several else 0)
 
 
 def size(config: ConfigDict, name: str) -> None:

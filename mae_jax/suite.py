@@ -67,20 +67,17 @@ def plan(recipe: Recipe, names: list[str], protocols: list[str], blocks: list[st
 
 
 def encoder_config(source: str) -> ConfigDict:
-    """Returns the config of a workdir, of a step's folder in one, or of what was exported; raises UserError."""
-    from mae_jax import config as configs
+    """Returns the config of the run that made an encoder; raises UserError where it is not known."""
     from mae_jax import workdir
 
-    path = workdir.locate(source)
-    if path.suffix != ".safetensors":
-        return workdir.read_config(path.parent.parent if path.parent.name == "checkpoints" else path)
     try:
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        return configs.from_dict(json.loads(header["__metadata__"]["config"]))
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path} does not say the shape of its model ({error}): it was not written by "
-                        "mae_jax.export") from None
+        config = workdir.config_of(source)
+    except ValueError as error:
+        raise UserError(f"{source} is damaged: {error}") from None
+    if config is None:
+        raise UserError(f"{source} does not say what model it holds; give a workdir, a step's folder in it, or a file "
+                        "that mae_jax.export wrote")
+    return config
 
 
 class Suite:

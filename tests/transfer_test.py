@@ -6,7 +6,6 @@ from unittest import mock
 import pytest
 from etils import epath
 
-import tests.transfer_stub  # noqa: F401
 from mae_jax.config import validate
 from mae_jax.errors import UserError
 from mae_jax.suite import Recipe
@@ -14,7 +13,9 @@ from tests.config_test import recipe
 
 FILE = Path("configs/transfer.py")
 DATA = Recipe(str(FILE), {}).module.DATA
-SUN_LISTS = ("Training_01.txt", "Testing_01.txt")
+# Lists that a builder reads before it says its splits, with their lines.
+EMPTY = {"Partitions/Training_01.txt": 0, "Partitions/Testing_01.txt": 0, "cifar-10-batches-bin/batches.meta.txt": 10,
+         "cifar-100-binary/coarse_label_names.txt": 20, "cifar-100-binary/fine_label_names.txt": 100}
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +38,9 @@ def test_pictures_labels_and_classes_of_the_table_are_those_of_tfds(name, tfds, 
 
 def split_names(builder, folder: Path) -> set[str]:
     """Returns the splits that a builder would make, from empty downloads."""
-    (folder / "Partitions").mkdir()
-    for file in (*(folder / "Partitions" / name for name in SUN_LISTS),
-                 *(folder / f"cifar-{kind}" / f"{labels}.txt" for kind, labels in (
-                     ("10-batches-bin", "batches.meta"), ("100-binary", "coarse_label_names"),
-                     ("100-binary", "fine_label_names")))):
-        file.parent.mkdir(exist_ok=True)
-        file.touch()
+    for file, lines in EMPTY.items():
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text("\n".join(map(str, range(lines))))
     downloads = mock.MagicMock()
     for name in ("download", "extract", "download_and_extract"):
         getattr(downloads, name).return_value = epath.Path(folder)
