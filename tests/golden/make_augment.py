@@ -1,6 +1,6 @@
 """Writes augment.npz: what torchvision and timm make of two real pictures, with stated parameters.
 
-  python tests/golden/make_augment.py      (needs torchvision, timm and scikit-image; the tests that read the file do not)
+  python tests/golden/make_augment.py      (needs torchvision, timm and scikit-image; its readers do not)
 
 Keys: 'picture/<name>' is a crop of a photograph; '<name>/<operation>/<parameter>' what the operation makes of it. The
 parameter of a RandAugment operation is its amount: the magnitude over 10, with the sign of its direction.
@@ -27,7 +27,7 @@ from torchvision.transforms import functional as vision  # noqa: E402
 from torchvision.transforms import transforms as vision_transforms  # noqa: E402
 
 PICTURES = {"astronaut": (40, 200, 32, 24), "chelsea": (90, 120, 24, 32)}  # top, left, height, width at half size
-SIMPLE = ((16, 0, 0), (16, 3, 8), (16, 8, 14))  # side, top, left in the padded picture
+SIMPLE = ((16, 0, 0), (16, 3, 8), (16, 8, 8))  # side, top, left in the padded picture
 TIMM = {
     "auto_contrast": ("AutoContrast", (0.9,)), "equalize": ("Equalize", (0.9,)), "invert": ("Invert", (0.9,)),
     "rotate": ("Rotate", (0.9, -0.83)), "posterize": ("PosterizeIncreasing", (0.7, 0.9)),
@@ -77,8 +77,8 @@ def of_timm(image: Image.Image) -> dict[str, Image.Image]:
         operation = by_name[theirs]
         operation.prob, operation.magnitude_std = 1.0, 0
         for amount in amounts:
-            operation.magnitude = 10 * abs(amount)
-            with mock.patch.object(timm_ops, "_randomly_negate", lambda value, sign=np.sign(amount): sign * value):
+            operation.magnitude, side_of_half = 10 * abs(amount), float(amount < 0)  # timm negates what is above a half
+            with mock.patch("random.random", return_value=side_of_half):
                 made[f"{name}/{amount}"] = operation(image)
     return made
 
