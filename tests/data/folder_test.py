@@ -30,7 +30,8 @@ def fresh_listing():
 
 
 def load(root, split="train", eval_split="test"):
-    data = ConfigDict({"source": "folder", "path": str(root), "train_split": "train", "eval_split": eval_split})
+    data = ConfigDict({"source": "folder", "path": str(root), "train_split": "train", "val_split": "",
+                       "eval_split": eval_split, "mask_key": str(masks or ""), "mask_offset": 0})
     return sources.load(data, split)
 
 
