@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.data import orders
 from mae_jax.data.augment import augment, centre
-from mae_jax.data.decode import IGNORED, BadPicture, Picture, opencv
+from mae_jax.data.decode import IGNORED, Picture, opencv
 from mae_jax.data.random import rng
 from mae_jax.data.sources import UNLABELLED, Example
 
@@ -33,7 +33,7 @@ class Views:
         """Returns the augmented view that belongs to a position of the run; raises BadPicture."""
         picture = Picture(example.picture, fast=self._config.data.resize == "fast")
         draws = rng(self._config.seed, "augment", position)
-        pixels, mask = augment(picture, draws, self._config, self._mask(example, picture))
+        pixels, mask = augment(picture, draws, self._config, self._mask(example))
         return {**self._labels(example), **self._cut(pixels, mask, rng(self._config.seed, "order", position))}
 
     def evaluate(self, example: Example, index: int, ratio: float) -> Fields:
@@ -42,25 +42,20 @@ class Views:
         Raises:
           BadPicture: the picture, or its mask, cannot be used.
         """
-        picture = Picture(example.picture)
-        pixels, mask = centre(picture, self._config, ratio, self._mask(example, picture))
+        pixels, mask = centre(Picture(example.picture), self._config, ratio, self._mask(example))
         return {**self._labels(example), **self._cut(pixels, mask, rng(0, "evaluate", index))}
 
     def grey(self, draws: np.random.Generator) -> Fields:
         """Returns what stands in for a picture: for an unreadable one, and as padding of an evaluation."""
         size = tuple(self._config.data.image_size)
-        fields = self._cut(np.full((*size, 3), GREY, np.uint8), np.full(size, IGNORED, np.uint8), draws)
+        mask = np.full(size, IGNORED, np.uint8) if "mask" in self._spec else None
+        fields = self._cut(np.full((*size, 3), GREY, np.uint8), mask, draws)
         if "labels" in self._spec:
             fields["labels"] = np.zeros(self._spec["labels"].shape[1:], np.uint8)
         return {**fields, "label": UNLABELLED, "valid": 0.0}
 
-    def _mask(self, example: Example, picture: Picture) -> np.ndarray | None:
-        if "mask" not in self._spec or example.mask is None:
-            return None
-        height, width = example.mask.shape
-        if (height, width) != (picture.height, picture.width):
-            raise BadPicture(f"its mask is {width} x {height}, the picture {picture.width} x {picture.height}")
-        return example.mask
+    def _mask(self, example: Example) -> np.ndarray | None:
+        return example.mask if "mask" in self._spec else None
 
     def _labels(self, example: Example) -> Fields:
         return {"label": example.label, **({} if example.labels is None else {"labels": example.labels})}
