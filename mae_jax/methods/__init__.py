@@ -3,8 +3,9 @@
 from mae_jax.errors import UserError, nearest
 from mae_jax.methods.base import Method
 from mae_jax.methods.mae import MAE
+from mae_jax.methods.segment import Segment
 
-TABLE: dict[str, type[Method]] = {"mae": MAE}
+TABLE: dict[str, type[Method]] = {"mae": MAE, "segment": Segment}
 
 
 def get(name: str) -> type[Method]:
