@@ -9,7 +9,9 @@ from ml_collections import ConfigDict
 from mae_jax.errors import UserError
 from mae_jax.flops import blocks_flops
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params
-from mae_jax.models.vit import make_encoder
+from mae_jax.models.heads import Head
+from mae_jax.models.layers import drop_path
+from mae_jax.models.vit import drop_path_rates, make_encoder
 from mae_jax.ops import segment
 from mae_jax.ops.patches import grid, normalize, patch_values
 from mae_jax.params import path
@@ -27,7 +29,7 @@ class Segment(Method):
 
     defaults = {
         "classes": 2,  # of the pixels
-        "first_class": 0,  # value of the first class in the stored masks; values below are ignored, and so is 255
+        "first_class": 0,  # value of the first class in the stored masks; pixels of no class are ignored
         "block": -1,  # whose tokens are classified; -1: the last, after the encoder's norm
         "train_blocks": 0,  # how many of the last blocks learn with the head; -1: the whole encoder
     }
@@ -47,6 +49,7 @@ class Segment(Method):
         super().__init__(config)
         self.encoder = make_encoder(config)
         self.grid, self.patch = grid(config), tuple(config.model.patch)
+        self.head = Head(config.method.classes, HEAD_STD)
         self.depth = config.method.block + 1 or config.model.depth  # how many blocks run
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -66,35 +69,39 @@ class Segment(Method):
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
         encoder_key, head_key = jax.random.split(key)
-        encoder = self.encoder.init(encoder_key, normalize(batch["patches"][:1]), batch["order"][:1])
-        shape = (self.config.model.width, self.config.method.classes)
-        head = {"kernel": HEAD_STD * jax.random.normal(head_key, shape), "bias": jnp.zeros(shape[1])}
-        return {"encoder": encoder["params"], "head": head}, {}
+        tokens, encoder = self.encoder.init_with_output(
+            encoder_key, normalize(batch["patches"][:1]), batch["order"][:1])
+        head = self.head.init(head_key, tokens.astype(jnp.float32))
+        return {"encoder": encoder["params"], "head": head["params"]}, {}
 
-    def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1) -> jax.Array:
+    def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1,
+               keep: jax.Array | None = None) -> jax.Array:
         pixels = normalize(batch["patches"])
-        return self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], block=block)
+        return self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], block=block, keep=keep)
 
-    def pixel_logits(self, params: Params, extras: Extras, batch: Batch) -> jax.Array:
-        """Returns float32 [B, height, width, C]."""
-        tokens = self.encode(params, extras, batch, self.config.method.block)[:, 1:].astype(jnp.float32)
+    def pixel_logits(self, params: Params, extras: Extras, batch: Batch, keep: jax.Array | None = None) -> jax.Array:
+        """Returns float32 [B, height, width, C]; `keep` is that of the encoder."""
+        tokens = self.encode(params, extras, batch, self.config.method.block, keep)[:, 1:].astype(jnp.float32)
         if self.config.method.block >= 0:
             tokens = jax.nn.standardize(tokens, epsilon=EPS)
-        logits = tokens @ params["head"]["kernel"] + params["head"]["bias"]
+        logits = self.head.apply({"params": params["head"]}, tokens)
         return segment.upsample(logits.reshape(-1, *self.grid, logits.shape[-1]), self.patch)
 
     def pixel_classes(self, batch: Batch) -> jax.Array:
-        """Returns uint8 [B, height, width]: classes from 0; 255 where nothing counts, in all of an invalid picture."""
-        mask, first = segment.pixels(batch["mask"], self.grid, self.patch), self.config.method.first_class
-        known = (mask >= first) & (mask != segment.IGNORED) & (batch["valid"] > 0)[:, None, None]
-        return jnp.where(known, mask - jnp.uint8(first), segment.IGNORED).astype(jnp.uint8)
+        """Returns uint8 [B, height, width]: classes from 0; 255 for pixels of no class, and in invalid pictures."""
+        first, classes = self.config.method.first_class, self.config.method.classes
+        mask = segment.pixels(batch["mask"], self.grid, self.patch).astype(jnp.int32) - first
+        known = (mask >= 0) & (mask < classes) & (batch["valid"] > 0)[:, None, None]
+        return jnp.where(known, mask, segment.IGNORED).astype(jnp.uint8)
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
         """Cross-entropy, the mean over all pixels of the batch that have a class."""
         params = jax.tree_util.tree_map_with_path(
             lambda keys, leaf: leaf if self.learns(path(keys)) else jax.lax.stop_gradient(leaf), params)
-        logits, classes = self.pixel_logits(params, extras, batch), self.pixel_classes(batch)
+        rates, images = drop_path_rates(self.config), batch["order"].shape[0]
+        keep = drop_path(key, rates, images) if train and rates.any() else None
+        logits, classes = self.pixel_logits(params, extras, batch, keep), self.pixel_classes(batch)
         weight = (classes != segment.IGNORED).sum(dtype=jnp.float32)
         total = segment.cross_entropy(logits, classes).sum()
         right = (logits.argmax(-1) == classes).sum(dtype=jnp.float32)

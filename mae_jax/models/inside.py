@@ -24,7 +24,7 @@ def between_blocks(encoder: Encoder, params: Any, patches: jax.Array, order: jax
       order: int32 [B, T], the raster index of each token.
     """
     x = encoder.clone(depth=0).apply({"params": params}, patches, order, block=0)
-    block = Block(encoder.heads, encoder.mlp_ratio, encoder.gelu, encoder.dtype)
+    block = Block(encoder.heads, encoder.mlp_ratio, encoder.gelu, encoder.dtype, encoder.layer_scale)
     for index in range(encoder.depth):
         yield x
         x = block.apply({"params": params[block_name(index)]}, x)
