@@ -29,20 +29,20 @@ def test_logits_are_upsampled_as_pillow_upsamples_bilinearly():
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_pixels_that_have_a_class():
-    config = tiny_segment({"method.first_class": 1})
+    config = tiny_segment()
     method, batch = tiny_method(config), tiny_segment_batch(config)
     batch["valid"][2] = 0
     logits = np.random.default_rng(1).normal(size=(8, 16, 16, 3)).astype(np.float32)
     method.pixel_logits = lambda *_: jnp.asarray(logits)
     loss, (metrics, _) = method.loss({}, {}, batch, None, 0, False)
     mask = batch["mask"].reshape(8, 4, 4, 4, 4).swapaxes(2, 3).reshape(8, 16, 16)
-    known = (mask >= 1) & (mask <= 3) & (batch["valid"] > 0)[:, None, None]
+    known = (mask < 3) & (batch["valid"] > 0)[:, None, None]
     assert 0 < known.sum() < mask.size / 2
     chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    wanted = [-np.log(chances[i, y, x, mask[i, y, x] - 1]) for i, y, x in np.argwhere(known)]
+    wanted = [-np.log(chances[i, y, x, mask[i, y, x]]) for i, y, x in np.argwhere(known)]
     np.testing.assert_allclose(loss, np.mean(wanted), rtol=1e-5)
     assert metrics["loss"][1] == known.sum()
-    right = (logits.argmax(-1) == mask.astype(int) - 1)[known].sum()
+    right = (logits.argmax(-1) == mask)[known].sum()
     assert metrics["pixel_accuracy"] == (right, known.sum())
 
 
@@ -110,9 +110,8 @@ def test_flops_agree_with_the_compilers_count_of_the_forward_pass():
 
 
 @pytest.mark.parametrize(("fields", "line"), [
-    ({"method.classes": 1}, "method.classes=1 from method.first_class=0; expected at least 2"),
-    ({"method.classes": 255, "method.first_class": 1}, "values from 0 to 254"),
-    ({"method.first_class": -1}, "method.first_class=-1"),
+    ({"method.classes": 1}, "method.classes=1; expected 2 to 255"),
+    ({"method.classes": 256}, "method.classes=256; expected 2 to 255"),
     ({"method.block": 2}, "method.block=2; expected 0 to 1"),
     ({"method.train_blocks": 3}, "method.train_blocks=3; expected 0 to 2"),
 ])

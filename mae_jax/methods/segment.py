@@ -28,8 +28,7 @@ class Segment(Method):
     """
 
     defaults = {
-        "classes": 2,  # of the pixels
-        "first_class": 0,  # value of the first class in the stored masks; pixels of no class are ignored
+        "classes": 2,  # of the pixels, as numbers from 0; pixels of higher numbers are ignored
         "block": -1,  # whose tokens are classified; -1: the last, after the encoder's norm
         "train_blocks": 0,  # how many of the last blocks learn with the head; -1: the whole encoder
     }
@@ -37,9 +36,8 @@ class Segment(Method):
     @staticmethod
     def validate(config: ConfigDict) -> None:
         m, depth = config.method, config.model.depth
-        if m.first_class < 0 or not 2 <= m.classes <= segment.IGNORED - m.first_class:
-            raise UserError(f"method.classes={m.classes} from method.first_class={m.first_class}; expected at least 2 "
-                            f"classes, and values from 0 to {segment.IGNORED - 1}")
+        if not 2 <= m.classes <= segment.IGNORED:
+            raise UserError(f"method.classes={m.classes}; expected 2 to {segment.IGNORED}")
         if not -1 <= m.block < depth:
             raise UserError(f"method.block={m.block}; expected 0 to {depth - 1}, or -1 for the last")
         if not -1 <= m.train_blocks <= depth:
@@ -88,11 +86,10 @@ class Segment(Method):
         return segment.upsample(logits.reshape(-1, *self.grid, logits.shape[-1]), self.patch)
 
     def pixel_classes(self, batch: Batch) -> jax.Array:
-        """Returns uint8 [B, height, width]: classes from 0; 255 for pixels of no class, and in invalid pictures."""
-        first, classes = self.config.method.first_class, self.config.method.classes
-        mask = segment.pixels(batch["mask"], self.grid, self.patch).astype(jnp.int32) - first
-        known = (mask >= 0) & (mask < classes) & (batch["valid"] > 0)[:, None, None]
-        return jnp.where(known, mask, segment.IGNORED).astype(jnp.uint8)
+        """Returns uint8 [B, height, width]: classes, or 255 for pixels without one and all of invalid pictures."""
+        mask = segment.pixels(batch["mask"], self.grid, self.patch)
+        known = (mask < self.config.method.classes) & (batch["valid"] > 0)[:, None, None]
+        return jnp.where(known, mask, jnp.uint8(segment.IGNORED))
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
