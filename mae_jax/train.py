@@ -13,8 +13,8 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from mae_jax import cli, distributed, methods, optim, params, phases, sharding, workdir
-from mae_jax.checkpoint import Checkpoints, load_params
+from mae_jax import cli, distributed, methods, optim, params, phases, sharding, warm_start, workdir
+from mae_jax.checkpoint import Checkpoints
 from mae_jax.config import default, profile_steps, steps, validate
 from mae_jax.errors import GuardError, UserError
 from mae_jax.evals.evaluate import Evaluator
@@ -58,7 +58,8 @@ def prepare(config: ConfigDict, folder: epath.Path) -> Run:
     if total < 1:
         raise UserError(f"train.duration={config.train.duration!r} is less than one step: {inputs.num_train} examples, "
                         f"batch_size={config.batch_size}")
-    return Run(config, folder, Program(config, mesh, inputs.num_train), inputs, total)
+    program = Program(type(method).fitted(config, inputs.classes), mesh, inputs.num_train)
+    return Run(config, folder, program, inputs, total)
 
 
 def device_batches(run: Run, start: int) -> Iterator[Batch]:
@@ -72,11 +73,9 @@ def device_batches(run: Run, start: int) -> Iterator[Batch]:
 
 def initial_state(run: Run) -> TrainState:
     """Makes the state before the first step, from `init_from` where it is given."""
-    if run.config.init_from:
-        loaded = load_params(run.config.init_from, ema=True)  # what evaluations measured
     state = run.program.init(sharding.to_devices(next(run.inputs.train(0)), run.program.mesh, run.config.batch_size))
     if run.config.init_from:
-        merged, report = params.merge(state.params, loaded)
+        merged, report = warm_start.start(run.config, state.params)
         logger.info("init_from %s: %s", run.config.init_from, report)
         state = state._replace(params=merged, ema=jax.tree.map(lambda x: x.copy(), merged) if state.ema else {})
     return state
