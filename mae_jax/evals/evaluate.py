@@ -86,9 +86,9 @@ class Evaluator:
 
     def _probes(self, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray],
                 name: str) -> dict[str, float]:
-        classes = len(self.inputs.classes)
+        classes, settings = len(self.inputs.classes), self.method.config.eval
         return {f"eval/linear/{name}": linear.top1(train, test, classes),
-                f"eval/knn/{name}": knn.top1(train, test, classes, self.method.config.eval.knn_k)}
+                f"eval/knn/{name}": knn.top1(train, test, classes, settings.knn_k, settings.knn_temperature)}
 
     def features(self, state: TrainState) -> tuple[np.ndarray, np.ndarray]:
         """Returns (features [n, D], labels [n]) of the training split under the evaluation's preprocessing."""
