@@ -30,6 +30,7 @@ setup(
         "orbax-checkpoint>=0.12,<0.13",
         "pillow>=11",
         "safetensors>=0.5",
+        "matplotlib>=3.9",  # the plot of mae_jax.transfer
         "scikit-image>=0.25",  # with scikit-learn: the photographs of the quickstart
         "scikit-learn>=1.6",
         "tensorboard>=2.19",  # clu's metric writers import it and do not declare it

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -187,7 +188,7 @@ def look(config: ConfigDict, folder: epath.Path) -> None:
     import jax
 
     from mae_jax import train, workdir
-    from mae_jax.evals.evaluate import Evaluator
+    from mae_jax.judge import Judge
     from mae_jax.metrics import Recorder
 
     run = train.opened(config, str(folder))
@@ -197,7 +198,8 @@ def look(config: ConfigDict, folder: epath.Path) -> None:
         state = train.initial_state(run)
         workdir.record(run.workdir, config)
         recorder = Recorder(run.workdir, 0, config.log.tensorboard)
-        train.evaluate_into(recorder, Evaluator(run.program.method, run.inputs, run.program.mesh), state, 0)
+        judge, began = Judge(run, recorder), time.monotonic()
+        judge.write(state, 0, judge.at_the_end(state, {}), began)
         recorder.close()
     workdir.replace_text(run.workdir / "DONE", "0\n")
 

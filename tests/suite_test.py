@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from mae_jax import methods, train
+from mae_jax import train
 from mae_jax.checkpoint import load_params, save_params
 from mae_jax.config import default
 from mae_jax.errors import UserError
@@ -48,20 +48,6 @@ def linear(config):
 def held(config):
     config.data.update(val_split="train[64:96]", eval_split="")
 """
-
-
-@pytest.fixture(autouse=True)
-def _accuracies(monkeypatch):
-    """Adds the accuracies to what an evaluation measures."""
-    def loss(self, params, extras, batch, key, step, train):
-        total, (metrics, extras) = real(self, params, extras, batch, key, step, train)
-        if not train:
-            right = (self.logits(params, extras, batch).argmax(-1) == batch["label"]) * batch["valid"]
-            metrics |= {name: (right.sum(), batch["valid"].sum()) for name in ("top1", "mean_per_class")}
-        return total, (metrics, extras)
-
-    real = methods.get("supervised").loss
-    monkeypatch.setattr(methods.get("supervised"), "loss", loss)
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +167,22 @@ def test_a_signal_stops_the_whole_suite_and_the_same_command_goes_on(tmp_path, e
     assert some.run(cells) == 0
     lines = [json.loads(line) for line in (tmp_path / "out" / "more" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("_shared_compilations")
+def test_a_learning_rate_is_chosen_without_the_test_data_and_then_trained_as_the_recipe_says(tmp_path, encoder):
+    some = suite(tmp_path, encoder, lrs=[1e-9, 0.05])
+    assert some.run([Cell("crops")]) == 0
+    (row,) = results(tmp_path)
+    scores = {}
+    for lr in (1e-9, 0.05):
+        folder = tmp_path / "out" / "crops" / f"lr_{lr:g}"
+        text = (folder / "metrics.jsonl").read_text()
+        assert "eval/" not in text
+        scores[lr] = measured(epath.Path(folder), "top1", "val")[1]
+    assert row["lr"] == max(scores, key=scores.get)
+    chosen = json.loads((tmp_path / "out" / "crops" / "config.json").read_text())["config"]
+    assert (chosen["optim"]["lr"], chosen["data"]["val_split"]) == (row["lr"], "")
 
 
 def test_a_metric_that_was_not_measured_is_named_with_those_that_were(tmp_path):
