@@ -107,7 +107,8 @@ def _check_validation(data: ConfigDict) -> None:
     """Raises UserError when pictures that choose checkpoints would be trained on."""
     from mae_jax.data import splits
 
-    if data.val_split and splits.overlap(splits.parse(data.train_split), splits.parse(data.val_split)):
+    trained, held_out = (splits.parts(text) if text else [] for text in (data.train_split, data.val_split))
+    if any(splits.overlap(one, other) for one in trained for other in held_out):
         raise UserError(f"data.val_split={data.val_split!r} shares pictures with data.train_split="
                         f"{data.train_split!r}; write for example 'train[90%:]' and 'train[:90%]'")
 

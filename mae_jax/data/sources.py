@@ -1,10 +1,11 @@
 """The table of sources, and what a source with random access is."""
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -61,16 +62,26 @@ class Source:
             return self
         return self.only(np.arange(start, stop))
 
+    def joined(self, other: "Source") -> "Source":
+        """Returns the examples of both, this one's first; `other` has the same classes and fields."""
+        def of(what: str) -> Callable[[int], Any]:
+            ours, theirs = getattr(self, what), getattr(other, what)
+            return lambda i: ours(i) if i < self.size else theirs(i - self.size)
+
+        return Source(self.size + other.size, of("read"), of("name"), self.classes, self.fields)
+
 
 def load(data: ConfigDict, expression: str) -> "Source | Stream":
-    """Opens one split of the config's source.
+    """Opens one split of the config's source, or a sum of several ('train+validation').
 
     Raises:
-      UserError: an unknown source or split, nothing there, or an empty split.
+      UserError: an unknown source or split, nothing there, an empty split, or a sum that cannot be read.
     """
     if data.source not in MODULES:
         raise UserError(f"unknown data.source {data.source!r}; {nearest(data.source, [*MODULES, 'batches'])}")
-    source = importlib.import_module(MODULES[data.source]).load(data, splits.parse(expression))
+    module = importlib.import_module(MODULES[data.source])
+    source = functools.reduce(lambda one, other: one.joined(other),
+                              [module.load(data, split) for split in splits.parts(expression)])
     if not source.size:
         raise UserError(f"the split {expression!r} of data.source={data.source!r} has no pictures")
     return source

@@ -1,4 +1,4 @@
-"""Split expressions: 'train', 'test[:10%]', 'train[100:500]', with the meaning that TFDS gives them."""
+"""Split expressions: 'train', 'test[:10%]', 'train[100:500]', 'train+validation', with TFDS's meaning."""
 
 import hashlib
 import os
@@ -52,6 +52,11 @@ def parse(expression: str) -> Split:
     return split
 
 
+def parts(expression: str) -> list[Split]:
+    """Reads a sum of splits, 'train+validation', or a single one; raises UserError."""
+    return [parse(part) for part in expression.split("+")]
+
+
 def _index(bound: str, size: int) -> int:
     """Converts a bound to an index; percents round to the closest example, as TFDS does."""
     if bound.endswith("%"):
@@ -73,7 +78,7 @@ def overlap(one: Split, other: Split) -> bool:
 def holds_out(data: ConfigDict) -> bool:
     """Whether the config takes a held-out part from data that come without splits."""
     used = (data.train_split, data.val_split, data.eval_split)
-    return any(parse(text).name in HELD_OUT for text in used if text)
+    return any(split.name in HELD_OUT for text in used if text for split in parts(text))
 
 
 def part(name: str, held_out: bool) -> tuple[float, float]:

@@ -12,7 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -59,6 +59,16 @@ class Stream:
         """Returns the example of a parsed record; raises BadPicture for a mask that does not decode."""
         return Example(picture, label, labels if self.multi_label else None,
                        decode_mask(mask, self.mask_offset) if self.mask_key else None)
+
+    def joined(self, other: "Stream") -> "Stream":
+        """Returns the records of both splits, this one's first; raises UserError where one is cut at the seam."""
+        if self.start + self.size < sum(self.counts) or other.start:
+            raise UserError("a sum of slices of TFRecord files needs the end of the first and the start of the second; "
+                            "write for example 'train+validation'")
+        size = self.size + other.size
+        mean_bytes = (self.mean_bytes * self.size + other.mean_bytes * other.size) / max(size, 1)
+        return replace(self, files=self.files + other.files, counts=self.counts + other.counts, size=size,
+                       mean_bytes=mean_bytes)
 
     def name(self, record: int) -> str:
         """Returns what to call a record, numbered over all files."""

@@ -1,7 +1,10 @@
+import numpy as np
 import pytest
 
-from mae_jax.data import splits
+from mae_jax import data
+from mae_jax.data import sources, splits
 from mae_jax.errors import UserError
+from tests.tiny import tiny_config, tiny_method
 
 
 @pytest.mark.parametrize(("expression", "bounds"), [
@@ -20,3 +23,22 @@ def test_complementary_percents_share_nothing_and_lose_nothing():
 def test_other_expressions_are_refused_with_an_example(expression):
     with pytest.raises(UserError, match=r"train|100%"):
         splits.parse(expression)
+
+
+def test_a_sum_of_splits_has_the_examples_of_the_one_and_then_of_the_other():
+    config = tiny_config().data
+    whole = sources.load(config, "train[:10]+test[5:8]+train[20:21]")
+    parts = [sources.load(config, text) for text in ("train[:10]", "test[5:8]", "train[20:21]")]
+    assert whole.size == 14
+    examples = [part.read(i) for part in parts for i in range(part.size)]
+    for i, example in enumerate(examples):
+        np.testing.assert_array_equal(whole.read(i).picture, example.picture)
+        assert whole.read(i).label == example.label
+    assert whole.name(13) == parts[2].name(0)
+    assert whole.classes == parts[0].classes
+
+
+def test_what_is_trained_on_in_a_sum_may_not_choose():
+    config = tiny_config({"data.train_split": "test+train[:50%]", "data.val_split": "train[40%:60%]"})
+    with pytest.raises(UserError, match="shares pictures"):
+        data.build(config, tiny_method(config).batch_spec(), tiny_method(config).order())

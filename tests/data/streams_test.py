@@ -334,6 +334,20 @@ def test_slices_of_a_stream_are_ranges_of_records(shards):
     assert stream.name(5).endswith("train-1.tfrecord, record 2")
 
 
+def test_a_sum_of_streams_reads_the_files_of_both_and_not_what_a_slice_left_out(shards):
+    c = plain_config(shards).data
+    both, train, test = (sources.load(c, text) for text in ("train+test", "train", "test"))
+    assert both.size == train.size + test.size
+    assert both.instructions(0, both.size) == [
+        *train.instructions(0, train.size),
+        *((file + len(train.files), *part) for file, *part in test.instructions(0, test.size))]
+    assert [both.name(train.size + i) for i in range(test.size)] == [test.name(i) for i in range(test.size)]
+    assert sources.load(c, "train[5:]+test[:2]").size == train.size - 5 + min(2, test.size)
+    for text in ("train[:5]+test", "train+test[1:]"):
+        with pytest.raises(UserError, match="write for example 'train\\+validation'"):
+            sources.load(c, text)
+
+
 @pytest.mark.parametrize(("path", "text"), [
     ("nothing-*", "no file fits"), ("", "no file fits"), ("*.txt", "no TFRecord")])
 def test_files_that_are_not_there_are_refused(tmp_path, path, text):
