@@ -16,13 +16,13 @@ from mae_jax.metrics import Means
 from mae_jax.ops.layout import constrain
 from mae_jax.ops.patches import assemble
 from mae_jax.ops.segment import IGNORED, confusion
-from mae_jax.step import TrainState, stream_key
+from mae_jax.step import stream_key
 
 GREY = 127  # of pixels that count nowhere
 CAPTIONS = ("input", "truth", "prediction")
 
 
-def scores(method: Method, state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
+def scores(method: Method, params: Any, extras: Any, batches: Iterable[Batch]) -> dict[str, float]:
     """Returns the means of the loss's metrics, and 'miou', over all pixels of the batches, exact on any devices.
 
     At the model's size and under the evaluation's crop: not comparable with figures at the pictures' own size.
@@ -30,7 +30,7 @@ def scores(method: Method, state: TrainState, batches: Iterable[Batch]) -> dict[
     means, classes = Means(), method.config.method.classes
     table = np.zeros((classes, classes), np.int64)
     for batch in batches:
-        counts, metrics = jax.device_get(_counter(method)(state, batch))
+        counts, metrics = jax.device_get(_counter(method)(params, extras, batch))
         means.add(metrics)
         table += counts
     return means.take("") | {"miou": miou(table)}
@@ -43,12 +43,12 @@ def miou(table: np.ndarray) -> float:
 
 
 @functools.lru_cache(maxsize=8)
-def _counter(method: Method) -> Callable[[TrainState, Batch], tuple[jax.Array, Metrics]]:
+def _counter(method: Method) -> Callable[..., tuple[jax.Array, Metrics]]:
     """Returns the compiled function to a confusion table and metrics; kept from one evaluation to the next."""
-    def count(state: TrainState, batch: Batch) -> tuple[jax.Array, Metrics]:
-        params, key = state.ema or state.params, stream_key(method.config.seed, 0, "evaluate")
-        _, (metrics, _) = method.loss(params, state.extras, batch, key, state.step, False)
-        predicted = method.pixel_logits(params, state.extras, batch).argmax(-1)
+    def count(params: Any, extras: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
+        key = stream_key(method.config.seed, 0, "evaluate")
+        _, (metrics, _) = method.loss(params, extras, batch, key, 0, False)
+        predicted = method.pixel_logits(params, extras, batch).argmax(-1)
         table = confusion(predicted, method.pixel_classes(batch), method.config.method.classes)
         return jax.tree.map(constrain, (table, metrics))
 
