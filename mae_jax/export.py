@@ -34,7 +34,7 @@ def export(source: str, to: str, layout: str) -> int:
     elif file.suffix != ".safetensors":
         raise UserError(f"--to={to}: the file's name must end in .safetensors")
     folder = workdir.locate(source)
-    config = workdir.read_config(folder.parent.parent if folder.parent.name == "checkpoints" else folder)
+    config = workdir.read_config(workdir.of_checkpoint(folder))
     tree = load_params(folder, ema=True)  # what evaluations measured
     if layout != "mae_jax":
         tree = {"hf": to_hf, "mae": to_mae}[layout](tree, grid(config), config.model.patch)

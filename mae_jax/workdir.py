@@ -80,13 +80,34 @@ def read_config(workdir: epath.Path) -> ConfigDict:
     if not file.exists():
         raise UserError(f"{workdir} holds no config.json: not a workdir of mae_jax")
     try:
-        stored = configs.from_dict(json.loads(file.read_text())["config"])
-        # A field that the stored config lacks is younger than the run, which had what is now its default.
-        config = configs.default(stored.method.name).unlock()
-        config.update(stored)
-        return config.lock()
+        return _completed(json.loads(file.read_text())["config"])
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{file} is damaged: {error}") from None
+
+
+def _completed(values: dict[str, Any]) -> ConfigDict:
+    """Makes a config of what was stored; a field that it lacks is younger and had what is now its default."""
+    stored = configs.from_dict(values)
+    config = configs.default(stored.method.name).unlock()
+    config.update(stored)
+    return config.lock()
+
+
+def of_checkpoint(path: epath.Path) -> epath.Path:
+    """Returns the workdir that a path is, or that a step's folder lies in."""
+    return path.parent.parent if path.parent.name == "checkpoints" else path
+
+
+def config_of(source: str) -> ConfigDict | None:
+    """Returns the config behind parameters: a workdir's, a step's folder's or an exported file's; None without one."""
+    path = locate(source)
+    if path.suffix != ".safetensors":
+        folder = of_checkpoint(path)
+        return read_config(folder) if (folder / "config.json").exists() else None
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    text = header.get("__metadata__", {}).get("config")
+    return _completed(json.loads(text)) if text else None
 
 
 def compare(old: ConfigDict, new: ConfigDict) -> list[str]:

@@ -16,6 +16,11 @@ Extras = dict[str, Any]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name → (sum, weight)
 
 
+def pool(tokens: jax.Array, how: str) -> jax.Array:
+    """Pools tokens [B, 1 + N, D], class token first, to float32 features [B, D]: 'cls' or 'mean' of the patches."""
+    return tokens[:, 0].astype(jnp.float32) if how == "cls" else tokens[:, 1:].mean(1, dtype=jnp.float32)
+
+
 class Method:
     """Base of all methods; B images, N patches of P values each."""
 
@@ -29,6 +34,11 @@ class Method:
     @staticmethod
     def validate(config: ConfigDict) -> None:
         """Raises UserError for own fields that cannot work."""
+
+    @staticmethod
+    def fitted(config: ConfigDict, classes: tuple[str, ...]) -> ConfigDict:
+        """Returns the config with what only the data tell; raises UserError for data that the method cannot use."""
+        return config
 
     def order(self) -> Order:
         """Returns how the host draws `order`."""

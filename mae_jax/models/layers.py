@@ -14,6 +14,10 @@ from mae_jax.ops.layout import ROWS, constrain
 
 EPS = 1e-6  # layer norm, as in MAE and timm
 TOKEN_STD = 0.02  # initial deviation of class and mask tokens, as published
+INITS = {  # of kernels: MAE A.1; DeiT
+    "xavier": nn.initializers.xavier_uniform(),
+    "normal": nn.initializers.normal(TOKEN_STD),
+}
 GELUS = {"erf": gelu, "tanh": lambda x: nn.gelu(x, approximate=True)}
 REMATS: dict[str, Callable[..., Any] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -50,8 +54,20 @@ def embed_positions(grid: tuple[int, int], width: int, order: jax.Array, dtype: 
     return jax.lax.platform_dependent(order, tpu=one_hot, default=lambda order: table[order])
 
 
+def drop_path(key: jax.Array, rates: np.ndarray, images: int) -> jax.Array:
+    """Draws stochastic depth (arXiv 1603.09382): float32 [depth, 2, B], what each image's branches are multiplied by.
+
+    A branch is dropped with the rate of its block, and what stays is scaled up, so that its mean stays (timm).
+
+    Args:
+      rates: [depth], each below 1.
+    """
+    keep = 1 - jnp.asarray(rates, jnp.float32)[:, None, None]
+    return jax.random.bernoulli(key, keep, (len(rates), 2, images)) / keep
+
+
 class Dense(nn.Module):
-    """A linear layer over the last axis with Xavier-uniform weights and zero bias (MAE A.1).
+    """A linear layer over the last axis with zero bias.
 
     `split` is the dimension of the kernel that devices along `tensor` share: 'in', 'out' or none.
     """
@@ -59,10 +75,11 @@ class Dense(nn.Module):
     features: int
     dtype: Any
     split: str = ""
+    init: str = "xavier"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features))
+        kernel = self.param("kernel", INITS[self.init], (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return linear(x.astype(self.dtype), kernel, bias, self.split)
 
@@ -74,11 +91,12 @@ class DenseQKV(nn.Module):
     """
 
     dtype: Any
+    init: str = "xavier"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> list[jax.Array]:
         width = x.shape[-1]
-        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (width, 3 * width)).reshape(width, 3, width)
+        kernel = self.param("kernel", INITS[self.init], (width, 3 * width)).reshape(width, 3, width)
         bias = self.param("bias", nn.initializers.zeros, (3 * width,)).reshape(3, width)
         return [linear(x.astype(self.dtype), kernel[:, i], bias[i], "out") for i in range(3)]
 
@@ -88,16 +106,27 @@ def layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=EPS, dtype=dtype, use_fast_variance=False, name=name)
 
 
+class LayerScale(nn.Module):
+    """Multiplies the channels of a branch by learned factors (CaiT, arXiv 2103.17239, equation 4)."""
+
+    first: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x * self.param("gamma", nn.initializers.constant(self.first), (x.shape[-1],)).astype(x.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over tokens [B, T, D]; the softmax is float32."""
 
     heads: int
     dtype: Any
+    init: str = "xavier"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        out = attention(*DenseQKV(self.dtype, name="qkv")(x), self.heads)
-        return Dense(x.shape[-1], self.dtype, "in", name="proj")(out)
+        out = attention(*DenseQKV(self.dtype, self.init, name="qkv")(x), self.heads)
+        return Dense(x.shape[-1], self.dtype, "in", self.init, name="proj")(out)
 
 
 class Mlp(nn.Module):
@@ -106,26 +135,39 @@ class Mlp(nn.Module):
     ratio: int
     gelu: str
     dtype: Any
+    init: str = "xavier"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = GELUS[self.gelu](Dense(self.ratio * x.shape[-1], self.dtype, "out", name="fc1")(x))
-        return Dense(x.shape[-1], self.dtype, "in", name="fc2")(hidden)
+        hidden = GELUS[self.gelu](Dense(self.ratio * x.shape[-1], self.dtype, "out", self.init, name="fc1")(x))
+        return Dense(x.shape[-1], self.dtype, "in", self.init, name="fc2")(hidden)
 
 
 class Block(nn.Module):
-    """One pre-norm Transformer block over tokens [B, T, D]."""
+    """One pre-norm Transformer block over tokens [B, T, D]; its branches are scaled, and dropped, where that is asked.
+
+    `keep`, float32 [2, B], is a block's part of `drop_path`.
+    """
 
     heads: int
     mlp_ratio: int
     gelu: str
     dtype: Any
+    layer_scale: float = 0.0
+    init: str = "xavier"
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+        def branch(out: jax.Array, number: int) -> jax.Array:
+            if self.layer_scale:
+                out = LayerScale(self.layer_scale, name=f"ls{number + 1}")(out)
+            return out if keep is None else out * keep[number, :, None, None].astype(out.dtype)
+
         x = constrain(x, ROWS)
-        x = x + Attention(self.heads, self.dtype, name="attn")(layer_norm(self.dtype, "norm1")(x))
-        return x + Mlp(self.mlp_ratio, self.gelu, self.dtype, name="mlp")(layer_norm(self.dtype, "norm2")(x))
+        attend = Attention(self.heads, self.dtype, self.init, name="attn")
+        mlp = Mlp(self.mlp_ratio, self.gelu, self.dtype, self.init, name="mlp")
+        x = x + branch(attend(layer_norm(self.dtype, "norm1")(x)), 0)
+        return x + branch(mlp(layer_norm(self.dtype, "norm2")(x)), 1)
 
 
 class Blocks(nn.Module):
@@ -143,28 +185,33 @@ class Blocks(nn.Module):
     dtype: Any
     scan: bool
     remat: str
+    layer_scale: float = 0.0
+    init_kind: str = "xavier"
 
-    def run_blocks(self, x: jax.Array, depth: int | None = None) -> jax.Array:
-        """Applies the first `depth` blocks (all when None) to tokens [B, T, D]."""
-        def block(index: int) -> Block:
-            return Block(self.heads, self.mlp_ratio, self.gelu, self.dtype, name=f"block_{index:02d}")
+    def run_blocks(self, x: jax.Array, depth: int | None = None, keep: jax.Array | None = None) -> jax.Array:
+        """Applies the first `depth` blocks (all when None) to tokens [B, T, D].
 
-        blocks = [block(i) for i in range(self.depth)]
+        Args:
+          keep: float32 [depth, 2, B] of `drop_path`; None: nothing is dropped.
+        """
+        shape = (self.heads, self.mlp_ratio, self.gelu, self.dtype, self.layer_scale, self.init_kind)
+        blocks = [Block(*shape, name=f"block_{index:02d}") for index in range(self.depth)]
         if self.is_initializing():
             for module in blocks:
                 x = module(x)
             return x
         params = [self.variables["params"][module.name] for module in blocks][:depth]
-        pure = Block(self.heads, self.mlp_ratio, self.gelu, self.dtype, parent=None)
+        pure = Block(*shape, parent=None)
 
-        def apply(x: jax.Array, p: Any) -> jax.Array:
-            return pure.apply({"params": p}, x)
+        def apply(x: jax.Array, p: Any, keep: jax.Array | None) -> jax.Array:
+            return pure.apply({"params": p}, x, keep)
 
         if self.remat != "none":
             apply = jax.checkpoint(apply, policy=REMATS[self.remat], prevent_cse=not self.scan)
         if self.scan and params:
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-            return jax.lax.scan(lambda x, p: (apply(x, p), None), x, stacked)[0]
-        for p in params:
-            x = apply(x, p)
+            keep = None if keep is None else keep[: len(params)]
+            return jax.lax.scan(lambda x, item: (apply(x, *item), None), x, (stacked, keep))[0]
+        for index, p in enumerate(params):
+            x = apply(x, p, None if keep is None else keep[index])
         return x

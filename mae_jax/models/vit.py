@@ -5,9 +5,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.models.layers import TOKEN_STD, Blocks, Dense, embed_positions, layer_norm
+from mae_jax.models.layers import TOKEN_STD, Blocks, Dense, embed_positions, layer_norm, sincos_positions
+from mae_jax.ops.dense import linear
 from mae_jax.ops.patches import grid
 
 
@@ -19,12 +21,31 @@ def activation_dtype(config: ConfigDict) -> Any:
 
 
 class Encoder(Blocks):
-    """A ViT over any subset of an image's patches; a class token comes first."""
+    """A ViT over any subset of an image's patches; a class token, without a position, comes first.
 
-    grid: tuple[int, int]
+    `positions`: 'fixed', sine-cosine; 'learned', which start as these (MAE's fine-tuning); 'random', learned from noise
+    (DeiT III).
+    """
+
+    grid: tuple[int, int] = (0, 0)
+    positions: str = "fixed"
+
+    def embed_positions(self, order: jax.Array) -> jax.Array:
+        """Returns the position embeddings [B, T, D] of patches with raster indices `order`."""
+        if self.positions == "fixed":
+            return embed_positions(self.grid, self.width, order, self.dtype)
+
+        def start(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            noise = nn.initializers.normal(TOKEN_STD)(key, shape)
+            return noise if self.positions == "random" else jnp.asarray(sincos_positions(self.grid, self.width))
+
+        table = self.param("pos_embed", start, (self.grid[0] * self.grid[1], self.width))
+        # A product, whose gradient is one too: that of a look-up would be a scatter.
+        return linear(jax.nn.one_hot(order, len(table), dtype=self.dtype), table, jnp.zeros(self.width, table.dtype))
 
     @nn.compact
-    def __call__(self, patches: jax.Array, order: jax.Array, mask_tokens: int = 0, block: int = -1) -> jax.Array:
+    def __call__(self, patches: jax.Array, order: jax.Array, mask_tokens: int = 0, block: int = -1,
+                 keep: jax.Array | None = None) -> jax.Array:
         """Encodes patches.
 
         Args:
@@ -32,29 +53,30 @@ class Encoder(Blocks):
           order: int32 [B, T + mask_tokens], the raster index of each token.
           mask_tokens: learned tokens appended after the patches, for the rest of the order (MAE Table 1c).
           block: the last block to run, without the final norm; -1 runs them all and the norm.
+          keep: float32 [depth, 2, B] of `layers.drop_path`, for stochastic depth.
 
         Returns:
           [B, 1 + T + mask_tokens, D] tokens of dtype `self.dtype`.
         """
         images = patches.shape[0]
         token_init = nn.initializers.normal(TOKEN_STD)
-        x = Dense(self.width, self.dtype, name="patch_embed")(patches)
+        x = Dense(self.width, self.dtype, init=self.init_kind, name="patch_embed")(patches)
         if mask_tokens:
             mask_token = self.param("mask_token", token_init, (1, 1, self.width))
             x = jnp.concatenate([x, jnp.broadcast_to(mask_token, (images, mask_tokens, self.width)).astype(x.dtype)], 1)
-        x = x + embed_positions(self.grid, self.width, order, self.dtype)
-        cls_token = self.param("cls_token", token_init, (1, 1, self.width))  # its position embedding is zero
+        x = x + self.embed_positions(order)
+        cls_token = self.param("cls_token", token_init, (1, 1, self.width))
         x = jnp.concatenate([jnp.broadcast_to(cls_token, (images, 1, self.width)).astype(x.dtype), x], 1)
         if block >= 0:
-            return self.run_blocks(x, block + 1)
-        return layer_norm(self.dtype, "norm")(self.run_blocks(x))
+            return self.run_blocks(x, block + 1, keep)
+        return layer_norm(self.dtype, "norm")(self.run_blocks(x, keep=keep))
 
 
 class Decoder(Blocks):
     """MAE's decoder (MAE section 3): fills mask tokens in from the encoded ones and predicts the hidden patches."""
 
-    grid: tuple[int, int]
-    outputs: int
+    grid: tuple[int, int] = (0, 0)
+    outputs: int = 0
 
     @nn.compact
     def __call__(self, tokens: jax.Array, order: jax.Array, hidden: int) -> jax.Array:
@@ -82,7 +104,13 @@ def make_encoder(config: ConfigDict) -> Encoder:
     """Builds the encoder that `config.model` describes."""
     m = config.model
     return Encoder(m.width, m.depth, m.heads, m.mlp_ratio, m.gelu, activation_dtype(config), m.scan, m.remat,
-                   grid=grid(config))
+                   m.layer_scale, m.init, grid(config), m.positions)
+
+
+def drop_path_rates(config: ConfigDict) -> np.ndarray:
+    """Returns each block's rate of stochastic depth, [depth]."""
+    m = config.model
+    return np.linspace(0 if m.drop_path_rates == "linear" else m.drop_path, m.drop_path, m.depth)
 
 
 def make_decoder(config: ConfigDict, outputs: int) -> Decoder:

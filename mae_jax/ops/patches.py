@@ -29,6 +29,17 @@ def patch_values(config: ConfigDict) -> int:
     return config.model.patch[0] * config.model.patch[1] * 3
 
 
+def coordinates(grid: tuple[int, int], patch: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the row and the column in the picture, int32 [N, P] each, of every value of patches in raster order."""
+    rows, columns = np.indices((grid[0] * patch[0], grid[1] * patch[1]), np.int32)
+
+    def cut(values: np.ndarray) -> np.ndarray:
+        tiles = values.reshape(grid[0], patch[0], grid[1], patch[1]).swapaxes(1, 2)
+        return np.repeat(tiles.reshape(grid[0] * grid[1], -1), 3, axis=1)
+
+    return cut(rows), cut(columns)
+
+
 def normalize(patches: jax.Array) -> jax.Array:
     """Maps uint8 patches [..., P], channel fastest, to float32 with ImageNet's mean and deviation removed."""
     repeats = patches.shape[-1] // 3

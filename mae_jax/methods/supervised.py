@@ -1,0 +1,197 @@
+"""Learning from labels: fine-tuning, probes and training from scratch (MAE A.1, DeiT III, arXiv 2204.07118)."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from mae_jax.errors import UserError, nearest
+from mae_jax.flops import blocks_flops
+from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, pool
+from mae_jax.models.heads import Classifier
+from mae_jax.models.layers import drop_path
+from mae_jax.models.vit import drop_path_rates, make_encoder
+from mae_jax.ops import batch_norm, mix
+from mae_jax.ops.patches import grid, normalize, patch_values
+from mae_jax.params import path
+
+HEADS = ("linear", "probe")
+LOSSES = ("cross_entropy", "bce")
+CLASSES_UNKNOWN = 1000  # what plan and bench, which see no data, take `classes` = 0 for
+
+
+class Supervised(Method):
+    """An encoder and a linear classifier; all of it learns, or its last blocks, or the classifier alone."""
+
+    defaults = {
+        "classes": 0,  # 0: as many as the data has
+        "multi_label": False,  # pictures with any number of classes, in the batch field `labels` (VOC)
+        "head": "linear",  # or probe: behind a batch norm without scale and shift (MAE A.1)
+        "head_std": 2e-5,  # deviation of the head's first kernel; as published 0.01 for probes
+        "train_blocks": -1.0,  # the last so many blocks learn; -1: all; 0: the head alone; 0.5: the last block's MLP
+        "loss": "cross_entropy",  # or bce: binary, both labels of a mixed picture counting whole (DeiT III)
+        "smoothing": 0.0,  # of labels
+        "mixup": 0.0,  # α of Beta(α, α); 0: off
+        "cutmix": 0.0,
+        "mix_group": 8,  # rows that share one draw of the two; 0: the whole batch. 8 is ours: timm has a device's
+        "erase": 0.0,  # probability of random erasing
+    }
+    decayed = ("kernel",)
+
+    @staticmethod
+    def validate(config: ConfigDict) -> None:
+        m, depth = config.method, config.model.depth
+        for key, allowed in (("head", HEADS), ("loss", LOSSES)):
+            if m[key] not in allowed:
+                raise UserError(f"method.{key}={m[key]!r}; {nearest(m[key], allowed)}")
+        for key, most in (("smoothing", 0.999), ("erase", 1), ("mixup", np.inf), ("cutmix", np.inf),
+                          ("head_std", np.inf), ("classes", np.inf)):
+            if not 0 <= m[key] <= most:
+                raise UserError(f"method.{key}={m[key]}; expected 0 to {most}")
+        if m.train_blocks not in (-1, 0.5, *range(depth + 1)):
+            raise UserError(f"method.train_blocks={m.train_blocks}; expected -1 (all), 0, 0.5 or up to {depth} blocks")
+        if m.loss == "bce" and m.smoothing:
+            raise UserError(f"method.smoothing={m.smoothing} would make every class a positive one of the binary "
+                            "cross-entropy; use 0")
+        if m.multi_label and (m.loss != "bce" or not m.classes):
+            raise UserError("method.multi_label needs method.loss=bce and the number of method.classes")
+        rows = config.batch_size // config.train.accumulate
+        if (m.mixup or m.cutmix) and (rows % (m.mix_group or rows) or (m.mix_group or rows) % 2):
+            raise UserError(f"method.mix_group={m.mix_group}; expected an even number that divides the {rows} rows of "
+                            "a batch (or of a micro-batch)")
+        if m.mix_group and config.data.repeats > 1 and -(-rows // config.data.repeats) < m.mix_group:
+            raise UserError(f"method.mix_group={m.mix_group} would mix a picture with its own repeats; "
+                            f"use at most {rows // config.data.repeats // 2 * 2}")
+
+    @staticmethod
+    def fitted(config: ConfigDict, classes: tuple[str, ...]) -> ConfigDict:
+        wanted, there = config.method.classes, len(classes)
+        if there < 2:
+            raise UserError(f"method.name=supervised needs labels of at least two classes; the data has {there}")
+        if wanted not in (0, there):
+            raise UserError(f"method.classes={wanted}, but the data has {there} classes; leave it 0, or use other data")
+        config = config.copy_and_resolve_references()
+        config.method.classes = there
+        return config
+
+    def __init__(self, config: ConfigDict):
+        super().__init__(config)
+        m = config.method
+        self.classes = m.classes or CLASSES_UNKNOWN
+        self.sees_whole_batch = m.head == "probe"
+        self.encoder = make_encoder(config)
+        # The mean of patch tokens is normalised after pooling, not before: the encoder's own norm is left out.
+        self.norm_pooled = config.model.pool == "mean" and m.head == "linear"
+        self.last_block = config.model.depth - 1 if self.norm_pooled else -1
+        self.classifier = Classifier(self.classes, self.norm_pooled, m.head_std)
+        self.where = mix.Pixels.of(grid(config), tuple(config.model.patch))
+
+    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        labels = {"labels": jax.ShapeDtypeStruct((self.config.batch_size, self.classes), jnp.uint8)}
+        return super().batch_spec() | (labels if self.config.method.multi_label else {})
+
+    def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
+        encoder_key, head_key = jax.random.split(key)
+        one = normalize(batch["patches"][:1])
+        encoder = self.encoder.init(encoder_key, one, batch["order"][:1], block=self.last_block)["params"]
+        width = self.config.model.width
+        params = {"encoder": encoder, **self.classifier.init(head_key, jnp.zeros((1, width)))["params"]}
+        return params, {"batch_norm": batch_norm.start(width)} if self.config.method.head == "probe" else {}
+
+    def learns(self, path: str) -> bool:
+        """As method.train_blocks says; with some of the blocks, the norms after them learn too (MAE 4.3)."""
+        blocks, depth = self.config.method.train_blocks, self.config.model.depth
+        if blocks < 0 or not path.startswith("encoder/"):
+            return True
+        found = re.match(r"encoder/block_(\d+)/(\w+)", path)
+        if not found:
+            return blocks > 0 and path.startswith("encoder/norm/")
+        number, part = int(found[1]), found[2]
+        if blocks == 0.5:
+            return number == depth - 1 and part in ("mlp", "norm2", "ls2")
+        return number >= depth - blocks
+
+    def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1,
+               keep: jax.Array | None = None) -> jax.Array:
+        """See `Method.encode`; where the mean is normalised after pooling, tokens come as the last block gives them."""
+        block = self.last_block if block == -1 else block
+        pixels = batch["pixels"] if "pixels" in batch else normalize(batch["patches"])
+        return self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], block=block, keep=keep)
+
+    def logits(self, params: Params, extras: Extras, batch: Batch) -> jax.Array:
+        """Returns float32 [B, C] for whole pictures, as evaluations want them."""
+        features = pool(self.encode(params, extras, batch), self.config.model.pool)
+        if "batch_norm" in extras:
+            features = batch_norm.apply(features, extras["batch_norm"])
+        return self.classify(params, features)
+
+    def classify(self, params: Params, features: jax.Array) -> jax.Array:
+        own = {name: value for name, value in params.items() if name != "encoder"}
+        return self.classifier.apply({"params": own}, features)
+
+    def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
+             train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
+        """Mean loss over the labelled pictures; the evaluation's is on the labels as they are."""
+        weight = self.weight(batch)
+        if train:
+            logits, targets, extras = self.training_logits(params, extras, batch, key, weight)
+        else:
+            logits, targets = self.logits(params, extras, batch), self.targets(batch, 0.0)
+        each = self.losses(logits, targets)
+        total, weight = (each * weight).sum(), weight.sum()
+        return total / jnp.maximum(weight, 1), ({"loss": (total, weight)}, extras)
+
+    def weight(self, batch: Batch) -> jax.Array:
+        """Returns float32 [B]: 1 for pictures with a label, 0 for the others and for padding."""
+        return batch["valid"] if self.config.method.multi_label else batch["valid"] * (batch["label"] >= 0)
+
+    def targets(self, batch: Batch, smoothing: float) -> jax.Array:
+        """Returns float32 [B, C]: the label's class has 1, less the smoothing that all classes share."""
+        if self.config.method.multi_label:
+            return batch["labels"].astype(jnp.float32)
+        return optax.smooth_labels(jax.nn.one_hot(batch["label"], self.classes), smoothing)
+
+    def losses(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
+        """Returns float32 [B]; binary cross-entropy is averaged over classes, and any share of a label counts whole."""
+        if self.config.method.loss == "bce":
+            return optax.sigmoid_binary_cross_entropy(logits, (targets > 0).astype(jnp.float32)).mean(-1)
+        return optax.softmax_cross_entropy(logits, targets)
+
+    def training_logits(self, params: Params, extras: Extras, batch: Batch, key: jax.Array,
+                        weight: jax.Array) -> tuple[jax.Array, jax.Array, Extras]:
+        """Returns logits and targets, float32 [B, C], of erased and mixed pictures, and new extras."""
+        params = jax.tree_util.tree_map_with_path(
+            lambda keys, leaf: leaf if self.learns(path(keys)) else jax.lax.stop_gradient(leaf), params)
+        erase_key, mix_key, drop_key = jax.random.split(key, 3)
+        pixels, targets = self.augmented(batch, erase_key, mix_key)
+        keep = None
+        if self.config.model.drop_path:
+            learning = [self.learns(f"encoder/block_{number:02d}/mlp/") for number in range(self.config.model.depth)]
+            keep = drop_path(drop_key, drop_path_rates(self.config) * learning, len(pixels))
+        tokens = self.encode(params, extras, {**batch, "pixels": pixels}, keep=keep)
+        features = pool(tokens, self.config.model.pool)
+        if "batch_norm" in extras:
+            features, moments = batch_norm.train(features, weight, extras["batch_norm"])
+            extras = {**extras, "batch_norm": moments}
+        return self.classify(params, features), targets, extras
+
+    def augmented(self, batch: Batch, erase_key: jax.Array, mix_key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns normalised pixels [B, N, P] and targets [B, C] after random erasing, mixup and cutmix."""
+        m = self.config.method
+        pixels, targets = normalize(batch["patches"]), self.targets(batch, m.smoothing)
+        if m.erase:
+            pixels = mix.erase(erase_key, pixels, self.where, m.erase)
+        if m.mixup or m.cutmix:
+            groups = len(pixels) // (m.mix_group or len(pixels))
+            kept, share = mix.draw_mix(mix_key, groups, self.where, m.mixup, m.cutmix)
+            pixels, targets = mix.mix(pixels, kept), mix.mix(targets, share)
+        return pixels, targets
+
+    def forward_flops(self) -> int:
+        m, (height, width) = self.config.model, grid(self.config)
+        patches = height * width
+        embed = 2 * patches * patch_values(self.config) * m.width
+        return embed + blocks_flops(1 + patches, m.width, m.depth, m.mlp_ratio) + 2 * m.width * self.classes

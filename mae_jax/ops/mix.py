@@ -1,0 +1,114 @@
+"""Mixup, cutmix and random erasing of batches on the device, on pixels that are cut into patches in raster order.
+
+Who mixes with whom is fixed in the global batch: contiguous groups of rows, in which the partner of a row is the one at
+the same distance from the group's end. Each group has one draw. Where the group is the batch, that is timm's scheme.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mae_jax.ops.patches import coordinates
+
+ERASE_AREA = (0.02, 1 / 3)  # share of the picture; this and the two below are timm's, and Random Erasing's (1708.04896)
+ERASE_ASPECT = (0.3, 1 / 0.3)  # height over width, log-uniform
+ERASE_TRIES = 10
+
+
+class Box(NamedTuple):
+    """Parts of pictures: rows top ≤ y < bottom, columns left ≤ x < right; int32 [...] each."""
+
+    top: jax.Array
+    bottom: jax.Array
+    left: jax.Array
+    right: jax.Array
+
+
+class Pixels(NamedTuple):
+    """Where the values of a picture lie; `size` in pixels, `rows` and `columns` int32 [N, P]."""
+
+    size: tuple[int, int]
+    rows: np.ndarray
+    columns: np.ndarray
+
+    @classmethod
+    def of(cls, grid: tuple[int, int], patch: tuple[int, int]) -> "Pixels":
+        return cls((grid[0] * patch[0], grid[1] * patch[1]), *coordinates(grid, patch))
+
+    def inside(self, box: Box) -> jax.Array:
+        """Returns bool [..., N, P]: which values lie in boxes of shape [...]."""
+        top, bottom, left, right = (side[..., None, None] for side in box)
+        return (self.rows >= top) & (self.rows < bottom) & (self.columns >= left) & (self.columns < right)
+
+
+def cutmix_box(lam: jax.Array, centre: tuple[jax.Array, jax.Array], size: tuple[int, int]) -> tuple[Box, jax.Array]:
+    """Returns the box that a partner fills, and the share that is left of the picture itself (arXiv 1905.04899, 3.1).
+
+    The sides are those of the picture times √(1 - lam), truncated; what would lie outside is cut off, and the share is
+    that of the true area.
+    """
+    cut = jnp.sqrt(1 - lam)
+    edges = []
+    for middle, side in zip(centre, size, strict=True):
+        half = (side * cut).astype(jnp.int32) // 2
+        edges += [jnp.clip(middle - half, 0, side), jnp.clip(middle + half, 0, side)]
+    box = Box(*edges)
+    area = (box.bottom - box.top) * (box.right - box.left)
+    return box, 1 - area / (size[0] * size[1])
+
+
+def draw_mix(key: jax.Array, groups: int, where: Pixels, mixup: float, cutmix: float) -> tuple[jax.Array, jax.Array]:
+    """Draws for each group cutmix or mixup, with equal chances where both are on, and its strength.
+
+    Args:
+      mixup, cutmix: parameters α of Beta(α, α); 0: off. One of them at least must be on.
+
+    Returns:
+      The share of its own pixel that each value keeps, float32 [groups, N, P], and of its own label, float32 [groups].
+    """
+    choice, blend, size, *centre = jax.random.split(key, 5)
+    cuts = jax.random.bernoulli(choice, 0.5 if mixup and cutmix else float(cutmix > 0), (groups,))
+    lam = jax.random.beta(blend, mixup or 1.0, mixup or 1.0, (groups,))
+    middle = [jax.random.randint(key, (groups,), 0, side) for key, side in zip(centre, where.size, strict=True)]
+    box, left = cutmix_box(jax.random.beta(size, cutmix or 1.0, cutmix or 1.0, (groups,)), tuple(middle), where.size)
+    kept = jnp.where(cuts[:, None, None], ~where.inside(box), lam[:, None, None])
+    return kept.astype(jnp.float32), jnp.where(cuts, left, lam)
+
+
+def mix(values: jax.Array, kept: jax.Array) -> jax.Array:
+    """Mixes values [B, ...] with those of their partners; `kept` [groups, ...] is the share of their own that stays."""
+    own = values.reshape(kept.shape[0], -1, *values.shape[1:])
+    share = kept.reshape(kept.shape[0], 1, *kept.shape[1:], *[1] * (own.ndim - kept.ndim - 1))
+    return (own * share + own[:, ::-1] * (1 - share)).reshape(values.shape)
+
+
+def erase(key: jax.Array, pixels: jax.Array, where: Pixels, probability: float) -> jax.Array:
+    """Replaces a random box of some pictures, normalised [B, N, P], by normal noise (timm's mode 'pixel').
+
+    The box is the first of ten draws that is smaller than the picture; a picture without one stays as it is.
+    """
+    images = pixels.shape[0]
+    chance, shape, place, noise = jax.random.split(key, 4)
+    erased = jax.random.bernoulli(chance, probability, (images,))
+    box, fits = draw_erase_box(shape, place, images, where.size)
+    hit = where.inside(box) & (erased & fits)[:, None, None]
+    return jnp.where(hit, jax.random.normal(noise, pixels.shape, pixels.dtype), pixels)
+
+
+def draw_erase_box(shape: jax.Array, place: jax.Array, images: int, size: tuple[int, int]) -> tuple[Box, jax.Array]:
+    """Draws a box for each of `images` pictures of `size` pixels, and says whether one was found; bool [B]."""
+    area_key, aspect_key = jax.random.split(shape)
+    tries = (images, ERASE_TRIES)
+    area = jax.random.uniform(area_key, tries, minval=ERASE_AREA[0], maxval=ERASE_AREA[1]) * size[0] * size[1]
+    low, high = np.log(ERASE_ASPECT)
+    aspect = jnp.exp(jax.random.uniform(aspect_key, tries, minval=low, maxval=high))
+    height, width = jnp.rint(jnp.sqrt(area * aspect)), jnp.rint(jnp.sqrt(area / aspect))
+    fits = (height < size[0]) & (width < size[1])
+    first = fits.argmax(1)[:, None]
+    height, width = (jnp.take_along_axis(x, first, 1)[:, 0].astype(jnp.int32) for x in (height, width))
+    down, right = jax.random.uniform(place, (2, images))
+    top, left = ((share * (side - extent + 1)).astype(jnp.int32)
+                 for share, side, extent in ((down, size[0], height), (right, size[1], width)))
+    return Box(top, top + height, left, left + width), fits.any(1)

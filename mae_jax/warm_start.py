@@ -1,0 +1,84 @@
+"""Starting from other parameters: `init_from` a workdir, a step's folder in it, or an exported file."""
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_jax import params as trees
+from mae_jax import workdir
+from mae_jax.checkpoint import load_params
+from mae_jax.errors import UserError
+from mae_jax.models.layers import sincos_positions
+from mae_jax.ops import positions
+from mae_jax.ops.patches import grid
+
+# What shapes do not show, and what would make the same numbers another function.
+SAME = ("model.heads", "model.patch", "model.gelu")
+# Parts that an encoder may have more or fewer of: the norm after the last block gives way to that of the pooled mean.
+OPTIONAL = re.compile(r"encoder/(pos_embed|mask_token|norm/(scale|bias))")
+
+
+def start(config: ConfigDict, params: Any) -> tuple[Any, str]:
+    """Replaces the parameters of a fresh model by those that config.init_from holds.
+
+    Returns:
+      The tree, each leaf placed as in `params`, and a report: what was taken, is new, or was left over.
+
+    Raises:
+      UserError: nothing is there, or it belongs to another encoder.
+    """
+    loaded = load_params(config.init_from, ema=True)  # what evaluations measured
+    theirs = workdir.config_of(config.init_from)
+    if theirs is not None:
+        _check_same_function(theirs, config)
+    loaded = _without_other_head(_with_positions(loaded, theirs, config, params), params)
+    strange = [name for name in sorted(trees.flatten(loaded).keys() ^ trees.flatten(params).keys())
+               if name.startswith("encoder/") and not OPTIONAL.fullmatch(name)]
+    if strange:
+        raise UserError(f"init_from={config.init_from} holds another encoder: {strange[0]} and {len(strange) - 1} more "
+                        "parameters are in one of the two only")
+    return trees.merge(params, loaded)
+
+
+def _check_same_function(theirs: ConfigDict, ours: ConfigDict) -> None:
+    for key in SAME:
+        group, name = key.split(".")
+        if theirs[group][name] != ours[group][name]:
+            raise UserError(f"init_from={ours.init_from} was trained with {key}={theirs[group][name]}, this config has "
+                            f"{ours[group][name]}")
+
+
+def _without_other_head(loaded: dict[str, Any], params: Any) -> dict[str, Any]:
+    """Leaves out a head for another number of classes: the report names it among the new and the left over."""
+    old, new = (trees.flatten(tree).get("head/kernel") for tree in (loaded, params))
+    if old is None or new is None or old.shape == new.shape:
+        return loaded
+    return {("head of other classes" if name == "head" else name): value for name, value in loaded.items()}
+
+
+def _with_positions(loaded: dict[str, Any], theirs: ConfigDict | None, config: ConfigDict, params: Any) -> Any:
+    """Makes the position embeddings fit: learned ones are resized, fixed ones are where learned ones start from."""
+    encoder = loaded.get("encoder", {})
+    learned, wanted = "pos_embed" in encoder, "pos_embed" in params["encoder"]
+    if learned and not wanted:
+        raise UserError(f"init_from={config.init_from} has learned positions; use model.positions=learned")
+    if not wanted or "cls_token" not in encoder:
+        return loaded
+    here = grid(config)
+    there = _grid_of(encoder["pos_embed"], theirs) if learned else (grid(theirs) if theirs else here)
+    table = np.asarray(encoder["pos_embed"]) if learned else sincos_positions(there, config.model.width)
+    table = table if there == here else positions.resize(table, there, here)
+    return {**loaded, "encoder": {**encoder, "pos_embed": table}}
+
+
+def _grid_of(table: Any, theirs: ConfigDict | None) -> tuple[int, int]:
+    """Returns the grid that learned positions [N, D] belong to: the config's, or a square one."""
+    if theirs is not None:
+        return grid(theirs)
+    side = math.isqrt(table.shape[0])
+    if side * side != table.shape[0]:
+        raise UserError(f"init_from: {table.shape[0]} positions are no square grid, and no config says which it is")
+    return side, side
