@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
+from mae_jax.evals import classify, segment
 from mae_jax.evals.reconstruct import tile
 from mae_jax.methods import Method
 from mae_jax.methods.base import Batch, Metrics
 from mae_jax.metrics import Means
 from mae_jax.ops.layout import constrain
 from mae_jax.ops.patches import assemble
-from mae_jax.ops.segment import IGNORED, confusion
+from mae_jax.ops.segment import IGNORED
 from mae_jax.step import TrainState, stream_key
 
 GREY = 127  # of pixels that count nowhere
@@ -23,23 +24,16 @@ CAPTIONS = ("input", "truth", "prediction")
 
 
 def scores(method: Method, state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
-    """Returns the means of the loss's metrics, and 'miou', over all pixels of the batches, exact on any devices.
+    """Returns 'loss', 'pixel_accuracy' and 'miou' over all pixels of the batches; {} without any batch.
 
     At the model's size and under the evaluation's crop: not comparable with figures at the pictures' own size.
     """
-    means, classes = Means(), method.config.method.classes
-    table = np.zeros((classes, classes), np.int64)
+    means, counted = Means(), {}
     for batch in batches:
         counts, metrics = jax.device_get(_counter(method)(state, batch))
         means.add(metrics)
-        table += counts
-    return means.take("") | {"miou": miou(table)}
-
-
-def miou(table: np.ndarray) -> float:
-    """Returns the mean intersection over union of a confusion table [C, C], over classes that occur on either side."""
-    union = table.sum(0) + table.sum(1) - table.diagonal()
-    return float((table.diagonal()[union > 0] / union[union > 0]).mean()) if union.any() else 0.0
+        counted = classify.add(counted, {"confusion": counts})
+    return means.take() | (segment.summary(counted["confusion"]) if counted else {})
 
 
 @functools.lru_cache(maxsize=8)
@@ -48,9 +42,9 @@ def _counter(method: Method) -> Callable[[TrainState, Batch], tuple[jax.Array, M
     def count(state: TrainState, batch: Batch) -> tuple[jax.Array, Metrics]:
         params, key = state.ema or state.params, stream_key(method.config.seed, 0, "evaluate")
         _, (metrics, _) = method.loss(params, state.extras, batch, key, state.step, False)
-        predicted = method.pixel_logits(params, state.extras, batch).argmax(-1)
-        table = confusion(predicted, method.pixel_classes(batch), method.config.method.classes)
-        return jax.tree.map(constrain, (table, metrics))
+        logits, classes = method.pixel_logits(params, state.extras, batch), method.pixel_classes(batch)
+        logits, classes = logits.reshape(len(logits), -1, logits.shape[-1]), classes.reshape(len(classes), -1)
+        return jax.tree.map(constrain, (segment.confusion(logits, classes, batch["valid"]), metrics))
 
     return jax.jit(count)
 
