@@ -96,6 +96,7 @@ def test_flops_agree_with_the_compilers_count_of_the_forward_pass():
 @pytest.mark.parametrize(("fields", "line"), [
     ({"method.classes": 1}, "method.classes=1; expected 2 to 255"),
     ({"method.classes": 256}, "method.classes=256; expected 2 to 255"),
+    ({"method.background": 3}, "method.background=3; expected 0 to 2, or -1 for none"),
     ({"method.block": 2}, "method.block=2; expected 0 to 1"),
     ({"method.train_blocks": 3}, "method.train_blocks=3; expected 0 to 2"),
 ])

@@ -17,32 +17,32 @@ from mae_jax.metrics import Means
 from mae_jax.ops.layout import constrain
 from mae_jax.ops.patches import assemble
 from mae_jax.ops.segment import IGNORED
-from mae_jax.step import TrainState, stream_key
+from mae_jax.step import stream_key
 
 GREY = 127  # of pixels that count nowhere
 CAPTIONS = ("input", "truth", "prediction")
 
 
-def scores(method: Method, state: TrainState, batches: Iterable[Batch]) -> dict[str, float]:
+def scores(method: Method, params: Any, extras: Any, batches: Iterable[Batch]) -> dict[str, float]:
     """Returns 'loss', 'pixel_accuracy' and 'miou' over all pixels of the batches; {} without any batch.
 
     At the model's size and under the evaluation's crop: not comparable with figures at the pictures' own size.
     """
     means, counted = Means(), {}
     for batch in batches:
-        counts, metrics = jax.device_get(_counter(method)(state, batch))
+        counts, metrics = jax.device_get(_counter(method)(params, extras, batch))
         means.add(metrics)
         counted = classify.add(counted, {"confusion": counts})
     return means.take() | (segment.summary(counted["confusion"]) if counted else {})
 
 
 @functools.lru_cache(maxsize=8)
-def _counter(method: Method) -> Callable[[TrainState, Batch], tuple[jax.Array, Metrics]]:
+def _counter(method: Method) -> Callable[..., tuple[jax.Array, Metrics]]:
     """Returns the compiled function to a confusion table and metrics; kept from one evaluation to the next."""
-    def count(state: TrainState, batch: Batch) -> tuple[jax.Array, Metrics]:
-        params, key = state.ema or state.params, stream_key(method.config.seed, 0, "evaluate")
-        _, (metrics, _) = method.loss(params, state.extras, batch, key, state.step, False)
-        logits, classes = method.pixel_logits(params, state.extras, batch), method.pixel_classes(batch)
+    def count(params: Any, extras: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
+        key = stream_key(method.config.seed, 0, "evaluate")
+        _, (metrics, _) = method.loss(params, extras, batch, key, 0, False)
+        logits, classes = method.pixel_logits(params, extras, batch), method.pixel_classes(batch)
         logits, classes = logits.reshape(len(logits), -1, logits.shape[-1]), classes.reshape(len(classes), -1)
         return jax.tree.map(constrain, (segment.confusion(logits, classes, batch["valid"]), metrics))
 

@@ -29,6 +29,7 @@ class Segment(Method):
 
     defaults = {
         "classes": 2,  # of the pixels, as numbers from 0; pixels of higher numbers are ignored
+        "background": 0,  # the class around things, for how well attention covers them; -1: none
         "block": -1,  # whose tokens are classified; -1: the last, after the encoder's norm
         "train_blocks": 0,  # how many of the last blocks learn with the head; -1: the whole encoder
     }
@@ -38,6 +39,8 @@ class Segment(Method):
         m, depth = config.method, config.model.depth
         if not 2 <= m.classes <= segment.IGNORED:
             raise UserError(f"method.classes={m.classes}; expected 2 to {segment.IGNORED}")
+        if not -1 <= m.background < m.classes:
+            raise UserError(f"method.background={m.background}; expected 0 to {m.classes - 1}, or -1 for none")
         if not -1 <= m.block < depth:
             raise UserError(f"method.block={m.block}; expected 0 to {depth - 1}, or -1 for the last")
         if not -1 <= m.train_blocks <= depth:

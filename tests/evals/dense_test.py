@@ -15,7 +15,7 @@ def test_scores_are_those_of_all_pixels_of_all_batches_together():
     method, state = tiny_method(config), tiny_state(config)
     batches = [tiny_segment_batch(config, seed) for seed in range(2)]
     batches[1]["valid"][5:] = 0
-    found = dense.scores(method, state, iter(batches))
+    found = dense.scores(method, state.params, {}, iter(batches))
     truth = np.concatenate([np.asarray(method.pixel_classes(batch)) for batch in batches])
     logits = np.concatenate([np.asarray(method.pixel_logits(state.params, {}, batch)) for batch in batches])
     known = truth != IGNORED
