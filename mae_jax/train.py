@@ -205,7 +205,7 @@ def resume(run: Run, stopper: Stopper) -> int:
     state = checkpoints.restore(run.program.state)
     if state is None:
         state = initial_state(run)
-        say(params.table(state.params, optim.decay_mask(state.params)))
+        say(params.table(state.params, optim.decay_words(state.params, run.program.method)))
     elif int(state.step) > run.total:
         raise UserError(f"{folder} is at step {int(state.step)}, past train.duration={config.train.duration!r} "
                         f"({run.total} steps)")

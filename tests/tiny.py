@@ -68,19 +68,20 @@ def tiny_params(config: ConfigDict, seed: int = 0) -> Params:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def tiny_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optim.Schedule]:
-    return optim.make_optimizer(config), optim.make_schedule(config, EXAMPLES)
+def tiny_optimizer(config: ConfigDict, method: Method) -> tuple[optax.GradientTransformation, optim.Schedule]:
+    return optim.make_optimizer(config, method), optim.make_schedule(config, EXAMPLES)
 
 
-def tiny_state(config: ConfigDict, extras: Extras | None = None) -> TrainState:
+def tiny_state(config: ConfigDict, extras: Extras | None = None, method: Method | None = None) -> TrainState:
     """Returns the state before the first step, with `tiny_params`."""
     params = jax.tree.map(jnp.asarray, tiny_params(config))
     ema = jax.tree.map(jnp.copy, params) if config.optim.ema else {}
-    opt = tiny_optimizer(config)[0].init(params)
+    opt = tiny_optimizer(config, method or tiny_method(config))[0].init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt, extras or {}, ema, jnp.zeros((), jnp.int32))
 
 
 def tiny_step(config: ConfigDict, method: Method | None = None) -> Any:
     """Returns the jitted train step, which donates its state."""
-    step = make_train_step(config, method or tiny_method(config), *tiny_optimizer(config))
+    method = method or tiny_method(config)
+    step = make_train_step(config, method, *tiny_optimizer(config, method))
     return jax.jit(step, donate_argnums=0)
