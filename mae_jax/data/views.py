@@ -29,12 +29,12 @@ class Views:
     def train(self, picture: bytes | np.ndarray, position: int) -> Fields:
         """Returns the augmented view that belongs to a position of the run; raises BadPicture."""
         opened = Picture(picture, fast=self._config.data.resize == "fast")
-        pixels = augment(opened, rng(self._config.seed, "augment", position), self._config)
+        pixels, _ = augment(opened, rng(self._config.seed, "augment", position), self._config)
         return self._cut(pixels, rng(self._config.seed, "order", position))
 
     def evaluate(self, picture: bytes | np.ndarray, index: int) -> Fields:
         """Returns the evaluation's view; its order depends on the example's index alone; raises BadPicture."""
-        pixels = centre(Picture(picture), self._config, self._config.eval.crop_ratio[0])
+        pixels, _ = centre(Picture(picture), self._config, self._config.eval.crop_ratio[0])
         return self._cut(pixels, rng(0, "evaluate", index))
 
     def grey(self, draws: np.random.Generator) -> Fields:
