@@ -46,7 +46,7 @@ POSITIVE = ("batch_size", "data.image_size", "model.patch", "model.width", "mode
             "eval.knn_k", "eval.pictures", "guard.max_nonfinite", "data.repeats")
 NOT_NEGATIVE = ("optim.lr", "optim.min_lr", "optim.eps", "optim.weight_decay", "optim.clip", "optim.betas",
                 "optim.ema", "optim.momentum", "optim.warmup_lr", "optim.layer_decay", "data.crop_scale",
-                "data.crop_ratio", "data.threads", "model.drop_path", "model.layer_scale")
+                "data.crop_ratio", "data.threads", "data.mask_offset", "model.drop_path", "model.layer_scale")
 BELOW_ONE = ("optim.betas", "optim.ema", "optim.momentum", "model.drop_path")
 DURATIONS = ("train.duration", "optim.warmup", "checkpoint.every", "checkpoint.keep_every", "eval.every", "log.every")
 
@@ -65,7 +65,8 @@ def default(method: str = "mae") -> ConfigDict:
             "path": "",  # folder, TFRecord pattern, npz file or TFDS data_dir; local or gs://
             "name": "",  # TFDS name
             "train_split": "train",
-            "val_split": "",  # part of the training data that chooses checkpoints, as 'train[90%:]'
+            # Part of the training data that chooses checkpoints, as 'train[90%:]': train_split is then 'train[:90%]'.
+            "val_split": "",
             "eval_split": "test",  # '' turns evaluation off
             "image_size": (224, 224),  # height, width in pixels
             "augment": "random",  # crop: none, fixed, random (MAE Table 1e), simple (DeiT III), single (BYOL)
@@ -77,6 +78,8 @@ def default(method: str = "mae") -> ConfigDict:
             "resize": "exact",  # exact: as PIL and torchvision do; fast: OpenCV, not antialiased (see the README)
             "image_key": "image",  # TFRecord and npz field names
             "label_key": "label",
+            "mask_key": "",  # of masks: the picture of classes in TFDS; for source folder, a folder of PNGs like path
+            "mask_offset": 0,  # taken from a mask's numbers; what is below it becomes 255, which is ignored
             "readers": 16,  # logical readers of a TFRecord stream
             "shuffle_mb": 1024,  # encoded bytes held for shuffling, over all readers
             "threads": 0,  # host threads; 0: one per core
@@ -156,8 +159,8 @@ def runlocal(config: ConfigDict) -> None:
     """Shrinks a recipe in place until two steps take seconds on a laptop; method and recipe stay."""
     patch = 4
     config.batch_size = 16
-    config.data.update(source="photo_crops", path="", name="", train_split="train", eval_split="test",
-                       image_size=(8 * patch, 8 * patch))
+    config.data.update(source="photo_crops", path="", name="", train_split="train", val_split="", eval_split="test",
+                       mask_key="", image_size=(8 * patch, 8 * patch))
     config.model.update(width=48, depth=2, heads=3, patch=(patch, patch))
     for name, value in {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2}.items():
         if name in config.method:
@@ -166,7 +169,7 @@ def runlocal(config: ConfigDict) -> None:
     config.optim.warmup = "1 steps"
     config.checkpoint.every = config.eval.every = "2 steps"
     config.log.every = "1 steps"
-    config.eval.max_examples = 64
+    config.eval.update(max_examples=64, sets=())
 
 
 def resolve(config: ConfigDict, arg: str, **presets: Any) -> ConfigDict:
