@@ -33,6 +33,7 @@ CHOICES = {
     "data.resize": ("exact", "fast"),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.gelu": ("erf", "tanh"),
+    "eval.attention_query": ("cls", "mean"),
     "model.pool": ("mean", "cls"),
     "model.positions": ("fixed", "learned", "random"),
     "model.drop_path_rates": ("linear", "constant"),
@@ -137,12 +138,14 @@ def default(method: str = "mae") -> ConfigDict:
         },
         "eval": {
             "every": "20 epochs",
-            "max_examples": 50_000,  # read of the training split for probes, and of the evaluation split
+            "max_examples": 100_000,  # read of the training split for probes, and of the evaluation split
             "crop_ratio": (224 / 256,),  # share of the short side that the centre crop keeps; more: a curve
             "sets": (),  # further test sets of TFDS for the last evaluation, as ('imagenet_v2',)
             "knn_k": 20,
             "knn_temperature": 0.07,  # of the vote, as in DINO
-            "pictures": 16,  # in the grid of reconstructions
+            "pictures": 16,  # in the grids of reconstructions and of attention
+            "attention_block": -1,  # whose attention is drawn; -1: the last
+            "attention_query": "cls",  # who looks: the class token, or mean: all patches
         },
         "log": {"every": "50 steps", "tensorboard": True, "profile_steps": ""},  # profile_steps: '20:25'
         "guard": {"max_nonfinite": 10, "max_bad_fraction": 0.1},
@@ -284,6 +287,10 @@ def validate(config: ConfigDict) -> None:
     profile_steps(config)
     if not config.log.every:
         raise UserError("log.every is ''; write how often to log, as '50 steps'")
+    if config.checkpoint.best and not (config.data.val_split and config.eval.every):
+        raise UserError(f"checkpoint.best={config.checkpoint.best!r} needs data.val_split and eval.every")
+    if not -1 <= config.eval.attention_block < config.model.depth:
+        raise UserError(f"eval.attention_block={config.eval.attention_block}; expected -1 to {config.model.depth - 1}")
     methods.get(config.method.name).validate(config)
 
 

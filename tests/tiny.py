@@ -36,6 +36,27 @@ def tiny_config(fields: dict[str, Any] | None = None) -> ConfigDict:
     return config
 
 
+def tiny_segment(fields: dict[str, Any] | None = None) -> ConfigDict:
+    """Returns a valid config of a dense probe with 3 classes on 16 patches, with dotted `fields` changed."""
+    config = default("segment")
+    given = tiny_config()
+    for group in ("data", "model", "optim", "train", "checkpoint", "eval", "log"):
+        config[group].update(given[group])
+    config.batch_size, config.method.classes = given.batch_size, 3
+    config.update_from_flattened_dict(fields or {})
+    validate(config)
+    return config
+
+
+def tiny_segment_batch(config: ConfigDict, seed: int = 0) -> Batch:
+    """Returns a batch in raster order whose masks have the values 0 to 5, and 255, at random."""
+    batch, rng = tiny_batch(config, seed), np.random.default_rng(seed)
+    batch["order"][:] = np.arange(batch["order"].shape[1])
+    pixels = batch["patches"].shape[2] // 3
+    batch["mask"] = rng.choice([0, 1, 2, 3, 4, 5, 255], size=(*batch["order"].shape, pixels)).astype(np.uint8)
+    return batch
+
+
 def tiny_batch(config: ConfigDict, seed: int = 0) -> Batch:
     """Returns a batch of smooth random pictures (neighbouring pixels alike) with random orders, all valid."""
     rng = np.random.default_rng(seed)
