@@ -189,9 +189,11 @@ def resolve(config: ConfigDict, arg: str, *choices: Mapping[str, Preset], **pres
       config: the recipe.
       arg: what follows the colon in --config=file.py:arg; may be empty.
       *choices: name → function that changes the config in place; of each of these tables `arg` names one at most.
-      **presets: the same, for any number. `runlocal` is known to every recipe and comes last.
+      **presets: the same, for any number. `runlocal` comes last; every recipe knows it, and one that needs other data
+        than photo crops has its own.
     """
-    known = {name: change for table in (*choices, presets, {"runlocal": runlocal}) for name, change in table.items()}
+    known = {name: change for table in (*choices, presets) for name, change in table.items()}
+    known["runlocal"] = known.pop("runlocal", runlocal)
     names = [name for name in arg.split(",") if name]
     for name in names:
         if name not in known:

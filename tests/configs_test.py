@@ -10,6 +10,7 @@ from tests.config_test import RECIPES, recipe
 
 SEEN = {  # method → a figure and the pictures of its evaluations
     "mae": ("eval/knn/top1", ("attention", "ratios", "reconstruct")),
+    "segment": ("eval/miou", ("attention", "segment")),
     "supervised": ("eval/top1", ("attention", "confusion")),
 }
 
