@@ -6,7 +6,7 @@ command line (`--config.optim.lr=1e-4`), so no default is a list or None: ml_col
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 from mae_jax import methods
 from mae_jax.errors import UserError, nearest
 from mae_jax.ops.patches import grid
+
+Preset = Callable[[ConfigDict], None]
 
 SIZES = {  # width, depth, heads: MAE section 4 (B, L, H), DeiT Table 1 (Ti, S)
     "Ti": (192, 12, 3),
@@ -165,31 +167,44 @@ def runlocal(config: ConfigDict) -> None:
     config.data.update(source="photo_crops", path="", name="", train_split="train", val_split="", eval_split="test",
                        mask_key="", image_size=(8 * patch, 8 * patch))
     config.model.update(width=48, depth=2, heads=3, patch=(patch, patch))
-    for name, value in {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2}.items():
+    # Groups of 4: where each picture is there three times, the batch shows 6 of them.
+    for name, value in {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "mix_group": 4}.items():
         if name in config.method:
             config.method[name] = value
     config.train.duration = "2 steps"
     config.optim.warmup = "1 steps"
-    config.checkpoint.every = config.eval.every = "2 steps"
+    config.checkpoint.update(every="2 steps", best="")
+    config.eval.every = "2 steps"
     config.log.every = "1 steps"
     config.eval.update(max_examples=64, sets=())
 
 
-def resolve(config: ConfigDict, arg: str, **presets: Any) -> ConfigDict:
+def resolve(config: ConfigDict, arg: str, *choices: Mapping[str, Preset], **presets: Preset) -> ConfigDict:
     """Applies the presets named in `arg` (comma-separated) and returns the locked config.
+
+    They apply in the order in which they are passed here, whatever that of `arg`, so that a size can come before what
+    depends on it.
 
     Args:
       config: the recipe.
       arg: what follows the colon in --config=file.py:arg; may be empty.
-      **presets: name → function that changes the config in place. `runlocal` comes last; every recipe knows it, and
-        one that needs other data than photo crops has its own.
+      *choices: name → function that changes the config in place; of each of these tables `arg` names one at most.
+      **presets: the same, for any number. `runlocal` comes last; every recipe knows it, and one that needs other data
+        than photo crops has its own.
     """
-    presets = {"runlocal": runlocal, **presets}
+    known = {name: change for table in (*choices, presets) for name, change in table.items()}
+    known["runlocal"] = known.pop("runlocal", runlocal)
     names = [name for name in arg.split(",") if name]
-    for name in sorted(names, key="runlocal".__eq__):
-        if name not in presets:
-            raise UserError(f"unknown config argument {name!r}; {nearest(name, presets)}")
-        presets[name](config)
+    for name in names:
+        if name not in known:
+            raise UserError(f"unknown config argument {name!r}; {nearest(name, known)}")
+    for table in choices:
+        named = [name for name in table if name in names]
+        if len(named) > 1:
+            raise UserError(f"the config arguments {' and '.join(map(repr, named))} exclude each other")
+    for name, change in known.items():
+        if name in names:
+            change(config)
     return config.lock()
 
 

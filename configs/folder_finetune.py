@@ -1,0 +1,64 @@
+r"""Fine-tunes on your own pictures in class folders, sized for small data.
+
+  python -m mae_jax.main --config=configs/folder_finetune.py --workdir=runs/classifier \
+      --config.data.path=/path/to/pictures --config.init_from=runs/mine
+
+path/<class>/*.jpg, or path/train/<class>/*.jpg and path/val/<class>/*.jpg. The encoder is that of configs/folder.py,
+trained on the same pictures or on more of them, which need no labels; without --config.init_from use `scratch`.
+
+Of the training part, which is all but the held-out tenth or path/train, the last tenth by a hash of the file names
+chooses the checkpoint: it is evaluated every 5 epochs as val/top1, and the best state is kept under <workdir>/best. The
+held-out part is read once, at the end: eval/top1 for the last state, eval/best/top1 for the chosen one. Other shares:
+
+  --config.data.train_split='train[:80%]' --config.data.val_split='train[80%:]'
+
+Arguments, separated by commas: `Ti` (the default) or `S` (with the same argument of configs/folder.py), `B` (ViT-B/16
+at 224 pixels, for encoders of configs/vit_b_mae.py or exported ones); `scratch` (random weights, three times as long,
+no layer-wise decay: what the encoder has to beat); `all` (learn from the whole training part, and keep the last state:
+for few pictures, when nothing is left to choose); `runlocal`.
+
+Nobody published a recipe for this; the choices are ours, those of MAE's fine-tuning (configs/finetune.py) with smaller
+batches, and it has not been run to its end. Where colour or left and right tell the classes apart, say
+--config.data.colour=none or --config.data.flip=False.
+"""
+
+from functools import partial
+
+from ml_collections import ConfigDict
+
+from mae_jax.config import default, resolve, vit
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = default("supervised")
+    config.batch_size = 64
+    config.data.update(source="folder", train_split="train[:90%]", val_split="train[90%:]", colour="rand")
+    config.model.update(pool="mean", positions="learned", drop_path=0.1)
+    config.method.update(smoothing=0.1, mixup=0.8, cutmix=1.0)
+    config.optim.update(warmup="5 epochs", min_lr=1e-6, betas=(0.9, 0.999), layer_decay=0.75)
+    config.train.duration = "100 epochs"
+    config.checkpoint.update(every="5 epochs", best="top1")
+    config.eval.every = "5 epochs"
+    size(config, "Ti")
+    sizes = {name: partial(size, name=name) for name in ("Ti", "S", "B")}
+    return resolve(config, arg, sizes, scratch=scratch, all=everything)
+
+
+def size(config: ConfigDict, name: str) -> None:
+    """Sets the encoder's size and its pictures: 256 patches at 128 × 128 pixels, 196 at 224 × 224 for B."""
+    large = name == "B"
+    config.data.image_size = (224, 224) if large else (128, 128)
+    config.model.update(vit(name, patch=16 if large else 8))
+    config.optim.lr = 1e-3 if large else 2e-3  # per 256 images: small encoders bear more
+
+
+def scratch(config: ConfigDict) -> None:
+    """From random weights: every layer learns at the full rate, for longer."""
+    config.optim.layer_decay = 1.0
+    config.train.duration = "300 epochs"
+
+
+def everything(config: ConfigDict) -> None:
+    """All of the training part is learned from; there is no validation."""
+    config.data.update(train_split="train", val_split="")
+    config.checkpoint.best = ""
