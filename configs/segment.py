@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.crop_scale = (0.4, 1.0)
     config.eval.update(crop_ratio=(1.0,), every="5 epochs")
     config.checkpoint.every = "5 epochs"
-    config.optim.update(lr=8e-3, warmup="1 epochs", betas=(0.9, 0.999), weight_decay=0.0)
+    config.optim.update(lr=0.08, warmup="1 epochs", betas=(0.9, 0.999), weight_decay=0.0)  # a head bears that much
     config.train.duration = "20 epochs"
     clipart(config)
     return resolve(config, arg, clipart=clipart, mosaic=mosaic, pets=pets, voc=voc, scene_parse150=scene_parse150,
