@@ -1,6 +1,7 @@
 """Parameter trees by path: names, the table printed at the start, and starting from other parameters."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,6 +18,18 @@ def path(keys: tuple[Any, ...]) -> str:
 def flatten(tree: Any) -> dict[str, Any]:
     """Returns path → leaf."""
     return {path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested dicts for paths joined by '/'."""
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
 
 
 def table(params: Any, decayed: Any) -> str:
