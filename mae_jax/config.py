@@ -31,6 +31,7 @@ CHOICES = {
     "data.resize": ("exact", "fast"),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.gelu": ("erf", "tanh"),
+    "eval.attention_query": ("cls", "mean"),
     "model.pool": ("mean", "cls"),
     "model.positions": ("fixed", "learned", "random"),
     "model.drop_path_rates": ("linear", "constant"),
@@ -46,7 +47,7 @@ POSITIVE = ("batch_size", "data.image_size", "model.patch", "model.width", "mode
             "eval.knn_k", "eval.pictures", "guard.max_nonfinite", "data.repeats")
 NOT_NEGATIVE = ("optim.lr", "optim.min_lr", "optim.eps", "optim.weight_decay", "optim.clip", "optim.betas",
                 "optim.ema", "optim.momentum", "optim.warmup_lr", "optim.layer_decay", "data.crop_scale",
-                "data.crop_ratio", "data.threads", "model.drop_path", "model.layer_scale")
+                "data.crop_ratio", "data.threads", "data.mask_offset", "model.drop_path", "model.layer_scale")
 BELOW_ONE = ("optim.betas", "optim.ema", "optim.momentum", "model.drop_path")
 DURATIONS = ("train.duration", "optim.warmup", "checkpoint.every", "checkpoint.keep_every", "eval.every", "log.every")
 
@@ -65,7 +66,8 @@ def default(method: str = "mae") -> ConfigDict:
             "path": "",  # folder, TFRecord pattern, npz file or TFDS data_dir; local or gs://
             "name": "",  # TFDS name
             "train_split": "train",
-            "val_split": "",  # part of the training data that chooses checkpoints, as 'train[90%:]'
+            # Part of the training data that chooses checkpoints, as 'train[90%:]': train_split is then 'train[:90%]'.
+            "val_split": "",
             "eval_split": "test",  # '' turns evaluation off
             "image_size": (224, 224),  # height, width in pixels
             "augment": "random",  # crop: none, fixed, random (MAE Table 1e), simple (DeiT III), single (BYOL)
@@ -77,6 +79,8 @@ def default(method: str = "mae") -> ConfigDict:
             "resize": "exact",  # exact: as PIL and torchvision do; fast: OpenCV, not antialiased (see the README)
             "image_key": "image",  # TFRecord and npz field names
             "label_key": "label",
+            "mask_key": "",  # of masks: the picture of classes in TFDS; for source folder, a folder of PNGs like path
+            "mask_offset": 0,  # taken from a mask's numbers; what is below it becomes 255, which is ignored
             "readers": 16,  # logical readers of a TFRecord stream
             "shuffle_mb": 1024,  # encoded bytes held for shuffling, over all readers
             "threads": 0,  # host threads; 0: one per core
@@ -132,12 +136,14 @@ def default(method: str = "mae") -> ConfigDict:
         },
         "eval": {
             "every": "20 epochs",
-            "max_examples": 50_000,  # read of the training split for probes, and of the evaluation split
+            "max_examples": 100_000,  # read of the training split for probes, and of the evaluation split
             "crop_ratio": (224 / 256,),  # share of the short side that the centre crop keeps; more: a curve
             "sets": (),  # further test sets of TFDS for the last evaluation, as ('imagenet_v2',)
             "knn_k": 20,
             "knn_temperature": 0.07,  # of the vote, as in DINO
-            "pictures": 16,  # in the grid of reconstructions
+            "pictures": 16,  # in the grids of reconstructions and of attention
+            "attention_block": -1,  # whose attention is drawn; -1: the last
+            "attention_query": "cls",  # who looks: the class token, or mean: all patches
         },
         "log": {"every": "50 steps", "tensorboard": True, "profile_steps": ""},  # profile_steps: '20:25'
         "guard": {"max_nonfinite": 10, "max_bad_fraction": 0.1},
@@ -156,8 +162,8 @@ def runlocal(config: ConfigDict) -> None:
     """Shrinks a recipe in place until two steps take seconds on a laptop; method and recipe stay."""
     patch = 4
     config.batch_size = 16
-    config.data.update(source="photo_crops", path="", name="", train_split="train", eval_split="test",
-                       image_size=(8 * patch, 8 * patch))
+    config.data.update(source="photo_crops", path="", name="", train_split="train", val_split="", eval_split="test",
+                       mask_key="", image_size=(8 * patch, 8 * patch))
     config.model.update(width=48, depth=2, heads=3, patch=(patch, patch))
     for name, value in {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2}.items():
         if name in config.method:
@@ -166,7 +172,7 @@ def runlocal(config: ConfigDict) -> None:
     config.optim.warmup = "1 steps"
     config.checkpoint.every = config.eval.every = "2 steps"
     config.log.every = "1 steps"
-    config.eval.max_examples = 64
+    config.eval.update(max_examples=64, sets=())
 
 
 def resolve(config: ConfigDict, arg: str, **presets: Any) -> ConfigDict:
@@ -267,6 +273,10 @@ def validate(config: ConfigDict) -> None:
     profile_steps(config)
     if not config.log.every:
         raise UserError("log.every is ''; write how often to log, as '50 steps'")
+    if config.checkpoint.best and not (config.data.val_split and config.eval.every):
+        raise UserError(f"checkpoint.best={config.checkpoint.best!r} needs data.val_split and eval.every")
+    if not -1 <= config.eval.attention_block < config.model.depth:
+        raise UserError(f"eval.attention_block={config.eval.attention_block}; expected -1 to {config.model.depth - 1}")
     methods.get(config.method.name).validate(config)
 
 

@@ -72,8 +72,8 @@ def main() -> int:
 
 def splits(config: ConfigDict) -> dict[str, str]:
     """Returns the name under which a split is stored → the config's expression for it."""
-    return {name: expression for name, expression in (("train", config.data.train_split),
-                                                      ("test", config.data.eval_split)) if expression}
+    named = {"train": config.data.train_split, "val": config.data.val_split, "test": config.data.eval_split}
+    return {name: expression for name, expression in named.items() if expression}
 
 
 def audit(config: ConfigDict) -> dict[str, list[str]]:
@@ -93,7 +93,7 @@ def audit(config: ConfigDict) -> dict[str, list[str]]:
 
 
 def write_pictures(config: ConfigDict, kind: str, folder: epath.Path, size: int) -> dict[str, list[str]]:
-    """Stores both splits as `kind`; returns split → broken pictures, which are left out."""
+    """Stores the splits as `kind`; returns split → broken pictures, which are left out."""
     from mae_jax.data import pipeline, sources, write
 
     found = {name: sources.load(config.data, expression) for name, expression in splits(config).items()}

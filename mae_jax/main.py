@@ -4,7 +4,7 @@ r"""Trains, evaluates or replays a config in a workdir.
   python -m mae_jax.main --config=configs/vit_l_mae.py --workdir=gs://bucket/vit_l --config.optim.lr=1e-4
   python -m mae_jax.main --config=configs/vit_l_mae.py --workdir=/shared/vit_l \
       --coordinator=10.0.0.1:7654 --processes=2 --process=0   # and --process=1 on the other host
-  python -m mae_jax.main --mode=eval --workdir=runs/quickstart
+  python -m mae_jax.main --mode=eval --workdir=runs/quickstart   # with --config, its eval.* may be other ones
 
 The same command resumes a run that was stopped. On several hosts it is started on each; under srun and on TPU VMs the
 processes find each other without flags. Exit codes: 0 finished, 2 your mistake (one line says which), 3 stopped by a
@@ -39,9 +39,10 @@ def main() -> int:
     from mae_jax.errors import UserError
 
     phases.done("imports")
-    if MODE.value != "train" and (CONFIG.value is not None or DRY_RUN.value):
-        raise UserError(f"--mode={MODE.value} reads the config that the workdir was made with; leave --config and "
-                        "--dry_run out")
+    if MODE.value == "replay" and CONFIG.value is not None:
+        raise UserError("--mode=replay reads the config that the workdir was made with; leave --config out")
+    if MODE.value != "train" and DRY_RUN.value:
+        raise UserError(f"--dry_run compiles the train step; leave it out with --mode={MODE.value}")
     if MODE.value == "train" and CONFIG.value is None:
         raise UserError("--config must be given to train; --help shows an example")
     here = place.find(COORDINATOR.value, PROCESSES.value, PROCESS.value)
@@ -60,7 +61,7 @@ def main() -> int:
 def command(train: ModuleType) -> int:
     """Does what the flags say, in one process or as one of several. Returns the exit code."""
     if MODE.value == "eval":
-        return train.evaluate(WORKDIR.value)
+        return train.evaluate(WORKDIR.value, CONFIG.value)
     if MODE.value == "replay":
         from mae_jax import replay
 

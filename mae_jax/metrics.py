@@ -223,6 +223,12 @@ class Speed:
         return out
 
 
+def say(line: str) -> None:
+    """Prints a line, once however many processes there are."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
 def progress_line(step: int, total: int, values: dict[str, float], batch_size: int) -> str:
     """Returns the line that is printed every log.every steps."""
     rate = values["train/images_per_sec"]

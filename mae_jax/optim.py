@@ -1,6 +1,8 @@
-"""Optimiser, schedule and decay mask, all by parameter path and by the step of the train state."""
+"""Optimisers, schedule, weight decay and freezing, all by parameter path and by the step of the train state."""
 
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,16 +11,27 @@ import optax
 from ml_collections import ConfigDict
 
 from mae_jax.config import steps
+from mae_jax.methods import Method
+from mae_jax.methods.base import Params
 from mae_jax.params import path
 
-# Matrices and the class and mask tokens decay, biases and norms do not: timm 0.3.2's add_weight_decay as MAE calls it.
-DECAYED = ("kernel", "cls_token", "mask_token")
 Schedule = Callable[[jax.Array], jax.Array]
+Mask = Callable[[Params], Any]  # parameters → tree of booleans
+
+LARS_TRUST = 1e-3  # of LARS: MAE's published linear probe, and the LARS paper (arXiv 1708.03888) for AlexNet
 
 
-def decay_mask(params: Any) -> Any:
-    """Returns a tree of booleans: which parameters weight decay applies to, by the last name of the path."""
-    return jax.tree_util.tree_map_with_path(lambda keys, _: path(keys).rsplit("/", 1)[-1] in DECAYED, params)
+def decay_mask(params: Params, decayed: tuple[str, ...]) -> Any:
+    """Returns a tree of booleans: which parameters weight decay applies to, those whose path ends in such a name."""
+    return jax.tree_util.tree_map_with_path(lambda keys, _: path(keys).rsplit("/", 1)[-1] in decayed, params)
+
+
+def decay_words(params: Params, method: Method) -> Any:
+    """Returns a tree of 'yes', 'no' and 'frozen': which parameters decay, and which the method holds fixed."""
+    def word(keys: tuple[Any, ...], decays: bool) -> str:
+        return ("yes" if decays else "no") if method.learns(path(keys)) else "frozen"
+
+    return jax.tree_util.tree_map_with_path(word, decay_mask(params, method.decayed))
 
 
 def peak_lr(config: ConfigDict) -> float:
@@ -26,14 +39,16 @@ def peak_lr(config: ConfigDict) -> float:
     return config.optim.lr * config.batch_size / 256
 
 
-def warmup_cosine(peak: float, minimum: float, warmup: int, total: int) -> Schedule:
-    """Returns step → learning rate: linear from 0 over `warmup` steps, then half a cosine to `minimum` at `total`.
+def warmup_cosine(peak: float, minimum: float, warmup: int, total: int, start: float = 0.0) -> Schedule:
+    """Returns step → learning rate: linear from `start` over `warmup` steps, then half a cosine to `minimum` at `total`.
 
-    Per iteration, as MAE's published code does it. The argument is the step of the train state, not of the optimiser.
+    Per iteration, as MAE's published code does it. DeiT's rate changes once per epoch, one epoch late, and its cosine
+    counts from epoch 0 (timm 0.3.2); that is not copied. The argument is the step of the train state, not of the
+    optimiser.
     """
     def schedule(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
-        rise = peak * step / max(warmup, 1)
+        rise = start + (peak - start) * step / max(warmup, 1)
         progress = jnp.clip((step - warmup) / max(total - warmup, 1), 0, 1)
         fall = minimum + (peak - minimum) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
         return jnp.where(step < warmup, rise, fall)
@@ -42,18 +57,90 @@ def warmup_cosine(peak: float, minimum: float, warmup: int, total: int) -> Sched
 
 
 def make_schedule(config: ConfigDict, examples: int) -> Schedule:
-    """Builds the schedule of `config.optim` for a training split of `examples` images."""
+    """Builds the schedule of `config.optim` for a training split of `examples` images.
+
+    `lr` is per 256 images; `min_lr` and `warmup_lr` are not, as in MAE and timm.
+    """
+    o = config.optim
     total = steps(config.train.duration, config.batch_size, examples)
-    warmup = steps(config.optim.warmup, config.batch_size, examples)
-    return warmup_cosine(peak_lr(config), config.optim.min_lr, min(warmup, total), total)
+    warmup = steps(o.warmup, config.batch_size, examples)
+    return warmup_cosine(peak_lr(config), o.min_lr, min(warmup, total), total, o.warmup_lr)
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Builds AdamW without its learning rate: the step multiplies the update by -schedule(step).
+def layer_rate(name: str, decay: float, depth: int) -> float:
+    """Returns what layer-wise decay multiplies the learning rate of a path by: decay ** (depth + 1 - layer).
 
-    Decoupled weight decay is added before the multiplication, as in PyTorch's AdamW.
+    The layer is 0 for the encoder's embedding, i + 1 for its block i, and depth + 1 for all else: the last block has
+    `decay` and norm, head and decoder have 1 (MAE's fine-tuning, after BEiT, arXiv 2106.08254).
+    """
+    if re.match(r"encoder/(patch_embed/|(cls_token|mask_token|pos_embed)$)", name):
+        layer = 0
+    else:
+        block = re.match(r"encoder/block_(\d+)/", name)
+        layer = int(block[1]) + 1 if block else depth + 1
+    return decay ** (depth + 1 - layer)
+
+
+def make_optimizer(config: ConfigDict, method: Method) -> optax.GradientTransformation:
+    """Builds the optimiser of `config.optim` without its learning rate: the step multiplies the update by -schedule(step).
+
+    The gradient is clipped first, by its global norm. Layer-wise decay comes last, since it is a factor of the learning
+    rate: it multiplies decoupled weight decay too, and no trust ratio undoes it. Parameters that the method holds fixed
+    have no state, and their update is zero.
     """
     o = config.optim
     clip = [optax.clip_by_global_norm(o.clip)] if o.clip else []
-    decay = optax.add_decayed_weights(o.weight_decay, decay_mask)
-    return optax.chain(*clip, optax.scale_by_adam(*o.betas, eps=o.eps), decay)
+    rules = {"adamw": _adamw, "lamb": _lamb, "lars": _lars, "sgd": _sgd}[o.name]
+    rates = [_layer_rates(o.layer_decay, config.model.depth)] if o.layer_decay != 1 else []
+    decayed = partial(decay_mask, decayed=method.decayed)
+    return _only(method.learns, optax.chain(*clip, *rules(o, decayed), *rates))
+
+
+def _adamw(o: ConfigDict, decayed: Mask) -> list[optax.GradientTransformation]:
+    """AdamW as in PyTorch: decoupled weight decay is added before the multiplication by the learning rate."""
+    return [optax.scale_by_adam(*o.betas, eps=o.eps), optax.add_decayed_weights(o.weight_decay, decayed)]
+
+
+def _lamb(o: ConfigDict, decayed: Mask) -> list[optax.GradientTransformation]:
+    """LAMB (arXiv 1904.00962) as DeiT III trains with it: AdamW's update times |parameter| / |update|, per leaf.
+
+    The ratio is 1 for what does not decay, as in NVIDIA's FusedLAMB and timm, and where either norm is 0. FusedLAMB
+    also clips the gradient to the norm 1, where nothing says so: `optim.clip`.
+    """
+    return [*_adamw(o, decayed), optax.masked(optax.scale_by_trust_ratio(), decayed)]
+
+
+def _sgd(o: ConfigDict, decayed: Mask) -> list[optax.GradientTransformation]:
+    """SGD as in PyTorch: weight decay is added to the gradient, then momentum, not Nesterov's and not dampened."""
+    return [optax.add_decayed_weights(o.weight_decay, decayed), optax.trace(o.momentum)]
+
+
+def _lars(o: ConfigDict, decayed: Mask) -> list[optax.GradientTransformation]:
+    """LARS (arXiv 1708.03888) as MAE's linear probe has it: SGD whose decayed leaves are scaled before momentum.
+
+    The factor, per leaf, is LARS_TRUST · |parameter| / |gradient with weight decay|; 1 where either norm is 0.
+    """
+    decay, momentum = _sgd(o, decayed)
+    return [decay, optax.masked(optax.scale_by_trust_ratio(trust_coefficient=LARS_TRUST), decayed), momentum]
+
+
+def _layer_rates(decay: float, depth: int) -> optax.GradientTransformation:
+    """Multiplies every update by the `layer_rate` of its path."""
+    def scale(updates: Params, _: Params | None) -> Params:
+        return jax.tree_util.tree_map_with_path(lambda keys, u: u * layer_rate(path(keys), decay, depth), updates)
+
+    return optax.stateless(scale)
+
+
+def _only(learns: Callable[[str], bool], inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Hides from `inner` the parameters that do not learn: they have no state, and their update is zero."""
+    def hide(tree: Params) -> Params:
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, leaf: leaf if learns(path(keys)) else optax.MaskedNode(), tree)
+
+    def update(grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
+        updates, state = inner.update(hide(grads), state, hide(params))
+        shown = jax.tree.map(lambda g, u: jnp.zeros_like(g) if isinstance(u, optax.MaskedNode) else u, grads, updates)
+        return shown, state
+
+    return optax.GradientTransformation(lambda params: inner.init(hide(params)), update)

@@ -1,6 +1,7 @@
 """Parameter trees by path: names, the table printed at the start, and starting from other parameters."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,16 +33,17 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def table(params: Any, decayed: Any) -> str:
-    """Returns the parameters, one row for all blocks, with shapes, copies and whether weight decay applies."""
-    rows: dict[str, list[Any]] = {}
-    for name, leaf in flatten(params).items():
-        row = rows.setdefault(re.sub(r"block_\d+", "block_*", name), [leaf.shape, 0, flatten(decayed)[name]])
-        row[1] += 1
-    width = max(map(len, rows))
+def table(params: Any, decay: Any) -> str:
+    """Returns the parameters, one row for all blocks alike, with shapes, copies and the word that `decay` has for each.
+
+    The word says whether weight decay applies: 'yes', 'no' or 'frozen'.
+    """
+    words = flatten(decay)
+    rows = Counter((re.sub(r"block_\d+", "block_*", name), str(leaf.shape), words[name])
+                   for name, leaf in flatten(params).items())
+    width = max(len(name) for name, _, _ in rows)
     lines = [f"{'parameter':<{width}}  {'shape':<18} {'copies':>6}  decay"]
-    lines += [f"{name:<{width}}  {shape!s:<18} {copies:>6}  {'yes' if decay else 'no'}"
-              for name, (shape, copies, decay) in rows.items()]
+    lines += [f"{name:<{width}}  {shape:<18} {copies:>6}  {word}" for (name, shape, word), copies in rows.items()]
     return "\n".join([*lines, f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters"])
 
 

@@ -32,7 +32,7 @@ class Program:
         if config.train.accumulate > 1 and self.method.sees_whole_batch:
             raise UserError(f"train.accumulate={config.train.accumulate}: the loss of {config.method.name} has terms "
                             "across the whole batch, which micro-batches would change; use 1")
-        self.optimizer = optim.make_optimizer(config)
+        self.optimizer = optim.make_optimizer(config, self.method)
         self.schedule = optim.make_schedule(config, examples)
         initial = partial(init_state, config, self.method, self.optimizer)
         spec = self.method.batch_spec()

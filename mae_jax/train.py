@@ -17,10 +17,10 @@ from mae_jax import cli, distributed, methods, optim, params, phases, sharding, 
 from mae_jax.checkpoint import Checkpoints
 from mae_jax.config import default, profile_steps, steps, validate
 from mae_jax.errors import GuardError, UserError
-from mae_jax.evals.evaluate import Evaluator
 from mae_jax.flops import peak_flops, train_flops
+from mae_jax.judge import Judge
 from mae_jax.methods.base import Batch, Metrics
-from mae_jax.metrics import Means, Recorder, Speed, progress_line
+from mae_jax.metrics import Means, Recorder, Speed, progress_line, say
 from mae_jax.program import Program
 from mae_jax.step import TrainState
 from mae_jax.stop import Stopper
@@ -81,12 +81,6 @@ def initial_state(run: Run) -> TrainState:
     return state
 
 
-def say(line: str) -> None:
-    """Prints a line, once however many processes there are."""
-    if jax.process_index() == 0:
-        print(line, flush=True)
-
-
 class Log:
     """Reads the metrics of a step one step late, so that the device never waits for the host; guards the run."""
 
@@ -143,18 +137,6 @@ class Log:
                              f"{'; '.join(list(dict.fromkeys(self.run.inputs.bad))[:NAMED])}")
 
 
-def evaluate_into(recorder: Recorder, evaluator: Evaluator, state: TrainState, done: int) -> dict[str, float]:
-    """Evaluates, writes scalars and pictures, prints one line, and returns the scalars."""
-    began = time.monotonic()
-    values = evaluator.scalars(state) | (evaluator.pixel_floor() if done == 0 else {})
-    for name, picture in evaluator.pictures(state):
-        recorder.picture(done, name, picture)
-    recorder.scalars(done, values)  # last: it marks the evaluation as done
-    text = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-    say(f"evaluation at step {done}: {text}  ({time.monotonic() - began:.0f} s)")
-    return values
-
-
 def train(config: ConfigDict, folder: str) -> int:
     """Trains until `train.duration`, resuming what the workdir holds. Returns the exit code."""
     with Stopper() as stopper:
@@ -205,7 +187,7 @@ def resume(run: Run, stopper: Stopper) -> int:
     state = checkpoints.restore(run.program.state)
     if state is None:
         state = initial_state(run)
-        say(params.table(state.params, optim.decay_mask(state.params)))
+        say(params.table(state.params, optim.decay_words(state.params, run.program.method)))
     elif int(state.step) > run.total:
         raise UserError(f"{folder} is at step {int(state.step)}, past train.duration={config.train.duration!r} "
                         f"({run.total} steps)")
@@ -268,12 +250,10 @@ class Profile:
 def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Recorder, stopper: Stopper) -> int:
     """Steps from the state's step to the end. Returns the exit code."""
     start, total = int(state.step), run.total
-    evaluator = Evaluator(run.program.method, run.inputs, run.program.mesh)
-    log, profile = Log(run, recorder), Profile(run)
-    save_every, eval_every = run.every("checkpoint"), run.every("eval") if run.config.data.eval_split else 0
-    due = eval_every and (start % eval_every == 0 or start == total)
-    if due and not distributed.first(recorder.has(start, "eval/loss")):
-        evaluate_into(recorder, evaluator, state, start)
+    judge, log, profile = Judge(run, recorder), Log(run, recorder), Profile(run)
+    save_every = run.every("checkpoint")
+    if judge.missed(start):
+        judge.look(state, start)
         phases.done("evaluation")
     run.program.compile()
     phases.done("compile")
@@ -291,7 +271,7 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Record
             logger.info("time to first step %s", phases.summary())
             log.speed.start()
         stop = stopper.should_stop(done)
-        look = eval_every > 0 and (done == total or done % eval_every == 0)
+        look = judge.due(done)
         # Also before an evaluation: a signal can then end it at once.
         save = look or done == total or (save_every > 0 and done % save_every == 0)
         try:
@@ -310,7 +290,7 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Record
             checkpoints.wait()
             if not checkpoints.failed:
                 stopper.saved()
-            evaluate_into(recorder, evaluator, state, done)
+            judge.look(state, done)
             log.speed.start()
     return finish(run, checkpoints, total)
 
@@ -344,21 +324,29 @@ def of_workdir(path: epath.Path) -> ConfigDict:
     return config
 
 
-def evaluate(folder: str) -> int:
-    """Evaluates the newest checkpoint of a workdir with the config it was made with. Returns the exit code."""
+def evaluate(folder: str, config: ConfigDict | None = None) -> int:
+    """Evaluates the newest checkpoint of a workdir on its evaluation split. Returns the exit code.
+
+    Args:
+      folder: the workdir.
+      config: the one it was made with, but for fields that a resumed run may change; None: the very one.
+    """
     path = workdir.locate(folder)
-    run = prepare(of_workdir(path), path)
+    stored = of_workdir(path)
+    if config is not None:
+        workdir.compare(workdir.read_config(path), config)
+    run = prepare(config or stored, path)
     if not run.config.data.eval_split:
         raise UserError("data.eval_split is '': there is nothing to evaluate on")
     checkpoints = Checkpoints(path, run.config.checkpoint.keep_last)
     state = checkpoints.restore(run.program.state)
     if state is None:
         raise UserError(f"{path} holds no checkpoint yet")
-    done = int(state.step)
     # Lines past this step stay: they may be those of a run in progress.
     recorder = Recorder(path, math.inf, run.config.log.tensorboard, jax.process_index() == 0)
     with jax.set_mesh(run.program.mesh):
-        evaluate_into(recorder, Evaluator(run.program.method, run.inputs, run.program.mesh), state, done)
+        judge, began = Judge(run, recorder), time.monotonic()
+        judge.write(state, int(state.step), judge.at_the_end(state, {}), began)
     recorder.close()
     checkpoints.close()
     return cli.FINISHED

@@ -36,6 +36,27 @@ def tiny_config(fields: dict[str, Any] | None = None) -> ConfigDict:
     return config
 
 
+def tiny_segment(fields: dict[str, Any] | None = None) -> ConfigDict:
+    """Returns a valid config of a dense probe with 3 classes on 16 patches, with dotted `fields` changed."""
+    config = default("segment")
+    given = tiny_config()
+    for group in ("data", "model", "optim", "train", "checkpoint", "eval", "log"):
+        config[group].update(given[group])
+    config.batch_size, config.method.classes = given.batch_size, 3
+    config.update_from_flattened_dict(fields or {})
+    validate(config)
+    return config
+
+
+def tiny_segment_batch(config: ConfigDict, seed: int = 0) -> Batch:
+    """Returns a batch in raster order whose masks have the values 0 to 5, and 255, at random."""
+    batch, rng = tiny_batch(config, seed), np.random.default_rng(seed)
+    batch["order"][:] = np.arange(batch["order"].shape[1])
+    pixels = batch["patches"].shape[2] // 3
+    batch["mask"] = rng.choice([0, 1, 2, 3, 4, 5, 255], size=(*batch["order"].shape, pixels)).astype(np.uint8)
+    return batch
+
+
 def tiny_batch(config: ConfigDict, seed: int = 0) -> Batch:
     """Returns a batch of smooth random pictures (neighbouring pixels alike) with random orders, all valid."""
     rng = np.random.default_rng(seed)
@@ -68,19 +89,20 @@ def tiny_params(config: ConfigDict, seed: int = 0) -> Params:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def tiny_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optim.Schedule]:
-    return optim.make_optimizer(config), optim.make_schedule(config, EXAMPLES)
+def tiny_optimizer(config: ConfigDict, method: Method) -> tuple[optax.GradientTransformation, optim.Schedule]:
+    return optim.make_optimizer(config, method), optim.make_schedule(config, EXAMPLES)
 
 
-def tiny_state(config: ConfigDict, extras: Extras | None = None) -> TrainState:
+def tiny_state(config: ConfigDict, extras: Extras | None = None, method: Method | None = None) -> TrainState:
     """Returns the state before the first step, with `tiny_params`."""
     params = jax.tree.map(jnp.asarray, tiny_params(config))
     ema = jax.tree.map(jnp.copy, params) if config.optim.ema else {}
-    opt = tiny_optimizer(config)[0].init(params)
+    opt = tiny_optimizer(config, method or tiny_method(config))[0].init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt, extras or {}, ema, jnp.zeros((), jnp.int32))
 
 
 def tiny_step(config: ConfigDict, method: Method | None = None) -> Any:
     """Returns the jitted train step, which donates its state."""
-    step = make_train_step(config, method or tiny_method(config), *tiny_optimizer(config))
+    method = method or tiny_method(config)
+    step = make_train_step(config, method, *tiny_optimizer(config, method))
     return jax.jit(step, donate_argnums=0)

@@ -3,7 +3,7 @@
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,7 +15,11 @@ from mae_jax.errors import UserError
 Batch = dict[str, np.ndarray]
 FIELDS = ("patches", "order", "label", "id", "valid", "replaced")
 BAD_NAMES = 100  # the last so many pictures that were replaced are kept by name
-_PROVIDERS = {"cluster": "python -m mae_jax.cluster makes it"}
+_PROVIDERS = {  # what would give a field; formatted with the config's group `data`
+    "cluster": "python -m mae_jax.cluster makes it",
+    "labels": "data.label_key={0.label_key!r} names no list of classes, nor an array [n, C] of 0 and 1",
+    "mask": "data.mask_key={0.mask_key!r} names no masks there",
+}
 
 __all__ = ["Batch", "Inputs", "Order", "build"]
 
@@ -25,9 +29,12 @@ class Inputs(NamedTuple):
 
     train: Callable[[int], Iterator[Batch]]  # step → endless: this process's rows of batches step, step + 1, ...
     support: Callable[[], Iterator[Batch]]  # of the training split, as the evaluation sees pictures; finite, padded
-    evaluate: Callable[[], Iterator[Batch]]  # of the evaluation split likewise; empty without one
+    evaluate: Callable[..., Iterator[Batch]]  # of the evaluation split likewise; at a crop ratio, by default the first
+    validate: Callable[[], Iterator[Batch]]  # of the validation split likewise; both are empty without a split
+    extra: Callable[[str], Iterator[Batch]]  # of a further test set (eval.sets), with labels of the training classes
     num_train: int
     num_eval: int
+    num_val: int
     classes: tuple[str, ...]  # () without labels
     description: str  # one line
     bad: deque[str]  # 'name: reason' of the pictures that this process replaced, newest last
@@ -40,7 +47,8 @@ def build(config: ConfigDict, spec: dict[str, jax.ShapeDtypeStruct], order: Orde
     Batches are dicts of NumPy arrays with the fields of `spec`: `patches` uint8 [B, N, P], cut and permuted; `order`
     int32 [B, N], order[b, k] = raster index of the k-th patch; `label` int32 [B], -1 unlabelled; `id` int32 [B], -1 in
     padding; `valid` float32 [B], 0 for grey stand-ins and padding; `replaced` int32 [B], how many pictures failed
-    before this one.
+    before this one. Where the spec asks for them and the data have them: `labels` uint8 [B, C], 1 where a class is in
+    the picture, and `mask` uint8 [B, N, P / 3], the class of each pixel, 255 where it has none.
 
     Args:
       config: the resolved config.
@@ -56,10 +64,6 @@ def build(config: ConfigDict, spec: dict[str, jax.ShapeDtypeStruct], order: Orde
         from mae_jax.data import batches
 
         return Inputs(**batches.open_folder(config, spec, order, rows))
-    for name in spec:
-        if name not in FIELDS:
-            raise UserError(f"data.source={config.data.source!r} gives no batch field {name!r}; "
-                            f"{_PROVIDERS.get(name, 'it gives ' + ', '.join(FIELDS))}")
     return _open(config, spec, order, rows)
 
 
@@ -68,29 +72,67 @@ def _open(config: ConfigDict, spec: dict[str, jax.ShapeDtypeStruct], order: Orde
     from mae_jax.data.views import Views
 
     data = config.data
+    _check_validation(data)
     source = sources.load(data, data.train_split)
-    held_out = sources.load(data, data.eval_split) if data.eval_split else None
+    validation, held_out = (sources.load(data, split) if split else None for split in (data.val_split, data.eval_split))
+    for part in (source, validation, held_out):
+        _check_fields(part, spec, data)
     kinds = {sources.Source: pipeline, streams.Stream: streams}
     bad: deque[str] = deque(maxlen=BAD_NAMES)
-    common = {"views": Views(config, order), "config": config, "spec": spec, "rows": rows, "bad": bad}
+    common = {"views": Views(config, order, spec), "config": config, "spec": spec, "rows": rows, "bad": bad}
 
-    def evaluate(part: sources.Source | streams.Stream | None) -> Iterator[Batch]:
-        return kinds[type(part)].evaluate(part, **common) if part else iter(())
+    def evaluate(part: sources.Source | streams.Stream | None, ratio: float = config.eval.crop_ratio[0]
+                 ) -> Iterator[Batch]:
+        return kinds[type(part)].evaluate(part, ratio, **common) if part else iter(())
+
+    def extra(name: str) -> Iterator[Batch]:
+        found, classes = sources.further(data, name, source.classes)
+        _check_fields(found, spec, data)
+        return _relabelled(evaluate(found), classes)
 
     left_over = streams.left_over(source, config) if isinstance(source, streams.Stream) else range(0)
     lost = ""
     if left_over:
         lost = f"; left out by {data.readers} readers: {len(left_over)}, from {source.name(left_over[0])}"
-    num_eval = held_out.size if held_out else 0
+    num_val, num_eval = (part.size if part else 0 for part in (validation, held_out))
     return Inputs(
         train=functools.partial(kinds[type(source)].train, source, **common),
         support=functools.partial(evaluate, source), evaluate=functools.partial(evaluate, held_out),
-        num_train=source.size - len(left_over), num_eval=num_eval, classes=source.classes, bad=bad,
-        description=_describe(data, source.size, num_eval, len(source.classes)) + lost)
+        validate=functools.partial(evaluate, validation), extra=extra,
+        num_train=source.size - len(left_over), num_eval=num_eval, num_val=num_val, classes=source.classes, bad=bad,
+        description=_describe(data, source.size, num_val, num_eval, len(source.classes)) + lost)
 
 
-def _describe(data: ConfigDict, train: int, held_out: int, classes: int) -> str:
+def _check_validation(data: ConfigDict) -> None:
+    """Raises UserError when pictures that choose checkpoints would be trained on."""
+    from mae_jax.data import splits
+
+    if data.val_split and splits.overlap(splits.parse(data.train_split), splits.parse(data.val_split)):
+        raise UserError(f"data.val_split={data.val_split!r} shares pictures with data.train_split="
+                        f"{data.train_split!r}; write for example 'train[90%:]' and 'train[:90%]'")
+
+
+def _check_fields(part: Any, spec: dict[str, jax.ShapeDtypeStruct], data: ConfigDict) -> None:
+    """Raises UserError when a split cannot give a field of the spec; `part` is None without a split."""
+    given = (*FIELDS, *(part.fields if part else ("labels", "mask")))
+    for name in spec:
+        if name not in given:
+            hint = _PROVIDERS.get(name, f"it gives {', '.join(given)}").format(data)
+            raise UserError(f"data.source={data.source!r} gives no batch field {name!r}; {hint}")
+    if part and "labels" in spec and spec["labels"].shape[1] != len(part.classes):
+        raise UserError(f"data.label_key={data.label_key!r} has {len(part.classes)} classes, the method expects "
+                        f"{spec['labels'].shape[1]}")
+
+
+def _relabelled(batches: Iterator[Batch], classes: np.ndarray) -> Iterator[Batch]:
+    """Yields the batches with the label classes[k] for k."""
+    for batch in batches:
+        yield {**batch, "label": np.where(batch["label"] < 0, batch["label"], classes[batch["label"]])}
+
+
+def _describe(data: ConfigDict, train: int, validation: int, held_out: int, classes: int) -> str:
     where = data.name or data.path
     labels = f"{classes} classes" if classes else "no labels"
-    return (f"{data.source}{f' {where}' if where else ''}: {train} pictures in {data.train_split}, "
+    chosen_by = f"{validation} in {data.val_split}, " if data.val_split else ""
+    return (f"{data.source}{f' {where}' if where else ''}: {train} pictures in {data.train_split}, {chosen_by}"
             f"{held_out} in {data.eval_split or 'no evaluation split'}; {labels}")

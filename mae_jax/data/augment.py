@@ -1,48 +1,56 @@
-"""Geometry and colour on the host: a picture to uint8 pixels of the model's size.
+"""Geometry on the host: a picture, and its mask where it has one, to uint8 pixels of the model's size.
 
-Every random choice comes from the generator that is passed in.
+Every random choice comes from the generator that is passed in. Colours are in `data.colour` and `data.rand_augment`.
 """
 
 import math
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image, ImageEnhance
+from PIL import Image
 
-from mae_jax.data.decode import Box, Picture
+from mae_jax.data.colour import COLOURS
+from mae_jax.data.decode import BadPicture, Box, Picture
+from mae_jax.data.rand_augment import rand_augment
 
 CROP_TRIES = 10  # torchvision's RandomResizedCrop
-# Strengths of the colour jitter are our choice (MAE Table 1e gives none): SimCLR's at half strength.
-BRIGHTNESS = CONTRAST = SATURATION = 0.4
-HUE = 0.1
+SIMPLE_PADDING = 4  # pixels that a simple crop may reach beyond the resized picture (DeiT III section 3.2)
+Pixels = tuple[np.ndarray, np.ndarray | None]
+Images = tuple[Image.Image, Image.Image | None]
 
 
-def augment(picture: Picture, rng: np.random.Generator, config: ConfigDict) -> np.ndarray:
-    """Returns a training view, uint8 [height, width, 3] of data.image_size, as data.augment and data.colour say.
+def augment(picture: Picture, rng: np.random.Generator, config: ConfigDict, mask: np.ndarray | None = None) -> Pixels:
+    """Returns a training view as data.augment, data.flip and data.colour say, and the mask's same view (or None).
 
-    'random': crop of random size and shape, resized, flipped. 'fixed': crop of fixed size at a random place, flipped.
-    'none': the evaluation's centre crop.
+    'random': crop of random size and shape, resized. 'single': the same of one draw, cut to what the picture has
+    (linear probing). 'simple': resized to just cover the target, cut at a random place (DeiT III). 'fixed': crop of
+    fixed size at a random place. 'none': the evaluation's centre crop, never flipped.
+
+    Args:
+      mask: uint8 [height, width] of the picture. Its values are picked, never mixed; 255 where RandAugment moved the
+        picture away.
+
+    Returns:
+      uint8 [H, W, 3] and uint8 [H, W], of data.image_size.
 
     Raises:
-      BadPicture: the pixels do not decode.
+      BadPicture: the pixels do not decode, or the mask has another size.
     """
-    data, ratio = config.data, config.eval.crop_ratio[0]
-    if data.augment == "none":
-        return centre(picture, config, ratio)
-    if data.augment == "fixed":
-        image = _covering_crop(picture, data.image_size, ratio, rng.random(), rng.random())
-    else:
-        target = tuple(data.image_size)
-        box = random_box(rng, (picture.height, picture.width), target, data.crop_scale, data.crop_ratio)
-        image = picture.view(box, target)
-    if data.flip and rng.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(jitter(image, rng) if data.colour == "jitter" else image)
+    data = config.data
+    image, mask = _crop(picture, _mask_image(picture, mask), rng, config)
+    if data.flip and data.augment != "none" and rng.random() < 0.5:
+        image, mask = _flip(image), mask and _flip(mask)
+    if data.colour == "rand":
+        return _pixels(*rand_augment(image, rng, mask))
+    return _pixels(COLOURS[data.colour](image, rng), mask)
 
 
-def centre(picture: Picture, config: ConfigDict, ratio: float) -> np.ndarray:
-    """Returns the evaluation's view, uint8 [height, width, 3]: the central `ratio` of the picture, resized."""
-    return np.asarray(_covering_crop(picture, config.data.image_size, ratio, 0.5, 0.5))
+def centre(picture: Picture, config: ConfigDict, ratio: float, mask: np.ndarray | None = None) -> Pixels:
+    """Returns the evaluation's view: the central `ratio` of the picture, resized, and the mask's same view (or None).
+
+    Shapes, dtypes and errors are those of `augment`.
+    """
+    return _pixels(*_covering_crop(picture, _mask_image(picture, mask), config.data.image_size, ratio, 0.5, 0.5))
 
 
 def random_box(rng: np.random.Generator, size: tuple[int, int], target: tuple[int, int],
@@ -56,39 +64,55 @@ def random_box(rng: np.random.Generator, size: tuple[int, int], target: tuple[in
       size, target: height, width in pixels.
     """
     height, width = size
-    shape = target[1] / target[0]
     for _ in range(CROP_TRIES):
-        area = height * width * rng.uniform(*scale)
-        aspect = shape * math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        h, w = _draw_size(rng, size, target, scale, ratio)
         if 0 < w <= width and 0 < h <= height:
-            return Box(int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w)
+            return _draw_place(rng, size, h, w)
+    shape = target[1] / target[0]
     aspect = min(max(width / height, shape * ratio[0]), shape * ratio[1])
     h, w = min(height, max(1, round(width / aspect))), min(width, max(1, round(height * aspect)))
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
-def jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Changes brightness, contrast, saturation and hue by random factors, in random order (as torchvision's)."""
-    strengths = rng.uniform(-1, 1, 4)
-    for which in rng.permutation(4):
-        if which == 3:
-            image = _shift_hue(image, HUE * strengths[3])
-        else:
-            enhance, most = ((ImageEnhance.Brightness, BRIGHTNESS), (ImageEnhance.Contrast, CONTRAST),
-                             (ImageEnhance.Color, SATURATION))[which]
-            image = enhance(image).enhance(1 + most * strengths[which])
-    return image
+def single_box(rng: np.random.Generator, size: tuple[int, int], target: tuple[int, int],
+               scale: tuple[float, float], ratio: tuple[float, float]) -> Box:
+    """Draws a crop as BYOL does, and MAE for linear probing: `random_box` with one draw, cut to the picture's sides.
+
+    Args:
+      size, target: height, width in pixels.
+    """
+    h, w = _draw_size(rng, size, target, scale, ratio)
+    return _draw_place(rng, size, min(max(h, 1), size[0]), min(max(w, 1), size[1]))
 
 
-def _shift_hue(image: Image.Image, turn: float) -> Image.Image:
-    """Turns the hue circle by `turn` of its full length."""
-    hue, saturation, value = image.convert("HSV").split()
-    shift = round(turn * 255)
-    return Image.merge("HSV", (hue.point(lambda h: (h + shift) % 256), saturation, value)).convert("RGB")
+def _draw_size(rng: np.random.Generator, size: tuple[int, int], target: tuple[int, int],
+               scale: tuple[float, float], ratio: tuple[float, float]) -> tuple[int, int]:
+    """Draws height and width of a crop; they may exceed the picture's."""
+    area = size[0] * size[1] * rng.uniform(*scale)
+    aspect = target[1] / target[0] * math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
 
 
-def _covering_crop(picture: Picture, target: tuple[int, int], ratio: float, down: float, right: float) -> Image.Image:
+def _draw_place(rng: np.random.Generator, size: tuple[int, int], h: int, w: int) -> Box:
+    return Box(int(rng.integers(size[0] - h + 1)), int(rng.integers(size[1] - w + 1)), h, w)
+
+
+def _crop(picture: Picture, mask: Image.Image | None, rng: np.random.Generator, config: ConfigDict) -> Images:
+    """Cuts out what data.augment says, in the size of the model's pictures."""
+    data, target = config.data, tuple(config.data.image_size)
+    if data.augment == "simple":
+        return _simple_crop(picture, mask, target, rng.random(), rng.random())
+    if data.augment in ("none", "fixed"):
+        place = (0.5, 0.5) if data.augment == "none" else (rng.random(), rng.random())
+        return _covering_crop(picture, mask, target, config.eval.crop_ratio[0], *place)
+    draw = single_box if data.augment == "single" else random_box
+    box = draw(rng, (picture.height, picture.width), target, data.crop_scale, data.crop_ratio)
+    edges = (box.left, box.top, box.left + box.width, box.top + box.height)
+    return picture.view(box, target), mask and mask.resize(target[::-1], Image.Resampling.NEAREST, edges)
+
+
+def _covering_crop(picture: Picture, mask: Image.Image | None, target: tuple[int, int], ratio: float,
+                   down: float, right: float) -> Images:
     """Cuts `ratio` of the largest part that has the target's shape, and resizes it.
 
     The same as torchvision's Resize of the short side and crop of the target's size, with no rounding between the two:
@@ -102,4 +126,61 @@ def _covering_crop(picture: Picture, target: tuple[int, int], ratio: float, down
     h, w = unit * height, unit * width
     top, left = (picture.height - h) * down, (picture.width - w) * right
     box = (left, top, min(left + w, picture.width), min(top + h, picture.height))
-    return picture.whole().resize((width, height), Image.Resampling.BICUBIC, box=box)
+    return _resize(picture, mask, (width, height), box)
+
+
+def _simple_crop(picture: Picture, mask: Image.Image | None, target: tuple[int, int],
+                 down: float, right: float) -> Images:
+    """Resizes the picture to just cover the target, mirrors 4 pixels at its edges and cuts the target's size out.
+
+    For square targets that is the simple random crop of DeiT III: torchvision's Resize of the short side and
+    RandomCrop(padding=4, padding_mode='reflect'). Only what the crop needs is resized.
+
+    Args:
+      down, right: in [0, 1): where the crop lies among the places that it can have, each as likely.
+    """
+    height, width = _covering_size((picture.height, picture.width), target)
+    rows, columns = _reflected(height, target[0], down), _reflected(width, target[1], right)
+    (top, left), (bottom, end) = (rows.min(), columns.min()), (rows.max() + 1, columns.max() + 1)
+    y, x = picture.height / height, picture.width / width  # pixels of the picture per pixel of the resized one
+    box = (left * x, top * y, min(end * x, picture.width), min(bottom * y, picture.height))
+    images = _resize(picture, mask, (int(end - left), int(bottom - top)), box)
+    inside = np.ix_(rows - top, columns - left)
+    return tuple(image and Image.fromarray(np.asarray(image)[inside]) for image in images)
+
+
+def _covering_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """Returns height, width of the picture scaled to just cover the target; the long side is cut, as torchvision's."""
+    height, width = size
+    if height * target[1] <= width * target[0]:
+        return target[0], max(target[1], int(target[0] * width / height))
+    return max(target[0], int(target[1] * height / width)), target[1]
+
+
+def _reflected(size: int, target: int, share: float) -> np.ndarray:
+    """Returns which of `size` rows a crop of `target` rows shows, int [target], at a place of the mirrored padding."""
+    first = int(share * (size + 2 * SIMPLE_PADDING - target + 1)) - SIMPLE_PADDING
+    rows = np.abs(np.arange(first, first + target)) % max(2 * (size - 1), 1)  # mirrored: a period of twice the steps
+    return np.minimum(rows, abs(2 * (size - 1) - rows))
+
+
+def _resize(picture: Picture, mask: Image.Image | None, size: tuple[int, int], box: tuple[float, ...]) -> Images:
+    """Resizes what lies in `box` (left, top, right, bottom) to `size` (width, height)."""
+    image = picture.whole().resize(size, Image.Resampling.BICUBIC, box)
+    return image, mask and mask.resize(size, Image.Resampling.NEAREST, box)
+
+
+def _flip(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def _mask_image(picture: Picture, mask: np.ndarray | None) -> Image.Image | None:
+    if mask is None:
+        return None
+    if mask.shape != (picture.height, picture.width):
+        raise BadPicture(f"its mask has the shape {mask.shape}, not {(picture.height, picture.width)}")
+    return Image.fromarray(mask)
+
+
+def _pixels(image: Image.Image, mask: Image.Image | None) -> Pixels:
+    return np.asarray(image), None if mask is None else np.asarray(mask)

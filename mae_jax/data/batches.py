@@ -1,7 +1,7 @@
 """batches: examples made beforehand (inspect --write=batches), for machines without TensorFlow. NumPy only.
 
-A folder, local or gs://, with train.npz, support.npz and evaluate.npz, whose arrays are batch fields [n, ...], and
-meta.json with the class names and the number of training pictures that were there.
+A folder, local or gs://, with train.npz, support.npz, evaluate.npz and perhaps validate.npz, whose arrays are batch
+fields [n, ...], and meta.json with the class names and the number of training pictures that were there.
 """
 
 import itertools
@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 from mae_jax.data.orders import Order
 from mae_jax.errors import UserError
 
-PADDING = {"valid": 0, "label": -1, "id": -1, "replaced": 0}  # the other fields repeat the first example
+# Of the rows that fill the last batch; the other fields repeat the first example.
+PADDING = {"valid": 0, "label": -1, "labels": 0, "mask": 255, "id": -1, "replaced": 0}
 Arrays = dict[str, np.ndarray]
 Spec = dict[str, jax.ShapeDtypeStruct]
 
@@ -37,16 +38,25 @@ def open_folder(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray) 
     if meta.get("order") != made:
         raise UserError(f"the batches of {folder} were made for the order of patches {meta.get('order')} (kind, grid, "
                         f"hidden), the config asks for {made}; make them with this config")
-    parts = {name: _load(folder / f"{name}.npz", spec) for name in ("train", "support", "evaluate")}
+    names = ("train", "support", "evaluate", *(("validate",) if (folder / "validate.npz").is_file() else ()))
+    parts = {name: _load(folder / f"{name}.npz", spec) for name in names}
     sizes = {name: len(next(iter(arrays.values()))) for name, arrays in parts.items()}
 
-    def finite(name: str) -> Callable[[], Iterator[Arrays]]:
-        return lambda: _finite(parts[name], sizes[name], config.batch_size, rows)
+    def finite(name: str) -> Callable[..., Iterator[Arrays]]:
+        def batches(ratio: float = config.eval.crop_ratio[0]) -> Iterator[Arrays]:
+            if ratio != config.eval.crop_ratio[0]:
+                raise UserError(f"cached batches hold one crop of each picture: no eval.crop_ratio={ratio} of {folder}")
+            return _finite(parts[name], sizes[name], config.batch_size, rows) if name in parts else iter(())
+        return batches
+
+    def extra(name: str) -> Iterator[Arrays]:
+        raise UserError(f"cached batches have no further test set eval.sets={name!r}; use data.source='tfds'")
 
     return {
         "train": lambda step: _endless(parts["train"], sizes["train"], config.batch_size, rows, step),
-        "support": finite("support"), "evaluate": finite("evaluate"),
-        "num_train": meta["num_train"], "num_eval": sizes["evaluate"], "classes": tuple(meta["classes"]),
+        "support": finite("support"), "evaluate": finite("evaluate"), "validate": finite("validate"), "extra": extra,
+        "num_train": meta["num_train"], "num_eval": sizes["evaluate"], "num_val": sizes.get("validate", 0),
+        "classes": tuple(meta["classes"]),
         "description": f"batches {folder}: {sizes['train']} cached training examples of {meta['num_train']} pictures, "
                        f"{sizes['evaluate']} for evaluation; {len(meta['classes']) or 'no'} classes",
         "bad": deque(maxlen=0),

@@ -17,6 +17,7 @@ from mae_jax.data.tensorflow_cpu import tf
 from mae_jax.errors import UserError
 
 MAX_PIXELS = 50_000_000
+IGNORED = 255  # in a mask: a pixel of no class
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 SCAN_MARKER, END_MARKER = b"\xff\xda", b"\xff\xd9"  # of a JPEG; neither occurs within a scan
 FAST_MARGIN = 1.5  # how much larger than the target a part must remain that the decoder shrinks
@@ -95,6 +96,26 @@ class Picture:
         """Whether a part may be decoded alone; a file that was cut has been refused already."""
         plain = self.format in ("JPEG", "MPO") and self._image.mode in ("RGB", "L")
         return self._fast and plain
+
+
+def decode_mask(data: bytes, offset: int = 0) -> np.ndarray:
+    """Reads a picture of class numbers, uint8 [height, width]; of several channels the first, of a palette the index.
+
+    Args:
+      offset: is subtracted; what lies below it becomes 255, and 255 (to ignore) stays.
+
+    Raises:
+      BadPicture: it does not decode, or has more than 8 bits.
+    """
+    try:
+        values = np.asarray(Image.open(io.BytesIO(data), formats=FORMATS))
+    except Exception as error:
+        raise BadPicture(f"mask: {_reason(data, error)}") from error
+    values = values[..., 0] if values.ndim == 3 else values
+    if values.dtype not in (np.uint8, bool):
+        raise BadPicture(f"a mask of {values.dtype}; expected 8 bits")
+    values = values.astype(np.int16)
+    return np.where((values < offset) | (values == IGNORED), IGNORED, values - offset).astype(np.uint8)
 
 
 def decode(data: bytes) -> np.ndarray:

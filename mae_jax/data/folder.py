@@ -2,7 +2,8 @@
 
 Splits are the sub-folders train/ and test/, val/ or validation/, if they are there. Else each picture belongs where the
 hash of its relative path says, so that adding files moves none: 'test' is a tenth, if the config uses it, and 'train'
-the rest. Classes are the first sub-folders of a split, if there are several and no picture lies beside them.
+the rest. Classes are the first sub-folders of a split, if there are several and no picture lies beside them. The masks
+of data.mask_key lie in a folder of the same shape, as PNG files of the same names.
 """
 
 import functools
@@ -15,6 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax.data import splits
+from mae_jax.data.decode import decode_mask
 from mae_jax.data.sources import UNLABELLED, Example, Source
 from mae_jax.errors import UserError, nearest
 
@@ -35,7 +37,7 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
         classes = _classes(_list(base))
         start, stop = split.shares(*splits.part(split.name, splits.holds_out(data)))
     files = tuple(name for name in _list(base) if start <= splits.share(name) < stop)
-    return _source(base, files, classes)
+    return _source(base, files, classes, _masks(data, root, base, files), data.mask_offset)
 
 
 def _sub_folder(name: str, children: set[str]) -> str:
@@ -54,14 +56,27 @@ def _root(path: str) -> epath.Path:
     return root
 
 
-def _source(base: epath.Path, files: tuple[str, ...], classes: tuple[str, ...]) -> Source:
+def _masks(data: ConfigDict, root: epath.Path, base: epath.Path, files: tuple[str, ...]) -> epath.Path | None:
+    """Returns the folder of a split's masks, which must have that of its first picture; None without masks."""
+    if not data.mask_key:
+        return None
+    masks = epath.Path(data.mask_key).expanduser() / os.path.relpath(base, root)
+    if files and not (masks / files[0]).with_suffix(".png").is_file():
+        raise UserError(f"data.mask_key={data.mask_key!r} lacks the mask of {files[0]}: "
+                        f"{(masks / files[0]).with_suffix('.png')} is not there")
+    return masks
+
+
+def _source(base: epath.Path, files: tuple[str, ...], classes: tuple[str, ...], masks: epath.Path | None,
+            offset: int) -> Source:
     index = {name: label for label, name in enumerate(classes)}
     labels = np.array([index.get(name.split("/")[0], UNLABELLED) for name in files], np.int32)
 
     def read(i: int) -> Example:
-        return Example((base / files[i]).read_bytes(), int(labels[i]))
+        mask = decode_mask((masks / files[i]).with_suffix(".png").read_bytes(), offset) if masks else None
+        return Example((base / files[i]).read_bytes(), int(labels[i]), mask=mask)
 
-    return Source(len(files), read, files.__getitem__, classes)
+    return Source(len(files), read, files.__getitem__, classes, ("mask",) if masks else ())
 
 
 @functools.lru_cache(maxsize=8)  # a run opens a folder for training, for evaluation and for its classes

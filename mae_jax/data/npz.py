@@ -1,7 +1,8 @@
 """npz: arrays of pictures in one NumPy file, held in memory.
 
 Either x_train, y_train, x_test and y_test, or the arrays named by data.image_key and data.label_key, of which a tenth,
-chosen by a hash of the index, is 'test' if the config uses it. Labels are optional.
+chosen by a hash of the index, is 'test' if the config uses it. Labels are optional: class numbers [n], or uint8 or
+bool [n, C], 1 where a class is in the picture.
 """
 
 import zipfile
@@ -46,20 +47,32 @@ def _open(file: object, path: str) -> np.lib.npyio.NpzFile:
 
 
 def _source(images: np.ndarray, labels: np.ndarray | None, name: str) -> Source:
-    """Checks the arrays; uint8 [n, height, width], [.., 1] or [.., 3], and integers [n] (or [n, 1])."""
+    """Checks the arrays; uint8 [n, height, width], [.., 1] or [.., 3], and integers [n] (or [n, 1]) or 0/1 [n, C]."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
         raise UserError(f"array {name!r} is {images.dtype} {list(images.shape)}; expected uint8 [n, height, width, 3] "
                         "or [n, height, width]")
     if images.ndim == 3:
         images = images[..., None]
-    labels = np.full(len(images), UNLABELLED) if labels is None else np.reshape(labels, -1)
+    several = _several(labels, len(images), name) if labels is not None else None
+    labels = np.full(len(images), UNLABELLED) if labels is None or several is not None else np.reshape(labels, -1)
     if len(labels) != len(images) or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"the labels of {name!r} are {labels.dtype} {list(labels.shape)}; "
                         f"expected integers [{len(images)}]")
     labels = labels.astype(np.int64)
-    classes = numbered_classes(labels)
+    classes = numbered_classes(labels) if several is None else tuple(map(str, range(several.shape[1])))
 
     def read(i: int) -> Example:
-        return Example(np.ascontiguousarray(np.broadcast_to(images[i], (*images.shape[1:3], 3))), int(labels[i]))
+        return Example(np.ascontiguousarray(np.broadcast_to(images[i], (*images.shape[1:3], 3))), int(labels[i]),
+                       None if several is None else several[i])
 
-    return Source(len(images), read, lambda i: f"{name}[{i}]", classes)
+    return Source(len(images), read, lambda i: f"{name}[{i}]", classes, () if several is None else ("labels",))
+
+
+def _several(labels: np.ndarray, images: int, name: str) -> np.ndarray | None:
+    """Returns labels that say of each class whether it is there, uint8 [n, C]; None for class numbers."""
+    if labels.ndim != 2 or labels.shape[1] == 1 or len(labels) != images or labels.dtype not in (np.uint8, bool):
+        return None
+    if labels.max(initial=0) > 1:
+        raise UserError(f"the labels of {name!r} are {labels.dtype} {list(labels.shape)} up to {labels.max()}; "
+                        "expected 0 and 1 for several labels of each picture")
+    return labels.astype(np.uint8)

@@ -8,7 +8,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -16,41 +15,53 @@ from mae_jax.data.decode import BadPicture
 from mae_jax.data.random import permutation, rng
 from mae_jax.data.sources import Source
 from mae_jax.data.tensorflow_cpu import tf
-from mae_jax.data.views import Fields, Views
+from mae_jax.data.views import Fields, Spec, Views
 
 TRIES = 4  # pictures tried for one position before a grey one stands in: the drawn one and three more
 PADDING = -1  # id of the rows that fill the last batch of an evaluation
 Batch = dict[str, np.ndarray]
-Spec = dict[str, jax.ShapeDtypeStruct]
 
 
-def train_example(source: Source, views: Views, seed: int, bad: deque[str], position: int) -> Fields:
+def draw(position: int, batch: int, repeats: int) -> int:
+    """Returns which draw from the epochs' orders the row at a position of the run shows.
+
+    With R repeats, a batch of B rows shows D = ceil(B / R) examples: row r the example r % D. Copies lie D rows apart,
+    so that no D neighbouring rows show an example twice. (Hoffer et al. 2020 put the copies of an example in one
+    batch too; DeiT's sampler, which draws without addresses, shows only 1/R of the examples in each of its epochs.)
+    """
+    step, row = divmod(position, batch)
+    distinct = -(-batch // repeats)
+    return step * distinct + row % distinct
+
+
+def train_example(source: Source, views: Views, config: ConfigDict, bad: deque[str], position: int) -> Fields:
     """Returns all fields of the example at a position of the run.
 
     Every epoch visits each example once, in an order of its own; batches straddle epochs. A bad picture gives way to
-    the next of the epoch's order.
+    the next of the epoch's order. With data.repeats = R, a pass takes as many rows as R epochs of the config's
+    durations, and its examples are shown R times each, in views of their own.
     """
-    epoch, place = divmod(position, source.size)
-    order = permutation(seed, epoch, source.size)
+    epoch, place = divmod(draw(position, config.batch_size, config.data.repeats), source.size)
+    order = permutation(config.seed, epoch, source.size)
     for tries in range(TRIES):
         index = int(order[(place + tries) % source.size])
         try:
-            picture, label = source.read(index)
-            return {**views.train(picture, position), "label": label, "id": index, "valid": 1.0, "replaced": tries}
+            fields = views.train(source.read(index), position)
+            return {**fields, "id": index, "valid": 1.0, "replaced": tries}
         except (BadPicture, OSError) as error:
             bad.append(f"{source.name(index)}: {error}")
-    return {**views.grey(rng(seed, "order", position)), "id": index, "replaced": TRIES}
+    return {**views.grey(rng(config.seed, "order", position)), "id": index, "replaced": TRIES}
 
 
-def evaluate_example(source: Source, views: Views, indices: np.ndarray, bad: deque[str], position: int) -> Fields:
+def evaluate_example(source: Source, views: Views, indices: np.ndarray, ratio: float, bad: deque[str],
+                     position: int) -> Fields:
     """Returns all fields of the example at a position of an evaluation; past the end, padding."""
     grey = views.grey(rng(0, "evaluate", position))
     if position >= len(indices):
         return {**grey, "id": PADDING, "replaced": 0}
     index = int(indices[position])
     try:
-        picture, label = source.read(index)
-        return {**views.evaluate(picture, index), "label": label, "id": index, "valid": 1.0, "replaced": 0}
+        return {**views.evaluate(source.read(index), index, ratio), "id": index, "valid": 1.0, "replaced": 0}
     except (BadPicture, OSError) as error:
         bad.append(f"{source.name(index)}: {error}")
         return {**grey, "id": index, "replaced": 1}
@@ -66,15 +77,15 @@ def subset(size: int, most: int) -> np.ndarray:
 def train(source: Source, step: int, views: Views, config: ConfigDict, spec: Spec, rows: np.ndarray,
           bad: deque[str]) -> Iterator[Batch]:
     """Yields these rows of the batches step, step + 1, ... without end."""
-    example = functools.partial(train_example, source, views, config.seed, bad)
+    example = functools.partial(train_example, source, views, config, bad)
     return batches(example, spec, rows, range(step, sys.maxsize // config.batch_size), config.data)
 
 
-def evaluate(source: Source, views: Views, config: ConfigDict, spec: Spec, rows: np.ndarray,
+def evaluate(source: Source, ratio: float, views: Views, config: ConfigDict, spec: Spec, rows: np.ndarray,
              bad: deque[str]) -> Iterator[Batch]:
-    """Yields these rows of at most eval.max_examples examples, padded to full batches."""
+    """Yields these rows of at most eval.max_examples examples, the central `ratio` of each, padded to full batches."""
     indices = subset(source.size, config.eval.max_examples)
-    example = functools.partial(evaluate_example, source, views, indices, bad)
+    example = functools.partial(evaluate_example, source, views, indices, ratio, bad)
     return batches(example, spec, rows, range(-(-len(indices) // config.batch_size)), config.data)
 
 
@@ -101,14 +112,14 @@ def run(items: tf.data.Dataset, example: Callable[..., Fields], spec: Spec, size
     """Yields batches of `size` examples, in the order of the items, made ahead by data.threads threads.
 
     Args:
-      items: data set of scalars, or of tuples of scalars, of type int64 or string.
-      example: an item's values as int and bytes → fields; called from many threads.
+      items: data set of int64 or string scalars and of arrays, or of tuples of them.
+      example: an item's values as int, bytes and arrays → fields; called from many threads.
     """
     failures: list[Exception] = []
 
-    def call(*values: np.int64 | bytes) -> list[np.ndarray]:
+    def call(*values: np.int64 | bytes | np.ndarray) -> list[np.ndarray]:
         try:
-            fields = example(*(value if isinstance(value, bytes) else int(value) for value in values))
+            fields = example(*(value if isinstance(value, bytes) or value.ndim else int(value) for value in values))
         except Exception as error:  # raised in TensorFlow's thread, it would come out as TensorFlow's account of it
             failures.append(error)
             return [np.zeros(struct.shape[1:], struct.dtype) for struct in spec.values()]

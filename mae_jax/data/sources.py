@@ -20,6 +20,7 @@ UNLABELLED = -1
 
 # data.source → the module that has `load(data, split)`. Imported when asked for: some need packages of their own.
 MODULES = {
+    "clipart": "mae_jax.data.clipart",
     "folder": "mae_jax.data.folder",
     "mnist5k": "mae_jax.data.mnist5k",
     "npz": "mae_jax.data.npz",
@@ -34,6 +35,8 @@ class Example(NamedTuple):
 
     picture: bytes | np.ndarray  # an encoded file, or uint8 [height, width, 3]
     label: int = UNLABELLED
+    labels: np.ndarray | None = None  # several labels: uint8 [C], 1 where a class is there
+    mask: np.ndarray | None = None  # uint8 [height, width], the class of each pixel; 255: to ignore
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,12 @@ class Source:
     read: Callable[[int], Example]  # index → example; OSError and BadPicture mean a bad picture
     name: Callable[[int], str]  # index → what to call the example in a message
     classes: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()  # which of 'labels' and 'mask' its examples have
 
     def only(self, indices: np.ndarray) -> "Source":
         """Returns the source of these examples, in this order."""
         return Source(len(indices), lambda i: self.read(int(indices[i])), lambda i: self.name(int(indices[i])),
-                      self.classes)
+                      self.classes, self.fields)
 
     def sliced(self, split: splits.Split) -> "Source":
         """Returns the part of this split that an expression names."""
@@ -72,12 +76,47 @@ def load(data: ConfigDict, expression: str) -> "Source | Stream":
     return source
 
 
+def further(data: ConfigDict, text: str, classes: tuple[str, ...]) -> "tuple[Source | Stream, np.ndarray]":
+    """Opens a further test set of TFDS: 'imagenet_v2', or 'NAME:SPLIT' where the split is not 'test'.
+
+    Args:
+      data: where the training data are, with TFDS's name for their label.
+      classes: names of the training classes.
+
+    Returns:
+      The set, and int32 [its classes]: the training class that has the name of each.
+
+    Raises:
+      UserError: it is not there, or has a class that the training data lack.
+    """
+    if data.source != "tfds":
+        raise UserError(f"eval.sets={text!r} is a set of TFDS, beside training data with data.source='tfds', "
+                        f"not {data.source!r}")
+    name, _, split = text.partition(":")
+    data = data.copy_and_resolve_references()
+    data.name = name
+    found = load(data, split or "test")
+    index = {known: number for number, known in enumerate(classes)}
+    unknown = [label for label in found.classes if label not in index]
+    if unknown or not found.classes:
+        what = f"class {unknown[0]!r}, which the training data lack" if unknown else "no classes"
+        raise UserError(f"eval.sets={text!r} has {what}: nothing to compare")
+    return found, np.array([index[label] for label in found.classes], np.int32)
+
+
 def numbered_classes(labels: np.ndarray) -> tuple[str, ...]:
     """Returns '0' ... for the classes of integer labels [n], up to the highest; raises UserError for absurd ones."""
     highest = int(labels.max(initial=UNLABELLED))
     if highest >= MOST_CLASSES:
         raise UserError(f"the label {highest} is no class number; expected 0 to {MOST_CLASSES - 1}, or -1 for none")
     return tuple(map(str, range(highest + 1)))
+
+
+def multi_hot(present: np.ndarray, classes: int) -> np.ndarray:
+    """Returns uint8 [classes], 1 at the class numbers `present`."""
+    labels = np.zeros(classes, np.uint8)
+    labels[np.asarray(present, np.int64)] = 1
+    return labels
 
 
 def package_folder(module: str, package: str, why: str) -> Path:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import sys
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -58,9 +59,21 @@ def _index(bound: str, size: int) -> int:
     return min(int(bound), size)
 
 
+def overlap(one: Split, other: Split) -> bool:
+    """Whether two slices of one split share examples for sure; not decided where one is in percent and one is not."""
+    bounds = [bound for bound in (one.start, one.stop, other.start, other.stop) if bound]
+    percent = {bound.endswith("%") for bound in bounds}
+    if one.name != other.name or len(percent) > 1:
+        return False
+    size = sys.maxsize if percent == {False} else 100
+    (start, stop), (first, last) = one.bounds(size), other.bounds(size)
+    return max(start, first) < min(stop, last)
+
+
 def holds_out(data: ConfigDict) -> bool:
     """Whether the config takes a held-out part from data that come without splits."""
-    return any(parse(text).name in HELD_OUT for text in (data.train_split, data.eval_split) if text)
+    used = (data.train_split, data.val_split, data.eval_split)
+    return any(parse(text).name in HELD_OUT for text in used if text)
 
 
 def part(name: str, held_out: bool) -> tuple[float, float]:

@@ -1,8 +1,9 @@
 """TFRecord streams, of TFDS and plain: cut into logical readers, each with its own order, resumed by skipping.
 
 Of R = data.readers readers, reader r owns the r-th R-th of the records and the r-th R-th of the rows of every global
-batch. Which record is where therefore depends on the config, seed and step alone, not on how many processes there are:
-a process runs the readers whose rows it feeds. The records that do not divide by R are left out.
+batch; of data.repeats, a reader's rows hold copies as those of a whole batch do (see pipeline.draw). Which record is
+where therefore depends on the config, seed and step alone, not on how many processes there are: a process runs the
+readers whose rows it feeds. The records that do not divide by R are left out.
 """
 
 import bisect
@@ -19,12 +20,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.data import pipeline
-from mae_jax.data.decode import BadPicture
-from mae_jax.data.pipeline import PADDING, TRIES, Batch, Spec
+from mae_jax.data.decode import BadPicture, decode_mask
+from mae_jax.data.pipeline import PADDING, TRIES, Batch
 from mae_jax.data.random import rng
-from mae_jax.data.sources import UNLABELLED
+from mae_jax.data.sources import UNLABELLED, Example
 from mae_jax.data.tensorflow_cpu import tf
-from mae_jax.data.views import Fields, Views
+from mae_jax.data.views import Fields, Spec, Views
 from mae_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,19 @@ class Stream:
     image_key: str
     label_key: str  # '' without labels
     classes: tuple[str, ...] = ()
+    multi_label: bool = False  # label_key names a list of classes
+    mask_key: str = ""  # '' without masks
+    mask_offset: int = 0  # see decode_mask
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Which of 'labels' and 'mask' its examples have."""
+        return ("labels",) * self.multi_label + ("mask",) * bool(self.mask_key)
+
+    def example(self, picture: bytes, label: int, labels: np.ndarray, mask: bytes) -> Example:
+        """Returns the example of a parsed record; raises BadPicture for a mask that does not decode."""
+        return Example(picture, label, labels if self.multi_label else None,
+                       decode_mask(mask, self.mask_offset) if self.mask_key else None)
 
     def name(self, record: int) -> str:
         """Returns what to call a record, numbered over all files."""
@@ -88,15 +102,15 @@ def train(stream: Stream, step: int, views: Views, config: ConfigDict, spec: Spe
     """
     share, per_reader = config.batch_size // config.data.readers, stream.size // config.data.readers
     own = np.unique(rows // share)
-    epoch, skip = divmod(step * share, per_reader)
+    epoch, skip = divmod(pipeline.draw(step * share, share, config.data.repeats), per_reader)
     readers = _readers(stream, config, own, share, epoch, skip)
     own_rows = (own[:, None] * share + np.arange(share)).ravel()
 
-    def example(count: int, record: int, picture: bytes, label: int) -> Fields:
+    def example(count: int, record: int, *stored: Any) -> Fields:
         block, row = divmod(count, len(own_rows))
         position = (step + block) * config.batch_size + int(own_rows[row])
         try:
-            return {**views.train(picture, position), "label": label, "id": record, "valid": 1.0, "replaced": 0}
+            return {**views.train(stream.example(*stored), position), "id": record, "valid": 1.0, "replaced": 0}
         except BadPicture as error:
             bad.append(f"{stream.name(record)}: {error}")
             return {**views.grey(rng(config.seed, "order", position)), "id": record, "replaced": 1}
@@ -128,26 +142,27 @@ def repair(batch: Batch, share: int) -> Batch:
     return {**{name: value[source] for name, value in batch.items()}, "replaced": replaced}
 
 
-def evaluate(stream: Stream, views: Views, config: ConfigDict, spec: Spec, rows: np.ndarray,
+def evaluate(stream: Stream, ratio: float, views: Views, config: ConfigDict, spec: Spec, rows: np.ndarray,
              bad: deque[str]) -> Iterator[Batch]:
-    """Yields these rows of the first eval.max_examples records, in order, padded to full batches.
+    """Yields these rows of the first eval.max_examples records, the central `ratio` of each, padded to full batches.
 
     Every process reads all of them and decodes its own rows.
     """
     size, batch = min(stream.size, config.eval.max_examples), config.batch_size
     padding = -size % batch
     records = _records(stream, stream.instructions(0, size))
-    nothing = tf.data.Dataset.from_tensors((np.int64(PADDING), "", np.int64(UNLABELLED)))
+    nothing = tf.data.Dataset.from_tensors((np.int64(PADDING), *_parse(stream, b"")))
     fed = tf.constant(np.isin(np.arange(batch), rows))
     dataset = records.concatenate(nothing.repeat(padding)).enumerate()
     dataset = dataset.filter(lambda position, _: fed[position % batch]).map(lambda position, item: (position, *item))
 
-    def example(position: int, record: int, picture: bytes, label: int) -> Fields:
+    def example(position: int, record: int, *stored: Any) -> Fields:
         grey = views.grey(rng(0, "evaluate", position))
         if record == PADDING:
             return {**grey, "id": PADDING, "replaced": 0}
         try:
-            return {**views.evaluate(picture, record), "label": label, "id": record, "valid": 1.0, "replaced": 0}
+            fields = views.evaluate(stream.example(*stored), record, ratio)
+            return {**fields, "id": record, "valid": 1.0, "replaced": 0}
         except BadPicture as error:
             bad.append(f"{stream.name(record)}: {error}")
             return {**grey, "id": record, "replaced": 1}
@@ -156,7 +171,7 @@ def evaluate(stream: Stream, views: Views, config: ConfigDict, spec: Spec, rows:
 
 
 def _readers(stream: Stream, config: ConfigDict, own: np.ndarray, share: int, epoch: int, skip: int) -> tf.data.Dataset:
-    """Returns (count, record, picture, label) without end: `share` of each own reader in turn."""
+    """Returns (count, record, *what `_parse` gives) without end: `share` of each own reader in turn."""
     per_reader = stream.size // config.data.readers
     parts = [np.array(stream.instructions(int(number) * per_reader, per_reader), np.int64) for number in own]
     keys = np.array([rng(config.seed, "reader", int(number)).integers(1 << 62) for number in own])
@@ -167,7 +182,8 @@ def _readers(stream: Stream, config: ConfigDict, own: np.ndarray, share: int, ep
         parts = parts.to_tensor(shape=(None, 3))
         epochs = tf.data.Dataset.range(epoch, np.iinfo(np.int64).max)
         records = epochs.flat_map(lambda e: _epoch(stream, parts, key, e, held)).skip(skip)
-        return records.map(lambda record, raw: _parse(stream, record, raw)).prefetch(AHEAD)
+        records = records.map(lambda record, raw: (record, *_parse(stream, raw)))
+        return _repeated(records, share, config.data.repeats).prefetch(AHEAD)
 
     numbers = tf.data.Dataset.from_tensor_slices((tf.ragged.stack([tf.constant(part) for part in parts]), keys))
     turns = numbers.interleave(reader, cycle_length=len(own), block_length=share, num_parallel_calls=len(own),
@@ -189,16 +205,26 @@ def _epoch(stream: Stream, parts: tf.Tensor, key: tf.Tensor, epoch: tf.Tensor, h
     return records.shuffle(held, seed=seed, reshuffle_each_iteration=False)
 
 
-def stored(stream: Stream) -> Iterator[tuple[int, bytes, int]]:
-    """Yields record number, encoded picture and label of every record, in order."""
+def _repeated(records: tf.data.Dataset, share: int, repeats: int) -> tf.data.Dataset:
+    """Fills each `share` rows with copies of as few records as `repeats` copies of each need."""
+    if repeats == 1:
+        return records
+    rows = np.array([pipeline.draw(row, share, repeats) for row in range(share)])
+    groups = records.batch(rows.max() + 1)
+    return groups.map(lambda *fields: tuple(tf.gather(field, rows) for field in fields)).unbatch()
+
+
+def stored(stream: Stream) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """Yields record number and the arguments of `Stream.example` of every record, in order."""
     records = _records(stream, stream.instructions(0, stream.size)).with_options(pipeline.options())
-    yield from _guarded(stream, records.as_numpy_iterator(), skipped=0)
+    for record, *fields in _guarded(stream, records.as_numpy_iterator(), skipped=0):
+        yield record, tuple(fields)
 
 
 def _records(stream: Stream, instructions: list[Instruction]) -> tf.data.Dataset:
-    """Returns (record, picture, label) of the instructions, in order."""
+    """Returns (record, *what `_parse` gives) of the instructions, in order."""
     parts = tf.data.Dataset.from_tensor_slices(np.array(instructions, np.int64).reshape(-1, 3))
-    return parts.flat_map(lambda part: _part(stream, part)).map(lambda record, raw: _parse(stream, record, raw))
+    return parts.flat_map(lambda part: _part(stream, part)).map(lambda record, raw: (record, *_parse(stream, raw)))
 
 
 def _part(stream: Stream, part: tf.Tensor) -> tf.data.Dataset:
@@ -212,14 +238,23 @@ def _part(stream: Stream, part: tf.Tensor) -> tf.data.Dataset:
     return raw.enumerate(tf.gather(offsets, file) + skip)
 
 
-def _parse(stream: Stream, record: tf.Tensor, raw: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Reads picture and label; a record without a picture gives no bytes, which makes it a bad one."""
-    features = {stream.image_key: tf.io.FixedLenFeature([], tf.string, "")}
+def _parse(stream: Stream, raw: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Reads picture, label, labels uint8 [C] ([0] if there is one label) and mask, as `Stream.example` takes them.
+
+    A record without a picture gives no bytes, which makes it a bad one; so does one without its mask.
+    """
+    features = {key: tf.io.FixedLenFeature([], tf.string, "") for key in (stream.image_key, stream.mask_key) if key}
     if stream.label_key:
-        features[stream.label_key] = tf.io.FixedLenFeature([], tf.int64, UNLABELLED)
+        one = tf.io.FixedLenFeature([], tf.int64, UNLABELLED)
+        features[stream.label_key] = tf.io.VarLenFeature(tf.int64) if stream.multi_label else one
     example = tf.io.parse_single_example(raw, features)
-    label = example[stream.label_key] if stream.label_key else tf.constant(UNLABELLED, tf.int64)
-    return record, example[stream.image_key], label
+    label, labels = tf.constant(UNLABELLED, tf.int64), tf.zeros([0], tf.uint8)
+    if stream.multi_label:
+        present = tf.one_hot(example[stream.label_key].values, len(stream.classes), dtype=tf.uint8)
+        labels = tf.reduce_max(present, axis=0)
+    elif stream.label_key:
+        label = example[stream.label_key]
+    return example[stream.image_key], label, labels, example.get(stream.mask_key, tf.constant(""))
 
 
 def _guarded(stream: Stream, batches: Iterator[Any], skipped: int) -> Iterator[Any]:

@@ -9,8 +9,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mae_jax.data import splits
-from mae_jax.data.decode import BadPicture
-from mae_jax.data.sources import UNLABELLED, Example, Source, known_split
+from mae_jax.data.decode import BadPicture, decode_mask
+from mae_jax.data.sizes import check_size
+from mae_jax.data.sources import UNLABELLED, Example, Source, known_split, multi_hot
 from mae_jax.data.streams import Stream
 from mae_jax.data.tensorflow_cpu import tf
 from mae_jax.errors import UserError, nearest
@@ -26,16 +27,20 @@ def load(data: ConfigDict, split: splits.Split) -> Source | Stream:
         pictures = [name for name, feature in features.items() if isinstance(feature, module.features.Image)]
         raise UserError(f"data.name={data.name!r} has no picture data.image_key={image_key!r}; "
                         f"{nearest(image_key, pictures)}")
-    labelled = isinstance(features.get(label_key), module.features.ClassLabel)
-    classes = tuple(features[label_key].names) if labelled else ()
+    if data.mask_key and not isinstance(features.get(data.mask_key), module.features.Image):
+        raise UserError(f"data.name={data.name!r} has no mask data.mask_key={data.mask_key!r}; "
+                        f"{nearest(data.mask_key, features)}")
+    classes, multi_label = _classes(module, features.get(label_key))
     info = builder.info.splits[split.name]
+    check_size("/".join(filter(None, (builder.info.name, builder.info.config_name))), split.name, info.num_examples)
     if builder.info.file_format.file_suffix == "array_record":
-        return _random_access(module, builder, data, split.name, classes).sliced(split)
+        return _random_access(module, builder, data, split.name, classes, multi_label).sliced(split)
     start, stop = split.bounds(info.num_examples)
     return Stream(
         files=tuple(str(path) for path in info.filepaths), counts=tuple(info.shard_lengths), start=start,
         size=stop - start, mean_bytes=info.num_bytes / max(info.num_examples, 1), image_key=image_key,
-        label_key=label_key if labelled else "", classes=classes)
+        label_key=label_key if classes else "", classes=classes, multi_label=multi_label, mask_key=data.mask_key,
+        mask_offset=data.mask_offset)
 
 
 def api() -> Any:
@@ -65,18 +70,30 @@ def _builder(module: Any, data: ConfigDict) -> Any:
     return builder
 
 
-def _random_access(module: Any, builder: Any, data: ConfigDict, split: str, classes: tuple[str, ...]) -> Source:
-    image_key, label_key = data.image_key, data.label_key
-    rows = builder.as_data_source(split, decoders={image_key: module.decode.SkipDecoding()})
+def _classes(module: Any, feature: Any) -> tuple[tuple[str, ...], bool]:
+    """Returns the class names of a feature, () if it is no label, and whether pictures have several."""
+    several = isinstance(feature, module.features.Sequence)
+    label = feature.feature if several else feature
+    return (tuple(label.names), several) if isinstance(label, module.features.ClassLabel) else ((), False)
+
+
+def _random_access(module: Any, builder: Any, data: ConfigDict, split: str, classes: tuple[str, ...],
+                   multi_label: bool) -> Source:
+    image_key, label_key, mask_key = data.image_key, data.label_key, data.mask_key
+    encoded = {key: module.decode.SkipDecoding() for key in (image_key, mask_key) if key}
+    rows = builder.as_data_source(split, decoders=encoded)
 
     def read(i: int) -> Example:
         try:
             row = rows[i]
         except Exception as error:  # array_record raises RuntimeError for damage
             raise BadPicture(f"the record does not read: {str(error).splitlines()[0][:80]}") from error
-        return Example(row[image_key], int(row[label_key]) if classes else UNLABELLED)
+        return Example(row[image_key], int(row[label_key]) if classes and not multi_label else UNLABELLED,
+                       multi_hot(row[label_key], len(classes)) if multi_label else None,
+                       decode_mask(row[mask_key], data.mask_offset) if mask_key else None)
 
-    return Source(len(rows), read, lambda i: f"{data.name} {split}[{i}]", classes)
+    fields = ("labels",) * multi_label + ("mask",) * bool(mask_key)
+    return Source(len(rows), read, lambda i: f"{data.name} {split}[{i}]", classes, fields)
 
 
 tf.get_logger().setLevel("ERROR")  # TFDS speaks through it

@@ -1,54 +1,73 @@
 """From a stored picture to the fields of one example: augmented, cut into patches, permuted."""
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.data import orders
 from mae_jax.data.augment import augment, centre
-from mae_jax.data.decode import Picture, opencv
+from mae_jax.data.decode import IGNORED, Picture, opencv
 from mae_jax.data.random import rng
-from mae_jax.data.sources import UNLABELLED
+from mae_jax.data.sources import UNLABELLED, Example
 
 GREY = 127  # every pixel of the picture that stands in where none could be read
 Fields = dict[str, np.ndarray | int | float]
+Spec = dict[str, jax.ShapeDtypeStruct]
 
 
 class Views:
-    """Makes the fields `patches` uint8 [N, P] and `order` int32 [N] of examples.
+    """Makes the fields `patches` uint8 [N, P], `order` int32 [N] and `label` of examples.
 
-    N patches of P values: rows of the patch, pixels in the row, channels (fastest).
+    N patches of P values: rows of the patch, pixels in the row, channels (fastest). Where the spec has them, also
+    `labels` uint8 [C] and `mask` uint8 [N, P / 3], the class of each pixel of the same patches.
     """
 
-    def __init__(self, config: ConfigDict, order: orders.Order):
+    def __init__(self, config: ConfigDict, order: orders.Order, spec: Spec):
         orders.check(order)
-        self._config, self._order = config, order
+        self._config, self._order, self._spec = config, order, spec
         self._patch = tuple(config.model.patch)
         if config.data.resize == "fast":
             opencv()  # says at once what is missing
 
-    def train(self, picture: bytes | np.ndarray, position: int) -> Fields:
+    def train(self, example: Example, position: int) -> Fields:
         """Returns the augmented view that belongs to a position of the run; raises BadPicture."""
-        opened = Picture(picture, fast=self._config.data.resize == "fast")
-        pixels = augment(opened, rng(self._config.seed, "augment", position), self._config)
-        return self._cut(pixels, rng(self._config.seed, "order", position))
+        picture = Picture(example.picture, fast=self._config.data.resize == "fast")
+        draws = rng(self._config.seed, "augment", position)
+        pixels, mask = augment(picture, draws, self._config, self._mask(example))
+        return {**self._labels(example), **self._cut(pixels, mask, rng(self._config.seed, "order", position))}
 
-    def evaluate(self, picture: bytes | np.ndarray, index: int) -> Fields:
-        """Returns the evaluation's view; its order depends on the example's index alone; raises BadPicture."""
-        pixels = centre(Picture(picture), self._config, self._config.eval.crop_ratio[0])
-        return self._cut(pixels, rng(0, "evaluate", index))
+    def evaluate(self, example: Example, index: int, ratio: float) -> Fields:
+        """Returns the evaluation's view, the central `ratio`; its order depends on the example's index alone.
+
+        Raises:
+          BadPicture: the picture, or its mask, cannot be used.
+        """
+        pixels, mask = centre(Picture(example.picture), self._config, ratio, self._mask(example))
+        return {**self._labels(example), **self._cut(pixels, mask, rng(0, "evaluate", index))}
 
     def grey(self, draws: np.random.Generator) -> Fields:
         """Returns what stands in for a picture: for an unreadable one, and as padding of an evaluation."""
-        pixels = np.full((*self._config.data.image_size, 3), GREY, np.uint8)
-        return {**self._cut(pixels, draws), "label": UNLABELLED, "valid": 0.0}
+        size = tuple(self._config.data.image_size)
+        mask = np.full(size, IGNORED, np.uint8) if "mask" in self._spec else None
+        fields = self._cut(np.full((*size, 3), GREY, np.uint8), mask, draws)
+        if "labels" in self._spec:
+            fields["labels"] = np.zeros(self._spec["labels"].shape[1:], np.uint8)
+        return {**fields, "label": UNLABELLED, "valid": 0.0}
 
-    def _cut(self, pixels: np.ndarray, draws: np.random.Generator) -> Fields:
+    def _mask(self, example: Example) -> np.ndarray | None:
+        return example.mask if "mask" in self._spec else None
+
+    def _labels(self, example: Example) -> Fields:
+        return {"label": example.label, **({} if example.labels is None else {"labels": example.labels})}
+
+    def _cut(self, pixels: np.ndarray, mask: np.ndarray | None, draws: np.random.Generator) -> Fields:
         order = orders.draw(self._order, draws)
-        return {"patches": cut(pixels, self._patch)[order], "order": order}
+        masked = {} if mask is None else {"mask": cut(mask[..., None], self._patch)[order]}
+        return {"patches": cut(pixels, self._patch)[order], "order": order, **masked}
 
 
 def cut(pixels: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
-    """Cuts uint8 [height, width, 3] into patches [N, P] in raster order."""
-    height, width = pixels.shape[0] // patch[0], pixels.shape[1] // patch[1]
-    tiles = pixels.reshape(height, patch[0], width, patch[1], 3).swapaxes(1, 2)
-    return tiles.reshape(height * width, patch[0] * patch[1] * 3)
+    """Cuts uint8 [height, width, channels] into patches [N, patch area · channels] in raster order."""
+    height, width, channels = pixels.shape[0] // patch[0], pixels.shape[1] // patch[1], pixels.shape[2]
+    tiles = pixels.reshape(height, patch[0], width, patch[1], channels).swapaxes(1, 2)
+    return tiles.reshape(height * width, patch[0] * patch[1] * channels)

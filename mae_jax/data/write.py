@@ -32,8 +32,8 @@ Stored = Iterator[tuple[str, Example | BadPicture | OSError]]  # name, and the p
 def stored(source: Found, mixed: bool = False) -> Iterator[tuple[str, Callable[[], Example]]]:
     """Yields name and reader of every example; `mixed` puts sources with random access into a fixed random order."""
     if isinstance(source, streams.Stream):
-        for record, picture, label in streams.stored(source):
-            yield source.name(record), lambda p=picture, n=label: Example(p, n)
+        for record, fields in streams.stored(source):
+            yield source.name(record), lambda fields=fields: source.example(*fields)
     else:
         order = rng(0, "write", 0).permutation(source.size) if mixed else range(source.size)
         for i in order:
@@ -56,7 +56,7 @@ def each(source: Found, change: Callable[[Example], Example], threads: int, mixe
 
 
 def shrink(example: Example, size: int) -> Example:
-    """Returns the example as a JPEG whose short side is at most `size`; a JPEG that is small enough is kept as it is.
+    """Returns the example, without mask, as a JPEG with a short side of at most `size`; a small JPEG stays as it is.
 
     Raises:
       BadPicture: the picture does not decode.
@@ -80,6 +80,7 @@ def write_tfrecord(found: dict[str, Found], folder: epath.Path, size: int, threa
     Returns:
       split → names of the broken pictures, which are left out, with the reason.
     """
+    _check_storable(found)
     if (folder / tfrecord.RECORDS).exists():
         raise UserError(f"{folder} holds {tfrecord.RECORDS} already; name another folder, or remove this one")
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,6 +100,7 @@ def write_tfrecord(found: dict[str, Found], folder: epath.Path, size: int, threa
 def write_array_record(found: dict[str, Found], folder: epath.Path, size: int, threads: int) -> dict[str, list[str]]:
     """Writes splits as a TFDS data set stored as array_record, which has random access; returns as `write_tfrecord`."""
     api = tfds.api()
+    _check_storable(found)
     if (folder / NAME / VERSION).exists():
         raise UserError(f"{folder} holds the data set {NAME} already; name another folder, or remove this one")
     classes = next(iter(found.values())).classes
@@ -120,13 +122,19 @@ def write_array_record(found: dict[str, Found], folder: epath.Path, size: int, t
     return broken
 
 
+def _check_storable(found: dict[str, Found]) -> None:
+    for source in found.values():
+        if "labels" in source.fields:
+            raise UserError("pictures are stored with one label each, and these have several; use --write=batches")
+
+
 def write_batches(inputs: Inputs, order: Order, folder: epath.Path, steps: int) -> None:
     """Writes the first batches of a run and its evaluations; data.source='batches' reads the folder."""
     if (folder / "meta.json").exists():
         raise UserError(f"{folder} holds cached batches already; name another folder, or remove this one")
     folder.mkdir(parents=True, exist_ok=True)
     parts = {"train": itertools.islice(inputs.train(0), steps), "support": inputs.support(),
-             "evaluate": inputs.evaluate()}
+             "evaluate": inputs.evaluate(), **({"validate": inputs.validate()} if inputs.num_val else {})}
     for name, batches in parts.items():
         with (folder / f"{name}.npz").open("wb") as file:
             np.savez(file, **_joined(batches, inputs))

@@ -1,45 +1,24 @@
-"""One evaluation: held-out loss, probes on frozen features, pictures."""
+"""One evaluation: what a method is judged by on a split, and pictures."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mae_jax.evals import knn, linear, reconstruct
+from mae_jax.evals import attention, classify, dense, knn, labelled, linear, reconstruct
+from mae_jax.evals.rows import Rows
 from mae_jax.methods import Method
-from mae_jax.methods.base import Batch, Metrics
+from mae_jax.methods.base import Batch, Metrics, pool
 from mae_jax.metrics import Means
 from mae_jax.ops.patches import assemble, grid
 from mae_jax.sharding import replicated, to_devices
 from mae_jax.step import TrainState, stream_key
 
 PIXEL_LIMIT = 12_288  # values of a picture up to which raw pixels are probed as the floor (64 × 64 × 3)
-
-
-def pool(tokens: jax.Array, how: str) -> jax.Array:
-    """Pools tokens [B, 1 + N, D], class token first, to float32 features [B, D]: 'cls' or 'mean' of the patches."""
-    return (tokens[:, 0] if how == "cls" else tokens[:, 1:].mean(1)).astype(jnp.float32)
-
-
-class Rows:
-    """Collects rows of batches on the host and drops those that are padding, replaced by grey, or unlabelled."""
-
-    def __init__(self, mesh: Mesh):
-        self.sharding, self.parts = replicated(mesh), []
-
-    def add(self, batch: Batch, *arrays: jax.Array) -> None:
-        gathered = jax.device_put((*arrays, batch["label"], batch["valid"]), self.sharding)
-        *rows, labels, valid = jax.device_get(gathered)
-        keep = (valid > 0) & (labels >= 0)
-        self.parts.append([x[keep] for x in (*rows, labels)])
-
-    def take(self) -> list[np.ndarray]:
-        """Returns the arrays that were added, row by row, and the labels last."""
-        return [np.concatenate(column) for column in zip(*self.parts, strict=True)]
+Figures = dict[str, float]
 
 
 class Evaluator:
@@ -50,83 +29,137 @@ class Evaluator:
 
     def __init__(self, method: Method, inputs: Any, mesh: Mesh):
         self.method, self.inputs, self.mesh = method, inputs, mesh
+        self.parts = {"eval": inputs.evaluate, "val": inputs.validate}
+        self.confusion: np.ndarray | None = None  # of the classification before
         self._batch = jax.jit(self._evaluate_batch, out_shardings=replicated(mesh))
         self._features = jax.jit(self._pooled, out_shardings=replicated(mesh))
 
-    def _pooled(self, state: TrainState, batch: Batch) -> jax.Array:
-        params = state.ema or state.params
-        return pool(self.method.encode(params, state.extras, batch), self.method.config.model.pool)
+    def _pooled(self, params: Any, extras: Any, batch: Batch) -> jax.Array:
+        return pool(self.method.encode(params, extras, batch), self.method.config.model.pool)
 
-    def _evaluate_batch(self, state: TrainState, batch: Batch) -> tuple[Metrics, jax.Array]:
+    def _evaluate_batch(self, params: Any, extras: Any, batch: Batch) -> tuple[Metrics, jax.Array]:
         # The key is the same at every evaluation: what changes between two of them is the model.
         key = stream_key(self.method.config.seed, 0, "evaluate")
-        _, (metrics, _) = self.method.loss(state.ema or state.params, state.extras, batch, key, state.step, False)
-        return metrics, self._pooled(state, batch)
+        _, (metrics, _) = self.method.loss(params, extras, batch, key, 0, False)
+        return metrics, self._pooled(params, extras, batch)
 
-    def _batches(self, source: Callable[[], Iterator[dict[str, np.ndarray]]]) -> Iterator[Batch]:
-        for batch in source():
+    def _batches(self, source: Callable[..., Iterator[dict[str, np.ndarray]]], *args: Any) -> Iterator[Batch]:
+        for batch in source(*args):
             yield to_devices(batch, self.mesh, self.method.config.batch_size)
 
-    def scalars(self, state: TrainState) -> dict[str, float]:
-        """Returns eval/loss, and where labels exist the top-1 of a linear probe and of k-NN, all in 0..1."""
+    def scalars(self, state: TrainState, part: str = "eval") -> Figures:
+        """Returns '<part>/<figure>' of a split: 'eval', or 'val', the validation part of the training data.
+
+        Where parameters are averaged, the figures are those of the average; classifiers then have '<part>/raw/...' of
+        the last ones too.
+        """
+        out = _named(part, self._scores(state.ema or state.params, state.extras, self.parts[part]))
+        if state.ema and hasattr(self.method, "logits"):
+            out |= _named(f"{part}/raw", self._scores(state.params, state.extras, self.parts[part]))
+        return out
+
+    def _scores(self, params: Any, extras: Any, source: Callable[[], Iterator[Any]], *args: Any) -> Figures:
+        batches = self._batches(source, *args)
+        if hasattr(self.method, "logits"):
+            figures, self.confusion = labelled.scores(self.method, params, extras, batches, self.mesh)
+            return figures
+        if hasattr(self.method, "pixel_logits"):
+            return dense.scores(self.method, params, extras, batches)
+        return self._frozen(params, extras, batches)
+
+    def _frozen(self, params: Any, extras: Any, batches: Iterator[Batch]) -> Figures:
+        """Returns the held-out loss, and where labels exist the top-1 of a linear probe and of k-NN, all in 0..1."""
         means, held = Means(), Rows(self.mesh)
-        for batch in self._batches(self.inputs.evaluate):
-            metrics, features = self._batch(state, batch)
+        for batch in batches:
+            metrics, features = self._batch(params, extras, batch)
             means.add(jax.device_get(metrics))
-            held.add(batch, features)
-        out = means.take("eval/")
+            held.add(_labelled(batch), features, batch["label"])
+        out = means.take()
         if not held.parts:
             return out
         test = tuple(held.take())
-        return out | self._probes(self.features(state), test, "top1") if self._labelled(test) else out
+        return out | self._probes(self.features(params, extras), test, "top1") if self._probed(test) else out
 
-    def _labelled(self, test: tuple[np.ndarray, np.ndarray]) -> bool:
+    def _probed(self, test: tuple[np.ndarray, np.ndarray]) -> bool:
         """Says whether there is something to probe: classes, and held-out pictures that have one."""
         return len(self.inputs.classes) > 1 and len(test[1]) > 0
 
-    def _probes(self, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray],
-                name: str) -> dict[str, float]:
-        classes = len(self.inputs.classes)
-        return {f"eval/linear/{name}": linear.top1(train, test, classes),
-                f"eval/knn/{name}": knn.top1(train, test, classes, self.method.config.eval.knn_k)}
+    def _probes(self, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], name: str) -> Figures:
+        classes, c = len(self.inputs.classes), self.method.config.eval
+        return {f"linear/{name}": linear.top1(train, test, classes),
+                f"knn/{name}": knn.top1(train, test, classes, c.knn_k, c.knn_temperature)}
 
-    def features(self, state: TrainState) -> tuple[np.ndarray, np.ndarray]:
+    def features(self, params: Any, extras: Any) -> tuple[np.ndarray, np.ndarray]:
         """Returns (features [n, D], labels [n]) of the training split under the evaluation's preprocessing."""
         support = Rows(self.mesh)
         for batch in self._batches(self.inputs.support):
-            support.add(batch, self._features(state, batch))
+            support.add(_labelled(batch), self._features(params, extras, batch), batch["label"])
         features, labels = support.take()
         return features, labels
 
-    def pixel_floor(self) -> dict[str, float]:
-        """Returns the probes of raw pixels, which a learned feature must beat; {} for large or unlabelled pictures."""
+    def closing(self, state: TrainState) -> Figures:
+        """Returns what is measured once, at the end of a run: other crops, further test sets, attention's overlap."""
+        params, extras, config = state.ema or state.params, state.extras, self.method.config
+        out: Figures = {}
+        if not config.data.eval_split:
+            return out
+        for ratio in config.eval.crop_ratio[1:]:
+            out |= _named(f"eval/crop_{ratio:g}", self._scores(params, extras, self.inputs.evaluate, ratio))
+        if hasattr(self.method, "logits"):
+            for name in config.eval.sets:
+                batches = self._batches(self.inputs.extra, name)
+                top1 = labelled.among_present(self.method, params, extras, batches, self.mesh)
+                out[f"eval/{name.replace(':', '/')}/top1"] = top1
+        if hasattr(self.method, "pixel_logits"):
+            choose, test = (self._batches(source) for source in (self.inputs.support, self.inputs.evaluate))
+            e = config.eval
+            out |= _named("eval", attention.iou(self.method, state, choose, test, e.attention_block, e.attention_query))
+        return out
+
+    def pixel_floor(self) -> Figures:
+        """Returns the probes of raw pixels, which a learned feature must beat; {} where features are not probed."""
         large = np.prod(self.method.config.data.image_size) * 3 > PIXEL_LIMIT
-        if large or not self.inputs.num_eval or len(self.inputs.classes) < 2:
+        trained = hasattr(self.method, "logits") or hasattr(self.method, "pixel_logits")
+        if large or trained or not self.inputs.num_eval or len(self.inputs.classes) < 2:
             return {}
         sets = []
         for source in (self.inputs.support, self.inputs.evaluate):
             rows = Rows(self.mesh)
             for batch in self._batches(source):
-                rows.add(batch, batch["patches"], batch["order"])
+                rows.add(_labelled(batch), batch["patches"], batch["order"], batch["label"])
             patches, order, labels = rows.take()
             sets.append((self._raster(patches, order), labels))
-        return self._probes(*sets, "pixels_top1") if self._labelled(sets[1]) else {}
+        return _named("eval", self._probes(*sets, "pixels_top1")) if self._probed(sets[1]) else {}
 
     def _raster(self, patches: np.ndarray, order: np.ndarray) -> np.ndarray:
         config = self.method.config
         pictures = assemble(patches, order, grid(config), tuple(config.model.patch))
         return pictures.reshape(len(pictures), np.prod(pictures.shape[1:])).astype(np.float32) / 255
 
-    def pictures(self, state: TrainState) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields (name, uint8 picture): reconstructions, and one picture at several masking ratios."""
-        if not hasattr(self.method, "reconstruct"):
-            return
-        batch = next(self._batches(self.inputs.evaluate), None)
+    def pictures(self, state: TrainState, part: str = "eval") -> Iterator[tuple[str, np.ndarray]]:
+        """Yields (name, uint8 picture): what the method makes of pictures, and where its encoder looks."""
+        batch = next(self._batches(self.parts[part]), None)
         if batch is None:
             return
-        count = min(self.method.config.eval.pictures, self.method.config.batch_size)
+        method, config = self.method, self.method.config
+        count = min(config.eval.pictures, config.batch_size)
         everywhere = partial(jax.device_put, device=replicated(self.mesh))
         batch = {name: everywhere(value)[:count] for name, value in batch.items()}
-        params = state.ema or state.params
-        yield "reconstruct", reconstruct.reconstructions(self.method, params, state.extras, batch)
-        yield "ratios", reconstruct.at_ratios(self.method, params, state.extras, batch)
+        about = method, state.ema or state.params, state.extras, batch
+        if hasattr(method, "reconstruct"):
+            yield "reconstruct", reconstruct.reconstructions(*about)
+            yield "ratios", reconstruct.at_ratios(*about)
+        if hasattr(method, "pixel_logits"):
+            yield "segment", dense.pictures(*about)
+        if self.confusion is not None:
+            yield "confusion", classify.confusion_picture(self.confusion, self.inputs.classes)
+        yield "attention", attention.picture(*about, config.eval.attention_block, config.eval.attention_query)
+
+
+def _named(part: str, figures: Figures) -> Figures:
+    return {f"{part}/{name}": value for name, value in figures.items()}
+
+
+def _labelled(batch: Batch) -> jax.Array:
+    """Returns bool [B]: which rows are pictures with a label, and neither padding nor grey stand-ins."""
+    return (batch["valid"] > 0) & (batch["label"] >= 0)

@@ -3,9 +3,10 @@
 from mae_jax.errors import UserError, nearest
 from mae_jax.methods.base import Method
 from mae_jax.methods.mae import MAE
+from mae_jax.methods.segment import Segment
 from mae_jax.methods.supervised import Supervised
 
-TABLE: dict[str, type[Method]] = {"mae": MAE, "supervised": Supervised}
+TABLE: dict[str, type[Method]] = {"mae": MAE, "segment": Segment, "supervised": Supervised}
 
 
 def get(name: str) -> type[Method]:

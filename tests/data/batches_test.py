@@ -28,7 +28,8 @@ def write(folder, **sizes):
 
 
 def build(folder, rows=None, spec=SPEC):
-    config = ConfigDict({"batch_size": 4, "data": {"source": "batches", "path": str(folder)}})
+    config = ConfigDict({"batch_size": 4, "data": {"source": "batches", "path": str(folder)},
+                         "eval": {"crop_ratio": (0.875,)}})
     return data.build(config, spec, ORDER, rows)
 
 

@@ -126,7 +126,7 @@ def test_patches_are_cut_channel_fastest_and_permuted_by_their_order():
     pixels = np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8)
     c.data.augment = "none"
     c.eval.crop_ratio = (1.0,)
-    fields = Views(c, ORDER).train(pixels, position=5)
+    fields = Views(c, ORDER, spec(c)).train(Example(pixels), position=5)
     picture = assemble(fields["patches"][None], fields["order"][None], (4, 6), (8, 8))[0]
     assert (picture == pixels).all()
     assert (cut(pixels, (8, 8))[7, 3:6] == pixels[8, 9]).all()  # patch 7 = row 1, column 1; its second pixel
@@ -141,8 +141,8 @@ def made(size=10, bad=()):
 
 def examples(source, count, c=None):
     c, bad = c or config(), deque(maxlen=100)
-    views = Views(c, ORDER)
-    return [pipeline.train_example(source, views, c.seed, bad, position) for position in range(count)], bad
+    views = Views(c, ORDER, spec(c))
+    return [pipeline.train_example(source, views, c, bad, position) for position in range(count)], bad
 
 
 def test_every_epoch_holds_each_example_once():
@@ -184,7 +184,8 @@ def test_where_all_tries_fail_a_grey_picture_without_weight_stands_in():
 
 def test_a_bad_picture_of_an_evaluation_has_no_weight_and_moves_no_other():
     c, bad = config(), deque(maxlen=100)
-    found = [pipeline.evaluate_example(made(bad={1}), Views(c, ORDER), np.arange(3), bad, i) for i in range(4)]
+    views = Views(c, ORDER, spec(c))
+    found = [pipeline.evaluate_example(made(bad={1}), views, np.arange(3), 1.0, bad, i) for i in range(4)]
     assert [fields["valid"] for fields in found] == [1, 0, 1, 0]
     assert [fields["id"] for fields in found] == [0, 1, 2, -1]
     assert bad[0].startswith("picture 1:")

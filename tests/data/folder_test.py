@@ -29,8 +29,9 @@ def fresh_listing():
     folder._list.cache_clear()
 
 
-def load(root, split="train", eval_split="test"):
-    data = ConfigDict({"source": "folder", "path": str(root), "train_split": "train", "eval_split": eval_split})
+def load(root, split="train", eval_split="test", masks=""):
+    data = ConfigDict({"source": "folder", "path": str(root), "train_split": "train", "val_split": "",
+                       "eval_split": eval_split, "mask_key": str(masks), "mask_offset": 0})
     return sources.load(data, split)
 
 

@@ -12,8 +12,8 @@ LABELS = np.arange(200) % 7
 
 
 def load(path, split="train", **fields):
-    data = {"source": "npz", "path": str(path), "train_split": "train", "eval_split": "test", "image_key": "image",
-            "label_key": "label", **fields}
+    data = {"source": "npz", "path": str(path), "train_split": "train", "val_split": "", "eval_split": "test",
+            "image_key": "image", "label_key": "label", **fields}
     return sources.load(ConfigDict(data), split)
 
 

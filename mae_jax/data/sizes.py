@@ -1,0 +1,42 @@
+"""How many examples the splits of well-known TFDS data sets hold, so that a copy prepared in part is noticed.
+
+The numbers are those of TFDS's catalogue; Caltech-101's split is the usual one of 30 training pictures per class. FGVC
+Aircraft and iNaturalist 2019 are no TFDS data sets.
+"""
+
+from mae_jax.errors import UserError
+
+SIZES = {
+    "caltech101": {"train": 3060, "test": 6084},
+    "cars196": {"train": 8144, "test": 8041},
+    "cifar10": {"train": 50_000, "test": 10_000},
+    "cifar100": {"train": 50_000, "test": 10_000},
+    "domainnet/clipart": {"train": 33_525, "test": 14_604},
+    "domainnet/painting": {"train": 50_416, "test": 21_850},
+    "domainnet/sketch": {"train": 48_212, "test": 20_916},
+    "dtd": {"train": 1880, "validation": 1880, "test": 1880},
+    "food101": {"train": 75_750, "validation": 25_250},
+    "i_naturalist2018": {"train": 437_513, "validation": 24_426},
+    "imagenet2012": {"train": 1_281_167, "validation": 50_000},
+    "imagenet_a": {"test": 7500},
+    "imagenet_r": {"test": 30_000},
+    "imagenet_sketch": {"test": 50_889},
+    "imagenet_v2/matched-frequency": {"test": 10_000},
+    "oxford_flowers102": {"train": 1020, "validation": 1020, "test": 6149},
+    "oxford_iiit_pet": {"train": 3680, "test": 3669},
+    "scene_parse150": {"train": 20_210, "test": 2000},
+    "sun397/standard-part1-120k": {"train": 19_850, "test": 19_850},
+    "voc/2007": {"train": 2501, "validation": 2510, "test": 4952},
+}
+
+
+def check_size(name: str, split: str, size: int) -> None:
+    """Raises UserError when a whole split of a data set in the table holds another number of examples.
+
+    Args:
+      name: TFDS's, with the part after the slash where it has several.
+    """
+    expected = SIZES.get(name, {}).get(split, size)
+    if size != expected:
+        raise UserError(f"the TFDS data set {name} holds {size} of the expected {expected} examples in {split!r}; "
+                        "prepare it again")

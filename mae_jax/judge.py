@@ -1,0 +1,100 @@
+"""When a run is evaluated, on which part of the data, and which of its checkpoints is the best."""
+
+import json
+import time
+from typing import TYPE_CHECKING
+
+import jax
+from etils import epath
+
+from mae_jax import distributed, workdir
+from mae_jax.checkpoint import Checkpoints
+from mae_jax.errors import UserError, nearest
+from mae_jax.evals.evaluate import Evaluator, Figures
+from mae_jax.metrics import Recorder, say
+from mae_jax.step import TrainState
+
+if TYPE_CHECKING:
+    from mae_jax.train import Run
+
+
+class Best:
+    """The checkpoint that was best by a figure of the validation part, under <workdir>/best."""
+
+    def __init__(self, folder: epath.Path, metric: str):
+        self.metric, self.file = metric, folder / "best" / "score.json"
+        self.checkpoints = Checkpoints(folder / "best", keep_last=1)
+        self.score = distributed.first(self._read())
+
+    def _read(self) -> float:
+        return json.loads(self.file.read_text())["score"] if self.file.exists() else float("-inf")
+
+    def offer(self, done: int, state: TrainState, figures: Figures) -> None:
+        """Keeps the state of step `done` if it is better than all before; of a loss, the lowest is the best."""
+        names = [name.removeprefix("val/") for name in figures]
+        if self.metric not in names:
+            raise UserError(f"checkpoint.best={self.metric!r} is not evaluated; {nearest(self.metric, names)}")
+        score = figures[f"val/{self.metric}"] * (-1 if self.metric == "loss" else 1)
+        if score <= self.score:
+            return
+        self.checkpoints.save(done, state)
+        self.checkpoints.wait()
+        if self.checkpoints.failed:
+            return
+        self.score = score
+        if jax.process_index() == 0:
+            text = json.dumps({"step": done, "metric": self.metric, "score": score})
+            workdir.replace_text(self.file, text + "\n")
+
+
+class Judge:
+    """Evaluates a run every eval.every: on its validation part, where it has one, else on the evaluation split.
+
+    A run with a validation part reads the evaluation split once, at its end.
+    """
+
+    def __init__(self, run: "Run", recorder: Recorder):
+        config = run.config
+        self.run, self.recorder = run, recorder
+        self.evaluator = Evaluator(run.program.method, run.inputs, run.program.mesh)
+        self.part = "val" if config.data.val_split else "eval" if config.data.eval_split else ""
+        self.every = run.every("eval") if self.part else 0
+        self.best = Best(run.workdir, config.checkpoint.best) if config.checkpoint.best else None
+
+    def due(self, done: int) -> bool:
+        """Says whether the state of step `done` is to be evaluated."""
+        return self.every > 0 and (done % self.every == 0 or done == self.run.total)
+
+    def missed(self, done: int) -> bool:
+        """Says whether that evaluation was due and is not on record, on all processes alike."""
+        part = "eval" if done == self.run.total and self.run.config.data.eval_split else self.part
+        return self.due(done) and not distributed.first(self.recorder.has(done, f"{part}/loss"))
+
+    def look(self, state: TrainState, done: int) -> None:
+        """Evaluates, writes scalars and pictures, and prints one line; keeps the state if it is the best one."""
+        began = time.monotonic()
+        figures = self.evaluator.scalars(state, self.part) | (self.evaluator.pixel_floor() if done == 0 else {})
+        if self.best:
+            self.best.offer(done, state, figures)
+        if done == self.run.total:
+            figures |= self.at_the_end(state, {} if self.part == "val" else figures)
+        self.write(state, done, figures, began)
+
+    def at_the_end(self, state: TrainState, known: Figures) -> Figures:
+        """Returns the figures of the evaluation split: of the last state, `known` or not, and of the best one."""
+        if not self.run.config.data.eval_split:
+            return {}
+        figures = (known or self.evaluator.scalars(state)) | self.evaluator.closing(state)
+        best = self.best.checkpoints.restore(self.run.program.state) if self.best else None
+        if best is not None:
+            figures |= {name.replace("eval/", "eval/best/", 1): value
+                        for name, value in self.evaluator.scalars(best).items()}
+        return figures
+
+    def write(self, state: TrainState, done: int, figures: Figures, began: float) -> None:
+        """Records figures and pictures of step `done`."""
+        for name, picture in self.evaluator.pictures(state, self.part or "eval"):
+            self.recorder.picture(done, name, picture)
+        self.recorder.scalars(done, figures)  # last: it marks the evaluation as done
+        text = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        say(f"evaluation at step {done}: {text}  ({time.monotonic() - began:.0f} s)")

@@ -1,0 +1,47 @@
+"""The vote of neighbours against a plain loop and scikit-learn."""
+
+import numpy as np
+import pytest
+from sklearn.neighbors import KNeighborsClassifier
+
+from mae_jax.evals import knn
+from tests.blobs import CLASSES, blobs
+
+
+def neighbours(train, test, k: int, temperature: float) -> np.ndarray:
+    """Returns the vote's class for each test row, one row and one neighbour at a time."""
+    found = []
+    for row in test[0].astype(np.float64):
+        cosine = [row @ other / np.linalg.norm(row) / np.linalg.norm(other) for other in train[0].astype(np.float64)]
+        votes = np.zeros(CLASSES)
+        for index in np.argsort(cosine)[::-1][:k]:
+            votes[train[1][index]] += np.exp(cosine[index] / temperature)
+        found.append(votes.argmax())
+    return np.array(found)
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.07, 1.0])
+@pytest.mark.parametrize("k", [1, 5, 20, 1000])
+def test_knn_is_the_weighted_vote_of_the_nearest_by_cosine(k, temperature):
+    train, test = blobs(90, seed=0), blobs(60, seed=1)
+    wanted = (neighbours(train, test, k, temperature) == test[1]).mean()
+    assert knn.top1(train, test, CLASSES, k, temperature) == pytest.approx(wanted)
+
+
+def test_the_temperature_changes_votes():
+    train, test = blobs(90, seed=0), blobs(60, seed=1)
+    assert (neighbours(train, test, 20, 0.02) != neighbours(train, test, 20, 1.0)).any()
+
+
+@pytest.mark.parametrize("k", [1, 7, 20])
+def test_at_a_high_temperature_every_neighbour_votes_alike_as_scikit_learn_has_it(k):
+    train, test = blobs(200, seed=0), blobs(150, seed=1)
+    peer = KNeighborsClassifier(k, metric="cosine").fit(*train)
+    assert knn.top1(train, test, CLASSES, k, 1e9) == pytest.approx(peer.score(*test))
+
+
+def test_knn_in_chunks_is_knn(monkeypatch):
+    train, test = blobs(90, seed=0), blobs(61, seed=1)
+    whole = knn.top1(train, test, CLASSES, 5, 0.07)
+    monkeypatch.setattr(knn, "CHUNK", 16)
+    assert knn.top1(train, test, CLASSES, 5, 0.07) == whole
