@@ -1,4 +1,4 @@
-r"""Fine-tunes the quickstart's encoder on photo crops, in minutes on a laptop.
+"""Fine-tunes the quickstart's encoder on photo crops, in minutes on a laptop.
 
   python -m mae_jax.main --config=configs/quickstart_finetune.py --workdir=runs/finetune \
       --config.init_from=runs/quickstart

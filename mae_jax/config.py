@@ -181,9 +181,10 @@ def resolve(config: ConfigDict, arg: str, **presets: Any) -> ConfigDict:
     Args:
       config: the recipe.
       arg: what follows the colon in --config=file.py:arg; may be empty.
-      **presets: name → function that changes the config in place. `runlocal` is known to every recipe and comes last.
+      **presets: name → function that changes the config in place. `runlocal` comes last; every recipe knows it, and
+        one that needs other data than photo crops has its own.
     """
-    presets = {**presets, "runlocal": runlocal}
+    presets = {"runlocal": runlocal, **presets}
     names = [name for name in arg.split(",") if name]
     for name in sorted(names, key="runlocal".__eq__):
         if name not in presets:

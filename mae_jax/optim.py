@@ -40,7 +40,7 @@ def peak_lr(config: ConfigDict) -> float:
 
 
 def warmup_cosine(peak: float, minimum: float, warmup: int, total: int, start: float = 0.0) -> Schedule:
-    """Returns step → learning rate: linear from `start` over `warmup` steps, then half a cosine to `minimum` at `total`.
+    """Returns step → learning rate: linear from `start` in `warmup` steps, then half a cosine to `minimum` at `total`.
 
     Per iteration, as MAE's published code does it. DeiT's rate changes once per epoch, one epoch late, and its cosine
     counts from epoch 0 (timm 0.3.2); that is not copied. The argument is the step of the train state, not of the
@@ -82,7 +82,7 @@ def layer_rate(name: str, decay: float, depth: int) -> float:
 
 
 def make_optimizer(config: ConfigDict, method: Method) -> optax.GradientTransformation:
-    """Builds the optimiser of `config.optim` without its learning rate: the step multiplies the update by -schedule(step).
+    """Builds the optimiser of `config.optim` without its learning rate: the step multiplies updates by -schedule(step).
 
     The gradient is clipped first, by its global norm. Layer-wise decay comes last, since it is a factor of the learning
     rate: it multiplies decoupled weight decay too, and no trust ratio undoes it. Parameters that the method holds fixed

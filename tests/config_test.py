@@ -118,7 +118,7 @@ def test_every_recipe_is_valid_locked_and_says_how_to_run_it(path):
     assert config.is_locked
     validate(config)
     text = path.read_text()
-    assert text.startswith('"""')
+    assert text.removeprefix("r").startswith('"""')
     assert f"--config={path}" in text
 
 

@@ -7,7 +7,9 @@ import pytest
 
 from mae_jax import sharding
 from mae_jax.evals import knn, linear, reconstruct
-from mae_jax.evals.evaluate import Evaluator, Rows, pool
+from mae_jax.evals.evaluate import Evaluator, labelled_rows
+from mae_jax.evals.rows import Rows
+from mae_jax.methods.base import pool
 from mae_jax.ops.patches import assemble
 from tests.tiny import tiny_batch, tiny_config, tiny_method, tiny_params, tiny_state
 
@@ -29,7 +31,7 @@ def test_rows_leave_out_padding_grey_pictures_and_unlabelled_ones(mesh):
     rows = Rows(mesh)
     for start in (0, 4):
         batch = {"label": np.array([0, 1, -1, 2]), "valid": np.array([1, 0, 1, 1], np.float32)}
-        rows.add(batch, np.arange(start, start + 4))
+        rows.add(labelled_rows(batch), np.arange(start, start + 4), batch["label"])
     values, labels = rows.take()
     np.testing.assert_array_equal(values, [0, 3, 4, 7])
     np.testing.assert_array_equal(labels, [0, 2, 0, 2])
@@ -41,13 +43,13 @@ class Inputs:
     def __init__(self, config, classes=("a", "b", "c")):
         self.config, self.classes, self.num_eval = config, classes, 13
 
-    def evaluate(self):
+    def evaluate(self, ratio=1.0):
         for seed in (1, 2):
             batch = tiny_batch(self.config, seed)
             batch["valid"][5:] = seed == 1
             yield batch
 
-    support = evaluate
+    support = validate = evaluate
 
 
 def test_the_evaluation_ignores_padding_and_is_the_same_twice(mesh):

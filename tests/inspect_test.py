@@ -87,12 +87,14 @@ def test_small_jpegs_are_kept_byte_for_byte_and_others_become_jpegs():
 
 
 def test_cached_batches_are_those_of_the_run(tmp_path):
-    c = config(source="folder", path=str(make_folder(tmp_path / "in", broken=False)), eval_split="test")
+    c = config(source="folder", path=str(make_folder(tmp_path / "in", broken=False)), train_split="train[:80%]",
+               val_split="train[80%:]", eval_split="test")
     inputs = build(c)
     write.write_batches(inputs, methods.get("mae")(c).order(), epath.Path(tmp_path / "out"), steps=3)
     back = build(config(source="batches", path=str(tmp_path / "out"), eval_split="test"))
     assert (back.num_train, back.num_eval, back.classes) == (inputs.num_train, inputs.num_eval, inputs.classes)
-    for name in ("train", "support", "evaluate"):
+    assert back.num_val == inputs.num_val > 0
+    for name in ("train", "support", "evaluate", "validate"):
         args = (0,) if name == "train" else ()
         count = 3 if name == "train" else len(list(getattr(inputs, name)()))
         pairs = list(zip(getattr(inputs, name)(*args), getattr(back, name)(*args), range(count), strict=False))

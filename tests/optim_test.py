@@ -150,7 +150,7 @@ def test_four_steps_are_those_of_pytorch_and_timm_also_with_a_learning_rate_per_
     optimizer = make({"optim.name": name, "optim.clip": clip, "optim.layer_decay": 0.65 if layered else 1.0})
     start, grads = part(golden, "start"), [part(golden, f"grad{i}") for i in range(4)]
     wanted = part(golden, f"{name}_layered" if layered else name)
-    assert any(abs(wanted[key] - start[key]).max() > 0.1 for key in start)
+    assert any(abs(wanted[key] - start[key]).max() > 0.05 for key in start)
     assert_close(follow(optimizer, start, grads, golden["rates"]), wanted)
 
 
@@ -278,7 +278,7 @@ def test_every_matrix_of_every_block_has_a_trust_ratio_of_its_own(name):
     optimizer, rng = optim.make_optimizer(config, tiny_method(config)), np.random.default_rng(0)
     tree = tiny_params(config)
     grads = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), tree)
-    updates, _ = optimizer.update(grads, optimizer.init(tree), tree)
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(tree), tree)
     for key, update in flatten(updates).items():
         if key.endswith(DECAYED):
             wanted = np.linalg.norm(flatten(tree)[key]) * (1e-3 if name == "lars" else 1)
@@ -286,7 +286,7 @@ def test_every_matrix_of_every_block_has_a_trust_ratio_of_its_own(name):
 
 
 def test_three_steps_of_lars_with_scanned_layers_are_those_without():
-    fields = {"optim.name": "lars", "optim.lr": 500.0, "optim.warmup": "0 steps"}
+    fields = {"optim.name": "lars", "optim.lr": 50.0, "optim.warmup": "0 steps"}
     ends = []
     for scan in (False, True):
         config = tiny_config({**fields, "model.scan": scan})
@@ -295,23 +295,32 @@ def test_three_steps_of_lars_with_scanned_layers_are_those_without():
             state, _ = step(state, tiny_batch(config, seed))
         ends.append(flatten(jax.device_get(state.params)))
     start = flatten(tiny_params(config))
-    assert min(np.abs(ends[0][name] - start[name]).max() for name in start) > 1e-3
+    assert min(np.abs(ends[0][name] - start[name]).max() for name in start) > 1e-4
     assert_close(*ends)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_frozen_parameters_keep_their_bits_and_have_no_optimiser_state_whatever_their_gradient(name):
-    config = tiny_config({"optim.name": name, "optim.layer_decay": 0.9, "optim.clip": 1.0, "optim.warmup": "0 steps"})
+    config = tiny_config({"optim.name": name, "optim.layer_decay": 0.9, "optim.clip": 1.0})
+    method = HeadOnly(config)
+    optimizer, rng, start = optim.make_optimizer(config, method), np.random.default_rng(0), flatten(tiny_params(config))
+    grads = [{key: rng.normal(size=value.shape).astype(np.float32) for key, value in start.items()} for _ in range(2)]
+    for key, value in follow(optimizer, start, grads, [0.1, 0.1]).items():
+        assert (value.tobytes() != start[key].tobytes()) == method.learns(key), key
+    held = {key for key in start if any(name.endswith(f"/{key}") for name in flatten(optimizer.init(nest(start))))}
+    assert held == set(filter(method.learns, start))
+
+
+def test_frozen_parameters_and_their_averages_keep_their_bits_in_training():
+    config = tiny_config({"optim.name": "lamb", "optim.ema": 0.99, "optim.warmup": "0 steps"})
     method = HeadOnly(config)  # it does not stop gradients: the optimiser alone must hold what does not learn
     state, step = tiny_state(config, method=method), tiny_step(config, method)
     before = flatten(jax.device_get(state.params))
     for seed in range(2):
         state, _ = step(state, tiny_batch(config, seed))
-    for key, value in flatten(jax.device_get(state.params)).items():
-        assert (value.tobytes() == before[key].tobytes()) != method.learns(key), key
-    held = {key.split("/", 3)[-1] for key in flatten(state.opt)}
-    assert {key for key in before if any(key.endswith(name) for name in held)}
-    assert not {key for key in before for name in flatten(state.opt) if name.endswith(key) and not method.learns(key)}
+    for tree in jax.device_get((state.params, state.ema)):
+        for key, value in flatten(tree).items():
+            assert (value.tobytes() != before[key].tobytes()) == method.learns(key), key
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -333,7 +342,7 @@ def test_a_state_with_frozen_parameters_comes_back_from_its_checkpoint_bit_for_b
 
 @pytest.mark.parametrize("name", NAMES)
 def test_on_8_devices_moments_live_where_their_parameters_do_and_frozen_ones_nowhere(name):
-    config = tiny_config({"optim.name": name})
+    config = tiny_config({"optim.name": name, "model.width": 128})
     mesh = AbstractMesh((1, 4, 1, 2), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
     state = tiny_state(config, method=HeadOnly(config))
     placed = flatten(sharding.param_shardings(mesh, state))
@@ -342,4 +351,4 @@ def test_on_8_devices_moments_live_where_their_parameters_do_and_frozen_ones_now
     learning = sum(map(HeadOnly(config).learns, flatten(state.params)))
     assert len(pairs) == learning * (2 if name in ("adamw", "lamb") else 1)
     assert all(moment.spec == parameter.spec for moment, parameter in pairs)
-    assert any(parameter.spec == jax.P("zero", "tensor") for _, parameter in pairs)
+    assert any(parameter.spec == jax.P(("zero",), ("tensor",)) for _, parameter in pairs)

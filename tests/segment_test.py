@@ -4,28 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 from mae_jax.config import default, validate
 from mae_jax.errors import UserError
 from mae_jax.ops import segment
 from mae_jax.params import flatten
 from tests.tiny import tiny_method, tiny_params, tiny_segment, tiny_segment_batch, tiny_state, tiny_step
-
-
-def test_masks_of_patches_come_together_as_pixels():
-    whole = np.arange(2 * 6 * 8).reshape(2, 6, 8)
-    tiles = [[whole[i, y:y + 3, x:x + 2].ravel() for y in (0, 3) for x in (0, 2, 4, 6)] for i in range(2)]
-    np.testing.assert_array_equal(segment.pixels(jnp.asarray(tiles), (2, 4), (3, 2)), whole)
-
-
-def test_logits_are_upsampled_as_pillow_upsamples_bilinearly():
-    x = np.random.default_rng(0).normal(size=(2, 5, 3, 2)).astype(np.float32)
-    large = segment.upsample(jnp.asarray(x), (4, 8))
-    assert large.shape == (2, 20, 24, 2)
-    for i, c in np.ndindex(2, 2):
-        picture = Image.fromarray(x[i, :, :, c]).resize((24, 20), Image.Resampling.BILINEAR)
-        np.testing.assert_allclose(large[i, :, :, c], np.asarray(picture), atol=1e-5)
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_pixels_that_have_a_class():
@@ -112,6 +96,7 @@ def test_flops_agree_with_the_compilers_count_of_the_forward_pass():
 @pytest.mark.parametrize(("fields", "line"), [
     ({"method.classes": 1}, "method.classes=1; expected 2 to 255"),
     ({"method.classes": 256}, "method.classes=256; expected 2 to 255"),
+    ({"method.background": 3}, "method.background=3; expected 0 to 2, or -1 for none"),
     ({"method.block": 2}, "method.block=2; expected 0 to 1"),
     ({"method.train_blocks": 3}, "method.train_blocks=3; expected 0 to 2"),
 ])

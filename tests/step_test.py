@@ -121,6 +121,15 @@ def test_the_ema_follows_the_parameters_after_the_update(step):
     assert (state.ema["encoder"]["norm"]["scale"] != before["encoder"]["norm"]["scale"]).any()
 
 
+def test_the_ema_of_what_stays_the_same_is_the_same_bit_for_bit_also_with_a_decay_near_one():
+    config = tiny_config({"optim.ema": 0.99996, "optim.lr": 0.0})
+    state, step = tiny_state(config), tiny_step(config)
+    kept = jax.device_get(state.params)
+    for number in range(3):
+        state, _ = step(state, tiny_batch(config, seed=number))
+    assert_identical(state.ema, kept)
+
+
 def test_random_streams_differ_by_seed_step_and_name_and_by_nothing_else():
     keys = {(seed, step, name): jax.random.key_data(stream_key(seed, step, name)).tobytes()
             for seed in (0, 1) for step in (0, 1) for name in ("loss", "init")}

@@ -47,7 +47,7 @@ def apply(image: Image.Image, name: str, amount: float,
 
 def _enhance(kind: type) -> Callable[[Image.Image, float], Image.Image]:
     """Returns an operation that blends with what PIL's enhancer degrades to, or away from it."""
-    return lambda image, amount: kind(image).enhance(max(0.1, 1 + 0.9 * amount))
+    return lambda image, amount: kind(image).enhance(1 + 0.9 * amount)
 
 
 def _posterize(image: Image.Image, amount: float) -> Image.Image:

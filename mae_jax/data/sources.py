@@ -25,6 +25,7 @@ MODULES = {
     "mnist5k": "mae_jax.data.mnist5k",
     "npz": "mae_jax.data.npz",
     "photo_crops": "mae_jax.data.photo_crops",
+    "photo_mosaic": "mae_jax.data.photo_mosaic",
     "tfds": "mae_jax.data.tfds",
     "tfrecord": "mae_jax.data.tfrecord",
 }

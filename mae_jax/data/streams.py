@@ -182,12 +182,16 @@ def _readers(stream: Stream, config: ConfigDict, own: np.ndarray, share: int, ep
         parts = parts.to_tensor(shape=(None, 3))
         epochs = tf.data.Dataset.range(epoch, np.iinfo(np.int64).max)
         records = epochs.flat_map(lambda e: _epoch(stream, parts, key, e, held)).skip(skip)
-        records = records.map(lambda record, raw: (record, *_parse(stream, raw)))
-        return _repeated(records, share, config.data.repeats).prefetch(AHEAD)
+        return records.map(lambda record, raw: (record, *_parse(stream, raw))).prefetch(AHEAD)
 
     numbers = tf.data.Dataset.from_tensor_slices((tf.ragged.stack([tf.constant(part) for part in parts]), keys))
-    turns = numbers.interleave(reader, cycle_length=len(own), block_length=share, num_parallel_calls=len(own),
+    sources = np.array([pipeline.draw(row, share, config.data.repeats) for row in range(share)])
+    distinct = int(sources.max()) + 1
+    turns = numbers.interleave(reader, cycle_length=len(own), block_length=distinct, num_parallel_calls=len(own),
                                deterministic=True)
+    if distinct < share:  # not by unbatch, which crashes the process on fields of no values (TensorFlow 2.21)
+        turns = turns.batch(distinct).flat_map(lambda *item: tf.data.Dataset.from_tensor_slices(
+            tuple(tf.gather(field, sources) for field in item)))
     return turns.enumerate().map(lambda count, item: (count, *item))
 
 
@@ -203,15 +207,6 @@ def _epoch(stream: Stream, parts: tf.Tensor, key: tf.Tensor, epoch: tf.Tensor, h
     seed = tf.random.stateless_uniform([], [key + 1, epoch], 0, np.iinfo(np.int64).max, tf.int64)
     records = tf.data.Dataset.from_tensor_slices(tf.gather(parts, order)).flat_map(lambda part: _part(stream, part))
     return records.shuffle(held, seed=seed, reshuffle_each_iteration=False)
-
-
-def _repeated(records: tf.data.Dataset, share: int, repeats: int) -> tf.data.Dataset:
-    """Fills each `share` rows with copies of as few records as `repeats` copies of each need."""
-    if repeats == 1:
-        return records
-    rows = np.array([pipeline.draw(row, share, repeats) for row in range(share)])
-    groups = records.batch(rows.max() + 1)
-    return groups.map(lambda *fields: tuple(tf.gather(field, rows) for field in fields)).unbatch()
 
 
 def stored(stream: Stream) -> Iterator[tuple[int, tuple[Any, ...]]]:

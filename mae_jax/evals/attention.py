@@ -105,14 +105,15 @@ def covers(weights: jax.Array, masses: tuple[float, ...]) -> jax.Array:
 def _overlaps(method: Method, block: int, query: str) -> Callable[[TrainState, Batch], tuple[jax.Array, ...]]:
     """Returns the compiled function to (sums over pictures of IoU [masses, 1 + H], of that of all pixels, pictures).
 
-    A picture counts where it has foreground: classes above 0. The first map is the mean of the heads.
+    A picture counts where it has foreground, any class but the background. The first map is the mean of the heads.
     """
     def measure(state: TrainState, batch: Batch) -> tuple[jax.Array, ...]:
         weights = maps(method, state.ema or state.params, state.extras, batch, block, query).transpose(0, 2, 3, 1)
         weights = jnp.concatenate([weights.mean(-1, keepdims=True), weights], -1)
         kept = covers(upsample(weights, method.patch).transpose(0, 3, 1, 2), MASSES)
         classes = method.pixel_classes(batch)[:, None]
-        known, wanted = classes != IGNORED, (classes != IGNORED) & (classes > 0)
+        known = classes != IGNORED
+        wanted = known & (classes != method.config.method.background)
         union = ((kept & known) | wanted).sum((-2, -1))
         shares = (kept & wanted).sum((-2, -1)) / jnp.maximum(union, 1)
         everything = wanted.sum((-2, -1)) / jnp.maximum(known.sum((-2, -1)), 1)
@@ -130,15 +131,17 @@ def iou(method: Method, state: TrainState, choose: Iterable[Batch], test: Iterab
     `test` is read once with them.
 
     Args:
-      method: one whose batches have masks, with classes above 0 for the foreground.
+      method: `segment`, whose batches have masks.
       state: the train state.
       choose, test: batches of pictures apart.
       block, query: see `maps`.
 
     Returns:
       'attention_iou', 'attention_mass' (the share), 'attention_head' (-1: the mean), and the floor 'foreground_share':
-      the IoU of taking every pixel. {} where `choose` or `test` has no foreground.
+      the IoU of taking every pixel. {} where nothing is known of foreground.
     """
+    if method.config.method.background < 0:
+        return {}
     chosen, held_out = (_mean_overlap(method, state, part, block, query) for part in (choose, test))
     if chosen is None or held_out is None:
         return {}

@@ -126,7 +126,7 @@ def confusion_picture(matrix: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     cell = 30 if len(names) <= 30 else TEXT
-    labels = [_label(f"{name} ") for name in names]
+    labels = [_label(f" {name} ") for name in names]
     margin = max(label.width for label in labels)
     left, top, side = GAP + margin, 2 * LINE + margin, cell * len(names)
     canvas = Image.new("RGB", (max(left + side, 220) + GAP, top + side + GAP), "white")

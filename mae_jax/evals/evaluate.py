@@ -73,7 +73,7 @@ class Evaluator:
         for batch in batches:
             metrics, features = self._batch(params, extras, batch)
             means.add(jax.device_get(metrics))
-            held.add(_labelled(batch), features, batch["label"])
+            held.add(labelled_rows(batch), features, batch["label"])
         out = means.take()
         if not held.parts:
             return out
@@ -93,7 +93,7 @@ class Evaluator:
         """Returns (features [n, D], labels [n]) of the training split under the evaluation's preprocessing."""
         support = Rows(self.mesh)
         for batch in self._batches(self.inputs.support):
-            support.add(_labelled(batch), self._features(params, extras, batch), batch["label"])
+            support.add(labelled_rows(batch), self._features(params, extras, batch), batch["label"])
         features, labels = support.take()
         return features, labels
 
@@ -126,7 +126,7 @@ class Evaluator:
         for source in (self.inputs.support, self.inputs.evaluate):
             rows = Rows(self.mesh)
             for batch in self._batches(source):
-                rows.add(_labelled(batch), batch["patches"], batch["order"], batch["label"])
+                rows.add(labelled_rows(batch), batch["patches"], batch["order"], batch["label"])
             patches, order, labels = rows.take()
             sets.append((self._raster(patches, order), labels))
         return _named("eval", self._probes(*sets, "pixels_top1")) if self._probed(sets[1]) else {}
@@ -160,6 +160,6 @@ def _named(part: str, figures: Figures) -> Figures:
     return {f"{part}/{name}": value for name, value in figures.items()}
 
 
-def _labelled(batch: Batch) -> jax.Array:
+def labelled_rows(batch: Batch) -> jax.Array:
     """Returns bool [B]: which rows are pictures with a label, and neither padding nor grey stand-ins."""
     return (batch["valid"] > 0) & (batch["label"] >= 0)

@@ -64,6 +64,13 @@ def tile(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str], title: s
     return np.asarray(canvas)
 
 
+def paired(rows: Sequence[Sequence[np.ndarray]]) -> list[tuple[np.ndarray, ...]]:
+    """Returns the rows of uint8 pictures two and two side by side; where one is missing, white ones."""
+    half = (len(rows) + 1) // 2
+    blank = (np.full_like(rows[0][0], 255),) * len(rows[0])
+    return [(*left, *right) for left, right in itertools.zip_longest(rows[:half], rows[half:], fillvalue=blank)]
+
+
 def note(config: ConfigDict) -> str:
     """Returns what a reader must know about the colours of the predictions."""
     if config.method.target == "norm_pix":
@@ -75,11 +82,7 @@ def reconstructions(method: Method, params: Any, extras: Any, batch: Batch) -> n
     """Returns the grid of `batch`: input, visible patches, prediction; two pictures to a row."""
     ratio = method.config.method.mask_ratio
     rows = list(zip(*panels(method, params, extras, batch, ratio), strict=True))
-    half = (len(rows) + 1) // 2
-    blank = (np.full_like(rows[0][0], 255),) * 3
-    pairs = [(*left, *right) for left, right in itertools.zip_longest(rows[:half], rows[half:], fillvalue=blank)]
-    title = f"{ratio:.0%} hidden; {note(method.config)}"
-    return tile(pairs, CAPTIONS, title)
+    return tile(paired(rows), CAPTIONS, f"{ratio:.0%} hidden; {note(method.config)}")
 
 
 def at_ratios(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarray:

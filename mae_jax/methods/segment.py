@@ -29,6 +29,7 @@ class Segment(Method):
 
     defaults = {
         "classes": 2,  # of the pixels, as numbers from 0; pixels of higher numbers are ignored
+        "background": 0,  # the class around things, for how well attention covers them; -1: none
         "block": -1,  # whose tokens are classified; -1: the last, after the encoder's norm
         "train_blocks": 0,  # how many of the last blocks learn with the head; -1: the whole encoder
     }
@@ -38,6 +39,8 @@ class Segment(Method):
         m, depth = config.method, config.model.depth
         if not 2 <= m.classes <= segment.IGNORED:
             raise UserError(f"method.classes={m.classes}; expected 2 to {segment.IGNORED}")
+        if not -1 <= m.background < m.classes:
+            raise UserError(f"method.background={m.background}; expected 0 to {m.classes - 1}, or -1 for none")
         if not -1 <= m.block < depth:
             raise UserError(f"method.block={m.block}; expected 0 to {depth - 1}, or -1 for the last")
         if not -1 <= m.train_blocks <= depth:
@@ -96,14 +99,18 @@ class Segment(Method):
         """Cross-entropy, the mean over all pixels of the batch that have a class."""
         params = jax.tree_util.tree_map_with_path(
             lambda keys, leaf: leaf if self.learns(path(keys)) else jax.lax.stop_gradient(leaf), params)
-        rates, images = drop_path_rates(self.config), batch["order"].shape[0]
-        keep = drop_path(key, rates, images) if train and rates.any() else None
+        keep = self.kept_branches(key, len(batch["order"])) if train and self.config.model.drop_path else None
         logits, classes = self.pixel_logits(params, extras, batch, keep), self.pixel_classes(batch)
         weight = (classes != segment.IGNORED).sum(dtype=jnp.float32)
         total = segment.cross_entropy(logits, classes).sum()
         right = (logits.argmax(-1) == classes).sum(dtype=jnp.float32)
         metrics = {"loss": (total, weight), "pixel_accuracy": (right, weight)}
         return total / jnp.maximum(weight, 1), (metrics, extras)
+
+    def kept_branches(self, key: jax.Array, images: int) -> jax.Array:
+        """Draws stochastic depth of the blocks that learn: float32 [depth, 2, B]."""
+        learning = [self.learns(f"encoder/block_{number:02d}/mlp/") for number in range(self.config.model.depth)]
+        return drop_path(key, drop_path_rates(self.config) * learning, images)
 
     def forward_flops(self) -> int:
         m, classes, (rows, columns) = self.config.model, self.config.method.classes, self.grid

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 IGNORED = 255  # of a mask: pixels that count nowhere
 
@@ -12,11 +13,25 @@ def pixels(mask: jax.Array, grid: tuple[int, int], patch: tuple[int, int]) -> ja
     return tiles.reshape(-1, grid[0] * patch[0], grid[1] * patch[1])
 
 
-def upsample(x: jax.Array, patch: tuple[int, int]) -> jax.Array:
-    """Returns float32 [B, height, width, C] for [B, rows, columns, C] of patches: bilinear between their centres."""
-    images, rows, columns, channels = x.shape
-    shape = (images, rows * patch[0], columns * patch[1], channels)
-    return jax.image.resize(x.astype(jnp.float32), shape, "bilinear")
+def interpolation(cells: int, factor: int) -> np.ndarray:
+    """Returns the float32 matrix [cells · factor, cells] that enlarges a side linearly.
+
+    The centre of pixel i is (i + 1/2) / factor - 1/2 in cells; past the outermost centres the edge is repeated. This is
+    what PyTorch calls bilinear without align_corners.
+    """
+    centres = np.clip((np.arange(cells * factor) + 0.5) / factor - 0.5, 0, cells - 1)
+    return np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(cells))).astype(np.float32)
+
+
+def upsample(logits: jax.Array, patch: tuple[int, int]) -> jax.Array:
+    """Enlarges logits of patches [B, gh, gw, C] bilinearly to pixels float32 [B, gh · height, gw · width, C].
+
+    Two small matrix products; `patch` is (height, width) in pixels.
+    """
+    rows, columns = (interpolation(cells, size) for cells, size in zip(logits.shape[1:3], patch, strict=True))
+    # Products in bfloat16, the default of TPUs, would round the logits.
+    tall = jnp.einsum("yh,bhwc->bywc", rows, logits.astype(jnp.float32), precision="highest")
+    return jnp.einsum("xw,bywc->byxc", columns, tall, precision="highest")
 
 
 def cross_entropy(logits: jax.Array, mask: jax.Array) -> jax.Array:
@@ -26,16 +41,3 @@ def cross_entropy(logits: jax.Array, mask: jax.Array) -> jax.Array:
     """
     picked = (jax.nn.one_hot(mask, logits.shape[-1]) * logits).sum(-1)
     return jnp.where(mask == IGNORED, 0, jax.nn.logsumexp(logits, -1) - picked)
-
-
-def confusion(predicted: jax.Array, truth: jax.Array, classes: int) -> jax.Array:
-    """Returns int32 [C, C]: how many pixels of each true class (rows) are predicted as each class (columns).
-
-    Args:
-      predicted: integers [...] from 0 to C - 1.
-      truth: integers [...]; IGNORED counts nowhere.
-      classes: C.
-    """
-    known = truth != IGNORED
-    pairs = jnp.where(known, truth.astype(jnp.int32) * classes + predicted, classes**2)
-    return jnp.bincount(pairs.ravel(), length=classes**2 + 1)[:-1].reshape(classes, classes)

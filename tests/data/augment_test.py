@@ -194,9 +194,11 @@ def test_a_mask_goes_through_the_geometry_of_its_picture(crop, target):
     pixels = np.repeat((mask * 120)[..., None], 3, axis=2)
     config = settings(augment=crop, image_size=target)
     for position in range(20):
-        view, moved = augment.augment(Picture(pixels), rng(0, "augment", position), config, mask)
+        view, moved = augment.augment(Picture(pixels), rng(0, "augment", position), config, 100 * mask)
         assert moved.dtype == np.uint8
         assert moved.shape == view.shape[:2]
+        assert set(np.unique(moved) % 100) <= {0}  # picked, never mixed
+        moved = moved // 100
         classes = np.round(view[..., 0] / 120)
         agree = np.mean(classes == moved)
         assert agree > 0.93

@@ -97,3 +97,23 @@ def test_batches_of_another_order_of_patches_are_refused(tmp_path):
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="order of patches"):
         build(tmp_path)
+
+
+def test_a_validation_part_may_be_missing(tmp_path):
+    write(tmp_path)
+    inputs = build(tmp_path)
+    assert (list(inputs.validate()), inputs.num_val) == ([], 0)
+    write(tmp_path, validate=5)
+    inputs = build(tmp_path)
+    assert [list(batch["id"]) for batch in inputs.validate()] == [[0, 1, 2, 3], [4, -1, -1, -1]]
+    assert inputs.num_val == 5
+
+
+def test_crops_and_sets_that_were_not_cached_are_refused(tmp_path):
+    write(tmp_path)
+    inputs = build(tmp_path)
+    assert len(list(inputs.evaluate(0.875))) == 2
+    with pytest.raises(UserError, match=r"no eval\.crop_ratio=1\.0"):
+        inputs.evaluate(1.0)
+    with pytest.raises(UserError, match=r"no further test set eval\.sets='imagenet_a'"):
+        inputs.extra("imagenet_a")

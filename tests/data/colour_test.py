@@ -38,8 +38,14 @@ def test_grey_and_solarised_pictures_are_those_of_torchvision(name, change, key)
     assert differ(change(image, rng(0, "augment", 0)), GOLDEN[f"{name}/{key}"]) <= CLOSE
 
 
+def test_solarising_inverts_from_128_on():
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None]).convert("RGB")
+    solarised = np.asarray(colour.solarise(ramp, rng(0, "augment", 0)))[0, :, 0]
+    assert solarised.tolist() == [*range(128), *range(127, -1, -1)]
+
+
 def test_the_blur_is_a_gaussian_of_up_to_two_pixels():
-    """Pillow's Gaussian, three box filters, is within 2.5 levels of scipy's, away from the edges, where they differ."""
+    """Pillow's Gaussian, three box filters, is within a level of scipy's in the mean, away from the edges."""
     image, widths = photograph("coffee"), []
     sharp = np.asarray(image).astype(float)
     scales = np.linspace(0.1, 2, 39)

@@ -154,3 +154,22 @@ def test_an_unlabelled_share_is_even():
     shares = [folder.splits.share(f"folder/{i:06d}.jpg") for i in range(2000)]
     assert abs(np.mean(shares) - 0.5) < 0.03
     assert 0 <= min(shares) < max(shares) < 1
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_masks_lie_in_a_folder_of_the_same_shape(tmp_path, split):
+    for part in ("train", "val"):
+        for kind, (extension, value) in {"pictures": ("jpg", 7), "masks": ("png", 2)}.items():
+            path = tmp_path / kind / part / "a" / f"b.{extension}"
+            path.parent.mkdir(parents=True)
+            Image.new("L", (3, 2), value + (part == "val")).save(path)
+    source = load(tmp_path / "pictures", split, masks=tmp_path / "masks")
+    assert source.fields == ("mask",)
+    assert source.read(0).mask.tolist() == [[2 + (split == "val")] * 3] * 2
+
+
+def test_a_folder_without_masks_is_refused(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    Image.new("L", (3, 2)).save(tmp_path / "pictures" / "b.jpg")
+    with pytest.raises(UserError, match=r"lacks the mask of b\.jpg.*b\.png is not there"):
+        load(tmp_path / "pictures", masks=tmp_path / "masks")

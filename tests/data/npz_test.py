@@ -70,6 +70,22 @@ def test_what_is_no_npz_file_is_refused(tmp_path, content):
         load(tmp_path / "data.npz")
 
 
+@pytest.mark.parametrize("kind", [np.uint8, bool])
+def test_a_row_of_zeros_and_ones_is_several_labels(tmp_path, kind):
+    rows = (np.arange(200)[:, None] >> np.arange(4) & 1).astype(kind)
+    source = load(save(tmp_path, x_train=IMAGES, y_train=rows))
+    assert source.classes == ("0", "1", "2", "3")
+    assert source.fields == ("labels",)
+    assert source.read(5).labels.tolist() == [1, 0, 1, 0]
+    assert source.read(5).labels.dtype == np.uint8
+    assert source.read(5).label == -1
+
+
+def test_rows_of_counts_are_no_labels(tmp_path):
+    with pytest.raises(UserError, match="expected 0 and 1"):
+        load(save(tmp_path, image=IMAGES, label=np.full((200, 4), 2, np.uint8)))
+
+
 def test_mnist5k_is_divided_evenly_among_digits_and_keeps_labels(tmp_path, monkeypatch):
     """On a file of the same layout: 5000 rows of 784 values and the digit."""
     rows = np.zeros((5000, 785), int)

@@ -62,7 +62,7 @@ def numpy_overlaps(method, state, batch) -> tuple[np.ndarray, np.ndarray]:
     classes = np.asarray(method.pixel_classes(batch))
     scores, shares = [], []
     for image, truth in enumerate(classes):
-        known, wanted = truth != IGNORED, (truth > 0) & (truth != IGNORED)
+        known, wanted = truth != IGNORED, (truth != 1) & (truth != IGNORED)
         if not wanted.any():
             continue
         shares.append(wanted.sum() / known.sum())
@@ -79,10 +79,10 @@ def numpy_overlaps(method, state, batch) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_the_iou_reads_the_test_part_with_what_was_best_on_the_other():
-    config = tiny_segment({"batch_size": 4})
+    config = tiny_segment({"batch_size": 4, "method.background": 1})
     method, state = tiny_method(config), tiny_state(config)
     parts = [tiny_segment_batch(config, seed) for seed in range(3)]
-    parts[0]["mask"][1] = 0  # a picture without foreground
+    parts[0]["mask"][1] = 1  # a picture without foreground
     parts[1]["valid"][0] = 0
     found = attention.iou(method, state, parts[:1], parts[1:])
     chosen, _ = numpy_overlaps(method, state, parts[0])
@@ -101,6 +101,8 @@ def test_there_is_no_iou_without_foreground():
     empty = batch | {"mask": np.zeros_like(batch["mask"])}
     assert attention.iou(method, state, [batch], [empty]) == {}
     assert attention.iou(method, state, [], [batch]) == {}
+    method = tiny_method(tiny_segment({"method.background": -1}))
+    assert attention.iou(method, state, [batch], [batch]) == {}
 
 
 def test_pictures_have_a_row_for_each_image_and_a_column_for_each_head():

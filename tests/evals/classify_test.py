@@ -67,10 +67,11 @@ def test_pictures_without_a_label_do_not_count():
 
 
 def test_of_equal_logits_the_lower_class_comes_first():
-    logits = np.zeros((8, 8), np.float32)
-    total = counted(logits, np.arange(8, dtype=np.int32))
+    total = counted(np.zeros((8, 8), np.float32), np.arange(8, dtype=np.int32))
     assert (total["top1"], total["top5"]) == (1, 5)
-    np.testing.assert_array_equal(total["confusion"], np.eye(8, dtype=int)[0] * np.ones((8, 1)))
+    np.testing.assert_array_equal(total["class_hits"], np.eye(8)[0])
+    np.testing.assert_array_equal(total["confusion"], np.eye(8)[0] * np.ones((8, 1)))
+    assert counted(np.zeros((3, 8), np.float32), np.int32([1, 4, 7]))["top5"] == 2
 
 
 def test_infinite_logits_have_their_place_and_a_nan_is_a_miss():

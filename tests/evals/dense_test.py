@@ -15,7 +15,7 @@ def test_scores_are_those_of_all_pixels_of_all_batches_together():
     method, state = tiny_method(config), tiny_state(config)
     batches = [tiny_segment_batch(config, seed) for seed in range(2)]
     batches[1]["valid"][5:] = 0
-    found = dense.scores(method, state, iter(batches))
+    found = dense.scores(method, state.params, {}, iter(batches))
     truth = np.concatenate([np.asarray(method.pixel_classes(batch)) for batch in batches])
     logits = np.concatenate([np.asarray(method.pixel_logits(state.params, {}, batch)) for batch in batches])
     known = truth != IGNORED
@@ -30,14 +30,14 @@ def test_pictures_show_input_truth_and_prediction():
     method, state, batch = tiny_method(config), tiny_state(config), tiny_segment_batch(config)
     batch["mask"][0] = 1
     picture = dense.pictures(method, state.params, {}, batch)
-    assert picture.shape == (2 * CAPTION + 8 * (128 + GAP) + GAP, 3 * (128 + GAP) + GAP, 3)
+    assert picture.shape == (2 * CAPTION + 4 * (128 + GAP) + GAP, 6 * (128 + GAP) + GAP, 3)
     truth = picture[2 * CAPTION : 2 * CAPTION + 128, 128 + 2 * GAP : 2 * (128 + GAP)]
     assert (truth == dense.palette(3)[1]).all()
 
 
-def test_each_class_has_a_colour_of_its_own_and_what_counts_nowhere_is_grey():
+def test_each_class_has_a_colour_of_its_own_and_what_counts_nowhere_another():
     colours = dense.palette(150)
-    assert len(np.unique(colours[:150], axis=0)) == 150
+    assert len(np.unique(colours[:151], axis=0)) == 151
     assert (colours[0] == 0).all()
     np.testing.assert_array_equal(colours[1], (128, 0, 0))
-    assert (colours[IGNORED] == dense.GREY).all()
+    assert (colours[IGNORED] == dense.CREAM).all()

@@ -1,0 +1,87 @@
+r"""A dense probe: how well a linear layer tells the class of each pixel from the patches of a frozen encoder.
+
+  python -m mae_jax.main --config=configs/segment.py --workdir=runs/segment --config.init_from=runs/mine
+
+The encoder must be the one of `init_from`: the default is that of configs/folder.py (ViT-Ti/8 at 128 x 128); others are
+overrides, such as --config.model.width=384 --config.model.heads=6. Without `init_from` the encoder is random, which is
+the floor that any other must beat. With --config.method.train_blocks=-1 --config.optim.lr=1e-3 all of it is fine-tuned,
+and --config.method.block=7 probes an earlier block.
+
+Arguments, one of them:
+  clipart          the default: drawings of Debian's package openclipart-png, 1231 to train on, and what is not
+                   transparent in them: 2 classes. Here eval/attention_iou is of use, too
+  mosaic           parts of photographs that need no download, with the encoder of configs/quickstart.py: which of 17
+                   photographs is a pixel from? Minutes on a laptop
+  pets             Oxford-IIIT Pet of TFDS: pet, background, outline
+  voc              PASCAL VOC 2012: --config.data.path=VOCdevkit/VOC2012/pictures
+                   --config.data.mask_key=VOCdevkit/VOC2012/SegmentationClass, 20 classes and background. `pictures` has
+                   train/ and val/ with the pictures of ImageSets/Segmentation, the other folder the masks likewise
+  scene_parse150   ADE20K's 150 classes, of TFDS
+  runlocal         two small steps of any of them, on mosaics
+
+The last three have the encoder of configs/vit_b_mae.py, at 224 x 224. eval/miou and eval/pixel_accuracy are at that
+size and of the central square: not comparable with published figures, which are at the pictures' own size. No paper has
+this recipe; all values are our choice, and none of the last three has been run.
+"""
+
+from ml_collections import ConfigDict
+
+from mae_jax import config as configs
+from mae_jax.config import default, resolve, vit
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = default("segment")
+    config.batch_size = 64
+    config.data.crop_scale = (0.4, 1.0)
+    config.eval.update(crop_ratio=(1.0,), every="5 epochs")
+    config.checkpoint.every = "5 epochs"
+    config.optim.update(lr=8e-3, warmup="1 epochs", betas=(0.9, 0.999), weight_decay=0.0)
+    config.train.duration = "20 epochs"
+    clipart(config)
+    return resolve(config, arg, clipart=clipart, mosaic=mosaic, pets=pets, voc=voc, scene_parse150=scene_parse150,
+                   runlocal=runlocal)
+
+
+def clipart(config: ConfigDict) -> None:
+    """Things on white; pictures of which the whole, or nothing, is a thing are few."""
+    config.data.update(source="clipart", image_size=(128, 128))
+    config.model.update(vit("Ti", patch=8))
+
+
+def mosaic(config: ConfigDict) -> None:
+    """Photographs in three parts; no class is a background."""
+    config.data.update(source="photo_mosaic", image_size=(40, 40))
+    config.model.update(width=128, depth=6, heads=4, patch=(4, 4))
+    config.method.update(classes=17, background=-1)
+
+
+def pets(config: ConfigDict) -> None:
+    """Trimaps of 1, 2 and 3."""
+    large(config, source="tfds", name="oxford_iiit_pet", mask_key="segmentation_mask", mask_offset=1)
+    config.method.update(classes=3, background=1)
+
+
+def voc(config: ConfigDict) -> None:
+    """Masks whose 255 is ignored."""
+    large(config, source="folder", eval_split="val")
+    config.method.classes = 21
+
+
+def scene_parse150(config: ConfigDict) -> None:
+    """Masks whose 0 is everything else, which is ignored."""
+    large(config, source="tfds", name="scene_parse150", mask_key="annotation", mask_offset=1)
+    config.method.update(classes=150, background=-1)
+
+
+def large(config: ConfigDict, **data: object) -> None:
+    """Sets the size of the encoders that learned from ImageNet, and the data."""
+    config.data.update(image_size=(224, 224), **data)
+    config.model.update(vit("B", patch=16))
+
+
+def runlocal(config: ConfigDict) -> None:
+    """As for every recipe, but on pictures that have masks."""
+    mosaic(config)
+    configs.runlocal(config)
+    config.data.update(source="photo_mosaic", mask_offset=0)

@@ -1,0 +1,278 @@
+"""Validation, repeats, several labels, masks, further test sets and sizes, on data sets that TFDS itself wrote."""
+
+import io
+import itertools
+
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from mae_jax import config as configs
+from mae_jax import data, methods
+from mae_jax.data import pipeline, sizes, sources, splits
+from mae_jax.data.decode import BadPicture, decode_mask
+from mae_jax.errors import UserError
+from mae_jax.ops.patches import assemble
+
+SIDE, SIZES = 16, {"train": 60, "test": 10}
+NAMES = ("ant", "bee", "cat")
+
+
+def encoded(array, kind):
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, kind, quality=95)
+    file.seek(0)
+    return file
+
+
+def outline(i):
+    """A mask like those of oxford_iiit_pet: 1 left of column i % SIDE, 2 right of it, 3 in the last row."""
+    mask = np.full((SIDE, SIDE), 2, np.uint8)
+    mask[:, :i % SIDE] = 1
+    mask[-1] = 3
+    return mask
+
+
+def example(i):
+    return {"image": encoded(np.full((SIDE, SIDE, 3), i, np.uint8), "JPEG"), "label": NAMES[i % 3],
+            "labels": [name for k, name in enumerate(NAMES) if i >> k & 1],
+            "segmentation_mask": encoded(outline(i), "PNG")}
+
+
+FEATURES = {
+    "image": tfds.features.Image(encoding_format="jpeg"), "label": tfds.features.ClassLabel(names=NAMES),
+    "labels": tfds.features.Sequence(tfds.features.ClassLabel(names=NAMES)),
+    "segmentation_mask": tfds.features.Image(shape=(None, None, 1), encoding_format="png")}
+
+
+def store(folder, name, file_format="tfrecord", version="1.0.0", features=FEATURES, make=example, counts=SIZES):
+    sets = {split: [(i, make(i)) for i in range(size)] for split, size in counts.items()}
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name, version, features=tfds.features.FeaturesDict(features), split_datasets=sets, data_dir=str(folder),
+        file_format=file_format, disable_shuffling=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    store(folder, "array", "array_record")
+    return store(folder, "stream")
+
+
+def config(stored, name="stream", batch=8, **fields):
+    c = configs.default()
+    c.batch_size = batch
+    c.data.update({"source": "tfds", "path": str(stored), "name": name, "image_size": (SIDE, SIDE), "readers": 4,
+                   "threads": 2, "augment": "none", **fields})
+    c.eval.crop_ratio = (1.0,)
+    c.model.patch = (8, 8)
+    return c
+
+
+def build(c, rows=None, **more):
+    method = methods.get("mae")(c)
+    shapes = {"labels": (3,), "mask": (4, 64)}
+    spec = method.batch_spec() | {name: jax.ShapeDtypeStruct((c.batch_size, *(shape or shapes[name])), np.uint8)
+                                  for name, shape in more.items()}
+    return data.build(c, spec, method.order(), rows)
+
+
+def take(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+def assert_equal(batches, others):
+    for batch, other in zip(batches, others, strict=True):
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], other[name], err_msg=name)
+
+
+KINDS = pytest.mark.parametrize("name", ["stream", "array"])
+
+
+@KINDS
+def test_validation_reads_its_own_part_and_training_none_of_it(stored, name):
+    inputs = build(config(stored, name, train_split="train[:90%]", val_split="train[90%:]"))
+    assert (inputs.num_train // 4 * 4, inputs.num_val, inputs.num_eval) == (52, 6, 10)
+    assert "6 in train[90%:]" in inputs.description
+    batch, = inputs.validate()
+    assert np.rint(batch["patches"][:6].mean((1, 2))).tolist() == [54, 55, 56, 57, 58, 59]
+    trained = np.concatenate([batch["patches"].reshape(8, -1).mean(1) for batch in take(inputs.train(0), 14)])
+    assert trained.max() < 54
+
+
+def test_without_a_validation_split_there_is_nothing_to_validate(stored):
+    inputs = build(config(stored))
+    assert (list(inputs.validate()), inputs.num_val) == ([], 0)
+
+
+@pytest.mark.parametrize(("one", "other", "shared"), [
+    ("train", "train[90%:]", True), ("train[:90%]", "train[90%:]", False), ("train[:91%]", "train[90%:]", True),
+    ("train[:100]", "train[100:]", False), ("train[:101]", "train[100:]", True), ("train", "val", False),
+    ("train[:100]", "train[90%:]", False)])
+def test_slices_that_share_pictures_for_sure_are_known(one, other, shared):
+    assert splits.overlap(splits.parse(one), splits.parse(other)) == shared
+
+
+def test_validation_on_pictures_that_are_trained_on_is_refused(stored):
+    with pytest.raises(UserError, match=r"val_split='train\[90%:\]' shares pictures"):
+        build(config(stored, val_split="train[90%:]"))
+
+
+@KINDS
+def test_an_evaluation_at_another_crop_ratio_sees_less_of_the_picture(stored, name):
+    inputs = build(config(stored, name, mask_key="segmentation_mask", mask_offset=1), mask=())
+    whole, part = (next(inputs.evaluate(*ratio))["mask"] for ratio in ((), (0.5,)))
+    assert (whole == 2).any()
+    assert not (part == 2).any()  # the last row is cut off
+    assert_equal(inputs.evaluate(), inputs.evaluate(1.0))
+
+
+@KINDS
+@pytest.mark.parametrize(("batch", "repeats"), [(8, 2), (12, 2), (12, 3), (8, 3)])
+def test_repeats_are_spaced_copies_with_views_of_their_own(stored, name, batch, repeats):
+    c = config(stored, name, batch=batch, repeats=repeats, augment="random")
+    c.model.patch = (4, 4)
+    share = batch if name == "array" else batch // 4
+    distinct = -(-share // repeats)
+    for found in take(build(c).train(3), 4):
+        ids = found["id"].reshape(-1, share)
+        for rows in ids:
+            assert rows.tolist() == [rows[r % distinct] for r in range(share)]
+            assert len(set(rows)) == distinct
+        assert len({tuple(order) for order in found["order"]}) == batch
+
+
+@KINDS
+def test_a_pass_of_repeats_shows_each_picture_as_often(stored, name):
+    c = config(stored, name, batch=12, repeats=3)
+    ids = np.concatenate([batch["id"] for batch in take(build(c).train(0), 15)])  # 4 pictures a step, of 60
+    assert np.bincount(ids).tolist() == [3] * 60
+
+
+@KINDS
+def test_resumed_and_divided_repeats_are_those_of_the_unbroken_run(stored, name):
+    c = config(stored, name, batch=12, repeats=2, augment="random")
+    whole = take(build(c).train(0), 24)
+    assert_equal(take(build(c).train(17), 3), whole[17:20])
+    for rows in ([0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]):
+        part = take(build(c, np.array(rows)).train(5), 3)
+        assert_equal(part, [{key: value[rows] for key, value in batch.items()} for batch in whole[5:8]])
+
+
+def test_without_repeats_each_row_is_a_draw_of_its_own():
+    assert [pipeline.draw(position, 6, 1) for position in range(40)] == list(range(40))
+    assert [pipeline.draw(position, 6, 2) for position in range(6, 12)] == [3, 4, 5, 3, 4, 5]
+
+
+@KINDS
+def test_several_labels_become_a_row_of_zeros_and_ones(stored, name):
+    inputs = build(config(stored, name, label_key="labels"), labels=())
+    assert inputs.classes == NAMES
+    batches = [next(inputs.train(2)), *inputs.evaluate()]
+    for batch in batches:
+        shown = np.rint(batch["patches"].mean((1, 2))).astype(int)
+        expected = (shown[:, None] >> np.arange(3) & 1) * batch["valid"].astype(int)[:, None]
+        np.testing.assert_array_equal(batch["labels"], expected)
+        assert batch["labels"].dtype == np.uint8
+        assert (batch["label"] == -1).all()
+    assert batches[-1]["valid"].sum() == 2  # padded
+
+
+@KINDS
+def test_labels_that_are_not_there_name_the_config_field(stored, name):
+    with pytest.raises(UserError, match=r"data\.label_key='label' names no list"):
+        build(config(stored, name), labels=())
+    with pytest.raises(UserError, match="has 3 classes, the method expects 5"):
+        build(config(stored, name, label_key="labels"), labels=(5,))
+
+
+@KINDS
+def test_masks_are_cut_and_permuted_as_their_pictures(stored, name):
+    inputs = build(config(stored, name, mask_key="segmentation_mask", mask_offset=1, augment="none"), mask=())
+    for batch in [next(inputs.train(2)), *inputs.evaluate()]:
+        assert batch["mask"].dtype == np.uint8
+        masks = assemble(np.repeat(batch["mask"], 3, axis=2), batch["order"], (2, 2), (8, 8))[..., 0]
+        for mask, picture, valid in zip(masks, batch["patches"], batch["valid"], strict=True):
+            expected = outline(int(np.rint(picture.mean()))) - 1 if valid else np.full((SIDE, SIDE), 255)
+            np.testing.assert_array_equal(mask, expected)
+
+
+@KINDS
+def test_masks_that_are_not_there_name_the_config_field(stored, name):
+    with pytest.raises(UserError, match=r"no batch field 'mask'; data\.mask_key=''"):
+        build(config(stored, name), mask=())
+    with pytest.raises(UserError, match="did you mean 'segmentation_mask'"):
+        build(config(stored, name, mask_key="segmentation_masks"), mask=())
+
+
+def test_numbers_below_the_offset_and_255_are_ignored():
+    stored = encoded(np.array([[0, 1, 2, 255]], np.uint8), "PNG").read()
+    assert decode_mask(stored, 1).tolist() == [[255, 0, 1, 255]]
+    assert decode_mask(stored).tolist() == [[0, 1, 2, 255]]
+
+
+def test_a_mask_is_the_index_into_its_palette_or_the_first_channel():
+    palette = Image.new("P", (2, 1), 3)
+    palette.putpalette([9, 9, 9] * 256)
+    file = io.BytesIO()
+    palette.save(file, "PNG")
+    assert decode_mask(file.getvalue()).tolist() == [[3, 3]]
+    assert decode_mask(encoded(np.array([[[4, 7, 0]]], np.uint8), "PNG").read()).tolist() == [[4]]
+
+
+@pytest.mark.parametrize("content", [b"text", b"", encoded(np.zeros((2, 2), np.uint16), "PNG").read()])
+def test_masks_that_do_not_decode_or_have_16_bits_are_bad(content):
+    with pytest.raises(BadPicture, match="mask"):
+        decode_mask(content)
+
+
+def labelled(names):
+    features = {key: FEATURES[key] for key in ("image",)} | {"label": tfds.features.ClassLabel(names=names)}
+    return {"features": features, "make": lambda i: {"image": example(i)["image"], "label": names[i % len(names)]}}
+
+
+def test_a_further_test_set_has_labels_of_the_training_classes_by_name(stored):
+    store(stored, "further", counts={"test": 5, "other": 3}, **labelled(("cat", "ant")))
+    inputs = build(config(stored))
+    batch, = inputs.extra("further")
+    assert batch["label"].tolist() == [2, 0, 2, 0, 2, -1, -1, -1]
+    assert batch["label"].dtype == np.int32
+    assert sum(batch["valid"].sum() for batch in inputs.extra("further:other")) == 3
+
+
+def test_a_further_test_set_of_other_classes_is_refused(stored):
+    store(stored, "strange", counts={"test": 5}, **labelled(("cat", "dog")))
+    inputs = build(config(stored))
+    with pytest.raises(UserError, match="class 'dog', which the training data lack"):
+        inputs.extra("strange")
+    with pytest.raises(UserError, match="unknown split 'val'"):
+        inputs.extra("strange:val")
+
+
+def test_only_tfds_has_further_test_sets():
+    with pytest.raises(UserError, match="set of TFDS"):
+        sources.further(configs.default().data, "imagenet_v2", ("a",))
+
+
+def test_a_data_set_prepared_in_part_is_refused(tmp_path):
+    version = str(tfds.builder("cifar10", data_dir=str(tmp_path)).version)
+    store(tmp_path, "cifar10", version=version, **labelled(("ant", "bee")))
+    with pytest.raises(UserError, match="cifar10 holds 60 of the expected 50000 examples in 'train'"):
+        build(config(tmp_path, "cifar10"))
+
+
+def test_sizes_are_checked_of_known_splits_only():
+    sizes.check_size("cifar10", "test", 10_000)
+    sizes.check_size("cifar10", "validation", 3)
+    sizes.check_size("pictures", "train", 3)
+    with pytest.raises(UserError, match="holds 3668 of the expected 3669"):
+        sizes.check_size("oxford_iiit_pet", "test", 3668)
+
+
+def test_the_table_of_sizes_names_data_sets_and_splits_of_tfds(tmp_path):
+    for name in sizes.SIZES:
+        tfds.builder(name, data_dir=str(tmp_path))  # raises where the name is unknown
