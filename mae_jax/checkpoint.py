@@ -28,6 +28,7 @@ from etils import epath
 from mae_jax import distributed
 from mae_jax.checksum import Damaged, Record, describe, seal, unseal, verify
 from mae_jax.errors import UserError, nearest
+from mae_jax.params import nest
 
 # Read when etils meets the first gs:// path: gcsfs serves it then, TensorFlow stays out.
 os.environ.setdefault("EPATH_USE_TF", "false")
@@ -73,7 +74,7 @@ class Checkpoints:
         """
         self.wait()
         arrays = _flatten(state)
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(_nest(arrays)),
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(nest(arrays)),
                                    checksums=ocp.args.JsonSave(seal(describe(arrays))))
         # Orbax's save waits for all processes, so none may enter it where one cannot.
         if not self._all_could(step, self._prepare):
@@ -195,12 +196,13 @@ class Checkpoints:
                 _attempt(f"remove {path}", path.rmtree, tries=5)
 
 
-def load_params(path: epath.PathLike, ema: bool = False) -> dict[str, Any]:
+def load_params(path: epath.PathLike, ema: bool = False, extras: bool = False) -> dict[str, Any]:
     """Reads the parameters alone, verified.
 
     Args:
       path: a workdir (its newest good step), a step folder <workdir>/checkpoints/<step>, or a *.safetensors file.
       ema: the averaged parameters, where the checkpoint has them.
+      extras: the extras too, under 'extras', where the checkpoint has them.
 
     Returns:
       Nested dict of np.ndarray.
@@ -218,7 +220,7 @@ def load_params(path: epath.PathLike, ema: bool = False) -> dict[str, Any]:
     with ocp.Checkpointer(_handler()) as reader:
         for folder in folders:
             try:
-                return _load_step(reader, folder, ema)
+                return _load_step(reader, folder, ema, extras)
             except Damaged as damage:
                 logging.warning("checkpoint %s refused: %s", folder, damage)
     raise UserError(f"no checkpoint in {path} could be read; see the warnings above")
@@ -241,13 +243,14 @@ def save_params(path: epath.PathLike, params: PyTree, metadata: Mapping[str, str
     partial.replace(path)
 
 
-def _load_step(reader: ocp.Checkpointer, folder: epath.Path, ema: bool) -> dict[str, Any]:
+def _load_step(reader: ocp.Checkpointer, folder: epath.Path, ema: bool, extras: bool) -> dict[str, Any]:
     record = _read_record(reader, folder)
     averaged = [path for path in record if path.startswith("ema/")]
     paths = averaged if ema and averaged else [path for path in record if path.startswith("params/")]
+    paths += [path for path in record if extras and path.startswith("extras/")]
     arrays = _read_arrays(reader, folder, {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in paths})
     verify({path: record[path] for path in paths}, arrays)
-    return _nest({path.partition("/")[2]: array for path, array in arrays.items()})
+    return nest({re.sub("^(params|ema)/", "", path): array for path, array in arrays.items()})
 
 
 def _load_file(path: epath.Path) -> dict[str, Any]:
@@ -262,7 +265,7 @@ def _load_file(path: epath.Path) -> dict[str, Any]:
         raise UserError(f"no such file: {path}") from error
     except Exception as error:
         raise UserError(f"{path} is damaged or no safetensors file: {_cause(error)}") from error
-    return _nest(arrays)
+    return nest(arrays)
 
 
 def _handler() -> ocp.CompositeCheckpointHandler:
@@ -299,7 +302,7 @@ def _read_record(reader: ocp.Checkpointer, folder: epath.Path) -> Record:
 
 def _read_arrays(reader: ocp.Checkpointer, folder: epath.Path, how: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:
     """Returns the arrays of the paths in `how`; raises Damaged where one cannot be read."""
-    item = ocp.args.PyTreeRestore(_nest(dict.fromkeys(how, 0)), restore_args=_nest(how), partial_restore=True)
+    item = ocp.args.PyTreeRestore(nest(dict.fromkeys(how, 0)), restore_args=nest(how), partial_restore=True)
     try:
         arrays = _flatten(reader.restore(folder, args=ocp.args.Composite(state=item)).state)
     except Exception as error:  # orbax and TensorStore raise anything from KeyError to XlaRuntimeError on damage
@@ -327,18 +330,6 @@ def _flatten(tree: PyTree) -> dict[str, Any]:
     """Returns path → leaf, in the order of jax.tree.leaves; empty nodes vanish."""
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns nested dicts for paths joined by '/'."""
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
 
 
 def _step_folders(path: epath.Path) -> list[epath.Path]:

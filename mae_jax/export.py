@@ -3,9 +3,11 @@
   python -m mae_jax.export --from=runs/quickstart --to=quickstart.safetensors
   python -m mae_jax.export --from=runs/quickstart/checkpoints/1250 --to=quickstart.safetensors
   python -m mae_jax.export --from=runs/quickstart --layout=hf --to=FOLDER
+  python -m mae_jax.export --from=runs/finetune --layout=timm --to=finetune.safetensors
 
 --layout=hf writes a folder that transformers' ViTMAEForPreTraining.from_pretrained reads; --layout=mae the names of the
-published MAE code and timm.
+published MAE code; --layout=timm the encoder and its classifier with timm's names, and prints the arguments of
+timm.models.VisionTransformer. The batch norm of a probe is folded into its head.
 """
 
 import json
@@ -16,7 +18,7 @@ from mae_jax import cli
 
 FROM = flags.DEFINE_string("from", "", "workdir, or one step's folder in it")
 TO = flags.DEFINE_string("to", "", "the file to write, *.safetensors; with --layout=hf a folder")
-LAYOUT = flags.DEFINE_enum("layout", "mae_jax", ["mae_jax", "mae", "hf"], "whose names the arrays have")
+LAYOUT = flags.DEFINE_enum("layout", "mae_jax", ["mae_jax", "mae", "timm", "hf"], "whose names the arrays have")
 
 
 def export(source: str, to: str, layout: str) -> int:
@@ -26,6 +28,7 @@ def export(source: str, to: str, layout: str) -> int:
     from mae_jax.errors import UserError
     from mae_jax.interop.hf import hf_config, to_hf
     from mae_jax.interop.mae import to_mae
+    from mae_jax.interop.timm import folded, timm_arguments, to_timm
     from mae_jax.ops.patches import grid
 
     file = workdir.locate(to)
@@ -35,15 +38,19 @@ def export(source: str, to: str, layout: str) -> int:
         raise UserError(f"--to={to}: the file's name must end in .safetensors")
     folder = workdir.locate(source)
     config = workdir.read_config(workdir.of_checkpoint(folder))
-    tree = load_params(folder, ema=True)  # what evaluations measured
+    loaded = load_params(folder, ema=True, extras=True)  # what evaluations measured
+    tree = folded({name: part for name, part in loaded.items() if name != "extras"}, loaded.get("extras", {}))
     if layout != "mae_jax":
-        tree = {"hf": to_hf, "mae": to_mae}[layout](tree, grid(config), config.model.patch)
+        tree = {"hf": to_hf, "mae": to_mae, "timm": to_timm}[layout](tree, grid(config), config.model.patch)
     save_params(file, tree, {"format": "pt", "config": json.dumps(config.to_dict())})
     if layout == "hf":
         described = {"model_type": "vit_mae", "architectures": ["ViTMAEForPreTraining"], **hf_config(config)}
         (file.parent / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     flat = params.flatten(tree)
     print(f"{file}: {len(flat)} arrays, {sum(x.size for x in flat.values()):,} values")
+    if layout == "timm":
+        arguments = timm_arguments(config, len(flat.get("head.bias", ())))
+        print(f"VisionTransformer({', '.join(f'{name}={value!r}' for name, value in arguments.items())})")
     return cli.FINISHED
 
 

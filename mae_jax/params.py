@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,6 +19,18 @@ def path(keys: tuple[Any, ...]) -> str:
 def flatten(tree: Any) -> dict[str, Any]:
     """Returns path → leaf."""
     return {path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested dicts for paths joined by '/'."""
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
 
 
 def table(params: Any, decay: Any) -> str:

@@ -1,4 +1,7 @@
-"""Starting from other parameters: `init_from` a workdir, a step's folder in it, or an exported file."""
+"""Starting from other parameters: `init_from` a workdir, a step's folder in it, or a *.safetensors file.
+
+The file may be an export of ours, or have the names of timm, the published MAE code or transformers' ViTMAE.
+"""
 
 import math
 import re
@@ -11,6 +14,9 @@ from mae_jax import params as trees
 from mae_jax import workdir
 from mae_jax.checkpoint import load_params
 from mae_jax.errors import UserError
+from mae_jax.interop.hf import from_hf
+from mae_jax.interop.mae import from_mae
+from mae_jax.interop.timm import folded
 from mae_jax.models.layers import sincos_positions
 from mae_jax.ops import positions
 from mae_jax.ops.patches import grid
@@ -30,8 +36,8 @@ def start(config: ConfigDict, params: Any) -> tuple[Any, str]:
     Raises:
       UserError: nothing is there, or it belongs to another encoder.
     """
-    loaded = load_params(config.init_from, ema=True)  # what evaluations measured
     theirs = workdir.config_of(config.init_from)
+    loaded = _read(config, theirs)
     if theirs is not None:
         _check_same_function(theirs, config)
     loaded = _without_other_head(_with_positions(loaded, theirs, config, params), params)
@@ -41,6 +47,17 @@ def start(config: ConfigDict, params: Any) -> tuple[Any, str]:
         raise UserError(f"init_from={config.init_from} holds another encoder: {strange[0]} and {len(strange) - 1} more "
                         "parameters are in one of the two only")
     return trees.merge(params, loaded)
+
+
+def _read(config: ConfigDict, theirs: ConfigDict | None) -> dict[str, Any]:
+    """Reads parameters of ours, or with the names of timm, the published MAE code or transformers."""
+    loaded = load_params(config.init_from, ema=True, extras=True)  # what evaluations measured
+    extras = loaded.pop("extras", {})
+    if config.method.get("head") == "linear":  # a probe's head means nothing without its batch norm
+        loaded = folded(loaded, extras)
+    if any(name.startswith("blocks.") for name in loaded):
+        return from_mae(loaded, grid(theirs) if theirs else None)
+    return from_hf(loaded) if any(name.startswith("vit.") for name in loaded) else loaded
 
 
 def _check_same_function(theirs: ConfigDict, ours: ConfigDict) -> None:

@@ -1,13 +1,17 @@
 """Exports are read back by us and by transformers."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from safetensors.numpy import load_file
 
 from mae_jax import export, workdir
 from mae_jax.checkpoint import Checkpoints, load_params
 from mae_jax.errors import UserError
 from mae_jax.params import flatten
+from tests.supervised_test import tiny_supervised
 from tests.tiny import tiny_config, tiny_state
 
 
@@ -44,6 +48,58 @@ def test_transformers_loads_the_hf_layout_without_a_missing_or_unexpected_name(r
     assert not any(found.values())
     ours = run[1]["encoder/norm/scale"]
     np.testing.assert_array_equal(model.vit.layernorm.weight.detach().numpy(), ours)
+
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory):
+    """A workdir with one checkpoint of a probe, its parameters and its batch norm's moments."""
+    folder = tmp_path_factory.mktemp("export") / "probe"
+    config = tiny_supervised({"method.head": "probe", "model.pool": "cls"})
+    rng = np.random.default_rng(0)
+    moments = {name: jnp.asarray(rng.uniform(1, 2, 32), jnp.float32) for name in ("mean", "var")}
+    state = tiny_state(config, {"batch_norm": moments})
+    params = jax.tree.map(np.array, state.params)
+    workdir.record(epath.Path(folder), config)
+    checkpoints = Checkpoints(folder, 2)
+    checkpoints.save(1, state)
+    checkpoints.wait()
+    checkpoints.close()
+    return folder, params, jax.tree.map(np.array, moments)
+
+
+@pytest.mark.parametrize("layout", ["mae_jax", "timm", "mae"])
+def test_the_batch_norm_of_a_probe_is_folded_into_its_head(probe, tmp_path, layout):
+    folder, params, moments = probe
+    file = tmp_path / "out.safetensors"
+    export.export(str(folder), str(file), layout)
+    found = load_file(file)
+    kernel = found["head/kernel"] if layout == "mae_jax" else found["head.weight"].T
+    bias = found["head/bias" if layout == "mae_jax" else "head.bias"]
+    assert not [name for name in found if "batch_norm" in name or name.startswith("extras")]
+    features = np.random.default_rng(1).standard_normal((4, 32))
+    normed = (features - moments["mean"]) / np.sqrt(moments["var"] + 1e-6)
+    np.testing.assert_allclose(features @ kernel + bias, normed @ params["head"]["kernel"] + params["head"]["bias"],
+                               atol=1e-5)
+
+
+def test_timms_layout_prints_the_arguments_of_its_model(probe, tmp_path, capsys):
+    export.export(str(probe[0]), str(tmp_path / "out.safetensors"), "timm")
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == ("VisionTransformer(img_size=(16, 16), patch_size=(4, 4), embed_dim=32, depth=2, num_heads=2, "
+                    "mlp_ratio=4, num_classes=3, global_pool='token', fc_norm=False)")
+
+
+def test_timms_layout_of_a_masked_autoencoder_is_its_encoder(run, tmp_path, capsys):
+    export.export(str(run[0]), str(tmp_path / "out.safetensors"), "timm")
+    found = load_file(tmp_path / "out.safetensors")
+    assert "num_classes=0" in capsys.readouterr().out
+    assert len(found) == 2 + 2 + 2 * 12 + 2
+    assert not [name for name in found if "decoder" in name or "mask_token" in name]
+
+
+def test_hugging_faces_layout_refuses_a_classifier(probe, tmp_path):
+    with pytest.raises(UserError, match="no place in ViTMAEForPreTraining; write a classifier with --layout=timm"):
+        export.export(str(probe[0]), str(tmp_path / "hf"), "hf")
 
 
 def test_a_name_without_the_suffix_is_refused(run, tmp_path):

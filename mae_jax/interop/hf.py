@@ -54,6 +54,8 @@ def to_hf(params: Any, grid: tuple[int, int], patch: tuple[int, int]) -> dict[st
     state = {}
     for key, array in to_mae(params, grid, patch).items():
         name = _renamed(key, NAMES)
+        if not name.startswith(("vit.", "decoder.")):
+            raise UserError(f"{key} has no place in ViTMAEForPreTraining; write a classifier with --layout=timm")
         if ".attn.qkv." in name:
             for letter, part in zip(THREE, np.split(array, 3), strict=True):
                 state[name.replace(".attn.qkv.", f".attention.{letter}_proj.")] = part
@@ -70,7 +72,7 @@ def from_hf(state: Mapping[str, Any]) -> dict[str, Any]:
         'vit.', which ViTMAEModel's own files lack, may be missing.
 
     Raises:
-      UserError: an unknown or missing key, or positions that are not the fixed sine-cosine ones.
+      UserError: an unknown or missing key, or a decoder without the fixed sine-cosine positions.
     """
     whole = {_renamed(key if key.startswith(("vit.", "decoder.")) else f"vit.{key}", (*OLD, *BACK)): value
              for key, value in state.items()}

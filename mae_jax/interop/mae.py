@@ -2,10 +2,12 @@
 
 PyTorch keeps a linear layer's weight as [out, in] and a convolution's as [out, channel, row, column]; ours are
 [in, out], the patch embedding being a linear layer over (row, column, channel), channel fastest. The fused query, key
-and value rows have the same order in both. Positions are not parameters here: they are checked on the way in and made
-anew on the way out.
+and value rows have the same order in both. Fixed positions are not parameters here: they are recognised on the way in
+and made anew on the way out. Our class token has no position: the row in front of theirs is zero on the way out, and
+joins the token on the way in.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,13 +16,14 @@ import numpy as np
 
 from mae_jax.errors import UserError
 from mae_jax.models.layers import sincos_positions
-from mae_jax.params import flatten
+from mae_jax.params import flatten, nest
 
 POSITIONS = {"encoder": "pos_embed", "decoder": "decoder_pos_embed"}
 OUT = (  # our path to their key; the first that matches
     (r"encoder/patch_embed/", "patch_embed.proj."),
-    (r"encoder/block_0*(\d+)/", r"blocks.\1."),
+    (r"encoder/block_0*(\d+)/(?!ls)", r"blocks.\1."),
     (r"encoder/(norm/|cls_token$)", r"\1"),
+    (r"(fc_norm|head)/", r"\1."),
     (r"decoder/block_0*(\d+)/", r"decoder_blocks.\1."),
     (r"decoder/(embed|norm)/", r"decoder_\1."),
     (r"decoder/head/", "decoder_pred."),
@@ -33,59 +36,58 @@ IN = (  # and back; blocks and leaves are finished by _path
     (r"decoder_pred\.", "decoder/head/"),
     (r"decoder_(embed|norm)\.", r"decoder/\1/"),
     (r"norm\.", "encoder/norm/"),
+    (r"(fc_norm|head)\.", r"\1/"),
     (r"mask_token$", "decoder/mask_token"),
     (r"cls_token$", "encoder/cls_token"),
 )
-LEAF = r"(patch_embed|embed|norm|head|block_\d\d+/(norm[12]|attn/(qkv|proj)|mlp/fc[12]))/(kernel|scale|bias)"
-KNOWN = re.compile(rf"(encoder|decoder)/{LEAF}|encoder/cls_token|decoder/mask_token")
+BLOCK_LEAF = r"(norm[12]|attn/(qkv|proj)|mlp/fc[12])/(kernel|scale|bias)|ls[12]/gamma"
+LEAF = rf"(patch_embed|embed|norm|head)/(kernel|scale|bias)|block_\d\d+/({BLOCK_LEAF})"
+OWN_LEAF = r"encoder/cls_token|decoder/mask_token|(fc_norm|head)/(kernel|scale|bias)"
+KNOWN = re.compile(rf"(encoder|decoder)/({LEAF})|{OWN_LEAF}")
 
 
 def to_mae(params: Any, grid: tuple[int, int], patch: tuple[int, int]) -> dict[str, np.ndarray]:
     """Returns the published code's state dict, float32, with positions; values are moved, never computed.
 
     Args:
-      params: {'encoder': ..., 'decoder': ...} of a masked autoencoder; an encoder alone will do.
+      params: {'encoder': ..., 'decoder': ...} of a masked autoencoder, an encoder alone, or one with 'head' and, where
+        the mean of tokens is classified, 'fc_norm' (the published fine-tuning).
       grid: number of patches along (height, width), for the positions.
       patch: pixels along (height, width).
 
     Raises:
-      UserError: the layout cannot hold a parameter (mask tokens in the encoder, experts).
+      UserError: the layout cannot hold a parameter (mask tokens in the encoder, LayerScale, experts).
     """
-    state = {_key(path): _transposed(path, np.asarray(leaf), patch) for path, leaf in flatten(params).items()}
+    flat = flatten(params)
+    learned = flat.pop("encoder/pos_embed", None)
+    state = {_key(path): _transposed(path, np.asarray(leaf), patch) for path, leaf in flat.items()}
     for part, key in POSITIONS.items():
         if part in params:
-            width = np.shape(params[part]["norm"]["scale"])[0]
-            state[key] = np.pad(sincos_positions(grid, width), ((1, 0), (0, 0)))[None]  # the class token's is zero
+            width = np.shape(flat[f"{part}/block_00/norm1/scale"])[0]
+            table = sincos_positions(grid, width) if part == "decoder" or learned is None else np.asarray(learned)
+            state[key] = np.pad(table, ((1, 0), (0, 0)))[None]  # the class token's is zero
     return state
 
 
-def from_mae(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns our parameters {'encoder': ...[, 'decoder': ...]}, float32, of a state dict of the published code.
+def from_mae(state: Mapping[str, Any], grid: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Returns our parameters {'encoder': ...[, 'decoder': ..., 'fc_norm': ..., 'head': ...]}, float32.
 
     Args:
-      state: key → array (NumPy, or anything that np.asarray takes); an encoder alone will do.
+      state: key → array (NumPy, or anything that np.asarray takes) of the published code, or of a ViT or DeiT III of
+        timm's; an encoder alone will do.
+      grid: number of patches along (height, width), where it is known: it tells whether the positions begin with the
+        class token's. Otherwise they do unless their number is a square.
 
     Raises:
-      UserError: an unknown key, or positions that are not the fixed sine-cosine ones.
+      UserError: an unknown key, a missing class token, or a decoder without the fixed sine-cosine positions.
     """
-    params: dict[str, Any] = {}
-    for key, value in state.items():
-        array = np.asarray(value, np.float32)
-        if key in POSITIONS.values():
-            _check_positions(key, array[0])
-            continue
-        path = _path(key)
-        node = params
-        *parents, name = path.split("/")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = _untransposed(path, array)
-    return params
-
-
-def encoder_only(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the part of a `to_mae` dict that timm's ViT models have (created with num_classes=0)."""
-    return {key: value for key, value in state.items() if not key.startswith("decoder_") and key != "mask_token"}
+    arrays = {key: np.asarray(value, np.float32) for key, value in state.items()}
+    tables = {part: arrays.pop(key)[0] for part, key in POSITIONS.items() if key in arrays}
+    flat = {path: _untransposed(path, array) for path, array in ((_path(key), arrays[key]) for key in arrays)}
+    if "decoder" in tables and (tables["decoder"][0].any() or not _fixed(tables["decoder"][1:])):
+        raise UserError(f"{POSITIONS['decoder']} does not hold the fixed sine-cosine positions; learned positions of a "
+                        "decoder cannot be read")
+    return nest(flat | (_positions(flat, tables["encoder"], grid) if "encoder" in tables else {}))
 
 
 def _key(path: str) -> str:
@@ -97,6 +99,7 @@ def _key(path: str) -> str:
 
 
 def _path(key: str) -> str:
+    key = re.sub(r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma", key)  # as DeiT III's own files have it
     for pattern, name in IN:
         if re.match(pattern, key):
             path = re.sub(pattern, name, key, count=1).replace(".", "/")
@@ -104,8 +107,8 @@ def _path(key: str) -> str:
             path = re.sub("weight$", "scale" if re.search(r"norm\d?/", path) else "kernel", path)
             if KNOWN.fullmatch(path):
                 return path
-    raise UserError(f"{key} is no parameter of a masked autoencoder; expected keys such as cls_token, "
-                    "blocks.0.attn.qkv.weight, decoder_pred.bias")
+    raise UserError(f"{key} is no parameter of a masked autoencoder or a ViT classifier; expected keys such as "
+                    "cls_token, blocks.0.attn.qkv.weight, decoder_pred.bias")
 
 
 def _transposed(path: str, array: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
@@ -122,9 +125,25 @@ def _untransposed(path: str, array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array.T) if path.endswith("kernel") else array
 
 
-def _check_positions(key: str, table: np.ndarray) -> None:
-    """Raises UserError unless the table [1 + N, D] is zero and then sine-cosine, for some grid of N patches."""
-    patches, width = table.shape[0] - 1, table.shape[1]
+def _positions(flat: Mapping[str, np.ndarray], table: np.ndarray, grid: tuple[int, int] | None) -> dict[str, Any]:
+    """Returns what position embeddings [N, D] or [1 + N, D] change: learned ones are a parameter, fixed ones none."""
+    if "encoder/cls_token" not in flat:
+        raise UserError("cls_token is missing: encoders without a class token cannot be read")
+    changed = {}
+    if _begins_with_class(len(table), grid):
+        changed["encoder/cls_token"] = flat["encoder/cls_token"] + table[0]
+        table = table[1:]
+    return changed if _fixed(table) else changed | {"encoder/pos_embed": table}
+
+
+def _begins_with_class(rows: int, grid: tuple[int, int] | None) -> bool:
+    if grid and rows - math.prod(grid) in (0, 1):
+        return rows > math.prod(grid)
+    return math.isqrt(rows) ** 2 != rows
+
+
+def _fixed(table: np.ndarray) -> bool:
+    """Says whether a table [N, D] holds the sine-cosine positions of some grid of N patches."""
+    patches, width = table.shape
     grids = [(rows, patches // rows) for rows in range(1, patches + 1) if patches % rows == 0]
-    if table[0].any() or not any(np.allclose(table[1:], sincos_positions(grid, width), atol=1e-5) for grid in grids):
-        raise UserError(f"{key} does not hold the fixed sine-cosine positions; learned positions cannot be read")
+    return any(np.allclose(table, sincos_positions(grid, width), atol=1e-5) for grid in grids)

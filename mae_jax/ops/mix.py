@@ -46,8 +46,8 @@ class Pixels(NamedTuple):
 def cutmix_box(lam: jax.Array, centre: tuple[jax.Array, jax.Array], size: tuple[int, int]) -> tuple[Box, jax.Array]:
     """Returns the box that a partner fills, and the share that is left of the picture itself (arXiv 1905.04899, 3.1).
 
-    The sides are those of the picture times √(1 - lam), truncated; what would lie outside is cut off, and the share is
-    that of the true area.
+    Half of a side is half of the picture's times √(1 - lam), truncated, as in timm 0.3.2, which MAE and DeiT III use
+    (later versions keep odd sides). What would lie outside is cut off, and the share is that of the true area.
     """
     cut = jnp.sqrt(1 - lam)
     edges = []

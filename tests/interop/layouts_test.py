@@ -8,7 +8,8 @@ from mae_jax import methods
 from mae_jax.config import default
 from mae_jax.errors import UserError
 from mae_jax.interop.hf import from_hf, to_hf
-from mae_jax.interop.mae import encoder_only, from_mae, to_mae
+from mae_jax.interop.mae import from_mae, to_mae
+from mae_jax.interop.timm import to_timm
 from mae_jax.models.layers import sincos_positions
 from mae_jax.params import flatten
 
@@ -99,7 +100,7 @@ def test_files_of_the_bare_encoder_have_no_prefix(params):
 
 
 def test_timm_gets_the_encoder_and_nothing_that_it_would_take_for_another_model(params):
-    state = encoder_only(to_mae(params, GRID, PATCH))
+    state = to_timm(params, GRID, PATCH)
     assert state.keys() == to_mae({"encoder": params["encoder"]}, GRID, PATCH).keys()
     assert {"cls_token", "pos_embed", "norm.weight", "blocks.10.attn.qkv.bias"} <= state.keys()
 
@@ -119,6 +120,18 @@ def test_what_cannot_be_read_is_refused_by_name(params):
     ):
         with pytest.raises(UserError, match=text):
             from_hf(state)
+
+
+def test_hugging_faces_layout_refuses_a_classifier_and_names_the_layout_that_holds_it(params):
+    with pytest.raises(UserError, match=r"head\.bias has no place.*--layout=timm"):
+        to_hf({"encoder": params["encoder"], "head": {"bias": np.zeros(3)}}, GRID, PATCH)
+
+
+def test_the_published_layouts_refuse_layer_scale_by_name(params):
+    scaled = params["encoder"] | {"block_03": params["encoder"]["block_03"] | {"ls1": {"gamma": np.ones(16)}}}
+    for to in (to_hf, to_mae):
+        with pytest.raises(UserError, match="encoder/block_03/ls1/gamma has no place"):
+            to({"encoder": scaled}, GRID, PATCH)
 
 
 def test_what_the_layouts_cannot_hold_is_refused_by_name(params):

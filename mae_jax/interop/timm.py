@@ -1,0 +1,56 @@
+"""timm's VisionTransformer, from our parameter tree; `mae.from_mae` reads it back.
+
+Its names are those of the published MAE code. DeiT III's models have LayerScale, and positions for the patches alone.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_jax.interop.mae import to_mae
+from mae_jax.ops.batch_norm import EPS
+from mae_jax.params import flatten, nest
+
+PRETRAINING = r"decoder/|encoder/mask_token$"  # left out: timm's models have neither, and take mask tokens for DINOv2's
+SCALE = r"encoder/block_0*(\d+)/(ls[12])/gamma$"
+
+
+def to_timm(params: Any, grid: tuple[int, int], patch: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Returns the state dict, float32, of the VisionTransformer that `timm_arguments` describe, encoder and classifier.
+
+    Args and errors are those of `to_mae`; a decoder and mask tokens are left out.
+    """
+    flat = {path: leaf for path, leaf in flatten(params).items() if not re.match(PRETRAINING, path)}
+    scales = {path: np.asarray(flat.pop(path)) for path in list(flat) if re.match(SCALE, path)}
+    state = to_mae(nest(flat), grid, patch)
+    if scales:
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    return state | {re.sub(SCALE, r"blocks.\1.\2.gamma", path): leaf for path, leaf in scales.items()}
+
+
+def timm_arguments(config: ConfigDict, classes: int) -> dict[str, Any]:
+    """Returns the arguments of timm.models.VisionTransformer for a config of ours; 0 classes for an encoder alone."""
+    m = config.model
+    arguments = {
+        "img_size": tuple(config.data.image_size), "patch_size": tuple(m.patch), "embed_dim": m.width,
+        "depth": m.depth, "num_heads": m.heads, "mlp_ratio": m.mlp_ratio, "num_classes": classes,
+        "global_pool": "avg" if m.pool == "mean" else "token",
+        # A mean of tokens is normalised after pooling where a classifier was fine-tuned on it, else before.
+        "fc_norm": m.pool == "mean" and config.method.get("head") == "linear",
+    }
+    if m.gelu == "tanh":
+        arguments["act_layer"] = "gelu_tanh"
+    return arguments | ({"init_values": m.layer_scale, "no_embed_class": True} if m.layer_scale else {})
+
+
+def folded(params: Mapping[str, Any], extras: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns parameters whose head does what a probe's batch norm and head do (MAE A.1); others as they are."""
+    if "batch_norm" not in extras:
+        return dict(params)
+    mean, variance = (np.asarray(extras["batch_norm"][name], np.float64) for name in ("mean", "var"))
+    kernel = np.asarray(params["head"]["kernel"], np.float64) / np.sqrt(variance + EPS)[:, None]
+    head = {"kernel": kernel, "bias": params["head"]["bias"] - mean @ kernel}
+    return {**params, "head": {name: array.astype(np.float32) for name, array in head.items()}}
