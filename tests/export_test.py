@@ -11,8 +11,7 @@ from mae_jax import export, workdir
 from mae_jax.checkpoint import Checkpoints, load_params
 from mae_jax.errors import UserError
 from mae_jax.params import flatten
-from tests.supervised_test import tiny_supervised
-from tests.tiny import tiny_config, tiny_state
+from tests.tiny import tiny_config, tiny_state, tiny_supervised
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,18 @@ def test_every_mesh_trains_as_one_device_does_and_bit_for_bit_as_it_did_before(d
     assert max(found["held"][name] for name in ("zero", "fsdp", "zero x fsdp")) < 0.25
 
 
+def test_supervised_meshes_train_alike_and_count_every_example_once():
+    for arm, found in run("labelled", 8).items():
+        figures, one = found.pop("figures"), found.pop("one")
+        assert len(set(one)) == len(one)
+        for name, losses in found.items():
+            np.testing.assert_allclose(losses, one, rtol=1e-5, err_msg=f"{arm} {name}")
+            assert figures[name]["confusion"] == figures["one"]["confusion"]
+            assert figures[name]["eval/top1"] == figures["one"]["eval/top1"]
+            assert figures[name]["eval/loss"] == pytest.approx(figures["one"]["eval/loss"], rel=1e-5)
+        assert np.sum(figures["one"]["confusion"]) == 27
+
+
 def test_states_move_between_meshes_bit_for_bit_and_no_device_holds_a_large_one_whole():
     found = run("meshes", 8)
     assert found["restored"]

@@ -5,32 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax.config import default, validate
 from mae_jax.errors import UserError
 from mae_jax.models.layers import drop_path
 from mae_jax.models.vit import drop_path_rates, make_encoder
 from mae_jax.params import flatten
-from tests.tiny import tiny_batch, tiny_config, tiny_method, tiny_params
+from tests.tiny import raster_batch, tiny_method, tiny_params, tiny_supervised
 
 CLASSES = 3
-
-
-def tiny_supervised(fields=None):
-    """A valid config of a classifier of 3 classes on 16 patches, with dotted `fields` changed."""
-    config, given = default("supervised"), tiny_config()
-    for group in ("data", "model", "optim", "train", "checkpoint", "eval", "log"):
-        config[group].update(given[group])
-    config.batch_size = given.batch_size
-    config.update_from_flattened_dict({"method.classes": CLASSES, "model.pool": "mean"} | (fields or {}))
-    validate(config)
-    return config
-
-
-def raster_batch(config, seed=0):
-    """A batch in raster order, as this method's has."""
-    batch = tiny_batch(config, seed)
-    batch["order"][:] = np.arange(batch["order"].shape[1])
-    return batch
 
 
 def parts(fields=None):

@@ -19,13 +19,20 @@ from mae_jax.step import TrainState, make_train_step
 EXAMPLES = 64  # of the training split that durations in epochs are counted with
 
 
-def tiny_config(fields: dict[str, Any] | None = None) -> ConfigDict:
-    """Returns a valid config of 16 patches, 4 of them visible, with dotted `fields` changed."""
-    config = default("mae")
+OWN = {  # method → its fields
+    "mae": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2},
+    "segment": {"classes": 3},
+    "supervised": {"classes": 3},
+}
+
+
+def tiny_config(fields: dict[str, Any] | None = None, method: str = "mae") -> ConfigDict:
+    """Returns a valid config of 16 patches (MAE: 4 of them visible) or of 3 classes, with dotted `fields` changed."""
+    config = default(method)
     config.batch_size = 8
     config.data.update(image_size=(16, 16), threads=2)
     config.model.update(width=32, depth=2, heads=2, patch=(4, 4))
-    config.method.update(decoder_width=16, decoder_depth=1, decoder_heads=2)
+    config.method.update(OWN[method])
     config.optim.update(lr=0.05, warmup="2 steps")
     config.train.duration = "6 steps"
     config.checkpoint.every = config.eval.every = "3 steps"
@@ -38,22 +45,26 @@ def tiny_config(fields: dict[str, Any] | None = None) -> ConfigDict:
 
 def tiny_segment(fields: dict[str, Any] | None = None) -> ConfigDict:
     """Returns a valid config of a dense probe with 3 classes on 16 patches, with dotted `fields` changed."""
-    config = default("segment")
-    given = tiny_config()
-    for group in ("data", "model", "optim", "train", "checkpoint", "eval", "log"):
-        config[group].update(given[group])
-    config.batch_size, config.method.classes = given.batch_size, 3
-    config.update_from_flattened_dict(fields or {})
-    validate(config)
-    return config
+    return tiny_config(fields, "segment")
+
+
+def tiny_supervised(fields: dict[str, Any] | None = None) -> ConfigDict:
+    """Returns a valid config of a classifier of 3 classes on the mean of 16 patches, with dotted `fields` changed."""
+    return tiny_config({"model.pool": "mean"} | (fields or {}), "supervised")
 
 
 def tiny_segment_batch(config: ConfigDict, seed: int = 0) -> Batch:
     """Returns a batch in raster order whose masks have the values 0 to 5, and 255, at random."""
-    batch, rng = tiny_batch(config, seed), np.random.default_rng(seed)
-    batch["order"][:] = np.arange(batch["order"].shape[1])
+    batch, rng = raster_batch(config, seed), np.random.default_rng(seed)
     pixels = batch["patches"].shape[2] // 3
     batch["mask"] = rng.choice([0, 1, 2, 3, 4, 5, 255], size=(*batch["order"].shape, pixels)).astype(np.uint8)
+    return batch
+
+
+def raster_batch(config: ConfigDict, seed: int = 0) -> Batch:
+    """Returns a `tiny_batch` in raster order, as methods that hide nothing have it."""
+    batch = tiny_batch(config, seed)
+    batch["order"][:] = np.arange(batch["order"].shape[1])
     return batch
 
 

@@ -20,8 +20,7 @@ from mae_jax.ops.patches import grid
 from mae_jax.ops.positions import resize
 from mae_jax.params import flatten
 from mae_jax.warm_start import start
-from tests.supervised_test import tiny_supervised
-from tests.tiny import tiny_config, tiny_params, tiny_state
+from tests.tiny import tiny_config, tiny_params, tiny_state, tiny_supervised
 
 LEARNED = {"model.positions": "learned"}
 LARGER = {"data.image_size": (24, 32)}  # 6 x 8 patches

@@ -1,9 +1,9 @@
 """One process of a run of several: `python peer.py WORKDIR COORDINATOR PROCESSES PROCESS HEARTBEAT [FIELDS]`.
 
-It trains a tiny MAE on cached batches, hence without TensorFlow, and appends which example each row of each step was
+It trains a tiny model on cached batches, hence without TensorFlow, and appends which example each row of each step was
 to <WORKDIR>.ids.<PROCESS>, and of each batch of an evaluation to <WORKDIR>.evaluated.<PROCESS>. When it has found the
-others it makes <WORKDIR>.joined.<PROCESS>. FIELDS is JSON: config fields to change; besides, 'devices' permutes the
-devices, 'start_seconds' is how long to wait for all, and 'only' has more fields for single processes.
+others it makes <WORKDIR>.joined.<PROCESS>. FIELDS is JSON: config fields to change; besides, 'method' is another one than MAE,
+'devices' permutes the devices, 'start_seconds' is how long to wait for all, and 'only' has more fields for single processes.
 """
 
 import json
@@ -17,34 +17,39 @@ from jax._src import compiler
 from jax._src.distributed import global_state as state
 
 from mae_jax import cli, data, distributed, place, sharding, train
-from tests.tiny import tiny_batch, tiny_config
+from tests.tiny import raster_batch, tiny_batch, tiny_config, tiny_method
 
 STEPS = 20
 SIZES = {"train": 48, "support": 32, "evaluate": 27}
 
 
 def small_config(folder: Path, fields: dict | None = None):
-    """Returns a config that trains on <folder>/batches, written when it is not there."""
+    """Returns a config that trains on <folder>/batches_<method>, written when they are not there."""
+    fields = dict(fields or {})
+    method = fields.pop("method", "mae")
+    batches = folder / f"batches_{method}"
     config = tiny_config({
         "batch_size": 16, "train.duration": f"{STEPS} steps", "optim.ema": 0.9, "optim.lr": 0.001,
         "checkpoint.every": "4 steps", "checkpoint.keep_last": 2, "log.every": "4 steps", "data.source": "batches",
-        "data.path": str(folder / "batches"), "data.eval_split": "", "eval.max_examples": 100, **(fields or {})})
-    write_batches(folder / "batches", config)
+        "data.path": str(batches), "data.eval_split": "", "eval.max_examples": 100, **fields}, method)
+    write_batches(batches, config)
     return config
 
 
 def write_batches(folder: Path, config) -> None:
     if folder.exists():
         return
-    parts = {}
+    parts, order = {}, tiny_method(config).order()
+    make = raster_batch if order.kind == "identity" else tiny_batch
     for seed, (name, size) in enumerate(SIZES.items()):
-        batches = [tiny_batch(config, seed=100 * seed + number) for number in range(-(-size // config.batch_size))]
+        batches = [make(config, seed=100 * seed + number) for number in range(-(-size // config.batch_size))]
         parts[name] = {key: np.concatenate([batch[key] for batch in batches])[:size] for key in batches[0]}
         parts[name]["id"] = np.arange(size, dtype=np.int32)
     folder.mkdir(parents=True)
     for name, arrays in parts.items():
         np.savez(folder / f"{name}.npz", **arrays)
-    meta = {"classes": ["a", "b", "c"], "num_train": SIZES["train"], "order": ["random", [4, 4], 12]}
+    made = [order.kind, list(order.grid), order.hidden]
+    meta = {"classes": ["a", "b", "c"], "num_train": SIZES["train"], "order": made}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 

@@ -48,7 +48,7 @@ def environment(devices: int, cache: Path) -> dict[str, str]:
 def start(folder: Path, cache: Path, processes: int = 2, devices: int = 8, fields: dict | None = None,
           heartbeat: float = HEARTBEAT) -> list[subprocess.Popen]:
     """Starts a run of `processes` with `devices` in all."""
-    peer.small_config(folder.parent)  # writes the batches
+    peer.small_config(folder.parent, {"method": (fields or {}).get("method", "mae")})  # writes the batches
     coordinator = f"127.0.0.1:{free_port()}" if processes > 1 else "off"
     numbers = [(processes, number) for number in range(processes)] if processes > 1 else [(-1, -1)]
     run = []

@@ -82,7 +82,23 @@ def test_every_held_out_example_is_counted_once_with_the_same_answer(one, place)
     for name in ("eval/knn/top1", "eval/linear/top1"):
         np.testing.assert_allclose(metrics(zero, name), metrics(one, name), rtol=1e-6)
     assert sorted(path.name for path in (zero / "pictures").iterdir()) == [
-        f"{name}_{step:07d}.png" for name in ("ratios", "reconstruct") for step in (0, 20)]
+        f"{name}_{step:07d}.png" for name in ("attention", "ratios", "reconstruct") for step in (0, 20)]
+
+
+def test_a_classifier_is_judged_alike_by_one_process_and_two(place):
+    fields = {"method": "supervised", "model.width": 128, "model.heads": 4, "method.head_std": 1.0, "method.mixup": 0.8,
+              "log.every": "1 steps", "checkpoint.every": "20 steps", **EVALUATED}
+    finish(place / "judged_one", place / "compiled", processes=1, fields=fields)
+    finish(place / "judged_two", place / "compiled", processes=2, devices=4, fields=fields | {"mesh.zero": "on"})
+    one, two = ({name: metrics(place / folder, name) for name in ("train/loss", "eval/loss", "eval/top1")}
+                for folder in ("judged_one", "judged_two"))
+    for name in ("train/loss", "eval/loss"):
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-5)
+    assert two["eval/top1"] == one["eval/top1"]
+    right = np.array(one["eval/top1"]) * peer.SIZES["evaluate"]
+    np.testing.assert_allclose(right, np.rint(right), atol=1e-6)
+    seen = [number for rows in drawn(place / "judged_two", "evaluated", 2).values() for number in rows.values()]
+    assert sorted(number for number in seen if number >= 0) == list(range(peer.SIZES["evaluate"]))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,82 @@
+"""Run by multidevice_test on 8 simulated devices: supervised losses on several meshes, and what evaluations count."""
+
+import json
+
+import jax
+import numpy as np
+
+from mae_jax import sharding
+from mae_jax.evals.evaluate import Evaluator
+from mae_jax.program import Program
+from mae_jax.step import TrainState
+from tests.tiny import EXAMPLES, raster_batch, tiny_supervised
+
+STEPS = 6
+EVALUATED = 27  # of two batches of 16
+LARGE = {"batch_size": 16, "train.duration": f"{STEPS} steps", "model.width": 128, "model.heads": 4,
+         "method.head_std": 1.0}  # kernels are cut, and logits differ
+ARMS = {
+    "deit3": {"optim.name": "lamb", "optim.clip": 1.0, "optim.ema": 0.9, "model.layer_scale": 0.1,
+              "model.drop_path": 0.3, "model.positions": "random", "method.loss": "bce", "method.mixup": 0.8,
+              "method.cutmix": 1.0, "method.mix_group": 2, "method.erase": 0.25},
+    "probe": {"optim.name": "lars", "optim.lr": 20.0, "method.head": "probe", "method.train_blocks": 0.0,
+              "model.pool": "cls"},
+}
+MESHES = {"data": {}, "zero": {"mesh.zero": "on"}, "tensor": {"mesh.data": 2, "mesh.tensor": 4}}
+
+
+class Inputs:
+    """An evaluation split whose last batch is not full."""
+
+    classes, num_eval = ("a", "b", "c"), EVALUATED
+
+    def __init__(self, config):
+        self.config = config
+
+    def evaluate(self):
+        for number in range(2):
+            batch = raster_batch(self.config, seed=50 + number)
+            beyond = number * 16 + np.arange(16) >= EVALUATED
+            batch["valid"][beyond], batch["label"][beyond] = 0, -1
+            yield batch
+
+    validate = support = evaluate
+
+
+def train(config, devices) -> tuple[list[float], TrainState, Program]:
+    """Returns the losses, the last state, and what they were made with."""
+    program, losses = Program(config, sharding.make_mesh(config, devices), EXAMPLES), []
+    with jax.set_mesh(program.mesh):
+        batches = [raster_batch(config, seed) for seed in range(STEPS)]
+        placed = [sharding.to_devices(batch, program.mesh, config.batch_size) for batch in batches]
+        state = program.init(placed[0])
+        for batch in placed:
+            state, metrics = program.step(state, batch)
+            losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+    return losses, state, program
+
+
+def evaluate(state: TrainState, config, devices) -> dict:
+    """Returns the figures of a state, moved to these devices, and the table of confusions."""
+    program = Program(config, sharding.make_mesh(config, devices), EXAMPLES)
+    with jax.set_mesh(program.mesh):
+        state = jax.device_put(jax.device_get(state), jax.tree.map(lambda leaf: leaf.sharding, program.state))
+        evaluator = Evaluator(program.method, Inputs(config), program.mesh)
+        return evaluator.scalars(state) | {"confusion": evaluator.confusion.tolist()}
+
+
+def main() -> None:
+    found: dict = {}
+    for arm, fields in ARMS.items():
+        config = tiny_supervised(LARGE | fields)
+        one, state, _ = train(config, jax.devices()[:1])
+        found[arm] = {"one": one, "figures": {"one": evaluate(state, config, jax.devices()[:1])}}
+        for name, mesh in MESHES.items():
+            cut = tiny_supervised(LARGE | fields | mesh)
+            found[arm][name] = train(cut, jax.devices())[0]
+            found[arm]["figures"][name] = evaluate(state, cut, jax.devices())
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
