@@ -2,8 +2,9 @@
 
 It trains a tiny model on cached batches, hence without TensorFlow, and appends which example each row of each step was
 to <WORKDIR>.ids.<PROCESS>, and of each batch of an evaluation to <WORKDIR>.evaluated.<PROCESS>. When it has found the
-others it makes <WORKDIR>.joined.<PROCESS>. FIELDS is JSON: config fields to change; besides, 'method' is another one than MAE,
-'devices' permutes the devices, 'start_seconds' is how long to wait for all, and 'only' has more fields for single processes.
+others it makes <WORKDIR>.joined.<PROCESS>. FIELDS is JSON: config fields to change; besides, 'method' is another one
+than MAE, 'devices' permutes the devices, 'start_seconds' is how long to wait for all, and 'only' has more fields for
+single processes.
 """
 
 import json
