@@ -1,7 +1,7 @@
 """What is the quickstart's encoder worth? Fine-tuning against training from scratch, probes, and blocks that learn.
 
   python -m mae_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
-  python bench/finetune.py --from=runs/quickstart      (about 1½ hours on 2 cores; goes on where it was stopped)
+  python bench/finetune.py --from=runs/quickstart      (about 2 hours on 2 cores; goes on where it was stopped)
 
 Every arm has the same pictures and epochs, and chooses its learning rate from the same three values, with seed 0 on the
 validation part of the training split; three seeds then read the test split, each once, with the last weights. One JSON
@@ -20,8 +20,8 @@ from typing import Any
 
 LABELS = {"10": "", "50": "labels50", "150": "all"}  # labelled crops per photograph → argument of the recipe
 ARMS = ("finetuned", "scratch")
-LRS = (2e-3, 4e-3, 8e-3)
-PROBE_LRS = (4e-3, 1.6e-2, 6.4e-2)
+LRS = (4e-3, 1.2e-2, 3.6e-2)
+PROBE_LRS = (1.2e-2, 3.6e-2, 1.1e-1)
 SEEDS = (0, 1, 2)
 BLOCKS = (0, 0.5, 1, 2, 4, 6)  # of 6; with 50 labels per photograph
 RESULTS = Path(__file__).parent / "results" / "finetune.jsonl"

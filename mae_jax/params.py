@@ -47,15 +47,8 @@ def table(params: Any, decay: Any) -> str:
     return "\n".join([*lines, f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters"])
 
 
-def merge(params: Any, loaded: Any) -> tuple[Any, str]:
-    """Replaces parameters by loaded ones of the same path.
-
-    Returns:
-      The merged tree, leaves placed as those of `params`, and a report: what was taken, is new, or was left over.
-
-    Raises:
-      UserError: a path has another shape, or no path matches at all.
-    """
+def common(params: Any, loaded: Any) -> list[str]:
+    """Returns the paths that both trees have; raises UserError where shapes differ, or for no path at all."""
     ours, theirs = flatten(params), flatten(loaded)
     taken = sorted(ours.keys() & theirs.keys())
     for name in taken:
@@ -64,6 +57,19 @@ def merge(params: Any, loaded: Any) -> tuple[Any, str]:
                             f"but this model needs {tuple(ours[name].shape)}")
     if not taken:
         raise UserError(f"init_from: no parameter matches; it holds {', '.join(sorted(theirs)[:3])}, ...")
+    return taken
+
+
+def merge(params: Any, loaded: Any) -> tuple[Any, str]:
+    """Replaces parameters by loaded ones of the same path.
+
+    Returns:
+      The merged tree, leaves placed as those of `params`, and a report: what was taken, is new, or was left over.
+
+    Raises:
+      UserError: see `common`.
+    """
+    ours, theirs, taken = flatten(params), flatten(loaded), common(params, loaded)
 
     def pick(keys: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         name = path(keys)

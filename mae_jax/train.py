@@ -73,9 +73,10 @@ def device_batches(run: Run, start: int) -> Iterator[Batch]:
 
 def initial_state(run: Run) -> TrainState:
     """Makes the state before the first step, from `init_from` where it is given."""
+    loaded = warm_start.load(run.config, run.program.state.params) if run.config.init_from else {}
     state = run.program.init(sharding.to_devices(next(run.inputs.train(0)), run.program.mesh, run.config.batch_size))
     if run.config.init_from:
-        merged, report = warm_start.start(run.config, state.params)
+        merged, report = params.merge(state.params, loaded)
         logger.info("init_from %s: %s", run.config.init_from, report)
         state = state._replace(params=merged, ema=jax.tree.map(lambda x: x.copy(), merged) if state.ema else {})
     return state

@@ -27,11 +27,10 @@ SAME = ("model.heads", "model.patch", "model.gelu")
 OPTIONAL = re.compile(r"encoder/(pos_embed|mask_token|norm/(scale|bias))")
 
 
-def start(config: ConfigDict, params: Any) -> tuple[Any, str]:
-    """Replaces the parameters of a fresh model by those that config.init_from holds.
+def load(config: ConfigDict, params: Any) -> dict[str, Any]:
+    """Returns the parameters that config.init_from holds, made to fit a model whose parameters have these shapes.
 
-    Returns:
-      The tree, each leaf placed as in `params`, and a report: what was taken, is new, or was left over.
+    `params.merge` puts them into the model.
 
     Raises:
       UserError: nothing is there, or it belongs to another encoder.
@@ -46,7 +45,8 @@ def start(config: ConfigDict, params: Any) -> tuple[Any, str]:
     if strange:
         raise UserError(f"init_from={config.init_from} holds another encoder: {strange[0]} and {len(strange) - 1} more "
                         "parameters are in one of the two only")
-    return trees.merge(params, loaded)
+    trees.common(params, loaded)
+    return loaded
 
 
 def _read(config: ConfigDict, theirs: ConfigDict | None) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from mae_jax.interop.timm import to_timm
 from mae_jax.models.layers import sincos_positions
 from mae_jax.ops.patches import grid
 from mae_jax.ops.positions import resize
-from mae_jax.params import flatten
-from mae_jax.warm_start import start
+from mae_jax.params import flatten, merge
+from mae_jax.warm_start import load
 from tests.tiny import tiny_config, tiny_params, tiny_state, tiny_supervised
 
 LEARNED = {"model.positions": "learned"}
@@ -44,7 +44,8 @@ def started(source, config):
     """Starts a model of `config` with other random parameters from `source`; returns flat parameters and the report."""
     config = config.copy_and_resolve_references()
     config.init_from = source
-    tree, report = start(config, jax.tree.map(jnp.asarray, tiny_params(config, seed=1)))
+    fresh = jax.tree.map(jnp.asarray, tiny_params(config, seed=1))
+    tree, report = merge(fresh, load(config, fresh))
     return {name: np.asarray(leaf) for name, leaf in flatten(tree).items()}, report
 
 
