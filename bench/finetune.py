@@ -20,7 +20,7 @@ from typing import Any
 
 LABELS = {"10": "", "50": "labels50", "150": "all"}  # labelled crops per photograph → argument of the recipe
 ARMS = ("finetuned", "scratch")
-LRS = (4e-3, 1.2e-2, 3.6e-2)
+LRS = (4e-3, 2e-2, 1e-1)
 PROBE_LRS = (1.2e-2, 3.6e-2, 1.1e-1)
 SEEDS = (0, 1, 2)
 BLOCKS = (0, 0.5, 1, 2, 4, 6)  # of 6; with 50 labels per photograph

@@ -1,0 +1,67 @@
+"""When a run is evaluated, on what, and which checkpoint is the best."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from mae_jax import train
+from mae_jax.errors import UserError
+from mae_jax.judge import Best
+from tests.tiny import tiny_supervised
+
+SPLITS = {"data.source": "photo_crops", "data.train_split": "train[:64]", "data.val_split": "train[3336:]",
+          "data.eval_split": "test[:40]", "method.classes": 17}
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """A run of six steps that is evaluated every third one, with averaged weights."""
+    folder = tmp_path_factory.mktemp("judged")
+    config = tiny_supervised(SPLITS | {"checkpoint.best": "loss", "optim.ema": 0.5, "eval.crop_ratio": (0.875, 1.0)})
+    assert train.train(config, str(folder)) == 0
+    return folder
+
+
+def test_the_validation_part_is_evaluated_on_the_way_and_the_test_split_once_at_the_end(judged):
+    seen = {part: [line["step"] for line in lines(judged) if f"{part}/loss" in line] for part in ("val", "eval")}
+    assert seen == {"val": [0, 3, 6], "eval": [6]}
+
+
+def test_the_end_reports_last_averaged_and_best_weights_and_other_crops(judged):
+    last = next(line for line in lines(judged) if "eval/loss" in line)
+    assert {"eval/top1", "eval/raw/top1", "eval/best/top1", "eval/best/raw/top1", "eval/crop_1/top1"} <= last.keys()
+    assert last["eval/raw/loss"] != last["eval/loss"]
+
+
+def test_the_best_checkpoint_has_the_lowest_validation_loss(judged):
+    losses = {line["step"]: line["val/loss"] for line in lines(judged) if "val/loss" in line}
+    score = json.loads((judged / "best" / "score.json").read_text())
+    best = min(losses, key=losses.__getitem__)
+    assert score == {"step": best, "metric": "loss", "score": -losses[best]}
+    assert [path.name for path in (judged / "best" / "checkpoints").iterdir()] == [str(best)]
+
+
+def test_only_a_better_state_replaces_the_best_also_after_a_restart(tmp_path):
+    best = Best(epath.Path(tmp_path), "top1")
+    for step, top1 in ((1, 0.5), (2, 0.4), (3, 0.6), (4, 0.6)):
+        best.offer(step, {"x": jnp.full(3, step)}, {"val/top1": top1})
+    again = Best(epath.Path(tmp_path), "top1")
+    again.offer(5, {"x": jnp.full(3, 5)}, {"val/top1": 0.55})
+    np.testing.assert_array_equal(again.checkpoints.restore({"x": jnp.zeros(3, jnp.int32)})["x"], [3, 3, 3])
+
+
+def test_a_figure_that_is_not_evaluated_cannot_choose(tmp_path):
+    with pytest.raises(UserError, match=r"checkpoint\.best='top2' is not evaluated; did you mean 'top1'"):
+        Best(epath.Path(tmp_path), "top2").offer(1, {}, {"val/top1": 0.5, "val/loss": 1.0})
+
+
+def test_choosing_needs_a_validation_part():
+    with pytest.raises(UserError, match=r"checkpoint\.best='top1' needs data\.val_split"):
+        tiny_supervised({"checkpoint.best": "top1"})
