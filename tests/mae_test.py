@@ -160,6 +160,7 @@ def test_flops_agree_with_the_compilers_count_of_the_unrolled_step(fields):
     ({"method.masking": "blok"}, "did you mean 'block'?"),
     ({"method.decoder_heads": 0}, "must be at least 1"),
     ({"method.decoder_width": 18}, "multiple of"),
+    ({"model.drop_path": 0.1}, "without stochastic depth"),
 ])
 def test_fields_that_cannot_work_are_refused_in_one_line(fields, line):
     with pytest.raises(UserError, match=r"^[^\n]+$") as error:

@@ -48,6 +48,8 @@ class MAE(Method):
         if m.decoder_width % m.decoder_heads or m.decoder_width % 4:
             raise UserError(f"method.decoder_width={m.decoder_width}; it must be a multiple of "
                             f"method.decoder_heads={m.decoder_heads} and of 4")
+        if config.model.drop_path:
+            raise UserError(f"model.drop_path={config.model.drop_path}; MAE pre-trains without stochastic depth (A.1)")
         height, width = grid(config)
         visible = visible_patches(height * width, m.mask_ratio)
         if not 0 < visible < height * width:
