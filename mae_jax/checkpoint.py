@@ -55,7 +55,7 @@ class Checkpoints:
           keep_every: checkpoints of steps that are a multiple of this stay for ever; 0: none.
         """
         self.failed: str | None = None
-        self._root = epath.Path(workdir)
+        self._root = _absolute(workdir)
         self._folder = self._root / "checkpoints"
         self._keep_last, self._keep_every = keep_last, keep_every
         self._pending: int | None = None
@@ -210,7 +210,7 @@ def load_params(path: epath.PathLike, ema: bool = False, extras: bool = False) -
     Raises:
       UserError: nothing there, or damaged.
     """
-    path = epath.Path(path)
+    path = _absolute(path)
     if path.suffix == ".safetensors":
         return _load_file(path)
     folders = _step_folders(path)
@@ -266,6 +266,11 @@ def _load_file(path: epath.Path) -> dict[str, Any]:
     except Exception as error:
         raise UserError(f"{path} is damaged or no safetensors file: {_cause(error)}") from error
     return nest(arrays)
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+    """Returns the path as Orbax wants it; gs:// paths are absolute."""
+    return epath.Path(path if "://" in str(path) else os.path.abspath(path))
 
 
 def _handler() -> ocp.CompositeCheckpointHandler:

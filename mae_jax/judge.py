@@ -27,7 +27,8 @@ class Best:
         self.score = distributed.first(self._read())
 
     def _read(self) -> float:
-        return json.loads(self.file.read_text())["score"] if self.file.exists() else float("-inf")
+        stored = json.loads(self.file.read_text()) if self.file.exists() else {}
+        return stored["score"] if stored.get("metric") == self.metric else float("-inf")
 
     def offer(self, done: int, state: TrainState, figures: Figures) -> None:
         """Keeps the state of step `done` if it is better than all before; of a loss, the lowest is the best."""
@@ -35,7 +36,7 @@ class Best:
         if self.metric not in names:
             raise UserError(f"checkpoint.best={self.metric!r} is not evaluated; {nearest(self.metric, names)}")
         score = figures[f"val/{self.metric}"] * (-1 if self.metric == "loss" else 1)
-        if score <= self.score:
+        if not score > self.score:  # nor where it is not a number
             return
         self.checkpoints.save(done, state)
         self.checkpoints.wait()

@@ -94,8 +94,9 @@ def _completed(values: dict[str, Any]) -> ConfigDict:
 
 
 def of_checkpoint(path: epath.Path) -> epath.Path:
-    """Returns the workdir that a path is, or that a step's folder lies in."""
-    return path.parent.parent if path.parent.name == "checkpoints" else path
+    """Returns the workdir that a path is, or that a step's folder or the best checkpoint lies in."""
+    folder = path.parent.parent if path.parent.name == "checkpoints" else path
+    return folder.parent if folder.name == "best" and not (folder / "config.json").exists() else folder
 
 
 def config_of(source: str) -> ConfigDict | None:

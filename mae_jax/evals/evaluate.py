@@ -111,7 +111,8 @@ class Evaluator:
                 top1 = labelled.among_present(self.method, params, extras, batches, self.mesh)
                 out[f"eval/{name.replace(':', '/')}/top1"] = top1
         if hasattr(self.method, "pixel_logits"):
-            choose, test = (self._batches(source) for source in (self.inputs.support, self.inputs.evaluate))
+            chosen_on = self.inputs.validate if config.data.val_split else self.inputs.support
+            choose, test = (self._batches(source) for source in (chosen_on, self.inputs.evaluate))
             e = config.eval
             out |= _named("eval", attention.iou(self.method, state, choose, test, e.attention_block, e.attention_query))
         return out
