@@ -41,13 +41,13 @@ def replay(folder: str, step: int) -> int:
 
 
 def _bad_examples(run: Run, state: TrainState, batch: Batch) -> list[str]:
-    """Returns the ids of the images whose own loss is not finite, each evaluated alone."""
+    """Returns the ids of the images whose own loss is not finite, each evaluated alone and not mixed with others."""
     key = stream_key(run.config.seed, int(state.step), "loss")
 
     @jax.jit
     def alone(row: jax.Array) -> jax.Array:
         one = {name: jax.lax.dynamic_slice_in_dim(value, row, 1) for name, value in batch.items()}
-        return run.program.method.loss(state.params, state.extras, one, key, state.step, True)[0]
+        return run.program.method.loss(state.params, state.extras, one, key, state.step, False)[0]
 
     ids = np.asarray(batch["id"])
     return [str(ids[row]) for row in range(run.config.batch_size) if not np.isfinite(alone(row))]

@@ -8,7 +8,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.data.orders import Order
+from mae_jax.models.layers import drop_path
+from mae_jax.models.vit import drop_path_rates
 from mae_jax.ops.patches import grid, patch_values
+from mae_jax.params import path
 
 Batch = dict[str, jax.Array]
 Params = dict[str, Any]
@@ -48,6 +51,18 @@ class Method:
     def learns(self, path: str) -> bool:
         """Says whether the optimiser changes the parameter of a path; the others have no optimiser state."""
         return True
+
+    def only_learning(self, params: Params) -> Params:
+        """Returns the parameters such that no gradient reaches, or is computed for, those that do not learn."""
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, leaf: leaf if self.learns(path(keys)) else jax.lax.stop_gradient(leaf), params)
+
+    def kept_branches(self, key: jax.Array, images: int) -> jax.Array | None:
+        """Draws stochastic depth of the encoder's blocks that learn, float32 [depth, 2, B]; None where it is off."""
+        if not self.config.model.drop_path:
+            return None
+        learning = [self.learns(f"encoder/block_{number:02d}/mlp/") for number in range(self.config.model.depth)]
+        return drop_path(key, drop_path_rates(self.config) * learning, images)
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns name → global shape and dtype of the fields that the pipeline must provide."""

@@ -10,11 +10,9 @@ from mae_jax.errors import UserError
 from mae_jax.flops import blocks_flops
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params
 from mae_jax.models.heads import Head
-from mae_jax.models.layers import drop_path
-from mae_jax.models.vit import drop_path_rates, make_encoder
+from mae_jax.models.vit import make_encoder
 from mae_jax.ops import segment
 from mae_jax.ops.patches import grid, normalize, patch_values
-from mae_jax.params import path
 
 HEAD_STD = 0.01  # initial deviation of the head's kernel, as MAE's linear probe has it (A.1)
 EPS = 1e-6  # of the norm before the head
@@ -97,20 +95,14 @@ class Segment(Method):
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
         """Cross-entropy, the mean over all pixels of the batch that have a class."""
-        params = jax.tree_util.tree_map_with_path(
-            lambda keys, leaf: leaf if self.learns(path(keys)) else jax.lax.stop_gradient(leaf), params)
-        keep = self.kept_branches(key, len(batch["order"])) if train and self.config.model.drop_path else None
+        params = self.only_learning(params)
+        keep = self.kept_branches(key, len(batch["order"])) if train else None
         logits, classes = self.pixel_logits(params, extras, batch, keep), self.pixel_classes(batch)
         weight = (classes != segment.IGNORED).sum(dtype=jnp.float32)
         total = segment.cross_entropy(logits, classes).sum()
         right = (logits.argmax(-1) == classes).sum(dtype=jnp.float32)
         metrics = {"loss": (total, weight), "pixel_accuracy": (right, weight)}
         return total / jnp.maximum(weight, 1), (metrics, extras)
-
-    def kept_branches(self, key: jax.Array, images: int) -> jax.Array:
-        """Draws stochastic depth of the blocks that learn: float32 [depth, 2, B]."""
-        learning = [self.learns(f"encoder/block_{number:02d}/mlp/") for number in range(self.config.model.depth)]
-        return drop_path(key, drop_path_rates(self.config) * learning, images)
 
     def forward_flops(self) -> int:
         m, classes, (rows, columns) = self.config.model, self.config.method.classes, self.grid

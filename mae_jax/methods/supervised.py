@@ -12,11 +12,9 @@ from mae_jax.errors import UserError, nearest
 from mae_jax.flops import blocks_flops
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, pool
 from mae_jax.models.heads import Classifier
-from mae_jax.models.layers import drop_path
-from mae_jax.models.vit import drop_path_rates, make_encoder
+from mae_jax.models.vit import make_encoder
 from mae_jax.ops import batch_norm, mix
 from mae_jax.ops.patches import grid, normalize, patch_values
-from mae_jax.params import path
 
 HEADS = ("linear", "probe")
 LOSSES = ("cross_entropy", "bce")
@@ -163,14 +161,10 @@ class Supervised(Method):
     def training_logits(self, params: Params, extras: Extras, batch: Batch, key: jax.Array,
                         weight: jax.Array) -> tuple[jax.Array, jax.Array, Extras]:
         """Returns logits and targets, float32 [B, C], of erased and mixed pictures, and new extras."""
-        params = jax.tree_util.tree_map_with_path(
-            lambda keys, leaf: leaf if self.learns(path(keys)) else jax.lax.stop_gradient(leaf), params)
+        params = self.only_learning(params)
         erase_key, mix_key, drop_key = jax.random.split(key, 3)
         pixels, targets = self.augmented(batch, erase_key, mix_key)
-        keep = None
-        if self.config.model.drop_path:
-            learning = [self.learns(f"encoder/block_{number:02d}/mlp/") for number in range(self.config.model.depth)]
-            keep = drop_path(drop_key, drop_path_rates(self.config) * learning, len(pixels))
+        keep = self.kept_branches(drop_key, len(pixels))
         tokens = self.encode(params, extras, {**batch, "pixels": pixels}, keep=keep)
         features = pool(tokens, self.config.model.pool)
         if "batch_norm" in extras:
