@@ -1,11 +1,12 @@
 """What is the quickstart's encoder worth? Fine-tuning against training from scratch, probes, and blocks that learn.
 
   python -m mae_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
-  python bench/finetune.py --from=runs/quickstart      (about 2 hours on 2 cores; goes on where it was stopped)
+  python bench/finetune.py --from=runs/quickstart      (goes on where it was stopped)
 
-Every arm has the same pictures and epochs, and chooses its learning rate from the same three values, with seed 0 on the
-validation part of the training split; three seeds then read the test split, each once, with the last weights. One JSON
-line per cell in bench/results/finetune.jsonl, the tables in bench/results/finetune.md.
+Every arm has the same pictures and 100 steps of 64, and chooses its learning rate from the same three values, with seed
+0 on the validation part of the training split; two more seeds then train at that rate. A cell reads the validation part
+and the test split with its last weights; only cells at the chosen rate enter the tables. One JSON line per cell in
+bench/results/finetune.jsonl, the tables in bench/results/finetune.md.
 """
 
 import argparse
@@ -28,47 +29,53 @@ RESULTS = Path(__file__).parent / "results" / "finetune.jsonl"
 Cell = dict[str, Any]
 
 
+def matches(cell: Cell, what: Cell) -> bool:
+    return all(cell[key] == value for key, value in what.items())
+
+
 def chosen_by_validation(cells: list[Cell], **what: Any) -> float:
     """Returns the learning rate of the best validation accuracy among the cells of an arm; the lower one of two."""
-    tried = [cell for cell in cells if cell["part"] == "val" and all(cell[key] == value for key, value in what.items())]
-    return max(tried, key=lambda cell: (cell["top1"], -cell["lr"]))["lr"]
+    tried = [cell for cell in cells if cell["seed"] == 0 and matches(cell, what)]
+    return max(tried, key=lambda cell: (cell["val"], -cell["lr"]))["lr"]
 
 
 def plan(cells: list[Cell]) -> Iterator[Cell]:
-    """Yields what is to be run, in order; a cell of the test split needs those of the validation part before it."""
+    """Yields what is to be run, in order; the further seeds of an arm need its first."""
     arms = [{"arm": arm, "labels": labels, "blocks": -1} for labels in LABELS for arm in ARMS]
     arms += [{"arm": "finetuned", "labels": "50", "blocks": blocks} for blocks in BLOCKS[:-1]]
     arms += [{"arm": "untrained", "labels": "50", "blocks": 0}]
     for arm in arms:
         for lr in PROBE_LRS if arm["blocks"] == 0 else LRS:
-            yield {**arm, "part": "val", "lr": lr, "seed": 0}
-        for seed in SEEDS:
-            yield {**arm, "part": "test", "lr": chosen_by_validation(cells, **arm), "seed": seed}
+            yield {**arm, "lr": lr, "seed": 0}
+        for seed in SEEDS[1:]:
+            yield {**arm, "lr": chosen_by_validation(cells, **arm), "seed": seed}
 
 
-def run(cell: Cell, encoder: str) -> Cell:
-    """Trains a cell and returns it with its accuracy."""
+def run(cell: Cell, encoder: str, programs: str) -> Cell:
+    """Trains a cell and returns it with its accuracies; compiled programs are kept in the folder `programs`."""
     arguments = [LABELS[cell["labels"]], "scratch" if cell["arm"] == "scratch" else "",
                  "probe" if cell["blocks"] == 0 else ""]
-    split = "" if cell["part"] == "val" else "test"
     flags = [f"optim.lr={cell['lr']}", f"seed={cell['seed']}", f"method.train_blocks={float(cell['blocks'])}",
-             "checkpoint.best=", "eval.every=100000 steps", "checkpoint.every=100000 steps", "log.tensorboard=False"]
-    flags += [f"data.eval_split={split}"] + ["data.val_split="] * (cell["part"] == "test")
+             "checkpoint.best=", "eval.every=100000 steps", "checkpoint.every=100000 steps", "log.tensorboard=False",
+             f"train.compilation_cache={programs}"]
     flags += [f"init_from={encoder}"] * (cell["arm"] == "finetuned")
     with tempfile.TemporaryDirectory() as workdir:
         config = f"configs/quickstart_finetune.py:{','.join(filter(None, arguments))}"
         subprocess.run([sys.executable, "-m", "mae_jax.main", f"--config={config}", f"--workdir={workdir}",
                         *(f"--config.{flag}" for flag in flags)], check=True)
         lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-    figures = [line for line in lines if f"{'val' if cell['part'] == 'val' else 'eval'}/top1" in line][-1]
-    top1 = figures["val/top1" if cell["part"] == "val" else "eval/top1"]
-    return {**cell, "top1": top1, "steps": figures["step"], "seconds": round(lines[-1]["time"] - lines[0]["time"], 1)}
+    last = {name: value for line in lines for name, value in line.items()}
+    return {**cell, "val": last["val/top1"], "test": last["eval/top1"], "steps": last["step"],
+            "seconds": round(lines[-1]["time"] - lines[0]["time"], 1)}
 
 
 def tests(cells: list[Cell], **what: Any) -> list[float]:
-    """Returns the test accuracies of an arm, one per seed."""
-    return [cell["top1"] for cell in cells if cell["part"] == "test"
-            and all(cell[key] == value for key, value in what.items())]
+    """Returns the test accuracies of an arm at the rate that it chose, one per seed."""
+    arm = [cell for cell in cells if matches(cell, what)]
+    if not any(cell["seed"] for cell in arm):
+        return []
+    rate = chosen_by_validation(arm)
+    return [cell["test"] for cell in arm if cell["lr"] == rate]
 
 
 def text(values: list[float]) -> str:
@@ -107,9 +114,11 @@ def main() -> None:
     parser.add_argument("--from", dest="encoder", default="runs/quickstart", help="workdir of the quickstart")
     encoder = parser.parse_args().encoder
     cells = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    for cell in plan(cells):
-        if all(any(done[key] != value for key, value in cell.items()) for done in cells):
-            cells.append(run(cell, encoder))
+    with tempfile.TemporaryDirectory() as programs:
+        for cell in plan(cells):
+            if any(matches(done, cell) for done in cells):
+                continue
+            cells.append(run(cell, encoder, programs))
             with open(RESULTS, "a") as file:
                 file.write(json.dumps(cells[-1]) + "\n")
             RESULTS.with_suffix(".md").write_text(table(cells))

@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 from mae_jax.config import default, resolve
 
 PHOTOGRAPHS = 17  # neighbours in the training split come from different photographs
-LENGTHS = {10: "40 epochs", 50: "10 epochs", 150: "5 epochs"}  # labels per photograph → how long
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -29,6 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.update(width=128, depth=6, heads=4, patch=(4, 4), pool="mean", positions="learned", drop_path=0.1)
     config.method.update(smoothing=0.1)
     config.optim.update(lr=1.2e-2, warmup="20 steps", betas=(0.9, 0.999), layer_decay=0.75)
+    config.train.duration = "100 steps"  # however many labels
     labels(config, 10)
     return resolve(config, arg, labels50=partial(labels, number=50), all=partial(labels, number=150), scratch=scratch,
                    probe=probe)
@@ -37,7 +37,6 @@ def get_config(arg: str = "") -> ConfigDict:
 def labels(config: ConfigDict, number: int) -> None:
     """Trains with so many labelled crops of each photograph."""
     config.data.train_split = f"train[:{number * PHOTOGRAPHS}]"
-    config.train.duration = LENGTHS[number]
 
 
 def scratch(config: ConfigDict) -> None:

@@ -35,7 +35,7 @@ class Inputs(NamedTuple):
     num_train: int
     num_eval: int
     num_val: int
-    classes: tuple[str, ...]  # () without labels
+    classes: tuple[str, ...]  # () without labels of the kind that the method asked for
     description: str  # one line
     bad: deque[str]  # 'name: reason' of the pictures that this process replaced, newest last
 
@@ -72,9 +72,9 @@ def _open(config: ConfigDict, spec: dict[str, jax.ShapeDtypeStruct], order: Orde
     from mae_jax.data.views import Views
 
     data = config.data
-    _check_validation(data)
     source = sources.load(data, data.train_split)
     validation, held_out = (sources.load(data, split) if split else None for split in (data.val_split, data.eval_split))
+    _check_validation(data)
     for part in (source, validation, held_out):
         _check_fields(part, spec, data)
     kinds = {sources.Source: pipeline, streams.Stream: streams}
@@ -94,23 +94,27 @@ def _open(config: ConfigDict, spec: dict[str, jax.ShapeDtypeStruct], order: Orde
     lost = ""
     if left_over:
         lost = f"; left out by {data.readers} readers: {len(left_over)}, from {source.name(left_over[0])}"
+    # Where a picture has any number of labels, the batch field `label` says none.
+    classes = source.classes if "labels" in spec or "labels" not in source.fields else ()
     num_val, num_eval = (part.size if part else 0 for part in (validation, held_out))
     return Inputs(
         train=functools.partial(kinds[type(source)].train, source, **common),
         support=functools.partial(evaluate, source), evaluate=functools.partial(evaluate, held_out),
         validate=functools.partial(evaluate, validation), extra=extra,
-        num_train=source.size - len(left_over), num_eval=num_eval, num_val=num_val, classes=source.classes, bad=bad,
+        num_train=source.size - len(left_over), num_eval=num_eval, num_val=num_val, classes=classes, bad=bad,
         description=_describe(data, source.size, num_val, num_eval, len(source.classes)) + lost)
 
 
 def _check_validation(data: ConfigDict) -> None:
-    """Raises UserError when pictures that choose checkpoints would be trained on."""
-    from mae_jax.data import splits
+    """Raises UserError when pictures that choose checkpoints would be trained on, or reported on."""
+    from mae_jax.data import sources, splits
 
-    trained, held_out = (splits.parts(text) if text else [] for text in (data.train_split, data.val_split))
-    if any(splits.overlap(one, other) for one in trained for other in held_out):
-        raise UserError(f"data.val_split={data.val_split!r} shares pictures with data.train_split="
-                        f"{data.train_split!r}; write for example 'train[90%:]' and 'train[:90%]'")
+    for key in ("train_split", "eval_split"):
+        others, choosing = (splits.parts(text) if text else [] for text in (data[key], data.val_split))
+        if any(sources.same_split(data, one.name, other.name) and splits.overlap(one, other)
+               for one in others for other in choosing):
+            raise UserError(f"data.val_split={data.val_split!r} shares pictures with data.{key}={data[key]!r}, or may; "
+                            "write for example 'train[90%:]' for the one, and 'train[:90%]' or 'test' for the other")
 
 
 def _check_fields(part: Any, spec: dict[str, jax.ShapeDtypeStruct], data: ConfigDict) -> None:

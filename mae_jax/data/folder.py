@@ -28,8 +28,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 def load(data: ConfigDict, split: splits.Split) -> Source:
     """Opens a split; raises UserError when the folder is missing, has no pictures, or has no such split."""
     root = _root(data.path)
-    children = {child.name for child in root.iterdir() if child.is_dir() and not child.name.startswith(".")}
-    if "train" in children and children & set(splits.HELD_OUT):
+    children = _children(root)
+    if _has_splits(children):
         base, classes = root / _sub_folder(split.name, children), _classes(_list(root / "train"))
         start, stop = split.shares(0, 1)
     else:
@@ -38,6 +38,20 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
         start, stop = split.shares(*splits.part(split.name, splits.holds_out(data)))
     files = tuple(name for name in _list(base) if start <= splits.share(name) < stop)
     return _source(base, files, classes, _masks(data, root, base, files), data.mask_offset)
+
+
+def split_name(data: ConfigDict, name: str) -> str:
+    """Returns what a split is called in the folder."""
+    children = _children(_root(data.path))
+    return _sub_folder(name, children) if _has_splits(children) else splits.held_out_name(name)
+
+
+def _children(root: epath.Path) -> set[str]:
+    return {child.name for child in root.iterdir() if child.is_dir() and not child.name.startswith(".")}
+
+
+def _has_splits(children: set[str]) -> bool:
+    return "train" in children and bool(children & set(splits.HELD_OUT))
 
 
 def _sub_folder(name: str, children: set[str]) -> str:

@@ -36,6 +36,12 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
     return _source(images, labels, data.image_key).only(np.flatnonzero((low <= shares) & (shares < high))).sliced(split)
 
 
+def split_name(data: ConfigDict, name: str) -> str:
+    """Returns what a split is called in the file."""
+    with epath.Path(data.path).open("rb") as file, _open(file, data.path) as arrays:
+        return name if "x_train" in arrays.files else splits.held_out_name(name)
+
+
 def _open(file: object, path: str) -> np.lib.npyio.NpzFile:
     try:
         arrays = np.load(file)

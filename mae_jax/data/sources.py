@@ -88,6 +88,13 @@ def load(data: ConfigDict, expression: str) -> "Source | Stream":
     return source
 
 
+def same_split(data: ConfigDict, one: str, other: str) -> bool:
+    """Whether two names of splits mean the same pictures: data without splits have one held-out part, 'test' or 'val'.
+    """
+    named = getattr(importlib.import_module(MODULES[data.source]), "split_name", lambda data, name: name)
+    return one == other or named(data, one) == named(data, other)
+
+
 def further(data: ConfigDict, text: str, classes: tuple[str, ...]) -> "tuple[Source | Stream, np.ndarray]":
     """Opens a further test set of TFDS: 'imagenet_v2', or 'NAME:SPLIT' where the split is not 'test'.
 

@@ -65,14 +65,19 @@ def _index(bound: str, size: int) -> int:
 
 
 def overlap(one: Split, other: Split) -> bool:
-    """Whether two slices of one split share examples for sure; not decided where one is in percent and one is not."""
+    """Whether two slices of one split may share examples; they may where one is in percent and the other is not."""
     bounds = [bound for bound in (one.start, one.stop, other.start, other.stop) if bound]
     percent = {bound.endswith("%") for bound in bounds}
-    if one.name != other.name or len(percent) > 1:
-        return False
+    if len(percent) > 1:
+        return True
     size = sys.maxsize if percent == {False} else 100
     (start, stop), (first, last) = one.bounds(size), other.bounds(size)
     return max(start, first) < min(stop, last)
+
+
+def held_out_name(name: str) -> str:
+    """Returns what a split is called in data without splits, whose held-out part has several names."""
+    return HELD_OUT[0] if name in HELD_OUT else name
 
 
 def holds_out(data: ConfigDict) -> bool:

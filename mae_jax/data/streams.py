@@ -91,7 +91,7 @@ def left_over(stream: Stream, config: ConfigDict) -> range:
     """Returns the records, numbered over all files, that no reader reads.
 
     Raises:
-      UserError: the readers cannot share batch and records evenly.
+      UserError: the readers cannot share batch and records evenly, or copies of a picture lie too close together.
     """
     readers, batch = config.data.readers, config.batch_size
     if readers < 1 or batch % readers:
@@ -99,6 +99,10 @@ def left_over(stream: Stream, config: ConfigDict) -> range:
         raise UserError(f"batch_size={batch} is not a multiple of data.readers={readers}; nearest: {nearest}")
     if stream.size < readers:
         raise UserError(f"{stream.size} records are fewer than data.readers={readers}")
+    apart, group = -(-batch // readers // config.data.repeats), config.method.get("mix_group", 0)
+    if config.data.repeats > 1 and apart < group and (config.method.mixup or config.method.cutmix):
+        raise UserError(f"method.mix_group={group} would mix a picture with its own repeats: a reader's {batch // readers} "
+                        f"rows show {apart} pictures; use fewer data.readers")
     used = stream.size // readers * readers
     return range(stream.start + used, stream.start + stream.size)
 

@@ -29,9 +29,7 @@ FRAME, TAIL = 12, 4  # bytes before a record (length, its checksum) and after it
 
 def load(data: ConfigDict, split: splits.Split) -> Stream:
     """Opens a split; raises UserError when no file fits, or the records have no such feature."""
-    pattern = data.path
-    if pattern and "*" not in pattern and (epath.Path(pattern) / RECORDS).is_file():
-        pattern = str(epath.Path(pattern) / PATTERN)
+    pattern = _pattern(data.path)
     files = _files(pattern, split.name)
     label_key = _check_features(files[0], data)
     counts, classes = _counts(files, data.image_key, label_key)
@@ -43,6 +41,17 @@ def load(data: ConfigDict, split: splits.Split) -> Stream:
         files=tuple(map(str, files)), counts=counts, start=first + start, size=stop - start,
         mean_bytes=sum(file.stat().length for file in files) / max(total, 1), image_key=data.image_key,
         label_key=label_key if classes else "", classes=classes)
+
+
+def split_name(data: ConfigDict, name: str) -> str:
+    """Returns what a split is called in the files."""
+    return name if "{split}" in _pattern(data.path) else splits.held_out_name(name)
+
+
+def _pattern(path: str) -> str:
+    """Returns the pattern of the files, also where only their folder is named."""
+    described = path and "*" not in path and (epath.Path(path) / RECORDS).is_file()
+    return str(epath.Path(path) / PATTERN) if described else path
 
 
 def _files(pattern: str, split: str) -> list[epath.Path]:

@@ -57,10 +57,11 @@ class Supervised(Method):
         if m.multi_label and (m.loss != "bce" or not m.classes):
             raise UserError("method.multi_label needs method.loss=bce and the number of method.classes")
         rows = config.batch_size // config.train.accumulate
-        if (m.mixup or m.cutmix) and (rows % (m.mix_group or rows) or (m.mix_group or rows) % 2):
+        mixes = m.mixup or m.cutmix
+        if mixes and (rows % (m.mix_group or rows) or (m.mix_group or rows) % 2):
             raise UserError(f"method.mix_group={m.mix_group}; expected an even number that divides the {rows} rows of "
                             "a batch (or of a micro-batch)")
-        if m.mix_group and config.data.repeats > 1 and -(-rows // config.data.repeats) < m.mix_group:
+        if mixes and m.mix_group and config.data.repeats > 1 and -(-rows // config.data.repeats) < m.mix_group:
             raise UserError(f"method.mix_group={m.mix_group} would mix a picture with its own repeats; "
                             f"use at most {rows // config.data.repeats // 2 * 2}")
 
@@ -68,7 +69,8 @@ class Supervised(Method):
     def fitted(config: ConfigDict, classes: tuple[str, ...]) -> ConfigDict:
         wanted, there = config.method.classes, len(classes)
         if there < 2:
-            raise UserError(f"method.name=supervised needs labels of at least two classes; the data has {there}")
+            raise UserError(f"method.name=supervised needs pictures with one label, of at least two classes; the data "
+                            f"has {there}. Pictures with several labels need method.multi_label=True")
         if wanted not in (0, there):
             raise UserError(f"method.classes={wanted}, but the data has {there} classes; leave it 0, or use other data")
         config = config.copy_and_resolve_references()

@@ -2,6 +2,8 @@
 
 import io
 import itertools
+import re
+import shutil
 
 import jax
 import numpy as np
@@ -111,15 +113,32 @@ def test_without_a_validation_split_there_is_nothing_to_validate(stored):
 
 @pytest.mark.parametrize(("one", "other", "shared"), [
     ("train", "train[90%:]", True), ("train[:90%]", "train[90%:]", False), ("train[:91%]", "train[90%:]", True),
-    ("train[:100]", "train[100:]", False), ("train[:101]", "train[100:]", True), ("train", "val", False),
-    ("train[:100]", "train[90%:]", False)])
-def test_slices_that_share_pictures_for_sure_are_known(one, other, shared):
+    ("train[:100]", "train[100:]", False), ("train[:101]", "train[100:]", True),
+    ("train[:100]", "train[90%:]", True)])
+def test_slices_of_a_split_that_may_share_pictures_are_known(one, other, shared):
     assert splits.overlap(splits.parse(one), splits.parse(other)) == shared
 
 
-def test_validation_on_pictures_that_are_trained_on_is_refused(stored):
-    with pytest.raises(UserError, match=r"val_split='train\[90%:\]' shares pictures"):
-        build(config(stored, val_split="train[90%:]"))
+@pytest.mark.parametrize(("fields", "with_what"), [
+    ({"val_split": "train[90%:]"}, "train_split='train'"), ({"val_split": "test"}, "eval_split='test'"),
+    ({"train_split": "train[:40]", "val_split": "train[90%:]"}, "train_split")])
+def test_choosing_on_pictures_that_are_trained_on_or_reported_on_is_refused(stored, fields, with_what):
+    with pytest.raises(UserError, match=f"val_split=.* shares pictures with data.{re.escape(with_what)}"):
+        build(config(stored, **fields))
+
+
+def test_in_data_without_splits_all_names_of_the_held_out_part_are_the_same_pictures(tmp_path):
+    np.savez(tmp_path / "all.npz", image=np.zeros((40, SIDE, SIDE, 3), np.uint8))
+    with pytest.raises(UserError, match="val_split='val' shares pictures with data.eval_split='test'"):
+        build(config("", source="npz", path=str(tmp_path / "all.npz"), val_split="val"))
+    for folder in ("train", "val", "test"):
+        (tmp_path / "own" / folder).mkdir(parents=True)
+        Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "own" / folder / "same.png")
+    own = config("", source="folder", path=str(tmp_path / "own"), val_split="val", batch=1)
+    assert (build(own).num_val, build(own).num_eval) == (1, 1)
+    shutil.rmtree(tmp_path / "own" / "val")
+    with pytest.raises(UserError, match="val_split='val' shares pictures"):
+        build(own)
 
 
 @KINDS
@@ -168,6 +187,17 @@ def test_without_repeats_each_row_is_a_draw_of_its_own():
     assert [pipeline.draw(position, 6, 2) for position in range(6, 12)] == [3, 4, 5, 3, 4, 5]
 
 
+def test_repeats_of_a_stream_lie_in_different_groups_that_are_mixed(stored):
+    fields = {"batch": 16, "readers": 4, "repeats": 2}
+    c = config(stored, **fields)
+    c.unlock().method = configs.default("supervised").method
+    c.method.update(mix_group=4, mixup=0.8)
+    with pytest.raises(UserError, match=r"mix_group=4 would mix .* reader's 4 rows show 2 pictures"):
+        build(c)
+    c.method.mix_group = 2
+    assert build(c).num_train == 60
+
+
 @KINDS
 def test_several_labels_become_a_row_of_zeros_and_ones(stored, name):
     inputs = build(config(stored, name, label_key="labels"), labels=())
@@ -180,6 +210,12 @@ def test_several_labels_become_a_row_of_zeros_and_ones(stored, name):
         assert batch["labels"].dtype == np.uint8
         assert (batch["label"] == -1).all()
     assert batches[-1]["valid"].sum() == 2  # padded
+
+
+@KINDS
+def test_pictures_of_several_labels_have_no_classes_for_who_wants_one(stored, name):
+    inputs = build(config(stored, name, label_key="labels"))
+    assert (inputs.classes, set(next(inputs.evaluate())["label"])) == ((), {-1})
 
 
 @KINDS
