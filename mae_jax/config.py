@@ -4,6 +4,7 @@ A recipe under configs/ starts from `default()` and states only what differs. Ev
 command line (`--config.optim.lr=1e-4`), so no default is a list or None: ml_collections cannot override those.
 """
 
+import copy
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -54,110 +55,113 @@ BELOW_ONE = ("optim.betas", "optim.ema", "optim.momentum", "model.drop_path")
 DURATIONS = ("train.duration", "optim.warmup", "checkpoint.every", "checkpoint.keep_every", "eval.every", "log.every")
 
 
-def default(method: str = "mae") -> ConfigDict:
-    """Returns the defaults of every field, with the own fields of `method` under `config.method`.
-
-    They are locked: a recipe that misspells a field fails with the nearest name.
-    """
-    return ConfigDict({
-        "seed": 0,
-        "batch_size": 256,  # images per step, over all devices
-        "init_from": "",  # start from the parameters of a workdir, a step folder in it, or an exported file
-        "data": {
-            "source": "photo_crops",
-            "path": "",  # folder, TFRecord pattern, npz file or TFDS data_dir; local or gs://
-            "name": "",  # TFDS name
-            "train_split": "train",
-            # Part of the training data that chooses checkpoints, as 'train[90%:]': train_split is then 'train[:90%]'.
-            "val_split": "",
-            "eval_split": "test",  # '' turns evaluation off
-            "image_size": (224, 224),  # height, width in pixels
-            "augment": "random",  # crop: none, fixed, random (MAE Table 1e), simple (DeiT III), single (BYOL)
-            "colour": "none",  # none, jitter (MAE Table 1e), three (3-Augment, DeiT III), rand (RandAugment)
-            "repeats": 1,  # views of each picture in a batch (repeated augmentation)
-            "crop_scale": (0.2, 1.0),  # share of the area, MAE A.1
-            "crop_ratio": (3 / 4, 4 / 3),
-            "flip": True,
-            "resize": "exact",  # exact: as PIL and torchvision do; fast: OpenCV, not antialiased (see the README)
-            "image_key": "image",  # TFRecord and npz field names
-            "label_key": "label",
-            "mask_key": "",  # of masks: the picture of classes in TFDS; for source folder, a folder of PNGs like path
-            "mask_offset": 0,  # taken from a mask's numbers; what is below it becomes 255, which is ignored
-            "readers": 16,  # logical readers of a TFRecord stream
-            "shuffle_mb": 1024,  # encoded bytes held for shuffling, over all readers
-            "threads": 0,  # host threads; 0: one per core
-            "prefetch": 2,  # batches ready ahead, on the host and on the device
-        },
-        "model": {
-            **vit("B", patch=16),
-            "mlp_ratio": 4,
-            "dtype": "auto",  # activations: bfloat16 on accelerators, float32 on CPU
-            "gelu": "erf",  # erf (exact) or tanh
-            "pool": "cls",  # features of heads, probes and k-NN: the class token, or mean of the patch tokens
-            "positions": "fixed",  # sine-cosine; learned: starts from these; random: learned from noise (DeiT)
-            "layer_scale": 0.0,  # first value of each branch's scale (LayerScale); 0: none
-            "drop_path": 0.0,  # highest rate of stochastic depth; 0: off
-            "drop_path_rates": "linear",  # from 0 to the highest over the blocks (timm), or constant (DeiT III)
-            "init": "xavier",  # as MAE; normal: as DeiT, standard deviation 0.02
-            "scan": False,  # one compiled layer instead of depth; checkpoints do not change
-            "remat": "none",  # none, full, dots
-        },
-        "method": {"name": method, **methods.get(method).defaults},
-        "optim": {
-            "name": "adamw",  # adamw, lamb, lars, sgd
-            "lr": 1.5e-4,  # per 256 images: the peak is lr · batch_size / 256
-            "min_lr": 0.0,
-            "warmup": "40 epochs",
-            "warmup_lr": 0.0,  # where the warm-up starts
-            "betas": (0.9, 0.95),
-            "eps": 1e-8,
-            "momentum": 0.9,  # of lars and sgd
-            "weight_decay": 0.05,
-            "layer_decay": 1.0,  # factor of the learning rate from each block to the one before it
-            "clip": 0.0,  # global norm; 0: off
-            "ema": 0.0,  # decay per step of averaged parameters, which evaluations then use; 0: off
-        },
-        "train": {
-            "duration": "800 epochs",
-            "accumulate": 1,  # gradient accumulation: micro-batches per step
-            "deterministic": False,  # GPUs: bit-identical runs, slower kernels
-            "compilation_cache": "auto",  # folder of compiled programs; auto: <workdir>/compiled; '': none
-        },
-        "mesh": {
-            "data": -1,  # devices that share the rows of a batch; -1: the rest, here and below
-            "fsdp": 1,  # devices that share rows, and hold a part of each parameter
-            "tensor": 1,  # devices that share heads and hidden units
-            "zero": "auto",  # on, off: parameters and optimiser cut over `data` too (ZeRO); auto: on, but for CPUs
-            "reduce": "float32",  # in which the gradients of kernels are summed over devices; or bfloat16
-        },
-        "checkpoint": {
-            "every": "20 epochs",
-            "keep_last": 3,
-            "keep_every": "",
-            "best": "",  # keep the best checkpoint by this metric of data.val_split, as 'top1'; '': none
-        },
-        "eval": {
-            "every": "20 epochs",
-            "max_examples": 100_000,  # read of the training split for probes, and of the evaluation split
-            "crop_ratio": (224 / 256,),  # share of the short side that the centre crop keeps; more: a curve
-            "sets": (),  # further test sets of TFDS for the last evaluation, as ('imagenet_v2',)
-            "knn_k": 20,
-            "knn_temperature": 0.07,  # of the vote, as in DINO
-            "pictures": 16,  # in the grids of reconstructions and of attention
-            "attention_block": -1,  # whose attention is drawn; -1: the last
-            "attention_query": "cls",  # who looks: the class token, or mean: all patches
-        },
-        "log": {"every": "50 steps", "tensorboard": True, "profile_steps": ""},  # profile_steps: '20:25'
-        "guard": {"max_nonfinite": 10, "max_bad_fraction": 0.1},
-    }).lock()
-
-
 def vit(size: str, patch: int) -> dict[str, Any]:
     """Returns the encoder's shape fields for a named size and a square patch of `patch` pixels."""
     if size not in SIZES:
         raise UserError(f"unknown model size {size!r}; {nearest(size, SIZES)}")
     width, depth, heads = SIZES[size]
     return {"width": width, "depth": depth, "heads": heads, "patch": (patch, patch)}
+
+
+DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the method has
+    "seed": 0,
+    "batch_size": 256,  # images per step, over all devices
+    "init_from": "",  # start from the parameters of a workdir, a step folder in it, or an exported file
+    "data": {
+        "source": "photo_crops",
+        "path": "",  # folder, TFRecord pattern, npz file or TFDS data_dir; local or gs://
+        "name": "",  # TFDS name; of a folder with one in data/sizes.py, whose number of pictures is checked
+        "train_split": "train",
+        # Part of the training data that chooses checkpoints, as 'train[90%:]': train_split is then 'train[:90%]'.
+        "val_split": "",
+        "eval_split": "test",  # '' turns evaluation off
+        "image_size": (224, 224),  # height, width in pixels
+        "augment": "random",  # crop: none, fixed, random (MAE Table 1e), simple (DeiT III), single (BYOL)
+        "colour": "none",  # none, jitter (MAE Table 1e), three (3-Augment, DeiT III), rand (RandAugment)
+        "repeats": 1,  # views of each picture in a batch (repeated augmentation)
+        "crop_scale": (0.2, 1.0),  # share of the area, MAE A.1
+        "crop_ratio": (3 / 4, 4 / 3),
+        "flip": True,
+        "resize": "exact",  # exact: as PIL and torchvision do; fast: OpenCV, not antialiased (see the README)
+        "image_key": "image",  # TFRecord and npz field names
+        "label_key": "label",
+        "mask_key": "",  # of masks: the picture of classes in TFDS; for source folder, a folder of PNGs like path
+        "mask_offset": 0,  # taken from a mask's numbers; what is below it becomes 255, which is ignored
+        "readers": 16,  # logical readers of a TFRecord stream
+        "shuffle_mb": 1024,  # encoded bytes held for shuffling, over all readers
+        "threads": 0,  # host threads; 0: one per core
+        "prefetch": 2,  # batches ready ahead, on the host and on the device
+    },
+    "model": {
+        **vit("B", patch=16),
+        "mlp_ratio": 4,
+        "dtype": "auto",  # activations: bfloat16 on accelerators, float32 on CPU
+        "gelu": "erf",  # erf (exact) or tanh
+        "pool": "cls",  # features of heads, probes and k-NN: the class token, or mean of the patch tokens
+        "positions": "fixed",  # sine-cosine; learned: starts from these; random: learned from noise (DeiT)
+        "layer_scale": 0.0,  # first value of each branch's scale (LayerScale); 0: none
+        "drop_path": 0.0,  # highest rate of stochastic depth; 0: off
+        "drop_path_rates": "linear",  # from 0 to the highest over the blocks (timm), or constant (DeiT III)
+        "init": "xavier",  # as MAE; normal: as DeiT, standard deviation 0.02
+        "scan": False,  # one compiled layer instead of depth; checkpoints do not change
+        "remat": "none",  # none, full, dots
+    },
+    "optim": {
+        "name": "adamw",  # adamw, lamb, lars, sgd
+        "lr": 1.5e-4,  # per 256 images: the peak is lr · batch_size / 256
+        "min_lr": 0.0,
+        "warmup": "40 epochs",
+        "warmup_lr": 0.0,  # where the warm-up starts
+        "betas": (0.9, 0.95),
+        "eps": 1e-8,
+        "momentum": 0.9,  # of lars and sgd
+        "weight_decay": 0.05,
+        "layer_decay": 1.0,  # factor of the learning rate from each block to the one before it
+        "clip": 0.0,  # global norm; 0: off
+        "ema": 0.0,  # decay per step of averaged parameters, which evaluations then use; 0: off
+    },
+    "train": {
+        "duration": "800 epochs",
+        "accumulate": 1,  # gradient accumulation: micro-batches per step
+        "deterministic": False,  # GPUs: bit-identical runs, slower kernels
+        "compilation_cache": "auto",  # folder of compiled programs; auto: <workdir>/compiled; '': none
+    },
+    "mesh": {
+        "data": -1,  # devices that share the rows of a batch; -1: the rest, here and below
+        "fsdp": 1,  # devices that share rows, and hold a part of each parameter
+        "tensor": 1,  # devices that share heads and hidden units
+        "zero": "auto",  # on, off: parameters and optimiser cut over `data` too (ZeRO); auto: on, but for CPUs
+        "reduce": "float32",  # in which the gradients of kernels are summed over devices; or bfloat16
+    },
+    "checkpoint": {
+        "every": "20 epochs",
+        "keep_last": 3,
+        "keep_every": "",
+        "best": "",  # keep the best checkpoint by this metric of data.val_split, as 'top1'; '': none
+    },
+    "eval": {
+        "every": "20 epochs",  # and at the ends; as long as train.duration, or longer: at the last step alone
+        "max_examples": 100_000,  # read of the training split for probes, and of the evaluation split
+        "crop_ratio": (224 / 256,),  # share of the short side that the centre crop keeps; more: a curve
+        "sets": (),  # further test sets of TFDS for the last evaluation, as ('imagenet_v2',)
+        "knn_k": 20,
+        "knn_temperature": 0.07,  # of the vote, as in DINO
+        "pictures": 16,  # in the grids of reconstructions and of attention
+        "attention_block": -1,  # whose attention is drawn; -1: the last
+        "attention_query": "cls",  # who looks: the class token, or mean: all patches
+    },
+    "log": {"every": "50 steps", "tensorboard": True, "profile_steps": ""},  # profile_steps: '20:25'
+    "guard": {"max_nonfinite": 10, "max_bad_fraction": 0.1},
+}
+
+
+def default(method: str = "mae") -> ConfigDict:
+    """Returns the defaults of every field, with the own fields of `method` under `config.method`.
+
+    They are locked: a recipe that misspells a field fails with the nearest name.
+    """
+    own = {"name": method, **methods.get(method).defaults}
+    return ConfigDict({**copy.deepcopy(DEFAULTS), "method": own}).lock()
 
 
 def runlocal(config: ConfigDict) -> None:
@@ -317,6 +321,8 @@ def _check_ranges(values: dict[str, Any]) -> None:
     ratios = values["eval.crop_ratio"]
     if values["data.crop_scale"][1] > 1 or not ratios or not all(0 < ratio <= 1 for ratio in ratios):
         raise UserError("data.crop_scale and eval.crop_ratio are shares of a picture: above 0, at most 1")
+    if values["optim.layer_decay"] > 1:
+        raise UserError(f"optim.layer_decay={values['optim.layer_decay']}; it must be at most 1")
     for key in BELOW_ONE:
         if np.max(values[key]) >= 1:
             raise UserError(f"{key}={values[key]}; it must be below 1")

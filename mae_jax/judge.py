@@ -63,8 +63,9 @@ class Judge:
         self.best = Best(run.workdir, config.checkpoint.best) if config.checkpoint.best else None
 
     def due(self, done: int) -> bool:
-        """Says whether the state of step `done` is to be evaluated."""
-        return self.every > 0 and (done % self.every == 0 or done == self.run.total)
+        """Says whether the state of step `done` is to be evaluated; the first one, where others come before the last.
+        """
+        return self.every > 0 and (done == self.run.total or (done % self.every == 0 and self.every < self.run.total))
 
     def missed(self, done: int) -> bool:
         """Says whether that evaluation was due and is not on record, on all processes alike."""
@@ -74,7 +75,8 @@ class Judge:
     def look(self, state: TrainState, done: int) -> None:
         """Evaluates, writes scalars and pictures, and prints one line; keeps the state if it is the best one."""
         began = time.monotonic()
-        figures = self.evaluator.scalars(state, self.part) | (self.evaluator.pixel_floor() if done == 0 else {})
+        figures = self.evaluator.scalars(state, self.part)
+        figures |= self.evaluator.pixel_floor(self.part) if done == 0 else {}
         if self.best:
             self.best.offer(done, state, figures)
         if done == self.run.total:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,11 +10,12 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax import cli
+from mae_jax.config import SIZES
 from mae_jax.errors import GuardError, UserError
 from mae_jax.suite_report import ALL, QUICK, Cell, Row, table, write
 
-QUICK_METRICS = ("linear/top1", "knn/top1")
-SHAPE = ("width", "depth", "heads", "patch", "mlp_ratio", "gelu", "positions", "layer_scale")  # what parameters fit
+QUICK_METRICS = ("linear/top1", "sgd/top1", "knn/top1")
+SHAPE = ("width", "depth", "heads", "patch", "mlp_ratio", "gelu", "layer_scale")  # what parameters fit
 DATA_GROUPS = ("data", "eval", "mesh", "log")  # of the recipe, when the encoder is looked at without training
 
 
@@ -28,11 +28,32 @@ class Recipe:
         self.module = _module(Path(file))
         self.stem = Path(file).stem
 
-    def config(self, *args: str) -> ConfigDict:
-        """Returns the config for more arguments, with the overrides; unlocked."""
-        config = self.module.get_config(self._joined(*args)).unlock()
+    def config(self, *args: str, encoder: ConfigDict | None = None) -> ConfigDict:
+        """Returns the config for more arguments, fitted to the shape of an encoder, with the overrides; unlocked.
+
+        Raises:
+          UserError: an argument is unknown, or names a size that is not the encoder's.
+        """
+        size = self._size(encoder) if encoder else ""
+        config = self.module.get_config(self._joined(size, *args)).unlock()
+        if encoder:
+            config.model.update({field: encoder.model[field] for field in SHAPE})
+            config.data.image_size = encoder.data.image_size
+            if encoder.model.positions != "fixed":
+                config.model.positions = "learned"
         config.update_from_flattened_dict(self.overrides)
         return config
+
+    def _size(self, encoder: ConfigDict) -> str:
+        """Returns the argument that names the encoder's size, '' where the recipe has none or it was given."""
+        known = getattr(self.module, "SIZES", ())
+        given = [name for name in self.arg.split(",") if name in known]
+        m = encoder.model
+        own = next((name for name, shape in SIZES.items() if shape == (m.width, m.depth, m.heads)), "")
+        if own in known and given and given != [own]:
+            raise UserError(f"the recipe's argument {','.join(given)} is for another size: the encoder's is {own}; "
+                            "leave it out")
+        return own if own in known and not given else ""
 
     def metric(self, *args: str) -> str:
         """Returns the metric that the recipe names, '' for none."""
@@ -62,8 +83,13 @@ def plan(recipe: Recipe, names: list[str], protocols: list[str], blocks: list[st
     for text in blocks:
         if text != ALL and not (text.replace(".", "", 1).isdecimal() and (float(text) == 0.5 or float(text) % 1 == 0)):
             raise UserError(f"--blocks: {text!r}; write whole numbers, 0.5 (the MLP of the last block) or all")
+    def numbers(name: str, protocol: str) -> list[str]:
+        """What freezes the encoder by itself is not run for each number of blocks."""
+        frozen = protocol == QUICK or recipe.config(name, protocol).method.get("train_blocks") == 0
+        return blocks if blocks and not frozen else [""]
+
     cells = [Cell(name, protocol, number) for name in names or [""] for protocol in protocols or [""]
-             for number in (blocks if blocks and protocol not in (QUICK, "linear") else [""])]
+             for number in numbers(name, protocol)]
     return [cell if cell.data else cell._replace(data=recipe.stem) for cell in cells]
 
 
@@ -95,9 +121,8 @@ class Suite:
         """Returns the config of a cell; raises UserError for what the recipe does not know."""
         name = "" if cell.data == self.recipe.stem else cell.data
         if cell.protocol == QUICK:
-            return self._quick_config(self.recipe.config(name))
-        config = self.recipe.config(name, cell.protocol, *args)
-        config.model.update({field: self.encoder.model[field] for field in SHAPE})
+            return self._quick_config(self.recipe.config(name, encoder=self.encoder))
+        config = self.recipe.config(name, cell.protocol, *args, encoder=self.encoder)
         config.init_from = self.source
         if cell.blocks:
             if "train_blocks" not in config.method:
@@ -152,7 +177,13 @@ class Suite:
         return code, [self._row(cell, folder, self._metric(cell), lr)] if code == cli.FINISHED else []
 
     def _best_lr(self, cell: Cell, folder: epath.Path) -> tuple[int, float]:
-        """Trains once per learning rate without the test data; returns an exit code and the best on data.val_split."""
+        """Trains once per learning rate without the test data; returns an exit code and the best on data.val_split.
+
+        A rate at which a guard stops the training is out.
+
+        Raises:
+          GuardError: they all are.
+        """
         from mae_jax import train
 
         config = self.config(cell)
@@ -161,10 +192,17 @@ class Suite:
         config.data.eval_split = ""
         scores = {}
         for lr in self.lrs:
-            code = train.train(with_lr(config, lr), str(folder / f"lr_{lr:g}"))
+            try:
+                code = train.train(with_lr(config, lr), str(folder / f"lr_{lr:g}"))
+            except GuardError as error:
+                print(f"{cell.folder}: lr {lr:g}: {cli.explain(error)[1]}", flush=True)
+                stopped = error
+                continue
             if code != cli.FINISHED:
                 return code, lr
             scores[lr] = measured(folder / f"lr_{lr:g}", self._metric(cell), "val")[1]
+        if not scores:
+            raise stopped
         print("  ".join(f"lr {lr:g}: {score:.4f}" for lr, score in scores.items()), flush=True)
         return cli.FINISHED, max(scores, key=scores.__getitem__)
 
@@ -184,22 +222,21 @@ def with_lr(config: ConfigDict, lr: float) -> ConfigDict:
 
 
 def look(config: ConfigDict, folder: epath.Path) -> None:
-    """Evaluates the encoder of `init_from` in a workdir as --mode=eval does, unless that is done."""
+    """Probes the encoder of `init_from` without training it, in a workdir of its own, unless that is done."""
     import jax
 
     from mae_jax import train, workdir
-    from mae_jax.judge import Judge
+    from mae_jax.evals.evaluate import Evaluator
     from mae_jax.metrics import Recorder
 
-    run = train.opened(config, str(folder))
+    run = train.opened(config, str(folder), trains=False)
     if (run.workdir / "DONE").exists():
         return
     with jax.set_mesh(run.program.mesh), train.compiled_programs(config, run.workdir):
         state = train.initial_state(run)
         workdir.record(run.workdir, config)
         recorder = Recorder(run.workdir, 0, config.log.tensorboard)
-        judge, began = Judge(run, recorder), time.monotonic()
-        judge.write(state, 0, judge.at_the_end(state, {}), began)
+        recorder.scalars(0, Evaluator(run.program.method, run.inputs, run.program.mesh).quick(state))
         recorder.close()
     workdir.replace_text(run.workdir / "DONE", "0\n")
 

@@ -45,20 +45,28 @@ class Run(NamedTuple):
         return max(1, steps(duration, self.config.batch_size, self.inputs.num_train)) if duration else 0
 
 
-def prepare(config: ConfigDict, folder: epath.Path) -> Run:
-    """Checks the config, opens the data and builds the method; raises UserError before anything is written."""
+def prepare(config: ConfigDict, folder: epath.Path, trains: bool = True) -> Run:
+    """Checks the config, opens the data and builds the method; raises UserError before anything is written.
+
+    Args:
+      config: the resolved config.
+      folder: the workdir.
+      trains: False where the encoder alone is looked at: data of any labels, or without what the loss needs, will do.
+    """
     from mae_jax import data
 
     validate(config)
     mesh = sharding.make_mesh(config)
     method = methods.get(config.method.name)(config)
-    inputs = data.build(config, method.batch_spec(), method.order(), sharding.local_rows(mesh, config.batch_size))
+    spec = method.batch_spec() if trains else methods.Method.batch_spec(method)
+    inputs = data.build(config, spec, method.order(), sharding.local_rows(mesh, config.batch_size))
     logger.info(inputs.description)
     total = steps(config.train.duration, config.batch_size, inputs.num_train)
     if total < 1:
         raise UserError(f"train.duration={config.train.duration!r} is less than one step: {inputs.num_train} examples, "
                         f"batch_size={config.batch_size}")
-    program = Program(type(method).fitted(config, inputs.classes), mesh, inputs.num_train)
+    fitted = type(method).fitted(config, inputs.classes) if trains else config
+    program = Program(fitted, mesh, inputs.num_train)
     return Run(config, folder, program, inputs, total)
 
 
@@ -150,12 +158,15 @@ def train(config: ConfigDict, folder: str) -> int:
             return resume(run, stopper)
 
 
-def opened(config: ConfigDict, folder: str) -> Run:
-    """Returns the run of a config in a workdir, after all checks that need no device; nothing is written."""
+def opened(config: ConfigDict, folder: str, trains: bool = True) -> Run:
+    """Returns the run of a config in a workdir, after all checks that need no device; nothing is written.
+
+    Args: as of `prepare`.
+    """
     path = workdir.locate(folder)
     jax.devices()
     phases.done("devices")
-    run = prepare(config, path)
+    run = prepare(config, path, trains)
     for change in workdir.changes(path, config):
         logger.info("changed since the run began: %s", change)
     phases.done("data")
@@ -333,10 +344,11 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
       config: the one it was made with, but for fields that a resumed run may change; None: the very one.
     """
     path = workdir.locate(folder)
-    stored = of_workdir(path)
-    if config is not None:
+    if config is None:
+        config = of_workdir(path)
+    else:
         workdir.compare(workdir.read_config(path), config)
-    run = prepare(config or stored, path)
+    run = prepare(config, path)
     if not run.config.data.eval_split:
         raise UserError("data.eval_split is '': there is nothing to evaluate on")
     checkpoints = Checkpoints(path, run.config.checkpoint.keep_last)

@@ -1,17 +1,18 @@
 r"""Fine-tunes or probes one encoder on many data sets, one after the other: one table, one plot.
 
   python -m mae_jax.transfer --config=configs/transfer.py --names=cifar10,dtd --from=runs/pretrained --to=runs/suite
-  python -m mae_jax.transfer --config=configs/transfer.py:L --names=cars --protocols=finetune,linear,quick \
+  python -m mae_jax.transfer --config=configs/transfer.py --names=cars --protocols=finetune,linear,quick \
       --from=vit_l.safetensors --to=runs/cars --config.train.duration='10000 steps'
   python -m mae_jax.transfer --config=configs/transfer.py --names=cifar10 --blocks=0,0.5,1,2,4,all \
       --from=runs/pretrained --to=runs/blocks
   python -m mae_jax.transfer --config=configs/quickstart.py --protocols=quick --from=runs/quickstart --to=runs/quick
 
 A cell is a data set, a protocol and a number of blocks. It is trained in its own workdir TO/<cell> as by mae_jax.main,
-from the encoder of --from, whose shape it takes; where the recipe depends on the size, say it in the argument
-(configs/transfer.py:L). The protocol `quick` does not train: it looks at the encoder as --mode=eval does, with k-NN and
-a linear probe. Any recipe will do: --names and --protocols, but for `quick`, are arguments that it knows; without them
-it is run as it is. Reported is what a recipe's own `metric(argument)` names, or else map or top1.
+from the encoder of --from, whose shape and image size it takes, and the values that a recipe has for that size; what
+--config.<field> says goes before. The protocol `quick` does not train: features are computed once for k-NN, logistic
+regression (linear), and a layer that SGD trains at the best of several learning rates (sgd). Any recipe will do:
+--names and --protocols, but for `quick`, are arguments that it knows; without them it is run as it is. Reported is what
+a recipe's own `metric(argument)` names, or else map or top1.
 
 The same command goes on, and does not repeat what is finished. A cell that is your mistake (data that are not
 prepared) is named under the table, and the others go on. Exit codes: as mae_jax.main; 2 where a cell was a mistake, 3

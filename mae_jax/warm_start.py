@@ -39,7 +39,7 @@ def load(config: ConfigDict, params: Any) -> dict[str, Any]:
     loaded = _read(config, theirs)
     if theirs is not None:
         _check_same_function(theirs, config)
-    loaded = _without_other_head(_with_positions(loaded, theirs, config, params), params)
+    loaded = _without_other_head(_with_positions(loaded, theirs, config, params), theirs, config, params)
     strange = [name for name in sorted(trees.flatten(loaded).keys() ^ trees.flatten(params).keys())
                if name.startswith("encoder/") and not OPTIONAL.fullmatch(name)]
     if strange:
@@ -68,12 +68,19 @@ def _check_same_function(theirs: ConfigDict, ours: ConfigDict) -> None:
                             f"{ours[group][name]}")
 
 
-def _without_other_head(loaded: dict[str, Any], params: Any) -> dict[str, Any]:
-    """Leaves out a head for another number of classes: the report names it among the new and the left over."""
+def _without_other_head(loaded: dict[str, Any], theirs: ConfigDict | None, config: ConfigDict,
+                        params: Any) -> dict[str, Any]:
+    """Leaves out a head that is not what ours is: the report names it among the new and the left over.
+
+    It is of another number of classes or another method, or ours learns behind a batch norm, which starts anew.
+    """
     old, new = (trees.flatten(tree).get("head/kernel") for tree in (loaded, params))
-    if old is None or new is None or old.shape == new.shape:
+    if old is None or new is None:
         return loaded
-    return {("head of other classes" if name == "head" else name): value for name, value in loaded.items()}
+    same_method = theirs is None or theirs.method.name == config.method.name
+    if old.shape == new.shape and same_method and config.method.get("head") != "probe":
+        return loaded
+    return {("another head" if name == "head" else name): value for name, value in loaded.items()}
 
 
 def _with_positions(loaded: dict[str, Any], theirs: ConfigDict | None, config: ConfigDict, params: Any) -> Any:

@@ -82,13 +82,13 @@ def test_an_evaluation_split_without_labels_has_no_probes(mesh):
     inputs.evaluate = lambda: iter([tiny_batch(config) | {"label": np.full(8, -1, np.int32)}])
     evaluator = Evaluator(tiny_method(config), inputs, mesh)
     assert evaluator.scalars(tiny_state(config)).keys() == {"eval/loss"}
-    assert evaluator.pixel_floor() == {}
+    assert evaluator.pixel_floor("eval") == {}
 
 
 def test_raw_pixels_are_probed_in_raster_order_as_the_floor(mesh):
     config = tiny_config()
     evaluator = Evaluator(tiny_method(config), Inputs(config), mesh)
-    values = evaluator.pixel_floor()
+    values = evaluator.pixel_floor("eval")
     batches = list(Inputs(config).evaluate())
     patches, order, labels, valid = (np.concatenate([batch[name] for batch in batches])
                                      for name in ("patches", "order", "label", "valid"))

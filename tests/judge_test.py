@@ -8,8 +8,11 @@ import pytest
 from etils import epath
 
 from mae_jax import train
+from mae_jax.checkpoint import load_params
 from mae_jax.errors import UserError
 from mae_jax.judge import Best
+from mae_jax.params import flatten
+from mae_jax.workdir import config_of
 from tests.tiny import tiny_supervised
 
 SPLITS = {"data.source": "photo_crops", "data.train_split": "train[:64]", "data.val_split": "train[3336:]",
@@ -55,6 +58,34 @@ def test_only_a_better_state_replaces_the_best_also_after_a_restart(tmp_path):
     again = Best(epath.Path(tmp_path), "top1")
     again.offer(5, {"x": jnp.full(3, 5)}, {"val/top1": 0.55})
     np.testing.assert_array_equal(again.checkpoints.restore({"x": jnp.zeros(3, jnp.int32)})["x"], [3, 3, 3])
+
+
+def test_what_is_no_number_is_never_the_best_and_another_metric_starts_anew(tmp_path):
+    best = Best(epath.Path(tmp_path), "top1")
+    best.offer(1, {"x": jnp.zeros(3)}, {"val/top1": float("nan")})
+    assert not best.file.exists()
+    best.offer(2, {"x": jnp.zeros(3)}, {"val/top1": 0.9})
+    best.offer(3, {"x": jnp.zeros(3)}, {"val/top1": float("nan")})
+    assert json.loads(best.file.read_text())["step"] == 2
+    other = Best(epath.Path(tmp_path), "loss")
+    other.offer(4, {"x": jnp.zeros(3)}, {"val/loss": 5.0})
+    assert json.loads(other.file.read_text()) == {"step": 4, "metric": "loss", "score": -5.0}
+
+
+def test_the_best_checkpoint_is_read_like_any_other(judged):
+    step = json.loads((judged / "best" / "score.json").read_text())["step"]
+    assert config_of(str(judged / "best")).method.name == "supervised"
+    best, same = (flatten(load_params(str(folder), ema=True))
+                  for folder in (judged / "best", judged / "best" / "checkpoints" / str(step)))
+    assert best.keys() == same.keys()
+    for name, leaf in best.items():
+        np.testing.assert_array_equal(leaf, same[name], err_msg=name)
+
+
+def test_a_run_that_is_evaluated_no_more_often_than_it_is_long_is_evaluated_at_its_end_alone(tmp_path):
+    fields = {"checkpoint.best": "", "data.val_split": "", "train.duration": "2 steps", "eval.every": "1e9 steps"}
+    assert train.train(tiny_supervised(SPLITS | fields), str(tmp_path)) == 0
+    assert [line["step"] for line in lines(tmp_path) if "eval/loss" in line] == [2]
 
 
 def test_a_figure_that_is_not_evaluated_cannot_choose(tmp_path):

@@ -98,13 +98,14 @@ def test_the_shape_is_known_from_an_export_and_from_one_step_but_not_from_a_fore
 
 def test_a_grid_has_all_numbers_of_blocks_where_they_mean_something(tmp_path, encoder):
     some = suite(tmp_path, encoder)
-    cells = plan(some.recipe, ["a", "b"], ["", "linear", "quick"], ["0", "0.5", "all"])
-    assert [cell.folder for cell in cells[:5]] == ["a_blocks_0", "a_blocks_0.5", "a_blocks_all", "a_linear", "a_quick"]
+    cells = plan(some.recipe, ["crops", "more"], ["", "linear", "quick"], ["0", "0.5", "all"])
+    assert [cell.folder for cell in cells[:5]] == ["crops_blocks_0", "crops_blocks_0.5", "crops_blocks_all",
+                                                   "crops_linear", "crops_quick"]
     assert len(cells) == 10
     assert plan(some.recipe, [], [], []) == [Cell("mine")]
     for wrong in ("some", "-1", "1.5", "nan", ""):
         with pytest.raises(UserError, match=r"--blocks: .*write whole numbers"):
-            plan(some.recipe, ["a"], [], [wrong])
+            plan(some.recipe, ["crops"], [], [wrong])
 
 
 @pytest.mark.usefixtures("_shared_compilations")
@@ -114,7 +115,7 @@ def test_a_suite_reports_every_cell_names_what_failed_and_skips_what_is_done(tmp
     assert some.run(cells) == 2
     out = capsys.readouterr().out
     found = {(row["data"], row["protocol"], row["metric"]): row for row in results(tmp_path)}
-    assert len(found) == 8
+    assert len(found) == 10
     for name, metric in (("crops", "top1"), ("more", "mean_per_class")):
         lines = [json.loads(line) for line in (tmp_path / "out" / name / "metrics.jsonl").read_text().splitlines()]
         assert found[name, "", metric]["value"] == lines[-1][f"eval/{metric}"]
@@ -145,7 +146,27 @@ def test_the_quick_protocol_measures_what_an_evaluation_of_the_encoder_measures(
     assert train.evaluate(str(folder)) == 0
     line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     found = {row["metric"]: row["value"] for row in results(tmp_path)}
+    assert found.pop("sgd/top1") > 1 / 17
     assert found == {name: line[f"eval/{name}"] for name in ("linear/top1", "knn/top1")}
+
+
+@pytest.mark.usefixtures("_shared_compilations")
+def test_the_quick_protocol_probes_a_classifier_and_a_segmenter_as_any_encoder(tmp_path, encoder):
+    found = {}
+    for method in ("mae", "supervised", "segment"):
+        config = encoder_config(str(encoder)).copy_and_resolve_references().unlock()
+        if method != "mae":
+            config.method = default(method).method
+        if method == "supervised":
+            config.method.update(classes=3, multi_label=True, loss="bce")  # of other data than those probed
+        stored = {"config": json.dumps(config.to_dict())}
+        file = tmp_path / f"{method}.safetensors"
+        save_params(file, load_params(encoder), stored)
+        (tmp_path / method).mkdir()
+        assert suite(tmp_path / method, file).run([Cell("crops", "quick")]) == 0
+        found[method] = {row["metric"]: row["value"] for row in results(tmp_path / method)}
+    assert found["mae"] == found["supervised"] == found["segment"]
+    assert set(found["mae"]) == {"linear/top1", "sgd/top1", "knn/top1"}
 
 
 @pytest.mark.usefixtures("_shared_compilations")
@@ -183,6 +204,28 @@ def test_a_learning_rate_is_chosen_without_the_test_data_and_then_trained_as_the
     assert row["lr"] == max(scores, key=scores.get)
     chosen = json.loads((tmp_path / "out" / "crops" / "config.json").read_text())["config"]
     assert (chosen["optim"]["lr"], chosen["data"]["val_split"]) == (row["lr"], "")
+
+
+@pytest.mark.usefixtures("_shared_compilations")
+def test_a_learning_rate_that_diverges_is_out_and_the_others_are_compared(tmp_path, encoder, capsys):
+    overrides = {"guard.max_nonfinite": 1}
+    assert suite(tmp_path, encoder, overrides, lrs=[1e30, 0.05]).run([Cell("crops")]) == 0
+    assert "crops: lr 1e+30: " in capsys.readouterr().out
+    assert [row["lr"] for row in results(tmp_path)] == [0.05]
+    (tmp_path / "none").mkdir()
+    assert suite(tmp_path / "none", encoder, overrides, lrs=[1e30]).run([Cell("crops")]) == 3
+
+
+def test_a_recipe_takes_the_values_of_the_encoders_size_and_the_command_line_has_the_last_word(tmp_path, encoder):
+    theirs = encoder_config(str(encoder)).copy_and_resolve_references().unlock()
+    theirs.model.update(width=1024, depth=24, heads=16, positions="learned")
+    transfer = Recipe("configs/transfer.py", {"data.image_size": (96, 96)})
+    config = transfer.config("dtd", encoder=theirs)
+    assert (config.optim.layer_decay, config.model.width, config.data.image_size) == (0.75, 1024, (96, 96))
+    config = Recipe("configs/transfer.py", {}).config("dtd", "linear", encoder=theirs)
+    assert (config.data.image_size, config.model.positions) == (theirs.data.image_size, "learned")
+    with pytest.raises(UserError, match="argument B is for another size: the encoder's is L"):
+        Recipe("configs/transfer.py:B", {}).config("dtd", encoder=theirs)
 
 
 def test_a_metric_that_was_not_measured_is_named_with_those_that_were(tmp_path):

@@ -13,7 +13,7 @@ from mae_jax.checkpoint import load_params
 from mae_jax.errors import GuardError, UserError
 from mae_jax.metrics import Recorder
 from mae_jax.params import flatten
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, tiny_supervised
 
 pytestmark = pytest.mark.usefixtures("_shared_compilations")  # most runs here have the same shapes
 
@@ -120,3 +120,11 @@ def test_a_workdir_of_many_devices_is_looked_at_on_one(tmp_path, capsys):
     assert train.evaluate(str(tmp_path)) == 0
     assert "evaluation at step 6" in capsys.readouterr().out
     assert replay.replay(str(tmp_path), -1) == 0
+
+
+def test_a_step_whose_pictures_were_mixed_is_replayed_picture_by_picture(tmp_path, capsys):
+    fields = {"method.mixup": 0.8, "method.mix_group": 4, "data.eval_split": "", "train.duration": "2 steps"}
+    data = {"data.source": "photo_crops", "data.train_split": "train[:64]", "method.classes": 17}
+    assert train.train(tiny_supervised(fields | data), str(tmp_path)) == 0
+    assert replay.replay(str(tmp_path), 1) == 0
+    assert "examples whose loss is not finite: none" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import pytest
 from etils import epath
 
 from mae_jax.config import validate
+from mae_jax.data import sizes
 from mae_jax.errors import UserError
 from mae_jax.suite import Recipe
 from tests.config_test import recipe
@@ -24,7 +25,7 @@ def tfds():
 
 
 def of_tfds():
-    return [name for name, row in DATA.items() if row.name]
+    return [name for name in DATA if recipe(FILE, name).data.source == "tfds"]
 
 
 @pytest.mark.parametrize("name", of_tfds())
@@ -66,14 +67,18 @@ def test_the_splits_of_the_table_are_those_that_tfds_makes(name, tfds, tmp_path)
 
 def test_every_data_set_that_is_not_in_tfds_is_a_folder_beside_it(monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", "/data")
-    assert {name for name, row in DATA.items() if not row.name} == {"aircraft", "inaturalist2019"}
+    assert DATA.keys() - set(of_tfds()) == {"aircraft", "inaturalist2019"}
     config = recipe(FILE, "aircraft")
-    assert (config.data.source, config.data.path, config.data.name) == ("folder", "/data/aircraft", "")
+    assert (config.data.source, config.data.path, config.data.name) == ("folder", "/data/aircraft", "aircraft")
     assert recipe(FILE, "aircraft,dtd").data.path == ""
 
 
 def test_the_sizes_and_metrics_are_those_of_the_papers_tables():
-    assert {name: row.examples for name, row in DATA.items()}.items() >= {
+    def size(row, expression):
+        counts = sizes.SIZES[row.name.split(":")[0]]
+        return sum(counts[split] for split in expression.split("+"))
+
+    assert {name: (size(row, row.train), size(row, row.test)) for name, row in DATA.items()}.items() >= {
         "aircraft": (6667, 3333), "caltech101": (102 * 30, 6084), "cars": (8144, 8041), "dtd": (3760, 1880),
         "flowers": (2040, 6149), "food101": (101 * 750, 101 * 250), "pets": (3680, 3669), "sun397": (19850, 19850),
         "voc2007": (5011, 4952)}.items()

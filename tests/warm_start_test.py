@@ -95,7 +95,7 @@ def test_a_head_of_other_classes_is_new_and_the_old_one_left_over(tmp_path):
     ours, report = started(source, tiny_supervised())
     assert ours["head/kernel"].shape == (32, 3)
     assert "new: 2 (head/bias, head/kernel)" in report
-    assert "left over: 2 (head of other classes/bias, head of other classes/kernel)" in report
+    assert "left over: 2 (another head/bias, another head/kernel)" in report
 
 
 def test_a_head_of_the_same_classes_goes_on(tmp_path):
@@ -103,6 +103,13 @@ def test_a_head_of_the_same_classes_goes_on(tmp_path):
     ours, report = started(source, tiny_supervised())
     np.testing.assert_array_equal(ours["head/kernel"], theirs["head"]["kernel"])
     assert report.endswith("new: none; left over: none")
+
+
+def test_the_head_of_a_probe_starts_anew_as_its_batch_norm_does(tmp_path):
+    source, theirs = written(tmp_path, tiny_supervised({"method.head": "probe"}))
+    ours, report = started(source, tiny_supervised({"method.head": "probe"}))
+    assert not np.array_equal(ours["head/kernel"], theirs["head"]["kernel"])
+    assert "new: 2 (head/bias, head/kernel)" in report
 
 
 @pytest.mark.parametrize(("theirs", "ours", "line"), [

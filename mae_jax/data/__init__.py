@@ -136,7 +136,7 @@ def _relabelled(batches: Iterator[Batch], classes: np.ndarray) -> Iterator[Batch
 
 
 def _describe(data: ConfigDict, train: int, validation: int, held_out: int, classes: int) -> str:
-    where = data.name or data.path
+    where = data.path if data.source == "folder" else data.name or data.path
     labels = f"{classes} classes" if classes else "no labels"
     chosen_by = f"{validation} in {data.val_split}, " if data.val_split else ""
     return (f"{data.source}{f' {where}' if where else ''}: {train} pictures in {data.train_split}, {chosen_by}"

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.data import splits
 from mae_jax.data.decode import decode_mask
+from mae_jax.data.sizes import check_size
 from mae_jax.data.sources import UNLABELLED, Example, Source
 from mae_jax.errors import UserError, nearest
 
@@ -37,6 +38,8 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
         classes = _classes(_list(base))
         start, stop = split.shares(*splits.part(split.name, splits.holds_out(data)))
     files = tuple(name for name in _list(base) if start <= splits.share(name) < stop)
+    if str(split) == split.name:
+        check_size(data.get("name", ""), split.name, len(files))
     return _source(base, files, classes, _masks(data, root, base, files), data.mask_offset)
 
 

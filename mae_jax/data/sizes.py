@@ -1,12 +1,14 @@
-"""How many examples the splits of well-known TFDS data sets hold, so that a copy prepared in part is noticed.
+"""How many examples the splits of well-known data sets hold, so that a copy prepared in part is noticed.
 
 The numbers are those of TFDS's catalogue; Caltech-101's split is the usual one of 30 training pictures per class. FGVC
-Aircraft and iNaturalist 2019 are no TFDS data sets.
+Aircraft and iNaturalist 2019 are no TFDS data sets: folders under these names (data.name), with the numbers of their
+authors.
 """
 
 from mae_jax.errors import UserError
 
 SIZES = {
+    "aircraft": {"train": 6667, "test": 3333},
     "caltech101": {"train": 3060, "test": 6084},
     "cars196": {"train": 8144, "test": 8041},
     "cifar10": {"train": 50_000, "test": 10_000},
@@ -17,6 +19,7 @@ SIZES = {
     "dtd": {"train": 1880, "validation": 1880, "test": 1880},
     "food101": {"train": 75_750, "validation": 25_250},
     "i_naturalist2018": {"train": 437_513, "validation": 24_426},
+    "inaturalist2019": {"train": 265_240, "validation": 3003},
     "imagenet2012": {"train": 1_281_167, "validation": 50_000},
     "imagenet_a": {"test": 7500},
     "imagenet_r": {"test": 30_000},
@@ -34,9 +37,9 @@ def check_size(name: str, split: str, size: int) -> None:
     """Raises UserError when a whole split of a data set in the table holds another number of examples.
 
     Args:
-      name: TFDS's, with the part after the slash where it has several.
+      name: TFDS's, with the part after the slash where it has several; of a folder, what data.name says.
     """
     expected = SIZES.get(name, {}).get(split, size)
     if size != expected:
-        raise UserError(f"the TFDS data set {name} holds {size} of the expected {expected} examples in {split!r}; "
-                        "prepare it again")
+        raise UserError(f"the data set {name} holds {size} of the expected {expected} examples in {split!r}; prepare "
+                        "it again")

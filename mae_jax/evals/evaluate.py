@@ -8,7 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from mae_jax.errors import UserError
 from mae_jax.evals import attention, classify, dense, knn, labelled, linear, reconstruct
+from mae_jax.evals.linear import Pair
 from mae_jax.evals.rows import Rows
 from mae_jax.methods import Method
 from mae_jax.methods.base import Batch, Metrics, pool
@@ -30,7 +32,7 @@ class Evaluator:
     def __init__(self, method: Method, inputs: Any, mesh: Mesh):
         self.method, self.inputs, self.mesh = method, inputs, mesh
         self.parts = {"eval": inputs.evaluate, "val": inputs.validate}
-        self.confusion: np.ndarray | None = None  # of the classification before
+        self.confusion: np.ndarray | None = None  # of the last figures of `scalars`
         self._batch = jax.jit(self._evaluate_batch, out_shardings=replicated(mesh))
         self._features = jax.jit(self._pooled, out_shardings=replicated(mesh))
 
@@ -53,19 +55,26 @@ class Evaluator:
         Where parameters are averaged, the figures are those of the average; classifiers then have '<part>/raw/...' of
         the last ones too.
         """
-        out = _named(part, self._scores(state.ema or state.params, state.extras, self.parts[part]))
-        if state.ema and hasattr(self.method, "logits"):
-            out |= _named(f"{part}/raw", self._scores(state.params, state.extras, self.parts[part]))
+        out: Figures = {}
+        for name, params in self._weights(state, part):
+            figures, confusion = self._scores(params, state.extras, self.parts[part])
+            self.confusion = self.confusion if out else confusion
+            out |= _named(name, figures)
         return out
 
-    def _scores(self, params: Any, extras: Any, source: Callable[[], Iterator[Any]], *args: Any) -> Figures:
+    def _weights(self, state: TrainState, part: str) -> list[tuple[str, Any]]:
+        """Returns what to call figures of a part → parameters that they are of, the main ones first."""
+        raw = [(f"{part}/raw", state.params)] if state.ema and hasattr(self.method, "logits") else []
+        return [(part, state.ema or state.params), *raw]
+
+    def _scores(self, params: Any, extras: Any, source: Callable[..., Iterator[Any]],
+                *args: Any) -> tuple[Figures, np.ndarray | None]:
         batches = self._batches(source, *args)
         if hasattr(self.method, "logits"):
-            figures, self.confusion = labelled.scores(self.method, params, extras, batches, self.mesh)
-            return figures
+            return labelled.scores(self.method, params, extras, batches, self.mesh)
         if hasattr(self.method, "pixel_logits"):
-            return dense.scores(self.method, params, extras, batches)
-        return self._frozen(params, extras, batches)
+            return dense.scores(self.method, params, extras, batches), None
+        return self._frozen(params, extras, batches), None
 
     def _frozen(self, params: Any, extras: Any, batches: Iterator[Batch]) -> Figures:
         """Returns the held-out loss, and where labels exist the top-1 of a linear probe and of k-NN, all in 0..1."""
@@ -74,42 +83,55 @@ class Evaluator:
             metrics, features = self._batch(params, extras, batch)
             means.add(jax.device_get(metrics))
             held.add(labelled_rows(batch), features, batch["label"])
-        out = means.take()
-        if not held.parts:
+        out, test = means.take(), _pair(held)
+        if not self._probed(test):
             return out
-        test = tuple(held.take())
-        return out | self._probes(self.features(params, extras), test, "top1") if self._probed(test) else out
+        return out | self._probes(self._pooled_pair(params, extras, self.inputs.support), test, "top1")
 
-    def _probed(self, test: tuple[np.ndarray, np.ndarray]) -> bool:
+    def quick(self, state: TrainState) -> Figures:
+        """Returns the probes of an encoder, whatever its method, on features of whole pictures that are computed once.
+
+        Besides those of every evaluation, 'eval/sgd/top1', a layer trained at the best of several learning rates.
+        """
+        params = state.ema or state.params
+        train, test = (self._pooled_pair(params, state.extras, source)
+                       for source in (self.inputs.support, self.inputs.evaluate))
+        if not self._probed(test):
+            raise UserError(f"data.eval_split={self.method.config.data.eval_split!r} has no labels of several classes: "
+                            "nothing to probe")
+        swept, _ = linear.sweep(train, test, len(self.inputs.classes), seed=self.method.config.seed)
+        return _named("eval", self._probes(train, test, "top1") | {"sgd/top1": swept})
+
+    def _probed(self, test: Pair) -> bool:
         """Says whether there is something to probe: classes, and held-out pictures that have one."""
         return len(self.inputs.classes) > 1 and len(test[1]) > 0
 
-    def _probes(self, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], name: str) -> Figures:
+    def _probes(self, train: Pair, test: Pair, name: str) -> Figures:
         classes, c = len(self.inputs.classes), self.method.config.eval
         return {f"linear/{name}": linear.top1(train, test, classes),
                 f"knn/{name}": knn.top1(train, test, classes, c.knn_k, c.knn_temperature)}
 
-    def features(self, params: Any, extras: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (features [n, D], labels [n]) of the training split under the evaluation's preprocessing."""
-        support = Rows(self.mesh)
-        for batch in self._batches(self.inputs.support):
-            support.add(labelled_rows(batch), self._features(params, extras, batch), batch["label"])
-        features, labels = support.take()
-        return features, labels
+    def _pooled_pair(self, params: Any, extras: Any, source: Callable[[], Iterator[Any]]) -> Pair:
+        """Returns (features [n, D], labels [n]) of the labelled pictures, under the evaluation's preprocessing."""
+        rows = Rows(self.mesh)
+        for batch in self._batches(source):
+            rows.add(labelled_rows(batch), self._features(params, extras, batch), batch["label"])
+        return _pair(rows)
 
     def closing(self, state: TrainState) -> Figures:
         """Returns what is measured once, at the end of a run: other crops, further test sets, attention's overlap."""
-        params, extras, config = state.ema or state.params, state.extras, self.method.config
+        extras, config = state.extras, self.method.config
         out: Figures = {}
         if not config.data.eval_split:
             return out
-        for ratio in config.eval.crop_ratio[1:]:
-            out |= _named(f"eval/crop_{ratio:g}", self._scores(params, extras, self.inputs.evaluate, ratio))
-        if hasattr(self.method, "logits"):
-            for name in config.eval.sets:
+        for part, params in self._weights(state, "eval"):
+            for ratio in config.eval.crop_ratio[1:]:
+                figures, _ = self._scores(params, extras, self.inputs.evaluate, ratio)
+                out |= _named(f"{part}/crop_{ratio:g}", figures)
+            for name in config.eval.sets if hasattr(self.method, "logits") else ():
                 batches = self._batches(self.inputs.extra, name)
                 top1 = labelled.among_present(self.method, params, extras, batches, self.mesh)
-                out[f"eval/{name.replace(':', '/')}/top1"] = top1
+                out[f"{part}/{name.replace(':', '/')}/top1"] = top1
         if hasattr(self.method, "pixel_logits"):
             chosen_on = self.inputs.validate if config.data.val_split else self.inputs.support
             choose, test = (self._batches(source) for source in (chosen_on, self.inputs.evaluate))
@@ -117,20 +139,20 @@ class Evaluator:
             out |= _named("eval", attention.iou(self.method, state, choose, test, e.attention_block, e.attention_query))
         return out
 
-    def pixel_floor(self) -> Figures:
+    def pixel_floor(self, part: str) -> Figures:
         """Returns the probes of raw pixels, which a learned feature must beat; {} where features are not probed."""
         large = np.prod(self.method.config.data.image_size) * 3 > PIXEL_LIMIT
         trained = hasattr(self.method, "logits") or hasattr(self.method, "pixel_logits")
-        if large or trained or not self.inputs.num_eval or len(self.inputs.classes) < 2:
+        if large or trained or len(self.inputs.classes) < 2:
             return {}
         sets = []
-        for source in (self.inputs.support, self.inputs.evaluate):
+        for source in (self.inputs.support, self.parts[part]):
             rows = Rows(self.mesh)
             for batch in self._batches(source):
                 rows.add(labelled_rows(batch), batch["patches"], batch["order"], batch["label"])
             patches, order, labels = rows.take()
             sets.append((self._raster(patches, order), labels))
-        return _named("eval", self._probes(*sets, "pixels_top1")) if self._probed(sets[1]) else {}
+        return _named(part, self._probes(*sets, "pixels_top1")) if self._probed(sets[1]) else {}
 
     def _raster(self, patches: np.ndarray, order: np.ndarray) -> np.ndarray:
         config = self.method.config
@@ -159,6 +181,12 @@ class Evaluator:
 
 def _named(part: str, figures: Figures) -> Figures:
     return {f"{part}/{name}": value for name, value in figures.items()}
+
+
+def _pair(rows: Rows) -> Pair:
+    """Returns (features [n, D], labels [n]) of rows; no labels where there are no rows."""
+    features, labels = rows.take() if rows.parts else (np.zeros((0, 0)), np.zeros(0, np.int32))
+    return features, labels
 
 
 def labelled_rows(batch: Batch) -> jax.Array:

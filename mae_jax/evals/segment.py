@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+CHUNK = 4096  # pixels of each picture that are counted at a time, so that the table of a class per pixel stays small
+
 
 def confusion(logits: jax.Array, mask: jax.Array, valid: jax.Array) -> jax.Array:
     """Counts pixels by true class (down) and predicted class (across); whole numbers, exact on any number of devices.
@@ -18,11 +20,22 @@ def confusion(logits: jax.Array, mask: jax.Array, valid: jax.Array) -> jax.Array
     Returns:
       int32 [C, C]. The sum over batches may need int64: `classify.add` takes it.
     """
-    classes = jnp.arange(logits.shape[-1])
-    truth = (mask[..., None] == classes) & (valid > 0)[:, None, None]
-    predicted = logits.argmax(-1)[..., None] == classes
-    # A product in float32, picture by picture, is exact below 2**24; a scatter-add would be slow on TPUs.
-    pictures = jnp.einsum("bmt,bmp->btp", truth.astype(jnp.float32), predicted.astype(jnp.float32))
+    (images, pixels), classes = mask.shape, logits.shape[-1]
+    truth = jnp.where((valid > 0)[:, None], mask.astype(jnp.int32), classes)
+    predicted = logits.argmax(-1)
+    chunk = min(CHUNK, pixels)
+
+    def count(pictures: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
+        # A chunk that would go past the end starts before it: what an earlier one has counted is left out.
+        begin = jnp.minimum(start, pixels - chunk)
+        new = begin + jnp.arange(chunk) >= start
+        labels, guesses = (jax.lax.dynamic_slice_in_dim(x, begin, chunk, 1) for x in (truth, predicted))
+        hot = jax.nn.one_hot(jnp.where(new, labels, classes), classes), jax.nn.one_hot(guesses, classes)
+        # A product in float32, picture by picture, is exact below 2**24; a scatter-add would be slow on TPUs.
+        return pictures + jnp.einsum("bmt,bmp->btp", *hot), None
+
+    start = jnp.zeros((images, classes, classes), jnp.float32)
+    pictures, _ = jax.lax.scan(count, start, jnp.arange(0, pixels, chunk))
     return pictures.astype(jnp.int32).sum(0)
 
 
