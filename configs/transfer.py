@@ -147,5 +147,5 @@ def held(config: ConfigDict) -> None:
     """Holds the part of the training data out that chooses, and leaves the test data alone."""
     row = next(row for row in DATA.values() if (row.name, row.train) == (config.data.name, config.data.train_split))
     config.data.train_split, config.data.val_split = row.held
-    config.data.eval_split = ""
+    config.eval.test = False
     config.eval.every = config.checkpoint.every

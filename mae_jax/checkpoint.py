@@ -226,6 +226,13 @@ def load_params(path: epath.PathLike, ema: bool = False, extras: bool = False) -
     raise UserError(f"no checkpoint in {path} could be read; see the warnings above")
 
 
+def newest(path: epath.PathLike) -> epath.Path:
+    """Returns the step folder that `load_params` would read from; the path itself, where that is a file or not there.
+    """
+    path = epath.Path(path)
+    return path if path.suffix == ".safetensors" else next(iter(_step_folders(path)), path)
+
+
 def save_params(path: epath.PathLike, params: PyTree, metadata: Mapping[str, str]) -> None:
     """Writes parameters to a *.safetensors file, under names such as 'encoder/block_00/attn/qkv/kernel'.
 

@@ -143,6 +143,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "every": "20 epochs",  # and at the ends; as long as train.duration, or longer: at the last step alone
         "max_examples": 100_000,  # read of the training split for probes, and of the evaluation split
         "crop_ratio": (224 / 256,),  # share of the short side that the centre crop keeps; more: a curve
+        "test": True,  # False: data.eval_split is held out, and not read
         "sets": (),  # further test sets of TFDS for the last evaluation, as ('imagenet_v2',)
         "knn_k": 20,
         "knn_temperature": 0.07,  # of the vote, as in DINO
@@ -274,8 +275,13 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
     return ConfigDict(tuples(values)).lock()
 
 
-def validate(config: ConfigDict) -> None:
-    """Raises UserError for the first field whose value cannot work, whatever the data."""
+def validate(config: ConfigDict, trains: bool = True) -> None:
+    """Raises UserError for the first field whose value cannot work, whatever the data.
+
+    Args:
+      config: the resolved config.
+      trains: False where the encoder alone is looked at: the method's own fields are not.
+    """
     values = flat(config)
     _check_ranges(values)
     grid(config)
@@ -297,7 +303,8 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"checkpoint.best={config.checkpoint.best!r} needs data.val_split and eval.every")
     if not -1 <= config.eval.attention_block < config.model.depth:
         raise UserError(f"eval.attention_block={config.eval.attention_block}; expected -1 to {config.model.depth - 1}")
-    methods.get(config.method.name).validate(config)
+    if trains:
+        methods.get(config.method.name).validate(config)
 
 
 def _check_ranges(values: dict[str, Any]) -> None:

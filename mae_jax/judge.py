@@ -35,7 +35,7 @@ class Best:
         names = [name.removeprefix("val/") for name in figures]
         if self.metric not in names:
             raise UserError(f"checkpoint.best={self.metric!r} is not evaluated; {nearest(self.metric, names)}")
-        score = figures[f"val/{self.metric}"] * (-1 if self.metric == "loss" else 1)
+        score = figures[f"val/{self.metric}"] * (-1 if self.metric.endswith("loss") else 1)
         if not score > self.score:  # nor where it is not a number
             return
         self.checkpoints.save(done, state)
@@ -58,7 +58,8 @@ class Judge:
         config = run.config
         self.run, self.recorder = run, recorder
         self.evaluator = Evaluator(run.program.method, run.inputs, run.program.mesh)
-        self.part = "val" if config.data.val_split else "eval" if config.data.eval_split else ""
+        self.reports = bool(config.data.eval_split) and config.eval.test
+        self.part = "val" if config.data.val_split else "eval" if self.reports else ""
         self.every = run.every("eval") if self.part else 0
         self.best = Best(run.workdir, config.checkpoint.best) if config.checkpoint.best else None
 
@@ -69,7 +70,7 @@ class Judge:
 
     def missed(self, done: int) -> bool:
         """Says whether that evaluation was due and is not on record, on all processes alike."""
-        part = "eval" if done == self.run.total and self.run.config.data.eval_split else self.part
+        part = "eval" if done == self.run.total and self.reports else self.part
         return self.due(done) and not distributed.first(self.recorder.has(done, f"{part}/loss"))
 
     def look(self, state: TrainState, done: int) -> None:
@@ -85,14 +86,13 @@ class Judge:
 
     def at_the_end(self, state: TrainState, known: Figures) -> Figures:
         """Returns the figures of the evaluation split: of the last state, `known` or not, and of the best one."""
-        if not self.run.config.data.eval_split:
+        if not self.reports:
             return {}
-        figures = (known or self.evaluator.scalars(state)) | self.evaluator.closing(state)
         best = self.best.checkpoints.restore(self.run.program.state) if self.best else None
-        if best is not None:
-            figures |= {name.replace("eval/", "eval/best/", 1): value
-                        for name, value in self.evaluator.scalars(best).items()}
-        return figures
+        of_best = {} if best is None else {name.replace("eval/", "eval/best/", 1): value
+                                           for name, value in self.evaluator.scalars(best).items()}
+        # The last state comes last: the table of confusions that is drawn is of its figures.
+        return (known or self.evaluator.scalars(state)) | self.evaluator.closing(state) | of_best
 
     def write(self, state: TrainState, done: int, figures: Figures, began: float) -> None:
         """Records figures and pictures of step `done`."""

@@ -66,7 +66,11 @@ class JsonLines:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Appends a line; names that the file held at this step when it was opened are left out."""
-        values = {name: value for name, value in values.items() if (step, name) not in self.seen}
+        new = {name: value for name, value in values.items() if (step, name) not in self.seen}
+        if len(new) < len(values):
+            logger.info("%s has %d of these figures of step %d already: they stay as they are", self.path,
+                        len(values) - len(new), step)
+        values = new
         if not values:
             return
         self.pending.append(json.dumps({"step": step, "time": round(time.time(), 3), **values}))

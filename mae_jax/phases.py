@@ -6,6 +6,12 @@ import time
 _marks = [("", time.monotonic())]  # a command imports this first
 
 
+def begin() -> None:
+    """Begins to count now, where a summary was the last that happened: a process may train several times."""
+    if len(_marks) == 1 and _marks[0][0]:
+        _marks[0] = ("", time.monotonic())
+
+
 def done(name: str) -> None:
     """Ends the phase that began where the one before ended."""
     _marks.append((name, time.monotonic()))

@@ -10,6 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax import cli
+from mae_jax import config as configs
 from mae_jax.config import SIZES
 from mae_jax.errors import GuardError, UserError
 from mae_jax.suite_report import ALL, QUICK, Cell, Row, table, write
@@ -35,7 +36,8 @@ class Recipe:
           UserError: an argument is unknown, or names a size that is not the encoder's.
         """
         size = self._size(encoder) if encoder else ""
-        config = self.module.get_config(self._joined(size, *args)).unlock()
+        arg = self._joined(size, *args)
+        config = (self.module.get_config(arg) if arg else self.module.get_config()).unlock()
         if encoder:
             config.model.update({field: encoder.model[field] for field in SHAPE})
             config.data.image_size = encoder.data.image_size
@@ -88,19 +90,17 @@ def plan(recipe: Recipe, names: list[str], protocols: list[str], blocks: list[st
         frozen = protocol == QUICK or recipe.config(name, protocol).method.get("train_blocks") == 0
         return blocks if blocks and not frozen else [""]
 
-    cells = [Cell(name, protocol, number) for name in names or [""] for protocol in protocols or [""]
+    names, protocols = (list(dict.fromkeys(given)) or [""] for given in (names, protocols))
+    cells = [Cell(name, protocol, number) for name in names for protocol in protocols
              for number in numbers(name, protocol)]
-    return [cell if cell.data else cell._replace(data=recipe.stem) for cell in cells]
+    return [cell if cell.data else cell._replace(data=recipe.stem) for cell in dict.fromkeys(cells)]
 
 
 def encoder_config(source: str) -> ConfigDict:
     """Returns the config of the run that made an encoder; raises UserError where it is not known."""
     from mae_jax import workdir
 
-    try:
-        config = workdir.config_of(source)
-    except ValueError as error:
-        raise UserError(f"{source} is damaged: {error}") from None
+    config = workdir.config_of(source)
     if config is None:
         raise UserError(f"{source} does not say what model it holds; give a workdir, a step's folder in it, or a file "
                         "that mae_jax.export wrote")
@@ -108,14 +108,28 @@ def encoder_config(source: str) -> ConfigDict:
 
 
 class Suite:
-    """All cells of one encoder under one folder."""
+    """All cells of one encoder under one folder.
+
+    The encoder is the newest step that a workdir has now: cells of a later one are refused, and want another folder.
+    """
 
     def __init__(self, recipe: Recipe, source: str, to: str, lrs: list[float]):
-        from mae_jax import workdir
+        from mae_jax import checkpoint, workdir
 
-        self.recipe, self.source, self.lrs = recipe, source, lrs
+        self.recipe, self.lrs = recipe, lrs
         self.encoder = encoder_config(source)
+        self.source = str(checkpoint.newest(workdir.locate(source)))
         self.to = workdir.locate(to)
+        if self.to.exists() and not self.to.is_dir():
+            raise UserError(f"--to={to} is a file; give the folder that the cells are to be under")
+
+    def check(self, cells: list[Cell]) -> None:
+        """Raises UserError for the first cell, or learning rate, that cannot run, whatever the data."""
+        for cell in cells:
+            config = self.config(cell)
+            configs.validate(config, trains=cell.protocol != QUICK)
+            for lr in self.lrs if cell.protocol != QUICK else ():
+                configs.validate(with_lr(config, lr))
 
     def config(self, cell: Cell, *args: str) -> ConfigDict:
         """Returns the config of a cell; raises UserError for what the recipe does not know."""
@@ -124,6 +138,8 @@ class Suite:
             return self._quick_config(self.recipe.config(name, encoder=self.encoder))
         config = self.recipe.config(name, cell.protocol, *args, encoder=self.encoder)
         config.init_from = self.source
+        if config.train.compilation_cache == "auto":  # shared: many cells run the same programs
+            config.train.compilation_cache = str(self.to / "compiled")
         if cell.blocks:
             if "train_blocks" not in config.method:
                 raise UserError(f"--blocks: method.name={config.method.name!r} fine-tunes all blocks or none")
@@ -136,6 +152,8 @@ class Suite:
         config = self.encoder.copy_and_resolve_references().unlock()
         config.update({group: recipe[group] for group in DATA_GROUPS})
         config.update(init_from=self.source, batch_size=recipe.batch_size)
+        config.update_from_flattened_dict({name: value for name, value in self.recipe.overrides.items()
+                                           if name == "seed" or name.startswith("model.")})
         config.data.val_split = config.checkpoint.best = ""
         config.train.update(duration="1 steps", accumulate=1)
         return config.lock()
@@ -146,7 +164,7 @@ class Suite:
         for cell in cells:
             try:
                 code, found = self.run_cell(cell)
-            except (UserError, GuardError) as error:
+            except (UserError, GuardError, OSError) as error:
                 code, line = cli.explain(error)
                 print(f"{cell.folder}: {line}", flush=True)
                 found = [Row(cell, "", None, None, None, str(error))]
@@ -189,7 +207,7 @@ class Suite:
         config = self.config(cell)
         if not config.data.val_split:
             config = self.config(cell, "held")
-        config.data.eval_split = ""
+        config.eval.test = False  # held out, where data without splits are divided, and not read
         scores = {}
         for lr in self.lrs:
             try:
@@ -231,7 +249,9 @@ def look(config: ConfigDict, folder: epath.Path) -> None:
 
     run = train.opened(config, str(folder), trains=False)
     if (run.workdir / "DONE").exists():
-        return
+        if workdir.read_config(folder).eval == config.eval:
+            return
+        folder.rmtree()  # measured otherwise, in seconds
     with jax.set_mesh(run.program.mesh), train.compiled_programs(config, run.workdir):
         state = train.initial_state(run)
         workdir.record(run.workdir, config)

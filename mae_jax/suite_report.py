@@ -126,4 +126,4 @@ def draw_curves(axes: Any, rows: list[Row], depth: int) -> None:
     axes.set_xticks(range(len(ticks)), [f"{tick:g}" for tick in ticks])
     axes.set_xlabel(f"blocks fine-tuned, of {depth}")
     axes.set_ylabel("%")
-    axes.legend(fontsize=8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, fontsize=8)

@@ -55,9 +55,11 @@ def prepare(config: ConfigDict, folder: epath.Path, trains: bool = True) -> Run:
     """
     from mae_jax import data
 
-    validate(config)
+    validate(config, trains)
     mesh = sharding.make_mesh(config)
     method = methods.get(config.method.name)(config)
+    if trains and method.learns_labels:
+        data.check_apart(config.data, "train_split", "eval_split")
     spec = method.batch_spec() if trains else methods.Method.batch_spec(method)
     inputs = data.build(config, spec, method.order(), sharding.local_rows(mesh, config.batch_size))
     logger.info(inputs.description)
@@ -148,6 +150,7 @@ class Log:
 
 def train(config: ConfigDict, folder: str) -> int:
     """Trains until `train.duration`, resuming what the workdir holds. Returns the exit code."""
+    phases.begin()
     with Stopper() as stopper:
         run = opened(config, folder)
         finished = distributed.first(workdir.finished(run.workdir))
@@ -349,8 +352,8 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
     else:
         workdir.compare(workdir.read_config(path), config)
     run = prepare(config, path)
-    if not run.config.data.eval_split:
-        raise UserError("data.eval_split is '': there is nothing to evaluate on")
+    if not run.config.data.eval_split or not run.config.eval.test:
+        raise UserError("data.eval_split is '', or eval.test is False: there is nothing to evaluate on")
     checkpoints = Checkpoints(path, run.config.checkpoint.keep_last)
     state = checkpoints.restore(run.program.state)
     if state is None:

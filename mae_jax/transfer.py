@@ -45,8 +45,7 @@ def main() -> int:
     recipe = Recipe(config_flags.get_config_filename(flag), config_flags.get_override_values(flag))
     suite = Suite(recipe, FROM.value, TO.value, rates(LRS.value))
     cells = plan(recipe, NAMES.value, PROTOCOLS.value, BLOCKS.value)
-    for cell in cells:
-        suite.config(cell)  # a misspelt argument stops all before anything runs
+    suite.check(cells)  # a misspelt argument stops all before anything runs
     with Stopper():  # also between two trainings a signal ends with its own code
         return suite.run(cells)
 

@@ -18,6 +18,7 @@ from mae_jax.errors import UserError
 # What a resumed run may change: it alters how a run is watched, placed or ended, never what was trained so far.
 MAY_CHANGE = ("train.duration", "mesh.*", "eval.*", "checkpoint.*", "log.*", "guard.*", "data.threads",
               "data.prefetch", "train.compilation_cache", "model.scan", "model.remat")
+MOST_HEADER = 100_000_000  # bytes of a safetensors file's header, by its specification
 PACKAGES = ("mae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
 
 
@@ -100,15 +101,25 @@ def of_checkpoint(path: epath.Path) -> epath.Path:
 
 
 def config_of(source: str) -> ConfigDict | None:
-    """Returns the config behind parameters: a workdir's, a step's folder's or an exported file's; None without one."""
+    """Returns the config behind parameters: a workdir's, a step's folder's or an exported file's; None without one.
+
+    Raises:
+      UserError: a file that cannot be read.
+    """
     path = locate(source)
     if path.suffix != ".safetensors":
         folder = of_checkpoint(path)
         return read_config(folder) if (folder / "config.json").exists() else None
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    text = header.get("__metadata__", {}).get("config")
-    return _completed(json.loads(text)) if text else None
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size) if size <= MOST_HEADER else b"")
+        text = header.get("__metadata__", {}).get("config")
+        return _completed(json.loads(text)) if text else None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{source} is no safetensors file, or damaged: {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {source}: {error.strerror or error}") from None
 
 
 def compare(old: ConfigDict, new: ConfigDict) -> list[str]:

@@ -67,6 +67,10 @@ def test_what_is_no_number_is_never_the_best_and_another_metric_starts_anew(tmp_
     best.offer(2, {"x": jnp.zeros(3)}, {"val/top1": 0.9})
     best.offer(3, {"x": jnp.zeros(3)}, {"val/top1": float("nan")})
     assert json.loads(best.file.read_text())["step"] == 2
+    raw = Best(epath.Path(tmp_path / "raw"), "raw/loss")
+    for step, loss in ((1, 3.0), (2, 2.0), (3, 2.5)):
+        raw.offer(step, {"x": jnp.zeros(3)}, {"val/raw/loss": loss})
+    assert json.loads(raw.file.read_text())["step"] == 2
     other = Best(epath.Path(tmp_path), "loss")
     other.offer(4, {"x": jnp.zeros(3)}, {"val/loss": 5.0})
     assert json.loads(other.file.read_text()) == {"step": 4, "metric": "loss", "score": -5.0}

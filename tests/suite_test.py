@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from io import BytesIO
 from pathlib import Path
@@ -73,7 +74,8 @@ def test_a_cell_takes_the_shape_of_the_encoder_and_the_overrides_of_the_command_
     some = suite(tmp_path, encoder, overrides={"optim.lr": 0.5, "train.duration": "9 steps"})
     config = some.config(Cell("more", "linear"))
     assert (config.model.width, config.model.depth, config.model.patch) == (32, 2, (4, 4))
-    assert (config.optim.lr, config.train.duration, config.init_from) == (0.5, "9 steps", str(encoder))
+    assert (config.optim.lr, config.train.duration) == (0.5, "9 steps")
+    assert config.init_from == str(encoder / "checkpoints" / "3")
     assert (config.data.train_split, config.method.train_blocks) == ("train[64:128]", 0)
     assert some.config(Cell("more", blocks="0.5")).method.train_blocks == 0.5
     assert some.config(Cell("more", blocks="all")).method.train_blocks == -1
@@ -103,6 +105,7 @@ def test_a_grid_has_all_numbers_of_blocks_where_they_mean_something(tmp_path, en
                                                    "crops_linear", "crops_quick"]
     assert len(cells) == 10
     assert plan(some.recipe, [], [], []) == [Cell("mine")]
+    assert plan(some.recipe, ["crops", "crops"], [], []) == [Cell("crops")]
     for wrong in ("some", "-1", "1.5", "nan", ""):
         with pytest.raises(UserError, match=r"--blocks: .*write whole numbers"):
             plan(some.recipe, ["crops"], [], [wrong])
@@ -226,6 +229,59 @@ def test_a_recipe_takes_the_values_of_the_encoders_size_and_the_command_line_has
     assert (config.data.image_size, config.model.positions) == (theirs.data.image_size, "learned")
     with pytest.raises(UserError, match="argument B is for another size: the encoder's is L"):
         Recipe("configs/transfer.py:B", {}).config("dtd", encoder=theirs)
+
+
+@pytest.mark.usefixtures("_shared_compilations")
+def test_another_state_of_the_encoder_or_another_evaluation_is_not_taken_for_what_was_measured(tmp_path, encoder):
+    copy = tmp_path / "copy"
+    shutil.copytree(encoder, copy)
+    assert suite(tmp_path, copy, {"eval.max_examples": 16}).run([Cell("crops", "quick")]) == 0
+    few = results(tmp_path)
+    assert suite(tmp_path, copy, {"eval.max_examples": 32}).run([Cell("crops", "quick")]) == 0
+    assert results(tmp_path) != few
+    shutil.copytree(copy / "checkpoints" / "3", copy / "checkpoints" / "4")
+    assert suite(tmp_path, copy, {"eval.max_examples": 32}).run([Cell("crops", "quick")]) == 2
+    assert "init_from" in results(tmp_path)[0]["problem"]
+
+
+@pytest.mark.usefixtures("_shared_compilations")
+def test_a_learning_rate_is_chosen_without_the_test_pictures_of_data_without_splits(tmp_path, encoder, monkeypatch):
+    pictures = np.random.default_rng(0).integers(0, 256, (120, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "all.npz", image=pictures, label=np.arange(120) % 3)
+    overrides = {"data.source": "npz", "data.path": str(tmp_path / "all.npz"), "data.train_split": "train[:80%]",
+                 "data.val_split": "train[80%:]", "data.eval_split": "test"}
+    seen = []
+    real = train.prepare
+
+    def prepare(*args):
+        run = real(*args)
+        seen.append([{int(i) for batch in part() for i in batch["id"][batch["valid"] > 0]}
+                     for part in (run.inputs.support, run.inputs.validate, run.inputs.evaluate)])
+        return run
+
+    monkeypatch.setattr(train, "prepare", prepare)
+    assert suite(tmp_path, encoder, overrides, lrs=[0.01, 0.05]).run([Cell("crops")]) == 0
+    assert len(seen) == 3
+    assert seen[0] == seen[1] == seen[2]
+    for lr in ("0.01", "0.05"):
+        assert "eval/" not in (tmp_path / "out" / "crops" / f"lr_{lr}" / "metrics.jsonl").read_text()
+
+
+def test_mistakes_in_any_cell_are_found_before_one_runs_and_a_lost_file_fails_its_cell_alone(tmp_path, encoder):
+    with pytest.raises(UserError, match=r"train_blocks=99; expected"):
+        suite(tmp_path, encoder).check([Cell("crops"), Cell("crops", blocks="99")])
+    with pytest.raises(UserError, match=r"optim\.lr=-1"):
+        suite(tmp_path, encoder, lrs=[0.1, -1.0]).check([Cell("crops")])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file; give the folder"):
+        Suite(Recipe(str(tmp_path / "mine.py"), {}), str(encoder), str(tmp_path / "file"), [])
+    done = tmp_path / "out" / "crops"
+    done.mkdir(parents=True)
+    some = suite(tmp_path, encoder)
+    (done / "DONE").write_text("4\n")
+    assert some.run([Cell("crops"), Cell("absent")]) == 2
+    assert [row["data"] for row in results(tmp_path)] == ["crops", "absent"]
+    assert "metrics.jsonl" in results(tmp_path)[0]["problem"]
 
 
 def test_a_metric_that_was_not_measured_is_named_with_those_that_were(tmp_path):

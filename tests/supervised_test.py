@@ -245,7 +245,7 @@ def test_what_cannot_work_is_refused_in_one_line(fields, line):
 def test_the_data_tells_the_number_of_classes():
     method = type(tiny_method(tiny_supervised()))
     assert method.fitted(tiny_supervised({"method.classes": 0}), ("a", "b")).method.classes == 2
-    with pytest.raises(UserError, match=r"at least two classes; the data has 1\. Pictures"):
+    with pytest.raises(UserError, match=r"at least two classes; the data has 1: a folder"):
         method.fitted(tiny_supervised({"method.classes": 0}), ("a",))
     with pytest.raises(UserError, match=r"method\.classes=3, but the data has 2"):
         method.fitted(tiny_supervised(), ("a", "b"))

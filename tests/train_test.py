@@ -122,6 +122,12 @@ def test_a_workdir_of_many_devices_is_looked_at_on_one(tmp_path, capsys):
     assert replay.replay(str(tmp_path), -1) == 0
 
 
+def test_a_classifier_is_not_reported_on_what_it_is_trained_on(tmp_path):
+    splits = {"data.source": "photo_crops", "data.train_split": "test[:64]", "data.eval_split": "test"}
+    with pytest.raises(UserError, match=r"data\.train_split='test\[:64\]' shares pictures with data\.eval_split"):
+        train.train(tiny_supervised(splits | {"method.classes": 17}), str(tmp_path))
+
+
 def test_a_step_whose_pictures_were_mixed_is_replayed_picture_by_picture(tmp_path, capsys):
     fields = {"method.mixup": 0.8, "method.mix_group": 4, "data.eval_split": "", "train.duration": "2 steps"}
     data = {"data.source": "photo_crops", "data.train_split": "train[:64]", "method.classes": 17}

@@ -95,7 +95,7 @@ def test_every_combination_of_arguments_is_a_valid_recipe(name, more):
     validate(config)
     row = DATA[name]
     if "held" in more:
-        assert (config.data.train_split, config.data.val_split, config.data.eval_split) == (*row.held, "")
+        assert (config.data.train_split, config.data.val_split, config.eval.test) == (*row.held, False)
     else:
         assert (config.data.train_split, config.data.val_split, config.data.eval_split) == (row.train, "", row.test)
     assert config.method.multi_label == (row.metric == "map")

@@ -112,6 +112,13 @@ def test_the_head_of_a_probe_starts_anew_as_its_batch_norm_does(tmp_path):
     assert "new: 2 (head/bias, head/kernel)" in report
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\x02\x00\x00\x00\x00\x00\x00\x00[]"])
+def test_a_file_that_is_no_safetensors_file_is_the_users_mistake(tmp_path, content):
+    (tmp_path / "from.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="is no safetensors file, or damaged"):
+        started(str(tmp_path / "from.safetensors"), tiny_supervised())
+
+
 @pytest.mark.parametrize(("theirs", "ours", "line"), [
     ({"model.heads": 4}, {}, r"trained with model\.heads=4, this config has 2"),
     ({"model.patch": (2, 8)}, {}, r"trained with model\.patch=\(2, 8\), this config has \(4, 4\)"),

@@ -74,9 +74,11 @@ def _open(config: ConfigDict, spec: dict[str, jax.ShapeDtypeStruct], order: Orde
     data = config.data
     source = sources.load(data, data.train_split)
     validation, held_out = (sources.load(data, split) if split else None for split in (data.val_split, data.eval_split))
-    _check_validation(data)
+    for key in ("train_split", "eval_split"):
+        check_apart(data, "val_split", key)
     for part in (source, validation, held_out):
         _check_fields(part, spec, data)
+        _check_classes(part, source, data)
     kinds = {sources.Source: pipeline, streams.Stream: streams}
     bad: deque[str] = deque(maxlen=BAD_NAMES)
     common = {"views": Views(config, order, spec), "config": config, "spec": spec, "rows": rows, "bad": bad}
@@ -105,16 +107,25 @@ def _open(config: ConfigDict, spec: dict[str, jax.ShapeDtypeStruct], order: Orde
         description=_describe(data, source.size, num_val, num_eval, len(source.classes)) + lost)
 
 
-def _check_validation(data: ConfigDict) -> None:
-    """Raises UserError when pictures that choose checkpoints would be trained on, or reported on."""
+def check_apart(data: ConfigDict, first: str, second: str) -> None:
+    """Raises UserError when two splits of the config, by the names of their fields, may share pictures."""
     from mae_jax.data import sources, splits
 
-    for key in ("train_split", "eval_split"):
-        others, choosing = (splits.parts(text) if text else [] for text in (data[key], data.val_split))
-        if any(sources.same_split(data, one.name, other.name) and splits.overlap(one, other)
-               for one in others for other in choosing):
-            raise UserError(f"data.val_split={data.val_split!r} shares pictures with data.{key}={data[key]!r}, or may; "
-                            "write for example 'train[90%:]' for the one, and 'train[:90%]' or 'test' for the other")
+    if data.source not in sources.MODULES:
+        return
+    some, others = (splits.parts(data[key]) if data[key] else [] for key in (first, second))
+    if any(sources.same_split(data, one.name, other.name) and splits.overlap(one, other)
+           for one in some for other in others):
+        raise UserError(f"data.{first}={data[first]!r} shares pictures with data.{second}={data[second]!r}, or may; "
+                        "write for example 'train[:90%]' to train on, 'train[90%:]' to choose by and 'test' to report")
+
+
+def _check_classes(part: Any, source: Any, data: ConfigDict) -> None:
+    """Raises UserError when a part has a class that the training data lack."""
+    unknown = sorted(set(part.classes) - set(source.classes)) if part and source.classes else []
+    if unknown:
+        raise UserError(f"data.source={data.source!r}: {len(unknown)} classes of the held-out pictures are none of "
+                        f"data.train_split={data.train_split!r}, such as {unknown[0]!r}")
 
 
 def _check_fields(part: Any, spec: dict[str, jax.ShapeDtypeStruct], data: ConfigDict) -> None:

@@ -119,8 +119,8 @@ def mean_ap(scores: np.ndarray, labels: np.ndarray, how: str = "all") -> float:
     return float(np.mean([average_precision(scores[:, c], labels[:, c], how) for c in occurs]))
 
 
-def confusion_picture(matrix: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """Draws a table of confusions [C, C], true classes down, as a uint8 picture [height, width, 3].
+def confusion_picture(matrix: np.ndarray, names: Sequence[str], part: str) -> np.ndarray:
+    """Draws a table of confusions [C, C] of a part of the data, true classes down, as uint8 [height, width, 3].
 
     A cell is as dark as its share of the row, and says it in percent where there is room.
     """
@@ -131,7 +131,7 @@ def confusion_picture(matrix: np.ndarray, names: Sequence[str]) -> np.ndarray:
     left, top, side = GAP + margin, 2 * LINE + margin, cell * len(names)
     canvas = Image.new("RGB", (max(left + side, 220) + GAP, top + side + GAP), "white")
     draw = ImageDraw.Draw(canvas)
-    draw.text((GAP, 2), "true class down, predicted across\n% of the true class's pictures", fill="black")
+    draw.text((GAP, 2), f"true class down, predicted across\n{part}: % of the true class's pictures", fill="black")
     tiles = np.rint(255 + shares[..., None] * (BLUE - 255)).astype(np.uint8)
     canvas.paste(Image.fromarray(tiles).resize((side, side), Image.Resampling.NEAREST), (left, top))
     for i, label in enumerate(labels):

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
+from PIL import Image, ImageDraw
 
 from mae_jax.evals import classify, segment
-from mae_jax.evals.reconstruct import paired, tile
+from mae_jax.evals.reconstruct import CAPTION, GAP, paired, tile
 from mae_jax.methods import Method
 from mae_jax.methods.base import Batch, Metrics
 from mae_jax.metrics import Means
@@ -20,6 +21,7 @@ from mae_jax.ops.segment import IGNORED
 from mae_jax.step import stream_key
 
 CREAM = (224, 224, 192)  # of pixels that count nowhere, as in the pictures of PASCAL VOC
+MOST_NAMED, KEY = 32, 44  # classes up to which their colours are listed; screen pixels for each
 CAPTIONS = ("input", "truth", "prediction") * 2
 
 
@@ -64,7 +66,21 @@ def pictures(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarr
     inputs = assemble(np.asarray(batch["patches"]), np.asarray(batch["order"]), method.grid, method.patch)
     colours = palette(method.config.method.classes)
     rows = list(zip(inputs, colours[truth], colours[predicted], strict=True))
-    return tile(paired(rows), CAPTIONS, f"{method.config.method.classes} classes of pixels")
+    count = method.config.method.classes
+    picture = tile(paired(rows), CAPTIONS, f"{count} classes of pixels")
+    return np.concatenate([picture, legend(colours[:count], picture.shape[1])]) if count <= MOST_NAMED else picture
+
+
+def legend(colours: np.ndarray, width: int) -> np.ndarray:
+    """Returns the numbers of classes beside their colours [C, 3], as a uint8 picture [height, width, 3]."""
+    across = max(1, (width - GAP) // KEY)
+    canvas = Image.new("RGB", (width, -(-len(colours) // across) * CAPTION + GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, colour in enumerate(colours):
+        x, y = GAP + number % across * KEY, number // across * CAPTION
+        draw.rectangle((x, y + 2, x + CAPTION - 6, y + CAPTION - 4), fill=tuple(map(int, colour)), outline="black")
+        draw.text((x + CAPTION, y + 2), str(number), fill="black")
+    return np.asarray(canvas)
 
 
 def palette(classes: int) -> np.ndarray:

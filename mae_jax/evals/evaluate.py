@@ -32,7 +32,7 @@ class Evaluator:
     def __init__(self, method: Method, inputs: Any, mesh: Mesh):
         self.method, self.inputs, self.mesh = method, inputs, mesh
         self.parts = {"eval": inputs.evaluate, "val": inputs.validate}
-        self.confusion: np.ndarray | None = None  # of the last figures of `scalars`
+        self.confusion: tuple[str, np.ndarray | None] = ("", None)  # part and table of the last figures of `scalars`
         self._batch = jax.jit(self._evaluate_batch, out_shardings=replicated(mesh))
         self._features = jax.jit(self._pooled, out_shardings=replicated(mesh))
 
@@ -58,7 +58,7 @@ class Evaluator:
         out: Figures = {}
         for name, params in self._weights(state, part):
             figures, confusion = self._scores(params, state.extras, self.parts[part])
-            self.confusion = self.confusion if out else confusion
+            self.confusion = self.confusion if out else (part, confusion)
             out |= _named(name, figures)
         return out
 
@@ -174,8 +174,9 @@ class Evaluator:
             yield "ratios", reconstruct.at_ratios(*about)
         if hasattr(method, "pixel_logits"):
             yield "segment", dense.pictures(*about)
-        if self.confusion is not None:
-            yield "confusion", classify.confusion_picture(self.confusion, self.inputs.classes)
+        shown, confusion = self.confusion
+        if confusion is not None:
+            yield "confusion", classify.confusion_picture(confusion, self.inputs.classes, shown)
         yield "attention", attention.picture(*about, config.eval.attention_block, config.eval.attention_query)
 
 

@@ -28,6 +28,7 @@ class Method:
     """Base of all methods; B images, N patches of P values each."""
 
     defaults: ClassVar[dict[str, Any]] = {}  # own config fields under config.method
+    learns_labels: bool = False  # what it is evaluated on must not be trained on
     sees_whole_batch: bool = False  # the loss has terms across images: accumulation is refused
     decayed: ClassVar[tuple[str, ...]] = ("kernel", "cls_token", "mask_token")  # weight decay, by last name of the path
 

@@ -25,6 +25,7 @@ class Segment(Method):
     DINOv2 has a batch norm (our choice: no statistics of other pictures are needed).
     """
 
+    learns_labels = True
     defaults = {
         "classes": 2,  # of the pixels, as numbers from 0; pixels of higher numbers are ignored
         "background": 0,  # the class around things, for how well attention covers them; -1: none

@@ -38,6 +38,7 @@ class Supervised(Method):
         "erase": 0.0,  # probability of random erasing
     }
     decayed = ("kernel",)
+    learns_labels = True
 
     @staticmethod
     def validate(config: ConfigDict) -> None:
@@ -69,8 +70,9 @@ class Supervised(Method):
     def fitted(config: ConfigDict, classes: tuple[str, ...]) -> ConfigDict:
         wanted, there = config.method.classes, len(classes)
         if there < 2:
-            raise UserError(f"method.name=supervised needs pictures with one label, of at least two classes; the data "
-                            f"has {there}. Pictures with several labels need method.multi_label=True")
+            raise UserError(f"method.name=supervised needs pictures with one label each, of at least two classes; the "
+                            f"data has {there}: a folder needs class sub-folders, and pictures with several labels "
+                            "need method.multi_label=True")
         if wanted not in (0, there):
             raise UserError(f"method.classes={wanted}, but the data has {there} classes; leave it 0, or use other data")
         config = config.copy_and_resolve_references()

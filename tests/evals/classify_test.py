@@ -163,7 +163,7 @@ def test_the_mean_is_over_the_classes_that_occur(how):
 def test_the_picture_of_confusions_is_dark_where_pictures_are(classes):
     matrix = np.eye(classes, dtype=np.int64) * 7
     matrix[-1] = 0  # a class that does not occur
-    picture = classify.confusion_picture(matrix, [f"class {i}" for i in range(classes)])
+    picture = classify.confusion_picture(matrix, [f"class {i}" for i in range(classes)], "val")
     assert picture.dtype == np.uint8
     assert picture.shape[2] == 3
     cell = 30 if classes <= 30 else 12

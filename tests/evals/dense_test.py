@@ -30,7 +30,9 @@ def test_pictures_show_input_truth_and_prediction():
     method, state, batch = tiny_method(config), tiny_state(config), tiny_segment_batch(config)
     batch["mask"][0] = 1
     picture = dense.pictures(method, state.params, {}, batch)
-    assert picture.shape == (2 * CAPTION + 4 * (128 + GAP) + GAP, 6 * (128 + GAP) + GAP, 3)
+    keys = CAPTION + GAP  # three classes take one line
+    assert picture.shape == (2 * CAPTION + 4 * (128 + GAP) + GAP + keys, 6 * (128 + GAP) + GAP, 3)
+    assert (picture[-keys + 6, GAP + 5 + dense.KEY] == dense.palette(3)[1]).all()
     truth = picture[2 * CAPTION : 2 * CAPTION + 128, 128 + 2 * GAP : 2 * (128 + GAP)]
     assert (truth == dense.palette(3)[1]).all()
 

@@ -81,6 +81,13 @@ def test_the_published_probe_separates_what_can_be_separated():
     assert linear.sweep(train, test, CLASSES)[0] == LogisticRegression().fit(*train).score(*test) == 1
 
 
+def test_where_classes_take_turns_the_held_out_fifth_has_all_of_them():
+    labels = np.arange(200) % 10
+    held = linear.every_fifth(200)
+    assert held.sum() == 40
+    assert set(labels[held]) == set(labels[~held]) == set(range(10))
+
+
 def test_the_published_probe_is_about_as_good_as_logistic_regression_on_classes_that_overlap():
     train, test = blobs(1000, seed=0), blobs(1000, seed=1)
     accuracy, lr = linear.sweep(train, test, CLASSES)
