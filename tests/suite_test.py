@@ -268,7 +268,7 @@ def test_a_learning_rate_is_chosen_without_the_test_pictures_of_data_without_spl
 
 
 def test_mistakes_in_any_cell_are_found_before_one_runs_and_a_lost_file_fails_its_cell_alone(tmp_path, encoder):
-    with pytest.raises(UserError, match=r"train_blocks=99; expected"):
+    with pytest.raises(UserError, match=r"train_blocks=99\.0; expected"):
         suite(tmp_path, encoder).check([Cell("crops"), Cell("crops", blocks="99")])
     with pytest.raises(UserError, match=r"optim\.lr=-1"):
         suite(tmp_path, encoder, lrs=[0.1, -1.0]).check([Cell("crops")])
@@ -325,6 +325,6 @@ def test_learning_rates_that_are_no_numbers_are_refused():
 
 def test_blocks_need_a_method_that_can_freeze(tmp_path, encoder):
     some = suite(tmp_path, encoder)
-    some.recipe.module.get_config = lambda arg: default("mae").lock()
+    some.recipe.module.get_config = lambda arg="": default("mae").lock()
     with pytest.raises(UserError, match=r"--blocks: method\.name='mae' fine-tunes all blocks or none"):
         some.config(Cell("mine", blocks="1"))

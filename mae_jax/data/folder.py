@@ -38,10 +38,10 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
         classes = _classes(_list(base))
         start, stop = split.shares(*splits.part(split.name, splits.holds_out(data)))
     files = tuple(name for name in _list(base) if start <= splits.share(name) < stop)
-    strange = next((name for name in files if classes and name.split("/")[0] not in classes), "")
-    if strange:
-        raise UserError(f"{base / strange} is of no class that the training pictures have: {', '.join(classes[:9])}"
-                        f"{', ...' if len(classes) > 9 else ''}")
+    strange = [name for name in files if classes and name.split("/")[0] not in classes]
+    if strange:  # no error: where nobody asks for labels, the folders may stand for anything
+        log.warning("%d of %d pictures of %r are in no class folder that the training pictures have, such as %s: they "
+                    "count as unlabelled", len(strange), len(files), str(split), base / strange[0])
     if str(split) == split.name:
         check_size(data.get("name", ""), split.name, len(files))
     return _source(base, files, classes, _masks(data, root, base, files), data.mask_offset)

@@ -57,9 +57,11 @@ def test_what_is_read_is_the_file(tmp_path):
         assert (decode(source.read(i).picture) == int(source.name(i)[:-4])).all()
 
 
-def test_class_labels_are_those_of_the_training_folder(tmp_path):
+def test_class_labels_are_those_of_the_training_folder_and_others_are_named(tmp_path, caplog):
     write(tmp_path, "train/b/a.png", "train/c/a.png", "test/a/a.png", "test/c/a.png")
     held_out = load(tmp_path, "test")
+    assert "1 of 2 pictures of 'test' are in no class folder" in caplog.text
+    assert "test/a/a.png" in caplog.text
     assert [held_out.read(i).label for i in range(2)] == [-1, 1]
 
 
