@@ -73,14 +73,21 @@ def merge(params: Any, loaded: Any) -> tuple[Any, str]:
 
     def pick(keys: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         name = path(keys)
-        if name not in theirs:
-            return leaf
-        value = np.asarray(theirs[name], leaf.dtype)
-        return jax.make_array_from_callback(value.shape, leaf.sharding, lambda index: value[index])
+        return _placed(theirs[name], leaf) if name in theirs else leaf
 
     report = f"taken: {_summary(taken)}; new: {_summary(ours.keys() - theirs.keys())}; " \
              f"left over: {_summary(theirs.keys() - ours.keys())}"
     return jax.tree_util.tree_map_with_path(pick, params), report
+
+
+def place(values: Any, like: Any) -> Any:
+    """Returns a tree of host arrays on the devices, each in the dtype and where the leaf of `like` is."""
+    return jax.tree.map(_placed, values, like)
+
+
+def _placed(value: Any, like: jax.Array) -> jax.Array:
+    value = np.asarray(value, like.dtype)
+    return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])
 
 
 def _summary(names: Any) -> str:

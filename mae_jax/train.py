@@ -81,10 +81,21 @@ def device_batches(run: Run, start: int) -> Iterator[Batch]:
             yield ready.popleft()
 
 
+def on_host(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yields whole global batches as NumPy arrays, the same ones on all processes."""
+    everywhere = sharding.replicated(run.program.mesh)
+    for batch in batches:
+        batch = sharding.to_devices(batch, run.program.mesh, run.config.batch_size)
+        yield jax.device_get(jax.device_put(batch, everywhere))
+
+
 def initial_state(run: Run) -> TrainState:
     """Makes the state before the first step, from `init_from` where it is given."""
     loaded = warm_start.load(run.config, run.program.state.params) if run.config.init_from else {}
     state = run.program.init(sharding.to_devices(next(run.inputs.train(0)), run.program.mesh, run.config.batch_size))
+    fitted = run.program.method.fit(state.extras, on_host(run, run.inputs.support()))
+    if fitted is not state.extras:
+        state = state._replace(extras=params.place(fitted, state.extras))
     if run.config.init_from:
         merged, report = params.merge(state.params, loaded)
         logger.info("init_from %s: %s", run.config.init_from, report)

@@ -20,8 +20,10 @@ EXAMPLES = 64  # of the training split that durations in epochs are counted with
 
 
 OWN = {  # method → its fields
+    "beit": {"masked": 6, "vocabulary": 24},
     "mae": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2},
     "segment": {"classes": 3},
+    "splitmask": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "vocabulary": 24},
     "supervised": {"classes": 3},
 }
 

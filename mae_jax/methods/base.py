@@ -1,5 +1,6 @@
 """What every method provides: pure functions over plain nested dicts, bound to a config."""
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import jax
@@ -81,6 +82,16 @@ class Method:
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
         """Returns initial float32 parameters and the extras (state that no gradient touches)."""
         raise NotImplementedError
+
+    def fit(self, extras: Extras, pictures: Iterable[dict[str, np.ndarray]]) -> Extras:
+        """Returns the extras with what is computed once, before the first step, from the training pictures.
+
+        Args:
+          extras: as `init` made them.
+          pictures: batches of the training split as evaluations see it, with their global rows, on the host; none is
+            read where nothing is computed.
+        """
+        return extras
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:

@@ -73,13 +73,18 @@ class Encoder(Blocks):
 
 
 class Decoder(Blocks):
-    """MAE's decoder (MAE section 3): fills mask tokens in from the encoded ones and predicts the hidden patches."""
+    """MAE's decoder (MAE section 3): fills mask tokens in from the encoded ones and predicts the hidden patches.
+
+    With `describes`, it also returns the mean of all its patches' outputs, behind the norm (SplitMask).
+    """
 
     grid: tuple[int, int] = (0, 0)
     outputs: int = 0
+    describes: bool = False
+    head_init: str = "xavier"
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, order: jax.Array, hidden: int) -> jax.Array:
+    def __call__(self, tokens: jax.Array, order: jax.Array, hidden: int) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Predicts the last `hidden` patches of the order.
 
         Args:
@@ -88,7 +93,7 @@ class Decoder(Blocks):
           hidden: how many rows, from the end, are predicted: the norm and the head run on these alone.
 
         Returns:
-          float32 [B, hidden, outputs].
+          float32 [B, hidden, outputs]; with `describes`, and float32 [B, width].
         """
         x = Dense(self.width, self.dtype, name="embed")(tokens)
         mask_token = self.param("mask_token", nn.initializers.normal(TOKEN_STD), (1, 1, self.width))
@@ -96,8 +101,11 @@ class Decoder(Blocks):
         masks = jnp.broadcast_to(mask_token, (x.shape[0], missing, self.width)).astype(x.dtype)
         positions = embed_positions(self.grid, self.width, order, self.dtype)
         x = jnp.concatenate([x, masks], 1) + jnp.pad(positions, ((0, 0), (1, 0), (0, 0)))
-        x = layer_norm(self.dtype, "norm")(self.run_blocks(x)[:, -hidden:])
-        return Dense(self.outputs, self.dtype, name="head")(x).astype(jnp.float32)
+        shown = order.shape[1] if self.describes else hidden
+        x = layer_norm(self.dtype, "norm")(self.run_blocks(x)[:, -shown:])
+        head = Dense(self.outputs, self.dtype, init=self.head_init, name="head")
+        predicted = head(x[:, -hidden:]).astype(jnp.float32)
+        return (predicted, x.mean(1, dtype=jnp.float32)) if self.describes else predicted
 
 
 def make_encoder(config: ConfigDict) -> Encoder:
@@ -113,8 +121,9 @@ def drop_path_rates(config: ConfigDict) -> np.ndarray:
     return np.linspace(0 if m.drop_path_rates == "linear" else m.drop_path, m.drop_path, m.depth)
 
 
-def make_decoder(config: ConfigDict, outputs: int) -> Decoder:
+def make_decoder(config: ConfigDict, outputs: int, describes: bool = False, head_init: str = "xavier") -> Decoder:
     """Builds the decoder that `config.method` describes, with `outputs` values per patch."""
     m, d = config.model, config.method
     return Decoder(d.decoder_width, d.decoder_depth, d.decoder_heads, m.mlp_ratio, m.gelu, activation_dtype(config),
-                   m.scan, m.remat, grid=grid(config), outputs=outputs)
+                   m.scan, m.remat, grid=grid(config), outputs=outputs, describes=describes,
+                   head_init=head_init)

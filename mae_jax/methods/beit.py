@@ -1,0 +1,91 @@
+"""BEiT-style masked prediction (Bao et al., 'BEiT', arXiv 2106.08254), with any target of patches.
+
+Differences from BEiT, ours: positions are absolute, its relative position bias is left out, and the tokens are those of
+a simple vocabulary of the training pictures (as in SplitMask's ablation) instead of those of a trained tokenizer.
+"""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_jax.data.orders import Order
+from mae_jax.errors import UserError, nearest
+from mae_jax.flops import blocks_flops
+from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params
+from mae_jax.methods.patch_targets import DEFAULTS, PatchTargets
+from mae_jax.models.heads import Head
+from mae_jax.models.layers import TOKEN_STD
+from mae_jax.models.vit import make_encoder
+from mae_jax.ops.patches import grid, normalize, patch_values
+
+MASKINGS = ("block", "random")
+
+
+class BEiT(Method):
+    """Encodes all tokens, masked ones as a learned token, and predicts the masked patches from their own tokens."""
+
+    defaults = {
+        **DEFAULTS,
+        "masked": 75,  # of 196 patches
+        "masking": "block",  # or random
+    }
+
+    @staticmethod
+    def validate(config: ConfigDict) -> None:
+        m, patches = config.method, int(np.prod(grid(config)))
+        PatchTargets.validate(config)
+        if m.masking not in MASKINGS:
+            raise UserError(f"method.masking={m.masking!r}; {nearest(m.masking, MASKINGS)}")
+        if not 0 < m.masked < patches:
+            raise UserError(f"method.masked={m.masked}; expected 1 to {patches - 1} of {patches} patches")
+
+    def __init__(self, config: ConfigDict):
+        super().__init__(config)
+        self.patches, self.masked = int(np.prod(grid(config))), config.method.masked
+        self.targets = PatchTargets(config)
+        self.encoder = make_encoder(config)
+        self.head = Head(self.targets.outputs, TOKEN_STD)
+
+    def order(self) -> Order:
+        return Order(self.config.method.masking, grid(self.config), self.masked)
+
+    def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
+        encoder_key, head_key = jax.random.split(key)
+        pixels, order = normalize(batch["patches"][:1, : -self.masked]), batch["order"][:1]
+        tokens, encoder = self.encoder.init_with_output(encoder_key, pixels, order, self.masked)
+        head = self.head.init(head_key, tokens.astype(jnp.float32))
+        return {"encoder": encoder["params"], "head": head["params"]}, self.targets.start()
+
+    def fit(self, extras: Extras, pictures: Iterable[dict[str, np.ndarray]]) -> Extras:
+        return self.targets.fit(extras, pictures)
+
+    def predict(self, params: Params, batch: Batch, keep: jax.Array | None = None) -> jax.Array:
+        """Returns float32 [B, M, outputs] for the masked patches, the last M of the order."""
+        pixels = normalize(batch["patches"][:, : -self.masked])
+        tokens = self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], self.masked, keep=keep)
+        return self.head.apply({"params": params["head"]}, tokens[:, -self.masked :].astype(jnp.float32))
+
+    def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
+             train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
+        """Mean loss over the masked patches (BEiT equation 2, with the targets of the config)."""
+        keep = self.kept_branches(key, len(batch["valid"])) if train else None
+        wanted = batch["patches"][:, -self.masked :]
+        losses, figures = self.targets.losses(self.predict(params, batch, keep), wanted, extras)
+        weight = batch["valid"].sum()
+        figures = {"loss": losses, **figures}
+        metrics = {name: ((value * batch["valid"]).sum(), weight) for name, value in figures.items()}
+        return metrics["loss"][0] / jnp.maximum(weight, 1), (metrics, extras)
+
+    def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1) -> jax.Array:
+        pixels = normalize(batch["patches"])
+        return self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], block=block)
+
+    def forward_flops(self) -> int:
+        m = self.config.model
+        embed = 2 * (self.patches - self.masked) * patch_values(self.config) * m.width
+        encoder = blocks_flops(1 + self.patches, m.width, m.depth, m.mlp_ratio)
+        head = 2 * self.masked * m.width * self.targets.outputs
+        return embed + encoder + head + self.targets.flops(self.masked)

@@ -1,0 +1,134 @@
+"""SplitMask (El-Nouby et al., 'Are Large-scale Datasets Necessary for Self-Supervised Pre-training?', 2112.10740)."""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_jax.data.orders import Order
+from mae_jax.errors import UserError
+from mae_jax.flops import blocks_flops
+from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params
+from mae_jax.methods.patch_targets import DEFAULTS, PatchTargets
+from mae_jax.models.vit import make_decoder, make_encoder
+from mae_jax.ops.contrast import info_nce
+from mae_jax.ops.patches import grid, normalize, patch_values
+
+
+class SplitMask(Method):
+    """Split: the order's two halves, encoded apart. Inpaint: each predicts the other. Match: they know each other.
+
+    With an odd number of patches, the last one of the order is in neither half, and both predict it.
+    """
+
+    defaults = {
+        **DEFAULTS,
+        "decoder_width": 768,  # as the encoder of ViT-B: the article does not say
+        "decoder_depth": 2,
+        "decoder_heads": 12,
+        "match_weight": 1.0,  # of the contrastive loss beside that of the patches; 0: off
+        "temperature": 0.1,  # of the contrastive loss, on cosines; the article's value is not known to us
+        "normalise": True,  # cosines of the descriptors; False: products
+    }
+    sees_whole_batch = True
+
+    @staticmethod
+    def validate(config: ConfigDict) -> None:
+        m = config.method
+        PatchTargets.validate(config)
+        for key in ("decoder_width", "decoder_depth", "decoder_heads"):
+            if m[key] < 1:
+                raise UserError(f"method.{key}={m[key]}; it must be at least 1")
+        if m.decoder_width % m.decoder_heads or m.decoder_width % 4:
+            raise UserError(f"method.decoder_width={m.decoder_width}; it must be a multiple of "
+                            f"method.decoder_heads={m.decoder_heads} and of 4")
+        if m.temperature <= 0 or m.match_weight < 0:
+            raise UserError(f"method.temperature={m.temperature} must be above 0, and method.match_weight="
+                            f"{m.match_weight} not negative")
+        if int(np.prod(grid(config))) < 2:
+            raise UserError("one patch cannot be split; use a larger data.image_size or a smaller model.patch")
+
+    def __init__(self, config: ConfigDict):
+        super().__init__(config)
+        self.patches = int(np.prod(grid(config)))
+        self.half = self.patches // 2
+        self.targets = PatchTargets(config)
+        self.encoder = make_encoder(config)
+        self.decoder = make_decoder(config, self.targets.outputs, describes=True, head_init=self.targets.head_init)
+
+    def order(self) -> Order:
+        return Order("random", grid(self.config), self.patches - self.half)
+
+    def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
+        encoder_key, decoder_key = jax.random.split(key)
+        pixels, order = normalize(batch["patches"][:1]), batch["order"][:1]
+        tokens, encoder = self.encoder.init_with_output(encoder_key, pixels[:, : self.half], order[:, : self.half])
+        decoder = self.decoder.init(decoder_key, tokens, order, self.patches - self.half)
+        return {"encoder": encoder["params"], "decoder": decoder["params"]}, self.targets.start()
+
+    def fit(self, extras: Extras, pictures: Iterable[dict[str, np.ndarray]]) -> Extras:
+        return self.targets.fit(extras, pictures)
+
+    def branches(self, values: jax.Array) -> jax.Array:
+        """Cuts [B, N, ...] into halves [2B, N // 2, ...]: rows 2b and 2b + 1 are the halves A and B of picture b."""
+        return values[:, : 2 * self.half].reshape(2 * len(values), self.half, *values.shape[2:])
+
+    def swapped(self, values: jax.Array) -> jax.Array:
+        """Returns [2B, N, ...]: values in the order A, B, rest for branch A, and B, A, rest for branch B."""
+        a, b, rest = jnp.split(values, (self.half, 2 * self.half), axis=1)
+        both = jnp.stack([jnp.concatenate([a, b, rest], 1), jnp.concatenate([b, a, rest], 1)], 1)
+        return both.reshape(2 * len(values), *values.shape[1:])
+
+    def predict(self, params: Params, batch: Batch, keep: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Returns what each half makes of the rest of its picture.
+
+        Args:
+          params: the parameters.
+          batch: patches and order.
+          keep: float32 [depth, 2, 2B] of stochastic depth; None: off.
+
+        Returns:
+          float32 [2B, N - N // 2, outputs], predictions in the order of `swapped`, and descriptors float32 [2B, D].
+        """
+        pixels = normalize(self.branches(batch["patches"]))
+        tokens = self.encoder.apply({"params": params["encoder"]}, pixels, self.branches(batch["order"]), keep=keep)
+        order = self.swapped(batch["order"])
+        return self.decoder.apply({"params": params["decoder"]}, tokens, order, self.patches - self.half)
+
+    def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
+             train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
+        """The loss of the unseen patches plus that of finding the other half among the batch (sections 3.2, 3.3)."""
+        m, images = self.config.method, len(batch["valid"])
+        keep = self.kept_branches(key, 2 * images) if train else None
+        predicted, described = self.predict(params, batch, keep)
+        wanted = self.swapped(batch["patches"])[:, self.half :]
+        inpaint, figures = self.targets.losses(predicted, wanted, extras)
+        per_picture = {"inpaint_loss": inpaint, **figures}
+        per_picture = {name: value.reshape(images, 2).mean(1) for name, value in per_picture.items()}
+        total = per_picture["inpaint_loss"]
+        if m.match_weight:
+            pairs = described.reshape(images, 2, -1)
+            match, found = info_nce(pairs, batch["valid"], m.temperature, m.normalise)
+            per_picture |= {"match_loss": match, "match_top1": found.astype(jnp.float32)}
+            total = total + m.match_weight * match
+        weight = batch["valid"].sum()
+        metrics = {name: ((value * batch["valid"]).sum(), weight)
+                   for name, value in {"loss": total, **per_picture}.items()}
+        return metrics["loss"][0] / jnp.maximum(weight, 1), (metrics, extras)
+
+    def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1) -> jax.Array:
+        pixels = normalize(batch["patches"])
+        return self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], block=block)
+
+    def forward_flops(self) -> int:
+        m, d = self.config.model, self.config.method
+        hidden = self.patches - self.half
+        embed = 2 * self.half * patch_values(self.config) * m.width
+        encoder = blocks_flops(1 + self.half, m.width, m.depth, m.mlp_ratio)
+        join = 2 * (1 + self.half) * m.width * d.decoder_width
+        decoder = blocks_flops(1 + self.patches, d.decoder_width, d.decoder_depth, m.mlp_ratio)
+        head = 2 * hidden * d.decoder_width * self.targets.outputs
+        match = 4 * self.config.batch_size * d.decoder_width * bool(d.match_weight)
+        return 2 * (embed + encoder + join + decoder + head + match) + self.targets.flops(2 * hidden)

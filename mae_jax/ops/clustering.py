@@ -1,0 +1,62 @@
+"""k-means, on the host that calls it; products run on its first device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ITERATIONS = 20  # as in the public recipe of a vocabulary of patches, CCViT
+CHUNK = 4096  # points that are compared with all centres at a time
+
+
+def kmeans(points: np.ndarray, clusters: int, rng: np.random.Generator, iterations: int = ITERATIONS) -> np.ndarray:
+    """Runs Lloyd's algorithm from random points.
+
+    A centre without points moves to the point that is farthest from its own centre; several, to several.
+
+    Args:
+      points: float32 [n, D], n at least `clusters`.
+      clusters: number of centres.
+      rng: draws the first centres.
+      iterations: at most; it ends when no point changes its centre.
+
+    Returns:
+      float32 [clusters, D].
+    """
+    centres = points[np.sort(rng.choice(len(points), clusters, replace=False))].astype(np.float32)
+    before = None
+    for _ in range(iterations):
+        nearest, distances = assign(points, centres)
+        if before is not None and np.array_equal(nearest, before):
+            break
+        before = nearest
+        counts = np.bincount(nearest, minlength=clusters)
+        centres = _sums(points, nearest, clusters) / np.maximum(counts, 1)[:, None]
+        empty = np.flatnonzero(counts == 0)
+        centres[empty] = points[np.argsort(-distances, kind="stable")[: len(empty)]]
+    return centres
+
+
+def assign(points: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each point's nearest centre, int32 [n], and the squared distance to it, float32 [n]."""
+    padded = np.concatenate([points, np.zeros((-len(points) % CHUNK, points.shape[1]), points.dtype)])
+    parts = [jax.device_get(_nearest(part, centres)) for part in padded.reshape(-1, CHUNK, points.shape[1])]
+    nearest, distances = (np.concatenate(column)[: len(points)] for column in zip(*parts, strict=True))
+    return nearest, distances
+
+
+@jax.jit
+def _nearest(points: jax.Array, centres: jax.Array) -> tuple[jax.Array, jax.Array]:
+    products = jnp.matmul(points, centres.T, precision="highest")
+    distances = jnp.square(centres).sum(1) - 2 * products
+    nearest = distances.argmin(1).astype(jnp.int32)
+    return nearest, jnp.maximum(distances.min(1) + jnp.square(points).sum(1), 0)
+
+
+def _sums(points: np.ndarray, nearest: np.ndarray, clusters: int) -> np.ndarray:
+    """Returns the sum of the points of each centre, float32 [clusters, D]."""
+    order = np.argsort(nearest, kind="stable")
+    starts = np.searchsorted(nearest[order], np.arange(clusters))
+    filled = np.flatnonzero(np.bincount(nearest, minlength=clusters))
+    sums = np.zeros((clusters, points.shape[1]), np.float32)
+    sums[filled] = np.add.reduceat(points[order], starts[filled], axis=0)
+    return sums

@@ -1,0 +1,98 @@
+"""Discrete tokens of patches: a vocabulary of V - 1 entries built from the training pictures, and token 0.
+
+Token 0 is that of constant patches (each channel has one value): no direction describes them, and the pictures of some
+data sets are full of them. SplitMask (arXiv 2112.10740) compares such simple vocabularies with the trained tokenizer of
+BEiT; how it prepares the patches is not known to us, so the preparations below are our choice.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mae_jax.errors import UserError, nearest
+from mae_jax.ops.clustering import kmeans
+from mae_jax.ops.patches import normalize
+
+KINDS = ("kmeans", "patches", "projection")
+LEAST_USED = 20  # the perplexity is at least V / 20: below, most patches share few tokens
+LEAST_PATCHES = 5  # sampled patches per entry: a larger vocabulary would know single patches by heart
+
+
+def constant(patches: jax.Array) -> jax.Array:
+    """Returns bool [...]: which uint8 patches [..., P], channel fastest, have one value in each channel."""
+    channels = patches.reshape(*patches.shape[:-1], -1, 3)
+    return (channels.max(-2) == channels.min(-2)).all(-1)
+
+
+def prepared(patches: jax.Array, kind: str) -> jax.Array:
+    """Returns what is compared with the vocabulary, float32 [..., P]: for projections, without each channel's mean.
+
+    Without that, nearly all patches would have the few tokens of directions near a plain colour.
+    """
+    pixels = normalize(patches)
+    if kind != "projection":
+        return pixels
+    channels = pixels.reshape(*pixels.shape[:-1], -1, 3)
+    return (channels - channels.mean(-2, keepdims=True)).reshape(pixels.shape)
+
+
+def build(patches: np.ndarray, kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Builds a vocabulary of `size` - 1 entries.
+
+    Args:
+      patches: uint8 [n, P], sampled from the training pictures.
+      kind: 'kmeans' (centres of clusters), 'patches' (random ones of the sample) or 'projection' (random directions).
+      size: V.
+      rng: draws entries, or the first centres.
+
+    Returns:
+      float32 [V - 1, P].
+
+    Raises:
+      UserError: the sample is too small for the size, or its patches share too few tokens.
+    """
+    varied = patches[~np.asarray(constant(patches))]
+    if len(varied) < LEAST_PATCHES * size:
+        raise UserError(f"method.vocabulary={size} is more than a fifth of the {len(varied)} sampled patches that are "
+                        f"not constant; use at most {len(varied) // LEAST_PATCHES}")
+    if kind == "projection":
+        entries = rng.normal(size=(size - 1, patches.shape[1])).astype(np.float32)
+    elif kind == "patches":
+        entries = np.asarray(prepared(rng.permutation(varied)[: size - 1], kind))
+    else:
+        entries = kmeans(np.asarray(prepared(varied, kind)), size - 1, rng)
+    chunks = np.array_split(varied, -(-len(varied) // 4096))
+    used = perplexity(np.concatenate([np.asarray(tokenize(chunk, entries, kind)) for chunk in chunks]))
+    if used < size / LEAST_USED:
+        raise UserError(f"method.target={kind!r}: {len(varied)} sampled patches use the method.vocabulary={size} as "
+                        f"{used:.1f} tokens would be used evenly (perplexity), less than a twentieth; use a smaller "
+                        "one")
+    return entries
+
+
+def tokenize(patches: jax.Array, vocabulary: jax.Array, kind: str) -> jax.Array:
+    """Returns the tokens int32 [...] of uint8 patches [..., P]: the nearest entry by cosine or (kmeans) by distance.
+
+    The article gives a patch the entry of the highest cosine; k-means means distances.
+    """
+    if kind == "kmeans":
+        directions, shift = vocabulary, -jnp.square(vocabulary).sum(1) / 2
+    else:
+        directions, shift = vocabulary / jnp.linalg.norm(vocabulary, axis=1, keepdims=True), 0.0
+    scores = jnp.matmul(prepared(patches, kind), directions.T, precision="highest") + shift
+    return jnp.where(constant(patches), 0, 1 + scores.argmax(-1)).astype(jnp.int32)
+
+
+def perplexity(tokens: np.ndarray) -> float:
+    """Returns how many tokens, used evenly, would be as uncertain: exp of the entropy of those that are not 0."""
+    shares = np.bincount(tokens[tokens > 0])
+    shares = shares[shares > 0] / max(shares.sum(), 1)
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def check(kind: str, size: int, kinds: tuple[str, ...]) -> None:
+    """Raises UserError for an unknown target, or a vocabulary that is none."""
+    if kind not in kinds:
+        raise UserError(f"method.target={kind!r}; {nearest(kind, kinds)}")
+    if size < 3:
+        raise UserError(f"method.vocabulary={size}; it must be at least 3")
