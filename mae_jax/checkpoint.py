@@ -205,10 +205,7 @@ def load_params(path: epath.PathLike, ema: bool = False, extras: bool = False) -
       extras: the extras too, under 'extras', where the checkpoint has them.
 
     Returns:
-      Nested dict of np.ndarray.
-
-    Raises:
-      UserError: nothing there, or damaged.
+      Nested dict of np.ndarray. Raises UserError where nothing is there, or what is there is damaged.
     """
     path = _absolute(path)
     if path.suffix == ".safetensors":
@@ -227,10 +224,9 @@ def load_params(path: epath.PathLike, ema: bool = False, extras: bool = False) -
 
 
 def newest(path: epath.PathLike) -> epath.Path:
-    """Returns the step folder that `load_params` would read from; the path itself, where that is a file or not there.
-    """
+    """Returns the step folder that `load_params` would read from; the path itself where there is none."""
     path = epath.Path(path)
-    return path if path.suffix == ".safetensors" else next(iter(_step_folders(path)), path)
+    return next(iter(_step_folders(path)), path) if path.is_dir() else path
 
 
 def save_params(path: epath.PathLike, params: PyTree, metadata: Mapping[str, str]) -> None:
