@@ -7,8 +7,8 @@ Every arm has the same pictures and 100 steps of 64 (all blocks and none also 30
 the same three values, with seed 0 on the validation part of the training split; two more seeds then train at that rate.
 A cell reads the validation part and the test split with its last weights; only cells at the chosen rate enter the
 tables. One JSON line per cell in bench/results/finetune.jsonl, the tables in bench/results/finetune.md. The probe (no
-block learns) has three rates of its own, a batch norm before its layer, fixed positions, and neither smoothing nor
-stochastic depth, as published.
+block learns) has three rates of its own (lines of a fourth, lower one were never chosen), a batch norm before its
+layer, fixed positions, and neither smoothing nor stochastic depth, as published.
 """
 
 import argparse

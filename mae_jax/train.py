@@ -81,10 +81,10 @@ def device_batches(run: Run, start: int) -> Iterator[Batch]:
             yield ready.popleft()
 
 
-def on_host(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Yields whole global batches as NumPy arrays, the same ones on all processes."""
+def pictures_on_host(run: Run) -> Iterator[Batch]:
+    """Yields the training split as evaluations see it, whole global batches of NumPy arrays, on all processes alike."""
     everywhere = sharding.replicated(run.program.mesh)
-    for batch in batches:
+    for batch in run.inputs.support():
         batch = sharding.to_devices(batch, run.program.mesh, run.config.batch_size)
         yield jax.device_get(jax.device_put(batch, everywhere))
 
@@ -93,7 +93,7 @@ def initial_state(run: Run) -> TrainState:
     """Makes the state before the first step, from `init_from` where it is given."""
     loaded = warm_start.load(run.config, run.program.state.params) if run.config.init_from else {}
     state = run.program.init(sharding.to_devices(next(run.inputs.train(0)), run.program.mesh, run.config.batch_size))
-    fitted = run.program.method.fit(state.extras, on_host(run, run.inputs.support()))
+    fitted = run.program.method.fit(state.extras, pictures_on_host(run))
     if fitted is not state.extras:
         state = state._replace(extras=params.place(fitted, state.extras))
     if run.config.init_from:

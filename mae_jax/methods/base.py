@@ -9,9 +9,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.data.orders import Order
+from mae_jax.errors import UserError
 from mae_jax.models.layers import drop_path
 from mae_jax.models.vit import drop_path_rates
-from mae_jax.ops.patches import grid, patch_values
+from mae_jax.ops.patches import grid, normalize, patch_values
 from mae_jax.params import path
 
 Batch = dict[str, jax.Array]
@@ -25,8 +26,18 @@ def pool(tokens: jax.Array, how: str) -> jax.Array:
     return tokens[:, 0].astype(jnp.float32) if how == "cls" else tokens[:, 1:].mean(1, dtype=jnp.float32)
 
 
+def check_decoder(m: ConfigDict) -> None:
+    """Raises UserError for a decoder of the group config.method that cannot be built."""
+    for key in ("decoder_width", "decoder_depth", "decoder_heads"):
+        if m[key] < 1:
+            raise UserError(f"method.{key}={m[key]}; it must be at least 1")
+    if m.decoder_width % m.decoder_heads or m.decoder_width % 4:
+        raise UserError(f"method.decoder_width={m.decoder_width}; it must be a multiple of "
+                        f"method.decoder_heads={m.decoder_heads} and of 4")
+
+
 class Method:
-    """Base of all methods; B images, N patches of P values each."""
+    """Base of all methods; B images, N patches of P values each. A method has its encoder as `self.encoder`."""
 
     defaults: ClassVar[dict[str, Any]] = {}  # own config fields under config.method
     learns_labels: bool = False  # what it is evaluated on must not be trained on
@@ -104,7 +115,8 @@ class Method:
 
     def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1) -> jax.Array:
         """Returns tokens [B, 1 + N, D] of whole, unmasked images, class token first, patches in the batch's order."""
-        raise NotImplementedError
+        pixels = normalize(batch["patches"])
+        return self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], block=block)
 
     def forward_flops(self) -> int:
         """Returns the FLOPs of one image's forward pass in training: matrix products, 2 per multiply-add."""

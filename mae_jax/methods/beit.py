@@ -79,10 +79,6 @@ class BEiT(Method):
         metrics = {name: ((value * batch["valid"]).sum(), weight) for name, value in figures.items()}
         return metrics["loss"][0] / jnp.maximum(weight, 1), (metrics, extras)
 
-    def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1) -> jax.Array:
-        pixels = normalize(batch["patches"])
-        return self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], block=block)
-
     def forward_flops(self) -> int:
         m = self.config.model
         embed = 2 * (self.patches - self.masked) * patch_values(self.config) * m.width

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from mae_jax.data.orders import Order
 from mae_jax.errors import UserError, nearest
 from mae_jax.flops import blocks_flops
-from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params
+from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_decoder
 from mae_jax.models.vit import make_decoder, make_encoder
 from mae_jax.ops import targets
 from mae_jax.ops.patches import grid, normalize, patch_values
@@ -42,12 +42,7 @@ class MAE(Method):
         for key, allowed in (("target", TARGETS), ("masking", MASKINGS)):
             if m[key] not in allowed:
                 raise UserError(f"method.{key}={m[key]!r}; {nearest(m[key], allowed)}")
-        for key in ("decoder_width", "decoder_depth", "decoder_heads"):
-            if m[key] < 1:
-                raise UserError(f"method.{key}={m[key]}; it must be at least 1")
-        if m.decoder_width % m.decoder_heads or m.decoder_width % 4:
-            raise UserError(f"method.decoder_width={m.decoder_width}; it must be a multiple of "
-                            f"method.decoder_heads={m.decoder_heads} and of 4")
+        check_decoder(m)
         if config.model.drop_path:
             raise UserError(f"model.drop_path={config.model.drop_path}; MAE pre-trains without stochastic depth (A.1)")
         height, width = grid(config)
@@ -115,10 +110,6 @@ class MAE(Method):
             metrics["mean_colour_loss"] = _mean_square(guess - wanted, valid)
         total, weight = metrics["loss"]
         return total / jnp.maximum(weight, 1), (metrics, extras)
-
-    def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1) -> jax.Array:
-        pixels = normalize(batch["patches"])
-        return self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], block=block)
 
     def forward_flops(self) -> int:
         m, d, values = self.config.model, self.config.method, patch_values(self.config)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from mae_jax.data.orders import Order
 from mae_jax.errors import UserError
 from mae_jax.flops import blocks_flops
-from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params
+from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_decoder
 from mae_jax.methods.patch_targets import DEFAULTS, PatchTargets
 from mae_jax.models.vit import make_decoder, make_encoder
 from mae_jax.ops.contrast import info_nce
@@ -38,12 +38,7 @@ class SplitMask(Method):
     def validate(config: ConfigDict) -> None:
         m = config.method
         PatchTargets.validate(config)
-        for key in ("decoder_width", "decoder_depth", "decoder_heads"):
-            if m[key] < 1:
-                raise UserError(f"method.{key}={m[key]}; it must be at least 1")
-        if m.decoder_width % m.decoder_heads or m.decoder_width % 4:
-            raise UserError(f"method.decoder_width={m.decoder_width}; it must be a multiple of "
-                            f"method.decoder_heads={m.decoder_heads} and of 4")
+        check_decoder(m)
         if m.temperature <= 0 or m.match_weight < 0:
             raise UserError(f"method.temperature={m.temperature} must be above 0, and method.match_weight="
                             f"{m.match_weight} not negative")
@@ -117,10 +112,6 @@ class SplitMask(Method):
         metrics = {name: ((value * batch["valid"]).sum(), weight)
                    for name, value in {"loss": total, **per_picture}.items()}
         return metrics["loss"][0] / jnp.maximum(weight, 1), (metrics, extras)
-
-    def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1) -> jax.Array:
-        pixels = normalize(batch["patches"])
-        return self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], block=block)
 
     def forward_flops(self) -> int:
         m, d = self.config.model, self.config.method
