@@ -67,7 +67,7 @@ def measure(config: Any, parts: list[str], seconds: float) -> Iterator[tuple[str
     from mae_jax import data, methods
 
     method = methods.get(config.method.name)(config)
-    inputs = data.build(config, method.batch_spec(), method.order())
+    inputs = data.build(config, method.eval_spec(), method.order(), views=method.views())
     if "input" in parts:
         batches = inputs.train(0)
         times = timed(lambda: next(batches), seconds)
@@ -95,9 +95,11 @@ class TimedStep:
         draws, spec = np.random.default_rng(0), program.batch
         host = {name: np.ones(s.shape, s.dtype) if name == "valid" else np.zeros(s.shape, s.dtype)
                 for name, s in spec.items()}
-        host["patches"] = draws.integers(0, 256, spec["patches"].shape, np.uint8)
-        host["order"] = draws.permuted(np.tile(np.arange(spec["order"].shape[1], dtype=np.int32),
-                                               (config.batch_size, 1)), axis=1)
+        for name, s in spec.items():
+            if name.endswith("patches"):
+                host[name] = draws.integers(0, 256, s.shape, np.uint8)
+            elif name.endswith("order"):
+                host[name] = draws.permuted(np.broadcast_to(np.arange(s.shape[-1], dtype=s.dtype), s.shape), axis=-1)
         self.batch = sharding.to_devices(host, self.mesh, config.batch_size)
         with jax.set_mesh(self.mesh):
             self.state = program.init(self.batch)

@@ -5,7 +5,6 @@ command line (`--config.optim.lr=1e-4`), so no default is a list or None: ml_col
 """
 
 import copy
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax import methods
+from mae_jax.durations import steps
 from mae_jax.errors import UserError, nearest
 from mae_jax.ops.patches import grid
 
@@ -86,6 +86,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "image_key": "image",  # TFRecord and npz field names
         "label_key": "label",
         "mask_key": "",  # of masks: the picture of classes in TFDS; for source folder, a folder of PNGs like path
+        "tokens": "",  # *.npz of token maps made beforehand, for method.target=tokens (see data/token_maps.py)
         "mask_offset": 0,  # taken from a mask's numbers; what is below it becomes 255, which is ignored
         "readers": 16,  # logical readers of a TFRecord stream
         "shuffle_mb": 1024,  # encoded bytes held for shuffling, over all readers
@@ -116,6 +117,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "eps": 1e-8,
         "momentum": 0.9,  # of lars and sgd
         "weight_decay": 0.05,
+        "final_weight_decay": -1.0,  # where half a cosine takes it, as in DINO; negative: it stays
         "layer_decay": 1.0,  # factor of the learning rate from each block to the one before it
         "clip": 0.0,  # global norm; 0: off
         "ema": 0.0,  # decay per step of averaged parameters, which evaluations then use; 0: off
@@ -156,6 +158,14 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
 }
 
 
+SMALL: dict[str, Any] = {  # what `runlocal` makes of methods' own fields
+    "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2,
+    "mix_group": 4,  # where each picture is there three times, the batch shows 6 of them
+    "vocabulary": 64, "masked": 24,
+    "out_dim": 64, "head_width": 32, "bottleneck": 16, "local_views": 2, "local_size": (16, 16),
+}
+
+
 def default(method: str = "mae") -> ConfigDict:
     """Returns the defaults of every field, with the own fields of `method` under `config.method`.
 
@@ -172,8 +182,7 @@ def runlocal(config: ConfigDict) -> None:
     config.data.update(source="photo_crops", path="", name="", train_split="train", val_split="", eval_split="test",
                        mask_key="", image_size=(8 * patch, 8 * patch))
     config.model.update(width=48, depth=2, heads=3, patch=(patch, patch))
-    # Groups of 4: where each picture is there three times, the batch shows 6 of them.
-    for name, value in {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "mix_group": 4}.items():
+    for name, value in SMALL.items():
         if name in config.method:
             config.method[name] = value
     config.train.duration = "2 steps"
@@ -227,22 +236,6 @@ def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
         raise UserError(f"mesh.reduce=bfloat16 with activations in {config.model.dtype} would round the parameters; "
                         "use model.dtype=bfloat16 or mesh.reduce=float32")
     return config
-
-
-def steps(duration: str, batch_size: int, examples: int) -> int:
-    """Converts a duration to steps: '800 epochs', '100 steps' or '5e6 examples'; '' gives 0.
-
-    Epochs are floor(examples · epochs / batch_size) steps.
-    """
-    if not duration:
-        return 0
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d{1,2})?)\s*(epochs?|steps?|examples?)\s*", duration)
-    if not match:
-        raise UserError(f"cannot read the duration {duration!r}; write '800 epochs', '100 steps' or '5e6 examples'")
-    amount, unit = float(match[1]), match[2].rstrip("s")
-    per_step = {"epoch": batch_size / max(examples, 1), "step": 1, "example": batch_size}[unit]
-    # The nudge keeps 3 · (1/3) from flooring to 0: a millionth of a step is no step.
-    return math.floor(amount / per_step + 1e-6)
 
 
 def profile_steps(config: ConfigDict) -> tuple[int, int]:

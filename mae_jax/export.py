@@ -38,8 +38,7 @@ def export(source: str, to: str, layout: str) -> int:
         raise UserError(f"--to={to}: the file's name must end in .safetensors")
     folder = workdir.locate(source)
     config = workdir.read_config(workdir.of_checkpoint(folder))
-    loaded = load_params(folder, ema=True, extras=True)  # what evaluations measured
-    tree = folded({name: part for name, part in loaded.items() if name != "extras"}, loaded.get("extras", {}))
+    tree = folded(*params.judged(load_params(folder, ema=True, extras=True)))
     if layout != "mae_jax":
         tree = {"hf": to_hf, "mae": to_mae, "timm": to_timm}[layout](tree, grid(config), config.model.patch)
     save_params(file, tree, {"format": "pt", "config": json.dumps(config.to_dict())})

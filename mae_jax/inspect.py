@@ -25,7 +25,8 @@ from mae_jax import cli
 from mae_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from mae_jax.data import Batch, Inputs, Order
+    from mae_jax.data import Batch, Inputs
+    from mae_jax.methods import Method
 
 CONFIG = cli.define_config()
 TO = flags.DEFINE_string("to", "", "picture of the grid (default: inspect.png); with --write, the folder to write; "
@@ -49,11 +50,11 @@ def main() -> int:
         raise UserError("--write needs --to=FOLDER")
     validate(config)
     method = methods.get(config.method.name)(config)
-    spec, order = method.batch_spec(), method.order()
+    order = method.order()
     if WRITE.value in ("tfrecord", "array_record"):
         report_broken(write_pictures(config, WRITE.value, epath.Path(TO.value), SIZE.value))
         return cli.FINISHED
-    inputs = data.build(config, spec, order)
+    inputs = data.build(config, method.eval_spec(), order, views=method.views())
     print(inputs.description, flush=True)  # reading every picture may take long
     if WRITE.value == "batches":
         from mae_jax.data.write import write_batches
@@ -64,7 +65,7 @@ def main() -> int:
     if config.data.source != "batches":
         report_broken(audit(config))
     print(speed(inputs))
-    save_grid(next(inputs.train(0)), order, tuple(config.model.patch), epath.Path(TO.value or "inspect.png"))
+    save_grid(next(inputs.train(0)), method, epath.Path(TO.value or "inspect.png"))
     print(f"peak host memory {peak_memory() / 2**20:.0f} MiB; the first pictures of the run, as the model sees them: "
           f"{TO.value or 'inspect.png'}")
     return cli.FINISHED
@@ -129,23 +130,36 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def save_grid(batch: "Batch", order: "Order", patch: tuple[int, int], path: epath.Path) -> None:
-    """Writes the first pictures of a batch as a PNG; where patches are hidden, each above what the encoder sees."""
+def save_grid(batch: "Batch", method: "Method", path: epath.Path) -> None:
+    """Writes the first pictures of a batch as a PNG, the views of each one below the other.
+
+    Where patches are hidden, the picture is above what the encoder sees of it.
+    """
     from mae_jax.ops.patches import assemble
 
-    few = {name: batch[name][:SIDE * SIDE] for name in ("patches", "order")}
-    pictures = [assemble(few["patches"], few["order"], order.grid, patch)]
-    if order.hidden:
-        seen = few["patches"].copy()
-        seen[:, -order.hidden:] = 127
-        pictures.append(assemble(seen, few["order"], order.grid, patch))
-    cells = [np.concatenate([np.pad(p[i], ((0, GAP), (0, GAP), (0, 0)), constant_values=255) for p in pictures])
-             for i in range(len(few["order"]))]
+    patch, shown = tuple(method.config.model.patch), []
+    for name, n, order in [(f"{v.name}/", n, v.order) for v in method.views() for n in range(len(v.colours))]:
+        patches, places = (batch[name + field][: SIDE * SIDE, n] for field in ("patches", "order"))
+        shown.append(assemble(patches, places, order.grid, patch))
+    if not shown:
+        patches, places, order = batch["patches"][: SIDE * SIDE], batch["order"][: SIDE * SIDE], method.order()
+        shown = [assemble(patches, places, order.grid, patch)]
+        if order.hidden:
+            seen = patches.copy()
+            seen[:, -order.hidden :] = 127
+            shown.append(assemble(seen, places, order.grid, patch))
+    width = max(pictures.shape[2] for pictures in shown)
+    cells = [np.concatenate([_framed(pictures[i], width) for pictures in shown]) for i in range(len(shown[0]))]
     cells += [np.full_like(cells[0], 255)] * (-len(cells) % SIDE)
     rows = [np.concatenate(cells[i:i + SIDE], axis=1) for i in range(0, len(cells), SIDE)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         Image.fromarray(np.concatenate(rows)).save(file, "PNG")
+
+
+def _framed(picture: np.ndarray, width: int) -> np.ndarray:
+    """Adds the gap below, and white on the right up to the width."""
+    return np.pad(picture, ((0, GAP), (0, width - picture.shape[1] + GAP), (0, 0)), constant_values=255)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from mae_jax.config import steps
+from mae_jax.durations import steps
 from mae_jax.methods import Method
 from mae_jax.methods.base import Params
 from mae_jax.params import path
@@ -81,47 +81,74 @@ def layer_rate(name: str, decay: float, depth: int) -> float:
     return decay ** (depth + 1 - layer)
 
 
-def make_optimizer(config: ConfigDict, method: Method) -> optax.GradientTransformation:
+def weight_decay(config: ConfigDict, examples: int) -> Schedule:
+    """Returns step → weight decay: constant, or half a cosine from weight_decay to final_weight_decay (DINO)."""
+    o = config.optim
+    if o.final_weight_decay < 0:
+        return lambda step: o.weight_decay
+    total = steps(config.train.duration, config.batch_size, examples)
+    return warmup_cosine(o.weight_decay, o.final_weight_decay, 0, total)
+
+
+def make_optimizer(config: ConfigDict, method: Method, examples: int = 0) -> optax.GradientTransformationExtraArgs:
     """Builds the optimiser of `config.optim` without its learning rate: the step multiplies updates by -schedule(step).
 
     The gradient is clipped first, by its global norm. Layer-wise decay comes last, since it is a factor of the learning
     rate: it multiplies decoupled weight decay too, and no trust ratio undoes it. Parameters that the method holds fixed
     have no state, and their update is zero.
+
+    Args:
+      config: the resolved config.
+      method: whose parameters these are.
+      examples: of the training split, which schedules count epochs with.
+
+    Returns:
+      A transformation whose update takes the step of the train state as `step`.
     """
     o = config.optim
     clip = [optax.clip_by_global_norm(o.clip)] if o.clip else []
     rules = {"adamw": _adamw, "lamb": _lamb, "lars": _lars, "sgd": _sgd}[o.name]
+    decay = weight_decay(config, examples)
     rates = [_layer_rates(o.layer_decay, config.model.depth)] if o.layer_decay != 1 else []
     decayed = partial(decay_mask, decayed=method.decayed)
-    return _only(method.learns, optax.chain(*clip, *rules(o, decayed), *rates))
+    return _only(method.learns, optax.chain(*clip, *rules(o, decay, decayed), *rates))
 
 
-def _adamw(o: ConfigDict, decayed: Mask) -> list[optax.GradientTransformation]:
+def _add_decay(decay: Schedule, decayed: Mask) -> optax.GradientTransformation:
+    """Adds weight decay to the updates of what decays, by the step of the train state."""
+    def update(updates: Params, state: Any, params: Params, *, step: jax.Array, **_: Any) -> tuple[Params, Any]:
+        rate = decay(step)
+        return jax.tree.map(lambda u, p: u + rate * p, updates, params), state
+
+    return optax.masked(optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update), decayed)
+
+
+def _adamw(o: ConfigDict, decay: Schedule, decayed: Mask) -> list[optax.GradientTransformation]:
     """AdamW as in PyTorch: decoupled weight decay is added before the multiplication by the learning rate."""
-    return [optax.scale_by_adam(*o.betas, eps=o.eps), optax.add_decayed_weights(o.weight_decay, decayed)]
+    return [optax.scale_by_adam(*o.betas, eps=o.eps), _add_decay(decay, decayed)]
 
 
-def _lamb(o: ConfigDict, decayed: Mask) -> list[optax.GradientTransformation]:
+def _lamb(o: ConfigDict, decay: Schedule, decayed: Mask) -> list[optax.GradientTransformation]:
     """LAMB (arXiv 1904.00962) as DeiT III trains with it: AdamW's update times |parameter| / |update|, per leaf.
 
     The ratio is 1 for what does not decay, as in NVIDIA's FusedLAMB and timm, and where either norm is 0. FusedLAMB
     also clips the gradient to the norm 1, where nothing says so: `optim.clip`.
     """
-    return [*_adamw(o, decayed), optax.masked(optax.scale_by_trust_ratio(), decayed)]
+    return [*_adamw(o, decay, decayed), optax.masked(optax.scale_by_trust_ratio(), decayed)]
 
 
-def _sgd(o: ConfigDict, decayed: Mask) -> list[optax.GradientTransformation]:
+def _sgd(o: ConfigDict, decay: Schedule, decayed: Mask) -> list[optax.GradientTransformation]:
     """SGD as in PyTorch: weight decay is added to the gradient, then momentum, not Nesterov's and not dampened."""
-    return [optax.add_decayed_weights(o.weight_decay, decayed), optax.trace(o.momentum)]
+    return [_add_decay(decay, decayed), optax.trace(o.momentum)]
 
 
-def _lars(o: ConfigDict, decayed: Mask) -> list[optax.GradientTransformation]:
+def _lars(o: ConfigDict, decay: Schedule, decayed: Mask) -> list[optax.GradientTransformation]:
     """LARS (arXiv 1708.03888) as MAE's linear probe has it: SGD whose decayed leaves are scaled before momentum.
 
     The factor, per leaf, is LARS_TRUST · |parameter| / |gradient with weight decay|; 1 where either norm is 0.
     """
-    decay, momentum = _sgd(o, decayed)
-    return [decay, optax.masked(optax.scale_by_trust_ratio(trust_coefficient=LARS_TRUST), decayed), momentum]
+    added, momentum = _sgd(o, decay, decayed)
+    return [added, optax.masked(optax.scale_by_trust_ratio(trust_coefficient=LARS_TRUST), decayed), momentum]
 
 
 def _layer_rates(decay: float, depth: int) -> optax.GradientTransformation:
@@ -132,15 +159,16 @@ def _layer_rates(decay: float, depth: int) -> optax.GradientTransformation:
     return optax.stateless(scale)
 
 
-def _only(learns: Callable[[str], bool], inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def _only(learns: Callable[[str], bool],
+          inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
     """Hides from `inner` the parameters that do not learn: they have no state, and their update is zero."""
     def hide(tree: Params) -> Params:
         return jax.tree_util.tree_map_with_path(
             lambda keys, leaf: leaf if learns(path(keys)) else optax.MaskedNode(), tree)
 
-    def update(grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
-        updates, state = inner.update(hide(grads), state, hide(params))
+    def update(grads: Params, state: Any, params: Params, **extra: Any) -> tuple[Params, Any]:
+        updates, state = inner.update(hide(grads), state, hide(params), **extra)
         shown = jax.tree.map(lambda g, u: jnp.zeros_like(g) if isinstance(u, optax.MaskedNode) else u, grads, updates)
         return shown, state
 
-    return optax.GradientTransformation(lambda params: inner.init(hide(params)), update)
+    return optax.GradientTransformationExtraArgs(lambda params: inner.init(hide(params)), update)

@@ -80,9 +80,23 @@ def merge(params: Any, loaded: Any) -> tuple[Any, str]:
     return jax.tree_util.tree_map_with_path(pick, params), report
 
 
+def judged(loaded: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits what a checkpoint held into parameters and extras: where a teacher is among these, its parameters.
+
+    Those are what evaluations measured (`Method.judged`).
+    """
+    extras = loaded.get("extras", {})
+    parameters = {name: part for name, part in loaded.items() if name != "extras"}
+    return parameters | extras.get("teacher", {}), extras
+
+
 def place(values: Any, like: Any) -> Any:
-    """Returns a tree of host arrays on the devices, each in the dtype and where the leaf of `like` is."""
-    return jax.tree.map(_placed, values, like)
+    """Returns a tree of host arrays on the devices, each in the dtype and where the leaf of `like` is.
+
+    What is on the devices already is copied.
+    """
+    return jax.tree.map(lambda value, like: value.copy() if isinstance(value, jax.Array) else _placed(value, like),
+                        values, like)
 
 
 def _placed(value: Any, like: jax.Array) -> jax.Array:

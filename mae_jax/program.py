@@ -28,11 +28,11 @@ class Program:
         jax.config.update("jax_threefry_partitionable", True)  # what is drawn must not depend on the mesh
         config = for_platform(config, mesh.devices.flat[0].platform)
         self.config, self.mesh = config, mesh
-        self.method = methods.get(config.method.name)(config)
+        self.method = methods.get(config.method.name)(config, examples)
         if config.train.accumulate > 1 and self.method.sees_whole_batch:
             raise UserError(f"train.accumulate={config.train.accumulate}: the loss of {config.method.name} has terms "
                             "across the whole batch, which micro-batches would change; use 1")
-        self.optimizer = optim.make_optimizer(config, self.method)
+        self.optimizer = optim.make_optimizer(config, self.method, examples)
         self.schedule = optim.make_schedule(config, examples)
         initial = partial(init_state, config, self.method, self.optimizer)
         spec = self.method.batch_spec()

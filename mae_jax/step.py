@@ -87,7 +87,7 @@ def make_train_step(config: ConfigDict, method: Method, optimizer: optax.Gradien
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"][0])
         lr = schedule(state.step)
-        updates, opt = optimizer.update(grads, state.opt, state.params)
+        updates, opt = optimizer.update(grads, state.opt, state.params, step=state.step)
         params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
         decay = config.optim.ema  # as a difference: 0.9999 and 0.0001 rounded apart would shrink the average by 1.7e-4
         ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params) if decay else {}

@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 from mae_jax import cli, distributed, methods, optim, params, phases, sharding, warm_start, workdir
 from mae_jax.checkpoint import Checkpoints
-from mae_jax.config import default, profile_steps, steps, validate
+from mae_jax.config import default, profile_steps, validate
+from mae_jax.durations import steps
 from mae_jax.errors import GuardError, UserError
 from mae_jax.flops import peak_flops, train_flops
 from mae_jax.judge import Judge
@@ -60,8 +61,9 @@ def prepare(config: ConfigDict, folder: epath.Path, trains: bool = True) -> Run:
     method = methods.get(config.method.name)(config)
     if trains and method.learns_labels:
         data.check_apart(config.data, "train_split", "eval_split")
-    spec = method.batch_spec() if trains else methods.Method.batch_spec(method)
-    inputs = data.build(config, spec, method.order(), sharding.local_rows(mesh, config.batch_size))
+    spec = method.eval_spec() if trains else methods.Method.eval_spec(method)
+    rows = sharding.local_rows(mesh, config.batch_size)
+    inputs = data.build(config, spec, method.order(), rows, method.views() if trains else ())
     logger.info(inputs.description)
     total = steps(config.train.duration, config.batch_size, inputs.num_train)
     if total < 1:
@@ -93,13 +95,13 @@ def initial_state(run: Run) -> TrainState:
     """Makes the state before the first step, from `init_from` where it is given."""
     loaded = warm_start.load(run.config, run.program.state.params) if run.config.init_from else {}
     state = run.program.init(sharding.to_devices(next(run.inputs.train(0)), run.program.mesh, run.config.batch_size))
-    fitted = run.program.method.fit(state.extras, pictures_on_host(run))
-    if fitted is not state.extras:
-        state = state._replace(extras=params.place(fitted, state.extras))
     if run.config.init_from:
         merged, report = params.merge(state.params, loaded)
         logger.info("init_from %s: %s", run.config.init_from, report)
         state = state._replace(params=merged, ema=jax.tree.map(lambda x: x.copy(), merged) if state.ema else {})
+    fitted = run.program.method.fit(state.params, state.extras, pictures_on_host(run))
+    if fitted is not state.extras:
+        state = state._replace(extras=params.place(fitted, state.extras))
     return state
 
 

@@ -51,8 +51,7 @@ def load(config: ConfigDict, params: Any) -> dict[str, Any]:
 
 def _read(config: ConfigDict, theirs: ConfigDict | None) -> dict[str, Any]:
     """Reads parameters of ours, or with the names of timm, the published MAE code or transformers."""
-    loaded = load_params(config.init_from, ema=True, extras=True)  # what evaluations measured
-    extras = loaded.pop("extras", {})
+    loaded, extras = trees.judged(load_params(config.init_from, ema=True, extras=True))
     if config.method.get("head") == "linear":  # a probe's head means nothing without its batch norm
         loaded = folded(loaded, extras)
     if any(name.startswith("blocks.") for name in loaded):

@@ -9,8 +9,11 @@ from mae_jax import train
 from tests.config_test import RECIPES, recipe
 
 SEEN = {  # method → a figure and the pictures of its evaluations
+    "beit": ("eval/knn/top1", ("attention",)),
+    "dino": ("eval/knn/top1", ("attention",)),
     "mae": ("eval/knn/top1", ("attention", "ratios", "reconstruct")),
     "segment": ("eval/miou", ("attention", "segment")),
+    "splitmask": ("eval/knn/top1", ("attention",)),
     "supervised": ("eval/top1", ("attention", "confusion")),
 }
 

@@ -116,7 +116,7 @@ def follow(optimizer, start, grads, rates):
     tree, update = nest(start), jax.jit(optimizer.update)
     state = optimizer.init(tree)
     for grad, rate in zip(grads, rates, strict=True):
-        updates, state = update(nest(grad), state, tree)
+        updates, state = update(nest(grad), state, tree, step=0)
         tree = jax.tree.map(lambda p, u, rate=rate: p - jnp.float32(rate) * u, tree, updates)
     return flatten(tree)
 
@@ -244,7 +244,7 @@ def test_clipping_bounds_the_global_norm_before_adam():
     optimizer = make({"optim.clip": 1.0, "optim.weight_decay": 0.0, "optim.betas": (0.9, 0.95)})
     tree = {"a": np.zeros(2, np.float32), "b": np.zeros(2, np.float32)}
     grads = {"a": np.array([30, 0], np.float32), "b": np.array([0, 40], np.float32)}
-    _, state = optimizer.update(grads, optimizer.init(tree), tree)
+    _, state = optimizer.update(grads, optimizer.init(tree), tree, step=0)
     moments = next(part.mu for part in state if isinstance(part, optax.ScaleByAdamState))
     np.testing.assert_allclose(np.concatenate([moments["a"], moments["b"]]), [0.06, 0, 0, 0.08], rtol=1e-5)
 
@@ -266,7 +266,7 @@ def test_layer_decay_multiplies_warm_up_and_minimum_too():
                           "optim.weight_decay": 0.0, "optim.name": "sgd", "optim.momentum": 0.0})
     tree = {"encoder": {"block_00": {"bias": np.zeros(2, np.float32)}}, "head": {"bias": np.zeros(2, np.float32)}}
     optimizer, schedule = optim.make_optimizer(config, tiny_method(config)), optim.make_schedule(config, 64)
-    updates, _ = optimizer.update(jax.tree.map(np.ones_like, tree), optimizer.init(tree), tree)
+    updates, _ = optimizer.update(jax.tree.map(np.ones_like, tree), optimizer.init(tree), tree, step=0)
     steps = np.array([schedule(step) for step in (0, 6)])[:, None]
     np.testing.assert_allclose(steps * updates["encoder"]["block_00"]["bias"], [[0.005] * 2, [0.0025] * 2], rtol=1e-6)
     np.testing.assert_allclose(steps * updates["head"]["bias"], [[0.02] * 2, [0.01] * 2], rtol=1e-6)
@@ -278,7 +278,7 @@ def test_every_matrix_of_every_block_has_a_trust_ratio_of_its_own(name):
     optimizer, rng = optim.make_optimizer(config, tiny_method(config)), np.random.default_rng(0)
     tree = tiny_params(config)
     grads = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), tree)
-    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(tree), tree)
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(tree), tree, step=0)
     for key, update in flatten(updates).items():
         if key.endswith(DECAYED):
             wanted = np.linalg.norm(flatten(tree)[key]) * (1e-3 if name == "lars" else 1)

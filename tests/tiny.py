@@ -12,7 +12,6 @@ from mae_jax import methods, optim
 from mae_jax.config import default, validate
 from mae_jax.methods import Method
 from mae_jax.methods.base import Batch, Extras, Params
-from mae_jax.ops.patches import grid, patch_values
 from mae_jax.params import path
 from mae_jax.step import TrainState, make_train_step
 
@@ -21,6 +20,7 @@ EXAMPLES = 64  # of the training split that durations in epochs are counted with
 
 OWN = {  # method → its fields
     "beit": {"masked": 6, "vocabulary": 24},
+    "dino": {"out_dim": 32, "head_width": 24, "bottleneck": 8, "local_views": 3, "local_size": (8, 8)},
     "mae": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2},
     "segment": {"classes": 3},
     "splitmask": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "vocabulary": 24},
@@ -73,11 +73,16 @@ def raster_batch(config: ConfigDict, seed: int = 0) -> Batch:
 def tiny_batch(config: ConfigDict, seed: int = 0) -> Batch:
     """Returns a batch of smooth random pictures (neighbouring pixels alike) with random orders, all valid."""
     rng = np.random.default_rng(seed)
-    images, patches = config.batch_size, int(np.prod(grid(config)))
-    pixels = rng.normal(size=(images, patches, patch_values(config))).cumsum(-1) * 8 + 128
+    images, shown = config.batch_size, {}
+    for name, struct in tiny_method(config).batch_spec().items():
+        if name.endswith("patches"):
+            pixels = rng.normal(size=struct.shape).cumsum(-1) * 8 + 128
+            shown[name] = pixels.clip(0, 255).astype(np.uint8)
+        elif name.endswith("order"):
+            raster = np.broadcast_to(np.arange(struct.shape[-1], dtype=np.int32), struct.shape)
+            shown[name] = rng.permuted(raster, axis=-1)
     return {
-        "patches": pixels.clip(0, 255).astype(np.uint8),
-        "order": np.stack([rng.permutation(patches) for _ in range(images)]).astype(np.int32),
+        **shown,
         "label": rng.integers(3, size=images).astype(np.int32),
         "id": np.arange(images, dtype=np.int32),
         "valid": np.ones(images, np.float32),

@@ -9,10 +9,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.data.orders import Order
+from mae_jax.data import token_maps
+from mae_jax.data.orders import Order, View, with_views
 from mae_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+Spec = dict[str, jax.ShapeDtypeStruct]
 FIELDS = ("patches", "order", "label", "id", "valid", "replaced")
 BAD_NAMES = 100  # the last so many pictures that were replaced are kept by name
 _PROVIDERS = {  # what would give a field; formatted with the config's group `data`
@@ -21,7 +23,7 @@ _PROVIDERS = {  # what would give a field; formatted with the config's group `da
     "mask": "data.mask_key={0.mask_key!r} names no masks there",
 }
 
-__all__ = ["Batch", "Inputs", "Order", "build"]
+__all__ = ["Batch", "Inputs", "Order", "View", "build"]
 
 
 class Inputs(NamedTuple):
@@ -40,21 +42,23 @@ class Inputs(NamedTuple):
     bad: deque[str]  # 'name: reason' of the pictures that this process replaced, newest last
 
 
-def build(config: ConfigDict, spec: dict[str, jax.ShapeDtypeStruct], order: Order,
-          rows: np.ndarray | None = None) -> Inputs:
+def build(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray | None = None,
+          views: tuple[View, ...] = ()) -> Inputs:
     """Opens the config's data.
 
     Batches are dicts of NumPy arrays with the fields of `spec`: `patches` uint8 [B, N, P], cut and permuted; `order`
     int32 [B, N], order[b, k] = raster index of the k-th patch; `label` int32 [B], -1 unlabelled; `id` int32 [B], -1 in
     padding; `valid` float32 [B], 0 for grey stand-ins and padding; `replaced` int32 [B], how many pictures failed
     before this one. Where the spec asks for them and the data have them: `labels` uint8 [B, C], 1 where a class is in
-    the picture, and `mask` uint8 [B, N, P / 3], the class of each pixel, 255 where it has none.
+    the picture; `mask` uint8 [B, N, P / 3], the class of each pixel, 255 where it has none; and `tokens` int32 [B, N],
+    of the file data.tokens.
 
     Args:
       config: the resolved config.
-      spec: field → global shape [B, ...] and dtype.
+      spec: field → global shape [B, ...] and dtype, as evaluations want them.
       order: how the method hides patches.
       rows: the global rows that this process feeds; None: all of them.
+      views: what the batches of training have in place of `patches` and `order`, if anything.
 
     Raises:
       UserError: the data is not there, or cannot give a field of the spec.
@@ -63,11 +67,24 @@ def build(config: ConfigDict, spec: dict[str, jax.ShapeDtypeStruct], order: Orde
     if config.data.source == "batches":
         from mae_jax.data import batches
 
-        return Inputs(**batches.open_folder(config, spec, order, rows))
-    return _open(config, spec, order, rows)
+        return Inputs(**batches.open_folder(config, spec, with_views(spec, views), order, rows))
+    if token_maps.FIELD not in spec:
+        return _open(config, spec, order, rows, views)
+    rest = {name: struct for name, struct in spec.items() if name != token_maps.FIELD}
+    return _with_tokens(config, _open(config, rest, order, rows, views), spec[token_maps.FIELD].shape[1])
 
 
-def _open(config: ConfigDict, spec: dict[str, jax.ShapeDtypeStruct], order: Order, rows: np.ndarray) -> Inputs:
+def _with_tokens(config: ConfigDict, inputs: Inputs, patches: int) -> Inputs:
+    """Adds the field `tokens` to all batches."""
+    d = config.data
+    parts = {"train": (d.train_split, inputs.num_train), "support": (d.train_split, inputs.num_train),
+             "validate": (d.val_split, inputs.num_val), "evaluate": (d.eval_split, inputs.num_eval)}
+    tokens = token_maps.load(config, {split: size for split, size in parts.values() if split}, patches)
+    return inputs._replace(**{name: token_maps.joined(getattr(inputs, name), tokens[split])
+                              for name, (split, _) in parts.items() if split})
+
+
+def _open(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray, views: tuple[View, ...]) -> Inputs:
     from mae_jax.data import pipeline, sources, streams
     from mae_jax.data.views import Views
 
@@ -81,11 +98,11 @@ def _open(config: ConfigDict, spec: dict[str, jax.ShapeDtypeStruct], order: Orde
         _check_classes(part, source, data)
     kinds = {sources.Source: pipeline, streams.Stream: streams}
     bad: deque[str] = deque(maxlen=BAD_NAMES)
-    common = {"views": Views(config, order, spec), "config": config, "spec": spec, "rows": rows, "bad": bad}
+    common = {"views": Views(config, order, spec, views), "config": config, "rows": rows, "bad": bad}
 
     def evaluate(part: sources.Source | streams.Stream | None, ratio: float = config.eval.crop_ratio[0]
                  ) -> Iterator[Batch]:
-        return kinds[type(part)].evaluate(part, ratio, **common) if part else iter(())
+        return kinds[type(part)].evaluate(part, ratio, spec=spec, **common) if part else iter(())
 
     def extra(name: str) -> Iterator[Batch]:
         found, classes = sources.further(data, name, source.classes)
@@ -100,7 +117,7 @@ def _open(config: ConfigDict, spec: dict[str, jax.ShapeDtypeStruct], order: Orde
     classes = source.classes if "labels" in spec or "labels" not in source.fields else ()
     num_val, num_eval = (part.size if part else 0 for part in (validation, held_out))
     return Inputs(
-        train=functools.partial(kinds[type(source)].train, source, **common),
+        train=functools.partial(kinds[type(source)].train, source, spec=with_views(spec, views), **common),
         support=functools.partial(evaluate, source), evaluate=functools.partial(evaluate, held_out),
         validate=functools.partial(evaluate, validation), extra=extra,
         num_train=source.size - len(left_over), num_eval=num_eval, num_val=num_val, classes=classes, bad=bad,
@@ -128,7 +145,7 @@ def _check_classes(part: Any, source: Any, data: ConfigDict) -> None:
                         f"data.train_split={data.train_split!r}, such as {unknown[0]!r}")
 
 
-def _check_fields(part: Any, spec: dict[str, jax.ShapeDtypeStruct], data: ConfigDict) -> None:
+def _check_fields(part: Any, spec: Spec, data: ConfigDict) -> None:
     """Raises UserError when a split cannot give a field of the spec; `part` is None without a split."""
     given = (*FIELDS, *(part.fields if part else ("labels", "mask")))
     for name in spec:

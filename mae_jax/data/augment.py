@@ -9,8 +9,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mae_jax.data.colour import COLOURS
+from mae_jax.data.colour import COLOURS, change
 from mae_jax.data.decode import BadPicture, Box, Picture
+from mae_jax.data.orders import Colours, View
 from mae_jax.data.rand_augment import rand_augment
 
 CROP_TRIES = 10  # torchvision's RandomResizedCrop
@@ -43,6 +44,23 @@ def augment(picture: Picture, rng: np.random.Generator, config: ConfigDict, mask
     if data.colour == "rand":
         return _pixels(*rand_augment(image, rng, mask))
     return _pixels(COLOURS[data.colour](image, rng), mask)
+
+
+def augment_view(picture: Picture, rng: np.random.Generator, view: View, colours: Colours,
+                 data: ConfigDict) -> np.ndarray:
+    """Returns one of a method's views: a random crop, flipped half the time where data.flip says so, then coloured.
+
+    Returns:
+      uint8 [H, W, 3], of the view's size.
+
+    Raises:
+      BadPicture: the pixels do not decode.
+    """
+    box = random_box(rng, (picture.height, picture.width), view.size, view.scale, data.crop_ratio)
+    image = picture.view(box, view.size)
+    if data.flip and rng.random() < 0.5:
+        image = _flip(image)
+    return np.asarray(change(image, rng, colours))
 
 
 def centre(picture: Picture, config: ConfigDict, ratio: float, mask: np.ndarray | None = None) -> Pixels:

@@ -24,8 +24,8 @@ Arrays = dict[str, np.ndarray]
 Spec = dict[str, jax.ShapeDtypeStruct]
 
 
-def open_folder(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray) -> dict:
-    """Returns the fields of `data.Inputs`; raises UserError when the folder does not hold what the spec asks for."""
+def open_folder(config: ConfigDict, spec: Spec, train_spec: Spec, order: Order, rows: np.ndarray) -> dict:
+    """Returns the fields of `data.Inputs`; raises UserError when the folder does not hold what the specs ask for."""
     folder = epath.Path(config.data.path)
     if not config.data.path or not (folder / "meta.json").is_file():
         raise UserError(f"data.path={config.data.path!r} holds no meta.json of cached batches; "
@@ -39,7 +39,7 @@ def open_folder(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray) 
         raise UserError(f"the batches of {folder} were made for the order of patches {meta.get('order')} (kind, grid, "
                         f"hidden), the config asks for {made}; make them with this config")
     names = ("train", "support", "evaluate", *(("validate",) if (folder / "validate.npz").is_file() else ()))
-    parts = {name: _load(folder / f"{name}.npz", spec) for name in names}
+    parts = {name: _load(folder / f"{name}.npz", train_spec if name == "train" else spec) for name in names}
     sizes = {name: len(next(iter(arrays.values()))) for name, arrays in parts.items()}
 
     def finite(name: str) -> Callable[..., Iterator[Arrays]]:

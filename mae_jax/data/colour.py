@@ -7,10 +7,13 @@ for PIL pictures.
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from mae_jax.data.orders import Colours
+
 # How far each factor may lie from 1, and how much of its circle the hue may turn, to either side.
 # MAE's jitter (Table 1e gives no strengths) is our choice: SimCLR's at half strength.
 MAE_JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
 THREE_JITTER = {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3}  # DeiT III Table 1 and its released recipe
+DINO_JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}  # of its released code
 SOLARISE_FROM = 128  # pixel values from here on are inverted
 BLUR = (0.1, 2.0)  # radius in pixels
 ENHANCE = {"brightness": ImageEnhance.Brightness, "contrast": ImageEnhance.Contrast, "saturation": ImageEnhance.Color}
@@ -62,9 +65,20 @@ def solarise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return ImageOps.solarize(image, SOLARISE_FROM)
 
 
-def blur(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Blurs with a Gaussian whose standard deviation is uniform between 0.1 and 2 pixels."""
-    return image.filter(ImageFilter.GaussianBlur(rng.uniform(*BLUR)))
+def blur(image: Image.Image, rng: np.random.Generator, radius: tuple[float, float] = BLUR) -> Image.Image:
+    """Blurs with a Gaussian whose standard deviation in pixels is uniform between two bounds."""
+    return image.filter(ImageFilter.GaussianBlur(rng.uniform(*radius)))
+
+
+def change(image: Image.Image, rng: np.random.Generator, chances: Colours) -> Image.Image:
+    """Makes the changes of a view: jitter, grey, blur and solarise, each with its own probability."""
+    if rng.random() < chances.jitter:
+        image = jitter(image, rng, DINO_JITTER)
+    if rng.random() < chances.grey:
+        image = grey(image, rng)
+    if rng.random() < chances.blur:
+        image = blur(image, rng, chances.radius)
+    return solarise(image, rng) if rng.random() < chances.solarise else image
 
 
 COLOURS = {"none": none, "jitter": jitter, "three": three}  # data.colour; 'rand' moves pixels too: data.rand_augment

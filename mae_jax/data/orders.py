@@ -1,7 +1,7 @@
-"""Orders: which patches of a picture come first, and which, last, are hidden. NumPy only."""
+"""Orders: which patches of a picture come first, and which, last, are hidden; views that have them. NumPy only."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,47 @@ class Order(NamedTuple):
     kind: str  # 'random' | 'block' | 'grid' | 'identity'
     grid: tuple[int, int]  # patches along (height, width)
     hidden: int  # M: the last M patches of the order are hidden
+
+
+class Colours(NamedTuple):
+    """How likely each change of a view's colours is; they come in this order (DINO, arXiv 2104.14294, after BYOL)."""
+
+    jitter: float
+    grey: float
+    blur: float
+    solarise: float
+    radius: tuple[float, float] = (0.1, 2.0)  # of the blur, its standard deviation in pixels
+
+
+class View(NamedTuple):
+    """Random crops of each picture that a method trains on, in place of the single view of the config.
+
+    Views `x` are the batch fields `x/patches` uint8 [B, n, N, P] and `x/order` int32 [B, n, N].
+    """
+
+    name: str
+    size: tuple[int, int]  # height, width in pixels
+    scale: tuple[float, float]  # share of the picture's area
+    colours: tuple[Colours, ...]  # of each of the n views
+    order: Order  # of N patches
+
+
+def with_views(spec: dict[str, Any], views: tuple[View, ...]) -> dict[str, Any]:
+    """Returns a batch's fields with those of the views, where there are any, in place of `patches` and `order`.
+
+    Args:
+      spec: name → global shape and dtype, objects whose class takes the two.
+      views: what the method trains on.
+    """
+    if not views:
+        return spec
+    images, _, values = spec["patches"].shape
+    fields = {name: struct for name, struct in spec.items() if name not in ("patches", "order")}
+    for view in views:
+        count = (images, len(view.colours), math.prod(view.order.grid))
+        for name, shape in (("patches", (*count, values)), ("order", count)):
+            fields[f"{view.name}/{name}"] = type(spec[name])(shape, spec[name].dtype)
+    return fields
 
 
 def check(order: Order) -> None:

@@ -50,7 +50,7 @@ def train_example(source: Source, views: Views, config: ConfigDict, bad: deque[s
             return {**fields, "id": index, "valid": 1.0, "replaced": tries}
         except (BadPicture, OSError) as error:
             bad.append(f"{source.name(index)}: {error}")
-    return {**views.grey(rng(config.seed, "order", position)), "id": index, "replaced": TRIES}
+    return {**views.grey_train(position), "id": index, "replaced": TRIES}
 
 
 def evaluate_example(source: Source, views: Views, indices: np.ndarray, ratio: float, bad: deque[str],

@@ -127,7 +127,7 @@ def train(stream: Stream, step: int, views: Views, config: ConfigDict, spec: Spe
             return {**views.train(stream.example(*stored), position), "id": record, "valid": 1.0, "replaced": 0}
         except BadPicture as error:
             bad.append(f"{stream.name(record)}: {error}")
-            return {**views.grey(rng(config.seed, "order", position)), "id": record, "replaced": 1}
+            return {**views.grey_train(position), "id": record, "replaced": 1}
 
     whole = {**spec, "replaced": jax.ShapeDtypeStruct((config.batch_size,), np.int32)}
     batches = pipeline.run(readers, example, whole, len(own_rows), config.data)

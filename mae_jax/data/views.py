@@ -5,7 +5,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.data import orders
-from mae_jax.data.augment import augment, centre
+from mae_jax.data.augment import augment, augment_view, centre
 from mae_jax.data.decode import IGNORED, Picture, opencv
 from mae_jax.data.random import rng
 from mae_jax.data.sources import UNLABELLED, Example
@@ -19,18 +19,22 @@ class Views:
     """Makes the fields `patches` uint8 [N, P], `order` int32 [N] and `label` of examples.
 
     N patches of P values: rows of the patch, pixels in the row, channels (fastest). Where the spec has them, also
-    `labels` uint8 [C] and `mask` uint8 [N, P / 3], the class of each pixel of the same patches.
+    `labels` uint8 [C] and `mask` uint8 [N, P / 3], the class of each pixel of the same patches. Where a method has
+    views of its own, training has their fields in place of the first two (`orders.View`).
     """
 
-    def __init__(self, config: ConfigDict, order: orders.Order, spec: Spec):
-        orders.check(order)
-        self._config, self._order, self._spec = config, order, spec
+    def __init__(self, config: ConfigDict, order: orders.Order, spec: Spec, views: tuple[orders.View, ...] = ()):
+        for each in (order, *(view.order for view in views)):
+            orders.check(each)
+        self._config, self._order, self._spec, self._views = config, order, spec, views
         self._patch = tuple(config.model.patch)
         if config.data.resize == "fast":
             opencv()  # says at once what is missing
 
     def train(self, example: Example, position: int) -> Fields:
-        """Returns the augmented view that belongs to a position of the run; raises BadPicture."""
+        """Returns the augmented view, or views, that belong to a position of the run; raises BadPicture."""
+        if self._views:
+            return {**self._labels(example), **self._several(Picture(example.picture), position)}
         picture = Picture(example.picture, fast=self._config.data.resize == "fast")
         draws = rng(self._config.seed, "augment", position)
         pixels, mask = augment(picture, draws, self._config, self._mask(example))
@@ -44,6 +48,13 @@ class Views:
         """
         pixels, mask = centre(Picture(example.picture), self._config, ratio, self._mask(example))
         return {**self._labels(example), **self._cut(pixels, mask, rng(0, "evaluate", index))}
+
+    def grey_train(self, position: int) -> Fields:
+        """Returns what stands in, at a position of the run, for a picture that cannot be read."""
+        if not self._views:
+            return self.grey(rng(self._config.seed, "order", position))
+        picture = Picture(np.full((1, 1, 3), GREY, np.uint8))
+        return {**self._several(picture, position), "label": UNLABELLED, "valid": 0.0}
 
     def grey(self, draws: np.random.Generator) -> Fields:
         """Returns what stands in for a picture: for an unreadable one, and as padding of an evaluation."""
@@ -59,6 +70,20 @@ class Views:
 
     def _labels(self, example: Example) -> Fields:
         return {"label": example.label, **({} if example.labels is None else {"labels": example.labels})}
+
+    def _several(self, picture: Picture, position: int) -> Fields:
+        """Returns the fields of all views of a picture, which is decoded once; each view has draws of its own."""
+        config, fields, number = self._config, {}, 0
+        for kind in self._views:
+            patches, made = [], []
+            for colours in kind.colours:
+                draws = rng(config.seed, "augment", position, number)
+                pixels = augment_view(picture, draws, kind, colours, config.data)
+                made.append(orders.draw(kind.order, rng(config.seed, "order", position, number)))
+                patches.append(cut(pixels, self._patch)[made[-1]])
+                number += 1
+            fields |= {f"{kind.name}/patches": np.stack(patches), f"{kind.name}/order": np.stack(made)}
+        return fields
 
     def _cut(self, pixels: np.ndarray, mask: np.ndarray | None, draws: np.random.Generator) -> Fields:
         order = orders.draw(self._order, draws)

@@ -46,7 +46,8 @@ def maps(method: Method, params: Any, extras: Any, batch: Batch, block: int = -1
         raise UserError(f"unknown query {query!r} of an attention map; {nearest(query, QUERIES)}")
     block = inside.chosen(block, method.config.model.depth)
     tokens = _entering(method, params, extras, batch, block)
-    weights = inside.attention_weights(method.encoder, params["encoder"][inside.block_name(block)], tokens)
+    encoder = method.judged(params, extras)["encoder"]
+    weights = inside.attention_weights(method.encoder, encoder[inside.block_name(block)], tokens)
     row = weights[:, :, 0] if query == "cls" else weights[:, :, 1:].mean(2)
     patches = inside.raster(row[:, :, 1:].swapaxes(1, 2), batch["order"], grid(method.config))
     return patches.transpose(0, 3, 1, 2)
@@ -56,8 +57,8 @@ def _entering(method: Method, params: Any, extras: Any, batch: Batch, block: int
     """Returns the tokens [B, 1 + N, D] that enter a block."""
     if block:
         return method.encode(params, extras, batch, block - 1)
-    tokens = inside.between_blocks(method.encoder, params["encoder"], normalize(batch["patches"]), batch["order"])
-    return next(tokens)
+    encoder = method.judged(params, extras)["encoder"]
+    return next(inside.between_blocks(method.encoder, encoder, normalize(batch["patches"]), batch["order"]))
 
 
 @functools.lru_cache(maxsize=8)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.data.orders import Order
+from mae_jax.data.orders import Order, View, with_views
 from mae_jax.errors import UserError
 from mae_jax.models.layers import drop_path
 from mae_jax.models.vit import drop_path_rates
@@ -44,8 +44,9 @@ class Method:
     sees_whole_batch: bool = False  # the loss has terms across images: accumulation is refused
     decayed: ClassVar[tuple[str, ...]] = ("kernel", "cls_token", "mask_token")  # weight decay, by last name of the path
 
-    def __init__(self, config: ConfigDict):
-        self.config = config
+    def __init__(self, config: ConfigDict, examples: int = 0):
+        """Args: config; examples, of the training split, where schedules of the method's own count its epochs."""
+        self.config, self.examples = config, examples
 
     @staticmethod
     def validate(config: ConfigDict) -> None:
@@ -60,6 +61,10 @@ class Method:
         """Returns how the host draws `order`."""
         height, width = grid(self.config)
         return Order("identity", (height, width), hidden=0)
+
+    def views(self) -> tuple[View, ...]:
+        """Returns the views that the batches of training have in place of `patches` and `order`, if there are any."""
+        return ()
 
     def learns(self, path: str) -> bool:
         """Says whether the optimiser changes the parameter of a path; the others have no optimiser state."""
@@ -78,7 +83,11 @@ class Method:
         return drop_path(key, drop_path_rates(self.config) * learning, images)
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns name → global shape and dtype of the fields that the pipeline must provide."""
+        """Returns name → global shape and dtype of the fields of training's batches."""
+        return with_views(self.eval_spec(), self.views())
+
+    def eval_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns name → global shape and dtype of the fields of evaluations' batches."""
         images, patches = self.config.batch_size, int(np.prod(grid(self.config)))
         shapes = {
             "patches": ((patches, patch_values(self.config)), jnp.uint8),
@@ -94,10 +103,11 @@ class Method:
         """Returns initial float32 parameters and the extras (state that no gradient touches)."""
         raise NotImplementedError
 
-    def fit(self, extras: Extras, pictures: Iterable[dict[str, np.ndarray]]) -> Extras:
-        """Returns the extras with what is computed once, before the first step, from the training pictures.
+    def fit(self, params: Params, extras: Extras, pictures: Iterable[dict[str, np.ndarray]]) -> Extras:
+        """Returns the extras with what is computed once, before the first step, of parameters and training pictures.
 
         Args:
+          params: those that training starts from.
           extras: as `init` made them.
           pictures: batches of the training split as evaluations see it, with their global rows, on the host; none is
             read where nothing is computed.
@@ -115,9 +125,18 @@ class Method:
 
     def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1) -> jax.Array:
         """Returns tokens [B, 1 + N, D] of whole, unmasked images, class token first, patches in the batch's order."""
-        pixels = normalize(batch["patches"])
-        return self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], block=block)
+        pixels, weights = normalize(batch["patches"]), self.judged(params, extras)["encoder"]
+        return self.encoder.apply({"params": weights}, pixels, batch["order"], block=block)
+
+    def judged(self, params: Params, extras: Extras) -> Params:
+        """Returns the parameters that evaluations, exports and warm starts are of; a teacher's, where it is the result.
+        """
+        return params
 
     def forward_flops(self) -> int:
         """Returns the FLOPs of one image's forward pass in training: matrix products, 2 per multiply-add."""
         raise NotImplementedError
+
+    def teacher_flops(self) -> int:
+        """Returns the FLOPs of what has a forward pass alone."""
+        return 0

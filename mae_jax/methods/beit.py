@@ -42,8 +42,8 @@ class BEiT(Method):
         if not 0 < m.masked < patches:
             raise UserError(f"method.masked={m.masked}; expected 1 to {patches - 1} of {patches} patches")
 
-    def __init__(self, config: ConfigDict):
-        super().__init__(config)
+    def __init__(self, config: ConfigDict, examples: int = 0):
+        super().__init__(config, examples)
         self.patches, self.masked = int(np.prod(grid(config))), config.method.masked
         self.targets = PatchTargets(config)
         self.encoder = make_encoder(config)
@@ -52,6 +52,10 @@ class BEiT(Method):
     def order(self) -> Order:
         return Order(self.config.method.masking, grid(self.config), self.masked)
 
+    def eval_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        spec = super().eval_spec()
+        return spec | self.targets.fields(spec)
+
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
         encoder_key, head_key = jax.random.split(key)
         pixels, order = normalize(batch["patches"][:1, : -self.masked]), batch["order"][:1]
@@ -59,7 +63,7 @@ class BEiT(Method):
         head = self.head.init(head_key, tokens.astype(jnp.float32))
         return {"encoder": encoder["params"], "head": head["params"]}, self.targets.start()
 
-    def fit(self, extras: Extras, pictures: Iterable[dict[str, np.ndarray]]) -> Extras:
+    def fit(self, params: Params, extras: Extras, pictures: Iterable[dict[str, np.ndarray]]) -> Extras:
         return self.targets.fit(extras, pictures)
 
     def predict(self, params: Params, batch: Batch, keep: jax.Array | None = None) -> jax.Array:
@@ -72,7 +76,7 @@ class BEiT(Method):
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
         """Mean loss over the masked patches (BEiT equation 2, with the targets of the config)."""
         keep = self.kept_branches(key, len(batch["valid"])) if train else None
-        wanted = batch["patches"][:, -self.masked :]
+        wanted = batch[self.targets.field][:, -self.masked :]
         losses, figures = self.targets.losses(self.predict(params, batch, keep), wanted, extras)
         weight = batch["valid"].sum()
         figures = {"loss": losses, **figures}

@@ -51,8 +51,8 @@ class MAE(Method):
             raise UserError(f"method.mask_ratio={m.mask_ratio} leaves {visible} of {height * width} patches visible; "
                             "at least one must be visible and one hidden")
 
-    def __init__(self, config: ConfigDict):
-        super().__init__(config)
+    def __init__(self, config: ConfigDict, examples: int = 0):
+        super().__init__(config, examples)
         self.target = config.method.target
         values = patch_values(config)
         self.outputs = min(targets.PCA_COMPONENTS, values) if self.target == "pca" else values

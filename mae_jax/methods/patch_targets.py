@@ -14,11 +14,13 @@ from mae_jax.ops import targets, tokens
 from mae_jax.ops.patches import normalize, patch_values
 
 PIXELS = ("norm_pix", "pixel")
+GIVEN = "tokens"  # of another tokenizer: the batch field of this name
 SAMPLED = 16  # patches sampled per entry of the vocabulary, where there are as many (our choice)
 
 DEFAULTS = {
-    "target": "kmeans",  # tokens: kmeans, patches, projection; pixels: norm_pix, pixel
+    "target": "kmeans",  # tokens: kmeans, patches, projection, tokens (of data.tokens); pixels: norm_pix, pixel
     "vocabulary": 8192,  # how many tokens, that of constant patches among them
+    "vocabulary_file": "",  # that mae_jax.cluster wrote; '': built of training pictures before the first step
 }
 
 
@@ -28,50 +30,62 @@ class PatchTargets:
     def __init__(self, config: ConfigDict):
         m = config.method
         self.kind, self.size, self.seed = m.target, m.vocabulary, config.seed
-        self.discrete = m.target in tokens.KINDS
+        self.built = m.target in tokens.KINDS
+        self.discrete = self.built or m.target == GIVEN
+        self.field = GIVEN if m.target == GIVEN else "patches"  # of the batch, which says what is wanted
+        self.file = m.vocabulary_file
         self.head_init = "normal" if self.discrete else "xavier"  # so that the cross-entropy starts at ln V
         self.values = patch_values(config)
         self.outputs = m.vocabulary if self.discrete else self.values
 
     @staticmethod
     def validate(config: ConfigDict) -> None:
-        tokens.check(config.method.target, config.method.vocabulary, (*tokens.KINDS, *PIXELS))
+        tokens.check(config.method.target, config.method.vocabulary, (*tokens.KINDS, GIVEN, *PIXELS))
+
+    def fields(self, spec: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns what the batch needs besides the fields of `spec`."""
+        return {GIVEN: jax.ShapeDtypeStruct(spec["order"].shape, jnp.int32)} if self.field == GIVEN else {}
 
     def start(self) -> Extras:
         """Returns the extras before `fit`: a vocabulary float32 [V - 1, P], where the target has one."""
-        return {"vocabulary": jnp.zeros((self.size - 1, self.values), jnp.float32)} if self.discrete else {}
+        return {"vocabulary": jnp.zeros((self.size - 1, self.values), jnp.float32)} if self.built else {}
 
     def fit(self, extras: Extras, pictures: Iterable[dict[str, np.ndarray]]) -> Extras:
-        """Builds the vocabulary from patches of training pictures; see `tokens.build`."""
-        if not self.discrete:
+        """Reads the vocabulary, or builds it of patches of training pictures; see `tokens.load` and `tokens.build`."""
+        if not self.built:
             return extras
-        wanted = SAMPLED * self.size
-        sample = _sample(pictures, wanted, self.seed)
-        return {**extras, "vocabulary": tokens.build(sample, self.kind, self.size, rng(self.seed, "vocabulary", 0))}
+        if self.file:
+            return {**extras, "vocabulary": tokens.load(self.file, self.kind, (self.size - 1, self.values))}
+        return {**extras, "vocabulary": self.build(pictures)[0]}
 
-    def losses(self, predicted: jax.Array, patches: jax.Array,
+    def build(self, pictures: Iterable[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns a vocabulary float32 [V - 1, P], and the patches uint8 [n, P] that it was built of."""
+        sample = _sample(pictures, SAMPLED * self.size, self.seed)
+        return tokens.build(sample, self.kind, self.size, rng(self.seed, "vocabulary", 0)), sample
+
+    def losses(self, predicted: jax.Array, shown: jax.Array,
                extras: Extras) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns each picture's mean loss over its predicted patches, and figures likewise.
 
         Args:
           predicted: float32 [B, M, outputs].
-          patches: uint8 [B, M, P], what was there.
+          shown: what was there, of the batch's `field`: patches uint8 [B, M, P], or their tokens int32 [B, M].
           extras: with the vocabulary.
 
         Returns:
           float32 [B], and for tokens 'accuracy' → float32 [B].
         """
         if not self.discrete:
-            pixels = normalize(patches)
+            pixels = normalize(shown)
             wanted = targets.norm_pix(pixels) if self.kind == "norm_pix" else pixels
             return jnp.square(predicted - wanted).mean((1, 2)), {}
-        wanted = tokens.tokenize(patches, extras["vocabulary"], self.kind)
+        wanted = tokens.tokenize(shown, extras["vocabulary"], self.kind) if self.built else shown
         losses = optax.softmax_cross_entropy_with_integer_labels(predicted, wanted).mean(1)
         return losses, {"accuracy": (predicted.argmax(-1) == wanted).mean(1, dtype=jnp.float32)}
 
     def flops(self, patches: int) -> int:
         """Returns the FLOPs of naming so many patches."""
-        return 2 * patches * self.values * (self.size - 1) if self.discrete else 0
+        return 2 * patches * self.values * (self.size - 1) if self.built else 0
 
 
 def _sample(pictures: Iterable[dict[str, np.ndarray]], wanted: int, seed: int) -> np.ndarray:

@@ -45,15 +45,15 @@ class Segment(Method):
         if not -1 <= m.train_blocks <= depth:
             raise UserError(f"method.train_blocks={m.train_blocks}; expected 0 to {depth}, or -1 for the whole encoder")
 
-    def __init__(self, config: ConfigDict):
-        super().__init__(config)
+    def __init__(self, config: ConfigDict, examples: int = 0):
+        super().__init__(config, examples)
         self.encoder = make_encoder(config)
         self.grid, self.patch = grid(config), tuple(config.model.patch)
         self.head = Head(config.method.classes, HEAD_STD)
         self.depth = config.method.block + 1 or config.model.depth  # how many blocks run
 
-    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        spec = super().batch_spec()
+    def eval_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        spec = super().eval_spec()
         shape = (*spec["order"].shape, self.patch[0] * self.patch[1])
         return spec | {"mask": jax.ShapeDtypeStruct(shape, jnp.uint8)}
 

@@ -45,8 +45,8 @@ class SplitMask(Method):
         if int(np.prod(grid(config))) < 2:
             raise UserError("one patch cannot be split; use a larger data.image_size or a smaller model.patch")
 
-    def __init__(self, config: ConfigDict):
-        super().__init__(config)
+    def __init__(self, config: ConfigDict, examples: int = 0):
+        super().__init__(config, examples)
         self.patches = int(np.prod(grid(config)))
         self.half = self.patches // 2
         self.targets = PatchTargets(config)
@@ -56,6 +56,10 @@ class SplitMask(Method):
     def order(self) -> Order:
         return Order("random", grid(self.config), self.patches - self.half)
 
+    def eval_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        spec = super().eval_spec()
+        return spec | self.targets.fields(spec)
+
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
         encoder_key, decoder_key = jax.random.split(key)
         pixels, order = normalize(batch["patches"][:1]), batch["order"][:1]
@@ -63,7 +67,7 @@ class SplitMask(Method):
         decoder = self.decoder.init(decoder_key, tokens, order, self.patches - self.half)
         return {"encoder": encoder["params"], "decoder": decoder["params"]}, self.targets.start()
 
-    def fit(self, extras: Extras, pictures: Iterable[dict[str, np.ndarray]]) -> Extras:
+    def fit(self, params: Params, extras: Extras, pictures: Iterable[dict[str, np.ndarray]]) -> Extras:
         return self.targets.fit(extras, pictures)
 
     def branches(self, values: jax.Array) -> jax.Array:
@@ -98,7 +102,7 @@ class SplitMask(Method):
         m, images = self.config.method, len(batch["valid"])
         keep = self.kept_branches(key, 2 * images) if train else None
         predicted, described = self.predict(params, batch, keep)
-        wanted = self.swapped(batch["patches"])[:, self.half :]
+        wanted = self.swapped(batch[self.targets.field])[:, self.half :]
         inpaint, figures = self.targets.losses(predicted, wanted, extras)
         per_picture = {"inpaint_loss": inpaint, **figures}
         per_picture = {name: value.reshape(images, 2).mean(1) for name, value in per_picture.items()}

@@ -79,8 +79,8 @@ class Supervised(Method):
         config.method.classes = there
         return config
 
-    def __init__(self, config: ConfigDict):
-        super().__init__(config)
+    def __init__(self, config: ConfigDict, examples: int = 0):
+        super().__init__(config, examples)
         m = config.method
         self.classes = m.classes or CLASSES_UNKNOWN
         self.sees_whole_batch = m.head == "probe"
@@ -91,9 +91,9 @@ class Supervised(Method):
         self.classifier = Classifier(self.classes, self.norm_pooled, m.head_std)
         self.where = mix.Pixels.of(grid(config), tuple(config.model.patch))
 
-    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def eval_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         labels = {"labels": jax.ShapeDtypeStruct((self.config.batch_size, self.classes), jnp.uint8)}
-        return super().batch_spec() | (labels if self.config.method.multi_label else {})
+        return super().eval_spec() | (labels if self.config.method.multi_label else {})
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
         encoder_key, head_key = jax.random.split(key)

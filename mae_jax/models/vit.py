@@ -30,10 +30,10 @@ class Encoder(Blocks):
     grid: tuple[int, int] = (0, 0)
     positions: str = "fixed"
 
-    def embed_positions(self, order: jax.Array) -> jax.Array:
-        """Returns the position embeddings [B, T, D] of patches with raster indices `order`."""
+    def embed_positions(self, order: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        """Returns the position embeddings [B, T, D] of patches with raster indices `order` in `grid`."""
         if self.positions == "fixed":
-            return embed_positions(self.grid, self.width, order, self.dtype)
+            return embed_positions(grid, self.width, order, self.dtype)
 
         def start(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             noise = nn.initializers.normal(TOKEN_STD)(key, shape)
@@ -45,7 +45,7 @@ class Encoder(Blocks):
 
     @nn.compact
     def __call__(self, patches: jax.Array, order: jax.Array, mask_tokens: int = 0, block: int = -1,
-                 keep: jax.Array | None = None) -> jax.Array:
+                 keep: jax.Array | None = None, grid: tuple[int, int] | None = None) -> jax.Array:
         """Encodes patches.
 
         Args:
@@ -54,6 +54,7 @@ class Encoder(Blocks):
           mask_tokens: learned tokens appended after the patches, for the rest of the order (MAE Table 1c).
           block: the last block to run, without the final norm; -1 runs them all and the norm.
           keep: float32 [depth, 2, B] of `layers.drop_path`, for stochastic depth.
+          grid: patches along (height, width), where they are not those of the encoder; positions are then fixed ones.
 
         Returns:
           [B, 1 + T + mask_tokens, D] tokens of dtype `self.dtype`.
@@ -64,7 +65,7 @@ class Encoder(Blocks):
         if mask_tokens:
             mask_token = self.param("mask_token", token_init, (1, 1, self.width))
             x = jnp.concatenate([x, jnp.broadcast_to(mask_token, (images, mask_tokens, self.width)).astype(x.dtype)], 1)
-        x = x + self.embed_positions(order)
+        x = x + self.embed_positions(order, grid or self.grid)
         cls_token = self.param("cls_token", token_init, (1, 1, self.width))
         x = jnp.concatenate([jnp.broadcast_to(cls_token, (images, 1, self.width)).astype(x.dtype), x], 1)
         if block >= 0:

@@ -5,14 +5,19 @@ data sets are full of them. SplitMask (arXiv 2112.10740) compares such simple vo
 BEiT; how it prepares the patches is not known to us, so the preparations below are our choice.
 """
 
+import logging
+import zipfile
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from mae_jax.errors import UserError, nearest
 from mae_jax.ops.clustering import kmeans
 from mae_jax.ops.patches import normalize
 
+logger = logging.getLogger(__name__)
 KINDS = ("kmeans", "patches", "projection")
 LEAST_USED = 20  # the perplexity is at least V / 20: below, most patches share few tokens
 LEAST_PATCHES = 5  # sampled patches per entry: a larger vocabulary would know single patches by heart
@@ -63,10 +68,36 @@ def build(patches: np.ndarray, kind: str, size: int, rng: np.random.Generator) -
         entries = kmeans(np.asarray(prepared(varied, kind)), size - 1, rng)
     chunks = np.array_split(varied, -(-len(varied) // 4096))
     used = perplexity(np.concatenate([np.asarray(tokenize(chunk, entries, kind)) for chunk in chunks]))
+    logger.info("method.target=%s: %d sampled patches, %d of them not constant, use the method.vocabulary=%d as %.1f "
+                "tokens would be used evenly (perplexity)", kind, len(patches), len(varied), size, used)
     if used < size / LEAST_USED:
         raise UserError(f"method.target={kind!r}: {len(varied)} sampled patches use the method.vocabulary={size} as "
                         f"{used:.1f} tokens would be used evenly (perplexity), less than a twentieth; use a smaller "
                         "one")
+    return entries
+
+
+def save(file: epath.PathLike, entries: np.ndarray, kind: str) -> None:
+    """Writes a vocabulary [V - 1, P] as *.npz, with what kind it is."""
+    path = epath.Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as opened:
+        np.savez(opened, vocabulary=entries, kind=np.array(kind))
+
+
+def load(file: epath.PathLike, kind: str, shape: tuple[int, int]) -> np.ndarray:
+    """Reads a vocabulary float32 of a kind and a shape (V - 1, P); raises UserError for any other."""
+    path = epath.Path(file)
+    if not path.is_file():
+        raise UserError(f"method.vocabulary_file={file!r} is no file; python -m mae_jax.cluster writes one")
+    try:
+        with path.open("rb") as opened, np.load(opened) as stored:
+            entries, found = stored["vocabulary"], str(stored["kind"])
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is no vocabulary: {error}") from None
+    if found != kind or entries.shape != shape:
+        raise UserError(f"{path} holds {found!r} of shape {list(entries.shape)} (tokens but one, values of a patch); "
+                        f"the config has {kind!r} and {list(shape)}")
     return entries
 
 

@@ -1,0 +1,70 @@
+"""Builds the vocabulary of patches that SplitMask and BEiT-style prediction are asked for, to look at and to share.
+
+  python -m mae_jax.cluster --config=configs/splitmask_small.py:folder --config.data.path=/path/to/pictures \
+      --config.method.vocabulary=1024 --to=runs/vocabulary.npz
+
+A run without one builds the same before its first step; several runs share one with the same flags and
+--config.method.vocabulary_file=runs/vocabulary.npz. --config.method.target says of which kind it is: kmeans, patches or
+projection. Beside the file, vocabulary.png shows its entries, those that are most used first.
+"""
+
+import numpy as np
+from absl import flags
+from etils import epath
+from PIL import Image
+
+from mae_jax import cli
+
+CONFIG = cli.define_config()
+TO = flags.DEFINE_string("to", "", "the file to write, *.npz; local or gs://")
+SHOWN = 1024  # entries in the picture, at most
+SIDE = 32  # of them in a row
+PIXELS = 16  # that an entry is wide, at least
+SAMPLE = 65_536  # patches whose tokens say how often an entry is used
+
+
+def main() -> int:
+    from mae_jax import data, methods
+    from mae_jax.config import validate
+    from mae_jax.errors import UserError
+    from mae_jax.ops import tokens
+
+    config, file = CONFIG.value, epath.Path(TO.value)
+    if file.suffix != ".npz":
+        raise UserError(f"--to={TO.value}: the file's name must end in .npz")
+    validate(config)
+    if config.method.get("target") not in tokens.KINDS:
+        raise UserError(f"method.name={config.method.name!r} with method.target={config.method.get('target')!r} has no "
+                        f"vocabulary; take splitmask or beit, and one of {', '.join(tokens.KINDS)}")
+    if config.method.vocabulary_file:
+        raise UserError(f"method.vocabulary_file={config.method.vocabulary_file!r} is a vocabulary; leave it empty")
+    method = methods.get(config.method.name)(config)
+    inputs = data.build(config, method.eval_spec(), method.order())
+    print(inputs.description, flush=True)
+    entries, sample = method.targets.build(inputs.support())
+    tokens.save(file, entries, config.method.target)
+    print(f"{file}: {len(entries)} entries and the token of constant patches")
+    if config.method.target != "projection":  # directions are no pictures
+        named = np.asarray(tokens.tokenize(sample[:SAMPLE], entries, config.method.target))
+        most = np.argsort(-np.bincount(named, minlength=1 + len(entries))[1:], kind="stable")[:SHOWN]
+        picture = file.with_suffix(".png")
+        with picture.open("wb") as opened:
+            Image.fromarray(_sheet(entries[most], tuple(config.model.patch))).save(opened, "PNG")
+        print(picture)
+    return cli.FINISHED
+
+
+def _sheet(entries: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
+    """Returns entries [n, P] as patches in rows of 32, uint8 [height, width, 3]."""
+    from mae_jax.ops.patches import denormalize
+
+    pixels = denormalize(entries).clip(0, 255).round().astype(np.uint8).reshape(-1, *patch, 3)
+    scale = -(-PIXELS // patch[1])
+    pixels = pixels.repeat(scale, 1).repeat(scale, 2)
+    pixels = np.pad(pixels, ((0, -len(pixels) % SIDE), (0, 1), (0, 1), (0, 0)), constant_values=255)
+    rows = pixels.reshape(-1, SIDE, *pixels.shape[1:]).swapaxes(1, 2)
+    return rows.reshape(rows.shape[0] * rows.shape[1], SIDE * pixels.shape[2], 3)
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__, required=("config", "to"))

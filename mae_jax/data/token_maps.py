@@ -1,0 +1,70 @@
+"""Token maps that another tokenizer made of the pictures beforehand: the batch field `tokens`. NumPy only.
+
+A file *.npz with one integer array [n, N] per split, by the split's expression in the config ('train', 'train[90%:]'):
+the tokens of its example of id i, patches in raster order, in row i.
+"""
+
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+FIELD = "tokens"
+
+
+def load(config: ConfigDict, sizes: dict[str, int], patches: int) -> dict[str, np.ndarray]:
+    """Reads the maps of the splits that the config names.
+
+    Args:
+      config: whose data.tokens is the file, and whose views must show every picture as the tokenizer saw it.
+      sizes: split expression → number of examples.
+      patches: N.
+
+    Returns:
+      split expression → int32 [n, N].
+
+    Raises:
+      UserError: crops or colours are random, or the file does not hold what is needed.
+    """
+    data, file = config.data, epath.Path(config.data.tokens)
+    if (data.augment, data.colour) != ("none", "none"):
+        raise UserError(f"data.augment={data.augment!r}, data.colour={data.colour!r}: the tokens of data.tokens are "
+                        "those of whole pictures, which a random view does not show; use 'none' for both, or tokens "
+                        "that are made of the view (method.target=kmeans)")
+    if not data.tokens or not file.is_file():
+        raise UserError(f"data.tokens={data.tokens!r} is no file; write one *.npz with an integer array [examples, "
+                        f"{patches}] per split, named {' and '.join(map(repr, sizes))}")
+    try:
+        with file.open("rb") as opened, np.load(opened) as stored:
+            found = {name: stored[name] for name in sizes if name in stored.files}
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+    for name, size in sizes.items():
+        if name not in found:
+            raise UserError(f"{file} has no array {name!r}, the tokens of that split")
+        _check(file, name, found[name], (size, patches), config.method.vocabulary)
+    return {name: tokens.astype(np.int32) for name, tokens in found.items()}
+
+
+def _check(file: epath.Path, name: str, tokens: np.ndarray, shape: tuple[int, int], vocabulary: int) -> None:
+    if tokens.shape != shape or not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(f"{file}: {name!r} is {tokens.dtype} {list(tokens.shape)}; expected integers {list(shape)}")
+    low, high = int(tokens.min(initial=0)), int(tokens.max(initial=0))
+    if low < 0 or high >= vocabulary:
+        raise UserError(f"{file}: {name!r} has tokens from {low} to {high}; expected 0 to method.vocabulary - 1 = "
+                        f"{vocabulary - 1}")
+
+
+def joined(make: Callable[..., Iterator[Batch]], tokens: np.ndarray) -> Callable[..., Iterator[Batch]]:
+    """Returns `make` with the field `tokens` int32 [B, N] in its batches, permuted as their patches."""
+    def batches(*args: Any) -> Iterator[Batch]:
+        for batch in make(*args):
+            yield {**batch, FIELD: np.take_along_axis(tokens[batch["id"]], batch["order"], axis=1)}
+
+    return batches

@@ -1,0 +1,37 @@
+"""Durations as a config writes them: '800 epochs', '100 steps', '5e6 examples', and the lesser of two of these."""
+
+import math
+import re
+
+from mae_jax.errors import UserError
+
+_LIMIT = ", at most "
+
+
+def steps(duration: str, batch_size: int, examples: int) -> int:
+    """Converts a duration to steps: '800 epochs', '100 steps' or '5e6 examples'; '' gives 0.
+
+    Epochs are floor(examples · epochs / batch_size) steps. '4e8 examples, at most 5000 epochs' is the shorter of two.
+
+    Args:
+      duration: the text.
+      batch_size: examples per step.
+      examples: of an epoch.
+
+    Raises:
+      UserError: the text is no duration.
+    """
+    if not duration:
+        return 0
+    return min(_steps(part, batch_size, examples) for part in duration.split(_LIMIT, 1))
+
+
+def _steps(duration: str, batch_size: int, examples: int) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d{1,2})?)\s*(epochs?|steps?|examples?)\s*", duration)
+    if not match:
+        raise UserError(f"cannot read the duration {duration!r}; write '800 epochs', '100 steps' or '5e6 examples', or "
+                        "two of these as '5e6 examples, at most 800 epochs'")
+    amount, unit = float(match[1]), match[2].rstrip("s")
+    per_step = {"epoch": batch_size / max(examples, 1), "step": 1, "example": batch_size}[unit]
+    # The nudge keeps 3 · (1/3) from flooring to 0: a millionth of a step is no step.
+    return math.floor(amount / per_step + 1e-6)

@@ -1,0 +1,207 @@
+"""DINO: self-distillation without labels (Caron et al., arXiv 2104.14294), the method that SplitMask is compared with.
+
+Several views of a picture; the student's view of the one shall tell what the teacher, its moving average, says of
+another. As its released code does it, but for these, ours: the norm of the whole gradient is clipped, not that of every
+parameter; positions are fixed ones, of each view's own grid; rates change with every step.
+"""
+
+import itertools
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_jax.data.orders import Colours, Order, View
+from mae_jax.durations import steps
+from mae_jax.errors import UserError
+from mae_jax.flops import blocks_flops
+from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params
+from mae_jax.models.heads import Projection
+from mae_jax.models.vit import activation_dtype, make_encoder
+from mae_jax.ops.distil import centred, cross_entropy
+from mae_jax.ops.patches import grid, normalize, patch_values
+
+GLOBALS = 2  # large views, those of the teacher
+JITTER, GREY = 0.8, 0.2  # how likely in every view; blur and solarising differ: released code, DataAugmentationDINO
+
+
+class DINO(Method):
+    """A student sees all views, its teacher the two large ones; each pair of different views is compared."""
+
+    defaults = {
+        "out_dim": 65_536,  # K, of the head; about 1,024 for small data
+        "head_width": 2048,
+        "bottleneck": 256,
+        "local_views": 8,  # small views of each picture
+        "local_size": (96, 96),  # height, width in pixels
+        "global_scale": (0.4, 1.0),  # share of the picture's area
+        "local_scale": (0.05, 0.4),
+        "blur": (0.1, 2.0),  # standard deviation in pixels, of views of 224; smaller pictures want less
+        "temperature": 0.1,  # of the student
+        "teacher_temperature": 0.04,
+        "first_teacher_temperature": 0.04,  # rises to the other during temperature_warmup
+        "temperature_warmup": "0 epochs",
+        "momentum": 0.996,  # of the teacher; half a cosine takes it to 1
+        "center_momentum": 0.9,
+        "freeze_last": "1 epochs",  # how long the directions of the head's last layer stay
+    }
+    sees_whole_batch = True
+
+    @staticmethod
+    def validate(config: ConfigDict) -> None:
+        m, data = config.method, config.data
+        for key in ("out_dim", "head_width", "bottleneck"):
+            if m[key] < 1:
+                raise UserError(f"method.{key}={m[key]}; it must be at least 1")
+        for key in ("temperature", "teacher_temperature", "first_teacher_temperature"):
+            if m[key] <= 0:
+                raise UserError(f"method.{key}={m[key]}; it must be above 0")
+        for key in ("momentum", "center_momentum"):
+            if not 0 <= m[key] <= 1:
+                raise UserError(f"method.{key}={m[key]}; expected 0 to 1")
+        for key in ("global_scale", "local_scale", "blur"):
+            if len(m[key]) != 2 or not 0 < m[key][0] <= m[key][1] or (key != "blur" and m[key][1] > 1):
+                raise UserError(f"method.{key}={tuple(m[key])}; expected two numbers above 0, the smaller one first"
+                                f"{'' if key == 'blur' else ', at most 1'}")
+        if not 0 <= m.local_views <= 64:
+            raise UserError(f"method.local_views={m.local_views}; expected 0 to 64")
+        _grid(config, m.local_size)
+        for key in ("temperature_warmup", "freeze_last"):
+            steps(m[key], config.batch_size, 1)
+        if config.model.positions != "fixed":
+            raise UserError(f"model.positions={config.model.positions!r}; DINO's views have several grids: use 'fixed'")
+        if data.colour != "none" or data.augment != "random" or data.resize != "exact" or data.repeats != 1:
+            raise UserError(f"data.augment={data.augment!r}, data.colour={data.colour!r}, data.resize={data.resize!r}, "
+                            f"data.repeats={data.repeats}: DINO's views are crops and colours of their own, cut from "
+                            "one decoding; leave 'random', 'none', 'exact' and 1")
+
+    def __init__(self, config: ConfigDict, examples: int = 0):
+        super().__init__(config, examples)
+        m = config.method
+        self.encoder = make_encoder(config)
+        self.head = Projection(m.head_width, m.bottleneck, m.out_dim, config.model.gelu, activation_dtype(config))
+        self.local_grid = _grid(config, m.local_size)
+
+    def views(self) -> tuple[View, ...]:
+        m = self.config.method
+        blur, large, small = tuple(m.blur), tuple(self.config.data.image_size), tuple(m.local_size)
+        first, second, local = (Colours(JITTER, GREY, *chances, blur) for chances in ((1, 0), (0.1, 0.2), (0.5, 0)))
+        views = [View("global", large, tuple(m.global_scale), (first, second), self.order())]
+        if m.local_views:
+            order = Order("identity", self.local_grid, 0)
+            views.append(View("local", small, tuple(m.local_scale), (local,) * m.local_views, order))
+        return tuple(views)
+
+    def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
+        encoder_key, head_key = jax.random.split(key)
+        pixels, order = (batch[f"global/{name}"][:1, 0] for name in ("patches", "order"))
+        tokens, encoder = self.encoder.init_with_output(encoder_key, normalize(pixels), order)
+        head = self.head.init(head_key, tokens[:, 0])
+        params = {"encoder": encoder["params"], "head": head["params"]}
+        center = jnp.zeros(self.config.method.out_dim, jnp.float32)
+        return params, {"teacher": jax.tree.map(jnp.copy, params), "center": center}
+
+    def fit(self, params: Params, extras: Extras, pictures: Iterable[dict[str, np.ndarray]]) -> Extras:
+        """Starts the teacher as the student, whatever that was loaded from."""
+        return {**extras, "teacher": params}
+
+    def project(self, params: Params, patches: jax.Array, order: jax.Array, grid: tuple[int, int] | None = None,
+                keep: jax.Array | None = None) -> jax.Array:
+        """Returns the head's outputs float32 [B, n, K] for n views of each picture.
+
+        Args:
+          params: the student's or the teacher's.
+          patches: uint8 [B, n, N, P].
+          order: int32 [B, n, N].
+          grid: of these patches, where they are not those of whole pictures.
+          keep: float32 [depth, 2, B n] of stochastic depth; None: off.
+        """
+        pixels, places = (value.reshape(-1, *value.shape[2:]) for value in (patches, order))
+        tokens = self.encoder.apply({"params": params["encoder"]}, normalize(pixels), places, keep=keep, grid=grid)
+        return self.head.apply({"params": params["head"]}, tokens[:, 0]).reshape(*order.shape[:2], -1)
+
+    def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
+             train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
+        """Cross-entropy between teacher and student, the mean over pairs of different views (section 3.1, equation 3).
+
+        An evaluation has one view of a picture: teacher and student are then compared on the same.
+        """
+        m, valid = self.config.method, batch["valid"]
+        if "patches" in batch:
+            patches, order = batch["patches"][:, None], batch["order"][:, None]
+        else:
+            patches, order = batch["global/patches"], batch["global/order"]
+        taught = self.project(extras["teacher"], patches, order)
+        told = self._student(self._held(params, step), batch, patches, order, key, train)
+        wanted = jax.nn.softmax((taught - extras["center"]) / self._teacher_temperature(step))
+        losses = cross_entropy(wanted, told / m.temperature, same="patches" in batch)
+        entropy = -jnp.where(wanted > 0, wanted * jnp.log(wanted), 0).sum(-1).mean(1)
+        weight = valid.sum()
+        metrics = {name: ((value * valid).sum(), weight)
+                   for name, value in {"loss": losses, "teacher_entropy": entropy}.items()}
+        if train:
+            extras = {**extras, "center": centred(extras["center"], taught, valid, m.center_momentum)}
+        return metrics["loss"][0] / jnp.maximum(weight, 1), (metrics, extras)
+
+    def _student(self, params: Params, batch: Batch, patches: jax.Array, order: jax.Array, key: jax.Array,
+                 train: bool) -> jax.Array:
+        """Returns the student's outputs [B, n, K] for the large views, then the small ones."""
+        keys = jax.random.split(key) if train else (key, key)
+        keep = self.kept_branches(keys[0], patches.shape[0] * patches.shape[1]) if train else None
+        told = [self.project(params, patches, order, keep=keep)]
+        if "local/patches" in batch:
+            small = batch["local/patches"]
+            keep = self.kept_branches(keys[1], small.shape[0] * small.shape[1]) if train else None
+            told.append(self.project(params, small, batch["local/order"], self.local_grid, keep))
+        return jnp.concatenate(told, 1)
+
+    def _held(self, params: Params, step: jax.Array) -> Params:
+        """Stops the gradient of the last layer as long as method.freeze_last says; weight decay changes no direction.
+        """
+        head = params["head"]
+        last = jax.tree.map(lambda p: jnp.where(step < self._steps("freeze_last"), jax.lax.stop_gradient(p), p),
+                            head["last"])
+        return {**params, "head": {**head, "last": last}}
+
+    def _steps(self, key: str) -> int:
+        return steps(self.config.method[key], self.config.batch_size, self.examples)
+
+    def _teacher_temperature(self, step: jax.Array) -> jax.Array:
+        m = self.config.method
+        share = jnp.clip(step / max(self._steps("temperature_warmup"), 1), 0, 1) if m.temperature_warmup else 1.0
+        return m.first_teacher_temperature + share * (m.teacher_temperature - m.first_teacher_temperature)
+
+    def after_update(self, params: Params, extras: Extras, step: jax.Array) -> Extras:
+        """Moves the teacher towards the student; the momentum rises from its first value to 1 (half a cosine)."""
+        config = self.config
+        total = max(steps(config.train.duration, config.batch_size, self.examples), 1)
+        left = (1 - config.method.momentum) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(step / total, 0, 1)))
+        teacher = jax.tree.map(lambda old, new: old + left * (new - old), extras["teacher"], params)
+        return {**extras, "teacher": teacher}
+
+    def judged(self, params: Params, extras: Extras) -> Params:
+        return extras["teacher"]
+
+    def forward_flops(self) -> int:
+        large, small = (self._view_flops(int(np.prod(sides))) for sides in (grid(self.config), self.local_grid))
+        return GLOBALS * large + self.config.method.local_views * small
+
+    def teacher_flops(self) -> int:
+        return GLOBALS * self._view_flops(int(np.prod(grid(self.config))))
+
+    def _view_flops(self, patches: int) -> int:
+        m, h = self.config.model, self.config.method
+        embed = 2 * patches * patch_values(self.config) * m.width
+        widths = (m.width, h.head_width, h.head_width, h.bottleneck, h.out_dim)
+        head = sum(2 * a * b for a, b in itertools.pairwise(widths))
+        return embed + blocks_flops(1 + patches, m.width, m.depth, m.mlp_ratio) + head
+
+
+def _grid(config: ConfigDict, size: tuple[int, int]) -> tuple[int, int]:
+    """Returns the patches along (height, width) of views of `size`; raises UserError when a side does not divide."""
+    if len(size) != 2 or any(side < 1 or side % patch for side, patch in zip(size, config.model.patch, strict=True)):
+        raise UserError(f"method.local_size={tuple(size)}; both sides must be multiples of model.patch="
+                        f"{tuple(config.model.patch)}")
+    return size[0] // config.model.patch[0], size[1] // config.model.patch[1]
