@@ -31,6 +31,15 @@ def test_every_mesh_trains_as_one_device_does_and_bit_for_bit_as_it_did_before(d
     assert max(found["held"][name] for name in ("zero", "fsdp", "zero x fsdp")) < 0.25
 
 
+def test_terms_across_pictures_are_those_of_the_global_batch_and_so_are_their_gradients():
+    """InfoNCE, DINO's loss and centre: one device with 16 pictures beside four with 4 each and eight with 2."""
+    for method, found in run("joint", 8).items():
+        for name, (losses, extras, grads) in found.items():
+            assert losses < 1e-5, (method, name)
+            assert extras < 1e-6, (method, name)
+            assert grads < 1e-5, (method, name)
+
+
 def test_supervised_meshes_train_alike_and_count_every_example_once():
     for arm, found in run("labelled", 8).items():
         figures, one = found.pop("figures"), found.pop("one")

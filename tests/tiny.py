@@ -65,16 +65,19 @@ def tiny_segment_batch(config: ConfigDict, seed: int = 0) -> Batch:
 
 def raster_batch(config: ConfigDict, seed: int = 0) -> Batch:
     """Returns a `tiny_batch` in raster order, as methods that hide nothing have it."""
-    batch = tiny_batch(config, seed)
+    batch = tiny_batch(config, seed, train=False)
     batch["order"][:] = np.arange(batch["order"].shape[1])
     return batch
 
 
-def tiny_batch(config: ConfigDict, seed: int = 0) -> Batch:
-    """Returns a batch of smooth random pictures (neighbouring pixels alike) with random orders, all valid."""
-    rng = np.random.default_rng(seed)
+def tiny_batch(config: ConfigDict, seed: int = 0, train: bool = True) -> Batch:
+    """Returns a batch of smooth random pictures (neighbouring pixels alike) with random orders, all valid.
+
+    Those of training have the views of the method, where it has its own.
+    """
+    rng, method = np.random.default_rng(seed), tiny_method(config)
     images, shown = config.batch_size, {}
-    for name, struct in tiny_method(config).batch_spec().items():
+    for name, struct in (method.batch_spec() if train else method.eval_spec()).items():
         if name.endswith("patches"):
             pixels = rng.normal(size=struct.shape).cumsum(-1) * 8 + 128
             shown[name] = pixels.clip(0, 255).astype(np.uint8)

@@ -52,7 +52,7 @@ class Picture:
         Raises:
           BadPicture: no picture, of an unknown format, or of more than 50 megapixels.
         """
-        self._data, self._fast = data, fast
+        self._data, self._fast, self._rgb = data, fast, None
         if isinstance(data, np.ndarray):
             self._image = Image.fromarray(data)
         else:
@@ -86,11 +86,13 @@ class Picture:
             raise BadPicture(_reason(self._data, error)) from error
 
     def whole(self) -> Image.Image:
-        """Returns the picture in RGB; raises BadPicture when the pixels do not decode."""
-        try:
-            return to_rgb(self._image)
-        except Exception as error:
-            raise BadPicture(_reason(self._data, error)) from error
+        """Returns the picture in RGB, decoded once; raises BadPicture when the pixels do not decode."""
+        if self._rgb is None:
+            try:
+                self._rgb = to_rgb(self._image)
+            except Exception as error:
+                raise BadPicture(_reason(self._data, error)) from error
+        return self._rgb
 
     def _fused(self) -> bool:
         """Whether a part may be decoded alone; a file that was cut has been refused already."""

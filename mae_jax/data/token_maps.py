@@ -55,7 +55,7 @@ def load(config: ConfigDict, sizes: dict[str, int], patches: int) -> dict[str, n
 def _check(file: epath.Path, name: str, tokens: np.ndarray, shape: tuple[int, int], vocabulary: int) -> None:
     if tokens.shape != shape or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"{file}: {name!r} is {tokens.dtype} {list(tokens.shape)}; expected integers {list(shape)}")
-    low, high = int(tokens.min(initial=0)), int(tokens.max(initial=0))
+    low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocabulary:
         raise UserError(f"{file}: {name!r} has tokens from {low} to {high}; expected 0 to method.vocabulary - 1 = "
                         f"{vocabulary - 1}")

@@ -170,7 +170,8 @@ class DINO(Method):
 
     def _teacher_temperature(self, step: jax.Array) -> jax.Array:
         m = self.config.method
-        share = jnp.clip(step / max(self._steps("temperature_warmup"), 1), 0, 1) if m.temperature_warmup else 1.0
+        warmup = self._steps("temperature_warmup")
+        share = jnp.clip(step / warmup, 0, 1) if warmup else 1.0
         return m.first_teacher_temperature + share * (m.teacher_temperature - m.first_teacher_temperature)
 
     def after_update(self, params: Params, extras: Extras, step: jax.Array) -> Extras:

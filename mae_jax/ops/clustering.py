@@ -30,7 +30,7 @@ def kmeans(points: np.ndarray, clusters: int, rng: np.random.Generator, iteratio
             break
         before = nearest
         counts = np.bincount(nearest, minlength=clusters)
-        centres = _sums(points, nearest, clusters) / np.maximum(counts, 1)[:, None]
+        centres = _sums(points, nearest, clusters) / np.maximum(counts, 1).astype(np.float32)[:, None]
         empty = np.flatnonzero(counts == 0)
         centres[empty] = points[np.argsort(-distances, kind="stable")[: len(empty)]]
     return centres

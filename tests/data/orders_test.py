@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mae_jax.data.orders import Order, check, draw
+from mae_jax.data.orders import Order, _add_block, check, draw
 from mae_jax.data.random import rng
 from mae_jax.errors import UserError
 
@@ -37,6 +37,28 @@ def test_block_orders_hide_patches_in_blocks():
     together, scattered = (
         np.mean([pairs(hidden_mask(Order(kind, (14, 14), 78), i)) for i in range(50)]) for kind in ("block", "random"))
     assert together > 0.7 > 0.5 > scattered
+
+
+def test_block_orders_hide_75_of_196_and_their_blocks_are_as_large_and_long_as_beits():
+    """BEiT Algorithm 1: a block has 16 patches to what is left, its aspect lies between 0.3 and 1 / 0.3."""
+    order, shapes = Order("block", (14, 14), 75), []
+    masks = np.stack([hidden_mask(order, i) for i in range(400)])
+    assert (masks.sum((1, 2)) == 75).all()
+    middle, corners = masks[:, 6:8, 6:8].mean(), masks[:, ::13, ::13].mean()
+    assert 0.5 < middle < 0.8  # blocks lie within the picture: its middle is hidden more often than its corners
+    assert 0.02 < corners < 0.3
+    for position in range(400):
+        hidden = np.zeros((14, 14), bool)
+        assert _add_block(hidden, 75, rng(0, "order", position))
+        rows, columns = (np.ptp(np.flatnonzero(hidden.any(axis))) + 1 for axis in (1, 0))
+        assert rows * columns == hidden.sum()
+        shapes.append((rows, columns))
+    areas, aspects = np.prod(shapes, 1), np.log([rows / columns for rows, columns in shapes])
+    assert 12 <= areas.min() <= 18  # rounded sides
+    assert 68 <= areas.max() <= 75
+    assert abs(areas.mean() - (16 + 75) / 2) < 4
+    assert abs(aspects.mean()) < 0.12
+    assert 0.8 < np.abs(aspects).max() < np.log(1 / 0.3) + 0.35
 
 
 def test_block_orders_differ_between_positions():

@@ -40,9 +40,11 @@ def small_config(folder: Path, fields: dict | None = None):
 def write_batches(folder: Path, config) -> None:
     if folder.exists():
         return
-    parts, order = {}, tiny_method(config).order()
-    make = raster_batch if order.kind == "identity" else tiny_batch
+    parts, method = {}, tiny_method(config)
+    order = method.order()
     for seed, (name, size) in enumerate(SIZES.items()):
+        views = name == "train" and method.views()
+        make = raster_batch if order.kind == "identity" and not views else tiny_batch
         batches = [make(config, seed=100 * seed + number) for number in range(-(-size // config.batch_size))]
         parts[name] = {key: np.concatenate([batch[key] for batch in batches])[:size] for key in batches[0]}
         parts[name]["id"] = np.arange(size, dtype=np.int32)
@@ -63,8 +65,8 @@ def recording(build, folder: str, process: str):
                 out.write(" ".join([str(step), *(f"{row}:{number}" for row, number in pairs)]) + "\n")
             yield batch
 
-    def wrapped(config, spec, order, rows):
-        inputs = build(config, spec, order, rows)
+    def wrapped(config, spec, order, rows, views):
+        inputs = build(config, spec, order, rows, views)
         return inputs._replace(train=lambda start: noted(inputs.train(start), start, rows, "ids"),
                                evaluate=lambda: noted(inputs.evaluate(), 0, rows, "evaluated"))
 

@@ -55,6 +55,19 @@ def one(place) -> Path:
     return place / "one"
 
 
+@pytest.mark.parametrize("method", ["splitmask", "dino"])
+def test_processes_share_vocabulary_negatives_and_centre_as_the_devices_of_one_do(place, method):
+    fields = {"method": method, "model.depth": 1, "checkpoint.every": "20 steps", "log.every": "1 steps"}
+    for name, processes, devices in ((f"{method}_one", 1, 1), (f"{method}_two", 2, 4)):
+        finish(place / name, place / "compiled", processes, devices, fields)
+    one, two = (metrics(place / f"{method}_{name}", "train/loss") for name in ("one", "two"))
+    assert len(set(one)) == peer.STEPS
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+    for name, value in state_of(place / f"{method}_one")["extras"].items():
+        if name != "teacher":  # built of pictures, or of outputs; parameters differ by what Adam makes of rounding
+            np.testing.assert_allclose(state_of(place / f"{method}_two")["extras"][name], value, atol=1e-5)
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 def test_processes_train_as_one_on_the_same_examples_and_one_device_reads_what_they_saved(one, place, mesh):
     processes, devices, fields = MESHES[mesh]

@@ -1,0 +1,69 @@
+"""Tokens of another tokenizer, read by example id."""
+
+import jax
+import numpy as np
+import pytest
+
+from mae_jax import data, train
+from mae_jax.errors import UserError
+from tests.tiny import tiny_config, tiny_method
+
+SPLITS = {"train": 3400, "test": 1020}
+STILL = {"data.source": "photo_crops", "data.augment": "none", "method.target": "tokens"}
+
+
+def maps(**changed):
+    """Token (id + place) % 24 at each place of each example, so that a wrong row or order shows."""
+    return {name: (np.arange(size)[:, None] + np.arange(16)) % 24 for name, size in SPLITS.items()} | changed
+
+
+def build(tmp_path, method="beit", arrays=None, **fields):
+    file = tmp_path / "tokens.npz"
+    np.savez(file, **(maps() if arrays is None else arrays))
+    config = tiny_config(STILL | {"data.tokens": str(file)} | fields, method)
+    some = tiny_method(config)
+    return config, some, data.build(config, some.eval_spec(), some.order())
+
+
+def test_every_batch_has_the_tokens_of_its_examples_in_the_order_of_their_patches(tmp_path):
+    _, _, inputs = build(tmp_path)
+    for batch in (next(inputs.train(3)), next(inputs.support()), next(inputs.evaluate())):
+        assert batch["tokens"].dtype == np.int32
+        np.testing.assert_array_equal(batch["tokens"], (batch["id"][:, None] + batch["order"]) % 24)
+
+
+@pytest.mark.parametrize("method", ["beit", "splitmask"])
+def test_the_loss_asks_for_them(tmp_path, method):
+    _, some, inputs = build(tmp_path, method)
+    batch = next(inputs.train(0))
+    params, extras = some.init(jax.random.key(0), batch)
+    assert extras == {}
+    name = "loss" if method == "beit" else "inpaint_loss"
+    first, second = (some.loss(params, extras, {**batch, "tokens": tokens}, None, 0, False)[1][0][name]
+                     for tokens in (batch["tokens"], (batch["tokens"] + 1) % 24))
+    assert float(first[0] / first[1]) == pytest.approx(np.log(24), rel=0.03)
+    assert first[0] != second[0]
+
+
+def test_a_run_trains_on_them(tmp_path):
+    config, *_ = build(tmp_path, **{"train.duration": "2 steps", "eval.every": "2 steps", "data.eval_split": "test"})
+    assert train.train(config, str(tmp_path / "run")) == 0
+
+
+@pytest.mark.parametrize(("arrays", "fields", "line"), [
+    (None, {"data.augment": "random"}, "those of whole pictures, which a random view does not show"),
+    (None, {"data.colour": "jitter"}, "which a random view does not show"),
+    (None, {"data.tokens": ""}, "is no file; write one ..npz with an integer array .examples, 16. per split"),
+    ({"train": maps()["train"]}, {}, "has no array 'test'"),
+    (maps(test=np.zeros((7, 16), int)), {}, "'test' is int64 .7, 16.; expected integers .1020, 16."),
+    (maps(test=np.zeros((1020, 16))), {}, "'test' is float64"),
+    (maps(test=np.full((1020, 16), 24)), {}, "has tokens from 24 to 24; expected 0 to method.vocabulary - 1 = 23")])
+def test_what_does_not_fit_is_refused(tmp_path, arrays, fields, line):
+    with pytest.raises(UserError, match=line):
+        build(tmp_path, arrays=arrays, **fields)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "broken.npz").write_bytes(b"PK nothing")
+    with pytest.raises(UserError, match=r"broken.npz is damaged"):
+        build(tmp_path, **{"data.tokens": str(tmp_path / "broken.npz")})

@@ -1,0 +1,56 @@
+"""Run by multidevice_test on 8 simulated devices: losses with terms across pictures, on one device and on several.
+
+Prints method → mesh → the largest relative difference of the metrics, the largest difference of the new extras, and the
+largest difference of a gradient relative to the largest value of it.
+"""
+
+import json
+
+import jax
+import numpy as np
+
+from mae_jax import sharding
+from mae_jax.methods import get
+from mae_jax.step import gradients
+from tests.tiny import EXAMPLES, tiny_batch, tiny_config, tiny_params, tiny_state
+
+LARGE = {"batch_size": 16, "model.width": 128, "model.heads": 4}
+FIELDS = {"splitmask": {"method.decoder_width": 64, "method.decoder_heads": 4}, "dino": {}, "beit": {}}
+MESHES = {"4 devices": (4, {}), "8 devices": (8, {"mesh.zero": "on"}), "4 x 2": (8, {"mesh.tensor": 2})}
+
+
+def made(name, devices, fields):
+    """Returns the metrics, the new extras and the gradients of one step from the same state and batch."""
+    config = tiny_config(LARGE | FIELDS[name] | fields, name)
+    mesh, method = sharding.make_mesh(config, devices), get(name)(config, EXAMPLES)
+    batch = tiny_batch(config)
+    batch["valid"][5] = 0
+    extras = jax.tree.map(np.asarray, {
+        "dino": lambda: {"teacher": tiny_params(config, 1), "center": np.zeros(config.method.out_dim, np.float32)},
+    }.get(name, lambda: {"vocabulary": np.random.default_rng(2).normal(size=(23, 48)).astype(np.float32)})())
+    with jax.set_mesh(mesh):
+        state = tiny_state(config, extras, method)
+        state = jax.device_put(state, sharding.param_shardings(mesh, state))
+        compute = jax.jit(lambda state, batch: gradients(method, state, batch, jax.random.key(0), 1))
+        grads, metrics, new = compute(state, sharding.to_devices(batch, mesh, config.batch_size))
+    return jax.device_get(({key: total / weight for key, (total, weight) in metrics.items()}, new, grads))
+
+
+def largest(ours, theirs, relative: bool) -> float:
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    return float(max(np.abs(a - b).max() / (max(np.abs(b).max(), 1e-3) if relative else 1) for a, b in pairs))
+
+
+def main() -> None:
+    found: dict[str, dict[str, list[float]]] = {}
+    for name in FIELDS:
+        one = made(name, jax.devices()[:1], {})
+        for mesh, (devices, fields) in MESHES.items():
+            some = made(name, jax.devices()[:devices], fields)
+            found.setdefault(name, {})[mesh] = [
+                largest(a, b, relative) for a, b, relative in zip(some, one, (True, False, True), strict=True)]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
