@@ -46,4 +46,4 @@ def blocks_flops(tokens: int, width: int, depth: int, mlp_ratio: int) -> int:
 
 def train_flops(method: Method) -> int:
     """FLOPs of one image in a train step: the backward pass costs twice the forward pass that it belongs to."""
-    return 3 * method.forward_flops() + method.teacher_flops()
+    return 3 * method.forward_flops() + method.frozen_flops()

@@ -137,6 +137,6 @@ class Method:
         """Returns the FLOPs of one image's forward pass in training: matrix products, 2 per multiply-add."""
         raise NotImplementedError
 
-    def teacher_flops(self) -> int:
-        """Returns the FLOPs of what has a forward pass alone."""
+    def frozen_flops(self) -> int:
+        """Returns the FLOPs of one image's share of what has no backward pass: a teacher, the naming of tokens."""
         return 0

@@ -88,4 +88,7 @@ class BEiT(Method):
         embed = 2 * (self.patches - self.masked) * patch_values(self.config) * m.width
         encoder = blocks_flops(1 + self.patches, m.width, m.depth, m.mlp_ratio)
         head = 2 * self.masked * m.width * self.targets.outputs
-        return embed + encoder + head + self.targets.flops(self.masked)
+        return embed + encoder + head
+
+    def frozen_flops(self) -> int:
+        return self.targets.flops(self.masked)

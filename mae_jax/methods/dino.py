@@ -189,7 +189,7 @@ class DINO(Method):
         large, small = (self._view_flops(int(np.prod(sides))) for sides in (grid(self.config), self.local_grid))
         return GLOBALS * large + self.config.method.local_views * small
 
-    def teacher_flops(self) -> int:
+    def frozen_flops(self) -> int:
         return GLOBALS * self._view_flops(int(np.prod(grid(self.config))))
 
     def _view_flops(self, patches: int) -> int:

@@ -126,4 +126,7 @@ class SplitMask(Method):
         decoder = blocks_flops(1 + self.patches, d.decoder_width, d.decoder_depth, m.mlp_ratio)
         head = 2 * hidden * d.decoder_width * self.targets.outputs
         match = 4 * self.config.batch_size * d.decoder_width * bool(d.match_weight)
-        return 2 * (embed + encoder + join + decoder + head + match) + self.targets.flops(2 * hidden)
+        return 2 * (embed + encoder + join + decoder + head + match)
+
+    def frozen_flops(self) -> int:
+        return self.targets.flops(2 * (self.patches - self.half))

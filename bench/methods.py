@@ -1,0 +1,83 @@
+"""How well each method uses the machine: achieved FLOP/s of the train step beside MAE's, alternating step by step.
+
+  python bench/methods.py                       (ViT-B/16 at 224 pixels; 2 cores: about 15 minutes)
+  python bench/methods.py --batch=256 --rounds=30       (one GPU)
+
+FLOPs are the matrix products counted on paper (mae_jax/flops.py), by which methods with other amounts of work can be
+compared. The figures are written to bench/results/methods_<device>.json, with each round's times, and .md.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mae_jax.bench import TimedStep
+
+RESULTS = Path(__file__).parent / "results"
+RECIPES = {"MAE": "vit_b_mae:repo", "SplitMask": "vit_b_splitmask", "BEiT": "vit_b_beit"}
+
+
+def recipe(text: str) -> Any:
+    """Returns the unlocked config of 'file:argument'."""
+    name, _, arg = text.partition(":")
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    steps, times = {}, {name: [] for name in RECIPES}
+    for name, text in RECIPES.items():
+        config = recipe(text)
+        config.batch_size = options.batch
+        steps[name] = TimedStep(config)
+        steps[name].run(steps[name].batch)  # the first one also touches all memory
+    for _ in range(options.rounds):
+        for name, step in steps.items():
+            times[name] += [_seconds(step)]
+    device = jax.devices()[0].device_kind
+    result = {"device": device, "cores": os.cpu_count(), "batch": options.batch, "load": os.getloadavg()[0],
+              "gflop_per_image": {name: step.flops_per_image / 1e9 for name, step in steps.items()}, "seconds": times}
+    stem = RESULTS / f"methods_{re.sub('[^a-z0-9]+', '_', device.lower())}"
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(table(result))
+    print(table(result))
+
+
+def _seconds(step: TimedStep) -> float:
+    began = time.perf_counter()
+    step.run(step.batch)
+    return time.perf_counter() - began
+
+
+def table(result: dict[str, Any]) -> str:
+    """Returns the Markdown table: achieved FLOP/s, and the median over rounds of its ratio to MAE's (least to most)."""
+    flops, times = result["gflop_per_image"], result["seconds"]
+    lines = [f"ViT-B/16, batch {result['batch']}, {result['device']} ({result['cores']} cores); median of "
+             f"{len(times['MAE'])} alternating rounds.", "",
+             "| method | GFLOP per image and step | s per step | GFLOP/s | of MAE's |", "|---|---|---|---|---|"]
+    for name, seconds in times.items():
+        rates = [flops[name] * result["batch"] / s for s in seconds]
+        base = [flops["MAE"] * result["batch"] / s for s in times["MAE"]]
+        ratios = [rate / other for rate, other in zip(rates, base, strict=True)]
+        step, rate = statistics.median(seconds), statistics.median(rates)
+        lines.append(f"| {name} | {flops[name]:.1f} | {step:.2f} | {rate:.0f} "
+                     f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

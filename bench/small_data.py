@@ -1,0 +1,310 @@
+"""Do masked-image methods lose less than DINO as the data to pre-train on shrink? The question of arXiv 2112.10740.
+
+  bench/fetch_clipart.sh runs/openclipart                       (or apt-get install openclipart-png)
+  python bench/small_data.py --prepare --clipart=runs/openclipart
+  python bench/small_data.py                                    (2 cores: about 2 hours; goes on where it was stopped)
+  python bench/small_data.py --size=gpu                         (one GPU: the whole grid)
+
+Every method is pre-trained on nested parts of a small data set, its vocabulary built of that part alone, for the same
+number of pictures shown; the encoder is then fine-tuned on all training labels. `scratch` is fine-tuned from random
+weights with a recipe of its own (every layer at the full rate, no stochastic depth), `scratch, longer` for as many
+pictures as pre-training and fine-tuning show together. The last tenth of the training split chooses each arm's learning
+rate from the same three values, with seed 0; two more seeds then train at that rate. A cell reads the test split once,
+with its last weights; only cells at the chosen rate enter the tables.
+
+One JSON line per cell in bench/results/small_data_<size>.jsonl; the table in .md, the plot in .png.
+"""
+
+import argparse
+import io
+import json
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from mae_jax import train
+from mae_jax.config import default
+
+RESULTS = Path(__file__).parent / "results"
+BATCH, SEEDS, LRS = 64, (0, 1, 2), (2e-3, 8e-3, 3.2e-2)
+PRETRAIN_LR = 6e-3  # per 256 pictures, of all methods; but DINO's, at which it learns more (pilot: see the results)
+DINO_LR = 2e-3
+WIDTH, DEPTH, HEADS, DECODER = 96, 4, 3, 2
+TUNED = 30  # epochs of fine-tuning
+HELD = 0.1  # of the training split, chooses
+Cell = dict[str, Any]
+
+
+class Set(NamedTuple):
+    """How a data set is stored and seen: all in pixels."""
+
+    stored: int
+    side: int
+    patch: int
+    flip: bool
+
+
+class Size(NamedTuple):
+    """The part of the grid that is run."""
+
+    sets: tuple[str, ...]
+    percents: tuple[float, ...]
+    images: int  # shown in pre-training
+
+
+SETS = {"clipart": Set(80, 64, 8, True), "mnist5k": Set(32, 32, 4, False)}
+SIZES = {"cpu": Size(("clipart",), (100, 5), 60_000), "gpu": Size(("clipart", "mnist5k"), (100, 10, 2.5), 200_000)}
+METHODS = ("splitmask", "beit", "mae", "dino")
+SCRATCH = ("scratch", "scratch, longer")
+
+
+def prepare(folder: Path, clipart: str) -> None:
+    """Writes <set>.npz: pictures on a white square (digits: black, padded), training rows in random order."""
+    from mae_jax.data import sources
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, about in SETS.items():
+        arrays, data = {}, default().data.copy_and_resolve_references()
+        data.update(source=name, path=clipart if name == "clipart" else "")
+        for split in ("train", "test"):
+            found = sources.load(data, split)
+            examples = [found.read(int(i)) for i in np.random.default_rng(0).permutation(found.size)]
+            arrays[f"x_{split}"] = np.stack([square(example.picture, about) for example in examples])
+            arrays[f"y_{split}"] = np.array([example.label for example in examples])
+        np.savez_compressed(folder / f"{name}.npz", **arrays)
+        print(folder / f"{name}.npz", {key: value.shape for key, value in arrays.items()})
+
+
+def square(pixels: np.ndarray, about: Set) -> np.ndarray:
+    """Returns the whole picture in the middle of a square of the stored size."""
+    image = Image.fromarray(pixels)
+    if max(image.size) > about.stored:
+        image.thumbnail((about.stored, about.stored), Image.Resampling.BICUBIC)
+    canvas = Image.new("RGB", (about.stored, about.stored), tuple(int(v) for v in pixels[0, 0]))
+    canvas.paste(image, ((about.stored - image.width) // 2, (about.stored - image.height) // 2))
+    return np.asarray(canvas)
+
+
+def common(config: ConfigDict, name: str, folder: Path, percent: float, steps: int, seed: int) -> ConfigDict:
+    """Sets data, model and duration: the first `percent` of what is not held out of the training split."""
+    about, file = SETS[name], folder / f"{name}.npz"
+    with np.load(file) as arrays:
+        count = len(arrays["y_train"])
+    learned = round(count * (1 - HELD))
+    config.seed, config.batch_size = seed, BATCH
+    config.data.update(source="npz", path=str(file), train_split=f"train[:{round(learned * percent / 100)}]",
+                       val_split=f"train[{learned}:]", image_size=(about.side, about.side), flip=about.flip,
+                       crop_scale=(0.4, 1.0))
+    config.model.update(width=WIDTH, depth=DEPTH, heads=HEADS, patch=(about.patch, about.patch), pool="mean")
+    config.eval.update(crop_ratio=(1.0,), every=f"{steps} steps")
+    config.checkpoint.every = f"{steps} steps"
+    config.log.update(every="25 steps", tensorboard=False)
+    config.train.duration = f"{steps} steps"
+    config.optim.warmup = f"{steps // 20} steps"
+    return config
+
+
+def pretraining(cell: Cell, folder: Path, images: int) -> ConfigDict:
+    """Returns the config of one pre-training."""
+    method, side = cell["method"], SETS[cell["set"]].side
+    config = common(default(method), cell["set"], folder, cell["percent"], images // BATCH, cell["seed"])
+    config.eval.test = False
+    config.optim.update(lr=DINO_LR if method == "dino" else PRETRAIN_LR, clip=3.0)
+    if method == "dino":
+        config.method.update(out_dim=1024, head_width=256, bottleneck=64, local_views=2, local_size=(side // 2,) * 2,
+                             global_scale=(0.4, 1.0), local_scale=(0.1, 0.4), blur=(0.1, 2 * side / 224))
+        config.optim.update(weight_decay=0.04, final_weight_decay=0.4)
+    else:
+        if method != "beit":
+            config.method.update(decoder_width=WIDTH, decoder_depth=DECODER, decoder_heads=HEADS)
+        if method != "mae":
+            config.method.vocabulary = 256
+        if method == "beit":
+            config.method.masked = 25  # of 64 patches, as 75 of 196
+    return config.lock()
+
+
+def finetuning(cell: Cell, folder: Path, encoder: str, images: int) -> ConfigDict:
+    """Returns the config of one fine-tuning on all training labels; encoder '': from random weights."""
+    config = common(default("supervised"), cell["set"], folder, 100, 1, cell["seed"])
+    stop = int(config.data.train_split.removeprefix("train[:").removesuffix("]"))
+    steps = TUNED * stop // BATCH + (images // BATCH if cell["method"] == "scratch, longer" else 0)
+    common(config, cell["set"], folder, 100, steps, cell["seed"])
+    config.init_from = encoder
+    config.model.update(positions="learned", drop_path=0.1 if encoder else 0.0)
+    config.method.update(smoothing=0.1)
+    config.optim.update(lr=cell["lr"], betas=(0.9, 0.999), layer_decay=0.75 if encoder else 1.0)
+    return config.lock()
+
+
+def matches(cell: Cell, what: Cell) -> bool:
+    return all(cell.get(key) == value for key, value in what.items())
+
+
+def chosen(cells: list[Cell], **what: Any) -> float:
+    """Returns the rate of the best validation accuracy among the cells of an arm with seed 0; the lower one of two."""
+    tried = [cell for cell in cells if matches(cell, {"kind": "tuned", "seed": 0} | what)]
+    return max(tried, key=lambda cell: (cell["val"], -cell["lr"]))["lr"]
+
+
+def plan(size: Size, cells: list[Cell]) -> Iterator[Cell]:
+    """Yields what is to be run, in order: seed 0 of everything first; later seeds take the rate that it chose."""
+    for seed in SEEDS:
+        for name in size.sets:
+            arms = [{"set": name, "method": method, "percent": percent}
+                    for percent in size.percents for method in METHODS]
+            for arm in (*arms, *({"set": name, "method": method, "percent": 0} for method in SCRATCH)):
+                if arm["percent"]:
+                    yield {"kind": "pretrained", **arm, "seed": seed}
+                for lr in LRS if seed == 0 else (chosen(cells, **arm),):
+                    yield {"kind": "tuned", **arm, "seed": seed, "lr": lr}
+
+
+def run(cell: Cell, size: Size, work: Path, programs: str) -> Cell:
+    """Trains a cell and returns it with what was measured; pre-trained encoders stay under `work`."""
+    name = "{set}_{method}_{percent}_{seed}".format(**cell)
+    if cell["kind"] == "pretrained":
+        config, folder = pretraining(cell, work, size.images), work / name
+    else:
+        encoder = str(work / name) if cell["percent"] else ""
+        config, folder = finetuning(cell, work, encoder, size.images), Path(tempfile.mkdtemp()) / "tuned"
+    config.train.compilation_cache = programs
+    if train.train(config, str(folder)):
+        raise SystemExit(f"{cell} did not finish")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = {key: value for line in lines for key, value in line.items()}
+    if cell["kind"] == "tuned":
+        return {**cell, "val": last["val/top1"], "test": last["eval/top1"]}
+    speed = statistics.median(line["train/images_per_sec"] for line in lines if "train/images_per_sec" in line)
+    return {**cell, "images_per_sec": round(speed, 1), "seconds": round(size.images / speed, 1),
+            "val_loss": last["val/loss"], "val_knn": last["val/knn/top1"], "val_linear": last["val/linear/top1"]}
+
+
+def accuracies(cells: list[Cell], **arm: Any) -> list[float]:
+    """Returns the test accuracies of an arm at the rate that it chose, in the order of seeds."""
+    found = [cell for cell in cells if matches(cell, {"kind": "tuned"} | arm)]
+    if not any(cell["seed"] for cell in found):
+        return []
+    rate = chosen(cells, **arm)
+    return [cell["test"] for cell in sorted(found, key=lambda cell: cell["seed"]) if cell["lr"] == rate]
+
+
+def text(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else "-"
+
+
+def table(size: Size, cells: list[Cell]) -> str:
+    """Returns the Markdown: a table for each data set, and what follows from it."""
+    lines = [f"Top-1 on the test split after fine-tuning on all training labels; mean (range) of seeds. Pre-training "
+             f"shows {size.images:,} pictures. Ranges that are apart count as a difference.", ""]
+    for name in size.sets:
+        heads = [f"{percent:g} %" for percent in size.percents]
+        lines += [f"**{name}**", "", f"| pre-trained with | {' | '.join(heads)} | drop to {heads[-1]} | images/s | "
+                  "pre-training s |", "|---" * (4 + len(heads)) + "|"]
+        for method in METHODS:
+            arms = [accuracies(cells, set=name, method=method, percent=percent) for percent in size.percents]
+            speeds = [cell for cell in cells if matches(cell, {"kind": "pretrained", "set": name, "method": method})]
+            lines.append(f"| {method} | {' | '.join(map(text, arms))} | {text(drops(arms))} | "
+                         f"{_median(speeds, 'images_per_sec')} | {_median(speeds, 'seconds')} |")
+        for method in SCRATCH:
+            scores = accuracies(cells, set=name, method=method, percent=0)
+            lines.append(f"| nothing ({method}) | {text(scores)} {'| ' * (3 + len(heads))}|")
+        lines += ["", *verdicts(size, cells, name), ""]
+    return "\n".join(lines)
+
+
+def drops(arms: list[list[float]]) -> list[float]:
+    """Returns what each seed loses from the first part to the last."""
+    return [a - b for a, b in zip(arms[0], arms[-1], strict=False)]
+
+
+def _median(cells: list[Cell], key: str) -> str:
+    return f"{statistics.median(cell[key] for cell in cells):.0f}" if cells else "-"
+
+
+def verdicts(size: Size, cells: list[Cell], name: str) -> list[str]:
+    """Says which methods are better than scratch at 100 %, and of these, which lose less than DINO."""
+    scratch = [accuracies(cells, set=name, method=method, percent=0) for method in SCRATCH]
+    best = max((scores for scores in scratch if scores), key=statistics.mean, default=[])
+    found = {method: [accuracies(cells, set=name, method=method, percent=percent) for percent in size.percents]
+             for method in METHODS}
+    complete = best and all(all(arms) for arms in found.values())
+    if not complete:
+        return ["Not complete: no verdict."]
+    useful = [method for method, arms in found.items() if min(arms[0]) > max(best)]
+    lines = [f"Better than the better scratch at 100 %: {', '.join(useful) or 'none'}."]
+    for method in METHODS[:-1]:
+        if method not in useful or "dino" not in useful:
+            lines.append(f"{method} beside DINO as data shrink: not decidable, "
+                         f"{method if method not in useful else 'DINO'} is not better than scratch.")
+            continue
+        ours, theirs = drops(found[method]), drops(found["dino"])
+        word = "seen" if max(ours) < min(theirs) else "the reverse" if min(ours) > max(theirs) else "not decidable"
+        lines.append(f"{method} loses less than DINO as data shrink: {word}.")
+    return lines
+
+
+def plot(size: Size, cells: list[Cell]) -> bytes:
+    """Returns a PNG: accuracy over the part of the data that was pre-trained on, one panel for each data set."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5 * len(size.sets), 4.5), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    for axes, name in zip(figure.subplots(1, len(size.sets), squeeze=False)[0], size.sets, strict=True):
+        for place, method in enumerate(METHODS):
+            arms = [(percent, accuracies(cells, set=name, method=method, percent=percent)) for percent in size.percents]
+            points = [(percent * 1.04 ** (place - 1.5), scores) for percent, scores in arms if scores]
+            if points:
+                x, means = zip(*[(x, statistics.mean(scores)) for x, scores in points], strict=True)
+                spread = [[abs(mean - end(scores)) for mean, (_, scores) in zip(means, points, strict=True)]
+                          for end in (min, max)]
+                axes.errorbar(x, means, spread, marker="o", capsize=3, label=method)
+        for method, style in zip(SCRATCH, (":", "--"), strict=True):
+            if scores := accuracies(cells, set=name, method=method, percent=0):
+                axes.axhline(statistics.mean(scores), color="grey", linestyle=style, label=method)
+        axes.set_xscale("log")
+        axes.set_xticks(size.percents, [f"{percent:g} %" for percent in size.percents])
+        axes.minorticks_off()
+        axes.set_title(name)
+        axes.set_xlabel("part of the training pictures that pre-training saw")
+        axes.set_ylabel("top-1, mean and range of seeds")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--work", type=Path, default=Path("runs/small_data"), help="pictures and pre-trained encoders")
+    parser.add_argument("--prepare", action="store_true", help="write the pictures there, and end")
+    parser.add_argument("--clipart", default="", help="folder of openclipart's PNG files, where it is not installed")
+    options = parser.parse_args()
+    if options.prepare:
+        prepare(options.work, options.clipart)
+        return
+    size, results = SIZES[options.size], RESULTS / f"small_data_{options.size}.jsonl"
+    cells = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    with tempfile.TemporaryDirectory() as programs:
+        for cell in plan(size, cells):
+            if any(matches(done, cell) for done in cells):
+                continue
+            cells.append(run(cell, size, options.work, programs))
+            with open(results, "a") as file:
+                file.write(json.dumps(cells[-1]) + "\n")
+            results.with_suffix(".md").write_text(table(size, cells))
+            results.with_suffix(".png").write_bytes(plot(size, cells))
+    print(table(size, cells))
+
+
+if __name__ == "__main__":
+    main()
