@@ -12,9 +12,10 @@ The second runs many and fits the recipe to the encoder's size. Arguments, joine
     to choose a learning rate or a length; `runlocal` (not for voc2007, which has no small stand-in).
 
 The 11 data sets of MoCE and MixedAE (aircraft to voc2007) have the splits and metrics of Kornblith and Ericsson, which
-these papers are taken to follow; the 6 of SplitMask's Table 3 have top-1. DomainNet is TFDS's cleaned one, a little
-smaller than SplitMask's. Those of TFDS are prepared with `tfds build`; two are not in TFDS and are read from folders
-beside it, $TFDS_DATA_DIR (else ~/tensorflow_datasets) /aircraft and /inaturalist2019:
+these papers are taken to follow; the 7 of SplitMask's Table 3, cars and food101 of these 11 among them, have top-1.
+DomainNet is TFDS's cleaned one, a little smaller than SplitMask's. Those of TFDS are prepared with `tfds build`; two
+are not in TFDS and are read from folders beside it, $TFDS_DATA_DIR (else ~/tensorflow_datasets) /aircraft and
+/inaturalist2019:
   aircraft/train/<variant>/*.jpg: the 6,667 of images_variant_trainval.txt; aircraft/test/<variant>/*.jpg: 3,333;
   inaturalist2019/train/<category>/*.jpg and inaturalist2019/val/<category>/*.jpg.
 

@@ -5,6 +5,7 @@ command line (`--config.optim.lr=1e-4`), so no default is a list or None: ml_col
 """
 
 import copy
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -276,6 +277,7 @@ def validate(config: ConfigDict, trains: bool = True) -> None:
       trains: False where the encoder alone is looked at: the method's own fields are not.
     """
     values = flat(config)
+    _check_types(values, {**DEFAULTS, "method": methods.get(config.method.name).defaults})
     _check_ranges(values)
     grid(config)
     if config.checkpoint.keep_last < 2:
@@ -298,6 +300,19 @@ def validate(config: ConfigDict, trains: bool = True) -> None:
         raise UserError(f"eval.attention_block={config.eval.attention_block}; expected -1 to {config.model.depth - 1}")
     if trains:
         methods.get(config.method.name).validate(config)
+
+
+def _check_types(values: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Raises UserError for the first value that is not of its default's kind, or is no finite number."""
+    for key, default in flat(defaults).items():
+        value = values.get(key, default)
+        if isinstance(default, list):
+            kinds = (str,) if not default else (int, float)
+            if not isinstance(value, list) or not all(isinstance(item, kinds) for item in value):
+                shown = tuple(default) or ("imagenet_v2",)
+                raise UserError(f"{key}={value!r}; expected values such as {shown}")
+        if not all(math.isfinite(number) for number in np.ravel(value) if isinstance(number, float)):
+            raise UserError(f"{key}={value}; it must be finite")
 
 
 def _check_ranges(values: dict[str, Any]) -> None:

@@ -39,6 +39,12 @@ def export(source: str, to: str, layout: str) -> int:
     folder = workdir.locate(source)
     config = workdir.read_config(workdir.of_checkpoint(folder))
     tree = folded(*params.judged(load_params(folder, ema=True, extras=True)))
+    if layout == "hf" and config.method.name != "mae":
+        raise UserError(f"{folder} was trained with method.name={config.method.name!r}; transformers has MAE's model: "
+                        "use --layout=timm or --layout=mae for the encoder")
+    if layout != "mae_jax" and config.method.name not in ("mae", "supervised"):
+        tree = {"encoder": tree["encoder"]}  # what their heads and decoders predict, no model of others does
+        print(f"the encoder alone, without the parts of method.name={config.method.name!r}")
     if layout != "mae_jax":
         tree = {"hf": to_hf, "mae": to_mae, "timm": to_timm}[layout](tree, grid(config), config.model.patch)
     save_params(file, tree, {"format": "pt", "config": json.dumps(config.to_dict())})

@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 class Best:
     """The checkpoint that was best by a figure of the validation part, under <workdir>/best."""
 
-    def __init__(self, folder: epath.Path, metric: str):
+    def __init__(self, folder: epath.Path, metric: str, **how: float):
         self.metric, self.file = metric, folder / "best" / "score.json"
+        self.of = {"metric": metric, **how}  # a score that was measured otherwise is none to compare with
         self.checkpoints = Checkpoints(folder / "best", keep_last=1)
         self.score = distributed.first(self._read())
 
     def _read(self) -> float:
         stored = json.loads(self.file.read_text()) if self.file.exists() else {}
-        return stored["score"] if stored.get("metric") == self.metric else float("-inf")
+        return stored["score"] if self.of.items() <= stored.items() else float("-inf")
 
     def offer(self, done: int, state: TrainState, figures: Figures) -> None:
         """Keeps the state of step `done` if it is better than all before; of a loss, the lowest is the best."""
-        names = [name.removeprefix("val/") for name in figures]
-        if self.metric not in names:
-            raise UserError(f"checkpoint.best={self.metric!r} is not evaluated; {nearest(self.metric, names)}")
+        if f"val/{self.metric}" not in figures:
+            raise UserError(f"checkpoint.best={self.metric!r}: the validation part has no labelled pictures")
         score = figures[f"val/{self.metric}"] * (-1 if self.metric.endswith("loss") else 1)
         if not score > self.score:  # nor where it is not a number
             return
@@ -44,8 +44,19 @@ class Best:
             return
         self.score = score
         if jax.process_index() == 0:
-            text = json.dumps({"step": done, "metric": self.metric, "score": score})
+            text = json.dumps({"step": done, **self.of, "score": score})
             workdir.replace_text(self.file, text + "\n")
+
+
+def check(run: "Run") -> None:
+    """Raises UserError before the first step for what evaluations, perhaps at the end only, cannot give."""
+    config, best = run.config, run.config.checkpoint.best
+    if best:
+        names = Evaluator(run.program.method, run.inputs, run.program.mesh).names(run.program.state)
+        if best not in names:
+            raise UserError(f"checkpoint.best={best!r} is not evaluated; {nearest(best, names)}")
+    for name in config.eval.sets if config.data.eval_split and config.eval.test else ():
+        run.inputs.extra(name)
 
 
 class Judge:
@@ -61,7 +72,8 @@ class Judge:
         self.reports = bool(config.data.eval_split) and config.eval.test
         self.part = "val" if config.data.val_split else "eval" if self.reports else ""
         self.every = run.every("eval") if self.part else 0
-        self.best = Best(run.workdir, config.checkpoint.best) if config.checkpoint.best else None
+        how = {"max_examples": config.eval.max_examples, "crop_ratio": config.eval.crop_ratio[0]}
+        self.best = Best(run.workdir, config.checkpoint.best, **how) if config.checkpoint.best else None
 
     def due(self, done: int) -> bool:
         """Says whether the state of step `done` is to be evaluated; the first one, where others come before the last.

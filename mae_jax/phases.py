@@ -4,12 +4,15 @@ import itertools
 import time
 
 _marks = [("", time.monotonic())]  # a command imports this first
+_begun = False
 
 
 def begin() -> None:
-    """Begins to count now, where a summary was the last that happened: a process may train several times."""
-    if len(_marks) == 1 and _marks[0][0]:
-        _marks[0] = ("", time.monotonic())
+    """Begins to count now, but for the first time, which counts from the import: a process may train several times."""
+    global _begun
+    if _begun:
+        _marks[:] = [("", time.monotonic())]
+    _begun = True
 
 
 def done(name: str) -> None:

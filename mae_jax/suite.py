@@ -9,11 +9,11 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_jax import cli
+from mae_jax import cli, phases
 from mae_jax import config as configs
 from mae_jax.config import SIZES
 from mae_jax.errors import GuardError, UserError
-from mae_jax.suite_report import ALL, QUICK, Cell, Row, table, write
+from mae_jax.suite_report import ALL, QUICK, Cell, Row, joined, stored, table, write
 
 QUICK_METRICS = ("linear/top1", "sgd/top1", "knn/top1")
 SHAPE = ("width", "depth", "heads", "patch", "mlp_ratio", "gelu", "layer_scale")  # what parameters fit
@@ -159,8 +159,9 @@ class Suite:
         return config.lock()
 
     def run(self, cells: list[Cell]) -> int:
-        """Runs the cells, and writes table and plot after each; returns the exit code."""
-        rows, codes = [], [cli.FINISHED]
+        """Runs the cells, and writes table and plot after each, with the rows of earlier calls; returns the exit code.
+        """
+        rows, codes = stored(self.to, self.source), [cli.FINISHED]
         for cell in cells:
             try:
                 code, found = self.run_cell(cell)
@@ -171,7 +172,7 @@ class Suite:
             if code == cli.STOPPED:
                 return code
             codes.append(code)
-            rows += found
+            rows = joined(rows, found)
             write(rows, self.to, self.source, self.encoder.model.depth)
         print(table(rows))
         return cli.MISTAKE if cli.MISTAKE in codes else max(codes)
@@ -192,7 +193,8 @@ class Suite:
                 return code, []
             config = with_lr(config, lr)
         code = train.train(config, str(folder))
-        return code, [self._row(cell, folder, self._metric(cell), lr)] if code == cli.FINISHED else []
+        part = "eval/best" if config.checkpoint.best else "eval"
+        return code, [self._row(cell, folder, self._metric(cell), lr, part)] if code == cli.FINISHED else []
 
     def _best_lr(self, cell: Cell, folder: epath.Path) -> tuple[int, float]:
         """Trains once per learning rate without the test data; returns an exit code and the best on data.val_split.
@@ -227,8 +229,8 @@ class Suite:
     def _metric(self, cell: Cell) -> str:
         return self.recipe.metric("" if cell.data == self.recipe.stem else cell.data)
 
-    def _row(self, cell: Cell, folder: epath.Path, metric: str, lr: float | None = None) -> Row:
-        name, value, step = measured(folder, metric, "eval")
+    def _row(self, cell: Cell, folder: epath.Path, metric: str, lr: float | None = None, part: str = "eval") -> Row:
+        name, value, step = measured(folder, metric, part)
         return Row(cell, name, value, step, lr)
 
 
@@ -247,6 +249,7 @@ def look(config: ConfigDict, folder: epath.Path) -> None:
     from mae_jax.evals.evaluate import Evaluator
     from mae_jax.metrics import Recorder
 
+    phases.begin()
     run = train.opened(config, str(folder), trains=False)
     if (run.workdir / "DONE").exists():
         if workdir.read_config(folder).eval == config.eval:

@@ -62,6 +62,24 @@ def table(rows: list[Row]) -> str:
     return "\n".join([*text, *([""] if failed else []), *failed])
 
 
+def stored(to: epath.Path, source: str) -> list[Row]:
+    """Returns the rows that earlier calls left for the same encoder."""
+    if not (to / "results.json").is_file():
+        return []
+    found = json.loads((to / "results.json").read_text())
+    rows = found["results"] if found["from"] == source else []
+    return [Row(Cell(*(row.pop(field) for field in Cell._fields)), **row) for row in rows]
+
+
+def joined(old: list[Row], new: list[Row]) -> list[Row]:
+    """Returns all rows; those of cells that ran again are new ones, but for a cell that had a figure and then failed.
+    """
+    figures = {row.cell for row in old if row.value is not None}
+    new = [row for row in new if row.value is not None or row.cell not in figures]
+    again = {row.cell for row in new}
+    return [row for row in old if row.cell not in again] + new
+
+
 def write(rows: list[Row], to: epath.Path, source: str, depth: int) -> None:
     """Writes results.json, results.md and transfer.png; the plot only when something was measured."""
     from mae_jax.workdir import replace_text

@@ -13,13 +13,12 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from mae_jax import cli, distributed, methods, optim, params, phases, sharding, warm_start, workdir
+from mae_jax import cli, distributed, judge, methods, optim, params, phases, sharding, warm_start, workdir
 from mae_jax.checkpoint import Checkpoints
 from mae_jax.config import default, profile_steps, validate
 from mae_jax.durations import steps
 from mae_jax.errors import GuardError, UserError
 from mae_jax.flops import peak_flops, train_flops
-from mae_jax.judge import Judge
 from mae_jax.methods.base import Batch, Metrics
 from mae_jax.metrics import Means, Recorder, Speed, progress_line, say
 from mae_jax.program import Program
@@ -222,6 +221,7 @@ def resume(run: Run, stopper: Stopper) -> int:
     else:
         logger.info("resumed at step %d", state.step)
     phases.done("state")
+    judge.check(run)
     workdir.record(folder, config)  # not before all that a mistake can break has worked
     recorder = Recorder(folder, int(state.step), config.log.tensorboard, jax.process_index() == 0)
     try:
@@ -278,10 +278,10 @@ class Profile:
 def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Recorder, stopper: Stopper) -> int:
     """Steps from the state's step to the end. Returns the exit code."""
     start, total = int(state.step), run.total
-    judge, log, profile = Judge(run, recorder), Log(run, recorder), Profile(run)
+    judged, log, profile = judge.Judge(run, recorder), Log(run, recorder), Profile(run)
     save_every = run.every("checkpoint")
-    if judge.missed(start):
-        judge.look(state, start)
+    if judged.missed(start):
+        judged.look(state, start)
         phases.done("evaluation")
     run.program.compile()
     phases.done("compile")
@@ -299,7 +299,7 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Record
             logger.info("time to first step %s", phases.summary())
             log.speed.start()
         stop = stopper.should_stop(done)
-        look = judge.due(done)
+        look = judged.due(done)
         # Also before an evaluation: a signal can then end it at once.
         save = look or done == total or (save_every > 0 and done % save_every == 0)
         try:
@@ -318,7 +318,7 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Record
             checkpoints.wait()
             if not checkpoints.failed:
                 stopper.saved()
-            judge.look(state, done)
+            judged.look(state, done)
             log.speed.start()
     return finish(run, checkpoints, total)
 
@@ -374,8 +374,8 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
     # Lines past this step stay: they may be those of a run in progress.
     recorder = Recorder(path, math.inf, run.config.log.tensorboard, jax.process_index() == 0)
     with jax.set_mesh(run.program.mesh):
-        judge, began = Judge(run, recorder), time.monotonic()
-        judge.write(state, int(state.step), judge.at_the_end(state, {}), began)
+        judged, began = judge.Judge(run, recorder), time.monotonic()
+        judged.write(state, int(state.step), judged.at_the_end(state, {}), began)
     recorder.close()
     checkpoints.close()
     return cli.FINISHED

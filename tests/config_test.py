@@ -268,3 +268,16 @@ def test_bfloat16_sums_need_bfloat16_activations():
     with pytest.raises(UserError, match=r"mesh.reduce=bfloat16 with activations in float32"):
         for_platform(config, "cpu")
     assert for_platform(config, "tpu").mesh.reduce == "bfloat16"
+
+
+@pytest.mark.parametrize(("fields", "line"), [
+    ({"eval.crop_ratio": ("abc",)}, "eval.crop_ratio=['abc']; expected values such as (0.875,)"),
+    ({"data.crop_scale": ("a", "b")}, "data.crop_scale=['a', 'b']; expected values such as (0.2, 1.0)"),
+    ({"eval.sets": (3,)}, "eval.sets=[3]; expected values such as ('imagenet_v2',)"),
+    ({"optim.lr": float("nan")}, "optim.lr=nan; it must be finite"),
+    ({"optim.betas": (0.9, float("inf"))}, "optim.betas=[0.9, inf]; it must be finite"),
+    ({"method.mask_ratio": float("nan")}, "method.mask_ratio=nan; it must be finite")])
+def test_values_of_another_kind_and_numbers_that_are_not_finite_are_refused(fields, line):
+    with pytest.raises(UserError) as error:
+        tiny_config(fields)
+    assert str(error.value) == line

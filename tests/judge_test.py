@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ from etils import epath
 from mae_jax import train
 from mae_jax.checkpoint import load_params
 from mae_jax.errors import UserError
+from mae_jax.evals.evaluate import Evaluator
 from mae_jax.judge import Best
 from mae_jax.params import flatten
 from mae_jax.workdir import config_of
-from tests.tiny import tiny_supervised
+from tests.tiny import tiny_config, tiny_supervised
 
 SPLITS = {"data.source": "photo_crops", "data.train_split": "train[:64]", "data.val_split": "train[3336:]",
           "data.eval_split": "test[:40]", "method.classes": 17}
@@ -47,7 +49,8 @@ def test_the_best_checkpoint_has_the_lowest_validation_loss(judged):
     losses = {line["step"]: line["val/loss"] for line in lines(judged) if "val/loss" in line}
     score = json.loads((judged / "best" / "score.json").read_text())
     best = min(losses, key=losses.__getitem__)
-    assert score == {"step": best, "metric": "loss", "score": -losses[best]}
+    assert score == {"step": best, "metric": "loss", "max_examples": 32, "crop_ratio": 224 / 256,
+                     "score": -losses[best]}
     assert [path.name for path in (judged / "best" / "checkpoints").iterdir()] == [str(best)]
 
 
@@ -74,6 +77,8 @@ def test_what_is_no_number_is_never_the_best_and_another_metric_starts_anew(tmp_
     other = Best(epath.Path(tmp_path), "loss")
     other.offer(4, {"x": jnp.zeros(3)}, {"val/loss": 5.0})
     assert json.loads(other.file.read_text()) == {"step": 4, "metric": "loss", "score": -5.0}
+    fewer = Best(epath.Path(tmp_path), "loss", max_examples=7)  # a score of other pictures is none to compare with
+    assert fewer.score == float("-inf")
 
 
 def test_the_best_checkpoint_is_read_like_any_other(judged):
@@ -92,9 +97,30 @@ def test_a_run_that_is_evaluated_no_more_often_than_it_is_long_is_evaluated_at_i
     assert [line["step"] for line in lines(tmp_path) if "eval/loss" in line] == [2]
 
 
-def test_a_figure_that_is_not_evaluated_cannot_choose(tmp_path):
-    with pytest.raises(UserError, match=r"checkpoint\.best='top2' is not evaluated; did you mean 'top1'"):
-        Best(epath.Path(tmp_path), "top2").offer(1, {}, {"val/top1": 0.5, "val/loss": 1.0})
+@pytest.mark.parametrize(("fields", "line"), [
+    ({"checkpoint.best": "top2"}, "checkpoint.best='top2' is not evaluated; did you mean 'top"),
+    ({"checkpoint.best": "raw/top1"}, "checkpoint.best='raw/top1' is not evaluated"),
+    ({"eval.sets": ("imagenet_v2",)}, "imagenet_v2")])
+def test_what_an_evaluation_cannot_give_is_said_before_the_first_step(tmp_path, fields, line):
+    with pytest.raises(UserError, match=line):
+        train.train(tiny_supervised(SPLITS | fields), str(tmp_path))
+    assert not (tmp_path / "config.json").exists()  # another config may begin there
+
+
+@pytest.mark.parametrize(("fields", "method"), [
+    ({"optim.ema": 0.9, "model.pool": "mean"}, "supervised"), ({}, "segment"), ({}, "mae"), ({}, "splitmask"),
+    ({}, "dino")])
+def test_the_figures_that_are_foretold_are_those_that_are_measured(tmp_path, fields, method):
+    splits = {name: value for name, value in SPLITS.items() if name != "method.classes" or method == "supervised"}
+    mosaic = {"data.source": "photo_mosaic", "data.train_split": "train[:50%]", "data.val_split": "train[50%:]"}
+    splits |= mosaic if method == "segment" else {}
+    config = tiny_config(splits | {"checkpoint.best": "loss", "eval.max_examples": 32} | fields, method)
+    run = train.prepare(config, tmp_path)
+    with jax.set_mesh(run.program.mesh):
+        evaluator = Evaluator(run.program.method, run.inputs, run.program.mesh)
+        measured = evaluator.scalars(run.program.init(next(train.device_batches(run, 0))), "val")
+        foretold = evaluator.names(run.program.state)
+    assert sorted(foretold) == sorted(name.removeprefix("val/") for name in measured)
 
 
 def test_choosing_needs_a_validation_part():

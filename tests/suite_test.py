@@ -17,7 +17,7 @@ from mae_jax.checkpoint import load_params, save_params
 from mae_jax.config import default
 from mae_jax.errors import UserError
 from mae_jax.suite import Recipe, Suite, encoder_config, measured, plan, rates
-from mae_jax.suite_report import Cell, Row, plot, series, table
+from mae_jax.suite_report import Cell, Row, joined, plot, series, stored, table, write
 from tests.tiny import tiny_config
 
 RECIPE = """
@@ -298,6 +298,18 @@ def rows() -> list[Row]:
             for i, blocks in enumerate(("0", "0.5", "4", "all"))] + [
         Row(Cell("dtd", "quick"), "knn/top1", 0.25, 0, None), Row(Cell("pets", "quick"), "knn/top1", 0.75, 0, None),
         Row(Cell("cars", "quick"), "", None, None, None, "not prepared")]
+
+
+def test_rows_of_earlier_calls_stay_and_no_failure_takes_the_place_of_a_figure(tmp_path):
+    one, two, three = (Row(Cell(name), "top1", value, 5, 0.1) for name, value in (("a", 0.5), ("b", 0.6), ("c", 0.7)))
+    tmp_path = epath.Path(tmp_path)
+    write([one, two], tmp_path, "encoder/5", 2)
+    assert stored(tmp_path, "encoder/5") == [one, two]
+    assert stored(tmp_path, "encoder/9") == []  # of another encoder
+    failed = Row(Cell("b"), "", None, None, None, "no memory")
+    assert joined([one, two], [failed]) == [one, two]
+    assert joined([one, failed], [two]) == [one, two]
+    assert joined([one, two], [three, one._replace(value=0.4)]) == [two, three, one._replace(value=0.4)]
 
 
 def test_the_table_has_means_over_what_is_alike_and_says_what_failed():

@@ -20,6 +20,7 @@ MOST_CLASSES = 1_000_000  # beyond it, labels are taken for something else
 UNLABELLED = -1
 
 # data.source → the module that has `load(data, split)`. Imported when asked for: some need packages of their own.
+BUILT_IN = ("mnist5k", "photo_crops", "photo_mosaic")  # they come with a package
 MODULES = {
     "clipart": "mae_jax.data.clipart",
     "folder": "mae_jax.data.folder",
@@ -80,6 +81,9 @@ def load(data: ConfigDict, expression: str) -> "Source | Stream":
     """
     if data.source not in MODULES:
         raise UserError(f"unknown data.source {data.source!r}; {nearest(data.source, [*MODULES, 'batches'])}")
+    if data.path and data.source in BUILT_IN:
+        raise UserError(f"data.source={data.source!r} does not read data.path={data.path!r}; leave it out, or name a "
+                        "source that reads it (the argument `runlocal` of a recipe takes photo crops for any data)")
     module = importlib.import_module(MODULES[data.source])
     source = functools.reduce(lambda one, other: one.joined(other),
                               [module.load(data, split) for split in splits.parts(expression)])

@@ -62,6 +62,20 @@ class Evaluator:
             out |= _named(name, figures)
         return out
 
+    def names(self, state: TrainState) -> list[str]:
+        """Returns what `scalars` gives of a part whose pictures have labels, from shapes alone."""
+        def metrics(state: TrainState, batch: Batch) -> Metrics:
+            return self.method.loss(state.params, state.extras, batch, jax.random.key(0), 0, False)[1][0]
+
+        names = list(jax.eval_shape(metrics, state, self.method.eval_spec()))
+        if hasattr(self.method, "logits"):
+            one = ["top1", "mean_per_class", *["top5"] * (self.method.classes > 5)]
+            names += ["map", "map_all"] if self.method.config.method.multi_label else one
+            return names + [f"raw/{name}" for name in names] * bool(state.ema)
+        if hasattr(self.method, "pixel_logits"):
+            return [*names, "miou"]
+        return names + ["linear/top1", "knn/top1"] * (len(self.inputs.classes) > 1)
+
     def _weights(self, state: TrainState, part: str) -> list[tuple[str, Any]]:
         """Returns what to call figures of a part → parameters that they are of, the main ones first."""
         raw = [(f"{part}/raw", state.params)] if state.ema and hasattr(self.method, "logits") else []
@@ -86,7 +100,8 @@ class Evaluator:
         out, test = means.take(), _pair(held)
         if not self._probed(test):
             return out
-        return out | self._probes(self._pooled_pair(params, extras, self.inputs.support), test, "top1")
+        train = self._pooled_pair(params, extras, self.inputs.support)
+        return out | (self._probes(train, test, "top1") if len(train[1]) else {})
 
     def quick(self, state: TrainState) -> Figures:
         """Returns the probes of an encoder, whatever its method, on features of whole pictures that are computed once.

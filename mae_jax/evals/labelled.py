@@ -52,6 +52,8 @@ def among_present(method: Method, params: Any, extras: Any, batches: Iterable[Ba
     for batch in batches:
         _, _, logits = _judge(method, mesh)(params, extras, batch)
         rows.add((batch["valid"] > 0) & (batch["label"] >= 0), logits, batch["label"])
+    if not rows.parts:
+        return float("nan")
     logits, labels = rows.take()
     return classify.subset_top1(logits, labels, np.unique(labels))
 

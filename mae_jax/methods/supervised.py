@@ -71,8 +71,8 @@ class Supervised(Method):
         wanted, there = config.method.classes, len(classes)
         if there < 2:
             raise UserError(f"method.name=supervised needs pictures with one label each, of at least two classes; the "
-                            f"data has {there}: a folder needs class sub-folders, and pictures with several labels "
-                            "need method.multi_label=True")
+                            f"data has {there}: a folder needs two class sub-folders or more, and pictures with "
+                            "several labels need method.multi_label=True")
         if wanted not in (0, there):
             raise UserError(f"method.classes={wanted}, but the data has {there} classes; leave it 0, or use other data")
         config = config.copy_and_resolve_references()
@@ -139,6 +139,7 @@ class Supervised(Method):
         """Mean loss over the labelled pictures; the evaluation's is on the labels as they are."""
         weight = self.weight(batch)
         if train:
+            weight = weight * self.partners_weight(weight)
             logits, targets, extras = self.training_logits(params, extras, batch, key, weight)
         else:
             logits, targets = self.logits(params, extras, batch), self.targets(batch, 0.0)
@@ -149,6 +150,11 @@ class Supervised(Method):
     def weight(self, batch: Batch) -> jax.Array:
         """Returns float32 [B]: 1 for pictures with a label, 0 for the others and for padding."""
         return batch["valid"] if self.config.method.multi_label else batch["valid"] * (batch["label"] >= 0)
+
+    def partners_weight(self, weight: jax.Array) -> jax.Array:
+        """Returns float32 [B]: the weight of the picture that each is mixed with, 1 where nothing is mixed."""
+        m = self.config.method
+        return mix.partners(weight, m.mix_group or len(weight)) if m.mixup or m.cutmix else jnp.ones_like(weight)
 
     def targets(self, batch: Batch, smoothing: float) -> jax.Array:
         """Returns float32 [B, C]: the label's class has 1, less the smoothing that all classes share."""

@@ -84,6 +84,11 @@ def mix(values: jax.Array, kept: jax.Array) -> jax.Array:
     return (own * share + own[:, ::-1] * (1 - share)).reshape(values.shape)
 
 
+def partners(values: jax.Array, group: int) -> jax.Array:
+    """Returns the values [B, ...] of each row's partner in groups of `group` rows."""
+    return values.reshape(-1, group, *values.shape[1:])[:, ::-1].reshape(values.shape)
+
+
 def erase(key: jax.Array, pixels: jax.Array, where: Pixels, probability: float) -> jax.Array:
     """Replaces a random box of some pictures, normalised [B, N, P], by normal noise (timm's mode 'pixel').
 
