@@ -39,7 +39,7 @@ def export(source: str, to: str, layout: str) -> int:
     folder = workdir.locate(source)
     config = workdir.read_config(workdir.of_checkpoint(folder))
     tree = folded(*params.judged(load_params(folder, ema=True, extras=True)))
-    if layout == "hf" and config.method.name != "mae":
+    if layout == "hf" and config.method.name not in ("mae", "supervised"):
         raise UserError(f"{folder} was trained with method.name={config.method.name!r}; transformers has MAE's model: "
                         "use --layout=timm or --layout=mae for the encoder")
     if layout != "mae_jax" and config.method.name not in ("mae", "supervised"):

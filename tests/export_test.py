@@ -10,8 +10,9 @@ from safetensors.numpy import load_file
 from mae_jax import export, workdir
 from mae_jax.checkpoint import Checkpoints, load_params
 from mae_jax.errors import UserError
+from mae_jax.methods import get
 from mae_jax.params import flatten
-from tests.tiny import tiny_config, tiny_state, tiny_supervised
+from tests.tiny import tiny_batch, tiny_config, tiny_state, tiny_supervised
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,28 @@ def test_timms_layout_of_a_masked_autoencoder_is_its_encoder(run, tmp_path, caps
 def test_hugging_faces_layout_refuses_a_classifier(probe, tmp_path):
     with pytest.raises(UserError, match="no place in ViTMAEForPreTraining; write a classifier with --layout=timm"):
         export.export(str(probe[0]), str(tmp_path / "hf"), "hf")
+
+
+@pytest.mark.parametrize("method", ["segment", "beit", "splitmask", "dino"])
+def test_what_heads_and_decoders_of_other_methods_predict_is_not_written_as_a_classifier(method, tmp_path, capsys):
+    config = tiny_config(method=method)
+    some = get(method)(config)
+    params, extras = some.init(jax.random.key(0), tiny_batch(config))
+    extras |= {"teacher": jax.tree.map(lambda x: x + 1, params)} if method == "dino" else {}
+    state = tiny_state(config, extras, some)
+    workdir.record(epath.Path(tmp_path / "run"), config)
+    checkpoints = Checkpoints(tmp_path / "run", 2)
+    checkpoints.save(1, state)
+    checkpoints.wait()
+    checkpoints.close()
+    export.export(str(tmp_path / "run"), str(tmp_path / "out.safetensors"), "timm")
+    found = load_file(tmp_path / "out.safetensors")
+    assert not [name for name in found if name.startswith(("head", "decoder", "mask_token"))]
+    assert "num_classes=0" in capsys.readouterr().out
+    source = extras["teacher"] if method == "dino" else jax.device_get(state.params)
+    np.testing.assert_array_equal(found["norm.weight"], source["encoder"]["norm"]["scale"])
+    with pytest.raises(UserError, match=r"transformers has MAE's model: use --layout=timm"):
+        export.export(str(tmp_path / "run"), str(tmp_path / "hf"), "hf")
 
 
 def test_a_name_without_the_suffix_is_refused(run, tmp_path):

@@ -75,6 +75,18 @@ def test_pictures_without_a_label_and_padding_do_not_count():
     assert float(loss(some)[0]) == 0
 
 
+def test_a_picture_that_is_mixed_with_an_unlabelled_one_does_not_count():
+    """Groups of 4 rows: row 0 is mixed with row 3, row 1 with row 2."""
+    method, params, extras, batch = parts({"method.mixup": 1.0, "method.mix_group": 4})
+    batch["label"][3] = -1
+    _, (metrics, _) = method.loss(params, extras, batch, jax.random.key(0), 0, True)
+    assert metrics["loss"][1] == 6
+    _, (metrics, _) = method.loss(params, extras, batch, jax.random.key(0), 0, False)
+    assert metrics["loss"][1] == 7
+    weight = np.float32([1, 2, 3, 4, 5, 6, 7, 8])
+    np.testing.assert_array_equal(method.partners_weight(weight), [4, 3, 2, 1, 8, 7, 6, 5])
+
+
 def test_the_mean_is_normalised_after_pooling_and_without_the_encoders_norm():
     method, params, extras, batch = parts()
     assert "norm" not in params["encoder"]

@@ -215,3 +215,11 @@ next(batches)
 sys.exit(75)
 """
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 75
+
+
+@pytest.mark.parametrize("source", ["photo_crops", "photo_mosaic", "mnist5k"])
+def test_a_path_that_nothing_reads_is_refused(source):
+    c = config()
+    c.data.update(source=source, path="/pictures")
+    with pytest.raises(UserError, match=f"data.source='{source}' does not read data.path='/pictures'"):
+        data.build(c, spec(c), ORDER)
