@@ -40,7 +40,7 @@ setup(
         'tensorflow>=2.20,<2.22; sys_platform != "linux" or platform_machine != "x86_64"',
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14", "opencv-python-headless>=4.10",
+        "test": ["pytest>=8", "pytest-xdist>=3.8", "ruff>=0.14", "opencv-python-headless>=4.10",
                  # What libtpu makes of the train step is tested where it can be installed.
                  'libtpu>=0.0.52; sys_platform == "linux" and platform_machine == "x86_64"'],
         "fast": ["opencv-python-headless>=4.10"],  # data.resize=fast

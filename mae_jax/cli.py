@@ -1,5 +1,6 @@
 """What all commands share: flags, --help with an example, one line for a user's mistake, exit codes."""
 
+import difflib
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mae_jax.errors import GuardError, UserError, nearest
 
+NAMED = 8  # config files that a message lists, at most
 FINISHED, BUG, MISTAKE, GUARD, STOPPED = 0, 1, 2, 3, 75
 
 
@@ -119,7 +121,9 @@ def _no_config(line: str) -> str:
         return f"the config file does not load: {line}"
     reason, path = found[1], Path(found[2])
     beside = [file.stem for file in path.parent.glob("*.py")]
-    return f"cannot read the config file {path}: {reason.lower()}; {nearest(path.stem, beside)}"
+    alike = difflib.get_close_matches(path.stem, beside, n=NAMED, cutoff=0)
+    more = f" and {len(beside) - NAMED} more" if len(beside) > NAMED else ""
+    return f"cannot read the config file {path}: {reason.lower()}; {nearest(path.stem, alike)}{more}"
 
 
 def _refuse(line: str) -> None:

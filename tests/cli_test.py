@@ -67,7 +67,9 @@ RECIPE = "--config=configs/quickstart.py"
     ([RECIPE, "--workdr=x"], ["Unknown command line flag 'workdr'", "workdir"]),
     ([RECIPE, "--mode=tran"], ["--mode=tran", "train|eval"]),
     ([RECIPE + ":runlocl"], ["unknown config argument 'runlocl'; did you mean 'runlocal'?"]),
-    (["--config=configs/nope.py", "--config.seed=1"], ["cannot read the config file configs/nope.py", "quickstart"]),
+    (["--config=configs/quikstart.py", "--config.seed=1"], ["did you mean 'quickstart'?"]),
+    (["--config=configs/nope.py", "--config.seed=1"],
+     ["cannot read the config file configs/nope.py", "known: ", " more"]),
 ])
 def test_flags_that_cannot_be_read_are_named(monkeypatch, args, words):
     line = line_of(monkeypatch, *args)

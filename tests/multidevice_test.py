@@ -50,21 +50,3 @@ def test_supervised_meshes_train_alike_and_count_every_example_once():
             assert figures[name]["eval/top1"] == figures["one"]["eval/top1"]
             assert figures[name]["eval/loss"] == pytest.approx(figures["one"]["eval/loss"], rel=1e-5)
         assert np.sum(figures["one"]["confusion"]) == 27
-
-
-def test_states_move_between_meshes_bit_for_bit_and_no_device_holds_a_large_one_whole():
-    found = run("meshes", 8)
-    assert found["restored"]
-    assert found["held"] < 0.75  # parameters and two moments, an eighth of each, and what making them takes
-    assert found["collectives"] == 0
-    # Each gradient of what is cut passes two stages, the second with half of it.
-    assert found["float32"] == {"f32": found["cut"] * 3 // 2}
-    assert found["bfloat16"] == {"bf16": found["cut"] * 3 // 2}
-
-
-def test_the_vit_l_step_of_4096_images_compiles_for_128_devices():
-    found = run("compile_vit_l", 128)
-    assert (found["devices"], found["batch"], found["parameters"]) == (128, 4096, 329_239_296)
-    assert found["replicated"]
-    assert found["all_reduces"] > 0
-    print(f"lowered and compiled in {found['seconds']:.0f} s")

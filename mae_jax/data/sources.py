@@ -81,7 +81,7 @@ def load(data: ConfigDict, expression: str) -> "Source | Stream":
     """
     if data.source not in MODULES:
         raise UserError(f"unknown data.source {data.source!r}; {nearest(data.source, [*MODULES, 'batches'])}")
-    if data.path and data.source in BUILT_IN:
+    if data.get("path") and data.source in BUILT_IN:
         raise UserError(f"data.source={data.source!r} does not read data.path={data.path!r}; leave it out, or name a "
                         "source that reads it (the argument `runlocal` of a recipe takes photo crops for any data)")
     module = importlib.import_module(MODULES[data.source])
