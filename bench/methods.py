@@ -1,4 +1,4 @@
-"""How well each method uses the machine: achieved FLOP/s of the train step beside MAE's, alternating step by step.
+"""How well MAE, SplitMask and BEiT use the machine: achieved FLOP/s of the train step beside MAE's, alternating.
 
   python bench/methods.py                       (ViT-B/16 at 224 pixels; 2 cores: about 15 minutes)
   python bench/methods.py --batch=256 --rounds=30       (one GPU)

@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 from mae_jax.config import default, resolve, vit
 
 ITERATED = 300 * 1_281_167  # examples that every run shows, whatever its data
+WARMED = 10 * 1_281_167
 NAMES = {  # argument → data set of TFDS, and its held-out split
     "cars": ("cars196:2.*.*", "test"),
     "sketch": ("domainnet/sketch:1.*.*", "test"),
@@ -48,7 +49,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.batch_size = 2048
     config.data.update(source="folder", train_split="train[:95%]", val_split="train[95%:]")
     config.model.update(layer_scale=0.1, drop_path=0.1, pool="mean")
-    config.optim.update(lr=1.875e-4, min_lr=1e-5, warmup=f"{10 * 1_281_167} examples", betas=(0.9, 0.98), clip=3.0)
+    config.optim.update(lr=1.875e-4, min_lr=1e-5, betas=(0.9, 0.98), clip=3.0)
+    config.optim.warmup = f"{WARMED} examples, at most 125 epochs"
     config.train.duration = f"{ITERATED} examples, at most 5000 epochs"
     config.eval.every = config.checkpoint.every = f"{ITERATED // 20} examples, at most 250 epochs"
     config.checkpoint.best = "loss"
@@ -70,5 +72,5 @@ def prepared(config: ConfigDict, name: str) -> None:
     if name not in UNLABELLED:
         config.checkpoint.best = "knn/top1"
     if name.startswith("imagenet"):  # as long as the article's
-        config.train.duration = f"{ITERATED} examples"
+        config.train.duration, config.optim.warmup = f"{ITERATED} examples", f"{WARMED} examples"
         config.eval.every = config.checkpoint.every = f"{ITERATED // 20} examples"

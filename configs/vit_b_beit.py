@@ -9,7 +9,8 @@ From BEiT's released code (beit/README.md): 75 of 196 patches masked in blocks, 
 (its paper says 0.999), weight decay 0.05, clipping at 3, LayerScale 0.1, stochastic depth 0.1, 10 epochs of warm-up,
 crops of 8 % and more, colour jitter left out. Different: absolute positions instead of its relative position bias, and
 tokens of a k-means vocabulary of the training pictures instead of those of a trained tokenizer. Tokens of another
-tokenizer: --config.method.target=tokens --config.data.tokens=FILE.npz --config.data.augment=none.
+tokenizer: --config.method.target=tokens --config.data.tokens=FILE.npz --config.data.augment=none, of data with random
+access (TFDS stored as array_record, a folder).
 
 Expected, theirs with their tokenizer and not ours (ImageNet-1K top-1): fine-tuned 83.2; in the SplitMask article
 82.8, and a linear probe of 41.0 (its Table 8).

@@ -256,7 +256,7 @@ def look(config: ConfigDict, folder: epath.Path) -> None:
             return
         folder.rmtree()  # measured otherwise, in seconds
     with jax.set_mesh(run.program.mesh), train.compiled_programs(config, run.workdir):
-        state = train.initial_state(run)
+        state = train.initial_state(run, trains=False)
         workdir.record(run.workdir, config)
         recorder = Recorder(run.workdir, 0, config.log.tensorboard)
         recorder.scalars(0, Evaluator(run.program.method, run.inputs, run.program.mesh).quick(state))

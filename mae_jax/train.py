@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
@@ -90,15 +91,24 @@ def pictures_on_host(run: Run) -> Iterator[Batch]:
         yield jax.device_get(jax.device_put(batch, everywhere))
 
 
-def initial_state(run: Run) -> TrainState:
-    """Makes the state before the first step, from `init_from` where it is given."""
+def initial_state(run: Run, trains: bool = True) -> TrainState:
+    """Makes the state before the first step, from `init_from` where it is given.
+
+    Args:
+      run: as `prepare` made it.
+      trains: False where the encoder alone is looked at: nothing is then computed of training pictures.
+    """
     loaded = warm_start.load(run.config, run.program.state.params) if run.config.init_from else {}
-    state = run.program.init(sharding.to_devices(next(run.inputs.train(0)), run.program.mesh, run.config.batch_size))
+    rows = len(sharding.local_rows(run.program.mesh, run.config.batch_size))
+    batch = next(run.inputs.train(0)) if trains else {
+        name: np.zeros((rows, *struct.shape[1:]), struct.dtype) for name, struct in run.program.batch.items()}
+    state = run.program.init(sharding.to_devices(batch, run.program.mesh, run.config.batch_size))
     if run.config.init_from:
         merged, report = params.merge(state.params, loaded)
         logger.info("init_from %s: %s", run.config.init_from, report)
         state = state._replace(params=merged, ema=jax.tree.map(lambda x: x.copy(), merged) if state.ema else {})
-    fitted = run.program.method.fit(state.params, state.extras, pictures_on_host(run))
+    pictures = pictures_on_host(run) if trains else None
+    fitted = run.program.method.fit(state.params, state.extras, pictures)
     if fitted is not state.extras:
         state = state._replace(extras=params.place(fitted, state.extras))
     return state

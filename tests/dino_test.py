@@ -13,9 +13,8 @@ from mae_jax.methods import get
 from mae_jax.models.vit import make_encoder
 from mae_jax.ops.distil import centred, cross_entropy
 from mae_jax.ops.patches import normalize
-from mae_jax.step import gradients
 from mae_jax.warm_start import load
-from tests.tiny import EXAMPLES, tiny_batch, tiny_config, tiny_params, tiny_state
+from tests.tiny import EXAMPLES, tiny_batch, tiny_config, tiny_params
 
 
 def made(fields=None):
@@ -68,7 +67,7 @@ def test_the_centre_is_of_valid_pictures_and_stays_where_there_are_none():
     np.testing.assert_array_equal(centred(center, outputs, np.zeros(4, np.float32), 0.5), center)
 
 
-def test_the_teacher_sees_the_large_views_alone_and_gets_no_gradient():
+def test_the_teacher_sees_the_large_views_alone():
     method, params, extras, batch = made()
 
     def center(batch):
@@ -78,10 +77,6 @@ def test_the_teacher_sees_the_large_views_alone_and_gets_no_gradient():
     np.testing.assert_array_equal(center(batch), center(other))
     first, second = (method.loss(params, extras, some, None, 0, False)[0] for some in (batch, other))
     assert first != second
-    grads = jax.grad(lambda e: method.loss(params, e, batch, None, 99, False)[0])(extras)["teacher"]["head"]
-    assert np.abs(grads["fc1"]["kernel"]).max() > 0  # it would, if it were asked for: the step asks for params' alone
-    state = tiny_state(method.config, extras, method)
-    assert jax.tree.structure(gradients(method, state, batch, jax.random.key(0), 1)[0]) == jax.tree.structure(params)
 
 
 def test_small_views_have_the_positions_of_their_own_grid():

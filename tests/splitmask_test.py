@@ -110,13 +110,15 @@ def test_cross_entropy_starts_at_the_logarithm_of_the_vocabulary(method, target)
 def test_info_nce_is_that_of_the_definition():
     rng = np.random.default_rng(0)
     pairs, valid = rng.normal(size=(6, 2, 5)).astype(np.float32), np.array([1, 1, 0, 1, 1, 1], np.float32)
-    losses, found = info_nce(pairs, valid, 0.3)
+    ids = np.array([0, 1, 2, 3, 3, 5])  # rows 3 and 4 show the same picture
+    losses, found = info_nce(pairs, valid, ids, 0.3)
     unit = pairs / np.linalg.norm(pairs, axis=2, keepdims=True)
     for i in np.flatnonzero(valid):
         wanted, right = [], []
         for k in (0, 1):
             partner = np.exp(unit[i, k] @ unit[i, 1 - k] / 0.3)
-            others = [np.exp(unit[i, k] @ unit[j, b] / 0.3) for j in range(6) for b in (0, 1) if j != i and valid[j]]
+            others = [np.exp(unit[i, k] @ unit[j, b] / 0.3) for j in range(6) for b in (0, 1)
+                      if ids[j] != ids[i] and valid[j]]
             wanted.append(-np.log(partner / (partner + sum(others))))
             right.append(partner >= max(others))
         assert losses[i] == pytest.approx(np.mean(wanted), rel=1e-5)
@@ -125,7 +127,7 @@ def test_info_nce_is_that_of_the_definition():
 
 def test_plain_products_are_not_normalised():
     pairs = np.random.default_rng(0).normal(size=(4, 2, 5)).astype(np.float32)
-    losses = [info_nce(scale * pairs, np.ones(4, np.float32), 1.0, normalise)[0]
+    losses = [info_nce(scale * pairs, np.ones(4, np.float32), np.arange(4), 1.0, normalise)[0]
               for scale in (1, 2) for normalise in (True, False)]
     np.testing.assert_allclose(losses[0], losses[2], rtol=1e-5)
     assert np.abs(losses[1] - losses[3]).max() > 0.1
@@ -173,6 +175,7 @@ def test_flops_on_paper_are_those_of_xla(method):
     ("splitmask", {"method.target": "kmean"}, "method.target='kmean'; did you mean 'kmeans'"),
     ("splitmask", {"method.temperature": 0.0}, "method.temperature=0.0 must be above 0"),
     ("splitmask", {"data.image_size": (4, 4)}, "one patch cannot be split"),
+    ("beit", {"method.target": "pixel", "method.vocabulary_file": "v.npz"}, "is not read with method.target='pixel'"),
     ("beit", {"method.masked": 16}, "method.masked=16; expected 1 to 15 of 16 patches"),
     ("beit", {"method.vocabulary": 2}, "method.vocabulary=2; it must be at least 3")])
 def test_what_cannot_be_is_refused(method, fields, line):

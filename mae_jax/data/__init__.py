@@ -76,7 +76,13 @@ def build(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray | None 
 
 def _with_tokens(config: ConfigDict, inputs: Inputs, patches: int) -> Inputs:
     """Adds the field `tokens` to all batches."""
+    from mae_jax.data import sources, streams
+
     d = config.data
+    splits = (d.train_split, d.val_split, d.eval_split)
+    if any(isinstance(sources.load(d, split), streams.Stream) for split in splits if split):
+        raise UserError(f"data.tokens={d.tokens!r} names examples by their place in the split, which streams do not "
+                        "know; use a source with random access: folder, npz, or TFDS stored as array_record")
     parts = {"train": (d.train_split, inputs.num_train), "support": (d.train_split, inputs.num_train),
              "validate": (d.val_split, inputs.num_val), "evaluate": (d.eval_split, inputs.num_eval)}
     tokens = token_maps.load(config, {split: size for split, size in parts.values() if split}, patches)

@@ -35,15 +35,18 @@ def load(config: ConfigDict, sizes: dict[str, int], patches: int) -> dict[str, n
     data, file = config.data, epath.Path(config.data.tokens)
     if (data.augment, data.colour) != ("none", "none"):
         raise UserError(f"data.augment={data.augment!r}, data.colour={data.colour!r}: the tokens of data.tokens are "
-                        "those of whole pictures, which a random view does not show; use 'none' for both, or tokens "
-                        "that are made of the view (method.target=kmeans)")
+                        "those of one fixed view, which a random one does not show; use 'none' for both (the central "
+                        "eval.crop_ratio), or tokens that are made of the view (method.target=kmeans)")
+    if len(config.eval.crop_ratio) > 1:
+        raise UserError(f"eval.crop_ratio={tuple(config.eval.crop_ratio)}: data.tokens has the tokens of one crop; "
+                        "give that ratio alone")
     if not data.tokens or not file.is_file():
         raise UserError(f"data.tokens={data.tokens!r} is no file; write one *.npz with an integer array [examples, "
                         f"{patches}] per split, named {' and '.join(map(repr, sizes))}")
     try:
         with file.open("rb") as opened, np.load(opened) as stored:
             found = {name: stored[name] for name in sizes if name in stored.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} is damaged: {error}") from None
     for name, size in sizes.items():
         if name not in found:

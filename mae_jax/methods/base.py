@@ -103,14 +103,14 @@ class Method:
         """Returns initial float32 parameters and the extras (state that no gradient touches)."""
         raise NotImplementedError
 
-    def fit(self, params: Params, extras: Extras, pictures: Iterable[dict[str, np.ndarray]]) -> Extras:
+    def fit(self, params: Params, extras: Extras, pictures: Iterable[dict[str, np.ndarray]] | None) -> Extras:
         """Returns the extras with what is computed once, before the first step, of parameters and training pictures.
 
         Args:
           params: those that training starts from.
           extras: as `init` made them.
           pictures: batches of the training split as evaluations see it, with their global rows, on the host; none is
-            read where nothing is computed.
+            read where nothing is computed. None: the encoder alone is of interest, and nothing is.
         """
         return extras
 

@@ -63,7 +63,7 @@ class BEiT(Method):
         head = self.head.init(head_key, tokens.astype(jnp.float32))
         return {"encoder": encoder["params"], "head": head["params"]}, self.targets.start()
 
-    def fit(self, params: Params, extras: Extras, pictures: Iterable[dict[str, np.ndarray]]) -> Extras:
+    def fit(self, params: Params, extras: Extras, pictures: Iterable[dict[str, np.ndarray]] | None) -> Extras:
         return self.targets.fit(extras, pictures)
 
     def predict(self, params: Params, batch: Batch, keep: jax.Array | None = None) -> jax.Array:

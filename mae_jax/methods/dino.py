@@ -2,7 +2,8 @@
 
 Several views of a picture; the student's view of the one shall tell what the teacher, its moving average, says of
 another. As its released code does it, but for these, ours: the norm of the whole gradient is clipped, not that of every
-parameter; positions are fixed ones, of each view's own grid; rates change with every step.
+parameter; positions are fixed ones, of each view's own grid; rates change with every step; while the last layer is held
+its gradient is zero, so that Adam counts these steps for it, too, and takes larger ones just after.
 """
 
 import itertools
@@ -103,7 +104,7 @@ class DINO(Method):
         center = jnp.zeros(self.config.method.out_dim, jnp.float32)
         return params, {"teacher": jax.tree.map(jnp.copy, params), "center": center}
 
-    def fit(self, params: Params, extras: Extras, pictures: Iterable[dict[str, np.ndarray]]) -> Extras:
+    def fit(self, params: Params, extras: Extras, pictures: Iterable[dict[str, np.ndarray]] | None) -> Extras:
         """Starts the teacher as the student, whatever that was loaded from."""
         return {**extras, "teacher": params}
 

@@ -9,6 +9,7 @@ import optax
 from ml_collections import ConfigDict
 
 from mae_jax.data.random import rng
+from mae_jax.errors import UserError
 from mae_jax.methods.base import Extras
 from mae_jax.ops import targets, tokens
 from mae_jax.ops.patches import normalize, patch_values
@@ -40,7 +41,13 @@ class PatchTargets:
 
     @staticmethod
     def validate(config: ConfigDict) -> None:
-        tokens.check(config.method.target, config.method.vocabulary, (*tokens.KINDS, GIVEN, *PIXELS))
+        m, given = config.method, config.data.tokens
+        tokens.check(m.target, m.vocabulary, (*tokens.KINDS, GIVEN, *PIXELS))
+        if given and m.target != GIVEN:
+            raise UserError(f"data.tokens={given!r} is not read with method.target={m.target!r}; use {GIVEN!r}")
+        if m.vocabulary_file and m.target not in tokens.KINDS:
+            raise UserError(f"method.vocabulary_file={m.vocabulary_file!r} is not read with method.target="
+                            f"{m.target!r}; use one of {', '.join(tokens.KINDS)}")
 
     def fields(self, spec: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns what the batch needs besides the fields of `spec`."""
@@ -50,9 +57,9 @@ class PatchTargets:
         """Returns the extras before `fit`: a vocabulary float32 [V - 1, P], where the target has one."""
         return {"vocabulary": jnp.zeros((self.size - 1, self.values), jnp.float32)} if self.built else {}
 
-    def fit(self, extras: Extras, pictures: Iterable[dict[str, np.ndarray]]) -> Extras:
+    def fit(self, extras: Extras, pictures: Iterable[dict[str, np.ndarray]] | None) -> Extras:
         """Reads the vocabulary, or builds it of patches of training pictures; see `tokens.load` and `tokens.build`."""
-        if not self.built:
+        if not self.built or pictures is None:
             return extras
         if self.file:
             return {**extras, "vocabulary": tokens.load(self.file, self.kind, (self.size - 1, self.values))}

@@ -67,7 +67,7 @@ class SplitMask(Method):
         decoder = self.decoder.init(decoder_key, tokens, order, self.patches - self.half)
         return {"encoder": encoder["params"], "decoder": decoder["params"]}, self.targets.start()
 
-    def fit(self, params: Params, extras: Extras, pictures: Iterable[dict[str, np.ndarray]]) -> Extras:
+    def fit(self, params: Params, extras: Extras, pictures: Iterable[dict[str, np.ndarray]] | None) -> Extras:
         return self.targets.fit(extras, pictures)
 
     def branches(self, values: jax.Array) -> jax.Array:
@@ -109,7 +109,7 @@ class SplitMask(Method):
         total = per_picture["inpaint_loss"]
         if m.match_weight:
             pairs = described.reshape(images, 2, -1)
-            match, found = info_nce(pairs, batch["valid"], m.temperature, m.normalise)
+            match, found = info_nce(pairs, batch["valid"], batch["id"], m.temperature, m.normalise)
             per_picture |= {"match_loss": match, "match_top1": found.astype(jnp.float32)}
             total = total + m.match_weight * match
         weight = batch["valid"].sum()

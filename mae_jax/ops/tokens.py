@@ -93,7 +93,7 @@ def load(file: epath.PathLike, kind: str, shape: tuple[int, int]) -> np.ndarray:
     try:
         with path.open("rb") as opened, np.load(opened) as stored:
             entries, found = stored["vocabulary"], str(stored["kind"])
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no vocabulary: {error}") from None
     if found != kind or entries.shape != shape:
         raise UserError(f"{path} holds {found!r} of shape {list(entries.shape)} (tokens but one, values of a patch); "

@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from etils import epath
 
 from mae_jax import data
 from mae_jax.data import augment, colour, decode
@@ -13,6 +14,7 @@ from mae_jax.data.pipeline import Source, train_example
 from mae_jax.data.random import rng
 from mae_jax.data.sources import Example
 from mae_jax.data.views import Views
+from mae_jax.data.write import write_batches
 from tests.tiny import tiny_config, tiny_method
 
 
@@ -109,3 +111,14 @@ def test_all_views_of_a_picture_come_from_one_decoding(monkeypatch):
     monkeypatch.setattr(decode, "to_rgb", lambda image: decoded.append(1) or to_rgb(image))
     views.train(Example(np.zeros((40, 40, 3), np.uint8), 0), 0)
     assert len(decoded) == 1
+
+
+def test_cached_batches_hold_the_views_and_read_back_the_same(tmp_path):
+    _, method, inputs = build(**{"eval.max_examples": 16})
+    write_batches(inputs, method.order(), epath.Path(tmp_path / "out"), steps=2)
+    _, _, stored = build(**{"data.source": "batches", "data.path": str(tmp_path / "out")})
+    for ours, theirs in ((stored.train(1), inputs.train(1)), (stored.evaluate(), inputs.evaluate())):
+        one, other = next(ours), next(theirs)
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name], err_msg=name)

@@ -51,9 +51,11 @@ def test_a_run_trains_on_them(tmp_path):
 
 
 @pytest.mark.parametrize(("arrays", "fields", "line"), [
-    (None, {"data.augment": "random"}, "those of whole pictures, which a random view does not show"),
-    (None, {"data.colour": "jitter"}, "which a random view does not show"),
+    (None, {"data.augment": "random"}, "those of one fixed view, which a random one does not show"),
+    (None, {"data.colour": "jitter"}, "which a random one does not show"),
     (None, {"data.tokens": ""}, "is no file; write one ..npz with an integer array .examples, 16. per split"),
+    (None, {"eval.crop_ratio": (0.875, 1.0)}, "has the tokens of one crop; give that ratio alone"),
+    (None, {"method.target": "kmeans"}, "is not read with method.target='kmeans'; use 'tokens'"),
     ({"train": maps()["train"]}, {}, "has no array 'test'"),
     (maps(test=np.zeros((7, 16), int)), {}, "'test' is int64 .7, 16.; expected integers .1020, 16."),
     (maps(test=np.zeros((1020, 16))), {}, "'test' is float64"),
