@@ -96,7 +96,7 @@ class PatchTargets:
 
 
 def _sample(pictures: Iterable[dict[str, np.ndarray]], wanted: int, seed: int) -> np.ndarray:
-    """Returns up to `wanted` patches uint8 [n, P] of the valid pictures, a random sample over all of them.
+    """Returns up to `wanted` patches uint8 [n, P] of the valid pictures that are not constant, a random sample of all.
 
     Every patch draws a number; those of the lowest ones are kept, so that no picture counts more than another.
     """
@@ -104,8 +104,9 @@ def _sample(pictures: Iterable[dict[str, np.ndarray]], wanted: int, seed: int) -
     for number, batch in enumerate(pictures):
         patches = batch["patches"][batch["valid"] > 0].reshape(-1, batch["patches"].shape[-1])
         drawn = rng(seed, "vocabulary_sample", number).random(len(patches))
-        kept.append(patches)
-        marks.append(drawn)
+        varied = ~np.asarray(tokens.constant(patches))
+        kept.append(patches[varied])
+        marks.append(drawn[varied])
         if sum(map(len, marks)) > 2 * wanted:
             kept, marks = _lowest(kept, marks, wanted)
     kept, marks = _lowest(kept, marks, wanted)
