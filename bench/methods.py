@@ -1,6 +1,6 @@
 """How well MAE, SplitMask and BEiT use the machine: achieved FLOP/s of the train step beside MAE's, alternating.
 
-  python bench/methods.py                       (ViT-B/16 at 224 pixels; 2 cores: about 15 minutes)
+  python bench/methods.py                       (ViT-B/16 at 224 pixels)
   python bench/methods.py --batch=256 --rounds=30       (one GPU)
 
 FLOPs are the matrix products counted on paper (mae_jax/flops.py), by which methods with other amounts of work can be
@@ -66,8 +66,8 @@ def _seconds(step: TimedStep) -> float:
 def table(result: dict[str, Any]) -> str:
     """Returns the Markdown table: achieved FLOP/s, and the median over rounds of its ratio to MAE's (least to most)."""
     flops, times = result["gflop_per_image"], result["seconds"]
-    lines = [f"ViT-B/16, batch {result['batch']}, {result['device']} ({result['cores']} cores); median of "
-             f"{len(times['MAE'])} alternating rounds.", "",
+    lines = [f"ViT-B/16, batch {result['batch']}, {result['device']} ({result['cores']} cores, load average "
+             f"{result['load']:.1f}); median of {len(times['MAE'])} alternating rounds.", "",
              "| method | GFLOP per image and step | s per step | GFLOP/s | of MAE's |", "|---|---|---|---|---|"]
     for name, seconds in times.items():
         rates = [flops[name] * result["batch"] / s for s in seconds]

@@ -2,17 +2,17 @@
 
   bench/fetch_clipart.sh runs/openclipart                       (or apt-get install openclipart-png)
   python bench/small_data.py --prepare --clipart=runs/openclipart
-  python bench/small_data.py                                    (2 cores: about 2 hours; goes on where it was stopped)
+  python bench/small_data.py                                    (goes on where it was stopped; not yet run to its end)
   python bench/small_data.py --size=gpu                         (one GPU: the whole grid)
 
 Every method is pre-trained on nested parts of a small data set, its vocabulary built of that part alone, for the same
 number of pictures shown; the encoder is then fine-tuned on the labels of the whole training split, but for a tenth that
 is held out to choose by. Of three learning rates a method pre-trains at the one whose pilot, a quarter as long on all
-of the data, has the better linear probe of the part held
-out. `scratch` is fine-tuned from random weights with a recipe of its own (every layer at the full rate, no stochastic
-depth), `scratch, longer` for as many pictures as pre-training and fine-tuning show together. The part held out chooses
-each arm's learning rate from the same three values, with seed 0; two more seeds then train at that rate. A cell reads
-the test split once, with its last weights; only cells at the chosen rate enter the tables.
+of the data, has the best linear probe of the part held out. `scratch` is fine-tuned from random weights with a recipe
+of its own (every layer at the full rate, no stochastic depth), `scratch, longer` for as many pictures as pre-training
+and fine-tuning show together. The part held out chooses each arm's learning rate from the same three values, with seed
+0; two more seeds then train at that rate. A cell reads the test split once, with its last weights; only cells at the
+chosen rate enter the tables.
 
 DINO is pooled by its class token, which is what it trains, the others by the mean. Its teacher's momentum is 0.98, for
 a run of some 900 steps, and its last layer is held for 20 steps whatever the part. BEiT's masks are random: 38 % of 36
@@ -143,7 +143,7 @@ def pretraining(cell: Cell, folder: Path, images: int) -> ConfigDict:
 
 
 def finetuning(cell: Cell, folder: Path, encoder: str, images: int) -> ConfigDict:
-    """Returns the config of one fine-tuning on all training labels; encoder '': from random weights."""
+    """Returns the config of one fine-tuning, on all but the part held out; encoder '': from random weights."""
     config = common(default("supervised"), cell, folder, 100, 1)
     stop = int(config.data.train_split.removeprefix("train[:").removesuffix("]"))
     steps = TUNED * stop // BATCH + (images // BATCH if cell["method"] == "scratch, longer" else 0)

@@ -68,21 +68,13 @@ def build(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray | None 
         from mae_jax.data import batches
 
         return Inputs(**batches.open_folder(config, spec, with_views(spec, views), order, rows))
-    if token_maps.FIELD not in spec:
-        return _open(config, spec, order, rows, views)
-    rest = {name: struct for name, struct in spec.items() if name != token_maps.FIELD}
-    return _with_tokens(config, _open(config, rest, order, rows, views), spec[token_maps.FIELD].shape[1])
+    inputs = _open(config, spec, order, rows, views)
+    return _with_tokens(config, inputs, spec[token_maps.FIELD].shape[1]) if token_maps.FIELD in spec else inputs
 
 
 def _with_tokens(config: ConfigDict, inputs: Inputs, patches: int) -> Inputs:
     """Adds the field `tokens` to all batches."""
-    from mae_jax.data import sources, streams
-
     d = config.data
-    splits = (d.train_split, d.val_split, d.eval_split)
-    if any(isinstance(sources.load(d, split), streams.Stream) for split in splits if split):
-        raise UserError(f"data.tokens={d.tokens!r} names examples by their place in the split, which streams do not "
-                        "know; use a source with random access: folder, npz, or TFDS stored as array_record")
     parts = {"train": (d.train_split, inputs.num_train), "support": (d.train_split, inputs.num_train),
              "validate": (d.val_split, inputs.num_val), "evaluate": (d.eval_split, inputs.num_eval)}
     tokens = token_maps.load(config, {split: size for split, size in parts.values() if split}, patches)
@@ -99,6 +91,10 @@ def _open(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray, views:
     validation, held_out = (sources.load(data, split) if split else None for split in (data.val_split, data.eval_split))
     for key in ("train_split", "eval_split"):
         check_apart(data, "val_split", key)
+    if token_maps.FIELD in spec and any(isinstance(part, streams.Stream) for part in (source, validation, held_out)):
+        raise UserError(f"data.tokens={data.tokens!r} names examples by their place in the split, which streams do not "
+                        "know; use a source with random access: folder, npz, or TFDS stored as array_record")
+    spec = {name: struct for name, struct in spec.items() if name != token_maps.FIELD}  # they are joined later
     for part in (source, validation, held_out):
         _check_fields(part, spec, data)
         _check_classes(part, source, data)

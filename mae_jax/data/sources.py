@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 MOST_CLASSES = 1_000_000  # beyond it, labels are taken for something else
 UNLABELLED = -1
 
+BUILT_IN = ("mnist5k", "photo_crops", "photo_mosaic")  # sources that come with a package
 # data.source → the module that has `load(data, split)`. Imported when asked for: some need packages of their own.
-BUILT_IN = ("mnist5k", "photo_crops", "photo_mosaic")  # they come with a package
 MODULES = {
     "clipart": "mae_jax.data.clipart",
     "folder": "mae_jax.data.folder",

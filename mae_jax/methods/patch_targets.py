@@ -96,7 +96,7 @@ class PatchTargets:
 
 
 def _sample(pictures: Iterable[dict[str, np.ndarray]], wanted: int, seed: int) -> np.ndarray:
-    """Returns up to `wanted` patches uint8 [n, P] of the valid pictures that are not constant, a random sample of all.
+    """Returns up to `wanted` patches uint8 [n, P] of the valid pictures, a random sample of those not constant.
 
     Every patch draws a number; those of the lowest ones are kept, so that no picture counts more than another.
     """

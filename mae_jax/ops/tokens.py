@@ -68,8 +68,8 @@ def build(patches: np.ndarray, kind: str, size: int, rng: np.random.Generator) -
         entries = kmeans(np.asarray(prepared(varied, kind)), size - 1, rng)
     chunks = np.array_split(varied, -(-len(varied) // 4096))
     used = perplexity(np.concatenate([np.asarray(tokenize(chunk, entries, kind)) for chunk in chunks]))
-    logger.info("method.target=%s: %d sampled patches, %d of them not constant, use the method.vocabulary=%d as %.1f "
-                "tokens would be used evenly (perplexity)", kind, len(patches), len(varied), size, used)
+    logger.info("method.target=%s: %d sampled patches that are not constant use the method.vocabulary=%d as %.1f "
+                "tokens would be used evenly (perplexity)", kind, len(varied), size, used)
     if used < size / LEAST_USED:
         raise UserError(f"method.target={kind!r}: {len(varied)} sampled patches use the method.vocabulary={size} as "
                         f"{used:.1f} tokens would be used evenly (perplexity), less than a twentieth; use a smaller "

@@ -322,6 +322,14 @@ def test_a_folder_under_a_known_name_is_held_to_its_number_of_pictures(tmp_path)
         build(config("", "aircraft", source="folder", path=str(tmp_path), eval_split=""))
 
 
+def test_token_maps_are_refused_for_streams_whose_ids_are_no_rows_of_a_split(stored):
+    c = config(stored)
+    method = methods.get("mae")(c)
+    spec = {**method.eval_spec(), "tokens": jax.ShapeDtypeStruct((8, 4), np.int32)}
+    with pytest.raises(UserError, match="which streams do not know; use a source with random access"):
+        data.build(c, spec, method.order())
+
+
 def test_the_table_of_sizes_names_data_sets_and_splits_of_tfds(tmp_path):
     for name in sizes.SIZES.keys() - {"aircraft", "inaturalist2019"}:
         tfds.builder(name, data_dir=str(tmp_path))  # raises where the name is unknown
