@@ -162,7 +162,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
 SMALL: dict[str, Any] = {  # what `runlocal` makes of methods' own fields
     "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2,
     "mix_group": 4,  # where each picture is there three times, the batch shows 6 of them
-    "vocabulary": 64, "masked": 24,
+    "vocabulary": 64, "masked": 24, "projection": 32,
     "out_dim": 64, "head_width": 32, "bottleneck": 16, "local_views": 2, "local_size": (16, 16),
 }
 

@@ -1,5 +1,6 @@
 """A config on a mesh: where everything lives, and the compiled functions that loop, bench, replay and plan share."""
 
+import math
 from functools import partial
 
 import jax
@@ -9,6 +10,7 @@ from ml_collections import ConfigDict
 from mae_jax import methods, optim, sharding
 from mae_jax.config import for_platform
 from mae_jax.errors import UserError
+from mae_jax.ops.layout import ROWS
 from mae_jax.step import init_state, make_train_step
 
 
@@ -32,6 +34,10 @@ class Program:
         if config.train.accumulate > 1 and self.method.sees_whole_batch:
             raise UserError(f"train.accumulate={config.train.accumulate}: the loss of {config.method.name} has terms "
                             "across the whole batch, which micro-batches would change; use 1")
+        rows = config.batch_size // config.train.accumulate // math.prod(mesh.shape[axis] for axis in ROWS)
+        if rows % self.method.group:
+            raise UserError(f"batch_size={config.batch_size} gives a device {rows} rows at a time, which is not a "
+                            f"multiple of the {self.method.group} pictures that {config.method.name} mixes")
         self.optimizer = optim.make_optimizer(config, self.method, examples)
         self.schedule = optim.make_schedule(config, examples)
         initial = partial(init_state, config, self.method, self.optimizer)

@@ -43,8 +43,8 @@ def gradients(method: Method, state: TrainState, batch: Batch, key: jax.Array,
               accumulate: int) -> tuple[Params, Metrics, Extras]:
     """Returns gradients, metrics and extras, over `accumulate` micro-batches one after the other.
 
-    Micro-batch j takes the rows j, j + accumulate, ...: every device splits its own rows. The sum is weighted by the
-    weight of the loss, so that it is the gradient of the whole batch also where rows are invalid.
+    Micro-batch j takes the rows j, j + accumulate, ... (or groups of rows): every device splits its own rows. The sum
+    is weighted by the weight of the loss, so that it is the gradient of the whole batch also where rows are invalid.
     """
     def loss(params: Params, *args: Any) -> tuple[jax.Array, tuple[Metrics, Extras]]:
         if method.config.mesh.reduce == "bfloat16":  # gradients of kernels are summed in the dtype that these have
@@ -58,7 +58,7 @@ def gradients(method: Method, state: TrainState, batch: Batch, key: jax.Array,
     if accumulate == 1:
         grads, (metrics, extras) = grad(batch, state.extras, key)
         return grads, metrics, extras
-    parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+    parts = jax.tree.map(lambda x: _dealt(x, accumulate, method.group), batch)
 
     def one(carry: tuple[Params, Metrics, Extras], item: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         total, sums, extras = carry
@@ -72,6 +72,11 @@ def gradients(method: Method, state: TrainState, batch: Batch, key: jax.Array,
     (total, metrics, extras), _ = jax.lax.scan(one, (*zeros, state.extras), (parts, jnp.arange(accumulate)))
     weight = jnp.maximum(metrics["loss"][1], 1)
     return jax.tree.map(lambda t: t / weight, total), metrics, extras
+
+
+def _dealt(x: jax.Array, parts: int, group: int) -> jax.Array:
+    """Deals the rows of [B, ...] out to micro-batches, [parts, B / parts, ...]; neighbours of a group stay together."""
+    return x.reshape(-1, parts, group, *x.shape[1:]).swapaxes(0, 1).reshape(parts, -1, *x.shape[1:])
 
 
 def make_train_step(config: ConfigDict, method: Method, optimizer: optax.GradientTransformation,

@@ -112,7 +112,7 @@ def test_evaluations_use_the_averaged_parameters(mesh):
 def test_pictures_keep_visible_patches_and_paste_predictions_into_the_hidden_ones(target):
     config = tiny_config({"method.target": target, "data.image_size": (16, 24), "model.patch": (4, 8)})
     method, batch = tiny_method(config), tiny_batch(config)
-    original, masked, pasted = reconstruct.panels(method, tiny_params(config), {}, batch, 0.75)
+    original, masked, pasted = reconstruct.panels(method, tiny_params(config), {}, batch)
     assert original.shape == masked.shape == pasted.shape == (8, 16, 24, 3)
     np.testing.assert_array_equal(original, assemble(batch["patches"], batch["order"], (4, 3), (4, 8)))
     hidden = np.zeros((8, 4, 3), bool)

@@ -1,4 +1,4 @@
-"""The recipes of SplitMask, BEiT-style prediction and DINO: published values, and how long small data is trained on."""
+"""The recipes of SplitMask, BEiT-style prediction, DINO and MixedAE: published values, how long small data is shown."""
 
 import jax
 import pytest
@@ -28,6 +28,14 @@ SETTINGS = {
         "method.momentum": 0.996, "method.center_momentum": 0.9, "method.local_views": 8,
         "method.local_size": (96, 96), "method.global_scale": (0.4, 1.0), "method.local_scale": (0.05, 0.4),
         "method.freeze_last": "1 epochs", "train.duration": "100 epochs"},
+    "vit_b_mixedae": {
+        "batch_size": 4096, "optim.lr": 1.5e-4, "optim.betas": (0.9, 0.95), "optim.weight_decay": 0.05,
+        "optim.warmup": "40 epochs", "train.duration": "1600 epochs", "method.ratio": 0.25, "method.mixing": "compose",
+        "method.attention": "topk", "method.blocks": "all", "method.target": "norm_pix", "method.decoder_depth": 8},
+    "vit_b_mixedae:naive,300": {"method.attention": "all", "method.contrast_weight": 0.0, "method.segments": False,
+                                "train.duration": "300 epochs"},
+    "vit_b_mixedae:half,oracle,no_segments,last_half": {
+        "method.ratio": 0.5, "method.attention": "oracle", "method.segments": False, "method.blocks": "last_half"},
     "vit_s_dino:800": {"batch_size": 1024, "method.local_views": 10, "method.teacher_temperature": 0.07,
                        "method.first_teacher_temperature": 0.04, "method.temperature_warmup": "30 epochs"},
 }
@@ -46,12 +54,15 @@ def test_a_recipe_has_the_published_values(text):
     ("vit_b_splitmask", {"encoder": 85_647_360 + 24 * 768,
                          "decoder": 2 * 7_087_872 + 768 * 769 + 768 + 2 * 768 + 8192 * 769}),
     ("vit_b_beit", {"encoder": 85_647_360 + 24 * 768 + 768, "head": 8192 * 769}),
+    # A decoder of ViT-B's MAE, 8 blocks of 512; four segments; two layers behind the contrast.
+    ("vit_b_mixedae", {"encoder": 85_647_360, "decoder": 8 * 3_152_384 + 512 * 769 + 512 + 2 * 512 + 768 * 513,
+                       "segments": 4 * 768, "projector": 768 * 769 + 256 * 769}),
     ("vit_s_dino", {"encoder": 21_589_632 + 384,
                     "head": 384 * 2048 + 2048 + 2048 * 2049 + 2048 * 256 + 256 + 256 * 65_536})])
 def test_the_parameters_are_as_many_as_published(text, parts):
     method = get(resolved(text).method.name)(resolved(text))
     shapes = flatten(jax.eval_shape(method.init, jax.random.key(0), method.batch_spec())[0])
-    found = {part: sum(leaf.size for name, leaf in shapes.items() if name.startswith(f"{part}/")) for part in parts}
+    found = {part: sum(leaf.size for name, leaf in shapes.items() if name.split("/")[0] == part) for part in parts}
     assert found == parts
     assert sum(parts.values()) == sum(leaf.size for leaf in shapes.values())
 

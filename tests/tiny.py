@@ -22,6 +22,7 @@ OWN = {  # method → its fields
     "beit": {"masked": 6, "vocabulary": 24},
     "dino": {"out_dim": 32, "head_width": 24, "bottleneck": 8, "local_views": 3, "local_size": (8, 8)},
     "mae": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2},
+    "mixedae": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "projection": 8},
     "segment": {"classes": 3},
     "splitmask": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "vocabulary": 24},
     "supervised": {"classes": 3},

@@ -67,7 +67,7 @@ def build(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray | None 
     if config.data.source == "batches":
         from mae_jax.data import batches
 
-        return Inputs(**batches.open_folder(config, spec, with_views(spec, views), order, rows))
+        return Inputs(**batches.open_folder(config, spec, views, order, rows))
     inputs = _open(config, spec, order, rows, views)
     return _with_tokens(config, inputs, spec[token_maps.FIELD].shape[1]) if token_maps.FIELD in spec else inputs
 

@@ -1,7 +1,8 @@
 """batches: examples made beforehand (inspect --write=batches), for machines without TensorFlow. NumPy only.
 
 A folder, local or gs://, with train.npz, support.npz, evaluate.npz and perhaps validate.npz, whose arrays are batch
-fields [n, ...], and meta.json with the class names and the number of training pictures that were there.
+fields [n, ...], and meta.json with the class names, the number of training pictures that were there, and how patches
+are hidden.
 """
 
 import itertools
@@ -9,13 +10,14 @@ import json
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_jax.data.orders import Order
+from mae_jax.data.orders import Order, View, rolled, with_views
 from mae_jax.errors import UserError
 
 # Of the rows that fill the last batch; the other fields repeat the first example.
@@ -24,8 +26,16 @@ Arrays = dict[str, np.ndarray]
 Spec = dict[str, jax.ShapeDtypeStruct]
 
 
-def open_folder(config: ConfigDict, spec: Spec, train_spec: Spec, order: Order, rows: np.ndarray) -> dict:
-    """Returns the fields of `data.Inputs`; raises UserError when the folder does not hold what the specs ask for."""
+def hiding(order: Order, views: tuple[View, ...]) -> dict[str, Any]:
+    """Returns what meta.json says of orders and views, as JSON gives it back."""
+    return json.loads(json.dumps({"order": order, "views": views}))
+
+
+def open_folder(config: ConfigDict, spec: Spec, views: tuple[View, ...], order: Order, rows: np.ndarray) -> dict:
+    """Returns the fields of `data.Inputs`; raises UserError when the folder does not hold what is asked for.
+
+    Batches that were made with views serve to look at an encoder without them, but not to train.
+    """
     folder = epath.Path(config.data.path)
     if not config.data.path or not (folder / "meta.json").is_file():
         raise UserError(f"data.path={config.data.path!r} holds no meta.json of cached batches; "
@@ -34,31 +44,47 @@ def open_folder(config: ConfigDict, spec: Spec, train_spec: Spec, order: Order, 
         meta = json.loads((folder / "meta.json").read_text())
     except ValueError as error:
         raise UserError(f"{folder / 'meta.json'} is damaged: {error}") from None
-    made = [order.kind, list(order.grid), order.hidden]
-    if meta.get("order") != made:
+    wanted = hiding(order, views)
+    if meta.get("order") != wanted["order"]:
         raise UserError(f"the batches of {folder} were made for the order of patches {meta.get('order')} (kind, grid, "
-                        f"hidden), the config asks for {made}; make them with this config")
-    names = ("train", "support", "evaluate", *(("validate",) if (folder / "validate.npz").is_file() else ()))
-    parts = {name: _load(folder / f"{name}.npz", train_spec if name == "train" else spec) for name in names}
+                        f"hidden, group), the config asks for {wanted['order']}; make them with this config")
+    trains = meta.get("views") == wanted["views"]
+    if not trains and views:
+        raise UserError(f"the batches of {folder} were made for other views of the pictures than the config asks for; "
+                        "make them with this config")
+    names = ("support", "evaluate", *(("validate",) if (folder / "validate.npz").is_file() else ()))
+    parts = {name: _load(folder / f"{name}.npz", spec) for name in names}
+    if trains:
+        parts["train"] = _load(folder / "train.npz", with_views(spec, views))
     sizes = {name: len(next(iter(arrays.values()))) for name, arrays in parts.items()}
+    if sizes.get("train", 0) % order.group:
+        raise UserError(f"{folder} has {sizes['train']} training examples, which is not a multiple of the "
+                        f"{order.group} pictures that share an order; make them with a batch_size that is")
+
+    def train(step: int) -> Iterator[Arrays]:
+        if not trains:
+            raise UserError(f"the batches of {folder} were made for a method with views of its own")
+        return _endless(parts["train"], sizes["train"], config.batch_size, rows, step)
 
     def finite(name: str) -> Callable[..., Iterator[Arrays]]:
         def batches(ratio: float = config.eval.crop_ratio[0]) -> Iterator[Arrays]:
             if ratio != config.eval.crop_ratio[0]:
                 raise UserError(f"cached batches hold one crop of each picture: no eval.crop_ratio={ratio} of {folder}")
-            return _finite(parts[name], sizes[name], config.batch_size, rows) if name in parts else iter(())
+            if name not in parts:
+                return iter(())
+            return _finite(parts[name], sizes[name], config.batch_size, rows, order.group)
         return batches
 
     def extra(name: str) -> Iterator[Arrays]:
         raise UserError(f"cached batches have no further test set eval.sets={name!r}; use data.source='tfds'")
 
     return {
-        "train": lambda step: _endless(parts["train"], sizes["train"], config.batch_size, rows, step),
-        "support": finite("support"), "evaluate": finite("evaluate"), "validate": finite("validate"), "extra": extra,
+        "train": train, "support": finite("support"), "evaluate": finite("evaluate"), "validate": finite("validate"),
+        "extra": extra,
         "num_train": meta["num_train"], "num_eval": sizes["evaluate"], "num_val": sizes.get("validate", 0),
         "classes": tuple(meta["classes"]),
-        "description": f"batches {folder}: {sizes['train']} cached training examples of {meta['num_train']} pictures, "
-                       f"{sizes['evaluate']} for evaluation; {len(meta['classes']) or 'no'} classes",
+        "description": f"batches {folder}: {sizes.get('train', 0)} cached training examples of {meta['num_train']} "
+                       f"pictures, {sizes['evaluate']} for evaluation; {len(meta['classes']) or 'no'} classes",
         "bad": deque(maxlen=0),
     }
 
@@ -90,12 +116,16 @@ def _endless(arrays: Arrays, size: int, batch: int, rows: np.ndarray, step: int)
         yield {name: array[chosen] for name, array in arrays.items()}
 
 
-def _finite(arrays: Arrays, size: int, batch: int, rows: np.ndarray) -> Iterator[Arrays]:
-    """Yields these rows of all batches, the last one padded."""
+def _finite(arrays: Arrays, size: int, batch: int, rows: np.ndarray, group: int) -> Iterator[Arrays]:
+    """Yields these rows of all batches, the last one padded; padding has the order of its place in a group."""
     for first in range(0, size, batch):
         positions = first + rows
         beyond = positions >= size
         out = {name: array[np.where(beyond, 0, positions)] for name, array in arrays.items()}
         for name in PADDING.keys() & out.keys():
             out[name][beyond] = PADDING[name]
+        if group > 1:
+            begun = arrays["order"][(size - 1) // group * group]
+            for row in np.flatnonzero(beyond):
+                out["order"][row] = rolled(begun, positions[row] % group, group)
         yield out

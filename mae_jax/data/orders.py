@@ -18,6 +18,7 @@ class Order(NamedTuple):
     kind: str  # 'random' | 'block' | 'grid' | 'identity'
     grid: tuple[int, int]  # patches along (height, width)
     hidden: int  # M: the last M patches of the order are hidden
+    group: int = 1  # G: so many neighbours of a batch share one permutation, the i-th rolled back by i · N / G
 
 
 class Colours(NamedTuple):
@@ -69,6 +70,8 @@ def check(order: Order) -> None:
         raise UserError(f"unknown order of patches {order.kind!r}; {nearest(order.kind, _KINDS)}")
     if not 0 <= order.hidden <= patches:
         raise UserError(f"cannot hide {order.hidden} of {patches} patches; expected 0 to {patches}")
+    if patches % order.group:
+        raise UserError(f"{patches} patches cannot be shared evenly by a group of {order.group} pictures")
     if order.kind != "grid":
         return
     if height % 2 or width % 2:
@@ -78,9 +81,20 @@ def check(order: Order) -> None:
         raise UserError(f"grid masking hides 3 of 4 patches ({3 * patches // 4} of {patches}), not {order.hidden}")
 
 
-def draw(order: Order, rng: np.random.Generator) -> np.ndarray:
-    """Returns int32 [N], a permutation: entry k is the raster index of the k-th patch; the last M are hidden."""
-    return _KINDS[order.kind](order, rng).astype(np.int32)
+def draw(order: Order, rng: np.random.Generator, member: int = 0) -> np.ndarray:
+    """Returns int32 [N], a permutation: entry k is the raster index of the k-th patch; the last M are hidden.
+
+    Args:
+      order: how patches are hidden.
+      rng: the draws, which the members of a group share.
+      member: the place in the group, below G.
+    """
+    return rolled(_KINDS[order.kind](order, rng).astype(np.int32), member, order.group)
+
+
+def rolled(permutation: np.ndarray, member: int, group: int) -> np.ndarray:
+    """Returns the order [N] of a member of a group: the shared permutation from its own N / G patches on."""
+    return np.roll(permutation, -member * (len(permutation) // group))
 
 
 def _even(height: int, width: int) -> list[tuple[int, int]]:

@@ -56,12 +56,12 @@ def train_example(source: Source, views: Views, config: ConfigDict, bad: deque[s
 def evaluate_example(source: Source, views: Views, indices: np.ndarray, ratio: float, bad: deque[str],
                      position: int) -> Fields:
     """Returns all fields of the example at a position of an evaluation; past the end, padding."""
-    grey = views.grey(rng(0, "evaluate", position))
+    grey = views.grey(position)
     if position >= len(indices):
         return {**grey, "id": PADDING, "replaced": 0}
     index = int(indices[position])
     try:
-        return {**views.evaluate(source.read(index), index, ratio), "id": index, "valid": 1.0, "replaced": 0}
+        return {**views.evaluate(source.read(index), index, position, ratio), "id": index, "valid": 1.0, "replaced": 0}
     except (BadPicture, OSError) as error:
         bad.append(f"{source.name(index)}: {error}")
         return {**grey, "id": index, "replaced": 1}

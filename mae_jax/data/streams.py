@@ -171,11 +171,11 @@ def evaluate(stream: Stream, ratio: float, views: Views, config: ConfigDict, spe
     dataset = dataset.filter(lambda position, _: fed[position % batch]).map(lambda position, item: (position, *item))
 
     def example(position: int, record: int, *stored: Any) -> Fields:
-        grey = views.grey(rng(0, "evaluate", position))
+        grey = views.grey(position)
         if record == PADDING:
             return {**grey, "id": PADDING, "replaced": 0}
         try:
-            fields = views.evaluate(stream.example(*stored), record, ratio)
+            fields = views.evaluate(stream.example(*stored), record, position, ratio)
             return {**fields, "id": record, "valid": 1.0, "replaced": 0}
         except BadPicture as error:
             bad.append(f"{stream.name(record)}: {error}")

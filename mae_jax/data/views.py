@@ -38,29 +38,35 @@ class Views:
         picture = Picture(example.picture, fast=self._config.data.resize == "fast")
         draws = rng(self._config.seed, "augment", position)
         pixels, mask = augment(picture, draws, self._config, self._mask(example))
-        return {**self._labels(example), **self._cut(pixels, mask, rng(self._config.seed, "order", position))}
+        return {**self._labels(example), **self._cut(pixels, mask, self._drawn(self._config.seed, "order", position))}
 
-    def evaluate(self, example: Example, index: int, ratio: float) -> Fields:
-        """Returns the evaluation's view, the central `ratio`; its order depends on the example's index alone.
+    def evaluate(self, example: Example, index: int, position: int, ratio: float) -> Fields:
+        """Returns the evaluation's view, the central `ratio`.
+
+        Its order depends on the example's index alone, but where orders belong to groups, on its position.
 
         Raises:
           BadPicture: the picture, or its mask, cannot be used.
         """
         pixels, mask = centre(Picture(example.picture), self._config, ratio, self._mask(example))
-        return {**self._labels(example), **self._cut(pixels, mask, rng(0, "evaluate", index))}
+        address = index if self._order.group == 1 else position
+        return {**self._labels(example), **self._cut(pixels, mask, self._drawn(0, "evaluate", address))}
 
     def grey_train(self, position: int) -> Fields:
         """Returns what stands in, at a position of the run, for a picture that cannot be read."""
         if not self._views:
-            return self.grey(rng(self._config.seed, "order", position))
+            return self._grey(self._drawn(self._config.seed, "order", position))
         picture = Picture(np.full((1, 1, 3), GREY, np.uint8))
         return {**self._several(picture, position), "label": UNLABELLED, "valid": 0.0}
 
-    def grey(self, draws: np.random.Generator) -> Fields:
-        """Returns what stands in for a picture: for an unreadable one, and as padding of an evaluation."""
+    def grey(self, position: int) -> Fields:
+        """Returns what stands in, in an evaluation, for an unreadable picture, and as padding."""
+        return self._grey(self._drawn(0, "evaluate", position))
+
+    def _grey(self, order: np.ndarray) -> Fields:
         size = tuple(self._config.data.image_size)
         mask = np.full(size, IGNORED, np.uint8) if "mask" in self._spec else None
-        fields = self._cut(np.full((*size, 3), GREY, np.uint8), mask, draws)
+        fields = self._cut(np.full((*size, 3), GREY, np.uint8), mask, order)
         if "labels" in self._spec:
             fields["labels"] = np.zeros(self._spec["labels"].shape[1:], np.uint8)
         return {**fields, "label": UNLABELLED, "valid": 0.0}
@@ -85,8 +91,12 @@ class Views:
             fields |= {f"{kind.name}/patches": np.stack(patches), f"{kind.name}/order": np.stack(made)}
         return fields
 
-    def _cut(self, pixels: np.ndarray, mask: np.ndarray | None, draws: np.random.Generator) -> Fields:
-        order = orders.draw(self._order, draws)
+    def _drawn(self, seed: int, stream: str, position: int) -> np.ndarray:
+        """Returns the order of the picture at a position, int32 [N]."""
+        group, member = divmod(position, self._order.group)
+        return orders.draw(self._order, rng(seed, stream, group), member)
+
+    def _cut(self, pixels: np.ndarray, mask: np.ndarray | None, order: np.ndarray) -> Fields:
         masked = {} if mask is None else {"mask": cut(mask[..., None], self._patch)[order]}
         return {"patches": cut(pixels, self._patch)[order], "order": order, **masked}
 

@@ -12,9 +12,9 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from mae_jax.data import Inputs, pipeline, streams, tfds, tfrecord
+from mae_jax.data import Inputs, Spec, batches, pipeline, streams, tfds, tfrecord
 from mae_jax.data.decode import BadPicture, Picture
-from mae_jax.data.orders import Order
+from mae_jax.data.orders import Order, View, with_views
 from mae_jax.data.random import rng
 from mae_jax.data.sources import Example, Source
 from mae_jax.data.tensorflow_cpu import tf
@@ -128,25 +128,31 @@ def _check_storable(found: dict[str, Found]) -> None:
             raise UserError("pictures are stored with one label each, and these have several; use --write=batches")
 
 
-def write_batches(inputs: Inputs, order: Order, folder: epath.Path, steps: int) -> None:
-    """Writes the first batches of a run and its evaluations; data.source='batches' reads the folder."""
+def write_batches(inputs: Inputs, spec: Spec, order: Order, views: tuple[View, ...], folder: epath.Path,
+                  steps: int) -> None:
+    """Writes the first batches of a run and its evaluations; data.source='batches' reads the folder.
+
+    Args:
+      inputs: as `data.build` made them of spec, order and views.
+      folder: which is made, and must not hold batches.
+      steps: how many batches of training are written.
+    """
     if (folder / "meta.json").exists():
         raise UserError(f"{folder} holds cached batches already; name another folder, or remove this one")
     folder.mkdir(parents=True, exist_ok=True)
     parts = {"train": itertools.islice(inputs.train(0), steps), "support": inputs.support(),
              "evaluate": inputs.evaluate(), **({"validate": inputs.validate()} if inputs.num_val else {})}
-    for name, batches in parts.items():
+    for name, found in parts.items():
         with (folder / f"{name}.npz").open("wb") as file:
-            np.savez(file, **_joined(batches, inputs))
-    meta = {"classes": inputs.classes, "num_train": inputs.num_train,
-            "order": [order.kind, list(order.grid), order.hidden]}
+            np.savez(file, **_joined(found, with_views(spec, views) if name == "train" else spec))
+    meta = {"classes": inputs.classes, "num_train": inputs.num_train, **batches.hiding(order, views)}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def _joined(batches: Iterable[pipeline.Batch], inputs: Inputs) -> pipeline.Batch:
+def _joined(found: Iterable[pipeline.Batch], spec: Spec) -> pipeline.Batch:
     """Returns the fields of all batches, joined and without padding; empty ones if there is no batch."""
-    batches = list(batches) or [{name: value[:0] for name, value in next(inputs.train(0)).items()}]
-    fields = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    found = list(found) or [{name: np.zeros((0, *struct.shape[1:]), struct.dtype) for name, struct in spec.items()}]
+    fields = {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
     real = fields["id"] != pipeline.PADDING
     return {name: value[real] for name, value in fields.items()}
 

@@ -180,11 +180,13 @@ class Evaluator:
         if batch is None:
             return
         method, config = self.method, self.method.config
-        count = min(config.eval.pictures, config.batch_size)
+        count = min(max(config.eval.pictures // method.group, 1) * method.group, config.batch_size)
         everywhere = partial(jax.device_put, device=replicated(self.mesh))
         batch = {name: everywhere(value)[:count] for name, value in batch.items()}
         about = method, state.ema or state.params, state.extras, batch
-        if hasattr(method, "reconstruct"):
+        if method.group > 1:
+            yield "reconstruct", reconstruct.mixtures(*about)
+        elif hasattr(method, "reconstruct"):
             yield "reconstruct", reconstruct.reconstructions(*about)
             yield "ratios", reconstruct.at_ratios(*about)
         if hasattr(method, "pixel_logits"):

@@ -23,19 +23,24 @@ GAP, CAPTION = 4, 18  # screen pixels between pictures, and for the line of text
 
 
 @functools.lru_cache(maxsize=8)
-def predictor(method: Method, ratio: float) -> Callable[..., dict[str, jax.Array]]:
-    """Returns the compiled `reconstruct` of the method at a masking ratio; kept from one evaluation to the next."""
-    if ratio != method.config.method.mask_ratio:
-        config = method.config.copy_and_resolve_references()
-        config.method.update(mask_ratio=ratio, masking="random")
-        method = get(config.method.name)(config)
+def predictor(method: Method) -> Callable[..., dict[str, jax.Array]]:
+    """Returns the compiled `reconstruct` of the method; kept from one evaluation to the next."""
     return jax.jit(method.reconstruct)
 
 
-def panels(method: Method, params: Any, extras: Any, batch: Batch,
-           ratio: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+@functools.lru_cache(maxsize=8)
+def masking(method: Method, ratio: float) -> Method:
+    """Returns the method at another masking ratio; kept likewise."""
+    if ratio == method.config.method.mask_ratio:
+        return method
+    config = method.config.copy_and_resolve_references()
+    config.method.update(mask_ratio=ratio, masking="random")
+    return get(config.method.name)(config)
+
+
+def panels(method: Method, params: Any, extras: Any, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns (input, masked input, prediction with the visible patches pasted in), uint8 [B, height, width, 3]."""
-    predicted = process_allgather(predictor(method, ratio)(params, extras, batch)["pixels"], tiled=True)
+    predicted = process_allgather(predictor(method)(params, extras, batch)["pixels"], tiled=True)
     patches, order = np.asarray(batch["patches"]), np.asarray(batch["order"])
     hidden = predicted.shape[1]
     shape = grid(method.config), tuple(method.config.model.patch)
@@ -80,9 +85,19 @@ def note(config: ConfigDict) -> str:
 
 def reconstructions(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarray:
     """Returns the grid of `batch`: input, visible patches, prediction; two pictures to a row."""
-    ratio = method.config.method.mask_ratio
-    rows = list(zip(*panels(method, params, extras, batch, ratio), strict=True))
-    return tile(paired(rows), CAPTIONS, f"{ratio:.0%} hidden; {note(method.config)}")
+    rows = list(zip(*panels(method, params, extras, batch), strict=True))
+    return tile(paired(rows), CAPTIONS, f"{method.config.method.mask_ratio:.0%} hidden; {note(method.config)}")
+
+
+def mixtures(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarray:
+    """Returns the grid of `batch`, whole groups of MixedAE: a mixed picture, its sources, what is made of each."""
+    group, shape = method.group, (grid(method.config), tuple(method.config.model.patch))
+    sources, _, predicted = panels(method, params, extras, batch)
+    mixed = assemble(*(np.asarray(method.mixed(np.asarray(batch[name]))) for name in ("patches", "order")), *shape)
+    rows = [(mixed[i], *sources[i * group : (i + 1) * group], *predicted[i * group : (i + 1) * group])
+            for i in range(len(mixed))]
+    captions = ["mixed", *(f"source {i + 1}" for i in range(group)), *(f"prediction {i + 1}" for i in range(group))]
+    return tile(rows, captions, f"{group} pictures mixed, {1 - 1 / group:.0%} of each hidden; {note(method.config)}")
 
 
 def at_ratios(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarray:
@@ -93,7 +108,7 @@ def at_ratios(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndar
     few |= {"patches": few["patches"][:, shuffle], "order": few["order"][:, shuffle]}
     rows = []
     for ratio in RATIOS:
-        original, visible, predicted = panels(method, params, extras, few, ratio)
+        original, visible, predicted = panels(masking(method, ratio), params, extras, few)
         rows.append([panel for i in range(len(original)) for panel in (original[i], visible[i], predicted[i])])
     title = f"hidden, from the top: {', '.join(f'{ratio:.0%}' for ratio in RATIOS)} (trained at " \
             f"{method.config.method.mask_ratio:.0%}); {note(method.config)}"

@@ -36,12 +36,18 @@ def check_decoder(m: ConfigDict) -> None:
                         f"method.decoder_heads={m.decoder_heads} and of 4")
 
 
+def mean_square(error: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (sum over images of the mean square of error [B, M, P], number of valid images)."""
+    return (jnp.square(error).mean((1, 2)) * valid).sum(), valid.sum()
+
+
 class Method:
     """Base of all methods; B images, N patches of P values each. A method has its encoder as `self.encoder`."""
 
     defaults: ClassVar[dict[str, Any]] = {}  # own config fields under config.method
     learns_labels: bool = False  # what it is evaluated on must not be trained on
     sees_whole_batch: bool = False  # the loss has terms across images: accumulation is refused
+    group: int = 1  # rows that stay together on a device and in a micro-batch, neighbours in the batch
     decayed: ClassVar[tuple[str, ...]] = ("kernel", "cls_token", "mask_token")  # weight decay, by last name of the path
 
     def __init__(self, config: ConfigDict, examples: int = 0):

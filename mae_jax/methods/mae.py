@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from mae_jax.data.orders import Order
 from mae_jax.errors import UserError, nearest
 from mae_jax.flops import blocks_flops
-from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_decoder
+from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_decoder, mean_square
 from mae_jax.models.vit import make_decoder, make_encoder
 from mae_jax.ops import targets
 from mae_jax.ops.patches import grid, normalize, patch_values
@@ -37,14 +37,22 @@ class MAE(Method):
     }
 
     @staticmethod
-    def validate(config: ConfigDict) -> None:
+    def check_targets(config: ConfigDict) -> None:
+        """Raises UserError for a target or a decoder that cannot be, and for stochastic depth."""
         m = config.method
-        for key, allowed in (("target", TARGETS), ("masking", MASKINGS)):
-            if m[key] not in allowed:
-                raise UserError(f"method.{key}={m[key]!r}; {nearest(m[key], allowed)}")
+        if m.target not in TARGETS:
+            raise UserError(f"method.target={m.target!r}; {nearest(m.target, TARGETS)}")
         check_decoder(m)
         if config.model.drop_path:
-            raise UserError(f"model.drop_path={config.model.drop_path}; MAE pre-trains without stochastic depth (A.1)")
+            raise UserError(f"model.drop_path={config.model.drop_path}; {m.name} pre-trains without stochastic depth "
+                            "(MAE A.1)")
+
+    @staticmethod
+    def validate(config: ConfigDict) -> None:
+        m = config.method
+        MAE.check_targets(config)
+        if m.masking not in MASKINGS:
+            raise UserError(f"method.masking={m.masking!r}; {nearest(m.masking, MASKINGS)}")
         height, width = grid(config)
         visible = visible_patches(height * width, m.mask_ratio)
         if not 0 < visible < height * width:
@@ -60,8 +68,13 @@ class MAE(Method):
         self.decoder = make_decoder(config, self.outputs)
         height, width = grid(config)
         self.patches = height * width
-        self.visible = visible_patches(self.patches, config.method.mask_ratio)
+        self.visible = self.visible_of(config, self.patches)
         self.hidden = self.patches - self.visible
+
+    @staticmethod
+    def visible_of(config: ConfigDict, patches: int) -> int:
+        """Returns V, how many of N patches the encoder sees of a picture."""
+        return visible_patches(patches, config.method.mask_ratio)
 
     def order(self) -> Order:
         return Order(self.config.method.masking, grid(self.config), self.hidden)
@@ -74,10 +87,11 @@ class MAE(Method):
         seen = order[:, : self.visible + masks]
         tokens, encoder = self.encoder.init_with_output(encoder_key, pixels[:, : self.visible], seen, masks)
         decoder = self.decoder.init(decoder_key, tokens, order, self.hidden)
-        params = {"encoder": encoder["params"], "decoder": decoder["params"]}
-        # The axes come from the first batch: MAE does not say on what its PCA was computed (our choice).
-        pca = {"pca": targets.fit_pca(normalize(batch["patches"]), self.outputs)} if self.target == "pca" else {}
-        return params, pca
+        return {"encoder": encoder["params"], "decoder": decoder["params"]}, self.fitted_targets(batch)
+
+    def fitted_targets(self, batch: Batch) -> Extras:
+        """Returns the extras of the first batch: the axes of PCA. MAE does not say of what it is (our choice)."""
+        return {"pca": targets.fit_pca(normalize(batch["patches"]), self.outputs)} if self.target == "pca" else {}
 
     def predict(self, params: Params, batch: Batch) -> jax.Array:
         """Returns float32 [B, M, outputs]: the predicted targets of the hidden patches, in the batch's order."""
@@ -102,12 +116,12 @@ class MAE(Method):
         """
         pixels = normalize(batch["patches"][:, self.visible :])
         wanted, valid = self.targets(extras, pixels), batch["valid"]
-        metrics = {"loss": _mean_square(self.predict(params, batch) - wanted, valid)}
+        metrics = {"loss": mean_square(self.predict(params, batch) - wanted, valid)}
         if not train and self.target == "pixel":
             seen = normalize(batch["patches"][:, : self.visible])
             colour = seen.reshape(seen.shape[0], -1, 3).mean(1)
             guess = jnp.tile(colour, (1, pixels.shape[-1] // 3))[:, None]
-            metrics["mean_colour_loss"] = _mean_square(guess - wanted, valid)
+            metrics["mean_colour_loss"] = mean_square(guess - wanted, valid)
         total, weight = metrics["loss"]
         return total / jnp.maximum(weight, 1), (metrics, extras)
 
@@ -133,8 +147,3 @@ class MAE(Method):
             mean, deviation = targets.patch_moments(normalize(batch["patches"][:, self.visible :]))
             return {"pixels": predicted * deviation + mean}
         return {"pixels": targets.unproject_pca(predicted, extras["pca"]) if self.target == "pca" else predicted}
-
-
-def _mean_square(error: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns (sum over images of the mean square of error [B, M, P], number of valid images)."""
-    return (jnp.square(error).mean((1, 2)) * valid).sum(), valid.sum()

@@ -63,6 +63,20 @@ class Projection(nn.Module):
         return Directions(self.outputs, self.dtype, name="last")(x).astype(jnp.float32)
 
 
+class Perceptron(nn.Module):
+    """Two linear layers with a GELU between them, [..., D] → [..., K]; the hidden one is `hidden` wide."""
+
+    hidden: int
+    outputs: int
+    gelu: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = GELUS[self.gelu](Dense(self.hidden, self.dtype, name="fc1")(x))
+        return Dense(self.outputs, self.dtype, name="fc2")(hidden)
+
+
 class Directions(nn.Module):
     """Cosines of [B, D] with learned directions, [B, K]; the lengths of a kernel's columns do not count."""
 

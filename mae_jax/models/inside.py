@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from mae_jax.errors import UserError
-from mae_jax.models.layers import Block, DenseQKV, layer_norm
+from mae_jax.models.layers import DenseQKV, layer_norm
 from mae_jax.models.vit import Encoder
 from mae_jax.ops.patches import normalize
 
 
-def between_blocks(encoder: Encoder, params: Any, patches: jax.Array, order: jax.Array) -> Iterator[jax.Array]:
+def between_blocks(encoder: Encoder, params: Any, patches: jax.Array, order: jax.Array,
+                   added: jax.Array | None = None) -> Iterator[jax.Array]:
     """Yields the tokens [B, 1 + T, D] before each block, and those after the last one, without the final norm.
 
     One forward pass, which goes as far as it is asked to. Blocks are unrolled whatever `scan` says.
@@ -22,12 +23,12 @@ def between_blocks(encoder: Encoder, params: Any, patches: jax.Array, order: jax
       params: its parameters.
       patches: [B, T, P] normalised pixels.
       order: int32 [B, T], the raster index of each token.
+      added: further embeddings of the patches, [..., T, D].
     """
-    x = encoder.clone(depth=0).apply({"params": params}, patches, order, block=0)
-    block = Block(encoder.heads, encoder.mlp_ratio, encoder.gelu, encoder.dtype, encoder.layer_scale)
+    x = encoder.clone(depth=0, kept=()).apply({"params": params}, patches, order, block=0, added=added)
     for index in range(encoder.depth):
         yield x
-        x = block.apply({"params": params[block_name(index)]}, x)
+        x = encoder.block(index, parent=None).apply({"params": params[block_name(index)]}, x)
     yield x
 
 
@@ -44,7 +45,12 @@ def chosen(block: int, depth: int) -> int:
 
 
 def attention_weights(encoder: Encoder, params: Any, tokens: jax.Array) -> jax.Array:
-    """Returns softmax(q kᵀ / √d) of one block, float32 [B, H, T, T]: queries, then keys; rows sum to 1.
+    """Returns softmax(q kᵀ / √d) of one block, float32 [B, H, T, T]: queries, then keys; rows sum to 1."""
+    return jax.nn.softmax(attention_scores(encoder, params, tokens), -1)
+
+
+def attention_scores(encoder: Encoder, params: Any, tokens: jax.Array) -> jax.Array:
+    """Returns q kᵀ / √d of one block, float32 [B, H, T, T].
 
     Args:
       encoder: the module.
@@ -54,8 +60,7 @@ def attention_weights(encoder: Encoder, params: Any, tokens: jax.Array) -> jax.A
     x = layer_norm(encoder.dtype, "norm1").apply({"params": params["norm1"]}, tokens)
     q, k, _ = DenseQKV(encoder.dtype).apply({"params": params["attn"]["qkv"]}, x)
     q, k = (part.reshape(*part.shape[:2], encoder.heads, -1) for part in (q, k))
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-    return jax.nn.softmax(scores, -1)
+    return jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
 
 
 def raster(x: jax.Array, order: jax.Array, grid: tuple[int, int]) -> jax.Array:

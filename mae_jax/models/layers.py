@@ -1,5 +1,6 @@
 """The layers of a plain Vision Transformer (pre-norm; MAE A.1, timm's ViT)."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mae_jax.ops.attention import attention
+from mae_jax.ops.attention import Kept, attention
 from mae_jax.ops.dense import gelu, linear
 from mae_jax.ops.layout import ROWS, constrain
 
@@ -122,10 +123,11 @@ class Attention(nn.Module):
     heads: int
     dtype: Any
     init: str = "xavier"
+    kept: Kept | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        out = attention(*DenseQKV(self.dtype, self.init, name="qkv")(x), self.heads)
+        out = attention(*DenseQKV(self.dtype, self.init, name="qkv")(x), self.heads, self.kept)
         return Dense(x.shape[-1], self.dtype, "in", self.init, name="proj")(out)
 
 
@@ -155,6 +157,7 @@ class Block(nn.Module):
     dtype: Any
     layer_scale: float = 0.0
     init: str = "xavier"
+    kept: Kept | None = None  # keys of the attention
 
     @nn.compact
     def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
@@ -164,7 +167,7 @@ class Block(nn.Module):
             return out if keep is None else out * keep[number, :, None, None].astype(out.dtype)
 
         x = constrain(x, ROWS)
-        attend = Attention(self.heads, self.dtype, self.init, name="attn")
+        attend = Attention(self.heads, self.dtype, self.init, self.kept, name="attn")
         mlp = Mlp(self.mlp_ratio, self.gelu, self.dtype, self.init, name="mlp")
         x = x + branch(attend(layer_norm(self.dtype, "norm1")(x)), 0)
         return x + branch(mlp(layer_norm(self.dtype, "norm2")(x)), 1)
@@ -187,6 +190,13 @@ class Blocks(nn.Module):
     remat: str
     layer_scale: float = 0.0
     init_kind: str = "xavier"
+    kept: tuple[Kept | None, ...] = ()  # of each block's attention; () as (None,) · depth
+
+    def block(self, index: int, **options: Any) -> Block:
+        """Returns the module of one block."""
+        kept = self.kept[index] if self.kept else None
+        return Block(self.heads, self.mlp_ratio, self.gelu, self.dtype, self.layer_scale, self.init_kind, kept,
+                     **options)
 
     def run_blocks(self, x: jax.Array, depth: int | None = None, keep: jax.Array | None = None) -> jax.Array:
         """Applies the first `depth` blocks (all when None) to tokens [B, T, D].
@@ -194,23 +204,29 @@ class Blocks(nn.Module):
         Args:
           keep: float32 [depth, 2, B] of `drop_path`; None: nothing is dropped.
         """
-        shape = (self.heads, self.mlp_ratio, self.gelu, self.dtype, self.layer_scale, self.init_kind)
-        blocks = [Block(*shape, name=f"block_{index:02d}") for index in range(self.depth)]
+        blocks = [self.block(index, name=f"block_{index:02d}") for index in range(self.depth)]
         if self.is_initializing():
             for module in blocks:
                 x = module(x)
             return x
         params = [self.variables["params"][module.name] for module in blocks][:depth]
-        pure = Block(*shape, parent=None)
+        start = 0
+        for _, alike in itertools.groupby(blocks[:depth], lambda module: module.kept):
+            stop = start + len(list(alike))
+            x = self._alike(x, self.block(start, parent=None), params[start:stop],
+                            None if keep is None else keep[start:stop])
+            start = stop
+        return x
 
+    def _alike(self, x: jax.Array, block: Block, params: list[Any], keep: jax.Array | None) -> jax.Array:
+        """Applies blocks that differ in nothing but their parameters, and their part of `keep`."""
         def apply(x: jax.Array, p: Any, keep: jax.Array | None) -> jax.Array:
-            return pure.apply({"params": p}, x, keep)
+            return block.apply({"params": p}, x, keep)
 
         if self.remat != "none":
             apply = jax.checkpoint(apply, policy=REMATS[self.remat], prevent_cse=not self.scan)
-        if self.scan and params:
+        if self.scan:
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-            keep = None if keep is None else keep[: len(params)]
             return jax.lax.scan(lambda x, item: (apply(x, *item), None), x, (stacked, keep))[0]
         for index, p in enumerate(params):
             x = apply(x, p, None if keep is None else keep[index])

@@ -29,6 +29,7 @@ class Encoder(Blocks):
 
     grid: tuple[int, int] = (0, 0)
     positions: str = "fixed"
+    class_token: bool = True
 
     def embed_positions(self, order: jax.Array, grid: tuple[int, int]) -> jax.Array:
         """Returns the position embeddings [B, T, D] of patches with raster indices `order` in `grid`."""
@@ -45,7 +46,8 @@ class Encoder(Blocks):
 
     @nn.compact
     def __call__(self, patches: jax.Array, order: jax.Array, mask_tokens: int = 0, block: int = -1,
-                 keep: jax.Array | None = None, grid: tuple[int, int] | None = None) -> jax.Array:
+                 keep: jax.Array | None = None, grid: tuple[int, int] | None = None,
+                 added: jax.Array | None = None) -> jax.Array:
         """Encodes patches.
 
         Args:
@@ -55,9 +57,10 @@ class Encoder(Blocks):
           block: the last block to run, without the final norm; -1 runs them all and the norm.
           keep: float32 [depth, 2, B] of `layers.drop_path`, for stochastic depth.
           grid: patches along (height, width), where they are not those of the encoder; positions are then fixed ones.
+          added: further embeddings of the patches, [..., T, D].
 
         Returns:
-          [B, 1 + T + mask_tokens, D] tokens of dtype `self.dtype`.
+          [B, 1 + T + mask_tokens, D] tokens of dtype `self.dtype`; without `class_token`, no first one.
         """
         images = patches.shape[0]
         token_init = nn.initializers.normal(TOKEN_STD)
@@ -66,8 +69,11 @@ class Encoder(Blocks):
             mask_token = self.param("mask_token", token_init, (1, 1, self.width))
             x = jnp.concatenate([x, jnp.broadcast_to(mask_token, (images, mask_tokens, self.width)).astype(x.dtype)], 1)
         x = x + self.embed_positions(order, grid or self.grid)
-        cls_token = self.param("cls_token", token_init, (1, 1, self.width))
-        x = jnp.concatenate([jnp.broadcast_to(cls_token, (images, 1, self.width)).astype(x.dtype), x], 1)
+        if added is not None:
+            x = x + added.astype(x.dtype)
+        if self.class_token:
+            cls_token = self.param("cls_token", token_init, (1, 1, self.width))
+            x = jnp.concatenate([jnp.broadcast_to(cls_token, (images, 1, self.width)).astype(x.dtype), x], 1)
         if block >= 0:
             return self.run_blocks(x, block + 1, keep)
         return layer_norm(self.dtype, "norm")(self.run_blocks(x, keep=keep))
@@ -76,20 +82,22 @@ class Encoder(Blocks):
 class Decoder(Blocks):
     """MAE's decoder (MAE section 3): fills mask tokens in from the encoded ones and predicts the hidden patches.
 
-    With `describes`, it also returns the mean of all its patches' outputs, behind the norm (SplitMask).
+    With `describes`, it also returns the mean of all its patches' outputs, behind the norm (SplitMask). Without
+    `class_token` the tokens that it is given have none (MixedAE).
     """
 
     grid: tuple[int, int] = (0, 0)
     outputs: int = 0
     describes: bool = False
     head_init: str = "xavier"
+    class_token: bool = True
 
     @nn.compact
     def __call__(self, tokens: jax.Array, order: jax.Array, hidden: int) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Predicts the last `hidden` patches of the order.
 
         Args:
-          tokens: [B, 1 + T, D] encoded class token and the first T patches of the order.
+          tokens: [B, 1 + T, D] encoded class token, where there is one, and the first T patches of the order.
           order: int32 [B, N]; N - T mask tokens are appended.
           hidden: how many rows, from the end, are predicted: the norm and the head run on these alone.
 
@@ -98,10 +106,11 @@ class Decoder(Blocks):
         """
         x = Dense(self.width, self.dtype, name="embed")(tokens)
         mask_token = self.param("mask_token", nn.initializers.normal(TOKEN_STD), (1, 1, self.width))
-        missing = 1 + order.shape[1] - tokens.shape[1]
+        first = int(self.class_token)
+        missing = first + order.shape[1] - tokens.shape[1]
         masks = jnp.broadcast_to(mask_token, (x.shape[0], missing, self.width)).astype(x.dtype)
         positions = embed_positions(self.grid, self.width, order, self.dtype)
-        x = jnp.concatenate([x, masks], 1) + jnp.pad(positions, ((0, 0), (1, 0), (0, 0)))
+        x = jnp.concatenate([x, masks], 1) + jnp.pad(positions, ((0, 0), (first, 0), (0, 0)))
         shown = order.shape[1] if self.describes else hidden
         x = layer_norm(self.dtype, "norm")(self.run_blocks(x)[:, -shown:])
         head = Dense(self.outputs, self.dtype, init=self.head_init, name="head")
@@ -113,7 +122,7 @@ def make_encoder(config: ConfigDict) -> Encoder:
     """Builds the encoder that `config.model` describes."""
     m = config.model
     return Encoder(m.width, m.depth, m.heads, m.mlp_ratio, m.gelu, activation_dtype(config), m.scan, m.remat,
-                   m.layer_scale, m.init, grid(config), m.positions)
+                   m.layer_scale, m.init, grid=grid(config), positions=m.positions)
 
 
 def drop_path_rates(config: ConfigDict) -> np.ndarray:
@@ -122,9 +131,10 @@ def drop_path_rates(config: ConfigDict) -> np.ndarray:
     return np.linspace(0 if m.drop_path_rates == "linear" else m.drop_path, m.drop_path, m.depth)
 
 
-def make_decoder(config: ConfigDict, outputs: int, describes: bool = False, head_init: str = "xavier") -> Decoder:
+def make_decoder(config: ConfigDict, outputs: int, describes: bool = False, head_init: str = "xavier",
+                 class_token: bool = True) -> Decoder:
     """Builds the decoder that `config.method` describes, with `outputs` values per patch."""
     m, d = config.model, config.method
     return Decoder(d.decoder_width, d.decoder_depth, d.decoder_heads, m.mlp_ratio, m.gelu, activation_dtype(config),
                    m.scan, m.remat, grid=grid(config), outputs=outputs, describes=describes,
-                   head_init=head_init)
+                   head_init=head_init, class_token=class_token)

@@ -1,5 +1,6 @@
 """Softmax attention whose backward pass keeps little and multiplies in the dtype of the activations."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -7,39 +8,48 @@ import jax.numpy as jnp
 import numpy as np
 
 LANES = 128  # of a TPU's vector registers and matrix unit
+Kept = Callable[[jax.Array], jax.Array]  # scores [..., T, T], queries then keys → bool: which keys a query may look at
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int, kept: Kept | None = None) -> jax.Array:
     """Returns softmax(q kᵀ / √d) v, [B, T, D], for queries, keys and values [B, T, D] of `heads` heads.
 
-    The softmax is float32. The gradient is written out because autodiff would keep float32 weights, and multiply
-    float32 gradients of the scores with bfloat16 keys and queries.
+    The softmax is float32, over the keys that are `kept` of the float32 scores; no gradient goes through that choice.
+    The gradient is written out because autodiff would keep float32 weights, and multiply float32 gradients of the
+    scores with bfloat16 keys and queries.
     """
-    return _forward(q, k, v, heads)[0]
+    return _forward(q, k, v, heads, kept)[0]
 
 
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    branches = {"tpu": partial(_forward_on_tpu, heads), "default": partial(_forward_anywhere, heads)}
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, heads: int,
+             kept: Kept | None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    anywhere = partial(_forward_anywhere, heads, kept=kept)
+    branches = {"default": anywhere, "tpu": anywhere if kept else partial(_forward_on_tpu, heads)}
     out, weights, totals = jax.lax.platform_dependent(q, k, v, **branches)
     return out, (q, k, v, weights, totals, out)
 
 
-def _backward(heads: int, saved: tuple[jax.Array, ...], dout: jax.Array) -> tuple[jax.Array, ...]:
-    branches = {"tpu": partial(_backward_on_tpu, heads), "default": partial(_backward_anywhere, heads)}
+def _backward(heads: int, kept: Kept | None, saved: tuple[jax.Array, ...], dout: jax.Array) -> tuple[jax.Array, ...]:
+    # Keys that were not kept have weights of zero, and so no gradient: the choice is not made again.
+    anywhere = partial(_backward_anywhere, heads)
+    branches = {"default": anywhere, "tpu": anywhere if kept else partial(_backward_on_tpu, heads)}
     return jax.lax.platform_dependent(*saved, dout, **branches)
 
 
 attention.defvjp(_forward, _backward)
 
 
-def _forward_anywhere(heads: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+def _forward_anywhere(heads: int, q: jax.Array, k: jax.Array, v: jax.Array,
+                      kept: Kept | None = None) -> tuple[jax.Array, ...]:
     """Returns out, the softmax times its denominators [B, H, T, T] in the dtype of q, and those, float32 [B, T, H, 1].
 
     The division comes after the product with the values, where it is over [B, T, H, d] and not over [B, H, T, T].
     """
     q, k, v = (_apart(x, heads) for x in (q, k, v))
     scores = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    if kept:
+        scores = jnp.where(kept(scores), scores, -jnp.inf)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     totals = weights.sum(-1).swapaxes(1, 2)[..., None]
     weights = weights.astype(q.dtype)

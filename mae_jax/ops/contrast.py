@@ -1,7 +1,8 @@
-"""Contrastive losses, written over the global batch."""
+"""Contrastive losses: over the global batch, and over the tokens of a sequence."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def info_nce(pairs: jax.Array, valid: jax.Array, ids: jax.Array, temperature: float,
@@ -34,3 +35,23 @@ def info_nce(pairs: jax.Array, valid: jax.Array, ids: jax.Array, temperature: fl
     losses = jax.nn.logsumexp(logits, 1) - positive
     found = positive >= logits.max(1)
     return losses.reshape(images, 2).mean(1), found.reshape(images, 2).all(1)
+
+
+def supervised_contrast(features: jax.Array, same: np.ndarray, temperature: float) -> jax.Array:
+    """Contrast of each token with all others of its sequence, those of its own kind being alike; float32 [B, N].
+
+    MixedAE's homologous contrastive loss, taken to be SupCon's L_out (arXiv 2004.11362, equation 2): the mean over the
+    other tokens of the kind of -log(exp(s / τ) / sum of exp(s / τ) over all others), s being the cosine.
+
+    Args:
+      features: float [B, N, D].
+      same: bool [N, N], which tokens are of one kind; each has another one of its kind.
+      temperature: τ.
+    """
+    features = features.astype(jnp.float32)
+    features = features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-6)
+    logits = jnp.einsum("bnd,bmd->bnm", features, features, precision="highest") / temperature
+    itself = np.eye(len(same), dtype=bool)
+    positive = same & ~itself
+    losses = jax.nn.logsumexp(jnp.where(itself, -jnp.inf, logits), -1, keepdims=True) - logits
+    return jnp.where(positive, losses, 0).sum(-1) / positive.sum(-1)

@@ -23,7 +23,7 @@ def write(folder, **sizes):
         np.savez(folder / f"{name}.npz", patches=draws.integers(0, 255, (size, 4, 12), dtype=np.uint8),
                  order=np.tile(np.arange(4, dtype=np.int32), (size, 1)), id=np.arange(size, dtype=np.int32),
                  valid=np.ones(size, np.float32))
-    meta = {"classes": ["a", "b"], "num_train": 100, "order": ["random", [2, 2], 3]}
+    meta = {"classes": ["a", "b"], "num_train": 100, "order": ORDER, "views": []}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 

@@ -18,6 +18,7 @@ from jax._src import compiler
 from jax._src.distributed import global_state as state
 
 from mae_jax import cli, data, distributed, place, sharding, train
+from mae_jax.data.batches import hiding
 from tests.tiny import raster_batch, tiny_batch, tiny_config, tiny_method
 
 STEPS = 20
@@ -51,8 +52,7 @@ def write_batches(folder: Path, config) -> None:
     folder.mkdir(parents=True)
     for name, arrays in parts.items():
         np.savez(folder / f"{name}.npz", **arrays)
-    made = [order.kind, list(order.grid), order.hidden]
-    meta = {"classes": ["a", "b", "c"], "num_train": SIZES["train"], "order": made}
+    meta = {"classes": ["a", "b", "c"], "num_train": SIZES["train"], **hiding(order, method.views())}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 

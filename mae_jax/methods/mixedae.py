@@ -1,0 +1,244 @@
+"""MixedAE (Chen et al., 'Mixed Autoencoder for Self-supervised Visual Representation Learning', arXiv 2303.17152)."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from mae_jax.data.orders import Order
+from mae_jax.errors import UserError, nearest
+from mae_jax.flops import blocks_flops
+from mae_jax.methods.base import Batch, Extras, Metrics, Params, mean_square
+from mae_jax.methods.mae import MAE
+from mae_jax.models import inside
+from mae_jax.models.heads import Perceptron
+from mae_jax.models.layers import TOKEN_STD
+from mae_jax.models.vit import activation_dtype, make_decoder
+from mae_jax.ops.contrast import supervised_contrast
+from mae_jax.ops.homologous import SameSource, TopKeys, neighbour_homology, purity, same_source
+from mae_jax.ops.patches import grid, normalize, patch_values
+
+MIXINGS = ("compose", "full")
+ATTENTIONS = ("topk", "all", "oracle")
+TOLERANCE = 1e-6  # of 1 / r, which must be a whole number
+
+
+class MixedAE(MAE):
+    """Mixes the patches of groups of pictures, asks each to find its own kind, and decodes every picture apart.
+
+    The G = 1 / r pictures of a group, neighbours in the batch, share one permutation, picture i rolled by i · N / G. So
+    their first N / G patches, side by side, are one sequence of N tokens with each place of the grid once: mixing and
+    un-mixing are reshapes.
+    """
+
+    defaults = {
+        "ratio": 0.25,  # r: the share of its patches that a picture gives to a mixed sequence (the article's default)
+        "mixing": "compose",  # each picture in one mix; or full: in G of them, with G times the work
+        "attention": "topk",  # homologous; all: naive mixing; oracle: the true sources, which only the mixing knows
+        "keep": 0,  # K, keys that a query keeps, itself included; 0: r · N, the article's
+        "blocks": "all",  # with that attention (the article is taken to mean all): first_half, last_half, '6-11', '0,2'
+        "segments": True,  # a learned embedding tells tokens of different pictures apart; the ablation leaves it out
+        "contrast_weight": 0.1,  # of the homologous contrast; remembered of the article, not checked; 0: off
+        "temperature": 0.25,  # of the contrast, likewise
+        "projection": 256,  # width of the contrast's features, behind one hidden layer: our choice; 0: none
+        "target": "norm_pix",
+        "decoder_width": 512,
+        "decoder_depth": 8,
+        "decoder_heads": 16,
+    }
+
+    @staticmethod
+    def validate(config: ConfigDict) -> None:
+        m = config.method
+        MAE.check_targets(config)
+        for key, allowed in (("mixing", MIXINGS), ("attention", ATTENTIONS)):
+            if m[key] not in allowed:
+                raise UserError(f"method.{key}={m[key]!r}; {nearest(m[key], allowed)}")
+        patches, group = _patches(config), _group(config)
+        if patches % group:
+            raise UserError(f"method.ratio={m.ratio} shares {patches} patches among {group} pictures, which does not "
+                            f"divide; nearest data.image_size: {' or '.join(map(str, _sizes(config, group)))}")
+        if not 0 <= m.keep <= patches:
+            raise UserError(f"method.keep={m.keep}; expected 1 to {patches} keys, or 0 for method.ratio of them")
+        if m.temperature <= 0 or min(m.contrast_weight, m.projection) < 0:
+            raise UserError(f"method.temperature={m.temperature} must be above 0, method.contrast_weight="
+                            f"{m.contrast_weight} and method.projection={m.projection} not negative")
+        if m.contrast_weight and patches == group:
+            raise UserError(f"method.ratio={m.ratio} gives a mix one patch of each picture: nothing to contrast with")
+        if config.data.repeats > 1 and -(-config.batch_size // config.data.repeats) < group:
+            raise UserError(f"data.repeats={config.data.repeats} would mix a picture with itself")
+        _blocks(config)
+
+    def __init__(self, config: ConfigDict, examples: int = 0):
+        super().__init__(config, examples)
+        m = config.method
+        self.group = _group(config)  # G
+        self.turns = self.group if m.mixing == "full" else 1
+        self.keep = m.keep or self.visible
+        kept = {"topk": TopKeys(self.keep, self.patches), "all": None,
+                "oracle": SameSource(self.group, self.patches)}[m.attention]
+        blocks = _blocks(config)
+        self.mixer = self.encoder.clone(kept=tuple(kept if i in blocks else None for i in range(config.model.depth)))
+        self.decoder = make_decoder(config, self.outputs, class_token=False)
+        self.projector = Perceptron(config.model.width, m.projection, config.model.gelu, activation_dtype(config))
+
+    @staticmethod
+    def visible_of(config: ConfigDict, patches: int) -> int:
+        return patches // _group(config)
+
+    def order(self) -> Order:
+        return Order("random", grid(self.config), self.hidden, self.group)
+
+    def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
+        m = self.config.method
+        encoder_key, decoder_key, segment_key, projector_key = jax.random.split(key, 4)
+        few = {name: value[: self.group] for name, value in batch.items()}
+        pixels, order = self.mixed(normalize(few["patches"])), self.mixed(few["order"])
+        tokens, encoder = self.mixer.init_with_output(encoder_key, pixels, order)
+        own = self.unmixed(tokens)
+        params = {"encoder": encoder["params"],
+                  "decoder": self.decoder.init(decoder_key, own, few["order"], self.hidden)["params"]}
+        if m.segments:
+            params["segments"] = TOKEN_STD * jax.random.normal(segment_key, (self.group, self.config.model.width))
+        if m.contrast_weight and m.projection:
+            params["projector"] = self.projector.init(projector_key, own)["params"]
+        return params, self.fitted_targets(batch)
+
+    def turned(self, values: jax.Array) -> jax.Array:
+        """Returns the rows that are mixed, [B · turns, ...], of [B, N, ...] or [B]: with full mixing there are G turns.
+
+        In its j-th turn, every picture of a group gives its j-th share of patches.
+        """
+        if self.turns == 1:
+            return values
+        turns = [values if values.ndim == 1 else jnp.roll(values, -number * self.visible, 1)
+                 for number in range(self.turns)]
+        groups = [turn.reshape(-1, self.group, *turn.shape[1:]) for turn in turns]
+        return jnp.stack(groups, 1).reshape(self.turns * len(values), *values.shape[1:])
+
+    def mixed(self, values: jax.Array) -> jax.Array:
+        """Mixes [B, N, ...] to [B / G, N, ...]: token k of a mix is of the picture k // (N / G) of its group."""
+        return values[:, : self.visible].reshape(-1, self.patches, *values.shape[2:])
+
+    def unmixed(self, tokens: jax.Array) -> jax.Array:
+        """Returns each picture's own tokens [B, N / G, D] of mixed ones [B / G, 1 + N, D]; the class token goes."""
+        return tokens[:, -self.patches :].reshape(-1, self.visible, tokens.shape[-1])
+
+    def segments(self, params: Params) -> jax.Array | None:
+        """Returns what is added to the tokens of a mix, [N, D]: an embedding for each picture of the group."""
+        return jnp.repeat(params["segments"], self.visible, 0) if self.config.method.segments else None
+
+    def encode_mixed(self, params: Params, batch: Batch) -> jax.Array:
+        """Returns the encoded tokens [B / G, 1 + N, D] of a turned batch's mixes."""
+        pixels, order = normalize(self.mixed(batch["patches"])), self.mixed(batch["order"])
+        return self.mixer.apply({"params": params["encoder"]}, pixels, order, added=self.segments(params))
+
+    def predict(self, params: Params, batch: Batch) -> jax.Array:
+        """Returns float32 [B, M, outputs]: the predicted targets of each picture's hidden patches, in its order."""
+        return self.decode(params, self.encode_mixed(params, batch), batch["order"])
+
+    def decode(self, params: Params, tokens: jax.Array, order: jax.Array) -> jax.Array:
+        """Decodes every picture [B, N] from its own tokens of the mixes [B / G, 1 + N, D]."""
+        return self.decoder.apply({"params": params["decoder"]}, self.unmixed(tokens), order, self.hidden)
+
+    def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
+             train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
+        """The reconstruction's mean squared error over hidden patches, and the weighted homologous contrast.
+
+        Evaluations add how well tokens find their kind: `purity` of each block (`ops.homologous.purity`, of the K
+        largest scores, whatever the attention is), their mean, and `neighbour_homology` of the encoder's output.
+        """
+        m = self.config.method
+        batch = {name: self.turned(batch[name]) for name in ("patches", "order", "valid")}
+        tokens = self.encode_mixed(params, batch)
+        wanted = self.targets(extras, normalize(batch["patches"][:, self.visible :]))
+        errors = self.decode(params, tokens, batch["order"]) - wanted
+        metrics = {"reconstruction_loss": mean_square(errors, batch["valid"])}
+        total, weight = metrics["reconstruction_loss"]
+        if m.contrast_weight:
+            contrast = self.contrast(params, tokens)
+            metrics["contrast_loss"] = ((contrast * batch["valid"]).sum(), weight)
+            total = total + m.contrast_weight * metrics["contrast_loss"][0]
+        if not train:
+            metrics |= self.homology(params, batch, tokens)
+        return total / jnp.maximum(weight, 1), ({"loss": (total, weight), **metrics}, extras)
+
+    def contrast(self, params: Params, tokens: jax.Array) -> jax.Array:
+        """Returns the contrastive loss of each picture's tokens, mean, float32 [B]; tokens as `encode_mixed` gives."""
+        features = tokens[:, -self.patches :]
+        if self.config.method.projection:
+            features = self.projector.apply({"params": params["projector"]}, features)
+        losses = supervised_contrast(features, same_source(self.patches, self.group), self.config.method.temperature)
+        return losses.reshape(-1, self.visible).mean(1)
+
+    def homology(self, params: Params, batch: Batch, tokens: jax.Array) -> Metrics:
+        """Returns the figures of `loss` about who finds whom, over mixes of which every picture is valid."""
+        whole = batch["valid"].reshape(-1, self.group).min(1)
+        pixels, order = normalize(self.mixed(batch["patches"])), self.mixed(batch["order"])
+        between = inside.between_blocks(self.mixer, params["encoder"], pixels, order, self.segments(params))
+        found = {}
+        for number, entering in zip(range(self.config.model.depth), between, strict=False):
+            name = inside.block_name(number)
+            scores = inside.attention_scores(self.mixer, params["encoder"][name], entering)
+            found[f"purity/{name}"] = purity(scores, self.keep, self.group, self.patches)
+        found["purity"] = sum(found.values()) / len(found)
+        found["neighbour_homology"] = neighbour_homology(tokens[:, -self.patches :], self.group)
+        return {name: ((value * whole).sum(), whole.sum()) for name, value in found.items()}
+
+    def forward_flops(self) -> int:
+        m, d = self.config.model, self.config.method
+        embed = 2 * self.visible * patch_values(self.config) * m.width
+        encoder = blocks_flops(1 + self.patches, m.width, m.depth, m.mlp_ratio) // self.group
+        join = 2 * self.visible * m.width * d.decoder_width
+        decoder = blocks_flops(self.patches, d.decoder_width, d.decoder_depth, m.mlp_ratio)
+        head = 2 * self.hidden * d.decoder_width * self.outputs
+        contrast = 0
+        if d.contrast_weight:
+            projector = m.width * (m.width + d.projection) if d.projection else 0
+            contrast = 2 * self.visible * (projector + self.patches * (d.projection or m.width))
+        return self.turns * (embed + encoder + join + decoder + head + contrast)
+
+
+def _patches(config: ConfigDict) -> int:
+    height, width = grid(config)
+    return height * width
+
+
+def _group(config: ConfigDict) -> int:
+    """Returns G, the pictures of a mix; raises UserError when r is not one over a whole number above 1."""
+    ratio = config.method.ratio
+    group = round(1 / ratio) if 0 < ratio < 1 else 0
+    if group < 2 or abs(1 / ratio - group) > TOLERANCE * group:
+        raise UserError(f"method.ratio={ratio}; expected one over a whole number of pictures, as 0.5 or 0.25")
+    return group
+
+
+def _sizes(config: ConfigDict, group: int) -> list[tuple[int, int]]:
+    """Returns the nearest smaller and larger square grids' sizes, in pixels, whose patches a group can share."""
+    patch, (height, width) = tuple(config.model.patch), grid(config)
+    found = []
+    for step in (-1, 1):
+        rows, columns = height, width
+        while (rows * columns) % group and min(rows, columns) > 0:
+            rows, columns = rows + step, columns + step
+        if min(rows, columns) > 0:
+            found.append((rows * patch[0], columns * patch[1]))
+    return found
+
+
+def _blocks(config: ConfigDict) -> set[int]:
+    """Returns the blocks that method.blocks names; raises UserError where it cannot be read or names none of them."""
+    text, depth = config.method.blocks, config.model.depth
+    named = {"all": (0, depth), "first_half": (0, depth // 2), "last_half": (depth // 2, depth)}
+    if text in named:
+        return set(range(*named[text]))
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        last = int(match[2] or match[1]) if match else depth
+        if not match or last >= depth or int(match[1]) > last:
+            raise UserError(f"method.blocks={text!r}; expected {', '.join(map(repr, named))}, or some of the blocks "
+                            f"0 to {depth - 1} as '0,2' or '6-11'")
+        found |= set(range(int(match[1]), last + 1))
+    return found

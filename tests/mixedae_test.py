@@ -1,0 +1,231 @@
+"""MixedAE: mixing against an explicit scatter, what it shares with MAE, what tokens may know, its figures."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mae_jax.data import orders
+from mae_jax.data.orders import Order
+from mae_jax.errors import UserError
+from mae_jax.flops import train_flops
+from mae_jax.ops.homologous import TopKeys
+from mae_jax.ops.patches import normalize
+from mae_jax.program import Program
+from mae_jax.sharding import make_mesh
+from mae_jax.step import gradients
+from tests.tiny import EXAMPLES, tiny_batch, tiny_config, tiny_method, tiny_params, tiny_state
+
+PLAIN = {"method.segments": False, "method.contrast_weight": 0.0, "method.attention": "oracle"}
+
+
+def made(fields=None):
+    config = tiny_config(fields, "mixedae")
+    return tiny_method(config), tiny_params(config), tiny_batch(config)
+
+
+def without_class_token(method):
+    """Takes the class token out of a method's encoder and decoder, in place."""
+    for name in ("encoder", "mixer", "decoder"):
+        if hasattr(method, name):
+            setattr(method, name, getattr(method, name).clone(class_token=False))
+    return method
+
+
+@pytest.mark.parametrize("group", [2, 4])
+def test_orders_of_a_group_are_one_permutation_rolled(group):
+    order = Order("random", (4, 4), 16 - 16 // group, group)
+    members = [orders.draw(order, np.random.default_rng(5), member) for member in range(group)]
+    for member, some in enumerate(members):
+        np.testing.assert_array_equal(some, np.roll(members[0], -member * 16 // group))
+    shown = np.concatenate([some[: 16 // group] for some in members])
+    assert sorted(shown) == list(range(16))  # every place of the grid once in the mix
+
+
+def scattered(method, values, order, turn):
+    """Mixes by scattering: the place n of a mix is what its picture has there; returns [B / G, N, ...] in raster order.
+
+    The k-th patch of the shared permutation is of the picture k // (N / G), and in later turns of those after it.
+    """
+    group, count, visible = method.group, method.patches, method.visible
+    mixes = np.zeros((len(values) // group, *values.shape[1:]), values.dtype)
+    for mix in range(len(mixes)):
+        for member in range(group):
+            row = mix * group + member
+            raster = np.zeros_like(values[row])
+            raster[order[row]] = values[row]
+            shared = np.roll(order[row], member * visible)
+            start = (member + turn) * visible
+            places = shared[np.arange(start, start + visible) % count]
+            mixes[mix, places] = raster[places]
+    return mixes
+
+
+@pytest.mark.parametrize("mixing", ["compose", "full"])
+@pytest.mark.parametrize("ratio", [0.5, 0.25])
+def test_mixing_and_unmixing_are_those_of_an_explicit_scatter(mixing, ratio):
+    method, _, batch = made({"method.mixing": mixing, "method.ratio": ratio})
+    patches, order = batch["patches"].astype(np.float32), batch["order"]
+    turned = {name: np.asarray(method.turned(jnp.asarray(value))) for name, value in
+              (("patches", patches), ("order", order))}
+    mixed, places = np.asarray(method.mixed(turned["patches"])), np.asarray(method.mixed(turned["order"]))
+    groups = len(order) // method.group
+    assert len(mixed) == groups * (method.group if mixing == "full" else 1)
+    for turn in range(method.turns):
+        wanted = scattered(method, patches, order, turn)
+        for mix in range(groups):
+            ours = mixed[mix * method.turns + turn]
+            raster = np.zeros_like(ours)
+            raster[places[mix * method.turns + turn]] = ours
+            np.testing.assert_array_equal(raster, wanted[mix])
+    tokens = np.concatenate([np.zeros_like(mixed[:, :1]), mixed], 1)
+    np.testing.assert_array_equal(method.unmixed(tokens), turned["patches"][:, : method.visible])
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("mixing", ["compose", "full"])
+def test_with_the_true_sources_it_is_mae_token_by_token(mixing, scan):
+    mixed, params, batch = made(PLAIN | {"method.mixing": mixing, "model.scan": scan})
+    mae = without_class_token(tiny_method(tiny_config({"model.scan": scan})))
+    mixed = without_class_token(mixed)
+    # Full mixing is MAE on each picture's G sets of visible patches.
+    turned = {name: np.asarray(mixed.turned(jnp.asarray(value))) for name, value in batch.items() if name in
+              ("patches", "order", "valid")}
+    tokens = mixed.unmixed(mixed.encode_mixed(params, turned))
+    seen = normalize(turned["patches"][:, :4]), turned["order"][:, :4]
+    alone = mae.encoder.apply({"params": params["encoder"]}, *seen)
+    np.testing.assert_allclose(tokens, alone, atol=2e-5)
+    np.testing.assert_allclose(mixed.predict(params, turned), mae.predict(params, turned), atol=2e-5)
+
+    def loss(method, batch):
+        return jax.value_and_grad(lambda p: method.loss(p, {}, batch, None, 0, True)[0])(params)
+
+    (ours, grads), (theirs, wanted) = loss(mixed, batch), loss(mae, {**batch, **turned})
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-6)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        other = dict(jax.tree_util.tree_leaves_with_path(wanted))[path]
+        scale = np.abs(other).max() + 1e-6
+        np.testing.assert_allclose(grad / scale, other / scale, atol=2e-5 if scale > 1e-4 else 1, err_msg=str(path))
+
+
+def test_naive_mixing_attends_across_pictures_and_the_oracle_does_not():
+    for attention, leaks in (("all", True), ("topk", True), ("oracle", False)):
+        method, params, batch = made(PLAIN | {"method.attention": attention})
+        method = without_class_token(method)
+        patches = jnp.asarray(batch["patches"], jnp.float32)
+
+        def first(patches, method=method, params=params, batch=batch):
+            return (method.predict(params, {**batch, "patches": patches})[0] ** 2).sum()
+
+        grad = np.asarray(jax.grad(first)(patches))
+        assert np.abs(grad[0, : method.visible]).max() > 0
+        assert np.all(grad[:, method.visible :] == 0)  # hidden patches
+        assert np.all(grad[4:] == 0)  # another group
+        assert bool(np.any(grad[1:4])) == leaks
+
+
+def test_the_decoder_of_a_picture_is_given_no_class_token():
+    method, params, batch = made(PLAIN)
+    grads = jax.grad(lambda p: method.loss(p, {}, batch, None, 0, True)[0])(params)
+    assert np.abs(grads["encoder"]["cls_token"]).max() > 0  # patches look at it
+    tokens = method.encode_mixed(params, batch)
+    changed = tokens.at[:, 0].add(1)
+    np.testing.assert_array_equal(method.decode(params, tokens, batch["order"]),
+                                  method.decode(params, changed, batch["order"]))
+
+
+def test_chosen_blocks_alone_have_homologous_attention():
+    method, _, _ = made({"method.blocks": "1"})
+    assert method.mixer.kept == (None, TopKeys(4, 16))
+    assert made({"method.blocks": "last_half"})[0].mixer.kept == method.mixer.kept
+    assert made({"method.blocks": "0-1", "method.keep": 3})[0].mixer.kept == (TopKeys(3, 16),) * 2
+    losses = {}
+    for blocks in ("0", "1", "all"):
+        for scan in (False, True):
+            method, params, batch = made({"method.blocks": blocks, "model.scan": scan})
+            losses[blocks, scan] = float(method.loss(params, {}, batch, None, 0, True)[0])
+        assert losses[blocks, False] == pytest.approx(losses[blocks, True], rel=1e-6)
+    assert len(set(losses.values())) >= 3
+
+
+def test_whole_pictures_are_encoded_with_ordinary_attention_and_without_segments():
+    method, params, batch = made()
+    mae = tiny_method(tiny_config())
+    np.testing.assert_array_equal(method.encode(params, {}, batch), mae.encode(params, {}, batch))
+
+
+def test_losses_start_where_they_should_and_evaluations_add_figures():
+    method, _, batch = made({"model.width": 64, "model.heads": 4, "method.decoder_width": 32})
+    params, _ = method.init(jax.random.key(0), batch)
+    training = method.loss(params, {}, batch, None, 0, True)[1][0]
+    assert set(training) == {"loss", "reconstruction_loss", "contrast_loss"}
+    found = {name: float(total / weight) for name, (total, weight) in
+             method.loss(params, {}, batch, None, 0, False)[1][0].items()}
+    assert set(found) == {*training, "purity", "purity/block_00", "purity/block_01", "neighbour_homology"}
+    assert found["loss"] == pytest.approx(found["reconstruction_loss"] + 0.1 * found["contrast_loss"], rel=1e-6)
+    assert 0.5 < found["reconstruction_loss"] < 2
+    assert np.log(3) < found["contrast_loss"] < np.log(15) + 1
+    assert 0 < found["purity"] < 1
+
+
+def test_pictures_that_could_not_be_read_do_not_count():
+    method, params, batch = made()
+    batch["valid"][[1, 6]] = 0
+    total, (metrics, _) = method.loss(params, {}, batch, None, 0, False)
+    assert metrics["loss"][1] == 6
+    assert metrics["purity"][1] == 0  # both mixes have one of them
+    changed = {**batch, "patches": batch["patches"].copy()}
+    changed["patches"][1, method.visible :] = 0  # what it was to reconstruct
+    assert float(method.loss(params, {}, changed, None, 0, False)[0]) == float(total)
+
+
+@pytest.mark.parametrize("mixing", ["compose", "full"])
+def test_micro_batches_keep_groups_together(mixing):
+    method, _, batch = made({"method.mixing": mixing, "batch_size": 16})
+    batch["valid"][3] = 0
+    state = tiny_state(method.config)
+    whole, split = (gradients(method, state, batch, jax.random.key(0), parts) for parts in (1, 2))
+    for name, (total, weight) in whole[1].items():
+        np.testing.assert_allclose(total / weight, split[1][name][0] / split[1][name][1], rtol=1e-5)
+    # Bar the bias of keys, whose gradient is rounding noise.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole[0], split[0])
+
+
+def test_flops_on_paper_agree_with_xla():
+    for mixing in ("compose", "full"):
+        method, params, batch = made({"method.mixing": mixing, "model.width": 128, "method.decoder_width": 64,
+                                      "method.attention": "all", "method.projection": 32})
+        step = jax.jit(lambda p, b, m=method: m.loss(p, {}, b, None, 0, True)[0])
+        counted = step.lower(params, batch).compile().cost_analysis()["flops"]
+        assert method.forward_flops() * len(batch["valid"]) == pytest.approx(counted, rel=0.1)
+        assert train_flops(method) == 3 * method.forward_flops()
+
+
+def test_the_segments_stay_behind_when_the_encoder_moves_on():
+    _, params, _ = made()
+    assert set(params) == {"encoder", "decoder", "segments", "projector"}
+    assert set(params["encoder"]) == set(tiny_params(tiny_config())["encoder"])
+
+
+@pytest.mark.parametrize(("fields", "text"), [
+    ({"method.ratio": 0.3}, "method.ratio=0.3; expected one over a whole number"),
+    ({"method.ratio": 1.0}, "method.ratio=1.0; expected"),
+    ({"data.image_size": (12, 12)}, r"nearest data.image_size: \(8, 8\) or \(16, 16\)"),
+    ({"method.blocks": "2"}, "expected 'all', 'first_half', 'last_half', or some of the blocks 0 to 1"),
+    ({"method.blocks": "0-"}, "method.blocks='0-'"),
+    ({"method.attention": "topp"}, "did you mean 'topk'"),
+    ({"method.mixing": "ful"}, "did you mean 'full'"),
+    ({"method.keep": 17}, "method.keep=17; expected 1 to 16"),
+    ({"method.temperature": 0.0}, "method.temperature=0.0 must be above 0"),
+    ({"model.drop_path": 0.1}, "mixedae pre-trains without stochastic depth"),
+    ({"data.repeats": 3}, "would mix a picture with itself"),
+    ({"method.ratio": 0.0625}, "nothing to contrast with")])
+def test_what_cannot_be_mixed_is_refused(fields, text):
+    with pytest.raises(UserError, match=text):
+        tiny_config(fields, "mixedae")
+
+
+def test_a_batch_that_cuts_a_group_is_refused():
+    config = tiny_config({"batch_size": 10}, "mixedae")
+    with pytest.raises(UserError, match="10 rows at a time, which is not a multiple of the 4 pictures"):
+        Program(config, make_mesh(config), EXAMPLES)
