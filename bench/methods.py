@@ -1,4 +1,4 @@
-"""How well MAE, SplitMask and BEiT use the machine: achieved FLOP/s of the train step beside MAE's, alternating.
+"""How well the methods use the machine: the train step's achieved FLOP/s and its time beside MAE's, alternating.
 
   python bench/methods.py                       (ViT-B/16 at 224 pixels)
   python bench/methods.py --batch=256 --rounds=30       (one GPU)
@@ -22,7 +22,8 @@ import jax
 from mae_jax.bench import TimedStep
 
 RESULTS = Path(__file__).parent / "results"
-RECIPES = {"MAE": "vit_b_mae:repo", "SplitMask": "vit_b_splitmask", "BEiT": "vit_b_beit"}
+RECIPES = {"MAE": "vit_b_mae:repo", "SplitMask": "vit_b_splitmask", "BEiT": "vit_b_beit",
+           "MixedAE": "vit_b_mixedae", "naive mixing": "vit_b_mixedae:naive"}
 
 
 def recipe(text: str) -> Any:
@@ -64,19 +65,24 @@ def _seconds(step: TimedStep) -> float:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Returns the Markdown table: achieved FLOP/s, and the median over rounds of its ratio to MAE's (least to most)."""
+    """Returns the Markdown table; ratios to MAE are of the same round, their median (least to most)."""
     flops, times = result["gflop_per_image"], result["seconds"]
     lines = [f"ViT-B/16, batch {result['batch']}, {result['device']} ({result['cores']} cores, load average "
              f"{result['load']:.1f}); median of {len(times['MAE'])} alternating rounds.", "",
-             "| method | GFLOP per image and step | s per step | GFLOP/s | of MAE's |", "|---|---|---|---|---|"]
+             "| method | GFLOP per image and step | s per step | of MAE's | GFLOP/s | of MAE's |", "|---" * 6 + "|"]
     for name, seconds in times.items():
         rates = [flops[name] * result["batch"] / s for s in seconds]
         base = [flops["MAE"] * result["batch"] / s for s in times["MAE"]]
-        ratios = [rate / other for rate, other in zip(rates, base, strict=True)]
+        longer = [s / other for s, other in zip(seconds, times["MAE"], strict=True)]
+        faster = [rate / other for rate, other in zip(rates, base, strict=True)]
         step, rate = statistics.median(seconds), statistics.median(rates)
-        lines.append(f"| {name} | {flops[name]:.1f} | {step:.2f} | {rate:.0f} "
-                     f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |")
+        lines.append(f"| {name} | {flops[name]:.1f} | {step:.2f} | {_spread(longer)} | {rate:.0f} "
+                     f"| {_spread(faster)} |")
     return "\n".join(lines) + "\n"
+
+
+def _spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 if __name__ == "__main__":

@@ -25,14 +25,15 @@ One JSON line per cell in bench/results/small_data_<size>.jsonl; the table in .m
 import argparse
 import io
 import itertools
-import json
 import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cells as shared
 import numpy as np
+from cells import Cell, matches, text
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -47,7 +48,6 @@ PILOT = 4  # pilots show a quarter of the pictures
 WIDTH, DEPTH, HEADS, DECODER = 96, 4, 3, 2
 TUNED = 30  # epochs of fine-tuning
 HELD = 0.1  # of the training split, chooses
-Cell = dict[str, Any]
 
 
 class Set(NamedTuple):
@@ -155,16 +155,6 @@ def finetuning(cell: Cell, folder: Path, encoder: str, images: int) -> ConfigDic
     return config.lock()
 
 
-def matches(cell: Cell, what: Cell) -> bool:
-    return all(cell.get(key) == value for key, value in what.items())
-
-
-def chosen(cells: list[Cell], **what: Any) -> float:
-    """Returns the rate of the best validation accuracy among the cells of an arm with seed 0; the lower one of two."""
-    tried = [cell for cell in cells if matches(cell, {"kind": "tuned", "seed": 0} | what)]
-    return max(tried, key=lambda cell: (cell["val"], -cell["lr"]))["lr"]
-
-
 def plan(size: Size, cells: list[Cell]) -> Iterator[Cell]:
     """Yields what is to be run, in order: seed 0 of everything first; later seeds take the rate that it chose."""
     for name, method, lr in itertools.product(size.sets, METHODS, PRETRAIN_LRS):
@@ -175,13 +165,13 @@ def plan(size: Size, cells: list[Cell]) -> Iterator[Cell]:
                     for percent in size.percents for method in METHODS]
             for arm in (*arms, *({"set": name, "method": method, "percent": 0} for method in SCRATCH)):
                 if arm["percent"]:
-                    lr = chosen(cells, kind="pilot", set=name, method=arm["method"])
+                    lr = shared.chosen(cells, kind="pilot", set=name, method=arm["method"])
                     yield {"kind": "pretrained", **arm, "seed": seed, "lr": lr}
-                for lr in LRS if seed == 0 else (chosen(cells, **arm),):
+                for lr in LRS if seed == 0 else (shared.chosen(cells, kind="tuned", **arm),):
                     yield {"kind": "tuned", **arm, "seed": seed, "lr": lr}
 
 
-def run(cell: Cell, size: Size, work: Path, programs: str) -> Cell:
+def run(cell: Cell, cells: list[Cell], size: Size, work: Path, programs: str) -> Cell:
     """Trains a cell and returns it with what was measured; pre-trained encoders stay under `work`."""
     name = f"{size.images}_{cell['set']}_{cell['method']}_{cell['percent']}_{cell['seed']}"
     images = size.images // PILOT if cell["kind"] == "pilot" else size.images
@@ -191,15 +181,17 @@ def run(cell: Cell, size: Size, work: Path, programs: str) -> Cell:
         config, folder = pretraining(cell, work, images), Path(tempfile.mkdtemp(dir=programs)) / "pilot"
     else:
         encoder = str(work / name) if cell["percent"] else ""
+        if encoder and not (work / name / "DONE").exists():  # that of an earlier call may be gone
+            lr = shared.chosen(cells, kind="pilot", set=cell["set"], method=cell["method"])
+            run({**cell, "kind": "pretrained", "lr": lr}, cells, size, work, programs)
         config, folder = finetuning(cell, work, encoder, size.images), Path(tempfile.mkdtemp(dir=programs)) / "tuned"
     config.train.compilation_cache = programs
     if train.train(config, str(folder)):
         raise SystemExit(f"{cell} did not finish")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = {key: value for line in lines for key, value in line.items()}
+    last = shared.last_values(folder)
     if cell["kind"] == "tuned":
         return {**cell, "val": last["val/top1"], "test": last["eval/top1"]}
-    speed = statistics.median(line["train/images_per_sec"] for line in lines if "train/images_per_sec" in line)
+    speed = shared.speed(folder)
     return {**cell, "images_per_sec": round(speed, 1), "seconds": round(images / speed, 1),
             "val": last["val/linear/top1"], "val_knn": last["val/knn/top1"], "val_loss": last["val/loss"]}
 
@@ -209,12 +201,8 @@ def accuracies(cells: list[Cell], **arm: Any) -> list[float]:
     found = [cell for cell in cells if matches(cell, {"kind": "tuned"} | arm)]
     if not any(cell["seed"] for cell in found):
         return []
-    rate = chosen(cells, **arm)
+    rate = shared.chosen(cells, kind="tuned", **arm)
     return [cell["test"] for cell in sorted(found, key=lambda cell: cell["seed"]) if cell["lr"] == rate]
-
-
-def text(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else "-"
 
 
 def table(size: Size, cells: list[Cell]) -> str:
@@ -313,16 +301,15 @@ def main() -> None:
         prepare(options.work, options.clipart)
         return
     size, results = SIZES[options.size], RESULTS / f"small_data_{options.size}.jsonl"
-    cells = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    cells = shared.read(results)
+
+    def report() -> None:
+        results.with_suffix(".md").write_text(table(size, cells))
+        results.with_suffix(".png").write_bytes(plot(size, cells))
+
     with tempfile.TemporaryDirectory() as programs:
-        for cell in plan(size, cells):
-            if any(matches(done, cell) for done in cells):
-                continue
-            cells.append(run(cell, size, options.work, programs))
-            with open(results, "a") as file:
-                file.write(json.dumps(cells[-1]) + "\n")
-            results.with_suffix(".md").write_text(table(size, cells))
-            results.with_suffix(".png").write_bytes(plot(size, cells))
+        shared.go_on(results, cells, plan(size, cells), lambda cell: run(cell, cells, size, options.work, programs),
+                     report)
     print(table(size, cells))
 
 

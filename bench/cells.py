@@ -1,0 +1,72 @@
+"""What the studies share: cells that are found again, rates that a validation part chooses, ranges of seeds."""
+
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+Cell = dict[str, Any]
+
+
+def read(file: Path) -> list[Cell]:
+    """Returns the cells that are done, one JSON line each."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def matches(cell: Cell, what: Cell) -> bool:
+    """Says whether a cell has all values of `what`."""
+    return all(cell.get(key) == value for key, value in what.items())
+
+
+def go_on(file: Path, cells: list[Cell], planned: Iterable[Cell], run: Callable[[Cell], Cell],
+          after: Callable[[], None]) -> None:
+    """Runs the planned cells that are not done, appends each to the file and to `cells`, and calls `after`."""
+    for cell in planned:
+        if any(matches(done, cell) for done in cells):
+            continue
+        cells.append(run(cell))
+        with open(file, "a") as opened:
+            opened.write(json.dumps(cells[-1]) + "\n")
+        after()
+
+
+def chosen(cells: list[Cell], **what: Any) -> float:
+    """Returns the rate of the best validation accuracy among the cells with seed 0; the lower one of two."""
+    tried = [cell for cell in cells if matches(cell, {"seed": 0} | what)]
+    return max(tried, key=lambda cell: (cell["val"], -cell["lr"]))["lr"]
+
+
+def text(values: list[float], digits: int = 3) -> str:
+    """Returns 'mean (least to most)', '-' for none."""
+    if not values:
+        return "-"
+    mean, low, high = (f"{value:.{digits}f}" for value in (statistics.mean(values), min(values), max(values)))
+    return f"{mean} ({low} to {high})" if len(values) > 1 else mean
+
+
+def beside(ours: list[float], theirs: list[float]) -> str:
+    """Says whether ours are better: ranges of seeds that are apart count as a difference."""
+    if min(len(ours), len(theirs)) < 2:
+        return "not complete"
+    if min(ours) > max(theirs):
+        return "better"
+    return "worse" if max(ours) < min(theirs) else "not decidable"
+
+
+def last_values(folder: Path) -> dict[str, float]:
+    """Returns the last value of every metric of a workdir."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {name: value for line in lines for name, value in line.items()}
+
+
+def first_values(folder: Path) -> dict[str, float]:
+    """Returns the first value of every metric of a workdir: of evaluations, that of the untrained encoder."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {name: value for line in reversed(lines) for name, value in line.items()}
+
+
+def speed(folder: Path) -> float:
+    """Returns the median images per second of a workdir's log."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median(line["train/images_per_sec"] for line in lines if "train/images_per_sec" in line)

@@ -1,0 +1,290 @@
+"""Does naive mixing hurt MAE, and does MixedAE help it? The questions of arXiv 2303.17152, at a small size.
+
+  bench/fetch_clipart.sh runs/openclipart
+  python bench/mixing.py --clipart=runs/openclipart       (goes on where it was stopped; not yet run to its end)
+  python bench/mixing.py --clipart=runs/openclipart --size=gpu
+
+MAE, naive mixing (global attention, no contrast, no segments) and MixedAE are pre-trained on clip art and on photo
+crops, three seeds, as many pictures each and the same optimiser; `mae, longer` has MixedAE's time instead: its steps
+are MAE's times the ratio of their measured seconds per step. Ablations have one seed, on clip art. An encoder is judged
+by the linear probe of every evaluation (of the test split, with the last weights), by fine-tuning (the main arms; the
+rate is chosen from three with seed 0 on a tenth of the training split), and on clip art by a linear layer over patches
+(mIoU, test) and by how well the mean patch's attention covers the thing (IoU, head and threshold chosen on the training
+split). The encoder is `untrained` in one more arm. Figures of homology stand beside those before the first step.
+
+Features are pooled as the mean of patches in all arms. One JSON line per cell in bench/results/mixing_<size>.jsonl, the
+tables in .md, attention of the main arms on the same pictures in mixing_<size>_attention.png.
+"""
+
+import argparse
+import functools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cells as shared
+import numpy as np
+from cells import Cell, matches, text
+from ml_collections import ConfigDict
+
+from mae_jax import train
+from mae_jax.config import default
+
+RESULTS = Path(__file__).parent / "results"
+BATCH, SEEDS, LRS = 64, (0, 1, 2), (4e-3, 1.2e-2, 3.6e-2)
+NAIVE = {"attention": "all", "contrast_weight": 0.0, "segments": False}
+ARMS: dict[str, dict[str, Any] | None] = {"mae": None, "naive": NAIVE, "mixedae": {}}  # fields of MixedAE; None: MAE
+LONGER = "mae, longer"
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "oracle": {"attention": "oracle"}, "no segments": {"segments": False}, "r = 0.5": {"ratio": 0.5},
+    "first half": {"blocks": "first_half"}, "last half": {"blocks": "last_half"}}
+HELD = 0.1  # of the training split, chooses
+TUNED = 20  # epochs of fine-tuning
+
+
+class Set(NamedTuple):
+    """A data set and the encoder for it."""
+
+    side: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+
+
+class Size(NamedTuple):
+    """How much is trained."""
+
+    images: int  # shown in pre-training
+    dense: int  # epochs of the dense probe
+
+
+SETS = {"clipart": Set(48, 6, 96, 4, 3), "photo_crops": Set(40, 4, 128, 6, 4)}
+SIZES = {"cpu": Size(60_000, 5), "gpu": Size(400_000, 20)}
+
+
+def common(config: ConfigDict, cell: Cell, clipart: str, steps: int) -> ConfigDict:
+    """Sets data, encoder and duration."""
+    about = SETS[cell["set"]]
+    config.seed, config.batch_size = cell["seed"], BATCH
+    config.data.update(source=cell["set"], path=clipart if cell["set"] == "clipart" else "", crop_scale=(0.4, 1.0),
+                       image_size=(about.side, about.side))
+    config.model.update(width=about.width, depth=about.depth, heads=about.heads, patch=(about.patch,) * 2, pool="mean")
+    config.eval.update(crop_ratio=(1.0,), attention_query="mean", every=f"{steps} steps")
+    config.checkpoint.every = f"{steps} steps"
+    config.log.update(every="25 steps", tensorboard=False)
+    config.train.duration, config.optim.warmup = f"{steps} steps", f"{max(1, steps // 20)} steps"
+    return config
+
+
+def pretraining(cell: Cell, clipart: str, size: Size) -> ConfigDict:
+    """Returns the config of a pre-training; evaluations come before the first and after the last step."""
+    arm = cell["arm"]
+    fields = (ARMS | ABLATIONS | {LONGER: None})[arm]
+    config = default("mae" if fields is None else "mixedae")
+    common(config, cell, clipart, cell.get("steps") or size.images // BATCH)
+    about = SETS[cell["set"]]
+    config.method.update(decoder_width=about.width, decoder_depth=2, decoder_heads=about.heads, **(fields or {}))
+    config.optim.lr = 6e-3
+    config.eval.every = f"{(cell.get('steps') or size.images // BATCH) // 2 + 1} steps"
+    return config.lock()
+
+
+def finetuning(cell: Cell, clipart: str, encoder: str) -> ConfigDict:
+    """Returns the config of a fine-tuning with all labels but those held out."""
+    from mae_jax.data import sources
+
+    config = common(default("supervised"), cell, clipart, 1)
+    count = sources.load(config.data, "train").size
+    learned = round(count * (1 - HELD))
+    common(config, cell, clipart, TUNED * learned // BATCH)
+    config.data.update(train_split=f"train[:{learned}]", val_split=f"train[{learned}:]")
+    config.init_from = encoder
+    config.model.update(positions="learned", drop_path=0.1)
+    config.method.smoothing = 0.1
+    config.optim.update(lr=cell["lr"], betas=(0.9, 0.999), layer_decay=0.75)
+    return config.lock()
+
+
+def dense(cell: Cell, clipart: str, encoder: str, size: Size) -> ConfigDict:
+    """Returns the config of a linear layer over the frozen encoder's patches, which also measures attention."""
+    config = common(default("segment"), cell, clipart, 1)
+    common(config, cell, clipart, size.dense * 1231 // BATCH)
+    config.init_from = encoder
+    config.optim.update(lr=0.08, betas=(0.9, 0.999), weight_decay=0.0)
+    return config.lock()
+
+
+def plan(size: Size, cells: list[Cell]) -> Iterator[Cell]:
+    """Yields what is to be run, in order; an encoder is judged right after it is trained."""
+    for seed in SEEDS:
+        for name in SETS:
+            for arm in (*ARMS, LONGER):
+                cell = {"set": name, "arm": arm, "seed": seed}
+                if arm == LONGER:
+                    cell["steps"] = longer(size, cells, name)
+                yield {"kind": "pretrained", **cell}
+                if arm != LONGER:
+                    known = {"kind": "tuned", "set": name, "arm": arm}
+                    for lr in LRS if seed == 0 else (shared.chosen(cells, **known),):
+                        yield {**known, "seed": seed, "lr": lr}
+                if name == "clipart":
+                    yield {"kind": "dense", **cell}
+        yield {"kind": "dense", "set": "clipart", "arm": "untrained", "seed": seed}
+    for arm in ABLATIONS:
+        yield {"kind": "pretrained", "set": "clipart", "arm": arm, "seed": 0}
+        yield {"kind": "dense", "set": "clipart", "arm": arm, "seed": 0}
+
+
+def longer(size: Size, cells: list[Cell], name: str) -> int:
+    """Returns the steps of MAE that take as long as MixedAE's, from the speeds that seed 0 had."""
+    speeds = [next(cell["images_per_sec"] for cell in cells if matches(
+        cell, {"kind": "pretrained", "set": name, "arm": arm, "seed": 0})) for arm in ("mae", "mixedae")]
+    return round(size.images // BATCH * speeds[0] / speeds[1])
+
+
+def run(cell: Cell, clipart: str, size: Size, work: Path, programs: str) -> Cell:
+    """Trains a cell and returns it with what was measured; pre-trained encoders stay under `work`."""
+    encoder = work / f"{size.images}_{cell['set']}_{cell['arm'].replace(' ', '_')}_{cell['seed']}"
+    if cell["kind"] != "pretrained" and cell["arm"] != "untrained" and not (encoder / "DONE").exists():
+        _train(pretraining(cell, clipart, size), encoder, programs)  # that of an earlier call may be gone
+    if cell["kind"] == "pretrained":
+        _train(pretraining(cell, clipart, size), encoder, programs)
+        first, last = shared.first_values(encoder), shared.last_values(encoder)
+        kept = {name: value for name, value in last.items() if "purity" in name or name == "eval/neighbour_homology"}
+        return {**cell, "images_per_sec": round(shared.speed(encoder), 1), "probe": last["eval/linear/top1"],
+                "knn": last["eval/knn/top1"], "untrained_probe": first["eval/linear/top1"],
+                "reconstruction": last.get("train/reconstruction_loss", last["train/loss"]),
+                "homology": kept, "untrained_homology": {name: first[name] for name in kept}}
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        if cell["kind"] == "tuned":
+            last = _train(finetuning(cell, clipart, str(encoder)), Path(folder), programs)
+            return {**cell, "val": last["val/top1"], "test": last["eval/top1"]}
+        start = "" if cell["arm"] == "untrained" else str(encoder)
+        last = _train(dense(cell, clipart, start, size), Path(folder), programs)
+        return {**cell, "miou": last["eval/miou"], "iou": last["eval/attention_iou"]}
+
+
+def _train(config: ConfigDict, folder: Path, programs: str) -> dict[str, float]:
+    config.train.compilation_cache = programs
+    if train.train(config, str(folder)):
+        raise SystemExit(f"{folder} did not finish")
+    return shared.last_values(folder)
+
+
+def values(cells: list[Cell], key: str, **what: Any) -> list[float]:
+    """Returns a figure of an arm, one per seed; of fine-tunings, at the chosen rate."""
+    found = [cell for cell in cells if matches(cell, what)]
+    if what["kind"] == "tuned" and found:
+        rate = shared.chosen(cells, **what)
+        found = [cell for cell in found if cell["lr"] == rate]
+    return [cell[key] for cell in sorted(found, key=lambda cell: cell["seed"])]
+
+
+def table(size: Size, cells: list[Cell]) -> str:
+    """Returns the Markdown: arms, homology per block beside the untrained encoder's, and what follows."""
+    lines = [f"Pre-training shows {size.images:,} pictures; mean (range) of seeds. Ranges that are apart count as a "
+             "difference.", ""]
+    for name in SETS:
+        lines += [f"**{name}**", "", "| arm | images/s | reconstruction loss | linear probe | fine-tuned | mIoU | "
+                  "attention IoU |", "|---" * 7 + "|"]
+        for arm in (*ARMS, LONGER, *ABLATIONS, "untrained"):
+            get = functools.partial(values, cells, set=name, arm=arm)
+            speeds, losses, probes = (get(key, kind="pretrained")
+                                      for key in ("images_per_sec", "reconstruction", "probe"))
+            if arm == "untrained":
+                probes = [cell["untrained_probe"] for cell in cells if matches(
+                    cell, {"kind": "pretrained", "set": name, "arm": "mae"})]
+            if not probes:
+                continue
+            lines.append(f"| {arm} | {text(speeds, 0)} | {text(losses)} | {text(probes)} | "
+                         f"{text(get('test', kind='tuned'))} | {text(get('miou', kind='dense'))} | "
+                         f"{text(get('iou', kind='dense'))} |")
+        lines += ["", *homology(cells, name), "", *verdicts(cells, name), ""]
+    return "\n".join(lines)
+
+
+def homology(cells: list[Cell], name: str) -> list[str]:
+    """Returns the lines of purity per block and neighbour homology, trained (untrained)."""
+    lines = ["Share of the K keys of the largest scores that are of the query's picture, and of tokens whose nearest "
+             "neighbour is; trained (untrained), mean of seeds:", ""]
+    for arm in ("naive", "mixedae", *ABLATIONS):
+        found = [cell for cell in cells if matches(cell, {"kind": "pretrained", "set": name, "arm": arm})]
+        if not found:
+            continue
+        figures = [f"{key.removeprefix('eval/').replace('purity/block_', 'block ')} "
+                   f"{np.mean([cell['homology'][key] for cell in found]):.2f} "
+                   f"({np.mean([cell['untrained_homology'][key] for cell in found]):.2f})"
+                   for key in sorted(found[0]["homology"])]
+        lines.append(f"- {arm}: {', '.join(figures)}")
+    return lines
+
+
+def verdicts(cells: list[Cell], name: str) -> list[str]:
+    """Says of each way to judge whether naive mixing hurts and MixedAE helps."""
+    ways = {"linear probe": ("pretrained", "probe"), "fine-tuned": ("tuned", "test"), "mIoU": ("dense", "miou"),
+            "attention IoU": ("dense", "iou")}
+    lines = []
+    for way, (kind, key) in ways.items():
+        mae, naive, mixed, long = (values(cells, key, kind=kind, set=name, arm=arm)
+                                   for arm in ("mae", "naive", "mixedae", LONGER))
+        if len(mae) < len(SEEDS) or len(mixed) < len(SEEDS):
+            continue
+        timed = f"; beside MAE of the same time, {shared.beside(mixed, long)}" if long else ""
+        lines.append(f"- {way}, beside MAE: naive mixing {shared.beside(naive, mae)}, MixedAE "
+                     f"{shared.beside(mixed, mae)}{timed}.")
+    return lines or ["Not complete: no verdict."]
+
+
+def attention_picture(work: Path, clipart: str, size: Size) -> np.ndarray | None:
+    """Returns attention of MAE and MixedAE side by side on the same held-out drawings, seed 0; None before both."""
+    import jax
+
+    from mae_jax import workdir
+    from mae_jax.checkpoint import load_params
+    from mae_jax.evals import attention
+    from mae_jax.methods import get
+
+    folders = {arm: work / f"{size.images}_clipart_{arm}_0" for arm in ARMS}
+    if not all((folder / "DONE").exists() for folder in folders.values()):
+        return None
+    pictures = []
+    for folder in folders.values():
+        config = workdir.read_config(folder)
+        run = train.prepare(config, folder)
+        batch = {key: value[:8] for key, value in next(run.inputs.evaluate()).items()}
+        method, params = get(config.method.name)(config), jax.device_get(load_params(folder))
+        pictures.append(attention.picture(method, params, {}, batch, query="mean"))
+    return np.concatenate(pictures, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--work", type=Path, default=Path("runs/mixing"), help="where pre-trained encoders stay")
+    parser.add_argument("--clipart", default="", help="folder of openclipart's PNG files, where it is not installed")
+    parser.add_argument("--steps", type=int, help="so few steps of pre-training: a trial, whose results go to --work")
+    options = parser.parse_args()
+    size, results = SIZES[options.size], RESULTS / f"mixing_{options.size}.jsonl"
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.steps:
+        size, results = Size(options.steps * BATCH, 1), options.work / "trial.jsonl"
+    cells = shared.read(results)
+
+    def report() -> None:
+        results.with_suffix(".md").write_text(table(size, cells))
+
+    with tempfile.TemporaryDirectory() as programs:
+        shared.go_on(results, cells, plan(size, cells),
+                     lambda cell: run(cell, options.clipart, size, options.work, programs), report)
+    picture = attention_picture(options.work, options.clipart, size)
+    if picture is not None:
+        from PIL import Image
+
+        Image.fromarray(picture).save(results.with_name(f"{results.stem}_attention.png"))
+    print(table(size, cells))
+
+
+if __name__ == "__main__":
+    main()
