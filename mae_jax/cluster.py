@@ -1,11 +1,18 @@
-"""Builds the vocabulary of patches that SplitMask and BEiT-style prediction are asked for, to look at and to share.
+r"""Clusters pictures by the features of an encoder, for MoCE, or patches, to the vocabulary of masked prediction.
+
+  python -m mae_jax.cluster --from=runs/mae --clusters=64 --to=runs/clusters
+
+Pictures: the encoder of a workdir and the data that it was trained on (or those of --config) give clusters of nearly
+one size, which configs/moce.py takes as --config.method.clusters=runs/clusters. Features are computed once and kept in
+the folder: the same command goes on where it was stopped. clusters.png shows the pictures nearest to each centroid.
 
   python -m mae_jax.cluster --config=configs/splitmask_small.py:folder --config.data.path=/path/to/pictures \
       --config.method.vocabulary=1024 --to=runs/vocabulary.npz
 
-A run without one builds the same before its first step; several runs share one with the same flags and
---config.method.vocabulary_file=runs/vocabulary.npz. --config.method.target says of which kind it is: kmeans, patches or
-projection. Beside the file, vocabulary.png shows its entries, those that are most used first.
+Patches: what SplitMask and BEiT-style prediction are asked for. A run without a vocabulary builds the same before its
+first step; several runs share one with the same flags and --config.method.vocabulary_file=runs/vocabulary.npz.
+--config.method.target says of which kind it is: kmeans, patches or projection. Beside the file, vocabulary.png shows
+its entries, those that are most used first.
 """
 
 import numpy as np
@@ -16,7 +23,13 @@ from PIL import Image
 from mae_jax import cli
 
 CONFIG = cli.define_config()
-TO = flags.DEFINE_string("to", "", "the file to write, *.npz; local or gs://")
+TO = flags.DEFINE_string("to", "", "the folder to write, or of patches the file *.npz; local or gs://")
+FROM = flags.DEFINE_string("from", "", "workdir of the encoder, or one step's folder in it: clusters of pictures")
+CLUSTERS = flags.DEFINE_integer("clusters", 256, "how many clusters of pictures", lower_bound=2)
+BLOCK = flags.DEFINE_integer("block", -1, "the block whose tokens make the features; -1: the encoder's output")
+RATIO = flags.DEFINE_float("ratio", 3.0, "how many times larger the largest cluster may be than the smallest",
+                           lower_bound=1.5)
+SEED = flags.DEFINE_integer("seed", 0, "of the first centroids")
 SHOWN = 1024  # entries in the picture, at most
 SIDE = 32  # of them in a row
 PIXELS = 16  # that an entry is wide, at least
@@ -24,6 +37,19 @@ SAMPLE = 65_536  # patches whose tokens say how often an entry is used
 
 
 def main() -> int:
+    from mae_jax.errors import UserError
+
+    if FROM.value:
+        from mae_jax.picture_clusters import cluster
+
+        return cluster(FROM.value, TO.value, CLUSTERS.value, BLOCK.value, RATIO.value, SEED.value, CONFIG.value)
+    if CONFIG.value is None:
+        raise UserError("--from=WORKDIR clusters pictures, --config=RECIPE patches; --help shows examples")
+    return vocabulary()
+
+
+def vocabulary() -> int:
+    """Writes the vocabulary of the config's method. Returns the exit code."""
     from mae_jax import data, methods
     from mae_jax.config import validate
     from mae_jax.errors import UserError
@@ -67,4 +93,4 @@ def _sheet(entries: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__, required=("config", "to"))
+    cli.run(main, __doc__, required=("to",))

@@ -47,7 +47,7 @@ def export(source: str, to: str, layout: str) -> int:
         print(f"the encoder alone, without the parts of method.name={config.method.name!r}")
     if layout != "mae_jax":
         tree = {"hf": to_hf, "mae": to_mae, "timm": to_timm}[layout](tree, grid(config), config.model.patch)
-    save_params(file, tree, {"format": "pt", "config": json.dumps(config.to_dict())})
+    save_params(file, tree, workdir.metadata(config))
     if layout == "hf":
         described = {"model_type": "vit_mae", "architectures": ["ViTMAEForPreTraining"], **hf_config(config)}
         (file.parent / "config.json").write_text(json.dumps(described, indent=2) + "\n")

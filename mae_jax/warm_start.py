@@ -14,6 +14,7 @@ from mae_jax import params as trees
 from mae_jax import workdir
 from mae_jax.checkpoint import load_params
 from mae_jax.errors import UserError
+from mae_jax.experts import upcycled
 from mae_jax.interop.hf import from_hf
 from mae_jax.interop.mae import from_mae
 from mae_jax.interop.timm import folded
@@ -24,7 +25,7 @@ from mae_jax.ops.patches import grid
 # What shapes do not show, and what would make the same numbers another function.
 SAME = ("model.heads", "model.patch", "model.gelu")
 # Parts that an encoder may have more or fewer of: the norm after the last block gives way to that of the pooled mean.
-OPTIONAL = re.compile(r"encoder/(pos_embed|mask_token|norm/(scale|bias))")
+OPTIONAL = re.compile(r"encoder/(pos_embed|mask_token|norm/(scale|bias)|block_\d+/experts/gate/kernel)")
 
 
 def load(config: ConfigDict, params: Any) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def load(config: ConfigDict, params: Any) -> dict[str, Any]:
     if theirs is not None:
         _check_same_function(theirs, config)
     loaded = _without_other_head(_with_positions(loaded, theirs, config, params), theirs, config, params)
+    loaded = upcycled(loaded, params)
     strange = [name for name in sorted(trees.flatten(loaded).keys() ^ trees.flatten(params).keys())
                if name.startswith("encoder/") and not OPTIONAL.fullmatch(name)]
     if strange:

@@ -122,6 +122,11 @@ def config_of(source: str) -> ConfigDict | None:
         raise UserError(f"cannot read {source}: {error.strerror or error}") from None
 
 
+def metadata(config: ConfigDict) -> dict[str, str]:
+    """Returns what an exported file says of itself: the config, which `config_of` reads."""
+    return {"format": "pt", "config": json.dumps(config.to_dict())}
+
+
 def compare(old: ConfigDict, new: ConfigDict) -> list[str]:
     """Returns the allowed changes as text; raises UserError with the list of the others."""
     before, after = configs.flat(old), configs.flat(new)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from mae_jax import clusters
 from mae_jax.data import token_maps
 from mae_jax.data.orders import Order, View, with_views
 from mae_jax.errors import UserError
@@ -18,7 +19,6 @@ Spec = dict[str, jax.ShapeDtypeStruct]
 FIELDS = ("patches", "order", "label", "id", "valid", "replaced")
 BAD_NAMES = 100  # the last so many pictures that were replaced are kept by name
 _PROVIDERS = {  # what would give a field; formatted with the config's group `data`
-    "cluster": "python -m mae_jax.cluster makes it",
     "labels": "data.label_key={0.label_key!r} names no list of classes, nor an array [n, C] of 0 and 1",
     "mask": "data.mask_key={0.mask_key!r} names no masks there",
 }
@@ -51,7 +51,7 @@ def build(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray | None 
     padding; `valid` float32 [B], 0 for grey stand-ins and padding; `replaced` int32 [B], how many pictures failed
     before this one. Where the spec asks for them and the data have them: `labels` uint8 [B, C], 1 where a class is in
     the picture; `mask` uint8 [B, N, P / 3], the class of each pixel, 255 where it has none; and `tokens` int32 [B, N],
-    of the file data.tokens.
+    of the file data.tokens; and `cluster` int32 [B], of the folder method.clusters.
 
     Args:
       config: the resolved config.
@@ -69,17 +69,23 @@ def build(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray | None 
 
         return Inputs(**batches.open_folder(config, spec, views, order, rows))
     inputs = _open(config, spec, order, rows, views)
-    return _with_tokens(config, inputs, spec[token_maps.FIELD].shape[1]) if token_maps.FIELD in spec else inputs
+    sizes = {split: size for split, size in ((config.data.train_split, inputs.num_train),
+                                             (config.data.val_split, inputs.num_val),
+                                             (config.data.eval_split, inputs.num_eval)) if split}
+    if token_maps.FIELD in spec:
+        tokens = token_maps.load(config, sizes, spec[token_maps.FIELD].shape[1])
+        inputs = _joined(config.data, inputs, token_maps.joined, tokens)
+    if clusters.FIELD in spec:
+        inputs = _joined(config.data, inputs, clusters.joined, clusters.of_splits(config, sizes))
+    return inputs
 
 
-def _with_tokens(config: ConfigDict, inputs: Inputs, patches: int) -> Inputs:
-    """Adds the field `tokens` to all batches."""
-    d = config.data
-    parts = {"train": (d.train_split, inputs.num_train), "support": (d.train_split, inputs.num_train),
-             "validate": (d.val_split, inputs.num_val), "evaluate": (d.eval_split, inputs.num_eval)}
-    tokens = token_maps.load(config, {split: size for split, size in parts.values() if split}, patches)
-    return inputs._replace(**{name: token_maps.joined(getattr(inputs, name), tokens[split])
-                              for name, (split, _) in parts.items() if split})
+def _joined(data: ConfigDict, inputs: Inputs, join: Callable[..., Any], tables: dict[str, np.ndarray]) -> Inputs:
+    """Adds a field to all batches from the table of each split, by the examples' ids."""
+    parts = {"train": data.train_split, "support": data.train_split, "validate": data.val_split,
+             "evaluate": data.eval_split}
+    made = {name: join(getattr(inputs, name), tables[split]) for name, split in parts.items() if split}
+    return inputs._replace(**made)
 
 
 def _open(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray, views: tuple[View, ...]) -> Inputs:
@@ -94,7 +100,8 @@ def _open(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray, views:
     if token_maps.FIELD in spec and any(isinstance(part, streams.Stream) for part in (source, validation, held_out)):
         raise UserError(f"data.tokens={data.tokens!r} names examples by their place in the split, which streams do not "
                         "know; use a source with random access: folder, npz, or TFDS stored as array_record")
-    spec = {name: struct for name, struct in spec.items() if name != token_maps.FIELD}  # they are joined later
+    later = (token_maps.FIELD, clusters.FIELD)  # which are joined by the examples' ids
+    spec = {name: struct for name, struct in spec.items() if name not in later}
     for part in (source, validation, held_out):
         _check_fields(part, spec, data)
         _check_classes(part, source, data)

@@ -6,13 +6,14 @@ from mae_jax.methods.beit import BEiT
 from mae_jax.methods.dino import DINO
 from mae_jax.methods.mae import MAE
 from mae_jax.methods.mixedae import MixedAE
+from mae_jax.methods.moce import MoCE
 from mae_jax.methods.segment import Segment
 from mae_jax.methods.splitmask import SplitMask
 from mae_jax.methods.supervised import Supervised
 
 TABLE: dict[str, type[Method]] = {
-    "beit": BEiT, "dino": DINO, "mae": MAE, "mixedae": MixedAE, "segment": Segment, "splitmask": SplitMask,
-    "supervised": Supervised}
+    "beit": BEiT, "dino": DINO, "mae": MAE, "mixedae": MixedAE, "moce": MoCE, "segment": Segment,
+    "splitmask": SplitMask, "supervised": Supervised}
 
 
 def get(name: str) -> type[Method]:

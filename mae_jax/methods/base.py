@@ -1,5 +1,6 @@
 """What every method provides: pure functions over plain nested dicts, bound to a config."""
 
+import re
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -34,6 +35,24 @@ def check_decoder(m: ConfigDict) -> None:
     if m.decoder_width % m.decoder_heads or m.decoder_width % 4:
         raise UserError(f"method.decoder_width={m.decoder_width}; it must be a multiple of "
                         f"method.decoder_heads={m.decoder_heads} and of 4")
+
+
+def named_blocks(config: ConfigDict) -> set[int]:
+    """Returns the blocks that method.blocks names; raises UserError for what names none."""
+    text, depth = config.method.blocks, config.model.depth
+    named = {"all": range(depth), "first_half": range(depth // 2), "last_half": range(depth // 2, depth),
+             "last_two_odd": range(1, depth, 2)[-2:]}
+    if text in named:
+        return set(named[text])
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        last = int(match[2] or match[1]) if match else depth
+        if not match or last >= depth or int(match[1]) > last:
+            raise UserError(f"method.blocks={text!r}; expected {', '.join(map(repr, named))}, or some of the blocks "
+                            f"0 to {depth - 1} as '0,2' or '6-11'")
+        found |= set(range(int(match[1]), last + 1))
+    return found
 
 
 def mean_square(error: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:

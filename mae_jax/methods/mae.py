@@ -142,8 +142,11 @@ class MAE(Method):
           'pixels': float32 [B, M, P]. A normalised-pixel prediction is un-normalised with the mean and deviation of
           the hidden patch itself, which the model never saw: pictures of it must say so.
         """
-        predicted = self.predict(params, batch)
+        return {"pixels": self.as_pixels(self.predict(params, batch), extras, batch)}
+
+    def as_pixels(self, predicted: jax.Array, extras: Extras, batch: Batch) -> jax.Array:
+        """Returns predictions [B, M, outputs] as normalised pixels [B, M, P]."""
         if self.target == "norm_pix":
             mean, deviation = targets.patch_moments(normalize(batch["patches"][:, self.visible :]))
-            return {"pixels": predicted * deviation + mean}
-        return {"pixels": targets.unproject_pca(predicted, extras["pca"]) if self.target == "pca" else predicted}
+            return predicted * deviation + mean
+        return targets.unproject_pca(predicted, extras["pca"]) if self.target == "pca" else predicted

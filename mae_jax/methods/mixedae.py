@@ -1,7 +1,5 @@
 """MixedAE (Chen et al., 'Mixed Autoencoder for Self-supervised Visual Representation Learning', arXiv 2303.17152)."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -9,7 +7,7 @@ from ml_collections import ConfigDict
 from mae_jax.data.orders import Order
 from mae_jax.errors import UserError, nearest
 from mae_jax.flops import blocks_flops
-from mae_jax.methods.base import Batch, Extras, Metrics, Params, mean_square
+from mae_jax.methods.base import Batch, Extras, Metrics, Params, mean_square, named_blocks
 from mae_jax.methods.mae import MAE
 from mae_jax.models import inside
 from mae_jax.models.heads import Perceptron
@@ -68,7 +66,7 @@ class MixedAE(MAE):
             raise UserError(f"method.ratio={m.ratio} gives a mix one patch of each picture: nothing to contrast with")
         if config.data.repeats > 1 and -(-config.batch_size // config.data.repeats) < group:
             raise UserError(f"data.repeats={config.data.repeats} would mix a picture with itself")
-        _blocks(config)
+        named_blocks(config)
 
     def __init__(self, config: ConfigDict, examples: int = 0):
         super().__init__(config, examples)
@@ -78,7 +76,7 @@ class MixedAE(MAE):
         self.keep = m.keep or self.visible
         kept = {"topk": TopKeys(self.keep, self.patches), "all": None,
                 "oracle": SameSource(self.group, self.patches)}[m.attention]
-        blocks = _blocks(config)
+        blocks = named_blocks(config)
         self.mixer = self.encoder.clone(kept=tuple(kept if i in blocks else None for i in range(config.model.depth)))
         self.decoder = make_decoder(config, self.outputs, class_token=False)
         self.projector = Perceptron(config.model.width, m.projection, config.model.gelu, activation_dtype(config))
@@ -224,21 +222,4 @@ def _sizes(config: ConfigDict, group: int) -> list[tuple[int, int]]:
             rows, columns = rows + step, columns + step
         if min(rows, columns) > 0:
             found.append((rows * patch[0], columns * patch[1]))
-    return found
-
-
-def _blocks(config: ConfigDict) -> set[int]:
-    """Returns the blocks that method.blocks names; raises UserError where it cannot be read or names none of them."""
-    text, depth = config.method.blocks, config.model.depth
-    named = {"all": (0, depth), "first_half": (0, depth // 2), "last_half": (depth // 2, depth)}
-    if text in named:
-        return set(range(*named[text]))
-    found: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
-        last = int(match[2] or match[1]) if match else depth
-        if not match or last >= depth or int(match[1]) > last:
-            raise UserError(f"method.blocks={text!r}; expected {', '.join(map(repr, named))}, or some of the blocks "
-                            f"0 to {depth - 1} as '0,2' or '6-11'")
-        found |= set(range(int(match[1]), last + 1))
     return found

@@ -25,7 +25,7 @@ def between_blocks(encoder: Encoder, params: Any, patches: jax.Array, order: jax
       order: int32 [B, T], the raster index of each token.
       added: further embeddings of the patches, [..., T, D].
     """
-    x = encoder.clone(depth=0, kept=()).apply({"params": params}, patches, order, block=0, added=added)
+    x = encoder.clone(depth=0, kept=(), gating=()).apply({"params": params}, patches, order, block=0, added=added)
     for index in range(encoder.depth):
         yield x
         x = encoder.block(index, parent=None).apply({"params": params[block_name(index)]}, x)

@@ -1,7 +1,5 @@
 """The layers of a plain Vision Transformer (pre-norm; MAE A.1, timm's ViT)."""
 
-import itertools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -9,9 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mae_jax.ops.attention import Kept, attention
 from mae_jax.ops.dense import gelu, linear
-from mae_jax.ops.layout import ROWS, constrain
 
 EPS = 1e-6  # layer norm, as in MAE and timm
 TOKEN_STD = 0.02  # initial deviation of class and mask tokens, as published
@@ -20,10 +16,6 @@ INITS = {  # of kernels: MAE A.1; DeiT
     "normal": nn.initializers.normal(TOKEN_STD),
 }
 GELUS = {"erf": gelu, "tanh": lambda x: nn.gelu(x, approximate=True)}
-REMATS: dict[str, Callable[..., Any] | None] = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
@@ -115,119 +107,3 @@ class LayerScale(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         return x * self.param("gamma", nn.initializers.constant(self.first), (x.shape[-1],)).astype(x.dtype)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention over tokens [B, T, D]; the softmax is float32."""
-
-    heads: int
-    dtype: Any
-    init: str = "xavier"
-    kept: Kept | None = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        out = attention(*DenseQKV(self.dtype, self.init, name="qkv")(x), self.heads, self.kept)
-        return Dense(x.shape[-1], self.dtype, "in", self.init, name="proj")(out)
-
-
-class Mlp(nn.Module):
-    """Two linear layers with a GELU between them, over tokens [B, T, D]."""
-
-    ratio: int
-    gelu: str
-    dtype: Any
-    init: str = "xavier"
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = GELUS[self.gelu](Dense(self.ratio * x.shape[-1], self.dtype, "out", self.init, name="fc1")(x))
-        return Dense(x.shape[-1], self.dtype, "in", self.init, name="fc2")(hidden)
-
-
-class Block(nn.Module):
-    """One pre-norm Transformer block over tokens [B, T, D]; its branches are scaled, and dropped, where that is asked.
-
-    `keep`, float32 [2, B], is a block's part of `drop_path`.
-    """
-
-    heads: int
-    mlp_ratio: int
-    gelu: str
-    dtype: Any
-    layer_scale: float = 0.0
-    init: str = "xavier"
-    kept: Kept | None = None  # keys of the attention
-
-    @nn.compact
-    def __call__(self, x: jax.Array, keep: jax.Array | None = None) -> jax.Array:
-        def branch(out: jax.Array, number: int) -> jax.Array:
-            if self.layer_scale:
-                out = LayerScale(self.layer_scale, name=f"ls{number + 1}")(out)
-            return out if keep is None else out * keep[number, :, None, None].astype(out.dtype)
-
-        x = constrain(x, ROWS)
-        attend = Attention(self.heads, self.dtype, self.init, self.kept, name="attn")
-        mlp = Mlp(self.mlp_ratio, self.gelu, self.dtype, self.init, name="mlp")
-        x = x + branch(attend(layer_norm(self.dtype, "norm1")(x)), 0)
-        return x + branch(mlp(layer_norm(self.dtype, "norm2")(x)), 1)
-
-
-class Blocks(nn.Module):
-    """Base of encoder and decoder: a stack of blocks whose parameters are per-block leaves `block_00`, `block_01`, ...
-
-    `scan` compiles one block and stacks the leaves here, inside the forward pass, so that checkpoints, path rules and
-    the optimiser never see a stack. `remat` recomputes activations in the backward pass.
-    """
-
-    width: int
-    depth: int
-    heads: int
-    mlp_ratio: int
-    gelu: str
-    dtype: Any
-    scan: bool
-    remat: str
-    layer_scale: float = 0.0
-    init_kind: str = "xavier"
-    kept: tuple[Kept | None, ...] = ()  # of each block's attention; () as (None,) · depth
-
-    def block(self, index: int, **options: Any) -> Block:
-        """Returns the module of one block."""
-        kept = self.kept[index] if self.kept else None
-        return Block(self.heads, self.mlp_ratio, self.gelu, self.dtype, self.layer_scale, self.init_kind, kept,
-                     **options)
-
-    def run_blocks(self, x: jax.Array, depth: int | None = None, keep: jax.Array | None = None) -> jax.Array:
-        """Applies the first `depth` blocks (all when None) to tokens [B, T, D].
-
-        Args:
-          keep: float32 [depth, 2, B] of `drop_path`; None: nothing is dropped.
-        """
-        blocks = [self.block(index, name=f"block_{index:02d}") for index in range(self.depth)]
-        if self.is_initializing():
-            for module in blocks:
-                x = module(x)
-            return x
-        params = [self.variables["params"][module.name] for module in blocks][:depth]
-        start = 0
-        for _, alike in itertools.groupby(blocks[:depth], lambda module: module.kept):
-            stop = start + len(list(alike))
-            x = self._alike(x, self.block(start, parent=None), params[start:stop],
-                            None if keep is None else keep[start:stop])
-            start = stop
-        return x
-
-    def _alike(self, x: jax.Array, block: Block, params: list[Any], keep: jax.Array | None) -> jax.Array:
-        """Applies blocks that differ in nothing but their parameters, and their part of `keep`."""
-        def apply(x: jax.Array, p: Any, keep: jax.Array | None) -> jax.Array:
-            return block.apply({"params": p}, x, keep)
-
-        if self.remat != "none":
-            apply = jax.checkpoint(apply, policy=REMATS[self.remat], prevent_cse=not self.scan)
-        if self.scan:
-            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-            return jax.lax.scan(lambda x, item: (apply(x, *item), None), x, (stacked, keep))[0]
-        for index, p in enumerate(params):
-            x = apply(x, p, None if keep is None else keep[index])
-        return x

@@ -1,5 +1,6 @@
 """The Vision Transformer encoder and MAE's decoder, both over tokens in any order."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.models.layers import TOKEN_STD, Blocks, Dense, embed_positions, layer_norm, sincos_positions
+from mae_jax.models.blocks import Blocks
+from mae_jax.models.layers import TOKEN_STD, Dense, embed_positions, layer_norm, sincos_positions
 from mae_jax.ops.dense import linear
 from mae_jax.ops.patches import grid
+from mae_jax.ops.routing import Choice
 
 
 def activation_dtype(config: ConfigDict) -> Any:
@@ -47,7 +50,7 @@ class Encoder(Blocks):
     @nn.compact
     def __call__(self, patches: jax.Array, order: jax.Array, mask_tokens: int = 0, block: int = -1,
                  keep: jax.Array | None = None, grid: tuple[int, int] | None = None,
-                 added: jax.Array | None = None) -> jax.Array:
+                 added: jax.Array | None = None, choices: Mapping[int, Choice] | None = None) -> jax.Array:
         """Encodes patches.
 
         Args:
@@ -58,6 +61,7 @@ class Encoder(Blocks):
           keep: float32 [depth, 2, B] of `layers.drop_path`, for stochastic depth.
           grid: patches along (height, width), where they are not those of the encoder; positions are then fixed ones.
           added: further embeddings of the patches, [..., T, D].
+          choices: block → which expert each image goes through there (MoCE).
 
         Returns:
           [B, 1 + T + mask_tokens, D] tokens of dtype `self.dtype`; without `class_token`, no first one.
@@ -75,8 +79,8 @@ class Encoder(Blocks):
             cls_token = self.param("cls_token", token_init, (1, 1, self.width))
             x = jnp.concatenate([jnp.broadcast_to(cls_token, (images, 1, self.width)).astype(x.dtype), x], 1)
         if block >= 0:
-            return self.run_blocks(x, block + 1, keep)
-        return layer_norm(self.dtype, "norm")(self.run_blocks(x, keep=keep))
+            return self.run_blocks(x, block + 1, keep, choices)
+        return layer_norm(self.dtype, "norm")(self.run_blocks(x, keep=keep, choices=choices))
 
 
 class Decoder(Blocks):

@@ -1,0 +1,104 @@
+"""Clusters of pictures by the features of a frozen encoder: what `python -m mae_jax.cluster --from=...` leaves behind.
+
+A folder, local or gs://:
+
+  clusters.npz         centroids float32 [m, D] of length 1, prices float32 [m], mean float32 [D] of the features, and
+                       assigned/<split> int32 [n]: the cluster of the example of id i, -1 where there is none
+  meta.json            what they were made of, sizes and balance
+  encoder.safetensors  the frozen encoder, with its config: image size, crop and patch are those of the features
+  clusters.png         the pictures nearest to each centroid, a row for each
+"""
+
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_jax.errors import UserError
+from mae_jax.ops import spherical
+
+FIELD = "cluster"
+PREFIX = "assigned/"
+NAMES = ("centroids", "prices", "mean", "sizes")
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Centroids of features that are centred and scaled to length 1, and whose picture is whose."""
+
+    centroids: np.ndarray  # float32 [m, D]
+    prices: np.ndarray  # float32 [m], subtracted from similarities: what keeps clusters of one size
+    mean: np.ndarray  # float32 [D]
+    sizes: np.ndarray  # int64 [m], of the training split
+    assigned: dict[str, np.ndarray] = field(default_factory=dict)  # split expression → int32 [n]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def nearest(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the clusters int32 [n] of features [n, D] of the frozen encoder, and similarities float32 [n]."""
+        points = spherical.unit(features - self.mean).astype(np.float32)
+        return spherical.assign(lambda: iter([points]), self.centroids, self.prices)
+
+    def write(self, folder: epath.Path) -> None:
+        """Writes clusters.npz and meta.json."""
+        arrays = {name: getattr(self, name) for name in NAMES}
+        with (folder / "clusters.npz").open("wb") as file:
+            np.savez(file, **arrays, **{PREFIX + split: found for split, found in self.assigned.items()})
+        (folder / "meta.json").write_text(json.dumps(self.meta, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: str) -> "Clusters":
+        """Reads what `write` wrote; raises UserError where it is not there or damaged."""
+        path = epath.Path(folder).expanduser()
+        if not (path / "clusters.npz").is_file():
+            raise UserError(f"{folder} holds no clusters.npz; make it: python -m mae_jax.cluster --from=WORKDIR "
+                            f"--to={folder}")
+        try:
+            with (path / "clusters.npz").open("rb") as file, np.load(file) as stored:
+                arrays = {name: stored[name] for name in stored.files}
+            meta = json.loads((path / "meta.json").read_text())
+            named = [name for name in arrays if name.startswith(PREFIX)]
+            assigned = {name.removeprefix(PREFIX): arrays.pop(name) for name in named}
+            return cls(**arrays, assigned=assigned, meta=meta)
+        except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path / 'clusters.npz'} or meta.json beside it is damaged: {error}") from None
+
+
+def of_splits(config: ConfigDict, sizes: dict[str, int]) -> dict[str, np.ndarray]:
+    """Returns split expression → cluster by id, int32, of the splits that the config names.
+
+    Args:
+      config: whose method.clusters is the folder.
+      sizes: split expression → number of examples.
+
+    Raises:
+      UserError: the clusters are of other data, or of other splits of it.
+    """
+    folder = config.method.clusters
+    found = Clusters.read(folder)
+    about = {name: config.data[name] for name in ("source", "name")}
+    if about != {name: found.meta["data"][name] for name in about}:
+        raise UserError(f"the clusters of {folder} are of data.source={found.meta['data']['source']!r} "
+                        f"{found.meta['data']['name']!r}, the config reads {about['source']!r} {about['name']!r}")
+    for split, size in sizes.items():
+        if split not in found.assigned:
+            raise UserError(f"{folder} has no clusters of the split {split!r}; it has {', '.join(found.assigned)}; "
+                            "cluster with the config's splits")
+        there = int((found.assigned[split] >= 0).sum())
+        if there != size:
+            raise UserError(f"{folder} has clusters of {there} examples of {split!r}, the data has {size}")
+    return found.assigned
+
+
+def joined(make: Callable[..., Iterator[Batch]], assigned: np.ndarray) -> Callable[..., Iterator[Batch]]:
+    """Returns `make` with the field `cluster` int32 [B] in its batches, -1 in padding."""
+    def batches(*args: Any) -> Iterator[Batch]:
+        for batch in make(*args):
+            yield {**batch, FIELD: np.where(batch["id"] < 0, -1, assigned[batch["id"]]).astype(np.int32)}
+
+    return batches

@@ -1,0 +1,91 @@
+"""Features of whole splits, on disk in chunks: computed once, resumed where they were cut off, read again in passes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from mae_jax.methods import Method
+from mae_jax.methods.base import pool
+from mae_jax.ops import spherical
+from mae_jax.sharding import replicated, to_devices
+
+
+class Features:
+    """The features of one split under a folder: 00000.npz, 00001.npz ..., each with `features` [n, D] and `ids` [n]."""
+
+    def __init__(self, folder: epath.Path):
+        self.folder = folder
+
+    def files(self) -> list[epath.Path]:
+        """Returns the chunks that are there, in order."""
+        return sorted(self.folder.glob("[0-9]*.npz"))
+
+    def compute(self, method: Method, params: Any, extras: Any, batches: Iterator[dict[str, np.ndarray]],
+                mesh: Mesh) -> None:
+        """Writes the chunks that are missing; what was made of a batch before is not computed again.
+
+        Args:
+          method, params, extras: the encoder.
+          batches: the split's, this process's rows, as an evaluation sees them.
+          mesh: which its devices share.
+        """
+        size = method.config.batch_size
+        per_chunk = max(1, spherical.CHUNK // size)
+        encode = jax.jit(lambda params, extras, batch: pool(
+            method.encode(params, extras, batch), method.config.model.pool), out_shardings=replicated(mesh))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        done, parts = len(self.files()), []
+        for number, batch in enumerate(batches):
+            if number < done * per_chunk:
+                continue
+            placed = to_devices(batch, mesh, size)
+            ids = jax.device_get(jax.device_put(placed["id"], replicated(mesh)))
+            values = jax.device_get(encode(params, extras, placed))
+            parts.append((values[ids >= 0], ids[ids >= 0]))
+            if len(parts) == per_chunk:
+                self._write(done, parts)
+                done, parts = done + 1, []
+        if parts:
+            self._write(done, parts)
+
+    def _write(self, number: int, parts: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        if jax.process_index():
+            return
+        features, ids = (np.concatenate(column) for column in zip(*parts, strict=True))
+        partial = self.folder / f"partial_{number:05d}.npz"
+        with partial.open("wb") as file:
+            np.savez(file, features=features.astype(np.float32), ids=ids)
+        partial.replace(self.folder / f"{number:05d}.npz")
+
+    def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields (features [n, D], ids [n])."""
+        for path in self.files():
+            with path.open("rb") as file, np.load(file) as stored:
+                yield stored["features"], stored["ids"]
+
+    def mean(self) -> np.ndarray:
+        """Returns the mean of all features, float32 [D]."""
+        total, count = 0.0, 0
+        for values, _ in self.chunks():
+            total, count = total + values.sum(0, dtype=np.float64), count + len(values)
+        return (total / count).astype(np.float32)
+
+    def points(self, mean: np.ndarray) -> Iterator[np.ndarray]:
+        """Yields chunks of the features less their mean, scaled to length 1."""
+        for values, _ in self.chunks():
+            yield spherical.unit(values - mean).astype(np.float32)
+
+    def sample(self, count: int, mean: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Returns at most `count` points, drawn from all chunks alike."""
+        kept = np.zeros((0, len(mean)), np.float32)
+        draws = np.zeros(0)
+        for chunk in self.points(mean):
+            draws = np.concatenate([draws, rng.random(len(chunk))])
+            kept = np.concatenate([kept, chunk])
+            lowest = np.sort(np.argsort(draws, kind="stable")[:count])
+            draws, kept = draws[lowest], kept[lowest]
+        return kept

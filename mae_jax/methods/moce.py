@@ -1,0 +1,233 @@
+"""MoCE: 'Task-customized Masked Autoencoder via Mixture of Cluster-conditional Experts' (Liu et al., arXiv 2402.05382).
+"""
+
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_jax.clusters import Clusters
+from mae_jax.errors import UserError, nearest
+from mae_jax.experts import along
+from mae_jax.flops import blocks_flops
+from mae_jax.methods.base import Batch, Extras, Metrics, Params, named_blocks
+from mae_jax.methods.mae import MAE
+from mae_jax.models.experts import GATES, Gating
+from mae_jax.models.inside import block_name
+from mae_jax.ops.patches import normalize, patch_values
+from mae_jax.ops.routing import Choice, choose, imbalance, uncertainty
+
+GATE_KINDS = ("cluster", "token")
+WEIGHTS = ("straight", "value")
+GATE_STD = 0.02  # of the first gates: small, and not zero, which would send every cluster to the first expert
+EPS = 1e-6
+
+
+class MoCE(MAE):
+    """A masked autoencoder whose perceptrons are chosen by what cluster a picture belongs to.
+
+    The gate of a block reads the centroid of the picture's cluster, so that all tokens of all its pictures go through
+    one expert, and one path of experts can be cut out for a task: an ordinary ViT.
+    """
+
+    defaults = {
+        **MAE.defaults,
+        "clusters": "",  # the folder that `python -m mae_jax.cluster --from=...` wrote
+        "num_clusters": 0,  # m; 0: as many as it has
+        "centroid_width": 0,  # of its centroids; 0: as wide as they are
+        "experts": 8,  # E; remembered of the article, not checked
+        "blocks": "last_two_odd",  # those with experts, or '1,3', '6-11', 'all', 'last_half'; remembered likewise
+        "gate": "cluster",  # or token: a sparse mixture that chooses for each token, what the article contrasts with
+        "gate_weight": "straight",  # the expert's output times g / stop_gradient(g); or value: times g
+        "noise": 1.0,  # deviation of what is added to the gates' logits in training, times 1 / E (V-MoE)
+        "temperature": 1.0,  # of the gates' softmax
+        "balance_weight": 0.01,  # of the experts' imbalance; this and the two below are our choice
+        "confidence_weight": 0.01,  # of the gates' entropy
+        "distill_weight": 0.0,  # of the distance to the encoder that training starts from
+    }
+
+    @staticmethod
+    def validate(config: ConfigDict) -> None:
+        m = config.method
+        MAE.validate(config)
+        for key, allowed in (("gate", GATE_KINDS), ("gate_weight", WEIGHTS)):
+            if m[key] not in allowed:
+                raise UserError(f"method.{key}={m[key]!r}; {nearest(m[key], allowed)}")
+        if m.encoder_mask_tokens:
+            raise UserError("method.encoder_mask_tokens=True: that ablation of MAE has no experts")
+        if m.experts < 2 or m.temperature <= 0:
+            raise UserError(f"method.experts={m.experts} must be at least 2, and method.temperature={m.temperature} "
+                            "above 0")
+        if min(m.noise, m.balance_weight, m.confidence_weight, m.distill_weight) < 0:
+            raise UserError("method.noise and the weights of method.*_weight must not be negative")
+        if not m.clusters:
+            raise UserError("method.clusters='' names no clusters; python -m mae_jax.cluster --from=WORKDIR "
+                            "--to=FOLDER makes them with the encoder of a MAE that was trained on the same data")
+        named_blocks(config)
+
+    @staticmethod
+    def fitted(config: ConfigDict, classes: tuple[str, ...]) -> ConfigDict:
+        found = Clusters.read(config.method.clusters)
+        config = config.copy_and_resolve_references()
+        count, width = found.centroids.shape
+        if config.method.num_clusters not in (0, count):
+            raise UserError(f"method.num_clusters={config.method.num_clusters}, but {config.method.clusters} has "
+                            f"{count}")
+        config.method.update(num_clusters=count, centroid_width=width)
+        return config
+
+    def __init__(self, config: ConfigDict, examples: int = 0):
+        super().__init__(config, examples)
+        m = config.method
+        self.blocks = sorted(named_blocks(config))
+        self.straight = m.gate_weight == "straight"
+        self.count, self.width = m.num_clusters or 1, m.centroid_width or config.model.width
+        self.by_token = m.gate == "token"
+        gating = Gating(m.experts, self.by_token, m.temperature, self.straight)
+        self.dense = self.encoder
+        self.encoder = self.encoder.clone(
+            gating=tuple(gating if i in self.blocks else None for i in range(config.model.depth)))
+
+    def eval_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return super().eval_spec() | {"cluster": jax.ShapeDtypeStruct((self.config.batch_size,), jnp.int32)}
+
+    def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
+        encoder_key, decoder_key, *gate_keys = jax.random.split(key, 2 + len(self.blocks))
+        one = {name: value[:1] for name, value in batch.items()}
+        seen = normalize(one["patches"][:, : self.visible]), one["order"][:, : self.visible]
+        first = Choice(jnp.zeros(1, jnp.int32), jnp.ones(1))
+        tokens, encoder = self.encoder.init_with_output(encoder_key, *seen, choices=dict.fromkeys(self.blocks, first))
+        decoder = self.decoder.init(decoder_key, tokens, one["order"], self.hidden)
+        params = {"encoder": encoder["params"], "decoder": decoder["params"]}
+        if not self.by_token:
+            shape = (self.width, self.config.method.experts)
+            params["gates"] = {block_name(block): {"kernel": GATE_STD * jax.random.normal(gate_key, shape)}
+                               for block, gate_key in zip(self.blocks, gate_keys, strict=True)}
+        extras = self.fitted_targets(batch) | {"centroids": jnp.zeros((self.count, self.width)),
+                                               "share": jnp.full((self.count,), 1 / self.count)}
+        if self.config.method.distill_weight:
+            extras["start"] = along(params["encoder"], dict.fromkeys(self.blocks, 0))
+        return params, extras
+
+    def fit(self, params: Params, extras: Extras, pictures: Iterable[dict[str, np.ndarray]] | None) -> Extras:
+        """Adds the centroids, each normalised as by a layer norm, the share of pictures of each, and the first encoder.
+
+        The encoder that training starts from is that of the first expert: upcycling makes them all alike.
+        """
+        found = Clusters.read(self.config.method.clusters)
+        centred = found.centroids - found.centroids.mean(1, keepdims=True)
+        extras = {**extras, "centroids": centred / np.sqrt(centred.var(1, keepdims=True) + EPS),
+                  "share": found.sizes / found.sizes.sum()}
+        if "start" in extras:
+            extras["start"] = along(params["encoder"], dict.fromkeys(self.blocks, 0))
+        return extras
+
+    def probabilities(self, params: Params, extras: Extras, key: jax.Array | None = None) -> dict[int, jax.Array]:
+        """Returns the routing table: block → what its gate gives the experts of each cluster, float32 [m, E].
+
+        Args:
+          params, extras: the state.
+          key: draws the noise of training, for each block apart; None: no noise.
+        """
+        m, table = self.config.method, {}
+        for block in self.blocks:
+            kernel = params["gates"][block_name(block)]["kernel"]
+            logits = jnp.matmul(extras["centroids"], kernel, precision="highest")
+            if key is not None and m.noise:
+                logits += m.noise / m.experts * jax.random.normal(jax.random.fold_in(key, block), logits.shape)
+            table[block] = jax.nn.softmax(logits / m.temperature)
+        return table
+
+    def choices(self, table: Mapping[int, jax.Array], cluster: jax.Array) -> dict[int, Choice]:
+        """Returns block → the experts of pictures by their cluster, int32 [B]."""
+        rows = jnp.maximum(cluster, 0)  # padding has none
+        return {block: choose(each, self.straight).of(rows) for block, each in table.items()}
+
+    def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1) -> jax.Array:
+        table = {} if self.by_token else self.probabilities(params, extras)
+        return self.encoder.apply({"params": params["encoder"]}, normalize(batch["patches"]), batch["order"],
+                                  block=block, choices=self.choices(table, batch["cluster"]))
+
+    def encode_visible(self, params: Params, extras: Extras, batch: Batch,
+                       key: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns tokens [B, 1 + V, D] of visible patches, and where tokens choose, block → probabilities [B, T, E]."""
+        table = {} if self.by_token else self.probabilities(params, extras, key)
+        seen = normalize(batch["patches"][:, : self.visible]), batch["order"][:, : self.visible]
+        tokens, sown = self.encoder.apply({"params": params["encoder"]}, *seen, mutable=[GATES],
+                                          choices=self.choices(table, batch["cluster"]))
+        return tokens, {name: value[0] for name, value in sown.get(GATES, {}).items()}
+
+    def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
+             train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
+        """The error over hidden patches, and what keeps gates balanced and confident (section 3.2, in our form).
+
+        The noise of the gates depends on the step alone, so that micro-batches share it.
+        """
+        m, valid = self.config.method, batch["valid"]
+        noise = jax.random.fold_in(jax.random.key(self.config.seed), step) if train else None
+        if noise is not None:
+            noise = jax.random.fold_in(noise, zlib.crc32(b"gates"))
+        tokens, of_tokens = self.encode_visible(params, extras, batch, noise)
+        predicted = self.decoder.apply({"params": params["decoder"]}, tokens, batch["order"], self.hidden)
+        wanted = self.targets(extras, normalize(batch["patches"][:, self.visible :]))
+        per_image = {"reconstruction_loss": jnp.square(predicted - wanted).mean((1, 2))}
+        if m.distill_weight:
+            per_image["distill_loss"] = self.distance(extras, batch, tokens)
+        weight = valid.sum()
+        sums = {name: (value * valid).sum() for name, value in per_image.items()}
+        about = self.about_gates(params, extras, of_tokens, valid)
+        total = (sums["reconstruction_loss"] + m.distill_weight * sums.get("distill_loss", 0)
+                 + weight * (m.balance_weight * about["balance_loss"] + m.confidence_weight * about["confidence_loss"]))
+        metrics = {"loss": (total, weight), **{name: (value, weight) for name, value in sums.items()},
+                   **{name: (value * weight, weight) for name, value in about.items()}}
+        return total / jnp.maximum(weight, 1), (metrics, extras)
+
+    def about_gates(self, params: Params, extras: Extras, of_tokens: Mapping[str, jax.Array],
+                    valid: jax.Array) -> dict[str, jax.Array]:
+        """Returns the regularisers and the gates' confidence, each a mean over blocks.
+
+        Of clusters they are exact, over all pictures of the data; of tokens, over those of the batch.
+        """
+        if self.by_token:
+            share = jnp.repeat(valid / jnp.maximum(valid.sum(), 1) / (1 + self.visible), 1 + self.visible)
+            tables = [(gate.reshape(-1, gate.shape[-1]), share) for gate in of_tokens.values()]
+        else:
+            tables = [(table, extras["share"]) for table in self.probabilities(params, extras).values()]
+
+        def mean(function: Any) -> jax.Array:
+            return sum(function(*each) for each in tables) / len(tables)
+
+        balance = mean(imbalance)
+        return {"balance_loss": balance, "confidence_loss": mean(uncertainty),
+                "gate_cv": jnp.sqrt(balance), "gate_confidence": mean(lambda table, share: share @ table.max(-1))}
+
+    def distance(self, extras: Extras, batch: Batch, tokens: jax.Array) -> jax.Array:
+        """Returns how far visible tokens are from those of the first encoder, float32 [B]: Huber's, of layer norms."""
+        seen = normalize(batch["patches"][:, : self.visible]), batch["order"][:, : self.visible]
+        start = jax.lax.stop_gradient(self.dense.apply({"params": extras["start"]}, *seen))
+
+        def standard(x: jax.Array) -> jax.Array:
+            x = x[:, 1:].astype(jnp.float32)
+            return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + EPS)
+
+        apart = jnp.abs(standard(tokens) - standard(start))
+        return jnp.where(apart < 1, 0.5 * jnp.square(apart), apart - 0.5).mean((1, 2))
+
+    def predict(self, params: Params, batch: Batch, extras: Extras | None = None) -> jax.Array:
+        """See `MAE.predict`; the routes of pictures are those of the extras."""
+        tokens, _ = self.encode_visible(params, extras or {}, batch)
+        return self.decoder.apply({"params": params["decoder"]}, tokens, batch["order"], self.hidden)
+
+    def reconstruct(self, params: Params, extras: Extras, batch: Batch) -> dict[str, Any]:
+        return {"pixels": self.as_pixels(self.predict(params, batch, extras), extras, batch)}
+
+    def frozen_flops(self) -> int:
+        if not self.config.method.distill_weight:
+            return 0
+        m = self.config.model
+        return 2 * self.visible * patch_values(self.config) * m.width + blocks_flops(
+            1 + self.visible, m.width, m.depth, m.mlp_ratio)

@@ -1,0 +1,151 @@
+"""Transformer blocks: attention, a perceptron or several, and the stack that encoder and decoder are made of."""
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mae_jax.models.experts import GATES, Experts, Gating
+from mae_jax.models.layers import GELUS, Dense, DenseQKV, LayerScale, layer_norm
+from mae_jax.ops.attention import Kept, attention
+from mae_jax.ops.layout import ROWS, constrain
+from mae_jax.ops.routing import Choice
+
+REMATS: dict[str, Callable[..., Any] | None] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens [B, T, D]; the softmax is float32."""
+
+    heads: int
+    dtype: Any
+    init: str = "xavier"
+    kept: Kept | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        out = attention(*DenseQKV(self.dtype, self.init, name="qkv")(x), self.heads, self.kept)
+        return Dense(x.shape[-1], self.dtype, "in", self.init, name="proj")(out)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them, over tokens [B, T, D]."""
+
+    ratio: int
+    gelu: str
+    dtype: Any
+    init: str = "xavier"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = GELUS[self.gelu](Dense(self.ratio * x.shape[-1], self.dtype, "out", self.init, name="fc1")(x))
+        return Dense(x.shape[-1], self.dtype, "in", self.init, name="fc2")(hidden)
+
+
+class Block(nn.Module):
+    """One pre-norm Transformer block over tokens [B, T, D]; its branches are scaled, and dropped, where that is asked.
+
+    `keep`, float32 [2, B], is a block's part of `drop_path`; `choice` says which expert an image goes through.
+    """
+
+    heads: int
+    mlp_ratio: int
+    gelu: str
+    dtype: Any
+    layer_scale: float = 0.0
+    init: str = "xavier"
+    kept: Kept | None = None  # keys of the attention
+    gating: Gating | None = None  # experts in place of the perceptron
+
+    @nn.compact
+    def __call__(self, x: jax.Array, keep: jax.Array | None = None, choice: Choice | None = None) -> jax.Array:
+        def branch(out: jax.Array, number: int) -> jax.Array:
+            if self.layer_scale:
+                out = LayerScale(self.layer_scale, name=f"ls{number + 1}")(out)
+            return out if keep is None else out * keep[number, :, None, None].astype(out.dtype)
+
+        x = constrain(x, ROWS)
+        attend = Attention(self.heads, self.dtype, self.init, self.kept, name="attn")
+        x = x + branch(attend(layer_norm(self.dtype, "norm1")(x)), 0)
+        y, shape = layer_norm(self.dtype, "norm2")(x), (self.mlp_ratio, self.gelu, self.dtype, self.init)
+        if self.gating:
+            return x + branch(Experts(self.gating, *shape, name="experts")(y, choice), 1)
+        return x + branch(Mlp(*shape, name="mlp")(y), 1)
+
+
+class Blocks(nn.Module):
+    """Base of encoder and decoder: a stack of blocks whose parameters are per-block leaves `block_00`, `block_01`, ...
+
+    `scan` compiles one block and stacks the leaves here, inside the forward pass, so that checkpoints, path rules and
+    the optimiser never see a stack. `remat` recomputes activations in the backward pass.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: int
+    gelu: str
+    dtype: Any
+    scan: bool
+    remat: str
+    layer_scale: float = 0.0
+    init_kind: str = "xavier"
+    kept: tuple[Kept | None, ...] = ()  # of each block's attention; () as (None,) · depth
+    gating: tuple[Gating | None, ...] = ()  # of each block, likewise
+
+    def block(self, index: int, **options: Any) -> Block:
+        """Returns the module of one block."""
+        kept, gating = (parts[index] if parts else None for parts in (self.kept, self.gating))
+        return Block(self.heads, self.mlp_ratio, self.gelu, self.dtype, self.layer_scale, self.init_kind, kept, gating,
+                     **options)
+
+    def run_blocks(self, x: jax.Array, depth: int | None = None, keep: jax.Array | None = None,
+                   choices: Mapping[int, Choice] | None = None) -> jax.Array:
+        """Applies the first `depth` blocks (all when None) to tokens [B, T, D].
+
+        Args:
+          keep: float32 [depth, 2, B] of `drop_path`; None: nothing is dropped.
+          choices: of the blocks with experts that do not choose themselves, by number.
+        """
+        blocks = [self.block(index, name=f"block_{index:02d}") for index in range(self.depth)]
+        if self.is_initializing():
+            for index, module in enumerate(blocks):
+                x = module(x, None, (choices or {}).get(index))
+            return x
+        params = [self.variables["params"][module.name] for module in blocks][:depth]
+        for _, alike in itertools.groupby(range(len(params)), lambda index: (blocks[index].kept, blocks[index].gating)):
+            numbers = list(alike)
+            inputs = [(params[index], None if keep is None else keep[index], (choices or {}).get(index))
+                      for index in numbers]
+            x, gates = self._alike(x, self.block(numbers[0], parent=None), inputs)
+            for number, gate in zip(numbers, gates, strict=True):
+                if gate:
+                    self.sow(GATES, f"block_{number:02d}", gate[GATES]["experts"]["gate"]["probabilities"][0])
+        return x
+
+    def _alike(self, x: jax.Array, block: Block, inputs: list[tuple[Any, ...]]) -> tuple[jax.Array, list[Any]]:
+        """Applies blocks that differ in nothing but their inputs: parameters, part of `keep`, choice.
+
+        Returns:
+          The tokens, and what each block's gate sowed.
+        """
+        def apply(x: jax.Array, item: tuple[Any, ...]) -> tuple[jax.Array, Any]:
+            p, keep, choice = item
+            return block.apply({"params": p}, x, keep, choice, mutable=[GATES])
+
+        if self.remat != "none":
+            apply = jax.checkpoint(apply, policy=REMATS[self.remat], prevent_cse=not self.scan)
+        if self.scan:
+            x, gates = jax.lax.scan(apply, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs))
+            return x, [jax.tree.map(lambda leaf, i=i: leaf[i], gates) for i in range(len(inputs))]
+        gates = []
+        for item in inputs:
+            x, gate = apply(x, item)
+            gates.append(gate)
+        return x, gates

@@ -1,0 +1,107 @@
+"""Products with one of E kernels per image: on each device its own images, in static shapes, none dropped."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from mae_jax.ops import layout
+
+# Sums over the rows of a group: both operands are cut into groups along their rows, and the result has one per group.
+OUTER = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
+
+
+@jax.custom_vjp
+def expert_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array, expert: jax.Array) -> jax.Array:
+    """Returns x · kernel[e] + bias[e], each image with its own expert e: [B, T, F] in the dtype of x.
+
+    Where a grouped product is one kernel, a device puts its images in the order of their experts and multiplies them
+    group by group. On CPUs, where that would multiply with all experts, it goes from image to image. The gradient of
+    the kernel is summed, and leaves, in the dtype of the kernel, and goes straight to the devices that hold its pieces.
+
+    Args:
+      x: [B, T, K], T tokens of each image.
+      kernel: [E, K, F].
+      bias: [E, F].
+      expert: int32 [B], 0 to E - 1.
+    """
+    return _forward(x, kernel, bias, expert)[0]
+
+
+def _forward(x: jax.Array, kernel: jax.Array, bias: jax.Array,
+             expert: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    whole = layout.gather(kernel.astype(x.dtype), "")
+    y = _on_each_device(_times, x, whole, expert) + bias.astype(x.dtype)[expert][:, None]
+    return y, (x, whole, kernel, bias, expert)
+
+
+def _backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array | None, ...]:
+    x, whole, kernel, bias, expert = saved
+    dx = _on_each_device(_times, dy, whole.swapaxes(1, 2), expert)
+    outer = partial(_outer, len(kernel), kernel.dtype)
+    mesh = layout.sizes()
+    if not mesh or max(mesh.values()) == 1:
+        dkernel = outer(x, dy, expert)
+    else:
+        spec = layout.kernel_spec(kernel.shape, "", mesh)
+        dkernel = jax.shard_map(lambda *parts: layout.sum_to(outer(*parts), spec), in_specs=(P(layout.ROWS),) * 3,
+                                out_specs=spec, check_vma=False)(x, dy, expert)
+    shares = jax.nn.one_hot(expert, len(bias), dtype=bias.dtype)
+    dbias = jnp.einsum("be,bf->ef", shares, dy.sum(1, dtype=bias.dtype), precision="highest")
+    return dx, dkernel, dbias, None
+
+
+expert_linear.defvjp(_forward, _backward)
+
+
+def _on_each_device(function, x: jax.Array, kernel: jax.Array, expert: jax.Array) -> jax.Array:
+    mesh = layout.sizes()
+    if not mesh or max(mesh.values()) == 1:
+        return function(x, kernel, expert)
+    rows = P(layout.ROWS)
+    return jax.shard_map(function, in_specs=(rows, P(), rows), out_specs=rows, check_vma=False)(x, kernel, expert)
+
+
+def _times(x: jax.Array, kernel: jax.Array, expert: jax.Array) -> jax.Array:
+    """Returns x [B, T, K] times each image's kernel, [B, T, F]."""
+    if x.shape[1] == 1:  # every token has an expert of its own: a loop over them would be long
+        return _grouped(x, kernel, expert)
+    return jax.lax.platform_dependent(x, kernel, expert, cpu=_one_by_one, default=_grouped)
+
+
+def _grouped(x: jax.Array, kernel: jax.Array, expert: jax.Array) -> jax.Array:
+    order, sizes = _groups(expert, len(kernel), x.shape[1])
+    rows = x[order].reshape(-1, x.shape[-1])
+    y = jax.lax.ragged_dot(rows, kernel, sizes)
+    return y.reshape(*x.shape[:2], -1)[jnp.argsort(order)]
+
+
+def _one_by_one(x: jax.Array, kernel: jax.Array, expert: jax.Array) -> jax.Array:
+    return jax.lax.map(lambda item: item[0] @ kernel[item[1]], (x, expert))
+
+
+def _outer(experts: int, dtype: jnp.dtype, x: jax.Array, dy: jax.Array, expert: jax.Array) -> jax.Array:
+    """Returns the sums over each expert's tokens of x [B, T, K] ⊗ dy [B, T, F]: [E, K, F]."""
+    def grouped(x: jax.Array, dy: jax.Array, expert: jax.Array) -> jax.Array:
+        order, sizes = _groups(expert, experts, x.shape[1])
+        rows, drows = (part[order].reshape(-1, part.shape[-1]) for part in (x, dy))
+        return jax.lax.ragged_dot_general(rows, drows, sizes, OUTER, preferred_element_type=dtype)
+
+    def one_by_one(x: jax.Array, dy: jax.Array, expert: jax.Array) -> jax.Array:
+        def add(total: jax.Array, item: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+            x, dy, expert = item
+            return total.at[expert].add(jnp.matmul(x.T, dy, preferred_element_type=dtype)), None
+
+        return jax.lax.scan(add, jnp.zeros((experts, x.shape[-1], dy.shape[-1]), dtype), (x, dy, expert))[0]
+
+    if x.shape[1] == 1:
+        return grouped(x, dy, expert)
+    return jax.lax.platform_dependent(x, dy, expert, cpu=one_by_one, default=grouped)
+
+
+def _groups(expert: jax.Array, experts: int, tokens: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the order of images by expert, int32 [B], and how many tokens each expert has, int32 [E]."""
+    sizes = (expert[:, None] == jnp.arange(experts)).sum(0, dtype=jnp.int32) * tokens
+    return jnp.argsort(expert, stable=True), sizes

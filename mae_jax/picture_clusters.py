@@ -1,0 +1,159 @@
+"""Clusters the pictures of a run by the features of its encoder, for MoCE (arXiv 2402.05382, section 3.1)."""
+
+import itertools
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from PIL import Image
+
+from mae_jax import cli, sharding, workdir
+from mae_jax.checkpoint import load_params, save_params
+from mae_jax.clusters import Clusters
+from mae_jax.config import flat
+from mae_jax.data import Inputs, build
+from mae_jax.errors import UserError
+from mae_jax.evals.reconstruct import tile
+from mae_jax.features import Features
+from mae_jax.methods import Method, get
+from mae_jax.ops import spherical
+from mae_jax.ops.patches import assemble, grid
+from mae_jax.params import judged
+
+PER_CLUSTER = 64  # pictures of the sample that the first centroids are drawn from, for each cluster
+SHOWN, MEMBERS = 32, 8  # clusters in the picture, and pictures of each
+LOOKED_AT = 16_384  # pictures among which members for the picture are sought
+
+
+def frozen(config: ConfigDict, block: int) -> ConfigDict:
+    """Returns the config by which features are computed: all pictures, and of an earlier block where that is asked."""
+    config = config.copy_and_resolve_references()
+    config.eval.max_examples = 1 << 31
+    config.data.update(augment="none", colour="none", repeats=1)
+    if not -1 <= block < config.model.depth:
+        raise UserError(f"--block={block}; the encoder has the blocks 0 to {config.model.depth - 1}, -1 is the last")
+    return config.lock()
+
+
+class Frozen(Method):
+    """An encoder of any method, one block of it, and nothing else: no field but those of every picture is needed."""
+
+    def __init__(self, config: ConfigDict, block: int):
+        super().__init__(config)
+        self.of, self.block = get(config.method.name)(config), block
+
+    def encode(self, params: Any, extras: Any, batch: Any, block: int = -1) -> jax.Array:
+        return self.of.encode(params, extras, batch, self.block)
+
+
+def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed: int, data: ConfigDict | None) -> int:
+    """Writes the clusters of a run's pictures to a folder. Returns the exit code.
+
+    Args:
+      source: a workdir, or one step's folder in it.
+      to: the folder, local or gs://; a second call goes on with features that are there.
+      clusters: m.
+      block: whose tokens are pooled to features; -1: the encoder's output.
+      ratio: the largest cluster has at most so many times the pictures of the smallest.
+      seed: of the first centroids.
+      data: config whose group `data` is read in place of the run's own.
+    """
+    folder = workdir.locate(source)
+    config = workdir.read_config(workdir.of_checkpoint(folder)).unlock()
+    if data is not None:
+        size = config.data.image_size
+        config.data.update(data.data)
+        config.data.image_size = size
+    config = frozen(config, block)
+    if config.method.name == "moce":
+        raise UserError(f"{source} is itself a mixture of experts; cluster with the encoder that it started from")
+    method, to_folder = Frozen(config, block), epath.Path(to).expanduser()
+    mesh = sharding.make_mesh(config)
+    order = Method.order(method)
+    inputs = build(config, Method.eval_spec(method), order, sharding.local_rows(mesh, config.batch_size))
+    print(inputs.description, flush=True)
+    if inputs.num_train < 2 * clusters:
+        raise UserError(f"--clusters={clusters} of {inputs.num_train} pictures; take at most {inputs.num_train // 2}")
+    params, extras = judged(load_params(folder, ema=True, extras=True))
+    parts = {config.data.train_split: inputs.support, config.data.val_split: inputs.validate,
+             config.data.eval_split: inputs.evaluate}
+    found = {}
+    with jax.set_mesh(mesh):
+        for number, (split, batches) in enumerate((split, made) for split, made in parts.items() if split):
+            found[split] = Features(to_folder / "features" / str(number))
+            found[split].compute(method, params, extras, batches(), mesh)
+    made = made_of(found, config.data.train_split, clusters, ratio, seed)
+    made.meta.update({"from": source, "block": block, "seed": seed, "ratio": ratio, "data": dict(data_of(config))})
+    if jax.process_index() == 0:
+        made.write(to_folder)
+        save_params(to_folder / "encoder.safetensors", {"encoder": params["encoder"]}, workdir.metadata(config))
+        with (to_folder / "clusters.png").open("wb") as file:
+            Image.fromarray(picture(made, inputs, config, found[config.data.train_split])).save(file, "PNG")
+    print(f"{to_folder}: {summary(made)}")
+    return cli.FINISHED
+
+
+def data_of(config: ConfigDict) -> dict[str, Any]:
+    """Returns what identifies the data of a config, and how a picture was seen."""
+    names = ("source", "name", "path", "train_split", "val_split", "eval_split", "image_size", "resize")
+    return {name: value for name, value in flat(config.data).items() if name in names} | {
+        "crop_ratio": config.eval.crop_ratio[0]}
+
+
+def made_of(features: dict[str, Features], train: str, clusters: int, ratio: float, seed: int) -> Clusters:
+    """Runs k-means on the features of the training split, balances it, and gives every split's examples a cluster."""
+    rng, mean = np.random.default_rng(seed), features[train].mean()
+    first = spherical.spread(features[train].sample(PER_CLUSTER * clusters, mean, rng), clusters, rng)
+
+    def points() -> Any:
+        return features[train].points(mean)
+
+    centroids, plain = spherical.kmeans(points, first)
+    centroids, prices = spherical.balanced(points, centroids, ratio)
+    assigned, similarity = {}, 0.0
+    for split, part in features.items():
+        chosen, similar = spherical.assign(lambda part=part: part.points(mean), centroids, prices)
+        ids = np.concatenate([ids for _, ids in part.chunks()])
+        assigned[split] = np.full(ids.max() + 1, -1, np.int32)
+        assigned[split][ids] = chosen
+        similarity = float(similar.mean()) if split == train else similarity
+    sizes = np.bincount(assigned[train][assigned[train] >= 0], minlength=clusters)
+    meta = {"clusters": clusters, "largest": int(sizes.max()), "smallest": int(sizes.min()),
+            "similarity": similarity, "similarity_of_kmeans": float(plain)}
+    return Clusters(centroids, prices, mean, sizes, assigned, meta)
+
+
+def summary(made: Clusters) -> str:
+    """Returns one line about sizes and similarity."""
+    meta = made.meta
+    uneven = meta["largest"] / max(meta["smallest"], 1)
+    return (f"{meta['clusters']} clusters of {meta['smallest']} to {meta['largest']} pictures ({uneven:.2f} to 1); "
+            f"similarity to the own centroid {meta['similarity']:.3f}, of k-means {meta['similarity_of_kmeans']:.3f}")
+
+
+def picture(made: Clusters, inputs: Inputs, config: ConfigDict, features: Features) -> np.ndarray:
+    """Returns the members nearest to the centroids, a row per cluster, from the first LOOKED_AT pictures."""
+    shown = np.unique(np.linspace(0, len(made.centroids) - 1, min(SHOWN, len(made.centroids))).astype(int))
+    ids, similar = [], []
+    for values, numbers in features.chunks():
+        ids.append(numbers)
+        similar.append(spherical.unit(values - made.mean) @ made.centroids[shown].T)
+        if sum(map(len, ids)) >= LOOKED_AT:
+            break
+    ids, similar = np.concatenate(ids), np.concatenate(similar)
+    wanted = {}
+    for column, number in enumerate(shown):
+        own = np.flatnonzero(made.assigned[config.data.train_split][ids] == number)
+        best = own[np.argsort(-similar[own, column], kind="stable")[:MEMBERS]]
+        wanted |= {int(ids[row]): (column, place) for place, row in enumerate(best)}
+    size = (*config.data.image_size, 3)
+    rows = [[np.full(size, 255, np.uint8) for _ in range(MEMBERS)] for _ in shown]
+    for batch in itertools.islice(inputs.support(), -(-len(ids) // config.batch_size)):
+        for row in np.flatnonzero(np.isin(batch["id"], list(wanted))):
+            column, place = wanted[int(batch["id"][row])]
+            rows[column][place] = assemble(batch["patches"][row : row + 1], batch["order"][row : row + 1], grid(config),
+                                           tuple(config.model.patch))[0]
+    captions = ["nearest", *[""] * (MEMBERS - 1)]
+    return tile(rows, captions, f"clusters {', '.join(map(str, shown[:3]))} ... of {len(made.centroids)}, one to a row")
