@@ -1,4 +1,4 @@
-"""Writes the parameters of a run as safetensors, which `init_from` and other libraries read.
+r"""Writes the parameters of a run as safetensors, which `init_from` and other libraries read.
 
   python -m mae_jax.export --from=runs/quickstart --to=quickstart.safetensors
   python -m mae_jax.export --from=runs/quickstart/checkpoints/1250 --to=quickstart.safetensors
@@ -8,9 +8,17 @@
 --layout=hf writes a folder that transformers' ViTMAEForPreTraining.from_pretrained reads; --layout=mae the names of the
 published MAE code; --layout=timm the encoder and its classifier with timm's names, and prints the arguments of
 timm.models.VisionTransformer. The batch norm of a probe is folded into its head.
+
+  python -m mae_jax.export --from=runs/moce --for-task=vote --config=configs/folder.py --to=pets.safetensors \
+      --config.data.path=/path/to/pets
+
+--for-task cuts one ordinary encoder out of a mixture of experts (method.name=moce), for the training pictures of the
+config: the path of experts of most votes (vote), the best one by a linear probe on a tenth of them (probe), or another
+one as a control (random, --seed). It is written, fine-tuned and exported as any masked autoencoder is.
 """
 
 import json
+from typing import Any
 
 from absl import flags
 
@@ -18,11 +26,19 @@ from mae_jax import cli
 
 FROM = flags.DEFINE_string("from", "", "workdir, or one step's folder in it")
 TO = flags.DEFINE_string("to", "", "the file to write, *.safetensors; with --layout=hf a folder")
+CONFIG = cli.define_config()
+FOR_TASK = flags.DEFINE_enum("for-task", "", ["", "vote", "probe", "random"], "which path of a mixture of experts")
+SEED = flags.DEFINE_integer("seed", 0, "of --for-task=random")
 LAYOUT = flags.DEFINE_enum("layout", "mae_jax", ["mae_jax", "mae", "timm", "hf"], "whose names the arrays have")
 
 
-def export(source: str, to: str, layout: str) -> int:
-    """Writes the parameters that `source` holds to `to`, with the names of `layout`. Returns the exit code."""
+def export(source: str, to: str, layout: str, task: Any = None, how: str = "", seed: int = 0) -> int:
+    """Writes the parameters that `source` holds to `to`, with the names of `layout`. Returns the exit code.
+
+    Args:
+      source, to, layout: as the flags.
+      task, how, seed: config of the task for which a mixture of experts is cut down, and as `customise` takes them.
+    """
     from mae_jax import params, workdir
     from mae_jax.checkpoint import load_params, save_params
     from mae_jax.errors import UserError
@@ -38,7 +54,11 @@ def export(source: str, to: str, layout: str) -> int:
         raise UserError(f"--to={to}: the file's name must end in .safetensors")
     folder = workdir.locate(source)
     config = workdir.read_config(workdir.of_checkpoint(folder))
-    tree = folded(*params.judged(load_params(folder, ema=True, extras=True)))
+    tree, extras = params.judged(load_params(folder, ema=True, extras=True))
+    if how:
+        tree, config, report = for_task(config, tree, extras, task, how, seed)
+        print("\n".join(report))
+    tree = folded(tree, extras)
     if layout == "hf" and config.method.name not in ("mae", "supervised"):
         raise UserError(f"{folder} was trained with method.name={config.method.name!r}; transformers has MAE's model: "
                         "use --layout=timm or --layout=mae for the encoder")
@@ -59,5 +79,16 @@ def export(source: str, to: str, layout: str) -> int:
     return cli.FINISHED
 
 
+def for_task(*args: Any) -> Any:
+    """See `customise.customise`; raises UserError without a task."""
+    from mae_jax.customise import customise
+    from mae_jax.errors import UserError
+
+    if args[3] is None:
+        raise UserError("--for-task needs the task's data: --config=configs/folder.py --config.data.path=...")
+    return customise(*args)
+
+
 if __name__ == "__main__":
-    cli.run(lambda: export(FROM.value, TO.value, LAYOUT.value), __doc__, required=("from", "to"))
+    cli.run(lambda: export(FROM.value, TO.value, LAYOUT.value, CONFIG.value, FOR_TASK.value, SEED.value), __doc__,
+            required=("from", "to"))

@@ -1,5 +1,6 @@
 """Features of whole splits, on disk in chunks: computed once, resumed where they were cut off, read again in passes."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from mae_jax.errors import UserError
 from mae_jax.methods import Method
 from mae_jax.methods.base import pool
 from mae_jax.ops import spherical
@@ -17,8 +19,9 @@ from mae_jax.sharding import replicated, to_devices
 class Features:
     """The features of one split under a folder: 00000.npz, 00001.npz ..., each with `features` [n, D] and `ids` [n]."""
 
-    def __init__(self, folder: epath.Path):
-        self.folder = folder
+    def __init__(self, folder: epath.Path, about: dict[str, Any]):
+        """Args: folder; about, what the features are of, which must be that of those that are there."""
+        self.folder, self.about = folder, json.loads(json.dumps(about))
 
     def files(self) -> list[epath.Path]:
         """Returns the chunks that are there, in order."""
@@ -38,6 +41,7 @@ class Features:
         encode = jax.jit(lambda params, extras, batch: pool(
             method.encode(params, extras, batch), method.config.model.pool), out_shardings=replicated(mesh))
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._claim()
         done, parts = len(self.files()), []
         for number, batch in enumerate(batches):
             if number < done * per_chunk:
@@ -51,6 +55,17 @@ class Features:
                 done, parts = done + 1, []
         if parts:
             self._write(done, parts)
+
+    def _claim(self) -> None:
+        """Notes what the features are of; raises UserError where there are others."""
+        file = self.folder / "about.json"
+        there = json.loads(file.read_text()) if file.is_file() else None
+        if there is not None and there != self.about:
+            differ = next(key for key in self.about if there.get(key) != self.about[key])
+            raise UserError(f"{self.folder} has features of another {differ} ({there.get(differ)}, now "
+                            f"{self.about[differ]}); name another folder, or remove it")
+        if there is None and jax.process_index() == 0:
+            file.write_text(json.dumps(self.about) + "\n")
 
     def _write(self, number: int, parts: list[tuple[np.ndarray, np.ndarray]]) -> None:
         if jax.process_index():

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from mae_jax.train import Run
 
 
+DEEP = 3  # figures of single experts of a block, 'eval/share/block_09/3', are on record and not printed
+
+
 class Best:
     """The checkpoint that was best by a figure of the validation part, under <workdir>/best."""
 
@@ -111,5 +114,5 @@ class Judge:
         for name, picture in self.evaluator.pictures(state, self.part or "eval"):
             self.recorder.picture(done, name, picture)
         self.recorder.scalars(done, figures)  # last: it marks the evaluation as done
-        text = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        text = "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if name.count("/") < DEEP)
         say(f"evaluation at step {done}: {text}  ({time.monotonic() - began:.0f} s)")

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from mae_jax import cli, sharding, workdir
-from mae_jax.checkpoint import load_params, save_params
+from mae_jax.checkpoint import load_params, newest, save_params
 from mae_jax.clusters import Clusters
 from mae_jax.config import flat
 from mae_jax.data import Inputs, build
@@ -34,6 +34,15 @@ def frozen(config: ConfigDict, block: int) -> ConfigDict:
     config.data.update(augment="none", colour="none", repeats=1)
     if not -1 <= block < config.model.depth:
         raise UserError(f"--block={block}; the encoder has the blocks 0 to {config.model.depth - 1}, -1 is the last")
+    return config.lock()
+
+
+def with_data(config: ConfigDict, other: ConfigDict) -> ConfigDict:
+    """Returns a config that sees the pictures of another one, in its own size."""
+    config = config.copy_and_resolve_references().unlock()
+    size = config.data.image_size
+    config.data.update(other.data)
+    config.data.image_size = size
     return config.lock()
 
 
@@ -61,12 +70,8 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
       data: config whose group `data` is read in place of the run's own.
     """
     folder = workdir.locate(source)
-    config = workdir.read_config(workdir.of_checkpoint(folder)).unlock()
-    if data is not None:
-        size = config.data.image_size
-        config.data.update(data.data)
-        config.data.image_size = size
-    config = frozen(config, block)
+    config = workdir.read_config(workdir.of_checkpoint(folder))
+    config = frozen(config if data is None else with_data(config, data), block)
     if config.method.name == "moce":
         raise UserError(f"{source} is itself a mixture of experts; cluster with the encoder that it started from")
     method, to_folder = Frozen(config, block), epath.Path(to).expanduser()
@@ -79,13 +84,14 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
     params, extras = judged(load_params(folder, ema=True, extras=True))
     parts = {config.data.train_split: inputs.support, config.data.val_split: inputs.validate,
              config.data.eval_split: inputs.evaluate}
+    about = {"encoder": f"{config.method.name} at {newest(folder)}", "block": block, "data": data_of(config)}
     found = {}
     with jax.set_mesh(mesh):
         for number, (split, batches) in enumerate((split, made) for split, made in parts.items() if split):
-            found[split] = Features(to_folder / "features" / str(number))
+            found[split] = Features(to_folder / "features" / str(number), {**about, "split": split})
             found[split].compute(method, params, extras, batches(), mesh)
     made = made_of(found, config.data.train_split, clusters, ratio, seed)
-    made.meta.update({"from": source, "block": block, "seed": seed, "ratio": ratio, "data": dict(data_of(config))})
+    made.meta.update({"from": source, "block": block, "seed": seed, "ratio": ratio, "data": data_of(config)})
     if jax.process_index() == 0:
         made.write(to_folder)
         save_params(to_folder / "encoder.safetensors", {"encoder": params["encoder"]}, workdir.metadata(config))

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from mae_jax import clusters
 from mae_jax.errors import UserError
-from mae_jax.evals import attention, classify, dense, knn, labelled, linear, reconstruct
+from mae_jax.evals import attention, classify, dense, experts, knn, labelled, linear, reconstruct
 from mae_jax.evals.linear import Pair
 from mae_jax.evals.rows import Rows
 from mae_jax.methods import Method
@@ -92,12 +93,16 @@ class Evaluator:
 
     def _frozen(self, params: Any, extras: Any, batches: Iterator[Batch]) -> Figures:
         """Returns the held-out loss, and where labels exist the top-1 of a linear probe and of k-NN, all in 0..1."""
-        means, held = Means(), Rows(self.mesh)
+        means, held, chosen = Means(), Rows(self.mesh), Rows(self.mesh)
         for batch in batches:
             metrics, features = self._batch(params, extras, batch)
             means.add(jax.device_get(metrics))
             held.add(labelled_rows(batch), features, batch["label"])
+            if clusters.FIELD in batch:
+                chosen.add(batch["valid"] > 0, batch[clusters.FIELD], batch["label"])
         out, test = means.take(), _pair(held)
+        if chosen.parts:
+            out |= experts.figures(self.method, params, extras, *chosen.take())
         if not self._probed(test):
             return out
         train = self._pooled_pair(params, extras, self.inputs.support)
@@ -182,8 +187,10 @@ class Evaluator:
         method, config = self.method, self.method.config
         count = min(max(config.eval.pictures // method.group, 1) * method.group, config.batch_size)
         everywhere = partial(jax.device_put, device=replicated(self.mesh))
-        batch = {name: everywhere(value)[:count] for name, value in batch.items()}
+        whole, batch = batch, {name: everywhere(value)[:count] for name, value in batch.items()}
         about = method, state.ema or state.params, state.extras, batch
+        if hasattr(method, "probabilities") and not method.by_token:
+            yield "experts", experts.picture(*about[:3], whole)
         if method.group > 1:
             yield "reconstruct", reconstruct.mixtures(*about)
         elif hasattr(method, "reconstruct"):
