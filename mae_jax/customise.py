@@ -120,6 +120,7 @@ def tally(of_cluster: list[Path], votes: np.ndarray) -> dict[Path, float]:
 
 
 def ranked(votes: dict[Path, float]) -> list[tuple[Path, float]]:
+    """Returns the paths with their votes, the most voted first."""
     return sorted(votes.items(), key=lambda item: (-item[1], item[0]))
 
 
@@ -170,4 +171,5 @@ def dense_config(config: ConfigDict) -> ConfigDict:
 
 
 def name(path: Path) -> str:
+    """Returns '1-3' for the path of the experts 1 and 3."""
     return "-".join(map(str, path))

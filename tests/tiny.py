@@ -23,6 +23,7 @@ OWN = {  # method → its fields
     "dino": {"out_dim": 32, "head_width": 24, "bottleneck": 8, "local_views": 3, "local_size": (8, 8)},
     "mae": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2},
     "mixedae": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "projection": 8},
+    "moce": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "experts": 4, "clusters": "unread"},
     "segment": {"classes": 3},
     "splitmask": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "vocabulary": 24},
     "supervised": {"classes": 3},
@@ -91,6 +92,7 @@ def tiny_batch(config: ConfigDict, seed: int = 0, train: bool = True) -> Batch:
         "id": np.arange(images, dtype=np.int32),
         "valid": np.ones(images, np.float32),
         "replaced": np.zeros(images, np.int32),
+        **({"cluster": rng.integers(3, size=images).astype(np.int32)} if config.method.name == "moce" else {}),
     }
 
 

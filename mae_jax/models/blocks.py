@@ -126,7 +126,7 @@ class Blocks(nn.Module):
             x, gates = self._alike(x, self.block(numbers[0], parent=None), inputs)
             for number, gate in zip(numbers, gates, strict=True):
                 if gate:
-                    self.sow(GATES, f"block_{number:02d}", gate[GATES]["experts"]["gate"]["probabilities"][0])
+                    self.sow(GATES, f"of_block_{number:02d}", gate[GATES]["experts"]["gate"]["probabilities"][0])
         return x
 
     def _alike(self, x: jax.Array, block: Block, inputs: list[tuple[Any, ...]]) -> tuple[jax.Array, list[Any]]:

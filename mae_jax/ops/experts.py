@@ -1,5 +1,6 @@
 """Products with one of E kernels per image: on each device its own images, in static shapes, none dropped."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -56,7 +57,8 @@ def _backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array | 
 expert_linear.defvjp(_forward, _backward)
 
 
-def _on_each_device(function, x: jax.Array, kernel: jax.Array, expert: jax.Array) -> jax.Array:
+def _on_each_device(function: Callable[..., jax.Array], x: jax.Array, kernel: jax.Array,
+                    expert: jax.Array) -> jax.Array:
     mesh = layout.sizes()
     if not mesh or max(mesh.values()) == 1:
         return function(x, kernel, expert)
@@ -79,7 +81,10 @@ def _grouped(x: jax.Array, kernel: jax.Array, expert: jax.Array) -> jax.Array:
 
 
 def _one_by_one(x: jax.Array, kernel: jax.Array, expert: jax.Array) -> jax.Array:
-    return jax.lax.map(lambda item: item[0] @ kernel[item[1]], (x, expert))
+    def one(item: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return item[0] @ jax.lax.dynamic_index_in_dim(kernel, item[1], keepdims=False)
+
+    return jax.lax.map(one, (x, expert))
 
 
 def _outer(experts: int, dtype: jnp.dtype, x: jax.Array, dy: jax.Array, expert: jax.Array) -> jax.Array:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+LEAST = 1e-9  # probability in a logarithm, whose gradient would have no end
+
 
 class Choice(NamedTuple):
     """One expert for each of B rows."""
@@ -46,4 +48,4 @@ def uncertainty(probabilities: jax.Array, share: jax.Array) -> jax.Array:
     With a small imbalance, a small one means that the choice tells much of the row: together they are the mutual
     information of the two.
     """
-    return -(share @ jax.scipy.special.xlogy(probabilities, probabilities).sum(-1))
+    return -(share @ (probabilities * jnp.log(jnp.maximum(probabilities, LEAST))).sum(-1))

@@ -16,7 +16,8 @@ from tests.tiny import EXAMPLES, tiny_batch, tiny_config, tiny_params, tiny_stat
 
 LARGE = {"batch_size": 16, "model.width": 128, "model.heads": 4}
 DECODER = {"method.decoder_width": 64, "method.decoder_heads": 4}
-FIELDS = {"splitmask": DECODER, "dino": {}, "beit": {}, "mixedae": DECODER | {"batch_size": 32}}
+FIELDS = {"splitmask": DECODER, "dino": {}, "beit": {}, "mixedae": DECODER | {"batch_size": 32},
+          "moce": DECODER | {"method.experts": 8, "method.num_clusters": 6}}
 MESHES = {"4 devices": (4, {}), "8 devices": (8, {"mesh.zero": "on"}), "4 x 2": (8, {"mesh.tensor": 2})}
 
 
@@ -26,7 +27,10 @@ def made(name, devices, fields):
     mesh, method = sharding.make_mesh(config, devices), get(name)(config, EXAMPLES)
     batch = tiny_batch(config)
     batch["valid"][5] = 0
-    extras = {} if name == "mixedae" else jax.tree.map(np.asarray, {
+    draws = np.random.default_rng(2)
+    extras = jax.tree.map(np.asarray, {
+        "mixedae": dict,
+        "moce": lambda: {"centroids": draws.normal(size=(6, 128)).astype(np.float32), "share": np.full(6, 1 / 6)},
         "dino": lambda: {"teacher": tiny_params(config, 1), "center": np.zeros(config.method.out_dim, np.float32)},
     }.get(name, lambda: {"vocabulary": np.random.default_rng(2).normal(size=(23, 48)).astype(np.float32)})())
     with jax.set_mesh(mesh):

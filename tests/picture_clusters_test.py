@@ -1,0 +1,159 @@
+"""From a MAE to clusters, a mixture of experts, and one encoder of it for a task; and what goes wrong on that way."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mae_jax import train, workdir
+from mae_jax.checkpoint import load_params
+from mae_jax.clusters import Clusters
+from mae_jax.customise import customise
+from mae_jax.errors import UserError
+from mae_jax.evals.experts import information
+from mae_jax.export import export
+from mae_jax.features import Features
+from mae_jax.ops import spherical
+from mae_jax.params import judged
+from mae_jax.picture_clusters import cluster
+from tests.tiny import tiny_config
+
+CROPS = {"data.source": "photo_crops", "data.train_split": "train[:400]", "train.duration": "2 steps",
+         "eval.every": "2 steps", "checkpoint.every": "2 steps", "batch_size": 16, "eval.max_examples": 64,
+         "model.pool": "mean", "optim.lr": 0.001}
+
+
+def clustered(folder, to, clusters=8, **options):
+    return cluster(str(folder), str(to), clusters, options.get("block", -1), 3.0, options.get("seed", 0),
+                   options.get("data"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with the workdirs mae and moce, and clusters of the first one's pictures."""
+    folder = tmp_path_factory.mktemp("moce")
+    assert train.train(tiny_config(CROPS), str(folder / "mae")) == 0
+    assert clustered(folder / "mae", folder / "clusters") == 0
+    fields = CROPS | {"init_from": str(folder / "mae"), "method.clusters": str(folder / "clusters"),
+                      "method.blocks": "all"}
+    assert train.train(tiny_config(fields, "moce"), str(folder / "moce")) == 0
+    return folder
+
+
+def test_clusters_cover_all_pictures_and_are_of_nearly_one_size(made):
+    found = Clusters.read(str(made / "clusters"))
+    assert set(found.assigned) == {"train[:400]", "test"}
+    assert [len(each) for each in found.assigned.values()] == [400, 1020]
+    assert min(each.min() for each in found.assigned.values()) >= 0
+    assert found.sizes.sum() == 400
+    assert found.sizes.max() / found.sizes.min() <= 3
+    np.testing.assert_array_equal(found.sizes, np.bincount(found.assigned["train[:400]"]))
+    np.testing.assert_allclose(np.linalg.norm(found.centroids, axis=1), 1, rtol=1e-5)
+    assert found.meta["similarity"] >= 0.95 * found.meta["similarity_of_kmeans"]
+    assert (made / "clusters" / "clusters.png").stat().st_size > 1000
+    assert workdir.config_of(str(made / "clusters" / "encoder.safetensors")).model.width == 32
+
+
+def test_the_same_command_gives_the_same_clusters_and_goes_on_with_features(made, tmp_path):
+    shutil.copytree(made / "clusters", tmp_path / "again")
+    last = sorted((tmp_path / "again" / "features" / "1").glob("0*.npz"))[-1]
+    before = last.read_bytes()
+    last.unlink()  # as if it had been stopped there
+    kept = sorted((tmp_path / "again" / "features" / "0").glob("0*.npz"))[0].stat().st_mtime_ns
+    assert clustered(made / "mae", tmp_path / "again") == 0
+    assert last.read_bytes() == before
+    assert sorted((tmp_path / "again" / "features" / "0").glob("0*.npz"))[0].stat().st_mtime_ns == kept
+    ours, theirs = (Clusters.read(str(folder / name)) for folder, name in ((tmp_path, "again"), (made, "clusters")))
+    np.testing.assert_array_equal(ours.centroids, theirs.centroids)
+    np.testing.assert_array_equal(ours.prices, theirs.prices)
+    with pytest.raises(UserError, match="has features of another block"):
+        clustered(made / "mae", tmp_path / "again", block=0)
+
+
+def test_features_are_read_in_chunks_that_hold_every_picture_once(made):
+    about = json.loads((made / "clusters" / "features" / "1" / "about.json").read_text())
+    features = Features(made / "clusters" / "features" / "1", about)
+    ids = np.concatenate([ids for _, ids in features.chunks()])
+    assert sorted(ids) == list(range(1020))
+    mean = features.mean()
+    points = np.concatenate(list(features.points(mean)))
+    np.testing.assert_allclose(np.linalg.norm(points, axis=1), 1, rtol=1e-5)
+    sample = features.sample(100, mean, np.random.default_rng(0))
+    assert len(np.unique(sample, axis=0)) == 100
+    assert np.isin(sample[:, 0], points[:, 0]).all()
+    assert np.all(sample != points[:100]) or len(sample) == 100  # of all chunks, not the first ones
+    assert spherical.CHUNK % 16 == 0
+
+
+def test_a_mixture_reports_who_sees_what(made):
+    rows = [json.loads(line) for line in (made / "moce" / "metrics.jsonl").read_text().splitlines()]
+    last = {name: value for row in rows for name, value in row.items()}
+    for block in ("block_00", "block_01"):
+        assert sum(last[f"eval/share/{block}/{i}"] for i in range(4)) == pytest.approx(1)
+        assert sum(last[f"eval/clusters/{block}/{i}"] for i in range(4)) == 8
+        assert 0 <= last[f"eval/label_information/{block}"] <= 1
+    assert {"eval/gate_cv", "eval/gate_confidence", "eval/balance_loss", "train/confidence_loss"} <= last.keys()
+    assert {path.name.split("_")[0] for path in (made / "moce" / "pictures").iterdir()} == {
+        "attention", "experts", "ratios", "reconstruct"}
+
+
+def test_information_is_all_where_the_choice_is_the_label_and_nothing_where_it_is_not():
+    label = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2])
+    assert information(label, label) == pytest.approx(1)
+    assert information(np.repeat([0, 1, 2], 3), label) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("how", ["vote", "probe", "random"])
+def test_a_task_gets_an_ordinary_encoder_that_trains_on(made, tmp_path, how):
+    folder = made / "moce"
+    params, extras = judged(load_params(folder, extras=True))
+    task = tiny_config(CROPS | {"data.train_split": "train[400:600]"})
+    tree, config, report = customise(workdir.read_config(folder), params, extras, task, how)
+    shares = [float(line.split(": ")[1].split("%")[0]) for line in report if line.endswith("of the task's pictures")]
+    assert sum(shares) == pytest.approx(100, abs=1)
+    assert shares == sorted(shares, reverse=True)
+    taken = report[-1].removeprefix("taken: path ")
+    if how == "vote":
+        assert report[0].startswith(f"path {taken}: ")
+        path = tuple(map(int, taken.split("-")))
+        for block, expert in enumerate(path):
+            np.testing.assert_array_equal(tree["encoder"][f"block_{block:02d}"]["mlp"]["fc1"]["kernel"],
+                                          params["encoder"][f"block_{block:02d}"]["experts"]["fc1"]["kernel"][expert])
+    assert any("linear probe" in line for line in report) == (how == "probe")
+    assert config.method.name == "mae"
+    file = tmp_path / "task.safetensors"
+    export(str(folder), str(file), "mae_jax", task, how)
+    fields = CROPS | {"init_from": str(file), "model.positions": "learned", "method.classes": 0}
+    assert train.train(tiny_config(fields, "supervised"), str(tmp_path / "tuned")) == 0
+
+
+@pytest.mark.parametrize(("fields", "text"), [
+    ({"data.train_split": "train[:401]"}, r"has no clusters of the split 'train\[:401\]'"),
+    ({"data.source": "mnist5k"}, "are of data.source='photo_crops'"),
+    ({"method.clusters": "nowhere"}, "nowhere holds no clusters.npz; make it"),
+    ({"model.width": 48, "model.heads": 3}, "init_from")])
+def test_clusters_of_other_data_are_refused(made, tmp_path, fields, text):
+    config = tiny_config(CROPS | {"init_from": str(made / "mae"), "method.clusters": str(made / "clusters")} | fields,
+                         "moce")
+    with pytest.raises(UserError, match=text):
+        train.train(config, str(tmp_path / "run"))
+
+
+def test_what_cannot_be_clustered_or_cut_is_refused(made, tmp_path):
+    with pytest.raises(UserError, match="--clusters=201 of 400 pictures; take at most 200"):
+        clustered(made / "mae", tmp_path / "many", clusters=201)
+    with pytest.raises(UserError, match="--block=2; the encoder has the blocks 0 to 1"):
+        clustered(made / "mae", tmp_path / "deep", block=2)
+    with pytest.raises(UserError, match="is itself a mixture of experts"):
+        clustered(made / "moce", tmp_path / "again")
+    with pytest.raises(UserError, match="--for-task needs a run of method.name=moce"):
+        export(str(made / "mae"), str(tmp_path / "x.safetensors"), "mae_jax", tiny_config(CROPS), "vote")
+    with pytest.raises(UserError, match="--for-task needs the task's data"):
+        export(str(made / "moce"), str(tmp_path / "x.safetensors"), "mae_jax", None, "vote")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(made / "clusters", damaged)
+    (damaged / "clusters.npz").write_bytes((damaged / "clusters.npz").read_bytes()[:200])
+    with pytest.raises(UserError, match="is damaged"):
+        Clusters.read(str(damaged))
