@@ -55,9 +55,9 @@ class Clusters:
     def read(cls, folder: str) -> "Clusters":
         """Reads what `write` wrote; raises UserError where it is not there or damaged."""
         path = epath.Path(folder).expanduser()
-        if not (path / "clusters.npz").is_file():
-            raise UserError(f"{folder} holds no clusters.npz; make it: python -m mae_jax.cluster --from=WORKDIR "
-                            f"--to={folder}")
+        if not folder or not (path / "clusters.npz").is_file():
+            raise UserError(f"method.clusters={folder!r} holds no clusters.npz; python -m mae_jax.cluster "
+                            "--from=WORKDIR --to=FOLDER makes it, of the pictures and the encoder of a MAE")
         try:
             with (path / "clusters.npz").open("rb") as file, np.load(file) as stored:
                 arrays = {name: stored[name] for name in stored.files}

@@ -76,6 +76,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         # Part of the training data that chooses checkpoints, as 'train[90%:]': train_split is then 'train[:90%]'.
         "val_split": "",
         "eval_split": "test",  # '' turns evaluation off
+        "classes": "",  # keep pictures of these alone: 'cat,dog', '0-9', imagenet_organisms, imagenet_rest; '': all
         "image_size": (224, 224),  # height, width in pixels
         "augment": "random",  # crop: none, fixed, random (MAE Table 1e), simple (DeiT III), single (BYOL)
         "colour": "none",  # none, jitter (MAE Table 1e), three (3-Augment, DeiT III), rand (RandAugment)

@@ -168,7 +168,6 @@ def test_upcycling_and_cutting_out_are_inverse():
 
 
 @pytest.mark.parametrize(("fields", "text"), [
-    ({"method.clusters": ""}, "names no clusters; python -m mae_jax.cluster --from=WORKDIR"),
     ({"method.gate": "clusters"}, "did you mean 'cluster'"),
     ({"method.gate_weight": "strait"}, "did you mean 'straight'"),
     ({"method.experts": 1}, "must be at least 2"),
@@ -181,6 +180,8 @@ def test_what_cannot_be_mixed_is_refused(fields, text):
 
 
 def test_clusters_of_another_number_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"method.clusters='' holds no clusters.npz; python -m mae_jax.cluster --from"):
+        Clusters.read("")
     Clusters(np.eye(3, 12, dtype=np.float32), np.zeros(3, np.float32), np.zeros(12, np.float32),
              np.array([5, 2, 3])).write(tmp_path)
     config = tiny_config(FIELDS | {"method.clusters": str(tmp_path)}, "moce")

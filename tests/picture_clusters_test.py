@@ -132,7 +132,7 @@ def test_a_task_gets_an_ordinary_encoder_that_trains_on(made, tmp_path, how):
 @pytest.mark.parametrize(("fields", "text"), [
     ({"data.train_split": "train[:401]"}, r"has no clusters of the split 'train\[:401\]'"),
     ({"data.source": "mnist5k"}, "are of data.source='photo_crops'"),
-    ({"method.clusters": "nowhere"}, "nowhere holds no clusters.npz; make it"),
+    ({"method.clusters": "nowhere"}, "method.clusters='nowhere' holds no clusters.npz; python -m mae_jax.cluster"),
     ({"model.width": 48, "model.heads": 3}, "init_from")])
 def test_clusters_of_other_data_are_refused(made, tmp_path, fields, text):
     config = tiny_config(CROPS | {"init_from": str(made / "mae"), "method.clusters": str(made / "clusters")} | fields,
@@ -148,7 +148,7 @@ def test_what_cannot_be_clustered_or_cut_is_refused(made, tmp_path):
         clustered(made / "mae", tmp_path / "deep", block=2)
     with pytest.raises(UserError, match="is itself a mixture of experts"):
         clustered(made / "moce", tmp_path / "again")
-    with pytest.raises(UserError, match="--for-task needs a run of method.name=moce"):
+    with pytest.raises(UserError, match=r"--for-task needs a run of method.name=moce"):
         export(str(made / "mae"), str(tmp_path / "x.safetensors"), "mae_jax", tiny_config(CROPS), "vote")
     with pytest.raises(UserError, match="--for-task needs the task's data"):
         export(str(made / "moce"), str(tmp_path / "x.safetensors"), "mae_jax", None, "vote")

@@ -43,9 +43,12 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
 
     def read(i: int) -> Example:
         pixels, mask = _decode((root / files[i]).read_bytes())
-        return Example(pixels, CLASSES.index(files[i].split("/")[0]), mask=mask)
+        return Example(pixels, label(i), mask=mask)
 
-    return Source(len(files), read, files.__getitem__, CLASSES, ("mask",))
+    def label(i: int) -> int:
+        return CLASSES.index(files[i].split("/")[0])
+
+    return Source(len(files), read, files.__getitem__, CLASSES, ("mask",), label)
 
 
 def series(name: str) -> str:

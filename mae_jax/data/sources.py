@@ -51,11 +51,12 @@ class Source:
     name: Callable[[int], str]  # index → what to call the example in a message
     classes: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()  # which of 'labels' and 'mask' its examples have
+    label: Callable[[int], int] | None = None  # index → label, where it is known without reading the picture
 
     def only(self, indices: np.ndarray) -> "Source":
         """Returns the source of these examples, in this order."""
         return Source(len(indices), lambda i: self.read(int(indices[i])), lambda i: self.name(int(indices[i])),
-                      self.classes, self.fields)
+                      self.classes, self.fields, self.label and (lambda i: self.label(int(indices[i]))))
 
     def sliced(self, split: splits.Split) -> "Source":
         """Returns the part of this split that an expression names."""
@@ -70,7 +71,8 @@ class Source:
             ours, theirs = getattr(self, what), getattr(other, what)
             return lambda i: ours(i) if i < self.size else theirs(i - self.size)
 
-        return Source(self.size + other.size, of("read"), of("name"), self.classes, self.fields)
+        return Source(self.size + other.size, of("read"), of("name"), self.classes, self.fields,
+                      of("label") if self.label and other.label else None)
 
 
 def load(data: ConfigDict, expression: str) -> "Source | Stream":
@@ -89,7 +91,14 @@ def load(data: ConfigDict, expression: str) -> "Source | Stream":
                               [module.load(data, split) for split in splits.parts(expression)])
     if not source.size:
         raise UserError(f"the split {expression!r} of data.source={data.source!r} has no pictures")
-    return source
+    if not data.get("classes"):
+        return source
+    from mae_jax.data.class_lists import kept
+
+    if not isinstance(source, Source):
+        raise UserError(f"data.classes={data.classes!r} needs data with random access, which a stream of records has "
+                        "not: python -m mae_jax.inspect --write=array_record stores them so")
+    return kept(source, data.classes)
 
 
 def same_split(data: ConfigDict, one: str, other: str) -> bool:

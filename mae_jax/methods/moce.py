@@ -64,9 +64,6 @@ class MoCE(MAE):
                             "above 0")
         if min(m.noise, m.balance_weight, m.confidence_weight, m.distill_weight) < 0:
             raise UserError("method.noise and the weights of method.*_weight must not be negative")
-        if not m.clusters:
-            raise UserError("method.clusters='' names no clusters; python -m mae_jax.cluster --from=WORKDIR "
-                            "--to=FOLDER makes them with the encoder of a MAE that was trained on the same data")
         named_blocks(config)
 
     @staticmethod

@@ -43,7 +43,8 @@ def made(name, devices, fields):
 
 def largest(ours, theirs, relative: bool) -> float:
     pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
-    return float(max(np.abs(a - b).max() / (max(np.abs(b).max(), 1e-3) if relative else 1) for a, b in pairs))
+    apart = [np.abs(a - b).max() / (max(np.abs(b).max(), 1e-3) if relative else 1) for a, b in pairs]
+    return float(max(apart, default=0.0))
 
 
 def main() -> None:
