@@ -68,6 +68,8 @@ class MoCE(MAE):
 
     @staticmethod
     def fitted(config: ConfigDict, classes: tuple[str, ...]) -> ConfigDict:
+        if config.method.gate == "token":
+            return config
         found = Clusters.read(config.method.clusters)
         config = config.copy_and_resolve_references()
         count, width = found.centroids.shape
@@ -90,7 +92,8 @@ class MoCE(MAE):
             gating=tuple(gating if i in self.blocks else None for i in range(config.model.depth)))
 
     def eval_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return super().eval_spec() | {"cluster": jax.ShapeDtypeStruct((self.config.batch_size,), jnp.int32)}
+        cluster = {"cluster": jax.ShapeDtypeStruct((self.config.batch_size,), jnp.int32)}
+        return super().eval_spec() | ({} if self.by_token else cluster)
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
         encoder_key, decoder_key, *gate_keys = jax.random.split(key, 2 + len(self.blocks))
@@ -104,8 +107,9 @@ class MoCE(MAE):
             shape = (self.width, self.config.method.experts)
             params["gates"] = {block_name(block): {"kernel": GATE_STD * jax.random.normal(gate_key, shape)}
                                for block, gate_key in zip(self.blocks, gate_keys, strict=True)}
-        extras = self.fitted_targets(batch) | {"centroids": jnp.zeros((self.count, self.width)),
-                                               "share": jnp.full((self.count,), 1 / self.count)}
+        extras = self.fitted_targets(batch)
+        if not self.by_token:
+            extras |= {"centroids": jnp.zeros((self.count, self.width)), "share": jnp.full(self.count, 1 / self.count)}
         if self.config.method.distill_weight:
             extras["start"] = along(params["encoder"], dict.fromkeys(self.blocks, 0))
         return params, extras
@@ -115,13 +119,15 @@ class MoCE(MAE):
 
         The encoder that training starts from is that of the first expert: upcycling makes them all alike.
         """
-        found = Clusters.read(self.config.method.clusters)
-        centred = found.centroids - found.centroids.mean(1, keepdims=True)
-        extras = {**extras, "centroids": centred / np.sqrt(centred.var(1, keepdims=True) + EPS),
-                  "share": found.sizes / found.sizes.sum()}
+        fitted: Extras = {}
+        if not self.by_token:
+            found = Clusters.read(self.config.method.clusters)
+            centred = found.centroids - found.centroids.mean(1, keepdims=True)
+            fitted = {"centroids": centred / np.sqrt(centred.var(1, keepdims=True) + EPS),
+                      "share": found.sizes / found.sizes.sum()}
         if "start" in extras:
-            extras["start"] = along(params["encoder"], dict.fromkeys(self.blocks, 0))
-        return extras
+            fitted["start"] = along(params["encoder"], dict.fromkeys(self.blocks, 0))
+        return {**extras, **fitted} if fitted else extras
 
     def probabilities(self, params: Params, extras: Extras, key: jax.Array | None = None) -> dict[int, jax.Array]:
         """Returns the routing table: block → what its gate gives the experts of each cluster, float32 [m, E].
@@ -139,23 +145,25 @@ class MoCE(MAE):
             table[block] = jax.nn.softmax(logits / m.temperature)
         return table
 
-    def choices(self, table: Mapping[int, jax.Array], cluster: jax.Array) -> dict[int, Choice]:
-        """Returns block → the experts of pictures by their cluster, int32 [B]."""
-        rows = jnp.maximum(cluster, 0)  # padding has none
-        return {block: choose(each, self.straight).of(rows) for block, each in table.items()}
+    def choices(self, params: Params, extras: Extras, batch: Batch,
+                key: jax.Array | None = None) -> dict[int, Choice]:
+        """Returns block → the experts of pictures by their cluster; {} where tokens choose."""
+        if self.by_token:
+            return {}
+        rows = jnp.maximum(batch["cluster"], 0)  # padding has none
+        return {block: choose(each, self.straight).of(rows)
+                for block, each in self.probabilities(params, extras, key).items()}
 
     def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1) -> jax.Array:
-        table = {} if self.by_token else self.probabilities(params, extras)
         return self.encoder.apply({"params": params["encoder"]}, normalize(batch["patches"]), batch["order"],
-                                  block=block, choices=self.choices(table, batch["cluster"]))
+                                  block=block, choices=self.choices(params, extras, batch))
 
     def encode_visible(self, params: Params, extras: Extras, batch: Batch,
                        key: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns tokens [B, 1 + V, D] of visible patches, and where tokens choose, block → probabilities [B, T, E]."""
-        table = {} if self.by_token else self.probabilities(params, extras, key)
         seen = normalize(batch["patches"][:, : self.visible]), batch["order"][:, : self.visible]
         tokens, sown = self.encoder.apply({"params": params["encoder"]}, *seen, mutable=[GATES],
-                                          choices=self.choices(table, batch["cluster"]))
+                                          choices=self.choices(params, extras, batch, key))
         return tokens, {name: value[0] for name, value in sown.get(GATES, {}).items()}
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,

@@ -136,23 +136,19 @@ def balanced(chunks: Chunks, centroids: np.ndarray, ratio: float) -> tuple[np.nd
             points, valid = _padded(chunk)
             sums += np.asarray(_sums(points, valid, _assigned(points, centroids, prices)[0], centroids), np.float64)
         centroids = unit(sums).astype(np.float32)
-        prices = balance(chunks, centroids, ratio)
+        prices = balance(chunks, centroids, ratio, prices)
     return centroids, prices
 
 
-def balance(chunks: Chunks, centroids: np.ndarray, ratio: float) -> np.ndarray:
+def balance(chunks: Chunks, centroids: np.ndarray, ratio: float, prices: np.ndarray | None = None) -> np.ndarray:
     """Returns prices float32 [m] by which the largest cluster has at most `ratio` times the points of the smallest.
 
-    Points belong to the centroid of the highest similarity less price. Prices start as the potentials of an entropic
-    optimal transport with equal shares (Sinkhorn's iterations); these balance soft shares, not hard counts. So each
+    Points belong to the centroid of the highest similarity less price. Prices start as those given, or else as the
+    potentials of an entropic optimal transport with equal shares, which balance soft shares, not hard counts. So each
     price then follows the hard count of its own cluster in each pass, in steps that grow while the sign stays and
     shrink when it turns. Where PASSES do not suffice, those of the best pass are returned.
     """
-    potentials = np.zeros(len(centroids), np.float32)
-    for _ in range(SINKHORN):
-        counts = sum(np.asarray(_soft_counts(*_padded(chunk), centroids, potentials), np.float64) for chunk in chunks())
-        potentials = (potentials + np.log(counts.mean() / np.maximum(counts, 1e-6))).astype(np.float32)
-    prices = -EPSILON * (potentials - potentials.mean())
+    prices = _sinkhorn(chunks, centroids) if prices is None else prices
     steps, signs = np.full(len(centroids), EPSILON / 10), np.zeros(len(centroids))
     best = (np.inf, prices)
     for _ in range(PASSES):
@@ -170,3 +166,12 @@ def balance(chunks: Chunks, centroids: np.ndarray, ratio: float) -> np.ndarray:
         signs = np.sign(off)
         prices = (prices + steps * np.clip(off, -1, 1)).astype(np.float32)
     return best[1]
+
+
+def _sinkhorn(chunks: Chunks, centroids: np.ndarray) -> np.ndarray:
+    """Returns prices float32 [m] under which a softmax gives all centroids the same share of the points."""
+    potentials = np.zeros(len(centroids), np.float32)
+    for _ in range(SINKHORN):
+        counts = sum(np.asarray(_soft_counts(*_padded(chunk), centroids, potentials), np.float64) for chunk in chunks())
+        potentials = (potentials + np.log(counts.mean() / np.maximum(counts, 1e-6))).astype(np.float32)
+    return -EPSILON * (potentials - potentials.mean())

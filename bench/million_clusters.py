@@ -1,0 +1,124 @@
+"""A million features clustered in bounded memory, beside scikit-learn's MiniBatchKMeans.
+
+  python bench/million_clusters.py
+  python bench/million_clusters.py --points=100000 --clusters=64         (a trial)
+
+The features are synthetic: 768 values around 400 directions of very different frequency, written to disk in chunks.
+Ours is `mae_jax.ops.spherical`: k-means to convergence, then clusters whose largest is at most 3 times the smallest.
+Theirs is MiniBatchKMeans on the same unit vectors, from the same first centroids, in as many passes over the chunks
+(partial_fit) as our k-means took; it does not balance. Memory is the peak of each process, which does nothing else,
+less what it had before the first chunk. Written to bench/results/million_clusters.json.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mae_jax.ops import spherical
+
+RESULTS = Path(__file__).parent / "results"
+WIDTH, DIRECTIONS, CHUNK = 768, 400, 16_384
+
+
+def write(folder: Path, points: int) -> None:
+    """Writes chunks of unit vectors."""
+    draws = np.random.default_rng(0)
+    middles = draws.normal(size=(DIRECTIONS, WIDTH)).astype(np.float32)
+    weights = 1 / np.arange(1, DIRECTIONS + 1)
+    for number, start in enumerate(range(0, points, CHUNK)):
+        size = min(CHUNK, points - start)
+        which = draws.choice(DIRECTIONS, size, p=weights / weights.sum())
+        noise = draws.standard_normal((size, WIDTH), np.float32)
+        np.save(folder / f"{number:05d}.npy", spherical.unit(middles[which] + noise).astype(np.float32))
+
+
+def chunks(folder: Path) -> Iterator[np.ndarray]:
+    """Yields the chunks."""
+    for file in sorted(folder.glob("*.npy")):
+        yield np.load(file)
+
+
+def peak() -> float:
+    """Returns the process's peak of resident memory in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def start(folder: Path, clusters: int) -> np.ndarray:
+    """Returns the first centroids, of one chunk."""
+    return spherical.spread(next(chunks(folder)), clusters, np.random.default_rng(0))
+
+
+def ours(folder: Path, clusters: int) -> dict[str, float]:
+    first = start(folder, clusters)
+    passes = [0]
+
+    def counted() -> Iterator[np.ndarray]:
+        passes[0] += 1
+        return chunks(folder)
+
+    before, began = peak(), time.monotonic()
+    plain, similarity = spherical.kmeans(counted, first)
+    kmeans_seconds, kmeans_passes = time.monotonic() - began, passes[0]
+    centroids, prices = spherical.balanced(counted, plain, 3.0)
+    chosen, similar = spherical.assign(counted, centroids, prices)
+    sizes = np.bincount(chosen, minlength=clusters)
+    return {"kmeans_seconds": kmeans_seconds, "kmeans_passes": kmeans_passes, "kmeans_similarity": similarity,
+            "seconds": time.monotonic() - began, "passes": passes[0], "similarity": float(similar.mean()),
+            "largest": int(sizes.max()), "smallest": int(sizes.min()), "mib": peak() - before}
+
+
+def theirs(folder: Path, clusters: int, passes: int) -> dict[str, float]:
+    from sklearn.cluster import MiniBatchKMeans
+
+    first = start(folder, clusters)
+    before, began = peak(), time.monotonic()
+    model = MiniBatchKMeans(clusters, init=first, n_init=1, batch_size=CHUNK, random_state=0)
+    for _ in range(passes):
+        for chunk in chunks(folder):
+            model.partial_fit(chunk)
+    centroids = spherical.unit(model.cluster_centers_).astype(np.float32)
+    seconds = time.monotonic() - began
+    chosen, similar = spherical.assign(lambda: chunks(folder), centroids, np.zeros(clusters, np.float32))
+    sizes = np.bincount(chosen, minlength=clusters)
+    return {"seconds": seconds, "passes": passes, "similarity": float(similar.mean()), "largest": int(sizes.max()),
+            "smallest": int(sizes.min()), "mib": peak() - before}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", type=int, default=1_000_000)
+    parser.add_argument("--clusters", type=int, default=256)
+    parser.add_argument("--only", nargs=3, metavar=("WHO", "FOLDER", "PASSES"), help="used by the script itself")
+    options = parser.parse_args()
+    if options.only:
+        who, folder, passes = options.only
+        found = ours(Path(folder), options.clusters) if who == "ours" else theirs(
+            Path(folder), options.clusters, int(passes))
+        print(json.dumps(found))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), options.points)
+
+        def run(who: str, passes: int = 0) -> dict[str, float]:
+            command = [sys.executable, __file__, f"--clusters={options.clusters}", "--only", who, folder, str(passes)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            return json.loads(done.stdout.splitlines()[-1])
+
+        found = {"points": options.points, "clusters": options.clusters, "cores": os.cpu_count(), "ours": run("ours")}
+        found["MiniBatchKMeans"] = run("theirs", found["ours"]["kmeans_passes"])
+    if options.points == 1_000_000:
+        (RESULTS / "million_clusters.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
