@@ -1,5 +1,6 @@
 """Products with one of E kernels per image: on each device its own images, in static shapes, none dropped."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -42,11 +43,10 @@ def _backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array | 
     x, whole, kernel, bias, expert = saved
     dx = _on_each_device(_times, dy, whole.swapaxes(1, 2), expert)
     outer = partial(_outer, len(kernel), kernel.dtype)
-    mesh = layout.sizes()
-    if not mesh or max(mesh.values()) == 1:
+    if _whole(x):
         dkernel = outer(x, dy, expert)
     else:
-        spec = layout.kernel_spec(kernel.shape, "", mesh)
+        spec = layout.kernel_spec(kernel.shape, "", layout.sizes())
         dkernel = jax.shard_map(lambda *parts: layout.sum_to(outer(*parts), spec), in_specs=(P(layout.ROWS),) * 3,
                                 out_specs=spec, check_vma=False)(x, dy, expert)
     shares = jax.nn.one_hot(expert, len(bias), dtype=bias.dtype)
@@ -59,11 +59,16 @@ expert_linear.defvjp(_forward, _backward)
 
 def _on_each_device(function: Callable[..., jax.Array], x: jax.Array, kernel: jax.Array,
                     expert: jax.Array) -> jax.Array:
-    mesh = layout.sizes()
-    if not mesh or max(mesh.values()) == 1:
+    if _whole(x):
         return function(x, kernel, expert)
     rows = P(layout.ROWS)
     return jax.shard_map(function, in_specs=(rows, P(), rows), out_specs=rows, check_vma=False)(x, kernel, expert)
+
+
+def _whole(x: jax.Array) -> bool:
+    """Says whether devices do not share the images: there is one, or it is the single image that shapes are made of."""
+    mesh = layout.sizes()
+    return not mesh or max(mesh.values()) == 1 or len(x) % math.prod(mesh[axis] for axis in layout.ROWS) > 0
 
 
 def _times(x: jax.Array, kernel: jax.Array, expert: jax.Array) -> jax.Array:

@@ -1,0 +1,282 @@
+"""Does one masked autoencoder of two domains serve tasks of either worse than one of its own, and does MoCE mend it?
+
+  python bench/negative_transfer.py            (goes on where it was stopped; not yet run to its end)
+  python bench/negative_transfer.py --size=gpu
+
+Two domains that have little in common: A, crops of photographs, and B, handwritten digits (the question of arXiv
+2402.05382, Figure 1, which asks it of two halves of ImageNet). MAE is trained on A, on B and on both, equal steps. From
+the one of both, `both, longer` goes on for as many steps as the mixtures have: MoCE (4 experts, 16 clusters) and the
+sparse mixture whose tokens choose. From MoCE, each task takes the path of most votes (`MoCE, vote`) or another one
+(`MoCE, random`).
+
+An encoder is judged on each domain's task: logistic regression on frozen features (no rate to choose), and fine-tuning,
+whose rate is chosen from three with seed 0 on a tenth of the task's training split; the test split is read once per
+figure. The mixture of tokens is no ordinary encoder, and is judged by its features alone. Three seeds of everything.
+One JSON line per cell in bench/results/negative_transfer_<size>.jsonl, the table in .md, the plot in .png.
+"""
+
+import argparse
+import io
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import cells as shared
+import numpy as np
+from cells import Cell, matches, text
+from ml_collections import ConfigDict
+
+from mae_jax import train, workdir
+from mae_jax.checkpoint import load_params
+from mae_jax.config import default
+from mae_jax.customise import pooled
+from mae_jax.evals import linear
+from mae_jax.export import export
+from mae_jax.methods import get
+from mae_jax.params import judged
+from mae_jax.picture_clusters import cluster
+
+RESULTS = Path(__file__).parent / "results"
+SIDE, PATCH, BATCH, SEEDS, LRS = 40, 4, 64, (0, 1, 2), (4e-3, 1.2e-2, 3.6e-2)
+CLASSES = {"A": "0-16", "B": "17-26"}  # of the joined data: photographs, then digits
+DENSE = {"A": "A", "B": "B", "both": "both"}  # arm → what it is pre-trained on
+LONGER, MOCE, TOKEN = "both, longer", "MoCE", "tokens"
+JUDGED = (*DENSE, LONGER, "MoCE, vote", "MoCE, random", TOKEN)
+LABELS = 510  # labelled pictures of a task that fine-tuning learns from
+TUNED = 100  # steps
+
+
+class Size(NamedTuple):
+    """Pictures shown in the first training, and in what follows it."""
+
+    first: int
+    more: int
+
+
+SIZES = {"cpu": Size(64_000, 25_600), "gpu": Size(400_000, 160_000)}
+
+
+def prepare(file: Path) -> None:
+    """Writes both domains as one npz, rows in random order; digits are padded to the side of the crops."""
+    from PIL import Image
+
+    from mae_jax.data import sources
+
+    arrays = {}
+    for split in ("train", "test"):
+        pictures, labels = [], []
+        for name, offset in (("photo_crops", 0), ("mnist5k", 17)):
+            data = default().data.copy_and_resolve_references()
+            data.source = name
+            found = sources.load(data, split)
+            for example in (found.read(i) for i in range(found.size)):
+                image = Image.fromarray(example.picture)
+                if name == "photo_crops":
+                    pictures.append(np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)))
+                else:
+                    edge = (SIDE - image.width) // 2
+                    pictures.append(np.pad(example.picture, ((edge, edge), (edge, edge), (0, 0))))
+                labels.append(example.label + offset)
+        order = np.random.default_rng(0).permutation(len(labels))
+        arrays |= {f"x_{split}": np.stack(pictures)[order], f"y_{split}": np.array(labels)[order]}
+    np.savez_compressed(file, **arrays)
+
+
+def common(config: ConfigDict, file: Path, classes: str, seed: int, steps: int) -> ConfigDict:
+    """Sets data, encoder and duration."""
+    config.seed, config.batch_size = seed, BATCH
+    config.data.update(source="npz", path=str(file), classes=CLASSES.get(classes, ""), image_size=(SIDE, SIDE),
+                       crop_scale=(0.4, 1.0), flip=False)
+    config.model.update(width=96, depth=6, heads=3, patch=(PATCH, PATCH), pool="mean")
+    config.eval.update(crop_ratio=(1.0,), every=f"{steps} steps")
+    config.checkpoint.every = f"{steps} steps"
+    config.log.update(every="25 steps", tensorboard=False)
+    config.train.duration, config.optim.warmup = f"{steps} steps", f"{max(1, steps // 20)} steps"
+    return config
+
+
+def pretraining(arm: str, file: Path, seed: int, size: Size, work: Path) -> ConfigDict:
+    """Returns the config of an arm's training."""
+    mixture = arm in (MOCE, TOKEN)
+    steps = (size.first if arm in DENSE else size.more) // BATCH
+    config = common(default("moce" if mixture else "mae"), file, DENSE.get(arm, "both"), seed, steps)
+    config.method.update(decoder_width=96, decoder_depth=2, decoder_heads=3)
+    config.optim.lr = 6e-3 if arm in DENSE else 3e-3
+    if arm not in DENSE:
+        config.init_from = str(work / f"{size.first}_both_{seed}")
+    if mixture:
+        config.method.update(experts=4, gate="cluster" if arm == MOCE else "token",
+                             clusters=str(work / f"{size.first}_clusters_{seed}"))
+    return config.lock()
+
+
+def plan(cells: list[Cell]) -> Iterator[Cell]:
+    """Yields what is to be run, in order."""
+    for seed in SEEDS:
+        for arm in (*DENSE, LONGER, MOCE, TOKEN):
+            yield {"kind": "trained", "arm": arm, "seed": seed}
+        for arm in JUDGED:
+            for task in CLASSES:
+                yield {"kind": "probe", "arm": arm, "task": task, "seed": seed}
+                if arm != TOKEN:
+                    known = {"kind": "tuned", "arm": arm, "task": task}
+                    for lr in LRS if seed == 0 else (shared.chosen(cells, **known),):
+                        yield {**known, "seed": seed, "lr": lr}
+
+
+class Study:
+    """Runs cells; encoders stay under `work`."""
+
+    def __init__(self, size: Size, work: Path, programs: str):
+        self.size, self.work, self.programs, self.file = size, work, programs, work / "both.npz"
+
+    def run(self, cell: Cell) -> Cell:
+        """Returns the cell with what was measured."""
+        if cell["kind"] == "trained":
+            last = self.train(cell["arm"], cell["seed"])
+            kept = {name: value for name, value in last.items() if name.startswith(("eval/gate", "eval/label_info"))}
+            return {**cell, "loss": last.get("eval/reconstruction_loss", last["eval/loss"]), **kept}
+        source = self.encoder(cell["arm"], cell["task"], cell["seed"])
+        if cell["kind"] == "probe":
+            return {**cell, "test": self.probe(source, cell["task"])}
+        with tempfile.TemporaryDirectory(dir=self.work) as folder:
+            config = common(default("supervised"), self.file, cell["task"], cell["seed"], TUNED)
+            held = round(LABELS / 0.9)
+            config.data.update(train_split=f"train[:{LABELS}]", val_split=f"train[{LABELS}:{held}]")
+            config.init_from = source
+            config.model.update(positions="learned", drop_path=0.1)
+            config.method.smoothing = 0.1
+            config.optim.update(lr=cell["lr"], betas=(0.9, 0.999), layer_decay=0.75)
+            last = self._train(config.lock(), Path(folder))
+        return {**cell, "val": last["val/top1"], "test": last["eval/top1"]}
+
+    def folder(self, arm: str, seed: int) -> Path:
+        return self.work / f"{self.size.first}_{arm.replace(', ', '_')}_{seed}"
+
+    def train(self, arm: str, seed: int) -> dict[str, float]:
+        """Trains an arm, if it is not there, after what it starts from. Returns its last figures."""
+        if arm not in DENSE:
+            self.train("both", seed)
+        clusters = self.work / f"{self.size.first}_clusters_{seed}"
+        if arm == MOCE and not (clusters / "clusters.npz").exists():
+            cluster(str(self.folder("both", seed)), str(clusters), 16, -1, 3.0, seed, None)
+        if not (self.folder(arm, seed) / "DONE").exists():
+            self._train(pretraining(arm, self.file, seed, self.size, self.work), self.folder(arm, seed))
+        return shared.last_values(self.folder(arm, seed))
+
+    def encoder(self, arm: str, task: str, seed: int) -> str:
+        """Returns where the encoder of an arm is; of MoCE, the one that is cut out for the task."""
+        if not arm.startswith(MOCE):
+            self.train(arm, seed)
+            return str(self.folder(arm, seed))
+        self.train(MOCE, seed)
+        how = arm.removeprefix(f"{MOCE}, ")
+        file = self.work / f"{self.size.first}_moce_{how}_{task}_{seed}.safetensors"
+        if not file.exists():
+            wanted = common(default("mae"), self.file, task, seed, 1)
+            export(str(self.folder(MOCE, seed)), str(file), "mae_jax", wanted.lock(), how, seed)
+        return str(file)
+
+    def probe(self, source: str, task: str) -> float:
+        """Returns the test top-1 of logistic regression on frozen features."""
+        config = workdir.config_of(source).copy_and_resolve_references().unlock()
+        config.data.update(classes=CLASSES[task], val_split="", eval_split="", augment="none")
+        config.eval.max_examples = 1 << 31
+        method, (params, extras) = get(config.method.name)(config), judged(load_params(source, extras=True))
+        assert not extras or config.method.get("gate") == "token"
+        pairs = []
+        for split in ("train", "test"):
+            config.data.train_split = split
+            parts = list(pooled(config.copy_and_resolve_references(), method, params))
+            pairs.append(tuple(np.concatenate(column) for column in zip(*parts, strict=True)))
+        return linear.top1(*pairs, int(pairs[0][1].max()) + 1)
+
+    def _train(self, config: ConfigDict, folder: Path) -> dict[str, float]:
+        config.train.compilation_cache = self.programs
+        if train.train(config, str(folder)):
+            raise SystemExit(f"{folder} did not finish")
+        return shared.last_values(folder)
+
+
+def values(cells: list[Cell], kind: str, arm: str, task: str) -> list[float]:
+    """Returns the test accuracies of an arm, one per seed; of fine-tunings, at the chosen rate."""
+    what = {"kind": kind, "arm": arm, "task": task}
+    found = [cell for cell in cells if matches(cell, what)]
+    if kind == "tuned" and any(cell["seed"] == 0 for cell in found):
+        rate = shared.chosen(cells, **what)
+        found = [cell for cell in found if cell["lr"] == rate]
+    return [cell["test"] for cell in sorted(found, key=lambda cell: cell["seed"])]
+
+
+def table(size: Size, cells: list[Cell]) -> str:
+    """Returns the Markdown: accuracies, and what follows."""
+    lines = [f"First training {size.first:,} pictures, what follows {size.more:,}; top-1 on test pictures, mean "
+             f"(range) of seeds. A: photographs, B: digits; fine-tuned with {LABELS} labels. Ranges that are apart count as "
+             "a difference.", "", "| encoder | A, probe | B, probe | A, fine-tuned | B, fine-tuned |", "|---" * 5 + "|"]
+    for arm in JUDGED:
+        shown = [text(values(cells, kind, arm, task)) for kind in ("probe", "tuned") for task in CLASSES]
+        lines.append(f"| {arm} | {' | '.join(shown)} |")
+    for kind, way in (("probe", "probe"), ("tuned", "fine-tuned")):
+        for task in CLASSES:
+            of = {arm: values(cells, kind, arm, task) for arm in JUDGED}
+            own, voted = of[task], of["MoCE, vote"]
+            lines.append(f"- task {task}, {way}: the encoder of {task} alone beside that of both is "
+                         f"{shared.beside(own, of['both'])}; MoCE's path of most votes beside the dense encoder of "
+                         f"the same steps {shared.beside(voted, of[LONGER])}, beside a random path "
+                         f"{shared.beside(voted, of['MoCE, random'])}, beside the encoder of {task} alone "
+                         f"{shared.beside(voted, own)}.")
+    return "\n".join(lines) + "\n"
+
+
+def plot(cells: list[Cell]) -> bytes:
+    """Returns a PNG: each encoder's accuracy on both tasks."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    ways = (("probe", "linear probe"), ("tuned", "fine-tuned"))
+    for axes, (kind, way) in zip(figure.subplots(1, 2), ways, strict=True):
+        for shift, task, colour in ((-0.12, "A", "C0"), (0.12, "B", "C1")):
+            for place, arm in enumerate(JUDGED):
+                if scores := values(cells, kind, arm, task):
+                    mean = float(np.mean(scores))
+                    spread = [[mean - min(scores)], [max(scores) - mean]]
+                    axes.errorbar(place + shift, mean, spread, marker="o", capsize=3, color=colour,
+                                  label=f"task {task}" if place == 0 else None)
+        axes.set_xticks(range(len(JUDGED)), JUDGED, rotation=30, ha="right")
+        axes.set_ylabel(f"top-1, {way}; mean and range of seeds")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--work", type=Path, default=Path("runs/negative_transfer"), help="pictures and encoders")
+    parser.add_argument("--steps", type=int, help="so few steps of training: a trial, whose results go to --work")
+    options = parser.parse_args()
+    size, results = SIZES[options.size], RESULTS / f"negative_transfer_{options.size}.jsonl"
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.steps:
+        size, results = Size(options.steps * BATCH, options.steps * BATCH), options.work / "trial.jsonl"
+    if not (options.work / "both.npz").exists():
+        prepare(options.work / "both.npz")
+    cells = shared.read(results)
+
+    def report() -> None:
+        results.with_suffix(".md").write_text(table(size, cells))
+        results.with_suffix(".png").write_bytes(plot(cells))
+
+    with tempfile.TemporaryDirectory() as programs:
+        shared.go_on(results, cells, plan(cells), Study(size, options.work, programs).run, report)
+    print(table(size, cells))
+
+
+if __name__ == "__main__":
+    main()
