@@ -19,6 +19,7 @@ import pytest
 
 from mae_jax.checkpoint import Checkpoints, load_params, save_params
 from mae_jax.errors import UserError
+from tests.devices import simulated
 
 
 class State(NamedTuple):
@@ -196,8 +197,7 @@ def test_checksum_is_the_same_on_one_device_and_on_eight_however_sharded(tmp_pat
     """Saves on one device, restores and saves again on a mesh of eight, sharded and replicated."""
     save(tmp_path / "one", 3).close()
     script = textwrap.dedent(f"""
-        import os, sys
-        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+        import sys
         import jax
         from jax.sharding import NamedSharding, PartitionSpec as P
         sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -213,7 +213,7 @@ def test_checksum_is_the_same_on_one_device_and_on_eight_however_sharded(tmp_pat
         again.save(3, state)
         again.close()
     """)
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=simulated(8))
     records = [json.loads((tmp_path / name / "checkpoints/3/checksums/metadata").read_text())
                for name in ("one", "eight")]
     assert records[0] == records[1]

@@ -1,20 +1,19 @@
 """The same program on 1, 8 and 128 simulated devices; each in a process of its own."""
 
 import json
-import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from tests.devices import simulated
+
 
 def run(module: str, devices: int, *arguments: str) -> dict:
     """Runs tests/multidevice/<module>.py on simulated devices; returns what its last line says."""
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-                                "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", "-m", f"tests.multidevice.{module}", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=simulated(devices), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

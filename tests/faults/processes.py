@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.devices import simulated
 from tests.faults import peer
 
 FAULTS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "sigterm": signal.SIGTERM}
@@ -39,8 +40,7 @@ def free_port() -> int:
 
 
 def environment(devices: int, cache: Path) -> dict[str, str]:
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    return simulated(devices) | {
         "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": os.getcwd()}
 

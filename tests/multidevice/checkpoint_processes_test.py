@@ -1,11 +1,11 @@
 """Two processes save, refuse and stop together."""
 
-import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+from tests.devices import simulated
 from tests.faults.processes import free_port
 
 SCRIPT = """
@@ -77,10 +77,9 @@ sys.exit(cli.guarded(lambda: distributed.together(run, here, {}, 60, 30)))
 
 def test_two_processes_save_refuse_a_damaged_step_and_stop_at_the_same_step(tmp_path):
     port = free_port()
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     processes = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(SCRIPT), str(number), str(port), str(tmp_path),
                                    str(Path(__file__).parents[1])],
-                                  env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                                  env=simulated(2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
                  for number in range(2)]
     ends = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ends[0][1] + ends[1][1]

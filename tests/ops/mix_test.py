@@ -1,7 +1,6 @@
 """Mixup, cutmix and random erasing: timm's results where the draw is given (golden/make_timm.py), and laws of draws."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from scipy import stats
 
 from mae_jax.ops import mix
 from mae_jax.ops.patches import assemble
+from tests.devices import simulated
 from tests.parity_test import cut
 
 PATCH = 8
@@ -237,8 +237,7 @@ print(json.dumps({"devices": jax.device_count(), "equal": [bool((a == b).all()) 
 
 
 def test_one_and_eight_devices_draw_erase_and_mix_alike():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-W", "error", "-c", DEVICES], env=environment, capture_output=True,
+    done = subprocess.run([sys.executable, "-W", "error", "-c", DEVICES], env=simulated(8), capture_output=True,
                           text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
