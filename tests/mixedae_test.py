@@ -14,7 +14,7 @@ from mae_jax.ops.patches import normalize
 from mae_jax.program import Program
 from mae_jax.sharding import make_mesh
 from mae_jax.step import gradients
-from tests.tiny import EXAMPLES, tiny_batch, tiny_config, tiny_method, tiny_params, tiny_state
+from tests.tiny import EXAMPLES, tiny_batch, tiny_config, tiny_loss, tiny_method, tiny_params, tiny_state
 
 PLAIN = {"method.segments": False, "method.contrast_weight": 0.0, "method.attention": "oracle"}
 
@@ -91,14 +91,14 @@ def test_with_the_true_sources_it_is_mae_token_by_token(mixing, scan):
     # Full mixing is MAE on each picture's G sets of visible patches.
     turned = {name: np.asarray(mixed.turned(jnp.asarray(value))) for name, value in batch.items() if name in
               ("patches", "order", "valid")}
-    tokens = mixed.unmixed(mixed.encode_mixed(params, turned))
+    tokens = jax.jit(lambda p: mixed.unmixed(mixed.encode_mixed(p, turned)))(params)
     seen = normalize(turned["patches"][:, :4]), turned["order"][:, :4]
-    alone = mae.encoder.apply({"params": params["encoder"]}, *seen)
+    alone = jax.jit(mae.encoder.apply)({"params": params["encoder"]}, *seen)
     np.testing.assert_allclose(tokens, alone, atol=2e-5)
-    np.testing.assert_allclose(mixed.predict(params, turned), mae.predict(params, turned), atol=2e-5)
+    np.testing.assert_allclose(jax.jit(mixed.predict)(params, turned), jax.jit(mae.predict)(params, turned), atol=2e-5)
 
     def loss(method, batch):
-        return jax.value_and_grad(lambda p: method.loss(p, {}, batch, None, 0, True)[0])(params)
+        return jax.jit(jax.value_and_grad(lambda p: method.loss(p, {}, batch, None, 0, True)[0]))(params)
 
     (ours, grads), (theirs, wanted) = loss(mixed, batch), loss(mae, {**batch, **turned})
     assert float(ours) == pytest.approx(float(theirs), rel=1e-6)
@@ -117,7 +117,7 @@ def test_naive_mixing_attends_across_pictures_and_the_oracle_does_not():
         def first(patches, method=method, params=params, batch=batch):
             return (method.predict(params, {**batch, "patches": patches})[0] ** 2).sum()
 
-        grad = np.asarray(jax.grad(first)(patches))
+        grad = np.asarray(jax.jit(jax.grad(first))(patches))
         assert np.abs(grad[0, : method.visible]).max() > 0
         assert np.all(grad[:, method.visible :] == 0)  # hidden patches
         assert np.all(grad[4:] == 0)  # another group
@@ -126,12 +126,11 @@ def test_naive_mixing_attends_across_pictures_and_the_oracle_does_not():
 
 def test_the_decoder_of_a_picture_is_given_no_class_token():
     method, params, batch = made(PLAIN)
-    grads = jax.grad(lambda p: method.loss(p, {}, batch, None, 0, True)[0])(params)
+    grads = jax.jit(jax.grad(lambda p: method.loss(p, {}, batch, None, 0, True)[0]))(params)
     assert np.abs(grads["encoder"]["cls_token"]).max() > 0  # patches look at it
-    tokens = method.encode_mixed(params, batch)
+    tokens, decode = jax.jit(method.encode_mixed)(params, batch), jax.jit(method.decode)
     changed = tokens.at[:, 0].add(1)
-    np.testing.assert_array_equal(method.decode(params, tokens, batch["order"]),
-                                  method.decode(params, changed, batch["order"]))
+    np.testing.assert_array_equal(decode(params, tokens, batch["order"]), decode(params, changed, batch["order"]))
 
 
 def test_chosen_blocks_alone_have_homologous_attention():
@@ -143,7 +142,7 @@ def test_chosen_blocks_alone_have_homologous_attention():
     for blocks in ("0", "1", "all"):
         for scan in (False, True):
             method, params, batch = made({"method.blocks": blocks, "model.scan": scan})
-            losses[blocks, scan] = float(method.loss(params, {}, batch, None, 0, True)[0])
+            losses[blocks, scan] = float(tiny_loss(method)(params, {}, batch, None, 0, True)[0])
         assert losses[blocks, False] == pytest.approx(losses[blocks, True], rel=1e-6)
     assert len(set(losses.values())) >= 3
 
@@ -151,16 +150,17 @@ def test_chosen_blocks_alone_have_homologous_attention():
 def test_whole_pictures_are_encoded_with_ordinary_attention_and_without_segments():
     method, params, batch = made()
     mae = tiny_method(tiny_config())
-    np.testing.assert_array_equal(method.encode(params, {}, batch), mae.encode(params, {}, batch))
+    np.testing.assert_array_equal(jax.jit(method.encode)(params, {}, batch), jax.jit(mae.encode)(params, {}, batch))
 
 
 def test_losses_start_where_they_should_and_evaluations_add_figures():
     method, _, batch = made({"model.width": 64, "model.heads": 4, "method.decoder_width": 32})
-    params, _ = method.init(jax.random.key(0), batch)
-    training = method.loss(params, {}, batch, None, 0, True)[1][0]
+    params, _ = jax.jit(method.init)(jax.random.key(0), batch)
+    loss = tiny_loss(method)
+    training = loss(params, {}, batch, None, 0, True)[1][0]
     assert set(training) == {"loss", "reconstruction_loss", "contrast_loss"}
     found = {name: float(total / weight) for name, (total, weight) in
-             method.loss(params, {}, batch, None, 0, False)[1][0].items()}
+             loss(params, {}, batch, None, 0, False)[1][0].items()}
     assert set(found) == {*training, "purity", "purity/block_00", "purity/block_01", "neighbour_homology"}
     assert found["loss"] == pytest.approx(found["reconstruction_loss"] + 0.1 * found["contrast_loss"], rel=1e-6)
     assert 0.5 < found["reconstruction_loss"] < 2
@@ -171,12 +171,13 @@ def test_losses_start_where_they_should_and_evaluations_add_figures():
 def test_pictures_that_could_not_be_read_do_not_count():
     method, params, batch = made()
     batch["valid"][[1, 6]] = 0
-    total, (metrics, _) = method.loss(params, {}, batch, None, 0, False)
+    loss = tiny_loss(method)
+    total, (metrics, _) = loss(params, {}, batch, None, 0, False)
     assert metrics["loss"][1] == 6
     assert metrics["purity"][1] == 0  # both mixes have one of them
     changed = {**batch, "patches": batch["patches"].copy()}
     changed["patches"][1, method.visible :] = 0  # what it was to reconstruct
-    assert float(method.loss(params, {}, changed, None, 0, False)[0]) == float(total)
+    assert float(loss(params, {}, changed, None, 0, False)[0]) == float(total)
 
 
 @pytest.mark.parametrize("mixing", ["compose", "full"])
@@ -184,7 +185,8 @@ def test_micro_batches_keep_groups_together(mixing):
     method, _, batch = made({"method.mixing": mixing, "batch_size": 16})
     batch["valid"][3] = 0
     state = tiny_state(method.config)
-    whole, split = (gradients(method, state, batch, jax.random.key(0), parts) for parts in (1, 2))
+    whole, split = (jax.jit(lambda state, parts=parts: gradients(method, state, batch, jax.random.key(0), parts))(state)
+                    for parts in (1, 2))
     for name, (total, weight) in whole[1].items():
         np.testing.assert_allclose(total / weight, split[1][name][0] / split[1][name][1], rtol=1e-5)
     # Bar the bias of keys, whose gradient is rounding noise.

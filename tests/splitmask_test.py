@@ -10,7 +10,7 @@ import pytest
 from mae_jax.errors import UserError
 from mae_jax.flops import train_flops
 from mae_jax.ops.contrast import info_nce
-from tests.tiny import tiny_batch, tiny_config, tiny_method, tiny_params
+from tests.tiny import tiny_batch, tiny_config, tiny_loss, tiny_method, tiny_params
 
 ODD = {"data.image_size": (12, 20)}  # 15 patches: 7, 7 and one in neither half
 SIZES = pytest.mark.parametrize("size", [{}, ODD], ids=["even", "odd"])
@@ -36,8 +36,8 @@ def test_a_branch_knows_nothing_of_the_pixels_of_the_other_half(size):
     weights = [jnp.asarray(np.random.default_rng(0).normal(size=out.shape[1:]), jnp.float32)
                for out in jax.eval_shape(outputs, patches)]
     for branch, own in ((0, slice(0, method.half)), (1, slice(method.half, 2 * method.half))):
-        grad = jax.grad(lambda x, b=branch: sum((out[b::2] * w).sum() for out, w in
-                                                zip(outputs(x), weights, strict=True)))(patches)
+        grad = jax.jit(jax.grad(lambda x, b=branch: sum((out[b::2] * w).sum() for out, w in
+                                                        zip(outputs(x), weights, strict=True))))(patches)
         known = np.zeros(method.patches, bool)
         known[own] = True
         assert np.all(np.asarray(grad)[:, ~known] == 0)
@@ -50,7 +50,8 @@ def test_swapping_the_halves_changes_no_loss(size):
     h = method.half
     swap = np.r_[h : 2 * h, :h, 2 * h : method.patches]
     other = {**batch, "patches": batch["patches"][:, swap], "order": batch["order"][:, swap]}
-    losses = [method.loss(params, extras, some, None, 0, False)[1][0] for some in (batch, other)]
+    loss = tiny_loss(method)
+    losses = [loss(params, extras, some, None, 0, False)[1][0] for some in (batch, other)]
     for name in losses[0]:
         np.testing.assert_allclose(losses[0][name][0], losses[1][name][0], rtol=1e-5, err_msg=name)
 
@@ -94,11 +95,12 @@ def test_predictions_are_those_of_gathering_and_scattering_in_raster_order(size)
 def test_cross_entropy_starts_at_the_logarithm_of_the_vocabulary(method, target):
     fields = {"method.target": target, "model.width": 128, "model.heads": 4}
     some, _, extras, batch = made(fields, method)
-    params, _ = some.init(jax.random.key(0), batch)
+    params, _ = jax.jit(some.init)(jax.random.key(0), batch)
+    loss = tiny_loss(some)
     name = "inpaint_loss" if method == "splitmask" else "loss"
 
     def start(params):
-        total, weight = some.loss(params, extras, batch, None, 0, False)[1][0][name]
+        total, weight = loss(params, extras, batch, None, 0, False)[1][0][name]
         return float(total / weight)
 
     assert start(params) == pytest.approx(np.log(24), rel=0.03)
@@ -135,7 +137,7 @@ def test_plain_products_are_not_normalised():
 
 def test_the_predictions_of_beit_do_not_depend_on_the_pixels_of_masked_patches():
     method, params, _, batch = made(method="beit")
-    grad = jax.grad(lambda x: jnp.square(method.predict(params, {**batch, "patches": x})).sum())(
+    grad = jax.jit(jax.grad(lambda x: jnp.square(method.predict(params, {**batch, "patches": x})).sum()))(
         jnp.asarray(batch["patches"], jnp.float32))
     assert np.all(np.asarray(grad)[:, -method.masked :] == 0)
     assert np.abs(np.asarray(grad)[:, : -method.masked]).max(2).min() > 0
@@ -156,7 +158,7 @@ def test_invalid_rows_change_neither_loss_nor_gradients(method, target):
 def test_stochastic_depth_drops_branches_in_training_alone():
     for name in ("splitmask", "beit"):
         method, params, extras, batch = made({"model.drop_path": 0.5}, name)
-        loss = partial(method.loss, params, extras, batch, jax.random.key(1), 0)
+        loss = partial(tiny_loss(method), params, extras, batch, jax.random.key(1), 0)
         assert loss(True)[0] != loss(False)[0]
 
 

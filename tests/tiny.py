@@ -100,6 +100,11 @@ def tiny_method(config: ConfigDict) -> Method:
     return methods.get(config.method.name)(config)
 
 
+def tiny_loss(method: Method) -> Any:
+    """Returns the method's jitted loss: one program, where op by op each operation is compiled on its own."""
+    return jax.jit(method.loss, static_argnums=5)
+
+
 def tiny_params(config: ConfigDict, seed: int = 0) -> Params:
     """Returns random parameters away from their symmetric start; drawn by NumPy, which needs no compilation."""
     method, rng = tiny_method(config), np.random.default_rng(seed)

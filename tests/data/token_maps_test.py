@@ -6,7 +6,7 @@ import pytest
 
 from mae_jax import data, train
 from mae_jax.errors import UserError
-from tests.tiny import tiny_config, tiny_method
+from tests.tiny import tiny_config, tiny_loss, tiny_method
 
 SPLITS = {"train": 3400, "test": 1020}
 STILL = {"data.source": "photo_crops", "data.augment": "none", "method.target": "tokens"}
@@ -36,10 +36,11 @@ def test_every_batch_has_the_tokens_of_its_examples_in_the_order_of_their_patche
 def test_the_loss_asks_for_them(tmp_path, method):
     _, some, inputs = build(tmp_path, method)
     batch = next(inputs.train(0))
-    params, extras = some.init(jax.random.key(0), batch)
+    params, extras = jax.jit(some.init)(jax.random.key(0), batch)
+    loss = tiny_loss(some)
     assert extras == {}
     name = "loss" if method == "beit" else "inpaint_loss"
-    first, second = (some.loss(params, extras, {**batch, "tokens": tokens}, None, 0, False)[1][0][name]
+    first, second = (loss(params, extras, {**batch, "tokens": tokens}, None, 0, False)[1][0][name]
                      for tokens in (batch["tokens"], (batch["tokens"] + 1) % 24))
     assert float(first[0] / first[1]) == pytest.approx(np.log(24), rel=0.03)
     assert first[0] != second[0]
