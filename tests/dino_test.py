@@ -14,7 +14,7 @@ from mae_jax.models.vit import make_encoder
 from mae_jax.ops.distil import centred, cross_entropy
 from mae_jax.ops.patches import normalize
 from mae_jax.warm_start import load
-from tests.tiny import EXAMPLES, tiny_batch, tiny_config, tiny_params
+from tests.tiny import EXAMPLES, tiny_batch, tiny_config, tiny_loss, tiny_params
 
 
 def made(fields=None):
@@ -23,6 +23,10 @@ def made(fields=None):
     params, center = tiny_params(config), np.random.default_rng(4).normal(size=config.method.out_dim) * 0.1
     extras = {"teacher": tiny_params(config, seed=1), "center": center.astype(np.float32)}
     return method, params, extras, tiny_batch(config)
+
+
+def projected(method, *args):
+    return np.asarray(jax.jit(method.project, static_argnums=3)(*args))
 
 
 def softmax(x):
@@ -46,13 +50,13 @@ def test_every_pair_of_different_views_is_compared_as_in_the_released_code():
 
 def test_the_loss_is_that_of_the_formula_with_the_centre_before_this_batch():
     method, params, extras, batch = made()
-    taught = np.asarray(method.project(extras["teacher"], batch["global/patches"], batch["global/order"]))
+    taught = projected(method, extras["teacher"], batch["global/patches"], batch["global/order"])
     told = np.concatenate([
-        method.project(params, batch["global/patches"], batch["global/order"]),
-        method.project(params, batch["local/patches"], batch["local/order"], (2, 2))], 1)
+        projected(method, params, batch["global/patches"], batch["global/order"]),
+        projected(method, params, batch["local/patches"], batch["local/order"], (2, 2))], 1)
     wanted = softmax((taught - extras["center"]) / 0.04)
     expected = np.asarray(cross_entropy(jnp.asarray(wanted), jnp.asarray(told / 0.1))).mean()
-    loss, (metrics, new) = method.loss(params, extras, batch, jax.random.key(0), 0, True)
+    loss, (metrics, new) = tiny_loss(method)(params, extras, batch, jax.random.key(0), 0, True)
     assert loss == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(new["center"], 0.9 * extras["center"] + 0.1 * taught.mean((0, 1)), atol=1e-6)
     total, weight = metrics["teacher_entropy"]
@@ -69,13 +73,14 @@ def test_the_centre_is_of_valid_pictures_and_stays_where_there_are_none():
 
 def test_the_teacher_sees_the_large_views_alone():
     method, params, extras, batch = made()
+    loss = tiny_loss(method)
 
     def center(batch):
-        return method.loss(params, extras, batch, jax.random.key(0), 0, True)[1][1]["center"]
+        return loss(params, extras, batch, jax.random.key(0), 0, True)[1][1]["center"]
 
     other = {**batch, "local/patches": batch["local/patches"][::-1]}
     np.testing.assert_array_equal(center(batch), center(other))
-    first, second = (method.loss(params, extras, some, None, 0, False)[0] for some in (batch, other))
+    first, second = (loss(params, extras, some, None, 0, False)[0] for some in (batch, other))
     assert first != second
 
 
@@ -83,10 +88,10 @@ def test_small_views_have_the_positions_of_their_own_grid():
     method, params, _, batch = made()
     small = make_encoder(tiny_config({"data.image_size": (8, 8)}, "dino"))
     patches, order = batch["local/patches"][:, 0], batch["local/order"][:, 0]
-    tokens = small.apply({"params": params["encoder"]}, normalize(patches), order)
-    wanted = method.head.apply({"params": params["head"]}, tokens[:, 0])
-    np.testing.assert_allclose(method.project(params, batch["local/patches"], batch["local/order"], (2, 2))[:, 0],
-                               wanted, atol=1e-6)
+    tokens = jax.jit(small.apply)({"params": params["encoder"]}, normalize(patches), order)
+    wanted = jax.jit(method.head.apply)({"params": params["head"]}, tokens[:, 0])
+    found = projected(method, params, batch["local/patches"], batch["local/order"], (2, 2))
+    np.testing.assert_allclose(found[:, 0], wanted, atol=1e-6)
 
 
 def test_the_teacher_follows_by_a_momentum_that_rises_to_one():
@@ -99,14 +104,15 @@ def test_the_teacher_follows_by_a_momentum_that_rises_to_one():
 
 def test_the_last_layer_is_held_for_its_first_steps_and_weight_decay_turns_no_direction():
     method, params, extras, batch = made({"method.freeze_last": "2 steps"})
+    grad = jax.jit(jax.grad(lambda p, step: method.loss(p, extras, batch, None, step, False)[0]))
     for step, held in ((0, True), (1, True), (2, False)):
-        grads = jax.grad(lambda p, s=step: method.loss(p, extras, batch, None, s, False)[0])(params)["head"]
+        grads = grad(params, step)["head"]
         assert (np.abs(grads["last"]["kernel"]).max() == 0) == held
         assert np.abs(grads["fc3"]["kernel"]).max() > 0
     longer = jax.tree.map(lambda x: x, params)
     longer["head"]["last"]["kernel"] = 0.5 * params["head"]["last"]["kernel"]
     views = batch["global/patches"], batch["global/order"]
-    np.testing.assert_allclose(method.project(longer, *views), method.project(params, *views), atol=1e-6)
+    np.testing.assert_allclose(projected(method, longer, *views), projected(method, params, *views), atol=1e-6)
 
 
 def test_the_teachers_temperature_and_the_weight_decay_follow_their_schedules():
@@ -128,16 +134,22 @@ def test_an_evaluation_compares_teacher_and_student_on_the_one_view_it_has():
     method, params, extras, batch = made()
     batch |= {"patches": batch["global/patches"][:, 0], "order": batch["global/order"][:, 0]}
     views = batch["global/patches"][:, :1], batch["global/order"][:, :1]
-    wanted = softmax((np.asarray(method.project(extras["teacher"], *views)) - extras["center"]) / 0.04)
-    told = np.log(softmax(np.asarray(method.project(params, *views)) / 0.1))
+    wanted = softmax((projected(method, extras["teacher"], *views) - extras["center"]) / 0.04)
+    told = np.log(softmax(projected(method, params, *views) / 0.1))
     one = {name: value for name, value in batch.items() if "/" not in name}
-    loss, (_, after) = method.loss(params, extras, one, None, 0, False)
-    assert loss == pytest.approx(-(wanted * told).sum(-1).mean(), rel=1e-5)
-    assert after is extras
-    tokens = method.encode(params, extras, one)
-    np.testing.assert_allclose(tokens, method.encode(extras["teacher"], extras, one))
-    assert np.abs(tokens - method.encoder.apply({"params": params["encoder"]}, normalize(one["patches"]),
-                                                one["order"])).max() > 0.1
+
+    @jax.jit
+    def loss(params, extras):
+        value, (_, after) = method.loss(params, extras, one, None, 0, False)
+        assert after is extras
+        return value
+
+    assert loss(params, extras) == pytest.approx(-(wanted * told).sum(-1).mean(), rel=1e-5)
+    encode = jax.jit(method.encode)
+    tokens = encode(params, extras, one)
+    np.testing.assert_allclose(tokens, encode(extras["teacher"], extras, one))
+    student = jax.jit(method.encoder.apply)({"params": params["encoder"]}, normalize(one["patches"]), one["order"])
+    assert np.abs(tokens - student).max() > 0.1
 
 
 def test_invalid_rows_change_neither_loss_nor_centre_nor_gradients():
@@ -145,14 +157,16 @@ def test_invalid_rows_change_neither_loss_nor_centre_nor_gradients():
     batch["valid"][-2:] = 0
     other = {name: value.copy() for name, value in batch.items()}
     other["global/patches"][-2:] = other["local/patches"][-2:] = 7
-    value = jax.value_and_grad(lambda p, b: method.loss(p, extras, b, jax.random.key(0), 5, True), has_aux=True)
+    value = jax.jit(jax.value_and_grad(lambda p, b: method.loss(p, extras, b, jax.random.key(0), 5, True),
+                                       has_aux=True))
     for ours, theirs in zip(jax.tree.leaves(value(params, batch)), jax.tree.leaves(value(params, other)), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
 def test_stochastic_depth_is_the_students_alone():
     method, params, extras, batch = made({"model.drop_path": 0.5})
-    first, second = (method.loss(params, extras, batch, jax.random.key(k), 0, True) for k in (0, 1))
+    loss = tiny_loss(method)
+    first, second = (loss(params, extras, batch, jax.random.key(k), 0, True) for k in (0, 1))
     assert first[0] != second[0]
     np.testing.assert_array_equal(first[1][1]["center"], second[1][1]["center"])
 
