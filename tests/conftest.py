@@ -19,8 +19,11 @@ import pytest
 def _shared_compilations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Programs that are compiled again, by another run of the same shapes, come from a cache on disk."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     yield
     jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
 @pytest.fixture
