@@ -213,7 +213,8 @@ def table(size: Size, cells: list[Cell]) -> str:
     """Returns the Markdown: accuracies, and what follows."""
     lines = [f"First training {size.first:,} pictures, what follows {size.more:,}; top-1 on test pictures, mean "
              f"(range) of seeds. A: photographs, B: digits; fine-tuned with {LABELS} labels. Ranges that are apart "
-             "count as a difference.", "", "| encoder | A, probe | B, probe | A, fine-tuned | B, fine-tuned |", "|---" * 5 + "|"]
+             "count as a difference.", "",
+             "| encoder | A, probe | B, probe | A, fine-tuned | B, fine-tuned |", "|---" * 5 + "|"]
     for arm in JUDGED:
         shown = [text(values(cells, kind, arm, task)) for kind in ("probe", "tuned") for task in CLASSES]
         lines.append(f"| {arm} | {' | '.join(shown)} |")
