@@ -89,7 +89,7 @@ def common(config: ConfigDict, file: Path, classes: str, seed: int, steps: int) 
     config.data.update(source="npz", path=str(file), classes=CLASSES.get(classes, ""), image_size=(SIDE, SIDE),
                        crop_scale=(0.4, 1.0), flip=False)
     config.model.update(width=96, depth=6, heads=3, patch=(PATCH, PATCH), pool="mean")
-    config.eval.update(crop_ratio=(1.0,), every=f"{steps} steps")
+    config.eval.update(crop_ratio=(1.0,), every=f"{steps} steps", max_examples=2000)
     config.checkpoint.every = f"{steps} steps"
     config.log.update(every="25 steps", tensorboard=False)
     config.train.duration, config.optim.warmup = f"{steps} steps", f"{max(1, steps // 20)} steps"

@@ -1,7 +1,7 @@
 """How to find the K-th largest score of each query: bisection over the bits, lax.top_k, or a sort. All are exact.
 
   python bench/topk.py                            (this machine's first device)
-  python bench/topk.py --topology=v3:1x1          (the TPU compiler's own estimate, on a machine without a TPU)
+  python bench/topk.py --topology=v3:2x2          (the TPU compiler's own estimate, on a machine without a TPU)
 
 The scores are those of one block of ViT-B at batch 8 in mixed sequences of four: [2, 12, 196, 196], K = 49. Beside them
 is attention over the same scores without any choice, forward. Written to bench/results/topk_<device>.json and .md. The

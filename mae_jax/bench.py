@@ -98,6 +98,8 @@ class TimedStep:
         for name, s in spec.items():
             if name.endswith("patches"):
                 host[name] = draws.integers(0, 256, s.shape, np.uint8)
+            elif name == "cluster":
+                host[name] = draws.integers(0, max(1, config.method.num_clusters), s.shape, s.dtype)
             elif name.endswith("order"):
                 host[name] = draws.permuted(np.broadcast_to(np.arange(s.shape[-1], dtype=s.dtype), s.shape), axis=-1)
         self.batch = sharding.to_devices(host, self.mesh, config.batch_size)
