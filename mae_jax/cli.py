@@ -20,7 +20,9 @@ FINISHED, BUG, MISTAKE, GUARD, STOPPED = 0, 1, 2, 3, 75
 
 
 def define_config() -> flags.FlagHolder[ConfigDict]:
-    """Defines --config=file.py[:argument] and its --config.field=value overrides."""
+    """Defines --config=file.py[:argument] and its --config.field=value overrides, once in a process."""
+    if "config" in flags.FLAGS:
+        return flags.FlagHolder(flags.FLAGS, flags.FLAGS["config"])
     return config_flags.DEFINE_config_file("config", None, "recipe, as configs/quickstart.py[:argument]")
 
 

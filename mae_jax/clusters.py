@@ -9,6 +9,7 @@ A folder, local or gs://:
   clusters.png         the pictures nearest to each centroid, a row for each
 """
 
+import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Iterator
@@ -21,10 +22,12 @@ from ml_collections import ConfigDict
 
 from mae_jax.errors import UserError
 from mae_jax.ops import spherical
+from mae_jax.params import flatten
 
 FIELD = "cluster"
 PREFIX = "assigned/"
 NAMES = ("centroids", "prices", "mean", "sizes")
+EPS = 1e-6  # added to variances
 Batch = dict[str, np.ndarray]
 
 
@@ -38,6 +41,15 @@ class Clusters:
     sizes: np.ndarray  # int64 [m], of the training split
     assigned: dict[str, np.ndarray] = field(default_factory=dict)  # split expression → int32 [n]
     meta: dict[str, Any] = field(default_factory=dict)
+
+    def fingerprint(self) -> str:
+        """Returns a short hash of the centroids and of whose picture is whose."""
+        return fingerprint({"centroids": self.centroids, "assigned": self.assigned})
+
+    def standard(self) -> np.ndarray:
+        """Returns the centroids as gates read them, each normalised as by a layer norm, float32 [m, D]."""
+        centred = self.centroids - self.centroids.mean(1, keepdims=True)
+        return centred / np.sqrt(centred.var(1, keepdims=True) + EPS)
 
     def nearest(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the clusters int32 [n] of features [n, D] of the frozen encoder, and similarities float32 [n]."""
@@ -69,6 +81,14 @@ class Clusters:
             raise UserError(f"{path / 'clusters.npz'} or meta.json beside it is damaged: {error}") from None
 
 
+def fingerprint(arrays: Any) -> str:
+    """Returns a short hash of the values of nested dicts of arrays."""
+    digest = hashlib.sha256()
+    for name, array in sorted(flatten(arrays).items()):
+        digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
 def of_splits(config: ConfigDict, sizes: dict[str, int]) -> dict[str, np.ndarray]:
     """Returns split expression → cluster by id, int32, of the splits that the config names.
 
@@ -79,12 +99,12 @@ def of_splits(config: ConfigDict, sizes: dict[str, int]) -> dict[str, np.ndarray
     Raises:
       UserError: the clusters are of other data, or of other splits of it.
     """
-    folder = config.method.clusters
+    folder = config.method.get("clusters", "")
     found = Clusters.read(folder)
-    about = {name: config.data[name] for name in ("source", "name")}
-    if about != {name: found.meta["data"][name] for name in about}:
-        raise UserError(f"the clusters of {folder} are of data.source={found.meta['data']['source']!r} "
-                        f"{found.meta['data']['name']!r}, the config reads {about['source']!r} {about['name']!r}")
+    for name in ("source", "name", "classes"):
+        if config.data[name] != found.meta["data"][name]:
+            raise UserError(f"the clusters of {folder} are of data.{name}={found.meta['data'][name]!r}, the config has "
+                            f"{config.data[name]!r}")
     for split, size in sizes.items():
         if split not in found.assigned:
             raise UserError(f"{folder} has no clusters of the split {split!r}; it has {', '.join(found.assigned)}; "

@@ -51,8 +51,9 @@ def customise(config: ConfigDict, params: Any, extras: Any, task: ConfigDict, ho
     Args:
       config, params, extras: the mixture's.
       task: config whose group `data` says what the task's training pictures are.
-      how: 'vote', the path of most votes, of equal ones that of the nearest centroid; 'probe', the best one by a linear
-        probe on a tenth of the task's training split, of those with the most votes; 'random', any other, as a control.
+      how: 'vote', the path of most votes, of equal ones that of the nearest centroid; 'probe', of the eight paths with
+        the most votes the best one by a linear probe on a tenth of the task's training split; 'random', any but the
+        most voted, as a control.
       seed: of 'random'.
 
     Raises:
@@ -61,6 +62,7 @@ def customise(config: ConfigDict, params: Any, extras: Any, task: ConfigDict, ho
     if config.method.name != "moce" or config.method.gate != "cluster":
         raise UserError("--for-task needs a run of method.name=moce whose clusters choose (method.gate=cluster)")
     method, found = MoCE(MoCE.fitted(config, ())), Clusters.read(config.method.clusters)
+    method.check(extras)
     table = {block: np.asarray(each) for block, each in method.probabilities(params, extras).items()}
     of_cluster = [tuple(int(each[cluster].argmax()) for each in table.values()) for cluster in range(method.count)]
     about = look(found, epath.Path(config.method.clusters).expanduser(), task)
@@ -95,6 +97,8 @@ def look(found: Clusters, folder: epath.Path, task: ConfigDict) -> Task:
     for values, _ in pooled(config, method, encoder):
         votes += np.bincount(found.nearest(values)[0], minlength=len(votes))
         feature += values.sum(0, dtype=np.float64)
+    if not votes.sum():
+        raise UserError(f"no picture of data.source={task.data.source!r} {task.data.path} can be read")
     return Task(votes / votes.sum(), (feature / votes.sum()).astype(np.float32))
 
 

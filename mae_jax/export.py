@@ -55,10 +55,15 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
     folder = workdir.locate(source)
     config = workdir.read_config(workdir.of_checkpoint(folder))
     tree, extras = params.judged(load_params(folder, ema=True, extras=True))
+    if task is not None and not how:
+        raise UserError("--config says for what --for-task=vote, probe or random is to be; without it leave it out")
     if how:
         tree, config, report = for_task(config, tree, extras, task, how, seed)
         print("\n".join(report))
     tree = folded(tree, extras)
+    if layout != "mae_jax" and config.method.name == "moce":
+        raise UserError(f"{folder} is a mixture of experts, which no layout of others has: cut one encoder out of "
+                        "it with --for-task")
     if layout == "hf" and config.method.name not in ("mae", "supervised"):
         raise UserError(f"{folder} was trained with method.name={config.method.name!r}; transformers has MAE's model: "
                         "use --layout=timm or --layout=mae for the encoder")

@@ -1,6 +1,10 @@
-"""Features of whole splits, on disk in chunks: computed once, resumed where they were cut off, read again in passes."""
+"""Features of whole splits, on disk in chunks: computed once, resumed where they were cut off, read again in passes.
+
+A picture that cannot be read has the features of a grey one, which count for nothing but its own cluster.
+"""
 
 import json
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +13,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from mae_jax import distributed
 from mae_jax.errors import UserError
 from mae_jax.methods import Method
 from mae_jax.methods.base import pool
@@ -17,7 +22,10 @@ from mae_jax.sharding import replicated, to_devices
 
 
 class Features:
-    """The features of one split under a folder: 00000.npz, 00001.npz ..., each with `features` [n, D] and `ids` [n]."""
+    """The features of one split under a folder.
+
+    Files 00000.npz ... have `features` float32 [n, D], `ids` [n] and `valid` [n]; complete.json has their number.
+    """
 
     def __init__(self, folder: epath.Path, about: dict[str, Any]):
         """Args: folder; about, what the features are of, which must be that of those that are there."""
@@ -42,24 +50,33 @@ class Features:
             method.encode(params, extras, batch), method.config.model.pool), out_shardings=replicated(mesh))
         self.folder.mkdir(parents=True, exist_ok=True)
         self._claim()
-        done, parts = len(self.files()), []
+        complete = self.folder / "complete.json"
+        if distributed.first(complete.is_file()):
+            return
+        done, parts = distributed.first(len(self.files())), []
         for number, batch in enumerate(batches):
             if number < done * per_chunk:
                 continue
             placed = to_devices(batch, mesh, size)
-            ids = jax.device_get(jax.device_put(placed["id"], replicated(mesh)))
+            ids, valid = jax.device_get(jax.device_put((placed["id"], placed["valid"]), replicated(mesh)))
             values = jax.device_get(encode(params, extras, placed))
-            parts.append((values[ids >= 0], ids[ids >= 0]))
+            parts.append(tuple(column[ids >= 0] for column in (values, ids, valid > 0)))
             if len(parts) == per_chunk:
                 self._write(done, parts)
                 done, parts = done + 1, []
         if parts:
             self._write(done, parts)
+        if jax.process_index() == 0:
+            complete.write_text(json.dumps(len(self.files())) + "\n")
+        distributed.first(None)  # the others wait until all is there
 
     def _claim(self) -> None:
         """Notes what the features are of; raises UserError where there are others."""
         file = self.folder / "about.json"
-        there = json.loads(file.read_text()) if file.is_file() else None
+        try:
+            there = json.loads(file.read_text()) if file.is_file() else None
+        except ValueError as error:
+            raise UserError(f"{file} is damaged ({error}); remove {self.folder}") from None
         if there is not None and there != self.about:
             differ = next(key for key in self.about if there.get(key) != self.about[key])
             raise UserError(f"{self.folder} has features of another {differ} ({there.get(differ)}, now "
@@ -67,20 +84,25 @@ class Features:
         if there is None and jax.process_index() == 0:
             file.write_text(json.dumps(self.about) + "\n")
 
-    def _write(self, number: int, parts: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    def _write(self, number: int, parts: list[tuple[np.ndarray, ...]]) -> None:
         if jax.process_index():
             return
-        features, ids = (np.concatenate(column) for column in zip(*parts, strict=True))
+        features, ids, valid = (np.concatenate(column) for column in zip(*parts, strict=True))
         partial = self.folder / f"partial_{number:05d}.npz"
         with partial.open("wb") as file:
-            np.savez(file, features=features.astype(np.float32), ids=ids)
+            np.savez(file, features=features.astype(np.float32), ids=ids, valid=valid)
         partial.replace(self.folder / f"{number:05d}.npz")
 
-    def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields (features [n, D], ids [n])."""
+    def chunks(self, readable: bool = True) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields (features [n, D], ids [n]) of the pictures that could be read, or of all; raises UserError."""
         for path in self.files():
-            with path.open("rb") as file, np.load(file) as stored:
-                yield stored["features"], stored["ids"]
+            try:
+                with path.open("rb") as file, np.load(file) as stored:
+                    features, ids, valid = (stored[name] for name in ("features", "ids", "valid"))
+            except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                raise UserError(f"{path} is damaged ({error}); remove {self.folder}") from None
+            keep = valid if readable else np.ones(len(ids), bool)
+            yield features[keep], ids[keep]
 
     def mean(self) -> np.ndarray:
         """Returns the mean of all features, float32 [D]."""
@@ -89,9 +111,9 @@ class Features:
             total, count = total + values.sum(0, dtype=np.float64), count + len(values)
         return (total / count).astype(np.float32)
 
-    def points(self, mean: np.ndarray) -> Iterator[np.ndarray]:
-        """Yields chunks of the features less their mean, scaled to length 1."""
-        for values, _ in self.chunks():
+    def points(self, mean: np.ndarray, readable: bool = True) -> Iterator[np.ndarray]:
+        """Yields chunks of the features less their mean, scaled to length 1; of which pictures, see `chunks`."""
+        for values, _ in self.chunks(readable):
             yield spherical.unit(values - mean).astype(np.float32)
 
     def sample(self, count: int, mean: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -59,7 +59,7 @@ def main() -> int:
     if WRITE.value == "batches":
         from mae_jax.data.write import write_batches
 
-        write_batches(inputs, method.eval_spec(), order, method.views(), epath.Path(TO.value), STEPS.value)
+        write_batches(config, inputs, method.eval_spec(), order, method.views(), epath.Path(TO.value), STEPS.value)
         return cli.FINISHED
     print(f"classes: {', '.join(inputs.classes) or 'none'}")
     if config.data.source != "batches":

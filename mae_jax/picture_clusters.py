@@ -1,6 +1,7 @@
 """Clusters the pictures of a run by the features of its encoder, for MoCE (arXiv 2402.05382, section 3.1)."""
 
 import itertools
+import json
 from typing import Any
 
 import jax
@@ -10,8 +11,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from mae_jax import cli, sharding, workdir
-from mae_jax.checkpoint import load_params, newest, save_params
-from mae_jax.clusters import Clusters
+from mae_jax.checkpoint import load_params, save_params
+from mae_jax.clusters import Clusters, fingerprint
 from mae_jax.config import flat
 from mae_jax.data import Inputs, build
 from mae_jax.errors import UserError
@@ -84,26 +85,40 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
     params, extras = judged(load_params(folder, ema=True, extras=True))
     parts = {config.data.train_split: inputs.support, config.data.val_split: inputs.validate,
              config.data.eval_split: inputs.evaluate}
-    about = {"encoder": f"{config.method.name} at {newest(folder)}", "block": block, "data": data_of(config)}
+    about = {"encoder": fingerprint(params), "block": block, "data": data_of(config), "pictures": inputs.num_train,
+             "batch_size": config.batch_size}
+    meta = {"from": source, "seed": seed, "ratio": ratio, "clusters": clusters, **about}
+    unlike = other_arguments(to_folder, meta)
+    if unlike:
+        raise UserError(f"{to} holds clusters of another {unlike}; runs may read them: name another folder")
     found = {}
     with jax.set_mesh(mesh):
         for number, (split, batches) in enumerate((split, made) for split, made in parts.items() if split):
             found[split] = Features(to_folder / "features" / str(number), {**about, "split": split})
             found[split].compute(method, params, extras, batches(), mesh)
-    made = made_of(found, config.data.train_split, clusters, ratio, seed)
-    made.meta.update({"from": source, "block": block, "seed": seed, "ratio": ratio, "data": data_of(config)})
     if jax.process_index() == 0:
+        made = made_of(found, config.data.train_split, clusters, ratio, seed)
+        made.meta.update(meta)
         made.write(to_folder)
         save_params(to_folder / "encoder.safetensors", {"encoder": params["encoder"]}, workdir.metadata(config))
         with (to_folder / "clusters.png").open("wb") as file:
             Image.fromarray(picture(made, inputs, config, found[config.data.train_split])).save(file, "PNG")
-    print(f"{to_folder}: {summary(made)}")
+        print(f"{to_folder}: {summary(made)}")
     return cli.FINISHED
+
+
+def other_arguments(folder: epath.Path, meta: dict[str, Any]) -> str:
+    """Returns which argument the clusters that a folder holds were made with another value of, '' for none."""
+    if not (folder / "clusters.npz").is_file():
+        return ""
+    there = Clusters.read(str(folder)).meta
+    return next((key for key in meta if key != "from" and there.get(key) != json.loads(json.dumps(meta[key]))), "")
 
 
 def data_of(config: ConfigDict) -> dict[str, Any]:
     """Returns what identifies the data of a config, and how a picture was seen."""
-    names = ("source", "name", "path", "train_split", "val_split", "eval_split", "image_size", "resize")
+    names = ("source", "name", "path", "train_split", "val_split", "eval_split", "classes", "image_size", "resize",
+             "image_key")
     return {name: value for name, value in flat(config.data).items() if name in names} | {
         "crop_ratio": config.eval.crop_ratio[0]}
 
@@ -118,14 +133,15 @@ def made_of(features: dict[str, Features], train: str, clusters: int, ratio: flo
 
     centroids, plain = spherical.kmeans(points, first)
     centroids, prices = spherical.balanced(points, centroids, ratio)
-    assigned, similarity = {}, 0.0
+    assigned = {}
     for split, part in features.items():
-        chosen, similar = spherical.assign(lambda part=part: part.points(mean), centroids, prices)
-        ids = np.concatenate([ids for _, ids in part.chunks()])
+        chosen, similar = spherical.assign(lambda part=part: part.points(mean, readable=False), centroids, prices)
+        ids = np.concatenate([ids for _, ids in part.chunks(readable=False)])
         assigned[split] = np.full(ids.max() + 1, -1, np.int32)
         assigned[split][ids] = chosen
-        similarity = float(similar.mean()) if split == train else similarity
-    sizes = np.bincount(assigned[train][assigned[train] >= 0], minlength=clusters)
+        if split == train:
+            readable = np.isin(ids, np.concatenate([some for _, some in part.chunks()]))
+            sizes, similarity = np.bincount(chosen[readable], minlength=clusters), float(similar[readable].mean())
     meta = {"clusters": clusters, "largest": int(sizes.max()), "smallest": int(sizes.min()),
             "similarity": similarity, "similarity_of_kmeans": float(plain)}
     return Clusters(centroids, prices, mean, sizes, assigned, meta)

@@ -59,6 +59,9 @@ def prepare(config: ConfigDict, folder: epath.Path, trains: bool = True) -> Run:
     validate(config, trains)
     mesh = sharding.make_mesh(config)
     method = methods.get(config.method.name)(config)
+    if not trains and method.encodes_with:
+        raise UserError(f"a run of method.name={config.method.name} has no single encoder to look at; python -m "
+                        "mae_jax.export --for-task=vote makes one")
     if trains and method.learns_labels:
         data.check_apart(config.data, "train_split", "eval_split")
     spec = method.eval_spec() if trains else methods.Method.eval_spec(method)
@@ -229,6 +232,7 @@ def resume(run: Run, stopper: Stopper) -> int:
         raise UserError(f"{folder} is at step {int(state.step)}, past train.duration={config.train.duration!r} "
                         f"({run.total} steps)")
     else:
+        run.program.method.check(state.extras)
         logger.info("resumed at step %d", state.step)
     phases.done("state")
     judge.check(run)
@@ -381,6 +385,7 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
     state = checkpoints.restore(run.program.state)
     if state is None:
         raise UserError(f"{path} holds no checkpoint yet")
+    run.program.method.check(state.extras)
     # Lines past this step stay: they may be those of a run in progress.
     recorder = Recorder(path, math.inf, run.config.log.tensorboard, jax.process_index() == 0)
     with jax.set_mesh(run.program.mesh):

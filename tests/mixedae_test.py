@@ -213,7 +213,7 @@ def test_the_segments_stay_behind_when_the_encoder_moves_on():
     ({"method.ratio": 0.3}, "method.ratio=0.3; expected one over a whole number"),
     ({"method.ratio": 1.0}, "method.ratio=1.0; expected"),
     ({"data.image_size": (12, 12)}, r"nearest data.image_size: \(8, 8\) or \(16, 16\)"),
-    ({"method.blocks": "2"}, "expected 'all', 'first_half', 'last_half', or some of the blocks 0 to 1"),
+    ({"method.blocks": "2"}, "expected 'all', 'first_half', 'last_half', 'last_two_odd', or some of the blocks 0 to 1"),
     ({"method.blocks": "0-"}, "method.blocks='0-'"),
     ({"method.attention": "topp"}, "did you mean 'topk'"),
     ({"method.mixing": "ful"}, "did you mean 'full'"),

@@ -11,8 +11,10 @@ from mae_jax.experts import along, upcycled
 from mae_jax.flops import train_flops
 from mae_jax.models.inside import block_name
 from mae_jax.params import flatten
+from mae_jax.program import Program
+from mae_jax.sharding import make_mesh
 from mae_jax.step import gradients
-from tests.tiny import tiny_batch, tiny_config, tiny_method, tiny_params, tiny_state
+from tests.tiny import EXAMPLES, tiny_batch, tiny_config, tiny_method, tiny_params, tiny_state
 
 COUNT = 5  # clusters
 FIELDS = {"method.num_clusters": COUNT, "method.centroid_width": 12, "method.clusters": "somewhere"}
@@ -149,7 +151,8 @@ def test_micro_batches_share_their_noise():
     method, _, extras, batch = made({"batch_size": 16})
     state = tiny_state(method.config, jax.tree.map(jnp.asarray, extras))
     batch["cluster"] = (np.arange(16) % COUNT).astype(np.int32)
-    whole, split = (gradients(method, state, batch, jax.random.key(0), parts) for parts in (1, 2))
+    both = jax.jit(lambda state, batch: [gradients(method, state, batch, jax.random.key(0), parts) for parts in (1, 2)])
+    whole, split = both(state, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole[0], split[0])
 
 
@@ -172,11 +175,18 @@ def test_upcycling_and_cutting_out_are_inverse():
     ({"method.gate_weight": "strait"}, "did you mean 'straight'"),
     ({"method.experts": 1}, "must be at least 2"),
     ({"method.blocks": "7"}, "or some of the blocks 0 to 1"),
+    ({"model.depth": 1}, "method.blocks='last_two_odd' names none of the 1 block"),
     ({"method.noise": -1.0}, "must not be negative"),
     ({"method.encoder_mask_tokens": True}, "has no experts")])
 def test_what_cannot_be_mixed_is_refused(fields, text):
     with pytest.raises(UserError, match=text):
         tiny_config(FIELDS | fields, "moce")
+
+
+def test_micro_batches_are_refused_where_the_tokens_of_the_whole_batch_balance_experts():
+    config = tiny_config(FIELDS | {"method.gate": "token", "train.accumulate": 2}, "moce")
+    with pytest.raises(UserError, match=r"train.accumulate=2: the loss of moce has terms across the whole batch"):
+        Program(config, make_mesh(config), EXAMPLES)
 
 
 def test_clusters_of_another_number_are_refused(tmp_path):

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mae_jax import train, workdir
 from mae_jax.checkpoint import load_params
 from mae_jax.clusters import Clusters
-from mae_jax.customise import customise
+from mae_jax.customise import customise, look
 from mae_jax.errors import UserError
 from mae_jax.evals.experts import information
 from mae_jax.export import export
@@ -23,6 +24,16 @@ from tests.tiny import tiny_config
 CROPS = {"data.source": "photo_crops", "data.train_split": "train[:400]", "train.duration": "2 steps",
          "eval.every": "2 steps", "checkpoint.every": "2 steps", "batch_size": 16, "eval.max_examples": 64,
          "model.pool": "mean", "optim.lr": 0.001}
+
+
+def make_folder(folder, count, broken):
+    """Writes pictures of noise, and files that are none."""
+    folder.mkdir()
+    draws = np.random.default_rng(0)
+    for number in range(count):
+        Image.fromarray(draws.integers(0, 256, (20, 20, 3), np.uint8)).save(folder / f"{number:03d}.png")
+    for number in range(broken):
+        (folder / f"broken{number}.png").write_bytes(b"no picture")
 
 
 def clustered(folder, to, clusters=8, **options):
@@ -68,8 +79,43 @@ def test_the_same_command_gives_the_same_clusters_and_goes_on_with_features(made
     ours, theirs = (Clusters.read(str(folder / name)) for folder, name in ((tmp_path, "again"), (made, "clusters")))
     np.testing.assert_array_equal(ours.centroids, theirs.centroids)
     np.testing.assert_array_equal(ours.prices, theirs.prices)
+    for other in ({"block": 0}, {"seed": 5}, {"clusters": 4}):
+        with pytest.raises(UserError, match=f"holds clusters of another {next(iter(other))}"):
+            clustered(made / "mae", tmp_path / "again", **other)
+    (tmp_path / "again" / "clusters.npz").unlink()
     with pytest.raises(UserError, match="has features of another block"):
         clustered(made / "mae", tmp_path / "again", block=0)
+    classes = tiny_config(CROPS | {"data.classes": "0-3", "data.train_split": "train"})
+    with pytest.raises(UserError, match="has features of another data"):
+        clustered(made / "mae", tmp_path / "again", data=classes)
+
+
+def test_a_mixture_reads_no_clusters_but_its_own(made, tmp_path):
+    assert clustered(made / "mae", tmp_path / "others", seed=5) == 0
+    shutil.copytree(made / "moce", tmp_path / "moce")
+    config = workdir.read_config(tmp_path / "moce").copy_and_resolve_references().unlock()
+    config.method.clusters = str(tmp_path / "others")
+    config.train.duration = "3 steps"
+    with pytest.raises(UserError, match="are not the clusters that this mixture was trained with"):
+        train.train(config.lock(), str(tmp_path / "moce"))
+    shutil.copytree(made / "clusters", tmp_path / "moved")
+    config.unlock().method.clusters = str(tmp_path / "moved")
+    assert train.train(config.lock(), str(tmp_path / "moce")) == 0
+
+
+def test_pictures_that_cannot_be_read_count_for_their_own_cluster_alone(tmp_path):
+    make_folder(tmp_path / "in", count=40, broken=3)
+    data = {"data.source": "folder", "data.path": str(tmp_path / "in"), "data.train_split": "train",
+            "data.eval_split": "", "eval.every": ""}
+    assert train.train(tiny_config(CROPS | data), str(tmp_path / "mae")) == 0
+    assert clustered(tmp_path / "mae", tmp_path / "clusters", clusters=4) == 0
+    found = Clusters.read(str(tmp_path / "clusters"))
+    assert (len(found.assigned["train"]), found.sizes.sum()) == (43, 40)
+    assert found.assigned["train"].min() >= 0
+    broken = tiny_config(CROPS | data | {"data.path": str(tmp_path / "junk")})
+    make_folder(tmp_path / "junk", count=0, broken=4)
+    with pytest.raises(UserError, match=r"no picture of data.source='folder' .*junk can be read"):
+        look(found, tmp_path / "clusters", broken)
 
 
 def test_features_are_read_in_chunks_that_hold_every_picture_once(made):
@@ -83,7 +129,7 @@ def test_features_are_read_in_chunks_that_hold_every_picture_once(made):
     sample = features.sample(100, mean, np.random.default_rng(0))
     assert len(np.unique(sample, axis=0)) == 100
     assert np.isin(sample[:, 0], points[:, 0]).all()
-    assert np.all(sample != points[:100]) or len(sample) == 100  # of all chunks, not the first ones
+    assert not np.array_equal(np.sort(sample[:, 0]), np.sort(points[:100, 0]))  # of all chunks, not the first ones
     assert spherical.CHUNK % 16 == 0
 
 
@@ -152,6 +198,10 @@ def test_what_cannot_be_clustered_or_cut_is_refused(made, tmp_path):
         export(str(made / "mae"), str(tmp_path / "x.safetensors"), "mae_jax", tiny_config(CROPS), "vote")
     with pytest.raises(UserError, match="--for-task needs the task's data"):
         export(str(made / "moce"), str(tmp_path / "x.safetensors"), "mae_jax", None, "vote")
+    with pytest.raises(UserError, match="is a mixture of experts, which no layout of others has"):
+        export(str(made / "moce"), str(tmp_path / "x.safetensors"), "timm")
+    with pytest.raises(UserError, match=r"has no single encoder to look at; python -m mae_jax.export --for-task"):
+        train.prepare(workdir.read_config(made / "moce"), tmp_path, trains=False)
     damaged = tmp_path / "damaged"
     shutil.copytree(made / "clusters", damaged)
     (damaged / "clusters.npz").write_bytes((damaged / "clusters.npz").read_bytes()[:200])

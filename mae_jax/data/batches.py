@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from mae_jax.clusters import Clusters
 from mae_jax.data.orders import Order, View, rolled, with_views
 from mae_jax.errors import UserError
 
@@ -29,6 +30,12 @@ Spec = dict[str, jax.ShapeDtypeStruct]
 def hiding(order: Order, views: tuple[View, ...]) -> dict[str, Any]:
     """Returns what meta.json says of orders and views, as JSON gives it back."""
     return json.loads(json.dumps({"order": order, "views": views}))
+
+
+def joined_from(config: ConfigDict) -> dict[str, str]:
+    """Returns what meta.json says of the pictures that were kept, and of the clusters that were joined."""
+    named = config.method.get("clusters", "") if config.method.get("gate") == "cluster" else ""
+    return {"kept": config.data.get("classes", ""), "clusters": Clusters.read(named).fingerprint() if named else ""}
 
 
 def open_folder(config: ConfigDict, spec: Spec, views: tuple[View, ...], order: Order, rows: np.ndarray) -> dict:
@@ -45,6 +52,10 @@ def open_folder(config: ConfigDict, spec: Spec, views: tuple[View, ...], order: 
     except ValueError as error:
         raise UserError(f"{folder / 'meta.json'} is damaged: {error}") from None
     wanted = hiding(order, views)
+    for name, value in joined_from(config).items() if "kept" in meta else ():
+        if meta[name] != value:
+            field = {"kept": "data.classes", "clusters": "method.clusters"}[name]
+            raise UserError(f"the batches of {folder} were made with another {field}; make them with this config")
     if meta.get("order") != wanted["order"]:
         raise UserError(f"the batches of {folder} were made for the order of patches {meta.get('order')} (kind, grid, "
                         f"hidden, group), the config asks for {wanted['order']}; make them with this config")

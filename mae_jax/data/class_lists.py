@@ -5,7 +5,8 @@ from logging import getLogger
 
 import numpy as np
 
-from mae_jax.data.sources import Source
+from mae_jax.data.decode import BadPicture
+from mae_jax.data.sources import UNLABELLED, Source
 from mae_jax.errors import UserError, nearest
 
 log = getLogger(__name__)
@@ -29,8 +30,13 @@ def kept(source: Source, text: str) -> Source:
         raise UserError(f"data.classes={text!r} needs pictures with one label each")
     parts = [numbers(part.strip(), source.classes) for part in LISTS.get(text, text).split(",")]
     chosen = sorted({number for part in parts for number in part})
-    label = source.label or (lambda i: source.read(i).label)
-    labels = np.array([label(i) for i in range(source.size)])
+    def read(i: int) -> int:
+        try:
+            return source.read(i).label
+        except (BadPicture, OSError):
+            return UNLABELLED
+
+    labels = np.array([(source.label or read)(i) for i in range(source.size)])
     indices = np.flatnonzero(np.isin(labels, chosen))
     if not len(indices):
         raise UserError(f"no picture is of data.classes={text!r}")

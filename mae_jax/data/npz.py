@@ -71,7 +71,8 @@ def _source(images: np.ndarray, labels: np.ndarray | None, name: str) -> Source:
         return Example(np.ascontiguousarray(np.broadcast_to(images[i], (*images.shape[1:3], 3))), int(labels[i]),
                        None if several is None else several[i])
 
-    return Source(len(images), read, lambda i: f"{name}[{i}]", classes, () if several is None else ("labels",))
+    return Source(len(images), read, lambda i: f"{name}[{i}]", classes, () if several is None else ("labels",),
+                  lambda i: int(labels[i]))
 
 
 def _several(labels: np.ndarray, images: int, name: str) -> np.ndarray | None:

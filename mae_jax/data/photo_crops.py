@@ -37,6 +37,7 @@ def load(data: ConfigDict, split: Split) -> Source:
         read=lambda i: Example(crops[i], i % classes),
         name=lambda i: f"{CLASSES[i % classes]}/{i // classes}",
         classes=CLASSES,
+        label=lambda i: i % classes,
     )
     return source.sliced(split)
 

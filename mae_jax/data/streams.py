@@ -133,15 +133,16 @@ def train(stream: Stream, step: int, views: Views, config: ConfigDict, spec: Spe
     batches = pipeline.run(readers, example, whole, len(own_rows), config.data)
     keep = np.searchsorted(own_rows, rows)
     for batch in _guarded(stream, batches, skip * len(own)):
-        repaired = repair(batch, share)
+        repaired = repair(batch, share, grouped=views.group > 1)
         yield {name: repaired[name] if len(keep) == len(own_rows) else repaired[name][keep] for name in spec}
 
 
-def repair(batch: Batch, share: int) -> Batch:
+def repair(batch: Batch, share: int, grouped: bool = False) -> Batch:
     """Replaces rows with `replaced` > 0 by the next good row of their reader (cyclic, three tries).
 
     Args:
       batch: fields [rows, ...]; `share` consecutive rows belong to one reader.
+      grouped: a row keeps its order, which others of its group complete; patches and masks follow it.
     """
     broken = batch["replaced"] > 0
     if not broken.any():
@@ -153,7 +154,15 @@ def repair(batch: Batch, share: int) -> Batch:
         good = [tries for tries, other in enumerate(candidates, 1) if not broken[other]]
         source[row] = candidates[good[0] - 1] if good else row
         replaced[row] = good[0] if good else TRIES
-    return {**{name: value[source] for name, value in batch.items()}, "replaced": replaced}
+    new = {**{name: value[source] for name, value in batch.items()}, "replaced": replaced}
+    if grouped:
+        # Where the copy has the patches of the row's own order.
+        place = np.take_along_axis(np.argsort(new["order"], 1), batch["order"], 1)[..., None]
+        for name in ("patches", "mask"):
+            if name in new:
+                new[name] = np.take_along_axis(new[name], place, 1)
+        new["order"] = batch["order"]
+    return new
 
 
 def evaluate(stream: Stream, ratio: float, views: Views, config: ConfigDict, spec: Spec, rows: np.ndarray,

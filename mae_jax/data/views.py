@@ -28,6 +28,7 @@ class Views:
             orders.check(each)
         self._config, self._order, self._spec, self._views = config, order, spec, views
         self._patch = tuple(config.model.patch)
+        self.group = order.group  # neighbours whose orders belong together
         if config.data.resize == "fast":
             opencv()  # says at once what is missing
 

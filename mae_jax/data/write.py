@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 from PIL import Image
 
 from mae_jax.data import Inputs, Spec, batches, pipeline, streams, tfds, tfrecord
@@ -128,12 +129,13 @@ def _check_storable(found: dict[str, Found]) -> None:
             raise UserError("pictures are stored with one label each, and these have several; use --write=batches")
 
 
-def write_batches(inputs: Inputs, spec: Spec, order: Order, views: tuple[View, ...], folder: epath.Path,
-                  steps: int) -> None:
+def write_batches(config: ConfigDict, inputs: Inputs, spec: Spec, order: Order, views: tuple[View, ...],
+                  folder: epath.Path, steps: int) -> None:
     """Writes the first batches of a run and its evaluations; data.source='batches' reads the folder.
 
     Args:
-      inputs: as `data.build` made them of spec, order and views.
+      config: the config.
+      inputs: as `data.build` made them of config, spec, order and views.
       folder: which is made, and must not hold batches.
       steps: how many batches of training are written.
     """
@@ -145,7 +147,8 @@ def write_batches(inputs: Inputs, spec: Spec, order: Order, views: tuple[View, .
     for name, found in parts.items():
         with (folder / f"{name}.npz").open("wb") as file:
             np.savez(file, **_joined(found, with_views(spec, views) if name == "train" else spec))
-    meta = {"classes": inputs.classes, "num_train": inputs.num_train, **batches.hiding(order, views)}
+    meta = {"classes": inputs.classes, "num_train": inputs.num_train, **batches.hiding(order, views),
+            **batches.joined_from(config)}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 

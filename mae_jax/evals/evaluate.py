@@ -189,7 +189,7 @@ class Evaluator:
         everywhere = partial(jax.device_put, device=replicated(self.mesh))
         whole, batch = batch, {name: everywhere(value)[:count] for name, value in batch.items()}
         about = method, state.ema or state.params, state.extras, batch
-        if hasattr(method, "probabilities") and not method.by_token:
+        if clusters.FIELD in method.encodes_with:
             yield "experts", experts.picture(*about[:3], whole)
         if method.group > 1:
             yield "reconstruct", reconstruct.mixtures(*about)

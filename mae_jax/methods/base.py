@@ -42,6 +42,8 @@ def named_blocks(config: ConfigDict) -> set[int]:
     text, depth = config.method.blocks, config.model.depth
     named = {"all": range(depth), "first_half": range(depth // 2), "last_half": range(depth // 2, depth),
              "last_two_odd": range(1, depth, 2)[-2:]}
+    if text in named and not named[text]:
+        raise UserError(f"method.blocks={text!r} names none of the {depth} block{'s' if depth > 1 else ''}")
     if text in named:
         return set(named[text])
     found: set[int] = set()
@@ -66,6 +68,7 @@ class Method:
     defaults: ClassVar[dict[str, Any]] = {}  # own config fields under config.method
     learns_labels: bool = False  # what it is evaluated on must not be trained on
     sees_whole_batch: bool = False  # the loss has terms across images: accumulation is refused
+    encodes_with: tuple[str, ...] = ()  # batch fields that `encode` reads besides pictures and orders
     group: int = 1  # rows that stay together on a device and in a micro-batch, neighbours in the batch
     decayed: ClassVar[tuple[str, ...]] = ("kernel", "cls_token", "mask_token")  # weight decay, by last name of the path
 
@@ -138,6 +141,9 @@ class Method:
             read where nothing is computed. None: the encoder alone is of interest, and nothing is.
         """
         return extras
+
+    def check(self, extras: Extras) -> None:
+        """Raises UserError where restored extras do not belong to what the config names."""
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:

@@ -25,6 +25,7 @@ GATE_KINDS = ("cluster", "token")
 WEIGHTS = ("straight", "value")
 GATE_STD = 0.02  # of the first gates: small, and not zero, which would send every cluster to the first expert
 EPS = 1e-6
+SAME = 1e-4  # how far centroids may be from those that were trained with
 
 
 class MoCE(MAE):
@@ -86,6 +87,8 @@ class MoCE(MAE):
         self.straight = m.gate_weight == "straight"
         self.count, self.width = m.num_clusters or 1, m.centroid_width or config.model.width
         self.by_token = m.gate == "token"
+        self.sees_whole_batch = self.by_token and max(m.balance_weight, m.confidence_weight) > 0
+        self.encodes_with = () if self.by_token else ("cluster",)
         gating = Gating(m.experts, self.by_token, m.temperature, self.straight)
         self.dense = self.encoder
         self.encoder = self.encoder.clone(
@@ -122,12 +125,19 @@ class MoCE(MAE):
         fitted: Extras = {}
         if not self.by_token:
             found = Clusters.read(self.config.method.clusters)
-            centred = found.centroids - found.centroids.mean(1, keepdims=True)
-            fitted = {"centroids": centred / np.sqrt(centred.var(1, keepdims=True) + EPS),
-                      "share": found.sizes / found.sizes.sum()}
+            fitted = {"centroids": found.standard(), "share": found.sizes / found.sizes.sum()}
         if "start" in extras:
             fitted["start"] = along(params["encoder"], dict.fromkeys(self.blocks, 0))
         return {**extras, **fitted} if fitted else extras
+
+    def check(self, extras: Extras) -> None:
+        folder = self.config.method.clusters
+        if self.by_token:
+            return
+        wanted = Clusters.read(folder).standard()
+        if wanted.shape != extras["centroids"].shape or jnp.abs(extras["centroids"] - wanted).max() > SAME:
+            raise UserError(f"method.clusters={folder!r} are not the clusters that this mixture was trained with: its "
+                            "gates read other centroids")
 
     def probabilities(self, params: Params, extras: Extras, key: jax.Array | None = None) -> dict[int, jax.Array]:
         """Returns the routing table: block → what its gate gives the experts of each cluster, float32 [m, E].

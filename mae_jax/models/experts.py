@@ -62,7 +62,8 @@ class Experts(nn.Module):
         hidden = ExpertLinear(count, self.ratio * shape[-1], self.dtype, self.init, name="fc1")(x, choice.expert)
         hidden = GELUS[self.gelu](hidden)
         out = ExpertLinear(count, shape[-1], self.dtype, self.init, name="fc2")(hidden, choice.expert)
-        return (out * choice.weight.astype(out.dtype)[:, None, None]).reshape(shape)
+        weighted = out.astype(jnp.float32) * choice.weight[:, None, None]  # whose gradient sums in float32
+        return weighted.astype(out.dtype).reshape(shape)
 
 
 class TokenGate(nn.Module):

@@ -25,7 +25,7 @@ def info_nce(pairs: jax.Array, valid: jax.Array, ids: jax.Array, temperature: fl
     images = len(pairs)
     both = pairs.reshape(2 * images, -1).astype(jnp.float32)  # every device keeps its rows
     if normalise:
-        both = both / jnp.maximum(jnp.linalg.norm(both, axis=1, keepdims=True), 1e-6)
+        both = unit(both)
     own, shown = jnp.repeat(jnp.arange(images), 2), jnp.repeat(ids, 2)
     partner = (own[:, None] == own) & ~jnp.eye(2 * images, dtype=bool)
     negative = (shown[:, None] != shown) & jnp.repeat(valid > 0, 2)
@@ -37,6 +37,11 @@ def info_nce(pairs: jax.Array, valid: jax.Array, ids: jax.Array, temperature: fl
     return losses.reshape(images, 2).mean(1), found.reshape(images, 2).all(1)
 
 
+def unit(x: jax.Array) -> jax.Array:
+    """Returns vectors [..., D] scaled to length 1; those of no length stay, and have finite gradients."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
+
+
 def supervised_contrast(features: jax.Array, same: np.ndarray, temperature: float) -> jax.Array:
     """Contrast of each token with all others of its sequence, those of its own kind being alike; float32 [B, N].
 
@@ -45,11 +50,10 @@ def supervised_contrast(features: jax.Array, same: np.ndarray, temperature: floa
 
     Args:
       features: float [B, N, D].
-      same: bool [N, N], which tokens are of one kind; each has another one of its kind.
+      same: bool [N, N], which tokens are of one kind; each has another one of its kind. Grey stand-ins are a kind too.
       temperature: τ.
     """
-    features = features.astype(jnp.float32)
-    features = features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-6)
+    features = unit(features.astype(jnp.float32))
     logits = jnp.einsum("bnd,bmd->bnm", features, features, precision="highest") / temperature
     itself = np.eye(len(same), dtype=bool)
     positive = same & ~itself

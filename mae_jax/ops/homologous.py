@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mae_jax.ops.contrast import unit
+
 BITS = 32  # of a score
 LOWEST = np.iinfo(np.int32).min
 
@@ -61,7 +63,7 @@ def kth_largest(values: jax.Array, k: int) -> jax.Array:
     """Returns the k-th largest of each row of float32 [..., T], as [..., 1]; exactly, without sorting.
 
     It is found bit by bit: the bits of a float, put in order as integers, are larger where the float is. Each of 32
-    passes counts how many values of the row reach a candidate (bench/results/topk_*.md has sorting beside it).
+    passes counts how many values of the row reach a candidate (`bench/topk.py` has sorting beside it).
     """
     ordered = _in_order(values)
 
@@ -101,8 +103,7 @@ def purity(scores: jax.Array, keep: int, group: int, patches: int) -> jax.Array:
 
 def neighbour_homology(tokens: jax.Array, group: int) -> jax.Array:
     """Returns the share of tokens [B, N, D] whose nearest other one, by cosine, is of the same picture: float32 [B]."""
-    tokens = tokens.astype(jnp.float32)
-    tokens = tokens / jnp.maximum(jnp.linalg.norm(tokens, axis=-1, keepdims=True), 1e-6)
+    tokens = unit(tokens.astype(jnp.float32))
     alike = jnp.einsum("bnd,bmd->bnm", tokens, tokens, precision="highest")
     count = tokens.shape[1]
     nearest = jnp.where(jnp.eye(count, dtype=bool), -jnp.inf, alike).argmax(-1)

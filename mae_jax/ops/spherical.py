@@ -165,6 +165,9 @@ def balance(chunks: Chunks, centroids: np.ndarray, ratio: float, prices: np.ndar
         steps = np.where(turned, steps * SLOWER, steps * FASTER)
         signs = np.sign(off)
         prices = (prices + steps * np.clip(off, -1, 1)).astype(np.float32)
+    if best[0] > ratio:
+        log.warning("the largest cluster has %.1f times the points of the smallest, more than %g: equal points cannot "
+                    "be parted", best[0], ratio)
     return best[1]
 
 

@@ -29,7 +29,7 @@ def write(folder, **sizes):
 
 def build(folder, rows=None, spec=SPEC):
     config = ConfigDict({"batch_size": 4, "data": {"source": "batches", "path": str(folder)},
-                         "eval": {"crop_ratio": (0.875,)}})
+                         "eval": {"crop_ratio": (0.875,)}, "method": {}})
     return data.build(config, spec, ORDER, rows)
 
 
@@ -54,6 +54,37 @@ def test_evaluations_end_and_are_padded(tmp_path):
     assert [batch["valid"].sum() for batch in batches] == [4, 2]
     assert sorted(batches[1]["order"][3]) == [0, 1, 2, 3]
     assert len(list(build(tmp_path).support())) == 1
+
+
+def test_padding_has_the_order_of_its_place_in_a_group(tmp_path):
+    order = Order("random", (2, 2), 2, 2)
+    write(tmp_path, evaluate=5, train=6)
+    for name in ("train", "support", "evaluate"):
+        with np.load(tmp_path / f"{name}.npz") as stored:
+            arrays = dict(stored)
+        shared = np.array([2, 0, 3, 1], np.int32)
+        arrays["order"] = np.stack([np.roll(shared, -2 * (row % 2)) for row in range(len(arrays["order"]))])
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    meta = {"classes": [], "num_train": 9, "order": order, "views": []}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    config = ConfigDict({"batch_size": 4, "data": {"source": "batches", "path": str(tmp_path)},
+                         "eval": {"crop_ratio": (0.875,)}, "method": {}})
+    last = list(data.build(config, SPEC, order).evaluate())[-1]
+    assert list(last["valid"]) == [1, 0, 0, 0]
+    assert last["order"].tolist() == [[2, 0, 3, 1], [3, 1, 2, 0]] * 2
+    write(tmp_path, train=9)
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="9 training examples, which is not a multiple of the 2 pictures"):
+        data.build(config, SPEC, order)
+
+
+@pytest.mark.parametrize(("fields", "text"), [({"kept": "0-3"}, "data.classes"), ({"clusters": "1f"}, "clusters")])
+def test_batches_of_other_classes_or_clusters_are_refused(tmp_path, fields, text):
+    write(tmp_path)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    (tmp_path / "meta.json").write_text(json.dumps(meta | {"kept": "", "clusters": ""} | fields))
+    with pytest.raises(UserError, match=f"were made with another .*{text}"):
+        build(tmp_path)
 
 
 def test_nothing_to_evaluate_is_no_batch(tmp_path):

@@ -355,3 +355,17 @@ def test_files_that_are_not_there_are_refused(tmp_path, path, text):
     c = config("tfrecord", tmp_path / path if path else "")
     with pytest.raises(UserError, match=text):
         build(c)
+
+
+def test_a_copy_has_the_order_of_its_own_place_in_a_group():
+    draws = np.random.default_rng(0)
+    rasters = draws.integers(0, 255, (4, 6, 12), np.uint8)
+    shared = draws.permutation(6)
+    orders = np.stack([np.roll(shared, -3 * (row % 2)) for row in range(4)]).astype(np.int32)
+    patches = np.stack([raster[order] for raster, order in zip(rasters, orders, strict=True)])
+    batch = {"patches": patches, "order": orders, "id": np.arange(4), "replaced": np.array([0, 1, 0, 0])}
+    repaired = streams.repair(batch, share=4, grouped=True)
+    assert repaired["id"].tolist() == [0, 2, 2, 3]
+    np.testing.assert_array_equal(repaired["order"], orders)
+    np.testing.assert_array_equal(repaired["patches"][1], rasters[2][orders[1]])
+    np.testing.assert_array_equal(repaired["patches"][[0, 2, 3]], batch["patches"][[0, 2, 3]])
