@@ -51,7 +51,7 @@ class Features:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._claim()
         complete = self.folder / "complete.json"
-        if distributed.first(complete.is_file()):
+        if distributed.first(complete.is_file() and complete.read_text().strip() == str(len(self.files()))):
             return
         done, parts = distributed.first(len(self.files())), []
         for number, batch in enumerate(batches):
