@@ -34,10 +34,13 @@ class Program:
         if config.train.accumulate > 1 and self.method.sees_whole_batch:
             raise UserError(f"train.accumulate={config.train.accumulate}: the loss of {config.method.name} has terms "
                             "across the whole batch, which micro-batches would change; use 1")
-        rows = config.batch_size // config.train.accumulate // math.prod(mesh.shape[axis] for axis in ROWS)
+        parts = config.train.accumulate * math.prod(mesh.shape[axis] for axis in ROWS)
+        rows, step = config.batch_size // parts, parts * self.method.group
         if rows % self.method.group:
+            near = [str(n) for n in (config.batch_size // step * step, config.batch_size // step * step + step) if n]
             raise UserError(f"batch_size={config.batch_size} gives a device {rows} rows at a time, which is not a "
-                            f"multiple of the {self.method.group} pictures that {config.method.name} mixes")
+                            f"multiple of the {self.method.group} pictures that {config.method.name} mixes; nearest: "
+                            f"{' and '.join(near)}")
         self.optimizer = optim.make_optimizer(config, self.method, examples)
         self.schedule = optim.make_schedule(config, examples)
         initial = partial(init_state, config, self.method, self.optimizer)

@@ -45,8 +45,9 @@ def load(config: ConfigDict, params: Any) -> dict[str, Any]:
     strange = [name for name in sorted(trees.flatten(loaded).keys() ^ trees.flatten(params).keys())
                if name.startswith("encoder/") and not OPTIONAL.fullmatch(name)]
     if strange:
+        hint = "; python -m mae_jax.export --for-task=vote cuts one encoder out of a mixture of experts"
         raise UserError(f"init_from={config.init_from} holds another encoder: {strange[0]} and {len(strange) - 1} more "
-                        "parameters are in one of the two only")
+                        f"parameters are in one of the two only{hint if '/experts/' in ' '.join(strange) else ''}")
     trees.common(params, loaded)
     return loaded
 

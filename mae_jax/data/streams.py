@@ -99,10 +99,11 @@ def left_over(stream: Stream, config: ConfigDict) -> range:
         raise UserError(f"batch_size={batch} is not a multiple of data.readers={readers}; nearest: {nearest}")
     if stream.size < readers:
         raise UserError(f"{stream.size} records are fewer than data.readers={readers}")
-    apart, group = -(-batch // readers // config.data.repeats), config.method.get("mix_group", 0)
-    if config.data.repeats > 1 and apart < group and (config.method.mixup or config.method.cutmix):
-        raise UserError(f"method.mix_group={group} would mix a picture with its own repeats: a reader's "
-                        f"{batch // readers} rows show {apart} pictures; use fewer data.readers")
+    apart, m = -(-batch // readers // config.data.repeats), config.method
+    group = round(1 / m.ratio) if "ratio" in m else m.get("mix_group", 0) if m.get("mixup") or m.get("cutmix") else 0
+    if config.data.repeats > 1 and apart < group:
+        raise UserError(f"groups of {group} pictures would mix one with its own repeats: a reader's {batch // readers} "
+                        f"rows show {apart} pictures; use fewer data.readers")
     used = stream.size // readers * readers
     return range(stream.start + used, stream.start + stream.size)
 
