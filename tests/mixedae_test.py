@@ -229,5 +229,5 @@ def test_what_cannot_be_mixed_is_refused(fields, text):
 
 def test_a_batch_that_cuts_a_group_is_refused():
     config = tiny_config({"batch_size": 10}, "mixedae")
-    with pytest.raises(UserError, match=r"10 rows at a time, .* of the 4 pictures that mixedae mixes; nearest: 8 and 12"):
+    with pytest.raises(UserError, match=r"10 rows at a time, .* the 4 pictures that mixedae mixes; nearest: 8 and 12"):
         Program(config, make_mesh(config), EXAMPLES)
