@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from io import BytesIO
 from pathlib import Path
 
@@ -187,6 +188,7 @@ def test_a_signal_stops_the_whole_suite_and_the_same_command_goes_on(tmp_path, e
     def push(self, done, metrics):
         if done == 2 and self.run.config.data.train_split == "train[64:128]":
             os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)  # the thread that waits for signals shall see it before the last steps are over
             monkeypatch.setattr(train.Log, "push", real)
         real(self, done, metrics)
 

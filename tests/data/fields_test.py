@@ -192,7 +192,7 @@ def test_repeats_of_a_stream_lie_in_different_groups_that_are_mixed(stored):
     c = config(stored, **fields)
     c.unlock().method = configs.default("supervised").method
     c.method.update(mix_group=4, mixup=0.8)
-    with pytest.raises(UserError, match=r"mix_group=4 would mix .* reader's 4 rows show 2 pictures"):
+    with pytest.raises(UserError, match=r"groups of 4 pictures would mix .* reader's 4 rows show 2 pictures"):
         build(c)
     c.method.mix_group = 2
     assert build(c).num_train == 60
