@@ -5,7 +5,8 @@
 
 The scores are those of one block of ViT-B at batch 8 in mixed sequences of four: [2, 12, 196, 196], K = 49. Beside them
 is attention over the same scores without any choice, forward. Written to bench/results/topk_<device>.json and .md. The
-compiler's estimate counts a loop once, so that bisection is unrolled for it; how the true loop runs, it does not say.
+compiler's estimate counts a loop once, so that bisection is unrolled for it; of a sort it seems to price the bytes
+alone, so that it does not say which is faster on a TPU.
 """
 
 import argparse
