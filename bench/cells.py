@@ -1,5 +1,6 @@
 """What the studies share: cells that are found again, rates that a validation part chooses, ranges of seeds."""
 
+import io
 import json
 import statistics
 from collections.abc import Callable, Iterable
@@ -70,3 +71,12 @@ def speed(folder: Path) -> float:
     """Returns the median images per second of a workdir's log."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return statistics.median(line["train/images_per_sec"] for line in lines if "train/images_per_sec" in line)
+
+
+def png(figure: Any) -> bytes:
+    """Returns a matplotlib figure as a PNG, drawn without a screen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    content = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(content)
+    return content.getvalue()

@@ -16,7 +16,6 @@ One JSON line per cell in bench/results/negative_transfer_<size>.jsonl, the tabl
 """
 
 import argparse
-import io
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -232,11 +231,9 @@ def table(size: Size, cells: list[Cell]) -> str:
 
 def plot(cells: list[Cell]) -> bytes:
     """Returns a PNG: each encoder's accuracy on both tasks."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
     ways = (("probe", "linear probe"), ("tuned", "fine-tuned"))
     for axes, (kind, way) in zip(figure.subplots(1, 2), ways, strict=True):
         for shift, task, colour in ((-0.12, "A", "C0"), (0.12, "B", "C1")):
@@ -251,9 +248,7 @@ def plot(cells: list[Cell]) -> bytes:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()
+    return shared.png(figure)
 
 
 def main() -> None:

@@ -23,7 +23,6 @@ One JSON line per cell in bench/results/small_data_<size>.jsonl; the table in .m
 """
 
 import argparse
-import io
 import itertools
 import statistics
 import tempfile
@@ -260,11 +259,9 @@ def verdicts(size: Size, cells: list[Cell], name: str) -> list[str]:
 
 def plot(size: Size, cells: list[Cell]) -> bytes:
     """Returns a PNG: accuracy over the part of the data that was pre-trained on, one panel for each data set."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5 * len(size.sets), 4.5), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
     for axes, name in zip(figure.subplots(1, len(size.sets), squeeze=False)[0], size.sets, strict=True):
         for place, method in enumerate(METHODS):
             arms = [(percent, accuracies(cells, set=name, method=method, percent=percent)) for percent in size.percents]
@@ -284,10 +281,9 @@ def plot(size: Size, cells: list[Cell]) -> bytes:
         axes.set_xlabel("part of the training pictures that pre-training saw")
         axes.set_ylabel("top-1, mean and range of seeds")
         axes.grid(alpha=0.3)
-        axes.legend()
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    return content.getvalue()
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    return shared.png(figure)
 
 
 def main() -> None:

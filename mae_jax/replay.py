@@ -8,7 +8,8 @@ from mae_jax import cli, params, sharding, workdir
 from mae_jax.checkpoint import Checkpoints
 from mae_jax.errors import UserError
 from mae_jax.methods.base import Batch
-from mae_jax.step import TrainState, gradients, stream_key
+from mae_jax.ops.keys import stream_key
+from mae_jax.step import TrainState, gradients
 from mae_jax.train import Run, of_workdir, prepare
 
 

@@ -1,6 +1,5 @@
 """The train state and the one jitted train step."""
 
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.methods import Method
 from mae_jax.methods.base import Batch, Extras, Metrics, Params
+from mae_jax.ops.keys import stream_key
 from mae_jax.optim import Schedule
 from mae_jax.params import path
 
@@ -24,11 +24,6 @@ class TrainState(NamedTuple):
     extras: Extras
     ema: Params
     bad_steps: jax.Array
-
-
-def stream_key(seed: int, step: jax.Array | int, stream: str) -> jax.Array:
-    """Returns the device's random key of a named stream at a step; addressed, never stored."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), zlib.crc32(stream.encode()))
 
 
 def init_state(config: ConfigDict, method: Method, optimizer: optax.GradientTransformation, batch: Batch) -> TrainState:

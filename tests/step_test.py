@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from mae_jax.methods.mae import MAE
+from mae_jax.ops.keys import stream_key
 from mae_jax.params import flatten
-from mae_jax.step import gradients, stream_key
+from mae_jax.step import gradients
 from tests.tiny import tiny_batch, tiny_config, tiny_state, tiny_step
 
 

@@ -30,6 +30,7 @@ def kept(source: Source, text: str) -> Source:
         raise UserError(f"data.classes={text!r} needs pictures with one label each")
     parts = [numbers(part.strip(), source.classes) for part in LISTS.get(text, text).split(",")]
     chosen = sorted({number for part in parts for number in part})
+
     def read(i: int) -> int:
         try:
             return source.read(i).label

@@ -15,10 +15,10 @@ from mae_jax.evals.reconstruct import CAPTION, GAP, paired, tile
 from mae_jax.methods import Method
 from mae_jax.methods.base import Batch, Metrics
 from mae_jax.metrics import Means
+from mae_jax.ops.keys import stream_key
 from mae_jax.ops.layout import constrain
 from mae_jax.ops.patches import assemble
 from mae_jax.ops.segment import IGNORED
-from mae_jax.step import stream_key
 
 CREAM = (224, 224, 192)  # of pixels that count nowhere, as in the pictures of PASCAL VOC
 MOST_NAMED, KEY = 32, 44  # classes up to which their colours are listed; screen pixels for each

@@ -16,9 +16,10 @@ from mae_jax.evals.rows import Rows
 from mae_jax.methods import Method
 from mae_jax.methods.base import Batch, Metrics, pool
 from mae_jax.metrics import Means
+from mae_jax.ops.keys import stream_key
 from mae_jax.ops.patches import assemble, grid
 from mae_jax.sharding import replicated, to_devices
-from mae_jax.step import TrainState, stream_key
+from mae_jax.step import TrainState
 
 PIXEL_LIMIT = 12_288  # values of a picture up to which raw pixels are probed as the floor (64 × 64 × 3)
 Figures = dict[str, float]

@@ -13,8 +13,8 @@ from mae_jax.evals.rows import Rows
 from mae_jax.methods import Method
 from mae_jax.methods.base import Batch, Metrics
 from mae_jax.metrics import Means
+from mae_jax.ops.keys import stream_key
 from mae_jax.sharding import replicated
-from mae_jax.step import stream_key
 
 
 def scores(method: Method, params: Any, extras: Any, batches: Iterable[Batch],

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from mae_jax.data.random import rng
-from mae_jax.step import stream_key
+from mae_jax.ops.keys import stream_key
 
 Pair = tuple[np.ndarray, np.ndarray]  # features [n, D], labels [n]
 

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.data.orders import Order, View, with_views
-from mae_jax.errors import UserError
+from mae_jax.errors import UserError, nearest
 from mae_jax.models.layers import drop_path
 from mae_jax.models.vit import drop_path_rates
 from mae_jax.ops.patches import grid, normalize, patch_values
@@ -25,6 +25,13 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name → (sum, weight)
 def pool(tokens: jax.Array, how: str) -> jax.Array:
     """Pools tokens [B, 1 + N, D], class token first, to float32 features [B, D]: 'cls' or 'mean' of the patches."""
     return tokens[:, 0].astype(jnp.float32) if how == "cls" else tokens[:, 1:].mean(1, dtype=jnp.float32)
+
+
+def check_choices(m: ConfigDict, **allowed: tuple[str, ...]) -> None:
+    """Raises UserError for the first field of the group config.method that has none of its allowed values."""
+    for key, values in allowed.items():
+        if m[key] not in values:
+            raise UserError(f"method.{key}={m[key]!r}; {nearest(m[key], values)}")
 
 
 def check_decoder(m: ConfigDict) -> None:

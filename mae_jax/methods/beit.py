@@ -12,9 +12,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.data.orders import Order
-from mae_jax.errors import UserError, nearest
+from mae_jax.errors import UserError
 from mae_jax.flops import blocks_flops
-from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params
+from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices
 from mae_jax.methods.patch_targets import DEFAULTS, PatchTargets
 from mae_jax.models.heads import Head
 from mae_jax.models.layers import TOKEN_STD
@@ -37,8 +37,7 @@ class BEiT(Method):
     def validate(config: ConfigDict) -> None:
         m, patches = config.method, int(np.prod(grid(config)))
         PatchTargets.validate(config)
-        if m.masking not in MASKINGS:
-            raise UserError(f"method.masking={m.masking!r}; {nearest(m.masking, MASKINGS)}")
+        check_choices(m, masking=MASKINGS)
         if not 0 < m.masked < patches:
             raise UserError(f"method.masked={m.masked}; expected 1 to {patches - 1} of {patches} patches")
 

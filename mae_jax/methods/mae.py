@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mae_jax.data.orders import Order
-from mae_jax.errors import UserError, nearest
+from mae_jax.errors import UserError
 from mae_jax.flops import blocks_flops
-from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_decoder, mean_square
+from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices, check_decoder, mean_square
 from mae_jax.models.vit import make_decoder, make_encoder
 from mae_jax.ops import targets
 from mae_jax.ops.patches import grid, normalize, patch_values
@@ -40,8 +40,7 @@ class MAE(Method):
     def check_targets(config: ConfigDict) -> None:
         """Raises UserError for a target or a decoder that cannot be, and for stochastic depth."""
         m = config.method
-        if m.target not in TARGETS:
-            raise UserError(f"method.target={m.target!r}; {nearest(m.target, TARGETS)}")
+        check_choices(m, target=TARGETS)
         check_decoder(m)
         if config.model.drop_path:
             raise UserError(f"model.drop_path={config.model.drop_path}; {m.name} pre-trains without stochastic depth "
@@ -51,8 +50,7 @@ class MAE(Method):
     def validate(config: ConfigDict) -> None:
         m = config.method
         MAE.check_targets(config)
-        if m.masking not in MASKINGS:
-            raise UserError(f"method.masking={m.masking!r}; {nearest(m.masking, MASKINGS)}")
+        check_choices(m, masking=MASKINGS)
         height, width = grid(config)
         visible = visible_patches(height * width, m.mask_ratio)
         if not 0 < visible < height * width:

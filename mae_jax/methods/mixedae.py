@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mae_jax.data.orders import Order
-from mae_jax.errors import UserError, nearest
+from mae_jax.errors import UserError
 from mae_jax.flops import blocks_flops
-from mae_jax.methods.base import Batch, Extras, Metrics, Params, mean_square, named_blocks
+from mae_jax.methods.base import Batch, Extras, Metrics, Params, check_choices, mean_square, named_blocks
 from mae_jax.methods.mae import MAE
 from mae_jax.models import inside
 from mae_jax.models.heads import Perceptron
@@ -50,9 +50,7 @@ class MixedAE(MAE):
     def validate(config: ConfigDict) -> None:
         m = config.method
         MAE.check_targets(config)
-        for key, allowed in (("mixing", MIXINGS), ("attention", ATTENTIONS)):
-            if m[key] not in allowed:
-                raise UserError(f"method.{key}={m[key]!r}; {nearest(m[key], allowed)}")
+        check_choices(m, mixing=MIXINGS, attention=ATTENTIONS)
         patches, group = _patches(config), _group(config)
         if patches % group:
             raise UserError(f"method.ratio={m.ratio} shares {patches} patches among {group} pictures, which does not "

@@ -1,7 +1,6 @@
 """MoCE: 'Task-customized Masked Autoencoder via Mixture of Cluster-conditional Experts' (Liu et al., arXiv 2402.05382).
 """
 
-import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,13 +10,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.clusters import Clusters
-from mae_jax.errors import UserError, nearest
+from mae_jax.errors import UserError
 from mae_jax.experts import along
 from mae_jax.flops import blocks_flops
-from mae_jax.methods.base import Batch, Extras, Metrics, Params, named_blocks
+from mae_jax.methods.base import Batch, Extras, Metrics, Params, check_choices, named_blocks
 from mae_jax.methods.mae import MAE
 from mae_jax.models.experts import GATES, Gating
 from mae_jax.models.inside import block_name
+from mae_jax.ops.keys import stream_key
 from mae_jax.ops.patches import normalize, patch_values
 from mae_jax.ops.routing import Choice, choose, imbalance, uncertainty
 
@@ -55,9 +55,7 @@ class MoCE(MAE):
     def validate(config: ConfigDict) -> None:
         m = config.method
         MAE.validate(config)
-        for key, allowed in (("gate", GATE_KINDS), ("gate_weight", WEIGHTS)):
-            if m[key] not in allowed:
-                raise UserError(f"method.{key}={m[key]!r}; {nearest(m[key], allowed)}")
+        check_choices(m, gate=GATE_KINDS, gate_weight=WEIGHTS)
         if m.encoder_mask_tokens:
             raise UserError("method.encoder_mask_tokens=True: that ablation of MAE has no experts")
         if m.experts < 2 or m.temperature <= 0:
@@ -183,9 +181,7 @@ class MoCE(MAE):
         The noise of the gates depends on the step alone, so that micro-batches share it.
         """
         m, valid = self.config.method, batch["valid"]
-        noise = jax.random.fold_in(jax.random.key(self.config.seed), step) if train else None
-        if noise is not None:
-            noise = jax.random.fold_in(noise, zlib.crc32(b"gates"))
+        noise = stream_key(self.config.seed, step, "gates") if train else None
         tokens, of_tokens = self.encode_visible(params, extras, batch, noise)
         predicted = self.decoder.apply({"params": params["decoder"]}, tokens, batch["order"], self.hidden)
         wanted = self.targets(extras, normalize(batch["patches"][:, self.visible :]))

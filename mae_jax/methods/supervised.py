@@ -8,9 +8,9 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from mae_jax.errors import UserError, nearest
+from mae_jax.errors import UserError
 from mae_jax.flops import blocks_flops
-from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, pool
+from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices, pool
 from mae_jax.models.heads import Classifier
 from mae_jax.models.vit import make_encoder
 from mae_jax.ops import batch_norm, mix
@@ -43,9 +43,7 @@ class Supervised(Method):
     @staticmethod
     def validate(config: ConfigDict) -> None:
         m, depth = config.method, config.model.depth
-        for key, allowed in (("head", HEADS), ("loss", LOSSES)):
-            if m[key] not in allowed:
-                raise UserError(f"method.{key}={m[key]!r}; {nearest(m[key], allowed)}")
+        check_choices(m, head=HEADS, loss=LOSSES)
         for key, most in (("smoothing", 0.999), ("erase", 1), ("mixup", np.inf), ("cutmix", np.inf),
                           ("head_std", np.inf), ("classes", np.inf)):
             if not 0 <= m[key] <= most:

@@ -6,7 +6,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from mae_jax.evals import linear
-from mae_jax.step import stream_key
+from mae_jax.ops.keys import stream_key
 from tests.blobs import CLASSES, blobs
 
 
