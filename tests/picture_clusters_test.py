@@ -177,10 +177,13 @@ def test_a_task_gets_an_ordinary_encoder_that_trains_on(made, tmp_path, how):
 
 @pytest.mark.parametrize(("fields", "text"), [
     ({"data.train_split": "train[:401]"}, r"has no clusters of the split 'train\[:401\]'"),
-    ({"data.source": "mnist5k"}, "are of data.source='photo_crops'"),
+    ({"data.source": "folder"}, "are of data.source='photo_crops'"),
     ({"method.clusters": "nowhere"}, "method.clusters='nowhere' holds no clusters.npz; python -m mae_jax.cluster"),
     ({"model.width": 48, "model.heads": 3}, "init_from")])
 def test_clusters_of_other_data_are_refused(made, tmp_path, fields, text):
+    if fields.get("data.source") == "folder":
+        make_folder(tmp_path / "pictures", count=400, broken=0)
+        fields = fields | {"data.path": str(tmp_path / "pictures"), "data.train_split": "train"}
     config = tiny_config(CROPS | {"init_from": str(made / "mae"), "method.clusters": str(made / "clusters")} | fields,
                          "moce")
     with pytest.raises(UserError, match=text):
