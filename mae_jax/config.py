@@ -51,7 +51,8 @@ POSITIVE = ("batch_size", "data.image_size", "model.patch", "model.width", "mode
             "eval.knn_k", "eval.pictures", "guard.max_nonfinite", "data.repeats")
 NOT_NEGATIVE = ("optim.lr", "optim.min_lr", "optim.eps", "optim.weight_decay", "optim.clip", "optim.betas",
                 "optim.ema", "optim.momentum", "optim.warmup_lr", "optim.layer_decay", "data.crop_scale",
-                "data.crop_ratio", "data.threads", "data.mask_offset", "model.drop_path", "model.layer_scale")
+                "data.crop_ratio", "data.threads", "data.mask_offset", "model.drop_path", "model.layer_scale",
+                "guard.max_bad_fraction", "guard.spike", "guard.stall_seconds")
 BELOW_ONE = ("optim.betas", "optim.ema", "optim.momentum", "model.drop_path")
 DURATIONS = ("train.duration", "optim.warmup", "checkpoint.every", "checkpoint.keep_every", "eval.every", "log.every")
 
@@ -156,7 +157,12 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "attention_query": "cls",  # who looks: the class token, or mean: all patches
     },
     "log": {"every": "50 steps", "tensorboard": True, "profile_steps": ""},  # profile_steps: '20:25'
-    "guard": {"max_nonfinite": 10, "max_bad_fraction": 0.1},
+    "guard": {
+        "max_nonfinite": 10,  # steps in a row whose loss or gradients are not finite
+        "max_bad_fraction": 0.1,  # of pictures that could not be read
+        "spike": 0.0,  # skip steps of a loss or gradient norm so many deviations above the last 128; 0: none; OLMo: 6
+        "stall_seconds": 1800.0,  # that a step, a save, the input or a batch of an evaluation may take; 0: any time
+    },
 }
 
 

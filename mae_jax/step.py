@@ -10,13 +10,17 @@ from ml_collections import ConfigDict
 
 from mae_jax.methods import Method
 from mae_jax.methods.base import Batch, Extras, Metrics, Params
+from mae_jax.ops import spikes
 from mae_jax.ops.keys import stream_key
 from mae_jax.optim import Schedule
 from mae_jax.params import path
 
 
 class TrainState(NamedTuple):
-    """All that a checkpoint holds. `step` numbers the next batch; `bad_steps` counts non-finite ones in a row."""
+    """All that a checkpoint holds. `step` numbers the next batch; `bad_steps` counts non-finite ones in a row.
+
+    `history` holds what loss spikes are measured against, where `guard.spike` is on.
+    """
 
     step: jax.Array
     params: Params
@@ -24,6 +28,7 @@ class TrainState(NamedTuple):
     extras: Extras
     ema: Params
     bad_steps: jax.Array
+    history: Any = ()
 
 
 def init_state(config: ConfigDict, method: Method, optimizer: optax.GradientTransformation, batch: Batch) -> TrainState:
@@ -31,7 +36,8 @@ def init_state(config: ConfigDict, method: Method, optimizer: optax.GradientTran
     params, extras = method.init(stream_key(config.seed, 0, "init"), batch)
     ema = jax.tree.map(jnp.copy, params) if config.optim.ema else {}
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optimizer.init(params), extras, ema, jnp.copy(zero))
+    history = spikes.no_history(("loss", "grad_norm")) if config.guard.spike else ()
+    return TrainState(zero, params, optimizer.init(params), extras, ema, jnp.copy(zero), history)
 
 
 def gradients(method: Method, state: TrainState, batch: Batch, key: jax.Array,
@@ -78,14 +84,15 @@ def make_train_step(config: ConfigDict, method: Method, optimizer: optax.Gradien
                     schedule: Schedule) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the pure function (state, batch) → (state, metrics) that the loop jits, donating the state.
 
-    Where a gradient is not finite, parameters, optimiser, EMA and extras keep their values bit for bit; `step`
-    advances all the same, so that the batch is not drawn again.
+    Where a gradient is not finite, or the step is a spike and `guard.spike` is on, parameters, optimiser, EMA and
+    extras keep their values bit for bit; `step` advances all the same, so that the batch is not drawn again.
     """
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = stream_key(config.seed, state.step, "loss")
         grads, metrics, extras = gradients(method, state, batch, key, config.train.accumulate)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"][0])
+        taken, history, told = _unless_spike(config.guard.spike, finite, state, metrics, norm)
         lr = schedule(state.step)
         updates, opt = optimizer.update(grads, state.opt, state.params, step=state.step)
         params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
@@ -94,15 +101,26 @@ def make_train_step(config: ConfigDict, method: Method, optimizer: optax.Gradien
         extras = method.after_update(params, extras, state.step)
         new = (params, opt, extras, ema)
         old = (state.params, state.opt, state.extras, state.ema)
-        params, opt, extras, ema = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        params, opt, extras, ema = jax.tree.map(lambda n, o: jnp.where(taken, n, o), new, old)
         bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
         one = jnp.ones((), jnp.float32)
-        metrics = metrics | {
+        metrics = metrics | told | {
             "lr": (lr, one),
             "grad_norm": (norm, one),
             "bad_steps": (bad_steps.astype(jnp.float32), one),
             "replaced": ((batch["replaced"] > 0).sum().astype(jnp.float32), one),
         }
-        return TrainState(state.step + 1, params, opt, extras, ema, bad_steps), metrics
+        return TrainState(state.step + 1, params, opt, extras, ema, bad_steps, history), metrics
 
     return train_step
+
+
+def _unless_spike(deviations: float, finite: jax.Array, state: TrainState, metrics: Metrics,
+                  norm: jax.Array) -> tuple[jax.Array, Any, Metrics]:
+    """Returns whether the step is to be taken, the history with it, and the metric `spikes`."""
+    if not deviations:
+        return finite, (), {}
+    values = {"loss": metrics["loss"][0] / jnp.maximum(metrics["loss"][1], 1), "grad_norm": norm}
+    spike = finite & spikes.stands_out(state.history, values, deviations)
+    history = spikes.remember(state.history, values, state.step)
+    return finite & ~spike, history, {"spikes": (spike.astype(jnp.float32), jnp.ones((), jnp.float32))}

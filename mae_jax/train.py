@@ -19,16 +19,15 @@ from mae_jax.checkpoint import Checkpoints
 from mae_jax.config import default, profile_steps, validate
 from mae_jax.durations import steps
 from mae_jax.errors import GuardError, UserError
-from mae_jax.flops import peak_flops, train_flops
+from mae_jax.log import Log
 from mae_jax.methods.base import Batch, Metrics
-from mae_jax.metrics import Means, Recorder, Speed, progress_line, say
+from mae_jax.metrics import Recorder, say
 from mae_jax.program import Program
 from mae_jax.step import TrainState
 from mae_jax.stop import Stopper
+from mae_jax.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
-NAMED = 20  # bad pictures named in the line that stops a run
-BAD_PICTURES_AFTER = 100  # pictures seen before their bad fraction can stop a run
 
 
 class Run(NamedTuple):
@@ -117,62 +116,6 @@ def initial_state(run: Run, trains: bool = True) -> TrainState:
     return state
 
 
-class Log:
-    """Reads the metrics of a step one step late, so that the device never waits for the host; guards the run."""
-
-    def __init__(self, run: Run, recorder: Recorder):
-        self.run, self.recorder = run, recorder
-        self.every = run.every("log")
-        self.waiting: collections.deque[tuple[int, Metrics]] = collections.deque()
-        self.means = Means()
-        self.seen = self.replaced = 0
-        self.named: set[str] = set()
-        self.speed = Speed(run.config.batch_size, train_flops(run.program.method), peak_flops(jax.devices()[0]))
-
-    def push(self, done: int, metrics: Metrics) -> None:
-        """Takes the metrics of the step that has just been dispatched and handles those of the one before."""
-        self.waiting.append((done, metrics))
-        if len(self.waiting) > 1:
-            self._handle(*self.waiting.popleft())
-
-    def drain(self) -> None:
-        """Handles all that waits and makes sure that it is on disk."""
-        while self.waiting:
-            self._handle(*self.waiting.popleft())
-        self.recorder.flush()
-
-    def _handle(self, done: int, metrics: Metrics) -> None:
-        values = jax.device_get(metrics)
-        self.means.add(values)
-        self._guard(done, {name: float(total) for name, (total, _) in values.items()})
-        if done % self.every == 0 or done == self.run.total:
-            line = self.means.take("train/") | self.speed.take()
-            self.recorder.scalars(done, line)
-            self._name_bad_pictures()
-            say(progress_line(done, self.run.total, line, self.run.config.batch_size))
-
-    def _name_bad_pictures(self) -> None:
-        """Logs the pictures that this process could not read, each once."""
-        for name in dict.fromkeys(self.run.inputs.bad):
-            if name not in self.named:
-                logger.warning("replaced a bad picture: %s", name)
-                self.named.add(name)
-
-    def _guard(self, done: int, sums: dict[str, float]) -> None:
-        guard = self.run.config.guard
-        if sums["bad_steps"] >= guard.max_nonfinite:
-            raise GuardError(
-                f"{int(sums['bad_steps'])} steps in a row had gradients that are not finite, the last one step "
-                f"{done - 1}; look into it with: python -m mae_jax.main --mode=replay --workdir={self.run.workdir} "
-                f"--step={done - 1}")
-        self.seen += self.run.config.batch_size
-        self.replaced += int(sums["replaced"])
-        if self.seen >= BAD_PICTURES_AFTER and self.replaced > guard.max_bad_fraction * self.seen:
-            raise GuardError(f"{self.replaced} of {self.seen} pictures could not be read, more than "
-                             f"guard.max_bad_fraction={guard.max_bad_fraction}: "
-                             f"{'; '.join(list(dict.fromkeys(self.run.inputs.bad))[:NAMED])}")
-
-
 def train(config: ConfigDict, folder: str) -> int:
     """Trains until `train.duration`, resuming what the workdir holds. Returns the exit code."""
     phases.begin()
@@ -182,8 +125,9 @@ def train(config: ConfigDict, folder: str) -> int:
         if finished >= run.total:
             say(f"{run.workdir} is finished: step {finished} of {run.total}; a longer train.duration goes on")
             return cli.FINISHED
-        with jax.set_mesh(run.program.mesh), compiled_programs(config, run.workdir):
-            return resume(run, stopper)
+        watchdog = Watchdog(config.guard.stall_seconds, run.workdir)
+        with jax.set_mesh(run.program.mesh), compiled_programs(config, run.workdir), watchdog:
+            return resume(run, stopper, watchdog)
 
 
 def opened(config: ConfigDict, folder: str, trains: bool = True) -> Run:
@@ -220,11 +164,13 @@ def compiled_programs(config: ConfigDict, folder: epath.Path) -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def resume(run: Run, stopper: Stopper) -> int:
+def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
     """Restores or makes the state and trains on. Returns the exit code."""
     config, folder = run.config, run.workdir
     checkpoints = Checkpoints(folder, config.checkpoint.keep_last, run.every("checkpoint", "keep_every"))
+    watchdog.on("reading the checkpoint")
     state = checkpoints.restore(run.program.state)
+    watchdog.on("")
     if state is None:
         state = initial_state(run)
         say(params.table(state.params, optim.decay_words(state.params, run.program.method)))
@@ -239,7 +185,7 @@ def resume(run: Run, stopper: Stopper) -> int:
     workdir.record(folder, config)  # not before all that a mistake can break has worked
     recorder = Recorder(folder, int(state.step), config.log.tensorboard, jax.process_index() == 0)
     try:
-        code = loop(run, state, checkpoints, recorder, stopper)
+        code = loop(run, state, checkpoints, recorder, stopper, watchdog)
     except BaseException:
         if not distributed.peers():  # else the others may not come to wait for the last save
             checkpoints.close()
@@ -289,7 +235,8 @@ class Profile:
             logger.info("profile of steps %d to %d: %s", self.first, self.last, self.folder)
 
 
-def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Recorder, stopper: Stopper) -> int:
+def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Recorder, stopper: Stopper,
+         watchdog: Watchdog) -> int:
     """Steps from the state's step to the end. Returns the exit code."""
     start, total = int(state.step), run.total
     judged, log, profile = judge.Judge(run, recorder), Log(run, recorder), Profile(run)
@@ -302,7 +249,9 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Record
     batches = device_batches(run, start)
     log.speed.start()
     for done in range(start + 1, total + 1):
+        watchdog.on(f"the input of step {done}")
         batch = log.speed.waiting(lambda: next(batches))
+        watchdog.on(f"step {done}")
         profile.before(done)
         state, metrics = run.program.step(state, batch)
         profile.after(done, metrics)
@@ -317,7 +266,7 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Record
         # Also before an evaluation: a signal can then end it at once.
         save = look or done == total or (save_every > 0 and done % save_every == 0)
         try:
-            log.push(done, metrics)
+            log.push(done, metrics, batch["id"])
             if save or stop:
                 log.drain()
         except GuardError:
@@ -325,6 +274,7 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Record
             checkpoints.wait()
             raise
         if save or stop:
+            watchdog.on(f"the save of step {done}")
             checkpoints.save(done, state)
         if stop and done < total:
             return finish(run, checkpoints, done)
@@ -332,6 +282,7 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Record
             checkpoints.wait()
             if not checkpoints.failed:
                 stopper.saved()
+            watchdog.on(f"the evaluation at step {done}")
             judged.look(state, done)
             log.speed.start()
     return finish(run, checkpoints, total)

@@ -16,9 +16,9 @@ from mae_jax import config as configs
 from mae_jax.errors import UserError
 
 # What a resumed run may change: it alters how a run is watched, placed or ended, never what was trained so far.
-MAY_CHANGE = ("train.duration", "mesh.*", "eval.*", "checkpoint.*", "log.*", "guard.*", "data.threads",
-              "data.prefetch", "train.compilation_cache", "model.scan", "model.remat",
-              "method.clusters")  # whose content is compared
+MAY_CHANGE = ("train.duration", "mesh.*", "eval.*", "checkpoint.*", "log.*", "guard.max_*",
+              "guard.stall_seconds", "data.threads", "data.prefetch", "train.compilation_cache", "model.scan",
+              "model.remat", "method.clusters")  # whose content is compared
 MOST_HEADER = 100_000_000  # bytes of a safetensors file's header, by its specification
 PACKAGES = ("mae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
 

@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from mae_jax import train
+from mae_jax import log, train
 from mae_jax.checkpoint import load_params, save_params
 from mae_jax.config import default
 from mae_jax.errors import UserError
@@ -183,16 +183,16 @@ def test_the_quick_protocol_probes_the_encoder_of_any_method(tmp_path, encoder):
 def test_a_signal_stops_the_whole_suite_and_the_same_command_goes_on(tmp_path, encoder, monkeypatch):
     some = suite(tmp_path, encoder)
     cells = plan(some.recipe, ["crops", "more"], [], [])
-    real = train.Log.push
+    real = log.Log.push
 
-    def push(self, done, metrics):
+    def push(self, done, metrics, ids):
         if done == 2 and self.run.config.data.train_split == "train[64:128]":
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)  # the thread that waits for signals shall see it before the last steps are over
-            monkeypatch.setattr(train.Log, "push", real)
-        real(self, done, metrics)
+            monkeypatch.setattr(log.Log, "push", real)
+        real(self, done, metrics, ids)
 
-    monkeypatch.setattr(train.Log, "push", push)
+    monkeypatch.setattr(log.Log, "push", push)
     assert some.run([*cells, Cell("absent")]) == 75
     assert [row["data"] for row in results(tmp_path)] == ["crops"]
     assert not (tmp_path / "out" / "more" / "DONE").exists()

@@ -11,7 +11,9 @@ import pytest
 from mae_jax import replay, train
 from mae_jax.checkpoint import load_params
 from mae_jax.errors import GuardError, UserError
+from mae_jax.log import Log
 from mae_jax.metrics import Recorder
+from mae_jax.ops.keys import stream_key
 from mae_jax.params import flatten
 from tests.tiny import tiny_config, tiny_supervised
 
@@ -48,6 +50,13 @@ def test_gradients_that_stay_not_finite_stop_the_run_save_it_and_name_the_replay
     saved = {int(folder.name) for folder in (tmp_path / "checkpoints").iterdir()}
     step = int(re.search(r"--step=(\d+)", str(error.value))[1])
     assert max(saved) > step
+    found = json.loads((tmp_path / f"guard_{step}.json").read_text())
+    assert [line["step"] for line in found["steps"]] == [step - 1, step]
+    assert not np.isfinite(float(found["loss"])) or not np.isfinite(float(found["grad_norm"]))
+    for line in found["steps"]:
+        batch = next(train.prepare(config, tmp_path).inputs.train(line["step"]))
+        assert line["ids"] == batch["id"].tolist()
+        assert line["key"] == jax.random.key_data(stream_key(config.seed, line["step"], "loss")).tolist()
     assert [row["train/bad_steps"] for row in rows(tmp_path) if "train/loss" in row][-2:] == [0, 1]
     capsys.readouterr()
     assert replay.replay(str(tmp_path), step) == 0
@@ -101,13 +110,14 @@ def test_a_batch_on_the_devices_is_what_the_input_gives(tmp_path):
 def test_too_many_bad_pictures_stop_the_run_with_their_names_but_not_before_100_were_seen(tmp_path):
     run = train.prepare(tiny_config({"guard.max_bad_fraction": 0.2}), tmp_path)
     run.inputs.bad.append("cats/7.jpg: no end marker")
-    log = train.Log(run, Recorder(tmp_path, 0, tensorboard=False))
+    log = Log(run, Recorder(tmp_path, 0, tensorboard=False))
     metrics = {name: (np.float32(value), np.float32(1)) for name, value in
                {"loss": 1, "lr": 1, "grad_norm": 1, "bad_steps": 0, "replaced": 2}.items()}  # 2 of 8 pictures
+    ids = np.arange(8)
     for done in range(1, 14):
-        log.push(done, metrics)  # handles the 12 before: 96 pictures
+        log.push(done, metrics, ids)  # handles the 12 before: 96 pictures
     with pytest.raises(GuardError, match=r"26 of 104 pictures could not be read.*0\.2: cats/7\.jpg: no end marker"):
-        log.push(14, metrics)
+        log.push(14, metrics, ids)
 
 
 def test_a_workdir_of_many_devices_is_looked_at_on_one(tmp_path, capsys):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mae_jax import clusters
+from mae_jax import clusters, watchdog
 from mae_jax.errors import UserError
 from mae_jax.evals import attention, classify, dense, experts, knn, labelled, linear, reconstruct
 from mae_jax.evals.linear import Pair
@@ -49,6 +49,7 @@ class Evaluator:
 
     def _batches(self, source: Callable[..., Iterator[dict[str, np.ndarray]]], *args: Any) -> Iterator[Batch]:
         for batch in source(*args):
+            watchdog.alive()
             yield to_devices(batch, self.mesh, self.method.config.batch_size)
 
     def scalars(self, state: TrainState, part: str = "eval") -> Figures:

@@ -1,0 +1,50 @@
+"""A run that hangs on purpose: `python -m tests.faults.hang PLACE WORKDIR`."""
+
+import sys
+import time
+from pathlib import Path
+
+from mae_jax import cli, data, train
+from mae_jax.checkpoint import Checkpoints
+from mae_jax.log import Log
+from tests.faults import peer
+
+SECONDS = 1.5  # guard.stall_seconds; the tiny run's steps take milliseconds
+AT = 3  # the step at which it hangs
+PLACES = {"input": f"the input of step {AT}", "step": f"step {AT}", "save": "the save of step 4"}
+
+
+def sleeps(*_) -> None:
+    time.sleep(600)
+
+
+def hang(place: str) -> None:
+    """Makes the named part of a run never come back."""
+    if place == "save":
+        Checkpoints.save = sleeps
+    elif place == "step":
+        push = Log.push
+        Log.push = lambda self, done, *args: (sleeps if done == AT else push)(self, done, *args)
+    else:
+        build = data.build
+
+        def built(*args):
+            inputs = build(*args)
+
+            def batches(start: int):
+                for step, batch in enumerate(inputs.train(start), start + 1):
+                    # `data.prefetch` batches are fetched ahead.
+                    if step == AT + config.data.prefetch:
+                        sleeps()
+                    yield batch
+
+            return inputs._replace(train=batches)
+
+        data.build = built
+
+
+if __name__ == "__main__":
+    chosen, folder = sys.argv[1:]
+    config = peer.small_config(Path(folder).parent, {"guard.stall_seconds": SECONDS, "eval.every": ""})
+    hang(chosen)
+    sys.exit(cli.guarded(lambda: train.train(config, folder)))
