@@ -1,14 +1,15 @@
 """One process of a run of several: `python peer.py WORKDIR COORDINATOR PROCESSES PROCESS HEARTBEAT [FIELDS]`.
 
 It trains a tiny model on cached batches, hence without TensorFlow, and appends which example each row of each step was
-to <WORKDIR>.ids.<PROCESS>, and of each batch of an evaluation to <WORKDIR>.evaluated.<PROCESS>. When it has found the
-others it makes <WORKDIR>.joined.<PROCESS>. FIELDS is JSON: config fields to change; besides, 'method' is another one
-than MAE, 'devices' permutes the devices, 'start_seconds' is how long to wait for all, and 'only' has more fields for
-single processes.
+to <WORKDIR>.ids.<PROCESS>, and of each batch of an evaluation to <WORKDIR>.evaluated.<PROCESS>. When it begins it
+makes <WORKDIR>.begun.<PROCESS>; when it has found the others it makes <WORKDIR>.joined.<PROCESS>. FIELDS is JSON:
+config fields to change; besides, 'method' is another one than MAE, 'devices' permutes the devices, 'start_seconds' is
+how long to wait for all, 'pause' how many seconds each batch takes, and 'only' has more fields for single processes.
 """
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,10 +57,11 @@ def write_batches(folder: Path, config) -> None:
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def recording(build, folder: str, process: str):
-    """Wraps data.build: every batch that is drawn leaves a line 'step row:id row:id ...'."""
+def recording(build, folder: str, process: str, pause: float):
+    """Wraps data.build: every batch that is drawn leaves a line 'step row:id row:id ...', after a pause."""
     def noted(batches: Iterator, start: int, rows: np.ndarray, kind: str) -> Iterator:
         for step, batch in enumerate(batches, start):
+            time.sleep(pause)
             pairs = zip(rows, batch["id"], strict=True)
             with open(f"{folder}.{kind}.{process}", "a") as out:
                 out.write(" ".join([str(step), *(f"{row}:{number}" for row, number in pairs)]) + "\n")
@@ -89,13 +91,14 @@ def cached_everywhere() -> None:
 
 def main() -> int:
     folder, coordinator, processes, process, heartbeat = sys.argv[1:6]
+    Path(f"{folder}.begun.{process}").touch()
     fields = json.loads(sys.argv[6]) if len(sys.argv) > 6 else {}
     fields |= fields.pop("only", {}).get(process, {})
     permutation, start_seconds = fields.pop("devices", None), fields.pop("start_seconds", 60)
     if permutation:
         make = sharding.make_mesh
         sharding.make_mesh = lambda config: make(config, [jax.devices()[number] for number in permutation])
-    data.build = recording(data.build, folder, process)
+    data.build = recording(data.build, folder, process, fields.pop("pause", 0.0))
     config = small_config(Path(folder).parent, fields)
     cached_everywhere()
     here = place.find(coordinator, int(processes), int(process))

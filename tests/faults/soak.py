@@ -1,0 +1,140 @@
+"""Many faults at random moments, drawn by a seed: what comes out must be what an undisturbed run makes, bit for bit.
+
+  python -m tests.faults.soak --faults=200 --seed=0 --to=bench/results/soak.jsonl
+
+Each trial takes one setting (a process with one device, one with four and a sharded state, two processes) and one to
+four faults. For each fault it starts the run and strikes at a random moment between the time when all processes have
+imported what they need and the end of an undisturbed run; then it starts the run undisturbed, and compares all bits of
+the last state and the examples of every step with those of a golden run. Every process must end within a bound, with
+an exit code that its fault explains, and without a traceback. One JSON line per trial; a campaign that was interrupted
+goes on where it was.
+"""
+
+import argparse
+import collections
+import json
+import random
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.faults import strikes
+from tests.faults.processes import ends, environment, output, same, start, wait_for
+from tests.faults.strikes import Strike
+
+SETTINGS = {  # processes, devices of all, fields
+    "one device": (1, 1, {}),
+    "sharded": (1, 4, {"mesh.data": 1, "mesh.fsdp": 4, "model.width": 128, "model.heads": 4}),
+    "two processes": (2, 2, {}),
+}
+PAUSE = 0.05  # seconds that every batch takes: the run shall not be over before it can be struck
+START = 15.0  # seconds for processes to find each other
+BOUND = 60.0  # seconds in which all processes must have ended after a fault; a silent peer is lost after 5 s
+
+
+class Lab:
+    """Where runs are made: golden ones, their lengths, and a cache of compiled programs."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.cache = folder, folder / "compiled"
+        self.lengths: dict[str, float] = {}
+
+    def start(self, run: Path, setting: str) -> list:
+        processes, devices, fields = SETTINGS[setting]
+        for begun in run.parent.glob(f"{run.name}.begun.*"):
+            begun.unlink()
+        found = start(run, self.cache, processes, devices, fields | {"pause": PAUSE, "start_seconds": START})
+        for number in range(processes) if processes > 1 else (-1,):
+            wait_for(Path(f"{run}.begun.{number}"), found)
+        return found
+
+    def golden(self, setting: str) -> Path:
+        """Returns the undisturbed run of a setting, made when it is asked for first."""
+        run = self.folder / setting.replace(" ", "_") / "golden"
+        if setting not in self.lengths:
+            run.parent.mkdir()
+            for name in ("golden", "warm"):  # the second finds its programs compiled
+                processes, began = self.start(run.with_name(name), setting), time.monotonic()
+                assert ends(processes) == [0] * len(processes), output(run.with_name(name), 0)
+                self.lengths[setting] = time.monotonic() - began
+        return run
+
+    def struck(self, run: Path, setting: str, draws: random.Random, strike: Strike) -> dict[str, Any]:
+        """Starts a run, strikes, waits for its end; returns what happened. `struck` is False where it came too late."""
+        if strike.before and not strike.before(run, draws):
+            return {"fault": strike.name, "struck": False}
+        processes, after = self.start(run, setting), draws.uniform(0, self.lengths[setting])
+        time.sleep(after)
+        living = [process.poll() for process in processes] == [None] * len(processes)
+        began = time.monotonic()
+        try:
+            if living:
+                strike.strike(processes, draws, run, environment(1, self.cache))
+            codes: list[Any] = ends(processes, BOUND)
+        except subprocess.TimeoutExpired:
+            codes = ["hangs"]
+        finally:
+            ends(processes)
+        outputs = [output(run, number) for number in range(len(processes))]
+        allowed = strike.codes | (strike.lost if len(processes) > 1 else frozenset()) if living else {0}
+        fine = all(code in allowed for code in codes) and not any("Traceback" in text for text in outputs)
+        told = {} if fine else {"output": [text[-3000:] for text in outputs]}
+        return {"fault": strike.name, "after": round(after, 2), "struck": living or bool(strike.before), "codes": codes,
+                "seconds": round(time.monotonic() - began, 2), "explained": fine, **told}
+
+
+def trial(lab: Lab, seed: int, number: int) -> dict[str, Any]:
+    """Returns the line of trial `number`."""
+    draws = random.Random(f"{seed} {number}")
+    setting = draws.choice(list(SETTINGS))
+    golden, run = lab.golden(setting), lab.folder / setting.replace(" ", "_") / f"run_{number}"
+    possible = [strike for strike in strikes.ALL if SETTINGS[setting][0] == 1 or strike.shared]
+    found = [lab.struck(run, setting, draws, draws.choice(possible)) for _ in range(draws.randint(1, 4))]
+    line = {"trial": number, "setting": setting, "faults": [fault for fault in found if fault["struck"]]}
+    if all(fault.get("explained", True) for fault in found):
+        codes = ends(lab.start(run, setting))
+        line |= {"end": codes, "same": not any(codes) and same(run, golden)}
+    return line
+
+
+def report(lines: list[dict[str, Any]]) -> str:
+    """Returns the table of a campaign in Markdown."""
+    faults = [fault | {"setting": line["setting"]} for line in lines for fault in line["faults"]]
+    rows = ["| fault | " + " | ".join(SETTINGS) + " | exit codes | seconds to the end, most | not explained |",
+            "|---" * (len(SETTINGS) + 4) + "|"]
+    for name in sorted({fault["fault"] for fault in faults}):
+        ours = [fault for fault in faults if fault["fault"] == name]
+        codes = collections.Counter(code for fault in ours for code in fault["codes"])
+        counts = [str(sum(fault["setting"] == setting for fault in ours)) for setting in SETTINGS]
+        rows.append(f"| {name} | {' | '.join(counts)} | {', '.join(f'{c} ({n})' for c, n in sorted(codes.items()))} | "
+                    f"{max(fault['seconds'] for fault in ours):.1f} | "
+                    f"{sum(not fault['explained'] for fault in ours)} |")
+    diverged = sum(not line.get("same") for line in lines)
+    return "\n".join([f"{len(faults)} faults in {len(lines)} runs; {diverged} runs did not end with the bits and the "
+                      "examples of the undisturbed one.", "", *rows, ""])
+
+
+def campaign(faults: int, seed: int, to: Path) -> str:
+    """Goes on until so many faults have struck; returns the table."""
+    lines = [json.loads(line) for line in to.read_text().splitlines()] if to.exists() else []
+    with tempfile.TemporaryDirectory() as scratch:
+        lab = Lab(Path(scratch))
+        while sum(len(line["faults"]) for line in lines) < faults:
+            lines.append(trial(lab, seed, len(lines)))
+            with to.open("a") as out:
+                out.write(json.dumps(lines[-1]) + "\n")
+            print(json.dumps(lines[-1]), flush=True)
+    table = f"`python -m tests.faults.soak --faults={faults} --seed={seed}`\n\n{report(lines)}"
+    to.with_suffix(".md").write_text(table)
+    return table
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--to", type=Path, default=Path("bench/results/soak.jsonl"))
+    options = parser.parse_args()
+    print(campaign(options.faults, options.seed, options.to))
