@@ -4,13 +4,14 @@
   python bench/million_clusters.py --points=100000 --clusters=64         (a trial)
 
 The features are synthetic: 768 values around 400 directions of very different frequency, written to disk in chunks.
-Ours is `mae_jax.ops.spherical`: k-means to convergence, then clusters whose largest is at most 3 times the smallest.
-Theirs is MiniBatchKMeans on the same unit vectors, from the same first centroids, in as many passes over the chunks
-(partial_fit) as our k-means took; it does not balance. Memory is the peak of each process, which does nothing else,
-less what it had before the first chunk. Written to bench/results/million_clusters.json.
+Ours is `spherical.even_clusters`: k-means to convergence, then clusters whose largest is at most 3 times the smallest.
+Theirs is MiniBatchKMeans on the same unit vectors, from first centroids drawn of the same sample, in as many passes
+over the chunks (partial_fit) as ours took for k-means; it does not balance. Memory is the peak of each process, which
+does nothing else, less what it had before the first chunk. Written to bench/results/million_clusters.json.
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,23 +54,29 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def start(folder: Path, clusters: int) -> np.ndarray:
-    """Returns the first centroids, of one chunk."""
-    return spherical.spread(next(chunks(folder)), clusters, np.random.default_rng(0))
+def sample(folder: Path, clusters: int) -> np.ndarray:
+    """Returns the points that clusters begin with; the chunks are in random order."""
+    parts = itertools.islice(chunks(folder), -(-spherical.PER_CLUSTER * clusters // CHUNK))
+    return np.concatenate(list(parts))[: spherical.PER_CLUSTER * clusters]
 
 
 def ours(folder: Path, clusters: int) -> dict[str, float]:
-    first = start(folder, clusters)
-    passes = [0]
+    passes, marks = [0], []
+    kmeans, before, began = spherical.kmeans, peak(), time.monotonic()
 
     def counted() -> Iterator[np.ndarray]:
         passes[0] += 1
         return chunks(folder)
 
-    before, began = peak(), time.monotonic()
-    plain, similarity = spherical.kmeans(counted, first)
-    kmeans_seconds, kmeans_passes = time.monotonic() - began, passes[0]
-    centroids, prices = spherical.balanced(counted, plain, 3.0)
+    def marked(*args: Any) -> tuple[np.ndarray, float]:
+        found = kmeans(*args)
+        marks.append((time.monotonic() - began, passes[0]))
+        return found
+
+    spherical.kmeans = marked
+    centroids, prices, similarity = spherical.even_clusters(
+        counted, sample(folder, clusters), clusters, 3.0, np.random.default_rng(0))
+    kmeans_seconds, kmeans_passes = marks[-1]
     chosen, similar = spherical.assign(counted, centroids, prices)
     sizes = np.bincount(chosen, minlength=clusters)
     return {"kmeans_seconds": kmeans_seconds, "kmeans_passes": kmeans_passes, "kmeans_similarity": similarity,
@@ -79,8 +87,8 @@ def ours(folder: Path, clusters: int) -> dict[str, float]:
 def theirs(folder: Path, clusters: int, passes: int) -> dict[str, float]:
     from sklearn.cluster import MiniBatchKMeans
 
-    first = start(folder, clusters)
     before, began = peak(), time.monotonic()
+    first = spherical.spread(sample(folder, clusters), clusters, np.random.default_rng(0))
     model = MiniBatchKMeans(clusters, init=first, n_init=1, batch_size=CHUNK, random_state=0)
     for _ in range(passes):
         for chunk in chunks(folder):

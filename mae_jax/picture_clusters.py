@@ -23,7 +23,6 @@ from mae_jax.ops import spherical
 from mae_jax.ops.patches import assemble, grid
 from mae_jax.params import judged
 
-PER_CLUSTER = 64  # pictures of the sample that the first centroids are drawn from, for each cluster
 SHOWN, MEMBERS = 32, 8  # clusters in the picture, and pictures of each
 LOOKED_AT = 16_384  # pictures among which members for the picture are sought
 
@@ -126,13 +125,12 @@ def data_of(config: ConfigDict) -> dict[str, Any]:
 def made_of(features: dict[str, Features], train: str, clusters: int, ratio: float, seed: int) -> Clusters:
     """Runs k-means on the features of the training split, balances it, and gives every split's examples a cluster."""
     rng, mean = np.random.default_rng(seed), features[train].mean()
-    first = spherical.spread(features[train].sample(PER_CLUSTER * clusters, mean, rng), clusters, rng)
+    sample = features[train].sample(spherical.PER_CLUSTER * clusters, mean, rng)
 
     def points() -> Any:
         return features[train].points(mean)
 
-    centroids, plain = spherical.kmeans(points, first)
-    centroids, prices = spherical.balanced(points, centroids, ratio)
+    centroids, prices, plain = spherical.even_clusters(points, sample, clusters, ratio, rng)
     assigned = {}
     for split, part in features.items():
         chosen, similar = spherical.assign(lambda part=part: part.points(mean, readable=False), centroids, prices)

@@ -14,6 +14,7 @@ import numpy as np
 Chunks = Callable[[], Iterator[np.ndarray]]
 CHUNK = 16_384  # points that are compared with all centroids at a time; smaller chunks are padded to a multiple of PAD
 PAD = 1024
+PER_CLUSTER = 128  # points of the sample that clusters begin with, for each cluster
 ITERATIONS = 50  # of k-means, at most
 TOLERANCE = 1e-5  # of the mean similarity, below which k-means ends
 EPSILON = 0.05  # of the entropy in Sinkhorn's iterations, three of them (SwAV, arXiv 2006.09882)
@@ -121,15 +122,41 @@ def assign(chunks: Chunks, centroids: np.ndarray, prices: np.ndarray) -> tuple[n
     return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
-def balanced(chunks: Chunks, centroids: np.ndarray, ratio: float) -> tuple[np.ndarray, np.ndarray]:
+def even_clusters(chunks: Chunks, sample: np.ndarray, clusters: int, ratio: float,
+                  rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
+    """Clusters points into groups of nearly one size.
+
+    What takes many passes is done on the sample first, which is in memory; few passes over all points remain.
+
+    Args:
+      chunks: the points.
+      sample: some of them, float32 [k, D], PER_CLUSTER times as many as clusters or all.
+      clusters: m.
+      ratio: see `balance`.
+      rng: of the first centroids.
+
+    Returns:
+      Centroids float32 [m, D], prices float32 [m], and the mean similarity that k-means reached before balancing.
+    """
+    def sampled() -> Iterator[np.ndarray]:
+        yield from (sample[start : start + CHUNK] for start in range(0, len(sample), CHUNK))
+
+    centroids, _ = kmeans(sampled, spread(sample, clusters, rng))
+    centroids, similarity = kmeans(chunks, centroids)
+    prices = balance(sampled, centroids, ratio)
+    return *balanced(chunks, centroids, ratio, prices), similarity
+
+
+def balanced(chunks: Chunks, centroids: np.ndarray, ratio: float,
+             prices: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Returns centroids and prices of clusters of nearly one size: each follows the other a few times.
 
     Args:
       chunks: the points.
       centroids: float32 [m, D] of k-means.
-      ratio: see `balance`.
+      ratio, prices: see `balance`.
     """
-    prices = balance(chunks, centroids, ratio)
+    prices = balance(chunks, centroids, ratio, prices)
     for _ in range(ROUNDS):
         sums = np.zeros_like(centroids, np.float64)
         for chunk in chunks():

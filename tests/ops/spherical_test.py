@@ -69,6 +69,12 @@ def test_balanced_clusters_are_of_nearly_one_size_and_nearly_as_tight(count, clu
     assert sizes.min() > 0
     assert sizes.max() / sizes.min() <= 3 < loose.max() / max(loose.min(), 1)
     assert similar.mean() >= 0.95 * mean
+    fewer = points[np.random.default_rng(1).permutation(count)[: count // 2]]
+    centers, fees, close = spherical.even_clusters(chunks, fewer, clusters, 3.0, np.random.default_rng(0))
+    own, near = spherical.assign(chunks, centers, fees)
+    assert np.bincount(own, minlength=clusters).max() / np.bincount(own, minlength=clusters).min() <= 3
+    assert close == pytest.approx(mean, rel=0.03)
+    assert near.mean() >= 0.95 * close
     again = spherical.balanced(chunks, plain, 3.0)
     np.testing.assert_array_equal(again[0], centroids)
     np.testing.assert_array_equal(again[1], prices)
