@@ -1,5 +1,6 @@
 """What all commands share: flags, --help with an example, one line for a user's mistake, exit codes."""
 
+import contextlib
 import difflib
 import logging
 import os
@@ -70,11 +71,21 @@ def guarded(command: Callable[[], int]) -> int:
     """Runs the command and turns what it raises into an exit code; only our own bugs show a traceback."""
     quiet_logs()
     try:
-        return command()
+        code = command()
     except (Exception, KeyboardInterrupt) as error:
         code, text = explain(error)
-        print(text, file=sys.stderr)
-        return code
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr)
+    _flush()
+    return code
+
+
+def _flush() -> None:
+    """Writes what still waits for standard output, or drops it where that fails: Python would then exit with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def explain(error: BaseException) -> tuple[int, str]:

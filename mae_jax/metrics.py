@@ -228,9 +228,13 @@ class Speed:
 
 
 def say(line: str) -> None:
-    """Prints a line, once however many processes there are."""
+    """Prints a line, once however many processes there are.
+
+    Where standard output goes to a full disk or to a program that has ended, the run goes on.
+    """
     if jax.process_index() == 0:
-        print(line, flush=True)
+        with contextlib.suppress(OSError):
+            print(line, flush=True)
 
 
 def progress_line(step: int, total: int, values: dict[str, float], batch_size: int) -> str:
