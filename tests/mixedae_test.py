@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mae_jax import train
 from mae_jax.data import orders
 from mae_jax.data.orders import Order
 from mae_jax.errors import UserError
@@ -166,6 +167,19 @@ def test_losses_start_where_they_should_and_evaluations_add_figures():
     assert 0.5 < found["reconstruction_loss"] < 2
     assert np.log(3) < found["contrast_loss"] < np.log(15) + 1
     assert 0 < found["purity"] < 1
+
+
+def test_an_untrained_encoder_looks_at_all_pictures_of_a_mix_alike(tmp_path):
+    config = tiny_config({"data.source": "photo_crops", "data.image_size": (40, 40), "model.width": 96, "model.depth": 4,
+                          "model.heads": 3, "batch_size": 64}, "mixedae")
+    run = train.prepare(config, tmp_path)
+    batch, method = next(run.inputs.train(0)), run.program.method
+    start, loss = jax.jit(method.init), tiny_loss(method)
+    purities = []
+    for seed in range(5):
+        found = loss(start(jax.random.key(seed), batch)[0], {}, batch, None, 0, False)[1][0]["purity"]
+        purities.append(float(found[0] / found[1]))
+    assert np.mean(purities) == pytest.approx(0.25, abs=0.03), purities
 
 
 def test_pictures_that_could_not_be_read_do_not_count():
