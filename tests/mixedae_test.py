@@ -170,8 +170,8 @@ def test_losses_start_where_they_should_and_evaluations_add_figures():
 
 
 def test_an_untrained_encoder_looks_at_all_pictures_of_a_mix_alike(tmp_path):
-    config = tiny_config({"data.source": "photo_crops", "data.image_size": (40, 40), "model.width": 96, "model.depth": 4,
-                          "model.heads": 3, "batch_size": 64}, "mixedae")
+    config = tiny_config({"data.source": "photo_crops", "data.image_size": (40, 40), "model.width": 96,
+                          "model.depth": 4, "model.heads": 3, "batch_size": 64}, "mixedae")
     run = train.prepare(config, tmp_path)
     batch, method = next(run.inputs.train(0)), run.program.method
     start, loss = jax.jit(method.init), tiny_loss(method)
