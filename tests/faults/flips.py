@@ -1,0 +1,79 @@
+"""Single bytes changed at random in all files of a checkpoint: `python -m tests.faults.flips FLIPS SEED`.
+
+The state is a trained one, cut over all devices of the process. Each flip is of one byte of the newest of two steps;
+the file is drawn first, so that small ones are struck as often as large ones. Prints JSON: how many restores gave the
+newest step bit for bit, how many refused it by name and gave the one before, and what was anything else.
+"""
+
+import json
+import logging
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mae_jax import train, workdir
+from mae_jax.checkpoint import Checkpoints
+from tests.tiny import tiny_config
+
+
+def trained(folder: Path) -> dict[int, list[bytes]]:
+    """Trains a run that keeps two steps; returns step → the bytes of all leaves."""
+    config = tiny_config({"mesh.data": 1, "mesh.fsdp": -1, "model.width": 64, "model.heads": 4, "optim.ema": 0.9,
+                          "optim.lr": 0.001, "batch_size": 16, "train.duration": "4 steps", "eval.every": "",
+                          "checkpoint.every": "2 steps"})
+    assert train.train(config, str(folder)) == 0
+    states = {}
+    for step in (4, 2):
+        states[step] = bits(restored(folder, config))
+        shutil.move(folder / "checkpoints" / str(step), folder / str(step))
+    for step in (2, 4):
+        shutil.move(folder / str(step), folder / "checkpoints" / str(step))
+    return states
+
+
+def restored(folder: Path, config):
+    return Checkpoints(folder, 2).restore(train.prepare(config, folder).program.state)
+
+
+def bits(state) -> list[bytes]:
+    return [np.asarray(jax.device_get(leaf)).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+def main(flips: int, seed: int) -> dict[str, int | list[str]]:
+    draws, heard = random.Random(seed), []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logging.getLogger("absl").addHandler(handler)
+    found = {"devices": jax.device_count(), "equal": 0, "refused": 0, "wrong": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        good, run = Path(scratch) / "good", Path(scratch) / "run"
+        states = trained(good)
+        program = train.prepare(workdir.read_config(good), good).program
+        inside = (path for path in (good / "checkpoints" / "4").rglob("*") if path.is_file())
+        files = sorted(path for path in inside if path.stat().st_size)
+        for _ in range(flips):
+            shutil.rmtree(run, ignore_errors=True)
+            shutil.copytree(good, run)
+            file = run / draws.choice(files).relative_to(good)
+            content, heard[:] = bytearray(file.read_bytes()), []
+            at = draws.randrange(len(content))
+            content[at] ^= draws.randrange(1, 256)
+            file.write_bytes(content)
+            state = Checkpoints(run, 2).restore(program.state)
+            named = any("step 4 refused" in line for line in heard)
+            if int(state.step) == 4 and bits(state) == states[4] and not named:
+                found["equal"] += 1
+            elif int(state.step) == 2 and bits(state) == states[2] and named:
+                found["refused"] += 1
+            else:
+                found["wrong"].append(f"byte {at} of {file.relative_to(run)}: step {state.step}")
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(int(sys.argv[1]), int(sys.argv[2]))))
