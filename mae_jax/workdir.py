@@ -19,6 +19,7 @@ from mae_jax.errors import UserError
 MAY_CHANGE = ("train.duration", "mesh.*", "eval.*", "checkpoint.*", "log.*", "guard.max_*",
               "guard.stall_seconds", "data.threads", "data.prefetch", "train.compilation_cache", "model.scan",
               "model.remat", "method.clusters")  # whose content is compared
+ARCHIVED = "$Format:%H$"  # `git archive` writes the commit here, as .gitattributes asks
 MOST_HEADER = 100_000_000  # bytes of a safetensors file's header, by its specification
 PACKAGES = ("mae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
 
@@ -141,10 +142,13 @@ def compare(old: ConfigDict, new: ConfigDict) -> list[str]:
 
 
 def git_commit() -> str:
-    """Returns the commit of the installed source, '' where it is not a git checkout.
+    """Returns the commit of the source, '' where it is neither an archive of git's nor a checkout.
 
-    The last commit that touched this file's folder: '' too for an installed copy inside somebody else's repository.
+    Of a checkout, the last commit that touched this file's folder: '' for an installed copy inside somebody else's
+    repository.
     """
+    if not ARCHIVED.startswith("$"):
+        return ARCHIVED
     try:
         out = subprocess.run(["git", "log", "-1", "--format=%H", "--", "."], cwd=Path(__file__).parent,
                              capture_output=True, text=True, timeout=10)

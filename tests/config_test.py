@@ -210,6 +210,11 @@ def test_the_workdir_records_config_and_versions(tmp_path):
     assert [file.name for file in folder.iterdir()] == ["config.json"]
 
 
+def test_a_copy_from_git_archive_knows_its_commit(monkeypatch):
+    monkeypatch.setattr(workdir, "ARCHIVED", "0a1b2c")
+    assert workdir.git_commit() == "0a1b2c"
+
+
 @pytest.mark.parametrize("text", ["", '{"config": {"seed"', "[]", "{}"])
 def test_a_damaged_config_json_is_refused_in_one_line(tmp_path, text):
     (tmp_path / "config.json").write_text(text)

@@ -1,0 +1,424 @@
+#!/usr/bin/env bash
+# Trains on a Cloud TPU slice: creates it, installs this commit on all its workers, runs, and starts again until the run
+# is done. `./launch_tpu.sh --help` shows an example. The last part of this file is what the workers do.
+set -euo pipefail
+
+# Ubuntu 22.04 has Python 3.10. uv brings the one that all tests were run with, without root and the locks of apt. pip
+# checks uv's hash, uv that of Python.
+readonly PYTHON=3.11 UV=0.13.9
+readonly UV_HASHES=(d7f459fe4fd247d830351c75686d3996ace3c6f3f728eb0e85a30b7ada0cef19   # x86-64
+                    5435c5ce14a56431208ca0996416d310f1598e8c2c8ba707688985a16bb82dbe)  # Arm
+
+# A machine that was taken away closes no connection: without these, ssh would wait for it for ever.
+readonly SSH_FLAGS=(--ssh-flag=-oConnectTimeout=20 --ssh-flag=-oServerAliveInterval=30
+                    --ssh-flag=-oServerAliveCountMax=4)
+
+name="" zone="" type="" project="" version=tpu-ubuntu2204-base service_account="" retries=100
+spot="" queued="" keep="" dry_run="" train=()
+pause=${LAUNCH_TPU_PAUSE:-30}
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+commit="" archive="" run_id="" attempt="" states="" slice="" quiet=""
+
+usage() {
+  cat <<'END'
+Trains on a Cloud TPU slice, and starts again until the run is done.
+
+  ./launch_tpu.sh run --name=vit-l --zone=europe-west4-a --type=v3-128 --spot --queued \
+      -- --config=configs/vit_l_mae.py --workdir=gs://BUCKET/vit_l --config.optim.lr=1e-4
+
+What follows -- goes to `python -m mae_jax.main` on every worker, as it is. The commit that is checked out here is what
+runs, with the packages that were current at its date. The slice is the launcher's own: what is on its disk is lost.
+
+  run      create, install, start and logs, again after every preemption until the run is done; then delete
+  create   create the slice and wait until it is ready
+  install  copy this commit to all workers and install it; a run that lives there saves its state and ends
+  start    start the run on all workers; it needs no connection to this machine
+  logs     show the logs of all workers until the run ends
+  status   say how the slice is, and the run on each worker
+  stop     end the run with its state saved; stop watching first, since `run` would start it again
+  delete   delete the slice, and the request in the queue
+
+  --name=NAME, --zone=ZONE  of the slice, and of the request in the queue
+  --type=TYPE               accelerator type, as v3-128
+  --project=ID              else the one that gcloud is set to
+  --version=VERSION         of the TPU's software, tpu-ubuntu2204-base
+  --spot                    cheaper, and taken away when others need it
+  --queued                  wait in the queue until there is room
+  --service-account=EMAIL   act as this account, which needs to read the data and write the workdir, and no more
+  --retries=N               how often `run` tries again, 100
+  --keep                    `run` leaves the slice at its end
+  --dry-run                 print every command that would be run where nothing goes wrong, and run none
+
+Several workers: `ssh-add ~/.ssh/google_compute_engine` first, since gcloud wants the key in the agent.
+LAUNCH_TPU_PAUSE (30): seconds between two looks, and before the first new try; later ones wait longer, to 16 times.
+Exit codes: 0 the run is finished, 2 your mistake, or no slice to be had, 3 stopped by a guard, 1 a bug in mae_jax,
+75 out of retries: run it again, 130 you stopped watching: the slice goes on and costs money.
+END
+}
+
+say() { echo "[launch] $*" >&2; }
+
+fail() { # TEXT: a mistake of the user's ends with one line
+  echo "error: $*" >&2
+  exit 2
+}
+
+parse() { # OPTION... [-- ARGUMENT...]
+  while (($#)); do
+    case $1 in
+      --name=*) name=${1#*=} ;;
+      --zone=*) zone=${1#*=} ;;
+      --type=*) type=${1#*=} ;;
+      --project=*) project=${1#*=} ;;
+      --version=*) version=${1#*=} ;;
+      --service-account=*) service_account=${1#*=} ;;
+      --retries=*) retries=${1#*=} ;;
+      --spot) spot=yes ;;
+      --queued) queued=yes ;;
+      --keep) keep=yes ;;
+      --dry-run) dry_run=yes ;;
+      --help) usage && exit ;;
+      --) train=("${@:2}") && return ;;
+      *) fail "unknown option $1; options are written --name=VALUE, those of the run follow --, --help shows all" ;;
+    esac
+    shift
+  done
+}
+
+check() { # OPTION...: these must be given
+  local option
+  for option; do
+    [[ ${!option} ]] || fail "--$option=... must be given; --help shows an example"
+  done
+  [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "--name=$name; expected small letters, digits and -, as vit-l-1"
+  [[ "$retries $pause" =~ ^(0|[1-9][0-9]*)\ (0|[1-9][0-9]*)$ ]] ||
+    fail "--retries=$retries, LAUNCH_TPU_PAUSE=$pause; expected whole numbers"
+  [[ $dry_run ]] || command -v gcloud >/dev/null ||
+    fail "gcloud is not installed: https://cloud.google.com/sdk/docs/install, then gcloud auth login"
+}
+
+check_commit() {
+  local changed
+  commit=$(git -C "$root" rev-parse --quiet --verify HEAD 2>/dev/null) ||
+    fail "$root is not a git checkout; what runs on the workers is a commit"
+  changed=$(git -C "$root" status --porcelain -- launch_tpu.sh setup.py pyproject.toml configs mae_jax)
+  [[ ! $changed ]] || fail "not committed, so it would not run: ${changed%%$'\n'*}; commit it or stash it"
+}
+
+check_run() {
+  local argument config="" workdir=""
+  for argument in ${train[@]+"${train[@]}"}; do
+    case $argument in
+      --config=*) config=${argument#*=} ;;
+      --workdir=*) workdir=${argument#*=} ;;
+    esac
+  done
+  [[ $workdir ]] || fail "--workdir=gs://BUCKET/FOLDER must be given, after --; --help shows an example"
+  [[ $workdir == gs://?* ]] || fail "--workdir=$workdir would be lost with the slice; expected gs://BUCKET/FOLDER"
+  [[ ! $config ]] || git -C "$root" cat-file -e "$commit:${config%%:*}" 2>/dev/null ||
+    fail "--config=$config is not in commit ${commit:0:12}; expected a committed file, as configs/vit_l_mae.py"
+  # The same commit and arguments are the same run, also for another launcher that comes back to it.
+  run_id=${commit:0:12}-$(printf '%s\0' "${train[@]}" | cksum | cut -d' ' -f1)
+}
+
+shown() { # COMMAND...: shows a command as it can be pasted, and runs it
+  local text
+  printf -v text ' %q' "$@"
+  if [[ $dry_run ]]; then
+    echo "${text:1}"
+  else
+    [[ $quiet ]] || echo "+$text" >&2
+    "$@" </dev/null
+  fi
+}
+
+cloud() { shown gcloud compute tpus "$@" --zone="$zone" ${project:+"--project=$project"} --quiet; }
+
+on_workers() { # WORD...: on all workers; on one alone, JAX would wait for the others
+  local text
+  printf -v text ' %q' "$@"
+  cloud tpu-vm ssh "$name" --worker=all "${SSH_FLAGS[@]}" --command="bash mae_jax/src/launch_tpu.sh worker$text"
+}
+
+list() { # tpu-vm|queued-resources: NAME,STATE of all in the zone
+  local field=state
+  [[ $1 == tpu-vm ]] || field=state.state
+  cloud "$1" list --format="csv[no-heading](name.basename(),$field)"
+}
+
+state_of() { # tpu-vm|queued-resources: its state, nothing where there is none; fails where gcloud cannot say
+  local rows
+  rows=$(quiet=yes && list "$1") || return
+  awk -F, -v name="$name" '$1 == name { print $2 }' <<<"$rows"
+}
+
+create() {
+  local -a more=("--accelerator-type=$type")
+  [[ ! $spot ]] || more+=(--spot)
+  [[ ! $service_account ]] || more+=("--service-account=$service_account")
+  if [[ $queued ]]; then
+    cloud queued-resources create "$name" --node-id="$name" --runtime-version="$version" "${more[@]}"
+  else
+    cloud tpu-vm create "$name" --version="$version" "${more[@]}"
+  fi
+}
+
+delete_request() { cloud queued-resources delete "$name" --force; }  # and its slice
+
+delete_slice() { cloud tpu-vm delete "$name"; }
+
+pack() {
+  archive=${TMPDIR:-/tmp}/mae_jax-$commit.tar.gz
+  if [[ ! $dry_run ]]; then
+    archive=$(mktemp -d)/mae_jax.tar.gz
+    trap 'rm -rf "$(dirname "$archive")"' EXIT
+  fi
+  shown git -C "$root" archive --format=tar.gz --output="$archive" "$commit"
+}
+
+install() {
+  local date
+  date=$(git -C "$root" show -s --format=%cI "$commit")
+  cloud tpu-vm scp "$archive" "$name:mae_jax.tar.gz" --worker=all &&
+    cloud tpu-vm ssh "$name" --worker=all "${SSH_FLAGS[@]}" --command="mkdir -p mae_jax/new &&\
+ tar -xzf mae_jax.tar.gz -C mae_jax/new && bash mae_jax/new/launch_tpu.sh worker install $commit $date" &&
+    slice=installed
+}
+
+start() {
+  attempt=$run_id-$(date +%s)
+  on_workers start "$attempt" "${train[@]}"
+}
+
+look() { # prints absent, ready, waiting or lost, and why; fails where that cannot be known
+  local node request
+  request=$(state_of queued-resources) && node=$(state_of tpu-vm) || return
+  case $request/$node in
+    /) echo "absent" ;;
+    FAILED/* | SUSPEND*/*) echo "lost: the request is $request" ;;
+    */READY) echo "ready" ;;
+    */PREEMPTED | */TERMINATED | */STOP* | */HID*) echo "lost: it is $node" ;;
+    */) echo "waiting: the request is $request" ;;
+    *) echo "waiting: it is $node" ;;
+  esac
+}
+
+bring_up() { # creates the slice where there is none and waits until it is ready; fails where it must be tried again
+  local now before=""
+  while :; do
+    now=$(look) || return
+    [[ $now == "$before" ]] || say "$name is $now"
+    before=$now
+    case $now in
+      ready) slice=${slice:-found} && return ;;
+      absent)
+        # Just after a preemption there is seldom room; at the beginning, the user must know.
+        create || { [[ $slice ]] && return 1; } || fail "no slice; gcloud says why. With --queued it waits for room"
+        slice=new ;;
+      lost*) remove && return 1 ;;  # it does not come back by itself
+      *) sleep "$pause" ;;
+    esac
+  done
+}
+
+report() { # prints 'STATE ID' of the workers' runs, each once
+  local lines
+  lines=$(on_workers report) || return
+  awk '$1 == "mae_jax" { print $2, $3 }' <<<"$lines" | sort -u
+}
+
+attach() { # succeeds where all workers have the attempt that began here, or all run the same run already
+  local found
+  found=$(report) || return
+  [[ $attempt || $found == *$'\n'* || $found != "running $run_id-"* ]] || attempt=${found#running }
+  [[ $attempt && $found ]] && ! grep -qv " $attempt\$" <<<"$found"
+}
+
+watch() { # shows the logs until the runs have ended; `states` is then how. Fails where that is not known
+  while :; do
+    on_workers follow || true  # gcloud's code may be that of a connection; how a run ended is in a file
+    states=$(report) || return
+    states=$(cut -d' ' -f1 <<<"$states" | sort -u | paste -sd ' ' -)
+    [[ " $states " == *' running '* ]] || return 0
+    say "the connection broke, the run goes on"
+    sleep "$pause"
+  done
+}
+
+verdict() { # prints the exit code that those of the workers come to; 75 where to start again helps
+  case " $states " in
+    ' 0 ') echo 0 ;;
+    *' 3 '*) echo 3 ;;
+    *' 1 '*) echo 1 ;;
+    ' 2 ') echo 2 ;;  # beside another code it only says that a peer did not come
+    *) echo 75 ;;
+  esac
+}
+
+remove() { # deletes what there is
+  local node request
+  request=$(state_of queued-resources) && node=$(state_of tpu-vm) || return
+  if [[ $request ]]; then delete_request; elif [[ $node ]]; then delete_slice; else say "there is no $name"; fi
+}
+
+how_to_delete() { echo "./launch_tpu.sh delete --name=$name --zone=$zone${project:+ --project=$project}"; }
+
+finish() { # CODE TEXT
+  say "$2"
+  if [[ $keep ]]; then
+    say "$name is kept and costs money until: $(how_to_delete)"
+  else
+    remove || say "$name could not be deleted and may cost money: $(how_to_delete)"
+  fi
+  exit "$1"
+}
+
+run() {
+  local begun code failures=0 seconds try
+  pack
+  for ((try = 0; try <= retries; try++)); do
+    if ((try)); then  # longer after every failure in a row
+      seconds=$((pause << (failures < 4 ? failures++ : 4)))
+      say "try $try of $retries in $seconds s"
+      sleep "$seconds"
+    fi
+    bring_up || continue
+    { [[ $slice != new ]] && attach; } || { install && start; } || continue
+    begun=$SECONDS
+    watch || continue
+    code=$(verdict)
+    case $code in
+      0) finish 0 "the run is finished" ;;
+      75) say "the run stopped before its end; exit codes: $states" ;;
+      *) finish "$code" "to start again would not help; exit codes: $states; what is above says why" ;;
+    esac
+    attempt=""
+    ((SECONDS - begun < 600)) || failures=0
+  done
+  finish 75 "gave up, --retries=$retries are used up; the same command goes on from the state that was saved"
+}
+
+logs() {
+  watch || fail "the workers of $name cannot be reached"
+  say "the run ended; exit codes: $states"
+  exit "$(verdict)"
+}
+
+status() {
+  local now
+  now=$(look) || fail "gcloud cannot say how $name is"
+  echo "$name is $now"
+  [[ $now != ready ]] || on_workers report
+}
+
+plan() { # COMMAND: prints what it runs where nothing goes wrong
+  case $1 in run | install) pack ;; esac
+  case $1 in run | create) create ;; esac
+  case $1 in run | create | status | delete) list queued-resources && list tpu-vm ;; esac
+  case $1 in run | install) install ;; esac
+  case $1 in run | start) start ;; esac
+  case $1 in run | logs) on_workers follow ;; esac
+  case $1 in run | logs | status) on_workers report ;; esac
+  case $1 in stop) on_workers stop ;; esac
+  case $1${keep:+, keep} in run | delete*) if [[ $queued ]]; then delete_request; else delete_slice; fi ;; esac
+}
+
+# --- on the workers, in ~/mae_jax -------------------------------------------------------------------------------------
+# src is the commit and venv what it needs. Of the run there are its log, its id, its code, the group of its processes,
+# and alive, a lock that is held as long as one of them lives. gcloud repeats a command whose connection broke, so each
+# may be called again while its first call goes on.
+
+alive() { ! flock --nonblock alive true; }
+
+worker_install() { # COMMIT ITS_DATE
+  local uv=uv-$UV/bin/uv
+  exec 9>lock && flock 9
+  worker_stop
+  rm -rf src && mv new src
+  [[ -x $uv ]] || python3 -m pip install --quiet --disable-pip-version-check --upgrade --target="uv-$UV" \
+    --require-hashes --requirement=<(echo "uv==$UV" "${UV_HASHES[@]/#/--hash=sha256:}")
+  "$uv" venv --quiet --allow-existing --python="$PYTHON" venv
+  # The date gives all workers, after every preemption too, the same packages.
+  "$uv" pip install --quiet --python=venv --exclude-newer="$2" --editable="./src[tpu,gcs]"
+  echo "$1" >commit
+}
+
+worker_start() { # ID ARGUMENT...
+  exec 9>lock && flock 9
+  [[ $1 != "$(cat id 2>/dev/null)" ]] || return 0  # its first call did it
+  [[ $(cat commit 2>/dev/null) == "${1%%-*}"* ]] || fail "commit ${1%%-*} is not installed here; install it first"
+  worker_stop
+  rm -f code && echo "$1" >id
+  exec 8>alive && flock 8  # what is started inherits the lock
+  setsid bash src/launch_tpu.sh worker train "${@:2}" </dev/null >log 2>&1 9>&- &
+  echo "$!" >group
+}
+
+worker_train() { # ARGUMENT...
+  local code=0
+  trap : TERM  # it is for Python, which saves the state and ends
+  cd src
+  PYTHONUNBUFFERED=1 ../venv/bin/python -m mae_jax.main "$@" || code=$?
+  echo "$code" >../code
+}
+
+worker_stop() { # a run that lives saves its state; after two minutes it is killed
+  alive || return 0
+  kill -TERM -- "-$(<group)" || true
+  flock --wait 120 alive true || kill -KILL -- "-$(<group)"
+  flock alive true
+}
+
+worker_follow() {
+  local -a more=()
+  alive && more=(--follow --sleep-interval=0.2 --pid="$(<group)")
+  tail --lines=100 "${more[@]}" log | sed --unbuffered "s/^/[${HOSTNAME##*-w-}] /"
+}
+
+worker_report() {
+  local state=none
+  if alive; then state=running; elif [[ -s code ]]; then state=$(<code); elif [[ -e id ]]; then state=killed; fi
+  echo "mae_jax $state $(cat id 2>/dev/null) on $HOSTNAME"
+}
+
+on_this_worker() { # COMMAND ARGUMENT...
+  cd ~/mae_jax
+  case $1 in
+    install) worker_install "${@:2}" ;;
+    start) worker_start "${@:2}" ;;
+    train) worker_train "${@:2}" ;;
+    stop) worker_stop ;;
+    follow) worker_follow ;;
+    report) worker_report ;;
+  esac
+}
+
+main() { # COMMAND OPTION...
+  local command=${1:-}
+  case $command in
+    worker) on_this_worker "${@:2}"; exit ;;
+    --help) usage; exit ;;
+    run | create | install | start | logs | status | stop | delete) parse "${@:2}" ;;
+    *) fail "unknown command '$command'; expected run, create, install, start, logs, status, stop, delete or --help" ;;
+  esac
+  check name zone
+  case $command in run | create) check type ;; esac
+  case $command in run | install | start) check_commit ;; esac
+  case $command in run | start) check_run ;; esac
+  trap 'say "stopped watching; $name, if it is there, goes on and costs money until: $(how_to_delete)"; exit 130' \
+    INT TERM HUP
+  case ${dry_run:+plan for }$command in
+    plan*) plan "$command" ;;
+    run) run ;;
+    create) bring_up || fail "$name did not become ready; look at: ./launch_tpu.sh status" ;;
+    install) pack && install ;;
+    start) start ;;
+    logs) logs ;;
+    status) status ;;
+    stop) on_workers stop ;;
+    delete) remove ;;
+  esac
+  exit  # here: bash reads a script while it runs, and this file may change while it waits for days
+}
+
+main "$@"
