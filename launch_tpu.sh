@@ -1,13 +1,7 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU slice: creates it, installs this commit on all its workers, runs, and starts again until the run
-# is done. `./launch_tpu.sh --help` shows an example. The last part of this file is what the workers do.
+# is done. `./launch_tpu.sh --help` shows an example. What the workers do is in launch_tpu_worker.sh.
 set -euo pipefail
-
-# Ubuntu 22.04 has Python 3.10. uv brings the one that all tests were run with, without root and the locks of apt. pip
-# checks uv's hash, uv that of Python.
-readonly PYTHON=3.11 UV=0.13.9
-readonly UV_HASHES=(d7f459fe4fd247d830351c75686d3996ace3c6f3f728eb0e85a30b7ada0cef19   # x86-64
-                    5435c5ce14a56431208ca0996416d310f1598e8c2c8ba707688985a16bb82dbe)  # Arm
 
 # A machine that was taken away closes no connection: without these, ssh would wait for it for ever.
 readonly SSH_FLAGS=(--ssh-flag=-oConnectTimeout=20 --ssh-flag=-oServerAliveInterval=30
@@ -101,7 +95,7 @@ check_commit() {
   local changed
   commit=$(git -C "$root" rev-parse --quiet --verify HEAD 2>/dev/null) ||
     fail "$root is not a git checkout; what runs on the workers is a commit"
-  changed=$(git -C "$root" status --porcelain -- launch_tpu.sh setup.py pyproject.toml configs mae_jax)
+  changed=$(git -C "$root" status --porcelain -- launch_tpu_worker.sh setup.py pyproject.toml configs mae_jax)
   [[ ! $changed ]] || fail "not committed, so it would not run: ${changed%%$'\n'*}; commit it or stash it"
 }
 
@@ -137,7 +131,7 @@ cloud() { shown gcloud compute tpus "$@" --zone="$zone" ${project:+"--project=$p
 on_workers() { # WORD...: on all workers; on one alone, JAX would wait for the others
   local text
   printf -v text ' %q' "$@"
-  cloud tpu-vm ssh "$name" --worker=all "${SSH_FLAGS[@]}" --command="bash mae_jax/src/launch_tpu.sh worker$text"
+  cloud tpu-vm ssh "$name" --worker=all "${SSH_FLAGS[@]}" --command="bash mae_jax/src/launch_tpu_worker.sh$text"
 }
 
 list() { # tpu-vm|queued-resources: NAME,STATE of all in the zone
@@ -181,7 +175,7 @@ install() {
   date=$(git -C "$root" show -s --format=%cI "$commit")
   cloud tpu-vm scp "$archive" "$name:mae_jax.tar.gz" --worker=all &&
     cloud tpu-vm ssh "$name" --worker=all "${SSH_FLAGS[@]}" --command="mkdir -p mae_jax/new &&\
- tar -xzf mae_jax.tar.gz -C mae_jax/new && bash mae_jax/new/launch_tpu.sh worker install $commit $date" &&
+ tar -xzf mae_jax.tar.gz -C mae_jax/new && bash mae_jax/new/launch_tpu_worker.sh install $commit $date" &&
     slice=installed
 }
 
@@ -206,7 +200,7 @@ look() { # prints absent, ready, waiting or lost, and why; fails where that cann
 bring_up() { # creates the slice where there is none and waits until it is ready; fails where it must be tried again
   local now before=""
   while :; do
-    now=$(look) || return
+    now=$(look) || { [[ $slice ]] && return 1; } || fail "gcloud cannot look into $zone; what is above says why"
     [[ $now == "$before" ]] || say "$name is $now"
     before=$now
     case $now in
@@ -274,7 +268,7 @@ finish() { # CODE TEXT
 }
 
 run() {
-  local begun code failures=0 seconds try
+  local begun="" broken=0 code failures=0 seconds try
   pack
   for ((try = 0; try <= retries; try++)); do
     if ((try)); then  # longer after every failure in a row
@@ -283,7 +277,10 @@ run() {
       sleep "$seconds"
     fi
     bring_up || continue
-    { [[ $slice != new ]] && attach; } || { install && start; } || continue
+    { [[ $slice != new ]] && attach; } || { install && start; } || {
+      [[ $begun ]] || ((++broken < 5)) || finish 2 "$name could not be made to run; what is above says why"
+      continue
+    }
     begun=$SECONDS
     watch || continue
     code=$(verdict)
@@ -323,80 +320,9 @@ plan() { # COMMAND: prints what it runs where nothing goes wrong
   case $1${keep:+, keep} in run | delete*) if [[ $queued ]]; then delete_request; else delete_slice; fi ;; esac
 }
 
-# --- on the workers, in ~/mae_jax -------------------------------------------------------------------------------------
-# src is the commit and venv what it needs. Of the run there are its log, its id, its code, the group of its processes,
-# and alive, a lock that is held as long as one of them lives. gcloud repeats a command whose connection broke, so each
-# may be called again while its first call goes on.
-
-alive() { ! flock --nonblock alive true; }
-
-worker_install() { # COMMIT ITS_DATE
-  local uv=uv-$UV/bin/uv
-  exec 9>lock && flock 9
-  worker_stop
-  rm -rf src && mv new src
-  [[ -x $uv ]] || python3 -m pip install --quiet --disable-pip-version-check --upgrade --target="uv-$UV" \
-    --require-hashes --requirement=<(echo "uv==$UV" "${UV_HASHES[@]/#/--hash=sha256:}")
-  "$uv" venv --quiet --allow-existing --python="$PYTHON" venv
-  # The date gives all workers, after every preemption too, the same packages.
-  "$uv" pip install --quiet --python=venv --exclude-newer="$2" --editable="./src[tpu,gcs]"
-  echo "$1" >commit
-}
-
-worker_start() { # ID ARGUMENT...
-  exec 9>lock && flock 9
-  [[ $1 != "$(cat id 2>/dev/null)" ]] || return 0  # its first call did it
-  [[ $(cat commit 2>/dev/null) == "${1%%-*}"* ]] || fail "commit ${1%%-*} is not installed here; install it first"
-  worker_stop
-  rm -f code && echo "$1" >id
-  exec 8>alive && flock 8  # what is started inherits the lock
-  setsid bash src/launch_tpu.sh worker train "${@:2}" </dev/null >log 2>&1 9>&- &
-  echo "$!" >group
-}
-
-worker_train() { # ARGUMENT...
-  local code=0
-  trap : TERM  # it is for Python, which saves the state and ends
-  cd src
-  PYTHONUNBUFFERED=1 ../venv/bin/python -m mae_jax.main "$@" || code=$?
-  echo "$code" >../code
-}
-
-worker_stop() { # a run that lives saves its state; after two minutes it is killed
-  alive || return 0
-  kill -TERM -- "-$(<group)" || true
-  flock --wait 120 alive true || kill -KILL -- "-$(<group)"
-  flock alive true
-}
-
-worker_follow() {
-  local -a more=()
-  alive && more=(--follow --sleep-interval=0.2 --pid="$(<group)")
-  tail --lines=100 "${more[@]}" log | sed --unbuffered "s/^/[${HOSTNAME##*-w-}] /"
-}
-
-worker_report() {
-  local state=none
-  if alive; then state=running; elif [[ -s code ]]; then state=$(<code); elif [[ -e id ]]; then state=killed; fi
-  echo "mae_jax $state $(cat id 2>/dev/null) on $HOSTNAME"
-}
-
-on_this_worker() { # COMMAND ARGUMENT...
-  cd ~/mae_jax
-  case $1 in
-    install) worker_install "${@:2}" ;;
-    start) worker_start "${@:2}" ;;
-    train) worker_train "${@:2}" ;;
-    stop) worker_stop ;;
-    follow) worker_follow ;;
-    report) worker_report ;;
-  esac
-}
-
 main() { # COMMAND OPTION...
   local command=${1:-}
   case $command in
-    worker) on_this_worker "${@:2}"; exit ;;
     --help) usage; exit ;;
     run | create | install | start | logs | status | stop | delete) parse "${@:2}" ;;
     *) fail "unknown command '$command'; expected run, create, install, start, logs, status, stop, delete or --help" ;;

@@ -109,7 +109,7 @@ def execute(command: str) -> list[subprocess.Popen]:
 
 
 def ssh(command: str) -> int:
-    doing = re.search(r"worker (\w+)", command)[1]
+    doing = re.search(r"worker\.sh (\w+)", command)[1]
     how = following(doing)
     if how == "refused":
         return 255

