@@ -6,8 +6,8 @@ the true one it returns the code of the first worker that failed, 255 for a conn
 
 The scenario has lists, of which each call takes the next item and keeps the last: `node` and `request` are the states
 that are listed; `create`, `list` and `delete` messages of errors, '' for none; the name of what workers do (`install`,
-`start`, `follow`, `report`) is a list of '' (do it), 'refused' (255, nothing is done), 'twice' (do it two times),
-'drop' (255 once the log has a line), 'preempted' (as drop, and the slice is PREEMPTED).
+`start`, `follow`, `report`) is a list of '' (do it), 'refused' (255, nothing is done), 'twice' (again, once the
+log has a line), 'drop' (255, once the log has a line), 'preempted' (as drop, and the slice is PREEMPTED).
 """
 
 import json
@@ -108,16 +108,23 @@ def execute(command: str) -> list[subprocess.Popen]:
              "PATH": f"{HERE / 'worker_bin'}:{os.environ['PATH']}"}) for number in range(WORKERS)]
 
 
+def wait_for_logs() -> None:
+    logs = [home(number) / "mae_jax" / "log" for number in range(WORKERS)]
+    while not all(log.exists() and log.stat().st_size for log in logs):
+        time.sleep(0.02)
+
+
 def ssh(command: str) -> int:
     doing = re.search(r"worker\.sh (\w+)", command)[1]
     how = following(doing)
     if how == "refused":
         return 255
-    runs = execute(command) + (execute(command) if how == "twice" else [])
+    runs = execute(command)
+    if how == "twice":
+        wait_for_logs()
+        runs += execute(command)
     if how in ("drop", "preempted"):
-        logs = [home(number) / "mae_jax" / "log" for number in range(WORKERS)]
-        while not all(log.stat().st_size for log in logs):
-            time.sleep(0.02)
+        wait_for_logs()
         for run in runs:
             os.killpg(run.pid, signal.SIGKILL)
         if how == "preempted":
