@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import jax
 
 from mae_jax import cli, phases, rendezvous
-from mae_jax.errors import say_now
+from mae_jax.errors import quit_now, say_now
 from mae_jax.place import Place
 from mae_jax.rendezvous import send
 
@@ -326,4 +326,4 @@ def _exit(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, RuntimeError):
             stream.flush()
-    os._exit(code)  # the main thread may wait for a peer that is gone, and so would JAX's own end
+    quit_now(code)  # the main thread may wait for a peer that is gone, and so would JAX's own end

@@ -3,7 +3,8 @@
 import contextlib
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -24,6 +25,27 @@ def say_now(line: str) -> None:
     """
     with contextlib.suppress(OSError):
         os.write(_STDERR, f"\n{line}\n".encode())
+
+
+_last: list[Callable[[], None]] = []
+
+
+@contextlib.contextmanager
+def at_the_last(action: Callable[[], None]) -> Iterator[None]:
+    """Has something done, which takes seconds at most, where `quit_now` ends the process meanwhile."""
+    _last.append(action)
+    try:
+        yield
+    finally:
+        _last.remove(action)
+
+
+def quit_now(code: int) -> NoReturn:
+    """Ends the process at once, from any thread, whatever the main thread is doing."""
+    for action in list(_last):
+        with contextlib.suppress(Exception):
+            action()
+    os._exit(code)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

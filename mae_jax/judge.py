@@ -31,7 +31,7 @@ class Best:
         self.score = distributed.first(self._read())
 
     def _read(self) -> float:
-        stored = json.loads(self.file.read_text()) if self.file.exists() else {}
+        stored = json.loads(workdir.read_text(self.file) or "{}")
         return stored["score"] if self.of.items() <= stored.items() else float("-inf")
 
     def offer(self, done: int, state: TrainState, figures: Figures) -> None:

@@ -1,6 +1,5 @@
 """Metrics on their way out: means of (sum, weight), metrics.jsonl, TensorBoard and the progress line."""
 
-import contextlib
 import errno
 import io
 import json
@@ -15,10 +14,12 @@ import numpy as np
 from etils import epath
 
 from mae_jax.errors import UserError
-from mae_jax.workdir import replace_text
+from mae_jax.workdir import replace_bytes, replace_text
 
 logger = logging.getLogger(__name__)
 REMOTE_PERIOD = 30.0  # seconds between rewrites of metrics.jsonl in a bucket, which cannot append
+HURRIED = 5.0  # seconds in which a failing bucket is tried again while the loop waits
+PATIENT = 60.0  # the same at the end
 
 
 class Means:
@@ -42,7 +43,8 @@ class Means:
 class JsonLines:
     """metrics.jsonl: one JSON object per line, each metric of a step once.
 
-    A line that cannot be written (a full disk) is kept and written with the next one.
+    A line that cannot be written (a full disk) is kept and written with the next one. In a bucket the file is written
+    anew, on condition that nobody else has; an evaluation that has adds its lines, and both stay.
 
     Attributes:
       seen: the (step, name) that the file held when it was opened.
@@ -51,12 +53,11 @@ class JsonLines:
     def __init__(self, path: epath.Path, restored_step: float, active: bool = True):
         """Reads the file and, where `active`, cuts lines past `restored_step` and torn ones."""
         self.path = path
-        self.local = "://" not in str(path)
+        self.local = not str(path).startswith("gs://")
         self.pending: list[str] = []
         self.written = time.monotonic()
-        text = path.read_text() if path.exists() else ""
+        text = self._read()
         kept = [line for line in text.splitlines() if _step_of(line) <= restored_step]
-        self.lines = [] if self.local else kept
         self.seen = {(json.loads(line)["step"], name) for line in kept for name in json.loads(line)}
         if active and text != _joined(kept):
             try:
@@ -77,20 +78,44 @@ class JsonLines:
         if self.local or time.monotonic() - self.written > REMOTE_PERIOD:
             self.flush()
 
-    def flush(self) -> None:
-        """Writes what is pending; a failure is a warning and is tried again at the next call."""
+    def flush(self, seconds: float = HURRIED) -> None:
+        """Writes what is pending; a failure is a warning and is tried again at the next call.
+
+        A bucket that fails is tried again for so many seconds.
+        """
         if not self.pending:
             return
         try:
             if self.local:
                 _append(self.path, _joined(self.pending))
             else:
-                self.path.write_text(_joined(self.lines + self.pending))
-                self.lines += self.pending
+                self._rewrite(seconds)
             self.pending = []
         except Exception as error:  # buckets raise errors of their own, and no metric is worth a run
             logger.warning("cannot write %s (%s); kept, and tried again", self.path, error)
         self.written = time.monotonic()
+
+    def _read(self) -> str:
+        if self.local:
+            return self.path.read_text() if self.path.exists() else ""
+        from mae_jax import bucket
+
+        self.found = bucket.read(str(self.path)) or bucket.Found(b"", 0)
+        return self.found.content.decode()
+
+    def _rewrite(self, seconds: float, tries: int = 2) -> None:
+        from mae_jax import bucket
+
+        # A line is there already where the answer to an earlier try was lost.
+        lines = dict.fromkeys([*self.found.content.decode().splitlines(), *self.pending])
+        text = _joined(list(lines)).encode()
+        try:
+            self.found = bucket.Found(text, bucket.write(str(self.path), text, seconds, self.found.generation))
+        except bucket.Changed:
+            self._read()
+            if tries == 1:
+                raise
+            self._rewrite(seconds, tries - 1)
 
 
 def _joined(lines: list[str]) -> str:
@@ -173,12 +198,11 @@ class Recorder:
         content = io.BytesIO()
         Image.fromarray(image).save(content, format="PNG")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content.getvalue())
-        except Exception as error:  # as in JsonLines.flush
+            if self.jsonl.local:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            replace_bytes(path, content.getvalue(), HURRIED)
+        except OSError as error:  # as in JsonLines.flush
             logger.warning("cannot write %s (%s)", path, error)
-            with contextlib.suppress(Exception):
-                path.unlink(missing_ok=True)  # what there was room for
         if self.board:
             self.board.call("write_images", step, {name: image[None]})
 
@@ -188,7 +212,7 @@ class Recorder:
             self.board.call("flush")
 
     def close(self) -> None:
-        self.flush()
+        self.jsonl.flush(PATIENT)
         if self.board:
             self.board.call("close")
 

@@ -11,7 +11,7 @@ import threading
 from types import TracebackType
 
 from mae_jax import distributed
-from mae_jax.errors import say_now
+from mae_jax.errors import quit_now, say_now
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 QUIT = 130  # 128 + SIGINT, as shells report it
@@ -84,4 +84,4 @@ class Stopper:
         say_now(line)
         if self._peers:
             self._peers.leave(code, line)
-        os._exit(code)  # the main thread may be inside a compilation that no exception can interrupt
+        quit_now(code)  # the main thread may be inside a compilation that no exception can interrupt

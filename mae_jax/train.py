@@ -14,7 +14,7 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from mae_jax import cli, distributed, judge, methods, optim, params, phases, sharding, warm_start, workdir
+from mae_jax import cli, distributed, judge, lease, methods, optim, params, phases, sharding, warm_start, workdir
 from mae_jax.checkpoint import Checkpoints
 from mae_jax.config import default, profile_steps, validate
 from mae_jax.durations import steps
@@ -126,7 +126,8 @@ def train(config: ConfigDict, folder: str) -> int:
             say(f"{run.workdir} is finished: step {finished} of {run.total}; a longer train.duration goes on")
             return cli.FINISHED
         watchdog = Watchdog(config.guard.stall_seconds, run.workdir)
-        with jax.set_mesh(run.program.mesh), compiled_programs(config, run.workdir), watchdog:
+        compiled = compiled_programs(config, run.workdir)
+        with lease.held(run.workdir), jax.set_mesh(run.program.mesh), compiled, watchdog:
             return resume(run, stopper, watchdog)
 
 
@@ -256,6 +257,7 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Record
         state, metrics = run.program.step(state, batch)
         profile.after(done, metrics)
         stopper.stepped()
+        lease.fence()
         if done == start + 1:
             jax.block_until_ready(metrics)
             phases.done("first step")

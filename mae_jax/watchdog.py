@@ -1,7 +1,6 @@
 """Ends a run that hangs: a step, a save, the input or an evaluation that takes too long, with all stacks on record."""
 
 import faulthandler
-import os
 import tempfile
 import threading
 import time
@@ -11,7 +10,7 @@ import jax
 from etils import epath
 
 from mae_jax import cli, distributed
-from mae_jax.errors import say_now
+from mae_jax.errors import quit_now, say_now
 
 TICK = 0.5  # seconds between two looks
 WRITING = 10.0  # seconds for the stacks to be written to the workdir, which may be what hangs
@@ -80,7 +79,7 @@ class Watchdog:
         say_now(line)
         if peers := distributed.peers():
             peers.leave(cli.GUARD, line)
-        os._exit(cli.GUARD)
+        quit_now(cli.GUARD)
 
 
 def _stacks() -> str:

@@ -25,10 +25,20 @@ PACKAGES = ("mae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "te
 
 
 def locate(folder: str) -> epath.Path:
-    """Returns the folder as a path; raises UserError where it is in a bucket and the packages for that are missing."""
-    missing = [name for name in ("gcsfs", "google.cloud.storage") if not _importable(name)]
-    if folder.startswith("gs://") and missing:
-        raise UserError(f"{folder}: a bucket needs {' and '.join(missing)}; run: pip install 'mae_jax[gcs]'")
+    """Returns the folder as a path.
+
+    Raises:
+      UserError: it is in a bucket, and the packages for that are missing, or the bucket cannot be looked into.
+    """
+    if folder.startswith("gs://"):
+        missing = [name for name in ("gcsfs", "google.cloud.storage") if not _importable(name)]
+        if missing:
+            raise UserError(f"{folder}: a bucket needs {' and '.join(missing)}; run: pip install 'mae_jax[gcs]'")
+        from mae_jax import bucket
+
+        bucket.check(folder)
+    elif "://" in folder:
+        raise UserError(f"{folder}: a folder is local or gs://")
     return epath.Path(folder)
 
 
@@ -45,25 +55,48 @@ def changes(workdir: epath.Path, config: ConfigDict) -> list[str]:
 
 
 def record(workdir: epath.Path, config: ConfigDict) -> None:
-    """Writes config.json, and makes the folder; raises UserError when it cannot be written."""
+    """Writes config.json, and makes the folder.
+
+    Raises:
+      UserError: it cannot be written, or another run has written another one meanwhile.
+    """
     file = workdir / "config.json"
     content = {"config": config.to_dict(), "git_commit": git_commit(), "versions": versions()}
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        if not str(workdir).startswith("gs://"):  # which has no folders
+            workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
+            changes(workdir, config)
             replace_text(file, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write the workdir {workdir}: {error.strerror or error}") from None
 
 
+def read_text(file: epath.Path) -> str | None:
+    """Returns what a file holds, None where it is not there."""
+    if str(file).startswith("gs://"):
+        from mae_jax import bucket
+
+        found = bucket.read(str(file))
+        return found.content.decode() if found else None
+    return file.read_text() if file.exists() else None
+
+
 def replace_text(file: epath.Path, text: str) -> None:
     """Writes a file so that it always holds the old text or the new one, also after a kill or on a full disk."""
-    if "://" in str(file):  # an object in a bucket appears when it is complete
-        file.write_text(text)
+    replace_bytes(file, text.encode())
+
+
+def replace_bytes(file: epath.Path, content: bytes, seconds: float = 60.0) -> None:
+    """As `replace_text`; a bucket that fails is tried again for so many seconds, and raises OSError."""
+    if str(file).startswith("gs://"):  # an object appears when it is complete
+        from mae_jax import bucket
+
+        bucket.write(str(file), content, seconds)
         return
     partial = file.with_name(f"{file.name}.partial")
     try:
-        partial.write_text(text)
+        partial.write_bytes(content)
         partial.replace(file)
     except OSError:
         partial.unlink(missing_ok=True)
@@ -72,18 +105,18 @@ def replace_text(file: epath.Path, text: str) -> None:
 
 def finished(workdir: epath.Path) -> int:
     """Returns the step that DONE names, 0 where the run has not finished."""
-    file = workdir / "DONE"
-    text = file.read_text().strip() if file.exists() else ""
+    text = (read_text(workdir / "DONE") or "").strip()
     return int(text) if text.isdecimal() else 0
 
 
 def read_config(workdir: epath.Path) -> ConfigDict:
     """Returns the config that a workdir was made with; raises UserError when there is none."""
     file = workdir / "config.json"
-    if not file.exists():
+    text = read_text(file)
+    if text is None:
         raise UserError(f"{workdir} holds no config.json: not a workdir of mae_jax")
     try:
-        return _completed(json.loads(file.read_text())["config"])
+        return _completed(json.loads(text)["config"])
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{file} is damaged: {error}") from None
 

@@ -240,7 +240,7 @@ def test_replacing_a_file_on_a_full_disk_keeps_the_old_one(tmp_path, monkeypatch
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(file), "write_text", full)
+    monkeypatch.setattr(type(file), "write_bytes", full)
     with pytest.raises(OSError, match="No space"):
         workdir.replace_text(file, "new")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("config.json", "old")]

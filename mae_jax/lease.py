@@ -1,0 +1,220 @@
+"""One living run per workdir: a second one is refused, and what a dead one left does not stop the next.
+
+On a disk it is a lock on <workdir>/lock, which the system takes away with the process. In a bucket <workdir>/lock is an
+object that its run writes anew every 20 s. Who finds one watches it: when its generation changes, a run lives there;
+when it stays for 90 s of the watcher's own clock (clocks of hosts are never compared), the run is dead, and the object
+is replaced on condition that it still has that generation. So of several runs one at most believes that it holds it.
+
+A run that was frozen for so long may wake to find its workdir taken. Nothing it could still do in order, as to save or
+to write its metrics, is right then: its thread ends the process at once, and `fence`, which the loop passes at each
+step, lets nothing be written before the thread has looked.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import jax
+from etils import epath
+
+from mae_jax import cli, distributed
+from mae_jax.errors import UserError, at_the_last, quit_now, say_now
+
+RENEWED = 20.0  # seconds from one sign of life to the next
+DEAD = 90.0  # seconds without one
+LAST = 3.0  # seconds for what is done at the end
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems that know none
+
+logger = logging.getLogger(__name__)
+_held: "BucketLease | None" = None
+
+
+@contextlib.contextmanager
+def held(workdir: epath.Path) -> Iterator[None]:
+    """Holds a workdir for one run; of several processes the first one does. Makes the folder.
+
+    Raises:
+      UserError: a living run holds it, or it cannot be written.
+    """
+    global _held
+    lease = BucketLease(str(workdir / "lock")) if str(workdir).startswith("gs://") else FileLock(workdir / "lock")
+    why = ""
+    if jax.process_index() == 0:
+        try:
+            lease.take()
+        except UserError as error:
+            why = str(error)
+    if why := distributed.first(why):
+        raise UserError(why)
+    _held = lease if isinstance(lease, BucketLease) and jax.process_index() == 0 else None
+    try:
+        with at_the_last(lease.give_back):
+            yield
+    finally:
+        _held = None
+        lease.give_back()
+
+
+def fence() -> None:
+    """Returns when it is sure that the workdir was this run's a moment ago; ends the process where it was taken."""
+    while _held is not None and time.monotonic() - _held.looked > DEAD / 2:
+        time.sleep(0.05)
+
+
+def _signature() -> bytes:
+    """Returns who this is, unlike any other run."""
+    return json.dumps({"host": socket.gethostname(), "process": os.getpid(), "id": uuid.uuid4().hex,
+                       "since": time.strftime("%Y-%m-%d %H:%M:%S %Z")}).encode()
+
+
+def _who(text: bytes) -> str:
+    """Returns who signed a lease."""
+    try:
+        found = json.loads(text)
+        return f"process {found['process']} on {found['host']}, since {found['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "a run that did not say who it is"
+
+
+class FileLock:
+    """A lock on a file, which stays behind."""
+
+    def __init__(self, path: epath.Path):
+        self.path = path
+        self.descriptor = -1
+
+    def take(self) -> None:
+        """Takes the lock; raises UserError, naming who holds it."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT)
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = os.read(self.descriptor, 1000)
+            self.give_back()
+            raise UserError(f"{self.path.parent} is in use by a living run: {_who(text)}; wait for its end or use "
+                            "another --workdir") from None
+        except OSError as error:
+            if self.descriptor < 0 or error.errno not in NO_LOCKS:
+                raise UserError(f"cannot write the workdir {self.path.parent}: {error.strerror or error}") from None
+            logger.warning("the file system of %s has no locks: nothing keeps a second run out of it", self.path)
+        with contextlib.suppress(OSError):  # a full disk; it is held all the same
+            os.truncate(self.descriptor, 0)
+            os.write(self.descriptor, _signature())
+
+    def give_back(self) -> None:
+        """Ends the lock."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+class BucketLease:
+    """An object that is renewed as long as this run lives.
+
+    Attributes:
+      looked: when, by the monotonic clock, the last attempt to renew it ended.
+    """
+
+    def __init__(self, path: str):
+        self.path, self.workdir = path, path.rpartition("/")[0]
+        self.looked = time.monotonic()
+        self._text = _signature()
+        self._generation = 0
+        self._over = threading.Event()
+        self._writing = threading.Lock()
+        self._failing = False
+
+    def take(self) -> None:
+        """Takes the lease, after a dead run's time if need be; raises UserError, naming who holds it."""
+        from mae_jax import bucket
+
+        seen, since = None, time.monotonic()
+        try:
+            while not self._write(seen.generation if seen and time.monotonic() - since > DEAD else 0):
+                found = bucket.read(self.path)
+                if seen is None and found is not None:
+                    logger.warning("%s was left by %s; waiting to see whether that run lives: up to %g s for a sign",
+                                   self.path, _who(found.content), DEAD)
+                    seen, since = found, time.monotonic()
+                elif found is None:  # its run has ended
+                    seen = None
+                elif found.generation != seen.generation:
+                    raise UserError(f"{self.workdir} is in use by a living run: {_who(found.content)}; wait for its "
+                                    "end or use another --workdir")
+                time.sleep(min(2.0, DEAD / 10))
+        except bucket.BucketError as error:
+            raise UserError(f"cannot write the workdir: {error}") from None
+        if seen:
+            logger.warning("took over %s after %.0f s", self.path, time.monotonic() - since)
+        self.looked = time.monotonic()
+        threading.Thread(target=self._renew, name="lease", daemon=True).start()
+
+    def _write(self, generation: int) -> bool:
+        """Writes the object over the one of that generation, 0 for none; False where another's is there."""
+        from mae_jax import bucket
+
+        try:
+            self._generation = bucket.write(self.path, self._text, RENEWED / 2, generation)
+        except bucket.Changed:
+            found = bucket.read(self.path)
+            if found is None or found.content != self._text:
+                return False
+            self._generation = found.generation  # ours: the answer to an earlier try was lost
+        return True
+
+    def _renew(self) -> None:
+        """The thread: gives signs of life, and ends the process where another run has taken over."""
+        from mae_jax import bucket
+
+        while not self._over.wait(RENEWED / 4 if self._failing else RENEWED):
+            with self._writing:
+                if self._over.is_set():
+                    return
+                try:
+                    if not self._write(self._generation):
+                        self._lost(bucket.read(self.path))
+                    if self._failing:
+                        logger.warning("%s is renewed again", self.path)
+                    self._failing = False
+                except bucket.BucketError as error:
+                    if not self._failing:
+                        logger.warning("cannot renew the run's lease: %s; training goes on, it is tried again", error)
+                    self._failing = True
+                self.looked = time.monotonic()
+
+    def _lost(self, found: Any) -> NoReturn:
+        """Ends the process; `found` is the bucket.Found of the run that took over, None where it has ended since."""
+        silent, self._generation = time.monotonic() - self.looked, 0
+        by = _who(found.content) if found else "a run that has ended since"
+        line = (f"stopped: {self.workdir} was taken over by {by}, after this run had given no sign of life for "
+                f"{silent:.0f} s; nothing more is written")
+        if peers := distributed.peers():
+            peers.leave(cli.GUARD, line)
+        say_now(line)
+        quit_now(cli.GUARD)
+
+    def give_back(self) -> None:
+        """Deletes the object, unless this was done or it is another's; a failure costs the next run a wait."""
+        from mae_jax import bucket
+
+        if not self._generation or not self._writing.acquire(timeout=LAST):
+            return
+        self._over.set()
+        try:
+            bucket.delete(self.path, self._generation, LAST)
+        except (bucket.BucketError, bucket.Changed) as error:
+            logger.warning("could not remove %s (%s): the next run waits %g s for a sign of life", self.path, error,
+                           DEAD)
+        finally:
+            self._generation = 0
+            self._writing.release()
