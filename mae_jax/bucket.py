@@ -105,7 +105,7 @@ def write(path: str, content: bytes, seconds: float = PATIENT, generation: int |
     blob = _blob(path)
     kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
     _plainly(path, lambda: blob.upload_from_string(
-        content, kind, if_generation_match=generation, timeout=TIMEOUT, retry=_retry(seconds)))
+        content, kind, if_generation_match=generation, timeout=(4.0, max(8.0, seconds / 2)), retry=_retry(seconds)))
     return blob.generation
 
 

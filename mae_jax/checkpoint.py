@@ -8,7 +8,6 @@ the checksums close that gap.
 
 import contextlib
 import functools
-import json
 import os
 import re
 import sys
@@ -21,14 +20,13 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import safetensors.numpy
 from absl import logging
 from etils import epath
 
-from mae_jax import distributed
+from mae_jax import distributed, parameter_file, step_folders
 from mae_jax.checksum import Damaged, Record, describe, seal, unseal, verify
-from mae_jax.errors import UserError, nearest
-from mae_jax.params import nest
+from mae_jax.errors import UserError, cause, nearest
+from mae_jax.params import flatten, nest
 
 # Read when etils meets the first gs:// path: gcsfs serves it then, TensorFlow stays out.
 os.environ.setdefault("EPATH_USE_TF", "false")
@@ -55,7 +53,7 @@ class Checkpoints:
           keep_every: checkpoints of steps that are a multiple of this stay for ever; 0: none.
         """
         self.failed: str | None = None
-        self._root = _absolute(workdir)
+        self._root = step_folders.absolute(workdir)
         self._folder = self._root / "checkpoints"
         self._keep_last, self._keep_every = keep_last, keep_every
         self._pending: int | None = None
@@ -73,7 +71,7 @@ class Checkpoints:
         A step that is already there is not written again.
         """
         self.wait()
-        arrays = _flatten(state)
+        arrays = flatten(state)
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(nest(arrays)),
                                    checksums=ocp.args.JsonSave(seal(describe(arrays))))
         # Orbax's save waits for all processes, so none may enter it where one cannot.
@@ -106,7 +104,7 @@ class Checkpoints:
           UserError: there are checkpoints, and all are damaged; or they are of another model.
         """
         steps = self._steps()
-        wanted = _flatten(abstract)
+        wanted = flatten(abstract)
         for step in reversed(steps):
             arrays = self._try(step, wanted)
             if arrays is not None:
@@ -129,7 +127,7 @@ class Checkpoints:
         return distributed.first(self._listed() if jax.process_index() == 0 else [])
 
     def _listed(self) -> list[int]:
-        return [step for step in _committed(self._folder) if step not in self._refused]
+        return [step for step in step_folders.committed(self._folder) if step not in self._refused]
 
     def _try(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array] | None:
         folder = self._folder / str(step)
@@ -165,7 +163,7 @@ class Checkpoints:
         folder.mkdir(parents=True, exist_ok=True)
         # Also makes the folder exist on a bucket, where a rename asks for it.
         (folder / "README.txt").write_text("Damaged checkpoints, kept to be looked at; nothing reads them.\n")
-        target = _unused(folder, str(step))
+        target = step_folders.unused(folder, str(step))
         (self._folder / str(step)).rename(target)
         logging.warning("the refused checkpoint of step %d is now in %s", step, target)
 
@@ -182,7 +180,7 @@ class Checkpoints:
         try:
             action()
         except Exception as error:  # whatever the file system, orbax or TensorStore raise
-            cause = _cause(error)
+            cause = cause(error)
         if causes := list(filter(None, distributed.gather(cause))):
             self._pending = None
             self.failed = f"checkpoint of step {step} not saved: {causes[0]}"
@@ -192,7 +190,7 @@ class Checkpoints:
 
     def _sweep(self) -> None:
         if jax.process_index() == 0 and self._folder.exists():
-            for path in _leftovers(self._folder):
+            for path in step_folders.leftovers(self._folder):
                 _attempt(f"remove {path}", path.rmtree, tries=5)
 
 
@@ -207,10 +205,10 @@ def load_params(path: epath.PathLike, ema: bool = False, extras: bool = False) -
     Returns:
       Nested dict of np.ndarray. Raises UserError where nothing is there, or what is there is damaged.
     """
-    path = _absolute(path)
+    path = step_folders.absolute(path)
     if path.suffix == ".safetensors":
-        return _load_file(path)
-    folders = _step_folders(path)
+        return parameter_file.load(path)
+    folders = step_folders.offered(path)
     if not folders:
         raise UserError(f"no checkpoint in {path}; expected a workdir with checkpoints/, a step folder in it, or a "
                         "*.safetensors file")
@@ -223,29 +221,6 @@ def load_params(path: epath.PathLike, ema: bool = False, extras: bool = False) -
     raise UserError(f"no checkpoint in {path} could be read; see the warnings above")
 
 
-def newest(path: epath.PathLike) -> epath.Path:
-    """Returns the step folder that `load_params` would read from; the path itself where there is none."""
-    path = epath.Path(path)
-    return next(iter(_step_folders(path)), path) if path.is_dir() else path
-
-
-def save_params(path: epath.PathLike, params: PyTree, metadata: Mapping[str, str]) -> None:
-    """Writes parameters to a *.safetensors file, under names such as 'encoder/block_00/attn/qkv/kernel'.
-
-    Args:
-      path: local or gs://; replaced when it exists.
-      params: nested dict of arrays (float32; safetensors' NumPy reader knows no bfloat16).
-      metadata: texts for the header; the checksums join them under 'checksums'.
-    """
-    path = epath.Path(path)
-    arrays = {name: np.ascontiguousarray(array) for name, array in _flatten(params).items()}
-    header = {**metadata, "checksums": json.dumps(seal(describe(arrays)))}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(safetensors.numpy.save(arrays, header))
-    partial.replace(path)
-
-
 def _load_step(reader: ocp.Checkpointer, folder: epath.Path, ema: bool, extras: bool) -> dict[str, Any]:
     record = _read_record(reader, folder)
     averaged = [path for path in record if path.startswith("ema/")]
@@ -254,26 +229,6 @@ def _load_step(reader: ocp.Checkpointer, folder: epath.Path, ema: bool, extras: 
     arrays = _read_arrays(reader, folder, {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in paths})
     verify({path: record[path] for path in paths}, arrays)
     return nest({re.sub("^(params|ema)/", "", path): array for path, array in arrays.items()})
-
-
-def _load_file(path: epath.Path) -> dict[str, Any]:
-    try:
-        content = path.read_bytes()
-        arrays = safetensors.numpy.load(content)
-        header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
-        sealed = header.get("__metadata__", {}).get("checksums")
-        if sealed:  # a file from elsewhere has none
-            verify(unseal(json.loads(sealed)), arrays)
-    except FileNotFoundError as error:
-        raise UserError(f"no such file: {path}") from error
-    except Exception as error:
-        raise UserError(f"{path} is damaged or no safetensors file: {_cause(error)}") from error
-    return nest(arrays)
-
-
-def _absolute(path: epath.PathLike) -> epath.Path:
-    """Returns the path as Orbax wants it; gs:// paths are absolute."""
-    return epath.Path(path if "://" in str(path) else os.path.abspath(path))
 
 
 def _handler() -> ocp.CompositeCheckpointHandler:
@@ -305,16 +260,16 @@ def _read_record(reader: ocp.Checkpointer, folder: epath.Path) -> Record:
     try:
         return unseal(reader.restore(folder, args=ocp.args.Composite(checksums=ocp.args.JsonRestore())).checksums)
     except Exception as error:
-        raise Damaged(f"{folder / 'checksums'}: {_cause(error)}") from error
+        raise Damaged(f"{folder / 'checksums'}: {cause(error)}") from error
 
 
 def _read_arrays(reader: ocp.Checkpointer, folder: epath.Path, how: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:
     """Returns the arrays of the paths in `how`; raises Damaged where one cannot be read."""
     item = ocp.args.PyTreeRestore(nest(dict.fromkeys(how, 0)), restore_args=nest(how), partial_restore=True)
     try:
-        arrays = _flatten(reader.restore(folder, args=ocp.args.Composite(state=item)).state)
+        arrays = flatten(reader.restore(folder, args=ocp.args.Composite(state=item)).state)
     except Exception as error:  # orbax and TensorStore raise anything from KeyError to XlaRuntimeError on damage
-        raise Damaged(f"{folder / 'state'}: {_cause(error)}") from error
+        raise Damaged(f"{folder / 'state'}: {cause(error)}") from error
     # An array whose name got damaged comes back as the place-holder.
     return {path: array for path, array in arrays.items() if isinstance(array, jax.Array | np.ndarray)}
 
@@ -334,45 +289,6 @@ def _check_same_model(folder: epath.Path, record: Record, wanted: Mapping[str, j
                             f"{here[1]}{here[0]} in this config")
 
 
-def _flatten(tree: PyTree) -> dict[str, Any]:
-    """Returns path → leaf, in the order of jax.tree.leaves; empty nodes vanish."""
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _step_folders(path: epath.Path) -> list[epath.Path]:
-    """Returns the steps that a workdir, its checkpoints folder or a step folder offers, newest first."""
-    if (path / "state").exists():
-        return [path]
-    folder = path / "checkpoints" if (path / "checkpoints").exists() else path
-    return [folder / str(step) for step in reversed(_committed(folder))]
-
-
-def _committed(folder: epath.Path) -> list[int]:
-    """Returns the steps of complete checkpoints, ascending."""
-    if not folder.exists():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and _complete(path))
-
-
-def _complete(path: epath.Path) -> bool:
-    # A local save is renamed when complete; on a bucket it is written in place and marked.
-    return (path / "commit_success.txt").exists() if os.fspath(path).startswith("gs://") else path.is_dir()
-
-
-def _leftovers(folder: epath.Path) -> list[epath.Path]:
-    """Returns the folders that interrupted saves left."""
-    return [path for path in folder.iterdir()
-            if ".orbax-checkpoint-tmp" in path.name or (path.name.isdigit() and not _complete(path))]
-
-
-def _unused(folder: epath.Path, name: str) -> epath.Path:
-    path, count = folder / name, 1
-    while path.exists():
-        path, count = folder / f"{name}_{count}", count + 1
-    return path
-
-
 def _attempt(what: str, action: Callable[[], Any], tries: int = 1) -> bool:
     """Does something that may fail without harm; a warning says so.
 
@@ -385,15 +301,7 @@ def _attempt(what: str, action: Callable[[], Any], tries: int = 1) -> bool:
             if left:
                 time.sleep(0.2)
             else:
-                logging.warning("could not %s: %s", what, _cause(error))
+                logging.warning("could not %s: %s", what, cause(error))
         else:
             return True
     return False
-
-
-def _cause(error: BaseException) -> str:
-    """Returns the first error of a chain in one line, without the specs that TensorStore appends."""
-    while error.__cause__:
-        error = error.__cause__
-    text = re.split(r" \[\w+(?:\[\d+\])?=|\. See full TensorStore", " ".join(str(error).split()))[0]
-    return f"{type(error).__name__}: {text[:600]}"

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
@@ -54,3 +55,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}known: {', '.join(known) if known else 'none'}"
+
+
+def cause(error: BaseException) -> str:
+    """Returns the first error of a chain in one line, without the specs that TensorStore appends."""
+    while error._cause__:
+        error = error._cause__
+    text = re.split(r" \[\w+(?:\[\d+\])?=|\. See full TensorStore", " ".join(str(error).split()))[0]
+    return f"{type(error).__name__}: {text[:600]}"

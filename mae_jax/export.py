@@ -39,8 +39,8 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
       source, to, layout: as the flags.
       task, how, seed: config of the task for which a mixture of experts is cut down, and as `customise` takes them.
     """
-    from mae_jax import params, workdir
-    from mae_jax.checkpoint import load_params, save_params
+    from mae_jax import parameter_file, params, workdir
+    from mae_jax.checkpoint import load_params
     from mae_jax.errors import UserError
     from mae_jax.interop.hf import hf_config, to_hf
     from mae_jax.interop.mae import to_mae
@@ -72,7 +72,7 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
         print(f"the encoder alone, without the parts of method.name={config.method.name!r}")
     if layout != "mae_jax":
         tree = {"hf": to_hf, "mae": to_mae, "timm": to_timm}[layout](tree, grid(config), config.model.patch)
-    save_params(file, tree, workdir.metadata(config))
+    parameter_file.save(file, tree, workdir.metadata(config))
     if layout == "hf":
         described = {"model_type": "vit_mae", "architectures": ["ViTMAEForPreTraining"], **hf_config(config)}
         (file.parent / "config.json").write_text(json.dumps(described, indent=2) + "\n")

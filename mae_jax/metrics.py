@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from mae_jax.errors import UserError
-from mae_jax.workdir import replace_bytes, replace_text
+from mae_jax.workdir import make_folder, replace_bytes, replace_text
 
 logger = logging.getLogger(__name__)
 REMOTE_PERIOD = 30.0  # seconds between rewrites of metrics.jsonl in a bucket, which cannot append
@@ -198,8 +198,7 @@ class Recorder:
         content = io.BytesIO()
         Image.fromarray(image).save(content, format="PNG")
         try:
-            if self.jsonl.local:
-                path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             replace_bytes(path, content.getvalue(), HURRIED)
         except OSError as error:  # as in JsonLines.flush
             logger.warning("cannot write %s (%s)", path, error)

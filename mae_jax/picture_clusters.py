@@ -10,8 +10,8 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mae_jax import cli, sharding, workdir
-from mae_jax.checkpoint import load_params, save_params
+from mae_jax import cli, parameter_file, sharding, workdir
+from mae_jax.checkpoint import load_params
 from mae_jax.clusters import Clusters, fingerprint
 from mae_jax.config import flat
 from mae_jax.data import Inputs, build
@@ -99,7 +99,7 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
         made = made_of(found, config.data.train_split, clusters, ratio, seed)
         made.meta.update(meta)
         made.write(to_folder)
-        save_params(to_folder / "encoder.safetensors", {"encoder": params["encoder"]}, workdir.metadata(config))
+        parameter_file.save(to_folder / "encoder.safetensors", {"encoder": params["encoder"]}, workdir.metadata(config))
         with (to_folder / "clusters.png").open("wb") as file:
             Image.fromarray(picture(made, inputs, config, found[config.data.train_split])).save(file, "PNG")
         print(f"{to_folder}: {summary(made)}")

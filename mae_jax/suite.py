@@ -114,11 +114,11 @@ class Suite:
     """
 
     def __init__(self, recipe: Recipe, source: str, to: str, lrs: list[float]):
-        from mae_jax import checkpoint, workdir
+        from mae_jax import step_folders, workdir
 
         self.recipe, self.lrs = recipe, lrs
         self.encoder = encoder_config(source)
-        self.source = str(checkpoint.newest(workdir.locate(source)))
+        self.source = str(step_folders.newest(workdir.locate(source)))
         self.to = workdir.locate(to)
         if self.to.exists() and not self.to.is_dir():
             raise UserError(f"--to={to} is a file; give the folder that the cells are to be under")

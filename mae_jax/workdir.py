@@ -63,8 +63,7 @@ def record(workdir: epath.Path, config: ConfigDict) -> None:
     file = workdir / "config.json"
     content = {"config": config.to_dict(), "git_commit": git_commit(), "versions": versions()}
     try:
-        if not str(workdir).startswith("gs://"):  # which has no folders
-            workdir.mkdir(parents=True, exist_ok=True)
+        make_folder(workdir)
         if jax.process_index() == 0:
             changes(workdir, config)
             replace_text(file, json.dumps(content, indent=2) + "\n")
@@ -72,14 +71,26 @@ def record(workdir: epath.Path, config: ConfigDict) -> None:
         raise UserError(f"cannot write the workdir {workdir}: {error.strerror or error}") from None
 
 
-def read_text(file: epath.Path) -> str | None:
+def make_folder(folder: epath.Path) -> None:
+    """Makes a folder where there are folders: a bucket has none."""
+    if not str(folder).startswith("gs://"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def read_bytes(file: epath.Path) -> bytes | None:
     """Returns what a file holds, None where it is not there."""
     if str(file).startswith("gs://"):
         from mae_jax import bucket
 
         found = bucket.read(str(file))
-        return found.content.decode() if found else None
-    return file.read_text() if file.exists() else None
+        return found.content if found else None
+    return file.read_bytes() if file.exists() else None
+
+
+def read_text(file: epath.Path) -> str | None:
+    """Returns the text that a file holds, None where it is not there."""
+    content = read_bytes(file)
+    return None if content is None else content.decode()
 
 
 def replace_text(file: epath.Path, text: str) -> None:

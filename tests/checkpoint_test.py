@@ -17,7 +17,8 @@ import numpy as np
 import optax
 import pytest
 
-from mae_jax.checkpoint import Checkpoints, load_params, save_params
+from mae_jax import parameter_file
+from mae_jax.checkpoint import Checkpoints, load_params
 from mae_jax.errors import UserError
 from tests.devices import simulated
 
@@ -250,7 +251,7 @@ def test_load_params_gives_the_average_when_asked_and_there_is_one(tmp_path):
 def test_exported_file_round_trips_and_refuses_every_flipped_byte_of_the_data(tmp_path):
     path = tmp_path / "vit.safetensors"
     params = {"encoder": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3).T, "bias": np.zeros(2, np.int32)}}
-    save_params(path, params, {"model": "tiny"})
+    parameter_file.save(path, params, {"model": "tiny"})
     loaded = load_params(path)
     np.testing.assert_array_equal(loaded["encoder"]["kernel"], params["encoder"]["kernel"])
     np.testing.assert_array_equal(loaded["encoder"]["bias"], params["encoder"]["bias"])

@@ -13,8 +13,8 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from mae_jax import log, train
-from mae_jax.checkpoint import load_params, save_params
+from mae_jax import log, parameter_file, train
+from mae_jax.checkpoint import load_params
 from mae_jax.config import default
 from mae_jax.errors import UserError
 from mae_jax.suite import Recipe, Suite, encoder_config, measured, plan, rates
@@ -89,7 +89,7 @@ def test_a_cell_takes_the_shape_of_the_encoder_and_the_overrides_of_the_command_
 def test_the_shape_is_known_from_an_export_and_from_one_step_but_not_from_a_foreign_file(tmp_path, encoder):
     file = tmp_path / "encoder.safetensors"
     stored = {"config": json.dumps(encoder_config(str(encoder)).to_dict())}
-    save_params(file, load_params(encoder), stored)  # as mae_jax.export does it
+    parameter_file.save(file, load_params(encoder), stored)  # as mae_jax.export does it
     for source in (encoder, encoder / "checkpoints" / "3", file):
         assert encoder_config(str(source)).model.width == 32
     foreign = tmp_path / "foreign.safetensors"
@@ -171,7 +171,8 @@ def test_the_quick_protocol_probes_the_encoder_of_any_method(tmp_path, encoder):
         file = tmp_path / f"{method}.safetensors"
         params = load_params(encoder)
         # Decoders of other methods have other shapes.
-        save_params(file, {"encoder": params["encoder"]} if method in ("splitmask", "beit", "dino") else params, stored)
+        alone = method in ("splitmask", "beit", "dino")
+        parameter_file.save(file, {"encoder": params["encoder"]} if alone else params, stored)
         (tmp_path / method).mkdir()
         assert suite(tmp_path / method, file).run([Cell("crops", "quick")]) == 0
         found[method] = {row["metric"]: row["value"] for row in results(tmp_path / method)}

@@ -9,8 +9,8 @@ import pytest
 from etils import epath
 from safetensors.numpy import save_file
 
-from mae_jax import workdir
-from mae_jax.checkpoint import Checkpoints, save_params
+from mae_jax import parameter_file, workdir
+from mae_jax.checkpoint import Checkpoints
 from mae_jax.errors import UserError
 from mae_jax.interop.hf import to_hf
 from mae_jax.interop.mae import to_mae
@@ -30,7 +30,7 @@ def written(folder, config, seed=0):
     """Writes an exported file with random parameters of a config; returns its path and them."""
     params = tiny_params(config, seed)
     file = folder / "from.safetensors"
-    save_params(file, params, {"config": json.dumps(config.to_dict())})
+    parameter_file.save(file, params, {"config": json.dumps(config.to_dict())})
     return str(file), params
 
 
