@@ -5,14 +5,12 @@ be told within seconds, and what the loop itself writes (metrics, pictures, its 
 through google-cloud-storage, which verifies what it reads by the checksum that the bucket has.
 """
 
-import concurrent.futures
 import contextlib
 import functools
 import logging
 import mimetypes
 import os
 import re
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -26,6 +24,7 @@ from google.cloud import storage
 from google.cloud.storage.exceptions import DataCorruption
 from google.cloud.storage.retry import DEFAULT_RETRY
 
+from mae_jax import background
 from mae_jax.errors import UserError
 
 CHECK_SECONDS = 8.0  # for the check at the start, all tries and the search for credentials together
@@ -60,15 +59,15 @@ def check(path: str) -> None:
     _prepare()
     name, inside = _split(path)
     # In a thread: looking for credentials and for addresses has no deadline.
-    trying = in_background(lambda: _plainly(path, lambda: next(iter(_client().list_blobs(
+    looking = background.start(lambda: _plainly(path, lambda: next(iter(_client().list_blobs(
         name, prefix=inside, max_results=1, timeout=TIMEOUT, retry=_retry(CHECK_SECONDS / 2))), None)))
+    if not background.ends(looking, CHECK_SECONDS):
+        raise UserError(f"{path}: no answer within {CHECK_SECONDS:g} s; is there a network, and a way to credentials "
+                        "(gcloud auth application-default login; on a VM its metadata server)?")
     try:
-        trying.result(CHECK_SECONDS)
+        looking.result()
     except BucketError as error:
         raise UserError(str(error)) from None
-    except concurrent.futures.TimeoutError:
-        raise UserError(f"{path}: no answer within {CHECK_SECONDS:g} s; is there a network, and a way to credentials "
-                        "(gcloud auth application-default login; on a VM its metadata server)?") from None
 
 
 def read(path: str) -> Found | None:
@@ -116,20 +115,6 @@ def delete(path: str, generation: int, seconds: float) -> None:
             _blob(path).delete(if_generation_match=generation, timeout=seconds, retry=None)
 
     _plainly(path, remove)
-
-
-def in_background(action: Callable[[], Any]) -> concurrent.futures.Future:
-    """Starts an action in a thread that no end of the process waits for; returns what will hold its result."""
-    future: concurrent.futures.Future = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            future.set_result(action())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 def _plainly(path: str, action: Callable[[], Any]) -> Any:

@@ -8,6 +8,7 @@ the checksums close that gap.
 
 import contextlib
 import functools
+import itertools
 import os
 import re
 import sys
@@ -23,10 +24,11 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from mae_jax import distributed, parameter_file, step_folders
+from mae_jax import background, distributed, parameter_file, step_folders
 from mae_jax.checksum import Damaged, Record, describe, seal, unseal, verify
 from mae_jax.errors import UserError, cause, nearest
 from mae_jax.params import flatten, nest
+from mae_jax.workdir import make_folder
 
 # Read when etils meets the first gs:// path: gcsfs serves it then, TensorFlow stays out.
 os.environ.setdefault("EPATH_USE_TF", "false")
@@ -34,6 +36,7 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 PyTree = Any
 
 SAVE_SECONDS = 600  # a save that takes longer has failed: TensorStore would retry a bucket for about 15 minutes
+PATIENCE = 15  # seconds that training waits for a save without saying so
 
 
 class Checkpoints:
@@ -58,12 +61,14 @@ class Checkpoints:
         self._keep_last, self._keep_every = keep_last, keep_every
         self._pending: int | None = None
         self._refused: list[int] = []
+        self._there: list[int] = []  # the others that are committed, when the folder was last looked into
         self._checkpointer = ocp.AsyncCheckpointer(
             _handler(), async_options=ocp.options.AsyncOptions(timeout_secs=SAVE_SECONDS))
 
     def latest(self) -> int | None:
         """Returns the newest committed step that was not refused, None if there is none."""
-        return max(self._steps(), default=None)
+        _attempt("look for checkpoints", self._look)
+        return max(distributed.first(self._there), default=None)
 
     def save(self, step: int, state: PyTree) -> None:
         """Starts saving `state` (any tree of arrays) and returns once it may be donated; waits for the save before.
@@ -77,19 +82,21 @@ class Checkpoints:
         # Orbax's save waits for all processes, so none may enter it where one cannot.
         if not self._all_could(step, self._prepare):
             return
-        self._refused = distributed.first(self._refused)
-        if step not in self._steps():
-            self._pending = step
-            self._all_could(step, lambda: self._checkpointer.save(self._folder / str(step), args=items))
+        self._refused, self._there = distributed.first([self._refused, self._there])
+        if step in self._there:
+            return
+        if self._all_could(step, lambda: self._checkpointer.save(self._folder / str(step), args=items)):
+            self._pending, self._ending = step, background.start(self._end)
 
     def wait(self) -> None:
         """Returns when the last save is committed, or has failed, and old checkpoints are deleted."""
         if self._pending is None:
             return
         step, self._pending = self._pending, None
-        if self._all_could(step, self._checkpointer.wait_until_finished):
+        if not background.ends(self._ending, PATIENCE):
+            logging.warning("training waits for the checkpoint of step %d: what it is written to is slow", step)
+        if self._all_could(step, self._ending.result):
             self.failed = None
-        _attempt("delete old checkpoints", self._prune)
 
     def restore(self, abstract: PyTree) -> PyTree | None:
         """Reads the newest checkpoint that verifies.
@@ -103,8 +110,8 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and all are damaged; or they are of another model.
         """
-        steps = self._steps()
-        wanted = flatten(abstract)
+        self._look()
+        steps, wanted = distributed.first(self._there), flatten(abstract)
         for step in reversed(steps):
             arrays = self._try(step, wanted)
             if arrays is not None:
@@ -123,44 +130,57 @@ class Checkpoints:
         with contextlib.suppress(Exception):  # orbax raises the failure of a save once more; it has been reported
             self._checkpointer.close()
 
-    def _steps(self) -> list[int]:  # of process 0: on a network's file system, others may see other folders for a while
-        return distributed.first(self._listed() if jax.process_index() == 0 else [])
-
-    def _listed(self) -> list[int]:
-        return [step for step in step_folders.committed(self._folder) if step not in self._refused]
+    def _look(self) -> None:
+        if jax.process_index() == 0:  # on a network's file system, others may see other folders for a while
+            self._there = [step for step in step_folders.committed(self._folder) if step not in self._refused]
 
     def _try(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array] | None:
+        """Returns the arrays of a step, None where they are damaged."""
+        for then in _tries(self._folder):
+            arrays = self._read(step, wanted, then)
+            if arrays is not None:
+                return arrays
+        return None
+
+    def _read(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct], then: str) -> dict[str, jax.Array] | None:
         folder = self._folder / str(step)
-        record = self._all_read(step, lambda: _read_record(self._checkpointer, folder))
+        record = self._all_read(step, lambda: _read_record(self._checkpointer, folder), then)
         if record is None:
             return None
         _check_same_model(folder, record, wanted)
         how = {path: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype, global_shape=leaf.shape)
                for path, leaf in wanted.items()}
-        arrays = self._all_read(step, lambda: _read_arrays(self._checkpointer, folder, how))
-        return arrays and self._all_read(step, lambda: verify(record, arrays))
+        arrays = self._all_read(step, lambda: _read_arrays(self._checkpointer, folder, how), then)
+        return arrays and self._all_read(step, lambda: verify(record, arrays), then)
 
-    def _all_read(self, step: int, read: Callable[[], Any]) -> Any:
+    def _all_read(self, step: int, read: Callable[[], Any], then: str) -> Any:
         """Returns what `read` does, None where it finds damage on any process."""
         result = None
         try:
             result = read()
         except Damaged as damage:
-            logging.warning("checkpoint of step %d refused: %s; trying the one before", step, damage)
+            logging.warning("checkpoint of step %d %s", step, then.format(damage))
         return result if all(distributed.gather(result is not None)) else None
+
+    def _end(self) -> None:
+        """In the background: waits for the last save and deletes old checkpoints."""
+        self._checkpointer.wait_until_finished()
+        if jax.process_index() == 0:
+            _attempt("delete old checkpoints", self._prune)
 
     def _prepare(self) -> None:
         """Before a save: removes what interrupted saves left, and moves refused steps out of the way."""
         if jax.process_index() == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder)
             self._sweep()
             for step in self._refused:
                 _attempt(f"move the refused checkpoint of step {step}", functools.partial(self._move_aside, step))
             self._refused = [step for step in self._refused if (self._folder / str(step)).exists()]
+            self._look()
 
     def _move_aside(self, step: int) -> None:
         folder = self._root / "refused"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         # Also makes the folder exist on a bucket, where a rename asks for it.
         (folder / "README.txt").write_text("Damaged checkpoints, kept to be looked at; nothing reads them.\n")
         target = step_folders.unused(folder, str(step))
@@ -168,21 +188,19 @@ class Checkpoints:
         logging.warning("the refused checkpoint of step %d is now in %s", step, target)
 
     def _prune(self) -> None:
-        if jax.process_index():
-            return
-        for step in self._listed()[:-self._keep_last]:
+        self._look()
+        for step in self._there[:-self._keep_last]:
             if not self._keep_every or step % self._keep_every:
                 _attempt(f"delete the old checkpoint of step {step}", (self._folder / str(step)).rmtree)
 
     def _all_could(self, step: int, action: Callable[[], Any]) -> bool:
         """Does a part of saving a step; returns whether no process failed, and says so where one did."""
-        cause = ""
+        why = ""
         try:
             action()
         except Exception as error:  # whatever the file system, orbax or TensorStore raise
-            cause = cause(error)
-        if causes := list(filter(None, distributed.gather(cause))):
-            self._pending = None
+            why = cause(error)
+        if causes := list(filter(None, distributed.gather(why))):
             self.failed = f"checkpoint of step {step} not saved: {causes[0]}"
             logging.warning("%s; training goes on, earlier checkpoints stay", self.failed)
             _attempt("clean up", self._sweep)
@@ -213,12 +231,20 @@ def load_params(path: epath.PathLike, ema: bool = False, extras: bool = False) -
         raise UserError(f"no checkpoint in {path}; expected a workdir with checkpoints/, a step folder in it, or a "
                         "*.safetensors file")
     with ocp.Checkpointer(_handler()) as reader:
-        for folder in folders:
+        for folder, then in itertools.product(folders, _tries(path)):
             try:
                 return _load_step(reader, folder, ema, extras)
             except Damaged as damage:
-                logging.warning("checkpoint %s refused: %s", folder, damage)
+                logging.warning("checkpoint %s %s", folder, then.format(damage))
     raise UserError(f"no checkpoint in {path} could be read; see the warnings above")
+
+
+def read_back(folder: epath.Path) -> Record:
+    """Reads all arrays of a step's folder; returns their record, or raises Damaged where one is not as it was saved."""
+    with ocp.Checkpointer(_handler()) as reader:
+        record = _read_record(reader, folder)
+        verify(record, _read_arrays(reader, folder, dict.fromkeys(record, ocp.RestoreArgs(restore_type=np.ndarray))))
+    return record
 
 
 def _load_step(reader: ocp.Checkpointer, folder: epath.Path, ema: bool, extras: bool) -> dict[str, Any]:
@@ -229,6 +255,12 @@ def _load_step(reader: ocp.Checkpointer, folder: epath.Path, ema: bool, extras: 
     arrays = _read_arrays(reader, folder, {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in paths})
     verify({path: record[path] for path in paths}, arrays)
     return nest({re.sub("^(params|ema)/", "", path): array for path, array in arrays.items()})
+
+
+def _tries(folder: epath.Path) -> list[str]:
+    """Returns what follows each time that a step is found damaged: on the way from a bucket it may just have been."""
+    again = ["read damaged: {}; reading it again"] if str(folder).startswith("gs://") else []
+    return [*again, "refused: {}; trying the one before"]
 
 
 def _handler() -> ocp.CompositeCheckpointHandler:

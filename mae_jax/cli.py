@@ -94,7 +94,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         return MISTAKE, f"error: {error}"
     if isinstance(error, GuardError):
         return GUARD, f"stopped: {error}"
-    if isinstance(error, OSError):  # no permission, no space, no such folder, a bucket that does not answer
+    # No permission, no space, no such folder, a bucket that does not answer.
+    if isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("aiohttp", "gcsfs", "google"):
         return MISTAKE, f"error: {' '.join(str(error).split())}"
     if isinstance(error, KeyboardInterrupt):
         return STOPPED, "stopped before anything was done"

@@ -59,7 +59,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def cause(error: BaseException) -> str:
     """Returns the first error of a chain in one line, without the specs that TensorStore appends."""
-    while error._cause__:
-        error = error._cause__
+    while error.__cause__:
+        error = error.__cause__
     text = re.split(r" \[\w+(?:\[\d+\])?=|\. See full TensorStore", " ".join(str(error).split()))[0]
     return f"{type(error).__name__}: {text[:600]}"

@@ -31,7 +31,7 @@ from mae_jax.errors import UserError, at_the_last, quit_now, say_now
 
 RENEWED = 20.0  # seconds from one sign of life to the next
 DEAD = 90.0  # seconds without one
-LAST = 3.0  # seconds for what is done at the end
+FIRST, LAST = 10.0, 3.0  # seconds for what is done at the start and at the end
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems that know none
 
 logger = logging.getLogger(__name__)
@@ -86,36 +86,53 @@ def _who(text: bytes) -> str:
 
 
 class FileLock:
-    """A lock on a file, which stays behind."""
+    """A lock on a file, which stays behind, but in a folder that was made for it and where nothing came of the run."""
 
     def __init__(self, path: epath.Path):
-        self.path = path
+        self.path, self.folder = path, path.parent
+        self.made = not self.folder.exists()
         self.descriptor = -1
 
     def take(self) -> None:
         """Takes the lock; raises UserError, naming who holds it."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT)
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while self.descriptor < 0 or not self._is_there():
+                self._open()
         except BlockingIOError:
             text = os.read(self.descriptor, 1000)
-            self.give_back()
-            raise UserError(f"{self.path.parent} is in use by a living run: {_who(text)}; wait for its end or use "
-                            "another --workdir") from None
+            os.close(self.descriptor)
+            self.descriptor = -1
+            raise UserError(f"{self.folder} is in use by a living run: {_who(text)}; wait for its end or use another "
+                            "--workdir") from None
         except OSError as error:
             if self.descriptor < 0 or error.errno not in NO_LOCKS:
-                raise UserError(f"cannot write the workdir {self.path.parent}: {error.strerror or error}") from None
+                raise UserError(f"cannot write the workdir {self.folder}: {error.strerror or error}") from None
             logger.warning("the file system of %s has no locks: nothing keeps a second run out of it", self.path)
         with contextlib.suppress(OSError):  # a full disk; it is held all the same
             os.truncate(self.descriptor, 0)
             os.write(self.descriptor, _signature())
 
-    def give_back(self) -> None:
-        """Ends the lock."""
+    def _open(self) -> None:
         if self.descriptor >= 0:
             os.close(self.descriptor)
-            self.descriptor = -1
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _is_there(self) -> bool:
+        """Says whether the file was not removed, by a run that held it, before it was locked here."""
+        return self.path.exists() and os.path.samestat(os.stat(self.path), os.fstat(self.descriptor))
+
+    def give_back(self) -> None:
+        """Ends the lock."""
+        if self.descriptor < 0:
+            return
+        with contextlib.suppress(OSError):
+            if self.made and os.listdir(self.folder) == [self.path.name]:
+                self.path.unlink()
+                self.folder.rmdir()
+        os.close(self.descriptor)
+        self.descriptor = -1
 
 
 class BucketLease:
@@ -140,7 +157,7 @@ class BucketLease:
 
         seen, since = None, time.monotonic()
         try:
-            while not self._write(seen.generation if seen and time.monotonic() - since > DEAD else 0):
+            while not self._write(seen.generation if seen and time.monotonic() - since > DEAD else 0, FIRST):
                 found = bucket.read(self.path)
                 if seen is None and found is not None:
                     logger.warning("%s was left by %s; waiting to see whether that run lives: up to %g s for a sign",
@@ -159,12 +176,12 @@ class BucketLease:
         self.looked = time.monotonic()
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
 
-    def _write(self, generation: int) -> bool:
+    def _write(self, generation: int, seconds: float) -> bool:
         """Writes the object over the one of that generation, 0 for none; False where another's is there."""
         from mae_jax import bucket
 
         try:
-            self._generation = bucket.write(self.path, self._text, RENEWED / 2, generation)
+            self._generation = bucket.write(self.path, self._text, seconds, generation)
         except bucket.Changed:
             found = bucket.read(self.path)
             if found is None or found.content != self._text:
@@ -181,7 +198,7 @@ class BucketLease:
                 if self._over.is_set():
                     return
                 try:
-                    if not self._write(self._generation):
+                    if not self._write(self._generation, RENEWED / 2):
                         self._lost(bucket.read(self.path))
                     if self._failing:
                         logger.warning("%s is renewed again", self.path)

@@ -14,6 +14,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llv
 import jax
 import pytest
 
+from tests.gcs.server import Server, environment, serving
+
 
 @pytest.fixture(scope="session")
 def _shared_compilations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -33,3 +35,26 @@ def _restored_logging() -> Iterator[None]:
     before = logger.level, logger.propagate, list(logger.handlers)
     yield
     logger.level, logger.propagate, logger.handlers[:] = before
+
+
+@pytest.fixture(scope="session")
+def _gcs_server() -> Iterator[Server]:
+    with serving("bucket") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def _in_gcs(_gcs_server: Server) -> Iterator[Server]:
+    """Clients of Google Cloud Storage, in this process and in those that tests start, find the test server."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(_gcs_server.url).items():
+            patch.setenv(name, value)
+        yield _gcs_server
+
+
+@pytest.fixture
+def gcs(_in_gcs: Server) -> Iterator[Server]:
+    """The test server, with a bucket called 'bucket' and without faults."""
+    _in_gcs.clear()
+    yield _in_gcs
+    _in_gcs.clear()

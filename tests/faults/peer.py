@@ -4,7 +4,9 @@ It trains a tiny model on cached batches, hence without TensorFlow, and appends 
 to <WORKDIR>.ids.<PROCESS>, and of each batch of an evaluation to <WORKDIR>.evaluated.<PROCESS>. When it begins it
 makes <WORKDIR>.begun.<PROCESS>; when it has found the others it makes <WORKDIR>.joined.<PROCESS>. FIELDS is JSON:
 config fields to change; besides, 'method' is another one than MAE, 'devices' permutes the devices, 'start_seconds' is
-how long to wait for all, 'pause' how many seconds each batch takes, and 'only' has more fields for single processes.
+how long to wait for all, 'pause' how many seconds each batch takes, and 'only' has more fields for single processes;
+'workdir' is where the run is kept instead, as gs://bucket/run, 'lease' the seconds after which a lease is renewed and
+taken over, and 'save_seconds' those that a save may take.
 """
 
 import json
@@ -18,7 +20,7 @@ import numpy as np
 from jax._src import compiler
 from jax._src.distributed import global_state as state
 
-from mae_jax import cli, data, distributed, place, sharding, train
+from mae_jax import checkpoint, cli, data, distributed, lease, place, sharding, train
 from mae_jax.data.batches import hiding
 from tests.tiny import raster_batch, tiny_batch, tiny_config, tiny_method
 
@@ -99,15 +101,18 @@ def main() -> int:
         make = sharding.make_mesh
         sharding.make_mesh = lambda config: make(config, [jax.devices()[number] for number in permutation])
     data.build = recording(data.build, folder, process, fields.pop("pause", 0.0))
+    lease.RENEWED, lease.DEAD = fields.pop("lease", (lease.RENEWED, lease.DEAD))
+    checkpoint.SAVE_SECONDS = fields.pop("save_seconds", checkpoint.SAVE_SECONDS)
+    workdir = fields.pop("workdir", folder)
     config = small_config(Path(folder).parent, fields)
     cached_everywhere()
     here = place.find(coordinator, int(processes), int(process))
     if here is None:
-        return train.train(config, folder)
+        return train.train(config, workdir)
 
     def command() -> int:
         Path(f"{folder}.joined.{process}").touch()
-        return train.train(config, folder)
+        return train.train(config, workdir)
 
     return distributed.together(command, here, {"workdir": folder}, start_seconds, float(heartbeat))
 

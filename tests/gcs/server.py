@@ -12,7 +12,8 @@ x-goog-hash on all that is read.
 Faults, from any process: POST /_faults with one JSON object, or a list of them, of these fields:
 
   method  regular expression of the whole method, by default any: 'POST|PUT'
-  path    regular expression to be found in the path with its query, unquoted: 'upload.*/d/'
+  path    regular expression to be found in the path with its query, unquoted: 'upload.*/d/'; the query of an upload
+          always has the object's name
   kind    'status': answers `status` and does nothing
           'reset': resets the connection and does nothing; 'lost': does it and then resets, so that the caller cannot
           know; 'slow': does it `seconds` later; 'flip': does it and flips a bit in the middle of the answer's body;
@@ -99,8 +100,7 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = None
         if not path.startswith("/_"):
-            shown = f"{unquote(path)}?{unquote(parts.query)}" if parts.query else unquote(path)
-            fault = self.server.noted(self.command, shown)
+            fault = self.server.noted(self.command, self.shown(unquote(path), unquote(parts.query)))
         if fault and fault.kind == "slow":
             time.sleep(fault.seconds)
         if fault and fault.kind == "reset":
@@ -119,6 +119,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send(status, headers, body, fault.kind if fault else "")
 
     do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = answer
+
+    def shown(self, path: str, query: str) -> str:
+        """Returns the path as faults see it."""
+        if self.query.get("uploadType") == "multipart" and "name" not in self.query:
+            query += f"&name={multipart(self.headers['Content-Type'], self.body)[0]['name']}"
+        elif session := self.server.sessions.get(self.query.get("upload_id", "")):
+            query += f"&name={session.name}"
+        return f"{path}?{query}" if query else path
 
     def route(self, path: str) -> Answer:
         for method, pattern, action in ROUTES:
