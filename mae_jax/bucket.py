@@ -21,7 +21,7 @@ import requests
 from google.api_core import exceptions
 from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, InvalidOperation
 from google.cloud import storage
-from google.cloud.storage.exceptions import DataCorruption
+from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 from google.cloud.storage.retry import DEFAULT_RETRY
 
 from mae_jax import background
@@ -32,6 +32,7 @@ PATIENT = 60.0  # seconds in which something that must not fail is tried again
 TIMEOUT = (4.0, 8.0)  # seconds of one request: to connect, and without a byte
 ADDRESSES = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "API_ENDPOINT_OVERRIDE")
 ROLE = "roles/storage.objectAdmin"
+FAILURES = (exceptions.GoogleAPIError, GoogleAuthError, requests.RequestException, DataCorruption, InvalidResponse)
 
 
 class BucketError(OSError):
@@ -125,14 +126,14 @@ def _plainly(path: str, action: Callable[[], Any]) -> Any:
         raise Changed(str(error)) from None
     except exceptions.RetryError as error:
         raise BucketError(_told(path, error.cause or error)) from None
-    except (exceptions.GoogleAPIError, GoogleAuthError, requests.RequestException, DataCorruption) as error:
+    except FAILURES as error:
         raise BucketError(_told(path, error)) from None
 
 
 def _told(path: str, error: BaseException) -> str:
     bucket = f"gs://{_split(path)[0]}"
     said = " ".join(str(getattr(error, "message", None) or error).split())
-    said = re.sub(r"^[A-Z]+ https?://\S+: ", "", said)[:300]
+    said = re.sub(r"^[A-Z]+ https?://\S+: |^.*Caused by ", "", said)[:300]
     if isinstance(error, exceptions.NotFound):
         return f"{path}: there is no bucket {bucket}; look at its name, or: gcloud storage buckets create {bucket}"
     if isinstance(error, exceptions.Forbidden):
@@ -145,6 +146,8 @@ def _told(path: str, error: BaseException) -> str:
         return f"{path}: what arrives is not what the bucket holds, twice; the checksums differ"
     if isinstance(error, exceptions.GoogleAPICallError):
         return f"{path}: {bucket} answers with {error.code}: {said}"
+    if isinstance(error, InvalidResponse):
+        return f"{path}: {bucket} answers with {error.response.status_code}"
     return f"{path}: {bucket} cannot be reached ({type(error).__name__}: {said}); is there a network?"
 
 

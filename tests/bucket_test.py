@@ -1,0 +1,132 @@
+"""What a bucket answers is told in seconds and in one line; what it holds is read as it is or not at all."""
+
+import time
+
+import pytest
+
+from mae_jax import bucket, workdir
+from mae_jax.bucket import BucketError, Changed, Found
+from mae_jax.errors import UserError
+
+RUN = "gs://bucket/some/run"
+
+
+@pytest.fixture
+def no_credentials(monkeypatch):
+    """A machine without credentials, and without the metadata server of Google's."""
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "")
+    monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")  # nothing listens there
+    bucket._client.cache_clear()
+    yield
+    bucket._client.cache_clear()
+
+
+@pytest.mark.parametrize(("fault", "words"), [
+    ({"status": 403}, "access denied (a fault of the test); the account needs roles/storage.objectAdmin on gs://bucket"),
+    ({"status": 401}, "no valid credentials (none were found); run: gcloud auth application-default login"),
+    ({"status": 503}, "gs://bucket answers with 503: a fault of the test"),
+    ({"kind": "reset"}, "gs://bucket cannot be reached (ConnectionError"),
+    ({"kind": "slow", "seconds": 3.0}, "no answer within 1 s; is there a network"),
+])
+def test_a_bucket_that_cannot_be_looked_into_is_told_in_seconds_with_the_path_and_a_hint(gcs, monkeypatch, fault,
+                                                                                         words):
+    monkeypatch.setattr(bucket, "CHECK_SECONDS", 1.0)
+    gcs.add({"path": "some/run", "times": -1, **fault})
+    began = time.monotonic()
+    with pytest.raises(UserError) as error:
+        workdir.locate(RUN)
+    assert time.monotonic() - began < 2
+    assert f"{RUN}: {words}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_bucket_is_told_with_the_command_that_makes_it(gcs):
+    with pytest.raises(UserError, match="gs://bukket/run: there is no bucket gs://bukket; look at its name, or: gcloud "
+                                        "storage buckets create gs://bukket"):
+        workdir.locate("gs://bukket/run")
+
+
+def test_a_short_burst_is_waited_for(gcs):
+    gcs.add({"path": "some/run", "status": 503}, {"path": "some/run", "status": 429}, {"path": "run", "kind": "reset"})
+    assert str(workdir.locate(RUN)) == RUN
+
+
+def test_nobody_at_the_address_is_told_in_seconds(gcs, monkeypatch):
+    monkeypatch.setattr(bucket, "CHECK_SECONDS", 1.0)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    bucket._client.cache_clear()
+    with pytest.raises(UserError, match=r"gs://bucket cannot be reached .*Connection refused"):
+        workdir.locate(RUN)
+    bucket._client.cache_clear()
+
+
+def test_without_credentials_and_metadata_server_only_public_buckets_can_be_read(gcs, monkeypatch, no_credentials):
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST")
+    monkeypatch.setenv("API_ENDPOINT_OVERRIDE", gcs.url)
+    assert str(workdir.locate(RUN)) == RUN
+    gcs.add({"path": "some/run", "status": 401})
+    with pytest.raises(UserError, match="no valid credentials"):
+        workdir.locate(RUN)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("STORAGE_EMULATOR_HOST", "http://10.0.0.1:4443"), ("TENSORSTORE_GCS_HTTP_URL", "https://example.com"),
+    ("TENSORSTORE_GCS_HTTP_URL", "http://storage.googleapis.com"),
+    ("API_ENDPOINT_OVERRIDE", "https://storage.googleapis.com@example.com"),
+    ("STORAGE_EMULATOR_HOST", "https://googleapis.com.example.com"), ("STORAGE_EMULATOR_HOST", "127.0.0.1.example.com"),
+    ("STORAGE_EMULATOR_HOST", "https://evilgoogleapis.com")])
+def test_credentials_go_to_google_or_loopback_only(gcs, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{name}={value}: credentials would go there"):
+        workdir.locate(RUN)
+    assert gcs.requests == []
+
+
+@pytest.mark.parametrize("value", ["https://storage.googleapis.com", "https://storage.europe-west3.rep.googleapis.com",
+                                   "http://localhost:4443", "127.0.0.1:4443", "http://[::1]:4443", "http://127.1.2.3"])
+def test_googles_addresses_and_loopback_are_trusted(value):
+    assert bucket._trusted(value)
+
+
+def test_a_folder_of_another_scheme_is_refused():
+    with pytest.raises(UserError, match="s3://bucket/run: a folder is local or gs://"):
+        workdir.locate("s3://bucket/run")
+
+
+def test_an_object_is_written_and_read_through_bursts_resets_lost_answers_and_a_flipped_bit(gcs):
+    path, content = f"{RUN}/burst", bytes(range(256)) * 10
+    for fault in ({"status": 503}, {"kind": "reset"}, {"kind": "lost"}):
+        gcs.add({"path": "burst", "method": "POST", **fault})
+    generation = bucket.write(path, content)
+    for fault in ({"kind": "flip"}, {"status": 429}, {"kind": "cut"}):
+        gcs.add({"path": "burst", "method": "GET", **fault})
+    assert bucket.read(path) == Found(content, generation)
+    assert bucket.read(f"{RUN}/none") is None
+
+
+def test_a_body_that_stays_damaged_is_an_error_that_says_so(gcs):
+    bucket.write(f"{RUN}/flipped", b"content")
+    gcs.add({"path": "flipped", "method": "GET", "kind": "flip", "times": -1})
+    with pytest.raises(BucketError, match="what arrives is not what the bucket holds, twice; the checksums differ"):
+        bucket.read(f"{RUN}/flipped")
+
+
+def test_an_object_gives_way_to_the_next_on_its_condition_only(gcs):
+    path = f"{RUN}/condition"
+    first = bucket.write(path, b"1", generation=0)
+    with pytest.raises(Changed):
+        bucket.write(path, b"2", generation=0)
+    second = bucket.write(path, b"2", generation=first)
+    with pytest.raises(Changed):
+        bucket.delete(path, first, 3)
+    bucket.delete(path, second, 3)
+    bucket.delete(path, second, 3)
+    assert bucket.read(path) is None
+
+
+def test_what_cannot_be_written_is_given_up_in_time(gcs):
+    gcs.add({"path": "outage", "method": "POST", "status": 503, "times": -1})
+    began = time.monotonic()
+    with pytest.raises(BucketError, match="outage: gs://bucket answers with 503"):
+        bucket.write(f"{RUN}/outage", b"", 1.0)
+    assert time.monotonic() - began < 2
