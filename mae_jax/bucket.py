@@ -133,7 +133,8 @@ def _plainly(path: str, action: Callable[[], Any]) -> Any:
 def _told(path: str, error: BaseException) -> str:
     bucket = f"gs://{_split(path)[0]}"
     said = " ".join(str(getattr(error, "message", None) or error).split())
-    said = re.sub(r"^[A-Z]+ https?://\S+: |^.*Caused by ", "", said)[:300]
+    reason = re.search(r'"message": "(.*?)"', said)  # of an upload, amid the whole answer
+    said = reason[1] if reason else re.sub(r"^[A-Z]+ https?://\S+: |^.*Caused by ", "", said)[:300]
     if isinstance(error, exceptions.NotFound):
         return f"{path}: there is no bucket {bucket}; look at its name, or: gcloud storage buckets create {bucket}"
     if isinstance(error, exceptions.Forbidden):

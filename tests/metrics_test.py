@@ -135,55 +135,66 @@ def test_cutting_lines_on_a_full_disk_loses_none_and_says_so(path, monkeypatch):
     assert steps(path) == [50]
 
 
-class Bucket:
-    """A path in a bucket: it knows no appending, and may be out of reach."""
-
-    def __init__(self):
-        self.text, self.writes, self.broken = "", 0, False
-
-    def __str__(self):
-        return "gs://bucket/metrics.jsonl"
-
-    def exists(self):
-        return bool(self.text)
-
-    def read_text(self):
-        return self.text
-
-    def write_text(self, text):
-        if self.broken:
-            raise ConnectionError("unreachable")
-        self.text, self.writes = text, self.writes + 1
+PLACE = "gs://bucket/run/metrics.jsonl"
 
 
-def test_in_a_bucket_the_file_is_rewritten_at_saves_and_every_30_seconds_only():
-    bucket = Bucket()
-    lines = JsonLines(bucket, 0)
+def in_bucket(gcs) -> list[int]:
+    return [json.loads(line)["step"] for line in gcs.store.get("bucket", "run/metrics.jsonl", {}).content.splitlines()]
+
+
+def writes(gcs) -> int:
+    return sum(request.startswith("POST") for request in gcs.requests)
+
+
+def test_in_a_bucket_the_file_is_rewritten_at_saves_and_every_30_seconds_only(gcs):
+    lines = JsonLines(epath.Path(PLACE), 0)
     for step in range(5):
         lines.write(step, {"train/loss": 1.0})
-    assert bucket.writes == 0
+    assert writes(gcs) == 0
     lines.flush()
-    assert (bucket.writes, steps(bucket)) == (1, [0, 1, 2, 3, 4])
+    assert (writes(gcs), in_bucket(gcs)) == (1, [0, 1, 2, 3, 4])
     lines.written = time.monotonic() - 31
     lines.write(5, {"train/loss": 1.0})
-    assert (bucket.writes, steps(bucket)) == (2, [0, 1, 2, 3, 4, 5])
-    resumed = JsonLines(bucket, 3)
+    assert (writes(gcs), in_bucket(gcs)) == (2, [0, 1, 2, 3, 4, 5])
+    resumed = JsonLines(epath.Path(PLACE), 3)
     resumed.write(4, {"train/loss": 2.0})
     resumed.flush()
-    assert steps(bucket) == [0, 1, 2, 3, 4]
+    assert in_bucket(gcs) == [0, 1, 2, 3, 4]
 
 
-def test_a_bucket_out_of_reach_neither_stops_the_run_nor_doubles_lines():
-    bucket = Bucket()
-    lines = JsonLines(bucket, 0)
+def test_a_bucket_out_of_reach_neither_stops_the_run_nor_loses_or_doubles_lines(gcs, monkeypatch, caplog):
+    monkeypatch.setattr(metrics, "HURRIED", 0.1)
+    lines = JsonLines(epath.Path(PLACE), -1)
     lines.write(0, {"train/loss": 1.0})
-    bucket.broken = True
-    lines.flush()
-    lines.flush()
-    bucket.broken = False
+    for fault in ({"status": 503}, {"status": 403}, {"kind": "lost"}):
+        gcs.add({"path": "metrics", "method": "POST", **fault})
+        lines.flush(0.1)
+    assert caplog.text.count("kept, and tried again") == 3
     lines.write(1, {"train/loss": 1.0})
     lines.flush()
-    assert steps(bucket) == [0, 1]
+    assert in_bucket(gcs) == [0, 1]
+
+
+def test_in_a_bucket_the_lines_of_an_evaluation_meanwhile_stay(gcs):
+    lines = JsonLines(epath.Path(PLACE), -1)
+    for step in (1, 2):
+        lines.write(step, {"train/loss": 1.0})
+        lines.flush()
+        evaluation = JsonLines(epath.Path(PLACE), math.inf)
+        evaluation.write(step, {"eval/loss": 1.0})
+        evaluation.flush()
+    assert in_bucket(gcs) == [1, 1, 2, 2]
+
+
+def test_a_picture_that_a_bucket_does_not_take_is_a_warning_and_the_next_is_there(gcs, caplog):
+    recorder = Recorder(epath.Path("gs://bucket/run"), 0, tensorboard=False)
+    gcs.add({"path": "pictures", "method": "POST", "status": 403})
+    for step in (1, 2):
+        recorder.picture(step, "reconstruct", np.zeros((2, 2, 3), np.uint8))
+    assert "cannot write gs://bucket/run/pictures/reconstruct_0000001.png" in caplog.text
+    pictures = gcs.store.list("bucket", {"prefix": "run/pictures/"})["items"]
+    assert [picture["name"] for picture in pictures] == ["run/pictures/reconstruct_0000002.png"]
+    assert pictures[0]["contentType"] == "image/png"
 
 
 def test_a_number_that_is_not_finite_becomes_null(tmp_path):

@@ -300,8 +300,9 @@ def multipart(kind: str, body: bytes) -> tuple[dict[str, Any], bytes]:
     boundary = b"--" + email.message_from_string(f"Content-Type: {kind}").get_boundary().encode()
     end = b"\r\n" if body.startswith(boundary + b"\r") else b"\n"
     _, about, content = body.split(boundary + end, 2)
-    content = content.rsplit(end + boundary + b"--", 1)[0]
-    return json.loads(about.split(2 * end, 1)[1]), content.split(2 * end, 1)[1]
+    head, content = content.rsplit(end + boundary + b"--", 1)[0].split(2 * end, 1)
+    kind = email.message_from_bytes(head).get("Content-Type")
+    return {"contentType": kind, **json.loads(about.split(2 * end, 1)[1])}, content
 
 
 def json_answer(content: Any) -> Answer:
