@@ -1,5 +1,6 @@
 """Metrics on their way out: means of (sum, weight), metrics.jsonl, TensorBoard and the progress line."""
 
+import contextlib
 import errno
 import io
 import json
