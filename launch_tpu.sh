@@ -278,7 +278,10 @@ run() {
     fi
     bring_up || continue
     { [[ $slice != new ]] && attach; } || { install && start; } || {
-      [[ $begun ]] || ((++broken < 5)) || finish 2 "$name could not be made to run; what is above says why"
+      [[ $begun ]] || ((++broken < 5)) || {
+        [[ $slice == new ]] || keep=yes  # a run of an earlier launcher may live on it
+        finish 2 "$name could not be made to run; what is above says why"
+      }
       continue
     }
     begun=$SECONDS

@@ -7,19 +7,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests import fake_gcloud
+from tests.fake_cloud import SLICE, TRAIN, Cloud, interrupt
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the workers' part needs Linux's flock and setsid")
 
 SCRIPTS = [Path("launch_tpu.sh").resolve(), Path("launch_tpu_worker.sh").resolve()]
-SLICE = ["--name=vit-l", "--zone=z-1", "--type=v3-16"]
-TRAIN = ["--config=configs/vit_l_mae.py", "--workdir=gs://bucket/run"]
 DELETE = "./launch_tpu.sh delete --name=vit-l --zone=z-1"
 
 
@@ -39,77 +36,6 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-class Cloud:
-    """The stand-in's state, and launchers that use it."""
-
-    def __init__(self, folder: Path, repository: Path):
-        self.folder, self.repository = folder, repository
-        for name, program in (("bin/gcloud", "fake_gcloud"), ("worker_bin/python3", "fake_worker")):
-            path, module = folder / name, Path(fake_gcloud.__file__).with_name(f"{program}.py")
-            path.parent.mkdir()
-            own_name = '"$0" ' if program == "fake_worker" else ""
-            path.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {module} {own_name}"$@"\n')
-            path.chmod(0o755)
-        self.environment = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "HOME": str(folder),
-                            "FAKE_GCLOUD": str(folder), "LAUNCH_TPU_PAUSE": "0"}
-        self.launchers: list[subprocess.Popen] = []
-        self.plan()
-
-    def plan(self, train: Any = (0,), **scenario: list[str]) -> None:
-        """Says what happens next: `train` is a list of exit codes and 'wait's, or one for each worker."""
-        (self.folder / "scenario.json").write_text(json.dumps(scenario))
-        for number in range(fake_gcloud.WORKERS):
-            items = train[number] if isinstance(train[0], list) else train
-            (self.folder / f"train.{number}").write_text(json.dumps(list(items)))
-
-    def start(self, *args: str) -> subprocess.Popen:
-        self.launchers.append(subprocess.Popen(
-            [self.repository / "launch_tpu.sh", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            stdin=subprocess.DEVNULL, cwd=self.folder, start_new_session=True, env=self.environment))
-        return self.launchers[-1]
-
-    def launch(self, *args: str) -> subprocess.CompletedProcess:
-        process = self.start(*args)
-        out, err = process.communicate(timeout=120)
-        return subprocess.CompletedProcess(args, process.returncode, out, err)
-
-    def run(self, *options: str, train: list[str] = TRAIN) -> subprocess.CompletedProcess:
-        return self.launch("run", *SLICE, *options, "--", *train)
-
-    def argvs(self) -> list[list[str]]:
-        """Returns how gcloud was called."""
-        path = self.folder / "calls.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def calls(self) -> list[str]:
-        """Returns what gcloud was called for, without the looks at states: create, scp, install, delete ..."""
-        done = []
-        for argv in self.argvs():
-            command = [arg for arg in argv if arg.startswith("--command=")]
-            doing = command[0].split("launch_tpu_worker.sh ")[1].split()[0] if command else argv[3]
-            done += [doing] * (doing != "list")
-        return done
-
-    def workers(self) -> list[list[list[str]]]:
-        """Returns the programs that the workers ran, those of lost workers first."""
-        paths = sorted(self.folder.glob("gone.*/argv.jsonl")) + sorted(self.folder.glob("worker.*/argv.jsonl"))
-        return [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
-
-    def trained(self) -> list[list[list[str]]]:
-        """Returns the arguments of every training on every worker."""
-        return [[call[3:] for call in calls if call[:3] == ["python", "-m", "mae_jax.main"]]
-                for calls in self.workers()]
-
-    def wait_until_it_follows(self, launcher: subprocess.Popen, times: int = 1) -> None:
-        """Waits until the logs of the first training are shown, for the n-th time, over a connection that holds."""
-        connected, deadline = self.folder / "connected", time.monotonic() + 60
-        while (not connected.exists() or connected.read_text().split().count("follow") < times
-               or [len(runs) for runs in self.trained()] != [1, 1]):
-            assert launcher.poll() is None, launcher.communicate()[1]
-            assert time.monotonic() < deadline, self.trained()
-            time.sleep(0.05)
-
-
 @pytest.fixture
 def cloud(tmp_path, repository):
     cloud = Cloud(tmp_path, repository)
@@ -122,14 +48,6 @@ def cloud(tmp_path, repository):
         fake_gcloud.kill(number)
     for launcher in cloud.launchers:
         launcher.communicate()
-
-
-def interrupt(launcher: subprocess.Popen) -> str:
-    """Presses Ctrl-C and returns what the launcher said."""
-    os.killpg(launcher.pid, signal.SIGINT)
-    _, err = launcher.communicate(timeout=30)
-    assert launcher.returncode == 130
-    return err
 
 
 WHOLE = ["create", "scp", "install", "start", "follow", "report", "delete"]
@@ -296,6 +214,15 @@ def test_a_slice_that_cannot_be_reached_from_the_beginning_is_not_kept_waiting_f
     assert done.returncode == 2
     assert cloud.calls() == ["create", *["scp", "install"] * 5, "delete"]
     assert "[launch] vit-l could not be made to run; what is above says why\n" in done.stderr
+
+
+def test_a_slice_that_was_there_and_cannot_be_reached_is_left_since_a_run_may_live_on_it(cloud):
+    assert cloud.launch("create", *SLICE).returncode == 0
+    cloud.plan(install=["refused"], report=["refused"])
+    done = cloud.run()
+    assert done.returncode == 2
+    assert cloud.calls() == ["create", *["report", "scp", "install"] * 5]
+    assert f"[launch] vit-l is kept and costs money until: {DELETE}\n" in done.stderr
 
 
 def test_a_queued_request_is_waited_for(cloud):
