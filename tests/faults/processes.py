@@ -46,8 +46,8 @@ def environment(devices: int, cache: Path) -> dict[str, str]:
 
 
 def start(folder: Path, cache: Path, processes: int = 2, devices: int = 8, fields: dict | None = None,
-          heartbeat: float = HEARTBEAT) -> list[subprocess.Popen]:
-    """Starts a run of `processes` with `devices` in all."""
+          heartbeat: float = HEARTBEAT, more: dict[str, str] | None = None) -> list[subprocess.Popen]:
+    """Starts a run of `processes` with `devices` in all, and with `more` in their environment."""
     peer.small_config(folder.parent, {"method": (fields or {}).get("method", "mae")})  # writes the batches
     coordinator = f"127.0.0.1:{free_port()}" if processes > 1 else "off"
     numbers = [(processes, number) for number in range(processes)] if processes > 1 else [(-1, -1)]
@@ -56,8 +56,8 @@ def start(folder: Path, cache: Path, processes: int = 2, devices: int = 8, field
         with Path(f"{folder}.out.{max(number, 0)}").open("w") as out:  # not a pipe, which would block when full
             run.append(subprocess.Popen(
                 [sys.executable, "-m", "tests.faults.peer", str(folder), coordinator, str(count), str(number),
-                 str(heartbeat), json.dumps(fields or {})], env=environment(devices // processes, cache), stdout=out,
-                stderr=subprocess.STDOUT))
+                 str(heartbeat), json.dumps(fields or {})], env=environment(devices // processes, cache) | (more or {}),
+                stdout=out, stderr=subprocess.STDOUT))
     return run
 
 

@@ -2,12 +2,12 @@
 
   python -m tests.faults.soak --faults=200 --seed=0 --to=bench/results/soak.jsonl
 
-Each trial takes one setting (a process with one device, one with four and a sharded state, two processes) and one to
-four faults. For each fault it starts the run and strikes at a random moment between the time when all processes have
-imported what they need and the end of an undisturbed run; then it starts the run undisturbed, and compares all bits of
-the last state and the examples of every step with those of a golden run. Every process must end within a bound, with
-an exit code that its fault explains, and without a traceback. One JSON line per trial; a campaign that was interrupted
-goes on where it was.
+Each trial takes one setting (a process with one device, one with four and a sharded state, two processes, a process
+whose workdir is in a bucket, served over HTTP) and one to four faults. For each fault it starts the run and strikes at
+a random moment between the time when all processes have imported what they need and the end of an undisturbed run;
+then it starts the run undisturbed, and compares all bits of the last state and the examples of every step with those
+of a golden run. Every process must end within a bound, with an exit code that its fault explains, and without a
+traceback. One JSON line per trial; a campaign that was interrupted goes on where it was.
 """
 
 import argparse
@@ -23,32 +23,47 @@ from typing import Any
 from tests.faults import strikes
 from tests.faults.processes import ends, environment, output, same, start, wait_for
 from tests.faults.strikes import Strike
+from tests.gcs import server
 
 SETTINGS = {  # processes, devices of all, fields
     "one device": (1, 1, {}),
     "sharded": (1, 4, {"mesh.data": 1, "mesh.fsdp": 4, "model.width": 128, "model.heads": 4}),
     "two processes": (2, 2, {}),
+    "bucket": (1, 1, {"lease": (0.5, 3.0)}),
 }
+BUCKET = "soak"
 PAUSE = 0.05  # seconds that every batch takes: the run shall not be over before it can be struck
 START = 15.0  # seconds for processes to find each other
 BOUND = 60.0  # seconds in which all processes must have ended after a fault; a silent peer is lost after 5 s
 
 
 class Lab:
-    """Where runs are made: golden ones, their lengths, and a cache of compiled programs."""
+    """Where runs are made: golden ones, their lengths, a cache of compiled programs, a bucket."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.cache = folder, folder / "compiled"
+    def __init__(self, folder: Path, bucket: server.Server):
+        self.folder, self.cache, self.bucket = folder, folder / "compiled", bucket
+        self.more = server.environment(bucket.url)
         self.lengths: dict[str, float] = {}
 
     def start(self, run: Path, setting: str) -> list:
         processes, devices, fields = SETTINGS[setting]
         for begun in run.parent.glob(f"{run.name}.begun.*"):
             begun.unlink()
-        found = start(run, self.cache, processes, devices, fields | {"pause": PAUSE, "start_seconds": START})
+        where = {"workdir": f"gs://{BUCKET}/{run.name}"} if setting == "bucket" else {}
+        found = start(run, self.cache, processes, devices, {**fields, **where, "pause": PAUSE, "start_seconds": START},
+                      more=self.more)
         for number in range(processes) if processes > 1 else (-1,):
             wait_for(Path(f"{run}.begun.{number}"), found)
         return found
+
+    def end(self, run: Path, setting: str) -> list[int]:
+        """Runs to the end; returns the exit codes. What is in the bucket lies in the run's folder then."""
+        codes = ends(self.start(run, setting))
+        for name, stored in self.bucket.store.buckets[BUCKET].items() if setting == "bucket" else ():
+            if name.startswith(f"{run.name}/"):
+                (run.parent / name).parent.mkdir(parents=True, exist_ok=True)
+                (run.parent / name).write_bytes(stored.content)
+        return codes
 
     def golden(self, setting: str) -> Path:
         """Returns the undisturbed run of a setting, made when it is asked for first."""
@@ -56,8 +71,8 @@ class Lab:
         if setting not in self.lengths:
             run.parent.mkdir()
             for name in ("golden", "warm"):  # the second finds its programs compiled
-                processes, began = self.start(run.with_name(name), setting), time.monotonic()
-                assert ends(processes) == [0] * len(processes), output(run.with_name(name), 0)
+                began, codes = time.monotonic(), self.end(run.with_name(name), setting)
+                assert set(codes) == {0}, output(run.with_name(name), 0)
                 self.lengths[setting] = time.monotonic() - began
         return run
 
@@ -65,20 +80,22 @@ class Lab:
         """Starts a run, strikes, waits for its end; returns what happened. `struck` is False where it came too late."""
         if strike.before and not strike.before(run, draws):
             return {"fault": strike.name, "struck": False}
+        count, devices, _ = SETTINGS[setting]
         processes, after = self.start(run, setting), draws.uniform(0, self.lengths[setting])
         time.sleep(after)
         living = [process.poll() for process in processes] == [None] * len(processes)
         began = time.monotonic()
         try:
             if living:
-                strike.strike(processes, draws, run, environment(1, self.cache))
+                strike.strike(processes, draws, run, environment(devices // count, self.cache) | self.more)
             codes: list[Any] = ends(processes, BOUND)
         except subprocess.TimeoutExpired:
             codes = ["hangs"]
         finally:
             ends(processes)
+        self.bucket.clear()
         outputs = [output(run, number) for number in range(len(processes))]
-        allowed = strike.codes | (strike.lost if len(processes) > 1 else frozenset()) if living else {0}
+        allowed = strike.codes | (strike.lost if count > 1 else frozenset()) if living else {0}
         fine = all(code in allowed for code in codes) and not any("Traceback" in text for text in outputs)
         told = {} if fine else {"output": [text[-3000:] for text in outputs]}
         return {"fault": strike.name, "after": round(after, 2), "struck": living or bool(strike.before), "codes": codes,
@@ -91,10 +108,12 @@ def trial(lab: Lab, seed: int, number: int) -> dict[str, Any]:
     setting = draws.choice(list(SETTINGS))
     golden, run = lab.golden(setting), lab.folder / setting.replace(" ", "_") / f"run_{number}"
     possible = [strike for strike in strikes.ALL if SETTINGS[setting][0] == 1 or strike.shared]
+    if setting == "bucket":
+        possible = [strike for strike in possible if strike.before is None] + strikes.of_bucket(lab.bucket)
     found = [lab.struck(run, setting, draws, draws.choice(possible)) for _ in range(draws.randint(1, 4))]
     line = {"trial": number, "setting": setting, "faults": [fault for fault in found if fault["struck"]]}
     if all(fault.get("explained", True) for fault in found):
-        codes = ends(lab.start(run, setting))
+        codes = lab.end(run, setting)
         line |= {"end": codes, "same": not any(codes) and same(run, golden)}
     return line
 
@@ -119,8 +138,8 @@ def report(lines: list[dict[str, Any]]) -> str:
 def campaign(faults: int, seed: int, to: Path) -> str:
     """Goes on until so many faults have struck; returns the table."""
     lines = [json.loads(line) for line in to.read_text().splitlines()] if to.exists() else []
-    with tempfile.TemporaryDirectory() as scratch:
-        lab = Lab(Path(scratch))
+    with tempfile.TemporaryDirectory() as scratch, server.serving(BUCKET) as bucket:
+        lab = Lab(Path(scratch), bucket)
         while sum(len(line["faults"]) for line in lines) < faults:
             lines.append(trial(lab, seed, len(lines)))
             with to.open("a") as out:

@@ -1,5 +1,6 @@
 """The faults of the soak: what is done to a run, and with which exit codes it may end."""
 
+import functools
 import random
 import resource
 import shutil
@@ -8,7 +9,9 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from tests.gcs.server import Server
 
 Processes = list[subprocess.Popen]
 Environment = dict[str, str]
@@ -64,6 +67,12 @@ def _full_disk(processes: Processes, draws: random.Random, *_: object) -> None:
         resource.prlimit(victim.pid, resource.RLIMIT_FSIZE, before)
 
 
+def _second_run(processes: Processes, draws: random.Random, run: Path, environment: Environment) -> None:
+    """Starts the same command once more; one of the two is refused."""
+    with Path(f"{run}.out.{len(processes)}").open("w") as out:
+        processes.append(subprocess.Popen(processes[0].args, env=environment, stdout=out, stderr=subprocess.STDOUT))
+
+
 def _steps(run: Path) -> list[Path]:
     """Returns the folders of committed steps, oldest first."""
     return sorted((path for path in run.glob("checkpoints/*") if path.name.isdigit()), key=lambda path: int(path.name))
@@ -71,7 +80,7 @@ def _steps(run: Path) -> list[Path]:
 
 def _damage(run: Path, draws: random.Random) -> bool:
     """Flips a bit of a file of the newest checkpoint, cuts it, empties it or deletes it, where there is one before."""
-    if len(steps := _steps(run)) < 2:
+    if len(steps := _steps(run)) < 2 or (run / "DONE").exists():  # who has finished reads nothing more
         return False
     file = draws.choice(sorted(path for path in steps[-1].rglob("*") if path.is_file()))
     content, how = bytearray(file.read_bytes()), draws.choice(["flip", "cut", "empty", "delete"])
@@ -113,6 +122,25 @@ ALL = (
     Strike("Ctrl-C twice", _send(signal.SIGINT, signal.SIGINT), frozenset({0, SAVED, QUIT}), lost=LOST),
     Strike("frozen for a while", _freeze),
     Strike("full disk", _full_disk, frozenset({0, 2})),
+    Strike("a second run", _second_run, frozenset({0, 2}), shared=False),
     Strike("damaged checkpoint", before=_damage),
     Strike("litter", before=_litter),
 )
+
+ANSWERS = {  # what a bucket does to requests: exit codes besides 0, and fields of the fault but for their number
+    "503": (set(), {"status": 503}), "429": (set(), {"status": 429}), "500": (set(), {"status": 500}),
+    "reset": (set(), {"kind": "reset"}), "lost answer": (set(), {"kind": "lost"}),
+    "slow": (set(), {"kind": "slow", "seconds": 1.5}), "flipped bit": (set(), {"kind": "flip", "method": "GET"}),
+    "cut answer": (set(), {"kind": "cut", "method": "GET"}), "delete forbidden": (set(), {"status": 403,
+                                                                                       "method": "DELETE"}),
+    "all forbidden": ({2}, {"status": 403}),
+}
+
+
+def of_bucket(server: Server) -> list[Strike]:
+    """Returns the faults of a bucket: one to four requests are answered otherwise."""
+    def strike(fault: dict[str, Any], processes: Processes, draws: random.Random, *_: object) -> None:
+        server.add({"path": "", **fault, "times": draws.randint(1, 4)})
+
+    return [Strike(f"bucket: {name}", functools.partial(strike, fault), frozenset({0, *codes}))
+            for name, (codes, fault) in ANSWERS.items()]
