@@ -11,7 +11,6 @@ A folder, local or gs://:
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from mae_jax.arrays import opened
 from mae_jax.errors import UserError
 from mae_jax.ops import spherical
 from mae_jax.params import flatten
@@ -70,14 +70,14 @@ class Clusters:
         if not folder or not (path / "clusters.npz").is_file():
             raise UserError(f"method.clusters={folder!r} holds no clusters.npz; python -m mae_jax.cluster "
                             "--from=WORKDIR --to=FOLDER makes it, of the pictures and the encoder of a MAE")
+        with opened(path / "clusters.npz") as stored:
+            arrays = {name: stored[name] for name in stored.files}
         try:
-            with (path / "clusters.npz").open("rb") as file, np.load(file) as stored:
-                arrays = {name: stored[name] for name in stored.files}
             meta = json.loads((path / "meta.json").read_text())
             named = [name for name in arrays if name.startswith(PREFIX)]
             assigned = {name.removeprefix(PREFIX): arrays.pop(name) for name in named}
             return cls(**arrays, assigned=assigned, meta=meta)
-        except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        except (ValueError, TypeError, OSError) as error:
             raise UserError(f"{path / 'clusters.npz'} or meta.json beside it is damaged: {error}") from None
 
 

@@ -49,6 +49,16 @@ def quit_now(code: int) -> NoReturn:
     os._exit(code)
 
 
+def printable(text: str) -> str:
+    """Returns a name from data as one line that any terminal shows: what is no printable character as its escape."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def counted(count: int, what: str) -> str:
+    """Returns '1 picture', '2 pictures'."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Returns the end of an error line: the nearest known name, then all of them."""
     known = sorted(known)

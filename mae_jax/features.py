@@ -4,7 +4,6 @@ A picture that cannot be read has the features of a grey one, which count for no
 """
 
 import json
-import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mae_jax import distributed
+from mae_jax.arrays import opened
 from mae_jax.errors import UserError
 from mae_jax.methods import Method
 from mae_jax.methods.base import pool
@@ -96,11 +96,8 @@ class Features:
     def chunks(self, readable: bool = True) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields (features [n, D], ids [n]) of the pictures that could be read, or of all; raises UserError."""
         for path in self.files():
-            try:
-                with path.open("rb") as file, np.load(file) as stored:
-                    features, ids, valid = (stored[name] for name in ("features", "ids", "valid"))
-            except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-                raise UserError(f"{path} is damaged ({error}); remove {self.folder}") from None
+            with opened(path, f"; remove {self.folder}") as stored:
+                features, ids, valid = (stored[name] for name in ("features", "ids", "valid"))
             keep = valid if readable else np.ones(len(ids), bool)
             yield features[keep], ids[keep]
 

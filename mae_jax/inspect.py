@@ -6,7 +6,8 @@
 
 --write=tfrecord is read back with data.source=tfrecord and data.path=DIR; array_record, which has random access, with
 data.source=tfds, data.name=pictures and data.path=DIR; batches, which need no TensorFlow, with data.source=batches and
-data.path=DIR. Every picture is decoded in full; broken ones are listed by name, and left out of what is written.
+data.path=DIR. Every picture is decoded in full; broken ones are listed by name, and left out of what is written. What
+is said of copies means the same bytes: a picture that was saved anew is another one.
 """
 
 import os
@@ -21,8 +22,8 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mae_jax import cli
-from mae_jax.errors import UserError
+from mae_jax import audit_report, cli
+from mae_jax.errors import UserError, printable
 
 if TYPE_CHECKING:
     from mae_jax.data import Batch, Inputs
@@ -36,7 +37,7 @@ SIZE = flags.DEFINE_integer("size", 256, "with --write=tfrecord or array_record:
 STEPS = flags.DEFINE_integer("steps", 100, "with --write=batches: how many batches")
 
 SECONDS = 3.0  # that the speed is measured for
-NAMED = 50  # broken pictures that are printed
+CLASSES = 20  # that are named
 SIDE = 8  # pictures along and down the grid, at most
 GAP = 2  # pixels between pictures of the grid
 
@@ -61,13 +62,19 @@ def main() -> int:
 
         write_batches(config, inputs, method.eval_spec(), order, method.views(), epath.Path(TO.value), STEPS.value)
         return cli.FINISHED
-    print(f"classes: {', '.join(inputs.classes) or 'none'}")
+    more = f" and {len(inputs.classes) - CLASSES} more" if len(inputs.classes) > CLASSES else ""
+    print(f"classes: {', '.join(map(printable, inputs.classes[:CLASSES])) or 'none'}{more}")
+    grid = epath.Path(TO.value or "inspect.png")
     if config.data.source != "batches":
-        report_broken(audit(config))
-    print(speed(inputs))
-    save_grid(next(inputs.train(0)), method, epath.Path(TO.value or "inspect.png"))
+        report(config, grid)
+    try:
+        print(speed(inputs))
+        save_grid(next(inputs.train(0)), method, grid)
+    except UserError as error:  # of the data, named above: what can be looked at has been
+        print(f"no speed and no pictures, and training would stop: {error}")
+        return cli.FINISHED
     print(f"peak host memory {peak_memory() / 2**20:.0f} MiB; the first pictures of the run, as the model sees them: "
-          f"{TO.value or 'inspect.png'}")
+          f"{grid}")
     return cli.FINISHED
 
 
@@ -77,20 +84,23 @@ def splits(config: ConfigDict) -> dict[str, str]:
     return {name: expression for name, expression in named.items() if expression}
 
 
-def audit(config: ConfigDict) -> dict[str, list[str]]:
-    """Decodes every picture in full; returns split → 'name: reason' of the broken ones."""
-    from mae_jax.data import pipeline, sources, write
-    from mae_jax.data.decode import Picture
+def report(config: ConfigDict, grid: epath.Path) -> None:
+    """Looks at every picture and prints what was seen; broken ones that are too many to print go to a file."""
+    from mae_jax.data import folder, pipeline, sources
+    from mae_jax.data.audit import audit
 
-    def whole(example: sources.Example) -> sources.Example:
-        Picture(example.picture).whole()
-        return example._replace(picture=b"")
-
-    broken = {}
+    audits = {}
     for name, expression in splits(config).items():
-        found = write.each(sources.load(config.data, expression), whole, pipeline.threads(config.data))
-        broken[name] = [f"{picture}: {result}" for picture, result in found if isinstance(result, Exception)]
-    return broken
+        audits[name] = audit(sources.load(config.data, expression), pipeline.threads(config.data), name)
+        print("\n".join(audit_report.split_lines(name, audits[name], config.data.image_size)), flush=True)
+    unread = folder.unread(config.data, splits(config).values()) if config.data.source == "folder" else []
+    for line in audit_report.leak_lines(audits) + unread:
+        print(line)
+    if max(len(seen.broken) for seen in audits.values()) > audit_report.NAMED:
+        names = grid.with_suffix(".broken.txt")
+        grid.parent.mkdir(parents=True, exist_ok=True)
+        names.write_text("".join(f"{split} {name}\n" for split, seen in audits.items() for name in seen.broken))
+        print(f"all broken pictures by name: {names}")
 
 
 def write_pictures(config: ConfigDict, kind: str, folder: epath.Path, size: int) -> dict[str, list[str]]:
@@ -105,11 +115,7 @@ def write_pictures(config: ConfigDict, kind: str, folder: epath.Path, size: int)
 def report_broken(broken: dict[str, list[str]]) -> None:
     """Prints the broken pictures of each split by name, the first 50 of them."""
     for split, names in broken.items():
-        print(f"{split}: {len(names)} broken pictures{':' if names else ''}")
-        for name in names[:NAMED]:
-            print(f"  {name}")
-        if len(names) > NAMED:
-            print(f"  and {len(names) - NAMED} more")
+        print("\n".join([f"{split}: {len(names)} broken pictures", *audit_report.broken_names(names)]))
 
 
 def speed(inputs: "Inputs") -> str:

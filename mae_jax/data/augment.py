@@ -38,7 +38,7 @@ def augment(picture: Picture, rng: np.random.Generator, config: ConfigDict, mask
       BadPicture: the pixels do not decode, or the mask has another size.
     """
     data = config.data
-    image, mask = _crop(picture, _mask_image(picture, mask), rng, config)
+    image, mask = _crop(picture, mask_image(picture, mask), rng, config)
     if data.flip and data.augment != "none" and rng.random() < 0.5:
         image, mask = _flip(image), mask and _flip(mask)
     if data.colour == "rand":
@@ -68,7 +68,7 @@ def centre(picture: Picture, config: ConfigDict, ratio: float, mask: np.ndarray 
 
     Shapes, dtypes and errors are those of `augment`.
     """
-    return _pixels(*_covering_crop(picture, _mask_image(picture, mask), config.data.image_size, ratio, 0.5, 0.5))
+    return _pixels(*_covering_crop(picture, mask_image(picture, mask), config.data.image_size, ratio, 0.5, 0.5))
 
 
 def random_box(rng: np.random.Generator, size: tuple[int, int], target: tuple[int, int],
@@ -192,7 +192,8 @@ def _flip(image: Image.Image) -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
-def _mask_image(picture: Picture, mask: np.ndarray | None) -> Image.Image | None:
+def mask_image(picture: Picture, mask: np.ndarray | None) -> Image.Image | None:
+    """Returns the mask as PIL has it, None without one; raises BadPicture when it is not of the picture's size."""
     if mask is None:
         return None
     if mask.shape != (picture.height, picture.width):

@@ -7,7 +7,6 @@ are hidden.
 
 import itertools
 import json
-import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from mae_jax.arrays import opened
 from mae_jax.clusters import Clusters
 from mae_jax.data.orders import Order, View, rolled, with_views
 from mae_jax.errors import UserError
@@ -49,7 +49,9 @@ def open_folder(config: ConfigDict, spec: Spec, views: tuple[View, ...], order: 
                         "python -m mae_jax.inspect --config=... --to=DIR --write=batches makes them")
     try:
         meta = json.loads((folder / "meta.json").read_text())
-    except ValueError as error:
+        if not {"num_train", "classes"} <= meta.keys():
+            raise ValueError("it lacks num_train or classes")
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{folder / 'meta.json'} is damaged: {error}") from None
     wanted = hiding(order, views)
     for name, value in joined_from(config).items() if "kept" in meta else ():
@@ -104,12 +106,9 @@ def _load(path: epath.Path, spec: Spec) -> Arrays:
     """Reads the fields of the spec from one file and compares shapes and types."""
     if not path.is_file():
         raise UserError(f"cached batches lack {path}")
-    try:
-        with path.open("rb") as file, np.load(file) as stored:
-            absent = [name for name in spec if name not in stored.files]
-            arrays = {name: stored[name] for name in spec if name not in absent}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+    with opened(path) as stored:
+        absent = [name for name in spec if name not in stored.files]
+        arrays = {name: stored[name] for name in spec if name not in absent}
     if absent:
         raise UserError(f"{path} has no field {absent[0]!r}; it has {', '.join(sorted(arrays))}")
     for name, struct in spec.items():

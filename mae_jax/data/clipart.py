@@ -6,7 +6,6 @@ has 1231 pictures to train and 330 to test, of about 400 x 400 pixels; the masks
 """
 
 import functools
-import io
 import os
 import re
 
@@ -16,9 +15,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from mae_jax.data import splits
-from mae_jax.data.decode import BadPicture, to_rgb
+from mae_jax.data.decode import BadPicture, open_image, to_rgb
 from mae_jax.data.sources import Example, Source, known_split
-from mae_jax.errors import UserError
+from mae_jax.errors import UserError, printable
 
 FOLDER = "/usr/share/openclipart/png"
 # The rule is ours: folders of things, not of icons, shapes, signs, maps or playing cards; at least 16 pictures a class.
@@ -48,7 +47,7 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
     def label(i: int) -> int:
         return CLASSES.index(files[i].split("/")[0])
 
-    return Source(len(files), read, files.__getitem__, CLASSES, ("mask",), label)
+    return Source(len(files), read, lambda i: printable(files[i]), CLASSES, ("mask",), label)
 
 
 def series(name: str) -> str:
@@ -76,14 +75,16 @@ def _usable(root: epath.Path, name: str) -> bool:
     try:
         with Image.open(path, formats=("PNG",)) as image:
             return SIDES[0] <= min(image.size) and max(image.size) <= SIDES[1] and image.has_transparency_data
-    except OSError:
-        return False
+    except Image.DecompressionBombError:
+        return False  # larger than the largest
+    except Exception:  # PIL raises many kinds on broken bytes; a bad picture, which is named where it would be shown
+        return True
 
 
 def _decode(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Returns the picture over white, uint8 [height, width, 3], and its mask uint8 [height, width]."""
     try:
-        image = Image.open(io.BytesIO(data), formats=("PNG",)).convert("RGBA")
-    except Exception as error:  # PIL raises many kinds on broken bytes
+        image = open_image(data, ("PNG",)).convert("RGBA")
+    except Exception as error:
         raise BadPicture(f"no PNG picture: {str(error)[:80]}") from error
     return np.asarray(to_rgb(image)), (np.asarray(image)[..., 3] > 127).astype(np.uint8)

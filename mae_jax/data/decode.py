@@ -6,6 +6,7 @@ pixels come as they are stored, as TFDS and torchvision give them.
 
 import functools
 import io
+import re
 import warnings
 from types import ModuleType
 from typing import NamedTuple
@@ -17,12 +18,18 @@ from mae_jax.data.tensorflow_cpu import tf
 from mae_jax.errors import UserError
 
 MAX_PIXELS = 50_000_000
+TOO_LARGE = f"it declares more than {MAX_PIXELS // 1_000_000} megapixels"
 IGNORED = 255  # in a mask: a pixel of no class
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+JPEGS = ("JPEG", "MPO")  # as PIL calls them; MPO: with further pictures, of which the first counts
 SCAN_MARKER, END_MARKER = b"\xff\xda", b"\xff\xd9"  # of a JPEG; neither occurs within a scan
+MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")  # the next one of a JPEG, but for those within a scan and fillers
 FAST_MARGIN = 1.5  # how much larger than the target a part must remain that the decoder shrinks
+ORIENTATION, UPRIGHT = 0x0112, (0, 1)  # EXIF's tag, and its values for pixels that are stored as they are to be seen
 
-Image.MAX_IMAGE_PIXELS = None  # PIL's own limit is higher than ours and warns before it refuses
+# PIL refuses twice its limit, before it takes memory even for a GIF's frame, and warns above the limit.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", module=r"PIL\.", category=UserWarning)  # odd metadata; the pixels decide
 
 
@@ -56,16 +63,13 @@ class Picture:
         if isinstance(data, np.ndarray):
             self._image = Image.fromarray(data)
         else:
-            try:
-                self._image = Image.open(io.BytesIO(data), formats=FORMATS)
-            except Exception as error:  # PIL's plugins raise many kinds on broken bytes; all mean the same here
-                raise BadPicture(_reason(data, error)) from error
-            if self._image.format in ("JPEG", "MPO") and data.rfind(END_MARKER) < data.rfind(SCAN_MARKER):
+            self._image = open_image(data)
+            if self._image.format in JPEGS and not _ends(data):
                 raise BadPicture("cut off: no end marker after the last scan")
         self.width, self.height = self._image.size
         self.format = self._image.format  # None for pixels
         if self.width * self.height > MAX_PIXELS:
-            raise BadPicture(f"{self.width} x {self.height} is more than {MAX_PIXELS // 1_000_000} megapixels")
+            raise BadPicture(TOO_LARGE)
 
     def view(self, box: Box, target: tuple[int, int]) -> Image.Image:
         """Cuts `box` out and resizes it to `target` (height, width), in RGB.
@@ -94,10 +98,57 @@ class Picture:
                 raise BadPicture(_reason(self._data, error)) from error
         return self._rgb
 
+    def converted(self) -> tuple[str, ...]:
+        """Returns what of a file becomes something else in 8-bit RGB, or is ignored; () for pixels."""
+        image, what = self._image, []
+        if self.format is None:
+            return ()
+        if image.mode in ("1", "L", "LA") or image.mode.startswith("I"):
+            what.append("grey")
+        elif image.mode in ("P", "PA"):
+            what.append("with a palette")
+        elif image.mode == "CMYK":
+            what.append("CMYK")
+        if self.format == "PNG" and self._data[24] == 16:  # IHDR comes first: bits per channel
+            what.append("of 16 bits")
+        if image.has_transparency_data:
+            what.append("with transparency")
+        if self.format not in JPEGS and _animated(image):
+            what.append("animated (first frame)")
+        if image.info.get("exif") and image.getexif().get(ORIENTATION, 1) not in UPRIGHT:
+            what.append("turned by EXIF (ignored)")
+        return tuple(what)
+
     def _fused(self) -> bool:
         """Whether a part may be decoded alone; a file that was cut has been refused already."""
-        plain = self.format in ("JPEG", "MPO") and self._image.mode in ("RGB", "L")
-        return self._fast and plain
+        return self._fast and self.format in JPEGS and self._image.mode in ("RGB", "L")
+
+
+def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Reads the header of an encoded picture; raises BadPicture."""
+    try:
+        return Image.open(io.BytesIO(data), formats=formats)
+    except Exception as error:  # PIL's plugins raise many kinds on broken bytes; all mean the same here
+        raise BadPicture(_reason(data, error)) from error
+
+
+def _ends(data: bytes) -> bool:
+    """Whether a JPEG has its end marker, whatever follows it: phones append films, whose bytes look like markers."""
+    if data.rfind(END_MARKER) > data.rfind(SCAN_MARKER):
+        return True
+    place = 2
+    while found := MARKER.search(data, place):
+        if found[0] == END_MARKER:
+            return True
+        place = found.end() + int.from_bytes(data[found.end():found.end() + 2])  # past the segment, or a scan's header
+    return False
+
+
+def _animated(image: Image.Image) -> bool:
+    try:
+        return getattr(image, "is_animated", False)
+    except Exception:  # of a GIF: its second frame is broken, which nobody sees
+        return True
 
 
 def decode_mask(data: bytes, offset: int = 0) -> np.ndarray:
@@ -107,10 +158,10 @@ def decode_mask(data: bytes, offset: int = 0) -> np.ndarray:
       offset: is subtracted; what lies below it becomes 255, and 255 (to ignore) stays.
 
     Raises:
-      BadPicture: it does not decode, or has more than 8 bits.
+      BadPicture: it does not decode, or has more than 8 bits or 50 megapixels.
     """
     try:
-        values = np.asarray(Image.open(io.BytesIO(data), formats=FORMATS))
+        values = np.asarray(open_image(data))
     except Exception as error:
         raise BadPicture(f"mask: {_reason(data, error)}") from error
     values = values[..., 0] if values.ndim == 3 else values
@@ -178,5 +229,7 @@ def _reason(data: bytes | np.ndarray, error: Exception) -> str:
         return "empty file"
     if isinstance(error, Image.UnidentifiedImageError):
         return "not a JPEG, PNG, WebP, BMP or GIF picture"
+    if isinstance(error, Image.DecompressionBombError):
+        return TOO_LARGE
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     return text[:120]

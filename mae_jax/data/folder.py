@@ -3,13 +3,14 @@
 Splits are the sub-folders train/ and test/, val/ or validation/, if they are there. Else each picture belongs where the
 hash of its relative path says, so that adding files moves none: 'test' is a tenth, if the config uses it, and 'train'
 the rest. Classes are the first sub-folders of a split, if there are several and no picture lies beside them. The masks
-of data.mask_key lie in a folder of the same shape, as PNG files of the same names.
+of data.mask_key lie in a folder of the same shape, as PNG files of the same names. Links are followed, to read.
 """
 
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from etils import epath
@@ -19,11 +20,12 @@ from mae_jax.data import splits
 from mae_jax.data.decode import decode_mask
 from mae_jax.data.sizes import check_size
 from mae_jax.data.sources import UNLABELLED, Example, Source
-from mae_jax.errors import UserError, nearest
+from mae_jax.errors import UserError, counted, nearest, printable
 
 log = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+MOST_KINDS = 5  # extensions of other files that are counted one by one
 
 
 def load(data: ConfigDict, split: splits.Split) -> Source:
@@ -97,37 +99,93 @@ def _source(base: epath.Path, files: tuple[str, ...], classes: tuple[str, ...], 
         mask = decode_mask((masks / files[i]).with_suffix(".png").read_bytes(), offset) if masks else None
         return Example((base / files[i]).read_bytes(), int(labels[i]), mask=mask)
 
-    return Source(len(files), read, files.__getitem__, classes, ("mask",) if masks else (), lambda i: int(labels[i]))
+    return Source(len(files), read, lambda i: printable(files[i]), classes, ("mask",) if masks else (),
+                  lambda i: int(labels[i]))
+
+
+def unread(data: ConfigDict, expressions: Iterable[str]) -> list[str]:
+    """Returns lines about what lies in the folder and is in none of these splits, by sub-folder or by extension."""
+    root = _root(data.path)
+    children, lost, lines = _children(root), [], []
+    if _has_splits(children) or children == {"train"}:
+        names = {part.name for text in expressions for part in splits.parts(text)}
+        read = {_sub_folder(name, children) for name in names} if _has_splits(children) else children
+        others = [f"{base}/{name}" for base in sorted(read) for name in _files(root / base)[1]]
+        lost = [f"{base}/{name}" for base in sorted(children - read) for name in _files(root / base)[0]]
+        lost += [file.name for file in root.iterdir() if file.name.lower().endswith(EXTENSIONS)]
+    else:
+        others = _files(root)[1]
+    if lost:
+        lines.append(f"{counted(len(lost), 'picture')} in no split of the config, such as {printable(lost[0])}")
+    if others:
+        kinds = Counter(printable(os.path.splitext(name)[1].lower()) or "none" for name in others)
+        counts = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common(MOST_KINDS))
+        lines.append(f"{counted(len(others), 'file')} not looked at, no picture by the extension ({counts}), such as "
+                     f"{printable(others[0])}")
+    return lines
+
+
+def _list(base: epath.Path) -> tuple[str, ...]:
+    """Returns the pictures under a folder, relative and sorted; raises UserError when there are none."""
+    pictures, others = _files(base)
+    if not pictures:
+        what = f"{len(others)} other files, such as {others[0]}" if others else "it is empty"
+        raise UserError(f"no pictures ({', '.join(EXTENSIONS)}) under {base}: {what}")
+    return pictures
 
 
 @functools.lru_cache(maxsize=8)  # a run opens a folder for training, for evaluation and for its classes
-def _list(base: epath.Path) -> tuple[str, ...]:
-    """Returns the pictures under a folder, relative and sorted; raises UserError when there are none."""
-    pictures, others = [], []
-    for name in _walk(base):
-        (pictures if name.lower().endswith(EXTENSIONS) else others).append(name)
-    if not pictures:
-        what = f"{len(others)} other files, such as {min(others)}" if others else "it is empty"
-        raise UserError(f"no pictures ({', '.join(EXTENSIONS)}) under {base}: {what}")
-    return tuple(sorted(pictures))
+def _files(base: epath.Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the pictures under a folder, by their extension, and the other files; relative and sorted."""
+    parts: tuple[list[str], list[str]] = [], []
+    for name in sorted(_walk(base)):
+        parts[not name.lower().endswith(EXTENSIONS)].append(name)
+    return tuple(parts[0]), tuple(parts[1])
 
 
 def _walk(base: epath.Path) -> Iterator[str]:
-    """Yields relative paths of files. Hidden ones are skipped, and links that lead out of the folder."""
-    local = "://" not in os.fspath(base)
-    top, escapes = (os.path.realpath(base) if local else os.fspath(base)), 0
-    for folder, children, files in os.walk(top) if local else base.walk():
+    """Yields relative paths of files, but hidden ones."""
+    if "://" not in os.fspath(base):
+        yield from _walk_local(os.fspath(base))
+        return
+    for folder, children, files in base.walk():
         children[:] = [child for child in children if not child.startswith(".")]
-        for name in files:
-            path = os.path.join(os.fspath(folder), name)
-            if name.startswith("."):
+        inside = os.fspath(folder).removeprefix(os.fspath(base)).lstrip("/")
+        yield from (f"{inside}/{name}" if inside else name for name in files if not name.startswith("."))
+
+
+def _walk_local(base: str) -> Iterator[str]:
+    """Yields likewise. Links are followed, to folders too, but into no folder that is read already: a loop ends there.
+
+    A folder that cannot be listed raises OSError: its pictures would be lost without a word.
+    """
+    top = os.path.realpath(base)
+    read, pending, odd = [top], [""], defaultdict(list)
+    while pending:
+        folder = pending.pop()
+        with os.scandir(os.path.join(base, folder)) as entries:
+            found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+        for entry in found:
+            name, target = folder + entry.name, os.path.realpath(entry.path) if entry.is_symlink() else ""
+            is_folder = os.path.isdir(target) if target else entry.is_dir()
+            if is_folder and target and any(_within(target, one) or _within(one, target) for one in read):
+                odd["link", "left out, to a folder that is read already"].append(name)
                 continue
-            if local and os.path.islink(path) and not os.path.realpath(path).startswith(top + os.sep):
-                escapes += 1
-                continue
-            yield os.path.relpath(path, top).replace(os.sep, "/") if local else path.removeprefix(top).lstrip("/")
-    if escapes:
-        log.warning("%s: %d links that lead out of the folder are left out", base, escapes)
+            if target and not _within(target, top):
+                odd["link", "out of the folder followed"].append(name)
+            if is_folder:
+                read += [target] if target else []
+                pending.append(f"{name}/")
+            elif entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path) or not os.path.exists(entry.path):
+                yield name  # also what a link promises and is not there: a broken picture, by name
+            else:
+                odd["file", "left out, no regular one"].append(name)
+    for (what, why), names in odd.items():
+        log.warning("%s: %s %s, such as %s", base, counted(len(names), what), why, printable(names[0]))
+
+
+def _within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
 def _classes(files: tuple[str, ...]) -> tuple[str, ...]:

@@ -5,12 +5,11 @@ chosen by a hash of the index, is 'test' if the config uses it. Labels are optio
 bool [n, C], 1 where a class is in the picture.
 """
 
-import zipfile
-
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from mae_jax.arrays import opened
 from mae_jax.data import splits
 from mae_jax.data.sources import UNLABELLED, Example, Source, known_split, numbered_classes
 from mae_jax.errors import UserError, nearest
@@ -21,35 +20,25 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
     path = epath.Path(data.path)
     if not data.path or not path.is_file():
         raise UserError(f"data.path={data.path!r} is no file; data.source='npz' needs one")
-    with path.open("rb") as file, _open(file, data.path) as arrays:
-        names = set(arrays.files)
+    with opened(path) as arrays:
+        names, image_key, label_key = set(arrays.files), data.image_key, data.label_key
         if "x_train" in names:
             known_split(split, tuple(sorted(name[2:] for name in names if name.startswith("x_"))))
-            images, labels = arrays[f"x_{split.name}"], arrays.get(f"y_{split.name}")
-            return _source(images, labels, f"x_{split.name}").sliced(split)
-        if data.image_key not in names:
-            raise UserError(f"{data.path} has no array data.image_key={data.image_key!r}; "
-                            f"{nearest(data.image_key, names)}")
-        images, labels = arrays[data.image_key], arrays.get(data.label_key)
+            image_key, label_key = f"x_{split.name}", f"y_{split.name}"
+        if image_key not in names:
+            raise UserError(f"{data.path} has no array data.image_key={image_key!r}; {nearest(image_key, names)}")
+        images, labels = arrays[image_key], arrays.get(label_key)
+    if "x_train" in names:
+        return _source(images, labels, image_key).sliced(split)
     low, high = splits.part(split.name, splits.holds_out(data))
     shares = np.array([splits.share(str(i)) for i in range(len(images))])
-    return _source(images, labels, data.image_key).only(np.flatnonzero((low <= shares) & (shares < high))).sliced(split)
+    return _source(images, labels, image_key).only(np.flatnonzero((low <= shares) & (shares < high))).sliced(split)
 
 
 def split_name(data: ConfigDict, name: str) -> str:
     """Returns what a split is called in the file."""
-    with epath.Path(data.path).open("rb") as file, _open(file, data.path) as arrays:
+    with opened(epath.Path(data.path)) as arrays:
         return name if "x_train" in arrays.files else splits.held_out_name(name)
-
-
-def _open(file: object, path: str) -> np.lib.npyio.NpzFile:
-    try:
-        arrays = np.load(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no npz file: {error}") from error
-    if not isinstance(arrays, np.lib.npyio.NpzFile):
-        raise UserError(f"{path} is no npz file but one array; write it with numpy.savez(image=..., label=...)")
-    return arrays
 
 
 def _source(images: np.ndarray, labels: np.ndarray | None, name: str) -> Source:

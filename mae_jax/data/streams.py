@@ -9,6 +9,7 @@ readers whose rows it feeds. The records that do not divide by R are left out.
 import bisect
 import itertools
 import logging
+import re
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from mae_jax.data.random import rng
 from mae_jax.data.sources import UNLABELLED, Example
 from mae_jax.data.tensorflow_cpu import tf
 from mae_jax.data.views import Fields, Spec, Views
-from mae_jax.errors import UserError
+from mae_jax.errors import UserError, printable
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Stream:
     multi_label: bool = False  # label_key names a list of classes
     mask_key: str = ""  # '' without masks
     mask_offset: int = 0  # see decode_mask
+    promised_by: str = ""  # what says how many records there are; '' where they were counted
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -74,7 +76,7 @@ class Stream:
         """Returns what to call a record, numbered over all files."""
         ends = list(itertools.accumulate(self.counts))
         file = bisect.bisect_right(ends, record)
-        return f"{self.files[file]}, record {record - ends[file] + self.counts[file]}"
+        return f"{printable(self.files[file])}, record {record - ends[file] + self.counts[file]}"
 
     def instructions(self, start: int, size: int) -> list[Instruction]:
         """Returns which parts of which files hold records start ... start + size - 1 of this slice."""
@@ -233,11 +235,32 @@ def _epoch(stream: Stream, parts: tf.Tensor, key: tf.Tensor, epoch: tf.Tensor, h
     return records.shuffle(held, seed=seed, reshuffle_each_iteration=False)
 
 
-def stored(stream: Stream) -> Iterator[tuple[int, tuple[Any, ...]]]:
-    """Yields record number and the arguments of `Stream.example` of every record, in order."""
-    records = _records(stream, stream.instructions(0, stream.size)).with_options(pipeline.options())
-    for record, *fields in _guarded(stream, records.as_numpy_iterator(), skipped=0):
-        yield record, tuple(fields)
+def stored(stream: Stream, faults: list[str] | None = None) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """Yields record number and the arguments of `Stream.example` of every record, in order.
+
+    Args:
+      stream: whose files may not be as promised.
+      faults: is told of each such file, of which what can be read is yielded; None: UserError is raised.
+    """
+    parts = stream.instructions(0, stream.size)
+    while parts:
+        records, done = _records(stream, parts).with_options(pipeline.options()), 0
+        try:
+            for record, *fields in records.as_numpy_iterator():
+                yield record, tuple(fields)
+                done += 1
+            return
+        except tf.errors.OpError as error:
+            ends = list(itertools.accumulate(take for _, _, take in parts))
+            at = bisect.bisect_left(ends, done)
+            wrong = fault(stream, parts[at][0])
+            if not wrong and done == ends[at] < ends[-1]:  # it is the next part, at its first record
+                at += 1
+                wrong = fault(stream, parts[at][0])
+            if faults is None:
+                raise UserError(wrong or f"reading records failed: {_reason(error)}") from None
+            faults.append(wrong or f"{printable(stream.files[parts[at][0]])} does not read: {_reason(error)}")
+            parts = parts[at + 1:]
 
 
 def _records(stream: Stream, instructions: list[Instruction]) -> tf.data.Dataset:
@@ -287,18 +310,23 @@ def _guarded(stream: Stream, batches: Iterator[Any], skipped: int) -> Iterator[A
     except Exception as error:
         if not isinstance(error, tf.errors.OpError):
             raise
-        raise UserError(diagnose(stream) or f"reading records failed: {error.message.splitlines()[0]}") from None
+        wrong = filter(None, (fault(stream, file) for file in range(len(stream.files))))
+        raise UserError(next(wrong, f"reading records failed: {_reason(error)}")) from None
 
 
-def diagnose(stream: Stream) -> str:
-    """Reads all files to find the one that is not as promised; returns '' when every file is."""
-    for file, count in zip(stream.files, stream.counts, strict=True):
-        found = 0
-        try:
-            for _ in tf.data.TFRecordDataset(file).with_options(pipeline.options()):
-                found += 1
-        except tf.errors.OpError as error:
-            return f"{file} is damaged after record {found}: {error.message.splitlines()[0]}"
-        if found != count:
-            return f"{file} has {found} records where {count} are promised; write the data again, or mend its metadata"
+def fault(stream: Stream, file: int) -> str:
+    """Reads a file to the end; returns in what it is not as promised, '' when it is."""
+    name, promised, found = printable(stream.files[file]), stream.counts[file], 0
+    try:
+        for _ in tf.data.TFRecordDataset(stream.files[file]).with_options(pipeline.options()):
+            found += 1
+    except tf.errors.OpError as error:
+        return f"{name} is damaged after record {found} of {promised}: {_reason(error)}"
+    if found != promised:
+        return f"{name} has {found} records where {promised} are promised; write the data again, or mend its metadata"
     return ""
+
+
+def _reason(error: tf.errors.OpError) -> str:
+    """Returns TensorFlow's account in one line, without the names of its nodes."""
+    return re.sub(r"^({{.*?}} ?)+| ?\[(Op:|{{).*$", "", error.message.splitlines()[0])

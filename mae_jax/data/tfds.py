@@ -1,11 +1,14 @@
 """tfds: a prepared data set of TensorFlow Datasets, read from data.path (its data_dir), local or gs://.
 
-Nothing is downloaded. Data stored as array_record have random access; TFRecord files are a stream.
+Nothing is downloaded, and nothing that the data set's metadata say is executed or leads out of its folder. Data stored
+as array_record have random access; TFRecord files are a stream.
 """
 
 import difflib
+import functools
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax.data import splits
@@ -14,7 +17,7 @@ from mae_jax.data.sizes import check_size
 from mae_jax.data.sources import UNLABELLED, Example, Source, known_split, multi_hot
 from mae_jax.data.streams import Stream
 from mae_jax.data.tensorflow_cpu import tf
-from mae_jax.errors import UserError, nearest
+from mae_jax.errors import UserError, nearest, printable
 
 
 def load(data: ConfigDict, split: splits.Split) -> Source | Stream:
@@ -33,6 +36,7 @@ def load(data: ConfigDict, split: splits.Split) -> Source | Stream:
     classes, multi_label = _classes(module, features.get(label_key))
     info = builder.info.splits[split.name]
     check_size("/".join(filter(None, (builder.info.name, builder.info.config_name))), split.name, info.num_examples)
+    _check_files(builder, info)
     if builder.info.file_format.file_suffix == "array_record":
         return _random_access(module, builder, data, split.name, classes, multi_label).sliced(split)
     start, stop = split.bounds(info.num_examples)
@@ -40,9 +44,10 @@ def load(data: ConfigDict, split: splits.Split) -> Source | Stream:
         files=tuple(str(path) for path in info.filepaths), counts=tuple(info.shard_lengths), start=start,
         size=stop - start, mean_bytes=info.num_bytes / max(info.num_examples, 1), image_key=image_key,
         label_key=label_key if classes else "", classes=classes, multi_label=multi_label, mask_key=data.mask_key,
-        mask_offset=data.mask_offset)
+        mask_offset=data.mask_offset, promised_by="the metadata of TFDS")
 
 
+@functools.cache
 def api() -> Any:
     """Returns the tensorflow_datasets module; raises UserError with the pip line without it."""
     try:
@@ -50,12 +55,42 @@ def api() -> Any:
     except ImportError as error:
         raise UserError(f"data.source='tfds' needs TensorFlow Datasets ({error}): "
                         "pip install tensorflow-datasets") from error
+    _keep_from_importing(tensorflow_datasets.features.FeatureConnector)
     return tensorflow_datasets
+
+
+def _keep_from_importing(connector: Any) -> None:
+    """Has TFDS make its own kinds of features alone: it would import any module that a features.json names."""
+    make = connector.cls_from_name
+
+    def checked(name: str) -> Any:
+        if not name.startswith("tensorflow_datasets."):
+            raise UserError(f"the data set's features.json asks for the class {printable(name)!r}, which is none of "
+                            "TFDS, and would be executed; read the pictures as data.source='tfrecord'")
+        return make(name)
+
+    connector.cls_from_name = staticmethod(checked)
+
+
+def _check_files(builder: Any, info: Any) -> None:
+    """Raises UserError when files of a split lie outside of the data set's folder, or are missing."""
+    root, paths = builder.data_path, [epath.Path(path) for path in info.filepaths]
+    outside = [path for path in paths if not path.is_relative_to(root) or ".." in path.parts]
+    if outside:
+        raise UserError(f"the data set's metadata lead out of its folder {root}, to {printable(str(outside[0]))}")
+    there = {path for folder in {path.parent for path in paths} if folder.is_dir() for path in folder.iterdir()}
+    missing = sorted(str(path) for path in paths if path not in there)
+    if missing:
+        raise UserError(f"{len(missing)} of the {len(paths)} files of {info.name!r} are missing, such as {missing[0]}; "
+                        "bring them back, or prepare the data set again")
 
 
 def _builder(module: Any, data: ConfigDict) -> Any:
     if not data.name:
         raise UserError("data.source='tfds' needs data.name, such as 'imagenet2012' or 'imagenet_resized/64x64'")
+    if ":" in data.name.split("/")[0]:
+        raise UserError(f"data.name={data.name!r} names another catalogue, whose code would be downloaded and run; "
+                        "prepare the data set beforehand, and name it alone")
     try:
         builder = module.builder(data.name, data_dir=data.path or None)
     except (module.core.DatasetNotFoundError, ValueError) as error:
@@ -82,12 +117,15 @@ def _random_access(module: Any, builder: Any, data: ConfigDict, split: str, clas
     image_key, label_key, mask_key = data.image_key, data.label_key, data.mask_key
     encoded = {key: module.decode.SkipDecoding() for key in (image_key, mask_key) if key}
     rows = builder.as_data_source(split, decoders=encoded)
+    wanted = [key for key in (image_key, label_key if classes else "", mask_key) if key]
 
     def read(i: int) -> Example:
         try:
             row = rows[i]
         except Exception as error:  # array_record raises RuntimeError for damage
             raise BadPicture(f"the record does not read: {str(error).splitlines()[0][:80]}") from error
+        if any(row[key] is None for key in wanted):  # how array_record reads beyond a cut
+            raise BadPicture("the record is empty")
         return Example(row[image_key], int(row[label_key]) if classes and not multi_label else UNLABELLED,
                        multi_hot(row[label_key], len(classes)) if multi_label else None,
                        decode_mask(row[mask_key], data.mask_offset) if mask_key else None)

@@ -4,7 +4,6 @@ A file *.npz with one integer array [n, N] per split, by the split's expression 
 the tokens of its example of id i, patches in raster order, in row i.
 """
 
-import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from mae_jax.arrays import opened
 from mae_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -43,11 +43,8 @@ def load(config: ConfigDict, sizes: dict[str, int], patches: int) -> dict[str, n
     if not data.tokens or not file.is_file():
         raise UserError(f"data.tokens={data.tokens!r} is no file; write one *.npz with an integer array [examples, "
                         f"{patches}] per split, named {' and '.join(map(repr, sizes))}")
-    try:
-        with file.open("rb") as opened, np.load(opened) as stored:
-            found = {name: stored[name] for name in sizes if name in stored.files}
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file} is damaged: {error}") from None
+    with opened(file) as stored:
+        found = {name: stored[name] for name in sizes if name in stored.files}
     for name, size in sizes.items():
         if name not in found:
             raise UserError(f"{file} has no array {name!r}, the tokens of that split")

@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
@@ -27,30 +27,34 @@ NAME, VERSION = "pictures", "1.0.0"  # of the data set that TFDS writes
 CHUNK = 256  # pictures that are read ahead
 
 Found = Source | streams.Stream
-Stored = Iterator[tuple[str, Example | BadPicture | OSError]]  # name, and the picture or what is wrong with it
+Changed = TypeVar("Changed")
 
 
-def stored(source: Found, mixed: bool = False) -> Iterator[tuple[str, Callable[[], Example]]]:
-    """Yields name and reader of every example; `mixed` puts sources with random access into a fixed random order."""
+def stored(source: Found, mixed: bool, faults: list[str] | None) -> Iterator[tuple[int, Callable[[], Example]]]:
+    """Yields number and reader of every example; `mixed` puts sources with random access into a fixed random order."""
     if isinstance(source, streams.Stream):
-        for record, fields in streams.stored(source):
-            yield source.name(record), lambda fields=fields: source.example(*fields)
+        for record, fields in streams.stored(source, faults):
+            yield record, lambda fields=fields: source.example(*fields)
     else:
         order = rng(0, "write", 0).permutation(source.size) if mixed else range(source.size)
         for i in order:
-            yield source.name(int(i)), lambda i=int(i): source.read(i)
+            yield int(i), lambda i=int(i): source.read(i)
 
 
-def each(source: Found, change: Callable[[Example], Example], threads: int, mixed: bool = False) -> Stored:
-    """Yields every example after `change`, made in threads, or the error that it raised; bounded in memory."""
-    def one(item: tuple[str, Callable[[], Example]]) -> tuple[str, Example | BadPicture | OSError]:
-        name, read = item
+def each(source: Found, change: Callable[[Example], Changed], threads: int, mixed: bool = False,
+         faults: list[str] | None = None) -> Iterator[tuple[int, Changed | BadPicture | OSError]]:
+    """Yields number, as the source's `name` takes it, and `change`, made in threads, of every example; few in memory.
+
+    In place of the change of a bad picture stands its error. For `faults`, see `streams.stored`.
+    """
+    def one(item: tuple[int, Callable[[], Example]]) -> tuple[int, Changed | BadPicture | OSError]:
+        number, read = item
         try:
-            return name, change(read())
+            return number, change(read())
         except (BadPicture, OSError) as error:
-            return name, error
+            return number, error
 
-    items = stored(source, mixed)
+    items = stored(source, mixed, faults)
     with ThreadPoolExecutor(threads) as pool:
         while chunk := list(itertools.islice(items, CHUNK)):
             yield from pool.map(one, chunk)
@@ -88,7 +92,7 @@ def write_tfrecord(found: dict[str, Found], folder: epath.Path, size: int, threa
     records, broken = {}, {}
     for split, source in found.items():
         broken[split], files = [], -(-source.size // PER_FILE)
-        examples = _good(each(source, lambda example: shrink(example, size), threads, mixed=True), broken[split])
+        examples = _good(source, size, threads, broken[split], mixed=True)
         for number in range(files):
             name = f"{split}-{number:05d}-of-{files:05d}.tfrecord"
             with tf.io.TFRecordWriter(str(folder / name)) as file:
@@ -111,8 +115,7 @@ def write_array_record(found: dict[str, Found], folder: epath.Path, size: int, t
     broken = {split: [] for split in found}
 
     def keyed(split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        change = each(found[split], lambda example: shrink(example, size), threads)
-        for key, example in enumerate(_good(change, broken[split])):
+        for key, example in enumerate(_good(found[split], size, threads, broken[split])):
             yield key, {"image": io.BytesIO(example.picture), **({"label": example.label} if classes else {})}
 
     api.disable_progress_bar()
@@ -160,11 +163,11 @@ def _joined(found: Iterable[pipeline.Batch], spec: Spec) -> pipeline.Batch:
     return {name: value[real] for name, value in fields.items()}
 
 
-def _good(examples: Stored, broken: list[str]) -> Iterator[Example]:
-    """Yields the good examples and notes the broken ones."""
-    for name, example in examples:
+def _good(source: Found, size: int, threads: int, broken: list[str], mixed: bool = False) -> Iterator[Example]:
+    """Yields the good examples with a short side of at most `size`, and notes the broken ones."""
+    for number, example in each(source, lambda example: shrink(example, size), threads, mixed):
         if isinstance(example, Exception):
-            broken.append(f"{name}: {example}")
+            broken.append(f"{source.name(number)}: {example}")
         else:
             yield example
 

@@ -6,13 +6,13 @@ BEiT; how it prepares the patches is not known to us, so the preparations below 
 """
 
 import logging
-import zipfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from mae_jax.arrays import opened
 from mae_jax.errors import UserError, nearest
 from mae_jax.ops.clustering import kmeans
 from mae_jax.ops.patches import normalize
@@ -81,8 +81,8 @@ def save(file: epath.PathLike, entries: np.ndarray, kind: str) -> None:
     """Writes a vocabulary [V - 1, P] as *.npz, with what kind it is."""
     path = epath.Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as opened:
-        np.savez(opened, vocabulary=entries, kind=np.array(kind))
+    with path.open("wb") as stored:
+        np.savez(stored, vocabulary=entries, kind=np.array(kind))
 
 
 def load(file: epath.PathLike, kind: str, shape: tuple[int, int]) -> np.ndarray:
@@ -90,11 +90,10 @@ def load(file: epath.PathLike, kind: str, shape: tuple[int, int]) -> np.ndarray:
     path = epath.Path(file)
     if not path.is_file():
         raise UserError(f"method.vocabulary_file={file!r} is no file; python -m mae_jax.cluster writes one")
-    try:
-        with path.open("rb") as opened, np.load(opened) as stored:
-            entries, found = stored["vocabulary"], str(stored["kind"])
-    except (ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no vocabulary: {error}") from None
+    with opened(path) as stored:
+        if not {"vocabulary", "kind"} <= set(stored.files):
+            raise UserError(f"{path} is no vocabulary: it has {', '.join(stored.files)}")
+        entries, found = stored["vocabulary"], str(stored["kind"])
     if found != kind or entries.shape != shape:
         raise UserError(f"{path} holds {found!r} of shape {list(entries.shape)} (tokens but one, values of a patch); "
                         f"the config has {kind!r} and {list(shape)}")

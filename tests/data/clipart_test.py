@@ -81,7 +81,6 @@ def test_icons_signs_links_and_pictures_without_transparency_or_size_are_left_ou
     draw(tmp_path / "food" / "tiny.png", size=(63, 80))
     draw(tmp_path / "food" / "long.png", size=(2001, 80))
     (tmp_path / "food" / "link.png").symlink_to(tmp_path / "food" / "kept.png")
-    (tmp_path / "food" / "text.png").write_text("no picture")
     Image.new("RGB", (80, 80)).save(tmp_path / "food" / "opaque.png")
     assert clipart._list(clipart.epath.Path(tmp_path)) == ("food/kept.png",)
 
@@ -91,7 +90,11 @@ def test_without_the_package_the_command_that_installs_it_is_given(tmp_path):
         load(tmp_path / "nothing")
 
 
-def test_a_drawing_cut_short_is_a_bad_picture(tmp_path):
-    draw(tmp_path / "a.png")
+@pytest.mark.parametrize("keep", [0, 20, -30])
+def test_a_drawing_cut_short_is_a_bad_picture_and_not_left_out_without_a_word(tmp_path, keep):
+    path = tmp_path / "food" / "a.png"
+    draw(path)
+    path.write_bytes(path.read_bytes()[:keep])
+    assert clipart._list(clipart.epath.Path(tmp_path)) == ("food/a.png",)
     with pytest.raises(BadPicture, match="no PNG picture"):
-        clipart._decode((tmp_path / "a.png").read_bytes()[:-30])
+        clipart._decode(path.read_bytes())

@@ -26,7 +26,7 @@ def write(root, *names):
 
 @pytest.fixture(autouse=True)
 def fresh_listing():
-    folder._list.cache_clear()
+    folder._files.cache_clear()
 
 
 def load(root, split="train", eval_split="test", masks=""):
@@ -84,7 +84,7 @@ def test_a_folder_without_splits_holds_out_a_tenth_by_name(tmp_path):
 def test_adding_files_moves_none(tmp_path):
     write(tmp_path, *(f"{i}.png" for i in range(100)))
     before = {split: names(load(tmp_path, split)) for split in ("train", "test", "train[:30%]")}
-    folder._list.cache_clear()
+    folder._files.cache_clear()
     write(tmp_path, *(f"new{i}.png" for i in range(100)))
     for split, old in before.items():
         assert {name for name in names(load(tmp_path, split)) if not name.startswith("new")} == old

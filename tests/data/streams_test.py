@@ -278,7 +278,7 @@ def damage(kind, path):
 
 
 @pytest.mark.parametrize(("kind", "text"), [
-    ("flipped", "damaged after record 0"), ("lacks one", "has 10 records where 11"),
+    ("flipped", "damaged after record 0 of 11"), ("lacks one", "has 10 records where 11"),
     ("has one more", "has 12 records where 11")])
 def test_a_file_that_is_not_as_promised_is_named(shards, kind, text):
     counts = {f"train-{shard}.tfrecord": size for shard, size in enumerate((3, 11, 0, 20, 16))}

@@ -1,0 +1,125 @@
+"""The text of an audit (data/audit.py): a few lines for each split, and what several splits share."""
+
+import itertools
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mae_jax.errors import counted, printable
+
+if TYPE_CHECKING:
+    from mae_jax.data.audit import Audit
+
+NAMED = 50  # broken pictures that are printed
+SHOWN = 3  # examples of anything else
+INDENT = " " * 13
+
+
+def split_lines(split: str, audit: "Audit", image_size: tuple[int, int]) -> list[str]:
+    """Returns the lines about one split.
+
+    Args:
+      split: what to call it.
+      audit: what was seen of it.
+      image_size: height and width of what the model sees.
+    """
+    good = audit.good()
+    rate = (len(good) + len(audit.broken)) / audit.seconds
+    lines = [f"{split}: {counted(audit.source.size, 'picture')}, {len(audit.broken) or 'none'} broken; {rate:.0f}/s "
+             "decoded in full", *broken_names(audit.broken), *_records(audit, len(good))]
+    if audit.source.classes:
+        lines.append(_row("labels", _labels(audit)))
+    if not len(good):
+        return lines
+    lines.append(_row("sizes", _sizes(audit.sizes[good], image_size)))
+    if any(audit.formats):
+        more = f"; {len(audit.misnamed)} by another extension: {_some(audit.misnamed)}" if audit.misnamed else ""
+        lines.append(_row("formats", _counts(audit.formats.most_common()) + more))
+    if audit.converted:
+        lines.append(_row("converted", _counts(audit.converted.most_common())))
+    return lines + _copies(audit)
+
+
+def broken_names(broken: list[str]) -> list[str]:
+    """Returns the lines about the first 50 broken pictures, 'name: reason'."""
+    rest = [f"  and {len(broken) - NAMED} more"] if len(broken) > NAMED else []
+    return [f"  {name}" for name in broken[:NAMED]] + rest
+
+
+def leak_lines(audits: dict[str, "Audit"]) -> list[str]:
+    """Returns the lines about pictures that lie in more than one split, byte for byte."""
+    lines = []
+    for (one, first), (other, second) in itertools.combinations(audits.items(), 2):
+        known, keys = first.keys(), second.keys()
+        shared = np.flatnonzero(np.isin(keys, known))
+        if not len(shared):
+            continue
+        lines.append(f"leak: {counted(len(shared), 'picture')} of {other} also in {one}:")
+        for place in shared[:SHOWN]:
+            twin = first.good()[np.flatnonzero(known == keys[place])[0]]
+            lines.append(f"  {other} {second.name(int(second.good()[place]))} = {one} {first.name(int(twin))}")
+    return lines
+
+
+def _records(audit: "Audit", good: int) -> list[str]:
+    """Returns how many records were read of how many, for data that are files of records."""
+    counts = getattr(audit.source, "counts", ())
+    if not counts:
+        return []
+    read, wanted, by = good + len(audit.broken), audit.source.size, audit.source.promised_by
+    files = f"in {len(counts)} files of {min(counts)} to {max(counts)}"
+    promise = f"by {by}" if by else "as counted: nothing says how many there should be"
+    return [_row("records", f"{read} read of {wanted} {files}, {promise}"), *(INDENT + fault for fault in audit.faults)]
+
+
+def _labels(audit: "Audit") -> str:
+    classes = [printable(name) for name in audit.source.classes]
+    counts = [audit.labels[label] for label in range(len(classes))]
+    least, most = int(np.argmin(counts)), int(np.argmax(counts))
+    span = f"{counts[least]} ({classes[least]}) to {counts[most]} ({classes[most]})"
+    text = f"{len(classes)} classes of {span if counts[least] < counts[most] else counts[most]} pictures"
+    if empty := [name for name, count in zip(classes, counts, strict=True) if not count]:
+        text += f"; {len(empty)} without any: {_some(empty)}"
+    if audit.unlabelled:
+        text += f"; {audit.unlabelled} pictures without a label"
+    if strange := sum(count for label, count in audit.labels.items() if label >= len(classes)):
+        text += f"; {strange} labels that are no class, up to {max(audit.labels)}"
+    return text
+
+
+def _sizes(sizes: np.ndarray, image_size: tuple[int, int]) -> str:
+    """Describes width x height of pictures, int32 [n, 2], the least, median and largest by area."""
+    order = np.argsort(sizes.prod(1, dtype=np.int64), kind="stable")
+    least, median, largest = ("{} x {}".format(*sizes[order[at]]) for at in (0, len(order) // 2, -1))
+    small = int((sizes < image_size[::-1]).any(1).sum())
+    text = f"{least} to {largest}, median {median}" if (sizes != sizes[0]).any() else f"all {least}"
+    if small:
+        text += f"; {small} have a side below data.image_size={tuple(image_size)}, and are enlarged"
+    return text
+
+
+def _copies(audit: "Audit") -> list[str]:
+    from mae_jax.data.audit import copies
+
+    good, (extra, groups) = audit.good(), copies(audit.keys())
+    if not extra:
+        return []
+    lines = [_row("copies", f"{extra} of them repeat another, byte for byte:")]
+    for group in groups[:SHOWN]:
+        names = " = ".join(audit.name(int(good[place])) for place in group[:SHOWN])
+        lines.append(f"{INDENT}{names}{f' and {len(group) - SHOWN} more' if len(group) > SHOWN else ''}")
+    if len(groups) > SHOWN:
+        lines.append(f"{INDENT}and {len(groups) - SHOWN} more groups")
+    return lines
+
+
+def _row(title: str, text: str) -> str:
+    return f"  {title:<{len(INDENT) - 2}}{text}"
+
+
+def _counts(pairs: list[tuple[str, int]]) -> str:
+    return ", ".join(f"{count} {what or 'pixels'}" for what, count in pairs)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

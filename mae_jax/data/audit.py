@@ -1,0 +1,118 @@
+"""What a split holds, seen by decoding every picture in full: sizes, formats, labels, what is broken, and copies."""
+
+import hashlib
+import logging
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from mae_jax.data import streams, write
+from mae_jax.data.augment import mask_image
+from mae_jax.data.decode import JPEGS, Picture
+from mae_jax.data.sources import Example
+from mae_jax.metrics import clock
+
+log = logging.getLogger(__name__)
+
+NAMED = {".jpg": JPEGS, ".jpeg": JPEGS, ".png": ("PNG",), ".webp": ("WEBP",), ".bmp": ("BMP",), ".gif": ("GIF",)}
+DIGEST = 16  # bytes of a picture's hash
+EVERY = 30  # seconds between lines that say how far it is
+
+
+class Look(NamedTuple):
+    """What is seen of one good picture."""
+
+    size: tuple[int, int]  # width, height
+    format: str  # '' of pixels that come decoded
+    converted: tuple[str, ...]  # see Picture.converted
+    digest: bytes  # of the file's bytes, or of the pixels that come decoded
+    labels: tuple[int, ...]
+
+
+@dataclass
+class Audit:
+    """What is seen of a split; of a good picture 24 bytes are kept. Numbers of examples count from 0."""
+
+    source: write.Found
+    sizes: np.ndarray  # int32 [n, 2], width and height; 0 of what is broken or was not read
+    digests: np.ndarray  # uint8 [n, 16]
+    formats: Counter[str] = field(default_factory=Counter)
+    converted: Counter[str] = field(default_factory=Counter)
+    labels: Counter[int] = field(default_factory=Counter)
+    unlabelled: int = 0
+    misnamed: list[str] = field(default_factory=list)  # 'name is FORMAT', where the extension says another one
+    broken: list[str] = field(default_factory=list)  # 'name: reason'
+    faults: list[str] = field(default_factory=list)  # files of records that are not as promised
+    seconds: float = 0.0
+
+    def name(self, number: int) -> str:
+        """Returns what to call an example."""
+        return self.source.name(number + _first(self.source))
+
+    def good(self) -> np.ndarray:
+        """Returns the numbers of the good pictures."""
+        return np.flatnonzero(self.sizes[:, 0])
+
+    def keys(self) -> np.ndarray:
+        """Returns the hashes of the good pictures, as values that sort."""
+        return self.digests[self.good()].view(f"S{DIGEST}").ravel()
+
+
+def audit(source: write.Found, threads: int, what: str) -> Audit:
+    """Looks at every picture of a split; says on the way how far it is with `what`."""
+    seen = Audit(source, np.zeros((source.size, 2), np.int32), np.zeros((source.size, DIGEST), np.uint8))
+    began = said = time.monotonic()
+    for done, (number, found) in enumerate(write.each(source, look, threads, faults=seen.faults)):
+        if isinstance(found, Exception):
+            seen.broken.append(f"{source.name(number)}: {found}")
+        else:
+            _add(seen, number - _first(source), found)
+        now = time.monotonic()
+        if now > said + EVERY:
+            log.info("%s: %d of %d pictures, %s left", what, done, source.size,
+                     clock((source.size - done) / max(done, 1) * (now - began)))
+            said = now
+    seen.seconds = time.monotonic() - began
+    return seen
+
+
+def look(example: Example) -> Look:
+    """Decodes an example in full; raises BadPicture."""
+    data, picture = example.picture, Picture(example.picture)
+    picture.whole()
+    mask_image(picture, example.mask)
+    key = repr(data.shape).encode() if isinstance(data, np.ndarray) else b""
+    digest = hashlib.blake2b(np.ascontiguousarray(data) if key else data, digest_size=DIGEST, key=key).digest()
+    several = () if example.labels is None else map(int, np.flatnonzero(example.labels))
+    labels = (example.label,) if example.labels is None and example.label >= 0 else tuple(several)
+    return Look((picture.width, picture.height), picture.format or "", picture.converted(), digest, labels)
+
+
+def copies(keys: np.ndarray) -> tuple[int, list[np.ndarray]]:
+    """Returns how many of the keys repeat another, and the places of each group of equal ones, in order."""
+    order = np.argsort(keys, kind="stable")
+    starts = np.flatnonzero(np.append(True, keys[order][1:] != keys[order][:-1])) if len(keys) else np.zeros(0, int)
+    lengths = np.diff(np.append(starts, len(keys)))
+    groups = [order[start:start + length] for start, length in zip(starts, lengths, strict=True) if length > 1]
+    return len(keys) - len(starts), sorted(groups, key=lambda group: group[0])
+
+
+def _add(seen: Audit, number: int, found: Look) -> None:
+    seen.sizes[number] = found.size
+    seen.digests[number] = np.frombuffer(found.digest, np.uint8)
+    seen.formats[found.format] += 1
+    seen.converted.update(found.converted)
+    seen.labels.update(found.labels)
+    seen.unlabelled += not found.labels
+    name = seen.name(number)
+    if found.format and found.format not in NAMED.get(os.path.splitext(name)[1].lower(), found.format):
+        seen.misnamed.append(f"{name} is {found.format}")
+
+
+def _first(source: write.Found) -> int:
+    """Returns the number of the first example; records are numbered over all their files."""
+    return source.start if isinstance(source, streams.Stream) else 0
