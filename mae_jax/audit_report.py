@@ -24,13 +24,13 @@ def split_lines(split: str, audit: "Audit", image_size: tuple[int, int]) -> list
       image_size: height and width of what the model sees.
     """
     good = audit.good()
-    rate = (len(good) + len(audit.broken)) / audit.seconds
-    lines = [f"{split}: {counted(audit.source.size, 'picture')}, {len(audit.broken) or 'none'} broken; {rate:.0f}/s "
-             "decoded in full", *broken_names(audit.broken), *_records(audit, len(good))]
-    if audit.source.classes:
-        lines.append(_row("labels", _labels(audit)))
+    read = len(good) + len(audit.broken)
+    lines = [f"{split}: {counted(read, 'picture')}, {len(audit.broken) or 'none'} broken; {read / audit.seconds:.0f}/s "
+             "decoded in full", *broken_names(audit.broken), *_records(audit, read)]
     if not len(good):
         return lines
+    if audit.source.classes:
+        lines.append(_row("labels", _labels(audit)))
     lines.append(_row("sizes", _sizes(audit.sizes[good], image_size)))
     if any(audit.formats):
         more = f"; {len(audit.misnamed)} by another extension: {_some(audit.misnamed)}" if audit.misnamed else ""
@@ -61,15 +61,17 @@ def leak_lines(audits: dict[str, "Audit"]) -> list[str]:
     return lines
 
 
-def _records(audit: "Audit", good: int) -> list[str]:
+def _records(audit: "Audit", read: int) -> list[str]:
     """Returns how many records were read of how many, for data that are files of records."""
     counts = getattr(audit.source, "counts", ())
     if not counts:
         return []
-    read, wanted, by = good + len(audit.broken), audit.source.size, audit.source.promised_by
-    files = f"in {len(counts)} files of {min(counts)} to {max(counts)}"
-    promise = f"by {by}" if by else "as counted: nothing says how many there should be"
-    return [_row("records", f"{read} read of {wanted} {files}, {promise}"), *(INDENT + fault for fault in audit.faults)]
+    span = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{max(counts)}"
+    by = audit.source.promised_by
+    promise = f"as {by} promises" if by else "counted: nothing says how many there should be"
+    lost = f"; {audit.source.size - read} not read:" if read < audit.source.size else ""
+    row = f"{audit.source.size} in {counted(len(counts), 'file')} of {span}, {promise}{lost}"
+    return [_row("records", row), *(INDENT + fault for fault in audit.faults)]
 
 
 def _labels(audit: "Audit") -> str:

@@ -31,6 +31,16 @@ def test_a_library_is_imported_in_its_own_room_only(library, home):
     assert {path for path in users if not path.is_relative_to(home)} == set()
 
 
+def test_nothing_that_is_read_is_executed():
+    """No pickles, no evaluated texts, and NumPy's files are opened where objects in them are refused."""
+    for path in PACKAGE:
+        assert not imported(path) & {"pickle", "marshal", "shelve", "dill", "cloudpickle"}, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            assert called not in ("eval", "exec", "compile", "__import__"), f"{path}:{node.lineno}"
+            assert called != "np.load" or path.name == "arrays.py", f"{path}:{node.lineno}"
+
+
 def test_methods_and_models_know_nothing_of_loop_optimiser_files_or_mesh():
     for path in PACKAGE:
         if path.parent.name not in ("methods", "models", "ops"):

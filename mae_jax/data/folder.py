@@ -112,7 +112,8 @@ def unread(data: ConfigDict, expressions: Iterable[str]) -> list[str]:
         read = {_sub_folder(name, children) for name in names} if _has_splits(children) else children
         others = [f"{base}/{name}" for base in sorted(read) for name in _files(root / base)[1]]
         lost = [f"{base}/{name}" for base in sorted(children - read) for name in _files(root / base)[0]]
-        lost += [file.name for file in root.iterdir() if file.name.lower().endswith(EXTENSIONS)]
+        beside = (file.name for file in root.iterdir() if not file.name.startswith("."))
+        lost += sorted(name for name in beside if name.lower().endswith(EXTENSIONS))
     else:
         others = _files(root)[1]
     if lost:

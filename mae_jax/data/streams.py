@@ -258,8 +258,8 @@ def stored(stream: Stream, faults: list[str] | None = None) -> Iterator[tuple[in
                 at += 1
                 wrong = fault(stream, parts[at][0])
             if faults is None:
-                raise UserError(wrong or f"reading records failed: {_reason(error)}") from None
-            faults.append(wrong or f"{printable(stream.files[parts[at][0]])} does not read: {_reason(error)}")
+                raise UserError(wrong or f"reading records failed: {reason(error)}") from None
+            faults.append(wrong or f"{printable(stream.files[parts[at][0]])} does not read: {reason(error)}")
             parts = parts[at + 1:]
 
 
@@ -311,7 +311,7 @@ def _guarded(stream: Stream, batches: Iterator[Any], skipped: int) -> Iterator[A
         if not isinstance(error, tf.errors.OpError):
             raise
         wrong = filter(None, (fault(stream, file) for file in range(len(stream.files))))
-        raise UserError(next(wrong, f"reading records failed: {_reason(error)}")) from None
+        raise UserError(next(wrong, f"reading records failed: {reason(error)}")) from None
 
 
 def fault(stream: Stream, file: int) -> str:
@@ -321,12 +321,12 @@ def fault(stream: Stream, file: int) -> str:
         for _ in tf.data.TFRecordDataset(stream.files[file]).with_options(pipeline.options()):
             found += 1
     except tf.errors.OpError as error:
-        return f"{name} is damaged after record {found} of {promised}: {_reason(error)}"
+        return f"{name} is damaged after record {found} of {promised}: {reason(error)}"
     if found != promised:
         return f"{name} has {found} records where {promised} are promised; write the data again, or mend its metadata"
     return ""
 
 
-def _reason(error: tf.errors.OpError) -> str:
+def reason(error: tf.errors.OpError) -> str:
     """Returns TensorFlow's account in one line, without the names of its nodes."""
     return re.sub(r"^({{.*?}} ?)+| ?\[(Op:|{{).*$", "", error.message.splitlines()[0])

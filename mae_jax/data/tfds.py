@@ -44,7 +44,7 @@ def load(data: ConfigDict, split: splits.Split) -> Source | Stream:
         files=tuple(str(path) for path in info.filepaths), counts=tuple(info.shard_lengths), start=start,
         size=stop - start, mean_bytes=info.num_bytes / max(info.num_examples, 1), image_key=image_key,
         label_key=label_key if classes else "", classes=classes, multi_label=multi_label, mask_key=data.mask_key,
-        mask_offset=data.mask_offset, promised_by="the metadata of TFDS")
+        mask_offset=data.mask_offset, promised_by="dataset_info.json")
 
 
 @functools.cache

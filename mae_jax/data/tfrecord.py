@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.data import pipeline, splits
 from mae_jax.data.sources import numbered_classes
-from mae_jax.data.streams import Stream
+from mae_jax.data.streams import Stream, reason
 from mae_jax.data.tensorflow_cpu import tf
 from mae_jax.errors import UserError, nearest
 
@@ -136,11 +136,17 @@ def _check_there(missing: list[str], folder: epath.Path, pattern: str, promised_
 def _counted(files: list[epath.Path], label_key: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Returns records per file, and class names ('' as the label: none), by reading the files."""
     begin = time.monotonic()
-    if label_key:
-        found = [_labels(file, label_key) for file in files]
-        counts, classes = tuple(map(len, found)), numbered_classes(np.concatenate(found))
-    else:
-        counts, classes = tuple(count_records(file) for file in files), ()
+    found, broken = [], []
+    for file in files:
+        try:
+            found.append(_labels(file, label_key) if label_key else count_records(file))
+        except UserError as error:
+            broken.append(str(error))
+    if broken:
+        more = f"; and {len(broken) - 1} more of {len(files)} files" if broken[1:] else ""
+        raise UserError(broken[0] + more)
+    counts = tuple(map(len, found)) if label_key else tuple(found)
+    classes = numbered_classes(np.concatenate(found)) if label_key else ()
     log.info("counted %d records in %d files in %.1f s; a %s beside them saves this (python -m mae_jax.inspect "
              "--write=tfrecord makes one)", sum(counts), len(files), time.monotonic() - begin, RECORDS)
     return counts, classes
@@ -167,4 +173,4 @@ def _labels(file: epath.Path, label_key: str) -> np.ndarray:
     try:
         return np.fromiter(itertools.chain.from_iterable(labels.as_numpy_iterator()), np.int64)
     except tf.errors.OpError as error:
-        raise UserError(f"{file} is cut short or damaged: {error.message.splitlines()[0]}") from None
+        raise UserError(f"{file} is cut short or damaged: {reason(error)}") from None

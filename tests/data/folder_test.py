@@ -114,13 +114,91 @@ def test_a_class_that_is_called_train_is_a_class(tmp_path):
     assert load(tmp_path, eval_split="").classes == ("bus", "car", "train")
 
 
-def test_hidden_files_and_links_out_of_the_folder_are_left_out(tmp_path):
-    write(tmp_path, "in/a.png", "in/.b.png", "in/.cache/c.png", "out/d.png")
-    os.symlink(tmp_path / "out" / "d.png", tmp_path / "in" / "d.png")
-    os.symlink(tmp_path / "out", tmp_path / "in" / "out")
-    os.symlink(tmp_path / "in" / "a.png", tmp_path / "in" / "e.png")
+def test_hidden_files_are_left_out(tmp_path):
+    write(tmp_path, "a.png", ".b.png", ".cache/c.png")
+    assert names(load(tmp_path, eval_split="")) == {"a.png"}
+
+
+def test_links_are_followed_to_files_and_folders_and_those_that_lead_out_are_told(tmp_path, caplog):
+    write(tmp_path, "in/cat/a.png", "out/d.png", "out/deep/f.png")
+    os.symlink(tmp_path / "out" / "d.png", tmp_path / "in" / "cat" / "d.png")
+    os.symlink(tmp_path / "out", tmp_path / "in" / "dog")
+    os.symlink(tmp_path / "in" / "cat" / "a.png", tmp_path / "in" / "cat" / "e.png")
     os.symlink(tmp_path / "in", tmp_path / "link")
-    assert names(load(tmp_path / "link", eval_split="")) == {"a.png", "e.png"}
+    source = load(tmp_path / "link", eval_split="")
+    assert names(source) == {"cat/a.png", "cat/d.png", "cat/e.png", "dog/d.png", "dog/deep/f.png"}
+    assert source.classes == ("cat", "dog")
+    assert all(decode(source.read(i).picture).shape == (4, 4, 3) for i in range(source.size))
+    assert "2 links out of the folder followed, such as dog" in caplog.text
+
+
+def test_loops_of_links_end_and_no_folder_is_read_twice(tmp_path, caplog):
+    write(tmp_path, "in/a.png", "in/sub/b.png", "out/c.png")
+    for link, target in (("in/self", "in/self"), ("in/up", "in"), ("in/above", "."), ("in/twin", "in/sub"),
+                         ("in/far", "out"), ("in/far2", "out"), ("out/back", "in"), ("out/round", "out")):
+        os.symlink(tmp_path / target, tmp_path / link)
+    assert names(load(tmp_path / "in", eval_split="")) == {"a.png", "sub/b.png", "far/c.png"}
+    assert "6 links left out, to a folder that is read already, such as above" in caplog.text
+
+
+def test_a_link_to_nothing_is_a_broken_picture_by_name(tmp_path):
+    write(tmp_path, "a.png")
+    os.symlink(tmp_path / "gone.png", tmp_path / "b.png")
+    os.symlink(tmp_path / "c.png", tmp_path / "c.png")
+    source = load(tmp_path, eval_split="")
+    assert names(source) == {"a.png", "b.png", "c.png"}
+    for i in (1, 2):
+        with pytest.raises(OSError, match=source.name(i)):
+            source.read(i)
+
+
+def test_what_is_no_regular_file_is_left_out_and_does_not_hang(tmp_path, caplog):
+    write(tmp_path, "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    os.symlink("/dev/zero", tmp_path / "c.png")
+    assert names(load(tmp_path, eval_split="")) == {"a.png"}
+    assert "2 files left out, no regular one, such as b.png" in caplog.text
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_and_no_silent_loss(tmp_path, monkeypatch):
+    write(tmp_path, "a/a.png", "b/b.png")
+
+    def scandir(path, listed=os.scandir):
+        if str(path).rstrip("/").endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(OSError, match=r"Permission denied.*/b"):
+        load(tmp_path)
+
+
+def test_names_that_are_no_text_are_read_and_printed_escaped(tmp_path):
+    for name in (b"caf\xe9.png", b"two\nlines.png"):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(picture(7))
+    source = load(tmp_path, eval_split="")
+    assert names(source) == {r"caf\udce9.png", r"two\nlines.png"}
+    assert all((decode(source.read(i).picture) == 7).all() for i in range(2))
+
+
+def unread(root, *expressions):
+    return folder.unread(ConfigDict({"path": str(root)}), expressions)
+
+
+def test_what_lies_in_no_split_or_is_no_picture_is_told(tmp_path):
+    write(tmp_path, "train/cat/a.png", "train/dog/a.png", "val/cat/a.png", "spare/b.png", "c.png", ".hidden.png")
+    (tmp_path / "train" / "cat" / "notes.TXT").touch()
+    (tmp_path / "train" / "raw").touch()
+    told = ["2 files not looked at, no picture by the extension (.txt 1, none 1), such as train/cat/notes.TXT"]
+    assert unread(tmp_path, "train", "test") == [
+        "2 pictures in no split of the config, such as spare/b.png", *told]
+    assert unread(tmp_path, "train[:50%]")[0] == "3 pictures in no split of the config, such as spare/b.png"
+    folder._files.cache_clear()
+    write(tmp_path / "flat", "a.png", "x/b.png")
+    assert unread(tmp_path / "flat", "train", "test") == []
+    write(tmp_path / "lone", "train/a.png", "b.png")
+    assert unread(tmp_path / "lone", "train") == ["1 picture in no split of the config, such as b.png"]
 
 
 @pytest.mark.parametrize(("files", "path", "text"), [

@@ -70,6 +70,19 @@ def test_what_is_no_npz_file_is_refused(tmp_path, content):
         load(tmp_path / "data.npz")
 
 
+def test_objects_and_flipped_bits_are_refused_in_one_line(tmp_path):
+    objects = np.empty(3, object)
+    objects[:] = [1, 2, 3]
+    with pytest.raises(UserError, match=r"data\.npz is damaged.*Python objects, which are never loaded"):
+        load(save(tmp_path, image=objects))
+    path = save(tmp_path, x_train=IMAGES, y_train=LABELS)
+    raw = bytearray(path.read_bytes())
+    raw[5000] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match=r"data\.npz is damaged.*CRC"):
+        load(path)
+
+
 @pytest.mark.parametrize("kind", [np.uint8, bool])
 def test_a_row_of_zeros_and_ones_is_several_labels(tmp_path, kind):
     rows = (np.arange(200)[:, None] >> np.arange(4) & 1).astype(kind)
