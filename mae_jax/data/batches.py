@@ -44,16 +44,7 @@ def open_folder(config: ConfigDict, spec: Spec, views: tuple[View, ...], order: 
     Batches that were made with views serve to look at an encoder without them, but not to train.
     """
     folder = epath.Path(config.data.path)
-    if not config.data.path or not (folder / "meta.json").is_file():
-        raise UserError(f"data.path={config.data.path!r} holds no meta.json of cached batches; "
-                        "python -m mae_jax.inspect --config=... --to=DIR --write=batches makes them")
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        if not {"num_train", "classes"} <= meta.keys():
-            raise ValueError("it lacks num_train or classes")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{folder / 'meta.json'} is damaged: {error}") from None
-    wanted = hiding(order, views)
+    meta, wanted = _meta(config.data.path), hiding(order, views)
     for name, value in joined_from(config).items() if "kept" in meta else ():
         if meta[name] != value:
             field = {"kept": "data.classes", "clusters": "method.clusters"}[name]
@@ -100,6 +91,21 @@ def open_folder(config: ConfigDict, spec: Spec, views: tuple[View, ...], order: 
                        f"pictures, {sizes['evaluate']} for evaluation; {len(meta['classes']) or 'no'} classes",
         "bad": deque(maxlen=0),
     }
+
+
+def _meta(path: str) -> dict[str, Any]:
+    """Reads what is said of the batches; raises UserError."""
+    file = epath.Path(path) / "meta.json"
+    if not path or not file.is_file():
+        raise UserError(f"data.path={path!r} holds no meta.json of cached batches; "
+                        "python -m mae_jax.inspect --config=... --to=DIR --write=batches makes them")
+    try:
+        meta = json.loads(file.read_text())
+        if not {"num_train", "classes"} <= meta.keys():
+            raise ValueError("it lacks num_train or classes")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+    return meta
 
 
 def _load(path: epath.Path, spec: Spec) -> Arrays:

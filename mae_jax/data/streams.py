@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from google.protobuf.message import DecodeError
 from ml_collections import ConfigDict
 
 from mae_jax.data import pipeline
@@ -32,6 +33,7 @@ from mae_jax.errors import UserError, printable
 log = logging.getLogger(__name__)
 
 AHEAD = 16  # encoded records that each reader holds ready; our choice
+UNREADABLE = (tf.errors.OpError, UnicodeDecodeError)  # the latter, where TensorFlow's message quotes the record
 Instruction = tuple[int, int, int]  # file, records to skip, records to take
 
 
@@ -250,7 +252,7 @@ def stored(stream: Stream, faults: list[str] | None = None) -> Iterator[tuple[in
                 yield record, tuple(fields)
                 done += 1
             return
-        except tf.errors.OpError as error:
+        except UNREADABLE as error:
             ends = list(itertools.accumulate(take for _, _, take in parts))
             at = bisect.bisect_left(ends, done)
             wrong = fault(stream, parts[at][0])
@@ -307,9 +309,7 @@ def _guarded(stream: Stream, batches: Iterator[Any], skipped: int) -> Iterator[A
             if number == 0 and skipped:
                 log.info("resumed the stream: skipped %d records in %.1f s", skipped, time.monotonic() - begin)
             yield batch
-    except Exception as error:
-        if not isinstance(error, tf.errors.OpError):
-            raise
+    except UNREADABLE as error:
         wrong = filter(None, (fault(stream, file) for file in range(len(stream.files))))
         raise UserError(next(wrong, f"reading records failed: {reason(error)}")) from None
 
@@ -318,15 +318,20 @@ def fault(stream: Stream, file: int) -> str:
     """Reads a file to the end; returns in what it is not as promised, '' when it is."""
     name, promised, found = printable(stream.files[file]), stream.counts[file], 0
     try:
-        for _ in tf.data.TFRecordDataset(stream.files[file]).with_options(pipeline.options()):
+        for raw in tf.data.TFRecordDataset(stream.files[file]).with_options(pipeline.options()):
+            tf.train.Example.FromString(raw.numpy())
             found += 1
     except tf.errors.OpError as error:
         return f"{name} is damaged after record {found} of {promised}: {reason(error)}"
+    except DecodeError:
+        return f"{name} is damaged after record {found} of {promised}: the next one is no tf.train.Example"
     if found != promised:
         return f"{name} has {found} records where {promised} are promised; write the data again, or mend its metadata"
     return ""
 
 
-def reason(error: tf.errors.OpError) -> str:
+def reason(error: Exception) -> str:
     """Returns TensorFlow's account in one line, without the names of its nodes."""
+    if not isinstance(error, tf.errors.OpError):
+        return "a record is no tf.train.Example"
     return re.sub(r"^({{.*?}} ?)+| ?\[(Op:|{{).*$", "", error.message.splitlines()[0])

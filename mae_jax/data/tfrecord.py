@@ -7,7 +7,6 @@ names of the others ('-00003-of-00008') promise, and that fits the pattern, must
 """
 
 import fnmatch
-import itertools
 import json
 import logging
 import re
@@ -19,7 +18,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.data import pipeline, splits
 from mae_jax.data.sources import numbered_classes
-from mae_jax.data.streams import Stream, reason
+from mae_jax.data.streams import UNREADABLE, Stream, reason
 from mae_jax.data.tensorflow_cpu import tf
 from mae_jax.errors import UserError, nearest
 
@@ -166,11 +165,20 @@ def count_records(file: epath.Path) -> int:
 
 
 def _labels(file: epath.Path, label_key: str) -> np.ndarray:
-    """Returns the labels of all records, int64 [records]."""
-    feature = {label_key: tf.io.FixedLenFeature([], tf.int64, -1)}
+    """Returns the labels of all records, int64 [records]; raises UserError when they do not lead to the file's end.
+
+    TensorFlow takes a file that ends within the header of a record for one that ends before it.
+    """
+    feature, labels, size = {label_key: tf.io.FixedLenFeature([], tf.int64, -1)}, [np.zeros(0, np.int64)], 0
     dataset = tf.data.TFRecordDataset(str(file)).batch(1024)
-    labels = dataset.map(lambda raw: tf.io.parse_example(raw, feature)[label_key]).with_options(pipeline.options())
+    dataset = dataset.map(lambda raw: (tf.io.parse_example(raw, feature)[label_key], tf.strings.length(raw)))
     try:
-        return np.fromiter(itertools.chain.from_iterable(labels.as_numpy_iterator()), np.int64)
-    except tf.errors.OpError as error:
+        for found, lengths in dataset.with_options(pipeline.options()).as_numpy_iterator():
+            labels.append(found)
+            size += int(lengths.sum(dtype=np.int64)) + len(lengths) * (FRAME + TAIL)
+    except UNREADABLE as error:
         raise UserError(f"{file} is cut short or damaged: {reason(error)}") from None
+    found = np.concatenate(labels)
+    if size != file.stat().length:
+        raise UserError(f"{file} is cut short or damaged: it ends within the header after record {len(found) - 1}")
+    return found
