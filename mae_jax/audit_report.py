@@ -83,9 +83,9 @@ def _labels(audit: "Audit") -> str:
     if empty := [name for name, count in zip(classes, counts, strict=True) if not count]:
         text += f"; {len(empty)} without any: {_some(empty)}"
     if audit.unlabelled:
-        text += f"; {audit.unlabelled} pictures without a label"
+        text += f"; {counted(audit.unlabelled, 'picture')} without a label"
     if strange := sum(count for label, count in audit.labels.items() if label >= len(classes)):
-        text += f"; {strange} labels that are no class, up to {max(audit.labels)}"
+        text += f"; {counted(strange, 'label')} of no class, up to {max(audit.labels)}"
     return text
 
 

@@ -16,6 +16,7 @@ from mae_jax import data, methods
 from mae_jax.data import sources, write
 from mae_jax.data.decode import decode
 from mae_jax.errors import UserError
+from tests.records import describe, harm, write_shards
 
 
 def make_folder(root, broken=True):
@@ -123,19 +124,36 @@ def run(*flags):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
-def test_the_command_counts_names_broken_pictures_and_draws_the_grid(tmp_path):
+def test_the_command_tells_what_is_there_names_broken_pictures_and_draws_the_grid(tmp_path):
     folder = make_folder(tmp_path / "in")
+    for i in range(60):
+        (folder / "b" / f"{20 + i}.jpg").touch()
+    (folder / "notes.txt").touch()
     done = run("--config.data.source=folder", f"--config.data.path={folder}", "--config.data.eval_split=",
                f"--to={tmp_path / 'grid.png'}")
     assert done.returncode == 0, done.stderr
-    assert "20 pictures in train" in done.stdout
-    assert "classes: a, b" in done.stdout
-    assert "train: 2 broken pictures" in done.stdout
-    assert "a/00.jpg: " in done.stdout
-    assert "b/01.jpg: not a JPEG" in done.stdout
-    assert "images/s per core" in done.stdout
+    for line in ("80 pictures in train", "classes: a, b", "train: 80 pictures, 62 broken", "  a/00.jpg: cut off",
+                 "  b/01.jpg: not a JPEG", "  and 12 more", "  sizes      all 40 x 30", "  formats    18 JPEG",
+                 "1 file not looked at, no picture by the extension (.txt 1), such as notes.txt",
+                 f"all broken pictures by name: {tmp_path / 'grid.broken.txt'}", "images/s per core"):
+        assert line in done.stdout
+    names = (tmp_path / "grid.broken.txt").read_text().splitlines()
+    assert len(names) == 62
+    assert names[-1] == "train b/79.jpg: empty file"
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == (8 * (32 + 2), 2 * 2 * (32 + 2))  # 16 pictures, each above what the encoder sees
+
+
+def test_the_command_tells_of_lost_records_and_that_training_would_stop(tmp_path):
+    describe(write_shards(tmp_path))
+    for shard in (1, 3, 4):
+        harm("cut in the payload", tmp_path / f"train-{shard}.tfrecord")
+    done = run("--config.data.source=tfrecord", f"--config.data.path={tmp_path}", f"--to={tmp_path / 'grid.png'}")
+    assert done.returncode == 0, done.stderr
+    assert "train: 18 pictures, none broken" in done.stdout
+    assert "  records    50 in 5 files of 0 to 20, as records.json promises; 32 not read:" in done.stdout
+    assert done.stdout.count("is damaged after record 5 of ") == 4
+    assert "no speed and no pictures, and training would stop: " in done.stdout
 
 
 def test_the_command_writes_both_splits(tmp_path):

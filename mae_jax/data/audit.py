@@ -66,7 +66,7 @@ def audit(source: write.Found, threads: int, what: str) -> Audit:
     """Looks at every picture of a split; says on the way how far it is with `what`."""
     seen = Audit(source, np.zeros((source.size, 2), np.int32), np.zeros((source.size, DIGEST), np.uint8))
     began = said = time.monotonic()
-    for done, (number, found) in enumerate(write.each(source, look, threads, faults=seen.faults)):
+    for done, (number, found) in enumerate(write.each(source, look, threads, faults=seen.faults), 1):
         if isinstance(found, Exception):
             seen.broken.append(f"{source.name(number)}: {found}")
         else:
@@ -74,7 +74,7 @@ def audit(source: write.Found, threads: int, what: str) -> Audit:
         now = time.monotonic()
         if now > said + EVERY:
             log.info("%s: %d of %d pictures, %s left", what, done, source.size,
-                     clock((source.size - done) / max(done, 1) * (now - began)))
+                     clock((source.size - done) / done * (now - began)))
             said = now
     seen.seconds = time.monotonic() - began
     return seen

@@ -20,7 +20,7 @@ from mae_jax.data import pipeline, splits
 from mae_jax.data.sources import numbered_classes
 from mae_jax.data.streams import UNREADABLE, Stream, reason
 from mae_jax.data.tensorflow_cpu import tf
-from mae_jax.errors import UserError, nearest
+from mae_jax.errors import UserError, counted, nearest
 
 log = logging.getLogger(__name__)
 
@@ -128,8 +128,8 @@ def _check_names(files: list[epath.Path], pattern: str) -> None:
 def _check_there(missing: list[str], folder: epath.Path, pattern: str, promised_by: str) -> None:
     wanted = [name for name in missing if fnmatch.fnmatch(name, pattern.rsplit("/", 1)[-1])]
     if wanted:
-        raise UserError(f"by {promised_by}, {len(wanted)} files are missing in {folder}, such as {wanted[0]}; bring "
-                        "them back, write the data again, or name those to read by a narrower pattern in data.path")
+        raise UserError(f"{counted(len(wanted), 'file')} missing in {folder} by {promised_by}, such as {wanted[0]}; "
+                        "write the data again, or name what to read by a narrower pattern in data.path")
 
 
 def _counted(files: list[epath.Path], label_key: str) -> tuple[tuple[int, ...], tuple[str, ...]]:

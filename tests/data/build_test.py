@@ -1,6 +1,7 @@
 """The input as a whole, on photo_crops and on small made sources."""
 
 import itertools
+import struct
 import subprocess
 import sys
 from collections import deque
@@ -8,6 +9,7 @@ from collections import deque
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from mae_jax import config as configs
 from mae_jax import data
@@ -171,6 +173,53 @@ def test_a_bad_picture_gives_way_to_the_next_of_the_epoch_and_is_named():
     assert found[place]["valid"] == 1
     assert sum(fields["replaced"] for fields in found) == 1
     assert list(bad) == ["picture 4: not a JPEG, PNG, WebP, BMP or GIF picture"]
+
+
+def write_odd_folder(root):
+    """Twelve pictures of all kinds, each of its number's grey, and six broken files; returns id → grey of the good."""
+    def save(name, grey, kind, mode="RGB", **options):
+        Image.new("RGB", (40, 30), (grey, grey, grey)).convert(mode).save(root / name, kind, **options)
+
+    more = {"save_all": True, "append_images": [Image.new("RGB", (40, 30), "red")], "lossless": True}
+    kinds = [("JPEG", {}), ("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("JPEG", {"progressive": True}),
+             ("GIF", more), ("PNG", more), ("WEBP", more)]
+    for i, (kind, options) in enumerate(kinds):
+        save(f"{i:02d}.jpg", 20 * i, kind, **options)  # most of them by a wrong extension
+    save("08.jpg", 160, "JPEG", "L")
+    save("09.jpg", 180, "JPEG", "CMYK")
+    Image.fromarray(np.full((30, 40), 200 << 8 | 77, np.uint16)).save(root / "10.png")
+    Image.new("RGB", (1, 1), (220, 220, 220)).save(root / "11.png")
+    whole = (root / "00.jpg").read_bytes()
+    broken = {"text": b"no picture", "empty": b"", "half": whole[:len(whole) // 2], "head": whole[:100],
+              "end": whole[:-2], "bomb": whole.replace(struct.pack(">HH", 30, 40), struct.pack(">HH", 60_000, 60_000))}
+    for name, content in broken.items():
+        (root / f"bad_{name}.jpg").write_bytes(content)
+    return {i: 20 * i for i in range(12)}
+
+
+def test_files_of_every_kind_are_read_or_replaced_by_name_alike_on_resume_and_in_two_processes(tmp_path):
+    greys, c = write_odd_folder(tmp_path), config()
+    c.data.update(source="folder", path=str(tmp_path), eval_split="")
+    inputs = data.build(c, spec(c), ORDER)
+    assert inputs.num_train == 18
+    batches = take(inputs.train(0), 9)  # four epochs
+    for batch in batches:
+        assert (batch["valid"] == 1).all()
+        for id, patches in zip(batch["id"].tolist(), batch["patches"], strict=True):
+            assert abs(patches.astype(int) - greys[id]).max() <= 3
+    ids, replaced = (np.concatenate([batch[name] for batch in batches]) for name in ("id", "replaced"))
+    assert set(ids.tolist()) == set(greys)
+    assert ((replaced > 0).reshape(4, 18).sum(1) == 6).all()  # each broken file once in each epoch
+    named = {name.split(":")[0] for name in inputs.bad}
+    assert named == {f"bad_{name}.jpg" for name in ("text", "empty", "half", "head", "end", "bomb")}
+    assert_equal(take(data.build(c, spec(c), ORDER).train(4), 5), batches[4:])
+    for rows in ([0, 1, 2, 3], [4, 5, 6, 7], [0, 3, 6]):
+        part = take(data.build(c, spec(c), ORDER, np.array(rows)).train(2), 7)
+        assert_equal(part, [{name: value[rows] for name, value in batch.items()} for batch in batches[2:]])
+    whole = list(inputs.support())
+    assert sum(batch["valid"].sum() for batch in whole) == 12  # in evaluations, a broken one has no weight
+    part = list(data.build(c, spec(c), ORDER, np.arange(4)).support())
+    assert_equal(part, [{name: value[:4] for name, value in batch.items()} for batch in whole])
 
 
 def test_where_all_tries_fail_a_grey_picture_without_weight_stands_in():
