@@ -37,6 +37,8 @@ def split_lines(split: str, audit: "Audit", image_size: tuple[int, int]) -> list
         lines.append(_row("formats", _counts(audit.formats.most_common()) + more))
     if audit.converted:
         lines.append(_row("converted", _counts(audit.converted.most_common())))
+    if audit.blank.any():
+        lines.append(_row("blank", f"{audit.blank.sum()} of one colour alone"))
     return lines + _copies(audit)
 
 
@@ -47,7 +49,7 @@ def broken_names(broken: list[str]) -> list[str]:
 
 
 def leak_lines(audits: dict[str, "Audit"]) -> list[str]:
-    """Returns the lines about pictures that lie in more than one split, byte for byte."""
+    """Returns the lines about pictures that lie in more than one split."""
     lines = []
     for (one, first), (other, second) in itertools.combinations(audits.items(), 2):
         known, keys = first.keys(), second.keys()
@@ -56,8 +58,9 @@ def leak_lines(audits: dict[str, "Audit"]) -> list[str]:
             continue
         lines.append(f"leak: {counted(len(shared), 'picture')} of {other} also in {one}:")
         for place in shared[:SHOWN]:
-            twin = first.good()[np.flatnonzero(known == keys[place])[0]]
-            lines.append(f"  {other} {second.name(int(second.good()[place]))} = {one} {first.name(int(twin))}")
+            twin = first.shown()[np.flatnonzero(known == keys[place])[0]]
+            lines.append(f"  {other} {second.name(int(second.shown()[place]))} = {one} {first.name(int(twin))}")
+        lines += [f"  and {len(shared) - SHOWN} more"] if len(shared) > SHOWN else []
     return lines
 
 
@@ -103,12 +106,13 @@ def _sizes(sizes: np.ndarray, image_size: tuple[int, int]) -> str:
 def _copies(audit: "Audit") -> list[str]:
     from mae_jax.data.audit import copies
 
-    good, (extra, groups) = audit.good(), copies(audit.keys())
+    numbers, (extra, groups) = audit.shown(), copies(audit.keys())
     if not extra:
         return []
-    lines = [_row("copies", f"{extra} of them repeat another, byte for byte:")]
+    unit = "byte" if any(audit.formats) else "pixel"
+    lines = [_row("copies", f"{extra} of them repeat another, {unit} for {unit}:")]
     for group in groups[:SHOWN]:
-        names = " = ".join(audit.name(int(good[place])) for place in group[:SHOWN])
+        names = " = ".join(audit.name(int(numbers[place])) for place in group[:SHOWN])
         lines.append(f"{INDENT}{names}{f' and {len(group) - SHOWN} more' if len(group) > SHOWN else ''}")
     if len(groups) > SHOWN:
         lines.append(f"{INDENT}and {len(groups) - SHOWN} more groups")

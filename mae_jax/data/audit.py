@@ -30,16 +30,18 @@ class Look(NamedTuple):
     format: str  # '' of pixels that come decoded
     converted: tuple[str, ...]  # see Picture.converted
     digest: bytes  # of the file's bytes, or of the pixels that come decoded
+    blank: bool  # one colour alone
     labels: tuple[int, ...]
 
 
 @dataclass
 class Audit:
-    """What is seen of a split; of a good picture 24 bytes are kept. Numbers of examples count from 0."""
+    """What is seen of a split; of a good picture 25 bytes are kept. Numbers of examples count from 0."""
 
     source: write.Found
     sizes: np.ndarray  # int32 [n, 2], width and height; 0 of what is broken or was not read
     digests: np.ndarray  # uint8 [n, 16]
+    blank: np.ndarray  # bool [n]
     formats: Counter[str] = field(default_factory=Counter)
     converted: Counter[str] = field(default_factory=Counter)
     labels: Counter[int] = field(default_factory=Counter)
@@ -57,14 +59,19 @@ class Audit:
         """Returns the numbers of the good pictures."""
         return np.flatnonzero(self.sizes[:, 0])
 
+    def shown(self) -> np.ndarray:
+        """Returns the numbers of the good pictures that show something: copies of a blank one tell nothing."""
+        return np.flatnonzero((self.sizes[:, 0] > 0) & ~self.blank)
+
     def keys(self) -> np.ndarray:
-        """Returns the hashes of the good pictures, as values that sort."""
-        return self.digests[self.good()].view(f"S{DIGEST}").ravel()
+        """Returns the hashes of the pictures that show something, as values that sort."""
+        return self.digests[self.shown()].view(f"S{DIGEST}").ravel()
 
 
 def audit(source: write.Found, threads: int, what: str) -> Audit:
     """Looks at every picture of a split; says on the way how far it is with `what`."""
-    seen = Audit(source, np.zeros((source.size, 2), np.int32), np.zeros((source.size, DIGEST), np.uint8))
+    size = source.size
+    seen = Audit(source, np.zeros((size, 2), np.int32), np.zeros((size, DIGEST), np.uint8), np.zeros(size, bool))
     began = said = time.monotonic()
     for done, (number, found) in enumerate(write.each(source, look, threads, faults=seen.faults), 1):
         if isinstance(found, Exception):
@@ -73,8 +80,7 @@ def audit(source: write.Found, threads: int, what: str) -> Audit:
             _add(seen, number - _first(source), found)
         now = time.monotonic()
         if now > said + EVERY:
-            log.info("%s: %d of %d pictures, %s left", what, done, source.size,
-                     clock((source.size - done) / done * (now - began)))
+            log.info("%s: %d of %d pictures, %s left", what, done, size, clock((size - done) / done * (now - began)))
             said = now
     seen.seconds = time.monotonic() - began
     return seen
@@ -83,13 +89,13 @@ def audit(source: write.Found, threads: int, what: str) -> Audit:
 def look(example: Example) -> Look:
     """Decodes an example in full; raises BadPicture."""
     data, picture = example.picture, Picture(example.picture)
-    picture.whole()
+    blank = picture.whole().getcolors(1) is not None
     mask_image(picture, example.mask)
     key = repr(data.shape).encode() if isinstance(data, np.ndarray) else b""
     digest = hashlib.blake2b(np.ascontiguousarray(data) if key else data, digest_size=DIGEST, key=key).digest()
     several = () if example.labels is None else map(int, np.flatnonzero(example.labels))
     labels = (example.label,) if example.labels is None and example.label >= 0 else tuple(several)
-    return Look((picture.width, picture.height), picture.format or "", picture.converted(), digest, labels)
+    return Look((picture.width, picture.height), picture.format or "", picture.converted(), digest, blank, labels)
 
 
 def copies(keys: np.ndarray) -> tuple[int, list[np.ndarray]]:
@@ -104,6 +110,7 @@ def copies(keys: np.ndarray) -> tuple[int, list[np.ndarray]]:
 def _add(seen: Audit, number: int, found: Look) -> None:
     seen.sizes[number] = found.size
     seen.digests[number] = np.frombuffer(found.digest, np.uint8)
+    seen.blank[number] = found.blank
     seen.formats[found.format] += 1
     seen.converted.update(found.converted)
     seen.labels.update(found.labels)

@@ -64,21 +64,29 @@ def test_a_folder_is_told_in_a_few_lines(tmp_path):
 def test_copies_in_two_splits_are_a_leak_by_name(tmp_path):
     for i in range(5):
         save(tmp_path / "train" / f"{i}.png", (20, 20), "PNG", seed=i)
-    for name, i in (("a", 3), ("b", 0), ("c", 3)):
+    for name, i in (("a", 3), ("b", 0), ("c", 3), ("e", 1)):
         (tmp_path / "val").mkdir(exist_ok=True)
         shutil.copy(tmp_path / "train" / f"{i}.png", tmp_path / "val" / f"{name}.png")
     save(tmp_path / "val" / "d.png", (20, 20), "PNG", seed=99)
     audits = {split: lines(tmp_path, split)[0] for split in ("train", "test")}
     assert audit_report.leak_lines(audits) == [
-        "leak: 3 pictures of test also in train:", "  test a.png = train 3.png", "  test b.png = train 0.png",
-        "  test c.png = train 3.png"]
+        "leak: 4 pictures of test also in train:", "  test a.png = train 3.png", "  test b.png = train 0.png",
+        "  test c.png = train 3.png", "  and 1 more"]
     assert audit_report.leak_lines({"train": audits["train"]}) == []
 
 
 def test_pictures_of_the_same_bytes_and_another_shape_are_no_copies():
     shapes = [(4, 6, 3), (6, 4, 3), (4, 6, 3)]
-    source = Source(3, lambda i: Example(np.zeros(shapes[i], np.uint8)), str)
+    source = Source(3, lambda i: Example(np.arange(72, dtype=np.uint8).reshape(shapes[i])), str)
     assert copies(audit(source, 2, "train").keys())[0] == 1
+
+
+def test_blank_pictures_are_told_and_are_no_copies_of_each_other():
+    source = Source(4, lambda i: Example(np.full((4, 6, 3), i // 3, np.uint8)), str)
+    seen = audit(source, 2, "train")
+    assert audit_report.split_lines("train", seen, (4, 6))[1:] == ["  sizes      all 6 x 4",
+                                                                   "  blank      4 of one colour alone"]
+    assert audit_report.leak_lines({"train": seen, "test": seen}) == []
 
 
 def test_groups_of_copies_come_in_order():
@@ -89,12 +97,13 @@ def test_groups_of_copies_come_in_order():
 
 
 def test_more_than_a_few_are_summed_up():
-    source = Source(300, lambda i: Example(b"" if i < 60 else np.full((2, 2, 3), i % 20, np.uint8)), lambda i: f"p{i}")
+    pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    source = Source(300, lambda i: Example(b"" if i < 60 else pixels + i % 20), lambda i: f"p{i}")
     told = audit_report.split_lines("train", audit(source, 2, "train"), (2, 2))
     assert told[0].startswith("train: 300 pictures, 60 broken; ")
     assert told[1:51] == [f"  p{i}: empty file" for i in range(50)]
     assert told[51:] == [
-        "  and 10 more", "  sizes      all 2 x 2", "  copies     220 of them repeat another, byte for byte:",
+        "  and 10 more", "  sizes      all 2 x 2", "  copies     220 of them repeat another, pixel for pixel:",
         *(f"             p{i} = p{i + 20} = p{i + 40} and 9 more" for i in (60, 61, 62)),
         "             and 17 more groups"]
 
