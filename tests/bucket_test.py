@@ -1,5 +1,6 @@
 """What a bucket answers is told in seconds and in one line; what it holds is read as it is or not at all."""
 
+import functools
 import time
 
 import pytest
@@ -12,13 +13,12 @@ RUN = "gs://bucket/some/run"
 
 
 @pytest.fixture
-def no_credentials(monkeypatch):
-    """A machine without credentials, and without the metadata server of Google's."""
-    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "")
-    monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")  # nothing listens there
-    bucket._client.cache_clear()
+def fresh(monkeypatch):
+    """A client that is made by what the environment says now."""
+    client = functools.cache(bucket._client.__wrapped__)
+    monkeypatch.setattr(bucket, "_client", client)
     yield
-    bucket._client.cache_clear()
+    client()._http.close()
 
 
 @pytest.mark.parametrize(("fault", "words"), [
@@ -51,16 +51,18 @@ def test_a_short_burst_is_waited_for(gcs):
     assert str(workdir.locate(RUN)) == RUN
 
 
-def test_nobody_at_the_address_is_told_in_seconds(gcs, monkeypatch):
+@pytest.mark.usefixtures("gcs", "fresh")
+def test_nobody_at_the_address_is_told_in_seconds(monkeypatch):
     monkeypatch.setattr(bucket, "CHECK_SECONDS", 1.0)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
-    bucket._client.cache_clear()
     with pytest.raises(UserError, match=r"gs://bucket cannot be reached .*Connection refused"):
         workdir.locate(RUN)
-    bucket._client.cache_clear()
 
 
-def test_without_credentials_and_metadata_server_only_public_buckets_can_be_read(gcs, monkeypatch, no_credentials):
+@pytest.mark.usefixtures("fresh")
+def test_without_credentials_and_metadata_server_only_public_buckets_can_be_read(gcs, monkeypatch):
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "")
+    monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")  # nothing listens there
     monkeypatch.delenv("STORAGE_EMULATOR_HOST")
     monkeypatch.setenv("API_ENDPOINT_OVERRIDE", gcs.url)
     assert str(workdir.locate(RUN)) == RUN
