@@ -31,6 +31,8 @@ def locate(folder: str) -> epath.Path:
       UserError: it is in a bucket, and the packages for that are missing, or the bucket cannot be looked into.
     """
     if folder.startswith("gs://"):
+        if set(folder) & set("*?[#"):  # gcsfs would take them for a pattern, or for a generation
+            raise UserError(f"{folder}: a folder in a bucket cannot have *, ?, [ or # in its name")
         missing = [name for name in ("gcsfs", "google.cloud.storage") if not _importable(name)]
         if missing:
             raise UserError(f"{folder}: a bucket needs {' and '.join(missing)}; run: pip install 'mae_jax[gcs]'")

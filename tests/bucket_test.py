@@ -95,6 +95,12 @@ def test_a_folder_of_another_scheme_is_refused():
         workdir.locate("s3://bucket/run")
 
 
+def test_a_name_that_is_a_pattern_is_refused(gcs):
+    with pytest.raises(UserError, match=r"gs://bucket/run\[1\]: a folder in a bucket cannot have \*, \?, \[ or #"):
+        workdir.locate("gs://bucket/run[1]")
+    assert gcs.requests == []
+
+
 def test_an_object_is_written_and_read_through_bursts_resets_lost_answers_and_a_flipped_bit(gcs):
     path, content = f"{RUN}/burst", bytes(range(256)) * 10
     for fault in ({"status": 503}, {"kind": "reset"}, {"kind": "lost"}):
