@@ -1,4 +1,4 @@
-r"""Writes the parameters of a run as safetensors, which `init_from` and other libraries read.
+r"""Writes the parameters of a run as safetensors, which `init_from` and other libraries read, or copies a checkpoint.
 
   python -m mae_jax.export --from=runs/quickstart --to=quickstart.safetensors
   python -m mae_jax.export --from=runs/quickstart/checkpoints/1250 --to=quickstart.safetensors
@@ -8,6 +8,11 @@ r"""Writes the parameters of a run as safetensors, which `init_from` and other l
 --layout=hf writes a folder that transformers' ViTMAEForPreTraining.from_pretrained reads; --layout=mae the names of the
 published MAE code; --layout=timm the encoder and its classifier with timm's names, and prints the arguments of
 timm.models.VisionTransformer. The batch norm of a probe is folded into its head.
+
+  python -m mae_jax.export --from=runs/quickstart --to=gs://BUCKET/quickstart/
+
+A --to that does not end in .safetensors is a folder, local or gs://: the newest good checkpoint is copied there with
+its config.json, all of it, and verified by reading it back. `init_from`, --mode=eval and training go on from there.
 
   python -m mae_jax.export --from=runs/moce --for-task=vote --config=configs/folder.py --to=pets.safetensors \
       --config.data.path=/path/to/pets
@@ -25,7 +30,8 @@ from absl import flags
 from mae_jax import cli
 
 FROM = flags.DEFINE_string("from", "", "workdir, or one step's folder in it")
-TO = flags.DEFINE_string("to", "", "the file to write, *.safetensors; with --layout=hf a folder")
+TO = flags.DEFINE_string("to", "", "the file to write, *.safetensors; with --layout=hf, or for a "
+                         "whole checkpoint, a folder")
 CONFIG = cli.define_config()
 FOR_TASK = flags.DEFINE_enum("for-task", "", ["", "vote", "probe", "random"], "which path of a mixture of experts")
 SEED = flags.DEFINE_integer("seed", 0, "of --for-task=random")
@@ -33,13 +39,15 @@ LAYOUT = flags.DEFINE_enum("layout", "mae_jax", ["mae_jax", "mae", "timm", "hf"]
 
 
 def export(source: str, to: str, layout: str, task: Any = None, how: str = "", seed: int = 0) -> int:
-    """Writes the parameters that `source` holds to `to`, with the names of `layout`. Returns the exit code.
+    """Writes the parameters that `source` holds to `to`, with the names of `layout`; or copies a checkpoint.
+
+    Returns the exit code.
 
     Args:
       source, to, layout: as the flags.
       task, how, seed: config of the task for which a mixture of experts is cut down, and as `customise` takes them.
     """
-    from mae_jax import parameter_file, params, workdir
+    from mae_jax import copies, parameter_file, params, workdir
     from mae_jax.checkpoint import load_params
     from mae_jax.errors import UserError
     from mae_jax.interop.hf import hf_config, to_hf
@@ -47,16 +55,18 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
     from mae_jax.interop.timm import folded, timm_arguments, to_timm
     from mae_jax.ops.patches import grid
 
-    file = workdir.locate(to)
+    if task is not None and not how:
+        raise UserError("--config says for what --for-task=vote, probe or random is to be; without it leave it out")
+    file, folder = workdir.locate(to), workdir.locate(source)
     if layout == "hf":
         file = file / "model.safetensors"
     elif file.suffix != ".safetensors":
+        if layout == "mae_jax" and not how:
+            print(copies.copy(folder, file))
+            return cli.FINISHED
         raise UserError(f"--to={to}: the file's name must end in .safetensors")
-    folder = workdir.locate(source)
     config = workdir.read_config(workdir.of_checkpoint(folder))
     tree, extras = params.judged(load_params(folder, ema=True, extras=True))
-    if task is not None and not how:
-        raise UserError("--config says for what --for-task=vote, probe or random is to be; without it leave it out")
     if how:
         tree, config, report = for_task(config, tree, extras, task, how, seed)
         print("\n".join(report))
@@ -75,7 +85,7 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
     parameter_file.save(file, tree, workdir.metadata(config))
     if layout == "hf":
         described = {"model_type": "vit_mae", "architectures": ["ViTMAEForPreTraining"], **hf_config(config)}
-        (file.parent / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+        workdir.replace_text(file.parent / "config.json", json.dumps(described, indent=2) + "\n")
     flat = params.flatten(tree)
     print(f"{file}: {len(flat)} arrays, {sum(x.size for x in flat.values()):,} values")
     if layout == "timm":

@@ -126,4 +126,4 @@ def test_what_heads_and_decoders_of_other_methods_predict_is_not_written_as_a_cl
 
 def test_a_name_without_the_suffix_is_refused(run, tmp_path):
     with pytest.raises(UserError, match=r"must end in \.safetensors"):
-        export.export(str(run[0]), str(tmp_path / "out.bin"), "mae_jax")
+        export.export(str(run[0]), str(tmp_path / "out.bin"), "timm")

@@ -1,0 +1,120 @@
+"""A checkpoint copied to another folder, local or gs://, which `init_from`, `load_params` and --mode=eval read there.
+
+The copy is a workdir of its own: config.json and one step, all of it, so that training can go on there as well. What
+says that it is whole is written last; then it is read back and its arrays are compared with the source's checksums.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+
+from etils import epath
+
+from mae_jax import step_folders, workdir
+from mae_jax.checkpoint import read_back
+from mae_jax.checksum import Damaged, Record
+from mae_jax.errors import UserError
+
+TRIES = 2  # what is read from a bucket may be damaged on its way only
+
+logger = logging.getLogger(__name__)
+
+
+def copy(source: epath.Path, to: epath.Path) -> str:
+    """Copies the newest good step; the same command after an interruption does it again.
+
+    Args:
+      source: a workdir, or one step's folder in it.
+      to: the folder, which may hold other steps of the same run.
+
+    Returns:
+      What was done, in one line.
+
+    Raises:
+      UserError: nothing good is there, or `to` belongs to another run.
+    """
+    source, to = step_folders.absolute(source), step_folders.absolute(to)
+    origin = workdir.of_checkpoint(source)
+    if to == origin:
+        raise UserError(f"--to={to} is the workdir itself")
+    _check_same_run(origin, to)
+    folder, record = _newest_good(source)
+    target = to / "checkpoints" / folder.name
+    if step_folders.complete(target) and _same(target, record):
+        return f"{target}: there already, verified: {_size(record)}"
+    workdir.make_folder(to)
+    workdir.replace_text(to / "config.json", workdir.read_text(origin / "config.json"))
+    _copy(folder, target)
+    if not _same(target, record):
+        _remove(target)
+        raise UserError(f"{target} came out damaged and was removed again; run the same command once more")
+    return f"{target}: {_size(record)}, verified"
+
+
+def _size(record: Record) -> str:
+    return f"{len(record)} arrays, {sum(math.prod(shape) for shape, *_ in record.values()):,} values"
+
+
+def _check_same_run(origin: epath.Path, to: epath.Path) -> None:
+    config = workdir.read_config(origin)
+    try:
+        workdir.changes(to, config)
+    except UserError as error:
+        raise UserError(f"--to={to} holds a checkpoint of another run; choose another folder ({error})") from None
+
+
+def _newest_good(source: epath.Path) -> tuple[epath.Path, Record]:
+    for folder in step_folders.offered(source):
+        if record := _verified(folder):
+            return folder, record
+    raise UserError(f"no checkpoint in {source} could be read; expected a workdir with checkpoints/, or a step folder "
+                    "in it; see the warnings above")
+
+
+def _verified(folder: epath.Path) -> Record | None:
+    """Returns what a step's folder holds, None where it is damaged."""
+    for _ in range(TRIES):
+        try:
+            return read_back(folder)
+        except Damaged as damage:
+            logger.warning("checkpoint %s: %s", folder, damage)
+    return None
+
+
+def _same(folder: epath.Path, record: Record) -> bool:
+    """Says whether a step's folder is the good copy; raises UserError where it is another good checkpoint."""
+    found = _verified(folder)
+    if found and found != record:
+        raise UserError(f"{folder} is another checkpoint; choose another folder for --to")
+    return found is not None
+
+
+def _copy(folder: epath.Path, target: epath.Path) -> None:
+    _remove(target)
+    local = not str(target).startswith("gs://")
+    # A folder of this name is taken for what an interrupted save left.
+    place = target.with_name(f"{target.name}.orbax-checkpoint-tmp-copy") if local else target
+    _remove(place)
+    for name in _files(folder):
+        if name != step_folders.MARK:
+            workdir.make_folder((place / name).parent)
+            workdir.replace_bytes(place / name, workdir.read_bytes(folder / name))
+    workdir.replace_text(place / step_folders.MARK, "copied\n")
+    if local:
+        place.rename(target)
+
+
+def _files(folder: epath.Path, inside: str = "") -> Iterator[str]:
+    """Yields the names of all files under a folder."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from _files(path, f"{inside}{path.name}/")
+        else:
+            yield f"{inside}{path.name}"
+
+
+def _remove(folder: epath.Path) -> None:
+    """Removes a step's folder where there is one, first of all what says that it is whole."""
+    if folder.exists():
+        (folder / step_folders.MARK).unlink(missing_ok=True)
+        folder.rmtree()
