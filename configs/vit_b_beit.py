@@ -7,10 +7,11 @@ Arguments: `runlocal` (two small steps on a laptop).
 
 From BEiT's released code (beit/README.md): 75 of 196 patches masked in blocks, batch 2048, 1.5e-3, betas 0.9 and 0.98
 (its paper says 0.999), weight decay 0.05, clipping at 3, LayerScale 0.1, stochastic depth 0.1, 10 epochs of warm-up,
-crops of 8 % and more, colour jitter left out. Different: absolute positions instead of its relative position bias, and
-tokens of a k-means vocabulary of the training pictures instead of those of a trained tokenizer. Tokens of another
-tokenizer: --config.method.target=tokens --config.data.tokens=FILE.npz --config.data.augment=none, of data with random
-access (TFDS stored as array_record, a folder).
+crops of 8 % and more, colour jitter left out. Different: absolute positions instead of its relative position bias, the
+last kernel of a branch is not divided by the root of twice its block's number at the start, and tokens of a k-means
+vocabulary of the training pictures instead of those of a trained tokenizer. Tokens of another tokenizer:
+--config.method.target=tokens --config.data.tokens=FILE.npz --config.data.augment=none, of data with random access (TFDS
+stored as array_record, a folder).
 
 Expected, theirs with their tokenizer and not ours (ImageNet-1K top-1): fine-tuned 83.2; in the SplitMask article
 82.8, and a linear probe of 41.0 (its Table 8).

@@ -42,9 +42,16 @@ def main() -> int:
     if FROM.value:
         from mae_jax.picture_clusters import cluster
 
+        if TO.value.endswith(".npz"):
+            raise UserError(f"--to={TO.value}: clusters of pictures are a folder; a vocabulary of patches is made "
+                            "without --from")
         return cluster(FROM.value, TO.value, CLUSTERS.value, BLOCK.value, RATIO.value, SEED.value, CONFIG.value)
     if CONFIG.value is None:
         raise UserError("--from=WORKDIR clusters pictures, --config=RECIPE patches; --help shows examples")
+    for flag in (CLUSTERS, BLOCK, RATIO, SEED):
+        if flag.present:
+            raise UserError(f"--{flag.name} is of clusters of pictures, which are made with --from=WORKDIR; for "
+                            "patches see --config.method and --config.seed")
     return vocabulary()
 
 
@@ -58,6 +65,10 @@ def vocabulary() -> int:
     config, file = CONFIG.value, epath.Path(TO.value)
     if file.suffix != ".npz":
         raise UserError(f"--to={TO.value}: the file's name must end in .npz")
+    picture = file.with_suffix(".png")
+    for path in (file, picture):
+        if path.exists():
+            raise UserError(f"{path} is there already, and runs may read it: name another file, or remove it")
     validate(config)
     if config.method.get("target") not in tokens.KINDS:
         raise UserError(f"method.name={config.method.name!r} with method.target={config.method.get('target')!r} has no "
@@ -73,7 +84,6 @@ def vocabulary() -> int:
     if config.method.target != "projection":  # directions are no pictures
         named = np.asarray(tokens.tokenize(sample[:SAMPLE], entries, config.method.target))
         most = np.argsort(-np.bincount(named, minlength=1 + len(entries))[1:], kind="stable")[:SHOWN]
-        picture = file.with_suffix(".png")
         with picture.open("wb") as opened:
             Image.fromarray(_sheet(entries[most], tuple(config.model.patch))).save(opened, "PNG")
         print(picture)

@@ -146,7 +146,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
     },
     "eval": {
         "every": "20 epochs",  # and at the ends; as long as train.duration, or longer: at the last step alone
-        "max_examples": 100_000,  # read of the training split for probes, and of the evaluation split
+        "max_examples": 100_000,  # read of the training split for probes and vocabularies, and of the evaluation split
         "crop_ratio": (224 / 256,),  # share of the short side that the centre crop keeps; more: a curve
         "test": True,  # False: data.eval_split is held out, and not read
         "sets": (),  # further test sets of TFDS for the last evaluation, as ('imagenet_v2',)
@@ -314,10 +314,12 @@ def _check_types(values: dict[str, Any], defaults: dict[str, Any]) -> None:
     for key, default in flat(defaults).items():
         value = values.get(key, default)
         if isinstance(default, list):
-            kinds = (str,) if not default else (int, float)
+            whole = all(isinstance(item, int) for item in default)
+            kinds = (str,) if not default else (int,) if whole else (int, float)
             if not isinstance(value, list) or not all(isinstance(item, kinds) for item in value):
                 shown = tuple(default) or ("imagenet_v2",)
-                raise UserError(f"{key}={value!r}; expected values such as {shown}")
+                what = "whole numbers" if whole and default else "values"
+                raise UserError(f"{key}={value!r}; expected {what} such as {shown}")
         if not all(math.isfinite(number) for number in np.ravel(value) if isinstance(number, float)):
             raise UserError(f"{key}={value}; it must be finite")
 

@@ -75,8 +75,9 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
         raise UserError(f"{folder} is a mixture of experts, which no layout of others has: cut one encoder out of "
                         "it with --for-task")
     if layout == "hf" and config.method.name not in ("mae", "supervised"):
+        others = "--layout=timm" if config.model.layer_scale else "--layout=timm or --layout=mae"
         raise UserError(f"{folder} was trained with method.name={config.method.name!r}; transformers has MAE's model: "
-                        "use --layout=timm or --layout=mae for the encoder")
+                        f"use {others} for the encoder")
     if layout != "mae_jax" and config.method.name not in ("mae", "supervised"):
         tree = {"encoder": tree["encoder"]}  # what their heads and decoders predict, no model of others does
         print(f"the encoder alone, without the parts of method.name={config.method.name!r}")

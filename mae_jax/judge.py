@@ -1,6 +1,7 @@
 """When a run is evaluated, on which part of the data, and which of its checkpoints is the best."""
 
 import json
+import re
 import time
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from mae_jax.train import Run
 
 
-DEEP = 3  # figures of single experts of a block, 'eval/share/block_09/3', are on record and not printed
+OF_EXPERTS = re.compile(r"/block_\d+/")  # figures of single experts, eval/share/block_09/3, are not printed
 
 
 class Best:
@@ -57,7 +58,8 @@ def check(run: "Run") -> None:
     if best:
         names = Evaluator(run.program.method, run.inputs, run.program.mesh).names(run.program.state)
         if best not in names:
-            raise UserError(f"checkpoint.best={best!r} is not evaluated; {nearest(best, names)}")
+            why = "" if run.inputs.classes else ": the pictures have no classes"
+            raise UserError(f"checkpoint.best={best!r} is not evaluated{why}; {nearest(best, names)}")
     for name in config.eval.sets if config.data.eval_split and config.eval.test else ():
         run.inputs.extra(name)
 
@@ -114,5 +116,5 @@ class Judge:
         for name, picture in self.evaluator.pictures(state, self.part or "eval"):
             self.recorder.picture(done, name, picture)
         self.recorder.scalars(done, figures)  # last: it marks the evaluation as done
-        text = "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if name.count("/") < DEEP)
+        text = "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if not OF_EXPERTS.search(name))
         say(f"evaluation at step {done}: {text}  ({time.monotonic() - began:.0f} s)")

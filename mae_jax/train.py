@@ -168,6 +168,7 @@ def compiled_programs(config: ConfigDict, folder: epath.Path) -> Iterator[None]:
 def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
     """Restores or makes the state and trains on. Returns the exit code."""
     config, folder = run.config, run.workdir
+    judge.check(run)
     checkpoints = Checkpoints(folder, config.checkpoint.keep_last, run.every("checkpoint", "keep_every"))
     watchdog.on("reading the checkpoint")
     state = checkpoints.restore(run.program.state)
@@ -182,7 +183,6 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
         run.program.method.check(state.extras)
         logger.info("resumed at step %d", state.step)
     phases.done("state")
-    judge.check(run)
     workdir.record(folder, config)  # not before all that a mistake can break has worked
     recorder = Recorder(folder, int(state.step), config.log.tensorboard, jax.process_index() == 0)
     try:

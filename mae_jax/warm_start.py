@@ -68,6 +68,10 @@ def _check_same_function(theirs: ConfigDict, ours: ConfigDict) -> None:
         if theirs[group][name] != ours[group][name]:
             raise UserError(f"init_from={ours.init_from} was trained with {key}={theirs[group][name]}, this config has "
                             f"{ours[group][name]}")
+    scale = theirs.model.layer_scale
+    if bool(scale) != bool(ours.model.layer_scale):
+        raise UserError(f"init_from={ours.init_from} was trained with{'' if scale else 'out'} LayerScale; add "
+                        f"--config.model.layer_scale={scale:g}")
 
 
 def _without_other_head(loaded: dict[str, Any], theirs: ConfigDict | None, config: ConfigDict,

@@ -49,6 +49,8 @@ def test_it_writes_the_vocabulary_that_a_run_builds_and_a_picture_of_it(written,
 @pytest.mark.parametrize(("flags", "line"), [
     ([f"{RECIPE[:9]}configs/vit_b_mae.py:runlocal", "--to=v.npz"], "has no vocabulary; take splitmask or beit"),
     ([RECIPE, "--to=v.txt"], "the file's name must end in .npz"),
+    ([RECIPE, "--clusters=5", "--to=v.npz"], "--clusters is of clusters of pictures, which are made with --from"),
+    (["--from=nowhere", "--to=v.npz"], "clusters of pictures are a folder"),
     ([RECIPE, "--config.method.vocabulary=100000", "--to=v.npz"], "use at most")])
 def test_a_mistake_is_one_line_and_exit_code_2(flags, line, tmp_path):
     done = cluster(*flags[:-1], f"--to={tmp_path / flags[-1].removeprefix('--to=')}")
@@ -63,6 +65,22 @@ def test_a_mistake_is_one_line_and_exit_code_2(flags, line, tmp_path):
 def test_another_vocabulary_than_the_config_asks_for_is_refused(written, kind, shape, line):
     with pytest.raises(UserError, match=line):
         tokens.load(written, kind, shape)
+
+
+@pytest.mark.parametrize("there", ["v.npz", "v.png"])
+def test_what_is_there_is_not_overwritten(tmp_path, there):
+    (tmp_path / there).write_bytes(b"mine")
+    done = cluster(RECIPE, f"--to={tmp_path}/v.npz")
+    assert done.returncode == 2
+    assert f"{tmp_path / there} is there already" in done.stderr
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(there, b"mine")]
+
+
+@pytest.mark.parametrize("entries", [np.full((23, 48), np.nan, np.float32), np.full((23, 48), "a")])
+def test_values_that_are_no_finite_numbers_are_no_vocabulary(tmp_path, entries):
+    tokens.save(tmp_path / "v.npz", entries, "kmeans")
+    with pytest.raises(UserError, match=r"v\.npz holds values of type .*: no vocabulary"):
+        tokens.load(tmp_path / "v.npz", "kmeans", (23, 48))
 
 
 def test_what_is_no_vocabulary_is_refused(tmp_path):

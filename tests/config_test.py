@@ -281,6 +281,7 @@ def test_bfloat16_sums_need_bfloat16_activations():
     ({"eval.sets": (3,)}, "eval.sets=[3]; expected values such as ('imagenet_v2',)"),
     ({"optim.lr": float("nan")}, "optim.lr=nan; it must be finite"),
     ({"optim.betas": (0.9, float("inf"))}, "optim.betas=[0.9, inf]; it must be finite"),
+    ({"data.image_size": (16.0, 16.0)}, "data.image_size=[16.0, 16.0]; expected whole numbers such as (224, 224)"),
     ({"method.mask_ratio": float("nan")}, "method.mask_ratio=nan; it must be finite")])
 def test_values_of_another_kind_and_numbers_that_are_not_finite_are_refused(fields, line):
     with pytest.raises(UserError) as error:

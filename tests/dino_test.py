@@ -182,9 +182,9 @@ def test_flops_on_paper_are_those_of_xla():
 
 @pytest.mark.parametrize(("fields", "line"), [
     ({"method.local_size": (6, 8)}, "both sides must be multiples of model.patch=.4, 4."),
-    ({"method.out_dim": 0}, "method.out_dim=0; it must be at least 1"),
+    ({"method.out_dim": 1}, "method.out_dim=1; it must be at least 2"),
     ({"method.teacher_temperature": 0.0}, "method.teacher_temperature=0.0; it must be above 0"),
-    ({"method.momentum": 1.5}, "method.momentum=1.5; expected 0 to 1"),
+    ({"method.momentum": 1.5}, "method.momentum=1.5; expected 0 to below 1"),
     ({"method.local_scale": (0.4, 0.1)}, "method.local_scale=.0.4, 0.1.; expected two numbers above 0, the smaller"),
     ({"method.local_views": -1}, "method.local_views=-1; expected 0 to 64"),
     ({"method.freeze_last": "one epoch"}, "cannot read the duration 'one epoch'"),

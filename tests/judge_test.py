@@ -1,6 +1,8 @@
 """When a run is evaluated, on what, and which checkpoint is the best."""
 
 import json
+import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from mae_jax import train
 from mae_jax.checkpoint import load_params
 from mae_jax.errors import UserError
 from mae_jax.evals.evaluate import Evaluator
-from mae_jax.judge import Best
+from mae_jax.judge import Best, Judge
 from mae_jax.params import flatten
 from mae_jax.workdir import config_of
 from tests.tiny import tiny_config, tiny_supervised
@@ -43,6 +45,16 @@ def test_the_end_reports_last_averaged_and_best_weights_and_other_crops(judged):
     last = next(line for line in lines(judged) if "eval/loss" in line)
     assert {"eval/top1", "eval/raw/top1", "eval/best/top1", "eval/best/raw/top1", "eval/crop_1/top1"} <= last.keys()
     assert last["eval/raw/loss"] != last["eval/loss"]
+
+
+def test_what_was_best_by_k_nn_is_printed_and_figures_of_single_experts_are_only_recorded(capsys):
+    judge, recorded = Judge.__new__(Judge), []
+    judge.part, judge.evaluator = "val", SimpleNamespace(pictures=lambda *_: [])
+    judge.recorder = SimpleNamespace(scalars=lambda step, values: recorded.extend(values))
+    figures = {"eval/best/knn/top1": 0.5, "eval/purity/block_01": 0.25, "eval/share/block_03/7": 0.125}
+    judge.write(None, 4, figures, time.monotonic())
+    assert "at step 4: eval/best/knn/top1 0.5000  eval/purity/block_01 0.2500  (0 s)" in capsys.readouterr().out
+    assert recorded == list(figures)
 
 
 def test_the_best_checkpoint_has_the_lowest_validation_loss(judged):

@@ -90,6 +90,64 @@ def test_predictions_are_those_of_gathering_and_scattering_in_raster_order(size)
         np.testing.assert_allclose(ours, wanted, atol=2e-5)
 
 
+def by_hand(predicted, patches, target, extras):
+    """Returns the mean loss of predictions [M, outputs] of raw patches [M, P], in NumPy."""
+    if target == "norm_pix":
+        pixels = np.asarray(_normal(patches), np.float64)
+        centred = pixels - pixels.mean(1, keepdims=True)
+        wanted = centred / np.sqrt(pixels.var(1, keepdims=True, ddof=1) + 1e-6)
+        return np.square(predicted - wanted).mean()
+    distances = np.square(np.asarray(_normal(patches))[:, None] - extras["vocabulary"]).sum(2)
+    flat = (patches.reshape(len(patches), -1, 3).max(1) == patches.reshape(len(patches), -1, 3).min(1)).all(1)
+    tokens = np.where(flat, 0, 1 + distances.argmin(1))
+    shifted = predicted - predicted.max(1, keepdims=True)
+    return (np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(tokens)), tokens]).mean()
+
+
+def raster_of(batch):
+    """Returns the patches [B, N, P] where they belong."""
+    raster = np.zeros_like(batch["patches"])
+    np.put_along_axis(raster, batch["order"][..., None].astype(int), batch["patches"], 1)
+    return raster
+
+
+@SIZES
+@pytest.mark.parametrize("target", ["kmeans", "norm_pix"])
+def test_each_half_is_asked_for_the_patches_that_it_has_not_seen(size, target):
+    method, params, extras, batch = made({**size, "method.target": target})
+    few, h = {name: value[:3] for name, value in batch.items()}, method.half
+    few["patches"][:, 1] = 9  # constant ones
+    predicted, raster, losses = reference(method, params, few)[0], raster_of(few), []
+    for image in range(3):
+        a, b, rest = np.split(few["order"][image], (h, 2 * h))
+        for branch, missing in enumerate((np.r_[b, rest], np.r_[a, rest])):
+            losses.append(by_hand(predicted[2 * image + branch], raster[image][missing], target, extras))
+    total, weight = tiny_loss(method)(params, extras, few, None, 0, False)[1][0]["inpaint_loss"]
+    assert float(total / weight) == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+@pytest.mark.parametrize("target", ["kmeans", "norm_pix"])
+def test_beit_is_asked_for_the_masked_patches(target):
+    method, params, extras, batch = made({"method.target": target}, "beit")
+    predicted, raster = np.asarray(method.predict(params, batch)), raster_of(batch)
+    losses = [by_hand(predicted[image], raster[image][batch["order"][image, -method.masked :]], target, extras)
+              for image in range(len(raster))]
+    total, weight = tiny_loss(method)(params, extras, batch, None, 0, False)[1][0]["loss"]
+    assert float(total / weight) == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+@SIZES
+def test_a_descriptor_is_the_mean_of_all_patches_outputs(size):
+    method, params, _, batch = made(size)
+    tokens = jnp.asarray(np.random.default_rng(0).normal(size=(4, 1 + method.half, 32)), jnp.float32)
+    (_, described), seen = method.decoder.apply(
+        {"params": params["decoder"]}, tokens, batch["order"][:4], method.patches - method.half,
+        capture_intermediates=lambda module, _: module.name == "norm", mutable=["intermediates"])
+    outputs = seen["intermediates"]["norm"]["__call__"][0]
+    assert outputs.shape[:2] == (4, method.patches)
+    np.testing.assert_allclose(described, outputs.mean(1), atol=1e-6)
+
+
 @pytest.mark.parametrize("method", ["splitmask", "beit"])
 @pytest.mark.parametrize("target", ["kmeans", "patches", "projection"])
 def test_cross_entropy_starts_at_the_logarithm_of_the_vocabulary(method, target):
@@ -175,7 +233,7 @@ def test_flops_on_paper_are_those_of_xla(method):
 @pytest.mark.parametrize(("method", "fields", "line"), [
     ("splitmask", {"method.decoder_width": 18}, "method.decoder_width=18; it must be a multiple"),
     ("splitmask", {"method.target": "kmean"}, "method.target='kmean'; did you mean 'kmeans'"),
-    ("splitmask", {"method.temperature": 0.0}, "method.temperature=0.0 must be above 0"),
+    ("splitmask", {"method.temperature": 0.0}, "method.temperature=0.0; it must be above 0"),
     ("splitmask", {"data.image_size": (4, 4)}, "one patch cannot be split"),
     ("beit", {"method.target": "pixel", "method.vocabulary_file": "v.npz"}, "is not read with method.target='pixel'"),
     ("beit", {"method.masked": 16}, "method.masked=16; expected 1 to 15 of 16 patches"),

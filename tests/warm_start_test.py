@@ -125,7 +125,8 @@ def test_a_file_that_is_no_safetensors_file_is_the_users_mistake(tmp_path, conte
     ({"model.gelu": "tanh"}, {}, r"trained with model\.gelu=tanh, this config has erf"),
     ({"model.depth": 3}, {}, r"holds another encoder: encoder/block_02/\S+ and 11 more parameters are in one"),
     ({}, {"model.depth": 3}, r"holds another encoder: encoder/block_02/\S+ and 11 more"),
-    ({}, {"model.layer_scale": 0.1}, r"holds another encoder: encoder/block_00/ls1/gamma and 3 more"),
+    ({}, {"model.layer_scale": 0.1}, r"was trained without LayerScale; add --config\.model\.layer_scale=0$"),
+    ({"model.layer_scale": 0.1}, {}, r"was trained with LayerScale; add --config\.model\.layer_scale=0\.1$"),
     ({"model.width": 64}, {}, r"has shape \(64,\), but this model needs \(32,\)"),
     (LEARNED, {}, r"has learned positions; use model\.positions=learned"),
 ])

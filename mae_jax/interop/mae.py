@@ -95,7 +95,7 @@ def _key(path: str) -> str:
         if re.match(pattern, path):
             key = re.sub(pattern, name, path, count=1).replace("/", ".")
             return re.sub(r"(kernel|scale)$", "weight", key)
-    raise UserError(f"the parameter {path} has no place in the published MAE layout")
+    raise UserError(f"the parameter {path} has no place in the published MAE layout; use --layout=timm")
 
 
 def _path(key: str) -> str:

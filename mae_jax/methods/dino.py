@@ -2,8 +2,9 @@
 
 Several views of a picture; the student's view of the one shall tell what the teacher, its moving average, says of
 another. As its released code does it, but for these, ours: the norm of the whole gradient is clipped, not that of every
-parameter; positions are fixed ones, of each view's own grid; rates change with every step; while the last layer is held
-its gradient is zero, so that Adam counts these steps for it, too, and takes larger ones just after.
+parameter; positions are fixed ones, of each view's own grid; rates change with every step; the last layer's directions
+start from normal numbers of deviation 0.02, theirs from torch's default, of 0.036; while the last layer is held its
+gradient is zero, so that Adam counts these steps for it, too, and takes larger ones just after.
 """
 
 import itertools
@@ -53,15 +54,15 @@ class DINO(Method):
     @staticmethod
     def validate(config: ConfigDict) -> None:
         m, data = config.method, config.data
-        for key in ("out_dim", "head_width", "bottleneck"):
-            if m[key] < 1:
-                raise UserError(f"method.{key}={m[key]}; it must be at least 1")
+        for key, least in (("out_dim", 2), ("head_width", 1), ("bottleneck", 1)):
+            if m[key] < least:
+                raise UserError(f"method.{key}={m[key]}; it must be at least {least}")
         for key in ("temperature", "teacher_temperature", "first_teacher_temperature"):
             if m[key] <= 0:
                 raise UserError(f"method.{key}={m[key]}; it must be above 0")
         for key in ("momentum", "center_momentum"):
-            if not 0 <= m[key] <= 1:
-                raise UserError(f"method.{key}={m[key]}; expected 0 to 1")
+            if not 0 <= m[key] < 1:
+                raise UserError(f"method.{key}={m[key]}; expected 0 to below 1")
         for key in ("global_scale", "local_scale", "blur"):
             if len(m[key]) != 2 or not 0 < m[key][0] <= m[key][1] or (key != "blur" and m[key][1] > 1):
                 raise UserError(f"method.{key}={tuple(m[key])}; expected two numbers above 0, the smaller one first"
@@ -127,7 +128,8 @@ class DINO(Method):
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
         """Cross-entropy between teacher and student, the mean over pairs of different views (section 3.1, equation 3).
 
-        An evaluation has one view of a picture: teacher and student are then compared on the same.
+        An evaluation has one view of a picture: teacher and student are then compared on the same, at the teacher's
+        first temperature, so that evaluations can be compared.
         """
         m, valid = self.config.method, batch["valid"]
         if "patches" in batch:

@@ -39,9 +39,10 @@ class SplitMask(Method):
         m = config.method
         PatchTargets.validate(config)
         check_decoder(m)
-        if m.temperature <= 0 or m.match_weight < 0:
-            raise UserError(f"method.temperature={m.temperature} must be above 0, and method.match_weight="
-                            f"{m.match_weight} not negative")
+        if m.temperature <= 0:
+            raise UserError(f"method.temperature={m.temperature}; it must be above 0")
+        if m.match_weight < 0:
+            raise UserError(f"method.match_weight={m.match_weight}; it must not be negative")
         if int(np.prod(grid(config))) < 2:
             raise UserError("one patch cannot be split; use a larger data.image_size or a smaller model.patch")
 

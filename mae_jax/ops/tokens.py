@@ -19,6 +19,7 @@ from mae_jax.ops.patches import normalize
 
 logger = logging.getLogger(__name__)
 KINDS = ("kmeans", "patches", "projection")
+LEAST = 3  # tokens: of constant patches, and two others
 LEAST_USED = 20  # the perplexity is at least V / 20: below, most patches share few tokens
 LEAST_PATCHES = 5  # sampled patches per entry: a larger vocabulary would know single patches by heart
 
@@ -56,10 +57,14 @@ def build(patches: np.ndarray, kind: str, size: int, rng: np.random.Generator) -
     Raises:
       UserError: the sample is too small for the size, or its patches share too few tokens.
     """
-    varied = patches[~np.asarray(constant(patches))]
+    varied = patches[~np.asarray(constant(patches))] if len(patches) else patches
+    if len(varied) < LEAST_PATCHES * LEAST:
+        raise UserError(f"only {len(varied)} of the sampled patches are not of one colour: too few for a vocabulary; "
+                        "use method.target=norm_pix, or more pictures")
     if len(varied) < LEAST_PATCHES * size:
         raise UserError(f"method.vocabulary={size} is more than a fifth of the {len(varied)} sampled patches that are "
-                        f"not constant; use at most {len(varied) // LEAST_PATCHES}")
+                        f"not constant; use at most {len(varied) // LEAST_PATCHES}, or a larger eval.max_examples: "
+                        "no more pictures are sampled")
     if kind == "projection":
         entries = rng.normal(size=(size - 1, patches.shape[1])).astype(np.float32)
     elif kind == "patches":
@@ -81,8 +86,10 @@ def save(file: epath.PathLike, entries: np.ndarray, kind: str) -> None:
     """Writes a vocabulary [V - 1, P] as *.npz, with what kind it is."""
     path = epath.Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as stored:
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as stored:
         np.savez(stored, vocabulary=entries, kind=np.array(kind))
+    partial.replace(path)
 
 
 def load(file: epath.PathLike, kind: str, shape: tuple[int, int]) -> np.ndarray:
@@ -97,6 +104,8 @@ def load(file: epath.PathLike, kind: str, shape: tuple[int, int]) -> np.ndarray:
     if found != kind or entries.shape != shape:
         raise UserError(f"{path} holds {found!r} of shape {list(entries.shape)} (tokens but one, values of a patch); "
                         f"the config has {kind!r} and {list(shape)}")
+    if entries.dtype.kind != "f" or not np.isfinite(entries).all():
+        raise UserError(f"{path} holds values of type {entries.dtype}, or some that are not finite: no vocabulary")
     return entries
 
 
@@ -124,5 +133,5 @@ def check(kind: str, size: int, kinds: tuple[str, ...]) -> None:
     """Raises UserError for an unknown target, or a vocabulary that is none."""
     if kind not in kinds:
         raise UserError(f"method.target={kind!r}; {nearest(kind, kinds)}")
-    if size < 3:
-        raise UserError(f"method.vocabulary={size}; it must be at least 3")
+    if size < LEAST:
+        raise UserError(f"method.vocabulary={size}; it must be at least {LEAST}")
