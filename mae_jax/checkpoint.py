@@ -26,7 +26,7 @@ from etils import epath
 
 from mae_jax import background, distributed, parameter_file, step_folders
 from mae_jax.checksum import Damaged, Record, describe, seal, unseal, verify
-from mae_jax.errors import UserError, cause, nearest
+from mae_jax.errors import UserError, cause, nearest, wait_for_no_thread
 from mae_jax.params import flatten, nest
 from mae_jax.workdir import make_folder
 
@@ -203,6 +203,7 @@ class Checkpoints:
         if causes := list(filter(None, distributed.gather(why))):
             self.failed = f"checkpoint of step {step} not saved: {causes[0]}"
             logging.warning("%s; training goes on, earlier checkpoints stay", self.failed)
+            wait_for_no_thread()  # orbax's may be busy with this save for many minutes
             _attempt("clean up", self._sweep)
         return not causes
 

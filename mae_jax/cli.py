@@ -14,7 +14,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from mae_jax.errors import GuardError, UserError, nearest
+from mae_jax.errors import GuardError, UserError, leave, nearest
 
 NAMED = 8  # config files that a message lists, at most
 FINISHED, BUG, MISTAKE, GUARD, STOPPED = 0, 1, 2, 3, 75
@@ -53,7 +53,7 @@ def run(command: Callable[[], int], usage: str | None, required: tuple[str, ...]
             _refuse(f"unexpected argument {rest[1]!r}; flags start with --")
         return rest
 
-    app.run(lambda _: sys.exit(guarded(command)), flags_parser=parse)
+    app.run(lambda _: leave(guarded(command)), flags_parser=parse)
 
 
 def quiet_logs() -> None:

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
@@ -26,6 +27,24 @@ def say_now(line: str) -> None:
     """
     with contextlib.suppress(OSError):
         os.write(_STDERR, f"\n{line}\n".encode())
+
+
+_busy = False
+
+
+def wait_for_no_thread() -> None:
+    """Says that threads may be busy for long with what was given up: the process ends without waiting for them."""
+    global _busy
+    _busy = True
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process in order, from its main thread."""
+    if _busy:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        quit_now(code)
+    sys.exit(code)
 
 
 _last: list[Callable[[], None]] = []

@@ -20,7 +20,7 @@ import numpy as np
 from jax._src import compiler
 from jax._src.distributed import global_state as state
 
-from mae_jax import checkpoint, cli, data, distributed, lease, place, sharding, train
+from mae_jax import checkpoint, cli, data, distributed, errors, lease, place, sharding, train
 from mae_jax.data.batches import hiding
 from tests.tiny import raster_batch, tiny_batch, tiny_config, tiny_method
 
@@ -118,4 +118,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.guarded(main))
+    errors.leave(cli.guarded(main))

@@ -1,0 +1,216 @@
+"""Whole runs in a bucket, over HTTP: through bursts, kills and refusals they end with the bits of a run on a disk."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from mae_jax import bucket, cli, export, train, workdir
+from mae_jax.checkpoint import Checkpoints
+from mae_jax.params import flatten
+from tests.faults import peer
+from tests.faults.processes import ends, output, start
+
+FIELDS = {"data.eval_split": "test", "eval.every": "20 steps", "eval.max_examples": 16}
+LEASE = [0.3, 3.0]  # seconds after which a lease is renewed, and taken over
+TOKEN = "ya29.not-to-be-seen"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, _in_gcs) -> Path:
+    """Where processes keep their notes; they have a token that must not be seen."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", TOKEN)
+        bucket.check("gs://bucket")
+        yield tmp_path_factory.mktemp("runs")
+
+
+def begin(place: Path, name: str, **fields) -> subprocess.Popen:
+    """Starts gs://bucket/<name>."""
+    where = {} if name == "golden" else {"workdir": f"gs://bucket/{name}", "lease": LEASE}
+    [process] = start(place / name, place / "compiled", 1, 1, FIELDS | where | fields)
+    return process
+
+
+def finish(place: Path, name: str, code: int = 0, **fields) -> str:
+    """Runs to the end; returns the output."""
+    codes = ends([begin(place, name, **fields)])
+    text = output(place / name, 0)
+    assert codes == [code], text
+    assert TOKEN not in text
+    assert "Traceback" not in text
+    return text
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def state_of(workdir_: str | Path) -> dict[str, bytes]:
+    """Returns all bits of the newest checkpoint."""
+    run = train.prepare(workdir.read_config(epath.Path(workdir_)), epath.Path(workdir_))
+    state = Checkpoints(workdir_, 2).restore(run.program.state)
+    return {name: np.asarray(jax.device_get(leaf)).tobytes() for name, leaf in flatten(state).items()}
+
+
+@pytest.fixture(scope="module")
+def golden(place) -> dict[str, bytes]:
+    """The state of an undisturbed run on a disk."""
+    finish(place, "golden")
+    return state_of(place / "golden")
+
+
+def committed(gcs, name: str) -> list[int]:
+    found = gcs.store.list("bucket", {"prefix": f"{name}/checkpoints/"})["items"]
+    return sorted(int(item["name"].split("/")[2]) for item in found if item["name"].count("/") == 3
+                  and item["name"].endswith("commit_success.txt"))
+
+
+def logged(name: str) -> list[int]:
+    """Returns the steps of the lines of training in metrics.jsonl."""
+    lines = map(json.loads, bucket.read(f"gs://bucket/{name}/metrics.jsonl").content.splitlines())
+    return [line["step"] for line in lines if "train/loss" in line]
+
+
+def is_like(golden: dict[str, bytes], name: str) -> bool:
+    """Says whether a run ended with the bits of the golden one and with each of its lines once."""
+    return state_of(f"gs://bucket/{name}") == golden and logged(name) == list(range(4, peer.STEPS + 1, 4))
+
+
+def test_a_run_in_a_bucket_resumes_to_the_bits_of_one_on_a_disk_and_leaves_the_same(place, golden, gcs, capsys):
+    process = begin(place, "whole", pause=0.1)
+    wait_until(lambda: 8 in committed(gcs, "whole"), process)
+    process.terminate()
+    assert process.wait(30) == 75
+    assert f"resumed at step {committed(gcs, 'whole')[-1]}" in finish(place, "whole")
+    assert is_like(golden, "whole")
+    assert committed(gcs, "whole") == [16, 20]
+    assert bucket.read("gs://bucket/whole/DONE").content == b"20\n"
+    found = {item["name"].removeprefix("whole/") for item in gcs.store.list("bucket", {"prefix": "whole/"})["items"]}
+    ours = {str(path.relative_to(place / "golden")) for path in (place / "golden").rglob("*") if path.is_file()}
+    outside = {name for name in found if not name.startswith("checkpoints/")}
+    assert outside | {"lock"} == {name for name in ours if not name.startswith("checkpoints/")}
+    assert any(name.startswith("pictures/reconstruct_") for name in outside)
+    assert "is finished: step 20 of 20" in finish(place, "whole")
+    assert export.export("gs://bucket/whole", "gs://bucket/copied", "mae_jax") == 0
+    assert state_of("gs://bucket/copied") == golden
+    assert train.evaluate("gs://bucket/copied") == 0
+    lines = [json.loads(bucket.read(f"gs://bucket/{name}/metrics.jsonl").content.splitlines()[-1])
+             for name in ("whole", "copied")]
+    assert lines[0]["eval/loss"] == pytest.approx(lines[1]["eval/loss"], rel=1e-5)
+    everything = b"".join(stored.content for stored in gcs.store.buckets["bucket"].values())
+    assert TOKEN.encode() not in everything
+
+
+def test_bursts_resets_and_refused_deletions_do_not_touch_training(place, golden, gcs):
+    for fault in ({"path": "checkpoints/4/.*d/", "status": 503}, {"path": "checkpoints/8/.*manifest", "status": 429},
+                  {"path": "checkpoints/8/.*d/", "kind": "reset"}, {"path": "metrics", "method": "POST"},
+                  {"path": "config.json", "method": "POST"}, {"path": "pictures", "kind": "lost"},
+                  {"path": "DONE", "method": "POST", "kind": "reset"}):
+        gcs.add(fault)
+    gcs.add({"path": "checkpoints/4", "method": "DELETE", "status": 403, "times": -1})
+    text = finish(place, "bursts")
+    assert all(fault.done for fault in gcs.faults)
+    assert "could not delete the old checkpoint of step 4" in text
+    assert is_like(golden, "bursts")
+    assert committed(gcs, "bursts") == [4, 16, 20]
+
+
+def test_kill_9_in_the_middle_of_an_upload_goes_on_from_the_step_before(place, golden, gcs):
+    gcs.add({"path": "checkpoints/8/", "method": "POST", "kind": "slow", "seconds": 0.2, "times": -1})
+    process = begin(place, "killed")
+    wait_until(lambda: gcs.faults[0].done > 3, process)
+    process.kill()
+    process.wait()
+    assert committed(gcs, "killed") == [4]
+    gcs.clear()
+    text = finish(place, "killed")
+    assert "waiting to see whether that run lives: up to 3 s for a sign" in text
+    assert "resumed at step 4" in text
+    assert is_like(golden, "killed")
+
+
+def test_a_run_that_was_frozen_and_overtaken_ends_when_it_wakes_and_harms_nothing(place, golden, gcs):
+    process = begin(place, "frozen", pause=0.1)
+    wait_until(lambda: 8 in committed(gcs, "frozen"), process)
+    process.send_signal(signal.SIGSTOP)
+    frozen = output(place / "frozen", 0)
+    (place / "frozen.out.0").rename(place / "frozen.out.first")
+    text = finish(place, "frozen")
+    assert "took over gs://bucket/frozen/lock" in text
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(30) == 3
+    told = (place / "frozen.out.first").read_text().removeprefix(frozen)
+    assert "stopped: gs://bucket/frozen was taken over by a run that has ended since" in told
+    assert "Traceback" not in told
+    assert is_like(golden, "frozen")
+
+
+def test_a_signal_before_the_first_step_gives_the_lease_back(place, golden, gcs):
+    process = begin(place, "signalled", pause=0.5)
+    wait_until(lambda: any("signalled/config.json" in request for request in gcs.requests), process)
+    process.terminate()
+    assert process.wait(30) == 75
+    assert bucket.read("gs://bucket/signalled/lock") is None
+
+
+def test_a_bucket_that_stops_answering_stops_no_training_and_is_told_at_the_end(place, golden, gcs):
+    gcs.add({"path": "checkpoints/12/.*d/|checkpoints/16/.*d/|checkpoints/20/.*d/", "method": "POST", "kind": "slow",
+             "seconds": 60, "times": -1})
+    began = time.monotonic()
+    text = finish(place, "silent", code=2, save_seconds=1)
+    assert time.monotonic() - began < 40
+    for step in (12, 16, 20):
+        assert f"checkpoint of step {step} not saved: TimeoutError" in text
+    assert text.count("training goes on, earlier checkpoints stay") == 3
+    assert "the state of step 20 could not be saved" in text
+    assert "it goes on from step 8" in text
+    gcs.clear()
+    assert "resumed at step 8" in finish(place, "silent")
+    assert is_like(golden, "silent")
+
+
+@pytest.mark.usefixtures("_restored_logging")
+@pytest.mark.parametrize(("name", "fault", "words"), [
+    ("bucket", {"path": "/o[?]", "status": 403}, "access denied"),
+    ("bukket", None, "there is no bucket gs://bukket"),
+    ("bucket", {"path": "upload.*lock", "status": 403}, "cannot write the workdir: gs://bucket/run/lock: access"),
+    ("bucket", {"path": "/o[?]", "kind": "slow", "seconds": 3}, "no answer within 1 s"),
+])
+def test_a_bucket_that_will_not_do_is_told_before_anything_is_compiled(place, gcs, monkeypatch, capsys, name, fault,
+                                                                       words):
+    monkeypatch.setattr(bucket, "CHECK_SECONDS", 1.0)
+    monkeypatch.setattr("mae_jax.program.Program.compile", None)
+    if fault:
+        gcs.add({"times": -1, **fault})
+    config = peer.small_config(place, FIELDS)
+    began = time.monotonic()
+    assert cli.guarded(lambda: train.train(config, f"gs://{name}/run")) == 2
+    assert time.monotonic() - began < 10
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert line.startswith("error: ")
+    assert f"gs://{name}/run" in line
+    assert words in line
+
+
+def test_a_second_living_run_on_a_disk_is_refused_and_a_killed_one_keeps_nobody_out(place, golden):
+    process = begin(place, "first", workdir=str(place / "disk"), pause=0.2)
+    wait_until((place / "disk" / "config.json").exists, process)
+    text = finish(place, "second", code=2, workdir=str(place / "disk"))
+    assert f"error: {place}/disk is in use by a living run: process {process.pid} on {os.uname().nodename}" in text
+    process.kill()
+    process.wait()
+    finish(place, "third", workdir=str(place / "disk"))
+    assert state_of(place / "disk") == golden
