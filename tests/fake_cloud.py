@@ -89,6 +89,6 @@ class Cloud:
 def interrupt(launcher: subprocess.Popen) -> str:
     """Presses Ctrl-C and returns what the launcher said."""
     os.killpg(launcher.pid, signal.SIGINT)
-    _, err = launcher.communicate(timeout=30)
+    _, err = launcher.communicate(timeout=120)
     assert launcher.returncode == 130
     return err

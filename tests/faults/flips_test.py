@@ -8,7 +8,7 @@ import pytest
 
 from tests.devices import simulated
 
-FLIPS = 25  # of each; more by `python -m tests.faults.flips 1000 1`
+FLIPS = 15  # of each; more by `python -m tests.faults.flips 1000 1`
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -19,4 +19,4 @@ def test_changed_bytes_leave_every_array_bit_equal_or_the_step_refused_by_name(d
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["wrong"] == []
     assert (found["devices"], found["equal"] + found["refused"]) == (devices, FLIPS)
-    assert found["refused"] >= 5
+    assert found["refused"] >= 3

@@ -25,6 +25,7 @@ from mae_jax.data.batches import hiding
 from tests.tiny import raster_batch, tiny_batch, tiny_config, tiny_method
 
 STEPS = 20
+END = "."  # of a line that was written whole: a disk may be full
 SIZES = {"train": 48, "support": 32, "evaluate": 27}
 
 
@@ -60,13 +61,13 @@ def write_batches(folder: Path, config) -> None:
 
 
 def recording(build, folder: str, process: str, pause: float):
-    """Wraps data.build: every batch that is drawn leaves a line 'step row:id row:id ...', after a pause."""
+    """Wraps data.build: every batch that is drawn leaves a line 'step row:id row:id ... .', after a pause."""
     def noted(batches: Iterator, start: int, rows: np.ndarray, kind: str) -> Iterator:
         for step, batch in enumerate(batches, start):
             time.sleep(pause)
             pairs = zip(rows, batch["id"], strict=True)
             with open(f"{folder}.{kind}.{process}", "a") as out:
-                out.write(" ".join([str(step), *(f"{row}:{number}" for row, number in pairs)]) + "\n")
+                out.write(" ".join(["\n", str(step), *(f"{row}:{number}" for row, number in pairs), END]) + "\n")
             yield batch
 
     def wrapped(config, spec, order, rows, views):

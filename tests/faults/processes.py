@@ -116,7 +116,9 @@ def drawn(folder: Path, kind: str = "ids", steps: int = peer.STEPS) -> dict[int,
     found: dict[int, dict[int, int]] = {}
     for file in folder.parent.glob(f"{folder.name}.{kind}.*"):
         for line in file.read_text().splitlines():
-            step, *pairs = line.split()
+            if not line.endswith(f" {peer.END}"):
+                continue
+            step, *pairs = line.split()[:-1]
             rows = found.setdefault(int(step), {})
             for row, number in (map(int, pair.split(":")) for pair in pairs):
                 assert rows.setdefault(row, number) == number, f"{folder}: step {step}, row {row} was drawn differently"

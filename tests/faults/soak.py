@@ -17,6 +17,7 @@ import random
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,10 @@ class Lab:
                 "seconds": round(time.monotonic() - began, 2), "explained": fine, **told}
 
 
-def trial(lab: Lab, seed: int, number: int) -> dict[str, Any]:
+def trial(lab: Lab, seed: int, number: int, settings: Sequence[str]) -> dict[str, Any]:
     """Returns the line of trial `number`."""
     draws = random.Random(f"{seed} {number}")
-    setting = draws.choice(list(SETTINGS))
+    setting = draws.choice(settings)
     golden, run = lab.golden(setting), lab.folder / setting.replace(" ", "_") / f"run_{number}"
     possible = [strike for strike in strikes.ALL if SETTINGS[setting][0] == 1 or strike.shared]
     if setting == "bucket":
@@ -135,13 +136,13 @@ def report(lines: list[dict[str, Any]]) -> str:
                       "examples of the undisturbed one.", "", *rows, ""])
 
 
-def campaign(faults: int, seed: int, to: Path) -> str:
-    """Goes on until so many faults have struck; returns the table."""
+def campaign(faults: int, seed: int, to: Path, settings: Sequence[str] = tuple(SETTINGS)) -> str:
+    """Goes on until so many faults have struck runs of these settings; returns the table."""
     lines = [json.loads(line) for line in to.read_text().splitlines()] if to.exists() else []
     with tempfile.TemporaryDirectory() as scratch, server.serving(BUCKET) as bucket:
         lab = Lab(Path(scratch), bucket)
         while sum(len(line["faults"]) for line in lines) < faults:
-            lines.append(trial(lab, seed, len(lines)))
+            lines.append(trial(lab, seed, len(lines), settings))
             with to.open("a") as out:
                 out.write(json.dumps(lines[-1]) + "\n")
             print(json.dumps(lines[-1]), flush=True)

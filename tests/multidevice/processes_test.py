@@ -81,7 +81,8 @@ def test_processes_train_as_one_on_the_same_examples_and_one_device_reads_what_t
     assert "finished" in outputs[0]
     assert not any("finished" in text or "step" in text for text in outputs[1:])
     if mesh == "tensor":
-        assert len((place / "tensor.ids.0").read_text().split("\n")[0].split()) == 17  # the step and all 16 rows
+        line = (place / "tensor.ids.0").read_text().splitlines()[1]
+        assert len(line.split()) == 18  # the step, all 16 rows and the end
 
 
 def test_every_held_out_example_is_counted_once_with_the_same_answer(one, place):
