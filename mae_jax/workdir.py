@@ -4,6 +4,7 @@ import fnmatch
 import importlib.metadata
 import importlib.util
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -30,18 +31,24 @@ def locate(folder: str) -> epath.Path:
     Raises:
       UserError: it is in a bucket, and the packages for that are missing, or the bucket cannot be looked into.
     """
-    if folder.startswith("gs://"):
-        if set(folder) & set("*?[#"):  # gcsfs would take them for a pattern, or for a generation
-            raise UserError(f"{folder}: a folder in a bucket cannot have *, ?, [ or # in its name")
-        missing = [name for name in ("gcsfs", "google.cloud.storage") if not _importable(name)]
-        if missing:
-            raise UserError(f"{folder}: a bucket needs {' and '.join(missing)}; run: pip install 'mae_jax[gcs]'")
-        from mae_jax import bucket
-
-        bucket.check(folder)
-    elif "://" in folder:
+    if "://" in folder and not folder.startswith("gs://"):
         raise UserError(f"{folder}: a folder is local or gs://")
+    if folder.startswith("gs://") and set(folder) & set("*?[#"):  # gcsfs takes them for a pattern, or for a generation
+        raise UserError(f"{folder}: a folder in a bucket cannot have *, ?, [ or # in its name")
+    check_bucket(folder)
     return epath.Path(folder)
+
+
+def check_bucket(path: str) -> None:
+    """Finds out in seconds whether what is named on gs://, a pattern perhaps, can be looked into; raises UserError."""
+    if not path.startswith("gs://"):
+        return
+    missing = [name for name in ("gcsfs", "google.cloud.storage") if not _importable(name)]
+    if missing:
+        raise UserError(f"{path}: a bucket needs {' and '.join(missing)}; run: pip install 'mae_jax[gcs]'")
+    from mae_jax import bucket
+
+    bucket.check(re.split(r"[*?\[{]", path)[0])
 
 
 def _importable(name: str) -> bool:

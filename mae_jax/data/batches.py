@@ -20,6 +20,7 @@ from mae_jax.arrays import opened
 from mae_jax.clusters import Clusters
 from mae_jax.data.orders import Order, View, rolled, with_views
 from mae_jax.errors import UserError
+from mae_jax.workdir import check_bucket
 
 # Of the rows that fill the last batch; the other fields repeat the first example.
 PADDING = {"valid": 0, "label": -1, "labels": 0, "mask": 255, "id": -1, "replaced": 0}
@@ -43,6 +44,7 @@ def open_folder(config: ConfigDict, spec: Spec, views: tuple[View, ...], order: 
 
     Batches that were made with views serve to look at an encoder without them, but not to train.
     """
+    check_bucket(config.data.path)
     folder = epath.Path(config.data.path)
     meta, wanted = _meta(config.data.path), hiding(order, views)
     for name, value in joined_from(config).items() if "kept" in meta else ():

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.data import splits
 from mae_jax.errors import UserError, nearest
+from mae_jax.workdir import check_bucket
 
 if TYPE_CHECKING:
     from mae_jax.data.streams import Stream
@@ -86,6 +87,7 @@ def load(data: ConfigDict, expression: str) -> "Source | Stream":
     if data.get("path") and data.source in BUILT_IN:
         raise UserError(f"data.source={data.source!r} does not read data.path={data.path!r}; leave it out, or name a "
                         "source that reads it (the argument `runlocal` of a recipe takes photo crops for any data)")
+    check_bucket(data.get("path") or "")
     module = importlib.import_module(MODULES[data.source])
     source = functools.reduce(lambda one, other: one.joined(other),
                               [module.load(data, split) for split in splits.parts(expression)])

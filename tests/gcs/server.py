@@ -97,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         self.query = dict(parse_qsl(parts.query, keep_blank_values=True))
         path = parts.path
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.body = self.read_body()
         fault = None
         if not path.startswith("/_"):
             fault = self.server.noted(self.command, self.shown(unquote(path), unquote(parts.query)))
@@ -119,6 +119,16 @@ class Handler(BaseHTTPRequestHandler):
         self.send(status, headers, body, fault.kind if fault else "")
 
     do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = answer
+
+    def read_body(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
     def shown(self, path: str, query: str) -> str:
         """Returns the path as faults see it."""
