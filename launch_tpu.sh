@@ -11,7 +11,7 @@ name="" zone="" type="" project="" version=tpu-ubuntu2204-base service_account="
 spot="" queued="" keep="" dry_run="" train=()
 pause=${LAUNCH_TPU_PAUSE:-30}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-commit="" archive="" run_id="" attempt="" states="" slice="" quiet=""
+commit="" archive="" run_id="" attempt="" started=0 states="" slice="" quiet=""
 
 usage() {
   cat <<'END'
@@ -180,7 +180,7 @@ install() {
 }
 
 start() {
-  attempt=$run_id-$(date +%s)
+  attempt=$run_id-$(date +%s)-$((++started))  # a run may end within the second in which it was started
   on_workers start "$attempt" "${train[@]}"
 }
 

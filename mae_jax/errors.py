@@ -1,4 +1,4 @@
-"""The two ways in which a run ends early on purpose, and the hints that go with them."""
+"""How a run ends early on purpose, and the words that go with it."""
 
 import contextlib
 import difflib
@@ -41,8 +41,9 @@ def wait_for_no_thread() -> None:
 def leave(code: int) -> NoReturn:
     """Ends the process in order, from its main thread."""
     if _busy:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # the disk that the save was given up for may be that of the output
+                stream.flush()
         quit_now(code)
     sys.exit(code)
 

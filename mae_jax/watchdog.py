@@ -27,7 +27,7 @@ def alive() -> None:
 class Watchdog:
     """Context manager with a thread that ends the process, with exit code 3, when one thing takes too long.
 
-    Time is counted by the thread's own ticks: while the whole process is frozen (Ctrl-Z, a laptop that sleeps), none
+    Time is counted by the thread's own ticks: while the whole process is frozen (SIGSTOP, Ctrl-Z), none
     passes. A main thread that holds Python's lock for ever is not noticed.
 
     Attributes:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from mae_jax.ops import spikes
 from mae_jax.params import flatten
 from mae_jax.watchdog import Watchdog
 from tests.faults import hang
+from tests.faults.processes import ends, output, start, wait_for
 from tests.tiny import tiny_batch, tiny_config, tiny_state, tiny_step
 
 
@@ -69,6 +71,17 @@ def test_a_run_that_hangs_ends_with_3_and_leaves_the_stacks_of_all_threads(tmp_p
     assert "hang.py" in stacks
     assert "in sleeps" in stacks
     assert time.monotonic() - began < 60
+
+
+def test_time_in_which_the_whole_process_is_frozen_does_not_count(tmp_path):
+    folder = tmp_path / "run"
+    [process] = start(folder, tmp_path / "compiled", 1, 1, {"guard.stall_seconds": 3.0, "pause": 0.1})
+    assert wait_for(folder / "metrics.jsonl", [process])  # it is in the middle of its steps
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(6)
+    process.send_signal(signal.SIGCONT)
+    assert ends([process]) == [0], output(folder, 0)
+    assert not (folder / "stacks_0.txt").exists()
 
 
 def test_what_gets_on_or_is_not_watched_is_left_alone(tmp_path, monkeypatch):
