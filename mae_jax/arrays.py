@@ -1,6 +1,7 @@
 """Reading *.npz files, which hold arrays of numbers and texts: nothing in them is ever executed."""
 
 import contextlib
+import io
 import struct
 import tokenize
 import zipfile
@@ -11,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from mae_jax.errors import UserError
+from mae_jax.files import read_bytes
 
 DAMAGED = (OSError, ValueError, TypeError, KeyError, EOFError, SyntaxError, RuntimeError, MemoryError, struct.error,
            tokenize.TokenError, zipfile.BadZipFile, zlib.error)  # what broken bytes make NumPy raise
@@ -18,7 +20,7 @@ DAMAGED = (OSError, ValueError, TypeError, KeyError, EOFError, SyntaxError, Runt
 
 @contextlib.contextmanager
 def opened(path: epath.Path, hint: str = "") -> Iterator[np.lib.npyio.NpzFile]:
-    """Opens a file, local or gs://, whose arrays are read when they are asked for.
+    """Opens a file whose arrays are read when they are asked for; one on gs:// as a whole, with its checksum.
 
     Args:
       path: the file, which is there.
@@ -29,7 +31,7 @@ def opened(path: epath.Path, hint: str = "") -> Iterator[np.lib.npyio.NpzFile]:
         which NumPy would execute code to make.
     """
     try:
-        with path.open("rb") as file:
+        with io.BytesIO(read_bytes(path) or b"") if str(path).startswith("gs://") else path.open("rb") as file:
             arrays = np.load(file, allow_pickle=False)
             if not isinstance(arrays, np.lib.npyio.NpzFile):
                 raise ValueError("one array, where *.npz has several with a name each")

@@ -27,8 +27,8 @@ from etils import epath
 from mae_jax import background, distributed, parameter_file, step_folders
 from mae_jax.checksum import Damaged, Record, describe, seal, unseal, verify
 from mae_jax.errors import UserError, cause, nearest, wait_for_no_thread
+from mae_jax.files import make_folder
 from mae_jax.params import flatten, nest
-from mae_jax.workdir import make_folder
 
 # Read when etils meets the first gs:// path: gcsfs serves it then, TensorFlow stays out.
 os.environ.setdefault("EPATH_USE_TF", "false")
@@ -110,7 +110,8 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and all are damaged; or they are of another model.
         """
-        self._look()
+        if not _attempt("look for checkpoints", self._look, tries=2):  # never taken for a folder without any
+            raise UserError(f"cannot look for checkpoints in {self._folder}; see the warning above")
         steps, wanted = distributed.first(self._there), flatten(abstract)
         for step in reversed(steps):
             arrays = self._try(step, wanted)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from mae_jax import step_folders, workdir
+from mae_jax import files, step_folders, workdir
 from mae_jax.checkpoint import read_back
 from mae_jax.checksum import Damaged, Record
 from mae_jax.errors import UserError
@@ -42,8 +42,8 @@ def copy(source: epath.Path, to: epath.Path) -> str:
     target = to / "checkpoints" / folder.name
     if step_folders.complete(target) and _same(target, record):
         return f"{target}: there already, verified: {_size(record)}"
-    workdir.make_folder(to)
-    workdir.replace_text(to / "config.json", workdir.read_text(origin / "config.json"))
+    files.make_folder(to)
+    files.replace_text(to / "config.json", files.read_text(origin / "config.json"))
     _copy(folder, target)
     if not _same(target, record):
         _remove(target)
@@ -97,9 +97,9 @@ def _copy(folder: epath.Path, target: epath.Path) -> None:
     _remove(place)
     for name in _files(folder):
         if name != step_folders.MARK:
-            workdir.make_folder((place / name).parent)
-            workdir.replace_bytes(place / name, workdir.read_bytes(folder / name))
-    workdir.replace_text(place / step_folders.MARK, "copied\n")
+            files.make_folder((place / name).parent)
+            files.replace_bytes(place / name, files.read_bytes(folder / name))
+    files.replace_text(place / step_folders.MARK, "copied\n")
     if local:
         place.rename(target)
 

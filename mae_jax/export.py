@@ -47,7 +47,7 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
       source, to, layout: as the flags.
       task, how, seed: config of the task for which a mixture of experts is cut down, and as `customise` takes them.
     """
-    from mae_jax import copies, parameter_file, params, workdir
+    from mae_jax import copies, files, parameter_file, params, workdir
     from mae_jax.checkpoint import load_params
     from mae_jax.errors import UserError
     from mae_jax.interop.hf import hf_config, to_hf
@@ -57,7 +57,7 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
 
     if task is not None and not how:
         raise UserError("--config says for what --for-task=vote, probe or random is to be; without it leave it out")
-    file, folder = workdir.locate(to), workdir.locate(source)
+    file, folder = files.locate(to), files.locate(source)
     if layout == "hf":
         file = file / "model.safetensors"
     elif file.suffix != ".safetensors":
@@ -86,7 +86,7 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
     parameter_file.save(file, tree, workdir.metadata(config))
     if layout == "hf":
         described = {"model_type": "vit_mae", "architectures": ["ViTMAEForPreTraining"], **hf_config(config)}
-        workdir.replace_text(file.parent / "config.json", json.dumps(described, indent=2) + "\n")
+        files.replace_text(file.parent / "config.json", json.dumps(described, indent=2) + "\n")
     flat = params.flatten(tree)
     print(f"{file}: {len(flat)} arrays, {sum(x.size for x in flat.values()):,} values")
     if layout == "timm":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from mae_jax import sharding, workdir
+from mae_jax import files, sharding
 from mae_jax.errors import GuardError
 from mae_jax.ops.keys import stream_key
 
@@ -57,5 +57,5 @@ class Guards:
         file = self.run.workdir / f"guard_{step}.json"
         if jax.process_index() == 0:
             told = {name: str(sums[name]) for name in ("loss", "grad_norm")}  # JSON has no NaN
-            workdir.replace_text(file, json.dumps({"seed": seed, **told, "steps": steps}) + "\n")
+            files.replace_text(file, json.dumps({"seed": seed, **told, "steps": steps}) + "\n")
         return str(file)

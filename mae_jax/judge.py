@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 from etils import epath
 
-from mae_jax import distributed, workdir
+from mae_jax import distributed, files
 from mae_jax.checkpoint import Checkpoints
 from mae_jax.errors import UserError, nearest
 from mae_jax.evals.evaluate import Evaluator, Figures
@@ -32,7 +32,7 @@ class Best:
         self.score = distributed.first(self._read())
 
     def _read(self) -> float:
-        stored = json.loads(workdir.read_text(self.file) or "{}")
+        stored = json.loads(files.read_text(self.file) or "{}")
         return stored["score"] if self.of.items() <= stored.items() else float("-inf")
 
     def offer(self, done: int, state: TrainState, figures: Figures) -> None:
@@ -49,7 +49,7 @@ class Best:
         self.score = score
         if jax.process_index() == 0:
             text = json.dumps({"step": done, **self.of, "score": score})
-            workdir.replace_text(self.file, text + "\n")
+            files.replace_text(self.file, text + "\n")
 
 
 def check(run: "Run") -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from mae_jax.errors import UserError
-from mae_jax.workdir import make_folder, replace_bytes, replace_text
+from mae_jax.files import make_folder, replace_bytes, replace_text
 
 logger = logging.getLogger(__name__)
 REMOTE_PERIOD = 30.0  # seconds between rewrites of metrics.jsonl in a bucket, which cannot append

@@ -8,7 +8,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from mae_jax import workdir
+from mae_jax import files
 from mae_jax.checksum import describe, seal, unseal, verify
 from mae_jax.errors import UserError, cause
 from mae_jax.params import flatten, nest
@@ -25,14 +25,14 @@ def save(path: epath.PathLike, params: Any, metadata: Mapping[str, str]) -> None
     path = epath.Path(path)
     arrays = {name: np.ascontiguousarray(array) for name, array in flatten(params).items()}
     header = {**metadata, "checksums": json.dumps(seal(describe(arrays)))}
-    workdir.make_folder(path.parent)
-    workdir.replace_bytes(path, safetensors.numpy.save(arrays, header))
+    files.make_folder(path.parent)
+    files.replace_bytes(path, safetensors.numpy.save(arrays, header))
 
 
 def load(path: epath.Path) -> dict[str, Any]:
     """Returns the nested dict of arrays in a file; raises UserError where it is not there, or damaged."""
     try:
-        content = workdir.read_bytes(path)
+        content = files.read_bytes(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     if content is None:

@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mae_jax import cli, parameter_file, sharding, workdir
+from mae_jax import cli, files, parameter_file, sharding, workdir
 from mae_jax.checkpoint import load_params
 from mae_jax.clusters import Clusters, fingerprint
 from mae_jax.config import flat
@@ -69,7 +69,7 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
       seed: of the first centroids.
       data: config whose group `data` is read in place of the run's own.
     """
-    folder = workdir.locate(source)
+    folder = files.locate(source)
     config = workdir.read_config(workdir.of_checkpoint(folder))
     config = frozen(config if data is None else with_data(config, data), block)
     if config.method.name == "moce":

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mae_jax import cli, params, sharding, workdir
+from mae_jax import cli, files, params, sharding
 from mae_jax.checkpoint import Checkpoints
 from mae_jax.errors import UserError
 from mae_jax.methods.base import Batch
@@ -19,7 +19,7 @@ def replay(folder: str, step: int) -> int:
     Steps whose gradients were not finite left the parameters as they were, so that the checkpoint saved when the guard
     stopped the run holds those that such a step began with. Returns the exit code.
     """
-    path = workdir.locate(folder)
+    path = files.locate(folder)
     run = prepare(of_workdir(path), path)
     state = Checkpoints(path, run.config.checkpoint.keep_last).restore(run.program.state)
     if state is None:

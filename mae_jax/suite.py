@@ -114,12 +114,12 @@ class Suite:
     """
 
     def __init__(self, recipe: Recipe, source: str, to: str, lrs: list[float]):
-        from mae_jax import step_folders, workdir
+        from mae_jax import files, step_folders
 
         self.recipe, self.lrs = recipe, lrs
         self.encoder = encoder_config(source)
-        self.source = str(step_folders.newest(workdir.locate(source)))
-        self.to = workdir.locate(to)
+        self.source = str(step_folders.newest(files.locate(source)))
+        self.to = files.locate(to)
         if self.to.exists() and not self.to.is_dir():
             raise UserError(f"--to={to} is a file; give the folder that the cells are to be under")
 
@@ -245,7 +245,7 @@ def look(config: ConfigDict, folder: epath.Path) -> None:
     """Probes the encoder of `init_from` without training it, in a workdir of its own, unless that is done."""
     import jax
 
-    from mae_jax import train, workdir
+    from mae_jax import files, train, workdir
     from mae_jax.evals.evaluate import Evaluator
     from mae_jax.metrics import Recorder
 
@@ -261,7 +261,7 @@ def look(config: ConfigDict, folder: epath.Path) -> None:
         recorder = Recorder(run.workdir, 0, config.log.tensorboard)
         recorder.scalars(0, Evaluator(run.program.method, run.inputs, run.program.mesh).quick(state))
         recorder.close()
-    workdir.replace_text(run.workdir / "DONE", "0\n")
+    files.replace_text(run.workdir / "DONE", "0\n")
 
 
 def measured(folder: epath.Path, metric: str, part: str) -> tuple[str, float, int]:

@@ -82,7 +82,7 @@ def joined(old: list[Row], new: list[Row]) -> list[Row]:
 
 def write(rows: list[Row], to: epath.Path, source: str, depth: int) -> None:
     """Writes results.json, results.md and transfer.png; the plot only when something was measured."""
-    from mae_jax.workdir import replace_text
+    from mae_jax.files import replace_text
 
     to.mkdir(parents=True, exist_ok=True)
     found = [{**row.cell._asdict(), **{k: v for k, v in row._asdict().items() if k != "cell"}} for row in rows]

@@ -14,7 +14,7 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from mae_jax import cli, distributed, judge, lease, methods, optim, params, phases, sharding, warm_start, workdir
+from mae_jax import cli, distributed, files, judge, lease, methods, optim, params, phases, sharding, warm_start, workdir
 from mae_jax.checkpoint import Checkpoints
 from mae_jax.config import default, profile_steps, validate
 from mae_jax.durations import steps
@@ -136,7 +136,7 @@ def opened(config: ConfigDict, folder: str, trains: bool = True) -> Run:
 
     Args: as of `prepare`.
     """
-    path = workdir.locate(folder)
+    path = files.locate(folder)
     jax.devices()
     phases.done("devices")
     run = prepare(config, path, trains)
@@ -300,7 +300,7 @@ def finish(run: Run, checkpoints: Checkpoints, done: int) -> int:
         say(f"stopped at step {done} of {run.total}, state saved; the same command goes on")
         return cli.STOPPED
     if jax.process_index() == 0:
-        workdir.replace_text(run.workdir / "DONE", f"{done}\n")
+        files.replace_text(run.workdir / "DONE", f"{done}\n")
     say(f"finished {done} steps; {run.workdir}")
     return cli.FINISHED
 
@@ -326,7 +326,7 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
       folder: the workdir.
       config: the one it was made with, but for fields that a resumed run may change; None: the very one.
     """
-    path = workdir.locate(folder)
+    path = files.locate(folder)
     if config is None:
         config = of_workdir(path)
     else:

@@ -2,9 +2,7 @@
 
 import fnmatch
 import importlib.metadata
-import importlib.util
 import json
-import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from ml_collections import ConfigDict
 
 from mae_jax import config as configs
 from mae_jax.errors import UserError
+from mae_jax.files import locate, make_folder, read_text, replace_text
 
 # What a resumed run may change: it alters how a run is watched, placed or ended, never what was trained so far.
 MAY_CHANGE = ("train.duration", "mesh.*", "eval.*", "checkpoint.*", "log.*", "guard.max_*",
@@ -25,42 +24,10 @@ MOST_HEADER = 100_000_000  # bytes of a safetensors file's header, by its specif
 PACKAGES = ("mae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
 
 
-def locate(folder: str) -> epath.Path:
-    """Returns the folder as a path.
-
-    Raises:
-      UserError: it is in a bucket, and the packages for that are missing, or the bucket cannot be looked into.
-    """
-    if "://" in folder and not folder.startswith("gs://"):
-        raise UserError(f"{folder}: a folder is local or gs://")
-    if folder.startswith("gs://") and set(folder) & set("*?[#"):  # gcsfs takes them for a pattern, or for a generation
-        raise UserError(f"{folder}: a folder in a bucket cannot have *, ?, [ or # in its name")
-    check_bucket(folder)
-    return epath.Path(folder)
-
-
-def check_bucket(path: str) -> None:
-    """Finds out in seconds whether what is named on gs://, a pattern perhaps, can be looked into; raises UserError."""
-    if not path.startswith("gs://"):
-        return
-    missing = [name for name in ("gcsfs", "google.cloud.storage") if not _importable(name)]
-    if missing:
-        raise UserError(f"{path}: a bucket needs {' and '.join(missing)}; run: pip install 'mae_jax[gcs]'")
-    from mae_jax import bucket
-
-    bucket.check(re.split(r"[*?\[{]", path)[0])
-
-
-def _importable(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
-
-
 def changes(workdir: epath.Path, config: ConfigDict) -> list[str]:
     """Returns what a resumed run changes, as text; raises UserError when a field that must not change has changed."""
-    return compare(read_config(workdir), config) if (workdir / "config.json").exists() else []
+    stored = _stored_config(workdir)
+    return compare(stored, config) if stored else []
 
 
 def record(workdir: epath.Path, config: ConfigDict) -> None:
@@ -80,49 +47,6 @@ def record(workdir: epath.Path, config: ConfigDict) -> None:
         raise UserError(f"cannot write the workdir {workdir}: {error.strerror or error}") from None
 
 
-def make_folder(folder: epath.Path) -> None:
-    """Makes a folder where there are folders: a bucket has none."""
-    if not str(folder).startswith("gs://"):
-        folder.mkdir(parents=True, exist_ok=True)
-
-
-def read_bytes(file: epath.Path) -> bytes | None:
-    """Returns what a file holds, None where it is not there."""
-    if str(file).startswith("gs://"):
-        from mae_jax import bucket
-
-        found = bucket.read(str(file))
-        return found.content if found else None
-    return file.read_bytes() if file.exists() else None
-
-
-def read_text(file: epath.Path) -> str | None:
-    """Returns the text that a file holds, None where it is not there."""
-    content = read_bytes(file)
-    return None if content is None else content.decode()
-
-
-def replace_text(file: epath.Path, text: str) -> None:
-    """Writes a file so that it always holds the old text or the new one, also after a kill or on a full disk."""
-    replace_bytes(file, text.encode())
-
-
-def replace_bytes(file: epath.Path, content: bytes, seconds: float = 60.0) -> None:
-    """As `replace_text`; a bucket that fails is tried again for so many seconds, and raises OSError."""
-    if str(file).startswith("gs://"):  # an object appears when it is complete
-        from mae_jax import bucket
-
-        bucket.write(str(file), content, seconds)
-        return
-    partial = file.with_name(f"{file.name}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(file)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def finished(workdir: epath.Path) -> int:
     """Returns the step that DONE names, 0 where the run has not finished."""
     text = (read_text(workdir / "DONE") or "").strip()
@@ -131,10 +55,17 @@ def finished(workdir: epath.Path) -> int:
 
 def read_config(workdir: epath.Path) -> ConfigDict:
     """Returns the config that a workdir was made with; raises UserError when there is none."""
+    stored = _stored_config(workdir)
+    if stored is None:
+        raise UserError(f"{workdir} holds no config.json: not a workdir of mae_jax")
+    return stored
+
+
+def _stored_config(workdir: epath.Path) -> ConfigDict | None:
     file = workdir / "config.json"
     text = read_text(file)
     if text is None:
-        raise UserError(f"{workdir} holds no config.json: not a workdir of mae_jax")
+        return None
     try:
         return _completed(json.loads(text)["config"])
     except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -163,8 +94,7 @@ def config_of(source: str) -> ConfigDict | None:
     """
     path = locate(source)
     if path.suffix != ".safetensors":
-        folder = of_checkpoint(path)
-        return read_config(folder) if (folder / "config.json").exists() else None
+        return _stored_config(of_checkpoint(path))
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mae_jax import bucket, workdir
+from mae_jax import bucket, files
 from mae_jax.bucket import BucketError, Changed, Found
 from mae_jax.errors import UserError
 
@@ -34,7 +34,7 @@ def test_a_bucket_that_cannot_be_looked_into_is_told_in_seconds_with_the_path_an
     gcs.add({"path": "some/run", "times": -1, **fault})
     began = time.monotonic()
     with pytest.raises(UserError) as error:
-        workdir.locate(RUN)
+        files.locate(RUN)
     assert time.monotonic() - began < 2
     assert f"{RUN}: {words}" in str(error.value)
     assert "\n" not in str(error.value)
@@ -43,12 +43,12 @@ def test_a_bucket_that_cannot_be_looked_into_is_told_in_seconds_with_the_path_an
 def test_a_missing_bucket_is_told_with_the_command_that_makes_it(gcs):
     with pytest.raises(UserError, match="gs://bukket/run: there is no bucket gs://bukket; look at its name, or: gcloud "
                                         "storage buckets create gs://bukket"):
-        workdir.locate("gs://bukket/run")
+        files.locate("gs://bukket/run")
 
 
 def test_a_short_burst_is_waited_for(gcs):
     gcs.add({"path": "some/run", "status": 503}, {"path": "some/run", "status": 429}, {"path": "run", "kind": "reset"})
-    assert str(workdir.locate(RUN)) == RUN
+    assert str(files.locate(RUN)) == RUN
 
 
 @pytest.mark.usefixtures("gcs", "fresh")
@@ -56,7 +56,7 @@ def test_nobody_at_the_address_is_told_in_seconds(monkeypatch):
     monkeypatch.setattr(bucket, "CHECK_SECONDS", 1.0)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"gs://bucket cannot be reached .*Connection refused"):
-        workdir.locate(RUN)
+        files.locate(RUN)
 
 
 @pytest.mark.usefixtures("fresh")
@@ -65,10 +65,10 @@ def test_without_credentials_and_metadata_server_only_public_buckets_can_be_read
     monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")  # nothing listens there
     monkeypatch.delenv("STORAGE_EMULATOR_HOST")
     monkeypatch.setenv("API_ENDPOINT_OVERRIDE", gcs.url)
-    assert str(workdir.locate(RUN)) == RUN
+    assert str(files.locate(RUN)) == RUN
     gcs.add({"path": "some/run", "status": 401})
     with pytest.raises(UserError, match="no valid credentials"):
-        workdir.locate(RUN)
+        files.locate(RUN)
 
 
 @pytest.mark.parametrize(("name", "value"), [
@@ -80,7 +80,7 @@ def test_without_credentials_and_metadata_server_only_public_buckets_can_be_read
 def test_credentials_go_to_google_or_loopback_only(gcs, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"{name}={value}: credentials would go there"):
-        workdir.locate(RUN)
+        files.locate(RUN)
     assert gcs.requests == []
 
 
@@ -92,12 +92,12 @@ def test_googles_addresses_and_loopback_are_trusted(value):
 
 def test_a_folder_of_another_scheme_is_refused():
     with pytest.raises(UserError, match="s3://bucket/run: a folder is local or gs://"):
-        workdir.locate("s3://bucket/run")
+        files.locate("s3://bucket/run")
 
 
 def test_a_name_that_is_a_pattern_is_refused(gcs):
     with pytest.raises(UserError, match=r"gs://bucket/run\[1\]: a folder in a bucket cannot have \*, \?, \[ or #"):
-        workdir.locate("gs://bucket/run[1]")
+        files.locate("gs://bucket/run[1]")
     assert gcs.requests == []
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from mae_jax import bucket, checkpoint
 from mae_jax.checkpoint import Checkpoints, load_params
+from mae_jax.errors import UserError
 from tests.checkpoint_test import abstract, make_state, same
 
 
@@ -95,6 +96,15 @@ def test_a_body_damaged_on_its_way_is_read_again_and_one_that_stays_so_refuses_t
     assert same(restored(run), make_state(1))
     assert "checkpoint of step 2 refused: " in caplog.text
     np.testing.assert_array_equal(load_params(run)["count"], make_state(1).params["count"])
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_and_never_a_fresh_start(run, gcs):
+    save(run, 1).close()
+    gcs.add({"path": "checkpoints", "method": "GET", "kind": "flip"})
+    assert same(restored(run), make_state(1))
+    gcs.add({"path": "checkpoints", "method": "GET", "status": 403, "times": -1})
+    with pytest.raises(UserError, match=f"cannot look for checkpoints in {run}/checkpoints"):
+        restored(run)
 
 
 def test_a_refused_step_is_moved_aside_in_a_bucket_too(run, gcs):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mae_jax import export, workdir
+from mae_jax import export, files, workdir
 from mae_jax.checkpoint import Checkpoints, load_params
 from mae_jax.errors import UserError
 from mae_jax.params import flatten
@@ -79,7 +79,7 @@ def test_an_interrupted_copy_is_not_taken_for_a_whole_one_and_is_done_again(run,
 
 
 def test_a_copy_on_a_full_disk_is_not_taken_for_a_whole_one(run, tmp_path, monkeypatch):
-    replace, written = workdir.replace_bytes, []
+    replace, written = files.replace_bytes, []
 
     def full(file, content):
         written.append(file)
@@ -87,7 +87,7 @@ def test_a_copy_on_a_full_disk_is_not_taken_for_a_whole_one(run, tmp_path, monke
             raise OSError(28, "No space left on device")
         replace(file, content)
 
-    monkeypatch.setattr(workdir, "replace_bytes", full)
+    monkeypatch.setattr(files, "replace_bytes", full)
     with pytest.raises(OSError, match="No space"):
         copy(run, tmp_path / "copy")
     with pytest.raises(UserError, match="no checkpoint in"):

@@ -20,7 +20,7 @@ from mae_jax.arrays import opened
 from mae_jax.clusters import Clusters
 from mae_jax.data.orders import Order, View, rolled, with_views
 from mae_jax.errors import UserError
-from mae_jax.workdir import check_bucket
+from mae_jax.files import check_bucket, read_text
 
 # Of the rows that fill the last batch; the other fields repeat the first example.
 PADDING = {"valid": 0, "label": -1, "labels": 0, "mask": 255, "id": -1, "replaced": 0}
@@ -44,9 +44,8 @@ def open_folder(config: ConfigDict, spec: Spec, views: tuple[View, ...], order: 
 
     Batches that were made with views serve to look at an encoder without them, but not to train.
     """
-    check_bucket(config.data.path)
-    folder = epath.Path(config.data.path)
-    meta, wanted = _meta(config.data.path), hiding(order, views)
+    folder, meta = epath.Path(config.data.path), _meta(config.data.path)
+    wanted = hiding(order, views)
     for name, value in joined_from(config).items() if "kept" in meta else ():
         if meta[name] != value:
             field = {"kept": "data.classes", "clusters": "method.clusters"}[name]
@@ -97,12 +96,14 @@ def open_folder(config: ConfigDict, spec: Spec, views: tuple[View, ...], order: 
 
 def _meta(path: str) -> dict[str, Any]:
     """Reads what is said of the batches; raises UserError."""
+    check_bucket(path)
     file = epath.Path(path) / "meta.json"
-    if not path or not file.is_file():
+    text = read_text(file) if path else None
+    if text is None:
         raise UserError(f"data.path={path!r} holds no meta.json of cached batches; "
                         "python -m mae_jax.inspect --config=... --to=DIR --write=batches makes them")
     try:
-        meta = json.loads(file.read_text())
+        meta = json.loads(text)
         if not {"num_train", "classes"} <= meta.keys():
             raise ValueError("it lacks num_train or classes")
     except (ValueError, AttributeError) as error:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.data import splits
 from mae_jax.errors import UserError, nearest
-from mae_jax.workdir import check_bucket
+from mae_jax.files import check_bucket
 
 if TYPE_CHECKING:
     from mae_jax.data.streams import Stream

@@ -15,6 +15,7 @@ from etils import epath
 
 from mae_jax import bucket, cli, export, train, workdir
 from mae_jax.checkpoint import Checkpoints
+from mae_jax.errors import UserError
 from mae_jax.params import flatten
 from tests.faults import peer
 from tests.faults.processes import ends, output, start
@@ -94,7 +95,11 @@ def test_a_run_in_a_bucket_resumes_to_the_bits_of_one_on_a_disk_and_leaves_the_s
     wait_until(lambda: 8 in committed(gcs, "whole"), process)
     process.terminate()
     assert process.wait(30) == 75
+    for fault in ({"path": "whole/config.json", "kind": "flip"}, {"path": "whole/metrics.jsonl", "kind": "reset"},
+                  {"path": "whole/checkpoints/.*/d/"}, {"path": "whole/checkpoints/.*/d/", "kind": "cut"}):
+        gcs.add({"method": "GET", **fault})
     assert f"resumed at step {committed(gcs, 'whole')[-1]}" in finish(place, "whole")
+    assert all(fault.done for fault in gcs.faults)
     assert is_like(golden, "whole")
     assert committed(gcs, "whole") == [16, 20]
     assert bucket.read("gs://bucket/whole/DONE").content == b"20\n"
@@ -180,6 +185,20 @@ def test_a_bucket_that_stops_answering_stops_no_training_and_is_told_at_the_end(
     gcs.clear()
     assert "resumed at step 8" in finish(place, "silent")
     assert is_like(golden, "silent")
+
+
+def test_cached_batches_in_a_bucket_are_those_of_a_disk_and_damage_is_told(place, gcs):
+    config = peer.small_config(place, FIELDS)
+    for file in Path(config.data.path).iterdir():
+        bucket.write(f"gs://bucket/batches/{file.name}", file.read_bytes())
+    local = next(train.prepare(config, place / "unused").inputs.train(5))
+    config.data.path = "gs://bucket/batches"
+    gcs.add({"path": "train.npz", "kind": "flip"})
+    remote = next(train.prepare(config, place / "unused").inputs.train(5))
+    assert all(np.array_equal(local[name], remote[name]) for name in local)
+    gcs.add({"path": "train.npz", "kind": "flip", "times": -1})
+    with pytest.raises(UserError, match=r"train\.npz: what arrives is not what the bucket holds, twice"):
+        train.prepare(config, place / "unused")
 
 
 @pytest.mark.usefixtures("_restored_logging")
