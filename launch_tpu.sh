@@ -18,7 +18,7 @@ usage() {
 Trains on a Cloud TPU slice, and starts again until the run is done.
 
   ./launch_tpu.sh run --name=vit-l --zone=europe-west4-a --type=v3-128 --spot --queued \
-      -- --config=configs/vit_l_mae.py --workdir=gs://BUCKET/vit_l --config.optim.lr=1e-4
+      -- --config=configs/vit_l_mae.py --workdir=gs://my-bucket/vit_l --config.optim.lr=1e-4
 
 What follows -- goes to `python -m mae_jax.main` on every worker, as it is. The commit that is checked out here is what
 runs, with the packages that were current at its date. The slice is the launcher's own: what is on its disk is lost.
@@ -108,7 +108,8 @@ check_run() {
     esac
   done
   [[ $workdir ]] || fail "--workdir=gs://BUCKET/FOLDER must be given, after --; --help shows an example"
-  [[ $workdir == gs://?* ]] || fail "--workdir=$workdir would be lost with the slice; expected gs://BUCKET/FOLDER"
+  [[ $workdir =~ ^gs://[a-z0-9][a-z0-9_.-]+[a-z0-9](/|$) ]] ||
+    fail "--workdir=$workdir would be lost with the slice, or names no bucket; expected gs://BUCKET/FOLDER"
   [[ ! $config ]] || git -C "$root" cat-file -e "$commit:${config%%:*}" 2>/dev/null ||
     fail "--config=$config is not in commit ${commit:0:12}; expected a committed file, as configs/vit_l_mae.py"
   # The same commit and arguments are the same run, also for another launcher that comes back to it.
@@ -308,7 +309,7 @@ status() {
   local now
   now=$(look) || fail "gcloud cannot say how $name is"
   echo "$name is $now"
-  [[ $now != ready ]] || on_workers report
+  [[ $now != ready ]] || on_workers report || fail "the workers of $name cannot be reached"
 }
 
 plan() { # COMMAND: prints what it runs where nothing goes wrong
@@ -340,12 +341,12 @@ main() { # COMMAND OPTION...
     plan*) plan "$command" ;;
     run) run ;;
     create) bring_up || fail "$name did not become ready; look at: ./launch_tpu.sh status" ;;
-    install) pack && install ;;
-    start) start ;;
+    install) { pack && install; } || fail "not installed on all workers; what is above says why" ;;
+    start) start || fail "not started on all workers; what is above says why" ;;
     logs) logs ;;
     status) status ;;
-    stop) on_workers stop ;;
-    delete) remove ;;
+    stop) on_workers stop || fail "not stopped on all workers; what is above says why" ;;
+    delete) remove || fail "$name was not deleted and may cost money; what is above says why" ;;
   esac
   exit  # here: bash reads a script while it runs, and this file may change while it waits for days
 }

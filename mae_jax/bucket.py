@@ -183,6 +183,16 @@ def _check_addresses() -> None:
                             "loopback address such as http://127.0.0.1:4443")
 
 
+    for protocol in ("gcs", "gs"):
+        address = fsspec.config.conf.get(protocol, {}).get("endpoint_url")
+        if address and not _trusted(address):
+            raise UserError(f"endpoint_url={address} in the settings of fsspec (FSSPEC_{protocol.upper()}_ENDPOINT_URL "
+                            "or a file in ~/.config/fsspec): credentials would go there; remove it")
+    universe = os.environ.get("GOOGLE_CLOUD_UNIVERSE_DOMAIN") or "googleapis.com"
+    if universe != "googleapis.com":
+        raise UserError(f"GOOGLE_CLOUD_UNIVERSE_DOMAIN={universe}: credentials would go there; remove it")
+
+
 def _trusted(address: str) -> bool:
     parts = urlsplit(address if "://" in address else f"http://{address}")
     host = parts.hostname or ""

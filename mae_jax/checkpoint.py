@@ -24,14 +24,11 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from mae_jax import background, distributed, parameter_file, step_folders
+from mae_jax import background, distributed, lease, parameter_file, step_folders
 from mae_jax.checksum import Damaged, Record, describe, seal, unseal, verify
 from mae_jax.errors import UserError, cause, nearest, wait_for_no_thread
 from mae_jax.files import make_folder
 from mae_jax.params import flatten, nest
-
-# Read when etils meets the first gs:// path: gcsfs serves it then, TensorFlow stays out.
-os.environ.setdefault("EPATH_USE_TF", "false")
 
 PyTree = Any
 
@@ -172,6 +169,8 @@ class Checkpoints:
     def _prepare(self) -> None:
         """Before a save: removes what interrupted saves left, and moves refused steps out of the way."""
         if jax.process_index() == 0:
+            if why := lease.doubt():
+                raise OSError(why)
             make_folder(self._folder)
             self._sweep()
             for step in self._refused:
@@ -209,7 +208,7 @@ class Checkpoints:
         return not causes
 
     def _sweep(self) -> None:
-        if jax.process_index() == 0 and self._folder.exists():
+        if jax.process_index() == 0 and not lease.doubt() and self._folder.exists():
             for path in step_folders.leftovers(self._folder):
                 _attempt(f"remove {path}", path.rmtree, tries=5)
 

@@ -17,10 +17,9 @@ its entries, those that are most used first.
 
 import numpy as np
 from absl import flags
-from etils import epath
 from PIL import Image
 
-from mae_jax import cli
+from mae_jax import cli, files
 
 CONFIG = cli.define_config()
 TO = flags.DEFINE_string("to", "", "the folder to write, or of patches the file *.npz; local or gs://")
@@ -62,7 +61,7 @@ def vocabulary() -> int:
     from mae_jax.errors import UserError
     from mae_jax.ops import tokens
 
-    config, file = CONFIG.value, epath.Path(TO.value)
+    config, file = CONFIG.value, files.locate(TO.value)
     if file.suffix != ".npz":
         raise UserError(f"--to={TO.value}: the file's name must end in .npz")
     picture = file.with_suffix(".png")

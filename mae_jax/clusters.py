@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.arrays import opened
 from mae_jax.errors import UserError
+from mae_jax.files import locate
 from mae_jax.ops import spherical
 from mae_jax.params import flatten
 
@@ -66,7 +67,7 @@ class Clusters:
     @classmethod
     def read(cls, folder: str) -> "Clusters":
         """Reads what `write` wrote; raises UserError where it is not there or damaged."""
-        path = epath.Path(folder).expanduser()
+        path = locate(folder).expanduser()
         if not folder or not (path / "clusters.npz").is_file():
             raise UserError(f"method.clusters={folder!r} holds no clusters.npz; python -m mae_jax.cluster "
                             "--from=WORKDIR --to=FOLDER makes it, of the pictures and the encoder of a MAE")

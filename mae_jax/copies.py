@@ -95,18 +95,28 @@ def _copy(folder: epath.Path, target: epath.Path) -> None:
     # A folder of this name is taken for what an interrupted save left.
     place = target.with_name(f"{target.name}.orbax-checkpoint-tmp-copy") if local else target
     _remove(place)
-    for name in _files(folder):
+    for name in list(_files(folder)):
         if name != step_folders.MARK:
             files.make_folder((place / name).parent)
-            files.replace_bytes(place / name, files.read_bytes(folder / name))
+            content = files.read_bytes(folder / name)
+            if content is None:
+                raise UserError(f"{folder / name} is no longer there; is a run deleting its old checkpoints?")
+            files.replace_bytes(place / name, content)
     files.replace_text(place / step_folders.MARK, "copied\n")
     if local:
         place.rename(target)
 
 
 def _files(folder: epath.Path, inside: str = "") -> Iterator[str]:
-    """Yields the names of all files under a folder."""
+    """Yields the names of all files under a folder; raises UserError for one that would lead out of it.
+
+    In a bucket a name may have any parts; some tools put an empty one named as the folder itself there.
+    """
     for path in sorted(folder.iterdir()):
+        if path.name == folder.name and not path.exists():
+            continue
+        if path.name in (".", ".."):
+            raise UserError(f"{path}: no checkpoint has an object of such a name; nothing was copied")
         if path.is_dir():
             yield from _files(path, f"{inside}{path.name}/")
         else:

@@ -28,6 +28,7 @@ from mae_jax.errors import quit_now, say_now
 from mae_jax.place import Place
 from mae_jax.rendezvous import send
 
+ANY = ("::", "0.0.0.0")  # a listener at these hears all addresses of the machine
 GONE = object()  # said by a process that has come to its end
 LOST = 134  # exit code of a process whose peer was lost; also what shells report for JAX's own abort
 GRACE = 2.0  # seconds in which a process that is told to leave may end by itself
@@ -99,6 +100,7 @@ def join(place: Place, same: Mapping[str, Any], start_seconds: float, heartbeat:
         lines, port = rendezvous.receive(place, listener, greeting, start_seconds), rendezvous.free_port()
         link = Peers(place, lines, listener, heartbeat)
         link.tell({"go": port})
+    bound = listener.getsockname()[0] if listener else ANY[0]
     try:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         # On CPUs, a collective holds a thread until all processes have come to it. Seen on two cores: with fewer
@@ -112,7 +114,7 @@ def join(place: Place, same: Mapping[str, Any], start_seconds: float, heartbeat:
             cluster_detection_method="deactivate", initialization_timeout=max(1, int(start_seconds)),
             # Longer than ours, which names who was lost.
             heartbeat_timeout_seconds=int(2 * heartbeat) + 10, shutdown_timeout_seconds=int(2 * heartbeat) + 10,
-            coordinator_bind_address=f"127.0.0.1:{port}" if place.loopback else None)
+            coordinator_bind_address=None if bound in ANY else f"{bound}:{port}")
         jax.devices()  # the processes exchange their devices here
     except BaseException as error:
         link.fail(error)

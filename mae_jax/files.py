@@ -1,11 +1,17 @@
 """Small files and folders, on a disk or in a bucket: read as a whole, written so that they are whole."""
 
 import importlib.util
+import os
 import re
 
 from etils import epath
 
 from mae_jax.errors import UserError
+
+# Read when etils meets the first gs:// path: gcsfs serves it then, TensorFlow stays out.
+os.environ.setdefault("EPATH_USE_TF", "false")
+
+BUCKET = r"gs://[a-z0-9][a-z0-9_.-]{1,220}[a-z0-9](/|$)"
 
 
 def locate(folder: str) -> epath.Path:
@@ -14,8 +20,8 @@ def locate(folder: str) -> epath.Path:
     Raises:
       UserError: it is in a bucket, and the packages for that are missing, or the bucket cannot be looked into.
     """
-    if "://" in folder and not folder.startswith("gs://"):
-        raise UserError(f"{folder}: a folder is local or gs://")
+    if re.match(r"\w+:/|gs:", folder) and not folder.startswith("gs://"):
+        raise UserError(f"{folder}: a folder is local or gs://BUCKET/FOLDER")
     if folder.startswith("gs://") and set(folder) & set("*?[#"):  # gcsfs takes them for a pattern, or for a generation
         raise UserError(f"{folder}: a folder in a bucket cannot have *, ?, [ or # in its name")
     check_bucket(folder)
@@ -26,6 +32,9 @@ def check_bucket(path: str) -> None:
     """Finds out in seconds whether what is named on gs://, a pattern perhaps, can be looked into; raises UserError."""
     if not path.startswith("gs://"):
         return
+    if not re.match(BUCKET, path):
+        raise UserError(f"{path}: no name of a bucket; expected gs://BUCKET/FOLDER, with 3 or more small letters, "
+                        "digits and - _ .")
     missing = [name for name in ("gcsfs", "google.cloud.storage") if not _importable(name)]
     if missing:
         raise UserError(f"{path}: a bucket needs {' and '.join(missing)}; run: pip install 'mae_jax[gcs]'")

@@ -23,6 +23,7 @@ class Guards:
     def __init__(self, run: "Run"):
         self.run = run
         self.seen = self.replaced = 0
+        self.in_a_row = run.config.guard.max_nonfinite  # steps that were not finite; before the first look, at worst
         self.bad: list[tuple[int, jax.Array]] = []  # steps in a row that were not finite, and their examples
 
     def look(self, done: int, sums: dict[str, float], ids: jax.Array) -> None:
@@ -34,11 +35,12 @@ class Guards:
           ids: of the examples, int32 [B].
         """
         guard = self.run.config.guard
-        self.bad = [*self.bad, (done - 1, ids)] if sums["bad_steps"] else []
-        if sums["bad_steps"] >= guard.max_nonfinite:
+        self.in_a_row = int(sums["bad_steps"])
+        self.bad = [*self.bad, (done - 1, ids)] if self.in_a_row else []
+        if self.in_a_row >= guard.max_nonfinite:
             file = self._record(done - 1, sums)
             raise GuardError(
-                f"{int(sums['bad_steps'])} steps in a row had a loss or gradients that are not finite, the last one "
+                f"{self.in_a_row} steps in a row had a loss or gradients that are not finite, the last one "
                 f"step {done - 1}; their examples are in {file}; look into it with: python -m mae_jax.main "
                 f"--mode=replay --workdir={self.run.workdir} --step={done - 1}")
         self.seen += self.run.config.batch_size
@@ -47,6 +49,10 @@ class Guards:
             raise GuardError(f"{self.replaced} of {self.seen} pictures could not be read, more than "
                              f"guard.max_bad_fraction={guard.max_bad_fraction}: "
                              f"{'; '.join(list(dict.fromkeys(self.run.inputs.bad))[:NAMED])}")
+
+    def one_more_stops(self) -> bool:
+        """Says whether the run must stop if the next step is not finite either."""
+        return self.in_a_row >= self.run.config.guard.max_nonfinite - 1
 
     def _record(self, step: int, sums: dict[str, float]) -> str:
         """Writes what the bad steps were made of; returns the file's path."""

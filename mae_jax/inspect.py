@@ -10,6 +10,7 @@ data.path=DIR. Every picture is decoded in full; broken ones are listed by name,
 is said of copies means the same bytes: a picture that was saved anew is another one.
 """
 
+import io
 import os
 import resource
 import sys
@@ -22,7 +23,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mae_jax import audit_report, cli
+from mae_jax import audit_report, cli, files
 from mae_jax.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -33,8 +34,9 @@ CONFIG = cli.define_config()
 TO = flags.DEFINE_string("to", "", "picture of the grid (default: inspect.png); with --write, the folder to write; "
                                    "local or gs://")
 WRITE = flags.DEFINE_enum("write", None, ["tfrecord", "array_record", "batches"], "store the data instead")
-SIZE = flags.DEFINE_integer("size", 256, "with --write=tfrecord or array_record: pixels along the short side, at most")
-STEPS = flags.DEFINE_integer("steps", 100, "with --write=batches: how many batches")
+SIZE = flags.DEFINE_integer("size", 256, "with --write=tfrecord or array_record: pixels along the short side, at "
+                            "most", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 100, "with --write=batches: how many batches", lower_bound=1)
 
 SECONDS = 3.0  # that the speed is measured for
 CLASSES = 20  # that are named
@@ -49,22 +51,24 @@ def main() -> int:
     config = CONFIG.value
     if WRITE.value and not TO.value:
         raise UserError("--write needs --to=FOLDER")
+    grid = files.locate(TO.value or "inspect.png")  # what cannot be written is said before all pictures are read
+    if not WRITE.value:
+        check_writable(grid)
     validate(config)
     method = methods.get(config.method.name)(config)
     order = method.order()
     if WRITE.value in ("tfrecord", "array_record"):
-        report_broken(write_pictures(config, WRITE.value, epath.Path(TO.value), SIZE.value))
+        report_broken(write_pictures(config, WRITE.value, files.locate(TO.value), SIZE.value))
         return cli.FINISHED
     inputs = data.build(config, method.eval_spec(), order, views=method.views())
     print(inputs.description, flush=True)  # reading every picture may take long
     if WRITE.value == "batches":
         from mae_jax.data.write import write_batches
 
-        write_batches(config, inputs, method.eval_spec(), order, method.views(), epath.Path(TO.value), STEPS.value)
+        write_batches(config, inputs, method.eval_spec(), order, method.views(), files.locate(TO.value), STEPS.value)
         return cli.FINISHED
     more = f" and {len(inputs.classes) - CLASSES} more" if len(inputs.classes) > CLASSES else ""
     print(f"classes: {', '.join(map(printable, inputs.classes[:CLASSES])) or 'none'}{more}")
-    grid = epath.Path(TO.value or "inspect.png")
     if config.data.source != "batches":
         report(config, grid)
     try:
@@ -76,6 +80,15 @@ def main() -> int:
     print(f"peak host memory {peak_memory() / 2**20:.0f} MiB; the first pictures of the run, as the model sees them: "
           f"{grid}")
     return cli.FINISHED
+
+
+def check_writable(file: epath.Path) -> None:
+    """Raises UserError where a file cannot be written, as far as that can be known; makes its folder."""
+    if file.is_dir():
+        raise UserError(f"--to={file} is a folder; expected the name of a picture")
+    files.make_folder(file.parent)
+    if not str(file).startswith("gs://") and not os.access(file.parent, os.W_OK):
+        raise UserError(f"--to={file}: no permission to write into {file.parent}")
 
 
 def splits(config: ConfigDict) -> dict[str, str]:
@@ -96,10 +109,14 @@ def report(config: ConfigDict, grid: epath.Path) -> None:
     unread = folder.unread(config.data, splits(config).values()) if config.data.source == "folder" else []
     for line in audit_report.leak_lines(audits) + unread:
         print(line)
+    train, limit = audits.get("train"), config.guard.max_bad_fraction
+    if train and len(train.broken) > limit * train.source.size:
+        print(f"training would stop: {len(train.broken)} of {train.source.size} pictures of train are broken, more "
+              f"than guard.max_bad_fraction={limit}")
     if max(len(seen.broken) for seen in audits.values()) > audit_report.NAMED:
         names = grid.with_suffix(".broken.txt")
-        grid.parent.mkdir(parents=True, exist_ok=True)
-        names.write_text("".join(f"{split} {name}\n" for split, seen in audits.items() for name in seen.broken))
+        broken = [f"{split} {name}\n" for split, seen in audits.items() for name in seen.broken]
+        files.replace_text(names, "".join(broken))
         print(f"all broken pictures by name: {names}")
 
 
@@ -158,9 +175,10 @@ def save_grid(batch: "Batch", method: "Method", path: epath.Path) -> None:
     cells = [np.concatenate([_framed(pictures[i], width) for pictures in shown]) for i in range(len(shown[0]))]
     cells += [np.full_like(cells[0], 255)] * (-len(cells) % SIDE)
     rows = [np.concatenate(cells[i:i + SIDE], axis=1) for i in range(0, len(cells), SIDE)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        Image.fromarray(np.concatenate(rows)).save(file, "PNG")
+    content = io.BytesIO()
+    Image.fromarray(np.concatenate(rows)).save(content, "PNG")
+    files.make_folder(path.parent)
+    files.replace_bytes(path, content.getvalue())
 
 
 def _framed(picture: np.ndarray, width: int) -> np.ndarray:

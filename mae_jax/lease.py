@@ -7,7 +7,8 @@ is replaced on condition that it still has that generation. So of several runs o
 
 A run that was frozen for so long may wake to find its workdir taken. Nothing it could still do in order, as to save or
 to write its metrics, is right then: its thread ends the process at once, and `fence`, which the loop passes at each
-step, lets nothing be written before the thread has looked.
+step, lets nothing be written before the thread has looked. While the bucket takes no sign of life, training goes on
+and nothing is written (`doubt`).
 """
 
 import contextlib
@@ -68,6 +69,16 @@ def fence() -> None:
     """Returns when it is sure that the workdir was this run's a moment ago; ends the process where it was taken."""
     while _held is not None and time.monotonic() - _held.looked > DEAD / 2:
         time.sleep(0.05)
+
+
+def doubt() -> str:
+    """Returns why nothing may be written to the workdir just now, '' where it is this run's for a while yet.
+
+    A bucket that takes no sign of life from this run may take one from another run, which then has the workdir.
+    """
+    silent = time.monotonic() - _held.renewed if _held is not None else 0.0
+    return f"no sign of life could be given for {silent:.0f} s, so another run may have the workdir" * (
+        silent > DEAD - RENEWED)
 
 
 def _signature() -> bytes:
@@ -140,11 +151,12 @@ class BucketLease:
 
     Attributes:
       looked: when, by the monotonic clock, the last attempt to renew it ended.
+      renewed: when the last one that succeeded began.
     """
 
     def __init__(self, path: str):
         self.path, self.workdir = path, path.rpartition("/")[0]
-        self.looked = time.monotonic()
+        self.looked = self.renewed = time.monotonic()
         self._text = _signature()
         self._generation = 0
         self._over = threading.Event()
@@ -156,9 +168,10 @@ class BucketLease:
         from mae_jax import bucket
 
         seen, since = None, time.monotonic()
+        began = since
         try:
             while not self._write(seen.generation if seen and time.monotonic() - since > DEAD else 0, FIRST):
-                found = bucket.read(self.path)
+                found, began = bucket.read(self.path), time.monotonic()
                 if seen is None and found is not None:
                     logger.warning("%s was left by %s; waiting to see whether that run lives: up to %g s for a sign",
                                    self.path, _who(found.content), DEAD)
@@ -173,7 +186,7 @@ class BucketLease:
             raise UserError(f"cannot write the workdir: {error}") from None
         if seen:
             logger.warning("took over %s after %.0f s", self.path, time.monotonic() - since)
-        self.looked = time.monotonic()
+        self.looked, self.renewed = time.monotonic(), began
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
 
     def _write(self, generation: int, seconds: float) -> bool:
@@ -181,7 +194,7 @@ class BucketLease:
         from mae_jax import bucket
 
         try:
-            self._generation = bucket.write(self.path, self._text, seconds, generation)
+            self._generation = bucket.write(self.path, self._text, seconds, generation) or 0
         except bucket.Changed:
             found = bucket.read(self.path)
             if found is None or found.content != self._text:
@@ -197,13 +210,14 @@ class BucketLease:
             with self._writing:
                 if self._over.is_set():
                     return
+                began = time.monotonic()
                 try:
                     if not self._write(self._generation, RENEWED / 2):
                         self._lost(bucket.read(self.path))
                     if self._failing:
                         logger.warning("%s is renewed again", self.path)
-                    self._failing = False
-                except bucket.BucketError as error:
+                    self._failing, self.renewed = False, began
+                except Exception as error:  # whatever it is, the thread must live
                     if not self._failing:
                         logger.warning("cannot renew the run's lease: %s; training goes on, it is tried again", error)
                     self._failing = True
@@ -211,7 +225,7 @@ class BucketLease:
 
     def _lost(self, found: Any) -> NoReturn:
         """Ends the process; `found` is the bucket.Found of the run that took over, None where it has ended since."""
-        silent, self._generation = time.monotonic() - self.looked, 0
+        silent, self._generation = time.monotonic() - self.renewed, 0
         by = _who(found.content) if found else "a run that has ended since"
         line = (f"stopped: {self.workdir} was taken over by {by}, after this run had given no sign of life for "
                 f"{silent:.0f} s; nothing more is written")

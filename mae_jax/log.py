@@ -18,7 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class Log:
-    """Reads metrics one step late, so that the device never waits for the host; the guards look at them too."""
+    """Reads metrics one step late, so that the device need not wait for the host; the guards look at them too.
+
+    It waits where one more step that is not finite stops the run: with guard.max_nonfinite=1, after each step.
+    """
 
     def __init__(self, run: "Run", recorder: Recorder):
         self.run, self.recorder = run, recorder
@@ -40,7 +43,8 @@ class Log:
           GuardError: the step before was one too many.
         """
         self.waiting.append((done, metrics, ids))
-        if len(self.waiting) > 1:
+        # The step after the one that stops a run must not begin: the state to save is the one that it began with.
+        while len(self.waiting) > 1 or (self.waiting and self.guards.one_more_stops()):
             self._handle(*self.waiting.popleft())
 
     def drain(self) -> None:

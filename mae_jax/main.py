@@ -22,7 +22,8 @@ CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run, local or gs://; the same for all processes")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "replay"],
                          "train; eval: evaluate a workdir's newest checkpoint; replay: look into one step's gradients")
-STEP = flags.DEFINE_integer("step", -1, "the step that --mode=replay looks into; -1: the last one taken")
+STEP = flags.DEFINE_integer("step", -1, "the step that --mode=replay looks into; -1: the last one taken",
+                            lower_bound=-1)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "compile the train step, say how it would run, and write nothing")
 COORDINATOR = flags.DEFINE_string("coordinator", "auto", "HOST:PORT of process 0; off: one process; auto: several "
                                   "under srun and on TPU VMs of more than one host, else one")

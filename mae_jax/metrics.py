@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from mae_jax import lease
 from mae_jax.errors import UserError
 from mae_jax.files import make_folder, replace_bytes, replace_text
 
@@ -89,6 +90,8 @@ class JsonLines:
         try:
             if self.local:
                 _append(self.path, _joined(self.pending))
+            elif why := lease.doubt():
+                raise OSError(why)
             else:
                 self._rewrite(seconds)
             self.pending = []
@@ -98,17 +101,17 @@ class JsonLines:
 
     def _read(self) -> str:
         if self.local:
-            return self.path.read_text() if self.path.exists() else ""
+            return self.path.read_bytes().decode(errors="replace") if self.path.exists() else ""
         from mae_jax import bucket
 
         self.found = bucket.read(str(self.path)) or bucket.Found(b"", 0)
-        return self.found.content.decode()
+        return self.found.content.decode(errors="replace")
 
     def _rewrite(self, seconds: float, tries: int = 2) -> None:
         from mae_jax import bucket
 
         # A line is there already where the answer to an earlier try was lost.
-        lines = dict.fromkeys([*self.found.content.decode().splitlines(), *self.pending])
+        lines = dict.fromkeys([*self.found.content.decode(errors="replace").splitlines(), *self.pending])
         text = _joined(list(lines)).encode()
         try:
             self.found = bucket.Found(text, bucket.write(str(self.path), text, seconds, self.found.generation))

@@ -74,7 +74,7 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
     config = frozen(config if data is None else with_data(config, data), block)
     if config.method.name == "moce":
         raise UserError(f"{source} is itself a mixture of experts; cluster with the encoder that it started from")
-    method, to_folder = Frozen(config, block), epath.Path(to).expanduser()
+    method, to_folder = Frozen(config, block), files.locate(to).expanduser()
     mesh = sharding.make_mesh(config)
     order = Method.order(method)
     inputs = build(config, Method.eval_spec(method), order, sharding.local_rows(mesh, config.batch_size))

@@ -33,6 +33,11 @@ class Place(NamedTuple):
         """Says whether all processes are on this machine."""
         return self.host in ("localhost", "127.0.0.1")
 
+    @property
+    def numeric(self) -> bool:
+        """Says whether process 0 is named by an IPv4 address."""
+        return re.fullmatch(r"\d+(\.\d+){3}", self.host, re.ASCII) is not None
+
 
 def find(coordinator: str, processes: int, process: int, environ: Mapping[str, str] = os.environ) -> Place | None:
     """Returns this process's place, None where it runs alone.

@@ -20,10 +20,20 @@ logger = logging.getLogger(__name__)
 
 
 def listen(place: Place) -> socket.socket:
-    """Process 0: opens the port of --coordinator; raises UserError where it is taken."""
+    """Process 0: opens the port of --coordinator; raises UserError where it is taken.
+
+    A name may be another address to the others than to this machine, so one listens at all of its addresses for it.
+    """
     try:
         if place.loopback:
             return socket.create_server(("127.0.0.1", place.port))
+        if place.numeric:
+            try:
+                return socket.create_server((place.host, place.port))
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL:
+                    raise
+                logger.warning("%s is no address of this machine; process 0 listens at all that it has", place.host)
         if socket.has_dualstack_ipv6():
             return socket.create_server(("", place.port), family=socket.AF_INET6, dualstack_ipv6=True)
         return socket.create_server(("", place.port))

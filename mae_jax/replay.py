@@ -42,13 +42,17 @@ def replay(folder: str, step: int) -> int:
 
 
 def _bad_examples(run: Run, state: TrainState, batch: Batch) -> list[str]:
-    """Returns the ids of the images whose own loss is not finite, each evaluated alone and not mixed with others."""
-    key = stream_key(run.config.seed, int(state.step), "loss")
+    """Returns the ids of the images whose own loss is not finite, evaluated alone and not mixed with others.
+
+    Those that share an order of patches are evaluated together; what is not finite in one is said of all of them.
+    """
+    key, group = stream_key(run.config.seed, int(state.step), "loss"), run.program.method.order().group
 
     @jax.jit
     def alone(row: jax.Array) -> jax.Array:
-        one = {name: jax.lax.dynamic_slice_in_dim(value, row, 1) for name, value in batch.items()}
+        one = {name: jax.lax.dynamic_slice_in_dim(value, row, group) for name, value in batch.items()}
         return run.program.method.loss(state.params, state.extras, one, key, state.step, False)[0]
 
     ids = np.asarray(batch["id"])
-    return [str(ids[row]) for row in range(run.config.batch_size) if not np.isfinite(alone(row))]
+    bad = [row for row in range(0, run.config.batch_size, group) if not np.isfinite(alone(row))]
+    return [str(number) for row in bad for number in ids[row:row + group]]

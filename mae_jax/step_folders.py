@@ -1,6 +1,7 @@
 """Which folders of a workdir are whole checkpoints, and which are not."""
 
 import os
+import re
 
 from etils import epath
 
@@ -30,7 +31,7 @@ def committed(folder: epath.Path) -> list[int]:
     """Returns the steps of complete checkpoints, ascending."""
     if not folder.exists():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit() and complete(path))
+    return sorted(int(path.name) for path in folder.iterdir() if _of_step(path) and complete(path))
 
 
 def complete(path: epath.Path) -> bool:
@@ -40,9 +41,13 @@ def complete(path: epath.Path) -> bool:
 
 
 def leftovers(folder: epath.Path) -> list[epath.Path]:
-    """Returns the folders that interrupted saves left."""
-    return [path for path in folder.iterdir()
-            if ".orbax-checkpoint-tmp" in path.name or (path.name.isdigit() and not complete(path))]
+    """Returns the folders that interrupted saves left; a file is never one."""
+    return [path for path in folder.iterdir() if path.is_dir() and (
+        ".orbax-checkpoint-tmp" in path.name or (_of_step(path) and not complete(path)))]
+
+
+def _of_step(path: epath.Path) -> bool:
+    return re.fullmatch(r"0|[1-9][0-9]*", path.name, re.ASCII) is not None
 
 
 def unused(folder: epath.Path, name: str) -> epath.Path:

@@ -299,6 +299,7 @@ def finish(run: Run, checkpoints: Checkpoints, done: int) -> int:
     if done < run.total:
         say(f"stopped at step {done} of {run.total}, state saved; the same command goes on")
         return cli.STOPPED
+    lease.fence()
     if jax.process_index() == 0:
         files.replace_text(run.workdir / "DONE", f"{done}\n")
     say(f"finished {done} steps; {run.workdir}")

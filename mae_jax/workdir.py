@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from mae_jax import config as configs
 from mae_jax.errors import UserError
-from mae_jax.files import locate, make_folder, read_text, replace_text
+from mae_jax.files import locate, make_folder, read_bytes, replace_text
 
 # What a resumed run may change: it alters how a run is watched, placed or ended, never what was trained so far.
 MAY_CHANGE = ("train.duration", "mesh.*", "eval.*", "checkpoint.*", "log.*", "guard.max_*",
@@ -49,8 +49,8 @@ def record(workdir: epath.Path, config: ConfigDict) -> None:
 
 def finished(workdir: epath.Path) -> int:
     """Returns the step that DONE names, 0 where the run has not finished."""
-    text = (read_text(workdir / "DONE") or "").strip()
-    return int(text) if text.isdecimal() else 0
+    text = (read_bytes(workdir / "DONE") or b"").strip()
+    return int(text) if text.isdigit() else 0
 
 
 def read_config(workdir: epath.Path) -> ConfigDict:
@@ -63,11 +63,11 @@ def read_config(workdir: epath.Path) -> ConfigDict:
 
 def _stored_config(workdir: epath.Path) -> ConfigDict | None:
     file = workdir / "config.json"
-    text = read_text(file)
-    if text is None:
+    content = read_bytes(file)
+    if content is None:
         return None
     try:
-        return _completed(json.loads(text)["config"])
+        return _completed(json.loads(content)["config"])
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{file} is damaged: {error}") from None
 

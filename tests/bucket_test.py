@@ -1,8 +1,10 @@
 """What a bucket answers is told in seconds and in one line; what it holds is read as it is or not at all."""
 
 import functools
+import re
 import time
 
+import fsspec.config
 import pytest
 
 from mae_jax import bucket, files
@@ -90,9 +92,32 @@ def test_googles_addresses_and_loopback_are_trusted(value):
     assert bucket._trusted(value)
 
 
-def test_a_folder_of_another_scheme_is_refused():
-    with pytest.raises(UserError, match="s3://bucket/run: a folder is local or gs://"):
-        files.locate("s3://bucket/run")
+@pytest.mark.parametrize("folder", ["s3://bucket/run", "gs:/bucket/run", "file:///run", "gs:bucket"])
+def test_a_folder_of_another_scheme_is_refused(folder):
+    with pytest.raises(UserError, match=re.escape(f"{folder}: a folder is local or gs://BUCKET/FOLDER")):
+        files.locate(folder)
+
+
+@pytest.mark.parametrize("folder", ["gs://", "gs:///run", "gs://Bad_Bucket!!/run", "gs://ab/run", "gs://bucket-/run"])
+def test_what_cannot_be_the_name_of_a_bucket_is_refused(gcs, folder):
+    with pytest.raises(UserError, match=re.escape(f"{folder}: no name of a bucket; expected gs://BUCKET/FOLDER")):
+        files.locate(folder)
+    assert gcs.requests == []
+
+
+@pytest.mark.parametrize("protocol", ["gcs", "gs"])
+def test_an_address_in_the_settings_of_fsspec_is_checked_too(gcs, monkeypatch, protocol):
+    monkeypatch.setitem(fsspec.config.conf, protocol, {"endpoint_url": "http://evil.example:80"})
+    with pytest.raises(UserError, match=r"endpoint_url=http://evil\.example:80 in the settings of fsspec"):
+        files.locate(RUN)
+    assert gcs.requests == []
+
+
+def test_another_universe_is_refused(gcs, monkeypatch):
+    monkeypatch.setenv("GOOGLE_CLOUD_UNIVERSE_DOMAIN", "evil.example")
+    with pytest.raises(UserError, match=r"GOOGLE_CLOUD_UNIVERSE_DOMAIN=evil\.example: credentials would go there"):
+        files.locate(RUN)
+    assert gcs.requests == []
 
 
 def test_a_name_that_is_a_pattern_is_refused(gcs):

@@ -105,12 +105,15 @@ def test_state_may_be_donated_right_after_save(tmp_path):
 def test_leftovers_of_interrupted_saves_go_with_the_first_save(tmp_path):
     left = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
     (left / "state").mkdir(parents=True)
+    foreign = ["99", "notes.txt", "²"]
+    for name in foreign:
+        (tmp_path / "checkpoints" / name).touch()
     checkpoints = Checkpoints(tmp_path, 3)
     assert checkpoints.latest() is None
     assert left.exists()
     checkpoints.save(5, make_state(5))
     checkpoints.wait()
-    assert names(tmp_path / "checkpoints") == ["5"]
+    assert names(tmp_path / "checkpoints") == sorted(["5", *foreign])
 
 
 def flip(path: Path, at: int = -1, bit: int = 1) -> None:

@@ -215,9 +215,9 @@ def test_a_copy_from_git_archive_knows_its_commit(monkeypatch):
     assert workdir.git_commit() == "0a1b2c"
 
 
-@pytest.mark.parametrize("text", ["", '{"config": {"seed"', "[]", "{}"])
+@pytest.mark.parametrize("text", [b"", b'{"config": {"seed"', b"[]", b"{}", b'{"config": {"\xff": 1}}'])
 def test_a_damaged_config_json_is_refused_in_one_line(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(UserError, match=r"config\.json is damaged"):
         workdir.read_config(epath.Path(tmp_path))
 
@@ -246,10 +246,10 @@ def test_replacing_a_file_on_a_full_disk_keeps_the_old_one(tmp_path, monkeypatch
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("config.json", "old")]
 
 
-@pytest.mark.parametrize(("text", "step"), [(None, 0), ("", 0), ("120\n", 120), ("12x", 0)])
+@pytest.mark.parametrize(("text", "step"), [(None, 0), (b"", 0), (b"120\n", 120), (b"12x", 0), (b"12\xb2", 0)])
 def test_done_names_the_last_step_and_a_damaged_one_is_none(tmp_path, text, step):
     if text is not None:
-        (tmp_path / "DONE").write_text(text)
+        (tmp_path / "DONE").write_bytes(text)
     assert workdir.finished(epath.Path(tmp_path)) == step
 
 

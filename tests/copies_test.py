@@ -26,6 +26,18 @@ def run(tmp_path_factory):
     return folder
 
 
+def test_what_a_bucket_names_does_not_lead_out_of_the_copy(run, gcs, tmp_path):
+    export.export(str(run), f"gs://bucket/{tmp_path.name}", "mae_jax")
+    gcs.store.put("bucket", f"{tmp_path.name}/checkpoints/2/", b"", {}, {})  # consoles make such a folder
+    to = tmp_path / "a" / "b"
+    export.export(f"gs://bucket/{tmp_path.name}", str(to / "good"), "mae_jax")
+    assert same(load_params(to / "good"), load_params(run))
+    gcs.store.put("bucket", f"{tmp_path.name}/checkpoints/2/../../../evil.txt", b"evil", {}, {})
+    with pytest.raises(UserError, match=r"\.\.: no checkpoint has an object of such a name; nothing was copied"):
+        export.export(f"gs://bucket/{tmp_path.name}", str(to / "copy"), "mae_jax")
+    assert not list(tmp_path.rglob("evil*"))
+
+
 @pytest.fixture(params=["disk", "gs"])
 def to(request, tmp_path) -> str:
     """A folder for the copy."""

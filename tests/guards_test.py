@@ -84,6 +84,17 @@ def test_time_in_which_the_whole_process_is_frozen_does_not_count(tmp_path):
     assert not (folder / "stacks_0.txt").exists()
 
 
+def test_a_full_disk_does_not_keep_the_watchdog_from_ending_the_run(tmp_path):
+    program = ("import resource, signal, sys, time\nfrom etils import epath\nfrom mae_jax.watchdog import Watchdog\n"
+               "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+               "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+               "with Watchdog(0.2, epath.Path(sys.argv[1])) as dog:\n    dog.on('a save')\n    time.sleep(20)\n")
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3, done.stderr
+    assert "a save took more than guard.stall_seconds=0.2" in done.stderr
+    assert "Thread MainThread" in done.stderr
+
+
 def test_what_gets_on_or_is_not_watched_is_left_alone(tmp_path, monkeypatch):
     left = []
     monkeypatch.setattr(Watchdog, "_leave", lambda self, doing: left.append(doing))

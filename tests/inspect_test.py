@@ -139,6 +139,7 @@ def test_the_command_tells_what_is_there_names_broken_pictures_and_draws_the_gri
         assert line in done.stdout
     names = (tmp_path / "grid.broken.txt").read_text().splitlines()
     assert len(names) == 62
+    assert "62 of 80 pictures of train are broken, more than guard.max_bad_fraction=" in done.stdout
     assert names[-1] == "train b/79.jpg: empty file"
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == (8 * (32 + 2), 2 * 2 * (32 + 2))  # 16 pictures, each above what the encoder sees
@@ -169,3 +170,14 @@ def test_a_missing_folder_is_one_line_and_exit_code_2(tmp_path):
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert "is no folder" in done.stderr
+
+
+@pytest.mark.parametrize(("flags", "line"), [
+    (["--to=s3://bucket/grid.png"], "a folder is local or gs://BUCKET/FOLDER"), (["--to={}"], "is a folder; expected"),
+    (["--to=gs://"], "no name of a bucket"), (["--size=0"], "--size=0"), (["--steps=-3"], "--steps=-3")])
+def test_what_cannot_be_written_is_said_before_any_picture_is_read(tmp_path, flags, line):
+    done = run("--config.data.source=folder", f"--config.data.path={make_folder(tmp_path / 'in')}",
+               *(flag.format(tmp_path) for flag in flags))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert line in done.stderr

@@ -66,7 +66,8 @@ WHOLE = ["create", "scp", "install", "start", "follow", "report", "delete"]
     (["run", "--name=-rf", *SLICE[1:], "--", *TRAIN], "--name=-rf; expected small letters, digits and -"),
     (["run", *SLICE, "--retries=many", "--", *TRAIN], "--retries=many, LAUNCH_TPU_PAUSE=0; expected whole numbers"),
     (["run", *SLICE], "--workdir=gs://BUCKET/FOLDER must be given, after --; --help shows an example"),
-    (["start", *SLICE, "--", "--workdir=runs/a"], "--workdir=runs/a would be lost with the slice; expected gs://"),
+    (["start", *SLICE, "--", "--workdir=runs/a"], "--workdir=runs/a would be lost with the slice, or"),
+    (["run", *SLICE, "--", "--workdir=gs:///a"], "--workdir=gs:///a would be lost with the slice, or names no bucket"),
     (["run", *SLICE, "--", "--config=configs/mine.py:L", TRAIN[1]], "--config=configs/mine.py:L is not in commit "),
 ])
 def test_a_mistake_ends_with_one_line_and_2_before_anything_is_called(cloud, args, line):
@@ -357,6 +358,20 @@ def test_the_single_steps_do_what_run_does(cloud):
     assert cloud.calls() == WHOLE
     assert "[launch] there is no vit-l\n" in cloud.launch("delete", *SLICE).stderr
     assert cloud.launch("status", *SLICE).stdout == "vit-l is absent\n"
+
+
+@pytest.mark.parametrize(("command", "plan", "line"), [
+    ("install", {"install": ["refused"]}, "not installed on all workers; what is above says why"),
+    ("start", {"start": ["refused"]}, "not started on all workers; what is above says why"),
+    ("stop", {"stop": ["refused"]}, "not stopped on all workers; what is above says why"),
+    ("status", {"report": ["refused"]}, "the workers of vit-l cannot be reached"),
+    ("delete", {"delete": ["no"]}, "vit-l was not deleted and may cost money; what is above says why")])
+def test_a_single_step_that_fails_says_so_with_2(cloud, command, plan, line):
+    assert cloud.launch("create", *SLICE).returncode == 0
+    cloud.plan(**plan)
+    done = cloud.launch(command, *SLICE, "--", *TRAIN)
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"error: {line}\n")
 
 
 def test_start_refuses_another_commit_than_the_installed_one(cloud, repository, tmp_path):

@@ -2,17 +2,21 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 from etils import epath
 
 from mae_jax import bucket, lease
+from mae_jax.checkpoint import Checkpoints
 from mae_jax.errors import UserError
+from mae_jax.metrics import JsonLines
 
 HOLDER = """
 import sys, time
@@ -111,6 +115,33 @@ def test_a_frozen_run_that_was_overtaken_writes_nothing_and_ends_when_it_wakes(h
     assert (process.returncode, out) == (3, "")
     assert f"gs://bucket/frozen was taken over by process {os.getpid()} on" in err
     assert "nothing more is written" in err
+
+
+def test_a_run_whose_signs_of_life_do_not_arrive_writes_nothing_and_ends_when_it_sees_who_took_over(gcs, monkeypatch):
+    monkeypatch.setattr(lease, "RENEWED", 0.2)
+    monkeypatch.setattr(lease, "DEAD", 1.0)
+    held, lost, workdir = lease.BucketLease("gs://bucket/cut/lock"), [], epath.Path("gs://bucket/cut")
+    monkeypatch.setattr(lease.BucketLease, "_lost", lambda self, found: lost.append((found, self.renewed)))
+    held.take()
+    monkeypatch.setattr(lease, "_held", held)
+    assert lease.doubt() == ""
+    checkpoints, recorder = Checkpoints(workdir, 1), JsonLines(workdir / "metrics.jsonl", 0)
+    gcs.add({"path": "cut/lock", "method": "POST", "status": 400, "times": -1})
+    wait_until(lease.doubt)
+    assert re.search("no sign of life could be given for 1 s, so another run may have the workdir", lease.doubt())
+    lease.fence()  # training goes on
+    recorder.write(1, {"loss": 1.0})
+    recorder.flush()
+    checkpoints.save(1, {"a": np.zeros(3)})
+    assert "no sign of life" in checkpoints.failed
+    assert [name for name in gcs.store.bucket("bucket") if name.startswith("cut/")] == ["cut/lock"]
+    gcs.clear()
+    bucket.write("gs://bucket/cut/lock", b"another run")
+    wait_until(lambda: lost)
+    assert lost[0][0].content == b"another run"
+    held._over.set()
+    monkeypatch.setattr(lease, "_held", None)
+    checkpoints.close()
 
 
 def test_a_frozen_run_that_nobody_overtook_goes_on(holder, gcs):

@@ -157,3 +157,12 @@ def test_a_late_caller_is_turned_away_though_it_says_nothing_and_others_stay_in_
     assert not link._thread.is_alive()
     for end in (peer, *link.lines.values(), link._self):
         end.close()
+
+
+def test_process_0_listens_at_the_address_that_it_is_named_by(caplog):
+    for host in ("127.0.0.1", "127.0.0.2"):
+        with rendezvous.listen(Place(host, free_port(), 0, 2)) as listener:
+            assert listener.getsockname()[0] == host
+    with rendezvous.listen(Place("192.0.2.1", free_port(), 0, 2)) as listener:  # of no machine: for documentation
+        assert listener.getsockname()[0] in distributed.ANY
+    assert "192.0.2.1 is no address of this machine" in caplog.text

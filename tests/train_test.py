@@ -4,6 +4,7 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -63,6 +64,24 @@ def test_gradients_that_stay_not_finite_stop_the_run_save_it_and_name_the_replay
     out = capsys.readouterr().out
     assert "parameters whose gradient is not finite: " in out
     assert "not finite: none" not in out
+
+
+def test_the_state_that_a_guard_saves_is_the_one_with_which_the_step_that_is_named_began(tmp_path, monkeypatch):
+    config = tiny_config({"guard.max_nonfinite": 1, "train.duration": "12 steps", "eval.every": "",
+                          "data.eval_split": "", "checkpoint.every": "1 steps", "checkpoint.keep_last": 20})
+    batches, bad = train.device_batches, 4
+
+    def poisoned(run, start):
+        for number, batch in enumerate(batches(run, start), start):
+            yield batch | {"patches": batch["patches"] * jnp.where(number == bad, jnp.nan, 1.0)}
+
+    monkeypatch.setattr(train, "device_batches", poisoned)
+    with pytest.raises(GuardError, match=f"the last one step {bad}; "):
+        train.train(config, str(tmp_path))
+    steps = sorted(int(folder.name) for folder in (tmp_path / "checkpoints").iterdir())
+    assert steps == [1, 2, 3, 4, 5]  # no step was begun after it
+    before, saved = (load_params(tmp_path / "checkpoints" / str(step)) for step in (bad, bad + 1))
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, before, saved)))
 
 
 def test_init_from_takes_the_parameters_of_another_run(tmp_path, caplog):
@@ -136,6 +155,14 @@ def test_a_classifier_is_not_reported_on_what_it_is_trained_on(tmp_path):
     splits = {"data.source": "photo_crops", "data.train_split": "test[:64]", "data.eval_split": "test"}
     with pytest.raises(UserError, match=r"data\.train_split='test\[:64\]' shares pictures with data\.eval_split"):
         train.train(tiny_supervised(splits | {"method.classes": 17}), str(tmp_path))
+
+
+@pytest.mark.parametrize("method", ["mixedae", "splitmask", "beit", "dino"])
+def test_every_method_is_replayed(tmp_path, capsys, method):
+    config = tiny_config({"train.duration": "2 steps", "eval.every": "", "data.eval_split": ""}, method)
+    assert train.train(config, str(tmp_path)) == 0
+    assert replay.replay(str(tmp_path), -1) == 0
+    assert "examples whose loss is not finite: none" in capsys.readouterr().out
 
 
 def test_a_step_whose_pictures_were_mixed_is_replayed_picture_by_picture(tmp_path, capsys):

@@ -115,13 +115,21 @@ class Picture:
             what.append("with transparency")
         if self.format not in JPEGS and _animated(image):
             what.append("animated (first frame)")
-        if image.info.get("exif") and image.getexif().get(ORIENTATION, 1) not in UPRIGHT:
+        if image.info.get("exif") and _orientation(image) not in UPRIGHT:
             what.append("turned by EXIF (ignored)")
         return tuple(what)
 
     def _fused(self) -> bool:
         """Whether a part may be decoded alone; a file that was cut has been refused already."""
         return self._fast and self.format in JPEGS and self._image.mode in ("RGB", "L")
+
+
+def _orientation(image: Image.Image) -> int:
+    """Returns how a picture's EXIF says that it is to be turned; 1, upright, where it cannot be read."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # broken bytes make PIL's reader raise many kinds
+        return 1
 
 
 def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:

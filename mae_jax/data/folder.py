@@ -21,6 +21,7 @@ from mae_jax.data.decode import decode_mask
 from mae_jax.data.sizes import check_size
 from mae_jax.data.sources import UNLABELLED, Example, Source
 from mae_jax.errors import UserError, counted, nearest, printable
+from mae_jax.files import locate
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def _masks(data: ConfigDict, root: epath.Path, base: epath.Path, files: tuple[st
     """Returns the folder of a split's masks, which must have that of its first picture; None without masks."""
     if not data.mask_key:
         return None
-    masks = epath.Path(data.mask_key).expanduser() / os.path.relpath(base, root)
+    masks = locate(data.mask_key).expanduser() / os.path.relpath(base, root)
     if files and not (masks / files[0]).with_suffix(".png").is_file():
         raise UserError(f"data.mask_key={data.mask_key!r} lacks the mask of {files[0]}: "
                         f"{(masks / files[0]).with_suffix('.png')} is not there")

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.arrays import opened
 from mae_jax.errors import UserError
+from mae_jax.files import locate
 
 Batch = dict[str, np.ndarray]
 FIELD = "tokens"
@@ -32,7 +33,7 @@ def load(config: ConfigDict, sizes: dict[str, int], patches: int) -> dict[str, n
     Raises:
       UserError: crops or colours are random, or the file does not hold what is needed.
     """
-    data, file = config.data, epath.Path(config.data.tokens)
+    data, file = config.data, locate(config.data.tokens)
     if (data.augment, data.colour) != ("none", "none"):
         raise UserError(f"data.augment={data.augment!r}, data.colour={data.colour!r}: the tokens of data.tokens are "
                         "those of one fixed view, which a random one does not show; use 'none' for both (the central "

@@ -14,6 +14,7 @@ from etils import epath
 
 from mae_jax.arrays import opened
 from mae_jax.errors import UserError, nearest
+from mae_jax.files import locate
 from mae_jax.ops.clustering import kmeans
 from mae_jax.ops.patches import normalize
 
@@ -84,7 +85,7 @@ def build(patches: np.ndarray, kind: str, size: int, rng: np.random.Generator) -
 
 def save(file: epath.PathLike, entries: np.ndarray, kind: str) -> None:
     """Writes a vocabulary [V - 1, P] as *.npz, with what kind it is."""
-    path = epath.Path(file)
+    path = locate(str(file))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as stored:
@@ -94,7 +95,7 @@ def save(file: epath.PathLike, entries: np.ndarray, kind: str) -> None:
 
 def load(file: epath.PathLike, kind: str, shape: tuple[int, int]) -> np.ndarray:
     """Reads a vocabulary float32 of a kind and a shape (V - 1, P); raises UserError for any other."""
-    path = epath.Path(file)
+    path = locate(str(file))
     if not path.is_file():
         raise UserError(f"method.vocabulary_file={file!r} is no file; python -m mae_jax.cluster writes one")
     with opened(path) as stored:

@@ -124,6 +124,13 @@ def test_what_is_converted_or_ignored_can_be_told(make, converted):
     assert Picture(pattern()).converted() == ()
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_that_cannot_be_read_turns_nothing(kind):
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), (10, 20, 30)).save(content, kind, exif=b"Exif\0\0garbage, and no header of TIFF")
+    assert Picture(content.getvalue()).converted() == ()
+
+
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
 def test_one_pixel_is_a_picture(kind, fast):

@@ -127,8 +127,9 @@ def report(lines: list[dict[str, Any]]) -> str:
     for name in sorted({fault["fault"] for fault in faults}):
         ours = [fault for fault in faults if fault["fault"] == name]
         codes = collections.Counter(code for fault in ours for code in fault["codes"])
+        codes = ", ".join(f"{code} ({count})" for code, count in sorted(codes.items(), key=str))
         counts = [str(sum(fault["setting"] == setting for fault in ours)) for setting in SETTINGS]
-        rows.append(f"| {name} | {' | '.join(counts)} | {', '.join(f'{c} ({n})' for c, n in sorted(codes.items()))} | "
+        rows.append(f"| {name} | {' | '.join(counts)} | {codes} | "
                     f"{max(fault['seconds'] for fault in ours):.1f} | "
                     f"{sum(not fault['explained'] for fault in ours)} |")
     diverged = sum(not line.get("same") for line in lines)
@@ -138,7 +139,10 @@ def report(lines: list[dict[str, Any]]) -> str:
 
 def campaign(faults: int, seed: int, to: Path, settings: Sequence[str] = tuple(SETTINGS)) -> str:
     """Goes on until so many faults have struck runs of these settings; returns the table."""
-    lines = [json.loads(line) for line in to.read_text().splitlines()] if to.exists() else []
+    text = to.read_text() if to.exists() else ""
+    if text and not text.endswith("\n"):  # the line of a trial that was interrupted
+        to.write_text(text := text[:text.rfind("\n") + 1])
+    lines = [json.loads(line) for line in text.splitlines()]
     with tempfile.TemporaryDirectory() as scratch, server.serving(BUCKET) as bucket:
         lab = Lab(Path(scratch), bucket)
         while sum(len(line["faults"]) for line in lines) < faults:

@@ -1,5 +1,6 @@
 """The faults of the soak: what is done to a run, and with which exit codes it may end."""
 
+import contextlib
 import functools
 import random
 import resource
@@ -61,9 +62,9 @@ def _freeze(processes: Processes, draws: random.Random, *_: object) -> None:
 def _full_disk(processes: Processes, draws: random.Random, *_: object) -> None:
     """Lets no file of a process grow past some bytes, as on a full disk; lifted after a while."""
     victim, most = draws.choice(processes), draws.choice([0, 100, 4096, 60_000])
-    before = resource.prlimit(victim.pid, resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
-    time.sleep(draws.uniform(0.2, 3))
-    if victim.poll() is None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended
+        before = resource.prlimit(victim.pid, resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+        time.sleep(draws.uniform(0.2, 3))
         resource.prlimit(victim.pid, resource.RLIMIT_FSIZE, before)
 
 
