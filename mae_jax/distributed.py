@@ -92,15 +92,16 @@ def _interrupt(*_: Any) -> NoReturn:
 def join(place: Place, same: Mapping[str, Any], start_seconds: float, heartbeat: float) -> "Peers":
     """Waits for all processes and starts jax.distributed; raises UserError naming who did not come."""
     greeting = {"mae_jax": place.process, "where": f"{socket.gethostname()}, process id {os.getpid()}", "same": same}
+    bound = ANY[0]
     if place.process:
         line, port = rendezvous.call(place, greeting, start_seconds)
         link = Peers(place, {0: line}, None, heartbeat)
     else:
         listener = rendezvous.listen(place)
+        bound = listener.getsockname()[0]
         lines, port = rendezvous.receive(place, listener, greeting, start_seconds), rendezvous.free_port()
         link = Peers(place, lines, listener, heartbeat)
         link.tell({"go": port})
-    bound = listener.getsockname()[0] if listener else ANY[0]
     try:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         # On CPUs, a collective holds a thread until all processes have come to it. Seen on two cores: with fewer
