@@ -207,6 +207,7 @@ bring_up() { # creates the slice where there is none and waits until it is ready
     case $now in
       ready) slice=${slice:-found} && return ;;
       absent)
+        [[ $slice != new ]] || sleep "$pause"  # created a moment ago, and not listed yet
         # Just after a preemption there is seldom room; at the beginning, the user must know.
         create || { [[ $slice ]] && return 1; } || fail "no slice; gcloud says why. With --queued it waits for room"
         slice=new ;;

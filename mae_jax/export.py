@@ -22,6 +22,7 @@ config: the path of experts of most votes (vote), the best one by a linear probe
 one as a control (random, --seed). It is written, fine-tuned and exported as any masked autoencoder is.
 """
 
+import difflib
 import json
 from typing import Any
 
@@ -61,6 +62,8 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
     if layout == "hf":
         file = file / "model.safetensors"
     elif file.suffix != ".safetensors":
+        if difflib.get_close_matches(file.suffix, [".safetensors"]):
+            raise UserError(f"--to={to}: did you mean .safetensors? Else it is a folder for a checkpoint")
         if layout == "mae_jax" and not how:
             print(copies.copy(folder, file))
             return cli.FINISHED

@@ -127,3 +127,9 @@ def test_what_heads_and_decoders_of_other_methods_predict_is_not_written_as_a_cl
 def test_a_name_without_the_suffix_is_refused(run, tmp_path):
     with pytest.raises(UserError, match=r"must end in \.safetensors"):
         export.export(str(run[0]), str(tmp_path / "out.bin"), "timm")
+
+
+@pytest.mark.parametrize("name", ["out.safetensor", "out.safetensros"])
+def test_a_misspelt_file_is_not_taken_for_a_folder(tmp_path, run, name):
+    with pytest.raises(UserError, match=r"did you mean \.safetensors\? Else it is a folder"):
+        export.export(str(run[0]), str(tmp_path / name), "mae_jax")

@@ -1,7 +1,9 @@
 """The loop: going on, stopping by the guard, starting from other parameters, failing saves."""
 
+import itertools
 import json
 import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +84,20 @@ def test_the_state_that_a_guard_saves_is_the_one_with_which_the_step_that_is_nam
     assert steps == [1, 2, 3, 4, 5]  # no step was begun after it
     before, saved = (load_params(tmp_path / "checkpoints" / str(step)) for step in (bad, bad + 1))
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, before, saved)))
+
+
+def test_a_clock_that_jumps_changes_nothing_but_the_times_on_record(tmp_path, monkeypatch):
+    assert train.train(tiny_config(), str(tmp_path / "still")) == 0
+    clock, jumps = time.time, itertools.cycle([0.0, 200.0, -200.0])  # orbax counts its limit of 600 s by this clock
+    monkeypatch.setattr(time, "time", lambda: clock() + next(jumps))
+    assert train.train(tiny_config({"guard.stall_seconds": 600.0}), str(tmp_path / "jumps")) == 0
+    timed = {"time", "train/images_per_sec", "train/data_wait", "train/mfu", "eval/seconds"}
+    still, jumped = ([{name: value for name, value in row.items() if name not in timed} for row in rows(tmp_path / run)]
+                     for run in ("still", "jumps"))
+    assert still == jumped
+    speeds = [row.get("train/images_per_sec") for row in rows(tmp_path / "jumps")]
+    assert all(0 < speed < 1e6 for speed in speeds if speed is not None)
+    assert sum(speed is not None for speed in speeds) > 2
 
 
 def test_init_from_takes_the_parameters_of_another_run(tmp_path, caplog):
