@@ -98,7 +98,7 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("aiohttp", "gcsfs", "google"):
         return MISTAKE, f"error: {' '.join(str(error).split())}"
     if isinstance(error, KeyboardInterrupt):
-        return STOPPED, "stopped before anything was done"
+        return STOPPED, "stopped before it was done"
     trace = "".join(traceback.format_exception(error))
     return BUG, f"{trace}this is a bug in mae_jax; please report it with the lines above"
 
