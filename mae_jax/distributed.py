@@ -203,7 +203,8 @@ class Peers:
         if self.verdict or self._leaving:
             time.sleep(60)  # another thread is about to end the process
         code, text = cli.explain(error)
-        print(text, file=sys.stderr)
+        with contextlib.suppress(OSError):  # a full disk; the others must hear of it all the same
+            print(text, file=sys.stderr)
         self.leave(code, text.strip().splitlines()[-1])
 
     def leave(self, code: int, line: str) -> NoReturn:

@@ -2,8 +2,11 @@
 
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -166,3 +169,22 @@ def test_process_0_listens_at_the_address_that_it_is_named_by(caplog):
     with rendezvous.listen(Place("192.0.2.1", free_port(), 0, 2)) as listener:  # of no machine: for documentation
         assert listener.getsockname()[0] in distributed.ANY
     assert "192.0.2.1 is no address of this machine" in caplog.text
+
+
+FAILING = """
+import socket, sys
+from mae_jax import distributed
+from mae_jax.place import Place
+line = socket.socket(fileno=int(sys.argv[1]))
+distributed.Peers(Place("127.0.0.1", 1, 1, 2), {0: line}, None, 5.0).fail(OSError(28, "No space left on device"))
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_an_error_that_cannot_be_printed_is_told_to_the_others_all_the_same():
+    ours, theirs = socket.socketpair()
+    with ours, theirs, Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", FAILING, str(theirs.fileno())], stderr=full, timeout=60,
+                              pass_fds=[theirs.fileno()])
+        assert done.returncode == 2
+        assert '{"leave": [2, "error: [Errno 28] No space left on device"]}' in ours.recv(1 << 16).decode()
