@@ -1,6 +1,7 @@
 """When a run is evaluated, on which part of the data, and which of its checkpoints is the best."""
 
 import json
+import logging
 import re
 import time
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from mae_jax.train import Run
 
 
+logger = logging.getLogger(__name__)
 OF_EXPERTS = re.compile(r"/block_\d+/")  # figures of single experts, eval/share/block_09/3, are not printed
 
 
@@ -32,8 +34,11 @@ class Best:
         self.score = distributed.first(self._read())
 
     def _read(self) -> float:
-        stored = json.loads(files.read_text(self.file) or "{}")
-        return stored["score"] if self.of.items() <= stored.items() else float("-inf")
+        try:
+            stored = json.loads(files.read_bytes(self.file) or "{}")
+            return float(stored["score"]) if self.of.items() <= stored.items() else float("-inf")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.file} is damaged: {error}; without it the next one counts as best") from None
 
     def offer(self, done: int, state: TrainState, figures: Figures) -> None:
         """Keeps the state of step `done` if it is better than all before; of a loss, the lowest is the best."""
@@ -49,7 +54,10 @@ class Best:
         self.score = score
         if jax.process_index() == 0:
             text = json.dumps({"step": done, **self.of, "score": score})
-            files.replace_text(self.file, text + "\n")
+            try:
+                files.replace_text(self.file, text + "\n")
+            except OSError as error:  # a later start then compares with the score before
+                logger.warning("cannot write %s: %s", self.file, error)
 
 
 def check(run: "Run") -> None:

@@ -202,6 +202,8 @@ class Recorder:
         content = io.BytesIO()
         Image.fromarray(image).save(content, format="PNG")
         try:
+            if why := lease.doubt():
+                raise OSError(why)
             make_folder(path.parent)
             replace_bytes(path, content.getvalue(), HURRIED)
         except OSError as error:  # as in JsonLines.flush

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mae_jax import train
+from mae_jax import files, train
 from mae_jax.checkpoint import load_params
 from mae_jax.errors import UserError
 from mae_jax.evals.evaluate import Evaluator
@@ -91,6 +91,26 @@ def test_what_is_no_number_is_never_the_best_and_another_metric_starts_anew(tmp_
     assert json.loads(other.file.read_text()) == {"step": 4, "metric": "loss", "score": -5.0}
     fewer = Best(epath.Path(tmp_path), "loss", max_examples=7)  # a score of other pictures is none to compare with
     assert fewer.score == float("-inf")
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b'{"metric": "loss"}', b'{"\xff": 1}',
+                                  b'{"metric": "loss", "score": "high"}'])
+def test_a_damaged_score_is_told_by_name(tmp_path, text):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "score.json").write_bytes(text)
+    with pytest.raises(UserError, match=r"best/score\.json is damaged: .*; without it the next one counts as"):
+        Best(epath.Path(tmp_path), "loss")
+
+
+def test_a_score_that_finds_no_room_ends_no_run(tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "replace_text", full)
+    best = Best(epath.Path(tmp_path), "loss")
+    best.offer(3, {"a": np.zeros(2)}, {"val/loss": 0.5})
+    assert "score.json: [Errno 28] No space left on device" in caplog.text
+    assert best.score == -0.5
 
 
 def test_the_best_checkpoint_is_read_like_any_other(judged):
