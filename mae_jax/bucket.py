@@ -79,7 +79,7 @@ def read(path: str) -> Found | None:
 def _download(blob: storage.Blob, tries: int = 2) -> Found | None:
     try:
         return Found(blob.download_as_bytes(timeout=TIMEOUT, retry=_retry(PATIENT)), blob.generation)
-    except DataCorruption:  # on its way here, most often
+    except (DataCorruption, requests.exceptions.ChunkedEncodingError):  # on its way here, most often
         if tries == 1:
             raise
         return _download(blob, tries - 1)
@@ -204,7 +204,7 @@ def _trusted(address: str) -> bool:
 @functools.cache
 def _prepare() -> None:
     """Sets limits to what gcsfs and TensorStore wait for, and keeps them from printing what is told in our lines."""
-    for name in ("gcsfs", "google.auth"):
+    for name in ("gcsfs", "fsspec", "google.auth"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     # Other processes and TensorStore write too: what gcsfs remembers of a listing may be old.
     settings = fsspec.config.conf.setdefault("gcs", {})

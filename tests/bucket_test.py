@@ -126,6 +126,12 @@ def test_a_name_that_is_a_pattern_is_refused(gcs):
     assert gcs.requests == []
 
 
+def test_that_an_object_is_not_there_is_asked_again_where_the_answer_was_cut(gcs):
+    gcs.add({"path": "nothing", "kind": "cut"})
+    assert bucket.read(f"{RUN}/nothing") is None
+    assert gcs.faults[0].done
+
+
 def test_an_object_is_written_and_read_through_bursts_resets_lost_answers_and_a_flipped_bit(gcs):
     path, content = f"{RUN}/burst", bytes(range(256)) * 10
     for fault in ({"status": 503}, {"kind": "reset"}, {"kind": "lost"}):
