@@ -181,8 +181,6 @@ def _check_addresses() -> None:
         if value and not _trusted(value):
             raise UserError(f"{name}={value}: credentials would go there; it must be https://*.googleapis.com or a "
                             "loopback address such as http://127.0.0.1:4443")
-
-
     for protocol in ("gcs", "gs"):
         address = fsspec.config.conf.get(protocol, {}).get("endpoint_url")
         if address and not _trusted(address):

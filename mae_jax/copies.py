@@ -110,7 +110,7 @@ def _copy(folder: epath.Path, target: epath.Path) -> None:
 def _files(folder: epath.Path, inside: str = "") -> Iterator[str]:
     """Yields the names of all files under a folder; raises UserError for one that would lead out of it.
 
-    In a bucket a name may have any parts; some tools put an empty one named as the folder itself there.
+    In a bucket a name may have '..' in it; the empty object that some tools make for the folder itself is left out.
     """
     for path in sorted(folder.iterdir()):
         if path.name == folder.name and not path.exists():

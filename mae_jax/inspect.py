@@ -51,34 +51,34 @@ def main() -> int:
     config = CONFIG.value
     if WRITE.value and not TO.value:
         raise UserError("--write needs --to=FOLDER")
-    grid = files.locate(TO.value or "inspect.png")  # what cannot be written is said before all pictures are read
+    to = files.locate(TO.value or "inspect.png")  # what cannot be written is said before all pictures are read
     if not WRITE.value:
-        check_writable(grid)
+        check_writable(to)
     validate(config)
     method = methods.get(config.method.name)(config)
     order = method.order()
     if WRITE.value in ("tfrecord", "array_record"):
-        report_broken(write_pictures(config, WRITE.value, files.locate(TO.value), SIZE.value))
+        report_broken(write_pictures(config, WRITE.value, to, SIZE.value))
         return cli.FINISHED
     inputs = data.build(config, method.eval_spec(), order, views=method.views())
     print(inputs.description, flush=True)  # reading every picture may take long
     if WRITE.value == "batches":
         from mae_jax.data.write import write_batches
 
-        write_batches(config, inputs, method.eval_spec(), order, method.views(), files.locate(TO.value), STEPS.value)
+        write_batches(config, inputs, method.eval_spec(), order, method.views(), to, STEPS.value)
         return cli.FINISHED
     more = f" and {len(inputs.classes) - CLASSES} more" if len(inputs.classes) > CLASSES else ""
     print(f"classes: {', '.join(map(printable, inputs.classes[:CLASSES])) or 'none'}{more}")
     if config.data.source != "batches":
-        report(config, grid)
+        report(config, to)
     try:
         print(speed(inputs))
-        save_grid(next(inputs.train(0)), method, grid)
+        save_grid(next(inputs.train(0)), method, to)
     except UserError as error:  # of the data, named above: what can be looked at has been
         print(f"no speed and no pictures, and training would stop: {error}")
         return cli.FINISHED
     print(f"peak host memory {peak_memory() / 2**20:.0f} MiB; the first pictures of the run, as the model sees them: "
-          f"{grid}")
+          f"{to}")
     return cli.FINISHED
 
 

@@ -8,7 +8,7 @@ is replaced on condition that it still has that generation. So of several runs o
 A run that was frozen for so long may wake to find its workdir taken. Nothing it could still do in order, as to save or
 to write its metrics, is right then: its thread ends the process at once, and `fence`, which the loop passes at each
 step, lets nothing be written before the thread has looked. While the bucket takes no sign of life, training goes on
-and nothing is written (`doubt`).
+without checkpoints, metrics and pictures (`doubt`).
 """
 
 import contextlib

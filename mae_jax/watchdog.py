@@ -70,8 +70,7 @@ class Watchdog:
 
     def _leave(self, doing: str) -> None:
         file = self.workdir / f"stacks_{jax.process_index()}.txt"
-        stacks = _stacks()
-        writer = threading.Thread(target=_write, args=(file, stacks), daemon=True)
+        writer = threading.Thread(target=_write, args=(file, _stacks()), daemon=True)
         writer.start()
         writer.join(WRITING)
         line = (f"stopped: {doing} took more than guard.stall_seconds={self.seconds:g}; what every thread was doing: "
