@@ -48,17 +48,17 @@ def held(workdir: epath.Path) -> Iterator[None]:
     """
     global _held
     lease = BucketLease(str(workdir / "lock")) if str(workdir).startswith("gs://") else FileLock(workdir / "lock")
-    why = ""
-    if jax.process_index() == 0:
-        try:
-            lease.take()
-        except UserError as error:
-            why = str(error)
-    if why := distributed.first(why):
-        raise UserError(why)
-    _held = lease if isinstance(lease, BucketLease) and jax.process_index() == 0 else None
     try:
-        with at_the_last(lease.give_back):
+        with at_the_last(lease.give_back):  # also of one that is just being taken
+            why = ""
+            if jax.process_index() == 0:
+                try:
+                    lease.take()
+                except UserError as error:
+                    why = str(error)
+            if why := distributed.first(why):
+                raise UserError(why)
+            _held = lease if isinstance(lease, BucketLease) and jax.process_index() == 0 else None
             yield
     finally:
         _held = None
@@ -160,7 +160,7 @@ class BucketLease:
         self._text = _signature()
         self._generation = 0
         self._over = threading.Event()
-        self._writing = threading.Lock()
+        self._writing = threading.RLock()  # `_lost` ends the process while it has it
         self._failing = False
 
     def take(self) -> None:
@@ -170,7 +170,7 @@ class BucketLease:
         seen, since = None, time.monotonic()
         began = since
         try:
-            while not self._write(seen.generation if seen and time.monotonic() - since > DEAD else 0, FIRST):
+            while not self._try(seen.generation if seen and time.monotonic() - since > DEAD else 0):
                 found, began = bucket.read(self.path), time.monotonic()
                 if seen is None and found is not None:
                     logger.warning("%s was left by %s; waiting to see whether that run lives: up to %g s for a sign",
@@ -188,6 +188,10 @@ class BucketLease:
             logger.warning("took over %s after %.0f s", self.path, time.monotonic() - since)
         self.looked, self.renewed = time.monotonic(), began
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
+
+    def _try(self, generation: int) -> bool:
+        with self._writing:  # a signal waits for the answer, then gives back what was taken
+            return not self._over.is_set() and self._write(generation, FIRST)
 
     def _write(self, generation: int, seconds: float) -> bool:
         """Writes the object over the one of that generation, 0 for none; False where another's is there."""
@@ -238,11 +242,12 @@ class BucketLease:
         """Deletes the object, unless this was done or it is another's; a failure costs the next run a wait."""
         from mae_jax import bucket
 
-        if not self._generation or not self._writing.acquire(timeout=LAST):
-            return
         self._over.set()
+        if not self._writing.acquire(timeout=LAST):
+            return
         try:
-            bucket.delete(self.path, self._generation, LAST)
+            if self._generation:
+                bucket.delete(self.path, self._generation, LAST)
         except (bucket.BucketError, bucket.Changed) as error:
             logger.warning("could not remove %s (%s): the next run waits %g s for a sign of life", self.path, error,
                            DEAD)

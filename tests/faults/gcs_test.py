@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -163,12 +164,18 @@ def test_a_run_that_was_frozen_and_overtaken_ends_when_it_wakes_and_harms_nothin
     assert is_like(golden, "frozen")
 
 
-def test_a_signal_before_the_first_step_gives_the_lease_back(place, golden, gcs):
-    process = begin(place, "signalled", pause=0.5)
-    wait_until(lambda: any("signalled/config.json" in request for request in gcs.requests), process)
+@pytest.mark.parametrize("when", ["while it is taken", "when it is held"])
+def test_a_signal_before_the_first_step_gives_the_lease_back(place, golden, gcs, when):
+    workdir = f"signalled {when}".replace(" ", "_")
+    gcs.add({"path": f"{workdir}/lock", "method": "POST", "kind": "slow", "seconds": 1.0})
+    process = begin(place, workdir, pause=0.5)
+    taken = re.compile("POST .*/lock" if when == "while it is taken" else "POST .*/config.json")
+    wait_until(lambda: any(workdir in request and taken.search(request) for request in gcs.requests), process)
     process.terminate()
     assert process.wait(30) == 75
-    assert bucket.read("gs://bucket/signalled/lock") is None
+    assert gcs.faults[0].done == 1
+    time.sleep(1.5)  # what was asked for before the end is done by then
+    assert bucket.read(f"gs://bucket/{workdir}/lock") is None
 
 
 def test_a_bucket_that_stops_answering_stops_no_training_and_is_told_at_the_end(place, golden, gcs):
