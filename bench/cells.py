@@ -2,6 +2,8 @@
 
 import io
 import json
+import multiprocessing
+import os
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,16 +22,29 @@ def matches(cell: Cell, what: Cell) -> bool:
     return all(cell.get(key) == value for key, value in what.items())
 
 
-def go_on(file: Path, cells: list[Cell], planned: Iterable[Cell], run: Callable[[Cell], Cell],
-          after: Callable[[], None]) -> None:
-    """Runs the planned cells that are not done, appends each to the file and to `cells`, and calls `after`."""
-    for cell in planned:
-        if any(matches(done, cell) for done in cells):
-            continue
-        cells.append(run(cell))
-        with open(file, "a") as opened:
-            opened.write(json.dumps(cells[-1]) + "\n")
-        after()
+def go_on(file: Path, cells: list[Cell], stages: Iterable[list[Cell]], run: Callable[[Cell], Cell],
+          after: Callable[[], None], workers: int = 1) -> None:
+    """Runs the cells that are not done, appends each to the file and to `cells`, and calls `after`.
+
+    The cells of a stage need nothing of one another and may run at the same time, `workers` of them, which then share
+    the device: such a study must not take times from them.
+    """
+    if workers > 1:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            _go_on(file, cells, stages, lambda todo: pool.imap_unordered(run, todo), after)
+    else:
+        _go_on(file, cells, stages, lambda todo: map(run, todo), after)
+
+
+def _go_on(file: Path, cells: list[Cell], stages: Iterable[list[Cell]],
+           run_all: Callable[[list[Cell]], Iterable[Cell]], after: Callable[[], None]) -> None:
+    for stage in stages:
+        for done in run_all([cell for cell in stage if not any(matches(other, cell) for other in cells)]):
+            cells.append(done)
+            with open(file, "a") as opened:
+                opened.write(json.dumps(done) + "\n")
+            after()
 
 
 def chosen(cells: list[Cell], **what: Any) -> float:

@@ -1,16 +1,18 @@
 """Does naive mixing hurt MAE, and does MixedAE help it? The questions of arXiv 2303.17152, at a small size.
 
   bench/fetch_clipart.sh runs/openclipart
-  python bench/mixing.py --clipart=runs/openclipart       (goes on where it was stopped; not yet run to its end)
-  python bench/mixing.py --clipart=runs/openclipart --size=gpu
+  python bench/mixing.py --clipart=runs/openclipart       (goes on where it was stopped)
+  python bench/mixing.py --clipart=runs/openclipart --small=runs/small_clipart     (writes the drawings smaller)
+  python bench/mixing.py --clipart=runs/small_clipart --size=gpu --workers=10      (many cells at a time on one GPU)
 
 MAE, naive mixing (global attention, no contrast, no segments) and MixedAE are pre-trained on clip art and on photo
 crops, three seeds, as many pictures each and the same optimiser; `mae, longer` has MixedAE's time instead: its steps
-are MAE's times the ratio of their measured seconds per step. Ablations have one seed, on clip art. An encoder is judged
-by the linear probe of every evaluation (of the test split, with the last weights), by fine-tuning (the main arms; the
-rate is chosen from three with seed 0 on a tenth of the training split), and on clip art by a linear layer over patches
-(mIoU, test) and by how well the mean patch's attention covers the thing (IoU, head and threshold chosen on the training
-split). The encoder is `untrained` in one more arm. Figures of homology stand beside those before the first step.
+are MAE's times the ratio of their seconds per step, which are measured first, alternating and with nothing beside.
+Ablations have one seed, on clip art. An encoder is judged by the linear probe of every evaluation (of the test split,
+with the last weights), by fine-tuning (the main arms; the rate is chosen from three with seed 0 on a tenth of the
+training split), and on clip art by a linear layer over patches (mIoU, test) and by how well the mean patch's attention
+covers the thing (IoU, head and threshold chosen on the training split). The encoder is `untrained` in one more arm.
+Figures of homology stand beside those before the first step.
 
 Features are pooled as the mean of patches in all arms. One JSON line per cell in bench/results/mixing_<size>.jsonl, the
 tables in .md, attention of the main arms on the same pictures in mixing_<size>_attention.png.
@@ -18,17 +20,22 @@ tables in .md, attention of the main arms on the same pictures in mixing_<size>_
 
 import argparse
 import functools
+import statistics
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cells as shared
+import jax
 import numpy as np
 from cells import Cell, matches, text
+from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax import train
+from mae_jax.bench import TimedStep
 from mae_jax.config import default
 
 RESULTS = Path(__file__).parent / "results"
@@ -58,10 +65,11 @@ class Size(NamedTuple):
 
     images: int  # shown in pre-training
     dense: int  # epochs of the dense probe
+    seeds: tuple[int, ...] = SEEDS
 
 
 SETS = {"clipart": Set(48, 6, 96, 4, 3), "photo_crops": Set(40, 4, 128, 6, 4)}
-SIZES = {"cpu": Size(60_000, 5), "gpu": Size(400_000, 20)}
+SIZES = {"cpu": Size(60_000, 5), "gpu": Size(200_000, 20)}
 
 
 def common(config: ConfigDict, cell: Cell, clipart: str, steps: int) -> ConfigDict:
@@ -116,36 +124,46 @@ def dense(cell: Cell, clipart: str, encoder: str, size: Size) -> ConfigDict:
     return config.lock()
 
 
-def plan(size: Size, cells: list[Cell]) -> Iterator[Cell]:
-    """Yields what is to be run, in order; an encoder is judged right after it is trained."""
-    for seed in SEEDS:
-        for name in SETS:
-            for arm in (*ARMS, LONGER):
-                cell = {"set": name, "arm": arm, "seed": seed}
-                if arm == LONGER:
-                    cell["steps"] = longer(size, cells, name)
-                yield {"kind": "pretrained", **cell}
-                if arm != LONGER:
-                    known = {"kind": "tuned", "set": name, "arm": arm}
-                    for lr in LRS if seed == 0 else (shared.chosen(cells, **known),):
-                        yield {**known, "seed": seed, "lr": lr}
-                if name == "clipart":
-                    yield {"kind": "dense", **cell}
-        yield {"kind": "dense", "set": "clipart", "arm": "untrained", "seed": seed}
-    for arm in ABLATIONS:
-        yield {"kind": "pretrained", "set": "clipart", "arm": arm, "seed": 0}
-        yield {"kind": "dense", "set": "clipart", "arm": arm, "seed": 0}
+def plan(size: Size, cells: list[Cell]) -> Iterator[list[Cell]]:
+    """Yields what is to be run, in order; the cells of a stage may run at the same time."""
+    for name in SETS:
+        yield [{"kind": "timed", "set": name}]
+    trained = [{"set": name, "arm": arm, "seed": seed} for seed in size.seeds for name in SETS for arm in ARMS]
+    trained += [{"set": name, "arm": LONGER, "seed": seed, "steps": longer(size, cells, name)}
+                for seed in size.seeds for name in SETS]
+    trained += [{"set": "clipart", "arm": arm, "seed": 0} for arm in ABLATIONS]
+    yield [{"kind": "pretrained", **cell} for cell in trained]
+    tuned = [{"kind": "tuned", "set": name, "arm": arm} for name in SETS for arm in ARMS]
+    yield [{"kind": "dense", **cell} for cell in trained if cell["set"] == "clipart"] + [
+        {"kind": "dense", "set": "clipart", "arm": "untrained", "seed": seed} for seed in size.seeds] + [
+        {**known, "seed": 0, "lr": lr} for known in tuned for lr in LRS]
+    yield [{**known, "seed": seed, "lr": shared.chosen(cells, **known)} for known in tuned for seed in size.seeds[1:]]
 
 
 def longer(size: Size, cells: list[Cell], name: str) -> int:
-    """Returns the steps of MAE that take as long as MixedAE's, from the speeds that seed 0 had."""
-    speeds = [next(cell["images_per_sec"] for cell in cells if matches(
-        cell, {"kind": "pretrained", "set": name, "arm": arm, "seed": 0})) for arm in ("mae", "mixedae")]
-    return round(size.images // BATCH * speeds[0] / speeds[1])
+    """Returns the steps of MAE that take as long as MixedAE's."""
+    [times] = [cell["ms"] for cell in cells if matches(cell, {"kind": "timed", "set": name})]
+    return round(size.images // BATCH * times["mixedae"] / times["mae"])
+
+
+def timed(name: str, clipart: str, size: Size) -> dict[str, float]:
+    """Returns the milliseconds of each arm's train step: the median of alternating rounds of half a second."""
+    arms = {arm: TimedStep(pretraining({"set": name, "arm": arm, "seed": 0}, clipart, size)) for arm in ARMS}
+    rounds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for _ in range(8):
+        for arm, step in arms.items():
+            began, steps = time.perf_counter(), 0
+            while (passed := time.perf_counter() - began) < 0.5:
+                step.run(step.batch)
+                steps += 1
+            rounds[arm].append(passed / steps)
+    return {arm: round(1e3 * statistics.median(times[1:]), 3) for arm, times in rounds.items()}  # the first warms up
 
 
 def run(cell: Cell, clipart: str, size: Size, work: Path, programs: str) -> Cell:
     """Trains a cell and returns it with what was measured; pre-trained encoders stay under `work`."""
+    if cell["kind"] == "timed":
+        return {**cell, "ms": timed(cell["set"], clipart, size), "device": jax.devices()[0].device_kind}
     encoder = work / f"{size.images}_{cell['set']}_{cell['arm'].replace(' ', '_')}_{cell['seed']}"
     if cell["kind"] != "pretrained" and cell["arm"] != "untrained" and not (encoder / "DONE").exists():
         _train(pretraining(cell, clipart, size), encoder, programs)  # that of an earlier call may be gone
@@ -153,8 +171,8 @@ def run(cell: Cell, clipart: str, size: Size, work: Path, programs: str) -> Cell
         _train(pretraining(cell, clipart, size), encoder, programs)
         first, last = shared.first_values(encoder), shared.last_values(encoder)
         kept = {name: value for name, value in last.items() if "purity" in name or name == "eval/neighbour_homology"}
-        return {**cell, "images_per_sec": round(shared.speed(encoder), 1), "probe": last["eval/linear/top1"],
-                "knn": last["eval/knn/top1"], "untrained_probe": first["eval/linear/top1"],
+        return {**cell, "probe": last["eval/linear/top1"], "knn": last["eval/knn/top1"],
+                "untrained_probe": first["eval/linear/top1"],
                 "reconstruction": last.get("train/reconstruction_loss", last["train/loss"]),
                 "homology": kept, "untrained_homology": {name: first[name] for name in kept}}
     with tempfile.TemporaryDirectory(dir=work) as folder:
@@ -187,18 +205,20 @@ def table(size: Size, cells: list[Cell]) -> str:
     lines = [f"Pre-training shows {size.images:,} pictures; mean (range) of seeds. Ranges that are apart count as a "
              "difference.", ""]
     for name in SETS:
-        lines += [f"**{name}**", "", "| arm | images/s | reconstruction loss | linear probe | fine-tuned | mIoU | "
-                  "attention IoU |", "|---" * 7 + "|"]
+        times = {arm: ms for cell in cells if matches(cell, {"kind": "timed", "set": name})
+                 for arm, ms in cell["ms"].items()}
+        lines += [f"**{name}**", "", "| arm | step time / MAE's | reconstruction loss | linear probe | fine-tuned | "
+                  "mIoU | attention IoU |", "|---" * 7 + "|"]
         for arm in (*ARMS, LONGER, *ABLATIONS, "untrained"):
             get = functools.partial(values, cells, set=name, arm=arm)
-            speeds, losses, probes = (get(key, kind="pretrained")
-                                      for key in ("images_per_sec", "reconstruction", "probe"))
+            losses, probes = (get(key, kind="pretrained") for key in ("reconstruction", "probe"))
             if arm == "untrained":
                 probes = [cell["untrained_probe"] for cell in cells if matches(
                     cell, {"kind": "pretrained", "set": name, "arm": "mae"})]
             if not probes:
                 continue
-            lines.append(f"| {arm} | {text(speeds, 0)} | {text(losses)} | {text(probes)} | "
+            share = text([times[arm] / times["mae"]] if arm in times else [], 2)
+            lines.append(f"| {arm} | {share} | {text(losses)} | {text(probes)} | "
                          f"{text(get('test', kind='tuned'))} | {text(get('miou', kind='dense'))} | "
                          f"{text(get('iou', kind='dense'))} |")
         lines += ["", *homology(cells, name), "", *verdicts(cells, name), ""]
@@ -239,8 +259,6 @@ def verdicts(cells: list[Cell], name: str) -> list[str]:
 
 def attention_picture(work: Path, clipart: str, size: Size) -> np.ndarray | None:
     """Returns attention of MAE and MixedAE side by side on the same held-out drawings, seed 0; None before both."""
-    import jax
-
     from mae_jax import workdir
     from mae_jax.checkpoint import load_params
     from mae_jax.evals import attention
@@ -259,25 +277,46 @@ def attention_picture(work: Path, clipart: str, size: Size) -> np.ndarray | None
     return np.concatenate(pictures, 1)
 
 
+def shrink(clipart: str, folder: Path) -> None:
+    """Writes the usable drawings with a longest side of 128 pixels, the shortest at least 64: quick to decode."""
+    from PIL import Image
+
+    from mae_jax.data import clipart as drawings
+
+    root = epath.Path(clipart or drawings.FOLDER)
+    for name in drawings.pictures(root):
+        with Image.open(root / name) as image:
+            factor = min(1.0, max(128 / max(image.size), drawings.SIDES[0] / min(image.size)))
+            small = image.convert("RGBA").resize(tuple(round(side * factor) for side in image.size),
+                                                 Image.Resampling.LANCZOS)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        small.save(folder / name, compress_level=1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--work", type=Path, default=Path("runs/mixing"), help="where pre-trained encoders stay")
     parser.add_argument("--clipart", default="", help="folder of openclipart's PNG files, where it is not installed")
+    parser.add_argument("--workers", type=int, default=1, help="cells at the same time")
+    parser.add_argument("--small", type=Path, help="folder to write the clip art to, at most 128 pixels; no study")
     parser.add_argument("--steps", type=int, help="so few steps of pre-training: a trial, whose results go to --work")
     options = parser.parse_args()
+    if options.small:
+        shrink(options.clipart, options.small)
+        return
     size, results = SIZES[options.size], RESULTS / f"mixing_{options.size}.jsonl"
     options.work.mkdir(parents=True, exist_ok=True)
     if options.steps:
-        size, results = Size(options.steps * BATCH, 1), options.work / "trial.jsonl"
+        size, results = Size(options.steps * BATCH, 1, (0,)), options.work / "trial.jsonl"
     cells = shared.read(results)
 
     def report() -> None:
         results.with_suffix(".md").write_text(table(size, cells))
 
     with tempfile.TemporaryDirectory() as programs:
-        shared.go_on(results, cells, plan(size, cells),
-                     lambda cell: run(cell, options.clipart, size, options.work, programs), report)
+        one = functools.partial(run, clipart=options.clipart, size=size, work=options.work, programs=programs)
+        shared.go_on(results, cells, plan(size, cells), one, report, options.workers)
     picture = attention_picture(options.work, options.clipart, size)
     if picture is not None:
         from PIL import Image

@@ -1,7 +1,7 @@
 """Does one masked autoencoder of two domains serve tasks of either worse than one of its own, and does MoCE mend it?
 
-  python bench/negative_transfer.py            (goes on where it was stopped; not yet run to its end)
-  python bench/negative_transfer.py --size=gpu
+  python bench/negative_transfer.py                        (goes on where it was stopped)
+  python bench/negative_transfer.py --size=gpu --workers=8 (many cells at the same time on one GPU)
 
 Two domains that have little in common: A, crops of photographs, and B, handwritten digits (the question of arXiv
 2402.05382, Figure 1, which asks it of two halves of ImageNet). MAE is trained on A, on B and on both, equal steps. From
@@ -16,6 +16,7 @@ One JSON line per cell in bench/results/negative_transfer_<size>.jsonl, the tabl
 """
 
 import argparse
+import itertools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,9 +52,10 @@ class Size(NamedTuple):
 
     first: int
     more: int
+    seeds: tuple[int, ...] = SEEDS
 
 
-SIZES = {"cpu": Size(64_000, 25_600), "gpu": Size(400_000, 160_000)}
+SIZES = {"cpu": Size(64_000, 25_600), "gpu": Size(200_000, 80_000)}
 
 
 def prepare(file: Path) -> None:
@@ -110,18 +112,16 @@ def pretraining(arm: str, file: Path, seed: int, size: Size, work: Path) -> Conf
     return config.lock()
 
 
-def plan(cells: list[Cell]) -> Iterator[Cell]:
-    """Yields what is to be run, in order."""
-    for seed in SEEDS:
-        for arm in (*DENSE, LONGER, MOCE, TOKEN):
-            yield {"kind": "trained", "arm": arm, "seed": seed}
-        for arm in JUDGED:
-            for task in CLASSES:
-                yield {"kind": "probe", "arm": arm, "task": task, "seed": seed}
-                if arm != TOKEN:
-                    known = {"kind": "tuned", "arm": arm, "task": task}
-                    for lr in LRS if seed == 0 else (shared.chosen(cells, **known),):
-                        yield {**known, "seed": seed, "lr": lr}
+def plan(size: Size, cells: list[Cell]) -> Iterator[list[Cell]]:
+    """Yields what is to be run, in order; the cells of a stage may run at the same time."""
+    for arms in (DENSE, (LONGER, MOCE, TOKEN)):
+        yield [{"kind": "trained", "arm": arm, "seed": seed} for seed in size.seeds for arm in arms]
+    judged = list(itertools.product(JUDGED, CLASSES))
+    yield [{"kind": "probe", "arm": arm, "task": task, "seed": seed} for seed in size.seeds for arm, task in judged]
+    tuned = [{"kind": "tuned", "arm": arm, "task": task} for arm, task in judged if arm != TOKEN]
+    yield [{**known, "seed": 0, "lr": lr} for known in tuned for lr in LRS]
+    yield [{**known, "seed": seed, "lr": shared.chosen(cells, **known)} for known in tuned
+           for seed in size.seeds[1:]]
 
 
 class Study:
@@ -255,12 +255,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--work", type=Path, default=Path("runs/negative_transfer"), help="pictures and encoders")
+    parser.add_argument("--workers", type=int, default=1, help="cells at the same time")
     parser.add_argument("--steps", type=int, help="so few steps of training: a trial, whose results go to --work")
     options = parser.parse_args()
     size, results = SIZES[options.size], RESULTS / f"negative_transfer_{options.size}.jsonl"
     options.work.mkdir(parents=True, exist_ok=True)
     if options.steps:
-        size, results = Size(options.steps * BATCH, options.steps * BATCH), options.work / "trial.jsonl"
+        size, results = Size(options.steps * BATCH, options.steps * BATCH, (0,)), options.work / "trial.jsonl"
     if not (options.work / "both.npz").exists():
         prepare(options.work / "both.npz")
     cells = shared.read(results)
@@ -270,7 +271,8 @@ def main() -> None:
         results.with_suffix(".png").write_bytes(plot(cells))
 
     with tempfile.TemporaryDirectory() as programs:
-        shared.go_on(results, cells, plan(cells), Study(size, options.work, programs).run, report)
+        one = Study(size, options.work, programs).run
+        shared.go_on(results, cells, plan(size, cells), one, report, options.workers)
     print(table(size, cells))
 
 

@@ -306,8 +306,8 @@ def main() -> None:
         results.with_suffix(".png").write_bytes(plot(size, cells))
 
     with tempfile.TemporaryDirectory() as programs:
-        shared.go_on(results, cells, plan(size, cells), lambda cell: run(cell, cells, size, options.work, programs),
-                     report)
+        shared.go_on(results, cells, ([cell] for cell in plan(size, cells)),
+                     lambda cell: run(cell, cells, size, options.work, programs), report)
     print(table(size, cells))
 
 

@@ -59,8 +59,9 @@ class Checkpoints:
         self._pending: int | None = None
         self._refused: list[int] = []
         self._there: list[int] = []  # the others that are committed, when the folder was last looked into
-        self._checkpointer = ocp.AsyncCheckpointer(
-            _handler(), async_options=ocp.options.AsyncOptions(timeout_secs=SAVE_SECONDS))
+        self._told = False  # another process has failed in the save that goes on
+        self._checkpointer = ocp.AsyncCheckpointer(_handler(), async_options=ocp.options.AsyncOptions(
+            timeout_secs=SAVE_SECONDS, barrier_sync_fn=lambda **_: self._meet()))
 
     def latest(self) -> int | None:
         """Returns the newest committed step that was not refused, None if there is none."""
@@ -82,8 +83,14 @@ class Checkpoints:
         self._refused, self._there = distributed.first([self._refused, self._there])
         if step in self._there:
             return
-        if self._all_could(step, lambda: self._checkpointer.save(self._folder / str(step), args=items)):
-            self._pending, self._ending = step, background.start(self._end)
+        failed, self._told = None, False
+        try:
+            self._checkpointer.save(self._folder / str(step), args=items)
+        except Exception as error:
+            failed = error
+        self._pending, self._ending = step, background.start(functools.partial(self._end, failed))
+        if any(distributed.gather(bool(failed))):
+            self.wait()
 
     def wait(self) -> None:
         """Returns when the last save is committed, or has failed, and old checkpoints are deleted."""
@@ -160,9 +167,26 @@ class Checkpoints:
             logging.warning("checkpoint of step %d %s", step, then.format(damage))
         return result if all(distributed.gather(result is not None)) else None
 
-    def _end(self) -> None:
-        """In the background: waits for the last save and deletes old checkpoints."""
-        self._checkpointer.wait_until_finished()
+    def _meet(self) -> None:
+        """Waits for all processes, before and after a save is committed; raises where one says that it failed.
+
+        Orbax's own barrier would leave the others waiting, for as long as a save may take.
+        """
+        if not all(distributed.gather(True, "save")):
+            self._told = True
+            raise RuntimeError("another process failed")
+
+    def _end(self, failed: Exception | None) -> None:
+        """In the background: waits for the last save, unless it failed at once, and deletes old checkpoints."""
+        try:
+            if failed:
+                raise failed
+            self._checkpointer.wait_until_finished()
+        except Exception:
+            if self._told:
+                return  # the other one says why
+            distributed.gather(False, "save")
+            raise
         if jax.process_index() == 0:
             _attempt("delete old checkpoints", self._prune)
 

@@ -7,6 +7,7 @@ small messages pass what all must do alike (stop after the same step, leave with
 anything to do with devices, so that none can be held up by a compilation or a collective.
 """
 
+import collections
 import contextlib
 import json
 import logging
@@ -42,9 +43,14 @@ def peers() -> "Peers | None":
     return _peers
 
 
-def gather(value: Any) -> list[Any]:
-    """Returns the values (of JSON's types) of all processes, in their order; all must call it alike."""
-    return _peers.gather(value) if _peers else [value]
+def gather(value: Any, thread: str = "") -> list[Any]:
+    """Returns the values (of JSON's types) of all processes, in their order; all must call it alike.
+
+    Args:
+      value: this process's.
+      thread: who asks, where it is not the main thread; each has an order of its own.
+    """
+    return _peers.gather(value, thread) if _peers else [value]
 
 
 def first(value: Any) -> Any:
@@ -141,7 +147,7 @@ class Peers:
         self._parted: set[int] = set()
         self._leaving = False
         self._deadline = float("inf")
-        self._values = {number: queue.SimpleQueue() for number in lines}
+        self._values = collections.defaultdict(queue.SimpleQueue)  # of a process, for one of its threads
         self._done = 0
         self._stop_after: int | None = None
         self._at: dict[int, int] = {}  # process → step, while a step to stop after is agreed on
@@ -156,17 +162,17 @@ class Peers:
                 if number not in (self.place.process, but):
                     send(line, message)
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any, thread: str) -> list[Any]:
         """Returns the values of all processes, in their order."""
         if self.place.process:
-            self.tell({"value": value})
-            return self._take(0)
-        values = [value, *(self._take(number) for number in range(1, self.place.processes))]
-        self.tell({"value": values})
+            self.tell({"value": [thread, value]})
+            return self._take(0, thread)
+        values = [value, *(self._take(number, thread) for number in range(1, self.place.processes))]
+        self.tell({"value": [thread, values]})
         return values
 
-    def _take(self, number: int) -> Any:
-        value = self._values[number].get()
+    def _take(self, number: int, thread: str) -> Any:
+        value = self._values[number, thread].get()
         if value is GONE:
             raise RuntimeError(f"process {number} came to its end while this one waits for what it says")
         return value
@@ -278,9 +284,9 @@ class Peers:
         """What the messages mean; 'stop' goes to process 0, which asks all how far they are and says after which."""
         if kind == "bye":
             self._parted.add(number)
-            self._values[number].put(GONE)
+            self._values[number, ""].put(GONE)
         elif kind == "value":
-            self._values[number].put(value)
+            self._values[number, value[0]].put(value[1])
         elif kind == "leave":
             self._end(value[0], f"process {number} stopped: {value[1]}", number)
         elif kind == "stop" and self.place.process:

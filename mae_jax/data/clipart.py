@@ -35,7 +35,7 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
     """
     known_split(split, ("train", "test"))
     root = epath.Path(data.path or FOLDER).expanduser()
-    files = _list(root)
+    files = pictures(root)
     edge = 1 - TEST_SHARE
     low, high = split.shares(*((0.0, edge) if split.name == "train" else (edge, 1.0)))
     files = tuple(name for name in files if low <= splits.share(series(name)) < high)
@@ -56,7 +56,7 @@ def series(name: str) -> str:
 
 
 @functools.lru_cache(maxsize=4)  # a run opens the folder for each split
-def _list(root: epath.Path) -> tuple[str, ...]:
+def pictures(root: epath.Path) -> tuple[str, ...]:
     """Returns the usable pictures, relative and sorted: by their headers, with transparency and of a usable size."""
     names = [os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
              for label in CLASSES for folder, _, files in os.walk(root / label) for name in files]

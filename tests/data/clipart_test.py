@@ -10,7 +10,7 @@ from mae_jax.errors import UserError
 
 @pytest.fixture(autouse=True)
 def fresh_listing():
-    clipart._list.cache_clear()
+    clipart.pictures.cache_clear()
 
 
 def draw(path, alpha=255, size=(80, 70)):
@@ -60,7 +60,7 @@ def test_classes_are_fixed_and_every_picture_is_in_one_split(tmp_path):
     assert names(load(tmp_path, "train[:90%]")) | names(load(tmp_path, "train[90%:]")) == names(train)
     before = names(test)
     draw(tmp_path / "plants" / "tree_one.png")
-    clipart._list.cache_clear()
+    clipart.pictures.cache_clear()
     assert before <= names(load(tmp_path, "test")) <= before | {"plants/tree_one.png"}
     assert train.classes == clipart.CLASSES
 
@@ -82,7 +82,7 @@ def test_icons_signs_links_and_pictures_without_transparency_or_size_are_left_ou
     draw(tmp_path / "food" / "long.png", size=(2001, 80))
     (tmp_path / "food" / "link.png").symlink_to(tmp_path / "food" / "kept.png")
     Image.new("RGB", (80, 80)).save(tmp_path / "food" / "opaque.png")
-    assert clipart._list(clipart.epath.Path(tmp_path)) == ("food/kept.png",)
+    assert clipart.pictures(clipart.epath.Path(tmp_path)) == ("food/kept.png",)
 
 
 def test_without_the_package_the_command_that_installs_it_is_given(tmp_path):
@@ -95,6 +95,6 @@ def test_a_drawing_cut_short_is_a_bad_picture_and_not_left_out_without_a_word(tm
     path = tmp_path / "food" / "a.png"
     draw(path)
     path.write_bytes(path.read_bytes()[:keep])
-    assert clipart._list(clipart.epath.Path(tmp_path)) == ("food/a.png",)
+    assert clipart.pictures(clipart.epath.Path(tmp_path)) == ("food/a.png",)
     with pytest.raises(BadPicture, match="no PNG picture"):
         clipart._decode(path.read_bytes())

@@ -9,7 +9,7 @@ from tests.devices import simulated
 from tests.faults.processes import free_port
 
 SCRIPT = """
-import os, signal, sys, time
+import os, resource, signal, sys, time
 from pathlib import Path
 number, port, workdir = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 import jax
@@ -53,11 +53,23 @@ def run():
         checkpoints.save(4, state(4))
         assert "checkpoint of step 4 not saved: FileNotFoundError" in checkpoints.failed
         assert checkpoints.latest() == 3
+        checkpoints, began = Checkpoints(workdir, 2), time.monotonic()
+        if number == 1:  # it alone cannot write its part, while the other one waits for it
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        checkpoints.save(4, state(4))
+        checkpoints.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        assert "checkpoint of step 4 not saved: " in checkpoints.failed and "File too large" in checkpoints.failed
+        assert time.monotonic() - began < 20
+        assert checkpoints.latest() == 3
+        checkpoints.save(4, state(4))
+        checkpoints.wait()
+        assert checkpoints.latest() == 4
         checkpoints = Checkpoints(workdir, 2)
         stopper.stepped()
         if number == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        step = 3
+        step = 4
         while not stopper.should_stop(step):
             time.sleep(0.02)
             step += 1
