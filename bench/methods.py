@@ -15,6 +15,7 @@ import os
 import re
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,16 @@ def main() -> None:
     parser.add_argument("--mixtures", action="store_true", help="MoCE in place of the others")
     options = parser.parse_args()
     recipes = MIXTURES if options.mixtures else RECIPES
-    steps, times = {}, {name: [] for name in recipes}
-    for name, text in recipes.items():
-        config = recipe(text).unlock()
+    configs = {name: recipe(text).unlock() for name, text in recipes.items()}
+    for name, config in configs.items():
         config.batch_size = options.batch
-        if text == "moce":
+        if name in MIXTURES and name != "MAE":
             config.method.update(num_clusters=256, experts=int(name.split()[1]))
-        steps[name] = TimedStep(config)
-        steps[name].run(steps[name].batch)  # the first one also touches all memory
+    with ThreadPoolExecutor() as pool:  # compiles them at the same time
+        steps = dict(zip(configs, pool.map(TimedStep, configs.values()), strict=True))
+    for step in steps.values():
+        step.run(step.batch)  # the first one also touches all memory
+    times: dict[str, list[float]] = {name: [] for name in recipes}
     for _ in range(options.rounds):
         for name, step in steps.items():
             times[name] += [_seconds(step)]
@@ -84,7 +87,7 @@ def table(result: dict[str, Any]) -> str:
         longer = [s / other for s, other in zip(seconds, times["MAE"], strict=True)]
         faster = [rate / other for rate, other in zip(rates, base, strict=True)]
         step, rate = statistics.median(seconds), statistics.median(rates)
-        lines.append(f"| {name} | {flops[name]:.1f} | {step:.2f} | {_spread(longer)} | {rate:.0f} "
+        lines.append(f"| {name} | {flops[name]:.1f} | {step:.3g} | {_spread(longer)} | {rate:.0f} "
                      f"| {_spread(faster)} |")
     return "\n".join(lines) + "\n"
 

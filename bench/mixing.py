@@ -69,7 +69,7 @@ class Size(NamedTuple):
 
 
 SETS = {"clipart": Set(48, 6, 96, 4, 3), "photo_crops": Set(40, 4, 128, 6, 4)}
-SIZES = {"cpu": Size(60_000, 5), "gpu": Size(200_000, 20)}
+SIZES = {"cpu": Size(60_000, 5), "gpu": Size(100_000, 10)}
 
 
 def common(config: ConfigDict, cell: Cell, clipart: str, steps: int) -> ConfigDict:

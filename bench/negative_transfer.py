@@ -55,7 +55,7 @@ class Size(NamedTuple):
     seeds: tuple[int, ...] = SEEDS
 
 
-SIZES = {"cpu": Size(64_000, 25_600), "gpu": Size(200_000, 80_000)}
+SIZES = {"cpu": Size(64_000, 25_600), "gpu": Size(100_000, 40_000)}
 
 
 def prepare(file: Path) -> None:

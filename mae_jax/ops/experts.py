@@ -13,16 +13,18 @@ from mae_jax.ops import layout
 # Sums over the rows of a group: both operands are cut into groups along their rows, and the result has one per group.
 OUTER = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
+ROWS_OF_A_TILE = 1024  # longer tiles are emptier, of shorter ones more kernels are read (bench/experts.py)
 
 
 @jax.custom_vjp
 def expert_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array, expert: jax.Array) -> jax.Array:
     """Returns x · kernel[e] + bias[e], each image with its own expert e: [B, T, F] in the dtype of x.
 
-    On accelerators a device puts its images in the order of their experts and multiplies them group by group
-    (`jax.lax.ragged_dot`; how fast that is was not measured on any). On CPUs, where that would multiply with all
-    experts, it goes from image to image. The gradient of
-    the kernel is summed, and leaves, in the dtype of the kernel, and goes straight to the devices that hold its pieces.
+    On TPUs a device puts its images in the order of their experts and multiplies them group by group
+    (`jax.lax.ragged_dot`; how fast that is was not measured). Elsewhere that would multiply with all experts: on GPUs
+    images go into tiles of one expert each, on CPUs it goes from image to image (bench/experts.py has them side by
+    side). The gradient of the kernel is summed, and leaves, in the dtype of the kernel, and goes straight to the
+    devices that hold its pieces.
 
     Args:
       x: [B, T, K], T tokens of each image.
@@ -74,9 +76,9 @@ def _whole(x: jax.Array) -> bool:
 
 def _times(x: jax.Array, kernel: jax.Array, expert: jax.Array) -> jax.Array:
     """Returns x [B, T, K] times each image's kernel, [B, T, F]."""
-    if x.shape[1] == 1:  # every token has an expert of its own: a loop over them would be long
-        return _grouped(x, kernel, expert)
-    return jax.lax.platform_dependent(x, kernel, expert, cpu=_one_by_one, default=_grouped)
+    alone = x.shape[1] == 1  # every token has an expert of its own: a loop over them would be long
+    return jax.lax.platform_dependent(x, kernel, expert, cpu=_tiled if alone else _one_by_one, tpu=_grouped,
+                                      default=_tiled)
 
 
 def _grouped(x: jax.Array, kernel: jax.Array, expert: jax.Array) -> jax.Array:
@@ -84,6 +86,13 @@ def _grouped(x: jax.Array, kernel: jax.Array, expert: jax.Array) -> jax.Array:
     rows = x[order].reshape(-1, x.shape[-1])
     y = jax.lax.ragged_dot(rows, kernel, sizes)
     return y.reshape(*x.shape[:2], -1)[jnp.argsort(order)]
+
+
+def _tiled(x: jax.Array, kernel: jax.Array, expert: jax.Array) -> jax.Array:
+    """Puts the images into tiles, each of one expert, and multiplies tile by tile: one batched product."""
+    slot, image, owner = _tiles(expert, len(kernel), x.shape[1])
+    tiles = _filled(x, image).reshape(len(owner), -1, x.shape[-1])
+    return (tiles @ kernel[owner]).reshape(-1, x.shape[1], kernel.shape[-1])[slot]
 
 
 def _one_by_one(x: jax.Array, kernel: jax.Array, expert: jax.Array) -> jax.Array:
@@ -95,21 +104,56 @@ def _one_by_one(x: jax.Array, kernel: jax.Array, expert: jax.Array) -> jax.Array
 
 def _outer(experts: int, dtype: jnp.dtype, x: jax.Array, dy: jax.Array, expert: jax.Array) -> jax.Array:
     """Returns the sums over each expert's tokens of x [B, T, K] ⊗ dy [B, T, F]: [E, K, F]."""
-    def grouped(x: jax.Array, dy: jax.Array, expert: jax.Array) -> jax.Array:
-        order, sizes = _groups(expert, experts, x.shape[1])
-        rows, drows = (part[order].reshape(-1, part.shape[-1]) for part in (x, dy))
-        return jax.lax.ragged_dot_general(rows, drows, sizes, OUTER, preferred_element_type=dtype)
+    tiled, grouped, one_by_one = (partial(way, experts, dtype)
+                                  for way in (_outer_tiled, _outer_grouped, _outer_one_by_one))
+    return jax.lax.platform_dependent(x, dy, expert, cpu=tiled if x.shape[1] == 1 else one_by_one, tpu=grouped,
+                                      default=tiled)
 
-    def one_by_one(x: jax.Array, dy: jax.Array, expert: jax.Array) -> jax.Array:
-        def add(total: jax.Array, item: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-            x, dy, expert = item
-            return total.at[expert].add(jnp.matmul(x.T, dy, preferred_element_type=dtype)), None
 
-        return jax.lax.scan(add, jnp.zeros((experts, x.shape[-1], dy.shape[-1]), dtype), (x, dy, expert))[0]
+def _outer_grouped(experts: int, dtype: jnp.dtype, x: jax.Array, dy: jax.Array, expert: jax.Array) -> jax.Array:
+    order, sizes = _groups(expert, experts, x.shape[1])
+    rows, drows = (part[order].reshape(-1, part.shape[-1]) for part in (x, dy))
+    return jax.lax.ragged_dot_general(rows, drows, sizes, OUTER, preferred_element_type=dtype)
 
-    if x.shape[1] == 1:
-        return grouped(x, dy, expert)
-    return jax.lax.platform_dependent(x, dy, expert, cpu=one_by_one, default=grouped)
+
+def _outer_tiled(experts: int, dtype: jnp.dtype, x: jax.Array, dy: jax.Array, expert: jax.Array) -> jax.Array:
+    _, image, owner = _tiles(expert, experts, x.shape[1])
+    tiles, dtiles = (_filled(part, image).reshape(len(owner), -1, part.shape[-1]) for part in (x, dy))
+    each = jnp.einsum("nrk,nrf->nkf", tiles, dtiles, preferred_element_type=dtype)
+    return jax.ops.segment_sum(each, owner, experts, indices_are_sorted=True)
+
+
+def _outer_one_by_one(experts: int, dtype: jnp.dtype, x: jax.Array, dy: jax.Array, expert: jax.Array) -> jax.Array:
+    def add(total: jax.Array, item: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        x, dy, expert = item
+        return total.at[expert].add(jnp.matmul(x.T, dy, preferred_element_type=dtype)), None
+
+    return jax.lax.scan(add, jnp.zeros((experts, x.shape[-1], dy.shape[-1]), dtype), (x, dy, expert))[0]
+
+
+def _tiles(expert: jax.Array, experts: int, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns where each image is, int32 [B], which image is where, B for none, and the expert of each tile, int32.
+
+    Each expert has as many tiles as its images need, the last of which may not be full; there are enough for any
+    routing, and those at the end may be empty.
+    """
+    size = max(1, ROWS_OF_A_TILE // tokens)  # images
+    count = (len(expert) + experts * (size - 1)) // size
+    images = (expert[:, None] == jnp.arange(experts)).sum(0, dtype=jnp.int32)
+    used = -(-images // size)
+    ends = jnp.cumsum(used)
+    order = jnp.argsort(expert, stable=True)
+    rank = jnp.arange(len(expert)) - (jnp.cumsum(images) - images)[expert[order]]  # within an expert's images
+    place = (ends - used)[expert[order]] * size + rank
+    slot = jnp.zeros_like(order).at[order].set(place)
+    image = jnp.full(count * size, len(expert)).at[place].set(order)
+    owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(count), side="right"), experts - 1)
+    return slot, image, owner
+
+
+def _filled(x: jax.Array, image: jax.Array) -> jax.Array:
+    """Returns the rows of x in the order of `image`, zeros where it is no row."""
+    return x.at[image].get(mode="fill", fill_value=0)
 
 
 def _groups(expert: jax.Array, experts: int, tokens: int) -> tuple[jax.Array, jax.Array]:

@@ -19,13 +19,13 @@ def textbook(x, kernel, bias, expert):
     return jnp.stack([row @ kernel[e] + bias[e] for row, e in zip(x, expert, strict=True)])
 
 
-@pytest.fixture(params=["one by one", "grouped"])
+@pytest.fixture(params=["cpu", "tpu", "default"])
 def _way(request, monkeypatch):
     """What accelerators do gives the same numbers on a CPU, where it is only slower."""
-    if request.param == "grouped":
-        choose = jax.lax.platform_dependent
-        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, cpu, default: choose(*x, cpu=default,
-                                                                                           default=default))
+    choose = jax.lax.platform_dependent
+    monkeypatch.setattr(jax.lax, "platform_dependent",
+                        lambda *x, **ways: choose(*x, default=ways[request.param]))
+    monkeypatch.setattr(experts, "ROWS_OF_A_TILE", 10)
 
 
 @pytest.mark.usefixtures("_way")
@@ -37,6 +37,20 @@ def test_products_and_gradients_are_those_of_a_loop_over_images(tokens):
     for ours, theirs in zip((y, *backward(dy)), (wanted, *exact(dy)), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert np.all(np.asarray(backward(dy)[1])[3] == 0)  # nobody chose the last expert
+
+
+@pytest.mark.parametrize("routing", [[0] * 7, [3] * 7, [3, 1, 3, 1, 0, 3, 3], [0, 1, 2, 3, 2, 1, 0]])
+@pytest.mark.parametrize("rows", [1, 10, 15, 1000])
+def test_every_image_has_a_place_in_a_tile_of_its_expert(routing, rows, monkeypatch):
+    monkeypatch.setattr(experts, "ROWS_OF_A_TILE", rows)
+    expert = np.array(routing)
+    slot, image, owner = (np.asarray(part) for part in experts._tiles(jnp.asarray(expert), 4, 5))
+    size = max(1, rows // 5)
+    assert len(image) == len(owner) * size
+    np.testing.assert_array_equal(image[slot], np.arange(7))
+    np.testing.assert_array_equal(owner[slot // size], expert)
+    assert np.all(np.delete(image, slot) == 7)  # the other places are empty
+    assert np.all(np.diff(owner) >= 0)
 
 
 @pytest.mark.usefixtures("_way")

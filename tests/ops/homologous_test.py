@@ -22,8 +22,11 @@ HARD = np.array([[0.0, -0.0, 1e-42, -1e-42, np.inf, -np.inf, 3.0, 3.0, -3.0, -3.
 @pytest.mark.parametrize("values", [HARD, np.random.default_rng(0).normal(size=(3, 4, 12)).astype(np.float32),
                                     np.random.default_rng(1).integers(-2, 3, (50, 12)).astype(np.float32)],
                          ids=["edges", "normal", "ties"])
-def test_the_kth_largest_is_that_of_sorting(values, k):
-    found = jax.jit(kth_largest, static_argnums=1)(values, k)
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+def test_the_kth_largest_is_that_of_sorting(values, k, platform, monkeypatch):
+    choose = jax.lax.platform_dependent
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, **ways: choose(*x, default=ways[platform]))
+    found = jax.jit(lambda values: kth_largest(values, k))(values)
     assert found.shape == (*values.shape[:-1], 1)
     np.testing.assert_array_equal(found, np.sort(values, -1)[..., -k, None])
 
