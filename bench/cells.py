@@ -5,7 +5,8 @@ import json
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,11 @@ def go_on(file: Path, cells: list[Cell], stages: Iterable[list[Cell]], run: Call
     """
     if workers > 1:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            _go_on(file, cells, stages, lambda todo: pool.imap_unordered(run, todo), after)
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            def run_all(todo: list[Cell]) -> Iterator[Cell]:
+                return (future.result() for future in as_completed([pool.submit(run, cell) for cell in todo]))
+
+            _go_on(file, cells, stages, run_all, after)
     else:
         _go_on(file, cells, stages, lambda todo: map(run, todo), after)
 

@@ -187,7 +187,7 @@ def run(cell: Cell, clipart: str, size: Size, work: Path, programs: str) -> Cell
 def _train(config: ConfigDict, folder: Path, programs: str) -> dict[str, float]:
     config.train.compilation_cache = programs
     if train.train(config, str(folder)):
-        raise SystemExit(f"{folder} did not finish")
+        raise RuntimeError(f"{folder} did not finish")
     return shared.last_values(folder)
 
 
@@ -298,8 +298,8 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--work", type=Path, default=Path("runs/mixing"), help="where pre-trained encoders stay")
     parser.add_argument("--clipart", default="", help="folder of openclipart's PNG files, where it is not installed")
-    parser.add_argument("--workers", type=int, default=1, help="cells at the same time")
-    parser.add_argument("--small", type=Path, help="folder to write the clip art to, at most 128 pixels; no study")
+    parser.add_argument("--workers", type=int, default=1, help="cells at the same time; --work must be kept")
+    parser.add_argument("--small", type=Path, help="folder to write smaller clip art to, in place of the study")
     parser.add_argument("--steps", type=int, help="so few steps of pre-training: a trial, whose results go to --work")
     options = parser.parse_args()
     if options.small:

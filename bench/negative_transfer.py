@@ -194,7 +194,7 @@ class Study:
     def _train(self, config: ConfigDict, folder: Path) -> dict[str, float]:
         config.train.compilation_cache = self.programs
         if train.train(config, str(folder)):
-            raise SystemExit(f"{folder} did not finish")
+            raise RuntimeError(f"{folder} did not finish")
         return shared.last_values(folder)
 
 
@@ -255,7 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--work", type=Path, default=Path("runs/negative_transfer"), help="pictures and encoders")
-    parser.add_argument("--workers", type=int, default=1, help="cells at the same time")
+    parser.add_argument("--workers", type=int, default=1, help="cells at the same time; --work must be kept")
     parser.add_argument("--steps", type=int, help="so few steps of training: a trial, whose results go to --work")
     options = parser.parse_args()
     size, results = SIZES[options.size], RESULTS / f"negative_transfer_{options.size}.jsonl"

@@ -170,7 +170,8 @@ class Checkpoints:
     def _meet(self) -> None:
         """Waits for all processes, before and after a save is committed; raises where one says that it failed.
 
-        Orbax's own barrier would leave the others waiting, for as long as a save may take.
+        At orbax's own barrier the others would wait for one that failed for as long as a save may take. This one waits
+        for any that is busy: the main threads do so, too, before the next save.
         """
         if not all(distributed.gather(True, "save")):
             self._told = True

@@ -7,7 +7,6 @@ small messages pass what all must do alike (stop after the same step, leave with
 anything to do with devices, so that none can be held up by a compilation or a collective.
 """
 
-import collections
 import contextlib
 import json
 import logging
@@ -32,6 +31,7 @@ from mae_jax.rendezvous import send
 ANY = ("::", "0.0.0.0")  # a listener at these hears all addresses of the machine
 GONE = object()  # said by a process that has come to its end
 LOST = 134  # exit code of a process whose peer was lost; also what shells report for JAX's own abort
+THREADS = ("main", "save")  # that gather
 GRACE = 2.0  # seconds in which a process that is told to leave may end by itself
 
 logger = logging.getLogger(__name__)
@@ -43,12 +43,12 @@ def peers() -> "Peers | None":
     return _peers
 
 
-def gather(value: Any, thread: str = "") -> list[Any]:
+def gather(value: Any, thread: str = "main") -> list[Any]:
     """Returns the values (of JSON's types) of all processes, in their order; all must call it alike.
 
     Args:
       value: this process's.
-      thread: who asks, where it is not the main thread; each has an order of its own.
+      thread: who asks, of THREADS; each has an order of its own.
     """
     return _peers.gather(value, thread) if _peers else [value]
 
@@ -147,7 +147,7 @@ class Peers:
         self._parted: set[int] = set()
         self._leaving = False
         self._deadline = float("inf")
-        self._values = collections.defaultdict(queue.SimpleQueue)  # of a process, for one of its threads
+        self._values = {(number, thread): queue.SimpleQueue() for number in lines for thread in THREADS}
         self._done = 0
         self._stop_after: int | None = None
         self._at: dict[int, int] = {}  # process → step, while a step to stop after is agreed on
@@ -284,7 +284,8 @@ class Peers:
         """What the messages mean; 'stop' goes to process 0, which asks all how far they are and says after which."""
         if kind == "bye":
             self._parted.add(number)
-            self._values[number, ""].put(GONE)
+            for thread in THREADS:
+                self._values[number, thread].put(GONE)
         elif kind == "value":
             self._values[number, value[0]].put(value[1])
         elif kind == "leave":

@@ -102,7 +102,7 @@ class FileLock:
     def __init__(self, path: epath.Path):
         self.path, self.folder = path, path.parent
         self.made = not self.folder.exists()
-        self.descriptor = -1
+        self.descriptor, self.taken = -1, False
 
     def take(self) -> None:
         """Takes the lock; raises UserError, naming who holds it."""
@@ -119,6 +119,7 @@ class FileLock:
             if self.descriptor < 0 or error.errno not in NO_LOCKS:
                 raise UserError(f"cannot write the workdir {self.folder}: {error.strerror or error}") from None
             logger.warning("the file system of %s has no locks: nothing keeps a second run out of it", self.path)
+        self.taken = True
         with contextlib.suppress(OSError):  # a full disk; it is held all the same
             os.truncate(self.descriptor, 0)
             os.write(self.descriptor, _signature())
@@ -136,14 +137,14 @@ class FileLock:
 
     def give_back(self) -> None:
         """Ends the lock."""
-        if self.descriptor < 0:
+        if not self.taken:  # what lies there may be another run's
             return
         with contextlib.suppress(OSError):
             if self.made and os.listdir(self.folder) == [self.path.name]:
                 self.path.unlink()
                 self.folder.rmdir()
         os.close(self.descriptor)
-        self.descriptor = -1
+        self.descriptor, self.taken = -1, False
 
 
 class BucketLease:
@@ -190,7 +191,7 @@ class BucketLease:
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
 
     def _try(self, generation: int) -> bool:
-        with self._writing:  # a signal waits for the answer, then gives back what was taken
+        with self._writing:  # a signal waits for the answer a little, to give back what was taken
             return not self._over.is_set() and self._write(generation, FIRST)
 
     def _write(self, generation: int, seconds: float) -> bool:

@@ -13,7 +13,7 @@ from mae_jax.ops import layout
 # Sums over the rows of a group: both operands are cut into groups along their rows, and the result has one per group.
 OUTER = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
-ROWS_OF_A_TILE = 1024  # longer tiles are emptier, of shorter ones more kernels are read (bench/experts.py)
+ROWS_OF_A_TILE = 1024  # longer tiles are emptier, for shorter ones more kernels are copied (bench/experts.py)
 
 
 @jax.custom_vjp
@@ -137,8 +137,8 @@ def _tiles(expert: jax.Array, experts: int, tokens: int) -> tuple[jax.Array, jax
     Each expert has as many tiles as its images need, the last of which may not be full; there are enough for any
     routing, and those at the end may be empty.
     """
-    size = max(1, ROWS_OF_A_TILE // tokens)  # images
-    count = (len(expert) + experts * (size - 1)) // size
+    size = min(max(1, ROWS_OF_A_TILE // tokens), len(expert))  # images
+    count = min((len(expert) + experts * (size - 1)) // size, len(expert))
     images = (expert[:, None] == jnp.arange(experts)).sum(0, dtype=jnp.int32)
     used = -(-images // size)
     ends = jnp.cumsum(used)
