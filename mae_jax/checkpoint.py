@@ -33,6 +33,7 @@ from mae_jax.params import flatten, nest
 PyTree = Any
 
 SAVE_SECONDS = 600  # a save that takes longer has failed: TensorStore would retry a bucket for about 15 minutes
+MEETINGS = 2  # of all processes in a save: before and after process 0 commits it
 PATIENCE = 15  # seconds that training waits for a save without saying so
 
 
@@ -59,7 +60,7 @@ class Checkpoints:
         self._pending: int | None = None
         self._refused: list[int] = []
         self._there: list[int] = []  # the others that are committed, when the folder was last looked into
-        self._told = False  # another process has failed in the save that goes on
+        self._meetings, self._told = 0, False  # of the save that goes on; whether another process has failed in it
         self._checkpointer = ocp.AsyncCheckpointer(_handler(), async_options=ocp.options.AsyncOptions(
             timeout_secs=SAVE_SECONDS, barrier_sync_fn=lambda **_: self._meet()))
 
@@ -83,12 +84,12 @@ class Checkpoints:
         self._refused, self._there = distributed.first([self._refused, self._there])
         if step in self._there:
             return
-        failed, self._told = None, False
+        failed, self._meetings, self._told = None, 0, False
         try:
             self._checkpointer.save(self._folder / str(step), args=items)
         except Exception as error:
             failed = error
-        self._pending, self._ending = step, background.start(functools.partial(self._end, failed))
+        self._pending, self._ending = step, background.start(functools.partial(self._end, step, failed))
         if any(distributed.gather(bool(failed))):
             self.wait()
 
@@ -168,25 +169,31 @@ class Checkpoints:
         return result if all(distributed.gather(result is not None)) else None
 
     def _meet(self) -> None:
-        """Waits for all processes, before and after a save is committed; raises where one says that it failed.
+        """Waits for all processes, at both MEETINGS of a save; raises where one says that it failed.
 
         At orbax's own barrier the others would wait for one that failed for as long as a save may take. This one waits
         for any that is busy: the main threads do so, too, before the next save.
         """
+        self._meetings += 1
         if not all(distributed.gather(True, "save")):
             self._told = True
             raise RuntimeError("another process failed")
 
-    def _end(self, failed: Exception | None) -> None:
+    def _end(self, step: int, failed: Exception | None) -> None:
         """In the background: waits for the last save, unless it failed at once, and deletes old checkpoints."""
         try:
             if failed:
                 raise failed
             self._checkpointer.wait_until_finished()
+            # Where one write fails others may be cancelled, which orbax takes for a wish, and says nothing.
+            alone = jax.process_count() == 1
+            if not (self._folder / str(step)).exists() if alone else self._meetings < MEETINGS:
+                raise OSError("writing was cancelled")
         except Exception:
             if self._told:
                 return  # the other one says why
-            distributed.gather(False, "save")
+            if self._meetings < MEETINGS:
+                distributed.gather(False, "save")
             raise
         if jax.process_index() == 0:
             _attempt("delete old checkpoints", self._prune)

@@ -77,7 +77,8 @@ def together(command: Callable[[], int], place: Place, same: Mapping[str, Any], 
       UserError: not all came, or they do not fit together.
     """
     global _peers
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
     _peers = join(place, same, start_seconds, heartbeat)
     phases.done("processes")
     try:
@@ -91,8 +92,12 @@ def together(command: Callable[[], int], place: Place, same: Mapping[str, Any], 
     return code
 
 
-def _interrupt(*_: Any) -> NoReturn:
-    raise KeyboardInterrupt  # SIGTERM before there is a Stopper: nothing is lost
+def _interrupt(*_: Any) -> None:
+    """Ends the run by a signal while there is no Stopper: nothing is lost."""
+    if not _peers:
+        raise KeyboardInterrupt
+    # Not as an exception, which the interpreter may drop in a callback; and the main thread may be holding a lock.
+    threading.Thread(target=_peers.fail, args=(KeyboardInterrupt(),), daemon=True).start()
 
 
 def join(place: Place, same: Mapping[str, Any], start_seconds: float, heartbeat: float) -> "Peers":
@@ -162,7 +167,7 @@ class Peers:
                 if number not in (self.place.process, but):
                     send(line, message)
 
-    def gather(self, value: Any, thread: str) -> list[Any]:
+    def gather(self, value: Any, thread: str = "main") -> list[Any]:
         """Returns the values of all processes, in their order."""
         if self.place.process:
             self.tell({"value": [thread, value]})

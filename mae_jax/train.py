@@ -279,7 +279,7 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Record
             watchdog.on(f"the save of step {done}")
             checkpoints.save(done, state)
         if stop and done < total:
-            return finish(run, checkpoints, done)
+            return finish(run, checkpoints, state, done)
         if look:
             checkpoints.wait()
             if not checkpoints.failed:
@@ -287,12 +287,15 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Record
             watchdog.on(f"the evaluation at step {done}")
             judged.look(state, done)
             log.speed.start()
-    return finish(run, checkpoints, total)
+    return finish(run, checkpoints, state, total)
 
 
-def finish(run: Run, checkpoints: Checkpoints, done: int) -> int:
-    """Waits for the last save and says how the run ended. Returns the exit code."""
+def finish(run: Run, checkpoints: Checkpoints, state: TrainState, done: int) -> int:
+    """Waits for the last save, tries it again if it failed, and says how the run ended. Returns the exit code."""
     checkpoints.wait()
+    if checkpoints.failed:  # perhaps by what was over a moment later, and no other save comes
+        checkpoints.save(done, state)
+        checkpoints.wait()
     if checkpoints.failed:
         raise UserError(f"the state of step {done} could not be saved: {checkpoints.failed}; make room and run the "
                         f"same command: it goes on from step {checkpoints.latest() or 0}")

@@ -9,7 +9,7 @@ from tests.devices import simulated
 from tests.faults.processes import free_port
 
 SCRIPT = """
-import os, resource, signal, sys, time
+import asyncio, os, resource, signal, sys, time
 from pathlib import Path
 number, port, workdir = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 import jax
@@ -20,6 +20,9 @@ from checkpoint_test import Checkpoints, array_file, flip, make_state, names
 from mae_jax import cli, distributed
 from mae_jax.place import Place
 from mae_jax.stop import Stopper
+
+def cancelled(*args, **kwargs):
+    raise asyncio.CancelledError
 
 def run():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -62,14 +65,23 @@ def run():
         assert "checkpoint of step 4 not saved: " in checkpoints.failed and "File too large" in checkpoints.failed
         assert time.monotonic() - began < 20
         assert checkpoints.latest() == 3
-        checkpoints.save(4, state(4))
+        checkpoints.save(5, state(5))
         checkpoints.wait()
-        assert checkpoints.latest() == 4
+        assert checkpoints.latest() == 5
+        module = sys.modules[type(checkpoints._checkpointer).__module__]
+        commit = module._background_wait_for_commit_futures
+        if number == 1:
+            module._background_wait_for_commit_futures = cancelled
+        checkpoints.save(6, state(6))
+        checkpoints.wait()
+        module._background_wait_for_commit_futures = commit
+        assert "checkpoint of step 6 not saved: OSError: writing was cancelled" in checkpoints.failed
+        assert checkpoints.latest() == 5
         checkpoints = Checkpoints(workdir, 2)
         stopper.stepped()
         if number == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        step = 4
+        step = 6
         while not stopper.should_stop(step):
             time.sleep(0.02)
             step += 1
