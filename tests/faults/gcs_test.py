@@ -186,7 +186,7 @@ def test_a_bucket_that_stops_answering_stops_no_training_and_is_told_at_the_end(
     assert time.monotonic() - began < 40
     for step in (12, 16, 20):
         assert f"checkpoint of step {step} not saved: TimeoutError" in text
-    assert text.count("training goes on, earlier checkpoints stay") == 3
+    assert text.count("training goes on, earlier checkpoints stay") == 4  # the last save is tried again
     assert "the state of step 20 could not be saved" in text
     assert "it goes on from step 8" in text
     gcs.clear()
