@@ -133,6 +133,22 @@ def test_a_last_save_that_fails_is_the_users_to_mend_and_the_run_goes_on_from_th
     assert [row["step"] for row in rows(tmp_path) if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_last_save_that_fails_for_a_moment_is_tried_again(tmp_path, monkeypatch):
+    real, tried = ocp.AsyncCheckpointer.save, []
+
+    def save(self, path, **items):
+        tried.append(path.name)
+        if tried.count("6") == 1:
+            tried.append("failed")
+            raise OSError(28, "No space left on device")
+        real(self, path, **items)
+
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "save", save)
+    assert train.train(tiny_config(), str(tmp_path)) == 0
+    assert tried == ["3", "6", "failed", "6"]
+    assert (tmp_path / "DONE").exists()
+
+
 def test_a_batch_on_the_devices_is_what_the_input_gives(tmp_path):
     run = train.prepare(tiny_config(), tmp_path)
     batches = train.device_batches(run, 2)
