@@ -1,9 +1,9 @@
 """Does naive mixing hurt MAE, and does MixedAE help it? The questions of arXiv 2303.17152, at a small size.
 
   bench/fetch_clipart.sh runs/openclipart
-  python bench/mixing.py --clipart=runs/openclipart       (goes on where it was stopped)
+  python bench/mixing.py --clipart=runs/openclipart       (goes on where it was stopped; not yet run to its end)
   python bench/mixing.py --clipart=runs/openclipart --small=runs/small_clipart     (writes the drawings smaller)
-  python bench/mixing.py --clipart=runs/small_clipart --size=gpu --workers=10      (many cells at a time on one GPU)
+  python bench/mixing.py --clipart=runs/small_clipart --size=gpu --workers=10      (cells at the same time; nor this)
 
 MAE, naive mixing (global attention, no contrast, no segments) and MixedAE are pre-trained on clip art and on photo
 crops, three seeds, as many pictures each and the same optimiser; `mae, longer` has MixedAE's time instead: its steps

@@ -187,7 +187,8 @@ class Checkpoints:
             self._checkpointer.wait_until_finished()
             # Where one write fails others may be cancelled, which orbax takes for a wish, and says nothing.
             alone = jax.process_count() == 1
-            if not (self._folder / str(step)).exists() if alone else self._meetings < MEETINGS:
+            written = (self._folder / str(step)).exists() if alone else self._meetings == MEETINGS
+            if not written:
                 raise OSError("writing was cancelled")
         except Exception:
             if self._told:
