@@ -10,8 +10,8 @@ sparse mixture whose tokens choose. From MoCE, each task takes the path of most 
 (`MoCE, random`).
 
 An encoder is judged on each domain's task: logistic regression on frozen features (no rate to choose), and fine-tuning,
-whose rate is chosen from three with seed 0 on a tenth of the task's training split; the test split is read once per
-figure. The mixture of tokens is no ordinary encoder, and is judged by its features alone. Three seeds of everything.
+whose rate is chosen from three with seed 0 on the last tenth of the task's training split; the test split is read
+once per figure. The mixture of tokens is no ordinary encoder, and is judged by its features alone. Three seeds.
 One JSON line per cell in bench/results/negative_transfer_<size>.jsonl, the table in .md, the plot in .png.
 """
 
@@ -43,8 +43,8 @@ CLASSES = {"A": "0-16", "B": "17-26"}  # of the joined data: photographs, then d
 DENSE = {"A": "A", "B": "B", "both": "both"}  # arm → what it is pre-trained on
 LONGER, MOCE, TOKEN = "both, longer", "MoCE", "tokens"
 JUDGED = (*DENSE, LONGER, "MoCE, vote", "MoCE, random", TOKEN)
-LABELS = 510  # labelled pictures of a task that fine-tuning learns from
-TUNED = 100  # steps
+LABELS = 510  # labelled pictures of a task that fine-tuning learns from, its first
+TUNED = 200  # steps
 
 
 class Size(NamedTuple):
@@ -82,6 +82,13 @@ def prepare(file: Path) -> None:
         order = np.random.default_rng(0).permutation(len(labels))
         arrays |= {f"x_{split}": np.stack(pictures)[order], f"y_{split}": np.array(labels)[order]}
     np.savez_compressed(file, **arrays)
+
+
+def last_row(file: Path, task: str) -> int:
+    """Returns how many rows of the training split hold LABELS pictures of a task: splits are cut before classes."""
+    low, high = map(int, CLASSES[task].split("-"))
+    labels = np.load(file)["y_train"]
+    return int(np.flatnonzero((labels >= low) & (labels <= high))[LABELS - 1]) + 1
 
 
 def common(config: ConfigDict, file: Path, classes: str, seed: int, steps: int) -> ConfigDict:
@@ -141,8 +148,7 @@ class Study:
             return {**cell, "test": self.probe(source, cell["task"])}
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
             config = common(default("supervised"), self.file, cell["task"], cell["seed"], TUNED)
-            held = round(LABELS / 0.9)
-            config.data.update(train_split=f"train[:{LABELS}]", val_split=f"train[{LABELS}:{held}]")
+            config.data.update(train_split=f"train[:{last_row(self.file, cell['task'])}]", val_split="train[90%:]")
             config.init_from = source
             config.model.update(positions="learned", drop_path=0.1)
             config.method.smoothing = 0.1
