@@ -38,7 +38,7 @@ def run(command: Callable[[], int], usage: str | None, required: tuple[str, ...]
     def parse(argv: list[str]) -> list[str]:
         if any(arg in ("-h", "--help", "-help") for arg in argv[1:]):
             print(usage)
-            print("Flags:\n" + "\n".join(map(flags.FLAGS.module_help, ("__main__", __name__))))
+            print("Flags:\n" + "\n".join(map(flags.FLAGS.module_help, ("__main__", __name__, "mae_jax.processes"))))
             sys.exit(FINISHED)
         try:
             rest = flags.FLAGS(argv)

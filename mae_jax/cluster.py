@@ -5,6 +5,7 @@ r"""Clusters pictures by the features of an encoder, for MoCE, or patches, to th
 Pictures: the encoder of a workdir and the data that it was trained on (or those of --config) give clusters of nearly
 one size, which configs/moce.py takes as --config.method.clusters=runs/clusters. Features are computed once and kept in
 the folder: the same command goes on where it was stopped. clusters.png shows the pictures nearest to each centroid.
+Several processes compute the features together, started as those of a run are (python -m mae_jax.main --help).
 
   python -m mae_jax.cluster --config=configs/splitmask_small.py:folder --config.data.path=/path/to/pictures \
       --config.method.vocabulary=1024 --to=runs/vocabulary.npz
@@ -19,7 +20,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from mae_jax import cli, files
+from mae_jax import cli, files, processes
 
 CONFIG = cli.define_config()
 TO = flags.DEFINE_string("to", "", "the folder to write, or of patches the file *.npz; local or gs://")
@@ -44,7 +45,11 @@ def main() -> int:
         if TO.value.endswith(".npz"):
             raise UserError(f"--to={TO.value}: clusters of pictures are a folder; a vocabulary of patches is made "
                             "without --from")
-        return cluster(FROM.value, TO.value, CLUSTERS.value, BLOCK.value, RATIO.value, SEED.value, CONFIG.value)
+        given = (FROM.value, TO.value, CLUSTERS.value, BLOCK.value, RATIO.value, SEED.value)
+        same = dict(zip(("--from", "--to", "--clusters", "--block", "--ratio", "--seed"), given, strict=True))
+        return processes.run(lambda: cluster(*given, CONFIG.value), same, CONFIG.value)
+    if processes.COORDINATOR.value not in ("auto", "off"):
+        raise UserError("a vocabulary of patches is built by one process; leave --coordinator out")
     if CONFIG.value is None:
         raise UserError("--from=WORKDIR clusters pictures, --config=RECIPE patches; --help shows examples")
     for flag in (CLUSTERS, BLOCK, RATIO, SEED):

@@ -46,21 +46,21 @@ class Features:
         """
         size = method.config.batch_size
         per_chunk = max(1, spherical.CHUNK // size)
-        encode = jax.jit(lambda params, extras, batch: pool(
-            method.encode(params, extras, batch), method.config.model.pool), out_shardings=replicated(mesh))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._claim()
-        complete = self.folder / "complete.json"
-        if distributed.first(complete.is_file() and complete.read_text().strip() == str(len(self.files()))):
+        encode = jax.jit(lambda params, extras, batch: (
+            pool(method.encode(params, extras, batch), method.config.model.pool), batch["id"], batch["valid"] > 0),
+            out_shardings=replicated(mesh))
+        complete, parts = self.folder / "complete.json", []
+        if jax.process_index() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._claim()
+        done = distributed.first(len(self.files()))
+        if distributed.first(complete.is_file() and complete.read_text().strip() == str(done)):
             return
-        done, parts = distributed.first(len(self.files())), []
         for number, batch in enumerate(batches):
             if number < done * per_chunk:
                 continue
-            placed = to_devices(batch, mesh, size)
-            ids, valid = jax.device_get(jax.device_put((placed["id"], placed["valid"]), replicated(mesh)))
-            values = jax.device_get(encode(params, extras, placed))
-            parts.append(tuple(column[ids >= 0] for column in (values, ids, valid > 0)))
+            values, ids, valid = jax.device_get(encode(params, extras, to_devices(batch, mesh, size)))
+            parts.append(tuple(column[ids >= 0] for column in (values, ids, valid)))
             if len(parts) == per_chunk:
                 self._write(done, parts)
                 done, parts = done + 1, []
@@ -81,7 +81,7 @@ class Features:
             differ = next(key for key in self.about if there.get(key) != self.about[key])
             raise UserError(f"{self.folder} has features of another {differ} ({there.get(differ)}, now "
                             f"{self.about[differ]}); name another folder, or remove it")
-        if there is None and jax.process_index() == 0:
+        if there is None:
             file.write_text(json.dumps(self.about) + "\n")
 
     def _write(self, number: int, parts: list[tuple[np.ndarray, ...]]) -> None:

@@ -16,7 +16,7 @@ from types import ModuleType
 
 from absl import flags
 
-from mae_jax import cli, phases
+from mae_jax import cli, phases, processes
 
 CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run, local or gs://; the same for all processes")
@@ -25,18 +25,10 @@ MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "replay"],
 STEP = flags.DEFINE_integer("step", -1, "the step that --mode=replay looks into; -1: the last one taken",
                             lower_bound=-1)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "compile the train step, say how it would run, and write nothing")
-COORDINATOR = flags.DEFINE_string("coordinator", "auto", "HOST:PORT of process 0; off: one process; auto: several "
-                                  "under srun and on TPU VMs of more than one host, else one")
-PROCESSES = flags.DEFINE_integer("processes", -1, "how many processes, with --coordinator=HOST:PORT")
-PROCESS = flags.DEFINE_integer("process", -1, "the number of this one, from 0, with --coordinator=HOST:PORT")
-START_SECONDS = flags.DEFINE_float("start_seconds", 300, "how long to wait for all processes", lower_bound=1,
-                                   upper_bound=86_400)
-HEARTBEAT = flags.DEFINE_float("heartbeat_seconds", 100, "a process that is silent for so long is lost, and all end",
-                               lower_bound=1, upper_bound=86_400)
 
 
 def main() -> int:
-    from mae_jax import config, distributed, place, train
+    from mae_jax import config, train
     from mae_jax.errors import UserError
 
     phases.done("imports")
@@ -46,17 +38,12 @@ def main() -> int:
         raise UserError(f"--dry_run compiles the train step; leave it out with --mode={MODE.value}")
     if MODE.value == "train" and CONFIG.value is None:
         raise UserError("--config must be given to train; --help shows an example")
-    here = place.find(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-    if here is None:
-        return command(train)
-    if MODE.value == "replay":
+    if MODE.value == "replay" and processes.here():
         raise UserError("--mode=replay runs in one process, on whatever devices that has; say --coordinator=off")
-    same = {"--processes": here.processes, "--workdir": WORKDIR.value, "--mode": MODE.value,
-            "--dry_run": DRY_RUN.value, "--heartbeat_seconds": HEARTBEAT.value}
-    if CONFIG.value is not None:
-        config.validate(CONFIG.value)
-        same |= {f"--config.{name}": value for name, value in config.flat(CONFIG.value).items()}
-    return distributed.together(lambda: command(train), here, same, START_SECONDS.value, HEARTBEAT.value)
+    if CONFIG.value is not None and processes.here():
+        config.validate(CONFIG.value)  # before all have met
+    same = {"--workdir": WORKDIR.value, "--mode": MODE.value, "--dry_run": DRY_RUN.value}
+    return processes.run(lambda: command(train), same, CONFIG.value)
 
 
 def command(train: ModuleType) -> int:

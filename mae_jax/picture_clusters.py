@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mae_jax import cli, files, parameter_file, sharding, workdir
+from mae_jax import cli, distributed, files, parameter_file, sharding, workdir
 from mae_jax.checkpoint import load_params
 from mae_jax.clusters import Clusters, fingerprint
 from mae_jax.config import flat
@@ -76,9 +76,9 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
         raise UserError(f"{source} is itself a mixture of experts; cluster with the encoder that it started from")
     method, to_folder = Frozen(config, block), files.locate(to).expanduser()
     mesh = sharding.make_mesh(config)
-    order = Method.order(method)
-    inputs = build(config, Method.eval_spec(method), order, sharding.local_rows(mesh, config.batch_size))
-    print(inputs.description, flush=True)
+    inputs = pictures(config, method, sharding.local_rows(mesh, config.batch_size))
+    if jax.process_index() == 0:
+        print(inputs.description, flush=True)
     if inputs.num_train < 2 * clusters:
         raise UserError(f"--clusters={clusters} of {inputs.num_train} pictures; take at most {inputs.num_train // 2}")
     params, extras = judged(load_params(folder, ema=True, extras=True))
@@ -101,9 +101,15 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
         made.write(to_folder)
         parameter_file.save(to_folder / "encoder.safetensors", {"encoder": params["encoder"]}, workdir.metadata(config))
         with (to_folder / "clusters.png").open("wb") as file:
-            Image.fromarray(picture(made, inputs, config, found[config.data.train_split])).save(file, "PNG")
+            Image.fromarray(picture(made, config, found[config.data.train_split])).save(file, "PNG")
         print(f"{to_folder}: {summary(made)}")
+    distributed.first(None)  # the others wait
     return cli.FINISHED
+
+
+def pictures(config: ConfigDict, method: Method, rows: np.ndarray | None = None) -> Inputs:
+    """Opens the pictures with the fields that all have, no patch hidden; of rows, see `build`."""
+    return build(config, Method.eval_spec(method), Method.order(method), rows)
 
 
 def other_arguments(folder: epath.Path, meta: dict[str, Any]) -> str:
@@ -153,7 +159,7 @@ def summary(made: Clusters) -> str:
             f"similarity to the own centroid {meta['similarity']:.3f}, of k-means {meta['similarity_of_kmeans']:.3f}")
 
 
-def picture(made: Clusters, inputs: Inputs, config: ConfigDict, features: Features) -> np.ndarray:
+def picture(made: Clusters, config: ConfigDict, features: Features) -> np.ndarray:
     """Returns the members nearest to the centroids, a row per cluster, from the first LOOKED_AT pictures."""
     shown = np.unique(np.linspace(0, len(made.centroids) - 1, min(SHOWN, len(made.centroids))).astype(int))
     ids, similar = [], []
@@ -170,7 +176,8 @@ def picture(made: Clusters, inputs: Inputs, config: ConfigDict, features: Featur
         wanted |= {int(ids[row]): (column, place) for place, row in enumerate(best)}
     size = (*config.data.image_size, 3)
     rows = [[np.full(size, 255, np.uint8) for _ in range(MEMBERS)] for _ in shown]
-    for batch in itertools.islice(inputs.support(), -(-len(ids) // config.batch_size)):
+    batches = pictures(config, Frozen(config, -1)).support()  # with the rows of all processes
+    for batch in itertools.islice(batches, -(-len(ids) // config.batch_size)):
         for row in np.flatnonzero(np.isin(batch["id"], list(wanted))):
             column, place = wanted[int(batch["id"][row])]
             rows[column][place] = assemble(batch["patches"][row : row + 1], batch["order"][row : row + 1], grid(config),

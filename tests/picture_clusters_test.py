@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ from mae_jax.features import Features
 from mae_jax.ops import spherical
 from mae_jax.params import judged
 from mae_jax.picture_clusters import cluster
+from tests.devices import simulated
+from tests.faults.processes import free_port
 from tests.tiny import tiny_config
 
 CROPS = {"data.source": "photo_crops", "data.train_split": "train[:400]", "train.duration": "2 steps",
@@ -149,6 +153,23 @@ def test_information_is_all_where_the_choice_is_the_label_and_nothing_where_it_i
     label = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2])
     assert information(label, label) == pytest.approx(1)
     assert information(np.repeat([0, 1, 2], 3), label) == pytest.approx(0, abs=1e-12)
+
+
+def test_processes_cluster_as_one_does_with_as_many_devices(made, tmp_path):
+    command = [sys.executable, "-W", "error", "-m", "mae_jax.cluster", f"--from={made / 'mae'}", "--clusters=8"]
+    peers = [f"--coordinator=127.0.0.1:{free_port()}", "--processes=2"]
+    started = [subprocess.Popen([*command, *more], env=simulated(devices), stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True) for devices, more in (
+        (1, [f"--to={tmp_path / 'two'}", *peers, "--process=0"]),
+        (1, [f"--to={tmp_path / 'two'}", *peers, "--process=1"]),
+        (2, [f"--to={tmp_path / 'one'}", "--coordinator=off"]))]
+    said = [each.communicate(timeout=200)[0] for each in started]
+    assert [each.returncode for each in started] == [0, 0, 0], said
+    two, one = (Clusters.read(str(tmp_path / name)) for name in ("two", "one"))
+    np.testing.assert_array_equal(two.centroids, one.centroids)
+    for split, assigned in one.assigned.items():
+        np.testing.assert_array_equal(two.assigned[split], assigned)
+    assert (tmp_path / "two" / "clusters.png").read_bytes() == (tmp_path / "one" / "clusters.png").read_bytes()
 
 
 @pytest.mark.parametrize("how", ["vote", "probe", "random"])

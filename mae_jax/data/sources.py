@@ -52,7 +52,7 @@ class Source:
     name: Callable[[int], str]  # index → what to call the example in a message
     classes: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()  # which of 'labels' and 'mask' its examples have
-    label: Callable[[int], int] | None = None  # index → label, where it is known without reading the picture
+    label: Callable[[int], int] | None = None  # index → label, where it is known without decoding the picture
 
     def only(self, indices: np.ndarray) -> "Source":
         """Returns the source of these examples, in this order."""

@@ -8,6 +8,7 @@ import difflib
 import functools
 from typing import Any
 
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -18,6 +19,8 @@ from mae_jax.data.sources import UNLABELLED, Example, Source, known_split, multi
 from mae_jax.data.streams import Stream
 from mae_jax.data.tensorflow_cpu import tf
 from mae_jax.errors import UserError, nearest, printable
+
+FETCHED = 1024  # records at a time, where only their labels are wanted
 
 
 def load(data: ConfigDict, split: splits.Split) -> Source | Stream:
@@ -131,7 +134,28 @@ def _random_access(module: Any, builder: Any, data: ConfigDict, split: str, clas
                        decode_mask(row[mask_key], data.mask_offset) if mask_key else None)
 
     fields = ("labels",) * multi_label + ("mask",) * bool(mask_key)
-    return Source(len(rows), read, lambda i: f"{data.name} {split}[{i}]", classes, fields)
+    table = functools.cache(lambda: _labels(rows, label_key))
+    label = (lambda i: int(table()[i])) if classes and not multi_label else None
+    return Source(len(rows), read, lambda i: f"{data.name} {split}[{i}]", classes, fields, label)
+
+
+def _labels(rows: Any, label_key: str) -> np.ndarray:
+    """Returns the labels of all rows, int32 [rows]: many are fetched at a time, as a bucket answers slowly."""
+    labels = np.full(len(rows), UNLABELLED, np.int32)
+    for first in range(0, len(rows), FETCHED):
+        numbers = range(first, min(first + FETCHED, len(rows)))
+        try:
+            labels[numbers] = [row[label_key] for row in rows.__getitems__(numbers)]
+        except Exception:  # one of them is damaged: none of it is fetched
+            labels[numbers] = [_label(rows, number, label_key) for number in numbers]
+    return labels
+
+
+def _label(rows: Any, number: int, label_key: str) -> int:
+    try:
+        return int(rows[number][label_key])
+    except Exception:  # array_record raises RuntimeError for damage, and gives None beyond a cut
+        return UNLABELLED
 
 
 tf.get_logger().setLevel("ERROR")  # TFDS speaks through it

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mae_jax.data import audit, sources
+from mae_jax.data.decode import BadPicture
 from mae_jax.errors import UserError
 from tests.records import TRAIN, assert_pixels_belong_to_ids, build, store, take, tfds_config
 
@@ -29,6 +30,7 @@ def test_array_record_has_random_access(tmp_path):
     source = sources.load(c.data, "train[10:20]")
     assert isinstance(source, sources.Source)
     assert source.size == 10
+    assert [source.label(i) for i in range(10)] == [source.read(i).label for i in range(10)]
     inputs = build(c)
     batch = next(inputs.train(0))
     assert_pixels_belong_to_ids(batch)
@@ -62,6 +64,17 @@ def test_damaged_files_with_random_access_give_bad_pictures_by_name(tmp_path, ch
     seen = audit.audit(sources.load(c.data, "train"), 2, "train")
     assert seen.broken
     assert len(seen.broken) + len(seen.good()) == TRAIN
+    source = sources.load(c.data, "train")
+    labels = [source.label(i) for i in range(TRAIN)]
+    assert labels == [label_of(source, i) for i in range(TRAIN)]
+    assert sources.UNLABELLED in labels
+
+
+def label_of(source, number):
+    try:
+        return source.read(number).label
+    except BadPicture:
+        return sources.UNLABELLED
 
 
 def test_metadata_of_a_data_set_are_never_executed(tmp_path, monkeypatch):
