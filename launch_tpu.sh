@@ -100,16 +100,18 @@ check_commit() {
 }
 
 check_run() {
-  local argument config="" workdir=""
+  local argument config="" mode=train workdir=""
   for argument in ${train[@]+"${train[@]}"}; do
     case $argument in
       --config=*) config=${argument#*=} ;;
+      --mode=*) mode=${argument#*=} ;;
       --workdir=*) workdir=${argument#*=} ;;
     esac
   done
   [[ $workdir ]] || fail "--workdir=gs://BUCKET/FOLDER must be given, after --; --help shows an example"
   [[ $workdir =~ ^gs://[a-z0-9][a-z0-9_.-]+[a-z0-9](/|$) ]] ||
     fail "--workdir=$workdir would be lost with the slice, or names no bucket; expected gs://BUCKET/FOLDER"
+  [[ $config || $mode != train ]] || fail "--config=FILE must be given, after --; --help shows an example"
   [[ ! $config ]] || git -C "$root" cat-file -e "$commit:${config%%:*}" 2>/dev/null ||
     fail "--config=$config is not in commit ${commit:0:12}; expected a committed file, as configs/vit_l_mae.py"
   # The same commit and arguments are the same run, also for another launcher that comes back to it.
@@ -211,7 +213,7 @@ bring_up() { # creates the slice where there is none and waits until it is ready
         # Just after a preemption there is seldom room; at the beginning, the user must know.
         create || { [[ $slice ]] && return 1; } || fail "no slice; gcloud says why. With --queued it waits for room"
         slice=new ;;
-      lost*) remove && return 1 ;;  # it does not come back by itself
+      lost*) remove || say "$name could not be deleted"; return 1 ;;  # it does not come back by itself
       *) sleep "$pause" ;;
     esac
   done

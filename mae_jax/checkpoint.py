@@ -118,6 +118,8 @@ class Checkpoints:
         if not _attempt("look for checkpoints", self._look, tries=2):  # never taken for a folder without any
             raise UserError(f"cannot look for checkpoints in {self._folder}; see the warning above")
         steps, wanted = distributed.first(self._there), flatten(abstract)
+        if jax.process_index() == 0:
+            _attempt("look for interrupted saves", self._tell_leftovers)
         for step in reversed(steps):
             arrays = self._try(step, wanted)
             if arrays is not None:
@@ -140,6 +142,10 @@ class Checkpoints:
         if jax.process_index() == 0:  # on a network's file system, others may see other folders for a while
             self._there = [step for step in step_folders.committed(self._folder) if step not in self._refused]
 
+    def _tell_leftovers(self) -> None:
+        for path in step_folders.leftovers(self._folder) if self._folder.exists() else ():
+            logging.warning("%s is what an interrupted save left, and is not read", path)
+
     def _try(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array] | None:
         """Returns the arrays of a step, None where they are damaged."""
         for then in _tries(self._folder):
@@ -157,7 +163,7 @@ class Checkpoints:
         how = {path: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype, global_shape=leaf.shape)
                for path, leaf in wanted.items()}
         arrays = self._all_read(step, lambda: _read_arrays(self._checkpointer, folder, how), then)
-        return arrays and self._all_read(step, lambda: verify(record, arrays), then)
+        return arrays and self._all_read(step, lambda: _of_step(step, folder, verify(record, arrays)), then)
 
     def _all_read(self, step: int, read: Callable[[], Any], then: str) -> Any:
         """Returns what `read` does, None where it finds damage on any process."""
@@ -217,7 +223,7 @@ class Checkpoints:
         # Also makes the folder exist on a bucket, where a rename asks for it.
         (folder / "README.txt").write_text("Damaged checkpoints, kept to be looked at; nothing reads them.\n")
         target = step_folders.unused(folder, str(step))
-        (self._folder / str(step)).rename(target)
+        step_folders.move(self._folder / str(step), target)
         logging.warning("the refused checkpoint of step %d is now in %s", step, target)
 
     def _prune(self) -> None:
@@ -338,6 +344,14 @@ def _read_arrays(reader: ocp.Checkpointer, folder: epath.Path, how: Mapping[str,
         raise Damaged(f"{folder / 'state'}: {cause(error)}") from error
     # An array whose name got damaged comes back as the place-holder.
     return {path: array for path, array in arrays.items() if isinstance(array, jax.Array | np.ndarray)}
+
+
+def _of_step(step: int, folder: epath.Path, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns the arrays; raises Damaged where they say that they are of another step: what comes next would be lost.
+    """
+    if "step" in arrays and int(arrays["step"]) != step:
+        raise Damaged(f"{folder}: what it holds is of step {int(arrays['step'])}")
+    return arrays
 
 
 def _check_same_model(folder: epath.Path, record: Record, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:

@@ -53,7 +53,10 @@ def run(command: Callable[[], int], usage: str | None, required: tuple[str, ...]
             _refuse(f"unexpected argument {rest[1]!r}; flags start with --")
         return rest
 
-    app.run(lambda _: leave(guarded(command)), flags_parser=parse)
+    try:
+        app.run(lambda _: leave(guarded(command)), flags_parser=parse)
+    except KeyboardInterrupt:  # before the command began
+        _end(explain(KeyboardInterrupt()))
 
 
 def quiet_logs() -> None:
@@ -141,6 +144,11 @@ def _no_config(line: str) -> str:
 
 
 def _refuse(line: str) -> None:
-    print(f"error: {line}", file=sys.stderr)
+    _end((MISTAKE, f"error: {line}"))
+
+
+def _end(how: tuple[int, str]) -> None:
+    code, line = how
+    print(line, file=sys.stderr)
     sys.stderr.flush()
-    os._exit(MISTAKE)  # absl would print a traceback and exit 1
+    os._exit(code)  # absl would print a traceback and exit 1

@@ -35,8 +35,8 @@ def copy(source: epath.Path, to: epath.Path) -> str:
     """
     source, to = step_folders.absolute(source), step_folders.absolute(to)
     origin = workdir.of_checkpoint(source)
-    if to == origin:
-        raise UserError(f"--to={to} is the workdir itself")
+    if to == origin or origin in to.parents:
+        raise UserError(f"--to={to} is the workdir itself, or in it; choose another folder")
     _check_same_run(origin, to)
     folder, record = _newest_good(source)
     target = to / "checkpoints" / folder.name

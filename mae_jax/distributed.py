@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import jax
 
 from mae_jax import cli, phases, rendezvous
-from mae_jax.errors import quit_now, say_now
+from mae_jax.errors import ending_signals, quit_now, say_now
 from mae_jax.place import Place
 from mae_jax.rendezvous import send
 
@@ -77,7 +77,7 @@ def together(command: Callable[[], int], place: Place, same: Mapping[str, Any], 
       UserError: not all came, or they do not fit together.
     """
     global _peers
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ending_signals():
         signal.signal(number, _interrupt)
     _peers = join(place, same, start_seconds, heartbeat)
     phases.done("processes")
@@ -194,7 +194,8 @@ class Peers:
 
     def part(self) -> None:
         """Ends the link when all have come to their end."""
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is saved
+        for number in (signal.SIGTERM, signal.SIGHUP):  # all is saved
+            signal.signal(number, signal.SIG_IGN)
         self._hang_up()
         self.tell({"bye": None})
         try:

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
@@ -27,6 +28,12 @@ def say_now(line: str) -> None:
     """
     with contextlib.suppress(OSError):
         os.write(_STDERR, f"\n{line}\n".encode())
+
+
+def ending_signals() -> list[int]:
+    """Returns the signals that end a run in order: not SIGHUP where `nohup` has it ignored."""
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *[signal.SIGHUP] * hangs_up]
 
 
 _busy = False

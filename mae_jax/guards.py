@@ -1,17 +1,20 @@
 """What stops a run that goes wrong: gradients that stay not finite, too many bad pictures."""
 
 import json
+import logging
 from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from mae_jax import files, sharding
-from mae_jax.errors import GuardError
+from mae_jax.errors import GuardError, cause
 from mae_jax.ops.keys import stream_key
 
 if TYPE_CHECKING:
     from mae_jax.train import Run
+
+logger = logging.getLogger(__name__)
 
 NAMED = 20  # bad pictures named in the line that stops a run
 BAD_PICTURES_AFTER = 100  # pictures seen before their bad fraction can stop a run
@@ -63,5 +66,8 @@ class Guards:
         file = self.run.workdir / f"guard_{step}.json"
         if jax.process_index() == 0:
             told = {name: str(sums[name]) for name in ("loss", "grad_norm")}  # JSON has no NaN
-            files.replace_text(file, json.dumps({"seed": seed, **told, "steps": steps}) + "\n")
+            try:
+                files.replace_text(file, json.dumps({"seed": seed, **told, "steps": steps}) + "\n")
+            except OSError as error:  # the verdict stands all the same
+                logger.warning("cannot write %s: %s", file, cause(error))
         return str(file)

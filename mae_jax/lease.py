@@ -36,7 +36,7 @@ FIRST, LAST = 10.0, 3.0  # seconds for what is done at the start and at the end
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems that know none
 
 logger = logging.getLogger(__name__)
-_held: "BucketLease | None" = None
+_held: "FileLock | BucketLease | None" = None
 
 
 @contextlib.contextmanager
@@ -58,7 +58,7 @@ def held(workdir: epath.Path) -> Iterator[None]:
                     why = str(error)
             if why := distributed.first(why):
                 raise UserError(why)
-            _held = lease if isinstance(lease, BucketLease) and jax.process_index() == 0 else None
+            _held = lease if jax.process_index() == 0 else None
             yield
     finally:
         _held = None
@@ -67,18 +67,17 @@ def held(workdir: epath.Path) -> Iterator[None]:
 
 def fence() -> None:
     """Returns when it is sure that the workdir was this run's a moment ago; ends the process where it was taken."""
-    while _held is not None and time.monotonic() - _held.looked > DEAD / 2:
+    while isinstance(_held, BucketLease) and time.monotonic() - _held.looked > DEAD / 2:
         time.sleep(0.05)
 
 
 def doubt() -> str:
     """Returns why nothing may be written to the workdir just now, '' where it is this run's for a while yet.
 
-    A bucket that takes no sign of life from this run may take one from another run, which then has the workdir.
+    A bucket that takes no sign of life from this run may take one from another run, which then has the workdir; so may
+    another run take a lock on a disk whose file was removed.
     """
-    silent = time.monotonic() - _held.renewed if _held is not None else 0.0
-    return f"no sign of life could be given for {silent:.0f} s, so another run may have the workdir" * (
-        silent > DEAD - RENEWED)
+    return _held.doubt() if _held else ""
 
 
 def _signature() -> bytes:
@@ -117,7 +116,8 @@ class FileLock:
                             "--workdir") from None
         except OSError as error:
             if self.descriptor < 0 or error.errno not in NO_LOCKS:
-                raise UserError(f"cannot write the workdir {self.folder}: {error.strerror or error}") from None
+                why = "a file is in its place" if isinstance(error, FileExistsError) else error.strerror or error
+                raise UserError(f"cannot write the workdir {self.folder}: {why}") from None
             logger.warning("the file system of %s has no locks: nothing keeps a second run out of it", self.path)
         self.taken = True
         with contextlib.suppress(OSError):  # a full disk; it is held all the same
@@ -135,6 +135,16 @@ class FileLock:
         """Says whether the file was not removed, by a run that held it, before it was locked here."""
         return self.path.exists() and os.path.samestat(os.stat(self.path), os.fstat(self.descriptor))
 
+    def doubt(self) -> str:
+        """Returns why it is not sure that this run has the lock; makes the file again where somebody removed it."""
+        try:
+            if self.taken and (self.descriptor < 0 or not self._is_there()):
+                self.take()
+                logger.warning("%s had been removed, and is there again", self.path)
+        except (OSError, UserError) as error:
+            return str(error)
+        return ""
+
     def give_back(self) -> None:
         """Ends the lock."""
         if not self.taken:  # what lies there may be another run's
@@ -143,7 +153,8 @@ class FileLock:
             if self.made and os.listdir(self.folder) == [self.path.name]:
                 self.path.unlink()
                 self.folder.rmdir()
-        os.close(self.descriptor)
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
         self.descriptor, self.taken = -1, False
 
 
@@ -189,6 +200,12 @@ class BucketLease:
             logger.warning("took over %s after %.0f s", self.path, time.monotonic() - since)
         self.looked, self.renewed = time.monotonic(), began
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
+
+    def doubt(self) -> str:
+        """Returns why another run may have the lease, '' where this one has it for a while yet."""
+        silent = time.monotonic() - self.renewed
+        return f"no sign of life could be given for {silent:.0f} s, so another run may have the workdir" * (
+            silent > DEAD - RENEWED)
 
     def _try(self, generation: int) -> bool:
         with self._writing:  # a signal waits for the answer a little, to give back what was taken

@@ -26,6 +26,8 @@ def replay(folder: str, step: int) -> int:
         raise UserError(f"{path} holds no checkpoint yet")
     saved = int(state.step)
     step = saved - 1 if step < 0 else step
+    if step > saved:
+        raise UserError(f"--step={step} is not to be had: {path} is at step {saved}")
     batch = sharding.to_devices(next(run.inputs.train(step)), run.program.mesh, run.config.batch_size)
     state = state._replace(step=jnp.asarray(step, state.step.dtype))
     key = stream_key(run.config.seed, step, "loss")

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 
 from etils import epath
 
@@ -44,6 +45,14 @@ def leftovers(folder: epath.Path) -> list[epath.Path]:
     """Returns the folders that interrupted saves left; a file is never one."""
     return [path for path in folder.iterdir() if path.is_dir() and (
         ".orbax-checkpoint-tmp" in path.name or (_of_step(path) and not complete(path)))]
+
+
+def move(folder: epath.Path, target: epath.Path) -> None:
+    """Moves a folder; on a disk also to another one, as where `checkpoints` is a link."""
+    if os.fspath(folder).startswith("gs://"):
+        folder.rename(target)
+    else:
+        shutil.move(folder, target)
 
 
 def _of_step(path: epath.Path) -> bool:

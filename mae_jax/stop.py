@@ -1,4 +1,4 @@
-"""Stopping on a signal: SIGTERM and Ctrl-C save at the current step, or end the process at once when nothing is lost.
+"""Stopping on a signal: SIGTERM, SIGHUP and Ctrl-C save at the current step, or end at once when nothing is lost.
 
 Python runs signal handlers between bytecodes of the main thread, hence never while XLA compiles, which can take
 minutes. So the handlers here do nothing, and a daemon thread reads the bytes that CPython's C handler writes to
@@ -11,14 +11,14 @@ import threading
 from types import TracebackType
 
 from mae_jax import distributed
-from mae_jax.errors import quit_now, say_now
+from mae_jax.errors import ending_signals, quit_now, say_now
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 QUIT = 130  # 128 + SIGINT, as shells report it
 
 
 class Stopper:
-    """Context manager that turns SIGTERM and SIGINT into a request to save and stop. Enter it in the main thread.
+    """Context manager that turns `ending_signals` into a request to save and stop. Enter it in the main thread.
 
     With several processes a signal to one of them stops all: after the same step, or at once.
 
@@ -48,10 +48,10 @@ class Stopper:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._thread = threading.Thread(target=self._watch, name="stopper", daemon=True)
+        self._signals = ending_signals()
         self._thread.start()
         self._old_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._old_handlers = {number: signal.signal(number, lambda *_: None)
-                              for number in (signal.SIGINT, signal.SIGTERM)}
+        self._old_handlers = {number: signal.signal(number, lambda *_: None) for number in self._signals}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -64,7 +64,7 @@ class Stopper:
 
     def _watch(self) -> None:
         while number := os.read(self._read, 1):
-            if number[0] in (signal.SIGINT, signal.SIGTERM):
+            if number[0] in self._signals:
                 self._signalled(number[0])
 
     def _signalled(self, number: int) -> None:

@@ -140,7 +140,8 @@ def opened(config: ConfigDict, folder: str, trains: bool = True) -> Run:
     jax.devices()
     phases.done("devices")
     run = prepare(config, path, trains)
-    for change in workdir.changes(path, config):
+    changes = workdir.changes(path, config) + workdir.data_changes(path, run.inputs, run.program.method.learns_labels)
+    for change in changes:
         logger.info("changed since the run began: %s", change)
     phases.done("data")
     return run
@@ -174,6 +175,9 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
     state = checkpoints.restore(run.program.state)
     watchdog.on("")
     if state is None:
+        if finished := distributed.first(workdir.finished(folder)):
+            raise UserError(f"{folder} is of a run that finished {finished} steps, and has no checkpoint to go on "
+                            "from; bring its folder checkpoints back, or use another --workdir")
         state = initial_state(run)
         say(params.table(state.params, optim.decay_words(state.params, run.program.method)))
     elif int(state.step) > run.total:
@@ -183,7 +187,7 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
         run.program.method.check(state.extras)
         logger.info("resumed at step %d", state.step)
     phases.done("state")
-    workdir.record(folder, config)  # not before all that a mistake can break has worked
+    workdir.record(folder, config, run.inputs)  # not before all that a mistake can break has worked
     recorder = Recorder(folder, int(state.step), config.log.tensorboard, jax.process_index() == 0)
     try:
         code = loop(run, state, checkpoints, recorder, stopper, watchdog)
@@ -243,7 +247,9 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Record
     judged, log, profile = judge.Judge(run, recorder), Log(run, recorder), Profile(run)
     save_every = run.every("checkpoint")
     if judged.missed(start):
+        watchdog.on(f"the evaluation at step {start}")
         judged.look(state, start)
+        watchdog.on("")
         phases.done("evaluation")
     run.program.compile()
     phases.done("compile")
@@ -276,6 +282,8 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Record
             checkpoints.wait()
             raise
         if save or stop:
+            if jax.process_index() == 0:
+                workdir.keep(run.workdir, run.config, run.inputs)
             watchdog.on(f"the save of step {done}")
             checkpoints.save(done, state)
         if stop and done < total:
@@ -297,7 +305,7 @@ def finish(run: Run, checkpoints: Checkpoints, state: TrainState, done: int) -> 
         checkpoints.save(done, state)
         checkpoints.wait()
     if checkpoints.failed:
-        raise UserError(f"the state of step {done} could not be saved: {checkpoints.failed}; make room and run the "
+        raise UserError(f"the state of step {done} could not be saved: {checkpoints.failed}; mend that and run the "
                         f"same command: it goes on from step {checkpoints.latest() or 0}")
     if done < run.total:
         say(f"stopped at step {done} of {run.total}, state saved; the same command goes on")
@@ -336,6 +344,8 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
     else:
         workdir.compare(workdir.read_config(path), config)
     run = prepare(config, path)
+    for change in workdir.data_changes(path, run.inputs, run.program.method.learns_labels):
+        logger.info("changed since the run began: %s", change)
     if not run.config.data.eval_split or not run.config.eval.test:
         raise UserError("data.eval_split is '', or eval.test is False: there is nothing to evaluate on")
     checkpoints = Checkpoints(path, run.config.checkpoint.keep_last)

@@ -3,6 +3,7 @@
 import fnmatch
 import importlib.metadata
 import json
+import logging
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from mae_jax import config as configs
 from mae_jax.errors import UserError
 from mae_jax.files import locate, make_folder, read_bytes, replace_text
 
+logger = logging.getLogger(__name__)
+
 # What a resumed run may change: it alters how a run is watched, placed or ended, never what was trained so far.
 MAY_CHANGE = ("train.duration", "mesh.*", "eval.*", "checkpoint.*", "log.*", "guard.max_*",
               "guard.stall_seconds", "data.threads", "data.prefetch", "train.compilation_cache", "model.scan",
               "model.remat", "method.clusters")  # whose content is compared
+NAMED = 10  # classes that a message names
 ARCHIVED = "$Format:%H$"  # `git archive` writes the commit here, as .gitattributes asks
 MOST_HEADER = 100_000_000  # bytes of a safetensors file's header, by its specification
 PACKAGES = ("mae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
@@ -30,14 +34,57 @@ def changes(workdir: epath.Path, config: ConfigDict) -> list[str]:
     return compare(stored, config) if stored else []
 
 
-def record(workdir: epath.Path, config: ConfigDict) -> None:
-    """Writes config.json, and makes the folder.
+def data_changes(workdir: epath.Path, inputs: Any, learns_labels: bool) -> list[str]:
+    """Returns how the data are other ones than those that the run began with, as text.
+
+    Args:
+      workdir: of the run.
+      inputs: data.Inputs.
+      learns_labels: whether the classes must be the same.
+
+    Raises:
+      UserError: they must, and are not.
+    """
+    content = read_bytes(workdir / "config.json")
+    before = json.loads(content).get("data") if content else None
+    if not isinstance(before, dict):  # an older run did not say
+        return []
+    after, texts = _data_of(inputs), []
+    if before.get("pictures") != after["pictures"]:
+        texts.append(f"pictures to train on: {before.get('pictures')} -> {after['pictures']}")
+    if before.get("classes") != after["classes"]:
+        old, new = (set(each.get("classes") or ()) for each in (before, after))
+        names = [f"-{name}" for name in sorted(old - new)] + [f"+{name}" for name in sorted(new - old)]
+        texts.append(f"classes: {len(old)} -> {len(new)} ({', '.join(names[:NAMED]) or 'in another order'})")
+        if learns_labels:
+            raise UserError(f"the workdir belongs to other data; {texts[-1]}. Use another --workdir, or the data it "
+                            "was made with")
+    return texts
+
+
+def _data_of(inputs: Any) -> dict[str, Any]:
+    return {"pictures": inputs.num_train, "classes": list(inputs.classes)}
+
+
+def keep(workdir: epath.Path, config: ConfigDict, inputs: Any) -> None:
+    """Writes config.json again where somebody removed it from a disk: without it, nothing accepts the run's outcome."""
+    try:
+        if not str(workdir).startswith("gs://") and not (workdir / "config.json").exists():
+            record(workdir, config, inputs)
+    except (OSError, UserError) as error:
+        logger.warning("cannot write %s again: %s", workdir / "config.json", error)
+
+
+def record(workdir: epath.Path, config: ConfigDict, inputs: Any = None) -> None:
+    """Writes config.json, with what `data_changes` compares, and makes the folder.
 
     Raises:
       UserError: it cannot be written, or another run has written another one meanwhile.
     """
     file = workdir / "config.json"
     content = {"config": config.to_dict(), "git_commit": git_commit(), "versions": versions()}
+    if inputs:
+        content["data"] = _data_of(inputs)
     try:
         make_folder(workdir)
         if jax.process_index() == 0:

@@ -1,7 +1,9 @@
 """Checkpoints come back bit for bit or not at all, and a failed save never stops a run."""
 
 import collections
+import errno
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -177,6 +179,34 @@ def test_damage_to_any_file_restores_bit_equal_or_refuses_by_name(tmp_path, capl
         assert (step == 1) == ("step 2 refused" in warned(caplog)), what
     assert outcomes[1] > 30
     assert outcomes[2] > 10
+
+
+def test_a_refused_step_is_moved_to_another_disk_where_checkpoints_is_a_link(tmp_path, monkeypatch):
+    save(tmp_path, 1, 2)
+    shutil.rmtree(tmp_path / "checkpoints" / "2" / "checksums")
+    rename = os.rename
+
+    def across(source, target):
+        if Path(target).parent.name == "refused":
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", across)
+    checkpoints = Checkpoints(tmp_path, 3)
+    assert same(checkpoints.restore(abstract(make_state(1))), make_state(1))
+    checkpoints.save(2, make_state(2))
+    checkpoints.close()
+    assert not checkpoints.failed
+    assert names(tmp_path / "refused") == ["2", "README.txt"]
+    assert same(Checkpoints(tmp_path, 3).restore(abstract(make_state(1))), make_state(2))
+
+
+def test_a_step_under_the_name_of_another_is_refused(tmp_path, caplog):
+    save(tmp_path, 1, 2)
+    (tmp_path / "checkpoints" / "2").rename(tmp_path / "checkpoints" / "5")
+    assert same(Checkpoints(tmp_path, 3).restore(abstract(make_state(1))), make_state(1))
+    assert "checkpoint of step 5 refused: " in caplog.text
+    assert "what it holds is of step 2" in caplog.text
 
 
 def test_all_refused_is_an_error_every_time_and_never_a_fresh_start(tmp_path):

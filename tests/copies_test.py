@@ -137,6 +137,11 @@ def test_a_folder_of_another_run_is_refused_and_so_is_the_run_itself(run, tmp_pa
         copy(tmp_path / "nothing", tmp_path / "to")
 
 
+def test_a_copy_does_not_go_into_the_run_itself(run):
+    with pytest.raises(UserError, match="is the workdir itself, or in it"):
+        export.export(str(run), str(run / "checkpoints" / "50"), "mae_jax")
+
+
 def test_another_checkpoint_of_the_same_step_is_not_overwritten(run, tmp_path):
     copy(run, tmp_path)
     other = Checkpoints(tmp_path / "other", 2)

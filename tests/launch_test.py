@@ -68,6 +68,7 @@ WHOLE = ["create", "scp", "install", "start", "follow", "report", "delete"]
     (["run", *SLICE], "--workdir=gs://BUCKET/FOLDER must be given, after --; --help shows an example"),
     (["start", *SLICE, "--", "--workdir=runs/a"], "--workdir=runs/a would be lost with the slice, or"),
     (["run", *SLICE, "--", "--workdir=gs:///a"], "--workdir=gs:///a would be lost with the slice, or names no bucket"),
+    (["run", *SLICE, "--", TRAIN[1]], "--config=FILE must be given, after --; --help shows an example"),
     (["run", *SLICE, "--", "--config=configs/mine.py:L", TRAIN[1]], "--config=configs/mine.py:L is not in commit "),
 ])
 def test_a_mistake_ends_with_one_line_and_2_before_anything_is_called(cloud, args, line):
@@ -277,6 +278,14 @@ def test_a_preempted_slice_is_made_again_once_there_is_room_and_the_same_run_goe
     assert cloud.calls() == [*WHOLE[:5], "report", "delete", "create", *WHOLE]
     assert cloud.trained() == [[TRAIN]] * 4
     assert "[launch] vit-l is lost: it is PREEMPTED\n" in done.stderr
+
+
+def test_a_lost_slice_that_cannot_be_deleted_counts_as_a_try(cloud):
+    cloud.plan([0], node=["PREEMPTED"], delete=["the operation is in progress"])
+    done = cloud.run("--retries=2")
+    assert done.returncode == 75
+    assert cloud.calls().count("delete") == 4  # in three tries, and at the end
+    assert "[launch] vit-l could not be deleted\n" in done.stderr
 
 
 def test_a_connection_that_breaks_leaves_the_run_alone(cloud):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,6 +181,25 @@ def test_a_folder_of_which_nothing_came_is_not_left_behind(tmp_path):
     with lease.held(epath.Path(tmp_path / "run")):
         (tmp_path / "run" / "config.json").touch()
     assert json.loads((tmp_path / "run" / "lock").read_text())["process"] == os.getpid()
+
+
+def test_a_lock_that_was_removed_is_made_again_unless_another_run_has_it(tmp_path, holder, caplog):
+    lock = lease.FileLock(epath.Path(tmp_path / "run" / "lock"))
+    lock.take()
+    shutil.rmtree(tmp_path / "run")
+    assert lock.doubt() == ""
+    assert "had been removed, and is there again" in caplog.text
+    with pytest.raises(UserError, match=f"in use by a living run: process {os.getpid()} on"):
+        take(str(tmp_path / "run"))
+    (tmp_path / "run" / "lock").unlink()
+    other = holder(str(tmp_path / "run"))
+    assert f"in use by a living run: process {other.pid} on" in lock.doubt()
+    assert f"in use by a living run: process {other.pid} on" in lock.doubt()
+    other.kill()
+    other.wait()
+    assert lock.doubt() == ""
+    lock.give_back()
+    assert take(str(tmp_path / "run")) < 1
 
 
 def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):

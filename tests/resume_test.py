@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -117,6 +118,8 @@ def test_a_signal_saves_at_the_current_step_exits_75_and_changes_nothing(golden,
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
-    assert "the same command goes on" in output or "nothing is lost" in output
+    stopped = re.search(rf"stopped at step (\d+) of {worker.STEPS}, state saved; the same command goes on", output)
+    assert stopped, output
+    assert (folder / "checkpoints" / stopped[1]).is_dir()
     finish(folder, cache)
     assert_like(golden, folder)

@@ -70,7 +70,7 @@ with Stopper() as stopper:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_between_steps_lets_the_loop_save(number):
     process = start(LOOP.format(save="tell('saved')"))
     wait_for(process, "running")
@@ -78,6 +78,16 @@ def test_a_signal_between_steps_lets_the_loop_save(number):
     code, out, err = finish(process)
     assert (code, out.split()) == (75, ["saving", "saved"])
     assert err.count("stopping: saving after this step") == 1
+
+
+def test_nohup_is_left_alone():
+    process = start("import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + LOOP.format(save="pass"))
+    wait_for(process, "running")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 75
 
 
 def test_a_second_ctrl_c_quits_at_once(tmp_path):
@@ -112,10 +122,11 @@ with Stopper() as stopper:
 
 
 def test_handlers_are_as_before_after_exit():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
     with Stopper() as stopper:
         assert signal.getsignal(signal.SIGTERM) is not before[1]
         assert not stopper.should_stop(0)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in numbers] == before
     descriptor = signal.set_wakeup_fd(-1)
     assert descriptor == -1

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 import time
 
 import jax
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from PIL import Image
 
 from mae_jax import replay, train
 from mae_jax.checkpoint import load_params
+from mae_jax.data import folder
 from mae_jax.errors import GuardError, UserError
 from mae_jax.log import Log
 from mae_jax.metrics import Recorder
@@ -43,6 +46,67 @@ def test_a_finished_run_stays_and_a_longer_duration_goes_on(tmp_path, capsys):
     assert train.evaluate(str(tmp_path)) == 0
     assert "evaluation at step 7" in capsys.readouterr().out
     assert [row["step"] for row in rows(tmp_path) if "eval/loss" in row] == [0, 3, 6, 7]
+
+
+def test_what_is_left_of_a_finished_run_without_its_checkpoints_is_no_fresh_start(tmp_path):
+    assert train.train(tiny_config(), str(tmp_path)) == 0
+    before = (tmp_path / "metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match="of a run that finished 6 steps, and has no checkpoint to go on from"):
+        train.train(tiny_config({"train.duration": "7 steps"}), str(tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_other_data_at_a_resume_are_told_and_other_classes_of_a_classifier_refused(tmp_path, caplog):
+    caplog.set_level("INFO", "mae_jax")
+    for name in ("ant", "bee"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(8):
+            pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{number}.png")
+    fields = {"data.source": "folder", "data.path": str(tmp_path / "pictures"), "data.eval_split": "",
+              "train.duration": "2 steps", "batch_size": 8}
+    configs = {"mae": tiny_config(fields), "supervised": tiny_config(fields | {"method.classes": 0}, "supervised")}
+    for name, config in configs.items():
+        assert train.train(config, str(tmp_path / name)) == 0
+    (tmp_path / "pictures" / "ant").rename(tmp_path / "pictures" / "cat")
+    (tmp_path / "pictures" / "bee" / "7.png").unlink()
+    folder._files.cache_clear()
+    with configs["mae"].unlocked():
+        configs["mae"].train.duration = "3 steps"
+    assert train.train(configs["mae"], str(tmp_path / "mae")) == 0
+    assert "changed since the run began: pictures to train on: 16 -> 15" in caplog.text
+    assert "changed since the run began: classes: 2 -> 2 (-ant, +cat)" in caplog.text
+    for go_on in (train.train, lambda config, folder: train.evaluate(folder)):
+        with pytest.raises(UserError, match=r"belongs to other data; classes: 2 -> 2 \(-ant, \+cat\)"):
+            go_on(configs["supervised"], str(tmp_path / "supervised"))
+
+
+def test_a_workdir_that_is_removed_meanwhile_is_made_whole_again(tmp_path, monkeypatch, caplog):
+    push = Log.push
+
+    def remove(self, done, *args):
+        if done == 4:
+            (tmp_path / "run").rename(tmp_path / "gone")
+        push(self, done, *args)
+
+    monkeypatch.setattr(Log, "push", remove)
+    config = tiny_config({"eval.every": "", "checkpoint.every": "2 steps"})
+    assert train.train(config, str(tmp_path / "run")) == 0
+    assert "lock had been removed, and is there again" in caplog.text
+    assert load_params(tmp_path / "run")
+    assert train.evaluate(str(tmp_path / "run")) == 0
+
+
+def test_a_verdict_of_a_guard_stands_where_it_cannot_be_written(tmp_path, caplog):
+    (tmp_path / "guard_2.json").mkdir(parents=True)
+    config = tiny_config({"optim.lr": 1e38, "guard.max_nonfinite": 1, "train.duration": "20 steps"})
+    with pytest.raises(GuardError, match="the last one step 2"):
+        train.train(config, str(tmp_path))
+    assert "cannot write" in caplog.text
+    assert (tmp_path / "checkpoints" / "3").is_dir()
+    with pytest.raises(UserError, match=r"--step=4 is not to be had: .* is at step 3"):
+        replay.replay(str(tmp_path), 4)
 
 
 def test_gradients_that_stay_not_finite_stop_the_run_save_it_and_name_the_replay(tmp_path, capsys):

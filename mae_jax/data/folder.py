@@ -131,7 +131,7 @@ def _list(base: epath.Path) -> tuple[str, ...]:
     """Returns the pictures under a folder, relative and sorted; raises UserError when there are none."""
     pictures, others = _files(base)
     if not pictures:
-        what = f"{len(others)} other files, such as {others[0]}" if others else "it is empty"
+        what = f"{counted(len(others), 'other file')}, such as {printable(others[0])}" if others else "it is empty"
         raise UserError(f"no pictures ({', '.join(EXTENSIONS)}) under {base}: {what}")
     return pictures
 

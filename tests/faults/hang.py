@@ -6,12 +6,14 @@ from pathlib import Path
 
 from mae_jax import cli, data, train
 from mae_jax.checkpoint import Checkpoints
+from mae_jax.judge import Judge
 from mae_jax.log import Log
 from tests.faults import peer
 
 SECONDS = 1.5  # guard.stall_seconds; the tiny run's steps take milliseconds
 AT = 3  # the step at which it hangs
-PLACES = {"input": f"the input of step {AT}", "step": f"step {AT}", "save": "the save of step 4"}
+PLACES = {"input": f"the input of step {AT}", "step": f"step {AT}", "save": "the save of step 4",
+          "evaluation": "the evaluation at step 0"}
 
 
 def sleeps(*_) -> None:
@@ -22,6 +24,8 @@ def hang(place: str) -> None:
     """Makes the named part of a run never come back."""
     if place == "save":
         Checkpoints.save = sleeps
+    elif place == "evaluation":
+        Judge.look = sleeps
     elif place == "step":
         push = Log.push
         Log.push = lambda self, done, *args: (sleeps if done == AT else push)(self, done, *args)
@@ -45,6 +49,7 @@ def hang(place: str) -> None:
 
 if __name__ == "__main__":
     chosen, folder = sys.argv[1:]
-    config = peer.small_config(Path(folder).parent, {"guard.stall_seconds": SECONDS, "eval.every": ""})
+    fields = {"data.eval_split": "test", "eval.every": "4 steps"} if chosen == "evaluation" else {"eval.every": ""}
+    config = peer.small_config(Path(folder).parent, {"guard.stall_seconds": SECONDS, **fields})
     hang(chosen)
     sys.exit(cli.guarded(lambda: train.train(config, folder)))

@@ -26,11 +26,14 @@ MESHES = {
 }
 
 
-def losses(fields, devices) -> tuple[list[float], bytes, float]:
-    """Returns the losses, all bits of the last state, and the share of its bytes that one device holds."""
+def program(fields, devices) -> Program:
     config = tiny_config(FIELDS | fields)
-    mesh = sharding.make_mesh(config, devices)
-    program, out = Program(config, mesh, EXAMPLES), []
+    return Program(config, sharding.make_mesh(config, devices), EXAMPLES)
+
+
+def losses(program: Program) -> tuple[list[float], bytes, float]:
+    """Returns the losses, all bits of the last state, and the share of its bytes that one device holds."""
+    config, mesh, out = program.config, program.mesh, []
     with jax.set_mesh(mesh):
         state = jax.device_put(tiny_state(config), jax.tree.map(lambda leaf: leaf.sharding, program.state))
         for number in range(STEPS):
@@ -46,11 +49,12 @@ def losses(fields, devices) -> tuple[list[float], bytes, float]:
 
 
 def main() -> None:
-    dtype = {"model.dtype": sys.argv[1]}
-    found = {"devices": jax.device_count(), "one": losses(dtype, jax.devices()[:1])[0], "held": {}}
-    for name, fields in MESHES.items():
-        found[name], bits, found["held"][name] = losses(dtype | fields, jax.devices())
-    found["identical"] = bits == losses(dtype | fields, jax.devices())[1]
+    dtype, names = {"model.dtype": sys.argv[1]}, sys.argv[2:] or list(MESHES)
+    found = {"devices": jax.device_count(), "one": losses(program(dtype, jax.devices()[:1]))[0], "held": {}}
+    for name in names:
+        built = program(dtype | MESHES[name], jax.devices())
+        found[name], bits, found["held"][name] = losses(built)
+    found["identical"] = bits == losses(built)[1]
     print(json.dumps(found))
 
 
