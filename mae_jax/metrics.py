@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from mae_jax import lease
-from mae_jax.errors import UserError
+from mae_jax.errors import UserError, counted
 from mae_jax.files import make_folder, replace_bytes, replace_text
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,8 @@ class JsonLines:
         kept = [line for line in text.splitlines() if _step_of(line) <= restored_step]
         self.seen = {(json.loads(line)["step"], name) for line in kept for name in json.loads(line)}
         if active and text != _joined(kept):
+            logger.info("%s: %s past step %g, and torn ones, are cut off", path,
+                        counted(len(text.splitlines()) - len(kept), "line"), restored_step)
             try:
                 replace_text(path, _joined(kept))
             except OSError as error:
@@ -88,10 +90,10 @@ class JsonLines:
         if not self.pending:
             return
         try:
+            if why := lease.doubt():
+                raise OSError(why)
             if self.local:
                 _append(self.path, _joined(self.pending))
-            elif why := lease.doubt():
-                raise OSError(why)
             else:
                 self._rewrite(seconds)
             self.pending = []

@@ -121,6 +121,16 @@ with Stopper() as stopper:
     assert finish(process)[0] == 75
 
 
+def test_a_signal_in_an_evaluation_ends_at_once_since_the_state_was_saved_before(tmp_path):
+    process = subprocess.Popen([sys.executable, "-m", "tests.faults.hang", "evaluation", str(tmp_path / "run"), "600"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(process, "hangs")
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert (code, "stopped: nothing to save, the same command goes on" in err) == (75, True), err
+    assert (tmp_path / "run" / "checkpoints" / "4").is_dir()
+
+
 def test_handlers_are_as_before_after_exit():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]

@@ -1,4 +1,4 @@
-"""A run that hangs on purpose: `python -m tests.faults.hang PLACE WORKDIR`."""
+"""A run that hangs on purpose: `python -m tests.faults.hang PLACE WORKDIR [SECONDS]`, see SECONDS."""
 
 import sys
 import time
@@ -13,10 +13,11 @@ from tests.faults import peer
 SECONDS = 1.5  # guard.stall_seconds; the tiny run's steps take milliseconds
 AT = 3  # the step at which it hangs
 PLACES = {"input": f"the input of step {AT}", "step": f"step {AT}", "save": "the save of step 4",
-          "evaluation": "the evaluation at step 0"}
+          "evaluation": "the evaluation at step 4"}
 
 
 def sleeps(*_) -> None:
+    print("hangs", flush=True)
     time.sleep(600)
 
 
@@ -25,7 +26,7 @@ def hang(place: str) -> None:
     if place == "save":
         Checkpoints.save = sleeps
     elif place == "evaluation":
-        Judge.look = sleeps
+        Judge.look = lambda self, state, done: sleeps() if done == 4 else None
     elif place == "step":
         push = Log.push
         Log.push = lambda self, done, *args: (sleeps if done == AT else push)(self, done, *args)
@@ -48,8 +49,8 @@ def hang(place: str) -> None:
 
 
 if __name__ == "__main__":
-    chosen, folder = sys.argv[1:]
+    chosen, folder, *seconds = sys.argv[1:]
     fields = {"data.eval_split": "test", "eval.every": "4 steps"} if chosen == "evaluation" else {"eval.every": ""}
-    config = peer.small_config(Path(folder).parent, {"guard.stall_seconds": SECONDS, **fields})
+    config = peer.small_config(Path(folder).parent, {"guard.stall_seconds": float(*seconds or [SECONDS]), **fields})
     hang(chosen)
     sys.exit(cli.guarded(lambda: train.train(config, folder)))
