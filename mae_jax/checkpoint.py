@@ -79,7 +79,7 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(nest(arrays)),
                                    checksums=ocp.args.JsonSave(seal(describe(arrays))))
         # Orbax's save waits for all processes, so none may enter it where one cannot.
-        if not self._all_could(step, self._prepare):
+        if not self._all_could(step, functools.partial(self._prepare, step)):
             return
         self._refused, self._there = distributed.first([self._refused, self._there])
         if step in self._there:
@@ -205,17 +205,18 @@ class Checkpoints:
         if jax.process_index() == 0:
             _attempt("delete old checkpoints", self._prune)
 
-    def _prepare(self) -> None:
-        """Before a save: removes what interrupted saves left, and moves refused steps out of the way."""
+    def _prepare(self, step: int) -> None:
+        """Before a save: removes what interrupted saves left, and moves out of the way what is no good checkpoint."""
         if jax.process_index() == 0:
             if why := lease.doubt():
                 raise OSError(why)
             make_folder(self._folder)
             self._sweep()
-            for step in self._refused:
-                _attempt(f"move the refused checkpoint of step {step}", functools.partial(self._move_aside, step))
-            self._refused = [step for step in self._refused if (self._folder / str(step)).exists()]
             self._look()
+            stray = [step] * (step not in self._there and (self._folder / str(step)).exists())
+            for bad in {*self._refused, *stray}:
+                _attempt(f"move the refused checkpoint of step {bad}", functools.partial(self._move_aside, bad))
+            self._refused = [bad for bad in self._refused if (self._folder / str(bad)).exists()]
 
     def _move_aside(self, step: int) -> None:
         folder = self._root / "refused"

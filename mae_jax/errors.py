@@ -98,5 +98,6 @@ def cause(error: BaseException) -> str:
     """Returns the first error of a chain in one line, without the specs that TensorStore appends."""
     while error.__cause__:
         error = error.__cause__
-    text = re.split(r" \[\w+(?:\[\d+\])?=|\. See full TensorStore", " ".join(str(error).split()))[0]
+    specs = r" \[\w+(?:\[\d+\])?=|\. See full TensorStore|\. Tensorstore KvStore"
+    text = re.split(specs, " ".join(str(error).split()))[0]
     return f"{type(error).__name__}: {text[:600]}"

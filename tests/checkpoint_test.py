@@ -201,6 +201,13 @@ def test_a_refused_step_is_moved_to_another_disk_where_checkpoints_is_a_link(tmp
     assert same(Checkpoints(tmp_path, 3).restore(abstract(make_state(1))), make_state(2))
 
 
+def test_a_file_in_the_place_of_a_step_does_not_keep_it_from_being_saved(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "checkpoints" / "2").write_text("mine")
+    assert not save(tmp_path, 2).failed
+    assert (tmp_path / "refused" / "2").read_text() == "mine"
+
+
 def test_a_step_under_the_name_of_another_is_refused(tmp_path, caplog):
     save(tmp_path, 1, 2)
     (tmp_path / "checkpoints" / "2").rename(tmp_path / "checkpoints" / "5")
