@@ -100,9 +100,11 @@ check_commit() {
 }
 
 check_run() {
-  local argument config="" mode=train workdir=""
+  local argument before="" config="" mode=train workdir=""
   for argument in ${train[@]+"${train[@]}"}; do
+    argument=$before$argument before=""
     case $argument in
+      --config | --mode | --workdir) before=$argument= ;;  # its value is the next one
       --config=*) config=${argument#*=} ;;
       --mode=*) mode=${argument#*=} ;;
       --workdir=*) workdir=${argument#*=} ;;

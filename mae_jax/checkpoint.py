@@ -118,7 +118,7 @@ class Checkpoints:
         if not _attempt("look for checkpoints", self._look, tries=2):  # never taken for a folder without any
             raise UserError(f"cannot look for checkpoints in {self._folder}; see the warning above")
         steps, wanted = distributed.first(self._there), flatten(abstract)
-        if jax.process_index() == 0:
+        if lease.holds():
             _attempt("look for interrupted saves", self._tell_leftovers)
         for step in reversed(steps):
             arrays = self._try(step, wanted)
@@ -163,7 +163,7 @@ class Checkpoints:
         how = {path: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype, global_shape=leaf.shape)
                for path, leaf in wanted.items()}
         arrays = self._all_read(step, lambda: _read_arrays(self._checkpointer, folder, how), then)
-        return arrays and self._all_read(step, lambda: _of_step(step, folder, verify(record, arrays)), then)
+        return arrays and self._all_read(step, lambda: _of_step(folder, verify(record, arrays)), then)
 
     def _all_read(self, step: int, read: Callable[[], Any], then: str) -> Any:
         """Returns what `read` does, None where it finds damage on any process."""
@@ -284,7 +284,8 @@ def read_back(folder: epath.Path) -> Record:
     """Reads all arrays of a step's folder; returns their record, or raises Damaged where one is not as it was saved."""
     with ocp.Checkpointer(_handler()) as reader:
         record = _read_record(reader, folder)
-        verify(record, _read_arrays(reader, folder, dict.fromkeys(record, ocp.RestoreArgs(restore_type=np.ndarray))))
+        arrays = _read_arrays(reader, folder, dict.fromkeys(record, ocp.RestoreArgs(restore_type=np.ndarray)))
+        _of_step(folder, verify(record, arrays))
     return record
 
 
@@ -292,9 +293,9 @@ def _load_step(reader: ocp.Checkpointer, folder: epath.Path, ema: bool, extras: 
     record = _read_record(reader, folder)
     averaged = [path for path in record if path.startswith("ema/")]
     paths = averaged if ema and averaged else [path for path in record if path.startswith("params/")]
-    paths += [path for path in record if extras and path.startswith("extras/")]
+    paths += [path for path in record if path == "step" or (extras and path.startswith("extras/"))]
     arrays = _read_arrays(reader, folder, {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in paths})
-    verify({path: record[path] for path in paths}, arrays)
+    _of_step(folder, verify({path: record[path] for path in paths}, arrays)).pop("step", None)
     return nest({re.sub("^(params|ema)/", "", path): array for path, array in arrays.items()})
 
 
@@ -347,10 +348,9 @@ def _read_arrays(reader: ocp.Checkpointer, folder: epath.Path, how: Mapping[str,
     return {path: array for path, array in arrays.items() if isinstance(array, jax.Array | np.ndarray)}
 
 
-def _of_step(step: int, folder: epath.Path, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Returns the arrays; raises Damaged where they say that they are of another step: what comes next would be lost.
-    """
-    if "step" in arrays and int(arrays["step"]) != step:
+def _of_step(folder: epath.Path, arrays: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arrays; raises Damaged where they are of another step than the folder's: later ones would be lost."""
+    if "step" in arrays and folder.name.isdecimal() and int(arrays["step"]) != int(folder.name):
         raise Damaged(f"{folder}: what it holds is of step {int(arrays['step'])}")
     return arrays
 

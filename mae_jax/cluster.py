@@ -48,8 +48,8 @@ def main() -> int:
         given = (FROM.value, TO.value, CLUSTERS.value, BLOCK.value, RATIO.value, SEED.value)
         same = dict(zip(("--from", "--to", "--clusters", "--block", "--ratio", "--seed"), given, strict=True))
         return processes.run(lambda: cluster(*given, CONFIG.value), same, CONFIG.value)
-    if processes.COORDINATOR.value not in ("auto", "off"):
-        raise UserError("a vocabulary of patches is built by one process; leave --coordinator out")
+    if processes.here():
+        raise UserError("a vocabulary of patches is built by one process; start one, with --coordinator=off")
     if CONFIG.value is None:
         raise UserError("--from=WORKDIR clusters pictures, --config=RECIPE patches; --help shows examples")
     for flag in (CLUSTERS, BLOCK, RATIO, SEED):

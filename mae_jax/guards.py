@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from mae_jax import files, sharding
+from mae_jax import files, lease, sharding
 from mae_jax.errors import GuardError, cause
 from mae_jax.ops.keys import stream_key
 
@@ -41,10 +41,10 @@ class Guards:
         self.in_a_row = int(sums["bad_steps"])
         self.bad = [*self.bad, (done - 1, ids)] if self.in_a_row else []
         if self.in_a_row >= guard.max_nonfinite:
-            file = self._record(done - 1, sums)
+            where = self._record(done - 1, sums)
             raise GuardError(
                 f"{self.in_a_row} steps in a row had a loss or gradients that are not finite, the last one "
-                f"step {done - 1}; their examples are in {file}; look into it with: python -m mae_jax.main "
+                f"step {done - 1}; their examples are {where}; look into it with: python -m mae_jax.main "
                 f"--mode=replay --workdir={self.run.workdir} --step={done - 1}")
         self.seen += self.run.config.batch_size
         self.replaced += int(sums["replaced"])
@@ -58,7 +58,7 @@ class Guards:
         return self.in_a_row >= self.run.config.guard.max_nonfinite - 1
 
     def _record(self, step: int, sums: dict[str, float]) -> str:
-        """Writes what the bad steps were made of; returns the file's path."""
+        """Writes what the bad steps were made of; returns where."""
         everywhere = sharding.replicated(self.run.program.mesh)
         seed = self.run.config.seed
         steps = [{"step": number, "ids": np.asarray(jax.device_put(ids, everywhere)).tolist(),
@@ -67,7 +67,10 @@ class Guards:
         if jax.process_index() == 0:
             told = {name: str(sums[name]) for name in ("loss", "grad_norm")}  # JSON has no NaN
             try:
+                if why := lease.doubt():
+                    raise OSError(why)
                 files.replace_text(file, json.dumps({"seed": seed, **told, "steps": steps}) + "\n")
             except OSError as error:  # the verdict stands all the same
                 logger.warning("cannot write %s: %s", file, cause(error))
-        return str(file)
+                return "not on record"
+        return f"in {file}"

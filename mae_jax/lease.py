@@ -33,6 +33,7 @@ from mae_jax.errors import UserError, at_the_last, quit_now, say_now
 RENEWED = 20.0  # seconds from one sign of life to the next
 DEAD = 90.0  # seconds without one
 FIRST, LAST = 10.0, 3.0  # seconds for what is done at the start and at the end
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)  # the last one where another host removed it
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems that know none
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,11 @@ def held(workdir: epath.Path) -> Iterator[None]:
     finally:
         _held = None
         lease.give_back()
+
+
+def holds() -> bool:
+    """Says whether this process holds a workdir."""
+    return _held is not None
 
 
 def fence() -> None:
@@ -107,15 +113,16 @@ class FileLock:
         """Takes the lock; raises UserError, naming who holds it."""
         try:
             while self.descriptor < 0 or not self._is_there():
+                self._close()
                 self._open()
         except BlockingIOError:
             text = os.read(self.descriptor, 1000)
-            os.close(self.descriptor)
-            self.descriptor = -1
+            self._close()
             raise UserError(f"{self.folder} is in use by a living run: {_who(text)}; wait for its end or use another "
                             "--workdir") from None
         except OSError as error:
             if self.descriptor < 0 or error.errno not in NO_LOCKS:
+                self._close()  # open, it would count as locked
                 why = "a file is in its place" if isinstance(error, FileExistsError) else error.strerror or error
                 raise UserError(f"cannot write the workdir {self.folder}: {why}") from None
             logger.warning("the file system of %s has no locks: nothing keeps a second run out of it", self.path)
@@ -125,15 +132,24 @@ class FileLock:
             os.write(self.descriptor, _signature())
 
     def _open(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
+    def _close(self) -> None:
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
     def _is_there(self) -> bool:
-        """Says whether the file was not removed, by a run that held it, before it was locked here."""
-        return self.path.exists() and os.path.samestat(os.stat(self.path), os.fstat(self.descriptor))
+        """Says whether the file was not removed: by a run that held it, before it was locked here, or since."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.descriptor))
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            return False
 
     def doubt(self) -> str:
         """Returns why it is not sure that this run has the lock; makes the file again where somebody removed it."""
@@ -150,12 +166,12 @@ class FileLock:
         if not self.taken:  # what lies there may be another run's
             return
         with contextlib.suppress(OSError):
-            if self.made and os.listdir(self.folder) == [self.path.name]:
+            ours = self.descriptor >= 0 and self._is_there()
+            if ours and self.made and os.listdir(self.folder) == [self.path.name]:
                 self.path.unlink()
                 self.folder.rmdir()
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-        self.descriptor, self.taken = -1, False
+        self._close()
+        self.taken = False
 
 
 class BucketLease:

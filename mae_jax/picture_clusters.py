@@ -90,6 +90,9 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
     unlike = other_arguments(to_folder, meta)
     if unlike:
         raise UserError(f"{to} holds clusters of another {unlike}; runs may read them: name another folder")
+    if any(other != json.loads(json.dumps(about)) for other in distributed.gather(about)):
+        raise UserError(f"the processes do not see the same encoder or pictures; cluster with one step's folder, as "
+                        f"{source}/checkpoints/STEP, on storage that all of them share")
     found = {}
     with jax.set_mesh(mesh):
         for number, (split, batches) in enumerate((split, made) for split, made in parts.items() if split):

@@ -52,7 +52,11 @@ def move(folder: epath.Path, target: epath.Path) -> None:
     if os.fspath(folder).startswith("gs://"):
         folder.rename(target)
     else:
-        shutil.move(folder, target)
+        try:
+            shutil.move(folder, target)
+        except OSError:
+            shutil.rmtree(target, ignore_errors=True)  # part of a copy
+            raise
 
 
 def _of_step(path: epath.Path) -> bool:

@@ -140,7 +140,7 @@ def opened(config: ConfigDict, folder: str, trains: bool = True) -> Run:
     jax.devices()
     phases.done("devices")
     run = prepare(config, path, trains)
-    changes = workdir.changes(path, config) + workdir.data_changes(path, run.inputs, run.program.method.learns_labels)
+    changes = workdir.changes(path, config) + workdir.data_changes(path, run.inputs, run.program.method.names_classes)
     for change in changes:
         logger.info("changed since the run began: %s", change)
     phases.done("data")
@@ -278,12 +278,12 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Record
             if save or stop:
                 log.drain()
         except GuardError:
+            _keep_config(run)
             checkpoints.save(done, state)
             checkpoints.wait()
             raise
         if save or stop:
-            if jax.process_index() == 0:
-                workdir.keep(run.workdir, run.config, run.inputs)
+            _keep_config(run)
             watchdog.on(f"the save of step {done}")
             checkpoints.save(done, state)
         if stop and done < total:
@@ -296,6 +296,11 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Record
             judged.look(state, done)
             log.speed.start()
     return finish(run, checkpoints, state, total)
+
+
+def _keep_config(run: Run) -> None:
+    if jax.process_index() == 0:
+        workdir.keep(run.workdir, run.config, run.inputs)
 
 
 def finish(run: Run, checkpoints: Checkpoints, state: TrainState, done: int) -> int:
@@ -312,6 +317,8 @@ def finish(run: Run, checkpoints: Checkpoints, state: TrainState, done: int) -> 
         return cli.STOPPED
     lease.fence()
     if jax.process_index() == 0:
+        if why := lease.doubt():
+            raise UserError(f"the end of the run is not on record: {why}")
         files.replace_text(run.workdir / "DONE", f"{done}\n")
     say(f"finished {done} steps; {run.workdir}")
     return cli.FINISHED
@@ -344,7 +351,7 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
     else:
         workdir.compare(workdir.read_config(path), config)
     run = prepare(config, path)
-    for change in workdir.data_changes(path, run.inputs, run.program.method.learns_labels):
+    for change in workdir.data_changes(path, run.inputs, run.program.method.names_classes):
         logger.info("changed since the run began: %s", change)
     if not run.config.data.eval_split or not run.config.eval.test:
         raise UserError("data.eval_split is '', or eval.test is False: there is nothing to evaluate on")

@@ -13,7 +13,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax import config as configs
-from mae_jax.errors import UserError
+from mae_jax import lease
+from mae_jax.errors import UserError, printable
 from mae_jax.files import locate, make_folder, read_bytes, replace_text
 
 logger = logging.getLogger(__name__)
@@ -34,13 +35,13 @@ def changes(workdir: epath.Path, config: ConfigDict) -> list[str]:
     return compare(stored, config) if stored else []
 
 
-def data_changes(workdir: epath.Path, inputs: Any, learns_labels: bool) -> list[str]:
+def data_changes(workdir: epath.Path, inputs: Any, names_classes: bool) -> list[str]:
     """Returns how the data are other ones than those that the run began with, as text.
 
     Args:
       workdir: of the run.
       inputs: data.Inputs.
-      learns_labels: whether the classes must be the same.
+      names_classes: whether the classes must be the same.
 
     Raises:
       UserError: they must, and are not.
@@ -55,8 +56,8 @@ def data_changes(workdir: epath.Path, inputs: Any, learns_labels: bool) -> list[
     if before.get("classes") != after["classes"]:
         old, new = (set(each.get("classes") or ()) for each in (before, after))
         names = [f"-{name}" for name in sorted(old - new)] + [f"+{name}" for name in sorted(new - old)]
-        texts.append(f"classes: {len(old)} -> {len(new)} ({', '.join(names[:NAMED]) or 'in another order'})")
-        if learns_labels:
+        texts.append(f"classes: {len(old)} -> {len(new)} ({printable(', '.join(names[:NAMED])) or 'in another order'})")
+        if names_classes:
             raise UserError(f"the workdir belongs to other data; {texts[-1]}. Use another --workdir, or the data it "
                             "was made with")
     return texts
@@ -67,9 +68,11 @@ def _data_of(inputs: Any) -> dict[str, Any]:
 
 
 def keep(workdir: epath.Path, config: ConfigDict, inputs: Any) -> None:
-    """Writes config.json again where somebody removed it from a disk: without it, nothing accepts the run's outcome."""
+    """Writes config.json again where somebody removed it from a disk: without it, nothing accepts what is saved."""
     try:
-        if not str(workdir).startswith("gs://") and not (workdir / "config.json").exists():
+        if str(workdir).startswith("gs://") or lease.doubt():  # where another run has it, that one's is to come
+            return
+        if not (workdir / "config.json").exists():
             record(workdir, config, inputs)
     except (OSError, UserError) as error:
         logger.warning("cannot write %s again: %s", workdir / "config.json", error)

@@ -146,7 +146,7 @@ def test_another_checkpoint_of_the_same_step_is_not_overwritten(run, tmp_path):
     copy(run, tmp_path)
     other = Checkpoints(tmp_path / "other", 2)
     state = tiny_state(tiny_config({"optim.ema": 0.9}))
-    other.save(2, jax.tree.map(lambda x: x + 1, state))
+    other.save(2, jax.tree.map(lambda x: x + 1, state)._replace(step=np.int32(2)))
     other.close()
     workdir.record(epath.Path(tmp_path / "other"), tiny_config({"optim.ema": 0.9}))
     with pytest.raises(UserError, match="checkpoints/2 is another checkpoint; choose another folder for --to"):

@@ -1,5 +1,6 @@
 """A workdir has one living run, and a dead one does not keep it; real processes hold it, on disk and over HTTP."""
 
+import errno
 import json
 import os
 import re
@@ -15,9 +16,11 @@ import pytest
 from etils import epath
 
 from mae_jax import bucket, lease
+from mae_jax import workdir as run
 from mae_jax.checkpoint import Checkpoints
 from mae_jax.errors import UserError
 from mae_jax.metrics import JsonLines
+from tests.tiny import tiny_config
 
 HOLDER = """
 import sys, time
@@ -183,7 +186,31 @@ def test_a_folder_of_which_nothing_came_is_not_left_behind(tmp_path):
     assert json.loads((tmp_path / "run" / "lock").read_text())["process"] == os.getpid()
 
 
-def test_a_lock_that_was_removed_is_made_again_unless_another_run_has_it(tmp_path, holder, caplog):
+def test_a_lock_that_cannot_be_made_again_is_tried_until_it_can_and_harms_no_other_file(tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    lock, folder = lease.FileLock(epath.Path(tmp_path / "run" / "lock")), tmp_path / "run"
+    lock.take()
+    shutil.rmtree(folder)
+    folder.write_text("in the way")
+    assert "a file is in its place" in lock.doubt()
+    with open(tmp_path / "other", "w") as other:  # it may get the number of the descriptor that was closed
+        assert "a file is in its place" in lock.doubt()
+        other.write("whole")
+    folder.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(lease.fcntl, "flock", broken)
+        assert "Input/output error" in lock.doubt()
+        assert "Input/output error" in lock.doubt()
+        lock.give_back()
+        assert (folder / "lock").exists()  # not known to be ours
+    lock.take()
+    assert lock.doubt() == ""
+    lock.give_back()
+
+
+def test_a_lock_that_was_removed_is_made_again_unless_another_run_has_it(tmp_path, holder, caplog, monkeypatch):
     lock = lease.FileLock(epath.Path(tmp_path / "run" / "lock"))
     lock.take()
     shutil.rmtree(tmp_path / "run")
@@ -195,6 +222,10 @@ def test_a_lock_that_was_removed_is_made_again_unless_another_run_has_it(tmp_pat
     other = holder(str(tmp_path / "run"))
     assert f"in use by a living run: process {other.pid} on" in lock.doubt()
     assert f"in use by a living run: process {other.pid} on" in lock.doubt()
+    monkeypatch.setattr(lease, "_held", lock)
+    run.keep(epath.Path(tmp_path / "run"), tiny_config(), None)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+    monkeypatch.setattr(lease, "_held", None)
     other.kill()
     other.wait()
     assert lock.doubt() == ""

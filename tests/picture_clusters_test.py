@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_jax import train, workdir
+from mae_jax import distributed, train, workdir
 from mae_jax.checkpoint import load_params
 from mae_jax.clusters import Clusters
 from mae_jax.customise import customise, look
@@ -153,6 +153,12 @@ def test_information_is_all_where_the_choice_is_the_label_and_nothing_where_it_i
     label = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2])
     assert information(label, label) == pytest.approx(1)
     assert information(np.repeat([0, 1, 2], 3), label) == pytest.approx(0, abs=1e-12)
+
+
+def test_processes_that_see_other_encoders_or_pictures_are_refused(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "gather", lambda value, *_: [value, {**value, "encoder": "another"}])
+    with pytest.raises(UserError, match="the processes do not see the same encoder or pictures"):
+        clustered(made / "mae", tmp_path / "clusters")
 
 
 def test_processes_cluster_as_one_does_with_as_many_devices(made, tmp_path):

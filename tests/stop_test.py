@@ -10,7 +10,8 @@ import pytest
 from mae_jax.stop import Stopper
 
 PROLOGUE = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's would be inherited
 import jax, jax.numpy as jnp
 from mae_jax.stop import Stopper
 

@@ -118,7 +118,8 @@ def _classes(module: Any, feature: Any) -> tuple[tuple[str, ...], bool]:
 def _random_access(module: Any, builder: Any, data: ConfigDict, split: str, classes: tuple[str, ...],
                    multi_label: bool) -> Source:
     image_key, label_key, mask_key = data.image_key, data.label_key, data.mask_key
-    encoded = {key: module.decode.SkipDecoding() for key in (image_key, mask_key) if key}
+    pictures = [key for key, feature in builder.info.features.items() if isinstance(feature, module.features.Image)]
+    encoded = {key: module.decode.SkipDecoding() for key in pictures}
     rows = builder.as_data_source(split, decoders=encoded)
     wanted = [key for key in (image_key, label_key if classes else "", mask_key) if key]
 
@@ -134,21 +135,21 @@ def _random_access(module: Any, builder: Any, data: ConfigDict, split: str, clas
                        decode_mask(row[mask_key], data.mask_offset) if mask_key else None)
 
     fields = ("labels",) * multi_label + ("mask",) * bool(mask_key)
-    table = functools.cache(lambda: _labels(rows, label_key))
-    label = (lambda i: int(table()[i])) if classes and not multi_label else None
+    fetched = functools.cache(lambda block: _labels(rows, block * FETCHED, label_key))
+    label = (lambda i: int(fetched(i // FETCHED)[i % FETCHED])) if classes and not multi_label else None
     return Source(len(rows), read, lambda i: f"{data.name} {split}[{i}]", classes, fields, label)
 
 
-def _labels(rows: Any, label_key: str) -> np.ndarray:
-    """Returns the labels of all rows, int32 [rows]: many are fetched at a time, as a bucket answers slowly."""
-    labels = np.full(len(rows), UNLABELLED, np.int32)
-    for first in range(0, len(rows), FETCHED):
-        numbers = range(first, min(first + FETCHED, len(rows)))
-        try:
-            labels[numbers] = [row[label_key] for row in rows.__getitems__(numbers)]
-        except Exception:  # one of them is damaged: none of it is fetched
-            labels[numbers] = [_label(rows, number, label_key) for number in numbers]
-    return labels
+def _labels(rows: Any, first: int, label_key: str) -> np.ndarray:
+    """Returns the labels of rows first, first + 1, ..., int32 [FETCHED], or fewer at the end.
+
+    Many are fetched at a time, as a bucket answers slowly; a record comes whole, with its picture.
+    """
+    numbers = range(first, min(first + FETCHED, len(rows)))
+    try:
+        return np.array([row[label_key] for row in rows.__getitems__(numbers)], np.int32)
+    except Exception:  # one of them is damaged: none of it is fetched
+        return np.array([_label(rows, number, label_key) for number in numbers], np.int32)
 
 
 def _label(rows: Any, number: int, label_key: str) -> int:

@@ -74,6 +74,7 @@ class Method:
 
     defaults: ClassVar[dict[str, Any]] = {}  # own config fields under config.method
     learns_labels: bool = False  # what it is evaluated on must not be trained on
+    names_classes: bool = False  # its head has a row for each class of the data, in their order
     sees_whole_batch: bool = False  # the loss has terms across images: accumulation is refused
     encodes_with: tuple[str, ...] = ()  # batch fields that `encode` reads besides pictures and orders
     group: int = 1  # rows that stay together on a device and in a micro-batch, neighbours in the batch

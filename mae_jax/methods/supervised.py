@@ -38,7 +38,7 @@ class Supervised(Method):
         "erase": 0.0,  # probability of random erasing
     }
     decayed = ("kernel",)
-    learns_labels = True
+    learns_labels = names_classes = True
 
     @staticmethod
     def validate(config: ConfigDict) -> None:

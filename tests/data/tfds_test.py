@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mae_jax.data import audit, sources
+from mae_jax.data import audit, sources, tfds
 from mae_jax.data.decode import BadPicture
 from mae_jax.errors import UserError
 from tests.records import TRAIN, assert_pixels_belong_to_ids, build, store, take, tfds_config
@@ -53,7 +53,8 @@ def test_missing_files_of_tfds_are_refused_at_once(tmp_path, file_format):
 @pytest.mark.parametrize("change", [
     lambda raw: b"", lambda raw: raw[:len(raw) // 2], lambda raw: raw[:-20], lambda raw: raw[:70_000],
     lambda raw: raw[:1000] + bytes([raw[1000] ^ 1]) + raw[1001:]])
-def test_damaged_files_with_random_access_give_bad_pictures_by_name(tmp_path, change):
+def test_damaged_files_with_random_access_give_bad_pictures_by_name(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(tfds, "FETCHED", 8)  # labels at a time
     c = tfds_config(store(tmp_path, "array_record"))
     path = metadata(tmp_path, "toy-train.*")
     path.write_bytes(change(path.read_bytes()))
