@@ -24,7 +24,7 @@ def run(tmp_path_factory):
     params = {name: np.array(leaf) for name, leaf in flatten(state.params).items()}
     workdir.record(epath.Path(folder), config)
     checkpoints = Checkpoints(folder, 2)
-    checkpoints.save(1, state)
+    checkpoints.save(int(state.step), state)
     checkpoints.wait()
     checkpoints.close()
     return folder, params
@@ -33,7 +33,7 @@ def run(tmp_path_factory):
 def test_an_export_gives_back_every_parameter_bit_for_bit(run, tmp_path):
     folder, params = run
     file = tmp_path / "out.safetensors"
-    assert export.export(str(folder / "checkpoints" / "1"), str(file), "mae_jax") == 0
+    assert export.export(str(folder / "checkpoints" / "0"), str(file), "mae_jax") == 0
     loaded = flatten(load_params(file))
     assert loaded.keys() == params.keys()
     for name, value in loaded.items():
@@ -61,7 +61,7 @@ def probe(tmp_path_factory):
     params = jax.tree.map(np.array, state.params)
     workdir.record(epath.Path(folder), config)
     checkpoints = Checkpoints(folder, 2)
-    checkpoints.save(1, state)
+    checkpoints.save(int(state.step), state)
     checkpoints.wait()
     checkpoints.close()
     return folder, params, jax.tree.map(np.array, moments)
@@ -111,7 +111,7 @@ def test_what_heads_and_decoders_of_other_methods_predict_is_not_written_as_a_cl
     state = tiny_state(config, extras, some)
     workdir.record(epath.Path(tmp_path / "run"), config)
     checkpoints = Checkpoints(tmp_path / "run", 2)
-    checkpoints.save(1, state)
+    checkpoints.save(int(state.step), state)
     checkpoints.wait()
     checkpoints.close()
     export.export(str(tmp_path / "run"), str(tmp_path / "out.safetensors"), "timm")

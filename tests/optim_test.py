@@ -330,7 +330,7 @@ def test_a_state_with_frozen_parameters_comes_back_from_its_checkpoint_bit_for_b
     state = tiny_state(config, method=HeadOnly(config))
     state = jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape), x.dtype), state)
     checkpoints = Checkpoints(tmp_path, 3)
-    checkpoints.save(7, state)
+    checkpoints.save(int(state.step), state)
     checkpoints.wait()
     assert checkpoints.failed is None
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)

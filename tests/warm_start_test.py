@@ -67,7 +67,7 @@ def test_a_workdirs_averaged_parameters_are_taken(tmp_path):
     state.ema["encoder"]["cls_token"] += 1
     workdir.record(epath.Path(tmp_path), config)
     checkpoints = Checkpoints(tmp_path, 2)
-    checkpoints.save(1, state)
+    checkpoints.save(int(state.step), state)
     checkpoints.wait()
     checkpoints.close()
     wanted = np.asarray(state.ema["encoder"]["cls_token"])

@@ -52,7 +52,7 @@ def run():
         assert checkpoints.latest() == 3
         assert "3" in names(workdir / "refused")
         if number == 0:  # process 0 alone cannot save: no process may wait for it
-            checkpoints._prepare = lambda: (workdir / "no" / "folder").mkdir()
+            checkpoints._prepare = lambda step: (workdir / "no" / "folder").mkdir()
         checkpoints.save(4, state(4))
         assert "checkpoint of step 4 not saved: FileNotFoundError" in checkpoints.failed
         assert checkpoints.latest() == 3
