@@ -32,7 +32,6 @@ def any_clusters(folder, data):
     return folder
 
 
-@pytest.mark.usefixtures("_shared_compilations")  # the shrunken recipes are alike
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_two_steps_of_a_recipe_leave_finite_losses_pictures_and_a_checkpoint(path, tmp_path, capsys):
     config = recipe(path, "runlocal")

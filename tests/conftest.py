@@ -17,7 +17,7 @@ import pytest
 from tests.gcs.server import Server, environment, serving
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def _shared_compilations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Programs that are compiled again, by another run of the same shapes, come from a cache on disk."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))

@@ -53,7 +53,7 @@ def held(config):
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory, _shared_compilations) -> Path:
+def encoder(tmp_path_factory) -> Path:
     """A tiny MAE that was trained for 3 steps."""
     folder = tmp_path_factory.mktemp("encoder")
     config = tiny_config({"train.duration": "3 steps", "data.eval_split": "", "optim.lr": 1e-3})
@@ -112,7 +112,6 @@ def test_a_grid_has_all_numbers_of_blocks_where_they_mean_something(tmp_path, en
             plan(some.recipe, ["crops"], [], [wrong])
 
 
-@pytest.mark.usefixtures("_shared_compilations")
 def test_a_suite_reports_every_cell_names_what_failed_and_skips_what_is_done(tmp_path, encoder, capsys):
     some = suite(tmp_path, encoder)
     cells = plan(some.recipe, ["crops", "absent", "more"], ["", "quick"], [])
@@ -136,7 +135,6 @@ def test_a_suite_reports_every_cell_names_what_failed_and_skips_what_is_done(tmp
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-@pytest.mark.usefixtures("_shared_compilations")
 def test_the_quick_protocol_measures_what_an_evaluation_of_the_encoder_measures(tmp_path, encoder):
     some = suite(tmp_path, encoder)
     assert some.run([Cell("crops", "quick")]) == 0
@@ -154,7 +152,6 @@ def test_the_quick_protocol_measures_what_an_evaluation_of_the_encoder_measures(
     assert found == {name: line[f"eval/{name}"] for name in ("linear/top1", "knn/top1")}
 
 
-@pytest.mark.usefixtures("_shared_compilations")
 def test_the_quick_protocol_probes_the_encoder_of_any_method(tmp_path, encoder):
     found = {}
     for method in ("mae", "supervised", "segment", "splitmask", "beit", "dino"):
@@ -180,7 +177,6 @@ def test_the_quick_protocol_probes_the_encoder_of_any_method(tmp_path, encoder):
     assert set(found["mae"]) == {"linear/top1", "sgd/top1", "knn/top1"}
 
 
-@pytest.mark.usefixtures("_shared_compilations")
 def test_a_signal_stops_the_whole_suite_and_the_same_command_goes_on(tmp_path, encoder, monkeypatch):
     some = suite(tmp_path, encoder)
     cells = plan(some.recipe, ["crops", "more"], [], [])
@@ -202,7 +198,6 @@ def test_a_signal_stops_the_whole_suite_and_the_same_command_goes_on(tmp_path, e
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
 
 
-@pytest.mark.usefixtures("_shared_compilations")
 def test_a_learning_rate_is_chosen_without_the_test_data_and_then_trained_as_the_recipe_says(tmp_path, encoder):
     some = suite(tmp_path, encoder, lrs=[1e-9, 0.05])
     assert some.run([Cell("crops")]) == 0
@@ -218,7 +213,6 @@ def test_a_learning_rate_is_chosen_without_the_test_data_and_then_trained_as_the
     assert (chosen["optim"]["lr"], chosen["data"]["val_split"]) == (row["lr"], "")
 
 
-@pytest.mark.usefixtures("_shared_compilations")
 def test_a_learning_rate_that_diverges_is_out_and_the_others_are_compared(tmp_path, encoder, capsys):
     overrides = {"guard.max_nonfinite": 1}
     assert suite(tmp_path, encoder, overrides, lrs=[1e30, 0.05]).run([Cell("crops")]) == 0
@@ -240,7 +234,6 @@ def test_a_recipe_takes_the_values_of_the_encoders_size_and_the_command_line_has
         Recipe("configs/transfer.py:B", {}).config("dtd", encoder=theirs)
 
 
-@pytest.mark.usefixtures("_shared_compilations")
 def test_another_state_of_the_encoder_or_another_evaluation_is_not_taken_for_what_was_measured(tmp_path, encoder):
     copy = tmp_path / "copy"
     shutil.copytree(encoder, copy)
@@ -253,7 +246,6 @@ def test_another_state_of_the_encoder_or_another_evaluation_is_not_taken_for_wha
     assert "init_from" in results(tmp_path)[0]["problem"]
 
 
-@pytest.mark.usefixtures("_shared_compilations")
 def test_a_learning_rate_is_chosen_without_the_test_pictures_of_data_without_splits(tmp_path, encoder, monkeypatch):
     pictures = np.random.default_rng(0).integers(0, 256, (120, 16, 16, 3), np.uint8)
     np.savez(tmp_path / "all.npz", image=pictures, label=np.arange(120) % 3)

@@ -23,8 +23,6 @@ from mae_jax.ops.keys import stream_key
 from mae_jax.params import flatten
 from tests.tiny import tiny_config, tiny_supervised
 
-pytestmark = pytest.mark.usefixtures("_shared_compilations")  # most runs here have the same shapes
-
 
 def rows(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -8,7 +8,7 @@ import pytest
 
 from tests.devices import simulated
 
-FLIPS = 15  # of each; more by `python -m tests.faults.flips 1000 1`
+FLIPS = 10  # of each; more by `python -m tests.faults.flips 1000 1`
 
 
 @pytest.mark.parametrize("devices", [1, 8])
