@@ -1,6 +1,6 @@
 """How even are the clusters of pictures, and what does that cost beside plain k-means?
 
-  python bench/balance.py runs/mae_of_photographs runs/mae_of_clipart     (workdirs of trained encoders)
+  python bench/balance.py runs/mae_of_photographs runs/mae_of_clipart     (of trained encoders)
 
 For each workdir and 16 and 64 clusters: pictures, the sizes of the smallest and the largest cluster, and the mean
 similarity of a picture to its own centroid, beside that of k-means before its clusters were made even. Writes

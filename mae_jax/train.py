@@ -140,11 +140,19 @@ def opened(config: ConfigDict, folder: str, trains: bool = True) -> Run:
     jax.devices()
     phases.done("devices")
     run = prepare(config, path, trains)
-    changes = workdir.changes(path, config) + workdir.data_changes(path, run.inputs, run.program.method.names_classes)
-    for change in changes:
-        logger.info("changed since the run began: %s", change)
+    _tell(workdir.changes(path, config) + data_changes(run))
     phases.done("data")
     return run
+
+
+def data_changes(run: Run) -> list[str]:
+    """Returns how the data are other ones than those that the run began with; raises UserError for other classes."""
+    return workdir.data_changes(run.workdir, run.inputs, run.program.method.names_classes)
+
+
+def _tell(changes: list[str]) -> None:
+    for change in changes:
+        logger.info("changed since the run began: %s", change)
 
 
 @contextlib.contextmanager
@@ -351,8 +359,7 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
     else:
         workdir.compare(workdir.read_config(path), config)
     run = prepare(config, path)
-    for change in workdir.data_changes(path, run.inputs, run.program.method.names_classes):
-        logger.info("changed since the run began: %s", change)
+    _tell(data_changes(run))
     if not run.config.data.eval_split or not run.config.eval.test:
         raise UserError("data.eval_split is '', or eval.test is False: there is nothing to evaluate on")
     checkpoints = Checkpoints(path, run.config.checkpoint.keep_last)

@@ -70,6 +70,7 @@ WHOLE = ["create", "scp", "install", "start", "follow", "report", "delete"]
     (["run", *SLICE, "--", "--workdir=gs:///a"], "--workdir=gs:///a would be lost with the slice, or names no bucket"),
     (["run", *SLICE, "--", TRAIN[1]], "--config=FILE must be given, after --; --help shows an example"),
     (["run", *SLICE, "--", "--config=configs/mine.py:L", TRAIN[1]], "--config=configs/mine.py:L is not in commit "),
+    (["run", *SLICE, "--", "--config", "configs/mine.py", TRAIN[1]], "--config=configs/mine.py is not in commit "),
 ])
 def test_a_mistake_ends_with_one_line_and_2_before_anything_is_called(cloud, args, line):
     done = cloud.launch(*args)

@@ -1,4 +1,4 @@
-"""A run that hangs on purpose: `python -m tests.faults.hang PLACE WORKDIR [SECONDS]`, see SECONDS."""
+"""A run that hangs on purpose: `python -m tests.faults.hang PLACE WORKDIR [guard.stall_seconds]`."""
 
 import sys
 import time
