@@ -39,7 +39,7 @@ from mae_jax.bench import TimedStep
 from mae_jax.config import default
 
 RESULTS = Path(__file__).parent / "results"
-BATCH, SEEDS, LRS = 64, (0, 1, 2), (4e-3, 1.2e-2, 3.6e-2)
+BATCH, SEEDS = 64, (0, 1, 2)
 NAIVE = {"attention": "all", "contrast_weight": 0.0, "segments": False}
 ARMS: dict[str, dict[str, Any] | None] = {"mae": None, "naive": NAIVE, "mixedae": {}}  # fields of MixedAE; None: MAE
 LONGER = "mae, longer"
@@ -47,7 +47,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "oracle": {"attention": "oracle"}, "no segments": {"segments": False}, "r = 0.5": {"ratio": 0.5},
     "first half": {"blocks": "first_half"}, "last half": {"blocks": "last_half"}}
 HELD = 0.1  # of the training split, chooses
-TUNED = 20  # epochs of fine-tuning
+TUNED, TUNED_BATCH, LRS = 400, 32, (1.2e-2, 2.4e-2, 4.8e-2)  # steps of fine-tuning, and rates of batches of 256
 
 
 class Set(NamedTuple):
@@ -68,7 +68,7 @@ class Size(NamedTuple):
     seeds: tuple[int, ...] = SEEDS
 
 
-SETS = {"clipart": Set(48, 6, 96, 4, 3), "photo_crops": Set(40, 4, 128, 6, 4)}
+SETS = {"clipart": Set(48, 6, 96, 4, 3), "photo_crops": Set(40, 4, 96, 6, 3)}
 SIZES = {"cpu": Size(60_000, 5), "gpu": Size(100_000, 10)}
 
 
@@ -103,14 +103,12 @@ def finetuning(cell: Cell, clipart: str, encoder: str) -> ConfigDict:
     """Returns the config of a fine-tuning with all labels but those held out."""
     from mae_jax.data import sources
 
-    config = common(default("supervised"), cell, clipart, 1)
-    count = sources.load(config.data, "train").size
-    learned = round(count * (1 - HELD))
-    common(config, cell, clipart, TUNED * learned // BATCH)
+    config = common(default("supervised"), cell, clipart, TUNED)
+    learned = round(sources.load(config.data, "train").size * (1 - HELD))
     config.data.update(train_split=f"train[:{learned}]", val_split=f"train[{learned}:]")
-    config.init_from = encoder
-    config.model.update(positions="learned", drop_path=0.1)
-    config.method.smoothing = 0.1
+    config.init_from, config.batch_size = encoder, TUNED_BATCH
+    config.model.positions = "learned"
+    config.method.update(head="probe", head_std=0.01, smoothing=0.1)  # so few steps need the batch norm
     config.optim.update(lr=cell["lr"], betas=(0.9, 0.999), layer_decay=0.75)
     return config.lock()
 

@@ -4,7 +4,8 @@ r"""Clusters pictures by the features of an encoder, for MoCE, or patches, to th
 
 Pictures: the encoder of a workdir and the data that it was trained on (or those of --config) give clusters of nearly
 one size, which configs/moce.py takes as --config.method.clusters=runs/clusters. Features are computed once and kept in
-the folder: the same command goes on where it was stopped. clusters.png shows the pictures nearest to each centroid.
+the folder, in chunks of 16,384 pictures: the same command goes on where it was stopped. clusters.png shows the pictures
+nearest to each centroid.
 Several processes compute the features together, started as those of a run are (python -m mae_jax.main --help).
 
   python -m mae_jax.cluster --config=configs/splitmask_small.py:folder --config.data.path=/path/to/pictures \
@@ -15,6 +16,8 @@ first step; several runs share one with the same flags and --config.method.vocab
 --config.method.target says of which kind it is: kmeans, patches or projection. Beside the file, vocabulary.png shows
 its entries, those that are most used first.
 """
+
+import math
 
 import numpy as np
 from absl import flags
@@ -29,7 +32,7 @@ CLUSTERS = flags.DEFINE_integer("clusters", 256, "how many clusters of pictures"
 BLOCK = flags.DEFINE_integer("block", -1, "the block whose tokens make the features; -1: the encoder's output")
 RATIO = flags.DEFINE_float("ratio", 3.0, "how many times larger the largest cluster may be than the smallest",
                            lower_bound=1.5)
-SEED = flags.DEFINE_integer("seed", 0, "of the first centroids")
+SEED = flags.DEFINE_integer("seed", 0, "of the first centroids", lower_bound=0)
 SHOWN = 1024  # entries in the picture, at most
 SIDE = 32  # of them in a row
 PIXELS = 16  # that an entry is wide, at least
@@ -45,6 +48,8 @@ def main() -> int:
         if TO.value.endswith(".npz"):
             raise UserError(f"--to={TO.value}: clusters of pictures are a folder; a vocabulary of patches is made "
                             "without --from")
+        if not math.isfinite(RATIO.value):
+            raise UserError(f"--ratio={RATIO.value} must be finite")
         given = (FROM.value, TO.value, CLUSTERS.value, BLOCK.value, RATIO.value, SEED.value)
         same = dict(zip(("--from", "--to", "--clusters", "--block", "--ratio", "--seed"), given, strict=True))
         return processes.run(lambda: cluster(*given, CONFIG.value), same, CONFIG.value)

@@ -10,6 +10,7 @@ A folder, local or gs://:
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,9 +20,9 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from mae_jax import files
 from mae_jax.arrays import opened
 from mae_jax.errors import UserError
-from mae_jax.files import locate
 from mae_jax.ops import spherical
 from mae_jax.params import flatten
 
@@ -58,20 +59,21 @@ class Clusters:
         return spherical.assign(lambda: iter([points]), self.centroids, self.prices)
 
     def write(self, folder: epath.Path) -> None:
-        """Writes clusters.npz and meta.json."""
+        """Writes meta.json and then clusters.npz, which is whole once it is there."""
+        files.replace_text(folder / "meta.json", json.dumps(self.meta, indent=1) + "\n")
         arrays = {name: getattr(self, name) for name in NAMES}
-        with (folder / "clusters.npz").open("wb") as file:
-            np.savez(file, **arrays, **{PREFIX + split: found for split, found in self.assigned.items()})
-        (folder / "meta.json").write_text(json.dumps(self.meta, indent=1) + "\n")
+        content = io.BytesIO()
+        np.savez(content, **arrays, **{PREFIX + split: found for split, found in self.assigned.items()})
+        files.replace_bytes(folder / "clusters.npz", content.getvalue())
 
     @classmethod
     def read(cls, folder: str) -> "Clusters":
         """Reads what `write` wrote; raises UserError where it is not there or damaged."""
-        path = locate(folder).expanduser()
+        path = files.locate(folder).expanduser()
         if not folder or not (path / "clusters.npz").is_file():
             raise UserError(f"method.clusters={folder!r} holds no clusters.npz; python -m mae_jax.cluster "
                             "--from=WORKDIR --to=FOLDER makes it, of the pictures and the encoder of a MAE")
-        with opened(path / "clusters.npz") as stored:
+        with opened(path / "clusters.npz", "; remove it, and cluster again") as stored:
             arrays = {name: stored[name] for name in stored.files}
         try:
             meta = json.loads((path / "meta.json").read_text())
@@ -79,7 +81,8 @@ class Clusters:
             assigned = {name.removeprefix(PREFIX): arrays.pop(name) for name in named}
             return cls(**arrays, assigned=assigned, meta=meta)
         except (ValueError, TypeError, OSError) as error:
-            raise UserError(f"{path / 'clusters.npz'} or meta.json beside it is damaged: {error}") from None
+            raise UserError(f"{path / 'clusters.npz'} or meta.json beside it is damaged: {error}; "
+                            "remove both, and cluster again") from None
 
 
 def fingerprint(arrays: Any) -> str:
@@ -90,12 +93,12 @@ def fingerprint(arrays: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def of_splits(config: ConfigDict, sizes: dict[str, int]) -> dict[str, np.ndarray]:
+def of_splits(config: ConfigDict, parts: dict[str, Any]) -> dict[str, np.ndarray]:
     """Returns split expression → cluster by id, int32, of the splits that the config names.
 
     Args:
       config: whose method.clusters is the folder.
-      sizes: split expression → number of examples.
+      parts: split expression → its examples, see `data.Inputs`.
 
     Raises:
       UserError: the clusters are of other data, or of other splits of it.
@@ -106,13 +109,17 @@ def of_splits(config: ConfigDict, sizes: dict[str, int]) -> dict[str, np.ndarray
         if config.data[name] != found.meta["data"][name]:
             raise UserError(f"the clusters of {folder} are of data.{name}={found.meta['data'][name]!r}, the config has "
                             f"{config.data[name]!r}")
-    for split, size in sizes.items():
+    for split, part in parts.items():
         if split not in found.assigned:
             raise UserError(f"{folder} has no clusters of the split {split!r}; it has {', '.join(found.assigned)}; "
                             "cluster with the config's splits")
         there = int((found.assigned[split] >= 0).sum())
-        if there != size:
-            raise UserError(f"{folder} has clusters of {there} examples of {split!r}, the data has {size}")
+        if there != part.size:
+            raise UserError(f"{folder} has clusters of {there} examples of {split!r}, the data has {part.size}: "
+                            "cluster again, into another folder")
+        if found.meta["examples"][split] != part.digest():
+            raise UserError(f"{folder} has clusters of other examples of {split!r}, by their names or order, than the "
+                            "data has: cluster again, into another folder")
     return found.assigned
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_jax import data, sharding, workdir
+from mae_jax import data, files, sharding, workdir
 from mae_jax.checkpoint import load_params
 from mae_jax.clusters import Clusters
 from mae_jax.config import default
@@ -45,7 +45,8 @@ class Customised(NamedTuple):
     report: list[str]
 
 
-def customise(config: ConfigDict, params: Any, extras: Any, task: ConfigDict, how: str, seed: int = 0) -> Customised:
+def customise(config: ConfigDict, params: Any, extras: Any, task: ConfigDict, how: str, seed: int = 0,
+              clusters: str = "") -> Customised:
     """Cuts the path for a task out of a mixture of experts.
 
     Args:
@@ -55,22 +56,27 @@ def customise(config: ConfigDict, params: Any, extras: Any, task: ConfigDict, ho
         the most votes the best one by a linear probe on a tenth of the task's training split; 'random', any but the
         most voted, as a control.
       seed: of 'random'.
+      clusters: the folder of the clusters that the mixture was trained with; '' where its config says.
 
     Raises:
       UserError: not a mixture whose clusters choose, the clusters are gone, or the task has no pictures or labels.
     """
     if config.method.name != "moce" or config.method.gate != "cluster":
         raise UserError("--for-task needs a run of method.name=moce whose clusters choose (method.gate=cluster)")
+    config = config.copy_and_resolve_references()
+    config.method.clusters = clusters or config.method.clusters
     method, found = MoCE(MoCE.fitted(config, ())), Clusters.read(config.method.clusters)
     method.check(extras)
     table = {block: np.asarray(each) for block, each in method.probabilities(params, extras).items()}
     of_cluster = [tuple(int(each[cluster].argmax()) for each in table.values()) for cluster in range(method.count)]
-    about = look(found, epath.Path(config.method.clusters).expanduser(), task)
+    about = look(found, files.locate(config.method.clusters).expanduser(), task)
     votes = tally(of_cluster, about.votes)
     report = [f"path {name(path)}: {share:.1%} of the task's pictures" for path, share in ranked(votes) if share > 0]
     chosen = most_voted(votes, of_cluster, found, about)
     if how == "random":
-        others = sorted(set(of_cluster) - {chosen}) or [chosen]
+        others = sorted(set(of_cluster) - {chosen})
+        if not others:
+            raise UserError(f"--for-task=random: all clusters take the path {name(chosen)}; there is no other")
         chosen = others[np.random.default_rng(seed).integers(len(others))]
         report.append(f"path {name(chosen)}: drawn at random")
     if how == "probe":
@@ -81,7 +87,8 @@ def customise(config: ConfigDict, params: Any, extras: Any, task: ConfigDict, ho
         report += [f"path {name(path)}: {score:.4f} top-1 of a linear probe" for path, score in scores.items()]
     tree, error = extracted(method, params, table, of_cluster, about, chosen)
     if not method.straight:
-        report.append(f"folded the mean gate into the experts; gates of the task's clusters are off by {error:.1%}")
+        report.append(f"folded the mean gate into the experts; gates of the task's pictures on this path are off by "
+                      f"{error:.1%} on average")
     return Customised(tree, dense_config(config), [*report, f"taken: path {name(chosen)}"])
 
 
@@ -139,7 +146,8 @@ def extracted(method: MoCE, params: Any, table: dict[int, np.ndarray], of_cluste
               path: Path) -> tuple[dict[str, Any], float]:
     """Returns the parameters without experts, and how far gates are from the folded mean: their mean relative error.
 
-    Where the expert's output is multiplied by its gate, the mean gate of the task's clusters on that path is folded in.
+    Where the expert's output is multiplied by its gate, the mean gate of the task's pictures on that path is folded in;
+    the error is of the same pictures.
     """
     weights = about.votes * [other == path for other in of_cluster]
     weights = weights / weights.sum() if weights.sum() else np.array([float(other == path) for other in of_cluster])

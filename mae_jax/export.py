@@ -35,11 +35,13 @@ TO = flags.DEFINE_string("to", "", "the file to write, *.safetensors; with --lay
                          "whole checkpoint, a folder")
 CONFIG = cli.define_config()
 FOR_TASK = flags.DEFINE_enum("for-task", "", ["", "vote", "probe", "random"], "which path of a mixture of experts")
-SEED = flags.DEFINE_integer("seed", 0, "of --for-task=random")
+SEED = flags.DEFINE_integer("seed", 0, "of --for-task=random", lower_bound=0)
+CLUSTERS = flags.DEFINE_string("clusters", "", "of --for-task: the folder of clusters, where it was moved")
 LAYOUT = flags.DEFINE_enum("layout", "mae_jax", ["mae_jax", "mae", "timm", "hf"], "whose names the arrays have")
 
 
-def export(source: str, to: str, layout: str, task: Any = None, how: str = "", seed: int = 0) -> int:
+def export(source: str, to: str, layout: str, task: Any = None, how: str = "", seed: int = 0,
+           clusters: str = "") -> int:
     """Writes the parameters that `source` holds to `to`, with the names of `layout`; or copies a checkpoint.
 
     Returns the exit code.
@@ -47,6 +49,7 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
     Args:
       source, to, layout: as the flags.
       task, how, seed: config of the task for which a mixture of experts is cut down, and as `customise` takes them.
+      clusters: the folder of the mixture's clusters; '' where its config says.
     """
     from mae_jax import copies, files, parameter_file, params, workdir
     from mae_jax.checkpoint import load_params
@@ -56,8 +59,9 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
     from mae_jax.interop.timm import folded, timm_arguments, to_timm
     from mae_jax.ops.patches import grid
 
-    if task is not None and not how:
-        raise UserError("--config says for what --for-task=vote, probe or random is to be; without it leave it out")
+    for flag, given in (("config", task is not None), ("clusters", clusters)):
+        if given and not how:
+            raise UserError(f"--{flag} is of --for-task=vote, probe or random; without it leave it out")
     file, folder = files.locate(to), files.locate(source)
     if layout == "hf":
         file = file / "model.safetensors"
@@ -71,7 +75,7 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
     config = workdir.read_config(workdir.of_checkpoint(folder))
     tree, extras = params.judged(load_params(folder, ema=True, extras=True))
     if how:
-        tree, config, report = for_task(config, tree, extras, task, how, seed)
+        tree, config, report = for_task(config, tree, extras, task, how, seed, clusters)
         print("\n".join(report))
     tree = folded(tree, extras)
     if layout != "mae_jax" and config.method.name == "moce":
@@ -109,5 +113,6 @@ def for_task(*args: Any) -> Any:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: export(FROM.value, TO.value, LAYOUT.value, CONFIG.value, FOR_TASK.value, SEED.value), __doc__,
+    cli.run(lambda: export(FROM.value, TO.value, LAYOUT.value, CONFIG.value, FOR_TASK.value, SEED.value,
+                           CLUSTERS.value), __doc__,
             required=("from", "to"))

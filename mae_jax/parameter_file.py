@@ -26,7 +26,17 @@ def save(path: epath.PathLike, params: Any, metadata: Mapping[str, str]) -> None
     arrays = {name: np.ascontiguousarray(array) for name, array in flatten(params).items()}
     header = {**metadata, "checksums": json.dumps(seal(describe(arrays)))}
     files.make_folder(path.parent)
-    files.replace_bytes(path, safetensors.numpy.save(arrays, header))
+    files.replace_bytes(path, _ordered(safetensors.numpy.save(arrays, header)))
+
+
+def _ordered(content: bytes) -> bytes:
+    """Returns a file with its metadata in the order of names; safetensors' own order differs between processes."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[8 + size :]))
 
 
 def load(path: epath.Path) -> dict[str, Any]:

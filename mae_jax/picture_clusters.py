@@ -1,6 +1,5 @@
 """Clusters the pictures of a run by the features of its encoder, for MoCE (arXiv 2402.05382, section 3.1)."""
 
-import itertools
 import json
 from typing import Any
 
@@ -15,6 +14,7 @@ from mae_jax.checkpoint import load_params
 from mae_jax.clusters import Clusters, fingerprint
 from mae_jax.config import flat
 from mae_jax.data import Inputs, build
+from mae_jax.data.sources import Source
 from mae_jax.errors import UserError
 from mae_jax.evals.reconstruct import tile
 from mae_jax.features import Features
@@ -24,7 +24,7 @@ from mae_jax.ops.patches import assemble, grid
 from mae_jax.params import judged
 
 SHOWN, MEMBERS = 32, 8  # clusters in the picture, and pictures of each
-LOOKED_AT = 16_384  # pictures among which members for the picture are sought
+LOOKED_AT = 16_384  # pictures among which members for the picture are sought, where the data have no random access
 
 
 def frozen(config: ConfigDict, block: int) -> ConfigDict:
@@ -38,11 +38,11 @@ def frozen(config: ConfigDict, block: int) -> ConfigDict:
 
 
 def with_data(config: ConfigDict, other: ConfigDict) -> ConfigDict:
-    """Returns a config that sees the pictures of another one, in its own size."""
+    """Returns a config that sees the pictures of another one, in its own size and way."""
     config = config.copy_and_resolve_references().unlock()
-    size = config.data.image_size
+    seen = {name: config.data[name] for name in ("image_size", "resize")}
     config.data.update(other.data)
-    config.data.image_size = size
+    config.data.update(seen)
     return config.lock()
 
 
@@ -85,15 +85,19 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
     parts = {config.data.train_split: inputs.support, config.data.val_split: inputs.validate,
              config.data.eval_split: inputs.evaluate}
     about = {"encoder": fingerprint(params), "block": block, "data": data_of(config), "pictures": inputs.num_train,
-             "batch_size": config.batch_size}
+             "batch_size": config.batch_size,
+             "examples": {split: part.digest() for split, part in inputs.parts.items()}}
     meta = {"from": source, "seed": seed, "ratio": ratio, "clusters": clusters, **about}
     unlike = other_arguments(to_folder, meta)
     if unlike:
-        raise UserError(f"{to} holds clusters of another {unlike}; runs may read them: name another folder")
+        raise UserError(f"{to} holds clusters made with other {unlike}; runs may read them: name another folder")
     if any(other != json.loads(json.dumps(about)) for other in distributed.gather(about)):
         raise UserError(f"the processes do not see the same encoder or pictures; cluster with one step's folder, as "
                         f"{source}/checkpoints/STEP, on storage that all of them share")
-    found = {}
+    if (to_folder / "clusters.npz").is_file():
+        print(f"{to_folder}: there already; {summary(Clusters.read(to))}")
+        return cli.FINISHED
+    found, uneven = {}, ""
     with jax.set_mesh(mesh):
         for number, (split, batches) in enumerate((split, made) for split, made in parts.items() if split):
             found[split] = Features(to_folder / "features" / str(number), {**about, "split": split})
@@ -101,13 +105,23 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
     if jax.process_index() == 0:
         made = made_of(found, config.data.train_split, clusters, ratio, seed)
         made.meta.update(meta)
-        made.write(to_folder)
-        parameter_file.save(to_folder / "encoder.safetensors", {"encoder": params["encoder"]}, workdir.metadata(config))
-        with (to_folder / "clusters.png").open("wb") as file:
-            Image.fromarray(picture(made, config, found[config.data.train_split])).save(file, "PNG")
+        uneven = "" if made.sizes.max() <= ratio * made.sizes.min() else summary(made)
+    if uneven := distributed.first(uneven):
+        raise UserError(f"--ratio={ratio:g} to 1 was not reached: {uneven}. Are many pictures alike? Take fewer "
+                        "--clusters, or a larger --ratio; the features stay")
+    if jax.process_index() == 0:
+        write(made, to_folder, params, config, found[config.data.train_split])
         print(f"{to_folder}: {summary(made)}")
     distributed.first(None)  # the others wait
     return cli.FINISHED
+
+
+def write(made: Clusters, folder: epath.Path, params: Any, config: ConfigDict, features: Features) -> None:
+    """Writes the encoder, the picture and the clusters; these last, so that what has them is whole."""
+    parameter_file.save(folder / "encoder.safetensors", {"encoder": params["encoder"]}, workdir.metadata(config))
+    with (folder / "clusters.png").open("wb") as file:
+        Image.fromarray(picture(made, config, features)).save(file, "PNG")
+    made.write(folder)
 
 
 def pictures(config: ConfigDict, method: Method, rows: np.ndarray | None = None) -> Inputs:
@@ -117,6 +131,8 @@ def pictures(config: ConfigDict, method: Method, rows: np.ndarray | None = None)
 
 def other_arguments(folder: epath.Path, meta: dict[str, Any]) -> str:
     """Returns which argument the clusters that a folder holds were made with another value of, '' for none."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--to={folder} is a file; clusters of pictures are a folder")
     if not (folder / "clusters.npz").is_file():
         return ""
     there = Clusters.read(str(folder)).meta
@@ -157,33 +173,47 @@ def made_of(features: dict[str, Features], train: str, clusters: int, ratio: flo
 def summary(made: Clusters) -> str:
     """Returns one line about sizes and similarity."""
     meta = made.meta
-    uneven = meta["largest"] / max(meta["smallest"], 1)
-    return (f"{meta['clusters']} clusters of {meta['smallest']} to {meta['largest']} pictures ({uneven:.2f} to 1); "
+    uneven = f" ({meta['largest'] / meta['smallest']:.2f} to 1)" if meta["smallest"] else ""
+    return (f"{meta['clusters']} clusters of {meta['smallest']} to {meta['largest']} pictures{uneven}; "
             f"similarity to the own centroid {meta['similarity']:.3f}, of k-means {meta['similarity_of_kmeans']:.3f}")
 
 
-def picture(made: Clusters, config: ConfigDict, features: Features) -> np.ndarray:
-    """Returns the members nearest to the centroids, a row per cluster, from the first LOOKED_AT pictures."""
-    shown = np.unique(np.linspace(0, len(made.centroids) - 1, min(SHOWN, len(made.centroids))).astype(int))
-    ids, similar = [], []
-    for values, numbers in features.chunks():
-        ids.append(numbers)
-        similar.append(spherical.unit(values - made.mean) @ made.centroids[shown].T)
-        if sum(map(len, ids)) >= LOOKED_AT:
+def nearest(made: Clusters, features: Features, split: str, shown: np.ndarray, most: float) -> list[np.ndarray]:
+    """Returns the ids of the MEMBERS pictures nearest to the centroid of each cluster in `shown`, nearest first.
+
+    They are sought among the first `most` pictures.
+    """
+    best = [(np.zeros(0, np.int64), np.zeros(0, np.float32)) for _ in shown]
+    seen = 0
+    for values, ids in features.chunks():
+        similar = spherical.unit(values - made.mean) @ made.centroids[shown].T
+        for row, number in enumerate(shown):
+            own = made.assigned[split][ids] == number
+            found, close = (np.concatenate(both) for both in zip(best[row], (ids[own], similar[own, row]), strict=True))
+            first = np.argsort(-close, kind="stable")[:MEMBERS]
+            best[row] = found[first], close[first]
+        seen += len(ids)
+        if seen >= most:
             break
-    ids, similar = np.concatenate(ids), np.concatenate(similar)
-    wanted = {}
-    for column, number in enumerate(shown):
-        own = np.flatnonzero(made.assigned[config.data.train_split][ids] == number)
-        best = own[np.argsort(-similar[own, column], kind="stable")[:MEMBERS]]
-        wanted |= {int(ids[row]): (column, place) for place, row in enumerate(best)}
-    size = (*config.data.image_size, 3)
-    rows = [[np.full(size, 255, np.uint8) for _ in range(MEMBERS)] for _ in shown]
-    batches = pictures(config, Frozen(config, -1)).support()  # with the rows of all processes
-    for batch in itertools.islice(batches, -(-len(ids) // config.batch_size)):
-        for row in np.flatnonzero(np.isin(batch["id"], list(wanted))):
-            column, place = wanted[int(batch["id"][row])]
-            rows[column][place] = assemble(batch["patches"][row : row + 1], batch["order"][row : row + 1], grid(config),
-                                           tuple(config.model.patch))[0]
-    captions = ["nearest", *[""] * (MEMBERS - 1)]
-    return tile(rows, captions, f"clusters {', '.join(map(str, shown[:3]))} ... of {len(made.centroids)}, one to a row")
+    return [found for found, _ in best]
+
+
+def picture(made: Clusters, config: ConfigDict, features: Features) -> np.ndarray:
+    """Returns a grid of the pictures nearest to the centroids, a row per cluster, of at most SHOWN clusters."""
+    shown = np.unique(np.linspace(0, len(made.centroids) - 1, min(SHOWN, len(made.centroids))).astype(int))
+    inputs = pictures(config, Frozen(config, -1))  # with the rows of all processes
+    anywhere = isinstance(inputs.parts.get(config.data.train_split), Source)
+    members = nearest(made, features, config.data.train_split, shown, np.inf if anywhere else LOOKED_AT)
+    place = {int(number): (row, column) for row, ids in enumerate(members) for column, number in enumerate(ids)}
+    blank = np.full((*config.data.image_size, 3), 255, np.uint8)
+    rows = [[blank] * MEMBERS for _ in shown]
+    for batch in inputs.support(np.array(sorted(place))) if anywhere else inputs.support():
+        for k in np.flatnonzero(np.isin(batch["id"], list(place))):
+            row, column = place.pop(int(batch["id"][k]))
+            one = slice(k, k + 1)
+            rows[row][column] = assemble(batch["patches"][one], batch["order"][one], grid(config),
+                                         tuple(config.model.patch))[0]
+        if not place:
+            break
+    names = [f"cluster {number}\n{made.sizes[number]} pictures" for number in shown]
+    return tile(rows, ["nearest", *[""] * (MEMBERS - 1)], f"{len(shown)} of {len(made.centroids)} clusters", names)

@@ -10,6 +10,7 @@ from mae_jax.errors import UserError
 from mae_jax.experts import along, upcycled
 from mae_jax.flops import train_flops
 from mae_jax.models.inside import block_name
+from mae_jax.ops.patches import normalize
 from mae_jax.params import flatten
 from mae_jax.program import Program
 from mae_jax.sharding import make_mesh
@@ -128,7 +129,14 @@ def test_the_distance_to_the_first_encoder_starts_at_zero_and_is_hubers():
     last = params["encoder"]["block_01"]["experts"]["fc2"]
     last["kernel"] = 3 * last["kernel"]
     moved, (metrics, _) = loss(params, extras, batch, None, 0, False)
-    assert metrics["distill_loss"][0] > 0.01
+    tokens, _ = method.encode_visible(params, extras, batch)
+    seen = normalize(batch["patches"][:, : method.visible]), batch["order"][:, : method.visible]
+    ours, theirs = (np.asarray(x)[:, 1:] for x in (tokens, method.dense.apply({"params": start["encoder"]}, *seen)))
+    standard = [(x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) for x in (ours, theirs)]
+    apart = np.abs(standard[0] - standard[1])
+    assert apart.min() < 1 < apart.max()
+    wanted = np.where(apart < 1, apart**2 / 2, apart - 0.5).mean((1, 2))
+    assert float(metrics["distill_loss"][0]) == pytest.approx(wanted.sum(), rel=1e-3)
     assert float(moved) > float(total)
     assert method.frozen_flops() > 0
 
@@ -145,6 +153,20 @@ def test_tokens_choose_for_themselves_where_the_gate_reads_tokens():
     assert float(loss(params, extras, batch, None, 0, True)[0]) == float(loss(params, extras, other, None, 0, True)[0])
     grads = jax.jit(jax.grad(lambda p: method.loss(p, extras, batch, None, 0, True)[0]))(params)
     assert np.abs(grads["encoder"]["block_01"]["experts"]["gate"]["kernel"]).max() > 0
+
+
+def test_tokens_explore_by_noise_in_training_and_regularisers_see_none():
+    method, params, extras, batch = made({"method.gate": "token", "method.noise": 8.0})
+    still, (quiet, _) = method.loss(params, extras, batch, None, 3, False)
+    noisy = [method.loss(params, extras, batch, None, step, True) for step in (3, 3, 4)]
+    losses = [float(total) for total, _ in noisy]
+    assert losses[0] == losses[1] != losses[2]
+    assert losses[0] != float(still)
+    for name in ("balance_loss", "confidence_loss"):
+        np.testing.assert_allclose(noisy[0][1][0][name][0], quiet[name][0], rtol=1e-5)
+    draws = method.choices(params, extras, batch, jax.random.key(0))[1]
+    assert draws.shape == (8, 1 + method.visible, 4)
+    assert np.std(draws) == pytest.approx(8 / 4, rel=0.2)
 
 
 def test_micro_batches_share_their_noise():
@@ -176,6 +198,7 @@ def test_upcycling_and_cutting_out_are_inverse():
     ({"method.experts": 1}, "must be at least 2"),
     ({"method.blocks": "7"}, "or some of the blocks 0 to 1"),
     ({"model.depth": 1}, "method.blocks='last_two_odd' names none of the 1 block"),
+    ({"method.temperature": 0.0}, "method.temperature=0.0 must be above 0"),
     ({"method.noise": -1.0}, "must not be negative"),
     ({"method.encoder_mask_tokens": True}, "has no experts")])
 def test_what_cannot_be_mixed_is_refused(fields, text):

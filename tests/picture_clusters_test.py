@@ -1,5 +1,6 @@
 """From a MAE to clusters, a mixture of experts, and one encoder of it for a task; and what goes wrong on that way."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -10,20 +11,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_jax import distributed, train, workdir
+from mae_jax import distributed, picture_clusters, train, workdir
 from mae_jax.checkpoint import load_params
 from mae_jax.clusters import Clusters
 from mae_jax.customise import customise, look
+from mae_jax.data import build
+from mae_jax.data import folder as folders
 from mae_jax.errors import UserError
 from mae_jax.evals.experts import information
 from mae_jax.export import export
 from mae_jax.features import Features
 from mae_jax.ops import spherical
+from mae_jax.ops.patches import assemble
 from mae_jax.params import judged
-from mae_jax.picture_clusters import cluster
+from mae_jax.picture_clusters import cluster, frozen
+from tests import records
 from tests.devices import simulated
 from tests.faults.processes import free_port
-from tests.tiny import tiny_config
+from tests.tiny import tiny_config, tiny_method
 
 CROPS = {"data.source": "photo_crops", "data.train_split": "train[:400]", "train.duration": "2 steps",
          "eval.every": "2 steps", "checkpoint.every": "2 steps", "batch_size": 16, "eval.max_examples": 64,
@@ -67,7 +72,6 @@ def test_clusters_cover_all_pictures_and_are_of_nearly_one_size(made):
     np.testing.assert_array_equal(found.sizes, np.bincount(found.assigned["train[:400]"]))
     np.testing.assert_allclose(np.linalg.norm(found.centroids, axis=1), 1, rtol=1e-5)
     assert found.meta["similarity"] >= 0.95 * found.meta["similarity_of_kmeans"]
-    assert (made / "clusters" / "clusters.png").stat().st_size > 1000
     assert workdir.config_of(str(made / "clusters" / "encoder.safetensors")).model.width == 32
 
 
@@ -76,6 +80,7 @@ def test_the_same_command_gives_the_same_clusters_and_goes_on_with_features(made
     last = sorted((tmp_path / "again" / "features" / "1").glob("0*.npz"))[-1]
     before = last.read_bytes()
     last.unlink()  # as if it had been stopped there
+    (tmp_path / "again" / "clusters.npz").unlink()
     kept = sorted((tmp_path / "again" / "features" / "0").glob("0*.npz"))[0].stat().st_mtime_ns
     assert clustered(made / "mae", tmp_path / "again") == 0
     assert last.read_bytes() == before
@@ -84,7 +89,7 @@ def test_the_same_command_gives_the_same_clusters_and_goes_on_with_features(made
     np.testing.assert_array_equal(ours.centroids, theirs.centroids)
     np.testing.assert_array_equal(ours.prices, theirs.prices)
     for other in ({"block": 0}, {"seed": 5}, {"clusters": 4}):
-        with pytest.raises(UserError, match=f"holds clusters of another {next(iter(other))}"):
+        with pytest.raises(UserError, match=f"holds clusters made with other {next(iter(other))}"):
             clustered(made / "mae", tmp_path / "again", **other)
     (tmp_path / "again" / "clusters.npz").unlink()
     with pytest.raises(UserError, match="has features of another block"):
@@ -92,6 +97,83 @@ def test_the_same_command_gives_the_same_clusters_and_goes_on_with_features(made
     classes = tiny_config(CROPS | {"data.classes": "0-3", "data.train_split": "train"})
     with pytest.raises(UserError, match="has features of another data"):
         clustered(made / "mae", tmp_path / "again", data=classes)
+
+
+def test_clusters_that_are_there_stay_and_those_cut_off_are_made_again(made, tmp_path, capsys):
+    shutil.copytree(made / "clusters", tmp_path / "again")
+    file = tmp_path / "again" / "clusters.npz"
+    before = file.stat().st_mtime_ns
+    assert clustered(made / "mae", tmp_path / "again") == 0
+    assert "there already; 8 clusters of" in capsys.readouterr().out
+    assert file.stat().st_mtime_ns == before
+    file.unlink()  # stopped before its last file: meta.json and the encoder are there
+    assert clustered(made / "mae", tmp_path / "again") == 0
+    for name in ("clusters.npz", "meta.json", "encoder.safetensors", "clusters.png"):
+        assert (tmp_path / "again" / name).read_bytes() == (made / "clusters" / name).read_bytes(), name
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"is damaged.*remove it, and cluster again"):
+        clustered(made / "mae", tmp_path / "again")
+
+
+def test_the_picture_shows_the_members_nearest_to_each_centroid(made, monkeypatch):
+    found = Clusters.read(str(made / "clusters"))
+    config = frozen(workdir.read_config(made / "mae"), -1)
+    folder = made / "clusters" / "features" / "0"
+    features = Features(folder, json.loads((folder / "about.json").read_text()))
+    monkeypatch.setattr(picture_clusters, "tile", lambda rows, captions, title, names: (rows, names))
+    rows, names = picture_clusters.picture(found, config, features)
+    assert names == [f"cluster {i}\n{size} pictures" for i, size in enumerate(found.sizes)]
+    values, ids = (np.concatenate(part) for part in zip(*features.chunks(), strict=True))
+    batches = list(picture_clusters.pictures(config, picture_clusters.Frozen(config, -1)).support())
+    seen = {int(i): assemble(batch["patches"][k:k + 1], batch["order"][k:k + 1], (4, 4), (4, 4))[0]
+            for batch in batches for k, i in enumerate(batch["id"]) if i >= 0}
+    for number, row in enumerate(rows):
+        own = np.flatnonzero(found.assigned["train[:400]"][ids] == number)
+        similar = spherical.unit(values[own] - found.mean) @ found.centroids[number]
+        for picture, place in zip(row, own[np.argsort(-similar, kind="stable")], strict=False):
+            np.testing.assert_array_equal(picture, seen[int(ids[place])])
+
+
+def test_records_that_readers_leave_out_have_clusters_like_all_others(made, tmp_path):
+    records.write(tmp_path / "train-0.tfrecord", [records.record(i) for i in range(103)])  # the i-th of grey i
+    data = {"data.source": "tfrecord", "data.path": str(tmp_path / "{split}-*.tfrecord"), "data.train_split": "train",
+            "data.eval_split": "", "eval.every": "", "data.readers": 8, "data.shuffle_mb": 1}
+    assert clustered(made / "mae", tmp_path / "clusters", data=tiny_config(CROPS | data)) == 0
+    config = tiny_config(CROPS | data | {"method.clusters": str(tmp_path / "clusters")}, "moce")
+    inputs = build(config, tiny_method(config).eval_spec(), tiny_method(config).order())
+    assert inputs.num_train == 96
+    assigned = Clusters.read(str(tmp_path / "clusters")).assigned["train"]
+    assert (len(assigned), assigned.min()) == (103, 0)
+    for batch in itertools.islice(inputs.train(0), 7):
+        grey = np.rint(batch["patches"].reshape(16, -1).mean(1)).astype(int)
+        np.testing.assert_array_equal(batch["cluster"], assigned[grey])
+
+
+def test_pictures_that_changed_their_places_are_refused(tmp_path):
+    make_folder(tmp_path / "in", count=40, broken=0)
+    data = {"data.source": "folder", "data.path": str(tmp_path / "in"), "data.train_split": "train",
+            "data.eval_split": "", "eval.every": ""}
+    assert train.train(tiny_config(CROPS | data), str(tmp_path / "mae")) == 0
+    assert clustered(tmp_path / "mae", tmp_path / "clusters", clusters=4) == 0
+    (tmp_path / "in" / "000.png").rename(tmp_path / "in" / "zzz.png")
+    folders._files.cache_clear()
+    fields = CROPS | data | {"init_from": str(tmp_path / "mae"), "method.clusters": str(tmp_path / "clusters")}
+    with pytest.raises(UserError, match="has clusters of other examples of 'train', by their names or order"):
+        train.train(tiny_config(fields, "moce"), str(tmp_path / "moce"))
+    with pytest.raises(UserError, match="holds clusters made with other examples"):
+        clustered(tmp_path / "mae", tmp_path / "clusters", clusters=4)
+
+
+def test_pictures_that_are_all_alike_give_no_clusters(tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in range(40):
+        Image.new("RGB", (20, 20), "red").save(tmp_path / "in" / f"{number:03d}.png")
+    data = {"data.source": "folder", "data.path": str(tmp_path / "in"), "data.train_split": "train",
+            "data.eval_split": "", "eval.every": ""}
+    assert train.train(tiny_config(CROPS | data), str(tmp_path / "mae")) == 0
+    with pytest.raises(UserError, match="--ratio=3 to 1 was not reached: 4 clusters of 0 to 40 pictures"):
+        clustered(tmp_path / "mae", tmp_path / "clusters", clusters=4)
+    assert not (tmp_path / "clusters" / "clusters.npz").exists()
 
 
 def test_a_mixture_reads_no_clusters_but_its_own(made, tmp_path):
@@ -230,6 +312,8 @@ def test_what_cannot_be_clustered_or_cut_is_refused(made, tmp_path):
         export(str(made / "moce"), str(tmp_path / "x.safetensors"), "mae_jax", None, "vote")
     with pytest.raises(UserError, match="is a mixture of experts, which no layout of others has"):
         export(str(made / "moce"), str(tmp_path / "x.safetensors"), "timm")
+    with pytest.raises(UserError, match="--clusters is of --for-task=vote, probe or random; without it leave it out"):
+        export(str(made / "moce"), str(tmp_path / "x.safetensors"), "mae_jax", clusters=str(made / "clusters"))
     with pytest.raises(UserError, match=r"has no single encoder to look at; python -m mae_jax.export --for-task"):
         train.prepare(workdir.read_config(made / "moce"), tmp_path, trains=False)
     damaged = tmp_path / "damaged"

@@ -30,7 +30,8 @@ class Inputs(NamedTuple):
     """The input of a run, as one process sees it."""
 
     train: Callable[[int], Iterator[Batch]]  # step → endless: this process's rows of batches step, step + 1, ...
-    support: Callable[[], Iterator[Batch]]  # of the training split, as the evaluation sees pictures; finite, padded
+    support: Callable[..., Iterator[Batch]]  # of the training split, as the evaluation sees pictures; finite, padded;
+    #   of some ids alone, where that is asked and the data have random access
     evaluate: Callable[..., Iterator[Batch]]  # of the evaluation split likewise; at a crop ratio, by default the first
     validate: Callable[[], Iterator[Batch]]  # of the validation split likewise; both are empty without a split
     extra: Callable[[str], Iterator[Batch]]  # of a further test set (eval.sets), with labels of the training classes
@@ -40,6 +41,7 @@ class Inputs(NamedTuple):
     classes: tuple[str, ...]  # () without labels of the kind that the method asked for
     description: str  # one line
     bad: deque[str]  # 'name: reason' of the pictures that this process replaced, newest last
+    parts: dict[str, Any] = {}  # split expression → its sources.Source or streams.Stream; none of cached batches
 
 
 def build(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray | None = None,
@@ -76,7 +78,7 @@ def build(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray | None 
         tokens = token_maps.load(config, sizes, spec[token_maps.FIELD].shape[1])
         inputs = _joined(config.data, inputs, token_maps.joined, tokens)
     if clusters.FIELD in spec:
-        inputs = _joined(config.data, inputs, clusters.joined, clusters.of_splits(config, sizes))
+        inputs = _joined(config.data, inputs, clusters.joined, clusters.of_splits(config, inputs.parts))
     return inputs
 
 
@@ -113,10 +115,13 @@ def _open(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray, views:
                  ) -> Iterator[Batch]:
         return kinds[type(part)].evaluate(part, ratio, spec=spec, **common) if part else iter(())
 
+    def support(ids: np.ndarray | None = None) -> Iterator[Batch]:
+        return evaluate(source) if ids is None else _renumbered(evaluate(source.only(ids)), "id", ids)
+
     def extra(name: str) -> Iterator[Batch]:
         found, classes = sources.further(data, name, source.classes)
         _check_fields(found, spec, data)
-        return _relabelled(evaluate(found), classes)
+        return _renumbered(evaluate(found), "label", classes)
 
     left_over = streams.left_over(source, config) if isinstance(source, streams.Stream) else range(0)
     lost = ""
@@ -125,12 +130,14 @@ def _open(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray, views:
     # Where a picture has any number of labels, the batch field `label` says none.
     classes = source.classes if "labels" in spec or "labels" not in source.fields else ()
     num_val, num_eval = (part.size if part else 0 for part in (validation, held_out))
+    splits = {data.train_split: source, data.val_split: validation, data.eval_split: held_out}
     return Inputs(
         train=functools.partial(kinds[type(source)].train, source, spec=with_views(spec, views), **common),
-        support=functools.partial(evaluate, source), evaluate=functools.partial(evaluate, held_out),
+        support=support, evaluate=functools.partial(evaluate, held_out),
         validate=functools.partial(evaluate, validation), extra=extra,
         num_train=source.size - len(left_over), num_eval=num_eval, num_val=num_val, classes=classes, bad=bad,
-        description=_describe(data, source.size, num_val, num_eval, len(source.classes)) + lost)
+        description=_describe(data, source.size, num_val, num_eval, len(source.classes)) + lost,
+        parts={split: part for split, part in splits.items() if part})
 
 
 def check_apart(data: ConfigDict, first: str, second: str) -> None:
@@ -166,10 +173,10 @@ def _check_fields(part: Any, spec: Spec, data: ConfigDict) -> None:
                         f"{spec['labels'].shape[1]}")
 
 
-def _relabelled(batches: Iterator[Batch], classes: np.ndarray) -> Iterator[Batch]:
-    """Yields the batches with the label classes[k] for k."""
+def _renumbered(batches: Iterator[Batch], name: str, numbers: np.ndarray) -> Iterator[Batch]:
+    """Yields the batches with numbers[k] for k in a field; those below 0 stay."""
     for batch in batches:
-        yield {**batch, "label": np.where(batch["label"] < 0, batch["label"], classes[batch["label"]])}
+        yield {**batch, name: np.where(batch[name] < 0, batch[name], numbers[batch[name]]).astype(np.int32)}
 
 
 def _describe(data: ConfigDict, train: int, validation: int, held_out: int, classes: int) -> str:

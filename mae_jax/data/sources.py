@@ -1,6 +1,7 @@
 """The table of sources, and what a source with random access is."""
 
 import functools
+import hashlib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,6 +54,13 @@ class Source:
     classes: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()  # which of 'labels' and 'mask' its examples have
     label: Callable[[int], int] | None = None  # index → label, where it is known without decoding the picture
+
+    def digest(self) -> str:
+        """Returns a short hash of which examples these are, by their names in their order."""
+        digest = hashlib.sha256()
+        for i in range(self.size):
+            digest.update(self.name(i).encode() + b"\0")
+        return digest.hexdigest()[:16]
 
     def only(self, indices: np.ndarray) -> "Source":
         """Returns the source of these examples, in this order."""

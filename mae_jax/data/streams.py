@@ -7,6 +7,7 @@ readers whose rows it feeds. The records that do not divide by R are left out.
 """
 
 import bisect
+import hashlib
 import itertools
 import logging
 import re
@@ -79,6 +80,11 @@ class Stream:
         ends = list(itertools.accumulate(self.counts))
         file = bisect.bisect_right(ends, record)
         return f"{printable(self.files[file])}, record {record - ends[file] + self.counts[file]}"
+
+    def digest(self) -> str:
+        """Returns a short hash of which records these are, by files and counts."""
+        files = [(file.rsplit("/", 1)[-1], count) for file, count in zip(self.files, self.counts, strict=True)]
+        return hashlib.sha256(repr((files, self.start, self.size)).encode()).hexdigest()[:16]
 
     def instructions(self, start: int, size: int) -> list[Instruction]:
         """Returns which parts of which files hold records start ... start + size - 1 of this slice."""

@@ -189,10 +189,10 @@ class Evaluator:
         method, config = self.method, self.method.config
         count = min(max(config.eval.pictures // method.group, 1) * method.group, config.batch_size)
         everywhere = partial(jax.device_put, device=replicated(self.mesh))
-        whole, batch = batch, {name: everywhere(value)[:count] for name, value in batch.items()}
+        batch = {name: everywhere(value)[:count] for name, value in batch.items()}
         about = method, state.ema or state.params, state.extras, batch
         if clusters.FIELD in method.encodes_with:
-            yield "experts", experts.picture(*about[:3], whole)
+            yield "experts", experts.picture(*about[:3], self._batches(self.parts[part]))
         if method.group > 1:
             yield "reconstruct", reconstruct.mixtures(*about)
         elif hasattr(method, "reconstruct"):

@@ -1,5 +1,7 @@
 """Who chooses which expert of a MoCE: shares, clusters, what that tells of the label, and what each expert sees."""
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ from mae_jax.models.inside import block_name
 from mae_jax.ops.patches import assemble, grid
 
 SHOWN = 10  # pictures of each expert
+LOOKED_AT = 4096  # pictures among which they are sought
 
 
 def routes(method: MoCE, params: Any, extras: Any) -> dict[int, np.ndarray]:
@@ -59,15 +62,27 @@ def information(choice: np.ndarray, label: np.ndarray) -> float:
     return (entropy(joint.sum(1)) + of_label - entropy(joint.ravel())) / of_label
 
 
-def picture(method: MoCE, params: Any, extras: Any, batch: Batch) -> np.ndarray:
-    """Returns a grid with a row for each block and expert: pictures of `batch` that it is chosen for."""
-    batch = {name: np.asarray(process_allgather(batch[name], tiled=True))
-             for name in ("patches", "order", "cluster", "valid")}
-    pictures = assemble(batch["patches"], batch["order"], grid(method.config), tuple(method.config.model.patch))
-    blank, rows, names = np.full_like(pictures[0], 255), [], []
-    for block, expert in routes(method, params, extras).items():
-        for number in range(method.config.method.experts):
-            own = np.flatnonzero((expert[batch["cluster"]] == number) & (batch["valid"] > 0))[:SHOWN]
-            rows.append([*pictures[own], *[blank] * (SHOWN - len(own))])
-            names.append(f"{block}/{number}")
-    return tile(rows, [""] * SHOWN, f"what each expert sees; a row for each block/expert: {', '.join(names)}")
+def picture(method: MoCE, params: Any, extras: Any, batches: Iterator[Batch]) -> np.ndarray:
+    """Returns a grid with a row for each block and expert: the first pictures that it is chosen for.
+
+    They are sought among the first LOOKED_AT, until each expert that has clusters has SHOWN.
+    """
+    config, table = method.config, routes(method, params, extras)
+    count, share = config.method.experts, np.asarray(jax.device_get(extras["share"]))
+    rows: dict[tuple[int, int], list[np.ndarray]] = {(block, i): [] for block in table for i in range(count)}
+    used = {(block, int(i)) for block, expert in table.items() for i in np.unique(expert)}
+    for batch in itertools.islice(batches, -(-LOOKED_AT // config.batch_size)):
+        batch = {name: np.asarray(process_allgather(batch[name], tiled=True))
+                 for name in ("patches", "order", "cluster", "valid")}
+        for block, number in used:
+            own = np.flatnonzero((table[block][batch["cluster"]] == number) & (batch["valid"] > 0))
+            own = own[: SHOWN - len(rows[block, number])]
+            rows[block, number] += list(assemble(batch["patches"][own], batch["order"][own], grid(config),
+                                                 tuple(config.model.patch)))
+        if all(len(rows[each]) == SHOWN for each in used):
+            break
+    blank = np.full((*config.data.image_size, 3), 255, np.uint8)
+    names = [f"block {block}, expert {i}\n{(table[block] == i).sum()} clusters,\n"
+             f"{share[table[block] == i].sum():.0%} of pictures" for block, i in rows]
+    return tile([[*seen, *[blank] * (SHOWN - len(seen))] for seen in rows.values()], [""] * SHOWN,
+                "what each expert sees", names)

@@ -19,7 +19,7 @@ GREY = 127  # of a patch that the model does not see
 RATIOS = (0.25, 0.5, 0.75, 0.9)  # of the picture at several masking ratios
 CELL = 128  # smallest side of a picture in a grid, in screen pixels
 CAPTIONS = ("input", "visible", "prediction") * 2
-GAP, CAPTION = 4, 18  # screen pixels between pictures, and for the line of text above
+GAP, CAPTION, NAME = 4, 18, 120  # screen pixels between pictures, for a line of text above, and for text on the left
 
 
 @functools.lru_cache(maxsize=8)
@@ -52,20 +52,24 @@ def panels(method: Method, params: Any, extras: Any, batch: Batch) -> tuple[np.n
     return original, masked, pasted
 
 
-def tile(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str], title: str) -> np.ndarray:
-    """Lays rows of equally large uint8 pictures out with a caption above each column and a title at the top."""
+def tile(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str], title: str,
+         names: Sequence[str] = ()) -> np.ndarray:
+    """Lays rows of equally large uint8 pictures out: captions above columns, names left of rows, a title at the top."""
     height, width = rows[0][0].shape[:2]
     scale = max(1, -(-CELL // min(height, width)))
     step_y, step_x = height * scale + GAP, width * scale + GAP
-    canvas = Image.new("RGB", (step_x * len(rows[0]) + GAP, 2 * CAPTION + step_y * len(rows) + GAP), "white")
+    left = GAP + NAME * bool(names)
+    canvas = Image.new("RGB", (left + step_x * len(rows[0]), 2 * CAPTION + step_y * len(rows) + GAP), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((GAP, 3), title, fill="black")
     for column, caption in enumerate(captions[: len(rows[0])]):
-        draw.text((GAP + column * step_x, CAPTION + 3), caption, fill="black")
+        draw.text((left + column * step_x, CAPTION + 3), caption, fill="black")
+    for y, name in enumerate(names):
+        draw.text((GAP, 2 * CAPTION + y * step_y), name, fill="black")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
             large = Image.fromarray(picture).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-            canvas.paste(large, (GAP + x * step_x, 2 * CAPTION + y * step_y))
+            canvas.paste(large, (left + x * step_x, 2 * CAPTION + y * step_y))
     return np.asarray(canvas)
 
 

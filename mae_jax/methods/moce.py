@@ -58,9 +58,10 @@ class MoCE(MAE):
         check_choices(m, gate=GATE_KINDS, gate_weight=WEIGHTS)
         if m.encoder_mask_tokens:
             raise UserError("method.encoder_mask_tokens=True: that ablation of MAE has no experts")
-        if m.experts < 2 or m.temperature <= 0:
-            raise UserError(f"method.experts={m.experts} must be at least 2, and method.temperature={m.temperature} "
-                            "above 0")
+        if m.experts < 2:
+            raise UserError(f"method.experts={m.experts} must be at least 2")
+        if m.temperature <= 0:
+            raise UserError(f"method.temperature={m.temperature} must be above 0")
         if min(m.noise, m.balance_weight, m.confidence_weight, m.distill_weight) < 0:
             raise UserError("method.noise and the weights of method.*_weight must not be negative")
         named_blocks(config)
@@ -100,7 +101,7 @@ class MoCE(MAE):
         encoder_key, decoder_key, *gate_keys = jax.random.split(key, 2 + len(self.blocks))
         one = {name: value[:1] for name, value in batch.items()}
         seen = normalize(one["patches"][:, : self.visible]), one["order"][:, : self.visible]
-        first = Choice(jnp.zeros(1, jnp.int32), jnp.ones(1))
+        first = None if self.by_token else Choice(jnp.zeros(1, jnp.int32), jnp.ones(1))
         tokens, encoder = self.encoder.init_with_output(encoder_key, *seen, choices=dict.fromkeys(self.blocks, first))
         decoder = self.decoder.init(decoder_key, tokens, one["order"], self.hidden)
         params = {"encoder": encoder["params"], "decoder": decoder["params"]}
@@ -154,10 +155,14 @@ class MoCE(MAE):
         return table
 
     def choices(self, params: Params, extras: Extras, batch: Batch,
-                key: jax.Array | None = None) -> dict[int, Choice]:
-        """Returns block → the experts of pictures by their cluster; {} where tokens choose."""
+                key: jax.Array | None = None) -> dict[int, Choice | jax.Array]:
+        """Returns block → the experts of pictures by their cluster, or in training, the noise of gates of tokens."""
+        m = self.config.method
         if self.by_token:
-            return {}
+            shape = (len(batch["order"]), 1 + self.visible, m.experts)
+            return {} if key is None or not m.noise else {
+                block: m.noise / m.experts * jax.random.normal(jax.random.fold_in(key, block), shape)
+                for block in self.blocks}
         rows = jnp.maximum(batch["cluster"], 0)  # padding has none
         return {block: choose(each, self.straight).of(rows)
                 for block, each in self.probabilities(params, extras, key).items()}
@@ -199,7 +204,7 @@ class MoCE(MAE):
 
     def about_gates(self, params: Params, extras: Extras, of_tokens: Mapping[str, jax.Array],
                     valid: jax.Array) -> dict[str, jax.Array]:
-        """Returns the regularisers and the gates' confidence, each a mean over blocks.
+        """Returns the regularisers, each a mean over blocks, the root of the imbalance, and the gates' confidence.
 
         Of clusters they are exact, over all pictures of the data; of tokens, over those of the batch.
         """

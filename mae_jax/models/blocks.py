@@ -51,7 +51,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """One pre-norm Transformer block over tokens [B, T, D]; its branches are scaled, and dropped, where that is asked.
 
-    `keep`, float32 [2, B], is a block's part of `drop_path`; `choice` says which expert an image goes through.
+    `keep`, float32 [2, B], is a block's part of `drop_path`; `choice` says which expert an image goes through, or where
+    tokens choose, is the noise of their gate.
     """
 
     heads: int
@@ -64,7 +65,8 @@ class Block(nn.Module):
     gating: Gating | None = None  # experts in place of the perceptron
 
     @nn.compact
-    def __call__(self, x: jax.Array, keep: jax.Array | None = None, choice: Choice | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, keep: jax.Array | None = None,
+                 choice: Choice | jax.Array | None = None) -> jax.Array:
         def branch(out: jax.Array, number: int) -> jax.Array:
             if self.layer_scale:
                 out = LayerScale(self.layer_scale, name=f"ls{number + 1}")(out)
@@ -106,12 +108,12 @@ class Blocks(nn.Module):
                      **options)
 
     def run_blocks(self, x: jax.Array, depth: int | None = None, keep: jax.Array | None = None,
-                   choices: Mapping[int, Choice] | None = None) -> jax.Array:
+                   choices: Mapping[int, Choice | jax.Array] | None = None) -> jax.Array:
         """Applies the first `depth` blocks (all when None) to tokens [B, T, D].
 
         Args:
           keep: float32 [depth, 2, B] of `drop_path`; None: nothing is dropped.
-          choices: of the blocks with experts that do not choose themselves, by number.
+          choices: of the blocks with experts, by number; where tokens choose, the noise of their gate or nothing.
         """
         blocks = [self.block(index, name=f"block_{index:02d}") for index in range(self.depth)]
         if self.is_initializing():

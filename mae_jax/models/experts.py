@@ -43,7 +43,10 @@ class ExpertLinear(nn.Module):
 
 
 class Experts(nn.Module):
-    """E perceptrons over tokens [B, T, D]: each image goes through the one of its choice, or each token."""
+    """E perceptrons over tokens [B, T, D]: each image goes through the one of its choice, or each token.
+
+    Where tokens choose, `choice` is the noise of their gate, [B, T, E], or None.
+    """
 
     gating: Gating
     ratio: int
@@ -52,10 +55,10 @@ class Experts(nn.Module):
     init: str = "xavier"
 
     @nn.compact
-    def __call__(self, x: jax.Array, choice: Choice | None) -> jax.Array:
+    def __call__(self, x: jax.Array, choice: Choice | jax.Array | None) -> jax.Array:
         shape, count = x.shape, self.gating.experts
         if self.gating.tokens:
-            choice = TokenGate(self.gating, name="gate")(x)
+            choice = TokenGate(self.gating, name="gate")(x, choice)
             x = x.reshape(-1, 1, shape[-1])
         elif choice is None:
             raise ValueError("whose expert? the block was given no choice")
@@ -67,14 +70,19 @@ class Experts(nn.Module):
 
 
 class TokenGate(nn.Module):
-    """Chooses an expert for each token [B, T, D] by what it is, as sparse mixtures do (V-MoE, arXiv 2106.05974)."""
+    """Chooses an expert for each token [B, T, D] by what it is, as sparse mixtures do (V-MoE, arXiv 2106.05974).
+
+    Noise [B, T, E] joins the logits of the choice; what is sown, for the regularisers, has none.
+    """
 
     gating: Gating
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> Choice:
+    def __call__(self, x: jax.Array, noise: jax.Array | None = None) -> Choice:
         kernel = self.param("kernel", nn.initializers.normal(TOKEN_STD), (x.shape[-1], self.gating.experts))
         logits = jnp.matmul(x.astype(jnp.float32), kernel, precision="highest")
         probabilities = jax.nn.softmax(logits / self.gating.temperature)
         self.sow(GATES, "probabilities", probabilities)
+        if noise is not None:
+            probabilities = jax.nn.softmax((logits + noise) / self.gating.temperature)
         return choose(probabilities.reshape(-1, self.gating.experts), self.gating.straight)

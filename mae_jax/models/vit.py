@@ -50,7 +50,8 @@ class Encoder(Blocks):
     @nn.compact
     def __call__(self, patches: jax.Array, order: jax.Array, mask_tokens: int = 0, block: int = -1,
                  keep: jax.Array | None = None, grid: tuple[int, int] | None = None,
-                 added: jax.Array | None = None, choices: Mapping[int, Choice] | None = None) -> jax.Array:
+                 added: jax.Array | None = None, choices: Mapping[int, Choice | jax.Array] | None = None
+                 ) -> jax.Array:
         """Encodes patches.
 
         Args:
@@ -61,7 +62,7 @@ class Encoder(Blocks):
           keep: float32 [depth, 2, B] of `layers.drop_path`, for stochastic depth.
           grid: patches along (height, width), where they are not those of the encoder; positions are then fixed ones.
           added: further embeddings of the patches, [..., T, D].
-          choices: block → which expert each image goes through there (MoCE).
+          choices: block → which expert each image goes through there (MoCE); where tokens choose, see `Experts`.
 
         Returns:
           [B, 1 + T + mask_tokens, D] tokens of dtype `self.dtype`; without `class_token`, no first one.

@@ -162,7 +162,8 @@ def balanced(chunks: Chunks, centroids: np.ndarray, ratio: float,
         for chunk in chunks():
             points, valid = _padded(chunk)
             sums += np.asarray(_sums(points, valid, _assigned(points, centroids, prices)[0], centroids), np.float64)
-        centroids = unit(sums).astype(np.float32)
+        gone = np.linalg.norm(sums, axis=1) < 1e-6  # without points, or with such as cancel out
+        centroids = np.where(gone[:, None], centroids, unit(sums)).astype(np.float32)
         prices = balance(chunks, centroids, ratio, prices)
     return centroids, prices
 
@@ -173,7 +174,7 @@ def balance(chunks: Chunks, centroids: np.ndarray, ratio: float, prices: np.ndar
     Points belong to the centroid of the highest similarity less price. Prices start as those given, or else as the
     potentials of an entropic optimal transport with equal shares, which balance soft shares, not hard counts. So each
     price then follows the hard count of its own cluster in each pass, in steps that grow while the sign stays and
-    shrink when it turns. Where PASSES do not suffice, those of the best pass are returned.
+    shrink when it turns. Where PASSES do not suffice, as where points are equal, those of the best pass are returned.
     """
     prices = _sinkhorn(chunks, centroids) if prices is None else prices
     steps, signs = np.full(len(centroids), EPSILON / 10), np.zeros(len(centroids))
@@ -192,9 +193,6 @@ def balance(chunks: Chunks, centroids: np.ndarray, ratio: float, prices: np.ndar
         steps = np.where(turned, steps * SLOWER, steps * FASTER)
         signs = np.sign(off)
         prices = (prices + steps * np.clip(off, -1, 1)).astype(np.float32)
-    if best[0] > ratio:
-        log.warning("the largest cluster has %.1f times the points of the smallest, more than %g: equal points cannot "
-                    "be parted", best[0], ratio)
     return best[1]
 
 
