@@ -7,12 +7,13 @@ Two domains that have little in common: A, crops of photographs, and B, handwrit
 2402.05382, Figure 1, which asks it of two halves of ImageNet). MAE is trained on A, on B and on both, equal steps. From
 the one of both, `both, longer` goes on for as many steps as the mixtures have: MoCE (4 experts, 16 clusters) and the
 sparse mixture whose tokens choose. From MoCE, each task takes the path of most votes (`MoCE, vote`) or another one
-(`MoCE, random`).
+(`MoCE, random`). One more encoder is `untrained`.
 
 An encoder is judged on each domain's task: logistic regression on frozen features (no rate to choose), and fine-tuning,
 whose rate is chosen from three with seed 0 on the last tenth of the task's training split; the test split is read
-once per figure. In so few steps the classifier has to stand behind a batch norm: behind a layer norm alone, digits were
-told apart by none but the encoder of digits. The mixture of tokens is no ordinary encoder, and is judged by its features alone. Three seeds.
+once per figure. In so few steps the classifier has to stand behind a batch norm: behind a layer norm alone, digits
+were told apart by none but the encoder of digits. The mixture of tokens is no ordinary encoder, and is judged by its
+features alone, as is the untrained one. Three seeds.
 One JSON line per cell in bench/results/negative_transfer_<size>.jsonl, the table in .md, the plot in .png.
 """
 
@@ -42,8 +43,9 @@ RESULTS = Path(__file__).parent / "results"
 SIDE, PATCH, BATCH, SEEDS = 40, 4, 64, (0, 1, 2)
 CLASSES = {"A": "0-16", "B": "17-26"}  # of the joined data: photographs, then digits
 DENSE = {"A": "A", "B": "B", "both": "both"}  # arm → what it is pre-trained on
-LONGER, MOCE, TOKEN = "both, longer", "MoCE", "tokens"
-JUDGED = (*DENSE, LONGER, "MoCE, vote", "MoCE, random", TOKEN)
+UNTRAINED, LONGER, MOCE, TOKEN = "untrained", "both, longer", "MoCE", "tokens"
+JUDGED = (UNTRAINED, *DENSE, LONGER, "MoCE, vote", "MoCE, random", TOKEN)
+PROBED = (UNTRAINED, TOKEN)  # and not fine-tuned
 LABELS = 510  # labelled pictures of a task that fine-tuning learns from, its first
 TUNED, TUNED_BATCH, LRS = 200, 32, (1.2e-2, 2.4e-2, 4.8e-2)  # steps of fine-tuning, and rates of batches of 256
 
@@ -116,7 +118,10 @@ def pretraining(arm: str, file: Path, seed: int, size: Size, work: Path) -> Conf
     config = common(default("moce" if mixture else "mae"), file, DENSE.get(arm, "both"), seed, steps)
     config.method.update(decoder_width=96, decoder_depth=2, decoder_heads=3)
     config.optim.lr = 6e-3 if arm in DENSE else 3e-3
-    if arm not in DENSE:
+    if arm == UNTRAINED:
+        common(config, file, "both", seed, 1)
+        config.optim.lr = 0.0
+    elif arm not in DENSE:
         config.init_from = str(work / f"{size.first}_both_{seed}")
     if mixture:
         config.method.update(experts=4, gate="cluster" if arm == MOCE else "token",
@@ -126,11 +131,11 @@ def pretraining(arm: str, file: Path, seed: int, size: Size, work: Path) -> Conf
 
 def plan(size: Size, cells: list[Cell]) -> Iterator[list[Cell]]:
     """Yields what is to be run, in order; the cells of a stage may run at the same time."""
-    for arms in (DENSE, (LONGER, MOCE, TOKEN)):
+    for arms in ((*DENSE, UNTRAINED), (LONGER, MOCE, TOKEN)):
         yield [{"kind": "trained", "arm": arm, "seed": seed} for seed in size.seeds for arm in arms]
     judged = list(itertools.product(JUDGED, CLASSES))
     yield [{"kind": "probe", "arm": arm, "task": task, "seed": seed} for seed in size.seeds for arm, task in judged]
-    tuned = [{"kind": "tuned", "arm": arm, "task": task} for arm, task in judged if arm != TOKEN]
+    tuned = [{"kind": "tuned", "arm": arm, "task": task} for arm, task in judged if arm not in PROBED]
     yield [{**known, "seed": 0, "lr": lr} for known in tuned for lr in LRS]
     yield [{**known, "seed": seed, "lr": shared.chosen(cells, **known)} for known in tuned
            for seed in size.seeds[1:]]
@@ -167,7 +172,7 @@ class Study:
 
     def train(self, arm: str, seed: int) -> dict[str, float]:
         """Trains an arm, if it is not there, after what it starts from. Returns its last figures."""
-        if arm not in DENSE:
+        if arm not in (*DENSE, UNTRAINED):
             self.train("both", seed)
         clusters = self.work / f"{self.size.first}_clusters_{seed}"
         if arm == MOCE and not (clusters / "clusters.npz").exists():

@@ -82,7 +82,7 @@ def picture(method: MoCE, params: Any, extras: Any, batches: Iterator[Batch]) ->
         if all(len(rows[each]) == SHOWN for each in used):
             break
     blank = np.full((*config.data.image_size, 3), 255, np.uint8)
-    names = [f"block {block}, expert {i}\n{(table[block] == i).sum()} clusters,\n"
+    names = [f"block {block}, expert {i}\n{(table[block] == i).sum()} of {method.count} clusters,\n"
              f"{share[table[block] == i].sum():.0%} of pictures" for block, i in rows]
     return tile([[*seen, *[blank] * (SHOWN - len(seen))] for seen in rows.values()], [""] * SHOWN,
                 "what each expert sees", names)

@@ -17,13 +17,15 @@ from tests.tiny import EXAMPLES, tiny_batch, tiny_config, tiny_params, tiny_stat
 LARGE = {"batch_size": 16, "model.width": 128, "model.heads": 4}
 DECODER = {"method.decoder_width": 64, "method.decoder_heads": 4}
 FIELDS = {"splitmask": DECODER, "dino": {}, "beit": {}, "mixedae": DECODER | {"batch_size": 32},
-          "moce": DECODER | {"method.experts": 8, "method.num_clusters": 6}}
+          "moce": DECODER | {"method.experts": 8, "method.num_clusters": 6},
+          "moce/4": DECODER | {"method.experts": 4, "method.num_clusters": 6}}  # fewer experts than devices
 MESHES = {"4 devices": (4, {}), "8 devices": (8, {"mesh.zero": "on"}), "4 x 2": (8, {"mesh.tensor": 2})}
 
 
 def made(name, devices, fields):
     """Returns the metrics, the new extras and the gradients of one step from the same state and batch."""
-    config = tiny_config(LARGE | FIELDS[name] | fields, name)
+    fields, name = LARGE | FIELDS[name] | fields, name.split("/")[0]
+    config = tiny_config(fields, name)
     mesh, method = sharding.make_mesh(config, devices), get(name)(config, EXAMPLES)
     batch = tiny_batch(config)
     batch["valid"][5] = 0
