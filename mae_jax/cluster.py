@@ -30,7 +30,8 @@ TO = flags.DEFINE_string("to", "", "the folder to write, or of patches the file 
 FROM = flags.DEFINE_string("from", "", "workdir of the encoder, or one step's folder in it: clusters of pictures")
 CLUSTERS = flags.DEFINE_integer("clusters", 256, "how many clusters of pictures", lower_bound=2)
 BLOCK = flags.DEFINE_integer("block", -1, "the block whose tokens make the features; -1: the encoder's output")
-RATIO = flags.DEFINE_float("ratio", 3.0, "how many times larger the largest cluster may be than the smallest",
+RATIO = flags.DEFINE_float("ratio", 3.0, "how many times larger the largest cluster may be than the smallest; it "
+                           "is an error where that cannot be reached",
                            lower_bound=1.5)
 SEED = flags.DEFINE_integer("seed", 0, "of the first centroids", lower_bound=0)
 SHOWN = 1024  # entries in the picture, at most

@@ -117,7 +117,7 @@ def of_splits(config: ConfigDict, parts: dict[str, Any]) -> dict[str, np.ndarray
         if there != part.size:
             raise UserError(f"{folder} has clusters of {there} examples of {split!r}, the data has {part.size}: "
                             "cluster again, into another folder")
-        if found.meta["examples"][split] != part.digest():
+        if found.meta.get("examples", {}).get(split) != part.digest():
             raise UserError(f"{folder} has clusters of other examples of {split!r}, by their names or order, than the "
                             "data has: cluster again, into another folder")
     return found.assigned

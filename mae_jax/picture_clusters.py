@@ -94,8 +94,9 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
     if any(other != json.loads(json.dumps(about)) for other in distributed.gather(about)):
         raise UserError(f"the processes do not see the same encoder or pictures; cluster with one step's folder, as "
                         f"{source}/checkpoints/STEP, on storage that all of them share")
-    if (to_folder / "clusters.npz").is_file():
-        print(f"{to_folder}: there already; {summary(Clusters.read(to))}")
+    if distributed.first((to_folder / "clusters.npz").is_file()):
+        if jax.process_index() == 0:
+            print(f"{to_folder}: there already; {summary(Clusters.read(to))}")
         return cli.FINISHED
     found, uneven = {}, ""
     with jax.set_mesh(mesh):
@@ -105,7 +106,7 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
     if jax.process_index() == 0:
         made = made_of(found, config.data.train_split, clusters, ratio, seed)
         made.meta.update(meta)
-        uneven = "" if made.sizes.max() <= ratio * made.sizes.min() else summary(made)
+        uneven = "" if spherical.uneven(made.sizes) <= ratio else summary(made)
     if uneven := distributed.first(uneven):
         raise UserError(f"--ratio={ratio:g} to 1 was not reached: {uneven}. Are many pictures alike? Take fewer "
                         "--clusters, or a larger --ratio; the features stay")

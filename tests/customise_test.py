@@ -34,7 +34,8 @@ class Mixture:
             logits = draws.uniform(size=(COUNT, 4)) + 2 * np.eye(4)[list(chosen)]
             gate["kernel"] = (np.linalg.pinv(self.extras["centroids"]) @ logits).astype(np.float32)
         self.task = Task(np.asarray(votes, np.float64), centroids[2] * 0.7 + centroids[1] * 0.3)
-        monkeypatch.setattr(customise, "look", lambda *_: self.task)
+        self.looked = []
+        monkeypatch.setattr(customise, "look", lambda clusters, folder, task: self.looked.append(folder) or self.task)
 
     def cut(self, how, seed=0, config=None, clusters=""):
         return customise.customise(config or self.config, self.params, self.extras, tiny_config(), how, seed, clusters)
@@ -96,4 +97,6 @@ def test_clusters_that_were_moved_can_be_named(tmp_path, monkeypatch):
     config.method.clusters = "gone"
     with pytest.raises(UserError, match=r"method.clusters='gone' holds no clusters.npz"):
         mixture.cut("vote", config=config)
-    assert mixture.cut("vote", config=config, clusters=mixture.folder).report == mixture.cut("vote").report
+    moved = mixture.cut("vote", config=config, clusters=mixture.folder)
+    assert moved.report == mixture.cut("vote").report
+    assert list(map(str, mixture.looked)) == [mixture.folder, mixture.folder]

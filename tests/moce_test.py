@@ -158,12 +158,14 @@ def test_tokens_choose_for_themselves_where_the_gate_reads_tokens():
 def test_tokens_explore_by_noise_in_training_and_regularisers_see_none():
     method, params, extras, batch = made({"method.gate": "token", "method.noise": 8.0})
     still, (quiet, _) = method.loss(params, extras, batch, None, 3, False)
-    noisy = [method.loss(params, extras, batch, None, step, True) for step in (3, 3, 4)]
+    noisy = [method.loss(params, extras, batch, jax.random.key(draw), 3, True) for draw in (3, 3, 4)]
     losses = [float(total) for total, _ in noisy]
     assert losses[0] == losses[1] != losses[2]
     assert losses[0] != float(still)
     for name in ("balance_loss", "confidence_loss"):
         np.testing.assert_allclose(noisy[0][1][0][name][0], quiet[name][0], rtol=1e-5)
+    scanned = made({"method.gate": "token", "method.noise": 8.0, "model.scan": True, "model.remat": "full"})[0]
+    assert float(scanned.loss(params, extras, batch, jax.random.key(3), 3, True)[0]) == pytest.approx(losses[0])
     draws = method.choices(params, extras, batch, jax.random.key(0))[1]
     assert draws.shape == (8, 1 + method.visible, 4)
     assert np.std(draws) == pytest.approx(8 / 4, rel=0.2)

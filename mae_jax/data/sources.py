@@ -56,7 +56,10 @@ class Source:
     label: Callable[[int], int] | None = None  # index → label, where it is known without decoding the picture
 
     def digest(self) -> str:
-        """Returns a short hash of which examples these are, by their names in their order."""
+        """Returns a short hash of which examples these are, by their names in their order.
+
+        Names that are mere numbers, as of npz files and TFDS, tell no more than how many there are.
+        """
         digest = hashlib.sha256()
         for i in range(self.size):
             digest.update(self.name(i).encode() + b"\0")

@@ -20,8 +20,12 @@ LOOKED_AT = 4096  # pictures among which they are sought
 
 def routes(method: MoCE, params: Any, extras: Any) -> dict[int, np.ndarray]:
     """Returns block → the expert of each cluster, int [m], without noise."""
-    table = jax.device_get(jax.jit(method.probabilities)(params, extras))
-    return {block: each.argmax(1) for block, each in table.items()}
+    table = jax.jit(method.probabilities)(params, extras)  # whose rows may lie on several processes, as the centroids
+    return {block: _whole(each).argmax(1) for block, each in table.items()}
+
+
+def _whole(values: jax.Array) -> np.ndarray:
+    return np.asarray(process_allgather(values, tiled=True))
 
 
 def figures(method: MoCE, params: Any, extras: Any, cluster: np.ndarray, label: np.ndarray) -> dict[str, float]:
@@ -68,17 +72,17 @@ def picture(method: MoCE, params: Any, extras: Any, batches: Iterator[Batch]) ->
     They are sought among the first LOOKED_AT, until each expert that has clusters has SHOWN.
     """
     config, table = method.config, routes(method, params, extras)
-    count, share = config.method.experts, np.asarray(jax.device_get(extras["share"]))
+    count, share = config.method.experts, _whole(extras["share"])
     rows: dict[tuple[int, int], list[np.ndarray]] = {(block, i): [] for block in table for i in range(count)}
     used = {(block, int(i)) for block, expert in table.items() for i in np.unique(expert)}
     for batch in itertools.islice(batches, -(-LOOKED_AT // config.batch_size)):
-        batch = {name: np.asarray(process_allgather(batch[name], tiled=True))
-                 for name in ("patches", "order", "cluster", "valid")}
-        for block, number in used:
-            own = np.flatnonzero((table[block][batch["cluster"]] == number) & (batch["valid"] > 0))
-            own = own[: SHOWN - len(rows[block, number])]
-            rows[block, number] += list(assemble(batch["patches"][own], batch["order"][own], grid(config),
-                                                 tuple(config.model.patch)))
+        cluster, valid = _whole(batch["cluster"]), _whole(batch["valid"]) > 0
+        wanted = {(block, i): np.flatnonzero(valid & (table[block][cluster] == i))[: SHOWN - len(rows[block, i])]
+                  for block, i in used}
+        if any(map(len, wanted.values())):
+            patches, order = _whole(batch["patches"]), _whole(batch["order"])
+            for each, own in wanted.items():
+                rows[each] += list(assemble(patches[own], order[own], grid(config), tuple(config.model.patch)))
         if all(len(rows[each]) == SHOWN for each in used):
             break
     blank = np.full((*config.data.image_size, 3), 255, np.uint8)

@@ -183,11 +183,11 @@ class MoCE(MAE):
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
         """The error over hidden patches, and what keeps gates balanced and confident (section 3.2, in our form).
 
-        The noise of the gates depends on the step alone, so that micro-batches share it.
+        The noise of clusters depends on the step alone, so that micro-batches share it; that of tokens is their own.
         """
         m, valid = self.config.method, batch["valid"]
-        noise = stream_key(self.config.seed, step, "gates") if train else None
-        tokens, of_tokens = self.encode_visible(params, extras, batch, noise)
+        noise = key if self.by_token else stream_key(self.config.seed, step, "gates")
+        tokens, of_tokens = self.encode_visible(params, extras, batch, noise if train else None)
         predicted = self.decoder.apply({"params": params["decoder"]}, tokens, batch["order"], self.hidden)
         wanted = self.targets(extras, normalize(batch["patches"][:, self.visible :]))
         per_image = {"reconstruction_loss": jnp.square(predicted - wanted).mean((1, 2))}

@@ -168,6 +168,11 @@ def balanced(chunks: Chunks, centroids: np.ndarray, ratio: float,
     return centroids, prices
 
 
+def uneven(counts: np.ndarray) -> float:
+    """Returns the points of the largest cluster over those of the smallest; a huge number where one is empty."""
+    return float(counts.max() / max(counts.min(), 1e-9))
+
+
 def balance(chunks: Chunks, centroids: np.ndarray, ratio: float, prices: np.ndarray | None = None) -> np.ndarray:
     """Returns prices float32 [m] by which the largest cluster has at most `ratio` times the points of the smallest.
 
@@ -184,9 +189,8 @@ def balance(chunks: Chunks, centroids: np.ndarray, ratio: float, prices: np.ndar
         for chunk in chunks():
             chosen = np.asarray(_assigned(_padded(chunk)[0], centroids, prices)[0])[: len(chunk)]
             counts += np.bincount(chosen, minlength=len(centroids))
-        uneven = counts.max() / max(counts.min(), 1e-9)
-        best = min(best, (uneven, prices), key=lambda item: item[0])
-        if uneven <= ratio:
+        best = min(best, (uneven(counts), prices), key=lambda item: item[0])
+        if uneven(counts) <= ratio:
             break
         off = np.log(np.maximum(counts, 0.5) / counts.mean())
         turned = np.sign(off) != signs

@@ -18,7 +18,7 @@ LARGE = {"batch_size": 16, "model.width": 128, "model.heads": 4}
 DECODER = {"method.decoder_width": 64, "method.decoder_heads": 4}
 FIELDS = {"splitmask": DECODER, "dino": {}, "beit": {}, "mixedae": DECODER | {"batch_size": 32},
           "moce": DECODER | {"method.experts": 8, "method.num_clusters": 6},
-          "moce/4": DECODER | {"method.experts": 4, "method.num_clusters": 6}}  # fewer experts than devices
+          "moce/token": DECODER | {"method.experts": 4, "method.gate": "token"}}  # fewer experts than devices
 MESHES = {"4 devices": (4, {}), "8 devices": (8, {"mesh.zero": "on"}), "4 x 2": (8, {"mesh.tensor": 2})}
 
 
@@ -32,7 +32,8 @@ def made(name, devices, fields):
     draws = np.random.default_rng(2)
     extras = jax.tree.map(np.asarray, {
         "mixedae": dict,
-        "moce": lambda: {"centroids": draws.normal(size=(6, 128)).astype(np.float32), "share": np.full(6, 1 / 6)},
+        "moce": lambda: {"centroids": draws.normal(size=(6, 128)).astype(np.float32), "share": np.full(6, 1 / 6)
+                         } if config.method.gate == "cluster" else {},
         "dino": lambda: {"teacher": tiny_params(config, 1), "center": np.zeros(config.method.out_dim, np.float32)},
     }.get(name, lambda: {"vocabulary": np.random.default_rng(2).normal(size=(23, 48)).astype(np.float32)})())
     with jax.set_mesh(mesh):

@@ -78,3 +78,12 @@ def test_balanced_clusters_are_of_nearly_one_size_and_nearly_as_tight(count, clu
     again = spherical.balanced(chunks, plain, 3.0)
     np.testing.assert_array_equal(again[0], centroids)
     np.testing.assert_array_equal(again[1], prices)
+
+
+def test_a_cluster_that_loses_its_points_keeps_its_centroid():
+    points = np.tile(np.eye(2, 3, dtype=np.float32), (20, 1))  # two points, many times: a third cluster stays empty
+    start = np.concatenate([np.eye(2, 3), [[0, 0, -1]]]).astype(np.float32)
+    centroids, prices = spherical.balanced(chunked(points, 8), start, 3.0)
+    np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, rtol=1e-6)
+    chosen, _ = spherical.assign(chunked(points, 8), centroids, prices)
+    assert spherical.uneven(np.bincount(chosen, minlength=3)) > 3
