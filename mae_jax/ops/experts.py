@@ -44,7 +44,7 @@ def _forward(x: jax.Array, kernel: jax.Array, bias: jax.Array,
 
 def _backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array | None, ...]:
     x, whole, kernel, bias, expert = saved
-    dx = _on_each_device(_times, dy, whole.swapaxes(1, 2), expert)
+    dx = _on_each_device(partial(_times, transposed=True), dy, whole, expert)
     outer = partial(_outer, len(kernel), kernel.dtype)
     if _whole(x):
         dkernel = outer(x, dy, expert)
@@ -74,30 +74,37 @@ def _whole(x: jax.Array) -> bool:
     return not mesh or max(mesh.values()) == 1 or len(x) % math.prod(mesh[axis] for axis in layout.ROWS) > 0
 
 
-def _times(x: jax.Array, kernel: jax.Array, expert: jax.Array) -> jax.Array:
-    """Returns x [B, T, K] times each image's kernel, [B, T, F]."""
+def _times(x: jax.Array, kernel: jax.Array, expert: jax.Array, transposed: bool = False) -> jax.Array:
+    """Returns x [B, T, K] times each image's kernel, [B, T, F]; `transposed`: x [B, T, F] times its transpose."""
     alone = x.shape[1] == 1  # every token has an expert of its own: a loop over them would be long
-    return jax.lax.platform_dependent(x, kernel, expert, cpu=_tiled if alone else _one_by_one, tpu=_grouped,
-                                      default=_tiled)
+    tiled, grouped, one_by_one = (partial(way, transposed=transposed)
+                                  for way in (_tiled, _grouped, _one_by_one))
+    return jax.lax.platform_dependent(x, kernel, expert, cpu=tiled if alone else one_by_one, tpu=grouped,
+                                      default=tiled)
 
 
-def _grouped(x: jax.Array, kernel: jax.Array, expert: jax.Array) -> jax.Array:
+def _turned(kernel: jax.Array, transposed: bool) -> jax.Array:
+    return kernel.swapaxes(-1, -2) if transposed else kernel
+
+
+def _grouped(x: jax.Array, kernel: jax.Array, expert: jax.Array, transposed: bool = False) -> jax.Array:
     order, sizes = _groups(expert, len(kernel), x.shape[1])
     rows = x[order].reshape(-1, x.shape[-1])
-    y = jax.lax.ragged_dot(rows, kernel, sizes)
+    y = jax.lax.ragged_dot(rows, _turned(kernel, transposed), sizes)
     return y.reshape(*x.shape[:2], -1)[jnp.argsort(order)]
 
 
-def _tiled(x: jax.Array, kernel: jax.Array, expert: jax.Array) -> jax.Array:
+def _tiled(x: jax.Array, kernel: jax.Array, expert: jax.Array, transposed: bool = False) -> jax.Array:
     """Puts the images into tiles, each of one expert, and multiplies tile by tile: one batched product."""
     slot, image, owner = _tiles(expert, len(kernel), x.shape[1])
     tiles = _filled(x, image).reshape(len(owner), -1, x.shape[-1])
-    return (tiles @ kernel[owner]).reshape(-1, x.shape[1], kernel.shape[-1])[slot]
+    out = tiles @ _turned(kernel[owner], transposed)
+    return out.reshape(-1, x.shape[1], out.shape[-1])[slot]
 
 
-def _one_by_one(x: jax.Array, kernel: jax.Array, expert: jax.Array) -> jax.Array:
-    def one(item: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return item[0] @ jax.lax.dynamic_index_in_dim(kernel, item[1], keepdims=False)
+def _one_by_one(x: jax.Array, kernel: jax.Array, expert: jax.Array, transposed: bool = False) -> jax.Array:
+    def one(item: tuple[jax.Array, jax.Array]) -> jax.Array:  # turns one kernel, not all
+        return item[0] @ _turned(jax.lax.dynamic_index_in_dim(kernel, item[1], keepdims=False), transposed)
 
     return jax.lax.map(one, (x, expert))
 
