@@ -1,7 +1,7 @@
 """Does one masked autoencoder of two domains serve tasks of either worse than one of its own, and does MoCE mend it?
 
-  python bench/negative_transfer.py                        (goes on where it was stopped; not yet run to its end)
-  python bench/negative_transfer.py --size=gpu --workers=8 (cells at the same time on one GPU; nor this)
+  python bench/negative_transfer.py --workers=2            (about 3 hours on two cores; goes on where it was stopped)
+  python bench/negative_transfer.py --size=gpu --workers=8 (cells at the same time on one GPU; not yet run)
 
 Two domains that have little in common: A, crops of photographs, and B, handwritten digits (the question of arXiv
 2402.05382, Figure 1, which asks it of two halves of ImageNet). MAE is trained on A, on B and on both, equal steps. From
