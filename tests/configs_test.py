@@ -7,6 +7,7 @@ import pytest
 
 from mae_jax import train
 from mae_jax.clusters import Clusters
+from mae_jax.data import sources
 from tests.config_test import RECIPES, recipe
 
 SEEN = {  # method → a figure and the pictures of its evaluations
@@ -25,7 +26,8 @@ def any_clusters(folder, data):
     """Writes clusters of photo crops that mean nothing, for a recipe that asks for some."""
     folder.mkdir()
     draws = np.random.default_rng(0)
-    about = {"data": {"source": data.source, "name": data.name, "classes": ""}, "block": -1}
+    about = {"data": {"source": data.source, "name": data.name, "classes": ""}, "block": -1,
+             "examples": {split: sources.load(data, split).digest() for split in ("train", "test")}}
     Clusters(draws.normal(size=(6, 48)).astype(np.float32), np.zeros(6, np.float32), np.zeros(48, np.float32),
              np.full(6, 500), {"train": draws.integers(6, size=3400), "test": draws.integers(6, size=1020)},
              about).write(folder)
