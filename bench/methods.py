@@ -2,7 +2,7 @@
 
   python bench/methods.py                       (ViT-B/16 at 224 pixels)
   python bench/methods.py --batch=256 --rounds=30       (one GPU)
-  python bench/methods.py --mixtures --batch=64 --rounds=5     (MoCE with 8 and 32 experts beside MAE)
+  python bench/methods.py --mixtures --batch=32 --rounds=5     (MoCE beside MAE; a batch of 64 takes over 24 GB)
 
 FLOPs are the matrix products counted on paper (mae_jax/flops.py), by which methods with other amounts of work can be
 compared. The figures are written to bench/results/methods_<device>.json, with each round's times, and .md.
