@@ -1,6 +1,6 @@
 """Does one masked autoencoder of two domains serve tasks of either worse than one of its own, and does MoCE mend it?
 
-  python bench/negative_transfer.py --workers=2            (about 3 hours on two cores; goes on where it was stopped)
+  python bench/negative_transfer.py --workers=2            (hours on two cores; goes on where it was stopped)
   python bench/negative_transfer.py --size=gpu --workers=8 (cells at the same time on one GPU; not yet run)
 
 Two domains that have little in common: A, crops of photographs, and B, handwritten digits (the question of arXiv
@@ -11,9 +11,10 @@ sparse mixture whose tokens choose. From MoCE, each task takes the path of most 
 
 An encoder is judged on each domain's task: logistic regression on frozen features (no rate to choose), and fine-tuning,
 whose rate is chosen from three with seed 0 on the last tenth of the task's training split; the test split is read
-once per figure. In so few steps the classifier has to stand behind a batch norm: behind a layer norm alone, digits
-were told apart by none but the encoder of digits. The mixture of tokens is no ordinary encoder, and is judged by its
-features alone, as is the untrained one. Three seeds.
+once per figure. In so few steps the classifier has to stand behind a batch norm: behind a layer norm alone, the encoder
+of both knew 0.35 of the digits at most (seed 0, tries of 200 to 400 steps). The mixture of tokens is no ordinary
+encoder, and is judged by its features alone, as is the untrained one. Three seeds.
+
 One JSON line per cell in bench/results/negative_transfer_<size>.jsonl, the table in .md, the plot in .png.
 """
 
@@ -114,14 +115,11 @@ def common(config: ConfigDict, file: Path, classes: str, seed: int, steps: int) 
 def pretraining(arm: str, file: Path, seed: int, size: Size, work: Path) -> ConfigDict:
     """Returns the config of an arm's training."""
     mixture = arm in (MOCE, TOKEN)
-    steps = (size.first if arm in DENSE else size.more) // BATCH
+    steps = 1 if arm == UNTRAINED else (size.first if arm in DENSE else size.more) // BATCH
     config = common(default("moce" if mixture else "mae"), file, DENSE.get(arm, "both"), seed, steps)
     config.method.update(decoder_width=96, decoder_depth=2, decoder_heads=3)
-    config.optim.lr = 6e-3 if arm in DENSE else 3e-3
-    if arm == UNTRAINED:
-        common(config, file, "both", seed, 1)
-        config.optim.lr = 0.0
-    elif arm not in DENSE:
+    config.optim.lr = 0.0 if arm == UNTRAINED else 6e-3 if arm in DENSE else 3e-3
+    if arm not in (*DENSE, UNTRAINED):
         config.init_from = str(work / f"{size.first}_both_{seed}")
     if mixture:
         config.method.update(experts=4, gate="cluster" if arm == MOCE else "token",

@@ -46,6 +46,12 @@ def make_folder(folder, count, broken):
         (folder / f"broken{number}.png").write_bytes(b"no picture")
 
 
+def of_folder(folder):
+    """Returns the fields of a run on a folder of pictures, without an evaluation."""
+    return {"data.source": "folder", "data.path": str(folder), "data.train_split": "train", "data.eval_split": "",
+            "eval.every": ""}
+
+
 def clustered(folder, to, clusters=8, **options):
     return cluster(str(folder), str(to), clusters, options.get("block", -1), 3.0, options.get("seed", 0),
                    options.get("data"))
@@ -186,8 +192,7 @@ def test_records_that_readers_leave_out_have_clusters_like_all_others(made, tmp_
 
 def test_pictures_that_changed_their_places_are_refused(tmp_path):
     make_folder(tmp_path / "in", count=40, broken=0)
-    data = {"data.source": "folder", "data.path": str(tmp_path / "in"), "data.train_split": "train",
-            "data.eval_split": "", "eval.every": ""}
+    data = of_folder(tmp_path / "in")
     assert train.train(tiny_config(CROPS | data), str(tmp_path / "mae")) == 0
     assert clustered(tmp_path / "mae", tmp_path / "clusters", clusters=4) == 0
     (tmp_path / "in" / "000.png").rename(tmp_path / "in" / "zzz.png")
@@ -203,8 +208,7 @@ def test_pictures_that_are_all_alike_give_no_clusters(tmp_path):
     (tmp_path / "in").mkdir()
     for number in range(40):
         Image.new("RGB", (20, 20), "red").save(tmp_path / "in" / f"{number:03d}.png")
-    data = {"data.source": "folder", "data.path": str(tmp_path / "in"), "data.train_split": "train",
-            "data.eval_split": "", "eval.every": ""}
+    data = of_folder(tmp_path / "in")
     assert train.train(tiny_config(CROPS | data), str(tmp_path / "mae")) == 0
     with pytest.raises(UserError, match="--ratio=3 to 1 was not reached: 4 clusters of"):
         clustered(tmp_path / "mae", tmp_path / "clusters", clusters=4)
@@ -226,8 +230,7 @@ def test_a_mixture_reads_no_clusters_but_its_own(made, tmp_path):
 
 def test_pictures_that_cannot_be_read_count_for_their_own_cluster_alone(tmp_path):
     make_folder(tmp_path / "in", count=40, broken=3)
-    data = {"data.source": "folder", "data.path": str(tmp_path / "in"), "data.train_split": "train",
-            "data.eval_split": "", "eval.every": ""}
+    data = of_folder(tmp_path / "in")
     assert train.train(tiny_config(CROPS | data), str(tmp_path / "mae")) == 0
     assert clustered(tmp_path / "mae", tmp_path / "clusters", clusters=4) == 0
     found = Clusters.read(str(tmp_path / "clusters"))
