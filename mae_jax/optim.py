@@ -103,7 +103,8 @@ def make_optimizer(config: ConfigDict, method: Method, examples: int = 0) -> opt
       examples: of the training split, which schedules count epochs with.
 
     Returns:
-      A transformation whose update takes the step of the train state as `step`.
+      A transformation whose update takes the step of the train state as `step`, and as `taken` whether it is: where it
+      is not, the state stays bit for bit what it was, and the updates are of no use.
     """
     o = config.optim
     clip = [optax.clip_by_global_norm(o.clip)] if o.clip else []
@@ -125,7 +126,41 @@ def _add_decay(decay: Schedule, decayed: Mask) -> optax.GradientTransformation:
 
 def _adamw(o: ConfigDict, decay: Schedule, decayed: Mask) -> list[optax.GradientTransformation]:
     """AdamW as in PyTorch: decoupled weight decay is added before the multiplication by the learning rate."""
-    return [optax.scale_by_adam(*o.betas, eps=o.eps), _add_decay(decay, decayed)]
+    return [_adam(*o.betas, o.eps), _add_decay(decay, decayed)]
+
+
+def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam`, whose updates are read from the moments that stay.
+
+    Were the choice between old and new moments made after the updates, XLA would on CPUs compute the parameters from
+    the old ones, and copy them all first, since the new ones take their place.
+    """
+    def update(grads: Params, state: optax.ScaleByAdamState, params: Params | None = None, *,
+               taken: jax.Array | bool = True, **_: Any) -> tuple[Params, optax.ScaleByAdamState]:
+        mu = optax.tree.update_moment(grads, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
+        state = _either(taken, optax.ScaleByAdamState(state.count + 1, mu, nu), state)
+        mu, nu = (optax.tree.bias_correction(moment, decay, state.count)
+                  for moment, decay in ((state.mu, b1), (state.nu, b2)))
+        return jax.tree.map(lambda m, n: m / (jnp.sqrt(n) + eps), mu, nu), state
+
+    return optax.GradientTransformationExtraArgs(optax.scale_by_adam(b1, b2, eps).init, update)
+
+
+def _momentum(decay: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.trace`, whose trace stays as it is where the step is not taken."""
+    inner = optax.trace(decay)
+
+    def update(grads: Params, state: optax.TraceState, params: Params | None = None, *,
+               taken: jax.Array | bool = True, **_: Any) -> tuple[Params, optax.TraceState]:
+        updates, new = inner.update(grads, state)
+        return updates, _either(taken, new, state)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _either(taken: jax.Array | bool, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda n, o: jnp.where(taken, n, o), new, old)
 
 
 def _lamb(o: ConfigDict, decay: Schedule, decayed: Mask) -> list[optax.GradientTransformation]:
@@ -139,7 +174,7 @@ def _lamb(o: ConfigDict, decay: Schedule, decayed: Mask) -> list[optax.GradientT
 
 def _sgd(o: ConfigDict, decay: Schedule, decayed: Mask) -> list[optax.GradientTransformation]:
     """SGD as in PyTorch: weight decay is added to the gradient, then momentum, not Nesterov's and not dampened."""
-    return [_add_decay(decay, decayed), optax.trace(o.momentum)]
+    return [_add_decay(decay, decayed), _momentum(o.momentum)]
 
 
 def _lars(o: ConfigDict, decay: Schedule, decayed: Mask) -> list[optax.GradientTransformation]:

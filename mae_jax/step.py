@@ -94,14 +94,13 @@ def make_train_step(config: ConfigDict, method: Method, optimizer: optax.Gradien
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"][0])
         taken, history, told = _unless_spike(config.guard.spike, finite, state, metrics, norm)
         lr = schedule(state.step)
-        updates, opt = optimizer.update(grads, state.opt, state.params, step=state.step)
+        updates, opt = optimizer.update(grads, state.opt, state.params, step=state.step, taken=taken)
         params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
         decay = config.optim.ema  # as a difference: 0.9999 and 0.0001 rounded apart would shrink the average by 1.7e-4
         ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params) if decay else {}
         extras = method.after_update(params, extras, state.step)
-        new = (params, opt, extras, ema)
-        old = (state.params, state.opt, state.extras, state.ema)
-        params, opt, extras, ema = jax.tree.map(lambda n, o: jnp.where(taken, n, o), new, old)
+        old = (state.params, state.extras, state.ema)
+        params, extras, ema = jax.tree.map(lambda n, o: jnp.where(taken, n, o), (params, extras, ema), old)
         bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
         one = jnp.ones((), jnp.float32)
         metrics = metrics | told | {

@@ -1,5 +1,6 @@
 """Schedule, decay, freezing and the optimisers: against formulas written out in NumPy, PyTorch, timm and optax."""
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -247,6 +248,26 @@ def test_clipping_bounds_the_global_norm_before_adam():
     _, state = optimizer.update(grads, optimizer.init(tree), tree, step=0)
     moments = next(part.mu for part in state if isinstance(part, optax.ScaleByAdamState))
     np.testing.assert_allclose(np.concatenate([moments["a"], moments["b"]]), [0.06, 0, 0, 0.08], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_that_is_not_taken_leaves_the_state_bit_for_bit(name):
+    optimizer, tree = make({"optim.name": name, "optim.momentum": 0.9}), {"head": {"kernel": np.ones((2, 3))}}
+    update = jax.jit(optimizer.update)
+    _, before = update(tree, optimizer.init(tree), tree, step=0, taken=True)
+    grads = {"head": {"kernel": np.full((2, 3), np.nan)}}
+    for taken in (False, True):
+        _, after = update(grads, before, tree, step=1, taken=taken)
+        equal = jax.tree.map(lambda a, b: np.array_equal(a, b), after, before)
+        assert all(jax.tree.leaves(equal)) is not taken
+    assert len(jax.tree.leaves(before)) > 0
+
+
+def test_no_moment_is_copied_in_a_step():
+    config = tiny_config()
+    program = tiny_step(config).lower(tiny_state(config), tiny_batch(config)).compile().as_text()
+    assert "state_opt_0__mu__encoder____cls_token" in program
+    assert re.findall(r" copy\(%?(state_opt_0__[mn]u\w*)", program) == []
 
 
 @pytest.mark.parametrize(("decay", "depth", "embedding"), [(0.65, 12, 3.70e-3), (0.75, 24, 7.5e-4), (0.75, 32, 7.5e-5)])
