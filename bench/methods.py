@@ -2,7 +2,7 @@
 
   python bench/methods.py                       (ViT-B/16 at 224 pixels)
   python bench/methods.py --batch=256 --rounds=30       (one GPU)
-  python bench/methods.py --mixtures --batch=32 --rounds=5     (MoCE beside MAE, one mixture after the other)
+  python bench/methods.py --experts=8 --batch=64 --rounds=5     (MoCE beside MAE: methods_8_experts_<device>)
 
 FLOPs are the matrix products counted on paper (mae_jax/flops.py), by which methods with other amounts of work can be
 compared. The figures are written to bench/results/methods_<device>.json, with each round's times, and .md.
@@ -26,8 +26,6 @@ from mae_jax.bench import TimedStep
 RESULTS = Path(__file__).parent / "results"
 RECIPES = {"MAE": "vit_b_mae:repo", "SplitMask": "vit_b_splitmask", "BEiT": "vit_b_beit",
            "MixedAE": "vit_b_mixedae", "naive mixing": "vit_b_mixedae:naive"}
-# The optimiser's work grows with the experts and not with the batch: these are measured apart, with a larger one.
-MIXTURES = {"MAE": "vit_b_mae:repo", "MoCE, 8 experts": "moce", "MoCE, 32 experts": "moce"}
 
 
 def recipe(text: str) -> Any:
@@ -43,41 +41,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--mixtures", action="store_true", help="MoCE in place of the others")
+    # The optimiser's work grows with the experts and not with the batch, so that they are measured apart.
+    parser.add_argument("--experts", type=int, help="MoCE of so many, in place of the other methods")
     options = parser.parse_args()
-    recipes = MIXTURES if options.mixtures else RECIPES
+    mixture = f"MoCE, {options.experts} experts"
+    recipes = {"MAE": RECIPES["MAE"], mixture: "moce"} if options.experts else RECIPES
     configs = {name: recipe(text).unlock() for name, text in recipes.items()}
-    for name, config in configs.items():
+    for config in configs.values():
         config.batch_size = options.batch
-        if name in MIXTURES and name != "MAE":
-            config.method.update(num_clusters=256, experts=int(name.split()[1]))
-    device = jax.devices()[0].device_kind
-    result = {"device": device, "cores": os.cpu_count(), "batch": options.batch, "load": os.getloadavg()[0],
-              "gflop_per_image": {}, "seconds": {}, "mae_seconds": {}}
-    together = [name for name in configs if name != "MAE"]
-    for names in ([name] for name in together) if options.mixtures else [together]:  # two mixtures fill the memory
-        flops, times = measured({name: configs[name] for name in ("MAE", *names)}, options.rounds)
-        result["gflop_per_image"] |= flops
-        result["seconds"] |= times
-        result["mae_seconds"] |= dict.fromkeys(times, times["MAE"])
-    kind = "mixtures" if options.mixtures else "methods"
-    stem = RESULTS / f"{kind}_{re.sub('[^a-z0-9]+', '_', device.lower())}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(table(result))
-    print(table(result))
-
-
-def measured(configs: dict[str, Any], rounds: int) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Returns the GFLOP per image of each step, and its seconds, which alternate."""
+    if options.experts:
+        configs[mixture].method.update(num_clusters=256, experts=options.experts)
     with ThreadPoolExecutor() as pool:  # compiles them at the same time
         steps = dict(zip(configs, pool.map(TimedStep, configs.values()), strict=True))
     for step in steps.values():
         step.run(step.batch)  # the first one also touches all memory
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
+    times: dict[str, list[float]] = {name: [] for name in recipes}
+    for _ in range(options.rounds):
         for name, step in steps.items():
             times[name] += [_seconds(step)]
-    return {name: step.flops_per_image / 1e9 for name, step in steps.items()}, times
+    device = jax.devices()[0].device_kind
+    result = {"device": device, "cores": os.cpu_count(), "batch": options.batch, "load": os.getloadavg()[0],
+              "gflop_per_image": {name: step.flops_per_image / 1e9 for name, step in steps.items()}, "seconds": times}
+    kind = f"methods_{options.experts}_experts" if options.experts else "methods"
+    stem = RESULTS / f"{kind}_{re.sub('[^a-z0-9]+', '_', device.lower())}"
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(table(result))
+    print(table(result))
 
 
 def _seconds(step: TimedStep) -> float:
@@ -94,9 +83,8 @@ def table(result: dict[str, Any]) -> str:
              "| method | GFLOP per image and step | s per step | of MAE's | GFLOP/s | of MAE's |", "|---" * 6 + "|"]
     for name, seconds in times.items():
         rates = [flops[name] * result["batch"] / s for s in seconds]
-        beside = result["mae_seconds"][name]
-        base = [flops["MAE"] * result["batch"] / s for s in beside]
-        longer = [s / other for s, other in zip(seconds, beside, strict=True)]
+        base = [flops["MAE"] * result["batch"] / s for s in times["MAE"]]
+        longer = [s / other for s, other in zip(seconds, times["MAE"], strict=True)]
         faster = [rate / other for rate, other in zip(rates, base, strict=True)]
         step, rate = statistics.median(seconds), statistics.median(rates)
         lines.append(f"| {name} | {flops[name]:.1f} | {step:.3g} | {_spread(longer)} | {rate:.0f} "

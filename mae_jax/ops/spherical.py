@@ -143,20 +143,19 @@ def even_clusters(chunks: Chunks, sample: np.ndarray, clusters: int, ratio: floa
 
     centroids, _ = kmeans(sampled, spread(sample, clusters, rng))
     centroids, similarity = kmeans(chunks, centroids)
-    prices = balance(sampled, centroids, ratio)
-    return *balanced(chunks, centroids, ratio, prices), similarity
+    return *balanced(chunks, sampled, centroids, ratio), similarity
 
 
-def balanced(chunks: Chunks, centroids: np.ndarray, ratio: float,
-             prices: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def balanced(chunks: Chunks, sampled: Chunks, centroids: np.ndarray, ratio: float) -> tuple[np.ndarray, np.ndarray]:
     """Returns centroids and prices of clusters of nearly one size: each follows the other a few times.
 
     Args:
       chunks: the points.
+      sampled: some of them, which are balanced first each time.
       centroids: float32 [m, D] of k-means.
-      ratio, prices: see `balance`.
+      ratio: see `balance`.
     """
-    prices = balance(chunks, centroids, ratio, prices)
+    prices = balance(chunks, centroids, ratio, balance(sampled, centroids, ratio))
     for _ in range(ROUNDS):
         sums = np.zeros_like(centroids, np.float64)
         for chunk in chunks():
@@ -164,7 +163,7 @@ def balanced(chunks: Chunks, centroids: np.ndarray, ratio: float,
             sums += np.asarray(_sums(points, valid, _assigned(points, centroids, prices)[0], centroids), np.float64)
         gone = np.linalg.norm(sums, axis=1) < 1e-6  # without points, or with such as cancel out
         centroids = np.where(gone[:, None], centroids, unit(sums)).astype(np.float32)
-        prices = balance(chunks, centroids, ratio, prices)
+        prices = balance(chunks, centroids, ratio, balance(sampled, centroids, ratio, prices))
     return centroids, prices
 
 
