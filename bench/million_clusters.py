@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -50,8 +49,9 @@ def chunks(folder: Path) -> Iterator[np.ndarray]:
 
 
 def peak() -> float:
-    """Returns the process's peak of resident memory in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Returns the process's peak of resident memory in MiB (Linux; getrusage would count the parent's as well)."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
 
 
 def sample(folder: Path, clusters: int) -> np.ndarray:
@@ -76,12 +76,13 @@ def ours(folder: Path, clusters: int) -> dict[str, float]:
     spherical.kmeans = marked
     centroids, prices, similarity = spherical.even_clusters(
         counted, sample(folder, clusters), clusters, 3.0, np.random.default_rng(0))
+    seconds, used, mib = time.monotonic() - began, passes[0], peak() - before
     kmeans_seconds, kmeans_passes = marks[-1]
     chosen, similar = spherical.assign(counted, centroids, prices)
     sizes = np.bincount(chosen, minlength=clusters)
     return {"kmeans_seconds": kmeans_seconds, "kmeans_passes": kmeans_passes, "kmeans_similarity": similarity,
-            "seconds": time.monotonic() - began, "passes": passes[0], "similarity": float(similar.mean()),
-            "largest": int(sizes.max()), "smallest": int(sizes.min()), "mib": peak() - before}
+            "seconds": seconds, "passes": used, "similarity": float(similar.mean()),
+            "largest": int(sizes.max()), "smallest": int(sizes.min()), "mib": mib}
 
 
 def theirs(folder: Path, clusters: int, passes: int) -> dict[str, float]:
@@ -94,11 +95,11 @@ def theirs(folder: Path, clusters: int, passes: int) -> dict[str, float]:
         for chunk in chunks(folder):
             model.partial_fit(chunk)
     centroids = spherical.unit(model.cluster_centers_).astype(np.float32)
-    seconds = time.monotonic() - began
+    seconds, mib = time.monotonic() - began, peak() - before
     chosen, similar = spherical.assign(lambda: chunks(folder), centroids, np.zeros(clusters, np.float32))
     sizes = np.bincount(chosen, minlength=clusters)
     return {"seconds": seconds, "passes": passes, "similarity": float(similar.mean()), "largest": int(sizes.max()),
-            "smallest": int(sizes.min()), "mib": peak() - before}
+            "smallest": int(sizes.min()), "mib": mib}
 
 
 def main() -> None:

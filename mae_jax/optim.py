@@ -139,7 +139,7 @@ def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtra
                taken: jax.Array | bool = True, **_: Any) -> tuple[Params, optax.ScaleByAdamState]:
         mu = optax.tree.update_moment(grads, state.mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
-        state = _either(taken, optax.ScaleByAdamState(state.count + 1, mu, nu), state)
+        state = either(taken, optax.ScaleByAdamState(state.count + 1, mu, nu), state)
         mu, nu = (optax.tree.bias_correction(moment, decay, state.count)
                   for moment, decay in ((state.mu, b1), (state.nu, b2)))
         return jax.tree.map(lambda m, n: m / (jnp.sqrt(n) + eps), mu, nu), state
@@ -148,18 +148,19 @@ def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtra
 
 
 def _momentum(decay: float) -> optax.GradientTransformationExtraArgs:
-    """`optax.trace`, whose trace stays as it is where the step is not taken."""
+    """`optax.trace`, whose updates are likewise read from the trace that stays."""
     inner = optax.trace(decay)
 
     def update(grads: Params, state: optax.TraceState, params: Params | None = None, *,
                taken: jax.Array | bool = True, **_: Any) -> tuple[Params, optax.TraceState]:
-        updates, new = inner.update(grads, state)
-        return updates, _either(taken, new, state)
+        state = either(taken, inner.update(grads, state)[1], state)
+        return state.trace, state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def _either(taken: jax.Array | bool, new: Any, old: Any) -> Any:
+def either(taken: jax.Array | bool, new: Any, old: Any) -> Any:
+    """Returns the new tree where the step is taken, and otherwise the old one, bit for bit."""
     return jax.tree.map(lambda n, o: jnp.where(taken, n, o), new, old)
 
 

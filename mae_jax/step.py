@@ -12,7 +12,7 @@ from mae_jax.methods import Method
 from mae_jax.methods.base import Batch, Extras, Metrics, Params
 from mae_jax.ops import spikes
 from mae_jax.ops.keys import stream_key
-from mae_jax.optim import Schedule
+from mae_jax.optim import Schedule, either
 from mae_jax.params import path
 
 
@@ -80,12 +80,13 @@ def _dealt(x: jax.Array, parts: int, group: int) -> jax.Array:
     return x.reshape(-1, parts, group, *x.shape[1:]).swapaxes(0, 1).reshape(parts, -1, *x.shape[1:])
 
 
-def make_train_step(config: ConfigDict, method: Method, optimizer: optax.GradientTransformation,
+def make_train_step(config: ConfigDict, method: Method, optimizer: optax.GradientTransformationExtraArgs,
                     schedule: Schedule) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the pure function (state, batch) → (state, metrics) that the loop jits, donating the state.
 
     Where a gradient is not finite, or the step is a spike and `guard.spike` is on, parameters, optimiser, EMA and
-    extras keep their values bit for bit; `step` advances all the same, so that the batch is not drawn again.
+    extras keep their values bit for bit; `step` advances all the same, so that the batch is not drawn again. For its
+    own state the optimiser sees to that: it is told `taken` (see `make_optimizer`).
     """
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = stream_key(config.seed, state.step, "loss")
@@ -95,12 +96,11 @@ def make_train_step(config: ConfigDict, method: Method, optimizer: optax.Gradien
         taken, history, told = _unless_spike(config.guard.spike, finite, state, metrics, norm)
         lr = schedule(state.step)
         updates, opt = optimizer.update(grads, state.opt, state.params, step=state.step, taken=taken)
-        params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
+        params = either(taken, jax.tree.map(lambda p, u: p - lr * u, state.params, updates), state.params)
         decay = config.optim.ema  # as a difference: 0.9999 and 0.0001 rounded apart would shrink the average by 1.7e-4
         ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params) if decay else {}
         extras = method.after_update(params, extras, state.step)
-        old = (state.params, state.extras, state.ema)
-        params, extras, ema = jax.tree.map(lambda n, o: jnp.where(taken, n, o), (params, extras, ema), old)
+        extras, ema = either(taken, (extras, ema), (state.extras, state.ema))
         bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
         one = jnp.ones((), jnp.float32)
         metrics = metrics | told | {

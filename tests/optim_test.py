@@ -263,11 +263,12 @@ def test_a_step_that_is_not_taken_leaves_the_state_bit_for_bit(name):
     assert len(jax.tree.leaves(before)) > 0
 
 
-def test_no_moment_is_copied_in_a_step():
-    config = tiny_config()
+@pytest.mark.parametrize("name", NAMES)
+def test_no_moments_parameters_or_averages_are_copied_in_a_step(name):
+    config = tiny_config({"optim.name": name, "optim.momentum": 0.9, "optim.ema": 0.9})
     program = tiny_step(config).lower(tiny_state(config), tiny_batch(config)).compile().as_text()
-    assert "state_opt_0__mu__encoder____cls_token" in program
-    assert re.findall(r" copy\(%?(state_opt_0__[mn]u\w*)", program) == []
+    assert "state_ema__encoder____cls_token" in program
+    assert re.findall(r" copy\([^)]*?(state_(?:opt|params|ema)_\w*__[a-z]\w*)", program) == []
 
 
 @pytest.mark.parametrize(("decay", "depth", "embedding"), [(0.65, 12, 3.70e-3), (0.75, 24, 7.5e-4), (0.75, 32, 7.5e-5)])

@@ -136,7 +136,7 @@ def _outer_one_by_one(experts: int, dtype: jnp.dtype, x: jax.Array, dy: jax.Arra
         return total.at[expert].add(jnp.matmul(x.T, dy, preferred_element_type=dtype)), None
 
     # Zeros that XLA does not know: constants would be shared by layers, and copied for each to add to.
-    zeros = jnp.broadcast_to((expert[0] < 0).astype(dtype), (experts, x.shape[-1], dy.shape[-1]))
+    zeros = jnp.broadcast_to((expert[0] < -experts).astype(dtype), (experts, x.shape[-1], dy.shape[-1]))
     return jax.lax.scan(add, zeros, (x, dy, expert))[0]
 
 

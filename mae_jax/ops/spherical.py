@@ -47,8 +47,8 @@ def _sums(points: jax.Array, valid: jax.Array, chosen: jax.Array, like: jax.Arra
 
 def _padded(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the points with rows of zeros up to a multiple of PAD, and which are points."""
-    extra = -len(points) % PAD
-    return np.pad(points, ((0, extra), (0, 0))), np.pad(np.ones(len(points), np.float32), (0, extra))
+    extra, valid = -len(points) % PAD, np.ones(len(points), np.float32)
+    return (np.pad(points, ((0, extra), (0, 0))), np.pad(valid, (0, extra))) if extra else (points, valid)
 
 
 def unit(points: np.ndarray) -> np.ndarray:
@@ -99,8 +99,8 @@ def kmeans(chunks: Chunks, centroids: np.ndarray, iterations: int = ITERATIONS) 
             counts += np.bincount(chosen, minlength=len(centroids))
             similarity += float(similar.sum(dtype=np.float64))
             worst = np.argsort(similar, kind="stable")[: len(centroids)]
-            far = sorted([*far, *((float(similar[i]), chunk[i]) for i in worst)], key=lambda item: item[0])
-            far = far[: len(centroids)]
+            far = sorted([*far, *((float(similar[i]), chunk[i].copy()) for i in worst)], key=lambda item: item[0])
+            far = far[: len(centroids)]  # copies, since rows would keep their chunks
         mean = similarity / counts.sum()
         if mean - before < TOLERANCE:
             break

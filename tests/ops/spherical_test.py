@@ -1,3 +1,5 @@
+import weakref
+
 import numpy as np
 import pytest
 from sklearn.cluster import KMeans
@@ -40,6 +42,21 @@ def test_the_size_of_chunks_changes_nothing():
     np.testing.assert_allclose(*runs, atol=1e-5)
 
 
+def test_chunks_of_a_pass_do_not_stay_in_memory():
+    points, alive = uneven(13 * spherical.PAD), []
+
+    def chunks():
+        for start in range(0, len(points), spherical.PAD):
+            chunk = points[start : start + spherical.PAD].copy()
+            alive.append(weakref.ref(chunk))
+            yield chunk
+            del chunk
+            assert sum(reference() is not None for reference in alive) <= 2
+
+    spherical.kmeans(chunks, points[:8], iterations=3)
+    assert len(alive) > 12
+
+
 def test_the_first_centroids_are_different_points_and_the_same_for_a_seed():
     points = uneven()
     first, again, other = (spherical.spread(points, 40, np.random.default_rng(seed)) for seed in (1, 1, 2))
@@ -63,7 +80,7 @@ def test_balanced_clusters_are_of_nearly_one_size_and_nearly_as_tight(count, clu
     chunks = chunked(points, 256)
     plain, mean = spherical.kmeans(chunks, spherical.spread(points, clusters, np.random.default_rng(0)))
     loose = np.bincount(spherical.assign(chunks, plain, np.zeros(clusters, np.float32))[0], minlength=clusters)
-    centroids, prices = spherical.balanced(chunks, plain, 3.0)
+    centroids, prices = spherical.balanced(chunks, chunks, plain, 3.0)
     chosen, similar = spherical.assign(chunks, centroids, prices)
     sizes = np.bincount(chosen, minlength=clusters)
     assert sizes.min() > 0
@@ -75,7 +92,7 @@ def test_balanced_clusters_are_of_nearly_one_size_and_nearly_as_tight(count, clu
     assert np.bincount(own, minlength=clusters).max() / np.bincount(own, minlength=clusters).min() <= 3
     assert close == pytest.approx(mean, rel=0.03)
     assert near.mean() >= 0.95 * close
-    again = spherical.balanced(chunks, plain, 3.0)
+    again = spherical.balanced(chunks, chunks, plain, 3.0)
     np.testing.assert_array_equal(again[0], centroids)
     np.testing.assert_array_equal(again[1], prices)
 
@@ -83,7 +100,7 @@ def test_balanced_clusters_are_of_nearly_one_size_and_nearly_as_tight(count, clu
 def test_a_cluster_that_loses_its_points_keeps_its_centroid():
     points = np.tile(np.eye(2, 3, dtype=np.float32), (20, 1))  # two points, many times: a third cluster stays empty
     start = np.concatenate([np.eye(2, 3), [[0, 0, -1]]]).astype(np.float32)
-    centroids, prices = spherical.balanced(chunked(points, 8), start, 3.0)
+    centroids, prices = spherical.balanced(chunked(points, 8), chunked(points, 8), start, 3.0)
     np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, rtol=1e-6)
     chosen, _ = spherical.assign(chunked(points, 8), centroids, prices)
     assert spherical.uneven(np.bincount(chosen, minlength=3)) > 3
