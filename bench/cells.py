@@ -34,7 +34,15 @@ def go_on(file: Path, cells: list[Cell], stages: Iterable[list[Cell]], run: Call
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
             def run_all(todo: list[Cell]) -> Iterator[Cell]:
-                return (future.result() for future in as_completed([pool.submit(run, cell) for cell in todo]))
+                """Yields all that succeed before it raises what did not."""
+                failed = []
+                for future in as_completed([pool.submit(run, cell) for cell in todo]):
+                    if error := future.exception():
+                        failed.append(error)
+                    else:
+                        yield future.result()
+                if failed:
+                    raise failed[0]
 
             _go_on(file, cells, stages, run_all, after)
     else:

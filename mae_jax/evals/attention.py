@@ -67,8 +67,12 @@ def _mapper(method: Method, block: int, query: str) -> Callable[..., jax.Array]:
     return jax.jit(functools.partial(maps, method, block=block, query=query))
 
 
-def picture(method: Method, params: Any, extras: Any, batch: Batch, block: int = -1, query: str = "cls") -> np.ndarray:
-    """Returns the grid of `batch`: input, mean over heads laid over it, and each head; uint8 [height, width, 3]."""
+def picture(method: Method, params: Any, extras: Any, batch: Batch, block: int = -1, query: str = "cls",
+            name: str = "") -> np.ndarray:
+    """Returns the grid of `batch`: input, mean over heads laid over it, and each head; uint8 [height, width, 3].
+
+    Its title begins with `name`.
+    """
     weights = np.asarray(process_allgather(_mapper(method, block, query)(params, extras, batch), tiled=True))
     patch, heads = tuple(method.config.model.patch), weights.shape[1]
     inputs = assemble(np.asarray(batch["patches"]), np.asarray(batch["order"]), grid(method.config), patch)
@@ -79,7 +83,8 @@ def picture(method: Method, params: Any, extras: Any, batch: Batch, block: int =
     captions = ("input", "mean of heads", *(f"head {head}" for head in range(heads)))
     number = inside.chosen(block, method.config.model.depth)
     who = "class token" if query == "cls" else "mean patch"
-    return tile(rows, captions, f"attention of the {who} in block {number}; each map from its lowest to its highest")
+    title = f"{name}attention of the {who} in block {number}; each map from its lowest to its highest"
+    return tile(rows, captions, title)
 
 
 def colours(heat: np.ndarray) -> np.ndarray:

@@ -111,9 +111,14 @@ def purity(scores: jax.Array, keep: int, group: int, patches: int) -> jax.Array:
       group: G, pictures in a mixed sequence; by chance it is 1 / G.
       patches: N.
     """
+    return query_purity(scores, keep, group, patches).mean((1, 2))
+
+
+def query_purity(scores: jax.Array, keep: int, group: int, patches: int) -> jax.Array:
+    """Returns what `purity` is the mean of, float32 [B, H, N]: of each head's each query."""
     scores = scores[..., -patches:, -patches:]
     kept = TopKeys(keep, patches)(scores)
-    return ((kept & same_source(patches, group)).sum(-1) / kept.sum(-1)).mean((1, 2))
+    return (kept & same_source(patches, group)).sum(-1) / kept.sum(-1)
 
 
 def neighbour_homology(tokens: jax.Array, group: int) -> jax.Array:
