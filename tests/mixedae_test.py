@@ -1,14 +1,20 @@
 """MixedAE: mixing against an explicit scatter, what it shares with MAE, what tokens may know, its figures."""
 
+import dataclasses
+from collections import deque
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mae_jax import train
-from mae_jax.data import orders
+from mae_jax.data import orders, pipeline, sources
+from mae_jax.data.decode import BadPicture
 from mae_jax.data.orders import Order
+from mae_jax.data.views import Views
 from mae_jax.errors import UserError
+from mae_jax.evals import reconstruct
 from mae_jax.flops import train_flops
 from mae_jax.ops.homologous import TopKeys
 from mae_jax.ops.patches import normalize
@@ -41,6 +47,34 @@ def test_orders_of_a_group_are_one_permutation_rolled(group):
         np.testing.assert_array_equal(some, np.roll(members[0], -member * 16 // group))
     shown = np.concatenate([some[: 16 // group] for some in members])
     assert sorted(shown) == list(range(16))  # every place of the grid once in the mix
+
+
+def test_batches_have_those_orders_in_training_and_evaluation(tmp_path):
+    config = tiny_config({"data.source": "photo_crops", "eval.max_examples": 13}, "mixedae")
+    inputs = train.prepare(config, tmp_path).inputs
+    trained = inputs.train(0)
+    training, evaluated = [next(trained)["order"] for _ in range(2)], [batch["order"] for batch in inputs.evaluate()]
+    assert len(evaluated) == 2  # of eight rows each, three of them padding
+    groups = np.concatenate(training + evaluated).reshape(-1, 4, 16)
+    for members in groups:
+        assert sorted(members[:, :4].ravel()) == list(range(16))
+        np.testing.assert_array_equal(members, [np.roll(members[0], -4 * member) for member in range(4)])
+    assert len({members[0].tobytes() for members in groups}) == len(groups)
+
+
+def test_a_bad_picture_gives_way_to_one_of_another_group():
+    config = tiny_config({"data.source": "photo_crops"}, "mixedae")
+    views = Views(config, tiny_method(config).order(), tiny_method(config).batch_spec())
+    source = sources.load(config.data, "train")
+    drawn = [pipeline.train_example(source, views, config, deque(), row)["id"] for row in range(8)]
+
+    def read(index):
+        if index == drawn[1]:
+            raise BadPicture("broken")
+        return source.read(index)
+
+    replaced = pipeline.train_example(dataclasses.replace(source, read=read), views, config, deque(), 1)
+    assert (replaced["id"], replaced["replaced"]) == (drawn[5], 1)
 
 
 def scattered(method, values, order, turn):
@@ -164,9 +198,31 @@ def test_losses_start_where_they_should_and_evaluations_add_figures():
              loss(params, {}, batch, None, 0, False)[1][0].items()}
     assert set(found) == {*training, "purity", "purity/block_00", "purity/block_01", "neighbour_homology"}
     assert found["loss"] == pytest.approx(found["reconstruction_loss"] + 0.1 * found["contrast_loss"], rel=1e-6)
-    assert 0.5 < found["reconstruction_loss"] < 2
+    assert 0.9 < found["reconstruction_loss"] < 2  # a prediction of nothing has 1
     assert np.log(3) < found["contrast_loss"] < np.log(15) + 1
-    assert 0 < found["purity"] < 1
+    assert found["purity"] == pytest.approx((found["purity/block_00"] + found["purity/block_01"]) / 2, rel=1e-6)
+    assert found["purity"] == pytest.approx(0.25, abs=0.1)  # by chance
+
+
+def test_the_picture_of_mixes_has_what_it_says_where_it_says(monkeypatch):
+    method, params, batch = made()
+    laid = {}
+    monkeypatch.setattr(reconstruct, "tile", lambda rows, captions, title: laid.update(
+        rows=rows, captions=captions, title=title) or np.zeros((1, 1, 3), np.uint8))
+    reconstruct.mixtures(method, params, {}, batch)
+    assert laid["captions"] == ["mixed", *(f"{what} {i}" for what in ("source", "prediction") for i in range(1, 5))]
+    inputs, _, predicted = reconstruct.panels(method, params, {}, batch)
+    assert len(laid["rows"]) == 2
+    for mix, (mixed, *others) in enumerate(laid["rows"]):
+        for member in range(4):
+            row = 4 * mix + member
+            np.testing.assert_array_equal(others[member], inputs[row])
+            np.testing.assert_array_equal(others[4 + member], predicted[row])
+            for place in batch["order"][row, :4]:  # what it gives to the mix, and keeps in its own reconstruction
+                top, left = 4 * (place // 4), 4 * (place % 4)
+                cell = slice(top, top + 4), slice(left, left + 4)
+                np.testing.assert_array_equal(mixed[cell], inputs[row][cell])
+                np.testing.assert_array_equal(predicted[row][cell], inputs[row][cell])
 
 
 def test_an_untrained_encoder_looks_at_all_pictures_of_a_mix_alike(tmp_path):
@@ -203,7 +259,6 @@ def test_micro_batches_keep_groups_together(mixing):
                     for parts in (1, 2))
     for name, (total, weight) in whole[1].items():
         np.testing.assert_allclose(total / weight, split[1][name][0] / split[1][name][1], rtol=1e-5)
-    # Bar the bias of keys, whose gradient is rounding noise.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole[0], split[0])
 
 
@@ -217,7 +272,7 @@ def test_flops_on_paper_agree_with_xla():
         assert train_flops(method) == 3 * method.forward_flops()
 
 
-def test_the_segments_stay_behind_when_the_encoder_moves_on():
+def test_beside_an_encoder_like_maes_it_has_segments_and_projector():
     _, params, _ = made()
     assert set(params) == {"encoder", "decoder", "segments", "projector"}
     assert set(params["encoder"]) == set(tiny_params(tiny_config())["encoder"])
@@ -226,7 +281,7 @@ def test_the_segments_stay_behind_when_the_encoder_moves_on():
 @pytest.mark.parametrize(("fields", "text"), [
     ({"method.ratio": 0.3}, "method.ratio=0.3; expected one over a whole number"),
     ({"method.ratio": 1.0}, "method.ratio=1.0; expected"),
-    ({"data.image_size": (12, 12)}, r"nearest data.image_size: \(8, 8\) or \(16, 16\)"),
+    ({"data.image_size": (12, 12)}, r"nearest data.image_size: \(16, 16\)"),
     ({"method.blocks": "2"}, "expected 'all', 'first_half', 'last_half', 'last_two_odd', or some of the blocks 0 to 1"),
     ({"method.blocks": "0-"}, "method.blocks='0-'"),
     ({"method.attention": "topp"}, "did you mean 'topk'"),

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from mae_jax import methods, optim
 from mae_jax.config import default, validate
+from mae_jax.data.orders import rolled
 from mae_jax.methods import Method
 from mae_jax.methods.base import Batch, Extras, Params
 from mae_jax.params import path
@@ -86,6 +87,9 @@ def tiny_batch(config: ConfigDict, seed: int = 0, train: bool = True) -> Batch:
         elif name.endswith("order"):
             raster = np.broadcast_to(np.arange(struct.shape[-1], dtype=np.int32), struct.shape)
             shown[name] = rng.permuted(raster, axis=-1)
+            group = method.order().group
+            for row in range(images * (group > 1)):
+                shown[name][row] = rolled(shown[name][row // group * group], row % group, group)
     return {
         **shown,
         "label": rng.integers(3, size=images).astype(np.int32),

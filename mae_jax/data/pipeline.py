@@ -38,13 +38,14 @@ def train_example(source: Source, views: Views, config: ConfigDict, bad: deque[s
     """Returns all fields of the example at a position of the run.
 
     Every epoch visits each example once, in an order of its own; batches straddle epochs. A bad picture gives way to
-    the next of the epoch's order. With data.repeats = R, a pass takes as many rows as R epochs of the config's
-    durations, and its examples are shown R times each, in views of their own.
+    the next of the epoch's order, or, where neighbours are mixed, to that of the next group. With data.repeats = R, a
+    pass takes as many rows as R epochs of the config's durations, and its examples are shown R times each, in views of
+    their own.
     """
     epoch, place = divmod(draw(position, config.batch_size, config.data.repeats), source.size)
     order = permutation(config.seed, epoch, source.size)
     for tries in range(TRIES):
-        index = int(order[(place + tries) % source.size])
+        index = int(order[(place + tries * views.group) % source.size])
         try:
             fields = views.train(source.read(index), position)
             return {**fields, "id": index, "valid": 1.0, "replaced": tries}

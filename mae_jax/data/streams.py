@@ -122,8 +122,8 @@ def train(stream: Stream, step: int, views: Views, config: ConfigDict, spec: Spe
           bad: deque[str]) -> Iterator[Batch]:
     """Yields these rows of the batches step, step + 1, ... without end.
 
-    A bad picture's row becomes a copy of the next good one of the same reader in the same batch, up to three further;
-    else it stays grey. Raises UserError for a corrupt file, or one with other than the promised number of records.
+    A bad picture's row becomes a copy of a good one of the same reader in the same batch (`repair`), or stays grey.
+    Raises UserError for a corrupt file, or one with other than the promised number of records.
     """
     share, per_reader = config.batch_size // config.data.readers, stream.size // config.data.readers
     own = np.unique(rows // share)
@@ -144,16 +144,17 @@ def train(stream: Stream, step: int, views: Views, config: ConfigDict, spec: Spe
     batches = pipeline.run(readers, example, whole, len(own_rows), config.data)
     keep = np.searchsorted(own_rows, rows)
     for batch in _guarded(stream, batches, skip * len(own)):
-        repaired = repair(batch, share, grouped=views.group > 1)
+        repaired = repair(batch, share, views.group)
         yield {name: repaired[name] if len(keep) == len(own_rows) else repaired[name][keep] for name in spec}
 
 
-def repair(batch: Batch, share: int, grouped: bool = False) -> Batch:
+def repair(batch: Batch, share: int, group: int = 1) -> Batch:
     """Replaces rows with `replaced` > 0 by the next good row of their reader (cyclic, three tries).
 
     Args:
       batch: fields [rows, ...]; `share` consecutive rows belong to one reader.
-      grouped: a row keeps its order, which others of its group complete; patches and masks follow it.
+      group: so many rows are mixed, and a picture not with itself: the next rows are those of the next groups. A row
+        keeps its order, which others of its group complete; patches and masks follow it.
     """
     broken = batch["replaced"] > 0
     if not broken.any():
@@ -161,12 +162,12 @@ def repair(batch: Batch, share: int, grouped: bool = False) -> Batch:
     source, replaced = np.arange(len(broken)), batch["replaced"].copy()
     for row in np.flatnonzero(broken):
         first = row // share * share
-        candidates = [first + (row - first + tries) % share for tries in range(1, min(TRIES, share))]
+        candidates = [first + (row - first + tries * group) % share for tries in range(1, min(TRIES, share // group))]
         good = [tries for tries, other in enumerate(candidates, 1) if not broken[other]]
         source[row] = candidates[good[0] - 1] if good else row
         replaced[row] = good[0] if good else TRIES
     new = {**{name: value[source] for name, value in batch.items()}, "replaced": replaced}
-    if grouped:
+    if group > 1:
         # Where the copy has the patches of the row's own order.
         place = np.take_along_axis(np.argsort(new["order"], 1), batch["order"], 1)[..., None]
         for name in ("patches", "mask"):

@@ -12,7 +12,7 @@ from mae_jax.methods.mae import MAE
 from mae_jax.models import inside
 from mae_jax.models.heads import Perceptron
 from mae_jax.models.layers import TOKEN_STD
-from mae_jax.models.vit import activation_dtype, make_decoder
+from mae_jax.models.vit import make_decoder
 from mae_jax.ops.contrast import supervised_contrast
 from mae_jax.ops.homologous import SameSource, TopKeys, neighbour_homology, purity, same_source
 from mae_jax.ops.patches import grid, normalize, patch_values
@@ -34,8 +34,8 @@ class MixedAE(MAE):
         "ratio": 0.25,  # r: the share of its patches that a picture gives to a mixed sequence (the article's default)
         "mixing": "compose",  # each picture in one mix; or full: in G of them, with G times the work
         "attention": "topk",  # homologous; all: naive mixing; oracle: the true sources, which only the mixing knows
-        "keep": 0,  # K, keys that a query keeps, itself included; 0: r · N, the article's
-        "blocks": "all",  # with that attention (the article is taken to mean all): first_half, last_half, '6-11', '0,2'
+        "keep": 0,  # K, keys that a query keeps, itself included; 0: r · N, which the article is taken to mean
+        "blocks": "all",  # with that attention, likewise: first_half, last_half, '6-11', '0,2'
         "segments": True,  # a learned embedding tells tokens of different pictures apart; the ablation leaves it out
         "contrast_weight": 0.1,  # of the homologous contrast; remembered of the article, not checked; 0: off
         "temperature": 0.25,  # of the contrast, likewise
@@ -77,7 +77,7 @@ class MixedAE(MAE):
         blocks = named_blocks(config)
         self.mixer = self.encoder.clone(kept=tuple(kept if i in blocks else None for i in range(config.model.depth)))
         self.decoder = make_decoder(config, self.outputs, class_token=False)
-        self.projector = Perceptron(config.model.width, m.projection, config.model.gelu, activation_dtype(config))
+        self.projector = Perceptron(config.model.width, m.projection, config.model.gelu, jnp.float32)
 
     @staticmethod
     def visible_of(config: ConfigDict, patches: int) -> int:
@@ -206,17 +206,17 @@ def _group(config: ConfigDict) -> int:
     ratio = config.method.ratio
     group = round(1 / ratio) if 0 < ratio < 1 else 0
     if group < 2 or abs(1 / ratio - group) > TOLERANCE * group:
-        raise UserError(f"method.ratio={ratio}; expected one over a whole number of pictures, as 0.5 or 0.25")
+        raise UserError(f"method.ratio={ratio}; expected one over a whole number of pictures: 0.5, 0.3333333, 0.25")
     return group
 
 
 def _sizes(config: ConfigDict, group: int) -> list[tuple[int, int]]:
-    """Returns the nearest smaller and larger square grids' sizes, in pixels, whose patches a group can share."""
+    """Returns the nearest smaller and larger sizes, in pixels, whose patches a group can share, two or more each."""
     patch, (height, width) = tuple(config.model.patch), grid(config)
     found = []
     for step in (-1, 1):
         rows, columns = height, width
-        while (rows * columns) % group and min(rows, columns) > 0:
+        while ((rows * columns) % group or rows * columns == group) and min(rows, columns) > 0:
             rows, columns = rows + step, columns + step
         if min(rows, columns) > 0:
             found.append((rows * patch[0], columns * patch[1]))

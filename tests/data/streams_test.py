@@ -197,13 +197,14 @@ def test_a_sum_of_streams_reads_the_files_of_both_and_not_what_a_slice_left_out(
 
 def test_a_copy_has_the_order_of_its_own_place_in_a_group():
     draws = np.random.default_rng(0)
-    rasters = draws.integers(0, 255, (4, 6, 12), np.uint8)
+    rasters = draws.integers(0, 255, (6, 6, 12), np.uint8)
     shared = draws.permutation(6)
-    orders = np.stack([np.roll(shared, -3 * (row % 2)) for row in range(4)]).astype(np.int32)
+    orders = np.stack([np.roll(shared, -3 * (row % 2)) for row in range(6)]).astype(np.int32)
     patches = np.stack([raster[order] for raster, order in zip(rasters, orders, strict=True)])
-    batch = {"patches": patches, "order": orders, "id": np.arange(4), "replaced": np.array([0, 1, 0, 0])}
-    repaired = streams.repair(batch, share=4, grouped=True)
-    assert repaired["id"].tolist() == [0, 2, 2, 3]
+    batch = {"patches": patches, "order": orders, "id": np.arange(6), "replaced": np.array([1, 0, 0, 0, 1, 0])}
+    repaired = streams.repair(batch, share=6, group=2)
+    assert repaired["id"].tolist() == [2, 1, 2, 3, 2, 5]  # of the next group that has a good one: not 1 for 0, 5 for 4
+    assert repaired["replaced"].tolist() == [1, 0, 0, 0, 2, 0]
     np.testing.assert_array_equal(repaired["order"], orders)
-    np.testing.assert_array_equal(repaired["patches"][1], rasters[2][orders[1]])
-    np.testing.assert_array_equal(repaired["patches"][[0, 2, 3]], batch["patches"][[0, 2, 3]])
+    np.testing.assert_array_equal(repaired["patches"][4], rasters[2][orders[4]])
+    np.testing.assert_array_equal(repaired["patches"][[1, 2, 3, 5]], batch["patches"][[1, 2, 3, 5]])

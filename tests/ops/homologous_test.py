@@ -85,6 +85,24 @@ def test_gradients_are_those_of_the_same_rule_by_autodiff(ties):
     assert np.abs(backward(jnp.asarray(dout))[0]).max() > 0.1
 
 
+def test_bfloat16_chooses_by_float32_scores_and_gives_other_keys_no_gradient():
+    q, k, v, dout = (jnp.asarray(x, jnp.bfloat16) for x in operands())
+    rounded = [np.asarray(x, np.float32) for x in (q, k, v)]
+    out, backward = jax.vjp(lambda *x: attention(*x, 2, TopKeys(1, 12)), q, k, v)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float32), reference(*rounded, 2, 1, 12), atol=0.03)
+    _, dk, dv = (np.asarray(x, np.float32).reshape(2, 13, 2, 16) for x in backward(dout.at[:, 0].set(0)))
+    split = [x.reshape(2, 13, 2, 16).astype(np.float64) for x in rounded]
+    scores = np.einsum("bqhd,bkhd->bhqk", split[0], split[1])
+    kept = scores >= np.sort(scores[..., 1:], -1)[..., -1, None]
+    unseen = ~kept[:, :, 1:].any(2).transpose(0, 2, 1)  # by any patch; the class token's query has no part in dout
+    unseen[:, 0] = False
+    assert unseen.any()
+    assert (dk[unseen] == 0).all()
+    assert (dv[unseen] == 0).all()
+    assert (dv[~unseen] != 0).all(-1).all()
+
+
 def test_equal_scores_are_all_kept():
     kept = TopKeys(2, 4)(jnp.zeros((1, 1, 5, 5)))
     assert kept.all()
