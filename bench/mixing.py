@@ -44,7 +44,7 @@ from mae_jax.checkpoint import load_params
 from mae_jax.config import default
 from mae_jax.evals import attention
 from mae_jax.models import inside
-from mae_jax.ops.homologous import query_purity
+from mae_jax.ops.homologous import purity, query_purity
 from mae_jax.ops.patches import normalize
 
 RESULTS = Path(__file__).parent / "results"
@@ -203,7 +203,10 @@ def opened(encoder: Path, clipart: str) -> tuple[Any, Any, Iterator[Any]]:
 
 
 def colour(encoder: Path, clipart: str) -> dict[str, float]:
-    """Returns purity of queries that are patches of one colour, and of the others, over all blocks and heads."""
+    """Returns purity of queries that are patches of one colour, and of the others, over all blocks and heads.
+
+    Also that of keys chosen without an encoder, by the distance of the patches' mean colours.
+    """
     method, params, batches = opened(encoder, clipart)
 
     @jax.jit
@@ -217,15 +220,19 @@ def colour(encoder: Path, clipart: str) -> dict[str, float]:
             found.append(query_purity(scores, method.keep, method.group, method.patches).mean(1))
         return sum(found) / len(found)
 
-    purities, plains = [], []
+    purities, plains, near = [], [], []
     for batch in batches:
         patches, order = method.mixed(np.asarray(batch["patches"])), method.mixed(np.asarray(batch["order"]))
         whole = np.asarray(batch["valid"]).reshape(-1, method.group).min(1) > 0
         dots = patches.reshape(*patches.shape[:2], -1, 3)
+        means = dots.mean(2)
+        apart = np.linalg.norm(means[:, None] - means[:, :, None], axis=-1)
+        near.append(np.asarray(purity(-apart[:, None], method.keep, method.group, method.patches))[whole])
         purities.append(np.asarray(pure(patches, order))[whole])
         plains.append((dots == dots[:, :, :1]).all((-2, -1))[whole])
-    purity, plain = np.concatenate(purities), np.concatenate(plains)
-    return {"share": float(plain.mean()), "plain": float(purity[plain].mean()), "drawn": float(purity[~plain].mean())}
+    found, plain = np.concatenate(purities), np.concatenate(plains)
+    return {"share": float(plain.mean()), "plain": float(found[plain].mean()), "drawn": float(found[~plain].mean()),
+            "near": float(np.concatenate(near).mean())}
 
 
 def _train(config: ConfigDict, folder: Path, programs: str) -> dict[str, float]:
@@ -288,10 +295,11 @@ def homology(cells: list[Cell], name: str) -> list[str]:
     if purities:
         lines += ["", f"Purity of MixedAE above {PURE}: {'reached' if min(purities) > PURE else 'not reached'}, "
                       f"{text(purities)}."]
-    plain, drawn, share = (values(cells, key, kind="colour", **mixedae) for key in ("plain", "drawn", "share"))
+    plain, drawn, share, near = (values(cells, key, kind="colour", **mixedae) for key in
+                                 ("plain", "drawn", "share", "near"))
     if share:
-        lines[-1] += (f" Of queries that are patches of one colour, {text(share, 2)} of all, it is {text(plain)}; of "
-                      f"the others {text(drawn)}.")
+        lines[-1] += (f" Of queries that are patches of one colour, {text(share[:1], 2)} of all, it is {text(plain)}; "
+                      f"of the others {text(drawn)}. The keys of the nearest mean colours would have {text(near[:1])}.")
     return lines
 
 
