@@ -1,10 +1,12 @@
 """What the studies share: cells that are found again, rates that a validation part chooses, ranges of seeds."""
 
+import argparse
 import io
 import json
 import multiprocessing
 import os
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -35,16 +37,21 @@ def go_on(file: Path, cells: list[Cell], stages: Iterable[list[Cell]], run: Call
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
             def run_all(todo: list[Cell]) -> Iterator[Cell]:
                 """Yields all that succeed before it raises what did not."""
-                failed = []
-                for future in as_completed([pool.submit(run, cell) for cell in todo]):
+                failed, submitted = [], {pool.submit(run, cell): cell for cell in todo}
+                for future in as_completed(submitted):
                     if error := future.exception():
+                        print(f"{submitted[future]}: {error!r}", file=sys.stderr, flush=True)
                         failed.append(error)
                     else:
                         yield future.result()
                 if failed:
                     raise failed[0]
 
-            _go_on(file, cells, stages, run_all, after)
+            try:
+                _go_on(file, cells, stages, run_all, after)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # Ctrl-C ends it after the cells that run
+                raise
     else:
         _go_on(file, cells, stages, lambda todo: map(run, todo), after)
 
@@ -80,6 +87,13 @@ def beside(ours: list[float], theirs: list[float]) -> str:
     if min(ours) > max(theirs):
         return "better"
     return "worse" if max(ours) < min(theirs) else "not decidable"
+
+
+def positive(text: str) -> int:
+    """Reads a whole number above 0, for argparse."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not above 0")
+    return number
 
 
 def last_values(folder: Path) -> dict[str, float]:

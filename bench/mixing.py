@@ -42,6 +42,8 @@ from mae_jax import train, workdir
 from mae_jax.bench import TimedStep
 from mae_jax.checkpoint import load_params
 from mae_jax.config import default
+from mae_jax.data import clipart as drawings
+from mae_jax.errors import UserError
 from mae_jax.evals import attention
 from mae_jax.models import inside
 from mae_jax.ops.homologous import purity, query_purity
@@ -342,8 +344,6 @@ def shrink(clipart: str, folder: Path) -> None:
     """Writes the usable drawings with a longest side of 128 pixels, the shortest at least 64: quick to decode."""
     from PIL import Image
 
-    from mae_jax.data import clipart as drawings
-
     root = epath.Path(clipart or drawings.FOLDER)
     for name in drawings.pictures(root):
         with Image.open(root / name) as image:
@@ -359,10 +359,14 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--work", type=Path, default=Path("runs/mixing"), help="where pre-trained encoders stay")
     parser.add_argument("--clipart", default="", help="folder of openclipart's PNG files, where it is not installed")
-    parser.add_argument("--workers", type=int, default=1, help="cells at the same time; --work must be kept")
+    parser.add_argument("--workers", type=shared.positive, default=1, help="cells at once; --work must be kept")
     parser.add_argument("--small", type=Path, help="folder to write smaller clip art to, in place of the study")
-    parser.add_argument("--steps", type=int, help="so few steps of pre-training: a trial, whose results go to --work")
+    parser.add_argument("--steps", type=shared.positive, help="so few of pre-training: a trial, with results in --work")
     options = parser.parse_args()
+    try:
+        drawings.pictures(epath.Path(options.clipart or drawings.FOLDER))
+    except UserError as error:
+        parser.error(str(error))
     if options.small:
         shrink(options.clipart, options.small)
         return

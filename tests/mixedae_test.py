@@ -1,6 +1,7 @@
 """MixedAE: mixing against an explicit scatter, what it shares with MAE, what tokens may know, its figures."""
 
 import dataclasses
+import itertools
 from collections import deque
 
 import jax
@@ -75,6 +76,18 @@ def test_a_bad_picture_gives_way_to_one_of_another_group():
 
     replaced = pipeline.train_example(dataclasses.replace(source, read=read), views, config, deque(), 1)
     assert (replaced["id"], replaced["replaced"]) == (drawn[5], 1)
+
+
+@pytest.mark.parametrize("fields", [{"data.repeats": 3, "batch_size": 16}, {}])
+def test_no_picture_stands_in_for_one_that_it_is_mixed_with(fields):
+    config = tiny_config({"data.source": "photo_crops"} | fields, "mixedae")
+    size = 400 if fields else 9  # six pictures thrice in a batch: a group of the pictures 4, 5, 0, 1
+    for first in range(0, 320, 4):
+        shown = [next(pipeline._candidates(size, 4, config, first + member)) for member in range(4)]
+        for member in range(4):
+            _, *others = itertools.islice(pipeline._candidates(size, 4, config, first + member), 4)
+            assert others
+            assert not set(others) & set(shown)
 
 
 def scattered(method, values, order, turn):
@@ -288,6 +301,10 @@ def test_beside_an_encoder_like_maes_it_has_segments_and_projector():
     ({"method.mixing": "ful"}, "did you mean 'full'"),
     ({"method.keep": 17}, "method.keep=17; expected 1 to 16"),
     ({"method.temperature": 0.0}, "method.temperature=0.0 must be above 0"),
+    ({"method.ratio": 1e-320}, "method.ratio=1e-320; expected"),
+    ({"method.ratio": 0.001}, "method.ratio=0.001 would share 16 patches among 1000 pictures"),
+    ({"method.attention": "all", "method.blocks": "0"}, "method.attention='all' has none"),
+    ({"eval.max_examples": 3}, "eval.max_examples=3 is less than the 4 pictures of a mix"),
     ({"model.drop_path": 0.1}, "mixedae pre-trains without stochastic depth"),
     ({"data.repeats": 3}, "would mix a picture with itself"),
     ({"method.ratio": 0.0625}, "nothing to contrast with")])

@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import itertools
 import os
 import sys
 import weakref
@@ -38,20 +39,32 @@ def train_example(source: Source, views: Views, config: ConfigDict, bad: deque[s
     """Returns all fields of the example at a position of the run.
 
     Every epoch visits each example once, in an order of its own; batches straddle epochs. A bad picture gives way to
-    the next of the epoch's order, or, where neighbours are mixed, to that of the next group. With data.repeats = R, a
-    pass takes as many rows as R epochs of the config's durations, and its examples are shown R times each, in views of
-    their own.
+    the next of the epoch's order (`_candidates`). With data.repeats = R, a pass takes as many rows as R epochs of the
+    config's durations, and its examples are shown R times each, in views of their own.
     """
-    epoch, place = divmod(draw(position, config.batch_size, config.data.repeats), source.size)
-    order = permutation(config.seed, epoch, source.size)
-    for tries in range(TRIES):
-        index = int(order[(place + tries * views.group) % source.size])
+    for tries, index in enumerate(itertools.islice(_candidates(source.size, views.group, config, position), TRIES)):
         try:
             fields = views.train(source.read(index), position)
             return {**fields, "id": index, "valid": 1.0, "replaced": tries}
         except (BadPicture, OSError) as error:
             bad.append(f"{source.name(index)}: {error}")
     return {**views.grey_train(position), "id": index, "replaced": TRIES}
+
+
+def _candidates(size: int, group: int, config: ConfigDict, position: int) -> Iterator[int]:
+    """Yields the example that is drawn for a position, then those that may stand in for it.
+
+    Where a group of neighbours is mixed, these are the members of the next groups, as far as the position's own group
+    does not show them: no picture is to be mixed with itself.
+    """
+    def drawn(position: int, ahead: int = 0) -> int:
+        epoch, place = divmod(draw(position, config.batch_size, config.data.repeats), size)
+        return int(permutation(config.seed, epoch, size)[(place + ahead) % size])
+
+    yield drawn(position)
+    first = position // group * group
+    shown = {drawn(member) for member in range(first, first + group)}
+    yield from (index for tries in range(1, size) if (index := drawn(position, tries * group)) not in shown)
 
 
 def evaluate_example(source: Source, views: Views, indices: np.ndarray, ratio: float, bad: deque[str],

@@ -20,6 +20,7 @@ from mae_jax.ops.patches import grid, normalize, patch_values
 MIXINGS = ("compose", "full")
 ATTENTIONS = ("topk", "all", "oracle")
 TOLERANCE = 1e-6  # of 1 / r, which must be a whole number
+LEAST = 1e-6  # r that is read at all
 
 
 class MixedAE(MAE):
@@ -52,6 +53,8 @@ class MixedAE(MAE):
         MAE.check_targets(config)
         check_choices(m, mixing=MIXINGS, attention=ATTENTIONS)
         patches, group = _patches(config), _group(config)
+        if group > patches:
+            raise UserError(f"method.ratio={m.ratio} would share {patches} patches among {group} pictures")
         if patches % group:
             raise UserError(f"method.ratio={m.ratio} shares {patches} patches among {group} pictures, which does not "
                             f"divide; nearest data.image_size: {' or '.join(map(str, _sizes(config, group)))}")
@@ -62,6 +65,11 @@ class MixedAE(MAE):
                             f"{m.contrast_weight} and method.projection={m.projection} not negative")
         if m.contrast_weight and patches == group:
             raise UserError(f"method.ratio={m.ratio} gives a mix one patch of each picture: nothing to contrast with")
+        if m.attention == "all" and m.blocks != "all":
+            raise UserError(f"method.blocks={m.blocks!r} chooses blocks for homologous attention, and "
+                            "method.attention='all' has none")
+        if config.eval.max_examples < group:
+            raise UserError(f"eval.max_examples={config.eval.max_examples} is less than the {group} pictures of a mix")
         if config.data.repeats > 1 and -(-config.batch_size // config.data.repeats) < group:
             raise UserError(f"data.repeats={config.data.repeats} would mix a picture with itself")
         named_blocks(config)
@@ -204,7 +212,7 @@ def _patches(config: ConfigDict) -> int:
 def _group(config: ConfigDict) -> int:
     """Returns G, the pictures of a mix; raises UserError when r is not one over a whole number above 1."""
     ratio = config.method.ratio
-    group = round(1 / ratio) if 0 < ratio < 1 else 0
+    group = round(1 / ratio) if LEAST < ratio < 1 else 0
     if group < 2 or abs(1 / ratio - group) > TOLERANCE * group:
         raise UserError(f"method.ratio={ratio}; expected one over a whole number of pictures: 0.5, 0.3333333, 0.25")
     return group
