@@ -125,8 +125,8 @@ def _open(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray, views:
 
     left_over = streams.left_over(source, config) if isinstance(source, streams.Stream) else range(0)
     if source.size < order.group:
-        raise UserError(f"data.train_split={data.train_split!r} has {source.size} pictures, and {order.group} are mixed "
-                        "with one another")
+        raise UserError(f"data.train_split={data.train_split!r} has {source.size} pictures, and {order.group} are "
+                        "mixed with one another")
     lost = ""
     if left_over:
         lost = f"; left out by {data.readers} readers: {len(left_over)}, from {source.name(left_over[0])}"
