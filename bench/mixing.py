@@ -275,6 +275,8 @@ def table(size: Size, cells: list[Cell]) -> str:
             lines.append(f"| {arm} | {share} | {text(losses)} | {text(probes)} | "
                          f"{text(get('test', kind='tuned'))} | {text(get('miou', kind='dense'))} | "
                          f"{text(get('iou', kind='dense'))} |")
+        if floor := values(cells, "floor", kind="dense", set=name, arm="untrained")[:1]:
+            lines += ["", f"Taking every pixel has an attention IoU of {text(floor)}."]
         lines += ["", *homology(cells, name), "", *verdicts(cells, name), ""]
     return "\n".join(lines)
 
@@ -301,7 +303,8 @@ def homology(cells: list[Cell], name: str) -> list[str]:
                                  ("plain", "drawn", "share", "near"))
     if share:
         lines[-1] += (f" Of queries that are patches of one colour, {text(share[:1], 2)} of all, it is {text(plain)}; "
-                      f"of the others {text(drawn)}. The keys of the nearest mean colours would have {text(near[:1])}.")
+                      f"of the others {text(drawn)}. Keys chosen by the nearest mean colour, without an encoder, have "
+                      f"{text(near[:1])}: so much does colour tell of where a patch comes from.")
     return lines
 
 
