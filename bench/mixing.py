@@ -18,7 +18,7 @@ the others.
 Features are pooled as the mean of patches in all arms. Widths, depths, rates and durations are ours, for two cores. One
 picture of clip art's 330 is 0.3 points, and 4 of them are byte for byte in the training split; the part of photo crops
 that chooses overlaps the rest, not the test. Three seeds against three lie apart by chance once in twenty times in
-either direction, and the tables compare some thirty times. One JSON line per cell in bench/results/mixing_<size>.jsonl,
+either direction, and the tables compare 22 times. One JSON line per cell in bench/results/mixing_<size>.jsonl,
 the tables in .md, attention of the main arms on the same pictures in mixing_<size>_attention.png.
 """
 
