@@ -50,7 +50,7 @@ def go_on(file: Path, cells: list[Cell], stages: Iterable[list[Cell]], run: Call
             try:
                 _go_on(file, cells, stages, run_all, after)
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # Ctrl-C ends it after the cells that run
+                pool.shutdown(cancel_futures=True)  # what waits is not begun
                 raise
     else:
         _go_on(file, cells, stages, lambda todo: map(run, todo), after)

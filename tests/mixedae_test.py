@@ -63,6 +63,20 @@ def test_batches_have_those_orders_in_training_and_evaluation(tmp_path):
     assert len({members[0].tobytes() for members in groups}) == len(groups)
 
 
+def test_evaluations_mix_pictures_that_do_not_lie_beside_one_another(tmp_path):
+    config = tiny_config({"data.source": "photo_crops", "eval.max_examples": 1020}, "mixedae")
+    ids = np.concatenate([batch["id"] for batch in train.prepare(config, tmp_path).inputs.evaluate()])
+    ids = ids[ids >= 0]
+    assert sorted(ids) == list(range(1020))
+    assert np.abs(np.diff(ids)).mean() == pytest.approx(1020 / 3, rel=0.1)  # of a random order
+
+
+def test_fewer_pictures_than_a_mix_has_are_refused(tmp_path):
+    config = tiny_config({"data.source": "photo_crops", "data.train_split": "train[:3]"}, "mixedae")
+    with pytest.raises(UserError, match=r"'train\[:3\]' has 3 pictures, and 4 are mixed with one another"):
+        train.prepare(config, tmp_path)
+
+
 def test_a_bad_picture_gives_way_to_one_of_another_group():
     config = tiny_config({"data.source": "photo_crops"}, "mixedae")
     views = Views(config, tiny_method(config).order(), tiny_method(config).batch_spec())
@@ -88,6 +102,7 @@ def test_no_picture_stands_in_for_one_that_it_is_mixed_with(fields):
             _, *others = itertools.islice(pipeline._candidates(size, 4, config, first + member), 4)
             assert others
             assert not set(others) & set(shown)
+            assert len(set(others)) == len(others)
 
 
 def scattered(method, values, order, turn):

@@ -39,8 +39,8 @@ def train_example(source: Source, views: Views, config: ConfigDict, bad: deque[s
     """Returns all fields of the example at a position of the run.
 
     Every epoch visits each example once, in an order of its own; batches straddle epochs. A bad picture gives way to
-    the next of the epoch's order (`_candidates`). With data.repeats = R, a pass takes as many rows as R epochs of the
-    config's durations, and its examples are shown R times each, in views of their own.
+    the next of the epoch's order that may stand in (`_candidates`). With data.repeats = R, a pass takes as many rows as
+    R epochs of the config's durations, and its examples are shown R times each, in views of their own.
     """
     for tries, index in enumerate(itertools.islice(_candidates(source.size, views.group, config, position), TRIES)):
         try:
@@ -54,8 +54,8 @@ def train_example(source: Source, views: Views, config: ConfigDict, bad: deque[s
 def _candidates(size: int, group: int, config: ConfigDict, position: int) -> Iterator[int]:
     """Yields the example that is drawn for a position, then those that may stand in for it.
 
-    Where a group of neighbours is mixed, these are the members of the next groups, as far as the position's own group
-    does not show them: no picture is to be mixed with itself.
+    Where a group of neighbours is mixed, these are the members of the next groups that its own mix was not to show, so
+    that no stand-in is mixed with itself. (A mix that straddles two epochs may show a picture twice.)
     """
     def drawn(position: int, ahead: int = 0) -> int:
         epoch, place = divmod(draw(position, config.batch_size, config.data.repeats), size)
@@ -64,7 +64,10 @@ def _candidates(size: int, group: int, config: ConfigDict, position: int) -> Ite
     yield drawn(position)
     first = position // group * group
     shown = {drawn(member) for member in range(first, first + group)}
-    yield from (index for tries in range(1, size) if (index := drawn(position, tries * group)) not in shown)
+    for tries in range(1, size):
+        if (index := drawn(position, tries * group)) not in shown:
+            shown.add(index)
+            yield index
 
 
 def evaluate_example(source: Source, views: Views, indices: np.ndarray, ratio: float, bad: deque[str],
@@ -81,11 +84,15 @@ def evaluate_example(source: Source, views: Views, indices: np.ndarray, ratio: f
         return {**grey, "id": index, "replaced": 1}
 
 
-def subset(size: int, most: int) -> np.ndarray:
-    """Returns which examples an evaluation reads: all, or a random part that is the same in every run; sorted."""
-    if size <= most:
+def subset(size: int, most: int, group: int = 1) -> np.ndarray:
+    """Returns which examples an evaluation reads: all, or a random part that is the same in every run; sorted.
+
+    Where a group of neighbours is mixed, they are shuffled: files often lie in the order of their classes.
+    """
+    if size <= most and group == 1:
         return np.arange(size)
-    return np.sort(rng(0, "subset", 0).permutation(size)[:most])
+    chosen = rng(0, "subset", 0).permutation(size)[:most]
+    return np.sort(chosen) if group == 1 else chosen
 
 
 def train(source: Source, step: int, views: Views, config: ConfigDict, spec: Spec, rows: np.ndarray,
@@ -98,7 +105,7 @@ def train(source: Source, step: int, views: Views, config: ConfigDict, spec: Spe
 def evaluate(source: Source, ratio: float, views: Views, config: ConfigDict, spec: Spec, rows: np.ndarray,
              bad: deque[str]) -> Iterator[Batch]:
     """Yields these rows of at most eval.max_examples examples, the central `ratio` of each, padded to full batches."""
-    indices = subset(source.size, config.eval.max_examples)
+    indices = subset(source.size, config.eval.max_examples, views.group)
     example = functools.partial(evaluate_example, source, views, indices, ratio, bad)
     return batches(example, spec, rows, range(-(-len(indices) // config.batch_size)), config.data)
 

@@ -153,8 +153,9 @@ def repair(batch: Batch, share: int, group: int = 1) -> Batch:
 
     Args:
       batch: fields [rows, ...]; `share` consecutive rows belong to one reader.
-      group: so many rows are mixed, and a picture not with itself: the next rows are those of the next groups. A row
-        keeps its order, which others of its group complete; patches and masks follow it.
+      group: so many rows are mixed, and a picture not with itself: the next rows are those of the next groups, without
+        pictures of the row's own. A row keeps its order, which others of its group complete; patches and masks follow
+        it.
     """
     broken = batch["replaced"] > 0
     if not broken.any():
@@ -163,7 +164,9 @@ def repair(batch: Batch, share: int, group: int = 1) -> Batch:
     for row in np.flatnonzero(broken):
         first = row // share * share
         candidates = [first + (row - first + tries * group) % share for tries in range(1, min(TRIES, share // group))]
-        good = [tries for tries, other in enumerate(candidates, 1) if not broken[other]]
+        mixed = set(batch["id"][row // group * group : (row // group + 1) * group]) if group > 1 else set()
+        good = [tries for tries, other in enumerate(candidates, 1)
+                if not broken[other] and batch["id"][other] not in mixed]
         source[row] = candidates[good[0] - 1] if good else row
         replaced[row] = good[0] if good else TRIES
     new = {**{name: value[source] for name, value in batch.items()}, "replaced": replaced}

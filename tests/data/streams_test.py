@@ -208,3 +208,13 @@ def test_a_copy_has_the_order_of_its_own_place_in_a_group():
     np.testing.assert_array_equal(repaired["order"], orders)
     np.testing.assert_array_equal(repaired["patches"][4], rasters[2][orders[4]])
     np.testing.assert_array_equal(repaired["patches"][[1, 2, 3, 5]], batch["patches"][[1, 2, 3, 5]])
+
+
+def test_a_copy_is_of_no_picture_of_its_own_group_where_pictures_repeat():
+    ids = np.tile(np.arange(6), 2)  # rows 4 to 7 show 4, 5, 0, 1
+    order = np.stack([np.roll(np.arange(4), -row % 4) for row in range(12)]).astype(np.int32)
+    batch = {"id": ids, "order": order, "replaced": (ids == 0).astype(np.int32)}
+    repaired = streams.repair(batch, share=12, group=4)
+    assert repaired["id"][0] == 4  # of row 4; its own group shows 0 to 3
+    assert repaired["id"][6] == 2  # of row 2: row 10 shows 4, which row 4 has
+    assert repaired["replaced"][[0, 6]].tolist() == [1, 2]
