@@ -332,16 +332,15 @@ def attention_picture(cells: list[Cell], work: Path, clipart: str, size: Size) -
 
     The seed is the one at which MAE's IoU is its median.
     """
-    pictures, ious = [], values(cells, "iou", kind="dense", set="clipart", arm="mae")
-    if not ious:
+    found = values(cells, "iou", kind="dense", set="clipart", arm="mae")
+    seed = found.index(statistics.median_low(found)) if found else 0
+    folders = {arm: work / f"{size.images}_clipart_{arm}_{seed}" for arm in ARMS}
+    if not found or not all((folder / "DONE").exists() for folder in folders.values()):
         return None
-    seed = ious.index(statistics.median_low(ious))
-    for arm in ARMS:
-        folder = work / f"{size.images}_clipart_{arm}_{seed}"
-        if not (folder / "DONE").exists():
-            return None
-        method, params, batches = opened(folder, clipart)
-        batch = {key: value[:8] for key, value in next(batches).items()}
+    *_, batches = opened(folders["mixedae"], clipart)  # shuffled; another method's are in the order of their classes
+    batch, pictures = {key: value[:8] for key, value in next(batches).items()}, []
+    for arm, folder in folders.items():
+        method, params, _ = opened(folder, clipart)
         ious = values(cells, "iou", kind="dense", set="clipart", arm=arm, seed=seed)
         pictures.append(attention.picture(method, params, {}, batch, query="mean",
                                           name=f"{arm}, seed {seed}, best head's IoU {text(ious)}: "))

@@ -184,7 +184,7 @@ def evaluate(stream: Stream, ratio: float, views: Views, config: ConfigDict, spe
              bad: deque[str]) -> Iterator[Batch]:
     """Yields these rows of the first eval.max_examples records, the central `ratio` of each, padded to full batches.
 
-    Every process reads all of them and decodes its own rows.
+    Every process reads all of them and decodes its own rows. Methods that mix neighbours mix those of the files' order.
     """
     size, batch = min(stream.size, config.eval.max_examples), config.batch_size
     padding = -size % batch
