@@ -270,8 +270,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument("--work", type=Path, default=Path("runs/negative_transfer"), help="pictures and encoders")
-    parser.add_argument("--workers", type=int, default=1, help="cells at the same time; --work must be kept")
-    parser.add_argument("--steps", type=int, help="so few steps of training: a trial, whose results go to --work")
+    parser.add_argument("--workers", type=shared.positive, default=1, help="cells at once; --work must be kept")
+    parser.add_argument("--steps", type=shared.positive, help="so few of training: a trial, with results in --work")
     options = parser.parse_args()
     size, results = SIZES[options.size], RESULTS / f"negative_transfer_{options.size}.jsonl"
     options.work.mkdir(parents=True, exist_ok=True)

@@ -123,10 +123,10 @@ def _open(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray, views:
         _check_fields(found, spec, data)
         return _renumbered(evaluate(found), "label", classes)
 
-    left_over = streams.left_over(source, config) if isinstance(source, streams.Stream) else range(0)
     if source.size < order.group:
         raise UserError(f"data.train_split={data.train_split!r} has {source.size} pictures, and {order.group} are "
                         "mixed with one another")
+    left_over = streams.left_over(source, config) if isinstance(source, streams.Stream) else range(0)
     lost = ""
     if left_over:
         lost = f"; left out by {data.readers} readers: {len(left_over)}, from {source.name(left_over[0])}"

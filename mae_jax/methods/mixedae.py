@@ -1,5 +1,7 @@
 """MixedAE (Chen et al., 'Mixed Autoencoder for Self-supervised Visual Representation Learning', arXiv 2303.17152)."""
 
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -179,16 +181,19 @@ class MixedAE(MAE):
     def homology(self, params: Params, batch: Batch, tokens: jax.Array) -> Metrics:
         """Returns the figures of `loss` about who finds whom, over mixes of which every picture is valid."""
         whole = batch["valid"].reshape(-1, self.group).min(1)
-        pixels, order = normalize(self.mixed(batch["patches"])), self.mixed(batch["order"])
-        between = inside.between_blocks(self.mixer, params["encoder"], pixels, order, self.segments(params))
-        found = {}
-        for number, entering in zip(range(self.config.model.depth), between, strict=False):
-            name = inside.block_name(number)
-            scores = inside.attention_scores(self.mixer, params["encoder"][name], entering)
-            found[f"purity/{name}"] = purity(scores, self.keep, self.group, self.patches)
+        found = {f"purity/{name}": each.mean((1, 2)) for name, each in self.purities(params, batch)}
         found["purity"] = sum(found.values()) / len(found)
         found["neighbour_homology"] = neighbour_homology(tokens[:, -self.patches :], self.group)
         return {name: ((value * whole).sum(), whole.sum()) for name, value in found.items()}
+
+    def purities(self, params: Params, batch: Batch) -> Iterator[tuple[str, jax.Array]]:
+        """Yields each block's name and the purity of its heads' queries, float32 [B / G, H, N], of a turned batch."""
+        pixels, order = normalize(self.mixed(batch["patches"])), self.mixed(batch["order"])
+        between = inside.between_blocks(self.mixer, params["encoder"], pixels, order, self.segments(params))
+        for number, entering in zip(range(self.config.model.depth), between, strict=False):
+            name = inside.block_name(number)
+            scores = inside.attention_scores(self.mixer, params["encoder"][name], entering)
+            yield name, purity(scores, self.keep, self.group, self.patches)
 
     def forward_flops(self) -> int:
         m, d = self.config.model, self.config.method

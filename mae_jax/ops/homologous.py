@@ -104,7 +104,7 @@ def _flipped(bits: jax.Array) -> jax.Array:
 
 
 def purity(scores: jax.Array, keep: int, group: int, patches: int) -> jax.Array:
-    """Returns the share of the kept patches that come from the query's picture, float32 [B]: mean of heads and queries.
+    """Returns the share of the kept patches that come from the query's picture, float32 [B, H, N], of every query.
 
     Args:
       scores: float32 [B, H, T, T] of one block.
@@ -112,11 +112,6 @@ def purity(scores: jax.Array, keep: int, group: int, patches: int) -> jax.Array:
       group: G, pictures in a mixed sequence; by chance it is 1 / G.
       patches: N.
     """
-    return query_purity(scores, keep, group, patches).mean((1, 2))
-
-
-def query_purity(scores: jax.Array, keep: int, group: int, patches: int) -> jax.Array:
-    """Returns what `purity` is the mean of, float32 [B, H, N]: of each head's each query."""
     scores = scores[..., -patches:, -patches:]
     kept = TopKeys(keep, patches)(scores)
     return (kept & same_source(patches, group)).sum(-1) / kept.sum(-1)
