@@ -31,7 +31,7 @@ setup(
         "orbax-checkpoint>=0.12,<0.13",
         "pillow>=11,<14",
         "safetensors>=0.5,<1",
-        "matplotlib>=3.9,<4",  # the plot of mae_jax.transfer
+        "matplotlib>=3.9,<4",  # the plot of mae_jax transfer
         "scikit-image>=0.25,<1",  # with scikit-learn: the photographs of the quickstart
         "scikit-learn>=1.6,<2",
         "tensorboard>=2.19,<3",  # clu's metric writers import it and do not declare it

@@ -15,9 +15,9 @@ from typing import Any
 
 from etils import epath
 
-from mae_jax import workdir
-from mae_jax.clusters import Clusters
-from mae_jax.picture_clusters import cluster
+from mae_jax.commands.cluster.images import cluster
+from mae_jax.data.cluster_ids import Clusters
+from mae_jax.training import workdir
 
 RESULTS = Path(__file__).parent / "results"
 CLUSTERS, RATIO = (16, 64), 3.0

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mae_jax.ops import experts
+from mae_jax.ops import expert_linear
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS, WIDTH, HIDDEN = 50, 768, 3072
@@ -41,18 +41,18 @@ def product(way: str, x: jax.Array, dy: jax.Array, kernel: jax.Array, expert: ja
 def tiles(rows: int) -> tuple[Callable[..., jax.Array], ...]:
     """Returns the products by tiles of so many rows; the size is read while they are traced."""
     def sized(call: Callable[..., jax.Array], *args: Any) -> jax.Array:
-        kept, experts.ROWS_OF_A_TILE = experts.ROWS_OF_A_TILE, rows
+        kept, expert_linear.ROWS_OF_A_TILE = expert_linear.ROWS_OF_A_TILE, rows
         try:
             return call(*args)
         finally:
-            experts.ROWS_OF_A_TILE = kept
+            expert_linear.ROWS_OF_A_TILE = kept
 
-    return functools.partial(sized, experts._tiled), functools.partial(sized, experts._outer_tiled)
+    return functools.partial(sized, expert_linear._tiled), functools.partial(sized, expert_linear._outer_tiled)
 
 
-WAYS = {"by groups (ragged_dot)": (experts._grouped, experts._outer_grouped),
+WAYS = {"by groups (ragged_dot)": (expert_linear._grouped, expert_linear._outer_grouped),
         **{f"by tiles of {rows} rows": tiles(rows) for rows in TILES},
-        "image by image": (experts._one_by_one, experts._outer_one_by_one)}
+        "image by image": (expert_linear._one_by_one, expert_linear._outer_one_by_one)}
 
 
 def measured(images: int, count: int) -> dict[str, list[float]]:

@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results" / "input_pipeline.json"
 
 def make_pictures(folder: Path) -> float:
     """Writes cuts of installed photographs; returns their mean size in bytes."""
-    from mae_jax.data import photo_crops
+    from mae_jax.data.sources import photo_crops
 
     names = ("chelsea", "china", "coffee", "grass", "gravel", "hubble_deep_field", "ihc", "motorcycle_left")
     paths = [path for path in photo_crops._paths() if path.stem in names]

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from mae_jax.ops import spherical
+from mae_jax.ops import spherical_kmeans
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH, DIRECTIONS, CHUNK = 768, 400, 16_384
@@ -40,7 +40,7 @@ def write(folder: Path, points: int) -> None:
         size = min(CHUNK, points - start)
         which = draws.choice(DIRECTIONS, size, p=weights / weights.sum())
         noise = draws.standard_normal((size, WIDTH), np.float32)
-        np.save(folder / f"{number:05d}.npy", spherical.unit(middles[which] + noise).astype(np.float32))
+        np.save(folder / f"{number:05d}.npy", spherical_kmeans.unit(middles[which] + noise).astype(np.float32))
 
 
 def chunks(folder: Path) -> Iterator[np.ndarray]:
@@ -57,13 +57,13 @@ def peak() -> float:
 
 def sample(folder: Path, clusters: int) -> np.ndarray:
     """Returns the points that clusters begin with; the chunks are in random order."""
-    parts = itertools.islice(chunks(folder), -(-spherical.PER_CLUSTER * clusters // CHUNK))
-    return np.concatenate(list(parts))[: spherical.PER_CLUSTER * clusters]
+    parts = itertools.islice(chunks(folder), -(-spherical_kmeans.PER_CLUSTER * clusters // CHUNK))
+    return np.concatenate(list(parts))[: spherical_kmeans.PER_CLUSTER * clusters]
 
 
 def ours(folder: Path, clusters: int) -> dict[str, float]:
     passes, marks = [0], []
-    kmeans, before, began = spherical.kmeans, peak(), time.monotonic()
+    kmeans, before, began = spherical_kmeans.kmeans, peak(), time.monotonic()
 
     def counted() -> Iterator[np.ndarray]:
         passes[0] += 1
@@ -74,12 +74,12 @@ def ours(folder: Path, clusters: int) -> dict[str, float]:
         marks.append((time.monotonic() - began, passes[0]))
         return found
 
-    spherical.kmeans = marked
-    centroids, prices, similarity = spherical.even_clusters(
+    spherical_kmeans.kmeans = marked
+    centroids, prices, similarity = spherical_kmeans.even_clusters(
         counted, sample(folder, clusters), clusters, 3.0, np.random.default_rng(0))
     seconds, used, mib = time.monotonic() - began, passes[0], peak() - before
     kmeans_seconds, kmeans_passes = marks[-1]
-    chosen, similar = spherical.assign(counted, centroids, prices)
+    chosen, similar = spherical_kmeans.assign(counted, centroids, prices)
     sizes = np.bincount(chosen, minlength=clusters)
     return {"kmeans_seconds": kmeans_seconds, "kmeans_passes": kmeans_passes, "kmeans_similarity": similarity,
             "seconds": seconds, "passes": used, "similarity": float(similar.mean()),
@@ -90,14 +90,14 @@ def theirs(folder: Path, clusters: int, passes: int) -> dict[str, float]:
     from sklearn.cluster import MiniBatchKMeans
 
     before, began = peak(), time.monotonic()
-    first = spherical.spread(sample(folder, clusters), clusters, np.random.default_rng(0))
+    first = spherical_kmeans.spread(sample(folder, clusters), clusters, np.random.default_rng(0))
     model = MiniBatchKMeans(clusters, init=first, n_init=1, batch_size=CHUNK, random_state=0)
     for _ in range(passes):
         for chunk in chunks(folder):
             model.partial_fit(chunk)
-    centroids = spherical.unit(model.cluster_centers_).astype(np.float32)
+    centroids = spherical_kmeans.unit(model.cluster_centers_).astype(np.float32)
     seconds, mib = time.monotonic() - began, peak() - before
-    chosen, similar = spherical.assign(lambda: chunks(folder), centroids, np.zeros(clusters, np.float32))
+    chosen, similar = spherical_kmeans.assign(lambda: chunks(folder), centroids, np.zeros(clusters, np.float32))
     sizes = np.bincount(chosen, minlength=clusters)
     return {"seconds": seconds, "passes": passes, "similarity": float(similar.mean()), "largest": int(sizes.max()),
             "smallest": int(sizes.min()), "mib": mib}

@@ -40,14 +40,15 @@ from cells import Cell, matches, text
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_jax import train, workdir
-from mae_jax.bench import TimedStep
-from mae_jax.checkpoint import load_params
+from mae_jax.commands.bench import TimedStep
 from mae_jax.config import default
-from mae_jax.data import clipart as drawings
+from mae_jax.data.sources import clipart as sources_clipart
 from mae_jax.errors import UserError
-from mae_jax.evals import attention
-from mae_jax.ops.homologous import purity
+from mae_jax.evals import attention_maps
+from mae_jax.ops.homologous_attention import purity
+from mae_jax.storage.checkpoint import load_params
+from mae_jax.training import loop, workdir
+from mae_jax.training import run as training_run
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, SEEDS = 64, (0, 1, 2)
@@ -200,7 +201,7 @@ def opened(encoder: Path, clipart: str) -> tuple[Any, Any, Iterator[Any]]:
     config = workdir.read_config(encoder)
     if config.data.source == "clipart":
         config.data.path = clipart  # that of an earlier call may have moved
-    run = train.prepare(config, encoder)
+    run = training_run.prepare(config, encoder)
     return run.program.method, jax.device_get(load_params(encoder)), run.inputs.evaluate()
 
 
@@ -234,7 +235,7 @@ def colour(encoder: Path, clipart: str) -> dict[str, float]:
 
 def _train(config: ConfigDict, folder: Path, programs: str) -> dict[str, float]:
     config.train.compilation_cache = programs
-    if train.train(config, str(folder)):
+    if loop.train(config, str(folder)):
         raise RuntimeError(f"{folder} did not finish")
     return shared.last_values(folder)
 
@@ -338,7 +339,7 @@ def attention_picture(cells: list[Cell], work: Path, clipart: str, size: Size) -
     for arm, folder in folders.items():
         method, params, _ = opened(folder, clipart)
         ious = values(cells, "iou", kind="dense", set="clipart", arm=arm, seed=seed)
-        pictures.append(attention.picture(method, params, {}, batch, query="mean",
+        pictures.append(attention_maps.picture(method, params, {}, batch, query="mean",
                                           name=f"{arm}, seed {seed}, best head's IoU {text(ious)}: "))
     return np.concatenate(pictures, 1)
 
@@ -347,10 +348,10 @@ def shrink(clipart: str, folder: Path) -> None:
     """Writes the usable drawings with a longest side of 128 pixels, the shortest at least 64: quick to decode."""
     from PIL import Image
 
-    root = epath.Path(clipart or drawings.FOLDER)
-    for name in drawings.pictures(root):
+    root = epath.Path(clipart or sources_clipart.FOLDER)
+    for name in sources_clipart.pictures(root):
         with Image.open(root / name) as image:
-            factor = min(1.0, max(128 / max(image.size), drawings.SIDES[0] / min(image.size)))
+            factor = min(1.0, max(128 / max(image.size), sources_clipart.SIDES[0] / min(image.size)))
             small = image.convert("RGBA").resize(tuple(round(side * factor) for side in image.size),
                                                  Image.Resampling.LANCZOS)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -367,7 +368,7 @@ def main() -> None:
     parser.add_argument("--steps", type=shared.positive, help="so few of pre-training: a trial, with results in --work")
     options = parser.parse_args()
     try:
-        drawings.pictures(epath.Path(options.clipart or drawings.FOLDER))
+        sources_clipart.pictures(epath.Path(options.clipart or sources_clipart.FOLDER))
     except UserError as error:
         parser.error(str(error))
     if options.small:

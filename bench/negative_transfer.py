@@ -30,15 +30,15 @@ import numpy as np
 from cells import Cell, matches, text
 from ml_collections import ConfigDict
 
-from mae_jax import train, workdir
-from mae_jax.checkpoint import load_params
+from mae_jax.commands.cluster.images import cluster
+from mae_jax.commands.export.command import export
+from mae_jax.commands.export.expert_path import pooled
 from mae_jax.config import default
-from mae_jax.customise import pooled
-from mae_jax.evals import linear
-from mae_jax.export import export
+from mae_jax.evals import linear_probe
 from mae_jax.methods import get
-from mae_jax.params import judged
-from mae_jax.picture_clusters import cluster
+from mae_jax.param_tree import judged
+from mae_jax.storage.checkpoint import load_params
+from mae_jax.training import loop, workdir
 
 RESULTS = Path(__file__).parent / "results"
 SIDE, PATCH, BATCH, SEEDS = 40, 4, 64, (0, 1, 2)
@@ -66,7 +66,7 @@ def prepare(file: Path) -> None:
     """Writes both domains as one npz, rows in random order; digits are padded to the side of the crops."""
     from PIL import Image
 
-    from mae_jax.data import sources
+    from mae_jax.data.sources import registry
 
     arrays = {}
     for split in ("train", "test"):
@@ -74,7 +74,7 @@ def prepare(file: Path) -> None:
         for name, offset in (("photo_crops", 0), ("mnist5k", 17)):
             data = default().data.copy_and_resolve_references()
             data.source = name
-            found = sources.load(data, split)
+            found = registry.load(data, split)
             for example in (found.read(i) for i in range(found.size)):
                 image = Image.fromarray(example.picture)
                 if name == "photo_crops":
@@ -204,11 +204,11 @@ class Study:
             config.data.train_split = split
             parts = list(pooled(config.copy_and_resolve_references(), method, params))
             pairs.append(tuple(np.concatenate(column) for column in zip(*parts, strict=True)))
-        return linear.top1(*pairs, int(pairs[0][1].max()) + 1)
+        return linear_probe.top1(*pairs, int(pairs[0][1].max()) + 1)
 
     def _train(self, config: ConfigDict, folder: Path) -> dict[str, float]:
         config.train.compilation_cache = self.programs
-        if train.train(config, str(folder)):
+        if loop.train(config, str(folder)):
             raise RuntimeError(f"{folder} did not finish")
         return shared.last_values(folder)
 

@@ -4,7 +4,7 @@
   python bench/paper_table2.py --extra       (ViT-H/14 and a ViT of two billion parameters, cut over all cores: memory)
   python bench/paper_table2.py --only=L-dec1 (some cells)
 
-Each cell is one `python -m mae_jax.plan`. Its figures are kept in bench/results/paper_table2.json (--to=), from which
+Each cell is one `python -m mae_jax plan`. Its figures are kept in bench/results/paper_table2.json (--to=), from which
 the table beside it, paper_table2.md, is made; delete the file to plan anew. The estimates are what nothing slows, the
 paper's hours were measured (with TensorFlow): their ratios compare.
 """
@@ -55,7 +55,7 @@ def plan(cell: Cell, more: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for remat in ("none", "full"):
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            subprocess.run([sys.executable, "-m", "mae_jax.plan", f"--config=configs/{cell.recipe}.py",
+            subprocess.run([sys.executable, "-m", "mae_jax", "plan", f"--config=configs/{cell.recipe}.py",
                             "--topology=v3:8x8", f"--config.model.remat={remat}", *cell.overrides, *more,
                             f"--json={file.name}"], check=True)
             found = json.loads(Path(file.name).read_text())

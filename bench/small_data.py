@@ -38,8 +38,8 @@ from cells import Cell, matches, text
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mae_jax import train
 from mae_jax.config import default
+from mae_jax.training import loop
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, SEEDS, LRS = 64, (0, 1, 2), (2e-3, 8e-3, 3.2e-2)
@@ -76,14 +76,14 @@ SCRATCH = ("scratch", "scratch, longer")
 
 def prepare(folder: Path, clipart: str) -> None:
     """Writes <set>.npz: pictures on a white square (digits: black, padded), training rows in random order."""
-    from mae_jax.data import sources
+    from mae_jax.data.sources import registry
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, about in SETS.items():
         arrays, data = {}, default().data.copy_and_resolve_references()
         data.update(source=name, path=clipart if name == "clipart" else "")
         for split in ("train", "test"):
-            found = sources.load(data, split)
+            found = registry.load(data, split)
             examples = [found.read(int(i)) for i in np.random.default_rng(0).permutation(found.size)]
             arrays[f"x_{split}"] = np.stack([square(example.picture, about) for example in examples])
             arrays[f"y_{split}"] = np.array([example.label for example in examples])
@@ -187,7 +187,7 @@ def run(cell: Cell, cells: list[Cell], size: Size, work: Path, programs: str) ->
             run({**cell, "kind": "pretrained", "lr": lr}, cells, size, work, programs)
         config, folder = finetuning(cell, work, encoder, size.images), Path(tempfile.mkdtemp(dir=programs)) / "tuned"
     config.train.compilation_cache = programs
-    if train.train(config, str(folder)):
+    if loop.train(config, str(folder)):
         raise SystemExit(f"{cell} did not finish")
     last = shared.last_values(folder)
     if cell["kind"] == "tuned":

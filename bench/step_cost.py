@@ -20,7 +20,7 @@ from typing import Any
 WORKER = """
 import json, resource, sys, time
 from absl import flags
-from mae_jax.bench import CONFIG, TimedStep
+from mae_jax.commands.bench import CONFIG, TimedStep
 flags.FLAGS([sys.argv[0], "--config=configs/vit_b_mae.py:repo", *sys.argv[1:]])
 timed = TimedStep(CONFIG.value)
 memory = timed.step.memory_analysis().temp_size_in_bytes / 2**30

@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from mae_jax.ops import homologous
+from mae_jax.ops import homologous_attention
 from mae_jax.ops.attention import attention
 
 RESULTS = Path(__file__).parent / "results"
@@ -31,20 +31,20 @@ ROUNDS = 15
 
 def unrolled(scores: jax.Array) -> jax.Array:
     """Returns what `_bisected` does, without its loop."""
-    ordered = homologous._in_order(scores)
-    found = jnp.full((*scores.shape[:-1], 1), homologous.LOWEST, jnp.int32)
-    for number in range(homologous.BITS):
-        candidate = found ^ jnp.left_shift(jnp.int32(1), homologous.BITS - 1 - number)
+    ordered = homologous_attention._in_order(scores)
+    found = jnp.full((*scores.shape[:-1], 1), homologous_attention.LOWEST, jnp.int32)
+    for number in range(homologous_attention.BITS):
+        candidate = found ^ jnp.left_shift(jnp.int32(1), homologous_attention.BITS - 1 - number)
         found = jnp.where((ordered >= candidate).sum(-1, keepdims=True, dtype=jnp.int32) >= KEEP, candidate, found)
-    return jax.lax.bitcast_convert_type(homologous._flipped(found), jnp.float32)
+    return jax.lax.bitcast_convert_type(homologous_attention._flipped(found), jnp.float32)
 
 
 WAYS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "bisection": functools.partial(homologous._bisected, KEEP),
+    "bisection": functools.partial(homologous_attention._bisected, KEEP),
     "bisection, unrolled": unrolled,
     "lax.top_k": lambda scores: jax.lax.top_k(scores, KEEP)[0][..., -1:],
     "sort": lambda scores: jnp.sort(scores, -1)[..., -KEEP, None],
-    "sort of integers": functools.partial(homologous._sorted, KEEP),
+    "sort of integers": functools.partial(homologous_attention._sorted, KEEP),
 }
 
 
@@ -73,7 +73,7 @@ def measured() -> tuple[str, dict[str, list[float]]]:
 
 def estimated(topology: str) -> tuple[str, dict[str, list[float]]]:
     """Returns the same of the TPU compiler's estimates, one figure each."""
-    from mae_jax.topologies import devices
+    from mae_jax.commands.plan.tpu import devices
 
     device = devices(topology)[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
@@ -89,7 +89,7 @@ def estimated(topology: str) -> tuple[str, dict[str, list[float]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", default="", help="as of `python -m mae_jax.plan`")
+    parser.add_argument("--topology", default="", help="as of `python -m mae_jax plan`")
     options = parser.parse_args()
     device, times = estimated(options.topology) if options.topology else measured()
     lines = [f"Scores {list(SHAPE)}, K = {KEEP}, {device}; median (least to most).", "", "| | ms |", "|---|---|"]

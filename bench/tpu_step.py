@@ -25,11 +25,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs, and a TPU of this machine s
 import jax
 from absl import flags
 
-from mae_jax import cli, sharding, topologies
-from mae_jax import config as configs
-from mae_jax.collectives import withheld_seconds
-from mae_jax.ops import attention, dense
-from mae_jax.program import Program
+from mae_jax import errors, param_tree
+from mae_jax.commands import cli
+from mae_jax.commands.plan import tpu as plan_tpu
+from mae_jax.commands.plan.collectives import withheld_seconds
+from mae_jax.ops import attention, linear
+from mae_jax.runtime import sharding
+from mae_jax.training.train_step import Program
 
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string("topology", "v3:8x8", "the TPU slice")
@@ -64,7 +66,7 @@ ROWS = {
     "attention as on other platforms": ({}, functools.partial(elsewhere, "_forward_on_tpu", "_backward_on_tpu")),
     "heads of 64 apart": ({}, functools.partial(mock.patch.object, attention, "_together", one_by_one)),
     "positions looked up": ({}, functools.partial(elsewhere, "one_hot")),
-    "what GELU saves not rounded": ({}, functools.partial(mock.patch.object, dense, "_as_rounded", lambda x: x)),
+    "what GELU saves not rounded": ({}, functools.partial(mock.patch.object, linear, "_as_rounded", lambda x: x)),
     "GELU by tanh": ({"model.gelu": "tanh"}, contextlib.nullcontext),
 }
 
@@ -73,7 +75,7 @@ def figures(fields: dict[str, object]) -> dict[str, float]:
     """Compiles the step of the config with `fields` changed."""
     config = CONFIG.value.copy_and_resolve_references().unlock()
     config.update_from_flattened_dict({"model.dtype": "bfloat16", **fields})
-    mesh = sharding.make_mesh(config, topologies.devices(TOPOLOGY.value))
+    mesh = sharding.make_mesh(config, plan_tpu.devices(TOPOLOGY.value))
     program = Program(config, mesh, 1_281_167)
     began = time.monotonic()
     with jax.set_mesh(mesh):
@@ -92,7 +94,7 @@ def main() -> int:
     to = Path(TO.value)
     lines = [json.loads(line) for line in to.read_text().splitlines()] if to.exists() else []
     done = [{key: line[key] for key in ("row", "topology", "config")} for line in lines]
-    config = zlib.crc32(json.dumps(configs.flat(CONFIG.value), sort_keys=True).encode())
+    config = zlib.crc32(json.dumps(param_tree.flat(CONFIG.value), sort_keys=True).encode())
     for row in ONLY.value or ROWS:
         what = {"row": row, "topology": TOPOLOGY.value, "config": config}
         if what in done:
@@ -103,7 +105,7 @@ def main() -> int:
         print(json.dumps(found), flush=True)
         with to.open("a") as file:
             file.write(json.dumps(found) + "\n")
-    return cli.FINISHED
+    return errors.FINISHED
 
 
 if __name__ == "__main__":

@@ -25,12 +25,12 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs its share of a GPU's memory
 
 import jax
+import mae_jax.bench
 import torch
 from absl import flags
 from ml_collections import ConfigDict
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-import mae_jax.bench
 from mae_jax import config as configs
 from mae_jax.interop.hf import hf_config
 

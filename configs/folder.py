@@ -4,14 +4,14 @@
 
 Any depth of sub-folders; JPEG, PNG, WebP, BMP and GIF. Class sub-folders are optional: with them (path/<class>/*.jpg,
 or path/train/<class>/*.jpg and path/val/<class>/*.jpg) probes are run, without them the held-out loss and pictures.
-EXIF rotation is ignored. Look at the data first: python -m mae_jax.inspect with the same flags.
+EXIF rotation is ignored. Look at the data first: python -m mae_jax inspect with the same flags.
 
 Arguments: `Ti` (the default, 5.5 M parameters in the encoder) or `S` (22 M); `runlocal`.
 
 Nobody published a recipe for this; the choices are ours. Small data is seen for many epochs, which MAE bears well
 (SplitMask, arXiv 2112.10740, keeps the number of iterations constant as data shrinks), so the length is counted in
 examples, not epochs: 2 million. The batch is small, the decoder narrow (256, half of MAE's) and 4 blocks deep. It has
-not been run to its end; `python -m mae_jax.bench` with the same flags tells how long it takes on your machine.
+not been run to its end; `python -m mae_jax bench` with the same flags tells how long it takes on your machine.
 """
 
 from functools import partial

@@ -1,12 +1,12 @@
 """Mixture of cluster-conditional experts on ImageNet-1K (MoCE, arXiv 2402.05382), started from a MAE on the same data.
 
-  python -m mae_jax.cluster --from=gs://BUCKET/vit_b_mae --clusters=256 --to=gs://BUCKET/clusters
+  python -m mae_jax cluster --from=gs://BUCKET/vit_b_mae --clusters=256 --to=gs://BUCKET/clusters
   python -m mae_jax.main --config=configs/moce.py --workdir=gs://BUCKET/moce --config.init_from=gs://BUCKET/vit_b_mae \
       --config.method.clusters=gs://BUCKET/clusters --config.data.path=gs://BUCKET/tensorflow_datasets
-  python -m mae_jax.export --from=gs://BUCKET/moce --for-task=vote --config=configs/transfer.py:pets,finetune \
+  python -m mae_jax export --from=gs://BUCKET/moce --for-task=vote --config=configs/transfer.py:pets,finetune \
       --to=gs://BUCKET/pets.safetensors
 
-  python -m mae_jax.cluster --from=runs/quickstart --clusters=16 --to=runs/clusters
+  python -m mae_jax cluster --from=runs/quickstart --clusters=16 --to=runs/clusters
   python -m mae_jax.main --config=configs/moce.py:quickstart --workdir=runs/moce --config.init_from=runs/quickstart \
       --config.method.clusters=runs/clusters
 

@@ -1,13 +1,13 @@
 """Fine-tuning on the data sets of the transfer tables: one recipe for each, from any encoder of this library.
 
   python -m mae_jax.main --config=configs/transfer.py:dtd --workdir=runs/dtd --config.init_from=runs/pretrained
-  python -m mae_jax.transfer --config=configs/transfer.py --names=cifar10,dtd --from=runs/pretrained --to=runs/suite
+  python -m mae_jax transfer --config=configs/transfer.py --names=cifar10,dtd --from=runs/pretrained --to=runs/suite
 
 The second runs many and fits the recipe to the encoder's size. Arguments, joined by commas in any order:
   the data set: a name in `DATA` below (default: cifar10);
   the size: B (the default), L, H, Ti or S, with its layer decay and stochastic depth;
   the protocol: `finetune` (the default), or `linear`: a frozen encoder, batch norm and one layer. k-NN and a linear
-    probe on features that are computed once need no recipe: mae_jax.transfer --protocols=quick;
+    probe on features that are computed once need no recipe: mae_jax transfer --protocols=quick;
   `held`: trains on a part of the training data and reads the rest of it (data.val_split) in place of the test data,
     to choose a learning rate or a length; `runlocal` (not for voc2007, which has no small stand-in).
 

@@ -17,9 +17,9 @@ from mae_jax import methods
 from mae_jax.durations import steps
 from mae_jax.errors import UserError, nearest
 from mae_jax.ops.patches import grid
+from mae_jax.param_tree import flat
 
 Preset = Callable[[ConfigDict], None]
-
 SIZES = {  # width, depth, heads: MAE section 4 (B, L, H), DeiT Table 1 (Ti, S)
     "Ti": (192, 12, 3),
     "S": (384, 12, 6),
@@ -27,7 +27,6 @@ SIZES = {  # width, depth, heads: MAE section 4 (B, L, H), DeiT Table 1 (Ti, S)
     "L": (1024, 24, 16),
     "H": (1280, 32, 16),
 }
-
 # What `validate` checks of single fields; a method checks its own.
 CHOICES = {
     "data.augment": ("none", "fixed", "simple", "single", "random"),
@@ -164,8 +163,6 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "stall_seconds": 1800.0,  # that a step, a save, the input or a batch of an evaluation may take; 0: any time
     },
 }
-
-
 SMALL: dict[str, Any] = {  # what `runlocal` makes of methods' own fields
     "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2,
     "mix_group": 4,  # where each picture is there three times, the batch shows 6 of them
@@ -230,22 +227,6 @@ def resolve(config: ConfigDict, arg: str, *choices: Mapping[str, Preset], **pres
     return config.lock()
 
 
-def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
-    """Returns a copy with what 'auto' stands for on 'cpu', 'gpu' or 'tpu'; raises UserError for what does not go there.
-
-    The config that is stored keeps its 'auto': a run may go on elsewhere.
-    """
-    config = config.copy_and_resolve_references()
-    if config.model.dtype == "auto":
-        config.model.dtype = "float32" if platform == "cpu" else "bfloat16"
-    if config.mesh.zero == "auto":
-        config.mesh.zero = "off" if platform == "cpu" else "on"
-    if config.mesh.reduce == "bfloat16" and config.model.dtype != "bfloat16":
-        raise UserError(f"mesh.reduce=bfloat16 with activations in {config.model.dtype} would round the parameters; "
-                        "use model.dtype=bfloat16 or mesh.reduce=float32")
-    return config
-
-
 def profile_steps(config: ConfigDict) -> tuple[int, int]:
     """Returns the first and the last step of the profiler trace, (0, 0) for none; raises UserError."""
     text = config.log.profile_steps
@@ -253,17 +234,6 @@ def profile_steps(config: ConfigDict) -> tuple[int, int]:
     if text and (not match or int(match[1]) > int(match[2])):
         raise UserError(f"log.profile_steps={text!r}; write the first and the last step, as '20:25'")
     return (int(match[1]), int(match[2])) if match else (0, 0)
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns {'data.path': value, ...}; tuples become lists, as JSON has them."""
-    out = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping | ConfigDict):
-            out.update(flat(value, f"{prefix}{key}."))
-        else:
-            out[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return out
 
 
 def from_dict(values: dict[str, Any]) -> ConfigDict:

@@ -1,13 +1,9 @@
 """How a run ends early on purpose, and the words that go with it."""
 
-import contextlib
 import difflib
-import os
 import re
-import signal
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import NoReturn
+import traceback
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -16,64 +12,6 @@ class UserError(Exception):
 
 class GuardError(Exception):
     """A guard stopped the run (non-finite gradients, too many bad pictures). The exit code is 3."""
-
-
-_STDERR = os.dup(2)  # as it is now: later it points to nowhere for a while (data/tensorflow_cpu.py)
-
-
-def say_now(line: str) -> None:
-    """Writes a line to standard error past Python's locks, which the main thread may hold, from any thread.
-
-    The first line break ends a progress line.
-    """
-    with contextlib.suppress(OSError):
-        os.write(_STDERR, f"\n{line}\n".encode())
-
-
-def ending_signals() -> list[int]:
-    """Returns the signals that end a run in order: not SIGHUP where `nohup` has it ignored."""
-    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
-    return [signal.SIGTERM, signal.SIGINT, *[signal.SIGHUP] * hangs_up]
-
-
-_busy = False
-
-
-def wait_for_no_thread() -> None:
-    """Says that threads may be busy for long with what was given up: the process ends without waiting for them."""
-    global _busy
-    _busy = True
-
-
-def leave(code: int) -> NoReturn:
-    """Ends the process in order, from its main thread."""
-    if _busy:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):  # the disk that the save was given up for may be that of the output
-                stream.flush()
-        quit_now(code)
-    sys.exit(code)
-
-
-_last: list[Callable[[], None]] = []
-
-
-@contextlib.contextmanager
-def at_the_last(action: Callable[[], None]) -> Iterator[None]:
-    """Has something done, which takes seconds at most, where `quit_now` ends the process meanwhile."""
-    _last.append(action)
-    try:
-        yield
-    finally:
-        _last.remove(action)
-
-
-def quit_now(code: int) -> NoReturn:
-    """Ends the process at once, from any thread, whatever the main thread is doing."""
-    for action in list(_last):
-        with contextlib.suppress(Exception):
-            action()
-    os._exit(code)
 
 
 def printable(text: str) -> str:
@@ -101,3 +39,21 @@ def cause(error: BaseException) -> str:
     specs = r" \[\w+(?:\[\d+\])?=|\. See full TensorStore|\. Tensorstore KvStore"
     text = re.split(specs, " ".join(str(error).split()))[0]
     return f"{type(error).__name__}: {text[:600]}"
+
+
+FINISHED, BUG, MISTAKE, GUARD, STOPPED = 0, 1, 2, 3, 75
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Returns the exit code of an error and what to print: one line, and a traceback before it for our own bugs."""
+    if isinstance(error, UserError):
+        return MISTAKE, f"error: {error}"
+    if isinstance(error, GuardError):
+        return GUARD, f"stopped: {error}"
+    # No permission, no space, no such folder, a bucket that does not answer.
+    if isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("aiohttp", "gcsfs", "google"):
+        return MISTAKE, f"error: {' '.join(str(error).split())}"
+    if isinstance(error, KeyboardInterrupt):
+        return STOPPED, "stopped before it was done"
+    trace = "".join(traceback.format_exception(error))
+    return BUG, f"{trace}this is a bug in mae_jax; please report it with the lines above"

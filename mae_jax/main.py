@@ -1,61 +1,6 @@
-r"""Trains, evaluates or replays a config in a workdir.
+"""`python -m mae_jax.main`: the same as `mae_jax train`, and with --mode=eval or --mode=replay as these verbs."""
 
-  python -m mae_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
-  python -m mae_jax.main --config=configs/vit_l_mae.py --workdir=gs://bucket/vit_l --config.optim.lr=1e-4
-  python -m mae_jax.main --config=configs/vit_l_mae.py --workdir=/shared/vit_l \
-      --coordinator=10.0.0.1:7654 --processes=2 --process=0   # and --process=1 on the other host
-  python -m mae_jax.main --mode=eval --workdir=runs/quickstart   # with --config, its eval.* may be other ones
-
-The same command resumes a run that was stopped. On several hosts it is started on each; under srun and on TPU VMs the
-processes find each other without flags. Exit codes: 0 finished, 2 your mistake (one line says which), 3 stopped by a
-guard, 75 stopped by a signal with the state saved: start it again, 134 another process was lost: start all again, 1 a
-bug.
-"""
-
-from types import ModuleType
-
-from absl import flags
-
-from mae_jax import cli, phases, processes
-
-CONFIG = cli.define_config()
-WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run, local or gs://; the same for all processes")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "replay"],
-                         "train; eval: evaluate a workdir's newest checkpoint; replay: look into one step's gradients")
-STEP = flags.DEFINE_integer("step", -1, "the step that --mode=replay looks into; -1: the last one taken",
-                            lower_bound=-1)
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "compile the train step, say how it would run, and write nothing")
-
-
-def main() -> int:
-    from mae_jax import config, train
-    from mae_jax.errors import UserError
-
-    phases.done("imports")
-    if MODE.value == "replay" and CONFIG.value is not None:
-        raise UserError("--mode=replay reads the config that the workdir was made with; leave --config out")
-    if MODE.value != "train" and DRY_RUN.value:
-        raise UserError(f"--dry_run compiles the train step; leave it out with --mode={MODE.value}")
-    if MODE.value == "train" and CONFIG.value is None:
-        raise UserError("--config must be given to train; --help shows an example")
-    if MODE.value == "replay" and processes.here():
-        raise UserError("--mode=replay runs in one process, on whatever devices that has; say --coordinator=off")
-    if CONFIG.value is not None and processes.here():
-        config.validate(CONFIG.value)  # before all have met
-    same = {"--workdir": WORKDIR.value, "--mode": MODE.value, "--dry_run": DRY_RUN.value}
-    return processes.run(lambda: command(train), same, CONFIG.value)
-
-
-def command(train: ModuleType) -> int:
-    """Does what the flags say, in one process or as one of several. Returns the exit code."""
-    if MODE.value == "eval":
-        return train.evaluate(WORKDIR.value, CONFIG.value)
-    if MODE.value == "replay":
-        from mae_jax import replay
-
-        return replay.replay(WORKDIR.value, STEP.value)
-    return (train.dry_run if DRY_RUN.value else train.train)(CONFIG.value, WORKDIR.value)
-
+from mae_jax.commands import cli, train
 
 if __name__ == "__main__":
-    cli.run(main, __doc__, required=("workdir",))
+    cli.run(train.main, train.__doc__, train.REQUIRED)

@@ -10,10 +10,13 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from mae_jax import config as configs
-from mae_jax import files, workdir
-from mae_jax.config import default, flat, for_platform, from_dict, resolve, steps, validate, vit
+from mae_jax.config import default, from_dict, resolve, steps, validate, vit
 from mae_jax.errors import UserError, nearest
-from tests.tiny import tiny_config
+from mae_jax.param_tree import flat
+from mae_jax.runtime.sharding import for_platform
+from mae_jax.storage import paths
+from mae_jax.training import workdir
+from tests.helpers.tiny import tiny_config
 
 RECIPES = sorted(Path("configs").glob("*.py"))
 
@@ -235,14 +238,14 @@ def test_a_workdir_that_cannot_be_made_is_refused(tmp_path):
 
 def test_replacing_a_file_on_a_full_disk_keeps_the_old_one(tmp_path, monkeypatch):
     file = epath.Path(tmp_path) / "config.json"
-    files.replace_text(file, "old")
+    paths.replace_text(file, "old")
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(file), "write_bytes", full)
     with pytest.raises(OSError, match="No space"):
-        files.replace_text(file, "new")
+        paths.replace_text(file, "new")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("config.json", "old")]
 
 

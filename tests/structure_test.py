@@ -24,7 +24,7 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize(("library", "home"), [
     ("flax", "mae_jax/models"), ("tensorflow", "mae_jax/data"), ("tensorflow_datasets", "mae_jax/data"),
-    ("orbax", "mae_jax/checkpoint.py")])
+    ("orbax", "mae_jax/storage/checkpoint.py")])
 def test_a_library_is_imported_in_its_own_room_only(library, home):
     users = {path for path in PACKAGE if library in imported(path)}
     assert users
@@ -38,7 +38,7 @@ def test_nothing_that_is_read_is_executed():
         for node in ast.walk(ast.parse(path.read_text())):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             assert called not in ("eval", "exec", "compile", "__import__"), f"{path}:{node.lineno}"
-            assert called != "np.load" or path.name == "arrays.py", f"{path}:{node.lineno}"
+            assert called != "np.load" or path == Path("mae_jax/storage/npz.py"), f"{path}:{node.lineno}"
 
 
 def test_methods_and_models_know_nothing_of_loop_optimiser_files_or_mesh():
@@ -82,10 +82,10 @@ WITHOUT_TENSORFLOW = """
 import importlib, pkgutil, sys
 for name in ("tensorflow", "tensorflow_datasets", "tensorboard"):
     sys.modules[name] = None
-import mae_jax, mae_jax.train
+import mae_jax, mae_jax.training.loop
 from absl import flags
 for module in pkgutil.walk_packages(mae_jax.__path__, "mae_jax."):
-    if not module.name.startswith("mae_jax.data"):
+    if not module.name.startswith("mae_jax.data") and module.name != "mae_jax.__main__":
         flags.FLAGS._flags().clear()  # every command defines its own
         importlib.import_module(module.name)
 """

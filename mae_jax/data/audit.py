@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mae_jax.data import streams, write
-from mae_jax.data.augment import mask_image
+from mae_jax.data import writers
 from mae_jax.data.decode import JPEGS, Picture
-from mae_jax.data.sources import Example
-from mae_jax.metrics import clock
+from mae_jax.data.sources import base
+from mae_jax.data.sources.base import Example
+from mae_jax.data.transforms.crop import mask_image
+from mae_jax.runtime.console import clock
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Look(NamedTuple):
 class Audit:
     """What is seen of a split; of a good picture 25 bytes are kept. Numbers of examples count from 0."""
 
-    source: write.Found
+    source: writers.Found
     sizes: np.ndarray  # int32 [n, 2], width and height; 0 of what is broken or was not read
     digests: np.ndarray  # uint8 [n, 16]
     blank: np.ndarray  # bool [n]
@@ -68,12 +69,12 @@ class Audit:
         return self.digests[self.shown()].view(f"S{DIGEST}").ravel()
 
 
-def audit(source: write.Found, threads: int, what: str) -> Audit:
+def audit(source: writers.Found, threads: int, what: str) -> Audit:
     """Looks at every picture of a split; says on the way how far it is with `what`."""
     size = source.size
     seen = Audit(source, np.zeros((size, 2), np.int32), np.zeros((size, DIGEST), np.uint8), np.zeros(size, bool))
     began = said = time.monotonic()
-    for done, (number, found) in enumerate(write.each(source, look, threads, faults=seen.faults), 1):
+    for done, (number, found) in enumerate(writers.each(source, look, threads, faults=seen.faults), 1):
         if isinstance(found, Exception):
             seen.broken.append(f"{source.name(number)}: {found}")
         else:
@@ -120,6 +121,6 @@ def _add(seen: Audit, number: int, found: Look) -> None:
         seen.misnamed.append(f"{name} is {found.format}")
 
 
-def _first(source: write.Found) -> int:
+def _first(source: writers.Found) -> int:
     """Returns the number of the first example; records are numbered over all their files."""
-    return source.start if isinstance(source, streams.Stream) else 0
+    return source.start if isinstance(source, base.Stream) else 0

@@ -11,9 +11,9 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_jax.arrays import opened
 from mae_jax.errors import UserError
-from mae_jax.files import locate
+from mae_jax.storage.npz import opened
+from mae_jax.storage.paths import locate
 
 Batch = dict[str, np.ndarray]
 FIELD = "tokens"

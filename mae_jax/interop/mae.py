@@ -16,7 +16,7 @@ import numpy as np
 
 from mae_jax.errors import UserError
 from mae_jax.models.layers import sincos_positions
-from mae_jax.params import flatten, nest
+from mae_jax.param_tree import flatten, nest
 
 POSITIONS = {"encoder": "pos_embed", "decoder": "decoder_pos_embed"}
 OUT = (  # our path to their key; the first that matches

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.interop.mae import to_mae
 from mae_jax.ops.batch_norm import EPS
-from mae_jax.params import flatten, nest
+from mae_jax.param_tree import flatten, nest
 
 PRETRAINING = r"decoder/|encoder/mask_token$"  # left out: timm's models have neither, and take mask tokens for DINOv2's
 SCALE = r"encoder/block_0*(\d+)/(ls[12])/gamma$"

@@ -7,7 +7,7 @@ from mae_jax.methods.dino import DINO
 from mae_jax.methods.mae import MAE
 from mae_jax.methods.mixedae import MixedAE
 from mae_jax.methods.moce import MoCE
-from mae_jax.methods.segment import Segment
+from mae_jax.methods.segmentation import Segment
 from mae_jax.methods.splitmask import SplitMask
 from mae_jax.methods.supervised import Supervised
 

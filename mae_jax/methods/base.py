@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.data.orders import Order, View, with_views
+from mae_jax.data.masking import Order, View, with_views
 from mae_jax.errors import UserError, nearest
 from mae_jax.models.layers import drop_path
 from mae_jax.models.vit import drop_path_rates
 from mae_jax.ops.patches import grid, normalize, patch_values
-from mae_jax.params import path
+from mae_jax.param_tree import path
 
 Batch = dict[str, jax.Array]
 Params = dict[str, Any]

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.data.orders import Order
+from mae_jax.data.masking import Order
 from mae_jax.errors import UserError
-from mae_jax.flops import blocks_flops
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices
 from mae_jax.methods.patch_targets import DEFAULTS, PatchTargets
 from mae_jax.models.heads import Head
 from mae_jax.models.layers import TOKEN_STD
 from mae_jax.models.vit import make_encoder
+from mae_jax.ops.flops import blocks_flops
 from mae_jax.ops.patches import grid, normalize, patch_values
 
 MASKINGS = ("block", "random")

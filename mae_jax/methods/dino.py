@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.data.orders import Colours, Order, View
+from mae_jax.data.masking import Colours, Order, View
 from mae_jax.durations import steps
 from mae_jax.errors import UserError
-from mae_jax.flops import blocks_flops
+from mae_jax.losses.dino import centred, cross_entropy
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params
 from mae_jax.models.heads import Projection
 from mae_jax.models.vit import activation_dtype, make_encoder
-from mae_jax.ops.distil import centred, cross_entropy
+from mae_jax.ops.flops import blocks_flops
 from mae_jax.ops.patches import grid, normalize, patch_values
 
 GLOBALS = 2  # large views, those of the teacher

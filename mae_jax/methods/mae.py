@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mae_jax.data.orders import Order
+from mae_jax.data.masking import Order
 from mae_jax.errors import UserError
-from mae_jax.flops import blocks_flops
+from mae_jax.losses import pixel_targets
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices, check_decoder, mean_square
 from mae_jax.models.vit import make_decoder, make_encoder
-from mae_jax.ops import targets
+from mae_jax.ops.flops import blocks_flops
 from mae_jax.ops.patches import grid, normalize, patch_values
 
 TARGETS = ("norm_pix", "pixel", "pca")
@@ -61,7 +61,7 @@ class MAE(Method):
         super().__init__(config, examples)
         self.target = config.method.target
         values = patch_values(config)
-        self.outputs = min(targets.PCA_COMPONENTS, values) if self.target == "pca" else values
+        self.outputs = min(pixel_targets.PCA_COMPONENTS, values) if self.target == "pca" else values
         self.encoder = make_encoder(config)
         self.decoder = make_decoder(config, self.outputs)
         height, width = grid(config)
@@ -89,7 +89,7 @@ class MAE(Method):
 
     def fitted_targets(self, batch: Batch) -> Extras:
         """Returns the extras of the first batch: the axes of PCA. MAE does not say of what it is (our choice)."""
-        return {"pca": targets.fit_pca(normalize(batch["patches"]), self.outputs)} if self.target == "pca" else {}
+        return {"pca": pixel_targets.fit_pca(normalize(batch["patches"]), self.outputs)} if self.target == "pca" else {}
 
     def predict(self, params: Params, batch: Batch) -> jax.Array:
         """Returns float32 [B, M, outputs]: the predicted targets of the hidden patches, in the batch's order."""
@@ -102,8 +102,8 @@ class MAE(Method):
     def targets(self, extras: Extras, pixels: jax.Array) -> jax.Array:
         """Returns what normalised pixels [B, M, P] are asked for: float32 [B, M, outputs]."""
         if self.target == "norm_pix":
-            return targets.norm_pix(pixels)
-        return targets.project_pca(pixels, extras["pca"]) if self.target == "pca" else pixels
+            return pixel_targets.norm_pix(pixels)
+        return pixel_targets.project_pca(pixels, extras["pca"]) if self.target == "pca" else pixels
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
@@ -145,6 +145,6 @@ class MAE(Method):
     def as_pixels(self, predicted: jax.Array, extras: Extras, batch: Batch) -> jax.Array:
         """Returns predictions [B, M, outputs] as normalised pixels [B, M, P]."""
         if self.target == "norm_pix":
-            mean, deviation = targets.patch_moments(normalize(batch["patches"][:, self.visible :]))
+            mean, deviation = pixel_targets.patch_moments(normalize(batch["patches"][:, self.visible :]))
             return predicted * deviation + mean
-        return targets.unproject_pca(predicted, extras["pca"]) if self.target == "pca" else predicted
+        return pixel_targets.unproject_pca(predicted, extras["pca"]) if self.target == "pca" else predicted

@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mae_jax.data.orders import Order
+from mae_jax.data.masking import Order
 from mae_jax.errors import UserError
-from mae_jax.flops import blocks_flops
+from mae_jax.losses.contrastive import supervised_contrast
 from mae_jax.methods.base import Batch, Extras, Metrics, Params, check_choices, mean_square, named_blocks
 from mae_jax.methods.mae import MAE
-from mae_jax.models import inside
+from mae_jax.models import intermediates
 from mae_jax.models.heads import Perceptron
 from mae_jax.models.layers import TOKEN_STD
 from mae_jax.models.vit import make_decoder
-from mae_jax.ops.contrast import supervised_contrast
-from mae_jax.ops.homologous import SameSource, TopKeys, neighbour_homology, purity, same_source
+from mae_jax.ops.flops import blocks_flops
+from mae_jax.ops.homologous_attention import SameSource, TopKeys, neighbour_homology, purity, same_source
 from mae_jax.ops.patches import grid, normalize, patch_values
 
 MIXINGS = ("compose", "full")
@@ -189,10 +189,10 @@ class MixedAE(MAE):
     def purities(self, params: Params, batch: Batch) -> Iterator[tuple[str, jax.Array]]:
         """Yields each block's name and the purity of its heads' queries, float32 [B / G, H, N], of a turned batch."""
         pixels, order = normalize(self.mixed(batch["patches"])), self.mixed(batch["order"])
-        between = inside.between_blocks(self.mixer, params["encoder"], pixels, order, self.segments(params))
+        between = intermediates.between_blocks(self.mixer, params["encoder"], pixels, order, self.segments(params))
         for number, entering in zip(range(self.config.model.depth), between, strict=False):
-            name = inside.block_name(number)
-            scores = inside.attention_scores(self.mixer, params["encoder"][name], entering)
+            name = intermediates.block_name(number)
+            scores = intermediates.attention_scores(self.mixer, params["encoder"][name], entering)
             yield name, purity(scores, self.keep, self.group, self.patches)
 
     def forward_flops(self) -> int:

@@ -9,17 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.clusters import Clusters
+from mae_jax.data.cluster_ids import Clusters
 from mae_jax.errors import UserError
-from mae_jax.experts import along
-from mae_jax.flops import blocks_flops
 from mae_jax.methods.base import Batch, Extras, Metrics, Params, check_choices, named_blocks
 from mae_jax.methods.mae import MAE
-from mae_jax.models.experts import GATES, Gating
-from mae_jax.models.inside import block_name
-from mae_jax.ops.keys import stream_key
+from mae_jax.models.intermediates import block_name
+from mae_jax.models.moe import GATES, Gating
+from mae_jax.models.upcycling import along
+from mae_jax.ops.flops import blocks_flops
 from mae_jax.ops.patches import normalize, patch_values
 from mae_jax.ops.routing import Choice, choose, imbalance, uncertainty
+from mae_jax.rng import stream_key
 
 GATE_KINDS = ("cluster", "token")
 WEIGHTS = ("straight", "value")
@@ -37,7 +37,7 @@ class MoCE(MAE):
 
     defaults = {
         **MAE.defaults,
-        "clusters": "",  # the folder that `python -m mae_jax.cluster --from=...` wrote
+        "clusters": "",  # the folder that `python -m mae_jax cluster --from=...` wrote
         "num_clusters": 0,  # m; 0: as many as it has
         "centroid_width": 0,  # of its centroids; 0: as wide as they are
         "experts": 8,  # E; remembered of the article, not checked

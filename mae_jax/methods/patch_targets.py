@@ -8,11 +8,13 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from mae_jax.data.random import rng
 from mae_jax.errors import UserError
+from mae_jax.losses import patch_tokens, pixel_targets
+from mae_jax.methods import patch_vocabulary
 from mae_jax.methods.base import Extras
-from mae_jax.ops import targets, tokens
 from mae_jax.ops.patches import normalize, patch_values
+from mae_jax.rng import rng
+from mae_jax.storage import vocabulary
 
 PIXELS = ("norm_pix", "pixel")
 GIVEN = "tokens"  # of another tokenizer: the batch field of this name
@@ -21,7 +23,7 @@ SAMPLED = 16  # patches sampled per entry of the vocabulary, where there are as 
 DEFAULTS = {
     "target": "kmeans",  # tokens: kmeans, patches, projection, tokens (of data.tokens); pixels: norm_pix, pixel
     "vocabulary": 8192,  # how many tokens, that of constant patches among them
-    "vocabulary_file": "",  # that mae_jax.cluster wrote; '': built of training pictures before the first step
+    "vocabulary_file": "",  # that mae_jax cluster wrote; '': built of training pictures before the first step
 }
 
 
@@ -31,7 +33,7 @@ class PatchTargets:
     def __init__(self, config: ConfigDict):
         m = config.method
         self.kind, self.size, self.seed = m.target, m.vocabulary, config.seed
-        self.built = m.target in tokens.KINDS
+        self.built = m.target in patch_tokens.KINDS
         self.discrete = self.built or m.target == GIVEN
         self.field = GIVEN if m.target == GIVEN else "patches"  # of the batch, which says what is wanted
         self.file = m.vocabulary_file
@@ -42,12 +44,12 @@ class PatchTargets:
     @staticmethod
     def validate(config: ConfigDict) -> None:
         m, given = config.method, config.data.tokens
-        tokens.check(m.target, m.vocabulary, (*tokens.KINDS, GIVEN, *PIXELS))
+        patch_tokens.check(m.target, m.vocabulary, (*patch_tokens.KINDS, GIVEN, *PIXELS))
         if given and m.target != GIVEN:
             raise UserError(f"data.tokens={given!r} is not read with method.target={m.target!r}; use {GIVEN!r}")
-        if m.vocabulary_file and m.target not in tokens.KINDS:
+        if m.vocabulary_file and m.target not in patch_tokens.KINDS:
             raise UserError(f"method.vocabulary_file={m.vocabulary_file!r} is not read with method.target="
-                            f"{m.target!r}; use one of {', '.join(tokens.KINDS)}")
+                            f"{m.target!r}; use one of {', '.join(patch_tokens.KINDS)}")
 
     def fields(self, spec: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns what the batch needs besides the fields of `spec`."""
@@ -62,13 +64,13 @@ class PatchTargets:
         if not self.built or pictures is None:
             return extras
         if self.file:
-            return {**extras, "vocabulary": tokens.load(self.file, self.kind, (self.size - 1, self.values))}
+            return {**extras, "vocabulary": vocabulary.load(self.file, self.kind, (self.size - 1, self.values))}
         return {**extras, "vocabulary": self.build(pictures)[0]}
 
     def build(self, pictures: Iterable[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
         """Returns a vocabulary float32 [V - 1, P], and the patches uint8 [n, P] that it was built of."""
         sample = _sample(pictures, SAMPLED * self.size, self.seed)
-        return tokens.build(sample, self.kind, self.size, rng(self.seed, "vocabulary", 0)), sample
+        return patch_vocabulary.build(sample, self.kind, self.size, rng(self.seed, "vocabulary", 0)), sample
 
     def losses(self, predicted: jax.Array, shown: jax.Array,
                extras: Extras) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -84,9 +86,9 @@ class PatchTargets:
         """
         if not self.discrete:
             pixels = normalize(shown)
-            wanted = targets.norm_pix(pixels) if self.kind == "norm_pix" else pixels
+            wanted = pixel_targets.norm_pix(pixels) if self.kind == "norm_pix" else pixels
             return jnp.square(predicted - wanted).mean((1, 2)), {}
-        wanted = tokens.tokenize(shown, extras["vocabulary"], self.kind) if self.built else shown
+        wanted = patch_tokens.tokenize(shown, extras["vocabulary"], self.kind) if self.built else shown
         losses = optax.softmax_cross_entropy_with_integer_labels(predicted, wanted).mean(1)
         return losses, {"accuracy": (predicted.argmax(-1) == wanted).mean(1, dtype=jnp.float32)}
 
@@ -104,7 +106,7 @@ def _sample(pictures: Iterable[dict[str, np.ndarray]], wanted: int, seed: int) -
     for number, batch in enumerate(pictures):
         patches = batch["patches"][batch["valid"] > 0].reshape(-1, batch["patches"].shape[-1])
         drawn = rng(seed, "vocabulary_sample", number).random(len(patches))
-        varied = ~np.asarray(tokens.constant(patches))
+        varied = ~np.asarray(patch_tokens.constant(patches))
         kept.append(patches[varied])
         marks.append(drawn[varied])
         if sum(map(len, marks)) > 2 * wanted:

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.data.orders import Order
+from mae_jax.data.masking import Order
 from mae_jax.errors import UserError
-from mae_jax.flops import blocks_flops
+from mae_jax.losses.contrastive import info_nce
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_decoder
 from mae_jax.methods.patch_targets import DEFAULTS, PatchTargets
 from mae_jax.models.vit import make_decoder, make_encoder
-from mae_jax.ops.contrast import info_nce
+from mae_jax.ops.flops import blocks_flops
 from mae_jax.ops.patches import grid, normalize, patch_values
 
 

@@ -9,11 +9,11 @@ import optax
 from ml_collections import ConfigDict
 
 from mae_jax.errors import UserError
-from mae_jax.flops import blocks_flops
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices, pool
 from mae_jax.models.heads import Classifier
 from mae_jax.models.vit import make_encoder
-from mae_jax.ops import batch_norm, mix
+from mae_jax.ops import batch_norm, mixup
+from mae_jax.ops.flops import blocks_flops
 from mae_jax.ops.patches import grid, normalize, patch_values
 
 HEADS = ("linear", "probe")
@@ -87,7 +87,7 @@ class Supervised(Method):
         self.norm_pooled = config.model.pool == "mean" and m.head == "linear"
         self.last_block = config.model.depth - 1 if self.norm_pooled else -1
         self.classifier = Classifier(self.classes, self.norm_pooled, m.head_std)
-        self.where = mix.Pixels.of(grid(config), tuple(config.model.patch))
+        self.where = mixup.Pixels.of(grid(config), tuple(config.model.patch))
 
     def eval_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         labels = {"labels": jax.ShapeDtypeStruct((self.config.batch_size, self.classes), jnp.uint8)}
@@ -152,7 +152,7 @@ class Supervised(Method):
     def partners_weight(self, weight: jax.Array) -> jax.Array:
         """Returns float32 [B]: the weight of the picture that each is mixed with, 1 where nothing is mixed."""
         m = self.config.method
-        return mix.partners(weight, m.mix_group or len(weight)) if m.mixup or m.cutmix else jnp.ones_like(weight)
+        return mixup.partners(weight, m.mix_group or len(weight)) if m.mixup or m.cutmix else jnp.ones_like(weight)
 
     def targets(self, batch: Batch, smoothing: float) -> jax.Array:
         """Returns float32 [B, C]: the label's class has 1, less the smoothing that all classes share."""
@@ -185,11 +185,11 @@ class Supervised(Method):
         m = self.config.method
         pixels, targets = normalize(batch["patches"]), self.targets(batch, m.smoothing)
         if m.erase:
-            pixels = mix.erase(erase_key, pixels, self.where, m.erase)
+            pixels = mixup.erase(erase_key, pixels, self.where, m.erase)
         if m.mixup or m.cutmix:
             groups = len(pixels) // (m.mix_group or len(pixels))
-            kept, share = mix.draw_mix(mix_key, groups, self.where, m.mixup, m.cutmix)
-            pixels, targets = mix.mix(pixels, kept), mix.mix(targets, share)
+            kept, share = mixup.draw_mix(mix_key, groups, self.where, m.mixup, m.cutmix)
+            pixels, targets = mixup.mix(pixels, kept), mixup.mix(targets, share)
         return pixels, targets
 
     def forward_flops(self) -> int:

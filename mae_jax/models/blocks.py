@@ -8,10 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mae_jax.models.experts import GATES, Experts, Gating
 from mae_jax.models.layers import GELUS, Dense, DenseQKV, LayerScale, layer_norm
+from mae_jax.models.moe import GATES, Experts, Gating
 from mae_jax.ops.attention import Kept, attention
-from mae_jax.ops.layout import ROWS, constrain
+from mae_jax.ops.partitioning import ROWS, constrain
 from mae_jax.ops.routing import Choice
 
 REMATS: dict[str, Callable[..., Any] | None] = {

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mae_jax.models.layers import GELUS, TOKEN_STD, Dense, layer_norm
-from mae_jax.ops.dense import linear
+from mae_jax.ops.linear import linear
 
 LEAST_NORM = 1e-6  # what lengths are divided by, at the least
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mae_jax.ops.dense import gelu, linear
+from mae_jax.ops.linear import gelu, linear
 
 EPS = 1e-6  # layer norm, as in MAE and timm
 TOKEN_STD = 0.02  # initial deviation of class and mask tokens, as published

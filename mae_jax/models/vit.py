@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.models.blocks import Blocks
 from mae_jax.models.layers import TOKEN_STD, Dense, embed_positions, layer_norm, sincos_positions
-from mae_jax.ops.dense import linear
+from mae_jax.ops.linear import linear
 from mae_jax.ops.patches import grid
 from mae_jax.ops.routing import Choice
 

@@ -7,11 +7,11 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mae_jax import audit_report
-from mae_jax.data import folder, sources
+from mae_jax.commands.inspect import report
 from mae_jax.data.audit import audit, copies
-from mae_jax.data.sources import Example, Source
-from tests.records import config, describe, write_shards
+from mae_jax.data.sources import folder, registry
+from mae_jax.data.sources.base import Example, Source
+from tests.helpers.records import config, describe, write_shards
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +28,8 @@ def save(path, size, kind="JPEG", mode="RGB", seed=0, **options):
 def lines(root, split="train", image_size=(32, 48)):
     data = ConfigDict({"source": "folder", "path": str(root), "train_split": "train", "val_split": "",
                        "eval_split": "test", "mask_key": "", "mask_offset": 0})
-    seen = audit(sources.load(data, split), 2, split)
-    return seen, audit_report.split_lines(split, seen, image_size)
+    seen = audit(registry.load(data, split), 2, split)
+    return seen, report.split_lines(split, seen, image_size)
 
 
 def test_a_folder_is_told_in_a_few_lines(tmp_path):
@@ -69,10 +69,10 @@ def test_copies_in_two_splits_are_a_leak_by_name(tmp_path):
         shutil.copy(tmp_path / "train" / f"{i}.png", tmp_path / "val" / f"{name}.png")
     save(tmp_path / "val" / "d.png", (20, 20), "PNG", seed=99)
     audits = {split: lines(tmp_path, split)[0] for split in ("train", "test")}
-    assert audit_report.leak_lines(audits) == [
+    assert report.leak_lines(audits) == [
         "leak: 4 pictures of test also in train:", "  test a.png = train 3.png", "  test b.png = train 0.png",
         "  test c.png = train 3.png", "  and 1 more"]
-    assert audit_report.leak_lines({"train": audits["train"]}) == []
+    assert report.leak_lines({"train": audits["train"]}) == []
 
 
 def test_pictures_of_the_same_bytes_and_another_shape_are_no_copies():
@@ -84,9 +84,9 @@ def test_pictures_of_the_same_bytes_and_another_shape_are_no_copies():
 def test_blank_pictures_are_told_and_are_no_copies_of_each_other():
     source = Source(4, lambda i: Example(np.full((4, 6, 3), i // 3, np.uint8)), str)
     seen = audit(source, 2, "train")
-    assert audit_report.split_lines("train", seen, (4, 6))[1:] == ["  sizes      all 6 x 4",
+    assert report.split_lines("train", seen, (4, 6))[1:] == ["  sizes      all 6 x 4",
                                                                    "  blank      4 of one colour alone"]
-    assert audit_report.leak_lines({"train": seen, "test": seen}) == []
+    assert report.leak_lines({"train": seen, "test": seen}) == []
 
 
 def test_groups_of_copies_come_in_order():
@@ -99,7 +99,7 @@ def test_groups_of_copies_come_in_order():
 def test_more_than_a_few_are_summed_up():
     pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     source = Source(300, lambda i: Example(b"" if i < 60 else pixels + i % 20), lambda i: f"p{i}")
-    told = audit_report.split_lines("train", audit(source, 2, "train"), (2, 2))
+    told = report.split_lines("train", audit(source, 2, "train"), (2, 2))
     assert told[0].startswith("train: 300 pictures, 60 broken; ")
     assert told[1:51] == [f"  p{i}: empty file" for i in range(50)]
     assert told[51:] == [
@@ -111,7 +111,7 @@ def test_more_than_a_few_are_summed_up():
 def test_labels_that_are_missing_or_no_class_are_told():
     labels = [0, 0, 1, -1, 7]
     source = Source(5, lambda i: Example(np.zeros((2, 2, 3), np.uint8), labels[i]), str, classes=("a\n", "b"))
-    told = audit_report.split_lines("train", audit(source, 1, "train"), (2, 2))
+    told = report.split_lines("train", audit(source, 1, "train"), (2, 2))
     assert told[1] == (r"  labels     2 classes of 1 (b) to 2 (a\n) pictures; 1 picture without a label; "
                        "1 label of no class, up to 7")
 
@@ -130,22 +130,22 @@ def test_a_mask_of_another_size_is_broken():
 
 def test_records_are_told_beside_what_was_promised_and_a_slice_is_numbered_rightly(tmp_path):
     c = describe(write_shards(tmp_path))
-    seen = audit(sources.load(c.data, "train[5:20]"), 2, "train")
+    seen = audit(registry.load(c.data, "train[5:20]"), 2, "train")
     assert seen.name(0).endswith("train-1.tfrecord, record 2")
     assert len(seen.good()) == 15
-    told = audit_report.split_lines("train", seen, (16, 16))
+    told = report.split_lines("train", seen, (16, 16))
     assert told[1] == "  records    15 in 5 files of 0 to 20, as records.json promises"
     path = tmp_path / "train-3.tfrecord"
     path.write_bytes(path.read_bytes()[:-10])
-    seen = audit(sources.load(c.data, "train"), 2, "train")
-    told = audit_report.split_lines("train", seen, (16, 16))
+    seen = audit(registry.load(c.data, "train"), 2, "train")
+    told = report.split_lines("train", seen, (16, 16))
     assert told[0].startswith("train: 49 pictures, none broken")
     assert told[1] == "  records    50 in 5 files of 0 to 20, as records.json promises; 1 not read:"
     assert told[2].endswith("train-3.tfrecord is damaged after record 19 of 20: " + told[2].split(": ")[-1])
     (tmp_path / "records.json").unlink()
     path.unlink()
-    seen = audit(sources.load(config("tfrecord", tmp_path / "test-*").data, "train"), 2, "train")
-    assert audit_report.split_lines("train", seen, (16, 16))[1] == (
+    seen = audit(registry.load(config("tfrecord", tmp_path / "test-*").data, "train"), 2, "train")
+    assert report.split_lines("train", seen, (16, 16))[1] == (
         "  records    6 in 1 file of 7, counted: nothing says how many there should be")
 
 

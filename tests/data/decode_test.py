@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_jax.data import decode, photo_crops
+from mae_jax.data import decode
 from mae_jax.data.decode import BadPicture, Box, Picture
+from mae_jax.data.sources import photo_crops
 
 
 def pattern(height=40, width=60):

@@ -13,8 +13,9 @@ from PIL import Image
 
 from mae_jax import config as configs
 from mae_jax import data, methods
-from mae_jax.data import pipeline, sizes, sources, splits
 from mae_jax.data.decode import BadPicture, decode_mask
+from mae_jax.data.readers import random_access
+from mae_jax.data.sources import expected_sizes, registry, splits
 from mae_jax.errors import UserError
 from mae_jax.ops.patches import assemble
 
@@ -183,8 +184,8 @@ def test_resumed_and_divided_repeats_are_those_of_the_unbroken_run(stored, name)
 
 
 def test_without_repeats_each_row_is_a_draw_of_its_own():
-    assert [pipeline.draw(position, 6, 1) for position in range(40)] == list(range(40))
-    assert [pipeline.draw(position, 6, 2) for position in range(6, 12)] == [3, 4, 5, 3, 4, 5]
+    assert [random_access.draw(position, 6, 1) for position in range(40)] == list(range(40))
+    assert [random_access.draw(position, 6, 2) for position in range(6, 12)] == [3, 4, 5, 3, 4, 5]
 
 
 def test_repeats_of_a_stream_lie_in_different_groups_that_are_mixed(stored):
@@ -291,7 +292,7 @@ def test_a_further_test_set_of_other_classes_is_refused(stored):
 
 def test_only_tfds_has_further_test_sets():
     with pytest.raises(UserError, match="set of TFDS"):
-        sources.further(configs.default().data, "imagenet_v2", ("a",))
+        registry.further(configs.default().data, "imagenet_v2", ("a",))
 
 
 def test_a_data_set_prepared_in_part_is_refused(tmp_path):
@@ -302,11 +303,11 @@ def test_a_data_set_prepared_in_part_is_refused(tmp_path):
 
 
 def test_sizes_are_checked_of_known_splits_only():
-    sizes.check_size("cifar10", "test", 10_000)
-    sizes.check_size("cifar10", "validation", 3)
-    sizes.check_size("pictures", "train", 3)
+    expected_sizes.check_size("cifar10", "test", 10_000)
+    expected_sizes.check_size("cifar10", "validation", 3)
+    expected_sizes.check_size("pictures", "train", 3)
     with pytest.raises(UserError, match="holds 3668 of the expected 3669"):
-        sizes.check_size("oxford_iiit_pet", "test", 3668)
+        expected_sizes.check_size("oxford_iiit_pet", "test", 3668)
 
 
 def test_held_out_pictures_of_classes_that_are_not_trained_on_are_refused(tmp_path):
@@ -331,5 +332,5 @@ def test_token_maps_are_refused_for_streams_whose_ids_are_no_rows_of_a_split(sto
 
 
 def test_the_table_of_sizes_names_data_sets_and_splits_of_tfds(tmp_path):
-    for name in sizes.SIZES.keys() - {"aircraft", "inaturalist2019"}:
+    for name in expected_sizes.SIZES.keys() - {"aircraft", "inaturalist2019"}:
         tfds.builder(name, data_dir=str(tmp_path))  # raises where the name is unknown

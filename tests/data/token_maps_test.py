@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from mae_jax import data, train
+from mae_jax import data
 from mae_jax.errors import UserError
-from tests.tiny import tiny_config, tiny_loss, tiny_method
+from mae_jax.training import loop
+from tests.helpers.tiny import tiny_config, tiny_loss, tiny_method
 
 SPLITS = {"train": 3400, "test": 1020}
 STILL = {"data.source": "photo_crops", "data.augment": "none", "method.target": "tokens"}
@@ -48,7 +49,7 @@ def test_the_loss_asks_for_them(tmp_path, method):
 
 def test_a_run_trains_on_them(tmp_path):
     config, *_ = build(tmp_path, **{"train.duration": "2 steps", "eval.every": "2 steps", "data.eval_split": "test"})
-    assert train.train(config, str(tmp_path / "run")) == 0
+    assert loop.train(config, str(tmp_path / "run")) == 0
 
 
 @pytest.mark.parametrize(("arrays", "fields", "line"), [

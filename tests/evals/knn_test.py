@@ -5,7 +5,7 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from mae_jax.evals import knn
-from tests.blobs import CLASSES, blobs
+from tests.helpers.blobs import CLASSES, blobs
 
 
 def neighbours(train, test, k: int, temperature: float) -> np.ndarray:

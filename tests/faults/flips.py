@@ -16,9 +16,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mae_jax import train, workdir
-from mae_jax.checkpoint import Checkpoints
-from tests.tiny import tiny_config
+from mae_jax.storage.checkpoint import Checkpoints
+from mae_jax.training import loop, workdir
+from mae_jax.training import run as training_run
+from tests.helpers.tiny import tiny_config
 
 
 def trained(folder: Path) -> dict[int, list[bytes]]:
@@ -26,7 +27,7 @@ def trained(folder: Path) -> dict[int, list[bytes]]:
     config = tiny_config({"mesh.data": 1, "mesh.fsdp": -1, "model.width": 64, "model.heads": 4, "optim.ema": 0.9,
                           "optim.lr": 0.001, "batch_size": 16, "train.duration": "4 steps", "eval.every": "",
                           "checkpoint.every": "2 steps"})
-    assert train.train(config, str(folder)) == 0
+    assert loop.train(config, str(folder)) == 0
     states = {}
     for step in (4, 2):
         states[step] = bits(restored(folder, config))
@@ -37,7 +38,7 @@ def trained(folder: Path) -> dict[int, list[bytes]]:
 
 
 def restored(folder: Path, config):
-    return Checkpoints(folder, 2).restore(train.prepare(config, folder).program.state)
+    return Checkpoints(folder, 2).restore(training_run.prepare(config, folder).program.state)
 
 
 def bits(state) -> list[bytes]:
@@ -53,7 +54,7 @@ def main(flips: int, seed: int) -> dict[str, int | list[str]]:
     with tempfile.TemporaryDirectory() as scratch:
         good, run = Path(scratch) / "good", Path(scratch) / "run"
         states = trained(good)
-        program = train.prepare(workdir.read_config(good), good).program
+        program = training_run.prepare(workdir.read_config(good), good).program
         inside = (path for path in (good / "checkpoints" / "4").rglob("*") if path.is_file())
         files = sorted(path for path in inside if path.stat().st_size)
         for _ in range(flips):

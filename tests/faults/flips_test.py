@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.devices import simulated
+from tests.helpers.devices import simulated
 
 FLIPS = 10  # of each; more by `python -m tests.faults.flips 1000 1`
 

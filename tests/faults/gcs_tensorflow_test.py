@@ -14,8 +14,9 @@ SCRIPT = textwrap.dedent("""
     import numpy as np
     import tensorflow as tf
     from PIL import Image
-    from mae_jax import cli, train
-    from tests.tiny import tiny_config
+    from mae_jax.commands import cli
+    from mae_jax.training import loop
+    from tests.helpers.tiny import tiny_config
 
     def example(number):
         file = io.BytesIO()
@@ -30,7 +31,7 @@ SCRIPT = textwrap.dedent("""
                 file.write(example(12 * part + number))
     config = tiny_config({"data.source": "tfrecord", "data.path": "gs://bucket/data/{split}-*.tfrecord",
                           "data.eval_split": "", "data.readers": 4, "log.tensorboard": True, "eval.every": ""})
-    sys.exit(cli.guarded(lambda: train.train(config, "gs://bucket/tensorflow")))
+    sys.exit(cli.guarded(lambda: loop.train(config, "gs://bucket/tensorflow")))
 """)
 
 

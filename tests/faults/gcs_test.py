@@ -14,10 +14,15 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mae_jax import bucket, cli, export, train, workdir
-from mae_jax.checkpoint import Checkpoints
+from mae_jax.commands import cli
+from mae_jax.commands.export import command
 from mae_jax.errors import UserError
-from mae_jax.params import flatten
+from mae_jax.param_tree import flatten
+from mae_jax.storage import gcs as storage_gcs
+from mae_jax.storage.checkpoint import Checkpoints
+from mae_jax.training import loop
+from mae_jax.training import run as training_run
+from mae_jax.training import workdir as training_workdir
 from tests.faults import peer
 from tests.faults.processes import ends, output, start
 
@@ -31,7 +36,7 @@ def place(tmp_path_factory, _in_gcs) -> Path:
     """Where processes keep their notes; they have a token that must not be seen."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", TOKEN)
-        bucket.check("gs://bucket")
+        storage_gcs.check("gs://bucket")
         yield tmp_path_factory.mktemp("runs")
 
 
@@ -62,7 +67,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None
 
 def state_of(workdir_: str | Path) -> dict[str, bytes]:
     """Returns all bits of the newest checkpoint."""
-    run = train.prepare(workdir.read_config(epath.Path(workdir_)), epath.Path(workdir_))
+    run = training_run.prepare(training_workdir.read_config(epath.Path(workdir_)), epath.Path(workdir_))
     state = Checkpoints(workdir_, 2).restore(run.program.state)
     return {name: np.asarray(jax.device_get(leaf)).tobytes() for name, leaf in flatten(state).items()}
 
@@ -82,7 +87,7 @@ def committed(gcs, name: str) -> list[int]:
 
 def logged(name: str) -> list[int]:
     """Returns the steps of the lines of training in metrics.jsonl."""
-    lines = map(json.loads, bucket.read(f"gs://bucket/{name}/metrics.jsonl").content.splitlines())
+    lines = map(json.loads, storage_gcs.read(f"gs://bucket/{name}/metrics.jsonl").content.splitlines())
     return [line["step"] for line in lines if "train/loss" in line]
 
 
@@ -103,17 +108,17 @@ def test_a_run_in_a_bucket_resumes_to_the_bits_of_one_on_a_disk_and_leaves_the_s
     assert all(fault.done for fault in gcs.faults)
     assert is_like(golden, "whole")
     assert committed(gcs, "whole") == [16, 20]
-    assert bucket.read("gs://bucket/whole/DONE").content == b"20\n"
+    assert storage_gcs.read("gs://bucket/whole/DONE").content == b"20\n"
     found = {item["name"].removeprefix("whole/") for item in gcs.store.list("bucket", {"prefix": "whole/"})["items"]}
     ours = {str(path.relative_to(place / "golden")) for path in (place / "golden").rglob("*") if path.is_file()}
     outside = {name for name in found if not name.startswith("checkpoints/")}
     assert outside | {"lock"} == {name for name in ours if not name.startswith("checkpoints/")}
     assert any(name.startswith("pictures/reconstruct_") for name in outside)
     assert "is finished: step 20 of 20" in finish(place, "whole")
-    assert export.export("gs://bucket/whole", "gs://bucket/copied", "mae_jax") == 0
+    assert command.export("gs://bucket/whole", "gs://bucket/copied", "mae_jax") == 0
     assert state_of("gs://bucket/copied") == golden
-    assert train.evaluate("gs://bucket/copied") == 0
-    lines = [json.loads(bucket.read(f"gs://bucket/{name}/metrics.jsonl").content.splitlines()[-1])
+    assert loop.evaluate("gs://bucket/copied") == 0
+    lines = [json.loads(storage_gcs.read(f"gs://bucket/{name}/metrics.jsonl").content.splitlines()[-1])
              for name in ("whole", "copied")]
     assert lines[0]["eval/loss"] == pytest.approx(lines[1]["eval/loss"], rel=1e-5)
     everything = b"".join(stored.content for stored in gcs.store.buckets["bucket"].values())
@@ -175,7 +180,7 @@ def test_a_signal_before_the_first_step_gives_the_lease_back(place, golden, gcs,
     assert process.wait(30) == 75
     assert gcs.faults[0].done == 1
     time.sleep(1.5)  # what was asked for before the end is done by then
-    assert bucket.read(f"gs://bucket/{workdir}/lock") is None
+    assert storage_gcs.read(f"gs://bucket/{workdir}/lock") is None
 
 
 def test_a_bucket_that_stops_answering_stops_no_training_and_is_told_at_the_end(place, golden, gcs):
@@ -197,15 +202,15 @@ def test_a_bucket_that_stops_answering_stops_no_training_and_is_told_at_the_end(
 def test_cached_batches_in_a_bucket_are_those_of_a_disk_and_damage_is_told(place, gcs):
     config = peer.small_config(place, FIELDS)
     for file in Path(config.data.path).iterdir():
-        bucket.write(f"gs://bucket/batches/{file.name}", file.read_bytes())
-    local = next(train.prepare(config, place / "unused").inputs.train(5))
+        storage_gcs.write(f"gs://bucket/batches/{file.name}", file.read_bytes())
+    local = next(training_run.prepare(config, place / "unused").inputs.train(5))
     config.data.path = "gs://bucket/batches"
     gcs.add({"path": "train.npz", "kind": "flip"})
-    remote = next(train.prepare(config, place / "unused").inputs.train(5))
+    remote = next(training_run.prepare(config, place / "unused").inputs.train(5))
     assert all(np.array_equal(local[name], remote[name]) for name in local)
     gcs.add({"path": "train.npz", "kind": "flip", "times": -1})
     with pytest.raises(UserError, match=r"train\.npz: what arrives is not what the bucket holds, twice"):
-        train.prepare(config, place / "unused")
+        training_run.prepare(config, place / "unused")
 
 
 @pytest.mark.usefixtures("_restored_logging")
@@ -217,13 +222,13 @@ def test_cached_batches_in_a_bucket_are_those_of_a_disk_and_damage_is_told(place
 ])
 def test_a_bucket_that_will_not_do_is_told_before_anything_is_compiled(place, gcs, monkeypatch, capsys, name, fault,
                                                                        words):
-    monkeypatch.setattr(bucket, "CHECK_SECONDS", 1.0)
-    monkeypatch.setattr("mae_jax.program.Program.compile", None)
+    monkeypatch.setattr(storage_gcs, "CHECK_SECONDS", 1.0)
+    monkeypatch.setattr("mae_jax.training.train_step.Program.compile", None)
     if fault:
         gcs.add({"times": -1, **fault})
     config = peer.small_config(place, FIELDS)
     began = time.monotonic()
-    assert cli.guarded(lambda: train.train(config, f"gs://{name}/run")) == 2
+    assert cli.guarded(lambda: loop.train(config, f"gs://{name}/run")) == 2
     assert time.monotonic() - began < 10
     [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert line.startswith("error: ")

@@ -4,10 +4,12 @@ import sys
 import time
 from pathlib import Path
 
-from mae_jax import cli, data, train
-from mae_jax.checkpoint import Checkpoints
-from mae_jax.judge import Judge
-from mae_jax.log import Log
+from mae_jax import data
+from mae_jax.commands import cli
+from mae_jax.storage.checkpoint import Checkpoints
+from mae_jax.training import loop
+from mae_jax.training.evaluation import Judge
+from mae_jax.training.step_logger import Log
 from tests.faults import peer
 
 SECONDS = 1.5  # guard.stall_seconds; the tiny run's steps take milliseconds
@@ -53,4 +55,4 @@ if __name__ == "__main__":
     fields = {"data.eval_split": "test", "eval.every": "4 steps"} if chosen == "evaluation" else {"eval.every": ""}
     config = peer.small_config(Path(folder).parent, {"guard.stall_seconds": float(*seconds or [SECONDS]), **fields})
     hang(chosen)
-    sys.exit(cli.guarded(lambda: train.train(config, folder)))
+    sys.exit(cli.guarded(lambda: loop.train(config, folder)))

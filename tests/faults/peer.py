@@ -20,9 +20,13 @@ import numpy as np
 from jax._src import compiler
 from jax._src.distributed import global_state as state
 
-from mae_jax import checkpoint, cli, data, distributed, errors, lease, place, sharding, train
-from mae_jax.data.batches import hiding
-from tests.tiny import raster_batch, tiny_batch, tiny_config, tiny_method
+from mae_jax import data
+from mae_jax.commands import cli
+from mae_jax.data.readers.cached_batches import hiding
+from mae_jax.runtime import discovery, exit, peers, sharding
+from mae_jax.storage import checkpoint, workdir_lock
+from mae_jax.training import loop
+from tests.helpers.tiny import raster_batch, tiny_batch, tiny_config, tiny_method
 
 STEPS = 20
 END = "."  # of a line that was written whole: a disk may be full
@@ -102,21 +106,21 @@ def main() -> int:
         make = sharding.make_mesh
         sharding.make_mesh = lambda config: make(config, [jax.devices()[number] for number in permutation])
     data.build = recording(data.build, folder, process, fields.pop("pause", 0.0))
-    lease.RENEWED, lease.DEAD = fields.pop("lease", (lease.RENEWED, lease.DEAD))
+    workdir_lock.RENEWED, workdir_lock.DEAD = fields.pop("lease", (workdir_lock.RENEWED, workdir_lock.DEAD))
     checkpoint.SAVE_SECONDS = fields.pop("save_seconds", checkpoint.SAVE_SECONDS)
     workdir = fields.pop("workdir", folder)
     config = small_config(Path(folder).parent, fields)
     cached_everywhere()
-    here = place.find(coordinator, int(processes), int(process))
+    here = discovery.find(coordinator, int(processes), int(process))
     if here is None:
-        return train.train(config, workdir)
+        return loop.train(config, workdir)
 
     def command() -> int:
         Path(f"{folder}.joined.{process}").touch()
-        return train.train(config, workdir)
+        return loop.train(config, workdir)
 
-    return distributed.together(command, here, {"workdir": folder}, start_seconds, float(heartbeat))
+    return peers.together(command, here, {"workdir": folder}, start_seconds, float(heartbeat))
 
 
 if __name__ == "__main__":
-    errors.leave(cli.guarded(main))
+    exit.leave(cli.guarded(main))

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.devices import simulated
 from tests.faults import peer
+from tests.helpers.devices import simulated
 
 FAULTS = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "sigterm": signal.SIGTERM}
 HEARTBEAT = 5.0  # seconds
@@ -100,13 +100,14 @@ def state_of(folder: Path) -> dict[str, np.ndarray]:
     """Returns all of the newest checkpoint, read by this one process on its one device."""
     import jax
 
-    from mae_jax import train, workdir
-    from mae_jax.checkpoint import Checkpoints
-    from mae_jax.params import flatten
+    from mae_jax.param_tree import flatten
+    from mae_jax.storage.checkpoint import Checkpoints
+    from mae_jax.training import run as training_run
+    from mae_jax.training import workdir
 
     config = workdir.read_config(folder)
     config.mesh.update(data=-1, fsdp=1, tensor=1)
-    run = train.prepare(config, folder)
+    run = training_run.prepare(config, folder)
     state = Checkpoints(folder, 2).restore(run.program.state)
     return {name: np.asarray(jax.device_get(leaf)) for name, leaf in flatten(state).items()}
 

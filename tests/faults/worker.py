@@ -3,8 +3,10 @@
 import sys
 from collections.abc import Iterator
 
-from mae_jax import cli, data, train
+from mae_jax import data
+from mae_jax.commands import cli
 from mae_jax.config import default, runlocal
+from mae_jax.training import loop
 
 STEPS = 40
 
@@ -39,4 +41,4 @@ def recording(build, file):
 if __name__ == "__main__":
     ids_file, workdir = sys.argv[1:]
     data.build = recording(data.build, ids_file)
-    sys.exit(cli.guarded(lambda: train.train(small_config(), workdir)))
+    sys.exit(cli.guarded(lambda: loop.train(small_config(), workdir)))

@@ -11,7 +11,7 @@ from mae_jax.interop.hf import from_hf, to_hf
 from mae_jax.interop.mae import from_mae, to_mae
 from mae_jax.interop.timm import to_timm
 from mae_jax.models.layers import sincos_positions
-from mae_jax.params import flatten
+from mae_jax.param_tree import flatten
 
 GRID, PATCH = (2, 3), (8, 4)
 

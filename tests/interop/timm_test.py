@@ -14,8 +14,8 @@ from mae_jax.interop.mae import from_mae
 from mae_jax.interop.timm import folded, timm_arguments, to_timm
 from mae_jax.models.layers import sincos_positions
 from mae_jax.ops.patches import grid
-from mae_jax.params import flatten
-from tests.parity_test import cut
+from mae_jax.param_tree import flatten
+from tests.interop.parity_test import cut
 
 TOLERANCE = 1e-5  # of the largest logit
 CASES = {"deit3": {"pool": "cls", "layer_scale": 1e-4}, "average": {"pool": "mean", "layer_scale": 0.0}}

@@ -5,8 +5,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-from tests.devices import simulated
 from tests.faults.processes import free_port
+from tests.helpers.devices import simulated
 
 SCRIPT = """
 import asyncio, os, resource, signal, sys, time
@@ -17,9 +17,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 sys.path.insert(0, sys.argv[4])
 from checkpoint_test import Checkpoints, array_file, flip, make_state, names
-from mae_jax import cli, distributed
-from mae_jax.place import Place
-from mae_jax.stop import Stopper
+from mae_jax.commands import cli
+from mae_jax.runtime import peers
+from mae_jax.runtime.discovery import Place
+from mae_jax.runtime.signals import Stopper
 
 def cancelled(*args, **kwargs):
     raise asyncio.CancelledError
@@ -44,7 +45,7 @@ def run():
         if number == 0:
             path = array_file(workdir / "checkpoints" / "3")
             flip(path, path.stat().st_size // 2)
-        distributed.gather("damaged")
+        peers.gather("damaged")
         checkpoints = Checkpoints(workdir, 2)
         assert int(checkpoints.restore(abstract).step) == 2
         checkpoints.save(3, state(3))
@@ -95,14 +96,14 @@ def run():
     return 0
 
 here = Place("127.0.0.1", port, number, 2)
-sys.exit(cli.guarded(lambda: distributed.together(run, here, {}, 60, 30)))
+sys.exit(cli.guarded(lambda: peers.together(run, here, {}, 60, 30)))
 """
 
 
 def test_two_processes_save_refuse_a_damaged_step_and_stop_at_the_same_step(tmp_path):
     port = free_port()
     processes = [subprocess.Popen([sys.executable, "-c", textwrap.dedent(SCRIPT), str(number), str(port), str(tmp_path),
-                                   str(Path(__file__).parents[1])],
+                                   str(Path(__file__).parents[1] / "storage")],
                                   env=simulated(2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
                  for number in range(2)]
     ends = [process.communicate(timeout=120) for process in processes]

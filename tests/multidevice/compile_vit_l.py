@@ -7,8 +7,8 @@ import time
 import jax
 from jax.sharding import NamedSharding
 
-from mae_jax import sharding
-from mae_jax.program import Program
+from mae_jax.runtime import sharding
+from mae_jax.training.train_step import Program
 
 
 def main() -> None:

@@ -9,10 +9,10 @@ import json
 import jax
 import numpy as np
 
-from mae_jax import sharding
 from mae_jax.methods import get
-from mae_jax.step import gradients
-from tests.tiny import EXAMPLES, tiny_batch, tiny_config, tiny_params, tiny_state
+from mae_jax.runtime import sharding
+from mae_jax.training.train_step import gradients
+from tests.helpers.tiny import EXAMPLES, tiny_batch, tiny_config, tiny_params, tiny_state
 
 LARGE = {"batch_size": 16, "model.width": 128, "model.heads": 4}
 DECODER = {"method.decoder_width": 64, "method.decoder_heads": 4}

@@ -5,11 +5,11 @@ import json
 import jax
 import numpy as np
 
-from mae_jax import sharding
-from mae_jax.evals.evaluate import Evaluator
-from mae_jax.program import Program
-from mae_jax.step import TrainState
-from tests.tiny import EXAMPLES, raster_batch, tiny_supervised
+from mae_jax.evals.evaluator import Evaluator
+from mae_jax.runtime import sharding
+from mae_jax.state import TrainState
+from mae_jax.training.train_step import Program
+from tests.helpers.tiny import EXAMPLES, raster_batch, tiny_supervised
 
 STEPS = 6
 EVALUATED = 27  # of two batches of 16

@@ -6,9 +6,9 @@ import sys
 import jax
 import numpy as np
 
-from mae_jax import sharding
-from mae_jax.program import Program
-from tests.tiny import EXAMPLES, tiny_batch, tiny_config, tiny_state
+from mae_jax.runtime import sharding
+from mae_jax.training.train_step import Program
+from tests.helpers.tiny import EXAMPLES, tiny_batch, tiny_config, tiny_state
 
 STEPS = 20
 FIELDS = {"batch_size": 16, "train.duration": "20 steps", "optim.ema": 0.9, "model.width": 128, "model.heads": 4,

@@ -7,12 +7,12 @@ import tempfile
 import jax
 import numpy as np
 
-from mae_jax import sharding
-from mae_jax.checkpoint import Checkpoints
 from mae_jax.config import vit
-from mae_jax.program import Program
+from mae_jax.runtime import sharding
+from mae_jax.storage.checkpoint import Checkpoints
+from mae_jax.training.train_step import Program
+from tests.helpers.tiny import EXAMPLES, tiny_batch, tiny_config
 from tests.multidevice.losses import FIELDS
-from tests.tiny import EXAMPLES, tiny_batch, tiny_config
 
 MESHES = ({"mesh.zero": "on"}, {"mesh.fsdp": 4, "mesh.data": 2}, {"mesh.tensor": 4, "mesh.fsdp": 2, "mesh.data": 1}, {})
 

@@ -1,0 +1,171 @@
+"""Measures a config's speed: the train step alone, the input alone, and both together.
+
+  python -m mae_jax bench --config=configs/vit_b_mae.py --parts=step --config.batch_size=8
+  python -m mae_jax bench --config=configs/quickstart.py --to=speed.json
+
+The step alone runs on random data that already lies on the device, and needs no TensorFlow. FLOPs are the model's
+matrix products, counted on paper (mae_jax/flops.py); MFU is their share of the chip's dense bfloat16 peak.
+"""
+
+import itertools
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from mae_jax import errors
+from mae_jax.commands import cli
+
+CONFIG = cli.define_config()
+PARTS = flags.DEFINE_list("parts", ["step", "input", "both"], "what to measure, of step, input, both")
+SECONDS = flags.DEFINE_float("seconds", 10.0, "how long each part is measured, after its warm-up")
+TO = flags.DEFINE_string("to", "", "JSON file to write as well")
+WARMUP = 3  # steps or batches that are not measured
+GIB = 2**30
+
+
+def main() -> int:
+    import jax
+
+    from mae_jax import config as configs
+    from mae_jax import param_tree
+    from mae_jax.errors import UserError, nearest
+
+    if CONFIG.value is None:
+        raise UserError("--config must be given; --help shows an example")
+    for part in PARTS.value:
+        if part not in ("step", "input", "both"):
+            raise UserError(f"unknown part {part!r}; {nearest(part, ('step', 'input', 'both'))}")
+    configs.validate(CONFIG.value)
+    device = jax.devices()[0]
+    results: dict[str, Any] = {"device": device.device_kind, "devices": jax.device_count(),
+                               "cores": os.cpu_count(), "batch_size": CONFIG.value.batch_size,
+                               "config": param_tree.flat(CONFIG.value)}
+    measured = measure(CONFIG.value, PARTS.value, SECONDS.value)
+    for name, figures in measured:
+        results[name] = figures
+        print(f"{name:<6}" + "  ".join(f"{key} {_text(value)}" for key, value in figures.items()), flush=True)
+    if TO.value:
+        Path(TO.value).write_text(json.dumps(results, indent=2) + "\n")
+    return errors.FINISHED
+
+
+def measure(config: Any, parts: list[str], seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (part, figures) for each part."""
+    rows = config.batch_size
+    step = TimedStep(config) if {"step", "both"} & set(parts) else None
+    if "step" in parts:
+        times = timed(lambda: step.run(step.batch), seconds)
+        yield "step", step.figures(times)
+    if not {"input", "both"} & set(parts):
+        return
+    from mae_jax import data, methods
+
+    method = methods.get(config.method.name)(config)
+    inputs = data.build(config, method.eval_spec(), method.order(), views=method.views())
+    if "input" in parts:
+        batches = inputs.train(0)
+        times = timed(lambda: next(batches), seconds)
+        rate = rows * len(times) / sum(times)
+        yield "input", {"images_per_sec": rate, "images_per_sec_per_core": rate / os.cpu_count(),
+                        "host_memory_gib": host_memory()}
+    if "both" in parts:
+        batches = step.prefetched(inputs.train(0))
+        times = timed(lambda: step.run(next(batches)), seconds)
+        yield "both", {"images_per_sec": rows * len(times) / sum(times), "host_memory_gib": host_memory()}
+
+
+class TimedStep:
+    """The true, jitted, donating train step with a batch of random pixels on the device."""
+
+    def __init__(self, config: Any):
+        import jax
+        import numpy as np
+
+        from mae_jax.runtime import sharding
+        from mae_jax.training import throughput
+        from mae_jax.training.train_step import Program
+
+        self.config, self.mesh = config, sharding.make_mesh(config)
+        program = Program(config, self.mesh, 1_281_167)
+        draws, spec = np.random.default_rng(0), program.batch
+        host = {name: np.ones(s.shape, s.dtype) if name == "valid" else np.zeros(s.shape, s.dtype)
+                for name, s in spec.items()}
+        for name, s in spec.items():
+            if name.endswith("patches"):
+                host[name] = draws.integers(0, 256, s.shape, np.uint8)
+            elif name == "cluster":
+                host[name] = draws.integers(0, max(1, config.method.num_clusters), s.shape, s.dtype)
+            elif name.endswith("order"):
+                host[name] = draws.permuted(np.broadcast_to(np.arange(s.shape[-1], dtype=s.dtype), s.shape), axis=-1)
+        self.batch = sharding.to_devices(host, self.mesh, config.batch_size)
+        with jax.set_mesh(self.mesh):
+            self.state = program.init(self.batch)
+            began = time.monotonic()
+            self.step = program.step.lower(self.state, self.batch).compile()
+        self.compile_seconds = time.monotonic() - began
+        self.flops_per_image = throughput.train_flops(program.method)
+        self.peak = throughput.peak_flops(jax.devices()[0])
+
+    def run(self, batch: Any) -> None:
+        """Takes one step and waits until it is done."""
+        import jax
+
+        self.state, metrics = self.step(self.state, batch)
+        jax.block_until_ready((self.state.step, metrics))
+
+    def prefetched(self, batches: Iterator[Any]) -> Iterator[Any]:
+        from mae_jax.runtime import sharding
+
+        device = (sharding.to_devices(batch, self.mesh, self.config.batch_size) for batch in batches)
+        ready = list(itertools.islice(device, self.config.data.prefetch))
+        for batch in device:
+            ready.append(batch)
+            yield ready.pop(0)
+
+    def figures(self, times: list[float]) -> dict[str, Any]:
+        import jax
+
+        seconds = statistics.median(times)
+        rate = self.config.batch_size / seconds
+        tflops = rate * self.flops_per_image / 1e12 / jax.device_count()
+        stats = jax.devices()[0].memory_stats() or {}
+        peak = stats.get("peak_bytes_in_use")
+        return {
+            "ms": seconds * 1e3, "ms_min": min(times) * 1e3, "steps": len(times), "images_per_sec": rate,
+            "tflops_per_device": tflops, "mfu": tflops * 1e12 / self.peak if self.peak else None,
+            "peak_tflops": self.peak / 1e12 if self.peak else None,
+            "memory_gib": peak / GIB if peak else host_memory(), "memory_of": "device" if peak else "process",
+            "compile_seconds": self.compile_seconds,
+        }
+
+
+def timed(call: Callable[[], Any], seconds: float) -> list[float]:
+    """Returns the seconds of each call after the warm-up, for about `seconds` and at least three calls."""
+    for _ in range(WARMUP):
+        call()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        began = time.monotonic()
+        call()
+        times.append(time.monotonic() - began)
+    return times
+
+
+def host_memory() -> float:
+    """Returns the largest resident memory of this process so far, in GiB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,139 @@
+"""What all commands share: flags, --help with an example, one line for a user's mistake, exit codes."""
+
+import contextlib
+import difflib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict, config_flags
+
+from mae_jax.errors import FINISHED, MISTAKE, UserError, explain, nearest
+from mae_jax.runtime.exit import leave
+
+NAMED = 8  # config files that a message lists, at most
+
+
+def define_config() -> flags.FlagHolder[ConfigDict]:
+    """Defines --config=file.py[:argument] and its --config.field=value overrides, once in a process."""
+    if "config" in flags.FLAGS:
+        return flags.FlagHolder(flags.FLAGS, flags.FLAGS["config"])
+    return config_flags.DEFINE_config_file("config", None, "recipe, as configs/quickstart.py[:argument]")
+
+
+def run(command: Callable[[], int], usage: str | None, required: tuple[str, ...] = ()) -> None:
+    """Parses the flags, runs `command` and exits with its code, or with the code of what went wrong.
+
+    Args:
+      command: returns the exit code.
+      usage: the text of --help, with a working example.
+      required: flags that must be given.
+    """
+    def parse(argv: list[str]) -> list[str]:
+        if any(arg in ("-h", "--help", "-help") for arg in argv[1:]):
+            print(usage)
+            homes = (command.__module__, __name__, "mae_jax.runtime.launch")
+            print("Flags:\n" + "\n".join(map(flags.FLAGS.module_help, homes)))
+            sys.exit(FINISHED)
+        try:
+            rest = flags.FLAGS(argv)
+            if "config" in flags.FLAGS:
+                _ = getattr(flags.FLAGS.config, "lock", None)  # a missing config file fails only when it is looked at
+        except Exception as error:
+            _refuse(_one_line(error))
+        missing = [f"--{name}" for name in required if not flags.FLAGS[name].value]
+        if missing:
+            _refuse(f"{' and '.join(missing)} must be given; --help shows an example")
+        if len(rest) > 1:
+            _refuse(f"unexpected argument {rest[1]!r}; flags start with --")
+        return rest
+
+    try:
+        app.run(lambda _: leave(guarded(command)), flags_parser=parse)
+    except KeyboardInterrupt:  # before the command began
+        _end(explain(KeyboardInterrupt()))
+
+
+def quiet_logs() -> None:
+    """Shows our own INFO lines and the warnings of the libraries, on stderr."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    ours = logging.getLogger("mae_jax")
+    ours.setLevel(logging.INFO)
+    ours.addHandler(handler)
+    ours.propagate = False
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Runs the command and turns what it raises into an exit code; only our own bugs show a traceback."""
+    quiet_logs()
+    try:
+        code = command()
+    except (Exception, KeyboardInterrupt) as error:
+        code, text = explain(error)
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr)
+    _flush()
+    return code
+
+
+def _flush() -> None:
+    """Writes what still waits for standard output, or drops it where that fails: Python would then exit with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _one_line(error: Exception) -> str:
+    """Returns one line that says what is wrong with the flags or the config file."""
+    while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps a KeyError in an AttributeError
+        error = error.args[0]
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    line = " ".join(text.split())
+    if "Traceback" in text:  # how ml_collections passes on what a config file raised
+        return f"the config file does not load: {text.strip().splitlines()[-1]}"
+    if isinstance(error, flags.Error | UserError):
+        return line
+    if isinstance(error, OSError):
+        return _no_config(line)
+    if isinstance(error, KeyError):
+        return _unknown_field(line)
+    known = isinstance(error, AttributeError | TypeError | ValueError)
+    return line if known else f"the config file does not load: {type(error).__name__}: {line}"
+
+
+def _unknown_field(line: str) -> str:
+    """Returns ml_collections' account of an unknown field in our words."""
+    if found := re.search(r'Did you mean "(.+)" instead of "(.+)"', line):
+        return f"unknown config field {found[2]!r}; did you mean {found[1]!r}?"
+    return f"unknown config field {line}" if re.fullmatch(r"'\w+'", line) else line
+
+
+def _no_config(line: str) -> str:
+    """Returns what is wrong with the path of the config file, with the nearest file beside it."""
+    found = re.search(r"\[Errno \d+\] (.+?): '(.+?)'", line)
+    if not found:
+        return f"the config file does not load: {line}"
+    reason, path = found[1], Path(found[2])
+    beside = [file.stem for file in path.parent.glob("*.py")]
+    alike = difflib.get_close_matches(path.stem, beside, n=NAMED, cutoff=0)
+    more = f" and {len(beside) - NAMED} more" if len(beside) > NAMED else ""
+    return f"cannot read the config file {path}: {reason.lower()}; {nearest(path.stem, alike)}{more}"
+
+
+def _refuse(line: str) -> None:
+    _end((MISTAKE, f"error: {line}"))
+
+
+def _end(how: tuple[int, str]) -> None:
+    code, line = how
+    print(line, file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(code)  # absl would print a traceback and exit 1

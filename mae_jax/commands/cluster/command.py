@@ -1,0 +1,117 @@
+r"""Clusters pictures by the features of an encoder, for MoCE, or patches, to the vocabulary of masked prediction.
+
+  python -m mae_jax cluster --from=runs/mae --clusters=64 --to=runs/clusters
+
+Pictures: the encoder of a workdir and the data that it was trained on (or those of --config) give clusters of nearly
+one size, which configs/moce.py takes as --config.method.clusters=runs/clusters. Features are computed once and kept in
+the folder, in chunks of 16,384 pictures: the same command goes on where it was stopped. clusters.png shows the pictures
+nearest to each centroid.
+Several processes compute the features together, started as those of a run are (python -m mae_jax.main --help).
+
+  python -m mae_jax cluster --config=configs/splitmask_small.py:folder --config.data.path=/path/to/pictures \
+      --config.method.vocabulary=1024 --to=runs/vocabulary.npz
+
+Patches: what SplitMask and BEiT-style prediction are asked for. A run without a vocabulary builds the same before its
+first step; several runs share one with the same flags and --config.method.vocabulary_file=runs/vocabulary.npz.
+--config.method.target says of which kind it is: kmeans, patches or projection. Beside the file, vocabulary.png shows
+its entries, those that are most used first.
+"""
+
+import math
+
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from mae_jax import errors
+from mae_jax.commands import cli
+from mae_jax.runtime import launch
+from mae_jax.storage import paths
+
+REQUIRED = ("to",)
+CONFIG = cli.define_config()
+TO = flags.DEFINE_string("to", "", "the folder to write, or of patches the file *.npz; local or gs://")
+FROM = flags.DEFINE_string("from", "", "workdir of the encoder, or one step's folder in it: clusters of pictures")
+CLUSTERS = flags.DEFINE_integer("clusters", 256, "how many clusters of pictures", lower_bound=2)
+BLOCK = flags.DEFINE_integer("block", -1, "the block whose tokens make the features; -1: the encoder's output")
+RATIO = flags.DEFINE_float("ratio", 3.0, "how many times larger the largest cluster may be than the smallest; it "
+                           "is an error where that cannot be reached",
+                           lower_bound=1.5)
+SEED = flags.DEFINE_integer("seed", 0, "of the first centroids", lower_bound=0)
+SHOWN = 1024  # entries in the picture, at most
+SIDE = 32  # of them in a row
+PIXELS = 16  # that an entry is wide, at least
+SAMPLE = 65_536  # patches whose tokens say how often an entry is used
+
+
+def main() -> int:
+    from mae_jax.errors import UserError
+
+    if FROM.value:
+        from mae_jax.commands.cluster.images import cluster
+
+        if TO.value.endswith(".npz"):
+            raise UserError(f"--to={TO.value}: clusters of pictures are a folder; a vocabulary of patches is made "
+                            "without --from")
+        if not math.isfinite(RATIO.value):
+            raise UserError(f"--ratio={RATIO.value} must be finite")
+        given = (FROM.value, TO.value, CLUSTERS.value, BLOCK.value, RATIO.value, SEED.value)
+        same = dict(zip(("--from", "--to", "--clusters", "--block", "--ratio", "--seed"), given, strict=True))
+        return launch.run(lambda: cluster(*given, CONFIG.value), same, CONFIG.value)
+    if launch.here():
+        raise UserError("a vocabulary of patches is built by one process; start one, with --coordinator=off")
+    if CONFIG.value is None:
+        raise UserError("--from=WORKDIR clusters pictures, --config=RECIPE patches; --help shows examples")
+    for flag in (CLUSTERS, BLOCK, RATIO, SEED):
+        if flag.present:
+            raise UserError(f"--{flag.name} is of clusters of pictures, which are made with --from=WORKDIR; for "
+                            "patches see --config.method and --config.seed")
+    return vocabulary()
+
+
+def vocabulary() -> int:
+    """Writes the vocabulary of the config's method. Returns the exit code."""
+    from mae_jax import data, methods
+    from mae_jax.config import validate
+    from mae_jax.errors import UserError
+    from mae_jax.losses import patch_tokens
+    from mae_jax.storage import vocabulary as storage_vocabulary
+
+    config, file = CONFIG.value, paths.locate(TO.value)
+    if file.suffix != ".npz":
+        raise UserError(f"--to={TO.value}: the file's name must end in .npz")
+    picture = file.with_suffix(".png")
+    for path in (file, picture):
+        if path.exists():
+            raise UserError(f"{path} is there already, and runs may read it: name another file, or remove it")
+    validate(config)
+    if config.method.get("target") not in patch_tokens.KINDS:
+        raise UserError(f"method.name={config.method.name!r} with method.target={config.method.get('target')!r} has no "
+                        f"vocabulary; take splitmask or beit, and one of {', '.join(patch_tokens.KINDS)}")
+    if config.method.vocabulary_file:
+        raise UserError(f"method.vocabulary_file={config.method.vocabulary_file!r} is a vocabulary; leave it empty")
+    method = methods.get(config.method.name)(config)
+    inputs = data.build(config, method.eval_spec(), method.order())
+    print(inputs.description, flush=True)
+    entries, sample = method.targets.build(inputs.support())
+    storage_vocabulary.save(file, entries, config.method.target)
+    print(f"{file}: {len(entries)} entries and the token of constant patches")
+    if config.method.target != "projection":  # directions are no pictures
+        named = np.asarray(patch_tokens.tokenize(sample[:SAMPLE], entries, config.method.target))
+        most = np.argsort(-np.bincount(named, minlength=1 + len(entries))[1:], kind="stable")[:SHOWN]
+        with picture.open("wb") as opened:
+            Image.fromarray(_sheet(entries[most], tuple(config.model.patch))).save(opened, "PNG")
+        print(picture)
+    return errors.FINISHED
+
+
+def _sheet(entries: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
+    """Returns entries [n, P] as patches in rows of 32, uint8 [height, width, 3]."""
+    from mae_jax.ops.patches import denormalize
+
+    pixels = denormalize(entries).clip(0, 255).round().astype(np.uint8).reshape(-1, *patch, 3)
+    scale = -(-PIXELS // patch[1])
+    pixels = pixels.repeat(scale, 1).repeat(scale, 2)
+    pixels = np.pad(pixels, ((0, -len(pixels) % SIDE), (0, 1), (0, 1), (0, 0)), constant_values=255)
+    rows = pixels.reshape(-1, SIDE, *pixels.shape[1:]).swapaxes(1, 2)
+    return rows.reshape(rows.shape[0] * rows.shape[1], SIDE * pixels.shape[2], 3)

@@ -1,0 +1,194 @@
+"""Clusters the pictures of a run by the features of its encoder, for MoCE (arXiv 2402.05382, section 3.1)."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from PIL import Image
+
+from mae_jax import errors
+from mae_jax.commands.cluster.feature_store import Features
+from mae_jax.data import Inputs, build
+from mae_jax.data.cluster_ids import Clusters, fingerprint
+from mae_jax.data.sources.base import Source
+from mae_jax.errors import UserError
+from mae_jax.evals.frozen_encoder import Frozen, frozen, with_data
+from mae_jax.evals.image_grid import tile
+from mae_jax.methods import Method
+from mae_jax.ops import spherical_kmeans
+from mae_jax.ops.patches import assemble, grid
+from mae_jax.param_tree import flat, judged
+from mae_jax.runtime import peers, sharding
+from mae_jax.storage import paths, safetensors_file
+from mae_jax.storage.checkpoint import load_params
+from mae_jax.training import workdir
+
+SHOWN, MEMBERS = 32, 8  # clusters in the picture, and pictures of each
+LOOKED_AT = 16_384  # pictures among which members for the picture are sought, where the data have no random access
+
+
+def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed: int, data: ConfigDict | None) -> int:
+    """Writes the clusters of a run's pictures to a folder. Returns the exit code.
+
+    Args:
+      source: a workdir, or one step's folder in it.
+      to: the folder, local or gs://; a second call goes on with features that are there.
+      clusters: m.
+      block: whose tokens are pooled to features; -1: the encoder's output.
+      ratio: the largest cluster has at most so many times the pictures of the smallest.
+      seed: of the first centroids.
+      data: config whose group `data` is read in place of the run's own.
+    """
+    folder = paths.locate(source)
+    config = workdir.read_config(workdir.of_checkpoint(folder))
+    config = frozen(config if data is None else with_data(config, data), block)
+    if config.method.name == "moce":
+        raise UserError(f"{source} is itself a mixture of experts; cluster with the encoder that it started from")
+    method, to_folder = Frozen(config, block), paths.locate(to).expanduser()
+    mesh = sharding.make_mesh(config)
+    inputs = pictures(config, method, sharding.local_rows(mesh, config.batch_size))
+    if jax.process_index() == 0:
+        print(inputs.description, flush=True)
+    if inputs.num_train < 2 * clusters:
+        raise UserError(f"--clusters={clusters} of {inputs.num_train} pictures; take at most {inputs.num_train // 2}")
+    params, extras = judged(load_params(folder, ema=True, extras=True))
+    parts = {config.data.train_split: inputs.support, config.data.val_split: inputs.validate,
+             config.data.eval_split: inputs.evaluate}
+    about = {"encoder": fingerprint(params), "block": block, "data": data_of(config), "pictures": inputs.num_train,
+             "batch_size": config.batch_size,
+             "examples": {split: part.digest() for split, part in inputs.parts.items()}}
+    meta = {"from": source, "seed": seed, "ratio": ratio, "clusters": clusters, **about}
+    unlike = other_arguments(to_folder, meta)
+    if unlike:
+        raise UserError(f"{to} holds clusters made with other {unlike}; runs may read them: name another folder")
+    if any(other != json.loads(json.dumps(about)) for other in peers.gather(about)):
+        raise UserError(f"the processes do not see the same encoder or pictures; cluster with one step's folder, as "
+                        f"{source}/checkpoints/STEP, on storage that all of them share")
+    if peers.first((to_folder / "clusters.npz").is_file()):
+        if jax.process_index() == 0:
+            print(f"{to_folder}: there already; {summary(Clusters.read(to))}")
+        return errors.FINISHED
+    found, uneven = {}, ""
+    with jax.set_mesh(mesh):
+        for number, (split, batches) in enumerate((split, made) for split, made in parts.items() if split):
+            found[split] = Features(to_folder / "features" / str(number), {**about, "split": split})
+            found[split].compute(method, params, extras, batches(), mesh)
+    if jax.process_index() == 0:
+        made = made_of(found, config.data.train_split, clusters, ratio, seed)
+        made.meta.update(meta)
+        uneven = "" if spherical_kmeans.uneven(made.sizes) <= ratio else summary(made)
+    if uneven := peers.first(uneven):
+        raise UserError(f"--ratio={ratio:g} to 1 was not reached: {uneven}. Are many pictures alike? Take fewer "
+                        "--clusters, or a larger --ratio; the features stay")
+    if jax.process_index() == 0:
+        write(made, to_folder, params, config, found[config.data.train_split])
+        print(f"{to_folder}: {summary(made)}")
+    peers.first(None)  # the others wait
+    return errors.FINISHED
+
+
+def write(made: Clusters, folder: epath.Path, params: Any, config: ConfigDict, features: Features) -> None:
+    """Writes the encoder, the picture and the clusters; these last, so that what has them is whole."""
+    safetensors_file.save(folder / "encoder.safetensors", {"encoder": params["encoder"]}, workdir.metadata(config))
+    with (folder / "clusters.png").open("wb") as file:
+        Image.fromarray(picture(made, config, features)).save(file, "PNG")
+    made.write(folder)
+
+
+def pictures(config: ConfigDict, method: Method, rows: np.ndarray | None = None) -> Inputs:
+    """Opens the pictures with the fields that all have, no patch hidden; of rows, see `build`."""
+    return build(config, Method.eval_spec(method), Method.order(method), rows)
+
+
+def other_arguments(folder: epath.Path, meta: dict[str, Any]) -> str:
+    """Returns which argument the clusters that a folder holds were made with another value of, '' for none."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--to={folder} is a file; clusters of pictures are a folder")
+    if not (folder / "clusters.npz").is_file():
+        return ""
+    there = Clusters.read(str(folder)).meta
+    return next((key for key in meta if key != "from" and there.get(key) != json.loads(json.dumps(meta[key]))), "")
+
+
+def data_of(config: ConfigDict) -> dict[str, Any]:
+    """Returns what identifies the data of a config, and how a picture was seen."""
+    names = ("source", "name", "path", "train_split", "val_split", "eval_split", "classes", "image_size", "resize",
+             "image_key")
+    return {name: value for name, value in flat(config.data).items() if name in names} | {
+        "crop_ratio": config.eval.crop_ratio[0]}
+
+
+def made_of(features: dict[str, Features], train: str, clusters: int, ratio: float, seed: int) -> Clusters:
+    """Runs k-means on the features of the training split, balances it, and gives every split's examples a cluster."""
+    rng, mean = np.random.default_rng(seed), features[train].mean()
+    sample = features[train].sample(spherical_kmeans.PER_CLUSTER * clusters, mean, rng)
+
+    def points() -> Any:
+        return features[train].points(mean)
+
+    centroids, prices, plain = spherical_kmeans.even_clusters(points, sample, clusters, ratio, rng)
+    assigned = {}
+    for split, part in features.items():
+        chosen, similar = spherical_kmeans.assign(lambda part=part: part.points(mean, readable=False), centroids,
+                                                  prices)
+        ids = np.concatenate([ids for _, ids in part.chunks(readable=False)])
+        assigned[split] = np.full(ids.max() + 1, -1, np.int32)
+        assigned[split][ids] = chosen
+        if split == train:
+            readable = np.isin(ids, np.concatenate([some for _, some in part.chunks()]))
+            sizes, similarity = np.bincount(chosen[readable], minlength=clusters), float(similar[readable].mean())
+    meta = {"clusters": clusters, "largest": int(sizes.max()), "smallest": int(sizes.min()),
+            "similarity": similarity, "similarity_of_kmeans": float(plain)}
+    return Clusters(centroids, prices, mean, sizes, assigned, meta)
+
+
+def summary(made: Clusters) -> str:
+    """Returns one line about sizes and similarity."""
+    meta = made.meta
+    uneven = f" ({meta['largest'] / meta['smallest']:.2f} to 1)" if meta["smallest"] else ""
+    return (f"{meta['clusters']} clusters of {meta['smallest']} to {meta['largest']} pictures{uneven}; "
+            f"similarity to the own centroid {meta['similarity']:.3f}, of k-means {meta['similarity_of_kmeans']:.3f}")
+
+
+def nearest(made: Clusters, features: Features, split: str, shown: np.ndarray, most: float) -> list[np.ndarray]:
+    """Returns the ids of the MEMBERS pictures nearest to the centroid of each cluster in `shown`, nearest first.
+
+    They are sought among the first `most` pictures.
+    """
+    best = [(np.zeros(0, np.int64), np.zeros(0, np.float32)) for _ in shown]
+    seen = 0
+    for values, ids in features.chunks():
+        similar = spherical_kmeans.unit(values - made.mean) @ made.centroids[shown].T
+        for row, number in enumerate(shown):
+            own = made.assigned[split][ids] == number
+            found, close = (np.concatenate(both) for both in zip(best[row], (ids[own], similar[own, row]), strict=True))
+            first = np.argsort(-close, kind="stable")[:MEMBERS]
+            best[row] = found[first], close[first]
+        seen += len(ids)
+        if seen >= most:
+            break
+    return [found for found, _ in best]
+
+
+def picture(made: Clusters, config: ConfigDict, features: Features) -> np.ndarray:
+    """Returns a grid of the pictures nearest to the centroids, a row per cluster, of at most SHOWN clusters."""
+    shown = np.unique(np.linspace(0, len(made.centroids) - 1, min(SHOWN, len(made.centroids))).astype(int))
+    inputs = pictures(config, Frozen(config, -1))  # with the rows of all processes
+    anywhere = isinstance(inputs.parts.get(config.data.train_split), Source)
+    members = nearest(made, features, config.data.train_split, shown, np.inf if anywhere else LOOKED_AT)
+    place = {int(number): (row, column) for row, ids in enumerate(members) for column, number in enumerate(ids)}
+    blank = np.full((*config.data.image_size, 3), 255, np.uint8)
+    rows = [[blank] * MEMBERS for _ in shown]
+    for batch in inputs.support(np.array(sorted(place))) if anywhere else inputs.support():
+        for k in np.flatnonzero(np.isin(batch["id"], list(place))):
+            row, column = place.pop(int(batch["id"][k]))
+            one = slice(k, k + 1)
+            rows[row][column] = assemble(batch["patches"][one], batch["order"][one], grid(config),
+                                         tuple(config.model.patch))[0]
+        if not place:
+            break
+    names = [f"cluster {number}\n{made.sizes[number]} pictures" for number in shown]
+    return tile(rows, ["nearest", *[""] * (MEMBERS - 1)], f"{len(shown)} of {len(made.centroids)} clusters", names)

@@ -1,0 +1,1 @@
+"""`mae_jax export`: weights in other libraries' layouts, one expert path, or a copied checkpoint."""

@@ -1,0 +1,190 @@
+"""One ordinary ViT of a mixture of cluster-conditional experts, for one task (MoCE, arXiv 2402.05382, section 3.3).
+
+The task's training pictures are given to the clusters by the frozen encoder; their votes choose a path, the tuple of
+experts over all blocks that have them, which was trained together. The other experts are dropped.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_jax import data
+from mae_jax.config import default
+from mae_jax.data.cluster_ids import Clusters
+from mae_jax.errors import UserError
+from mae_jax.evals import linear_probe
+from mae_jax.evals.accumulators import Rows
+from mae_jax.evals.frozen_encoder import Frozen, frozen, with_data
+from mae_jax.methods import Method, get
+from mae_jax.methods.base import pool
+from mae_jax.methods.moce import MoCE
+from mae_jax.models.upcycling import along
+from mae_jax.runtime import sharding
+from mae_jax.storage import paths
+from mae_jax.storage.checkpoint import load_params
+from mae_jax.training import workdir
+
+HOWS = ("vote", "probe", "random")
+PROBED = 8  # paths, those of the most votes, that are probed at most
+HELD = 0.1  # of the task's training pictures, on which probes choose
+Path = tuple[int, ...]  # one expert per block with experts
+
+
+class Task(NamedTuple):
+    """What a task's training pictures are."""
+
+    votes: np.ndarray  # float64 [m], share of the pictures that each cluster has
+    feature: np.ndarray  # float32 [D], mean feature of the frozen encoder
+
+
+class Customised(NamedTuple):
+    """The result: parameters and config of a masked autoencoder without experts, and what to say of it."""
+
+    params: dict[str, Any]
+    config: ConfigDict
+    report: list[str]
+
+
+def customise(config: ConfigDict, params: Any, extras: Any, task: ConfigDict, how: str, seed: int = 0,
+              clusters: str = "") -> Customised:
+    """Cuts the path for a task out of a mixture of experts.
+
+    Args:
+      config, params, extras: the mixture's.
+      task: config whose group `data` says what the task's training pictures are.
+      how: 'vote', the path of most votes, of equal ones that of the nearest centroid; 'probe', of the eight paths with
+        the most votes the best one by a linear probe on a tenth of the task's training split; 'random', any but the
+        most voted, as a control.
+      seed: of 'random'.
+      clusters: the folder of the clusters that the mixture was trained with; '' where its config says.
+
+    Raises:
+      UserError: not a mixture whose clusters choose, the clusters are gone, or the task has no pictures or labels.
+    """
+    if config.method.name != "moce" or config.method.gate != "cluster":
+        raise UserError("--for-task needs a run of method.name=moce whose clusters choose (method.gate=cluster)")
+    config = config.copy_and_resolve_references()
+    config.method.clusters = clusters or config.method.clusters
+    method, found = MoCE(MoCE.fitted(config, ())), Clusters.read(config.method.clusters)
+    method.check(extras)
+    table = {block: np.asarray(each) for block, each in method.probabilities(params, extras).items()}
+    of_cluster = [tuple(int(each[cluster].argmax()) for each in table.values()) for cluster in range(method.count)]
+    about = look(found, paths.locate(config.method.clusters).expanduser(), task)
+    votes = tally(of_cluster, about.votes)
+    report = [f"path {name(path)}: {share:.1%} of the task's pictures" for path, share in ranked(votes) if share > 0]
+    chosen = most_voted(votes, of_cluster, found, about)
+    if how == "random":
+        others = sorted(set(of_cluster) - {chosen})
+        if not others:
+            raise UserError(f"--for-task=random: all clusters take the path {name(chosen)}; there is no other")
+        chosen = others[np.random.default_rng(seed).integers(len(others))]
+        report.append(f"path {name(chosen)}: drawn at random")
+    if how == "probe":
+        candidates = [path for path, share in ranked(votes)[:PROBED] if share > 0]
+        scores = {path: probe(config, extracted(method, params, table, of_cluster, about, path)[0], task)
+                  for path in candidates}
+        chosen = max(candidates, key=scores.__getitem__)
+        report += [f"path {name(path)}: {score:.4f} top-1 of a linear probe" for path, score in scores.items()]
+    tree, error = extracted(method, params, table, of_cluster, about, chosen)
+    if not method.straight:
+        report.append(f"folded the mean gate into the experts; gates of the task's pictures on this path are off by "
+                      f"{error:.1%} on average")
+    return Customised(tree, dense_config(config), [*report, f"taken: path {name(chosen)}"])
+
+
+def look(found: Clusters, folder: epath.Path, task: ConfigDict) -> Task:
+    """Returns what the task's training pictures are to the frozen encoder of a folder of clusters."""
+    file = str(folder / "encoder.safetensors")
+    own = workdir.config_of(file)
+    if own is None:
+        raise UserError(f"{file} has no config; cluster again")
+    config = frozen(with_data(own, task), found.meta["block"])
+    method, encoder = Frozen(config, found.meta["block"]), load_params(file)
+    votes, feature = np.zeros(len(found.centroids)), np.zeros(len(found.mean))
+    for values, _ in pooled(config, method, encoder):
+        votes += np.bincount(found.nearest(values)[0], minlength=len(votes))
+        feature += values.sum(0, dtype=np.float64)
+    if not votes.sum():
+        raise UserError(f"no picture of data.source={task.data.source!r} {task.data.path} can be read")
+    return Task(votes / votes.sum(), (feature / votes.sum()).astype(np.float32))
+
+
+def pooled(config: ConfigDict, method: Method, params: Any) -> Any:
+    """Yields (features [n, D], labels [n]) of the training pictures, batch by batch."""
+    mesh = sharding.make_mesh(config)
+    inputs = data.build(config, Method.eval_spec(method), Method.order(method),
+                        sharding.local_rows(mesh, config.batch_size))
+    with jax.set_mesh(mesh):
+        encode = jax.jit(lambda batch: pool(method.encode(params, {}, batch), config.model.pool))
+        for batch in inputs.support():
+            rows, batch = Rows(mesh), sharding.to_devices(batch, mesh, config.batch_size)
+            rows.add(batch["valid"] > 0, encode(batch), batch["label"])
+            yield rows.take()
+
+
+def tally(of_cluster: list[Path], votes: np.ndarray) -> dict[Path, float]:
+    """Returns path → share of the task's pictures."""
+    out: dict[Path, float] = dict.fromkeys(of_cluster, 0.0)
+    for path, share in zip(of_cluster, votes, strict=True):
+        out[path] += float(share)
+    return out
+
+
+def ranked(votes: dict[Path, float]) -> list[tuple[Path, float]]:
+    """Returns the paths with their votes, the most voted first."""
+    return sorted(votes.items(), key=lambda item: (-item[1], item[0]))
+
+
+def most_voted(votes: dict[Path, float], of_cluster: list[Path], found: Clusters, about: Task) -> Path:
+    """Returns the path of most votes; of several, that of the cluster whose centroid is nearest to the mean feature."""
+    best = [path for path, share in votes.items() if np.isclose(share, max(votes.values()))]
+    similar = found.centroids @ (about.feature - found.mean)
+    return max(best, key=lambda path: max(s for s, other in zip(similar, of_cluster, strict=True) if other == path))
+
+
+def extracted(method: MoCE, params: Any, table: dict[int, np.ndarray], of_cluster: list[Path], about: Task,
+              path: Path) -> tuple[dict[str, Any], float]:
+    """Returns the parameters without experts, and how far gates are from the folded mean: their mean relative error.
+
+    Where the expert's output is multiplied by its gate, the mean gate of the task's pictures on that path is folded in;
+    the error is of the same pictures.
+    """
+    weights = about.votes * [other == path for other in of_cluster]
+    weights = weights / weights.sum() if weights.sum() else np.array([float(other == path) for other in of_cluster])
+    weights = weights / weights.sum()
+    scale, errors = {}, [0.0]
+    if not method.straight:
+        for (block, each), expert in zip(table.items(), path, strict=True):
+            scale[block] = float(weights @ each[:, expert])
+            errors.append(float(weights @ np.abs(each[:, expert] / scale[block] - 1)))
+    encoder = along(params["encoder"], dict(zip(table, path, strict=True)), scale)
+    return {"encoder": encoder, "decoder": params["decoder"]}, float(np.mean(errors[1:] or errors))
+
+
+def probe(config: ConfigDict, tree: dict[str, Any], task: ConfigDict) -> float:
+    """Returns the top-1 of logistic regression on a random tenth of the task's training pictures."""
+    own = frozen(with_data(dense_config(config), task), -1)
+    parts = list(pooled(own, get("mae")(own), tree))
+    features, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+    features, labels = features[labels >= 0], labels[labels >= 0]
+    if len(np.unique(labels)) < 2:
+        raise UserError("--for-task=probe needs a task with labels of several classes; --for-task=vote needs none")
+    order = np.random.default_rng(0).permutation(len(labels))
+    held, rest = np.split(order, [max(1, round(HELD * len(order)))])
+    return linear_probe.top1((features[rest], labels[rest]), (features[held], labels[held]), int(labels.max()) + 1)
+
+
+def dense_config(config: ConfigDict) -> ConfigDict:
+    """Returns the config of the masked autoencoder that a path of the mixture is."""
+    out = default("mae").unlock()
+    out.update({name: value for name, value in config.items() if name != "method"})
+    out.method.update({name: config.method[name] for name in out.method if name != "name"})
+    return out.lock()
+
+
+def name(path: Path) -> str:
+    """Returns '1-3' for the path of the experts 1 and 3."""
+    return "-".join(map(str, path))

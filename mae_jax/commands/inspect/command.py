@@ -1,0 +1,194 @@
+"""Looks at a data set: counts, broken pictures, speed, and a grid as the model will see it; or stores it once, resized.
+
+  python -m mae_jax inspect --config=configs/folder.py --config.data.path=/pictures --to=grid.png
+  python -m mae_jax inspect --config=configs/folder.py --config.data.path=/pictures --write=tfrecord --size=256 --to=DIR
+  python -m mae_jax inspect --config=configs/quickstart.py --write=batches --steps=200 --to=DIR
+
+--write=tfrecord is read back with data.source=tfrecord and data.path=DIR; array_record, which has random access, with
+data.source=tfds, data.name=pictures and data.path=DIR; batches, which need no TensorFlow, with data.source=batches and
+data.path=DIR. Every picture is decoded in full; broken ones are listed by name, and left out of what is written. What
+is said of copies means the same bytes: a picture that was saved anew is another one.
+"""
+
+import io
+import os
+import resource
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+from PIL import Image
+
+from mae_jax import errors
+from mae_jax.commands import cli
+from mae_jax.commands.inspect import report as inspect_report
+from mae_jax.errors import UserError, printable
+from mae_jax.storage import paths
+
+if TYPE_CHECKING:
+    from mae_jax.data import Batch, Inputs
+    from mae_jax.methods import Method
+
+REQUIRED = ("config",)
+CONFIG = cli.define_config()
+TO = flags.DEFINE_string("to", "", "picture of the grid (default: inspect.png); with --write, the folder to write; "
+                                   "local or gs://")
+WRITE = flags.DEFINE_enum("write", None, ["tfrecord", "array_record", "batches"], "store the data instead")
+SIZE = flags.DEFINE_integer("size", 256, "with --write=tfrecord or array_record: pixels along the short side, at "
+                            "most", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", 100, "with --write=batches: how many batches", lower_bound=1)
+
+SECONDS = 3.0  # that the speed is measured for
+CLASSES = 20  # that are named
+SIDE = 8  # pictures along and down the grid, at most
+GAP = 2  # pixels between pictures of the grid
+
+
+def main() -> int:
+    from mae_jax import data, methods
+    from mae_jax.config import validate
+
+    config = CONFIG.value
+    if WRITE.value and not TO.value:
+        raise UserError("--write needs --to=FOLDER")
+    to = paths.locate(TO.value or "inspect.png")  # what cannot be written is said before all pictures are read
+    if not WRITE.value:
+        check_writable(to)
+    validate(config)
+    method = methods.get(config.method.name)(config)
+    order = method.order()
+    if WRITE.value in ("tfrecord", "array_record"):
+        report_broken(write_pictures(config, WRITE.value, to, SIZE.value))
+        return errors.FINISHED
+    inputs = data.build(config, method.eval_spec(), order, views=method.views())
+    print(inputs.description, flush=True)  # reading every picture may take long
+    if WRITE.value == "batches":
+        from mae_jax.data.writers import write_batches
+
+        write_batches(config, inputs, method.eval_spec(), order, method.views(), to, STEPS.value)
+        return errors.FINISHED
+    more = f" and {len(inputs.classes) - CLASSES} more" if len(inputs.classes) > CLASSES else ""
+    print(f"classes: {', '.join(map(printable, inputs.classes[:CLASSES])) or 'none'}{more}")
+    if config.data.source != "batches":
+        report(config, to)
+    try:
+        print(speed(inputs))
+        save_grid(next(inputs.train(0)), method, to)
+    except UserError as error:  # of the data, named above: what can be looked at has been
+        print(f"no speed and no pictures, and training would stop: {error}")
+        return errors.FINISHED
+    print(f"peak host memory {peak_memory() / 2**20:.0f} MiB; the first pictures of the run, as the model sees them: "
+          f"{to}")
+    return errors.FINISHED
+
+
+def check_writable(file: epath.Path) -> None:
+    """Raises UserError where a file cannot be written, as far as that can be known; makes its folder."""
+    if file.is_dir():
+        raise UserError(f"--to={file} is a folder; expected the name of a picture")
+    paths.make_folder(file.parent)
+    if not str(file).startswith("gs://") and not os.access(file.parent, os.W_OK):
+        raise UserError(f"--to={file}: no permission to write into {file.parent}")
+
+
+def splits(config: ConfigDict) -> dict[str, str]:
+    """Returns the name under which a split is stored → the config's expression for it."""
+    named = {"train": config.data.train_split, "val": config.data.val_split, "test": config.data.eval_split}
+    return {name: expression for name, expression in named.items() if expression}
+
+
+def report(config: ConfigDict, grid: epath.Path) -> None:
+    """Looks at every picture and prints what was seen; broken ones that are too many to print go to a file."""
+    from mae_jax.data.audit import audit
+    from mae_jax.data.readers import random_access
+    from mae_jax.data.sources import folder as sources_folder
+    from mae_jax.data.sources import registry
+
+    audits = {}
+    for name, expression in splits(config).items():
+        audits[name] = audit(registry.load(config.data, expression), random_access.threads(config.data), name)
+        print("\n".join(inspect_report.split_lines(name, audits[name], config.data.image_size)), flush=True)
+    unread = sources_folder.unread(config.data, splits(config).values()) if config.data.source == "folder" else []
+    for line in inspect_report.leak_lines(audits) + unread:
+        print(line)
+    train, limit = audits.get("train"), config.guard.max_bad_fraction
+    if train and len(train.broken) > limit * train.source.size:
+        print(f"training would stop: {len(train.broken)} of {train.source.size} pictures of train are broken, more "
+              f"than guard.max_bad_fraction={limit}")
+    if max(len(seen.broken) for seen in audits.values()) > inspect_report.NAMED:
+        names = grid.with_suffix(".broken.txt")
+        broken = [f"{split} {name}\n" for split, seen in audits.items() for name in seen.broken]
+        paths.replace_text(names, "".join(broken))
+        print(f"all broken pictures by name: {names}")
+
+
+def write_pictures(config: ConfigDict, kind: str, folder: epath.Path, size: int) -> dict[str, list[str]]:
+    """Stores the splits as `kind`; returns split → broken pictures, which are left out."""
+    from mae_jax.data import writers
+    from mae_jax.data.readers import random_access
+    from mae_jax.data.sources import registry
+
+    found = {name: registry.load(config.data, expression) for name, expression in splits(config).items()}
+    writer = {"tfrecord": writers.write_tfrecord, "array_record": writers.write_array_record}[kind]
+    return writer(found, folder, size, random_access.threads(config.data))
+
+
+def report_broken(broken: dict[str, list[str]]) -> None:
+    """Prints the broken pictures of each split by name, the first 50 of them."""
+    for split, names in broken.items():
+        print("\n".join([f"{split}: {len(names)} broken pictures", *inspect_report.broken_names(names)]))
+
+
+def speed(inputs: "Inputs") -> str:
+    """Measures the input pipeline alone, after its first batch, for three seconds; returns one line."""
+    batches = inputs.train(0)
+    next(batches)
+    begin, busy, images = time.monotonic(), time.process_time(), 0
+    while time.monotonic() - begin < SECONDS:
+        images += len(next(batches)["id"])
+    wall, busy = time.monotonic() - begin, time.process_time() - busy
+    return (f"{images / wall:.0f} images/s on {os.cpu_count()} cores; {images / busy:.0f} images/s per core "
+            f"({busy / images * 1e3:.2f} ms of one core each)")
+
+
+def peak_memory() -> int:
+    """Returns the most bytes of memory that this process has held."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def save_grid(batch: "Batch", method: "Method", path: epath.Path) -> None:
+    """Writes the first pictures of a batch as a PNG, the views of each one below the other.
+
+    Where patches are hidden, the picture is above what the encoder sees of it.
+    """
+    from mae_jax.ops.patches import assemble
+
+    patch, shown = tuple(method.config.model.patch), []
+    for name, n, order in [(f"{v.name}/", n, v.order) for v in method.views() for n in range(len(v.colours))]:
+        patches, places = (batch[name + field][: SIDE * SIDE, n] for field in ("patches", "order"))
+        shown.append(assemble(patches, places, order.grid, patch))
+    if not shown:
+        patches, places, order = batch["patches"][: SIDE * SIDE], batch["order"][: SIDE * SIDE], method.order()
+        shown = [assemble(patches, places, order.grid, patch)]
+        if order.hidden:
+            seen = patches.copy()
+            seen[:, -order.hidden :] = 127
+            shown.append(assemble(seen, places, order.grid, patch))
+    width = max(pictures.shape[2] for pictures in shown)
+    cells = [np.concatenate([_framed(pictures[i], width) for pictures in shown]) for i in range(len(shown[0]))]
+    cells += [np.full_like(cells[0], 255)] * (-len(cells) % SIDE)
+    rows = [np.concatenate(cells[i:i + SIDE], axis=1) for i in range(0, len(cells), SIDE)]
+    content = io.BytesIO()
+    Image.fromarray(np.concatenate(rows)).save(content, "PNG")
+    paths.make_folder(path.parent)
+    paths.replace_bytes(path, content.getvalue())
+
+
+def _framed(picture: np.ndarray, width: int) -> np.ndarray:
+    """Adds the gap below, and white on the right up to the width."""
+    return np.pad(picture, ((0, GAP), (0, width - picture.shape[1] + GAP), (0, 0)), constant_values=255)

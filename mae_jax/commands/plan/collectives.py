@@ -1,0 +1,191 @@
+"""The collectives in a compiled text, and the time that their bytes take between the chips of a TPU slice.
+
+The model, for one collective of S bytes per device (the whole array: what is reduced, or what was gathered):
+
+- Of a group of devices, take the c chips that it spans and the p devices that it has on each.
+- Between chips, a reduce-scatter or an all-gather sends S (c - 1) / c bytes from each chip, an all-reduce twice that:
+  rings along the dimensions of the torus that the group spans, in both directions and along all of them at once. A
+  dimension gives 2 links where the group goes round a ring of the torus, else 1: the end of a line has no second one.
+- Groups that work at the same time and cover the same chips (as when each core of a chip is in a group of its own)
+  share its links: the bytes add up.
+- Between the p devices of a chip, S (p - 1) / p bytes, an all-reduce twice that, at the bandwidth of a device's memory.
+  (What a device itself reads and writes of a collective's operand and result is in the compiler's seconds already, as
+  compiling single collectives shows: libtpu 0.0.52 prices them as copies.)
+- An all-to-all sends as a reduce-scatter does, but each byte as far as the mean distance; in a permutation the longest
+  way counts, over one link.
+
+So an all-reduce over a whole 2-D torus takes 2 S (c - 1) / c / (4 rates). After "How to Scale Your Model", chapter 3
+(jax-ml/scaling-book); the sharing of links and the exchange inside a chip are our simplification. Latency and
+congestion are not counted, nor that communication may overlap with computation.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mae_jax.commands.plan.tpu import Torus
+
+KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+OPERATION = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ({KINDS})(-start)?\(")
+COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+# Custom calls that take no time: they reserve memory, begin or end a collective that other work overlaps (its parts are
+# counted once, below), or name as one what already lies in one piece.
+NO_COST = ("AllocateBuffer", "AsyncCollectiveStart", "AsyncCollectiveDone", "ConcatBitcast")
+
+
+class Collective(NamedTuple):
+    """One collective of a compiled text.
+
+    Attributes:
+      kind: all-reduce, reduce-scatter, all-gather, all-to-all or collective-permute.
+      dtype: of its arrays, as 'f32'.
+      bytes: of the whole array on one device, before it is scattered or after it is gathered.
+      groups: who takes part with whom, as positions in the mesh; pairs (from, to) for a permutation.
+    """
+
+    kind: str
+    dtype: str
+    bytes: int
+    groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def size(self) -> int:
+        """Devices per group; 2 for a permutation."""
+        return max(map(len, self.groups))
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device sends, at the least. Stages of one reduction or gathering add up to the whole one."""
+        share = 1 if self.kind == "collective-permute" else (self.size - 1) / self.size
+        return self.bytes * share * (2 if self.kind == "all-reduce" else 1)
+
+
+def parse(text: str, devices: int) -> Iterator[Collective]:
+    """Yields the collectives of a compiled text, loops' once; raises ValueError for groups that cannot be read."""
+    computation, chains = "", set()
+    for line in text.splitlines():
+        if line.endswith("{") and (found := COMPUTATION.match(line)):
+            computation = found[1]
+        elif ("replica_groups=" in line or "source_target_pairs=" in line) and (found := OPERATION.match(line)):
+            # Where other work overlaps a collective, its start, its end and that work each hold a copy of it.
+            if (chain := re.search(r'chain_id="\d+"', line)) and chain[0] in chains:
+                continue
+            chains |= {chain[0]} if chain else set()
+            result, kind, start = found.groups()
+            groups = _groups(line, devices)
+            members = max(map(len, groups))
+            size = _bytes(result)
+            if start and kind == "all-gather":  # what is started has the type (operands, results)
+                size = size * members // (members + 1)
+            elif start and kind == "collective-permute":  # (operand, result, two numbers)
+                size = (size - 8) // 2
+            if kind == "reduce-scatter":
+                size *= members
+            elif "all-reduce-scatter" in computation:  # libtpu's fusion: reduced, and only the own piece kept
+                kind = "reduce-scatter"
+            yield Collective(kind, "+".join(sorted({shape[1] for shape in SHAPE.finditer(result)})), size, groups)
+
+
+def withheld_seconds(text: str) -> float:
+    """Returns what the compiler's count of seconds is short by: libtpu 0.0.52 takes one off for each ConcatBitcast."""
+    return float(text.count('custom_call_target="ConcatBitcast"'))
+
+
+def unpriced(text: str) -> list[str]:
+    """Returns what a compiler's count of seconds leaves out: loops, branches and the names of custom calls."""
+    found = {f"custom call {name}" for name in re.findall(r'custom_call_target="([^"]*)"', text) if name not in NO_COST}
+    found |= {name for name in ("while", "conditional") if f" {name}(" in text}
+    return sorted(found)
+
+
+def seconds_per_byte(kind: str, groups: tuple[tuple[int, ...], ...], torus: Torus) -> float:
+    """Returns the time that a collective takes per byte of its array, by the model above."""
+    if kind == "collective-permute":
+        return _permutation_seconds(groups, torus)
+    coords = [torus.coords[list(group)] for group in groups]
+    spans = [_span(chips, torus) for chips in coords]
+    inside = max(1 - chips / devices for devices, chips, _, _ in spans)
+    across = max((1 - 1 / chips) * (distance if kind == "all-to-all" else 1) / max(links, 1)
+                 for _, chips, links, distance in spans)
+    times = 2 if kind == "all-reduce" else 1
+    return times * (inside / torus.hbm_rate + across * _sharing(coords, torus) / torus.link_rate)
+
+
+def table(collectives: list[Collective], torus: Torus | None) -> list[dict[str, Any]]:
+    """Returns one row per kind, dtype and group size, the most bytes first; seconds are None without a torus."""
+    rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+    rates: dict[Any, float] = {}
+    for one in collectives:
+        row = rows.setdefault((one.kind, one.dtype, one.size), {
+            "kind": one.kind, "dtype": one.dtype, "group_size": one.size, "count": 0, "bytes": 0, "bytes_sent": 0.0,
+            "seconds": 0.0 if torus else None})
+        row["count"] += 1
+        row["bytes"] += one.bytes
+        row["bytes_sent"] += one.sent
+        if torus:
+            pattern = (one.kind, one.groups)
+            if pattern not in rates:
+                rates[pattern] = seconds_per_byte(*pattern, torus)
+            row["seconds"] += one.bytes * rates[pattern]
+    return sorted(rows.values(), key=lambda row: -row["bytes"])
+
+
+def _bytes(shapes: str) -> int:
+    """Returns the bytes of all arrays in a text such as '(f32[2,3]{1,0}, bf16[4])'."""
+    return sum(int(np.prod([int(size) for size in dims.split(",") if size])) * max(int(bits or 8) // 8, 1)
+               for _, bits, dims in SHAPE.findall(shapes))
+
+
+def _groups(line: str, devices: int) -> tuple[tuple[int, ...], ...]:
+    """Returns the groups, or the pairs of a permutation, of a collective's line, in any of XLA's four ways to write."""
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})?\}", line):
+        listed = tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", found[1] or ""))
+        return listed or (tuple(range(devices)),)
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        dims = [int(size) for size in found[3].split(",")]
+        axes = [int(axis) for axis in found[4].split(",")] if found[4] else range(len(dims))
+        ids = np.arange(devices).reshape(dims).transpose(axes).reshape(int(found[1]), int(found[2]))
+        return tuple(map(tuple, ids.tolist()))
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+        names, along = list(sizes), re.findall(r"'([^']+)'", found[2])
+        if set(along) <= set(names) and not re.search(r"[():]", found[2]):
+            ids = np.arange(devices).reshape([int(size) for size in sizes.values()])
+            rest = [axis for axis in range(len(names)) if names[axis] not in along]
+            ids = ids.transpose(rest + [names.index(name) for name in along])
+            members = int(np.prod([int(sizes[name]) for name in along]))
+            return tuple(map(tuple, ids.reshape(-1, members).tolist()))
+    raise ValueError(f"cannot read the groups of the collective {line.strip()[:300]}")
+
+
+def _span(coords: np.ndarray, torus: Torus) -> tuple[int, int, int, float]:
+    """Returns how many devices and chips a group has, the links of a chip that it uses, and its mean distance."""
+    sizes = [len(np.unique(coords[:, axis])) for axis in range(coords.shape[1])]
+    whole = [size == all_of_it and ring for size, all_of_it, ring in zip(sizes, torus.shape, torus.rings, strict=True)]
+    links = sum((2 if round_ else 1) for size, round_ in zip(sizes, whole, strict=True) if size > 1)
+    distance = sum(size / (4 if round_ else 3) for size, round_ in zip(sizes, whole, strict=True) if size > 1)
+    return len(coords), len(np.unique(coords, axis=0)), links, distance
+
+
+def _sharing(groups: list[np.ndarray], torus: Torus) -> int:
+    """Returns how many groups at most cover one chip, each a box around its chips."""
+    covered = np.zeros(torus.shape, int)
+    for coords in groups:
+        low, high = coords.min(0), coords.max(0)
+        if (low != high).any():
+            covered[tuple(slice(a, b + 1) for a, b in zip(low, high, strict=True))] += 1
+    return max(int(covered.max()), 1)
+
+
+def _permutation_seconds(pairs: tuple[tuple[int, ...], ...], torus: Torus) -> float:
+    """Returns the time per byte of a permutation: the longest way, and all that leaves one chip, over one link."""
+    ends = torus.coords[np.array(pairs)]  # [pairs, 2, dimensions]
+    steps = np.abs(ends[:, 0] - ends[:, 1])
+    steps = np.where(torus.rings, np.minimum(steps, np.array(torus.shape) - steps), steps).sum(1)
+    if not steps.any():
+        return 1 / torus.hbm_rate
+    _, leaving = np.unique(ends[steps > 0, 0], axis=0, return_counts=True)
+    return int(steps.max()) * int(leaving.max()) / torus.link_rate

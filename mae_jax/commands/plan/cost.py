@@ -1,0 +1,234 @@
+"""What the compiler says of a config's train step on devices that need not exist, and the figures that follow.
+
+`measure` compiles, and returns what it found as plain values, which a folder may keep; `figures` computes from these.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_jax import config as configs
+from mae_jax import param_tree
+from mae_jax.commands.plan import collectives, tpu
+from mae_jax.errors import UserError
+from mae_jax.runtime import sharding
+from mae_jax.training import throughput
+from mae_jax.training.train_step import Program
+
+PACKAGE = Path(__file__).parents[2]
+
+
+class Target(NamedTuple):
+    """Devices to compile for.
+
+    Attributes:
+      name: 'v3:8x8', or '8 simulated devices'.
+      devices: of the topology, or simulated ones.
+      chip: None where the devices are simulated.
+    """
+
+    name: str
+    devices: list[Any]
+    chip: tpu.Chip | None
+
+
+def target(topology: str, simulated: int) -> Target:
+    """Returns the topology's devices, or where its name is empty that many simulated ones.
+
+    Raises:
+      UserError: the topology is unknown, or libtpu is missing.
+    """
+    if topology:
+        return Target(topology, tpu.devices(topology), tpu.parse(topology)[0])
+    return Target(f"{simulated} simulated devices", jax.devices("cpu"), None)
+
+
+def measure(config: ConfigDict, target: Target, examples: int, cache: str = "",
+            say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Compiles the train step, or finds in the folder `cache` what was measured of the same step before.
+
+    Args:
+      config: 'auto' fields are those of the target.
+      target: what to compile for.
+      examples: of the training split, which the schedule's epochs count.
+      cache: a folder, or '' for none.
+      say: is told what is compiled.
+
+    Returns:
+      Plain values, sizes in bytes per device. Where memory is short, 'short' says so and what only a compiled step
+      knows is missing.
+
+    Raises:
+      UserError: the config does not fit the devices.
+    """
+    known = {"config": param_tree.flat(config), "target": target.name, "examples": examples, "versions": versions(),
+             "source": _source_digest()}
+    key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]
+    file = Path(cache).expanduser() / f"{key}.json" if cache else None
+    if file and file.exists():
+        with contextlib.suppress(ValueError):  # a damaged file is made anew
+            return json.loads(file.read_text()) | {"cached": True}
+    mesh = sharding.make_mesh(config, target.devices)
+    program = Program(config, mesh, examples)
+    say(f"compiling for {target.name}, batch {config.batch_size}"
+        f"{'' if config.model.scan else '; unrolled, which takes a minute or more for a large model'}")
+    found = _shapes(program) | _compiled(program, target) | {"cached": False}
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")  # others may write the same file
+        part.write_text(json.dumps(found | {"of": known}))
+        part.rename(file)
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that a compiled step depends on."""
+    names = [name for name in ("jax", "jaxlib", "libtpu", "flax", "optax") if importlib.util.find_spec(name)]
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def _source_digest() -> str:
+    """Returns a digest of our code that a compiled step depends on."""
+    files = [file for file in sorted(PACKAGE.rglob("*.py"))
+             if file.relative_to(PACKAGE).parts[0] not in ("data", "evals", "interop", "storage", "commands")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _shapes(program: Program) -> dict[str, Any]:
+    """Returns what follows from shapes and shardings alone."""
+    state, mesh, config = program.state, program.mesh, program.config
+    rows = sharding.batch_sharding(mesh).devices_indices_map((config.batch_size,))
+    hosts: dict[int, set[tuple[Any, ...]]] = {}
+    for device, index in rows.items():
+        hosts.setdefault(device.process_index, set()).add(index[0].indices(config.batch_size))
+    return {
+        "mesh": {axis: size for axis, size in mesh.shape.items()},
+        "hosts": len(hosts),
+        "rows_per_host": max(sum(stop - start for start, stop, _ in held) for held in hosts.values()),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "parameter_bytes": held(state.params),
+        "optimiser_bytes": held((state.opt, state.ema)),
+        "extras_bytes": held(state.extras),
+        "batch_bytes": held(program.batch),
+        "image_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in program.batch.values()) // config.batch_size,
+        "model_flops_per_image": throughput.train_flops(program.method),
+        "peak_flops": throughput.peak_flops(mesh.devices.flat[0]),
+    }
+
+
+def held(tree: Any) -> int:
+    """Returns the bytes that one device holds of a tree of shapes with shardings."""
+    return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+               for leaf in jax.tree.leaves(tree))
+
+
+def _compiled(program: Program, target: Target) -> dict[str, Any]:
+    began = time.monotonic()
+    try:
+        with jax.set_mesh(program.mesh):
+            compiled = program.step.lower(program.state, program.batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"short": _shortage(str(error)), "compile_seconds": time.monotonic() - began}
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    text, devices = _text(compiled), list(program.mesh.devices.flat)
+    torus = tpu.torus(target.chip, devices) if target.chip else None
+    return {
+        "short": None,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "total_bytes": (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+                        + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes),
+        "flops": cost.get("flops"),
+        "bytes_accessed": cost.get("bytes accessed"),
+        "optimal_seconds": cost["optimal_seconds"] + collectives.withheld_seconds(text) if target.chip else None,
+        "unpriced": collectives.unpriced(text) if text else ["collectives, since jaxlib cannot read libtpu's text"],
+        "collectives": collectives.table(list(collectives.parse(text, len(devices))), torus) if text else None,
+        "compile_seconds": time.monotonic() - began,
+    }
+
+
+def _text(compiled: Any) -> str:
+    """Returns the compiled text; '' where jaxlib (0.10.2) cannot read it, as what libtpu (0.0.52) compiles for 7x."""
+    try:
+        with tpu.quiet_stderr():
+            return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return ""
+
+
+def _shortage(error: str) -> dict[str, float | str]:
+    """Returns the bytes that the compiler needed and had, where its error says so."""
+    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available \w+ \(([\d.]+)([KMGT])\)", error)
+    if not found:
+        return {"error": error.splitlines()[0]}
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    return {"needed": float(found[1]) * units[found[2]], "available": float(found[3]) * units[found[4]]}
+
+
+def figures(config: ConfigDict, target: Target, found: dict[str, Any], examples: int) -> dict[str, Any]:
+    """Returns the figures of the page: memory in GiB per device, times in seconds, None for what cannot be said."""
+    steps = configs.steps(config.train.duration, config.batch_size, examples)
+    total, limit = found.get("total_bytes"), target.chip.hbm if target.chip else None
+    fits = None if limit is None else found["short"] is None and total <= limit
+    why = _why_no_time(target, found)
+    communication = None if why else sum(row["seconds"] for row in found["collectives"])
+    step = None if why else found["optimal_seconds"] + communication
+    rate = config.batch_size / step if step else None
+    model = found["model_flops_per_image"] * config.batch_size / len(target.devices)
+    return {
+        "target": target.name, "devices": len(target.devices), "steps": steps, "examples": examples,
+        "chips": len({tuple(device.coords) for device in target.devices}) if target.chip else None,
+        "device_kind": target.devices[0].device_kind if target.chip else "cpu",
+        **{key: found[key] for key in ("hosts", "mesh", "parameters", "compile_seconds", "cached", "rows_per_host")},
+        "parameters_gib": found["parameter_bytes"] / 2**30,
+        "optimiser_gib": found["optimiser_bytes"] / 2**30,
+        "extras_gib": found["extras_bytes"] / 2**30,
+        "batch_gib": found["batch_bytes"] / 2**30,
+        "temporaries_gib": found["temporary_bytes"] / 2**30 if total else None,
+        "hbm_gib_per_core": (total or found["short"].get("needed", 0)) / 2**30 or None,
+        "hbm_limit_gib": limit and limit / 2**30,
+        "fits": fits, "short": found["short"],
+        "flops_per_core": found.get("flops"), "model_flops_per_core": model,
+        "bytes_per_core": found.get("bytes_accessed"), "peak_flops_per_core": found["peak_flops"],
+        "collectives": found.get("collectives"), "unpriced": found.get("unpriced", []), "no_time_because": why,
+        "compiler_seconds": None if why else found["optimal_seconds"],
+        "communication_seconds": communication,
+        "estimated_step_seconds": step, "images_per_sec": rate,
+        "mfu": model / step / found["peak_flops"] if step and found["peak_flops"] else None,
+        "hours": steps * step / 3600 if step else None,
+        "core_hours": steps * step / 3600 * len(target.devices) if step else None,
+        "images_per_sec_per_host": found["rows_per_host"] / step if step else None,
+        "input_bytes_per_sec_per_host": found["rows_per_host"] * found["image_bytes"] / step if step else None,
+    }
+
+
+def _why_no_time(target: Target, found: dict[str, Any]) -> str:
+    """Returns why the compiler's seconds may not be quoted; '' where they may."""
+    if not target.chip:
+        return "the devices are simulated"
+    if found["short"]:
+        return "the step does not fit"
+    if found["unpriced"]:
+        loops = "; model.scan and train.accumulate make loops" if "while" in found["unpriced"] else ""
+        return f"the compiler does not price all of: {', '.join(found['unpriced'])}{loops}"
+    return "" if found["optimal_seconds"] > 0 else "the compiler gives none"
+
+
+def simulate(count: int) -> None:
+    """Makes `count` simulated devices, before JAX has made its own; raises UserError."""
+    if count < 1:
+        raise UserError(f"--devices={count}; write how many devices to simulate, as --devices=8")
+    jax.config.update("jax_num_cpu_devices", count)

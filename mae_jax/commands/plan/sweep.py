@@ -1,0 +1,117 @@
+"""Combinations of config values, compared by what the compiler says of each, and the one to take."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mae_jax import config as configs
+from mae_jax import param_tree
+from mae_jax.commands.plan import cost
+from mae_jax.errors import UserError, nearest
+
+Cell = dict[str, Any]
+
+
+def parse(text: str, config: ConfigDict) -> list[Cell]:
+    """Returns all combinations of 'batch_size=2048,4096;model.remat=none,full', as field → value; raises UserError."""
+    fields: dict[str, list[Any]] = {}
+    known = param_tree.flat(config)
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        name, equals, values = part.partition("=")
+        if not equals or not values:
+            raise UserError(f"--sweep: cannot read {part!r}; write 'batch_size=2048,4096;model.remat=none,full'")
+        if name not in known:
+            raise UserError(f"--sweep: unknown config field {name!r}; {nearest(name, known)}")
+        if name in fields:
+            raise UserError(f"--sweep: {name} is given twice")
+        fields[name] = [_value(name, known[name], value.strip()) for value in values.split(",")]
+    if not fields:
+        raise UserError("--sweep is empty; write 'batch_size=2048,4096;model.remat=none,full'")
+    return [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
+
+
+def _value(name: str, old: Any, text: str) -> Any:
+    """Returns the text as a value of the type that the field has."""
+    try:
+        if isinstance(old, bool):
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(old, int | float | str):
+            return type(old)(text)
+    except (KeyError, ValueError):
+        pass
+    raise UserError(f"--sweep: {name}={text}: expected a value such as {old!r}")
+
+
+def changed(config: ConfigDict, cell: Cell) -> ConfigDict:
+    """Returns a copy of the config with the cell's values; raises UserError where they cannot work."""
+    copy = configs.from_dict(config.to_dict()).unlock()
+    copy.update_from_flattened_dict(cell)
+    configs.validate(copy)
+    return copy.lock()
+
+
+def run(config: ConfigDict, target: cost.Target, cells: list[Cell], best: int, examples: int, cache: str,
+        say: Callable[[str], None]) -> dict[str, Any]:
+    """Measures the cells: all of them in a loop where they are more than `best`, then the best without loops.
+
+    Returns:
+      'cells', each {'values', 'figures' or 'error'}, and 'recommended', the values of one of them, or None.
+    """
+    def measured(cell: Cell, **values: Any) -> dict[str, Any]:
+        try:
+            variant = changed(config, cell | values)
+            return cost.figures(variant, target, cost.measure(variant, target, examples, cache, say), examples)
+        except UserError as error:
+            return {"error": str(error)}
+
+    in_loops = len(cells) > best or not target.chip
+    rows = [{"values": cell, **measured(cell, **({"model.scan": True} if in_loops else {}))} for cell in cells]
+    if in_loops and target.chip:
+        ranked = sorted((row for row in rows if row.get("fits")), key=lambda row: _moved(config, row))
+        for row in ranked[:best]:
+            row["in_a_loop"] = {key: row[key] for key in ("hbm_gib_per_core", "bytes_per_core")}
+            row.update(measured(row["values"]))
+    return {"cells": rows, "recommended": _recommended(config, rows)}
+
+
+def _moved(config: ConfigDict, row: dict[str, Any]) -> tuple[float, float]:
+    """Returns what a cell costs: memory moved per image, then memory held."""
+    images = row["values"].get("batch_size", config.batch_size) / row["devices"]
+    return row["bytes_per_core"] / images, row["hbm_gib_per_core"]
+
+
+def _recommended(config: ConfigDict, rows: list[dict[str, Any]]) -> Cell | None:
+    """Returns the values of the fastest cell that fits; where no cell has a time, of the one that moves least."""
+    timed = [row for row in rows if row.get("fits") and row["images_per_sec"]]
+    if timed:
+        return max(timed, key=lambda row: row["images_per_sec"])["values"]
+    fitting = [row for row in rows if row.get("fits") or row.get("fits", False) is None]
+    return min(fitting, key=lambda row: _moved(config, row))["values"] if fitting else None
+
+
+def table(result: dict[str, Any]) -> str:
+    """Returns the cells as a table, and the recommendation."""
+    rows = [("values", "GiB", "fits", "GB moved", "step s", "images/s", "MFU", "hours")]
+    for row in result["cells"]:
+        values = " ".join(f"{name}={value}" for name, value in row["values"].items())
+        if "error" in row:
+            rows.append((values, f"impossible: {row['error']}"))
+            continue
+        step = row["estimated_step_seconds"]
+        rows.append((values, _text(row["hbm_gib_per_core"], ".2f"), {True: "yes", False: "no", None: "?"}[row["fits"]],
+                     _text(row["bytes_per_core"] and row["bytes_per_core"] / 1e9, ".1f") + ("" if step else "*"),
+                     _text(step, ".4f"), _text(row["images_per_sec"], ",.0f"), _text(row["mfu"], ".1%"),
+                     _text(row["hours"], ",.1f")))
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{row[0]:<{width}}  " + "".join(f"{text:>10}" for text in row[1:]).rstrip() for row in rows]
+    best = result["recommended"]
+    take = " ".join(f"--config.{name}={value}" for name, value in best.items()) if best else "none: nothing fits"
+    if any(not row.get("estimated_step_seconds") for row in result["cells"]):
+        lines.append("* loops counted once, where layers are in one: it ranks cells of equal depth only")
+    return "\n".join([*lines, f"recommended: {take}"])
+
+
+def _text(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

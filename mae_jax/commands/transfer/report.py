@@ -1,0 +1,147 @@
+"""What a suite of transfers found: a table, a plot, and the same as JSON."""
+
+import io
+import json
+from typing import Any, NamedTuple
+
+from etils import epath
+
+QUICK = "quick"  # the protocol that does not train
+ALL = "all"  # blocks
+
+
+class Cell(NamedTuple):
+    """One training or probe of the table."""
+
+    data: str
+    protocol: str = ""  # '' is the recipe as it stands
+    blocks: str = ""  # '' is what the recipe says
+
+    @property
+    def folder(self) -> str:
+        return "_".join(filter(None, (self.data, self.protocol, self.blocks and f"blocks_{self.blocks}")))
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    cell: Cell
+    metric: str
+    value: float | None  # in 0..1
+    step: int | None
+    lr: float | None  # that was chosen
+    problem: str = ""
+
+
+def series(rows: list[Row]) -> dict[str, list[Row]]:
+    """Returns what is comparable over data sets: protocol, blocks and probe in words → rows; no row has failed."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.value is not None:
+            words = (row.cell.protocol, row.cell.blocks and f"{row.cell.blocks} blocks",
+                     row.metric if row.cell.protocol == QUICK else "")
+            groups.setdefault(" ".join(filter(None, words)), []).append(row)
+    return groups
+
+
+def table(rows: list[Row]) -> str:
+    """Returns a Markdown table, means over the data sets of whatever ran on several, and then what failed and why."""
+    lines = [("data", "protocol", "blocks", "metric", "value", "steps", "lr")]
+    for row in rows:
+        lines.append((*row.cell, row.metric, "failed" if row.value is None else f"{row.value:.2%}",
+                      "" if row.step is None else str(row.step), "" if row.lr is None else f"{row.lr:g}"))
+    for words, group in series(rows).items():
+        if len(group) > 1:
+            mean = sum(row.value for row in group) / len(group)
+            lines.append((f"mean of {len(group)}", words, "", "", f"{mean:.2%}", "", ""))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) + " |"
+            for line in lines]
+    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    failed = [f"{row.cell.folder}: {row.problem}" for row in rows if row.problem]
+    return "\n".join([*text, *([""] if failed else []), *failed])
+
+
+def stored(to: epath.Path, source: str) -> list[Row]:
+    """Returns the rows that earlier calls left for the same encoder."""
+    if not (to / "results.json").is_file():
+        return []
+    found = json.loads((to / "results.json").read_text())
+    rows = found["results"] if found["from"] == source else []
+    return [Row(Cell(*(row.pop(field) for field in Cell._fields)), **row) for row in rows]
+
+
+def joined(old: list[Row], new: list[Row]) -> list[Row]:
+    """Returns all rows; those of cells that ran again are new ones, but for a cell that had a figure and then failed.
+    """
+    figures = {row.cell for row in old if row.value is not None}
+    new = [row for row in new if row.value is not None or row.cell not in figures]
+    again = {row.cell for row in new}
+    return [row for row in old if row.cell not in again] + new
+
+
+def write(rows: list[Row], to: epath.Path, source: str, depth: int) -> None:
+    """Writes results.json, results.md and transfer.png; the plot only when something was measured."""
+    from mae_jax.storage.paths import replace_text
+
+    to.mkdir(parents=True, exist_ok=True)
+    found = [{**row.cell._asdict(), **{k: v for k, v in row._asdict().items() if k != "cell"}} for row in rows]
+    replace_text(to / "results.json", json.dumps({"from": source, "results": found}, indent=2) + "\n")
+    replace_text(to / "results.md", f"{table(rows)}\n")
+    if any(row.value is not None for row in rows):
+        (to / "transfer.png").write_bytes(plot(rows, depth))
+
+
+def plot(rows: list[Row], depth: int) -> bytes:
+    """Returns a PNG: bars for each data set, and a curve over the number of fine-tuned blocks where several ran."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    measured_rows = [row for row in rows if row.value is not None]
+    bars = [row for row in measured_rows if not row.cell.blocks]
+    lines = [row for row in measured_rows if row.cell.blocks]
+    panels = [(draw, some) for draw, some in ((draw_bars, bars), (draw_curves, lines)) if some]
+    height = max(4.0, 1.0 + 0.22 * len(bars))
+    figure = Figure(figsize=(7 * len(panels), height), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    for axes, (draw, some) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        draw(axes, some, depth)
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
+
+
+def draw_bars(axes: Any, rows: list[Row], depth: int) -> None:
+    """Draws one group of bars for each data set, one colour for each protocol or probe."""
+    names = list(dict.fromkeys(row.cell.data for row in rows))
+    groups = series(rows)
+    thick = 0.8 / len(groups)
+    for k, (words, group) in enumerate(groups.items()):
+        places = [names.index(row.cell.data) + (k - (len(groups) - 1) / 2) * thick for row in group]
+        drawn = axes.barh(places, [100 * row.value for row in group], thick, label=words or "as the recipe says")
+        axes.bar_label(drawn, [f"{100 * row.value:.1f}" for row in group], padding=2, fontsize=8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 108)
+    axes.set_xlabel("%, in the metric of the data set")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, fontsize=8)
+
+
+def draw_curves(axes: Any, rows: list[Row], depth: int) -> None:
+    """Draws the metric over the number of fine-tuned blocks, which are spaced evenly; one curve for each data set."""
+    def blocks(text: str) -> float:
+        return float(depth) if text == ALL else float(text)
+
+    ticks = sorted({blocks(row.cell.blocks) for row in rows})
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        name = " ".join(filter(None, (row.cell.data, row.cell.protocol, f"({row.metric})")))
+        curves.setdefault(name, []).append((ticks.index(blocks(row.cell.blocks)), 100 * row.value))
+    for name, points in curves.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    axes.set_xticks(range(len(ticks)), [f"{tick:g}" for tick in ticks])
+    axes.set_xlabel(f"blocks fine-tuned, of {depth}")
+    axes.set_ylabel("%")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, fontsize=8)

@@ -1,0 +1,278 @@
+"""A suite of transfers: the cells of one table, each trained or probed from one encoder in a workdir of its own."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_jax import config as configs
+from mae_jax import errors
+from mae_jax.commands.transfer.report import ALL, QUICK, Cell, Row, joined, stored, table, write
+from mae_jax.config import SIZES
+from mae_jax.errors import GuardError, UserError
+from mae_jax.runtime import startup_timer
+
+QUICK_METRICS = ("linear/top1", "sgd/top1", "knn/top1")
+SHAPE = ("width", "depth", "heads", "patch", "mlp_ratio", "gelu", "layer_scale")  # what parameters fit
+DATA_GROUPS = ("data", "eval", "mesh", "log")  # of the recipe, when the encoder is looked at without training
+
+
+class Recipe:
+    """A config file, the arguments that were given with it, and the overrides of the command line."""
+
+    def __init__(self, config: str, overrides: dict[str, Any]):
+        file, _, self.arg = config.partition(":")
+        self.overrides = overrides
+        self.module = _module(Path(file))
+        self.stem = Path(file).stem
+
+    def config(self, *args: str, encoder: ConfigDict | None = None) -> ConfigDict:
+        """Returns the config for more arguments, fitted to the shape of an encoder, with the overrides; unlocked.
+
+        Raises:
+          UserError: an argument is unknown, or names a size that is not the encoder's.
+        """
+        size = self._size(encoder) if encoder else ""
+        arg = self._joined(size, *args)
+        config = (self.module.get_config(arg) if arg else self.module.get_config()).unlock()
+        if encoder:
+            config.model.update({field: encoder.model[field] for field in SHAPE})
+            config.data.image_size = encoder.data.image_size
+            if encoder.model.positions != "fixed":
+                config.model.positions = "learned"
+        config.update_from_flattened_dict(self.overrides)
+        return config
+
+    def _size(self, encoder: ConfigDict) -> str:
+        """Returns the argument that names the encoder's size, '' where the recipe has none or it was given."""
+        known = getattr(self.module, "SIZES", ())
+        given = [name for name in self.arg.split(",") if name in known]
+        m = encoder.model
+        own = next((name for name, shape in SIZES.items() if shape == (m.width, m.depth, m.heads)), "")
+        if own in known and given and given != [own]:
+            raise UserError(f"the recipe's argument {','.join(given)} is for another size: the encoder's is {own}; "
+                            "leave it out")
+        return own if own in known and not given else ""
+
+    def metric(self, *args: str) -> str:
+        """Returns the metric that the recipe names, '' for none."""
+        return self.module.metric(self._joined(*args)) if hasattr(self.module, "metric") else ""
+
+    def _joined(self, *args: str) -> str:
+        return ",".join(filter(None, (self.arg, *args)))
+
+
+def _module(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rates(texts: list[str]) -> list[float]:
+    """Returns learning rates from the command line; raises UserError for what is no number."""
+    try:
+        return [float(text) for text in texts]
+    except ValueError:
+        raise UserError(f"--lrs={','.join(texts)}: no list of numbers; write for example 1e-4,3e-4,1e-3") from None
+
+
+def plan(recipe: Recipe, names: list[str], protocols: list[str], blocks: list[str]) -> list[Cell]:
+    """Returns the cells in the order in which they run; raises UserError for a number of blocks that is none."""
+    for text in blocks:
+        if text != ALL and not (text.replace(".", "", 1).isdecimal() and (float(text) == 0.5 or float(text) % 1 == 0)):
+            raise UserError(f"--blocks: {text!r}; write whole numbers, 0.5 (the MLP of the last block) or all")
+    def numbers(name: str, protocol: str) -> list[str]:
+        """What freezes the encoder by itself is not run for each number of blocks."""
+        frozen = protocol == QUICK or recipe.config(name, protocol).method.get("train_blocks") == 0
+        return blocks if blocks and not frozen else [""]
+
+    names, protocols = (list(dict.fromkeys(given)) or [""] for given in (names, protocols))
+    cells = [Cell(name, protocol, number) for name in names for protocol in protocols
+             for number in numbers(name, protocol)]
+    return [cell if cell.data else cell._replace(data=recipe.stem) for cell in dict.fromkeys(cells)]
+
+
+def encoder_config(source: str) -> ConfigDict:
+    """Returns the config of the run that made an encoder; raises UserError where it is not known."""
+    from mae_jax.training import workdir
+
+    config = workdir.config_of(source)
+    if config is None:
+        raise UserError(f"{source} does not say what model it holds; give a workdir, a step's folder in it, or a file "
+                        "that mae_jax export wrote")
+    return config
+
+
+class Suite:
+    """All cells of one encoder under one folder.
+
+    The encoder is the newest step that a workdir has now: cells of a later one are refused, and want another folder.
+    """
+
+    def __init__(self, recipe: Recipe, source: str, to: str, lrs: list[float]):
+        from mae_jax.storage import paths, step_dirs
+
+        self.recipe, self.lrs = recipe, lrs
+        self.encoder = encoder_config(source)
+        self.source = str(step_dirs.newest(paths.locate(source)))
+        self.to = paths.locate(to)
+        if self.to.exists() and not self.to.is_dir():
+            raise UserError(f"--to={to} is a file; give the folder that the cells are to be under")
+
+    def check(self, cells: list[Cell]) -> None:
+        """Raises UserError for the first cell, or learning rate, that cannot run, whatever the data."""
+        for cell in cells:
+            config = self.config(cell)
+            configs.validate(config, trains=cell.protocol != QUICK)
+            for lr in self.lrs if cell.protocol != QUICK else ():
+                configs.validate(with_lr(config, lr))
+
+    def config(self, cell: Cell, *args: str) -> ConfigDict:
+        """Returns the config of a cell; raises UserError for what the recipe does not know."""
+        name = "" if cell.data == self.recipe.stem else cell.data
+        if cell.protocol == QUICK:
+            return self._quick_config(self.recipe.config(name, encoder=self.encoder))
+        config = self.recipe.config(name, cell.protocol, *args, encoder=self.encoder)
+        config.init_from = self.source
+        if config.train.compilation_cache == "auto":  # shared: many cells run the same programs
+            config.train.compilation_cache = str(self.to / "compiled")
+        if cell.blocks:
+            if "train_blocks" not in config.method:
+                raise UserError(f"--blocks: method.name={config.method.name!r} fine-tunes all blocks or none")
+            number = -1.0 if cell.blocks == ALL else float(cell.blocks)
+            config.method.train_blocks = number if number == 0.5 else int(number)
+        return config.lock()
+
+    def _quick_config(self, recipe: ConfigDict) -> ConfigDict:
+        """Returns the encoder's own config on the data of the recipe."""
+        config = self.encoder.copy_and_resolve_references().unlock()
+        config.update({group: recipe[group] for group in DATA_GROUPS})
+        config.update(init_from=self.source, batch_size=recipe.batch_size)
+        config.update_from_flattened_dict({name: value for name, value in self.recipe.overrides.items()
+                                           if name == "seed" or name.startswith("model.")})
+        config.data.val_split = config.checkpoint.best = ""
+        config.train.update(duration="1 steps", accumulate=1)
+        return config.lock()
+
+    def run(self, cells: list[Cell]) -> int:
+        """Runs the cells, and writes table and plot after each, with the rows of earlier calls; returns the exit code.
+        """
+        rows, codes = stored(self.to, self.source), [errors.FINISHED]
+        for cell in cells:
+            try:
+                code, found = self.run_cell(cell)
+            except (UserError, GuardError, OSError) as error:
+                code, line = errors.explain(error)
+                print(f"{cell.folder}: {line}", flush=True)
+                found = [Row(cell, "", None, None, None, str(error))]
+            if code == errors.STOPPED:
+                return code
+            codes.append(code)
+            rows = joined(rows, found)
+            write(rows, self.to, self.source, self.encoder.model.depth)
+        print(table(rows))
+        return errors.MISTAKE if errors.MISTAKE in codes else max(codes)
+
+    def run_cell(self, cell: Cell) -> tuple[int, list[Row]]:
+        """Returns the exit code of a cell and, where it is finished, its rows."""
+        from mae_jax.training import loop
+
+        folder, lr = self.to / cell.folder, None
+        print(f"-- {cell.folder}", flush=True)
+        config = self.config(cell)
+        if cell.protocol == QUICK:
+            look(config, folder)
+            return errors.FINISHED, [self._row(cell, folder, metric) for metric in QUICK_METRICS]
+        if self.lrs:
+            code, lr = self._best_lr(cell, folder)
+            if code != errors.FINISHED:
+                return code, []
+            config = with_lr(config, lr)
+        code = loop.train(config, str(folder))
+        part = "eval/best" if config.checkpoint.best else "eval"
+        return code, [self._row(cell, folder, self._metric(cell), lr, part)] if code == errors.FINISHED else []
+
+    def _best_lr(self, cell: Cell, folder: epath.Path) -> tuple[int, float]:
+        """Trains once per learning rate without the test data; returns an exit code and the best on data.val_split.
+
+        A rate at which a guard stops the training is out.
+
+        Raises:
+          GuardError: they all are.
+        """
+        from mae_jax.training import loop
+
+        config = self.config(cell)
+        if not config.data.val_split:
+            config = self.config(cell, "held")
+        config.eval.test = False  # held out, where data without splits are divided, and not read
+        scores = {}
+        for lr in self.lrs:
+            try:
+                code = loop.train(with_lr(config, lr), str(folder / f"lr_{lr:g}"))
+            except GuardError as error:
+                print(f"{cell.folder}: lr {lr:g}: {errors.explain(error)[1]}", flush=True)
+                stopped = error
+                continue
+            if code != errors.FINISHED:
+                return code, lr
+            scores[lr] = measured(folder / f"lr_{lr:g}", self._metric(cell), "val")[1]
+        if not scores:
+            raise stopped
+        print("  ".join(f"lr {lr:g}: {score:.4f}" for lr, score in scores.items()), flush=True)
+        return errors.FINISHED, max(scores, key=scores.__getitem__)
+
+    def _metric(self, cell: Cell) -> str:
+        return self.recipe.metric("" if cell.data == self.recipe.stem else cell.data)
+
+    def _row(self, cell: Cell, folder: epath.Path, metric: str, lr: float | None = None, part: str = "eval") -> Row:
+        name, value, step = measured(folder, metric, part)
+        return Row(cell, name, value, step, lr)
+
+
+def with_lr(config: ConfigDict, lr: float) -> ConfigDict:
+    """Returns a copy of the config with another learning rate."""
+    config = config.copy_and_resolve_references()
+    config.optim.lr = lr
+    return config
+
+
+def look(config: ConfigDict, folder: epath.Path) -> None:
+    """Probes the encoder of `init_from` without training it, in a workdir of its own, unless that is done."""
+    import jax
+
+    from mae_jax.evals.evaluator import Evaluator
+    from mae_jax.storage import paths
+    from mae_jax.storage.metric_writer import Recorder
+    from mae_jax.training import run as training_run
+    from mae_jax.training import workdir
+
+    startup_timer.begin()
+    run = training_run.opened(config, str(folder), trains=False)
+    if (run.workdir / "DONE").exists():
+        if workdir.read_config(folder).eval == config.eval:
+            return
+        folder.rmtree()  # measured otherwise, in seconds
+    with jax.set_mesh(run.program.mesh), training_run.compiled_programs(config, run.workdir):
+        state = training_run.initial_state(run, trains=False)
+        workdir.record(run.workdir, config)
+        recorder = Recorder(run.workdir, 0, config.log.tensorboard)
+        recorder.scalars(0, Evaluator(run.program.method, run.inputs, run.program.mesh).quick(state))
+        recorder.close()
+    paths.replace_text(run.workdir / "DONE", "0\n")
+
+
+def measured(folder: epath.Path, metric: str, part: str) -> tuple[str, float, int]:
+    """Returns (metric, value, step): the last value of <part>/<metric> in metrics.jsonl; of map or top1 for ''."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for name in [metric] if metric else ["map", "top1"]:
+        found = [line for line in lines if line.get(f"{part}/{name}") is not None]
+        if found:
+            return name, found[-1][f"{part}/{name}"], found[-1]["step"]
+    known = sorted({name for line in lines for name in line if name.startswith(f"{part}/")})
+    raise UserError(f"{folder}: no {part}/{metric or 'top1'} was measured; there is {', '.join(known) or 'nothing'}")

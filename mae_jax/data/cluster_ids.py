@@ -1,0 +1,132 @@
+"""Clusters of pictures by the features of a frozen encoder: what `python -m mae_jax cluster --from=...` leaves behind.
+
+A folder, local or gs://:
+
+  clusters.npz         centroids float32 [m, D] of length 1, prices float32 [m], mean float32 [D] of the features, and
+                       assigned/<split> int32 [n]: the cluster of the example of id i, -1 where there is none
+  meta.json            what they were made of, sizes and balance
+  encoder.safetensors  the frozen encoder, with its config: image size, crop and patch are those of the features
+  clusters.png         the pictures nearest to each centroid, a row for each
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_jax.errors import UserError
+from mae_jax.ops import spherical_kmeans
+from mae_jax.param_tree import flatten
+from mae_jax.storage import paths
+from mae_jax.storage.npz import opened
+
+FIELD = "cluster"
+PREFIX = "assigned/"
+NAMES = ("centroids", "prices", "mean", "sizes")
+EPS = 1e-6  # added to variances
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Centroids of features that are centred and scaled to length 1, and whose picture is whose."""
+
+    centroids: np.ndarray  # float32 [m, D]
+    prices: np.ndarray  # float32 [m], subtracted from similarities: what keeps clusters of one size
+    mean: np.ndarray  # float32 [D]
+    sizes: np.ndarray  # int64 [m], of the training split
+    assigned: dict[str, np.ndarray] = field(default_factory=dict)  # split expression → int32 [n]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def fingerprint(self) -> str:
+        """Returns a short hash of the centroids and of whose picture is whose."""
+        return fingerprint({"centroids": self.centroids, "assigned": self.assigned})
+
+    def standard(self) -> np.ndarray:
+        """Returns the centroids as gates read them, each normalised as by a layer norm, float32 [m, D]."""
+        centred = self.centroids - self.centroids.mean(1, keepdims=True)
+        return centred / np.sqrt(centred.var(1, keepdims=True) + EPS)
+
+    def nearest(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the clusters int32 [n] of features [n, D] of the frozen encoder, and similarities float32 [n]."""
+        points = spherical_kmeans.unit(features - self.mean).astype(np.float32)
+        return spherical_kmeans.assign(lambda: iter([points]), self.centroids, self.prices)
+
+    def write(self, folder: epath.Path) -> None:
+        """Writes meta.json and then clusters.npz, which is whole once it is there."""
+        paths.replace_text(folder / "meta.json", json.dumps(self.meta, indent=1) + "\n")
+        arrays = {name: getattr(self, name) for name in NAMES}
+        content = io.BytesIO()
+        np.savez(content, **arrays, **{PREFIX + split: found for split, found in self.assigned.items()})
+        paths.replace_bytes(folder / "clusters.npz", content.getvalue())
+
+    @classmethod
+    def read(cls, folder: str) -> "Clusters":
+        """Reads what `write` wrote; raises UserError where it is not there or damaged."""
+        path = paths.locate(folder).expanduser()
+        if not folder or not (path / "clusters.npz").is_file():
+            raise UserError(f"method.clusters={folder!r} holds no clusters.npz; python -m mae_jax cluster "
+                            "--from=WORKDIR --to=FOLDER makes it, of the pictures and the encoder of a MAE")
+        with opened(path / "clusters.npz", "; remove it, and cluster again") as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        try:
+            meta = json.loads((path / "meta.json").read_text())
+            named = [name for name in arrays if name.startswith(PREFIX)]
+            assigned = {name.removeprefix(PREFIX): arrays.pop(name) for name in named}
+            return cls(**arrays, assigned=assigned, meta=meta)
+        except (ValueError, TypeError, OSError) as error:
+            raise UserError(f"{path / 'clusters.npz'} or meta.json beside it is damaged: {error}; "
+                            "remove both, and cluster again") from None
+
+
+def fingerprint(arrays: Any) -> str:
+    """Returns a short hash of the values of nested dicts of arrays."""
+    digest = hashlib.sha256()
+    for name, array in sorted(flatten(arrays).items()):
+        digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def of_splits(config: ConfigDict, parts: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Returns split expression → cluster by id, int32, of the splits that the config names.
+
+    Args:
+      config: whose method.clusters is the folder.
+      parts: split expression → its examples, see `data.Inputs`.
+
+    Raises:
+      UserError: the clusters are of other data, or of other splits of it.
+    """
+    folder = config.method.get("clusters", "")
+    found = Clusters.read(folder)
+    for name in ("source", "name", "classes"):
+        if config.data[name] != found.meta["data"][name]:
+            raise UserError(f"the clusters of {folder} are of data.{name}={found.meta['data'][name]!r}, the config has "
+                            f"{config.data[name]!r}")
+    for split, part in parts.items():
+        if split not in found.assigned:
+            raise UserError(f"{folder} has no clusters of the split {split!r}; it has {', '.join(found.assigned)}; "
+                            "cluster with the config's splits")
+        there = int((found.assigned[split] >= 0).sum())
+        if there != part.size:
+            raise UserError(f"{folder} has clusters of {there} examples of {split!r}, the data has {part.size}: "
+                            "cluster again, into another folder")
+        if found.meta.get("examples", {}).get(split) != part.digest():
+            raise UserError(f"{folder} has clusters of other examples of {split!r}, by their names or order, than the "
+                            "data has: cluster again, into another folder")
+    return found.assigned
+
+
+def joined(make: Callable[..., Iterator[Batch]], assigned: np.ndarray) -> Callable[..., Iterator[Batch]]:
+    """Returns `make` with the field `cluster` int32 [B] in its batches, -1 in padding."""
+    def batches(*args: Any) -> Iterator[Batch]:
+        for batch in make(*args):
+            yield {**batch, FIELD: np.where(batch["id"] < 0, -1, assigned[batch["id"]]).astype(np.int32)}
+
+    return batches

@@ -1,0 +1,190 @@
+"""The input: pictures to batches of permuted uint8 patches. The only folder that imports TensorFlow, when built."""
+
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_jax.data import cluster_ids, token_maps
+from mae_jax.data.masking import Order, View, with_views
+from mae_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+Spec = dict[str, jax.ShapeDtypeStruct]
+FIELDS = ("patches", "order", "label", "id", "valid", "replaced")
+BAD_NAMES = 100  # the last so many pictures that were replaced are kept by name
+_PROVIDERS = {  # what would give a field; formatted with the config's group `data`
+    "labels": "data.label_key={0.label_key!r} names no list of classes, nor an array [n, C] of 0 and 1",
+    "mask": "data.mask_key={0.mask_key!r} names no masks there",
+}
+
+
+class Inputs(NamedTuple):
+    """The input of a run, as one process sees it."""
+
+    train: Callable[[int], Iterator[Batch]]  # step → endless: this process's rows of batches step, step + 1, ...
+    support: Callable[..., Iterator[Batch]]  # of the training split, as the evaluation sees pictures; finite, padded;
+    #   of some ids alone, where that is asked and the data have random access
+    evaluate: Callable[..., Iterator[Batch]]  # of the evaluation split likewise; at a crop ratio, by default the first
+    validate: Callable[[], Iterator[Batch]]  # of the validation split likewise; both are empty without a split
+    extra: Callable[[str], Iterator[Batch]]  # of a further test set (eval.sets), with labels of the training classes
+    num_train: int
+    num_eval: int
+    num_val: int
+    classes: tuple[str, ...]  # () without labels of the kind that the method asked for
+    description: str  # one line
+    bad: deque[str]  # 'name: reason' of the pictures that this process replaced, newest last
+    parts: dict[str, Any] = {}  # split expression → its sources.Source or streams.Stream; none of cached batches
+
+
+def build(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray | None = None,
+          views: tuple[View, ...] = ()) -> Inputs:
+    """Opens the config's data.
+
+    Batches are dicts of NumPy arrays with the fields of `spec`: `patches` uint8 [B, N, P], cut and permuted; `order`
+    int32 [B, N], order[b, k] = raster index of the k-th patch; `label` int32 [B], -1 unlabelled; `id` int32 [B], -1 in
+    padding; `valid` float32 [B], 0 for grey stand-ins and padding; `replaced` int32 [B], how many pictures failed
+    before this one. Where the spec asks for them and the data have them: `labels` uint8 [B, C], 1 where a class is in
+    the picture; `mask` uint8 [B, N, P / 3], the class of each pixel, 255 where it has none; and `tokens` int32 [B, N],
+    of the file data.tokens; and `cluster` int32 [B], of the folder method.clusters.
+
+    Args:
+      config: the resolved config.
+      spec: field → global shape [B, ...] and dtype, as evaluations want them.
+      order: how the method hides patches.
+      rows: the global rows that this process feeds; None: all of them.
+      views: what the batches of training have in place of `patches` and `order`, if anything.
+
+    Raises:
+      UserError: the data is not there, or cannot give a field of the spec.
+    """
+    rows = np.arange(config.batch_size) if rows is None else np.asarray(rows)
+    if config.data.source == "batches":
+        from mae_jax.data.readers import cached_batches
+
+        return Inputs(**cached_batches.open_folder(config, spec, views, order, rows))
+    inputs = _open(config, spec, order, rows, views)
+    sizes = {split: size for split, size in ((config.data.train_split, inputs.num_train),
+                                             (config.data.val_split, inputs.num_val),
+                                             (config.data.eval_split, inputs.num_eval)) if split}
+    if token_maps.FIELD in spec:
+        tokens = token_maps.load(config, sizes, spec[token_maps.FIELD].shape[1])
+        inputs = _joined(config.data, inputs, token_maps.joined, tokens)
+    if cluster_ids.FIELD in spec:
+        inputs = _joined(config.data, inputs, cluster_ids.joined, cluster_ids.of_splits(config, inputs.parts))
+    return inputs
+
+
+def _joined(data: ConfigDict, inputs: Inputs, join: Callable[..., Any], tables: dict[str, np.ndarray]) -> Inputs:
+    """Adds a field to all batches from the table of each split, by the examples' ids."""
+    parts = {"train": data.train_split, "support": data.train_split, "validate": data.val_split,
+             "evaluate": data.eval_split}
+    made = {name: join(getattr(inputs, name), tables[split]) for name, split in parts.items() if split}
+    return inputs._replace(**made)
+
+
+def _open(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray, views: tuple[View, ...]) -> Inputs:
+    from mae_jax.data.readers import random_access, record_stream
+    from mae_jax.data.sources import base, registry
+    from mae_jax.data.transforms.example import Views
+
+    data = config.data
+    source = registry.load(data, data.train_split)
+    validation, held_out = (registry.load(data, split) if split else None
+                            for split in (data.val_split, data.eval_split))
+    for key in ("train_split", "eval_split"):
+        check_apart(data, "val_split", key)
+    if token_maps.FIELD in spec and any(isinstance(part, base.Stream) for part in (source, validation, held_out)):
+        raise UserError(f"data.tokens={data.tokens!r} names examples by their place in the split, which streams do not "
+                        "know; use a source with random access: folder, npz, or TFDS stored as array_record")
+    later = (token_maps.FIELD, cluster_ids.FIELD)  # which are joined by the examples' ids
+    spec = {name: struct for name, struct in spec.items() if name not in later}
+    for part in (source, validation, held_out):
+        _check_fields(part, spec, data)
+        _check_classes(part, source, data)
+    kinds = {base.Source: random_access, base.Stream: record_stream}
+    bad: deque[str] = deque(maxlen=BAD_NAMES)
+    common = {"views": Views(config, order, spec, views), "config": config, "rows": rows, "bad": bad}
+
+    def evaluate(part: base.Source | base.Stream | None, ratio: float = config.eval.crop_ratio[0]
+                 ) -> Iterator[Batch]:
+        return kinds[type(part)].evaluate(part, ratio, spec=spec, **common) if part else iter(())
+
+    def support(ids: np.ndarray | None = None) -> Iterator[Batch]:
+        return evaluate(source) if ids is None else _renumbered(evaluate(source.only(ids)), "id", ids)
+
+    def extra(name: str) -> Iterator[Batch]:
+        found, classes = registry.further(data, name, source.classes)
+        _check_fields(found, spec, data)
+        return _renumbered(evaluate(found), "label", classes)
+
+    if source.size < order.group:
+        raise UserError(f"data.train_split={data.train_split!r} has {source.size} pictures, and {order.group} are "
+                        "mixed with one another")
+    left_over = record_stream.left_over(source, config) if isinstance(source, base.Stream) else range(0)
+    lost = ""
+    if left_over:
+        lost = f"; left out by {data.readers} readers: {len(left_over)}, from {source.name(left_over[0])}"
+    # Where a picture has any number of labels, the batch field `label` says none.
+    classes = source.classes if "labels" in spec or "labels" not in source.fields else ()
+    num_val, num_eval = (part.size if part else 0 for part in (validation, held_out))
+    splits = {data.train_split: source, data.val_split: validation, data.eval_split: held_out}
+    return Inputs(
+        train=functools.partial(kinds[type(source)].train, source, spec=with_views(spec, views), **common),
+        support=support, evaluate=functools.partial(evaluate, held_out),
+        validate=functools.partial(evaluate, validation), extra=extra,
+        num_train=source.size - len(left_over), num_eval=num_eval, num_val=num_val, classes=classes, bad=bad,
+        description=_describe(data, source.size, num_val, num_eval, len(source.classes)) + lost,
+        parts={split: part for split, part in splits.items() if part})
+
+
+def check_apart(data: ConfigDict, first: str, second: str) -> None:
+    """Raises UserError when two splits of the config, by the names of their fields, may share pictures."""
+    from mae_jax.data.sources import registry
+    from mae_jax.data.sources import splits as sources_splits
+
+    if data.source not in registry.MODULES:
+        return
+    some, others = (sources_splits.parts(data[key]) if data[key] else [] for key in (first, second))
+    if any(registry.same_split(data, one.name, other.name) and sources_splits.overlap(one, other)
+           for one in some for other in others):
+        raise UserError(f"data.{first}={data[first]!r} shares pictures with data.{second}={data[second]!r}, or may; "
+                        "write for example 'train[:90%]' to train on, 'train[90%:]' to choose by and 'test' to report")
+
+
+def _check_classes(part: Any, source: Any, data: ConfigDict) -> None:
+    """Raises UserError when a part has a class that the training data lack."""
+    unknown = sorted(set(part.classes) - set(source.classes)) if part and source.classes else []
+    if unknown:
+        raise UserError(f"data.source={data.source!r}: {len(unknown)} classes of the held-out pictures are none of "
+                        f"data.train_split={data.train_split!r}, such as {unknown[0]!r}")
+
+
+def _check_fields(part: Any, spec: Spec, data: ConfigDict) -> None:
+    """Raises UserError when a split cannot give a field of the spec; `part` is None without a split."""
+    given = (*FIELDS, *(part.fields if part else ("labels", "mask")))
+    for name in spec:
+        if name not in given:
+            hint = _PROVIDERS.get(name, f"it gives {', '.join(given)}").format(data)
+            raise UserError(f"data.source={data.source!r} gives no batch field {name!r}; {hint}")
+    if part and "labels" in spec and spec["labels"].shape[1] != len(part.classes):
+        raise UserError(f"data.label_key={data.label_key!r} has {len(part.classes)} classes, the method expects "
+                        f"{spec['labels'].shape[1]}")
+
+
+def _renumbered(batches: Iterator[Batch], name: str, numbers: np.ndarray) -> Iterator[Batch]:
+    """Yields the batches with numbers[k] for k in a field; those below 0 stay."""
+    for batch in batches:
+        yield {**batch, name: np.where(batch[name] < 0, batch[name], numbers[batch[name]]).astype(np.int32)}
+
+
+def _describe(data: ConfigDict, train: int, validation: int, held_out: int, classes: int) -> str:
+    where = data.path if data.source == "folder" else data.name or data.path
+    labels = f"{classes} classes" if classes else "no labels"
+    chosen_by = f"{validation} in {data.val_split}, " if data.val_split else ""
+    return (f"{data.source}{f' {where}' if where else ''}: {train} pictures in {data.train_split}, {chosen_by}"
+            f"{held_out} in {data.eval_split or 'no evaluation split'}; {labels}")

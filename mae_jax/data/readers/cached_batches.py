@@ -1,0 +1,150 @@
+"""batches: examples made beforehand (inspect --write=batches), for machines without TensorFlow. NumPy only.
+
+A folder, local or gs://, with train.npz, support.npz, evaluate.npz and perhaps validate.npz, whose arrays are batch
+fields [n, ...], and meta.json with the class names, the number of training pictures that were there, and how patches
+are hidden.
+"""
+
+import itertools
+import json
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_jax.data.cluster_ids import Clusters
+from mae_jax.data.masking import Order, View, rolled, with_views
+from mae_jax.errors import UserError
+from mae_jax.storage.npz import opened
+from mae_jax.storage.paths import check_bucket, read_text
+
+# Of the rows that fill the last batch; the other fields repeat the first example.
+PADDING = {"valid": 0, "label": -1, "labels": 0, "mask": 255, "id": -1, "replaced": 0}
+Arrays = dict[str, np.ndarray]
+Spec = dict[str, jax.ShapeDtypeStruct]
+
+
+def hiding(order: Order, views: tuple[View, ...]) -> dict[str, Any]:
+    """Returns what meta.json says of orders and views, as JSON gives it back."""
+    return json.loads(json.dumps({"order": order, "views": views}))
+
+
+def joined_from(config: ConfigDict) -> dict[str, str]:
+    """Returns what meta.json says of the pictures that were kept, and of the clusters that were joined."""
+    named = config.method.get("clusters", "") if config.method.get("gate") == "cluster" else ""
+    return {"kept": config.data.get("classes", ""), "clusters": Clusters.read(named).fingerprint() if named else ""}
+
+
+def open_folder(config: ConfigDict, spec: Spec, views: tuple[View, ...], order: Order, rows: np.ndarray) -> dict:
+    """Returns the fields of `data.Inputs`; raises UserError when the folder does not hold what is asked for.
+
+    Batches that were made with views serve to look at an encoder without them, but not to train.
+    """
+    folder, meta = epath.Path(config.data.path), _meta(config.data.path)
+    wanted = hiding(order, views)
+    for name, value in joined_from(config).items() if "kept" in meta else ():
+        if meta[name] != value:
+            field = {"kept": "data.classes", "clusters": "method.clusters"}[name]
+            raise UserError(f"the batches of {folder} were made with another {field}; make them with this config")
+    if meta.get("order") != wanted["order"]:
+        raise UserError(f"the batches of {folder} were made for the order of patches {meta.get('order')} (kind, grid, "
+                        f"hidden, group), the config asks for {wanted['order']}; make them with this config")
+    trains = meta.get("views") == wanted["views"]
+    if not trains and views:
+        raise UserError(f"the batches of {folder} were made for other views of the pictures than the config asks for; "
+                        "make them with this config")
+    names = ("support", "evaluate", *(("validate",) if (folder / "validate.npz").is_file() else ()))
+    parts = {name: _load(folder / f"{name}.npz", spec) for name in names}
+    if trains:
+        parts["train"] = _load(folder / "train.npz", with_views(spec, views))
+    sizes = {name: len(next(iter(arrays.values()))) for name, arrays in parts.items()}
+    if sizes.get("train", 0) % order.group:
+        raise UserError(f"{folder} has {sizes['train']} training examples, which is not a multiple of the "
+                        f"{order.group} pictures that share an order; make them with a batch_size that is")
+
+    def train(step: int) -> Iterator[Arrays]:
+        if not trains:
+            raise UserError(f"the batches of {folder} were made for a method with views of its own")
+        return _endless(parts["train"], sizes["train"], config.batch_size, rows, step)
+
+    def finite(name: str) -> Callable[..., Iterator[Arrays]]:
+        def batches(ratio: float = config.eval.crop_ratio[0]) -> Iterator[Arrays]:
+            if ratio != config.eval.crop_ratio[0]:
+                raise UserError(f"cached batches hold one crop of each picture: no eval.crop_ratio={ratio} of {folder}")
+            if name not in parts:
+                return iter(())
+            return _finite(parts[name], sizes[name], config.batch_size, rows, order.group)
+        return batches
+
+    def extra(name: str) -> Iterator[Arrays]:
+        raise UserError(f"cached batches have no further test set eval.sets={name!r}; use data.source='tfds'")
+
+    return {
+        "train": train, "support": finite("support"), "evaluate": finite("evaluate"), "validate": finite("validate"),
+        "extra": extra,
+        "num_train": meta["num_train"], "num_eval": sizes["evaluate"], "num_val": sizes.get("validate", 0),
+        "classes": tuple(meta["classes"]),
+        "description": f"batches {folder}: {sizes.get('train', 0)} cached training examples of {meta['num_train']} "
+                       f"pictures, {sizes['evaluate']} for evaluation; {len(meta['classes']) or 'no'} classes",
+        "bad": deque(maxlen=0),
+    }
+
+
+def _meta(path: str) -> dict[str, Any]:
+    """Reads what is said of the batches; raises UserError."""
+    check_bucket(path)
+    file = epath.Path(path) / "meta.json"
+    text = read_text(file) if path else None
+    if text is None:
+        raise UserError(f"data.path={path!r} holds no meta.json of cached batches; "
+                        "python -m mae_jax inspect --config=... --to=DIR --write=batches makes them")
+    try:
+        meta = json.loads(text)
+        if not {"num_train", "classes"} <= meta.keys():
+            raise ValueError("it lacks num_train or classes")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+    return meta
+
+
+def _load(path: epath.Path, spec: Spec) -> Arrays:
+    """Reads the fields of the spec from one file and compares shapes and types."""
+    if not path.is_file():
+        raise UserError(f"cached batches lack {path}")
+    with opened(path) as stored:
+        absent = [name for name in spec if name not in stored.files]
+        arrays = {name: stored[name] for name in spec if name not in absent}
+    if absent:
+        raise UserError(f"{path} has no field {absent[0]!r}; it has {', '.join(sorted(arrays))}")
+    for name, struct in spec.items():
+        shape, dtype = arrays[name].shape[1:], arrays[name].dtype
+        if shape != struct.shape[1:] or dtype != struct.dtype:
+            raise UserError(f"{path}: {name!r} is {dtype} {list(shape)} per example, the config wants {struct.dtype} "
+                            f"{list(struct.shape[1:])}; the batches were made with another image_size or patch")
+    return arrays
+
+
+def _endless(arrays: Arrays, size: int, batch: int, rows: np.ndarray, step: int) -> Iterator[Arrays]:
+    """Yields these rows of the batches from `step` on; the file is read over and over."""
+    for number in itertools.count(step):
+        chosen = (number * batch + rows) % size
+        yield {name: array[chosen] for name, array in arrays.items()}
+
+
+def _finite(arrays: Arrays, size: int, batch: int, rows: np.ndarray, group: int) -> Iterator[Arrays]:
+    """Yields these rows of all batches, the last one padded; padding has the order of its place in a group."""
+    for first in range(0, size, batch):
+        positions = first + rows
+        beyond = positions >= size
+        out = {name: array[np.where(beyond, 0, positions)] for name, array in arrays.items()}
+        for name in PADDING.keys() & out.keys():
+            out[name][beyond] = PADDING[name]
+        if group > 1:
+            begun = arrays["order"][(size - 1) // group * group]
+            for row in np.flatnonzero(beyond):
+                out["order"][row] = rolled(begun, positions[row] % group, group)
+        yield out

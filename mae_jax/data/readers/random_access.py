@@ -1,0 +1,183 @@
+"""Sources with random access to batches: a pure function of the position, mapped in parallel by tf.data."""
+
+import atexit
+import functools
+import itertools
+import os
+import sys
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_jax.data.decode import BadPicture
+from mae_jax.data.sources.base import Source
+from mae_jax.data.tensorflow_cpu import options, tf
+from mae_jax.data.transforms.example import Fields, Spec, Views
+from mae_jax.rng import permutation, rng
+
+TRIES = 4  # pictures tried for one position before a grey one stands in: the drawn one and three more
+PADDING = -1  # id of the rows that fill the last batch of an evaluation
+Batch = dict[str, np.ndarray]
+
+
+def draw(position: int, batch: int, repeats: int) -> int:
+    """Returns which draw from the epochs' orders the row at a position of the run shows.
+
+    With R repeats, a batch of B rows shows D = ceil(B / R) examples: row r the example r % D. Copies lie D rows apart,
+    so that no D neighbouring rows show an example twice. (Hoffer et al. 2020 put the copies of an example in one
+    batch too; DeiT's sampler, which draws without addresses, shows only 1/R of the examples in each of its epochs.)
+    """
+    step, row = divmod(position, batch)
+    distinct = -(-batch // repeats)
+    return step * distinct + row % distinct
+
+
+def train_example(source: Source, views: Views, config: ConfigDict, bad: deque[str], position: int) -> Fields:
+    """Returns all fields of the example at a position of the run.
+
+    Every epoch visits each example once, in an order of its own; batches straddle epochs. A bad picture gives way to
+    the next of the epoch's order that may stand in (`_candidates`). With data.repeats = R, a pass takes as many rows as
+    R epochs of the config's durations, and its examples are shown R times each, in views of their own.
+    """
+    for tries, index in enumerate(itertools.islice(_candidates(source.size, views.group, config, position), TRIES)):
+        try:
+            fields = views.train(source.read(index), position)
+            return {**fields, "id": index, "valid": 1.0, "replaced": tries}
+        except (BadPicture, OSError) as error:
+            bad.append(f"{source.name(index)}: {error}")
+    return {**views.grey_train(position), "id": index, "replaced": TRIES}
+
+
+def _candidates(size: int, group: int, config: ConfigDict, position: int) -> Iterator[int]:
+    """Yields the example that is drawn for a position, then those that may stand in for it.
+
+    Where a group of neighbours is mixed, these are the members of the next groups that its own mix was not to show, so
+    that no stand-in is mixed with itself. (A mix that straddles two epochs may show a picture twice.)
+    """
+    def drawn(position: int, ahead: int = 0) -> int:
+        epoch, place = divmod(draw(position, config.batch_size, config.data.repeats), size)
+        return int(permutation(config.seed, epoch, size)[(place + ahead) % size])
+
+    yield drawn(position)
+    first = position // group * group
+    shown = {drawn(member) for member in range(first, first + group)}
+    for tries in range(1, size):
+        if (index := drawn(position, tries * group)) not in shown:
+            shown.add(index)
+            yield index
+
+
+def evaluate_example(source: Source, views: Views, indices: np.ndarray, ratio: float, bad: deque[str],
+                     position: int) -> Fields:
+    """Returns all fields of the example at a position of an evaluation; past the end, padding."""
+    grey = views.grey(position)
+    if position >= len(indices):
+        return {**grey, "id": PADDING, "replaced": 0}
+    index = int(indices[position])
+    try:
+        return {**views.evaluate(source.read(index), index, position, ratio), "id": index, "valid": 1.0, "replaced": 0}
+    except (BadPicture, OSError) as error:
+        bad.append(f"{source.name(index)}: {error}")
+        return {**grey, "id": index, "replaced": 1}
+
+
+def subset(size: int, most: int, group: int = 1) -> np.ndarray:
+    """Returns which examples an evaluation reads: all, or a random part that is the same in every run; sorted.
+
+    Where a group of neighbours is mixed, they are shuffled: files often lie in the order of their classes.
+    """
+    if size <= most and group == 1:
+        return np.arange(size)
+    chosen = rng(0, "subset", 0).permutation(size)[:most]
+    return np.sort(chosen) if group == 1 else chosen
+
+
+def train(source: Source, step: int, views: Views, config: ConfigDict, spec: Spec, rows: np.ndarray,
+          bad: deque[str]) -> Iterator[Batch]:
+    """Yields these rows of the batches step, step + 1, ... without end."""
+    example = functools.partial(train_example, source, views, config, bad)
+    return batches(example, spec, rows, range(step, sys.maxsize // config.batch_size), config.data)
+
+
+def evaluate(source: Source, ratio: float, views: Views, config: ConfigDict, spec: Spec, rows: np.ndarray,
+             bad: deque[str]) -> Iterator[Batch]:
+    """Yields these rows of at most eval.max_examples examples, the central `ratio` of each, padded to full batches."""
+    indices = subset(source.size, config.eval.max_examples, views.group)
+    example = functools.partial(evaluate_example, source, views, indices, ratio, bad)
+    return batches(example, spec, rows, range(-(-len(indices) // config.batch_size)), config.data)
+
+
+def batches(example: Callable[[int], Fields], spec: Spec, rows: np.ndarray,
+            steps: range, data: ConfigDict) -> Iterator[Batch]:
+    """Yields these rows of the global batches of `steps`.
+
+    Args:
+      example: position → fields; called from many threads.
+      spec: name → global shape and dtype of the fields that are wanted.
+      rows: global rows, each below the global batch size.
+    """
+    size = next(iter(spec.values())).shape[0]
+
+    def at(count: int) -> Fields:
+        step, row = divmod(count, len(rows))
+        return example(step * size + int(rows[row]))
+
+    return run(tf.data.Dataset.range(steps.start * len(rows), steps.stop * len(rows)), at, spec, len(rows), data)
+
+
+def run(items: tf.data.Dataset, example: Callable[..., Fields], spec: Spec, size: int,
+        data: ConfigDict) -> Iterator[Batch]:
+    """Yields batches of `size` examples, in the order of the items, made ahead by data.threads threads.
+
+    Args:
+      items: data set of int64 or string scalars and of arrays, or of tuples of them.
+      example: an item's values as int, bytes and arrays → fields; called from many threads.
+    """
+    failures: list[Exception] = []
+
+    def call(*values: np.int64 | bytes | np.ndarray) -> list[np.ndarray]:
+        try:
+            fields = example(*(value if isinstance(value, bytes) or value.ndim else int(value) for value in values))
+        except Exception as error:  # raised in TensorFlow's thread, it would come out as TensorFlow's account of it
+            failures.append(error)
+            return [np.zeros(struct.shape[1:], struct.dtype) for struct in spec.values()]
+        return [np.asarray(fields[name], struct.dtype) for name, struct in spec.items()]
+
+    def fields_of(*item: tf.Tensor) -> dict[str, tf.Tensor]:
+        values = tf.numpy_function(call, item, [tf.as_dtype(struct.dtype) for struct in spec.values()])
+        for value, struct in zip(values, spec.values(), strict=True):
+            value.set_shape(struct.shape[1:])
+        return dict(zip(spec, values, strict=True))
+
+    workers = threads(data)
+    dataset = items.map(fields_of, num_parallel_calls=workers, deterministic=True)
+    dataset = dataset.batch(size, drop_remainder=True).prefetch(data.prefetch).with_options(options(workers))
+    batches = _iterate(dataset, failures)
+    _running.add(batches)
+    return batches
+
+
+def threads(data: ConfigDict) -> int:
+    """Returns the number of host threads that make examples."""
+    return data.threads or os.cpu_count() or 1
+
+
+def _iterate(dataset: tf.data.Dataset, failures: list[Exception]) -> Iterator[Batch]:
+    """Yields NumPy batches until the end or the first failure."""
+    for batch in dataset.as_numpy_iterator():
+        if failures:
+            raise failures[0]
+        yield batch
+
+
+_running: weakref.WeakSet[Iterator[Batch]] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop() -> None:
+    """Ends what still runs: TensorFlow's threads call Python, and hang the process when Python is already gone."""
+    for batches in list(_running):
+        batches.close()

@@ -1,0 +1,276 @@
+"""TFRecord streams, of TFDS and plain: cut into logical readers, each with its own order, resumed by skipping.
+
+Of R = data.readers readers, reader r owns the r-th R-th of the records and the r-th R-th of the rows of every global
+batch; of data.repeats, a reader's rows hold copies as those of a whole batch do (see pipeline.draw). Which record is
+where therefore depends on the config, seed and step alone, not on how many processes there are: a process runs the
+readers whose rows it feeds. The records that do not divide by R are left out.
+"""
+
+import bisect
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from google.protobuf.message import DecodeError
+from ml_collections import ConfigDict
+
+from mae_jax.data import tensorflow_cpu
+from mae_jax.data.decode import BadPicture
+from mae_jax.data.readers import random_access
+from mae_jax.data.readers.random_access import PADDING, TRIES, Batch
+from mae_jax.data.sources.base import UNLABELLED, Instruction, Stream
+from mae_jax.data.tensorflow_cpu import UNREADABLE, reason, tf
+from mae_jax.data.transforms.example import Fields, Spec, Views
+from mae_jax.errors import UserError, printable
+from mae_jax.rng import rng
+
+log = logging.getLogger(__name__)
+AHEAD = 16  # encoded records that each reader holds ready; our choice
+
+
+def left_over(stream: Stream, config: ConfigDict) -> range:
+    """Returns the records, numbered over all files, that no reader reads.
+
+    Raises:
+      UserError: the readers cannot share batch and records evenly, or copies of a picture lie too close together.
+    """
+    readers, batch = config.data.readers, config.batch_size
+    if readers < 1 or batch % readers:
+        nearest = min((n for n in range(1, batch + 1) if batch % n == 0), key=lambda n: abs(n - readers))
+        raise UserError(f"batch_size={batch} is not a multiple of data.readers={readers}; nearest: {nearest}")
+    if stream.size < readers:
+        raise UserError(f"{stream.size} records are fewer than data.readers={readers}")
+    apart, m = -(-batch // readers // config.data.repeats), config.method
+    group = round(1 / m.ratio) if "ratio" in m else m.get("mix_group", 0) if m.get("mixup") or m.get("cutmix") else 0
+    if config.data.repeats > 1 and apart < group:
+        raise UserError(f"groups of {group} pictures would mix one with its own repeats: a reader's {batch // readers} "
+                        f"rows show {apart} pictures; use fewer data.readers")
+    used = stream.size // readers * readers
+    return range(stream.start + used, stream.start + stream.size)
+
+
+def train(stream: Stream, step: int, views: Views, config: ConfigDict, spec: Spec, rows: np.ndarray,
+          bad: deque[str]) -> Iterator[Batch]:
+    """Yields these rows of the batches step, step + 1, ... without end.
+
+    A bad picture's row becomes a copy of a good one of the same reader in the same batch (`repair`), or stays grey.
+    Raises UserError for a corrupt file, or one with other than the promised number of records.
+    """
+    share, per_reader = config.batch_size // config.data.readers, stream.size // config.data.readers
+    own = np.unique(rows // share)
+    epoch, skip = divmod(random_access.draw(step * share, share, config.data.repeats), per_reader)
+    readers = _readers(stream, config, own, share, epoch, skip)
+    own_rows = (own[:, None] * share + np.arange(share)).ravel()
+
+    def example(count: int, record: int, *stored: Any) -> Fields:
+        block, row = divmod(count, len(own_rows))
+        position = (step + block) * config.batch_size + int(own_rows[row])
+        try:
+            return {**views.train(stream.example(*stored), position), "id": record, "valid": 1.0, "replaced": 0}
+        except BadPicture as error:
+            bad.append(f"{stream.name(record)}: {error}")
+            return {**views.grey_train(position), "id": record, "replaced": 1}
+
+    whole = {**spec, "replaced": jax.ShapeDtypeStruct((config.batch_size,), np.int32)}
+    batches = random_access.run(readers, example, whole, len(own_rows), config.data)
+    keep = np.searchsorted(own_rows, rows)
+    for batch in _guarded(stream, batches, skip * len(own)):
+        repaired = repair(batch, share, views.group)
+        yield {name: repaired[name] if len(keep) == len(own_rows) else repaired[name][keep] for name in spec}
+
+
+def repair(batch: Batch, share: int, group: int = 1) -> Batch:
+    """Replaces rows with `replaced` > 0 by the next good row of their reader (cyclic, three tries).
+
+    Args:
+      batch: fields [rows, ...]; `share` consecutive rows belong to one reader.
+      group: so many rows are mixed, and a picture not with itself: the next rows are those of the next groups, without
+        pictures of the row's own. A row keeps its order, which others of its group complete; patches and masks follow
+        it.
+    """
+    broken = batch["replaced"] > 0
+    if not broken.any():
+        return batch
+    source, replaced = np.arange(len(broken)), batch["replaced"].copy()
+    for row in np.flatnonzero(broken):
+        first = row // share * share
+        candidates = [first + (row - first + tries * group) % share for tries in range(1, min(TRIES, share // group))]
+        mixed = set(batch["id"][row // group * group : (row // group + 1) * group]) if group > 1 else set()
+        good = [tries for tries, other in enumerate(candidates, 1)
+                if not broken[other] and batch["id"][other] not in mixed]
+        source[row] = candidates[good[0] - 1] if good else row
+        replaced[row] = good[0] if good else TRIES
+    new = {**{name: value[source] for name, value in batch.items()}, "replaced": replaced}
+    if group > 1:
+        # Where the copy has the patches of the row's own order.
+        place = np.take_along_axis(np.argsort(new["order"], 1), batch["order"], 1)[..., None]
+        for name in ("patches", "mask"):
+            if name in new:
+                new[name] = np.take_along_axis(new[name], place, 1)
+        new["order"] = batch["order"]
+    return new
+
+
+def evaluate(stream: Stream, ratio: float, views: Views, config: ConfigDict, spec: Spec, rows: np.ndarray,
+             bad: deque[str]) -> Iterator[Batch]:
+    """Yields these rows of the first eval.max_examples records, the central `ratio` of each, padded to full batches.
+
+    Every process reads all of them and decodes its own rows. Methods that mix neighbours mix those of the files' order.
+    """
+    size, batch = min(stream.size, config.eval.max_examples), config.batch_size
+    padding = -size % batch
+    records = _records(stream, stream.instructions(0, size))
+    nothing = tf.data.Dataset.from_tensors((np.int64(PADDING), *_parse(stream, b"")))
+    fed = tf.constant(np.isin(np.arange(batch), rows))
+    dataset = records.concatenate(nothing.repeat(padding)).enumerate()
+    dataset = dataset.filter(lambda position, _: fed[position % batch]).map(lambda position, item: (position, *item))
+
+    def example(position: int, record: int, *stored: Any) -> Fields:
+        grey = views.grey(position)
+        if record == PADDING:
+            return {**grey, "id": PADDING, "replaced": 0}
+        try:
+            fields = views.evaluate(stream.example(*stored), record, position, ratio)
+            return {**fields, "id": record, "valid": 1.0, "replaced": 0}
+        except BadPicture as error:
+            bad.append(f"{stream.name(record)}: {error}")
+            return {**grey, "id": record, "replaced": 1}
+
+    return _guarded(stream, random_access.run(dataset, example, spec, len(rows), config.data), skipped=0)
+
+
+def _readers(stream: Stream, config: ConfigDict, own: np.ndarray, share: int, epoch: int, skip: int) -> tf.data.Dataset:
+    """Returns (count, record, *what `_parse` gives) without end: `share` of each own reader in turn."""
+    per_reader = stream.size // config.data.readers
+    parts = [np.array(stream.instructions(int(number) * per_reader, per_reader), np.int64) for number in own]
+    keys = np.array([rng(config.seed, "reader", int(number)).integers(1 << 62) for number in own])
+    held = int(config.data.shuffle_mb * 2**20 / config.data.readers / max(stream.mean_bytes, 1))
+    held = max(1, min(per_reader, held))
+
+    def reader(parts: tf.RaggedTensor, key: tf.Tensor) -> tf.data.Dataset:
+        parts = parts.to_tensor(shape=(None, 3))
+        epochs = tf.data.Dataset.range(epoch, np.iinfo(np.int64).max)
+        records = epochs.flat_map(lambda e: _epoch(stream, parts, key, e, held)).skip(skip)
+        return records.map(lambda record, raw: (record, *_parse(stream, raw))).prefetch(AHEAD)
+
+    numbers = tf.data.Dataset.from_tensor_slices((tf.ragged.stack([tf.constant(part) for part in parts]), keys))
+    sources = np.array([random_access.draw(row, share, config.data.repeats) for row in range(share)])
+    distinct = int(sources.max()) + 1
+    turns = numbers.interleave(reader, cycle_length=len(own), block_length=distinct, num_parallel_calls=len(own),
+                               deterministic=True)
+    if distinct < share:  # not by unbatch, which crashes the process on fields of no values (TensorFlow 2.21)
+        turns = turns.batch(distinct).flat_map(lambda *item: tf.data.Dataset.from_tensor_slices(
+            tuple(tf.gather(field, sources) for field in item)))
+    return turns.enumerate().map(lambda count, item: (count, *item))
+
+
+def _epoch(stream: Stream, parts: tf.Tensor, key: tf.Tensor, epoch: tf.Tensor, held: int) -> tf.data.Dataset:
+    """Returns (record, raw bytes) of one reader in one epoch: files in random order, then a shuffle buffer.
+
+    Args:
+      parts: the reader's instructions, int64 [n, 3].
+      key: the reader's own random number; the draws are a function of it and the epoch.
+      held: records in the shuffle buffer.
+    """
+    order = tf.argsort(tf.random.stateless_uniform([tf.shape(parts)[0]], [key, epoch]))
+    seed = tf.random.stateless_uniform([], [key + 1, epoch], 0, np.iinfo(np.int64).max, tf.int64)
+    records = tf.data.Dataset.from_tensor_slices(tf.gather(parts, order)).flat_map(lambda part: _part(stream, part))
+    return records.shuffle(held, seed=seed, reshuffle_each_iteration=False)
+
+
+def stored(stream: Stream, faults: list[str] | None = None) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """Yields record number and the arguments of `Stream.example` of every record, in order.
+
+    Args:
+      stream: whose files may not be as promised.
+      faults: is told of each such file, of which what can be read is yielded; None: UserError is raised.
+    """
+    parts = stream.instructions(0, stream.size)
+    while parts:
+        records, done = _records(stream, parts).with_options(tensorflow_cpu.options()), 0
+        try:
+            for record, *fields in records.as_numpy_iterator():
+                yield record, tuple(fields)
+                done += 1
+            return
+        except UNREADABLE as error:
+            ends = list(itertools.accumulate(take for _, _, take in parts))
+            at = bisect.bisect_left(ends, done)
+            wrong = fault(stream, parts[at][0])
+            if not wrong and done == ends[at] < ends[-1]:  # it is the next part, at its first record
+                at += 1
+                wrong = fault(stream, parts[at][0])
+            if faults is None:
+                raise UserError(wrong or f"reading records failed: {reason(error)}") from None
+            faults.append(wrong or f"{printable(stream.files[parts[at][0]])} does not read: {reason(error)}")
+            parts = parts[at + 1:]
+
+
+def _records(stream: Stream, instructions: list[Instruction]) -> tf.data.Dataset:
+    """Returns (record, *what `_parse` gives) of the instructions, in order."""
+    parts = tf.data.Dataset.from_tensor_slices(np.array(instructions, np.int64).reshape(-1, 3))
+    return parts.flat_map(lambda part: _part(stream, part)).map(lambda record, raw: (record, *_parse(stream, raw)))
+
+
+def _part(stream: Stream, part: tf.Tensor) -> tf.data.Dataset:
+    """Returns (record, raw bytes) of one instruction; fails if the file does not hold what was promised."""
+    file, skip, take = tf.unstack(part, 3)
+    offsets = np.concatenate([[0], np.cumsum(stream.counts)[:-1]]).astype(np.int64)
+    to_the_end = tf.equal(skip + take, tf.gather(np.array(stream.counts, np.int64), file))
+    raw = tf.data.TFRecordDataset(tf.gather(list(stream.files), file))
+    raw = raw.skip(skip).take(tf.where(to_the_end, np.int64(-1), take))  # -1: all, so that surplus records are noticed
+    raw = raw.apply(tf.data.experimental.assert_cardinality(take))
+    return raw.enumerate(tf.gather(offsets, file) + skip)
+
+
+def _parse(stream: Stream, raw: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Reads picture, label, labels uint8 [C] ([0] if there is one label) and mask, as `Stream.example` takes them.
+
+    A record without a picture gives no bytes, which makes it a bad one; so does one without its mask.
+    """
+    features = {key: tf.io.FixedLenFeature([], tf.string, "") for key in (stream.image_key, stream.mask_key) if key}
+    if stream.label_key:
+        one = tf.io.FixedLenFeature([], tf.int64, UNLABELLED)
+        features[stream.label_key] = tf.io.VarLenFeature(tf.int64) if stream.multi_label else one
+    example = tf.io.parse_single_example(raw, features)
+    label, labels = tf.constant(UNLABELLED, tf.int64), tf.zeros([0], tf.uint8)
+    if stream.multi_label:
+        present = tf.one_hot(example[stream.label_key].values, len(stream.classes), dtype=tf.uint8)
+        labels = tf.reduce_max(present, axis=0)
+    elif stream.label_key:
+        label = example[stream.label_key]
+    return example[stream.image_key], label, labels, example.get(stream.mask_key, tf.constant(""))
+
+
+def _guarded(stream: Stream, batches: Iterator[Any], skipped: int) -> Iterator[Any]:
+    """Yields the batches; says how long skipping took, and which file it was when reading fails."""
+    begin = time.monotonic()
+    try:
+        for number, batch in enumerate(batches):
+            if number == 0 and skipped:
+                log.info("resumed the stream: skipped %d records in %.1f s", skipped, time.monotonic() - begin)
+            yield batch
+    except UNREADABLE as error:
+        wrong = filter(None, (fault(stream, file) for file in range(len(stream.files))))
+        raise UserError(next(wrong, f"reading records failed: {reason(error)}")) from None
+
+
+def fault(stream: Stream, file: int) -> str:
+    """Reads a file to the end; returns in what it is not as promised, '' when it is."""
+    name, promised, found = printable(stream.files[file]), stream.counts[file], 0
+    try:
+        for raw in tf.data.TFRecordDataset(stream.files[file]).with_options(tensorflow_cpu.options()):
+            tf.train.Example.FromString(raw.numpy())
+            found += 1
+    except tf.errors.OpError as error:
+        return f"{name} is damaged after record {found} of {promised}: {reason(error)}"
+    except DecodeError:
+        return f"{name} is damaged after record {found} of {promised}: the next one is no tf.train.Example"
+    if found != promised:
+        return f"{name} has {found} records where {promised} are promised; write the data again, or mend its metadata"
+    return ""

@@ -1,0 +1,1 @@
+"""Sources: where examples are stored, one module each."""

@@ -1,0 +1,162 @@
+"""What every source gives: examples with random access, or streams of records."""
+
+import bisect
+import hashlib
+import importlib
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mae_jax.data.decode import decode_mask
+from mae_jax.data.sources import splits
+from mae_jax.errors import UserError, nearest, printable
+
+MOST_CLASSES = 1_000_000  # beyond it, labels are taken for something else
+UNLABELLED = -1
+
+
+class Example(NamedTuple):
+    """One stored picture."""
+
+    picture: bytes | np.ndarray  # an encoded file, or uint8 [height, width, 3]
+    label: int = UNLABELLED
+    labels: np.ndarray | None = None  # several labels: uint8 [C], 1 where a class is there
+    mask: np.ndarray | None = None  # uint8 [height, width], the class of each pixel; 255: to ignore
+
+
+@dataclass(frozen=True)
+class Source:
+    """A split whose examples can be read in any order, from any thread."""
+
+    size: int
+    read: Callable[[int], Example]  # index → example; OSError and BadPicture mean a bad picture
+    name: Callable[[int], str]  # index → what to call the example in a message
+    classes: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()  # which of 'labels' and 'mask' its examples have
+    label: Callable[[int], int] | None = None  # index → label, where it is known without decoding the picture
+
+    def digest(self) -> str:
+        """Returns a short hash of which examples these are, by their names in their order.
+
+        Names that are mere numbers, as of npz files and TFDS, tell no more than how many there are.
+        """
+        digest = hashlib.sha256()
+        for i in range(self.size):
+            digest.update(self.name(i).encode() + b"\0")
+        return digest.hexdigest()[:16]
+
+    def only(self, indices: np.ndarray) -> "Source":
+        """Returns the source of these examples, in this order."""
+        return Source(len(indices), lambda i: self.read(int(indices[i])), lambda i: self.name(int(indices[i])),
+                      self.classes, self.fields, self.label and (lambda i: self.label(int(indices[i]))))
+
+    def sliced(self, split: splits.Split) -> "Source":
+        """Returns the part of this split that an expression names."""
+        start, stop = split.bounds(self.size)
+        if (start, stop) == (0, self.size):
+            return self
+        return self.only(np.arange(start, stop))
+
+    def joined(self, other: "Source") -> "Source":
+        """Returns the examples of both, this one's first; `other` has the same classes and fields."""
+        def of(what: str) -> Callable[[int], Any]:
+            ours, theirs = getattr(self, what), getattr(other, what)
+            return lambda i: ours(i) if i < self.size else theirs(i - self.size)
+
+        return Source(self.size + other.size, of("read"), of("name"), self.classes, self.fields,
+                      of("label") if self.label and other.label else None)
+
+
+def numbered_classes(labels: np.ndarray) -> tuple[str, ...]:
+    """Returns '0' ... for the classes of integer labels [n], up to the highest; raises UserError for absurd ones."""
+    highest = int(labels.max(initial=UNLABELLED))
+    if highest >= MOST_CLASSES:
+        raise UserError(f"the label {highest} is no class number; expected 0 to {MOST_CLASSES - 1}, or -1 for none")
+    return tuple(map(str, range(highest + 1)))
+
+
+def multi_hot(present: np.ndarray, classes: int) -> np.ndarray:
+    """Returns uint8 [classes], 1 at the class numbers `present`."""
+    labels = np.zeros(classes, np.uint8)
+    labels[np.asarray(present, np.int64)] = 1
+    return labels
+
+
+def package_folder(module: str, package: str, why: str) -> Path:
+    """Returns the folder of an installed package without importing it; raises UserError with the pip line."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"data.source={why!r} reads files of the package {package}: pip install {package}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def known_split(split: splits.Split, known: tuple[str, ...]) -> None:
+    """Raises UserError unless the split's name is known."""
+    if split.name not in known:
+        raise UserError(f"unknown split {split.name!r}; {nearest(split.name, known)}")
+
+
+Instruction = tuple[int, int, int]  # file, records to skip, records to take
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A split stored as TFRecord files of tf.train.Example, or a slice of it."""
+
+    files: tuple[str, ...]
+    counts: tuple[int, ...]  # records in each file
+    start: int  # the slice is records start ... start + size - 1 of all files in order
+    size: int
+    mean_bytes: float  # of a record
+    image_key: str
+    label_key: str  # '' without labels
+    classes: tuple[str, ...] = ()
+    multi_label: bool = False  # label_key names a list of classes
+    mask_key: str = ""  # '' without masks
+    mask_offset: int = 0  # see decode_mask
+    promised_by: str = ""  # what says how many records there are; '' where they were counted
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Which of 'labels' and 'mask' its examples have."""
+        return ("labels",) * self.multi_label + ("mask",) * bool(self.mask_key)
+
+    def example(self, picture: bytes, label: int, labels: np.ndarray, mask: bytes) -> Example:
+        """Returns the example of a parsed record; raises BadPicture for a mask that does not decode."""
+        return Example(picture, label, labels if self.multi_label else None,
+                       decode_mask(mask, self.mask_offset) if self.mask_key else None)
+
+    def joined(self, other: "Stream") -> "Stream":
+        """Returns the records of both splits, this one's first; raises UserError where one is cut at the seam."""
+        if self.start + self.size < sum(self.counts) or other.start:
+            raise UserError("a sum of slices of TFRecord files needs the end of the first and the start of the second; "
+                            "write for example 'train+validation'")
+        size = self.size + other.size
+        mean_bytes = (self.mean_bytes * self.size + other.mean_bytes * other.size) / max(size, 1)
+        return replace(self, files=self.files + other.files, counts=self.counts + other.counts, size=size,
+                       mean_bytes=mean_bytes)
+
+    def name(self, record: int) -> str:
+        """Returns what to call a record, numbered over all files."""
+        ends = list(itertools.accumulate(self.counts))
+        file = bisect.bisect_right(ends, record)
+        return f"{printable(self.files[file])}, record {record - ends[file] + self.counts[file]}"
+
+    def digest(self) -> str:
+        """Returns a short hash of which records these are, by files and counts."""
+        files = [(file.rsplit("/", 1)[-1], count) for file, count in zip(self.files, self.counts, strict=True)]
+        return hashlib.sha256(repr((files, self.start, self.size)).encode()).hexdigest()[:16]
+
+    def instructions(self, start: int, size: int) -> list[Instruction]:
+        """Returns which parts of which files hold records start ... start + size - 1 of this slice."""
+        first, last, offset, found = self.start + start, self.start + start + size, 0, []
+        for file, count in enumerate(self.counts):
+            low, high = max(first, offset), min(last, offset + count)
+            if low < high:
+                found.append((file, low - offset, high - low))
+            offset += count
+        return found

@@ -1,0 +1,64 @@
+"""data.classes: keeping the pictures of some classes alone, to pre-train on a part of the world."""
+
+import re
+from logging import getLogger
+
+import numpy as np
+
+from mae_jax.data.decode import BadPicture
+from mae_jax.data.sources.base import UNLABELLED, Source
+from mae_jax.errors import UserError, nearest
+
+log = getLogger(__name__)
+
+# ImageNet-1K by class number, as MoCE (arXiv 2402.05382, Figure 1) splits it by WordNet; which classes those are is not
+# known to us, and these are our approximation: animals (0 to 397), and fruits, flowers and fungi (984 to 998).
+LISTS = {"imagenet_organisms": "0-397,984-998", "imagenet_rest": "398-983,999"}
+
+
+def kept(source: Source, text: str) -> Source:
+    """Returns the examples of the classes that `text` names, numbered anew in their old order.
+
+    Args:
+      source: with one label for each example.
+      text: a key of LISTS, or names, numbers and ranges of numbers, separated by commas: 'cat,dog', '0-9,12'.
+
+    Raises:
+      UserError: there are no such classes, or no labels to choose by.
+    """
+    if not source.classes or "labels" in source.fields:
+        raise UserError(f"data.classes={text!r} needs pictures with one label each")
+    parts = [numbers(part.strip(), source.classes) for part in LISTS.get(text, text).split(",")]
+    chosen = sorted({number for part in parts for number in part})
+
+    def read(i: int) -> int:
+        try:
+            return source.read(i).label
+        except (BadPicture, OSError):
+            return UNLABELLED
+
+    labels = np.array([(source.label or read)(i) for i in range(source.size)])
+    indices = np.flatnonzero(np.isin(labels, chosen))
+    if not len(indices):
+        raise UserError(f"no picture is of data.classes={text!r}")
+    anew = {old: new for new, old in enumerate(chosen)}
+    part = source.only(indices)
+    log.info("data.classes=%s keeps %d of %d pictures, %d of %d classes", text, part.size, source.size, len(chosen),
+             len(source.classes))
+    return Source(part.size, lambda i: (example := part.read(i))._replace(label=anew[example.label]), part.name,
+                  tuple(source.classes[number] for number in chosen), part.fields,
+                  lambda i: anew[int(labels[indices[i]])])
+
+
+def numbers(part: str, classes: tuple[str, ...]) -> range | list[int]:
+    """Returns the class numbers that a name, a number or a range stands for; raises UserError for none."""
+    if part in classes:
+        return [classes.index(part)]
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+    last = int(found[2] or found[1]) if found else len(classes)
+    if found and int(found[1]) <= last < len(classes):
+        return range(int(found[1]), last + 1)
+    shown = classes[:20]
+    raise UserError(f"data.classes: there is no class {part!r} among {len(classes)}; {nearest(part, shown)}"
+                    f"{' ...' if len(classes) > len(shown) else ''}; numbers go from 0 to {len(classes) - 1}, lists "
+                    f"are {', '.join(LISTS)}")

@@ -1,0 +1,74 @@
+"""npz: arrays of pictures in one NumPy file, held in memory.
+
+Either x_train, y_train, x_test and y_test, or the arrays named by data.image_key and data.label_key, of which a tenth,
+chosen by a hash of the index, is 'test' if the config uses it. Labels are optional: class numbers [n], or uint8 or
+bool [n, C], 1 where a class is in the picture.
+"""
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_jax.data.sources import splits
+from mae_jax.data.sources.base import UNLABELLED, Example, Source, known_split, numbered_classes
+from mae_jax.errors import UserError, nearest
+from mae_jax.storage.npz import opened
+
+
+def load(data: ConfigDict, split: splits.Split) -> Source:
+    """Opens a split; raises UserError when the file or its arrays are not as described."""
+    path = epath.Path(data.path)
+    if not data.path or not path.is_file():
+        raise UserError(f"data.path={data.path!r} is no file; data.source='npz' needs one")
+    with opened(path) as arrays:
+        names, image_key, label_key = set(arrays.files), data.image_key, data.label_key
+        if "x_train" in names:
+            known_split(split, tuple(sorted(name[2:] for name in names if name.startswith("x_"))))
+            image_key, label_key = f"x_{split.name}", f"y_{split.name}"
+        if image_key not in names:
+            raise UserError(f"{data.path} has no array data.image_key={image_key!r}; {nearest(image_key, names)}")
+        images, labels = arrays[image_key], arrays.get(label_key)
+    if "x_train" in names:
+        return _source(images, labels, image_key).sliced(split)
+    low, high = splits.part(split.name, splits.holds_out(data))
+    shares = np.array([splits.share(str(i)) for i in range(len(images))])
+    return _source(images, labels, image_key).only(np.flatnonzero((low <= shares) & (shares < high))).sliced(split)
+
+
+def split_name(data: ConfigDict, name: str) -> str:
+    """Returns what a split is called in the file."""
+    with opened(epath.Path(data.path)) as arrays:
+        return name if "x_train" in arrays.files else splits.held_out_name(name)
+
+
+def _source(images: np.ndarray, labels: np.ndarray | None, name: str) -> Source:
+    """Checks the arrays; uint8 [n, height, width], [.., 1] or [.., 3], and integers [n] (or [n, 1]) or 0/1 [n, C]."""
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+        raise UserError(f"array {name!r} is {images.dtype} {list(images.shape)}; expected uint8 [n, height, width, 3] "
+                        "or [n, height, width]")
+    if images.ndim == 3:
+        images = images[..., None]
+    several = _several(labels, len(images), name) if labels is not None else None
+    labels = np.full(len(images), UNLABELLED) if labels is None or several is not None else np.reshape(labels, -1)
+    if len(labels) != len(images) or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"the labels of {name!r} are {labels.dtype} {list(labels.shape)}; "
+                        f"expected integers [{len(images)}]")
+    labels = labels.astype(np.int64)
+    classes = numbered_classes(labels) if several is None else tuple(map(str, range(several.shape[1])))
+
+    def read(i: int) -> Example:
+        return Example(np.ascontiguousarray(np.broadcast_to(images[i], (*images.shape[1:3], 3))), int(labels[i]),
+                       None if several is None else several[i])
+
+    return Source(len(images), read, lambda i: f"{name}[{i}]", classes, () if several is None else ("labels",),
+                  lambda i: int(labels[i]))
+
+
+def _several(labels: np.ndarray, images: int, name: str) -> np.ndarray | None:
+    """Returns labels that say of each class whether it is there, uint8 [n, C]; None for class numbers."""
+    if labels.ndim != 2 or labels.shape[1] == 1 or len(labels) != images or labels.dtype not in (np.uint8, bool):
+        return None
+    if labels.max(initial=0) > 1:
+        raise UserError(f"the labels of {name!r} are {labels.dtype} {list(labels.shape)} up to {labels.max()}; "
+                        "expected 0 and 1 for several labels of each picture")
+    return labels.astype(np.uint8)

@@ -1,0 +1,45 @@
+"""photo_mosaic: pictures of three parts, each cut from another photograph; the class of a pixel is its photograph.
+
+Made of the crops of the source photo_crops, with whose splits they are made: no pixel is in both. The masks are exact.
+What is asked for is to tell scenes and textures apart; there is no foreground.
+"""
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from mae_jax.data.sources import photo_crops
+from mae_jax.data.sources.base import Example, Source
+from mae_jax.data.sources.splits import Split, parse
+from mae_jax.rng import rng
+
+SIZES = {"train": 2000, "test": 400}
+SIDE = 64  # of a picture, in pixels
+PARTS = 3
+
+
+def load(data: ConfigDict, split: Split) -> Source:
+    """Opens 'train' (2000 pictures) or 'test' (400), or a slice."""
+    crops = photo_crops.load(data, parse(split.name))
+    source = Source(
+        size=SIZES[split.name],
+        read=lambda i: _mosaic(crops, rng(0, f"photo_mosaic/{split.name}", i)),
+        name=lambda i: f"{split.name}[{i}]",
+        fields=("mask",),
+    )
+    return source.sliced(split)
+
+
+def _mosaic(crops: Source, draws: np.random.Generator) -> Example:
+    """Lays crops of three photographs over each other: each pixel belongs to the nearest of three random points."""
+    photographs = draws.permutation(len(photo_crops.CLASSES))[:PARTS]
+    numbers = draws.integers(crops.size // len(photo_crops.CLASSES), size=PARTS) * len(photo_crops.CLASSES)
+    layers = np.stack([_enlarged(crops.read(int(i)).picture) for i in numbers + photographs])
+    points = draws.uniform(0, SIDE, (PARTS, 2))
+    part = np.square(np.indices((SIDE, SIDE)) - points[:, :, None, None]).sum(1).argmin(0)
+    pixels = np.take_along_axis(layers, part[None, ..., None], 0)[0]
+    return Example(np.ascontiguousarray(pixels), mask=photographs[part].astype(np.uint8))
+
+
+def _enlarged(crop: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(crop).resize((SIDE, SIDE), Image.Resampling.BICUBIC))

@@ -1,0 +1,92 @@
+"""The table of sources, and what a source with random access is."""
+
+import functools
+import importlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_jax.data.sources import splits
+from mae_jax.data.sources.base import Source
+from mae_jax.errors import UserError, nearest
+from mae_jax.storage.paths import check_bucket
+
+if TYPE_CHECKING:
+    from mae_jax.data.sources.base import Stream
+
+
+BUILT_IN = ("mnist5k", "photo_crops", "photo_mosaic")  # sources that come with a package
+# data.source → the module that has `load(data, split)`. Imported when asked for: some need packages of their own.
+MODULES = {
+    "clipart": "mae_jax.data.sources.clipart",
+    "folder": "mae_jax.data.sources.folder",
+    "mnist5k": "mae_jax.data.sources.mnist5k",
+    "npz": "mae_jax.data.sources.npz",
+    "photo_crops": "mae_jax.data.sources.photo_crops",
+    "photo_mosaic": "mae_jax.data.sources.photo_mosaic",
+    "tfds": "mae_jax.data.sources.tfds",
+    "tfrecord": "mae_jax.data.sources.tfrecord",
+}
+
+
+def load(data: ConfigDict, expression: str) -> "Source | Stream":
+    """Opens one split of the config's source, or a sum of several ('train+validation').
+
+    Raises:
+      UserError: an unknown source or split, nothing there, an empty split, or a sum that cannot be read.
+    """
+    if data.source not in MODULES:
+        raise UserError(f"unknown data.source {data.source!r}; {nearest(data.source, [*MODULES, 'batches'])}")
+    if data.get("path") and data.source in BUILT_IN:
+        raise UserError(f"data.source={data.source!r} does not read data.path={data.path!r}; leave it out, or name a "
+                        "source that reads it (the argument `runlocal` of a recipe takes photo crops for any data)")
+    check_bucket(data.get("path") or "")
+    module = importlib.import_module(MODULES[data.source])
+    source = functools.reduce(lambda one, other: one.joined(other),
+                              [module.load(data, split) for split in splits.parts(expression)])
+    if not source.size:
+        raise UserError(f"the split {expression!r} of data.source={data.source!r} has no pictures")
+    if not data.get("classes"):
+        return source
+    from mae_jax.data.sources.class_filter import kept
+
+    if not isinstance(source, Source):
+        raise UserError(f"data.classes={data.classes!r} needs data with random access, which a stream of records has "
+                        "not: python -m mae_jax inspect --write=array_record stores them so")
+    return kept(source, data.classes)
+
+
+def same_split(data: ConfigDict, one: str, other: str) -> bool:
+    """Whether two names of splits mean the same pictures: data without splits have one held-out part, 'test' or 'val'.
+    """
+    named = getattr(importlib.import_module(MODULES[data.source]), "split_name", lambda data, name: name)
+    return one == other or named(data, one) == named(data, other)
+
+
+def further(data: ConfigDict, text: str, classes: tuple[str, ...]) -> "tuple[Source | Stream, np.ndarray]":
+    """Opens a further test set of TFDS: 'imagenet_v2', or 'NAME:SPLIT' where the split is not 'test'.
+
+    Args:
+      data: where the training data are, with TFDS's name for their label.
+      classes: names of the training classes.
+
+    Returns:
+      The set, and int32 [its classes]: the training class that has the name of each.
+
+    Raises:
+      UserError: it is not there, or has a class that the training data lack.
+    """
+    if data.source != "tfds":
+        raise UserError(f"eval.sets={text!r} is a set of TFDS, beside training data with data.source='tfds', "
+                        f"not {data.source!r}")
+    name, _, split = text.partition(":")
+    data = data.copy_and_resolve_references()
+    data.name = name
+    found = load(data, split or "test")
+    index = {known: number for number, known in enumerate(classes)}
+    unknown = [label for label in found.classes if label not in index]
+    if unknown or not found.classes:
+        what = f"class {unknown[0]!r}, which the training data lack" if unknown else "no classes"
+        raise UserError(f"eval.sets={text!r} has {what}: nothing to compare")
+    return found, np.array([index[label] for label in found.classes], np.int32)

@@ -1,0 +1,161 @@
+"""tfds: a prepared data set of TensorFlow Datasets, read from data.path (its data_dir), local or gs://.
+
+Nothing is downloaded, and nothing that the data set's metadata say is executed or leads out of its folder. Data stored
+as array_record have random access; TFRecord files are a stream.
+"""
+
+import difflib
+import functools
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_jax.data.decode import BadPicture, decode_mask
+from mae_jax.data.sources import splits
+from mae_jax.data.sources.base import UNLABELLED, Example, Source, Stream, known_split, multi_hot
+from mae_jax.data.sources.expected_sizes import check_size
+from mae_jax.data.tensorflow_cpu import tf
+from mae_jax.errors import UserError, nearest, printable
+
+FETCHED = 1024  # records at a time, where only their labels are wanted
+
+
+def load(data: ConfigDict, split: splits.Split) -> Source | Stream:
+    """Opens a split; raises UserError when the data set is unknown, not prepared, or without pictures."""
+    module = api()
+    builder = _builder(module, data)
+    known_split(split, tuple(builder.info.splits))
+    features, image_key, label_key = dict(builder.info.features), data.image_key, data.label_key
+    if not isinstance(features.get(image_key), module.features.Image):
+        pictures = [name for name, feature in features.items() if isinstance(feature, module.features.Image)]
+        raise UserError(f"data.name={data.name!r} has no picture data.image_key={image_key!r}; "
+                        f"{nearest(image_key, pictures)}")
+    if data.mask_key and not isinstance(features.get(data.mask_key), module.features.Image):
+        raise UserError(f"data.name={data.name!r} has no mask data.mask_key={data.mask_key!r}; "
+                        f"{nearest(data.mask_key, features)}")
+    classes, multi_label = _classes(module, features.get(label_key))
+    info = builder.info.splits[split.name]
+    check_size("/".join(filter(None, (builder.info.name, builder.info.config_name))), split.name, info.num_examples)
+    _check_files(builder, info)
+    if builder.info.file_format.file_suffix == "array_record":
+        return _random_access(module, builder, data, split.name, classes, multi_label).sliced(split)
+    start, stop = split.bounds(info.num_examples)
+    return Stream(
+        files=tuple(str(path) for path in info.filepaths), counts=tuple(info.shard_lengths), start=start,
+        size=stop - start, mean_bytes=info.num_bytes / max(info.num_examples, 1), image_key=image_key,
+        label_key=label_key if classes else "", classes=classes, multi_label=multi_label, mask_key=data.mask_key,
+        mask_offset=data.mask_offset, promised_by="dataset_info.json")
+
+
+@functools.cache
+def api() -> Any:
+    """Returns the tensorflow_datasets module; raises UserError with the pip line without it."""
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise UserError(f"data.source='tfds' needs TensorFlow Datasets ({error}): "
+                        "pip install tensorflow-datasets") from error
+    _keep_from_importing(tensorflow_datasets.features.FeatureConnector)
+    return tensorflow_datasets
+
+
+def _keep_from_importing(connector: Any) -> None:
+    """Has TFDS make its own kinds of features alone: it would import any module that a features.json names."""
+    make = connector.cls_from_name
+
+    def checked(name: str) -> Any:
+        if not name.startswith("tensorflow_datasets."):
+            raise UserError(f"the data set's features.json asks for the class {printable(name)!r}, which is none of "
+                            "TFDS, and would be executed; read the pictures as data.source='tfrecord'")
+        return make(name)
+
+    connector.cls_from_name = staticmethod(checked)
+
+
+def _check_files(builder: Any, info: Any) -> None:
+    """Raises UserError when files of a split lie outside of the data set's folder, or are missing."""
+    root, paths = builder.data_path, [epath.Path(path) for path in info.filepaths]
+    outside = [path for path in paths if not path.is_relative_to(root) or ".." in path.parts]
+    if outside:
+        raise UserError(f"the data set's metadata lead out of its folder {root}, to {printable(str(outside[0]))}")
+    there = {path for folder in {path.parent for path in paths} if folder.is_dir() for path in folder.iterdir()}
+    missing = sorted(str(path) for path in paths if path not in there)
+    if missing:
+        raise UserError(f"{len(missing)} of the {len(paths)} files of {info.name!r} are missing, such as {missing[0]}; "
+                        "bring them back, or prepare the data set again")
+
+
+def _builder(module: Any, data: ConfigDict) -> Any:
+    if not data.name:
+        raise UserError("data.source='tfds' needs data.name, such as 'imagenet2012' or 'imagenet_resized/64x64'")
+    if ":" in data.name.split("/")[0]:
+        raise UserError(f"data.name={data.name!r} names another catalogue, whose code would be downloaded and run; "
+                        "prepare the data set beforehand, and name it alone")
+    try:
+        builder = module.builder(data.name, data_dir=data.path or None)
+    except (module.core.DatasetNotFoundError, ValueError) as error:
+        known = module.list_builders(with_community_datasets=False)  # those would be looked up in a bucket
+        close = difflib.get_close_matches(data.name, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"TFDS knows no data set {data.name!r}, and data.path={data.path!r} holds none"
+                        f"{hint}") from error
+    if not builder.info.splits:
+        raise UserError(f"{data.name} is not prepared under {builder.data_path}; prepare it with `tfds build "
+                        f"{data.name} --data_dir=DIR` and pass --config.data.path=DIR (nothing is downloaded here)")
+    return builder
+
+
+def _classes(module: Any, feature: Any) -> tuple[tuple[str, ...], bool]:
+    """Returns the class names of a feature, () if it is no label, and whether pictures have several."""
+    several = isinstance(feature, module.features.Sequence)
+    label = feature.feature if several else feature
+    return (tuple(label.names), several) if isinstance(label, module.features.ClassLabel) else ((), False)
+
+
+def _random_access(module: Any, builder: Any, data: ConfigDict, split: str, classes: tuple[str, ...],
+                   multi_label: bool) -> Source:
+    image_key, label_key, mask_key = data.image_key, data.label_key, data.mask_key
+    pictures = [key for key, feature in builder.info.features.items() if isinstance(feature, module.features.Image)]
+    encoded = {key: module.decode.SkipDecoding() for key in pictures}
+    rows = builder.as_data_source(split, decoders=encoded)
+    wanted = [key for key in (image_key, label_key if classes else "", mask_key) if key]
+
+    def read(i: int) -> Example:
+        try:
+            row = rows[i]
+        except Exception as error:  # array_record raises RuntimeError for damage
+            raise BadPicture(f"the record does not read: {str(error).splitlines()[0][:80]}") from error
+        if any(row[key] is None for key in wanted):  # how array_record reads beyond a cut
+            raise BadPicture("the record is empty")
+        return Example(row[image_key], int(row[label_key]) if classes and not multi_label else UNLABELLED,
+                       multi_hot(row[label_key], len(classes)) if multi_label else None,
+                       decode_mask(row[mask_key], data.mask_offset) if mask_key else None)
+
+    fields = ("labels",) * multi_label + ("mask",) * bool(mask_key)
+    fetched = functools.cache(lambda block: _labels(rows, block * FETCHED, label_key))
+    label = (lambda i: int(fetched(i // FETCHED)[i % FETCHED])) if classes and not multi_label else None
+    return Source(len(rows), read, lambda i: f"{data.name} {split}[{i}]", classes, fields, label)
+
+
+def _labels(rows: Any, first: int, label_key: str) -> np.ndarray:
+    """Returns the labels of rows first, first + 1, ..., int32 [FETCHED], or fewer at the end.
+
+    Many are fetched at a time, as a bucket answers slowly; a record comes whole, with its picture.
+    """
+    numbers = range(first, min(first + FETCHED, len(rows)))
+    try:
+        return np.array([row[label_key] for row in rows.__getitems__(numbers)], np.int32)
+    except Exception:  # one of them is damaged: none of it is fetched
+        return np.array([_label(rows, number, label_key) for number in numbers], np.int32)
+
+
+def _label(rows: Any, number: int, label_key: str) -> int:
+    try:
+        return int(rows[number][label_key])
+    except Exception:  # array_record raises RuntimeError for damage, and gives None beyond a cut
+        return UNLABELLED
+
+
+tf.get_logger().setLevel("ERROR")  # TFDS speaks through it

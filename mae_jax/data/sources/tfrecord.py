@@ -1,0 +1,184 @@
+"""tfrecord: TFRecord files of tf.train.Example, named by a pattern in data.path, local or gs://.
+
+'{split}' in the pattern stands for the split's name; without it, 'test' is the last tenth of the records if the config
+uses it. A folder with records.json (as inspect --write makes it) can be named without a pattern. Counts and classes
+come from a records.json beside the files; without one they are counted at every start. A file that records.json or the
+names of the others ('-00003-of-00008') promise, and that fits the pattern, must be there.
+"""
+
+import fnmatch
+import json
+import logging
+import re
+import time
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_jax.data import tensorflow_cpu
+from mae_jax.data.sources import splits
+from mae_jax.data.sources.base import Stream, numbered_classes
+from mae_jax.data.tensorflow_cpu import UNREADABLE, reason, tf
+from mae_jax.errors import UserError, counted, nearest
+
+log = logging.getLogger(__name__)
+
+RECORDS = "records.json"  # {"records": {file name: count}, "classes": [names]}
+PATTERN = "{split}-*.tfrecord"  # of the files beside it
+OF = re.compile(r"-(\d+)-of-(\d+)(?=\.|$)")  # in a file's name: which of how many it is
+MOST_FILES = 1_000_000  # beyond it, such a name means something else
+FRAME, TAIL = 12, 4  # bytes before a record (length, its checksum) and after it
+
+
+def load(data: ConfigDict, split: splits.Split) -> Stream:
+    """Opens a split; raises UserError when no file fits, or the records have no such feature."""
+    pattern = _pattern(data.path).replace("{split}", split.name)
+    files = _files(pattern, split.name)
+    labelled = _check_features(files, data)
+    _check_names(files, pattern)
+    described = _described(files[0].parent)
+    if described:
+        counts, classes = _promised(files, pattern, *described)
+    else:
+        counts, classes = _counted(files, data.label_key if labelled else "")
+    total = sum(counts)
+    low, high = (0, 1) if "{split}" in _pattern(data.path) else splits.part(split.name, splits.holds_out(data))
+    first, last = round(low * total), round(high * total)
+    start, stop = split.bounds(last - first)
+    return Stream(
+        files=tuple(map(str, files)), counts=counts, start=first + start, size=stop - start,
+        mean_bytes=sum(file.stat().length for file in files) / max(total, 1), image_key=data.image_key,
+        label_key=data.label_key if classes else "", classes=classes, promised_by=RECORDS if described else "")
+
+
+def split_name(data: ConfigDict, name: str) -> str:
+    """Returns what a split is called in the files."""
+    return name if "{split}" in _pattern(data.path) else splits.held_out_name(name)
+
+
+def _pattern(path: str) -> str:
+    """Returns the pattern of the files, also where only their folder is named."""
+    described = path and "*" not in path and (epath.Path(path) / RECORDS).is_file()
+    return str(epath.Path(path) / PATTERN) if described else path
+
+
+def _files(pattern: str, split: str) -> list[epath.Path]:
+    """Returns the files of a split, sorted."""
+    names = sorted(tf.io.gfile.glob(pattern)) if pattern else []
+    if not names:
+        raise UserError(f"no file fits data.path={pattern!r} for the split {split!r}; data.source='tfrecord' needs a "
+                        "pattern such as '/data/{split}-*.tfrecord'")
+    return [epath.Path(name) for name in names]
+
+
+def _check_features(files: list[epath.Path], data: ConfigDict) -> bool:
+    """Looks at the first record of all; returns whether it has an integer data.label_key."""
+    file = next((file for file in files if file.stat().length), files[0])
+    try:
+        raw = next(iter(tf.data.TFRecordDataset(str(file))), None)
+        features = {} if raw is None else tf.train.Example.FromString(raw.numpy()).features.feature
+    except Exception as error:  # TensorFlow's or protobuf's, by where it breaks
+        raise UserError(f"{file} is no TFRecord file of tf.train.Example, or damaged at its first record") from error
+    image = features.get(data.image_key)
+    if image is None or len(image.bytes_list.value) != 1:
+        raise UserError(f"the records of {file} have no encoded picture data.image_key={data.image_key!r}; "
+                        f"{nearest(data.image_key, features)}")
+    return data.label_key in features and bool(features[data.label_key].int64_list.value)
+
+
+def _described(folder: epath.Path) -> tuple[dict[str, int], tuple[str, ...]] | None:
+    """Returns records per file name, and class names, as records.json in the folder says; None without one."""
+    file = folder / RECORDS
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text())
+        records, classes = content["records"], tuple(content["classes"])
+        if not all(isinstance(count, int) and count >= 0 for count in records.values()):
+            raise ValueError("a count that is none")
+        if not all(isinstance(name, str) for name in classes):
+            raise ValueError("a class that is no text")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({error}); remove it to have the records counted") from None
+    return records, classes
+
+
+def _promised(files: list[epath.Path], pattern: str, records: dict[str, int], classes: tuple[str, ...]
+              ) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Returns records per file, and class names, of records.json; what it names and the pattern fits must be there."""
+    found, folder = {file.name for file in files}, files[0].parent
+    if unknown := sorted(found - records.keys()):
+        raise UserError(f"{folder / RECORDS} does not name {unknown[0]}; remove it to have the records counted")
+    _check_there(sorted(records.keys() - found), folder, pattern, RECORDS)
+    return tuple(records[file.name] for file in files), classes
+
+
+def _check_names(files: list[epath.Path], pattern: str) -> None:
+    """Raises UserError when files are missing by the names of those that are there."""
+    found, promised = {file.name for file in files}, set()
+    for name in found:
+        of = OF.search(name)
+        if of and int(of[2]) <= MOST_FILES:
+            digits, total = len(of[1]), int(of[2])
+            promised |= {f"{name[:of.start(1)]}{number:0{digits}d}{name[of.end(1):]}" for number in range(total)}
+    _check_there(sorted(promised - found), files[0].parent, pattern, "the names of the others")
+
+
+def _check_there(missing: list[str], folder: epath.Path, pattern: str, promised_by: str) -> None:
+    wanted = [name for name in missing if fnmatch.fnmatch(name, pattern.rsplit("/", 1)[-1])]
+    if wanted:
+        raise UserError(f"{counted(len(wanted), 'file')} missing in {folder} by {promised_by}, such as {wanted[0]}; "
+                        "write the data again, or name what to read by a narrower pattern in data.path")
+
+
+def _counted(files: list[epath.Path], label_key: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Returns records per file, and class names ('' as the label: none), by reading the files."""
+    begin = time.monotonic()
+    found, broken = [], []
+    for file in files:
+        try:
+            found.append(_labels(file, label_key) if label_key else count_records(file))
+        except UserError as error:
+            broken.append(str(error))
+    if broken:
+        more = f"; and {len(broken) - 1} more of {len(files)} files" if broken[1:] else ""
+        raise UserError(broken[0] + more)
+    counts = tuple(map(len, found)) if label_key else tuple(found)
+    classes = numbered_classes(np.concatenate(found)) if label_key else ()
+    log.info("counted %d records in %d files in %.1f s; a %s beside them saves this (python -m mae_jax inspect "
+             "--write=tfrecord makes one)", sum(counts), len(files), time.monotonic() - begin, RECORDS)
+    return counts, classes
+
+
+def count_records(file: epath.Path) -> int:
+    """Counts the records of a file by its headers; raises UserError when they do not lead to its end."""
+    size, place, count = file.stat().length, 0, 0
+    with file.open("rb") as opened:
+        while place < size:
+            opened.seek(place)
+            place += FRAME + int.from_bytes(opened.read(8), "little") + TAIL
+            count += 1
+    if place != size:
+        raise UserError(f"{file} is cut short or damaged: record {count - 1} ends {place - size} bytes past the end")
+    return count
+
+
+def _labels(file: epath.Path, label_key: str) -> np.ndarray:
+    """Returns the labels of all records, int64 [records]; raises UserError when they do not lead to the file's end.
+
+    TensorFlow takes a file that ends within the header of a record for one that ends before it.
+    """
+    feature, labels, size = {label_key: tf.io.FixedLenFeature([], tf.int64, -1)}, [np.zeros(0, np.int64)], 0
+    dataset = tf.data.TFRecordDataset(str(file)).batch(1024)
+    dataset = dataset.map(lambda raw: (tf.io.parse_example(raw, feature)[label_key], tf.strings.length(raw)))
+    try:
+        for found, lengths in dataset.with_options(tensorflow_cpu.options()).as_numpy_iterator():
+            labels.append(found)
+            size += int(lengths.sum(dtype=np.int64)) + len(lengths) * (FRAME + TAIL)
+    except UNREADABLE as error:
+        raise UserError(f"{file} is cut short or damaged: {reason(error)}") from None
+    found = np.concatenate(labels)
+    if size != file.stat().length:
+        raise UserError(f"{file} is cut short or damaged: it ends within the header after record {len(found) - 1}")
+    return found

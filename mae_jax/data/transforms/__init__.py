@@ -1,0 +1,1 @@
+"""Transforms of one example on the host: crop, color, RandAugment, patchify."""

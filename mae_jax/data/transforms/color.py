@@ -1,0 +1,84 @@
+"""Colours on the host: what becomes of the colours of a cut picture, in RGB.
+
+Every random choice comes from the generator that is passed in. Each operation gives the bits that torchvision gives
+for PIL pictures.
+"""
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from mae_jax.data.masking import Colours
+
+# How far each factor may lie from 1, and how much of its circle the hue may turn, to either side.
+# MAE's jitter (Table 1e gives no strengths) is our choice: SimCLR's at half strength.
+MAE_JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+THREE_JITTER = {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3}  # DeiT III Table 1 and its released recipe
+DINO_JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}  # of its released code
+SOLARISE_FROM = 128  # pixel values from here on are inverted
+BLUR = (0.1, 2.0)  # radius in pixels
+ENHANCE = {"brightness": ImageEnhance.Brightness, "contrast": ImageEnhance.Contrast, "saturation": ImageEnhance.Color}
+
+
+def none(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Leaves the colours as they are."""
+    return image
+
+
+def jitter(image: Image.Image, rng: np.random.Generator, strengths: dict[str, float] = MAE_JITTER) -> Image.Image:
+    """Changes brightness, contrast, saturation and hue by uniform factors, in random order (torchvision's ColorJitter).
+
+    Args:
+      strengths: of each change, as in `MAE_JITTER`.
+    """
+    names, draws = tuple(strengths), rng.uniform(-1, 1, len(strengths))
+    for which in rng.permutation(len(names)):
+        image = adjust(image, names[which], strengths[names[which]] * draws[which])
+    return image
+
+
+def three(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """3-Augment (DeiT III section 3.2): exactly one of grey, solarised and blurred, each as likely; then jitter."""
+    change = (grey, solarise, blur)[rng.integers(3)]
+    return jitter(change(image, rng), rng, THREE_JITTER)
+
+
+def adjust(image: Image.Image, name: str, amount: float) -> Image.Image:
+    """Changes one property of the colours; an amount of 0 changes nothing.
+
+    Args:
+      name: 'hue', turned by `amount` of its circle, or a key of `ENHANCE`, multiplied by 1 + amount.
+    """
+    if name != "hue":
+        return ENHANCE[name](image).enhance(1 + amount)
+    hue, saturation, value = image.convert("HSV").split()
+    shift = int(amount * 255)
+    return Image.merge("HSV", (hue.point([(h + shift) % 256 for h in range(256)]), saturation, value)).convert("RGB")
+
+
+def grey(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Takes the colours out (ITU-R 601 luma)."""
+    return image.convert("L").convert("RGB")
+
+
+def solarise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Inverts every pixel value of at least 128."""
+    return ImageOps.solarize(image, SOLARISE_FROM)
+
+
+def blur(image: Image.Image, rng: np.random.Generator, radius: tuple[float, float] = BLUR) -> Image.Image:
+    """Blurs with a Gaussian whose standard deviation in pixels is uniform between two bounds."""
+    return image.filter(ImageFilter.GaussianBlur(rng.uniform(*radius)))
+
+
+def change(image: Image.Image, rng: np.random.Generator, chances: Colours) -> Image.Image:
+    """Makes the changes of a view: jitter, grey, blur and solarise, each with its own probability."""
+    if rng.random() < chances.jitter:
+        image = jitter(image, rng, DINO_JITTER)
+    if rng.random() < chances.grey:
+        image = grey(image, rng)
+    if rng.random() < chances.blur:
+        image = blur(image, rng, chances.radius)
+    return solarise(image, rng) if rng.random() < chances.solarise else image
+
+
+COLOURS = {"none": none, "jitter": jitter, "three": three}  # data.colour; 'rand' moves pixels too: data.rand_augment

@@ -1,0 +1,205 @@
+"""Geometry on the host: a picture, and its mask where it has one, to uint8 pixels of the model's size.
+
+Every random choice comes from the generator that is passed in. Colours are in `data.colour` and `data.rand_augment`.
+"""
+
+import math
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from mae_jax.data.decode import BadPicture, Box, Picture
+from mae_jax.data.masking import Colours, View
+from mae_jax.data.transforms.color import COLOURS, change
+from mae_jax.data.transforms.rand_augment import rand_augment
+
+CROP_TRIES = 10  # torchvision's RandomResizedCrop
+SIMPLE_PADDING = 4  # pixels that a simple crop may reach beyond the resized picture (DeiT III section 3.2)
+Pixels = tuple[np.ndarray, np.ndarray | None]
+Images = tuple[Image.Image, Image.Image | None]
+
+
+def augment(picture: Picture, rng: np.random.Generator, config: ConfigDict, mask: np.ndarray | None = None) -> Pixels:
+    """Returns a training view as data.augment, data.flip and data.colour say, and the mask's same view (or None).
+
+    'random': crop of random size and shape, resized. 'single': the same of one draw, cut to what the picture has
+    (linear probing). 'simple': resized to just cover the target, cut at a random place (DeiT III). 'fixed': crop of
+    fixed size at a random place. 'none': the evaluation's centre crop, never flipped.
+
+    Args:
+      mask: uint8 [height, width] of the picture. Its values are picked, never mixed; 255 where RandAugment moved the
+        picture away.
+
+    Returns:
+      uint8 [H, W, 3] and uint8 [H, W], of data.image_size.
+
+    Raises:
+      BadPicture: the pixels do not decode, or the mask has another size.
+    """
+    data = config.data
+    image, mask = _crop(picture, mask_image(picture, mask), rng, config)
+    if data.flip and data.augment != "none" and rng.random() < 0.5:
+        image, mask = _flip(image), mask and _flip(mask)
+    if data.colour == "rand":
+        return _pixels(*rand_augment(image, rng, mask))
+    return _pixels(COLOURS[data.colour](image, rng), mask)
+
+
+def augment_view(picture: Picture, rng: np.random.Generator, view: View, colours: Colours,
+                 data: ConfigDict) -> np.ndarray:
+    """Returns one of a method's views: a random crop, flipped half the time where data.flip says so, then coloured.
+
+    Returns:
+      uint8 [H, W, 3], of the view's size.
+
+    Raises:
+      BadPicture: the pixels do not decode.
+    """
+    box = random_box(rng, (picture.height, picture.width), view.size, view.scale, data.crop_ratio)
+    image = picture.view(box, view.size)
+    if data.flip and rng.random() < 0.5:
+        image = _flip(image)
+    return np.asarray(change(image, rng, colours))
+
+
+def centre(picture: Picture, config: ConfigDict, ratio: float, mask: np.ndarray | None = None) -> Pixels:
+    """Returns the evaluation's view: the central `ratio` of the picture, resized, and the mask's same view (or None).
+
+    Shapes, dtypes and errors are those of `augment`.
+    """
+    return _pixels(*_covering_crop(picture, mask_image(picture, mask), config.data.image_size, ratio, 0.5, 0.5))
+
+
+def random_box(rng: np.random.Generator, size: tuple[int, int], target: tuple[int, int],
+               scale: tuple[float, float], ratio: tuple[float, float]) -> Box:
+    """Draws a crop as torchvision's RandomResizedCrop does: uniform in area, log-uniform in shape.
+
+    Ten draws; if none lies inside the picture, the largest central crop of an allowed shape. `ratio` (width over
+    height) is relative to the target's own, so that it bounds the distortion; for square targets that is torchvision's.
+
+    Args:
+      size, target: height, width in pixels.
+    """
+    height, width = size
+    for _ in range(CROP_TRIES):
+        h, w = _draw_size(rng, size, target, scale, ratio)
+        if 0 < w <= width and 0 < h <= height:
+            return _draw_place(rng, size, h, w)
+    shape = target[1] / target[0]
+    aspect = min(max(width / height, shape * ratio[0]), shape * ratio[1])
+    h, w = min(height, max(1, round(width / aspect))), min(width, max(1, round(height * aspect)))
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def single_box(rng: np.random.Generator, size: tuple[int, int], target: tuple[int, int],
+               scale: tuple[float, float], ratio: tuple[float, float]) -> Box:
+    """Draws a crop as BYOL does, and MAE for linear probing: `random_box` with one draw, cut to the picture's sides.
+
+    Args:
+      size, target: height, width in pixels.
+    """
+    h, w = _draw_size(rng, size, target, scale, ratio)
+    return _draw_place(rng, size, min(max(h, 1), size[0]), min(max(w, 1), size[1]))
+
+
+def _draw_size(rng: np.random.Generator, size: tuple[int, int], target: tuple[int, int],
+               scale: tuple[float, float], ratio: tuple[float, float]) -> tuple[int, int]:
+    """Draws height and width of a crop; they may exceed the picture's."""
+    area = size[0] * size[1] * rng.uniform(*scale)
+    aspect = target[1] / target[0] * math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+
+
+def _draw_place(rng: np.random.Generator, size: tuple[int, int], h: int, w: int) -> Box:
+    return Box(int(rng.integers(size[0] - h + 1)), int(rng.integers(size[1] - w + 1)), h, w)
+
+
+def _crop(picture: Picture, mask: Image.Image | None, rng: np.random.Generator, config: ConfigDict) -> Images:
+    """Cuts out what data.augment says, in the size of the model's pictures."""
+    data, target = config.data, tuple(config.data.image_size)
+    if data.augment == "simple":
+        return _simple_crop(picture, mask, target, rng.random(), rng.random())
+    if data.augment in ("none", "fixed"):
+        place = (0.5, 0.5) if data.augment == "none" else (rng.random(), rng.random())
+        return _covering_crop(picture, mask, target, config.eval.crop_ratio[0], *place)
+    draw = single_box if data.augment == "single" else random_box
+    box = draw(rng, (picture.height, picture.width), target, data.crop_scale, data.crop_ratio)
+    edges = (box.left, box.top, box.left + box.width, box.top + box.height)
+    return picture.view(box, target), mask and mask.resize(target[::-1], Image.Resampling.NEAREST, edges)
+
+
+def _covering_crop(picture: Picture, mask: Image.Image | None, target: tuple[int, int], ratio: float,
+                   down: float, right: float) -> Images:
+    """Cuts `ratio` of the largest part that has the target's shape, and resizes it.
+
+    The same as torchvision's Resize of the short side and crop of the target's size, with no rounding between the two:
+    PIL's resize takes a box in fractions of pixels and filters with what lies around it.
+
+    Args:
+      down, right: where the crop lies, in shares of the free space; 0.5 is the middle.
+    """
+    height, width = target
+    unit = min(picture.height / height, picture.width / width) * ratio
+    h, w = unit * height, unit * width
+    top, left = (picture.height - h) * down, (picture.width - w) * right
+    box = (left, top, min(left + w, picture.width), min(top + h, picture.height))
+    return _resize(picture, mask, (width, height), box)
+
+
+def _simple_crop(picture: Picture, mask: Image.Image | None, target: tuple[int, int],
+                 down: float, right: float) -> Images:
+    """Resizes the picture to just cover the target, mirrors 4 pixels at its edges and cuts the target's size out.
+
+    For square targets that is the simple random crop of DeiT III: torchvision's Resize of the short side and
+    RandomCrop(padding=4, padding_mode='reflect'). Only what the crop needs is resized.
+
+    Args:
+      down, right: in [0, 1): where the crop lies among the places that it can have, each as likely.
+    """
+    height, width = _covering_size((picture.height, picture.width), target)
+    rows, columns = _reflected(height, target[0], down), _reflected(width, target[1], right)
+    (top, left), (bottom, end) = (rows.min(), columns.min()), (rows.max() + 1, columns.max() + 1)
+    y, x = picture.height / height, picture.width / width  # pixels of the picture per pixel of the resized one
+    box = (left * x, top * y, min(end * x, picture.width), min(bottom * y, picture.height))
+    images = _resize(picture, mask, (int(end - left), int(bottom - top)), box)
+    inside = np.ix_(rows - top, columns - left)
+    return tuple(image and Image.fromarray(np.asarray(image)[inside]) for image in images)
+
+
+def _covering_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """Returns height, width of the picture scaled to just cover the target; the long side is cut, as torchvision's."""
+    height, width = size
+    if height * target[1] <= width * target[0]:
+        return target[0], max(target[1], int(target[0] * width / height))
+    return max(target[0], int(target[1] * height / width)), target[1]
+
+
+def _reflected(size: int, target: int, share: float) -> np.ndarray:
+    """Returns which of `size` rows a crop of `target` rows shows, int [target], at a place of the mirrored padding."""
+    first = int(share * (size + 2 * SIMPLE_PADDING - target + 1)) - SIMPLE_PADDING
+    rows = np.abs(np.arange(first, first + target)) % max(2 * (size - 1), 1)  # mirrored: a period of twice the steps
+    return np.minimum(rows, abs(2 * (size - 1) - rows))
+
+
+def _resize(picture: Picture, mask: Image.Image | None, size: tuple[int, int], box: tuple[float, ...]) -> Images:
+    """Resizes what lies in `box` (left, top, right, bottom) to `size` (width, height)."""
+    image = picture.whole().resize(size, Image.Resampling.BICUBIC, box)
+    return image, mask and mask.resize(size, Image.Resampling.NEAREST, box)
+
+
+def _flip(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def mask_image(picture: Picture, mask: np.ndarray | None) -> Image.Image | None:
+    """Returns the mask as PIL has it, None without one; raises BadPicture when it is not of the picture's size."""
+    if mask is None:
+        return None
+    if mask.shape != (picture.height, picture.width):
+        raise BadPicture(f"its mask has the shape {mask.shape}, not {(picture.height, picture.width)}")
+    return Image.fromarray(mask)
+
+
+def _pixels(image: Image.Image, mask: Image.Image | None) -> Pixels:
+    return np.asarray(image), None if mask is None else np.asarray(mask)

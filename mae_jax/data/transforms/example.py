@@ -1,0 +1,109 @@
+"""From a stored picture to the fields of one example: augmented, cut into patches, permuted."""
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_jax.data import masking
+from mae_jax.data.decode import IGNORED, Picture, opencv
+from mae_jax.data.sources.base import UNLABELLED, Example
+from mae_jax.data.transforms.crop import augment, augment_view, centre
+from mae_jax.rng import rng
+
+GREY = 127  # every pixel of the picture that stands in where none could be read
+Fields = dict[str, np.ndarray | int | float]
+Spec = dict[str, jax.ShapeDtypeStruct]
+
+
+class Views:
+    """Makes the fields `patches` uint8 [N, P], `order` int32 [N] and `label` of examples.
+
+    N patches of P values: rows of the patch, pixels in the row, channels (fastest). Where the spec has them, also
+    `labels` uint8 [C] and `mask` uint8 [N, P / 3], the class of each pixel of the same patches. Where a method has
+    views of its own, training has their fields in place of the first two (`orders.View`).
+    """
+
+    def __init__(self, config: ConfigDict, order: masking.Order, spec: Spec, views: tuple[masking.View, ...] = ()):
+        for each in (order, *(view.order for view in views)):
+            masking.check(each)
+        self._config, self._order, self._spec, self._views = config, order, spec, views
+        self._patch = tuple(config.model.patch)
+        self.group = order.group  # neighbours whose orders belong together
+        if config.data.resize == "fast":
+            opencv()  # says at once what is missing
+
+    def train(self, example: Example, position: int) -> Fields:
+        """Returns the augmented view, or views, that belong to a position of the run; raises BadPicture."""
+        if self._views:
+            return {**self._labels(example), **self._several(Picture(example.picture), position)}
+        picture = Picture(example.picture, fast=self._config.data.resize == "fast")
+        draws = rng(self._config.seed, "augment", position)
+        pixels, mask = augment(picture, draws, self._config, self._mask(example))
+        return {**self._labels(example), **self._cut(pixels, mask, self._drawn(self._config.seed, "order", position))}
+
+    def evaluate(self, example: Example, index: int, position: int, ratio: float) -> Fields:
+        """Returns the evaluation's view, the central `ratio`.
+
+        Its order depends on the example's index alone, but where orders belong to groups, on its position.
+
+        Raises:
+          BadPicture: the picture, or its mask, cannot be used.
+        """
+        pixels, mask = centre(Picture(example.picture), self._config, ratio, self._mask(example))
+        address = index if self._order.group == 1 else position
+        return {**self._labels(example), **self._cut(pixels, mask, self._drawn(0, "evaluate", address))}
+
+    def grey_train(self, position: int) -> Fields:
+        """Returns what stands in, at a position of the run, for a picture that cannot be read."""
+        if not self._views:
+            return self._grey(self._drawn(self._config.seed, "order", position))
+        picture = Picture(np.full((1, 1, 3), GREY, np.uint8))
+        return {**self._several(picture, position), "label": UNLABELLED, "valid": 0.0}
+
+    def grey(self, position: int) -> Fields:
+        """Returns what stands in, in an evaluation, for an unreadable picture, and as padding."""
+        return self._grey(self._drawn(0, "evaluate", position))
+
+    def _grey(self, order: np.ndarray) -> Fields:
+        size = tuple(self._config.data.image_size)
+        mask = np.full(size, IGNORED, np.uint8) if "mask" in self._spec else None
+        fields = self._cut(np.full((*size, 3), GREY, np.uint8), mask, order)
+        if "labels" in self._spec:
+            fields["labels"] = np.zeros(self._spec["labels"].shape[1:], np.uint8)
+        return {**fields, "label": UNLABELLED, "valid": 0.0}
+
+    def _mask(self, example: Example) -> np.ndarray | None:
+        return example.mask if "mask" in self._spec else None
+
+    def _labels(self, example: Example) -> Fields:
+        return {"label": example.label, **({} if example.labels is None else {"labels": example.labels})}
+
+    def _several(self, picture: Picture, position: int) -> Fields:
+        """Returns the fields of all views of a picture, which is decoded once; each view has draws of its own."""
+        config, fields, number = self._config, {}, 0
+        for kind in self._views:
+            patches, made = [], []
+            for colours in kind.colours:
+                draws = rng(config.seed, "augment", position, number)
+                pixels = augment_view(picture, draws, kind, colours, config.data)
+                made.append(masking.draw(kind.order, rng(config.seed, "order", position, number)))
+                patches.append(cut(pixels, self._patch)[made[-1]])
+                number += 1
+            fields |= {f"{kind.name}/patches": np.stack(patches), f"{kind.name}/order": np.stack(made)}
+        return fields
+
+    def _drawn(self, seed: int, stream: str, position: int) -> np.ndarray:
+        """Returns the order of the picture at a position, int32 [N]."""
+        group, member = divmod(position, self._order.group)
+        return masking.draw(self._order, rng(seed, stream, group), member)
+
+    def _cut(self, pixels: np.ndarray, mask: np.ndarray | None, order: np.ndarray) -> Fields:
+        masked = {} if mask is None else {"mask": cut(mask[..., None], self._patch)[order]}
+        return {"patches": cut(pixels, self._patch)[order], "order": order, **masked}
+
+
+def cut(pixels: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
+    """Cuts uint8 [height, width, channels] into patches [N, patch area · channels] in raster order."""
+    height, width, channels = pixels.shape[0] // patch[0], pixels.shape[1] // patch[1], pixels.shape[2]
+    tiles = pixels.reshape(height, patch[0], width, patch[1], channels).swapaxes(1, 2)
+    return tiles.reshape(height * width, patch[0] * patch[1] * channels)

@@ -1,0 +1,43 @@
+"""Accumulators on the host: means of (sum, weight) metrics, and rows of sharded arrays."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mae_jax.runtime.sharding import replicated
+
+
+class Rows:
+    """Collects rows of global arrays on every host, those that are wanted."""
+
+    def __init__(self, mesh: Mesh):
+        self.sharding, self.parts = replicated(mesh), []
+
+    def add(self, keep: jax.Array, *arrays: jax.Array) -> None:
+        """Adds the rows of arrays [B, ...] where keep, bool [B], is true."""
+        keep, *rows = jax.device_get(jax.device_put((keep, *arrays), self.sharding))
+        self.parts.append([x[keep] for x in rows])
+
+    def take(self) -> list[np.ndarray]:
+        """Returns the arrays that were added, row by row."""
+        return [np.concatenate(column) for column in zip(*self.parts, strict=True)]
+
+
+class Means:
+    """Accumulates metrics name → (sum, weight) and returns their means."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, metrics: dict[str, tuple[Any, Any]]) -> None:
+        for name, (total, weight) in metrics.items():
+            old_total, old_weight = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = (old_total + float(total), old_weight + float(weight))
+
+    def take(self, prefix: str = "") -> dict[str, float]:
+        """Returns prefix + name → mean and starts anew; a metric without weight is NaN."""
+        out = {prefix + name: total / weight if weight else float("nan") for name, (total, weight) in self.sums.items()}
+        self.sums = {}
+        return out

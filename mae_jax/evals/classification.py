@@ -1,0 +1,215 @@
+"""Classification metrics: top-1, top-5, mean AP, confusion; over batches, and on paper."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image, ImageDraw
+
+from mae_jax.errors import UserError
+from mae_jax.evals import classification
+from mae_jax.evals.accumulators import Means, Rows
+from mae_jax.methods import Method
+from mae_jax.methods.base import Batch, Metrics
+from mae_jax.rng import stream_key
+from mae_jax.runtime.sharding import replicated
+
+CONFUSION_CLASSES = 100  # up to which the whole table of confusions is kept
+GAP, LINE, TEXT = 4, 18, 12  # screen pixels: around the table, per line of its title, and of a letter's height
+BLUE = np.array([8, 64, 129])  # of a cell that holds all of its row
+DARK = 0.5  # share from which a cell's number is white
+
+Sums = dict[str, np.ndarray]
+
+
+@partial(jax.jit, static_argnames="classes")
+def counts(logits: jax.Array, label: jax.Array, valid: jax.Array, classes: int) -> dict[str, jax.Array]:
+    """Counts what a batch adds to the figures of `summary`; sums of whole numbers, so exact on any number of devices.
+
+    Of equal logits the class of the lower index comes first. A picture with a NaN among its logits is a miss.
+
+    Args:
+      logits: float32 [B, C].
+      label: int32 [B], -1 for none.
+      valid: float32 [B], 0 for a row that is no picture.
+      classes: C.
+
+    Returns:
+      int32 'top1' and 'top5' [], hits; 'class_hits' and 'class_totals' [C]; and 'confusion' [C, C], true classes down,
+      predicted ones across, without the pictures that have a NaN, where C is at most CONFUSION_CLASSES.
+
+    Raises:
+      UserError: the logits are not of C classes.
+    """
+    if logits.shape[1] != classes:
+        raise UserError(f"the model's head has {logits.shape[1]} classes and the evaluated data {classes}")
+    number = jnp.arange(classes)
+    truth = (label[:, None] == number) & (valid > 0)[:, None]
+    own = jnp.where(truth, logits, -jnp.inf).max(1, keepdims=True)
+    before = (logits > own) | (logits == own) & (number < label[:, None])
+    defined = truth.any(1) & ~jnp.isnan(logits).any(1)
+    rank = jnp.where(defined, before.sum(1), classes + 5)
+    out = {"top1": (rank < 1).sum(), "top5": (rank < 5).sum(), "class_totals": truth.sum(0),
+           "class_hits": (truth & (rank < 1)[:, None]).sum(0)}
+    if classes <= CONFUSION_CLASSES:
+        predicted = (logits.argmax(1)[:, None] == number) & defined[:, None]
+        # A product in float32 is exact: whole numbers, up to the batch size.
+        out["confusion"] = truth.astype(jnp.float32).T @ predicted.astype(jnp.float32)
+    return jax.tree.map(lambda count: count.astype(jnp.int32), out)
+
+
+def add(total: Sums, part: dict[str, jax.Array]) -> Sums:
+    """Returns the int64 sums of what was counted so far, {} at first, and of one batch more (host)."""
+    return {name: total.get(name, 0) + np.asarray(count, np.int64) for name, count in part.items()}
+
+
+def summary(total: Sums) -> dict[str, float]:
+    """Returns the shares, in 0..1, of summed `counts`; NaN where nothing was counted.
+
+    'top1'; 'top5' where there are more than 5 classes; 'mean_per_class', the mean accuracy of the classes that occur.
+    """
+    hits, totals = total["class_hits"], total["class_totals"]
+    examples = int(totals.sum()) or np.nan
+    out = {"top1": float(total["top1"] / examples)}
+    if len(totals) > 5:
+        out["top5"] = float(total["top5"] / examples)
+    occurs = totals > 0
+    return out | {"mean_per_class": float((hits[occurs] / totals[occurs]).sum() / (occurs.sum() or np.nan))}
+
+
+def subset_top1(logits: np.ndarray, labels: np.ndarray, classes_present: np.ndarray) -> float:
+    """Returns the accuracy among some of the classes that a head knows, as ImageNet-A and ImageNet-R are measured.
+
+    Args:
+      logits: float [n, C] of all classes; a row with a NaN among those present is a miss.
+      labels: int [n] in 0..C - 1.
+      classes_present: int [k], the classes that the data has (arXiv 2006.16241, 1907.07174).
+    """
+    present = np.unique(classes_present)
+    chosen = logits[:, present]
+    return float(((present[chosen.argmax(1)] == labels) & ~np.isnan(chosen).any(1)).mean())
+
+
+def average_precision(scores: np.ndarray, positives: np.ndarray, how: str = "all") -> float:
+    """Returns the average precision of a ranking; pictures of equal score are ranked as one.
+
+    Args:
+      scores: float [n], high for the class.
+      positives: bool or 0/1 [n], whether the picture has the class.
+      how: 'all': sum of the precision at each positive rank times the recall it adds, not interpolated (as scikit-learn
+        has it); 'voc11': mean over the recalls 0, 0.1 ... 1 of the highest precision at that recall or a higher one
+        (VOC2007, its official figure: Everingham et al. 2010).
+
+    Returns:
+      A number in 0..1; NaN without positives.
+    """
+    order = np.argsort(-scores, kind="stable")
+    last = np.append(np.diff(scores[order]) != 0, True)  # of a run of equal scores
+    hits = np.cumsum(positives[order].astype(np.int64))
+    precision, hits = (hits / np.arange(1, len(hits) + 1))[last], hits[last]
+    if hits[-1] == 0:
+        return float("nan")
+    if how == "all":
+        return float(precision @ np.diff(hits, prepend=0) / hits[-1])
+    # Recall is compared in whole numbers: 3 of 10 reach a recall of 0.3, which 0.1 · 3 exceeds.
+    return float(np.mean([precision[10 * hits >= tenth * hits[-1]].max() for tenth in range(11)]))
+
+
+def mean_ap(scores: np.ndarray, labels: np.ndarray, how: str = "all") -> float:
+    """Returns the mean over the classes that occur of `average_precision`; scores float [n, C], labels uint8 [n, C]."""
+    occurs = np.flatnonzero(labels.any(0))
+    if not len(occurs):
+        return float("nan")
+    return float(np.mean([average_precision(scores[:, c], labels[:, c], how) for c in occurs]))
+
+
+def confusion_picture(matrix: np.ndarray, names: Sequence[str], part: str) -> np.ndarray:
+    """Draws a table of confusions [C, C] of a part of the data, true classes down, as uint8 [height, width, 3].
+
+    A cell is as dark as its share of the row, and says it in percent where there is room.
+    """
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    cell = 30 if len(names) <= 30 else TEXT
+    labels = [_label(f" {name} ") for name in names]
+    margin = max(label.width for label in labels)
+    left, top, side = GAP + margin, 2 * LINE + margin, cell * len(names)
+    canvas = Image.new("RGB", (max(left + side, 220) + GAP, top + side + GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((GAP, 2), f"true class down, predicted across\n{part}: % of the true class's pictures", fill="black")
+    tiles = np.rint(255 + shares[..., None] * (BLUE - 255)).astype(np.uint8)
+    canvas.paste(Image.fromarray(tiles).resize((side, side), Image.Resampling.NEAREST), (left, top))
+    for i, label in enumerate(labels):
+        offset = i * cell + (cell - TEXT) // 2
+        canvas.paste(label, (left - label.width, top + offset))
+        canvas.paste(label.transpose(Image.Transpose.ROTATE_90), (left + offset, top - label.width))
+    if cell > TEXT:
+        for (row, column), share in np.ndenumerate(shares):
+            centre = (left + (column + 0.5) * cell, top + (row + 0.5) * cell)
+            number = f"{100 * share:.0f}" if share else ""
+            draw.text(centre, number, fill="white" if share >= DARK else "black", anchor="mm")
+    return np.asarray(canvas)
+
+
+def _label(text: str) -> Image.Image:
+    """Draws one line of text as a picture as large as it."""
+    canvas = Image.new("RGB", (int(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(text)) + 1, TEXT), "white")
+    ImageDraw.Draw(canvas).text((0, TEXT // 2), text, fill="black", anchor="lm")
+    return canvas
+
+
+def scores(method: Method, params: Any, extras: Any, batches: Iterable[Batch],
+           mesh: Mesh) -> tuple[dict[str, float], np.ndarray | None]:
+    """Returns the figures of `classify.summary` or of mean average precision, with the loss, and the confusions.
+
+    Args:
+      method: one that has `logits`.
+      batches: global batches of a split, each example once; padding is not valid.
+
+    Returns:
+      name → figure, and the table of confusions int64 [C, C], None where there are many classes or labels.
+    """
+    means, total, rows = Means(), {}, Rows(mesh)
+    for batch in batches:
+        metrics, counts, logits = _judge(method, mesh)(params, extras, batch)
+        means.add(jax.device_get(metrics))
+        total = classification.add(total, jax.device_get(counts))
+        if method.config.method.multi_label:
+            rows.add(batch["valid"] > 0, logits, batch["labels"])
+    figures = means.take()
+    if not method.config.method.multi_label:
+        return figures | (classification.summary(total) if total else {}), total.get("confusion")
+    if not rows.parts:
+        return figures, None
+    logits, labels = rows.take()
+    figures["map"] = classification.mean_ap(logits, labels, "voc11")
+    figures["map_all"] = classification.mean_ap(logits, labels)
+    return figures, None
+
+
+def among_present(method: Method, params: Any, extras: Any, batches: Iterable[Batch], mesh: Mesh) -> float:
+    """Returns top-1 among the classes that occur in the batches, as ImageNet-A and ImageNet-R are measured."""
+    rows = Rows(mesh)
+    for batch in batches:
+        _, _, logits = _judge(method, mesh)(params, extras, batch)
+        rows.add((batch["valid"] > 0) & (batch["label"] >= 0), logits, batch["label"])
+    if not rows.parts:
+        return float("nan")
+    logits, labels = rows.take()
+    return classification.subset_top1(logits, labels, np.unique(labels))
+
+
+@functools.lru_cache(maxsize=8)
+def _judge(method: Method, mesh: Mesh) -> Callable[..., tuple[Metrics, dict[str, jax.Array], jax.Array]]:
+    """Returns the compiled function to metrics, counts and logits; kept from one evaluation to the next."""
+    def judge(params: Any, extras: Any, batch: Batch) -> tuple[Metrics, dict[str, jax.Array], jax.Array]:
+        logits = method.logits(params, extras, batch)
+        key = stream_key(method.config.seed, 0, "evaluate")
+        _, (metrics, _) = method.loss(params, extras, batch, key, 0, False)
+        return metrics, classification.counts(logits, batch["label"], batch["valid"], method.classes), logits
+
+    return jax.jit(judge, out_shardings=replicated(mesh))

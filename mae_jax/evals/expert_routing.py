@@ -1,0 +1,92 @@
+"""Who chooses which expert of a MoCE: shares, clusters, what that tells of the label, and what each expert sees."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+
+from mae_jax.evals.image_grid import tile
+from mae_jax.methods.base import Batch
+from mae_jax.methods.moce import MoCE
+from mae_jax.models.intermediates import block_name
+from mae_jax.ops.patches import assemble, grid
+
+SHOWN = 10  # pictures of each expert
+LOOKED_AT = 4096  # pictures among which they are sought
+
+
+def routes(method: MoCE, params: Any, extras: Any) -> dict[int, np.ndarray]:
+    """Returns block → the expert of each cluster, int [m], without noise."""
+    table = jax.jit(method.probabilities)(params, extras)  # whose rows may lie on several processes, as the centroids
+    return {block: _whole(each).argmax(1) for block, each in table.items()}
+
+
+def _whole(values: jax.Array) -> np.ndarray:
+    return np.asarray(process_allgather(values, tiled=True))
+
+
+def figures(method: MoCE, params: Any, extras: Any, cluster: np.ndarray, label: np.ndarray) -> dict[str, float]:
+    """Returns figures for each block with experts.
+
+    'share/<block>/<expert>' of the pictures; 'clusters/<block>/<expert>', how many it has; and where pictures have
+    labels, 'label_information/<block>': I(expert; label) / H(label), 0 to 1.
+
+    Args:
+      method: whose gates read clusters; else nothing is returned.
+      params, extras: its state.
+      cluster, label: int [n] of the pictures; a label of -1 is none.
+    """
+    if method.by_token or not len(cluster):
+        return {}
+    out: dict[str, float] = {}
+    for block, expert in routes(method, params, extras).items():
+        name, count = block_name(block), method.config.method.experts
+        own = expert[cluster]
+        shares, clusters = (np.bincount(which, minlength=count) for which in (own, expert))
+        out |= {f"share/{name}/{i}": float(share) for i, share in enumerate(shares / len(own))}
+        out |= {f"clusters/{name}/{i}": float(number) for i, number in enumerate(clusters)}
+        known = label >= 0
+        if len(np.unique(label[known])) > 1:
+            out[f"label_information/{name}"] = information(own[known], label[known])
+    return out
+
+
+def information(choice: np.ndarray, label: np.ndarray) -> float:
+    """Returns I(choice; label) / H(label) of two arrays of whole numbers [n]."""
+    joint = np.zeros((choice.max() + 1, label.max() + 1))
+    np.add.at(joint, (choice, label), 1 / len(choice))
+
+    def entropy(p: np.ndarray) -> float:
+        return float(-(p[p > 0] * np.log(p[p > 0])).sum())
+
+    of_label = entropy(joint.sum(0))
+    return (entropy(joint.sum(1)) + of_label - entropy(joint.ravel())) / of_label
+
+
+def picture(method: MoCE, params: Any, extras: Any, batches: Iterator[Batch]) -> np.ndarray:
+    """Returns a grid with a row for each block and expert: the first pictures that it is chosen for.
+
+    They are sought among the first LOOKED_AT, until each expert that has clusters has SHOWN.
+    """
+    config, table = method.config, routes(method, params, extras)
+    count, share = config.method.experts, _whole(extras["share"])
+    rows: dict[tuple[int, int], list[np.ndarray]] = {(block, i): [] for block in table for i in range(count)}
+    used = {(block, int(i)) for block, expert in table.items() for i in np.unique(expert)}
+    for batch in itertools.islice(batches, -(-LOOKED_AT // config.batch_size)):
+        cluster, valid = _whole(batch["cluster"]), _whole(batch["valid"]) > 0
+        wanted = {(block, i): np.flatnonzero(valid & (table[block][cluster] == i))[: SHOWN - len(rows[block, i])]
+                  for block, i in used}
+        if any(map(len, wanted.values())):
+            patches, order = _whole(batch["patches"]), _whole(batch["order"])
+            for each, own in wanted.items():
+                rows[each] += list(assemble(patches[own], order[own], grid(config), tuple(config.model.patch)))
+        if all(len(rows[each]) == SHOWN for each in used):
+            break
+    blank = np.full((*config.data.image_size, 3), 255, np.uint8)
+    names = [f"block {block}, expert {i}\n{(table[block] == i).sum()} of {method.count} clusters,\n"
+             f"{share[table[block] == i].sum():.0%} of pictures" for block, i in rows]
+    return tile([[*seen, *[blank] * (SHOWN - len(seen))] for seen in rows.values()], [""] * SHOWN,
+                "what each expert sees", names)

@@ -1,0 +1,39 @@
+"""A frozen encoder: a config and a method that give features of any data, without training."""
+
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from mae_jax.errors import UserError
+from mae_jax.methods import Method, get
+
+
+def frozen(config: ConfigDict, block: int) -> ConfigDict:
+    """Returns the config by which features are computed: all pictures, and of an earlier block where that is asked."""
+    config = config.copy_and_resolve_references()
+    config.eval.max_examples = 1 << 31
+    config.data.update(augment="none", colour="none", repeats=1)
+    if not -1 <= block < config.model.depth:
+        raise UserError(f"--block={block}; the encoder has the blocks 0 to {config.model.depth - 1}, -1 is the last")
+    return config.lock()
+
+
+def with_data(config: ConfigDict, other: ConfigDict) -> ConfigDict:
+    """Returns a config that sees the pictures of another one, in its own size and way."""
+    config = config.copy_and_resolve_references().unlock()
+    seen = {name: config.data[name] for name in ("image_size", "resize")}
+    config.data.update(other.data)
+    config.data.update(seen)
+    return config.lock()
+
+
+class Frozen(Method):
+    """An encoder of any method, one block of it, and nothing else: no field but those of every picture is needed."""
+
+    def __init__(self, config: ConfigDict, block: int):
+        super().__init__(config)
+        self.of, self.block = get(config.method.name)(config), block
+
+    def encode(self, params: Any, extras: Any, batch: Any, block: int = -1) -> jax.Array:
+        return self.of.encode(params, extras, batch, self.block)

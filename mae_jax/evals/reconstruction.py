@@ -1,0 +1,89 @@
+"""Pictures of what the model makes of hidden patches."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from ml_collections import ConfigDict
+
+from mae_jax.evals.image_grid import paired, tile
+from mae_jax.methods import Method, get
+from mae_jax.methods.base import Batch
+from mae_jax.ops.patches import assemble, denormalize, grid
+
+GREY = 127  # of a patch that the model does not see
+RATIOS = (0.25, 0.5, 0.75, 0.9)  # of the picture at several masking ratios
+CAPTIONS = ("input", "visible", "prediction") * 2
+GAP, CAPTION, NAME = 4, 18, 120  # screen pixels between pictures, for a line of text above, and for text on the left
+
+
+@functools.lru_cache(maxsize=8)
+def predictor(method: Method) -> Callable[..., dict[str, jax.Array]]:
+    """Returns the compiled `reconstruct` of the method; kept from one evaluation to the next."""
+    return jax.jit(method.reconstruct)
+
+
+@functools.lru_cache(maxsize=8)
+def masking(method: Method, ratio: float) -> Method:
+    """Returns the method at another masking ratio; kept likewise."""
+    if ratio == method.config.method.mask_ratio:
+        return method
+    config = method.config.copy_and_resolve_references()
+    config.method.update(mask_ratio=ratio, masking="random")
+    return get(config.method.name)(config)
+
+
+def panels(method: Method, params: Any, extras: Any, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns (input, masked input, prediction with the visible patches pasted in), uint8 [B, height, width, 3]."""
+    predicted = process_allgather(predictor(method)(params, extras, batch)["pixels"], tiled=True)
+    patches, order = np.asarray(batch["patches"]), np.asarray(batch["order"])
+    hidden = predicted.shape[1]
+    shape = grid(method.config), tuple(method.config.model.patch)
+    masked, pasted = patches.copy(), patches.copy()
+    masked[:, -hidden:] = GREY
+    pixels = np.nan_to_num(denormalize(predicted), nan=GREY)  # a model that diverged gets its pictures too
+    pasted[:, -hidden:] = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+    original, masked, pasted = (assemble(x, order, *shape) for x in (patches, masked, pasted))
+    return original, masked, pasted
+
+
+def note(config: ConfigDict) -> str:
+    """Returns what a reader must know about the colours of the predictions."""
+    if config.method.target == "norm_pix":
+        return "hidden patches un-normalised with their own true mean and deviation"
+    return "plain pixels, nothing known of the hidden patches" if config.method.target == "pixel" else "PCA of pixels"
+
+
+def reconstructions(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarray:
+    """Returns the grid of `batch`: input, visible patches, prediction; two pictures to a row."""
+    rows = list(zip(*panels(method, params, extras, batch), strict=True))
+    return tile(paired(rows), CAPTIONS, f"{method.config.method.mask_ratio:.0%} hidden; {note(method.config)}")
+
+
+def mixtures(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarray:
+    """Returns the grid of `batch`, whole groups of MixedAE: a mixed picture, its sources, what is made of each."""
+    group, shape = method.group, (grid(method.config), tuple(method.config.model.patch))
+    sources, _, predicted = panels(method, params, extras, batch)
+    mixed = assemble(*(np.asarray(method.mixed(np.asarray(batch[name]))) for name in ("patches", "order")), *shape)
+    rows = [(mixed[i], *sources[i * group : (i + 1) * group], *predicted[i * group : (i + 1) * group])
+            for i in range(len(mixed))]
+    captions = ["mixed", *(f"source {i + 1}" for i in range(group)), *(f"prediction {i + 1}" for i in range(group))]
+    return tile(rows, captions, f"{group} pictures mixed, {1 - 1 / group:.0%} of each hidden; {note(method.config)}")
+
+
+def at_ratios(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarray:
+    """Returns two pictures of `batch` at several masking ratios, one row each, with the same random orders."""
+    few = {name: np.asarray(value)[-2:] for name, value in batch.items()}
+    # Drawn anew: the order of block and grid masking is random in its halves only where the training ratio cuts it.
+    shuffle = np.random.default_rng(0).permutation(few["order"].shape[1])
+    few |= {"patches": few["patches"][:, shuffle], "order": few["order"][:, shuffle]}
+    rows = []
+    for ratio in RATIOS:
+        original, visible, predicted = panels(masking(method, ratio), params, extras, few)
+        rows.append([panel for i in range(len(original)) for panel in (original[i], visible[i], predicted[i])])
+    title = f"hidden, from the top: {', '.join(f'{ratio:.0%}' for ratio in RATIOS)} (trained at " \
+            f"{method.config.method.mask_ratio:.0%}); {note(method.config)}"
+    return tile(rows, CAPTIONS, title)

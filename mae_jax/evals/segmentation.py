@@ -1,0 +1,151 @@
+"""Segmentation metrics and images: mIoU, pixel accuracy, predicted masks."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from PIL import Image, ImageDraw
+
+from mae_jax.evals import classification, segmentation
+from mae_jax.evals.accumulators import Means
+from mae_jax.evals.image_grid import paired, tile
+from mae_jax.evals.reconstruction import CAPTION, GAP
+from mae_jax.losses.segmentation import IGNORED
+from mae_jax.methods import Method
+from mae_jax.methods.base import Batch, Metrics
+from mae_jax.ops.partitioning import constrain
+from mae_jax.ops.patches import assemble
+from mae_jax.rng import stream_key
+
+CREAM = (224, 224, 192)  # of pixels that count nowhere, as in the pictures of PASCAL VOC
+MOST_NAMED, KEY = 32, 44  # classes up to which their colours are listed; screen pixels for each
+CAPTIONS = ("input", "truth", "prediction") * 2
+
+
+def scores(method: Method, params: Any, extras: Any, batches: Iterable[Batch]) -> dict[str, float]:
+    """Returns 'loss', 'pixel_accuracy' and 'miou' over all pixels of the batches; {} without any batch.
+
+    At the model's size and under the evaluation's crop: not comparable with figures at the pictures' own size.
+    """
+    means, counted = Means(), {}
+    for batch in batches:
+        counts, metrics = jax.device_get(_counter(method)(params, extras, batch))
+        means.add(metrics)
+        counted = classification.add(counted, {"confusion": counts})
+    return means.take() | (segmentation.summary(counted["confusion"]) if counted else {})
+
+
+@functools.lru_cache(maxsize=8)
+def _counter(method: Method) -> Callable[..., tuple[jax.Array, Metrics]]:
+    """Returns the compiled function to a confusion table and metrics; kept from one evaluation to the next."""
+    def count(params: Any, extras: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
+        key = stream_key(method.config.seed, 0, "evaluate")
+        _, (metrics, _) = method.loss(params, extras, batch, key, 0, False)
+        logits, classes = method.pixel_logits(params, extras, batch), method.pixel_classes(batch)
+        logits, classes = logits.reshape(len(logits), -1, logits.shape[-1]), classes.reshape(len(classes), -1)
+        return jax.tree.map(constrain, (segmentation.confusion(logits, classes, batch["valid"]), metrics))
+
+    return jax.jit(count)
+
+
+@functools.lru_cache(maxsize=8)
+def _predictor(method: Method) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Returns the compiled function to true and predicted classes, uint8 [B, height, width]."""
+    def predict(params: Any, extras: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return method.pixel_classes(batch), method.pixel_logits(params, extras, batch).argmax(-1).astype(jnp.uint8)
+
+    return jax.jit(predict)
+
+
+def pictures(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarray:
+    """Returns the grid of `batch`: input, true and predicted classes; cream is what counts nowhere."""
+    truth, predicted = process_allgather(_predictor(method)(params, extras, batch), tiled=True)
+    inputs = assemble(np.asarray(batch["patches"]), np.asarray(batch["order"]), method.grid, method.patch)
+    colours = palette(method.config.method.classes)
+    rows = list(zip(inputs, colours[truth], colours[predicted], strict=True))
+    count = method.config.method.classes
+    picture = tile(paired(rows), CAPTIONS, f"{count} classes of pixels")
+    return np.concatenate([picture, legend(colours[:count], picture.shape[1])]) if count <= MOST_NAMED else picture
+
+
+def legend(colours: np.ndarray, width: int) -> np.ndarray:
+    """Returns the numbers of classes beside their colours [C, 3], as a uint8 picture [height, width, 3]."""
+    across = max(1, (width - GAP) // KEY)
+    canvas = Image.new("RGB", (width, -(-len(colours) // across) * CAPTION + GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, colour in enumerate(colours):
+        x, y = GAP + number % across * KEY, number // across * CAPTION
+        draw.rectangle((x, y + 2, x + CAPTION - 6, y + CAPTION - 4), fill=tuple(map(int, colour)), outline="black")
+        draw.text((x + CAPTION, y + 2), str(number), fill="black")
+    return np.asarray(canvas)
+
+
+def palette(classes: int) -> np.ndarray:
+    """Returns a colour for each value of a mask, uint8 [256, 3]: class 0 is black, ignored pixels are cream.
+
+    As in the pictures of PASCAL VOC: bits of the class number, lowest first, go to the highest bits of red, green and
+    blue in turn, so that neighbours are far apart.
+    """
+    numbers = np.arange(256)
+    channels = [sum((numbers >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for channel in range(3)]
+    colours = np.stack(channels, 1).astype(np.uint8)
+    colours[classes:] = CREAM
+    colours[IGNORED] = CREAM
+    return colours
+
+
+CHUNK = 4096  # pixels of each picture that are counted at a time, so that the table of a class per pixel stays small
+
+
+def confusion(logits: jax.Array, mask: jax.Array, valid: jax.Array) -> jax.Array:
+    """Counts pixels by true class (down) and predicted class (across); whole numbers, exact on any number of devices.
+
+    Of equal logits the class of the lower index is predicted.
+
+    Args:
+      logits: float [B, M, C] of M pixels, fewer than 2**24.
+      mask: integers [B, M], the true classes; 255 and whatever else is not below C does not count.
+      valid: float32 [B], 0 for a row that is no picture.
+
+    Returns:
+      int32 [C, C]. The sum over batches may need int64: `classify.add` takes it.
+    """
+    (images, pixels), classes = mask.shape, logits.shape[-1]
+    truth = jnp.where((valid > 0)[:, None], mask.astype(jnp.int32), classes)
+    predicted = logits.argmax(-1)
+    chunk = min(CHUNK, pixels)
+
+    def count(pictures: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
+        # A chunk that would go past the end starts before it: what an earlier one has counted is left out.
+        begin = jnp.minimum(start, pixels - chunk)
+        new = begin + jnp.arange(chunk) >= start
+        labels, guesses = (jax.lax.dynamic_slice_in_dim(x, begin, chunk, 1) for x in (truth, predicted))
+        hot = jax.nn.one_hot(jnp.where(new, labels, classes), classes), jax.nn.one_hot(guesses, classes)
+        # A product in float32, picture by picture, is exact below 2**24; a scatter-add would be slow on TPUs.
+        return pictures + jnp.einsum("bmt,bmp->btp", *hot), None
+
+    start = jnp.zeros((images, classes, classes), jnp.float32)
+    pictures, _ = jax.lax.scan(count, start, jnp.arange(0, pixels, chunk))
+    return pictures.astype(jnp.int32).sum(0)
+
+
+def iou(matrix: np.ndarray) -> np.ndarray:
+    """Returns float64 [C], pixels in truth and prediction over those in either; NaN for a class in neither."""
+    both = np.diag(matrix)
+    either = matrix.sum(0) + matrix.sum(1) - both
+    return np.where(either > 0, both / np.maximum(either, 1), np.nan)
+
+
+def summary(matrix: np.ndarray) -> dict[str, float]:
+    """Returns 'miou' and 'pixel_accuracy' in 0..1 of a summed confusion [C, C]; NaN where nothing was counted.
+
+    The mean IoU is over the classes that occur in truth or prediction.
+    """
+    found = iou(matrix)
+    found = found[~np.isnan(found)]
+    return {"miou": float(found.sum() / (len(found) or np.nan)),
+            "pixel_accuracy": float(np.trace(matrix) / (matrix.sum() or np.nan))}

@@ -1,0 +1,1 @@
+"""Losses and their targets: pure functions of arrays."""

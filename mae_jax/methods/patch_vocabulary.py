@@ -1,0 +1,60 @@
+"""Vocabularies of patch tokens, built from training images."""
+
+import logging
+
+import numpy as np
+
+from mae_jax.errors import UserError
+from mae_jax.losses.patch_tokens import LEAST, constant, prepared, tokenize
+from mae_jax.ops.kmeans import kmeans
+
+logger = logging.getLogger(__name__)
+LEAST_USED = 20  # the perplexity is at least V / 20: below, most patches share few tokens
+LEAST_PATCHES = 5  # sampled patches per entry: a larger vocabulary would know single patches by heart
+
+
+def build(patches: np.ndarray, kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Builds a vocabulary of `size` - 1 entries.
+
+    Args:
+      patches: uint8 [n, P], sampled from the training pictures.
+      kind: 'kmeans' (centres of clusters), 'patches' (random ones of the sample) or 'projection' (random directions).
+      size: V.
+      rng: draws entries, or the first centres.
+
+    Returns:
+      float32 [V - 1, P].
+
+    Raises:
+      UserError: the sample is too small for the size, or its patches share too few tokens.
+    """
+    varied = patches[~np.asarray(constant(patches))] if len(patches) else patches
+    if len(varied) < LEAST_PATCHES * LEAST:
+        raise UserError(f"only {len(varied)} of the sampled patches are not of one colour: too few for a vocabulary; "
+                        "use method.target=norm_pix, or more pictures")
+    if len(varied) < LEAST_PATCHES * size:
+        raise UserError(f"method.vocabulary={size} is more than a fifth of the {len(varied)} sampled patches that are "
+                        f"not constant; use at most {len(varied) // LEAST_PATCHES}, or a larger eval.max_examples: "
+                        "no more pictures are sampled")
+    if kind == "projection":
+        entries = rng.normal(size=(size - 1, patches.shape[1])).astype(np.float32)
+    elif kind == "patches":
+        entries = np.asarray(prepared(rng.permutation(varied)[: size - 1], kind))
+    else:
+        entries = kmeans(np.asarray(prepared(varied, kind)), size - 1, rng)
+    chunks = np.array_split(varied, -(-len(varied) // 4096))
+    used = perplexity(np.concatenate([np.asarray(tokenize(chunk, entries, kind)) for chunk in chunks]))
+    logger.info("method.target=%s: %d sampled patches that are not constant use the method.vocabulary=%d as %.1f "
+                "tokens would be used evenly (perplexity)", kind, len(varied), size, used)
+    if used < size / LEAST_USED:
+        raise UserError(f"method.target={kind!r}: {len(varied)} sampled patches use the method.vocabulary={size} as "
+                        f"{used:.1f} tokens would be used evenly (perplexity), less than a twentieth; use a smaller "
+                        "one")
+    return entries
+
+
+def perplexity(tokens: np.ndarray) -> float:
+    """Returns how many tokens, used evenly, would be as uncertain: exp of the entropy of those that are not 0."""
+    shares = np.bincount(tokens[tokens > 0])
+    shares = shares[shares > 0] / max(shares.sum(), 1)
+    return float(np.exp(-(shares * np.log(shares)).sum()))

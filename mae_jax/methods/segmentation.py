@@ -1,0 +1,114 @@
+"""Dense probe: a linear classifier of patches, its logits upsampled to pixels."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from mae_jax.errors import UserError
+from mae_jax.losses import segmentation
+from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params
+from mae_jax.models.heads import Head
+from mae_jax.models.vit import make_encoder
+from mae_jax.ops.flops import blocks_flops
+from mae_jax.ops.patches import grid, normalize, patch_values
+
+HEAD_STD = 0.01  # initial deviation of the head's kernel, as MAE's linear probe has it (A.1)
+EPS = 1e-6  # of the norm before the head
+
+
+class Segment(Method):
+    """Gives every pixel a class, from the patch tokens of one block: DINOv2's linear protocol (arXiv 2304.07193, 7.4).
+
+    Before the classifier comes the encoder's norm, or after an earlier block a layer norm without parameters, where
+    DINOv2 has a batch norm (our choice: no statistics of other pictures are needed).
+    """
+
+    learns_labels = True
+    defaults = {
+        "classes": 2,  # of the pixels, as numbers from 0; pixels of higher numbers are ignored
+        "background": 0,  # the class around things, for how well attention covers them; -1: none
+        "block": -1,  # whose tokens are classified; -1: the last, after the encoder's norm
+        "train_blocks": 0,  # how many of the last blocks learn with the head; -1: the whole encoder
+    }
+
+    @staticmethod
+    def validate(config: ConfigDict) -> None:
+        m, depth = config.method, config.model.depth
+        if not 2 <= m.classes <= segmentation.IGNORED:
+            raise UserError(f"method.classes={m.classes}; expected 2 to {segmentation.IGNORED}")
+        if not -1 <= m.background < m.classes:
+            raise UserError(f"method.background={m.background}; expected 0 to {m.classes - 1}, or -1 for none")
+        if not -1 <= m.block < depth:
+            raise UserError(f"method.block={m.block}; expected 0 to {depth - 1}, or -1 for the last")
+        if not -1 <= m.train_blocks <= depth:
+            raise UserError(f"method.train_blocks={m.train_blocks}; expected 0 to {depth}, or -1 for the whole encoder")
+
+    def __init__(self, config: ConfigDict, examples: int = 0):
+        super().__init__(config, examples)
+        self.encoder = make_encoder(config)
+        self.grid, self.patch = grid(config), tuple(config.model.patch)
+        self.head = Head(config.method.classes, HEAD_STD)
+        self.depth = config.method.block + 1 or config.model.depth  # how many blocks run
+
+    def eval_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        spec = super().eval_spec()
+        shape = (*spec["order"].shape, self.patch[0] * self.patch[1])
+        return spec | {"mask": jax.ShapeDtypeStruct(shape, jnp.uint8)}
+
+    def learns(self, path: str) -> bool:
+        trained, block = self.config.method.train_blocks, re.search(r"block_(\d+)/", path)
+        if path.startswith("head/"):
+            return True
+        if block:
+            return int(block[1]) < self.depth and (trained < 0 or int(block[1]) >= self.depth - trained)
+        if path.startswith("encoder/norm/"):
+            return trained != 0 and self.config.method.block == -1
+        return trained < 0
+
+    def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
+        encoder_key, head_key = jax.random.split(key)
+        tokens, encoder = self.encoder.init_with_output(
+            encoder_key, normalize(batch["patches"][:1]), batch["order"][:1])
+        head = self.head.init(head_key, tokens.astype(jnp.float32))
+        return {"encoder": encoder["params"], "head": head["params"]}, {}
+
+    def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1,
+               keep: jax.Array | None = None) -> jax.Array:
+        pixels = normalize(batch["patches"])
+        return self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], block=block, keep=keep)
+
+    def pixel_logits(self, params: Params, extras: Extras, batch: Batch, keep: jax.Array | None = None) -> jax.Array:
+        """Returns float32 [B, height, width, C]; `keep` is that of the encoder."""
+        tokens = self.encode(params, extras, batch, self.config.method.block, keep)[:, 1:].astype(jnp.float32)
+        if self.config.method.block >= 0:
+            tokens = jax.nn.standardize(tokens, epsilon=EPS)
+        logits = self.head.apply({"params": params["head"]}, tokens)
+        return segmentation.upsample(logits.reshape(-1, *self.grid, logits.shape[-1]), self.patch)
+
+    def pixel_classes(self, batch: Batch) -> jax.Array:
+        """Returns uint8 [B, height, width]: classes, or 255 for pixels without one and all of invalid pictures."""
+        mask = segmentation.pixels(batch["mask"], self.grid, self.patch)
+        known = (mask < self.config.method.classes) & (batch["valid"] > 0)[:, None, None]
+        return jnp.where(known, mask, jnp.uint8(segmentation.IGNORED))
+
+    def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
+             train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
+        """Cross-entropy, the mean over all pixels of the batch that have a class."""
+        params = self.only_learning(params)
+        keep = self.kept_branches(key, len(batch["order"])) if train else None
+        logits, classes = self.pixel_logits(params, extras, batch, keep), self.pixel_classes(batch)
+        weight = (classes != segmentation.IGNORED).sum(dtype=jnp.float32)
+        total = segmentation.cross_entropy(logits, classes).sum()
+        right = (logits.argmax(-1) == classes).sum(dtype=jnp.float32)
+        metrics = {"loss": (total, weight), "pixel_accuracy": (right, weight)}
+        return total / jnp.maximum(weight, 1), (metrics, extras)
+
+    def forward_flops(self) -> int:
+        m, classes, (rows, columns) = self.config.model, self.config.method.classes, self.grid
+        height, width = self.config.data.image_size
+        patches = rows * columns
+        embed_and_head = 2 * patches * m.width * (patch_values(self.config) + classes)
+        upsampling = 2 * height * columns * (rows + width) * classes
+        return embed_and_head + blocks_flops(1 + patches, m.width, self.depth, m.mlp_ratio) + upsampling

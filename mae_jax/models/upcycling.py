@@ -1,0 +1,52 @@
+"""Between one perceptron and several: a dense encoder becomes one with experts, and one path of experts a dense one."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mae_jax.param_tree import flatten, nest
+
+EXPERT = re.compile(r"(encoder/block_(\d+)/)experts/(fc[12]/(?:kernel|bias))")
+
+
+def upcycled(loaded: Any, params: Any) -> Any:
+    """Gives every expert of `params` a copy of the perceptron that `loaded` has in its block (arXiv 2212.05055).
+
+    Args:
+      loaded: parameters, of a dense encoder or of one with experts.
+      params: the model's, or their shapes.
+
+    Returns:
+      `loaded`, with the experts that it lacked; as it was where the model has none.
+    """
+    theirs = flatten(loaded)
+    for name, leaf in flatten(params).items():
+        if (found := EXPERT.fullmatch(name)) and name not in theirs:
+            dense = theirs.get(f"{found[1]}mlp/{found[3]}")
+            if dense is not None:
+                theirs[name] = np.broadcast_to(np.asarray(dense), (leaf.shape[0], *dense.shape))
+    taken = {f"{found[1]}mlp/{found[3]}" for name in flatten(params) if (found := EXPERT.fullmatch(name))}
+    return nest({name: leaf for name, leaf in theirs.items() if name not in taken})
+
+
+def along(encoder: Any, path: Mapping[int, int], scale: Mapping[int, float] | None = None) -> dict[str, Any]:
+    """Returns the parameters of the ordinary encoder that one path of experts is.
+
+    Args:
+      encoder: parameters of an encoder, without the prefix `encoder/`.
+      path: block → number of its expert.
+      scale: block → what the expert's output is multiplied by, folded into its last layer; 1 where nothing is said.
+    """
+    out = {}
+    for name, leaf in flatten({"encoder": encoder}).items():
+        found = EXPERT.fullmatch(name)
+        if not found:
+            if "/experts/" not in name:  # the gate of tokens stays behind
+                out[name] = leaf
+            continue
+        block = int(found[2])
+        factor = (scale or {}).get(block, 1.0) if found[3].startswith("fc2") else 1.0
+        out[f"{found[1]}mlp/{found[3]}"] = leaf[path[block]] * factor if factor != 1.0 else leaf[path[block]]
+    return nest(out)["encoder"]

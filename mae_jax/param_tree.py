@@ -1,0 +1,123 @@
+"""Parameter trees by path: names, the table printed at the start, and starting from other parameters."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_jax.errors import UserError
+
+
+def path(keys: tuple[Any, ...]) -> str:
+    """Returns 'encoder/block_00/attn/qkv/kernel' for a JAX key path."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Returns path → leaf."""
+    return {path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested dicts for paths joined by '/'."""
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def table(params: Any, decay: Any) -> str:
+    """Returns the parameters, one row for all blocks alike, with shapes, copies and the word that `decay` has for each.
+
+    The word says whether weight decay applies: 'yes', 'no' or 'frozen'.
+    """
+    words = flatten(decay)
+    rows = Counter((re.sub(r"block_\d+", "block_*", name), str(leaf.shape), words[name])
+                   for name, leaf in flatten(params).items())
+    width = max(len(name) for name, _, _ in rows)
+    lines = [f"{'parameter':<{width}}  {'shape':<18} {'copies':>6}  decay"]
+    lines += [f"{name:<{width}}  {shape:<18} {copies:>6}  {word}" for (name, shape, word), copies in rows.items()]
+    return "\n".join([*lines, f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters"])
+
+
+def common(params: Any, loaded: Any) -> list[str]:
+    """Returns the paths that both trees have; raises UserError where shapes differ, or for no path at all."""
+    ours, theirs = flatten(params), flatten(loaded)
+    taken = sorted(ours.keys() & theirs.keys())
+    for name in taken:
+        if ours[name].shape != theirs[name].shape:
+            raise UserError(f"init_from: {name} has shape {tuple(theirs[name].shape)}, "
+                            f"but this model needs {tuple(ours[name].shape)}")
+    if not taken:
+        raise UserError(f"init_from: no parameter matches; it holds {', '.join(sorted(theirs)[:3])}, ...")
+    return taken
+
+
+def merge(params: Any, loaded: Any) -> tuple[Any, str]:
+    """Replaces parameters by loaded ones of the same path.
+
+    Returns:
+      The merged tree, leaves placed as those of `params`, and a report: what was taken, is new, or was left over.
+
+    Raises:
+      UserError: see `common`.
+    """
+    ours, theirs, taken = flatten(params), flatten(loaded), common(params, loaded)
+
+    def pick(keys: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = path(keys)
+        return _placed(theirs[name], leaf) if name in theirs else leaf
+
+    report = f"taken: {_summary(taken)}; new: {_summary(ours.keys() - theirs.keys())}; " \
+             f"left over: {_summary(theirs.keys() - ours.keys())}"
+    return jax.tree_util.tree_map_with_path(pick, params), report
+
+
+def judged(loaded: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits what a checkpoint held into parameters and extras: where a teacher is among these, its parameters.
+
+    Those are what evaluations measured (`Method.judged`).
+    """
+    extras = loaded.get("extras", {})
+    parameters = {name: part for name, part in loaded.items() if name != "extras"}
+    return parameters | extras.get("teacher", {}), extras
+
+
+def place(values: Any, like: Any) -> Any:
+    """Returns a tree of host arrays on the devices, each in the dtype and where the leaf of `like` is.
+
+    What is on the devices already is copied.
+    """
+    return jax.tree.map(lambda value, like: value.copy() if isinstance(value, jax.Array) else _placed(value, like),
+                        values, like)
+
+
+def _placed(value: Any, like: jax.Array) -> jax.Array:
+    value = np.asarray(value, like.dtype)
+    return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])
+
+
+def _summary(names: Any) -> str:
+    """Returns '126 (decoder, encoder)': how many, and under which two-level prefixes."""
+    names = list(names)
+    prefixes = sorted({re.sub(r"block_\d+", "block_*", "/".join(name.split("/")[:2])) for name in names})
+    return f"{len(names)} ({', '.join(prefixes)})" if names else "none"
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns {'data.path': value, ...}; tuples become lists, as JSON has them."""
+    out = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            out.update(flat(value, f"{prefix}{key}."))
+        else:
+            out[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return out

@@ -1,0 +1,65 @@
+"""How a process ends: in order from its main thread, or at once from any."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+_STDERR = os.dup(2)  # as it is now: later it points to nowhere for a while (data/tensorflow_cpu.py)
+
+
+def say_now(line: str) -> None:
+    """Writes a line to standard error past Python's locks, which the main thread may hold, from any thread.
+
+    The first line break ends a progress line.
+    """
+    with contextlib.suppress(OSError):
+        os.write(_STDERR, f"\n{line}\n".encode())
+
+
+def ending_signals() -> list[int]:
+    """Returns the signals that end a run in order: not SIGHUP where `nohup` has it ignored."""
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *[signal.SIGHUP] * hangs_up]
+
+
+_busy = False
+
+
+def wait_for_no_thread() -> None:
+    """Says that threads may be busy for long with what was given up: the process ends without waiting for them."""
+    global _busy
+    _busy = True
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process in order, from its main thread."""
+    if _busy:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # the disk that the save was given up for may be that of the output
+                stream.flush()
+        quit_now(code)
+    sys.exit(code)
+
+
+_last: list[Callable[[], None]] = []
+
+
+@contextlib.contextmanager
+def at_the_last(action: Callable[[], None]) -> Iterator[None]:
+    """Has something done, which takes seconds at most, where `quit_now` ends the process meanwhile."""
+    _last.append(action)
+    try:
+        yield
+    finally:
+        _last.remove(action)
+
+
+def quit_now(code: int) -> NoReturn:
+    """Ends the process at once, from any thread, whatever the main thread is doing."""
+    for action in list(_last):
+        with contextlib.suppress(Exception):
+            action()
+    os._exit(code)

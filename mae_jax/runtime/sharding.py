@@ -1,0 +1,145 @@
+"""The mesh, where arrays live on it, and the way of a host batch to the devices.
+
+`config.mesh` has the axes `data` (devices share the rows of a batch), `fsdp` (they also cut every parameter, which is
+gathered where it is used) and `tensor` (they share heads and hidden units). ZeRO (arXiv 1910.02054) cuts parameters,
+optimiser and averages over `data` as well; in the mesh itself, that axis is then called `zero`. Each gradient is
+scattered to where its piece of the optimiser lives as it is summed, and each parameter is gathered once a step.
+"""
+
+import re
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from mae_jax.errors import UserError
+from mae_jax.ops.partitioning import ROWS, kernel_spec
+from mae_jax.param_tree import path
+
+AXES = ("data", "zero", "fsdp", "tensor")
+# Path → the dimension that `tensor` cuts: hidden units and heads (Megatron-LM, section 3, arXiv 1909.08053). The kernel
+# of q, k and v is whole along `tensor`: its columns are three matrices side by side, and cutting them would not cut
+# heads.
+TENSOR_RULES = ((r"block_\d+/mlp/fc1/(kernel|bias)$", "out"), (r"block_\d+/(attn/proj|mlp/fc2)/kernel$", "in"))
+
+
+def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh that `config.mesh` describes over all devices, or those given.
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices, or the batch or the heads do not divide.
+    """
+    devices = jax.devices() if devices is None else devices
+    data, fsdp, tensor = mesh_sizes(config, len(devices))
+    _check_batch(config, data * fsdp)
+    _check_tensor(config, tensor)
+    make = partial(jax.make_mesh, axis_types=(AxisType.Auto,) * 4, devices=devices)
+    data, zero = (1, data) if for_platform(config, devices[0].platform).mesh.zero == "on" else (data, 1)
+    rows = zero * fsdp
+    if data > 1 or rows not in (zero, fsdp) or rows < 4 or rows % 2 or devices[0].platform == "gpu":
+        return make((data, zero, fsdp, tensor), AXES)
+    # All rows are along one axis that cuts parameters. Two axes instead, neighbours along the first: libtpu (0.0.52)
+    # turns a reduce-scatter over all devices at once into an all-reduce, and an all-gather likewise; NCCL does not.
+    line = make((1, rows // 2, 2, tensor), AXES).devices
+    return Mesh(line.swapaxes(1, 2), AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def mesh_sizes(config: ConfigDict, devices: int) -> list[int]:
+    """Returns the sizes of data, fsdp and tensor, -1 resolved; raises UserError when they are not `devices`."""
+    sizes = [config.mesh[axis] for axis in ("data", "fsdp", "tensor")]
+    text = f"mesh.data={sizes[0]}, mesh.fsdp={sizes[1]}, mesh.tensor={sizes[2]}"
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"{text}; expected numbers of devices, at most one of them -1 for the rest")
+    sizes = [devices // -int(np.prod(sizes)) if size == -1 else size for size in sizes]
+    if int(np.prod(sizes)) != devices:
+        raise UserError(f"{text} does not multiply to {devices} device{'s' if devices > 1 else ''}; one axis may be "
+                        "-1, which takes the rest")
+    return sizes
+
+
+def _check_batch(config: ConfigDict, parts: int) -> None:
+    rows = config.batch_size // config.train.accumulate
+    if rows % parts:
+        lower, upper = (config.train.accumulate * parts * n for n in (rows // parts, rows // parts + 1))
+        raise UserError(f"batch_size={config.batch_size} in {config.train.accumulate} micro-batches does not divide "
+                        f"over {parts} devices; nearest: {f'{lower} and ' if lower else ''}{upper}")
+
+
+def _check_tensor(config: ConfigDict, parts: int) -> None:
+    heads = {f"model.heads={config.model.heads}": config.model.heads}
+    if "decoder_heads" in config.method:
+        heads[f"method.decoder_heads={config.method.decoder_heads}"] = config.method.decoder_heads
+    for text, count in heads.items():
+        if count % parts:
+            raise UserError(f"{text} does not divide over mesh.tensor={parts}; heads are shared among its devices")
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of the global batch over all axes but `tensor`, along which devices hold the same rows."""
+    return NamedSharding(mesh, P(ROWS))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same values on every device."""
+    return NamedSharding(mesh, P())
+
+
+def param_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Returns where the parameter of a path lives, and whatever has its path behind a prefix: moments, averages."""
+    split = next((split for pattern, split in TENSOR_RULES if re.search(pattern, name)), "")
+    return NamedSharding(mesh, kernel_spec(shape, split, mesh.shape))
+
+
+def param_shardings(mesh: Mesh, shapes: Any) -> Any:
+    """Returns the tree of `param_sharding` for a tree of shapes: parameters, or a whole train state."""
+    return jax.tree_util.tree_map_with_path(lambda keys, leaf: param_sharding(mesh, path(keys), leaf.shape), shapes)
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Returns the rows of the global batch that this process's devices hold, ascending, each once."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
+
+
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
+    """Makes global arrays [B, ...] of `local_rows` of a batch, which is what this process holds."""
+    sharding, rows = batch_sharding(mesh), local_rows(mesh, batch_size)
+
+    def place(value: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            # The rows of a device are contiguous in the batch, and so they are among this process's ascending rows.
+            start, stop, _ = index[0].indices(batch_size)
+            first = int(np.searchsorted(rows, start))
+            return value[first : first + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *value.shape[1:]), sharding, part)
+
+    return {name: place(value) for name, value in batch.items()}
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Returns the tree of shapes as ShapeDtypeStructs that carry their sharding; one sharding may stand for a tree."""
+    def join(sharding: NamedSharding, part: Any) -> Any:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part)
+
+    return jax.tree.map(join, shardings, shapes)
+
+
+def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
+    """Returns a copy with what 'auto' stands for on 'cpu', 'gpu' or 'tpu'; raises UserError for what does not go there.
+
+    The config that is stored keeps its 'auto': a run may go on elsewhere.
+    """
+    config = config.copy_and_resolve_references()
+    if config.model.dtype == "auto":
+        config.model.dtype = "float32" if platform == "cpu" else "bfloat16"
+    if config.mesh.zero == "auto":
+        config.mesh.zero = "off" if platform == "cpu" else "on"
+    if config.mesh.reduce == "bfloat16" and config.model.dtype != "bfloat16":
+        raise UserError(f"mesh.reduce=bfloat16 with activations in {config.model.dtype} would round the parameters; "
+                        "use model.dtype=bfloat16 or mesh.reduce=float32")
+    return config

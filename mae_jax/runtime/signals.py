@@ -1,0 +1,87 @@
+"""Stopping on a signal: SIGTERM, SIGHUP and Ctrl-C save at the current step, or end at once when nothing is lost.
+
+Python runs signal handlers between bytecodes of the main thread, hence never while XLA compiles, which can take
+minutes. So the handlers here do nothing, and a daemon thread reads the bytes that CPython's C handler writes to
+`signal.set_wakeup_fd`.
+"""
+
+import os
+import signal
+import threading
+from types import TracebackType
+
+from mae_jax.runtime import peers
+from mae_jax.runtime.exit import ending_signals, quit_now, say_now
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
+QUIT = 130  # 128 + SIGINT, as shells report it
+
+
+class Stopper:
+    """Context manager that turns `ending_signals` into a request to save and stop. Enter it in the main thread.
+
+    With several processes a signal to one of them stops all: after the same step, or at once.
+
+    Attributes:
+      requested: set by the first signal to this process; the loop saves and exits with `STOPPED`.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._unsaved = False
+        self._interrupts = 0
+
+    def stepped(self) -> None:
+        """The loop says: a step was taken, its result is not on disk yet."""
+        self._unsaved = True
+
+    def saved(self) -> None:
+        """The loop says: the state as of now is committed on disk."""
+        self._unsaved = False
+
+    def should_stop(self, step: int) -> bool:
+        """Tells whether to save and stop after `step`; with several processes all get the same answer."""
+        return self._peers.should_stop(step) if self._peers else self.requested
+
+    def __enter__(self) -> "Stopper":
+        self._peers = peers.peers()
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._thread = threading.Thread(target=self._watch, name="stopper", daemon=True)
+        self._signals = ending_signals()
+        self._thread.start()
+        self._old_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._old_handlers = {number: signal.signal(number, lambda *_: None) for number in self._signals}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_fd)
+        os.close(self._write)  # ends the thread's read
+        self._thread.join()
+        os.close(self._read)
+
+    def _watch(self) -> None:
+        while number := os.read(self._read, 1):
+            if number[0] in self._signals:
+                self._signalled(number[0])
+
+    def _signalled(self, number: int) -> None:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            self._leave("stopped at once: steps since the last save are lost", QUIT)
+        elif not self._unsaved:
+            self._leave("stopped: nothing to save, the same command goes on from here", STOPPED)
+        elif not self.requested:
+            self.requested = True
+            say_now("stopping: saving after this step; press Ctrl-C "
+                 f"{'again' if self._interrupts else 'twice'} to quit at once")
+            if self._peers:
+                self._peers.request_stop()
+
+    def _leave(self, line: str, code: int) -> None:
+        say_now(line)
+        if self._peers:
+            self._peers.leave(code, line)
+        quit_now(code)  # the main thread may be inside a compilation that no exception can interrupt

@@ -1,0 +1,1 @@
+"""Files and buckets: checkpoints, the workdir's lock, metric files, weight files."""

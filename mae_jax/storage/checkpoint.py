@@ -1,0 +1,390 @@
+"""Checkpoints: saved asynchronously, verified array by array when read. The only file that knows orbax.
+
+A checkpoint is a folder <workdir>/checkpoints/<step> with two items: `state`, the arrays under their paths
+('params/encoder/block_00/attn/qkv/kernel'), and `checksums`, the shape, dtype and 64 bits of checksum of each. Orbax
+notices a flipped bit in its metadata, but not in array data, and may even restore other values from damaged metadata;
+the checksums close that gap.
+"""
+
+import contextlib
+import functools
+import itertools
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from logging import getLogger
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from mae_jax.errors import UserError, cause, nearest
+from mae_jax.param_tree import flatten, nest
+from mae_jax.runtime import peers, threads
+from mae_jax.runtime.exit import wait_for_no_thread
+from mae_jax.storage import safetensors_file, step_dirs, workdir_lock
+from mae_jax.storage.checksum import Damaged, Record, describe, seal, unseal, verify
+from mae_jax.storage.paths import make_folder
+
+PyTree = Any
+
+SAVE_SECONDS = 600  # a save that takes longer has failed: TensorStore would retry a bucket for about 15 minutes
+MEETINGS = 2  # of all processes in a save: before and after process 0 commits it
+PATIENCE = 15  # seconds that training waits for a save without saying so
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every process creates one and calls the same methods in the same order.
+
+    Attributes:
+      failed: why the last save failed, None if it did not. A failed save is a warning, not an exception: training goes
+        on, and earlier checkpoints stay.
+    """
+
+    def __init__(self, workdir: epath.PathLike, keep_last: int, keep_every: int = 0) -> None:
+        """Nothing is touched on disk before the first `save`, so that readers can look at a run in progress.
+
+        Args:
+          workdir: local or gs://.
+          keep_last: number of newest checkpoints that stay.
+          keep_every: checkpoints of steps that are a multiple of this stay for ever; 0: none.
+        """
+        self.failed: str | None = None
+        self._root = step_dirs.absolute(workdir)
+        self._folder = self._root / "checkpoints"
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._pending: int | None = None
+        self._refused: list[int] = []
+        self._there: list[int] = []  # the others that are committed, when the folder was last looked into
+        self._meetings, self._told = 0, False  # of the save that goes on; whether another process has failed in it
+        self._checkpointer = ocp.AsyncCheckpointer(_handler(), async_options=ocp.options.AsyncOptions(
+            timeout_secs=SAVE_SECONDS, barrier_sync_fn=lambda **_: self._meet()))
+
+    def latest(self) -> int | None:
+        """Returns the newest committed step that was not refused, None if there is none."""
+        _attempt("look for checkpoints", self._look)
+        return max(peers.first(self._there), default=None)
+
+    def save(self, step: int, state: PyTree) -> None:
+        """Starts saving `state` (any tree of arrays) and returns once it may be donated; waits for the save before.
+
+        A step that is already there is not written again.
+        """
+        self.wait()
+        arrays = flatten(state)
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(nest(arrays)),
+                                   checksums=ocp.args.JsonSave(seal(describe(arrays))))
+        # Orbax's save waits for all processes, so none may enter it where one cannot.
+        if not self._all_could(step, functools.partial(self._prepare, step)):
+            return
+        self._refused, self._there = peers.first([self._refused, self._there])
+        if step in self._there:
+            return
+        failed, self._meetings, self._told = None, 0, False
+        try:
+            self._checkpointer.save(self._folder / str(step), args=items)
+        except Exception as error:
+            failed = error
+        self._pending, self._ending = step, threads.start(functools.partial(self._end, step, failed))
+        if any(peers.gather(bool(failed))):
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when the last save is committed, or has failed, and old checkpoints are deleted."""
+        if self._pending is None:
+            return
+        step, self._pending = self._pending, None
+        if not threads.ends(self._ending, PATIENCE):
+            logging.warning("training waits for the checkpoint of step %d: what it is written to is slow", step)
+        if self._all_could(step, self._ending.result):
+            self.failed = None
+
+    def restore(self, abstract: PyTree) -> PyTree | None:
+        """Reads the newest checkpoint that verifies.
+
+        Args:
+          abstract: the tree to fill, of jax.ShapeDtypeStruct with shardings, on any mesh.
+
+        Returns:
+          The tree with every array as it was saved, bit for bit; None if there are no checkpoints.
+
+        Raises:
+          UserError: there are checkpoints, and all are damaged; or they are of another model.
+        """
+        if not _attempt("look for checkpoints", self._look, tries=2):  # never taken for a folder without any
+            raise UserError(f"cannot look for checkpoints in {self._folder}; see the warning above")
+        steps, wanted = peers.first(self._there), flatten(abstract)
+        if workdir_lock.holds():
+            _attempt("look for interrupted saves", self._tell_leftovers)
+        for step in reversed(steps):
+            arrays = self._try(step, wanted)
+            if arrays is not None:
+                return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in wanted])
+            self._refused.append(step)
+        if steps:
+            raise UserError(f"no checkpoint in {self._folder} could be read (steps {', '.join(map(str, steps))}, see "
+                            "the warnings above); move the folder away to start from the beginning")
+        return None
+
+    def close(self) -> None:
+        """Waits for the last save and ends the background threads."""
+        self.wait()
+        if self.failed:
+            _attempt("clean up", self._sweep)
+        with contextlib.suppress(Exception):  # orbax raises the failure of a save once more; it has been reported
+            self._checkpointer.close()
+
+    def _look(self) -> None:
+        if jax.process_index() == 0:  # on a network's file system, others may see other folders for a while
+            self._there = [step for step in step_dirs.committed(self._folder) if step not in self._refused]
+
+    def _tell_leftovers(self) -> None:
+        for path in step_dirs.leftovers(self._folder) if self._folder.exists() else ():
+            logging.warning("%s is what an interrupted save left, and is not read", path)
+
+    def _try(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array] | None:
+        """Returns the arrays of a step, None where they are damaged."""
+        for then in _tries(self._folder):
+            arrays = self._read(step, wanted, then)
+            if arrays is not None:
+                return arrays
+        return None
+
+    def _read(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct], then: str) -> dict[str, jax.Array] | None:
+        folder = self._folder / str(step)
+        record = self._all_read(step, lambda: _read_record(self._checkpointer, folder), then)
+        if record is None:
+            return None
+        _check_same_model(folder, record, wanted)
+        how = {path: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype, global_shape=leaf.shape)
+               for path, leaf in wanted.items()}
+        arrays = self._all_read(step, lambda: _read_arrays(self._checkpointer, folder, how), then)
+        return arrays and self._all_read(step, lambda: _of_step(folder, verify(record, arrays)), then)
+
+    def _all_read(self, step: int, read: Callable[[], Any], then: str) -> Any:
+        """Returns what `read` does, None where it finds damage on any process."""
+        result = None
+        try:
+            result = read()
+        except Damaged as damage:
+            logging.warning("checkpoint of step %d %s", step, then.format(damage))
+        return result if all(peers.gather(result is not None)) else None
+
+    def _meet(self) -> None:
+        """Waits for all processes, at both MEETINGS of a save; raises where one says that it failed.
+
+        At orbax's own barrier the others would wait for one that failed for as long as a save may take. This one waits
+        for any that is busy: the main threads do so, too, before the next save.
+        """
+        self._meetings += 1
+        if not all(peers.gather(True, "save")):
+            self._told = True
+            raise RuntimeError("another process failed")
+
+    def _end(self, step: int, failed: Exception | None) -> None:
+        """In the background: waits for the last save, unless it failed at once, and deletes old checkpoints."""
+        try:
+            if failed:
+                raise failed
+            self._checkpointer.wait_until_finished()
+            # Where one write fails others may be cancelled, which orbax takes for a wish, and says nothing.
+            alone = jax.process_count() == 1
+            written = (self._folder / str(step)).exists() if alone else self._meetings == MEETINGS
+            if not written:
+                raise OSError("writing was cancelled")
+        except Exception:
+            if self._told:
+                return  # the other one says why
+            if self._meetings < MEETINGS:
+                peers.gather(False, "save")
+            raise
+        if jax.process_index() == 0:
+            _attempt("delete old checkpoints", self._prune)
+
+    def _prepare(self, step: int) -> None:
+        """Before a save: removes what interrupted saves left, and moves out of the way what is no good checkpoint."""
+        if jax.process_index() == 0:
+            if why := workdir_lock.doubt():
+                raise OSError(why)
+            make_folder(self._folder)
+            self._sweep()
+            self._look()
+            stray = [step] * (step not in self._there and (self._folder / str(step)).exists())
+            for bad in {*self._refused, *stray}:
+                _attempt(f"move the refused checkpoint of step {bad}", functools.partial(self._move_aside, bad))
+            self._refused = [bad for bad in self._refused if (self._folder / str(bad)).exists()]
+
+    def _move_aside(self, step: int) -> None:
+        folder = self._root / "refused"
+        make_folder(folder)
+        # Also makes the folder exist on a bucket, where a rename asks for it.
+        (folder / "README.txt").write_text("Damaged checkpoints, kept to be looked at; nothing reads them.\n")
+        target = step_dirs.unused(folder, str(step))
+        step_dirs.move(self._folder / str(step), target)
+        logging.warning("the refused checkpoint of step %d is now in %s", step, target)
+
+    def _prune(self) -> None:
+        self._look()
+        for step in self._there[:-self._keep_last]:
+            if not self._keep_every or step % self._keep_every:
+                _attempt(f"delete the old checkpoint of step {step}", (self._folder / str(step)).rmtree)
+
+    def _all_could(self, step: int, action: Callable[[], Any]) -> bool:
+        """Does a part of saving a step; returns whether no process failed, and says so where one did."""
+        why = ""
+        try:
+            action()
+        except Exception as error:  # whatever the file system, orbax or TensorStore raise
+            why = cause(error)
+        if causes := list(filter(None, peers.gather(why))):
+            self.failed = f"checkpoint of step {step} not saved: {causes[0]}"
+            logging.warning("%s; training goes on, earlier checkpoints stay", self.failed)
+            wait_for_no_thread()  # orbax's may be busy with this save for many minutes
+            _attempt("clean up", self._sweep)
+        return not causes
+
+    def _sweep(self) -> None:
+        if jax.process_index() == 0 and not workdir_lock.doubt() and self._folder.exists():
+            for path in step_dirs.leftovers(self._folder):
+                _attempt(f"remove {path}", path.rmtree, tries=5)
+
+
+def load_params(path: epath.PathLike, ema: bool = False, extras: bool = False) -> dict[str, Any]:
+    """Reads the parameters alone, verified.
+
+    Args:
+      path: a workdir (its newest good step), a step folder <workdir>/checkpoints/<step>, or a *.safetensors file.
+      ema: the averaged parameters, where the checkpoint has them.
+      extras: the extras too, under 'extras', where the checkpoint has them.
+
+    Returns:
+      Nested dict of np.ndarray. Raises UserError where nothing is there, or what is there is damaged.
+    """
+    path = step_dirs.absolute(path)
+    if path.suffix == ".safetensors":
+        return safetensors_file.load(path)
+    folders = step_dirs.offered(path)
+    if not folders:
+        raise UserError(f"no checkpoint in {path}; expected a workdir with checkpoints/, a step folder in it, or a "
+                        "*.safetensors file")
+    with ocp.Checkpointer(_handler()) as reader:
+        for folder, then in itertools.product(folders, _tries(path)):
+            try:
+                return _load_step(reader, folder, ema, extras)
+            except Damaged as damage:
+                logging.warning("checkpoint %s %s", folder, then.format(damage))
+    raise UserError(f"no checkpoint in {path} could be read; see the warnings above")
+
+
+def read_back(folder: epath.Path) -> Record:
+    """Reads all arrays of a step's folder; returns their record, or raises Damaged where one is not as it was saved."""
+    with ocp.Checkpointer(_handler()) as reader:
+        record = _read_record(reader, folder)
+        arrays = _read_arrays(reader, folder, dict.fromkeys(record, ocp.RestoreArgs(restore_type=np.ndarray)))
+        _of_step(folder, verify(record, arrays))
+    return record
+
+
+def _load_step(reader: ocp.Checkpointer, folder: epath.Path, ema: bool, extras: bool) -> dict[str, Any]:
+    record = _read_record(reader, folder)
+    averaged = [path for path in record if path.startswith("ema/")]
+    paths = averaged if ema and averaged else [path for path in record if path.startswith("params/")]
+    paths += [path for path in record if path == "step" or (extras and path.startswith("extras/"))]
+    arrays = _read_arrays(reader, folder, {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in paths})
+    _of_step(folder, verify({path: record[path] for path in paths}, arrays)).pop("step", None)
+    return nest({re.sub("^(params|ema)/", "", path): array for path, array in arrays.items()})
+
+
+def _tries(folder: epath.Path) -> list[str]:
+    """Returns what follows each time that a step is found damaged: on the way from a bucket it may just have been."""
+    again = ["read damaged: {}; reading it again"] if str(folder).startswith("gs://") else []
+    return [*again, "refused: {}; trying the one before"]
+
+
+def _handler() -> ocp.CompositeCheckpointHandler:
+    _quiet()
+    return ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(), checksums=ocp.JsonCheckpointHandler())
+
+
+@functools.cache
+def _quiet() -> None:
+    """Keeps orbax's own output off the screen: all that concerns a user is said here, in one line each.
+
+    When one array cannot be read, orbax drops the reads of the others, and Python prints a traceback for each.
+    """
+    inside = f"{os.sep}orbax{os.sep}"
+    logging.get_absl_logger().addFilter(lambda record: inside not in record.pathname)
+    getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    hook = sys.unraisablehook
+
+    def unless_abandoned(event: Any) -> None:
+        code = getattr(event.object, "cr_code", None)
+        if str(event.exc_value) != "Event loop is closed" and not (code and inside in code.co_filename):
+            hook(event)
+
+    sys.unraisablehook = unless_abandoned
+
+
+def _read_record(reader: ocp.Checkpointer, folder: epath.Path) -> Record:
+    try:
+        return unseal(reader.restore(folder, args=ocp.args.Composite(checksums=ocp.args.JsonRestore())).checksums)
+    except Exception as error:
+        raise Damaged(f"{folder / 'checksums'}: {cause(error)}") from error
+
+
+def _read_arrays(reader: ocp.Checkpointer, folder: epath.Path, how: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:
+    """Returns the arrays of the paths in `how`; raises Damaged where one cannot be read."""
+    item = ocp.args.PyTreeRestore(nest(dict.fromkeys(how, 0)), restore_args=nest(how), partial_restore=True)
+    try:
+        arrays = flatten(reader.restore(folder, args=ocp.args.Composite(state=item)).state)
+    except Exception as error:  # orbax and TensorStore raise anything from KeyError to XlaRuntimeError on damage
+        raise Damaged(f"{folder / 'state'}: {cause(error)}") from error
+    # An array whose name got damaged comes back as the place-holder.
+    return {path: array for path, array in arrays.items() if isinstance(array, jax.Array | np.ndarray)}
+
+
+def _of_step(folder: epath.Path, arrays: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arrays; raises Damaged where they are of another step than the folder's: later ones would be lost."""
+    if "step" in arrays and folder.name.isdecimal() and int(arrays["step"]) != int(folder.name):
+        raise Damaged(f"{folder}: what it holds is of step {int(arrays['step'])}")
+    return arrays
+
+
+def _check_same_model(folder: epath.Path, record: Record, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    # Parameters first: they name what differs, the optimiser only follows them.
+    for path in sorted(record.keys() | wanted.keys(), key=lambda path: (not path.startswith("params/"), path)):
+        if path not in wanted:
+            raise UserError(f"{folder} is of another model or optimiser: it has {path}, this config does not; "
+                            f"{nearest(path, wanted)[:200]}")
+        if path not in record:
+            raise UserError(f"{folder} is of another model or optimiser: this config has {path}, it does not; "
+                            f"{nearest(path, record)[:200]}")
+        there, here = record[path][:2], [list(wanted[path].shape), str(wanted[path].dtype)]
+        if there != here:
+            raise UserError(f"{folder} is of another model: {path} is {there[1]}{there[0]} there and "
+                            f"{here[1]}{here[0]} in this config")
+
+
+def _attempt(what: str, action: Callable[[], Any], tries: int = 1) -> bool:
+    """Does something that may fail without harm; a warning says so.
+
+    More than one try, because a failed save's other writers may still be putting files into the folder to remove.
+    """
+    for left in reversed(range(tries)):
+        try:
+            action()
+        except Exception as error:
+            if left:
+                time.sleep(0.2)
+            else:
+                logging.warning("could not %s: %s", what, cause(error))
+        else:
+            return True
+    return False

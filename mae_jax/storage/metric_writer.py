@@ -1,0 +1,204 @@
+"""Metrics on their way out: means of (sum, weight), metrics.jsonl, TensorBoard and the progress line."""
+
+import errno
+import io
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from mae_jax.errors import UserError, counted
+from mae_jax.storage import workdir_lock
+from mae_jax.storage.paths import make_folder, replace_bytes, replace_text
+
+logger = logging.getLogger(__name__)
+REMOTE_PERIOD = 30.0  # seconds between rewrites of metrics.jsonl in a bucket, which cannot append
+HURRIED = 5.0  # seconds in which a failing bucket is tried again while the loop waits
+PATIENT = 60.0  # the same at the end
+
+
+class JsonLines:
+    """metrics.jsonl: one JSON object per line, each metric of a step once.
+
+    A line that cannot be written (a full disk) is kept and written with the next one. In a bucket the file is written
+    anew, on condition that nobody else has; an evaluation that has adds its lines, and both stay.
+
+    Attributes:
+      seen: the (step, name) that the file held when it was opened.
+    """
+
+    def __init__(self, path: epath.Path, restored_step: float, active: bool = True):
+        """Reads the file and, where `active`, cuts lines past `restored_step` and torn ones."""
+        self.path = path
+        self.local = not str(path).startswith("gs://")
+        self.pending: list[str] = []
+        self.written = time.monotonic()
+        text = self._read()
+        kept = [line for line in text.splitlines() if _step_of(line) <= restored_step]
+        self.seen = {(json.loads(line)["step"], name) for line in kept for name in json.loads(line)}
+        if active and text != _joined(kept):
+            logger.info("%s: %s past step %g, and torn ones, are cut off", path,
+                        counted(len(text.splitlines()) - len(kept), "line"), restored_step)
+            try:
+                replace_text(path, _joined(kept))
+            except OSError as error:
+                raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Appends a line; names that the file held at this step when it was opened are left out."""
+        new = {name: value for name, value in values.items() if (step, name) not in self.seen}
+        if len(new) < len(values):
+            logger.info("%s has %d of these figures of step %d already: they stay as they are", self.path,
+                        len(values) - len(new), step)
+        values = new
+        if not values:
+            return
+        self.pending.append(json.dumps({"step": step, "time": round(time.time(), 3), **values}))
+        if self.local or time.monotonic() - self.written > REMOTE_PERIOD:
+            self.flush()
+
+    def flush(self, seconds: float = HURRIED) -> None:
+        """Writes what is pending; a failure is a warning and is tried again at the next call.
+
+        A bucket that fails is tried again for so many seconds.
+        """
+        if not self.pending:
+            return
+        try:
+            if why := workdir_lock.doubt():
+                raise OSError(why)
+            if self.local:
+                _append(self.path, _joined(self.pending))
+            else:
+                self._rewrite(seconds)
+            self.pending = []
+        except Exception as error:  # buckets raise errors of their own, and no metric is worth a run
+            logger.warning("cannot write %s (%s); kept, and tried again", self.path, error)
+        self.written = time.monotonic()
+
+    def _read(self) -> str:
+        if self.local:
+            return self.path.read_bytes().decode(errors="replace") if self.path.exists() else ""
+        from mae_jax.storage import gcs
+
+        self.found = gcs.read(str(self.path)) or gcs.Found(b"", 0)
+        return self.found.content.decode(errors="replace")
+
+    def _rewrite(self, seconds: float, tries: int = 2) -> None:
+        from mae_jax.storage import gcs
+
+        # A line is there already where the answer to an earlier try was lost.
+        lines = dict.fromkeys([*self.found.content.decode(errors="replace").splitlines(), *self.pending])
+        text = _joined(list(lines)).encode()
+        try:
+            self.found = gcs.Found(text, gcs.write(str(self.path), text, seconds, self.found.generation))
+        except gcs.Changed:
+            self._read()
+            if tries == 1:
+                raise
+            self._rewrite(seconds, tries - 1)
+
+
+def _joined(lines: list[str]) -> str:
+    return "".join(line + "\n" for line in lines)
+
+
+def _append(path: epath.Path, text: str) -> None:
+    """Appends all of the text or, when the disk is full, nothing."""
+    data = text.encode()
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, "no space left on device")
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def _step_of(line: str) -> float:
+    """Returns the step of a line; NaN, which is past everything, for one that a crash has torn."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.nan
+
+
+class TensorBoard:
+    """TensorBoard events through clu. After the first failure there are none: metrics.jsonl has all."""
+
+    def __init__(self, workdir: epath.Path):
+        self.writer = None
+        self._try(lambda: self._open(workdir))
+
+    def _open(self, workdir: epath.Path) -> None:
+        from clu import metric_writers  # imports TensorFlow, which may be missing
+
+        self.writer = metric_writers.SummaryWriter(str(workdir / "tensorboard"))
+
+    def call(self, method: str, *args: Any) -> None:
+        """Calls a method of clu's metric writer."""
+        if self.writer:
+            self._try(lambda: getattr(self.writer, method)(*args))
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # no TensorFlow, a full disk, a bucket out of reach: none is worth a run
+            logger.warning("no TensorBoard events from here on: %s", str(error).split("\n")[0])
+            self.writer = None
+
+
+class Recorder:
+    """Writes scalars and pictures of process 0 (`active`) to every sink; other processes write nothing."""
+
+    def __init__(self, workdir: epath.Path, restored_step: float, tensorboard: bool, active: bool = True):
+        self.workdir, self.active = workdir, active
+        self.jsonl = JsonLines(workdir / "metrics.jsonl", restored_step, active)
+        self.board = TensorBoard(workdir) if active and tensorboard else None
+
+    def has(self, step: int, name: str) -> bool:
+        """Says whether metrics.jsonl held the metric at the step when the run began; all processes say the same."""
+        return (step, name) in self.jsonl.seen
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Writes name → number; JSON has no NaN, so a number that is not finite is written as null."""
+        if not self.active:
+            return
+        self.jsonl.write(step, {k: float(v) if np.isfinite(v) else None for k, v in values.items()})
+        if self.board:
+            self.board.call("write_scalars", step, values)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes uint8 [height, width, 3] as pictures/<name>_<step>.png; a failure is a warning."""
+        from PIL import Image
+
+        if not self.active:
+            return
+        path = self.workdir / "pictures" / f"{name}_{step:07d}.png"
+        content = io.BytesIO()
+        Image.fromarray(image).save(content, format="PNG")
+        try:
+            if why := workdir_lock.doubt():
+                raise OSError(why)
+            make_folder(path.parent)
+            replace_bytes(path, content.getvalue(), HURRIED)
+        except OSError as error:  # as in JsonLines.flush
+            logger.warning("cannot write %s (%s)", path, error)
+        if self.board:
+            self.board.call("write_images", step, {name: image[None]})
+
+    def flush(self) -> None:
+        self.jsonl.flush()
+        if self.board:
+            self.board.call("flush")
+
+    def close(self) -> None:
+        self.jsonl.flush(PATIENT)
+        if self.board:
+            self.board.call("close")

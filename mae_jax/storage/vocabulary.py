@@ -1,0 +1,35 @@
+"""Files of patch vocabularies."""
+
+import numpy as np
+from etils import epath
+
+from mae_jax.errors import UserError
+from mae_jax.storage.npz import opened
+from mae_jax.storage.paths import locate
+
+
+def save(file: epath.PathLike, entries: np.ndarray, kind: str) -> None:
+    """Writes a vocabulary [V - 1, P] as *.npz, with what kind it is."""
+    path = locate(str(file))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as stored:
+        np.savez(stored, vocabulary=entries, kind=np.array(kind))
+    partial.replace(path)
+
+
+def load(file: epath.PathLike, kind: str, shape: tuple[int, int]) -> np.ndarray:
+    """Reads a vocabulary float32 of a kind and a shape (V - 1, P); raises UserError for any other."""
+    path = locate(str(file))
+    if not path.is_file():
+        raise UserError(f"method.vocabulary_file={file!r} is no file; python -m mae_jax cluster writes one")
+    with opened(path) as stored:
+        if not {"vocabulary", "kind"} <= set(stored.files):
+            raise UserError(f"{path} is no vocabulary: it has {', '.join(stored.files)}")
+        entries, found = stored["vocabulary"], str(stored["kind"])
+    if found != kind or entries.shape != shape:
+        raise UserError(f"{path} holds {found!r} of shape {list(entries.shape)} (tokens but one, values of a patch); "
+                        f"the config has {kind!r} and {list(shape)}")
+    if entries.dtype.kind != "f" or not np.isfinite(entries).all():
+        raise UserError(f"{path} holds values of type {entries.dtype}, or some that are not finite: no vocabulary")
+    return entries

@@ -1,0 +1,292 @@
+"""One living run per workdir: a second one is refused, and what a dead one left does not stop the next.
+
+On a disk it is a lock on <workdir>/lock, which the system takes away with the process. In a bucket <workdir>/lock is an
+object that its run writes anew every 20 s. Who finds one watches it: when its generation changes, a run lives there;
+when it stays for 90 s of the watcher's own clock (clocks of hosts are never compared), the run is dead, and the object
+is replaced on condition that it still has that generation. So of several runs one at most believes that it holds it.
+
+A run that was frozen for so long may wake to find its workdir taken. Nothing it could still do in order, as to save or
+to write its metrics, is right then: its thread ends the process at once, and `fence`, which the loop passes at each
+step, lets nothing be written before the thread has looked. While the bucket takes no sign of life, training goes on
+without checkpoints, metrics and pictures (`doubt`).
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import jax
+from etils import epath
+
+from mae_jax import errors
+from mae_jax.errors import UserError
+from mae_jax.runtime import peers as runtime_peers
+from mae_jax.runtime.exit import at_the_last, quit_now, say_now
+
+RENEWED = 20.0  # seconds from one sign of life to the next
+DEAD = 90.0  # seconds without one
+FIRST, LAST = 10.0, 3.0  # seconds for what is done at the start and at the end
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)  # the last one where another host removed it
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems that know none
+
+logger = logging.getLogger(__name__)
+_held: "FileLock | BucketLease | None" = None
+
+
+@contextlib.contextmanager
+def held(workdir: epath.Path) -> Iterator[None]:
+    """Holds a workdir for one run; of several processes the first one does. Makes the folder.
+
+    Raises:
+      UserError: a living run holds it, or it cannot be written.
+    """
+    global _held
+    lease = BucketLease(str(workdir / "lock")) if str(workdir).startswith("gs://") else FileLock(workdir / "lock")
+    try:
+        with at_the_last(lease.give_back):  # also of one that is just being taken
+            why = ""
+            if jax.process_index() == 0:
+                try:
+                    lease.take()
+                except UserError as error:
+                    why = str(error)
+            if why := runtime_peers.first(why):
+                raise UserError(why)
+            _held = lease if jax.process_index() == 0 else None
+            yield
+    finally:
+        _held = None
+        lease.give_back()
+
+
+def holds() -> bool:
+    """Says whether this process holds a workdir."""
+    return _held is not None
+
+
+def fence() -> None:
+    """Returns when it is sure that the workdir was this run's a moment ago; ends the process where it was taken."""
+    while isinstance(_held, BucketLease) and time.monotonic() - _held.looked > DEAD / 2:
+        time.sleep(0.05)
+
+
+def doubt() -> str:
+    """Returns why nothing may be written to the workdir just now, '' where it is this run's for a while yet.
+
+    A bucket that takes no sign of life from this run may take one from another run, which then has the workdir; so may
+    another run take a lock on a disk whose file was removed.
+    """
+    return _held.doubt() if _held else ""
+
+
+def _signature() -> bytes:
+    """Returns who this is, unlike any other run."""
+    return json.dumps({"host": socket.gethostname(), "process": os.getpid(), "id": uuid.uuid4().hex,
+                       "since": time.strftime("%Y-%m-%d %H:%M:%S %Z")}).encode()
+
+
+def _who(text: bytes) -> str:
+    """Returns who signed a lease."""
+    try:
+        found = json.loads(text)
+        return f"process {found['process']} on {found['host']}, since {found['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "a run that did not say who it is"
+
+
+class FileLock:
+    """A lock on a file, which stays behind, but in a folder that was made for it and where nothing came of the run."""
+
+    def __init__(self, path: epath.Path):
+        self.path, self.folder = path, path.parent
+        self.made = not self.folder.exists()
+        self.descriptor, self.taken = -1, False
+
+    def take(self) -> None:
+        """Takes the lock; raises UserError, naming who holds it."""
+        try:
+            while self.descriptor < 0 or not self._is_there():
+                self._close()
+                self._open()
+        except BlockingIOError:
+            text = os.read(self.descriptor, 1000)
+            self._close()
+            raise UserError(f"{self.folder} is in use by a living run: {_who(text)}; wait for its end or use another "
+                            "--workdir") from None
+        except OSError as error:
+            if self.descriptor < 0 or error.errno not in NO_LOCKS:
+                self._close()  # open, it would count as locked
+                why = "a file is in its place" if isinstance(error, FileExistsError) else error.strerror or error
+                raise UserError(f"cannot write the workdir {self.folder}: {why}") from None
+            logger.warning("the file system of %s has no locks: nothing keeps a second run out of it", self.path)
+        self.taken = True
+        with contextlib.suppress(OSError):  # a full disk; it is held all the same
+            os.truncate(self.descriptor, 0)
+            os.write(self.descriptor, _signature())
+
+    def _open(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _close(self) -> None:
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+    def _is_there(self) -> bool:
+        """Says whether the file was not removed: by a run that held it, before it was locked here, or since."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.descriptor))
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            return False
+
+    def doubt(self) -> str:
+        """Returns why it is not sure that this run has the lock; makes the file again where somebody removed it."""
+        try:
+            if self.taken and (self.descriptor < 0 or not self._is_there()):
+                self.take()
+                logger.warning("%s had been removed, and is there again", self.path)
+        except (OSError, UserError) as error:
+            return str(error)
+        return ""
+
+    def give_back(self) -> None:
+        """Ends the lock."""
+        if not self.taken:  # what lies there may be another run's
+            return
+        with contextlib.suppress(OSError):
+            ours = self.descriptor >= 0 and self._is_there()
+            if ours and self.made and os.listdir(self.folder) == [self.path.name]:
+                self.path.unlink()
+                self.folder.rmdir()
+        self._close()
+        self.taken = False
+
+
+class BucketLease:
+    """An object that is renewed as long as this run lives.
+
+    Attributes:
+      looked: when, by the monotonic clock, the last attempt to renew it ended.
+      renewed: when the last one that succeeded began.
+    """
+
+    def __init__(self, path: str):
+        self.path, self.workdir = path, path.rpartition("/")[0]
+        self.looked = self.renewed = time.monotonic()
+        self._text = _signature()
+        self._generation = 0
+        self._over = threading.Event()
+        self._writing = threading.RLock()  # `_lost` ends the process while it has it
+        self._failing = False
+
+    def take(self) -> None:
+        """Takes the lease, after a dead run's time if need be; raises UserError, naming who holds it."""
+        from mae_jax.storage import gcs
+
+        seen, since = None, time.monotonic()
+        began = since
+        try:
+            while not self._try(seen.generation if seen and time.monotonic() - since > DEAD else 0):
+                found, began = gcs.read(self.path), time.monotonic()
+                if seen is None and found is not None:
+                    logger.warning("%s was left by %s; waiting to see whether that run lives: up to %g s for a sign",
+                                   self.path, _who(found.content), DEAD)
+                    seen, since = found, time.monotonic()
+                elif found is None:  # its run has ended
+                    seen = None
+                elif found.generation != seen.generation:
+                    raise UserError(f"{self.workdir} is in use by a living run: {_who(found.content)}; wait for its "
+                                    "end or use another --workdir")
+                time.sleep(min(2.0, DEAD / 10))
+        except gcs.BucketError as error:
+            raise UserError(f"cannot write the workdir: {error}") from None
+        if seen:
+            logger.warning("took over %s after %.0f s", self.path, time.monotonic() - since)
+        self.looked, self.renewed = time.monotonic(), began
+        threading.Thread(target=self._renew, name="lease", daemon=True).start()
+
+    def doubt(self) -> str:
+        """Returns why another run may have the lease, '' where this one has it for a while yet."""
+        silent = time.monotonic() - self.renewed
+        return f"no sign of life could be given for {silent:.0f} s, so another run may have the workdir" * (
+            silent > DEAD - RENEWED)
+
+    def _try(self, generation: int) -> bool:
+        with self._writing:  # a signal waits for the answer a little, to give back what was taken
+            return not self._over.is_set() and self._write(generation, FIRST)
+
+    def _write(self, generation: int, seconds: float) -> bool:
+        """Writes the object over the one of that generation, 0 for none; False where another's is there."""
+        from mae_jax.storage import gcs
+
+        try:
+            self._generation = gcs.write(self.path, self._text, seconds, generation) or 0
+        except gcs.Changed:
+            found = gcs.read(self.path)
+            if found is None or found.content != self._text:
+                return False
+            self._generation = found.generation  # ours: the answer to an earlier try was lost
+        return True
+
+    def _renew(self) -> None:
+        """The thread: gives signs of life, and ends the process where another run has taken over."""
+        from mae_jax.storage import gcs
+
+        while not self._over.wait(RENEWED / 4 if self._failing else RENEWED):
+            with self._writing:
+                if self._over.is_set():
+                    return
+                began = time.monotonic()
+                try:
+                    if not self._write(self._generation, RENEWED / 2):
+                        self._lost(gcs.read(self.path))
+                    if self._failing:
+                        logger.warning("%s is renewed again", self.path)
+                    self._failing, self.renewed = False, began
+                except Exception as error:  # whatever it is, the thread must live
+                    if not self._failing:
+                        logger.warning("cannot renew the run's lease: %s; training goes on, it is tried again", error)
+                    self._failing = True
+                self.looked = time.monotonic()
+
+    def _lost(self, found: Any) -> NoReturn:
+        """Ends the process; `found` is the bucket.Found of the run that took over, None where it has ended since."""
+        silent, self._generation = time.monotonic() - self.renewed, 0
+        by = _who(found.content) if found else "a run that has ended since"
+        line = (f"stopped: {self.workdir} was taken over by {by}, after this run had given no sign of life for "
+                f"{silent:.0f} s; nothing more is written")
+        if peers := runtime_peers.peers():
+            peers.leave(errors.GUARD, line)
+        say_now(line)
+        quit_now(errors.GUARD)
+
+    def give_back(self) -> None:
+        """Deletes the object, unless this was done or it is another's; a failure costs the next run a wait."""
+        from mae_jax.storage import gcs
+
+        self._over.set()
+        if not self._writing.acquire(timeout=LAST):
+            return
+        try:
+            if self._generation:
+                gcs.delete(self.path, self._generation, LAST)
+        except (gcs.BucketError, gcs.Changed) as error:
+            logger.warning("could not remove %s (%s): the next run waits %g s for a sign of life", self.path, error,
+                           DEAD)
+        finally:
+            self._generation = 0
+            self._writing.release()

@@ -1,0 +1,1 @@
+"""A training run: set-up, the loop, the train step, the optimizer, evaluation in between, guards."""

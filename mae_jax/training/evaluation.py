@@ -1,0 +1,130 @@
+"""When a run is evaluated, on which part of the data, and which of its checkpoints is the best."""
+
+import json
+import logging
+import re
+import time
+from typing import TYPE_CHECKING
+
+import jax
+from etils import epath
+
+from mae_jax.errors import UserError, nearest
+from mae_jax.evals.evaluator import Evaluator, Figures
+from mae_jax.runtime import peers
+from mae_jax.runtime.console import say
+from mae_jax.state import TrainState
+from mae_jax.storage import paths
+from mae_jax.storage.checkpoint import Checkpoints
+from mae_jax.storage.metric_writer import Recorder
+
+if TYPE_CHECKING:
+    from mae_jax.training.run import Run
+
+
+logger = logging.getLogger(__name__)
+OF_EXPERTS = re.compile(r"/block_\d+/")  # figures of single experts, eval/share/block_09/3, are not printed
+
+
+class Best:
+    """The checkpoint that was best by a figure of the validation part, under <workdir>/best."""
+
+    def __init__(self, folder: epath.Path, metric: str, **how: float):
+        self.metric, self.file = metric, folder / "best" / "score.json"
+        self.of = {"metric": metric, **how}  # a score that was measured otherwise is none to compare with
+        self.checkpoints = Checkpoints(folder / "best", keep_last=1)
+        self.score = peers.first(self._read())
+
+    def _read(self) -> float:
+        try:
+            stored = json.loads(paths.read_bytes(self.file) or "{}")
+            return float(stored["score"]) if self.of.items() <= stored.items() else float("-inf")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.file} is damaged: {error}; without it the next one counts as best") from None
+
+    def offer(self, done: int, state: TrainState, figures: Figures) -> None:
+        """Keeps the state of step `done` if it is better than all before; of a loss, the lowest is the best."""
+        if f"val/{self.metric}" not in figures:
+            raise UserError(f"checkpoint.best={self.metric!r}: the validation part has no labelled pictures")
+        score = figures[f"val/{self.metric}"] * (-1 if self.metric.endswith("loss") else 1)
+        if not score > self.score:  # nor where it is not a number
+            return
+        self.checkpoints.save(done, state)
+        self.checkpoints.wait()
+        if self.checkpoints.failed:
+            return
+        self.score = score
+        if jax.process_index() == 0:
+            text = json.dumps({"step": done, **self.of, "score": score})
+            try:
+                paths.replace_text(self.file, text + "\n")
+            except OSError as error:  # a later start then compares with the score before
+                logger.warning("cannot write %s: %s", self.file, error)
+
+
+def check(run: "Run") -> None:
+    """Raises UserError before the first step for what evaluations, perhaps at the end only, cannot give."""
+    config, best = run.config, run.config.checkpoint.best
+    if best:
+        names = Evaluator(run.program.method, run.inputs, run.program.mesh).names(run.program.state)
+        if best not in names:
+            why = "" if run.inputs.classes else ": the pictures have no classes"
+            raise UserError(f"checkpoint.best={best!r} is not evaluated{why}; {nearest(best, names)}")
+    for name in config.eval.sets if config.data.eval_split and config.eval.test else ():
+        run.inputs.extra(name)
+
+
+class Judge:
+    """Evaluates a run every eval.every: on its validation part, where it has one, else on the evaluation split.
+
+    A run with a validation part reads the evaluation split once, at its end.
+    """
+
+    def __init__(self, run: "Run", recorder: Recorder):
+        config = run.config
+        self.run, self.recorder = run, recorder
+        self.evaluator = Evaluator(run.program.method, run.inputs, run.program.mesh)
+        self.reports = bool(config.data.eval_split) and config.eval.test
+        self.part = "val" if config.data.val_split else "eval" if self.reports else ""
+        self.every = run.every("eval") if self.part else 0
+        how = {"max_examples": config.eval.max_examples, "crop_ratio": config.eval.crop_ratio[0]}
+        self.best = Best(run.workdir, config.checkpoint.best, **how) if config.checkpoint.best else None
+
+    def due(self, done: int) -> bool:
+        """Says whether the state of step `done` is to be evaluated; the first one, where others come before the last.
+        """
+        return self.every > 0 and (done == self.run.total or (done % self.every == 0 and self.every < self.run.total))
+
+    def missed(self, done: int) -> bool:
+        """Says whether that evaluation was due and is not on record, on all processes alike."""
+        part = "eval" if done == self.run.total and self.reports else self.part
+        return self.due(done) and not peers.first(self.recorder.has(done, f"{part}/loss"))
+
+    def look(self, state: TrainState, done: int) -> None:
+        """Evaluates, writes scalars and pictures, and prints one line; keeps the state if it is the best one."""
+        began = time.monotonic()
+        figures = self.evaluator.scalars(state, self.part)
+        figures |= self.evaluator.pixel_floor(self.part) if done == 0 else {}
+        if self.best:
+            self.best.offer(done, state, figures)
+        if done == self.run.total:
+            figures |= self.at_the_end(state, {} if self.part == "val" else figures)
+        self.write(state, done, figures, began)
+
+    def at_the_end(self, state: TrainState, known: Figures) -> Figures:
+        """Returns the figures of the evaluation split: of the last state, `known` or not, and of the best one."""
+        if not self.reports:
+            return {}
+        best = self.best.checkpoints.restore(self.run.program.state) if self.best else None
+        of_best = {} if best is None else {name.replace("eval/", "eval/best/", 1): value
+                                           for name, value in self.evaluator.scalars(best).items()}
+        # The last state comes last: the table of confusions that is drawn is of its figures.
+        return (known or self.evaluator.scalars(state)) | self.evaluator.closing(state) | of_best
+
+    def write(self, state: TrainState, done: int, figures: Figures, began: float) -> None:
+        """Records figures and pictures of step `done`."""
+        for name, picture in self.evaluator.pictures(state, self.part or "eval"):
+            self.recorder.picture(done, name, picture)
+        self.recorder.scalars(done, figures)  # last: it marks the evaluation as done
+        text = "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if not OF_EXPERTS.search(name))
+        say(f"evaluation at step {done}: {text}  ({time.monotonic() - began:.0f} s)")

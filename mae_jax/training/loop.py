@@ -1,0 +1,240 @@
+"""The loop: restore, step, log, evaluate, save, stop cleanly. Nothing method-specific."""
+
+import logging
+import math
+import time
+
+import jax
+from ml_collections import ConfigDict
+
+from mae_jax import errors, param_tree
+from mae_jax.config import profile_steps
+from mae_jax.errors import GuardError, UserError
+from mae_jax.methods.base import Metrics
+from mae_jax.runtime import peers, sharding, startup_timer
+from mae_jax.runtime.console import say
+from mae_jax.runtime.signals import Stopper
+from mae_jax.runtime.watchdog import Watchdog
+from mae_jax.state import TrainState
+from mae_jax.storage import paths, workdir_lock
+from mae_jax.storage.checkpoint import Checkpoints
+from mae_jax.storage.metric_writer import Recorder
+from mae_jax.training import evaluation, optim, workdir
+from mae_jax.training.run import (
+    Run,
+    _tell,
+    compiled_programs,
+    data_changes,
+    device_batches,
+    initial_state,
+    of_workdir,
+    opened,
+    prepare,
+)
+from mae_jax.training.step_logger import Log
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: ConfigDict, folder: str) -> int:
+    """Trains until `train.duration`, resuming what the workdir holds. Returns the exit code."""
+    startup_timer.begin()
+    with Stopper() as stopper:
+        run = opened(config, folder)
+        finished = peers.first(workdir.finished(run.workdir))
+        if finished >= run.total:
+            say(f"{run.workdir} is finished: step {finished} of {run.total}; a longer train.duration goes on")
+            return errors.FINISHED
+        watchdog = Watchdog(config.guard.stall_seconds, run.workdir)
+        compiled = compiled_programs(config, run.workdir)
+        with workdir_lock.held(run.workdir), jax.set_mesh(run.program.mesh), compiled, watchdog:
+            return resume(run, stopper, watchdog)
+
+
+def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
+    """Restores or makes the state and trains on. Returns the exit code."""
+    config, folder = run.config, run.workdir
+    evaluation.check(run)
+    checkpoints = Checkpoints(folder, config.checkpoint.keep_last, run.every("checkpoint", "keep_every"))
+    watchdog.on("reading the checkpoint")
+    state = checkpoints.restore(run.program.state)
+    watchdog.on("")
+    if state is None:
+        if finished := peers.first(workdir.finished(folder)):
+            raise UserError(f"{folder} is of a run that finished {finished} steps, and has no checkpoint to go on "
+                            "from; bring its folder checkpoints back, or use another --workdir")
+        state = initial_state(run)
+        say(param_tree.table(state.params, optim.decay_words(state.params, run.program.method)))
+    elif int(state.step) > run.total:
+        raise UserError(f"{folder} is at step {int(state.step)}, past train.duration={config.train.duration!r} "
+                        f"({run.total} steps)")
+    else:
+        run.program.method.check(state.extras)
+        logger.info("resumed at step %d", state.step)
+    startup_timer.done("state")
+    workdir.record(folder, config, run.inputs)  # not before all that a mistake can break has worked
+    recorder = Recorder(folder, int(state.step), config.log.tensorboard, jax.process_index() == 0)
+    try:
+        code = loop(run, state, checkpoints, recorder, stopper, watchdog)
+    except BaseException:
+        if not peers.peers():  # else the others may not come to wait for the last save
+            checkpoints.close()
+        raise
+    finally:
+        recorder.close()
+    checkpoints.close()
+    return code
+
+
+def dry_run(config: ConfigDict, folder: str) -> int:
+    """Compiles the train step and says how the run would be laid out; writes nothing. Returns the exit code."""
+    run = opened(config, folder)
+    mesh, rows = run.program.mesh, sharding.local_rows(run.program.mesh, config.batch_size)
+    with jax.set_mesh(mesh):
+        run.program.compile()
+    startup_timer.done("compile")
+    kinds = sorted({device.device_kind for device in jax.devices()})
+    processes = jax.process_count()
+    say(f"{jax.device_count()} devices ({', '.join(kinds)}) of {processes} process{'es' if processes > 1 else ''}")
+    say(f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
+    shares = peers.gather(f"{len(rows)} rows of {config.batch_size}, {jax.local_device_count()} devices")
+    for number, share in enumerate(shares):
+        say(f"process {number}: {share}")
+    say(f"{run.total} steps; compiled after {startup_timer.summary()}")
+    return errors.FINISHED
+
+
+class Profile:
+    """Writes a profiler trace of the steps `log.profile_steps` = 'first:last' to <workdir>/profile."""
+
+    def __init__(self, run: Run):
+        self.first, last = profile_steps(run.config)
+        self.last, self.running = min(last, run.total), False
+        self.folder = str(run.workdir / "profile")
+
+    def before(self, done: int) -> None:
+        if done == self.first:
+            jax.profiler.start_trace(self.folder)
+            self.running = True
+
+    def after(self, done: int, metrics: Metrics) -> None:
+        if self.running and done == self.last:
+            self.running = False
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
+            logger.info("profile of steps %d to %d: %s", self.first, self.last, self.folder)
+
+
+def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Recorder, stopper: Stopper,
+         watchdog: Watchdog) -> int:
+    """Steps from the state's step to the end. Returns the exit code."""
+    start, total = int(state.step), run.total
+    judged, log, profile = evaluation.Judge(run, recorder), Log(run, recorder), Profile(run)
+    save_every = run.every("checkpoint")
+    if judged.missed(start):
+        watchdog.on(f"the evaluation at step {start}")
+        judged.look(state, start)
+        watchdog.on("")
+        startup_timer.done("evaluation")
+    run.program.compile()
+    startup_timer.done("compile")
+    batches = device_batches(run, start)
+    log.speed.start()
+    for done in range(start + 1, total + 1):
+        watchdog.on(f"the input of step {done}")
+        batch = log.speed.waiting(lambda: next(batches))
+        watchdog.on(f"step {done}")
+        profile.before(done)
+        state, metrics = run.program.step(state, batch)
+        profile.after(done, metrics)
+        stopper.stepped()
+        workdir_lock.fence()
+        if done == start + 1:
+            jax.block_until_ready(metrics)
+            startup_timer.done("first step")
+            logger.info("time to first step %s", startup_timer.summary())
+            log.speed.start()
+        stop = stopper.should_stop(done)
+        look = judged.due(done)
+        # Also before an evaluation: a signal can then end it at once.
+        save = look or done == total or (save_every > 0 and done % save_every == 0)
+        try:
+            log.push(done, metrics, batch["id"])
+            if save or stop:
+                log.drain()
+        except GuardError:
+            _keep_config(run)
+            checkpoints.save(done, state)
+            checkpoints.wait()
+            raise
+        if save or stop:
+            _keep_config(run)
+            watchdog.on(f"the save of step {done}")
+            checkpoints.save(done, state)
+        if stop and done < total:
+            return finish(run, checkpoints, state, done)
+        if look:
+            checkpoints.wait()
+            if not checkpoints.failed:
+                stopper.saved()
+            watchdog.on(f"the evaluation at step {done}")
+            judged.look(state, done)
+            log.speed.start()
+    return finish(run, checkpoints, state, total)
+
+
+def _keep_config(run: Run) -> None:
+    if jax.process_index() == 0:
+        workdir.keep(run.workdir, run.config, run.inputs)
+
+
+def finish(run: Run, checkpoints: Checkpoints, state: TrainState, done: int) -> int:
+    """Waits for the last save, tries it again if it failed, and says how the run ended. Returns the exit code."""
+    checkpoints.wait()
+    if checkpoints.failed:  # perhaps by what was over a moment later, and no other save comes
+        checkpoints.save(done, state)
+        checkpoints.wait()
+    if checkpoints.failed:
+        raise UserError(f"the state of step {done} could not be saved: {checkpoints.failed}; mend that and run the "
+                        f"same command: it goes on from step {checkpoints.latest() or 0}")
+    if done < run.total:
+        say(f"stopped at step {done} of {run.total}, state saved; the same command goes on")
+        return errors.STOPPED
+    workdir_lock.fence()
+    if jax.process_index() == 0:
+        if why := workdir_lock.doubt():
+            raise UserError(f"the end of the run is not on record: {why}")
+        paths.replace_text(run.workdir / "DONE", f"{done}\n")
+    say(f"finished {done} steps; {run.workdir}")
+    return errors.FINISHED
+
+
+def evaluate(folder: str, config: ConfigDict | None = None) -> int:
+    """Evaluates the newest checkpoint of a workdir on its evaluation split. Returns the exit code.
+
+    Args:
+      folder: the workdir.
+      config: the one it was made with, but for fields that a resumed run may change; None: the very one.
+    """
+    path = paths.locate(folder)
+    if config is None:
+        config = of_workdir(path)
+    else:
+        workdir.compare(workdir.read_config(path), config)
+    run = prepare(config, path)
+    _tell(data_changes(run))
+    if not run.config.data.eval_split or not run.config.eval.test:
+        raise UserError("data.eval_split is '', or eval.test is False: there is nothing to evaluate on")
+    checkpoints = Checkpoints(path, run.config.checkpoint.keep_last)
+    state = checkpoints.restore(run.program.state)
+    if state is None:
+        raise UserError(f"{path} holds no checkpoint yet")
+    run.program.method.check(state.extras)
+    # Lines past this step stay: they may be those of a run in progress.
+    recorder = Recorder(path, math.inf, run.config.log.tensorboard, jax.process_index() == 0)
+    with jax.set_mesh(run.program.mesh):
+        judged, began = evaluation.Judge(run, recorder), time.monotonic()
+        judged.write(state, int(state.step), judged.at_the_end(state, {}), began)
+    recorder.close()
+    checkpoints.close()
+    return errors.FINISHED

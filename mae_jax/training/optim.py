@@ -1,0 +1,210 @@
+"""Optimisers, schedule, weight decay and freezing, all by parameter path and by the step of the train state."""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from mae_jax.durations import steps
+from mae_jax.methods import Method
+from mae_jax.methods.base import Params
+from mae_jax.param_tree import path
+
+Schedule = Callable[[jax.Array], jax.Array]
+Mask = Callable[[Params], Any]  # parameters → tree of booleans
+
+LARS_TRUST = 1e-3  # of LARS: MAE's published linear probe, and the LARS paper (arXiv 1708.03888) for AlexNet
+
+
+def decay_mask(params: Params, decayed: tuple[str, ...]) -> Any:
+    """Returns a tree of booleans: which parameters weight decay applies to, those whose path ends in such a name."""
+    return jax.tree_util.tree_map_with_path(lambda keys, _: path(keys).rsplit("/", 1)[-1] in decayed, params)
+
+
+def decay_words(params: Params, method: Method) -> Any:
+    """Returns a tree of 'yes', 'no' and 'frozen': which parameters decay, and which the method holds fixed."""
+    def word(keys: tuple[Any, ...], decays: bool) -> str:
+        return ("yes" if decays else "no") if method.learns(path(keys)) else "frozen"
+
+    return jax.tree_util.tree_map_with_path(word, decay_mask(params, method.decayed))
+
+
+def peak_lr(config: ConfigDict) -> float:
+    """Returns the learning rate at the top of the schedule: the base rate, per 256 images, scaled by the batch."""
+    return config.optim.lr * config.batch_size / 256
+
+
+def warmup_cosine(peak: float, minimum: float, warmup: int, total: int, start: float = 0.0) -> Schedule:
+    """Returns step → learning rate: linear from `start` in `warmup` steps, then half a cosine to `minimum` at `total`.
+
+    Per iteration, as MAE's published code does it. DeiT's rate changes once per epoch, one epoch late, and its cosine
+    counts from epoch 0 (timm 0.3.2); that is not copied. The argument is the step of the train state, not of the
+    optimiser.
+    """
+    def schedule(step: jax.Array) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        rise = start + (peak - start) * step / max(warmup, 1)
+        progress = jnp.clip((step - warmup) / max(total - warmup, 1), 0, 1)
+        fall = minimum + (peak - minimum) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        return jnp.where(step < warmup, rise, fall)
+
+    return schedule
+
+
+def make_schedule(config: ConfigDict, examples: int) -> Schedule:
+    """Builds the schedule of `config.optim` for a training split of `examples` images.
+
+    `lr` is per 256 images; `min_lr` and `warmup_lr` are not, as in MAE and timm.
+    """
+    o = config.optim
+    total = steps(config.train.duration, config.batch_size, examples)
+    warmup = steps(o.warmup, config.batch_size, examples)
+    return warmup_cosine(peak_lr(config), o.min_lr, min(warmup, total), total, o.warmup_lr)
+
+
+def layer_rate(name: str, decay: float, depth: int) -> float:
+    """Returns what layer-wise decay multiplies the learning rate of a path by: decay ** (depth + 1 - layer).
+
+    The layer is 0 for the encoder's embedding, i + 1 for its block i, and depth + 1 for all else: the last block has
+    `decay` and norm, head and decoder have 1 (MAE's fine-tuning, after BEiT, arXiv 2106.08254).
+    """
+    if re.match(r"encoder/(patch_embed/|(cls_token|mask_token|pos_embed)$)", name):
+        layer = 0
+    else:
+        block = re.match(r"encoder/block_(\d+)/", name)
+        layer = int(block[1]) + 1 if block else depth + 1
+    return decay ** (depth + 1 - layer)
+
+
+def weight_decay(config: ConfigDict, examples: int) -> Schedule:
+    """Returns step → weight decay: constant, or half a cosine from weight_decay to final_weight_decay (DINO)."""
+    o = config.optim
+    if o.final_weight_decay < 0:
+        return lambda step: o.weight_decay
+    total = steps(config.train.duration, config.batch_size, examples)
+    return warmup_cosine(o.weight_decay, o.final_weight_decay, 0, total)
+
+
+def make_optimizer(config: ConfigDict, method: Method, examples: int = 0) -> optax.GradientTransformationExtraArgs:
+    """Builds the optimiser of `config.optim` without its learning rate: the step multiplies updates by -schedule(step).
+
+    The gradient is clipped first, by its global norm. Layer-wise decay comes last, since it is a factor of the learning
+    rate: it multiplies decoupled weight decay too, and no trust ratio undoes it. Parameters that the method holds fixed
+    have no state, and their update is zero.
+
+    Args:
+      config: the resolved config.
+      method: whose parameters these are.
+      examples: of the training split, which schedules count epochs with.
+
+    Returns:
+      A transformation whose update takes the step of the train state as `step`, and as `taken` whether it is: where it
+      is not, the state stays bit for bit what it was, and the updates are of no use.
+    """
+    o = config.optim
+    clip = [optax.clip_by_global_norm(o.clip)] if o.clip else []
+    rules = {"adamw": _adamw, "lamb": _lamb, "lars": _lars, "sgd": _sgd}[o.name]
+    decay = weight_decay(config, examples)
+    rates = [_layer_rates(o.layer_decay, config.model.depth)] if o.layer_decay != 1 else []
+    decayed = partial(decay_mask, decayed=method.decayed)
+    return _only(method.learns, optax.chain(*clip, *rules(o, decay, decayed), *rates))
+
+
+def _add_decay(decay: Schedule, decayed: Mask) -> optax.GradientTransformation:
+    """Adds weight decay to the updates of what decays, by the step of the train state."""
+    def update(updates: Params, state: Any, params: Params, *, step: jax.Array, **_: Any) -> tuple[Params, Any]:
+        rate = decay(step)
+        return jax.tree.map(lambda u, p: u + rate * p, updates, params), state
+
+    return optax.masked(optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update), decayed)
+
+
+def _adamw(o: ConfigDict, decay: Schedule, decayed: Mask) -> list[optax.GradientTransformation]:
+    """AdamW as in PyTorch: decoupled weight decay is added before the multiplication by the learning rate."""
+    return [_adam(*o.betas, o.eps), _add_decay(decay, decayed)]
+
+
+def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam`, whose updates are read from the moments that stay.
+
+    Were the choice between old and new moments made after the updates, XLA would on CPUs compute the parameters from
+    the old ones, and copy them all first, since the new ones take their place.
+    """
+    def update(grads: Params, state: optax.ScaleByAdamState, params: Params | None = None, *,
+               taken: jax.Array | bool = True, **_: Any) -> tuple[Params, optax.ScaleByAdamState]:
+        mu = optax.tree.update_moment(grads, state.mu, b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
+        state = either(taken, optax.ScaleByAdamState(state.count + 1, mu, nu), state)
+        mu, nu = (optax.tree.bias_correction(moment, decay, state.count)
+                  for moment, decay in ((state.mu, b1), (state.nu, b2)))
+        return jax.tree.map(lambda m, n: m / (jnp.sqrt(n) + eps), mu, nu), state
+
+    return optax.GradientTransformationExtraArgs(optax.scale_by_adam(b1, b2, eps).init, update)
+
+
+def _momentum(decay: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.trace`, whose updates are likewise read from the trace that stays."""
+    inner = optax.trace(decay)
+
+    def update(grads: Params, state: optax.TraceState, params: Params | None = None, *,
+               taken: jax.Array | bool = True, **_: Any) -> tuple[Params, optax.TraceState]:
+        state = either(taken, inner.update(grads, state)[1], state)
+        return state.trace, state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def either(taken: jax.Array | bool, new: Any, old: Any) -> Any:
+    """Returns the new tree where the step is taken, and otherwise the old one, bit for bit."""
+    return jax.tree.map(lambda n, o: jnp.where(taken, n, o), new, old)
+
+
+def _lamb(o: ConfigDict, decay: Schedule, decayed: Mask) -> list[optax.GradientTransformation]:
+    """LAMB (arXiv 1904.00962) as DeiT III trains with it: AdamW's update times |parameter| / |update|, per leaf.
+
+    The ratio is 1 for what does not decay, as in NVIDIA's FusedLAMB and timm, and where either norm is 0. FusedLAMB
+    also clips the gradient to the norm 1, where nothing says so: `optim.clip`.
+    """
+    return [*_adamw(o, decay, decayed), optax.masked(optax.scale_by_trust_ratio(), decayed)]
+
+
+def _sgd(o: ConfigDict, decay: Schedule, decayed: Mask) -> list[optax.GradientTransformation]:
+    """SGD as in PyTorch: weight decay is added to the gradient, then momentum, not Nesterov's and not dampened."""
+    return [_add_decay(decay, decayed), _momentum(o.momentum)]
+
+
+def _lars(o: ConfigDict, decay: Schedule, decayed: Mask) -> list[optax.GradientTransformation]:
+    """LARS (arXiv 1708.03888) as MAE's linear probe has it: SGD whose decayed leaves are scaled before momentum.
+
+    The factor, per leaf, is LARS_TRUST · |parameter| / |gradient with weight decay|; 1 where either norm is 0.
+    """
+    added, momentum = _sgd(o, decay, decayed)
+    return [added, optax.masked(optax.scale_by_trust_ratio(trust_coefficient=LARS_TRUST), decayed), momentum]
+
+
+def _layer_rates(decay: float, depth: int) -> optax.GradientTransformation:
+    """Multiplies every update by the `layer_rate` of its path."""
+    def scale(updates: Params, _: Params | None) -> Params:
+        return jax.tree_util.tree_map_with_path(lambda keys, u: u * layer_rate(path(keys), decay, depth), updates)
+
+    return optax.stateless(scale)
+
+
+def _only(learns: Callable[[str], bool],
+          inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+    """Hides from `inner` the parameters that do not learn: they have no state, and their update is zero."""
+    def hide(tree: Params) -> Params:
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, leaf: leaf if learns(path(keys)) else optax.MaskedNode(), tree)
+
+    def update(grads: Params, state: Any, params: Params, **extra: Any) -> tuple[Params, Any]:
+        updates, state = inner.update(hide(grads), state, hide(params), **extra)
+        shown = jax.tree.map(lambda g, u: jnp.zeros_like(g) if isinstance(u, optax.MaskedNode) else u, grads, updates)
+        return shown, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: inner.init(hide(params)), update)

@@ -1,0 +1,169 @@
+"""A run: config, workdir, method, train step and inputs, and the state that it starts from."""
+
+import collections
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
+from ml_collections import ConfigDict
+
+from mae_jax import methods, param_tree
+from mae_jax.config import default, validate
+from mae_jax.durations import steps
+from mae_jax.errors import UserError
+from mae_jax.methods.base import Batch
+from mae_jax.runtime import sharding, startup_timer
+from mae_jax.state import TrainState
+from mae_jax.storage import paths
+from mae_jax.training import warm_start, workdir
+from mae_jax.training.train_step import Program
+
+logger = logging.getLogger(__name__)
+
+
+class Run(NamedTuple):
+    """All that is fixed once config and data are known."""
+
+    config: ConfigDict
+    workdir: epath.Path
+    program: Program
+    inputs: Any  # data.Inputs; data/ is imported only where the input is built
+    total: int  # steps
+
+    def every(self, group: str, field: str = "every") -> int:
+        """Returns a period of the config in steps, at least 1; 0 where it is off."""
+        duration = self.config[group][field]
+        return max(1, steps(duration, self.config.batch_size, self.inputs.num_train)) if duration else 0
+
+
+def prepare(config: ConfigDict, folder: epath.Path, trains: bool = True) -> Run:
+    """Checks the config, opens the data and builds the method; raises UserError before anything is written.
+
+    Args:
+      config: the resolved config.
+      folder: the workdir.
+      trains: False where the encoder alone is looked at: data of any labels, or without what the loss needs, will do.
+    """
+    from mae_jax import data
+
+    validate(config, trains)
+    mesh = sharding.make_mesh(config)
+    method = methods.get(config.method.name)(config)
+    if not trains and method.encodes_with:
+        raise UserError(f"a run of method.name={config.method.name} has no single encoder to look at; python -m "
+                        "mae_jax export --for-task=vote makes one")
+    if trains and method.learns_labels:
+        data.check_apart(config.data, "train_split", "eval_split")
+    spec = method.eval_spec() if trains else methods.Method.eval_spec(method)
+    rows = sharding.local_rows(mesh, config.batch_size)
+    inputs = data.build(config, spec, method.order(), rows, method.views() if trains else ())
+    logger.info(inputs.description)
+    total = steps(config.train.duration, config.batch_size, inputs.num_train)
+    if total < 1:
+        raise UserError(f"train.duration={config.train.duration!r} is less than one step: {inputs.num_train} examples, "
+                        f"batch_size={config.batch_size}")
+    fitted = type(method).fitted(config, inputs.classes) if trains else config
+    program = Program(fitted, mesh, inputs.num_train)
+    return Run(config, folder, program, inputs, total)
+
+
+def device_batches(run: Run, start: int) -> Iterator[Batch]:
+    """Yields the global batches of steps start, start + 1, ...; `data.prefetch` of them are on their way ahead."""
+    ready: collections.deque[Batch] = collections.deque()
+    for batch in run.inputs.train(start):
+        ready.append(sharding.to_devices(batch, run.program.mesh, run.config.batch_size))
+        if len(ready) > run.config.data.prefetch:
+            yield ready.popleft()
+
+
+def pictures_on_host(run: Run) -> Iterator[Batch]:
+    """Yields the training split as evaluations see it, whole global batches of NumPy arrays, on all processes alike."""
+    everywhere = sharding.replicated(run.program.mesh)
+    for batch in run.inputs.support():
+        batch = sharding.to_devices(batch, run.program.mesh, run.config.batch_size)
+        yield jax.device_get(jax.device_put(batch, everywhere))
+
+
+def initial_state(run: Run, trains: bool = True) -> TrainState:
+    """Makes the state before the first step, from `init_from` where it is given.
+
+    Args:
+      run: as `prepare` made it.
+      trains: False where the encoder alone is looked at: nothing is then computed of training pictures.
+    """
+    loaded = warm_start.load(run.config, run.program.state.params) if run.config.init_from else {}
+    rows = len(sharding.local_rows(run.program.mesh, run.config.batch_size))
+    batch = next(run.inputs.train(0)) if trains else {
+        name: np.zeros((rows, *struct.shape[1:]), struct.dtype) for name, struct in run.program.batch.items()}
+    state = run.program.init(sharding.to_devices(batch, run.program.mesh, run.config.batch_size))
+    if run.config.init_from:
+        merged, report = param_tree.merge(state.params, loaded)
+        logger.info("init_from %s: %s", run.config.init_from, report)
+        state = state._replace(params=merged, ema=jax.tree.map(lambda x: x.copy(), merged) if state.ema else {})
+    pictures = pictures_on_host(run) if trains else None
+    fitted = run.program.method.fit(state.params, state.extras, pictures)
+    if fitted is not state.extras:
+        state = state._replace(extras=param_tree.place(fitted, state.extras))
+    return state
+
+
+def opened(config: ConfigDict, folder: str, trains: bool = True) -> Run:
+    """Returns the run of a config in a workdir, after all checks that need no device; nothing is written.
+
+    Args: as of `prepare`.
+    """
+    path = paths.locate(folder)
+    jax.devices()
+    startup_timer.done("devices")
+    run = prepare(config, path, trains)
+    _tell(workdir.changes(path, config) + data_changes(run))
+    startup_timer.done("data")
+    return run
+
+
+def data_changes(run: Run) -> list[str]:
+    """Returns how the data are other ones than those that the run began with; raises UserError for other classes."""
+    return workdir.data_changes(run.workdir, run.inputs, run.program.method.names_classes)
+
+
+def _tell(changes: list[str]) -> None:
+    for change in changes:
+        logger.info("changed since the run began: %s", change)
+
+
+@contextlib.contextmanager
+def compiled_programs(config: ConfigDict, folder: epath.Path) -> Iterator[None]:
+    """Keeps compiled programs where train.compilation_cache says; 'auto' where JAX was told, or else in the workdir.
+
+    What is read there is executed. So only a run reads its own workdir's, and no command that looks into a workdir.
+    """
+    place = config.train.compilation_cache
+    before = jax.config.jax_compilation_cache_dir
+    if place == "auto":
+        place = before or str(folder / "compiled")
+    jax.config.update("jax_compilation_cache_dir", place or None)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+
+
+def of_workdir(path: epath.Path) -> ConfigDict:
+    """Returns the config that a workdir was made with, to look at the run: its mesh gives way where it does not fit.
+
+    What was trained on many devices can be looked at on one, and what was summed in bfloat16 where that is not done.
+    """
+    config = workdir.read_config(path)
+    try:
+        sharding.make_mesh(config)
+    except UserError:
+        config.mesh = default(config.method.name).mesh
+        logger.info("the mesh of the run does not fit here; looking at it with all devices along mesh.data")
+    return config

@@ -1,0 +1,90 @@
+"""Images per second, share of time spent waiting for data, and MFU by the chip's peak."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+
+from mae_jax.runtime.console import clock
+
+if TYPE_CHECKING:
+    from mae_jax.methods import Method
+import time
+from collections.abc import Callable
+from typing import Any
+
+# Dense bfloat16 FLOP/s per JAX device, from the vendors' product pages; a TPU v2 or v3 device is one of a chip's two
+# cores. The first entry whose name the device kind contains is taken.
+PEAKS = {
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "TPU7x": 1153e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "V100": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 3090": 71e12,
+    "RTX 4090": 165e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Returns the device's peak in bfloat16 FLOP/s, or None when it is not in the table."""
+    return next((peak for name, peak in PEAKS.items() if name in device.device_kind), None)
+
+
+def train_flops(method: Method) -> int:
+    """FLOPs of one image in a train step: the backward pass costs twice the forward pass that it belongs to."""
+    return 3 * method.forward_flops() + method.frozen_flops()
+
+
+class Speed:
+    """Measures a stretch of steps: images per second, the share of time spent waiting for data, MFU, time left."""
+
+    def __init__(self, batch_size: int, flops_per_image: int, peak: float | None):
+        self.batch_size, self.flops, self.peak = batch_size, flops_per_image, peak
+        self.last = {"train/images_per_sec": float("nan"), "train/data_wait": float("nan")}
+        self.start()
+
+    def start(self) -> None:
+        """Begins a stretch; call it after anything that is not training."""
+        self.began, self.steps, self.waited = time.monotonic(), 0, 0.0
+
+    def waiting(self, produce: Callable[[], Any]) -> Any:
+        """Returns produce(), counted as waiting for data."""
+        before = time.monotonic()
+        item = produce()
+        self.waited += time.monotonic() - before
+        self.steps += 1
+        return item
+
+    def take(self) -> dict[str, float]:
+        """Returns the figures of the stretch and begins another; those of the one before where no step was taken."""
+        if not self.steps:
+            return self.last
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        rate = self.steps * self.batch_size / seconds
+        out = {"train/images_per_sec": rate, "train/data_wait": self.waited / seconds}
+        if self.peak:
+            out["train/mfu"] = rate * self.flops / (self.peak * jax.device_count())
+        self.start()
+        self.last = out
+        return out
+
+
+def progress_line(step: int, total: int, values: dict[str, float], batch_size: int) -> str:
+    """Returns the line that is printed every log.every steps."""
+    rate = values["train/images_per_sec"]
+    mfu = f"  mfu {values['train/mfu']:.1%}" if "train/mfu" in values else ""
+    left = clock((total - step) * batch_size / rate) if rate > 0 else "?"
+    return (f"step {step}/{total} ({step / total:.0%})  loss {values['train/loss']:.4f}  lr {values['train/lr']:.2e}  "
+            f"{rate:.0f} images/s  data wait {values['train/data_wait']:.0%}{mfu}  {left} left")

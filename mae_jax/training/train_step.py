@@ -1,0 +1,164 @@
+"""The one jitted train step, and where its state lives."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mae_jax import methods
+from mae_jax.errors import UserError
+from mae_jax.methods import Method
+from mae_jax.methods.base import Batch, Extras, Metrics, Params
+from mae_jax.ops.partitioning import ROWS
+from mae_jax.param_tree import path
+from mae_jax.rng import stream_key
+from mae_jax.runtime import sharding
+from mae_jax.runtime.sharding import for_platform
+from mae_jax.state import TrainState
+from mae_jax.training import optim, spike_detector
+from mae_jax.training.optim import Schedule, either
+
+
+class Program:
+    """All that is fixed once the config, the mesh and the number of training examples are known.
+
+    Calls of `init` and `step`, and whatever else runs the models, belong inside `jax.set_mesh(program.mesh)`.
+
+    Attributes:
+      state: the train state's shapes, each with its sharding.
+      batch: the global batch's shapes, each with its sharding.
+      init: batch → state before the first step, jitted; no array exists whole where its sharding cuts it.
+      step: (state, batch) → (state, metrics), jitted, donating the state.
+    """
+
+    def __init__(self, config: ConfigDict, mesh: Mesh, examples: int):
+        jax.config.update("jax_threefry_partitionable", True)  # what is drawn must not depend on the mesh
+        config = for_platform(config, mesh.devices.flat[0].platform)
+        self.config, self.mesh = config, mesh
+        self.method = methods.get(config.method.name)(config, examples)
+        if config.train.accumulate > 1 and self.method.sees_whole_batch:
+            raise UserError(f"train.accumulate={config.train.accumulate}: the loss of {config.method.name} has terms "
+                            "across the whole batch, which micro-batches would change; use 1")
+        parts = config.train.accumulate * math.prod(mesh.shape[axis] for axis in ROWS)
+        rows, step = config.batch_size // parts, parts * self.method.group
+        if rows % self.method.group:
+            near = [str(n) for n in (config.batch_size // step * step, config.batch_size // step * step + step) if n]
+            raise UserError(f"batch_size={config.batch_size} gives a device {rows} rows at a time, which is not a "
+                            f"multiple of the {self.method.group} pictures that {config.method.name} mixes; nearest: "
+                            f"{' and '.join(near)}")
+        self.optimizer = optim.make_optimizer(config, self.method, examples)
+        self.schedule = optim.make_schedule(config, examples)
+        initial = partial(init_state, config, self.method, self.optimizer)
+        spec = self.method.batch_spec()
+        shapes = jax.eval_shape(initial, spec)
+        placed = sharding.param_shardings(mesh, shapes)
+        self.state = sharding.with_shardings(shapes, placed)
+        self.batch = sharding.with_shardings(spec, sharding.batch_sharding(mesh))
+        self.init = jax.jit(initial, out_shardings=placed)
+        self.step = jax.jit(make_train_step(config, self.method, self.optimizer, self.schedule),
+                            donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh)),
+                            compiler_options={"xla_gpu_deterministic_ops": config.train.deterministic})
+
+    def compile(self) -> None:
+        """Compiles `step`, so that its first call runs at once."""
+        self.step.lower(self.state, self.batch).compile()
+
+
+def init_state(config: ConfigDict, method: Method, optimizer: optax.GradientTransformation, batch: Batch) -> TrainState:
+    """Returns the state before the first step."""
+    params, extras = method.init(stream_key(config.seed, 0, "init"), batch)
+    ema = jax.tree.map(jnp.copy, params) if config.optim.ema else {}
+    zero = jnp.zeros((), jnp.int32)
+    history = spike_detector.no_history(("loss", "grad_norm")) if config.guard.spike else ()
+    return TrainState(zero, params, optimizer.init(params), extras, ema, jnp.copy(zero), history)
+
+
+def gradients(method: Method, state: TrainState, batch: Batch, key: jax.Array,
+              accumulate: int) -> tuple[Params, Metrics, Extras]:
+    """Returns gradients, metrics and extras, over `accumulate` micro-batches one after the other.
+
+    Micro-batch j takes the rows j, j + accumulate, ... (or groups of rows): every device splits its own rows. The sum
+    is weighted by the weight of the loss, so that it is the gradient of the whole batch also where rows are invalid.
+    """
+    def loss(params: Params, *args: Any) -> tuple[jax.Array, tuple[Metrics, Extras]]:
+        if method.config.mesh.reduce == "bfloat16":  # gradients of kernels are summed in the dtype that these have
+            params = jax.tree_util.tree_map_with_path(
+                lambda keys, leaf: leaf.astype(jnp.bfloat16) if path(keys).endswith("/kernel") else leaf, params)
+        return method.loss(params, *args)
+
+    def grad(batch: Batch, extras: Extras, key: jax.Array) -> tuple[Params, tuple[Metrics, Extras]]:
+        return jax.grad(loss, has_aux=True)(state.params, extras, batch, key, state.step, True)
+
+    if accumulate == 1:
+        grads, (metrics, extras) = grad(batch, state.extras, key)
+        return grads, metrics, extras
+    parts = jax.tree.map(lambda x: _dealt(x, accumulate, method.group), batch)
+
+    def one(carry: tuple[Params, Metrics, Extras], item: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        total, sums, extras = carry
+        part, index = item
+        grads, (metrics, extras) = grad(part, extras, jax.random.fold_in(key, index))
+        total = jax.tree.map(lambda t, g: t + g * metrics["loss"][1], total, grads)
+        return (total, jax.tree.map(jnp.add, sums, metrics), extras), None
+
+    grads, (metrics, _) = jax.eval_shape(grad, jax.tree.map(lambda x: x[0], parts), state.extras, key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, metrics))
+    (total, metrics, extras), _ = jax.lax.scan(one, (*zeros, state.extras), (parts, jnp.arange(accumulate)))
+    weight = jnp.maximum(metrics["loss"][1], 1)
+    return jax.tree.map(lambda t: t / weight, total), metrics, extras
+
+
+def _dealt(x: jax.Array, parts: int, group: int) -> jax.Array:
+    """Deals the rows of [B, ...] out to micro-batches, [parts, B / parts, ...]; neighbours of a group stay together."""
+    return x.reshape(-1, parts, group, *x.shape[1:]).swapaxes(0, 1).reshape(parts, -1, *x.shape[1:])
+
+
+def make_train_step(config: ConfigDict, method: Method, optimizer: optax.GradientTransformationExtraArgs,
+                    schedule: Schedule) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns the pure function (state, batch) → (state, metrics) that the loop jits, donating the state.
+
+    Where a gradient is not finite, or the step is a spike and `guard.spike` is on, parameters, optimiser, EMA and
+    extras keep their values bit for bit; `step` advances all the same, so that the batch is not drawn again. For its
+    own state the optimiser sees to that: it is told `taken` (see `make_optimizer`).
+    """
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = stream_key(config.seed, state.step, "loss")
+        grads, metrics, extras = gradients(method, state, batch, key, config.train.accumulate)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"][0])
+        taken, history, told = _unless_spike(config.guard.spike, finite, state, metrics, norm)
+        lr = schedule(state.step)
+        updates, opt = optimizer.update(grads, state.opt, state.params, step=state.step, taken=taken)
+        params = either(taken, jax.tree.map(lambda p, u: p - lr * u, state.params, updates), state.params)
+        decay = config.optim.ema  # as a difference: 0.9999 and 0.0001 rounded apart would shrink the average by 1.7e-4
+        ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params) if decay else {}
+        extras = method.after_update(params, extras, state.step)
+        extras, ema = either(taken, (extras, ema), (state.extras, state.ema))
+        bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
+        one = jnp.ones((), jnp.float32)
+        metrics = metrics | told | {
+            "lr": (lr, one),
+            "grad_norm": (norm, one),
+            "bad_steps": (bad_steps.astype(jnp.float32), one),
+            "replaced": ((batch["replaced"] > 0).sum().astype(jnp.float32), one),
+        }
+        return TrainState(state.step + 1, params, opt, extras, ema, bad_steps, history), metrics
+
+    return train_step
+
+
+def _unless_spike(deviations: float, finite: jax.Array, state: TrainState, metrics: Metrics,
+                  norm: jax.Array) -> tuple[jax.Array, Any, Metrics]:
+    """Returns whether the step is to be taken, the history with it, and the metric `spikes`."""
+    if not deviations:
+        return finite, (), {}
+    values = {"loss": metrics["loss"][0] / jnp.maximum(metrics["loss"][1], 1), "grad_norm": norm}
+    spike = finite & spike_detector.stands_out(state.history, values, deviations)
+    history = spike_detector.remember(state.history, values, state.step)
+    return finite & ~spike, history, {"spikes": (spike.astype(jnp.float32), jnp.ones((), jnp.float32))}

@@ -1,0 +1,114 @@
+"""Starting from other parameters: `init_from` a workdir, a step's folder in it, or a *.safetensors file.
+
+The file may be an export of ours, or have the names of timm, the published MAE code or transformers' ViTMAE.
+"""
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_jax import param_tree
+from mae_jax.errors import UserError
+from mae_jax.interop.hf import from_hf
+from mae_jax.interop.mae import from_mae
+from mae_jax.interop.timm import folded
+from mae_jax.models.layers import sincos_positions
+from mae_jax.models.upcycling import upcycled
+from mae_jax.ops import pos_embed
+from mae_jax.ops.patches import grid
+from mae_jax.storage.checkpoint import load_params
+from mae_jax.training import workdir
+
+# What shapes do not show, and what would make the same numbers another function.
+SAME = ("model.heads", "model.patch", "model.gelu")
+# Parts that an encoder may have more or fewer of: the norm after the last block gives way to that of the pooled mean.
+OPTIONAL = re.compile(r"encoder/(pos_embed|mask_token|norm/(scale|bias)|block_\d+/experts/gate/kernel)")
+
+
+def load(config: ConfigDict, params: Any) -> dict[str, Any]:
+    """Returns the parameters that config.init_from holds, made to fit a model whose parameters have these shapes.
+
+    `params.merge` puts them into the model.
+
+    Raises:
+      UserError: nothing is there, or it belongs to another encoder.
+    """
+    theirs = workdir.config_of(config.init_from)
+    loaded = _read(config, theirs)
+    if theirs is not None:
+        _check_same_function(theirs, config)
+    loaded = _without_other_head(_with_positions(loaded, theirs, config, params), theirs, config, params)
+    loaded = upcycled(loaded, params)
+    strange = [name for name in sorted(param_tree.flatten(loaded).keys() ^ param_tree.flatten(params).keys())
+               if name.startswith("encoder/") and not OPTIONAL.fullmatch(name)]
+    if strange:
+        hint = "; python -m mae_jax export --for-task=vote cuts one encoder out of a mixture of experts"
+        raise UserError(f"init_from={config.init_from} holds another encoder: {strange[0]} and {len(strange) - 1} more "
+                        f"parameters are in one of the two only{hint if '/experts/' in ' '.join(strange) else ''}")
+    param_tree.common(params, loaded)
+    return loaded
+
+
+def _read(config: ConfigDict, theirs: ConfigDict | None) -> dict[str, Any]:
+    """Reads parameters of ours, or with the names of timm, the published MAE code or transformers."""
+    loaded, extras = param_tree.judged(load_params(config.init_from, ema=True, extras=True))
+    if config.method.get("head") == "linear":  # a probe's head means nothing without its batch norm
+        loaded = folded(loaded, extras)
+    if any(name.startswith("blocks.") for name in loaded):
+        return from_mae(loaded, grid(theirs) if theirs else None)
+    return from_hf(loaded) if any(name.startswith("vit.") for name in loaded) else loaded
+
+
+def _check_same_function(theirs: ConfigDict, ours: ConfigDict) -> None:
+    for key in SAME:
+        group, name = key.split(".")
+        if theirs[group][name] != ours[group][name]:
+            raise UserError(f"init_from={ours.init_from} was trained with {key}={theirs[group][name]}, this config has "
+                            f"{ours[group][name]}")
+    scale = theirs.model.layer_scale
+    if bool(scale) != bool(ours.model.layer_scale):
+        raise UserError(f"init_from={ours.init_from} was trained with{'' if scale else 'out'} LayerScale; add "
+                        f"--config.model.layer_scale={scale:g}")
+
+
+def _without_other_head(loaded: dict[str, Any], theirs: ConfigDict | None, config: ConfigDict,
+                        params: Any) -> dict[str, Any]:
+    """Leaves out a head that is not what ours is: the report names it among the new and the left over.
+
+    It is of another number of classes or another method, or ours learns behind a batch norm, which starts anew.
+    """
+    old, new = (param_tree.flatten(tree).get("head/kernel") for tree in (loaded, params))
+    if old is None or new is None:
+        return loaded
+    same_method = theirs is None or theirs.method.name == config.method.name
+    if old.shape == new.shape and same_method and config.method.get("head") != "probe":
+        return loaded
+    return {("another head" if name == "head" else name): value for name, value in loaded.items()}
+
+
+def _with_positions(loaded: dict[str, Any], theirs: ConfigDict | None, config: ConfigDict, params: Any) -> Any:
+    """Makes the position embeddings fit: learned ones are resized, fixed ones are where learned ones start from."""
+    encoder = loaded.get("encoder", {})
+    learned, wanted = "pos_embed" in encoder, "pos_embed" in params["encoder"]
+    if learned and not wanted:
+        raise UserError(f"init_from={config.init_from} has learned positions; use model.positions=learned")
+    if not wanted or "cls_token" not in encoder:
+        return loaded
+    here = grid(config)
+    there = _grid_of(encoder["pos_embed"], theirs) if learned else (grid(theirs) if theirs else here)
+    table = np.asarray(encoder["pos_embed"]) if learned else sincos_positions(there, config.model.width)
+    table = table if there == here else pos_embed.resize(table, there, here)
+    return {**loaded, "encoder": {**encoder, "pos_embed": table}}
+
+
+def _grid_of(table: Any, theirs: ConfigDict | None) -> tuple[int, int]:
+    """Returns the grid that learned positions [N, D] belong to: the config's, or a square one."""
+    if theirs is not None:
+        return grid(theirs)
+    side = math.isqrt(table.shape[0])
+    if side * side != table.shape[0]:
+        raise UserError(f"init_from: {table.shape[0]} positions are no square grid, and no config says which it is")
+    return side, side

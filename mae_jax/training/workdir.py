@@ -1,0 +1,202 @@
+"""What a run leaves behind besides checkpoints: config.json, DONE, and the check of a resumed config."""
+
+import fnmatch
+import importlib.metadata
+import json
+import logging
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_jax import config as configs
+from mae_jax import param_tree
+from mae_jax.errors import UserError, printable
+from mae_jax.storage import workdir_lock
+from mae_jax.storage.paths import locate, make_folder, read_bytes, replace_text
+
+logger = logging.getLogger(__name__)
+
+# What a resumed run may change: it alters how a run is watched, placed or ended, never what was trained so far.
+MAY_CHANGE = ("train.duration", "mesh.*", "eval.*", "checkpoint.*", "log.*", "guard.max_*",
+              "guard.stall_seconds", "data.threads", "data.prefetch", "train.compilation_cache", "model.scan",
+              "model.remat", "method.clusters")  # whose content is compared
+NAMED = 10  # classes that a message names
+ARCHIVED = "$Format:%H$"  # `git archive` writes the commit here, as .gitattributes asks
+MOST_HEADER = 100_000_000  # bytes of a safetensors file's header, by its specification
+PACKAGES = ("mae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
+
+
+def changes(workdir: epath.Path, config: ConfigDict) -> list[str]:
+    """Returns what a resumed run changes, as text; raises UserError when a field that must not change has changed."""
+    stored = _stored_config(workdir)
+    return compare(stored, config) if stored else []
+
+
+def data_changes(workdir: epath.Path, inputs: Any, names_classes: bool) -> list[str]:
+    """Returns how the data are other ones than those that the run began with, as text.
+
+    Args:
+      workdir: of the run.
+      inputs: data.Inputs.
+      names_classes: whether the classes must be the same.
+
+    Raises:
+      UserError: they must, and are not.
+    """
+    content = read_bytes(workdir / "config.json")
+    before = json.loads(content).get("data") if content else None
+    if not isinstance(before, dict):  # an older run did not say
+        return []
+    after, texts = _data_of(inputs), []
+    if before.get("pictures") != after["pictures"]:
+        texts.append(f"pictures to train on: {before.get('pictures')} -> {after['pictures']}")
+    if before.get("classes") != after["classes"]:
+        old, new = (set(each.get("classes") or ()) for each in (before, after))
+        names = [f"-{name}" for name in sorted(old - new)] + [f"+{name}" for name in sorted(new - old)]
+        texts.append(f"classes: {len(old)} -> {len(new)} ({printable(', '.join(names[:NAMED])) or 'in another order'})")
+        if names_classes:
+            raise UserError(f"the workdir belongs to other data; {texts[-1]}. Use another --workdir, or the data it "
+                            "was made with")
+    return texts
+
+
+def _data_of(inputs: Any) -> dict[str, Any]:
+    return {"pictures": inputs.num_train, "classes": list(inputs.classes)}
+
+
+def keep(workdir: epath.Path, config: ConfigDict, inputs: Any) -> None:
+    """Writes config.json again where somebody removed it from a disk: without it, nothing accepts what is saved."""
+    try:
+        if str(workdir).startswith("gs://") or workdir_lock.doubt():  # where another run has it, that one's is to come
+            return
+        if not (workdir / "config.json").exists():
+            record(workdir, config, inputs)
+    except (OSError, UserError) as error:
+        logger.warning("cannot write %s again: %s", workdir / "config.json", error)
+
+
+def record(workdir: epath.Path, config: ConfigDict, inputs: Any = None) -> None:
+    """Writes config.json, with what `data_changes` compares, and makes the folder.
+
+    Raises:
+      UserError: it cannot be written, or another run has written another one meanwhile.
+    """
+    file = workdir / "config.json"
+    content = {"config": config.to_dict(), "git_commit": git_commit(), "versions": versions()}
+    if inputs:
+        content["data"] = _data_of(inputs)
+    try:
+        make_folder(workdir)
+        if jax.process_index() == 0:
+            changes(workdir, config)
+            replace_text(file, json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write the workdir {workdir}: {error.strerror or error}") from None
+
+
+def finished(workdir: epath.Path) -> int:
+    """Returns the step that DONE names, 0 where the run has not finished."""
+    text = (read_bytes(workdir / "DONE") or b"").strip()
+    return int(text) if text.isdigit() else 0
+
+
+def read_config(workdir: epath.Path) -> ConfigDict:
+    """Returns the config that a workdir was made with; raises UserError when there is none."""
+    stored = _stored_config(workdir)
+    if stored is None:
+        raise UserError(f"{workdir} holds no config.json: not a workdir of mae_jax")
+    return stored
+
+
+def _stored_config(workdir: epath.Path) -> ConfigDict | None:
+    file = workdir / "config.json"
+    content = read_bytes(file)
+    if content is None:
+        return None
+    try:
+        return _completed(json.loads(content)["config"])
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+
+
+def _completed(values: dict[str, Any]) -> ConfigDict:
+    """Makes a config of what was stored; a field that it lacks is younger and had what is now its default."""
+    stored = configs.from_dict(values)
+    config = configs.default(stored.method.name).unlock()
+    config.update(stored)
+    return config.lock()
+
+
+def of_checkpoint(path: epath.Path) -> epath.Path:
+    """Returns the workdir that a path is, or that a step's folder or the best checkpoint lies in."""
+    folder = path.parent.parent if path.parent.name == "checkpoints" else path
+    return folder.parent if folder.name == "best" and not (folder / "config.json").exists() else folder
+
+
+def config_of(source: str) -> ConfigDict | None:
+    """Returns the config behind parameters: a workdir's, a step's folder's or an exported file's; None without one.
+
+    Raises:
+      UserError: a file that cannot be read.
+    """
+    path = locate(source)
+    if path.suffix != ".safetensors":
+        return _stored_config(of_checkpoint(path))
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size) if size <= MOST_HEADER else b"")
+        text = header.get("__metadata__", {}).get("config")
+        return _completed(json.loads(text)) if text else None
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{source} is no safetensors file, or damaged: {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {source}: {error.strerror or error}") from None
+
+
+def metadata(config: ConfigDict) -> dict[str, str]:
+    """Returns what an exported file says of itself: the config, which `config_of` reads."""
+    return {"format": "pt", "config": json.dumps(config.to_dict())}
+
+
+def compare(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Returns the allowed changes as text; raises UserError with the list of the others."""
+    before, after = param_tree.flat(old), param_tree.flat(new)
+    changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    texts = {key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in changed}
+    refused = [texts[key] for key in changed if not any(fnmatch.fnmatch(key, pattern) for pattern in MAY_CHANGE)]
+    if refused:
+        raise UserError(f"the workdir belongs to another config; {'; '.join(refused)}. "
+                        "Use another --workdir, or the config it was made with")
+    return list(texts.values())
+
+
+def git_commit() -> str:
+    """Returns the commit of the source, '' where it is neither an archive of git's nor a checkout.
+
+    Of a checkout, the last commit that touched this file's folder: '' for an installed copy inside somebody else's
+    repository.
+    """
+    if not ARCHIVED.startswith("$"):
+        return ARCHIVED
+    try:
+        out = subprocess.run(["git", "log", "-1", "--format=%H", "--", "."], cwd=Path(__file__).parents[1],
+                             capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return out.stdout.strip()
+
+
+def versions() -> dict[str, Any]:
+    """Returns package → version, null where it is not installed."""
+    found: dict[str, Any] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found

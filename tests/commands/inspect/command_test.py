@@ -1,0 +1,184 @@
+"""The command as a user runs it, and what it writes read back through data.source."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from mae_jax import config as configs
+from mae_jax import data, methods
+from mae_jax.data import writers
+from mae_jax.data.decode import decode
+from mae_jax.data.sources import base, registry
+from mae_jax.errors import UserError
+from tests.helpers.records import describe, harm, write_shards
+
+
+def make_folder(root, broken=True):
+    """Twenty pictures of two classes, 40 x 30; picture i is of grey i. One is cut short, one is text."""
+    for i in range(20):
+        path = root / "ab"[i % 2] / f"{i:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (10 * i, 10 * i, 10 * i)).save(path, quality=95)
+    if broken:
+        cut = root / "a" / "00.jpg"
+        cut.write_bytes(cut.read_bytes()[:-20])
+        (root / "b" / "01.jpg").write_text("no picture")
+    return root
+
+
+def config(**fields):
+    c = configs.default()
+    c.batch_size = 4
+    c.data.update({"image_size": (16, 16), "threads": 2, "readers": 2, "eval_split": "", **fields})
+    c.model.patch = (8, 8)
+    return c
+
+
+def build(c):
+    method = methods.get("mae")(c)
+    return data.build(c, method.batch_spec(), method.order())
+
+
+def contents(c, split="train"):
+    """Returns grey value // 10 → class name of everything in a split."""
+    source = registry.load(c.data, split)
+    found = [item for _, item in writers.each(source, lambda example: example, threads=2)]
+    return {round(float(decode(example.picture).mean()) / 10): source.classes[example.label] for example in found}
+
+
+EXPECTED = {i: "ab"[i % 2] for i in range(2, 20)}
+
+
+def test_a_folder_written_as_tfrecord_reads_back_whole(tmp_path):
+    c = config(source="folder", path=str(make_folder(tmp_path / "in")))
+    found = {"train": registry.load(c.data, "train")}
+    broken = writers.write_tfrecord(found, epath.Path(tmp_path / "out"), size=24, threads=2)
+    assert [name.split(":")[0] for name in sorted(broken["train"])] == ["a/00.jpg", "b/01.jpg"]
+    back = config(source="tfrecord", path=str(tmp_path / "out"))
+    assert contents(back) == EXPECTED
+    assert build(back).classes == ("a", "b")
+    assert {decode(item.picture).shape for _, item in writers.each(
+        registry.load(back.data, "train"), lambda example: example, 2)} == {(24, 32, 3)}
+
+
+def test_a_folder_written_as_array_record_reads_back_with_random_access(tmp_path):
+    c = config(source="folder", path=str(make_folder(tmp_path / "in")))
+    found = {"train": registry.load(c.data, "train")}
+    broken = writers.write_array_record(found, epath.Path(tmp_path / "out"), size=64, threads=2)
+    assert len(broken["train"]) == 2
+    back = config(source="tfds", name="pictures", path=str(tmp_path / "out"))
+    assert isinstance(registry.load(back.data, "train"), base.Source)
+    assert contents(back) == EXPECTED
+
+
+def test_small_jpegs_are_kept_byte_for_byte_and_others_become_jpegs():
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(file, "JPEG", quality=50)
+    example = base.Example(file.getvalue(), 3)
+    assert writers.shrink(example, 30) is example
+    assert decode(writers.shrink(example, 15).picture).shape == (15, 20, 3)
+    pixels = base.Example(np.zeros((5, 6, 3), np.uint8), 3)
+    assert writers.shrink(pixels, 30).picture.startswith(b"\xff\xd8\xff")  # a JPEG
+
+
+def test_cached_batches_are_those_of_the_run(tmp_path):
+    c = config(source="folder", path=str(make_folder(tmp_path / "in", broken=False)), train_split="train[:80%]",
+               val_split="train[80%:]", eval_split="test")
+    inputs, method = build(c), methods.get("mae")(c)
+    writers.write_batches(c, inputs, method.eval_spec(), method.order(), (), epath.Path(tmp_path / "out"), steps=3)
+    back = build(config(source="batches", path=str(tmp_path / "out"), eval_split="test"))
+    assert (back.num_train, back.num_eval, back.classes) == (inputs.num_train, inputs.num_eval, inputs.classes)
+    assert back.num_val == inputs.num_val > 0
+    for name in ("train", "support", "evaluate", "validate"):
+        args = (0,) if name == "train" else ()
+        count = 3 if name == "train" else len(list(getattr(inputs, name)()))
+        pairs = list(zip(getattr(inputs, name)(*args), getattr(back, name)(*args), range(count), strict=False))
+        assert len(pairs) == count
+        for one, other, _ in pairs:
+            real = one["id"] >= 0
+            for field in one:
+                np.testing.assert_array_equal(one[field][real], other[field][real])
+
+
+@pytest.mark.parametrize("kind", ["write_tfrecord", "write_array_record"])
+def test_what_is_there_is_not_overwritten(tmp_path, kind):
+    c = config(source="folder", path=str(make_folder(tmp_path / "in")))
+    found = {"train": registry.load(c.data, "train")}
+    for attempt in range(2):
+        if attempt:
+            with pytest.raises(UserError, match="already"):
+                getattr(writers, kind)(found, epath.Path(tmp_path / "out"), 24, 2)
+        else:
+            getattr(writers, kind)(found, epath.Path(tmp_path / "out"), 24, 2)
+
+
+def run(*flags):
+    command = [sys.executable, "-m", "mae_jax", "inspect", "--config=configs/quickstart.py:runlocal", *flags]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def test_the_command_tells_what_is_there_names_broken_pictures_and_draws_the_grid(tmp_path):
+    folder = make_folder(tmp_path / "in")
+    for i in range(60):
+        (folder / "b" / f"{20 + i}.jpg").touch()
+    (folder / "notes.txt").touch()
+    done = run("--config.data.source=folder", f"--config.data.path={folder}", "--config.data.eval_split=",
+               f"--to={tmp_path / 'grid.png'}")
+    assert done.returncode == 0, done.stderr
+    for line in ("80 pictures in train", "classes: a, b", "train: 80 pictures, 62 broken", "  a/00.jpg: cut off",
+                 "  b/01.jpg: not a JPEG", "  and 12 more", "  sizes      all 40 x 30", "  formats    18 JPEG",
+                 "1 file not looked at, no picture by the extension (.txt 1), such as notes.txt",
+                 f"all broken pictures by name: {tmp_path / 'grid.broken.txt'}", "images/s per core"):
+        assert line in done.stdout
+    names = (tmp_path / "grid.broken.txt").read_text().splitlines()
+    assert len(names) == 62
+    assert "62 of 80 pictures of train are broken, more than guard.max_bad_fraction=" in done.stdout
+    assert names[-1] == "train b/79.jpg: empty file"
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (8 * (32 + 2), 2 * 2 * (32 + 2))  # 16 pictures, each above what the encoder sees
+
+
+def test_the_command_tells_of_lost_records_and_that_training_would_stop(tmp_path):
+    describe(write_shards(tmp_path))
+    for shard in (1, 3, 4):
+        harm("cut in the payload", tmp_path / f"train-{shard}.tfrecord")
+    done = run("--config.data.source=tfrecord", f"--config.data.path={tmp_path}", f"--to={tmp_path / 'grid.png'}")
+    assert done.returncode == 0, done.stderr
+    assert "train: 18 pictures, none broken" in done.stdout
+    assert "  records    50 in 5 files of 0 to 20, as records.json promises; 32 not read:" in done.stdout
+    assert done.stdout.count("is damaged after record 5 of ") == 4
+    assert "no speed and no pictures, and training would stop: " in done.stdout
+
+
+def test_the_command_writes_both_splits(tmp_path):
+    done = run("--write=tfrecord", "--size=16", f"--to={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    described = json.loads((tmp_path / "records.json").read_text())
+    assert sum(described["records"].values()) == 3400 + 1020
+    assert len(described["classes"]) == 17
+
+
+def test_a_missing_folder_is_one_line_and_exit_code_2(tmp_path):
+    done = run("--config.data.source=folder", f"--config.data.path={tmp_path / 'none'}")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "is no folder" in done.stderr
+
+
+@pytest.mark.parametrize(("flags", "line"), [
+    (["--to=s3://bucket/grid.png"], "a folder is local or gs://BUCKET/FOLDER"), (["--to={}"], "is a folder; expected"),
+    (["--to=gs://"], "no name of a bucket"), (["--size=0"], "--size=0"), (["--steps=-3"], "--steps=-3")])
+def test_what_cannot_be_written_is_said_before_any_picture_is_read(tmp_path, flags, line):
+    done = run("--config.data.source=folder", f"--config.data.path={make_folder(tmp_path / 'in')}",
+               *(flag.format(tmp_path) for flag in flags))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert line in done.stderr

@@ -1,0 +1,345 @@
+"""A suite on a tiny encoder: what runs, what is reported, what fails, what is skipped, and what a signal does."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from mae_jax.commands.transfer.report import Cell, Row, joined, plot, series, stored, table, write
+from mae_jax.commands.transfer.suite import Recipe, Suite, encoder_config, measured, plan, rates
+from mae_jax.config import default
+from mae_jax.errors import UserError
+from mae_jax.storage import safetensors_file
+from mae_jax.storage.checkpoint import load_params
+from mae_jax.training import loop, step_logger
+from mae_jax.training import run as training_run
+from tests.helpers.tiny import tiny_config
+
+RECIPE = """
+from mae_jax.config import default, resolve
+
+def get_config(arg=""):
+    config = default("supervised")
+    config.batch_size = 8
+    config.data.update(image_size=(16, 16), threads=2, train_split="train[:64]", eval_split="test[:32]")
+    config.model.update(width=64, depth=4, heads=4, patch=(8, 8))
+    config.optim.update(lr=0.05, warmup="1 steps")
+    config.train.duration = config.eval.every = config.checkpoint.every = "4 steps"
+    config.log.update(every="1 steps", tensorboard=False)
+    config.eval.max_examples = 32
+    return resolve(config, arg, crops=lambda config: None, more=more, absent=absent, linear=linear, held=held)
+
+def metric(arg):
+    return "mean_per_class" if "more" in arg else "top1"
+
+def more(config):
+    config.data.train_split = "train[64:128]"
+
+def absent(config):
+    config.data.update(source="folder", path="/no/such/folder")
+
+def linear(config):
+    config.method.train_blocks = 0
+
+def held(config):
+    config.data.update(val_split="train[64:96]", eval_split="")
+"""
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    """A tiny MAE that was trained for 3 steps."""
+    folder = tmp_path_factory.mktemp("encoder")
+    config = tiny_config({"train.duration": "3 steps", "data.eval_split": "", "optim.lr": 1e-3})
+    assert loop.train(config, str(folder)) == 0
+    return folder
+
+
+def suite(tmp_path: Path, source: Path, overrides: dict | None = None, lrs=()) -> Suite:
+    file = tmp_path / "mine.py"
+    file.write_text(RECIPE)
+    return Suite(Recipe(str(file), overrides or {}), str(source), str(tmp_path / "out"), list(lrs))
+
+
+def results(tmp_path: Path) -> list[dict]:
+    return json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+
+
+def test_a_cell_takes_the_shape_of_the_encoder_and_the_overrides_of_the_command_line(tmp_path, encoder):
+    some = suite(tmp_path, encoder, overrides={"optim.lr": 0.5, "train.duration": "9 steps"})
+    config = some.config(Cell("more", "linear"))
+    assert (config.model.width, config.model.depth, config.model.patch) == (32, 2, (4, 4))
+    assert (config.optim.lr, config.train.duration) == (0.5, "9 steps")
+    assert config.init_from == str(encoder / "checkpoints" / "3")
+    assert (config.data.train_split, config.method.train_blocks) == ("train[64:128]", 0)
+    assert some.config(Cell("more", blocks="0.5")).method.train_blocks == 0.5
+    assert some.config(Cell("more", blocks="all")).method.train_blocks == -1
+    probe = some.config(Cell("more", "quick"))
+    assert (probe.method.name, probe.data.train_split, probe.batch_size) == ("mae", "train[64:128]", 8)
+    with pytest.raises(UserError, match="unknown config argument 'mor'; did you mean 'more'"):
+        some.config(Cell("mor"))
+
+
+def test_the_shape_is_known_from_an_export_and_from_one_step_but_not_from_a_foreign_file(tmp_path, encoder):
+    file = tmp_path / "encoder.safetensors"
+    stored = {"config": json.dumps(encoder_config(str(encoder)).to_dict())}
+    safetensors_file.save(file, load_params(encoder), stored)  # as mae_jax export does it
+    for source in (encoder, encoder / "checkpoints" / "3", file):
+        assert encoder_config(str(source)).model.width == 32
+    foreign = tmp_path / "foreign.safetensors"
+    foreign.write_bytes(b"\x02\x00\x00\x00\x00\x00\x00\x00{}")
+    for path in (foreign, tmp_path / "missing.safetensors"):
+        with pytest.raises((UserError, OSError), match=r"does not say what model it holds|missing"):
+            encoder_config(str(path))
+
+
+def test_a_grid_has_all_numbers_of_blocks_where_they_mean_something(tmp_path, encoder):
+    some = suite(tmp_path, encoder)
+    cells = plan(some.recipe, ["crops", "more"], ["", "linear", "quick"], ["0", "0.5", "all"])
+    assert [cell.folder for cell in cells[:5]] == ["crops_blocks_0", "crops_blocks_0.5", "crops_blocks_all",
+                                                   "crops_linear", "crops_quick"]
+    assert len(cells) == 10
+    assert plan(some.recipe, [], [], []) == [Cell("mine")]
+    assert plan(some.recipe, ["crops", "crops"], [], []) == [Cell("crops")]
+    for wrong in ("some", "-1", "1.5", "nan", ""):
+        with pytest.raises(UserError, match=r"--blocks: .*write whole numbers"):
+            plan(some.recipe, ["crops"], [], [wrong])
+
+
+def test_a_suite_reports_every_cell_names_what_failed_and_skips_what_is_done(tmp_path, encoder, capsys):
+    some = suite(tmp_path, encoder)
+    cells = plan(some.recipe, ["crops", "absent", "more"], ["", "quick"], [])
+    assert some.run(cells) == 2
+    out = capsys.readouterr().out
+    found = {(row["data"], row["protocol"], row["metric"]): row for row in results(tmp_path)}
+    assert len(found) == 10
+    for name, metric in (("crops", "top1"), ("more", "mean_per_class")):
+        lines = [json.loads(line) for line in (tmp_path / "out" / name / "metrics.jsonl").read_text().splitlines()]
+        assert found[name, "", metric]["value"] == lines[-1][f"eval/{metric}"]
+        assert (found[name, "", metric]["step"], lines[-1]["step"]) == (4, 4)
+        assert found[name, "quick", "knn/top1"]["step"] == 0
+    for protocol in ("", "quick"):
+        assert "/no/such/folder" in found["absent", protocol, ""]["problem"]
+    assert table([Row(Cell(**{k: row.pop(k) for k in ("data", "protocol", "blocks")}), **row)
+                  for row in results(tmp_path)]) in out
+    assert "mean of 2" in out
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("metrics.jsonl")}
+    assert len(before) == 4
+    assert some.run(cells) == 2
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_the_quick_protocol_measures_what_an_evaluation_of_the_encoder_measures(tmp_path, encoder):
+    some = suite(tmp_path, encoder)
+    assert some.run([Cell("crops", "quick")]) == 0
+    again = some.config(Cell("crops", "quick")).copy_and_resolve_references()
+    again.unlock()
+    again.init_from = ""
+    folder = tmp_path / "again"
+    folder.mkdir()
+    os.symlink(encoder / "checkpoints", folder / "checkpoints")
+    (folder / "config.json").write_text(json.dumps({"config": again.to_dict()}))
+    assert loop.evaluate(str(folder)) == 0
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    found = {row["metric"]: row["value"] for row in results(tmp_path)}
+    assert found.pop("sgd/top1") > 1 / 17
+    assert found == {name: line[f"eval/{name}"] for name in ("linear/top1", "knn/top1")}
+
+
+def test_the_quick_protocol_probes_the_encoder_of_any_method(tmp_path, encoder):
+    found = {}
+    for method in ("mae", "supervised", "segment", "splitmask", "beit", "dino"):
+        config = encoder_config(str(encoder)).copy_and_resolve_references().unlock()
+        if method != "mae":
+            config.method = default(method).method
+        if method == "beit":
+            config.method.masked = 10
+        if method == "dino":
+            config.method.update(out_dim=32, head_width=16, local_views=1, local_size=(8, 8))
+        if method == "supervised":
+            config.method.update(classes=3, multi_label=True, loss="bce")  # of other data than those probed
+        stored = {"config": json.dumps(config.to_dict())}
+        file = tmp_path / f"{method}.safetensors"
+        params = load_params(encoder)
+        # Decoders of other methods have other shapes.
+        alone = method in ("splitmask", "beit", "dino")
+        safetensors_file.save(file, {"encoder": params["encoder"]} if alone else params, stored)
+        (tmp_path / method).mkdir()
+        assert suite(tmp_path / method, file).run([Cell("crops", "quick")]) == 0
+        found[method] = {row["metric"]: row["value"] for row in results(tmp_path / method)}
+    assert all(figures == found["mae"] for figures in found.values())
+    assert set(found["mae"]) == {"linear/top1", "sgd/top1", "knn/top1"}
+
+
+def test_a_signal_stops_the_whole_suite_and_the_same_command_goes_on(tmp_path, encoder, monkeypatch):
+    some = suite(tmp_path, encoder)
+    cells = plan(some.recipe, ["crops", "more"], [], [])
+    real = step_logger.Log.push
+
+    def push(self, done, metrics, ids):
+        if done == 2 and self.run.config.data.train_split == "train[64:128]":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)  # the thread that waits for signals shall see it before the last steps are over
+            monkeypatch.setattr(step_logger.Log, "push", real)
+        real(self, done, metrics, ids)
+
+    monkeypatch.setattr(step_logger.Log, "push", push)
+    assert some.run([*cells, Cell("absent")]) == 75
+    assert [row["data"] for row in results(tmp_path)] == ["crops"]
+    assert not (tmp_path / "out" / "more" / "DONE").exists()
+    assert some.run(cells) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "more" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
+
+
+def test_a_learning_rate_is_chosen_without_the_test_data_and_then_trained_as_the_recipe_says(tmp_path, encoder):
+    some = suite(tmp_path, encoder, lrs=[1e-9, 0.05])
+    assert some.run([Cell("crops")]) == 0
+    (row,) = results(tmp_path)
+    scores = {}
+    for lr in (1e-9, 0.05):
+        folder = tmp_path / "out" / "crops" / f"lr_{lr:g}"
+        text = (folder / "metrics.jsonl").read_text()
+        assert "eval/" not in text
+        scores[lr] = measured(epath.Path(folder), "top1", "val")[1]
+    assert row["lr"] == max(scores, key=scores.get)
+    chosen = json.loads((tmp_path / "out" / "crops" / "config.json").read_text())["config"]
+    assert (chosen["optim"]["lr"], chosen["data"]["val_split"]) == (row["lr"], "")
+
+
+def test_a_learning_rate_that_diverges_is_out_and_the_others_are_compared(tmp_path, encoder, capsys):
+    overrides = {"guard.max_nonfinite": 1}
+    assert suite(tmp_path, encoder, overrides, lrs=[1e30, 0.05]).run([Cell("crops")]) == 0
+    assert "crops: lr 1e+30: " in capsys.readouterr().out
+    assert [row["lr"] for row in results(tmp_path)] == [0.05]
+    (tmp_path / "none").mkdir()
+    assert suite(tmp_path / "none", encoder, overrides, lrs=[1e30]).run([Cell("crops")]) == 3
+
+
+def test_a_recipe_takes_the_values_of_the_encoders_size_and_the_command_line_has_the_last_word(tmp_path, encoder):
+    theirs = encoder_config(str(encoder)).copy_and_resolve_references().unlock()
+    theirs.model.update(width=1024, depth=24, heads=16, positions="learned")
+    transfer = Recipe("configs/transfer.py", {"data.image_size": (96, 96)})
+    config = transfer.config("dtd", encoder=theirs)
+    assert (config.optim.layer_decay, config.model.width, config.data.image_size) == (0.75, 1024, (96, 96))
+    config = Recipe("configs/transfer.py", {}).config("dtd", "linear", encoder=theirs)
+    assert (config.data.image_size, config.model.positions) == (theirs.data.image_size, "learned")
+    with pytest.raises(UserError, match="argument B is for another size: the encoder's is L"):
+        Recipe("configs/transfer.py:B", {}).config("dtd", encoder=theirs)
+
+
+def test_another_state_of_the_encoder_or_another_evaluation_is_not_taken_for_what_was_measured(tmp_path, encoder):
+    copy = tmp_path / "copy"
+    shutil.copytree(encoder, copy)
+    assert suite(tmp_path, copy, {"eval.max_examples": 16}).run([Cell("crops", "quick")]) == 0
+    few = results(tmp_path)
+    assert suite(tmp_path, copy, {"eval.max_examples": 32}).run([Cell("crops", "quick")]) == 0
+    assert results(tmp_path) != few
+    shutil.copytree(copy / "checkpoints" / "3", copy / "checkpoints" / "4")
+    assert suite(tmp_path, copy, {"eval.max_examples": 32}).run([Cell("crops", "quick")]) == 2
+    assert "init_from" in results(tmp_path)[0]["problem"]
+
+
+def test_a_learning_rate_is_chosen_without_the_test_pictures_of_data_without_splits(tmp_path, encoder, monkeypatch):
+    pictures = np.random.default_rng(0).integers(0, 256, (120, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "all.npz", image=pictures, label=np.arange(120) % 3)
+    overrides = {"data.source": "npz", "data.path": str(tmp_path / "all.npz"), "data.train_split": "train[:80%]",
+                 "data.val_split": "train[80%:]", "data.eval_split": "test"}
+    seen = []
+    real = training_run.prepare
+
+    def prepare(*args):
+        run = real(*args)
+        seen.append([{int(i) for batch in part() for i in batch["id"][batch["valid"] > 0]}
+                     for part in (run.inputs.support, run.inputs.validate, run.inputs.evaluate)])
+        return run
+
+    monkeypatch.setattr(training_run, "prepare", prepare)
+    assert suite(tmp_path, encoder, overrides, lrs=[0.01, 0.05]).run([Cell("crops")]) == 0
+    assert len(seen) == 3
+    assert seen[0] == seen[1] == seen[2]
+    for lr in ("0.01", "0.05"):
+        assert "eval/" not in (tmp_path / "out" / "crops" / f"lr_{lr}" / "metrics.jsonl").read_text()
+
+
+def test_mistakes_in_any_cell_are_found_before_one_runs_and_a_lost_file_fails_its_cell_alone(tmp_path, encoder):
+    with pytest.raises(UserError, match=r"train_blocks=99\.0; expected"):
+        suite(tmp_path, encoder).check([Cell("crops"), Cell("crops", blocks="99")])
+    with pytest.raises(UserError, match=r"optim\.lr=-1"):
+        suite(tmp_path, encoder, lrs=[0.1, -1.0]).check([Cell("crops")])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file; give the folder"):
+        Suite(Recipe(str(tmp_path / "mine.py"), {}), str(encoder), str(tmp_path / "file"), [])
+    done = tmp_path / "out" / "crops"
+    done.mkdir(parents=True)
+    some = suite(tmp_path, encoder)
+    (done / "DONE").write_text("4\n")
+    assert some.run([Cell("crops"), Cell("absent")]) == 2
+    assert [row["data"] for row in results(tmp_path)] == ["crops", "absent"]
+    assert "metrics.jsonl" in results(tmp_path)[0]["problem"]
+
+
+def test_a_metric_that_was_not_measured_is_named_with_those_that_were(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 3, "eval/top1": 0.5, "val/top1": 0.2}\n{"step": 4, "eval/top1": 0.6}\n')
+    assert measured(epath.Path(tmp_path), "", "eval") == ("top1", 0.6, 4)
+    assert measured(epath.Path(tmp_path), "top1", "val") == ("top1", 0.2, 3)
+    with pytest.raises(UserError, match="no eval/map was measured; there is eval/top1"):
+        measured(epath.Path(tmp_path), "map", "eval")
+
+
+def rows() -> list[Row]:
+    return [Row(Cell("dtd", "finetune", blocks), "top1", 0.3 + 0.1 * i, 100, None)
+            for i, blocks in enumerate(("0", "0.5", "4", "all"))] + [
+        Row(Cell("dtd", "quick"), "knn/top1", 0.25, 0, None), Row(Cell("pets", "quick"), "knn/top1", 0.75, 0, None),
+        Row(Cell("cars", "quick"), "", None, None, None, "not prepared")]
+
+
+def test_rows_of_earlier_calls_stay_and_no_failure_takes_the_place_of_a_figure(tmp_path):
+    one, two, three = (Row(Cell(name), "top1", value, 5, 0.1) for name, value in (("a", 0.5), ("b", 0.6), ("c", 0.7)))
+    tmp_path = epath.Path(tmp_path)
+    write([one, two], tmp_path, "encoder/5", 2)
+    assert stored(tmp_path, "encoder/5") == [one, two]
+    assert stored(tmp_path, "encoder/9") == []  # of another encoder
+    failed = Row(Cell("b"), "", None, None, None, "no memory")
+    assert joined([one, two], [failed]) == [one, two]
+    assert joined([one, failed], [two]) == [one, two]
+    assert joined([one, two], [three, one._replace(value=0.4)]) == [two, three, one._replace(value=0.4)]
+
+
+def test_the_table_has_means_over_what_is_alike_and_says_what_failed():
+    text = table(rows())
+    assert "| mean of 2 | quick knn/top1 |" in " ".join(text.split())
+    assert "50.00%" in text
+    assert text.endswith("\n\ncars_quick: not prepared")
+    assert len(series(rows())["quick knn/top1"]) == 2
+    lines = text.split("\n\n")[0].splitlines()
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_the_plot_has_curves_over_blocks_and_bars():
+    pytest.importorskip("matplotlib")
+    both, one = (np.asarray(Image.open(BytesIO(plot(some, depth=12)))) for some in (rows(), rows()[:4]))
+    assert both.shape[1] == 2 * one.shape[1]
+    assert one.std() > 5
+
+
+def test_learning_rates_that_are_no_numbers_are_refused():
+    assert rates(["3e-4", "1"]) == [3e-4, 1.0]
+    with pytest.raises(UserError, match="--lrs=1,fast: no list of numbers"):
+        rates(["1", "fast"])
+
+
+def test_blocks_need_a_method_that_can_freeze(tmp_path, encoder):
+    some = suite(tmp_path, encoder)
+    some.recipe.module.get_config = lambda arg="": default("mae").lock()
+    with pytest.raises(UserError, match=r"--blocks: method\.name='mae' fine-tunes all blocks or none"):
+        some.config(Cell("mine", blocks="1"))

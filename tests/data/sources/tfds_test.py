@@ -1,0 +1,104 @@
+"""Data sets as TFDS stores them: what is there, what is missing or damaged, and what metadata may not do."""
+
+import json
+
+import pytest
+
+from mae_jax.data import audit
+from mae_jax.data.decode import BadPicture
+from mae_jax.data.sources import base, registry, tfds
+from mae_jax.errors import UserError
+from tests.helpers.records import TRAIN, assert_pixels_belong_to_ids, build, store, take, tfds_config
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    return store(tmp_path_factory.mktemp("tfds"), "tfrecord")
+
+
+@pytest.mark.parametrize(("fields", "text"), [
+    ({"name": ""}, "needs data.name"), ({"name": "no_such_set"}, "knows no data set 'no_such_set'"),
+    ({"name": "mnist"}, "not prepared"), ({"name": "kaggle:toy"}, "another catalogue, whose code")])
+def test_data_sets_that_are_not_there_are_refused(stored, fields, text):
+    c = tfds_config(stored)
+    c.data.update(fields)
+    with pytest.raises(UserError, match=text):
+        build(c)
+
+
+def test_array_record_has_random_access(tmp_path):
+    c = tfds_config(store(tmp_path, "array_record"))
+    source = registry.load(c.data, "train[10:20]")
+    assert isinstance(source, base.Source)
+    assert source.size == 10
+    assert [source.label(i) for i in range(10)] == [source.read(i).label for i in range(10)]
+    inputs = build(c)
+    batch = next(inputs.train(0))
+    assert_pixels_belong_to_ids(batch)
+    assert inputs.num_train == TRAIN
+    assert inputs.classes == ("a", "b", "c")
+
+
+def metadata(folder, name):
+    return next(folder.rglob(name))
+
+
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_missing_files_of_tfds_are_refused_at_once(tmp_path, file_format):
+    store(tmp_path, file_format)
+    metadata(tmp_path, "toy-train.*").unlink()
+    with pytest.raises(UserError, match=r"1 of the 1 files of 'train' are missing, such as .*toy-train"):
+        build(tfds_config(tmp_path))
+
+
+@pytest.mark.parametrize("change", [
+    lambda raw: b"", lambda raw: raw[:len(raw) // 2], lambda raw: raw[:-20], lambda raw: raw[:70_000],
+    lambda raw: raw[:1000] + bytes([raw[1000] ^ 1]) + raw[1001:]])
+def test_damaged_files_with_random_access_give_bad_pictures_by_name(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(tfds, "FETCHED", 8)  # labels at a time
+    c = tfds_config(store(tmp_path, "array_record"))
+    path = metadata(tmp_path, "toy-train.*")
+    path.write_bytes(change(path.read_bytes()))
+    inputs = build(c)
+    batches = take(inputs.train(0), 8)
+    assert sum((batch["replaced"] > 0).sum() for batch in batches) > 0
+    assert all(name.startswith("toy train[") for name in inputs.bad)
+    seen = audit.audit(registry.load(c.data, "train"), 2, "train")
+    assert seen.broken
+    assert len(seen.broken) + len(seen.good()) == TRAIN
+    source = registry.load(c.data, "train")
+    labels = [source.label(i) for i in range(TRAIN)]
+    assert labels == [label_of(source, i) for i in range(TRAIN)]
+    assert base.UNLABELLED in labels
+
+
+def label_of(source, number):
+    try:
+        return source.read(number).label
+    except BadPicture:
+        return base.UNLABELLED
+
+
+def test_metadata_of_a_data_set_are_never_executed(tmp_path, monkeypatch):
+    """TFDS imports the module of any class that features.json names, from the current folder as well."""
+    store(tmp_path, "tfrecord")
+    (tmp_path / "toy" / "intruder.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w').close()")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = metadata(tmp_path, "features.json")
+    content = json.loads(file.read_text())
+    content["featuresDict"]["features"]["image"]["pythonClassName"] = "toy.intruder.Image"
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"asks for the class 'toy\.intruder\.Image', which is none of TFDS"):
+        build(tfds_config(tmp_path))
+    assert not (tmp_path / "mark").exists()
+
+
+def test_metadata_of_a_data_set_do_not_lead_out_of_its_folder(tmp_path):
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "outside").mkdir()
+    store(tmp_path / "outside", "tfrecord")
+    store(tmp_path / "inside", "tfrecord")
+    file = metadata(tmp_path / "inside", "dataset_info.json")
+    file.write_text(file.read_text().replace("{DATASET}-", "../../../outside/toy/1.0.0/{DATASET}-"))
+    with pytest.raises(UserError, match="lead out of its folder"):
+        build(tfds_config(tmp_path / "inside"))

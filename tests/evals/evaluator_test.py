@@ -1,0 +1,145 @@
+"""Rows, pooling, and what an evaluation reports and draws."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mae_jax.evals import image_grid, knn, linear_probe, reconstruction
+from mae_jax.evals.accumulators import Rows
+from mae_jax.evals.evaluator import Evaluator, labelled_rows
+from mae_jax.methods.base import pool
+from mae_jax.ops.patches import assemble
+from mae_jax.runtime import sharding
+from tests.helpers.tiny import tiny_batch, tiny_config, tiny_method, tiny_params, tiny_state
+
+
+def test_pooling_takes_the_class_token_or_the_mean_of_the_patches():
+    tokens = np.random.default_rng(0).normal(size=(2, 5, 3))
+    bfloat16 = jnp.asarray(tokens, jnp.bfloat16)
+    assert pool(bfloat16, "mean").dtype == jnp.float32
+    np.testing.assert_allclose(pool(jnp.asarray(tokens), "cls"), tokens[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(pool(jnp.asarray(tokens), "mean"), tokens[:, 1:].mean(1), rtol=1e-5)
+
+
+@pytest.fixture
+def mesh():
+    return sharding.make_mesh(tiny_config(), jax.devices()[:1])
+
+
+def test_rows_leave_out_padding_grey_pictures_and_unlabelled_ones(mesh):
+    rows = Rows(mesh)
+    for start in (0, 4):
+        batch = {"label": np.array([0, 1, -1, 2]), "valid": np.array([1, 0, 1, 1], np.float32)}
+        rows.add(labelled_rows(batch), np.arange(start, start + 4), batch["label"])
+    values, labels = rows.take()
+    np.testing.assert_array_equal(values, [0, 3, 4, 7])
+    np.testing.assert_array_equal(labels, [0, 2, 0, 2])
+
+
+class Inputs:
+    """What an evaluator reads: two batches of each kind, the second with padding."""
+
+    def __init__(self, config, classes=("a", "b", "c")):
+        self.config, self.classes, self.num_eval = config, classes, 13
+
+    def evaluate(self, ratio=1.0):
+        for seed in (1, 2):
+            batch = tiny_batch(self.config, seed)
+            batch["valid"][5:] = seed == 1
+            yield batch
+
+    support = validate = evaluate
+
+
+def test_the_evaluation_ignores_padding_and_is_the_same_twice(mesh):
+    config = tiny_config({"method.target": "pixel", "optim.ema": 0.5})
+    method = tiny_method(config)
+    state = tiny_state(config)
+    evaluator = Evaluator(method, Inputs(config), mesh)
+    values = evaluator.scalars(state)
+    assert values.keys() == {"eval/loss", "eval/mean_colour_loss", "eval/linear/top1", "eval/knn/top1"}
+    assert evaluator.scalars(state) == values
+    losses = []
+    for batch in Inputs(config).evaluate():
+        batch = {name: value[batch["valid"] > 0] for name, value in batch.items()}
+        _, (metrics, _) = method.loss(state.ema, {}, batch, None, 0, False)
+        losses.append(jax.device_get(metrics["loss"]))
+    total, weight = np.sum(losses, 0)
+    assert weight == 13
+    assert values["eval/loss"] == pytest.approx(total / weight, rel=1e-5)
+
+
+def test_without_labels_only_losses_are_evaluated(mesh):
+    config = tiny_config()
+    values = Evaluator(tiny_method(config), Inputs(config, classes=()), mesh).scalars(tiny_state(config))
+    assert values.keys() == {"eval/loss"}
+
+
+def test_an_evaluation_split_without_labels_has_no_probes(mesh):
+    config = tiny_config()
+    inputs = Inputs(config)
+    inputs.evaluate = lambda: iter([tiny_batch(config) | {"label": np.full(8, -1, np.int32)}])
+    evaluator = Evaluator(tiny_method(config), inputs, mesh)
+    assert evaluator.scalars(tiny_state(config)).keys() == {"eval/loss"}
+    assert evaluator.pixel_floor("eval") == {}
+
+
+def test_raw_pixels_are_probed_in_raster_order_as_the_floor(mesh):
+    config = tiny_config()
+    evaluator = Evaluator(tiny_method(config), Inputs(config), mesh)
+    values = evaluator.pixel_floor("eval")
+    batches = list(Inputs(config).evaluate())
+    patches, order, labels, valid = (np.concatenate([batch[name] for batch in batches])
+                                     for name in ("patches", "order", "label", "valid"))
+    pixels = assemble(patches, order, (4, 4), (4, 4)).reshape(16, -1)[valid > 0].astype(np.float32)
+    probed = (pixels, labels[valid > 0])
+    assert values["eval/knn/pixels_top1"] == knn.top1(probed, probed, 3, config.eval.knn_k, 0.07)
+    assert values["eval/linear/pixels_top1"] == pytest.approx(linear_probe.top1(probed, probed, 3), abs=0.1)
+
+
+def test_evaluations_use_the_averaged_parameters(mesh):
+    config = tiny_config({"optim.ema": 0.5})
+    state = tiny_state(config)
+    evaluator = Evaluator(tiny_method(config), Inputs(config, classes=()), mesh)
+    before = evaluator.scalars(state)
+    other = jax.tree.map(jnp.asarray, tiny_params(config, seed=1))
+    assert evaluator.scalars(state._replace(params=other)) == before
+    assert evaluator.scalars(state._replace(ema=other)) != before
+
+
+@pytest.mark.parametrize("target", ["pixel", "norm_pix"])
+def test_pictures_keep_visible_patches_and_paste_predictions_into_the_hidden_ones(target):
+    config = tiny_config({"method.target": target, "data.image_size": (16, 24), "model.patch": (4, 8)})
+    method, batch = tiny_method(config), tiny_batch(config)
+    original, masked, pasted = reconstruction.panels(method, tiny_params(config), {}, batch)
+    assert original.shape == masked.shape == pasted.shape == (8, 16, 24, 3)
+    np.testing.assert_array_equal(original, assemble(batch["patches"], batch["order"], (4, 3), (4, 8)))
+    hidden = np.zeros((8, 4, 3), bool)
+    for image, order in enumerate(batch["order"]):
+        hidden[image].flat[order[method.visible:]] = True
+    hidden = hidden.repeat(4, 1).repeat(8, 2)
+    np.testing.assert_array_equal(masked[~hidden], original[~hidden])
+    np.testing.assert_array_equal(pasted[~hidden], original[~hidden])
+    assert (masked[hidden] == reconstruction.GREY).all()
+    assert (pasted[hidden] != original[hidden]).mean() > 0.5
+    title = reconstruction.note(config)
+    assert ("own true mean and deviation" in title) == (target == "norm_pix")
+
+
+def test_tiles_lie_in_rows_with_whole_pixels():
+    red, blue = (np.full((32, 48, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
+    picture = image_grid.tile([(red, blue), (blue, red)], ("left", "right"), "title")
+    height, width = 32 * 4, 48 * 4
+    assert picture.shape == (2 * reconstruction.CAPTION + 2 * (height + 4) + 4, 2 * (width + 4) + 4, 3)
+    top = 2 * reconstruction.CAPTION
+    assert (picture[top : top + height, 4 : 4 + width] == (255, 0, 0)).all()
+    assert (picture[top : top + height, 8 + width : 8 + 2 * width] == (0, 0, 255)).all()
+    assert (picture[top + height + 4 : top + 2 * height + 4, 4 : 4 + width] == (0, 0, 255)).all()
+
+
+def test_one_picture_is_shown_at_several_ratios_whatever_it_was_trained_with():
+    config = tiny_config({"method.masking": "grid", "method.target": "pixel"})
+    picture = reconstruction.at_ratios(tiny_method(config), tiny_params(config), {}, tiny_batch(config))
+    assert picture.shape[0] == 2 * reconstruction.CAPTION + len(reconstruction.RATIOS) * (128 + 4) + 4
+    assert picture.dtype == np.uint8

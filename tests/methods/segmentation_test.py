@@ -1,0 +1,106 @@
+"""The dense probe: its loss over pixels, what learns, and what a prediction of patches looks like."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mae_jax.config import default, validate
+from mae_jax.errors import UserError
+from mae_jax.losses import segmentation
+from mae_jax.param_tree import flatten
+from tests.helpers.tiny import tiny_method, tiny_params, tiny_segment, tiny_segment_batch, tiny_state, tiny_step
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_pixels_that_have_a_class():
+    config = tiny_segment()
+    method, batch = tiny_method(config), tiny_segment_batch(config)
+    batch["valid"][2] = 0
+    logits = np.random.default_rng(1).normal(size=(8, 16, 16, 3)).astype(np.float32)
+    method.pixel_logits = lambda *_: jnp.asarray(logits)
+    loss, (metrics, _) = method.loss({}, {}, batch, None, 0, False)
+    mask = batch["mask"].reshape(8, 4, 4, 4, 4).swapaxes(2, 3).reshape(8, 16, 16)
+    known = (mask < 3) & (batch["valid"] > 0)[:, None, None]
+    assert 0 < known.sum() < mask.size / 2
+    chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    wanted = [-np.log(chances[i, y, x, mask[i, y, x]]) for i, y, x in np.argwhere(known)]
+    np.testing.assert_allclose(loss, np.mean(wanted), rtol=1e-5)
+    assert metrics["loss"][1] == known.sum()
+    right = (logits.argmax(-1) == mask)[known].sum()
+    assert metrics["pixel_accuracy"] == (right, known.sum())
+
+
+def test_a_batch_without_any_class_has_loss_and_gradients_zero():
+    config = tiny_segment({"method.train_blocks": -1})
+    method, batch = tiny_method(config), tiny_segment_batch(config)
+    batch["mask"][:] = segmentation.IGNORED
+    compute = jax.jit(jax.value_and_grad(lambda p: method.loss(p, {}, batch, None, 0, True)[0]))
+    loss, grads = compute(tiny_params(config))
+    assert loss == 0
+    assert not any(leaf.any() for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(("block", "trained", "some"), [
+    (-1, 0, {"head/kernel"}),
+    (-1, 1, {"head/kernel", "encoder/block_01/attn/qkv/kernel", "encoder/norm/scale"}),
+    (0, 1, {"head/kernel", "encoder/block_00/attn/qkv/kernel"}),
+    (-1, -1, {"head/kernel", "encoder/block_00/attn/qkv/kernel", "encoder/block_01/attn/qkv/kernel",
+              "encoder/norm/scale", "encoder/patch_embed/kernel"}),
+    (0, -1, {"head/kernel", "encoder/block_00/attn/qkv/kernel", "encoder/patch_embed/kernel"}),
+])
+def test_what_learns_is_what_has_a_gradient(block, trained, some):
+    config = tiny_segment({"method.block": block, "method.train_blocks": trained})
+    method, batch = tiny_method(config), tiny_segment_batch(config)
+    grads = jax.jit(jax.grad(lambda p: method.loss(p, {}, batch, None, 0, True)[0]))(tiny_params(config))
+    moved = {name for name, leaf in flatten(grads).items() if np.any(np.abs(leaf) > 1e-7)}
+    watched = {"head/kernel", "encoder/patch_embed/kernel", "encoder/norm/scale",
+               "encoder/block_00/attn/qkv/kernel", "encoder/block_01/attn/qkv/kernel"}
+    assert moved & watched == some
+    assert moved <= {name for name in flatten(grads) if method.learns(name)}
+    assert {name for name in watched if method.learns(name)} == some
+
+
+def test_an_earlier_block_is_classified_after_a_norm_without_parameters():
+    config = tiny_segment({"method.block": 0})
+    method, params, batch = tiny_method(config), tiny_params(config), tiny_segment_batch(config)
+    logits = jax.jit(method.pixel_logits)(params, {}, batch)
+    tokens = np.asarray(method.encode(params, {}, batch, 0))[:, 1:]
+    normed = (tokens - tokens.mean(-1, keepdims=True)) / np.sqrt(tokens.var(-1, keepdims=True) + 1e-6)
+    wanted = (normed @ params["head"]["kernel"] + params["head"]["bias"]).reshape(8, 4, 4, 3)
+    np.testing.assert_allclose(logits, segmentation.upsample(wanted, (4, 4)), atol=1e-4)
+
+
+def test_a_head_on_random_features_learns_what_the_colour_tells():
+    config = tiny_segment({"optim.lr": 3.0, "optim.weight_decay": 0.0, "train.duration": "60 steps"})
+    batch = tiny_segment_batch(config)
+    bright = batch["patches"].reshape(8, 16, 16, 3).mean(-1) > 128
+    batch["mask"] = bright.astype(np.uint8)
+    step, state, losses = tiny_step(config), tiny_state(config), []
+    for _ in range(60):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_flops_agree_with_the_compilers_count_of_the_forward_pass():
+    config = default("segment")
+    config.method.classes = 150
+    validate(config)
+    config.batch_size = 1
+    method = tiny_method(config)
+    params, _ = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec())
+    lowered = jax.jit(lambda p, b: method.pixel_logits(p, {}, b)).lower(params, method.batch_spec())
+    assert method.forward_flops() == pytest.approx(lowered.cost_analysis()["flops"], rel=0.05)
+
+
+@pytest.mark.parametrize(("fields", "line"), [
+    ({"method.classes": 1}, "method.classes=1; expected 2 to 255"),
+    ({"method.classes": 256}, "method.classes=256; expected 2 to 255"),
+    ({"method.background": 3}, "method.background=3; expected 0 to 2, or -1 for none"),
+    ({"method.block": 2}, "method.block=2; expected 0 to 1"),
+    ({"method.train_blocks": 3}, "method.train_blocks=3; expected 0 to 2"),
+])
+def test_fields_that_cannot_work_are_refused_in_one_line(fields, line):
+    with pytest.raises(UserError, match=r"^[^\n]+$") as error:
+        tiny_segment(fields)
+    assert line in str(error.value)

@@ -1,0 +1,53 @@
+"""The same program on 1, 8 and 128 simulated devices; each in a process of its own."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.helpers.devices import simulated
+
+
+def run(module: str, devices: int, *arguments: str) -> dict:
+    """Runs tests/multidevice/<module>.py on simulated devices; returns what its last line says."""
+    command = [sys.executable, "-W", "error", "-m", f"tests.multidevice.{module}", *arguments]
+    done = subprocess.run(command, env=simulated(devices), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance", "meshes"), [
+    ("float32", 1e-5, ()), ("bfloat16", 1e-3, ("data", "zero x fsdp", "tensor"))])
+def test_every_mesh_trains_as_one_device_does_and_bit_for_bit_as_it_did_before(dtype, tolerance, meshes):
+    found = run("losses", 8, dtype, *meshes)
+    assert found["devices"] == 8
+    assert len(set(found["one"])) == 20
+    for name in found["held"]:
+        np.testing.assert_allclose(found[name], found["one"], rtol=tolerance, err_msg=name)
+    assert found["identical"]
+    assert found["held"]["data"] == 1
+    cut = {"zero", "fsdp", "zero x fsdp"} & found["held"].keys()
+    assert max(found["held"][name] for name in cut) < 0.25
+
+
+def test_terms_across_pictures_are_those_of_the_global_batch_and_so_are_their_gradients():
+    """InfoNCE, DINO's loss and centre: one device with 16 pictures beside four with 4 each and eight with 2."""
+    for method, found in run("joint", 8).items():
+        for name, (losses, extras, grads) in found.items():
+            assert losses < 1e-5, (method, name)
+            assert extras < 1e-6, (method, name)
+            assert grads < 1e-5, (method, name)
+
+
+def test_supervised_meshes_train_alike_and_count_every_example_once():
+    for arm, found in run("labelled", 8).items():
+        figures, one = found.pop("figures"), found.pop("one")
+        assert len(set(one)) == len(one)
+        for name, losses in found.items():
+            np.testing.assert_allclose(losses, one, rtol=1e-5, err_msg=f"{arm} {name}")
+            assert figures[name]["confusion"] == figures["one"]["confusion"]
+            assert figures[name]["eval/top1"] == figures["one"]["eval/top1"]
+            assert figures[name]["eval/loss"] == pytest.approx(figures["one"]["eval/loss"], rel=1e-5)
+        assert np.sum(figures["one"]["confusion"]) == 27

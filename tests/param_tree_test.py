@@ -1,0 +1,53 @@
+"""Parameters by path: the table, and starting from others."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mae_jax import param_tree
+from mae_jax.errors import UserError
+
+
+def tree(**extra):
+    return {"encoder": {"block_00": {"kernel": jnp.zeros((2, 3))}, "block_01": {"kernel": jnp.zeros((2, 3))}}, **extra}
+
+
+def test_merge_takes_what_has_the_same_path_and_reports_the_rest():
+    loaded = {"encoder": {"block_00": {"kernel": np.ones((2, 3), np.float64)}}, "head": {"bias": np.ones(4)}}
+    merged, report = param_tree.merge(tree(), loaded)
+    assert report == "taken: 1 (encoder/block_*); new: 1 (encoder/block_*); left over: 1 (head/bias)"
+    np.testing.assert_array_equal(merged["encoder"]["block_00"]["kernel"], np.ones((2, 3)))
+    assert not merged["encoder"]["block_01"]["kernel"].any()
+    assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(("loaded", "line"), [
+    ({"encoder": {"block_00": {"kernel": np.ones((2, 4))}}},
+     r"encoder/block_00/kernel has shape \(2, 4\), but this model needs \(2, 3\)"),
+    ({"vit": {"kernel": np.ones((2, 3))}}, "no parameter matches; it holds vit/kernel"),
+    ({}, "no parameter matches"),
+])
+def test_parameters_of_another_model_are_refused(loaded, line):
+    with pytest.raises(UserError, match=line):
+        param_tree.merge(tree(), loaded)
+
+
+def test_the_table_has_one_row_for_all_blocks_and_the_total():
+    some = tree(bias=jnp.zeros(5))
+    words = {"encoder": {name: {"kernel": "yes"} for name in some["encoder"]}, "bias": "no"}
+    table = param_tree.table(some, words).splitlines()
+    assert [line.split()[0] for line in table] == ["parameter", "bias", "encoder/block_*/kernel", "17"]
+    assert table[1].split()[1:] == ["(5,)", "1", "no"]
+    assert table[2].split()[1:] == ["(2,", "3)", "2", "yes"]
+    assert table[-1] == "17 parameters"
+
+
+def test_the_table_has_a_row_of_its_own_for_the_blocks_that_are_frozen():
+    some = tree()
+    some["encoder"]["block_02"] = some["encoder"]["block_00"]
+    words = {"encoder": {"block_00": {"kernel": "frozen"}, "block_01": {"kernel": "frozen"},
+                         "block_02": {"kernel": "yes"}}}
+    rows = [line.split() for line in param_tree.table(some, words).splitlines()[1:-1]]
+    assert rows == [["encoder/block_*/kernel", "(2,", "3)", "2", "frozen"],
+                    ["encoder/block_*/kernel", "(2,", "3)", "1", "yes"]]

@@ -1,0 +1,78 @@
+import io
+import os
+
+import numpy as np
+import pytest
+from etils import epath
+
+from mae_jax.errors import UserError
+from mae_jax.storage.npz import opened
+
+
+class Executed:
+    """What a file of Python objects could do to whoever loads it."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+def read(path):
+    with opened(epath.Path(path), "; remove it") as stored:
+        return {name: stored[name] for name in stored.files}
+
+
+def test_arrays_come_back(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.arange(3), kind=np.array("text"))
+    assert read(tmp_path / "a.npz")["x"].tolist() == [0, 1, 2]
+    assert str(read(tmp_path / "a.npz")["kind"]) == "text"
+
+
+def test_objects_are_never_made(tmp_path):
+    objects = np.empty(1, object)
+    objects[0] = Executed(str(tmp_path / "mark"))
+    np.savez(tmp_path / "a.npz", x=objects)
+    with pytest.raises(UserError, match=r"a\.npz is damaged.*it has Python objects, which are never loaded; remove it"):
+        read(tmp_path / "a.npz")
+    assert not (tmp_path / "mark").exists()
+    np.load(tmp_path / "a.npz", allow_pickle=True)["x"]
+    assert (tmp_path / "mark").exists()  # the file is what it is meant to be
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 broken", b"\x80\x04N."])
+def test_what_is_no_npz_is_named(tmp_path, content):
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.npz is damaged, or no file of arrays: \w.*; remove it$"):
+        read(tmp_path / "a.npz")
+
+
+def test_a_single_array_is_refused(tmp_path):
+    with (tmp_path / "a.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(UserError, match="one array"):
+        read(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_flipped_cut_and_lost_bytes_give_one_line_or_the_same_values(tmp_path, save):
+    arrays, draws = {"x": np.arange(50, dtype=np.uint8), "kind": np.array("text")}, np.random.default_rng(0)
+    file = io.BytesIO()
+    save(file, **arrays)
+    whole, path, refused = file.getvalue(), tmp_path / "a.npz", 0
+    for trial in range(300):
+        raw, place = bytearray(whole), int(draws.integers(len(whole)))
+        if trial % 3 == 0:
+            raw[place] ^= 1 << int(draws.integers(8))
+        else:
+            del raw[place:place + 8 if trial % 3 == 1 else None]
+        path.write_bytes(raw)
+        try:
+            found = read(path)
+        except UserError as error:
+            refused += len(str(error).splitlines()) == 1
+            continue
+        for name in found.keys() & arrays.keys():
+            np.testing.assert_array_equal(found[name], arrays[name])
+    assert refused > 200

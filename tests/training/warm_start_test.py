@@ -1,0 +1,171 @@
+"""Starting from other parameters: positions on other grids, heads of other classes, files of others, and refusals."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from safetensors.numpy import save_file
+
+from mae_jax.errors import UserError
+from mae_jax.interop.hf import to_hf
+from mae_jax.interop.mae import to_mae
+from mae_jax.interop.timm import to_timm
+from mae_jax.models.layers import sincos_positions
+from mae_jax.ops.patches import grid
+from mae_jax.ops.pos_embed import resize
+from mae_jax.param_tree import flatten, merge
+from mae_jax.storage import safetensors_file
+from mae_jax.storage.checkpoint import Checkpoints
+from mae_jax.training import workdir
+from mae_jax.training.warm_start import load
+from tests.helpers.tiny import tiny_config, tiny_params, tiny_state, tiny_supervised
+
+LEARNED = {"model.positions": "learned"}
+LARGER = {"data.image_size": (24, 32)}  # 6 x 8 patches
+
+
+def written(folder, config, seed=0):
+    """Writes an exported file with random parameters of a config; returns its path and them."""
+    params = tiny_params(config, seed)
+    file = folder / "from.safetensors"
+    safetensors_file.save(file, params, {"config": json.dumps(config.to_dict())})
+    return str(file), params
+
+
+def from_elsewhere(folder, state):
+    """Writes a file without a config of ours."""
+    save_file(state, folder / "from.safetensors")
+    return str(folder / "from.safetensors")
+
+
+def started(source, config):
+    """Starts a model of `config` with other random parameters from `source`; returns flat parameters and the report."""
+    config = config.copy_and_resolve_references()
+    config.init_from = source
+    fresh = jax.tree.map(jnp.asarray, tiny_params(config, seed=1))
+    tree, report = merge(fresh, load(config, fresh))
+    return {name: np.asarray(leaf) for name, leaf in flatten(tree).items()}, report
+
+
+def test_fine_tuning_takes_the_encoder_of_pretraining_and_reports_the_rest(tmp_path):
+    source, theirs = written(tmp_path, tiny_config())
+    ours, report = started(source, tiny_supervised())
+    for name, leaf in flatten(theirs).items():
+        if name.startswith("encoder/") and "norm/" not in name:
+            np.testing.assert_array_equal(ours[name], leaf, err_msg=name)
+    assert "new: 4 (fc_norm/bias, fc_norm/scale, head/bias, head/kernel)" in report
+    assert "left over: " in report
+    assert "encoder/norm" in report.partition("left over")[2]
+    assert "decoder/" in report.partition("left over")[2]
+
+
+def test_a_workdirs_averaged_parameters_are_taken(tmp_path):
+    config = tiny_config({"optim.ema": 0.9})
+    state = tiny_state(config)
+    state.ema["encoder"]["cls_token"] += 1
+    workdir.record(epath.Path(tmp_path), config)
+    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints.save(int(state.step), state)
+    checkpoints.wait()
+    checkpoints.close()
+    wanted = np.asarray(state.ema["encoder"]["cls_token"])
+    np.testing.assert_array_equal(started(str(tmp_path), tiny_supervised())[0]["encoder/cls_token"], wanted)
+
+
+@pytest.mark.parametrize("size", [{}, LARGER])
+def test_learned_positions_start_from_fixed_ones_stretched_to_the_new_grid(tmp_path, size):
+    config = tiny_supervised(LEARNED | size)
+    ours, report = started(written(tmp_path, tiny_config())[0], config)
+    there = sincos_positions((4, 4), 32)
+    np.testing.assert_array_equal(ours["encoder/pos_embed"], resize(there, (4, 4), grid(config)) if size else there)
+    assert "pos_embed" not in report.partition("new")[2].partition("left over")[0]
+
+
+def test_learned_positions_are_resized_from_the_grid_that_their_config_names(tmp_path):
+    source, theirs = written(tmp_path, tiny_supervised(LEARNED | {"data.image_size": (8, 32)}))  # 2 x 8 patches
+    ours, _ = started(source, tiny_supervised(LEARNED))
+    wanted = resize(theirs["encoder"]["pos_embed"], (2, 8), (4, 4))
+    np.testing.assert_array_equal(ours["encoder/pos_embed"], wanted)
+
+
+def test_a_head_of_other_classes_is_new_and_the_old_one_left_over(tmp_path):
+    source, _ = written(tmp_path, tiny_supervised({"method.classes": 5}))
+    ours, report = started(source, tiny_supervised())
+    assert ours["head/kernel"].shape == (32, 3)
+    assert "new: 2 (head/bias, head/kernel)" in report
+    assert "left over: 2 (another head/bias, another head/kernel)" in report
+
+
+def test_a_head_of_the_same_classes_goes_on(tmp_path):
+    source, theirs = written(tmp_path, tiny_supervised())
+    ours, report = started(source, tiny_supervised())
+    np.testing.assert_array_equal(ours["head/kernel"], theirs["head"]["kernel"])
+    assert report.endswith("new: none; left over: none")
+
+
+def test_the_head_of_a_probe_starts_anew_as_its_batch_norm_does(tmp_path):
+    source, theirs = written(tmp_path, tiny_supervised({"method.head": "probe"}))
+    ours, report = started(source, tiny_supervised({"method.head": "probe"}))
+    assert not np.array_equal(ours["head/kernel"], theirs["head"]["kernel"])
+    assert "new: 2 (head/bias, head/kernel)" in report
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\x02\x00\x00\x00\x00\x00\x00\x00[]"])
+def test_a_file_that_is_no_safetensors_file_is_the_users_mistake(tmp_path, content):
+    (tmp_path / "from.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="is no safetensors file, or damaged"):
+        started(str(tmp_path / "from.safetensors"), tiny_supervised())
+
+
+@pytest.mark.parametrize(("theirs", "ours", "line"), [
+    ({"model.heads": 4}, {}, r"trained with model\.heads=4, this config has 2"),
+    ({"model.patch": (2, 8)}, {}, r"trained with model\.patch=\(2, 8\), this config has \(4, 4\)"),
+    ({"model.gelu": "tanh"}, {}, r"trained with model\.gelu=tanh, this config has erf"),
+    ({"model.depth": 3}, {}, r"holds another encoder: encoder/block_02/\S+ and 11 more parameters are in one"),
+    ({}, {"model.depth": 3}, r"holds another encoder: encoder/block_02/\S+ and 11 more"),
+    ({}, {"model.layer_scale": 0.1}, r"was trained without LayerScale; add --config\.model\.layer_scale=0$"),
+    ({"model.layer_scale": 0.1}, {}, r"was trained with LayerScale; add --config\.model\.layer_scale=0\.1$"),
+    ({"model.width": 64}, {}, r"has shape \(64,\), but this model needs \(32,\)"),
+    (LEARNED, {}, r"has learned positions; use model\.positions=learned"),
+])
+def test_another_encoder_is_refused_in_one_line(tmp_path, theirs, ours, line):
+    source, _ = written(tmp_path, tiny_supervised(theirs))
+    with pytest.raises(UserError, match=line) as caught:
+        started(source, tiny_supervised(ours))
+    assert "\n" not in str(caught.value)
+
+
+def test_files_with_the_names_of_others_are_read(tmp_path):
+    config = tiny_config()
+    params = tiny_params(config)
+    where = (grid(config), config.model.patch)
+    wanted, report = started(written(tmp_path, config)[0], tiny_supervised())
+    for state in (to_mae(params, *where), to_hf(params, *where), to_timm(params, *where)):
+        ours, found = started(from_elsewhere(tmp_path, state), tiny_supervised())
+        assert found.partition("left over")[0] == report.partition("left over")[0]
+        for name, leaf in wanted.items():
+            np.testing.assert_array_equal(ours[name], leaf, err_msg=name)
+
+
+@pytest.mark.parametrize("deit3", [False, True])
+def test_a_classifier_of_timms_goes_on_at_another_size(tmp_path, deit3):
+    fields = LEARNED | ({"model.layer_scale": 0.1, "model.pool": "cls"} if deit3 else {})
+    params = tiny_params(tiny_supervised(fields))
+    state = to_timm(params, (4, 4), (4, 4))
+    assert state["pos_embed"].shape[1] == (16 if deit3 else 17)
+    ours, report = started(from_elsewhere(tmp_path, state), tiny_supervised(fields | LARGER))
+    assert report.endswith("new: none; left over: none")
+    np.testing.assert_array_equal(ours["encoder/pos_embed"], resize(params["encoder"]["pos_embed"], (4, 4), (6, 8)))
+    np.testing.assert_array_equal(ours["head/kernel"], params["head"]["kernel"])
+
+
+def test_positions_that_are_no_square_need_a_config(tmp_path):
+    wide = tiny_supervised(LEARNED | {"data.image_size": (16, 20)})
+    source = from_elsewhere(tmp_path, to_timm(tiny_params(wide), (4, 5), (4, 4)))
+    with pytest.raises(UserError, match="20 positions are no square grid, and no config says which it is"):
+        started(source, tiny_supervised(LEARNED))
+    written(tmp_path, wide)
+    assert started(source, tiny_supervised(LEARNED))[0]["encoder/pos_embed"].shape == (16, 32)
