@@ -4,15 +4,16 @@
 
 writes tests/golden/record: data; of each method the ids and digests of 20 batches, losses and other metrics of every
 step, all parameters after step 20, and names, shapes and checksums of all that the checkpoint holds; workdirs that were
-stopped at step 10; cached batches, a vocabulary, clusters and exports. Everything runs in that folder, whose configs
-name data by relative paths, with the XLA flags of tests/conftest.py.
+stopped at step 10, and what --mode=eval makes of them; cached batches, a vocabulary, clusters and exports. Everything
+runs in that folder, whose configs name data by relative paths, with the XLA flags of tests/conftest.py.
 
   python tests/golden/make_record.py --compare --to=FOLDER         (before a change)
   python tests/golden/make_record.py --compare --against=FOLDER    (after it, on the same machine)
 
-runs each method anew and resumes each workdir of the record, and says whether the result is equal to the bit: ids,
-inputs, metrics and every array of the checkpoint, the optimiser's state included. Without --against, and without --to,
-the comparison is with the committed record, which equals the bits of processors alike only. --methods=mae,dino picks.
+runs each method anew, resumes each workdir of the record and evaluates it, and says whether the result is equal to the
+bit: ids, inputs, metrics, evaluations and every array of the checkpoint, the optimizer's state included. Without
+--against, and without --to, the comparison is with the committed record, which has the bits of its own processor and of
+those alike. --methods=mae,dino picks.
 """
 
 import argparse
@@ -50,13 +51,14 @@ COMMON = {
 FIELDS: dict[str, dict[str, Any]] = {  # method → its fields; between them what later versions rename or draw otherwise
     "mae": {**DECODER, **SPLITS, "data.colour": "jitter", "checkpoint.best": "loss"},
     "splitmask": {**DECODER, "method.vocabulary": 24, "method.vocabulary_file": "vocabulary.npz",
-                  "method.normalise": False, "model.layer_scale": 0.1, "model.drop_path": 0.1, "optim.name": "lamb",
-                  "optim.clip": 3.0, "model.pool": "mean"},
+                  "method.normalise": False, "method.temperature": 1.0, "model.layer_scale": 0.1,
+                  "model.drop_path": 0.1, "optim.name": "lamb", "optim.clip": 3.0, "model.pool": "mean"},
     "beit": {"method.vocabulary": 24, "method.target": "patches", "method.masked": 6, "model.positions": "learned",
              "data.colour": "three", "optim.clip": 3.0, "train.accumulate": 2},
-    "dino": {"method.out_dim": 32, "method.head_width": 24, "method.bottleneck": 8, "method.local_views": 2,
+    "dino": {"method.out_dim": 32, "method.head_width": 64, "method.bottleneck": 16, "method.local_views": 2,
              "method.local_size": (8, 8), "method.freeze_last": "3 steps", "method.temperature_warmup": "5 steps",
-             "model.init": "normal", "optim.final_weight_decay": 0.4, "guard.spike": 6.0},
+             "method.teacher_temperature": 0.2, "method.first_teacher_temperature": 0.3, "method.temperature": 0.5,
+             "optim.clip": 3.0, "optim.lr": 0.004, "optim.final_weight_decay": 0.4, "guard.spike": 6.0},
     "mixedae": {**DECODER, "method.projection": 8, "model.pool": "mean", "optim.name": "lars", "optim.lr": 1.0,
                 "eval.attention_query": "mean"},
     "moce": {**DECODER, **SPLITS, "method.experts": 3, "method.clusters": "clusters", "method.distill_weight": 0.1,
@@ -116,16 +118,16 @@ def compared(method: str, scratch: Path, to: Path | None, against: Path) -> list
     differ = []
     fresh, resumed = scratch / method, scratch / f"{method}-resumed"
     shutil.copytree(f"workdirs/{method}", resumed)
-    config = runs.stored_config(resumed)
+    config, evaluation = runs.stored_config(resumed), evaluated(method, scratch)
     for workdir in (fresh, resumed):
         finish(config, workdir)
         if to:
-            write(to, workdir.name, config, workdir)
+            write(to, workdir.name, about(config, workdir, evaluation), workdir)
             print(f"{workdir.name}: written")
             continue
         own = (against / f"{workdir.name}.json").is_file()  # the committed record has the run of the fresh one alone
         wrong = differences(json.loads((against / f"{workdir.name if own else method}.json").read_text()),
-                            about(config, workdir))
+                            about(config, workdir, evaluation))
         differ += [workdir.name] * bool(wrong)
         print(f"{workdir.name}: " + (f"differs in {'; '.join(wrong)}" if wrong else "equal to the bit"), flush=True)
     return differ
@@ -139,8 +141,18 @@ def finish(config: Any, workdir: Path) -> None:
         raise RuntimeError(f"{workdir} ended with {code}")
 
 
-def about(config: Any, workdir: Path) -> dict[str, Any]:
-    return runs.inputs(config) | runs.measured(workdir)
+def evaluated(method: str, scratch: Path) -> dict[str, float | None]:
+    """Returns what --mode=eval makes of the stopped workdir of a method."""
+    workdir = scratch / f"{method}-evaluated"
+    shutil.copytree(f"workdirs/{method}", workdir)
+    with contextlib.redirect_stdout(None):
+        runs.evaluate(workdir)
+    return {name: value for name, value in runs.metrics(workdir)[str(STOP)].items() if name.startswith("eval/")}
+
+
+def about(config: Any, workdir: Path, evaluation: dict[str, float | None]) -> dict[str, Any]:
+    """Returns the record of a finished run and of the evaluation of the stopped one."""
+    return runs.inputs(config) | runs.measured(workdir) | {"evaluated": evaluation}
 
 
 def differences(wanted: dict[str, Any], found: dict[str, Any]) -> list[str]:
@@ -157,10 +169,10 @@ def differences(wanted: dict[str, Any], found: dict[str, Any]) -> list[str]:
     return texts
 
 
-def write(folder: Path, name: str, config: Any, workdir: Path) -> None:
-    """Writes the record of a finished run: <name>.json, and the values of its parameters."""
+def write(folder: Path, name: str, record: dict[str, Any], workdir: Path) -> None:
+    """Writes the record of a finished run as <name>.json, and the values of its parameters as <name>.npz."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(as_text(about(config, workdir)))
+    (folder / f"{name}.json").write_text(as_text(record))
     np.savez_compressed(folder / f"{name}.npz", **runs.saved(workdir))
 
 
@@ -223,7 +235,6 @@ def make_runs(method: str, config: Any, scratch: Path) -> None:
 
     whole, stopped = scratch / method, Path("workdirs") / method
     finish(config, whole)
-    write(Path("runs"), method, config, whole)
     asked = Stopper.should_stop
     Stopper.should_stop = lambda self, step: step >= STOP
     try:
@@ -238,6 +249,7 @@ def make_runs(method: str, config: Any, scratch: Path) -> None:
     (stopped / "lock").unlink(missing_ok=True)
     for marker in stopped.rglob("commit_success.txt"):  # that it is there is read, and not the absolute path in it
         marker.write_text(marker.read_text().replace(f"{RECORD}/", ""))
+    write(Path("runs"), method, about(config, whole, evaluated(method, scratch)), whole)
     print(f"{method}: written", flush=True)
 
 
