@@ -14,8 +14,7 @@ from PIL import Image, ImageDraw
 from mae_jax.errors import UserError
 from mae_jax.evals import classification
 from mae_jax.evals.accumulators import Means, Rows
-from mae_jax.methods import Method
-from mae_jax.methods.base import Batch, Metrics
+from mae_jax.methods.base import Batch, Method, Metrics
 from mae_jax.rng import stream_key
 from mae_jax.runtime.sharding import replicated
 

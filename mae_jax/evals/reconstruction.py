@@ -10,8 +10,8 @@ from jax.experimental.multihost_utils import process_allgather
 from ml_collections import ConfigDict
 
 from mae_jax.evals.image_grid import paired, tile
-from mae_jax.methods import Method, get
-from mae_jax.methods.base import Batch
+from mae_jax.methods import get
+from mae_jax.methods.base import Batch, Method
 from mae_jax.ops.patches import assemble, denormalize, grid
 
 GREY = 127  # of a patch that the model does not see

@@ -15,8 +15,7 @@ from mae_jax.evals.accumulators import Means
 from mae_jax.evals.image_grid import paired, tile
 from mae_jax.evals.reconstruction import CAPTION, GAP
 from mae_jax.losses.segmentation import IGNORED
-from mae_jax.methods import Method
-from mae_jax.methods.base import Batch, Metrics
+from mae_jax.methods.base import Batch, Method, Metrics
 from mae_jax.ops.partitioning import constrain
 from mae_jax.ops.patches import assemble
 from mae_jax.rng import stream_key

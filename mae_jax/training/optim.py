@@ -11,8 +11,7 @@ import optax
 from ml_collections import ConfigDict
 
 from mae_jax.durations import steps
-from mae_jax.methods import Method
-from mae_jax.methods.base import Params
+from mae_jax.methods.base import Method, Params
 from mae_jax.param_tree import path
 
 Schedule = Callable[[jax.Array], jax.Array]

@@ -17,7 +17,7 @@ from mae_jax.data.sources.base import Source
 from mae_jax.errors import UserError
 from mae_jax.evals.frozen_encoder import Frozen, frozen, with_data
 from mae_jax.evals.image_grid import tile
-from mae_jax.methods import Method
+from mae_jax.methods.base import Method
 from mae_jax.ops import spherical_kmeans
 from mae_jax.ops.patches import assemble, grid
 from mae_jax.param_tree import flat, judged

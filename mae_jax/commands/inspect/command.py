@@ -31,7 +31,7 @@ from mae_jax.storage import paths
 
 if TYPE_CHECKING:
     from mae_jax.data import Batch, Inputs
-    from mae_jax.methods import Method
+    from mae_jax.methods.base import Method
 
 REQUIRED = ("config",)
 CONFIG = cli.define_config()
