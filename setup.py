@@ -15,7 +15,10 @@ setup(
     long_description=Path("README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["mae_jax", "mae_jax.*"]),
+    packages=[*find_packages(include=["mae_jax", "mae_jax.*"]), "mae_jax.configs"],
+    package_dir={"mae_jax.configs": "configs"},  # the recipes, which are found by name
+    package_data={"mae_jax": ["py.typed"]},
+    entry_points={"console_scripts": ["mae_jax = mae_jax.__main__:main"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "absl-py>=2.1,<3",

@@ -153,7 +153,11 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "attention_block": -1,  # whose attention is drawn; -1: the last
         "attention_query": "cls",  # who looks: the class token, or mean: all patches
     },
-    "log": {"every": "50 steps", "tensorboard": True, "profile_steps": ""},  # profile_steps: '20:25'
+    "log": {
+        "every": "50 steps",
+        "tensorboard": True,
+        "profile_steps": "",  # the first and the last of a profiler trace: '20:25'; '': none
+    },
     "guard": {
         "max_nonfinite": 10,  # steps in a row whose loss or gradients are not finite
         "max_bad_fraction": 0.1,  # of pictures that could not be read

@@ -1,7 +1,7 @@
 """Measures a config's speed: the train step alone, the input alone, and both together.
 
-  python -m mae_jax bench --config=configs/vit_b_mae.py --parts=step --config.batch_size=8
-  python -m mae_jax bench --config=configs/quickstart.py --to=speed.json
+  mae_jax bench --config=vit_b_mae --parts=step --config.batch_size=8
+  mae_jax bench --config=quickstart --to=speed.json
 
 The step alone runs on random data that already lies on the device, and needs no TensorFlow. FLOPs are the model's
 matrix products, counted on paper (mae_jax/flops.py); MFU is their share of the chip's dense bfloat16 peak.

@@ -1,6 +1,6 @@
 r"""Clusters pictures by the features of an encoder, for MoCE, or patches, to the vocabulary of masked prediction.
 
-  python -m mae_jax cluster --from=runs/mae --clusters=64 --to=runs/clusters
+  mae_jax cluster --from=runs/mae --clusters=64 --to=runs/clusters
 
 Pictures: the encoder of a workdir and the data that it was trained on (or those of --config) give clusters of nearly
 one size, which configs/moce.py takes as --config.method.clusters=runs/clusters. Features are computed once and kept in
@@ -8,7 +8,7 @@ the folder, in chunks of 16,384 pictures: the same command goes on where it was 
 nearest to each centroid.
 Several processes compute the features together, started as those of a run are (python -m mae_jax.main --help).
 
-  python -m mae_jax cluster --config=configs/splitmask_small.py:folder --config.data.path=/path/to/pictures \
+  mae_jax cluster --config=splitmask_small:folder --config.data.path=/path/to/pictures \
       --config.method.vocabulary=1024 --to=runs/vocabulary.npz
 
 Patches: what SplitMask and BEiT-style prediction are asked for. A run without a vocabulary builds the same before its
