@@ -106,7 +106,7 @@ def _comments(file: str, name: str) -> dict[str, str]:
                 alone.add(token.start[0])
 
     def before(line: int) -> str:
-        lines = []
+        lines: list[str] = []
         while (line := line - 1) in alone:
             lines.insert(0, said[line])
         return " ".join(lines)
@@ -127,8 +127,7 @@ def _comments(file: str, name: str) -> dict[str, str]:
 def _assigned(tree: ast.Module, name: str) -> ast.Dict:
     """Returns the dict that a module assigns to a name."""
     for node in tree.body:
-        target = node.target if isinstance(node, ast.AnnAssign) else None
-        if isinstance(target, ast.Name) and target.id == name and isinstance(node.value, ast.Dict):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict) and ast.unparse(node.target) == name:
             return node.value
     raise LookupError(f"no table {name} in {tree}")
 

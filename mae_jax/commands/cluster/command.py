@@ -71,10 +71,13 @@ def main() -> int:
 
 def vocabulary() -> int:
     """Writes the vocabulary of the config's method. Returns the exit code."""
+    import jax.numpy as jnp
+
     from mae_jax import data, methods
     from mae_jax.config import validate
     from mae_jax.errors import UserError
     from mae_jax.losses import patch_tokens
+    from mae_jax.methods.patch_targets import PatchTargets
     from mae_jax.storage import vocabulary as storage_vocabulary
 
     config, file = CONFIG.value, paths.locate(TO.value)
@@ -93,11 +96,12 @@ def vocabulary() -> int:
     method = methods.get(config.method.name)(config)
     inputs = data.build(config, method.eval_spec(), method.order())
     print(inputs.description, flush=True)
-    entries, sample = method.targets.build(inputs.support())
+    entries, sample = PatchTargets(config).build(inputs.support())
     storage_vocabulary.save(file, entries, config.method.target)
     print(f"{file}: {len(entries)} entries and the token of constant patches")
     if config.method.target != "projection":  # directions are no pictures
-        named = np.asarray(patch_tokens.tokenize(sample[:SAMPLE], entries, config.method.target))
+        named = np.asarray(patch_tokens.tokenize(jnp.asarray(sample[:SAMPLE]), jnp.asarray(entries),
+                                                 config.method.target))
         most = np.argsort(-np.bincount(named, minlength=1 + len(entries))[1:], kind="stable")[:SHOWN]
         with picture.open("wb") as opened:
             Image.fromarray(_sheet(entries[most], tuple(config.model.patch))).save(opened, "PNG")
