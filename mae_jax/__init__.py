@@ -1,3 +1,3 @@
 """Self-supervised pre-training of Vision Transformers in JAX."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -1,28 +1,48 @@
-"""`python -m mae_jax VERB` and the console script `mae_jax VERB`: imports the one command and runs it."""
+"""Self-supervised pre-training of Vision Transformers in JAX.
+
+  mae_jax train --config=quickstart --workdir=runs/quickstart
+
+`python -m mae_jax VERB` is the same. mae_jax VERB --help shows examples and flags, and with --config=RECIPE its fields.
+"""
 
 import importlib
 import sys
+from typing import NamedTuple
 
 from mae_jax.errors import MISTAKE, nearest
 
-COMMANDS = {  # verb → module: its docstring is the text of --help, `main` returns the exit code
-    "train": "mae_jax.commands.train",
-    "eval": "mae_jax.commands.train",
-    "replay": "mae_jax.commands.train",
-    "inspect": "mae_jax.commands.inspect.command",
-    "cluster": "mae_jax.commands.cluster.command",
-    "bench": "mae_jax.commands.bench",
-    "plan": "mae_jax.commands.plan.command",
-    "transfer": "mae_jax.commands.transfer.command",
-    "export": "mae_jax.commands.export.command",
+
+class Command(NamedTuple):
+    """Where a command is: a module with `main`, which returns the exit code, and with a docstring for --help."""
+
+    module: str
+    about: str
+
+
+COMMANDS = {
+    "train": Command("mae_jax.commands.train", "train a recipe in a workdir, or go on with it"),
+    "eval": Command("mae_jax.commands.train", "evaluate a workdir's newest checkpoint"),
+    "replay": Command("mae_jax.commands.train", "take one step of a run again, and show its gradients"),
+    "inspect": Command("mae_jax.commands.inspect.command", "check a data set, or store it once, resized"),
+    "cluster": Command("mae_jax.commands.cluster.command", "cluster images by their features, or patches to tokens"),
+    "bench": Command("mae_jax.commands.bench", "measure the speed of a recipe on this machine"),
+    "plan": Command("mae_jax.commands.plan.command", "memory and time of a train step on devices not here"),
+    "transfer": Command("mae_jax.commands.transfer.command", "fine-tune and probe one encoder on many data sets"),
+    "export": Command("mae_jax.commands.export.command", "write weights for other libraries"),
 }
 
 
 def main() -> None:
     """Runs the command that the first argument names."""
+    from mae_jax.commands import cli
+
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if verb in ("-h", "--help", "-help", "help"):
-        print(f"{__doc__}\n\nVerbs: {', '.join(COMMANDS)}. mae_jax VERB --help shows an example of each.")
+    if verb in (*cli.HELP, "help"):
+        verbs = "\n".join(f"  {name:<10}{command.about}" for name, command in COMMANDS.items())
+        cli.show(f"{__doc__}\nVerbs:\n{verbs}")
+        return
+    if verb == "--version":
+        cli.show(cli.version())
         return
     if verb not in COMMANDS:
         print(f"error: unknown command {verb!r}; {nearest(verb, COMMANDS)}", file=sys.stderr)
@@ -30,9 +50,7 @@ def main() -> None:
     del sys.argv[1]
     if verb in ("eval", "replay"):
         sys.argv.insert(1, f"--mode={verb}")
-    from mae_jax.commands import cli
-
-    command = importlib.import_module(COMMANDS[verb])
+    command = importlib.import_module(COMMANDS[verb].module)
     cli.run(command.main, command.__doc__, getattr(command, "REQUIRED", ()))
 
 

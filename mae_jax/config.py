@@ -16,8 +16,6 @@ from ml_collections import ConfigDict
 from mae_jax import methods
 from mae_jax.durations import steps
 from mae_jax.errors import UserError, nearest
-from mae_jax.ops.patches import grid
-from mae_jax.param_tree import flat
 
 Preset = Callable[[ConfigDict], None]
 SIZES = {  # width, depth, heads: MAE section 4 (B, L, H), DeiT Table 1 (Ti, S)
@@ -155,7 +153,11 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "attention_block": -1,  # whose attention is drawn; -1: the last
         "attention_query": "cls",  # who looks: the class token, or mean: all patches
     },
-    "log": {"every": "50 steps", "tensorboard": True, "profile_steps": ""},  # profile_steps: '20:25'
+    "log": {
+        "every": "50 steps",
+        "tensorboard": True,
+        "profile_steps": "",  # the first and the last of a profiler trace: '20:25'; '': none
+    },
     "guard": {
         "max_nonfinite": 10,  # steps in a row whose loss or gradients are not finite
         "max_bad_fraction": 0.1,  # of pictures that could not be read
@@ -176,7 +178,7 @@ def default(method: str = "mae") -> ConfigDict:
 
     They are locked: a recipe that misspells a field fails with the nearest name.
     """
-    own = {"name": method, **methods.get(method).defaults}
+    own = {"name": method, **methods.defaults(method)}
     return ConfigDict({**copy.deepcopy(DEFAULTS), "method": own}).lock()
 
 
@@ -253,8 +255,11 @@ def validate(config: ConfigDict, trains: bool = True) -> None:
       config: the resolved config.
       trains: False where the encoder alone is looked at: the method's own fields are not.
     """
+    from mae_jax.ops.patches import grid  # with JAX, which a recipe and --help do without
+    from mae_jax.param_tree import flat
+
     values = flat(config)
-    _check_types(values, {**DEFAULTS, "method": methods.get(config.method.name).defaults})
+    _check_types(values, flat({**DEFAULTS, "method": methods.defaults(config.method.name)}))
     _check_ranges(values)
     grid(config)
     if config.checkpoint.keep_last < 2:
@@ -281,7 +286,7 @@ def validate(config: ConfigDict, trains: bool = True) -> None:
 
 def _check_types(values: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Raises UserError for the first value that is not of its default's kind, or is no finite number."""
-    for key, default in flat(defaults).items():
+    for key, default in defaults.items():
         value = values.get(key, default)
         if isinstance(default, list):
             whole = all(isinstance(item, int) for item in default)

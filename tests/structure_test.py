@@ -1,11 +1,17 @@
-"""The shape of the house: who may import what, how long a function may be, and life without TensorFlow."""
+"""Who may import what, how long a function may be, and life without TensorFlow."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
 
+import grimp
 import pytest
+
+from mae_jax import methods
+from mae_jax.__main__ import COMMANDS
+from mae_jax.data.sources import registry
 
 PACKAGE = sorted(Path("mae_jax").rglob("*.py"))
 EVERYTHING = PACKAGE + sorted(Path("tests").rglob("*.py")) + sorted(Path("configs").glob("*.py"))
@@ -41,13 +47,42 @@ def test_nothing_that_is_read_is_executed():
             assert called != "np.load" or path == Path("mae_jax/storage/npz.py"), f"{path}:{node.lineno}"
 
 
-def test_methods_and_models_know_nothing_of_loop_optimiser_files_or_mesh():
-    for path in PACKAGE:
-        if path.parent.name not in ("methods", "models", "ops"):
-            continue
-        modules = {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
-        for part in ("train", "step", "optim", "sharding", "checkpoint", "workdir", "metrics", "evals"):
-            assert f"mae_jax.{part}" not in modules, path
+LINT = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
+
+
+def test_the_layers_of_pyproject_are_kept():
+    """Imports within functions count, those for type checkers alone do not."""
+    done = subprocess.run([sys.executable, "-c", LINT], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[done.stdout.find("Contracts"):]
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = grimp.build_graph("mae_jax", exclude_type_checking_imports=True, cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    assert sum(map(len, imports.values())) > 400
+    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError, which names the circle
+
+
+def test_what_registries_import_by_name_is_where_the_layers_have_it():
+    """A linter sees no imports by name: each table imports from its own package, which its package may import."""
+    assert {module.rpartition(".")[0] for module in registry.MODULES.values()} == {"mae_jax.data.sources"}
+    assert {target.rpartition(".")[0] for target in methods.TABLE.values()} == {"mae_jax.methods"}
+    assert all(command.module.startswith("mae_jax.commands.") for command in COMMANDS.values())
+
+
+def test_the_package_has_a_dozen_files_in_its_root_at_most():
+    assert len(list(Path("mae_jax").glob("*.py"))) <= 12
+
+
+OWN_FOLDERS = {"helpers", "faults", "multidevice", "golden", "gcs", "configs"}  # of tests, without a package
+
+
+def test_folders_of_tests_are_those_of_the_package():
+    folders = {path.parent.relative_to("tests") for path in Path("tests").rglob("*_test.py")}
+    assert {str(path) for path in folders
+            if path.parts and path.parts[0] not in OWN_FOLDERS and not (Path("mae_jax") / path).is_dir()} == set()
+    packages = {path.parent.name for path in Path("mae_jax").glob("*/__init__.py")}
+    assert packages - {path.parts[0] for path in folders if path.parts} == set()
 
 
 def functions(path: Path) -> list[tuple[str, int]]:

@@ -1,12 +1,13 @@
 """Measures a config's speed: the train step alone, the input alone, and both together.
 
-  python -m mae_jax bench --config=configs/vit_b_mae.py --parts=step --config.batch_size=8
-  python -m mae_jax bench --config=configs/quickstart.py --to=speed.json
+  mae_jax bench --config=vit_b_mae --parts=step --config.batch_size=8
+  mae_jax bench --config=quickstart --to=speed.json
 
 The step alone runs on random data that already lies on the device, and needs no TensorFlow. FLOPs are the model's
 matrix products, counted on paper (mae_jax/flops.py); MFU is their share of the chip's dense bfloat16 peak.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -60,10 +61,10 @@ def main() -> int:
 def measure(config: Any, parts: list[str], seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (part, figures) for each part."""
     rows = config.batch_size
-    step = TimedStep(config) if {"step", "both"} & set(parts) else None
+    step = functools.cache(lambda: TimedStep(config))
     if "step" in parts:
-        times = timed(lambda: step.run(step.batch), seconds)
-        yield "step", step.figures(times)
+        times = timed(lambda: step().run(step().batch), seconds)
+        yield "step", step().figures(times)
     if not {"input", "both"} & set(parts):
         return
     from mae_jax import data, methods
@@ -77,8 +78,8 @@ def measure(config: Any, parts: list[str], seconds: float) -> Iterator[tuple[str
         yield "input", {"images_per_sec": rate, "images_per_sec_per_core": rate / os.cpu_count(),
                         "host_memory_gib": host_memory()}
     if "both" in parts:
-        batches = step.prefetched(inputs.train(0))
-        times = timed(lambda: step.run(next(batches)), seconds)
+        batches = step().prefetched(inputs.train(0))
+        times = timed(lambda: step().run(next(batches)), seconds)
         yield "both", {"images_per_sec": rows * len(times) / sum(times), "host_memory_gib": host_memory()}
 
 

@@ -1,29 +1,32 @@
 """What all commands share: flags, --help with an example, one line for a user's mistake, exit codes."""
 
 import contextlib
-import difflib
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from mae_jax.errors import FINISHED, MISTAKE, UserError, explain, nearest
+import mae_jax
+from mae_jax.commands import recipes
+from mae_jax.errors import FINISHED, MISTAKE, UserError, explain
 from mae_jax.runtime.exit import leave
 
-NAMED = 8  # config files that a message lists, at most
+HELP = ("-h", "-help", "--help")
 
 
 def define_config() -> flags.FlagHolder[ConfigDict]:
-    """Defines --config=file.py[:argument] and its --config.field=value overrides, once in a process."""
+    """Defines --config=recipe[:argument] and its --config.field=value overrides, once in a process."""
     if "config" in flags.FLAGS:
         return flags.FlagHolder(flags.FLAGS, flags.FLAGS["config"])
-    return config_flags.DEFINE_config_file("config", None, "recipe, as configs/quickstart.py[:argument]")
+    return config_flags.DEFINE_config_file("config", None, "recipe by name or path: quickstart[:argument], "
+                                           "configs/quickstart.py; --config.FIELD=VALUE changes a field")
 
 
 def run(command: Callable[[], int], usage: str | None, required: tuple[str, ...] = ()) -> None:
@@ -35,17 +38,14 @@ def run(command: Callable[[], int], usage: str | None, required: tuple[str, ...]
       required: flags that must be given.
     """
     def parse(argv: list[str]) -> list[str]:
-        if any(arg in ("-h", "--help", "-help") for arg in argv[1:]):
-            print(usage)
-            homes = (command.__module__, __name__, "mae_jax.runtime.launch")
-            print("Flags:\n" + "\n".join(map(flags.FLAGS.module_help, homes)))
+        if "--version" in argv[1:]:
+            show(version())
             sys.exit(FINISHED)
-        try:
-            rest = flags.FLAGS(argv)
-            if "config" in flags.FLAGS:
-                _ = getattr(flags.FLAGS.config, "lock", None)  # a missing config file fails only when it is looked at
-        except Exception as error:
-            _refuse(_one_line(error))
+        asked = any(arg in HELP for arg in argv[1:])
+        rest = _parsed([arg for arg in argv if arg not in HELP])
+        if asked:
+            show(_help(command.__module__, usage))
+            sys.exit(FINISHED)
         missing = [f"--{name}" for name in required if not flags.FLAGS[name].value]
         if missing:
             _refuse(f"{' and '.join(missing)} must be given; --help shows an example")
@@ -57,6 +57,40 @@ def run(command: Callable[[], int], usage: str | None, required: tuple[str, ...]
         app.run(lambda _: leave(guarded(command)), flags_parser=parse)
     except KeyboardInterrupt:  # before the command began
         _end(explain(KeyboardInterrupt()))
+
+
+def _parsed(argv: list[str]) -> list[str]:
+    """Reads the flags, and with them the recipe; returns what is no flag. Ends the process at a mistake."""
+    try:
+        rest = flags.FLAGS(recipes.with_paths(argv) if "config" in flags.FLAGS else argv)
+        if "config" in flags.FLAGS:
+            _ = getattr(flags.FLAGS.config, "lock", None)  # a missing config file fails only when it is looked at
+    except Exception as error:
+        _refuse(_one_line(error))
+    return rest
+
+
+def version() -> str:
+    """Returns what --version prints."""
+    return f"mae_jax {mae_jax.__version__}"
+
+
+def show(text: str) -> None:
+    """Prints a text that ends a command; to a pipe that is closed, as much as is read of it."""
+    with contextlib.suppress(OSError):
+        print(text)
+    _flush()
+
+
+def _help(module: str, usage: str | None) -> str:
+    """Returns the text of --help: the usage, the flags of the command and, where --config is given, its fields."""
+    about = [usage or "", "Flags:"]
+    about += filter(None, map(flags.FLAGS.module_help, (module, __name__, "mae_jax.runtime.launch")))
+    if "config" in flags.FLAGS and flags.FLAGS.config is None:
+        about += ["", "The fields of a recipe: --config=quickstart --help.", f"Recipes: {', '.join(recipes.names())}"]
+    elif "config" in flags.FLAGS:
+        about += ["", "Fields of this recipe; --config.FIELD=VALUE changes one:", recipes.fields(flags.FLAGS.config)]
+    return "\n".join(about)
 
 
 def quiet_logs() -> None:
@@ -85,6 +119,8 @@ def guarded(command: Callable[[], int]) -> int:
 
 def _flush() -> None:
     """Writes what still waits for standard output, or drops it where that fails: Python would then exit with 120."""
+    if sys.stdout is None:  # it was closed before Python began
+        return
     try:
         sys.stdout.flush()
     except OSError:
@@ -123,16 +159,14 @@ def _no_config(line: str) -> str:
         return f"the config file does not load: {line}"
     reason, path = found[1], Path(found[2])
     beside = [file.stem for file in path.parent.glob("*.py")]
-    alike = difflib.get_close_matches(path.stem, beside, n=NAMED, cutoff=0)
-    more = f" and {len(beside) - NAMED} more" if len(beside) > NAMED else ""
-    return f"cannot read the config file {path}: {reason.lower()}; {nearest(path.stem, alike)}{more}"
+    return f"cannot read the config file {path}: {reason.lower()}; {recipes.alike(path.stem, beside)}"
 
 
-def _refuse(line: str) -> None:
+def _refuse(line: str) -> NoReturn:
     _end((MISTAKE, f"error: {line}"))
 
 
-def _end(how: tuple[int, str]) -> None:
+def _end(how: tuple[int, str]) -> NoReturn:
     code, line = how
     print(line, file=sys.stderr)
     sys.stderr.flush()

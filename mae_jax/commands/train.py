@@ -1,15 +1,15 @@
 r"""Trains, evaluates or replays a config in a workdir.
 
-  python -m mae_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
-  python -m mae_jax.main --config=configs/vit_l_mae.py --workdir=gs://bucket/vit_l --config.optim.lr=1e-4
-  python -m mae_jax.main --config=configs/vit_l_mae.py --workdir=/shared/vit_l \
+  mae_jax train --config=quickstart --workdir=runs/quickstart
+  mae_jax train --config=vit_l_mae --workdir=gs://bucket/vit_l --config.optim.lr=1e-4
+  mae_jax train --config=vit_l_mae --workdir=/shared/vit_l \
       --coordinator=10.0.0.1:7654 --processes=2 --process=0   # and --process=1 on the other host
-  python -m mae_jax.main --mode=eval --workdir=runs/quickstart   # with --config, its eval.* may be other ones
+  mae_jax eval --workdir=runs/quickstart   # with --config, its eval.* may be other ones
 
-The same command resumes a run that was stopped. On several hosts it is started on each; under srun and on TPU VMs the
-processes find each other without flags. Exit codes: 0 finished, 2 your mistake (one line says which), 3 stopped by a
-guard, 75 stopped by a signal with the state saved: start it again, 134 another process was lost: start all again, 1 a
-bug.
+The same command resumes a run that was stopped; `python -m mae_jax.main` with the same flags is the same. On several
+hosts it is started on each; under srun and on TPU VMs the processes find each other without flags. Exit codes: 0
+finished, 2 your mistake (one line says which), 3 stopped by a guard, 75 stopped by a signal with the state saved: start
+it again, 134 another process was lost: start all again, 1 a bug.
 """
 
 from types import ModuleType

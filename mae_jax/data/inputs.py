@@ -115,7 +115,10 @@ def _open(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray, views:
         return kinds[type(part)].evaluate(part, ratio, spec=spec, **common) if part else iter(())
 
     def support(ids: np.ndarray | None = None) -> Iterator[Batch]:
-        return evaluate(source) if ids is None else _renumbered(evaluate(source.only(ids)), "id", ids)
+        if ids is None:
+            return evaluate(source)
+        assert isinstance(source, base.Source)  # a stream has no numbers to ask by
+        return _renumbered(evaluate(source.only(ids)), "id", ids)
 
     def extra(name: str) -> Iterator[Batch]:
         found, classes = registry.further(data, name, source.classes)

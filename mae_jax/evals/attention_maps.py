@@ -12,8 +12,7 @@ from jax.experimental.multihost_utils import process_allgather
 from mae_jax.errors import UserError, nearest
 from mae_jax.evals.image_grid import tile
 from mae_jax.losses.segmentation import IGNORED, upsample
-from mae_jax.methods import Method
-from mae_jax.methods.base import Batch
+from mae_jax.methods.base import Batch, Method
 from mae_jax.models import intermediates
 from mae_jax.ops.partitioning import constrain
 from mae_jax.ops.patches import assemble, grid, normalize

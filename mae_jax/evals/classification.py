@@ -12,10 +12,8 @@ from jax.sharding import Mesh
 from PIL import Image, ImageDraw
 
 from mae_jax.errors import UserError
-from mae_jax.evals import classification
 from mae_jax.evals.accumulators import Means, Rows
-from mae_jax.methods import Method
-from mae_jax.methods.base import Batch, Metrics
+from mae_jax.methods.base import Batch, Method, Metrics
 from mae_jax.rng import stream_key
 from mae_jax.runtime.sharding import replicated
 
@@ -177,17 +175,17 @@ def scores(method: Method, params: Any, extras: Any, batches: Iterable[Batch],
     for batch in batches:
         metrics, counts, logits = _judge(method, mesh)(params, extras, batch)
         means.add(jax.device_get(metrics))
-        total = classification.add(total, jax.device_get(counts))
+        total = add(total, jax.device_get(counts))
         if method.config.method.multi_label:
             rows.add(batch["valid"] > 0, logits, batch["labels"])
     figures = means.take()
     if not method.config.method.multi_label:
-        return figures | (classification.summary(total) if total else {}), total.get("confusion")
+        return figures | (summary(total) if total else {}), total.get("confusion")
     if not rows.parts:
         return figures, None
     logits, labels = rows.take()
-    figures["map"] = classification.mean_ap(logits, labels, "voc11")
-    figures["map_all"] = classification.mean_ap(logits, labels)
+    figures["map"] = mean_ap(logits, labels, "voc11")
+    figures["map_all"] = mean_ap(logits, labels)
     return figures, None
 
 
@@ -200,7 +198,7 @@ def among_present(method: Method, params: Any, extras: Any, batches: Iterable[Ba
     if not rows.parts:
         return float("nan")
     logits, labels = rows.take()
-    return classification.subset_top1(logits, labels, np.unique(labels))
+    return subset_top1(logits, labels, np.unique(labels))
 
 
 @functools.lru_cache(maxsize=8)
@@ -210,6 +208,6 @@ def _judge(method: Method, mesh: Mesh) -> Callable[..., tuple[Metrics, dict[str,
         logits = method.logits(params, extras, batch)
         key = stream_key(method.config.seed, 0, "evaluate")
         _, (metrics, _) = method.loss(params, extras, batch, key, 0, False)
-        return metrics, classification.counts(logits, batch["label"], batch["valid"], method.classes), logits
+        return metrics, counts(logits, batch["label"], batch["valid"], method.classes), logits
 
     return jax.jit(judge, out_shardings=replicated(mesh))

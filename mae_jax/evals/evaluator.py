@@ -21,8 +21,7 @@ from mae_jax.evals import (
 )
 from mae_jax.evals.accumulators import Means, Rows
 from mae_jax.evals.linear_probe import Pair
-from mae_jax.methods import Method
-from mae_jax.methods.base import Batch, Metrics, pool
+from mae_jax.methods.base import Batch, Method, Metrics, pool
 from mae_jax.ops.patches import assemble, grid
 from mae_jax.rng import stream_key
 from mae_jax.runtime import watchdog

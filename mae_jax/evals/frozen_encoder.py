@@ -6,7 +6,8 @@ import jax
 from ml_collections import ConfigDict
 
 from mae_jax.errors import UserError
-from mae_jax.methods import Method, get
+from mae_jax.methods import get
+from mae_jax.methods.base import Method
 
 
 def frozen(config: ConfigDict, block: int) -> ConfigDict:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mae_jax.evals.reconstruction import CAPTION, GAP, NAME
-
 CELL = 128  # smallest side of a picture in a grid, in screen pixels
+GAP, CAPTION, NAME = 4, 18, 120  # screen pixels between pictures, for a line of text above, and for text on the left
 
 
 def tile(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str], title: str,

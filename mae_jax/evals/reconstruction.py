@@ -10,14 +10,13 @@ from jax.experimental.multihost_utils import process_allgather
 from ml_collections import ConfigDict
 
 from mae_jax.evals.image_grid import paired, tile
-from mae_jax.methods import Method, get
-from mae_jax.methods.base import Batch
+from mae_jax.methods import get
+from mae_jax.methods.base import Batch, Method
 from mae_jax.ops.patches import assemble, denormalize, grid
 
 GREY = 127  # of a patch that the model does not see
 RATIOS = (0.25, 0.5, 0.75, 0.9)  # of the picture at several masking ratios
 CAPTIONS = ("input", "visible", "prediction") * 2
-GAP, CAPTION, NAME = 4, 18, 120  # screen pixels between pictures, for a line of text above, and for text on the left
 
 
 @functools.lru_cache(maxsize=8)

@@ -10,13 +10,11 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from PIL import Image, ImageDraw
 
-from mae_jax.evals import classification, segmentation
+from mae_jax.evals import classification
 from mae_jax.evals.accumulators import Means
-from mae_jax.evals.image_grid import paired, tile
-from mae_jax.evals.reconstruction import CAPTION, GAP
+from mae_jax.evals.image_grid import CAPTION, GAP, paired, tile
 from mae_jax.losses.segmentation import IGNORED
-from mae_jax.methods import Method
-from mae_jax.methods.base import Batch, Metrics
+from mae_jax.methods.base import Batch, Method, Metrics
 from mae_jax.ops.partitioning import constrain
 from mae_jax.ops.patches import assemble
 from mae_jax.rng import stream_key
@@ -36,7 +34,7 @@ def scores(method: Method, params: Any, extras: Any, batches: Iterable[Batch]) -
         counts, metrics = jax.device_get(_counter(method)(params, extras, batch))
         means.add(metrics)
         counted = classification.add(counted, {"confusion": counts})
-    return means.take() | (segmentation.summary(counted["confusion"]) if counted else {})
+    return means.take() | (summary(counted["confusion"]) if counted else {})
 
 
 @functools.lru_cache(maxsize=8)
@@ -47,7 +45,7 @@ def _counter(method: Method) -> Callable[..., tuple[jax.Array, Metrics]]:
         _, (metrics, _) = method.loss(params, extras, batch, key, 0, False)
         logits, classes = method.pixel_logits(params, extras, batch), method.pixel_classes(batch)
         logits, classes = logits.reshape(len(logits), -1, logits.shape[-1]), classes.reshape(len(classes), -1)
-        return jax.tree.map(constrain, (segmentation.confusion(logits, classes, batch["valid"]), metrics))
+        return jax.tree.map(constrain, (confusion(logits, classes, batch["valid"]), metrics))
 
     return jax.jit(count)
 

@@ -1,23 +1,34 @@
-"""The table of methods, by name."""
+"""The table of methods, by name. A method's module, and with it JAX, is imported when it is asked for."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from mae_jax.errors import UserError, nearest
-from mae_jax.methods.base import Method
-from mae_jax.methods.beit import BEiT
-from mae_jax.methods.dino import DINO
-from mae_jax.methods.mae import MAE
-from mae_jax.methods.mixedae import MixedAE
-from mae_jax.methods.moce import MoCE
-from mae_jax.methods.segmentation import Segment
-from mae_jax.methods.splitmask import SplitMask
-from mae_jax.methods.supervised import Supervised
+from mae_jax.methods import fields
 
-TABLE: dict[str, type[Method]] = {
-    "beit": BEiT, "dino": DINO, "mae": MAE, "mixedae": MixedAE, "moce": MoCE, "segment": Segment,
-    "splitmask": SplitMask, "supervised": Supervised}
+if TYPE_CHECKING:
+    from mae_jax.methods.base import Method
+
+TABLE = {  # name → module:class
+    "beit": "mae_jax.methods.beit:BEiT",
+    "dino": "mae_jax.methods.dino:DINO",
+    "mae": "mae_jax.methods.mae:MAE",
+    "mixedae": "mae_jax.methods.mixedae:MixedAE",
+    "moce": "mae_jax.methods.moce:MoCE",
+    "segment": "mae_jax.methods.segmentation:Segment",
+    "splitmask": "mae_jax.methods.splitmask:SplitMask",
+    "supervised": "mae_jax.methods.supervised:Supervised",
+}
 
 
-def get(name: str) -> type[Method]:
+def get(name: str) -> "type[Method]":
     """Returns the method's class; raises UserError with the nearest name."""
     if name not in TABLE:
         raise UserError(f"unknown method.name {name!r}; {nearest(name, TABLE)}")
-    return TABLE[name]
+    module, _, attribute = TABLE[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """Returns the method's own config fields; JAX is imported for a method outside the package alone."""
+    return fields.TABLE[name] if name in fields.TABLE else get(name).defaults

@@ -72,6 +72,7 @@ def mean_square(error: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Arra
 class Method:
     """Base of all methods; B images, N patches of P values each. A method has its encoder as `self.encoder`."""
 
+    encoder: Any  # models.vit.Encoder
     defaults: ClassVar[dict[str, Any]] = {}  # own config fields under config.method
     learns_labels: bool = False  # what it is evaluated on must not be trained on
     names_classes: bool = False  # its head has a row for each class of the data, in their order

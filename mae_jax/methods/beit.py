@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 
 from mae_jax.data.masking import Order
 from mae_jax.errors import UserError
+from mae_jax.methods import fields
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices
-from mae_jax.methods.patch_targets import DEFAULTS, PatchTargets
+from mae_jax.methods.patch_targets import PatchTargets
 from mae_jax.models.heads import Head
 from mae_jax.models.layers import TOKEN_STD
 from mae_jax.models.vit import make_encoder
@@ -27,11 +28,7 @@ MASKINGS = ("block", "random")
 class BEiT(Method):
     """Encodes all tokens, masked ones as a learned token, and predicts the masked patches from their own tokens."""
 
-    defaults = {
-        **DEFAULTS,
-        "masked": 75,  # of 196 patches
-        "masking": "block",  # or random
-    }
+    defaults = fields.BEIT
 
     @staticmethod
     def validate(config: ConfigDict) -> None:

@@ -19,6 +19,7 @@ from mae_jax.data.masking import Colours, Order, View
 from mae_jax.durations import steps
 from mae_jax.errors import UserError
 from mae_jax.losses.dino import centred, cross_entropy
+from mae_jax.methods import fields
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params
 from mae_jax.models.heads import Projection
 from mae_jax.models.vit import activation_dtype, make_encoder
@@ -32,23 +33,7 @@ JITTER, GREY = 0.8, 0.2  # how likely in every view; blur and solarising differ:
 class DINO(Method):
     """A student sees all views, its teacher the two large ones; each pair of different views is compared."""
 
-    defaults = {
-        "out_dim": 65_536,  # K, of the head; about 1,024 for small data
-        "head_width": 2048,
-        "bottleneck": 256,
-        "local_views": 8,  # small views of each picture
-        "local_size": (96, 96),  # height, width in pixels
-        "global_scale": (0.4, 1.0),  # share of the picture's area
-        "local_scale": (0.05, 0.4),
-        "blur": (0.1, 2.0),  # standard deviation in pixels, of views of 224; smaller pictures want less
-        "temperature": 0.1,  # of the student
-        "teacher_temperature": 0.04,
-        "first_teacher_temperature": 0.04,  # rises to the other during temperature_warmup
-        "temperature_warmup": "0 epochs",
-        "momentum": 0.996,  # of the teacher; half a cosine takes it to 1
-        "center_momentum": 0.9,
-        "freeze_last": "1 epochs",  # how long the directions of the head's last layer stay
-    }
+    defaults = fields.DINO
     sees_whole_batch = True
 
     @staticmethod

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from mae_jax.data.masking import Order
 from mae_jax.errors import UserError
 from mae_jax.losses import pixel_targets
+from mae_jax.methods import fields
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices, check_decoder, mean_square
 from mae_jax.models.vit import make_decoder, make_encoder
 from mae_jax.ops.flops import blocks_flops
@@ -26,15 +27,7 @@ def visible_patches(patches: int, mask_ratio: float) -> int:
 class MAE(Method):
     """Encodes the visible patches alone, decodes all, and asks for the pixels of the hidden ones."""
 
-    defaults = {
-        "mask_ratio": 0.75,
-        "masking": "random",  # random, block (BEiT's), grid (one patch kept of each 2 × 2); MAE Table 1f
-        "target": "norm_pix",  # norm_pix, pixel, pca (MAE Table 1d)
-        "decoder_width": 512,
-        "decoder_depth": 8,
-        "decoder_heads": 16,
-        "encoder_mask_tokens": False,  # the ablation of MAE Table 1c
-    }
+    defaults = fields.MAE
 
     @staticmethod
     def check_targets(config: ConfigDict) -> None:

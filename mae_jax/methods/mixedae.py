@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from mae_jax.data.masking import Order
 from mae_jax.errors import UserError
 from mae_jax.losses.contrastive import supervised_contrast
+from mae_jax.methods import fields
 from mae_jax.methods.base import Batch, Extras, Metrics, Params, check_choices, mean_square, named_blocks
 from mae_jax.methods.mae import MAE
 from mae_jax.models import intermediates
@@ -33,21 +34,7 @@ class MixedAE(MAE):
     un-mixing are reshapes.
     """
 
-    defaults = {
-        "ratio": 0.25,  # r: the share of its patches that a picture gives to a mixed sequence (the article's default)
-        "mixing": "compose",  # each picture in one mix; or full: in G of them, with G times the work
-        "attention": "topk",  # homologous; all: naive mixing; oracle: the true sources, which only the mixing knows
-        "keep": 0,  # K, keys that a query keeps, itself included; 0: r · N, which the article is taken to mean
-        "blocks": "all",  # with that attention, likewise: first_half, last_half, '6-11', '0,2'
-        "segments": True,  # a learned embedding tells tokens of different pictures apart; the ablation leaves it out
-        "contrast_weight": 0.1,  # of the homologous contrast; remembered of the article, not checked; 0: off
-        "temperature": 0.25,  # of the contrast, likewise
-        "projection": 256,  # width of the contrast's features, behind one hidden layer: our choice; 0: none
-        "target": "norm_pix",
-        "decoder_width": 512,
-        "decoder_depth": 8,
-        "decoder_heads": 16,
-    }
+    defaults = fields.MIXEDAE
 
     @staticmethod
     def validate(config: ConfigDict) -> None:

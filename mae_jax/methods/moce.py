@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.data.cluster_ids import Clusters
 from mae_jax.errors import UserError
+from mae_jax.methods import fields
 from mae_jax.methods.base import Batch, Extras, Metrics, Params, check_choices, named_blocks
 from mae_jax.methods.mae import MAE
 from mae_jax.models.intermediates import block_name
@@ -35,21 +36,7 @@ class MoCE(MAE):
     one expert, and one path of experts can be cut out for a task: an ordinary ViT.
     """
 
-    defaults = {
-        **MAE.defaults,
-        "clusters": "",  # the folder that `python -m mae_jax cluster --from=...` wrote
-        "num_clusters": 0,  # m; 0: as many as it has
-        "centroid_width": 0,  # of its centroids; 0: as wide as they are
-        "experts": 8,  # E; remembered of the article, not checked
-        "blocks": "last_two_odd",  # those with experts, or '1,3', '6-11', 'all', 'last_half'; remembered likewise
-        "gate": "cluster",  # or token: a sparse mixture that chooses for each token, what the article contrasts with
-        "gate_weight": "straight",  # the expert's output times g / stop_gradient(g); or value: times g
-        "noise": 1.0,  # deviation of what is added to the gates' logits in training, times 1 / E (V-MoE)
-        "temperature": 1.0,  # of the gates' softmax
-        "balance_weight": 0.01,  # of the experts' imbalance; this and the two below are our choice
-        "confidence_weight": 0.01,  # of the gates' entropy
-        "distill_weight": 0.0,  # of the distance to the encoder that training starts from
-    }
+    defaults = fields.MOCE
 
     @staticmethod
     def validate(config: ConfigDict) -> None:

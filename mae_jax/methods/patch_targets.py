@@ -20,12 +20,6 @@ PIXELS = ("norm_pix", "pixel")
 GIVEN = "tokens"  # of another tokenizer: the batch field of this name
 SAMPLED = 16  # patches sampled per entry of the vocabulary, where there are as many (our choice)
 
-DEFAULTS = {
-    "target": "kmeans",  # tokens: kmeans, patches, projection, tokens (of data.tokens); pixels: norm_pix, pixel
-    "vocabulary": 8192,  # how many tokens, that of constant patches among them
-    "vocabulary_file": "",  # that mae_jax cluster wrote; '': built of training pictures before the first step
-}
-
 
 class PatchTargets:
     """The target that config.method names, and the loss of predicting it."""

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.errors import UserError
 from mae_jax.losses import segmentation
+from mae_jax.methods import fields
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params
 from mae_jax.models.heads import Head
 from mae_jax.models.vit import make_encoder
@@ -26,12 +27,7 @@ class Segment(Method):
     """
 
     learns_labels = True
-    defaults = {
-        "classes": 2,  # of the pixels, as numbers from 0; pixels of higher numbers are ignored
-        "background": 0,  # the class around things, for how well attention covers them; -1: none
-        "block": -1,  # whose tokens are classified; -1: the last, after the encoder's norm
-        "train_blocks": 0,  # how many of the last blocks learn with the head; -1: the whole encoder
-    }
+    defaults = fields.SEGMENT
 
     @staticmethod
     def validate(config: ConfigDict) -> None:

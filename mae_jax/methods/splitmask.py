@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 from mae_jax.data.masking import Order
 from mae_jax.errors import UserError
 from mae_jax.losses.contrastive import info_nce
+from mae_jax.methods import fields
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_decoder
-from mae_jax.methods.patch_targets import DEFAULTS, PatchTargets
+from mae_jax.methods.patch_targets import PatchTargets
 from mae_jax.models.vit import make_decoder, make_encoder
 from mae_jax.ops.flops import blocks_flops
 from mae_jax.ops.patches import grid, normalize, patch_values
@@ -23,15 +24,7 @@ class SplitMask(Method):
     With an odd number of patches, the last one of the order is in neither half, and both predict it.
     """
 
-    defaults = {
-        **DEFAULTS,
-        "decoder_width": 768,  # as the encoder of ViT-B: the article does not say
-        "decoder_depth": 2,
-        "decoder_heads": 12,
-        "match_weight": 1.0,  # of the contrastive loss beside that of the patches; 0: off
-        "temperature": 0.1,  # of the contrastive loss, on cosines; the article's value is not known to us
-        "normalise": True,  # cosines of the descriptors; False: products
-    }
+    defaults = fields.SPLITMASK
     sees_whole_batch = True
 
     @staticmethod

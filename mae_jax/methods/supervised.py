@@ -9,6 +9,7 @@ import optax
 from ml_collections import ConfigDict
 
 from mae_jax.errors import UserError
+from mae_jax.methods import fields
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices, pool
 from mae_jax.models.heads import Classifier
 from mae_jax.models.vit import make_encoder
@@ -24,19 +25,7 @@ CLASSES_UNKNOWN = 1000  # what plan and bench, which see no data, take `classes`
 class Supervised(Method):
     """An encoder and a linear classifier; all of it learns, or its last blocks, or the classifier alone."""
 
-    defaults = {
-        "classes": 0,  # 0: as many as the data has
-        "multi_label": False,  # pictures with any number of classes, in the batch field `labels` (VOC)
-        "head": "linear",  # or probe: behind a batch norm without scale and shift (MAE A.1)
-        "head_std": 2e-5,  # deviation of the head's first kernel; as published 0.01 for probes
-        "train_blocks": -1.0,  # the last so many blocks learn; -1: all; 0: the head alone; 0.5: the last block's MLP
-        "loss": "cross_entropy",  # or bce: binary, both labels of a mixed picture counting whole (DeiT III)
-        "smoothing": 0.0,  # of labels
-        "mixup": 0.0,  # α of Beta(α, α); 0: off
-        "cutmix": 0.0,
-        "mix_group": 8,  # rows that share one draw of the two; 0: the whole batch. 8 is ours: timm has a device's
-        "erase": 0.0,  # probability of random erasing
-    }
+    defaults = fields.SUPERVISED
     decayed = ("kernel",)
     learns_labels = names_classes = True
 

@@ -153,7 +153,8 @@ class Peers:
         self._parted: set[int] = set()
         self._leaving = False
         self._deadline = float("inf")
-        self._values = {(number, thread): queue.SimpleQueue() for number in lines for thread in THREADS}
+        self._values: dict[tuple[int, str], queue.SimpleQueue[Any]] = {
+            (number, thread): queue.SimpleQueue() for number in lines for thread in THREADS}
         self._done = 0
         self._stop_after: int | None = None
         self._at: dict[int, int] = {}  # process → step, while a step to stop after is agreed on

@@ -110,7 +110,8 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dic
     sharding, rows = batch_sharding(mesh), local_rows(mesh, batch_size)
 
     def place(value: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # JAX gives none for a scalar
             # The rows of a device are contiguous in the batch, and so they are among this process's ascending rows.
             start, stop, _ = index[0].indices(batch_size)
             first = int(np.searchsorted(rows, start))

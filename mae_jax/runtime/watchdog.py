@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from types import TracebackType
+from types import FrameType, TracebackType
 
 import jax
 from etils import epath
@@ -85,7 +85,8 @@ class Watchdog:
 def _stacks() -> str:
     """Returns what all threads are doing; touches no file, since a disk may be what hangs."""
     names, lines = {thread.ident: thread.name for thread in threading.enumerate()}, []
-    for number, frame in sys._current_frames().items():
+    for number, newest in sys._current_frames().items():
+        frame: FrameType | None = newest
         lines.append(f"\nThread {names.get(number, number)} (most recent call first):")
         while frame:
             code = frame.f_code

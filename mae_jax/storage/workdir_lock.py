@@ -202,12 +202,12 @@ class BucketLease:
         try:
             while not self._try(seen.generation if seen and time.monotonic() - since > DEAD else 0):
                 found, began = gcs.read(self.path), time.monotonic()
-                if seen is None and found is not None:
+                if found is None:  # its run has ended
+                    seen = None
+                elif seen is None:
                     logger.warning("%s was left by %s; waiting to see whether that run lives: up to %g s for a sign",
                                    self.path, _who(found.content), DEAD)
                     seen, since = found, time.monotonic()
-                elif found is None:  # its run has ended
-                    seen = None
                 elif found.generation != seen.generation:
                     raise UserError(f"{self.workdir} is in use by a living run: {_who(found.content)}; wait for its "
                                     "end or use another --workdir")

@@ -11,8 +11,7 @@ import optax
 from ml_collections import ConfigDict
 
 from mae_jax.durations import steps
-from mae_jax.methods import Method
-from mae_jax.methods.base import Params
+from mae_jax.methods.base import Method, Params
 from mae_jax.param_tree import path
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -126,7 +125,8 @@ def _add_decay(decay: Schedule, decayed: Mask) -> optax.GradientTransformation:
 
 def _adamw(o: ConfigDict, decay: Schedule, decayed: Mask) -> list[optax.GradientTransformation]:
     """AdamW as in PyTorch: decoupled weight decay is added before the multiplication by the learning rate."""
-    return [_adam(*o.betas, o.eps), _add_decay(decay, decayed)]
+    b1, b2 = o.betas
+    return [_adam(b1, b2, o.eps), _add_decay(decay, decayed)]
 
 
 def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:

@@ -16,7 +16,7 @@ from mae_jax import methods, param_tree
 from mae_jax.config import default, validate
 from mae_jax.durations import steps
 from mae_jax.errors import UserError
-from mae_jax.methods.base import Batch
+from mae_jax.methods.base import Batch, Method
 from mae_jax.runtime import sharding, startup_timer
 from mae_jax.state import TrainState
 from mae_jax.storage import paths
@@ -24,6 +24,7 @@ from mae_jax.training import warm_start, workdir
 from mae_jax.training.train_step import Program
 
 logger = logging.getLogger(__name__)
+CACHE = "jax_compilation_cache_dir"
 
 
 class Run(NamedTuple):
@@ -59,7 +60,7 @@ def prepare(config: ConfigDict, folder: epath.Path, trains: bool = True) -> Run:
                         "mae_jax export --for-task=vote makes one")
     if trains and method.learns_labels:
         data.check_apart(config.data, "train_split", "eval_split")
-    spec = method.eval_spec() if trains else methods.Method.eval_spec(method)
+    spec = method.eval_spec() if trains else Method.eval_spec(method)
     rows = sharding.local_rows(mesh, config.batch_size)
     inputs = data.build(config, spec, method.order(), rows, method.views() if trains else ())
     logger.info(inputs.description)
@@ -81,12 +82,12 @@ def device_batches(run: Run, start: int) -> Iterator[Batch]:
             yield ready.popleft()
 
 
-def pictures_on_host(run: Run) -> Iterator[Batch]:
+def pictures_on_host(run: Run) -> Iterator[dict[str, np.ndarray]]:
     """Yields the training split as evaluations see it, whole global batches of NumPy arrays, on all processes alike."""
     everywhere = sharding.replicated(run.program.mesh)
     for batch in run.inputs.support():
-        batch = sharding.to_devices(batch, run.program.mesh, run.config.batch_size)
-        yield jax.device_get(jax.device_put(batch, everywhere))
+        placed = sharding.to_devices(batch, run.program.mesh, run.config.batch_size)
+        yield jax.device_get(jax.device_put(placed, everywhere))
 
 
 def initial_state(run: Run, trains: bool = True) -> TrainState:
@@ -143,15 +144,15 @@ def compiled_programs(config: ConfigDict, folder: epath.Path) -> Iterator[None]:
     What is read there is executed. So only a run reads its own workdir's, and no command that looks into a workdir.
     """
     place = config.train.compilation_cache
-    before = jax.config.jax_compilation_cache_dir
+    before = getattr(jax.config, CACHE)
     if place == "auto":
         place = before or str(folder / "compiled")
-    jax.config.update("jax_compilation_cache_dir", place or None)
+    jax.config.update(CACHE, place or None)
     compilation_cache.reset_cache()
     try:
         yield
     finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update(CACHE, before)
         compilation_cache.reset_cache()
 
 

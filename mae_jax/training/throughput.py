@@ -9,7 +9,7 @@ import jax
 from mae_jax.runtime.console import clock
 
 if TYPE_CHECKING:
-    from mae_jax.methods import Method
+    from mae_jax.methods.base import Method
 import time
 from collections.abc import Callable
 from typing import Any

@@ -13,8 +13,7 @@ from ml_collections import ConfigDict
 
 from mae_jax import methods
 from mae_jax.errors import UserError
-from mae_jax.methods import Method
-from mae_jax.methods.base import Batch, Extras, Metrics, Params
+from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params
 from mae_jax.ops.partitioning import ROWS
 from mae_jax.param_tree import path
 from mae_jax.rng import stream_key

@@ -23,6 +23,8 @@ def main(*args: str) -> subprocess.CompletedProcess:
      "error: unknown config field 'lrr'; did you mean 'lr'?"),
     (["--config=configs/quikstart.py", "--workdir={}/run"],
      "error: cannot read the config file configs/quikstart.py: no such file or directory; did you mean 'quickstart'?"),
+    (["--config=quikstart:runlocal", "--workdir={}/run"],
+     "error: unknown recipe 'quikstart'; did you mean 'quickstart'?"),
     (["--config=configs/quickstart.py"], "error: --workdir must be given; --help shows an example"),
     (["--config=configs/quickstart.py:runlocal", "--workdir={}/run", "--config.data.image_size=(30,32)"],
      "error: data.image_size: height 30 is not a multiple of the patch size 4; nearest: 28 and 32"),
@@ -39,7 +41,7 @@ def test_a_mistake_on_the_command_line_ends_with_one_line_and_2_and_leaves_nothi
 def test_help_exits_0_and_shows_a_command_that_works():
     done = main("--help")
     assert done.returncode == 0
-    assert "python -m mae_jax.main --config=configs/quickstart.py --workdir=runs/quickstart" in done.stdout
+    assert "mae_jax train --config=quickstart --workdir=runs/quickstart" in done.stdout
     assert "--workdir" in done.stdout.split("Flags:")[1]
 
 

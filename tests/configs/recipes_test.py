@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 
 from mae_jax.config import steps, validate
 from mae_jax.errors import UserError
-from mae_jax.methods import Method, get
+from mae_jax.methods import get
+from mae_jax.methods.base import Method
 from mae_jax.models.vit import drop_path_rates
 from mae_jax.ops.patches import grid
 from mae_jax.param_tree import flatten

@@ -11,8 +11,7 @@ from ml_collections import ConfigDict
 from mae_jax import methods
 from mae_jax.config import default, validate
 from mae_jax.data.masking import rolled
-from mae_jax.methods import Method
-from mae_jax.methods.base import Batch, Extras, Params
+from mae_jax.methods.base import Batch, Extras, Method, Params
 from mae_jax.param_tree import path
 from mae_jax.state import TrainState
 from mae_jax.training import optim

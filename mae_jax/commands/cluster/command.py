@@ -1,6 +1,6 @@
 r"""Clusters pictures by the features of an encoder, for MoCE, or patches, to the vocabulary of masked prediction.
 
-  python -m mae_jax cluster --from=runs/mae --clusters=64 --to=runs/clusters
+  mae_jax cluster --from=runs/mae --clusters=64 --to=runs/clusters
 
 Pictures: the encoder of a workdir and the data that it was trained on (or those of --config) give clusters of nearly
 one size, which configs/moce.py takes as --config.method.clusters=runs/clusters. Features are computed once and kept in
@@ -8,7 +8,7 @@ the folder, in chunks of 16,384 pictures: the same command goes on where it was 
 nearest to each centroid.
 Several processes compute the features together, started as those of a run are (python -m mae_jax.main --help).
 
-  python -m mae_jax cluster --config=configs/splitmask_small.py:folder --config.data.path=/path/to/pictures \
+  mae_jax cluster --config=splitmask_small:folder --config.data.path=/path/to/pictures \
       --config.method.vocabulary=1024 --to=runs/vocabulary.npz
 
 Patches: what SplitMask and BEiT-style prediction are asked for. A run without a vocabulary builds the same before its
@@ -71,10 +71,13 @@ def main() -> int:
 
 def vocabulary() -> int:
     """Writes the vocabulary of the config's method. Returns the exit code."""
+    import jax.numpy as jnp
+
     from mae_jax import data, methods
     from mae_jax.config import validate
     from mae_jax.errors import UserError
     from mae_jax.losses import patch_tokens
+    from mae_jax.methods.patch_targets import PatchTargets
     from mae_jax.storage import vocabulary as storage_vocabulary
 
     config, file = CONFIG.value, paths.locate(TO.value)
@@ -93,11 +96,12 @@ def vocabulary() -> int:
     method = methods.get(config.method.name)(config)
     inputs = data.build(config, method.eval_spec(), method.order())
     print(inputs.description, flush=True)
-    entries, sample = method.targets.build(inputs.support())
+    entries, sample = PatchTargets(config).build(inputs.support())
     storage_vocabulary.save(file, entries, config.method.target)
     print(f"{file}: {len(entries)} entries and the token of constant patches")
     if config.method.target != "projection":  # directions are no pictures
-        named = np.asarray(patch_tokens.tokenize(sample[:SAMPLE], entries, config.method.target))
+        named = np.asarray(patch_tokens.tokenize(jnp.asarray(sample[:SAMPLE]), jnp.asarray(entries),
+                                                 config.method.target))
         most = np.argsort(-np.bincount(named, minlength=1 + len(entries))[1:], kind="stable")[:SHOWN]
         with picture.open("wb") as opened:
             Image.fromarray(_sheet(entries[most], tuple(config.model.patch))).save(opened, "PNG")

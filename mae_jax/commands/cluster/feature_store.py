@@ -13,8 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mae_jax.errors import UserError
-from mae_jax.methods import Method
-from mae_jax.methods.base import pool
+from mae_jax.methods.base import Method, pool
 from mae_jax.ops import spherical_kmeans
 from mae_jax.runtime import peers
 from mae_jax.runtime.sharding import replicated, to_devices

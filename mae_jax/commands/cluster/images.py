@@ -13,11 +13,10 @@ from mae_jax import errors
 from mae_jax.commands.cluster.feature_store import Features
 from mae_jax.data import Inputs, build
 from mae_jax.data.cluster_ids import Clusters, fingerprint
-from mae_jax.data.sources.base import Source
 from mae_jax.errors import UserError
 from mae_jax.evals.frozen_encoder import Frozen, frozen, with_data
 from mae_jax.evals.image_grid import tile
-from mae_jax.methods import Method
+from mae_jax.methods.base import Method
 from mae_jax.ops import spherical_kmeans
 from mae_jax.ops.patches import assemble, grid
 from mae_jax.param_tree import flat, judged
@@ -175,6 +174,8 @@ def nearest(made: Clusters, features: Features, split: str, shown: np.ndarray, m
 
 def picture(made: Clusters, config: ConfigDict, features: Features) -> np.ndarray:
     """Returns a grid of the pictures nearest to the centroids, a row per cluster, of at most SHOWN clusters."""
+    from mae_jax.data.sources.base import Source  # imports TensorFlow
+
     shown = np.unique(np.linspace(0, len(made.centroids) - 1, min(SHOWN, len(made.centroids))).astype(int))
     inputs = pictures(config, Frozen(config, -1))  # with the rows of all processes
     anywhere = isinstance(inputs.parts.get(config.data.train_split), Source)

@@ -1,20 +1,20 @@
 r"""Writes the parameters of a run as safetensors, which `init_from` and other libraries read, or copies a checkpoint.
 
-  python -m mae_jax export --from=runs/quickstart --to=quickstart.safetensors
-  python -m mae_jax export --from=runs/quickstart/checkpoints/1250 --to=quickstart.safetensors
-  python -m mae_jax export --from=runs/quickstart --layout=hf --to=FOLDER
-  python -m mae_jax export --from=runs/finetune --layout=timm --to=finetune.safetensors
+  mae_jax export --from=runs/quickstart --to=quickstart.safetensors
+  mae_jax export --from=runs/quickstart/checkpoints/1250 --to=quickstart.safetensors
+  mae_jax export --from=runs/quickstart --layout=hf --to=FOLDER
+  mae_jax export --from=runs/finetune --layout=timm --to=finetune.safetensors
 
 --layout=hf writes a folder that transformers' ViTMAEForPreTraining.from_pretrained reads; --layout=mae the names of the
 published MAE code; --layout=timm the encoder and its classifier with timm's names, and prints the arguments of
 timm.models.VisionTransformer. The batch norm of a probe is folded into its head.
 
-  python -m mae_jax export --from=runs/quickstart --to=gs://BUCKET/quickstart/
+  mae_jax export --from=runs/quickstart --to=gs://BUCKET/quickstart/
 
 A --to that does not end in .safetensors is a folder, local or gs://: the newest good checkpoint is copied there with
 its config.json, all of it, and verified by reading it back. `init_from`, --mode=eval and training go on from there.
 
-  python -m mae_jax export --from=runs/moce --for-task=vote --config=configs/folder.py --to=pets.safetensors \
+  mae_jax export --from=runs/moce --for-task=vote --config=folder --to=pets.safetensors \
       --config.data.path=/path/to/pets
 
 --for-task cuts one ordinary encoder out of a mixture of experts (method.name=moce), for the training pictures of the
@@ -117,5 +117,5 @@ def for_task(*args: Any) -> Any:
     from mae_jax.errors import UserError
 
     if args[3] is None:
-        raise UserError("--for-task needs the task's data: --config=configs/folder.py --config.data.path=...")
+        raise UserError("--for-task needs the task's data: --config=folder --config.data.path=...")
     return customise(*args)

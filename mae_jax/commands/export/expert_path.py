@@ -18,8 +18,8 @@ from mae_jax.errors import UserError
 from mae_jax.evals import linear_probe
 from mae_jax.evals.accumulators import Rows
 from mae_jax.evals.frozen_encoder import Frozen, frozen, with_data
-from mae_jax.methods import Method, get
-from mae_jax.methods.base import pool
+from mae_jax.methods import get
+from mae_jax.methods.base import Method, pool
 from mae_jax.methods.moce import MoCE
 from mae_jax.models.upcycling import along
 from mae_jax.runtime import sharding

@@ -1,8 +1,8 @@
 """Looks at a data set: counts, broken pictures, speed, and a grid as the model will see it; or stores it once, resized.
 
-  python -m mae_jax inspect --config=configs/folder.py --config.data.path=/pictures --to=grid.png
-  python -m mae_jax inspect --config=configs/folder.py --config.data.path=/pictures --write=tfrecord --size=256 --to=DIR
-  python -m mae_jax inspect --config=configs/quickstart.py --write=batches --steps=200 --to=DIR
+  mae_jax inspect --config=folder --config.data.path=/pictures --to=grid.png
+  mae_jax inspect --config=folder --config.data.path=/pictures --write=tfrecord --size=256 --to=DIR
+  mae_jax inspect --config=quickstart --write=batches --steps=200 --to=DIR
 
 --write=tfrecord is read back with data.source=tfrecord and data.path=DIR; array_record, which has random access, with
 data.source=tfds, data.name=pictures and data.path=DIR; batches, which need no TensorFlow, with data.source=batches and
@@ -31,7 +31,7 @@ from mae_jax.storage import paths
 
 if TYPE_CHECKING:
     from mae_jax.data import Batch, Inputs
-    from mae_jax.methods import Method
+    from mae_jax.methods.base import Method
 
 REQUIRED = ("config",)
 CONFIG = cli.define_config()

@@ -1,8 +1,8 @@
 """Plans a run before any device is rented: compiles its train step for a TPU that is not there, and prints one page.
 
-  python -m mae_jax plan --config=configs/vit_l_mae.py --topology=v3:8x8
-  python -m mae_jax plan --config=configs/quickstart.py --devices=8
-  python -m mae_jax plan --config=configs/vit_l_mae.py --topology=v3:8x8 \\
+  mae_jax plan --config=vit_l_mae --topology=v3:8x8
+  mae_jax plan --config=quickstart --devices=8
+  mae_jax plan --config=vit_l_mae --topology=v3:8x8 \\
       --sweep='batch_size=2048,4096;model.remat=none,full'
 
 Topologies are v2, v3, v4, v5e, v5p, v6e and 7x with the chips along each dimension; they need libtpu, the extra

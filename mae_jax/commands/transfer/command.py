@@ -1,11 +1,11 @@
 r"""Fine-tunes or probes one encoder on many data sets, one after the other: one table, one plot.
 
-  python -m mae_jax transfer --config=configs/transfer.py --names=cifar10,dtd --from=runs/pretrained --to=runs/suite
-  python -m mae_jax transfer --config=configs/transfer.py --names=cars --protocols=finetune,linear,quick \
+  mae_jax transfer --config=transfer --names=cifar10,dtd --from=runs/pretrained --to=runs/suite
+  mae_jax transfer --config=transfer --names=cars --protocols=finetune,linear,quick \
       --from=vit_l.safetensors --to=runs/cars --config.train.duration='10000 steps'
-  python -m mae_jax transfer --config=configs/transfer.py --names=cifar10 --blocks=0,0.5,1,2,4,all \
+  mae_jax transfer --config=transfer --names=cifar10 --blocks=0,0.5,1,2,4,all \
       --from=runs/pretrained --to=runs/blocks
-  python -m mae_jax transfer --config=configs/quickstart.py --protocols=quick --from=runs/quickstart --to=runs/quick
+  mae_jax transfer --config=quickstart --protocols=quick --from=runs/quickstart --to=runs/quick
 
 A cell is a data set, a protocol and a number of blocks. It is trained in its own workdir TO/<cell> as by mae_jax.main,
 from the encoder of --from, whose shape and image size it takes, and the values that a recipe has for that size; what

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from mae_jax import config as configs
 from mae_jax import errors
+from mae_jax.commands import recipes
 from mae_jax.commands.transfer.report import ALL, QUICK, Cell, Row, joined, stored, table, write
 from mae_jax.config import SIZES
 from mae_jax.errors import GuardError, UserError
@@ -22,10 +23,10 @@ DATA_GROUPS = ("data", "eval", "mesh", "log")  # of the recipe, when the encoder
 
 
 class Recipe:
-    """A config file, the arguments that were given with it, and the overrides of the command line."""
+    """A recipe by name or path, the arguments that were given with it, and the overrides of the command line."""
 
     def __init__(self, config: str, overrides: dict[str, Any]):
-        file, _, self.arg = config.partition(":")
+        file, _, self.arg = recipes.locate(config).partition(":")
         self.overrides = overrides
         self.module = _module(Path(file))
         self.stem = Path(file).stem

@@ -2,7 +2,7 @@
 
 import bisect
 import hashlib
-import importlib
+import importlib.util
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -51,8 +51,9 @@ class Source:
 
     def only(self, indices: np.ndarray) -> "Source":
         """Returns the source of these examples, in this order."""
+        label = self.label
         return Source(len(indices), lambda i: self.read(int(indices[i])), lambda i: self.name(int(indices[i])),
-                      self.classes, self.fields, self.label and (lambda i: self.label(int(indices[i]))))
+                      self.classes, self.fields, label and (lambda i: label(int(indices[i]))))
 
     def sliced(self, split: splits.Split) -> "Source":
         """Returns the part of this split that an expression names."""

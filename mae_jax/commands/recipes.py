@@ -1,0 +1,136 @@
+"""Recipes by name or path, and their fields with what the table of defaults says of each. Imports no JAX."""
+
+import ast
+import difflib
+import io
+import tokenize
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import mae_jax
+from mae_jax.errors import UserError, nearest
+
+NAMED = 8  # recipes that a message lists, at most
+VALUE_WIDTH = 36  # columns of --help up to where comments begin
+
+
+def folder() -> Path:
+    """Returns where the recipes are: inside an installed package, beside it in a checkout."""
+    package = Path(mae_jax.__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def names() -> list[str]:
+    """Returns the names of the recipes that belong to the package."""
+    return sorted(file.stem for file in folder().glob("*.py") if file.stem != "__init__")
+
+
+def locate(recipe: str) -> str:
+    """Returns 'path[:argument]' for a recipe 'name[:argument]'; a path, with a '/' or ending in .py, stays as it is.
+
+    Raises:
+      UserError: no recipe has the name.
+    """
+    name, colon, arg = recipe.partition(":")
+    if "/" in name or name.endswith(".py"):
+        return recipe
+    if name not in names():
+        raise UserError(f"unknown recipe {name!r}; {alike(name, names())}; a file of your own is given as a path, "
+                        f"./{name or 'recipe'}.py")
+    return f"{folder() / name}.py{colon}{arg}"
+
+
+def alike(name: str, known: list[str]) -> str:
+    """Returns the end of an error line: the nearest of the known names, and how many more there are."""
+    close = difflib.get_close_matches(name, known, n=NAMED, cutoff=0)
+    more = f" and {len(known) - NAMED} more" if len(known) > NAMED else ""
+    return nearest(name, close) + more
+
+
+def with_paths(argv: list[str]) -> list[str]:
+    """Returns the command line with the path of the recipe that --config names; raises UserError for an unknown name.
+
+    ml_collections loads recipes by path.
+    """
+    out = list(argv)
+    for at, arg in enumerate(argv):
+        flag, equals, value = arg.partition("=")
+        if flag not in ("--config", "-config"):
+            continue
+        if equals:
+            out[at] = f"{flag}={locate(value)}"
+        elif at + 1 < len(argv):
+            out[at + 1] = locate(argv[at + 1])
+    return out
+
+
+def fields(config: ConfigDict) -> str:
+    """Returns the fields of a config, one a line: name, value, and the comment of its default."""
+    said = _comments("config.py", "DEFAULTS")
+    said |= {f"method.{name}": text for name, text in _own_comments(config.method.name).items()}
+    lines = [(f"  {name}={value!r}", said.get(name, "")) for name, value in _leaves(config.to_dict())]
+    return "\n".join(f"{line:<{VALUE_WIDTH}}  # {text}" if text else line for line, text in lines)
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _own_comments(method: str) -> dict[str, str]:
+    """Returns what is said of the own fields of a method; nothing for one that is not in the package's table."""
+    table = _assigned(ast.parse(_source("methods/fields.py")), "TABLE")
+    rows = {ast.literal_eval(key): ast.unparse(value) for key, value in zip(table.keys, table.values, strict=True)
+            if key is not None}
+    return _comments("methods/fields.py", rows[method]) if method in rows else {}
+
+
+def _comments(file: str, name: str) -> dict[str, str]:
+    """Returns {'data.path': comment} of the dict that is assigned to a name in a module of the package.
+
+    A comment is at the end of the line of a field's value, which has no other field, or on lines of its own before.
+    """
+    source = _source(file)
+    tree, said, alone = ast.parse(source), {}, set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            said[token.start[0]] = token.string.lstrip("# ")
+            if not token.line[:token.start[1]].strip():
+                alone.add(token.start[0])
+
+    def before(line: int) -> str:
+        lines: list[str] = []
+        while (line := line - 1) in alone:
+            lines.insert(0, said[line])
+        return " ".join(lines)
+
+    def walk(table: ast.Dict, prefix: str) -> Iterator[tuple[str, str]]:
+        for key, value in zip(table.keys, table.values, strict=True):
+            if key is None:
+                if isinstance(value, ast.Name):  # **OTHER
+                    yield from walk(_assigned(tree, value.id), prefix)
+            elif isinstance(value, ast.Dict):
+                yield from walk(value, f"{prefix}{ast.literal_eval(key)}.")
+            elif text := said.get(value.end_lineno or 0) or before(key.lineno):
+                yield f"{prefix}{ast.literal_eval(key)}", text
+
+    return dict(walk(_assigned(tree, name), ""))
+
+
+def _assigned(tree: ast.Module, name: str) -> ast.Dict:
+    """Returns the dict that a module assigns to a name."""
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict) and ast.unparse(node.target) == name:
+            return node.value
+    raise LookupError(f"no table {name} in {tree}")
+
+
+def _source(file: str) -> str:
+    return (Path(mae_jax.__file__).parent / file).read_text()

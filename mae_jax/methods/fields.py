@@ -1,0 +1,104 @@
+"""The own config fields of each method, under `config.method`: importing this imports no JAX, so that --help is fast.
+
+A plug-in's class states its own as `defaults`.
+"""
+
+from typing import Any
+
+PATCH_TARGETS: dict[str, Any] = {
+    "target": "kmeans",  # tokens: kmeans, patches, projection, tokens (of data.tokens); pixels: norm_pix, pixel
+    "vocabulary": 8192,  # how many tokens, that of constant patches among them
+    "vocabulary_file": "",  # that mae_jax cluster wrote; '': built of training pictures before the first step
+}
+MAE: dict[str, Any] = {
+    "mask_ratio": 0.75,
+    "masking": "random",  # random, block (BEiT's), grid (one patch kept of each 2 × 2); MAE Table 1f
+    "target": "norm_pix",  # norm_pix, pixel, pca (MAE Table 1d)
+    "decoder_width": 512,
+    "decoder_depth": 8,
+    "decoder_heads": 16,
+    "encoder_mask_tokens": False,  # the ablation of MAE Table 1c
+}
+BEIT: dict[str, Any] = {
+    **PATCH_TARGETS,
+    "masked": 75,  # of 196 patches
+    "masking": "block",  # or random
+}
+SPLITMASK: dict[str, Any] = {
+    **PATCH_TARGETS,
+    "decoder_width": 768,  # as the encoder of ViT-B: the article does not say
+    "decoder_depth": 2,
+    "decoder_heads": 12,
+    "match_weight": 1.0,  # of the contrastive loss beside that of the patches; 0: off
+    "temperature": 0.1,  # of the contrastive loss, on cosines; the article's value is not known to us
+    "normalise": True,  # cosines of the descriptors; False: products
+}
+MIXEDAE: dict[str, Any] = {
+    "ratio": 0.25,  # r: the share of its patches that a picture gives to a mixed sequence (the article's default)
+    "mixing": "compose",  # each picture in one mix; or full: in G of them, with G times the work
+    "attention": "topk",  # homologous; all: naive mixing; oracle: the true sources, which only the mixing knows
+    "keep": 0,  # K, keys that a query keeps, itself included; 0: r · N, which the article is taken to mean
+    "blocks": "all",  # with that attention, likewise: first_half, last_half, '6-11', '0,2'
+    "segments": True,  # a learned embedding tells tokens of different pictures apart; the ablation leaves it out
+    "contrast_weight": 0.1,  # of the homologous contrast; remembered of the article, not checked; 0: off
+    "temperature": 0.25,  # of the contrast, likewise
+    "projection": 256,  # width of the contrast's features, behind one hidden layer: our choice; 0: none
+    "target": "norm_pix",
+    "decoder_width": 512,
+    "decoder_depth": 8,
+    "decoder_heads": 16,
+}
+MOCE: dict[str, Any] = {
+    **MAE,
+    "clusters": "",  # the folder that `python -m mae_jax cluster --from=...` wrote
+    "num_clusters": 0,  # m; 0: as many as it has
+    "centroid_width": 0,  # of its centroids; 0: as wide as they are
+    "experts": 8,  # E; remembered of the article, not checked
+    "blocks": "last_two_odd",  # those with experts, or '1,3', '6-11', 'all', 'last_half'; remembered likewise
+    "gate": "cluster",  # or token: a sparse mixture that chooses for each token, what the article contrasts with
+    "gate_weight": "straight",  # the expert's output times g / stop_gradient(g); or value: times g
+    "noise": 1.0,  # deviation of what is added to the gates' logits in training, times 1 / E (V-MoE)
+    "temperature": 1.0,  # of the gates' softmax
+    "balance_weight": 0.01,  # of the experts' imbalance; this and the two below are our choice
+    "confidence_weight": 0.01,  # of the gates' entropy
+    "distill_weight": 0.0,  # of the distance to the encoder that training starts from
+}
+DINO: dict[str, Any] = {
+    "out_dim": 65_536,  # K, of the head; about 1,024 for small data
+    "head_width": 2048,
+    "bottleneck": 256,
+    "local_views": 8,  # small views of each picture
+    "local_size": (96, 96),  # height, width in pixels
+    "global_scale": (0.4, 1.0),  # share of the picture's area
+    "local_scale": (0.05, 0.4),
+    "blur": (0.1, 2.0),  # standard deviation in pixels, of views of 224; smaller pictures want less
+    "temperature": 0.1,  # of the student
+    "teacher_temperature": 0.04,
+    "first_teacher_temperature": 0.04,  # rises to the other during temperature_warmup
+    "temperature_warmup": "0 epochs",
+    "momentum": 0.996,  # of the teacher; half a cosine takes it to 1
+    "center_momentum": 0.9,
+    "freeze_last": "1 epochs",  # how long the directions of the head's last layer stay
+}
+SUPERVISED: dict[str, Any] = {
+    "classes": 0,  # 0: as many as the data has
+    "multi_label": False,  # pictures with any number of classes, in the batch field `labels` (VOC)
+    "head": "linear",  # or probe: behind a batch norm without scale and shift (MAE A.1)
+    "head_std": 2e-5,  # deviation of the head's first kernel; as published 0.01 for probes
+    "train_blocks": -1.0,  # the last so many blocks learn; -1: all; 0: the head alone; 0.5: the last block's MLP
+    "loss": "cross_entropy",  # or bce: binary, both labels of a mixed picture counting whole (DeiT III)
+    "smoothing": 0.0,  # of labels
+    "mixup": 0.0,  # α of Beta(α, α); 0: off
+    "cutmix": 0.0,
+    "mix_group": 8,  # rows that share one draw of the two; 0: the whole batch. 8 is ours: timm has a device's
+    "erase": 0.0,  # probability of random erasing
+}
+SEGMENT: dict[str, Any] = {
+    "classes": 2,  # of the pixels, as numbers from 0; pixels of higher numbers are ignored
+    "background": 0,  # the class around things, for how well attention covers them; -1: none
+    "block": -1,  # whose tokens are classified; -1: the last, after the encoder's norm
+    "train_blocks": 0,  # how many of the last blocks learn with the head; -1: the whole encoder
+}
+TABLE: dict[str, dict[str, Any]] = {  # by the name of the method
+    "beit": BEIT, "dino": DINO, "mae": MAE, "mixedae": MIXEDAE, "moce": MOCE,
+    "segment": SEGMENT, "splitmask": SPLITMASK, "supervised": SUPERVISED}
