@@ -25,10 +25,10 @@ Arrays = dict[str, np.ndarray]
 
 def stored_config(workdir: str | Path) -> ConfigDict:
     """Returns the config of a workdir, read as a resumed run reads it: old names of fields are mapped there."""
-    from mae_jax import files
-    from mae_jax import workdir as workdirs
+    from mae_jax.storage import paths
+    from mae_jax.training import workdir as workdirs
 
-    return workdirs.read_config(files.locate(str(workdir)))
+    return workdirs.read_config(paths.locate(str(workdir)))
 
 
 def changed(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
@@ -40,53 +40,53 @@ def changed(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
 
 def train(config: ConfigDict, workdir: Path) -> int:
     """Trains or resumes a run. Returns the exit code."""
-    from mae_jax import train as loop
+    from mae_jax.training import loop
 
     return loop.train(config, str(workdir))
 
 
 def evaluate(workdir: Path) -> int:
     """Does what --mode=eval does. Returns the exit code."""
-    from mae_jax import train as loop
+    from mae_jax.training import loop
 
     return loop.evaluate(str(workdir))
 
 
 def export(source: Path, to: Path, layout: str = "mae_jax") -> int:
     """Exports parameters, or with a folder as `to` a whole checkpoint. Returns the exit code."""
-    from mae_jax import export as exports
+    from mae_jax.commands.export import command
 
-    return exports.export(str(source), str(to), layout)
+    return command.export(str(source), str(to), layout)
 
 
 def export_for_task(source: Path, to: Path, task: ConfigDict) -> int:
     """Exports the path of experts that the task's images vote for. Returns the exit code."""
-    from mae_jax import export as exports
+    from mae_jax.commands.export import command
 
-    return exports.export(str(source), str(to), "mae_jax", task, "vote")
+    return command.export(str(source), str(to), "mae_jax", task, "vote")
 
 
 def batches(config: ConfigDict, start: int, count: int) -> list[Arrays]:
     """Returns the batches of the steps start, ..., start + count - 1."""
-    from mae_jax import files
-    from mae_jax import train as loop
+    from mae_jax.storage import paths
+    from mae_jax.training.run import prepare
 
-    run = loop.prepare(config, files.locate("unwritten"))
+    run = prepare(config, paths.locate("unwritten"))
     return list(islice(run.inputs.train(start), count))
 
 
 def parameters(source: Path) -> Arrays:
     """Returns path → array of what evaluations would use of a workdir, or of an exported file."""
-    from mae_jax.checkpoint import load_params
-    from mae_jax.params import flatten, judged
+    from mae_jax.param_tree import flatten, judged
+    from mae_jax.storage.checkpoint import load_params
 
     return {name: np.asarray(leaf) for name, leaf in flatten(judged(load_params(source, True, True))[0]).items()}
 
 
 def saved(workdir: Path) -> Arrays:
     """Returns path → array of the newest checkpoint: params/..., extras/... and, where there is an average, ema/..."""
-    from mae_jax.checkpoint import load_params
-    from mae_jax.params import flatten
+    from mae_jax.param_tree import flatten
+    from mae_jax.storage.checkpoint import load_params
 
     last, average = (flatten(load_params(workdir, ema=ema, extras=True)) for ema in (False, True))
     found = {name if name.startswith("extras/") else f"params/{name}": leaf for name, leaf in last.items()}
@@ -97,17 +97,17 @@ def saved(workdir: Path) -> Arrays:
 
 def items(workdir: Path, step: int = TOTAL) -> dict[str, list]:
     """Returns path → shape, dtype and two words of checksum of all that a checkpoint holds, read and verified."""
-    from mae_jax import files
-    from mae_jax.checkpoint import read_back
+    from mae_jax.storage import paths
+    from mae_jax.storage.checkpoint import read_back
 
-    return read_back(files.locate(str(workdir / "checkpoints" / str(step))))
+    return read_back(paths.locate(str(workdir / "checkpoints" / str(step))))
 
 
 def warm_start(config: ConfigDict, source: Path) -> Arrays:
     """Returns path → array of what a run of this config takes from `source` as its init_from."""
     from mae_jax import methods
-    from mae_jax.params import flatten
-    from mae_jax.warm_start import load
+    from mae_jax.param_tree import flatten
+    from mae_jax.training.warm_start import load
 
     config = changed(config, {"init_from": str(source)})
     method = methods.get(config.method.name)(config)
