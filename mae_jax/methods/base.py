@@ -151,6 +151,13 @@ class Method:
         """
         return extras
 
+    def stored_vocabulary(self) -> tuple[str, str, tuple[int, int]] | None:
+        """Returns file, kind and shape (V - 1, P) of the vocabulary that the extras begin with, where one is given.
+
+        The run reads it: a method does no IO.
+        """
+        return None
+
     def check(self, extras: Extras) -> None:
         """Raises UserError where restored extras do not belong to what the config names."""
 

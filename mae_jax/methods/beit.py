@@ -62,6 +62,9 @@ class BEiT(Method):
     def fit(self, params: Params, extras: Extras, pictures: Iterable[dict[str, np.ndarray]] | None) -> Extras:
         return self.targets.fit(extras, pictures)
 
+    def stored_vocabulary(self) -> tuple[str, str, tuple[int, int]] | None:
+        return self.targets.stored_vocabulary()
+
     def predict(self, params: Params, batch: Batch, keep: jax.Array | None = None) -> jax.Array:
         """Returns float32 [B, M, outputs] for the masked patches, the last M of the order."""
         pixels = normalize(batch["patches"][:, : -self.masked])

@@ -14,7 +14,6 @@ from mae_jax.methods import patch_vocabulary
 from mae_jax.methods.base import Extras
 from mae_jax.ops.patches import normalize, patch_values
 from mae_jax.rng import rng
-from mae_jax.storage import vocabulary
 
 PIXELS = ("norm_pix", "pixel")
 GIVEN = "tokens"  # of another tokenizer: the batch field of this name
@@ -54,12 +53,14 @@ class PatchTargets:
         return {"vocabulary": jnp.zeros((self.size - 1, self.values), jnp.float32)} if self.built else {}
 
     def fit(self, extras: Extras, pictures: Iterable[dict[str, np.ndarray]] | None) -> Extras:
-        """Reads the vocabulary, or builds it of patches of training pictures; see `tokens.load` and `tokens.build`."""
-        if not self.built or pictures is None:
+        """Builds the vocabulary of patches of training pictures, where none was given; see `patch_vocabulary.build`."""
+        if not self.built or self.file or pictures is None:
             return extras
-        if self.file:
-            return {**extras, "vocabulary": vocabulary.load(self.file, self.kind, (self.size - 1, self.values))}
         return {**extras, "vocabulary": self.build(pictures)[0]}
+
+    def stored_vocabulary(self) -> tuple[str, str, tuple[int, int]] | None:
+        """See `Method.stored_vocabulary`."""
+        return (self.file, self.kind, (self.size - 1, self.values)) if self.built and self.file else None
 
     def build(self, pictures: Iterable[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
         """Returns a vocabulary float32 [V - 1, P], and the patches uint8 [n, P] that it was built of."""

@@ -64,6 +64,9 @@ class SplitMask(Method):
     def fit(self, params: Params, extras: Extras, pictures: Iterable[dict[str, np.ndarray]] | None) -> Extras:
         return self.targets.fit(extras, pictures)
 
+    def stored_vocabulary(self) -> tuple[str, str, tuple[int, int]] | None:
+        return self.targets.stored_vocabulary()
+
     def branches(self, values: jax.Array) -> jax.Array:
         """Cuts [B, N, ...] into halves [2B, N // 2, ...]: rows 2b and 2b + 1 are the halves A and B of picture b."""
         return values[:, : 2 * self.half].reshape(2 * len(values), self.half, *values.shape[2:])

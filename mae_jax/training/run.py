@@ -19,7 +19,7 @@ from mae_jax.errors import UserError
 from mae_jax.methods.base import Batch, Method
 from mae_jax.runtime import sharding, startup_timer
 from mae_jax.state import TrainState
-from mae_jax.storage import paths
+from mae_jax.storage import paths, vocabulary
 from mae_jax.training import warm_start, workdir
 from mae_jax.training.train_step import Program
 
@@ -107,7 +107,9 @@ def initial_state(run: Run, trains: bool = True) -> TrainState:
         logger.info("init_from %s: %s", run.config.init_from, report)
         state = state._replace(params=merged, ema=jax.tree.map(lambda x: x.copy(), merged) if state.ema else {})
     pictures = pictures_on_host(run) if trains else None
-    fitted = run.program.method.fit(state.params, state.extras, pictures)
+    stored = run.program.method.stored_vocabulary() if trains else None
+    extras = {**state.extras, "vocabulary": vocabulary.load(*stored)} if stored else state.extras
+    fitted = run.program.method.fit(state.params, extras, pictures)
     if fitted is not state.extras:
         state = state._replace(extras=param_tree.place(fitted, state.extras))
     return state
