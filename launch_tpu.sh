@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU slice: creates it, installs this commit on all its workers, runs, and starts again until the run
-# is done. `./launch_tpu.sh --help` shows an example. What the workers do is in launch_tpu_worker.sh.
+# is done. `./launch_tpu.sh --help` shows an example. What the workers do is in scripts/launch_tpu_worker.sh.
 set -euo pipefail
 
 # A machine that was taken away closes no connection: without these, ssh would wait for it for ever.
@@ -95,7 +95,7 @@ check_commit() {
   local changed
   commit=$(git -C "$root" rev-parse --quiet --verify HEAD 2>/dev/null) ||
     fail "$root is not a git checkout; what runs on the workers is a commit"
-  changed=$(git -C "$root" status --porcelain -- launch_tpu_worker.sh setup.py pyproject.toml configs mae_jax)
+  changed=$(git -C "$root" status --porcelain -- scripts/launch_tpu_worker.sh setup.py pyproject.toml configs mae_jax)
   [[ ! $changed ]] || fail "not committed, so it would not run: ${changed%%$'\n'*}; commit it or stash it"
 }
 
@@ -136,7 +136,7 @@ cloud() { shown gcloud compute tpus "$@" --zone="$zone" ${project:+"--project=$p
 on_workers() { # WORD...: on all workers; on one alone, JAX would wait for the others
   local text
   printf -v text ' %q' "$@"
-  cloud tpu-vm ssh "$name" --worker=all "${SSH_FLAGS[@]}" --command="bash mae_jax/src/launch_tpu_worker.sh$text"
+  cloud tpu-vm ssh "$name" --worker=all "${SSH_FLAGS[@]}" --command="bash mae_jax/src/scripts/launch_tpu_worker.sh$text"
 }
 
 list() { # tpu-vm|queued-resources: NAME,STATE of all in the zone
@@ -180,7 +180,7 @@ install() {
   date=$(git -C "$root" show -s --format=%cI "$commit")
   cloud tpu-vm scp "$archive" "$name:mae_jax.tar.gz" --worker=all &&
     cloud tpu-vm ssh "$name" --worker=all "${SSH_FLAGS[@]}" --command="mkdir -p mae_jax/new &&\
- tar -xzf mae_jax.tar.gz -C mae_jax/new && bash mae_jax/new/launch_tpu_worker.sh install $commit $date" &&
+ tar -xzf mae_jax.tar.gz -C mae_jax/new && bash mae_jax/new/scripts/launch_tpu_worker.sh install $commit $date" &&
     slice=installed
 }
 

@@ -17,7 +17,7 @@ from tests.helpers.fake_cloud import SLICE, TRAIN, Cloud, interrupt
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the workers' part needs Linux's flock and setsid")
 
-SCRIPTS = [Path("launch_tpu.sh").resolve(), Path("launch_tpu_worker.sh").resolve()]
+SCRIPTS = [Path("launch_tpu.sh").resolve(), Path("scripts/launch_tpu_worker.sh").resolve()]
 DELETE = "./launch_tpu.sh delete --name=vit-l --zone=z-1"
 
 

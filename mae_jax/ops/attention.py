@@ -77,7 +77,7 @@ def _apart(x: jax.Array, heads: int) -> jax.Array:
     return x.reshape(*x.shape[:2], heads, -1)
 
 
-# On TPUs what bounds attention is the way to and from memory (bench/results/tpu_step.md), so that
+# On TPUs what bounds attention is the way to and from memory (benchmarks/results/tpu_step.md), so that
 # - scores stay out of memory. XLA fuses a product with what follows it, but not with two things in turn: the product is
 #   taken three times, for the largest score, for the sum, and for the weights. Barriers keep XLA from merging them.
 # - as many heads as fill the lanes stay side by side (S heads in one group of lanes, where a head has a half of them):

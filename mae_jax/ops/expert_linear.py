@@ -13,7 +13,7 @@ from mae_jax.ops import partitioning
 # Sums over the rows of a group: both operands are cut into groups along their rows, and the result has one per group.
 OUTER = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
-ROWS_OF_A_TILE = 1024  # longer tiles are emptier, for shorter ones more kernels are copied (bench/experts.py)
+ROWS_OF_A_TILE = 1024  # longer tiles are emptier, for shorter ones more kernels are copied (benchmarks/experts.py)
 
 
 @jax.custom_vjp
@@ -23,7 +23,7 @@ def expert_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array, expert: jax.
     On TPUs a device puts its images in the order of their experts and multiplies them group by group
     (`jax.lax.ragged_dot`; how fast that is was not measured). Elsewhere that would multiply with all experts: on GPUs
     images go into tiles of one expert each, on CPUs it goes from image to image, but by tiles where images are single
-    tokens (bench/experts.py has the ways side by side). The gradient of the kernel is summed, and leaves, in the dtype
+    tokens (benchmarks/experts.py has the ways side by side). The gradient of the kernel is summed, and leaves, in the dtype
     of the kernel, and goes straight to the devices that hold its pieces.
 
     Args:

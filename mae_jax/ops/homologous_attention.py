@@ -64,7 +64,7 @@ def kth_largest(values: jax.Array, k: int) -> jax.Array:
     """Returns the k-th largest of each row of float32 [..., T], as [..., 1]; exactly.
 
     By bisection on CPUs, where no sort is as fast, and on TPUs, where no way was timed; by sorting on GPUs, where a
-    sort of floats takes a quarter of this loop's time (`bench/topk.py`).
+    sort of floats takes a quarter of this loop's time (`benchmarks/top_k.py`).
     """
     bisected = partial(_bisected, k)
     return jax.lax.platform_dependent(values, cpu=bisected, tpu=bisected, default=partial(_sorted, k))

@@ -1,6 +1,6 @@
 """Kills, freezes and stops processes of a run at random moments, and compares what comes out with an untouched run.
 
-  python -m tests.faults.processes --rounds=20 --seed=0 --to=bench/results/processes_campaign.jsonl
+  python -m tests.faults.processes --rounds=20 --seed=0 --to=tests/faults/results/processes_campaign.jsonl
 
 Each round starts a run of two processes with one device each, does one thing to one of them at a random moment after
 they have met, waits for all to end, starts the same commands again, and compares the last state bit for bit, and the
@@ -211,6 +211,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="of each fault")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--to", type=Path, default=Path("bench/results/processes_campaign.jsonl"))
+    parser.add_argument("--to", type=Path, default=Path("tests/faults/results/processes_campaign.jsonl"))
     arguments = parser.parse_args()
     campaign(arguments.rounds, arguments.seed, arguments.to)

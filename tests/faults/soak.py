@@ -1,6 +1,6 @@
 """Many faults at random moments, drawn by a seed: what comes out must be what an undisturbed run makes, bit for bit.
 
-  python -m tests.faults.soak --faults=200 --seed=0 --to=bench/results/soak.jsonl
+  python -m tests.faults.soak --faults=200 --seed=0 --to=tests/faults/results/soak.jsonl
 
 Each trial takes one setting (a process with one device, one with four and a sharded state, two processes, a process
 whose workdir is in a bucket, served over HTTP) and one to four faults. For each fault it starts the run and strikes at
@@ -159,6 +159,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--to", type=Path, default=Path("bench/results/soak.jsonl"))
+    parser.add_argument("--to", type=Path, default=Path("tests/faults/results/soak.jsonl"))
     options = parser.parse_args()
     print(campaign(options.faults, options.seed, options.to))

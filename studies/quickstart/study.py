@@ -1,8 +1,8 @@
 """Does the quickstart learn? Three seeds; probes of raw pixels, of the untrained and of the trained encoder.
 
-  python bench/quickstart_seeds.py            (about 15 minutes on 2 cores; goes on where it was stopped)
+  python studies/quickstart/study.py            (about 15 minutes on 2 cores; goes on where it was stopped)
 
-One JSON line per seed in bench/results/quickstart_seeds.jsonl, the table in bench/results/quickstart_seeds.md.
+One JSON line per seed in studies/quickstart/results.jsonl, the table in studies/quickstart/results.md.
 """
 
 import json
@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 SEEDS = (0, 1, 2)
-RESULTS = Path(__file__).parent / "results" / "quickstart_seeds.jsonl"
+RESULTS = Path(__file__).parent / "results.jsonl"
 ROWS = {  # title: (metric before training, metric after training)
     "linear probe, raw pixels": ("eval/linear/pixels_top1", None),
     "linear probe, untrained and trained encoder": ("eval/linear/top1", "eval/linear/top1"),

@@ -1,10 +1,10 @@
 """How to find the K-th largest score of each query: bisection over the bits, lax.top_k, or a sort. All are exact.
 
-  python bench/topk.py                            (this machine's first device)
-  python bench/topk.py --topology=v3:2x2          (the TPU compiler's own estimate, on a machine without a TPU)
+  python benchmarks/top_k.py                            (this machine's first device)
+  python benchmarks/top_k.py --topology=v3:2x2          (the TPU compiler's own estimate, on a machine without a TPU)
 
 The scores are those of one block of ViT-B at batch 8 in mixed sequences of four: [2, 12, 196, 196], K = 49. Beside them
-is attention over the same scores without any choice, forward. Written to bench/results/topk_<device>.json and .md. The
+is attention over the same scores without any choice, forward. Written to benchmarks/results/top_k_<device>.json and .md. The
 compiler's estimate counts a loop once, so that bisection is unrolled for it; of a sort it seems to price the bytes
 alone, so that it does not say which is faster on a TPU.
 """
@@ -96,7 +96,7 @@ def main() -> None:
     for name, seconds in times.items():
         low, middle, high = (1e3 * f(seconds) for f in (min, statistics.median, max))
         lines.append(f"| {name} | {middle:.3f} ({low:.3f} to {high:.3f}) |")
-    stem = RESULTS / f"topk_{re.sub('[^a-z0-9]+', '_', device.lower())}"
+    stem = RESULTS / f"top_k_{re.sub('[^a-z0-9]+', '_', device.lower())}"
     stem.with_suffix(".json").write_text(json.dumps({"device": device, "seconds": times}, indent=1) + "\n")
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

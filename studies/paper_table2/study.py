@@ -1,10 +1,10 @@
 """The MAE paper's Table 2, planned: hours of 800 epochs on 128 TPU-v3 cores at batch 4096, without a TPU.
 
-  python bench/paper_table2.py               (six compilations, minutes each; goes on where it was stopped)
-  python bench/paper_table2.py --extra       (ViT-H/14 and a ViT of two billion parameters, cut over all cores: memory)
-  python bench/paper_table2.py --only=L-dec1 (some cells)
+  python studies/paper_table2/study.py               (six compilations, minutes each; goes on where it was stopped)
+  python studies/paper_table2/study.py --extra       (ViT-H/14 and a ViT of two billion parameters, cut over all cores: memory)
+  python studies/paper_table2/study.py --only=L-dec1 (some cells)
 
-Each cell is one `python -m mae_jax plan`. Its figures are kept in bench/results/paper_table2.json (--to=), from which
+Each cell is one `python -m mae_jax plan`. Its figures are kept in studies/paper_table2/results.json (--to=), from which
 the table beside it, paper_table2.md, is made; delete the file to plan anew. The estimates are what nothing slows, the
 paper's hours were measured (with TensorFlow): their ratios compare.
 """
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-RESULTS = Path(__file__).parent / "results" / "paper_table2.json"
+RESULTS = Path(__file__).parent / "results.json"
 WITH_MASKS = ("--config.method.encoder_mask_tokens",)
 ONE_BLOCK = ("--config.method.decoder_depth=1",)
 CUT = ("--config.mesh.fsdp=128", "--config.model.scan", "--config.model.remat=full")

@@ -1,7 +1,7 @@
 """Does one masked autoencoder of two domains serve tasks of either worse than one of its own, and does MoCE mend it?
 
-  python bench/negative_transfer.py --workers=2            (hours on two cores; goes on where it was stopped)
-  python bench/negative_transfer.py --size=gpu --workers=8 (cells at the same time on one GPU; not yet run)
+  python studies/negative_transfer/study.py --workers=2            (hours on two cores; goes on where it was stopped)
+  python studies/negative_transfer/study.py --size=gpu --workers=8 (cells at the same time on one GPU; not yet run)
 
 Two domains that have little in common: A, crops of photographs, and B, handwritten digits (the question of arXiv
 2402.05382, Figure 1, which asks it of two halves of ImageNet). MAE is trained on A, on B and on both, equal steps. From
@@ -15,19 +15,18 @@ once per figure. In so few steps the classifier has to stand behind a batch norm
 of both knew 0.35 of the digits at most (seed 0, tries of 200 to 400 steps). The mixture of tokens is no ordinary
 encoder, and is judged by its features alone, as is the untrained one. Three seeds.
 
-One JSON line per cell in bench/results/negative_transfer_<size>.jsonl, the table in .md, the plot in .png.
+One JSON line per cell in studies/negative_transfer/results_<size>.jsonl, the table in .md, the plot in .png.
 """
 
 import argparse
 import itertools
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import cells as shared
 import numpy as np
-from cells import Cell, matches, text
 from ml_collections import ConfigDict
 
 from mae_jax.commands.cluster.images import cluster
@@ -40,7 +39,11 @@ from mae_jax.param_tree import judged
 from mae_jax.storage.checkpoint import load_params
 from mae_jax.training import loop, workdir
 
-RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of cells.py, which the studies share
+import cells as shared  # noqa: E402
+from cells import Cell, matches, text  # noqa: E402
+
+RESULTS = Path(__file__).parent
 SIDE, PATCH, BATCH, SEEDS = 40, 4, 64, (0, 1, 2)
 CLASSES = {"A": "0-16", "B": "17-26"}  # of the joined data: photographs, then digits
 DENSE = {"A": "A", "B": "B", "both": "both"}  # arm → what it is pre-trained on
@@ -273,7 +276,7 @@ def main() -> None:
     parser.add_argument("--workers", type=shared.positive, default=1, help="cells at once; --work must be kept")
     parser.add_argument("--steps", type=shared.positive, help="so few of training: a trial, with results in --work")
     options = parser.parse_args()
-    size, results = SIZES[options.size], RESULTS / f"negative_transfer_{options.size}.jsonl"
+    size, results = SIZES[options.size], RESULTS / f"results_{options.size}.jsonl"
     options.work.mkdir(parents=True, exist_ok=True)
     if options.steps:
         size, results = Size(options.steps * BATCH, options.steps * BATCH, (0,)), options.work / "trial.jsonl"

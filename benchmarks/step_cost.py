@@ -1,8 +1,8 @@
 """Compares versions of the train step: one process each, alternating step by step.
 
   git worktree add ../before HEAD~1
-  python bench/step_cost.py before=../before now=. --rounds=15
-  python bench/step_cost.py now=. huge=.,GLIBC_TUNABLES=glibc.malloc.hugetlb=1 --config.batch_size=4
+  python benchmarks/step_cost.py before=../before now=. --rounds=15
+  python benchmarks/step_cost.py now=. huge=.,GLIBC_TUNABLES=glibc.malloc.hugetlb=1 --config.batch_size=4
 
 Each version is a checkout of this repository, with environment variables of its own where given. What stands behind
 --config changes the ViT-B/16 recipe. Ratios are those of the first version to each other one: above 1 is faster.

@@ -35,7 +35,7 @@ start() { # ID ARGUMENT...
   stop
   rm -f code && echo "$1" >id
   exec 8>alive && flock 8  # what is started inherits the lock
-  setsid bash src/launch_tpu_worker.sh train "${@:2}" </dev/null >log 2>&1 9>&- &
+  setsid bash src/scripts/launch_tpu_worker.sh train "${@:2}" </dev/null >log 2>&1 9>&- &
   echo "$!" >group
 }
 

@@ -1,12 +1,12 @@
 """What is the quickstart's encoder worth? Fine-tuning against training from scratch, probes, and blocks that learn.
 
   python -m mae_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
-  python bench/finetune.py --from=runs/quickstart      (goes on where it was stopped)
+  python studies/finetune/study.py --from=runs/quickstart      (goes on where it was stopped)
 
 Every arm has the same pictures and 100 steps of 64 (all blocks and none also 300), and chooses its learning rate from
 the same three values, with seed 0 on the validation part of the training split; two more seeds then train at that rate.
 A cell reads the validation part and the test split with its last weights; only cells at the chosen rate enter the
-tables. One JSON line per cell in bench/results/finetune.jsonl, the tables in bench/results/finetune.md. The probe (no
+tables. One JSON line per cell in studies/finetune/results.jsonl, the tables in studies/finetune/results.md. The probe (no
 block learns) has three rates of its own (lines of a fourth, lower one were never chosen), a batch norm before its
 layer, fixed positions, and neither smoothing nor stochastic depth, as published.
 """
@@ -28,7 +28,7 @@ PROBE_LRS = (3.6e-2, 1.1e-1, 3.3e-1)
 SEEDS = (0, 1, 2)
 STEPS, LONGER = 100, 300  # the longer ones for all blocks against none
 BLOCKS = (0, 0.5, 1, 2, 4, 6)  # of 6; with 50 labels per photograph
-RESULTS = Path(__file__).parent / "results" / "finetune.jsonl"
+RESULTS = Path(__file__).parent / "results.jsonl"
 Cell = dict[str, Any]
 
 

@@ -1,9 +1,9 @@
 """Do masked-image methods lose less than DINO as the data to pre-train on shrink? The question of arXiv 2112.10740.
 
-  bench/fetch_clipart.sh runs/openclipart                       (or apt-get install openclipart-png)
-  python bench/small_data.py --prepare --clipart=runs/openclipart
-  python bench/small_data.py                                    (goes on where it was stopped)
-  python bench/small_data.py --size=gpu                         (one GPU: the whole grid)
+  scripts/fetch_clipart.sh runs/openclipart                       (or apt-get install openclipart-png)
+  python studies/small_data/study.py --prepare --clipart=runs/openclipart
+  python studies/small_data/study.py                                    (goes on where it was stopped)
+  python studies/small_data/study.py --size=gpu                         (one GPU: the whole grid)
 
 Every method is pre-trained on nested parts of a small data set, its vocabulary built of that part alone, for the same
 number of pictures shown; the encoder is then fine-tuned on the labels of the whole training split, but for a tenth that
@@ -20,28 +20,31 @@ patches are fewer than its smallest block. Clip art has 123 pictures to choose b
 and 0.3 points; 4 of the 330 are byte for byte in the training split. Three seeds against three lie apart by chance once
 in twenty times in either direction.
 
-The speeds of the committed table were measured partly beside other work: bench/methods.py compares train steps fairly.
-One JSON line per cell in bench/results/small_data_<size>.jsonl; the table in .md, the plot in .png.
+The speeds of the committed table were measured partly beside other work: benchmarks/methods.py compares train steps fairly.
+One JSON line per cell in studies/small_data/results_<size>.jsonl; the table in .md, the plot in .png.
 """
 
 import argparse
 import itertools
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cells as shared
 import numpy as np
-from cells import Cell, matches, text
 from ml_collections import ConfigDict
 from PIL import Image
 
 from mae_jax.config import default
 from mae_jax.training import loop
 
-RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of cells.py, which the studies share
+import cells as shared  # noqa: E402
+from cells import Cell, matches, text  # noqa: E402
+
+RESULTS = Path(__file__).parent
 BATCH, SEEDS, LRS = 64, (0, 1, 2), (2e-3, 8e-3, 3.2e-2)
 PRETRAIN_LRS = (5e-4, 2e-3, 6e-3)  # per 256 pictures
 VOCABULARY = 120  # the smallest part of the data has 637 patches that are not constant, and a fifth of these is 127
@@ -298,7 +301,7 @@ def main() -> None:
     if options.prepare:
         prepare(options.work, options.clipart)
         return
-    size, results = SIZES[options.size], RESULTS / f"small_data_{options.size}.jsonl"
+    size, results = SIZES[options.size], RESULTS / f"results_{options.size}.jsonl"
     cells = shared.read(results)
 
     def report() -> None:

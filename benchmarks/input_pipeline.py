@@ -1,6 +1,6 @@
 """The input pipeline against a torchvision loader that does the same work, side by side.
 
-  python bench/input_pipeline.py --threads=2 --rounds=5
+  python benchmarks/input_pipeline.py --threads=2 --rounds=5
 
 Work: 500 x 375 photographs as JPEGs of about 100 kB, random resized crop (0.2 to 1, bicubic, antialiased) to 224 x 224
 and flip. Ours ends in permuted uint8 patches (normalisation is done on the device), torchvision's in normalised float32

@@ -1,8 +1,8 @@
 """The MAE train step, ours and Hugging Face's ViTMAE in PyTorch, eager and compiled, alternating in one run.
 
-  python bench/vs_torch_mae.py                  (CPU: ViT-B/16, batch 8, float32; about 5 minutes)
-  taskset -c 0 python bench/vs_torch_mae.py     (the same with one thread each)
-  python bench/vs_torch_mae.py --device=gpu     (ViT-B and ViT-L, bfloat16, several batch sizes)
+  python benchmarks/torch_mae.py                  (CPU: ViT-B/16, batch 8, float32; about 5 minutes)
+  taskset -c 0 python benchmarks/torch_mae.py     (the same with one thread each)
+  python benchmarks/torch_mae.py --device=gpu     (ViT-B and ViT-L, bfloat16, several batch sizes)
 
 Ours is the package's own jitted, donating step from uint8 patches. Hugging Face's gets pixels that are already
 normalised floats, fused AdamW, and on GPUs bfloat16 autocast. All data lie on the device. Both sides have the same
@@ -25,13 +25,13 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs its share of a GPU's memory
 
 import jax
-import mae_jax.bench
 import torch
 from absl import flags
 from ml_collections import ConfigDict
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from mae_jax import config as configs
+from mae_jax.commands.bench import TimedStep
 from mae_jax.interop.hf import hf_config
 
 Step = Callable[[], None]
@@ -50,7 +50,7 @@ def recipe(size: str, batch_size: int) -> ConfigDict:
 
 
 def our_step(config: ConfigDict, device: str) -> Step:
-    timed = mae_jax.bench.TimedStep(config)
+    timed = TimedStep(config)
     return lambda: [timed.run(timed.batch) for _ in range(STEPS[device])]
 
 
@@ -159,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--to", type=Path, help="default: bench/results/vs_torch_mae_<device>.json")
+    parser.add_argument("--to", type=Path, help="default: benchmarks/results/torch_mae_<device>.json")
     options = parser.parse_args()
     flags.FLAGS(["vs_torch_mae"])
     torch.set_float32_matmul_precision("highest" if options.device == "cpu" else "high")
@@ -178,7 +178,7 @@ def main() -> None:
             if options.device == "gpu":
                 torch.cuda.empty_cache()
     results["machine"]["load_after"] = os.getloadavg()[0]
-    path = options.to or RESULTS / f"vs_torch_mae_{options.device}.json"
+    path = options.to or RESULTS / f"torch_mae_{options.device}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -1,11 +1,11 @@
 """How well the methods use the machine: the train step's achieved FLOP/s and its time beside MAE's, alternating.
 
-  python bench/methods.py                       (ViT-B/16 at 224 pixels)
-  python bench/methods.py --batch=256 --rounds=30       (one GPU)
-  python bench/methods.py --experts=8 --batch=64 --rounds=5     (MoCE beside MAE: methods_8_experts_<device>)
+  python benchmarks/methods.py                       (ViT-B/16 at 224 pixels)
+  python benchmarks/methods.py --batch=256 --rounds=30       (one GPU)
+  python benchmarks/methods.py --experts=8 --batch=64 --rounds=5     (MoCE beside MAE: methods_8_experts_<device>)
 
 FLOPs are the matrix products counted on paper (mae_jax/flops.py), by which methods with other amounts of work can be
-compared. The figures are written to bench/results/methods_<device>.json, with each round's times, and .md.
+compared. The figures are written to benchmarks/results/methods_<device>.json, with each round's times, and .md.
 """
 
 import argparse

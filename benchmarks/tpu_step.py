@@ -1,7 +1,7 @@
 """What each property of the train step is worth on TPUs, by the compiler's own estimate: the step without it.
 
-  python bench/tpu_step.py --config=configs/vit_l_mae.py      (needs libtpu, no TPU; two to five minutes per row)
-  python bench/tpu_step.py --only=final --config=configs/vit_b_mae.py --topology=v3:4x4 --config.batch_size=1024
+  python benchmarks/tpu_step.py --config=configs/vit_l_mae.py      (needs libtpu, no TPU; two to five minutes per row)
+  python benchmarks/tpu_step.py --only=final --config=configs/vit_b_mae.py --topology=v3:4x4 --config.batch_size=1024
 
 Compiles the step for TPU cores that are not there, and writes a line per row to --to: seconds (`optimal_seconds`:
 for each operation the longer of its multiplications at the peak and its bytes at the memory's rate; no communication),
@@ -35,7 +35,7 @@ from mae_jax.training.train_step import Program
 
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string("topology", "v3:8x8", "the TPU slice")
-TO = flags.DEFINE_string("to", "bench/results/tpu_step.jsonl", "JSON lines to add to")
+TO = flags.DEFINE_string("to", "benchmarks/results/tpu_step.jsonl", "JSON lines to add to")
 ONLY = flags.DEFINE_list("only", [], "rows to do; all when empty")
 GIB = 2**30
 

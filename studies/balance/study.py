@@ -1,10 +1,10 @@
 """How even are the clusters of pictures, and what does that cost beside plain k-means?
 
-  python bench/balance.py runs/mae_of_photographs runs/mae_of_clipart     (of trained encoders)
+  python studies/balance/study.py runs/mae_of_photographs runs/mae_of_clipart     (of trained encoders)
 
 For each workdir and 16 and 64 clusters: pictures, the sizes of the smallest and the largest cluster, and the mean
 similarity of a picture to its own centroid, beside that of k-means before its clusters were made even. Writes
-bench/results/balance.md and .json.
+studies/balance/results.md and .json.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from mae_jax.commands.cluster.images import cluster
 from mae_jax.data.cluster_ids import Clusters
 from mae_jax.training import workdir
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent
 CLUSTERS, RATIO = (16, 64), 3.0
 
 
@@ -48,8 +48,8 @@ def main() -> None:
     parser.add_argument("workdirs", nargs="+", metavar="WORKDIR")
     options = parser.parse_args()
     lines = [measured(source, clusters) for source in options.workdirs for clusters in CLUSTERS]
-    (RESULTS / "balance.json").write_text(json.dumps(lines, indent=1) + "\n")
-    (RESULTS / "balance.md").write_text(table(lines))
+    (RESULTS / "results.json").write_text(json.dumps(lines, indent=1) + "\n")
+    (RESULTS / "results.md").write_text(table(lines))
     print(table(lines))
 
 
