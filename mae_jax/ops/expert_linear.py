@@ -23,8 +23,8 @@ def expert_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array, expert: jax.
     On TPUs a device puts its images in the order of their experts and multiplies them group by group
     (`jax.lax.ragged_dot`; how fast that is was not measured). Elsewhere that would multiply with all experts: on GPUs
     images go into tiles of one expert each, on CPUs it goes from image to image, but by tiles where images are single
-    tokens (benchmarks/experts.py has the ways side by side). The gradient of the kernel is summed, and leaves, in the dtype
-    of the kernel, and goes straight to the devices that hold its pieces.
+    tokens (benchmarks/experts.py has the ways side by side). The gradient of the kernel is summed, and leaves, in the
+    dtype of the kernel, and goes straight to the devices that hold its pieces.
 
     Args:
       x: [B, T, K], T tokens of each image.

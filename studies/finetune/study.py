@@ -6,7 +6,7 @@
 Every arm has the same pictures and 100 steps of 64 (all blocks and none also 300), and chooses its learning rate from
 the same three values, with seed 0 on the validation part of the training split; two more seeds then train at that rate.
 A cell reads the validation part and the test split with its last weights; only cells at the chosen rate enter the
-tables. One JSON line per cell in studies/finetune/results.jsonl, the tables in studies/finetune/results.md. The probe (no
+tables. One JSON line per cell in studies/finetune/results.jsonl, the tables in results.md beside it. The probe (no
 block learns) has three rates of its own (lines of a fourth, lower one were never chosen), a batch norm before its
 layer, fixed positions, and neither smoothing nor stochastic depth, as published.
 """

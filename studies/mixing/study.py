@@ -2,8 +2,8 @@
 
   scripts/fetch_clipart.sh runs/openclipart
   python studies/mixing/study.py --clipart=runs/openclipart       (goes on where it was stopped)
-  python studies/mixing/study.py --clipart=runs/openclipart --small=runs/small_clipart     (writes the drawings smaller)
-  python studies/mixing/study.py --clipart=runs/small_clipart --size=gpu --workers=10      (cells at the same time; not run)
+  python studies/mixing/study.py --clipart=runs/openclipart --small=runs/small_clipart  (writes the drawings smaller)
+  python studies/mixing/study.py --clipart=runs/small_clipart --size=gpu --workers=10  (cells at the same time; not run)
 
 MAE, naive mixing (global attention, no contrast, no segments) and MixedAE are pre-trained on clip art and on photo
 crops, three seeds, as many pictures each and the same optimiser; `mae, longer` has MixedAE's time instead: its steps
@@ -17,8 +17,8 @@ beside those before the first step; purity is also measured of queries that are 
 Features are pooled as the mean of patches in all arms. Widths, depths, rates and durations are ours, for two cores. One
 picture of clip art's 330 is 0.3 points, and 4 of them are byte for byte in the training split; the part of photo crops
 that chooses overlaps the rest, not the test. Three seeds against three lie apart by chance once in ten times, half of
-them in either direction, and the tables compare 30 times. One JSON line per cell in studies/mixing/results_<size>.jsonl,
-the tables in .md, attention of the main arms on the same pictures in results_<size>_attention.png.
+them in either direction, and the tables compare 30 times. One JSON line per cell in results_<size>.jsonl beside
+this file, the tables in .md, attention of the main arms on the same pictures in results_<size>_attention.png.
 
 Of the committed table, homology and reconstruction of mixes were measured again, with the same weights, once
 evaluations mixed shuffled pictures; the probes are those of the first time.
@@ -50,8 +50,8 @@ from mae_jax.training import loop, workdir
 from mae_jax.training import run as training_run
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # of cells.py, which the studies share
-import cells as shared  # noqa: E402
-from cells import Cell, matches, text  # noqa: E402
+import cells as shared
+from cells import Cell, matches, text
 
 RESULTS = Path(__file__).parent
 BATCH, SEEDS = 64, (0, 1, 2)

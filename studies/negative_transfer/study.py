@@ -40,8 +40,8 @@ from mae_jax.storage.checkpoint import load_params
 from mae_jax.training import loop, workdir
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # of cells.py, which the studies share
-import cells as shared  # noqa: E402
-from cells import Cell, matches, text  # noqa: E402
+import cells as shared
+from cells import Cell, matches, text
 
 RESULTS = Path(__file__).parent
 SIDE, PATCH, BATCH, SEEDS = 40, 4, 64, (0, 1, 2)

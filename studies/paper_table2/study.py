@@ -1,7 +1,7 @@
 """The MAE paper's Table 2, planned: hours of 800 epochs on 128 TPU-v3 cores at batch 4096, without a TPU.
 
   python studies/paper_table2/study.py               (six compilations, minutes each; goes on where it was stopped)
-  python studies/paper_table2/study.py --extra       (ViT-H/14 and a ViT of two billion parameters, cut over all cores: memory)
+  python studies/paper_table2/study.py --extra       (ViT-H/14 and a ViT of two billion, cut over all cores: memory)
   python studies/paper_table2/study.py --only=L-dec1 (some cells)
 
 Each cell is one `python -m mae_jax plan`. Its figures are kept in studies/paper_table2/results.json (--to=), from which

@@ -20,8 +20,8 @@ patches are fewer than its smallest block. Clip art has 123 pictures to choose b
 and 0.3 points; 4 of the 330 are byte for byte in the training split. Three seeds against three lie apart by chance once
 in twenty times in either direction.
 
-The speeds of the committed table were measured partly beside other work: benchmarks/methods.py compares train steps fairly.
-One JSON line per cell in studies/small_data/results_<size>.jsonl; the table in .md, the plot in .png.
+The speeds of the committed table were measured partly beside other work: benchmarks/methods.py compares train
+steps fairly. One JSON line per cell in studies/small_data/results_<size>.jsonl; the table in .md, the plot in .png.
 """
 
 import argparse
@@ -41,8 +41,8 @@ from mae_jax.config import default
 from mae_jax.training import loop
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # of cells.py, which the studies share
-import cells as shared  # noqa: E402
-from cells import Cell, matches, text  # noqa: E402
+import cells as shared
+from cells import Cell, matches, text
 
 RESULTS = Path(__file__).parent
 BATCH, SEEDS, LRS = 64, (0, 1, 2), (2e-3, 8e-3, 3.2e-2)
