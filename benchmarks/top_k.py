@@ -4,7 +4,7 @@
   python benchmarks/top_k.py --topology=v3:2x2          (the TPU compiler's own estimate, on a machine without a TPU)
 
 The scores are those of one block of ViT-B at batch 8 in mixed sequences of four: [2, 12, 196, 196], K = 49. Beside them
-is attention over the same scores without any choice, forward. Written to benchmarks/results/top_k_<device>.json and .md.
+is attention over the same scores without any choice, forward. Written to benchmarks/results/top_k_<device>.{json,md}.
 The compiler's estimate counts a loop once, so that bisection is unrolled for it; of a sort it seems to price the bytes
 alone, so that it does not say which is faster on a TPU.
 """

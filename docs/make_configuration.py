@@ -6,7 +6,6 @@
 
 import argparse
 import ast
-import inspect
 import io
 import sys
 import tokenize
@@ -20,8 +19,8 @@ HEADER = """# Configuration
 
 Every field of the config, its default and what it is. A recipe under `configs/` states only what differs from these;
 each field can be overridden on the command line: `--config.optim.lr=1e-4`, `--config.data.image_size='(128, 128)'`.
-Durations are one text: `'800 epochs'`, `'100 steps'`, `'5e6 examples'`. Generated from `mae_jax/config.py` and the
-methods by `python docs/make_configuration.py`; do not edit it.
+Durations are one text: `'800 epochs'`, `'100 steps'`, `'5e6 examples'`. Generated from `mae_jax/config.py` and
+`mae_jax/methods/fields.py` by `python docs/make_configuration.py`; do not edit it.
 """
 
 
@@ -35,13 +34,11 @@ def comments(source: str) -> dict[int, tuple[bool, str]]:
     return found
 
 
-def tables(source: str) -> Iterator[ast.Dict]:
-    """Yields the dict literals that are assigned to `DEFAULTS` or `defaults`, in a module or a class."""
-    for node in ast.walk(ast.parse(source)):
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        named = {target.id for target in targets if isinstance(target, ast.Name)}
-        if named & {"DEFAULTS", "defaults"} and isinstance(value := getattr(node, "value", None), ast.Dict):
-            yield value
+def tables(source: str) -> Iterator[tuple[str, ast.Dict]]:
+    """Yields (name, literal) of the dicts that a module assigns to its variables."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict) and isinstance(node.target, ast.Name):
+            yield node.target.id, node.value
 
 
 def leaves(table: ast.Dict, prefix: str = "") -> Iterator[tuple[str, int, int]]:
@@ -53,26 +50,29 @@ def leaves(table: ast.Dict, prefix: str = "") -> Iterator[tuple[str, int, int]]:
             yield f"{prefix}{key.value}", key.lineno, value.end_lineno or key.lineno
 
 
-def described(file: Path) -> dict[str, str]:
+def described(file: Path, variable: str) -> dict[str, str]:
     """Returns dotted name → the comment at the end of its line, or above it; '' without one.
 
-    Where several fields share a line, its comment is the last one's, or that of the field which it begins with.
+    Where several fields share a line, its comment is the last one's, or that of the field which it begins with. A table
+    that another spreads (`**MAE`) gives its comments first.
     """
     source = file.read_text()
-    notes, texts = comments(source), {}
-    for table in tables(source):
-        fields = list(leaves(table))
-        for name, first, last in fields:
-            neighbours = [other for other, _, end in fields if end == last]
-            _, text = notes.get(last, (False, ""))
-            head, _, rest = text.partition(": ")
-            owner = next((other for other in neighbours if other.split(".")[-1] == head), None)
-            texts[name] = "" if (owner or neighbours[-1]) != name else rest if owner else text
-            above, line = [], first - 1
-            while not texts[name] and notes.get(line, (False, ""))[0]:
-                above.insert(0, notes[line][1])
-                line -= 1
-            texts[name] = texts[name] or " ".join(above)
+    notes, table, texts = comments(source), dict(tables(source))[variable], {}
+    for key, value in zip(table.keys, table.values, strict=True):
+        if key is None and isinstance(value, ast.Name):
+            texts |= described(file, value.id)
+    fields = list(leaves(table))
+    for name, first, last in fields:
+        neighbours = [other for other, _, end in fields if end == last]
+        _, text = notes.get(last, (False, ""))
+        head, _, rest = text.partition(": ")
+        owner = next((other for other in neighbours if other.split(".")[-1] == head), None)
+        texts[name] = "" if (owner or neighbours[-1]) != name else rest if owner else text
+        above, line = [], first - 1
+        while not texts[name] and notes.get(line, (False, ""))[0]:
+            above.insert(0, notes[line][1])
+            line -= 1
+        texts[name] = texts[name] or " ".join(above)
     return texts
 
 
@@ -97,30 +97,23 @@ def rows(values: Mapping[str, Any], texts: Mapping[str, str], choices: Mapping[s
     return lines
 
 
-def inherited(method: type) -> dict[str, str]:
-    """Returns field → comment: of the method's file, else of its bases', else of one that several methods share."""
-    own = [Path(inspect.getfile(base)) for base in method.__mro__ if base is not object]
-    texts: dict[str, str] = {}
-    for file in [*own, *sorted(own[0].parent.glob("*_targets.py"))]:
-        texts = described(file) | texts
-    return texts
-
-
 def page() -> str:
     """Returns the page's text."""
-    from mae_jax import config, methods
+    from mae_jax import config
+    from mae_jax.methods import fields
 
     choices = getattr(config, "CHOICES", {})
-    texts = described(ROOT / "mae_jax" / "config.py")
+    texts = described(ROOT / "mae_jax" / "config.py", "DEFAULTS")
     single = {name: value for name, value in config.DEFAULTS.items() if not isinstance(value, Mapping)}
     parts = [HEADER, "## Top level\n", *rows(single, texts, choices, "")]
     for group, values in config.DEFAULTS.items():
         if isinstance(values, Mapping):
             parts += [f"\n## {group}\n", *rows(values, texts, choices, f"{group}.")]
     parts.append("\n## method\n\n`method.name` is the method of the recipe, and has these fields beside it:")
-    for name, method in sorted(methods.TABLE.items()):
-        notes = {f"method.{field}": text for field, text in inherited(method).items()}
-        parts += [f"\n### {name}\n", *rows(method.defaults, notes, choices, "method.")]
+    for name, own in sorted(fields.TABLE.items()):
+        found = described(ROOT / "mae_jax" / "methods" / "fields.py", name.upper())
+        notes = {f"method.{field}": text for field, text in found.items()}
+        parts += [f"\n### {name}\n", *rows(own, notes, choices, "method.")]
     return "\n".join(parts) + "\n"
 
 
