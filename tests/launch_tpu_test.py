@@ -17,7 +17,9 @@ from tests.helpers.fake_cloud import SLICE, TRAIN, Cloud, interrupt
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the workers' part needs Linux's flock and setsid")
 
-SCRIPTS = [Path("launch_tpu.sh").resolve(), Path("scripts/launch_tpu_worker.sh").resolve()]
+ROOT = Path.cwd()
+SCRIPTS = [ROOT / "launch_tpu.sh", ROOT / "scripts" / "launch_tpu_worker.sh"]
+RECORD = "mae_jax/training/workdir.py"  # where git writes the commit of an archive
 DELETE = "./launch_tpu.sh delete --name=vit-l --zone=z-1"
 
 
@@ -25,12 +27,12 @@ DELETE = "./launch_tpu.sh delete --name=vit-l --zone=z-1"
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small repository with one commit."""
     root = tmp_path_factory.mktemp("repository")
-    for name in ("configs", "mae_jax"):
-        (root / name).mkdir()
-    for path in (*SCRIPTS, SCRIPTS[0].with_name(".gitattributes")):
-        shutil.copy(path, root)
+    for name in ("configs", "mae_jax/training", "scripts"):
+        (root / name).mkdir(parents=True)
+    for path in (*SCRIPTS, ROOT / ".gitattributes"):
+        shutil.copy(path, root / path.relative_to(ROOT))
     (root / "configs" / "vit_l_mae.py").write_text("")
-    (root / "mae_jax" / "workdir.py").write_text('ARCHIVED = "$Format:%H$"')
+    (root / RECORD).write_text('ARCHIVED = "$Format:%H$"')
     for command in (["init", "--quiet"], ["add", "."],
                     ["-c", "user.name=a", "-c", "user.email=b", "commit", "--quiet", "--message=c"]):
         subprocess.run(["git", "-C", str(root), *command], check=True)
@@ -92,7 +94,7 @@ def test_without_gcloud_one_line_says_where_it_is_found(cloud):
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("change", ["mae_jax/training/workdir.py", "configs/new.py"])
+@pytest.mark.parametrize("change", [RECORD, "configs/new.py"])
 def test_what_is_not_committed_is_refused_since_it_would_not_run(cloud, repository, tmp_path, change):
     cloud.repository = shutil.copytree(repository, tmp_path / "changed")
     (cloud.repository / change).write_text("x = 1\n")
@@ -153,7 +155,7 @@ def test_the_workers_install_python_and_the_commit_with_the_packages_of_its_date
                            "--editable=./src[tpu,gcs]"]
     for home in cloud.folder.glob("gone.*"):
         assert (home / "mae_jax" / "src" / "configs" / "vit_l_mae.py").exists()
-        assert (home / "mae_jax" / "src" / "mae_jax" / "workdir.py").read_text() == f'ARCHIVED = "{commit}"'
+        assert (home / "mae_jax" / "src" / RECORD).read_text() == f'ARCHIVED = "{commit}"'
         assert not (home / "mae_jax" / "new").exists()
 
 
