@@ -60,10 +60,8 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
     from mae_jax import param_tree
     from mae_jax.commands.export import checkpoint_copy
     from mae_jax.errors import UserError
-    from mae_jax.interop.hf import hf_config, to_hf
-    from mae_jax.interop.mae import to_mae
-    from mae_jax.interop.timm import folded, timm_arguments, to_timm
-    from mae_jax.ops.patches import grid
+    from mae_jax.interop.hf import hf_config
+    from mae_jax.interop.timm import folded, timm_arguments
     from mae_jax.storage import paths, safetensors_file
     from mae_jax.storage.checkpoint import load_params
     from mae_jax.training import workdir
@@ -87,18 +85,8 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
         tree, config, report = for_task(config, tree, extras, task, how, seed, clusters)
         print("\n".join(report))
     tree = folded(tree, extras)
-    if layout != "mae_jax" and config.method.name == "moce":
-        raise UserError(f"{folder} is a mixture of experts, which no layout of others has: cut one encoder out of "
-                        "it with --for-task")
-    if layout == "hf" and config.method.name not in ("mae", "supervised"):
-        others = "--layout=timm" if config.model.layer_scale else "--layout=timm or --layout=mae"
-        raise UserError(f"{folder} was trained with method.name={config.method.name!r}; transformers has MAE's model: "
-                        f"use {others} for the encoder")
-    if layout != "mae_jax" and config.method.name not in ("mae", "supervised"):
-        tree = {"encoder": tree["encoder"]}  # what their heads and decoders predict, no model of others does
-        print(f"the encoder alone, without the parts of method.name={config.method.name!r}")
     if layout != "mae_jax":
-        tree = {"hf": to_hf, "mae": to_mae, "timm": to_timm}[layout](tree, grid(config), config.model.patch)
+        tree = in_layout(tree, config, layout, folder)
     safetensors_file.save(file, tree, workdir.metadata(config))
     if layout == "hf":
         described = {"model_type": "vit_mae", "architectures": ["ViTMAEForPreTraining"], **hf_config(config)}
@@ -109,6 +97,28 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
         arguments = timm_arguments(config, len(flat.get("head.bias", ())))
         print(f"VisionTransformer({', '.join(f'{name}={value!r}' for name, value in arguments.items())})")
     return errors.FINISHED
+
+
+def in_layout(tree: Any, config: Any, layout: str, folder: Any) -> Any:
+    """Returns parameters with the names and shapes of another library; raises UserError for what it has not."""
+    from mae_jax.errors import UserError
+    from mae_jax.interop.hf import to_hf
+    from mae_jax.interop.mae import to_mae
+    from mae_jax.interop.timm import to_timm
+    from mae_jax.ops.patches import grid
+
+    name = config.method.name
+    if name == "moce":
+        raise UserError(f"{folder} is a mixture of experts, which no layout of others has: cut one encoder out of "
+                        "it with --for-task")
+    if name not in ("mae", "supervised"):
+        if layout == "hf":
+            others = "--layout=timm" if config.model.layer_scale else "--layout=timm or --layout=mae"
+            raise UserError(f"{folder} was trained with method.name={name!r}; transformers has MAE's model: use "
+                            f"{others} for the encoder")
+        tree = {"encoder": tree["encoder"]}  # what their heads and decoders predict, no model of others does
+        print(f"the encoder alone, without the parts of method.name={name!r}")
+    return {"hf": to_hf, "mae": to_mae, "timm": to_timm}[layout](tree, grid(config), config.model.patch)
 
 
 def for_task(*args: Any) -> Any:
