@@ -6,7 +6,7 @@ import pytest
 
 from mae_jax.errors import UserError
 from mae_jax.evals import attention_maps
-from mae_jax.evals.reconstruction import CAPTION, GAP
+from mae_jax.evals.image_grid import CAPTION, GAP
 from mae_jax.losses.segmentation import IGNORED, upsample
 from tests.helpers.tiny import (
     tiny_batch,

@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import jaccard_score
 
 from mae_jax.evals import segmentation
-from mae_jax.evals.reconstruction import CAPTION, GAP
+from mae_jax.evals.image_grid import CAPTION, GAP
 from mae_jax.losses.segmentation import IGNORED
 from tests.helpers.tiny import tiny_method, tiny_segment, tiny_segment_batch, tiny_state
 

@@ -131,8 +131,8 @@ def test_tiles_lie_in_rows_with_whole_pixels():
     red, blue = (np.full((32, 48, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
     picture = image_grid.tile([(red, blue), (blue, red)], ("left", "right"), "title")
     height, width = 32 * 4, 48 * 4
-    assert picture.shape == (2 * reconstruction.CAPTION + 2 * (height + 4) + 4, 2 * (width + 4) + 4, 3)
-    top = 2 * reconstruction.CAPTION
+    assert picture.shape == (2 * image_grid.CAPTION + 2 * (height + 4) + 4, 2 * (width + 4) + 4, 3)
+    top = 2 * image_grid.CAPTION
     assert (picture[top : top + height, 4 : 4 + width] == (255, 0, 0)).all()
     assert (picture[top : top + height, 8 + width : 8 + 2 * width] == (0, 0, 255)).all()
     assert (picture[top + height + 4 : top + 2 * height + 4, 4 : 4 + width] == (0, 0, 255)).all()
@@ -141,5 +141,5 @@ def test_tiles_lie_in_rows_with_whole_pixels():
 def test_one_picture_is_shown_at_several_ratios_whatever_it_was_trained_with():
     config = tiny_config({"method.masking": "grid", "method.target": "pixel"})
     picture = reconstruction.at_ratios(tiny_method(config), tiny_params(config), {}, tiny_batch(config))
-    assert picture.shape[0] == 2 * reconstruction.CAPTION + len(reconstruction.RATIOS) * (128 + 4) + 4
+    assert picture.shape[0] == 2 * image_grid.CAPTION + len(reconstruction.RATIOS) * (128 + 4) + 4
     assert picture.dtype == np.uint8

@@ -21,7 +21,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 def test_help_exits_0_and_shows_a_command_that_works():
     done = run("--help")
     assert done.returncode == 0
-    assert "python -m mae_jax plan --config=configs/vit_l_mae.py --topology=v3:8x8" in done.stdout
+    assert "mae_jax plan --config=vit_l_mae --topology=v3:8x8" in done.stdout
     assert "--sweep" in done.stdout.split("Flags:")[1]
 
 
