@@ -16,7 +16,7 @@ from mae_jax.data.readers import random_access
 from mae_jax.data.sources import registry
 from mae_jax.data.transforms.example import Views
 from mae_jax.errors import UserError
-from mae_jax.evals import image_grid, reconstruction
+from mae_jax.evals import reconstruction
 from mae_jax.ops.homologous_attention import TopKeys
 from mae_jax.ops.patches import normalize
 from mae_jax.runtime.sharding import make_mesh
@@ -236,7 +236,7 @@ def test_losses_start_where_they_should_and_evaluations_add_figures():
 def test_the_picture_of_mixes_has_what_it_says_where_it_says(monkeypatch):
     method, params, batch = made()
     laid = {}
-    monkeypatch.setattr(image_grid, "tile", lambda rows, captions, title: laid.update(
+    monkeypatch.setattr(reconstruction, "tile", lambda rows, captions, title: laid.update(
         rows=rows, captions=captions, title=title) or np.zeros((1, 1, 3), np.uint8))
     reconstruction.mixtures(method, params, {}, batch)
     assert laid["captions"] == ["mixed", *(f"{what} {i}" for what in ("source", "prediction") for i in range(1, 5))]

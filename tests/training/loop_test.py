@@ -134,13 +134,13 @@ def test_gradients_that_stay_not_finite_stop_the_run_save_it_and_name_the_replay
 def test_the_state_that_a_guard_saves_is_the_one_with_which_the_step_that_is_named_began(tmp_path, monkeypatch):
     config = tiny_config({"guard.max_nonfinite": 1, "train.duration": "12 steps", "eval.every": "",
                           "data.eval_split": "", "checkpoint.every": "1 steps", "checkpoint.keep_last": 20})
-    batches, bad = training_run.device_batches, 4
+    batches, bad = loop.device_batches, 4
 
     def poisoned(run, start):
         for number, batch in enumerate(batches(run, start), start):
             yield batch | {"patches": batch["patches"] * jnp.where(number == bad, jnp.nan, 1.0)}
 
-    monkeypatch.setattr(training_run, "device_batches", poisoned)
+    monkeypatch.setattr(loop, "device_batches", poisoned)
     with pytest.raises(GuardError, match=f"the last one step {bad}; "):
         loop.train(config, str(tmp_path))
     steps = sorted(int(folder.name) for folder in (tmp_path / "checkpoints").iterdir())
