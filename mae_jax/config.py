@@ -69,7 +69,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
     "data": {
         "source": "photo_crops",
         "path": "",  # folder, TFRecord pattern, npz file or TFDS data_dir; local or gs://
-        "name": "",  # TFDS name; of a folder with one in data/sizes.py, whose number of pictures is checked
+        "name": "",  # TFDS name; of a folder, one in data/sources/expected_sizes.py: its size is checked
         "train_split": "train",
         # Part of the training data that chooses checkpoints, as 'train[90%:]': train_split is then 'train[:90%]'.
         "val_split": "",
@@ -82,7 +82,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "crop_scale": (0.2, 1.0),  # share of the area, MAE A.1
         "crop_ratio": (3 / 4, 4 / 3),
         "flip": True,
-        "resize": "exact",  # exact: as PIL and torchvision do; fast: OpenCV, not antialiased (see the README)
+        "resize": "exact",  # exact: as PIL and torchvision do; fast: OpenCV, not antialiased (docs/performance.md)
         "image_key": "image",  # TFRecord and npz field names
         "label_key": "label",
         "mask_key": "",  # of masks: the picture of classes in TFDS; for source folder, a folder of PNGs like path

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -128,4 +129,10 @@ for module in pkgutil.walk_packages(mae_jax.__path__, "mae_jax."):
 
 def test_everything_outside_data_imports_without_tensorflow():
     done = subprocess.run([sys.executable, "-c", WITHOUT_TENSORFLOW], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_page_of_config_fields_is_what_the_source_says():
+    done = subprocess.run([sys.executable, "docs/make_configuration.py", "--check"], capture_output=True, text=True,
+                          timeout=120, env=os.environ | {"PYTHONPATH": os.getcwd()})
     assert done.returncode == 0, done.stderr

@@ -70,29 +70,30 @@ def with_paths(argv: list[str]) -> list[str]:
 
 def fields(config: ConfigDict) -> str:
     """Returns the fields of a config, one a line: name, value, and the comment of its default."""
-    said = _comments("config.py", "DEFAULTS")
-    said |= {f"method.{name}": text for name, text in _own_comments(config.method.name).items()}
-    lines = [(f"  {name}={value!r}", said.get(name, "")) for name, value in _leaves(config.to_dict())]
+    said = comments("config.py", "DEFAULTS") | own_comments(config.method.name)
+    lines = [(f"  {name}={value!r}", said.get(name, "")) for name, value in leaves(config.to_dict())]
     return "\n".join(f"{line:<{VALUE_WIDTH}}  # {text}" if text else line for line, text in lines)
 
 
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, value) of nested fields."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
 
-def _own_comments(method: str) -> dict[str, str]:
-    """Returns what is said of the own fields of a method; nothing for one that is not in the package's table."""
+def own_comments(method: str) -> dict[str, str]:
+    """Returns {'method.field': comment} of a method; nothing for one that is not in the package's table."""
     table = _assigned(ast.parse(_source("methods/fields.py")), "TABLE")
     rows = {ast.literal_eval(key): ast.unparse(value) for key, value in zip(table.keys, table.values, strict=True)
             if key is not None}
-    return _comments("methods/fields.py", rows[method]) if method in rows else {}
+    found = comments("methods/fields.py", rows[method]) if method in rows else {}
+    return {f"method.{name}": text for name, text in found.items()}
 
 
-def _comments(file: str, name: str) -> dict[str, str]:
+def comments(file: str, name: str) -> dict[str, str]:
     """Returns {'data.path': comment} of the dict that is assigned to a name in a module of the package.
 
     A comment is at the end of the line of a field's value, which has no other field, or on lines of its own before.

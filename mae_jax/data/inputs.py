@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
     classes: tuple[str, ...]  # () without labels of the kind that the method asked for
     description: str  # one line
     bad: deque[str]  # 'name: reason' of the pictures that this process replaced, newest last
-    parts: dict[str, Any] = {}  # split expression → its sources.Source or streams.Stream; none of cached batches
+    parts: dict[str, Any] = {}  # split expression → its Source or Stream (data/sources/base.py); none of cached batches
 
 
 def build(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray | None = None,

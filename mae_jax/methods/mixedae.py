@@ -139,7 +139,7 @@ class MixedAE(MAE):
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
         """The reconstruction's mean squared error over hidden patches, and the weighted homologous contrast.
 
-        Evaluations add how well tokens find their kind: `purity` of each block (`ops.homologous.purity`, of the K
+        Evaluations add how well tokens find their kind: `purity` of each block (ops/homologous_attention; of the K
         largest scores, whatever the attention is), their mean, and `neighbour_homology` of the encoder's output.
         """
         m = self.config.method

@@ -1,12 +1,5 @@
 """Analytic FLOPs of transformer blocks."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 def blocks_flops(tokens: int, width: int, depth: int, mlp_ratio: int) -> int:
     """Forward FLOPs of Transformer blocks over one sequence: 2 per multiply-add of every matrix product."""

@@ -1,6 +1,7 @@
 """How arrays lie on the mesh: what operations must know of it, and nothing more. Without a mesh, all is the identity.
 
-The mesh is the one of the surrounding `jax.set_mesh`. Its axes and their roles are described in `mae_jax.sharding`.
+The mesh is the one of the surrounding `jax.set_mesh`. Its axes and their roles are described in
+`mae_jax.runtime.sharding`.
 """
 
 from collections.abc import Mapping

@@ -4,7 +4,6 @@ import json
 import logging
 import re
 import time
-from typing import TYPE_CHECKING
 
 import jax
 from etils import epath
@@ -17,10 +16,7 @@ from mae_jax.state import TrainState
 from mae_jax.storage import paths
 from mae_jax.storage.checkpoint import Checkpoints
 from mae_jax.storage.metric_writer import Recorder
-
-if TYPE_CHECKING:
-    from mae_jax.training.run import Run
-
+from mae_jax.training.run import Run
 
 logger = logging.getLogger(__name__)
 OF_EXPERTS = re.compile(r"/block_\d+/")  # figures of single experts, eval/share/block_09/3, are not printed
@@ -62,7 +58,7 @@ class Best:
                 logger.warning("cannot write %s: %s", self.file, error)
 
 
-def check(run: "Run") -> None:
+def check(run: Run) -> None:
     """Raises UserError before the first step for what evaluations, perhaps at the end only, cannot give."""
     config, best = run.config, run.config.checkpoint.best
     if best:
@@ -80,7 +76,7 @@ class Judge:
     A run with a validation part reads the evaluation split once, at its end.
     """
 
-    def __init__(self, run: "Run", recorder: Recorder):
+    def __init__(self, run: Run, recorder: Recorder):
         config = run.config
         self.run, self.recorder = run, recorder
         self.evaluator = Evaluator(run.program.method, run.inputs, run.program.mesh)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -11,9 +10,7 @@ from mae_jax.errors import GuardError, cause
 from mae_jax.rng import stream_key
 from mae_jax.runtime import sharding
 from mae_jax.storage import paths, workdir_lock
-
-if TYPE_CHECKING:
-    from mae_jax.training.run import Run
+from mae_jax.training.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +21,7 @@ BAD_PICTURES_AFTER = 100  # pictures seen before their bad fraction can stop a r
 class Guards:
     """Looks at the sums of every step's metrics; on all processes alike, since the sums are global."""
 
-    def __init__(self, run: "Run"):
+    def __init__(self, run: Run):
         self.run = run
         self.seen = self.replaced = 0
         self.in_a_row = run.config.guard.max_nonfinite  # steps that were not finite; before the first look, at worst

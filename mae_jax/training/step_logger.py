@@ -2,7 +2,6 @@
 
 import collections
 import logging
-from typing import TYPE_CHECKING
 
 import jax
 
@@ -11,10 +10,8 @@ from mae_jax.methods.base import Metrics
 from mae_jax.runtime.console import say
 from mae_jax.storage.metric_writer import Recorder
 from mae_jax.training.guards import Guards
+from mae_jax.training.run import Run
 from mae_jax.training.throughput import Speed, peak_flops, progress_line, train_flops
-
-if TYPE_CHECKING:
-    from mae_jax.training.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +22,7 @@ class Log:
     It waits where one more step that is not finite stops the run: with guard.max_nonfinite=1, after each step.
     """
 
-    def __init__(self, run: "Run", recorder: Recorder):
+    def __init__(self, run: Run, recorder: Recorder):
         self.run, self.recorder = run, recorder
         self.every = run.every("log")
         self.waiting: collections.deque[tuple[int, Metrics, jax.Array]] = collections.deque()

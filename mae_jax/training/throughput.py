@@ -1,18 +1,13 @@
 """Images per second, share of time spent waiting for data, and MFU by the chip's peak."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-import jax
-
-from mae_jax.runtime.console import clock
-
-if TYPE_CHECKING:
-    from mae_jax.methods.base import Method
 import time
 from collections.abc import Callable
 from typing import Any
+
+import jax
+
+from mae_jax.methods.base import Method
+from mae_jax.runtime.console import clock
 
 # Dense bfloat16 FLOP/s per JAX device, from the vendors' product pages; a TPU v2 or v3 device is one of a chip's two
 # cores. The first entry whose name the device kind contains is taken.

@@ -31,7 +31,7 @@ OPTIONAL = re.compile(r"encoder/(pos_embed|mask_token|norm/(scale|bias)|block_\d
 def load(config: ConfigDict, params: Any) -> dict[str, Any]:
     """Returns the parameters that config.init_from holds, made to fit a model whose parameters have these shapes.
 
-    `params.merge` puts them into the model.
+    `param_tree.merge` puts them into the model.
 
     Raises:
       UserError: nothing is there, or it belongs to another encoder.

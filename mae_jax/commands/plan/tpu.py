@@ -23,7 +23,7 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """One generation of TPUs. Its peak in FLOP/s is in mae_jax.flops.PEAKS.
+    """One generation of TPUs. Its peak in FLOP/s is in mae_jax.training.throughput.PEAKS.
 
     Attributes:
       hbm: bytes of memory per device.

@@ -1,6 +1,6 @@
 """Geometry on the host: a picture, and its mask where it has one, to uint8 pixels of the model's size.
 
-Every random choice comes from the generator that is passed in. Colours are in `data.colour` and `data.rand_augment`.
+Every random choice comes from the generator that is passed in. Colors are in `color` and `rand_augment` beside it.
 """
 
 import math
