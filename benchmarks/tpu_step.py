@@ -29,9 +29,9 @@ from mae_jax import errors, param_tree
 from mae_jax.commands import cli
 from mae_jax.commands.plan import tpu as plan_tpu
 from mae_jax.commands.plan.collectives import withheld_seconds
+from mae_jax.data import ASSUMED
 from mae_jax.ops import attention, linear
-from mae_jax.runtime import sharding
-from mae_jax.training.train_step import Program
+from mae_jax.training.train_step import build
 
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string("topology", "v3:8x8", "the TPU slice")
@@ -75,10 +75,9 @@ def figures(fields: dict[str, object]) -> dict[str, float]:
     """Compiles the step of the config with `fields` changed."""
     config = CONFIG.value.copy_and_resolve_references().unlock()
     config.update_from_flattened_dict({"model.dtype": "bfloat16", **fields})
-    mesh = sharding.make_mesh(config, plan_tpu.devices(TOPOLOGY.value))
-    program = Program(config, mesh, 1_281_167)
+    program = build(config, ASSUMED, plan_tpu.devices(TOPOLOGY.value))
     began = time.monotonic()
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(program.mesh):
         compiled = program.step.lower(program.state, program.batch).compile()
     seconds = time.monotonic() - began
     cost, memory, text = compiled.cost_analysis(), compiled.memory_analysis(), compiled.as_text()

@@ -248,6 +248,29 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
     return ConfigDict(tuples(values)).lock()
 
 
+def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
+    """Returns a copy with what 'auto' stands for on 'cpu', 'gpu' or 'tpu'; raises UserError for what does not go there.
+
+    The config that is stored keeps its 'auto': a run may go on elsewhere.
+    """
+    config = config.copy_and_resolve_references()
+    if config.model.dtype == "auto":
+        config.model.dtype = "float32" if platform == "cpu" else "bfloat16"
+    if config.mesh.zero == "auto":
+        config.mesh.zero = "off" if platform == "cpu" else "on"
+    if config.mesh.reduce == "bfloat16" and config.model.dtype != "bfloat16":
+        raise UserError(f"mesh.reduce=bfloat16 with activations in {config.model.dtype} would round the parameters; "
+                        "use model.dtype=bfloat16 or mesh.reduce=float32")
+    return config
+
+
+def resolved(config: ConfigDict) -> ConfigDict:
+    """Returns `for_platform` of this process's devices."""
+    import jax
+
+    return for_platform(config, jax.devices()[0].platform)
+
+
 def validate(config: ConfigDict, trains: bool = True) -> None:
     """Raises UserError for the first field whose value cannot work, whatever the data.
 

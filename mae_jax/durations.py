@@ -2,10 +2,42 @@
 
 import math
 import re
+from typing import Any, NamedTuple
 
 from mae_jax.errors import UserError
 
 _LIMIT = ", at most "
+
+
+class Timeline(NamedTuple):
+    """When what happens in a run, in steps."""
+
+    batch_size: int
+    examples: int  # of an epoch
+    total: int
+    warmup: int  # of the learning rate, at most `total`
+    save_every: int  # the periods are at least 1, or 0 where they are off
+    keep_every: int
+    eval_every: int
+    log_every: int
+
+    @classmethod
+    def of(cls, config: Any, examples: int) -> "Timeline":
+        """Returns the timeline of a config, whose training split has so many examples; raises UserError."""
+        def count(duration: str) -> int:
+            return steps(duration, config.batch_size, examples)
+
+        def period(duration: str) -> int:
+            return max(1, count(duration)) if duration else 0
+
+        total = count(config.train.duration)
+        return cls(config.batch_size, examples, total, min(count(config.optim.warmup), total),
+                   period(config.checkpoint.every), period(config.checkpoint.keep_every), period(config.eval.every),
+                   period(config.log.every))
+
+    def steps(self, duration: str) -> int:
+        """Returns a duration of this run in steps; raises UserError."""
+        return steps(duration, self.batch_size, self.examples)
 
 
 def steps(duration: str, batch_size: int, examples: int) -> int:

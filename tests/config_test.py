@@ -10,10 +10,9 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from mae_jax import config as configs
-from mae_jax.config import default, from_dict, resolve, steps, validate, vit
+from mae_jax.config import default, for_platform, from_dict, resolve, steps, validate, vit
 from mae_jax.errors import UserError, nearest
 from mae_jax.param_tree import flat
-from mae_jax.runtime.sharding import for_platform
 from mae_jax.storage import paths
 from mae_jax.training import workdir
 from tests.helpers.tiny import tiny_config

@@ -67,10 +67,13 @@ def measure(config: Any, parts: list[str], seconds: float) -> Iterator[tuple[str
         yield "step", step().figures(times)
     if not {"input", "both"} & set(parts):
         return
+    from mae_jax import config as configs
     from mae_jax import data, methods
 
-    method = methods.get(config.method.name)(config)
-    inputs = data.build(config, method.eval_spec(), method.order(), views=method.views())
+    config = configs.resolved(config)
+    opened = data.OpenedData(config, methods.get(config.method.name).data_needs(config))
+    method = methods.build(config, opened.info)
+    inputs = opened.batches(method.eval_spec(), method.order(), method.views())
     if "input" in parts:
         batches = inputs.train(0)
         times = timed(lambda: next(batches), seconds)
@@ -90,12 +93,13 @@ class TimedStep:
         import jax
         import numpy as np
 
+        from mae_jax.data import ASSUMED
         from mae_jax.runtime import sharding
         from mae_jax.training import throughput
-        from mae_jax.training.train_step import Program
+        from mae_jax.training.train_step import build
 
-        self.config, self.mesh = config, sharding.make_mesh(config)
-        program = Program(config, self.mesh, 1_281_167)
+        program = build(config, ASSUMED)
+        self.config, self.mesh = config, program.mesh
         draws, spec = np.random.default_rng(0), program.batch
         host = {name: np.ones(s.shape, s.dtype) if name == "valid" else np.zeros(s.shape, s.dtype)
                 for name, s in spec.items()}

@@ -93,22 +93,22 @@ def fingerprint(arrays: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def of_splits(config: ConfigDict, parts: dict[str, Any]) -> dict[str, np.ndarray]:
+def of_splits(found: Clusters, folder: str, data: ConfigDict, parts: dict[str, Any]) -> dict[str, np.ndarray]:
     """Returns split expression → cluster by id, int32, of the splits that the config names.
 
     Args:
-      config: whose method.clusters is the folder.
+      found: the clusters of the folder.
+      folder: which messages name.
+      data: the config's group `data`.
       parts: split expression → its examples, see `data.Inputs`.
 
     Raises:
       UserError: the clusters are of other data, or of other splits of it.
     """
-    folder = config.method.get("clusters", "")
-    found = Clusters.read(folder)
     for name in ("source", "name", "classes"):
-        if config.data[name] != found.meta["data"][name]:
+        if data[name] != found.meta["data"][name]:
             raise UserError(f"the clusters of {folder} are of data.{name}={found.meta['data'][name]!r}, the config has "
-                            f"{config.data[name]!r}")
+                            f"{data[name]!r}")
     for split, part in parts.items():
         if split not in found.assigned:
             raise UserError(f"{folder} has no clusters of the split {split!r}; it has {', '.join(found.assigned)}; "

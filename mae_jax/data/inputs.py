@@ -10,6 +10,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.data import cluster_ids, token_maps
+from mae_jax.data.cluster_ids import Clusters
+from mae_jax.data.info import NO_NEEDS, DataInfo, DataNeeds
 from mae_jax.data.masking import Order, View, with_views
 from mae_jax.errors import UserError
 
@@ -41,42 +43,140 @@ class Inputs(NamedTuple):
     parts: dict[str, Any] = {}  # split expression → its Source or Stream (data/sources/base.py); none of cached batches
 
 
-def build(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray | None = None,
-          views: tuple[View, ...] = ()) -> Inputs:
-    """Opens the config's data.
+class OpenedData:
+    """A config's data, opened: what they have is known, and batches can be made once a method says which.
 
-    Batches are dicts of NumPy arrays with the fields of `spec`: `patches` uint8 [B, N, P], cut and permuted; `order`
-    int32 [B, N], order[b, k] = raster index of the k-th patch; `label` int32 [B], -1 unlabelled; `id` int32 [B], -1 in
-    padding; `valid` float32 [B], 0 for grey stand-ins and padding; `replaced` int32 [B], how many pictures failed
-    before this one. Where the spec asks for them and the data have them: `labels` uint8 [B, C], 1 where a class is in
-    the picture; `mask` uint8 [B, N, P / 3], the class of each pixel, 255 where it has none; and `tokens` int32 [B, N],
-    of the file data.tokens; and `cluster` int32 [B], of the folder method.clusters.
-
-    Args:
-      config: the resolved config.
-      spec: field → global shape [B, ...] and dtype, as evaluations want them.
-      order: how the method hides patches.
-      rows: the global rows that this process feeds; None: all of them.
-      views: what the batches of training have in place of `patches` and `order`, if anything.
-
-    Raises:
-      UserError: the data is not there, or cannot give a field of the spec.
+    Attributes:
+      info: what a method is built from.
     """
-    rows = np.arange(config.batch_size) if rows is None else np.asarray(rows)
-    if config.data.source == "batches":
-        from mae_jax.data.readers import cached_batches
 
-        return Inputs(**cached_batches.open_folder(config, spec, views, order, rows))
-    inputs = _open(config, spec, order, rows, views)
-    sizes = {split: size for split, size in ((config.data.train_split, inputs.num_train),
-                                             (config.data.val_split, inputs.num_val),
-                                             (config.data.eval_split, inputs.num_eval)) if split}
-    if token_maps.FIELD in spec:
-        tokens = token_maps.load(config, sizes, spec[token_maps.FIELD].shape[1])
-        inputs = _joined(config.data, inputs, token_maps.joined, tokens)
-    if cluster_ids.FIELD in spec:
-        inputs = _joined(config.data, inputs, cluster_ids.joined, cluster_ids.of_splits(config, inputs.parts))
-    return inputs
+    def __init__(self, config: ConfigDict, needs: DataNeeds = NO_NEEDS):
+        """Opens the splits of a config, for a method that needs this of them; raises UserError."""
+        self.config, self.needs = config, needs
+        clusters = None if needs.clusters is None else Clusters.read(needs.clusters)
+        if config.data.source == "batches":
+            from mae_jax.data.readers import cached_batches
+
+            self.meta = cached_batches.read_meta(config.data.path)
+            self.info = DataInfo(self.meta["num_train"], tuple(self.meta["classes"]), False, clusters)
+            return
+        self._open_splits()
+        self.info = DataInfo(self.train.size - len(self.left_over), self.train.classes, "labels" in self.train.fields,
+                             clusters)
+
+    def _open_splits(self) -> None:
+        from mae_jax.data.readers import record_stream
+        from mae_jax.data.sources import base, registry
+
+        data = self.config.data
+        self.train = registry.load(data, data.train_split)
+        self.val, self.eval = (registry.load(data, split) if split else None
+                               for split in (data.val_split, data.eval_split))
+        for key in ("train_split", "eval_split"):
+            check_apart(data, "val_split", key)
+        for part in (self.val, self.eval):
+            _check_classes(part, self.train, data)
+        self.left_over = range(0)
+        if isinstance(self.train, base.Stream):
+            self.left_over = record_stream.left_over(self.train, self.config, self.needs.mixing_group)
+
+    def batches(self, spec: Spec, order: Order, views: tuple[View, ...] = (), rows: np.ndarray | None = None) -> Inputs:
+        """Returns the input.
+
+        Batches are dicts of NumPy arrays with the fields of `spec`: `patches` uint8 [B, N, P], cut and permuted;
+        `order` int32 [B, N], order[b, k] = raster index of the k-th patch; `label` int32 [B], -1 unlabelled; `id` int32
+        [B], -1 in padding; `valid` float32 [B], 0 for grey stand-ins and padding; `replaced` int32 [B], how many
+        pictures failed before this one. Where the spec asks for them and the data have them: `labels` uint8 [B, C], 1
+        where a class is in the picture; `mask` uint8 [B, N, P / 3], the class of each pixel, 255 where it has none; and
+        `tokens` int32 [B, N], of the file data.tokens; and `cluster` int32 [B], of the folder that the method needs.
+
+        Args:
+          spec: field → global shape [B, ...] and dtype, as evaluations want them.
+          order: how the method hides patches.
+          views: what the batches of training have in place of `patches` and `order`, if anything.
+          rows: the global rows that this process feeds; None: all of them.
+
+        Raises:
+          UserError: the data cannot give a field of the spec.
+        """
+        config, clusters = self.config, self.info.clusters
+        rows = np.arange(config.batch_size) if rows is None else np.asarray(rows)
+        if config.data.source == "batches":
+            from mae_jax.data.readers import cached_batches
+
+            return Inputs(**cached_batches.open_folder(config, self.meta, clusters, spec, views, order, rows))
+        inputs = self._read(spec, order, rows, views)
+        sizes = {split: part.size for split, part in inputs.parts.items()}
+        sizes[config.data.train_split] = inputs.num_train
+        if token_maps.FIELD in spec:
+            tokens = token_maps.load(config, sizes, spec[token_maps.FIELD].shape[1], self.needs.vocabulary)
+            inputs = _joined(config.data, inputs, token_maps.joined, tokens)
+        if cluster_ids.FIELD in spec:
+            assert clusters is not None, "a method that reads `cluster` says in `data_needs` of which folder"
+            assigned = cluster_ids.of_splits(clusters, self.needs.clusters or "", config.data, inputs.parts)
+            inputs = _joined(config.data, inputs, cluster_ids.joined, assigned)
+        return inputs
+
+    def _read(self, spec: Spec, order: Order, rows: np.ndarray, views: tuple[View, ...]) -> Inputs:
+        """Makes the input of what has random access or is a stream, without the fields that are joined by id."""
+        from mae_jax.data.readers import random_access, record_stream
+        from mae_jax.data.sources import base, registry
+        from mae_jax.data.transforms.example import Views
+
+        config, data, source = self.config, self.config.data, self.train
+        splits = {data.train_split: source, data.val_split: self.val, data.eval_split: self.eval}
+        parts = {split: part for split, part in splits.items() if part}
+        if token_maps.FIELD in spec and any(isinstance(part, base.Stream) for part in parts.values()):
+            raise UserError(f"data.tokens={data.tokens!r} names examples by their place in the split, which streams do "
+                            "not know; use a source with random access: folder, npz, or TFDS stored as array_record")
+        later = (token_maps.FIELD, cluster_ids.FIELD)  # which are joined by the examples' ids
+        spec = {name: struct for name, struct in spec.items() if name not in later}
+        for part in (source, self.val, self.eval):
+            _check_fields(part, spec, data)
+        if source.size < order.group:
+            raise UserError(f"data.train_split={data.train_split!r} has {source.size} pictures, and {order.group} are "
+                            "mixed with one another")
+        kinds = {base.Source: random_access, base.Stream: record_stream}
+        bad: deque[str] = deque(maxlen=BAD_NAMES)
+        common = {"views": Views(config, order, spec, views), "config": config, "rows": rows, "bad": bad}
+
+        def evaluate(part: base.Source | base.Stream | None, ratio: float = config.eval.crop_ratio[0]
+                     ) -> Iterator[Batch]:
+            return kinds[type(part)].evaluate(part, ratio, spec=spec, **common) if part else iter(())
+
+        def support(ids: np.ndarray | None = None) -> Iterator[Batch]:
+            if ids is None:
+                return evaluate(source)
+            assert isinstance(source, base.Source)  # a stream has no numbers to ask by
+            return _renumbered(evaluate(source.only(ids)), "id", ids)
+
+        def extra(name: str) -> Iterator[Batch]:
+            found, classes = registry.further(data, name, source.classes)
+            _check_fields(found, spec, data)
+            return _renumbered(evaluate(found), "label", classes)
+
+        return Inputs(
+            train=functools.partial(kinds[type(source)].train, source, spec=with_views(spec, views), **common),
+            support=support, evaluate=functools.partial(evaluate, self.eval),
+            validate=functools.partial(evaluate, self.val), extra=extra,
+            num_train=self.info.num_train, num_eval=self.eval.size if self.eval else 0,
+            num_val=self.val.size if self.val else 0,
+            # Where a picture has any number of labels, the batch field `label` says none.
+            classes=self.info.classes if "labels" in spec else self.info.single_label_classes,
+            bad=bad, description=self._describe(), parts=parts)
+
+    def _describe(self) -> str:
+        data, classes = self.config.data, len(self.train.classes)
+        where = data.path if data.source == "folder" else data.name or data.path
+        labels = f"{classes} classes" if classes else "no labels"
+        chosen_by = f"{self.val.size} in {data.val_split}, " if self.val else ""
+        lost = ""
+        if self.left_over:
+            lost = (f"; left out by {data.readers} readers: {len(self.left_over)}, from "
+                    f"{self.train.name(self.left_over[0])}")
+        return (f"{data.source}{f' {where}' if where else ''}: {self.train.size} pictures in {data.train_split}, "
+                f"{chosen_by}{self.eval.size if self.eval else 0} in {data.eval_split or 'no evaluation split'}; "
+                f"{labels}{lost}")
 
 
 def _joined(data: ConfigDict, inputs: Inputs, join: Callable[..., Any], tables: dict[str, np.ndarray]) -> Inputs:
@@ -85,64 +185,6 @@ def _joined(data: ConfigDict, inputs: Inputs, join: Callable[..., Any], tables: 
              "evaluate": data.eval_split}
     made = {name: join(getattr(inputs, name), tables[split]) for name, split in parts.items() if split}
     return inputs._replace(**made)
-
-
-def _open(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray, views: tuple[View, ...]) -> Inputs:
-    from mae_jax.data.readers import random_access, record_stream
-    from mae_jax.data.sources import base, registry
-    from mae_jax.data.transforms.example import Views
-
-    data = config.data
-    source = registry.load(data, data.train_split)
-    validation, held_out = (registry.load(data, split) if split else None
-                            for split in (data.val_split, data.eval_split))
-    for key in ("train_split", "eval_split"):
-        check_apart(data, "val_split", key)
-    if token_maps.FIELD in spec and any(isinstance(part, base.Stream) for part in (source, validation, held_out)):
-        raise UserError(f"data.tokens={data.tokens!r} names examples by their place in the split, which streams do not "
-                        "know; use a source with random access: folder, npz, or TFDS stored as array_record")
-    later = (token_maps.FIELD, cluster_ids.FIELD)  # which are joined by the examples' ids
-    spec = {name: struct for name, struct in spec.items() if name not in later}
-    for part in (source, validation, held_out):
-        _check_fields(part, spec, data)
-        _check_classes(part, source, data)
-    kinds = {base.Source: random_access, base.Stream: record_stream}
-    bad: deque[str] = deque(maxlen=BAD_NAMES)
-    common = {"views": Views(config, order, spec, views), "config": config, "rows": rows, "bad": bad}
-
-    def evaluate(part: base.Source | base.Stream | None, ratio: float = config.eval.crop_ratio[0]
-                 ) -> Iterator[Batch]:
-        return kinds[type(part)].evaluate(part, ratio, spec=spec, **common) if part else iter(())
-
-    def support(ids: np.ndarray | None = None) -> Iterator[Batch]:
-        if ids is None:
-            return evaluate(source)
-        assert isinstance(source, base.Source)  # a stream has no numbers to ask by
-        return _renumbered(evaluate(source.only(ids)), "id", ids)
-
-    def extra(name: str) -> Iterator[Batch]:
-        found, classes = registry.further(data, name, source.classes)
-        _check_fields(found, spec, data)
-        return _renumbered(evaluate(found), "label", classes)
-
-    if source.size < order.group:
-        raise UserError(f"data.train_split={data.train_split!r} has {source.size} pictures, and {order.group} are "
-                        "mixed with one another")
-    left_over = record_stream.left_over(source, config) if isinstance(source, base.Stream) else range(0)
-    lost = ""
-    if left_over:
-        lost = f"; left out by {data.readers} readers: {len(left_over)}, from {source.name(left_over[0])}"
-    # Where a picture has any number of labels, the batch field `label` says none.
-    classes = source.classes if "labels" in spec or "labels" not in source.fields else ()
-    num_val, num_eval = (part.size if part else 0 for part in (validation, held_out))
-    splits = {data.train_split: source, data.val_split: validation, data.eval_split: held_out}
-    return Inputs(
-        train=functools.partial(kinds[type(source)].train, source, spec=with_views(spec, views), **common),
-        support=support, evaluate=functools.partial(evaluate, held_out),
-        validate=functools.partial(evaluate, validation), extra=extra,
-        num_train=source.size - len(left_over), num_eval=num_eval, num_val=num_val, classes=classes, bad=bad,
-        description=_describe(data, source.size, num_val, num_eval, len(source.classes)) + lost,
-        parts={split: part for split, part in splits.items() if part})
 
 
 def check_apart(data: ConfigDict, first: str, second: str) -> None:
@@ -183,11 +225,3 @@ def _renumbered(batches: Iterator[Batch], name: str, numbers: np.ndarray) -> Ite
     """Yields the batches with numbers[k] for k in a field; those below 0 stay."""
     for batch in batches:
         yield {**batch, name: np.where(batch[name] < 0, batch[name], numbers[batch[name]]).astype(np.int32)}
-
-
-def _describe(data: ConfigDict, train: int, validation: int, held_out: int, classes: int) -> str:
-    where = data.path if data.source == "folder" else data.name or data.path
-    labels = f"{classes} classes" if classes else "no labels"
-    chosen_by = f"{validation} in {data.val_split}, " if data.val_split else ""
-    return (f"{data.source}{f' {where}' if where else ''}: {train} pictures in {data.train_split}, {chosen_by}"
-            f"{held_out} in {data.eval_split or 'no evaluation split'}; {labels}")

@@ -19,13 +19,14 @@ Batch = dict[str, np.ndarray]
 FIELD = "tokens"
 
 
-def load(config: ConfigDict, sizes: dict[str, int], patches: int) -> dict[str, np.ndarray]:
+def load(config: ConfigDict, sizes: dict[str, int], patches: int, vocabulary: int) -> dict[str, np.ndarray]:
     """Reads the maps of the splits that the config names.
 
     Args:
       config: whose data.tokens is the file, and whose views must show every picture as the tokenizer saw it.
       sizes: split expression → number of examples.
       patches: N.
+      vocabulary: tokens are below it.
 
     Returns:
       split expression → int32 [n, N].
@@ -49,7 +50,7 @@ def load(config: ConfigDict, sizes: dict[str, int], patches: int) -> dict[str, n
     for name, size in sizes.items():
         if name not in found:
             raise UserError(f"{file} has no array {name!r}, the tokens of that split")
-        _check(file, name, found[name], (size, patches), config.method.vocabulary)
+        _check(file, name, found[name], (size, patches), vocabulary)
     return {name: tokens.astype(np.int32) for name, tokens in found.items()}
 
 

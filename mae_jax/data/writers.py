@@ -10,10 +10,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 from PIL import Image
 
-from mae_jax.data import Inputs, Spec
+from mae_jax.data import Inputs, OpenedData, Spec
 from mae_jax.data.decode import BadPicture, Picture
 from mae_jax.data.masking import Order, View, with_views
 from mae_jax.data.readers import cached_batches, random_access, record_stream
@@ -134,13 +133,13 @@ def _check_storable(found: dict[str, Found]) -> None:
             raise UserError("pictures are stored with one label each, and these have several; use --write=batches")
 
 
-def write_batches(config: ConfigDict, inputs: Inputs, spec: Spec, order: Order, views: tuple[View, ...],
+def write_batches(opened: OpenedData, inputs: Inputs, spec: Spec, order: Order, views: tuple[View, ...],
                   folder: epath.Path, steps: int) -> None:
     """Writes the first batches of a run and its evaluations; data.source='batches' reads the folder.
 
     Args:
-      config: the config.
-      inputs: as `data.build` made them of config, spec, order and views.
+      opened: the data.
+      inputs: as `opened` made them of spec, order and views.
       folder: which is made, and must not hold batches.
       steps: how many batches of training are written.
     """
@@ -153,7 +152,7 @@ def write_batches(config: ConfigDict, inputs: Inputs, spec: Spec, order: Order, 
         with (folder / f"{name}.npz").open("wb") as file:
             np.savez(file, **_joined(found, with_views(spec, views) if name == "train" else spec))
     meta = {"classes": inputs.classes, "num_train": inputs.num_train, **cached_batches.hiding(order, views),
-            **cached_batches.joined_from(config)}
+            **cached_batches.joined_from(opened.config, opened.info.clusters)}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 

@@ -5,8 +5,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from mae_jax.config import resolved
+from mae_jax.data import NO_DATA
 from mae_jax.errors import UserError
-from mae_jax.methods import get
+from mae_jax.methods import build
 from mae_jax.methods.base import Method
 
 
@@ -33,8 +35,9 @@ class Frozen(Method):
     """An encoder of any method, one block of it, and nothing else: no field but those of every picture is needed."""
 
     def __init__(self, config: ConfigDict, block: int):
+        config = resolved(config)
         super().__init__(config)
-        self.of, self.block = get(config.method.name)(config), block
+        self.of, self.block = build(config, NO_DATA), block
 
     def encode(self, params: Any, extras: Any, batch: Any, block: int = -1) -> jax.Array:
         return self.of.encode(params, extras, batch, self.block)

@@ -10,7 +10,6 @@ from jax.experimental.multihost_utils import process_allgather
 from ml_collections import ConfigDict
 
 from mae_jax.evals.image_grid import paired, tile
-from mae_jax.methods import get
 from mae_jax.methods.base import Batch, Method
 from mae_jax.ops.patches import assemble, denormalize, grid
 
@@ -32,7 +31,7 @@ def masking(method: Method, ratio: float) -> Method:
         return method
     config = method.config.copy_and_resolve_references()
     config.method.update(mask_ratio=ratio, masking="random")
-    return get(config.method.name)(config)
+    return type(method)(config, method.data)
 
 
 def panels(method: Method, params: Any, extras: Any, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

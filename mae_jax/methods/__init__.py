@@ -7,6 +7,9 @@ from mae_jax.errors import UserError, nearest
 from mae_jax.methods import fields
 
 if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from mae_jax.data.info import DataInfo
     from mae_jax.methods.base import Method
 
 TABLE = {  # name → module:class
@@ -27,6 +30,11 @@ def get(name: str) -> "type[Method]":
         raise UserError(f"unknown method.name {name!r}; {nearest(name, TABLE)}")
     module, _, attribute = TABLE[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def build(config: "ConfigDict", data: "DataInfo") -> "Method":
+    """Builds the method of a config without 'auto' for data that have this; raises UserError."""
+    return get(config.method.name)(config, data)
 
 
 def defaults(name: str) -> dict[str, Any]:

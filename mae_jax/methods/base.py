@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from mae_jax.data.info import NO_DATA, DataInfo, DataNeeds
 from mae_jax.data.masking import Order, View, with_views
+from mae_jax.durations import Timeline
 from mae_jax.errors import UserError, nearest
 from mae_jax.models.layers import drop_path
 from mae_jax.models.vit import drop_path_rates
@@ -81,18 +83,26 @@ class Method:
     group: int = 1  # rows that stay together on a device and in a micro-batch, neighbours in the batch
     decayed: ClassVar[tuple[str, ...]] = ("kernel", "cls_token", "mask_token")  # weight decay, by last name of the path
 
-    def __init__(self, config: ConfigDict, examples: int = 0):
-        """Args: config; examples, of the training split, where schedules of the method's own count its epochs."""
-        self.config, self.examples = config, examples
+    def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
+        """Binds the method to a config without 'auto', and to what the data have."""
+        self.config, self.data = config, data
+        self.timeline = Timeline.of(config, data.num_train)
 
     @staticmethod
     def validate(config: ConfigDict) -> None:
         """Raises UserError for own fields that cannot work."""
 
     @staticmethod
-    def fitted(config: ConfigDict, classes: tuple[str, ...]) -> ConfigDict:
-        """Returns the config with what only the data tell; raises UserError for data that the method cannot use."""
-        return config
+    def data_needs(config: ConfigDict) -> DataNeeds:
+        """Returns what the method asks of the data before they are opened."""
+        return DataNeeds()
+
+    def check_data(self) -> None:
+        """Raises UserError for data that the method cannot be trained on."""
+
+    def heads(self) -> dict[str, int]:
+        """Returns config field → number of attention heads, each of which `mesh.tensor` must divide."""
+        return {"model.heads": self.config.model.heads}
 
     def order(self) -> Order:
         """Returns how the host draws `order`."""

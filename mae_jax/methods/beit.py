@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from mae_jax.data.info import NO_DATA, DataInfo, DataNeeds
 from mae_jax.data.masking import Order
 from mae_jax.errors import UserError
 from mae_jax.methods import fields
@@ -38,12 +39,16 @@ class BEiT(Method):
         if not 0 < m.masked < patches:
             raise UserError(f"method.masked={m.masked}; expected 1 to {patches - 1} of {patches} patches")
 
-    def __init__(self, config: ConfigDict, examples: int = 0):
-        super().__init__(config, examples)
+    def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
+        super().__init__(config, data)
         self.patches, self.masked = int(np.prod(grid(config))), config.method.masked
         self.targets = PatchTargets(config)
         self.encoder = make_encoder(config)
         self.head = Head(self.targets.outputs, TOKEN_STD)
+
+    @staticmethod
+    def data_needs(config: ConfigDict) -> DataNeeds:
+        return DataNeeds(vocabulary=config.method.vocabulary)
 
     def order(self) -> Order:
         return Order(self.config.method.masking, grid(self.config), self.masked)

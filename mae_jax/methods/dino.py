@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from mae_jax.data.info import NO_DATA, DataInfo
 from mae_jax.data.masking import Colours, Order, View
 from mae_jax.durations import steps
 from mae_jax.errors import UserError
@@ -22,7 +23,7 @@ from mae_jax.losses.dino import centred, cross_entropy
 from mae_jax.methods import fields
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params
 from mae_jax.models.heads import Projection
-from mae_jax.models.vit import activation_dtype, make_encoder
+from mae_jax.models.vit import make_encoder
 from mae_jax.ops.flops import blocks_flops
 from mae_jax.ops.patches import grid, normalize, patch_values
 
@@ -64,11 +65,12 @@ class DINO(Method):
                             f"data.repeats={data.repeats}: DINO's views are crops and colours of their own, cut from "
                             "one decoding; leave 'random', 'none', 'exact' and 1")
 
-    def __init__(self, config: ConfigDict, examples: int = 0):
-        super().__init__(config, examples)
+    def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
+        super().__init__(config, data)
         m = config.method
         self.encoder = make_encoder(config)
-        self.head = Projection(m.head_width, m.bottleneck, m.out_dim, config.model.gelu, activation_dtype(config))
+        self.head = Projection(m.head_width, m.bottleneck, m.out_dim, config.model.gelu,
+                               jnp.dtype(config.model.dtype))
         self.local_grid = _grid(config, m.local_size)
 
     def views(self) -> tuple[View, ...]:
@@ -149,24 +151,20 @@ class DINO(Method):
         """Stops the gradient of the last layer as long as method.freeze_last says; weight decay changes no direction.
         """
         head = params["head"]
-        last = jax.tree.map(lambda p: jnp.where(step < self._steps("freeze_last"), jax.lax.stop_gradient(p), p),
-                            head["last"])
+        frozen = step < self.timeline.steps(self.config.method.freeze_last)
+        last = jax.tree.map(lambda p: jnp.where(frozen, jax.lax.stop_gradient(p), p), head["last"])
         return {**params, "head": {**head, "last": last}}
-
-    def _steps(self, key: str) -> int:
-        return steps(self.config.method[key], self.config.batch_size, self.examples)
 
     def _teacher_temperature(self, step: jax.Array) -> jax.Array:
         m = self.config.method
-        warmup = self._steps("temperature_warmup")
+        warmup = self.timeline.steps(m.temperature_warmup)
         share = jnp.clip(step / warmup, 0, 1) if warmup else 1.0
         return m.first_teacher_temperature + share * (m.teacher_temperature - m.first_teacher_temperature)
 
     def after_update(self, params: Params, extras: Extras, step: jax.Array) -> Extras:
         """Moves the teacher towards the student; the momentum rises from its first value to 1 (half a cosine)."""
-        config = self.config
-        total = max(steps(config.train.duration, config.batch_size, self.examples), 1)
-        left = (1 - config.method.momentum) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(step / total, 0, 1)))
+        total = max(self.timeline.total, 1)
+        left = (1 - self.config.method.momentum) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(step / total, 0, 1)))
         teacher = jax.tree.map(lambda old, new: old + left * (new - old), extras["teacher"], params)
         return {**extras, "teacher": teacher}
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from mae_jax.data.info import NO_DATA, DataInfo
 from mae_jax.data.masking import Order
 from mae_jax.errors import UserError
 from mae_jax.losses import pixel_targets
@@ -50,8 +51,8 @@ class MAE(Method):
             raise UserError(f"method.mask_ratio={m.mask_ratio} leaves {visible} of {height * width} patches visible; "
                             "at least one must be visible and one hidden")
 
-    def __init__(self, config: ConfigDict, examples: int = 0):
-        super().__init__(config, examples)
+    def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
+        super().__init__(config, data)
         self.target = config.method.target
         values = patch_values(config)
         self.outputs = min(pixel_targets.PCA_COMPONENTS, values) if self.target == "pca" else values
@@ -66,6 +67,9 @@ class MAE(Method):
     def visible_of(config: ConfigDict, patches: int) -> int:
         """Returns V, how many of N patches the encoder sees of a picture."""
         return visible_patches(patches, config.method.mask_ratio)
+
+    def heads(self) -> dict[str, int]:
+        return super().heads() | {"method.decoder_heads": self.config.method.decoder_heads}
 
     def order(self) -> Order:
         return Order(self.config.method.masking, grid(self.config), self.hidden)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from mae_jax.data.info import NO_DATA, DataInfo, DataNeeds
 from mae_jax.data.masking import Order
 from mae_jax.errors import UserError
 from mae_jax.losses.contrastive import supervised_contrast
@@ -63,8 +64,8 @@ class MixedAE(MAE):
             raise UserError(f"data.repeats={config.data.repeats} would mix a picture with itself")
         named_blocks(config)
 
-    def __init__(self, config: ConfigDict, examples: int = 0):
-        super().__init__(config, examples)
+    def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
+        super().__init__(config, data)
         m = config.method
         self.group = _group(config)  # G
         self.turns = self.group if m.mixing == "full" else 1
@@ -75,6 +76,10 @@ class MixedAE(MAE):
         self.mixer = self.encoder.clone(kept=tuple(kept if i in blocks else None for i in range(config.model.depth)))
         self.decoder = make_decoder(config, self.outputs, class_token=False)
         self.projector = Perceptron(config.model.width, m.projection, config.model.gelu, jnp.float32)
+
+    @staticmethod
+    def data_needs(config: ConfigDict) -> DataNeeds:
+        return DataNeeds(_group(config))
 
     @staticmethod
     def visible_of(config: ConfigDict, patches: int) -> int:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.data.cluster_ids import Clusters
+from mae_jax.data.info import NO_DATA, DataInfo, DataNeeds
 from mae_jax.errors import UserError
 from mae_jax.methods import fields
 from mae_jax.methods.base import Batch, Extras, Metrics, Params, check_choices, named_blocks
@@ -54,24 +54,22 @@ class MoCE(MAE):
         named_blocks(config)
 
     @staticmethod
-    def fitted(config: ConfigDict, classes: tuple[str, ...]) -> ConfigDict:
-        if config.method.gate == "token":
-            return config
-        found = Clusters.read(config.method.clusters)
-        config = config.copy_and_resolve_references()
-        count, width = found.centroids.shape
-        if config.method.num_clusters not in (0, count):
-            raise UserError(f"method.num_clusters={config.method.num_clusters}, but {config.method.clusters} has "
-                            f"{count}")
-        config.method.update(num_clusters=count, centroid_width=width)
-        return config
+    def data_needs(config: ConfigDict) -> DataNeeds:
+        return DataNeeds(clusters=config.method.clusters if config.method.gate == "cluster" else None)
 
-    def __init__(self, config: ConfigDict, examples: int = 0):
-        super().__init__(config, examples)
+    def check_data(self) -> None:
+        m = self.config.method
+        if not self.by_token and m.num_clusters not in (0, self.count):
+            raise UserError(f"method.num_clusters={m.num_clusters}, but {m.clusters} has {self.count}")
+
+    def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
+        super().__init__(config, data)
         m = config.method
         self.blocks = sorted(named_blocks(config))
         self.straight = m.gate_weight == "straight"
-        self.count, self.width = m.num_clusters or 1, m.centroid_width or config.model.width
+        # Where no clusters were read (plan and bench open no data), as many as the config says.
+        self.count, self.width = data.clusters.centroids.shape if data.clusters else (
+            m.num_clusters or 1, m.centroid_width or config.model.width)
         self.by_token = m.gate == "token"
         self.sees_whole_batch = self.by_token and max(m.balance_weight, m.confidence_weight) > 0
         self.encodes_with = () if self.by_token else ("cluster",)
@@ -109,18 +107,17 @@ class MoCE(MAE):
         The encoder that training starts from is that of the first expert: upcycling makes them all alike.
         """
         fitted: Extras = {}
-        if not self.by_token:
-            found = Clusters.read(self.config.method.clusters)
+        if found := self.data.clusters:
             fitted = {"centroids": found.standard(), "share": found.sizes / found.sizes.sum()}
         if "start" in extras:
             fitted["start"] = along(params["encoder"], dict.fromkeys(self.blocks, 0))
         return {**extras, **fitted} if fitted else extras
 
     def check(self, extras: Extras) -> None:
-        folder = self.config.method.clusters
-        if self.by_token:
+        folder, found = self.config.method.clusters, self.data.clusters
+        if found is None:
             return
-        wanted = Clusters.read(folder).standard()
+        wanted = found.standard()
         if wanted.shape != extras["centroids"].shape or jnp.abs(extras["centroids"] - wanted).max() > SAME:
             raise UserError(f"method.clusters={folder!r} are not the clusters that this mixture was trained with: its "
                             "gates read other centroids")

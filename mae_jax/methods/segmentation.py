@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from mae_jax.data.info import NO_DATA, DataInfo
 from mae_jax.errors import UserError
 from mae_jax.losses import segmentation
 from mae_jax.methods import fields
@@ -41,8 +42,8 @@ class Segment(Method):
         if not -1 <= m.train_blocks <= depth:
             raise UserError(f"method.train_blocks={m.train_blocks}; expected 0 to {depth}, or -1 for the whole encoder")
 
-    def __init__(self, config: ConfigDict, examples: int = 0):
-        super().__init__(config, examples)
+    def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
+        super().__init__(config, data)
         self.encoder = make_encoder(config)
         self.grid, self.patch = grid(config), tuple(config.model.patch)
         self.head = Head(config.method.classes, HEAD_STD)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from mae_jax.data.info import NO_DATA, DataInfo, DataNeeds
 from mae_jax.data.masking import Order
 from mae_jax.errors import UserError
 from mae_jax.losses.contrastive import info_nce
@@ -39,13 +40,20 @@ class SplitMask(Method):
         if int(np.prod(grid(config))) < 2:
             raise UserError("one patch cannot be split; use a larger data.image_size or a smaller model.patch")
 
-    def __init__(self, config: ConfigDict, examples: int = 0):
-        super().__init__(config, examples)
+    def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
+        super().__init__(config, data)
         self.patches = int(np.prod(grid(config)))
         self.half = self.patches // 2
         self.targets = PatchTargets(config)
         self.encoder = make_encoder(config)
         self.decoder = make_decoder(config, self.targets.outputs, describes=True, head_init=self.targets.head_init)
+
+    @staticmethod
+    def data_needs(config: ConfigDict) -> DataNeeds:
+        return DataNeeds(vocabulary=config.method.vocabulary)
+
+    def heads(self) -> dict[str, int]:
+        return super().heads() | {"method.decoder_heads": self.config.method.decoder_heads}
 
     def order(self) -> Order:
         return Order("random", grid(self.config), self.patches - self.half)

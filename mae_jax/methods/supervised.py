@@ -8,6 +8,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from mae_jax.data.info import NO_DATA, DataInfo, DataNeeds
 from mae_jax.errors import UserError
 from mae_jax.methods import fields
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices, pool
@@ -19,7 +20,6 @@ from mae_jax.ops.patches import grid, normalize, patch_values
 
 HEADS = ("linear", "probe")
 LOSSES = ("cross_entropy", "bce")
-CLASSES_UNKNOWN = 1000  # what plan and bench, which see no data, take `classes` = 0 for
 
 
 class Supervised(Method):
@@ -42,8 +42,8 @@ class Supervised(Method):
         if m.loss == "bce" and m.smoothing:
             raise UserError(f"method.smoothing={m.smoothing} would make every class a positive one of the binary "
                             "cross-entropy; use 0")
-        if m.multi_label and (m.loss != "bce" or not m.classes):
-            raise UserError("method.multi_label needs method.loss=bce and the number of method.classes")
+        if m.multi_label and m.loss != "bce":
+            raise UserError("method.multi_label needs method.loss=bce")
         rows = config.batch_size // config.train.accumulate
         mixes = m.mixup or m.cutmix
         if mixes and (rows % (m.mix_group or rows) or (m.mix_group or rows) % 2):
@@ -54,22 +54,24 @@ class Supervised(Method):
                             f"use at most {rows // config.data.repeats // 2 * 2}")
 
     @staticmethod
-    def fitted(config: ConfigDict, classes: tuple[str, ...]) -> ConfigDict:
-        wanted, there = config.method.classes, len(classes)
+    def data_needs(config: ConfigDict) -> DataNeeds:
+        m = config.method
+        return DataNeeds(m.mix_group or 1 if m.mixup or m.cutmix else 1)
+
+    def check_data(self) -> None:
+        m, data = self.config.method, self.data
+        wanted, there = m.classes, len(data.classes if m.multi_label else data.single_label_classes)
         if there < 2:
             raise UserError(f"method.name=supervised needs pictures with one label each, of at least two classes; the "
                             f"data has {there}: a folder needs two class sub-folders or more, and pictures with "
                             "several labels need method.multi_label=True")
         if wanted not in (0, there):
             raise UserError(f"method.classes={wanted}, but the data has {there} classes; leave it 0, or use other data")
-        config = config.copy_and_resolve_references()
-        config.method.classes = there
-        return config
 
-    def __init__(self, config: ConfigDict, examples: int = 0):
-        super().__init__(config, examples)
+    def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
+        super().__init__(config, data)
         m = config.method
-        self.classes = m.classes or CLASSES_UNKNOWN
+        self.classes = m.classes or len(data.classes)
         self.sees_whole_batch = m.head == "probe"
         self.encoder = make_encoder(config)
         # The mean of patch tokens is normalised after pooling, not before: the encoder's own norm is left out.

@@ -1,7 +1,6 @@
 """The Vision Transformer encoder and MAE's decoder, both over tokens in any order."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,13 +13,6 @@ from mae_jax.models.layers import TOKEN_STD, Dense, embed_positions, layer_norm,
 from mae_jax.ops.linear import linear
 from mae_jax.ops.patches import grid
 from mae_jax.ops.routing import Choice
-
-
-def activation_dtype(config: ConfigDict) -> Any:
-    """Returns the dtype of activations: 'auto' is bfloat16 on accelerators and float32 on CPU."""
-    if config.model.dtype == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return jnp.dtype(config.model.dtype)
 
 
 class Encoder(Blocks):
@@ -126,7 +118,7 @@ class Decoder(Blocks):
 def make_encoder(config: ConfigDict) -> Encoder:
     """Builds the encoder that `config.model` describes."""
     m = config.model
-    return Encoder(m.width, m.depth, m.heads, m.mlp_ratio, m.gelu, activation_dtype(config), m.scan, m.remat,
+    return Encoder(m.width, m.depth, m.heads, m.mlp_ratio, m.gelu, jnp.dtype(m.dtype), m.scan, m.remat,
                    m.layer_scale, m.init, grid=grid(config), positions=m.positions)
 
 
@@ -140,6 +132,6 @@ def make_decoder(config: ConfigDict, outputs: int, describes: bool = False, head
                  class_token: bool = True) -> Decoder:
     """Builds the decoder that `config.method` describes, with `outputs` values per patch."""
     m, d = config.model, config.method
-    return Decoder(d.decoder_width, d.decoder_depth, d.decoder_heads, m.mlp_ratio, m.gelu, activation_dtype(config),
+    return Decoder(d.decoder_width, d.decoder_depth, d.decoder_heads, m.mlp_ratio, m.gelu, jnp.dtype(m.dtype),
                    m.scan, m.remat, grid=grid(config), outputs=outputs, describes=describes,
                    head_init=head_init, class_token=class_token)

@@ -28,17 +28,17 @@ TENSOR_RULES = ((r"block_\d+/mlp/fc1/(kernel|bias)$", "out"), (r"block_\d+/(attn
 
 
 def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
-    """Returns the mesh that `config.mesh` describes over all devices, or those given.
+    """Returns the mesh that `config.mesh` of a config without 'auto' describes over all devices, or those given.
 
     Raises:
-      UserError: the axes do not multiply to the number of devices, or the batch or the heads do not divide.
+      UserError: the axes do not multiply to the number of devices, or the batch does not divide.
     """
     devices = jax.devices() if devices is None else devices
     data, fsdp, tensor = mesh_sizes(config, len(devices))
     _check_batch(config, data * fsdp)
-    _check_tensor(config, tensor)
     make = partial(jax.make_mesh, axis_types=(AxisType.Auto,) * 4, devices=devices)
-    data, zero = (1, data) if for_platform(config, devices[0].platform).mesh.zero == "on" else (data, 1)
+    assert config.mesh.zero != "auto", "config.for_platform comes first"
+    data, zero = (1, data) if config.mesh.zero == "on" else (data, 1)
     rows = zero * fsdp
     if data > 1 or rows not in (zero, fsdp) or rows < 4 or rows % 2 or devices[0].platform == "gpu":
         return make((data, zero, fsdp, tensor), AXES)
@@ -67,15 +67,6 @@ def _check_batch(config: ConfigDict, parts: int) -> None:
         lower, upper = (config.train.accumulate * parts * n for n in (rows // parts, rows // parts + 1))
         raise UserError(f"batch_size={config.batch_size} in {config.train.accumulate} micro-batches does not divide "
                         f"over {parts} devices; nearest: {f'{lower} and ' if lower else ''}{upper}")
-
-
-def _check_tensor(config: ConfigDict, parts: int) -> None:
-    heads = {f"model.heads={config.model.heads}": config.model.heads}
-    if "decoder_heads" in config.method:
-        heads[f"method.decoder_heads={config.method.decoder_heads}"] = config.method.decoder_heads
-    for text, count in heads.items():
-        if count % parts:
-            raise UserError(f"{text} does not divide over mesh.tensor={parts}; heads are shared among its devices")
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -128,19 +119,3 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part)
 
     return jax.tree.map(join, shardings, shapes)
-
-
-def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
-    """Returns a copy with what 'auto' stands for on 'cpu', 'gpu' or 'tpu'; raises UserError for what does not go there.
-
-    The config that is stored keeps its 'auto': a run may go on elsewhere.
-    """
-    config = config.copy_and_resolve_references()
-    if config.model.dtype == "auto":
-        config.model.dtype = "float32" if platform == "cpu" else "bfloat16"
-    if config.mesh.zero == "auto":
-        config.mesh.zero = "off" if platform == "cpu" else "on"
-    if config.mesh.reduce == "bfloat16" and config.model.dtype != "bfloat16":
-        raise UserError(f"mesh.reduce=bfloat16 with activations in {config.model.dtype} would round the parameters; "
-                        "use model.dtype=bfloat16 or mesh.reduce=float32")
-    return config

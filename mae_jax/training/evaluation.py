@@ -82,18 +82,19 @@ class Judge:
         self.evaluator = Evaluator(run.program.method, run.inputs, run.program.mesh)
         self.reports = bool(config.data.eval_split) and config.eval.test
         self.part = "val" if config.data.val_split else "eval" if self.reports else ""
-        self.every = run.every("eval") if self.part else 0
+        self.every = run.timeline.eval_every if self.part else 0
         how = {"max_examples": config.eval.max_examples, "crop_ratio": config.eval.crop_ratio[0]}
         self.best = Best(run.workdir, config.checkpoint.best, **how) if config.checkpoint.best else None
 
     def due(self, done: int) -> bool:
         """Says whether the state of step `done` is to be evaluated; the first one, where others come before the last.
         """
-        return self.every > 0 and (done == self.run.total or (done % self.every == 0 and self.every < self.run.total))
+        total = self.run.timeline.total
+        return self.every > 0 and (done == total or (done % self.every == 0 and self.every < total))
 
     def missed(self, done: int) -> bool:
         """Says whether that evaluation was due and is not on record, on all processes alike."""
-        part = "eval" if done == self.run.total and self.reports else self.part
+        part = "eval" if done == self.run.timeline.total and self.reports else self.part
         return self.due(done) and not peers.first(self.recorder.has(done, f"{part}/loss"))
 
     def look(self, state: TrainState, done: int) -> None:
@@ -103,7 +104,7 @@ class Judge:
         figures |= self.evaluator.pixel_floor(self.part) if done == 0 else {}
         if self.best:
             self.best.offer(done, state, figures)
-        if done == self.run.total:
+        if done == self.run.timeline.total:
             figures |= self.at_the_end(state, {} if self.part == "val" else figures)
         self.write(state, done, figures, began)
 

@@ -42,8 +42,8 @@ def train(config: ConfigDict, folder: str) -> int:
     with Stopper() as stopper:
         run = opened(config, folder)
         finished = peers.first(workdir.finished(run.workdir))
-        if finished >= run.total:
-            say(f"{run.workdir} is finished: step {finished} of {run.total}; a longer train.duration goes on")
+        if finished >= run.timeline.total:
+            say(f"{run.workdir} is finished: step {finished} of {run.timeline.total}; a longer train.duration goes on")
             return errors.FINISHED
         watchdog = Watchdog(config.guard.stall_seconds, run.workdir)
         compiled = compiled_programs(config, run.workdir)
@@ -55,7 +55,7 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
     """Restores or makes the state and trains on. Returns the exit code."""
     config, folder = run.config, run.workdir
     evaluation.check(run)
-    checkpoints = Checkpoints(folder, config.checkpoint.keep_last, run.every("checkpoint", "keep_every"))
+    checkpoints = Checkpoints(folder, config.checkpoint.keep_last, run.timeline.keep_every)
     watchdog.on("reading the checkpoint")
     state = checkpoints.restore(run.program.state)
     watchdog.on("")
@@ -65,9 +65,9 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
                             "from; bring its folder checkpoints back, or use another --workdir")
         state = initial_state(run)
         say(param_tree.table(state.params, optim.decay_words(state.params, run.program.method)))
-    elif int(state.step) > run.total:
+    elif int(state.step) > run.timeline.total:
         raise UserError(f"{folder} is at step {int(state.step)}, past train.duration={config.train.duration!r} "
-                        f"({run.total} steps)")
+                        f"({run.timeline.total} steps)")
     else:
         run.program.method.check(state.extras)
         logger.info("resumed at step %d", state.step)
@@ -100,7 +100,7 @@ def dry_run(config: ConfigDict, folder: str) -> int:
     shares = peers.gather(f"{len(rows)} rows of {config.batch_size}, {jax.local_device_count()} devices")
     for number, share in enumerate(shares):
         say(f"process {number}: {share}")
-    say(f"{run.total} steps; compiled after {startup_timer.summary()}")
+    say(f"{run.timeline.total} steps; compiled after {startup_timer.summary()}")
     return errors.FINISHED
 
 
@@ -109,7 +109,7 @@ class Profile:
 
     def __init__(self, run: Run):
         self.first, last = profile_steps(run.config)
-        self.last, self.running = min(last, run.total), False
+        self.last, self.running = min(last, run.timeline.total), False
         self.folder = str(run.workdir / "profile")
 
     def before(self, done: int) -> None:
@@ -128,9 +128,9 @@ class Profile:
 def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Recorder, stopper: Stopper,
          watchdog: Watchdog) -> int:
     """Steps from the state's step to the end. Returns the exit code."""
-    start, total = int(state.step), run.total
+    start, total = int(state.step), run.timeline.total
     judged, log, profile = evaluation.Judge(run, recorder), Log(run, recorder), Profile(run)
-    save_every = run.every("checkpoint")
+    save_every = run.timeline.save_every
     if judged.missed(start):
         watchdog.on(f"the evaluation at step {start}")
         judged.look(state, start)
@@ -197,8 +197,8 @@ def finish(run: Run, checkpoints: Checkpoints, state: TrainState, done: int) -> 
     if checkpoints.failed:
         raise UserError(f"the state of step {done} could not be saved: {checkpoints.failed}; mend that and run the "
                         f"same command: it goes on from step {checkpoints.latest() or 0}")
-    if done < run.total:
-        say(f"stopped at step {done} of {run.total}, state saved; the same command goes on")
+    if done < run.timeline.total:
+        say(f"stopped at step {done} of {run.timeline.total}, state saved; the same command goes on")
         return errors.STOPPED
     workdir_lock.fence()
     if jax.process_index() == 0:

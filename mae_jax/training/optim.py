@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from mae_jax.durations import steps
+from mae_jax.durations import Timeline
 from mae_jax.methods.base import Method, Params
 from mae_jax.param_tree import path
 
@@ -55,15 +55,13 @@ def warmup_cosine(peak: float, minimum: float, warmup: int, total: int, start: f
     return schedule
 
 
-def make_schedule(config: ConfigDict, examples: int) -> Schedule:
-    """Builds the schedule of `config.optim` for a training split of `examples` images.
+def make_schedule(config: ConfigDict, timeline: Timeline) -> Schedule:
+    """Builds the schedule of `config.optim`.
 
     `lr` is per 256 images; `min_lr` and `warmup_lr` are not, as in MAE and timm.
     """
     o = config.optim
-    total = steps(config.train.duration, config.batch_size, examples)
-    warmup = steps(o.warmup, config.batch_size, examples)
-    return warmup_cosine(peak_lr(config), o.min_lr, min(warmup, total), total, o.warmup_lr)
+    return warmup_cosine(peak_lr(config), o.min_lr, timeline.warmup, timeline.total, o.warmup_lr)
 
 
 def layer_rate(name: str, decay: float, depth: int) -> float:
@@ -80,16 +78,15 @@ def layer_rate(name: str, decay: float, depth: int) -> float:
     return decay ** (depth + 1 - layer)
 
 
-def weight_decay(config: ConfigDict, examples: int) -> Schedule:
+def weight_decay(config: ConfigDict, timeline: Timeline) -> Schedule:
     """Returns step → weight decay: constant, or half a cosine from weight_decay to final_weight_decay (DINO)."""
     o = config.optim
     if o.final_weight_decay < 0:
         return lambda step: o.weight_decay
-    total = steps(config.train.duration, config.batch_size, examples)
-    return warmup_cosine(o.weight_decay, o.final_weight_decay, 0, total)
+    return warmup_cosine(o.weight_decay, o.final_weight_decay, 0, timeline.total)
 
 
-def make_optimizer(config: ConfigDict, method: Method, examples: int = 0) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: ConfigDict, method: Method) -> optax.GradientTransformationExtraArgs:
     """Builds the optimiser of `config.optim` without its learning rate: the step multiplies updates by -schedule(step).
 
     The gradient is clipped first, by its global norm. Layer-wise decay comes last, since it is a factor of the learning
@@ -98,8 +95,7 @@ def make_optimizer(config: ConfigDict, method: Method, examples: int = 0) -> opt
 
     Args:
       config: the resolved config.
-      method: whose parameters these are.
-      examples: of the training split, which schedules count epochs with.
+      method: whose parameters and timeline these are.
 
     Returns:
       A transformation whose update takes the step of the train state as `step`, and as `taken` whether it is: where it
@@ -108,7 +104,7 @@ def make_optimizer(config: ConfigDict, method: Method, examples: int = 0) -> opt
     o = config.optim
     clip = [optax.clip_by_global_norm(o.clip)] if o.clip else []
     rules = {"adamw": _adamw, "lamb": _lamb, "lars": _lars, "sgd": _sgd}[o.name]
-    decay = weight_decay(config, examples)
+    decay = weight_decay(config, method.timeline)
     rates = [_layer_rates(o.layer_decay, config.model.depth)] if o.layer_decay != 1 else []
     decayed = partial(decay_mask, decayed=method.decayed)
     return _only(method.learns, optax.chain(*clip, *rules(o, decay, decayed), *rates))

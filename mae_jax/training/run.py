@@ -13,8 +13,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from mae_jax import methods, param_tree
-from mae_jax.config import default, validate
-from mae_jax.durations import steps
+from mae_jax.config import default, resolved, validate
+from mae_jax.durations import Timeline
 from mae_jax.errors import UserError
 from mae_jax.methods.base import Batch, Method
 from mae_jax.runtime import sharding, startup_timer
@@ -30,16 +30,15 @@ CACHE = "jax_compilation_cache_dir"
 class Run(NamedTuple):
     """All that is fixed once config and data are known."""
 
-    config: ConfigDict
+    config: ConfigDict  # as config.json keeps it, with its 'auto': a run may go on elsewhere
     workdir: epath.Path
     program: Program
     inputs: Any  # data.Inputs; data/ is imported only where the input is built
-    total: int  # steps
 
-    def every(self, group: str, field: str = "every") -> int:
-        """Returns a period of the config in steps, at least 1; 0 where it is off."""
-        duration = self.config[group][field]
-        return max(1, steps(duration, self.config.batch_size, self.inputs.num_train)) if duration else 0
+    @property
+    def timeline(self) -> Timeline:
+        """When what happens, in steps."""
+        return self.program.method.timeline
 
 
 def prepare(config: ConfigDict, folder: epath.Path, trains: bool = True) -> Run:
@@ -53,24 +52,26 @@ def prepare(config: ConfigDict, folder: epath.Path, trains: bool = True) -> Run:
     from mae_jax import data
 
     validate(config, trains)
-    mesh = sharding.make_mesh(config)
-    method = methods.get(config.method.name)(config)
+    here = resolved(config)
+    mesh = sharding.make_mesh(here)
+    kind = methods.get(config.method.name)
+    if trains and kind.learns_labels:
+        data.check_apart(config.data, "train_split", "eval_split")
+    opened = data.OpenedData(here, kind.data_needs(here) if trains else data.NO_NEEDS)
+    method = methods.build(here, opened.info)
     if not trains and method.encodes_with:
         raise UserError(f"a run of method.name={config.method.name} has no single encoder to look at; python -m "
                         "mae_jax export --for-task=vote makes one")
-    if trains and method.learns_labels:
-        data.check_apart(config.data, "train_split", "eval_split")
     spec = method.eval_spec() if trains else Method.eval_spec(method)
-    rows = sharding.local_rows(mesh, config.batch_size)
-    inputs = data.build(config, spec, method.order(), rows, method.views() if trains else ())
+    inputs = opened.batches(spec, method.order(), method.views() if trains else (),
+                            sharding.local_rows(mesh, config.batch_size))
     logger.info(inputs.description)
-    total = steps(config.train.duration, config.batch_size, inputs.num_train)
-    if total < 1:
+    if method.timeline.total < 1:
         raise UserError(f"train.duration={config.train.duration!r} is less than one step: {inputs.num_train} examples, "
                         f"batch_size={config.batch_size}")
-    fitted = type(method).fitted(config, inputs.classes) if trains else config
-    program = Program(fitted, mesh, inputs.num_train)
-    return Run(config, folder, program, inputs, total)
+    if trains:
+        method.check_data()
+    return Run(config, folder, Program(method, mesh), inputs)
 
 
 def device_batches(run: Run, start: int) -> Iterator[Batch]:
@@ -165,7 +166,7 @@ def of_workdir(path: epath.Path) -> ConfigDict:
     """
     config = workdir.read_config(path)
     try:
-        sharding.make_mesh(config)
+        sharding.make_mesh(resolved(config))
     except UserError:
         config.mesh = default(config.method.name).mesh
         logger.info("the mesh of the run does not fit here; looking at it with all devices along mesh.data")

@@ -24,7 +24,7 @@ class Log:
 
     def __init__(self, run: Run, recorder: Recorder):
         self.run, self.recorder = run, recorder
-        self.every = run.every("log")
+        self.every = run.timeline.log_every
         self.waiting: collections.deque[tuple[int, Metrics, jax.Array]] = collections.deque()
         self.means, self.guards = Means(), Guards(run)
         self.named: set[str] = set()
@@ -56,11 +56,11 @@ class Log:
         values = jax.device_get(metrics)
         self.means.add(values)
         self.guards.look(done, {name: float(total) for name, (total, _) in values.items()}, ids)
-        if done % self.every == 0 or done == self.run.total:
+        if done % self.every == 0 or done == self.run.timeline.total:
             line = self.means.take("train/") | self.speed.take()
             self.recorder.scalars(done, line)
             self._name_bad_pictures()
-            say(progress_line(done, self.run.total, line, self.run.config.batch_size))
+            say(progress_line(done, self.run.timeline.total, line, self.run.config.batch_size))
 
     def _name_bad_pictures(self) -> None:
         """Logs the pictures that this process could not read, each once."""

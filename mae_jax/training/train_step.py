@@ -12,20 +12,21 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import methods
+from mae_jax.config import for_platform
+from mae_jax.data.info import DataInfo
 from mae_jax.errors import UserError
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params
 from mae_jax.ops.partitioning import ROWS
 from mae_jax.param_tree import path
 from mae_jax.rng import stream_key
 from mae_jax.runtime import sharding
-from mae_jax.runtime.sharding import for_platform
 from mae_jax.state import TrainState
 from mae_jax.training import optim, spike_detector
 from mae_jax.training.optim import Schedule, either
 
 
 class Program:
-    """All that is fixed once the config, the mesh and the number of training examples are known.
+    """All that is fixed once the method and the mesh are known.
 
     Calls of `init` and `step`, and whatever else runs the models, belong inside `jax.set_mesh(program.mesh)`.
 
@@ -36,37 +37,48 @@ class Program:
       step: (state, batch) → (state, metrics), jitted, donating the state.
     """
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, examples: int):
+    def __init__(self, method: Method, mesh: Mesh):
         jax.config.update("jax_threefry_partitionable", True)  # what is drawn must not depend on the mesh
-        config = for_platform(config, mesh.devices.flat[0].platform)
-        self.config, self.mesh = config, mesh
-        self.method = methods.get(config.method.name)(config, examples)
-        if config.train.accumulate > 1 and self.method.sees_whole_batch:
+        self.method, self.mesh = method, mesh
+        self.config = config = method.config
+        for field, count in method.heads().items():
+            if count % mesh.shape["tensor"]:
+                raise UserError(f"{field}={count} does not divide over mesh.tensor={mesh.shape['tensor']}; heads are "
+                                "shared among its devices")
+        if config.train.accumulate > 1 and method.sees_whole_batch:
             raise UserError(f"train.accumulate={config.train.accumulate}: the loss of {config.method.name} has terms "
                             "across the whole batch, which micro-batches would change; use 1")
         parts = config.train.accumulate * math.prod(mesh.shape[axis] for axis in ROWS)
-        rows, step = config.batch_size // parts, parts * self.method.group
-        if rows % self.method.group:
+        rows, step = config.batch_size // parts, parts * method.group
+        if rows % method.group:
             near = [str(n) for n in (config.batch_size // step * step, config.batch_size // step * step + step) if n]
             raise UserError(f"batch_size={config.batch_size} gives a device {rows} rows at a time, which is not a "
-                            f"multiple of the {self.method.group} pictures that {config.method.name} mixes; nearest: "
+                            f"multiple of the {method.group} pictures that {config.method.name} mixes; nearest: "
                             f"{' and '.join(near)}")
-        self.optimizer = optim.make_optimizer(config, self.method, examples)
-        self.schedule = optim.make_schedule(config, examples)
-        initial = partial(init_state, config, self.method, self.optimizer)
-        spec = self.method.batch_spec()
+        self.optimizer = optim.make_optimizer(config, method)
+        self.schedule = optim.make_schedule(config, method.timeline)
+        initial = partial(init_state, config, method, self.optimizer)
+        spec = method.batch_spec()
         shapes = jax.eval_shape(initial, spec)
         placed = sharding.param_shardings(mesh, shapes)
         self.state = sharding.with_shardings(shapes, placed)
         self.batch = sharding.with_shardings(spec, sharding.batch_sharding(mesh))
         self.init = jax.jit(initial, out_shardings=placed)
-        self.step = jax.jit(make_train_step(config, self.method, self.optimizer, self.schedule),
+        self.step = jax.jit(make_train_step(config, method, self.optimizer, self.schedule),
                             donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh)),
                             compiler_options={"xla_gpu_deterministic_ops": config.train.deterministic})
 
     def compile(self) -> None:
         """Compiles `step`, so that its first call runs at once."""
         self.step.lower(self.state, self.batch).compile()
+
+
+def build(config: ConfigDict, data: DataInfo, devices: list[jax.Device] | None = None) -> Program:
+    """Builds a config's step for data that have this, on all devices or those given ('auto' is what they have)."""
+    devices = jax.devices() if devices is None else devices
+    config = for_platform(config, devices[0].platform)
+    mesh = sharding.make_mesh(config, devices)
+    return Program(methods.build(config, data), mesh)
 
 
 def init_state(config: ConfigDict, method: Method, optimizer: optax.GradientTransformation, batch: Batch) -> TrainState:

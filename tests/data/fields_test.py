@@ -12,12 +12,13 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from mae_jax import config as configs
-from mae_jax import data, methods
+from mae_jax import data
 from mae_jax.data.decode import BadPicture, decode_mask
 from mae_jax.data.readers import random_access
 from mae_jax.data.sources import expected_sizes, registry, splits
 from mae_jax.errors import UserError
 from mae_jax.ops.patches import assemble
+from tests.helpers.tiny import tiny_method
 
 SIDE, SIZES = 16, {"train": 60, "test": 10}
 NAMES = ("ant", "bee", "cat")
@@ -76,11 +77,11 @@ def config(stored, name="stream", batch=8, **fields):
 
 
 def build(c, rows=None, **more):
-    method = methods.get(c.method.name)(c)
+    method = tiny_method(c)
     shapes = {"labels": (3,), "mask": (4, 64)}
     spec = method.batch_spec() | {name: jax.ShapeDtypeStruct((c.batch_size, *(shape or shapes[name])), np.uint8)
                                   for name, shape in more.items()}
-    return data.build(c, spec, method.order(), rows)
+    return data.OpenedData(c).batches(spec, method.order(), rows=rows)
 
 
 def take(iterator, count):
@@ -325,10 +326,10 @@ def test_a_folder_under_a_known_name_is_held_to_its_number_of_pictures(tmp_path)
 
 def test_token_maps_are_refused_for_streams_whose_ids_are_no_rows_of_a_split(stored):
     c = config(stored)
-    method = methods.get("mae")(c)
+    method = tiny_method(c)
     spec = {**method.eval_spec(), "tokens": jax.ShapeDtypeStruct((8, 4), np.int32)}
     with pytest.raises(UserError, match="which streams do not know; use a source with random access"):
-        data.build(c, spec, method.order())
+        data.OpenedData(c).batches(spec, method.order())
 
 
 def test_the_table_of_sizes_names_data_sets_and_splits_of_tfds(tmp_path):

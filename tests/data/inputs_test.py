@@ -39,6 +39,10 @@ def spec(c):
     return {name: jax.ShapeDtypeStruct((c.batch_size, *shape), kind) for name, (shape, kind) in shapes.items()}
 
 
+def inputs_of(c, rows=None):
+    return data.OpenedData(c).batches(spec(c), ORDER, rows=rows)
+
+
 def take(iterator, count):
     return list(itertools.islice(iterator, count))
 
@@ -53,7 +57,7 @@ def assert_equal(batches, others):
 
 def test_batches_are_exactly_what_the_spec_says():
     c = config()
-    inputs = data.build(c, spec(c), ORDER)
+    inputs = inputs_of(c)
     for batch in [next(inputs.train(0)), next(inputs.support()), next(inputs.evaluate())]:
         assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {k: (s.shape, s.dtype) for k, s in spec(c).items()}
     assert inputs.num_train == 3400
@@ -65,27 +69,27 @@ def test_batches_are_exactly_what_the_spec_says():
 
 def test_the_batch_of_a_step_depends_on_no_step_before_it():
     c = config()
-    unbroken = take(data.build(c, spec(c), ORDER).train(0), 6)
-    assert_equal(take(data.build(c, spec(c), ORDER).train(3), 3), unbroken[3:])
+    unbroken = take(inputs_of(c).train(0), 6)
+    assert_equal(take(inputs_of(c).train(3), 3), unbroken[3:])
 
 
 def test_threads_and_prefetching_change_nothing():
     c, d = config(), config()
     d.data.update(threads=5, prefetch=1)
-    assert_equal(take(data.build(c, spec(c), ORDER).train(0), 4), take(data.build(d, spec(d), ORDER).train(0), 4))
+    assert_equal(take(inputs_of(c).train(0), 4), take(inputs_of(d).train(0), 4))
 
 
 def test_processes_feed_the_rows_that_one_process_would():
     c = config()
-    whole = take(data.build(c, spec(c), ORDER).train(2), 3)
+    whole = take(inputs_of(c).train(2), 3)
     for rows in ([0, 1, 4, 5], [2, 3, 6, 7]):
-        part = take(data.build(c, spec(c), ORDER, np.array(rows)).train(2), 3)
+        part = take(inputs_of(c, np.array(rows)).train(2), 3)
         assert_equal(part, [{name: value[rows] for name, value in batch.items()} for batch in whole])
 
 
 def test_the_seed_changes_ids_pixels_and_orders():
     c, d = config(), config(seed=1)
-    one, two = next(data.build(c, spec(c), ORDER).train(0)), next(data.build(d, spec(d), ORDER).train(0))
+    one, two = next(inputs_of(c).train(0)), next(inputs_of(d).train(0))
     for name in ("id", "patches", "order"):
         assert not np.array_equal(one[name], two[name])
 
@@ -94,17 +98,17 @@ def test_evaluation_batches_are_the_same_for_every_seed_and_padded_at_the_end():
     c, d = config(batch_size=32), config(batch_size=32, seed=1)
     c.eval.max_examples = d.eval.max_examples = 40
     for name in ("support", "evaluate"):
-        batches = list(getattr(data.build(c, spec(c), ORDER), name)())
+        batches = list(getattr(inputs_of(c), name)())
         assert [batch["valid"].sum() for batch in batches] == [32, 8]
         assert (batches[1]["id"][8:] == -1).all()
         assert (batches[1]["label"][8:] == -1).all()
-        assert_equal(batches, list(getattr(data.build(d, spec(d), ORDER), name)()))
+        assert_equal(batches, list(getattr(inputs_of(d), name)()))
 
 
 def test_without_an_evaluation_split_there_is_nothing_to_evaluate():
     c = config()
     c.data.eval_split = ""
-    inputs = data.build(c, spec(c), ORDER)
+    inputs = inputs_of(c)
     assert list(inputs.evaluate()) == []
     assert inputs.num_eval == 0
 
@@ -113,14 +117,14 @@ def test_a_field_that_no_pipeline_gives_names_its_provider():
     c = config()
     wanted = {**spec(c), "cluster": jax.ShapeDtypeStruct((8,), np.int32)}
     with pytest.raises(UserError, match=r"cluster.*mae_jax.cluster"):
-        data.build(c, wanted, ORDER)
+        data.OpenedData(c).batches(wanted, ORDER)
 
 
 def test_an_unknown_source_is_refused_with_the_nearest_name():
     c = config()
     c.data.source = "photo_crop"
     with pytest.raises(UserError, match="did you mean 'photo_crops'"):
-        data.build(c, spec(c), ORDER)
+        inputs_of(c)
 
 
 def test_patches_are_cut_channel_fastest_and_permuted_by_their_order():
@@ -200,7 +204,7 @@ def write_odd_folder(root):
 def test_files_of_every_kind_are_read_or_replaced_by_name_alike_on_resume_and_in_two_processes(tmp_path):
     greys, c = write_odd_folder(tmp_path), config()
     c.data.update(source="folder", path=str(tmp_path), eval_split="")
-    inputs = data.build(c, spec(c), ORDER)
+    inputs = inputs_of(c)
     assert inputs.num_train == 18
     batches = take(inputs.train(0), 9)  # four epochs
     for batch in batches:
@@ -212,13 +216,13 @@ def test_files_of_every_kind_are_read_or_replaced_by_name_alike_on_resume_and_in
     assert ((replaced > 0).reshape(4, 18).sum(1) == 6).all()  # each broken file once in each epoch
     named = {name.split(":")[0] for name in inputs.bad}
     assert named == {f"bad_{name}.jpg" for name in ("text", "empty", "half", "head", "end", "bomb")}
-    assert_equal(take(data.build(c, spec(c), ORDER).train(4), 5), batches[4:])
+    assert_equal(take(inputs_of(c).train(4), 5), batches[4:])
     for rows in ([0, 1, 2, 3], [4, 5, 6, 7], [0, 3, 6]):
-        part = take(data.build(c, spec(c), ORDER, np.array(rows)).train(2), 7)
+        part = take(inputs_of(c, np.array(rows)).train(2), 7)
         assert_equal(part, [{name: value[rows] for name, value in batch.items()} for batch in batches[2:]])
     whole = list(inputs.support())
     assert sum(batch["valid"].sum() for batch in whole) == 12  # in evaluations, a broken one has no weight
-    part = list(data.build(c, spec(c), ORDER, np.arange(4)).support())
+    part = list(inputs_of(c, np.arange(4)).support())
     assert_equal(part, [{name: value[:4] for name, value in batch.items()} for batch in whole])
 
 
@@ -271,4 +275,4 @@ def test_a_path_that_nothing_reads_is_refused(source):
     c = config()
     c.data.update(source=source, path="/pictures")
     with pytest.raises(UserError, match=f"data.source='{source}' does not read data.path='/pictures'"):
-        data.build(c, spec(c), ORDER)
+        inputs_of(c)

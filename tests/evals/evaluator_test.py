@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mae_jax.config import resolved
 from mae_jax.evals import image_grid, knn, linear_probe, reconstruction
 from mae_jax.evals.accumulators import Rows
 from mae_jax.evals.evaluator import Evaluator, labelled_rows
@@ -24,7 +25,7 @@ def test_pooling_takes_the_class_token_or_the_mean_of_the_patches():
 
 @pytest.fixture
 def mesh():
-    return sharding.make_mesh(tiny_config(), jax.devices()[:1])
+    return sharding.make_mesh(resolved(tiny_config()), jax.devices()[:1])
 
 
 def test_rows_leave_out_padding_grey_pictures_and_unlabelled_ones(mesh):

@@ -33,10 +33,10 @@ def hang(place: str) -> None:
         push = Log.push
         Log.push = lambda self, done, *args: (sleeps if done == AT else push)(self, done, *args)
     else:
-        build = data.build
+        make = data.OpenedData.batches
 
-        def built(*args):
-            inputs = build(*args)
+        def made(*args):
+            inputs = make(*args)
 
             def batches(start: int):
                 for step, batch in enumerate(inputs.train(start), start + 1):
@@ -47,7 +47,7 @@ def hang(place: str) -> None:
 
             return inputs._replace(train=batches)
 
-        data.build = built
+        data.OpenedData.batches = made
 
 
 if __name__ == "__main__":

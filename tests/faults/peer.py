@@ -64,8 +64,8 @@ def write_batches(folder: Path, config) -> None:
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def recording(build, folder: str, process: str, pause: float):
-    """Wraps data.build: every batch that is drawn leaves a line 'step row:id row:id ... .', after a pause."""
+def recording(make, folder: str, process: str, pause: float):
+    """Wraps `OpenedData.batches`: every batch that is drawn leaves a line 'step row:id row:id ... .', after a pause."""
     def noted(batches: Iterator, start: int, rows: np.ndarray, kind: str) -> Iterator:
         for step, batch in enumerate(batches, start):
             time.sleep(pause)
@@ -74,8 +74,8 @@ def recording(build, folder: str, process: str, pause: float):
                 out.write(" ".join(["\n", str(step), *(f"{row}:{number}" for row, number in pairs), END]) + "\n")
             yield batch
 
-    def wrapped(config, spec, order, rows, views):
-        inputs = build(config, spec, order, rows, views)
+    def wrapped(opened, spec, order, views, rows):
+        inputs = make(opened, spec, order, views, rows)
         return inputs._replace(train=lambda start: noted(inputs.train(start), start, rows, "ids"),
                                evaluate=lambda: noted(inputs.evaluate(), 0, rows, "evaluated"))
 
@@ -105,7 +105,7 @@ def main() -> int:
     if permutation:
         make = sharding.make_mesh
         sharding.make_mesh = lambda config: make(config, [jax.devices()[number] for number in permutation])
-    data.build = recording(data.build, folder, process, fields.pop("pause", 0.0))
+    data.OpenedData.batches = recording(data.OpenedData.batches, folder, process, fields.pop("pause", 0.0))
     workdir_lock.RENEWED, workdir_lock.DEAD = fields.pop("lease", (workdir_lock.RENEWED, workdir_lock.DEAD))
     checkpoint.SAVE_SECONDS = fields.pop("save_seconds", checkpoint.SAVE_SECONDS)
     workdir = fields.pop("workdir", folder)

@@ -22,10 +22,10 @@ def small_config():
     return config.lock()
 
 
-def recording(build, file):
-    """Wraps data.build so that every batch that is drawn leaves a line 'step id id ...'."""
+def recording(make, file):
+    """Wraps `OpenedData.batches` so that every batch that is drawn leaves a line 'step id id ...'."""
     def wrapped(*args):
-        inputs = build(*args)
+        inputs = make(*args)
 
         def batches(start: int) -> Iterator:
             for step, batch in enumerate(inputs.train(start), start):
@@ -40,5 +40,5 @@ def recording(build, file):
 
 if __name__ == "__main__":
     ids_file, workdir = sys.argv[1:]
-    data.build = recording(data.build, ids_file)
+    data.OpenedData.batches = recording(data.OpenedData.batches, ids_file)
     sys.exit(cli.guarded(lambda: loop.train(small_config(), workdir)))

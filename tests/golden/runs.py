@@ -105,12 +105,13 @@ def items(workdir: Path, step: int = TOTAL) -> dict[str, list]:
 
 def warm_start(config: ConfigDict, source: Path) -> Arrays:
     """Returns path → array of what a run of this config takes from `source` as its init_from."""
-    from mae_jax import methods
+    from mae_jax.data import ASSUMED
     from mae_jax.param_tree import flatten
+    from mae_jax.training.train_step import build
     from mae_jax.training.warm_start import load
 
     config = changed(config, {"init_from": str(source)})
-    method = methods.get(config.method.name)(config)
+    method = build(config, ASSUMED).method
     shapes, _ = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec())
     ours = flatten(shapes)
     return {name: np.asarray(leaf) for name, leaf in flatten(load(config, shapes)).items() if name in ours}

@@ -10,8 +10,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from mae_jax import config as configs
-from mae_jax import data, methods
+from mae_jax import data
 from mae_jax.data.tensorflow_cpu import tf
+from tests.helpers.tiny import tiny_method
 
 TRAIN, TEST = 61, 11
 
@@ -75,8 +76,8 @@ def plain_config(shards, **fields):
 
 
 def build(c, rows=None):
-    method = methods.get("mae")(c)
-    return data.build(c, method.batch_spec(), method.order(), rows)
+    method = tiny_method(c)
+    return data.OpenedData(c).batches(method.batch_spec(), method.order(), rows=rows)
 
 
 def take(iterator, count):

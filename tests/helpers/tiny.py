@@ -9,13 +9,15 @@ import optax
 from ml_collections import ConfigDict
 
 from mae_jax import methods
-from mae_jax.config import default, validate
+from mae_jax.config import default, resolved, validate
+from mae_jax.data import DataInfo, Inputs, OpenedData
 from mae_jax.data.masking import rolled
+from mae_jax.durations import Timeline
 from mae_jax.methods.base import Batch, Extras, Method, Params
 from mae_jax.param_tree import path
 from mae_jax.state import TrainState
 from mae_jax.training import optim
-from mae_jax.training.train_step import make_train_step
+from mae_jax.training.train_step import Program, build, make_train_step
 
 EXAMPLES = 64  # of the training split that durations in epochs are counted with
 
@@ -101,8 +103,21 @@ def tiny_batch(config: ConfigDict, seed: int = 0, train: bool = True) -> Batch:
     }
 
 
-def tiny_method(config: ConfigDict) -> Method:
-    return methods.get(config.method.name)(config)
+def tiny_method(config: ConfigDict, examples: int = EXAMPLES) -> Method:
+    """Returns the config's method on these devices, for data of so many examples and three classes."""
+    return methods.build(resolved(config), DataInfo(examples, ("a", "b", "c")))
+
+
+def tiny_program(config: ConfigDict, devices: list[jax.Device] | None = None) -> Program:
+    """Returns the config's step on all devices or those given, for the same data."""
+    return build(config, DataInfo(EXAMPLES, ("a", "b", "c")), devices)
+
+
+def open_inputs(config: ConfigDict, method: Method | None = None, rows: np.ndarray | None = None) -> Inputs:
+    """Returns the config's data as its method, or this one, wants them."""
+    method = method or tiny_method(config)
+    opened = OpenedData(config, method.data_needs(config))
+    return opened.batches(method.eval_spec(), method.order(), method.views(), rows)
 
 
 def tiny_loss(method: Method) -> Any:
@@ -124,7 +139,7 @@ def tiny_params(config: ConfigDict, seed: int = 0) -> Params:
 
 
 def tiny_optimizer(config: ConfigDict, method: Method) -> tuple[optax.GradientTransformation, optim.Schedule]:
-    return optim.make_optimizer(config, method), optim.make_schedule(config, EXAMPLES)
+    return optim.make_optimizer(config, method), optim.make_schedule(config, Timeline.of(config, EXAMPLES))
 
 
 def tiny_state(config: ConfigDict, extras: Extras | None = None, method: Method | None = None) -> TrainState:

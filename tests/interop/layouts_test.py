@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-from mae_jax import methods
 from mae_jax.config import default
 from mae_jax.errors import UserError
 from mae_jax.interop.hf import from_hf, to_hf
@@ -12,6 +11,7 @@ from mae_jax.interop.mae import from_mae, to_mae
 from mae_jax.interop.timm import to_timm
 from mae_jax.models.layers import sincos_positions
 from mae_jax.param_tree import flatten
+from tests.helpers.tiny import tiny_method
 
 GRID, PATCH = (2, 3), (8, 4)
 
@@ -24,7 +24,7 @@ def params():
     config.model.update(width=16, depth=11, heads=2, patch=PATCH)  # 11: block 10 sorts before block 2 as text
     config.method.update(decoder_width=12, decoder_depth=2, decoder_heads=3, mask_ratio=0.5)
     config.batch_size = 1
-    shapes = jax.eval_shape(methods.get("mae")(config).init, jax.random.key(0), methods.get("mae")(config).batch_spec())
+    shapes = jax.eval_shape(tiny_method(config).init, jax.random.key(0), tiny_method(config).batch_spec())
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda s: rng.standard_normal(s.shape).astype(np.float32), shapes[0])
 

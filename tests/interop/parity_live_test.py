@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax import methods
 from mae_jax.config import default
 from mae_jax.interop.hf import hf_config, to_hf
 from mae_jax.ops.patches import grid
+from tests.helpers.tiny import tiny_method
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -37,7 +37,7 @@ def test_exported_weights_give_hugging_face_the_same_loss_and_predictions(shrink
     config.model.dtype = "float32"
     if shrink:
         shrink(config)
-    method = methods.get("mae")(config)
+    method = tiny_method(config)
     rng = np.random.default_rng(0)
     shapes, _ = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec())
     params = jax.tree.map(lambda s: 0.05 * rng.standard_normal(s.shape, np.float32), shapes)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax import methods
 from mae_jax.config import default
 from mae_jax.interop.hf import from_hf, to_hf
 from mae_jax.ops.patches import grid
+from tests.helpers.tiny import tiny_method
 
 TOLERANCE = 1e-5  # of the largest absolute value of each tensor
 CASES = {"square": (0.75, "norm_pix"), "wide": (0.6, "pixel")}
@@ -38,7 +38,7 @@ def both(request):
     config.model.update(width=24, depth=2, heads=3, patch=(8, 8), scan=layers == "scanned", dtype="float32")
     mask_ratio, target = CASES[name]
     config.method.update(decoder_width=16, decoder_depth=1, decoder_heads=2, mask_ratio=mask_ratio, target=target)
-    method = methods.get("mae")(config)
+    method = tiny_method(config)
     patches = np.take_along_axis(cut(golden["pictures"], 8), golden["order"][..., None], 1)
     batch = {"patches": patches, "order": golden["order"], "valid": np.ones(len(patches), np.float32)}
 

@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from mae_jax import methods
 from mae_jax.config import default, vit
 from mae_jax.interop.mae import from_mae
 from mae_jax.interop.timm import folded, timm_arguments, to_timm
 from mae_jax.ops.patches import grid
 from mae_jax.param_tree import flatten
+from tests.helpers.tiny import tiny_method
 from tests.interop.parity_test import cut
 
 torch = pytest.importorskip("torch")
@@ -37,7 +37,7 @@ def make_config(size, model, head):
 
 def random_state(config):
     """Random weights that keep the scale of tokens; norm scales and LayerScale lie around one."""
-    method, rng = methods.get("supervised")(config), np.random.default_rng(0)
+    method, rng = tiny_method(config), np.random.default_rng(0)
 
     def draw(leaf):
         scale = leaf.shape[0] ** -0.5 if len(leaf.shape) == 2 else 0.3
@@ -64,7 +64,7 @@ def test_exported_weights_give_timm_the_same_logits(name):
         wanted = model(torch.from_numpy(pixels).float().permute(0, 3, 1, 2)).numpy()
     patches = cut(pictures, 16)
     batch = {"patches": patches, "order": np.tile(np.arange(196, dtype=np.int32), (PICTURES, 1))}
-    found = jax.jit(methods.get("supervised")(config).logits)(params, extras, batch)
+    found = jax.jit(tiny_method(config).logits)(params, extras, batch)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE * np.abs(wanted).max())
 
 

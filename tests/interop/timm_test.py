@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax import methods
 from mae_jax.config import default
 from mae_jax.errors import UserError
 from mae_jax.interop.mae import from_mae
@@ -15,6 +14,7 @@ from mae_jax.interop.timm import folded, timm_arguments, to_timm
 from mae_jax.models.layers import sincos_positions
 from mae_jax.ops.patches import grid
 from mae_jax.param_tree import flatten
+from tests.helpers.tiny import tiny_method
 from tests.interop.parity_test import cut
 
 TOLERANCE = 1e-5  # of the largest logit
@@ -34,12 +34,12 @@ def logits_of(config, params, pictures, extras=None):
     patches = cut(pictures, config.model.patch[0])
     order = np.tile(np.arange(patches.shape[1], dtype=np.int32), (len(patches), 1))
     batch = {"patches": patches, "order": order}
-    return np.asarray(jax.jit(methods.get("supervised")(config).logits)(params, extras or {}, batch))
+    return np.asarray(jax.jit(tiny_method(config).logits)(params, extras or {}, batch))
 
 
 def random_params(config):
     """Random values everywhere, so that a scale taken for a bias or a transposed square shows."""
-    method, rng = methods.get("supervised")(config), np.random.default_rng(0)
+    method, rng = tiny_method(config), np.random.default_rng(0)
     shapes, _ = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec())
     return jax.tree.map(lambda s: rng.standard_normal(s.shape, np.float32), shapes)
 

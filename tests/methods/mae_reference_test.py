@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import scipy.special
 
-from mae_jax import methods
 from mae_jax.config import default
 from mae_jax.data.masking import draw
 from mae_jax.param_tree import flatten
+from tests.helpers.tiny import tiny_method
 
 TOLERANCE = 1e-5  # of the largest absolute value of each tensor
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -95,7 +95,7 @@ def problem(request):
     config.model.update(width=16, depth=1, heads=2, patch=(4, 4), dtype="float32")
     config.method.update(decoder_width=24, decoder_depth=1, decoder_heads=3, mask_ratio=mask_ratio, masking=masking,
                          target=target)
-    method = methods.get("mae")(config)
+    method = tiny_method(config)
     rng = np.random.default_rng(0)
     shapes, _ = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec())
     params = jax.tree.map(lambda s: np.float32(rng.standard_normal(s.shape) / max(s.shape[0], 9) ** 0.5), shapes)

@@ -19,11 +19,18 @@ from mae_jax.errors import UserError
 from mae_jax.evals import reconstruction
 from mae_jax.ops.homologous_attention import TopKeys
 from mae_jax.ops.patches import normalize
-from mae_jax.runtime.sharding import make_mesh
 from mae_jax.training import run as training_run
 from mae_jax.training.throughput import train_flops
-from mae_jax.training.train_step import Program, gradients
-from tests.helpers.tiny import EXAMPLES, tiny_batch, tiny_config, tiny_loss, tiny_method, tiny_params, tiny_state
+from mae_jax.training.train_step import gradients
+from tests.helpers.tiny import (
+    tiny_batch,
+    tiny_config,
+    tiny_loss,
+    tiny_method,
+    tiny_params,
+    tiny_program,
+    tiny_state,
+)
 
 PLAIN = {"method.segments": False, "method.contrast_weight": 0.0, "method.attention": "oracle"}
 
@@ -332,4 +339,4 @@ def test_what_cannot_be_mixed_is_refused(fields, text):
 def test_a_batch_that_cuts_a_group_is_refused():
     config = tiny_config({"batch_size": 10}, "mixedae")
     with pytest.raises(UserError, match=r"10 rows at a time, .* the 4 pictures that mixedae mixes; nearest: 8 and 12"):
-        Program(config, make_mesh(config), EXAMPLES)
+        tiny_program(config)

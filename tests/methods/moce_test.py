@@ -5,16 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mae_jax.data import DataInfo
 from mae_jax.data.cluster_ids import Clusters
 from mae_jax.errors import UserError
+from mae_jax.methods.moce import MoCE
 from mae_jax.models.intermediates import block_name
 from mae_jax.models.upcycling import along, upcycled
 from mae_jax.ops.patches import normalize
 from mae_jax.param_tree import flatten
-from mae_jax.runtime.sharding import make_mesh
 from mae_jax.training.throughput import train_flops
-from mae_jax.training.train_step import Program, gradients
-from tests.helpers.tiny import EXAMPLES, tiny_batch, tiny_config, tiny_method, tiny_params, tiny_state
+from mae_jax.training.train_step import gradients
+from tests.helpers.tiny import tiny_batch, tiny_config, tiny_method, tiny_params, tiny_program, tiny_state
 
 COUNT = 5  # clusters
 FIELDS = {"method.num_clusters": COUNT, "method.centroid_width": 12, "method.clusters": "somewhere"}
@@ -210,7 +211,7 @@ def test_what_cannot_be_mixed_is_refused(fields, text):
 def test_micro_batches_are_refused_where_the_tokens_of_the_whole_batch_balance_experts():
     config = tiny_config(FIELDS | {"method.gate": "token", "train.accumulate": 2}, "moce")
     with pytest.raises(UserError, match=r"train.accumulate=2: the loss of moce has terms across the whole batch"):
-        Program(config, make_mesh(config), EXAMPLES)
+        tiny_program(config)
 
 
 def test_clusters_of_another_number_are_refused(tmp_path):
@@ -220,12 +221,13 @@ def test_clusters_of_another_number_are_refused(tmp_path):
              np.array([5, 2, 3])).write(tmp_path)
     config = tiny_config(FIELDS | {"method.clusters": str(tmp_path)}, "moce")
     with pytest.raises(UserError, match=r"method.num_clusters=5, but .* has 3"):
-        type(tiny_method(config)).fitted(config, ())
+        MoCE(config, DataInfo(clusters=Clusters.read(str(tmp_path)))).check_data()
     free = tiny_config({"method.clusters": str(tmp_path)}, "moce")
-    fitted = type(tiny_method(free)).fitted(free, ())
-    assert (fitted.method.num_clusters, fitted.method.centroid_width) == (3, 12)
-    method = tiny_method(fitted)
-    params, extras = tiny_params(fitted), {"centroids": None, "share": None}
+    assert MoCE.data_needs(free).clusters == str(tmp_path)
+    method = MoCE(free, DataInfo(clusters=Clusters.read(str(tmp_path))))
+    method.check_data()
+    assert (method.count, method.width) == (3, 12)
+    params, extras = tiny_params(free), {"centroids": None, "share": None}
     extras = method.fit(params, extras, None)
     np.testing.assert_allclose(extras["share"], [0.5, 0.2, 0.3])
     np.testing.assert_allclose(extras["centroids"].std(1), 1, rtol=1e-4)

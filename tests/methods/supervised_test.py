@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mae_jax.data import DataInfo
 from mae_jax.errors import UserError
+from mae_jax.methods.supervised import Supervised
 from mae_jax.models.layers import drop_path
 from mae_jax.models.vit import drop_path_rates, make_encoder
 from mae_jax.param_tree import flatten
@@ -255,9 +257,20 @@ def test_what_cannot_work_is_refused_in_one_line(fields, line):
 
 
 def test_the_data_tells_the_number_of_classes():
-    method = type(tiny_method(tiny_supervised()))
-    assert method.fitted(tiny_supervised({"method.classes": 0}), ("a", "b")).method.classes == 2
+    method = Supervised(tiny_supervised({"method.classes": 0}), DataInfo(8, ("a", "b")))
+    method.check_data()
+    assert method.classes == 2
     with pytest.raises(UserError, match=r"at least two classes; the data has 1: a folder"):
-        method.fitted(tiny_supervised({"method.classes": 0}), ("a",))
+        Supervised(tiny_supervised({"method.classes": 0}), DataInfo(8, ("a",))).check_data()
     with pytest.raises(UserError, match=r"method\.classes=3, but the data has 2"):
-        method.fitted(tiny_supervised(), ("a", "b"))
+        Supervised(tiny_supervised(), DataInfo(8, ("a", "b"))).check_data()
+
+
+def test_images_with_any_number_of_labels_need_a_method_that_learns_them():
+    several = DataInfo(8, ("a", "b", "c"), multi_label=True)
+    with pytest.raises(UserError, match=r"the data has 0: .* method\.multi_label"):
+        Supervised(tiny_supervised({"method.classes": 0}), several).check_data()
+    config = tiny_supervised({"method.classes": 0, "method.multi_label": True, "method.loss": "bce"})
+    method = Supervised(config, several)
+    method.check_data()
+    assert method.eval_spec()["labels"].shape == (8, 3)

@@ -6,10 +6,10 @@ import jax
 
 from mae_jax import config as configs
 from mae_jax.commands.plan import cost
+from mae_jax.data import ASSUMED
 from mae_jax.ops.partitioning import SMALL
 from mae_jax.param_tree import flatten
-from mae_jax.runtime.sharding import make_mesh
-from mae_jax.training.train_step import Program
+from mae_jax.training.train_step import build
 from tests.config_test import RECIPES, recipe
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     for zero in ("off", "on"):
         config.mesh.zero = zero
         found = cost.measure(config, target, 1_281_167)
-        program = Program(config, make_mesh(config, target.devices), 1)
+        program = build(config, ASSUMED, target.devices)
         leaves = flatten(program.state.params)
         sizes = [leaf.size for leaf in leaves.values()]
         out[zero] = {"figures": cost.figures(config, target, found, 1_281_167), "values": sum(sizes),

@@ -7,8 +7,8 @@ import time
 import jax
 from jax.sharding import NamedSharding
 
-from mae_jax.runtime import sharding
-from mae_jax.training.train_step import Program
+from mae_jax.data import ASSUMED
+from mae_jax.training.train_step import build
 
 
 def main() -> None:
@@ -17,15 +17,14 @@ def main() -> None:
     spec.loader.exec_module(recipe)
     config = recipe.get_config()
     config.model.scan = True
-    mesh = sharding.make_mesh(config)
-    program = Program(config, mesh, 1_281_167)
+    program = build(config, ASSUMED)
     began = time.monotonic()
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(program.mesh):
         compiled = program.step.lower(program.state, program.batch).compile()
     out, _ = compiled.output_shardings
     placed = jax.tree.leaves(out, is_leaf=lambda leaf: isinstance(leaf, NamedSharding))
     print(json.dumps({
-        "devices": mesh.size,
+        "devices": program.mesh.size,
         "batch": config.batch_size,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(program.state.params)),
         "replicated": all(leaf.is_fully_replicated for leaf in placed),

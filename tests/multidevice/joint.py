@@ -9,10 +9,10 @@ import json
 import jax
 import numpy as np
 
-from mae_jax.methods import get
+from mae_jax.config import resolved
 from mae_jax.runtime import sharding
 from mae_jax.training.train_step import gradients
-from tests.helpers.tiny import EXAMPLES, tiny_batch, tiny_config, tiny_params, tiny_state
+from tests.helpers.tiny import tiny_batch, tiny_config, tiny_method, tiny_params, tiny_state
 
 LARGE = {"batch_size": 16, "model.width": 128, "model.heads": 4}
 DECODER = {"method.decoder_width": 64, "method.decoder_heads": 4}
@@ -26,7 +26,7 @@ def made(name, devices, fields):
     """Returns the metrics, the new extras and the gradients of one step from the same state and batch."""
     fields, name = LARGE | FIELDS[name] | fields, name.split("/")[0]
     config = tiny_config(fields, name)
-    mesh, method = sharding.make_mesh(config, devices), get(name)(config, EXAMPLES)
+    mesh, method = sharding.make_mesh(resolved(config), devices), tiny_method(config)
     batch = tiny_batch(config)
     batch["valid"][5] = 0
     draws = np.random.default_rng(2)

@@ -9,7 +9,7 @@ from mae_jax.evals.evaluator import Evaluator
 from mae_jax.runtime import sharding
 from mae_jax.state import TrainState
 from mae_jax.training.train_step import Program
-from tests.helpers.tiny import EXAMPLES, raster_batch, tiny_supervised
+from tests.helpers.tiny import raster_batch, tiny_program, tiny_supervised
 
 STEPS = 6
 EVALUATED = 27  # of two batches of 16
@@ -45,7 +45,7 @@ class Inputs:
 
 def train(config, devices) -> tuple[list[float], TrainState, Program]:
     """Returns the losses, the last state, and what they were made with."""
-    program, losses = Program(config, sharding.make_mesh(config, devices), EXAMPLES), []
+    program, losses = tiny_program(config, devices), []
     with jax.set_mesh(program.mesh):
         batches = [raster_batch(config, seed) for seed in range(STEPS)]
         placed = [sharding.to_devices(batch, program.mesh, config.batch_size) for batch in batches]
@@ -58,7 +58,7 @@ def train(config, devices) -> tuple[list[float], TrainState, Program]:
 
 def evaluate(state: TrainState, config, devices) -> dict:
     """Returns the figures of a state, moved to these devices, and the table of confusions."""
-    program = Program(config, sharding.make_mesh(config, devices), EXAMPLES)
+    program = tiny_program(config, devices)
     with jax.set_mesh(program.mesh):
         state = jax.device_put(jax.device_get(state), jax.tree.map(lambda leaf: leaf.sharding, program.state))
         evaluator = Evaluator(program.method, Inputs(config), program.mesh)

@@ -8,7 +8,7 @@ import numpy as np
 
 from mae_jax.runtime import sharding
 from mae_jax.training.train_step import Program
-from tests.helpers.tiny import EXAMPLES, tiny_batch, tiny_config, tiny_state
+from tests.helpers.tiny import tiny_batch, tiny_config, tiny_program, tiny_state
 
 STEPS = 20
 FIELDS = {"batch_size": 16, "train.duration": "20 steps", "optim.ema": 0.9, "model.width": 128, "model.heads": 4,
@@ -28,7 +28,7 @@ MESHES = {
 
 def program(fields, devices) -> Program:
     config = tiny_config(FIELDS | fields)
-    return Program(config, sharding.make_mesh(config, devices), EXAMPLES)
+    return tiny_program(config, devices)
 
 
 def losses(program: Program) -> tuple[list[float], bytes, float]:

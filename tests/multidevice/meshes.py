@@ -11,7 +11,7 @@ from mae_jax.config import vit
 from mae_jax.runtime import sharding
 from mae_jax.storage.checkpoint import Checkpoints
 from mae_jax.training.train_step import Program
-from tests.helpers.tiny import EXAMPLES, tiny_batch, tiny_config
+from tests.helpers.tiny import tiny_batch, tiny_config, tiny_program
 from tests.multidevice.losses import FIELDS
 
 MESHES = ({"mesh.zero": "on"}, {"mesh.fsdp": 4, "mesh.data": 2}, {"mesh.tensor": 4, "mesh.fsdp": 2, "mesh.data": 1}, {})
@@ -19,7 +19,7 @@ MESHES = ({"mesh.zero": "on"}, {"mesh.fsdp": 4, "mesh.data": 2}, {"mesh.tensor":
 
 def program(fields, devices=None) -> Program:
     config = tiny_config(FIELDS | fields)
-    return Program(config, sharding.make_mesh(config, devices), EXAMPLES)
+    return tiny_program(config, devices)
 
 
 def restored_everywhere() -> bool:
@@ -53,7 +53,7 @@ def initialisation() -> tuple[float, int]:
     config = tiny_config({"batch_size": 64, "data.image_size": (224, 224), "mesh.data": 1, "mesh.fsdp": 8})
     config.model.update(vit("H", patch=14), depth=2)
     config.method.update(decoder_width=512, decoder_heads=16)
-    large = Program(config, sharding.make_mesh(config), EXAMPLES)
+    large = tiny_program(config)
     with jax.set_mesh(large.mesh):
         compiled = large.init.lower(large.batch).compile()
     memory = compiled.memory_analysis()

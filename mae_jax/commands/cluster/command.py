@@ -74,7 +74,7 @@ def vocabulary() -> int:
     import jax.numpy as jnp
 
     from mae_jax import data, methods
-    from mae_jax.config import validate
+    from mae_jax.config import resolved, validate
     from mae_jax.errors import UserError
     from mae_jax.losses import patch_tokens
     from mae_jax.methods.patch_targets import PatchTargets
@@ -93,8 +93,10 @@ def vocabulary() -> int:
                         f"vocabulary; take splitmask or beit, and one of {', '.join(patch_tokens.KINDS)}")
     if config.method.vocabulary_file:
         raise UserError(f"method.vocabulary_file={config.method.vocabulary_file!r} is a vocabulary; leave it empty")
-    method = methods.get(config.method.name)(config)
-    inputs = data.build(config, method.eval_spec(), method.order())
+    config = resolved(config)
+    opened = data.OpenedData(config)
+    method = methods.build(config, opened.info)
+    inputs = opened.batches(method.eval_spec(), method.order())
     print(inputs.description, flush=True)
     entries, sample = PatchTargets(config).build(inputs.support())
     storage_vocabulary.save(file, entries, config.method.target)

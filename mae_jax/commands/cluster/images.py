@@ -11,7 +11,7 @@ from PIL import Image
 
 from mae_jax import errors
 from mae_jax.commands.cluster.feature_store import Features
-from mae_jax.data import Inputs, build
+from mae_jax.data import Inputs, OpenedData
 from mae_jax.data.cluster_ids import Clusters, fingerprint
 from mae_jax.errors import UserError
 from mae_jax.evals.frozen_encoder import Frozen, frozen, with_data
@@ -47,7 +47,7 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
     if config.method.name == "moce":
         raise UserError(f"{source} is itself a mixture of experts; cluster with the encoder that it started from")
     method, to_folder = Frozen(config, block), paths.locate(to).expanduser()
-    mesh = sharding.make_mesh(config)
+    mesh = sharding.make_mesh(method.config)
     inputs = pictures(config, method, sharding.local_rows(mesh, config.batch_size))
     if jax.process_index() == 0:
         print(inputs.description, flush=True)
@@ -98,8 +98,8 @@ def write(made: Clusters, folder: epath.Path, params: Any, config: ConfigDict, f
 
 
 def pictures(config: ConfigDict, method: Method, rows: np.ndarray | None = None) -> Inputs:
-    """Opens the pictures with the fields that all have, no patch hidden; of rows, see `build`."""
-    return build(config, Method.eval_spec(method), Method.order(method), rows)
+    """Opens the pictures with the fields that all have, no patch hidden; of rows, see `OpenedData.batches`."""
+    return OpenedData(config).batches(Method.eval_spec(method), Method.order(method), rows=rows)
 
 
 def other_arguments(folder: epath.Path, meta: dict[str, Any]) -> str:

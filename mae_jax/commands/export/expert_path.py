@@ -11,15 +11,15 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_jax import data
-from mae_jax.config import default
+from mae_jax.config import default, resolved
+from mae_jax.data import DataInfo, OpenedData
 from mae_jax.data.cluster_ids import Clusters
 from mae_jax.errors import UserError
 from mae_jax.evals import linear_probe
 from mae_jax.evals.accumulators import Rows
 from mae_jax.evals.frozen_encoder import Frozen, frozen, with_data
-from mae_jax.methods import get
 from mae_jax.methods.base import Method, pool
+from mae_jax.methods.mae import MAE
 from mae_jax.methods.moce import MoCE
 from mae_jax.models.upcycling import along
 from mae_jax.runtime import sharding
@@ -68,7 +68,9 @@ def customise(config: ConfigDict, params: Any, extras: Any, task: ConfigDict, ho
         raise UserError("--for-task needs a run of method.name=moce whose clusters choose (method.gate=cluster)")
     config = config.copy_and_resolve_references()
     config.method.clusters = clusters or config.method.clusters
-    method, found = MoCE(MoCE.fitted(config, ())), Clusters.read(config.method.clusters)
+    found = Clusters.read(config.method.clusters)
+    method = MoCE(resolved(config), DataInfo(clusters=found))
+    method.check_data()
     method.check(extras)
     table = {block: np.asarray(each) for block, each in method.probabilities(params, extras).items()}
     of_cluster = [tuple(int(each[cluster].argmax()) for each in table.values()) for cluster in range(method.count)]
@@ -114,9 +116,9 @@ def look(found: Clusters, folder: epath.Path, task: ConfigDict) -> Task:
 
 def pooled(config: ConfigDict, method: Method, params: Any) -> Any:
     """Yields (features [n, D], labels [n]) of the training pictures, batch by batch."""
-    mesh = sharding.make_mesh(config)
-    inputs = data.build(config, Method.eval_spec(method), Method.order(method),
-                        sharding.local_rows(mesh, config.batch_size))
+    mesh = sharding.make_mesh(method.config)
+    inputs = OpenedData(config).batches(Method.eval_spec(method), Method.order(method),
+                                        rows=sharding.local_rows(mesh, config.batch_size))
     with jax.set_mesh(mesh):
         encode = jax.jit(lambda batch: pool(method.encode(params, {}, batch), config.model.pool))
         for batch in inputs.support():
@@ -167,7 +169,7 @@ def extracted(method: MoCE, params: Any, table: dict[int, np.ndarray], of_cluste
 def probe(config: ConfigDict, tree: dict[str, Any], task: ConfigDict) -> float:
     """Returns the top-1 of logistic regression on a random tenth of the task's training pictures."""
     own = frozen(with_data(dense_config(config), task), -1)
-    parts = list(pooled(own, get("mae")(own), tree))
+    parts = list(pooled(own, MAE(resolved(own)), tree))
     features, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
     features, labels = features[labels >= 0], labels[labels >= 0]
     if len(np.unique(labels)) < 2:

@@ -50,7 +50,7 @@ GAP = 2  # pixels between pictures of the grid
 
 def main() -> int:
     from mae_jax import data, methods
-    from mae_jax.config import validate
+    from mae_jax.config import resolved, validate
 
     config = CONFIG.value
     if WRITE.value and not TO.value:
@@ -59,17 +59,18 @@ def main() -> int:
     if not WRITE.value:
         check_writable(to)
     validate(config)
-    method = methods.get(config.method.name)(config)
-    order = method.order()
     if WRITE.value in ("tfrecord", "array_record"):
         report_broken(write_pictures(config, WRITE.value, to, SIZE.value))
         return errors.FINISHED
-    inputs = data.build(config, method.eval_spec(), order, views=method.views())
+    here = resolved(config)
+    opened = data.OpenedData(here, methods.get(config.method.name).data_needs(here))
+    method = methods.build(here, opened.info)
+    inputs = opened.batches(method.eval_spec(), method.order(), method.views())
     print(inputs.description, flush=True)  # reading every picture may take long
     if WRITE.value == "batches":
         from mae_jax.data.writers import write_batches
 
-        write_batches(config, inputs, method.eval_spec(), order, method.views(), to, STEPS.value)
+        write_batches(opened, inputs, method.eval_spec(), method.order(), method.views(), to, STEPS.value)
         return errors.FINISHED
     more = f" and {len(inputs.classes) - CLASSES} more" if len(inputs.classes) > CLASSES else ""
     print(f"classes: {', '.join(map(printable, inputs.classes[:CLASSES])) or 'none'}{more}")

@@ -18,13 +18,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax import config as configs
 from mae_jax import param_tree
 from mae_jax.commands.plan import collectives, tpu
+from mae_jax.data import ASSUMED
+from mae_jax.durations import Timeline
 from mae_jax.errors import UserError
 from mae_jax.runtime import sharding
 from mae_jax.training import throughput
-from mae_jax.training.train_step import Program
+from mae_jax.training.train_step import Program, build
 
 PACKAGE = Path(__file__).parents[2]
 
@@ -79,8 +80,7 @@ def measure(config: ConfigDict, target: Target, examples: int, cache: str = "",
     if file and file.exists():
         with contextlib.suppress(ValueError):  # a damaged file is made anew
             return json.loads(file.read_text()) | {"cached": True}
-    mesh = sharding.make_mesh(config, target.devices)
-    program = Program(config, mesh, examples)
+    program = build(config, ASSUMED._replace(num_train=examples), target.devices)
     say(f"compiling for {target.name}, batch {config.batch_size}"
         f"{'' if config.model.scan else '; unrolled, which takes a minute or more for a large model'}")
     found = _shapes(program) | _compiled(program, target) | {"cached": False}
@@ -180,7 +180,7 @@ def _shortage(error: str) -> dict[str, float | str]:
 
 def figures(config: ConfigDict, target: Target, found: dict[str, Any], examples: int) -> dict[str, Any]:
     """Returns the figures of the page: memory in GiB per device, times in seconds, None for what cannot be said."""
-    steps = configs.steps(config.train.duration, config.batch_size, examples)
+    steps = Timeline.of(config, examples).total
     total, limit = found.get("total_bytes"), target.chip.hbm if target.chip else None
     fits = None if limit is None else found["short"] is None and total <= limit
     why = _why_no_time(target, found)

@@ -33,20 +33,21 @@ def hiding(order: Order, views: tuple[View, ...]) -> dict[str, Any]:
     return json.loads(json.dumps({"order": order, "views": views}))
 
 
-def joined_from(config: ConfigDict) -> dict[str, str]:
+def joined_from(config: ConfigDict, clusters: Clusters | None) -> dict[str, str]:
     """Returns what meta.json says of the pictures that were kept, and of the clusters that were joined."""
-    named = config.method.get("clusters", "") if config.method.get("gate") == "cluster" else ""
-    return {"kept": config.data.get("classes", ""), "clusters": Clusters.read(named).fingerprint() if named else ""}
+    return {"kept": config.data.get("classes", ""), "clusters": clusters.fingerprint() if clusters else ""}
 
 
-def open_folder(config: ConfigDict, spec: Spec, views: tuple[View, ...], order: Order, rows: np.ndarray) -> dict:
+def open_folder(config: ConfigDict, meta: dict[str, Any], clusters: Clusters | None, spec: Spec,
+                views: tuple[View, ...], order: Order, rows: np.ndarray) -> dict:
     """Returns the fields of `data.Inputs`; raises UserError when the folder does not hold what is asked for.
 
-    Batches that were made with views serve to look at an encoder without them, but not to train.
+    Batches that were made with views serve to look at an encoder without them, but not to train. `meta` is what
+    `read_meta` returned.
     """
-    folder, meta = epath.Path(config.data.path), _meta(config.data.path)
+    folder = epath.Path(config.data.path)
     wanted = hiding(order, views)
-    for name, value in joined_from(config).items() if "kept" in meta else ():
+    for name, value in joined_from(config, clusters).items() if "kept" in meta else ():
         if meta[name] != value:
             field = {"kept": "data.classes", "clusters": "method.clusters"}[name]
             raise UserError(f"the batches of {folder} were made with another {field}; make them with this config")
@@ -94,7 +95,7 @@ def open_folder(config: ConfigDict, spec: Spec, views: tuple[View, ...], order: 
     }
 
 
-def _meta(path: str) -> dict[str, Any]:
+def read_meta(path: str) -> dict[str, Any]:
     """Reads what is said of the batches; raises UserError."""
     check_bucket(path)
     file = epath.Path(path) / "meta.json"

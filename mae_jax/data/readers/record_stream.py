@@ -33,8 +33,13 @@ log = logging.getLogger(__name__)
 AHEAD = 16  # encoded records that each reader holds ready; our choice
 
 
-def left_over(stream: Stream, config: ConfigDict) -> range:
+def left_over(stream: Stream, config: ConfigDict, group: int = 1) -> range:
     """Returns the records, numbered over all files, that no reader reads.
+
+    Args:
+      stream: the training split.
+      config: the config.
+      group: so many neighbours of a batch are mixed.
 
     Raises:
       UserError: the readers cannot share batch and records evenly, or copies of a picture lie too close together.
@@ -45,8 +50,7 @@ def left_over(stream: Stream, config: ConfigDict) -> range:
         raise UserError(f"batch_size={batch} is not a multiple of data.readers={readers}; nearest: {nearest}")
     if stream.size < readers:
         raise UserError(f"{stream.size} records are fewer than data.readers={readers}")
-    apart, m = -(-batch // readers // config.data.repeats), config.method
-    group = round(1 / m.ratio) if "ratio" in m else m.get("mix_group", 0) if m.get("mixup") or m.get("cutmix") else 0
+    apart = -(-batch // readers // config.data.repeats)
     if config.data.repeats > 1 and apart < group:
         raise UserError(f"groups of {group} pictures would mix one with its own repeats: a reader's {batch // readers} "
                         f"rows show {apart} pictures; use fewer data.readers")

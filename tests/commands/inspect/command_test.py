@@ -12,12 +12,13 @@ from etils import epath
 from PIL import Image
 
 from mae_jax import config as configs
-from mae_jax import data, methods
+from mae_jax import data
 from mae_jax.data import writers
 from mae_jax.data.decode import decode
 from mae_jax.data.sources import base, registry
 from mae_jax.errors import UserError
 from tests.helpers.records import describe, harm, write_shards
+from tests.helpers.tiny import tiny_method
 
 
 def make_folder(root, broken=True):
@@ -42,8 +43,8 @@ def config(**fields):
 
 
 def build(c):
-    method = methods.get("mae")(c)
-    return data.build(c, method.batch_spec(), method.order())
+    method = tiny_method(c)
+    return data.OpenedData(c).batches(method.batch_spec(), method.order())
 
 
 def contents(c, split="train"):
@@ -91,7 +92,7 @@ def test_small_jpegs_are_kept_byte_for_byte_and_others_become_jpegs():
 def test_cached_batches_are_those_of_the_run(tmp_path):
     c = config(source="folder", path=str(make_folder(tmp_path / "in", broken=False)), train_split="train[:80%]",
                val_split="train[80%:]", eval_split="test")
-    inputs, method = build(c), methods.get("mae")(c)
+    inputs, method = build(c), tiny_method(c)
     writers.write_batches(c, inputs, method.eval_spec(), method.order(), (), epath.Path(tmp_path / "out"), steps=3)
     back = build(config(source="batches", path=str(tmp_path / "out"), eval_split="test"))
     assert (back.num_train, back.num_eval, back.classes) == (inputs.num_train, inputs.num_eval, inputs.classes)

@@ -6,9 +6,7 @@ import jax
 import pytest
 
 from mae_jax.commands.plan import command, cost, tpu
-from mae_jax.runtime.sharding import make_mesh
-from mae_jax.training.train_step import Program
-from tests.helpers.tiny import tiny_config
+from tests.helpers.tiny import tiny_config, tiny_program
 
 V3 = cost.Target("v3:2x2", [SimpleNamespace(coords=[x, y, 0], device_kind="TPU v3") for x in (0, 1) for y in (0, 1)
                                 for _ in (0, 1)], tpu.CHIPS["v3"])
@@ -78,7 +76,7 @@ def test_a_step_that_needs_more_than_the_chip_has_does_not_fit():
 
 def test_a_device_holds_its_piece_of_what_is_cut_and_all_of_the_rest():
     config = tiny_config()
-    program = Program(config, make_mesh(config), 1)
+    program = tiny_program(config)
     whole = 4 * sum(leaf.size for leaf in jax.tree.leaves(program.state.params))
     assert cost.held(program.state.params) == whole
     found = cost._shapes(program)

@@ -30,7 +30,7 @@ def write(folder, **sizes):
 def build(folder, rows=None, spec=SPEC):
     config = ConfigDict({"batch_size": 4, "data": {"source": "batches", "path": str(folder)},
                          "eval": {"crop_ratio": (0.875,)}, "method": {}})
-    return data.build(config, spec, ORDER, rows)
+    return data.OpenedData(config).batches(spec, ORDER, rows=rows)
 
 
 def test_training_reads_the_file_over_and_over_from_any_step(tmp_path):
@@ -69,13 +69,13 @@ def test_padding_has_the_order_of_its_place_in_a_group(tmp_path):
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     config = ConfigDict({"batch_size": 4, "data": {"source": "batches", "path": str(tmp_path)},
                          "eval": {"crop_ratio": (0.875,)}, "method": {}})
-    last = list(data.build(config, SPEC, order).evaluate())[-1]
+    last = list(data.OpenedData(config).batches(SPEC, order).evaluate())[-1]
     assert list(last["valid"]) == [1, 0, 0, 0]
     assert last["order"].tolist() == [[2, 0, 3, 1], [3, 1, 2, 0]] * 2
     write(tmp_path, train=9)
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="9 training examples, which is not a multiple of the 2 pictures"):
-        data.build(config, SPEC, order)
+        data.OpenedData(config).batches(SPEC, order)
 
 
 @pytest.mark.parametrize(("fields", "text"), [({"kept": "0-3"}, "data.classes"), ({"clusters": "1f"}, "clusters")])

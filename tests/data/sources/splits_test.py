@@ -4,7 +4,7 @@ import pytest
 from mae_jax import data
 from mae_jax.data.sources import registry, splits
 from mae_jax.errors import UserError
-from tests.helpers.tiny import tiny_config, tiny_method
+from tests.helpers.tiny import tiny_config
 
 
 @pytest.mark.parametrize(("expression", "bounds"), [
@@ -41,4 +41,4 @@ def test_a_sum_of_splits_has_the_examples_of_the_one_and_then_of_the_other():
 def test_what_is_trained_on_in_a_sum_may_not_choose():
     config = tiny_config({"data.train_split": "test+train[:50%]", "data.val_split": "train[40%:60%]"})
     with pytest.raises(UserError, match="shares pictures"):
-        data.build(config, tiny_method(config).batch_spec(), tiny_method(config).order())
+        data.OpenedData(config)

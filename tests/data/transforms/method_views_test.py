@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mae_jax import data
 from mae_jax.data import decode
 from mae_jax.data.decode import Picture
 from mae_jax.data.masking import Colours, Order, View
@@ -16,13 +15,13 @@ from mae_jax.data.transforms import color, crop
 from mae_jax.data.transforms.example import Views
 from mae_jax.data.writers import write_batches
 from mae_jax.rng import rng
-from tests.helpers.tiny import tiny_config, tiny_method
+from tests.helpers.tiny import open_inputs, tiny_config, tiny_method
 
 
 def build(rows=None, **fields):
     config = tiny_config({"data.source": "photo_crops", **fields}, "dino")
     method = tiny_method(config)
-    return config, method, data.build(config, method.eval_spec(), method.order(), rows, method.views())
+    return config, method, open_inputs(config, method, rows)
 
 
 def test_training_has_the_views_in_place_of_the_single_one_and_evaluations_have_that():
