@@ -278,13 +278,13 @@ def validate(config: ConfigDict, trains: bool = True) -> None:
       config: the resolved config.
       trains: False where the encoder alone is looked at: the method's own fields are not.
     """
-    from mae_jax.ops.patches import grid  # with JAX, which a recipe and --help do without
+    from mae_jax.ops.patches import PatchGrid  # with JAX, which a recipe and --help do without
     from mae_jax.param_tree import flat
 
     values = flat(config)
     _check_types(values, flat({**DEFAULTS, "method": methods.defaults(config.method.name)}))
     _check_ranges(values)
-    grid(config)
+    PatchGrid.of(config)
     if config.checkpoint.keep_last < 2:
         raise UserError("checkpoint.keep_last=1; keep at least 2, so that a damaged checkpoint has a predecessor")
     if config.model.width % config.model.heads:

@@ -15,7 +15,7 @@ from mae_jax.losses.segmentation import IGNORED, upsample
 from mae_jax.methods.base import Batch, Method
 from mae_jax.models import intermediates
 from mae_jax.ops.partitioning import constrain
-from mae_jax.ops.patches import assemble, grid, normalize
+from mae_jax.ops.patches import normalize
 from mae_jax.state import TrainState
 
 QUERIES = ("cls", "mean")
@@ -48,7 +48,7 @@ def maps(method: Method, params: Any, extras: Any, batch: Batch, block: int = -1
     encoder = method.judged(params, extras)["encoder"]
     weights = intermediates.attention_weights(method.encoder, encoder[intermediates.block_name(block)], tokens)
     row = weights[:, :, 0] if query == "cls" else weights[:, :, 1:].mean(2)
-    patches = intermediates.raster(row[:, :, 1:].swapaxes(1, 2), batch["order"], grid(method.config))
+    patches = intermediates.raster(row[:, :, 1:].swapaxes(1, 2), batch["order"], method.grid.shape)
     return patches.transpose(0, 3, 1, 2)
 
 
@@ -73,8 +73,8 @@ def picture(method: Method, params: Any, extras: Any, batch: Batch, block: int =
     Its title begins with `name`.
     """
     weights = np.asarray(process_allgather(_mapper(method, block, query)(params, extras, batch), tiled=True))
-    patch, heads = tuple(method.config.model.patch), weights.shape[1]
-    inputs = assemble(np.asarray(batch["patches"]), np.asarray(batch["order"]), grid(method.config), patch)
+    patch, heads = method.grid.patch, weights.shape[1]
+    inputs = method.grid.unpatchify(np.asarray(batch["patches"]), np.asarray(batch["order"]))
     every = np.concatenate([weights.mean(1, keepdims=True), weights], 1)
     heat = colours(np.asarray(upsample(every.transpose(0, 2, 3, 1), patch)).transpose(0, 3, 1, 2))
     overlays = (BLEND * heat[:, 0] + (1 - BLEND) * inputs.mean(-1, keepdims=True)).astype(np.uint8)
@@ -115,7 +115,7 @@ def _overlaps(method: Method, block: int, query: str) -> Callable[[TrainState, B
     def measure(state: TrainState, batch: Batch) -> tuple[jax.Array, ...]:
         weights = maps(method, state.ema or state.params, state.extras, batch, block, query).transpose(0, 2, 3, 1)
         weights = jnp.concatenate([weights.mean(-1, keepdims=True), weights], -1)
-        kept = covers(upsample(weights, method.patch).transpose(0, 3, 1, 2), MASSES)
+        kept = covers(upsample(weights, method.grid.patch).transpose(0, 3, 1, 2), MASSES)
         classes = method.pixel_classes(batch)[:, None]
         known = classes != IGNORED
         wanted = known & (classes != method.config.method.background)

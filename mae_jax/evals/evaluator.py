@@ -22,7 +22,6 @@ from mae_jax.evals import (
 from mae_jax.evals.accumulators import Means, Rows
 from mae_jax.evals.linear_probe import Pair
 from mae_jax.methods.base import Batch, Method, Metrics, pool
-from mae_jax.ops.patches import assemble, grid
 from mae_jax.rng import stream_key
 from mae_jax.runtime import watchdog
 from mae_jax.runtime.sharding import replicated, to_devices
@@ -185,8 +184,7 @@ class Evaluator:
         return _named(part, self._probes(*sets, "pixels_top1")) if self._probed(sets[1]) else {}
 
     def _raster(self, patches: np.ndarray, order: np.ndarray) -> np.ndarray:
-        config = self.method.config
-        pictures = assemble(patches, order, grid(config), tuple(config.model.patch))
+        pictures = self.method.grid.unpatchify(patches, order)
         return pictures.reshape(len(pictures), np.prod(pictures.shape[1:])).astype(np.float32) / 255
 
     def pictures(self, state: TrainState, part: str = "eval") -> Iterator[tuple[str, np.ndarray]]:

@@ -12,7 +12,6 @@ from mae_jax.evals.image_grid import tile
 from mae_jax.methods.base import Batch
 from mae_jax.methods.moce import MoCE
 from mae_jax.models.intermediates import block_name
-from mae_jax.ops.patches import assemble, grid
 
 SHOWN = 10  # pictures of each expert
 LOOKED_AT = 4096  # pictures among which they are sought
@@ -82,7 +81,7 @@ def picture(method: MoCE, params: Any, extras: Any, batches: Iterator[Batch]) ->
         if any(map(len, wanted.values())):
             patches, order = _whole(batch["patches"]), _whole(batch["order"])
             for each, own in wanted.items():
-                rows[each] += list(assemble(patches[own], order[own], grid(config), tuple(config.model.patch)))
+                rows[each] += list(method.grid.unpatchify(patches[own], order[own]))
         if all(len(rows[each]) == SHOWN for each in used):
             break
     blank = np.full((*config.data.image_size, 3), 255, np.uint8)

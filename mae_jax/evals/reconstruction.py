@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.evals.image_grid import paired, tile
 from mae_jax.methods.base import Batch, Method
-from mae_jax.ops.patches import assemble, denormalize, grid
+from mae_jax.ops.patches import denormalize
 
 GREY = 127  # of a patch that the model does not see
 RATIOS = (0.25, 0.5, 0.75, 0.9)  # of the picture at several masking ratios
@@ -39,12 +39,11 @@ def panels(method: Method, params: Any, extras: Any, batch: Batch) -> tuple[np.n
     predicted = process_allgather(predictor(method)(params, extras, batch)["pixels"], tiled=True)
     patches, order = np.asarray(batch["patches"]), np.asarray(batch["order"])
     hidden = predicted.shape[1]
-    shape = grid(method.config), tuple(method.config.model.patch)
     masked, pasted = patches.copy(), patches.copy()
     masked[:, -hidden:] = GREY
     pixels = np.nan_to_num(denormalize(predicted), nan=GREY)  # a model that diverged gets its pictures too
     pasted[:, -hidden:] = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
-    original, masked, pasted = (assemble(x, order, *shape) for x in (patches, masked, pasted))
+    original, masked, pasted = (method.grid.unpatchify(x, order) for x in (patches, masked, pasted))
     return original, masked, pasted
 
 
@@ -63,9 +62,10 @@ def reconstructions(method: Method, params: Any, extras: Any, batch: Batch) -> n
 
 def mixtures(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarray:
     """Returns the grid of `batch`, whole groups of MixedAE: a mixed picture, its sources, what is made of each."""
-    group, shape = method.group, (grid(method.config), tuple(method.config.model.patch))
+    group = method.group
     sources, _, predicted = panels(method, params, extras, batch)
-    mixed = assemble(*(np.asarray(method.mixed(np.asarray(batch[name]))) for name in ("patches", "order")), *shape)
+    patches, order = (np.asarray(method.mixed(np.asarray(batch[name]))) for name in ("patches", "order"))
+    mixed = method.grid.unpatchify(patches, order)
     rows = [(mixed[i], *sources[i * group : (i + 1) * group], *predicted[i * group : (i + 1) * group])
             for i in range(len(mixed))]
     captions = ["mixed", *(f"source {i + 1}" for i in range(group)), *(f"prediction {i + 1}" for i in range(group))]

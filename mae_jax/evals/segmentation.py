@@ -16,7 +16,6 @@ from mae_jax.evals.image_grid import CAPTION, GAP, paired, tile
 from mae_jax.losses.segmentation import IGNORED
 from mae_jax.methods.base import Batch, Method, Metrics
 from mae_jax.ops.partitioning import constrain
-from mae_jax.ops.patches import assemble
 from mae_jax.rng import stream_key
 
 CREAM = (224, 224, 192)  # of pixels that count nowhere, as in the pictures of PASCAL VOC
@@ -62,7 +61,7 @@ def _predictor(method: Method) -> Callable[..., tuple[jax.Array, jax.Array]]:
 def pictures(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarray:
     """Returns the grid of `batch`: input, true and predicted classes; cream is what counts nowhere."""
     truth, predicted = process_allgather(_predictor(method)(params, extras, batch), tiled=True)
-    inputs = assemble(np.asarray(batch["patches"]), np.asarray(batch["order"]), method.grid, method.patch)
+    inputs = method.grid.unpatchify(np.asarray(batch["patches"]), np.asarray(batch["order"]))
     colours = palette(method.config.method.classes)
     rows = list(zip(inputs, colours[truth], colours[predicted], strict=True))
     count = method.config.method.classes

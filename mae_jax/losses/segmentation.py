@@ -4,13 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mae_jax.ops.patches import PatchGrid
+
 IGNORED = 255  # of a mask: pixels that count nowhere
 
 
-def pixels(mask: jax.Array, grid: tuple[int, int], patch: tuple[int, int]) -> jax.Array:
+def pixels(mask: jax.Array, grid: PatchGrid) -> jax.Array:
     """Puts masks [B, N, p·p] of patches in raster order together to [B, height, width]."""
-    tiles = mask.reshape(-1, *grid, *patch).swapaxes(2, 3)
-    return tiles.reshape(-1, grid[0] * patch[0], grid[1] * patch[1])
+    tiles = mask.reshape(-1, *grid.shape, *grid.patch).swapaxes(2, 3)
+    return tiles.reshape(-1, *grid.image_size)
 
 
 def interpolation(cells: int, factor: int) -> np.ndarray:

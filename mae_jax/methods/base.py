@@ -15,7 +15,7 @@ from mae_jax.durations import Timeline
 from mae_jax.errors import UserError, nearest
 from mae_jax.models.layers import drop_path
 from mae_jax.models.vit import drop_path_rates
-from mae_jax.ops.patches import grid, normalize, patch_values
+from mae_jax.ops.patches import PatchGrid, normalize
 from mae_jax.param_tree import path
 
 Batch = dict[str, jax.Array]
@@ -85,7 +85,7 @@ class Method:
 
     def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
         """Binds the method to a config without 'auto', and to what the data have."""
-        self.config, self.data = config, data
+        self.config, self.data, self.grid = config, data, PatchGrid.of(config)
         self.timeline = Timeline.of(config, data.num_train)
 
     @staticmethod
@@ -106,8 +106,7 @@ class Method:
 
     def order(self) -> Order:
         """Returns how the host draws `order`."""
-        height, width = grid(self.config)
-        return Order("identity", (height, width), hidden=0)
+        return Order("identity", self.grid.shape, hidden=0)
 
     def views(self) -> tuple[View, ...]:
         """Returns the views that the batches of training have in place of `patches` and `order`, if there are any."""
@@ -135,9 +134,9 @@ class Method:
 
     def eval_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns name → global shape and dtype of the fields of evaluations' batches."""
-        images, patches = self.config.batch_size, int(np.prod(grid(self.config)))
+        images, patches = self.config.batch_size, self.grid.num_patches
         shapes = {
-            "patches": ((patches, patch_values(self.config)), jnp.uint8),
+            "patches": ((patches, self.grid.patch_dim), jnp.uint8),
             "order": ((patches,), jnp.int32),
             "label": ((), jnp.int32),
             "id": ((), jnp.int32),

@@ -21,7 +21,7 @@ from mae_jax.models.heads import Head
 from mae_jax.models.layers import TOKEN_STD
 from mae_jax.models.vit import make_encoder
 from mae_jax.ops.flops import blocks_flops
-from mae_jax.ops.patches import grid, normalize, patch_values
+from mae_jax.ops.patches import PatchGrid, normalize
 
 MASKINGS = ("block", "random")
 
@@ -33,7 +33,7 @@ class BEiT(Method):
 
     @staticmethod
     def validate(config: ConfigDict) -> None:
-        m, patches = config.method, int(np.prod(grid(config)))
+        m, patches = config.method, PatchGrid.of(config).num_patches
         PatchTargets.validate(config)
         check_choices(m, masking=MASKINGS)
         if not 0 < m.masked < patches:
@@ -41,7 +41,7 @@ class BEiT(Method):
 
     def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
         super().__init__(config, data)
-        self.patches, self.masked = int(np.prod(grid(config))), config.method.masked
+        self.patches, self.masked = self.grid.num_patches, config.method.masked
         self.targets = PatchTargets(config)
         self.encoder = make_encoder(config)
         self.head = Head(self.targets.outputs, TOKEN_STD)
@@ -51,7 +51,7 @@ class BEiT(Method):
         return DataNeeds(vocabulary=config.method.vocabulary)
 
     def order(self) -> Order:
-        return Order(self.config.method.masking, grid(self.config), self.masked)
+        return Order(self.config.method.masking, self.grid.shape, self.masked)
 
     def eval_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         spec = super().eval_spec()
@@ -89,7 +89,7 @@ class BEiT(Method):
 
     def forward_flops(self) -> int:
         m = self.config.model
-        embed = 2 * (self.patches - self.masked) * patch_values(self.config) * m.width
+        embed = 2 * (self.patches - self.masked) * self.grid.patch_dim * m.width
         encoder = blocks_flops(1 + self.patches, m.width, m.depth, m.mlp_ratio)
         head = 2 * self.masked * m.width * self.targets.outputs
         return embed + encoder + head

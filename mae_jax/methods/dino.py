@@ -25,7 +25,7 @@ from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params
 from mae_jax.models.heads import Projection
 from mae_jax.models.vit import make_encoder
 from mae_jax.ops.flops import blocks_flops
-from mae_jax.ops.patches import grid, normalize, patch_values
+from mae_jax.ops.patches import normalize
 
 GLOBALS = 2  # large views, those of the teacher
 JITTER, GREY = 0.8, 0.2  # how likely in every view; blur and solarising differ: released code, DataAugmentationDINO
@@ -172,15 +172,15 @@ class DINO(Method):
         return extras["teacher"]
 
     def forward_flops(self) -> int:
-        large, small = (self._view_flops(int(np.prod(sides))) for sides in (grid(self.config), self.local_grid))
+        large, small = (self._view_flops(int(np.prod(sides))) for sides in (self.grid.shape, self.local_grid))
         return GLOBALS * large + self.config.method.local_views * small
 
     def frozen_flops(self) -> int:
-        return GLOBALS * self._view_flops(int(np.prod(grid(self.config))))
+        return GLOBALS * self._view_flops(self.grid.num_patches)
 
     def _view_flops(self, patches: int) -> int:
         m, h = self.config.model, self.config.method
-        embed = 2 * patches * patch_values(self.config) * m.width
+        embed = 2 * patches * self.grid.patch_dim * m.width
         widths = (m.width, h.head_width, h.head_width, h.bottleneck, h.out_dim)
         head = sum(2 * a * b for a, b in itertools.pairwise(widths))
         return embed + blocks_flops(1 + patches, m.width, m.depth, m.mlp_ratio) + head

@@ -14,7 +14,7 @@ from mae_jax.methods import fields
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices, check_decoder, mean_square
 from mae_jax.models.vit import make_decoder, make_encoder
 from mae_jax.ops.flops import blocks_flops
-from mae_jax.ops.patches import grid, normalize, patch_values
+from mae_jax.ops.patches import PatchGrid, normalize
 
 TARGETS = ("norm_pix", "pixel", "pca")
 MASKINGS = ("random", "block", "grid")
@@ -45,21 +45,21 @@ class MAE(Method):
         m = config.method
         MAE.check_targets(config)
         check_choices(m, masking=MASKINGS)
-        height, width = grid(config)
-        visible = visible_patches(height * width, m.mask_ratio)
-        if not 0 < visible < height * width:
-            raise UserError(f"method.mask_ratio={m.mask_ratio} leaves {visible} of {height * width} patches visible; "
+        patches = PatchGrid.of(config).num_patches
+        visible = visible_patches(patches, m.mask_ratio)
+        if not 0 < visible < patches:
+            raise UserError(f"method.mask_ratio={m.mask_ratio} leaves {visible} of {patches} patches visible; "
                             "at least one must be visible and one hidden")
 
     def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
         super().__init__(config, data)
         self.target = config.method.target
-        values = patch_values(config)
-        self.outputs = min(pixel_targets.PCA_COMPONENTS, values) if self.target == "pca" else values
+        self.outputs = self.grid.patch_dim
+        if self.target == "pca":
+            self.outputs = min(pixel_targets.PCA_COMPONENTS, self.outputs)
         self.encoder = make_encoder(config)
         self.decoder = make_decoder(config, self.outputs)
-        height, width = grid(config)
-        self.patches = height * width
+        self.patches = self.grid.num_patches
         self.visible = self.visible_of(config, self.patches)
         self.hidden = self.patches - self.visible
 
@@ -72,7 +72,7 @@ class MAE(Method):
         return super().heads() | {"method.decoder_heads": self.config.method.decoder_heads}
 
     def order(self) -> Order:
-        return Order(self.config.method.masking, grid(self.config), self.hidden)
+        return Order(self.config.method.masking, self.grid.shape, self.hidden)
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
         encoder_key, decoder_key = jax.random.split(key)
@@ -121,7 +121,7 @@ class MAE(Method):
         return total / jnp.maximum(weight, 1), (metrics, extras)
 
     def forward_flops(self) -> int:
-        m, d, values = self.config.model, self.config.method, patch_values(self.config)
+        m, d, values = self.config.model, self.config.method, self.grid.patch_dim
         seen = self.patches if d.encoder_mask_tokens else self.visible
         embed = 2 * self.visible * values * m.width
         join = 2 * (1 + seen) * m.width * d.decoder_width

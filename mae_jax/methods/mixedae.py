@@ -19,7 +19,7 @@ from mae_jax.models.layers import TOKEN_STD
 from mae_jax.models.vit import make_decoder
 from mae_jax.ops.flops import blocks_flops
 from mae_jax.ops.homologous_attention import SameSource, TopKeys, neighbour_homology, purity, same_source
-from mae_jax.ops.patches import grid, normalize, patch_values
+from mae_jax.ops.patches import PatchGrid, normalize
 
 MIXINGS = ("compose", "full")
 ATTENTIONS = ("topk", "all", "oracle")
@@ -42,7 +42,7 @@ class MixedAE(MAE):
         m = config.method
         MAE.check_targets(config)
         check_choices(m, mixing=MIXINGS, attention=ATTENTIONS)
-        patches, group = _patches(config), _group(config)
+        patches, group = PatchGrid.of(config).num_patches, _group(config)
         if group > patches:
             raise UserError(f"method.ratio={m.ratio} would share {patches} patches among {group} pictures")
         if patches % group:
@@ -86,7 +86,7 @@ class MixedAE(MAE):
         return patches // _group(config)
 
     def order(self) -> Order:
-        return Order("random", grid(self.config), self.hidden, self.group)
+        return Order("random", self.grid.shape, self.hidden, self.group)
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
         m = self.config.method
@@ -189,7 +189,7 @@ class MixedAE(MAE):
 
     def forward_flops(self) -> int:
         m, d = self.config.model, self.config.method
-        embed = 2 * self.visible * patch_values(self.config) * m.width
+        embed = 2 * self.visible * self.grid.patch_dim * m.width
         encoder = blocks_flops(1 + self.patches, m.width, m.depth, m.mlp_ratio) // self.group
         join = 2 * self.visible * m.width * d.decoder_width
         decoder = blocks_flops(self.patches, d.decoder_width, d.decoder_depth, m.mlp_ratio)
@@ -199,11 +199,6 @@ class MixedAE(MAE):
             projector = m.width * (m.width + d.projection) if d.projection else 0
             contrast = 2 * self.visible * (projector + self.patches * (d.projection or m.width))
         return self.turns * (embed + encoder + join + decoder + head + contrast)
-
-
-def _patches(config: ConfigDict) -> int:
-    height, width = grid(config)
-    return height * width
 
 
 def _group(config: ConfigDict) -> int:
@@ -217,7 +212,7 @@ def _group(config: ConfigDict) -> int:
 
 def _sizes(config: ConfigDict, group: int) -> list[tuple[int, int]]:
     """Returns the nearest smaller and larger sizes, in pixels, whose patches a group can share, two or more each."""
-    patch, (height, width) = tuple(config.model.patch), grid(config)
+    height, width, *patch = PatchGrid.of(config)
     found = []
     for step in (-1, 1):
         rows, columns = height, width

@@ -18,7 +18,7 @@ from mae_jax.models.intermediates import block_name
 from mae_jax.models.moe import GATES, Gating
 from mae_jax.models.upcycling import along
 from mae_jax.ops.flops import blocks_flops
-from mae_jax.ops.patches import normalize, patch_values
+from mae_jax.ops.patches import normalize
 from mae_jax.ops.routing import Choice, choose, imbalance, uncertainty
 from mae_jax.rng import stream_key
 
@@ -229,5 +229,5 @@ class MoCE(MAE):
         if not self.config.method.distill_weight:
             return 0
         m = self.config.model
-        return 2 * self.visible * patch_values(self.config) * m.width + blocks_flops(
+        return 2 * self.visible * self.grid.patch_dim * m.width + blocks_flops(
             1 + self.visible, m.width, m.depth, m.mlp_ratio)

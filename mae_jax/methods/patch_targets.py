@@ -12,7 +12,7 @@ from mae_jax.errors import UserError
 from mae_jax.losses import patch_tokens, pixel_targets
 from mae_jax.methods import patch_vocabulary
 from mae_jax.methods.base import Extras
-from mae_jax.ops.patches import normalize, patch_values
+from mae_jax.ops.patches import PatchGrid, normalize
 from mae_jax.rng import rng
 
 PIXELS = ("norm_pix", "pixel")
@@ -31,7 +31,7 @@ class PatchTargets:
         self.field = GIVEN if m.target == GIVEN else "patches"  # of the batch, which says what is wanted
         self.file = m.vocabulary_file
         self.head_init = "normal" if self.discrete else "xavier"  # so that the cross-entropy starts at ln V
-        self.values = patch_values(config)
+        self.values = PatchGrid.of(config).patch_dim
         self.outputs = m.vocabulary if self.discrete else self.values
 
     @staticmethod

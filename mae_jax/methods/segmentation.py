@@ -14,7 +14,7 @@ from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params
 from mae_jax.models.heads import Head
 from mae_jax.models.vit import make_encoder
 from mae_jax.ops.flops import blocks_flops
-from mae_jax.ops.patches import grid, normalize, patch_values
+from mae_jax.ops.patches import normalize
 
 HEAD_STD = 0.01  # initial deviation of the head's kernel, as MAE's linear probe has it (A.1)
 EPS = 1e-6  # of the norm before the head
@@ -45,13 +45,12 @@ class Segment(Method):
     def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
         super().__init__(config, data)
         self.encoder = make_encoder(config)
-        self.grid, self.patch = grid(config), tuple(config.model.patch)
         self.head = Head(config.method.classes, HEAD_STD)
         self.depth = config.method.block + 1 or config.model.depth  # how many blocks run
 
     def eval_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         spec = super().eval_spec()
-        shape = (*spec["order"].shape, self.patch[0] * self.patch[1])
+        shape = (*spec["order"].shape, self.grid.patch_dim // 3)
         return spec | {"mask": jax.ShapeDtypeStruct(shape, jnp.uint8)}
 
     def learns(self, path: str) -> bool:
@@ -82,11 +81,11 @@ class Segment(Method):
         if self.config.method.block >= 0:
             tokens = jax.nn.standardize(tokens, epsilon=EPS)
         logits = self.head.apply({"params": params["head"]}, tokens)
-        return segmentation.upsample(logits.reshape(-1, *self.grid, logits.shape[-1]), self.patch)
+        return segmentation.upsample(logits.reshape(-1, *self.grid.shape, logits.shape[-1]), self.grid.patch)
 
     def pixel_classes(self, batch: Batch) -> jax.Array:
         """Returns uint8 [B, height, width]: classes, or 255 for pixels without one and all of invalid pictures."""
-        mask = segmentation.pixels(batch["mask"], self.grid, self.patch)
+        mask = segmentation.pixels(batch["mask"], self.grid)
         known = (mask < self.config.method.classes) & (batch["valid"] > 0)[:, None, None]
         return jnp.where(known, mask, jnp.uint8(segmentation.IGNORED))
 
@@ -103,9 +102,8 @@ class Segment(Method):
         return total / jnp.maximum(weight, 1), (metrics, extras)
 
     def forward_flops(self) -> int:
-        m, classes, (rows, columns) = self.config.model, self.config.method.classes, self.grid
-        height, width = self.config.data.image_size
-        patches = rows * columns
-        embed_and_head = 2 * patches * m.width * (patch_values(self.config) + classes)
-        upsampling = 2 * height * columns * (rows + width) * classes
+        m, classes, patches = self.config.model, self.config.method.classes, self.grid.num_patches
+        height, width = self.grid.image_size
+        embed_and_head = 2 * patches * m.width * (self.grid.patch_dim + classes)
+        upsampling = 2 * height * self.grid.columns * (self.grid.rows + width) * classes
         return embed_and_head + blocks_flops(1 + patches, m.width, self.depth, m.mlp_ratio) + upsampling

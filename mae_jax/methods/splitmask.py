@@ -16,7 +16,7 @@ from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_d
 from mae_jax.methods.patch_targets import PatchTargets
 from mae_jax.models.vit import make_decoder, make_encoder
 from mae_jax.ops.flops import blocks_flops
-from mae_jax.ops.patches import grid, normalize, patch_values
+from mae_jax.ops.patches import PatchGrid, normalize
 
 
 class SplitMask(Method):
@@ -37,12 +37,12 @@ class SplitMask(Method):
             raise UserError(f"method.temperature={m.temperature}; it must be above 0")
         if m.match_weight < 0:
             raise UserError(f"method.match_weight={m.match_weight}; it must not be negative")
-        if int(np.prod(grid(config))) < 2:
+        if PatchGrid.of(config).num_patches < 2:
             raise UserError("one patch cannot be split; use a larger data.image_size or a smaller model.patch")
 
     def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
         super().__init__(config, data)
-        self.patches = int(np.prod(grid(config)))
+        self.patches = self.grid.num_patches
         self.half = self.patches // 2
         self.targets = PatchTargets(config)
         self.encoder = make_encoder(config)
@@ -56,7 +56,7 @@ class SplitMask(Method):
         return super().heads() | {"method.decoder_heads": self.config.method.decoder_heads}
 
     def order(self) -> Order:
-        return Order("random", grid(self.config), self.patches - self.half)
+        return Order("random", self.grid.shape, self.patches - self.half)
 
     def eval_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         spec = super().eval_spec()
@@ -125,7 +125,7 @@ class SplitMask(Method):
     def forward_flops(self) -> int:
         m, d = self.config.model, self.config.method
         hidden = self.patches - self.half
-        embed = 2 * self.half * patch_values(self.config) * m.width
+        embed = 2 * self.half * self.grid.patch_dim * m.width
         encoder = blocks_flops(1 + self.half, m.width, m.depth, m.mlp_ratio)
         join = 2 * (1 + self.half) * m.width * d.decoder_width
         decoder = blocks_flops(1 + self.patches, d.decoder_width, d.decoder_depth, m.mlp_ratio)

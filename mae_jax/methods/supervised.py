@@ -16,7 +16,7 @@ from mae_jax.models.heads import Classifier
 from mae_jax.models.vit import make_encoder
 from mae_jax.ops import batch_norm, mixup
 from mae_jax.ops.flops import blocks_flops
-from mae_jax.ops.patches import grid, normalize, patch_values
+from mae_jax.ops.patches import normalize
 
 HEADS = ("linear", "probe")
 LOSSES = ("cross_entropy", "bce")
@@ -78,7 +78,7 @@ class Supervised(Method):
         self.norm_pooled = config.model.pool == "mean" and m.head == "linear"
         self.last_block = config.model.depth - 1 if self.norm_pooled else -1
         self.classifier = Classifier(self.classes, self.norm_pooled, m.head_std)
-        self.where = mixup.Pixels.of(grid(config), tuple(config.model.patch))
+        self.where = mixup.Pixels.of(self.grid)
 
     def eval_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         labels = {"labels": jax.ShapeDtypeStruct((self.config.batch_size, self.classes), jnp.uint8)}
@@ -184,7 +184,6 @@ class Supervised(Method):
         return pixels, targets
 
     def forward_flops(self) -> int:
-        m, (height, width) = self.config.model, grid(self.config)
-        patches = height * width
-        embed = 2 * patches * patch_values(self.config) * m.width
+        m, patches = self.config.model, self.grid.num_patches
+        embed = 2 * patches * self.grid.patch_dim * m.width
         return embed + blocks_flops(1 + patches, m.width, m.depth, m.mlp_ratio) + 2 * m.width * self.classes

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from mae_jax.models.blocks import Blocks
 from mae_jax.models.layers import TOKEN_STD, Dense, embed_positions, layer_norm, sincos_positions
 from mae_jax.ops.linear import linear
-from mae_jax.ops.patches import grid
+from mae_jax.ops.patches import PatchGrid
 from mae_jax.ops.routing import Choice
 
 
@@ -119,7 +119,7 @@ def make_encoder(config: ConfigDict) -> Encoder:
     """Builds the encoder that `config.model` describes."""
     m = config.model
     return Encoder(m.width, m.depth, m.heads, m.mlp_ratio, m.gelu, jnp.dtype(m.dtype), m.scan, m.remat,
-                   m.layer_scale, m.init, grid=grid(config), positions=m.positions)
+                   m.layer_scale, m.init, grid=PatchGrid.of(config).shape, positions=m.positions)
 
 
 def drop_path_rates(config: ConfigDict) -> np.ndarray:
@@ -133,5 +133,5 @@ def make_decoder(config: ConfigDict, outputs: int, describes: bool = False, head
     """Builds the decoder that `config.method` describes, with `outputs` values per patch."""
     m, d = config.model, config.method
     return Decoder(d.decoder_width, d.decoder_depth, d.decoder_heads, m.mlp_ratio, m.gelu, jnp.dtype(m.dtype),
-                   m.scan, m.remat, grid=grid(config), outputs=outputs, describes=describes,
+                   m.scan, m.remat, grid=PatchGrid.of(config).shape, outputs=outputs, describes=describes,
                    head_init=head_init, class_token=class_token)

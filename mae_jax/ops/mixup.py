@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mae_jax.ops.patches import coordinates
+from mae_jax.ops.patches import PatchGrid
 
 ERASE_AREA = (0.02, 1 / 3)  # share of the picture; this and the two below are timm's, and Random Erasing's (1708.04896)
 ERASE_ASPECT = (0.3, 1 / 0.3)  # height over width, log-uniform
@@ -34,8 +34,8 @@ class Pixels(NamedTuple):
     columns: np.ndarray
 
     @classmethod
-    def of(cls, grid: tuple[int, int], patch: tuple[int, int]) -> "Pixels":
-        return cls((grid[0] * patch[0], grid[1] * patch[1]), *coordinates(grid, patch))
+    def of(cls, grid: PatchGrid) -> "Pixels":
+        return cls(grid.image_size, *grid.coordinates())
 
     def inside(self, box: Box) -> jax.Array:
         """Returns bool [..., N, P]: which values lie in boxes of shape [...]."""

@@ -1,4 +1,6 @@
-"""Pixels and patches: grids, normalisation, and patches back to pictures."""
+"""Pixels and patches: the grid of patches, images to patches and back, normalization."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,32 +14,71 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
-def grid(config: ConfigDict) -> tuple[int, int]:
-    """Returns the number of patches along (height, width); raises UserError when a side does not divide."""
-    sides = []
-    for name, pixels, patch in zip(("height", "width"), config.data.image_size, config.model.patch, strict=True):
-        if pixels <= 0 or pixels % patch:
-            down, up = pixels // patch * patch, (pixels // patch + 1) * patch
-            raise UserError(f"data.image_size: {name} {pixels} is not a multiple of the patch size {patch}; "
-                            f"nearest: {up if down <= 0 else f'{down} and {up}'}")
-        sides.append(pixels // patch)
-    return sides[0], sides[1]
+class PatchGrid(NamedTuple):
+    """How an RGB image is cut into N = rows · columns patches, in raster order."""
 
+    rows: int
+    columns: int
+    patch_height: int  # pixels
+    patch_width: int
 
-def patch_values(config: ConfigDict) -> int:
-    """Returns P, the pixel values in one patch."""
-    return config.model.patch[0] * config.model.patch[1] * 3
+    @classmethod
+    def of(cls, config: ConfigDict) -> "PatchGrid":
+        """Returns the grid of a config's images; raises UserError when a side does not divide."""
+        sides = []
+        for name, pixels, patch in zip(("height", "width"), config.data.image_size, config.model.patch, strict=True):
+            if pixels <= 0 or pixels % patch:
+                down, up = pixels // patch * patch, (pixels // patch + 1) * patch
+                raise UserError(f"data.image_size: {name} {pixels} is not a multiple of the patch size {patch}; "
+                                f"nearest: {up if down <= 0 else f'{down} and {up}'}")
+            sides.append(pixels // patch)
+        return cls(*sides, *config.model.patch)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Patches along (height, width)."""
+        return self.rows, self.columns
 
-def coordinates(grid: tuple[int, int], patch: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the row and the column in the picture, int32 [N, P] each, of every value of patches in raster order."""
-    rows, columns = np.indices((grid[0] * patch[0], grid[1] * patch[1]), np.int32)
+    @property
+    def patch(self) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
+        return self.patch_height, self.patch_width
 
-    def cut(values: np.ndarray) -> np.ndarray:
-        tiles = values.reshape(grid[0], patch[0], grid[1], patch[1]).swapaxes(1, 2)
-        return np.repeat(tiles.reshape(grid[0] * grid[1], -1), 3, axis=1)
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        return self.rows * self.patch_height, self.columns * self.patch_width
 
-    return cut(rows), cut(columns)
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return self.rows * self.columns
+
+    @property
+    def patch_dim(self) -> int:
+        """P, the values of a patch: its rows, the pixels in a row, their channels (fastest)."""
+        return self.patch_height * self.patch_width * 3
+
+    def patchify(self, image: np.ndarray) -> np.ndarray:
+        """Cuts [height, width, channels] into patches [N, patch height · width · channels] in raster order (host)."""
+        channels = image.shape[-1]
+        tiles = image.reshape(self.rows, self.patch_height, self.columns, self.patch_width, channels).swapaxes(1, 2)
+        return tiles.reshape(self.num_patches, self.patch_height * self.patch_width * channels)
+
+    def unpatchify(self, patches: np.ndarray, order: np.ndarray) -> np.ndarray:
+        """Puts permuted patches [B, N, P] back in raster order as images [B, height, width, 3] (host)."""
+        raster = np.empty_like(patches)
+        np.put_along_axis(raster, order[..., None].astype(np.int64), patches, axis=1)
+        tiles = raster.reshape(-1, *self.shape, *self.patch, 3)
+        return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, *self.image_size, 3)
+
+    def coordinates(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the row and the column in the image, int32 [N, P] each, of every value of patches in raster order."""
+        def spread(values: np.ndarray) -> np.ndarray:
+            return np.repeat(self.patchify(values[..., None]), 3, axis=1)
+
+        rows, columns = np.indices(self.image_size, np.int32)
+        return spread(rows), spread(columns)
 
 
 def normalize(patches: jax.Array) -> jax.Array:
@@ -53,11 +94,3 @@ def denormalize(patches: np.ndarray) -> np.ndarray:
     """Inverts `normalize` on the host: float [..., P] to float32 pixel values in 0..255, not clipped."""
     repeats = patches.shape[-1] // 3
     return (patches * np.tile(STD, repeats) + np.tile(MEAN, repeats)).astype(np.float32) * 255
-
-
-def assemble(patches: np.ndarray, order: np.ndarray, grid: tuple[int, int], patch: tuple[int, int]) -> np.ndarray:
-    """Puts permuted patches [B, N, P] back in raster order as pictures [B, height, width, 3] (host)."""
-    raster = np.empty_like(patches)
-    np.put_along_axis(raster, order[..., None].astype(np.int64), patches, axis=1)
-    tiles = raster.reshape(-1, *grid, *patch, 3)
-    return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, grid[0] * patch[0], grid[1] * patch[1], 3)

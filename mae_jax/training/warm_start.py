@@ -18,7 +18,7 @@ from mae_jax.interop.timm import folded
 from mae_jax.models.layers import sincos_positions
 from mae_jax.models.upcycling import upcycled
 from mae_jax.ops import pos_embed
-from mae_jax.ops.patches import grid
+from mae_jax.ops.patches import PatchGrid
 from mae_jax.storage.checkpoint import load_params
 from mae_jax.training import workdir
 
@@ -58,7 +58,7 @@ def _read(config: ConfigDict, theirs: ConfigDict | None) -> dict[str, Any]:
     if config.method.get("head") == "linear":  # a probe's head means nothing without its batch norm
         loaded = folded(loaded, extras)
     if any(name.startswith("blocks.") for name in loaded):
-        return from_mae(loaded, grid(theirs) if theirs else None)
+        return from_mae(loaded, PatchGrid.of(theirs).shape if theirs else None)
     return from_hf(loaded) if any(name.startswith("vit.") for name in loaded) else loaded
 
 
@@ -97,8 +97,8 @@ def _with_positions(loaded: dict[str, Any], theirs: ConfigDict | None, config: C
         raise UserError(f"init_from={config.init_from} has learned positions; use model.positions=learned")
     if not wanted or "cls_token" not in encoder:
         return loaded
-    here = grid(config)
-    there = _grid_of(encoder["pos_embed"], theirs) if learned else (grid(theirs) if theirs else here)
+    here = PatchGrid.of(config).shape
+    there = _grid_of(encoder["pos_embed"], theirs) if learned else (PatchGrid.of(theirs).shape if theirs else here)
     table = np.asarray(encoder["pos_embed"]) if learned else sincos_positions(there, config.model.width)
     table = table if there == here else pos_embed.resize(table, there, here)
     return {**loaded, "encoder": {**encoder, "pos_embed": table}}
@@ -107,7 +107,7 @@ def _with_positions(loaded: dict[str, Any], theirs: ConfigDict | None, config: C
 def _grid_of(table: Any, theirs: ConfigDict | None) -> tuple[int, int]:
     """Returns the grid that learned positions [N, D] belong to: the config's, or a square one."""
     if theirs is not None:
-        return grid(theirs)
+        return PatchGrid.of(theirs).shape
     side = math.isqrt(table.shape[0])
     if side * side != table.shape[0]:
         raise UserError(f"init_from: {table.shape[0]} positions are no square grid, and no config says which it is")

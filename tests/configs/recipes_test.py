@@ -13,7 +13,7 @@ from mae_jax.errors import UserError
 from mae_jax.methods import get
 from mae_jax.methods.base import Method
 from mae_jax.models.vit import drop_path_rates
-from mae_jax.ops.patches import grid
+from mae_jax.ops.patches import PatchGrid
 from mae_jax.param_tree import flatten
 from mae_jax.training.optim import layer_rate, make_schedule, peak_lr
 from tests.config_test import leaves, recipe
@@ -92,7 +92,7 @@ def test_a_recipe_comes_to_the_published_numbers(text):
     config, row = resolved(text), {**MAE, **DEIT3}[text]
     validate(config)
     examples = IMAGENET_21K if text.endswith("in21k") else IMAGENET
-    o, rates, patches = config.optim, drop_path_rates(config), grid(config)
+    o, rates, patches = config.optim, drop_path_rates(config), PatchGrid.of(config).shape
     found = Row(
         lr=pytest.approx(peak_lr(config)), min_lr=o.min_lr, batch=config.batch_size,
         steps=steps(config.train.duration, config.batch_size, examples),
@@ -189,7 +189,7 @@ def test_mae_classifiers_have_the_published_number_of_parameters_but_for_the_cla
     ("linear_probe", 86_567_656), ("linear_probe:L", 304_326_632), ("linear_probe:H", 632_045_800)])
 def test_probes_have_it_but_for_all_positions_which_are_constants(text, published):
     method, shapes = built(text)
-    positions = 1 + prod(grid(method.config))
+    positions = 1 + prod(PatchGrid.of(method.config).shape)
     assert sum(leaf.size for leaf in shapes.values()) == published - positions * method.config.model.width
 
 

@@ -17,7 +17,7 @@ from mae_jax.data.decode import BadPicture, decode_mask
 from mae_jax.data.readers import random_access
 from mae_jax.data.sources import expected_sizes, registry, splits
 from mae_jax.errors import UserError
-from mae_jax.ops.patches import assemble
+from mae_jax.ops.patches import PatchGrid
 from tests.helpers.tiny import tiny_method
 
 SIDE, SIZES = 16, {"train": 60, "test": 10}
@@ -233,7 +233,7 @@ def test_masks_are_cut_and_permuted_as_their_pictures(stored, name):
     inputs = build(config(stored, name, mask_key="segmentation_mask", mask_offset=1, augment="none"), mask=())
     for batch in [next(inputs.train(2)), *inputs.evaluate()]:
         assert batch["mask"].dtype == np.uint8
-        masks = assemble(np.repeat(batch["mask"], 3, axis=2), batch["order"], (2, 2), (8, 8))[..., 0]
+        masks = PatchGrid(2, 2, 8, 8).unpatchify(np.repeat(batch["mask"], 3, axis=2), batch["order"])[..., 0]
         for mask, picture, valid in zip(masks, batch["patches"], batch["valid"], strict=True):
             expected = outline(int(np.rint(picture.mean()))) - 1 if valid else np.full((SIDE, SIDE), 255)
             np.testing.assert_array_equal(mask, expected)

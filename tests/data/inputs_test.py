@@ -16,9 +16,9 @@ from mae_jax import data
 from mae_jax.data.masking import Order
 from mae_jax.data.readers import random_access
 from mae_jax.data.sources.base import Example, Source
-from mae_jax.data.transforms.example import Views, cut
+from mae_jax.data.transforms.example import Views
 from mae_jax.errors import UserError
-from mae_jax.ops.patches import assemble
+from mae_jax.ops.patches import PatchGrid
 
 
 def config(**fields):
@@ -133,9 +133,10 @@ def test_patches_are_cut_channel_fastest_and_permuted_by_their_order():
     c.data.augment = "none"
     c.eval.crop_ratio = (1.0,)
     fields = Views(c, ORDER, spec(c)).train(Example(pixels), position=5)
-    picture = assemble(fields["patches"][None], fields["order"][None], (4, 6), (8, 8))[0]
+    picture = PatchGrid(4, 6, 8, 8).unpatchify(fields["patches"][None], fields["order"][None])[0]
     assert (picture == pixels).all()
-    assert (cut(pixels, (8, 8))[7, 3:6] == pixels[8, 9]).all()  # patch 7 = row 1, column 1; its second pixel
+    # Patch 7 = row 1, column 1; its second pixel.
+    assert (PatchGrid(4, 6, 8, 8).patchify(pixels)[7, 3:6] == pixels[8, 9]).all()
 
 
 def made(size=10, bad=()):

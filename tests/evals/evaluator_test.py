@@ -10,7 +10,7 @@ from mae_jax.evals import image_grid, knn, linear_probe, reconstruction
 from mae_jax.evals.accumulators import Rows
 from mae_jax.evals.evaluator import Evaluator, labelled_rows
 from mae_jax.methods.base import pool
-from mae_jax.ops.patches import assemble
+from mae_jax.ops.patches import PatchGrid
 from mae_jax.runtime import sharding
 from tests.helpers.tiny import tiny_batch, tiny_config, tiny_method, tiny_params, tiny_state
 
@@ -93,7 +93,7 @@ def test_raw_pixels_are_probed_in_raster_order_as_the_floor(mesh):
     batches = list(Inputs(config).evaluate())
     patches, order, labels, valid = (np.concatenate([batch[name] for batch in batches])
                                      for name in ("patches", "order", "label", "valid"))
-    pixels = assemble(patches, order, (4, 4), (4, 4)).reshape(16, -1)[valid > 0].astype(np.float32)
+    pixels = PatchGrid(4, 4, 4, 4).unpatchify(patches, order).reshape(16, -1)[valid > 0].astype(np.float32)
     probed = (pixels, labels[valid > 0])
     assert values["eval/knn/pixels_top1"] == knn.top1(probed, probed, 3, config.eval.knn_k, 0.07)
     assert values["eval/linear/pixels_top1"] == pytest.approx(linear_probe.top1(probed, probed, 3), abs=0.1)
@@ -115,7 +115,7 @@ def test_pictures_keep_visible_patches_and_paste_predictions_into_the_hidden_one
     method, batch = tiny_method(config), tiny_batch(config)
     original, masked, pasted = reconstruction.panels(method, tiny_params(config), {}, batch)
     assert original.shape == masked.shape == pasted.shape == (8, 16, 24, 3)
-    np.testing.assert_array_equal(original, assemble(batch["patches"], batch["order"], (4, 3), (4, 8)))
+    np.testing.assert_array_equal(original, PatchGrid(4, 3, 4, 8).unpatchify(batch["patches"], batch["order"]))
     hidden = np.zeros((8, 4, 3), bool)
     for image, order in enumerate(batch["order"]):
         hidden[image].flat[order[method.visible:]] = True

@@ -7,7 +7,7 @@ import pytest
 
 from mae_jax.config import default
 from mae_jax.interop.hf import hf_config, to_hf
-from mae_jax.ops.patches import grid
+from mae_jax.ops.patches import PatchGrid
 from tests.helpers.tiny import tiny_method
 
 torch = pytest.importorskip("torch")
@@ -19,7 +19,7 @@ TOLERANCE = 1e-5  # of the largest absolute value of each tensor
 def hugging_face(config, params):
     with torch.random.fork_rng():
         model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**hf_config(config)))
-    state = {key: torch.from_numpy(value) for key, value in to_hf(params, grid(config), config.model.patch).items()}
+    state = {key: torch.from_numpy(value) for key, value in to_hf(params, PatchGrid.of(config).shape, config.model.patch).items()}
     model.load_state_dict(state, strict=True)
     return model.eval()
 
@@ -50,7 +50,7 @@ def test_exported_weights_give_hugging_face_the_same_loss_and_predictions(shrink
     def ours(params):
         return method.loss(params, {}, batch, jax.random.key(0), jnp.int32(0), True)[0], method.predict(params, batch)
 
-    height, width = grid(config)
+    height, width = PatchGrid.of(config).shape
     patch = config.model.patch[0]
     pictures = raster.reshape(2, height, width, patch, patch, 3).transpose(0, 5, 1, 3, 2, 4)
     pixels = pictures.reshape(2, 3, height * patch, width * patch) / 255

@@ -9,7 +9,7 @@ import pytest
 
 from mae_jax.config import default
 from mae_jax.interop.hf import from_hf, to_hf
-from mae_jax.ops.patches import grid
+from mae_jax.ops.patches import PatchGrid
 from tests.helpers.tiny import tiny_method
 
 TOLERANCE = 1e-5  # of the largest absolute value of each tensor
@@ -47,7 +47,7 @@ def both(request):
         return value, method.predict(params, batch)
 
     (value, predictions), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(from_hf(weights))
-    ours = to_hf(jax.device_get(gradients), grid(config), config.model.patch)  # a gradient moves as its weight does
+    ours = to_hf(jax.device_get(gradients), PatchGrid.of(config).shape, config.model.patch)  # a gradient moves as its weight does
     return golden, {"loss": value, "predictions": predictions, **{f"gradient/{key}": ours[key] for key in weights}}
 
 

@@ -7,7 +7,7 @@ import pytest
 from mae_jax.config import default, vit
 from mae_jax.interop.mae import from_mae
 from mae_jax.interop.timm import folded, timm_arguments, to_timm
-from mae_jax.ops.patches import grid
+from mae_jax.ops.patches import PatchGrid
 from mae_jax.param_tree import flatten
 from tests.helpers.tiny import tiny_method
 from tests.interop.parity_test import cut
@@ -57,7 +57,7 @@ def test_exported_weights_give_timm_the_same_logits(name):
     pictures = np.random.default_rng(1).integers(0, 256, (PICTURES, 224, 224, 3), np.uint8)
     arguments = timm_arguments(config, 1000)
     model = timm.create_model(name.partition(".")[0], **arguments).eval()
-    state = to_timm(folded(params, extras), grid(config), config.model.patch)
+    state = to_timm(folded(params, extras), PatchGrid.of(config).shape, config.model.patch)
     model.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()}, strict=True)
     pixels = (pictures / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     with torch.no_grad():

@@ -12,7 +12,7 @@ from mae_jax.errors import UserError
 from mae_jax.interop.mae import from_mae
 from mae_jax.interop.timm import folded, timm_arguments, to_timm
 from mae_jax.models.layers import sincos_positions
-from mae_jax.ops.patches import grid
+from mae_jax.ops.patches import PatchGrid
 from mae_jax.param_tree import flatten
 from tests.helpers.tiny import tiny_method
 from tests.interop.parity_test import cut
@@ -45,7 +45,7 @@ def random_params(config):
 
 
 def exported(config, params):
-    return to_timm(params, grid(config), config.model.patch)
+    return to_timm(params, PatchGrid.of(config).shape, config.model.patch)
 
 
 @pytest.fixture(scope="module", params=list(CASES))
@@ -62,14 +62,14 @@ def test_logits_are_those_of_timm(golden, scan):
     case, state, pictures, wanted = golden
     config = supervised(case)
     config.model.scan = scan
-    found = logits_of(config, from_mae(state, grid(config)), pictures)
+    found = logits_of(config, from_mae(state, PatchGrid.of(config).shape), pictures)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE * np.abs(wanted).max())
 
 
 def test_every_one_of_timms_names_is_read_and_written(golden):
     case, state, _, _ = golden
     config = supervised(case)
-    params = from_mae(state, grid(config))
+    params = from_mae(state, PatchGrid.of(config).shape)
     shapes = jax.tree.map(lambda leaf: leaf.shape, random_params(config))
     assert flatten(jax.tree.map(np.shape, params)).keys() == flatten(shapes).keys()
     back = exported(config, params)
@@ -87,7 +87,7 @@ def test_every_one_of_timms_names_is_read_and_written(golden):
 def test_a_round_trip_keeps_every_bit(case):
     config = supervised(case)
     params = flatten(random_params(config))
-    back = flatten(from_mae(exported(config, random_params(config)), grid(config)))
+    back = flatten(from_mae(exported(config, random_params(config)), PatchGrid.of(config).shape))
     assert back.keys() == params.keys()
     for name, leaf in params.items():
         np.testing.assert_array_equal(back[name], leaf, err_msg=name)

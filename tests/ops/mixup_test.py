@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from mae_jax.ops import mixup as ops_mixup
-from mae_jax.ops.patches import assemble
+from mae_jax.ops.patches import PatchGrid
 from tests.helpers.devices import simulated
 from tests.interop.parity_test import cut
 
@@ -27,14 +27,14 @@ def patches(pictures):
 
 def pictures_of(values, where):
     """Patches [B, N, P] of any kind back to pictures [B, height, width, 3]."""
-    grid = (where.size[0] // PATCH, where.size[1] // PATCH)
-    order = np.tile(np.arange(grid[0] * grid[1]), (len(values), 1))
-    return assemble(np.asarray(values), order, grid, (PATCH, PATCH))
+    grid = PatchGrid(where.size[0] // PATCH, where.size[1] // PATCH, PATCH, PATCH)
+    order = np.tile(np.arange(grid.num_patches), (len(values), 1))
+    return grid.unpatchify(np.asarray(values), order)
 
 
 @pytest.fixture(scope="module")
 def where():
-    return ops_mixup.Pixels.of((2, 3), (PATCH, PATCH))  # 16 x 24 pixels
+    return ops_mixup.Pixels.of(PatchGrid(2, 3, PATCH, PATCH))  # 16 x 24 pixels
 
 
 @pytest.mark.parametrize("name", ["mixup", "inside", "corner", "bottom"])

@@ -14,7 +14,7 @@ from mae_jax.interop.hf import to_hf
 from mae_jax.interop.mae import to_mae
 from mae_jax.interop.timm import to_timm
 from mae_jax.models.layers import sincos_positions
-from mae_jax.ops.patches import grid
+from mae_jax.ops.patches import PatchGrid
 from mae_jax.ops.pos_embed import resize
 from mae_jax.param_tree import flatten, merge
 from mae_jax.storage import safetensors_file
@@ -80,7 +80,7 @@ def test_learned_positions_start_from_fixed_ones_stretched_to_the_new_grid(tmp_p
     config = tiny_supervised(LEARNED | size)
     ours, report = started(written(tmp_path, tiny_config())[0], config)
     there = sincos_positions((4, 4), 32)
-    np.testing.assert_array_equal(ours["encoder/pos_embed"], resize(there, (4, 4), grid(config)) if size else there)
+    np.testing.assert_array_equal(ours["encoder/pos_embed"], resize(there, (4, 4), PatchGrid.of(config).shape) if size else there)
     assert "pos_embed" not in report.partition("new")[2].partition("left over")[0]
 
 
@@ -141,7 +141,7 @@ def test_another_encoder_is_refused_in_one_line(tmp_path, theirs, ours, line):
 def test_files_with_the_names_of_others_are_read(tmp_path):
     config = tiny_config()
     params = tiny_params(config)
-    where = (grid(config), config.model.patch)
+    where = (PatchGrid.of(config).shape, config.model.patch)
     wanted, report = started(written(tmp_path, config)[0], tiny_supervised())
     for state in (to_mae(params, *where), to_hf(params, *where), to_timm(params, *where)):
         ours, found = started(from_elsewhere(tmp_path, state), tiny_supervised())

@@ -18,7 +18,7 @@ from mae_jax.evals.frozen_encoder import Frozen, frozen, with_data
 from mae_jax.evals.image_grid import tile
 from mae_jax.methods.base import Method
 from mae_jax.ops import spherical_kmeans
-from mae_jax.ops.patches import assemble, grid
+from mae_jax.ops.patches import PatchGrid
 from mae_jax.param_tree import flat, judged
 from mae_jax.runtime import peers, sharding
 from mae_jax.storage import paths, safetensors_file
@@ -181,14 +181,14 @@ def picture(made: Clusters, config: ConfigDict, features: Features) -> np.ndarra
     anywhere = isinstance(inputs.parts.get(config.data.train_split), Source)
     members = nearest(made, features, config.data.train_split, shown, np.inf if anywhere else LOOKED_AT)
     place = {int(number): (row, column) for row, ids in enumerate(members) for column, number in enumerate(ids)}
-    blank = np.full((*config.data.image_size, 3), 255, np.uint8)
+    grid = PatchGrid.of(config)
+    blank = np.full((*grid.image_size, 3), 255, np.uint8)
     rows = [[blank] * MEMBERS for _ in shown]
     for batch in inputs.support(np.array(sorted(place))) if anywhere else inputs.support():
         for k in np.flatnonzero(np.isin(batch["id"], list(place))):
             row, column = place.pop(int(batch["id"][k]))
             one = slice(k, k + 1)
-            rows[row][column] = assemble(batch["patches"][one], batch["order"][one], grid(config),
-                                         tuple(config.model.patch))[0]
+            rows[row][column] = grid.unpatchify(batch["patches"][one], batch["order"][one])[0]
         if not place:
             break
     names = [f"cluster {number}\n{made.sizes[number]} pictures" for number in shown]

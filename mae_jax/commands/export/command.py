@@ -105,9 +105,9 @@ def in_layout(tree: Any, config: Any, layout: str, folder: Any) -> Any:
     from mae_jax.interop.hf import to_hf
     from mae_jax.interop.mae import to_mae
     from mae_jax.interop.timm import to_timm
-    from mae_jax.ops.patches import grid
+    from mae_jax.ops.patches import PatchGrid
 
-    name = config.method.name
+    name, grid = config.method.name, PatchGrid.of(config)
     if name == "moce":
         raise UserError(f"{folder} is a mixture of experts, which no layout of others has: cut one encoder out of "
                         "it with --for-task")
@@ -118,7 +118,7 @@ def in_layout(tree: Any, config: Any, layout: str, folder: Any) -> Any:
                             f"{others} for the encoder")
         tree = {"encoder": tree["encoder"]}  # what their heads and decoders predict, no model of others does
         print(f"the encoder alone, without the parts of method.name={name!r}")
-    return {"hf": to_hf, "mae": to_mae, "timm": to_timm}[layout](tree, grid(config), config.model.patch)
+    return {"hf": to_hf, "mae": to_mae, "timm": to_timm}[layout](tree, grid.shape, grid.patch)
 
 
 def for_task(*args: Any) -> Any:

@@ -167,19 +167,19 @@ def save_grid(batch: "Batch", method: "Method", path: epath.Path) -> None:
 
     Where patches are hidden, the picture is above what the encoder sees of it.
     """
-    from mae_jax.ops.patches import assemble
+    from mae_jax.ops.patches import PatchGrid
 
-    patch, shown = tuple(method.config.model.patch), []
+    shown = []
     for name, n, order in [(f"{v.name}/", n, v.order) for v in method.views() for n in range(len(v.colours))]:
         patches, places = (batch[name + field][: SIDE * SIDE, n] for field in ("patches", "order"))
-        shown.append(assemble(patches, places, order.grid, patch))
+        shown.append(PatchGrid(*order.grid, *method.grid.patch).unpatchify(patches, places))
     if not shown:
         patches, places, order = batch["patches"][: SIDE * SIDE], batch["order"][: SIDE * SIDE], method.order()
-        shown = [assemble(patches, places, order.grid, patch)]
+        shown = [method.grid.unpatchify(patches, places)]
         if order.hidden:
             seen = patches.copy()
             seen[:, -order.hidden :] = 127
-            shown.append(assemble(seen, places, order.grid, patch))
+            shown.append(method.grid.unpatchify(seen, places))
     width = max(pictures.shape[2] for pictures in shown)
     cells = [np.concatenate([_framed(pictures[i], width) for pictures in shown]) for i in range(len(shown[0]))]
     cells += [np.full_like(cells[0], 255)] * (-len(cells) % SIDE)

@@ -8,6 +8,7 @@ from mae_jax.data import masking
 from mae_jax.data.decode import IGNORED, Picture, opencv
 from mae_jax.data.sources.base import UNLABELLED, Example
 from mae_jax.data.transforms.crop import augment, augment_view, centre
+from mae_jax.ops.patches import PatchGrid
 from mae_jax.rng import rng
 
 GREY = 127  # every pixel of the picture that stands in where none could be read
@@ -27,7 +28,7 @@ class Views:
         for each in (order, *(view.order for view in views)):
             masking.check(each)
         self._config, self._order, self._spec, self._views = config, order, spec, views
-        self._patch = tuple(config.model.patch)
+        self._grid = PatchGrid.of(config)
         self.group = order.group  # neighbours whose orders belong together
         if config.data.resize == "fast":
             opencv()  # says at once what is missing
@@ -65,7 +66,7 @@ class Views:
         return self._grey(self._drawn(0, "evaluate", position))
 
     def _grey(self, order: np.ndarray) -> Fields:
-        size = tuple(self._config.data.image_size)
+        size = self._grid.image_size
         mask = np.full(size, IGNORED, np.uint8) if "mask" in self._spec else None
         fields = self._cut(np.full((*size, 3), GREY, np.uint8), mask, order)
         if "labels" in self._spec:
@@ -83,11 +84,12 @@ class Views:
         config, fields, number = self._config, {}, 0
         for kind in self._views:
             patches, made = [], []
+            grid = PatchGrid(*kind.order.grid, *self._grid.patch)
             for colours in kind.colours:
                 draws = rng(config.seed, "augment", position, number)
                 pixels = augment_view(picture, draws, kind, colours, config.data)
                 made.append(masking.draw(kind.order, rng(config.seed, "order", position, number)))
-                patches.append(cut(pixels, self._patch)[made[-1]])
+                patches.append(grid.patchify(pixels)[made[-1]])
                 number += 1
             fields |= {f"{kind.name}/patches": np.stack(patches), f"{kind.name}/order": np.stack(made)}
         return fields
@@ -98,12 +100,5 @@ class Views:
         return masking.draw(self._order, rng(seed, stream, group), member)
 
     def _cut(self, pixels: np.ndarray, mask: np.ndarray | None, order: np.ndarray) -> Fields:
-        masked = {} if mask is None else {"mask": cut(mask[..., None], self._patch)[order]}
-        return {"patches": cut(pixels, self._patch)[order], "order": order, **masked}
-
-
-def cut(pixels: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
-    """Cuts uint8 [height, width, channels] into patches [N, patch area · channels] in raster order."""
-    height, width, channels = pixels.shape[0] // patch[0], pixels.shape[1] // patch[1], pixels.shape[2]
-    tiles = pixels.reshape(height, patch[0], width, patch[1], channels).swapaxes(1, 2)
-    return tiles.reshape(height * width, patch[0] * patch[1] * channels)
+        masked = {} if mask is None else {"mask": self._grid.patchify(mask[..., None])[order]}
+        return {"patches": self._grid.patchify(pixels)[order], "order": order, **masked}

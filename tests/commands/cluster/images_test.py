@@ -24,7 +24,7 @@ from mae_jax.evals import expert_routing, frozen_encoder
 from mae_jax.evals.expert_routing import information
 from mae_jax.evals.frozen_encoder import frozen
 from mae_jax.ops import spherical_kmeans
-from mae_jax.ops.patches import assemble
+from mae_jax.ops.patches import PatchGrid
 from mae_jax.param_tree import judged
 from mae_jax.runtime import peers as runtime_peers
 from mae_jax.storage.checkpoint import load_params
@@ -135,7 +135,7 @@ def test_the_picture_shows_the_members_nearest_to_each_centroid(made, monkeypatc
     assert names == [f"cluster {i}\n{size} pictures" for i, size in enumerate(found.sizes)]
     values, ids = (np.concatenate(part) for part in zip(*features.chunks(), strict=True))
     batches = list(images.pictures(config, frozen_encoder.Frozen(config, -1)).support())
-    seen = {int(i): assemble(batch["patches"][k:k + 1], batch["order"][k:k + 1], (4, 4), (4, 4))[0]
+    seen = {int(i): PatchGrid(4, 4, 4, 4).unpatchify(batch["patches"][k:k + 1], batch["order"][k:k + 1])[0]
             for batch in batches for k, i in enumerate(batch["id"]) if i >= 0}
     for number, row in enumerate(rows):
         own = np.flatnonzero(found.assigned["train[:400]"][ids] == number)
