@@ -19,7 +19,8 @@ TOLERANCE = 1e-5  # of the largest absolute value of each tensor
 def hugging_face(config, params):
     with torch.random.fork_rng():
         model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**hf_config(config)))
-    state = {key: torch.from_numpy(value) for key, value in to_hf(params, PatchGrid.of(config).shape, config.model.patch).items()}
+    state = to_hf(params, PatchGrid.of(config).shape, config.model.patch)
+    state = {key: torch.from_numpy(value) for key, value in state.items()}
     model.load_state_dict(state, strict=True)
     return model.eval()
 

@@ -47,7 +47,8 @@ def both(request):
         return value, method.predict(params, batch)
 
     (value, predictions), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(from_hf(weights))
-    ours = to_hf(jax.device_get(gradients), PatchGrid.of(config).shape, config.model.patch)  # a gradient moves as its weight does
+    # A gradient moves as its weight does.
+    ours = to_hf(jax.device_get(gradients), PatchGrid.of(config).shape, config.model.patch)
     return golden, {"loss": value, "predictions": predictions, **{f"gradient/{key}": ours[key] for key in weights}}
 
 

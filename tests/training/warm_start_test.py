@@ -80,7 +80,8 @@ def test_learned_positions_start_from_fixed_ones_stretched_to_the_new_grid(tmp_p
     config = tiny_supervised(LEARNED | size)
     ours, report = started(written(tmp_path, tiny_config())[0], config)
     there = sincos_positions((4, 4), 32)
-    np.testing.assert_array_equal(ours["encoder/pos_embed"], resize(there, (4, 4), PatchGrid.of(config).shape) if size else there)
+    wanted = resize(there, (4, 4), PatchGrid.of(config).shape) if size else there
+    np.testing.assert_array_equal(ours["encoder/pos_embed"], wanted)
     assert "pos_embed" not in report.partition("new")[2].partition("left over")[0]
 
 
