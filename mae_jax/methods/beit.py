@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from mae_jax.data.masking import Order
 from mae_jax.errors import UserError
 from mae_jax.methods import fields
-from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices
+from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices, kind_of_order
 from mae_jax.methods.patch_targets import PatchTargets
 from mae_jax.models.heads import Head
 from mae_jax.models.layers import TOKEN_STD
@@ -46,7 +46,7 @@ class BEiT(Method):
         self.head = Head(self.targets.outputs, TOKEN_STD)
 
     def order(self) -> Order:
-        return Order(self.config.method.masking, grid(self.config), self.masked)
+        return Order(kind_of_order(self.config), grid(self.config), self.masked)
 
     def eval_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         spec = super().eval_spec()

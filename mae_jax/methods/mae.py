@@ -10,7 +10,17 @@ from mae_jax.data.masking import Order
 from mae_jax.errors import UserError
 from mae_jax.losses import pixel_targets
 from mae_jax.methods import fields
-from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices, check_decoder, mean_square
+from mae_jax.methods.base import (
+    Batch,
+    Extras,
+    Method,
+    Metrics,
+    Params,
+    check_choices,
+    check_decoder,
+    kind_of_order,
+    mean_square,
+)
 from mae_jax.models.vit import make_decoder, make_encoder
 from mae_jax.ops.flops import blocks_flops
 from mae_jax.ops.patches import grid, normalize, patch_values
@@ -68,7 +78,7 @@ class MAE(Method):
         return visible_patches(patches, config.method.mask_ratio)
 
     def order(self) -> Order:
-        return Order(self.config.method.masking, grid(self.config), self.hidden)
+        return Order(kind_of_order(self.config), grid(self.config), self.hidden)
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
         encoder_key, decoder_key = jax.random.split(key)
