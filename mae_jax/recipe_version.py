@@ -3,8 +3,8 @@
 A run keeps the `recipe_version` that it began with, through resumes, evaluations and exports, and with it the behaviors
 of that version; a new run has the newest. A run of package 0.1.0, whose config.json does not say, has version 1.
 
-To change what a config trains: add 1 to `CURRENT` and a row to `BEHAVIORS`, keep what was beside what is, choose by `has`,
-and say in tests/recipe_version_test.py which stored workdir shows it. To rename a field: a row of `FIELDS` or
+To change what a config trains: add 1 to `CURRENT` and a row to `BEHAVIORS`, keep what was beside what is, choose by
+`has`, and say in tests/recipe_version_test.py which stored workdir shows it. To rename a field: a row of `FIELDS` or
 `BATCH_FIELDS`; a name that a field once had is never given to another one. docs/migration.md has the same rows. Files
 of a workdir have kept their names.
 """

@@ -141,15 +141,15 @@ def _add_published_block(hidden: np.ndarray, left: int, rng: np.random.Generator
     Its area is between 16 and `left`, whichever is more, and `left` patches are hidden by it at most.
     """
     rows, columns = hidden.shape
-    for _ in range(BLOCK_TRIES):
-        area = BLOCK_PATCHES + (left - BLOCK_PATCHES) * rng.random()
-        aspect = math.exp(rng.uniform(math.log(BLOCK_ASPECT), -math.log(BLOCK_ASPECT)))
+    for sized, shaped, down, right in rng.random((BLOCK_TRIES, 4)).tolist():  # in one call: it is the host's time
+        area = BLOCK_PATCHES + (left - BLOCK_PATCHES) * sized
+        aspect = BLOCK_ASPECT ** (2 * shaped - 1)
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if height >= rows or width >= columns:
             continue
-        top, side = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
+        top, side = int(down * (rows - height + 1)), int(right * (columns - width + 1))
         block = hidden[top:top + height, side:side + width]
-        if 0 < block.size - block.sum() <= left:
+        if 0 < block.size - np.count_nonzero(block) <= left:
             block[:] = True
             return True
     return False
