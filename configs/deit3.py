@@ -114,7 +114,7 @@ def square(config: ConfigDict, side: int) -> None:
 def pretrain(config: ConfigDict, stage: str) -> None:
     """ImageNet-1K from scratch: binary cross-entropy, 3-Augment, each picture three times in a batch."""
     square(config, SIDE[config.model.width])
-    config.data.update(colour="three", repeats=3)
+    config.data.update(color="three", repeats=3)
     config.method.update(loss="bce", mixup=0.8)
     lamb(config, LR[config.model.width])
     config.optim.ema = 0.99996
@@ -133,7 +133,7 @@ def finetune(config: ConfigDict, stage: str) -> None:
     square(config, int(stage.removeprefix("to")))
     cross_entropy(config, mixup=0.8)
     config.batch_size = 512
-    config.data.colour = "rand"
+    config.data.color = "rand"
     # The rate ends where it is highest: their lowest is 1e-5 too, unless it is said otherwise.
     config.optim.update(name="adamw", lr=1e-5 * 256 / 512, clip=0.0, ema=0.0)
     config.train.duration = "20 epochs"

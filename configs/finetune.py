@@ -42,7 +42,7 @@ B, L, H = 768, 1024, 1280  # widths, by which the tables tell sizes apart
 def get_config(arg: str = "") -> ConfigDict:
     config = default("supervised")
     config.batch_size = 1024
-    config.data.update(source="tfds", name="imagenet2012:5.*.*", eval_split="validation", colour="rand",
+    config.data.update(source="tfds", name="imagenet2012:5.*.*", eval_split="validation", color="rand",
                        crop_scale=(0.08, 1.0))
     config.model.update(pool="mean", positions="learned")
     config.method.update(smoothing=0.1, mixup=0.8, cutmix=1.0)

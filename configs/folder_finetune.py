@@ -19,7 +19,7 @@ for few pictures, when nothing is left to choose); `runlocal`.
 
 Nobody published a recipe for this; the choices are ours, those of MAE's fine-tuning (configs/finetune.py) with smaller
 batches, and it has not been run to its end. Where colour or left and right tell the classes apart, say
---config.data.colour=none or --config.data.flip=False.
+--config.data.color=none or --config.data.flip=False.
 """
 
 from functools import partial
@@ -32,12 +32,12 @@ from mae_jax.config import default, resolve, vit
 def get_config(arg: str = "") -> ConfigDict:
     config = default("supervised")
     config.batch_size = 64
-    config.data.update(source="folder", train_split="train[:90%]", val_split="train[90%:]", colour="rand")
+    config.data.update(source="folder", train_split="train[:90%]", val_split="train[90%:]", color="rand")
     config.model.update(pool="mean", positions="learned", drop_path=0.1)
     config.method.update(smoothing=0.1, mixup=0.8, cutmix=1.0)
     config.optim.update(warmup="5 epochs", min_lr=1e-6, betas=(0.9, 0.999), layer_decay=0.75)
     config.train.duration = "100 epochs"
-    config.checkpoint.update(every="5 epochs", best="top1")
+    config.checkpoint.update(every="5 epochs", best_metric="top1")
     config.eval.every = "5 epochs"
     size(config, "Ti")
     sizes = {name: partial(size, name=name) for name in ("Ti", "S", "B")}
@@ -61,4 +61,4 @@ def scratch(config: ConfigDict) -> None:
 def everything(config: ConfigDict) -> None:
     """All of the training part is learned from; there is no validation."""
     config.data.update(train_split="train", val_split="")
-    config.checkpoint.best = ""
+    config.checkpoint.best_metric = ""

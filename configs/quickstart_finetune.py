@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.batch_size = 64
     config.data.update(image_size=(40, 40), crop_scale=(0.4, 1.0), val_split=f"train[{150 * PHOTOGRAPHS}:]")
     config.eval.update(crop_ratio=(1.0,), every="100 steps")
-    config.checkpoint.update(every="100 steps", best="top1")
+    config.checkpoint.update(every="100 steps", best_metric="top1")
     config.model.update(width=128, depth=6, heads=4, patch=(4, 4), pool="mean", positions="learned", drop_path=0.1)
     config.method.update(smoothing=0.1)
     config.optim.update(lr=1.2e-2, warmup="20 steps", betas=(0.9, 0.999), layer_decay=0.75)

@@ -13,7 +13,8 @@ The number of iterations is the same for all data, that of 300 epochs of ImageNe
 1 %. Target data sets stop at 5,000 epochs, since longer hurt on Cars. What the vocabulary is made of is the training
 data alone. A twentieth of them is held out; every twentieth of the run, k-NN on it decides which checkpoint is kept
 under best/ (where there are no labels, and for `folder`, the held-out loss; with class folders choose
---config.checkpoint.best=knn/top1). The last and the best are reported on the evaluation split, which is read once.
+--config.checkpoint.best_metric=knn/top1). The last and the best are reported on the evaluation split, which is read
+once.
 
 The article's optimiser is not known to us: it is BEiT's, as in configs/vit_b_splitmask.py. The part held out and the
 metric are our choice. Shorter: --config.train.duration='1e6 examples'.
@@ -53,7 +54,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optim.warmup = f"{WARMED} examples, at most 125 epochs"
     config.train.duration = f"{ITERATED} examples, at most 5000 epochs"
     config.eval.every = config.checkpoint.every = f"{ITERATED // 20} examples, at most 250 epochs"
-    config.checkpoint.best = "loss"
+    config.checkpoint.best_metric = "loss"
     size(config, "B")
     data = {"folder": lambda _: None, **{name: partial(prepared, name=name) for name in NAMES}}
     return resolve(config, arg, {name: partial(size, name=name) for name in ("S", "B")}, data)
@@ -70,7 +71,7 @@ def prepared(config: ConfigDict, name: str) -> None:
     found, held_out = NAMES[name]
     config.data.update(source="tfds", name=found, eval_split=held_out)
     if name not in UNLABELLED:
-        config.checkpoint.best = "knn/top1"
+        config.checkpoint.best_metric = "knn/top1"
     if name.startswith("imagenet"):  # as long as the article's
         config.train.duration, config.optim.warmup = f"{ITERATED} examples", f"{WARMED} examples"
         config.eval.every = config.checkpoint.every = f"{ITERATED // 20} examples"

@@ -123,7 +123,7 @@ def finetune(config: ConfigDict) -> None:
     Without mixing and smoothing where labels are several.
     """
     one = not config.method.multi_label
-    config.data.update(crop_scale=(0.08, 1.0), colour="rand")
+    config.data.update(crop_scale=(0.08, 1.0), color="rand")
     config.model.update(pool="mean", positions="learned")
     config.method.update(head="linear", train_blocks=-1, erase=0.25, smoothing=0.1 * one, mixup=0.8 * one,
                          cutmix=1.0 * one, head_std=2e-5)
@@ -132,7 +132,7 @@ def finetune(config: ConfigDict) -> None:
 
 def linear(config: ConfigDict) -> None:
     """MAE Table 10: the class token of a frozen encoder, batch norm, one layer; LARS; crops drawn once and clamped."""
-    config.data.update(augment="single", crop_scale=(0.08, 1.0), colour="none")
+    config.data.update(augment="single", crop_scale=(0.08, 1.0), color="none")
     config.model.update(pool="cls", drop_path=0.0)
     config.method.update(head="probe", train_blocks=0, erase=0.0, smoothing=0.0, mixup=0.0, cutmix=0.0, head_std=0.01)
     config.optim.update(name="lars", lr=0.1, layer_decay=1.0, weight_decay=0.0, min_lr=0.0, warmup=warmup(config))

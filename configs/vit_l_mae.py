@@ -15,7 +15,7 @@ with `paper`; 85.9 fine-tuned with `repo` (Table 3). One row of Table 1 is one o
   mask tokens     --config.method.encoder_mask_tokens  84.2 / 59.6
   target          --config.method.target=norm_pix      85.4 / 73.9     (pca: 84.6 / 72.3)
   augmentation    --config.data.augment=none           84.0 / 65.7     (fixed: 84.7 / 73.1; random with
-                                                                        --config.data.colour=jitter: 84.3 / 71.9)
+                                                                        --config.data.color=jitter: 84.3 / 71.9)
   masking         --config.method.masking=block        82.8 / 63.9     (with --config.method.mask_ratio=0.5:
                                                                         83.9 / 72.3; grid at 0.75: 84.0 / 66.0)
   masking ratio   --config.method.mask_ratio=0.5       84.9 / 69.9     (Figure 5; 0.1: 83.2 / 54.6, 0.9: 83.0 / 66.1)

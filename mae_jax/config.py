@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax import methods
+from mae_jax import methods, recipe_version
 from mae_jax.durations import steps
 from mae_jax.errors import UserError, nearest
 
@@ -28,7 +28,7 @@ SIZES = {  # width, depth, heads: MAE section 4 (B, L, H), DeiT Table 1 (Ti, S)
 # What `validate` checks of single fields; a method checks its own.
 CHOICES = {
     "data.augment": ("none", "fixed", "simple", "single", "random"),
-    "data.colour": ("none", "jitter", "three", "rand"),
+    "data.color": ("none", "jitter", "three", "rand"),
     "data.resize": ("exact", "fast"),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.gelu": ("erf", "tanh"),
@@ -63,6 +63,8 @@ def vit(size: str, patch: int) -> dict[str, Any]:
 
 
 DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the method has
+    # Whose behaviors the run has, where they changed (docs/migration.md); a resumed run has the one it began with.
+    "recipe_version": recipe_version.CURRENT,
     "seed": 0,
     "batch_size": 256,  # images per step, over all devices
     "init_from": "",  # start from the parameters of a workdir, a step folder in it, or an exported file
@@ -77,7 +79,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "classes": "",  # keep pictures of these alone: 'cat,dog', '0-9', imagenet_organisms, imagenet_rest; '': all
         "image_size": (224, 224),  # height, width in pixels
         "augment": "random",  # crop: none, fixed, random (MAE Table 1e), simple (DeiT III), single (BYOL)
-        "colour": "none",  # none, jitter (MAE Table 1e), three (3-Augment, DeiT III), rand (RandAugment)
+        "color": "none",  # none, jitter (MAE Table 1e), three (3-Augment, DeiT III), rand (RandAugment)
         "repeats": 1,  # views of each picture in a batch (repeated augmentation)
         "crop_scale": (0.2, 1.0),  # share of the area, MAE A.1
         "crop_ratio": (3 / 4, 4 / 3),
@@ -139,7 +141,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "every": "20 epochs",
         "keep_last": 3,
         "keep_every": "",
-        "best": "",  # keep the best checkpoint by this metric of data.val_split, as 'top1'; '': none
+        "best_metric": "",  # keep the best checkpoint by this metric of data.val_split, as 'top1'; '': none
     },
     "eval": {
         "every": "20 epochs",  # and at the ends; as long as train.duration, or longer: at the last step alone
@@ -194,7 +196,7 @@ def runlocal(config: ConfigDict) -> None:
             config.method[name] = value
     config.train.duration = "2 steps"
     config.optim.warmup = "1 steps"
-    config.checkpoint.update(every="2 steps", best="")
+    config.checkpoint.update(every="2 steps", best_metric="")
     config.eval.every = "2 steps"
     config.log.every = "1 steps"
     config.eval.update(max_examples=64, sets=())
@@ -284,6 +286,7 @@ def validate(config: ConfigDict, trains: bool = True) -> None:
     values = flat(config)
     _check_types(values, flat({**DEFAULTS, "method": methods.defaults(config.method.name)}))
     _check_ranges(values)
+    recipe_version.check(config.recipe_version)
     PatchGrid.of(config)
     if config.checkpoint.keep_last < 2:
         raise UserError("checkpoint.keep_last=1; keep at least 2, so that a damaged checkpoint has a predecessor")
@@ -299,8 +302,8 @@ def validate(config: ConfigDict, trains: bool = True) -> None:
     profile_steps(config)
     if not config.log.every:
         raise UserError("log.every is ''; write how often to log, as '50 steps'")
-    if config.checkpoint.best and not (config.data.val_split and config.eval.every):
-        raise UserError(f"checkpoint.best={config.checkpoint.best!r} needs data.val_split and eval.every")
+    if config.checkpoint.best_metric and not (config.data.val_split and config.eval.every):
+        raise UserError(f"checkpoint.best_metric={config.checkpoint.best_metric!r} needs data.val_split and eval.every")
     if not -1 <= config.eval.attention_block < config.model.depth:
         raise UserError(f"eval.attention_block={config.eval.attention_block}; expected -1 to {config.model.depth - 1}")
     if trains:

@@ -14,6 +14,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 import mae_jax
+from mae_jax import recipe_version
 from mae_jax.commands import recipes
 from mae_jax.errors import FINISHED, MISTAKE, UserError, explain
 from mae_jax.runtime.exit import leave
@@ -146,7 +147,11 @@ def _one_line(error: Exception) -> str:
 
 
 def _unknown_field(line: str) -> str:
-    """Returns ml_collections' account of an unknown field in our words."""
+    """Returns ml_collections' account of an unknown field in our words; for a former name, what it is now."""
+    unknown = re.search(r'instead of "(.+?)"|Key "(.+?)" does not exist', line) or re.fullmatch(r"'(\w+)'", line)
+    former = recipe_version.former(next(filter(None, unknown.groups()))) if unknown else ""
+    if former:
+        return f"unknown config field; {former}"
     if found := re.search(r'Did you mean "(.+)" instead of "(.+)"', line):
         return f"unknown config field {found[2]!r}; did you mean {found[1]!r}?"
     return f"unknown config field {line}" if re.fullmatch(r"'\w+'", line) else line

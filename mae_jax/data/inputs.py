@@ -21,7 +21,7 @@ FIELDS = ("patches", "order", "label", "id", "valid", "replaced")
 BAD_NAMES = 100  # the last so many pictures that were replaced are kept by name
 _PROVIDERS = {  # what would give a field; formatted with the config's group `data`
     "labels": "data.label_key={0.label_key!r} names no list of classes, nor an array [n, C] of 0 and 1",
-    "mask": "data.mask_key={0.mask_key!r} names no masks there",
+    "pixel_label": "data.mask_key={0.mask_key!r} names no masks there",
 }
 
 
@@ -87,8 +87,8 @@ class OpenedData:
         `order` int32 [B, N], order[b, k] = raster index of the k-th patch; `label` int32 [B], -1 unlabelled; `id` int32
         [B], -1 in padding; `valid` float32 [B], 0 for grey stand-ins and padding; `replaced` int32 [B], how many
         pictures failed before this one. Where the spec asks for them and the data have them: `labels` uint8 [B, C], 1
-        where a class is in the picture; `mask` uint8 [B, N, P / 3], the class of each pixel, 255 where it has none; and
-        `tokens` int32 [B, N], of the file data.tokens; and `cluster` int32 [B], of the folder that the method needs.
+        where a class is in the picture; `pixel_label` uint8 [B, N, P / 3], the class of each pixel, 255 where it has
+        none; `tokens` int32 [B, N], of the file data.tokens; `cluster` int32 [B], of the folder that the method needs.
 
         Args:
           spec: field → global shape [B, ...] and dtype, as evaluations want them.
@@ -211,7 +211,7 @@ def _check_classes(part: Any, source: Any, data: ConfigDict) -> None:
 
 def _check_fields(part: Any, spec: Spec, data: ConfigDict) -> None:
     """Raises UserError when a split cannot give a field of the spec; `part` is None without a split."""
-    given = (*FIELDS, *(part.fields if part else ("labels", "mask")))
+    given = (*FIELDS, *(part.fields if part else ("labels", "pixel_label")))
     for name in spec:
         if name not in given:
             hint = _PROVIDERS.get(name, f"it gives {', '.join(given)}").format(data)

@@ -9,13 +9,13 @@ from mae_jax.errors import UserError, nearest
 
 BLOCK_PATCHES = 16  # smallest block, BEiT section 2.3, Algorithm 1
 BLOCK_ASPECT = 0.3  # aspect ratios from 0.3 to 1/0.3, the same place
-BLOCK_TRIES = 10  # blocks tried before single patches fill up; our choice
+BLOCK_TRIES = 10  # places tried for a block before none is, as in BEiT's released code
 
 
 class Order(NamedTuple):
     """How a method hides patches."""
 
-    kind: str  # 'random' | 'block' | 'grid' | 'identity'
+    kind: str  # 'random' | 'published_block' | 'block' (of recipe_version 1) | 'grid' | 'identity'
     grid: tuple[int, int]  # patches along (height, width)
     hidden: int  # M: the last M patches of the order are hidden
     group: int = 1  # G: so many neighbours of a batch share one permutation, the i-th rolled back by i · N / G
@@ -120,8 +120,49 @@ def _grid(order: Order, rng: np.random.Generator) -> np.ndarray:
     return _visible_first(hidden)
 
 
+def _published_block(order: Order, rng: np.random.Generator) -> np.ndarray:
+    """Hides rectangles until M patches are hidden, as BEiT's released code (Algorithm 1) does.
+
+    That ends short where no block fits any more, by half a patch of 75 on average. Here M are hidden in every image:
+    what is missing is added one by one beside what is hidden, so that few stand alone, as published.
+    """
+    hidden = np.zeros(order.grid, bool)
+    while (left := order.hidden - int(hidden.sum())) and _add_published_block(hidden, left, rng):
+        pass
+    for _ in range(left):
+        beside = np.flatnonzero(_touching(hidden) & ~hidden)
+        hidden.flat[rng.choice(beside if beside.size else np.flatnonzero(~hidden))] = True
+    return _visible_first(hidden)
+
+
+def _add_published_block(hidden: np.ndarray, left: int, rng: np.random.Generator) -> bool:
+    """Hides one more rectangle, smaller than the grid along both sides; False when none was found.
+
+    Its area is between 16 and `left`, whichever is more, and `left` patches are hidden by it at most.
+    """
+    rows, columns = hidden.shape
+    for sized, shaped, down, right in rng.random((BLOCK_TRIES, 4)).tolist():  # in one call: it is the host's time
+        area = BLOCK_PATCHES + (left - BLOCK_PATCHES) * sized
+        aspect = BLOCK_ASPECT ** (2 * shaped - 1)
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if height >= rows or width >= columns:
+            continue
+        top, side = int(down * (rows - height + 1)), int(right * (columns - width + 1))
+        block = hidden[top:top + height, side:side + width]
+        if 0 < block.size - np.count_nonzero(block) <= left:
+            block[:] = True
+            return True
+    return False
+
+
+def _touching(hidden: np.ndarray) -> np.ndarray:
+    """Says of each patch whether one above, below or beside it is hidden: bool [rows, columns]."""
+    padded = np.pad(hidden, 1)
+    return padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+
+
 def _block(order: Order, rng: np.random.Generator) -> np.ndarray:
-    """Hides rectangles until M patches are hidden (BEiT Algorithm 1); the last few, if none fits, one by one."""
+    """Hides rectangles, and the last patches one by one: block masks of recipe_version 1, kept as they are."""
     hidden = np.zeros(order.grid, bool)
     while (left := order.hidden - int(hidden.sum())) and _add_block(hidden, left, rng):
         pass
@@ -154,4 +195,5 @@ def _visible_first(hidden: np.ndarray) -> np.ndarray:
     return np.argsort(hidden.ravel(), kind="stable")
 
 
-_KINDS = {"random": _random, "block": _block, "grid": _grid, "identity": _identity}
+_KINDS = {"random": _random, "published_block": _published_block, "block": _block, "grid": _grid,
+          "identity": _identity}

@@ -35,8 +35,8 @@ def load(config: ConfigDict, sizes: dict[str, int], patches: int, vocabulary: in
       UserError: crops or colours are random, or the file does not hold what is needed.
     """
     data, file = config.data, locate(config.data.tokens)
-    if (data.augment, data.colour) != ("none", "none"):
-        raise UserError(f"data.augment={data.augment!r}, data.colour={data.colour!r}: the tokens of data.tokens are "
+    if (data.augment, data.color) != ("none", "none"):
+        raise UserError(f"data.augment={data.augment!r}, data.color={data.color!r}: the tokens of data.tokens are "
                         "those of one fixed view, which a random one does not show; use 'none' for both (the central "
                         "eval.crop_ratio), or tokens that are made of the view (method.target=kmeans)")
     if len(config.eval.crop_ratio) > 1:

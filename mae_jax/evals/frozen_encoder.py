@@ -16,7 +16,7 @@ def frozen(config: ConfigDict, block: int) -> ConfigDict:
     """Returns the config by which features are computed: all pictures, and of an earlier block where that is asked."""
     config = config.copy_and_resolve_references()
     config.eval.max_examples = 1 << 31
-    config.data.update(augment="none", colour="none", repeats=1)
+    config.data.update(augment="none", color="none", repeats=1)
     if not -1 <= block < config.model.depth:
         raise UserError(f"--block={block}; the encoder has the blocks 0 to {config.model.depth - 1}, -1 is the last")
     return config.lock()

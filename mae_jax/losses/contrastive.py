@@ -8,7 +8,7 @@ from mae_jax.ops.normalization import unit
 
 
 def info_nce(pairs: jax.Array, valid: jax.Array, ids: jax.Array, temperature: float,
-             normalise: bool = True) -> tuple[jax.Array, jax.Array]:
+             normalize: bool = True) -> tuple[jax.Array, jax.Array]:
     """InfoNCE between two descriptors of each picture; the negatives are both descriptors of all other pictures.
 
     SplitMask (arXiv 2112.10740), as the two descriptors of a picture are alike among those of the batch; the set of
@@ -19,14 +19,14 @@ def info_nce(pairs: jax.Array, valid: jax.Array, ids: jax.Array, temperature: fl
       valid: float32 [B]; a picture of 0 is neither anchor nor negative.
       ids: int32 [B]; rows that show the same picture, of a small data set, are not each other's negatives.
       temperature: of the softmax.
-      normalise: cosines; else plain products.
+      normalize: cosines; else plain products.
 
     Returns:
       float32 [B], the mean of both directions, and bool [B], whether both found their partner.
     """
     images = len(pairs)
     both = pairs.reshape(2 * images, -1).astype(jnp.float32)  # every device keeps its rows
-    if normalise:
+    if normalize:
         both = unit(both)
     own, shown = jnp.repeat(jnp.arange(images), 2), jnp.repeat(ids, 2)
     partner = (own[:, None] == own) & ~jnp.eye(2 * images, dtype=bool)

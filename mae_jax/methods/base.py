@@ -17,6 +17,7 @@ from mae_jax.models.layers import drop_path
 from mae_jax.models.vit import drop_path_rates
 from mae_jax.ops.patches import PatchGrid, normalize
 from mae_jax.param_tree import path
+from mae_jax.recipe_version import has
 
 Batch = dict[str, jax.Array]
 Params = dict[str, Any]
@@ -64,6 +65,12 @@ def named_blocks(config: ConfigDict) -> set[int]:
                             f"0 to {depth - 1} as '0,2' or '6-11'")
         found |= set(range(int(match[1]), last + 1))
     return found
+
+
+def kind_of_order(config: ConfigDict) -> str:
+    """Returns the kind of `Order` that method.masking names: blocks as published, or as a stored run began with."""
+    published = config.method.masking == "block" and has(config, "published_blocks")
+    return "published_block" if published else config.method.masking
 
 
 def mean_square(error: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:

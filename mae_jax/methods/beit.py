@@ -15,7 +15,7 @@ from mae_jax.data.info import NO_DATA, DataInfo, DataNeeds
 from mae_jax.data.masking import Order
 from mae_jax.errors import UserError
 from mae_jax.methods import fields
-from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices
+from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices, kind_of_order
 from mae_jax.methods.patch_targets import PatchTargets
 from mae_jax.models.heads import Head
 from mae_jax.models.layers import TOKEN_STD
@@ -51,7 +51,7 @@ class BEiT(Method):
         return DataNeeds(vocabulary=config.method.vocabulary)
 
     def order(self) -> Order:
-        return Order(self.config.method.masking, self.grid.shape, self.masked)
+        return Order(kind_of_order(self.config), self.grid.shape, self.masked)
 
     def eval_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         spec = super().eval_spec()

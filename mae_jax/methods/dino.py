@@ -60,8 +60,8 @@ class DINO(Method):
             steps(m[key], config.batch_size, 1)
         if config.model.positions != "fixed":
             raise UserError(f"model.positions={config.model.positions!r}; DINO's views have several grids: use 'fixed'")
-        if data.colour != "none" or data.augment != "random" or data.resize != "exact" or data.repeats != 1:
-            raise UserError(f"data.augment={data.augment!r}, data.colour={data.colour!r}, data.resize={data.resize!r}, "
+        if data.color != "none" or data.augment != "random" or data.resize != "exact" or data.repeats != 1:
+            raise UserError(f"data.augment={data.augment!r}, data.color={data.color!r}, data.resize={data.resize!r}, "
                             f"data.repeats={data.repeats}: DINO's views are crops and colours of their own, cut from "
                             "one decoding; leave 'random', 'none', 'exact' and 1")
 

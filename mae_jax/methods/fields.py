@@ -31,7 +31,7 @@ SPLITMASK: dict[str, Any] = {
     "decoder_heads": 12,
     "match_weight": 1.0,  # of the contrastive loss beside that of the patches; 0: off
     "temperature": 0.1,  # of the contrastive loss, on cosines; the article's value is not known to us
-    "normalise": True,  # cosines of the descriptors; False: products
+    "normalize": True,  # cosines of the descriptors; False: products
 }
 MIXEDAE: dict[str, Any] = {
     "ratio": 0.25,  # r: the share of its patches that a picture gives to a mixed sequence (the article's default)

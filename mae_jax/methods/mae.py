@@ -11,7 +11,17 @@ from mae_jax.data.masking import Order
 from mae_jax.errors import UserError
 from mae_jax.losses import pixel_targets
 from mae_jax.methods import fields
-from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices, check_decoder, mean_square
+from mae_jax.methods.base import (
+    Batch,
+    Extras,
+    Method,
+    Metrics,
+    Params,
+    check_choices,
+    check_decoder,
+    kind_of_order,
+    mean_square,
+)
 from mae_jax.models.vit import make_decoder, make_encoder
 from mae_jax.ops.flops import blocks_flops
 from mae_jax.ops.patches import PatchGrid, normalize
@@ -72,7 +82,7 @@ class MAE(Method):
         return super().heads() | {"method.decoder_heads": self.config.method.decoder_heads}
 
     def order(self) -> Order:
-        return Order(self.config.method.masking, self.grid.shape, self.hidden)
+        return Order(kind_of_order(self.config), self.grid.shape, self.hidden)
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
         encoder_key, decoder_key = jax.random.split(key)

@@ -51,7 +51,7 @@ class Segment(Method):
     def eval_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         spec = super().eval_spec()
         shape = (*spec["order"].shape, self.grid.patch_dim // 3)
-        return spec | {"mask": jax.ShapeDtypeStruct(shape, jnp.uint8)}
+        return spec | {"pixel_label": jax.ShapeDtypeStruct(shape, jnp.uint8)}
 
     def learns(self, path: str) -> bool:
         trained, block = self.config.method.train_blocks, re.search(r"block_(\d+)/", path)
@@ -85,7 +85,7 @@ class Segment(Method):
 
     def pixel_classes(self, batch: Batch) -> jax.Array:
         """Returns uint8 [B, height, width]: classes, or 255 for pixels without one and all of invalid pictures."""
-        mask = segmentation.pixels(batch["mask"], self.grid)
+        mask = segmentation.pixels(batch["pixel_label"], self.grid)
         known = (mask < self.config.method.classes) & (batch["valid"] > 0)[:, None, None]
         return jnp.where(known, mask, jnp.uint8(segmentation.IGNORED))
 

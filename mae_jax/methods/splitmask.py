@@ -114,7 +114,7 @@ class SplitMask(Method):
         total = per_picture["inpaint_loss"]
         if m.match_weight:
             pairs = described.reshape(images, 2, -1)
-            match, found = info_nce(pairs, batch["valid"], batch["id"], m.temperature, m.normalise)
+            match, found = info_nce(pairs, batch["valid"], batch["id"], m.temperature, m.normalize)
             per_picture |= {"match_loss": match, "match_top1": found.astype(jnp.float32)}
             total = total + m.match_weight * match
         weight = batch["valid"].sum()

@@ -41,7 +41,7 @@ class Best:
     def offer(self, done: int, state: TrainState, figures: Figures) -> None:
         """Keeps the state of step `done` if it is better than all before; of a loss, the lowest is the best."""
         if f"val/{self.metric}" not in figures:
-            raise UserError(f"checkpoint.best={self.metric!r}: the validation part has no labelled pictures")
+            raise UserError(f"checkpoint.best_metric={self.metric!r}: the validation part has no labelled pictures")
         score = figures[f"val/{self.metric}"] * (-1 if self.metric.endswith("loss") else 1)
         if not score > self.score:  # nor where it is not a number
             return
@@ -60,12 +60,12 @@ class Best:
 
 def check(run: Run) -> None:
     """Raises UserError before the first step for what evaluations, perhaps at the end only, cannot give."""
-    config, best = run.config, run.config.checkpoint.best
+    config, best = run.config, run.config.checkpoint.best_metric
     if best:
         names = Evaluator(run.program.method, run.inputs, run.program.mesh).names(run.program.state)
         if best not in names:
             why = "" if run.inputs.classes else ": the pictures have no classes"
-            raise UserError(f"checkpoint.best={best!r} is not evaluated{why}; {nearest(best, names)}")
+            raise UserError(f"checkpoint.best_metric={best!r} is not evaluated{why}; {nearest(best, names)}")
     for name in config.eval.sets if config.data.eval_split and config.eval.test else ():
         run.inputs.extra(name)
 
@@ -84,7 +84,7 @@ class Judge:
         self.part = "val" if config.data.val_split else "eval" if self.reports else ""
         self.every = run.timeline.eval_every if self.part else 0
         how = {"max_examples": config.eval.max_examples, "crop_ratio": config.eval.crop_ratio[0]}
-        self.best = Best(run.workdir, config.checkpoint.best, **how) if config.checkpoint.best else None
+        self.best = Best(run.workdir, config.checkpoint.best_metric, **how) if config.checkpoint.best_metric else None
 
     def due(self, done: int) -> bool:
         """Says whether the state of step `done` is to be evaluated; the first one, where others come before the last.

@@ -220,6 +220,7 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
     if config is None:
         config = of_workdir(path)
     else:
+        config = workdir.continued(path, config)
         workdir.compare(workdir.read_config(path), config)
     run = prepare(config, path)
     _tell(data_changes(run))

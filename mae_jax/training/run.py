@@ -124,8 +124,8 @@ def opened(config: ConfigDict, folder: str, trains: bool = True) -> Run:
     path = paths.locate(folder)
     jax.devices()
     startup_timer.done("devices")
-    run = prepare(config, path, trains)
-    _tell(workdir.changes(path, config) + data_changes(run))
+    run = prepare(workdir.continued(path, config), path, trains)
+    _tell(workdir.changes(path, run.config) + data_changes(run))
     startup_timer.done("data")
     return run
 

@@ -12,8 +12,8 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from mae_jax import __version__, param_tree, recipe_version
 from mae_jax import config as configs
-from mae_jax import param_tree
 from mae_jax.errors import UserError, printable
 from mae_jax.storage import workdir_lock
 from mae_jax.storage.paths import locate, make_folder, read_bytes, replace_text
@@ -34,6 +34,21 @@ def changes(workdir: epath.Path, config: ConfigDict) -> list[str]:
     """Returns what a resumed run changes, as text; raises UserError when a field that must not change has changed."""
     stored = _stored_config(workdir)
     return compare(stored, config) if stored else []
+
+
+def continued(workdir: epath.Path, config: ConfigDict) -> ConfigDict:
+    """Returns the config with which a run goes on: where there is one, with the recipe_version that it began with.
+
+    The newest version gives way, since a recipe has that where it states none; another one must be the run's.
+    """
+    stored = _stored_config(workdir)
+    newest = recipe_version.CURRENT
+    if stored is None or config.recipe_version != newest or stored.recipe_version == newest:
+        return config
+    config = config.copy_and_resolve_references()
+    config.recipe_version = stored.recipe_version
+    logger.info("recipe_version %d, with which the run began; a new run has %d", stored.recipe_version, newest)
+    return config
 
 
 def data_changes(workdir: epath.Path, inputs: Any, names_classes: bool) -> list[str]:
@@ -118,15 +133,26 @@ def _stored_config(workdir: epath.Path) -> ConfigDict | None:
     if content is None:
         return None
     try:
-        return _completed(json.loads(content)["config"])
+        return _completed(json.loads(content)["config"], str(file))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{file} is damaged: {error}") from None
 
 
-def _completed(values: dict[str, Any]) -> ConfigDict:
-    """Makes a config of what was stored; a field that it lacks is younger and had what is now its default."""
-    stored = configs.from_dict(values)
+def _completed(values: dict[str, Any], file: str) -> ConfigDict:
+    """Makes a config of what was stored; a field that it lacks is younger and had what is now its default.
+
+    Raises:
+      UserError: a newer version wrote it: its recipe_version or a field is not known here.
+    """
+    try:
+        stored = configs.from_dict(recipe_version.upgrade(values))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
     config = configs.default(stored.method.name).unlock()
+    unknown = sorted(param_tree.flat(stored).keys() - param_tree.flat(config).keys())
+    if unknown:
+        raise UserError(f"{file} has config fields that mae_jax {__version__} does not know: "
+                        f"{', '.join(unknown[:NAMED])}; use the newer mae_jax that wrote it")
     config.update(stored)
     return config.lock()
 
@@ -151,7 +177,7 @@ def config_of(source: str) -> ConfigDict | None:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size) if size <= MOST_HEADER else b"")
         text = header.get("__metadata__", {}).get("config")
-        return _completed(json.loads(text)) if text else None
+        return _completed(json.loads(text), source) if text else None
     except (ValueError, AttributeError) as error:
         raise UserError(f"{source} is no safetensors file, or damaged: {error}") from None
     except OSError as error:

@@ -61,8 +61,8 @@ def run(cell: Cell, encoder: str, programs: str) -> Cell:
     arguments = [LABELS[cell["labels"]], "scratch" if cell["arm"] == "scratch" else "",
                  "probe" if cell["blocks"] == 0 else ""]
     flags = [f"optim.lr={cell['lr']}", f"seed={cell['seed']}", f"method.train_blocks={float(cell['blocks'])}",
-             "checkpoint.best=", "eval.every=100000 steps", "checkpoint.every=100000 steps", "log.tensorboard=False",
-             f"train.compilation_cache={programs}", f"train.duration={cell['steps']} steps"]
+             "checkpoint.best_metric=", "eval.every=100000 steps", "checkpoint.every=100000 steps",
+             "log.tensorboard=False", f"train.compilation_cache={programs}", f"train.duration={cell['steps']} steps"]
     flags += [f"init_from={encoder}"] * (cell["arm"] == "finetuned")
     with tempfile.TemporaryDirectory() as workdir:
         config = f"configs/quickstart_finetune.py:{','.join(filter(None, arguments))}"

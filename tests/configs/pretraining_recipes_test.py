@@ -92,7 +92,7 @@ def test_small_data_keep_the_best_checkpoint_by_a_part_of_what_they_train_on(arg
     validate(config)
     assert (config.data.train_split, config.data.val_split) == ("train[:95%]", "train[95%:]")
     unlabelled = argument.split(",")[0] in ("folder", "coco", "S")
-    assert config.checkpoint.best == ("loss" if unlabelled else "knn/top1")
+    assert config.checkpoint.best_metric == ("loss" if unlabelled else "knn/top1")
     every, total = (steps(text, 2048, 8144) for text in (config.eval.every, config.train.duration))
     assert total // every in (19, 20)
     assert config.method.decoder_width == config.model.width == (384 if argument.endswith("S") else 768)

@@ -123,19 +123,19 @@ def test_fine_tuning_slows_the_last_block_by_one_factor_and_the_head_by_none(siz
 
 
 MAE_FINETUNE = {
-    "data.augment": "random", "data.colour": "rand", "data.crop_scale": (0.08, 1.0), "data.repeats": 1,
+    "data.augment": "random", "data.color": "rand", "data.crop_scale": (0.08, 1.0), "data.repeats": 1,
     "eval.crop_ratio": (0.875,), "model.pool": "mean", "model.positions": "learned", "model.layer_scale": 0.0,
     "model.drop_path_rates": "linear", "model.init": "xavier", "method.loss": "cross_entropy", "method.smoothing": 0.1,
     "method.mixup": 0.8, "method.cutmix": 1.0, "method.erase": 0.25, "method.head": "linear", "method.head_std": 2e-5,
     "method.train_blocks": -1.0, "optim.name": "adamw", "optim.betas": (0.9, 0.999), "optim.eps": 1e-8,
     "optim.warmup_lr": 0.0, "optim.clip": 0.0}
 PROBE = {
-    "data.augment": "single", "data.colour": "none", "data.crop_scale": (0.08, 1.0), "eval.crop_ratio": (0.875,),
+    "data.augment": "single", "data.color": "none", "data.crop_scale": (0.08, 1.0), "eval.crop_ratio": (0.875,),
     "model.pool": "cls", "model.positions": "fixed", "method.loss": "cross_entropy", "method.smoothing": 0.0,
     "method.mixup": 0.0, "method.cutmix": 0.0, "method.erase": 0.0, "method.head": "probe", "method.head_std": 0.01,
     "method.train_blocks": 0.0, "optim.name": "lars", "optim.momentum": 0.9, "optim.clip": 0.0}
 DEIT3_800 = {
-    "data.augment": "random", "data.colour": "three", "data.crop_scale": (0.08, 1.0), "data.repeats": 3,
+    "data.augment": "random", "data.color": "three", "data.crop_scale": (0.08, 1.0), "data.repeats": 3,
     "eval.crop_ratio": (1.0,), "model.pool": "cls", "model.positions": "random", "model.layer_scale": 1e-4,
     "model.drop_path_rates": "constant", "model.init": "normal", "method.loss": "bce", "method.smoothing": 0.0,
     "method.mixup": 0.8, "method.cutmix": 1.0, "method.erase": 0.0, "method.head": "linear", "method.head_std": 0.02,
@@ -144,7 +144,7 @@ DEIT3_21K = DEIT3_800 | {
     "data.augment": "simple", "data.repeats": 1, "method.loss": "cross_entropy", "method.smoothing": 0.1,
     "method.mixup": 0.0}
 DEIT3_FINETUNE = DEIT3_800 | {
-    "data.colour": "rand", "data.repeats": 1, "method.loss": "cross_entropy", "method.smoothing": 0.1,
+    "data.color": "rand", "data.repeats": 1, "method.loss": "cross_entropy", "method.smoothing": 0.1,
     "optim.name": "adamw", "optim.clip": 0.0}
 SETTINGS: dict[str, dict[str, Any]] = {
     "finetune": MAE_FINETUNE,
@@ -245,9 +245,10 @@ def test_the_order_of_arguments_does_not_matter(one, other):
 
 def test_a_folders_validation_part_is_no_part_of_what_is_learned_from():
     data, checkpoint = resolved("folder_finetune").data, resolved("folder_finetune").checkpoint
-    assert (data.train_split, data.val_split, checkpoint.best) == ("train[:90%]", "train[90%:]", "top1")
+    assert (data.train_split, data.val_split, checkpoint.best_metric) == ("train[:90%]", "train[90%:]", "top1")
     everything = resolved("folder_finetune:all")
-    assert (everything.data.train_split, everything.data.val_split, everything.checkpoint.best) == ("train", "", "")
+    assert (everything.data.train_split, everything.data.val_split) == ("train", "")
+    assert everything.checkpoint.best_metric == ""
 
 
 @pytest.mark.parametrize(("size", "pretraining"), [("Ti", "folder:Ti"), ("S", "folder:S"), ("B", "vit_b_mae")])
@@ -264,7 +265,7 @@ def test_runlocal_makes_any_argument_small_and_keeps_its_method(text):
     config, small = resolved(text), resolved(f"{text}{',' if ':' in text else ':'}runlocal")
     validate(small)
     assert (small.batch_size, small.model.depth, small.data.source, small.init_from) == (16, 2, "photo_crops", "")
-    assert (small.data.val_split, small.checkpoint.best, small.data.eval_split) == ("", "", "test")
+    assert (small.data.val_split, small.checkpoint.best_metric, small.data.eval_split) == ("", "", "test")
     for group in ("method", "optim"):
         assert {key for key in config[group] if config[group][key] != small[group][key]} <= {"mix_group", "warmup"}
     assert small.data.repeats == config.data.repeats

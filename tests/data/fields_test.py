@@ -78,7 +78,7 @@ def config(stored, name="stream", batch=8, **fields):
 
 def build(c, rows=None, **more):
     method = tiny_method(c)
-    shapes = {"labels": (3,), "mask": (4, 64)}
+    shapes = {"labels": (3,), "pixel_label": (4, 64)}
     spec = method.batch_spec() | {name: jax.ShapeDtypeStruct((c.batch_size, *(shape or shapes[name])), np.uint8)
                                   for name, shape in more.items()}
     return data.OpenedData(c).batches(spec, method.order(), rows=rows)
@@ -146,7 +146,7 @@ def test_in_data_without_splits_all_names_of_the_held_out_part_are_the_same_pict
 @KINDS
 def test_an_evaluation_at_another_crop_ratio_sees_less_of_the_picture(stored, name):
     inputs = build(config(stored, name, mask_key="segmentation_mask", mask_offset=1), mask=())
-    whole, part = (next(inputs.evaluate(*ratio))["mask"] for ratio in ((), (0.5,)))
+    whole, part = (next(inputs.evaluate(*ratio))["pixel_label"] for ratio in ((), (0.5,)))
     assert (whole == 2).any()
     assert not (part == 2).any()  # the last row is cut off
     assert_equal(inputs.evaluate(), inputs.evaluate(1.0))
@@ -232,8 +232,8 @@ def test_labels_that_are_not_there_name_the_config_field(stored, name):
 def test_masks_are_cut_and_permuted_as_their_pictures(stored, name):
     inputs = build(config(stored, name, mask_key="segmentation_mask", mask_offset=1, augment="none"), mask=())
     for batch in [next(inputs.train(2)), *inputs.evaluate()]:
-        assert batch["mask"].dtype == np.uint8
-        masks = PatchGrid(2, 2, 8, 8).unpatchify(np.repeat(batch["mask"], 3, axis=2), batch["order"])[..., 0]
+        assert batch["pixel_label"].dtype == np.uint8
+        masks = PatchGrid(2, 2, 8, 8).unpatchify(np.repeat(batch["pixel_label"], 3, axis=2), batch["order"])[..., 0]
         for mask, picture, valid in zip(masks, batch["patches"], batch["valid"], strict=True):
             expected = outline(int(np.rint(picture.mean()))) - 1 if valid else np.full((SIDE, SIDE), 255)
             np.testing.assert_array_equal(mask, expected)
@@ -241,7 +241,7 @@ def test_masks_are_cut_and_permuted_as_their_pictures(stored, name):
 
 @KINDS
 def test_masks_that_are_not_there_name_the_config_field(stored, name):
-    with pytest.raises(UserError, match=r"no batch field 'mask'; data\.mask_key=''"):
+    with pytest.raises(UserError, match=r"no batch field 'pixel_label'; data\.mask_key=''"):
         build(config(stored, name), mask=())
     with pytest.raises(UserError, match="did you mean 'segmentation_mask'"):
         build(config(stored, name, mask_key="segmentation_masks"), mask=())

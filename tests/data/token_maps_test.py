@@ -54,7 +54,7 @@ def test_a_run_trains_on_them(tmp_path):
 
 @pytest.mark.parametrize(("arrays", "fields", "line"), [
     (None, {"data.augment": "random"}, "those of one fixed view, which a random one does not show"),
-    (None, {"data.colour": "jitter"}, "which a random one does not show"),
+    (None, {"data.color": "jitter"}, "which a random one does not show"),
     (None, {"data.tokens": ""}, "is no file; write one ..npz with an integer array .examples, 16. per split"),
     (None, {"eval.crop_ratio": (0.875, 1.0)}, "has the tokens of one crop; give that ratio alone"),
     (None, {"method.target": "kmeans"}, "is not read with method.target='kmeans'; use 'tokens'"),

@@ -82,7 +82,7 @@ def test_the_iou_reads_the_test_part_with_what_was_best_on_the_other():
     config = tiny_segment({"batch_size": 4, "method.background": 1})
     method, state = tiny_method(config), tiny_state(config)
     parts = [tiny_segment_batch(config, seed) for seed in range(3)]
-    parts[0]["mask"][1] = 1  # a picture without foreground
+    parts[0]["pixel_label"][1] = 1  # a picture without foreground
     parts[1]["valid"][0] = 0
     found = attention_maps.iou(method, state, parts[:1], parts[1:])
     chosen, _ = numpy_overlaps(method, state, parts[0])
@@ -98,7 +98,7 @@ def test_the_iou_reads_the_test_part_with_what_was_best_on_the_other():
 def test_there_is_no_iou_without_foreground():
     config = tiny_segment()
     method, state, batch = tiny_method(config), tiny_state(config), tiny_segment_batch(config)
-    empty = batch | {"mask": np.zeros_like(batch["mask"])}
+    empty = batch | {"pixel_label": np.zeros_like(batch["pixel_label"])}
     assert attention_maps.iou(method, state, [batch], [empty]) == {}
     assert attention_maps.iou(method, state, [], [batch]) == {}
     method = tiny_method(tiny_segment({"method.background": -1}))

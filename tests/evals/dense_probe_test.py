@@ -28,7 +28,7 @@ def test_scores_are_those_of_all_pixels_of_all_batches_together():
 def test_pictures_show_input_truth_and_prediction():
     config = tiny_segment()
     method, state, batch = tiny_method(config), tiny_state(config), tiny_segment_batch(config)
-    batch["mask"][0] = 1
+    batch["pixel_label"][0] = 1
     picture = segmentation.pictures(method, state.params, {}, batch)
     keys = CAPTION + GAP  # three classes take one line
     assert picture.shape == (2 * CAPTION + 4 * (128 + GAP) + GAP + keys, 6 * (128 + GAP) + GAP, 3)

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 RECORD = Path(__file__).parent / "record"
 METHODS = ("beit", "dino", "mae", "mixedae", "moce", "segment", "splitmask", "supervised")
 TOTAL, STOP = 20, 10  # steps of a run, and the one where the workdirs of the record were stopped
-PIXELS = "mask"  # the batch field of classes per pixel
+PIXELS = "pixel_label"  # the batch field of classes per pixel
 TIMED = ("train/images_per_sec", "train/data_wait", "train/mfu")  # metrics that differ from run to run
 Arrays = dict[str, np.ndarray]
 

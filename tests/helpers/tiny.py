@@ -65,7 +65,7 @@ def tiny_segment_batch(config: ConfigDict, seed: int = 0) -> Batch:
     """Returns a batch in raster order whose masks have the values 0 to 5, and 255, at random."""
     batch, rng = raster_batch(config, seed), np.random.default_rng(seed)
     pixels = batch["patches"].shape[2] // 3
-    batch["mask"] = rng.choice([0, 1, 2, 3, 4, 5, 255], size=(*batch["order"].shape, pixels)).astype(np.uint8)
+    batch["pixel_label"] = rng.choice([0, 1, 2, 3, 4, 5, 255], size=(*batch["order"].shape, pixels)).astype(np.uint8)
     return batch
 
 

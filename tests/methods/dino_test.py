@@ -190,7 +190,7 @@ def test_flops_on_paper_are_those_of_xla():
     ({"method.local_views": -1}, "method.local_views=-1; expected 0 to 64"),
     ({"method.freeze_last": "one epoch"}, "cannot read the duration 'one epoch'"),
     ({"model.positions": "learned"}, "DINO's views have several grids: use 'fixed'"),
-    ({"data.colour": "three"}, "DINO's views are crops and colours of their own")])
+    ({"data.color": "three"}, "DINO's views are crops and colours of their own")])
 def test_what_cannot_be_is_refused(fields, line):
     with pytest.raises(UserError, match=line):
         tiny_config(fields, "dino")

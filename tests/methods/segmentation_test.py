@@ -19,7 +19,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_pixels_that_have_a_class():
     logits = np.random.default_rng(1).normal(size=(8, 16, 16, 3)).astype(np.float32)
     method.pixel_logits = lambda *_: jnp.asarray(logits)
     loss, (metrics, _) = method.loss({}, {}, batch, None, 0, False)
-    mask = batch["mask"].reshape(8, 4, 4, 4, 4).swapaxes(2, 3).reshape(8, 16, 16)
+    mask = batch["pixel_label"].reshape(8, 4, 4, 4, 4).swapaxes(2, 3).reshape(8, 16, 16)
     known = (mask < 3) & (batch["valid"] > 0)[:, None, None]
     assert 0 < known.sum() < mask.size / 2
     chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -33,7 +33,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_pixels_that_have_a_class():
 def test_a_batch_without_any_class_has_loss_and_gradients_zero():
     config = tiny_segment({"method.train_blocks": -1})
     method, batch = tiny_method(config), tiny_segment_batch(config)
-    batch["mask"][:] = segmentation.IGNORED
+    batch["pixel_label"][:] = segmentation.IGNORED
     compute = jax.jit(jax.value_and_grad(lambda p: method.loss(p, {}, batch, None, 0, True)[0]))
     loss, grads = compute(tiny_params(config))
     assert loss == 0
@@ -74,7 +74,7 @@ def test_a_head_on_random_features_learns_what_the_colour_tells():
     config = tiny_segment({"optim.lr": 3.0, "optim.weight_decay": 0.0, "train.duration": "60 steps"})
     batch = tiny_segment_batch(config)
     bright = batch["patches"].reshape(8, 16, 16, 3).mean(-1) > 128
-    batch["mask"] = bright.astype(np.uint8)
+    batch["pixel_label"] = bright.astype(np.uint8)
     step, state, losses = tiny_step(config), tiny_state(config), []
     for _ in range(60):
         state, metrics = step(state, batch)

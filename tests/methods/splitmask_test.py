@@ -187,8 +187,8 @@ def test_info_nce_is_that_of_the_definition():
 
 def test_plain_products_are_not_normalised():
     pairs = np.random.default_rng(0).normal(size=(4, 2, 5)).astype(np.float32)
-    losses = [info_nce(scale * pairs, np.ones(4, np.float32), np.arange(4), 1.0, normalise)[0]
-              for scale in (1, 2) for normalise in (True, False)]
+    losses = [info_nce(scale * pairs, np.ones(4, np.float32), np.arange(4), 1.0, normalize)[0]
+              for scale in (1, 2) for normalize in (True, False)]
     np.testing.assert_allclose(losses[0], losses[2], rtol=1e-5)
     assert np.abs(losses[1] - losses[3]).max() > 0.1
 

@@ -33,7 +33,8 @@ def lines(folder):
 def judged(tmp_path_factory):
     """A run of six steps that is evaluated every third one, with averaged weights."""
     folder = tmp_path_factory.mktemp("judged")
-    config = tiny_supervised(SPLITS | {"checkpoint.best": "loss", "optim.ema": 0.5, "eval.crop_ratio": (0.875, 1.0)})
+    fields = {"checkpoint.best_metric": "loss", "optim.ema": 0.5, "eval.crop_ratio": (0.875, 1.0)}
+    config = tiny_supervised(SPLITS | fields)
     assert loop.train(config, str(folder)) == 0
     return folder
 
@@ -126,14 +127,15 @@ def test_the_best_checkpoint_is_read_like_any_other(judged):
 
 
 def test_a_run_that_is_evaluated_no_more_often_than_it_is_long_is_evaluated_at_its_end_alone(tmp_path):
-    fields = {"checkpoint.best": "", "data.val_split": "", "train.duration": "2 steps", "eval.every": "1e9 steps"}
+    fields = {"checkpoint.best_metric": "", "data.val_split": "", "train.duration": "2 steps",
+              "eval.every": "1e9 steps"}
     assert loop.train(tiny_supervised(SPLITS | fields), str(tmp_path)) == 0
     assert [line["step"] for line in lines(tmp_path) if "eval/loss" in line] == [2]
 
 
 @pytest.mark.parametrize(("fields", "line"), [
-    ({"checkpoint.best": "top2"}, "checkpoint.best='top2' is not evaluated; did you mean 'top"),
-    ({"checkpoint.best": "raw/top1"}, "checkpoint.best='raw/top1' is not evaluated"),
+    ({"checkpoint.best_metric": "top2"}, "checkpoint.best_metric='top2' is not evaluated; did you mean 'top"),
+    ({"checkpoint.best_metric": "raw/top1"}, "checkpoint.best_metric='raw/top1' is not evaluated"),
     ({"eval.sets": ("imagenet_v2",)}, "imagenet_v2")])
 def test_what_an_evaluation_cannot_give_is_said_before_the_first_step(tmp_path, fields, line):
     with pytest.raises(UserError, match=line):
@@ -148,7 +150,7 @@ def test_the_figures_that_are_foretold_are_those_that_are_measured(tmp_path, fie
     splits = {name: value for name, value in SPLITS.items() if name != "method.classes" or method == "supervised"}
     mosaic = {"data.source": "photo_mosaic", "data.train_split": "train[:50%]", "data.val_split": "train[50%:]"}
     splits |= mosaic if method == "segment" else {}
-    config = tiny_config(splits | {"checkpoint.best": "loss", "eval.max_examples": 32} | fields, method)
+    config = tiny_config(splits | {"checkpoint.best_metric": "loss", "eval.max_examples": 32} | fields, method)
     run = training_run.prepare(config, tmp_path)
     with jax.set_mesh(run.program.mesh):
         evaluator = Evaluator(run.program.method, run.inputs, run.program.mesh)
@@ -158,5 +160,5 @@ def test_the_figures_that_are_foretold_are_those_that_are_measured(tmp_path, fie
 
 
 def test_choosing_needs_a_validation_part():
-    with pytest.raises(UserError, match=r"checkpoint\.best='top1' needs data\.val_split"):
-        tiny_supervised({"checkpoint.best": "top1"})
+    with pytest.raises(UserError, match=r"checkpoint\.best_metric='top1' needs data\.val_split"):
+        tiny_supervised({"checkpoint.best_metric": "top1"})

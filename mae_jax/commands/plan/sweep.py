@@ -10,6 +10,7 @@ from mae_jax import config as configs
 from mae_jax import param_tree
 from mae_jax.commands.plan import cost
 from mae_jax.errors import UserError, nearest
+from mae_jax.recipe_version import former
 
 Cell = dict[str, Any]
 
@@ -23,7 +24,7 @@ def parse(text: str, config: ConfigDict) -> list[Cell]:
         if not equals or not values:
             raise UserError(f"--sweep: cannot read {part!r}; write 'batch_size=2048,4096;model.remat=none,full'")
         if name not in known:
-            raise UserError(f"--sweep: unknown config field {name!r}; {nearest(name, known)}")
+            raise UserError(f"--sweep: unknown config field {name!r}; {former(name) or nearest(name, known)}")
         if name in fields:
             raise UserError(f"--sweep: {name} is given twice")
         fields[name] = [_value(name, known[name], value.strip()) for value in values.split(",")]

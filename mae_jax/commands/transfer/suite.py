@@ -156,7 +156,7 @@ class Suite:
         config.update(init_from=self.source, batch_size=recipe.batch_size)
         config.update_from_flattened_dict({name: value for name, value in self.recipe.overrides.items()
                                            if name == "seed" or name.startswith("model.")})
-        config.data.val_split = config.checkpoint.best = ""
+        config.data.val_split = config.checkpoint.best_metric = ""
         config.train.update(duration="1 steps", accumulate=1)
         return config.lock()
 
@@ -195,7 +195,7 @@ class Suite:
                 return code, []
             config = with_lr(config, lr)
         code = loop.train(config, str(folder))
-        part = "eval/best" if config.checkpoint.best else "eval"
+        part = "eval/best" if config.checkpoint.best_metric else "eval"
         return code, [self._row(cell, folder, self._metric(cell), lr, part)] if code == errors.FINISHED else []
 
     def _best_lr(self, cell: Cell, folder: epath.Path) -> tuple[int, float]:

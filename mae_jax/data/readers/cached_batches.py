@@ -19,11 +19,12 @@ from ml_collections import ConfigDict
 from mae_jax.data.cluster_ids import Clusters
 from mae_jax.data.masking import Order, View, rolled, with_views
 from mae_jax.errors import UserError
+from mae_jax.recipe_version import stored_name
 from mae_jax.storage.npz import opened
 from mae_jax.storage.paths import check_bucket, read_text
 
 # Of the rows that fill the last batch; the other fields repeat the first example.
-PADDING = {"valid": 0, "label": -1, "labels": 0, "mask": 255, "id": -1, "replaced": 0}
+PADDING = {"valid": 0, "label": -1, "labels": 0, "pixel_label": 255, "id": -1, "replaced": 0}
 Arrays = dict[str, np.ndarray]
 Spec = dict[str, jax.ShapeDtypeStruct]
 
@@ -52,8 +53,10 @@ def open_folder(config: ConfigDict, meta: dict[str, Any], clusters: Clusters | N
             field = {"kept": "data.classes", "clusters": "method.clusters"}[name]
             raise UserError(f"the batches of {folder} were made with another {field}; make them with this config")
     if meta.get("order") != wanted["order"]:
+        older = meta.get("order") == hiding(order._replace(kind="block"), ())["order"]  # blocks of package 0.1.0
         raise UserError(f"the batches of {folder} were made for the order of patches {meta.get('order')} (kind, grid, "
-                        f"hidden, group), the config asks for {wanted['order']}; make them with this config")
+                        f"hidden, group), the config asks for {wanted['order']}; make them with this config"
+                        f"{', or train on them with recipe_version=1' * older}")
     trains = meta.get("views") == wanted["views"]
     if not trains and views:
         raise UserError(f"the batches of {folder} were made for other views of the pictures than the config asks for; "
@@ -117,8 +120,9 @@ def _load(path: epath.Path, spec: Spec) -> Arrays:
     if not path.is_file():
         raise UserError(f"cached batches lack {path}")
     with opened(path) as stored:
-        absent = [name for name in spec if name not in stored.files]
-        arrays = {name: stored[name] for name in spec if name not in absent}
+        names = {name: stored_name(name, stored.files) for name in spec}
+        absent = [name for name, found in names.items() if found not in stored.files]
+        arrays = {name: stored[found] for name, found in names.items() if name not in absent}
     if absent:
         raise UserError(f"{path} has no field {absent[0]!r}; it has {', '.join(sorted(arrays))}")
     for name, struct in spec.items():

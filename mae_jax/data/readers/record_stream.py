@@ -113,7 +113,7 @@ def repair(batch: Batch, share: int, group: int = 1) -> Batch:
     if group > 1:
         # Where the copy has the patches of the row's own order.
         place = np.take_along_axis(np.argsort(new["order"], 1), batch["order"], 1)[..., None]
-        for name in ("patches", "mask"):
+        for name in ("patches", "pixel_label"):
             if name in new:
                 new[name] = np.take_along_axis(new[name], place, 1)
         new["order"] = batch["order"]

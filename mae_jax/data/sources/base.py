@@ -36,7 +36,7 @@ class Source:
     read: Callable[[int], Example]  # index → example; OSError and BadPicture mean a bad picture
     name: Callable[[int], str]  # index → what to call the example in a message
     classes: tuple[str, ...] = ()
-    fields: tuple[str, ...] = ()  # which of 'labels' and 'mask' its examples have
+    fields: tuple[str, ...] = ()  # which of 'labels' and 'pixel_label' its examples have
     label: Callable[[int], int] | None = None  # index → label, where it is known without decoding the picture
 
     def digest(self) -> str:
@@ -123,8 +123,8 @@ class Stream:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Which of 'labels' and 'mask' its examples have."""
-        return ("labels",) * self.multi_label + ("mask",) * bool(self.mask_key)
+        """Which of 'labels' and 'pixel_label' its examples have."""
+        return ("labels",) * self.multi_label + ("pixel_label",) * bool(self.mask_key)
 
     def example(self, picture: bytes, label: int, labels: np.ndarray, mask: bytes) -> Example:
         """Returns the example of a parsed record; raises BadPicture for a mask that does not decode."""

@@ -47,7 +47,7 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
     def label(i: int) -> int:
         return CLASSES.index(files[i].split("/")[0])
 
-    return Source(len(files), read, lambda i: printable(files[i]), CLASSES, ("mask",), label)
+    return Source(len(files), read, lambda i: printable(files[i]), CLASSES, ("pixel_label",), label)
 
 
 def series(name: str) -> str:

@@ -100,7 +100,7 @@ def _source(base: epath.Path, files: tuple[str, ...], classes: tuple[str, ...], 
         mask = decode_mask((masks / files[i]).with_suffix(".png").read_bytes(), offset) if masks else None
         return Example((base / files[i]).read_bytes(), int(labels[i]), mask=mask)
 
-    return Source(len(files), read, lambda i: printable(files[i]), classes, ("mask",) if masks else (),
+    return Source(len(files), read, lambda i: printable(files[i]), classes, ("pixel_label",) if masks else (),
                   lambda i: int(labels[i]))
 
 

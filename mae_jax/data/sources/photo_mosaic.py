@@ -25,7 +25,7 @@ def load(data: ConfigDict, split: Split) -> Source:
         size=SIZES[split.name],
         read=lambda i: _mosaic(crops, rng(0, f"photo_mosaic/{split.name}", i)),
         name=lambda i: f"{split.name}[{i}]",
-        fields=("mask",),
+        fields=("pixel_label",),
     )
     return source.sliced(split)
 

@@ -133,7 +133,7 @@ def _random_access(module: Any, builder: Any, data: ConfigDict, split: str, clas
                        multi_hot(row[label_key], len(classes)) if multi_label else None,
                        decode_mask(row[mask_key], data.mask_offset) if mask_key else None)
 
-    fields = ("labels",) * multi_label + ("mask",) * bool(mask_key)
+    fields = ("labels",) * multi_label + ("pixel_label",) * bool(mask_key)
     fetched = functools.cache(lambda block: _labels(rows, block * FETCHED, label_key))
     label = (lambda i: int(fetched(i // FETCHED)[i % FETCHED])) if classes and not multi_label else None
     return Source(len(rows), read, lambda i: f"{data.name} {split}[{i}]", classes, fields, label)

@@ -81,4 +81,4 @@ def change(image: Image.Image, rng: np.random.Generator, chances: Colours) -> Im
     return solarise(image, rng) if rng.random() < chances.solarise else image
 
 
-COLOURS = {"none": none, "jitter": jitter, "three": three}  # data.colour; 'rand' moves pixels too: rand_augment.py
+COLOURS = {"none": none, "jitter": jitter, "three": three}  # data.color; 'rand' moves pixels too: rand_augment.py

@@ -21,7 +21,7 @@ Images = tuple[Image.Image, Image.Image | None]
 
 
 def augment(picture: Picture, rng: np.random.Generator, config: ConfigDict, mask: np.ndarray | None = None) -> Pixels:
-    """Returns a training view as data.augment, data.flip and data.colour say, and the mask's same view (or None).
+    """Returns a training view as data.augment, data.flip and data.color say, and the mask's same view (or None).
 
     'random': crop of random size and shape, resized. 'single': the same of one draw, cut to what the picture has
     (linear probing). 'simple': resized to just cover the target, cut at a random place (DeiT III). 'fixed': crop of
@@ -41,9 +41,9 @@ def augment(picture: Picture, rng: np.random.Generator, config: ConfigDict, mask
     image, mask = _crop(picture, mask_image(picture, mask), rng, config)
     if data.flip and data.augment != "none" and rng.random() < 0.5:
         image, mask = _flip(image), mask and _flip(mask)
-    if data.colour == "rand":
+    if data.color == "rand":
         return _pixels(*rand_augment(image, rng, mask))
-    return _pixels(COLOURS[data.colour](image, rng), mask)
+    return _pixels(COLOURS[data.color](image, rng), mask)
 
 
 def augment_view(picture: Picture, rng: np.random.Generator, view: View, colours: Colours,

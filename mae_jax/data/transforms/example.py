@@ -20,8 +20,8 @@ class Views:
     """Makes the fields `patches` uint8 [N, P], `order` int32 [N] and `label` of examples.
 
     N patches of P values: rows of the patch, pixels in the row, channels (fastest). Where the spec has them, also
-    `labels` uint8 [C] and `mask` uint8 [N, P / 3], the class of each pixel of the same patches. Where a method has
-    views of its own, training has their fields in place of the first two (`orders.View`).
+    `labels` uint8 [C] and `pixel_label` uint8 [N, P / 3], the class of each pixel of the same patches. Where a method
+    has views of its own, training has their fields in place of the first two (`masking.View`).
     """
 
     def __init__(self, config: ConfigDict, order: masking.Order, spec: Spec, views: tuple[masking.View, ...] = ()):
@@ -67,14 +67,14 @@ class Views:
 
     def _grey(self, order: np.ndarray) -> Fields:
         size = self._grid.image_size
-        mask = np.full(size, IGNORED, np.uint8) if "mask" in self._spec else None
+        mask = np.full(size, IGNORED, np.uint8) if "pixel_label" in self._spec else None
         fields = self._cut(np.full((*size, 3), GREY, np.uint8), mask, order)
         if "labels" in self._spec:
             fields["labels"] = np.zeros(self._spec["labels"].shape[1:], np.uint8)
         return {**fields, "label": UNLABELLED, "valid": 0.0}
 
     def _mask(self, example: Example) -> np.ndarray | None:
-        return example.mask if "mask" in self._spec else None
+        return example.mask if "pixel_label" in self._spec else None
 
     def _labels(self, example: Example) -> Fields:
         return {"label": example.label, **({} if example.labels is None else {"labels": example.labels})}
@@ -100,5 +100,5 @@ class Views:
         return masking.draw(self._order, rng(seed, stream, group), member)
 
     def _cut(self, pixels: np.ndarray, mask: np.ndarray | None, order: np.ndarray) -> Fields:
-        masked = {} if mask is None else {"mask": self._grid.patchify(mask[..., None])[order]}
+        masked = {} if mask is None else {"pixel_label": self._grid.patchify(mask[..., None])[order]}
         return {"patches": self._grid.patchify(pixels)[order], "order": order, **masked}

@@ -41,7 +41,7 @@ def test_alpha_gives_the_mask_and_lies_over_white(tmp_path):
     assert (example.picture[expected == 1] == (255, 0, 0)).all()
     assert (example.picture[expected == 0] == 255).all()
     assert part.classes[example.label] == "food"
-    assert part.fields == ("mask",)
+    assert part.fields == ("pixel_label",)
 
 
 @pytest.mark.parametrize(("alpha", "inside"), [(127, 0), (128, 1)])

@@ -244,7 +244,7 @@ def test_masks_lie_in_a_folder_of_the_same_shape(tmp_path, split):
             path.parent.mkdir(parents=True)
             Image.new("L", (3, 2), value + (part == "val")).save(path)
     source = load(tmp_path / "pictures", split, masks=tmp_path / "masks")
-    assert source.fields == ("mask",)
+    assert source.fields == ("pixel_label",)
     assert source.read(0).mask.tolist() == [[2 + (split == "val")] * 3] * 2
 
 

@@ -221,9 +221,9 @@ def test_a_mask_of_another_size_is_a_bad_picture():
 
 
 @pytest.mark.parametrize("crop", ["none", "fixed", "simple", "single", "random"])
-@pytest.mark.parametrize("colour", ["none", "jitter", "three", "rand"])
-def test_every_augmentation_gives_the_target_size_from_any_picture(crop, colour):
-    config = settings(augment=crop, colour=colour, image_size=(16, 48))
+@pytest.mark.parametrize("color", ["none", "jitter", "three", "rand"])
+def test_every_augmentation_gives_the_target_size_from_any_picture(crop, color):
+    config = settings(augment=crop, color=color, image_size=(16, 48))
     for size in ((1, 1), (3, 200), (200, 3), (40, 40)):
         view = view_of(noise(*size), 3, config)
         assert view.shape == (16, 48, 3)
@@ -231,9 +231,9 @@ def test_every_augmentation_gives_the_target_size_from_any_picture(crop, colour)
 
 
 @pytest.mark.parametrize("crop", ["fixed", "simple", "single", "random"])
-@pytest.mark.parametrize("colour", ["none", "jitter", "three", "rand"])
-def test_an_address_gives_the_same_bits_again_and_another_gives_others(crop, colour):
-    config, pixels = settings(augment=crop, colour=colour), noise(60, 80)
+@pytest.mark.parametrize("color", ["none", "jitter", "three", "rand"])
+def test_an_address_gives_the_same_bits_again_and_another_gives_others(crop, color):
+    config, pixels = settings(augment=crop, color=color), noise(60, 80)
     views = [view_of(pixels, position, config) for position in (5, 5, 6)]
     assert (views[0] == views[1]).all()
     assert (views[0] != views[2]).any()
