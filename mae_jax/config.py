@@ -7,7 +7,7 @@ command line (`--config.optim.lr=1e-4`), so no default is a list or None: ml_col
 import copy
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,15 @@ SIZES = {  # width, depth, heads: MAE section 4 (B, L, H), DeiT Table 1 (Ti, S)
     "L": (1024, 24, 16),
     "H": (1280, 32, 16),
 }
+OPTIMIZERS = {  # optim.name → module:rule, which training/optim.py imports when it is asked for one
+    "adamw": "mae_jax.training.optim:adamw",
+    "lamb": "mae_jax.training.optim:lamb",
+    "lars": "mae_jax.training.optim:lars",
+    "lion": "mae_jax.training.optim:lion",
+    "sgd": "mae_jax.training.optim:sgd",
+}
 # What `validate` checks of single fields; a method checks its own.
-CHOICES = {
+CHOICES: dict[str, Collection[str]] = {  # and those of `choices`
     "data.augment": ("none", "fixed", "simple", "single", "random"),
     "data.color": ("none", "jitter", "three", "rand"),
     "data.resize": ("exact", "fast"),
@@ -38,7 +45,6 @@ CHOICES = {
     "model.drop_path_rates": ("linear", "constant"),
     "model.init": ("xavier", "normal"),
     "model.remat": ("none", "full", "dots"),
-    "optim.name": ("adamw", "lamb", "lars", "sgd"),
     "mesh.zero": ("auto", "on", "off"),
     "mesh.reduce": ("float32", "bfloat16"),
 }
@@ -110,13 +116,13 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "remat": "none",  # none, full, dots
     },
     "optim": {
-        "name": "adamw",  # adamw, lamb, lars, sgd
+        "name": "adamw",  # what turns gradients into updates
         "lr": 1.5e-4,  # per 256 images: the peak is lr · batch_size / 256
         "min_lr": 0.0,
         "warmup": "40 epochs",
         "warmup_lr": 0.0,  # where the warm-up starts
-        "betas": (0.9, 0.95),
-        "eps": 1e-8,
+        "betas": (0.9, 0.95),  # of adamw, lamb and lion
+        "eps": 1e-8,  # of adamw and lamb
         "momentum": 0.9,  # of lars and sgd
         "weight_decay": 0.05,
         "final_weight_decay": -1.0,  # where half a cosine takes it, as in DINO; negative: it stays
@@ -173,6 +179,16 @@ SMALL: dict[str, Any] = {  # what `runlocal` makes of methods' own fields
     "vocabulary": 64, "masked": 24, "projection": 32,
     "out_dim": 64, "head_width": 32, "bottleneck": 16, "local_views": 2, "local_size": (16, 16),
 }
+
+
+def optimizers() -> Mapping[str, str]:
+    """Returns optim.name → module:rule, for all rules that there are."""
+    return OPTIMIZERS
+
+
+def choices() -> dict[str, Collection[str]]:
+    """Returns the values that a field may have, by dotted name, where these are a few words."""
+    return {**CHOICES, "optim.name": tuple(optimizers())}
 
 
 def default(method: str = "mae") -> ConfigDict:
@@ -327,7 +343,7 @@ def _check_types(values: dict[str, Any], defaults: dict[str, Any]) -> None:
 
 def _check_ranges(values: dict[str, Any]) -> None:
     """Raises UserError for the first value that is no choice of its field, or too small or large."""
-    for key, allowed in CHOICES.items():
+    for key, allowed in choices().items():
         if values[key] not in allowed:
             raise UserError(f"{key}={values[key]!r}; {nearest(str(values[key]), allowed)}")
     for key in PAIRS:

@@ -20,7 +20,7 @@ from mae_jax.methods.base import Batch, Method
 from mae_jax.runtime import sharding, startup_timer
 from mae_jax.state import TrainState
 from mae_jax.storage import paths, vocabulary
-from mae_jax.training import warm_start, workdir
+from mae_jax.training import optim, warm_start, workdir
 from mae_jax.training.train_step import Program
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,8 @@ def prepare(config: ConfigDict, folder: epath.Path, trains: bool = True) -> Run:
                         f"batch_size={config.batch_size}")
     if trains:
         method.check_data()
+        if unread := optim.unread(config):
+            logger.info("not read by optim.name=%s: %s", config.optim.name, ", ".join(unread))
     return Run(config, folder, Program(method, mesh), inputs)
 
 
