@@ -39,7 +39,7 @@ def rows(values: Mapping[str, Any], texts: Mapping[str, str], choices: Mapping[s
 
 def page() -> str:
     """Returns the page's text."""
-    choices = config.CHOICES
+    choices = config.choices()
     texts = comments("config.py", "DEFAULTS")
     single = {name: value for name, value in config.DEFAULTS.items() if not isinstance(value, Mapping)}
     parts = [HEADER, "## Top level\n", *rows(single, texts, choices, "")]

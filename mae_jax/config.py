@@ -7,7 +7,7 @@ command line (`--config.optim.lr=1e-4`), so no default is a list or None: ml_col
 import copy
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from mae_jax import methods
 from mae_jax.durations import steps
 from mae_jax.errors import UserError, nearest
+from mae_jax.plugins import load as load_plugins
 
 Preset = Callable[[ConfigDict], None]
 SIZES = {  # width, depth, heads: MAE section 4 (B, L, H), DeiT Table 1 (Ti, S)
@@ -26,9 +27,8 @@ SIZES = {  # width, depth, heads: MAE section 4 (B, L, H), DeiT Table 1 (Ti, S)
     "H": (1280, 32, 16),
 }
 # What `validate` checks of single fields; a method checks its own.
-CHOICES = {
+CHOICES: dict[str, Collection[str]] = {  # and those of `choices`
     "data.augment": ("none", "fixed", "simple", "single", "random"),
-    "data.colour": ("none", "jitter", "three", "rand"),
     "data.resize": ("exact", "fast"),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.gelu": ("erf", "tanh"),
@@ -66,6 +66,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
     "seed": 0,
     "batch_size": 256,  # images per step, over all devices
     "init_from": "",  # start from the parameters of a workdir, a step folder in it, or an exported file
+    "plugins": (),  # installed modules to import, as ('package.module',): docs/plugins.md
     "data": {
         "source": "photo_crops",
         "path": "",  # folder, TFRecord pattern, npz file or TFDS data_dir; local or gs://
@@ -173,13 +174,25 @@ SMALL: dict[str, Any] = {  # what `runlocal` makes of methods' own fields
 }
 
 
-def default(method: str = "mae") -> ConfigDict:
+def choices() -> dict[str, Collection[str]]:
+    """Returns the values that a field may have, by dotted name, where these are a few words; those of plug-ins too."""
+    from mae_jax.data.transforms import color  # with PIL, which a recipe does without
+
+    return {**CHOICES, "data.colour": color.policies()}
+
+
+def default(method: str = "mae", plugins: tuple[str, ...] = ()) -> ConfigDict:
     """Returns the defaults of every field, with the own fields of `method` under `config.method`.
 
     They are locked: a recipe that misspells a field fails with the nearest name.
+
+    Args:
+      method: its name.
+      plugins: installed modules that are imported first, since the method or something else comes from them.
     """
+    load_plugins(plugins)
     own = {"name": method, **methods.defaults(method)}
-    return ConfigDict({**copy.deepcopy(DEFAULTS), "method": own}).lock()
+    return ConfigDict({**copy.deepcopy(DEFAULTS), "plugins": plugins, "method": own}).lock()
 
 
 def runlocal(config: ConfigDict) -> None:
@@ -255,9 +268,12 @@ def validate(config: ConfigDict, trains: bool = True) -> None:
       config: the resolved config.
       trains: False where the encoder alone is looked at: the method's own fields are not.
     """
+    from mae_jax.data.transforms import color
     from mae_jax.ops.patches import grid  # with JAX, which a recipe and --help do without
     from mae_jax.param_tree import flat
 
+    load_plugins(config.plugins)
+    color.policy(config.data.colour)
     values = flat(config)
     _check_types(values, flat({**DEFAULTS, "method": methods.defaults(config.method.name)}))
     _check_ranges(values)
@@ -292,7 +308,7 @@ def _check_types(values: dict[str, Any], defaults: dict[str, Any]) -> None:
             whole = all(isinstance(item, int) for item in default)
             kinds = (str,) if not default else (int,) if whole else (int, float)
             if not isinstance(value, list) or not all(isinstance(item, kinds) for item in value):
-                shown = tuple(default) or ("imagenet_v2",)
+                shown = tuple(default) or {"plugins": ("package.module",)}.get(key, ("imagenet_v2",))
                 what = "whole numbers" if whole and default else "values"
                 raise UserError(f"{key}={value!r}; expected {what} such as {shown}")
         if not all(math.isfinite(number) for number in np.ravel(value) if isinstance(number, float)):

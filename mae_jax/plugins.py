@@ -13,11 +13,12 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from mae_jax.errors import UserError, nearest
+from mae_jax.errors import PLUG_INS, UserError, nearest, printable
 
 KINDS = ("methods", "sources", "optimizers", "evaluations", "color_policies", "layouts", "metric_sinks")
 
-_registered: dict[str, dict[str, tuple[Any, str]]] = {kind: {} for kind in KINDS}  # name → what, the module that gave it
+# kind → name → what, and the module that gave it
+_registered: dict[str, dict[str, tuple[Any, str]]] = {kind: {} for kind in KINDS}
 _loaded: set[str] = set()  # modules of config.plugins
 _used: dict[str, dict[str, str]] = {}  # 'methods.ijepa' → what `used` says of the package that has this entry point
 _recorded: dict[str, dict[str, str]] = {}  # the same, of the run whose config.json was read
@@ -48,7 +49,7 @@ def load(modules: Iterable[str], where: str = "config.plugins") -> None:
     Raises:
       UserError: a name that is none, a module that is not installed, or one whose import fails.
     """
-    for name in modules:
+    for name in [modules] if isinstance(modules, str) else modules:
         if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
             raise UserError(f"plugins={name!r} of {where}: expected the name of an installed module, such as "
                             "'package.module'; paths are not imported")
@@ -61,26 +62,37 @@ def load(modules: Iterable[str], where: str = "config.plugins") -> None:
 def table(kind: str, built_in: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns what is built in and what plug-ins add, by name.
 
-    Where a value is a 'module:attribute' string, what it stands for is imported and returned when it is asked for.
+    Where a value is a string, 'module:attribute' or 'module', what it stands for is imported and returned when it is
+    asked for.
 
     Raises:
       UserError: a registered plug-in has the name of what is built in. Of an entry point: when its name is asked for.
     """
     for name, (_, module) in _registered[kind].items():
         if name in built_in:
-            raise UserError(f"{kind}: the plug-in {module} gives {name!r}, which is built in; it must take another name")
+            raise UserError(f"{kind}: the plug-in {module} gives {name!r}, which is built in; choose another")
     return _Table(kind, built_in)
 
 
-def find(kind: str, name: str, built_in: Mapping[str, Any], field: str) -> Any:
-    """Returns what has a name; raises UserError with the nearest one for an unknown `field`, as 'method.name'."""
+def find(kind: str, name: str, built_in: Mapping[str, Any], field: str, others: Iterable[str] = ()) -> Any:
+    """Returns what has a name in the table of a kind, as `table` does.
+
+    Args:
+      kind, built_in: as of `table`.
+      name: what is asked for.
+      field: where it was named, as 'method.name', for messages.
+      others: further names that the field may have, for messages.
+
+    Raises:
+      UserError: the name is unknown, or given twice; the nearest one is named.
+    """
     known = table(kind, built_in)
     if name in known:
         return known[name]
     if before := _recorded.get(f"{kind}.{name}"):
-        raise UserError(f"{field}={name!r} came from the package {before['package']} {before['version']}, which is not "
-                        "installed here")
-    raise UserError(f"unknown {field} {name!r}; {nearest(str(name), known)}")
+        package = printable(f"{before['package']} {before['version']}")
+        raise UserError(f"{field}={name!r} came from the package {package}, which is not installed here")
+    raise UserError(f"unknown {field} {name!r}; {nearest(str(name), [*known, *others])}")
 
 
 def used() -> dict[str, dict[str, str]]:
@@ -136,12 +148,16 @@ def _entry_points(kind: str) -> dict[str, tuple[importlib.metadata.EntryPoint, .
 
 
 def _of_entry_point(kind: str, point: importlib.metadata.EntryPoint) -> Any:
-    """Imports what an entry point names, and notes its package for config.json."""
-    package = f"the package {_package(point)}, which has {point.name!r} of mae_jax.{kind},"
-    found: Any = _imported(point.module, package)
+    """Imports what an entry point names, printed on stderr before, and notes its package for config.json."""
+    package = f"the package {_package(point)}"
+    if f"{kind}.{point.name}" not in _used:
+        print(f"plug-in: importing {point.module} of {package}, for {point.name!r} of {kind}", file=sys.stderr,
+              flush=True)
+    found: Any = _imported(point.module, f"the plug-in {point.module} of {package}")
     for attribute in point.attr.split(".") if point.attr else ():
         if not hasattr(found, attribute):
-            raise UserError(f"{package} names {point.value}, which has no {attribute!r}")
+            raise UserError(f"{package} names {point.value} as {point.name!r} of mae_jax.{kind}; there is no "
+                            f"{attribute!r}")
         found = getattr(found, attribute)
     if point.dist:
         _used[f"{kind}.{point.name}"] = {"package": point.dist.name, "version": point.dist.version}
@@ -154,6 +170,7 @@ def _package(point: importlib.metadata.EntryPoint) -> str:
 
 def _imported(module: str, what: str) -> Any:
     """Imports a module of a plug-in; whatever goes wrong is a UserError that names it, with the error as its cause."""
+    PLUG_INS.add(module.split(".")[0])
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -176,8 +193,9 @@ def _failed(module: str, what: str, error: BaseException) -> str:
 
 
 def _resolved(value: Any) -> Any:
-    """Returns what a 'module:attribute' string stands for; anything else as it is."""
+    """Returns what 'module:attribute', or 'module', stands for; what is no string as it is."""
     if not isinstance(value, str):
         return value
     module, _, attribute = value.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found

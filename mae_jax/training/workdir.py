@@ -13,7 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax import config as configs
-from mae_jax import param_tree
+from mae_jax import param_tree, plugins
 from mae_jax.errors import UserError, printable
 from mae_jax.storage import workdir_lock
 from mae_jax.storage.paths import locate, make_folder, read_bytes, replace_text
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 # What a resumed run may change: it alters how a run is watched, placed or ended, never what was trained so far.
 MAY_CHANGE = ("train.duration", "mesh.*", "eval.*", "checkpoint.*", "log.*", "guard.max_*",
               "guard.stall_seconds", "data.threads", "data.prefetch", "train.compilation_cache", "model.scan",
-              "model.remat", "method.clusters")  # whose content is compared
+              "model.remat", "plugins", "method.clusters")  # whose content is compared
 NAMED = 10  # classes that a message names
 ARCHIVED = "$Format:%H$"  # `git archive` writes the commit here, as .gitattributes asks
 MOST_HEADER = 100_000_000  # bytes of a safetensors file's header, by its specification
@@ -87,6 +87,8 @@ def record(workdir: epath.Path, config: ConfigDict, inputs: Any = None) -> None:
     """
     file = workdir / "config.json"
     content = {"config": config.to_dict(), "git_commit": git_commit(), "versions": versions()}
+    if used := plugins.used():
+        content["plugins"] = used
     if inputs:
         content["data"] = _data_of(inputs)
     try:
@@ -118,14 +120,23 @@ def _stored_config(workdir: epath.Path) -> ConfigDict | None:
     if content is None:
         return None
     try:
-        return _completed(json.loads(content)["config"])
+        stored = json.loads(content)
+        return _completed(stored["config"], file, stored.get("plugins", {}))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{file} is damaged: {error}") from None
 
 
-def _completed(values: dict[str, Any]) -> ConfigDict:
-    """Makes a config of what was stored; a field that it lacks is younger and had what is now its default."""
+def _completed(values: dict[str, Any], where: Any, recorded: dict[str, dict[str, str]]) -> ConfigDict:
+    """Makes a config of what was stored; a field that it lacks is younger and had what is now its default.
+
+    Args:
+      values: the stored config.
+      where: it was stored.
+      recorded: as `plugins.used` gave it.
+    """
     stored = configs.from_dict(values)
+    plugins.expect(recorded)
+    plugins.load(stored.get("plugins", ()), str(where))
     config = configs.default(stored.method.name).unlock()
     config.update(stored)
     return config.lock()
@@ -150,8 +161,9 @@ def config_of(source: str) -> ConfigDict | None:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size) if size <= MOST_HEADER else b"")
-        text = header.get("__metadata__", {}).get("config")
-        return _completed(json.loads(text)) if text else None
+        said = header.get("__metadata__", {})
+        recorded = json.loads(said.get("plugins", "{}"))
+        return _completed(json.loads(said["config"]), source, recorded) if said.get("config") else None
     except (ValueError, AttributeError) as error:
         raise UserError(f"{source} is no safetensors file, or damaged: {error}") from None
     except OSError as error:
@@ -160,7 +172,8 @@ def config_of(source: str) -> ConfigDict | None:
 
 def metadata(config: ConfigDict) -> dict[str, str]:
     """Returns what an exported file says of itself: the config, which `config_of` reads."""
-    return {"format": "pt", "config": json.dumps(config.to_dict())}
+    used = plugins.used()
+    return {"format": "pt", "config": json.dumps(config.to_dict()), **({"plugins": json.dumps(used)} if used else {})}
 
 
 def compare(old: ConfigDict, new: ConfigDict) -> list[str]:
