@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from mae_jax import methods, recipe_version
 from mae_jax.durations import steps
 from mae_jax.errors import UserError, nearest
+from mae_jax.plugins import load as load_plugins
 
 Preset = Callable[[ConfigDict], None]
 SIZES = {  # width, depth, heads: MAE section 4 (B, L, H), DeiT Table 1 (Ti, S)
@@ -35,7 +36,6 @@ OPTIMIZERS = {  # optim.name → module:rule, which training/optim.py imports wh
 # What `validate` checks of single fields; a method checks its own.
 CHOICES: dict[str, Collection[str]] = {  # and those of `choices`
     "data.augment": ("none", "fixed", "simple", "single", "random"),
-    "data.color": ("none", "jitter", "three", "rand"),
     "data.resize": ("exact", "fast"),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.gelu": ("erf", "tanh"),
@@ -74,6 +74,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
     "seed": 0,
     "batch_size": 256,  # images per step, over all devices
     "init_from": "",  # start from the parameters of a workdir, a step folder in it, or an exported file
+    "plugins": (),  # installed modules to import, as ('package.module',): docs/plugins.md
     "data": {
         "source": "photo_crops",
         "path": "",  # folder, TFRecord pattern, npz file or TFDS data_dir; local or gs://
@@ -187,17 +188,24 @@ def optimizers() -> Mapping[str, str]:
 
 
 def choices() -> dict[str, Collection[str]]:
-    """Returns the values that a field may have, by dotted name, where these are a few words."""
-    return {**CHOICES, "optim.name": tuple(optimizers())}
+    """Returns the values that a field may have, by dotted name, where these are a few words; those of plug-ins too."""
+    from mae_jax.data.transforms import color  # with PIL, which a recipe does without
+
+    return {**CHOICES, "data.color": color.policies(), "optim.name": tuple(optimizers())}
 
 
-def default(method: str = "mae") -> ConfigDict:
+def default(method: str = "mae", plugins: tuple[str, ...] = ()) -> ConfigDict:
     """Returns the defaults of every field, with the own fields of `method` under `config.method`.
 
     They are locked: a recipe that misspells a field fails with the nearest name.
+
+    Args:
+      method: its name.
+      plugins: installed modules that are imported first, since the method or something else comes from them.
     """
+    load_plugins(plugins)
     own = {"name": method, **methods.defaults(method)}
-    return ConfigDict({**copy.deepcopy(DEFAULTS), "method": own}).lock()
+    return ConfigDict({**copy.deepcopy(DEFAULTS), "plugins": plugins, "method": own}).lock()
 
 
 def runlocal(config: ConfigDict) -> None:
@@ -296,9 +304,12 @@ def validate(config: ConfigDict, trains: bool = True) -> None:
       config: the resolved config.
       trains: False where the encoder alone is looked at: the method's own fields are not.
     """
+    from mae_jax.data.transforms import color
     from mae_jax.ops.patches import PatchGrid  # with JAX, which a recipe and --help do without
     from mae_jax.param_tree import flat
 
+    load_plugins(config.plugins)
+    color.policy(config.data.color)
     values = flat(config)
     _check_types(values, flat({**DEFAULTS, "method": methods.defaults(config.method.name)}))
     _check_ranges(values)
@@ -334,7 +345,7 @@ def _check_types(values: dict[str, Any], defaults: dict[str, Any]) -> None:
             whole = all(isinstance(item, int) for item in default)
             kinds = (str,) if not default else (int,) if whole else (int, float)
             if not isinstance(value, list) or not all(isinstance(item, kinds) for item in value):
-                shown = tuple(default) or ("imagenet_v2",)
+                shown = tuple(default) or {"plugins": ("package.module",)}.get(key, ("imagenet_v2",))
                 what = "whole numbers" if whole and default else "values"
                 raise UserError(f"{key}={value!r}; expected {what} such as {shown}")
         if not all(math.isfinite(number) for number in np.ravel(value) if isinstance(number, float)):

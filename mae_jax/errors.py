@@ -5,6 +5,8 @@ import re
 import traceback
 from collections.abc import Iterable
 
+PLUG_INS: set[str] = set()  # top-level packages of plug-ins, which `mae_jax.plugins` adds
+
 
 class UserError(Exception):
     """Something the user can mend. Its text is the one line that is printed; the exit code is 2."""
@@ -56,4 +58,11 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return STOPPED, "stopped before it was done"
     trace = "".join(traceback.format_exception(error))
-    return BUG, f"{trace}this is a bug in mae_jax; please report it with the lines above"
+    where = _plug_in(error) or "mae_jax; please report it with the lines above"
+    return BUG, f"{trace}this is a bug in {where}"
+
+
+def _plug_in(error: BaseException) -> str:
+    """Returns the first plug-in that the error went through on its way, '' for none."""
+    names = (str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__))
+    return next((f"the plug-in {name}, not in mae_jax" for name in names if name.split(".")[0] in PLUG_INS), "")

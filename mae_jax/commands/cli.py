@@ -14,7 +14,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 import mae_jax
-from mae_jax import recipe_version
+from mae_jax import plugins, recipe_version
 from mae_jax.commands import recipes
 from mae_jax.errors import FINISHED, MISTAKE, UserError, explain
 from mae_jax.runtime.exit import leave
@@ -65,7 +65,8 @@ def _parsed(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(recipes.with_paths(argv) if "config" in flags.FLAGS else argv)
         if "config" in flags.FLAGS:
-            _ = getattr(flags.FLAGS.config, "lock", None)  # a missing config file fails only when it is looked at
+            config = flags.FLAGS.config  # a missing config file fails only when it is looked at
+            plugins.load(config.get("plugins", ()) if config is not None else (), "--config")
     except Exception as error:
         _refuse(_one_line(error))
     return rest

@@ -3,9 +3,8 @@
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -15,8 +14,11 @@ from mae_jax.data.info import NO_NEEDS, DataInfo, DataNeeds
 from mae_jax.data.masking import Order, View, with_views
 from mae_jax.errors import UserError
 
+if TYPE_CHECKING:
+    import jax  # which --help does without
+
 Batch = dict[str, np.ndarray]
-Spec = dict[str, jax.ShapeDtypeStruct]
+Spec = dict[str, "jax.ShapeDtypeStruct"]
 FIELDS = ("patches", "order", "label", "id", "valid", "replaced")
 BAD_NAMES = 100  # the last so many pictures that were replaced are kept by name
 _PROVIDERS = {  # what would give a field; formatted with the config's group `data`
@@ -192,7 +194,7 @@ def check_apart(data: ConfigDict, first: str, second: str) -> None:
     from mae_jax.data.sources import registry
     from mae_jax.data.sources import splits as sources_splits
 
-    if data.source not in registry.MODULES:
+    if data.source == "batches":  # a folder of a single split
         return
     some, others = (sources_splits.parts(data[key]) if data[key] else [] for key in (first, second))
     if any(registry.same_split(data, one.name, other.name) and sources_splits.overlap(one, other)

@@ -4,6 +4,7 @@ Its weights are those of the published code with query, key and value apart and 
 are written; those of 4 and before are read as well.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +13,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.errors import UserError
+from mae_jax.interop.layouts import Layout, mixture
 from mae_jax.interop.mae import from_mae, to_mae
+from mae_jax.ops.patches import PatchGrid
 
 NAMES = (  # published code → transformers 5
     (r"^(cls_token)$", r"vit.embeddings.\1"),
@@ -114,3 +117,27 @@ def _fused(state: Mapping[str, Any]) -> dict[str, Any]:
                 raise UserError(f"{key} is there, but {name} is missing")
         fused[f"{match[1]}.attn.qkv.{match[2]}"] = np.concatenate([np.asarray(state[name]) for name in names])
     return fused
+
+
+def _refuses(config: ConfigDict) -> str:
+    name = config.method.name
+    if name in ("mae", "supervised"):  # which have MAE's model, or a part of it that `to_hf` refuses by name
+        return ""
+    others = "--layout=timm" if config.model.layer_scale else "--layout=timm or --layout=mae"
+    return mixture(config) or (f"was trained with method.name={name!r}; transformers has MAE's model: use {others} for "
+                               "the encoder")
+
+
+def _model_config(config: ConfigDict) -> dict[str, str]:
+    described = {"model_type": "vit_mae", "architectures": ["ViTMAEForPreTraining"], **hf_config(config)}
+    return {"config.json": json.dumps(described, indent=2) + "\n"}
+
+
+LAYOUT = Layout(
+    to=lambda params, config: to_hf(params, PatchGrid.of(config).shape, config.model.patch),
+    from_=lambda state, config: from_hf(state),
+    recognizes=lambda names: any(name.startswith("vit.") for name in names),
+    refuses=_refuses,
+    file="model.safetensors",
+    beside=_model_config,
+)

@@ -13,9 +13,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from mae_jax.errors import UserError
+from mae_jax.interop.layouts import Layout, mixture
 from mae_jax.models.layers import sincos_positions
+from mae_jax.ops.patches import PatchGrid
 from mae_jax.param_tree import flatten, nest
 
 POSITIONS = {"encoder": "pos_embed", "decoder": "decoder_pos_embed"}
@@ -147,3 +150,16 @@ def _fixed(table: np.ndarray) -> bool:
     patches, width = table.shape
     grids = [(rows, patches // rows) for rows in range(1, patches + 1) if patches % rows == 0]
     return any(np.allclose(table, sincos_positions(grid, width), atol=1e-5) for grid in grids)
+
+
+def _from(state: Mapping[str, Any], config: ConfigDict | None) -> dict[str, Any]:
+    return from_mae(state, PatchGrid.of(config).shape if config else None)
+
+
+LAYOUT = Layout(
+    to=lambda params, config: to_mae(params, PatchGrid.of(config).shape, config.model.patch),
+    from_=_from,
+    recognizes=lambda names: any(name.startswith("blocks.") for name in names),
+    refuses=mixture,
+    whole=("mae", "supervised"),
+)

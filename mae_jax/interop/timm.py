@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from mae_jax.interop.layouts import Layout, mixture
 from mae_jax.interop.mae import to_mae
 from mae_jax.ops.batch_norm import EPS
+from mae_jax.ops.patches import PatchGrid
 from mae_jax.param_tree import flatten, nest
 
 PRETRAINING = r"decoder/|encoder/mask_token$"  # left out: timm's models have neither, and take mask tokens for DINOv2's
@@ -54,3 +56,16 @@ def folded(params: Mapping[str, Any], extras: Mapping[str, Any]) -> dict[str, An
     kernel = np.asarray(params["head"]["kernel"], np.float64) / np.sqrt(variance + EPS)[:, None]
     head = {"kernel": kernel, "bias": params["head"]["bias"] - mean @ kernel}
     return {**params, "head": {name: array.astype(np.float32) for name, array in head.items()}}
+
+
+def _described(config: ConfigDict, state: Mapping[str, np.ndarray]) -> str:
+    arguments = timm_arguments(config, len(state.get("head.bias", ())))
+    return f"VisionTransformer({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
+
+
+LAYOUT = Layout(  # the layout `mae` reads it
+    to=lambda params, config: to_timm(params, PatchGrid.of(config).shape, config.model.patch),
+    refuses=mixture,
+    whole=("mae", "supervised"),
+    describe=_described,
+)

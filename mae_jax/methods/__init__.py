@@ -1,9 +1,8 @@
 """The table of methods, by name. A method's module, and with it JAX, is imported when it is asked for."""
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
-from mae_jax.errors import UserError, nearest
+from mae_jax import plugins
 from mae_jax.methods import fields
 
 if TYPE_CHECKING:
@@ -25,11 +24,8 @@ TABLE = {  # name → module:class
 
 
 def get(name: str) -> "type[Method]":
-    """Returns the method's class; raises UserError with the nearest name."""
-    if name not in TABLE:
-        raise UserError(f"unknown method.name {name!r}; {nearest(name, TABLE)}")
-    module, _, attribute = TABLE[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    """Returns the class of a method, of the table or of a plug-in; raises UserError with the nearest name."""
+    return plugins.find("methods", name, TABLE, "method.name")
 
 
 def build(config: "ConfigDict", data: "DataInfo") -> "Method":

@@ -1,6 +1,6 @@
 """Starting from other parameters: `init_from` a workdir, a step's folder in it, or a *.safetensors file.
 
-The file may be an export of ours, or have the names of timm, the published MAE code or transformers' ViTMAE.
+The file may be an export of ours, or have any layout of `mae_jax.interop.layouts` that is read.
 """
 
 import math
@@ -12,8 +12,7 @@ from ml_collections import ConfigDict
 
 from mae_jax import param_tree
 from mae_jax.errors import UserError
-from mae_jax.interop.hf import from_hf
-from mae_jax.interop.mae import from_mae
+from mae_jax.interop import layouts
 from mae_jax.interop.timm import folded
 from mae_jax.models.layers import sincos_positions
 from mae_jax.models.upcycling import upcycled
@@ -53,13 +52,11 @@ def load(config: ConfigDict, params: Any) -> dict[str, Any]:
 
 
 def _read(config: ConfigDict, theirs: ConfigDict | None) -> dict[str, Any]:
-    """Reads parameters of ours, or with the names of timm, the published MAE code or transformers."""
+    """Reads parameters of ours, or in another layout."""
     loaded, extras = param_tree.judged(load_params(config.init_from, ema=True, extras=True))
     if config.method.get("head") == "linear":  # a probe's head means nothing without its batch norm
         loaded = folded(loaded, extras)
-    if any(name.startswith("blocks.") for name in loaded):
-        return from_mae(loaded, PatchGrid.of(theirs).shape if theirs else None)
-    return from_hf(loaded) if any(name.startswith("vit.") for name in loaded) else loaded
+    return layouts.read(loaded, theirs)
 
 
 def _check_same_function(theirs: ConfigDict, ours: ConfigDict) -> None:

@@ -12,7 +12,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_jax import __version__, param_tree, recipe_version
+from mae_jax import __version__, param_tree, plugins, recipe_version
 from mae_jax import config as configs
 from mae_jax.errors import UserError, printable
 from mae_jax.storage import workdir_lock
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 # What a resumed run may change: it alters how a run is watched, placed or ended, never what was trained so far.
 MAY_CHANGE = ("train.duration", "mesh.*", "eval.*", "checkpoint.*", "log.*", "guard.max_*",
               "guard.stall_seconds", "data.threads", "data.prefetch", "train.compilation_cache", "model.scan",
-              "model.remat", "method.clusters")  # whose content is compared
+              "model.remat", "plugins", "method.clusters")  # whose content is compared
 NAMED = 10  # classes that a message names
 ARCHIVED = "$Format:%H$"  # `git archive` writes the commit here, as .gitattributes asks
 MOST_HEADER = 100_000_000  # bytes of a safetensors file's header, by its specification
@@ -102,6 +102,8 @@ def record(workdir: epath.Path, config: ConfigDict, inputs: Any = None) -> None:
     """
     file = workdir / "config.json"
     content = {"config": config.to_dict(), "git_commit": git_commit(), "versions": versions()}
+    if used := plugins.used():
+        content["plugins"] = used
     if inputs:
         content["data"] = _data_of(inputs)
     try:
@@ -133,25 +135,33 @@ def _stored_config(workdir: epath.Path) -> ConfigDict | None:
     if content is None:
         return None
     try:
-        return _completed(json.loads(content)["config"], str(file))
+        stored = json.loads(content)
+        return _completed(stored["config"], file, stored.get("plugins", {}))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{file} is damaged: {error}") from None
 
 
-def _completed(values: dict[str, Any], file: str) -> ConfigDict:
+def _completed(values: dict[str, Any], where: Any, recorded: dict[str, dict[str, str]]) -> ConfigDict:
     """Makes a config of what was stored; a field that it lacks is younger and had what is now its default.
 
+    Args:
+      values: the stored config.
+      where: it was stored.
+      recorded: as `plugins.used` gave it.
+
     Raises:
-      UserError: a newer version wrote it: its recipe_version or a field is not known here.
+      UserError: a newer version wrote it: its recipe_version or a field is not known here; a plug-in is missing.
     """
     try:
         stored = configs.from_dict(recipe_version.upgrade(values))
     except UserError as error:
-        raise UserError(f"{file}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
+    plugins.expect(recorded)
+    plugins.load(stored.get("plugins", ()), str(where))
     config = configs.default(stored.method.name).unlock()
     unknown = sorted(param_tree.flat(stored).keys() - param_tree.flat(config).keys())
     if unknown:
-        raise UserError(f"{file} has config fields that mae_jax {__version__} does not know: "
+        raise UserError(f"{where} has config fields that mae_jax {__version__} does not know: "
                         f"{', '.join(unknown[:NAMED])}; use the newer mae_jax that wrote it")
     config.update(stored)
     return config.lock()
@@ -176,8 +186,9 @@ def config_of(source: str) -> ConfigDict | None:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size) if size <= MOST_HEADER else b"")
-        text = header.get("__metadata__", {}).get("config")
-        return _completed(json.loads(text), source) if text else None
+        said = header.get("__metadata__", {})
+        recorded = json.loads(said.get("plugins", "{}"))
+        return _completed(json.loads(said["config"]), source, recorded) if said.get("config") else None
     except (ValueError, AttributeError) as error:
         raise UserError(f"{source} is no safetensors file, or damaged: {error}") from None
     except OSError as error:
@@ -186,7 +197,8 @@ def config_of(source: str) -> ConfigDict | None:
 
 def metadata(config: ConfigDict) -> dict[str, str]:
     """Returns what an exported file says of itself: the config, which `config_of` reads."""
-    return {"format": "pt", "config": json.dumps(config.to_dict())}
+    used = plugins.used()
+    return {"format": "pt", "config": json.dumps(config.to_dict()), **({"plugins": json.dumps(used)} if used else {})}
 
 
 def compare(old: ConfigDict, new: ConfigDict) -> list[str]:

@@ -23,13 +23,13 @@ one as a control (random, --seed). It is written, fine-tuned and exported as any
 """
 
 import difflib
-import json
 from typing import Any
 
 from absl import flags
 
 from mae_jax import errors
 from mae_jax.commands import cli
+from mae_jax.interop.layouts import OURS, layouts
 
 REQUIRED = ("from", "to")
 FROM = flags.DEFINE_string("from", "", "workdir, or one step's folder in it")
@@ -39,7 +39,7 @@ CONFIG = cli.define_config()
 FOR_TASK = flags.DEFINE_enum("for-task", "", ["", "vote", "probe", "random"], "which path of a mixture of experts")
 SEED = flags.DEFINE_integer("seed", 0, "of --for-task=random", lower_bound=0)
 CLUSTERS = flags.DEFINE_string("clusters", "", "of --for-task: the folder of clusters, where it was moved")
-LAYOUT = flags.DEFINE_enum("layout", "mae_jax", ["mae_jax", "mae", "timm", "hf"], "whose names the arrays have")
+LAYOUT = flags.DEFINE_string("layout", OURS, f"whose names the arrays have: {', '.join(layouts())}")
 
 
 def main() -> int:
@@ -60,8 +60,8 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
     from mae_jax import param_tree
     from mae_jax.commands.export import checkpoint_copy
     from mae_jax.errors import UserError
-    from mae_jax.interop.hf import hf_config
-    from mae_jax.interop.timm import folded, timm_arguments
+    from mae_jax.interop import layouts
+    from mae_jax.interop.timm import folded
     from mae_jax.storage import paths, safetensors_file
     from mae_jax.storage.checkpoint import load_params
     from mae_jax.training import workdir
@@ -70,55 +70,42 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
         if given and not how:
             raise UserError(f"--{flag} is of --for-task=vote, probe or random; without it leave it out")
     file, folder = paths.locate(to), paths.locate(source)
-    if layout == "hf":
-        file = file / "model.safetensors"
+    config = workdir.read_config(workdir.of_checkpoint(folder))  # which may name the plug-in that has the layout
+    chosen = layouts.get(layout)
+    if chosen.file:
+        file = file / chosen.file
     elif file.suffix != ".safetensors":
         if difflib.get_close_matches(file.suffix, [".safetensors"]):
             raise UserError(f"--to={to}: did you mean .safetensors? Else it is a folder for a checkpoint")
-        if layout == "mae_jax" and not how:
+        if layout == layouts.OURS and not how:
             print(checkpoint_copy.copy(folder, file))
             return errors.FINISHED
         raise UserError(f"--to={to}: the file's name must end in .safetensors")
-    config = workdir.read_config(workdir.of_checkpoint(folder))
     tree, extras = param_tree.judged(load_params(folder, ema=True, extras=True))
     if how:
         tree, config, report = for_task(config, tree, extras, task, how, seed, clusters)
         print("\n".join(report))
-    tree = folded(tree, extras)
-    if layout != "mae_jax":
-        tree = in_layout(tree, config, layout, folder)
-    safetensors_file.save(file, tree, workdir.metadata(config))
-    if layout == "hf":
-        described = {"model_type": "vit_mae", "architectures": ["ViTMAEForPreTraining"], **hf_config(config)}
-        paths.replace_text(file.parent / "config.json", json.dumps(described, indent=2) + "\n")
-    flat = param_tree.flatten(tree)
+    state = in_layout(folded(tree, extras), config, chosen, folder)
+    safetensors_file.save(file, state, workdir.metadata(config))
+    for name, text in chosen.beside(config).items():
+        paths.replace_text(file.parent / name, text)
+    flat = param_tree.flatten(state)
     print(f"{file}: {len(flat)} arrays, {sum(x.size for x in flat.values()):,} values")
-    if layout == "timm":
-        arguments = timm_arguments(config, len(flat.get("head.bias", ())))
-        print(f"VisionTransformer({', '.join(f'{name}={value!r}' for name, value in arguments.items())})")
+    if text := chosen.describe(config, flat):
+        print(text)
     return errors.FINISHED
 
 
-def in_layout(tree: Any, config: Any, layout: str, folder: Any) -> Any:
-    """Returns parameters with the names and shapes of another library; raises UserError for what it has not."""
+def in_layout(tree: Any, config: Any, layout: Any, folder: Any) -> Any:
+    """Returns parameters with the names and shapes of a `Layout`; raises UserError for what it has not."""
     from mae_jax.errors import UserError
-    from mae_jax.interop.hf import to_hf
-    from mae_jax.interop.mae import to_mae
-    from mae_jax.interop.timm import to_timm
-    from mae_jax.ops.patches import PatchGrid
 
-    name, grid = config.method.name, PatchGrid.of(config)
-    if name == "moce":
-        raise UserError(f"{folder} is a mixture of experts, which no layout of others has: cut one encoder out of "
-                        "it with --for-task")
-    if name not in ("mae", "supervised"):
-        if layout == "hf":
-            others = "--layout=timm" if config.model.layer_scale else "--layout=timm or --layout=mae"
-            raise UserError(f"{folder} was trained with method.name={name!r}; transformers has MAE's model: use "
-                            f"{others} for the encoder")
+    if why := layout.refuses(config):
+        raise UserError(f"{folder} {why}")
+    if layout.whole is not None and config.method.name not in layout.whole:
         tree = {"encoder": tree["encoder"]}  # what their heads and decoders predict, no model of others does
-        print(f"the encoder alone, without the parts of method.name={name!r}")
-    return {"hf": to_hf, "mae": to_mae, "timm": to_timm}[layout](tree, grid.shape, grid.patch)
+        print(f"the encoder alone, without the parts of method.name={config.method.name!r}")
+    return layout.to(tree, config)
 
 
 def for_task(*args: Any) -> Any:

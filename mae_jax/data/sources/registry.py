@@ -1,15 +1,15 @@
 """The table of sources, and what a source with random access is."""
 
 import functools
-import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from mae_jax import plugins
 from mae_jax.data.sources import splits
 from mae_jax.data.sources.base import Source
-from mae_jax.errors import UserError, nearest
+from mae_jax.errors import UserError
 from mae_jax.storage.paths import check_bucket
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = ("mnist5k", "photo_crops", "photo_mosaic")  # sources that come with a package
 # data.source → the module that has `load(data, split)`. Imported when asked for: some need packages of their own.
+# A plug-in gives such a module too, or the function.
 MODULES = {
     "clipart": "mae_jax.data.sources.clipart",
     "folder": "mae_jax.data.sources.folder",
@@ -36,15 +37,14 @@ def load(data: ConfigDict, expression: str) -> "Source | Stream":
     Raises:
       UserError: an unknown source or split, nothing there, an empty split, or a sum that cannot be read.
     """
-    if data.source not in MODULES:
-        raise UserError(f"unknown data.source {data.source!r}; {nearest(data.source, [*MODULES, 'batches'])}")
+    found = _found(data)
     if data.get("path") and data.source in BUILT_IN:
         raise UserError(f"data.source={data.source!r} does not read data.path={data.path!r}; leave it out, or name a "
                         "source that reads it (the argument `runlocal` of a recipe takes photo crops for any data)")
     check_bucket(data.get("path") or "")
-    module = importlib.import_module(MODULES[data.source])
+    opened = getattr(found, "load", found)
     source = functools.reduce(lambda one, other: one.joined(other),
-                              [module.load(data, split) for split in splits.parts(expression)])
+                              [opened(data, split) for split in splits.parts(expression)])
     if not source.size:
         raise UserError(f"the split {expression!r} of data.source={data.source!r} has no pictures")
     if not data.get("classes"):
@@ -57,10 +57,15 @@ def load(data: ConfigDict, expression: str) -> "Source | Stream":
     return kept(source, data.classes)
 
 
+def _found(data: ConfigDict) -> Any:
+    """Returns the module, or the function, that data.source names; raises UserError with the nearest name."""
+    return plugins.find("sources", data.source, MODULES, "data.source", others=("batches",))
+
+
 def same_split(data: ConfigDict, one: str, other: str) -> bool:
     """Whether two names of splits mean the same pictures: data without splits have one held-out part, 'test' or 'val'.
     """
-    named = getattr(importlib.import_module(MODULES[data.source]), "split_name", lambda data, name: name)
+    named = getattr(_found(data), "split_name", lambda data, name: name)
     return one == other or named(data, one) == named(data, other)
 
 

@@ -4,10 +4,16 @@ Every random choice comes from the generator that is passed in. Each operation g
 for PIL pictures.
 """
 
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from mae_jax import plugins
 from mae_jax.data.masking import Colours
+from mae_jax.data.transforms.rand_augment import rand_augment
 
 # How far each factor may lie from 1, and how much of its circle the hue may turn, to either side.
 # MAE's jitter (Table 1e gives no strengths) is our choice: SimCLR's at half strength.
@@ -81,4 +87,31 @@ def change(image: Image.Image, rng: np.random.Generator, chances: Colours) -> Im
     return solarise(image, rng) if rng.random() < chances.solarise else image
 
 
-COLOURS = {"none": none, "jitter": jitter, "three": three}  # data.color; 'rand' moves pixels too: rand_augment.py
+class Moving(NamedTuple):
+    """A policy that moves pixels too, and those of the mask with them.
+
+    Attributes:
+      change: (image in RGB, generator, mask or None) → the two.
+    """
+
+    change: Callable[..., tuple[Image.Image, Image.Image | None]]
+
+
+# data.color → a function of image and generator, or a `Moving`.
+COLOURS: dict[str, Any] = {"none": none, "jitter": jitter, "three": three, "rand": Moving(rand_augment)}
+
+
+def policies() -> Mapping[str, Any]:
+    """Returns the values of data.color, with those of plug-ins, and what each stands for."""
+    return plugins.table("color_policies", COLOURS)
+
+
+@functools.cache
+def policy(name: str) -> Callable[..., tuple[Image.Image, Image.Image | None]]:
+    """Returns what data.color names as a function of image, generator and mask (or None) that returns image and mask.
+
+    Raises:
+      UserError: it is unknown.
+    """
+    found = plugins.find("color_policies", name, COLOURS, "data.color")
+    return found.change if isinstance(found, Moving) else lambda image, rng, mask: (found(image, rng), mask)

@@ -11,8 +11,7 @@ from PIL import Image
 
 from mae_jax.data.decode import BadPicture, Box, Picture
 from mae_jax.data.masking import Colours, View
-from mae_jax.data.transforms.color import COLOURS, change
-from mae_jax.data.transforms.rand_augment import rand_augment
+from mae_jax.data.transforms.color import change, policy
 
 CROP_TRIES = 10  # torchvision's RandomResizedCrop
 SIMPLE_PADDING = 4  # pixels that a simple crop may reach beyond the resized picture (DeiT III section 3.2)
@@ -41,9 +40,7 @@ def augment(picture: Picture, rng: np.random.Generator, config: ConfigDict, mask
     image, mask = _crop(picture, mask_image(picture, mask), rng, config)
     if data.flip and data.augment != "none" and rng.random() < 0.5:
         image, mask = _flip(image), mask and _flip(mask)
-    if data.color == "rand":
-        return _pixels(*rand_augment(image, rng, mask))
-    return _pixels(COLOURS[data.color](image, rng), mask)
+    return _pixels(*policy(data.color)(image, rng, mask))
 
 
 def augment_view(picture: Picture, rng: np.random.Generator, view: View, colours: Colours,

@@ -1,0 +1,83 @@
+"""The table of layouts: with what names and shapes weights are written, and recognized where training starts from them.
+
+Importing this imports no JAX.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_jax import plugins
+
+Params = Any  # nested dict of arrays
+State = Mapping[str, Any]  # name → array
+OURS = "mae_jax"  # the only one that copies whole checkpoints too
+LAYOUTS = {  # name → module:attribute
+    "mae_jax": "mae_jax.interop.ours:LAYOUT",
+    "mae": "mae_jax.interop.mae:LAYOUT",
+    "timm": "mae_jax.interop.timm:LAYOUT",
+    "hf": "mae_jax.interop.hf:LAYOUT",
+}
+
+
+class Layout(NamedTuple):
+    """Weights as another library has them.
+
+    Attributes:
+      to: (our parameters, their config) → what is written: name → float32 array, or a nested dict of such. Raises
+        UserError for a parameter that has no place there.
+      from_: (what was read, the config of the run that made it, or None) → our parameters; None: it is not read, or
+        another layout reads it. Raises UserError.
+      recognizes: (the names that a file has, up to the first '/') → whether `from_` reads it.
+      refuses: config → why nothing of its method can be written, as the end of a sentence about the run; '': it can.
+      whole: methods whose parameters are written whole; of the others the encoder alone is. None: whole of all.
+      describe: (config, what is written) → a line to print, such as the arguments of the library's model.
+      file: name of the file of weights in the folder that --to then names; '': --to is the file.
+      beside: (config) → name → text of further files in that folder.
+    """
+
+    to: Callable[[Params, ConfigDict], Any]
+    from_: Callable[[State, ConfigDict | None], Params] | None = None
+    recognizes: Callable[[Iterable[str]], bool] = lambda names: False
+    refuses: Callable[[ConfigDict], str] = lambda config: ""
+    whole: tuple[str, ...] | None = None
+    describe: Callable[[ConfigDict, Mapping[str, np.ndarray]], str] = lambda config, state: ""
+    file: str = ""
+    beside: Callable[[ConfigDict], dict[str, str]] = lambda config: {}
+
+
+def layouts() -> Mapping[str, Layout]:
+    """Returns the layouts by name, those of plug-ins too; a layout is imported when it is asked for."""
+    return plugins.table("layouts", LAYOUTS)
+
+
+def get(name: str) -> Layout:
+    """Returns a layout; raises UserError with the nearest name."""
+    return plugins.find("layouts", name, LAYOUTS, "--layout")
+
+
+def read(state: State, config: ConfigDict | None) -> Params:
+    """Returns our parameters of what a file holds; as they are, where no layout recognizes it.
+
+    Args:
+      state: name → array, or a nested dict of such.
+      config: of the run that made it, where that is known.
+
+    Raises:
+      UserError: a name that the layout does not know, or one that it misses.
+    """
+    table = layouts()
+    for name in table:
+        layout = table[name]
+        if layout.from_ and layout.recognizes(state):
+            return layout.from_(state, config)
+    return state
+
+
+def mixture(config: ConfigDict) -> str:
+    """Returns why a layout of one encoder refuses a mixture of experts; '' for other methods."""
+    if config.method.name != "moce":
+        return ""
+    return "is a mixture of experts, which no layout of others has: cut one encoder out of it with --for-task"

@@ -1,0 +1,201 @@
+"""Plug-ins: what other packages add to the tables of methods, sources, optimizers and so on. Imports no JAX.
+
+There are two ways in. A package declares an entry point of the group `mae_jax.KIND` (name = module:object), which is
+imported when its name is asked for. Or the config names installed modules (`plugins=("package.module",)`), which are
+printed, imported, and call `register` meanwhile.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from mae_jax.errors import PLUG_INS, UserError, nearest, printable
+
+KINDS = ("methods", "sources", "optimizers", "evaluations", "color_policies", "layouts", "metric_sinks")
+
+# kind → name → what, and the module that gave it
+_registered: dict[str, dict[str, tuple[Any, str]]] = {kind: {} for kind in KINDS}
+_loaded: set[str] = set()  # modules of config.plugins
+_used: dict[str, dict[str, str]] = {}  # 'methods.ijepa' → what `used` says of the package that has this entry point
+_recorded: dict[str, dict[str, str]] = {}  # the same, of the run whose config.json was read
+
+
+def register(kind: str, name: str, value: Any) -> None:
+    """Adds an object to the table of a kind; a plug-in calls it while it is imported.
+
+    Raises:
+      UserError: there is no such kind, or another module has given the name.
+    """
+    caller = sys._getframe(1).f_globals.get("__name__", "?")
+    if kind not in KINDS:
+        raise UserError(f"the plug-in {caller} registers {name!r} as {kind!r}; {nearest(kind, KINDS)}")
+    known = _registered[kind].setdefault(name, (value, caller))
+    if known[1] != caller:
+        raise UserError(f"{kind}: {name!r} is given by two plug-ins, {known[1]} and {caller}")
+    _registered[kind][name] = (value, caller)
+
+
+def load(modules: Iterable[str], where: str = "config.plugins") -> None:
+    """Imports installed modules that a config names, each printed on stderr before; twice does nothing.
+
+    Args:
+      modules: names such as 'package.module'.
+      where: they are asked for, for messages.
+
+    Raises:
+      UserError: a name that is none, a module that is not installed, or one whose import fails.
+    """
+    for name in [modules] if isinstance(modules, str) else modules:
+        if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+            raise UserError(f"plugins={name!r} of {where}: expected the name of an installed module, such as "
+                            "'package.module'; paths are not imported")
+        if name not in _loaded:
+            print(f"plug-in: importing {name}, which {where} names", file=sys.stderr, flush=True)
+            _imported(name, f"the plug-in {name} of {where}")
+            _loaded.add(name)
+
+
+def table(kind: str, built_in: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns what is built in and what plug-ins add, by name.
+
+    Where a value is a string, 'module:attribute' or 'module', what it stands for is imported and returned when it is
+    asked for.
+
+    Raises:
+      UserError: a registered plug-in has the name of what is built in. Of an entry point: when its name is asked for.
+    """
+    for name, (_, module) in _registered[kind].items():
+        if name in built_in:
+            raise UserError(f"{kind}: the plug-in {module} gives {name!r}, which is built in; choose another")
+    return _Table(kind, built_in)
+
+
+def find(kind: str, name: str, built_in: Mapping[str, Any], field: str, others: Iterable[str] = ()) -> Any:
+    """Returns what has a name in the table of a kind, as `table` does.
+
+    Args:
+      kind, built_in: as of `table`.
+      name: what is asked for.
+      field: where it was named, as 'method.name', for messages.
+      others: further names that the field may have, for messages.
+
+    Raises:
+      UserError: the name is unknown, or given twice; the nearest one is named.
+    """
+    known = table(kind, built_in)
+    if name in known:
+        return known[name]
+    if before := _recorded.get(f"{kind}.{name}"):
+        package = printable(f"{before['package']} {before['version']}")
+        raise UserError(f"{field}={name!r} came from the package {package}, which is not installed here")
+    raise UserError(f"unknown {field} {name!r}; {nearest(str(name), [*known, *others])}")
+
+
+def used() -> dict[str, dict[str, str]]:
+    """Returns the packages whose entry points were asked for: 'KIND.NAME' → package, version."""
+    return dict(_used)
+
+
+def expect(recorded: Mapping[str, dict[str, str]]) -> None:
+    """Takes what `used` returned in the run whose config was read, so that a package that is missing can be named."""
+    _recorded.update(recorded)
+
+
+class _Table(Mapping[str, Any]):
+    def __init__(self, kind: str, built_in: Mapping[str, Any]) -> None:
+        self.kind, self.built_in = kind, built_in
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self.built_in, **_registered[self.kind], **_entry_points(self.kind)})
+
+    def __len__(self) -> int:
+        return len(set(self))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.built_in or name in _registered[self.kind] or name in _entry_points(self.kind)
+
+    def __getitem__(self, name: str) -> Any:
+        points = _entry_points(self.kind).get(name, ())
+        givers = [f"the package {_package(point)}" for point in points]
+        if name in self.built_in:
+            if points:
+                raise UserError(f"{self.kind}: {givers[0]} gives {name!r}, which is built in; it must take another "
+                                "name")
+            return _resolved(self.built_in[name])
+        if len(points) > 1:
+            raise UserError(f"{self.kind}: {name!r} is given by {' and '.join(givers)}; one of them must go")
+        value, module = _registered[self.kind].get(name, (None, ""))
+        if points:
+            found = _of_entry_point(self.kind, points[0])
+            if module and found is not value:
+                raise UserError(f"{self.kind}: {name!r} is given by the plug-in {module} and by {givers[0]}")
+            return found
+        if module:
+            return _resolved(value)
+        raise KeyError(name)
+
+
+@functools.cache
+def _entry_points(kind: str) -> dict[str, tuple[importlib.metadata.EntryPoint, ...]]:
+    found: dict[str, tuple[importlib.metadata.EntryPoint, ...]] = {}
+    for point in importlib.metadata.entry_points(group=f"mae_jax.{kind}"):
+        found[point.name] = (*found.get(point.name, ()), point)
+    return found
+
+
+def _of_entry_point(kind: str, point: importlib.metadata.EntryPoint) -> Any:
+    """Imports what an entry point names, printed on stderr before, and notes its package for config.json."""
+    package = f"the package {_package(point)}"
+    if f"{kind}.{point.name}" not in _used:
+        print(f"plug-in: importing {point.module} of {package}, for {point.name!r} of {kind}", file=sys.stderr,
+              flush=True)
+    found: Any = _imported(point.module, f"the plug-in {point.module} of {package}")
+    for attribute in point.attr.split(".") if point.attr else ():
+        if not hasattr(found, attribute):
+            raise UserError(f"{package} names {point.value} as {point.name!r} of mae_jax.{kind}; there is no "
+                            f"{attribute!r}")
+        found = getattr(found, attribute)
+    if point.dist:
+        _used[f"{kind}.{point.name}"] = {"package": point.dist.name, "version": point.dist.version}
+    return found
+
+
+def _package(point: importlib.metadata.EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+
+
+def _imported(module: str, what: str) -> Any:
+    """Imports a module of a plug-in; whatever goes wrong is a UserError that names it, with the error as its cause."""
+    PLUG_INS.add(module.split(".")[0])
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and (module + ".").startswith(error.name + "."):
+            raise UserError(f"{what} is not installed here: there is no module {error.name!r}") from error
+        raise UserError(_failed(module, what, error)) from error
+    except UserError as error:
+        raise UserError(f"{what} cannot be used: {error}") from error
+    except Exception as error:
+        raise UserError(_failed(module, what, error)) from error
+
+
+def _failed(module: str, what: str, error: BaseException) -> str:
+    """Returns one line: what failed, and where in it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if "importlib" not in frame.filename and frame.filename != __file__]
+    at = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
+    text = " ".join(str(error).split())
+    return f"{what} fails when imported: {type(error).__name__}: {text}{at}; python -c 'import {module}' shows all"
+
+
+def _resolved(value: Any) -> Any:
+    """Returns what 'module:attribute', or 'module', stands for; what is no string as it is."""
+    if not isinstance(value, str):
+        return value
+    module, _, attribute = value.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
