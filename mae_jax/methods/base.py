@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.data.masking import Order, View, with_views
+from mae_jax.data.masking import Order, View, block_shape, with_views
 from mae_jax.errors import UserError, nearest
 from mae_jax.models.layers import drop_path
 from mae_jax.models.vit import drop_path_rates
@@ -134,6 +134,8 @@ class Method:
             "valid": ((), jnp.float32),
             "replaced": ((), jnp.int32),
         }
+        if blocks := block_shape(self.order()):
+            shapes["blocks"] = (blocks, jnp.int32)
         return {name: jax.ShapeDtypeStruct((images, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
