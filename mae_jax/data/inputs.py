@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Batch = dict[str, np.ndarray]
 Spec = dict[str, "jax.ShapeDtypeStruct"]
-FIELDS = ("patches", "order", "label", "id", "valid", "replaced")
+FIELDS = ("patches", "order", "blocks", "label", "id", "valid", "replaced")  # blocks: where the order has some
 BAD_NAMES = 100  # the last so many pictures that were replaced are kept by name
 _PROVIDERS = {  # what would give a field; formatted with the config's group `data`
     "labels": "data.label_key={0.label_key!r} names no list of classes, nor an array [n, C] of 0 and 1",
@@ -88,8 +88,9 @@ class OpenedData:
         Batches are dicts of NumPy arrays with the fields of `spec`: `patches` uint8 [B, N, P], cut and permuted;
         `order` int32 [B, N], order[b, k] = raster index of the k-th patch; `label` int32 [B], -1 unlabelled; `id` int32
         [B], -1 in padding; `valid` float32 [B], 0 for grey stand-ins and padding; `replaced` int32 [B], how many
-        pictures failed before this one. Where the spec asks for them and the data have them: `labels` uint8 [B, C], 1
-        where a class is in the picture; `pixel_label` uint8 [B, N, P / 3], the class of each pixel, 255 where it has
+        pictures failed before this one. Where the order has blocks, `blocks` int32 [B, M, K], places in the order.
+        Where the spec asks for them and the data have them: `labels` uint8 [B, C], 1 where a class is in the picture;
+        `pixel_label` uint8 [B, N, P / 3], the class of each pixel, 255 where it has
         none; `tokens` int32 [B, N], of the file data.tokens; `cluster` int32 [B], of the folder that the method needs.
 
         Args:

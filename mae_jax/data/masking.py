@@ -1,7 +1,7 @@
 """Orders: which patches of a picture come first, and which, last, are hidden; views that have them. NumPy only."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -12,10 +12,29 @@ BLOCK_ASPECT = 0.3  # aspect ratios from 0.3 to 1/0.3, the same place
 BLOCK_TRIES = 10  # places tried for a block before none is, as in BEiT's released code
 
 
+class Generator(Protocol):
+    """A method's own way to draw orders, in place of a named kind; with blocks of patches where it has some.
+
+    It is a NamedTuple of plain values, since cached batches store what they were drawn by, and compare it.
+    """
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """M blocks of K patches each, which may overlap each other; (0, 0): none."""
+
+    def __call__(self, order: "Order", rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Returns a permutation [N] of raster indices, the hidden ones last, and the blocks' raster indices [M, K]."""
+
+
 class Order(NamedTuple):
     """How a method hides patches."""
 
-    kind: str  # 'random' | 'published_block' | 'block' (of recipe_version 1) | 'grid' | 'identity'
+    # 'random' | 'published_block' | 'block' (of recipe_version 1) | 'grid' | 'identity', or the method's own
+    kind: str | Generator
     grid: tuple[int, int]  # patches along (height, width)
     hidden: int  # M: the last M patches of the order are hidden
     group: int = 1  # G: so many neighbours of a batch share one permutation, the i-th rolled back by i · N / G
@@ -44,8 +63,13 @@ class View(NamedTuple):
     order: Order  # of N patches
 
 
+def block_shape(order: Order) -> tuple[int, ...]:
+    """Returns (M, K), the shape of an image's batch field `blocks`; () where its order has none."""
+    return () if isinstance(order.kind, str) or not order.kind.blocks[0] else order.kind.blocks
+
+
 def with_views(spec: dict[str, Any], views: tuple[View, ...]) -> dict[str, Any]:
-    """Returns a batch's fields with those of the views, where there are any, in place of `patches` and `order`.
+    """Returns a batch's fields with those of the views, where there are any, in place of the single view's.
 
     Args:
       spec: name → global shape and dtype, objects whose class takes the two.
@@ -54,11 +78,13 @@ def with_views(spec: dict[str, Any], views: tuple[View, ...]) -> dict[str, Any]:
     if not views:
         return spec
     images, _, values = spec["patches"].shape
-    fields = {name: struct for name, struct in spec.items() if name not in ("patches", "order")}
+    fields = {name: struct for name, struct in spec.items() if name not in ("patches", "order", "blocks")}
     for view in views:
         count = (images, len(view.colours), math.prod(view.order.grid))
-        for name, shape in (("patches", (*count, values)), ("order", count)):
-            fields[f"{view.name}/{name}"] = type(spec[name])(shape, spec[name].dtype)
+        of_view = {"patches": ((*count, values), spec["patches"].dtype), "order": (count, spec["order"].dtype)}
+        if block_shape(view.order):
+            of_view["blocks"] = ((*count[:2], *block_shape(view.order)), spec["order"].dtype)
+        fields |= {f"{view.name}/{name}": type(spec["order"])(*struct) for name, struct in of_view.items()}
     return fields
 
 
@@ -66,12 +92,14 @@ def check(order: Order) -> None:
     """Raises UserError when no picture can have such an order."""
     height, width = order.grid
     patches = height * width
-    if order.kind not in _KINDS:
+    if isinstance(order.kind, str) and order.kind not in _KINDS:
         raise UserError(f"unknown order of patches {order.kind!r}; {nearest(order.kind, _KINDS)}")
     if not 0 <= order.hidden <= patches:
         raise UserError(f"cannot hide {order.hidden} of {patches} patches; expected 0 to {patches}")
     if patches % order.group:
         raise UserError(f"{patches} patches cannot be shared evenly by a group of {order.group} pictures")
+    if not isinstance(order.kind, str):
+        _try_out(order, order.kind)
     if order.kind != "grid":
         return
     if height % 2 or width % 2:
@@ -81,15 +109,38 @@ def check(order: Order) -> None:
         raise UserError(f"grid masking hides 3 of 4 patches ({3 * patches // 4} of {patches}), not {order.hidden}")
 
 
-def draw(order: Order, rng: np.random.Generator, member: int = 0) -> np.ndarray:
-    """Returns int32 [N], a permutation: entry k is the raster index of the k-th patch; the last M are hidden.
+def _try_out(order: Order, generator: Generator) -> None:
+    """Raises UserError where what a method's own generator draws is no order, or has other blocks than it says."""
+    patches = math.prod(order.grid)
+    drawn, blocks = generator(order, np.random.default_rng(0))
+    if not np.array_equal(np.sort(drawn), np.arange(patches)):
+        raise UserError(f"the order of patches {generator.name!r} draws no permutation of {patches} patches")
+    shape = block_shape(order)
+    if shape and (blocks.shape != shape or blocks.min() < 0 or blocks.max() >= patches):
+        raise UserError(f"the order of patches {generator.name!r} draws blocks {list(blocks.shape)} of the patches "
+                        f"{blocks.min()} to {blocks.max()}, not {list(shape)} of 0 to {patches - 1}")
+    if shape and order.group > 1:
+        raise UserError(f"the order of patches {generator.name!r} has blocks, which a group of {order.group} pictures "
+                        "cannot share")
+
+
+def draw(order: Order, rng: np.random.Generator, member: int = 0) -> dict[str, np.ndarray]:
+    """Returns the fields that say where an image's patches are.
 
     Args:
       order: how patches are hidden.
       rng: the draws, which the members of a group share.
       member: the place in the group, below G.
+
+    Returns:
+      `order` int32 [N], a permutation: entry k is the raster index of the k-th patch; the last M are hidden. Where the
+      order has blocks, also `blocks` int32 [M, K]: the places k of their patches in `order`.
     """
-    return rolled(_KINDS[order.kind](order, rng).astype(np.int32), member, order.group)
+    if isinstance(order.kind, str):
+        return {"order": rolled(_KINDS[order.kind](order, rng).astype(np.int32), member, order.group)}
+    permutation, blocks = order.kind(order, rng)
+    fields = {"order": rolled(permutation.astype(np.int32), member, order.group)}
+    return fields | ({"blocks": np.argsort(permutation)[blocks].astype(np.int32)} if block_shape(order) else {})
 
 
 def rolled(permutation: np.ndarray, member: int, group: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.data.info import NO_DATA, DataInfo, DataNeeds
-from mae_jax.data.masking import Order, View, with_views
+from mae_jax.data.masking import Order, View, block_shape, with_views
 from mae_jax.durations import Timeline
 from mae_jax.errors import UserError, nearest
 from mae_jax.models.layers import drop_path
@@ -150,6 +150,8 @@ class Method:
             "valid": ((), jnp.float32),
             "replaced": ((), jnp.int32),
         }
+        if blocks := block_shape(self.order()):
+            shapes["blocks"] = (blocks, jnp.int32)
         return {name: jax.ShapeDtypeStruct((images, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:

@@ -10,20 +10,22 @@ from mae_jax.rng import rng
     ("random", (14, 14), 147), ("block", (14, 14), 75), ("block", (4, 6), 9), ("block", (14, 14), 196),
     ("block", (14, 14), 0), ("grid", (6, 4), 18), ("identity", (3, 5), 0)])
 def test_an_order_is_a_permutation(kind, grid, hidden):
-    order = draw(Order(kind, grid, hidden), rng(0, "order", 5))
+    order = draw(Order(kind, grid, hidden), rng(0, "order", 5))["order"]
     assert order.dtype == np.int32
     assert sorted(order) == list(range(grid[0] * grid[1]))
 
 
 def test_random_orders_hide_every_patch_alike_often():
     order = Order("random", (4, 4), 12)
-    counts = np.bincount(np.concatenate([draw(order, rng(0, "order", i))[-12:] for i in range(2000)]), minlength=16)
+    hidden = [draw(order, rng(0, "order", i))["order"][-12:] for i in range(2000)]
+    counts = np.bincount(np.concatenate(hidden), minlength=16)
     assert np.abs(counts / 2000 - 0.75).max() < 0.05
 
 
 def hidden_mask(order, position):
     mask = np.zeros(order.grid, bool)
-    mask.flat[draw(order, rng(0, "order", position))[order.grid[0] * order.grid[1] - order.hidden:]] = True
+    permutation = draw(order, rng(0, "order", position))["order"]
+    mask.flat[permutation[len(permutation) - order.hidden:]] = True
     return mask
 
 

@@ -100,7 +100,7 @@ def problem(request):
     shapes, _ = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec())
     params = jax.tree.map(lambda s: np.float32(rng.standard_normal(s.shape) / max(s.shape[0], 9) ** 0.5), shapes)
     raster = rng.integers(0, 256, (3, 48, 48), np.uint8)
-    return method, params, raster, np.stack([draw(method.order(), rng) for _ in range(3)])
+    return method, params, raster, np.stack([draw(method.order(), rng)["order"] for _ in range(3)])
 
 
 def batch(raster, order):

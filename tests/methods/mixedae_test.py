@@ -51,7 +51,7 @@ def without_class_token(method):
 @pytest.mark.parametrize("group", [2, 4])
 def test_orders_of_a_group_are_one_permutation_rolled(group):
     order = Order("random", (4, 4), 16 - 16 // group, group)
-    members = [masking.draw(order, np.random.default_rng(5), member) for member in range(group)]
+    members = [masking.draw(order, np.random.default_rng(5), member)["order"] for member in range(group)]
     for member, some in enumerate(members):
         np.testing.assert_array_equal(some, np.roll(members[0], -member * 16 // group))
     shown = np.concatenate([some[: 16 // group] for some in members])

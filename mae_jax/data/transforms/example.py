@@ -19,9 +19,10 @@ Spec = dict[str, jax.ShapeDtypeStruct]
 class Views:
     """Makes the fields `patches` uint8 [N, P], `order` int32 [N] and `label` of examples.
 
-    N patches of P values: rows of the patch, pixels in the row, channels (fastest). Where the spec has them, also
-    `labels` uint8 [C] and `pixel_label` uint8 [N, P / 3], the class of each pixel of the same patches. Where a method
-    has views of its own, training has their fields in place of the first two (`masking.View`).
+    N patches of P values: rows of the patch, pixels in the row, channels (fastest). Where the order has blocks, also
+    `blocks` int32 [M, K], places in the order (`masking.draw`). Where the spec has them, also `labels` uint8 [C] and
+    `pixel_label` uint8 [N, P / 3], the class of each pixel of the same patches. Where a method has views of its own,
+    training has their fields in place of patches, order and blocks (`masking.View`).
     """
 
     def __init__(self, config: ConfigDict, order: masking.Order, spec: Spec, views: tuple[masking.View, ...] = ()):
@@ -65,10 +66,10 @@ class Views:
         """Returns what stands in, in an evaluation, for an unreadable picture, and as padding."""
         return self._grey(self._drawn(0, "evaluate", position))
 
-    def _grey(self, order: np.ndarray) -> Fields:
+    def _grey(self, drawn: dict[str, np.ndarray]) -> Fields:
         size = self._grid.image_size
         mask = np.full(size, IGNORED, np.uint8) if "pixel_label" in self._spec else None
-        fields = self._cut(np.full((*size, 3), GREY, np.uint8), mask, order)
+        fields = self._cut(np.full((*size, 3), GREY, np.uint8), mask, drawn)
         if "labels" in self._spec:
             fields["labels"] = np.zeros(self._spec["labels"].shape[1:], np.uint8)
         return {**fields, "label": UNLABELLED, "valid": 0.0}
@@ -83,22 +84,22 @@ class Views:
         """Returns the fields of all views of a picture, which is decoded once; each view has draws of its own."""
         config, fields, number = self._config, {}, 0
         for kind in self._views:
-            patches, made = [], []
-            grid = PatchGrid(*kind.order.grid, *self._grid.patch)
+            made, grid = [], PatchGrid(*kind.order.grid, *self._grid.patch)
             for colours in kind.colours:
                 draws = rng(config.seed, "augment", position, number)
                 pixels = augment_view(picture, draws, kind, colours, config.data)
-                made.append(masking.draw(kind.order, rng(config.seed, "order", position, number)))
-                patches.append(grid.patchify(pixels)[made[-1]])
+                drawn = masking.draw(kind.order, rng(config.seed, "order", position, number))
+                made.append({"patches": grid.patchify(pixels)[drawn["order"]], **drawn})
                 number += 1
-            fields |= {f"{kind.name}/patches": np.stack(patches), f"{kind.name}/order": np.stack(made)}
+            fields |= {f"{kind.name}/{name}": np.stack([view[name] for view in made]) for name in made[0]}
         return fields
 
-    def _drawn(self, seed: int, stream: str, position: int) -> np.ndarray:
-        """Returns the order of the picture at a position, int32 [N]."""
+    def _drawn(self, seed: int, stream: str, position: int) -> dict[str, np.ndarray]:
+        """Returns the order of the picture at a position, and its blocks, as `masking.draw`."""
         group, member = divmod(position, self._order.group)
         return masking.draw(self._order, rng(seed, stream, group), member)
 
-    def _cut(self, pixels: np.ndarray, mask: np.ndarray | None, order: np.ndarray) -> Fields:
+    def _cut(self, pixels: np.ndarray, mask: np.ndarray | None, drawn: dict[str, np.ndarray]) -> Fields:
+        order = drawn["order"]
         masked = {} if mask is None else {"pixel_label": self._grid.patchify(mask[..., None])[order]}
-        return {"patches": self._grid.patchify(pixels)[order], "order": order, **masked}
+        return {"patches": self._grid.patchify(pixels)[order], **drawn, **masked}
