@@ -65,6 +65,9 @@ RECIPE = "--config=configs/quickstart.py"
 @pytest.mark.parametrize(("args", "words"), [
     ([RECIPE, "--config.batch_size=abc"], ["--config.batch_size=abc", "'abc'"]),
     ([RECIPE, "--config.optm.lr=1"], ["unknown config field 'optm'; did you mean 'optim'?"]),
+    ([RECIPE, "--config.data.colour=rand"], ["unknown config field; data.colour is data.color since mae_jax 0.2.0"]),
+    ([RECIPE, "--config.checkpoint.best", "top1"], ["checkpoint.best is checkpoint.best_metric since mae_jax 0.2.0"]),
+    (["--config=configs/splitmask_small.py", "--noconfig.method.normalise"], ["method.normalise is method.normalize"]),
     ([RECIPE, "--config.batch_size.x=1"], ["batch_size.x"]),
     ([RECIPE, "--config.train=3"], ["--config.train=3"]),
     ([RECIPE, "--workdr=x"], ["Unknown command line flag 'workdr'", "workdir"]),
@@ -88,6 +91,8 @@ def test_flags_that_cannot_be_read_are_named(monkeypatch, args, words):
     ("import no_such_package", "the config file does not load: ModuleNotFoundError: No module named 'no_such_package'"),
     ("from mae_jax.config import default\n\n\ndef get_config():\n    config = default()\n    config.optim.lrr = 3",
      "unknown config field 'lrr'; did you mean 'lr'?"),
+    ("from mae_jax.config import default\n\n\ndef get_config():\n    c = default()\n    c.checkpoint.best = 'top1'",
+     "unknown config field; checkpoint.best is checkpoint.best_metric since mae_jax 0.2.0"),
     ("x = 1", "no attribute 'get_config'"),
 ])
 def test_a_config_file_of_the_users_own_that_does_not_load_is_explained(monkeypatch, tmp_path, body, line):

@@ -1,14 +1,19 @@
+import math
+import random
+
 import numpy as np
 import pytest
 
-from mae_jax.data.masking import Order, _add_block, check, draw
+from mae_jax.data.masking import Order, _add_block, _add_published_block, check, draw
 from mae_jax.errors import UserError
 from mae_jax.rng import rng
 
 
 @pytest.mark.parametrize(("kind", "grid", "hidden"), [
     ("random", (14, 14), 147), ("block", (14, 14), 75), ("block", (4, 6), 9), ("block", (14, 14), 196),
-    ("block", (14, 14), 0), ("grid", (6, 4), 18), ("identity", (3, 5), 0)])
+    ("block", (14, 14), 0), ("published_block", (14, 14), 75), ("published_block", (4, 6), 9),
+    ("published_block", (14, 14), 196), ("published_block", (14, 14), 0), ("published_block", (1, 1), 1),
+    ("published_block", (2, 2), 3), ("grid", (6, 4), 18), ("identity", (3, 5), 0)])
 def test_an_order_is_a_permutation(kind, grid, hidden):
     order = draw(Order(kind, grid, hidden), rng(0, "order", 5))["order"]
     assert order.dtype == np.int32
@@ -34,11 +39,95 @@ def pairs(mask):
     return mask[:, 1:][mask[:, :-1]].mean()
 
 
-def test_block_orders_hide_patches_in_blocks():
+@pytest.mark.parametrize("kind", ["block", "published_block"])
+def test_block_orders_hide_patches_in_blocks(kind):
     """A hidden patch's right neighbour is hidden far more often than the share of hidden patches (0.4)."""
     together, scattered = (
-        np.mean([pairs(hidden_mask(Order(kind, (14, 14), 78), i)) for i in range(50)]) for kind in ("block", "random"))
+        np.mean([pairs(hidden_mask(Order(each, (14, 14), 78), i)) for i in range(50)]) for each in (kind, "random"))
     assert together > 0.7 > 0.5 > scattered
+
+
+MASKS = 4000
+
+
+def published(grid, total, draws):
+    """Draws a mask as BEiT's released code is described to: it may end short of `total`."""
+    mask = np.zeros(grid, bool)
+    tries = 0
+    while tries < 10 and mask.sum() < total:
+        left, tries = total - int(mask.sum()), tries + 1
+        area, aspect = draws.uniform(16, left), math.exp(draws.uniform(math.log(0.3), math.log(1 / 0.3)))
+        sides = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if sides[0] < grid[0] and sides[1] < grid[1]:
+            first = [draws.randint(0, whole - side) for whole, side in zip(grid, sides, strict=True)]
+            place = tuple(slice(start, start + side) for start, side in zip(first, sides, strict=True))
+            if 0 < (~mask[place]).sum() <= left:
+                mask[place], tries = True, 0
+    return mask
+
+
+def unfilled(grid, total, draws):
+    mask = np.zeros(grid, bool)
+    while (left := total - int(mask.sum())) and _add_published_block(mask, left, draws):
+        pass
+    return mask
+
+
+def statistics(masks):
+    """Returns means of the hidden patches, of those without a hidden neighbor, of pairs of neighbors, and the share of
+    hidden patches with a visible neighbor."""
+    def neighbors(edge):
+        wide = np.pad(masks, ((0, 0), (1, 1), (1, 1)), constant_values=edge)
+        return np.stack([wide[:, :-2, 1:-1], wide[:, 2:, 1:-1], wide[:, 1:-1, :-2], wide[:, 1:-1, 2:]])
+
+    hidden, beside, edge = masks.sum(), neighbors(False), ~neighbors(True).all(0)
+    return {"hidden": hidden / len(masks), "isolated": (masks & ~beside.any(0)).sum() / len(masks),
+            "pairs": (masks & beside).sum() / 2 / len(masks), "touching": (masks & edge).sum() / hidden}
+
+
+@pytest.mark.parametrize(("grid", "total", "known"), [
+    ((14, 14), 75, {"hidden": 74.5, "isolated": 0.03, "pairs": 125.1, "touching": 0.446}),
+    ((14, 14), 147, {"isolated": 0.01}), ((7, 11), 29, {})])
+def test_published_block_orders_have_the_statistics_of_beits_released_code(grid, total, known):
+    """Of 4,000 masks, beside an independent drawing of its own, and what is known of 4,000 of the released code.
+
+    The blocks alone are alike. Filling adds less than one patch on average, at the edge of what is hidden: to each
+    mask at most two pairs or so, and no isolated patch.
+    """
+    draws = random.Random(3)
+    theirs = statistics(np.stack([published(grid, total, draws) for _ in range(MASKS)]))
+    blocks = statistics(np.stack([unfilled(grid, total, rng(0, "order", i)) for i in range(MASKS)]))
+    ours = statistics(np.stack([hidden_mask(Order("published_block", grid, total), i) for i in range(MASKS)]))
+    near = {"hidden": 0.25, "isolated": 0.03, "pairs": 0.6, "touching": 0.006}
+    assert blocks == {name: pytest.approx(theirs[name], abs=near[name]) for name in near}
+    for name, value in known.items():
+        assert theirs[name] == pytest.approx(value, abs=near[name])
+    assert ours["hidden"] == total
+    assert 0 < total - blocks["hidden"] < 1
+    assert ours["isolated"] < theirs["isolated"] + 0.03
+    assert 0 < ours["pairs"] - blocks["pairs"] < 2 * (total - blocks["hidden"])
+    assert ours["touching"] == pytest.approx(theirs["touching"], abs=0.02)
+
+
+def test_published_blocks_have_the_sizes_and_places_that_are_published():
+    """The first block of 75: area 16 to 75, aspect 0.3 to 1 / 0.3, shorter than the grid, at every place alike."""
+    sizes, tops = [], []
+    for position in range(1000):
+        mask = np.zeros((14, 14), bool)
+        assert _add_published_block(mask, 75, rng(0, "order", position))
+        rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+        assert len(rows) * len(columns) == mask.sum()
+        sizes.append((len(rows), len(columns)))
+        tops.append(rows[0] / (14 - len(rows)))
+    areas, aspects = np.prod(sizes, 1), np.log([height / width for height, width in sizes])
+    assert np.max(sizes) == 13
+    assert 12 <= areas.min() <= 18  # rounded sides
+    assert 68 <= areas.max() <= 75
+    assert abs(areas.mean() - (16 + 75) / 2) < 3
+    assert abs(aspects.mean()) < 0.08
+    assert 0.8 < np.abs(aspects).max() < np.log(1 / 0.3) + 0.35
+    assert (min(tops), max(tops)) == (0, 1)
+    assert abs(np.mean(tops) - 0.5) < 0.04
 
 
 def test_block_orders_hide_75_of_196_and_their_blocks_are_as_large_and_long_as_beits():

@@ -19,6 +19,7 @@ def test_a_sweep_is_every_combination_of_values_of_the_fields_types():
 
 @pytest.mark.parametrize(("text", "words"), [
     ("batch_sise=8", ["unknown config field 'batch_sise'", "did you mean 'batch_size'?"]),
+    ("checkpoint.best=,top1", ["unknown config field 'checkpoint.best'", "is checkpoint.best_metric since"]),
     ("batch_size", ["cannot read 'batch_size'", "batch_size=2048,4096"]),
     ("batch_size=big", ["batch_size=big", "such as 8"]),
     ("model.scan=maybe", ["model.scan=maybe", "such as False"]),

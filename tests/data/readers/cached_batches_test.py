@@ -27,10 +27,10 @@ def write(folder, **sizes):
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def build(folder, rows=None, spec=SPEC):
+def build(folder, rows=None, spec=SPEC, order=ORDER):
     config = ConfigDict({"batch_size": 4, "data": {"source": "batches", "path": str(folder)},
                          "eval": {"crop_ratio": (0.875,)}, "method": {}})
-    return data.OpenedData(config).batches(spec, ORDER, rows=rows)
+    return data.OpenedData(config).batches(spec, order, rows=rows)
 
 
 def test_training_reads_the_file_over_and_over_from_any_step(tmp_path):
@@ -122,12 +122,34 @@ def test_cached_batches_need_no_tensorflow(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+def test_a_field_is_found_under_the_name_that_0_1_0_stored(tmp_path):
+    write(tmp_path)
+    pixels = np.arange(4 * 4 * 10, dtype=np.uint8).reshape(10, 4, 4)
+    for name in ("train", "support", "evaluate"):
+        with np.load(tmp_path / f"{name}.npz") as stored:
+            np.savez(tmp_path / f"{name}.npz", **stored, mask=pixels[:len(stored["id"])])
+    inputs = build(tmp_path, spec={**SPEC, "pixel_label": jax.ShapeDtypeStruct((4, 4, 4), np.uint8)})
+    assert (next(inputs.train(0))["pixel_label"] == pixels[:4]).all()
+    assert (list(inputs.evaluate())[1]["pixel_label"] == [*pixels[4:6], *np.full((2, 4, 4), 255)]).all()
+
+
+def test_block_masks_of_0_1_0_are_for_runs_that_have_them(tmp_path):
+    write(tmp_path)
+    block = Order("block", (2, 2), 3)
+    meta = json.loads((tmp_path / "meta.json").read_text()) | {"order": block}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    assert build(tmp_path, order=block).num_train == 100
+    with pytest.raises(UserError, match="make them with this config, or train on them with recipe_version=1"):
+        build(tmp_path, order=block._replace(kind="published_block"))
+
+
 def test_batches_of_another_order_of_patches_are_refused(tmp_path):
     write(tmp_path)
     meta = json.loads((tmp_path / "meta.json").read_text()) | {"order": ["block", [2, 2], 3]}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match="order of patches"):
+    with pytest.raises(UserError, match="order of patches") as error:
         build(tmp_path)
+    assert "recipe_version" not in str(error.value)
 
 
 def test_a_validation_part_may_be_missing(tmp_path):
