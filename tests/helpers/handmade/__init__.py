@@ -1,0 +1,1 @@
+"""A package of plug-ins, for tests."""
