@@ -4,9 +4,9 @@ import json
 import os
 import re
 import runpy
-import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -19,12 +19,12 @@ from mae_jax.errors import UserError
 from mae_jax.training.workdir import config_of, read_config
 from tests.helpers.tiny import tiny_config
 
-ENTRY_POINTS = {
-    "methods": "echo = handmade.things:Echo",
-    "sources": "dark = handmade.things:dark",
-    "color_policies": "negative = handmade.things:negative",
-    "layouts": "hand = handmade.things:HAND",
-}
+PAGE = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()  # whose examples these tests install
+ENTRY_POINTS = {kind.removeprefix("mae_jax."): f"{name} = {target}" for kind, points in tomllib.loads(
+    "".join(re.findall("```toml\n(.+?)```", PAGE, re.DOTALL)))["project"]["entry-points"].items()
+    for name, target in points.items()}
+MODULES = dict(re.findall(r'```python\n"""(handmade/\w+\.py)"""\n(.+?)```', PAGE, re.DOTALL))
+SAYS = "import sys\n\nprint('handmade is being imported', file=sys.stderr)\n"
 WAYS = ("entry points", "config.plugins")
 RECIPE = """
 from mae_jax.config import default, resolve
@@ -68,7 +68,9 @@ def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plugins")
     by_entry_points = request.param == WAYS[0]
     site = installed(folder / "site", "handmade", ENTRY_POINTS if by_entry_points else {})
-    shutil.copytree(Path(__file__).parent / "helpers" / "handmade", site / "handmade")
+    (site / "handmade").mkdir()
+    for name, text in {**MODULES, "handmade/__init__.py": SAYS}.items():
+        (site / name).write_text(text)
     recipe = folder / "recipe.py"
     recipe.write_text(RECIPE.format(plugins=() if by_entry_points else ("handmade.registered",)))
     done = python(site, "-m", "mae_jax", "train", f"--config={recipe}", f"--workdir={folder / 'run'}")
@@ -81,6 +83,12 @@ def metrics(workdir: Path) -> dict[str, float]:
     return {name: value for line in lines for name, value in json.loads(line).items()}
 
 
+def test_the_page_has_an_example_of_each_kind():
+    assert ENTRY_POINTS.keys() == set(plugins.KINDS)
+    registered = re.findall(r'register\("(\w+)", "(\w+)", (\S+)\)', MODULES["handmade/registered.py"])
+    assert {kind: f"{name} = handmade.{thing.replace('.', ':')}" for kind, name, thing in registered} == ENTRY_POINTS
+
+
 def test_a_run_trains_with_method_source_and_color_policy_of_a_plug_in(run):
     found = metrics(run[2])
     assert 235 < found["train/brightness"] < 245  # made negative
@@ -91,8 +99,8 @@ def test_a_plug_in_is_printed_before_it_is_imported(run):
     printed = run[3].stderr
     asked = {WAYS[0]: "plug-in: importing handmade.things of the package handmade 0.3, for 'echo' of methods",
              WAYS[1]: "plug-in: importing handmade.registered, which config.plugins names"}[run[4]]
-    assert 0 <= printed.index(asked) < printed.index("handmade.things is being imported")
-    assert printed.count("handmade.things is being imported") == 1
+    assert 0 <= printed.index(asked) < printed.index("handmade is being imported")
+    assert printed.count("handmade is being imported") == 1
 
 
 def test_config_json_says_what_the_run_was_made_with(run):
@@ -143,7 +151,7 @@ def test_a_layout_of_a_plug_in_is_written_and_read_where_training_starts_from_it
     assert "hand.encoder.block_00.attn.qkv.kernel" in names
     assert all(name.startswith("hand.") for name in names)
     report = next(line for line in done.stderr.splitlines() if line.startswith("init_from "))
-    assert f"{len(names)} loaded" in report
+    assert re.fullmatch(f"init_from {file}: taken: {len(names)}.*; new: none; left over: none", report)
 
 
 def test_what_is_not_installed_is_named_with_where_it_was_asked_for(run, later, fresh):
