@@ -153,7 +153,8 @@ class Suite:
         """Returns the encoder's own config on the data of the recipe."""
         config = self.encoder.copy_and_resolve_references().unlock()
         config.update({group: recipe[group] for group in DATA_GROUPS})
-        config.update(init_from=self.source, batch_size=recipe.batch_size)
+        config.update(init_from=self.source, batch_size=recipe.batch_size,
+                      plugins=tuple(dict.fromkeys((*config.plugins, *recipe.plugins))))
         config.update_from_flattened_dict({name: value for name, value in self.recipe.overrides.items()
                                            if name == "seed" or name.startswith("model.")})
         config.data.val_split = config.checkpoint.best_metric = ""
