@@ -49,9 +49,9 @@ def build(config: ConfigDict, spec: Spec, order: Order, rows: np.ndarray | None 
     int32 [B, N], order[b, k] = raster index of the k-th patch; `label` int32 [B], -1 unlabelled; `id` int32 [B], -1 in
     padding; `valid` float32 [B], 0 for grey stand-ins and padding; `replaced` int32 [B], how many pictures failed
     before this one. Where the order has blocks, `blocks` int32 [B, M, K], places in the order. Where the spec asks for
-    them and the data have them: `labels` uint8 [B, C], 1 where a class is in
-    the picture; `mask` uint8 [B, N, P / 3], the class of each pixel, 255 where it has none; and `tokens` int32 [B, N],
-    of the file data.tokens; and `cluster` int32 [B], of the folder method.clusters.
+    them and the data have them: `labels` uint8 [B, C], 1 where a class is in the picture; `mask` uint8 [B, N, P / 3],
+    the class of each pixel, 255 where it has none; and `tokens` int32 [B, N], of the file data.tokens; and `cluster`
+    int32 [B], of the folder method.clusters.
 
     Args:
       config: the resolved config.
