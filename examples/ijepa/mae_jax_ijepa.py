@@ -2,9 +2,9 @@
 
 As section 3 and the appendix have it, but for these, our choices. Shapes are static: all targets have the same number
 of patches, that of which most shapes are in the ranges of scale and aspect (the released code draws a size for each
-batch), and the context keeps V patches, drawn at random (it cuts all contexts of a batch to the smallest); a target that
-would leave fewer is drawn again. The encoder keeps a class token, which no loss is asked of. The loss is a mean over
-patches and channels, not a sum. As in the released code, not in the paper: each target's feature has its mean and
+batch), and the context keeps V patches, drawn at random (it cuts all contexts of a batch to the smallest); a target
+that would leave fewer is drawn again. The encoder keeps a class token, which no loss is asked of. The loss is a mean
+over patches and channels, not a sum. As in the released code, not in the paper: each target's feature has its mean and
 deviation removed; `distance` may be smooth_l1; weight decay rises by half a cosine, not by a line.
 """
 
