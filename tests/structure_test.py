@@ -16,7 +16,7 @@ from mae_jax.config import OPTIMIZERS
 from mae_jax.data.sources import registry
 
 PACKAGE = sorted(Path("mae_jax").rglob("*.py"))
-EVERYTHING = PACKAGE + sorted(Path("tests").rglob("*.py")) + sorted(Path("configs").glob("*.py"))
+EVERYTHING = PACKAGE + [path for name in ("tests", "configs", "examples") for path in sorted(Path(name).rglob("*.py"))]
 
 
 def imported(path: Path) -> set[str]:
@@ -77,7 +77,7 @@ def test_the_package_has_a_dozen_files_in_its_root_at_most():
     assert len(list(Path("mae_jax").glob("*.py"))) <= 12
 
 
-OWN_FOLDERS = {"helpers", "faults", "multidevice", "golden", "gcs", "configs"}  # of tests, without a package
+OWN_FOLDERS = {"helpers", "faults", "multidevice", "golden", "gcs", "configs", "examples"}  # not of a package
 
 
 def test_folders_of_tests_are_those_of_the_package():

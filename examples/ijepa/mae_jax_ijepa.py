@@ -1,11 +1,11 @@
 """I-JEPA: an encoder that sees a part of an image predicts a teacher's features of other parts (arXiv 2301.08243).
 
-As section 3 and appendix A.1 have it, but for these. Shapes are static: all targets have the same number of patches,
-that of which there are most shapes in the ranges of scale and aspect, where the paper draws one size for each batch;
-and the context keeps V patches, drawn at random, where the released code cuts all contexts of a batch to the smallest.
-A target that would leave fewer is drawn again. Targets have their features' mean and deviation removed, and the loss
-may be the smooth L1 distance, as in the released code; the paper has neither. The encoder keeps a class token, which no
-loss is asked of. Weight decay rises by half a cosine, as in the released code; the paper's is linear.
+As section 3 and the appendix have it, but for these, our choices. Shapes are static: all targets have the same number
+of patches, that of which most shapes are in the ranges of scale and aspect (the released code draws a size for each
+batch), and the context keeps V patches, drawn at random (it cuts all contexts of a batch to the smallest); a target
+that would leave fewer is drawn again. The encoder keeps a class token, which no loss is asked of. The loss is a mean
+over patches and channels, not a sum. As in the released code, not in the paper: each target's feature has its mean and
+deviation removed; `distance` may be smooth_l1; weight decay rises by half a cosine, not by a line.
 """
 
 import math
@@ -84,12 +84,12 @@ class IJEPA(Method):
     """Predicts the teacher's features of each target from the context's tokens and the target's positions."""
 
     defaults: ClassVar[dict[str, Any]] = {
-        "targets": 4,  # M; this and the four below: section 4 and Table 6
+        "targets": 4,  # M; this and the three below: section 3
         "target_scale": (0.15, 0.2),  # share of the image
         "target_aspect": (0.75, 1.5),  # height / width
         "context_scale": (0.85, 1.0),
-        "context_ratio": 0.25,  # the share of patches that stay of it: the average of Table 6, here of every image
-        "momentum": 0.996,  # of the teacher; rises linearly to 1
+        "context_ratio": 0.25,  # patches that stay of it, of every image: an average remembered of the paper, unchecked
+        "momentum": 0.996,  # of the teacher; rises linearly to 1 (appendix)
         "distance": "l2",  # or smooth_l1, as in the released code
         "decoder_width": 384, "decoder_depth": 6, "decoder_heads": 12,  # the predictor's, for ViT-B
     }
@@ -177,9 +177,6 @@ class IJEPA(Method):
         left = (1 - self.config.method.momentum) * (1 - jnp.clip(step / max(self.timeline.total, 1), 0, 1))
         student = {"encoder": params["encoder"]}
         return {"teacher": jax.tree.map(lambda old, new: old + left * (new - old), extras["teacher"], student)}
-
-    def judged(self, params: Params, extras: Extras) -> Params:
-        return {**params, **extras["teacher"]}
 
     def forward_flops(self) -> int:
         d, seen, asked = self.config.method, 1 + self.visible, self.target_patches

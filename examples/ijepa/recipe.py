@@ -1,4 +1,4 @@
-"""ViT-B/16 I-JEPA on ImageNet-1K, 600 epochs (arXiv 2301.08243, appendix A.1).
+"""ViT-B/16 I-JEPA on ImageNet-1K, 600 epochs (arXiv 2301.08243, appendix).
 
   python -m mae_jax train --config=examples/ijepa/recipe.py --workdir=runs/ijepa \
       --config.data.path=gs://BUCKET/tensorflow_datasets

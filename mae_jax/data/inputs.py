@@ -90,8 +90,8 @@ class OpenedData:
         [B], -1 in padding; `valid` float32 [B], 0 for grey stand-ins and padding; `replaced` int32 [B], how many
         pictures failed before this one. Where the order has blocks, `blocks` int32 [B, M, K], places in the order.
         Where the spec asks for them and the data have them: `labels` uint8 [B, C], 1 where a class is in the picture;
-        `pixel_label` uint8 [B, N, P / 3], the class of each pixel, 255 where it has
-        none; `tokens` int32 [B, N], of the file data.tokens; `cluster` int32 [B], of the folder that the method needs.
+        `pixel_label` uint8 [B, N, P / 3], the class of each pixel, 255 where it has none; `tokens` int32 [B, N], of the
+        file data.tokens; `cluster` int32 [B], of the folder that the method needs.
 
         Args:
           spec: field → global shape [B, ...] and dtype, as evaluations want them.

@@ -194,9 +194,10 @@ class Method:
         return self.encoder.apply({"params": weights}, pixels, batch["order"], block=block)
 
     def judged(self, params: Params, extras: Extras) -> Params:
-        """Returns the parameters that evaluations, exports and warm starts are of; a teacher's, where it is the result.
+        """Returns the parameters that evaluations, exports and warm starts are of: where the extras have a `teacher`, a
+        tree of parameters by their own names, these in place of the student's (`param_tree.judged` reads them so).
         """
-        return params
+        return {**params, **extras.get("teacher", {})}
 
     def forward_flops(self) -> int:
         """Returns the FLOPs of one image's forward pass in training: matrix products, 2 per multiply-add."""

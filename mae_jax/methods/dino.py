@@ -168,9 +168,6 @@ class DINO(Method):
         teacher = jax.tree.map(lambda old, new: old + left * (new - old), extras["teacher"], params)
         return {**extras, "teacher": teacher}
 
-    def judged(self, params: Params, extras: Extras) -> Params:
-        return extras["teacher"]
-
     def forward_flops(self) -> int:
         large, small = (self._view_flops(int(np.prod(sides))) for sides in (self.grid.shape, self.local_grid))
         return GLOBALS * large + self.config.method.local_views * small

@@ -1,10 +1,13 @@
+import json
 import math
 import random
+from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 
-from mae_jax.data.masking import Order, _add_block, _add_published_block, check, draw
+from mae_jax.data.masking import Order, View, _add_block, _add_published_block, check, draw, with_views
 from mae_jax.errors import UserError
 from mae_jax.rng import rng
 
@@ -171,3 +174,51 @@ def test_grid_orders_keep_one_patch_of_each_square_of_four():
 def test_impossible_orders_are_refused_with_what_would_work(order, text):
     with pytest.raises(UserError, match=text):
         check(order)
+
+
+class Corners(NamedTuple):
+    """Two blocks that are the first columns and the first rows, the latter hidden."""
+
+    blocks: tuple[int, int] = (2, 4)
+    name: str = "corners"
+    first: int = 0  # entry of the permutation
+    shown: int = 2  # blocks that are returned
+
+    def __call__(self, order, rng):
+        permutation = np.concatenate([4 + rng.permutation(12), np.arange(4)])
+        permutation[0] += self.first
+        return permutation, np.stack([np.arange(0, 16, 4), np.arange(4)])[: self.shown]
+
+
+def test_a_methods_own_generator_says_where_its_blocks_are_in_the_order():
+    order = Order(Corners(), (4, 4), 4)
+    check(order)
+    drawn, again = (draw(order, rng(0, "order", 5)) for _ in range(2))
+    assert {name: (value.shape, value.dtype) for name, value in drawn.items()} == {
+        "order": ((16,), np.int32), "blocks": ((2, 4), np.int32)}
+    np.testing.assert_array_equal(drawn["order"][drawn["blocks"]], [[0, 4, 8, 12], [0, 1, 2, 3]])
+    np.testing.assert_array_equal(drawn["blocks"][1], [12, 13, 14, 15])
+    np.testing.assert_array_equal(drawn["order"], again["order"])
+    assert draw(Order(Corners(blocks=(0, 0)), (4, 4), 4), rng(0, "order", 5)).keys() == {"order"}
+    assert "corners" in json.dumps(order)  # cached batches store it
+
+
+@pytest.mark.parametrize(("order", "text"), [
+    (Order(Corners(first=1), (4, 4), 4), "'corners' draws no permutation of 16"),
+    (Order(Corners(shown=1), (4, 4), 4), r"\[1, 4\] of the patches 0 to 12, not \[2, 4\]"),
+    (Order(Corners(), (4, 4), 4, group=2), "a group of 2"),
+    (Order(Corners(), (4, 4), 17), "0 to 16"),
+])
+def test_an_own_generator_that_draws_no_such_order_is_refused(order, text):
+    with pytest.raises(UserError, match=text):
+        check(order)
+
+
+def test_views_have_the_blocks_of_their_own_orders():
+    names = {"patches": (16, 12), "order": (16,), "blocks": (2, 4), "label": ()}
+    spec = {name: jax.ShapeDtypeStruct((8, *shape), np.int32) for name, shape in names.items()}
+    views = (View("large", (8, 8), (0.4, 1), (None, None), Order(Corners(), (4, 4), 4)),
+             View("small", (4, 4), (0.1, 0.4), (None,), Order("identity", (2, 2), 0)))
+    assert {name: struct.shape for name, struct in with_views(spec, views).items()} == {
+        "label": (8,), "large/patches": (8, 2, 16, 12), "large/order": (8, 2, 16), "large/blocks": (8, 2, 2, 4),
+        "small/patches": (8, 1, 4, 12), "small/order": (8, 1, 4)}
