@@ -25,6 +25,7 @@ LOSSES = ("cross_entropy", "bce")
 class Supervised(Method):
     """An encoder and a linear classifier; all of it learns, or its last blocks, or the classifier alone."""
 
+    task = "classification"
     defaults = fields.SUPERVISED
     decayed = ("kernel",)
     learns_labels = names_classes = True

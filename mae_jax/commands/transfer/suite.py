@@ -264,7 +264,8 @@ def look(config: ConfigDict, folder: epath.Path) -> None:
         state = training_run.initial_state(run, trains=False)
         workdir.record(run.workdir, config)
         recorder = Recorder(run.workdir, 0, config.log.tensorboard)
-        recorder.scalars(0, Evaluator(run.program.method, run.inputs, run.program.mesh).quick(state))
+        evaluator = Evaluator(run.program.method, run.inputs, run.program.mesh)
+        recorder.scalars(0, evaluator.on_demand("frozen_probes", state))
         recorder.close()
     paths.replace_text(run.workdir / "DONE", "0\n")
 
