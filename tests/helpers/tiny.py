@@ -35,11 +35,12 @@ OWN = {  # method → its fields
 
 
 def tiny_config(fields: dict[str, Any] | None = None, method: str = "mae") -> ConfigDict:
-    """Returns a valid config of 16 patches (MAE: 4 of them visible) or of 3 classes, with dotted `fields` changed."""
+    """Returns a valid config for CPUs of 16 patches (MAE: 4 of them visible) or of 3 classes, with dotted `fields` changed."""
     config = default(method)
     config.batch_size = 8
     config.data.update(image_size=(16, 16), threads=2)
-    config.model.update(width=32, depth=2, heads=2, patch=(4, 4))
+    config.model.update(width=32, depth=2, heads=2, patch=(4, 4), dtype="float32")  # no 'auto' is left to resolve
+    config.mesh.zero = "off"
     config.method.update(OWN[method])
     config.optim.update(lr=0.05, warmup="2 steps")
     config.train.duration = "6 steps"
