@@ -32,7 +32,8 @@ BEHAVIORS: dict[str, Behavior] = {
     "published_blocks": Behavior(
         2,
         "`method.masking=block` drew no block once fewer than 16 patches were left, and filled up with single patches",
-        "blocks as BEiT's released code draws them, the last ones too; on average less than one patch is added singly"),
+        "blocks as BEiT's released code draws them; what is then missing (of 14 x 14, less than one patch on average) "
+        "is added singly"),
 }
 
 

@@ -174,8 +174,8 @@ def _grid(order: Order, rng: np.random.Generator) -> np.ndarray:
 def _published_block(order: Order, rng: np.random.Generator) -> np.ndarray:
     """Hides rectangles until M patches are hidden, as BEiT's released code (Algorithm 1) does.
 
-    That ends short where no block fits any more, by half a patch of 75 on average. Here M are hidden in every image:
-    what is missing is added one by one beside what is hidden, so that few stand alone, as published.
+    That ends short where no block fits any more: of 196 patches by half a patch of 75 on average. Here M are hidden in
+    every image: what is missing is added one by one beside what is hidden, so that few stand alone, as published.
     """
     hidden = np.zeros(order.grid, bool)
     while (left := order.hidden - int(hidden.sum())) and _add_published_block(hidden, left, rng):
@@ -189,7 +189,7 @@ def _published_block(order: Order, rng: np.random.Generator) -> np.ndarray:
 def _add_published_block(hidden: np.ndarray, left: int, rng: np.random.Generator) -> bool:
     """Hides one more rectangle, smaller than the grid along both sides; False when none was found.
 
-    Its area is between 16 and `left`, whichever is more, and `left` patches are hidden by it at most.
+    Its area is drawn between 16 and `left`, also where that is the smaller one; it hides `left` more patches at most.
     """
     rows, columns = hidden.shape
     for sized, shaped, down, right in rng.random((BLOCK_TRIES, 4)).tolist():  # in one call: it is the host's time

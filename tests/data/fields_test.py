@@ -145,7 +145,7 @@ def test_in_data_without_splits_all_names_of_the_held_out_part_are_the_same_pict
 
 @KINDS
 def test_an_evaluation_at_another_crop_ratio_sees_less_of_the_picture(stored, name):
-    inputs = build(config(stored, name, mask_key="segmentation_mask", mask_offset=1), mask=())
+    inputs = build(config(stored, name, mask_key="segmentation_mask", mask_offset=1), pixel_label=())
     whole, part = (next(inputs.evaluate(*ratio))["pixel_label"] for ratio in ((), (0.5,)))
     assert (whole == 2).any()
     assert not (part == 2).any()  # the last row is cut off
@@ -230,7 +230,7 @@ def test_labels_that_are_not_there_name_the_config_field(stored, name):
 
 @KINDS
 def test_masks_are_cut_and_permuted_as_their_pictures(stored, name):
-    inputs = build(config(stored, name, mask_key="segmentation_mask", mask_offset=1, augment="none"), mask=())
+    inputs = build(config(stored, name, mask_key="segmentation_mask", mask_offset=1, augment="none"), pixel_label=())
     for batch in [next(inputs.train(2)), *inputs.evaluate()]:
         assert batch["pixel_label"].dtype == np.uint8
         masks = PatchGrid(2, 2, 8, 8).unpatchify(np.repeat(batch["pixel_label"], 3, axis=2), batch["order"])[..., 0]
@@ -242,9 +242,9 @@ def test_masks_are_cut_and_permuted_as_their_pictures(stored, name):
 @KINDS
 def test_masks_that_are_not_there_name_the_config_field(stored, name):
     with pytest.raises(UserError, match=r"no batch field 'pixel_label'; data\.mask_key=''"):
-        build(config(stored, name), mask=())
+        build(config(stored, name), pixel_label=())
     with pytest.raises(UserError, match="did you mean 'segmentation_mask'"):
-        build(config(stored, name, mask_key="segmentation_masks"), mask=())
+        build(config(stored, name, mask_key="segmentation_masks"), pixel_label=())
 
 
 def test_numbers_below_the_offset_and_255_are_ignored():

@@ -53,7 +53,7 @@ def open_folder(config: ConfigDict, meta: dict[str, Any], clusters: Clusters | N
             field = {"kept": "data.classes", "clusters": "method.clusters"}[name]
             raise UserError(f"the batches of {folder} were made with another {field}; make them with this config")
     if meta.get("order") != wanted["order"]:
-        older = meta.get("order") == hiding(order._replace(kind="block"), ())["order"]  # blocks of package 0.1.0
+        older = order.kind == "published_block" and meta.get("order") == ["block", *wanted["order"][1:]]  # of 0.1.0
         raise UserError(f"the batches of {folder} were made for the order of patches {meta.get('order')} (kind, grid, "
                         f"hidden, group), the config asks for {wanted['order']}; make them with this config"
                         f"{', or train on them with recipe_version=1' * older}")

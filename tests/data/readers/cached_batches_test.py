@@ -145,7 +145,7 @@ def test_block_masks_of_0_1_0_are_for_runs_that_have_them(tmp_path):
 
 def test_batches_of_another_order_of_patches_are_refused(tmp_path):
     write(tmp_path)
-    meta = json.loads((tmp_path / "meta.json").read_text()) | {"order": ["block", [2, 2], 3]}
+    meta = json.loads((tmp_path / "meta.json").read_text()) | {"order": ["block", [2, 2], 3, 1]}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="order of patches") as error:
         build(tmp_path)
