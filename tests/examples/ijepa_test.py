@@ -58,11 +58,14 @@ def batches_of(config):
 
 
 def made(**fields):
-    """Returns method, parameters, extras with another teacher, and the first batch of the run."""
+    """Returns method, random parameters, extras with another teacher, and a batch of random pixels."""
     config = config_of(**fields)
-    batch = {name: value.copy() for name, value in next(batches_of(config).train(0)).items()}
-    teacher = {"encoder": tiny_params(config, seed=1)["encoder"]}
-    return tiny_method(config), tiny_params(config), {"teacher": teacher}, batch
+    method, teacher = tiny_method(config), {"encoder": tiny_params(config, seed=1)["encoder"]}
+    drawn = [draw(method.order(), rng(0, "order", row)) for row in range(config.batch_size)]
+    batch = {name: np.stack([fields[name] for fields in drawn]) for name in drawn[0]}
+    batch["patches"] = np.random.default_rng(0).integers(0, 256, method.eval_spec()["patches"].shape, np.uint8)
+    batch["valid"] = np.ones(config.batch_size, np.float32)
+    return method, tiny_params(config), {"teacher": teacher}, batch
 
 
 def rectangle(raster, grid):
