@@ -14,7 +14,7 @@ from etils import epath
 from safetensors.numpy import load_file
 
 from mae_jax import errors, plugins
-from mae_jax.config import default
+from mae_jax.config import default, validate
 from mae_jax.errors import UserError
 from mae_jax.training.workdir import config_of, read_config
 from tests.helpers.tiny import tiny_config
@@ -141,7 +141,7 @@ def later(run):
 
 
 def test_a_stored_run_is_evaluated(run, later):
-    assert metrics(run[2]).keys() == {"step", "eval/loss", "eval/brightness"}
+    assert metrics(run[2]).keys() == {"step", "time", "eval/loss", "eval/brightness"}
 
 
 def test_a_layout_of_a_plug_in_is_written_and_read_where_training_starts_from_it(run, later):
@@ -212,7 +212,7 @@ def test_the_field_is_a_tuple_and_is_refused_on_the_command_line_too(fresh):
         plugins.load("./evil")
     done = python(None, "-m", "mae_jax", "train", "--config=quickstart", "--workdir=never",
                   "--config.plugins=('./evil',)", code=errors.MISTAKE)
-    assert done.stderr.startswith("error: plugins='./evil' of config.plugins: expected the name of an installed module")
+    assert done.stderr.startswith("error: plugins='./evil' of --config: expected the name of an installed module")
 
 
 def test_a_module_that_fails_is_named_with_its_error_and_the_place(site):
@@ -235,7 +235,7 @@ def test_a_module_that_lacks_a_package_is_not_taken_for_a_missing_one(site):
 def test_what_is_built_in_keeps_its_name(site):
     (site / "greedy.py").write_text("from mae_jax.plugins import register\nregister('methods', 'mae', object)\n")
     with pytest.raises(UserError, match=r"methods: the plug-in greedy gives 'mae', which is built in"):
-        default(plugins=("greedy",))
+        validate(default(plugins=("greedy",)))
 
 
 def test_an_entry_point_does_not_take_the_place_of_what_is_built_in(site):

