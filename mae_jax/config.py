@@ -165,6 +165,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
     "log": {
         "every": "50 steps",
         "tensorboard": True,
+        "sinks": (),  # where metrics and figures go besides, by name (mae_jax/storage/metric_sinks.py)
         "profile_steps": "",  # the first and the last of a profiler trace: '20:25'; '': none
     },
     "guard": {
@@ -307,6 +308,7 @@ def validate(config: ConfigDict, trains: bool = True) -> None:
     from mae_jax.data.transforms import color
     from mae_jax.ops.patches import PatchGrid  # with JAX, which a recipe and --help do without
     from mae_jax.param_tree import flat
+    from mae_jax.storage import metric_sinks
 
     load_plugins(config.plugins)
     color.policy(config.data.color)
@@ -329,6 +331,8 @@ def validate(config: ConfigDict, trains: bool = True) -> None:
     profile_steps(config)
     if not config.log.every:
         raise UserError("log.every is ''; write how often to log, as '50 steps'")
+    for name in config.log.sinks:
+        metric_sinks.find(name)
     if config.checkpoint.best_metric and not (config.data.val_split and config.eval.every):
         raise UserError(f"checkpoint.best_metric={config.checkpoint.best_metric!r} needs data.val_split and eval.every")
     if not -1 <= config.eval.attention_block < config.model.depth:
@@ -345,7 +349,8 @@ def _check_types(values: dict[str, Any], defaults: dict[str, Any]) -> None:
             whole = all(isinstance(item, int) for item in default)
             kinds = (str,) if not default else (int,) if whole else (int, float)
             if not isinstance(value, list) or not all(isinstance(item, kinds) for item in value):
-                shown = tuple(default) or {"plugins": ("package.module",)}.get(key, ("imagenet_v2",))
+                shown = tuple(default) or {"plugins": ("package.module",), "eval.sets": ("imagenet_v2",),
+                                           "log.sinks": ("tensorboard",)}[key]
                 what = "whole numbers" if whole and default else "values"
                 raise UserError(f"{key}={value!r}; expected {what} such as {shown}")
         if not all(math.isfinite(number) for number in np.ravel(value) if isinstance(number, float)):

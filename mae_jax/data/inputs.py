@@ -115,8 +115,8 @@ class OpenedData:
             tokens = token_maps.load(config, sizes, spec[token_maps.FIELD].shape[1], self.needs.vocabulary)
             inputs = _joined(config.data, inputs, token_maps.joined, tokens)
         if cluster_ids.FIELD in spec:
-            assert clusters is not None, "a method that reads `cluster` says in `data_needs` of which folder"
-            assigned = cluster_ids.of_splits(clusters, self.needs.clusters or "", config.data, inputs.parts)
+            folder = self.needs.clusters or ""
+            assigned = cluster_ids.of_splits(clusters or Clusters.read(folder), folder, config.data, inputs.parts)
             inputs = _joined(config.data, inputs, cluster_ids.joined, assigned)
         return inputs
 

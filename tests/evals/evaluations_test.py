@@ -111,14 +111,12 @@ def test_one_more_evaluation_is_one_line_of_the_table(monkeypatch):
 
 def test_the_evaluated_part_is_read_once_for_figures_and_the_training_split_once():
     evaluator, state = evaluated("mae", {})
-    read = []
-    for part in ("evaluate", "support"):
-        def counted(part=part, open_part=getattr(evaluator.inputs, part)):
-            read.append(part)
-            return open_part()
+    read, batches = [], evaluator.inputs.evaluate
 
-        setattr(evaluator.inputs, part, counted)
-    evaluator.parts["eval"] = evaluator.inputs.evaluate
+    def reading(part):
+        return lambda: read.append(part) or batches()
+
+    evaluator.parts["eval"], evaluator.inputs.support = reading("evaluate"), reading("support")
     evaluator.scalars(state)
     assert read == ["evaluate", "support"]
 
@@ -128,5 +126,5 @@ def test_an_evaluation_on_demand_is_asked_for_by_name():
     found = evaluator.on_demand("frozen_probes", state, "val")
     assert found.keys() == {"val/linear/top1", "val/knn/top1", "val/sgd/top1"}
     assert evaluator.on_demand("pixel_baseline", state) == {}  # which is for features that are probed
-    with pytest.raises(UserError, match="'frozen_probe'.*did you mean 'frozen_probes'"):
+    with pytest.raises(UserError, match=r"'frozen_probe'.*did you mean 'frozen_probes'"):
         evaluator.on_demand("frozen_probe", state)

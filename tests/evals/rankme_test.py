@@ -80,7 +80,8 @@ def test_images_are_drawn_from_all_of_the_split_and_always_alike():
     features = np.arange(1000.0)[:, None]
     some = chosen(features, 100)
     assert len(np.unique(some)) == 100
-    assert some.min() < 100 and some.max() > 900
+    assert some.min() < 100
+    assert some.max() > 900
     np.testing.assert_array_equal(some, chosen(features, 100))
     assert chosen(features) is features
 

@@ -7,7 +7,6 @@ import pytest
 
 from mae_jax.errors import UserError
 from mae_jax.losses.dino import centred, cross_entropy
-from mae_jax.methods import get
 from mae_jax.models.vit import make_encoder
 from mae_jax.ops.patches import normalize
 from mae_jax.storage.checkpoint import load_params
@@ -15,12 +14,12 @@ from mae_jax.training import loop, optim
 from mae_jax.training import run as training_run
 from mae_jax.training.throughput import train_flops
 from mae_jax.training.warm_start import load
-from tests.helpers.tiny import EXAMPLES, tiny_batch, tiny_config, tiny_loss, tiny_params
+from tests.helpers.tiny import tiny_batch, tiny_config, tiny_loss, tiny_method, tiny_params
 
 
 def made(fields=None):
     config = tiny_config(fields, "dino")
-    method = get("dino")(config, EXAMPLES)
+    method = tiny_method(config)
     params, center = tiny_params(config), np.random.default_rng(4).normal(size=config.method.out_dim) * 0.1
     extras = {"teacher": tiny_params(config, seed=1), "center": center.astype(np.float32)}
     return method, params, extras, tiny_batch(config)
@@ -121,10 +120,10 @@ def test_the_teachers_temperature_and_the_weight_decay_follow_their_schedules():
     found = [float(method._teacher_temperature(step)) for step in (0, 2, 4, 9)]
     assert found == pytest.approx([0.04, 0.06, 0.08, 0.08])
     config = tiny_config({"optim.weight_decay": 0.04, "optim.final_weight_decay": 0.4, "train.duration": "10 steps"})
-    decay = optim.weight_decay(config, EXAMPLES)
+    decay = optim.weight_decay(config, method.timeline)
     assert [float(decay(step)) for step in (0, 5, 10)] == pytest.approx([0.04, 0.22, 0.4])
     tree = {"kernel": np.ones(2, np.float32), "bias": np.ones(2, np.float32)}
-    optimizer = optim.make_optimizer(config, method, EXAMPLES)
+    optimizer = optim.make_optimizer(config, method)
     zeros = jax.tree.map(np.zeros_like, tree)
     updates, _ = optimizer.update(zeros, optimizer.init(tree), tree, step=10)
     np.testing.assert_allclose(updates["kernel"], 0.4, rtol=1e-6)
