@@ -86,6 +86,7 @@ def test_what_is_declared_is_imported(setup_arguments):
     assert set(PROMISED) <= declared(setup_arguments) & used.keys()
 
 
+@pytest.mark.slow
 def test_the_public_surface_has_the_types_that_it_says():
     assert Path("mae_jax/py.typed").exists()
     done = subprocess.run([sys.executable, "-m", "mypy"], capture_output=True, text=True, timeout=300)

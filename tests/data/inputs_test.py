@@ -248,6 +248,7 @@ def test_an_error_of_ours_comes_out_as_itself():
         next(random_access.batches(example, spec(c), np.arange(8), range(5), c.data))
 
 
+@pytest.mark.slow
 def test_a_process_ends_while_batches_are_being_made():
     """TensorFlow's threads hung the interpreter's exit when they came back to Python too late."""
     code = """

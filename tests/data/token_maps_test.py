@@ -47,6 +47,7 @@ def test_the_loss_asks_for_them(tmp_path, method):
     assert first[0] != second[0]
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_them(tmp_path):
     config, *_ = build(tmp_path, **{"train.duration": "2 steps", "eval.every": "2 steps", "data.eval_split": "test"})
     assert loop.train(config, str(tmp_path / "run")) == 0

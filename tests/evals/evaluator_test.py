@@ -11,7 +11,7 @@ from mae_jax.evals.evaluator import Evaluator, labelled_rows
 from mae_jax.methods.base import pool
 from mae_jax.ops.patches import assemble
 from mae_jax.runtime import sharding
-from tests.helpers.tiny import tiny_batch, tiny_config, tiny_method, tiny_params, tiny_state
+from tests.helpers.tiny import tiny_batch, tiny_config, tiny_loss, tiny_method, tiny_params, tiny_state
 
 
 def test_pooling_takes_the_class_token_or_the_mean_of_the_patches():
@@ -63,7 +63,7 @@ def test_the_evaluation_ignores_padding_and_is_the_same_twice(mesh):
     losses = []
     for batch in Inputs(config).evaluate():
         batch = {name: value[batch["valid"] > 0] for name, value in batch.items()}
-        _, (metrics, _) = method.loss(state.ema, {}, batch, None, 0, False)
+        _, (metrics, _) = tiny_loss(method)(state.ema, {}, batch, None, 0, False)
         losses.append(jax.device_get(metrics["loss"]))
     total, weight = np.sum(losses, 0)
     assert weight == 13

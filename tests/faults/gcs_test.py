@@ -26,6 +26,8 @@ from mae_jax.training import workdir as training_workdir
 from tests.faults import peer
 from tests.faults.processes import ends, output, start
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
 FIELDS = {"data.eval_split": "test", "eval.every": "20 steps", "eval.max_examples": 16}
 LEASE = [0.3, 3.0]  # seconds after which a lease is renewed, and taken over
 TOKEN = "ya29.not-to-be-seen"

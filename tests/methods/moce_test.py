@@ -14,7 +14,7 @@ from mae_jax.param_tree import flatten
 from mae_jax.runtime.sharding import make_mesh
 from mae_jax.training.throughput import train_flops
 from mae_jax.training.train_step import Program, gradients
-from tests.helpers.tiny import EXAMPLES, tiny_batch, tiny_config, tiny_method, tiny_params, tiny_state
+from tests.helpers.tiny import EXAMPLES, tiny_batch, tiny_config, tiny_loss, tiny_method, tiny_params, tiny_state
 
 COUNT = 5  # clusters
 FIELDS = {"method.num_clusters": COUNT, "method.centroid_width": 12, "method.clusters": "somewhere"}
@@ -48,11 +48,12 @@ def grown(fields=None):
                          ids=["cluster", "token", "scan"])
 def test_the_first_step_of_an_upcycled_one_is_that_of_the_mae_with_noise_or_without(fields):
     method, params, extras, batch, mae, start = grown(fields)
-    wanted = mae.loss(start, {}, batch, None, 0, True)[1][0]["loss"][0]
+    wanted = tiny_loss(mae)(start, {}, batch, None, 0, True)[1][0]["loss"][0]
     for train in (True, False):
-        metrics = jax.jit(method.loss, static_argnums=5)(params, extras, batch, None, 0, train)[1][0]
+        metrics = tiny_loss(method)(params, extras, batch, None, 0, train)[1][0]
         assert float(metrics["reconstruction_loss"][0]) == pytest.approx(float(wanted), rel=1e-5)
-    np.testing.assert_allclose(method.predict(params, batch, extras), mae.predict(start, batch), atol=1e-5)
+    ours = jax.jit(method.predict)(params, batch, extras)
+    np.testing.assert_allclose(ours, jax.jit(mae.predict)(start, batch), atol=1e-5)
 
 
 def test_the_gate_of_an_upcycled_one_learns_from_its_first_step():
@@ -82,7 +83,7 @@ def test_noise_is_drawn_per_cluster_layer_and_step_and_in_training_alone():
     quiet, loud, other = (method.probabilities(params, extras, k) for k in (None, key, jax.random.key(1)))
     assert np.ptp([np.asarray(loud[block] - quiet[block]) for block in (0, 1)], axis=0).min() > 0
     assert np.abs(loud[0] - other[0]).min() > 0
-    loss = jax.jit(method.loss, static_argnums=5)
+    loss = tiny_loss(method)
     trained = [float(loss(params, extras, batch, None, step, True)[0]) for step in (3, 3, 4)]
     assert trained[0] == trained[1] != trained[2]
     still = [float(loss(params, extras, batch, None, step, False)[0]) for step in (3, 4)]
@@ -94,7 +95,7 @@ def test_a_path_cut_out_is_the_mixture_on_pictures_of_every_cluster_routed_along
     method, params, extras, batch = made({"method.gate_weight": weight, "method.blocks": "all"})
     mae = tiny_method(tiny_config())
     table = {block: np.asarray(each) for block, each in method.probabilities(params, extras).items()}
-    whole = np.asarray(method.encode(params, extras, batch))
+    whole, encode = np.asarray(jax.jit(method.encode)(params, extras, batch)), jax.jit(mae.encode)
     paths = [tuple(each[cluster].argmax() for each in table.values()) for cluster in range(COUNT)]
     assert len(set(paths)) > 1
     for cluster, path in enumerate(paths):
@@ -102,14 +103,14 @@ def test_a_path_cut_out_is_the_mixture_on_pictures_of_every_cluster_routed_along
         dense = along(params["encoder"], dict(zip(table, path, strict=True)), scale)
         rows = batch["cluster"] == cluster
         some = {name: value[rows] for name, value in batch.items()}
-        np.testing.assert_allclose(mae.encode({"encoder": dense}, {}, some), whole[rows], atol=1e-5)
+        np.testing.assert_allclose(encode({"encoder": dense}, {}, some), whole[rows], atol=1e-5)
         assert set(flatten(dense)) == set(flatten(tiny_params(tiny_config())["encoder"]))
 
 
 def test_regularisers_are_those_of_the_whole_table_weighted_by_the_data():
     method, params, extras, batch = made()
     metrics = {name: float(total / weight) for name, (total, weight) in
-               method.loss(params, extras, batch, None, 0, False)[1][0].items()}
+               tiny_loss(method)(params, extras, batch, None, 0, False)[1][0].items()}
     (table,) = (np.asarray(each) for each in method.probabilities(params, extras).values())
     importance = extras["share"] @ table
     assert metrics["balance_loss"] == pytest.approx(importance.var() / importance.mean() ** 2, rel=1e-4)
@@ -122,7 +123,7 @@ def test_regularisers_are_those_of_the_whole_table_weighted_by_the_data():
 def test_the_distance_to_the_first_encoder_starts_at_zero_and_is_hubers():
     method, params, extras, batch, _, start = grown({"method.distill_weight": 0.5})
     extras = {**extras, "start": start["encoder"]}
-    loss = jax.jit(method.loss, static_argnums=5)
+    loss = tiny_loss(method)
     total, (metrics, _) = loss(params, extras, batch, None, 0, False)
     assert float(metrics["distill_loss"][0]) == pytest.approx(0, abs=1e-6)
     last = params["encoder"]["block_01"]["experts"]["fc2"]
@@ -148,7 +149,7 @@ def test_tokens_choose_for_themselves_where_the_gate_reads_tokens():
     assert gate.shape == (8, 1 + method.visible, 4)
     assert len(np.unique(gate.argmax(-1))) > 1
     other = {**batch, "cluster": batch["cluster"][::-1]}
-    loss = jax.jit(method.loss, static_argnums=5)
+    loss = tiny_loss(method)
     assert float(loss(params, extras, batch, None, 0, True)[0]) == float(loss(params, extras, other, None, 0, True)[0])
     grads = jax.jit(jax.grad(lambda p: method.loss(p, extras, batch, None, 0, True)[0]))(params)
     assert np.abs(grads["encoder"]["block_01"]["experts"]["gate"]["kernel"]).max() > 0
@@ -156,15 +157,17 @@ def test_tokens_choose_for_themselves_where_the_gate_reads_tokens():
 
 def test_tokens_explore_by_noise_in_training_and_regularisers_see_none():
     method, params, extras, batch = made({"method.gate": "token", "method.noise": 8.0})
-    still, (quiet, _) = method.loss(params, extras, batch, None, 3, False)
-    noisy = [method.loss(params, extras, batch, jax.random.key(draw), 3, True) for draw in (3, 3, 4)]
+    loss = tiny_loss(method)
+    still, (quiet, _) = loss(params, extras, batch, None, 3, False)
+    noisy = [loss(params, extras, batch, jax.random.key(draw), 3, True) for draw in (3, 3, 4)]
     losses = [float(total) for total, _ in noisy]
     assert losses[0] == losses[1] != losses[2]
     assert losses[0] != float(still)
     for name in ("balance_loss", "confidence_loss"):
         np.testing.assert_allclose(noisy[0][1][0][name][0], quiet[name][0], rtol=1e-5)
     scanned = made({"method.gate": "token", "method.noise": 8.0, "model.scan": True, "model.remat": "full"})[0]
-    assert float(scanned.loss(params, extras, batch, jax.random.key(3), 3, True)[0]) == pytest.approx(losses[0])
+    again = tiny_loss(scanned)(params, extras, batch, jax.random.key(3), 3, True)[0]
+    assert float(again) == pytest.approx(losses[0])
     draws = method.choices(params, extras, batch, jax.random.key(0))[1]
     assert draws.shape == (8, 1 + method.visible, 4)
     assert np.std(draws) == pytest.approx(8 / 4, rel=0.2)

@@ -1,7 +1,8 @@
 """Run by multidevice_test on 8 simulated devices: supervised losses on several meshes, and what evaluations count.
 
-Images have the colors of their labels, so that answers are clear; how clear, is told too: by the least margin of logits.
+Images have the colors of their labels, so that answers are clear; how clear, is told too: the least margin of logits.
 """
+
 import json
 
 import jax

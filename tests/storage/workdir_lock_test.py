@@ -60,7 +60,7 @@ def holder(monkeypatch) -> Iterator:
             pass
 
 
-@pytest.fixture(params=["disk", "gs"])
+@pytest.fixture(params=["disk", pytest.param("gs", marks=pytest.mark.bucket)])
 def workdir(request, tmp_path) -> str:
     if request.param == "disk":
         return str(tmp_path / "run")

@@ -58,6 +58,7 @@ def test_spikes_cannot_come_or_go_at_a_resume_other_guards_can():
         "guard.stall_seconds: 1800.0 -> 5.0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", hang.PLACES)
 def test_a_run_that_hangs_ends_with_3_and_leaves_the_stacks_of_all_threads(tmp_path, what):
     began = time.monotonic()
@@ -73,6 +74,7 @@ def test_a_run_that_hangs_ends_with_3_and_leaves_the_stacks_of_all_threads(tmp_p
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_time_in_which_the_whole_process_is_frozen_does_not_count(tmp_path):
     folder = tmp_path / "run"
     [process] = start(folder, tmp_path / "compiled", 1, 1, {"guard.stall_seconds": 3.0, "pause": 0.1})
@@ -84,6 +86,7 @@ def test_time_in_which_the_whole_process_is_frozen_does_not_count(tmp_path):
     assert not (folder / "stacks_0.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_does_not_keep_the_watchdog_from_ending_the_run(tmp_path):
     program = ("import resource, signal, sys, time\nfrom etils import epath\n"
                "from mae_jax.runtime.watchdog import Watchdog\n"
@@ -115,6 +118,7 @@ def test_what_gets_on_or_is_not_watched_is_left_alone(tmp_path, monkeypatch):
         time.sleep(0.3)
 
 
+@pytest.mark.slow
 def test_the_history_of_spikes_is_part_of_the_checkpoint(tmp_path):
     from mae_jax.training import loop
     from mae_jax.training import run as training_run

@@ -29,6 +29,7 @@ def rows(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_and_a_longer_duration_goes_on(tmp_path, capsys):
     assert loop.train(tiny_config(), str(tmp_path)) == 0
     before = (tmp_path / "metrics.jsonl").read_text()
@@ -47,6 +48,7 @@ def test_a_finished_run_stays_and_a_longer_duration_goes_on(tmp_path, capsys):
     assert [row["step"] for row in rows(tmp_path) if "eval/loss" in row] == [0, 3, 6, 7]
 
 
+@pytest.mark.slow
 def test_what_is_left_of_a_finished_run_without_its_checkpoints_is_no_fresh_start(tmp_path):
     assert loop.train(tiny_config(), str(tmp_path)) == 0
     before = (tmp_path / "metrics.jsonl").read_text()
@@ -56,6 +58,7 @@ def test_what_is_left_of_a_finished_run_without_its_checkpoints_is_no_fresh_star
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_other_data_at_a_resume_are_told_and_other_classes_of_a_classifier_refused(tmp_path, caplog):
     caplog.set_level("INFO", "mae_jax")
     for name in ("ant", "bee"):
@@ -81,6 +84,7 @@ def test_other_data_at_a_resume_are_told_and_other_classes_of_a_classifier_refus
             go_on(configs["supervised"], str(tmp_path / "supervised"))
 
 
+@pytest.mark.slow
 def test_a_workdir_that_is_removed_meanwhile_is_made_whole_again(tmp_path, monkeypatch, caplog):
     push = Log.push
 
@@ -97,6 +101,7 @@ def test_a_workdir_that_is_removed_meanwhile_is_made_whole_again(tmp_path, monke
     assert loop.evaluate(str(tmp_path / "run")) == 0
 
 
+@pytest.mark.slow
 def test_a_verdict_of_a_guard_stands_where_it_cannot_be_written(tmp_path, caplog):
     (tmp_path / "guard_2.json").mkdir(parents=True)
     config = tiny_config({"optim.lr": 1e38, "guard.max_nonfinite": 1, "train.duration": "20 steps"})
@@ -109,7 +114,7 @@ def test_a_verdict_of_a_guard_stands_where_it_cannot_be_written(tmp_path, caplog
 
 
 def test_gradients_that_stay_not_finite_stop_the_run_save_it_and_name_the_replay(tmp_path, capsys):
-    config = tiny_config({"optim.lr": 1e38, "guard.max_nonfinite": 2, "train.duration": "20 steps"})
+    config = tiny_config({"optim.lr": 1e38, "guard.max_nonfinite": 2, "train.duration": "20 steps", "eval.every": ""})
     with pytest.raises(GuardError, match=r"2 steps in a row .* the last one step \d+; .*--mode=replay") as error:
         loop.train(config, str(tmp_path))
     assert f"--workdir={tmp_path}" in str(error.value)
@@ -131,6 +136,7 @@ def test_gradients_that_stay_not_finite_stop_the_run_save_it_and_name_the_replay
     assert "not finite: none" not in out
 
 
+@pytest.mark.slow
 def test_the_state_that_a_guard_saves_is_the_one_with_which_the_step_that_is_named_began(tmp_path, monkeypatch):
     config = tiny_config({"guard.max_nonfinite": 1, "train.duration": "12 steps", "eval.every": "",
                           "data.eval_split": "", "checkpoint.every": "1 steps", "checkpoint.keep_last": 20})
@@ -149,6 +155,7 @@ def test_the_state_that_a_guard_saves_is_the_one_with_which_the_step_that_is_nam
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, before, saved)))
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing_but_the_times_on_record(tmp_path, monkeypatch):
     assert loop.train(tiny_config(), str(tmp_path / "still")) == 0
     clock, jumps = time.time, itertools.cycle([0.0, 60.0, -60.0])  # orbax limits its waits by this clock
@@ -163,6 +170,7 @@ def test_a_clock_that_jumps_changes_nothing_but_the_times_on_record(tmp_path, mo
     assert sum(speed is not None for speed in speeds) > 2
 
 
+@pytest.mark.slow
 def test_init_from_takes_the_parameters_of_another_run(tmp_path, caplog):
     first, second = tmp_path / "first", tmp_path / "second"
     config = tiny_config({"data.eval_split": "", "train.duration": "3 steps"})
@@ -180,6 +188,7 @@ def test_init_from_takes_the_parameters_of_another_run(tmp_path, caplog):
     assert not any("eval/loss" in row for row in rows(second))
 
 
+@pytest.mark.slow
 def test_a_last_save_that_fails_is_the_users_to_mend_and_the_run_goes_on_from_the_one_before(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -196,6 +205,7 @@ def test_a_last_save_that_fails_is_the_users_to_mend_and_the_run_goes_on_from_th
     assert [row["step"] for row in rows(tmp_path) if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_a_last_save_that_fails_for_a_moment_is_tried_again(tmp_path, monkeypatch):
     real, tried = ocp.AsyncCheckpointer.save, []
 
@@ -221,6 +231,7 @@ def test_a_batch_on_the_devices_is_what_the_input_gives(tmp_path):
             np.testing.assert_array_equal(jax.device_get(found[name]), value)
 
 
+@pytest.mark.slow
 def test_too_many_bad_pictures_stop_the_run_with_their_names_but_not_before_100_were_seen(tmp_path):
     run = training_run.prepare(tiny_config({"guard.max_bad_fraction": 0.2}), tmp_path)
     run.inputs.bad.append("cats/7.jpg: no end marker")
@@ -234,6 +245,7 @@ def test_too_many_bad_pictures_stop_the_run_with_their_names_but_not_before_100_
         log.push(14, metrics, ids)
 
 
+@pytest.mark.slow
 def test_a_workdir_of_many_devices_is_looked_at_on_one(tmp_path, capsys):
     config = tiny_config()
     assert loop.train(config, str(tmp_path)) == 0
@@ -252,6 +264,7 @@ def test_a_classifier_is_not_reported_on_what_it_is_trained_on(tmp_path):
         loop.train(tiny_supervised(splits | {"method.classes": 17}), str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mixedae", "splitmask", "beit", "dino"])
 def test_every_method_is_replayed(tmp_path, capsys, method):
     config = tiny_config({"train.duration": "2 steps", "eval.every": "", "data.eval_split": ""}, method)
@@ -260,6 +273,7 @@ def test_every_method_is_replayed(tmp_path, capsys, method):
     assert "examples whose loss is not finite: none" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_step_whose_pictures_were_mixed_is_replayed_picture_by_picture(tmp_path, capsys):
     fields = {"method.mixup": 0.8, "method.mix_group": 4, "data.eval_split": "", "train.duration": "2 steps"}
     data = {"data.source": "photo_crops", "data.train_split": "train[:64]", "method.classes": 17}

@@ -335,6 +335,7 @@ def test_frozen_parameters_keep_their_bits_and_have_no_optimiser_state_whatever_
     assert held == set(filter(method.learns, start))
 
 
+@pytest.mark.slow
 def test_frozen_parameters_and_their_averages_keep_their_bits_in_training():
     config = tiny_config({"optim.name": "lamb", "optim.ema": 0.99, "optim.warmup": "0 steps"})
     method = HeadOnly(config)  # it does not stop gradients: the optimiser alone must hold what does not learn

@@ -72,6 +72,7 @@ def made(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_clusters_cover_all_pictures_and_are_of_nearly_one_size(made):
     found = Clusters.read(str(made / "clusters"))
     assert set(found.assigned) == {"train[:400]", "test"}
@@ -85,6 +86,7 @@ def test_clusters_cover_all_pictures_and_are_of_nearly_one_size(made):
     assert workdir.config_of(str(made / "clusters" / "encoder.safetensors")).model.width == 32
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_clusters_and_goes_on_with_features(made, tmp_path):
     shutil.copytree(made / "clusters", tmp_path / "again")
     last = sorted((tmp_path / "again" / "features" / "1").glob("0*.npz"))[-1]
@@ -109,6 +111,7 @@ def test_the_same_command_gives_the_same_clusters_and_goes_on_with_features(made
         clustered(made / "mae", tmp_path / "again", data=classes)
 
 
+@pytest.mark.slow
 def test_clusters_that_are_there_stay_and_those_cut_off_are_made_again(made, tmp_path, capsys):
     shutil.copytree(made / "clusters", tmp_path / "again")
     file = tmp_path / "again" / "clusters.npz"
@@ -125,6 +128,7 @@ def test_clusters_that_are_there_stay_and_those_cut_off_are_made_again(made, tmp
         clustered(made / "mae", tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_the_picture_shows_the_members_nearest_to_each_centroid(made, monkeypatch):
     found = Clusters.read(str(made / "clusters"))
     config = frozen(workdir.read_config(made / "mae"), -1)
@@ -178,6 +182,7 @@ def test_the_picture_of_experts_seeks_further_than_the_first_batch(monkeypatch):
     assert names[0] == "block 1, expert 0\n2 of 4 clusters,\n75% of pictures"
 
 
+@pytest.mark.slow
 def test_records_that_readers_leave_out_have_clusters_like_all_others(made, tmp_path):
     records.write(tmp_path / "train-0.tfrecord", [records.record(i) for i in range(103)])  # the i-th of grey i
     data = {"data.source": "tfrecord", "data.path": str(tmp_path / "{split}-*.tfrecord"), "data.train_split": "train",
@@ -193,6 +198,7 @@ def test_records_that_readers_leave_out_have_clusters_like_all_others(made, tmp_
         np.testing.assert_array_equal(batch["cluster"], assigned[grey])
 
 
+@pytest.mark.slow
 def test_pictures_that_changed_their_places_are_refused(tmp_path):
     make_folder(tmp_path / "in", count=40, broken=0)
     data = of_folder(tmp_path / "in")
@@ -207,6 +213,7 @@ def test_pictures_that_changed_their_places_are_refused(tmp_path):
         clustered(tmp_path / "mae", tmp_path / "clusters", clusters=4)
 
 
+@pytest.mark.slow
 def test_pictures_that_are_all_alike_give_no_clusters(tmp_path):
     (tmp_path / "in").mkdir()
     for number in range(40):
@@ -218,6 +225,7 @@ def test_pictures_that_are_all_alike_give_no_clusters(tmp_path):
     assert not (tmp_path / "clusters" / "clusters.npz").exists()
 
 
+@pytest.mark.slow
 def test_a_mixture_reads_no_clusters_but_its_own(made, tmp_path):
     assert clustered(made / "mae", tmp_path / "others", seed=5) == 0
     shutil.copytree(made / "moce", tmp_path / "moce")
@@ -231,6 +239,7 @@ def test_a_mixture_reads_no_clusters_but_its_own(made, tmp_path):
     assert loop.train(config.lock(), str(tmp_path / "moce")) == 0
 
 
+@pytest.mark.slow
 def test_pictures_that_cannot_be_read_count_for_their_own_cluster_alone(tmp_path):
     make_folder(tmp_path / "in", count=40, broken=3)
     data = of_folder(tmp_path / "in")
@@ -245,6 +254,7 @@ def test_pictures_that_cannot_be_read_count_for_their_own_cluster_alone(tmp_path
         look(found, tmp_path / "clusters", broken)
 
 
+@pytest.mark.slow
 def test_features_are_read_in_chunks_that_hold_every_picture_once(made):
     about = json.loads((made / "clusters" / "features" / "1" / "about.json").read_text())
     features = Features(made / "clusters" / "features" / "1", about)
@@ -260,6 +270,7 @@ def test_features_are_read_in_chunks_that_hold_every_picture_once(made):
     assert spherical_kmeans.CHUNK % 16 == 0
 
 
+@pytest.mark.slow
 def test_a_mixture_reports_who_sees_what(made):
     rows = [json.loads(line) for line in (made / "moce" / "metrics.jsonl").read_text().splitlines()]
     last = {name: value for row in rows for name, value in row.items()}
@@ -278,12 +289,14 @@ def test_information_is_all_where_the_choice_is_the_label_and_nothing_where_it_i
     assert information(np.repeat([0, 1, 2], 3), label) == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_processes_that_see_other_encoders_or_pictures_are_refused(made, tmp_path, monkeypatch):
     monkeypatch.setattr(runtime_peers, "gather", lambda value, *_: [value, {**value, "encoder": "another"}])
     with pytest.raises(UserError, match="the processes do not see the same encoder or pictures"):
         clustered(made / "mae", tmp_path / "clusters")
 
 
+@pytest.mark.processes
 def test_processes_cluster_as_one_does_with_as_many_devices(made, tmp_path):
     command = [sys.executable, "-W", "error", "-m", "mae_jax", "cluster", f"--from={made / 'mae'}", "--clusters=8"]
     peers = [f"--coordinator=127.0.0.1:{free_port()}", "--processes=2"]
@@ -301,6 +314,7 @@ def test_processes_cluster_as_one_does_with_as_many_devices(made, tmp_path):
     assert (tmp_path / "two" / "clusters.png").read_bytes() == (tmp_path / "one" / "clusters.png").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["vote", "probe", "random"])
 def test_a_task_gets_an_ordinary_encoder_that_trains_on(made, tmp_path, how):
     folder = made / "moce"
@@ -325,6 +339,7 @@ def test_a_task_gets_an_ordinary_encoder_that_trains_on(made, tmp_path, how):
     assert loop.train(tiny_config(fields, "supervised"), str(tmp_path / "tuned")) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fields", "text"), [
     ({"data.train_split": "train[:401]"}, r"has no clusters of the split 'train\[:401\]'"),
     ({"data.source": "folder"}, "are of data.source='photo_crops'"),
@@ -340,6 +355,7 @@ def test_clusters_of_other_data_are_refused(made, tmp_path, fields, text):
         loop.train(config, str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_clustered_or_cut_is_refused(made, tmp_path):
     with pytest.raises(UserError, match="--clusters=201 of 400 pictures; take at most 200"):
         clustered(made / "mae", tmp_path / "many", clusters=201)

@@ -40,7 +40,7 @@ def test_what_a_bucket_names_does_not_lead_out_of_the_copy(run, gcs, tmp_path):
     assert not list(tmp_path.rglob("evil*"))
 
 
-@pytest.fixture(params=["disk", "gs"])
+@pytest.fixture(params=["disk", pytest.param("gs", marks=pytest.mark.bucket)])
 def to(request, tmp_path) -> str:
     """A folder for the copy."""
     if request.param == "disk":

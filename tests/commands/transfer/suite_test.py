@@ -19,10 +19,10 @@ from mae_jax.config import default
 from mae_jax.errors import UserError
 from mae_jax.evals import linear_probe
 from mae_jax.storage import safetensors_file
-from mae_jax.storage.checkpoint import load_params
-from mae_jax.training import loop, step_logger
+from mae_jax.storage.checkpoint import Checkpoints, load_params
+from mae_jax.training import loop, step_logger, workdir
 from mae_jax.training import run as training_run
-from tests.helpers.tiny import tiny_config
+from tests.helpers.tiny import tiny_config, tiny_state
 
 RECIPE = """
 from mae_jax.config import default, resolve
@@ -57,10 +57,13 @@ def held(config):
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> Path:
-    """A tiny MAE that was trained for 3 steps."""
+    """The workdir of a tiny MAE of 3 steps."""
     folder = tmp_path_factory.mktemp("encoder")
     config = tiny_config({"train.duration": "3 steps", "data.eval_split": "", "optim.lr": 1e-3})
-    assert loop.train(config, str(folder)) == 0
+    workdir.record(epath.Path(folder), config)
+    checkpoints = Checkpoints(folder, 2)
+    checkpoints.save(3, tiny_state(config)._replace(step=np.int32(3)))
+    checkpoints.close()
     return folder
 
 
@@ -115,6 +118,7 @@ def test_a_grid_has_all_numbers_of_blocks_where_they_mean_something(tmp_path, en
             plan(some.recipe, ["crops"], [], [wrong])
 
 
+@pytest.mark.slow
 def test_a_suite_reports_every_cell_names_what_failed_and_skips_what_is_done(tmp_path, encoder, capsys):
     some = suite(tmp_path, encoder)
     cells = plan(some.recipe, ["crops", "absent", "more"], ["", "quick"], [])
@@ -157,6 +161,7 @@ def assert_same(pairs: tuple, others: tuple) -> None:
         np.testing.assert_allclose(some, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_quick_protocol_measures_what_an_evaluation_of_the_encoder_measures(tmp_path, encoder, probed):
     some = suite(tmp_path, encoder)
     assert some.run([Cell("crops", "quick")]) == 0
@@ -176,6 +181,7 @@ def test_the_quick_protocol_measures_what_an_evaluation_of_the_encoder_measures(
     assert_same(quick, evaluated)
 
 
+@pytest.mark.slow
 def test_the_quick_protocol_probes_the_encoder_of_any_method(tmp_path, encoder, probed):
     found = {}
     for method in ("mae", "supervised", "segment", "splitmask", "beit", "dino"):
@@ -203,6 +209,7 @@ def test_the_quick_protocol_probes_the_encoder_of_any_method(tmp_path, encoder, 
     assert len(probed) == len(found)
 
 
+@pytest.mark.slow
 def test_a_signal_stops_the_whole_suite_and_the_same_command_goes_on(tmp_path, encoder, monkeypatch):
     some = suite(tmp_path, encoder)
     cells = plan(some.recipe, ["crops", "more"], [], [])
@@ -224,6 +231,7 @@ def test_a_signal_stops_the_whole_suite_and_the_same_command_goes_on(tmp_path, e
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_learning_rate_is_chosen_without_the_test_data_and_then_trained_as_the_recipe_says(tmp_path, encoder):
     some = suite(tmp_path, encoder, lrs=[1e-9, 0.05])
     assert some.run([Cell("crops")]) == 0
@@ -239,6 +247,7 @@ def test_a_learning_rate_is_chosen_without_the_test_data_and_then_trained_as_the
     assert (chosen["optim"]["lr"], chosen["data"]["val_split"]) == (row["lr"], "")
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_diverges_is_out_and_the_others_are_compared(tmp_path, encoder, capsys):
     overrides = {"guard.max_nonfinite": 1}
     assert suite(tmp_path, encoder, overrides, lrs=[1e30, 0.05]).run([Cell("crops")]) == 0
@@ -260,6 +269,7 @@ def test_a_recipe_takes_the_values_of_the_encoders_size_and_the_command_line_has
         Recipe("configs/transfer.py:B", {}).config("dtd", encoder=theirs)
 
 
+@pytest.mark.slow
 def test_another_state_of_the_encoder_or_another_evaluation_is_not_taken_for_what_was_measured(tmp_path, encoder):
     copy = tmp_path / "copy"
     shutil.copytree(encoder, copy)
@@ -272,6 +282,7 @@ def test_another_state_of_the_encoder_or_another_evaluation_is_not_taken_for_wha
     assert "init_from" in results(tmp_path)[0]["problem"]
 
 
+@pytest.mark.slow
 def test_a_learning_rate_is_chosen_without_the_test_pictures_of_data_without_splits(tmp_path, encoder, monkeypatch):
     pictures = np.random.default_rng(0).integers(0, 256, (120, 16, 16, 3), np.uint8)
     np.savez(tmp_path / "all.npz", image=pictures, label=np.arange(120) % 3)
@@ -294,6 +305,7 @@ def test_a_learning_rate_is_chosen_without_the_test_pictures_of_data_without_spl
         assert "eval/" not in (tmp_path / "out" / "crops" / f"lr_{lr}" / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_mistakes_in_any_cell_are_found_before_one_runs_and_a_lost_file_fails_its_cell_alone(tmp_path, encoder):
     with pytest.raises(UserError, match=r"train_blocks=99\.0; expected"):
         suite(tmp_path, encoder).check([Cell("crops"), Cell("crops", blocks="99")])
