@@ -90,6 +90,7 @@ def test_noise_is_drawn_per_cluster_layer_and_step_and_in_training_alone():
     assert still[0] == still[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", ["straight", "value"])
 def test_a_path_cut_out_is_the_mixture_on_pictures_of_every_cluster_routed_along_it(weight):
     method, params, extras, batch = made({"method.gate_weight": weight, "method.blocks": "all"})
@@ -120,6 +121,7 @@ def test_regularisers_are_those_of_the_whole_table_weighted_by_the_data():
                                             + 0.01 * metrics["confidence_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_distance_to_the_first_encoder_starts_at_zero_and_is_hubers():
     method, params, extras, batch, _, start = grown({"method.distill_weight": 0.5})
     extras = {**extras, "start": start["encoder"]}
@@ -155,6 +157,7 @@ def test_tokens_choose_for_themselves_where_the_gate_reads_tokens():
     assert np.abs(grads["encoder"]["block_01"]["experts"]["gate"]["kernel"]).max() > 0
 
 
+@pytest.mark.slow
 def test_tokens_explore_by_noise_in_training_and_regularisers_see_none():
     method, params, extras, batch = made({"method.gate": "token", "method.noise": 8.0})
     loss = tiny_loss(method)
@@ -173,6 +176,7 @@ def test_tokens_explore_by_noise_in_training_and_regularisers_see_none():
     assert np.std(draws) == pytest.approx(8 / 4, rel=0.2)
 
 
+@pytest.mark.slow
 def test_micro_batches_share_their_noise():
     method, _, extras, batch = made({"batch_size": 16})
     state = tiny_state(method.config, jax.tree.map(jnp.asarray, extras))
@@ -197,13 +201,13 @@ def test_upcycling_and_cutting_out_are_inverse():
 
 
 @pytest.mark.parametrize(("fields", "text"), [
-    ({"method.gate": "clusters"}, "did you mean 'cluster'"),
-    ({"method.gate_weight": "strait"}, "did you mean 'straight'"),
-    ({"method.experts": 1}, "must be at least 2"),
-    ({"method.blocks": "7"}, "or some of the blocks 0 to 1"),
-    ({"model.depth": 1}, "method.blocks='last_two_odd' names none of the 1 block"),
-    ({"method.temperature": 0.0}, "method.temperature=0.0 must be above 0"),
-    ({"method.noise": -1.0}, "must not be negative"),
+    ({"method.gate": "clusters"}, "method.gate='clusters'.* 'cluster'"),
+    ({"method.gate_weight": "strait"}, "method.gate_weight='strait'.* 'straight'"),
+    ({"method.experts": 1}, "method.experts=1.* 2"),
+    ({"method.blocks": "7"}, "method.blocks='7'.* 0 to 1"),
+    ({"model.depth": 1}, "method.blocks='last_two_odd' .* 1 block"),
+    ({"method.temperature": 0.0}, "method.temperature=0.0"),
+    ({"method.noise": -1.0}, "method.noise=-1.0"),
     ({"method.encoder_mask_tokens": True}, "has no experts")])
 def test_what_cannot_be_mixed_is_refused(fields, text):
     with pytest.raises(UserError, match=text):
@@ -212,17 +216,17 @@ def test_what_cannot_be_mixed_is_refused(fields, text):
 
 def test_micro_batches_are_refused_where_the_tokens_of_the_whole_batch_balance_experts():
     config = tiny_config(FIELDS | {"method.gate": "token", "train.accumulate": 2}, "moce")
-    with pytest.raises(UserError, match=r"train.accumulate=2: the loss of moce has terms across the whole batch"):
+    with pytest.raises(UserError, match=r"train.accumulate=2: .*moce"):
         Program(config, make_mesh(config), EXAMPLES)
 
 
 def test_clusters_of_another_number_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"method.clusters='' holds no clusters.npz; python -m mae_jax cluster --from"):
+    with pytest.raises(UserError, match=r"method.clusters='' .*clusters.npz"):
         Clusters.read("")
     Clusters(np.eye(3, 12, dtype=np.float32), np.zeros(3, np.float32), np.zeros(12, np.float32),
              np.array([5, 2, 3])).write(tmp_path)
     config = tiny_config(FIELDS | {"method.clusters": str(tmp_path)}, "moce")
-    with pytest.raises(UserError, match=r"method.num_clusters=5, but .* has 3"):
+    with pytest.raises(UserError, match=r"method.num_clusters=5, .* 3"):
         type(tiny_method(config)).fitted(config, ())
     free = tiny_config({"method.clusters": str(tmp_path)}, "moce")
     fitted = type(tiny_method(free)).fitted(free, ())

@@ -139,6 +139,7 @@ LEARNS = {
 DEEP = {"model.depth": 3, "model.pool": "cls", "model.layer_scale": 0.1, "model.positions": "learned"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", LEARNS)
 def test_as_many_of_the_last_blocks_learn_as_asked_and_the_gradient_of_the_others_is_zero(blocks):
     method, params, extras, batch = parts(DEEP | {"method.train_blocks": blocks})
@@ -154,6 +155,7 @@ def test_all_three_blocks_and_everything_differ_in_the_embedding():
     assert {name for name in LEARNS[-1.0] if not method.learns(name)} == EMBEDDING
 
 
+@pytest.mark.slow
 def test_stochastic_depth_drops_images_branches_and_keeps_their_mean():
     rates = np.array([0.0, 0.3, 0.6])
     keep = np.asarray(drop_path(jax.random.key(0), rates, 5_000))
@@ -210,6 +212,7 @@ def plain():
     return value_and_grad({})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scan", "remat"), [(True, "none"), (False, "full")])
 def test_scan_and_remat_drop_the_same_branches(plain, scan, remat):
     loss, grads = value_and_grad({"model.scan": scan, "model.remat": remat})
@@ -228,6 +231,7 @@ def test_augmentation_and_stochastic_depth_are_off_in_evaluation():
     np.testing.assert_allclose(loss(jax.random.key(0)), wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_frozen_blocks_drop_nothing():
     fields = TRAINING | {"method.train_blocks": 0.0, "method.mixup": 0.0, "method.cutmix": 0.0, "method.erase": 0.0}
     method, params, extras, batch = parts(fields)
@@ -237,16 +241,16 @@ def test_frozen_blocks_drop_nothing():
 
 
 @pytest.mark.parametrize(("fields", "line"), [
-    ({"method.head": "probes"}, "did you mean 'probe'"),
+    ({"method.head": "probes"}, "method.head='probes'.* 'probe'"),
     ({"method.loss": "mse"}, "method.loss='mse'"),
-    ({"method.smoothing": 1.0}, "method.smoothing=1.0; expected 0 to 0.999"),
+    ({"method.smoothing": 1.0}, "method.smoothing=1.0; .*0 to 0.999"),
     ({"method.mixup": -0.1}, "method.mixup=-0.1"),
-    ({"method.train_blocks": 1.5}, "method.train_blocks=1.5; expected"),
-    ({"method.train_blocks": 3.0}, "up to 2 blocks"),
+    ({"method.train_blocks": 1.5}, "method.train_blocks=1.5"),
+    ({"method.train_blocks": 3.0}, "method.train_blocks=3.0.* 2 blocks"),
     ({"method.loss": "bce", "method.smoothing": 0.1}, "use 0"),
-    ({"method.multi_label": True}, "method.multi_label needs"),
-    ({"method.mixup": 0.8, "method.mix_group": 3}, "an even number that divides the 8 rows"),
-    ({"method.mixup": 0.8, "train.accumulate": 2}, "the 4 rows"),
+    ({"method.multi_label": True}, "method.multi_label"),
+    ({"method.mixup": 0.8, "method.mix_group": 3}, "method.mix_group=3.* 8 rows"),
+    ({"method.mixup": 0.8, "train.accumulate": 2}, " 4 rows"),
 ])
 def test_what_cannot_work_is_refused_in_one_line(fields, line):
     with pytest.raises(UserError, match=line) as caught:
@@ -257,7 +261,7 @@ def test_what_cannot_work_is_refused_in_one_line(fields, line):
 def test_the_data_tells_the_number_of_classes():
     method = type(tiny_method(tiny_supervised()))
     assert method.fitted(tiny_supervised({"method.classes": 0}), ("a", "b")).method.classes == 2
-    with pytest.raises(UserError, match=r"at least two classes; the data has 1: a folder"):
+    with pytest.raises(UserError, match=r"two classes; .* 1: "):
         method.fitted(tiny_supervised({"method.classes": 0}), ("a",))
-    with pytest.raises(UserError, match=r"method\.classes=3, but the data has 2"):
+    with pytest.raises(UserError, match=r"method\.classes=3, .* 2"):
         method.fitted(tiny_supervised(), ("a", "b"))

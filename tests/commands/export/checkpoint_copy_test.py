@@ -35,7 +35,7 @@ def test_what_a_bucket_names_does_not_lead_out_of_the_copy(run, gcs, tmp_path):
     command.export(f"gs://bucket/{tmp_path.name}", str(to / "good"), "mae_jax")
     assert same(load_params(to / "good"), load_params(run))
     gcs.store.put("bucket", f"{tmp_path.name}/checkpoints/2/../../../evil.txt", b"evil", {}, {})
-    with pytest.raises(UserError, match=r"\.\.: no checkpoint has an object of such a name; nothing was copied"):
+    with pytest.raises(UserError, match=r"\.\.: .*nothing was copied"):
         command.export(f"gs://bucket/{tmp_path.name}", str(to / "copy"), "mae_jax")
     assert not list(tmp_path.rglob("evil*"))
 
@@ -131,16 +131,16 @@ def test_what_arrives_damaged_is_read_again(run, gcs, tmp_path):
 
 def test_a_folder_of_another_run_is_refused_and_so_is_the_run_itself(run, tmp_path):
     workdir.record(epath.Path(tmp_path), tiny_config({"optim.lr": 0.1}))
-    with pytest.raises(UserError, match=r"holds a checkpoint of another run; choose another folder .*optim.lr: 0.1"):
+    with pytest.raises(UserError, match=r"another run.*optim.lr: 0.1"):
         copy(run, tmp_path)
-    with pytest.raises(UserError, match="is the workdir itself"):
+    with pytest.raises(UserError, match="workdir itself"):
         copy(run, f"{run}/")
-    with pytest.raises(UserError, match=r"holds no config\.json: not a workdir of mae_jax"):
+    with pytest.raises(UserError, match=r"no config\.json"):
         copy(tmp_path / "nothing", tmp_path / "to")
 
 
 def test_a_copy_does_not_go_into_the_run_itself(run):
-    with pytest.raises(UserError, match="is the workdir itself, or in it"):
+    with pytest.raises(UserError, match="workdir itself"):
         command.export(str(run), str(run / "checkpoints" / "50"), "mae_jax")
 
 
@@ -151,5 +151,5 @@ def test_another_checkpoint_of_the_same_step_is_not_overwritten(run, tmp_path):
     other.save(2, jax.tree.map(lambda x: x + 1, state)._replace(step=np.int32(2)))
     other.close()
     workdir.record(epath.Path(tmp_path / "other"), tiny_config({"optim.ema": 0.9}))
-    with pytest.raises(UserError, match="checkpoints/2 is another checkpoint; choose another folder for --to"):
+    with pytest.raises(UserError, match=r"checkpoints/2 .*another checkpoint.*--to"):
         copy(tmp_path / "other", tmp_path)

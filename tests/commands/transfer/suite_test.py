@@ -88,7 +88,7 @@ def test_a_cell_takes_the_shape_of_the_encoder_and_the_overrides_of_the_command_
     assert some.config(Cell("more", blocks="all")).method.train_blocks == -1
     probe = some.config(Cell("more", "quick"))
     assert (probe.method.name, probe.data.train_split, probe.batch_size) == ("mae", "train[64:128]", 8)
-    with pytest.raises(UserError, match="unknown config argument 'mor'; did you mean 'more'"):
+    with pytest.raises(UserError, match=r"'mor'.* 'more'"):
         some.config(Cell("mor"))
 
 
@@ -101,7 +101,7 @@ def test_the_shape_is_known_from_an_export_and_from_one_step_but_not_from_a_fore
     foreign = tmp_path / "foreign.safetensors"
     foreign.write_bytes(b"\x02\x00\x00\x00\x00\x00\x00\x00{}")
     for path in (foreign, tmp_path / "missing.safetensors"):
-        with pytest.raises((UserError, OSError), match=r"does not say what model it holds|missing"):
+        with pytest.raises((UserError, OSError), match=r"foreign\.safetensors .*workdir|missing"):
             encoder_config(str(path))
 
 
@@ -114,7 +114,7 @@ def test_a_grid_has_all_numbers_of_blocks_where_they_mean_something(tmp_path, en
     assert plan(some.recipe, [], [], []) == [Cell("mine")]
     assert plan(some.recipe, ["crops", "crops"], [], []) == [Cell("crops")]
     for wrong in ("some", "-1", "1.5", "nan", ""):
-        with pytest.raises(UserError, match=r"--blocks: .*write whole numbers"):
+        with pytest.raises(UserError, match=r"--blocks: .*whole numbers"):
             plan(some.recipe, ["crops"], [], [wrong])
 
 
@@ -265,7 +265,7 @@ def test_a_recipe_takes_the_values_of_the_encoders_size_and_the_command_line_has
     assert (config.optim.layer_decay, config.model.width, config.data.image_size) == (0.75, 1024, (96, 96))
     config = Recipe("configs/transfer.py", {}).config("dtd", "linear", encoder=theirs)
     assert (config.data.image_size, config.model.positions) == (theirs.data.image_size, "learned")
-    with pytest.raises(UserError, match="argument B is for another size: the encoder's is L"):
+    with pytest.raises(UserError, match=r"argument B .* L"):
         Recipe("configs/transfer.py:B", {}).config("dtd", encoder=theirs)
 
 
@@ -307,12 +307,12 @@ def test_a_learning_rate_is_chosen_without_the_test_pictures_of_data_without_spl
 
 @pytest.mark.slow
 def test_mistakes_in_any_cell_are_found_before_one_runs_and_a_lost_file_fails_its_cell_alone(tmp_path, encoder):
-    with pytest.raises(UserError, match=r"train_blocks=99\.0; expected"):
+    with pytest.raises(UserError, match=r"train_blocks=99\.0"):
         suite(tmp_path, encoder).check([Cell("crops"), Cell("crops", blocks="99")])
     with pytest.raises(UserError, match=r"optim\.lr=-1"):
         suite(tmp_path, encoder, lrs=[0.1, -1.0]).check([Cell("crops")])
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is a file; give the folder"):
+    with pytest.raises(UserError, match="is a file"):
         Suite(Recipe(str(tmp_path / "mine.py"), {}), str(encoder), str(tmp_path / "file"), [])
     done = tmp_path / "out" / "crops"
     done.mkdir(parents=True)
@@ -328,7 +328,7 @@ def test_a_metric_that_was_not_measured_is_named_with_those_that_were(tmp_path):
         '{"step": 3, "eval/top1": 0.5, "val/top1": 0.2}\n{"step": 4, "eval/top1": 0.6}\n')
     assert measured(epath.Path(tmp_path), "", "eval") == ("top1", 0.6, 4)
     assert measured(epath.Path(tmp_path), "top1", "val") == ("top1", 0.2, 3)
-    with pytest.raises(UserError, match="no eval/map was measured; there is eval/top1"):
+    with pytest.raises(UserError, match=r"eval/map .*eval/top1"):
         measured(epath.Path(tmp_path), "map", "eval")
 
 
@@ -370,12 +370,12 @@ def test_the_plot_has_curves_over_blocks_and_bars():
 
 def test_learning_rates_that_are_no_numbers_are_refused():
     assert rates(["3e-4", "1"]) == [3e-4, 1.0]
-    with pytest.raises(UserError, match="--lrs=1,fast: no list of numbers"):
+    with pytest.raises(UserError, match="--lrs=1,fast"):
         rates(["1", "fast"])
 
 
 def test_blocks_need_a_method_that_can_freeze(tmp_path, encoder):
     some = suite(tmp_path, encoder)
     some.recipe.module.get_config = lambda arg="": default("mae").lock()
-    with pytest.raises(UserError, match=r"--blocks: method\.name='mae' fine-tunes all blocks or none"):
+    with pytest.raises(UserError, match=r"--blocks: method\.name='mae'"):
         some.config(Cell("mine", blocks="1"))
