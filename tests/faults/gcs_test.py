@@ -211,7 +211,7 @@ def test_cached_batches_in_a_bucket_are_those_of_a_disk_and_damage_is_told(place
     remote = next(training_run.prepare(config, place / "unused").inputs.train(5))
     assert all(np.array_equal(local[name], remote[name]) for name in local)
     gcs.add({"path": "train.npz", "kind": "flip", "times": -1})
-    with pytest.raises(UserError, match=r"train\.npz: what arrives is not what the bucket holds, twice"):
+    with pytest.raises(UserError, match=r"train\.npz: .*twice"):
         training_run.prepare(config, place / "unused")
 
 

@@ -221,16 +221,16 @@ def test_all_refused_is_an_error_every_time_and_never_a_fresh_start(tmp_path):
     save(tmp_path, 1).close()
     (tmp_path / "checkpoints" / "1" / "checksums" / "metadata").unlink()
     for _ in range(2):
-        with pytest.raises(UserError, match=r"no checkpoint in .* could be read \(steps 1,"):
+        with pytest.raises(UserError, match=r"no checkpoint in .*\(steps 1,"):
             Checkpoints(tmp_path, 3).restore(abstract(make_state(0)))
 
 
 def test_another_model_is_the_users_mistake_not_damage(tmp_path):
     checkpoints = save(tmp_path, 1)
-    with pytest.raises(UserError, match=r"params/encoder/block_00/bias is bfloat16\[24\] there and bfloat16\[32\]"):
+    with pytest.raises(UserError, match=r"params/encoder/block_00/bias .*bfloat16\[24\] .*bfloat16\[32\]"):
         checkpoints.restore(abstract(make_state(0, width=32)))
     more = make_state(0)._replace(ema={"extra": jnp.zeros(2)})
-    with pytest.raises(UserError, match="this config has ema/extra, it does not"):
+    with pytest.raises(UserError, match="ema/extra"):
         checkpoints.restore(abstract(more))
     assert checkpoints.latest() == 1
 

@@ -103,7 +103,7 @@ def test_what_is_no_number_is_never_the_best_and_another_metric_starts_anew(tmp_
 def test_a_damaged_score_is_told_by_name(tmp_path, text):
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "score.json").write_bytes(text)
-    with pytest.raises(UserError, match=r"best/score\.json is damaged: .*; without it the next one counts as"):
+    with pytest.raises(UserError, match=r"best/score\.json is damaged"):
         Best(epath.Path(tmp_path), "loss")
 
 
@@ -137,8 +137,8 @@ def test_a_run_that_is_evaluated_no_more_often_than_it_is_long_is_evaluated_at_i
 
 
 @pytest.mark.parametrize(("fields", "line"), [
-    ({"checkpoint.best": "top2"}, "checkpoint.best='top2' is not evaluated; did you mean 'top"),
-    ({"checkpoint.best": "raw/top1"}, "checkpoint.best='raw/top1' is not evaluated"),
+    ({"checkpoint.best": "top2"}, "checkpoint.best='top2'.* 'top"),
+    ({"checkpoint.best": "raw/top1"}, "checkpoint.best='raw/top1'"),
     ({"eval.sets": ("imagenet_v2",)}, "imagenet_v2")])
 def test_what_an_evaluation_cannot_give_is_said_before_the_first_step(tmp_path, fields, line):
     with pytest.raises(UserError, match=line):
@@ -164,5 +164,5 @@ def test_the_figures_that_are_foretold_are_those_that_are_measured(tmp_path, fie
 
 
 def test_choosing_needs_a_validation_part():
-    with pytest.raises(UserError, match=r"checkpoint\.best='top1' needs data\.val_split"):
+    with pytest.raises(UserError, match=r"checkpoint\.best='top1' .*data\.val_split"):
         tiny_supervised({"checkpoint.best": "top1"})
