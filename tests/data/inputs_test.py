@@ -119,7 +119,7 @@ def test_a_field_that_no_pipeline_gives_names_its_provider():
 def test_an_unknown_source_is_refused_with_the_nearest_name():
     c = config()
     c.data.source = "photo_crop"
-    with pytest.raises(UserError, match="did you mean 'photo_crops'"):
+    with pytest.raises(UserError, match="'photo_crops'"):
         data.build(c, spec(c), ORDER)
 
 
@@ -271,5 +271,5 @@ sys.exit(75)
 def test_a_path_that_nothing_reads_is_refused(source):
     c = config()
     c.data.update(source=source, path="/pictures")
-    with pytest.raises(UserError, match=f"data.source='{source}' does not read data.path='/pictures'"):
+    with pytest.raises(UserError, match=f"data.source='{source}' .*data.path='/pictures'"):
         data.build(c, spec(c), ORDER)
