@@ -122,6 +122,7 @@ def elsewhere(tmp_path_factory) -> tuple[Path, Path, dict[str, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_an_installed_wheel_trains_the_quickstart_by_name_from_another_folder(elsewhere):
     programs, folder, variables = elsewhere
 

@@ -76,6 +76,7 @@ def whole_bytes(figures: dict) -> dict[str, float]:
 
 
 @pytest.mark.compile
+@pytest.mark.timeout(900)
 @needs_libtpu
 def test_two_layers_of_vit_l_fit_four_v3_chips(two_layers):
     for found in two_layers.values():
@@ -89,6 +90,7 @@ def test_two_layers_of_vit_l_fit_four_v3_chips(two_layers):
 
 
 @pytest.mark.compile
+@pytest.mark.timeout(900)
 @needs_libtpu
 def test_without_zero_gradients_and_metrics_are_reduced_in_float32_and_nothing_else_is_sent(two_layers):
     found = two_layers["off"]
@@ -99,6 +101,7 @@ def test_without_zero_gradients_and_metrics_are_reduced_in_float32_and_nothing_e
 
 
 @pytest.mark.compile
+@pytest.mark.timeout(900)
 @needs_libtpu
 def test_with_zero_each_gradient_is_scattered_and_each_parameter_gathered_once(two_layers):
     found = two_layers["on"]
