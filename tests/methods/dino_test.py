@@ -104,6 +104,7 @@ def test_the_teacher_follows_by_a_momentum_that_rises_to_one():
         np.testing.assert_allclose(moved, momentum * old + (1 - momentum) * new, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_last_layer_is_held_for_its_first_steps_and_weight_decay_turns_no_direction():
     method, params, extras, batch = made({"method.freeze_last": "2 steps"})
     grad = jax.jit(jax.grad(lambda p, step: method.loss(p, extras, batch, None, step, False)[0]))
