@@ -128,6 +128,7 @@ for module in pkgutil.walk_packages(mae_jax.__path__, "mae_jax."):
 """
 
 
+@pytest.mark.slow
 def test_everything_outside_data_imports_without_tensorflow():
     done = subprocess.run([sys.executable, "-c", WITHOUT_TENSORFLOW], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -79,6 +79,7 @@ def numpy_overlaps(method, state, batch) -> tuple[np.ndarray, np.ndarray]:
     return np.mean(scores, 0), np.mean(shares)
 
 
+@pytest.mark.slow
 def test_the_iou_reads_the_test_part_with_what_was_best_on_the_other():
     config = tiny_segment({"batch_size": 4, "method.background": 1})
     method, state = tiny_method(config), tiny_state(config)

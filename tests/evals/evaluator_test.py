@@ -138,6 +138,7 @@ def test_tiles_lie_in_rows_with_whole_pixels():
     assert (picture[top + height + 4 : top + 2 * height + 4, 4 : 4 + width] == (0, 0, 255)).all()
 
 
+@pytest.mark.slow
 def test_one_picture_is_shown_at_several_ratios_whatever_it_was_trained_with():
     config = tiny_config({"method.masking": "grid", "method.target": "pixel"})
     picture = reconstruction.at_ratios(tiny_method(config), tiny_params(config), {}, tiny_batch(config))

@@ -44,8 +44,9 @@ def grown(fields=None):
     return method, params, extras, batch, tiny_method(dense), start
 
 
-@pytest.mark.parametrize("fields", [{}, {"method.gate": "token"}, {"model.scan": True}],
-                         ids=["cluster", "token", "scan"])
+@pytest.mark.parametrize("fields", [
+    pytest.param({}, id="cluster"), pytest.param({"method.gate": "token"}, id="token", marks=pytest.mark.slow),
+    pytest.param({"model.scan": True}, id="scan", marks=pytest.mark.slow)])
 def test_the_first_step_of_an_upcycled_one_is_that_of_the_mae_with_noise_or_without(fields):
     method, params, extras, batch, mae, start = grown(fields)
     wanted = tiny_loss(mae)(start, {}, batch, None, 0, True)[1][0]["loss"][0]

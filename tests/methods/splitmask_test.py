@@ -13,7 +13,8 @@ from mae_jax.training.throughput import train_flops
 from tests.helpers.tiny import tiny_batch, tiny_config, tiny_loss, tiny_method, tiny_params
 
 ODD = {"data.image_size": (12, 20)}  # 15 patches: 7, 7 and one in neither half
-SIZES = pytest.mark.parametrize("size", [{}, ODD], ids=["even", "odd"])
+SIZES = pytest.mark.parametrize("size", [
+    pytest.param({}, id="even"), pytest.param(ODD, id="odd", marks=pytest.mark.slow)])
 
 
 def made(fields=None, method="splitmask"):

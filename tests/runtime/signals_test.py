@@ -72,7 +72,8 @@ with Stopper() as stopper:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *(
+    pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGHUP))])
 def test_a_signal_between_steps_lets_the_loop_save(number):
     process = start(LOOP.format(save="tell('saved')"))
     wait_for(process, "running")

@@ -348,6 +348,7 @@ def test_frozen_parameters_and_their_averages_keep_their_bits_in_training():
             assert (value.tobytes() != before[key].tobytes()) == method.learns(key), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_state_with_frozen_parameters_comes_back_from_its_checkpoint_bit_for_bit(name, tmp_path):
     config = tiny_config({"optim.name": name, "optim.ema": 0.9})

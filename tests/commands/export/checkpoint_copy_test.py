@@ -70,6 +70,7 @@ def test_the_newest_step_is_read_there_with_its_config_and_all_of_its_state(run,
     assert "there already, verified" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_copy_is_copied_back_and_a_named_step_joins_the_others(run, to, tmp_path):
     copy(run / "checkpoints" / "1", to)
     assert int(restored(to).step) == 1
@@ -110,6 +111,7 @@ def test_a_copy_on_a_full_disk_is_not_taken_for_a_whole_one(run, tmp_path, monke
     assert int(restored(str(tmp_path / "copy")).step) == 2
 
 
+@pytest.mark.slow
 def test_a_damaged_step_is_passed_over_and_a_damaged_copy_replaced(run, tmp_path, caplog):
     copy(run, tmp_path / "first")
     copy(run / "checkpoints" / "1", tmp_path / "first")
@@ -144,6 +146,7 @@ def test_a_copy_does_not_go_into_the_run_itself(run):
         command.export(str(run), str(run / "checkpoints" / "50"), "mae_jax")
 
 
+@pytest.mark.slow
 def test_another_checkpoint_of_the_same_step_is_not_overwritten(run, tmp_path):
     copy(run, tmp_path)
     other = Checkpoints(tmp_path / "other", 2)

@@ -103,6 +103,7 @@ def test_hugging_faces_layout_refuses_a_classifier(probe, tmp_path):
         command.export(str(probe[0]), str(tmp_path / "hf"), "hf")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["segment", "beit", "splitmask", "dino"])
 def test_what_heads_and_decoders_of_other_methods_predict_is_not_written_as_a_classifier(method, tmp_path, capsys):
     config = tiny_config(method=method)
