@@ -39,7 +39,7 @@ def test_a_duration_in_examples_and_epochs_of_the_same_length_agree():
     "800", "5 steps, at most", "5 steps, at least 4 steps", "epochs", "800 epoch s", "-3 steps", "1.2.3 steps", ".",
     ". steps", "1e400 steps", "ten steps", "5 batches"])
 def test_a_duration_that_cannot_be_read_is_refused_with_examples(duration):
-    with pytest.raises(UserError, match="write '800 epochs', '100 steps' or '5e6 examples'"):
+    with pytest.raises(UserError, match="'800 epochs', '100 steps' or '5e6 examples'"):
         steps(duration, 8, 100)
 
 
@@ -82,7 +82,7 @@ def test_a_value_that_cannot_work_is_refused_in_one_line(fields, line):
 
 
 def test_an_unknown_size_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="unknown model size 'XL'; did you mean 'L'"):
+    with pytest.raises(UserError, match=r"'XL'.* 'L'"):
         vit("XL", 16)
 
 
@@ -105,7 +105,7 @@ def test_presets_apply_in_order_and_runlocal_last():
     assert seen == [256]
     assert config.batch_size == 16
     assert config.is_locked
-    with pytest.raises(UserError, match="unknown config argument 'bgi'; did you mean 'big'"):
+    with pytest.raises(UserError, match=r"'bgi'.* 'big'"):
         resolve(default("mae"), "bgi", big=big)
 
 
@@ -121,7 +121,7 @@ def test_presets_apply_in_the_recipes_order_whatever_that_of_the_argument():
 
 
 def test_of_two_presets_that_exclude_each_other_neither_is_chosen():
-    with pytest.raises(UserError, match="the config arguments 'B' and 'L' exclude each other"):
+    with pytest.raises(UserError, match="'B' and 'L'"):
         resolve(default("mae"), "L,B", {"B": vit, "L": vit})
 
 
@@ -196,7 +196,7 @@ def test_a_workdir_of_another_config_is_refused_with_the_list_and_left_alone(tmp
     assert workdir.changes(folder, tiny_config()) == []
     before = (folder / "config.json").read_text()
     other = tiny_config({"optim.lr": 0.1, "seed": 3, "train.duration": "60 steps"})
-    with pytest.raises(UserError, match=r"optim.lr: 0.05 -> 0.1; seed: 0 -> 3\. Use another --workdir") as error:
+    with pytest.raises(UserError, match=r"optim.lr: 0.05 -> 0.1; seed: 0 -> 3\b") as error:
         workdir.changes(folder, other)
     assert "train.duration" not in str(error.value)
     assert (folder / "config.json").read_text() == before
@@ -225,7 +225,7 @@ def test_a_damaged_config_json_is_refused_in_one_line(tmp_path, text):
 
 
 def test_a_folder_that_is_no_workdir_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"holds no config\.json: not a workdir of mae_jax"):
+    with pytest.raises(UserError, match=r"no config\.json"):
         workdir.read_config(epath.Path(tmp_path))
 
 
@@ -272,7 +272,7 @@ def test_auto_stands_for_what_suits_the_platform_and_stays_auto_in_the_config(pl
 def test_bfloat16_sums_need_bfloat16_activations():
     config = default()
     config.mesh.reduce = "bfloat16"
-    with pytest.raises(UserError, match=r"mesh.reduce=bfloat16 with activations in float32"):
+    with pytest.raises(UserError, match=r"mesh.reduce=bfloat16 .*float32"):
         for_platform(config, "cpu")
     assert for_platform(config, "tpu").mesh.reduce == "bfloat16"
 

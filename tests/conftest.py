@@ -19,6 +19,25 @@ import pytest
 from tests.gcs.server import Server, environment, serving
 
 
+@pytest.hookimpl(tryfirst=True)  # before markers are selected by
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "_gcs_server" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.bucket)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not has_gpu():
+        pytest.skip("JAX finds no GPU; where there is one: JAX_PLATFORMS= python -m pytest -m gpu")
+
+
+def has_gpu() -> bool:
+    try:
+        return bool(jax.devices("gpu"))
+    except RuntimeError:
+        return False
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _shared_compilations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Programs that are compiled again, by another run of the same shapes, come from a cache on disk."""

@@ -94,6 +94,7 @@ def test_without_gcloud_one_line_says_where_it_is_found(cloud):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [RECORD, "configs/new.py"])
 def test_what_is_not_committed_is_refused_since_it_would_not_run(cloud, repository, tmp_path, change):
     cloud.repository = shutil.copytree(repository, tmp_path / "changed")
@@ -105,6 +106,7 @@ def test_what_is_not_committed_is_refused_since_it_would_not_run(cloud, reposito
     assert cloud.argvs() == []
 
 
+@pytest.mark.slow
 def test_the_example_of_help_works(cloud):
     done = cloud.launch("--help")
     assert (done.returncode, done.stderr) == (0, "")
@@ -119,6 +121,7 @@ HOSTILE = ["a b  c", "it's", 'say "x"', "$(touch owned)", "`touch owned`", "; to
            "$HOME", "#", "", "two\nlines", "ä", "!!", "{a,b}", "--", "%s"]
 
 
+@pytest.mark.slow
 def test_values_arrive_at_the_workers_byte_for_byte(cloud):
     train = [*TRAIN, *(f"--config.model.note={value}" for value in HOSTILE), *HOSTILE]
     done = cloud.run(train=train)
@@ -127,6 +130,7 @@ def test_values_arrive_at_the_workers_byte_for_byte(cloud):
     assert list(cloud.folder.rglob("owned")) == []
 
 
+@pytest.mark.slow
 def test_run_creates_installs_trains_on_all_workers_shows_their_logs_and_deletes(cloud):
     done = cloud.run("--spot", "--service-account=trainer@p.iam.gserviceaccount.com", "--project=p")
     assert done.returncode == 0, done.stderr
@@ -140,6 +144,7 @@ def test_run_creates_installs_trains_on_all_workers_shows_their_logs_and_deletes
     assert not (cloud.folder / "tpu-vm").exists()
 
 
+@pytest.mark.slow
 def test_the_workers_install_python_and_the_commit_with_the_packages_of_its_date(cloud, repository):
     cloud.run()
     commit, date = subprocess.run(["git", "-C", str(repository), "show", "-s", "--format=%H %cI"],
@@ -159,6 +164,7 @@ def test_the_workers_install_python_and_the_commit_with_the_packages_of_its_date
         assert not (home / "mae_jax" / "new").exists()
 
 
+@pytest.mark.slow
 def test_dry_run_prints_every_command_and_runs_none_and_they_can_be_pasted(cloud):
     options = ["--queued", "--spot", "--project=p", "--service-account=a@b"]
     train = [*TRAIN, *(f"--config.model.note={value}" for value in HOSTILE)]
@@ -182,6 +188,7 @@ def comparable(argvs: list[list[str]]) -> list[list[str]]:
     return [[re.sub(r"( [0-9a-f]{12}-\d+)-\d+-\d+ ", r"\1 ", arg) for arg in argv] for argv in shown]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "calls"), [
     ("create", ["create"]), ("install", ["scp", "install"]), ("start", ["start"]), ("logs", ["follow", "report"]),
     ("status", ["report"]), ("stop", ["stop"]), ("delete", ["delete"])])
@@ -195,6 +202,7 @@ def test_every_single_step_has_a_dry_run(cloud, command, calls):
 
 # What goes wrong.
 
+@pytest.mark.slow
 def test_a_refused_creation_shows_the_message_of_gcloud_and_calls_nothing_else(cloud):
     cloud.plan(create=["RESOURCE_EXHAUSTED: Quota limit 'TPUV3sPodPerProject' has been exceeded."])
     done = cloud.run()
@@ -204,6 +212,7 @@ def test_a_refused_creation_shows_the_message_of_gcloud_and_calls_nothing_else(c
     assert cloud.calls() == ["create"]
 
 
+@pytest.mark.slow
 def test_a_gcloud_that_cannot_look_at_first_ends_with_its_message(cloud):
     cloud.plan(list=["PERMISSION_DENIED: Cloud TPU API has not been used in project p before or it is disabled."])
     done = cloud.run()
@@ -213,6 +222,7 @@ def test_a_gcloud_that_cannot_look_at_first_ends_with_its_message(cloud):
     assert cloud.calls() == []
 
 
+@pytest.mark.slow
 def test_a_slice_that_cannot_be_reached_from_the_beginning_is_not_kept_waiting_for_ever(cloud):
     cloud.plan(install=["refused"])
     done = cloud.run()
@@ -221,6 +231,7 @@ def test_a_slice_that_cannot_be_reached_from_the_beginning_is_not_kept_waiting_f
     assert "[launch] vit-l could not be made to run; what is above says why\n" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_slice_that_was_there_and_cannot_be_reached_is_left_since_a_run_may_live_on_it(cloud):
     assert cloud.launch("create", *SLICE).returncode == 0
     cloud.plan(install=["refused"], report=["refused"])
@@ -230,6 +241,7 @@ def test_a_slice_that_was_there_and_cannot_be_reached_is_left_since_a_run_may_li
     assert f"[launch] vit-l is kept and costs money until: {DELETE}\n" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_queued_request_is_waited_for(cloud):
     cloud.plan(request=["WAITING_FOR_RESOURCES", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"],
                node=["CREATING", "READY"])
@@ -246,12 +258,14 @@ def test_a_queued_request_is_waited_for(cloud):
                         "waiting: the request is PROVISIONING", "waiting: it is CREATING", "ready"]
 
 
+@pytest.mark.slow
 def test_a_queued_request_that_failed_or_was_suspended_is_deleted_and_made_again(cloud):
     cloud.plan(request=["FAILED", "FAILED", "SUSPENDED", "SUSPENDED", "ACTIVE"])
     assert cloud.run("--queued").returncode == 0
     assert cloud.calls() == ["create", "delete", "create", "delete", *WHOLE]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("train", "starts", "code"), [
     ([75, 0], 2, 0), ([2], 1, 2), ([3], 1, 3), ([[134], [1]], 1, 1), ([[2, 0], [137, 0]], 2, 0)])
 def test_it_starts_again_where_that_helps_and_stops_where_it_does_not(cloud, train, starts, code):
@@ -264,6 +278,7 @@ def test_it_starts_again_where_that_helps_and_stops_where_it_does_not(cloud, tra
     assert ("to start again would not help; exit codes" in done.stderr) == (code > 0)
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_in_the_second_in_which_it_was_started_is_started_again_once(cloud):
     date = cloud.folder / "bin" / "date"
     date.write_text("#!/bin/sh\necho 1700000000\n")
@@ -274,6 +289,7 @@ def test_a_run_that_ends_in_the_second_in_which_it_was_started_is_started_again_
     assert [len(runs) for runs in cloud.trained()] == [3, 3]
 
 
+@pytest.mark.slow
 def test_a_preempted_slice_is_made_again_once_there_is_room_and_the_same_run_goes_on(cloud):
     cloud.plan(["wait", 0], follow=["preempted", ""], create=["", "There is no more capacity in the zone", ""])
     done = cloud.run("--spot")
@@ -283,6 +299,7 @@ def test_a_preempted_slice_is_made_again_once_there_is_room_and_the_same_run_goe
     assert "[launch] vit-l is lost: it is PREEMPTED\n" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_lost_slice_that_cannot_be_deleted_counts_as_a_try(cloud):
     cloud.plan([0], node=["PREEMPTED"], delete=["the operation is in progress"])
     done = cloud.run("--retries=2")
@@ -291,6 +308,7 @@ def test_a_lost_slice_that_cannot_be_deleted_counts_as_a_try(cloud):
     assert "[launch] vit-l could not be deleted\n" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_connection_that_breaks_leaves_the_run_alone(cloud):
     cloud.plan(["wait"], follow=["drop", "drop", ""])
     launcher = cloud.start("run", *SLICE, "--", *TRAIN)
@@ -299,6 +317,7 @@ def test_a_connection_that_breaks_leaves_the_run_alone(cloud):
     assert "[launch] the connection broke, the run goes on\n" in interrupt(launcher)
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_be_reached_for_a_while_keep_their_run(cloud):
     cloud.plan(["wait"], follow=["drop", ""], report=["refused", ""], list=["", "", "", "", "no network", ""])
     launcher = cloud.start("run", *SLICE, "--", *TRAIN)
@@ -307,12 +326,14 @@ def test_workers_that_cannot_be_reached_for_a_while_keep_their_run(cloud):
     assert cloud.calls() == [*WHOLE[:6], "report", "follow"]
 
 
+@pytest.mark.slow
 def test_a_command_that_gcloud_repeats_does_its_work_once(cloud):
     cloud.plan(start=["twice"], follow=["twice"])
     assert cloud.run().returncode == 0
     assert cloud.trained() == [[TRAIN], [TRAIN]]
 
 
+@pytest.mark.slow
 def test_it_gives_up_after_so_many_tries_and_says_what_may_still_cost_money(cloud):
     cloud.plan([75], delete=["no network"])
     done = cloud.run("--retries=1")
@@ -322,6 +343,7 @@ def test_it_gives_up_after_so_many_tries_and_says_what_may_still_cost_money(clou
     assert "gave up, --retries=1 are used up; the same command goes on from the state that was saved" in done.stderr
 
 
+@pytest.mark.slow
 def test_keep_leaves_the_slice_and_says_what_deletes_it(cloud):
     cloud.plan([3])
     done = cloud.run("--keep")
@@ -332,6 +354,7 @@ def test_keep_leaves_the_slice_and_says_what_deletes_it(cloud):
 
 # What the user does meanwhile.
 
+@pytest.mark.slow
 def test_ctrl_c_says_what_goes_on_and_the_same_command_comes_back_to_it(cloud):
     cloud.plan(["wait"])
     launcher = cloud.start("run", *SLICE, "--", *TRAIN)
@@ -350,6 +373,7 @@ def test_ctrl_c_says_what_goes_on_and_the_same_command_comes_back_to_it(cloud):
     assert cloud.launch("logs", *SLICE).returncode == 75
 
 
+@pytest.mark.slow
 def test_another_run_on_the_slice_lets_the_one_before_save_its_state(cloud):
     cloud.plan(["wait", 0])
     launcher = cloud.start("run", *SLICE, "--", *TRAIN)
@@ -361,6 +385,7 @@ def test_another_run_on_the_slice_lets_the_one_before_save_its_state(cloud):
     assert cloud.calls().count("create") == 1
 
 
+@pytest.mark.slow
 def test_the_single_steps_do_what_run_does(cloud):
     for command in (["create"], ["install"], ["start"]):
         done = cloud.launch(*command, *SLICE, "--", *TRAIN)
@@ -372,6 +397,7 @@ def test_the_single_steps_do_what_run_does(cloud):
     assert cloud.launch("status", *SLICE).stdout == "vit-l is absent\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "plan", "line"), [
     ("install", {"install": ["refused"]}, "not installed on all workers; what is above says why"),
     ("start", {"start": ["refused"]}, "not started on all workers; what is above says why"),
@@ -386,6 +412,7 @@ def test_a_single_step_that_fails_says_so_with_2(cloud, command, plan, line):
     assert done.stderr.endswith(f"error: {line}\n")
 
 
+@pytest.mark.slow
 def test_start_refuses_another_commit_than_the_installed_one(cloud, repository, tmp_path):
     cloud.launch("create", *SLICE)
     cloud.launch("install", *SLICE)

@@ -86,6 +86,7 @@ def test_what_is_declared_is_imported(setup_arguments):
     assert set(PROMISED) <= declared(setup_arguments) & used.keys()
 
 
+@pytest.mark.slow
 def test_the_public_surface_has_the_types_that_it_says():
     assert Path("mae_jax/py.typed").exists()
     done = subprocess.run([sys.executable, "-m", "mypy"], capture_output=True, text=True, timeout=300)
@@ -121,6 +122,7 @@ def elsewhere(tmp_path_factory) -> tuple[Path, Path, dict[str, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_an_installed_wheel_trains_the_quickstart_by_name_from_another_folder(elsewhere):
     programs, folder, variables = elsewhere
 

@@ -24,9 +24,9 @@ def test_merge_takes_what_has_the_same_path_and_reports_the_rest():
 
 @pytest.mark.parametrize(("loaded", "line"), [
     ({"encoder": {"block_00": {"kernel": np.ones((2, 4))}}},
-     r"encoder/block_00/kernel has shape \(2, 4\), but this model needs \(2, 3\)"),
-    ({"vit": {"kernel": np.ones((2, 3))}}, "no parameter matches; it holds vit/kernel"),
-    ({}, "no parameter matches"),
+     r"encoder/block_00/kernel .*\(2, 4\), .*\(2, 3\)"),
+    ({"vit": {"kernel": np.ones((2, 3))}}, "no parameter .*vit/kernel"),
+    ({}, "no parameter "),
 ])
 def test_parameters_of_another_model_are_refused(loaded, line):
     with pytest.raises(UserError, match=line):

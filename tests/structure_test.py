@@ -5,6 +5,7 @@ import graphlib
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import grimp
@@ -131,9 +132,18 @@ for module in pkgutil.walk_packages(mae_jax.__path__, "mae_jax."):
 """
 
 
+@pytest.mark.slow
 def test_everything_outside_data_imports_without_tensorflow():
     done = subprocess.run([sys.executable, "-c", WITHOUT_TENSORFLOW], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_fast_tier_and_the_rest_are_all_tests():
+    """`python -m pytest` leaves out what has any marker of a tier, and .ci/run then runs all that has one."""
+    options = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    tiers = [line.split(":")[0] for line in options["markers"]]
+    assert options["addopts"][-2:] == ["-m", " and ".join(f"not {tier}" for tier in tiers)]
+    assert f'-m "{" or ".join(tiers)}"' in Path(".ci/run").read_text()
 
 
 def test_the_page_of_config_fields_is_what_the_source_says():

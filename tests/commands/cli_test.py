@@ -18,6 +18,7 @@ def main(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "mae_jax.main", *args], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("args", "line"), [
     (["--config=configs/quickstart.py", "--workdir={}/run", "--config.optim.lrr=1"],
      "error: unknown config field 'lrr'; did you mean 'lr'?"),

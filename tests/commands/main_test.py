@@ -63,6 +63,7 @@ def test_version_and_help_import_no_jax(args):
         assert all(f"  {verb:<10}{command.about}\n" in done.stdout for verb, command in COMMANDS.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["--help", "train --help", "train --help --config=quickstart", "--version"])
 @pytest.mark.parametrize("to", ["| head -c 1", "| true", ">&-", ">/dev/full"])
 def test_help_survives_a_pipe_that_is_closed(command, to):

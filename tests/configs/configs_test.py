@@ -10,6 +10,8 @@ from mae_jax.data.sources import registry
 from mae_jax.training import loop
 from tests.config_test import RECIPES, recipe
 
+pytestmark = pytest.mark.slow
+
 SEEN = {  # method → a figure and the pictures of its evaluations
     "beit": ("eval/knn/top1", ("attention",)),
     "dino": ("eval/knn/top1", ("attention",)),

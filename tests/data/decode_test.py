@@ -246,6 +246,7 @@ for name, data in bombs().items():
 """
 
 
+@pytest.mark.slow
 def test_pictures_of_more_than_fifty_megapixels_are_refused_before_they_take_memory():
     """The 12,000 x 12,000 PNG has all its pixels, in 140 kB; the GIF of 43 bytes took 4 GB before it was refused."""
     done = subprocess.run([sys.executable, "-c", REFUSE_BOMBS], capture_output=True, text=True, timeout=120)

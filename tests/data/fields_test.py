@@ -125,13 +125,13 @@ def test_slices_of_a_split_that_may_share_pictures_are_known(one, other, shared)
     ({"val_split": "train[90%:]"}, "train_split='train'"), ({"val_split": "test"}, "eval_split='test'"),
     ({"train_split": "train[:40]", "val_split": "train[90%:]"}, "train_split")])
 def test_choosing_on_pictures_that_are_trained_on_or_reported_on_is_refused(stored, fields, with_what):
-    with pytest.raises(UserError, match=f"val_split=.* shares pictures with data.{re.escape(with_what)}"):
+    with pytest.raises(UserError, match=f"val_split=.*data.{re.escape(with_what)}"):
         build(config(stored, **fields))
 
 
 def test_in_data_without_splits_all_names_of_the_held_out_part_are_the_same_pictures(tmp_path):
     np.savez(tmp_path / "all.npz", image=np.zeros((40, SIDE, SIDE, 3), np.uint8))
-    with pytest.raises(UserError, match=r"val_split='val' shares pictures with data\.eval_split='test'"):
+    with pytest.raises(UserError, match=r"val_split='val' .*data\.eval_split='test'"):
         build(config("", source="npz", path=str(tmp_path / "all.npz"), val_split="val"))
     for folder in ("train", "val", "test"):
         (tmp_path / "own" / folder).mkdir(parents=True)
@@ -139,7 +139,7 @@ def test_in_data_without_splits_all_names_of_the_held_out_part_are_the_same_pict
     own = config("", source="folder", path=str(tmp_path / "own"), val_split="val", batch=1)
     assert (build(own).num_val, build(own).num_eval) == (1, 1)
     shutil.rmtree(tmp_path / "own" / "val")
-    with pytest.raises(UserError, match="val_split='val' shares pictures"):
+    with pytest.raises(UserError, match="val_split='val' "):
         build(own)
 
 
@@ -194,7 +194,7 @@ def test_repeats_of_a_stream_lie_in_different_groups_that_are_mixed(stored):
     c = config(stored, **fields)
     c.unlock().method = configs.default("supervised").method
     c.method.update(mix_group=4, mixup=0.8)
-    with pytest.raises(UserError, match=r"groups of 4 pictures would mix .* reader's 4 rows show 2 pictures"):
+    with pytest.raises(UserError, match=r"groups of 4 .* 4 rows .* 2 "):
         build(c)
     c.method.mix_group = 2
     assert build(c).num_train == 60
@@ -222,9 +222,9 @@ def test_pictures_of_several_labels_have_no_classes_for_who_wants_one(stored, na
 
 @KINDS
 def test_labels_that_are_not_there_name_the_config_field(stored, name):
-    with pytest.raises(UserError, match=r"data\.label_key='label' names no list"):
+    with pytest.raises(UserError, match=r"data\.label_key='label'"):
         build(config(stored, name), labels=())
-    with pytest.raises(UserError, match="has 3 classes, the method expects 5"):
+    with pytest.raises(UserError, match=r"3 classes, .* 5"):
         build(config(stored, name, label_key="labels"), labels=(5,))
 
 
@@ -241,9 +241,9 @@ def test_masks_are_cut_and_permuted_as_their_pictures(stored, name):
 
 @KINDS
 def test_masks_that_are_not_there_name_the_config_field(stored, name):
-    with pytest.raises(UserError, match=r"no batch field 'pixel_label'; data\.mask_key=''"):
+    with pytest.raises(UserError, match=r"'pixel_label'; data\.mask_key=''"):
         build(config(stored, name), pixel_label=())
-    with pytest.raises(UserError, match="did you mean 'segmentation_mask'"):
+    with pytest.raises(UserError, match="'segmentation_mask'"):
         build(config(stored, name, mask_key="segmentation_masks"), pixel_label=())
 
 
@@ -285,9 +285,9 @@ def test_a_further_test_set_has_labels_of_the_training_classes_by_name(stored):
 def test_a_further_test_set_of_other_classes_is_refused(stored):
     store(stored, "strange", counts={"test": 5}, **labelled(("cat", "dog")))
     inputs = build(config(stored))
-    with pytest.raises(UserError, match="class 'dog', which the training data lack"):
+    with pytest.raises(UserError, match="class 'dog'"):
         inputs.extra("strange")
-    with pytest.raises(UserError, match="unknown split 'val'"):
+    with pytest.raises(UserError, match="split 'val'"):
         inputs.extra("strange:val")
 
 
@@ -299,7 +299,7 @@ def test_only_tfds_has_further_test_sets():
 def test_a_data_set_prepared_in_part_is_refused(tmp_path):
     version = str(tfds.builder("cifar10", data_dir=str(tmp_path)).version)
     store(tmp_path, "cifar10", version=version, **labelled(("ant", "bee")))
-    with pytest.raises(UserError, match="cifar10 holds 60 of the expected 50000 examples in 'train'"):
+    with pytest.raises(UserError, match=r"cifar10 .*60 .* 50000 .*'train'"):
         build(config(tmp_path, "cifar10"))
 
 
@@ -307,20 +307,20 @@ def test_sizes_are_checked_of_known_splits_only():
     expected_sizes.check_size("cifar10", "test", 10_000)
     expected_sizes.check_size("cifar10", "validation", 3)
     expected_sizes.check_size("pictures", "train", 3)
-    with pytest.raises(UserError, match="holds 3668 of the expected 3669"):
+    with pytest.raises(UserError, match=r"3668 .* 3669"):
         expected_sizes.check_size("oxford_iiit_pet", "test", 3668)
 
 
 def test_held_out_pictures_of_classes_that_are_not_trained_on_are_refused(tmp_path):
     pictures = np.zeros((4, SIDE, SIDE, 3), np.uint8)
     np.savez(tmp_path / "more.npz", x_train=pictures, y_train=[0, 1, 2, 0], x_test=pictures, y_test=[0, 4, 1, 2])
-    with pytest.raises(UserError, match=r"2 classes of the held-out pictures are none of .*such as '3'"):
+    with pytest.raises(UserError, match=r"2 classes .*'3'"):
         build(config("", source="npz", path=str(tmp_path / "more.npz"), batch=1))
 
 
 def test_a_folder_under_a_known_name_is_held_to_its_number_of_pictures(tmp_path):
     Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "one.png")
-    with pytest.raises(UserError, match="the data set aircraft holds 1 of the expected 6667 examples in 'train'"):
+    with pytest.raises(UserError, match=r"aircraft .* 1 .* 6667 .*'train'"):
         build(config("", "aircraft", source="folder", path=str(tmp_path), eval_split=""))
 
 
@@ -328,7 +328,7 @@ def test_token_maps_are_refused_for_streams_whose_ids_are_no_rows_of_a_split(sto
     c = config(stored)
     method = tiny_method(c)
     spec = {**method.eval_spec(), "tokens": jax.ShapeDtypeStruct((8, 4), np.int32)}
-    with pytest.raises(UserError, match="which streams do not know; use a source with random access"):
+    with pytest.raises(UserError, match=r"streams .*random access"):
         data.OpenedData(c).batches(spec, method.order())
 
 

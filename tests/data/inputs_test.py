@@ -123,7 +123,7 @@ def test_a_field_that_no_pipeline_gives_names_its_provider():
 def test_an_unknown_source_is_refused_with_the_nearest_name():
     c = config()
     c.data.source = "photo_crop"
-    with pytest.raises(UserError, match="did you mean 'photo_crops'"):
+    with pytest.raises(UserError, match="'photo_crops'"):
         inputs_of(c)
 
 
@@ -253,6 +253,7 @@ def test_an_error_of_ours_comes_out_as_itself():
         next(random_access.batches(example, spec(c), np.arange(8), range(5), c.data))
 
 
+@pytest.mark.slow
 def test_a_process_ends_while_batches_are_being_made():
     """TensorFlow's threads hung the interpreter's exit when they came back to Python too late."""
     code = """
@@ -275,5 +276,5 @@ sys.exit(75)
 def test_a_path_that_nothing_reads_is_refused(source):
     c = config()
     c.data.update(source=source, path="/pictures")
-    with pytest.raises(UserError, match=f"data.source='{source}' does not read data.path='/pictures'"):
+    with pytest.raises(UserError, match=f"data.source='{source}' .*data.path='/pictures'"):
         inputs_of(c)

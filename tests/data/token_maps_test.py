@@ -47,21 +47,22 @@ def test_the_loss_asks_for_them(tmp_path, method):
     assert first[0] != second[0]
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_them(tmp_path):
     config, *_ = build(tmp_path, **{"train.duration": "2 steps", "eval.every": "2 steps", "data.eval_split": "test"})
     assert loop.train(config, str(tmp_path / "run")) == 0
 
 
 @pytest.mark.parametrize(("arrays", "fields", "line"), [
-    (None, {"data.augment": "random"}, "those of one fixed view, which a random one does not show"),
+    (None, {"data.augment": "random"}, "one fixed view"),
     (None, {"data.color": "jitter"}, "which a random one does not show"),
-    (None, {"data.tokens": ""}, "is no file; write one ..npz with an integer array .examples, 16. per split"),
-    (None, {"eval.crop_ratio": (0.875, 1.0)}, "has the tokens of one crop; give that ratio alone"),
-    (None, {"method.target": "kmeans"}, "is not read with method.target='kmeans'; use 'tokens'"),
+    (None, {"data.tokens": ""}, "no file; .*..npz .*.examples, 16."),
+    (None, {"eval.crop_ratio": (0.875, 1.0)}, "tokens of one crop"),
+    (None, {"method.target": "kmeans"}, "method.target='kmeans'; .*'tokens'"),
     ({"train": maps()["train"]}, {}, "has no array 'test'"),
-    (maps(test=np.zeros((7, 16), int)), {}, "'test' is int64 .7, 16.; expected integers .1020, 16."),
+    (maps(test=np.zeros((7, 16), int)), {}, "'test' .*int64 .7, 16.; .*.1020, 16."),
     (maps(test=np.zeros((1020, 16))), {}, "'test' is float64"),
-    (maps(test=np.full((1020, 16), 24)), {}, "has tokens from 24 to 24; expected 0 to method.vocabulary - 1 = 23")])
+    (maps(test=np.full((1020, 16), 24)), {}, "24 to 24; .*method.vocabulary - 1 = 23")])
 def test_what_does_not_fit_is_refused(tmp_path, arrays, fields, line):
     with pytest.raises(UserError, match=line):
         build(tmp_path, arrays=arrays, **fields)

@@ -8,6 +8,7 @@ from mae_jax.errors import UserError
 from mae_jax.evals import attention_maps, attention_overlap
 from mae_jax.evals.image_grid import CAPTION, GAP
 from mae_jax.losses.segmentation import IGNORED, upsample
+from tests.helpers import margins
 from tests.helpers.tiny import (
     tiny_batch,
     tiny_config,
@@ -39,9 +40,9 @@ def test_maps_are_rows_of_the_attention_in_raster_order(block, query):
 def test_an_unknown_query_or_block_is_refused():
     config = tiny_config()
     method, params, batch = tiny_method(config), tiny_params(config), tiny_batch(config)
-    with pytest.raises(UserError, match="unknown query 'class'"):
+    with pytest.raises(UserError, match="query 'class'"):
         attention_maps.maps(method, params, {}, batch, query="class")
-    with pytest.raises(UserError, match="there is no block 2"):
+    with pytest.raises(UserError, match="block 2"):
         attention_maps.maps(method, params, {}, batch, block=2)
 
 
@@ -78,6 +79,7 @@ def numpy_overlaps(method, state, batch) -> tuple[np.ndarray, np.ndarray]:
     return np.mean(scores, 0), np.mean(shares)
 
 
+@pytest.mark.slow
 def test_the_iou_reads_the_test_part_with_what_was_best_on_the_other():
     config = tiny_segment({"batch_size": 4, "method.background": 1})
     method, state = tiny_method(config), tiny_state(config)
@@ -86,6 +88,7 @@ def test_the_iou_reads_the_test_part_with_what_was_best_on_the_other():
     parts[1]["valid"][0] = 0
     found = attention_overlap.iou(method, state.params, {}, parts[:1], parts[1:])
     chosen, _ = numpy_overlaps(method, state, parts[0])
+    assert margins.least(chosen.reshape(1, -1)) > 4e-3  # or rounding might choose another one
     mass, which = np.unravel_index(chosen.argmax(), chosen.shape)
     assert found["attention_mass"] == attention_overlap.MASSES[mass]
     assert found["attention_head"] == which - 1

@@ -13,7 +13,7 @@ from mae_jax.evals.evaluator import Evaluator
 from mae_jax.methods.base import pool
 from mae_jax.ops.patches import PatchGrid
 from mae_jax.runtime import sharding
-from tests.helpers.tiny import tiny_batch, tiny_config, tiny_method, tiny_params, tiny_state
+from tests.helpers.tiny import tiny_batch, tiny_config, tiny_loss, tiny_method, tiny_params, tiny_state
 
 
 def test_pooling_takes_the_class_token_or_the_mean_of_the_patches():
@@ -65,7 +65,7 @@ def test_the_evaluation_ignores_padding_and_is_the_same_twice(mesh):
     losses = []
     for batch in Inputs(config).evaluate():
         batch = {name: value[batch["valid"] > 0] for name, value in batch.items()}
-        _, (metrics, _) = method.loss(state.ema, {}, batch, None, 0, False)
+        _, (metrics, _) = tiny_loss(method)(state.ema, {}, batch, None, 0, False)
         losses.append(jax.device_get(metrics["loss"]))
     total, weight = np.sum(losses, 0)
     assert weight == 13
@@ -140,6 +140,7 @@ def test_tiles_lie_in_rows_with_whole_pixels():
     assert (picture[top + height + 4 : top + 2 * height + 4, 4 : 4 + width] == (0, 0, 255)).all()
 
 
+@pytest.mark.slow
 def test_one_picture_is_shown_at_several_ratios_whatever_it_was_trained_with():
     config = tiny_config({"method.masking": "grid", "method.target": "pixel"})
     picture = reconstruction.at_ratios(tiny_method(config), tiny_params(config), {}, tiny_batch(config))

@@ -5,25 +5,39 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from mae_jax.evals import knn
+from tests.helpers import margins
 from tests.helpers.blobs import CLASSES, blobs
 
 
+def cosines(train, test) -> np.ndarray:
+    """Returns the cosines of each test row with all training rows, in float64."""
+    ours, theirs = (part[0].astype(np.float64) for part in (test, train))
+    return np.array([[row @ other / np.linalg.norm(row) / np.linalg.norm(other) for other in theirs] for row in ours])
+
+
 def neighbours(train, test, k: int, temperature: float) -> np.ndarray:
-    """Returns the vote's class for each test row, one row and one neighbour at a time."""
+    """Returns the vote's class for each test row, one row and one neighbour at a time; no vote is nearly a tie."""
     found = []
-    for row in test[0].astype(np.float64):
-        cosine = [row @ other / np.linalg.norm(row) / np.linalg.norm(other) for other in train[0].astype(np.float64)]
+    for cosine in cosines(train, test):
         votes = np.zeros(CLASSES)
         for index in np.argsort(cosine)[::-1][:k]:
-            votes[train[1][index]] += np.exp(cosine[index] / temperature)
-        found.append(votes.argmax())
-    return np.array(found)
+            votes[train[1][index]] += np.exp((cosine[index] - cosine.max()) / temperature)
+        found.append(votes)
+    assert margins.least(np.array(found)) > 1e-4
+    return np.argmax(found, 1)
+
+
+def assert_clear(train, test, k: int) -> None:
+    """The k nearest are the same ones in float32, however a sum is ordered."""
+    ordered = np.sort(cosines(train, test))[:, ::-1]
+    assert k >= len(train[1]) or (ordered[:, k - 1] - ordered[:, k]).min() > 1e-6
 
 
 @pytest.mark.parametrize("temperature", [0.02, 0.07, 1.0])
 @pytest.mark.parametrize("k", [1, 5, 20, 1000])
 def test_knn_is_the_weighted_vote_of_the_nearest_by_cosine(k, temperature):
     train, test = blobs(90, seed=0), blobs(60, seed=1)
+    assert_clear(train, test, k)
     wanted = (neighbours(train, test, k, temperature) == test[1]).mean()
     assert knn.top1(train, test, CLASSES, k, temperature) == pytest.approx(wanted)
 
@@ -36,6 +50,7 @@ def test_the_temperature_changes_votes():
 @pytest.mark.parametrize("k", [1, 7, 20])
 def test_at_a_high_temperature_every_neighbour_votes_alike_as_scikit_learn_has_it(k):
     train, test = blobs(200, seed=0), blobs(150, seed=1)
+    assert_clear(train, test, k)
     peer = KNeighborsClassifier(k, metric="cosine").fit(*train)
     assert knn.top1(train, test, CLASSES, k, 1e9) == pytest.approx(peer.score(*test))
 

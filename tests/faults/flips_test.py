@@ -8,6 +8,8 @@ import pytest
 
 from tests.helpers.devices import simulated
 
+pytestmark = pytest.mark.slow
+
 FLIPS = 6  # anywhere, and as many in arrays; more by `python -m tests.faults.flips 1000 1`
 
 

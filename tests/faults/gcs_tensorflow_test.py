@@ -5,9 +5,12 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 
 from tests.gcs import proxy
+
+pytestmark = pytest.mark.bucket
 
 SCRIPT = textwrap.dedent("""
     import io, sys

@@ -26,6 +26,8 @@ from mae_jax.training import workdir as training_workdir
 from tests.faults import peer
 from tests.faults.processes import ends, output, start
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
 FIELDS = {"data.eval_split": "test", "eval.every": "20 steps", "eval.max_examples": 16}
 LEASE = [0.3, 3.0]  # seconds after which a lease is renewed, and taken over
 TOKEN = "ya29.not-to-be-seen"
@@ -209,7 +211,7 @@ def test_cached_batches_in_a_bucket_are_those_of_a_disk_and_damage_is_told(place
     remote = next(training_run.prepare(config, place / "unused").inputs.train(5))
     assert all(np.array_equal(local[name], remote[name]) for name in local)
     gcs.add({"path": "train.npz", "kind": "flip", "times": -1})
-    with pytest.raises(UserError, match=r"train\.npz: what arrives is not what the bucket holds, twice"):
+    with pytest.raises(UserError, match=r"train\.npz: .*twice"):
         training_run.prepare(config, place / "unused")
 
 

@@ -1,12 +1,13 @@
 """One process of a run of several: `python peer.py WORKDIR COORDINATOR PROCESSES PROCESS HEARTBEAT [FIELDS]`.
 
-It trains a tiny model on cached batches, hence without TensorFlow, and appends which example each row of each step was
-to <WORKDIR>.ids.<PROCESS>, and of each batch of an evaluation to <WORKDIR>.evaluated.<PROCESS>. When it begins it
-makes <WORKDIR>.begun.<PROCESS>; when it has found the others it makes <WORKDIR>.joined.<PROCESS>. FIELDS is JSON:
-config fields to change; besides, 'method' is another one than MAE, 'devices' permutes the devices, 'start_seconds' is
-how long to wait for all, 'pause' how many seconds each batch takes, and 'only' has more fields for single processes;
-'workdir' is where the run is kept instead, as gs://bucket/run, 'lease' the seconds after which a lease is renewed and
-taken over, and 'save_seconds' those that a save may take.
+It trains a tiny model on cached batches, hence without TensorFlow. Images have the colors of their labels, but for some
+of the evaluation: how many answers are right is known beforehand, on any processor. Which example each row of each step
+was is appended to <WORKDIR>.ids.<PROCESS>, and of each batch of an evaluation to <WORKDIR>.evaluated.<PROCESS>. When it
+begins it makes <WORKDIR>.begun.<PROCESS>; when it has found the others it makes <WORKDIR>.joined.<PROCESS>. FIELDS is
+JSON: config fields to change; besides, 'method' is another one than MAE, 'devices' permutes the devices,
+'start_seconds' is how long to wait for all, 'pause' how many seconds each batch takes, and 'only' has more fields for
+single processes; 'workdir' is where the run is kept instead, as gs://bucket/run, 'lease' the seconds after which a
+lease is renewed and taken over, and 'save_seconds' those that a save may take.
 """
 
 import json
@@ -26,11 +27,13 @@ from mae_jax.data.readers.cached_batches import hiding
 from mae_jax.runtime import discovery, exit, peers, sharding
 from mae_jax.storage import checkpoint, workdir_lock
 from mae_jax.training import loop
-from tests.helpers.tiny import raster_batch, tiny_batch, tiny_config, tiny_method
+from tests.helpers.tiny import raster_batch, tinted, tiny_batch, tiny_config, tiny_method
 
 STEPS = 20
 END = "."  # of a line that was written whole: a disk may be full
 SIZES = {"train": 48, "support": 32, "evaluate": 27}
+WRONG = 4  # every such example of the evaluation has another label than its color, beginning with the first
+TOP1 = 20 / 27  # hence: what whoever goes by colors is right about
 
 
 def small_config(folder: Path, fields: dict | None = None):
@@ -54,9 +57,11 @@ def write_batches(folder: Path, config) -> None:
     for seed, (name, size) in enumerate(SIZES.items()):
         views = name == "train" and method.views()
         make = raster_batch if order.kind == "identity" and not views else tiny_batch
-        batches = [make(config, seed=100 * seed + number) for number in range(-(-size // config.batch_size))]
+        batches = [tinted(make(config, seed=100 * seed + number)) for number in range(-(-size // config.batch_size))]
         parts[name] = {key: np.concatenate([batch[key] for batch in batches])[:size] for key in batches[0]}
         parts[name]["id"] = np.arange(size, dtype=np.int32)
+    wrong = parts["evaluate"]["label"][::WRONG]
+    wrong[:] = (wrong + 1) % 3
     folder.mkdir(parents=True)
     for name, arrays in parts.items():
         np.savez(folder / f"{name}.npz", **arrays)

@@ -23,8 +23,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 
+from mae_jax.param_tree import flatten
+from mae_jax.state import TrainState
+from mae_jax.storage.checkpoint import Checkpoints
+from mae_jax.training import run as training_run
+from mae_jax.training import workdir
+from mae_jax.training.run import Run
 from tests.faults import peer
 from tests.helpers.devices import simulated
 
@@ -96,20 +103,17 @@ def finish(folder: Path, *args, **kwargs) -> list[str]:
     return outputs
 
 
-def state_of(folder: Path) -> dict[str, np.ndarray]:
-    """Returns all of the newest checkpoint, read by this one process on its one device."""
-    import jax
-
-    from mae_jax.param_tree import flatten
-    from mae_jax.storage.checkpoint import Checkpoints
-    from mae_jax.training import run as training_run
-    from mae_jax.training import workdir
-
+def restored(folder: Path) -> tuple[Run, TrainState]:
+    """Returns a run and its newest checkpoint, read by this one process on its one device."""
     config = workdir.read_config(folder)
     config.mesh.update(data=-1, fsdp=1, tensor=1)
     run = training_run.prepare(config, folder)
-    state = Checkpoints(folder, 2).restore(run.program.state)
-    return {name: np.asarray(jax.device_get(leaf)) for name, leaf in flatten(state).items()}
+    return run, Checkpoints(folder, 2).restore(run.program.state)
+
+
+def state_of(folder: Path) -> dict[str, np.ndarray]:
+    """Returns all arrays of the newest checkpoint by their paths."""
+    return {name: np.asarray(jax.device_get(leaf)) for name, leaf in flatten(restored(folder)[1]).items()}
 
 
 def drawn(folder: Path, kind: str = "ids", steps: int = peer.STEPS) -> dict[int, dict[int, int]]:

@@ -10,6 +10,8 @@ import pytest
 from tests.faults import soak
 from tests.faults.processes import environment
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
@@ -32,6 +34,7 @@ def test_a_run_outlives_whatever_reads_its_output(tmp_path, cache, output):
     assert (tmp_path / "run" / "DONE").read_text() == "20\n"
 
 
+@pytest.mark.bucket
 def test_faults_at_random_moments_change_no_bit_and_end_no_run_unexplained(tmp_path):
     table = soak.campaign(3, 7, tmp_path / "soak.jsonl", ("one device", "bucket"))
     lines = [json.loads(line) for line in (tmp_path / "soak.jsonl").read_text().splitlines()]

@@ -19,6 +19,8 @@ import pytest
 from tests.golden import runs
 from tests.golden.runs import METHODS, RECORD, STOP, TOTAL, Arrays
 
+pytestmark = pytest.mark.slow
+
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 EXPORTS = {  # file or folder → the method whose workdir it is of, its layout
     "mae.safetensors": ("mae", "mae_jax"), "mae_of_mae.safetensors": ("mae", "mae"),

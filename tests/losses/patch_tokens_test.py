@@ -81,12 +81,12 @@ def test_perplexity_is_that_of_the_tokens_that_are_not_constant():
 
 
 def test_a_vocabulary_that_is_too_large_or_hardly_used_is_refused_with_the_figures():
-    with pytest.raises(UserError, match=r"vocabulary=200 is more than a fifth of the 600 .* use at most 120"):
+    with pytest.raises(UserError, match=r"vocabulary=200 .* 600 .* 120"):
         patch_vocabulary.build(patches(), "kmeans", 200, np.random.default_rng(0))
     for few in (patches()[:14], patches()[:0], np.full((100, 48), 7, np.uint8)):
-        with pytest.raises(UserError, match=r"only (14|0) of the sampled patches are not of one colour"):
+        with pytest.raises(UserError, match=r"only (14|0) "):
             patch_vocabulary.build(few, "kmeans", 3, np.random.default_rng(0))
     alike = patches(1)[[0] * 600]
     alike[:, 0] = np.arange(600) % 2
-    with pytest.raises(UserError, match=r"600 sampled patches use the method\.vocabulary=100 as 2\.0 tokens"):
+    with pytest.raises(UserError, match=r"600 .*method\.vocabulary=100 .*2\.0 tokens"):
         patch_vocabulary.build(alike, "patches", 100, np.random.default_rng(0))

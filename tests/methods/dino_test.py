@@ -84,6 +84,7 @@ def test_the_teacher_sees_the_large_views_alone():
     assert first != second
 
 
+@pytest.mark.slow
 def test_small_views_have_the_positions_of_their_own_grid():
     method, params, _, batch = made()
     small = make_encoder(tiny_config({"data.image_size": (8, 8)}, "dino"))
@@ -102,6 +103,7 @@ def test_the_teacher_follows_by_a_momentum_that_rises_to_one():
         np.testing.assert_allclose(moved, momentum * old + (1 - momentum) * new, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_last_layer_is_held_for_its_first_steps_and_weight_decay_turns_no_direction():
     method, params, extras, batch = made({"method.freeze_last": "2 steps"})
     grad = jax.jit(jax.grad(lambda p, step: method.loss(p, extras, batch, None, step, False)[0]))
@@ -115,6 +117,7 @@ def test_the_last_layer_is_held_for_its_first_steps_and_weight_decay_turns_no_di
     np.testing.assert_allclose(projected(method, longer, *views), projected(method, params, *views), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_teachers_temperature_and_the_weight_decay_follow_their_schedules():
     method, *_ = made({"method.teacher_temperature": 0.08, "method.temperature_warmup": "4 steps"})
     found = [float(method._teacher_temperature(step)) for step in (0, 2, 4, 9)]
@@ -130,6 +133,7 @@ def test_the_teachers_temperature_and_the_weight_decay_follow_their_schedules():
     assert not updates["bias"].any()
 
 
+@pytest.mark.slow
 def test_an_evaluation_compares_teacher_and_student_on_the_one_view_it_has():
     method, params, extras, batch = made()
     batch |= {"patches": batch["global/patches"][:, 0], "order": batch["global/order"][:, 0]}
@@ -152,6 +156,7 @@ def test_an_evaluation_compares_teacher_and_student_on_the_one_view_it_has():
     assert np.abs(tokens - student).max() > 0.1
 
 
+@pytest.mark.slow
 def test_invalid_rows_change_neither_loss_nor_centre_nor_gradients():
     method, params, extras, batch = made()
     batch["valid"][-2:] = 0
@@ -163,6 +168,7 @@ def test_invalid_rows_change_neither_loss_nor_centre_nor_gradients():
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_stochastic_depth_is_the_students_alone():
     method, params, extras, batch = made({"model.drop_path": 0.5})
     loss = tiny_loss(method)
@@ -171,6 +177,7 @@ def test_stochastic_depth_is_the_students_alone():
     np.testing.assert_array_equal(first[1][1]["center"], second[1][1]["center"])
 
 
+@pytest.mark.slow
 def test_flops_on_paper_are_those_of_xla():
     fields = {"model.width": 192, "model.heads": 3, "data.image_size": (32, 32), "method.local_size": (16, 16),
               "method.head_width": 256, "method.bottleneck": 64, "method.out_dim": 512}
@@ -181,20 +188,21 @@ def test_flops_on_paper_are_those_of_xla():
 
 
 @pytest.mark.parametrize(("fields", "line"), [
-    ({"method.local_size": (6, 8)}, "both sides must be multiples of model.patch=.4, 4."),
-    ({"method.out_dim": 1}, "method.out_dim=1; it must be at least 2"),
-    ({"method.teacher_temperature": 0.0}, "method.teacher_temperature=0.0; it must be above 0"),
-    ({"method.momentum": 1.5}, "method.momentum=1.5; expected 0 to below 1"),
-    ({"method.local_scale": (0.4, 0.1)}, "method.local_scale=.0.4, 0.1.; expected two numbers above 0, the smaller"),
-    ({"method.local_views": -1}, "method.local_views=-1; expected 0 to 64"),
-    ({"method.freeze_last": "one epoch"}, "cannot read the duration 'one epoch'"),
-    ({"model.positions": "learned"}, "DINO's views have several grids: use 'fixed'"),
-    ({"data.color": "three"}, "DINO's views are crops and colours of their own")])
+    ({"method.local_size": (6, 8)}, "model.patch=.4, 4."),
+    ({"method.out_dim": 1}, "method.out_dim=1; .* 2"),
+    ({"method.teacher_temperature": 0.0}, "method.teacher_temperature=0.0"),
+    ({"method.momentum": 1.5}, "method.momentum=1.5"),
+    ({"method.local_scale": (0.4, 0.1)}, "method.local_scale=.0.4, 0.1."),
+    ({"method.local_views": -1}, "method.local_views=-1; .*0 to 64"),
+    ({"method.freeze_last": "one epoch"}, "duration 'one epoch'"),
+    ({"model.positions": "learned"}, "DINO.* 'fixed'"),
+    ({"data.color": "three"}, "DINO.* crops ")])
 def test_what_cannot_be_is_refused(fields, line):
     with pytest.raises(UserError, match=line):
         tiny_config(fields, "dino")
 
 
+@pytest.mark.slow
 def test_a_warm_start_begins_with_the_teacher_and_a_run_starts_its_own_from_what_was_loaded(tmp_path):
     fields = {"train.duration": "2 steps", "eval.every": "", "checkpoint.every": "2 steps"}
     assert loop.train(tiny_config(fields, "dino"), str(tmp_path / "first")) == 0

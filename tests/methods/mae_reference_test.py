@@ -84,8 +84,10 @@ def reference(params, raster, order, config, xp=np):
     return (((predictions - pixels) ** 2).mean(-1) * mask).sum() / mask.sum(), predictions
 
 
-@pytest.fixture(scope="module", params=[("random", 0.75, "norm_pix"), ("block", 0.5, "pixel"), ("grid", 0.75, "pixel")],
-                ids=lambda case: case[0])
+@pytest.fixture(scope="module", params=[
+    pytest.param(("random", 0.75, "norm_pix"), id="random"),
+    pytest.param(("block", 0.5, "pixel"), id="block", marks=pytest.mark.slow),
+    pytest.param(("grid", 0.75, "pixel"), id="grid", marks=pytest.mark.slow)])
 def problem(request):
     """(method, random float32 parameters, raster patches, orders) for pictures that are not square."""
     masking, mask_ratio, target = request.param

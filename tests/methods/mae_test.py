@@ -136,6 +136,7 @@ def test_a_perfect_prediction_reconstructs_the_original_pixels(target):
     np.testing.assert_array_equal(np.rint(pixels), hidden)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"method.encoder_mask_tokens": True}, {"method.target": "pca"}])
 def test_flops_agree_with_the_compilers_count_of_the_unrolled_step(fields):
     config = default("mae")

@@ -81,7 +81,7 @@ def test_evaluations_mix_pictures_that_do_not_lie_beside_one_another(tmp_path):
 
 def test_fewer_pictures_than_a_mix_has_are_refused(tmp_path):
     config = tiny_config({"data.source": "photo_crops", "data.train_split": "train[:3]"}, "mixedae")
-    with pytest.raises(UserError, match=r"'train\[:3\]' has 3 pictures, and 4 are mixed with one another"):
+    with pytest.raises(UserError, match=r"'train\[:3\]' has 3 .* 4 "):
         training_run.prepare(config, tmp_path)
 
 
@@ -153,6 +153,7 @@ def test_mixing_and_unmixing_are_those_of_an_explicit_scatter(mixing, ratio):
     np.testing.assert_array_equal(method.unmixed(tokens), turned["patches"][:, : method.visible])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("mixing", ["compose", "full"])
 def test_with_the_true_sources_it_is_mae_token_by_token(mixing, scan):
@@ -179,6 +180,7 @@ def test_with_the_true_sources_it_is_mae_token_by_token(mixing, scan):
         np.testing.assert_allclose(grad / scale, other / scale, atol=2e-5 if scale > 1e-4 else 1, err_msg=str(path))
 
 
+@pytest.mark.slow
 def test_naive_mixing_attends_across_pictures_and_the_oracle_does_not():
     for attention, leaks in (("all", True), ("topk", True), ("oracle", False)):
         method, params, batch = made(PLAIN | {"method.attention": attention})
@@ -261,6 +263,7 @@ def test_the_picture_of_mixes_has_what_it_says_where_it_says(monkeypatch):
                 np.testing.assert_array_equal(predicted[row][cell], inputs[row][cell])
 
 
+@pytest.mark.slow
 def test_an_untrained_encoder_looks_at_all_pictures_of_a_mix_alike(tmp_path):
     config = tiny_config({"data.source": "photo_crops", "data.image_size": (40, 40), "model.width": 96,
                           "model.depth": 4, "model.heads": 3, "batch_size": 64}, "mixedae")
@@ -286,6 +289,7 @@ def test_pictures_that_could_not_be_read_do_not_count():
     assert float(loss(params, {}, changed, None, 0, False)[0]) == float(total)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixing", ["compose", "full"])
 def test_micro_batches_keep_groups_together(mixing):
     method, _, batch = made({"method.mixing": mixing, "batch_size": 16})
@@ -298,6 +302,7 @@ def test_micro_batches_keep_groups_together(mixing):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole[0], split[0])
 
 
+@pytest.mark.slow
 def test_flops_on_paper_agree_with_xla():
     for mixing in ("compose", "full"):
         method, params, batch = made({"method.mixing": mixing, "model.width": 128, "method.decoder_width": 64,
@@ -315,22 +320,22 @@ def test_beside_an_encoder_like_maes_it_has_segments_and_projector():
 
 
 @pytest.mark.parametrize(("fields", "text"), [
-    ({"method.ratio": 0.3}, "method.ratio=0.3; expected one over a whole number"),
-    ({"method.ratio": 1.0}, "method.ratio=1.0; expected"),
-    ({"data.image_size": (12, 12)}, r"nearest data.image_size: \(16, 16\)"),
-    ({"method.blocks": "2"}, "expected 'all', 'first_half', 'last_half', 'last_two_odd', or some of the blocks 0 to 1"),
+    ({"method.ratio": 0.3}, "method.ratio=0.3"),
+    ({"method.ratio": 1.0}, "method.ratio=1.0"),
+    ({"data.image_size": (12, 12)}, r"data.image_size: \(16, 16\)"),
+    ({"method.blocks": "2"}, "method.blocks='2'.* 'last_two_odd', .* 0 to 1"),
     ({"method.blocks": "0-"}, "method.blocks='0-'"),
-    ({"method.attention": "topp"}, "did you mean 'topk'"),
-    ({"method.mixing": "ful"}, "did you mean 'full'"),
-    ({"method.keep": 17}, "method.keep=17; expected 1 to 16"),
-    ({"method.temperature": 0.0}, "method.temperature=0.0 must be above 0"),
-    ({"method.ratio": 1e-320}, "method.ratio=1e-320; expected"),
-    ({"method.ratio": 0.001}, "method.ratio=0.001 would share 16 patches among 1000 pictures"),
-    ({"method.attention": "all", "method.blocks": "0"}, "method.attention='all' has none"),
-    ({"eval.max_examples": 3}, "eval.max_examples=3 is less than the 4 pictures of a mix"),
-    ({"model.drop_path": 0.1}, "mixedae pre-trains without stochastic depth"),
-    ({"data.repeats": 3}, "would mix a picture with itself"),
-    ({"method.ratio": 0.0625}, "nothing to contrast with")])
+    ({"method.attention": "topp"}, "method.attention='topp'.* 'topk'"),
+    ({"method.mixing": "ful"}, "method.mixing='ful'.* 'full'"),
+    ({"method.keep": 17}, "method.keep=17; .*1 to 16"),
+    ({"method.temperature": 0.0}, "method.temperature=0.0"),
+    ({"method.ratio": 1e-320}, "method.ratio=1e-320"),
+    ({"method.ratio": 0.001}, "method.ratio=0.001 .* 16 patches .* 1000 "),
+    ({"method.attention": "all", "method.blocks": "0"}, "method.attention='all'"),
+    ({"eval.max_examples": 3}, "eval.max_examples=3 .* 4 "),
+    ({"model.drop_path": 0.1}, "mixedae .*depth"),
+    ({"data.repeats": 3}, "mix .*itself"),
+    ({"method.ratio": 0.0625}, "contrast")])
 def test_what_cannot_be_mixed_is_refused(fields, text):
     with pytest.raises(UserError, match=text):
         tiny_config(fields, "mixedae")
@@ -338,5 +343,5 @@ def test_what_cannot_be_mixed_is_refused(fields, text):
 
 def test_a_batch_that_cuts_a_group_is_refused():
     config = tiny_config({"batch_size": 10}, "mixedae")
-    with pytest.raises(UserError, match=r"10 rows at a time, .* the 4 pictures that mixedae mixes; nearest: 8 and 12"):
+    with pytest.raises(UserError, match=r"10 rows .* 4 .*mixedae .* 8 and 12"):
         tiny_program(config)

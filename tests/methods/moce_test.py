@@ -15,7 +15,7 @@ from mae_jax.ops.patches import normalize
 from mae_jax.param_tree import flatten
 from mae_jax.training.throughput import train_flops
 from mae_jax.training.train_step import gradients
-from tests.helpers.tiny import tiny_batch, tiny_config, tiny_method, tiny_params, tiny_program, tiny_state
+from tests.helpers.tiny import tiny_batch, tiny_config, tiny_loss, tiny_method, tiny_params, tiny_program, tiny_state
 
 COUNT = 5  # clusters
 FIELDS = {"method.num_clusters": COUNT, "method.centroid_width": 12, "method.clusters": "somewhere"}
@@ -45,15 +45,17 @@ def grown(fields=None):
     return method, params, extras, batch, tiny_method(dense), start
 
 
-@pytest.mark.parametrize("fields", [{}, {"method.gate": "token"}, {"model.scan": True}],
-                         ids=["cluster", "token", "scan"])
+@pytest.mark.parametrize("fields", [
+    pytest.param({}, id="cluster"), pytest.param({"method.gate": "token"}, id="token", marks=pytest.mark.slow),
+    pytest.param({"model.scan": True}, id="scan", marks=pytest.mark.slow)])
 def test_the_first_step_of_an_upcycled_one_is_that_of_the_mae_with_noise_or_without(fields):
     method, params, extras, batch, mae, start = grown(fields)
-    wanted = mae.loss(start, {}, batch, None, 0, True)[1][0]["loss"][0]
+    wanted = tiny_loss(mae)(start, {}, batch, None, 0, True)[1][0]["loss"][0]
     for train in (True, False):
-        metrics = jax.jit(method.loss, static_argnums=5)(params, extras, batch, None, 0, train)[1][0]
+        metrics = tiny_loss(method)(params, extras, batch, None, 0, train)[1][0]
         assert float(metrics["reconstruction_loss"][0]) == pytest.approx(float(wanted), rel=1e-5)
-    np.testing.assert_allclose(method.predict(params, batch, extras), mae.predict(start, batch), atol=1e-5)
+    ours = jax.jit(method.predict)(params, batch, extras)
+    np.testing.assert_allclose(ours, jax.jit(mae.predict)(start, batch), atol=1e-5)
 
 
 def test_the_gate_of_an_upcycled_one_learns_from_its_first_step():
@@ -83,19 +85,20 @@ def test_noise_is_drawn_per_cluster_layer_and_step_and_in_training_alone():
     quiet, loud, other = (method.probabilities(params, extras, k) for k in (None, key, jax.random.key(1)))
     assert np.ptp([np.asarray(loud[block] - quiet[block]) for block in (0, 1)], axis=0).min() > 0
     assert np.abs(loud[0] - other[0]).min() > 0
-    loss = jax.jit(method.loss, static_argnums=5)
+    loss = tiny_loss(method)
     trained = [float(loss(params, extras, batch, None, step, True)[0]) for step in (3, 3, 4)]
     assert trained[0] == trained[1] != trained[2]
     still = [float(loss(params, extras, batch, None, step, False)[0]) for step in (3, 4)]
     assert still[0] == still[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", ["straight", "value"])
 def test_a_path_cut_out_is_the_mixture_on_pictures_of_every_cluster_routed_along_it(weight):
     method, params, extras, batch = made({"method.gate_weight": weight, "method.blocks": "all"})
     mae = tiny_method(tiny_config())
     table = {block: np.asarray(each) for block, each in method.probabilities(params, extras).items()}
-    whole = np.asarray(method.encode(params, extras, batch))
+    whole, encode = np.asarray(jax.jit(method.encode)(params, extras, batch)), jax.jit(mae.encode)
     paths = [tuple(each[cluster].argmax() for each in table.values()) for cluster in range(COUNT)]
     assert len(set(paths)) > 1
     for cluster, path in enumerate(paths):
@@ -103,14 +106,14 @@ def test_a_path_cut_out_is_the_mixture_on_pictures_of_every_cluster_routed_along
         dense = along(params["encoder"], dict(zip(table, path, strict=True)), scale)
         rows = batch["cluster"] == cluster
         some = {name: value[rows] for name, value in batch.items()}
-        np.testing.assert_allclose(mae.encode({"encoder": dense}, {}, some), whole[rows], atol=1e-5)
+        np.testing.assert_allclose(encode({"encoder": dense}, {}, some), whole[rows], atol=1e-5)
         assert set(flatten(dense)) == set(flatten(tiny_params(tiny_config())["encoder"]))
 
 
 def test_regularisers_are_those_of_the_whole_table_weighted_by_the_data():
     method, params, extras, batch = made()
     metrics = {name: float(total / weight) for name, (total, weight) in
-               method.loss(params, extras, batch, None, 0, False)[1][0].items()}
+               tiny_loss(method)(params, extras, batch, None, 0, False)[1][0].items()}
     (table,) = (np.asarray(each) for each in method.probabilities(params, extras).values())
     importance = extras["share"] @ table
     assert metrics["balance_loss"] == pytest.approx(importance.var() / importance.mean() ** 2, rel=1e-4)
@@ -120,10 +123,11 @@ def test_regularisers_are_those_of_the_whole_table_weighted_by_the_data():
                                             + 0.01 * metrics["confidence_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_distance_to_the_first_encoder_starts_at_zero_and_is_hubers():
     method, params, extras, batch, _, start = grown({"method.distill_weight": 0.5})
     extras = {**extras, "start": start["encoder"]}
-    loss = jax.jit(method.loss, static_argnums=5)
+    loss = tiny_loss(method)
     total, (metrics, _) = loss(params, extras, batch, None, 0, False)
     assert float(metrics["distill_loss"][0]) == pytest.approx(0, abs=1e-6)
     last = params["encoder"]["block_01"]["experts"]["fc2"]
@@ -149,28 +153,32 @@ def test_tokens_choose_for_themselves_where_the_gate_reads_tokens():
     assert gate.shape == (8, 1 + method.visible, 4)
     assert len(np.unique(gate.argmax(-1))) > 1
     other = {**batch, "cluster": batch["cluster"][::-1]}
-    loss = jax.jit(method.loss, static_argnums=5)
+    loss = tiny_loss(method)
     assert float(loss(params, extras, batch, None, 0, True)[0]) == float(loss(params, extras, other, None, 0, True)[0])
     grads = jax.jit(jax.grad(lambda p: method.loss(p, extras, batch, None, 0, True)[0]))(params)
     assert np.abs(grads["encoder"]["block_01"]["experts"]["gate"]["kernel"]).max() > 0
 
 
+@pytest.mark.slow
 def test_tokens_explore_by_noise_in_training_and_regularisers_see_none():
     method, params, extras, batch = made({"method.gate": "token", "method.noise": 8.0})
-    still, (quiet, _) = method.loss(params, extras, batch, None, 3, False)
-    noisy = [method.loss(params, extras, batch, jax.random.key(draw), 3, True) for draw in (3, 3, 4)]
+    loss = tiny_loss(method)
+    still, (quiet, _) = loss(params, extras, batch, None, 3, False)
+    noisy = [loss(params, extras, batch, jax.random.key(draw), 3, True) for draw in (3, 3, 4)]
     losses = [float(total) for total, _ in noisy]
     assert losses[0] == losses[1] != losses[2]
     assert losses[0] != float(still)
     for name in ("balance_loss", "confidence_loss"):
         np.testing.assert_allclose(noisy[0][1][0][name][0], quiet[name][0], rtol=1e-5)
     scanned = made({"method.gate": "token", "method.noise": 8.0, "model.scan": True, "model.remat": "full"})[0]
-    assert float(scanned.loss(params, extras, batch, jax.random.key(3), 3, True)[0]) == pytest.approx(losses[0])
+    again = tiny_loss(scanned)(params, extras, batch, jax.random.key(3), 3, True)[0]
+    assert float(again) == pytest.approx(losses[0])
     draws = method.choices(params, extras, batch, jax.random.key(0))[1]
     assert draws.shape == (8, 1 + method.visible, 4)
     assert np.std(draws) == pytest.approx(8 / 4, rel=0.2)
 
 
+@pytest.mark.slow
 def test_micro_batches_share_their_noise():
     method, _, extras, batch = made({"batch_size": 16})
     state = tiny_state(method.config, jax.tree.map(jnp.asarray, extras))
@@ -195,13 +203,13 @@ def test_upcycling_and_cutting_out_are_inverse():
 
 
 @pytest.mark.parametrize(("fields", "text"), [
-    ({"method.gate": "clusters"}, "did you mean 'cluster'"),
-    ({"method.gate_weight": "strait"}, "did you mean 'straight'"),
-    ({"method.experts": 1}, "must be at least 2"),
-    ({"method.blocks": "7"}, "or some of the blocks 0 to 1"),
-    ({"model.depth": 1}, "method.blocks='last_two_odd' names none of the 1 block"),
-    ({"method.temperature": 0.0}, "method.temperature=0.0 must be above 0"),
-    ({"method.noise": -1.0}, "must not be negative"),
+    ({"method.gate": "clusters"}, "method.gate='clusters'.* 'cluster'"),
+    ({"method.gate_weight": "strait"}, "method.gate_weight='strait'.* 'straight'"),
+    ({"method.experts": 1}, "method.experts=1.* 2"),
+    ({"method.blocks": "7"}, "method.blocks='7'.* 0 to 1"),
+    ({"model.depth": 1}, "method.blocks='last_two_odd' .* 1 block"),
+    ({"method.temperature": 0.0}, "method.temperature=0.0"),
+    ({"method.noise": -1.0}, "method.noise and"),
     ({"method.encoder_mask_tokens": True}, "has no experts")])
 def test_what_cannot_be_mixed_is_refused(fields, text):
     with pytest.raises(UserError, match=text):
@@ -210,17 +218,17 @@ def test_what_cannot_be_mixed_is_refused(fields, text):
 
 def test_micro_batches_are_refused_where_the_tokens_of_the_whole_batch_balance_experts():
     config = tiny_config(FIELDS | {"method.gate": "token", "train.accumulate": 2}, "moce")
-    with pytest.raises(UserError, match=r"train.accumulate=2: the loss of moce has terms across the whole batch"):
+    with pytest.raises(UserError, match=r"train.accumulate=2: .*moce"):
         tiny_program(config)
 
 
 def test_clusters_of_another_number_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"method.clusters='' holds no clusters.npz; python -m mae_jax cluster --from"):
+    with pytest.raises(UserError, match=r"method.clusters='' .*clusters.npz"):
         Clusters.read("")
     Clusters(np.eye(3, 12, dtype=np.float32), np.zeros(3, np.float32), np.zeros(12, np.float32),
              np.array([5, 2, 3])).write(tmp_path)
     config = tiny_config(FIELDS | {"method.clusters": str(tmp_path)}, "moce")
-    with pytest.raises(UserError, match=r"method.num_clusters=5, but .* has 3"):
+    with pytest.raises(UserError, match=r"method.num_clusters=5, .* 3"):
         MoCE(config, DataInfo(clusters=Clusters.read(str(tmp_path)))).check_data()
     free = tiny_config({"method.clusters": str(tmp_path)}, "moce")
     assert MoCE.data_needs(free).clusters == str(tmp_path)

@@ -13,7 +13,8 @@ from mae_jax.training.throughput import train_flops
 from tests.helpers.tiny import tiny_batch, tiny_config, tiny_loss, tiny_method, tiny_params
 
 ODD = {"data.image_size": (12, 20)}  # 15 patches: 7, 7 and one in neither half
-SIZES = pytest.mark.parametrize("size", [{}, ODD], ids=["even", "odd"])
+SIZES = pytest.mark.parametrize("size", [
+    pytest.param({}, id="even"), pytest.param(ODD, id="odd", marks=pytest.mark.slow)])
 
 
 def made(fields=None, method="splitmask"):
@@ -148,6 +149,7 @@ def test_a_descriptor_is_the_mean_of_all_patches_outputs(size):
     np.testing.assert_allclose(described, outputs.mean(1), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["splitmask", "beit"])
 @pytest.mark.parametrize("target", ["kmeans", "patches", "projection"])
 def test_cross_entropy_starts_at_the_logarithm_of_the_vocabulary(method, target):
@@ -201,6 +203,7 @@ def test_the_predictions_of_beit_do_not_depend_on_the_pixels_of_masked_patches()
     assert np.abs(np.asarray(grad)[:, : -method.masked]).max(2).min() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["splitmask", "beit"])
 @pytest.mark.parametrize("target", ["norm_pix", "kmeans"])
 def test_invalid_rows_change_neither_loss_nor_gradients(method, target):
@@ -213,6 +216,7 @@ def test_invalid_rows_change_neither_loss_nor_gradients(method, target):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_stochastic_depth_drops_branches_in_training_alone():
     for name in ("splitmask", "beit"):
         method, params, extras, batch = made({"model.drop_path": 0.5}, name)
@@ -220,6 +224,7 @@ def test_stochastic_depth_drops_branches_in_training_alone():
         assert loss(True)[0] != loss(False)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["splitmask", "beit"])
 def test_flops_on_paper_are_those_of_xla(method):
     fields = {"model.width": 192, "model.heads": 3, "data.image_size": (32, 32), "method.vocabulary": 256}
@@ -231,13 +236,13 @@ def test_flops_on_paper_are_those_of_xla(method):
 
 
 @pytest.mark.parametrize(("method", "fields", "line"), [
-    ("splitmask", {"method.decoder_width": 18}, "method.decoder_width=18; it must be a multiple"),
-    ("splitmask", {"method.target": "kmean"}, "method.target='kmean'; did you mean 'kmeans'"),
-    ("splitmask", {"method.temperature": 0.0}, "method.temperature=0.0; it must be above 0"),
-    ("splitmask", {"data.image_size": (4, 4)}, "one patch cannot be split"),
-    ("beit", {"method.target": "pixel", "method.vocabulary_file": "v.npz"}, "is not read with method.target='pixel'"),
-    ("beit", {"method.masked": 16}, "method.masked=16; expected 1 to 15 of 16 patches"),
-    ("beit", {"method.vocabulary": 2}, "method.vocabulary=2; it must be at least 3")])
+    ("splitmask", {"method.decoder_width": 18}, "method.decoder_width=18"),
+    ("splitmask", {"method.target": "kmean"}, "method.target='kmean'.* 'kmeans'"),
+    ("splitmask", {"method.temperature": 0.0}, "method.temperature=0.0"),
+    ("splitmask", {"data.image_size": (4, 4)}, "one patch"),
+    ("beit", {"method.target": "pixel", "method.vocabulary_file": "v.npz"}, "method.target='pixel'"),
+    ("beit", {"method.masked": 16}, "method.masked=16; .*1 to 15 "),
+    ("beit", {"method.vocabulary": 2}, "method.vocabulary=2; .* 3")])
 def test_what_cannot_be_is_refused(method, fields, line):
     with pytest.raises(UserError, match=line):
         tiny_config(fields, method)

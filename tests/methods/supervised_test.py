@@ -11,7 +11,7 @@ from mae_jax.methods.supervised import Supervised
 from mae_jax.models.layers import drop_path
 from mae_jax.models.vit import drop_path_rates, make_encoder
 from mae_jax.param_tree import flatten
-from tests.helpers.tiny import raster_batch, tiny_method, tiny_params, tiny_supervised
+from tests.helpers.tiny import raster_batch, tiny_loss, tiny_method, tiny_params, tiny_supervised
 
 CLASSES = 3
 
@@ -81,9 +81,9 @@ def test_a_picture_that_is_mixed_with_an_unlabelled_one_does_not_count():
     """Groups of 4 rows: row 0 is mixed with row 3, row 1 with row 2."""
     method, params, extras, batch = parts({"method.mixup": 1.0, "method.mix_group": 4})
     batch["label"][3] = -1
-    _, (metrics, _) = method.loss(params, extras, batch, jax.random.key(0), 0, True)
+    _, (metrics, _) = tiny_loss(method)(params, extras, batch, jax.random.key(0), 0, True)
     assert metrics["loss"][1] == 6
-    _, (metrics, _) = method.loss(params, extras, batch, jax.random.key(0), 0, False)
+    _, (metrics, _) = tiny_loss(method)(params, extras, batch, jax.random.key(0), 0, False)
     assert metrics["loss"][1] == 7
     weight = np.float32([1, 2, 3, 4, 5, 6, 7, 8])
     np.testing.assert_array_equal(method.partners_weight(weight), [4, 3, 2, 1, 8, 7, 6, 5])
@@ -141,6 +141,7 @@ LEARNS = {
 DEEP = {"model.depth": 3, "model.pool": "cls", "model.layer_scale": 0.1, "model.positions": "learned"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", LEARNS)
 def test_as_many_of_the_last_blocks_learn_as_asked_and_the_gradient_of_the_others_is_zero(blocks):
     method, params, extras, batch = parts(DEEP | {"method.train_blocks": blocks})
@@ -156,6 +157,7 @@ def test_all_three_blocks_and_everything_differ_in_the_embedding():
     assert {name for name in LEARNS[-1.0] if not method.learns(name)} == EMBEDDING
 
 
+@pytest.mark.slow
 def test_stochastic_depth_drops_images_branches_and_keeps_their_mean():
     rates = np.array([0.0, 0.3, 0.6])
     keep = np.asarray(drop_path(jax.random.key(0), rates, 5_000))
@@ -212,6 +214,7 @@ def plain():
     return value_and_grad({})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scan", "remat"), [(True, "none"), (False, "full")])
 def test_scan_and_remat_drop_the_same_branches(plain, scan, remat):
     loss, grads = value_and_grad({"model.scan": scan, "model.remat": remat})
@@ -230,6 +233,7 @@ def test_augmentation_and_stochastic_depth_are_off_in_evaluation():
     np.testing.assert_allclose(loss(jax.random.key(0)), wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_frozen_blocks_drop_nothing():
     fields = TRAINING | {"method.train_blocks": 0.0, "method.mixup": 0.0, "method.cutmix": 0.0, "method.erase": 0.0}
     method, params, extras, batch = parts(fields)
@@ -239,16 +243,16 @@ def test_frozen_blocks_drop_nothing():
 
 
 @pytest.mark.parametrize(("fields", "line"), [
-    ({"method.head": "probes"}, "did you mean 'probe'"),
+    ({"method.head": "probes"}, "method.head='probes'.* 'probe'"),
     ({"method.loss": "mse"}, "method.loss='mse'"),
-    ({"method.smoothing": 1.0}, "method.smoothing=1.0; expected 0 to 0.999"),
+    ({"method.smoothing": 1.0}, "method.smoothing=1.0; .*0 to 0.999"),
     ({"method.mixup": -0.1}, "method.mixup=-0.1"),
-    ({"method.train_blocks": 1.5}, "method.train_blocks=1.5; expected"),
-    ({"method.train_blocks": 3.0}, "up to 2 blocks"),
+    ({"method.train_blocks": 1.5}, "method.train_blocks=1.5"),
+    ({"method.train_blocks": 3.0}, "method.train_blocks=3.0.* 2 blocks"),
     ({"method.loss": "bce", "method.smoothing": 0.1}, "use 0"),
-    ({"method.multi_label": True}, "method.multi_label needs"),
-    ({"method.mixup": 0.8, "method.mix_group": 3}, "an even number that divides the 8 rows"),
-    ({"method.mixup": 0.8, "train.accumulate": 2}, "the 4 rows"),
+    ({"method.multi_label": True}, "method.multi_label"),
+    ({"method.mixup": 0.8, "method.mix_group": 3}, "method.mix_group=3.* 8 rows"),
+    ({"method.mixup": 0.8, "train.accumulate": 2}, " 4 rows"),
 ])
 def test_what_cannot_work_is_refused_in_one_line(fields, line):
     with pytest.raises(UserError, match=line) as caught:

@@ -95,5 +95,5 @@ def test_a_block_that_is_not_there_is_refused():
     config = tiny_config()
     method = tiny_method(config)
     for block in (2, -2):
-        with pytest.raises(UserError, match=rf"there is no block {block}; expected 0 to 1, or -1 for the last"):
+        with pytest.raises(UserError, match=rf"block {block}; .*0 to 1"):
             intermediates.pyramid(method.encoder, tiny_params(config)["encoder"], tiny_batch(config), (block,))

@@ -51,6 +51,7 @@ def value_and_grad(config, params):
     return jax.jit(jax.value_and_grad(lambda params: method.loss(params, {}, batch, None, 0, True)[0]))(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scan", "remat"), [
     (True, "none"), (True, "full"), (True, "dots"), (False, "full"), (False, "dots")])
 def test_scan_and_remat_change_neither_loss_nor_gradients(unrolled, scan, remat):

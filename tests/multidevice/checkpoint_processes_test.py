@@ -5,8 +5,12 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 from tests.faults.processes import free_port
 from tests.helpers.devices import simulated
+
+pytestmark = pytest.mark.processes
 
 SCRIPT = """
 import asyncio, os, resource, signal, sys, time

@@ -1,6 +1,10 @@
 """What changes hands between meshes, and a step of the largest kind compiled for 128 devices."""
 
+import pytest
+
 from tests.multidevice.multidevice_test import run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_states_move_between_meshes_bit_for_bit_and_no_device_holds_a_large_one_whole():

@@ -236,6 +236,7 @@ print(json.dumps({"devices": jax.device_count(), "equal": [bool((a == b).all()) 
 """
 
 
+@pytest.mark.slow
 def test_one_and_eight_devices_draw_erase_and_mix_alike():
     done = subprocess.run([sys.executable, "-W", "error", "-c", DEVICES], env=simulated(8), capture_output=True,
                           text=True, timeout=300)

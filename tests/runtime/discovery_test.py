@@ -20,17 +20,17 @@ def test_flags_say_it():
 
 
 @pytest.mark.parametrize(("flags", "line"), [
-    (("auto", 2, 0), "--processes and --process needs --coordinator=HOST:PORT"),
-    (("auto", -1, 0), "--process needs --coordinator=HOST:PORT"),
-    (("here", 2, 0), "--coordinator='here'; expected HOST:PORT of process 0, auto or off"),
-    (("here:port", 2, 0), "expected HOST:PORT"),
-    (("here:99999", 2, 0), "expected HOST:PORT"),
-    (("here:1", 2, -1), "--processes=2 --process not given; expected how many"),
-    (("here:1", -1, 1), "--processes not given --process=1; expected how many"),
-    (("here:1", 2, 2), "--processes=2 --process=2; expected how many"),
+    (("auto", 2, 0), "--processes and --process .*--coordinator=HOST:PORT"),
+    (("auto", -1, 0), "^--process .*--coordinator=HOST:PORT"),
+    (("here", 2, 0), "--coordinator='here'.* HOST:PORT .*auto .*off"),
+    (("here:port", 2, 0), "--coordinator='here:port'.* HOST:PORT"),
+    (("here:99999", 2, 0), "--coordinator='here:99999'.* HOST:PORT"),
+    (("here:1", 2, -1), "--processes=2 --process not given"),
+    (("here:1", -1, 1), "--processes not given --process=1"),
+    (("here:1", 2, 2), "--processes=2 --process=2"),
 ])
 def test_flags_that_do_not_fit_get_one_line(flags, line):
-    with pytest.raises(UserError, match=line.replace("(", r"\(")) as error:
+    with pytest.raises(UserError, match=line) as error:
         discovery.find(*flags, {})
     assert "\n" not in str(error.value)
 

@@ -82,8 +82,7 @@ def test_processes_that_were_started_differently_are_told_how():
 
 def test_a_coordinator_that_does_not_answer_gets_one_line_in_time():
     port, began = free_port(), time.monotonic()
-    with pytest.raises(UserError, match=rf"coordinator 127\.0\.0\.1:{port} does not answer within 0\.5 s \(Connection "
-                                        r"refused\); is process 0 running there, and the port open\?"):
+    with pytest.raises(UserError, match=rf"127\.0\.0\.1:{port} .*0\.5 s .*Connection refused"):
         rendezvous.call(Place("127.0.0.1", port, 1, 2), greeting(1), 0.5)
     assert time.monotonic() - began < 2
 
@@ -98,9 +97,9 @@ def test_another_program_at_the_port_is_no_coordinator():
             line.close()
 
         threading.Thread(target=web, daemon=True).start()
-        with pytest.raises(UserError, match="does not answer"):
+        with pytest.raises(UserError, match=rf"coordinator 127\.0\.0\.1:{port} .*0\.5 s"):
             rendezvous.call(Place("127.0.0.1", port, 1, 2), greeting(1), 0.5)
-        with pytest.raises(UserError, match=rf"port {port} of --coordinator=127\.0\.0\.1:{port} is in use on this "):
+        with pytest.raises(UserError, match=rf"port {port} of --coordinator=127\.0\.0\.1:{port}"):
             rendezvous.listen(Place("127.0.0.1", port, 0, 2))
 
 
@@ -151,7 +150,7 @@ def test_a_late_caller_is_turned_away_though_it_says_nothing_and_others_stay_in_
     assert link.verdict is None
     assert b"alive" in peer.recv(1000)
     rendezvous.send(peer, {"bye": None})
-    with pytest.raises(RuntimeError, match="process 1 came to its end"):
+    with pytest.raises(RuntimeError, match="process 1"):
         link.gather("more")
     link._hang_up()
     link._leaving = True

@@ -45,6 +45,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_compilation_before_the_first_step_ends_at_once_with_75(number):
     process = start("with Stopper():\n    compile_for_long()")
@@ -71,7 +72,8 @@ with Stopper() as stopper:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, *(
+    pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGHUP))])
 def test_a_signal_between_steps_lets_the_loop_save(number):
     process = start(LOOP.format(save="tell('saved')"))
     wait_for(process, "running")
@@ -81,6 +83,7 @@ def test_a_signal_between_steps_lets_the_loop_save(number):
     assert err.count("stopping: saving after this step") == 1
 
 
+@pytest.mark.slow
 def test_nohup_is_left_alone():
     process = start("import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + LOOP.format(save="pass"))
     wait_for(process, "running")
@@ -91,6 +94,7 @@ def test_nohup_is_left_alone():
     assert finish(process)[0] == 75
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_quits_at_once(tmp_path):
     process = start(LOOP.format(save="time.sleep(60)"))
     wait_for(process, "running")
@@ -100,6 +104,7 @@ def test_a_second_ctrl_c_quits_at_once(tmp_path):
     assert finish(process)[0] == 130
 
 
+@pytest.mark.slow
 def test_a_second_sigterm_changes_nothing():
     process = start(LOOP.format(save="tell('saved')"))
     wait_for(process, "running")
@@ -109,6 +114,7 @@ def test_a_second_sigterm_changes_nothing():
     assert (code, "saved" in out, err.count("stopping")) == (75, True, 1)
 
 
+@pytest.mark.slow
 def test_a_signal_after_everything_is_saved_ends_at_once():
     process = start("""
 with Stopper() as stopper:
@@ -122,6 +128,7 @@ with Stopper() as stopper:
     assert finish(process)[0] == 75
 
 
+@pytest.mark.slow
 def test_a_signal_in_an_evaluation_ends_at_once_since_the_state_was_saved_before(tmp_path):
     process = subprocess.Popen([sys.executable, "-m", "tests.faults.hang", "evaluation", str(tmp_path / "run"), "600"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -159,6 +159,7 @@ def damage(path: Path, draw: random.Random) -> str:
     return f"{kind} at {at} of {path}"
 
 
+@pytest.mark.slow
 def test_damage_to_any_file_restores_bit_equal_or_refuses_by_name(tmp_path, caplog):
     save(tmp_path / "good", 1, 2).close()
     draw, outcomes = random.Random(0), collections.Counter()
@@ -220,20 +221,21 @@ def test_all_refused_is_an_error_every_time_and_never_a_fresh_start(tmp_path):
     save(tmp_path, 1).close()
     (tmp_path / "checkpoints" / "1" / "checksums" / "metadata").unlink()
     for _ in range(2):
-        with pytest.raises(UserError, match=r"no checkpoint in .* could be read \(steps 1,"):
+        with pytest.raises(UserError, match=r"no checkpoint in .*\(steps 1,"):
             Checkpoints(tmp_path, 3).restore(abstract(make_state(0)))
 
 
 def test_another_model_is_the_users_mistake_not_damage(tmp_path):
     checkpoints = save(tmp_path, 1)
-    with pytest.raises(UserError, match=r"params/encoder/block_00/bias is bfloat16\[24\] there and bfloat16\[32\]"):
+    with pytest.raises(UserError, match=r"params/encoder/block_00/bias .*bfloat16\[24\] .*bfloat16\[32\]"):
         checkpoints.restore(abstract(make_state(0, width=32)))
     more = make_state(0)._replace(ema={"extra": jnp.zeros(2)})
-    with pytest.raises(UserError, match="this config has ema/extra, it does not"):
+    with pytest.raises(UserError, match="ema/extra"):
         checkpoints.restore(abstract(more))
     assert checkpoints.latest() == 1
 
 
+@pytest.mark.slow
 def test_checksum_is_the_same_on_one_device_and_on_eight_however_sharded(tmp_path):
     """Saves on one device, restores and saves again on a mesh of eight, sharded and replicated."""
     save(tmp_path / "one", 3).close()
@@ -309,6 +311,7 @@ def test_exported_file_round_trips_and_refuses_every_flipped_byte_of_the_data(tm
         load_params(tmp_path / "none.safetensors")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_warning_and_the_next_save_works(tmp_path):
     """RLIMIT_FSIZE makes writes fail as a full disk does, at different points of a save."""
     script = textwrap.dedent(f"""
@@ -361,6 +364,7 @@ def test_a_workdir_that_cannot_be_written_is_a_failed_save_not_an_exception(tmp_
     assert "step 1 not saved: NotADirectoryError" in checkpoints.failed
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_loses_nothing_that_was_committed(tmp_path):
     script = textwrap.dedent(f"""
         import sys

@@ -40,9 +40,9 @@ def test_a_record_names_the_first_array_that_differs_and_how():
     arrays = {"params/a": np.zeros((2, 3), np.float32), "params/b": np.ones(4, np.int32)}
     record = unseal(seal(describe(arrays)))
     verify(record, arrays)
-    with pytest.raises(Damaged, match="params/b: its checksum differs"):
+    with pytest.raises(Damaged, match=r"params/b: .*checksum"):
         verify(record, {**arrays, "params/b": np.zeros(4, np.int32)})
-    with pytest.raises(Damaged, match=r"params/a: saved as \[\[2, 3\], 'float32'\], read as \[\[3, 2\]"):
+    with pytest.raises(Damaged, match=r"params/a: .*\[\[2, 3\], 'float32'\], .*\[\[3, 2\]"):
         verify(record, {**arrays, "params/a": np.zeros((3, 2), np.float32)})
     with pytest.raises(Damaged, match=r"params/a: .* read as"):
         verify(record, {"params/b": arrays["params/b"]})

@@ -44,8 +44,7 @@ def test_a_bucket_that_cannot_be_looked_into_is_told_in_seconds_with_the_path_an
 
 
 def test_a_missing_bucket_is_told_with_the_command_that_makes_it(gcs):
-    with pytest.raises(UserError, match="gs://bukket/run: there is no bucket gs://bukket; look at its name, or: gcloud "
-                                        "storage buckets create gs://bukket"):
+    with pytest.raises(UserError, match=r"gs://bukket/run: .*gcloud storage buckets create gs://bukket"):
         paths.locate("gs://bukket/run")
 
 
@@ -58,7 +57,7 @@ def test_a_short_burst_is_waited_for(gcs):
 def test_nobody_at_the_address_is_told_in_seconds(monkeypatch):
     monkeypatch.setattr(storage_gcs, "CHECK_SECONDS", 1.0)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"gs://bucket cannot be reached .*Connection refused"):
+    with pytest.raises(UserError, match=r"gs://bucket .*Connection refused"):
         paths.locate(RUN)
 
 
@@ -70,7 +69,7 @@ def test_without_credentials_and_metadata_server_only_public_buckets_can_be_read
     monkeypatch.setenv("API_ENDPOINT_OVERRIDE", gcs.url)
     assert str(paths.locate(RUN)) == RUN
     gcs.add({"path": "some/run", "status": 401})
-    with pytest.raises(UserError, match="no valid credentials"):
+    with pytest.raises(UserError, match=r"gs://bucket.*credentials"):
         paths.locate(RUN)
 
 
@@ -82,7 +81,7 @@ def test_without_credentials_and_metadata_server_only_public_buckets_can_be_read
     ("STORAGE_EMULATOR_HOST", "https://evilgoogleapis.com")])
 def test_credentials_go_to_google_or_loopback_only(gcs, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=f"{name}={value}: credentials would go there"):
+    with pytest.raises(UserError, match=f"{name}={value}: .*credentials"):
         paths.locate(RUN)
     assert gcs.requests == []
 
@@ -95,13 +94,13 @@ def test_googles_addresses_and_loopback_are_trusted(value):
 
 @pytest.mark.parametrize("folder", ["s3://bucket/run", "gs:/bucket/run", "file:///run", "gs:bucket"])
 def test_a_folder_of_another_scheme_is_refused(folder):
-    with pytest.raises(UserError, match=re.escape(f"{folder}: a folder is local or gs://BUCKET/FOLDER")):
+    with pytest.raises(UserError, match=f"{re.escape(folder)}: .*gs://BUCKET/FOLDER"):
         paths.locate(folder)
 
 
 @pytest.mark.parametrize("folder", ["gs://", "gs:///run", "gs://Bad_Bucket!!/run", "gs://ab/run", "gs://bucket-/run"])
 def test_what_cannot_be_the_name_of_a_bucket_is_refused(gcs, folder):
-    with pytest.raises(UserError, match=re.escape(f"{folder}: no name of a bucket; expected gs://BUCKET/FOLDER")):
+    with pytest.raises(UserError, match=f"{re.escape(folder)}: no .*gs://BUCKET/FOLDER"):
         paths.locate(folder)
     assert gcs.requests == []
 
@@ -109,20 +108,20 @@ def test_what_cannot_be_the_name_of_a_bucket_is_refused(gcs, folder):
 @pytest.mark.parametrize("protocol", ["gcs", "gs"])
 def test_an_address_in_the_settings_of_fsspec_is_checked_too(gcs, monkeypatch, protocol):
     monkeypatch.setitem(fsspec.config.conf, protocol, {"endpoint_url": "http://evil.example:80"})
-    with pytest.raises(UserError, match=r"endpoint_url=http://evil\.example:80 in the settings of fsspec"):
+    with pytest.raises(UserError, match=r"endpoint_url=http://evil\.example:80 .*fsspec"):
         paths.locate(RUN)
     assert gcs.requests == []
 
 
 def test_another_universe_is_refused(gcs, monkeypatch):
     monkeypatch.setenv("GOOGLE_CLOUD_UNIVERSE_DOMAIN", "evil.example")
-    with pytest.raises(UserError, match=r"GOOGLE_CLOUD_UNIVERSE_DOMAIN=evil\.example: credentials would go there"):
+    with pytest.raises(UserError, match=r"GOOGLE_CLOUD_UNIVERSE_DOMAIN=evil\.example: .*credentials"):
         paths.locate(RUN)
     assert gcs.requests == []
 
 
 def test_a_name_that_is_a_pattern_is_refused(gcs):
-    with pytest.raises(UserError, match=r"gs://bucket/run\[1\]: a folder in a bucket cannot have \*, \?, \[ or #"):
+    with pytest.raises(UserError, match=r"gs://bucket/run\[1\]: .*\*, \?, \[ or #"):
         paths.locate("gs://bucket/run[1]")
     assert gcs.requests == []
 
@@ -147,7 +146,7 @@ def test_an_object_is_written_and_read_through_bursts_resets_lost_answers_and_a_
 def test_a_body_that_stays_damaged_is_an_error_that_says_so(gcs):
     storage_gcs.write(f"{RUN}/flipped", b"content")
     gcs.add({"path": "flipped", "method": "GET", "kind": "flip", "times": -1})
-    with pytest.raises(BucketError, match="what arrives is not what the bucket holds, twice; the checksums differ"):
+    with pytest.raises(BucketError, match=r"twice; .*checksums"):
         storage_gcs.read(f"{RUN}/flipped")
 
 
@@ -167,6 +166,6 @@ def test_an_object_gives_way_to_the_next_on_its_condition_only(gcs):
 def test_what_cannot_be_written_is_given_up_in_time(gcs):
     gcs.add({"path": "outage", "method": "POST", "status": 503, "times": -1})
     began = time.monotonic()
-    with pytest.raises(BucketError, match="outage: gs://bucket answers with 503"):
+    with pytest.raises(BucketError, match=r"outage: gs://bucket .*503"):
         storage_gcs.write(f"{RUN}/outage", b"", 1.0)
     assert time.monotonic() - began < 2

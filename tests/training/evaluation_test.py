@@ -39,11 +39,13 @@ def judged(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_validation_part_is_evaluated_on_the_way_and_the_test_split_once_at_the_end(judged):
     seen = {part: [line["step"] for line in lines(judged) if f"{part}/loss" in line] for part in ("val", "eval")}
     assert seen == {"val": [0, 3, 6], "eval": [6]}
 
 
+@pytest.mark.slow
 def test_the_end_reports_last_averaged_and_best_weights_and_other_crops(judged):
     last = next(line for line in lines(judged) if "eval/loss" in line)
     assert {"eval/top1", "eval/raw/top1", "eval/best/top1", "eval/best/raw/top1", "eval/crop_1/top1"} <= last.keys()
@@ -60,6 +62,7 @@ def test_what_was_best_by_k_nn_is_printed_and_figures_of_single_experts_are_only
     assert recorded == list(figures)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_has_the_lowest_validation_loss(judged):
     losses = {line["step"]: line["val/loss"] for line in lines(judged) if "val/loss" in line}
     score = json.loads((judged / "best" / "score.json").read_text())
@@ -101,7 +104,7 @@ def test_what_is_no_number_is_never_the_best_and_another_metric_starts_anew(tmp_
 def test_a_damaged_score_is_told_by_name(tmp_path, text):
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "score.json").write_bytes(text)
-    with pytest.raises(UserError, match=r"best/score\.json is damaged: .*; without it the next one counts as"):
+    with pytest.raises(UserError, match=r"best/score\.json is damaged"):
         Best(epath.Path(tmp_path), "loss")
 
 
@@ -116,6 +119,7 @@ def test_a_score_that_finds_no_room_ends_no_run(tmp_path, monkeypatch, caplog):
     assert best.score == -0.5
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_read_like_any_other(judged):
     step = json.loads((judged / "best" / "score.json").read_text())["step"]
     assert config_of(str(judged / "best")).method.name == "supervised"
@@ -126,6 +130,7 @@ def test_the_best_checkpoint_is_read_like_any_other(judged):
         np.testing.assert_array_equal(leaf, same[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_evaluated_no_more_often_than_it_is_long_is_evaluated_at_its_end_alone(tmp_path):
     fields = {"checkpoint.best_metric": "", "data.val_split": "", "train.duration": "2 steps",
               "eval.every": "1e9 steps"}
@@ -134,8 +139,8 @@ def test_a_run_that_is_evaluated_no_more_often_than_it_is_long_is_evaluated_at_i
 
 
 @pytest.mark.parametrize(("fields", "line"), [
-    ({"checkpoint.best_metric": "top2"}, "checkpoint.best_metric='top2' is not evaluated; did you mean 'top"),
-    ({"checkpoint.best_metric": "raw/top1"}, "checkpoint.best_metric='raw/top1' is not evaluated"),
+    ({"checkpoint.best_metric": "top2"}, "checkpoint.best='top2'.* 'top"),
+    ({"checkpoint.best_metric": "raw/top1"}, "checkpoint.best='raw/top1'"),
     ({"eval.sets": ("imagenet_v2",)}, "imagenet_v2")])
 def test_what_an_evaluation_cannot_give_is_said_before_the_first_step(tmp_path, fields, line):
     with pytest.raises(UserError, match=line):
@@ -143,6 +148,7 @@ def test_what_an_evaluation_cannot_give_is_said_before_the_first_step(tmp_path, 
     assert not (tmp_path / "config.json").exists()  # another config may begin there
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fields", "method"), [
     ({"optim.ema": 0.9, "model.pool": "mean"}, "supervised"), ({}, "segment"), ({}, "mae"), ({}, "splitmask"),
     ({}, "dino")])
@@ -160,5 +166,5 @@ def test_the_figures_that_are_foretold_are_those_that_are_measured(tmp_path, fie
 
 
 def test_choosing_needs_a_validation_part():
-    with pytest.raises(UserError, match=r"checkpoint\.best_metric='top1' needs data\.val_split"):
+    with pytest.raises(UserError, match=r"checkpoint\.best='top1' .*data\.val_split"):
         tiny_supervised({"checkpoint.best_metric": "top1"})

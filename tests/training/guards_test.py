@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -58,6 +59,7 @@ def test_spikes_cannot_come_or_go_at_a_resume_other_guards_can():
         "guard.stall_seconds: 1800.0 -> 5.0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", hang.PLACES)
 def test_a_run_that_hangs_ends_with_3_and_leaves_the_stacks_of_all_threads(tmp_path, what):
     began = time.monotonic()
@@ -73,6 +75,7 @@ def test_a_run_that_hangs_ends_with_3_and_leaves_the_stacks_of_all_threads(tmp_p
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_time_in_which_the_whole_process_is_frozen_does_not_count(tmp_path):
     folder = tmp_path / "run"
     [process] = start(folder, tmp_path / "compiled", 1, 1, {"guard.stall_seconds": 3.0, "pause": 0.1})
@@ -84,6 +87,7 @@ def test_time_in_which_the_whole_process_is_frozen_does_not_count(tmp_path):
     assert not (folder / "stacks_0.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_does_not_keep_the_watchdog_from_ending_the_run(tmp_path):
     program = ("import resource, signal, sys, time\nfrom etils import epath\n"
                "from mae_jax.runtime.watchdog import Watchdog\n"
@@ -96,25 +100,61 @@ def test_a_full_disk_does_not_keep_the_watchdog_from_ending_the_run(tmp_path):
     assert "Thread MainThread" in done.stderr
 
 
-def test_what_gets_on_or_is_not_watched_is_left_alone(tmp_path, monkeypatch):
-    left = []
-    monkeypatch.setattr(Watchdog, "_leave", lambda self, doing: left.append(doing))
-    with Watchdog(0.2, tmp_path) as dog:
-        dog.on("an evaluation")
-        for _ in range(10):
-            time.sleep(0.05)
-            watchdog.alive()
-        dog.on("")
-        time.sleep(0.4)
-        assert left == []
-        dog.on("a step")
-        time.sleep(0.4)
-    assert set(left) == {"a step"}
+class Ticks:
+    """A clock that nobody waits for: each wait of the watchdog passes at once, and then the next thing is done."""
+
+    def __init__(self, things: list[Callable[[], None] | float]):
+        self.now, self.things = 0.0, iter(things)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> bool:
+        self.now += seconds
+        thing = next(self.things, None)
+        if callable(thing):
+            thing()
+        elif thing:
+            self.now += thing  # the process was frozen
+        return thing is None
+
+
+@pytest.fixture
+def left(tmp_path, monkeypatch) -> Callable[..., list[str]]:
+    """Returns a function that lets a watchdog of 2 s see things, one after each of its ticks, and says what it left."""
+    def watch(things: Callable[[Watchdog], list]) -> list[str]:
+        found, dog = [], Watchdog(2.0, tmp_path)
+        clock = Ticks(things(dog))
+        monkeypatch.setattr(Watchdog, "_leave", lambda self, doing: found.append(doing))
+        monkeypatch.setattr(watchdog, "_running", dog)
+        monkeypatch.setattr(watchdog, "time", clock)
+        monkeypatch.setattr(dog, "_end", clock)
+        dog._watch()
+        return found
+
+    return watch
+
+
+NOTHING = 0.0
+
+
+def test_what_gets_on_or_is_not_watched_is_left_alone(left, tmp_path):
+    assert watchdog.TICK == 0.5
+    assert left(lambda dog: [lambda: dog.on("a step"), *[NOTHING] * 4]) == []
+    assert left(lambda dog: [lambda: dog.on("a step"), *[NOTHING] * 5]) == ["a step"]
+    assert left(lambda dog: [lambda: dog.on("an evaluation"), *[NOTHING, NOTHING, watchdog.alive] * 9]) == []
+    assert left(lambda dog: [lambda: dog.on("a step"), NOTHING, lambda: dog.on(""), *[NOTHING] * 9]) == []
     with Watchdog(0, tmp_path) as dog:
         dog.on("anything")
-        time.sleep(0.3)
+        assert not dog._thread.is_alive()
 
 
+def test_of_the_time_in_which_the_process_was_frozen_two_ticks_count(left):
+    assert left(lambda dog: [lambda: dog.on("a step"), 600.0, NOTHING, NOTHING]) == []
+    assert left(lambda dog: [lambda: dog.on("a step"), 600.0, NOTHING, NOTHING, NOTHING]) == ["a step"]
+
+
+@pytest.mark.slow
 def test_the_history_of_spikes_is_part_of_the_checkpoint(tmp_path):
     from mae_jax.training import loop
     from mae_jax.training import run as training_run

@@ -29,6 +29,7 @@ def rows(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_and_a_longer_duration_goes_on(tmp_path, capsys):
     assert loop.train(tiny_config(), str(tmp_path)) == 0
     before = (tmp_path / "metrics.jsonl").read_text()
@@ -47,15 +48,17 @@ def test_a_finished_run_stays_and_a_longer_duration_goes_on(tmp_path, capsys):
     assert [row["step"] for row in rows(tmp_path) if "eval/loss" in row] == [0, 3, 6, 7]
 
 
+@pytest.mark.slow
 def test_what_is_left_of_a_finished_run_without_its_checkpoints_is_no_fresh_start(tmp_path):
     assert loop.train(tiny_config(), str(tmp_path)) == 0
     before = (tmp_path / "metrics.jsonl").read_text()
     shutil.rmtree(tmp_path / "checkpoints")
-    with pytest.raises(UserError, match="of a run that finished 6 steps, and has no checkpoint to go on from"):
+    with pytest.raises(UserError, match=r"finished 6 steps.* no checkpoint"):
         loop.train(tiny_config({"train.duration": "7 steps"}), str(tmp_path))
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_other_data_at_a_resume_are_told_and_other_classes_of_a_classifier_refused(tmp_path, caplog):
     caplog.set_level("INFO", "mae_jax")
     for name in ("ant", "bee"):
@@ -77,10 +80,11 @@ def test_other_data_at_a_resume_are_told_and_other_classes_of_a_classifier_refus
     assert "changed since the run began: pictures to train on: 16 -> 15" in caplog.text
     assert "changed since the run began: classes: 2 -> 2 (-ant, +cat)" in caplog.text
     for go_on in (loop.train, lambda config, folder: loop.evaluate(folder)):
-        with pytest.raises(UserError, match=r"belongs to other data; classes: 2 -> 2 \(-ant, \+cat\)"):
+        with pytest.raises(UserError, match=r"classes: 2 -> 2 \(-ant, \+cat\)"):
             go_on(configs["supervised"], str(tmp_path / "supervised"))
 
 
+@pytest.mark.slow
 def test_a_workdir_that_is_removed_meanwhile_is_made_whole_again(tmp_path, monkeypatch, caplog):
     push = Log.push
 
@@ -97,20 +101,21 @@ def test_a_workdir_that_is_removed_meanwhile_is_made_whole_again(tmp_path, monke
     assert loop.evaluate(str(tmp_path / "run")) == 0
 
 
+@pytest.mark.slow
 def test_a_verdict_of_a_guard_stands_where_it_cannot_be_written(tmp_path, caplog):
     (tmp_path / "guard_2.json").mkdir(parents=True)
     config = tiny_config({"optim.lr": 1e38, "guard.max_nonfinite": 1, "train.duration": "20 steps"})
-    with pytest.raises(GuardError, match="the last one step 2"):
+    with pytest.raises(GuardError, match="step 2"):
         loop.train(config, str(tmp_path))
     assert "cannot write" in caplog.text
     assert (tmp_path / "checkpoints" / "3").is_dir()
-    with pytest.raises(UserError, match=r"--step=4 is not to be had: .* is at step 3"):
+    with pytest.raises(UserError, match=r"--step=4 .* step 3"):
         replay.replay(str(tmp_path), 4)
 
 
 def test_gradients_that_stay_not_finite_stop_the_run_save_it_and_name_the_replay(tmp_path, capsys):
-    config = tiny_config({"optim.lr": 1e38, "guard.max_nonfinite": 2, "train.duration": "20 steps"})
-    with pytest.raises(GuardError, match=r"2 steps in a row .* the last one step \d+; .*--mode=replay") as error:
+    config = tiny_config({"optim.lr": 1e38, "guard.max_nonfinite": 2, "train.duration": "20 steps", "eval.every": ""})
+    with pytest.raises(GuardError, match=r"2 steps .* step \d+; .*--mode=replay") as error:
         loop.train(config, str(tmp_path))
     assert f"--workdir={tmp_path}" in str(error.value)
     saved = {int(folder.name) for folder in (tmp_path / "checkpoints").iterdir()}
@@ -131,6 +136,7 @@ def test_gradients_that_stay_not_finite_stop_the_run_save_it_and_name_the_replay
     assert "not finite: none" not in out
 
 
+@pytest.mark.slow
 def test_the_state_that_a_guard_saves_is_the_one_with_which_the_step_that_is_named_began(tmp_path, monkeypatch):
     config = tiny_config({"guard.max_nonfinite": 1, "train.duration": "12 steps", "eval.every": "",
                           "data.eval_split": "", "checkpoint.every": "1 steps", "checkpoint.keep_last": 20})
@@ -141,7 +147,7 @@ def test_the_state_that_a_guard_saves_is_the_one_with_which_the_step_that_is_nam
             yield batch | {"patches": batch["patches"] * jnp.where(number == bad, jnp.nan, 1.0)}
 
     monkeypatch.setattr(loop, "device_batches", poisoned)
-    with pytest.raises(GuardError, match=f"the last one step {bad}; "):
+    with pytest.raises(GuardError, match=f"step {bad};"):
         loop.train(config, str(tmp_path))
     steps = sorted(int(folder.name) for folder in (tmp_path / "checkpoints").iterdir())
     assert steps == [1, 2, 3, 4, 5]  # no step was begun after it
@@ -149,6 +155,7 @@ def test_the_state_that_a_guard_saves_is_the_one_with_which_the_step_that_is_nam
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, before, saved)))
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing_but_the_times_on_record(tmp_path, monkeypatch):
     assert loop.train(tiny_config(), str(tmp_path / "still")) == 0
     clock, jumps = time.time, itertools.cycle([0.0, 60.0, -60.0])  # orbax limits its waits by this clock
@@ -163,6 +170,7 @@ def test_a_clock_that_jumps_changes_nothing_but_the_times_on_record(tmp_path, mo
     assert sum(speed is not None for speed in speeds) > 2
 
 
+@pytest.mark.slow
 def test_init_from_takes_the_parameters_of_another_run(tmp_path, caplog):
     first, second = tmp_path / "first", tmp_path / "second"
     config = tiny_config({"data.eval_split": "", "train.duration": "3 steps"})
@@ -180,6 +188,7 @@ def test_init_from_takes_the_parameters_of_another_run(tmp_path, caplog):
     assert not any("eval/loss" in row for row in rows(second))
 
 
+@pytest.mark.slow
 def test_a_last_save_that_fails_is_the_users_to_mend_and_the_run_goes_on_from_the_one_before(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -189,13 +198,14 @@ def test_a_last_save_that_fails_is_the_users_to_mend_and_the_run_goes_on_from_th
         patch.setattr(ocp.AsyncCheckpointer, "save",
                       lambda self, path, **items: (full if path.name == "6" else real)(self, path, **items))
         patch.setattr(ocp.AsyncCheckpointer, "close", full)  # as orbax does it after a failed save
-        with pytest.raises(UserError, match=r"state of step 6 could not be saved.*No space.*goes on from step 3"):
+        with pytest.raises(UserError, match=r"step 6 .*No space.* step 3"):
             loop.train(tiny_config(), str(tmp_path))
     assert not (tmp_path / "DONE").exists()
     assert loop.train(tiny_config(), str(tmp_path)) == 0
     assert [row["step"] for row in rows(tmp_path) if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_a_last_save_that_fails_for_a_moment_is_tried_again(tmp_path, monkeypatch):
     real, tried = ocp.AsyncCheckpointer.save, []
 
@@ -221,6 +231,7 @@ def test_a_batch_on_the_devices_is_what_the_input_gives(tmp_path):
             np.testing.assert_array_equal(jax.device_get(found[name]), value)
 
 
+@pytest.mark.slow
 def test_too_many_bad_pictures_stop_the_run_with_their_names_but_not_before_100_were_seen(tmp_path):
     run = training_run.prepare(tiny_config({"guard.max_bad_fraction": 0.2}), tmp_path)
     run.inputs.bad.append("cats/7.jpg: no end marker")
@@ -230,10 +241,11 @@ def test_too_many_bad_pictures_stop_the_run_with_their_names_but_not_before_100_
     ids = np.arange(8)
     for done in range(1, 14):
         log.push(done, metrics, ids)  # handles the 12 before: 96 pictures
-    with pytest.raises(GuardError, match=r"26 of 104 pictures could not be read.*0\.2: cats/7\.jpg: no end marker"):
+    with pytest.raises(GuardError, match=r"26 of 104 .*0\.2: cats/7\.jpg"):
         log.push(14, metrics, ids)
 
 
+@pytest.mark.slow
 def test_a_workdir_of_many_devices_is_looked_at_on_one(tmp_path, capsys):
     config = tiny_config()
     assert loop.train(config, str(tmp_path)) == 0
@@ -248,10 +260,11 @@ def test_a_workdir_of_many_devices_is_looked_at_on_one(tmp_path, capsys):
 
 def test_a_classifier_is_not_reported_on_what_it_is_trained_on(tmp_path):
     splits = {"data.source": "photo_crops", "data.train_split": "test[:64]", "data.eval_split": "test"}
-    with pytest.raises(UserError, match=r"data\.train_split='test\[:64\]' shares pictures with data\.eval_split"):
+    with pytest.raises(UserError, match=r"data\.train_split='test\[:64\]' .*data\.eval_split"):
         loop.train(tiny_supervised(splits | {"method.classes": 17}), str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["mixedae", "splitmask", "beit", "dino"])
 def test_every_method_is_replayed(tmp_path, capsys, method):
     config = tiny_config({"train.duration": "2 steps", "eval.every": "", "data.eval_split": ""}, method)
@@ -260,6 +273,7 @@ def test_every_method_is_replayed(tmp_path, capsys, method):
     assert "examples whose loss is not finite: none" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_step_whose_pictures_were_mixed_is_replayed_picture_by_picture(tmp_path, capsys):
     fields = {"method.mixup": 0.8, "method.mix_group": 4, "data.eval_split": "", "train.duration": "2 steps"}
     data = {"data.source": "photo_crops", "data.train_split": "train[:64]", "method.classes": 17}

@@ -368,6 +368,7 @@ def test_frozen_parameters_keep_their_bits_and_have_no_optimiser_state_whatever_
     assert held == set(filter(method.learns, start))
 
 
+@pytest.mark.slow
 def test_frozen_parameters_and_their_averages_keep_their_bits_in_training():
     config = tiny_config({"optim.name": "lamb", "optim.ema": 0.99, "optim.warmup": "0 steps"})
     method = HeadOnly(config)  # it does not stop gradients: the optimiser alone must hold what does not learn
@@ -380,6 +381,7 @@ def test_frozen_parameters_and_their_averages_keep_their_bits_in_training():
             assert (value.tobytes() != before[key].tobytes()) == method.learns(key), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_state_with_frozen_parameters_comes_back_from_its_checkpoint_bit_for_bit(name, tmp_path):
     config = tiny_config({"optim.name": name, "optim.ema": 0.9})

@@ -17,6 +17,8 @@ from mae_jax.param_tree import flatten
 from mae_jax.storage.checkpoint import Checkpoints
 from tests.faults import worker
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
 KILLS = 5
 
 

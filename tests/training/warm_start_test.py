@@ -117,20 +117,20 @@ def test_the_head_of_a_probe_starts_anew_as_its_batch_norm_does(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"\x02\x00\x00\x00\x00\x00\x00\x00[]"])
 def test_a_file_that_is_no_safetensors_file_is_the_users_mistake(tmp_path, content):
     (tmp_path / "from.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match="is no safetensors file, or damaged"):
+    with pytest.raises(UserError, match="safetensors"):
         started(str(tmp_path / "from.safetensors"), tiny_supervised())
 
 
 @pytest.mark.parametrize(("theirs", "ours", "line"), [
-    ({"model.heads": 4}, {}, r"trained with model\.heads=4, this config has 2"),
-    ({"model.patch": (2, 8)}, {}, r"trained with model\.patch=\(2, 8\), this config has \(4, 4\)"),
-    ({"model.gelu": "tanh"}, {}, r"trained with model\.gelu=tanh, this config has erf"),
-    ({"model.depth": 3}, {}, r"holds another encoder: encoder/block_02/\S+ and 11 more parameters are in one"),
-    ({}, {"model.depth": 3}, r"holds another encoder: encoder/block_02/\S+ and 11 more"),
-    ({}, {"model.layer_scale": 0.1}, r"was trained without LayerScale; add --config\.model\.layer_scale=0$"),
-    ({"model.layer_scale": 0.1}, {}, r"was trained with LayerScale; add --config\.model\.layer_scale=0\.1$"),
-    ({"model.width": 64}, {}, r"has shape \(64,\), but this model needs \(32,\)"),
-    (LEARNED, {}, r"has learned positions; use model\.positions=learned"),
+    ({"model.heads": 4}, {}, r"model\.heads=4, .* 2$"),
+    ({"model.patch": (2, 8)}, {}, r"model\.patch=\(2, 8\), .*\(4, 4\)"),
+    ({"model.gelu": "tanh"}, {}, r"model\.gelu=tanh, .* erf"),
+    ({"model.depth": 3}, {}, r"encoder/block_02/\S+ and 11 more"),
+    ({}, {"model.depth": 3}, r"encoder/block_02/\S+ and 11 more"),
+    ({}, {"model.layer_scale": 0.1}, r"--config\.model\.layer_scale=0$"),
+    ({"model.layer_scale": 0.1}, {}, r"--config\.model\.layer_scale=0\.1$"),
+    ({"model.width": 64}, {}, r"\(64,\), .*\(32,\)"),
+    (LEARNED, {}, r"model\.positions=learned"),
 ])
 def test_another_encoder_is_refused_in_one_line(tmp_path, theirs, ours, line):
     source, _ = written(tmp_path, tiny_supervised(theirs))
@@ -166,7 +166,7 @@ def test_a_classifier_of_timms_goes_on_at_another_size(tmp_path, deit3):
 def test_positions_that_are_no_square_need_a_config(tmp_path):
     wide = tiny_supervised(LEARNED | {"data.image_size": (16, 20)})
     source = from_elsewhere(tmp_path, to_timm(tiny_params(wide), (4, 5), (4, 4)))
-    with pytest.raises(UserError, match="20 positions are no square grid, and no config says which it is"):
+    with pytest.raises(UserError, match="20 positions"):
         started(source, tiny_supervised(LEARNED))
     written(tmp_path, wide)
     assert started(source, tiny_supervised(LEARNED))[0]["encoder/pos_embed"].shape == (16, 32)

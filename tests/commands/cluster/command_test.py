@@ -30,6 +30,7 @@ def written(tmp_path_factory):
     return file
 
 
+@pytest.mark.slow
 def test_it_writes_the_vocabulary_that_a_run_builds_and_a_picture_of_it(written, tmp_path):
     with np.load(written) as stored:
         entries = stored["vocabulary"]
@@ -46,6 +47,7 @@ def test_it_writes_the_vocabulary_that_a_run_builds_and_a_picture_of_it(written,
     np.testing.assert_allclose(vocabularies[0], entries, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "line"), [
     ([f"{RECIPE[:9]}configs/vit_b_mae.py:runlocal", "--to=v.npz"], "has no vocabulary; take splitmask or beit"),
     ([RECIPE, "--to=v.txt"], "the file's name must end in .npz"),
@@ -59,14 +61,16 @@ def test_a_mistake_is_one_line_and_exit_code_2(flags, line, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "shape", "line"), [
-    ("patches", (39, 48), "holds 'kmeans' of shape .39, 48. .*; the config has 'patches'"),
-    ("kmeans", (23, 48), "the config has 'kmeans' and .23, 48.")])
+    ("patches", (39, 48), "'kmeans' .*.39, 48. .*'patches'"),
+    ("kmeans", (23, 48), "config .*'kmeans' .*.23, 48.")])
 def test_another_vocabulary_than_the_config_asks_for_is_refused(written, kind, shape, line):
     with pytest.raises(UserError, match=line):
         vocabulary.load(written, kind, shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("there", ["v.npz", "v.png"])
 def test_what_is_there_is_not_overwritten(tmp_path, there):
     (tmp_path / there).write_bytes(b"mine")
@@ -79,12 +83,12 @@ def test_what_is_there_is_not_overwritten(tmp_path, there):
 @pytest.mark.parametrize("entries", [np.full((23, 48), np.nan, np.float32), np.full((23, 48), "a")])
 def test_values_that_are_no_finite_numbers_are_no_vocabulary(tmp_path, entries):
     vocabulary.save(tmp_path / "v.npz", entries, "kmeans")
-    with pytest.raises(UserError, match=r"v\.npz holds values of type .*: no vocabulary"):
+    with pytest.raises(UserError, match=r"v\.npz .*type .*no vocabulary"):
         vocabulary.load(tmp_path / "v.npz", "kmeans", (23, 48))
 
 
 def test_what_is_no_vocabulary_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"is no file; python -m mae_jax cluster writes one"):
+    with pytest.raises(UserError, match=r"absent\.npz.* no file"):
         vocabulary.load(tmp_path / "absent.npz", "kmeans", (23, 48))
     np.savez(tmp_path / "other.npz", x=1)
     with pytest.raises(UserError, match=r"other.npz is no vocabulary"):

@@ -72,6 +72,7 @@ def made(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_clusters_cover_all_pictures_and_are_of_nearly_one_size(made):
     found = Clusters.read(str(made / "clusters"))
     assert set(found.assigned) == {"train[:400]", "test"}
@@ -85,6 +86,7 @@ def test_clusters_cover_all_pictures_and_are_of_nearly_one_size(made):
     assert workdir.config_of(str(made / "clusters" / "encoder.safetensors")).model.width == 32
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_clusters_and_goes_on_with_features(made, tmp_path):
     shutil.copytree(made / "clusters", tmp_path / "again")
     last = sorted((tmp_path / "again" / "features" / "1").glob("0*.npz"))[-1]
@@ -99,16 +101,17 @@ def test_the_same_command_gives_the_same_clusters_and_goes_on_with_features(made
     np.testing.assert_array_equal(ours.centroids, theirs.centroids)
     np.testing.assert_array_equal(ours.prices, theirs.prices)
     for other in ({"block": 0}, {"seed": 5}, {"clusters": 4}):
-        with pytest.raises(UserError, match=f"holds clusters made with other {next(iter(other))}"):
+        with pytest.raises(UserError, match=f"other {next(iter(other))}"):
             clustered(made / "mae", tmp_path / "again", **other)
     (tmp_path / "again" / "clusters.npz").unlink()
-    with pytest.raises(UserError, match="has features of another block"):
+    with pytest.raises(UserError, match="features of another block"):
         clustered(made / "mae", tmp_path / "again", block=0)
     classes = tiny_config(CROPS | {"data.classes": "0-3", "data.train_split": "train"})
-    with pytest.raises(UserError, match="has features of another data"):
+    with pytest.raises(UserError, match="features of another data"):
         clustered(made / "mae", tmp_path / "again", data=classes)
 
 
+@pytest.mark.slow
 def test_clusters_that_are_there_stay_and_those_cut_off_are_made_again(made, tmp_path, capsys):
     shutil.copytree(made / "clusters", tmp_path / "again")
     file = tmp_path / "again" / "clusters.npz"
@@ -121,10 +124,11 @@ def test_clusters_that_are_there_stay_and_those_cut_off_are_made_again(made, tmp
     for name in ("clusters.npz", "meta.json", "encoder.safetensors", "clusters.png"):
         assert (tmp_path / "again" / name).read_bytes() == (made / "clusters" / name).read_bytes(), name
     file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(UserError, match=r"is damaged.*remove it, and cluster again"):
+    with pytest.raises(UserError, match=r"clusters\.npz.* damaged"):
         clustered(made / "mae", tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_the_picture_shows_the_members_nearest_to_each_centroid(made, monkeypatch):
     found = Clusters.read(str(made / "clusters"))
     config = frozen(workdir.read_config(made / "mae"), -1)
@@ -178,6 +182,7 @@ def test_the_picture_of_experts_seeks_further_than_the_first_batch(monkeypatch):
     assert names[0] == "block 1, expert 0\n2 of 4 clusters,\n75% of pictures"
 
 
+@pytest.mark.slow
 def test_records_that_readers_leave_out_have_clusters_like_all_others(made, tmp_path):
     records.write(tmp_path / "train-0.tfrecord", [records.record(i) for i in range(103)])  # the i-th of grey i
     data = {"data.source": "tfrecord", "data.path": str(tmp_path / "{split}-*.tfrecord"), "data.train_split": "train",
@@ -193,6 +198,7 @@ def test_records_that_readers_leave_out_have_clusters_like_all_others(made, tmp_
         np.testing.assert_array_equal(batch["cluster"], assigned[grey])
 
 
+@pytest.mark.slow
 def test_pictures_that_changed_their_places_are_refused(tmp_path):
     make_folder(tmp_path / "in", count=40, broken=0)
     data = of_folder(tmp_path / "in")
@@ -201,36 +207,39 @@ def test_pictures_that_changed_their_places_are_refused(tmp_path):
     (tmp_path / "in" / "000.png").rename(tmp_path / "in" / "zzz.png")
     sources_folder._files.cache_clear()
     fields = CROPS | data | {"init_from": str(tmp_path / "mae"), "method.clusters": str(tmp_path / "clusters")}
-    with pytest.raises(UserError, match="has clusters of other examples of 'train', by their names or order"):
+    with pytest.raises(UserError, match="other examples of 'train'"):
         loop.train(tiny_config(fields, "moce"), str(tmp_path / "moce"))
-    with pytest.raises(UserError, match="holds clusters made with other examples"):
+    with pytest.raises(UserError, match="other examples"):
         clustered(tmp_path / "mae", tmp_path / "clusters", clusters=4)
 
 
+@pytest.mark.slow
 def test_pictures_that_are_all_alike_give_no_clusters(tmp_path):
     (tmp_path / "in").mkdir()
     for number in range(40):
         Image.new("RGB", (20, 20), "red").save(tmp_path / "in" / f"{number:03d}.png")
     data = of_folder(tmp_path / "in")
     assert loop.train(tiny_config(CROPS | data), str(tmp_path / "mae")) == 0
-    with pytest.raises(UserError, match="--ratio=3 to 1 was not reached: 4 clusters of"):
+    with pytest.raises(UserError, match=r"--ratio=3 .* 4 clusters"):
         clustered(tmp_path / "mae", tmp_path / "clusters", clusters=4)
     assert not (tmp_path / "clusters" / "clusters.npz").exists()
 
 
+@pytest.mark.slow
 def test_a_mixture_reads_no_clusters_but_its_own(made, tmp_path):
     assert clustered(made / "mae", tmp_path / "others", seed=5) == 0
     shutil.copytree(made / "moce", tmp_path / "moce")
     config = workdir.read_config(tmp_path / "moce").copy_and_resolve_references().unlock()
     config.method.clusters = str(tmp_path / "others")
     config.train.duration = "3 steps"
-    with pytest.raises(UserError, match="are not the clusters that this mixture was trained with"):
+    with pytest.raises(UserError, match=r"clusters .*mixture"):
         loop.train(config.lock(), str(tmp_path / "moce"))
     shutil.copytree(made / "clusters", tmp_path / "moved")
     config.unlock().method.clusters = str(tmp_path / "moved")
     assert loop.train(config.lock(), str(tmp_path / "moce")) == 0
 
 
+@pytest.mark.slow
 def test_pictures_that_cannot_be_read_count_for_their_own_cluster_alone(tmp_path):
     make_folder(tmp_path / "in", count=40, broken=3)
     data = of_folder(tmp_path / "in")
@@ -241,10 +250,11 @@ def test_pictures_that_cannot_be_read_count_for_their_own_cluster_alone(tmp_path
     assert found.assigned["train"].min() >= 0
     broken = tiny_config(CROPS | data | {"data.path": str(tmp_path / "junk")})
     make_folder(tmp_path / "junk", count=0, broken=4)
-    with pytest.raises(UserError, match=r"no picture of data.source='folder' .*junk can be read"):
+    with pytest.raises(UserError, match=r"no picture of data.source='folder' .*junk"):
         look(found, tmp_path / "clusters", broken)
 
 
+@pytest.mark.slow
 def test_features_are_read_in_chunks_that_hold_every_picture_once(made):
     about = json.loads((made / "clusters" / "features" / "1" / "about.json").read_text())
     features = Features(made / "clusters" / "features" / "1", about)
@@ -260,6 +270,7 @@ def test_features_are_read_in_chunks_that_hold_every_picture_once(made):
     assert spherical_kmeans.CHUNK % 16 == 0
 
 
+@pytest.mark.slow
 def test_a_mixture_reports_who_sees_what(made):
     rows = [json.loads(line) for line in (made / "moce" / "metrics.jsonl").read_text().splitlines()]
     last = {name: value for row in rows for name, value in row.items()}
@@ -278,12 +289,14 @@ def test_information_is_all_where_the_choice_is_the_label_and_nothing_where_it_i
     assert information(np.repeat([0, 1, 2], 3), label) == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_processes_that_see_other_encoders_or_pictures_are_refused(made, tmp_path, monkeypatch):
     monkeypatch.setattr(runtime_peers, "gather", lambda value, *_: [value, {**value, "encoder": "another"}])
-    with pytest.raises(UserError, match="the processes do not see the same encoder or pictures"):
+    with pytest.raises(UserError, match=r"processes .*encoder or pictures"):
         clustered(made / "mae", tmp_path / "clusters")
 
 
+@pytest.mark.processes
 def test_processes_cluster_as_one_does_with_as_many_devices(made, tmp_path):
     command = [sys.executable, "-W", "error", "-m", "mae_jax", "cluster", f"--from={made / 'mae'}", "--clusters=8"]
     peers = [f"--coordinator=127.0.0.1:{free_port()}", "--processes=2"]
@@ -301,6 +314,7 @@ def test_processes_cluster_as_one_does_with_as_many_devices(made, tmp_path):
     assert (tmp_path / "two" / "clusters.png").read_bytes() == (tmp_path / "one" / "clusters.png").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["vote", "probe", "random"])
 def test_a_task_gets_an_ordinary_encoder_that_trains_on(made, tmp_path, how):
     folder = made / "moce"
@@ -325,10 +339,11 @@ def test_a_task_gets_an_ordinary_encoder_that_trains_on(made, tmp_path, how):
     assert loop.train(tiny_config(fields, "supervised"), str(tmp_path / "tuned")) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fields", "text"), [
-    ({"data.train_split": "train[:401]"}, r"has no clusters of the split 'train\[:401\]'"),
-    ({"data.source": "folder"}, "are of data.source='photo_crops'"),
-    ({"method.clusters": "nowhere"}, "method.clusters='nowhere' holds no clusters.npz; python -m mae_jax cluster"),
+    ({"data.train_split": "train[:401]"}, r"split 'train\[:401\]'"),
+    ({"data.source": "folder"}, "data.source='photo_crops'"),
+    ({"method.clusters": "nowhere"}, "method.clusters='nowhere' .*clusters.npz"),
     ({"model.width": 48, "model.heads": 3}, "init_from")])
 def test_clusters_of_other_data_are_refused(made, tmp_path, fields, text):
     if fields.get("data.source") == "folder":
@@ -340,22 +355,23 @@ def test_clusters_of_other_data_are_refused(made, tmp_path, fields, text):
         loop.train(config, str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_clustered_or_cut_is_refused(made, tmp_path):
-    with pytest.raises(UserError, match="--clusters=201 of 400 pictures; take at most 200"):
+    with pytest.raises(UserError, match=r"--clusters=201 of 400 .*200"):
         clustered(made / "mae", tmp_path / "many", clusters=201)
-    with pytest.raises(UserError, match="--block=2; the encoder has the blocks 0 to 1"):
+    with pytest.raises(UserError, match=r"--block=2; .*0 to 1"):
         clustered(made / "mae", tmp_path / "deep", block=2)
-    with pytest.raises(UserError, match="is itself a mixture of experts"):
+    with pytest.raises(UserError, match="itself a mixture"):
         clustered(made / "moce", tmp_path / "again")
-    with pytest.raises(UserError, match=r"--for-task needs a run of method.name=moce"):
+    with pytest.raises(UserError, match=r"--for-task .*method.name=moce"):
         export(str(made / "mae"), str(tmp_path / "x.safetensors"), "mae_jax", tiny_config(CROPS), "vote")
-    with pytest.raises(UserError, match="--for-task needs the task's data"):
+    with pytest.raises(UserError, match=r"--for-task .*task's data"):
         export(str(made / "moce"), str(tmp_path / "x.safetensors"), "mae_jax", None, "vote")
-    with pytest.raises(UserError, match="is a mixture of experts, which no layout of others has"):
+    with pytest.raises(UserError, match=r"mixture of experts, .*layout"):
         export(str(made / "moce"), str(tmp_path / "x.safetensors"), "timm")
-    with pytest.raises(UserError, match="--clusters is of --for-task=vote, probe or random; without it leave it out"):
+    with pytest.raises(UserError, match=r"--clusters .*--for-task=vote, probe or random"):
         export(str(made / "moce"), str(tmp_path / "x.safetensors"), "mae_jax", clusters=str(made / "clusters"))
-    with pytest.raises(UserError, match=r"has no single encoder to look at; python -m mae_jax export --for-task"):
+    with pytest.raises(UserError, match=r"no single encoder.*--for-task"):
         run.prepare(workdir.read_config(made / "moce"), tmp_path, trains=False)
     damaged = tmp_path / "damaged"
     shutil.copytree(made / "clusters", damaged)

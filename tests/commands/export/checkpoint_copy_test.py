@@ -35,12 +35,12 @@ def test_what_a_bucket_names_does_not_lead_out_of_the_copy(run, gcs, tmp_path):
     command.export(f"gs://bucket/{tmp_path.name}", str(to / "good"), "mae_jax")
     assert same(load_params(to / "good"), load_params(run))
     gcs.store.put("bucket", f"{tmp_path.name}/checkpoints/2/../../../evil.txt", b"evil", {}, {})
-    with pytest.raises(UserError, match=r"\.\.: no checkpoint has an object of such a name; nothing was copied"):
+    with pytest.raises(UserError, match=r"\.\.: .*nothing was copied"):
         command.export(f"gs://bucket/{tmp_path.name}", str(to / "copy"), "mae_jax")
     assert not list(tmp_path.rglob("evil*"))
 
 
-@pytest.fixture(params=["disk", "gs"])
+@pytest.fixture(params=["disk", pytest.param("gs", marks=pytest.mark.bucket)])
 def to(request, tmp_path) -> str:
     """A folder for the copy."""
     if request.param == "disk":
@@ -70,6 +70,7 @@ def test_the_newest_step_is_read_there_with_its_config_and_all_of_its_state(run,
     assert "there already, verified" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_copy_is_copied_back_and_a_named_step_joins_the_others(run, to, tmp_path):
     copy(run / "checkpoints" / "1", to)
     assert int(restored(to).step) == 1
@@ -110,6 +111,7 @@ def test_a_copy_on_a_full_disk_is_not_taken_for_a_whole_one(run, tmp_path, monke
     assert int(restored(str(tmp_path / "copy")).step) == 2
 
 
+@pytest.mark.slow
 def test_a_damaged_step_is_passed_over_and_a_damaged_copy_replaced(run, tmp_path, caplog):
     copy(run, tmp_path / "first")
     copy(run / "checkpoints" / "1", tmp_path / "first")
@@ -131,19 +133,20 @@ def test_what_arrives_damaged_is_read_again(run, gcs, tmp_path):
 
 def test_a_folder_of_another_run_is_refused_and_so_is_the_run_itself(run, tmp_path):
     workdir.record(epath.Path(tmp_path), tiny_config({"optim.lr": 0.1}))
-    with pytest.raises(UserError, match=r"holds a checkpoint of another run; choose another folder .*optim.lr: 0.1"):
+    with pytest.raises(UserError, match=r"another run.*optim.lr: 0.1"):
         copy(run, tmp_path)
-    with pytest.raises(UserError, match="is the workdir itself"):
+    with pytest.raises(UserError, match="workdir itself"):
         copy(run, f"{run}/")
-    with pytest.raises(UserError, match=r"holds no config\.json: not a workdir of mae_jax"):
+    with pytest.raises(UserError, match=r"no config\.json"):
         copy(tmp_path / "nothing", tmp_path / "to")
 
 
 def test_a_copy_does_not_go_into_the_run_itself(run):
-    with pytest.raises(UserError, match="is the workdir itself, or in it"):
+    with pytest.raises(UserError, match="workdir itself"):
         command.export(str(run), str(run / "checkpoints" / "50"), "mae_jax")
 
 
+@pytest.mark.slow
 def test_another_checkpoint_of_the_same_step_is_not_overwritten(run, tmp_path):
     copy(run, tmp_path)
     other = Checkpoints(tmp_path / "other", 2)
@@ -151,5 +154,5 @@ def test_another_checkpoint_of_the_same_step_is_not_overwritten(run, tmp_path):
     other.save(2, jax.tree.map(lambda x: x + 1, state)._replace(step=np.int32(2)))
     other.close()
     workdir.record(epath.Path(tmp_path / "other"), tiny_config({"optim.ema": 0.9}))
-    with pytest.raises(UserError, match="checkpoints/2 is another checkpoint; choose another folder for --to"):
+    with pytest.raises(UserError, match=r"checkpoints/2 .*another checkpoint.*--to"):
         copy(tmp_path / "other", tmp_path)

@@ -99,10 +99,11 @@ def test_timms_layout_of_a_masked_autoencoder_is_its_encoder(run, tmp_path, caps
 
 
 def test_hugging_faces_layout_refuses_a_classifier(probe, tmp_path):
-    with pytest.raises(UserError, match="no place in ViTMAEForPreTraining; write a classifier with --layout=timm"):
+    with pytest.raises(UserError, match=r"ViTMAEForPreTraining; .*--layout=timm"):
         command.export(str(probe[0]), str(tmp_path / "hf"), "hf")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["segment", "beit", "splitmask", "dino"])
 def test_what_heads_and_decoders_of_other_methods_predict_is_not_written_as_a_classifier(method, tmp_path, capsys):
     config = tiny_config(method=method)
@@ -121,16 +122,16 @@ def test_what_heads_and_decoders_of_other_methods_predict_is_not_written_as_a_cl
     assert "num_classes=0" in capsys.readouterr().out
     source = extras["teacher"] if method == "dino" else jax.device_get(state.params)
     np.testing.assert_array_equal(found["norm.weight"], source["encoder"]["norm"]["scale"])
-    with pytest.raises(UserError, match=r"transformers has MAE's model: use --layout=timm"):
+    with pytest.raises(UserError, match=r"transformers .*--layout=timm"):
         command.export(str(tmp_path / "run"), str(tmp_path / "hf"), "hf")
 
 
 def test_a_name_without_the_suffix_is_refused(run, tmp_path):
-    with pytest.raises(UserError, match=r"must end in \.safetensors"):
+    with pytest.raises(UserError, match=r"\.safetensors"):
         command.export(str(run[0]), str(tmp_path / "out.bin"), "timm")
 
 
 @pytest.mark.parametrize("name", ["out.safetensor", "out.safetensros"])
 def test_a_misspelt_file_is_not_taken_for_a_folder(tmp_path, run, name):
-    with pytest.raises(UserError, match=r"did you mean \.safetensors\? Else it is a folder"):
+    with pytest.raises(UserError, match=r"\.safetensors\?"):
         command.export(str(run[0]), str(tmp_path / name), "mae_jax")

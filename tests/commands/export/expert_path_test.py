@@ -68,7 +68,7 @@ def test_the_best_probe_and_another_path_at_random_are_taken(tmp_path, monkeypat
     assert drawn == {f"taken: path {expert_path.name(path)}" for path in PATHS[1:]}
     for gate in mixture.params["gates"].values():
         gate["kernel"] = gate["kernel"] * 0  # all take the first experts
-    with pytest.raises(UserError, match="all clusters take the path 0-0; there is no other"):
+    with pytest.raises(UserError, match="path 0-0"):
         mixture.cut("random")
 
 
@@ -96,7 +96,7 @@ def test_clusters_that_were_moved_can_be_named(tmp_path, monkeypatch):
     mixture = Mixture(tmp_path, [1.0, 0, 0, 0, 0, 0], monkeypatch)
     config = mixture.config.copy_and_resolve_references()
     config.method.clusters = "gone"
-    with pytest.raises(UserError, match=r"method.clusters='gone' holds no clusters.npz"):
+    with pytest.raises(UserError, match=r"method.clusters='gone' .*clusters.npz"):
         mixture.cut("vote", config=config)
     moved = mixture.cut("vote", config=config, clusters=mixture.folder)
     assert moved.report == mixture.cut("vote").report

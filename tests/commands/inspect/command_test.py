@@ -126,6 +126,7 @@ def run(*flags):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
+@pytest.mark.slow
 def test_the_command_tells_what_is_there_names_broken_pictures_and_draws_the_grid(tmp_path):
     folder = make_folder(tmp_path / "in")
     for i in range(60):
@@ -147,6 +148,7 @@ def test_the_command_tells_what_is_there_names_broken_pictures_and_draws_the_gri
         assert grid.size == (8 * (32 + 2), 2 * 2 * (32 + 2))  # 16 pictures, each above what the encoder sees
 
 
+@pytest.mark.slow
 def test_the_command_tells_of_lost_records_and_that_training_would_stop(tmp_path):
     describe(write_shards(tmp_path))
     for shard in (1, 3, 4):
@@ -159,6 +161,7 @@ def test_the_command_tells_of_lost_records_and_that_training_would_stop(tmp_path
     assert "no speed and no pictures, and training would stop: " in done.stdout
 
 
+@pytest.mark.slow
 def test_the_command_writes_both_splits(tmp_path):
     done = run("--write=tfrecord", "--size=16", f"--to={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -167,6 +170,7 @@ def test_the_command_writes_both_splits(tmp_path):
     assert len(described["classes"]) == 17
 
 
+@pytest.mark.slow
 def test_a_missing_folder_is_one_line_and_exit_code_2(tmp_path):
     done = run("--config.data.source=folder", f"--config.data.path={tmp_path / 'none'}")
     assert done.returncode == 2
@@ -174,6 +178,7 @@ def test_a_missing_folder_is_one_line_and_exit_code_2(tmp_path):
     assert "is no folder" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "line"), [
     (["--to=s3://bucket/grid.png"], "a folder is local or gs://BUCKET/FOLDER"), (["--to={}"], "is a folder; expected"),
     (["--to=gs://"], "no name of a bucket"), (["--size=0"], "--size=0"), (["--steps=-3"], "--steps=-3")])

@@ -25,6 +25,7 @@ def test_help_exits_0_and_shows_a_command_that_works():
     assert "--sweep" in done.stdout.split("Flags:")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "line"), [
     ([], "give one of --topology=v3:8x8 and --devices=8"),
     (["--topology=v3:8x8", "--devices=8"], "give one of"),
@@ -40,6 +41,7 @@ def test_a_mistake_ends_with_one_line_and_2(arguments, line):
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_simulated_devices_are_planned_without_a_time_and_the_json_says_the_same(tmp_path):
     file = tmp_path / "plan.json"
     done = run("--config=configs/quickstart.py:runlocal", "--devices=8", f"--json={file}", f"--cache={tmp_path}")
@@ -73,6 +75,8 @@ def whole_bytes(figures: dict) -> dict[str, float]:
     return whole
 
 
+@pytest.mark.compile
+@pytest.mark.timeout(900)
 @needs_libtpu
 def test_two_layers_of_vit_l_fit_four_v3_chips(two_layers):
     for found in two_layers.values():
@@ -85,6 +89,8 @@ def test_two_layers_of_vit_l_fit_four_v3_chips(two_layers):
     assert on == pytest.approx(off / 8, rel=0.05)
 
 
+@pytest.mark.compile
+@pytest.mark.timeout(900)
 @needs_libtpu
 def test_without_zero_gradients_and_metrics_are_reduced_in_float32_and_nothing_else_is_sent(two_layers):
     found = two_layers["off"]
@@ -94,6 +100,8 @@ def test_without_zero_gradients_and_metrics_are_reduced_in_float32_and_nothing_e
     assert {row["dtype"] for row in found["figures"]["collectives"] if row["bytes"] > 1000} == {"f32"}
 
 
+@pytest.mark.compile
+@pytest.mark.timeout(900)
 @needs_libtpu
 def test_with_zero_each_gradient_is_scattered_and_each_parameter_gathered_once(two_layers):
     found = two_layers["on"]

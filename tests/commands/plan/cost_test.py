@@ -86,6 +86,7 @@ def test_a_device_holds_its_piece_of_what_is_cut_and_all_of_the_rest():
     assert found["image_bytes"] == 16 * 48 + 16 * 4 + 4 * 4
 
 
+@pytest.mark.slow
 def test_what_was_compiled_is_found_again_and_another_config_is_not(tmp_path):
     target, said = cost.Target("1 simulated devices", jax.devices("cpu"), None), []
     first = cost.measure(tiny_config(), target, 64, str(tmp_path), said.append)

@@ -17,11 +17,12 @@ from mae_jax.commands.transfer.report import Cell, Row, joined, plot, series, st
 from mae_jax.commands.transfer.suite import Recipe, Suite, encoder_config, measured, plan, rates
 from mae_jax.config import default
 from mae_jax.errors import UserError
+from mae_jax.evals import linear_probe
 from mae_jax.storage import safetensors_file
-from mae_jax.storage.checkpoint import load_params
-from mae_jax.training import loop, step_logger
+from mae_jax.storage.checkpoint import Checkpoints, load_params
+from mae_jax.training import loop, step_logger, workdir
 from mae_jax.training import run as training_run
-from tests.helpers.tiny import tiny_config
+from tests.helpers.tiny import tiny_config, tiny_state
 
 RECIPE = """
 from mae_jax.config import default, resolve
@@ -56,10 +57,13 @@ def held(config):
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> Path:
-    """A tiny MAE that was trained for 3 steps."""
+    """The workdir of a tiny MAE of 3 steps."""
     folder = tmp_path_factory.mktemp("encoder")
     config = tiny_config({"train.duration": "3 steps", "data.eval_split": "", "optim.lr": 1e-3})
-    assert loop.train(config, str(folder)) == 0
+    workdir.record(epath.Path(folder), config)
+    checkpoints = Checkpoints(folder, 2)
+    checkpoints.save(3, tiny_state(config)._replace(step=np.int32(3)))
+    checkpoints.close()
     return folder
 
 
@@ -84,7 +88,7 @@ def test_a_cell_takes_the_shape_of_the_encoder_and_the_overrides_of_the_command_
     assert some.config(Cell("more", blocks="all")).method.train_blocks == -1
     probe = some.config(Cell("more", "quick"))
     assert (probe.method.name, probe.data.train_split, probe.batch_size) == ("mae", "train[64:128]", 8)
-    with pytest.raises(UserError, match="unknown config argument 'mor'; did you mean 'more'"):
+    with pytest.raises(UserError, match=r"'mor'.* 'more'"):
         some.config(Cell("mor"))
 
 
@@ -97,7 +101,7 @@ def test_the_shape_is_known_from_an_export_and_from_one_step_but_not_from_a_fore
     foreign = tmp_path / "foreign.safetensors"
     foreign.write_bytes(b"\x02\x00\x00\x00\x00\x00\x00\x00{}")
     for path in (foreign, tmp_path / "missing.safetensors"):
-        with pytest.raises((UserError, OSError), match=r"does not say what model it holds|missing"):
+        with pytest.raises((UserError, OSError), match=r"foreign\.safetensors .*workdir|missing"):
             encoder_config(str(path))
 
 
@@ -110,10 +114,11 @@ def test_a_grid_has_all_numbers_of_blocks_where_they_mean_something(tmp_path, en
     assert plan(some.recipe, [], [], []) == [Cell("mine")]
     assert plan(some.recipe, ["crops", "crops"], [], []) == [Cell("crops")]
     for wrong in ("some", "-1", "1.5", "nan", ""):
-        with pytest.raises(UserError, match=r"--blocks: .*write whole numbers"):
+        with pytest.raises(UserError, match=r"--blocks: .*whole numbers"):
             plan(some.recipe, ["crops"], [], [wrong])
 
 
+@pytest.mark.slow
 def test_a_suite_reports_every_cell_names_what_failed_and_skips_what_is_done(tmp_path, encoder, capsys):
     some = suite(tmp_path, encoder)
     cells = plan(some.recipe, ["crops", "absent", "more"], ["", "quick"], [])
@@ -137,7 +142,27 @@ def test_a_suite_reports_every_cell_names_what_failed_and_skips_what_is_done(tmp
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_the_quick_protocol_measures_what_an_evaluation_of_the_encoder_measures(tmp_path, encoder):
+@pytest.fixture
+def probed(monkeypatch) -> list[tuple]:
+    """A list of what each linear probe is fitted to and measured on: the counts of it may hang on near ties."""
+    pairs, top1 = [], linear_probe.top1
+
+    def measuring(train, test, classes):
+        pairs.append((*train, *test))
+        return top1(train, test, classes)
+
+    monkeypatch.setattr(linear_probe, "top1", measuring)
+    return pairs
+
+
+def assert_same(pairs: tuple, others: tuple) -> None:
+    """Features of a probe are alike, and their labels the same."""
+    for some, theirs in zip(pairs, others, strict=True):
+        np.testing.assert_allclose(some, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_quick_protocol_measures_what_an_evaluation_of_the_encoder_measures(tmp_path, encoder, probed):
     some = suite(tmp_path, encoder)
     assert some.run([Cell("crops", "quick")]) == 0
     again = some.config(Cell("crops", "quick")).copy_and_resolve_references()
@@ -151,10 +176,13 @@ def test_the_quick_protocol_measures_what_an_evaluation_of_the_encoder_measures(
     line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     found = {row["metric"]: row["value"] for row in results(tmp_path)}
     assert found.pop("sgd/top1") > 1 / 17
-    assert found == {name: line[f"eval/{name}"] for name in ("linear/top1", "knn/top1")}
+    assert found.keys() == {"linear/top1", "knn/top1"} <= {name.removeprefix("eval/") for name in line}
+    quick, evaluated = probed[0], next(pair for pair in probed[1:] if pair[0].shape == probed[0][0].shape)
+    assert_same(quick, evaluated)
 
 
-def test_the_quick_protocol_probes_the_encoder_of_any_method(tmp_path, encoder):
+@pytest.mark.slow
+def test_the_quick_protocol_probes_the_encoder_of_any_method(tmp_path, encoder, probed):
     found = {}
     for method in ("mae", "supervised", "segment", "splitmask", "beit", "dino"):
         config = encoder_config(str(encoder)).copy_and_resolve_references().unlock()
@@ -175,10 +203,13 @@ def test_the_quick_protocol_probes_the_encoder_of_any_method(tmp_path, encoder):
         (tmp_path / method).mkdir()
         assert suite(tmp_path / method, file).run([Cell("crops", "quick")]) == 0
         found[method] = {row["metric"]: row["value"] for row in results(tmp_path / method)}
-    assert all(figures == found["mae"] for figures in found.values())
-    assert set(found["mae"]) == {"linear/top1", "sgd/top1", "knn/top1"}
+    assert all(set(figures) == {"linear/top1", "sgd/top1", "knn/top1"} for figures in found.values())
+    for pair in probed[1:]:
+        assert_same(pair, probed[0])
+    assert len(probed) == len(found)
 
 
+@pytest.mark.slow
 def test_a_signal_stops_the_whole_suite_and_the_same_command_goes_on(tmp_path, encoder, monkeypatch):
     some = suite(tmp_path, encoder)
     cells = plan(some.recipe, ["crops", "more"], [], [])
@@ -200,6 +231,7 @@ def test_a_signal_stops_the_whole_suite_and_the_same_command_goes_on(tmp_path, e
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_learning_rate_is_chosen_without_the_test_data_and_then_trained_as_the_recipe_says(tmp_path, encoder):
     some = suite(tmp_path, encoder, lrs=[1e-9, 0.05])
     assert some.run([Cell("crops")]) == 0
@@ -215,6 +247,7 @@ def test_a_learning_rate_is_chosen_without_the_test_data_and_then_trained_as_the
     assert (chosen["optim"]["lr"], chosen["data"]["val_split"]) == (row["lr"], "")
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_diverges_is_out_and_the_others_are_compared(tmp_path, encoder, capsys):
     overrides = {"guard.max_nonfinite": 1}
     assert suite(tmp_path, encoder, overrides, lrs=[1e30, 0.05]).run([Cell("crops")]) == 0
@@ -232,10 +265,11 @@ def test_a_recipe_takes_the_values_of_the_encoders_size_and_the_command_line_has
     assert (config.optim.layer_decay, config.model.width, config.data.image_size) == (0.75, 1024, (96, 96))
     config = Recipe("configs/transfer.py", {}).config("dtd", "linear", encoder=theirs)
     assert (config.data.image_size, config.model.positions) == (theirs.data.image_size, "learned")
-    with pytest.raises(UserError, match="argument B is for another size: the encoder's is L"):
+    with pytest.raises(UserError, match=r"argument B .* L"):
         Recipe("configs/transfer.py:B", {}).config("dtd", encoder=theirs)
 
 
+@pytest.mark.slow
 def test_another_state_of_the_encoder_or_another_evaluation_is_not_taken_for_what_was_measured(tmp_path, encoder):
     copy = tmp_path / "copy"
     shutil.copytree(encoder, copy)
@@ -248,6 +282,7 @@ def test_another_state_of_the_encoder_or_another_evaluation_is_not_taken_for_wha
     assert "init_from" in results(tmp_path)[0]["problem"]
 
 
+@pytest.mark.slow
 def test_a_learning_rate_is_chosen_without_the_test_pictures_of_data_without_splits(tmp_path, encoder, monkeypatch):
     pictures = np.random.default_rng(0).integers(0, 256, (120, 16, 16, 3), np.uint8)
     np.savez(tmp_path / "all.npz", image=pictures, label=np.arange(120) % 3)
@@ -270,13 +305,14 @@ def test_a_learning_rate_is_chosen_without_the_test_pictures_of_data_without_spl
         assert "eval/" not in (tmp_path / "out" / "crops" / f"lr_{lr}" / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_mistakes_in_any_cell_are_found_before_one_runs_and_a_lost_file_fails_its_cell_alone(tmp_path, encoder):
-    with pytest.raises(UserError, match=r"train_blocks=99\.0; expected"):
+    with pytest.raises(UserError, match=r"train_blocks=99\.0"):
         suite(tmp_path, encoder).check([Cell("crops"), Cell("crops", blocks="99")])
     with pytest.raises(UserError, match=r"optim\.lr=-1"):
         suite(tmp_path, encoder, lrs=[0.1, -1.0]).check([Cell("crops")])
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is a file; give the folder"):
+    with pytest.raises(UserError, match="is a file"):
         Suite(Recipe(str(tmp_path / "mine.py"), {}), str(encoder), str(tmp_path / "file"), [])
     done = tmp_path / "out" / "crops"
     done.mkdir(parents=True)
@@ -292,7 +328,7 @@ def test_a_metric_that_was_not_measured_is_named_with_those_that_were(tmp_path):
         '{"step": 3, "eval/top1": 0.5, "val/top1": 0.2}\n{"step": 4, "eval/top1": 0.6}\n')
     assert measured(epath.Path(tmp_path), "", "eval") == ("top1", 0.6, 4)
     assert measured(epath.Path(tmp_path), "top1", "val") == ("top1", 0.2, 3)
-    with pytest.raises(UserError, match="no eval/map was measured; there is eval/top1"):
+    with pytest.raises(UserError, match=r"eval/map .*eval/top1"):
         measured(epath.Path(tmp_path), "map", "eval")
 
 
@@ -334,12 +370,12 @@ def test_the_plot_has_curves_over_blocks_and_bars():
 
 def test_learning_rates_that_are_no_numbers_are_refused():
     assert rates(["3e-4", "1"]) == [3e-4, 1.0]
-    with pytest.raises(UserError, match="--lrs=1,fast: no list of numbers"):
+    with pytest.raises(UserError, match="--lrs=1,fast"):
         rates(["1", "fast"])
 
 
 def test_blocks_need_a_method_that_can_freeze(tmp_path, encoder):
     some = suite(tmp_path, encoder)
     some.recipe.module.get_config = lambda arg="": default("mae").lock()
-    with pytest.raises(UserError, match=r"--blocks: method\.name='mae' fine-tunes all blocks or none"):
+    with pytest.raises(UserError, match=r"--blocks: method\.name='mae'"):
         some.config(Cell("mine", blocks="1"))

@@ -74,7 +74,7 @@ def test_padding_has_the_order_of_its_place_in_a_group(tmp_path):
     assert last["order"].tolist() == [[2, 0, 3, 1], [3, 1, 2, 0]] * 2
     write(tmp_path, train=9)
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match="9 training examples, which is not a multiple of the 2 pictures"):
+    with pytest.raises(UserError, match=r"9 training examples, .* 2 "):
         data.OpenedData(config).batches(SPEC, order)
 
 
@@ -83,7 +83,7 @@ def test_batches_of_other_classes_or_clusters_are_refused(tmp_path, fields, text
     write(tmp_path)
     meta = json.loads((tmp_path / "meta.json").read_text())
     (tmp_path / "meta.json").write_text(json.dumps(meta | {"kept": "", "clusters": ""} | fields))
-    with pytest.raises(UserError, match=f"were made with another .*{text}"):
+    with pytest.raises(UserError, match=f"another .*{text}"):
         build(tmp_path)
 
 
@@ -104,7 +104,7 @@ def test_a_folder_that_lacks_files_is_refused(tmp_path, change, text):
 
 
 @pytest.mark.parametrize(("field", "shape", "text"), [
-    ("patches", (4, 9, 12), "another image_size or patch"), ("label", (4,), "no field 'label'")])
+    ("patches", (4, 9, 12), "image_size .*patch"), ("label", (4,), "'label'")])
 def test_batches_of_another_config_are_refused(tmp_path, field, shape, text):
     write(tmp_path)
     with pytest.raises(UserError, match=text):
@@ -166,7 +166,7 @@ def test_crops_and_sets_that_were_not_cached_are_refused(tmp_path):
     write(tmp_path)
     inputs = build(tmp_path)
     assert len(list(inputs.evaluate(0.875))) == 2
-    with pytest.raises(UserError, match=r"no eval\.crop_ratio=1\.0"):
+    with pytest.raises(UserError, match=r"eval\.crop_ratio=1\.0"):
         inputs.evaluate(1.0)
-    with pytest.raises(UserError, match=r"no further test set eval\.sets='imagenet_a'"):
+    with pytest.raises(UserError, match=r"eval\.sets='imagenet_a'"):
         inputs.extra("imagenet_a")

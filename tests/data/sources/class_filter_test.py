@@ -35,15 +35,15 @@ def test_the_shipped_lists_share_imagenet_without_overlap():
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("bea", "there is no class 'bea' among 4; did you mean 'bee'"), ("2-4", "numbers go from 0 to 3"),
-    ("", "no class ''")])
+    ("bea", "class 'bea' .*4; .*'bee'"), ("2-4", "0 to 3"),
+    ("", "class ''")])
 def test_classes_that_are_not_there_are_refused(text, message):
     with pytest.raises(UserError, match=message):
         kept(source(), text)
 
 
 def test_pictures_without_one_label_each_are_refused():
-    with pytest.raises(UserError, match="needs pictures with one label each"):
+    with pytest.raises(UserError, match="one label"):
         kept(source(fields=("labels",)), "bee")
 
 

