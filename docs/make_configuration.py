@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_jax import config
-from mae_jax.commands.recipes import comments, leaves, own_comments
+from mae_jax.commands.recipes import comments, leaves, own_comments, with_choices
 from mae_jax.methods import fields
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,30 +25,26 @@ Durations are one text: `'800 epochs'`, `'100 steps'`, `'5e6 examples'`. Generat
 """
 
 
-def rows(values: Mapping[str, Any], texts: Mapping[str, str], choices: Mapping[str, Any], prefix: str) -> list[str]:
+def rows(values: Mapping[str, Any], texts: Mapping[str, str], prefix: str) -> list[str]:
     """Returns the lines of a table of the fields under `prefix`."""
     lines = ["| field | default | |", "|---|---|---|"]
     for name, value in leaves(values, prefix):
-        text, allowed = texts.get(name, ""), choices.get(name, ())
-        if any(choice not in text for choice in allowed):
-            text = "; ".join(filter(None, (text, "one of " + ", ".join(allowed))))
-        shown = text.replace("|", "\\|").replace("<", "&lt;")
+        shown = with_choices(name, texts.get(name, "")).replace("|", "\\|").replace("<", "&lt;")
         lines.append(f"| `{name}` | `{value!r}` | {shown} |")
     return lines
 
 
 def page() -> str:
     """Returns the page's text."""
-    choices = config.choices()
     texts = comments("config.py", "DEFAULTS")
     single = {name: value for name, value in config.DEFAULTS.items() if not isinstance(value, Mapping)}
-    parts = [HEADER, "## Top level\n", *rows(single, texts, choices, "")]
+    parts = [HEADER, "## Top level\n", *rows(single, texts, "")]
     for group, values in config.DEFAULTS.items():
         if isinstance(values, Mapping):
-            parts += [f"\n## {group}\n", *rows(values, texts, choices, f"{group}.")]
+            parts += [f"\n## {group}\n", *rows(values, texts, f"{group}.")]
     parts.append("\n## method\n\n`method.name` is the method of the recipe, and has these fields beside it:")
     for name, own in sorted(fields.TABLE.items()):
-        parts += [f"\n### {name}\n", *rows(own, own_comments(name), choices, "method.")]
+        parts += [f"\n### {name}\n", *rows(own, own_comments(name), "method.")]
     return "\n".join(parts) + "\n"
 
 

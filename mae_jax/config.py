@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from mae_jax import methods
 from mae_jax.durations import steps
 from mae_jax.errors import UserError, nearest
+from mae_jax.plugins import check, table
 from mae_jax.plugins import load as load_plugins
 
 Preset = Callable[[ConfigDict], None]
@@ -25,6 +26,13 @@ SIZES = {  # width, depth, heads: MAE section 4 (B, L, H), DeiT Table 1 (Ti, S)
     "B": (768, 12, 12),
     "L": (1024, 24, 16),
     "H": (1280, 32, 16),
+}
+OPTIMIZERS = {  # optim.name → module:rule, which training/optim.py imports when it is asked for one
+    "adamw": "mae_jax.training.optim:adamw",
+    "lamb": "mae_jax.training.optim:lamb",
+    "lars": "mae_jax.training.optim:lars",
+    "lion": "mae_jax.training.optim:lion",
+    "sgd": "mae_jax.training.optim:sgd",
 }
 # What `validate` checks of single fields; a method checks its own.
 CHOICES: dict[str, Collection[str]] = {  # and those of `choices`
@@ -38,7 +46,6 @@ CHOICES: dict[str, Collection[str]] = {  # and those of `choices`
     "model.drop_path_rates": ("linear", "constant"),
     "model.init": ("xavier", "normal"),
     "model.remat": ("none", "full", "dots"),
-    "optim.name": ("adamw", "lamb", "lars", "sgd"),
     "mesh.zero": ("auto", "on", "off"),
     "mesh.reduce": ("float32", "bfloat16"),
 }
@@ -109,13 +116,13 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "remat": "none",  # none, full, dots
     },
     "optim": {
-        "name": "adamw",  # adamw, lamb, lars, sgd
+        "name": "adamw",  # what turns gradients into updates
         "lr": 1.5e-4,  # per 256 images: the peak is lr · batch_size / 256
         "min_lr": 0.0,
         "warmup": "40 epochs",
         "warmup_lr": 0.0,  # where the warm-up starts
-        "betas": (0.9, 0.95),
-        "eps": 1e-8,
+        "betas": (0.9, 0.95),  # of adamw, lamb and lion
+        "eps": 1e-8,  # of adamw and lamb
         "momentum": 0.9,  # of lars and sgd
         "weight_decay": 0.05,
         "final_weight_decay": -1.0,  # where half a cosine takes it, as in DINO; negative: it stays
@@ -178,7 +185,7 @@ def choices() -> dict[str, Collection[str]]:
     """Returns the values that a field may have, by dotted name, where these are a few words; those of plug-ins too."""
     from mae_jax.data.transforms import color  # with PIL, which a recipe does without
 
-    return {**CHOICES, "data.colour": color.policies()}
+    return {**CHOICES, "data.colour": color.policies(), "optim.name": table("optimizers", OPTIMIZERS)}
 
 
 def default(method: str = "mae", plugins: tuple[str, ...] = ()) -> ConfigDict:
@@ -273,7 +280,8 @@ def validate(config: ConfigDict, trains: bool = True) -> None:
     from mae_jax.param_tree import flat
 
     load_plugins(config.plugins)
-    color.policy(config.data.colour)
+    check("color_policies", config.data.colour, color.COLOURS, "data.colour")
+    check("optimizers", config.optim.name, OPTIMIZERS, "optim.name")
     values = flat(config)
     _check_types(values, flat({**DEFAULTS, "method": methods.defaults(config.method.name)}))
     _check_ranges(values)

@@ -12,6 +12,7 @@ import pytest
 
 from mae_jax import methods
 from mae_jax.__main__ import COMMANDS
+from mae_jax.config import OPTIMIZERS
 from mae_jax.data.sources import registry
 
 PACKAGE = sorted(Path("mae_jax").rglob("*.py"))
@@ -68,6 +69,7 @@ def test_what_registries_import_by_name_is_where_the_layers_have_it():
     """A linter sees no imports by name: each table imports from its own package, which its package may import."""
     assert {module.rpartition(".")[0] for module in registry.MODULES.values()} == {"mae_jax.data.sources"}
     assert {target.rpartition(".")[0] for target in methods.TABLE.values()} == {"mae_jax.methods"}
+    assert {target.rpartition(".")[0] for target in OPTIMIZERS.values()} == {"mae_jax.training"}  # which asks for it
     assert all(command.module.startswith("mae_jax.commands.") for command in COMMANDS.values())
 
 

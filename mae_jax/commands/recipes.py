@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import mae_jax
+from mae_jax.config import choices
 from mae_jax.errors import UserError, nearest
 
 NAMED = 8  # recipes that a message lists, at most
@@ -71,8 +72,16 @@ def with_paths(argv: list[str]) -> list[str]:
 def fields(config: ConfigDict) -> str:
     """Returns the fields of a config, one a line: name, value, and the comment of its default."""
     said = comments("config.py", "DEFAULTS") | own_comments(config.method.name)
-    lines = [(f"  {name}={value!r}", said.get(name, "")) for name, value in leaves(config.to_dict())]
+    lines = [(f"  {name}={value!r}", with_choices(name, said.get(name, "")))
+             for name, value in leaves(config.to_dict())]
     return "\n".join(f"{line:<{VALUE_WIDTH}}  # {text}" if text else line for line, text in lines)
+
+
+def with_choices(name: str, text: str) -> str:
+    """Returns what is said of a field, with the values that it may have where the text does not name them all."""
+    allowed = choices().get(name, ())
+    missing = any(choice not in text for choice in allowed)
+    return "; ".join(filter(None, (text, f"one of {', '.join(allowed)}"))) if missing else text
 
 
 def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,8 @@
-"""Optimisers, schedule, weight decay and freezing, all by parameter path and by the step of the train state."""
+"""Optimizers, schedule, weight decay and freezing, all by parameter path and by the step of the train state."""
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,14 +11,49 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from mae_jax import plugins
+from mae_jax.config import DEFAULTS, OPTIMIZERS
 from mae_jax.durations import steps
 from mae_jax.methods.base import Method, Params
 from mae_jax.param_tree import path
 
 Schedule = Callable[[jax.Array], jax.Array]
 Mask = Callable[[Params], Any]  # parameters → tree of booleans
+Transformations = list[optax.GradientTransformation]
 
 LARS_TRUST = 1e-3  # of LARS: MAE's published linear probe, and the LARS paper (arXiv 1708.03888) for AlexNet
+SHARED = {"name", "lr", "min_lr", "warmup", "warmup_lr", "weight_decay", "final_weight_decay", "layer_decay", "clip",
+          "ema"}  # fields of config.optim that are read outside the rules
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What turns gradients into updates, between the clipping of gradients and the learning rate.
+
+    Attributes:
+      build: (config.optim, weight decay by step, which parameters decay) → optax transformations in their order.
+      fields: of config.optim that `build` reads itself.
+    """
+
+    build: Callable[[ConfigDict, Schedule, Mask], Transformations]
+    fields: tuple[str, ...]
+
+
+def reads(*fields: str) -> Callable[[Callable[[ConfigDict, Schedule, Mask], Transformations]], Rule]:
+    """Makes a `Rule` of the function below it, which reads these fields of config.optim."""
+    return lambda build: Rule(build, fields)
+
+
+def get(name: str) -> Rule:
+    """Returns the rule that `optim.name` names."""
+    return plugins.find("optimizers", name, OPTIMIZERS, "optim.name")
+
+
+def unread(config: ConfigDict) -> list[str]:
+    """Returns the fields of config.optim that differ from their defaults and that its rule does not read."""
+    read = SHARED.union(get(config.optim.name).fields)
+    return [f"optim.{field}" for field, value in DEFAULTS["optim"].items()
+            if field not in read and config.optim[field] != value]
 
 
 def decay_mask(params: Params, decayed: tuple[str, ...]) -> Any:
@@ -43,7 +79,7 @@ def warmup_cosine(peak: float, minimum: float, warmup: int, total: int, start: f
 
     Per iteration, as MAE's published code does it. DeiT's rate changes once per epoch, one epoch late, and its cosine
     counts from epoch 0 (timm 0.3.2); that is not copied. The argument is the step of the train state, not of the
-    optimiser.
+    optimizer.
     """
     def schedule(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
@@ -90,7 +126,7 @@ def weight_decay(config: ConfigDict, examples: int) -> Schedule:
 
 
 def make_optimizer(config: ConfigDict, method: Method, examples: int = 0) -> optax.GradientTransformationExtraArgs:
-    """Builds the optimiser of `config.optim` without its learning rate: the step multiplies updates by -schedule(step).
+    """Builds the optimizer of `config.optim` without its learning rate: the step multiplies updates by -schedule(step).
 
     The gradient is clipped first, by its global norm. Layer-wise decay comes last, since it is a factor of the learning
     rate: it multiplies decoupled weight decay too, and no trust ratio undoes it. Parameters that the method holds fixed
@@ -102,16 +138,14 @@ def make_optimizer(config: ConfigDict, method: Method, examples: int = 0) -> opt
       examples: of the training split, which schedules count epochs with.
 
     Returns:
-      A transformation whose update takes the step of the train state as `step`, and as `taken` whether it is: where it
-      is not, the state stays bit for bit what it was, and the updates are of no use.
+      A transformation whose update takes the step of the train state as `step`.
     """
     o = config.optim
     clip = [optax.clip_by_global_norm(o.clip)] if o.clip else []
-    rules = {"adamw": _adamw, "lamb": _lamb, "lars": _lars, "sgd": _sgd}[o.name]
     decay = weight_decay(config, examples)
     rates = [_layer_rates(o.layer_decay, config.model.depth)] if o.layer_decay != 1 else []
     decayed = partial(decay_mask, decayed=method.decayed)
-    return _only(method.learns, optax.chain(*clip, *rules(o, decay, decayed), *rates))
+    return _only(method.learns, optax.chain(*clip, *get(o.name).build(o, decay, decayed), *rates))
 
 
 def _add_decay(decay: Schedule, decayed: Mask) -> optax.GradientTransformation:
@@ -123,67 +157,47 @@ def _add_decay(decay: Schedule, decayed: Mask) -> optax.GradientTransformation:
     return optax.masked(optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update), decayed)
 
 
-def _adamw(o: ConfigDict, decay: Schedule, decayed: Mask) -> list[optax.GradientTransformation]:
+@reads("betas", "eps")
+def adamw(o: ConfigDict, decay: Schedule, decayed: Mask) -> Transformations:
     """AdamW as in PyTorch: decoupled weight decay is added before the multiplication by the learning rate."""
     b1, b2 = o.betas
-    return [_adam(b1, b2, o.eps), _add_decay(decay, decayed)]
+    return [optax.scale_by_adam(b1, b2, o.eps), _add_decay(decay, decayed)]
 
 
-def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_adam`, whose updates are read from the moments that stay.
-
-    Were the choice between old and new moments made after the updates, XLA would on CPUs compute the parameters from
-    the old ones, and copy them all first, since the new ones take their place.
-    """
-    def update(grads: Params, state: optax.ScaleByAdamState, params: Params | None = None, *,
-               taken: jax.Array | bool = True, **_: Any) -> tuple[Params, optax.ScaleByAdamState]:
-        mu = optax.tree.update_moment(grads, state.mu, b1, 1)
-        nu = optax.tree.update_moment_per_elem_norm(grads, state.nu, b2, 2)
-        state = either(taken, optax.ScaleByAdamState(state.count + 1, mu, nu), state)
-        mu, nu = (optax.tree.bias_correction(moment, decay, state.count)
-                  for moment, decay in ((state.mu, b1), (state.nu, b2)))
-        return jax.tree.map(lambda m, n: m / (jnp.sqrt(n) + eps), mu, nu), state
-
-    return optax.GradientTransformationExtraArgs(optax.scale_by_adam(b1, b2, eps).init, update)
-
-
-def _momentum(decay: float) -> optax.GradientTransformationExtraArgs:
-    """`optax.trace`, whose updates are likewise read from the trace that stays."""
-    inner = optax.trace(decay)
-
-    def update(grads: Params, state: optax.TraceState, params: Params | None = None, *,
-               taken: jax.Array | bool = True, **_: Any) -> tuple[Params, optax.TraceState]:
-        state = either(taken, inner.update(grads, state)[1], state)
-        return state.trace, state
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def either(taken: jax.Array | bool, new: Any, old: Any) -> Any:
-    """Returns the new tree where the step is taken, and otherwise the old one, bit for bit."""
-    return jax.tree.map(lambda n, o: jnp.where(taken, n, o), new, old)
-
-
-def _lamb(o: ConfigDict, decay: Schedule, decayed: Mask) -> list[optax.GradientTransformation]:
+@reads("betas", "eps")
+def lamb(o: ConfigDict, decay: Schedule, decayed: Mask) -> Transformations:
     """LAMB (arXiv 1904.00962) as DeiT III trains with it: AdamW's update times |parameter| / |update|, per leaf.
 
     The ratio is 1 for what does not decay, as in NVIDIA's FusedLAMB and timm, and where either norm is 0. FusedLAMB
     also clips the gradient to the norm 1, where nothing says so: `optim.clip`.
     """
-    return [*_adamw(o, decay, decayed), optax.masked(optax.scale_by_trust_ratio(), decayed)]
+    return [*adamw.build(o, decay, decayed), optax.masked(optax.scale_by_trust_ratio(), decayed)]
 
 
-def _sgd(o: ConfigDict, decay: Schedule, decayed: Mask) -> list[optax.GradientTransformation]:
+@reads("betas")
+def lion(o: ConfigDict, decay: Schedule, decayed: Mask) -> Transformations:
+    """Lion (arXiv 2302.06675, Algorithm 2): the sign of momentum and gradient interpolated, decoupled weight decay.
+
+    The paper has betas (0.9, 0.99), and of AdamW's learning rate a third to a tenth, of its weight decay 3 to 10 times
+    as much (section 5).
+    """
+    b1, b2 = o.betas
+    return [optax.scale_by_lion(b1, b2), _add_decay(decay, decayed)]
+
+
+@reads("momentum")
+def sgd(o: ConfigDict, decay: Schedule, decayed: Mask) -> Transformations:
     """SGD as in PyTorch: weight decay is added to the gradient, then momentum, not Nesterov's and not dampened."""
-    return [_add_decay(decay, decayed), _momentum(o.momentum)]
+    return [_add_decay(decay, decayed), optax.trace(o.momentum)]
 
 
-def _lars(o: ConfigDict, decay: Schedule, decayed: Mask) -> list[optax.GradientTransformation]:
+@reads("momentum")
+def lars(o: ConfigDict, decay: Schedule, decayed: Mask) -> Transformations:
     """LARS (arXiv 1708.03888) as MAE's linear probe has it: SGD whose decayed leaves are scaled before momentum.
 
     The factor, per leaf, is LARS_TRUST · |parameter| / |gradient with weight decay|; 1 where either norm is 0.
     """
-    added, momentum = _sgd(o, decay, decayed)
+    added, momentum = sgd.build(o, decay, decayed)
     return [added, optax.masked(optax.scale_by_trust_ratio(trust_coefficient=LARS_TRUST), decayed), momentum]
 
 

@@ -20,7 +20,7 @@ from mae_jax.methods.base import Batch, Method
 from mae_jax.runtime import sharding, startup_timer
 from mae_jax.state import TrainState
 from mae_jax.storage import paths, vocabulary
-from mae_jax.training import warm_start, workdir
+from mae_jax.training import optim, warm_start, workdir
 from mae_jax.training.train_step import Program
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,8 @@ def prepare(config: ConfigDict, folder: epath.Path, trains: bool = True) -> Run:
                         f"batch_size={config.batch_size}")
     fitted = type(method).fitted(config, inputs.classes) if trains else config
     program = Program(fitted, mesh, inputs.num_train)
+    if trains and (unread := optim.unread(config)):
+        logger.info("not read by optim.name=%s: %s", config.optim.name, ", ".join(unread))
     return Run(config, folder, program, inputs, total)
 
 

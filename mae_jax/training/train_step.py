@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,10 @@ from mae_jax.runtime import sharding
 from mae_jax.runtime.sharding import for_platform
 from mae_jax.state import TrainState
 from mae_jax.training import optim, spike_detector
-from mae_jax.training.optim import Schedule, either
+from mae_jax.training.optim import Schedule
+
+T = TypeVar("T")
+Kept = tuple[Params, Any, Params, Extras]  # parameters, the optimizer's state, their average, extras
 
 
 class Program:
@@ -122,23 +125,28 @@ def make_train_step(config: ConfigDict, method: Method, optimizer: optax.Gradien
                     schedule: Schedule) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the pure function (state, batch) → (state, metrics) that the loop jits, donating the state.
 
-    Where a gradient is not finite, or the step is a spike and `guard.spike` is on, parameters, optimiser, EMA and
-    extras keep their values bit for bit; `step` advances all the same, so that the batch is not drawn again. For its
-    own state the optimiser sees to that: it is told `taken` (see `make_optimizer`).
+    Where a gradient is not finite, or the step is a spike and `guard.spike` is on, parameters, optimizer, EMA and
+    extras keep their values bit for bit, whatever the optimizer; `step` advances all the same, so that the batch is not
+    drawn again.
     """
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = stream_key(config.seed, state.step, "loss")
-        grads, metrics, extras = gradients(method, state, batch, key, config.train.accumulate)
+        grads, metrics, new_extras = gradients(method, state, batch, key, config.train.accumulate)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"][0])
         taken, history, told = _unless_spike(config.guard.spike, finite, state, metrics, norm)
-        lr = schedule(state.step)
-        updates, opt = optimizer.update(grads, state.opt, state.params, step=state.step, taken=taken)
-        params = either(taken, jax.tree.map(lambda p, u: p - lr * u, state.params, updates), state.params)
-        decay = config.optim.ema  # as a difference: 0.9999 and 0.0001 rounded apart would shrink the average by 1.7e-4
-        ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params) if decay else {}
-        extras = method.after_update(params, extras, state.step)
-        extras, ema = either(taken, (extras, ema), (state.extras, state.ema))
+        lr, decay = schedule(state.step), config.optim.ema
+
+        def advance(kept: Kept) -> Kept:
+            params, opt, ema, _ = kept
+            updates, opt = optimizer.update(grads, opt, params, step=state.step)
+            params = jax.tree.map(lambda p, u: p - lr * u, params, updates)
+            # As a difference: 0.9999 and 0.0001 rounded apart would shrink the average by 1.7e-4.
+            ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params) if decay else {}
+            return params, opt, ema, method.after_update(params, new_extras, state.step)
+
+        kept = (state.params, state.opt, state.ema, state.extras)
+        params, opt, ema, extras = only_if(taken, advance, kept)
         bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
         one = jnp.ones((), jnp.float32)
         metrics = metrics | told | {
@@ -150,6 +158,26 @@ def make_train_step(config: ConfigDict, method: Method, optimizer: optax.Gradien
         return TrainState(state.step + 1, params, opt, extras, ema, bad_steps, history), metrics
 
     return train_step
+
+
+def only_if(taken: jax.Array, advance: Callable[[T], T], kept: T) -> T:
+    """Returns `advance(kept)` where the step is taken, and otherwise `kept`, bit for bit.
+
+    Accelerators compute the new values and choose, which they fuse with the update. On CPUs XLA would then copy what is
+    donated, moments and parameters, before it writes over them; a loop of one turn or none writes in place.
+
+    Args:
+      taken: bool [].
+      advance: a pure function of a tree that returns one of the same structure, shapes and dtypes.
+      kept: the tree.
+    """
+    def loop(taken: jax.Array, kept: T) -> T:
+        return jax.lax.fori_loop(0, taken.astype(jnp.int32), lambda _, kept: advance(kept), kept)
+
+    def choice(taken: jax.Array, kept: T) -> T:
+        return jax.tree.map(lambda new, old: jnp.where(taken, new, old), advance(kept), kept)
+
+    return jax.lax.platform_dependent(taken, kept, cpu=loop, default=choice)
 
 
 def _unless_spike(deviations: float, finite: jax.Array, state: TrainState, metrics: Metrics,

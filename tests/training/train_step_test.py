@@ -1,14 +1,18 @@
-"""The train step: accumulation, the non-finite guard, donation, determinism, going on from a copy."""
+"""The train step: accumulation, skipped steps under any optimizer, donation, determinism, going on from a copy."""
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from mae_jax.methods.base import Method
 from mae_jax.methods.mae import MAE
 from mae_jax.param_tree import flatten
 from mae_jax.rng import stream_key
-from mae_jax.training.train_step import gradients
+from mae_jax.training.train_step import gradients, init_state, make_train_step, only_if
 from tests.helpers.tiny import tiny_batch, tiny_config, tiny_state, tiny_step
 
 
@@ -81,6 +85,108 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_step_and_count(step):
     assert int(state.bad_steps) == 0
     assert int(state.extras["updates"]) == 3
     assert (state.params["encoder"]["norm"]["scale"] != kept[0]["encoder"]["norm"]["scale"]).any()
+
+
+class Perceptron(Method):
+    """Two layers on vectors, which compile fast; with extras that the loss and the update change."""
+
+    def init(self, key, batch):
+        first, second = jax.random.normal(key, (2, 16, 16))
+        params = {name: {"kernel": kernel, "bias": jnp.zeros(16)} for name, kernel in (("a", first), ("b", second))}
+        return params, {"seen": jnp.zeros(16), "updates": jnp.zeros((), jnp.int32)}
+
+    def loss(self, params, extras, batch, key, step, train):
+        hidden = jnp.tanh(batch["x"] @ params["a"]["kernel"] + params["a"]["bias"])
+        loss = jnp.square(hidden @ params["b"]["kernel"] + params["b"]["bias"] - batch["y"]).mean()
+        return loss, ({"loss": (loss, jnp.ones(()))}, extras | {"seen": extras["seen"] + batch["y"][0]})
+
+    def after_update(self, params, extras, step):
+        return extras | {"updates": extras["updates"] + 1}
+
+
+def downhill(optimizer):
+    """Returns a whole optimizer, with a learning rate of its own, as a rule: its updates are subtracted."""
+    return optax.chain(optimizer, optax.scale(-1))
+
+
+ANY_RULES = {  # none knows of steps that are skipped
+    "adam": optax.scale_by_adam(), "amsgrad": optax.scale_by_amsgrad(), "lion": optax.scale_by_lion(),
+    "adopt": optax.contrib.scale_by_adopt(), "ademamix": optax.contrib.scale_by_ademamix(),
+    "factored_rms": optax.scale_by_factored_rms(min_dim_size_to_factor=8),
+    "muon": downhill(optax.contrib.muon(1.0)), "prodigy": downhill(optax.contrib.prodigy(1.0)),
+    "schedule_free": downhill(optax.contrib.schedule_free_adamw(1.0)),
+}
+
+
+def vectors(seed):
+    x, y = np.random.default_rng(seed).normal(size=(2, 8, 16)).astype(np.float32)
+    return {"x": x, "y": y, "replaced": np.zeros(8, np.int32)}
+
+
+def own(tree):
+    """Returns the tree in buffers of its own."""
+    return jax.tree.map(lambda leaf: jnp.array(np.array(leaf)), tree)
+
+
+@pytest.fixture(scope="module", params=ANY_RULES)
+def any_rule(request):
+    """A compiled step of one of the rules, and the state before it, which knows what losses and norms are usual."""
+    config = tiny_config({"optim.ema": 0.9, "guard.spike": 6.0})
+    optimizer = optax.with_extra_args_support(ANY_RULES[request.param])
+    state = init_state(config, Perceptron(config), optimizer, vectors(0))
+    usual = {name: np.linspace(0, 40, len(past)).astype(np.float32) for name, past in state.history.items()}
+    state = own(state._replace(history=usual))
+    step = jax.jit(make_train_step(config, Perceptron(config), optimizer, lambda step: 0.01), donate_argnums=0)
+    return step.lower(state, vectors(0)).compile(), state
+
+
+@pytest.mark.parametrize(("bad", "counted"), [(np.nan, "bad_steps"), (1e4, "spikes")])
+def test_a_skipped_step_of_any_rule_changes_nothing_and_the_next_is_as_if_it_had_not_been(any_rule, bad, counted):
+    def parts(state):
+        return jax.tree.map(np.array, (state.params, state.opt, state.extras, state.ema))
+
+    step, start = any_rule
+    state, _ = step(own(start), vectors(0))
+    assert jax.tree.leaves(state.opt)
+    params, opt, extras, ema = kept = parts(state)
+    skipped, metrics = step(state, vectors(1) | {"y": vectors(1)["y"] * bad})
+    assert metrics[counted][0] == 1
+    assert_identical(parts(skipped), kept)
+    assert int(skipped.step) == 2
+    never = own(skipped._replace(params=params, opt=opt, extras=extras, ema=ema))
+    after, metrics = step(skipped, vectors(2))
+    assert metrics["bad_steps"][0] == metrics["spikes"][0] == 0
+    wanted = parts(step(never, vectors(2))[0])
+    assert_identical(parts(after), wanted)
+    assert int(after.extras["updates"]) == 2
+    for old, new in zip(kept, wanted, strict=True):
+        assert any((before != now).any() for before, now in zip(*map(jax.tree.leaves, (old, new)), strict=True))
+
+
+def test_no_rule_makes_the_step_copy_what_it_was_given(any_rule):
+    step, _ = any_rule
+    assert re.findall(r" copy\([^)]*?(state_(?:opt|params|ema)_\w*(?:kernel|bias)\w*)", step.as_text()) == []
+
+
+def next_values(kept):
+    return {"a": kept["a"] + 1, "b": jnp.sqrt(kept["b"] - 1)}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_accelerators_choose_between_old_and_new_and_only_cpus_loop(platform):
+    kept = {"a": jnp.arange(3), "b": jnp.zeros(2)}
+    traced = jax.jit(only_if, static_argnums=1).trace(jnp.array(True), next_values, kept)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.while" in text, "stablehlo.select" in text) == ((True, False) if platform == "cpu" else
+                                                                      (False, True))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+@pytest.mark.parametrize("taken", [False, True])
+def test_new_values_are_kept_only_if_the_step_is_taken(platform, taken, monkeypatch):
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, **ways: ways[platform](*args))
+    kept = {"a": jnp.arange(3), "b": jnp.zeros(2)}
+    assert_identical(only_if(jnp.array(taken), next_values, kept), next_values(kept) if taken else kept)
 
 
 def test_the_step_gives_its_state_away_and_uses_all_of_it(step):
