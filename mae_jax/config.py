@@ -14,10 +14,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax import methods
+from mae_jax import plugins as plug_ins
 from mae_jax.durations import steps
 from mae_jax.errors import UserError, nearest
-from mae_jax.plugins import check, table
-from mae_jax.plugins import load as load_plugins
 
 Preset = Callable[[ConfigDict], None]
 SIZES = {  # width, depth, heads: MAE section 4 (B, L, H), DeiT Table 1 (Ti, S)
@@ -58,6 +57,7 @@ NOT_NEGATIVE = ("optim.lr", "optim.min_lr", "optim.eps", "optim.weight_decay", "
                 "data.crop_ratio", "data.threads", "data.mask_offset", "model.drop_path", "model.layer_scale",
                 "guard.max_bad_fraction", "guard.spike", "guard.stall_seconds")
 BELOW_ONE = ("optim.betas", "optim.ema", "optim.momentum", "model.drop_path")
+EXAMPLES = {"plugins": ("package.module",), "eval.sets": ("imagenet_v2",), "log.sinks": ("tensorboard",)}
 DURATIONS = ("train.duration", "optim.warmup", "checkpoint.every", "checkpoint.keep_every", "eval.every", "log.every")
 
 
@@ -164,6 +164,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
     "log": {
         "every": "50 steps",
         "tensorboard": True,
+        "sinks": (),  # where metrics and figures go besides, by name (mae_jax/storage/metric_sinks.py)
         "profile_steps": "",  # the first and the last of a profiler trace: '20:25'; '': none
     },
     "guard": {
@@ -185,7 +186,7 @@ def choices() -> dict[str, Collection[str]]:
     """Returns the values that a field may have, by dotted name, where these are a few words; those of plug-ins too."""
     from mae_jax.data.transforms import color  # with PIL, which a recipe does without
 
-    return {**CHOICES, "data.colour": color.policies(), "optim.name": table("optimizers", OPTIMIZERS)}
+    return {**CHOICES, "data.colour": color.policies(), "optim.name": plug_ins.table("optimizers", OPTIMIZERS)}
 
 
 def default(method: str = "mae", plugins: tuple[str, ...] = ()) -> ConfigDict:
@@ -197,7 +198,7 @@ def default(method: str = "mae", plugins: tuple[str, ...] = ()) -> ConfigDict:
       method: its name.
       plugins: installed modules that are imported first, since the method or something else comes from them.
     """
-    load_plugins(plugins)
+    plug_ins.load(plugins)
     own = {"name": method, **methods.defaults(method)}
     return ConfigDict({**copy.deepcopy(DEFAULTS), "plugins": plugins, "method": own}).lock()
 
@@ -278,10 +279,11 @@ def validate(config: ConfigDict, trains: bool = True) -> None:
     from mae_jax.data.transforms import color
     from mae_jax.ops.patches import grid  # with JAX, which a recipe and --help do without
     from mae_jax.param_tree import flat
+    from mae_jax.storage import metric_sinks
 
-    load_plugins(config.plugins)
-    check("color_policies", config.data.colour, color.COLOURS, "data.colour")
-    check("optimizers", config.optim.name, OPTIMIZERS, "optim.name")
+    plug_ins.load(config.plugins)
+    plug_ins.check("color_policies", config.data.colour, color.COLOURS, "data.colour")
+    plug_ins.check("optimizers", config.optim.name, OPTIMIZERS, "optim.name")
     values = flat(config)
     _check_types(values, flat({**DEFAULTS, "method": methods.defaults(config.method.name)}))
     _check_ranges(values)
@@ -300,6 +302,8 @@ def validate(config: ConfigDict, trains: bool = True) -> None:
     profile_steps(config)
     if not config.log.every:
         raise UserError("log.every is ''; write how often to log, as '50 steps'")
+    for name in config.log.sinks:
+        metric_sinks.find(name)
     if config.checkpoint.best and not (config.data.val_split and config.eval.every):
         raise UserError(f"checkpoint.best={config.checkpoint.best!r} needs data.val_split and eval.every")
     if not -1 <= config.eval.attention_block < config.model.depth:
@@ -316,7 +320,7 @@ def _check_types(values: dict[str, Any], defaults: dict[str, Any]) -> None:
             whole = all(isinstance(item, int) for item in default)
             kinds = (str,) if not default else (int,) if whole else (int, float)
             if not isinstance(value, list) or not all(isinstance(item, kinds) for item in value):
-                shown = tuple(default) or {"plugins": ("package.module",)}.get(key, ("imagenet_v2",))
+                shown = tuple(default) or EXAMPLES[key]
                 what = "whole numbers" if whole and default else "values"
                 raise UserError(f"{key}={value!r}; expected {what} such as {shown}")
         if not all(math.isfinite(number) for number in np.ravel(value) if isinstance(number, float)):

@@ -1,4 +1,4 @@
-"""Accumulators on the host: means of (sum, weight) metrics, and rows of sharded arrays."""
+"""Accumulators on the host: means of (sum, weight) metrics, sums of counts, and rows of sharded arrays."""
 
 from typing import Any
 
@@ -41,3 +41,8 @@ class Means:
         out = {prefix + name: total / weight if weight else float("nan") for name, (total, weight) in self.sums.items()}
         self.sums = {}
         return out
+
+
+def add(total: dict[str, np.ndarray], part: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Returns the int64 sums of what was counted so far, {} at first, and of one batch more."""
+    return {name: total.get(name, 0) + np.asarray(count, np.int64) for name, count in part.items()}

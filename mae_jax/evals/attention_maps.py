@@ -1,28 +1,36 @@
-"""Where an encoder looks: attention maps of one block as pictures, and how well they cover the foreground."""
+"""Where an encoder looks: attention maps of one block as pictures."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from mae_jax.errors import UserError, nearest
+from mae_jax.evals.base import Evaluation
+from mae_jax.evals.context import Context
 from mae_jax.evals.image_grid import tile
-from mae_jax.losses.segmentation import IGNORED, upsample
+from mae_jax.losses.segmentation import upsample
 from mae_jax.methods.base import Batch, Method
 from mae_jax.models import intermediates
-from mae_jax.ops.partitioning import constrain
 from mae_jax.ops.patches import assemble, grid, normalize
-from mae_jax.state import TrainState
 
 QUERIES = ("cls", "mean")
-MASSES = tuple(np.arange(1, 20) / 20)  # shares of the attention that are tried; DINO (arXiv 2104.14294, 4.2.2) has 0.6
 # Dark to bright with rising lightness: weights that are twice as large look it, also in grey.
 RAMP = np.array([(0, 0, 30), (70, 10, 110), (190, 50, 90), (250, 150, 30), (255, 255, 180)])
 BLEND = 0.6  # share of the colour in an overlay
+
+
+class AttentionMaps(Evaluation):
+    """No figures: the attention of eval.attention_block, as eval.attention_query looks, on a few images."""
+
+    name = "attention_maps"
+
+    def images(self, ctx: Context) -> Iterator[tuple[str, np.ndarray]]:
+        c = ctx.method.config.eval
+        yield "attention", picture(ctx.method, ctx.params, ctx.extras, ctx.shown, c.attention_block, c.attention_query)
 
 
 def maps(method: Method, params: Any, extras: Any, batch: Batch, block: int = -1, query: str = "cls") -> jax.Array:
@@ -92,71 +100,3 @@ def colours(heat: np.ndarray) -> np.ndarray:
     place = np.nan_to_num((heat - low) / np.maximum(high - low, 1e-12)) * (len(RAMP) - 1)
     return np.stack([np.interp(place, np.arange(len(RAMP)), RAMP[:, channel]) for channel in range(3)],
                     -1).astype(np.uint8)
-
-
-def covers(weights: jax.Array, masses: tuple[float, ...]) -> jax.Array:
-    """Returns the fewest pixels that hold each share of a map, bool [len(masses), ..., height, width].
-
-    DINO's thresholding (section 4.2.2) of maps [..., height, width], which are not negative. Ties are all kept.
-    """
-    flat = weights.reshape(*weights.shape[:-2], -1)
-    falling = -jnp.sort(-flat, -1)
-    sums = jnp.cumsum(falling, -1) / flat.sum(-1, keepdims=True)
-    last = [(sums < mass).sum(-1, keepdims=True).clip(max=flat.shape[-1] - 1) for mass in masses]
-    return jnp.stack([weights >= jnp.take_along_axis(falling, index, -1)[..., None] for index in last])
-
-
-@functools.lru_cache(maxsize=8)
-def _overlaps(method: Method, block: int, query: str) -> Callable[[TrainState, Batch], tuple[jax.Array, ...]]:
-    """Returns the compiled function to (sums over pictures of IoU [masses, 1 + H], of that of all pixels, pictures).
-
-    A picture counts where it has foreground, any class but the background. The first map is the mean of the heads.
-    """
-    def measure(state: TrainState, batch: Batch) -> tuple[jax.Array, ...]:
-        weights = maps(method, state.ema or state.params, state.extras, batch, block, query).transpose(0, 2, 3, 1)
-        weights = jnp.concatenate([weights.mean(-1, keepdims=True), weights], -1)
-        kept = covers(upsample(weights, method.patch).transpose(0, 3, 1, 2), MASSES)
-        classes = method.pixel_classes(batch)[:, None]
-        known = classes != IGNORED
-        wanted = known & (classes != method.config.method.background)
-        union = ((kept & known) | wanted).sum((-2, -1))
-        shares = (kept & wanted).sum((-2, -1)) / jnp.maximum(union, 1)
-        everything = wanted.sum((-2, -1)) / jnp.maximum(known.sum((-2, -1)), 1)
-        counts = wanted.any((-2, -1)).sum(dtype=jnp.float32)
-        return jax.tree.map(constrain, (shares.sum(1), everything.sum(), counts))
-
-    return jax.jit(measure)
-
-
-def iou(method: Method, state: TrainState, choose: Iterable[Batch], test: Iterable[Batch], block: int = -1,
-        query: str = "cls") -> dict[str, float]:
-    """Returns how well attention covers the foreground: the mean over pictures of intersection over union.
-
-    The map (a head, or the mean of all) and the share of attention that is kept are those that are best on `choose`;
-    `test` is read once with them.
-
-    Args:
-      method: `segment`, whose batches have masks.
-      state: the train state.
-      choose, test: batches of pictures apart.
-      block, query: see `maps`.
-
-    Returns:
-      'attention_iou', 'attention_mass' (the share), 'attention_head' (-1: the mean), and the floor 'foreground_share':
-      the IoU of taking every pixel. {} where nothing is known of foreground.
-    """
-    if method.config.method.background < 0:
-        return {}
-    chosen, held_out = (_mean_overlap(method, state, part, block, query) for part in (choose, test))
-    if chosen is None or held_out is None:
-        return {}
-    mass, which = np.unravel_index(chosen[0].argmax(), chosen[0].shape)
-    return {"attention_iou": float(held_out[0][mass, which]), "attention_mass": float(MASSES[mass]),
-            "attention_head": float(which - 1), "foreground_share": float(held_out[1])}
-
-
-def _mean_overlap(method: Method, state: TrainState, batches: Iterable[Batch], block: int,
-                  query: str) -> tuple[np.ndarray, float] | None:
-    parts = [jax.device_get(_overlaps(method, block, query)(state, batch)) for batch in batches]
-    overlaps, everything, count = (sum(column) for column in zip(*parts, strict=True)) if parts else (0, 0, 0)
-    return (overlaps / count, everything / count) if count else None

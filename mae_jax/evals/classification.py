@@ -1,28 +1,58 @@
 """Classification metrics: top-1, top-5, mean AP, confusion; over batches, and on paper."""
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from PIL import Image, ImageDraw
 
 from mae_jax.errors import UserError
-from mae_jax.evals.accumulators import Means, Rows
-from mae_jax.methods.base import Batch, Method, Metrics
-from mae_jax.rng import stream_key
-from mae_jax.runtime.sharding import replicated
+from mae_jax.evals.base import Evaluation
+from mae_jax.evals.context import Context
+from mae_jax.methods.base import Batch, Method
 
 CONFUSION_CLASSES = 100  # up to which the whole table of confusions is kept
 GAP, LINE, TEXT = 4, 18, 12  # screen pixels: around the table, per line of its title, and of a letter's height
 BLUE = np.array([8, 64, 129])  # of a cell that holds all of its row
 DARK = 0.5  # share from which a cell's number is white
 
-Sums = dict[str, np.ndarray]
+
+class Classification(Evaluation):
+    """The figures of `summary`; of several labels per image, VOC's mean average precision ('map') and the plain one.
+
+    The figure is the table of confusions of the last `scalars`, where there are few classes.
+    """
+
+    name = "classification"
+
+    def applies(self, method: Method, data: Any) -> bool:
+        return method.task == "classification"
+
+    def metric_names(self, method: Method, data: Any) -> list[str]:
+        if method.config.method.multi_label:
+            return ["map", "map_all"]
+        return ["top1", *["top5"] * (method.classes > 5), "mean_per_class"]
+
+    def counts(self, method: Method, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        return counts(outputs, batch["label"], batch["valid"], method.classes)
+
+    def scalars(self, ctx: Context) -> dict[str, float]:
+        found, several = ctx.held_out, ctx.method.config.method.multi_label
+        ctx.notes[self.name] = ctx.part, None if several else found.counts.get("confusion")
+        if not several:
+            return summary(found.counts) if found.counts else {}
+        if not found.rows:
+            return {}
+        logits, labels = found.rows["logits"], found.rows["labels"]
+        return {"map": mean_ap(logits, labels, "voc11"), "map_all": mean_ap(logits, labels)}
+
+    def images(self, ctx: Context) -> Iterator[tuple[str, np.ndarray]]:
+        part, confusion = ctx.notes.get(self.name, ("", None))
+        if confusion is not None:
+            yield "confusion", confusion_picture(confusion, ctx.data.classes, part)
 
 
 @partial(jax.jit, static_argnames="classes")
@@ -61,12 +91,7 @@ def counts(logits: jax.Array, label: jax.Array, valid: jax.Array, classes: int) 
     return jax.tree.map(lambda count: count.astype(jnp.int32), out)
 
 
-def add(total: Sums, part: dict[str, jax.Array]) -> Sums:
-    """Returns the int64 sums of what was counted so far, {} at first, and of one batch more (host)."""
-    return {name: total.get(name, 0) + np.asarray(count, np.int64) for name, count in part.items()}
-
-
-def summary(total: Sums) -> dict[str, float]:
+def summary(total: dict[str, np.ndarray]) -> dict[str, float]:
     """Returns the shares, in 0..1, of summed `counts`; NaN where nothing was counted.
 
     'top1'; 'top5' where there are more than 5 classes; 'mean_per_class', the mean accuracy of the classes that occur.
@@ -158,56 +183,3 @@ def _label(text: str) -> Image.Image:
     canvas = Image.new("RGB", (int(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(text)) + 1, TEXT), "white")
     ImageDraw.Draw(canvas).text((0, TEXT // 2), text, fill="black", anchor="lm")
     return canvas
-
-
-def scores(method: Method, params: Any, extras: Any, batches: Iterable[Batch],
-           mesh: Mesh) -> tuple[dict[str, float], np.ndarray | None]:
-    """Returns the figures of `classify.summary` or of mean average precision, with the loss, and the confusions.
-
-    Args:
-      method: one that has `logits`.
-      batches: global batches of a split, each example once; padding is not valid.
-
-    Returns:
-      name → figure, and the table of confusions int64 [C, C], None where there are many classes or labels.
-    """
-    means, total, rows = Means(), {}, Rows(mesh)
-    for batch in batches:
-        metrics, counts, logits = _judge(method, mesh)(params, extras, batch)
-        means.add(jax.device_get(metrics))
-        total = add(total, jax.device_get(counts))
-        if method.config.method.multi_label:
-            rows.add(batch["valid"] > 0, logits, batch["labels"])
-    figures = means.take()
-    if not method.config.method.multi_label:
-        return figures | (summary(total) if total else {}), total.get("confusion")
-    if not rows.parts:
-        return figures, None
-    logits, labels = rows.take()
-    figures["map"] = mean_ap(logits, labels, "voc11")
-    figures["map_all"] = mean_ap(logits, labels)
-    return figures, None
-
-
-def among_present(method: Method, params: Any, extras: Any, batches: Iterable[Batch], mesh: Mesh) -> float:
-    """Returns top-1 among the classes that occur in the batches, as ImageNet-A and ImageNet-R are measured."""
-    rows = Rows(mesh)
-    for batch in batches:
-        _, _, logits = _judge(method, mesh)(params, extras, batch)
-        rows.add((batch["valid"] > 0) & (batch["label"] >= 0), logits, batch["label"])
-    if not rows.parts:
-        return float("nan")
-    logits, labels = rows.take()
-    return subset_top1(logits, labels, np.unique(labels))
-
-
-@functools.lru_cache(maxsize=8)
-def _judge(method: Method, mesh: Mesh) -> Callable[..., tuple[Metrics, dict[str, jax.Array], jax.Array]]:
-    """Returns the compiled function to metrics, counts and logits; kept from one evaluation to the next."""
-    def judge(params: Any, extras: Any, batch: Batch) -> tuple[Metrics, dict[str, jax.Array], jax.Array]:
-        logits = method.logits(params, extras, batch)
-        key = stream_key(method.config.seed, 0, "evaluate")
-        _, (metrics, _) = method.loss(params, extras, batch, key, 0, False)
-        return metrics, counts(logits, batch["label"], batch["valid"], method.classes), logits
-
-    return jax.jit(judge, out_shardings=replicated(mesh))

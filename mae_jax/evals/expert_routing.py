@@ -8,14 +8,38 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
+from mae_jax.data import cluster_ids
+from mae_jax.evals.base import Evaluation
+from mae_jax.evals.context import Context
 from mae_jax.evals.image_grid import tile
-from mae_jax.methods.base import Batch
+from mae_jax.methods.base import Batch, Method
 from mae_jax.methods.moce import MoCE
 from mae_jax.models.intermediates import block_name
 from mae_jax.ops.patches import assemble, grid
 
 SHOWN = 10  # pictures of each expert
 LOOKED_AT = 4096  # pictures among which they are sought
+
+
+class ExpertRouting(Evaluation):
+    """The `figures` and the `picture` of a method whose gates read clusters."""
+
+    name = "expert_routing"
+
+    def applies(self, method: Method, data: Any) -> bool:
+        return cluster_ids.FIELD in method.encodes_with
+
+    def metric_names(self, method: MoCE, data: Any) -> list[str]:
+        blocks, experts = [block_name(block) for block in method.blocks], range(method.config.method.experts)
+        names = [f"{what}/{block}/{i}" for block in blocks for what in ("share", "clusters") for i in experts]
+        return names + [f"label_information/{block}" for block in blocks] * (len(data.classes) > 1)
+
+    def scalars(self, ctx: Context) -> dict[str, float]:
+        rows = ctx.held_out.rows
+        return figures(ctx.method, ctx.params, ctx.extras, rows["cluster"], rows["label"]) if rows else {}
+
+    def images(self, ctx: Context) -> Iterator[tuple[str, np.ndarray]]:
+        yield "experts", picture(ctx.method, ctx.params, ctx.extras, ctx.batches())
 
 
 def routes(method: MoCE, params: Any, extras: Any) -> dict[int, np.ndarray]:

@@ -1,12 +1,33 @@
 """Weighted k-nearest-neighbour classification of frozen features (Wu et al. 2018; DINO, section 4.1)."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mae_jax.evals.base import Evaluation
+from mae_jax.evals.context import Context
+from mae_jax.methods.base import Method
+
 CHUNK = 1024  # queries at a time, to bound the similarity matrix
+
+
+class KNN(Evaluation):
+    """Top-1 of the held-out images by their nearest neighbors in the training split."""
+
+    name = "knn"
+
+    def applies(self, method: Method, data: Any) -> bool:
+        return method.task == "pretraining" and len(data.classes) > 1
+
+    def metric_names(self, method: Method, data: Any) -> list[str]:
+        return ["knn/top1"]
+
+    def scalars(self, ctx: Context) -> dict[str, float]:
+        c = ctx.method.config.eval
+        return {"knn/top1": top1(*ctx.probed, len(ctx.data.classes), c.knn_k, c.knn_temperature)} if ctx.probed else {}
 
 
 @partial(jax.jit, static_argnames=("classes", "k"))

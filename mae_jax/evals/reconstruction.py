@@ -1,7 +1,7 @@
 """Pictures of what the model makes of hidden patches."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -9,6 +9,8 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from ml_collections import ConfigDict
 
+from mae_jax.evals.base import Evaluation
+from mae_jax.evals.context import Context
 from mae_jax.evals.image_grid import paired, tile
 from mae_jax.methods import get
 from mae_jax.methods.base import Batch, Method
@@ -17,6 +19,23 @@ from mae_jax.ops.patches import assemble, denormalize, grid
 GREY = 127  # of a patch that the model does not see
 RATIOS = (0.25, 0.5, 0.75, 0.9)  # of the picture at several masking ratios
 CAPTIONS = ("input", "visible", "prediction") * 2
+
+
+class Reconstruction(Evaluation):
+    """No figures but the loss's: images of what is made of masked patches, of a MixedAE of mixed images."""
+
+    name = "reconstruction"
+
+    def applies(self, method: Method, data: Any) -> bool:
+        return method.reconstructs
+
+    def images(self, ctx: Context) -> Iterator[tuple[str, np.ndarray]]:
+        about = ctx.method, ctx.params, ctx.extras, ctx.shown
+        if ctx.method.group > 1:
+            yield "reconstruct", mixtures(*about)
+        else:
+            yield "reconstruct", reconstructions(*about)
+            yield "ratios", at_ratios(*about)
 
 
 @functools.lru_cache(maxsize=8)

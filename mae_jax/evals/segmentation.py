@@ -1,7 +1,7 @@
 """Segmentation metrics and images: mIoU, pixel accuracy, predicted masks."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -10,44 +10,42 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from PIL import Image, ImageDraw
 
-from mae_jax.evals import classification
-from mae_jax.evals.accumulators import Means
+from mae_jax.evals.base import Evaluation
+from mae_jax.evals.context import Context
 from mae_jax.evals.image_grid import CAPTION, GAP, paired, tile
 from mae_jax.losses.segmentation import IGNORED
-from mae_jax.methods.base import Batch, Method, Metrics
-from mae_jax.ops.partitioning import constrain
+from mae_jax.methods.base import Batch, Method
 from mae_jax.ops.patches import assemble
-from mae_jax.rng import stream_key
 
 CREAM = (224, 224, 192)  # of pixels that count nowhere, as in the pictures of PASCAL VOC
 MOST_NAMED, KEY = 32, 44  # classes up to which their colours are listed; screen pixels for each
 CAPTIONS = ("input", "truth", "prediction") * 2
 
 
-def scores(method: Method, params: Any, extras: Any, batches: Iterable[Batch]) -> dict[str, float]:
-    """Returns 'loss', 'pixel_accuracy' and 'miou' over all pixels of the batches; {} without any batch.
+class Segmentation(Evaluation):
+    """The figures of `summary` over all pixels of the part, and `pictures`.
 
-    At the model's size and under the evaluation's crop: not comparable with figures at the pictures' own size.
+    At the model's size and under the evaluation's crop: not comparable with figures at the images' own size.
     """
-    means, counted = Means(), {}
-    for batch in batches:
-        counts, metrics = jax.device_get(_counter(method)(params, extras, batch))
-        means.add(metrics)
-        counted = classification.add(counted, {"confusion": counts})
-    return means.take() | (summary(counted["confusion"]) if counted else {})
 
+    name = "segmentation"
 
-@functools.lru_cache(maxsize=8)
-def _counter(method: Method) -> Callable[..., tuple[jax.Array, Metrics]]:
-    """Returns the compiled function to a confusion table and metrics; kept from one evaluation to the next."""
-    def count(params: Any, extras: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
-        key = stream_key(method.config.seed, 0, "evaluate")
-        _, (metrics, _) = method.loss(params, extras, batch, key, 0, False)
-        logits, classes = method.pixel_logits(params, extras, batch), method.pixel_classes(batch)
-        logits, classes = logits.reshape(len(logits), -1, logits.shape[-1]), classes.reshape(len(classes), -1)
-        return jax.tree.map(constrain, (confusion(logits, classes, batch["valid"]), metrics))
+    def applies(self, method: Method, data: Any) -> bool:
+        return method.task == "segmentation"
 
-    return jax.jit(count)
+    def metric_names(self, method: Method, data: Any) -> list[str]:
+        return ["miou", "pixel_accuracy"]
+
+    def counts(self, method: Method, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        logits, classes = (x.reshape(len(x), -1, *x.shape[3:]) for x in (outputs, method.pixel_classes(batch)))
+        return {"pixels": confusion(logits, classes, batch["valid"])}
+
+    def scalars(self, ctx: Context) -> dict[str, float]:
+        found = ctx.held_out.counts
+        return summary(found["pixels"]) if found else {}
+
+    def images(self, ctx: Context) -> Iterator[tuple[str, np.ndarray]]:
+        yield "segment", pictures(ctx.method, ctx.params, ctx.extras, ctx.shown)
 
 
 @functools.lru_cache(maxsize=8)
@@ -110,7 +108,7 @@ def confusion(logits: jax.Array, mask: jax.Array, valid: jax.Array) -> jax.Array
       valid: float32 [B], 0 for a row that is no picture.
 
     Returns:
-      int32 [C, C]. The sum over batches may need int64: `classify.add` takes it.
+      int32 [C, C]. The sum over batches may need int64.
     """
     (images, pixels), classes = mask.shape, logits.shape[-1]
     truth = jnp.where((valid > 0)[:, None], mask.astype(jnp.int32), classes)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ Batch = dict[str, jax.Array]
 Params = dict[str, Any]
 Extras = dict[str, Any]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name → (sum, weight)
+Task = Literal["pretraining", "classification", "segmentation"]
 
 
 def pool(tokens: jax.Array, how: str) -> jax.Array:
@@ -70,9 +71,18 @@ def mean_square(error: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 class Method:
-    """Base of all methods; B images, N patches of P values each. A method has its encoder as `self.encoder`."""
+    """Base of all methods; B images, N patches of P values each. A method has its encoder as `self.encoder`.
+
+    Its `task` says what it is evaluated by: 'pretraining' by probes of its features; 'classification' by its
+    `logits(params, extras, batch)`, float32 [B, C] of `self.classes`; 'segmentation' by its `pixel_logits(params,
+    extras, batch)`, float32 [B, height, width, C], and `pixel_classes(batch)`, uint8 [B, height, width], 255 for none.
+    One that `reconstructs` has `reconstruct(params, extras, batch)`, whose item 'pixels' are the masked patches,
+    float32 [B, M, P].
+    """
 
     encoder: Any  # models.vit.Encoder
+    task: ClassVar[Task] = "pretraining"
+    reconstructs: ClassVar[bool] = False
     defaults: ClassVar[dict[str, Any]] = {}  # own config fields under config.method
     learns_labels: bool = False  # what it is evaluated on must not be trained on
     names_classes: bool = False  # its head has a row for each class of the data, in their order

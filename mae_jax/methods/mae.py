@@ -28,6 +28,7 @@ class MAE(Method):
     """Encodes the visible patches alone, decodes all, and asks for the pixels of the hidden ones."""
 
     defaults = fields.MAE
+    reconstructs = True
 
     @staticmethod
     def check_targets(config: ConfigDict) -> None:

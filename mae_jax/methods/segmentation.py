@@ -26,6 +26,7 @@ class Segment(Method):
     DINOv2 has a batch norm (our choice: no statistics of other pictures are needed).
     """
 
+    task = "segmentation"
     learns_labels = True
     defaults = fields.SEGMENT
 

@@ -25,6 +25,7 @@ CLASSES_UNKNOWN = 1000  # what plan and bench, which see no data, take `classes`
 class Supervised(Method):
     """An encoder and a linear classifier; all of it learns, or its last blocks, or the classifier alone."""
 
+    task = "classification"
     defaults = fields.SUPERVISED
     decayed = ("kernel",)
     learns_labels = names_classes = True

@@ -1,20 +1,20 @@
-"""Metrics on their way out: means of (sum, weight), metrics.jsonl, TensorBoard and the progress line."""
+"""Metrics on their way out: metrics.jsonl, and the sinks that a run has besides."""
 
 import errno
-import io
 import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from mae_jax.errors import UserError, counted
-from mae_jax.storage import workdir_lock
-from mae_jax.storage.paths import make_folder, replace_bytes, replace_text
+from mae_jax.storage import metric_sinks, workdir_lock
+from mae_jax.storage.metric_sinks import Sink
+from mae_jax.storage.paths import replace_text
 
 logger = logging.getLogger(__name__)
 REMOTE_PERIOD = 30.0  # seconds between rewrites of metrics.jsonl in a bucket, which cannot append
@@ -129,38 +129,20 @@ def _step_of(line: str) -> float:
         return math.nan
 
 
-class TensorBoard:
-    """TensorBoard events through clu. After the first failure there are none: metrics.jsonl has all."""
-
-    def __init__(self, workdir: epath.Path):
-        self.writer = None
-        self._try(lambda: self._open(workdir))
-
-    def _open(self, workdir: epath.Path) -> None:
-        from clu import metric_writers  # imports TensorFlow, which may be missing
-
-        self.writer = metric_writers.SummaryWriter(str(workdir / "tensorboard"))
-
-    def call(self, method: str, *args: Any) -> None:
-        """Calls a method of clu's metric writer."""
-        if self.writer:
-            self._try(lambda: getattr(self.writer, method)(*args))
-
-    def _try(self, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Exception as error:  # no TensorFlow, a full disk, a bucket out of reach: none is worth a run
-            logger.warning("no TensorBoard events from here on: %s", str(error).split("\n")[0])
-            self.writer = None
-
-
 class Recorder:
-    """Writes scalars and pictures of process 0 (`active`) to every sink; other processes write nothing."""
+    """Writes scalars and figures of process 0 (`active`) to every sink; other processes write nothing.
 
-    def __init__(self, workdir: epath.Path, restored_step: float, tensorboard: bool, active: bool = True):
-        self.workdir, self.active = workdir, active
+    Attributes:
+      jsonl: metrics.jsonl, which is always written: it is the record of what was measured.
+      sinks: name → sink, those that have not failed.
+    """
+
+    def __init__(self, workdir: epath.Path, restored_step: float, sinks: Iterable[str], active: bool = True):
+        """Args: as of `JsonLines` and `Sink.open`; sinks: names. Raises UserError for an unknown one."""
+        self.active = active
         self.jsonl = JsonLines(workdir / "metrics.jsonl", restored_step, active)
-        self.board = TensorBoard(workdir) if active and tensorboard else None
+        self.sinks: dict[str, Sink] = {name: metric_sinks.find(name)() for name in sinks} if active else {}
+        self._each(lambda sink: sink.open(workdir, restored_step))
 
     def has(self, step: int, name: str) -> bool:
         """Says whether metrics.jsonl held the metric at the step when the run began; all processes say the same."""
@@ -168,37 +150,26 @@ class Recorder:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes name → number; JSON has no NaN, so a number that is not finite is written as null."""
-        if not self.active:
-            return
-        self.jsonl.write(step, {k: float(v) if np.isfinite(v) else None for k, v in values.items()})
-        if self.board:
-            self.board.call("write_scalars", step, values)
+        if self.active:
+            self.jsonl.write(step, {k: float(v) if np.isfinite(v) else None for k, v in values.items()})
+        self._each(lambda sink: sink.write_scalars(step, values))
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """Writes uint8 [height, width, 3] as pictures/<name>_<step>.png; a failure is a warning."""
-        from PIL import Image
-
-        if not self.active:
-            return
-        path = self.workdir / "pictures" / f"{name}_{step:07d}.png"
-        content = io.BytesIO()
-        Image.fromarray(image).save(content, format="PNG")
-        try:
-            if why := workdir_lock.doubt():
-                raise OSError(why)
-            make_folder(path.parent)
-            replace_bytes(path, content.getvalue(), HURRIED)
-        except OSError as error:  # as in JsonLines.flush
-            logger.warning("cannot write %s (%s)", path, error)
-        if self.board:
-            self.board.call("write_images", step, {name: image[None]})
+        """Writes a figure, uint8 [height, width, 3], such as pictures/<name>_<step>.png."""
+        self._each(lambda sink: sink.write_image(step, name, image))
 
     def flush(self) -> None:
         self.jsonl.flush()
-        if self.board:
-            self.board.call("flush")
+        self._each(lambda sink: sink.flush())
 
     def close(self) -> None:
         self.jsonl.flush(PATIENT)
-        if self.board:
-            self.board.call("close")
+        self._each(lambda sink: sink.close())
+
+    def _each(self, call: Callable[[Sink], None]) -> None:
+        for name, sink in list(self.sinks.items()):
+            try:
+                call(sink)
+            except Exception as error:  # no TensorFlow, a full disk, a bucket out of reach: none is worth a run
+                logger.warning("no %s from here on: %s", sink.what, str(error).split("\n")[0] or type(error).__name__)
+                del self.sinks[name]

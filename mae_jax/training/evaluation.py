@@ -62,7 +62,8 @@ def check(run: Run) -> None:
     """Raises UserError before the first step for what evaluations, perhaps at the end only, cannot give."""
     config, best = run.config, run.config.checkpoint.best
     if best:
-        names = Evaluator(run.program.method, run.inputs, run.program.mesh).names(run.program.state)
+        names = [name for name in Evaluator(run.program.method, run.inputs, run.program.mesh).names(run.program.state)
+                 if not OF_EXPERTS.search(name)]
         if best not in names:
             why = "" if run.inputs.classes else ": the pictures have no classes"
             raise UserError(f"checkpoint.best={best!r} is not evaluated{why}; {nearest(best, names)}")
@@ -100,7 +101,7 @@ class Judge:
         """Evaluates, writes scalars and pictures, and prints one line; keeps the state if it is the best one."""
         began = time.monotonic()
         figures = self.evaluator.scalars(state, self.part)
-        figures |= self.evaluator.pixel_floor(self.part) if done == 0 else {}
+        figures |= self.evaluator.on_demand("pixel_baseline", state, self.part) if done == 0 else {}
         if self.best:
             self.best.offer(done, state, figures)
         if done == self.run.total:

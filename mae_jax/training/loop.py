@@ -16,7 +16,7 @@ from mae_jax.runtime.console import say
 from mae_jax.runtime.signals import Stopper
 from mae_jax.runtime.watchdog import Watchdog
 from mae_jax.state import TrainState
-from mae_jax.storage import paths, workdir_lock
+from mae_jax.storage import metric_sinks, paths, workdir_lock
 from mae_jax.storage.checkpoint import Checkpoints
 from mae_jax.storage.metric_writer import Recorder
 from mae_jax.training import evaluation, optim, workdir
@@ -73,7 +73,7 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
         logger.info("resumed at step %d", state.step)
     startup_timer.done("state")
     workdir.record(folder, config, run.inputs)  # not before all that a mistake can break has worked
-    recorder = Recorder(folder, int(state.step), config.log.tensorboard, jax.process_index() == 0)
+    recorder = Recorder(folder, int(state.step), metric_sinks.names(config.log), jax.process_index() == 0)
     try:
         code = loop(run, state, checkpoints, recorder, stopper, watchdog)
     except BaseException:
@@ -231,7 +231,7 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
         raise UserError(f"{path} holds no checkpoint yet")
     run.program.method.check(state.extras)
     # Lines past this step stay: they may be those of a run in progress.
-    recorder = Recorder(path, math.inf, run.config.log.tensorboard, jax.process_index() == 0)
+    recorder = Recorder(path, math.inf, metric_sinks.names(run.config.log), jax.process_index() == 0)
     with jax.set_mesh(run.program.mesh):
         judged, began = evaluation.Judge(run, recorder), time.monotonic()
         judged.write(state, int(state.step), judged.at_the_end(state, {}), began)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mae_jax.errors import UserError
-from mae_jax.evals import attention_maps
+from mae_jax.evals import attention_maps, attention_overlap
 from mae_jax.evals.image_grid import CAPTION, GAP
 from mae_jax.losses.segmentation import IGNORED, upsample
 from tests.helpers.tiny import (
@@ -47,7 +47,7 @@ def test_an_unknown_query_or_block_is_refused():
 
 def test_the_fewest_pixels_that_hold_a_share_are_kept():
     weights = np.array([[0.1, 0.4], [0.3, 0.2]]) * 7
-    kept = np.asarray(attention_maps.covers(weights, (0.3, 0.41, 0.65, 0.95)))
+    kept = np.asarray(attention_overlap.covers(weights, (0.3, 0.41, 0.65, 0.95)))
     np.testing.assert_array_equal(kept[0], [[0, 1], [0, 0]])
     np.testing.assert_array_equal(kept[1], [[0, 1], [1, 0]])
     np.testing.assert_array_equal(kept[2], [[0, 1], [1, 0]])
@@ -66,8 +66,8 @@ def numpy_overlaps(method, state, batch) -> tuple[np.ndarray, np.ndarray]:
         if not wanted.any():
             continue
         shares.append(wanted.sum() / known.sum())
-        scores.append(np.zeros((len(attention_maps.MASSES), maps.shape[1])))
-        for (m, mass), h in ((item, h) for item in enumerate(attention_maps.MASSES) for h in range(maps.shape[1])):
+        scores.append(np.zeros((len(attention_overlap.MASSES), maps.shape[1])))
+        for (m, mass), h in ((item, h) for item in enumerate(attention_overlap.MASSES) for h in range(maps.shape[1])):
             flat = large[image, h].ravel()
             order = np.argsort(-flat)
             count = int((np.cumsum(flat[order]) / flat.sum() < mass).sum()) + 1
@@ -84,10 +84,10 @@ def test_the_iou_reads_the_test_part_with_what_was_best_on_the_other():
     parts = [tiny_segment_batch(config, seed) for seed in range(3)]
     parts[0]["mask"][1] = 1  # a picture without foreground
     parts[1]["valid"][0] = 0
-    found = attention_maps.iou(method, state, parts[:1], parts[1:])
+    found = attention_overlap.iou(method, state.params, {}, parts[:1], parts[1:])
     chosen, _ = numpy_overlaps(method, state, parts[0])
     mass, which = np.unravel_index(chosen.argmax(), chosen.shape)
-    assert found["attention_mass"] == attention_maps.MASSES[mass]
+    assert found["attention_mass"] == attention_overlap.MASSES[mass]
     assert found["attention_head"] == which - 1
     both = {name: np.concatenate([part[name] for part in parts[1:]]) for name in parts[1]}
     scores, share = numpy_overlaps(method, state, both)
@@ -99,10 +99,10 @@ def test_there_is_no_iou_without_foreground():
     config = tiny_segment()
     method, state, batch = tiny_method(config), tiny_state(config), tiny_segment_batch(config)
     empty = batch | {"mask": np.zeros_like(batch["mask"])}
-    assert attention_maps.iou(method, state, [batch], [empty]) == {}
-    assert attention_maps.iou(method, state, [], [batch]) == {}
+    assert attention_overlap.iou(method, state.params, {}, [batch], [empty]) == {}
+    assert attention_overlap.iou(method, state.params, {}, [], [batch]) == {}
     method = tiny_method(tiny_segment({"method.background": -1}))
-    assert attention_maps.iou(method, state, [batch], [batch]) == {}
+    assert attention_overlap.iou(method, state.params, {}, [batch], [batch]) == {}
 
 
 def test_pictures_have_a_row_for_each_image_and_a_column_for_each_head():

@@ -9,7 +9,7 @@ import pytest
 from sklearn import metrics
 
 from mae_jax.errors import UserError
-from mae_jax.evals import classification
+from mae_jax.evals import accumulators, classification
 
 
 def guesses(count: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -19,13 +19,13 @@ def guesses(count: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.nda
     return (rng.normal(size=(count, classes)) + 2 * np.eye(classes)[labels]).astype(np.float32), labels
 
 
-def counted(logits, labels, valid=None, sizes=(None,)) -> classification.Sums:
+def counted(logits, labels, valid=None, sizes=(None,)) -> dict[str, np.ndarray]:
     """Returns the sums of `counts` over batches of the given sizes; the last takes the rest."""
     total, start, valid = {}, 0, np.ones(len(labels), np.float32) if valid is None else valid
     for size in sizes:
         rows = slice(start, None if size is None else start + size)
         part = classification.counts(logits[rows], labels[rows], valid[rows], logits.shape[1])
-        total, start = classification.add(total, part), rows.stop
+        total, start = accumulators.add(total, part), rows.stop
     return total
 
 

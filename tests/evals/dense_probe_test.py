@@ -1,28 +1,36 @@
 """Scores of dense predictions against scikit-learn, and pictures of them."""
 
+from types import SimpleNamespace
+
+import jax
 import numpy as np
 import pytest
 from sklearn.metrics import jaccard_score
 
 from mae_jax.evals import segmentation
+from mae_jax.evals.evaluator import Evaluator
 from mae_jax.evals.image_grid import CAPTION, GAP
 from mae_jax.losses.segmentation import IGNORED
+from mae_jax.runtime import sharding
 from tests.helpers.tiny import tiny_method, tiny_segment, tiny_segment_batch, tiny_state
 
 
-def test_scores_are_those_of_all_pixels_of_all_batches_together():
+def test_figures_are_those_of_all_pixels_of_all_batches_together():
     config = tiny_segment()
     method, state = tiny_method(config), tiny_state(config)
     batches = [tiny_segment_batch(config, seed) for seed in range(2)]
     batches[1]["valid"][5:] = 0
-    found = segmentation.scores(method, state.params, {}, iter(batches))
+    mesh = sharding.make_mesh(config, jax.devices()[:1])
+    inputs = SimpleNamespace(classes=(), evaluate=lambda: iter(batches), validate=lambda: iter(()))
+    found = Evaluator(method, inputs, mesh).scalars(state)
+    assert found.keys() == {"eval/loss", "eval/miou", "eval/pixel_accuracy"}
     truth = np.concatenate([np.asarray(method.pixel_classes(batch)) for batch in batches])
     logits = np.concatenate([np.asarray(method.pixel_logits(state.params, {}, batch)) for batch in batches])
     known = truth != IGNORED
     truth, predicted = truth[known], logits.argmax(-1)[known]
-    assert found["miou"] == pytest.approx(jaccard_score(truth, predicted, average="macro"), abs=1e-6)
-    assert found["pixel_accuracy"] == pytest.approx((truth == predicted).mean(), abs=1e-6)
-    assert found["loss"] > 0
+    assert found["eval/miou"] == pytest.approx(jaccard_score(truth, predicted, average="macro"), abs=1e-6)
+    assert found["eval/pixel_accuracy"] == pytest.approx((truth == predicted).mean(), abs=1e-6)
+    assert found["eval/loss"] > 0
 
 
 def test_pictures_show_input_truth_and_prediction():

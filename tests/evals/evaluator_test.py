@@ -7,7 +7,8 @@ import pytest
 
 from mae_jax.evals import image_grid, knn, linear_probe, reconstruction
 from mae_jax.evals.accumulators import Rows
-from mae_jax.evals.evaluator import Evaluator, labelled_rows
+from mae_jax.evals.context import labelled_rows
+from mae_jax.evals.evaluator import Evaluator
 from mae_jax.methods.base import pool
 from mae_jax.ops.patches import assemble
 from mae_jax.runtime import sharding
@@ -58,7 +59,7 @@ def test_the_evaluation_ignores_padding_and_is_the_same_twice(mesh):
     state = tiny_state(config)
     evaluator = Evaluator(method, Inputs(config), mesh)
     values = evaluator.scalars(state)
-    assert values.keys() == {"eval/loss", "eval/mean_colour_loss", "eval/linear/top1", "eval/knn/top1"}
+    assert values.keys() == {"eval/loss", "eval/mean_colour_loss", "eval/linear/top1", "eval/knn/top1", "eval/rankme"}
     assert evaluator.scalars(state) == values
     losses = []
     for batch in Inputs(config).evaluate():
@@ -70,10 +71,10 @@ def test_the_evaluation_ignores_padding_and_is_the_same_twice(mesh):
     assert values["eval/loss"] == pytest.approx(total / weight, rel=1e-5)
 
 
-def test_without_labels_only_losses_are_evaluated(mesh):
+def test_without_labels_only_losses_and_the_rank_are_evaluated(mesh):
     config = tiny_config()
     values = Evaluator(tiny_method(config), Inputs(config, classes=()), mesh).scalars(tiny_state(config))
-    assert values.keys() == {"eval/loss"}
+    assert values.keys() == {"eval/loss", "eval/rankme"}
 
 
 def test_an_evaluation_split_without_labels_has_no_probes(mesh):
@@ -81,14 +82,14 @@ def test_an_evaluation_split_without_labels_has_no_probes(mesh):
     inputs = Inputs(config)
     inputs.evaluate = lambda: iter([tiny_batch(config) | {"label": np.full(8, -1, np.int32)}])
     evaluator = Evaluator(tiny_method(config), inputs, mesh)
-    assert evaluator.scalars(tiny_state(config)).keys() == {"eval/loss"}
-    assert evaluator.pixel_floor("eval") == {}
+    assert evaluator.scalars(tiny_state(config)).keys() == {"eval/loss", "eval/rankme"}
+    assert evaluator.on_demand("pixel_baseline", tiny_state(config)) == {}
 
 
 def test_raw_pixels_are_probed_in_raster_order_as_the_floor(mesh):
     config = tiny_config()
     evaluator = Evaluator(tiny_method(config), Inputs(config), mesh)
-    values = evaluator.pixel_floor("eval")
+    values = evaluator.on_demand("pixel_baseline", tiny_state(config))
     batches = list(Inputs(config).evaluate())
     patches, order, labels, valid = (np.concatenate([batch[name] for batch in batches])
                                      for name in ("patches", "order", "label", "valid"))

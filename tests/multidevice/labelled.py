@@ -62,7 +62,7 @@ def evaluate(state: TrainState, config, devices) -> dict:
     with jax.set_mesh(program.mesh):
         state = jax.device_put(jax.device_get(state), jax.tree.map(lambda leaf: leaf.sharding, program.state))
         evaluator = Evaluator(program.method, Inputs(config), program.mesh)
-        return evaluator.scalars(state) | {"confusion": evaluator.confusion[1].tolist()}
+        return evaluator.scalars(state) | {"confusion": evaluator.notes["classification"][1].tolist()}
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from etils import epath
 from mae_jax.errors import UserError
 from mae_jax.evals.accumulators import Means
 from mae_jax.runtime.console import clock
-from mae_jax.storage import metric_writer
+from mae_jax.storage import metric_sinks, metric_writer
+from mae_jax.storage.metric_sinks import Sink
 from mae_jax.storage.metric_writer import JsonLines, Recorder
 from mae_jax.training import throughput
 from mae_jax.training.throughput import Speed, progress_line
+from tests.helpers.tiny import tiny_config
 
 
 def rows(path) -> list[dict]:
@@ -191,7 +194,7 @@ def test_in_a_bucket_the_lines_of_an_evaluation_meanwhile_stay(gcs):
 
 
 def test_a_picture_that_a_bucket_does_not_take_is_a_warning_and_the_next_is_there(gcs, caplog):
-    recorder = Recorder(epath.Path("gs://bucket/run"), 0, tensorboard=False)
+    recorder = Recorder(epath.Path("gs://bucket/run"), 0, sinks=("pictures",))
     gcs.add({"path": "pictures", "method": "POST", "status": 403})
     for step in (1, 2):
         recorder.picture(step, "reconstruct", np.zeros((2, 2, 3), np.uint8))
@@ -202,15 +205,15 @@ def test_a_picture_that_a_bucket_does_not_take_is_a_warning_and_the_next_is_ther
 
 
 def test_a_number_that_is_not_finite_becomes_null(tmp_path):
-    recorder = Recorder(epath.Path(tmp_path), 0, tensorboard=False)
+    recorder = Recorder(epath.Path(tmp_path), 0, sinks=("pictures",))
     recorder.scalars(1, {"train/loss": float("nan"), "train/lr": np.float32(0.5)})
     assert rows(tmp_path / "metrics.jsonl")[0] | {"time": 0} == {
         "step": 1, "time": 0, "train/loss": None, "train/lr": 0.5}
 
 
 def test_every_process_knows_what_was_evaluated_but_only_one_writes(tmp_path):
-    Recorder(epath.Path(tmp_path), 0, tensorboard=False).scalars(4, {"eval/loss": 1.0})
-    other = Recorder(epath.Path(tmp_path), 4, tensorboard=True, active=False)
+    Recorder(epath.Path(tmp_path), 0, sinks=("pictures",)).scalars(4, {"eval/loss": 1.0})
+    other = Recorder(epath.Path(tmp_path), 4, sinks=("pictures", "tensorboard"), active=False)
     assert other.has(4, "eval/loss")
     assert not other.has(5, "eval/loss")
     other.scalars(5, {"eval/loss": 1.0})
@@ -223,7 +226,7 @@ def test_every_process_knows_what_was_evaluated_but_only_one_writes(tmp_path):
 def test_without_tensorboard_one_warning_and_metrics_jsonl_remain(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "clu", None)
     with caplog.at_level(logging.WARNING, "mae_jax"):
-        recorder = Recorder(epath.Path(tmp_path), 0, tensorboard=True)
+        recorder = Recorder(epath.Path(tmp_path), 0, sinks=("pictures", "tensorboard"))
         recorder.scalars(1, {"train/loss": 1.0})
         recorder.picture(1, "reconstruct", np.full((2, 3, 3), 7, np.uint8))
         recorder.close()
@@ -236,14 +239,14 @@ def test_without_tensorboard_one_warning_and_metrics_jsonl_remain(tmp_path, monk
 
 
 def test_tensorboard_on_a_full_disk_is_one_warning_and_the_rest_goes_on(tmp_path, caplog):
-    recorder = Recorder(epath.Path(tmp_path), 0, tensorboard=True)
+    recorder = Recorder(epath.Path(tmp_path), 0, sinks=("pictures", "tensorboard"))
 
     class Full:
         def __getattr__(self, name):
             return full
 
-    recorder.board.call("close")
-    recorder.board.writer = Full()
+    recorder.sinks["tensorboard"].writer.close()
+    recorder.sinks["tensorboard"].writer = Full()
     with caplog.at_level(logging.WARNING, "mae_jax"):
         for step in (1, 2):
             recorder.scalars(step, {"train/loss": 1.0})
@@ -252,6 +255,70 @@ def test_tensorboard_on_a_full_disk_is_one_warning_and_the_rest_goes_on(tmp_path
     assert [record.message for record in caplog.records] == [
         "no TensorBoard events from here on: [Errno 28] No space left on device"]
     assert steps(tmp_path / "metrics.jsonl") == [1, 2]
+
+
+class Listing(Sink):
+    """A sink as somebody would add it; what it was told is kept in `told`."""
+
+    what = "listings"
+    told: ClassVar[list[tuple]] = []
+    failing = ""
+
+    def __getattribute__(self, method):
+        if method not in ("open", "write_scalars", "write_image", "flush", "close"):
+            return super().__getattribute__(method)
+
+        def call(*args):
+            if method == self.failing:
+                raise ConnectionError("the server is\nout of reach")
+            self.told.append((method, *args))
+
+        return call
+
+
+@pytest.fixture
+def listing(monkeypatch):
+    monkeypatch.setitem(metric_sinks.SINKS, "listing", f"{__name__}:Listing")
+    monkeypatch.setattr(Listing, "told", [])
+    return Listing
+
+
+def test_a_sink_that_the_config_names_is_told_everything_and_closed(tmp_path, listing):
+    config = tiny_config({"log.sinks": ("listing",)})
+    recorder = Recorder(epath.Path(tmp_path), 3, metric_sinks.names(config.log))
+    image = np.zeros((2, 2, 3), np.uint8)
+    recorder.scalars(4, {"train/loss": math.nan})
+    recorder.picture(4, "reconstruct", image)
+    recorder.flush()
+    recorder.close()
+    assert listing.told == [("open", epath.Path(tmp_path), 3), ("write_scalars", 4, {"train/loss": pytest.approx(
+        math.nan, nan_ok=True)}), ("write_image", 4, "reconstruct", image), ("flush",), ("close",)]
+    assert (tmp_path / "pictures" / "reconstruct_0000004.png").exists()
+    Recorder(epath.Path(tmp_path), 3, metric_sinks.names(config.log), active=False).scalars(5, {"train/loss": 1.0})
+    assert len(listing.told) == 5
+
+
+@pytest.mark.parametrize("failing", ["open", "write_scalars", "write_image", "flush", "close"])
+def test_a_sink_that_fails_is_one_warning_and_the_others_go_on(tmp_path, monkeypatch, caplog, listing, failing):
+    monkeypatch.setattr(listing, "failing", failing)
+    with caplog.at_level(logging.WARNING, "mae_jax"):
+        recorder = Recorder(epath.Path(tmp_path), 0, ("listing", "pictures"))
+        for step in (1, 2):
+            recorder.scalars(step, {"train/loss": 1.0})
+            recorder.picture(step, "reconstruct", np.zeros((2, 2, 3), np.uint8))
+            recorder.flush()
+        recorder.close()
+    assert [record.message for record in caplog.records] == ["no listings from here on: the server is"]
+    assert "listing" not in recorder.sinks
+    assert steps(tmp_path / "metrics.jsonl") == [1, 2]
+    assert len(list((tmp_path / "pictures").iterdir())) == 2
+
+
+def test_the_sinks_of_a_config_are_the_pictures_tensorboard_and_those_that_it_names(listing):
+    assert metric_sinks.names(tiny_config({"log.tensorboard": True}).log) == ("pictures", "tensorboard")
+    assert metric_sinks.names(tiny_config({"log.sinks": ("listing", "pictures")}).log) == ("pictures", "listing")
+    with pytest.raises(UserError, match=r"log\.sinks 'listng'; did you mean 'listing'"):
+        tiny_config({"log.sinks": ("listng",)})
 
 
 def test_speed_counts_steps_and_waiting_of_its_stretch(monkeypatch):

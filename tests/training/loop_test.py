@@ -224,7 +224,7 @@ def test_a_batch_on_the_devices_is_what_the_input_gives(tmp_path):
 def test_too_many_bad_pictures_stop_the_run_with_their_names_but_not_before_100_were_seen(tmp_path):
     run = training_run.prepare(tiny_config({"guard.max_bad_fraction": 0.2}), tmp_path)
     run.inputs.bad.append("cats/7.jpg: no end marker")
-    log = Log(run, Recorder(tmp_path, 0, tensorboard=False))
+    log = Log(run, Recorder(tmp_path, 0, sinks=("pictures",)))
     metrics = {name: (np.float32(value), np.float32(1)) for name, value in
                {"loss": 1, "lr": 1, "grad_norm": 1, "bad_steps": 0, "replaced": 2}.items()}  # 2 of 8 pictures
     ids = np.arange(8)

@@ -249,7 +249,7 @@ def look(config: ConfigDict, folder: epath.Path) -> None:
     import jax
 
     from mae_jax.evals.evaluator import Evaluator
-    from mae_jax.storage import paths
+    from mae_jax.storage import metric_sinks, paths
     from mae_jax.storage.metric_writer import Recorder
     from mae_jax.training import run as training_run
     from mae_jax.training import workdir
@@ -263,8 +263,9 @@ def look(config: ConfigDict, folder: epath.Path) -> None:
     with jax.set_mesh(run.program.mesh), training_run.compiled_programs(config, run.workdir):
         state = training_run.initial_state(run, trains=False)
         workdir.record(run.workdir, config)
-        recorder = Recorder(run.workdir, 0, config.log.tensorboard)
-        recorder.scalars(0, Evaluator(run.program.method, run.inputs, run.program.mesh).quick(state))
+        recorder = Recorder(run.workdir, 0, metric_sinks.names(config.log))
+        evaluator = Evaluator(run.program.method, run.inputs, run.program.mesh)
+        recorder.scalars(0, evaluator.on_demand("frozen_probes", state))
         recorder.close()
     paths.replace_text(run.workdir / "DONE", "0\n")
 

@@ -1,0 +1,166 @@
+"""What evaluations share: one state of a method, one part of the data, and what is computed of both only once."""
+
+import functools
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mae_jax.data import cluster_ids
+from mae_jax.evals.accumulators import Means, Rows, add
+from mae_jax.methods.base import Batch, Method, Metrics, pool
+from mae_jax.rng import stream_key
+from mae_jax.runtime import watchdog
+from mae_jax.runtime.sharding import replicated, to_devices
+
+if TYPE_CHECKING:
+    from mae_jax.evals.base import Evaluation
+
+Pair = tuple[np.ndarray, np.ndarray]  # features [n, D], labels [n]
+Source = Callable[[], Iterator[dict[str, np.ndarray]]]  # opens a part of the data: host batches, the last one padded
+
+
+class Pass(NamedTuple):
+    """What one pass over the evaluated part leaves on every host; rows are its valid images, in their order.
+
+    Attributes:
+      losses: the means of the loss's metrics.
+      counts: the sums of the tables that evaluations count, int64; {} without a batch.
+      rows: arrays by name: of pre-training `features` float32 [n, D], `label` int32 [n] and, where batches have it,
+        `cluster` int32 [n]; of several labels per image `logits` float32 [n, C] and `labels` uint8 [n, C]; of the rest
+        nothing. {} without a batch.
+    """
+
+    losses: dict[str, float]
+    counts: dict[str, np.ndarray]
+    rows: dict[str, np.ndarray]
+
+
+class Context:
+    """What an evaluation may read. What is said to be computed is so when first asked for, and once.
+
+    Every process makes the same ones in the same order: computing goes over all devices.
+
+    Attributes:
+      method: what is evaluated.
+      params, extras: its state; where parameters are averaged, the average or, in a context of its own, the last ones.
+      data: `data.Inputs` of the run.
+      mesh: the devices.
+      part: what is evaluated, for titles: 'eval' or 'val', the validation part of the training data.
+      source: opens that part.
+      notes: what an evaluation's `scalars` leaves for its `images`, by the evaluation's name.
+    """
+
+    def __init__(self, method: Method, params: Any, extras: Any, data: Any, mesh: Mesh, part: str, source: Source,
+                 counting: "tuple[Evaluation, ...]" = (), notes: dict[str, Any] | None = None):
+        """Args: as the attributes; counting: evaluations whose `counts` the pass over the part adds up."""
+        self.method, self.params, self.extras, self.data, self.mesh = method, params, extras, data, mesh
+        self.part, self.source, self.counting = part, source, counting
+        self.notes = {} if notes is None else notes
+
+    def batches(self, source: Source | None = None) -> Iterator[Batch]:
+        """Yields global batches on the devices, of the evaluated part or of another one; padding is not valid."""
+        for batch in (source or self.source)():
+            watchdog.alive()
+            yield to_devices(batch, self.mesh, self.method.config.batch_size)
+
+    def measured(self, source: Source | None = None
+                 ) -> Iterator[tuple[Batch, Metrics, dict[str, jax.Array], jax.Array | None]]:
+        """Yields of each batch: itself, the loss's metrics, tables of counts, and the outputs of its rows.
+
+        Those are the pooled features [B, D] of pre-training, or the logits [B, C]; None of pixels, which are too many.
+        """
+        measure = _measure(self.method, self.mesh, self.counting)
+        for batch in self.batches(source):
+            yield batch, *measure(self.params, self.extras, batch)
+
+    @cached_property
+    def held_out(self) -> Pass:
+        """The one pass over the evaluated part, computed."""
+        means, rows = Means(), Rows(self.mesh)
+        sums: dict[str, np.ndarray] = {}
+        names: tuple[str, ...] = ()
+        for batch, metrics, counts, outputs in self.measured():
+            means.add(jax.device_get(metrics))
+            sums = add(sums, jax.device_get(counts))
+            kept = self._kept(batch, outputs)
+            names = tuple(kept)
+            if kept:
+                rows.add(batch["valid"] > 0, *kept.values())
+        return Pass(means.take(), sums, dict(zip(names, rows.take(), strict=True)) if names else {})
+
+    def _kept(self, batch: Batch, outputs: jax.Array | None) -> dict[str, jax.Array]:
+        """Returns the arrays of a batch [B, ...] that `Pass.rows` has."""
+        if self.method.task == "pretraining":
+            fields = ("label", cluster_ids.FIELD)
+            return {"features": outputs} | {name: batch[name] for name in fields if name in batch}
+        several = self.method.task == "classification" and self.method.config.method.multi_label
+        return {"logits": outputs, "labels": batch["labels"]} if several else {}
+
+    @cached_property
+    def probed(self) -> tuple[Pair, Pair] | None:
+        """(features, labels) of the labelled images of the training split and of the evaluated part, computed.
+
+        None where one of them has no labelled image.
+        """
+        rows = self.held_out.rows
+        known = rows["label"] >= 0 if rows else np.zeros(0, bool)
+        if not known.any():
+            return None
+        train = self.pooled(self.data.support)
+        return (train, (rows["features"][known], rows["label"][known])) if len(train[1]) else None
+
+    def pooled(self, source: Source) -> Pair:
+        """Returns (features, labels) of the labelled images of a part, without the loss: of any method's encoder."""
+        rows, features = Rows(self.mesh), _features(self.method, self.mesh)
+        for batch in self.batches(source):
+            rows.add(labelled_rows(batch), features(self.params, self.extras, batch), batch["label"])
+        found, labels = rows.take() if rows.parts else (np.zeros((0, 0)), np.zeros(0, np.int32))
+        return found, labels
+
+    @cached_property
+    def shown(self) -> Batch | None:
+        """The few first images of the part for figures, whole on every device, computed; None where it has none."""
+        batch = next(self.batches(), None)
+        if batch is None:
+            return None
+        config, group = self.method.config, self.method.group
+        count = min(max(config.eval.pictures // group, 1) * group, config.batch_size)
+        return {name: jax.device_put(value, replicated(self.mesh))[:count] for name, value in batch.items()}
+
+
+def labelled_rows(batch: Batch) -> jax.Array:
+    """Returns bool [B]: which rows are images with a label, and neither padding nor gray stand-ins."""
+    return (batch["valid"] > 0) & (batch["label"] >= 0)
+
+
+def pooled_features(method: Method, params: Any, extras: Any, batch: Batch) -> jax.Array:
+    """Returns the features of whole images, float32 [B, D]."""
+    return pool(method.encode(params, extras, batch), method.config.model.pool)
+
+
+@functools.lru_cache(maxsize=8)
+def _features(method: Method, mesh: Mesh) -> Callable[..., jax.Array]:
+    """Returns the compiled `pooled_features`; kept from one evaluation to the next."""
+    return jax.jit(functools.partial(pooled_features, method), out_shardings=replicated(mesh))
+
+
+@functools.lru_cache(maxsize=8)
+def _measure(method: Method, mesh: Mesh, counting: "tuple[Evaluation, ...]"
+             ) -> Callable[..., tuple[Metrics, dict[str, jax.Array], jax.Array | None]]:
+    """Returns the compiled function to metrics, tables of counts and outputs; kept likewise."""
+    outputs_of = {"pretraining": pooled_features, "classification": lambda m, *args: m.logits(*args),
+                  "segmentation": lambda m, *args: m.pixel_logits(*args)}[method.task]
+
+    def measure(params: Any, extras: Any, batch: Batch) -> tuple[Metrics, dict[str, jax.Array], jax.Array | None]:
+        # The key is the same at every evaluation: what changes between two of them is the model.
+        key = stream_key(method.config.seed, 0, "evaluate")
+        _, (metrics, _) = method.loss(params, extras, batch, key, 0, False)
+        outputs = outputs_of(method, params, extras, batch)
+        counts = {name: table for each in counting for name, table in each.counts(method, outputs, batch).items()}
+        return metrics, counts, None if method.task == "segmentation" else outputs
+
+    return jax.jit(measure, out_shardings=replicated(mesh))

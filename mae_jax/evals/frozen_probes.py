@@ -1,0 +1,36 @@
+"""Probes of an encoder that is not trained further, whatever its method; `mae_jax transfer --protocols=quick`."""
+
+from ml_collections import ConfigDict
+
+from mae_jax.errors import UserError
+from mae_jax.evals import knn, linear_probe
+from mae_jax.evals.base import Evaluation
+from mae_jax.evals.context import Context, Pair
+
+
+class FrozenProbes(Evaluation):
+    """On features of whole images that are computed once: both probes of pre-training, and a layer trained by SGD.
+
+    Its figure 'sgd/top1' is of the best of several learning rates.
+    """
+
+    name, when = "frozen_probes", "on_demand"
+
+    def metric_names(self, method, data) -> list[str]:
+        return ["linear/top1", "knn/top1", "sgd/top1"]
+
+    def scalars(self, ctx: Context) -> dict[str, float]:
+        """Raises UserError where there is nothing to probe."""
+        config, classes = ctx.method.config, len(ctx.data.classes)
+        train, test = (ctx.pooled(source) for source in (ctx.data.support, ctx.source))
+        if classes < 2 or not len(test[1]):
+            raise UserError(f"data.eval_split={config.data.eval_split!r} has no labels of several classes: nothing to "
+                            "probe")
+        swept, _ = linear_probe.sweep(train, test, classes, seed=config.seed)
+        return probes(train, test, classes, config.eval, "top1") | {"sgd/top1": swept}
+
+
+def probes(train: Pair, test: Pair, classes: int, c: ConfigDict, name: str) -> dict[str, float]:
+    """Returns 'linear/<name>' and 'knn/<name>', top-1 in 0..1 of `test`, read once; c: the group `eval`."""
+    return {f"linear/{name}": linear_probe.top1(train, test, classes),
+            f"knn/{name}": knn.top1(train, test, classes, c.knn_k, c.knn_temperature)}

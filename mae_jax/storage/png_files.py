@@ -1,0 +1,38 @@
+"""Figures as files."""
+
+import io
+import logging
+
+import numpy as np
+from etils import epath
+
+from mae_jax.storage import workdir_lock
+from mae_jax.storage.metric_sinks import Sink
+from mae_jax.storage.paths import make_folder, replace_bytes
+
+logger = logging.getLogger(__name__)
+HURRIED = 5.0  # seconds in which a failing bucket is tried again while the loop waits
+
+
+class PngFiles(Sink):
+    """<workdir>/pictures/<name>_<step>.png; one that cannot be written is a warning, and the next one is tried."""
+
+    what = "pictures"
+    folder: epath.Path
+
+    def open(self, workdir: epath.Path, restored_step: float) -> None:
+        self.folder = workdir / "pictures"
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        from PIL import Image
+
+        path = self.folder / f"{name}_{step:07d}.png"
+        content = io.BytesIO()
+        Image.fromarray(image).save(content, format="PNG")
+        try:
+            if why := workdir_lock.doubt():
+                raise OSError(why)
+            make_folder(path.parent)
+            replace_bytes(path, content.getvalue(), HURRIED)
+        except OSError as error:  # a full disk, a bucket out of reach, or another run that holds the workdir
+            logger.warning("cannot write %s (%s)", path, error)

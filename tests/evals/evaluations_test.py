@@ -1,0 +1,130 @@
+"""The table of evaluations: what each says of itself holds, and one more is one line."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from mae_jax import methods
+from mae_jax.errors import UserError
+from mae_jax.evals import evaluator as evaluators
+from mae_jax.evals.base import Evaluation
+from mae_jax.evals.context import Context
+from mae_jax.evals.evaluator import EVALUATIONS, Evaluator
+from mae_jax.runtime import sharding
+from mae_jax.state import TrainState
+from tests.helpers.tiny import tiny_batch, tiny_config, tiny_method
+
+CASES = {name: (name, {}) for name in methods.TABLE} | {
+    "moce": ("moce", {"method.num_clusters": 3}),
+    "moce of tokens": ("moce", {"method.gate": "token"}),
+    "segment": ("segment", {"method.background": 0}),
+    "supervised": ("supervised", {"eval.sets": ("imagenet_v2", "imagenet_r:1.0.0"), "optim.ema": 0.5}),
+    "supervised, many classes": ("supervised", {"method.classes": 7}),
+    "supervised, several labels": ("supervised", {"method.multi_label": True, "method.loss": "bce"}),
+}
+
+
+def evaluated(name: str, fields: dict) -> tuple[Evaluator, TrainState]:
+    """Returns the evaluator of a tiny method on labelled random images, and a first state."""
+    config = tiny_config(fields, name)
+    method = tiny_method(config)
+
+    def batches(*_):
+        for seed in (1, 2):
+            batch, rng = tiny_batch(config, seed, train=False), np.random.default_rng(seed)
+            if name == "segment":
+                batch["mask"] = rng.integers(3, size=method.eval_spec()["mask"].shape).astype(np.uint8)
+            if "labels" in method.eval_spec():
+                batch["labels"] = rng.integers(2, size=method.eval_spec()["labels"].shape).astype(np.uint8)
+            batch["valid"][5:] = seed == 1
+            yield batch
+
+    classes = tuple("abcdefg"[: config.method.classes if "classes" in config.method else 3])
+    inputs = SimpleNamespace(classes=classes, evaluate=batches, validate=batches, support=batches, extra=batches)
+    params, extras = jax.jit(method.init)(jax.random.key(0), tiny_batch(config))
+    ema = params if config.optim.ema else {}
+    zero = np.zeros((), np.int32)
+    mesh = sharding.make_mesh(config, jax.devices()[:1])
+    return Evaluator(method, inputs, mesh), TrainState(zero, params, (), extras, ema, zero)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_names_that_an_evaluation_tells_are_those_of_its_figures(case):
+    evaluator, state = evaluated(*CASES[case])
+    ctx = evaluator._context(state.params, state, "eval")
+    given = {}
+    for each in evaluator.applying:
+        figures = each.scalars(ctx)
+        assert sorted(figures) == sorted(each.metric_names(evaluator.method, evaluator.inputs)), each.name
+        given |= figures if each.when == "periodic" else {}
+    raw = {f"raw/{name}" for name in given} if state.ema else set()
+    assert sorted(evaluator.names(state)) == sorted({*given, *raw})
+    assert evaluator.scalars(state).keys() == {f"eval/{name}" for name in {*given, *raw}}
+    assert all(np.isfinite(value) for value in given.values())
+
+
+def test_every_evaluation_has_a_name_of_its_own_and_a_case_above():
+    assert len({each.name for each in EVALUATIONS}) == len(EVALUATIONS)
+    assert {each.when for each in EVALUATIONS} == {"periodic", "final", "on_demand"}
+    applying = {each for name, fields in CASES.values() for each in EVALUATIONS
+                if each.applies(tiny_method(tiny_config(fields, name)), SimpleNamespace(classes=("a", "b")))}
+    assert applying == set(EVALUATIONS)
+
+
+def test_a_task_says_what_a_method_has():
+    has = {"classification": "logits", "segmentation": "pixel_logits"}
+    for name in methods.TABLE:
+        method = methods.get(name)
+        assert [task for task, wanted in has.items() if hasattr(method, wanted)] == [method.task] * (method.task in has)
+        assert hasattr(method, "reconstruct") == method.reconstructs, name
+
+
+class Brightness(Evaluation):
+    """An evaluation as somebody would add it: a figure, and an image of what it saw."""
+
+    name = "brightness"
+
+    def metric_names(self, method, data) -> list[str]:
+        return ["brightness"]
+
+    def scalars(self, ctx: Context) -> dict[str, float]:
+        sums = [float(batch["patches"].mean() / 255) for batch in ctx.batches()]
+        ctx.notes[self.name] = sums
+        return {"brightness": float(np.mean(sums))}
+
+    def images(self, ctx):
+        yield "brightness", np.full((4, 4, 3), 255 * ctx.notes[self.name][0], np.uint8)
+
+
+def test_one_more_evaluation_is_one_line_of_the_table(monkeypatch):
+    monkeypatch.setattr(evaluators, "EVALUATIONS", (*EVALUATIONS, Brightness()))
+    evaluator, state = evaluated("mae", {})
+    assert "brightness" in evaluator.names(state)
+    figures = evaluator.scalars(state)
+    assert 0.4 < figures["eval/brightness"] < 0.6
+    images = dict(evaluator.pictures(state))
+    assert list(images) == ["reconstruct", "ratios", "attention", "brightness"]
+    assert images["brightness"].shape == (4, 4, 3)
+
+
+def test_the_evaluated_part_is_read_once_for_figures_and_the_training_split_once():
+    evaluator, state = evaluated("mae", {})
+    read, batches = [], evaluator.inputs.evaluate
+
+    def reading(part):
+        return lambda: read.append(part) or batches()
+
+    evaluator.parts["eval"], evaluator.inputs.support = reading("evaluate"), reading("support")
+    evaluator.scalars(state)
+    assert read == ["evaluate", "support"]
+
+
+def test_an_evaluation_on_demand_is_asked_for_by_name():
+    evaluator, state = evaluated("supervised", {})
+    found = evaluator.on_demand("frozen_probes", state, "val")
+    assert found.keys() == {"val/linear/top1", "val/knn/top1", "val/sgd/top1"}
+    assert evaluator.on_demand("pixel_baseline", state) == {}  # which is for features that are probed
+    with pytest.raises(UserError, match=r"'frozen_probe'.*did you mean 'frozen_probes'"):
+        evaluator.on_demand("frozen_probe", state)
