@@ -183,10 +183,11 @@ SMALL: dict[str, Any] = {  # what `runlocal` makes of methods' own fields
 
 
 def choices() -> dict[str, Collection[str]]:
-    """Returns the values that a field may have, by dotted name, where these are a few words; those of plug-ins too."""
-    from mae_jax.data.transforms import color  # with PIL, which a recipe does without
+    """Returns the values that a field may have, by dotted name, where these are a few words; those of plug-ins too.
 
-    return {**CHOICES, "data.colour": color.policies(), "optim.name": plug_ins.table("optimizers", OPTIMIZERS)}
+    Those of data.colour are in its table, `mae_jax.data.transforms.color`, with which JAX is imported.
+    """
+    return {**CHOICES, "optim.name": plug_ins.table("optimizers", OPTIMIZERS)}
 
 
 def default(method: str = "mae", plugins: tuple[str, ...] = ()) -> ConfigDict:
