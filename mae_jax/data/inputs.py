@@ -3,8 +3,9 @@
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -12,11 +13,8 @@ from mae_jax.data import cluster_ids, token_maps
 from mae_jax.data.masking import Order, View, with_views
 from mae_jax.errors import UserError
 
-if TYPE_CHECKING:
-    import jax  # which --help does without
-
 Batch = dict[str, np.ndarray]
-Spec = dict[str, "jax.ShapeDtypeStruct"]
+Spec = dict[str, jax.ShapeDtypeStruct]
 FIELDS = ("patches", "order", "label", "id", "valid", "replaced")
 BAD_NAMES = 100  # the last so many pictures that were replaced are kept by name
 _PROVIDERS = {  # what would give a field; formatted with the config's group `data`

@@ -1,5 +1,6 @@
 """The table of evaluations, and what runs those that apply to a method and its data."""
 
+import functools
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -48,7 +49,12 @@ Figures = dict[str, float]
 def evaluations() -> tuple[Evaluation, ...]:
     """Returns all evaluations: those of the table, then those of plug-ins, which may be classes."""
     known = plugins.table("evaluations", {each.name: each for each in EVALUATIONS})
-    return tuple(each() if isinstance(each, type) else each for each in known.values())
+    return tuple(_made(each) if isinstance(each, type) else each for each in known.values())
+
+
+@functools.cache
+def _made(kind: type[Evaluation]) -> Evaluation:
+    return kind()
 
 
 class Evaluator:
