@@ -185,7 +185,7 @@ def _imported(module: str, what: str) -> Any:
         raise UserError(_failed(module, what, error)) from error
     except UserError as error:
         raise UserError(f"{what} cannot be used: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that is no module ends the process
         raise UserError(_failed(module, what, error)) from error
 
 

@@ -97,7 +97,7 @@ def test_a_run_trains_with_method_source_optimizer_and_color_policy_of_a_plug_in
 
 def test_an_evaluation_of_a_plug_in_is_measured_and_a_sink_has_all_scalars(run):
     assert metrics(run[2])["eval/feature_scale"] > 0
-    written = {(int(step), name): float(value) for step, name, value in
+    written = {(int(step), name): None if value == "nan" else float(value) for step, name, value in
                (line.split(" ") for line in (run[2] / "lines.txt").read_text().splitlines())}
     lines = [json.loads(line) for line in (run[2] / "metrics.jsonl").read_text().splitlines()]
     assert written == {(line["step"], name): pytest.approx(value) for line in lines
@@ -232,6 +232,12 @@ def test_a_module_that_fails_is_named_with_its_error_and_the_place(site):
         default(plugins=("broken",))
     assert isinstance(caught.value.__cause__, json.JSONDecodeError)
     assert errors.explain(caught.value)[1].count("\n") == 0
+
+
+def test_a_module_that_ends_the_process_is_named(site):
+    (site / "script.py").write_text("raise SystemExit(0)\n")
+    with pytest.raises(UserError, match=r"the plug-in script of x fails when imported: SystemExit: 0"):
+        plugins.load(("script",), "x")
 
 
 def test_a_module_that_lacks_a_package_is_not_taken_for_a_missing_one(site):
