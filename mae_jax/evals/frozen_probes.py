@@ -1,11 +1,14 @@
 """Probes of an encoder that is not trained further, whatever its method; `mae_jax transfer --protocols=quick`."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from mae_jax.errors import UserError
 from mae_jax.evals import knn, linear_probe
 from mae_jax.evals.base import Evaluation
 from mae_jax.evals.context import Context, Pair
+from mae_jax.methods.base import Method
 
 
 class FrozenProbes(Evaluation):
@@ -16,7 +19,7 @@ class FrozenProbes(Evaluation):
 
     name, when = "frozen_probes", "on_demand"
 
-    def metric_names(self, method, data) -> list[str]:
+    def metric_names(self, method: Method, data: Any) -> list[str]:
         return ["linear/top1", "knn/top1", "sgd/top1"]
 
     def scalars(self, ctx: Context) -> dict[str, float]:

@@ -76,7 +76,7 @@ def test_a_run_goes_where_that_of_the_record_went(trained):
 
 
 def check_metrics(found: dict[str, Any], wanted: dict[str, Any], done: int) -> None:
-    """Names are those of the record at every step, and past `done` the added ones; values of training and losses are near.
+    """Names are those of the record at every step, and past `done` added ones; values of training and losses are near.
     """
     assert {step: set(values) for step, values in found.items()} == {
         step: with_added(values) if int(step) > done else set(values) for step, values in wanted.items()}
