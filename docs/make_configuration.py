@@ -12,8 +12,10 @@ from typing import Any
 
 from mae_jax import config
 from mae_jax.commands.recipes import comments, leaves, own_comments, with_choices
+from mae_jax.data.transforms.color import COLOURS
 from mae_jax.methods import fields
 
+CHOICES = {**config.CHOICES, "optim.name": config.OPTIMIZERS, "data.colour": COLOURS}  # without those of plug-ins
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
 HEADER = """# Configuration
@@ -29,7 +31,7 @@ def rows(values: Mapping[str, Any], texts: Mapping[str, str], prefix: str) -> li
     """Returns the lines of a table of the fields under `prefix`."""
     lines = ["| field | default | |", "|---|---|---|"]
     for name, value in leaves(values, prefix):
-        shown = with_choices(name, texts.get(name, "")).replace("|", "\\|").replace("<", "&lt;")
+        shown = with_choices(texts.get(name, ""), CHOICES.get(name, ())).replace("|", "\\|").replace("<", "&lt;")
         lines.append(f"| `{name}` | `{value!r}` | {shown} |")
     return lines
 

@@ -14,9 +14,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax import methods, recipe_version
+from mae_jax import plugins as plug_ins
 from mae_jax.durations import steps
 from mae_jax.errors import UserError, nearest
-from mae_jax.plugins import load as load_plugins
 
 Preset = Callable[[ConfigDict], None]
 SIZES = {  # width, depth, heads: MAE section 4 (B, L, H), DeiT Table 1 (Ti, S)
@@ -57,6 +57,7 @@ NOT_NEGATIVE = ("optim.lr", "optim.min_lr", "optim.eps", "optim.weight_decay", "
                 "data.crop_ratio", "data.threads", "data.mask_offset", "model.drop_path", "model.layer_scale",
                 "guard.max_bad_fraction", "guard.spike", "guard.stall_seconds")
 BELOW_ONE = ("optim.betas", "optim.ema", "optim.momentum", "model.drop_path")
+EXAMPLES = {"plugins": ("package.module",), "eval.sets": ("imagenet_v2",), "log.sinks": ("tensorboard",)}
 DURATIONS = ("train.duration", "optim.warmup", "checkpoint.every", "checkpoint.keep_every", "eval.every", "log.every")
 
 
@@ -183,16 +184,12 @@ SMALL: dict[str, Any] = {  # what `runlocal` makes of methods' own fields
 }
 
 
-def optimizers() -> Mapping[str, str]:
-    """Returns optim.name → module:rule, for all rules that there are."""
-    return OPTIMIZERS
-
-
 def choices() -> dict[str, Collection[str]]:
-    """Returns the values that a field may have, by dotted name, where these are a few words; those of plug-ins too."""
-    from mae_jax.data.transforms import color  # with PIL, which a recipe does without
+    """Returns the values that a field may have, by dotted name, where these are a few words; those of plug-ins too.
 
-    return {**CHOICES, "data.color": color.policies(), "optim.name": tuple(optimizers())}
+    Those of data.color are in its table, `mae_jax.data.transforms.color`, with which JAX is imported.
+    """
+    return {**CHOICES, "optim.name": plug_ins.table("optimizers", OPTIMIZERS)}
 
 
 def default(method: str = "mae", plugins: tuple[str, ...] = ()) -> ConfigDict:
@@ -204,7 +201,7 @@ def default(method: str = "mae", plugins: tuple[str, ...] = ()) -> ConfigDict:
       method: its name.
       plugins: installed modules that are imported first, since the method or something else comes from them.
     """
-    load_plugins(plugins)
+    plug_ins.load(plugins)
     own = {"name": method, **methods.defaults(method)}
     return ConfigDict({**copy.deepcopy(DEFAULTS), "plugins": plugins, "method": own}).lock()
 
@@ -310,8 +307,9 @@ def validate(config: ConfigDict, trains: bool = True) -> None:
     from mae_jax.param_tree import flat
     from mae_jax.storage import metric_sinks
 
-    load_plugins(config.plugins)
-    color.policy(config.data.color)
+    plug_ins.load(config.plugins)
+    plug_ins.check("color_policies", config.data.color, color.COLOURS, "data.color")
+    plug_ins.check("optimizers", config.optim.name, OPTIMIZERS, "optim.name")
     values = flat(config)
     _check_types(values, flat({**DEFAULTS, "method": methods.defaults(config.method.name)}))
     _check_ranges(values)
@@ -349,8 +347,7 @@ def _check_types(values: dict[str, Any], defaults: dict[str, Any]) -> None:
             whole = all(isinstance(item, int) for item in default)
             kinds = (str,) if not default else (int,) if whole else (int, float)
             if not isinstance(value, list) or not all(isinstance(item, kinds) for item in value):
-                shown = tuple(default) or {"plugins": ("package.module",), "eval.sets": ("imagenet_v2",),
-                                           "log.sinks": ("tensorboard",)}[key]
+                shown = tuple(default) or EXAMPLES[key]
                 what = "whole numbers" if whole and default else "values"
                 raise UserError(f"{key}={value!r}; expected {what} such as {shown}")
         if not all(math.isfinite(number) for number in np.ravel(value) if isinstance(number, float)):
@@ -359,7 +356,7 @@ def _check_types(values: dict[str, Any], defaults: dict[str, Any]) -> None:
 
 def _check_ranges(values: dict[str, Any]) -> None:
     """Raises UserError for the first value that is no choice of its field, or too small or large."""
-    for key, allowed in choices().items():
+    for key, allowed in CHOICES.items():
         if values[key] not in allowed:
             raise UserError(f"{key}={values[key]!r}; {nearest(str(values[key]), allowed)}")
     for key in PAIRS:

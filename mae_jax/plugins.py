@@ -86,9 +86,15 @@ def find(kind: str, name: str, built_in: Mapping[str, Any], field: str, others: 
     Raises:
       UserError: the name is unknown, or given twice; the nearest one is named.
     """
+    check(kind, name, built_in, field, others)
+    return table(kind, built_in)[name]
+
+
+def check(kind: str, name: str, built_in: Mapping[str, Any], field: str, others: Iterable[str] = ()) -> None:
+    """Raises UserError as `find`, but imports nothing."""
     known = table(kind, built_in)
     if name in known:
-        return known[name]
+        return
     if before := _recorded.get(f"{kind}.{name}"):
         package = printable(f"{before['package']} {before['version']}")
         raise UserError(f"{field}={name!r} came from the package {package}, which is not installed here")
@@ -179,7 +185,7 @@ def _imported(module: str, what: str) -> Any:
         raise UserError(_failed(module, what, error)) from error
     except UserError as error:
         raise UserError(f"{what} cannot be used: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that is no module ends the process
         raise UserError(_failed(module, what, error)) from error
 
 

@@ -32,13 +32,13 @@ from mae_jax.config import default, resolve
 def get_config(arg=""):
     config = default("echo", plugins={plugins})
     config.batch_size = 16
-    config.data.update(source="dark", image_size=(16, 16), colour="negative")
+    config.data.update(source="dark", image_size=(16, 16), color="negative")
     config.model.update(width=16, depth=1, heads=2, patch=(4, 4))
     config.method.update(decoder_width=16, decoder_depth=1, decoder_heads=2)
-    config.optim.warmup = "0 steps"
+    config.optim.update(name="signs", warmup="0 steps")
     config.train.duration = "2 steps"
     config.checkpoint.every = config.eval.every = "2 steps"
-    config.log.update(every="1 steps", tensorboard=False)
+    config.log.update(every="1 steps", tensorboard=False, sinks=("lines",))
     return resolve(config, arg)
 """
 
@@ -89,10 +89,19 @@ def test_the_page_has_an_example_of_each_kind():
     assert {kind: f"{name} = handmade.{thing.replace('.', ':')}" for kind, name, thing in registered} == ENTRY_POINTS
 
 
-def test_a_run_trains_with_method_source_and_color_policy_of_a_plug_in(run):
+def test_a_run_trains_with_method_source_optimizer_and_color_policy_of_a_plug_in(run):
     found = metrics(run[2])
     assert 235 < found["train/brightness"] < 245  # made negative
     assert found["eval/brightness"] == pytest.approx(15)  # as they are
+
+
+def test_an_evaluation_of_a_plug_in_is_measured_and_a_sink_has_all_scalars(run):
+    assert metrics(run[2])["eval/feature_scale"] > 0
+    written = {(int(step), name): None if value == "nan" else float(value) for step, name, value in
+               (line.split(" ") for line in (run[2] / "lines.txt").read_text().splitlines())}
+    lines = [json.loads(line) for line in (run[2] / "metrics.jsonl").read_text().splitlines()]
+    assert written == {(line["step"], name): pytest.approx(value) for line in lines
+                       for name, value in line.items() if name not in ("step", "time")}
 
 
 def test_a_plug_in_is_printed_before_it_is_imported(run):
@@ -107,7 +116,7 @@ def test_config_json_says_what_the_run_was_made_with(run):
     stored = json.loads((run[2] / "config.json").read_text())
     if run[4] == WAYS[0]:
         assert stored["plugins"] == {f"{kind}.{line.split(' ')[0]}": {"package": "handmade", "version": "0.3"}
-                                     for kind, line in ENTRY_POINTS.items() if kind != "layouts"}
+                                     for kind, line in ENTRY_POINTS.items() if kind not in ("layouts", "evaluations")}
         assert stored["config"]["plugins"] == []
     else:
         assert stored["config"]["plugins"] == ["handmade.registered"]
@@ -141,7 +150,8 @@ def later(run):
 
 
 def test_a_stored_run_is_evaluated(run, later):
-    assert metrics(run[2]).keys() == {"step", "time", "eval/loss", "eval/brightness"}
+    assert metrics(run[2]).keys() == {
+        "step", "time", "eval/loss", "eval/brightness", "eval/rankme", "eval/feature_scale"}
 
 
 def test_a_layout_of_a_plug_in_is_written_and_read_where_training_starts_from_it(run, later):
@@ -224,6 +234,12 @@ def test_a_module_that_fails_is_named_with_its_error_and_the_place(site):
     assert errors.explain(caught.value)[1].count("\n") == 0
 
 
+def test_a_module_that_ends_the_process_is_named(site):
+    (site / "script.py").write_text("raise SystemExit(0)\n")
+    with pytest.raises(UserError, match=r"the plug-in script of x fails when imported: SystemExit: 0"):
+        plugins.load(("script",), "x")
+
+
 def test_a_module_that_lacks_a_package_is_not_taken_for_a_missing_one(site):
     (site / "wanting.py").write_text("import no_such_package\n")
     with pytest.raises(UserError, match=r"wanting of x fails when imported: ModuleNotFoundError.*no_such_package"):
@@ -272,8 +288,8 @@ def test_an_entry_point_that_names_nothing_is_named(site):
 
 def test_unknown_names_are_answered_with_the_nearest_of_a_plug_in_too(fresh):
     plugins.register("color_policies", "negative", abs)
-    with pytest.raises(UserError, match=r"unknown data\.colour 'negativ'; did you mean 'negative'"):
-        tiny_config({"data.colour": "negativ"})
+    with pytest.raises(UserError, match=r"unknown data\.color 'negativ'; did you mean 'negative'"):
+        tiny_config({"data.color": "negativ"})
 
 
 def test_a_bug_in_a_plug_in_is_not_taken_for_ours(site):

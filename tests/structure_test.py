@@ -15,6 +15,7 @@ from mae_jax import methods
 from mae_jax.__main__ import COMMANDS
 from mae_jax.config import OPTIMIZERS
 from mae_jax.data.sources import registry
+from mae_jax.interop import layouts
 from mae_jax.storage import metric_sinks
 
 PACKAGE = sorted(Path("mae_jax").rglob("*.py"))
@@ -73,6 +74,7 @@ def test_what_registries_import_by_name_is_where_the_layers_have_it():
     assert {target.rpartition(".")[0] for target in methods.TABLE.values()} == {"mae_jax.methods"}
     assert {target.rpartition(".")[0] for target in OPTIMIZERS.values()} == {"mae_jax.training"}  # which asks for it
     assert {target.rpartition(".")[0] for target in metric_sinks.SINKS.values()} == {"mae_jax.storage"}
+    assert {target.rpartition(".")[0] for target in layouts.LAYOUTS.values()} == {"mae_jax.interop"}
     assert all(command.module.startswith("mae_jax.commands.") for command in COMMANDS.values())
 
 

@@ -4,7 +4,7 @@ import ast
 import difflib
 import io
 import tokenize
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +71,14 @@ def with_paths(argv: list[str]) -> list[str]:
 
 def fields(config: ConfigDict) -> str:
     """Returns the fields of a config, one a line: name, value, and the comment of its default."""
-    said = comments("config.py", "DEFAULTS") | own_comments(config.method.name)
-    lines = [(f"  {name}={value!r}", with_choices(name, said.get(name, "")))
+    said, allowed = comments("config.py", "DEFAULTS") | own_comments(config.method.name), choices()
+    lines = [(f"  {name}={value!r}", with_choices(said.get(name, ""), allowed.get(name, ())))
              for name, value in leaves(config.to_dict())]
     return "\n".join(f"{line:<{VALUE_WIDTH}}  # {text}" if text else line for line, text in lines)
 
 
-def with_choices(name: str, text: str) -> str:
+def with_choices(text: str, allowed: Collection[str]) -> str:
     """Returns what is said of a field, with the values that it may have where the text does not name them all."""
-    allowed = choices().get(name, ())
     missing = any(choice not in text for choice in allowed)
     return "; ".join(filter(None, (text, f"one of {', '.join(allowed)}"))) if missing else text
 

@@ -1,5 +1,6 @@
 """The table of evaluations, and what runs those that apply to a method and its data."""
 
+import functools
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from mae_jax import plugins
 from mae_jax.errors import UserError, nearest
 from mae_jax.evals.attention_maps import AttentionMaps
 from mae_jax.evals.attention_overlap import AttentionOverlap
@@ -45,8 +47,14 @@ Figures = dict[str, float]
 
 
 def evaluations() -> tuple[Evaluation, ...]:
-    """Returns all evaluations that are known."""
-    return EVALUATIONS
+    """Returns all evaluations: those of the table, then those of plug-ins, which may be classes."""
+    known = plugins.table("evaluations", {each.name: each for each in EVALUATIONS})
+    return tuple(_made(each) if isinstance(each, type) else each for each in known.values())
+
+
+@functools.cache
+def _made(kind: type[Evaluation]) -> Evaluation:
+    return kind()
 
 
 class Evaluator:

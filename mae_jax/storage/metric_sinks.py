@@ -1,13 +1,12 @@
 """Metric sinks: where scalars and figures go besides metrics.jsonl."""
 
-import importlib
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_jax.errors import UserError, nearest
+from mae_jax import plugins
 
 SINKS = {  # name → module:class
     "pictures": "mae_jax.storage.png_files:PngFiles",
@@ -50,10 +49,7 @@ class Sink:
 
 def find(name: str) -> type[Sink]:
     """Returns the class of a sink; raises UserError with the nearest name."""
-    if name not in SINKS:
-        raise UserError(f"unknown log.sinks {name!r}; {nearest(name, SINKS)}")
-    module, _, attribute = SINKS[name].partition(":")
-    found: Any = getattr(importlib.import_module(module), attribute)
+    found: type[Sink] = plugins.find("metric_sinks", name, SINKS, "log.sinks")
     return found
 
 

@@ -1,6 +1,5 @@
 """Optimizers, schedule, weight decay and freezing, all by parameter path and by the step of the train state."""
 
-import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from mae_jax.config import DEFAULTS, optimizers
+from mae_jax import plugins
+from mae_jax.config import DEFAULTS, OPTIMIZERS
 from mae_jax.durations import Timeline
 from mae_jax.methods.base import Method, Params
 from mae_jax.param_tree import path
@@ -46,8 +46,7 @@ def reads(*fields: str) -> Callable[[Callable[[ConfigDict, Schedule, Mask], Tran
 
 def get(name: str) -> Rule:
     """Returns the rule that `optim.name` names."""
-    module, _, attribute = optimizers()[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return plugins.find("optimizers", name, OPTIMIZERS, "optim.name")
 
 
 def unread(config: ConfigDict) -> list[str]:

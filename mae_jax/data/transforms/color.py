@@ -5,7 +5,7 @@ for PIL pictures.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,11 +99,6 @@ class Moving(NamedTuple):
 
 # data.color → a function of image and generator, or a `Moving`.
 COLOURS: dict[str, Any] = {"none": none, "jitter": jitter, "three": three, "rand": Moving(rand_augment)}
-
-
-def policies() -> Mapping[str, Any]:
-    """Returns the values of data.color, with those of plug-ins, and what each stands for."""
-    return plugins.table("color_policies", COLOURS)
 
 
 @functools.cache

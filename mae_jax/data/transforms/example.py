@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from mae_jax.data import masking
 from mae_jax.data.decode import IGNORED, Picture, opencv
 from mae_jax.data.sources.base import UNLABELLED, Example
+from mae_jax.data.transforms.color import policy
 from mae_jax.data.transforms.crop import augment, augment_view, centre
 from mae_jax.ops.patches import PatchGrid
 from mae_jax.rng import rng
@@ -31,8 +32,9 @@ class Views:
         self._config, self._order, self._spec, self._views = config, order, spec, views
         self._grid = PatchGrid.of(config)
         self.group = order.group  # neighbours whose orders belong together
+        policy(config.data.colour)  # says at once what is missing
         if config.data.resize == "fast":
-            opencv()  # says at once what is missing
+            opencv()  # likewise
 
     def train(self, example: Example, position: int) -> Fields:
         """Returns the augmented view, or views, that belong to a position of the run; raises BadPicture."""
