@@ -33,7 +33,7 @@ def test_every_batch_has_the_tokens_of_its_examples_in_the_order_of_their_patche
         np.testing.assert_array_equal(batch["tokens"], (batch["id"][:, None] + batch["order"]) % 24)
 
 
-@pytest.mark.parametrize("method", ["beit", "splitmask"])
+@pytest.mark.parametrize("method", ["beit", pytest.param("splitmask", marks=pytest.mark.slow)])
 def test_the_loss_asks_for_them(tmp_path, method):
     _, some, inputs = build(tmp_path, method)
     batch = next(inputs.train(0))

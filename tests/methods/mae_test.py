@@ -91,6 +91,7 @@ def test_the_evaluation_reports_what_the_mean_colour_of_the_visible_patches_cost
     np.testing.assert_allclose(total / weight, wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_invalid_rows_change_neither_loss_nor_gradients():
     config = tiny_config()
     method, params, batch = tiny_method(config), tiny_params(config), tiny_batch(config)

@@ -206,6 +206,7 @@ def test_the_decoder_of_a_picture_is_given_no_class_token():
     np.testing.assert_array_equal(decode(params, tokens, batch["order"]), decode(params, changed, batch["order"]))
 
 
+@pytest.mark.slow
 def test_chosen_blocks_alone_have_homologous_attention():
     method, _, _ = made({"method.blocks": "1"})
     assert method.mixer.kept == (None, TopKeys(4, 16))
@@ -226,6 +227,7 @@ def test_whole_pictures_are_encoded_with_ordinary_attention_and_without_segments
     np.testing.assert_array_equal(jax.jit(method.encode)(params, {}, batch), jax.jit(mae.encode)(params, {}, batch))
 
 
+@pytest.mark.slow
 def test_losses_start_where_they_should_and_evaluations_add_figures():
     method, _, batch = made({"model.width": 64, "model.heads": 4, "method.decoder_width": 32})
     params, _ = jax.jit(method.init)(jax.random.key(0), batch)

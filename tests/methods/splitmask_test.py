@@ -113,7 +113,7 @@ def raster_of(batch):
 
 
 @SIZES
-@pytest.mark.parametrize("target", ["kmeans", "norm_pix"])
+@pytest.mark.parametrize("target", [pytest.param("kmeans", marks=pytest.mark.slow), "norm_pix"])
 def test_each_half_is_asked_for_the_patches_that_it_has_not_seen(size, target):
     method, params, extras, batch = made({**size, "method.target": target})
     few, h = {name: value[:3] for name, value in batch.items()}, method.half

@@ -47,7 +47,7 @@ def test_supervised_meshes_train_alike_and_count_every_example_once():
     for arm, found in run("labelled", 8).items():
         figures, one = found.pop("figures"), found.pop("one")
         assert len(set(one)) == len(one)
-        assert found.pop("clear") > 0.01  # or a sum in another order might change an answer
+        assert found.pop("clear") > 1e-3  # in logits, of which sums in another order change some 1e-6
         for name, losses in found.items():
             np.testing.assert_allclose(losses, one, rtol=1e-5, err_msg=f"{arm} {name}")
             assert figures[name]["confusion"] == figures["one"]["confusion"]
