@@ -16,7 +16,6 @@ from mae_jax.commands.cluster.feature_store import Features
 from mae_jax.commands.cluster.images import cluster
 from mae_jax.commands.export.command import export
 from mae_jax.commands.export.expert_path import customise, look
-from mae_jax.data import build
 from mae_jax.data.cluster_ids import Clusters
 from mae_jax.data.sources import folder as sources_folder
 from mae_jax.errors import UserError
@@ -32,7 +31,7 @@ from mae_jax.training import loop, run, workdir
 from tests.faults.processes import free_port
 from tests.helpers import records
 from tests.helpers.devices import simulated
-from tests.helpers.tiny import tiny_config, tiny_method
+from tests.helpers.tiny import open_inputs, tiny_config, tiny_method
 
 CROPS = {"data.source": "photo_crops", "data.train_split": "train[:400]", "train.duration": "2 steps",
          "eval.every": "2 steps", "checkpoint.every": "2 steps", "batch_size": 16, "eval.max_examples": 64,
@@ -189,7 +188,7 @@ def test_records_that_readers_leave_out_have_clusters_like_all_others(made, tmp_
             "data.eval_split": "", "eval.every": "", "data.readers": 8, "data.shuffle_mb": 1}
     assert clustered(made / "mae", tmp_path / "clusters", data=tiny_config(CROPS | data)) == 0
     config = tiny_config(CROPS | data | {"method.clusters": str(tmp_path / "clusters")}, "moce")
-    inputs = build(config, tiny_method(config).eval_spec(), tiny_method(config).order())
+    inputs = open_inputs(config)
     assert inputs.num_train == 96
     assigned = Clusters.read(str(tmp_path / "clusters")).assigned["train"]
     assert (len(assigned), assigned.min()) == (103, 0)
