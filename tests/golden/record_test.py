@@ -76,8 +76,7 @@ def test_a_run_goes_where_that_of_the_record_went(trained):
 
 
 def check_metrics(found: dict[str, Any], wanted: dict[str, Any], evaluated: int) -> None:
-    """Names are those of the record at every step, and past `evaluated` added ones; values of training and losses are near.
-    """
+    """Names are the record's, past step `evaluated` with the added ones; values of training and losses are near."""
     assert {step: set(values) for step, values in found.items()} == {
         step: with_added(values) if int(step) > evaluated else set(values) for step, values in wanted.items()}
     assert len([step for step in wanted if "train/loss" in wanted[step]]) == TOTAL
