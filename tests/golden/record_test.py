@@ -37,7 +37,7 @@ class Trained(NamedTuple):
     workdir: Path
     wanted: dict[str, Any]
     arrays: Arrays
-    done: int  # the last step that 0.1.0 made of it, -1 for none
+    evaluated: int  # the last step that 0.1.0 evaluated, -1 for none: it was stopped before it evaluated step STOP
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,7 +65,7 @@ def trained(request: pytest.FixtureRequest, tmp_path: Path) -> Trained:
     assert runs.train(config, workdir) == 0
     with np.load(RECORD / "runs" / f"{method}.npz") as stored:
         wanted = json.loads((RECORD / "runs" / f"{method}.json").read_text())
-        return Trained(workdir, wanted, dict(stored), STOP if kind == "resumed" else -1)
+        return Trained(workdir, wanted, dict(stored), 0 if kind == "resumed" else -1)
 
 
 def test_a_run_goes_where_that_of_the_record_went(trained):
@@ -73,15 +73,14 @@ def test_a_run_goes_where_that_of_the_record_went(trained):
     assert found["folders"] == trained.wanted["folders"]
     assert {name: item[:2] for name, item in found["items"].items()} == {
         name: item[:2] for name, item in trained.wanted["items"].items()}
-    check_metrics(found["metrics"], trained.wanted["metrics"], trained.done)
+    check_metrics(found["metrics"], trained.wanted["metrics"], trained.evaluated)
     check_arrays(runs.saved(trained.workdir), trained.arrays)
 
 
-def check_metrics(found: dict[str, Any], wanted: dict[str, Any], done: int) -> None:
-    """Names are those of the record at every step, and past `done` added ones; values of training and losses are near.
-    """
+def check_metrics(found: dict[str, Any], wanted: dict[str, Any], evaluated: int) -> None:
+    """Names are the record's, past step `evaluated` with the added ones; values of training and losses are near."""
     assert {step: set(values) for step, values in found.items()} == {
-        step: with_added(values) if int(step) > done else set(values) for step, values in wanted.items()}
+        step: with_added(values) if int(step) > evaluated else set(values) for step, values in wanted.items()}
     assert len([step for step in wanted if "train/loss" in wanted[step]]) == TOTAL
     for step, values in wanted.items():
         names = [name for name, value in values.items()
