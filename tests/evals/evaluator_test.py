@@ -87,6 +87,7 @@ def test_an_evaluation_split_without_labels_has_no_probes(mesh):
     assert evaluator.on_demand("pixel_baseline", tiny_state(config)) == {}
 
 
+@pytest.mark.slow
 def test_raw_pixels_are_probed_in_raster_order_as_the_floor(mesh):
     config = tiny_config()
     evaluator = Evaluator(tiny_method(config), Inputs(config), mesh)

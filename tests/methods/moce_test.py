@@ -58,6 +58,7 @@ def test_the_first_step_of_an_upcycled_one_is_that_of_the_mae_with_noise_or_with
     np.testing.assert_allclose(ours, jax.jit(mae.predict)(start, batch), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_gate_of_an_upcycled_one_learns_from_its_first_step():
     method, params, extras, batch, *_ = grown({"method.balance_weight": 0.0, "method.confidence_weight": 0.0})
     grads = jax.jit(jax.grad(lambda p: method.loss(p, extras, batch, None, 0, True)[0]))(params)
@@ -79,6 +80,7 @@ def test_gates_start_small_and_send_clusters_to_different_experts():
     assert np.abs(experts[0] - experts[1]).max() > 0
 
 
+@pytest.mark.slow
 def test_noise_is_drawn_per_cluster_layer_and_step_and_in_training_alone():
     method, params, extras, batch = made({"method.blocks": "all", "method.noise": 8.0})
     key = jax.random.key(0)
@@ -145,10 +147,11 @@ def test_the_distance_to_the_first_encoder_starts_at_zero_and_is_hubers():
     assert method.frozen_flops() > 0
 
 
+@pytest.mark.slow
 def test_tokens_choose_for_themselves_where_the_gate_reads_tokens():
     method, params, extras, batch = made({"method.gate": "token", "method.gate_weight": "value"})
     assert "gates" not in params
-    _, of_tokens = method.encode_visible(params, extras, batch)
+    _, of_tokens = jax.jit(method.encode_visible)(params, extras, batch)
     (gate,) = of_tokens.values()
     assert gate.shape == (8, 1 + method.visible, 4)
     assert len(np.unique(gate.argmax(-1))) > 1

@@ -33,6 +33,7 @@ class Spiking(MAE):
         return loss * factor, (metrics | {"loss": (total * factor, weight)}, extras)
 
 
+@pytest.mark.slow
 def test_a_spike_changes_nothing_but_step_and_history_and_is_counted():
     config = tiny_config({"guard.spike": 6.0, "optim.ema": 0.9, "optim.lr": 1e-4, "train.duration": "100 steps"})
     step = tiny_step(config, Spiking(config))
