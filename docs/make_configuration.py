@@ -15,7 +15,7 @@ from mae_jax.commands.recipes import comments, leaves, own_comments, with_choice
 from mae_jax.data.transforms.color import COLOURS
 from mae_jax.methods import fields
 
-CHOICES = {**config.CHOICES, "optim.name": config.OPTIMIZERS, "data.colour": COLOURS}  # without those of plug-ins
+CHOICES = {**config.CHOICES, "optim.name": config.OPTIMIZERS, "data.color": COLOURS}  # without those of plug-ins
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
 HEADER = """# Configuration

@@ -32,9 +32,10 @@ from ml_collections import ConfigDict
 from mae_jax.commands.cluster.images import cluster
 from mae_jax.commands.export.command import export
 from mae_jax.commands.export.expert_path import pooled
-from mae_jax.config import default
+from mae_jax.config import default, resolved
+from mae_jax.data import NO_DATA
 from mae_jax.evals import linear_probe
-from mae_jax.methods import get
+from mae_jax.methods import build
 from mae_jax.param_tree import judged
 from mae_jax.storage.checkpoint import load_params
 from mae_jax.training import loop, workdir
@@ -200,7 +201,7 @@ class Study:
         config = workdir.config_of(source).copy_and_resolve_references().unlock()
         config.data.update(classes=CLASSES[task], val_split="", eval_split="", augment="none")
         config.eval.max_examples = 1 << 31
-        method, (params, extras) = get(config.method.name)(config), judged(load_params(source, extras=True))
+        method, (params, extras) = build(resolved(config), NO_DATA), judged(load_params(source, extras=True))
         assert not extras or config.method.get("gate") == "token"
         pairs = []
         for split in ("train", "test"):

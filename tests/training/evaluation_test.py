@@ -139,8 +139,8 @@ def test_a_run_that_is_evaluated_no_more_often_than_it_is_long_is_evaluated_at_i
 
 
 @pytest.mark.parametrize(("fields", "line"), [
-    ({"checkpoint.best_metric": "top2"}, "checkpoint.best='top2'.* 'top"),
-    ({"checkpoint.best_metric": "raw/top1"}, "checkpoint.best='raw/top1'"),
+    ({"checkpoint.best_metric": "top2"}, "checkpoint.best_metric='top2'.* 'top"),
+    ({"checkpoint.best_metric": "raw/top1"}, "checkpoint.best_metric='raw/top1'"),
     ({"eval.sets": ("imagenet_v2",)}, "imagenet_v2")])
 def test_what_an_evaluation_cannot_give_is_said_before_the_first_step(tmp_path, fields, line):
     with pytest.raises(UserError, match=line):

@@ -32,7 +32,7 @@ class Views:
         self._config, self._order, self._spec, self._views = config, order, spec, views
         self._grid = PatchGrid.of(config)
         self.group = order.group  # neighbours whose orders belong together
-        policy(config.data.colour)  # says at once what is missing
+        policy(config.data.color)  # says at once what is missing
         if config.data.resize == "fast":
             opencv()  # likewise
 
