@@ -121,11 +121,12 @@ def test_the_batch_says_where_the_targets_are_in_training_and_evaluation_and_rep
 
 
 def test_cached_batches_hold_the_targets_and_are_refused_for_others(tmp_path):
+    from mae_jax.data import OpenedData
     from mae_jax.data.writers import write_batches
 
     config = config_of(eval__max_examples=16)
     method, inputs = tiny_method(config), batches_of(config)
-    write_batches(config, inputs, method.eval_spec(), method.order(), (), tmp_path, 2)
+    write_batches(OpenedData(config), inputs, method.eval_spec(), method.order(), (), tmp_path, 2)
     config.data.update(source="batches", path=str(tmp_path))
     for cached, drawn in ((next(batches_of(config).train(1)), next(inputs.train(1))),
                           (next(batches_of(config).evaluate()), next(inputs.evaluate()))):

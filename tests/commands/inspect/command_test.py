@@ -93,7 +93,8 @@ def test_cached_batches_are_those_of_the_run(tmp_path):
     c = config(source="folder", path=str(make_folder(tmp_path / "in", broken=False)), train_split="train[:80%]",
                val_split="train[80%:]", eval_split="test")
     inputs, method = build(c), tiny_method(c)
-    writers.write_batches(c, inputs, method.eval_spec(), method.order(), (), epath.Path(tmp_path / "out"), steps=3)
+    to = epath.Path(tmp_path / "out")
+    writers.write_batches(data.OpenedData(c), inputs, method.eval_spec(), method.order(), (), to, steps=3)
     back = build(config(source="batches", path=str(tmp_path / "out"), eval_split="test"))
     assert (back.num_train, back.num_eval, back.classes) == (inputs.num_train, inputs.num_eval, inputs.classes)
     assert back.num_val == inputs.num_val > 0

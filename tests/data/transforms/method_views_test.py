@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mae_jax.data import decode
+from mae_jax.data import OpenedData, decode
 from mae_jax.data.decode import Picture
 from mae_jax.data.masking import Colours, Order, View
 from mae_jax.data.readers.random_access import Source, train_example
@@ -116,7 +116,7 @@ def test_all_views_of_a_picture_come_from_one_decoding(monkeypatch):
 def test_cached_batches_hold_the_views_and_read_back_the_same(tmp_path):
     config, method, inputs = build(**{"eval.max_examples": 16})
     folder = epath.Path(tmp_path / "out")
-    write_batches(config, inputs, method.eval_spec(), method.order(), method.views(), folder, steps=2)
+    write_batches(OpenedData(config), inputs, method.eval_spec(), method.order(), method.views(), folder, steps=2)
     _, _, stored = build(**{"data.source": "batches", "data.path": str(tmp_path / "out")})
     for ours, theirs in ((stored.train(1), inputs.train(1)), (stored.evaluate(), inputs.evaluate())):
         one, other = next(ours), next(theirs)
