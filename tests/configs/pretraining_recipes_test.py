@@ -6,9 +6,8 @@ import pytest
 from mae_jax.config import validate
 from mae_jax.data.sources.expected_sizes import SIZES
 from mae_jax.durations import steps
-from mae_jax.methods import get
 from mae_jax.param_tree import flatten
-from tests.configs.recipes_test import leaves, resolved
+from tests.configs.recipes_test import leaves, method_of, resolved
 
 BEIT_OPTIMISER = {"batch_size": 2048, "optim.lr": 1.5e-3 / 8, "optim.betas": (0.9, 0.98), "optim.clip": 3.0,
                   "optim.weight_decay": 0.05, "optim.min_lr": 1e-5, "model.layer_scale": 0.1, "model.drop_path": 0.1}
@@ -60,7 +59,7 @@ def test_a_recipe_has_the_published_values(text):
     ("vit_s_dino", {"encoder": 21_589_632 + 384,
                     "head": 384 * 2048 + 2048 + 2048 * 2049 + 2048 * 256 + 256 + 256 * 65_536})])
 def test_the_parameters_are_as_many_as_published(text, parts):
-    method = get(resolved(text).method.name)(resolved(text))
+    method = method_of(resolved(text))
     shapes = flatten(jax.eval_shape(method.init, jax.random.key(0), method.batch_spec())[0])
     found = {part: sum(leaf.size for name, leaf in shapes.items() if name.split("/")[0] == part) for part in parts}
     assert found == parts

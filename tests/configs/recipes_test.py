@@ -8,9 +8,11 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from mae_jax.config import steps, validate
+from mae_jax.config import for_platform, validate
+from mae_jax.data import ASSUMED
+from mae_jax.durations import Timeline, steps
 from mae_jax.errors import UserError
-from mae_jax.methods import get
+from mae_jax.methods import build
 from mae_jax.methods.base import Method
 from mae_jax.models.vit import drop_path_rates
 from mae_jax.ops.patches import PatchGrid
@@ -25,6 +27,11 @@ def resolved(text: str) -> ConfigDict:
     """Returns the config of 'file:argument'."""
     name, _, arg = text.partition(":")
     return recipe(Path(f"configs/{name}.py"), arg)
+
+
+def method_of(config: ConfigDict) -> Method:
+    """Returns a config's method for the numbers of ImageNet-1K."""
+    return build(for_platform(config, "cpu"), ASSUMED)
 
 
 class Row(NamedTuple):
@@ -108,7 +115,7 @@ def test_a_recipe_comes_to_the_published_numbers(text):
     ("deit3:B,to224", 1e-6, 1e-5, 1e-5), ("deit3:H,in21k_to_1k", 1e-6, 3e-4, 1e-5)])
 def test_the_learning_rate_rises_from_and_falls_to_what_is_published(text, start, peak, end):
     config = resolved(text)
-    schedule = make_schedule(config, IMAGENET)
+    schedule = make_schedule(config, Timeline.of(config, IMAGENET))
     total, warmup = (steps(duration, config.batch_size, IMAGENET)
                      for duration in (config.train.duration, config.optim.warmup))
     assert [float(schedule(step)) for step in (0, warmup, total)] == pytest.approx([start, peak, end], rel=1e-5)
@@ -172,7 +179,7 @@ def test_a_recipe_has_the_published_loss_augmentation_model_and_optimiser(text):
 def built(text: str) -> tuple[Method, dict[str, jax.ShapeDtypeStruct]]:
     """Returns the method of a recipe and path → shape of its parameters."""
     config = resolved(text)
-    method = get("supervised")(config)
+    method = method_of(config)
     shapes, _ = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec())
     return method, flatten(shapes)
 
@@ -216,7 +223,7 @@ def test_partial_fine_tuning_of_4_of_24_blocks_learns_these_and_the_head():
     config = resolved("finetune:L,paper")
     config.method.train_blocks = 4
     validate(config)
-    method, shapes = get("supervised")(config), built("finetune:L,paper")[1]
+    method, shapes = method_of(config), built("finetune:L,paper")[1]
     learns = {name.split("/")[1] if name.startswith("encoder") else name.split("/")[0]
               for name in shapes if method.learns(name)}
     assert learns == {"block_20", "block_21", "block_22", "block_23", "fc_norm", "head"}

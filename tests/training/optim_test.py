@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from mae_jax import param_tree
 from mae_jax.config import DEFAULTS, OPTIMIZERS
+from mae_jax.durations import Timeline
 from mae_jax.methods.mae import MAE
 from mae_jax.param_tree import flatten
 from mae_jax.runtime import sharding
@@ -28,7 +29,7 @@ IMAGENET, BATCH = 1_281_167, 4096
 def paper_schedule():
     config = tiny_config({"batch_size": BATCH, "train.duration": "800 epochs", "optim.warmup": "40 epochs",
                           "optim.lr": 1.5e-4})
-    return optim.make_schedule(config, IMAGENET)
+    return optim.make_schedule(config, Timeline.of(config, IMAGENET))
 
 
 def test_the_papers_learning_rate_rises_to_2_4e_3_in_40_epochs_and_falls_to_0_in_800():
@@ -62,7 +63,7 @@ def test_the_minimum_is_reached_at_the_end():
 def test_the_warm_up_starts_at_its_own_rate_which_no_batch_size_scales():
     config = tiny_config({"batch_size": 512, "train.duration": "100 steps", "optim.warmup": "10 steps",
                           "optim.lr": 1e-3, "optim.warmup_lr": 1e-6, "optim.min_lr": 1e-5})
-    schedule = optim.make_schedule(config, 64)
+    schedule = optim.make_schedule(config, Timeline.of(config, 64))
     rates = np.array([schedule(step) for step in range(101)])
     np.testing.assert_allclose(rates[:11], np.linspace(1e-6, 2e-3, 11), rtol=1e-5)
     assert rates[100] == pytest.approx(1e-5)
@@ -322,7 +323,7 @@ def test_layer_decay_multiplies_warm_up_and_minimum_too():
     config = tiny_config({"optim.layer_decay": 0.5, "optim.min_lr": 0.01, "optim.warmup_lr": 0.02,
                           "optim.weight_decay": 0.0, "optim.name": "sgd", "optim.momentum": 0.0})
     tree = {"encoder": {"block_00": {"bias": np.zeros(2, np.float32)}}, "head": {"bias": np.zeros(2, np.float32)}}
-    optimizer, schedule = optim.make_optimizer(config, tiny_method(config)), optim.make_schedule(config, 64)
+    optimizer, schedule = optim.make_optimizer(config, tiny_method(config)), optim.make_schedule(config, Timeline.of(config, 64))
     updates, _ = optimizer.update(jax.tree.map(np.ones_like, tree), optimizer.init(tree), tree, step=0)
     steps = np.array([schedule(step) for step in (0, 6)])[:, None]
     np.testing.assert_allclose(steps * updates["encoder"]["block_00"]["bias"], [[0.005] * 2, [0.0025] * 2], rtol=1e-6)
