@@ -81,7 +81,7 @@ def build(c, rows=None, **more):
     shapes = {"labels": (3,), "pixel_label": (4, 64)}
     spec = method.batch_spec() | {name: jax.ShapeDtypeStruct((c.batch_size, *(shape or shapes[name])), np.uint8)
                                   for name, shape in more.items()}
-    return data.OpenedData(c).batches(spec, method.order(), rows=rows)
+    return data.OpenedData(c, method.data_needs(c)).batches(spec, method.order(), rows=rows)
 
 
 def take(iterator, count):

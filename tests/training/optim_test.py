@@ -323,7 +323,8 @@ def test_layer_decay_multiplies_warm_up_and_minimum_too():
     config = tiny_config({"optim.layer_decay": 0.5, "optim.min_lr": 0.01, "optim.warmup_lr": 0.02,
                           "optim.weight_decay": 0.0, "optim.name": "sgd", "optim.momentum": 0.0})
     tree = {"encoder": {"block_00": {"bias": np.zeros(2, np.float32)}}, "head": {"bias": np.zeros(2, np.float32)}}
-    optimizer, schedule = optim.make_optimizer(config, tiny_method(config)), optim.make_schedule(config, Timeline.of(config, 64))
+    method = tiny_method(config)
+    optimizer, schedule = optim.make_optimizer(config, method), optim.make_schedule(config, method.timeline)
     updates, _ = optimizer.update(jax.tree.map(np.ones_like, tree), optimizer.init(tree), tree, step=0)
     steps = np.array([schedule(step) for step in (0, 6)])[:, None]
     np.testing.assert_allclose(steps * updates["encoder"]["block_00"]["bias"], [[0.005] * 2, [0.0025] * 2], rtol=1e-6)
