@@ -64,7 +64,7 @@ def run_ours(folder: str, resize: str, threads: int, images: int) -> dict[str, f
     c = config.default()
     c.batch_size = BATCH
     c.data.update({"source": "folder", "path": folder, "eval_split": "", "resize": resize, "threads": threads})
-    method = MAE(config.resolved(c))
+    method = MAE(config.resolved(c), data.NO_DATA)
     batches = data.OpenedData(c).batches(method.batch_spec(), method.order()).train(0)
     for _ in range(4):  # fills what is made ahead, so that as much is made while measuring as is taken
         next(batches)

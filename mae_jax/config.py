@@ -1,4 +1,4 @@
-"""Defaults, durations and validation of the config.
+"""Defaults, presets and validation of the config.
 
 A recipe under configs/ starts from `default()` and states only what differs. Every leaf can be overridden on the
 command line (`--config.optim.lr=1e-4`), so no default is a list or None: ml_collections cannot override those.
@@ -273,7 +273,7 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
 
 
 def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
-    """Returns a copy with what 'auto' stands for on 'cpu', 'gpu' or 'tpu'; raises UserError for what does not go there.
+    """Returns a copy with what 'auto' stands for on 'cpu', 'gpu' or 'tpu'.
 
     The config that is stored keeps its 'auto': a run may go on elsewhere.
     """
@@ -282,9 +282,6 @@ def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
         config.model.dtype = "float32" if platform == "cpu" else "bfloat16"
     if config.mesh.zero == "auto":
         config.mesh.zero = "off" if platform == "cpu" else "on"
-    if config.mesh.reduce == "bfloat16" and config.model.dtype != "bfloat16":
-        raise UserError(f"mesh.reduce=bfloat16 with activations in {config.model.dtype} would round the parameters; "
-                        "use model.dtype=bfloat16 or mesh.reduce=float32")
     return config
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jax
 import pytest
 from absl import flags
 from etils import epath
@@ -13,6 +14,7 @@ from mae_jax import config as configs
 from mae_jax.config import default, for_platform, from_dict, resolve, steps, validate, vit
 from mae_jax.errors import UserError, nearest
 from mae_jax.param_tree import flat
+from mae_jax.runtime import sharding
 from mae_jax.storage import paths
 from mae_jax.training import workdir
 from tests.helpers.tiny import tiny_config
@@ -273,8 +275,9 @@ def test_bfloat16_sums_need_bfloat16_activations():
     config = default()
     config.mesh.reduce = "bfloat16"
     with pytest.raises(UserError, match=r"mesh.reduce=bfloat16 .*float32"):
-        for_platform(config, "cpu")
-    assert for_platform(config, "tpu").mesh.reduce == "bfloat16"
+        sharding.make_mesh(for_platform(config, "cpu"), jax.devices()[:1])
+    config.model.dtype = "bfloat16"
+    assert sharding.make_mesh(for_platform(config, "cpu"), jax.devices()[:1]).size == 1
 
 
 @pytest.mark.parametrize(("fields", "line"), [

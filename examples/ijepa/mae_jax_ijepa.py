@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.data import NO_DATA, DataInfo, Order
+from mae_jax.data import DataInfo, Order
 from mae_jax.errors import UserError
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices, check_decoder
 from mae_jax.models.vit import make_decoder, make_encoder
@@ -116,7 +116,7 @@ class IJEPA(Method):
             raise UserError(f"method.context_ratio={m.context_ratio} is {visible} of {math.prod(sides)} patches; "
                             f"expected 1 to {most}, what a target leaves of the smallest context")
 
-    def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
+    def __init__(self, config: ConfigDict, data: DataInfo):
         super().__init__(config, data)
         m, self.patches = config.method, self.grid.num_patches
         self.visible = int(m.context_ratio * self.patches)

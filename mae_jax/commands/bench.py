@@ -3,11 +3,11 @@
   mae_jax bench --config=vit_b_mae --parts=step --config.batch_size=8
   mae_jax bench --config=quickstart --to=speed.json
 
-The step alone runs on random data that already lies on the device, and needs no TensorFlow. FLOPs are the model's
-matrix products, counted on paper (mae_jax/flops.py); MFU is their share of the chip's dense bfloat16 peak.
+The step alone runs on random data that already lies on the device, needs no TensorFlow, and takes the data for
+ImageNet-1K. FLOPs are the model's matrix products, counted on paper (`Method.forward_flops`); MFU is their share of the
+chip's dense bfloat16 peak.
 """
 
-import functools
 import itertools
 import json
 import os
@@ -61,18 +61,17 @@ def main() -> int:
 def measure(config: Any, parts: list[str], seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (part, figures) for each part."""
     rows = config.batch_size
-    step = functools.cache(lambda: TimedStep(config))
+    from mae_jax import config as configs
+    from mae_jax import methods
+    from mae_jax.data import ASSUMED
+
     if "step" in parts:
-        times = timed(lambda: step().run(step().batch), seconds)
-        yield "step", step().figures(times)
+        step = TimedStep(config, ASSUMED)
+        times = timed(lambda: step.run(step.batch), seconds)
+        yield "step", step.figures(times)
     if not {"input", "both"} & set(parts):
         return
-    from mae_jax import config as configs
-    from mae_jax import data, methods
-
-    config = configs.resolved(config)
-    opened = data.OpenedData(config, methods.get(config.method.name).data_needs(config))
-    method = methods.build(config, opened.info)
+    method, opened = methods.with_data(configs.resolved(config))
     inputs = opened.batches(method.eval_spec(), method.order(), method.views())
     if "input" in parts:
         batches = inputs.train(0)
@@ -81,24 +80,25 @@ def measure(config: Any, parts: list[str], seconds: float) -> Iterator[tuple[str
         yield "input", {"images_per_sec": rate, "images_per_sec_per_core": rate / os.cpu_count(),
                         "host_memory_gib": host_memory()}
     if "both" in parts:
-        batches = step().prefetched(inputs.train(0))
-        times = timed(lambda: step().run(next(batches)), seconds)
+        step = TimedStep(config, opened.info)
+        batches = step.prefetched(inputs.train(0))
+        times = timed(lambda: step.run(next(batches)), seconds)
         yield "both", {"images_per_sec": rows * len(times) / sum(times), "host_memory_gib": host_memory()}
 
 
 class TimedStep:
     """The true, jitted, donating train step with a batch of random pixels on the device."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, about: Any):
+        """Args: the config, and the `data.DataInfo` that the method is built for."""
         import jax
         import numpy as np
 
-        from mae_jax.data import ASSUMED
         from mae_jax.runtime import sharding
         from mae_jax.training import throughput
         from mae_jax.training.train_step import build
 
-        program = build(config, ASSUMED)
+        program = build(config, about)
         self.config, self.mesh = config, program.mesh
         draws, spec = np.random.default_rng(0), program.batch
         host = {name: np.ones(s.shape, s.dtype) if name == "valid" else np.zeros(s.shape, s.dtype)
@@ -107,7 +107,7 @@ class TimedStep:
             if name.endswith("patches"):
                 host[name] = draws.integers(0, 256, s.shape, np.uint8)
             elif name == "cluster":
-                host[name] = draws.integers(0, max(1, config.method.num_clusters), s.shape, s.dtype)
+                host[name] = draws.integers(0, program.method.count, s.shape, s.dtype)
             elif name.endswith("order"):
                 host[name] = draws.permuted(np.broadcast_to(np.arange(s.shape[-1], dtype=s.dtype), s.shape), axis=-1)
         self.batch = sharding.to_devices(host, self.mesh, config.batch_size)

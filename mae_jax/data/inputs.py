@@ -47,8 +47,16 @@ class OpenedData:
     """A config's data, opened: what they have is known, and batches can be made once a method says which.
 
     Attributes:
+      config: the config, without 'auto'.
+      needs: what the method asks of the data.
       info: what a method is built from.
     """
+
+    meta: dict[str, Any]  # of cached batches alone, and of all others:
+    train: Any  # the training split, a Source or a Stream (data/sources/base.py)
+    val: Any  # the validation split likewise, or None
+    eval: Any  # the evaluation split likewise, or None
+    left_over: range  # records of a stream that no reader reads
 
     def __init__(self, config: ConfigDict, needs: DataNeeds = NO_NEEDS):
         """Opens the splits of a config, for a method that needs this of them; raises UserError."""
@@ -58,7 +66,8 @@ class OpenedData:
             from mae_jax.data.readers import cached_batches
 
             self.meta = cached_batches.read_meta(config.data.path)
-            self.info = DataInfo(self.meta["num_train"], tuple(self.meta["classes"]), False, clusters)
+            several = cached_batches.multi_label(config.data.path, self.meta)
+            self.info = DataInfo(self.meta["num_train"], tuple(self.meta["classes"]), several, clusters)
             return
         self._open_splits()
         self.info = DataInfo(self.train.size - len(self.left_over), self.train.classes, "labels" in self.train.fields,
@@ -105,7 +114,7 @@ class OpenedData:
         if config.data.source == "batches":
             from mae_jax.data.readers import cached_batches
 
-            return Inputs(**cached_batches.open_folder(config, self.meta, clusters, spec, views, order, rows))
+            return Inputs(**cached_batches.open_folder(config, self.meta, self.info, spec, views, order, rows))
         inputs = self._read(spec, order, rows, views)
         sizes = {split: part.size for split, part in inputs.parts.items()}
         sizes[config.data.train_split] = inputs.num_train

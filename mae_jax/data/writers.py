@@ -151,7 +151,8 @@ def write_batches(opened: OpenedData, inputs: Inputs, spec: Spec, order: Order, 
     for name, found in parts.items():
         with (folder / f"{name}.npz").open("wb") as file:
             np.savez(file, **_joined(found, with_views(spec, views) if name == "train" else spec))
-    meta = {"classes": inputs.classes, "num_train": inputs.num_train, **cached_batches.hiding(order, views),
+    meta = {"classes": inputs.classes, "num_train": inputs.num_train, "multi_label": "labels" in spec,
+            **cached_batches.hiding(order, views),
             **cached_batches.joined_from(opened.config, opened.info.clusters)}
     (folder / "meta.json").write_text(json.dumps(meta))
 

@@ -36,7 +36,7 @@ class Frozen(Method):
 
     def __init__(self, config: ConfigDict, block: int):
         config = resolved(config)
-        super().__init__(config)
+        super().__init__(config, NO_DATA)
         self.of, self.block = build(config, NO_DATA), block
 
     def encode(self, params: Any, extras: Any, batch: Any, block: int = -1) -> jax.Array:

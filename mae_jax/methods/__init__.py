@@ -8,7 +8,7 @@ from mae_jax.methods import fields
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-    from mae_jax.data.info import DataInfo
+    from mae_jax.data import DataInfo, OpenedData
     from mae_jax.methods.base import Method
 
 TABLE = {  # name → module:class
@@ -31,6 +31,14 @@ def get(name: str) -> "type[Method]":
 def build(config: "ConfigDict", data: "DataInfo") -> "Method":
     """Builds the method of a config without 'auto' for data that have this; raises UserError."""
     return get(config.method.name)(config, data)
+
+
+def with_data(config: "ConfigDict") -> "tuple[Method, OpenedData]":
+    """Opens the data of a config without 'auto', and builds its method for them; raises UserError."""
+    from mae_jax.data import OpenedData
+
+    opened = OpenedData(config, get(config.method.name).data_needs(config))
+    return build(config, opened.info), opened
 
 
 def defaults(name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.data.info import NO_DATA, DataInfo, DataNeeds
+from mae_jax.data.info import DataInfo, DataNeeds
 from mae_jax.data.masking import Order, View, block_shape, with_views
 from mae_jax.durations import Timeline
 from mae_jax.errors import UserError, nearest
@@ -100,7 +100,7 @@ class Method:
     group: int = 1  # rows that stay together on a device and in a micro-batch, neighbours in the batch
     decayed: ClassVar[tuple[str, ...]] = ("kernel", "cls_token", "mask_token")  # weight decay, by last name of the path
 
-    def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
+    def __init__(self, config: ConfigDict, data: DataInfo):
         """Binds the method to a config without 'auto', and to what the data have."""
         self.config, self.data, self.grid = config, data, PatchGrid.of(config)
         self.timeline = Timeline.of(config, data.num_train)
@@ -119,7 +119,8 @@ class Method:
 
     def heads(self) -> dict[str, int]:
         """Returns config field → number of attention heads, each of which `mesh.tensor` must divide."""
-        return {"model.heads": self.config.model.heads}
+        own = {f"method.{name}": self.config.method[name] for name in ("decoder_heads",) if name in self.config.method}
+        return {"model.heads": self.config.model.heads, **own}
 
     def order(self) -> Order:
         """Returns how the host draws `order`."""

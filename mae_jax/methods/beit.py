@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.data.info import NO_DATA, DataInfo, DataNeeds
+from mae_jax.data.info import DataInfo, DataNeeds
 from mae_jax.data.masking import Order
 from mae_jax.errors import UserError
 from mae_jax.methods import fields
@@ -39,7 +39,7 @@ class BEiT(Method):
         if not 0 < m.masked < patches:
             raise UserError(f"method.masked={m.masked}; expected 1 to {patches - 1} of {patches} patches")
 
-    def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
+    def __init__(self, config: ConfigDict, data: DataInfo):
         super().__init__(config, data)
         self.patches, self.masked = self.grid.num_patches, config.method.masked
         self.targets = PatchTargets(config)

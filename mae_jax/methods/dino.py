@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.data.info import NO_DATA, DataInfo
+from mae_jax.data.info import DataInfo
 from mae_jax.data.masking import Colours, Order, View
 from mae_jax.durations import steps
 from mae_jax.errors import UserError
@@ -65,7 +65,7 @@ class DINO(Method):
                             f"data.repeats={data.repeats}: DINO's views are crops and colours of their own, cut from "
                             "one decoding; leave 'random', 'none', 'exact' and 1")
 
-    def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
+    def __init__(self, config: ConfigDict, data: DataInfo):
         super().__init__(config, data)
         m = config.method
         self.encoder = make_encoder(config)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mae_jax.data.info import NO_DATA, DataInfo
+from mae_jax.data.info import DataInfo
 from mae_jax.data.masking import Order
 from mae_jax.errors import UserError
 from mae_jax.losses import pixel_targets
@@ -62,7 +62,7 @@ class MAE(Method):
             raise UserError(f"method.mask_ratio={m.mask_ratio} leaves {visible} of {patches} patches visible; "
                             "at least one must be visible and one hidden")
 
-    def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
+    def __init__(self, config: ConfigDict, data: DataInfo):
         super().__init__(config, data)
         self.target = config.method.target
         self.outputs = self.grid.patch_dim
@@ -78,9 +78,6 @@ class MAE(Method):
     def visible_of(config: ConfigDict, patches: int) -> int:
         """Returns V, how many of N patches the encoder sees of a picture."""
         return visible_patches(patches, config.method.mask_ratio)
-
-    def heads(self) -> dict[str, int]:
-        return super().heads() | {"method.decoder_heads": self.config.method.decoder_heads}
 
     def order(self) -> Order:
         return Order(kind_of_order(self.config), self.grid.shape, self.hidden)

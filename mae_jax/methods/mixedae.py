@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mae_jax.data.info import NO_DATA, DataInfo, DataNeeds
+from mae_jax.data.info import DataInfo, DataNeeds
 from mae_jax.data.masking import Order
 from mae_jax.errors import UserError
 from mae_jax.losses.contrastive import supervised_contrast
@@ -64,7 +64,7 @@ class MixedAE(MAE):
             raise UserError(f"data.repeats={config.data.repeats} would mix a picture with itself")
         named_blocks(config)
 
-    def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
+    def __init__(self, config: ConfigDict, data: DataInfo):
         super().__init__(config, data)
         m = config.method
         self.group = _group(config)  # G

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.data.info import NO_DATA, DataInfo, DataNeeds
+from mae_jax.data.info import DataInfo, DataNeeds
 from mae_jax.errors import UserError
 from mae_jax.methods import fields
 from mae_jax.methods.base import Batch, Extras, Metrics, Params, check_choices, named_blocks
@@ -62,7 +62,7 @@ class MoCE(MAE):
         if not self.by_token and m.num_clusters not in (0, self.count):
             raise UserError(f"method.num_clusters={m.num_clusters}, but {m.clusters} has {self.count}")
 
-    def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
+    def __init__(self, config: ConfigDict, data: DataInfo):
         super().__init__(config, data)
         m = config.method
         self.blocks = sorted(named_blocks(config))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mae_jax.data.info import NO_DATA, DataInfo
+from mae_jax.data.info import DataInfo
 from mae_jax.errors import UserError
 from mae_jax.losses import segmentation
 from mae_jax.methods import fields
@@ -43,7 +43,7 @@ class Segment(Method):
         if not -1 <= m.train_blocks <= depth:
             raise UserError(f"method.train_blocks={m.train_blocks}; expected 0 to {depth}, or -1 for the whole encoder")
 
-    def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
+    def __init__(self, config: ConfigDict, data: DataInfo):
         super().__init__(config, data)
         self.encoder = make_encoder(config)
         self.head = Head(config.method.classes, HEAD_STD)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.data.info import NO_DATA, DataInfo, DataNeeds
+from mae_jax.data.info import DataInfo, DataNeeds
 from mae_jax.data.masking import Order
 from mae_jax.errors import UserError
 from mae_jax.losses.contrastive import info_nce
@@ -40,7 +40,7 @@ class SplitMask(Method):
         if PatchGrid.of(config).num_patches < 2:
             raise UserError("one patch cannot be split; use a larger data.image_size or a smaller model.patch")
 
-    def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
+    def __init__(self, config: ConfigDict, data: DataInfo):
         super().__init__(config, data)
         self.patches = self.grid.num_patches
         self.half = self.patches // 2
@@ -51,9 +51,6 @@ class SplitMask(Method):
     @staticmethod
     def data_needs(config: ConfigDict) -> DataNeeds:
         return DataNeeds(vocabulary=config.method.vocabulary)
-
-    def heads(self) -> dict[str, int]:
-        return super().heads() | {"method.decoder_heads": self.config.method.decoder_heads}
 
     def order(self) -> Order:
         return Order("random", self.grid.shape, self.patches - self.half)

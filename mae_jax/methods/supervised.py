@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from mae_jax.data.info import NO_DATA, DataInfo, DataNeeds
+from mae_jax.data.info import DataInfo, DataNeeds
 from mae_jax.errors import UserError
 from mae_jax.methods import fields
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices, pool
@@ -69,7 +69,7 @@ class Supervised(Method):
         if wanted not in (0, there):
             raise UserError(f"method.classes={wanted}, but the data has {there} classes; leave it 0, or use other data")
 
-    def __init__(self, config: ConfigDict, data: DataInfo = NO_DATA):
+    def __init__(self, config: ConfigDict, data: DataInfo):
         super().__init__(config, data)
         m = config.method
         self.classes = m.classes or len(data.classes)

@@ -31,13 +31,17 @@ def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Me
     """Returns the mesh that `config.mesh` of a config without 'auto' describes over all devices, or those given.
 
     Raises:
-      UserError: the axes do not multiply to the number of devices, or the batch does not divide.
+      UserError: the axes do not multiply to the number of devices, the batch does not divide, or gradients would be
+        summed in less than activations have.
     """
     devices = jax.devices() if devices is None else devices
     data, fsdp, tensor = mesh_sizes(config, len(devices))
     _check_batch(config, data * fsdp)
     make = partial(jax.make_mesh, axis_types=(AxisType.Auto,) * 4, devices=devices)
     assert config.mesh.zero != "auto", "config.for_platform comes first"
+    if config.mesh.reduce == "bfloat16" and config.model.dtype != "bfloat16":
+        raise UserError(f"mesh.reduce=bfloat16 with activations in {config.model.dtype} would round the parameters; "
+                        "use model.dtype=bfloat16 or mesh.reduce=float32")
     data, zero = (1, data) if config.mesh.zero == "on" else (data, 1)
     rows = zero * fsdp
     if data > 1 or rows not in (zero, fsdp) or rows < 4 or rows % 2 or devices[0].platform == "gpu":

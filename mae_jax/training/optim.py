@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 
 from mae_jax import plugins
 from mae_jax.config import DEFAULTS, OPTIMIZERS
-from mae_jax.durations import Timeline
 from mae_jax.methods.base import Method, Params
 from mae_jax.param_tree import path
 
@@ -91,13 +90,13 @@ def warmup_cosine(peak: float, minimum: float, warmup: int, total: int, start: f
     return schedule
 
 
-def make_schedule(config: ConfigDict, timeline: Timeline) -> Schedule:
-    """Builds the schedule of `config.optim`.
+def make_schedule(method: Method) -> Schedule:
+    """Builds the schedule of the method's config and timeline.
 
     `lr` is per 256 images; `min_lr` and `warmup_lr` are not, as in MAE and timm.
     """
-    o = config.optim
-    return warmup_cosine(peak_lr(config), o.min_lr, timeline.warmup, timeline.total, o.warmup_lr)
+    o, timeline = method.config.optim, method.timeline
+    return warmup_cosine(peak_lr(method.config), o.min_lr, timeline.warmup, timeline.total, o.warmup_lr)
 
 
 def layer_rate(name: str, decay: float, depth: int) -> float:
@@ -114,32 +113,31 @@ def layer_rate(name: str, decay: float, depth: int) -> float:
     return decay ** (depth + 1 - layer)
 
 
-def weight_decay(config: ConfigDict, timeline: Timeline) -> Schedule:
+def weight_decay(method: Method) -> Schedule:
     """Returns step → weight decay: constant, or half a cosine from weight_decay to final_weight_decay (DINO)."""
-    o = config.optim
+    o = method.config.optim
     if o.final_weight_decay < 0:
         return lambda step: o.weight_decay
-    return warmup_cosine(o.weight_decay, o.final_weight_decay, 0, timeline.total)
+    return warmup_cosine(o.weight_decay, o.final_weight_decay, 0, method.timeline.total)
 
 
-def make_optimizer(config: ConfigDict, method: Method) -> optax.GradientTransformationExtraArgs:
-    """Builds the optimizer of `config.optim` without its learning rate: the step multiplies updates by -schedule(step).
+def make_optimizer(method: Method) -> optax.GradientTransformationExtraArgs:
+    """Builds the method's optimizer without its learning rate: the step multiplies updates by -schedule(step).
 
     The gradient is clipped first, by its global norm. Layer-wise decay comes last, since it is a factor of the learning
     rate: it multiplies decoupled weight decay too, and no trust ratio undoes it. Parameters that the method holds fixed
     have no state, and their update is zero.
 
     Args:
-      config: the resolved config.
-      method: whose parameters and timeline these are.
+      method: whose parameters, config and timeline these are.
 
     Returns:
       A transformation whose update takes the step of the train state as `step`.
     """
-    o = config.optim
+    o = method.config.optim
     clip = [optax.clip_by_global_norm(o.clip)] if o.clip else []
-    decay = weight_decay(config, method.timeline)
-    rates = [_layer_rates(o.layer_decay, config.model.depth)] if o.layer_decay != 1 else []
+    decay = weight_decay(method)
+    rates = [_layer_rates(o.layer_decay, method.config.model.depth)] if o.layer_decay != 1 else []
     decayed = partial(decay_mask, decayed=method.decayed)
     return _only(method.learns, optax.chain(*clip, *get(o.name).build(o, decay, decayed), *rates))
 

@@ -54,11 +54,13 @@ def prepare(config: ConfigDict, folder: epath.Path, trains: bool = True) -> Run:
     validate(config, trains)
     here = resolved(config)
     mesh = sharding.make_mesh(here)
-    kind = methods.get(config.method.name)
-    if trains and kind.learns_labels:
+    if trains and methods.get(config.method.name).learns_labels:
         data.check_apart(config.data, "train_split", "eval_split")
-    opened = data.OpenedData(here, kind.data_needs(here) if trains else data.NO_NEEDS)
-    method = methods.build(here, opened.info)
+    if trains:
+        method, opened = methods.with_data(here)
+    else:
+        opened = data.OpenedData(here)
+        method = methods.build(here, opened.info)
     if not trains and method.encodes_with:
         raise UserError(f"a run of method.name={config.method.name} has no single encoder to look at; python -m "
                         "mae_jax export --for-task=vote makes one")

@@ -34,6 +34,7 @@ class Program:
     Calls of `init` and `step`, and whatever else runs the models, belong inside `jax.set_mesh(program.mesh)`.
 
     Attributes:
+      method, mesh: as given.
       state: the train state's shapes, each with its sharding.
       batch: the global batch's shapes, each with its sharding.
       init: batch → state before the first step, jitted; no array exists whole where its sharding cuts it.
@@ -41,9 +42,9 @@ class Program:
     """
 
     def __init__(self, method: Method, mesh: Mesh):
+        """Raises UserError for a config that cannot be shared among the mesh's devices, or among micro-batches."""
         jax.config.update("jax_threefry_partitionable", True)  # what is drawn must not depend on the mesh
-        self.method, self.mesh = method, mesh
-        self.config = config = method.config
+        self.method, self.mesh, config = method, mesh, method.config
         for field, count in method.heads().items():
             if count % mesh.shape["tensor"]:
                 raise UserError(f"{field}={count} does not divide over mesh.tensor={mesh.shape['tensor']}; heads are "
@@ -58,16 +59,16 @@ class Program:
             raise UserError(f"batch_size={config.batch_size} gives a device {rows} rows at a time, which is not a "
                             f"multiple of the {method.group} pictures that {config.method.name} mixes; nearest: "
                             f"{' and '.join(near)}")
-        self.optimizer = optim.make_optimizer(config, method)
-        self.schedule = optim.make_schedule(config, method.timeline)
-        initial = partial(init_state, config, method, self.optimizer)
+        self.optimizer = optim.make_optimizer(method)
+        self.schedule = optim.make_schedule(method)
+        initial = partial(init_state, method, self.optimizer)
         spec = method.batch_spec()
         shapes = jax.eval_shape(initial, spec)
         placed = sharding.param_shardings(mesh, shapes)
         self.state = sharding.with_shardings(shapes, placed)
         self.batch = sharding.with_shardings(spec, sharding.batch_sharding(mesh))
         self.init = jax.jit(initial, out_shardings=placed)
-        self.step = jax.jit(make_train_step(config, method, self.optimizer, self.schedule),
+        self.step = jax.jit(make_train_step(method, self.optimizer, self.schedule),
                             donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh)),
                             compiler_options={"xla_gpu_deterministic_ops": config.train.deterministic})
 
@@ -77,15 +78,20 @@ class Program:
 
 
 def build(config: ConfigDict, data: DataInfo, devices: list[jax.Device] | None = None) -> Program:
-    """Builds a config's step for data that have this, on all devices or those given ('auto' is what they have)."""
+    """Builds a config's step for data that have this, on all devices or those given ('auto' is what they have).
+
+    Raises:
+      UserError: the config does not fit the devices, or the method.
+    """
     devices = jax.devices() if devices is None else devices
     config = for_platform(config, devices[0].platform)
     mesh = sharding.make_mesh(config, devices)
     return Program(methods.build(config, data), mesh)
 
 
-def init_state(config: ConfigDict, method: Method, optimizer: optax.GradientTransformation, batch: Batch) -> TrainState:
+def init_state(method: Method, optimizer: optax.GradientTransformation, batch: Batch) -> TrainState:
     """Returns the state before the first step."""
+    config = method.config
     params, extras = method.init(stream_key(config.seed, 0, "init"), batch)
     ema = jax.tree.map(jnp.copy, params) if config.optim.ema else {}
     zero = jnp.zeros((), jnp.int32)
@@ -133,7 +139,7 @@ def _dealt(x: jax.Array, parts: int, group: int) -> jax.Array:
     return x.reshape(-1, parts, group, *x.shape[1:]).swapaxes(0, 1).reshape(parts, -1, *x.shape[1:])
 
 
-def make_train_step(config: ConfigDict, method: Method, optimizer: optax.GradientTransformationExtraArgs,
+def make_train_step(method: Method, optimizer: optax.GradientTransformationExtraArgs,
                     schedule: Schedule) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the pure function (state, batch) → (state, metrics) that the loop jits, donating the state.
 
@@ -141,6 +147,8 @@ def make_train_step(config: ConfigDict, method: Method, optimizer: optax.Gradien
     extras keep their values bit for bit, whatever the optimizer; `step` advances all the same, so that the batch is not
     drawn again.
     """
+    config = method.config
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = stream_key(config.seed, state.step, "loss")
         grads, metrics, new_extras = gradients(method, state, batch, key, config.train.accumulate)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.config import for_platform, validate
 from mae_jax.data import ASSUMED
-from mae_jax.durations import Timeline, steps
+from mae_jax.durations import steps
 from mae_jax.errors import UserError
 from mae_jax.methods import build
 from mae_jax.methods.base import Method
@@ -115,7 +115,7 @@ def test_a_recipe_comes_to_the_published_numbers(text):
     ("deit3:B,to224", 1e-6, 1e-5, 1e-5), ("deit3:H,in21k_to_1k", 1e-6, 3e-4, 1e-5)])
 def test_the_learning_rate_rises_from_and_falls_to_what_is_published(text, start, peak, end):
     config = resolved(text)
-    schedule = make_schedule(config, Timeline.of(config, IMAGENET))
+    schedule = make_schedule(method_of(config))
     total, warmup = (steps(duration, config.batch_size, IMAGENET)
                      for duration in (config.train.duration, config.optim.warmup))
     assert [float(schedule(step)) for step in (0, warmup, total)] == pytest.approx([start, peak, end], rel=1e-5)

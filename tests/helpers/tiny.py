@@ -12,7 +12,6 @@ from mae_jax import methods
 from mae_jax.config import default, resolved, validate
 from mae_jax.data import DataInfo, Inputs, OpenedData
 from mae_jax.data.masking import rolled
-from mae_jax.durations import Timeline
 from mae_jax.methods.base import Batch, Extras, Method, Params
 from mae_jax.param_tree import path
 from mae_jax.state import TrainState
@@ -20,6 +19,7 @@ from mae_jax.training import optim
 from mae_jax.training.train_step import Program, build, make_train_step
 
 EXAMPLES = 64  # of the training split that durations in epochs are counted with
+TINY_DATA = DataInfo(EXAMPLES, ("a", "b", "c"))
 
 
 OWN = {  # method → its fields
@@ -111,7 +111,7 @@ def tiny_method(config: ConfigDict, examples: int = EXAMPLES) -> Method:
 
 def tiny_program(config: ConfigDict, devices: list[jax.Device] | None = None) -> Program:
     """Returns the config's step on all devices or those given, for the same data."""
-    return build(config, DataInfo(EXAMPLES, ("a", "b", "c")), devices)
+    return build(config, TINY_DATA, devices)
 
 
 def open_inputs(config: ConfigDict, method: Method | None = None, rows: np.ndarray | None = None) -> Inputs:
@@ -151,7 +151,7 @@ def tiny_params(config: ConfigDict, seed: int = 0) -> Params:
 
 
 def tiny_optimizer(config: ConfigDict, method: Method) -> tuple[optax.GradientTransformation, optim.Schedule]:
-    return optim.make_optimizer(config, method), optim.make_schedule(config, Timeline.of(config, EXAMPLES))
+    return optim.make_optimizer(method), optim.make_schedule(method)
 
 
 def tiny_state(config: ConfigDict, extras: Extras | None = None, method: Method | None = None) -> TrainState:
@@ -165,5 +165,5 @@ def tiny_state(config: ConfigDict, extras: Extras | None = None, method: Method 
 def tiny_step(config: ConfigDict, method: Method | None = None) -> Any:
     """Returns the jitted train step, which donates its state."""
     method = method or tiny_method(config)
-    step = make_train_step(config, method, *tiny_optimizer(config, method))
+    step = make_train_step(method, *tiny_optimizer(config, method))
     return jax.jit(step, donate_argnums=0)

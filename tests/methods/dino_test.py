@@ -122,11 +122,12 @@ def test_the_teachers_temperature_and_the_weight_decay_follow_their_schedules():
     method, *_ = made({"method.teacher_temperature": 0.08, "method.temperature_warmup": "4 steps"})
     found = [float(method._teacher_temperature(step)) for step in (0, 2, 4, 9)]
     assert found == pytest.approx([0.04, 0.06, 0.08, 0.08])
-    config = tiny_config({"optim.weight_decay": 0.04, "optim.final_weight_decay": 0.4, "train.duration": "10 steps"})
-    decay = optim.weight_decay(config, method.timeline)
+    method = tiny_method(
+        tiny_config({"optim.weight_decay": 0.04, "optim.final_weight_decay": 0.4, "train.duration": "10 steps"}))
+    decay = optim.weight_decay(method)
     assert [float(decay(step)) for step in (0, 5, 10)] == pytest.approx([0.04, 0.22, 0.4])
     tree = {"kernel": np.ones(2, np.float32), "bias": np.ones(2, np.float32)}
-    optimizer = optim.make_optimizer(config, method)
+    optimizer = optim.make_optimizer(method)
     zeros = jax.tree.map(np.zeros_like, tree)
     updates, _ = optimizer.update(zeros, optimizer.init(tree), tree, step=10)
     np.testing.assert_allclose(updates["kernel"], 0.4, rtol=1e-6)

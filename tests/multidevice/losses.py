@@ -33,7 +33,7 @@ def program(fields, devices) -> Program:
 
 def losses(program: Program) -> tuple[list[float], bytes, float]:
     """Returns the losses, all bits of the last state, and the share of its bytes that one device holds."""
-    config, mesh, out = program.config, program.mesh, []
+    config, mesh, out = program.method.config, program.mesh, []
     with jax.set_mesh(mesh):
         state = jax.device_put(tiny_state(config), jax.tree.map(lambda leaf: leaf.sharding, program.state))
         for number in range(STEPS):

@@ -26,7 +26,7 @@ def restored_everywhere() -> bool:
     """Saves a trained state on each mesh in turn and restores it on the next one, at last on one device."""
     first = program(MESHES[0])
     with jax.set_mesh(first.mesh):
-        batch = sharding.to_devices(tiny_batch(first.config), first.mesh, first.config.batch_size)
+        batch = sharding.to_devices(tiny_batch(first.method.config), first.mesh, first.method.config.batch_size)
         state = first.step(first.init(batch), batch)[0]
     wanted = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
     for fields in (*MESHES[1:], "one"):

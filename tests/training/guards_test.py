@@ -20,7 +20,7 @@ from mae_jax.runtime.watchdog import Watchdog
 from mae_jax.training import spike_detector, workdir
 from tests.faults import hang
 from tests.faults.processes import ends, output, start, wait_for
-from tests.helpers.tiny import tiny_batch, tiny_config, tiny_state, tiny_step
+from tests.helpers.tiny import TINY_DATA, tiny_batch, tiny_config, tiny_state, tiny_step
 
 
 class Spiking(MAE):
@@ -36,7 +36,7 @@ class Spiking(MAE):
 @pytest.mark.slow
 def test_a_spike_changes_nothing_but_step_and_history_and_is_counted():
     config = tiny_config({"guard.spike": 6.0, "optim.ema": 0.9, "optim.lr": 1e-4, "train.duration": "100 steps"})
-    step = tiny_step(config, Spiking(config))
+    step = tiny_step(config, Spiking(config, TINY_DATA))
     state = tiny_state(config)._replace(history=spike_detector.no_history(("loss", "grad_norm")))
     batch = tiny_batch(config)
     for _ in range(64):

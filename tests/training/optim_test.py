@@ -13,13 +13,12 @@ from jax.sharding import AbstractMesh, AxisType
 
 from mae_jax import param_tree
 from mae_jax.config import DEFAULTS, OPTIMIZERS
-from mae_jax.durations import Timeline
 from mae_jax.methods.mae import MAE
 from mae_jax.param_tree import flatten
 from mae_jax.runtime import sharding
 from mae_jax.storage.checkpoint import Checkpoints
 from mae_jax.training import optim
-from tests.helpers.tiny import tiny_batch, tiny_config, tiny_method, tiny_params, tiny_state, tiny_step
+from tests.helpers.tiny import TINY_DATA, tiny_batch, tiny_config, tiny_method, tiny_params, tiny_state, tiny_step
 
 NAMES = tuple(OPTIMIZERS)
 DECAYED = ("kernel", "cls_token", "mask_token")
@@ -29,7 +28,7 @@ IMAGENET, BATCH = 1_281_167, 4096
 def paper_schedule():
     config = tiny_config({"batch_size": BATCH, "train.duration": "800 epochs", "optim.warmup": "40 epochs",
                           "optim.lr": 1.5e-4})
-    return optim.make_schedule(config, Timeline.of(config, IMAGENET))
+    return optim.make_schedule(tiny_method(config, IMAGENET))
 
 
 def test_the_papers_learning_rate_rises_to_2_4e_3_in_40_epochs_and_falls_to_0_in_800():
@@ -63,7 +62,7 @@ def test_the_minimum_is_reached_at_the_end():
 def test_the_warm_up_starts_at_its_own_rate_which_no_batch_size_scales():
     config = tiny_config({"batch_size": 512, "train.duration": "100 steps", "optim.warmup": "10 steps",
                           "optim.lr": 1e-3, "optim.warmup_lr": 1e-6, "optim.min_lr": 1e-5})
-    schedule = optim.make_schedule(config, Timeline.of(config, 64))
+    schedule = optim.make_schedule(tiny_method(config))
     rates = np.array([schedule(step) for step in range(101)])
     np.testing.assert_allclose(rates[:11], np.linspace(1e-6, 2e-3, 11), rtol=1e-5)
     assert rates[100] == pytest.approx(1e-5)
@@ -100,7 +99,7 @@ def test_the_words_of_the_table_follow_the_method():
         {"encoder/block_01/mlp/fc1/bias": "no", "encoder/block_01/mlp/fc1/kernel": "yes", "encoder/cls_token": "yes"},
         {"encoder/block_01/mlp/fc1/bias": "no", "encoder/block_01/mlp/fc1/kernel": "yes",
          "encoder/cls_token": "frozen"}]
-    table = param_tree.table(jax.tree.map(np.zeros, tree), optim.decay_words(tree, HeadOnly(config)))
+    table = param_tree.table(jax.tree.map(np.zeros, tree), optim.decay_words(tree, HeadOnly(config, TINY_DATA)))
     assert table.count("frozen") == 1
 
 
@@ -128,7 +127,7 @@ def follow(optimizer, start, grads, rates):
 
 def make(fields):
     config = tiny_config({"optim.weight_decay": 0.1, "optim.betas": (0.8, 0.9), "optim.eps": 1e-6, **fields})
-    return optim.make_optimizer(config, tiny_method(config))
+    return optim.make_optimizer(tiny_method(config))
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +323,7 @@ def test_layer_decay_multiplies_warm_up_and_minimum_too():
                           "optim.weight_decay": 0.0, "optim.name": "sgd", "optim.momentum": 0.0})
     tree = {"encoder": {"block_00": {"bias": np.zeros(2, np.float32)}}, "head": {"bias": np.zeros(2, np.float32)}}
     method = tiny_method(config)
-    optimizer, schedule = optim.make_optimizer(config, method), optim.make_schedule(config, method.timeline)
+    optimizer, schedule = optim.make_optimizer(method), optim.make_schedule(method)
     updates, _ = optimizer.update(jax.tree.map(np.ones_like, tree), optimizer.init(tree), tree, step=0)
     steps = np.array([schedule(step) for step in (0, 6)])[:, None]
     np.testing.assert_allclose(steps * updates["encoder"]["block_00"]["bias"], [[0.005] * 2, [0.0025] * 2], rtol=1e-6)
@@ -334,7 +333,7 @@ def test_layer_decay_multiplies_warm_up_and_minimum_too():
 @pytest.mark.parametrize("name", ["lamb", "lars"])
 def test_every_matrix_of_every_block_has_a_trust_ratio_of_its_own(name):
     config = tiny_config({"optim.name": name, "model.scan": True})
-    optimizer, rng = optim.make_optimizer(config, tiny_method(config)), np.random.default_rng(0)
+    optimizer, rng = optim.make_optimizer(tiny_method(config)), np.random.default_rng(0)
     tree = tiny_params(config)
     grads = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), tree)
     updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(tree), tree, step=0)
@@ -361,8 +360,8 @@ def test_three_steps_of_lars_with_scanned_layers_are_those_without():
 @pytest.mark.parametrize("name", NAMES)
 def test_frozen_parameters_keep_their_bits_and_have_no_optimiser_state_whatever_their_gradient(name):
     config = tiny_config({"optim.name": name, "optim.layer_decay": 0.9, "optim.clip": 1.0})
-    method = HeadOnly(config)
-    optimizer, rng, start = optim.make_optimizer(config, method), np.random.default_rng(0), flatten(tiny_params(config))
+    method = HeadOnly(config, TINY_DATA)
+    optimizer, rng, start = optim.make_optimizer(method), np.random.default_rng(0), flatten(tiny_params(config))
     grads = [{key: rng.normal(size=value.shape).astype(np.float32) for key, value in start.items()} for _ in range(2)]
     for key, value in follow(optimizer, start, grads, [0.1, 0.1]).items():
         assert (value.tobytes() != start[key].tobytes()) == method.learns(key), key
@@ -373,7 +372,7 @@ def test_frozen_parameters_keep_their_bits_and_have_no_optimiser_state_whatever_
 @pytest.mark.slow
 def test_frozen_parameters_and_their_averages_keep_their_bits_in_training():
     config = tiny_config({"optim.name": "lamb", "optim.ema": 0.99, "optim.warmup": "0 steps"})
-    method = HeadOnly(config)  # it does not stop gradients: the optimiser alone must hold what does not learn
+    method = HeadOnly(config, TINY_DATA)  # it stops no gradients: the optimizer alone must hold what does not learn
     state, step = tiny_state(config, method=method), tiny_step(config, method)
     before = flatten(jax.device_get(state.params))
     for seed in range(2):
@@ -388,7 +387,7 @@ def test_frozen_parameters_and_their_averages_keep_their_bits_in_training():
 def test_a_state_with_frozen_parameters_comes_back_from_its_checkpoint_bit_for_bit(name, tmp_path):
     config = tiny_config({"optim.name": name, "optim.ema": 0.9})
     draw = np.random.default_rng(0)
-    state = tiny_state(config, method=HeadOnly(config))
+    state = tiny_state(config, method=HeadOnly(config, TINY_DATA))
     state = jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape), x.dtype), state)
     checkpoints = Checkpoints(tmp_path, 3)
     checkpoints.save(int(state.step), state)
@@ -405,11 +404,11 @@ def test_a_state_with_frozen_parameters_comes_back_from_its_checkpoint_bit_for_b
 def test_on_8_devices_moments_live_where_their_parameters_do_and_frozen_ones_nowhere(name):
     config = tiny_config({"optim.name": name, "model.width": 128})
     mesh = AbstractMesh((1, 4, 1, 2), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
-    state = tiny_state(config, method=HeadOnly(config))
+    state = tiny_state(config, method=HeadOnly(config, TINY_DATA))
     placed = flatten(sharding.param_shardings(mesh, state))
     pairs = [(placed[key], placed[f"params/{name}"]) for key in placed for name in flatten(state.params)
              if key.startswith("opt/") and key.endswith(f"/{name}")]
-    learning = sum(map(HeadOnly(config).learns, flatten(state.params)))
+    learning = sum(map(HeadOnly(config, TINY_DATA).learns, flatten(state.params)))
     assert len(pairs) == learning * (2 if name in ("adamw", "lamb") else 1)
     assert all(moment.spec == parameter.spec for moment, parameter in pairs)
     assert any(parameter.spec == jax.P(("zero",), ("tensor",)) for _, parameter in pairs)

@@ -13,7 +13,7 @@ from mae_jax.methods.mae import MAE
 from mae_jax.param_tree import flatten
 from mae_jax.rng import stream_key
 from mae_jax.training.train_step import gradients, init_state, make_train_step, only_if
-from tests.helpers.tiny import tiny_batch, tiny_config, tiny_state, tiny_step
+from tests.helpers.tiny import TINY_DATA, tiny_batch, tiny_config, tiny_state, tiny_step
 
 
 def assert_identical(first, second):
@@ -43,7 +43,7 @@ def start():
 
 @pytest.fixture(scope="module")
 def step():
-    return tiny_step(CONFIG, Counting(CONFIG))
+    return tiny_step(CONFIG, Counting(CONFIG, TINY_DATA))
 
 
 def run(step, state, numbers):
@@ -60,7 +60,8 @@ def test_accumulated_gradients_are_those_of_the_big_batch_also_with_invalid_rows
     batch["valid"][[0, 4, 5]] = 0  # rows 0 and 4 make one micro-batch, without any valid row
 
     def compute(accumulate):
-        return jax.jit(lambda state, batch: gradients(Counting(CONFIG), state, batch, jax.random.key(0), accumulate))
+        method = Counting(CONFIG, TINY_DATA)
+        return jax.jit(lambda state, batch: gradients(method, state, batch, jax.random.key(0), accumulate))
 
     whole, metrics, _ = compute(1)(start(), batch)
     parts, sums, extras = compute(4)(start(), batch)
@@ -133,10 +134,10 @@ def any_rule(request):
     """A compiled step of one of the rules, and the state before it, which knows what losses and norms are usual."""
     config = tiny_config({"optim.ema": 0.9, "guard.spike": 6.0})
     optimizer = optax.with_extra_args_support(ANY_RULES[request.param])
-    state = init_state(config, Perceptron(config), optimizer, vectors(0))
+    state = init_state(Perceptron(config, TINY_DATA), optimizer, vectors(0))
     usual = {name: np.linspace(0, 40, len(past)).astype(np.float32) for name, past in state.history.items()}
     state = own(state._replace(history=usual))
-    step = jax.jit(make_train_step(config, Perceptron(config), optimizer, lambda step: 0.01), donate_argnums=0)
+    step = jax.jit(make_train_step(Perceptron(config, TINY_DATA), optimizer, lambda step: 0.01), donate_argnums=0)
     return step.lower(state, vectors(0)).compile(), state
 
 

@@ -73,7 +73,7 @@ def vocabulary() -> int:
     """Writes the vocabulary of the config's method. Returns the exit code."""
     import jax.numpy as jnp
 
-    from mae_jax import data, methods
+    from mae_jax import methods
     from mae_jax.config import resolved, validate
     from mae_jax.errors import UserError
     from mae_jax.losses import patch_tokens
@@ -93,9 +93,7 @@ def vocabulary() -> int:
                         f"vocabulary; take splitmask or beit, and one of {', '.join(patch_tokens.KINDS)}")
     if config.method.vocabulary_file:
         raise UserError(f"method.vocabulary_file={config.method.vocabulary_file!r} is a vocabulary; leave it empty")
-    config = resolved(config)
-    opened = data.OpenedData(config)
-    method = methods.build(config, opened.info)
+    method, opened = methods.with_data(resolved(config))
     inputs = opened.batches(method.eval_spec(), method.order())
     print(inputs.description, flush=True)
     entries, sample = PatchTargets(config).build(inputs.support())

@@ -12,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax.config import default, resolved
-from mae_jax.data import DataInfo, OpenedData
+from mae_jax.data import NO_DATA, DataInfo, OpenedData
 from mae_jax.data.cluster_ids import Clusters
 from mae_jax.errors import UserError
 from mae_jax.evals import linear_probe
@@ -169,7 +169,7 @@ def extracted(method: MoCE, params: Any, table: dict[int, np.ndarray], of_cluste
 def probe(config: ConfigDict, tree: dict[str, Any], task: ConfigDict) -> float:
     """Returns the top-1 of logistic regression on a random tenth of the task's training pictures."""
     own = frozen(with_data(dense_config(config), task), -1)
-    parts = list(pooled(own, MAE(resolved(own)), tree))
+    parts = list(pooled(own, MAE(resolved(own), NO_DATA), tree))
     features, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
     features, labels = features[labels >= 0], labels[labels >= 0]
     if len(np.unique(labels)) < 2:

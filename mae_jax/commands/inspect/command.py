@@ -49,7 +49,7 @@ GAP = 2  # pixels between pictures of the grid
 
 
 def main() -> int:
-    from mae_jax import data, methods
+    from mae_jax import methods
     from mae_jax.config import resolved, validate
 
     config = CONFIG.value
@@ -62,9 +62,7 @@ def main() -> int:
     if WRITE.value in ("tfrecord", "array_record"):
         report_broken(write_pictures(config, WRITE.value, to, SIZE.value))
         return errors.FINISHED
-    here = resolved(config)
-    opened = data.OpenedData(here, methods.get(config.method.name).data_needs(here))
-    method = methods.build(here, opened.info)
+    method, opened = methods.with_data(resolved(config))
     inputs = opened.batches(method.eval_spec(), method.order(), method.views())
     print(inputs.description, flush=True)  # reading every picture may take long
     if WRITE.value == "batches":

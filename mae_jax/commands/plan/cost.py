@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax import param_tree
+from mae_jax import param_tree, plugins
 from mae_jax.commands.plan import collectives, tpu
 from mae_jax.data import ASSUMED
 from mae_jax.durations import Timeline
@@ -76,7 +76,8 @@ def measure(config: ConfigDict, target: Target, examples: int, cache: str = "",
     known = {"config": param_tree.flat(config), "target": target.name, "examples": examples, "versions": versions(),
              "source": _source_digest()}
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]
-    file = Path(cache).expanduser() / f"{key}.json" if cache else None
+    own = not config.plugins and not plugins.used()  # the code of plug-ins is in no digest
+    file = Path(cache).expanduser() / f"{key}.json" if cache and own else None
     if file and file.exists():
         with contextlib.suppress(ValueError):  # a damaged file is made anew
             return json.loads(file.read_text()) | {"cached": True}
@@ -102,12 +103,13 @@ def _source_digest() -> str:
     """Returns a digest of our code that a compiled step depends on."""
     files = [file for file in sorted(PACKAGE.rglob("*.py"))
              if file.relative_to(PACKAGE).parts[0] not in ("data", "evals", "interop", "storage", "commands")]
+    files += [PACKAGE / "data" / name for name in ("info.py", "masking.py")]  # which shape the batch
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _shapes(program: Program) -> dict[str, Any]:
     """Returns what follows from shapes and shardings alone."""
-    state, mesh, config = program.state, program.mesh, program.config
+    state, mesh, config = program.state, program.mesh, program.method.config
     rows = sharding.batch_sharding(mesh).devices_indices_map((config.batch_size,))
     hosts: dict[int, set[tuple[Any, ...]]] = {}
     for device, index in rows.items():

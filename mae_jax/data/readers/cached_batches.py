@@ -17,6 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax.data.cluster_ids import Clusters
+from mae_jax.data.info import DataInfo
 from mae_jax.data.masking import Order, View, rolled, with_views
 from mae_jax.errors import UserError
 from mae_jax.recipe_version import stored_name
@@ -39,8 +40,8 @@ def joined_from(config: ConfigDict, clusters: Clusters | None) -> dict[str, str]
     return {"kept": config.data.get("classes", ""), "clusters": clusters.fingerprint() if clusters else ""}
 
 
-def open_folder(config: ConfigDict, meta: dict[str, Any], clusters: Clusters | None, spec: Spec,
-                views: tuple[View, ...], order: Order, rows: np.ndarray) -> dict:
+def open_folder(config: ConfigDict, meta: dict[str, Any], info: DataInfo, spec: Spec, views: tuple[View, ...],
+                order: Order, rows: np.ndarray) -> dict[str, Any]:
     """Returns the fields of `data.Inputs`; raises UserError when the folder does not hold what is asked for.
 
     Batches that were made with views serve to look at an encoder without them, but not to train. `meta` is what
@@ -48,7 +49,7 @@ def open_folder(config: ConfigDict, meta: dict[str, Any], clusters: Clusters | N
     """
     folder = epath.Path(config.data.path)
     wanted = hiding(order, views)
-    for name, value in joined_from(config, clusters).items() if "kept" in meta else ():
+    for name, value in joined_from(config, info.clusters).items() if "kept" in meta else ():
         if meta[name] != value:
             field = {"kept": "data.classes", "clusters": "method.clusters"}[name]
             raise UserError(f"the batches of {folder} were made with another {field}; make them with this config")
@@ -91,7 +92,7 @@ def open_folder(config: ConfigDict, meta: dict[str, Any], clusters: Clusters | N
         "train": train, "support": finite("support"), "evaluate": finite("evaluate"), "validate": finite("validate"),
         "extra": extra,
         "num_train": meta["num_train"], "num_eval": sizes["evaluate"], "num_val": sizes.get("validate", 0),
-        "classes": tuple(meta["classes"]),
+        "classes": info.classes if "labels" in spec else info.single_label_classes,
         "description": f"batches {folder}: {sizes.get('train', 0)} cached training examples of {meta['num_train']} "
                        f"pictures, {sizes['evaluate']} for evaluation; {len(meta['classes']) or 'no'} classes",
         "bad": deque(maxlen=0),
@@ -113,6 +114,15 @@ def read_meta(path: str) -> dict[str, Any]:
     except (ValueError, AttributeError) as error:
         raise UserError(f"{file} is damaged: {error}") from None
     return meta
+
+
+def multi_label(path: str, meta: dict[str, Any]) -> bool:
+    """Says whether the images of a folder have any number of labels; folders of 0.1.0 do not say so themselves."""
+    file = epath.Path(path) / "evaluate.npz"
+    if "multi_label" in meta or not file.is_file():
+        return meta.get("multi_label", False)
+    with opened(file) as stored:
+        return "labels" in stored.files
 
 
 def _load(path: epath.Path, spec: Spec) -> Arrays:
