@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from mae_jax.evals import classification, segmentation
+from mae_jax.evals import accumulators, segmentation
 
 
 def scene(seed: int = 0, batch: int = 5, pixels: int = 40, classes: int = 6) -> tuple[np.ndarray, np.ndarray]:
@@ -34,13 +34,13 @@ def test_the_confusion_does_not_depend_on_how_pictures_are_batched():
     count = jax.jit(segmentation.confusion)
     total = {}
     for rows in (slice(0, 2), slice(2, 3), slice(3, 5)):
-        total = classification.add(total, {"confusion": count(logits[rows], mask[rows], np.ones(len(mask[rows])))})
+        total = accumulators.add(total, {"confusion": count(logits[rows], mask[rows], np.ones(len(mask[rows])))})
     np.testing.assert_array_equal(total["confusion"], count(logits, mask, np.ones(5)))
 
 
 def test_sums_of_pixels_pass_the_reach_of_int32():
     part = {"confusion": np.full((2, 2), 2**31 - 1, np.int32)}
-    total = classification.add(classification.add({}, part), part)
+    total = accumulators.add(accumulators.add({}, part), part)
     assert segmentation.summary(total["confusion"]) == {"miou": pytest.approx(1 / 3), "pixel_accuracy": 0.5}
 
 

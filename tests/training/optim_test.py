@@ -94,7 +94,7 @@ class HeadOnly(MAE):
 def test_the_words_of_the_table_follow_the_method():
     config = tiny_config()
     tree = {"encoder": {"cls_token": 0, "block_01": {"mlp": {"fc1": {"kernel": 0, "bias": 0}}}}}
-    words = [flatten(optim.decay_words(tree, kind(config))) for kind in (MAE, HeadOnly)]
+    words = [flatten(optim.decay_words(tree, kind(config, TINY_DATA))) for kind in (MAE, HeadOnly)]
     assert words == [
         {"encoder/block_01/mlp/fc1/bias": "no", "encoder/block_01/mlp/fc1/kernel": "yes", "encoder/cls_token": "yes"},
         {"encoder/block_01/mlp/fc1/bias": "no", "encoder/block_01/mlp/fc1/kernel": "yes",
