@@ -97,7 +97,7 @@ class Context:
         if self.method.task == "pretraining":
             fields = ("label", cluster_ids.FIELD)
             return {"features": outputs} | {name: batch[name] for name in fields if name in batch}
-        several = self.method.task == "classification" and self.method.config.method.multi_label
+        several = self.method.task == "classification" and self.method.multi_label
         return {"logits": outputs, "labels": batch["labels"]} if several else {}
 
     @cached_property

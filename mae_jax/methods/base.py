@@ -165,6 +165,11 @@ class Method:
             shapes["blocks"] = (blocks, jnp.int32)
         return {name: jax.ShapeDtypeStruct((images, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image has any number of classes, which batches have as `labels`, uint8 [B, C]."""
+        return "labels" in self.eval_spec()
+
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
         """Returns initial float32 parameters and the extras (state that no gradient touches)."""
         raise NotImplementedError
