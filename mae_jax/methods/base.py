@@ -84,7 +84,8 @@ class Method:
 
     Its `task` says what it is evaluated by: 'pretraining' by probes of its features; 'classification' by its
     `logits(params, extras, batch)`, float32 [B, C] of `self.classes`; 'segmentation' by its `pixel_logits(params,
-    extras, batch)`, float32 [B, height, width, C], and `pixel_classes(batch)`, uint8 [B, height, width], 255 for none.
+    extras, batch)`, float32 [B, height, width, C] of `self.classes`, and `pixel_classes(batch)`, uint8 [B, height,
+    width], 255 for none; where one of the classes is no foreground, by its `background`.
     One that `reconstructs` has `reconstruct(params, extras, batch)`, whose item 'pixels' are the masked patches,
     float32 [B, M, P].
     """
@@ -97,6 +98,7 @@ class Method:
     names_classes: bool = False  # its head has a row for each class of the data, in their order
     sees_whole_batch: bool = False  # the loss has terms across images: accumulation is refused
     encodes_with: tuple[str, ...] = ()  # batch fields that `encode` reads besides pictures and orders
+    background: int = -1  # of a segmentation's classes, what is around things; -1: none
     group: int = 1  # rows that stay together on a device and in a micro-batch, neighbours in the batch
     decayed: ClassVar[tuple[str, ...]] = ("kernel", "cls_token", "mask_token")  # weight decay, by last name of the path
 
