@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -16,11 +16,15 @@ from mae_jax.rng import stream_key
 from mae_jax.runtime import watchdog
 from mae_jax.runtime.sharding import replicated, to_devices
 
-if TYPE_CHECKING:
-    from mae_jax.evals.base import Evaluation
-
 Pair = tuple[np.ndarray, np.ndarray]  # features [n, D], labels [n]
 Source = Callable[[], Iterator[dict[str, np.ndarray]]]  # opens a part of the data: host batches, the last one padded
+
+
+class Counter(Protocol):
+    """What a pass over a part needs of an evaluation."""
+
+    def counts(self, method: Method, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        """See `Evaluation.counts`."""
 
 
 class Pass(NamedTuple):
@@ -55,7 +59,7 @@ class Context:
     """
 
     def __init__(self, method: Method, params: Any, extras: Any, data: Any, mesh: Mesh, part: str, source: Source,
-                 counting: "tuple[Evaluation, ...]" = (), notes: dict[str, Any] | None = None):
+                 counting: tuple[Counter, ...] = (), notes: dict[str, Any] | None = None):
         """Args: as the attributes; counting: evaluations whose `counts` the pass over the part adds up."""
         self.method, self.params, self.extras, self.data, self.mesh = method, params, extras, data, mesh
         self.part, self.source, self.counting = part, source, counting
@@ -149,7 +153,7 @@ def _features(method: Method, mesh: Mesh) -> Callable[..., jax.Array]:
 
 
 @functools.lru_cache(maxsize=8)
-def _measure(method: Method, mesh: Mesh, counting: "tuple[Evaluation, ...]"
+def _measure(method: Method, mesh: Mesh, counting: tuple[Counter, ...]
              ) -> Callable[..., tuple[Metrics, dict[str, jax.Array], jax.Array | None]]:
     """Returns the compiled function to metrics, tables of counts and outputs; kept likewise."""
     outputs_of = {"pretraining": pooled_features, "classification": lambda m, *args: m.logits(*args),

@@ -91,6 +91,7 @@ class Method:
     """
 
     encoder: Any  # models.vit.Encoder
+    classes: int  # of a classification or a segmentation
     task: ClassVar[Task] = "pretraining"
     reconstructs: ClassVar[bool] = False
     mask_ratio: float | None = None  # share that is masked, where `at_mask_ratio` gives another
