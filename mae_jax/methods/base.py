@@ -95,7 +95,7 @@ class Method:
     task: ClassVar[Task] = "pretraining"
     reconstructs: ClassVar[bool] = False
     mask_ratio: float | None = None  # share that is masked, where `at_mask_ratio` gives another
-    reconstruction_note: str = "as the method reconstructs them"  # what images of masked patches say of their colours
+    reconstruction_note: str = "as the method reconstructs them"  # what images of masked patches say of their colors
     defaults: ClassVar[dict[str, Any]] = {}  # own config fields under config.method
     learns_labels: bool = False  # what it is evaluated on must not be trained on
     names_classes: bool = False  # its head has a row for each class of the data, in their order

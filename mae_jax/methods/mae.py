@@ -26,7 +26,7 @@ from mae_jax.models.vit import make_decoder, make_encoder
 from mae_jax.ops.flops import blocks_flops
 from mae_jax.ops.patches import PatchGrid, normalize
 
-TARGETS = {  # method.target → what a reader must know about the colours of reconstructions
+TARGETS = {  # method.target → what a reader must know about the colors of reconstructions
     "norm_pix": "hidden patches un-normalised with their own true mean and deviation",
     "pixel": "plain pixels, nothing known of the hidden patches",
     "pca": "PCA of pixels",
