@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
+from mae_jax.config import CHOICES
 from mae_jax.errors import UserError, nearest
 from mae_jax.evals.base import Evaluation
 from mae_jax.evals.context import Context
@@ -17,7 +18,6 @@ from mae_jax.methods.base import Batch, Method
 from mae_jax.models import intermediates
 from mae_jax.ops.patches import normalize
 
-QUERIES = ("cls", "mean")
 # Dark to bright with rising lightness: weights that are twice as large look it, also in grey.
 RAMP = np.array([(0, 0, 30), (70, 10, 110), (190, 50, 90), (250, 150, 30), (255, 255, 180)])
 BLEND = 0.6  # share of the colour in an overlay
@@ -49,8 +49,9 @@ def maps(method: Method, params: Any, extras: Any, batch: Batch, block: int = -1
     Raises:
       UserError: no such block or query.
     """
-    if query not in QUERIES:
-        raise UserError(f"unknown query {query!r} of an attention map; {nearest(query, QUERIES)}")
+    queries = CHOICES["eval.attention_query"]
+    if query not in queries:
+        raise UserError(f"unknown query {query!r} of an attention map; {nearest(query, queries)}")
     block = intermediates.chosen(block, method.config.model.depth)
     tokens = _entering(method, params, extras, batch, block)
     encoder = method.judged(params, extras)["encoder"]

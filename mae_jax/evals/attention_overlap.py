@@ -24,7 +24,7 @@ class AttentionOverlap(Evaluation):
     name, when = "attention_overlap", "final"
 
     def applies(self, method: Method, data: Any) -> bool:
-        return method.task == "segmentation" and method.config.method.background >= 0
+        return method.task == "segmentation" and method.background >= 0
 
     def metric_names(self, method: Method, data: Any) -> list[str]:
         return ["attention_iou", "attention_mass", "attention_head", "foreground_share"]
@@ -60,7 +60,7 @@ def _overlaps(method: Method, block: int, query: str) -> Callable[..., tuple[jax
         kept = covers(upsample(weights, method.grid.patch).transpose(0, 3, 1, 2), MASSES)
         classes = method.pixel_classes(batch)[:, None]
         known = classes != IGNORED
-        wanted = known & (classes != method.config.method.background)
+        wanted = known & (classes != method.background)
         union = ((kept & known) | wanted).sum((-2, -1))
         shares = (kept & wanted).sum((-2, -1)) / jnp.maximum(union, 1)
         everything = wanted.sum((-2, -1)) / jnp.maximum(known.sum((-2, -1)), 1)
@@ -78,7 +78,7 @@ def iou(method: Method, params: Any, extras: Any, choose: Iterable[Batch], test:
     `test` is read once with them.
 
     Args:
-      method: `segment`, whose batches have masks.
+      method: one of the task 'segmentation'.
       params, extras: its state.
       choose, test: batches of pictures apart.
       block, query: see `maps`.
@@ -87,7 +87,7 @@ def iou(method: Method, params: Any, extras: Any, choose: Iterable[Batch], test:
       'attention_iou', 'attention_mass' (the share), 'attention_head' (-1: the mean), and the floor 'foreground_share':
       the IoU of taking every pixel. {} where nothing is known of foreground.
     """
-    if method.config.method.background < 0:
+    if method.background < 0:
         return {}
     chosen, held_out = (_mean_overlap(method, params, extras, part, block, query) for part in (choose, test))
     if chosen is None or held_out is None:

@@ -35,6 +35,8 @@ class Evaluation:
     def counts(self, method: Method, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         """Returns tables of whole numbers of a batch, whose sums over the part are `ctx.held_out.counts`; jitted.
 
+        Those of evaluations of another `when` are not counted.
+
         Args:
           method: what is evaluated.
           outputs: features [B, D] of pre-training, logits [B, C], or [B, height, width, C] of pixels.

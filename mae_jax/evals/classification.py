@@ -32,7 +32,7 @@ class Classification(Evaluation):
         return method.task == "classification"
 
     def metric_names(self, method: Method, data: Any) -> list[str]:
-        if method.config.method.multi_label:
+        if method.multi_label:
             return ["map", "map_all"]
         return ["top1", *["top5"] * (method.classes > 5), "mean_per_class"]
 
@@ -40,7 +40,7 @@ class Classification(Evaluation):
         return counts(outputs, batch["label"], batch["valid"], method.classes)
 
     def scalars(self, ctx: Context) -> dict[str, float]:
-        found, several = ctx.held_out, ctx.method.config.method.multi_label
+        found, several = ctx.held_out, ctx.method.multi_label
         ctx.notes[self.name] = ctx.part, None if several else found.counts.get("confusion")
         if not several:
             return summary(found.counts) if found.counts else {}

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -16,11 +16,15 @@ from mae_jax.rng import stream_key
 from mae_jax.runtime import watchdog
 from mae_jax.runtime.sharding import replicated, to_devices
 
-if TYPE_CHECKING:
-    from mae_jax.evals.base import Evaluation
-
 Pair = tuple[np.ndarray, np.ndarray]  # features [n, D], labels [n]
 Source = Callable[[], Iterator[dict[str, np.ndarray]]]  # opens a part of the data: host batches, the last one padded
+
+
+class Counter(Protocol):
+    """What a pass over a part needs of an evaluation."""
+
+    def counts(self, method: Method, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        """See `Evaluation.counts`."""
 
 
 class Pass(NamedTuple):
@@ -55,7 +59,7 @@ class Context:
     """
 
     def __init__(self, method: Method, params: Any, extras: Any, data: Any, mesh: Mesh, part: str, source: Source,
-                 counting: "tuple[Evaluation, ...]" = (), notes: dict[str, Any] | None = None):
+                 counting: tuple[Counter, ...] = (), notes: dict[str, Any] | None = None):
         """Args: as the attributes; counting: evaluations whose `counts` the pass over the part adds up."""
         self.method, self.params, self.extras, self.data, self.mesh = method, params, extras, data, mesh
         self.part, self.source, self.counting = part, source, counting
@@ -67,23 +71,15 @@ class Context:
             watchdog.alive()
             yield to_devices(batch, self.mesh, self.method.config.batch_size)
 
-    def measured(self, source: Source | None = None
-                 ) -> Iterator[tuple[Batch, Metrics, dict[str, jax.Array], jax.Array | None]]:
-        """Yields of each batch: itself, the loss's metrics, tables of counts, and the outputs of its rows.
-
-        Those are the pooled features [B, D] of pre-training, or the logits [B, C]; None of pixels, which are too many.
-        """
-        measure = _measure(self.method, self.mesh, self.counting)
-        for batch in self.batches(source):
-            yield batch, *measure(self.params, self.extras, batch)
-
     @cached_property
     def held_out(self) -> Pass:
         """The one pass over the evaluated part, computed."""
         means, rows = Means(), Rows(self.mesh)
         sums: dict[str, np.ndarray] = {}
         names: tuple[str, ...] = ()
-        for batch, metrics, counts, outputs in self.measured():
+        measure = _measure(self.method, self.mesh, self.counting)
+        for batch in self.batches():
+            metrics, counts, outputs = measure(self.params, self.extras, batch)
             means.add(jax.device_get(metrics))
             sums = add(sums, jax.device_get(counts))
             kept = self._kept(batch, outputs)
@@ -97,7 +93,7 @@ class Context:
         if self.method.task == "pretraining":
             fields = ("label", cluster_ids.FIELD)
             return {"features": outputs} | {name: batch[name] for name in fields if name in batch}
-        several = self.method.task == "classification" and self.method.config.method.multi_label
+        several = self.method.task == "classification" and self.method.multi_label
         return {"logits": outputs, "labels": batch["labels"]} if several else {}
 
     @cached_property
@@ -115,9 +111,16 @@ class Context:
 
     def pooled(self, source: Source) -> Pair:
         """Returns (features, labels) of the labelled images of a part, without the loss: of any method's encoder."""
-        rows, features = Rows(self.mesh), _features(self.method, self.mesh)
+        return self._labelled(source, _features(self.method, self.mesh))
+
+    def logits(self, source: Source) -> Pair:
+        """Returns (logits [n, C], labels [n]) of the labelled images of a part, likewise: of a classification."""
+        return self._labelled(source, _logits(self.method, self.mesh))
+
+    def _labelled(self, source: Source, outputs_of: Callable[..., jax.Array]) -> Pair:
+        rows = Rows(self.mesh)
         for batch in self.batches(source):
-            rows.add(labelled_rows(batch), features(self.params, self.extras, batch), batch["label"])
+            rows.add(labelled_rows(batch), outputs_of(self.params, self.extras, batch), batch["label"])
         found, labels = rows.take() if rows.parts else (np.zeros((0, 0)), np.zeros(0, np.int32))
         return found, labels
 
@@ -149,9 +152,18 @@ def _features(method: Method, mesh: Mesh) -> Callable[..., jax.Array]:
 
 
 @functools.lru_cache(maxsize=8)
-def _measure(method: Method, mesh: Mesh, counting: "tuple[Evaluation, ...]"
+def _logits(method: Method, mesh: Mesh) -> Callable[..., jax.Array]:
+    """Returns the compiled `logits` of the method; kept likewise."""
+    return jax.jit(method.logits, out_shardings=replicated(mesh))
+
+
+@functools.lru_cache(maxsize=8)
+def _measure(method: Method, mesh: Mesh, counting: tuple[Counter, ...]
              ) -> Callable[..., tuple[Metrics, dict[str, jax.Array], jax.Array | None]]:
-    """Returns the compiled function to metrics, tables of counts and outputs; kept likewise."""
+    """Returns the compiled function to metrics, tables of counts and outputs; kept likewise.
+
+    Outputs are the pooled features [B, D] of pre-training, or the logits [B, C]; None of pixels, which are too many.
+    """
     outputs_of = {"pretraining": pooled_features, "classification": lambda m, *args: m.logits(*args),
                   "segmentation": lambda m, *args: m.pixel_logits(*args)}[method.task]
 

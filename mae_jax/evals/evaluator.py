@@ -80,7 +80,7 @@ class Evaluator:
         out: Figures = {}
         for kind, params in self._weights(state):
             notes = {} if out else self.notes
-            out |= self._run("periodic", f"{part}/{kind}", self._context(params, state, part, notes=notes))
+            out |= self._run(self._those("periodic"), f"{part}/{kind}", params, state, part, notes=notes)
         return out
 
     def closing(self, state: TrainState) -> Figures:
@@ -90,9 +90,9 @@ class Evaluator:
             return out
         for kind, params in self._weights(state):
             for ratio in config.eval.crop_ratio[1:]:
-                ctx = self._context(params, state, "eval", partial(self.inputs.evaluate, ratio))
-                out |= self._run("periodic", f"eval/{kind}crop_{ratio:g}/", ctx)
-            out |= self._run("final", f"eval/{kind}", self._context(params, state, "eval"))
+                prefix, source = f"eval/{kind}crop_{ratio:g}/", partial(self.inputs.evaluate, ratio)
+                out |= self._run(self._those("periodic"), prefix, params, state, "eval", source)
+            out |= self._run(self._those("final"), f"eval/{kind}", params, state, "eval")
         return out
 
     def on_demand(self, name: str, state: TrainState, part: str = "eval") -> Figures:
@@ -103,7 +103,7 @@ class Evaluator:
             raise UserError(f"no evaluation on demand is called {name!r}; {nearest(name, known)}")
         if known[name] not in self.applying:
             return {}
-        return _named(f"{part}/", known[name].scalars(self._context(state.ema or state.params, state, part)))
+        return self._run((known[name],), f"{part}/", state.ema or state.params, state, part)
 
     def names(self, state: TrainState) -> list[str]:
         """Returns what `scalars` gives of a part whose images have labels, from shapes alone."""
@@ -112,31 +112,29 @@ class Evaluator:
 
     def pictures(self, state: TrainState, part: str = "eval") -> Iterator[tuple[str, np.ndarray]]:
         """Yields (name, uint8 [height, width, 3]) of the periodic evaluations; none of a part without images."""
-        ctx = self._context(state.ema or state.params, state, part, notes=self.notes)
+        those = self._those("periodic")
+        ctx = self._context(those, state.ema or state.params, state, part, notes=self.notes)
         if ctx.shown is None:
             return
-        for each in self._those("periodic"):
+        for each in those:
             yield from each.images(ctx)
 
-    def _those(self, when: When) -> list[Evaluation]:
-        return [each for each in self.applying if each.when == when]
+    def _those(self, when: When) -> tuple[Evaluation, ...]:
+        return tuple(each for each in self.applying if each.when == when)
 
-    def _run(self, when: When, prefix: str, ctx: Context) -> Figures:
-        figures: Figures = {}
-        for each in self._those(when):
+    def _run(self, those: tuple[Evaluation, ...], prefix: str, *about: Any, **more: Any) -> Figures:
+        """Returns the figures of those, under a prefix, in one context of their own: see `_context`."""
+        ctx, figures = self._context(those, *about, **more), Figures()
+        for each in those:
             figures |= each.scalars(ctx)
-        return _named(prefix, figures)
+        return {prefix + name: value for name, value in figures.items()}
 
-    def _context(self, params: Any, state: TrainState, part: str, source: Source | None = None,
-                 notes: dict[str, Any] | None = None) -> Context:
+    def _context(self, those: tuple[Evaluation, ...], params: Any, state: TrainState, part: str,
+                 source: Source | None = None, notes: dict[str, Any] | None = None) -> Context:
         return Context(self.method, params, state.extras, self.inputs, self.mesh, part, source or self.parts[part],
-                       self.applying, notes)
+                       those, notes)
 
     def _weights(self, state: TrainState) -> list[tuple[str, Any]]:
         """Returns what comes before the names of figures → parameters that they are of, the main ones first."""
         raw = [("raw/", state.params)] if state.ema and self.method.task == "classification" else []
         return [("", state.ema or state.params), *raw]
-
-
-def _named(prefix: str, figures: Figures) -> Figures:
-    return {prefix + name: value for name, value in figures.items()}

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from mae_jax.data import cluster_ids
 from mae_jax.evals.base import Evaluation
 from mae_jax.evals.context import Context
 from mae_jax.evals.image_grid import tile
@@ -21,12 +20,12 @@ LOOKED_AT = 4096  # pictures among which they are sought
 
 
 class ExpertRouting(Evaluation):
-    """The `figures` and the `picture` of a method whose gates read clusters."""
+    """The `figures` and the `picture` of a MoCE whose gates read clusters."""
 
     name = "expert_routing"
 
     def applies(self, method: Method, data: Any) -> bool:
-        return cluster_ids.FIELD in method.encodes_with
+        return isinstance(method, MoCE) and not method.by_token
 
     def metric_names(self, method: MoCE, data: Any) -> list[str]:
         blocks, experts = [block_name(block) for block in method.blocks], range(method.config.method.experts)

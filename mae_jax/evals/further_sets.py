@@ -5,10 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from mae_jax.evals.accumulators import Rows
 from mae_jax.evals.base import Evaluation
 from mae_jax.evals.classification import subset_top1
-from mae_jax.evals.context import Context, Source, labelled_rows
+from mae_jax.evals.context import Context, Source
 from mae_jax.methods.base import Method
 
 
@@ -34,10 +33,5 @@ def _metric(name: str) -> str:
 
 def among_present(ctx: Context, source: Source) -> float:
     """Returns top-1 among the classes that occur in a part of the data; NaN where it has no labelled image."""
-    rows = Rows(ctx.mesh)
-    for batch, _, _, logits in ctx.measured(source):
-        rows.add(labelled_rows(batch), logits, batch["label"])
-    if not rows.parts:
-        return float("nan")
-    logits, labels = rows.take()
-    return subset_top1(logits, labels, np.unique(labels))
+    logits, labels = ctx.logits(source)
+    return subset_top1(logits, labels, np.unique(labels)) if len(labels) else float("nan")

@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
-from ml_collections import ConfigDict
 
 from mae_jax.evals.base import Evaluation
 from mae_jax.evals.context import Context
 from mae_jax.evals.image_grid import paired, tile
 from mae_jax.methods.base import Batch, Method
+from mae_jax.methods.mixedae import MixedAE
 from mae_jax.ops.patches import denormalize
 
 GREY = 127  # of a patch that the model does not see
@@ -30,10 +30,8 @@ class Reconstruction(Evaluation):
 
     def images(self, ctx: Context) -> Iterator[tuple[str, np.ndarray]]:
         about = ctx.method, ctx.params, ctx.extras, ctx.shown
-        if ctx.method.group > 1:
-            yield "reconstruct", mixtures(*about)
-        else:
-            yield "reconstruct", reconstructions(*about)
+        yield "reconstruct", (mixtures if isinstance(ctx.method, MixedAE) else reconstructions)(*about)
+        if ctx.method.mask_ratio is not None and ctx.method.group == 1:
             yield "ratios", at_ratios(*about)
 
 
@@ -46,40 +44,30 @@ def predictor(method: Method) -> Callable[..., dict[str, jax.Array]]:
 @functools.lru_cache(maxsize=8)
 def masking(method: Method, ratio: float) -> Method:
     """Returns the method at another masking ratio; kept likewise."""
-    if ratio == method.config.method.mask_ratio:
-        return method
-    config = method.config.copy_and_resolve_references()
-    config.method.update(mask_ratio=ratio, masking="random")
-    return type(method)(config, method.data)
+    return method if ratio == method.mask_ratio else method.at_mask_ratio(ratio)
 
 
 def panels(method: Method, params: Any, extras: Any, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns (input, masked input, prediction with the visible patches pasted in), uint8 [B, height, width, 3]."""
     predicted = process_allgather(predictor(method)(params, extras, batch)["pixels"], tiled=True)
     patches, order = np.asarray(batch["patches"]), np.asarray(batch["order"])
-    hidden = predicted.shape[1]
+    visible = patches.shape[1] - predicted.shape[1]
     masked, pasted = patches.copy(), patches.copy()
-    masked[:, -hidden:] = GREY
+    masked[:, visible:] = GREY
     pixels = np.nan_to_num(denormalize(predicted), nan=GREY)  # a model that diverged gets its pictures too
-    pasted[:, -hidden:] = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+    pasted[:, visible:] = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
     original, masked, pasted = (method.grid.unpatchify(x, order) for x in (patches, masked, pasted))
     return original, masked, pasted
-
-
-def note(config: ConfigDict) -> str:
-    """Returns what a reader must know about the colours of the predictions."""
-    if config.method.target == "norm_pix":
-        return "hidden patches un-normalised with their own true mean and deviation"
-    return "plain pixels, nothing known of the hidden patches" if config.method.target == "pixel" else "PCA of pixels"
 
 
 def reconstructions(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarray:
     """Returns the grid of `batch`: input, visible patches, prediction; two pictures to a row."""
     rows = list(zip(*panels(method, params, extras, batch), strict=True))
-    return tile(paired(rows), CAPTIONS, f"{method.config.method.mask_ratio:.0%} hidden; {note(method.config)}")
+    share = "" if method.mask_ratio is None else f"{method.mask_ratio:.0%} hidden; "
+    return tile(paired(rows), CAPTIONS, share + method.reconstruction_note)
 
 
-def mixtures(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarray:
+def mixtures(method: MixedAE, params: Any, extras: Any, batch: Batch) -> np.ndarray:
     """Returns the grid of `batch`, whole groups of MixedAE: a mixed picture, its sources, what is made of each."""
     group = method.group
     sources, _, predicted = panels(method, params, extras, batch)
@@ -88,7 +76,8 @@ def mixtures(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarr
     rows = [(mixed[i], *sources[i * group : (i + 1) * group], *predicted[i * group : (i + 1) * group])
             for i in range(len(mixed))]
     captions = ["mixed", *(f"source {i + 1}" for i in range(group)), *(f"prediction {i + 1}" for i in range(group))]
-    return tile(rows, captions, f"{group} pictures mixed, {1 - 1 / group:.0%} of each hidden; {note(method.config)}")
+    title = f"{group} pictures mixed, {1 - 1 / group:.0%} of each hidden; {method.reconstruction_note}"
+    return tile(rows, captions, title)
 
 
 def at_ratios(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarray:
@@ -102,5 +91,5 @@ def at_ratios(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndar
         original, visible, predicted = panels(masking(method, ratio), params, extras, few)
         rows.append([panel for i in range(len(original)) for panel in (original[i], visible[i], predicted[i])])
     title = f"hidden, from the top: {', '.join(f'{ratio:.0%}' for ratio in RATIOS)} (trained at " \
-            f"{method.config.method.mask_ratio:.0%}); {note(method.config)}"
+            f"{method.mask_ratio:.0%}); {method.reconstruction_note}"
     return tile(rows, CAPTIONS, title)

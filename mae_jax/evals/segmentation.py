@@ -60,9 +60,9 @@ def pictures(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarr
     """Returns the grid of `batch`: input, true and predicted classes; cream is what counts nowhere."""
     truth, predicted = process_allgather(_predictor(method)(params, extras, batch), tiled=True)
     inputs = method.grid.unpatchify(np.asarray(batch["patches"]), np.asarray(batch["order"]))
-    colours = palette(method.config.method.classes)
+    count = method.classes
+    colours = palette(count)
     rows = list(zip(inputs, colours[truth], colours[predicted], strict=True))
-    count = method.config.method.classes
     picture = tile(paired(rows), CAPTIONS, f"{count} classes of pixels")
     return np.concatenate([picture, legend(colours[:count], picture.shape[1])]) if count <= MOST_NAMED else picture
 

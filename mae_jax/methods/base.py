@@ -84,19 +84,24 @@ class Method:
 
     Its `task` says what it is evaluated by: 'pretraining' by probes of its features; 'classification' by its
     `logits(params, extras, batch)`, float32 [B, C] of `self.classes`; 'segmentation' by its `pixel_logits(params,
-    extras, batch)`, float32 [B, height, width, C], and `pixel_classes(batch)`, uint8 [B, height, width], 255 for none.
-    One that `reconstructs` has `reconstruct(params, extras, batch)`, whose item 'pixels' are the masked patches,
-    float32 [B, M, P].
+    extras, batch)`, float32 [B, height, width, C] of `self.classes`, and `pixel_classes(batch)`, uint8 [B, height,
+    width], 255 for none; where one of the classes is no foreground, by its `background`.
+    One that `reconstructs` has `reconstruct(params, extras, batch)`, whose item 'pixels' are the masked patches as
+    normalised pixels, float32 [B, M, P]: the last M in the batch's order.
     """
 
     encoder: Any  # models.vit.Encoder
+    classes: int  # of a classification or a segmentation
     task: ClassVar[Task] = "pretraining"
     reconstructs: ClassVar[bool] = False
+    mask_ratio: float | None = None  # share that is masked, where `at_mask_ratio` gives another
+    reconstruction_note: str = "as the method reconstructs them"  # what images of masked patches say of their colors
     defaults: ClassVar[dict[str, Any]] = {}  # own config fields under config.method
     learns_labels: bool = False  # what it is evaluated on must not be trained on
     names_classes: bool = False  # its head has a row for each class of the data, in their order
     sees_whole_batch: bool = False  # the loss has terms across images: accumulation is refused
     encodes_with: tuple[str, ...] = ()  # batch fields that `encode` reads besides pictures and orders
+    background: int = -1  # of a segmentation's classes, what is around things; -1: none
     group: int = 1  # rows that stay together on a device and in a micro-batch, neighbours in the batch
     decayed: ClassVar[tuple[str, ...]] = ("kernel", "cls_token", "mask_token")  # weight decay, by last name of the path
 
@@ -164,6 +169,15 @@ class Method:
         if blocks := block_shape(self.order()):
             shapes["blocks"] = (blocks, jnp.int32)
         return {name: jax.ShapeDtypeStruct((images, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image has any number of classes, which batches have as `labels`, uint8 [B, C]."""
+        return "labels" in self.eval_spec()
+
+    def at_mask_ratio(self, ratio: float) -> "Method":
+        """Returns the method, for the same parameters, with another share of randomly masked patches."""
+        raise NotImplementedError
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
         """Returns initial float32 parameters and the extras (state that no gradient touches)."""

@@ -26,7 +26,11 @@ from mae_jax.models.vit import make_decoder, make_encoder
 from mae_jax.ops.flops import blocks_flops
 from mae_jax.ops.patches import PatchGrid, normalize
 
-TARGETS = ("norm_pix", "pixel", "pca")
+TARGETS = {  # method.target → what a reader must know about the colors of reconstructions
+    "norm_pix": "hidden patches un-normalised with their own true mean and deviation",
+    "pixel": "plain pixels, nothing known of the hidden patches",
+    "pca": "PCA of pixels",
+}
 MASKINGS = ("random", "block", "grid")
 
 
@@ -45,7 +49,7 @@ class MAE(Method):
     def check_targets(config: ConfigDict) -> None:
         """Raises UserError for a target or a decoder that cannot be, and for stochastic depth."""
         m = config.method
-        check_choices(m, target=TARGETS)
+        check_choices(m, target=tuple(TARGETS))
         check_decoder(m)
         if config.model.drop_path:
             raise UserError(f"model.drop_path={config.model.drop_path}; {m.name} pre-trains without stochastic depth "
@@ -65,6 +69,8 @@ class MAE(Method):
     def __init__(self, config: ConfigDict, data: DataInfo):
         super().__init__(config, data)
         self.target = config.method.target
+        self.mask_ratio = config.method.get("mask_ratio")  # which a subclass may do without
+        self.reconstruction_note = TARGETS[self.target]
         self.outputs = self.grid.patch_dim
         if self.target == "pca":
             self.outputs = min(pixel_targets.PCA_COMPONENTS, self.outputs)
@@ -78,6 +84,11 @@ class MAE(Method):
     def visible_of(config: ConfigDict, patches: int) -> int:
         """Returns V, how many of N patches the encoder sees of a picture."""
         return visible_patches(patches, config.method.mask_ratio)
+
+    def at_mask_ratio(self, ratio: float) -> Method:
+        config = self.config.copy_and_resolve_references()
+        config.method.update(mask_ratio=ratio, masking="random")
+        return type(self)(config, self.data)
 
     def order(self) -> Order:
         return Order(kind_of_order(self.config), self.grid.shape, self.hidden)

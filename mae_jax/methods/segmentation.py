@@ -46,7 +46,8 @@ class Segment(Method):
     def __init__(self, config: ConfigDict, data: DataInfo):
         super().__init__(config, data)
         self.encoder = make_encoder(config)
-        self.head = Head(config.method.classes, HEAD_STD)
+        self.classes, self.background = config.method.classes, config.method.background
+        self.head = Head(self.classes, HEAD_STD)
         self.depth = config.method.block + 1 or config.model.depth  # how many blocks run
 
     def eval_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -87,7 +88,7 @@ class Segment(Method):
     def pixel_classes(self, batch: Batch) -> jax.Array:
         """Returns uint8 [B, height, width]: classes, or 255 for pixels without one and all of invalid pictures."""
         mask = segmentation.pixels(batch["pixel_label"], self.grid)
-        known = (mask < self.config.method.classes) & (batch["valid"] > 0)[:, None, None]
+        known = (mask < self.classes) & (batch["valid"] > 0)[:, None, None]
         return jnp.where(known, mask, jnp.uint8(segmentation.IGNORED))
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
@@ -103,7 +104,7 @@ class Segment(Method):
         return total / jnp.maximum(weight, 1), (metrics, extras)
 
     def forward_flops(self) -> int:
-        m, classes, patches = self.config.model, self.config.method.classes, self.grid.num_patches
+        m, classes, patches = self.config.model, self.classes, self.grid.num_patches
         height, width = self.grid.image_size
         embed_and_head = 2 * patches * m.width * (self.grid.patch_dim + classes)
         upsampling = 2 * height * self.grid.columns * (self.grid.rows + width) * classes

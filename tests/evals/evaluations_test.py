@@ -34,10 +34,12 @@ def evaluated(name: str, fields: dict) -> tuple[Evaluator, TrainState]:
     def batches(*_):
         for seed in (1, 2):
             batch, rng = tiny_batch(config, seed, train=False), np.random.default_rng(seed)
-            if name == "segment":
+            if "pixel_label" in method.eval_spec():
                 batch["pixel_label"] = rng.integers(3, size=method.eval_spec()["pixel_label"].shape).astype(np.uint8)
             if "labels" in method.eval_spec():
                 batch["labels"] = rng.integers(2, size=method.eval_spec()["labels"].shape).astype(np.uint8)
+            if "cluster" in method.eval_spec():
+                batch["cluster"] = rng.integers(3, size=config.batch_size).astype(np.int32)
             batch["valid"][5:] = seed == 1
             yield batch
 
@@ -53,7 +55,7 @@ def evaluated(name: str, fields: dict) -> tuple[Evaluator, TrainState]:
 @pytest.mark.parametrize("case", CASES)
 def test_the_names_that_an_evaluation_tells_are_those_of_its_figures(case):
     evaluator, state = evaluated(*CASES[case])
-    ctx = evaluator._context(state.params, state, "eval")
+    ctx = evaluator._context(evaluator.applying, state.params, state, "eval")
     given = {}
     for each in evaluator.applying:
         figures = each.scalars(ctx)
@@ -107,6 +109,36 @@ def test_one_more_evaluation_is_one_line_of_the_table(monkeypatch):
     images = dict(evaluator.pictures(state))
     assert list(images) == ["reconstruct", "ratios", "attention", "brightness"]
     assert images["brightness"].shape == (4, 4, 3)
+
+
+class Rows(Evaluation):
+    """Counts valid images."""
+
+    def __init__(self, name: str, when: str):
+        self.name, self.when = name, when
+
+    def counts(self, method, outputs, batch) -> dict[str, jax.Array]:
+        return {self.name: batch["valid"].astype(int).sum()}
+
+    def scalars(self, ctx: Context) -> dict[str, float]:
+        return {f"{self.name}/{name}": float(count) for name, count in ctx.held_out.counts.items()}
+
+
+def test_a_pass_counts_for_the_evaluations_that_it_is_for(monkeypatch):
+    each = Rows("often", "periodic"), Rows("once", "final"), Rows("asked", "on_demand"), Rows("asked_too", "on_demand")
+    monkeypatch.setattr(evaluators, "EVALUATIONS", each)
+    evaluator, state = evaluated("segment", {})
+    assert evaluator.scalars(state) == {"eval/often/often": 13}
+    assert evaluator.closing(state) == {"eval/once/once": 13}
+    assert evaluator.on_demand("asked", state) == {"eval/asked/asked": 13}
+
+
+def test_further_sets_are_read_for_logits_alone(monkeypatch):
+    evaluator, state = evaluated("supervised", {"eval.sets": ("imagenet_v2",)})
+    monkeypatch.setattr(evaluator.method, "loss", None)
+    assert 0 <= evaluator.closing(state)["eval/imagenet_v2/top1"] <= 1
+    evaluator.inputs.extra = lambda name: iter([tiny_batch(evaluator.method.config) | {"label": np.full(8, -1)}])
+    assert np.isnan(evaluator.closing(state)["eval/imagenet_v2/top1"])
 
 
 def test_the_evaluated_part_is_read_once_for_figures_and_the_training_split_once():

@@ -126,8 +126,7 @@ def test_pictures_keep_visible_patches_and_paste_predictions_into_the_hidden_one
     np.testing.assert_array_equal(pasted[~hidden], original[~hidden])
     assert (masked[hidden] == reconstruction.GREY).all()
     assert (pasted[hidden] != original[hidden]).mean() > 0.5
-    title = reconstruction.note(config)
-    assert ("own true mean and deviation" in title) == (target == "norm_pix")
+    assert ("own true mean and deviation" in method.reconstruction_note) == (target == "norm_pix")
 
 
 def test_tiles_lie_in_rows_with_whole_pixels():
