@@ -14,8 +14,9 @@ from etils import epath
 from safetensors.numpy import load_file
 
 from mae_jax import errors, plugins
-from mae_jax.config import default, validate
+from mae_jax.config import _check_types, default, validate
 from mae_jax.errors import UserError
+from mae_jax.methods.mae import MAE
 from mae_jax.training.workdir import config_of, read_config
 from tests.helpers.tiny import tiny_config
 
@@ -290,6 +291,19 @@ def test_unknown_names_are_answered_with_the_nearest_of_a_plug_in_too(fresh):
     plugins.register("color_policies", "negative", abs)
     with pytest.raises(UserError, match=r"unknown data\.color 'negativ'; did you mean 'negative'"):
         tiny_config({"data.color": "negativ"})
+
+
+def test_a_field_of_a_plug_ins_method_may_be_an_empty_tuple_that_holds_anything(fresh):
+    class Echo(MAE):
+        defaults = {**MAE.defaults, "extra": ()}
+
+    plugins.register("methods", "echo", Echo)
+    for value in ((), ("a",), (1, 2.5)):
+        config = default("echo").unlock()
+        config.method.extra = value
+        validate(config)
+    with pytest.raises(UserError, match=r"method\.extra='x'; expected values such as \('value',\)"):
+        _check_types({"method.extra": "x"}, {"method.extra": []})
 
 
 def test_a_bug_in_a_plug_in_is_not_taken_for_ours(site):
