@@ -7,10 +7,19 @@ printed, imported, and call `register` meanwhile.
 
 import functools
 import importlib
+import importlib.machinery
 import importlib.metadata
+import importlib.util
+import json
+import os
+import site
 import sys
+import sysconfig
 import traceback
+import urllib.parse
+import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from mae_jax.errors import PLUG_INS, UserError, nearest, printable
@@ -39,12 +48,14 @@ def register(kind: str, name: str, value: Any) -> None:
     _registered[kind][name] = (value, caller)
 
 
-def load(modules: Iterable[str], where: str = "config.plugins") -> None:
-    """Imports installed modules that a config names, each printed on stderr before; twice does nothing.
+def load(modules: Iterable[str], where: str = "config.plugins", stored: str = "") -> None:
+    """Imports modules that a config names, each printed on stderr before; twice does nothing.
 
     Args:
       modules: names such as 'package.module'.
       where: they are asked for, for messages.
+      stored: the folder of the file that names them, whose modules must be installed ones; '' where the user does, by
+        a recipe or a flag.
 
     Raises:
       UserError: a name that is none, a module that is not installed, or one whose import fails.
@@ -54,6 +65,8 @@ def load(modules: Iterable[str], where: str = "config.plugins") -> None:
             raise UserError(f"plugins={name!r} of {where}: expected the name of an installed module, such as "
                             "'package.module'; paths are not imported")
         if name not in _loaded:
+            if stored:
+                _check_installed(name, where, stored)
             print(f"plug-in: importing {name}, which {where} names", file=sys.stderr, flush=True)
             _imported(name, f"the plug-in {name} of {where}")
             _loaded.add(name)
@@ -187,6 +200,84 @@ def _imported(module: str, what: str) -> Any:
         raise UserError(f"{what} cannot be used: {error}") from error
     except (Exception, SystemExit) as error:  # a script that is no module ends the process
         raise UserError(_failed(module, what, error)) from error
+
+
+def _check_installed(name: str, where: str, stored: str) -> None:
+    """Raises UserError unless a module is an installed one; imports nothing.
+
+    `python -m` imports from the current folder too, where a workdir of somebody else's may lie: `runs.theirs.payload`
+    would be found there, without any __init__.py.
+    """
+    spec, parts = None, name.split(".")
+    for count, part in enumerate(parts):
+        module = ".".join(parts[: count + 1])
+        try:
+            spec = (importlib.machinery.PathFinder.find_spec(module, spec.submodule_search_locations or ()) if spec
+                    else importlib.util.find_spec(part))
+        except ValueError:  # of a module that was not imported, such as __main__
+            spec = None
+        if spec is None:
+            raise UserError(f"the plug-in {name} of {where} is not installed here: there is no module {module!r}")
+        if not spec.has_location and spec.origin in ("built-in", "frozen"):
+            continue
+        if not spec.origin or not spec.has_location:
+            why = f"{module} is a folder without __init__.py"
+        else:
+            depth = count + (spec.submodule_search_locations is not None)
+            why = _not_installed(parts[0], Path(spec.origin), depth, stored)
+        if why:
+            raise UserError(f"{where} names the plug-in {name}, which is not imported, since {why}; install its "
+                            f"package, or name it yourself with --config.plugins='(\"{name}\",)' or in the recipe")
+
+
+def _not_installed(top: str, file: Path, depth: int, stored: str) -> str:
+    """Returns why the file of a module is none of an installed package, '' where it is one.
+
+    Args:
+      top: the first part of the module's name.
+      file: of the module.
+      depth: number of folders of packages that it is in.
+      stored: as of `load`.
+    """
+    base = file.parents[depth]  # which Python searches
+    if _below(file, stored) and (_same(base, stored) or not _below(base, stored)):
+        return f"{file} lies beside what names it"
+    given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]  # by the user
+    if any(_below(base, place) for place in _places()) or any(_same(base, path) for path in given):
+        return ""
+    if _below(file, os.getcwd()) and not _editable(top, file):
+        return f"{file} lies below the current folder and is of no installed package"
+    return ""
+
+
+def _places() -> list[str]:
+    """Returns the folders that an interpreter comes with and that installers write to."""
+    paths = sysconfig.get_paths()
+    user = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
+    return [*(paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")), *site.getsitepackages(), *user]
+
+
+def _editable(top: str, file: Path) -> bool:
+    """Says whether a package that is installed as editable has a module of this name there (PEP 610)."""
+    for package in importlib.metadata.distributions(path=_places()):
+        direct = json.loads(package.read_text("direct_url.json") or "{}")
+        if not direct.get("dir_info", {}).get("editable"):
+            continue
+        names = {package.name.replace("-", "_").lower(), *(package.read_text("top_level.txt") or "").split(),
+                 *(point.module.split(".")[0] for point in package.entry_points)}
+        if top in names and _below(file, urllib.request.url2pathname(urllib.parse.urlparse(direct["url"]).path)):
+            return True
+    return False
+
+
+def _below(path: str | Path, folder: str | Path) -> bool:
+    """Says whether a path leads into a folder, or is the folder, by its name or by what links stand for."""
+    return any(Path(real(path)).is_relative_to(other(folder)) for real in (os.path.abspath, os.path.realpath)
+               for other in (os.path.abspath, os.path.realpath))
+
+
+def _same(one: str | Path, other: str | Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _failed(module: str, what: str, error: BaseException) -> str:

@@ -9,9 +9,10 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from etils import epath
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from mae_jax import errors, plugins
 from mae_jax.config import _check_types, default, validate
@@ -20,7 +21,8 @@ from mae_jax.methods.mae import MAE
 from mae_jax.training.workdir import config_of, read_config
 from tests.helpers.tiny import tiny_config
 
-PAGE = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()  # whose examples these tests install
+HERE = Path(__file__).parents[1]
+PAGE = (HERE / "docs" / "plugins.md").read_text()  # whose examples these tests install
 ENTRY_POINTS = {kind.removeprefix("mae_jax."): f"{name} = {target}" for kind, points in tomllib.loads(
     "".join(re.findall("```toml\n(.+?)```", PAGE, re.DOTALL)))["project"]["entry-points"].items()
     for name, target in points.items()}
@@ -224,6 +226,82 @@ def test_the_field_is_a_tuple_and_is_refused_on_the_command_line_too(fresh):
     done = python(None, "-m", "mae_jax", "train", "--config=quickstart", "--workdir=never",
                   "--config.plugins=('./evil',)", code=errors.MISTAKE)
     assert done.stderr.startswith("error: plugins='./evil' of --config: expected the name of an installed module")
+
+
+PAYLOAD = "from pathlib import Path\n\nPath('{}').touch()\n"
+READ = """
+import sys
+from mae_jax import errors
+from mae_jax.training.workdir import config_of
+
+try:
+    config_of(sys.argv[1])
+except errors.UserError as error:
+    print(error)
+"""
+
+
+def reading(place: Path, name: str, cwd: Path, path: str = "") -> str:
+    """Stores a config that names a plug-in and returns what reading it in a folder says, which is on Python's path."""
+    config = json.dumps({**default().to_dict(), "plugins": (name,)})
+    if place.suffix:
+        save_file({"x": np.zeros(1)}, place, {"config": config})
+    else:
+        (place / "config.json").write_text(f'{{"config": {config}}}')
+    done = subprocess.run([sys.executable, "-c", READ, place], cwd=cwd, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join((path, str(HERE))), "JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("file", ["", "weights.safetensors"])
+@pytest.mark.parametrize("package", [False, True])
+def test_what_is_stored_makes_nobody_import_out_of_the_current_folder(tmp_path, file, package):
+    theirs = tmp_path / "runs" / "theirs"
+    theirs.mkdir(parents=True)
+    (theirs / "payload.py").write_text(PAYLOAD.format(tmp_path / "done"))
+    for folder in (theirs, theirs.parent) if package else ():
+        (folder / "__init__.py").write_text(PAYLOAD.format(tmp_path / "done"))
+    said = reading(theirs / file, "runs.theirs.payload", tmp_path)
+    assert not (tmp_path / "done").exists()
+    assert said.startswith(f"{theirs / (file or 'config.json')} names the plug-in runs.theirs.payload, which is not "
+                           "imported, since ")
+    assert ("lies below the current folder and is of no installed package" if package else
+            "runs is a folder without __init__.py") in said
+    assert """or name it yourself with --config.plugins='("runs.theirs.payload",)' or in the recipe""" in said
+    assert said.count("\n") == 1
+
+
+def test_what_is_stored_may_name_what_is_on_pythonpath_but_nothing_in_its_own_folder(tmp_path):
+    for name in ("theirs", "own"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(PAYLOAD.format(tmp_path / name / "done"))
+    assert "lies beside what names it" in reading(tmp_path / "theirs", "theirs", tmp_path, str(tmp_path))
+    assert not (tmp_path / "theirs" / "done").exists()
+    assert reading(tmp_path / "theirs", "own", tmp_path, str(tmp_path)) == ""
+    assert (tmp_path / "own" / "done").exists()
+
+
+def test_what_is_stored_may_name_what_is_installed_as_editable_or_with_the_virtual_environment_below(
+        tmp_path, monkeypatch, fresh):
+    places = [str(tmp_path / ".venv" / "site-packages")]
+    monkeypatch.setattr(plugins, "_places", lambda: places)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(places[0])
+    info = installed(Path(places[0]), "lively", {"layouts": "x = lively:x"}) / "lively-0.3.dist-info"
+    (Path(places[0]) / "settled.py").write_text("")
+    for name in ("lively", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("")
+    plugins.load(("settled",), "x", stored=str(tmp_path / "runs"))
+    with pytest.raises(UserError, match="lies below the current folder"):
+        plugins.load(("lively",), "x", stored=str(tmp_path / "runs"))
+    (info / "direct_url.json").write_text(json.dumps({"url": tmp_path.as_uri(), "dir_info": {"editable": True}}))
+    plugins.load(("lively",), "x", stored=str(tmp_path / "runs"))
+    with pytest.raises(UserError, match="lies below the current folder"):
+        plugins.load(("other",), "x", stored=str(tmp_path / "runs"))
+    plugins.load(("other",), "config.plugins")  # named by the user
 
 
 def test_a_module_that_fails_is_named_with_its_error_and_the_place(site):

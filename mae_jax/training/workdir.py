@@ -136,17 +136,19 @@ def _stored_config(workdir: epath.Path) -> ConfigDict | None:
         return None
     try:
         stored = json.loads(content)
-        return _completed(stored["config"], file, stored.get("plugins", {}))
+        return _completed(stored["config"], file, workdir, stored.get("plugins", {}))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{file} is damaged: {error}") from None
 
 
-def _completed(values: dict[str, Any], where: Any, recorded: dict[str, dict[str, str]]) -> ConfigDict:
+def _completed(values: dict[str, Any], where: Any, folder: epath.Path, recorded: dict[str, dict[str, str]]
+               ) -> ConfigDict:
     """Makes a config of what was stored; a field that it lacks is younger and had what is now its default.
 
     Args:
       values: the stored config.
-      where: it was stored.
+      where: it was stored, for messages.
+      folder: the same, out of which no plug-in is imported.
       recorded: as `plugins.used` gave it.
 
     Raises:
@@ -157,7 +159,7 @@ def _completed(values: dict[str, Any], where: Any, recorded: dict[str, dict[str,
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     plugins.expect(recorded)
-    plugins.load(stored.get("plugins", ()), str(where))
+    plugins.load(stored.get("plugins", ()), str(where), stored=str(folder))
     config = configs.default(stored.method.name).unlock()
     unknown = sorted(param_tree.flat(stored).keys() - param_tree.flat(config).keys())
     if unknown:
@@ -188,7 +190,7 @@ def config_of(source: str) -> ConfigDict | None:
             header = json.loads(file.read(size) if size <= MOST_HEADER else b"")
         said = header.get("__metadata__", {})
         recorded = json.loads(said.get("plugins", "{}"))
-        return _completed(json.loads(said["config"]), source, recorded) if said.get("config") else None
+        return _completed(json.loads(said["config"]), source, path.parent, recorded) if said.get("config") else None
     except (ValueError, AttributeError) as error:
         raise UserError(f"{source} is no safetensors file, or damaged: {error}") from None
     except OSError as error:
