@@ -24,7 +24,15 @@ from typing import Any
 
 from mae_jax.errors import PLUG_INS, UserError, nearest, printable
 
-KINDS = ("methods", "sources", "optimizers", "evaluations", "color_policies", "layouts", "metric_sinks")
+KINDS = {  # kind → what each must be: a subclass or an instance of a class (named, since it imports JAX), or callable
+    "methods": ("a subclass of", "mae_jax.methods.base.Method"),
+    "sources": ("a function, or a module with a function load", ""),
+    "optimizers": ("an instance of", "mae_jax.training.optim.Rule"),  # as `reads` makes it
+    "evaluations": ("a subclass or an instance of", "mae_jax.evals.base.Evaluation"),
+    "color_policies": ("a function, or an instance of", "mae_jax.data.transforms.color.Moving"),
+    "layouts": ("an instance of", "mae_jax.interop.layouts.Layout"),
+    "metric_sinks": ("a subclass of", "mae_jax.storage.metric_sinks.Sink"),
+}
 
 # kind → name → what, and the module that gave it
 _registered: dict[str, dict[str, tuple[Any, str]]] = {kind: {} for kind in KINDS}
@@ -152,10 +160,35 @@ class _Table(Mapping[str, Any]):
             found = _of_entry_point(self.kind, points[0])
             if module and found is not value:
                 raise UserError(f"{self.kind}: {name!r} is given by the plug-in {module} and by {givers[0]}")
-            return found
+            return _checked(self.kind, name, found, givers[0])
         if module:
-            return _resolved(value)
+            giver = f"the plug-in {module}"
+            return _checked(self.kind, name, _resolved(value, f"{name!r} of {self.kind}, which {giver} gives,"), giver)
         raise KeyError(name)
+
+
+def _checked(kind: str, name: str, found: Any, giver: str) -> Any:
+    """Returns what a plug-in gives; raises UserError where it is nothing of the kind."""
+    if fits(kind, found):
+        return found
+    what = f"the class {found.__qualname__}" if isinstance(found, type) else f"of the type {type(found).__name__}"
+    raise UserError(f"{kind}: what {giver} gives as {name!r} is {what}; expected {' '.join(KINDS[kind]).strip()}")
+
+
+def fits(kind: str, found: Any) -> bool:
+    """Says whether an object is what a kind's table holds; a class is known by its name, for nothing is imported."""
+    words, base = KINDS[kind]
+
+    def derived(of: type) -> bool:
+        return any(f"{each.__module__}.{each.__qualname__}" == base for each in of.__mro__)
+
+    if kind == "sources":
+        return callable(getattr(found, "load", found))
+    if "function" in words and callable(found) and not isinstance(found, type):
+        return True
+    if isinstance(found, type):
+        return "subclass" in words and derived(found)
+    return "instance" in words and derived(type(found))
 
 
 @functools.cache
@@ -172,12 +205,8 @@ def _of_entry_point(kind: str, point: importlib.metadata.EntryPoint) -> Any:
     if f"{kind}.{point.name}" not in _used:
         print(f"plug-in: importing {point.module} of {package}, for {point.name!r} of {kind}", file=sys.stderr,
               flush=True)
-    found: Any = _imported(point.module, f"the plug-in {point.module} of {package}")
-    for attribute in point.attr.split(".") if point.attr else ():
-        if not hasattr(found, attribute):
-            raise UserError(f"{package} names {point.value} as {point.name!r} of mae_jax.{kind}; there is no "
-                            f"{attribute!r}")
-        found = getattr(found, attribute)
+    found = _attribute(_imported(point.module, f"the plug-in {point.module} of {package}"), point.attr,
+                       f"{package} names {point.value} as {point.name!r} of mae_jax.{kind}")
     if point.dist:
         _used[f"{kind}.{point.name}"] = {"package": point.dist.name, "version": point.dist.version}
     return found
@@ -289,10 +318,24 @@ def _failed(module: str, what: str, error: BaseException) -> str:
     return f"{what} fails when imported: {type(error).__name__}: {text}{at}; python -c 'import {module}' shows all"
 
 
-def _resolved(value: Any) -> Any:
-    """Returns what 'module:attribute', or 'module', stands for; what is no string as it is."""
+def _attribute(module: Any, names: str | None, what: str) -> Any:
+    """Returns 'object' or 'object.of.it' of a module, itself for ''; raises UserError that begins with `what`."""
+    found = module
+    for attribute in names.split(".") if names else ():
+        if not hasattr(found, attribute):
+            raise UserError(f"{what}; there is no {attribute!r}")
+        found = getattr(found, attribute)
+    return found
+
+
+def _resolved(value: Any, what: str = "") -> Any:
+    """Returns what 'module:attribute', or 'module', stands for; what is no string as it is.
+
+    Args:
+      value: from a table.
+      what: it is, for messages, where a plug-in registered it.
+    """
     if not isinstance(value, str):
         return value
-    module, _, attribute = value.partition(":")
-    found = importlib.import_module(module)
-    return getattr(found, attribute) if attribute else found
+    module, _, names = value.partition(":")
+    return _attribute(_imported(module, what) if what else importlib.import_module(module), names, f"{what} is {value}")

@@ -14,10 +14,15 @@ import pytest
 from etils import epath
 from safetensors.numpy import load_file, save_file
 
-from mae_jax import errors, plugins
-from mae_jax.config import _check_types, default, validate
+from mae_jax import errors, methods, plugins
+from mae_jax.config import OPTIMIZERS, _check_types, default, validate
+from mae_jax.data.sources import registry
+from mae_jax.data.transforms import color
 from mae_jax.errors import UserError
+from mae_jax.evals.evaluator import EVALUATIONS
+from mae_jax.interop import layouts
 from mae_jax.methods.mae import MAE
+from mae_jax.storage import metric_sinks
 from mae_jax.training.workdir import config_of, read_config
 from tests.helpers.tiny import tiny_config
 
@@ -363,6 +368,52 @@ def test_an_entry_point_that_names_nothing_is_named(site):
     installed(site, "hollow", {"layouts": "hollow = json:nothing"})
     with pytest.raises(UserError, match=r"the package hollow 0\.3 names json:nothing.*there is no 'nothing'"):
         plugins.find("layouts", "hollow", {}, "--layout")
+
+
+@pytest.mark.parametrize(("kind", "value", "says"), [
+    ("methods", abs, r"of the type builtin_function_or_method; expected a subclass of mae_jax\.methods\.base\.Method"),
+    ("methods", dict, "the class dict; expected a subclass of"),
+    ("sources", 3, "of the type int; expected a function, or a module with a function load$"),
+    ("sources", errors, "of the type module; expected a function"),
+    ("optimizers", abs, r"of the type .*; expected an instance of mae_jax\.training\.optim\.Rule"),
+    ("evaluations", dict, "the class dict; expected a subclass or an instance of"),
+    ("color_policies", 3, "of the type int; expected a function, or an instance of"),
+    ("layouts", abs, ".*; expected an instance of"),
+    ("metric_sinks", abs, ".*; expected a subclass of"),
+])
+def test_what_is_nothing_of_its_kind_is_refused_naming_who_gives_it(fresh, kind, value, says):
+    plugins.register(kind, "odd", value)
+    with pytest.raises(UserError, match=rf"{kind}: what the plug-in {__name__} gives as 'odd' is {says}"):
+        plugins.find(kind, "odd", {}, "x")
+
+
+def test_all_that_is_built_in_is_of_its_kind():
+    """The classes are known by their names, which this notices to have changed."""
+    built_in = {"methods": methods.TABLE, "sources": registry.MODULES, "optimizers": OPTIMIZERS,
+                "color_policies": color.COLOURS, "layouts": layouts.LAYOUTS, "metric_sinks": metric_sinks.SINKS,
+                "evaluations": {each.name: each for each in EVALUATIONS}}
+    assert built_in.keys() == plugins.KINDS.keys()
+    for kind, known in built_in.items():
+        table = plugins.table(kind, known)
+        assert all(plugins.fits(kind, table[name]) for name in known), kind
+
+
+def test_an_entry_point_of_another_kind_is_refused_naming_its_package(site):
+    installed(site, "odd", {"layouts": "odd = json:dumps"})
+    with pytest.raises(UserError, match=r"layouts: what the package odd 0\.3 gives as 'odd' is of the type function"):
+        plugins.find("layouts", "odd", {}, "--layout")
+
+
+def test_what_is_registered_as_a_string_is_imported_as_an_entry_point_is(site):
+    (site / "broken.py").write_text("[][0]\n")
+    for value, says in (("broken:X", "fails when imported: IndexError.*broken.py, line 1"),
+                        ("no_such:X", "is not installed here: there is no module 'no_such'"),
+                        ("json:nothing", "is json:nothing; there is no 'nothing'")):
+        plugins.register("sources", value, value)
+        with pytest.raises(UserError, match=f"{value!r} of sources, which the plug-in {__name__} gives, {says}"):
+            plugins.find("sources", value, {}, "data.source")
+    plugins.register("sources", "json", "json")
+    assert plugins.find("sources", "json", {}, "data.source") is json
 
 
 def test_unknown_names_are_answered_with_the_nearest_of_a_plug_in_too(fresh):
