@@ -37,8 +37,9 @@ KINDS = {  # kind → what each must be: a subclass or an instance of a class (n
 # kind → name → what, and the module that gave it
 _registered: dict[str, dict[str, tuple[Any, str]]] = {kind: {} for kind in KINDS}
 _loaded: set[str] = set()  # modules of config.plugins
-_used: dict[str, dict[str, str]] = {}  # 'methods.ijepa' → what `used` says of the package that has this entry point
-_recorded: dict[str, dict[str, str]] = {}  # the same, of the run whose config.json was read
+_printed: set[str] = set()  # entry points that were imported, as 'methods.ijepa'
+_recorded: dict[str, dict[str, str]] = {}  # what `used` returned in the run whose config.json was read last
+PACKAGE = ("package", "version")
 
 
 def register(kind: str, name: str, value: Any) -> None:
@@ -117,19 +118,37 @@ def check(kind: str, name: str, built_in: Mapping[str, Any], field: str, others:
     if name in known:
         return
     if before := _recorded.get(f"{kind}.{name}"):
-        package = printable(f"{before['package']} {before['version']}")
-        raise UserError(f"{field}={name!r} came from the package {package}, which is not installed here")
+        raise UserError(f"{field}={name!r} came from the package {_said(before)}, which is not installed here")
     raise UserError(f"unknown {field} {name!r}; {nearest(str(name), [*known, *others])}")
 
 
-def used() -> dict[str, dict[str, str]]:
-    """Returns the packages whose entry points were asked for: 'KIND.NAME' → package, version."""
-    return dict(_used)
+def used(named: Mapping[str, Iterable[str]]) -> dict[str, dict[str, str]]:
+    """Returns the packages whose entry points have the names of each kind: 'KIND.NAME' → package, version."""
+    return {f"{kind}.{name}": {"package": point.dist.name, "version": point.dist.version}
+            for kind, names in named.items() for name in names for point in _entry_points(kind).get(name, ())
+            if point.dist}
 
 
 def expect(recorded: Mapping[str, dict[str, str]]) -> None:
-    """Takes what `used` returned in the run whose config was read, so that a package that is missing can be named."""
+    """Takes what `used` returned in the run whose config is read, so that a package that is missing can be named.
+
+    What was taken of another run before is forgotten.
+
+    Raises:
+      ValueError: it is nothing that `used` returns.
+    """
+    _recorded.clear()
+    for key, package in recorded.items():
+        if not (isinstance(package, dict) and all(isinstance(package.get(what), str) for what in PACKAGE)):
+            raise ValueError(f"plugins: {key!r} has no package and version, but {package!r}")
     _recorded.update(recorded)
+
+
+def missing(kind: str, known: Iterable[str]) -> list[str]:
+    """Returns of what `expect` took of a kind, and what is not among the known names, which package gave it."""
+    return [f"{printable(repr(name))} came from the package {_said(package)}, which does not give it here"
+            for key, package in _recorded.items() for of, _, name in [key.partition(".")]
+            if of == kind and name not in known]
 
 
 class _Table(Mapping[str, Any]):
@@ -200,16 +219,18 @@ def _entry_points(kind: str) -> dict[str, tuple[importlib.metadata.EntryPoint, .
 
 
 def _of_entry_point(kind: str, point: importlib.metadata.EntryPoint) -> Any:
-    """Imports what an entry point names, printed on stderr before, and notes its package for config.json."""
+    """Imports what an entry point names, printed on stderr before."""
     package = f"the package {_package(point)}"
-    if f"{kind}.{point.name}" not in _used:
+    if f"{kind}.{point.name}" not in _printed:
         print(f"plug-in: importing {point.module} of {package}, for {point.name!r} of {kind}", file=sys.stderr,
               flush=True)
-    found = _attribute(_imported(point.module, f"the plug-in {point.module} of {package}"), point.attr,
-                       f"{package} names {point.value} as {point.name!r} of mae_jax.{kind}")
-    if point.dist:
-        _used[f"{kind}.{point.name}"] = {"package": point.dist.name, "version": point.dist.version}
-    return found
+        _printed.add(f"{kind}.{point.name}")
+    return _attribute(_imported(point.module, f"the plug-in {point.module} of {package}"), point.attr,
+                      f"{package} names {point.value} as {point.name!r} of mae_jax.{kind}")
+
+
+def _said(package: Mapping[str, str]) -> str:
+    return printable(" ".join(package[what] for what in PACKAGE))
 
 
 def _package(point: importlib.metadata.EntryPoint) -> str:

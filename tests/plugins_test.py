@@ -23,6 +23,7 @@ from mae_jax.evals.evaluator import EVALUATIONS
 from mae_jax.interop import layouts
 from mae_jax.methods.mae import MAE
 from mae_jax.storage import metric_sinks
+from mae_jax.training import loop, workdir
 from mae_jax.training.workdir import config_of, read_config
 from tests.helpers.tiny import tiny_config
 
@@ -124,7 +125,7 @@ def test_config_json_says_what_the_run_was_made_with(run):
     stored = json.loads((run[2] / "config.json").read_text())
     if run[4] == WAYS[0]:
         assert stored["plugins"] == {f"{kind}.{line.split(' ')[0]}": {"package": "handmade", "version": "0.3"}
-                                     for kind, line in ENTRY_POINTS.items() if kind not in ("layouts", "evaluations")}
+                                     for kind, line in ENTRY_POINTS.items() if kind != "layouts"}
         assert stored["config"]["plugins"] == []
     else:
         assert stored["config"]["plugins"] == ["handmade.registered"]
@@ -186,6 +187,52 @@ def test_what_is_not_installed_is_named_with_where_it_was_asked_for(run, later, 
         recipe()
 
 
+def test_a_run_without_an_evaluation_that_it_had_does_not_go_on_and_is_evaluated_with_a_warning(tmp_path, caplog):
+    config = tiny_config({"data.source": "photo_crops"})
+    workdir.record(epath.Path(tmp_path), config)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored["plugins"] = {"evaluations.gone": {"package": "handmade", "version": "0.3"}}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    says = r"the evaluation 'gone' came from the package handmade 0\.3, which does not give it here"
+    with pytest.raises(UserError, match=says):
+        loop.train(config, str(tmp_path))
+    with caplog.at_level("WARNING", "mae_jax"), pytest.raises(UserError, match="holds no checkpoint"):
+        loop.evaluate(str(tmp_path))
+    assert re.search(says, caplog.text)
+
+
+def test_a_file_in_a_layout_that_is_missing_is_refused_naming_its_package(tmp_path, fresh):
+    said = workdir.metadata(tiny_config()) | {"plugins": json.dumps(
+        {"layouts.hand": {"package": "handmade", "version": "0.3"}})}
+    save_file({"x": np.zeros(1)}, tmp_path / "x.safetensors", said)
+    with pytest.raises(UserError, match=r"x\.safetensors: its layout 'hand' came from the package handmade 0\.3, which "):
+        config_of(str(tmp_path / "x.safetensors"))
+
+
+def test_what_a_config_names_is_recorded_and_not_what_other_runs_of_the_process_used(site, tmp_path):
+    installed(site, "many", {"optimizers": "other = json:dumps", "color_policies": "bright = builtins:abs"})
+    for name in ("bright", "none"):
+        folder = tmp_path / name
+        workdir.record(epath.Path(folder), tiny_config({"data.color": name}))
+        stored = json.loads((folder / "config.json").read_text())
+        assert list(stored.get("plugins", ())) == ["color_policies.bright"] * (name == "bright")
+        read_config(epath.Path(folder))
+        assert list(plugins._recorded) == list(stored.get("plugins", ()))
+
+
+@pytest.mark.parametrize("odd", [[], 3, {"methods.x": "handmade"}, {"methods.x": {"package": "handmade"}}, None])
+def test_an_odd_record_of_plug_ins_is_a_damaged_file(tmp_path, odd, fresh):
+    workdir.record(epath.Path(tmp_path), tiny_config())
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"plugins": odd}))
+    save_file({"x": np.zeros(1)}, tmp_path / "x.safetensors", workdir.metadata(tiny_config()) | {
+        "plugins": json.dumps(odd)})
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        read_config(epath.Path(tmp_path))
+    with pytest.raises(UserError, match=r"x\.safetensors is no safetensors file, or damaged"):
+        config_of(str(tmp_path / "x.safetensors"))
+
+
 def test_help_shows_the_fields_of_a_plug_ins_method_and_its_layout(run):
     site, recipe, *_ = run
     shown = python(site, "-m", "mae_jax", "export", f"--config={recipe}", "--help").stdout
@@ -197,8 +244,8 @@ def test_help_shows_the_fields_of_a_plug_ins_method_and_its_layout(run):
 def fresh(monkeypatch):
     """Forgets, now and afterwards, which plug-ins there are."""
     monkeypatch.setattr(plugins, "_registered", {kind: {} for kind in plugins.KINDS})
-    for name in ("_used", "_recorded"):
-        monkeypatch.setattr(plugins, name, {})
+    monkeypatch.setattr(plugins, "_printed", set())
+    monkeypatch.setattr(plugins, "_recorded", {})
     monkeypatch.setattr(plugins, "_loaded", set())
     monkeypatch.setattr(errors, "PLUG_INS", set())
     monkeypatch.setattr(plugins, "PLUG_INS", errors.PLUG_INS)
@@ -237,6 +284,7 @@ PAYLOAD = "from pathlib import Path\n\nPath('{}').touch()\n"
 READ = """
 import sys
 from mae_jax import errors
+from mae_jax.training import loop, workdir
 from mae_jax.training.workdir import config_of
 
 try:
