@@ -342,9 +342,11 @@ def _check_types(values: dict[str, Any], defaults: dict[str, Any]) -> None:
         value = values.get(key, default)
         if isinstance(default, list):
             whole = all(isinstance(item, int) for item in default)
-            kinds = (str,) if not default else (int,) if whole else (int, float)
+            kinds: tuple[type, ...] = (int,) if whole else (int, float)
+            if not default:  # of a plug-in's field nothing tells what it holds
+                kinds = (str,) if key in EXAMPLES else (object,)
             if not isinstance(value, list) or not all(isinstance(item, kinds) for item in value):
-                shown = tuple(default) or EXAMPLES[key]
+                shown = tuple(default) or EXAMPLES.get(key, ("value",))
                 what = "whole numbers" if whole and default else "values"
                 raise UserError(f"{key}={value!r}; expected {what} such as {shown}")
         if not all(math.isfinite(number) for number in np.ravel(value) if isinstance(number, float)):

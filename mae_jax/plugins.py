@@ -7,21 +7,39 @@ printed, imported, and call `register` meanwhile.
 
 import functools
 import importlib
+import importlib.machinery
 import importlib.metadata
+import importlib.util
+import json
+import os
+import site
 import sys
+import sysconfig
 import traceback
+import urllib.parse
+import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from mae_jax.errors import PLUG_INS, UserError, nearest, printable
 
-KINDS = ("methods", "sources", "optimizers", "evaluations", "color_policies", "layouts", "metric_sinks")
+KINDS = {  # kind → what each must be: a subclass or an instance of a class (named, since it imports JAX), or callable
+    "methods": ("a subclass of", "mae_jax.methods.base.Method"),
+    "sources": ("a function, or a module with a function load", ""),
+    "optimizers": ("an instance of", "mae_jax.training.optim.Rule"),  # as `reads` makes it
+    "evaluations": ("a subclass or an instance of", "mae_jax.evals.base.Evaluation"),
+    "color_policies": ("a function, or an instance of", "mae_jax.data.transforms.color.Moving"),
+    "layouts": ("an instance of", "mae_jax.interop.layouts.Layout"),
+    "metric_sinks": ("a subclass of", "mae_jax.storage.metric_sinks.Sink"),
+}
 
 # kind → name → what, and the module that gave it
 _registered: dict[str, dict[str, tuple[Any, str]]] = {kind: {} for kind in KINDS}
 _loaded: set[str] = set()  # modules of config.plugins
-_used: dict[str, dict[str, str]] = {}  # 'methods.ijepa' → what `used` says of the package that has this entry point
-_recorded: dict[str, dict[str, str]] = {}  # the same, of the run whose config.json was read
+_printed: set[str] = set()  # entry points that were imported, as 'methods.ijepa'
+_recorded: dict[str, dict[str, str]] = {}  # what `used` returned in the run whose config.json was read last
+PACKAGE = ("package", "version")
 
 
 def register(kind: str, name: str, value: Any) -> None:
@@ -39,12 +57,14 @@ def register(kind: str, name: str, value: Any) -> None:
     _registered[kind][name] = (value, caller)
 
 
-def load(modules: Iterable[str], where: str = "config.plugins") -> None:
-    """Imports installed modules that a config names, each printed on stderr before; twice does nothing.
+def load(modules: Iterable[str], where: str = "config.plugins", stored: str = "") -> None:
+    """Imports modules that a config names, each printed on stderr before; twice does nothing.
 
     Args:
       modules: names such as 'package.module'.
       where: they are asked for, for messages.
+      stored: the folder of the file that names them, whose modules must be installed ones; '' where the user does, by
+        a recipe or a flag.
 
     Raises:
       UserError: a name that is none, a module that is not installed, or one whose import fails.
@@ -54,6 +74,8 @@ def load(modules: Iterable[str], where: str = "config.plugins") -> None:
             raise UserError(f"plugins={name!r} of {where}: expected the name of an installed module, such as "
                             "'package.module'; paths are not imported")
         if name not in _loaded:
+            if stored:
+                _check_installed(name, where, stored)
             print(f"plug-in: importing {name}, which {where} names", file=sys.stderr, flush=True)
             _imported(name, f"the plug-in {name} of {where}")
             _loaded.add(name)
@@ -96,19 +118,37 @@ def check(kind: str, name: str, built_in: Mapping[str, Any], field: str, others:
     if name in known:
         return
     if before := _recorded.get(f"{kind}.{name}"):
-        package = printable(f"{before['package']} {before['version']}")
-        raise UserError(f"{field}={name!r} came from the package {package}, which is not installed here")
+        raise UserError(f"{field}={name!r} came from the package {_said(before)}, which is not installed here")
     raise UserError(f"unknown {field} {name!r}; {nearest(str(name), [*known, *others])}")
 
 
-def used() -> dict[str, dict[str, str]]:
-    """Returns the packages whose entry points were asked for: 'KIND.NAME' → package, version."""
-    return dict(_used)
+def used(named: Mapping[str, Iterable[str]]) -> dict[str, dict[str, str]]:
+    """Returns the packages whose entry points have the names of each kind: 'KIND.NAME' → package, version."""
+    return {f"{kind}.{name}": {"package": point.dist.name, "version": point.dist.version}
+            for kind, names in named.items() for name in names for point in _entry_points(kind).get(name, ())
+            if point.dist}
 
 
 def expect(recorded: Mapping[str, dict[str, str]]) -> None:
-    """Takes what `used` returned in the run whose config was read, so that a package that is missing can be named."""
+    """Takes what `used` returned in the run whose config is read, so that a package that is missing can be named.
+
+    What was taken of another run before is forgotten.
+
+    Raises:
+      ValueError: it is nothing that `used` returns.
+    """
+    _recorded.clear()
+    for key, package in recorded.items():
+        if not (isinstance(package, dict) and all(isinstance(package.get(what), str) for what in PACKAGE)):
+            raise ValueError(f"plugins: {key!r} has no package and version, but {package!r}")
     _recorded.update(recorded)
+
+
+def missing(kind: str, known: Iterable[str]) -> list[str]:
+    """Returns of what `expect` took of a kind, and what is not among the known names, which package gave it."""
+    return [f"{printable(repr(name))} came from the package {_said(package)}, which does not give it here"
+            for key, package in _recorded.items() for of, _, name in [key.partition(".")]
+            if of == kind and name not in known]
 
 
 class _Table(Mapping[str, Any]):
@@ -139,10 +179,35 @@ class _Table(Mapping[str, Any]):
             found = _of_entry_point(self.kind, points[0])
             if module and found is not value:
                 raise UserError(f"{self.kind}: {name!r} is given by the plug-in {module} and by {givers[0]}")
-            return found
+            return _checked(self.kind, name, found, givers[0])
         if module:
-            return _resolved(value)
+            giver = f"the plug-in {module}"
+            return _checked(self.kind, name, _resolved(value, f"{name!r} of {self.kind}, which {giver} gives,"), giver)
         raise KeyError(name)
+
+
+def _checked(kind: str, name: str, found: Any, giver: str) -> Any:
+    """Returns what a plug-in gives; raises UserError where it is nothing of the kind."""
+    if fits(kind, found):
+        return found
+    what = f"the class {found.__qualname__}" if isinstance(found, type) else f"of the type {type(found).__name__}"
+    raise UserError(f"{kind}: what {giver} gives as {name!r} is {what}; expected {' '.join(KINDS[kind]).strip()}")
+
+
+def fits(kind: str, found: Any) -> bool:
+    """Says whether an object is what a kind's table holds; a class is known by its name, for nothing is imported."""
+    words, base = KINDS[kind]
+
+    def derived(of: type) -> bool:
+        return any(f"{each.__module__}.{each.__qualname__}" == base for each in of.__mro__)
+
+    if kind == "sources":
+        return callable(getattr(found, "load", found))
+    if "function" in words and callable(found) and not isinstance(found, type):
+        return True
+    if isinstance(found, type):
+        return "subclass" in words and derived(found)
+    return "instance" in words and derived(type(found))
 
 
 @functools.cache
@@ -154,20 +219,18 @@ def _entry_points(kind: str) -> dict[str, tuple[importlib.metadata.EntryPoint, .
 
 
 def _of_entry_point(kind: str, point: importlib.metadata.EntryPoint) -> Any:
-    """Imports what an entry point names, printed on stderr before, and notes its package for config.json."""
+    """Imports what an entry point names, printed on stderr before."""
     package = f"the package {_package(point)}"
-    if f"{kind}.{point.name}" not in _used:
+    if f"{kind}.{point.name}" not in _printed:
         print(f"plug-in: importing {point.module} of {package}, for {point.name!r} of {kind}", file=sys.stderr,
               flush=True)
-    found: Any = _imported(point.module, f"the plug-in {point.module} of {package}")
-    for attribute in point.attr.split(".") if point.attr else ():
-        if not hasattr(found, attribute):
-            raise UserError(f"{package} names {point.value} as {point.name!r} of mae_jax.{kind}; there is no "
-                            f"{attribute!r}")
-        found = getattr(found, attribute)
-    if point.dist:
-        _used[f"{kind}.{point.name}"] = {"package": point.dist.name, "version": point.dist.version}
-    return found
+        _printed.add(f"{kind}.{point.name}")
+    return _attribute(_imported(point.module, f"the plug-in {point.module} of {package}"), point.attr,
+                      f"{package} names {point.value} as {point.name!r} of mae_jax.{kind}")
+
+
+def _said(package: Mapping[str, str]) -> str:
+    return printable(" ".join(package[what] for what in PACKAGE))
 
 
 def _package(point: importlib.metadata.EntryPoint) -> str:
@@ -189,6 +252,84 @@ def _imported(module: str, what: str) -> Any:
         raise UserError(_failed(module, what, error)) from error
 
 
+def _check_installed(name: str, where: str, stored: str) -> None:
+    """Raises UserError unless a module is an installed one; imports nothing.
+
+    `python -m` imports from the current folder too, where a workdir of somebody else's may lie: `runs.theirs.payload`
+    would be found there, without any __init__.py.
+    """
+    spec, parts = None, name.split(".")
+    for count, part in enumerate(parts):
+        module = ".".join(parts[: count + 1])
+        try:
+            spec = (importlib.machinery.PathFinder.find_spec(module, spec.submodule_search_locations or ()) if spec
+                    else importlib.util.find_spec(part))
+        except ValueError:  # of a module that was not imported, such as __main__
+            spec = None
+        if spec is None:
+            raise UserError(f"the plug-in {name} of {where} is not installed here: there is no module {module!r}")
+        if not spec.has_location and spec.origin in ("built-in", "frozen"):
+            continue
+        if not spec.origin or not spec.has_location:
+            why = f"{module} is a folder without __init__.py"
+        else:
+            depth = count + (spec.submodule_search_locations is not None)
+            why = _not_installed(parts[0], Path(spec.origin), depth, stored)
+        if why:
+            raise UserError(f"{where} names the plug-in {name}, which is not imported, since {why}; install its "
+                            f"package, or name it yourself with --config.plugins='(\"{name}\",)' or in the recipe")
+
+
+def _not_installed(top: str, file: Path, depth: int, stored: str) -> str:
+    """Returns why the file of a module is none of an installed package, '' where it is one.
+
+    Args:
+      top: the first part of the module's name.
+      file: of the module.
+      depth: number of folders of packages that it is in.
+      stored: as of `load`.
+    """
+    base = file.parents[depth]  # which Python searches
+    if _below(file, stored) and (_same(base, stored) or not _below(base, stored)):
+        return f"{file} lies beside what names it"
+    given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]  # by the user
+    if any(_below(base, place) for place in _places()) or any(_same(base, path) for path in given):
+        return ""
+    if _below(file, os.getcwd()) and not _editable(top, file):
+        return f"{file} lies below the current folder and is of no installed package"
+    return ""
+
+
+def _places() -> list[str]:
+    """Returns the folders that an interpreter comes with and that installers write to."""
+    paths = sysconfig.get_paths()
+    user = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
+    return [*(paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")), *site.getsitepackages(), *user]
+
+
+def _editable(top: str, file: Path) -> bool:
+    """Says whether a package that is installed as editable has a module of this name there (PEP 610)."""
+    for package in importlib.metadata.distributions(path=_places()):
+        direct = json.loads(package.read_text("direct_url.json") or "{}")
+        if not direct.get("dir_info", {}).get("editable"):
+            continue
+        names = {package.name.replace("-", "_").lower(), *(package.read_text("top_level.txt") or "").split(),
+                 *(point.module.split(".")[0] for point in package.entry_points)}
+        if top in names and _below(file, urllib.request.url2pathname(urllib.parse.urlparse(direct["url"]).path)):
+            return True
+    return False
+
+
+def _below(path: str | Path, folder: str | Path) -> bool:
+    """Says whether a path leads into a folder, or is the folder, by its name or by what links stand for."""
+    return any(Path(real(path)).is_relative_to(other(folder)) for real in (os.path.abspath, os.path.realpath)
+               for other in (os.path.abspath, os.path.realpath))
+
+
+def _same(one: str | Path, other: str | Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
 def _failed(module: str, what: str, error: BaseException) -> str:
     """Returns one line: what failed, and where in it."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -198,10 +339,24 @@ def _failed(module: str, what: str, error: BaseException) -> str:
     return f"{what} fails when imported: {type(error).__name__}: {text}{at}; python -c 'import {module}' shows all"
 
 
-def _resolved(value: Any) -> Any:
-    """Returns what 'module:attribute', or 'module', stands for; what is no string as it is."""
+def _attribute(module: Any, names: str | None, what: str) -> Any:
+    """Returns 'object' or 'object.of.it' of a module, itself for ''; raises UserError that begins with `what`."""
+    found = module
+    for attribute in names.split(".") if names else ():
+        if not hasattr(found, attribute):
+            raise UserError(f"{what}; there is no {attribute!r}")
+        found = getattr(found, attribute)
+    return found
+
+
+def _resolved(value: Any, what: str = "") -> Any:
+    """Returns what 'module:attribute', or 'module', stands for; what is no string as it is.
+
+    Args:
+      value: from a table.
+      what: it is, for messages, where a plug-in registered it.
+    """
     if not isinstance(value, str):
         return value
-    module, _, attribute = value.partition(":")
-    found = importlib.import_module(module)
-    return getattr(found, attribute) if attribute else found
+    module, _, names = value.partition(":")
+    return _attribute(_imported(module, what) if what else importlib.import_module(module), names, f"{what} is {value}")

@@ -9,17 +9,26 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from etils import epath
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from mae_jax import errors, plugins
-from mae_jax.config import default, validate
+from mae_jax import errors, methods, plugins
+from mae_jax.config import OPTIMIZERS, _check_types, default, validate
+from mae_jax.data.sources import registry
+from mae_jax.data.transforms import color
 from mae_jax.errors import UserError
+from mae_jax.evals.evaluator import EVALUATIONS
+from mae_jax.interop import layouts
+from mae_jax.methods.mae import MAE
+from mae_jax.storage import metric_sinks
+from mae_jax.training import loop, workdir
 from mae_jax.training.workdir import config_of, read_config
 from tests.helpers.tiny import tiny_config
 
-PAGE = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()  # whose examples these tests install
+HERE = Path(__file__).parents[1]
+PAGE = (HERE / "docs" / "plugins.md").read_text()  # whose examples these tests install
 ENTRY_POINTS = {kind.removeprefix("mae_jax."): f"{name} = {target}" for kind, points in tomllib.loads(
     "".join(re.findall("```toml\n(.+?)```", PAGE, re.DOTALL)))["project"]["entry-points"].items()
     for name, target in points.items()}
@@ -116,7 +125,7 @@ def test_config_json_says_what_the_run_was_made_with(run):
     stored = json.loads((run[2] / "config.json").read_text())
     if run[4] == WAYS[0]:
         assert stored["plugins"] == {f"{kind}.{line.split(' ')[0]}": {"package": "handmade", "version": "0.3"}
-                                     for kind, line in ENTRY_POINTS.items() if kind not in ("layouts", "evaluations")}
+                                     for kind, line in ENTRY_POINTS.items() if kind != "layouts"}
         assert stored["config"]["plugins"] == []
     else:
         assert stored["config"]["plugins"] == ["handmade.registered"]
@@ -178,6 +187,52 @@ def test_what_is_not_installed_is_named_with_where_it_was_asked_for(run, later, 
         recipe()
 
 
+def test_a_run_without_an_evaluation_that_it_had_does_not_go_on_and_is_evaluated_with_a_warning(tmp_path, caplog):
+    config = tiny_config({"data.source": "photo_crops"})
+    workdir.record(epath.Path(tmp_path), config)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored["plugins"] = {"evaluations.gone": {"package": "handmade", "version": "0.3"}}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    says = r"the evaluation 'gone' came from the package handmade 0\.3, which does not give it here"
+    with pytest.raises(UserError, match=says):
+        loop.train(config, str(tmp_path))
+    with caplog.at_level("WARNING", "mae_jax"), pytest.raises(UserError, match="holds no checkpoint"):
+        loop.evaluate(str(tmp_path))
+    assert re.search(says, caplog.text)
+
+
+def test_a_file_in_a_layout_that_is_missing_is_refused_naming_its_package(tmp_path, fresh):
+    said = workdir.metadata(tiny_config()) | {"plugins": json.dumps(
+        {"layouts.hand": {"package": "handmade", "version": "0.3"}})}
+    save_file({"x": np.zeros(1)}, tmp_path / "x.safetensors", said)
+    with pytest.raises(UserError, match=r"x\.safetensors: its layout 'hand' came from the package handmade 0\.3, which "):
+        config_of(str(tmp_path / "x.safetensors"))
+
+
+def test_what_a_config_names_is_recorded_and_not_what_other_runs_of_the_process_used(site, tmp_path):
+    installed(site, "many", {"optimizers": "other = json:dumps", "color_policies": "bright = builtins:abs"})
+    for name in ("bright", "none"):
+        folder = tmp_path / name
+        workdir.record(epath.Path(folder), tiny_config({"data.color": name}))
+        stored = json.loads((folder / "config.json").read_text())
+        assert list(stored.get("plugins", ())) == ["color_policies.bright"] * (name == "bright")
+        read_config(epath.Path(folder))
+        assert list(plugins._recorded) == list(stored.get("plugins", ()))
+
+
+@pytest.mark.parametrize("odd", [[], 3, {"methods.x": "handmade"}, {"methods.x": {"package": "handmade"}}, None])
+def test_an_odd_record_of_plug_ins_is_a_damaged_file(tmp_path, odd, fresh):
+    workdir.record(epath.Path(tmp_path), tiny_config())
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"plugins": odd}))
+    save_file({"x": np.zeros(1)}, tmp_path / "x.safetensors", workdir.metadata(tiny_config()) | {
+        "plugins": json.dumps(odd)})
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        read_config(epath.Path(tmp_path))
+    with pytest.raises(UserError, match=r"x\.safetensors is no safetensors file, or damaged"):
+        config_of(str(tmp_path / "x.safetensors"))
+
+
 def test_help_shows_the_fields_of_a_plug_ins_method_and_its_layout(run):
     site, recipe, *_ = run
     shown = python(site, "-m", "mae_jax", "export", f"--config={recipe}", "--help").stdout
@@ -189,8 +244,8 @@ def test_help_shows_the_fields_of_a_plug_ins_method_and_its_layout(run):
 def fresh(monkeypatch):
     """Forgets, now and afterwards, which plug-ins there are."""
     monkeypatch.setattr(plugins, "_registered", {kind: {} for kind in plugins.KINDS})
-    for name in ("_used", "_recorded"):
-        monkeypatch.setattr(plugins, name, {})
+    monkeypatch.setattr(plugins, "_printed", set())
+    monkeypatch.setattr(plugins, "_recorded", {})
     monkeypatch.setattr(plugins, "_loaded", set())
     monkeypatch.setattr(errors, "PLUG_INS", set())
     monkeypatch.setattr(plugins, "PLUG_INS", errors.PLUG_INS)
@@ -223,6 +278,83 @@ def test_the_field_is_a_tuple_and_is_refused_on_the_command_line_too(fresh):
     done = python(None, "-m", "mae_jax", "train", "--config=quickstart", "--workdir=never",
                   "--config.plugins=('./evil',)", code=errors.MISTAKE)
     assert done.stderr.startswith("error: plugins='./evil' of --config: expected the name of an installed module")
+
+
+PAYLOAD = "from pathlib import Path\n\nPath('{}').touch()\n"
+READ = """
+import sys
+from mae_jax import errors
+from mae_jax.training import loop, workdir
+from mae_jax.training.workdir import config_of
+
+try:
+    config_of(sys.argv[1])
+except errors.UserError as error:
+    print(error)
+"""
+
+
+def reading(place: Path, name: str, cwd: Path, path: str = "") -> str:
+    """Stores a config that names a plug-in and returns what reading it in a folder says, which is on Python's path."""
+    config = json.dumps({**default().to_dict(), "plugins": (name,)})
+    if place.suffix:
+        save_file({"x": np.zeros(1)}, place, {"config": config})
+    else:
+        (place / "config.json").write_text(f'{{"config": {config}}}')
+    done = subprocess.run([sys.executable, "-c", READ, place], cwd=cwd, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join((path, str(HERE))), "JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("file", ["", "weights.safetensors"])
+@pytest.mark.parametrize("package", [False, True])
+def test_what_is_stored_makes_nobody_import_out_of_the_current_folder(tmp_path, file, package):
+    theirs = tmp_path / "runs" / "theirs"
+    theirs.mkdir(parents=True)
+    (theirs / "payload.py").write_text(PAYLOAD.format(tmp_path / "done"))
+    for folder in (theirs, theirs.parent) if package else ():
+        (folder / "__init__.py").write_text(PAYLOAD.format(tmp_path / "done"))
+    said = reading(theirs / file, "runs.theirs.payload", tmp_path)
+    assert not (tmp_path / "done").exists()
+    assert said.startswith(f"{theirs / (file or 'config.json')} names the plug-in runs.theirs.payload, which is not "
+                           "imported, since ")
+    assert ("lies below the current folder and is of no installed package" if package else
+            "runs is a folder without __init__.py") in said
+    assert """or name it yourself with --config.plugins='("runs.theirs.payload",)' or in the recipe""" in said
+    assert said.count("\n") == 1
+
+
+def test_what_is_stored_may_name_what_is_on_pythonpath_but_nothing_in_its_own_folder(tmp_path):
+    for name in ("theirs", "own"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(PAYLOAD.format(tmp_path / name / "done"))
+    assert "lies beside what names it" in reading(tmp_path / "theirs", "theirs", tmp_path, str(tmp_path))
+    assert not (tmp_path / "theirs" / "done").exists()
+    assert reading(tmp_path / "theirs", "own", tmp_path, str(tmp_path)) == ""
+    assert (tmp_path / "own" / "done").exists()
+
+
+def test_what_is_stored_may_name_what_is_installed_as_editable_or_with_the_virtual_environment_below(
+        tmp_path, monkeypatch, fresh):
+    places = [str(tmp_path / ".venv" / "site-packages")]
+    monkeypatch.setattr(plugins, "_places", lambda: places)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(places[0])
+    info = installed(Path(places[0]), "lively", {"layouts": "x = lively:x"}) / "lively-0.3.dist-info"
+    (Path(places[0]) / "settled.py").write_text("")
+    for name in ("lively", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("")
+    plugins.load(("settled",), "x", stored=str(tmp_path / "runs"))
+    with pytest.raises(UserError, match="lies below the current folder"):
+        plugins.load(("lively",), "x", stored=str(tmp_path / "runs"))
+    (info / "direct_url.json").write_text(json.dumps({"url": tmp_path.as_uri(), "dir_info": {"editable": True}}))
+    plugins.load(("lively",), "x", stored=str(tmp_path / "runs"))
+    with pytest.raises(UserError, match="lies below the current folder"):
+        plugins.load(("other",), "x", stored=str(tmp_path / "runs"))
+    plugins.load(("other",), "config.plugins")  # named by the user
 
 
 def test_a_module_that_fails_is_named_with_its_error_and_the_place(site):
@@ -286,10 +418,69 @@ def test_an_entry_point_that_names_nothing_is_named(site):
         plugins.find("layouts", "hollow", {}, "--layout")
 
 
+@pytest.mark.parametrize(("kind", "value", "says"), [
+    ("methods", abs, r"of the type builtin_function_or_method; expected a subclass of mae_jax\.methods\.base\.Method"),
+    ("methods", dict, "the class dict; expected a subclass of"),
+    ("sources", 3, "of the type int; expected a function, or a module with a function load$"),
+    ("sources", errors, "of the type module; expected a function"),
+    ("optimizers", abs, r"of the type .*; expected an instance of mae_jax\.training\.optim\.Rule"),
+    ("evaluations", dict, "the class dict; expected a subclass or an instance of"),
+    ("color_policies", 3, "of the type int; expected a function, or an instance of"),
+    ("layouts", abs, ".*; expected an instance of"),
+    ("metric_sinks", abs, ".*; expected a subclass of"),
+])
+def test_what_is_nothing_of_its_kind_is_refused_naming_who_gives_it(fresh, kind, value, says):
+    plugins.register(kind, "odd", value)
+    with pytest.raises(UserError, match=rf"{kind}: what the plug-in {__name__} gives as 'odd' is {says}"):
+        plugins.find(kind, "odd", {}, "x")
+
+
+def test_all_that_is_built_in_is_of_its_kind():
+    """The classes are known by their names, which this notices to have changed."""
+    built_in = {"methods": methods.TABLE, "sources": registry.MODULES, "optimizers": OPTIMIZERS,
+                "color_policies": color.COLOURS, "layouts": layouts.LAYOUTS, "metric_sinks": metric_sinks.SINKS,
+                "evaluations": {each.name: each for each in EVALUATIONS}}
+    assert built_in.keys() == plugins.KINDS.keys()
+    for kind, known in built_in.items():
+        table = plugins.table(kind, known)
+        assert all(plugins.fits(kind, table[name]) for name in known), kind
+
+
+def test_an_entry_point_of_another_kind_is_refused_naming_its_package(site):
+    installed(site, "odd", {"layouts": "odd = json:dumps"})
+    with pytest.raises(UserError, match=r"layouts: what the package odd 0\.3 gives as 'odd' is of the type function"):
+        plugins.find("layouts", "odd", {}, "--layout")
+
+
+def test_what_is_registered_as_a_string_is_imported_as_an_entry_point_is(site):
+    (site / "broken.py").write_text("[][0]\n")
+    for value, says in (("broken:X", "fails when imported: IndexError.*broken.py, line 1"),
+                        ("no_such:X", "is not installed here: there is no module 'no_such'"),
+                        ("json:nothing", "is json:nothing; there is no 'nothing'")):
+        plugins.register("sources", value, value)
+        with pytest.raises(UserError, match=f"{value!r} of sources, which the plug-in {__name__} gives, {says}"):
+            plugins.find("sources", value, {}, "data.source")
+    plugins.register("sources", "json", "json")
+    assert plugins.find("sources", "json", {}, "data.source") is json
+
+
 def test_unknown_names_are_answered_with_the_nearest_of_a_plug_in_too(fresh):
     plugins.register("color_policies", "negative", abs)
     with pytest.raises(UserError, match=r"unknown data\.color 'negativ'; did you mean 'negative'"):
         tiny_config({"data.color": "negativ"})
+
+
+def test_a_field_of_a_plug_ins_method_may_be_an_empty_tuple_that_holds_anything(fresh):
+    class Echo(MAE):
+        defaults = {**MAE.defaults, "extra": ()}
+
+    plugins.register("methods", "echo", Echo)
+    for value in ((), ("a",), (1, 2.5)):
+        config = default("echo").unlock()
+        config.method.extra = value
+        validate(config)
+    with pytest.raises(UserError, match=r"method\.extra='x'; expected values such as \('value',\)"):
+        _check_types({"method.extra": "x"}, {"method.extra": []})
 
 
 def test_a_bug_in_a_plug_in_is_not_taken_for_ours(site):

@@ -1,27 +1,31 @@
 """What evaluations share: one state of a method, one part of the data, and what is computed of both only once."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from mae_jax.data import cluster_ids
+from mae_jax.errors import UserError
 from mae_jax.evals.accumulators import Means, Rows, add
 from mae_jax.methods.base import Batch, Method, Metrics, pool
 from mae_jax.rng import stream_key
 from mae_jax.runtime import watchdog
 from mae_jax.runtime.sharding import replicated, to_devices
 
+Value = TypeVar("Value")
 Pair = tuple[np.ndarray, np.ndarray]  # features [n, D], labels [n]
 Source = Callable[[], Iterator[dict[str, np.ndarray]]]  # opens a part of the data: host batches, the last one padded
 
 
 class Counter(Protocol):
     """What a pass over a part needs of an evaluation."""
+
+    name: ClassVar[str]
 
     def counts(self, method: Method, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         """See `Evaluation.counts`."""
@@ -160,19 +164,40 @@ def _logits(method: Method, mesh: Mesh) -> Callable[..., jax.Array]:
 @functools.lru_cache(maxsize=8)
 def _measure(method: Method, mesh: Mesh, counting: tuple[Counter, ...]
              ) -> Callable[..., tuple[Metrics, dict[str, jax.Array], jax.Array | None]]:
-    """Returns the compiled function to metrics, tables of counts and outputs; kept likewise.
+    """Returns the compiled `measure`; kept likewise."""
+    return jax.jit(functools.partial(measure, method, counting), out_shardings=replicated(mesh))
+
+
+def measure(method: Method, counting: tuple[Counter, ...], params: Any, extras: Any, batch: Batch
+            ) -> tuple[Metrics, dict[str, jax.Array], jax.Array | None]:
+    """Returns the loss's metrics, tables of counts and outputs of a batch; jitted.
 
     Outputs are the pooled features [B, D] of pre-training, or the logits [B, C]; None of pixels, which are too many.
     """
     outputs_of = {"pretraining": pooled_features, "classification": lambda m, *args: m.logits(*args),
                   "segmentation": lambda m, *args: m.pixel_logits(*args)}[method.task]
+    # The key is the same at every evaluation: what changes between two of them is the model.
+    key = stream_key(method.config.seed, 0, "evaluate")
+    _, (metrics, _) = method.loss(params, extras, batch, key, 0, False)
+    outputs = outputs_of(method, params, extras, batch)
+    counts = united("count", ((each.name, each.counts(method, outputs, batch)) for each in counting))
+    return metrics, counts, None if method.task == "segmentation" else outputs
 
-    def measure(params: Any, extras: Any, batch: Batch) -> tuple[Metrics, dict[str, jax.Array], jax.Array | None]:
-        # The key is the same at every evaluation: what changes between two of them is the model.
-        key = stream_key(method.config.seed, 0, "evaluate")
-        _, (metrics, _) = method.loss(params, extras, batch, key, 0, False)
-        outputs = outputs_of(method, params, extras, batch)
-        counts = {name: table for each in counting for name, table in each.counts(method, outputs, batch).items()}
-        return metrics, counts, None if method.task == "segmentation" else outputs
 
-    return jax.jit(measure, out_shardings=replicated(mesh))
+def united(what: str, given: Iterable[tuple[str, Mapping[str, Value]]], own: Collection[str] = ()) -> dict[str, Value]:
+    """Returns what several evaluations give; raises UserError where two give the same name.
+
+    Args:
+      what: they give, for the message.
+      given: of each its name, and name → value.
+      own: names of evaluations among which a later one may give a figure instead of an earlier one.
+    """
+    values: dict[str, Value] = {}
+    givers: dict[str, str] = {}
+    for giver, those in given:
+        for name, value in those.items():
+            if name in givers and not (givers[name] in own and giver in own):
+                raise UserError(f"the evaluations {givers[name]!r} and {giver!r} both give the {what} {name!r}; one of "
+                                "them must call it otherwise")
+            values[name], givers[name] = value, giver
+    return values

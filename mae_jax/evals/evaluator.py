@@ -1,10 +1,11 @@
 """The table of evaluations, and what runs those that apply to a method and its data."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -14,7 +15,7 @@ from mae_jax.evals.attention_maps import AttentionMaps
 from mae_jax.evals.attention_overlap import AttentionOverlap
 from mae_jax.evals.base import Evaluation, When
 from mae_jax.evals.classification import Classification
-from mae_jax.evals.context import Context, Source
+from mae_jax.evals.context import Context, Source, measure, united
 from mae_jax.evals.expert_routing import ExpertRouting
 from mae_jax.evals.frozen_probes import FrozenProbes
 from mae_jax.evals.further_sets import FurtherSets
@@ -25,7 +26,7 @@ from mae_jax.evals.pixel_baseline import PixelBaseline
 from mae_jax.evals.rankme import RankMe
 from mae_jax.evals.reconstruction import Reconstruction
 from mae_jax.evals.segmentation import Segmentation
-from mae_jax.methods.base import Method
+from mae_jax.methods.base import Batch, Method
 from mae_jax.state import TrainState
 
 EVALUATIONS: tuple[Evaluation, ...] = (  # in this order their figures are recorded and their images drawn
@@ -47,9 +48,26 @@ Figures = dict[str, float]
 
 
 def evaluations() -> tuple[Evaluation, ...]:
-    """Returns all evaluations: those of the table, then those of plug-ins, which may be classes."""
-    known = plugins.table("evaluations", {each.name: each for each in EVALUATIONS})
-    return tuple(_made(each) if isinstance(each, type) else each for each in known.values())
+    """Returns all evaluations: those of the table, then those of plug-ins, which may be classes.
+
+    Raises:
+      UserError: a plug-in gives one by another name than its own, or what is none.
+    """
+    known = {name: _made(each) if isinstance(each, type) else each for name, each in _table().items()}
+    for name, each in known.items():
+        if getattr(each, "name", None) != name:
+            raise UserError(f"the evaluation {name!r} of a plug-in calls itself {getattr(each, 'name', None)!r}; the "
+                            "two must be the same")
+    return tuple(known.values())
+
+
+def missing() -> list[str]:
+    """Returns of the evaluations that the run whose config was read had, and that are not here, who gave them."""
+    return plugins.missing("evaluations", _table())
+
+
+def _table() -> Mapping[str, Any]:
+    return plugins.table("evaluations", {each.name: each for each in EVALUATIONS})
 
 
 @functools.cache
@@ -61,7 +79,7 @@ class Evaluator:
     """Evaluates train states on a run's data; every process runs it, and results are the same on all of them.
 
     Attributes:
-      applying: the evaluations that apply.
+      applying: the evaluations that apply; names_applying: their names.
       notes: what those have noted in the last `scalars`, which their images show; by evaluation.
     """
 
@@ -69,7 +87,10 @@ class Evaluator:
         self.method, self.inputs, self.mesh = method, inputs, mesh
         self.parts = {"eval": inputs.evaluate, "val": inputs.validate}
         self.applying = tuple(each for each in evaluations() if each.applies(method, inputs))
+        self.names_applying = tuple(each.name for each in self.applying)
         self.notes: dict[str, Any] = {}
+        if not set(self.applying) <= set(EVALUATIONS):
+            self._check_names()
 
     def scalars(self, state: TrainState, part: str = "eval") -> Figures:
         """Returns '<part>/<figure>' of a split: 'eval', or 'val', the validation part of the training data.
@@ -119,14 +140,25 @@ class Evaluator:
         for each in those:
             yield from each.images(ctx)
 
+    def _check_names(self) -> None:
+        """Raises UserError, from shapes alone, where two evaluations give the same figure or count."""
+        _figures((each, dict.fromkeys(each.metric_names(self.method, self.inputs)))
+                 for each in self.applying if each.when != "on_demand")
+
+        def measured(first: Batch, batch: Batch) -> Any:
+            params, extras = self.method.init(jax.random.key(0), first)
+            parts = [self._those("periodic"), self._those("final")]
+            return [measure(self.method, those, params, extras, batch)[:2] for those in parts]
+
+        jax.eval_shape(measured, self.method.batch_spec(), self.method.eval_spec())
+
     def _those(self, when: When) -> tuple[Evaluation, ...]:
         return tuple(each for each in self.applying if each.when == when)
 
     def _run(self, those: tuple[Evaluation, ...], prefix: str, *about: Any, **more: Any) -> Figures:
         """Returns the figures of those, under a prefix, in one context of their own: see `_context`."""
-        ctx, figures = self._context(those, *about, **more), Figures()
-        for each in those:
-            figures |= each.scalars(ctx)
+        ctx = self._context(those, *about, **more)
+        figures = _figures((each, each.scalars(ctx)) for each in those)
         return {prefix + name: value for name, value in figures.items()}
 
     def _context(self, those: tuple[Evaluation, ...], params: Any, state: TrainState, part: str,
@@ -138,3 +170,9 @@ class Evaluator:
         """Returns what comes before the names of figures → parameters that they are of, the main ones first."""
         raw = [("raw/", state.params)] if state.ema and self.method.task == "classification" else []
         return [("", state.ema or state.params), *raw]
+
+
+def _figures(given: Iterable[tuple[Evaluation, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Returns the figures of several evaluations; that of the loss may be given anew, but for plug-ins."""
+    own = [each.name for each in EVALUATIONS]
+    return united("figure", ((each.name, figures) for each, figures in given), own)

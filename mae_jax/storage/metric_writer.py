@@ -141,7 +141,9 @@ class Recorder:
         """Args: as of `JsonLines` and `Sink.open`; sinks: names. Raises UserError for an unknown one."""
         self.active = active
         self.jsonl = JsonLines(workdir / "metrics.jsonl", restored_step, active)
-        self.sinks: dict[str, Sink] = {name: metric_sinks.find(name)() for name in sinks} if active else {}
+        self.sinks: dict[str, Sink] = {}
+        for name in sinks if active else ():
+            self._made(name, metric_sinks.find(name))
         self._each(lambda sink: sink.open(workdir, restored_step))
 
     def has(self, step: int, name: str) -> bool:
@@ -171,5 +173,15 @@ class Recorder:
             try:
                 call(sink)
             except Exception as error:  # no TensorFlow, a full disk, a bucket out of reach: none is worth a run
-                logger.warning("no %s from here on: %s", sink.what, str(error).split("\n")[0] or type(error).__name__)
+                _tell(sink.what, error)
                 del self.sinks[name]
+
+    def _made(self, name: str, kind: type[Sink]) -> None:
+        try:
+            self.sinks[name] = kind()
+        except Exception as error:
+            _tell(kind.what, error)
+
+
+def _tell(what: str, error: Exception) -> None:
+    logger.warning("no %s from here on: %s", what, str(error).split("\n")[0] or type(error).__name__)

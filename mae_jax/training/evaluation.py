@@ -9,7 +9,7 @@ import jax
 from etils import epath
 
 from mae_jax.errors import UserError, nearest
-from mae_jax.evals.evaluator import Evaluator, Figures
+from mae_jax.evals.evaluator import Evaluator, Figures, missing
 from mae_jax.runtime import peers
 from mae_jax.runtime.console import say
 from mae_jax.state import TrainState
@@ -58,17 +58,26 @@ class Best:
                 logger.warning("cannot write %s: %s", self.file, error)
 
 
-def check(run: Run) -> None:
-    """Raises UserError before the first step for what evaluations, perhaps at the end only, cannot give."""
+def check(run: Run) -> Evaluator:
+    """Makes the evaluator of a run.
+
+    Raises:
+      UserError: before the first step, for what evaluations, perhaps at the end only, cannot give; or the run goes on
+        without one that it had: its figures would be lost for good, and nobody reads the log of a job that goes on.
+    """
     config, best = run.config, run.config.checkpoint.best_metric
+    for text in missing():
+        raise UserError(f"{run.workdir}: the evaluation {text}; install the package, or take it out of 'plugins' in "
+                        "config.json, and the run goes on without")
+    evaluator = Evaluator(run.program.method, run.inputs, run.program.mesh)
     if best:
-        names = [name for name in Evaluator(run.program.method, run.inputs, run.program.mesh).names(run.program.state)
-                 if not OF_EXPERTS.search(name)]
+        names = [name for name in evaluator.names(run.program.state) if not OF_EXPERTS.search(name)]
         if best not in names:
             why = "" if run.inputs.classes else ": the pictures have no classes"
             raise UserError(f"checkpoint.best_metric={best!r} is not evaluated{why}; {nearest(best, names)}")
     for name in config.eval.sets if config.data.eval_split and config.eval.test else ():
         run.inputs.extra(name)
+    return evaluator
 
 
 class Judge:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from mae_jax import errors, param_tree
 from mae_jax.config import profile_steps
 from mae_jax.errors import GuardError, UserError
+from mae_jax.evals.evaluator import missing
 from mae_jax.methods.base import Metrics
 from mae_jax.runtime import peers, sharding, startup_timer
 from mae_jax.runtime.console import say
@@ -54,7 +55,7 @@ def train(config: ConfigDict, folder: str) -> int:
 def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
     """Restores or makes the state and trains on. Returns the exit code."""
     config, folder = run.config, run.workdir
-    evaluation.check(run)
+    evaluator = evaluation.check(run)
     checkpoints = Checkpoints(folder, config.checkpoint.keep_last, run.timeline.keep_every)
     watchdog.on("reading the checkpoint")
     state = checkpoints.restore(run.program.state)
@@ -72,7 +73,8 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
         run.program.method.check(state.extras)
         logger.info("resumed at step %d", state.step)
     startup_timer.done("state")
-    workdir.record(folder, config, run.inputs)  # not before all that a mistake can break has worked
+    # Not before all that a mistake can break has worked.
+    workdir.record(folder, config, run.inputs, evaluator.names_applying)
     recorder = Recorder(folder, int(state.step), metric_sinks.names(config.log), jax.process_index() == 0)
     try:
         code = loop(run, state, checkpoints, recorder, stopper, watchdog)
@@ -163,12 +165,12 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Record
             if save or stop:
                 log.drain()
         except GuardError:
-            _keep_config(run)
+            _keep_config(run, judged)
             checkpoints.save(done, state)
             checkpoints.wait()
             raise
         if save or stop:
-            _keep_config(run)
+            _keep_config(run, judged)
             watchdog.on(f"the save of step {done}")
             checkpoints.save(done, state)
         if stop and done < total:
@@ -183,9 +185,9 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Record
     return finish(run, checkpoints, state, total)
 
 
-def _keep_config(run: Run) -> None:
+def _keep_config(run: Run, judged: evaluation.Judge) -> None:
     if jax.process_index() == 0:
-        workdir.keep(run.workdir, run.config, run.inputs)
+        workdir.keep(run.workdir, run.config, run.inputs, judged.evaluator.names_applying)
 
 
 def finish(run: Run, checkpoints: Checkpoints, state: TrainState, done: int) -> int:
@@ -222,6 +224,8 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
     else:
         config = workdir.continued(path, config)
         workdir.compare(workdir.read_config(path), config)
+    for text in missing():  # which loses nothing: it can be evaluated again
+        logger.warning("not measured: the evaluation %s", text)
     run = prepare(config, path)
     _tell(data_changes(run))
     if not run.config.data.eval_split or not run.config.eval.test:

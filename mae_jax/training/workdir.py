@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import logging
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from ml_collections import ConfigDict
 from mae_jax import __version__, param_tree, plugins, recipe_version
 from mae_jax import config as configs
 from mae_jax.errors import UserError, printable
-from mae_jax.storage import workdir_lock
+from mae_jax.interop import layouts
+from mae_jax.storage import metric_sinks, workdir_lock
 from mae_jax.storage.paths import locate, make_folder, read_bytes, replace_text
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,7 @@ MAY_CHANGE = ("train.duration", "mesh.*", "eval.*", "checkpoint.*", "log.*", "gu
               "model.remat", "plugins", "method.clusters")  # whose content is compared
 NAMED = 10  # classes that a message names
 ARCHIVED = "$Format:%H$"  # `git archive` writes the commit here, as .gitattributes asks
+DAMAGED = (ValueError, KeyError, AttributeError, TypeError)  # what the content of a damaged file raises
 MOST_HEADER = 100_000_000  # bytes of a safetensors file's header, by its specification
 PACKAGES = ("mae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
 
@@ -83,26 +86,32 @@ def _data_of(inputs: Any) -> dict[str, Any]:
     return {"pictures": inputs.num_train, "classes": list(inputs.classes)}
 
 
-def keep(workdir: epath.Path, config: ConfigDict, inputs: Any) -> None:
+def keep(workdir: epath.Path, config: ConfigDict, inputs: Any, evaluations: Iterable[str] = ()) -> None:
     """Writes config.json again where somebody removed it from a disk: without it, nothing accepts what is saved."""
     try:
         if str(workdir).startswith("gs://") or workdir_lock.doubt():  # where another run has it, that one's is to come
             return
         if not (workdir / "config.json").exists():
-            record(workdir, config, inputs)
+            record(workdir, config, inputs, evaluations)
     except (OSError, UserError) as error:
         logger.warning("cannot write %s again: %s", workdir / "config.json", error)
 
 
-def record(workdir: epath.Path, config: ConfigDict, inputs: Any = None) -> None:
+def record(workdir: epath.Path, config: ConfigDict, inputs: Any = None, evaluations: Iterable[str] = ()) -> None:
     """Writes config.json, with what `data_changes` compares, and makes the folder.
+
+    Args:
+      workdir: of the run.
+      config: of the run.
+      inputs: data.Inputs.
+      evaluations: names of those that the run has.
 
     Raises:
       UserError: it cannot be written, or another run has written another one meanwhile.
     """
     file = workdir / "config.json"
     content = {"config": config.to_dict(), "git_commit": git_commit(), "versions": versions()}
-    if used := plugins.used():
+    if used := _used(config, evaluations=evaluations):
         content["plugins"] = used
     if inputs:
         content["data"] = _data_of(inputs)
@@ -113,6 +122,13 @@ def record(workdir: epath.Path, config: ConfigDict, inputs: Any = None) -> None:
             replace_text(file, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write the workdir {workdir}: {error.strerror or error}") from None
+
+
+def _used(config: ConfigDict, **others: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Returns `plugins.used` of what a config names and of others: kind → names."""
+    return plugins.used({"methods": [config.method.name], "sources": [config.data.source],
+                         "optimizers": [config.optim.name], "color_policies": [config.data.color],
+                         "metric_sinks": metric_sinks.names(config.log), **others})
 
 
 def finished(workdir: epath.Path) -> int:
@@ -133,20 +149,23 @@ def _stored_config(workdir: epath.Path) -> ConfigDict | None:
     file = workdir / "config.json"
     content = read_bytes(file)
     if content is None:
+        plugins.expect({})
         return None
     try:
         stored = json.loads(content)
-        return _completed(stored["config"], file, stored.get("plugins", {}))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        return _completed(stored["config"], file, workdir, stored.get("plugins", {}))
+    except DAMAGED as error:
         raise UserError(f"{file} is damaged: {error}") from None
 
 
-def _completed(values: dict[str, Any], where: Any, recorded: dict[str, dict[str, str]]) -> ConfigDict:
+def _completed(values: dict[str, Any], where: Any, folder: epath.Path, recorded: dict[str, dict[str, str]]
+               ) -> ConfigDict:
     """Makes a config of what was stored; a field that it lacks is younger and had what is now its default.
 
     Args:
       values: the stored config.
-      where: it was stored.
+      where: it was stored, for messages.
+      folder: the same, out of which no plug-in is imported.
       recorded: as `plugins.used` gave it.
 
     Raises:
@@ -157,7 +176,7 @@ def _completed(values: dict[str, Any], where: Any, recorded: dict[str, dict[str,
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     plugins.expect(recorded)
-    plugins.load(stored.get("plugins", ()), str(where))
+    plugins.load(stored.get("plugins", ()), str(where), stored=str(folder))
     config = configs.default(stored.method.name).unlock()
     unknown = sorted(param_tree.flat(stored).keys() - param_tree.flat(config).keys())
     if unknown:
@@ -188,16 +207,21 @@ def config_of(source: str) -> ConfigDict | None:
             header = json.loads(file.read(size) if size <= MOST_HEADER else b"")
         said = header.get("__metadata__", {})
         recorded = json.loads(said.get("plugins", "{}"))
-        return _completed(json.loads(said["config"]), source, recorded) if said.get("config") else None
-    except (ValueError, AttributeError) as error:
+        if not said.get("config"):
+            return None
+        config = _completed(json.loads(said["config"]), source, path.parent, recorded)
+    except DAMAGED as error:
         raise UserError(f"{source} is no safetensors file, or damaged: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read {source}: {error.strerror or error}") from None
+    for text in plugins.missing("layouts", layouts.layouts()):
+        raise UserError(f"{source}: its layout {text}")
+    return config
 
 
-def metadata(config: ConfigDict) -> dict[str, str]:
-    """Returns what an exported file says of itself: the config, which `config_of` reads."""
-    used = plugins.used()
+def metadata(config: ConfigDict, layout: str = layouts.OURS) -> dict[str, str]:
+    """Returns what a file that is exported in a layout says of itself: the config, which `config_of` reads."""
+    used = _used(config, layouts=[layout])
     return {"format": "pt", "config": json.dumps(config.to_dict()), **({"plugins": json.dumps(used)} if used else {})}
 
 

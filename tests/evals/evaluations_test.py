@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from mae_jax import methods
+from mae_jax import methods, plugins
 from mae_jax.errors import UserError
 from mae_jax.evals import evaluator as evaluators
 from mae_jax.evals.base import Evaluation
@@ -139,6 +139,49 @@ def test_further_sets_are_read_for_logits_alone(monkeypatch):
     assert 0 <= evaluator.closing(state)["eval/imagenet_v2/top1"] <= 1
     evaluator.inputs.extra = lambda name: iter([tiny_batch(evaluator.method.config) | {"label": np.full(8, -1)}])
     assert np.isnan(evaluator.closing(state)["eval/imagenet_v2/top1"])
+
+
+class Lossy(Brightness):
+    """Takes the name of a figure or a count that another evaluation gives."""
+
+    name = "lossy"
+
+    def __init__(self, figure: str, count: str = ""):
+        self.figure, self.count = figure, count
+
+    def metric_names(self, method, data) -> list[str]:
+        return [self.figure]
+
+    def scalars(self, ctx: Context) -> dict[str, float]:
+        return {"brightness": 0.0}
+
+    def counts(self, method, outputs, batch):
+        return {self.count: outputs.sum()} if self.count else {}
+
+
+@pytest.mark.parametrize(("case", "other", "theirs"), [
+    ("mae", Lossy("loss"), "'held_out_loss' and 'lossy' both give the figure 'loss'"),
+    ("supervised", Lossy("top1"), "'classification' and 'lossy' both give the figure 'top1'"),
+    ("segment", Lossy("own", "pixels"), "'segmentation' and 'lossy' both give the count 'pixels'"),
+])
+def test_two_evaluations_that_give_the_same_name_are_refused_before_the_first_step(monkeypatch, case, other, theirs):
+    monkeypatch.setitem(plugins._registered["evaluations"], "lossy", (other, __name__))
+    with pytest.raises(UserError, match=theirs):
+        evaluated(*CASES[case])
+
+
+def test_two_evaluations_that_give_the_same_figure_without_saying_so_are_refused_when_they_do(monkeypatch):
+    for each in (Brightness(), Lossy("own")):
+        monkeypatch.setitem(plugins._registered["evaluations"], each.name, (each, __name__))
+    evaluator, state = evaluated("mae", {})
+    with pytest.raises(UserError, match="'brightness' and 'lossy' both give the figure 'brightness'"):
+        evaluator.scalars(state)
+
+
+def test_an_evaluation_of_a_plug_in_has_the_name_by_which_it_is_given(monkeypatch):
+    monkeypatch.setitem(plugins._registered["evaluations"], "bright", (Brightness, __name__))
+    with pytest.raises(UserError, match="the evaluation 'bright' of a plug-in calls itself 'brightness'"):
+        evaluators.evaluations()
 
 
 def test_the_evaluated_part_is_read_once_for_figures_and_the_training_split_once():

@@ -314,6 +314,17 @@ def test_a_sink_that_fails_is_one_warning_and_the_others_go_on(tmp_path, monkeyp
     assert len(list((tmp_path / "pictures").iterdir())) == 2
 
 
+def test_a_sink_that_cannot_be_made_is_one_warning_and_the_others_go_on(tmp_path, monkeypatch, caplog, listing):
+    def refuses(self):
+        raise RuntimeError("no account of yours\nat all")
+
+    monkeypatch.setattr(listing, "__init__", refuses)
+    with caplog.at_level(logging.WARNING, "mae_jax"):
+        recorder = Recorder(epath.Path(tmp_path), 0, ("listing", "pictures"))
+    assert [record.message for record in caplog.records] == ["no listings from here on: no account of yours"]
+    assert list(recorder.sinks) == ["pictures"]
+
+
 def test_the_sinks_of_a_config_are_the_pictures_tensorboard_and_those_that_it_names(listing):
     assert metric_sinks.names(tiny_config({"log.tensorboard": True}).log) == ("pictures", "tensorboard")
     assert metric_sinks.names(tiny_config({"log.sinks": ("listing", "pictures")}).log) == ("pictures", "listing")

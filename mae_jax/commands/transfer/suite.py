@@ -262,9 +262,9 @@ def look(config: ConfigDict, folder: epath.Path) -> None:
         folder.rmtree()  # measured otherwise, in seconds
     with jax.set_mesh(run.program.mesh), training_run.compiled_programs(config, run.workdir):
         state = training_run.initial_state(run, trains=False)
-        workdir.record(run.workdir, config)
-        recorder = Recorder(run.workdir, 0, metric_sinks.names(config.log))
         evaluator = Evaluator(run.program.method, run.inputs, run.program.mesh)
+        workdir.record(run.workdir, config, evaluations=evaluator.names_applying)
+        recorder = Recorder(run.workdir, 0, metric_sinks.names(config.log))
         recorder.scalars(0, evaluator.on_demand("frozen_probes", state))
         recorder.close()
     paths.replace_text(run.workdir / "DONE", "0\n")
