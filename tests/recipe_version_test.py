@@ -19,7 +19,7 @@ from mae_jax.training import workdir
 from tests.golden import runs
 from tests.golden.record_test import CLOSE
 from tests.golden.runs import METHODS, RECORD, STOP, TOTAL
-from tests.helpers.tiny import tiny_config
+from tests.helpers.tiny import tiny_config, tiny_method
 
 SHOWN = {"published_blocks": "beit"}  # behavior → the method whose stored run shows it
 NEWEST = {"recipe_version": CURRENT}  # what a recipe has that states none
@@ -152,7 +152,7 @@ def test_names_that_fields_once_had_are_none_of_today():
              for name in param_tree.flat(config.ConfigDict({**config.DEFAULTS, "method": own}))}
     assert not FIELDS.keys() & today
     assert {renamed.now for renamed in FIELDS.values()} <= today
-    spec = methods.get("segment")(tiny_config(method="segment")).eval_spec()
+    spec = tiny_method(tiny_config(method="segment")).eval_spec()
     assert {renamed.now for renamed in BATCH_FIELDS.values()} <= spec.keys()
     assert not BATCH_FIELDS.keys() & spec.keys()
 

@@ -57,15 +57,15 @@ def prepare(config: ConfigDict, folder: epath.Path, trains: bool = True) -> Run:
     if trains and methods.get(config.method.name).learns_labels:
         data.check_apart(config.data, "train_split", "eval_split")
     if trains:
-        method, opened = methods.with_data(here)
+        method, dataset = methods.with_data(here)
     else:
-        opened = data.OpenedData(here)
-        method = methods.build(here, opened.info)
+        dataset = data.OpenedData(here)
+        method = methods.build(here, dataset.info)
     if not trains and method.encodes_with:
         raise UserError(f"a run of method.name={config.method.name} has no single encoder to look at; python -m "
                         "mae_jax export --for-task=vote makes one")
     spec = method.eval_spec() if trains else Method.eval_spec(method)
-    inputs = opened.batches(spec, method.order(), method.views() if trains else (),
+    inputs = dataset.batches(spec, method.order(), method.views() if trains else (),
                             sharding.local_rows(mesh, config.batch_size))
     logger.info(inputs.description)
     if method.timeline.total < 1:
