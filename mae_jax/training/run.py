@@ -66,7 +66,7 @@ def prepare(config: ConfigDict, folder: epath.Path, trains: bool = True) -> Run:
                         "mae_jax export --for-task=vote makes one")
     spec = method.eval_spec() if trains else Method.eval_spec(method)
     inputs = dataset.batches(spec, method.order(), method.views() if trains else (),
-                            sharding.local_rows(mesh, config.batch_size))
+                             sharding.local_rows(mesh, config.batch_size))
     logger.info(inputs.description)
     if method.timeline.total < 1:
         raise UserError(f"train.duration={config.train.duration!r} is less than one step: {inputs.num_train} examples, "
