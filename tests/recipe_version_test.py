@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mae_jax import __version__, config, methods, param_tree, recipe_version
+from mae_jax import __version__, config, param_tree, recipe_version
 from mae_jax.errors import UserError
 from mae_jax.methods import fields
 from mae_jax.recipe_version import BATCH_FIELDS, BEHAVIORS, CURRENT, FIELDS
@@ -76,7 +76,7 @@ def test_a_new_run_has_what_is_now(behavior, tmp_path):
 def test_a_new_run_that_starts_from_a_stored_encoder_has_what_is_now():
     new = runs.changed(runs.stored_config(RECORD / "workdirs" / "beit"), {**NEWEST, "init_from": "workdirs/beit"})
     assert workdir.continued(epath.Path("nothing_there"), new).recipe_version == CURRENT
-    assert methods.get("beit")(new).order().kind == "published_block"
+    assert tiny_method(new).order().kind == "published_block"
     assert len(runs.warm_start(new, Path("workdirs/beit"))) > 29
 
 
