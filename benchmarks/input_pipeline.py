@@ -65,7 +65,7 @@ def run_ours(folder: str, resize: str, threads: int, images: int) -> dict[str, f
     c.batch_size = BATCH
     c.data.update({"source": "folder", "path": folder, "eval_split": "", "resize": resize, "threads": threads})
     method = MAE(config.resolved(c), data.NO_DATA)
-    batches = data.OpenedData(c).batches(method.batch_spec(), method.order()).train(0)
+    batches = data.OpenedData(c).batches(method.batch_spec(), method.patch_order()).train(0)
     for _ in range(4):  # fills what is made ahead, so that as much is made while measuring as is taken
         next(batches)
     begin, busy = time.monotonic(), processor_time()
@@ -129,7 +129,7 @@ def child(arm: str, folder: str, threads: int, images: int) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def summarise(rounds: list[dict[str, dict[str, float]]], threads: int, size: float) -> dict:
+def summarize(rounds: list[dict[str, dict[str, float]]], threads: int, size: float) -> dict:
     """Returns the table: medians over rounds of images per second, per core and by the clock."""
     arms = {}
     for arm in ARMS:
@@ -163,7 +163,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             size = make_pictures(Path(folder))
             rounds = [{arm: child(arm, folder, args.threads, args.images) for arm in ARMS} for _ in range(args.rounds)]
-        result = summarise(rounds, args.threads, size)
+        result = summarize(rounds, args.threads, size)
         RESULTS.write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps(result, indent=1))
 

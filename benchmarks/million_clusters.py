@@ -4,10 +4,10 @@
   python benchmarks/million_clusters.py --points=100000 --clusters=64         (a trial)
 
 The features are synthetic: 768 values around 400 directions of very different frequency, written to disk in chunks.
-Ours is `spherical.even_clusters`: k-means to convergence, then clusters whose largest is at most 3 times the smallest.
-Theirs is MiniBatchKMeans on the same unit vectors, from first centroids drawn of the same sample, in as many passes
-over the chunks (partial_fit) as ours took for k-means; it does not balance. Memory is the peak of each process, which
-does nothing else, less what it had before the first chunk; a last pass that only counts is left out. Written to
+Ours is `spherical.balanced_kmeans`: k-means to convergence, then clusters whose largest is at most 3 times the
+smallest. Theirs is MiniBatchKMeans on the same unit vectors, from first centroids drawn of the same sample, in as many
+passes over the chunks (partial_fit) as ours took for k-means; it does not balance. Memory is the peak of each process,
+which does nothing else, less what it had before the first chunk; a last pass that only counts is left out. Written to
 benchmarks/results/million_clusters.json.
 """
 
@@ -75,7 +75,7 @@ def ours(folder: Path, clusters: int) -> dict[str, float]:
         return found
 
     spherical_kmeans.kmeans = marked
-    centroids, prices, similarity = spherical_kmeans.even_clusters(
+    centroids, prices, similarity = spherical_kmeans.balanced_kmeans(
         counted, sample(folder, clusters), clusters, 3.0, np.random.default_rng(0))
     seconds, used, mib = time.monotonic() - began, passes[0], peak() - before
     kmeans_seconds, kmeans_passes = marks[-1]
@@ -90,7 +90,7 @@ def theirs(folder: Path, clusters: int, passes: int) -> dict[str, float]:
     from sklearn.cluster import MiniBatchKMeans
 
     before, began = peak(), time.monotonic()
-    first = spherical_kmeans.spread(sample(folder, clusters), clusters, np.random.default_rng(0))
+    first = spherical_kmeans.kmeans_pp_init(sample(folder, clusters), clusters, np.random.default_rng(0))
     model = MiniBatchKMeans(clusters, init=first, n_init=1, batch_size=CHUNK, random_state=0)
     for _ in range(passes):
         for chunk in chunks(folder):

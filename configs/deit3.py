@@ -91,7 +91,7 @@ def size(config: ConfigDict, name: str) -> None:
     pretrain(config, "800")
 
 
-def regularise(config: ConfigDict, stage: str, weight_decay: float) -> None:
+def regularize(config: ConfigDict, stage: str, weight_decay: float) -> None:
     """Sets stochastic depth and weight decay; raises UserError for a size that the stage is not published for."""
     rates = DROP_PATH[stage]
     if config.model.width not in rates:
@@ -119,7 +119,7 @@ def pretrain(config: ConfigDict, stage: str) -> None:
     lamb(config, LR[config.model.width])
     config.optim.ema = 0.99996
     config.train.duration = f"{stage} epochs"
-    regularise(config, stage, WEIGHT_DECAY[stage])
+    regularize(config, stage, WEIGHT_DECAY[stage])
 
 
 def cross_entropy(config: ConfigDict, mixup: float) -> None:
@@ -138,7 +138,7 @@ def finetune(config: ConfigDict, stage: str) -> None:
     config.optim.update(name="adamw", lr=1e-5 * 256 / 512, clip=0.0, ema=0.0)
     config.train.duration = "20 epochs"
     config.checkpoint.every = config.eval.every = "5 epochs"
-    regularise(config, stage, weight_decay=0.1)
+    regularize(config, stage, weight_decay=0.1)
 
 
 def in21k(config: ConfigDict, stage: str) -> None:
@@ -149,7 +149,7 @@ def in21k(config: ConfigDict, stage: str) -> None:
     config.data.update(source="tfrecord", name="", eval_split="", augment="simple")
     lamb(config, 1e-3)
     config.train.duration = "90 epochs" if huge else "240 epochs"
-    regularise(config, stage, weight_decay=0.02)
+    regularize(config, stage, weight_decay=0.02)
 
 
 def in21k_to_1k(config: ConfigDict, stage: str) -> None:
@@ -161,4 +161,4 @@ def in21k_to_1k(config: ConfigDict, stage: str) -> None:
     config.optim.ema = 0.0
     config.train.duration = "50 epochs"
     config.checkpoint.every = config.eval.every = "5 epochs"
-    regularise(config, stage, weight_decay=0.02)
+    regularize(config, stage, weight_decay=0.02)

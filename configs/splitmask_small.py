@@ -42,7 +42,7 @@ NAMES = {  # argument → data set of TFDS, and its held-out split
     "imagenet_1pct": ("imagenet2012_subset/1pct:5.*.*", "validation"),
     "imagenet_10pct": ("imagenet2012_subset/10pct:5.*.*", "validation"),
 }
-UNLABELLED = ("coco",)
+UNLABELED = ("coco",)
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -70,7 +70,7 @@ def prepared(config: ConfigDict, name: str) -> None:
     """Reads a data set of TFDS."""
     found, held_out = NAMES[name]
     config.data.update(source="tfds", name=found, eval_split=held_out)
-    if name not in UNLABELLED:
+    if name not in UNLABELED:
         config.checkpoint.best_metric = "knn/top1"
     if name.startswith("imagenet"):  # as long as the article's
         config.train.duration, config.optim.warmup = f"{ITERATED} examples", f"{WARMED} examples"

@@ -12,10 +12,10 @@ from typing import Any
 
 from mae_jax import config
 from mae_jax.commands.recipes import comments, leaves, own_comments, with_choices
-from mae_jax.data.transforms.color import COLOURS
+from mae_jax.data.transforms.color import COLOR_POLICIES
 from mae_jax.methods import fields
 
-CHOICES = {**config.CHOICES, "optim.name": config.OPTIMIZERS, "data.color": COLOURS}  # without those of plug-ins
+CHOICES = {**config.CHOICES, "optim.name": config.OPTIMIZERS, "data.color": COLOR_POLICIES}  # without those of plug-ins
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
 HEADER = """# Configuration

@@ -9,7 +9,7 @@ import importlib
 import sys
 from typing import NamedTuple
 
-from mae_jax.errors import MISTAKE, nearest
+from mae_jax.errors import MISTAKE, did_you_mean
 
 
 class Command(NamedTuple):
@@ -45,7 +45,7 @@ def main() -> None:
         cli.show(cli.version())
         return
     if verb not in COMMANDS:
-        print(f"error: unknown command {verb!r}; {nearest(verb, COMMANDS)}", file=sys.stderr)
+        print(f"error: unknown command {verb!r}; {did_you_mean(verb, COMMANDS)}", file=sys.stderr)
         sys.exit(MISTAKE)
     del sys.argv[1]
     if verb in ("eval", "replay"):

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from mae_jax import methods, recipe_version
 from mae_jax import plugins as plug_ins
 from mae_jax.durations import steps
-from mae_jax.errors import UserError, nearest
+from mae_jax.errors import UserError, did_you_mean
 
 Preset = Callable[[ConfigDict], None]
 SIZES = {  # width, depth, heads: MAE section 4 (B, L, H), DeiT Table 1 (Ti, S)
@@ -64,7 +64,7 @@ DURATIONS = ("train.duration", "optim.warmup", "checkpoint.every", "checkpoint.k
 def vit(size: str, patch: int) -> dict[str, Any]:
     """Returns the encoder's shape fields for a named size and a square patch of `patch` pixels."""
     if size not in SIZES:
-        raise UserError(f"unknown model size {size!r}; {nearest(size, SIZES)}")
+        raise UserError(f"unknown model size {size!r}; {did_you_mean(size, SIZES)}")
     width, depth, heads = SIZES[size]
     return {"width": width, "depth": depth, "heads": heads, "patch": (patch, patch)}
 
@@ -242,7 +242,7 @@ def resolve(config: ConfigDict, arg: str, *choices: Mapping[str, Preset], **pres
     names = [name for name in arg.split(",") if name]
     for name in names:
         if name not in known:
-            raise UserError(f"unknown config argument {name!r}; {nearest(name, known)}")
+            raise UserError(f"unknown config argument {name!r}; {did_you_mean(name, known)}")
     for table in choices:
         named = [name for name in table if name in names]
         if len(named) > 1:
@@ -292,7 +292,7 @@ def resolved(config: ConfigDict) -> ConfigDict:
     return for_platform(config, jax.devices()[0].platform)
 
 
-def validate(config: ConfigDict, trains: bool = True) -> None:
+def validate(config: ConfigDict, for_training: bool = True) -> None:
     """Raises UserError for the first field whose value cannot work, whatever the data.
 
     Args:
@@ -305,7 +305,7 @@ def validate(config: ConfigDict, trains: bool = True) -> None:
     from mae_jax.storage import metric_sinks
 
     plug_ins.load(config.plugins)
-    plug_ins.check("color_policies", config.data.color, color.COLOURS, "data.color")
+    plug_ins.check("color_policies", config.data.color, color.COLOR_POLICIES, "data.color")
     plug_ins.check("optimizers", config.optim.name, OPTIMIZERS, "optim.name")
     values = flat(config)
     _check_types(values, flat({**DEFAULTS, "method": methods.defaults(config.method.name)}))
@@ -332,7 +332,7 @@ def validate(config: ConfigDict, trains: bool = True) -> None:
         raise UserError(f"checkpoint.best_metric={config.checkpoint.best_metric!r} needs data.val_split and eval.every")
     if not -1 <= config.eval.attention_block < config.model.depth:
         raise UserError(f"eval.attention_block={config.eval.attention_block}; expected -1 to {config.model.depth - 1}")
-    if trains:
+    if for_training:
         methods.get(config.method.name).validate(config)
 
 
@@ -357,7 +357,7 @@ def _check_ranges(values: dict[str, Any]) -> None:
     """Raises UserError for the first value that is no choice of its field, or too small or large."""
     for key, allowed in CHOICES.items():
         if values[key] not in allowed:
-            raise UserError(f"{key}={values[key]!r}; {nearest(str(values[key]), allowed)}")
+            raise UserError(f"{key}={values[key]!r}; {did_you_mean(str(values[key]), allowed)}")
     for key in PAIRS:
         if len(values[key]) != 2:
             raise UserError(f"{key}={tuple(values[key])}; expected two numbers")

@@ -21,12 +21,12 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-def counted(count: int, what: str) -> str:
+def pluralize(count: int, what: str) -> str:
     """Returns '1 picture', '2 pictures'."""
     return f"{count} {what}{'s' * (count != 1)}"
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns the end of an error line: the nearest known name, then all of them."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1)
@@ -34,7 +34,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"{hint}known: {', '.join(known) if known else 'none'}"
 
 
-def cause(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """Returns the first error of a chain in one line, without the specs that TensorStore appends."""
     while error.__cause__:
         error = error.__cause__
@@ -43,7 +43,7 @@ def cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:600]}"
 
 
-FINISHED, BUG, MISTAKE, GUARD, STOPPED = 0, 1, 2, 3, 75
+FINISHED, BUG, MISTAKE, GUARD, STOPPED = 0, 1, 2, 3, 75  # 75: EX_TEMPFAIL of sysexits.h, start the same command again
 
 
 def explain(error: BaseException) -> tuple[int, str]:

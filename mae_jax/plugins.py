@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mae_jax.errors import PLUG_INS, UserError, nearest, printable
+from mae_jax.errors import PLUG_INS, UserError, did_you_mean, printable
 
 KINDS = {  # kind → what each must be: a subclass or an instance of a class (named, since it imports JAX), or callable
     "methods": ("a subclass of", "mae_jax.methods.base.Method"),
@@ -50,7 +50,7 @@ def register(kind: str, name: str, value: Any) -> None:
     """
     caller = sys._getframe(1).f_globals.get("__name__", "?")
     if kind not in KINDS:
-        raise UserError(f"the plug-in {caller} registers {name!r} as {kind!r}; {nearest(kind, KINDS)}")
+        raise UserError(f"the plug-in {caller} registers {name!r} as {kind!r}; {did_you_mean(kind, KINDS)}")
     known = _registered[kind].setdefault(name, (value, caller))
     if known[1] != caller:
         raise UserError(f"{kind}: {name!r} is given by two plug-ins, {known[1]} and {caller}")
@@ -119,7 +119,7 @@ def check(kind: str, name: str, built_in: Mapping[str, Any], field: str, others:
         return
     if before := _recorded.get(f"{kind}.{name}"):
         raise UserError(f"{field}={name!r} came from the package {_said(before)}, which is not installed here")
-    raise UserError(f"unknown {field} {name!r}; {nearest(str(name), [*known, *others])}")
+    raise UserError(f"unknown {field} {name!r}; {did_you_mean(str(name), [*known, *others])}")
 
 
 def used(named: Mapping[str, Iterable[str]]) -> dict[str, dict[str, str]]:

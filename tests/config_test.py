@@ -12,7 +12,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mae_jax import config as configs
 from mae_jax.config import default, for_platform, from_dict, resolve, steps, validate, vit
-from mae_jax.errors import UserError, nearest
+from mae_jax.errors import UserError, did_you_mean
 from mae_jax.param_tree import flat
 from mae_jax.runtime import sharding
 from mae_jax.storage import paths
@@ -46,9 +46,9 @@ def test_a_duration_that_cannot_be_read_is_refused_with_examples(duration):
 
 
 def test_nearest_names_the_close_one_and_all():
-    assert nearest("rnadom", ("random", "block")) == "did you mean 'random'? known: block, random"
-    assert nearest("x", ("random", "block")) == "known: block, random"
-    assert nearest("x", ()) == "known: none"
+    assert did_you_mean("rnadom", ("random", "block")) == "did you mean 'random'? known: block, random"
+    assert did_you_mean("x", ("random", "block")) == "known: block, random"
+    assert did_you_mean("x", ()) == "known: none"
 
 
 @pytest.mark.parametrize(("fields", "line"), [

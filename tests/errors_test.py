@@ -1,4 +1,4 @@
-from mae_jax.errors import counted, printable
+from mae_jax.errors import pluralize, printable
 
 
 def test_names_from_data_are_printed_as_one_plain_line():
@@ -8,4 +8,4 @@ def test_names_from_data_are_printed_as_one_plain_line():
 
 
 def test_things_are_counted_in_words():
-    assert [counted(n, "file") for n in (0, 1, 2)] == ["0 files", "1 file", "2 files"]
+    assert [pluralize(n, "file") for n in (0, 1, 2)] == ["0 files", "1 file", "2 files"]

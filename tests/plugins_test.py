@@ -438,7 +438,7 @@ def test_what_is_nothing_of_its_kind_is_refused_naming_who_gives_it(fresh, kind,
 def test_all_that_is_built_in_is_of_its_kind():
     """The classes are known by their names, which this notices to have changed."""
     built_in = {"methods": methods.TABLE, "sources": registry.MODULES, "optimizers": OPTIMIZERS,
-                "color_policies": color.COLOURS, "layouts": layouts.LAYOUTS, "metric_sinks": metric_sinks.SINKS,
+                "color_policies": color.COLOR_POLICIES, "layouts": layouts.LAYOUTS, "metric_sinks": metric_sinks.SINKS,
                 "evaluations": {each.name: each for each in EVALUATIONS}}
     assert built_in.keys() == plugins.KINDS.keys()
     for kind, known in built_in.items():

@@ -76,7 +76,7 @@ def test_a_new_run_has_what_is_now(behavior, tmp_path):
 def test_a_new_run_that_starts_from_a_stored_encoder_has_what_is_now():
     new = runs.changed(runs.stored_config(RECORD / "workdirs" / "beit"), {**NEWEST, "init_from": "workdirs/beit"})
     assert workdir.continued(epath.Path("nothing_there"), new).recipe_version == CURRENT
-    assert tiny_method(new).order().kind == "published_block"
+    assert tiny_method(new).patch_order().kind == "published_block"
     assert len(runs.warm_start(new, Path("workdirs/beit"))) > 29
 
 

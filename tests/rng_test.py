@@ -29,6 +29,6 @@ def test_over_many_epochs_an_example_visits_every_place_alike_often():
     assert chi_square < 27.9  # 0.999 quantile at 9 degrees of freedom
 
 
-def test_neighbouring_seeds_do_not_share_draws():
+def test_neighboring_seeds_do_not_share_draws():
     draws = {rng(seed, "order", position).random() for seed in range(50) for position in range(50)}
     assert len(draws) == 2500

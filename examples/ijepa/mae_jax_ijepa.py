@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.data import DataInfo, Order
+from mae_jax.data import DataInfo, PatchOrder
 from mae_jax.errors import UserError
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices, check_decoder
 from mae_jax.models.vit import make_decoder, make_encoder
@@ -56,7 +56,7 @@ class Multiblock(NamedTuple):
     context: tuple[float, float]  # share of the image that the context covers before targets are taken out of it
     name: str = "I-JEPA's multi-block"
 
-    def __call__(self, order: Order, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, order: PatchOrder, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Returns raster indices: [N], V of the context and then all others, and [M, K] of the targets."""
         raster, targets = np.arange(math.prod(order.grid)), []
         free = np.zeros(len(raster), bool)
@@ -64,13 +64,13 @@ class Multiblock(NamedTuple):
         while len(targets) < self.blocks[0]:
             for _ in range(TRIES):
                 target = _block(order.grid, self.shapes[rng.integers(len(self.shapes))], rng)
-                if free.sum() - free[target].sum() >= len(raster) - order.hidden:
+                if free.sum() - free[target].sum() >= len(raster) - order.num_masked:
                     break
             else:
                 target = targets[-1]  # the first one always leaves enough (`validate`)
             free[target] = False
             targets.append(target)
-        seen = rng.permutation(raster[free])[: len(raster) - order.hidden]
+        seen = rng.permutation(raster[free])[: len(raster) - order.num_masked]
         return np.concatenate([seen, np.setdiff1d(raster, seen)]), np.stack(targets)
 
 
@@ -119,27 +119,27 @@ class IJEPA(Method):
     def __init__(self, config: ConfigDict, data: DataInfo):
         super().__init__(config, data)
         m, self.patches = config.method, self.grid.num_patches
-        self.visible = int(m.context_ratio * self.patches)
+        self.num_visible = int(m.context_ratio * self.patches)
         self.shapes = target_shapes(self.grid.shape, m.target_scale, m.target_aspect)
         self.targets, self.target_patches = m.targets, math.prod(self.shapes[0])
         self.encoder = make_encoder(config)
         self.predictor = make_decoder(config, config.model.width)
 
-    def order(self) -> Order:
+    def patch_order(self) -> PatchOrder:
         blocks = (self.targets, self.target_patches)
         kind = Multiblock(blocks, self.shapes, tuple(self.config.method.context_scale))
-        return Order(kind, self.grid.shape, self.patches - self.visible)
+        return PatchOrder(kind, self.grid.shape, self.patches - self.num_visible)
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
         keys, order = jax.random.split(key), batch["order"][:1]
-        pixels = normalize(batch["patches"][:1, : self.visible])
-        tokens, encoder = self.encoder.init_with_output(keys[0], pixels, order[:, : self.visible])
-        asked = order[:, : self.visible + self.target_patches]
+        pixels = normalize(batch["patches"][:1, : self.num_visible])
+        tokens, encoder = self.encoder.init_with_output(keys[0], pixels, order[:, : self.num_visible])
+        asked = order[:, : self.num_visible + self.target_patches]
         predictor = self.predictor.init(keys[1], tokens, asked, self.target_patches)["params"]
         params = {"encoder": encoder["params"], "predictor": predictor}
         return params, {"teacher": {"encoder": jax.tree.map(jnp.copy, params["encoder"])}}
 
-    def fit(self, params: Params, extras: Extras, pictures: Any) -> Extras:
+    def fit_extras(self, params: Params, extras: Extras, batches: Any) -> Extras:
         """Starts the teacher as the student, whatever that was loaded from."""
         return {"teacher": {"encoder": params["encoder"]}}
 
@@ -151,11 +151,11 @@ class IJEPA(Method):
         wanted = jnp.take_along_axis(tokens.astype(jnp.float32), places, 1)  # no gradient passes, so no scatter
         return jax.lax.stop_gradient(jax.nn.standardize(wanted)).reshape(-1, self.target_patches, tokens.shape[-1])
 
-    def predict(self, params: Params, batch: Batch, keep: jax.Array | None = None) -> jax.Array:
+    def predict(self, params: Params, batch: Batch, drop_path_mask: jax.Array | None = None) -> jax.Array:
         """Returns float32 [B · M, K, D], the predicted features of each target."""
-        seen, m = batch["order"][:, : self.visible], self.targets
-        pixels = normalize(batch["patches"][:, : self.visible])
-        tokens = self.encoder.apply({"params": params["encoder"]}, pixels, seen, keep=keep)
+        seen, m = batch["order"][:, : self.num_visible], self.targets
+        pixels = normalize(batch["patches"][:, : self.num_visible])
+        tokens = self.encoder.apply({"params": params["encoder"]}, pixels, seen, drop_path_mask=drop_path_mask)
         asked = jnp.take_along_axis(batch["order"], batch["blocks"].reshape(len(seen), -1), 1)
         asked = jnp.concatenate([jnp.repeat(seen, m, 0), asked.reshape(-1, self.target_patches)], 1)
         return self.predictor.apply({"params": params["predictor"]}, jnp.repeat(tokens, m, 0), asked,
@@ -164,8 +164,8 @@ class IJEPA(Method):
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
         """Mean distance of predicted and wanted features (section 3, 'Loss'), over channels, too."""
-        keep = self.kept_branches(key, len(batch["valid"])) if train else None
-        error = jnp.abs(self.predict(params, batch, keep) - self.wanted(extras, batch))
+        drop_path_mask = self.drop_path_mask(key, len(batch["valid"])) if train else None
+        error = jnp.abs(self.predict(params, batch, drop_path_mask) - self.wanted(extras, batch))
         each = jnp.square(error)
         if self.config.method.distance == "smooth_l1":
             each = jnp.where(error < 1, each / 2, error - 0.5)
@@ -179,10 +179,10 @@ class IJEPA(Method):
         return {"teacher": jax.tree.map(lambda old, new: old + left * (new - old), extras["teacher"], student)}
 
     def forward_flops(self) -> int:
-        d, seen, asked = self.config.method, 1 + self.visible, self.target_patches
+        d, seen, asked = self.config.method, 1 + self.num_visible, self.target_patches
         join = 2 * (seen + asked) * d.decoder_width * self.config.model.width
         predictor = blocks_flops(seen + asked, d.decoder_width, d.decoder_depth, self.config.model.mlp_ratio)
-        return self._encoder_flops(self.visible) + self.targets * (join + predictor)
+        return self._encoder_flops(self.num_visible) + self.targets * (join + predictor)
 
     def frozen_flops(self) -> int:
         return self._encoder_flops(self.patches)

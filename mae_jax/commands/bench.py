@@ -37,13 +37,13 @@ def main() -> int:
 
     from mae_jax import config as configs
     from mae_jax import param_tree
-    from mae_jax.errors import UserError, nearest
+    from mae_jax.errors import UserError, did_you_mean
 
     if CONFIG.value is None:
         raise UserError("--config must be given; --help shows an example")
     for part in PARTS.value:
         if part not in ("step", "input", "both"):
-            raise UserError(f"unknown part {part!r}; {nearest(part, ('step', 'input', 'both'))}")
+            raise UserError(f"unknown part {part!r}; {did_you_mean(part, ('step', 'input', 'both'))}")
     configs.validate(CONFIG.value)
     device = jax.devices()[0]
     results: dict[str, Any] = {"device": device.device_kind, "devices": jax.device_count(),
@@ -72,7 +72,7 @@ def measure(config: Any, parts: list[str], seconds: float) -> Iterator[tuple[str
     if not {"input", "both"} & set(parts):
         return
     method, opened = methods.with_data(configs.resolved(config))
-    inputs = opened.batches(method.eval_spec(), method.order(), method.views())
+    inputs = opened.batches(method.eval_spec(), method.patch_order(), method.views())
     if "input" in parts:
         batches = inputs.train(0)
         times = timed(lambda: next(batches), seconds)

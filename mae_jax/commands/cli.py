@@ -17,7 +17,7 @@ import mae_jax
 from mae_jax import plugins, recipe_version
 from mae_jax.commands import recipes
 from mae_jax.errors import FINISHED, MISTAKE, UserError, explain
-from mae_jax.runtime.exit import leave
+from mae_jax.runtime.exit import exit_process
 
 HELP = ("-h", "-help", "--help")
 
@@ -55,7 +55,7 @@ def run(command: Callable[[], int], usage: str | None, required: tuple[str, ...]
         return rest
 
     try:
-        app.run(lambda _: leave(guarded(command)), flags_parser=parse)
+        app.run(lambda _: exit_process(guarded(command)), flags_parser=parse)
     except KeyboardInterrupt:  # before the command began
         _end(explain(KeyboardInterrupt()))
 

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 
 import mae_jax
 from mae_jax.config import choices
-from mae_jax.errors import UserError, nearest
+from mae_jax.errors import UserError, did_you_mean
 
-NAMED = 8  # recipes that a message lists, at most
+MAX_LISTED_RECIPES = 8  # recipes that a message lists, at most
 VALUE_WIDTH = 36  # columns of --help up to where comments begin
 
 
@@ -47,9 +47,9 @@ def locate(recipe: str) -> str:
 
 def alike(name: str, known: list[str]) -> str:
     """Returns the end of an error line: the nearest of the known names, and how many more there are."""
-    close = difflib.get_close_matches(name, known, n=NAMED, cutoff=0)
-    more = f" and {len(known) - NAMED} more" if len(known) > NAMED else ""
-    return nearest(name, close) + more
+    close = difflib.get_close_matches(name, known, n=MAX_LISTED_RECIPES, cutoff=0)
+    more = f" and {len(known) - MAX_LISTED_RECIPES} more" if len(known) > MAX_LISTED_RECIPES else ""
+    return did_you_mean(name, close) + more
 
 
 def with_paths(argv: list[str]) -> list[str]:

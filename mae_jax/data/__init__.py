@@ -2,7 +2,8 @@
 
 from mae_jax.data.info import ASSUMED, NO_DATA, NO_NEEDS, DataInfo, DataNeeds
 from mae_jax.data.inputs import Batch, Inputs, OpenedData, Spec, check_apart
-from mae_jax.data.masking import Order, View
+from mae_jax.data.masking import PatchOrder, View
 
-__all__ = ["ASSUMED", "NO_DATA", "NO_NEEDS", "Batch", "DataInfo", "DataNeeds", "Inputs", "OpenedData", "Order", "Spec",
+__all__ = ["ASSUMED", "NO_DATA", "NO_NEEDS", "Batch", "DataInfo", "DataNeeds", "Inputs", "OpenedData", "PatchOrder",
+           "Spec",
            "View", "check_apart"]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mae_jax.data import writers
-from mae_jax.data.decode import JPEGS, Picture
+from mae_jax.data.decode import JPEGS, StoredImage
 from mae_jax.data.sources import base
 from mae_jax.data.sources.base import Example
 from mae_jax.data.transforms.crop import mask_image
@@ -19,7 +19,8 @@ from mae_jax.runtime.console import clock
 
 log = logging.getLogger(__name__)
 
-NAMED = {".jpg": JPEGS, ".jpeg": JPEGS, ".png": ("PNG",), ".webp": ("WEBP",), ".bmp": ("BMP",), ".gif": ("GIF",)}
+FORMATS_BY_EXTENSION = {".jpg": JPEGS, ".jpeg": JPEGS, ".png": ("PNG",), ".webp": ("WEBP",), ".bmp": ("BMP",),
+                        ".gif": ("GIF",)}
 DIGEST = 16  # bytes of a picture's hash
 EVERY = 30  # seconds between lines that say how far it is
 
@@ -46,7 +47,7 @@ class Audit:
     formats: Counter[str] = field(default_factory=Counter)
     converted: Counter[str] = field(default_factory=Counter)
     labels: Counter[int] = field(default_factory=Counter)
-    unlabelled: int = 0
+    unlabeled: int = 0
     misnamed: list[str] = field(default_factory=list)  # 'name is FORMAT', where the extension says another one
     broken: list[str] = field(default_factory=list)  # 'name: reason'
     faults: list[str] = field(default_factory=list)  # files of records that are not as promised
@@ -89,14 +90,14 @@ def audit(source: writers.Found, threads: int, what: str) -> Audit:
 
 def look(example: Example) -> Look:
     """Decodes an example in full; raises BadPicture."""
-    data, picture = example.picture, Picture(example.picture)
-    blank = picture.whole().getcolors(1) is not None
-    mask_image(picture, example.mask)
+    data, stored = example.image, StoredImage(example.image)
+    blank = stored.whole().getcolors(1) is not None
+    mask_image(stored, example.mask)
     key = repr(data.shape).encode() if isinstance(data, np.ndarray) else b""
     digest = hashlib.blake2b(np.ascontiguousarray(data) if key else data, digest_size=DIGEST, key=key).digest()
     several = () if example.labels is None else map(int, np.flatnonzero(example.labels))
     labels = (example.label,) if example.labels is None and example.label >= 0 else tuple(several)
-    return Look((picture.width, picture.height), picture.format or "", picture.converted(), digest, blank, labels)
+    return Look((stored.width, stored.height), stored.format or "", stored.converted(), digest, blank, labels)
 
 
 def copies(keys: np.ndarray) -> tuple[int, list[np.ndarray]]:
@@ -115,12 +116,12 @@ def _add(seen: Audit, number: int, found: Look) -> None:
     seen.formats[found.format] += 1
     seen.converted.update(found.converted)
     seen.labels.update(found.labels)
-    seen.unlabelled += not found.labels
+    seen.unlabeled += not found.labels
     name = seen.name(number)
-    if found.format and found.format not in NAMED.get(os.path.splitext(name)[1].lower(), found.format):
+    if found.format and found.format not in FORMATS_BY_EXTENSION.get(os.path.splitext(name)[1].lower(), found.format):
         seen.misnamed.append(f"{name} is {found.format}")
 
 
 def _first(source: writers.Found) -> int:
     """Returns the number of the first example; records are numbered over all their files."""
-    return source.start if isinstance(source, base.Stream) else 0
+    return source.start if isinstance(source, base.RecordStream) else 0

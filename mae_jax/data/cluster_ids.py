@@ -50,8 +50,8 @@ class Clusters:
 
     def standard(self) -> np.ndarray:
         """Returns the centroids as gates read them, each normalised as by a layer norm, float32 [m, D]."""
-        centred = self.centroids - self.centroids.mean(1, keepdims=True)
-        return centred / np.sqrt(centred.var(1, keepdims=True) + EPS)
+        centered = self.centroids - self.centroids.mean(1, keepdims=True)
+        return centered / np.sqrt(centered.var(1, keepdims=True) + EPS)
 
     def nearest(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the clusters int32 [n] of features [n, D] of the frozen encoder, and similarities float32 [n]."""

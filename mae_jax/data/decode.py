@@ -33,7 +33,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", module=r"PIL\.", category=UserWarning)  # odd metadata; the pixels decide
 
 
-class BadPicture(Exception):
+class BadImage(Exception):
     """The bytes are no picture that can be used; the text says why."""
 
 
@@ -46,7 +46,7 @@ class Box(NamedTuple):
     width: int
 
 
-class Picture:
+class StoredImage:
     """An encoded or decoded picture: its size is known at once, its pixels are decoded when asked for."""
 
     def __init__(self, data: bytes | np.ndarray, fast: bool = False):
@@ -65,11 +65,11 @@ class Picture:
         else:
             self._image = open_image(data)
             if self._image.format in JPEGS and not _ends(data):
-                raise BadPicture("cut off: no end marker after the last scan")
+                raise BadImage("cut off: no end marker after the last scan")
         self.width, self.height = self._image.size
         self.format = self._image.format  # None for pixels
         if self.width * self.height > MAX_PIXELS:
-            raise BadPicture(TOO_LARGE)
+            raise BadImage(TOO_LARGE)
 
     def view(self, box: Box, target: tuple[int, int]) -> Image.Image:
         """Cuts `box` out and resizes it to `target` (height, width), in RGB.
@@ -87,7 +87,7 @@ class Picture:
         except UserError:
             raise
         except Exception as error:
-            raise BadPicture(_reason(self._data, error)) from error
+            raise BadImage(_reason(self._data, error)) from error
 
     def whole(self) -> Image.Image:
         """Returns the picture in RGB, decoded once; raises BadPicture when the pixels do not decode."""
@@ -95,7 +95,7 @@ class Picture:
             try:
                 self._rgb = to_rgb(self._image)
             except Exception as error:
-                raise BadPicture(_reason(self._data, error)) from error
+                raise BadImage(_reason(self._data, error)) from error
         return self._rgb
 
     def converted(self) -> tuple[str, ...]:
@@ -137,7 +137,7 @@ def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=formats)
     except Exception as error:  # PIL's plugins raise many kinds on broken bytes; all mean the same here
-        raise BadPicture(_reason(data, error)) from error
+        raise BadImage(_reason(data, error)) from error
 
 
 def _ends(data: bytes) -> bool:
@@ -171,17 +171,17 @@ def decode_mask(data: bytes, offset: int = 0) -> np.ndarray:
     try:
         values = np.asarray(open_image(data))
     except Exception as error:
-        raise BadPicture(f"mask: {_reason(data, error)}") from error
+        raise BadImage(f"mask: {_reason(data, error)}") from error
     values = values[..., 0] if values.ndim == 3 else values
     if values.dtype not in (np.uint8, bool):
-        raise BadPicture(f"a mask of {values.dtype}; expected 8 bits")
+        raise BadImage(f"a mask of {values.dtype}; expected 8 bits")
     values = values.astype(np.int16)
     return np.where((values < offset) | (values == IGNORED), IGNORED, values - offset).astype(np.uint8)
 
 
 def decode(data: bytes) -> np.ndarray:
     """Returns the pixels of an encoded picture, uint8 [height, width, 3]; raises BadPicture."""
-    return np.asarray(Picture(data).whole())
+    return np.asarray(StoredImage(data).whole())
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

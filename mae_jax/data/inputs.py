@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from mae_jax.data import cluster_ids, token_maps
 from mae_jax.data.cluster_ids import Clusters
 from mae_jax.data.info import NO_NEEDS, DataInfo, DataNeeds
-from mae_jax.data.masking import Order, View, with_views
+from mae_jax.data.masking import PatchOrder, View, with_views
 from mae_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -86,10 +86,11 @@ class OpenedData:
         for part in (self.val, self.eval):
             _check_classes(part, self.train, data)
         self.left_over = range(0)
-        if isinstance(self.train, base.Stream):
-            self.left_over = record_stream.left_over(self.train, self.config, self.needs.mixing_group)
+        if isinstance(self.train, base.RecordStream):
+            self.left_over = record_stream.dropped_records(self.train, self.config, self.needs.mixing_group)
 
-    def batches(self, spec: Spec, order: Order, views: tuple[View, ...] = (), rows: np.ndarray | None = None) -> Inputs:
+    def batches(self, spec: Spec, order: PatchOrder, views: tuple[View, ...] = (),
+                rows: np.ndarray | None = None) -> Inputs:
         """Returns the input.
 
         Batches are dicts of NumPy arrays with the fields of `spec`: `patches` uint8 [B, N, P], cut and permuted;
@@ -127,16 +128,16 @@ class OpenedData:
             inputs = _joined(config.data, inputs, cluster_ids.joined, assigned)
         return inputs
 
-    def _read(self, spec: Spec, order: Order, rows: np.ndarray, views: tuple[View, ...]) -> Inputs:
+    def _read(self, spec: Spec, order: PatchOrder, rows: np.ndarray, views: tuple[View, ...]) -> Inputs:
         """Makes the input of what has random access or is a stream, without the fields that are joined by id."""
         from mae_jax.data.readers import random_access, record_stream
         from mae_jax.data.sources import base, registry
-        from mae_jax.data.transforms.example import Views
+        from mae_jax.data.transforms.example import ExampleBuilder
 
         config, data, source = self.config, self.config.data, self.train
         splits = {data.train_split: source, data.val_split: self.val, data.eval_split: self.eval}
         parts = {split: part for split, part in splits.items() if part}
-        if token_maps.FIELD in spec and any(isinstance(part, base.Stream) for part in parts.values()):
+        if token_maps.FIELD in spec and any(isinstance(part, base.RecordStream) for part in parts.values()):
             raise UserError(f"data.tokens={data.tokens!r} names examples by their place in the split, which streams do "
                             "not know; use a source with random access: folder, npz, or TFDS stored as array_record")
         later = (token_maps.FIELD, cluster_ids.FIELD)  # which are joined by the examples' ids
@@ -146,11 +147,11 @@ class OpenedData:
         if source.size < order.group:
             raise UserError(f"data.train_split={data.train_split!r} has {source.size} pictures, and {order.group} are "
                             "mixed with one another")
-        kinds = {base.Source: random_access, base.Stream: record_stream}
+        kinds = {base.Source: random_access, base.RecordStream: record_stream}
         bad: deque[str] = deque(maxlen=BAD_NAMES)
-        common = {"views": Views(config, order, spec, views), "config": config, "rows": rows, "bad": bad}
+        common = {"views": ExampleBuilder(config, order, spec, views), "config": config, "rows": rows, "bad": bad}
 
-        def evaluate(part: base.Source | base.Stream | None, ratio: float = config.eval.crop_ratio[0]
+        def evaluate(part: base.Source | base.RecordStream | None, ratio: float = config.eval.crop_ratio[0]
                      ) -> Iterator[Batch]:
             return kinds[type(part)].evaluate(part, ratio, spec=spec, **common) if part else iter(())
 
@@ -161,7 +162,7 @@ class OpenedData:
             return _renumbered(evaluate(source.only(ids)), "id", ids)
 
         def extra(name: str) -> Iterator[Batch]:
-            found, classes = registry.further(data, name, source.classes)
+            found, classes = registry.open_test_set(data, name, source.classes)
             _check_fields(found, spec, data)
             return _renumbered(evaluate(found), "label", classes)
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from mae_jax.errors import UserError, nearest
+from mae_jax.errors import UserError, did_you_mean
 
 BLOCK_PATCHES = 16  # smallest block, BEiT section 2.3, Algorithm 1
 BLOCK_ASPECT = 0.3  # aspect ratios from 0.3 to 1/0.3, the same place
@@ -26,27 +26,27 @@ class Generator(Protocol):
     def blocks(self) -> tuple[int, int]:
         """M blocks of K patches each, which may overlap each other; (0, 0): none."""
 
-    def __call__(self, order: "Order", rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, order: "PatchOrder", rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Returns a permutation [N] of raster indices, the hidden ones last, and the blocks' raster indices [M, K]."""
 
 
-class Order(NamedTuple):
+class PatchOrder(NamedTuple):
     """How a method hides patches."""
 
     # 'random' | 'published_block' | 'block' (of recipe_version 1) | 'grid' | 'identity', or the method's own
     kind: str | Generator
     grid: tuple[int, int]  # patches along (height, width)
-    hidden: int  # M: the last M patches of the order are hidden
+    num_masked: int  # M: the last M patches of the order are hidden
     group: int = 1  # G: so many neighbours of a batch share one permutation, the i-th rolled back by i · N / G
 
 
-class Colours(NamedTuple):
+class ColorAugmentation(NamedTuple):
     """How likely each change of a view's colours is; they come in this order (DINO, arXiv 2104.14294, after BYOL)."""
 
     jitter: float
-    grey: float
+    gray: float
     blur: float
-    solarise: float
+    solarize: float
     radius: tuple[float, float] = (0.1, 2.0)  # of the blur, its standard deviation in pixels
 
 
@@ -59,11 +59,11 @@ class View(NamedTuple):
     name: str
     size: tuple[int, int]  # height, width in pixels
     scale: tuple[float, float]  # share of the picture's area
-    colours: tuple[Colours, ...]  # of each of the n views
-    order: Order  # of N patches
+    colors: tuple[ColorAugmentation, ...]  # of each of the n views
+    order: PatchOrder  # of N patches
 
 
-def block_shape(order: Order) -> tuple[int, ...]:
+def block_shape(order: PatchOrder) -> tuple[int, ...]:
     """Returns (M, K), the shape of an image's batch field `blocks`; () where its order has none."""
     return () if isinstance(order.kind, str) or not order.kind.blocks[0] else order.kind.blocks
 
@@ -80,7 +80,7 @@ def with_views(spec: dict[str, Any], views: tuple[View, ...]) -> dict[str, Any]:
     images, _, values = spec["patches"].shape
     fields = {name: struct for name, struct in spec.items() if name not in ("patches", "order", "blocks")}
     for view in views:
-        count = (images, len(view.colours), math.prod(view.order.grid))
+        count = (images, len(view.colors), math.prod(view.order.grid))
         of_view = {"patches": ((*count, values), spec["patches"].dtype), "order": (count, spec["order"].dtype)}
         if block_shape(view.order):
             of_view["blocks"] = ((*count[:2], *block_shape(view.order)), spec["order"].dtype)
@@ -88,14 +88,14 @@ def with_views(spec: dict[str, Any], views: tuple[View, ...]) -> dict[str, Any]:
     return fields
 
 
-def check(order: Order) -> None:
+def check(order: PatchOrder) -> None:
     """Raises UserError when no picture can have such an order."""
     height, width = order.grid
     patches = height * width
     if isinstance(order.kind, str) and order.kind not in _KINDS:
-        raise UserError(f"unknown order of patches {order.kind!r}; {nearest(order.kind, _KINDS)}")
-    if not 0 <= order.hidden <= patches:
-        raise UserError(f"cannot hide {order.hidden} of {patches} patches; expected 0 to {patches}")
+        raise UserError(f"unknown order of patches {order.kind!r}; {did_you_mean(order.kind, _KINDS)}")
+    if not 0 <= order.num_masked <= patches:
+        raise UserError(f"cannot hide {order.num_masked} of {patches} patches; expected 0 to {patches}")
     if patches % order.group:
         raise UserError(f"{patches} patches cannot be shared evenly by a group of {order.group} pictures")
     if not isinstance(order.kind, str):
@@ -105,11 +105,11 @@ def check(order: Order) -> None:
     if height % 2 or width % 2:
         raise UserError(f"grid masking needs even numbers of patches along both sides, not {height} x {width}; "
                         f"nearest: {' or '.join(f'{h} x {w}' for h, w in _even(height, width))}")
-    if 4 * order.hidden != 3 * patches:
-        raise UserError(f"grid masking hides 3 of 4 patches ({3 * patches // 4} of {patches}), not {order.hidden}")
+    if 4 * order.num_masked != 3 * patches:
+        raise UserError(f"grid masking hides 3 of 4 patches ({3 * patches // 4} of {patches}), not {order.num_masked}")
 
 
-def _try_out(order: Order, generator: Generator) -> None:
+def _try_out(order: PatchOrder, generator: Generator) -> None:
     """Raises UserError where what a method's own generator draws is no order, or has other blocks than it says."""
     patches = math.prod(order.grid)
     drawn, blocks = generator(order, np.random.default_rng(0))
@@ -124,7 +124,7 @@ def _try_out(order: Order, generator: Generator) -> None:
                         "cannot share")
 
 
-def draw(order: Order, rng: np.random.Generator, member: int = 0) -> dict[str, np.ndarray]:
+def draw(order: PatchOrder, rng: np.random.Generator, member: int = 0) -> dict[str, np.ndarray]:
     """Returns the fields that say where an image's patches are.
 
     Args:
@@ -155,30 +155,30 @@ def _even(height: int, width: int) -> list[tuple[int, int]]:
     return sorted({down, up})
 
 
-def _identity(order: Order, rng: np.random.Generator) -> np.ndarray:
+def _identity(order: PatchOrder, rng: np.random.Generator) -> np.ndarray:
     return np.arange(math.prod(order.grid))
 
 
-def _random(order: Order, rng: np.random.Generator) -> np.ndarray:
+def _random(order: PatchOrder, rng: np.random.Generator) -> np.ndarray:
     """Every permutation alike likely (MAE section 3, 'Masking')."""
     return rng.permutation(math.prod(order.grid))
 
 
-def _grid(order: Order, rng: np.random.Generator) -> np.ndarray:
+def _grid(order: PatchOrder, rng: np.random.Generator) -> np.ndarray:
     """Keeps the first patch of each 2 x 2 (MAE Figure 6, 'grid')."""
     hidden = np.ones(order.grid, bool)
     hidden[::2, ::2] = False
     return _visible_first(hidden)
 
 
-def _published_block(order: Order, rng: np.random.Generator) -> np.ndarray:
+def _published_block(order: PatchOrder, rng: np.random.Generator) -> np.ndarray:
     """Hides rectangles until M patches are hidden, as BEiT's released code (Algorithm 1) does.
 
     That ends short where no block fits any more: of 196 patches by half a patch of 75 on average. Here M are hidden in
     every image: what is missing is added one by one beside what is hidden, so that few stand alone, as published.
     """
     hidden = np.zeros(order.grid, bool)
-    while (left := order.hidden - int(hidden.sum())) and _add_published_block(hidden, left, rng):
+    while (left := order.num_masked - int(hidden.sum())) and _add_published_block(hidden, left, rng):
         pass
     for _ in range(left):
         beside = np.flatnonzero(_touching(hidden) & ~hidden)
@@ -212,10 +212,10 @@ def _touching(hidden: np.ndarray) -> np.ndarray:
     return padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
 
 
-def _block(order: Order, rng: np.random.Generator) -> np.ndarray:
+def _block(order: PatchOrder, rng: np.random.Generator) -> np.ndarray:
     """Hides rectangles, and the last patches one by one: block masks of recipe_version 1, kept as they are."""
     hidden = np.zeros(order.grid, bool)
-    while (left := order.hidden - int(hidden.sum())) and _add_block(hidden, left, rng):
+    while (left := order.num_masked - int(hidden.sum())) and _add_block(hidden, left, rng):
         pass
     singles = rng.permutation(np.flatnonzero(~hidden))[:left]
     hidden.flat[singles] = True

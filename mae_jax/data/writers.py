@@ -13,8 +13,8 @@ from etils import epath
 from PIL import Image
 
 from mae_jax.data import Inputs, OpenedData, Spec
-from mae_jax.data.decode import BadPicture, Picture
-from mae_jax.data.masking import Order, View, with_views
+from mae_jax.data.decode import BadImage, StoredImage
+from mae_jax.data.masking import PatchOrder, View, with_views
 from mae_jax.data.readers import cached_batches, random_access, record_stream
 from mae_jax.data.sources import base, tfds, tfrecord
 from mae_jax.data.sources.base import Example, Source
@@ -25,15 +25,15 @@ from mae_jax.rng import rng
 QUALITY = 95  # of the JPEGs written
 PER_FILE = 4096  # records in a TFRecord file: about 150 MB of pictures with a short side of 256
 NAME, VERSION = "pictures", "1.0.0"  # of the data set that TFDS writes
-CHUNK = 256  # pictures that are read ahead
+READ_AHEAD = 256  # pictures that are read ahead
 
-Found = Source | base.Stream
+Found = Source | base.RecordStream
 Changed = TypeVar("Changed")
 
 
 def stored(source: Found, mixed: bool, faults: list[str] | None) -> Iterator[tuple[int, Callable[[], Example]]]:
     """Yields number and reader of every example; `mixed` puts sources with random access into a fixed random order."""
-    if isinstance(source, base.Stream):
+    if isinstance(source, base.RecordStream):
         for record, fields in record_stream.stored(source, faults):
             yield record, lambda fields=fields: source.example(*fields)
     else:
@@ -43,21 +43,21 @@ def stored(source: Found, mixed: bool, faults: list[str] | None) -> Iterator[tup
 
 
 def each(source: Found, change: Callable[[Example], Changed], threads: int, mixed: bool = False,
-         faults: list[str] | None = None) -> Iterator[tuple[int, Changed | BadPicture | OSError]]:
+         faults: list[str] | None = None) -> Iterator[tuple[int, Changed | BadImage | OSError]]:
     """Yields number, as the source's `name` takes it, and `change`, made in threads, of every example; few in memory.
 
     In place of the change of a bad picture stands its error. For `faults`, see `streams.stored`.
     """
-    def one(item: tuple[int, Callable[[], Example]]) -> tuple[int, Changed | BadPicture | OSError]:
+    def one(item: tuple[int, Callable[[], Example]]) -> tuple[int, Changed | BadImage | OSError]:
         number, read = item
         try:
             return number, change(read())
-        except (BadPicture, OSError) as error:
+        except (BadImage, OSError) as error:
             return number, error
 
     items = stored(source, mixed, faults)
     with ThreadPoolExecutor(threads) as pool:
-        while chunk := list(itertools.islice(items, CHUNK)):
+        while chunk := list(itertools.islice(items, READ_AHEAD)):
             yield from pool.map(one, chunk)
 
 
@@ -67,10 +67,10 @@ def shrink(example: Example, size: int) -> Example:
     Raises:
       BadPicture: the picture does not decode.
     """
-    opened = Picture(example.picture)
+    opened = StoredImage(example.image)
     image = opened.whole()
     short = min(image.size)
-    if short <= size and isinstance(example.picture, bytes) and opened.format == "JPEG":
+    if short <= size and isinstance(example.image, bytes) and opened.format == "JPEG":
         return example
     if short > size:
         target = [max(size, round(side * size / short)) for side in image.size]
@@ -117,7 +117,7 @@ def write_array_record(found: dict[str, Found], folder: epath.Path, size: int, t
 
     def keyed(split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         for key, example in enumerate(_good(found[split], size, threads, broken[split])):
-            yield key, {"image": io.BytesIO(example.picture), **({"label": example.label} if classes else {})}
+            yield key, {"image": io.BytesIO(example.image), **({"label": example.label} if classes else {})}
 
     api.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):  # it speaks of downloading
@@ -133,7 +133,7 @@ def _check_storable(found: dict[str, Found]) -> None:
             raise UserError("pictures are stored with one label each, and these have several; use --write=batches")
 
 
-def write_batches(opened: OpenedData, inputs: Inputs, spec: Spec, order: Order, views: tuple[View, ...],
+def write_batches(opened: OpenedData, inputs: Inputs, spec: Spec, order: PatchOrder, views: tuple[View, ...],
                   folder: epath.Path, steps: int) -> None:
     """Writes the first batches of a run and its evaluations; data.source='batches' reads the folder.
 
@@ -175,7 +175,7 @@ def _good(source: Found, size: int, threads: int, broken: list[str], mixed: bool
 
 
 def _serialize(example: Example) -> bytes:
-    image = tf.train.Feature(bytes_list=tf.train.BytesList(value=[example.picture]))
+    image = tf.train.Feature(bytes_list=tf.train.BytesList(value=[example.image]))
     label = tf.train.Feature(int64_list=tf.train.Int64List(value=[example.label]))
     features = {"image": image, **({"label": label} if example.label >= 0 else {})}
     return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from mae_jax.runtime.sharding import replicated
 
 
-class Rows:
+class HostRows:
     """Collects rows of global arrays on every host, those that are wanted."""
 
     def __init__(self, mesh: Mesh):
@@ -20,7 +20,7 @@ class Rows:
         keep, *rows = jax.device_get(jax.device_put((keep, *arrays), self.sharding))
         self.parts.append([x[keep] for x in rows])
 
-    def take(self) -> list[np.ndarray]:
+    def collect(self) -> list[np.ndarray]:
         """Returns the arrays that were added, row by row."""
         return [np.concatenate(column) for column in zip(*self.parts, strict=True)]
 
@@ -36,7 +36,7 @@ class Means:
             old_total, old_weight = self.sums.get(name, (0.0, 0.0))
             self.sums[name] = (old_total + float(total), old_weight + float(weight))
 
-    def take(self, prefix: str = "") -> dict[str, float]:
+    def pop(self, prefix: str = "") -> dict[str, float]:
         """Returns prefix + name → mean and starts anew; a metric without weight is NaN."""
         out = {prefix + name: total / weight if weight else float("nan") for name, (total, weight) in self.sums.items()}
         self.sums = {}

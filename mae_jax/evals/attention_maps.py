@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 from mae_jax.config import CHOICES
-from mae_jax.errors import UserError, nearest
+from mae_jax.errors import UserError, did_you_mean
 from mae_jax.evals.base import Evaluation
 from mae_jax.evals.context import Context
 from mae_jax.evals.image_grid import tile
@@ -51,13 +51,13 @@ def maps(method: Method, params: Any, extras: Any, batch: Batch, block: int = -1
     """
     queries = CHOICES["eval.attention_query"]
     if query not in queries:
-        raise UserError(f"unknown query {query!r} of an attention map; {nearest(query, queries)}")
-    block = intermediates.chosen(block, method.config.model.depth)
+        raise UserError(f"unknown query {query!r} of an attention map; {did_you_mean(query, queries)}")
+    block = intermediates.resolve_block(block, method.config.model.depth)
     tokens = _entering(method, params, extras, batch, block)
-    encoder = method.judged(params, extras)["encoder"]
+    encoder = method.eval_params(params, extras)["encoder"]
     weights = intermediates.attention_weights(method.encoder, encoder[intermediates.block_name(block)], tokens)
     row = weights[:, :, 0] if query == "cls" else weights[:, :, 1:].mean(2)
-    patches = intermediates.raster(row[:, :, 1:].swapaxes(1, 2), batch["order"], method.grid.shape)
+    patches = intermediates.unshuffle(row[:, :, 1:].swapaxes(1, 2), batch["order"], method.grid.shape)
     return patches.transpose(0, 3, 1, 2)
 
 
@@ -65,8 +65,8 @@ def _entering(method: Method, params: Any, extras: Any, batch: Batch, block: int
     """Returns the tokens [B, 1 + N, D] that enter a block."""
     if block:
         return method.encode(params, extras, batch, block - 1)
-    encoder = method.judged(params, extras)["encoder"]
-    return next(intermediates.between_blocks(method.encoder, encoder, normalize(batch["patches"]), batch["order"]))
+    encoder = method.eval_params(params, extras)["encoder"]
+    return next(intermediates.block_inputs(method.encoder, encoder, normalize(batch["patches"]), batch["order"]))
 
 
 @functools.lru_cache(maxsize=8)
@@ -85,17 +85,17 @@ def picture(method: Method, params: Any, extras: Any, batch: Batch, block: int =
     patch, heads = method.grid.patch, weights.shape[1]
     inputs = method.grid.unpatchify(np.asarray(batch["patches"]), np.asarray(batch["order"]))
     every = np.concatenate([weights.mean(1, keepdims=True), weights], 1)
-    heat = colours(np.asarray(upsample(every.transpose(0, 2, 3, 1), patch)).transpose(0, 3, 1, 2))
+    heat = colors(np.asarray(upsample(every.transpose(0, 2, 3, 1), patch)).transpose(0, 3, 1, 2))
     overlays = (BLEND * heat[:, 0] + (1 - BLEND) * inputs.mean(-1, keepdims=True)).astype(np.uint8)
     rows = [(inputs[i], overlays[i], *heat[i, 1:]) for i in range(len(inputs))]
     captions = ("input", "mean of heads", *(f"head {head}" for head in range(heads)))
-    number = intermediates.chosen(block, method.config.model.depth)
+    number = intermediates.resolve_block(block, method.config.model.depth)
     who = "class token" if query == "cls" else "mean patch"
     title = f"{name}attention of the {who} in block {number}; each map from its lowest to its highest"
     return tile(rows, captions, title)
 
 
-def colours(heat: np.ndarray) -> np.ndarray:
+def colors(heat: np.ndarray) -> np.ndarray:
     """Returns uint8 [..., height, width, 3] for maps [..., height, width], each spread over the whole ramp."""
     low, high = heat.min((-2, -1), keepdims=True), heat.max((-2, -1), keepdims=True)
     place = np.nan_to_num((heat - low) / np.maximum(high - low, 1e-12)) * (len(RAMP) - 1)

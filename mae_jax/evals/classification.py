@@ -172,9 +172,9 @@ def confusion_picture(matrix: np.ndarray, names: Sequence[str], part: str) -> np
         canvas.paste(label.transpose(Image.Transpose.ROTATE_90), (left + offset, top - label.width))
     if cell > TEXT:
         for (row, column), share in np.ndenumerate(shares):
-            centre = (left + (column + 0.5) * cell, top + (row + 0.5) * cell)
+            center = (left + (column + 0.5) * cell, top + (row + 0.5) * cell)
             number = f"{100 * share:.0f}" if share else ""
-            draw.text(centre, number, fill="white" if share >= DARK else "black", anchor="mm")
+            draw.text(center, number, fill="white" if share >= DARK else "black", anchor="mm")
     return np.asarray(canvas)
 
 

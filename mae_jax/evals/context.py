@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from mae_jax.data import cluster_ids
 from mae_jax.errors import UserError
-from mae_jax.evals.accumulators import Means, Rows, add
+from mae_jax.evals.accumulators import HostRows, Means, add
 from mae_jax.methods.base import Batch, Method, Metrics, pool
 from mae_jax.rng import stream_key
 from mae_jax.runtime import watchdog
@@ -72,13 +72,13 @@ class Context:
     def batches(self, source: Source | None = None) -> Iterator[Batch]:
         """Yields global batches on the devices, of the evaluated part or of another one; padding is not valid."""
         for batch in (source or self.source)():
-            watchdog.alive()
+            watchdog.heartbeat()
             yield to_devices(batch, self.mesh, self.method.config.batch_size)
 
     @cached_property
     def held_out(self) -> Pass:
         """The one pass over the evaluated part, computed."""
-        means, rows = Means(), Rows(self.mesh)
+        means, rows = Means(), HostRows(self.mesh)
         sums: dict[str, np.ndarray] = {}
         names: tuple[str, ...] = ()
         measure = _measure(self.method, self.mesh, self.counting)
@@ -90,7 +90,7 @@ class Context:
             names = tuple(kept)
             if kept:
                 rows.add(batch["valid"] > 0, *kept.values())
-        return Pass(means.take(), sums, dict(zip(names, rows.take(), strict=True)) if names else {})
+        return Pass(means.pop(), sums, dict(zip(names, rows.collect(), strict=True)) if names else {})
 
     def _kept(self, batch: Batch, outputs: jax.Array | None) -> dict[str, jax.Array]:
         """Returns the arrays of a batch [B, ...] that `Pass.rows` has."""
@@ -115,17 +115,17 @@ class Context:
 
     def pooled(self, source: Source) -> Pair:
         """Returns (features, labels) of the labelled images of a part, without the loss: of any method's encoder."""
-        return self._labelled(source, _features(self.method, self.mesh))
+        return self._labeled(source, _features(self.method, self.mesh))
 
     def logits(self, source: Source) -> Pair:
         """Returns (logits [n, C], labels [n]) of the labelled images of a part, likewise: of a classification."""
-        return self._labelled(source, _logits(self.method, self.mesh))
+        return self._labeled(source, _logits(self.method, self.mesh))
 
-    def _labelled(self, source: Source, outputs_of: Callable[..., jax.Array]) -> Pair:
-        rows = Rows(self.mesh)
+    def _labeled(self, source: Source, outputs_of: Callable[..., jax.Array]) -> Pair:
+        rows = HostRows(self.mesh)
         for batch in self.batches(source):
-            rows.add(labelled_rows(batch), outputs_of(self.params, self.extras, batch), batch["label"])
-        found, labels = rows.take() if rows.parts else (np.zeros((0, 0)), np.zeros(0, np.int32))
+            rows.add(labeled_rows(batch), outputs_of(self.params, self.extras, batch), batch["label"])
+        found, labels = rows.collect() if rows.parts else (np.zeros((0, 0)), np.zeros(0, np.int32))
         return found, labels
 
     @cached_property
@@ -139,7 +139,7 @@ class Context:
         return {name: jax.device_put(value, replicated(self.mesh))[:count] for name, value in batch.items()}
 
 
-def labelled_rows(batch: Batch) -> jax.Array:
+def labeled_rows(batch: Batch) -> jax.Array:
     """Returns bool [B]: which rows are images with a label, and neither padding nor gray stand-ins."""
     return (batch["valid"] > 0) & (batch["label"] >= 0)
 

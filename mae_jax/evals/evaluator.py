@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mae_jax import plugins
-from mae_jax.errors import UserError, nearest
+from mae_jax.errors import UserError, did_you_mean
 from mae_jax.evals.attention_maps import AttentionMaps
 from mae_jax.evals.attention_overlap import AttentionOverlap
 from mae_jax.evals.base import Evaluation, When
@@ -104,7 +104,7 @@ class Evaluator:
             out |= self._run(self._those("periodic"), f"{part}/{kind}", params, state, part, notes=notes)
         return out
 
-    def closing(self, state: TrainState) -> Figures:
+    def final_evaluations(self, state: TrainState) -> Figures:
         """Returns what is measured of the evaluation split once, at a run's end: other crops, final evaluations."""
         config, out = self.method.config, Figures()
         if not config.data.eval_split:
@@ -121,17 +121,17 @@ class Evaluator:
         """
         known = {each.name: each for each in evaluations() if each.when == "on_demand"}
         if name not in known:
-            raise UserError(f"no evaluation on demand is called {name!r}; {nearest(name, known)}")
+            raise UserError(f"no evaluation on demand is called {name!r}; {did_you_mean(name, known)}")
         if known[name] not in self.applying:
             return {}
         return self._run((known[name],), f"{part}/", state.ema or state.params, state, part)
 
-    def names(self, state: TrainState) -> list[str]:
+    def metric_names(self, state: TrainState) -> list[str]:
         """Returns what `scalars` gives of a part whose images have labels, from shapes alone."""
         names = [name for each in self._those("periodic") for name in each.metric_names(self.method, self.inputs)]
         return [kind + name for kind, _ in self._weights(state) for name in dict.fromkeys(names)]
 
-    def pictures(self, state: TrainState, part: str = "eval") -> Iterator[tuple[str, np.ndarray]]:
+    def images(self, state: TrainState, part: str = "eval") -> Iterator[tuple[str, np.ndarray]]:
         """Yields (name, uint8 [height, width, 3]) of the periodic evaluations; none of a part without images."""
         those = self._those("periodic")
         ctx = self._context(those, state.ema or state.params, state, part, notes=self.notes)

@@ -15,8 +15,8 @@ from mae_jax.methods.base import Batch, Method
 from mae_jax.methods.moce import MoCE
 from mae_jax.models.intermediates import block_name
 
-SHOWN = 10  # pictures of each expert
-LOOKED_AT = 4096  # pictures among which they are sought
+IMAGES_PER_EXPERT = 10  # pictures of each expert
+MAX_SEARCHED_IMAGES = 4096  # pictures among which they are sought
 
 
 class ExpertRouting(Evaluation):
@@ -97,18 +97,20 @@ def picture(method: MoCE, params: Any, extras: Any, batches: Iterator[Batch]) ->
     count, share = config.method.experts, _whole(extras["share"])
     rows: dict[tuple[int, int], list[np.ndarray]] = {(block, i): [] for block in table for i in range(count)}
     used = {(block, int(i)) for block, expert in table.items() for i in np.unique(expert)}
-    for batch in itertools.islice(batches, -(-LOOKED_AT // config.batch_size)):
+    for batch in itertools.islice(batches, -(-MAX_SEARCHED_IMAGES // config.batch_size)):
         cluster, valid = _whole(batch["cluster"]), _whole(batch["valid"]) > 0
-        wanted = {(block, i): np.flatnonzero(valid & (table[block][cluster] == i))[: SHOWN - len(rows[block, i])]
+        wanted = {(block,
+                   i): np.flatnonzero(valid & (table[block][cluster] == i))[: IMAGES_PER_EXPERT - len(rows[block, i])]
                   for block, i in used}
         if any(map(len, wanted.values())):
             patches, order = _whole(batch["patches"]), _whole(batch["order"])
             for each, own in wanted.items():
                 rows[each] += list(method.grid.unpatchify(patches[own], order[own]))
-        if all(len(rows[each]) == SHOWN for each in used):
+        if all(len(rows[each]) == IMAGES_PER_EXPERT for each in used):
             break
     blank = np.full((*config.data.image_size, 3), 255, np.uint8)
     names = [f"block {block}, expert {i}\n{(table[block] == i).sum()} of {method.count} clusters,\n"
              f"{share[table[block] == i].sum():.0%} of pictures" for block, i in rows]
-    return tile([[*seen, *[blank] * (SHOWN - len(seen))] for seen in rows.values()], [""] * SHOWN,
+    return tile([[*seen, *[blank] * (IMAGES_PER_EXPERT - len(seen))] for seen in rows.values()],
+                [""] * IMAGES_PER_EXPERT,
                 "what each expert sees", names)

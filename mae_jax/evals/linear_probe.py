@@ -83,7 +83,7 @@ def accuracy(weights: jax.Array, features: np.ndarray, labels: np.ndarray) -> fl
     return float((logits.argmax(1) == labels).mean())
 
 
-def standardise(features: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
+def standardize(features: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
     """Scales features [n, D], and others by the same, as the affine-free batch norm of MAE's probe does (A.1)."""
     mean, deviation = features.mean(0), features.std(0) + 1e-6
     return [(x - mean) / deviation for x in (features, *others)]
@@ -103,7 +103,7 @@ def top1(train: Pair, test: Pair, classes: int) -> float:
     Features are standardised by the training ones; the penalty is chosen on every fifth of them, held out.
     """
     labels = train[1]
-    features, tests = standardise(train[0], test[0])
+    features, tests = standardize(train[0], test[0])
     held = every_fifth(len(labels))
     kept = (~held / (~held).sum()).astype(np.float32)
     scores = [accuracy(fit(features, labels, kept, penalty, classes), features[held], labels[held])
@@ -164,12 +164,12 @@ def sweep(train: Pair, test: Pair, classes: int, validation: Pair | None = None,
     fifth training feature; the layer is then trained anew on all training features, and the test pair read once.
     """
     labels = train[1]
-    features, tests = standardise(train[0], test[0])
+    features, tests = standardize(train[0], test[0])
     if validation is None:
         held = every_fifth(len(labels))
         fitted, judged = (features[~held], labels[~held]), (features[held], labels[held])
     else:
-        fitted, judged = (features, labels), (standardise(train[0], validation[0])[1], validation[1])
+        fitted, judged = (features, labels), (standardize(train[0], validation[0])[1], validation[1])
     arms = descend(*fitted, np.array(lrs, np.float32), classes, seed)
     lr = lrs[int(np.argmax([accuracy(weights, *judged) for weights in arms]))]
     weights = descend(features, labels, np.array([lr], np.float32), classes, seed)[0]

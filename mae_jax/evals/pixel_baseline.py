@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from mae_jax.evals.accumulators import Rows
+from mae_jax.evals.accumulators import HostRows
 from mae_jax.evals.base import Evaluation
-from mae_jax.evals.context import Context, Pair, Source, labelled_rows
+from mae_jax.evals.context import Context, Pair, Source, labeled_rows
 from mae_jax.evals.frozen_probes import probes
 from mae_jax.methods.base import Method
 
@@ -34,9 +34,9 @@ class PixelBaseline(Evaluation):
 
 def _pixels(ctx: Context, source: Source) -> Pair:
     """Returns (pixels in raster order, float32 [n, values] in 0..1; labels [n]) of the labelled images of a part."""
-    rows = Rows(ctx.mesh)
+    rows = HostRows(ctx.mesh)
     for batch in ctx.batches(source):
-        rows.add(labelled_rows(batch), batch["patches"], batch["order"], batch["label"])
-    patches, order, labels = rows.take()
+        rows.add(labeled_rows(batch), batch["patches"], batch["order"], batch["label"])
+    patches, order, labels = rows.collect()
     images = ctx.method.grid.unpatchify(patches, order)
     return images.reshape(len(images), np.prod(images.shape[1:])).astype(np.float32) / 255, labels

@@ -15,7 +15,7 @@ from mae_jax.methods.base import Batch, Method
 from mae_jax.methods.mixedae import MixedAE
 from mae_jax.ops.patches import denormalize
 
-GREY = 127  # of a patch that the model does not see
+GRAY = 127  # of a patch that the model does not see
 RATIOS = (0.25, 0.5, 0.75, 0.9)  # of the picture at several masking ratios
 CAPTIONS = ("input", "visible", "prediction") * 2
 
@@ -53,8 +53,8 @@ def panels(method: Method, params: Any, extras: Any, batch: Batch) -> tuple[np.n
     patches, order = np.asarray(batch["patches"]), np.asarray(batch["order"])
     visible = patches.shape[1] - predicted.shape[1]
     masked, pasted = patches.copy(), patches.copy()
-    masked[:, visible:] = GREY
-    pixels = np.nan_to_num(denormalize(predicted), nan=GREY)  # a model that diverged gets its pictures too
+    masked[:, visible:] = GRAY
+    pixels = np.nan_to_num(denormalize(predicted), nan=GRAY)  # a model that diverged gets its pictures too
     pasted[:, visible:] = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
     original, masked, pasted = (method.grid.unpatchify(x, order) for x in (patches, masked, pasted))
     return original, masked, pasted

@@ -17,7 +17,7 @@ from mae_jax.losses.segmentation import IGNORED
 from mae_jax.methods.base import Batch, Method
 
 CREAM = (224, 224, 192)  # of pixels that count nowhere, as in the pictures of PASCAL VOC
-MOST_NAMED, KEY = 32, 44  # classes up to which their colours are listed; screen pixels for each
+MAX_LISTED_CLASSES, KEY = 32, 44  # classes up to which their colours are listed; screen pixels for each
 CAPTIONS = ("input", "truth", "prediction") * 2
 
 
@@ -61,20 +61,21 @@ def pictures(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarr
     truth, predicted = process_allgather(_predictor(method)(params, extras, batch), tiled=True)
     inputs = method.grid.unpatchify(np.asarray(batch["patches"]), np.asarray(batch["order"]))
     count = method.classes
-    colours = palette(count)
-    rows = list(zip(inputs, colours[truth], colours[predicted], strict=True))
+    colors = palette(count)
+    rows = list(zip(inputs, colors[truth], colors[predicted], strict=True))
     picture = tile(paired(rows), CAPTIONS, f"{count} classes of pixels")
-    return np.concatenate([picture, legend(colours[:count], picture.shape[1])]) if count <= MOST_NAMED else picture
+    return np.concatenate([picture, legend(colors[:count],
+                                           picture.shape[1])]) if count <= MAX_LISTED_CLASSES else picture
 
 
-def legend(colours: np.ndarray, width: int) -> np.ndarray:
+def legend(colors: np.ndarray, width: int) -> np.ndarray:
     """Returns the numbers of classes beside their colours [C, 3], as a uint8 picture [height, width, 3]."""
     across = max(1, (width - GAP) // KEY)
-    canvas = Image.new("RGB", (width, -(-len(colours) // across) * CAPTION + GAP), "white")
+    canvas = Image.new("RGB", (width, -(-len(colors) // across) * CAPTION + GAP), "white")
     draw = ImageDraw.Draw(canvas)
-    for number, colour in enumerate(colours):
+    for number, color in enumerate(colors):
         x, y = GAP + number % across * KEY, number // across * CAPTION
-        draw.rectangle((x, y + 2, x + CAPTION - 6, y + CAPTION - 4), fill=tuple(map(int, colour)), outline="black")
+        draw.rectangle((x, y + 2, x + CAPTION - 6, y + CAPTION - 4), fill=tuple(map(int, color)), outline="black")
         draw.text((x + CAPTION, y + 2), str(number), fill="black")
     return np.asarray(canvas)
 
@@ -87,10 +88,10 @@ def palette(classes: int) -> np.ndarray:
     """
     numbers = np.arange(256)
     channels = [sum((numbers >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for channel in range(3)]
-    colours = np.stack(channels, 1).astype(np.uint8)
-    colours[classes:] = CREAM
-    colours[IGNORED] = CREAM
-    return colours
+    colors = np.stack(channels, 1).astype(np.uint8)
+    colors[classes:] = CREAM
+    colors[IGNORED] = CREAM
+    return colors
 
 
 CHUNK = 4096  # pixels of each picture that are counted at a time, so that the table of a class per pixel stays small

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def cross_entropy(wanted: jax.Array, told: jax.Array, same: bool = False) -> jax.Array:
+def cross_entropy(targets: jax.Array, student_logits: jax.Array, same: bool = False) -> jax.Array:
     """Returns each picture's mean cross-entropy over pairs of a teacher's view and another one of the student's.
 
     Args:
@@ -15,14 +15,14 @@ def cross_entropy(wanted: jax.Array, told: jax.Array, same: bool = False) -> jax
     Returns:
       float32 [B].
     """
-    products = jnp.einsum("btk,bsk->bts", wanted, told, precision="highest")
-    losses = jax.nn.logsumexp(told, -1)[:, None] - products  # wanted sums to 1
+    products = jnp.einsum("btk,bsk->bts", targets, student_logits, precision="highest")
+    losses = jax.nn.logsumexp(student_logits, -1)[:, None] - products  # targets sum to 1
     count, views = losses.shape[1:]
     pairs = jnp.eye(count, views, dtype=bool) == same
     return jnp.where(pairs, losses, 0).sum((1, 2)) / pairs.sum()
 
 
-def centred(center: jax.Array, outputs: jax.Array, valid: jax.Array, momentum: float) -> jax.Array:
+def update_center(center: jax.Array, outputs: jax.Array, valid: jax.Array, momentum: float) -> jax.Array:
     """Moves the centre [K] towards the mean of the global batch's outputs [B, T, K] (equation 4).
 
     Pictures whose `valid` float32 [B] is 0 do not count; where none is left the centre stays.

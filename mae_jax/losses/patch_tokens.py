@@ -8,11 +8,11 @@ BEiT; how it prepares the patches is not known to us, so the preparations below 
 import jax
 import jax.numpy as jnp
 
-from mae_jax.errors import UserError, nearest
+from mae_jax.errors import UserError, did_you_mean
 from mae_jax.ops.patches import normalize
 
 KINDS = ("kmeans", "patches", "projection")
-LEAST = 3  # tokens: of constant patches, and two others
+MIN_VOCABULARY = 3  # tokens: of constant patches, and two others
 
 
 def constant(patches: jax.Array) -> jax.Array:
@@ -49,6 +49,6 @@ def tokenize(patches: jax.Array, vocabulary: jax.Array, kind: str) -> jax.Array:
 def check(kind: str, size: int, kinds: tuple[str, ...]) -> None:
     """Raises UserError for an unknown target, or a vocabulary that is none."""
     if kind not in kinds:
-        raise UserError(f"method.target={kind!r}; {nearest(kind, kinds)}")
-    if size < LEAST:
-        raise UserError(f"method.vocabulary={size}; it must be at least {LEAST}")
+        raise UserError(f"method.target={kind!r}; {did_you_mean(kind, kinds)}")
+    if size < MIN_VOCABULARY:
+        raise UserError(f"method.vocabulary={size}; it must be at least {MIN_VOCABULARY}")

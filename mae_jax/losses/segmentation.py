@@ -21,8 +21,8 @@ def interpolation(cells: int, factor: int) -> np.ndarray:
     The centre of pixel i is (i + 1/2) / factor - 1/2 in cells; past the outermost centres the edge is repeated. This is
     what PyTorch calls bilinear without align_corners.
     """
-    centres = np.clip((np.arange(cells * factor) + 0.5) / factor - 0.5, 0, cells - 1)
-    return np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(cells))).astype(np.float32)
+    centers = np.clip((np.arange(cells * factor) + 0.5) / factor - 0.5, 0, cells - 1)
+    return np.maximum(0, 1 - np.abs(centers[:, None] - np.arange(cells))).astype(np.float32)
 
 
 def upsample(logits: jax.Array, patch: tuple[int, int]) -> jax.Array:

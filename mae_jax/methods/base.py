@@ -10,9 +10,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.data.info import DataInfo, DataNeeds
-from mae_jax.data.masking import Order, View, block_shape, with_views
+from mae_jax.data.masking import PatchOrder, View, block_shape, with_views
 from mae_jax.durations import Timeline
-from mae_jax.errors import UserError, nearest
+from mae_jax.errors import UserError, did_you_mean
 from mae_jax.models.layers import drop_path
 from mae_jax.models.vit import drop_path_rates
 from mae_jax.ops.patches import PatchGrid, normalize
@@ -35,7 +35,7 @@ def check_choices(m: ConfigDict, **allowed: tuple[str, ...]) -> None:
     """Raises UserError for the first field of the group config.method that has none of its allowed values."""
     for key, values in allowed.items():
         if m[key] not in values:
-            raise UserError(f"method.{key}={m[key]!r}; {nearest(m[key], values)}")
+            raise UserError(f"method.{key}={m[key]!r}; {did_you_mean(m[key], values)}")
 
 
 def check_decoder(m: ConfigDict) -> None:
@@ -69,7 +69,7 @@ def named_blocks(config: ConfigDict) -> set[int]:
 
 
 def kind_of_order(config: ConfigDict) -> str:
-    """Returns the kind of `Order` that method.masking names: blocks as published, or as a stored run began with."""
+    """Returns the kind of `PatchOrder` of method.masking: blocks as published, or as a stored run began with."""
     published = config.method.masking == "block" and has(config, "published_blocks")
     return "published_block" if published else config.method.masking
 
@@ -97,13 +97,14 @@ class Method:
     mask_ratio: float | None = None  # share that is masked, where `at_mask_ratio` gives another
     reconstruction_note: str = "as the method reconstructs them"  # what images of masked patches say of their colors
     defaults: ClassVar[dict[str, Any]] = {}  # own config fields under config.method
-    learns_labels: bool = False  # what it is evaluated on must not be trained on
-    names_classes: bool = False  # its head has a row for each class of the data, in their order
-    sees_whole_batch: bool = False  # the loss has terms across images: accumulation is refused
-    encodes_with: tuple[str, ...] = ()  # batch fields that `encode` reads besides pictures and orders
+    uses_labels: bool = False  # what it is evaluated on must not be trained on
+    has_class_head: bool = False  # its head has a row for each class of the data, in their order
+    loss_spans_batch: bool = False  # the loss has terms across images: accumulation is refused
+    extra_encode_fields: tuple[str, ...] = ()  # batch fields that `encode` reads besides pictures and orders
     background: int = -1  # of a segmentation's classes, what is around things; -1: none
     group: int = 1  # rows that stay together on a device and in a micro-batch, neighbours in the batch
-    decayed: ClassVar[tuple[str, ...]] = ("kernel", "cls_token", "mask_token")  # weight decay, by last name of the path
+    # Weight decay, by last name of the path.
+    decay_suffixes: ClassVar[tuple[str, ...]] = ("kernel", "cls_token", "mask_token")
 
     def __init__(self, config: ConfigDict, data: DataInfo):
         """Binds the method to a config without 'auto', and to what the data have."""
@@ -127,28 +128,28 @@ class Method:
         own = {f"method.{name}": self.config.method[name] for name in ("decoder_heads",) if name in self.config.method}
         return {"model.heads": self.config.model.heads, **own}
 
-    def order(self) -> Order:
+    def patch_order(self) -> PatchOrder:
         """Returns how the host draws `order`."""
-        return Order("identity", self.grid.shape, hidden=0)
+        return PatchOrder("identity", self.grid.shape, num_masked=0)
 
     def views(self) -> tuple[View, ...]:
         """Returns the views that the batches of training have in place of `patches` and `order`, if there are any."""
         return ()
 
-    def learns(self, path: str) -> bool:
+    def is_trainable(self, path: str) -> bool:
         """Says whether the optimiser changes the parameter of a path; the others have no optimiser state."""
         return True
 
-    def only_learning(self, params: Params) -> Params:
+    def stop_frozen_gradients(self, params: Params) -> Params:
         """Returns the parameters such that no gradient reaches, or is computed for, those that do not learn."""
         return jax.tree_util.tree_map_with_path(
-            lambda keys, leaf: leaf if self.learns(path(keys)) else jax.lax.stop_gradient(leaf), params)
+            lambda keys, leaf: leaf if self.is_trainable(path(keys)) else jax.lax.stop_gradient(leaf), params)
 
-    def kept_branches(self, key: jax.Array, images: int) -> jax.Array | None:
+    def drop_path_mask(self, key: jax.Array, images: int) -> jax.Array | None:
         """Draws stochastic depth of the encoder's blocks that learn, float32 [depth, 2, B]; None where it is off."""
         if not self.config.model.drop_path:
             return None
-        learning = [self.learns(f"encoder/block_{number:02d}/mlp/") for number in range(self.config.model.depth)]
+        learning = [self.is_trainable(f"encoder/block_{number:02d}/mlp/") for number in range(self.config.model.depth)]
         return drop_path(key, drop_path_rates(self.config) * learning, images)
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -166,7 +167,7 @@ class Method:
             "valid": ((), jnp.float32),
             "replaced": ((), jnp.int32),
         }
-        if blocks := block_shape(self.order()):
+        if blocks := block_shape(self.patch_order()):
             shapes["blocks"] = (blocks, jnp.int32)
         return {name: jax.ShapeDtypeStruct((images, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 
@@ -183,7 +184,7 @@ class Method:
         """Returns initial float32 parameters and the extras (state that no gradient touches)."""
         raise NotImplementedError
 
-    def fit(self, params: Params, extras: Extras, pictures: Iterable[dict[str, np.ndarray]] | None) -> Extras:
+    def fit_extras(self, params: Params, extras: Extras, batches: Iterable[dict[str, np.ndarray]] | None) -> Extras:
         """Returns the extras with what is computed once, before the first step, of parameters and training pictures.
 
         Args:
@@ -201,7 +202,7 @@ class Method:
         """
         return None
 
-    def check(self, extras: Extras) -> None:
+    def check_extras(self, extras: Extras) -> None:
         """Raises UserError where restored extras do not belong to what the config names."""
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
@@ -215,12 +216,13 @@ class Method:
 
     def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1) -> jax.Array:
         """Returns tokens [B, 1 + N, D] of whole, unmasked images, class token first, patches in the batch's order."""
-        pixels, weights = normalize(batch["patches"]), self.judged(params, extras)["encoder"]
+        pixels, weights = normalize(batch["patches"]), self.eval_params(params, extras)["encoder"]
         return self.encoder.apply({"params": weights}, pixels, batch["order"], block=block)
 
-    def judged(self, params: Params, extras: Extras) -> Params:
+    def eval_params(self, params: Params, extras: Extras) -> Params:
         """Returns the parameters that evaluations, exports and warm starts are of: where the extras have a `teacher`, a
-        tree of parameters by their own names, these in place of the student's (`param_tree.judged` reads them so).
+        tree of parameters by their own names, these in place of the student's (`param_tree.split_eval_params` reads
+        them so).
         """
         return {**params, **extras.get("teacher", {})}
 

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.data.info import DataInfo, DataNeeds
-from mae_jax.data.masking import Order
+from mae_jax.data.masking import PatchOrder
 from mae_jax.errors import UserError
 from mae_jax.methods import fields
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices, kind_of_order
@@ -50,8 +50,8 @@ class BEiT(Method):
     def data_needs(config: ConfigDict) -> DataNeeds:
         return DataNeeds(vocabulary=config.method.vocabulary)
 
-    def order(self) -> Order:
-        return Order(kind_of_order(self.config), self.grid.shape, self.masked)
+    def patch_order(self) -> PatchOrder:
+        return PatchOrder(kind_of_order(self.config), self.grid.shape, self.masked)
 
     def eval_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         spec = super().eval_spec()
@@ -64,24 +64,25 @@ class BEiT(Method):
         head = self.head.init(head_key, tokens.astype(jnp.float32))
         return {"encoder": encoder["params"], "head": head["params"]}, self.targets.start()
 
-    def fit(self, params: Params, extras: Extras, pictures: Iterable[dict[str, np.ndarray]] | None) -> Extras:
-        return self.targets.fit(extras, pictures)
+    def fit_extras(self, params: Params, extras: Extras, batches: Iterable[dict[str, np.ndarray]] | None) -> Extras:
+        return self.targets.fit_extras(extras, batches)
 
     def stored_vocabulary(self) -> tuple[str, str, tuple[int, int]] | None:
         return self.targets.stored_vocabulary()
 
-    def predict(self, params: Params, batch: Batch, keep: jax.Array | None = None) -> jax.Array:
+    def predict(self, params: Params, batch: Batch, drop_path_mask: jax.Array | None = None) -> jax.Array:
         """Returns float32 [B, M, outputs] for the masked patches, the last M of the order."""
         pixels = normalize(batch["patches"][:, : -self.masked])
-        tokens = self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], self.masked, keep=keep)
+        tokens = self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], self.masked,
+                                    drop_path_mask=drop_path_mask)
         return self.head.apply({"params": params["head"]}, tokens[:, -self.masked :].astype(jnp.float32))
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
         """Mean loss over the masked patches (BEiT equation 2, with the targets of the config)."""
-        keep = self.kept_branches(key, len(batch["valid"])) if train else None
+        drop_path_mask = self.drop_path_mask(key, len(batch["valid"])) if train else None
         wanted = batch[self.targets.field][:, -self.masked :]
-        losses, figures = self.targets.losses(self.predict(params, batch, keep), wanted, extras)
+        losses, figures = self.targets.losses(self.predict(params, batch, drop_path_mask), wanted, extras)
         weight = batch["valid"].sum()
         figures = {"loss": losses, **figures}
         metrics = {name: ((value * batch["valid"]).sum(), weight) for name, value in figures.items()}

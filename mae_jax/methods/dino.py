@@ -16,10 +16,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.data.info import DataInfo
-from mae_jax.data.masking import Colours, Order, View
+from mae_jax.data.masking import ColorAugmentation, PatchOrder, View
 from mae_jax.durations import steps
 from mae_jax.errors import UserError
-from mae_jax.losses.dino import centred, cross_entropy
+from mae_jax.losses.dino import cross_entropy, update_center
 from mae_jax.methods import fields
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params
 from mae_jax.models.heads import Projection
@@ -28,14 +28,14 @@ from mae_jax.ops.flops import blocks_flops
 from mae_jax.ops.patches import normalize
 
 GLOBALS = 2  # large views, those of the teacher
-JITTER, GREY = 0.8, 0.2  # how likely in every view; blur and solarising differ: released code, DataAugmentationDINO
+JITTER, GRAY = 0.8, 0.2  # how likely in every view; blur and solarising differ: released code, DataAugmentationDINO
 
 
 class DINO(Method):
     """A student sees all views, its teacher the two large ones; each pair of different views is compared."""
 
     defaults = fields.DINO
-    sees_whole_batch = True
+    loss_spans_batch = True
 
     @staticmethod
     def validate(config: ConfigDict) -> None:
@@ -76,10 +76,11 @@ class DINO(Method):
     def views(self) -> tuple[View, ...]:
         m = self.config.method
         blur, large, small = tuple(m.blur), tuple(self.config.data.image_size), tuple(m.local_size)
-        first, second, local = (Colours(JITTER, GREY, *chances, blur) for chances in ((1, 0), (0.1, 0.2), (0.5, 0)))
-        views = [View("global", large, tuple(m.global_scale), (first, second), self.order())]
+        first, second, local = (ColorAugmentation(JITTER, GRAY, *chances, blur)
+                                for chances in ((1, 0), (0.1, 0.2), (0.5, 0)))
+        views = [View("global", large, tuple(m.global_scale), (first, second), self.patch_order())]
         if m.local_views:
-            order = Order("identity", self.local_grid, 0)
+            order = PatchOrder("identity", self.local_grid, 0)
             views.append(View("local", small, tuple(m.local_scale), (local,) * m.local_views, order))
         return tuple(views)
 
@@ -92,12 +93,12 @@ class DINO(Method):
         center = jnp.zeros(self.config.method.out_dim, jnp.float32)
         return params, {"teacher": jax.tree.map(jnp.copy, params), "center": center}
 
-    def fit(self, params: Params, extras: Extras, pictures: Iterable[dict[str, np.ndarray]] | None) -> Extras:
+    def fit_extras(self, params: Params, extras: Extras, batches: Iterable[dict[str, np.ndarray]] | None) -> Extras:
         """Starts the teacher as the student, whatever that was loaded from."""
         return {**extras, "teacher": params}
 
     def project(self, params: Params, patches: jax.Array, order: jax.Array, grid: tuple[int, int] | None = None,
-                keep: jax.Array | None = None) -> jax.Array:
+                drop_path_mask: jax.Array | None = None) -> jax.Array:
         """Returns the head's outputs float32 [B, n, K] for n views of each picture.
 
         Args:
@@ -108,7 +109,8 @@ class DINO(Method):
           keep: float32 [depth, 2, B n] of stochastic depth; None: off.
         """
         pixels, places = (value.reshape(-1, *value.shape[2:]) for value in (patches, order))
-        tokens = self.encoder.apply({"params": params["encoder"]}, normalize(pixels), places, keep=keep, grid=grid)
+        tokens = self.encoder.apply({"params": params["encoder"]}, normalize(pixels), places,
+                                    drop_path_mask=drop_path_mask, grid=grid)
         return self.head.apply({"params": params["head"]}, tokens[:, 0]).reshape(*order.shape[:2], -1)
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
@@ -123,29 +125,29 @@ class DINO(Method):
             patches, order = batch["patches"][:, None], batch["order"][:, None]
         else:
             patches, order = batch["global/patches"], batch["global/order"]
-        taught = self.project(extras["teacher"], patches, order)
-        told = self._student(self._held(params, step), batch, patches, order, key, train)
-        wanted = jax.nn.softmax((taught - extras["center"]) / self._teacher_temperature(step))
-        losses = cross_entropy(wanted, told / m.temperature, same="patches" in batch)
-        entropy = -jnp.where(wanted > 0, wanted * jnp.log(wanted), 0).sum(-1).mean(1)
+        teacher_logits = self.project(extras["teacher"], patches, order)
+        student_logits = self._student(self._held(params, step), batch, patches, order, key, train)
+        targets = jax.nn.softmax((teacher_logits - extras["center"]) / self._teacher_temperature(step))
+        losses = cross_entropy(targets, student_logits / m.temperature, same="patches" in batch)
+        entropy = -jnp.where(targets > 0, targets * jnp.log(targets), 0).sum(-1).mean(1)
         weight = valid.sum()
         metrics = {name: ((value * valid).sum(), weight)
                    for name, value in {"loss": losses, "teacher_entropy": entropy}.items()}
         if train:
-            extras = {**extras, "center": centred(extras["center"], taught, valid, m.center_momentum)}
+            extras = {**extras, "center": update_center(extras["center"], teacher_logits, valid, m.center_momentum)}
         return metrics["loss"][0] / jnp.maximum(weight, 1), (metrics, extras)
 
     def _student(self, params: Params, batch: Batch, patches: jax.Array, order: jax.Array, key: jax.Array,
                  train: bool) -> jax.Array:
         """Returns the student's outputs [B, n, K] for the large views, then the small ones."""
         keys = jax.random.split(key) if train else (key, key)
-        keep = self.kept_branches(keys[0], patches.shape[0] * patches.shape[1]) if train else None
-        told = [self.project(params, patches, order, keep=keep)]
+        drop_path_mask = self.drop_path_mask(keys[0], patches.shape[0] * patches.shape[1]) if train else None
+        student_logits = [self.project(params, patches, order, drop_path_mask=drop_path_mask)]
         if "local/patches" in batch:
             small = batch["local/patches"]
-            keep = self.kept_branches(keys[1], small.shape[0] * small.shape[1]) if train else None
-            told.append(self.project(params, small, batch["local/order"], self.local_grid, keep))
-        return jnp.concatenate(told, 1)
+            drop_path_mask = self.drop_path_mask(keys[1], small.shape[0] * small.shape[1]) if train else None
+            student_logits.append(self.project(params, small, batch["local/order"], self.local_grid, drop_path_mask))
+        return jnp.concatenate(student_logits, 1)
 
     def _held(self, params: Params, step: jax.Array) -> Params:
         """Stops the gradient of the last layer as long as method.freeze_last says; weight decay changes no direction.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mae_jax.data.info import DataInfo
-from mae_jax.data.masking import Order
+from mae_jax.data.masking import PatchOrder
 from mae_jax.errors import UserError
 from mae_jax.losses import pixel_targets
 from mae_jax.methods import fields
@@ -77,11 +77,11 @@ class MAE(Method):
         self.encoder = make_encoder(config)
         self.decoder = make_decoder(config, self.outputs)
         self.patches = self.grid.num_patches
-        self.visible = self.visible_of(config, self.patches)
-        self.hidden = self.patches - self.visible
+        self.num_visible = self.num_visible_of(config, self.patches)
+        self.num_masked = self.patches - self.num_visible
 
     @staticmethod
-    def visible_of(config: ConfigDict, patches: int) -> int:
+    def num_visible_of(config: ConfigDict, patches: int) -> int:
         """Returns V, how many of N patches the encoder sees of a picture."""
         return visible_patches(patches, config.method.mask_ratio)
 
@@ -90,17 +90,17 @@ class MAE(Method):
         config.method.update(mask_ratio=ratio, masking="random")
         return type(self)(config, self.data)
 
-    def order(self) -> Order:
-        return Order(kind_of_order(self.config), self.grid.shape, self.hidden)
+    def patch_order(self) -> PatchOrder:
+        return PatchOrder(kind_of_order(self.config), self.grid.shape, self.num_masked)
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
         encoder_key, decoder_key = jax.random.split(key)
         one = {name: value[:1] for name, value in batch.items()}
         pixels, order = normalize(one["patches"]), one["order"]
-        masks = self.hidden if self.config.method.encoder_mask_tokens else 0
-        seen = order[:, : self.visible + masks]
-        tokens, encoder = self.encoder.init_with_output(encoder_key, pixels[:, : self.visible], seen, masks)
-        decoder = self.decoder.init(decoder_key, tokens, order, self.hidden)
+        masks = self.num_masked if self.config.method.encoder_mask_tokens else 0
+        seen = order[:, : self.num_visible + masks]
+        tokens, encoder = self.encoder.init_with_output(encoder_key, pixels[:, : self.num_visible], seen, masks)
+        decoder = self.decoder.init(decoder_key, tokens, order, self.num_masked)
         return {"encoder": encoder["params"], "decoder": decoder["params"]}, self.fitted_targets(batch)
 
     def fitted_targets(self, batch: Batch) -> Extras:
@@ -109,11 +109,11 @@ class MAE(Method):
 
     def predict(self, params: Params, batch: Batch) -> jax.Array:
         """Returns float32 [B, M, outputs]: the predicted targets of the hidden patches, in the batch's order."""
-        masks = self.hidden if self.config.method.encoder_mask_tokens else 0
-        pixels = normalize(batch["patches"][:, : self.visible])
-        seen = batch["order"][:, : self.visible + masks]
+        masks = self.num_masked if self.config.method.encoder_mask_tokens else 0
+        pixels = normalize(batch["patches"][:, : self.num_visible])
+        seen = batch["order"][:, : self.num_visible + masks]
         tokens = self.encoder.apply({"params": params["encoder"]}, pixels, seen, masks)
-        return self.decoder.apply({"params": params["decoder"]}, tokens, batch["order"], self.hidden)
+        return self.decoder.apply({"params": params["decoder"]}, tokens, batch["order"], self.num_masked)
 
     def targets(self, extras: Extras, pixels: jax.Array) -> jax.Array:
         """Returns what normalised pixels [B, M, P] are asked for: float32 [B, M, outputs]."""
@@ -128,23 +128,23 @@ class MAE(Method):
         `mean_colour_loss` is what predicting the mean colour of the visible patches would cost: the floor that any
         reconstruction of pixels must beat. It is reported where the target is pixels.
         """
-        pixels = normalize(batch["patches"][:, self.visible :])
+        pixels = normalize(batch["patches"][:, self.num_visible :])
         wanted, valid = self.targets(extras, pixels), batch["valid"]
         metrics = {"loss": mean_square(self.predict(params, batch) - wanted, valid)}
         if not train and self.target == "pixel":
-            seen = normalize(batch["patches"][:, : self.visible])
-            colour = seen.reshape(seen.shape[0], -1, 3).mean(1)
-            guess = jnp.tile(colour, (1, pixels.shape[-1] // 3))[:, None]
+            seen = normalize(batch["patches"][:, : self.num_visible])
+            color = seen.reshape(seen.shape[0], -1, 3).mean(1)
+            guess = jnp.tile(color, (1, pixels.shape[-1] // 3))[:, None]
             metrics["mean_colour_loss"] = mean_square(guess - wanted, valid)
         total, weight = metrics["loss"]
         return total / jnp.maximum(weight, 1), (metrics, extras)
 
     def forward_flops(self) -> int:
         m, d, values = self.config.model, self.config.method, self.grid.patch_dim
-        seen = self.patches if d.encoder_mask_tokens else self.visible
-        embed = 2 * self.visible * values * m.width
+        seen = self.patches if d.encoder_mask_tokens else self.num_visible
+        embed = 2 * self.num_visible * values * m.width
         join = 2 * (1 + seen) * m.width * d.decoder_width
-        head = 2 * self.hidden * d.decoder_width * self.outputs
+        head = 2 * self.num_masked * d.decoder_width * self.outputs
         encoder = blocks_flops(1 + seen, m.width, m.depth, m.mlp_ratio)
         decoder = blocks_flops(1 + self.patches, d.decoder_width, d.decoder_depth, m.mlp_ratio)
         return embed + encoder + join + decoder + head
@@ -161,6 +161,6 @@ class MAE(Method):
     def as_pixels(self, predicted: jax.Array, extras: Extras, batch: Batch) -> jax.Array:
         """Returns predictions [B, M, outputs] as normalised pixels [B, M, P]."""
         if self.target == "norm_pix":
-            mean, deviation = pixel_targets.patch_moments(normalize(batch["patches"][:, self.visible :]))
+            mean, deviation = pixel_targets.patch_moments(normalize(batch["patches"][:, self.num_visible :]))
             return predicted * deviation + mean
         return pixel_targets.unproject_pca(predicted, extras["pca"]) if self.target == "pca" else predicted

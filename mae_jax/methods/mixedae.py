@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mae_jax.data.info import DataInfo, DataNeeds
-from mae_jax.data.masking import Order
+from mae_jax.data.masking import PatchOrder
 from mae_jax.errors import UserError
 from mae_jax.losses.contrastive import supervised_contrast
 from mae_jax.methods import fields
@@ -18,13 +18,13 @@ from mae_jax.models.heads import Perceptron
 from mae_jax.models.layers import TOKEN_STD
 from mae_jax.models.vit import make_decoder
 from mae_jax.ops.flops import blocks_flops
-from mae_jax.ops.homologous_attention import SameSource, TopKeys, neighbour_homology, purity, same_source
+from mae_jax.ops.homologous_attention import OracleMask, TopKMask, neighbor_homology, purity, same_source
 from mae_jax.ops.patches import PatchGrid, normalize
 
 MIXINGS = ("compose", "full")
 ATTENTIONS = ("topk", "all", "oracle")
-TOLERANCE = 1e-6  # of 1 / r, which must be a whole number
-LEAST = 1e-6  # r that is read at all
+GROUP_TOLERANCE = 1e-6  # of 1 / r, which must be a whole number
+MIN_RATIO = 1e-6  # r that is read at all
 
 
 class MixedAE(MAE):
@@ -69,9 +69,9 @@ class MixedAE(MAE):
         m = config.method
         self.group = _group(config)  # G
         self.turns = self.group if m.mixing == "full" else 1
-        self.keep = m.keep or self.visible
-        kept = {"topk": TopKeys(self.keep, self.patches), "all": None,
-                "oracle": SameSource(self.group, self.patches)}[m.attention]
+        self.keep = m.keep or self.num_visible
+        kept = {"topk": TopKMask(self.keep, self.patches), "all": None,
+                "oracle": OracleMask(self.group, self.patches)}[m.attention]
         blocks = named_blocks(config)
         self.mixer = self.encoder.clone(kept=tuple(kept if i in blocks else None for i in range(config.model.depth)))
         self.decoder = make_decoder(config, self.outputs, class_token=False)
@@ -82,11 +82,11 @@ class MixedAE(MAE):
         return DataNeeds(_group(config))
 
     @staticmethod
-    def visible_of(config: ConfigDict, patches: int) -> int:
+    def num_visible_of(config: ConfigDict, patches: int) -> int:
         return patches // _group(config)
 
-    def order(self) -> Order:
-        return Order("random", self.grid.shape, self.hidden, self.group)
+    def patch_order(self) -> PatchOrder:
+        return PatchOrder("random", self.grid.shape, self.num_masked, self.group)
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
         m = self.config.method
@@ -96,7 +96,7 @@ class MixedAE(MAE):
         tokens, encoder = self.mixer.init_with_output(encoder_key, pixels, order)
         own = self.unmixed(tokens)
         params = {"encoder": encoder["params"],
-                  "decoder": self.decoder.init(decoder_key, own, few["order"], self.hidden)["params"]}
+                  "decoder": self.decoder.init(decoder_key, own, few["order"], self.num_masked)["params"]}
         if m.segments:
             params["segments"] = TOKEN_STD * jax.random.normal(segment_key, (self.group, self.config.model.width))
         if m.contrast_weight and m.projection:
@@ -110,22 +110,22 @@ class MixedAE(MAE):
         """
         if self.turns == 1:
             return values
-        turns = [values if values.ndim == 1 else jnp.roll(values, -number * self.visible, 1)
+        turns = [values if values.ndim == 1 else jnp.roll(values, -number * self.num_visible, 1)
                  for number in range(self.turns)]
         groups = [turn.reshape(-1, self.group, *turn.shape[1:]) for turn in turns]
         return jnp.stack(groups, 1).reshape(self.turns * len(values), *values.shape[1:])
 
     def mixed(self, values: jax.Array) -> jax.Array:
         """Mixes [B, N, ...] to [B / G, N, ...]: token k of a mix is of the picture k // (N / G) of its group."""
-        return values[:, : self.visible].reshape(-1, self.patches, *values.shape[2:])
+        return values[:, : self.num_visible].reshape(-1, self.patches, *values.shape[2:])
 
     def unmixed(self, tokens: jax.Array) -> jax.Array:
         """Returns each picture's own tokens [B, N / G, D] of mixed ones [B / G, 1 + N, D]; the class token goes."""
-        return tokens[:, -self.patches :].reshape(-1, self.visible, tokens.shape[-1])
+        return tokens[:, -self.patches :].reshape(-1, self.num_visible, tokens.shape[-1])
 
     def segments(self, params: Params) -> jax.Array | None:
         """Returns what is added to the tokens of a mix, [N, D]: an embedding for each picture of the group."""
-        return jnp.repeat(params["segments"], self.visible, 0) if self.config.method.segments else None
+        return jnp.repeat(params["segments"], self.num_visible, 0) if self.config.method.segments else None
 
     def encode_mixed(self, params: Params, batch: Batch) -> jax.Array:
         """Returns the encoded tokens [B / G, 1 + N, D] of a turned batch's mixes."""
@@ -138,7 +138,7 @@ class MixedAE(MAE):
 
     def decode(self, params: Params, tokens: jax.Array, order: jax.Array) -> jax.Array:
         """Decodes every picture [B, N] from its own tokens of the mixes [B / G, 1 + N, D]."""
-        return self.decoder.apply({"params": params["decoder"]}, self.unmixed(tokens), order, self.hidden)
+        return self.decoder.apply({"params": params["decoder"]}, self.unmixed(tokens), order, self.num_masked)
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
@@ -150,7 +150,7 @@ class MixedAE(MAE):
         m = self.config.method
         batch = {name: self.turned(batch[name]) for name in ("patches", "order", "valid")}
         tokens = self.encode_mixed(params, batch)
-        wanted = self.targets(extras, normalize(batch["patches"][:, self.visible :]))
+        wanted = self.targets(extras, normalize(batch["patches"][:, self.num_visible :]))
         errors = self.decode(params, tokens, batch["order"]) - wanted
         metrics = {"reconstruction_loss": mean_square(errors, batch["valid"])}
         total, weight = metrics["reconstruction_loss"]
@@ -168,20 +168,20 @@ class MixedAE(MAE):
         if self.config.method.projection:
             features = self.projector.apply({"params": params["projector"]}, features)
         losses = supervised_contrast(features, same_source(self.patches, self.group), self.config.method.temperature)
-        return losses.reshape(-1, self.visible).mean(1)
+        return losses.reshape(-1, self.num_visible).mean(1)
 
     def homology(self, params: Params, batch: Batch, tokens: jax.Array) -> Metrics:
         """Returns the figures of `loss` about who finds whom, over mixes of which every picture is valid."""
         whole = batch["valid"].reshape(-1, self.group).min(1)
         found = {f"purity/{name}": each.mean((1, 2)) for name, each in self.purities(params, batch)}
         found["purity"] = sum(found.values()) / len(found)
-        found["neighbour_homology"] = neighbour_homology(tokens[:, -self.patches :], self.group)
+        found["neighbour_homology"] = neighbor_homology(tokens[:, -self.patches :], self.group)
         return {name: ((value * whole).sum(), whole.sum()) for name, value in found.items()}
 
     def purities(self, params: Params, batch: Batch) -> Iterator[tuple[str, jax.Array]]:
         """Yields each block's name and the purity of its heads' queries, float32 [B / G, H, N], of a turned batch."""
         pixels, order = normalize(self.mixed(batch["patches"])), self.mixed(batch["order"])
-        between = intermediates.between_blocks(self.mixer, params["encoder"], pixels, order, self.segments(params))
+        between = intermediates.block_inputs(self.mixer, params["encoder"], pixels, order, self.segments(params))
         for number, entering in zip(range(self.config.model.depth), between, strict=False):
             name = intermediates.block_name(number)
             scores = intermediates.attention_scores(self.mixer, params["encoder"][name], entering)
@@ -189,23 +189,23 @@ class MixedAE(MAE):
 
     def forward_flops(self) -> int:
         m, d = self.config.model, self.config.method
-        embed = 2 * self.visible * self.grid.patch_dim * m.width
+        embed = 2 * self.num_visible * self.grid.patch_dim * m.width
         encoder = blocks_flops(1 + self.patches, m.width, m.depth, m.mlp_ratio) // self.group
-        join = 2 * self.visible * m.width * d.decoder_width
+        join = 2 * self.num_visible * m.width * d.decoder_width
         decoder = blocks_flops(self.patches, d.decoder_width, d.decoder_depth, m.mlp_ratio)
-        head = 2 * self.hidden * d.decoder_width * self.outputs
+        head = 2 * self.num_masked * d.decoder_width * self.outputs
         contrast = 0
         if d.contrast_weight:
             projector = m.width * (m.width + d.projection) if d.projection else 0
-            contrast = 2 * self.visible * (projector + self.patches * (d.projection or m.width))
+            contrast = 2 * self.num_visible * (projector + self.patches * (d.projection or m.width))
         return self.turns * (embed + encoder + join + decoder + head + contrast)
 
 
 def _group(config: ConfigDict) -> int:
     """Returns G, the pictures of a mix; raises UserError when r is not one over a whole number above 1."""
     ratio = config.method.ratio
-    group = round(1 / ratio) if LEAST < ratio < 1 else 0
-    if group < 2 or abs(1 / ratio - group) > TOLERANCE * group:
+    group = round(1 / ratio) if MIN_RATIO < ratio < 1 else 0
+    if group < 2 or abs(1 / ratio - group) > GROUP_TOLERANCE * group:
         raise UserError(f"method.ratio={ratio}; expected one over a whole number of pictures: 0.5, 0.3333333, 0.25")
     return group
 

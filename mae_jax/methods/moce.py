@@ -16,7 +16,7 @@ from mae_jax.methods.base import Batch, Extras, Metrics, Params, check_choices, 
 from mae_jax.methods.mae import MAE
 from mae_jax.models.intermediates import block_name
 from mae_jax.models.moe import GATES, Gating
-from mae_jax.models.upcycling import along
+from mae_jax.models.upcycling import extract_path
 from mae_jax.ops.flops import blocks_flops
 from mae_jax.ops.patches import normalize
 from mae_jax.ops.routing import Choice, choose, imbalance, uncertainty
@@ -26,7 +26,7 @@ GATE_KINDS = ("cluster", "token")
 WEIGHTS = ("straight", "value")
 GATE_STD = 0.02  # of the first gates: small, and not zero, which would send every cluster to the first expert
 EPS = 1e-6
-SAME = 1e-4  # how far centroids may be from those that were trained with
+CENTROID_TOLERANCE = 1e-4  # how far centroids may be from those that were trained with
 
 
 class MoCE(MAE):
@@ -71,8 +71,8 @@ class MoCE(MAE):
         self.count, self.width = data.clusters.centroids.shape if data.clusters else (
             m.num_clusters or 1, m.centroid_width or config.model.width)
         self.by_token = m.gate == "token"
-        self.sees_whole_batch = self.by_token and max(m.balance_weight, m.confidence_weight) > 0
-        self.encodes_with = () if self.by_token else ("cluster",)
+        self.loss_spans_batch = self.by_token and max(m.balance_weight, m.confidence_weight) > 0
+        self.extra_encode_fields = () if self.by_token else ("cluster",)
         gating = Gating(m.experts, self.by_token, m.temperature, self.straight)
         self.dense = self.encoder
         self.encoder = self.encoder.clone(
@@ -85,10 +85,10 @@ class MoCE(MAE):
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
         encoder_key, decoder_key, *gate_keys = jax.random.split(key, 2 + len(self.blocks))
         one = {name: value[:1] for name, value in batch.items()}
-        seen = normalize(one["patches"][:, : self.visible]), one["order"][:, : self.visible]
+        seen = normalize(one["patches"][:, : self.num_visible]), one["order"][:, : self.num_visible]
         first = None if self.by_token else Choice(jnp.zeros(1, jnp.int32), jnp.ones(1))
         tokens, encoder = self.encoder.init_with_output(encoder_key, *seen, choices=dict.fromkeys(self.blocks, first))
-        decoder = self.decoder.init(decoder_key, tokens, one["order"], self.hidden)
+        decoder = self.decoder.init(decoder_key, tokens, one["order"], self.num_masked)
         params = {"encoder": encoder["params"], "decoder": decoder["params"]}
         if not self.by_token:
             shape = (self.width, self.config.method.experts)
@@ -98,10 +98,10 @@ class MoCE(MAE):
         if not self.by_token:
             extras |= {"centroids": jnp.zeros((self.count, self.width)), "share": jnp.full(self.count, 1 / self.count)}
         if self.config.method.distill_weight:
-            extras["start"] = along(params["encoder"], dict.fromkeys(self.blocks, 0))
+            extras["start"] = extract_path(params["encoder"], dict.fromkeys(self.blocks, 0))
         return params, extras
 
-    def fit(self, params: Params, extras: Extras, pictures: Iterable[dict[str, np.ndarray]] | None) -> Extras:
+    def fit_extras(self, params: Params, extras: Extras, batches: Iterable[dict[str, np.ndarray]] | None) -> Extras:
         """Adds the centroids, each normalised as by a layer norm, the share of pictures of each, and the first encoder.
 
         The encoder that training starts from is that of the first expert: upcycling makes them all alike.
@@ -110,15 +110,16 @@ class MoCE(MAE):
         if found := self.data.clusters:
             fitted = {"centroids": found.standard(), "share": found.sizes / found.sizes.sum()}
         if "start" in extras:
-            fitted["start"] = along(params["encoder"], dict.fromkeys(self.blocks, 0))
+            fitted["start"] = extract_path(params["encoder"], dict.fromkeys(self.blocks, 0))
         return {**extras, **fitted} if fitted else extras
 
-    def check(self, extras: Extras) -> None:
+    def check_extras(self, extras: Extras) -> None:
         folder, found = self.config.method.clusters, self.data.clusters
         if found is None:
             return
         wanted = found.standard()
-        if wanted.shape != extras["centroids"].shape or jnp.abs(extras["centroids"] - wanted).max() > SAME:
+        read = extras["centroids"]
+        if wanted.shape != read.shape or jnp.abs(read - wanted).max() > CENTROID_TOLERANCE:
             raise UserError(f"method.clusters={folder!r} are not the clusters that this mixture was trained with: its "
                             "gates read other centroids")
 
@@ -143,7 +144,7 @@ class MoCE(MAE):
         """Returns block → the experts of pictures by their cluster, or in training, the noise of gates of tokens."""
         m = self.config.method
         if self.by_token:
-            shape = (len(batch["order"]), 1 + self.visible, m.experts)
+            shape = (len(batch["order"]), 1 + self.num_visible, m.experts)
             return {} if key is None or not m.noise else {
                 block: m.noise / m.experts * jax.random.normal(jax.random.fold_in(key, block), shape)
                 for block in self.blocks}
@@ -158,7 +159,7 @@ class MoCE(MAE):
     def encode_visible(self, params: Params, extras: Extras, batch: Batch,
                        key: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns tokens [B, 1 + V, D] of visible patches, and where tokens choose, block → probabilities [B, T, E]."""
-        seen = normalize(batch["patches"][:, : self.visible]), batch["order"][:, : self.visible]
+        seen = normalize(batch["patches"][:, : self.num_visible]), batch["order"][:, : self.num_visible]
         tokens, sown = self.encoder.apply({"params": params["encoder"]}, *seen, mutable=[GATES],
                                           choices=self.choices(params, extras, batch, key))
         return tokens, {name: value[0] for name, value in sown.get(GATES, {}).items()}
@@ -172,8 +173,8 @@ class MoCE(MAE):
         m, valid = self.config.method, batch["valid"]
         noise = key if self.by_token else stream_key(self.config.seed, step, "gates")
         tokens, of_tokens = self.encode_visible(params, extras, batch, noise if train else None)
-        predicted = self.decoder.apply({"params": params["decoder"]}, tokens, batch["order"], self.hidden)
-        wanted = self.targets(extras, normalize(batch["patches"][:, self.visible :]))
+        predicted = self.decoder.apply({"params": params["decoder"]}, tokens, batch["order"], self.num_masked)
+        wanted = self.targets(extras, normalize(batch["patches"][:, self.num_visible :]))
         per_image = {"reconstruction_loss": jnp.square(predicted - wanted).mean((1, 2))}
         if m.distill_weight:
             per_image["distill_loss"] = self.distance(extras, batch, tokens)
@@ -193,7 +194,7 @@ class MoCE(MAE):
         Of clusters they are exact, over all pictures of the data; of tokens, over those of the batch.
         """
         if self.by_token:
-            share = jnp.repeat(valid / jnp.maximum(valid.sum(), 1) / (1 + self.visible), 1 + self.visible)
+            share = jnp.repeat(valid / jnp.maximum(valid.sum(), 1) / (1 + self.num_visible), 1 + self.num_visible)
             tables = [(gate.reshape(-1, gate.shape[-1]), share) for gate in of_tokens.values()]
         else:
             tables = [(table, extras["share"]) for table in self.probabilities(params, extras).values()]
@@ -207,7 +208,7 @@ class MoCE(MAE):
 
     def distance(self, extras: Extras, batch: Batch, tokens: jax.Array) -> jax.Array:
         """Returns how far visible tokens are from those of the first encoder, float32 [B]: Huber's, of layer norms."""
-        seen = normalize(batch["patches"][:, : self.visible]), batch["order"][:, : self.visible]
+        seen = normalize(batch["patches"][:, : self.num_visible]), batch["order"][:, : self.num_visible]
         start = jax.lax.stop_gradient(self.dense.apply({"params": extras["start"]}, *seen))
 
         def standard(x: jax.Array) -> jax.Array:
@@ -220,7 +221,7 @@ class MoCE(MAE):
     def predict(self, params: Params, batch: Batch, extras: Extras | None = None) -> jax.Array:
         """See `MAE.predict`; the routes of pictures are those of the extras."""
         tokens, _ = self.encode_visible(params, extras or {}, batch)
-        return self.decoder.apply({"params": params["decoder"]}, tokens, batch["order"], self.hidden)
+        return self.decoder.apply({"params": params["decoder"]}, tokens, batch["order"], self.num_masked)
 
     def reconstruct(self, params: Params, extras: Extras, batch: Batch) -> dict[str, Any]:
         return {"pixels": self.as_pixels(self.predict(params, batch, extras), extras, batch)}
@@ -229,5 +230,5 @@ class MoCE(MAE):
         if not self.config.method.distill_weight:
             return 0
         m = self.config.model
-        return 2 * self.visible * self.grid.patch_dim * m.width + blocks_flops(
-            1 + self.visible, m.width, m.depth, m.mlp_ratio)
+        return 2 * self.num_visible * self.grid.patch_dim * m.width + blocks_flops(
+            1 + self.num_visible, m.width, m.depth, m.mlp_ratio)

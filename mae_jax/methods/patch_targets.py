@@ -52,19 +52,19 @@ class PatchTargets:
         """Returns the extras before `fit`: a vocabulary float32 [V - 1, P], where the target has one."""
         return {"vocabulary": jnp.zeros((self.size - 1, self.values), jnp.float32)} if self.built else {}
 
-    def fit(self, extras: Extras, pictures: Iterable[dict[str, np.ndarray]] | None) -> Extras:
+    def fit_extras(self, extras: Extras, batches: Iterable[dict[str, np.ndarray]] | None) -> Extras:
         """Builds the vocabulary of patches of training pictures, where none was given; see `patch_vocabulary.build`."""
-        if not self.built or self.file or pictures is None:
+        if not self.built or self.file or batches is None:
             return extras
-        return {**extras, "vocabulary": self.build(pictures)[0]}
+        return {**extras, "vocabulary": self.build(batches)[0]}
 
     def stored_vocabulary(self) -> tuple[str, str, tuple[int, int]] | None:
         """See `Method.stored_vocabulary`."""
         return (self.file, self.kind, (self.size - 1, self.values)) if self.built and self.file else None
 
-    def build(self, pictures: Iterable[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    def build(self, batches: Iterable[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
         """Returns a vocabulary float32 [V - 1, P], and the patches uint8 [n, P] that it was built of."""
-        sample = _sample(pictures, SAMPLED * self.size, self.seed)
+        sample = _sample(batches, SAMPLED * self.size, self.seed)
         return patch_vocabulary.build(sample, self.kind, self.size, rng(self.seed, "vocabulary", 0)), sample
 
     def losses(self, predicted: jax.Array, shown: jax.Array,
@@ -92,13 +92,13 @@ class PatchTargets:
         return 2 * patches * self.values * (self.size - 1) if self.built else 0
 
 
-def _sample(pictures: Iterable[dict[str, np.ndarray]], wanted: int, seed: int) -> np.ndarray:
+def _sample(batches: Iterable[dict[str, np.ndarray]], wanted: int, seed: int) -> np.ndarray:
     """Returns up to `wanted` patches uint8 [n, P] of the valid pictures, a random sample of those not constant.
 
     Every patch draws a number; those of the lowest ones are kept, so that no picture counts more than another.
     """
     kept, marks = [], []
-    for number, batch in enumerate(pictures):
+    for number, batch in enumerate(batches):
         patches = batch["patches"][batch["valid"] > 0].reshape(-1, batch["patches"].shape[-1])
         drawn = rng(seed, "vocabulary_sample", number).random(len(patches))
         varied = ~np.asarray(patch_tokens.constant(patches))

@@ -5,12 +5,12 @@ import logging
 import numpy as np
 
 from mae_jax.errors import UserError
-from mae_jax.losses.patch_tokens import LEAST, constant, prepared, tokenize
+from mae_jax.losses.patch_tokens import MIN_VOCABULARY, constant, prepared, tokenize
 from mae_jax.ops.kmeans import kmeans
 
 logger = logging.getLogger(__name__)
-LEAST_USED = 20  # the perplexity is at least V / 20: below, most patches share few tokens
-LEAST_PATCHES = 5  # sampled patches per entry: a larger vocabulary would know single patches by heart
+PERPLEXITY_DIVISOR = 20  # the perplexity is at least V / 20: below, most patches share few tokens
+MIN_PATCHES_PER_ENTRY = 5  # sampled patches per entry: a larger vocabulary would know single patches by heart
 
 
 def build(patches: np.ndarray, kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -29,13 +29,13 @@ def build(patches: np.ndarray, kind: str, size: int, rng: np.random.Generator) -
       UserError: the sample is too small for the size, or its patches share too few tokens.
     """
     varied = patches[~np.asarray(constant(patches))] if len(patches) else patches
-    if len(varied) < LEAST_PATCHES * LEAST:
+    if len(varied) < MIN_PATCHES_PER_ENTRY * MIN_VOCABULARY:
         raise UserError(f"only {len(varied)} of the sampled patches are not of one colour: too few for a vocabulary; "
                         "use method.target=norm_pix, or more pictures")
-    if len(varied) < LEAST_PATCHES * size:
+    if len(varied) < MIN_PATCHES_PER_ENTRY * size:
         raise UserError(f"method.vocabulary={size} is more than a fifth of the {len(varied)} sampled patches that are "
-                        f"not constant; use at most {len(varied) // LEAST_PATCHES}, or a larger eval.max_examples: "
-                        "no more pictures are sampled")
+                        f"not constant; use at most {len(varied) // MIN_PATCHES_PER_ENTRY}, or a larger "
+                        "eval.max_examples: no more pictures are sampled")
     if kind == "projection":
         entries = rng.normal(size=(size - 1, patches.shape[1])).astype(np.float32)
     elif kind == "patches":
@@ -46,7 +46,7 @@ def build(patches: np.ndarray, kind: str, size: int, rng: np.random.Generator) -
     used = perplexity(np.concatenate([np.asarray(tokenize(chunk, entries, kind)) for chunk in chunks]))
     logger.info("method.target=%s: %d sampled patches that are not constant use the method.vocabulary=%d as %.1f "
                 "tokens would be used evenly (perplexity)", kind, len(varied), size, used)
-    if used < size / LEAST_USED:
+    if used < size / PERPLEXITY_DIVISOR:
         raise UserError(f"method.target={kind!r}: {len(varied)} sampled patches use the method.vocabulary={size} as "
                         f"{used:.1f} tokens would be used evenly (perplexity), less than a twentieth; use a smaller "
                         "one")

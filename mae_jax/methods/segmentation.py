@@ -28,7 +28,7 @@ class Segment(Method):
     """
 
     task = "segmentation"
-    learns_labels = True
+    uses_labels = True
     defaults = fields.SEGMENT
 
     @staticmethod
@@ -55,7 +55,7 @@ class Segment(Method):
         shape = (*spec["order"].shape, self.grid.patch_dim // 3)
         return spec | {"pixel_label": jax.ShapeDtypeStruct(shape, jnp.uint8)}
 
-    def learns(self, path: str) -> bool:
+    def is_trainable(self, path: str) -> bool:
         trained, block = self.config.method.train_blocks, re.search(r"block_(\d+)/", path)
         if path.startswith("head/"):
             return True
@@ -73,13 +73,15 @@ class Segment(Method):
         return {"encoder": encoder["params"], "head": head["params"]}, {}
 
     def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1,
-               keep: jax.Array | None = None) -> jax.Array:
+               drop_path_mask: jax.Array | None = None) -> jax.Array:
         pixels = normalize(batch["patches"])
-        return self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], block=block, keep=keep)
+        return self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], block=block,
+                                  drop_path_mask=drop_path_mask)
 
-    def pixel_logits(self, params: Params, extras: Extras, batch: Batch, keep: jax.Array | None = None) -> jax.Array:
-        """Returns float32 [B, height, width, C]; `keep` is that of the encoder."""
-        tokens = self.encode(params, extras, batch, self.config.method.block, keep)[:, 1:].astype(jnp.float32)
+    def pixel_logits(self, params: Params, extras: Extras, batch: Batch,
+                     drop_path_mask: jax.Array | None = None) -> jax.Array:
+        """Returns float32 [B, height, width, C]; `drop_path_mask` is that of the encoder."""
+        tokens = self.encode(params, extras, batch, self.config.method.block, drop_path_mask)[:, 1:].astype(jnp.float32)
         if self.config.method.block >= 0:
             tokens = jax.nn.standardize(tokens, epsilon=EPS)
         logits = self.head.apply({"params": params["head"]}, tokens)
@@ -94,9 +96,9 @@ class Segment(Method):
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
         """Cross-entropy, the mean over all pixels of the batch that have a class."""
-        params = self.only_learning(params)
-        keep = self.kept_branches(key, len(batch["order"])) if train else None
-        logits, classes = self.pixel_logits(params, extras, batch, keep), self.pixel_classes(batch)
+        params = self.stop_frozen_gradients(params)
+        drop_path_mask = self.drop_path_mask(key, len(batch["order"])) if train else None
+        logits, classes = self.pixel_logits(params, extras, batch, drop_path_mask), self.pixel_classes(batch)
         weight = (classes != segmentation.IGNORED).sum(dtype=jnp.float32)
         total = segmentation.cross_entropy(logits, classes).sum()
         right = (logits.argmax(-1) == classes).sum(dtype=jnp.float32)

@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.data.info import DataInfo, DataNeeds
-from mae_jax.data.masking import Order
+from mae_jax.data.masking import PatchOrder
 from mae_jax.errors import UserError
 from mae_jax.losses.contrastive import info_nce
 from mae_jax.methods import fields
@@ -26,7 +26,7 @@ class SplitMask(Method):
     """
 
     defaults = fields.SPLITMASK
-    sees_whole_batch = True
+    loss_spans_batch = True
 
     @staticmethod
     def validate(config: ConfigDict) -> None:
@@ -52,8 +52,8 @@ class SplitMask(Method):
     def data_needs(config: ConfigDict) -> DataNeeds:
         return DataNeeds(vocabulary=config.method.vocabulary)
 
-    def order(self) -> Order:
-        return Order("random", self.grid.shape, self.patches - self.half)
+    def patch_order(self) -> PatchOrder:
+        return PatchOrder("random", self.grid.shape, self.patches - self.half)
 
     def eval_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         spec = super().eval_spec()
@@ -66,8 +66,8 @@ class SplitMask(Method):
         decoder = self.decoder.init(decoder_key, tokens, order, self.patches - self.half)
         return {"encoder": encoder["params"], "decoder": decoder["params"]}, self.targets.start()
 
-    def fit(self, params: Params, extras: Extras, pictures: Iterable[dict[str, np.ndarray]] | None) -> Extras:
-        return self.targets.fit(extras, pictures)
+    def fit_extras(self, params: Params, extras: Extras, batches: Iterable[dict[str, np.ndarray]] | None) -> Extras:
+        return self.targets.fit_extras(extras, batches)
 
     def stored_vocabulary(self) -> tuple[str, str, tuple[int, int]] | None:
         return self.targets.stored_vocabulary()
@@ -82,7 +82,8 @@ class SplitMask(Method):
         both = jnp.stack([jnp.concatenate([a, b, rest], 1), jnp.concatenate([b, a, rest], 1)], 1)
         return both.reshape(2 * len(values), *values.shape[1:])
 
-    def predict(self, params: Params, batch: Batch, keep: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    def predict(self, params: Params, batch: Batch,
+                drop_path_mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """Returns what each half makes of the rest of its picture.
 
         Args:
@@ -94,7 +95,8 @@ class SplitMask(Method):
           float32 [2B, N - N // 2, outputs], predictions in the order of `swapped`, and descriptors float32 [2B, D].
         """
         pixels = normalize(self.branches(batch["patches"]))
-        tokens = self.encoder.apply({"params": params["encoder"]}, pixels, self.branches(batch["order"]), keep=keep)
+        tokens = self.encoder.apply({"params": params["encoder"]}, pixels, self.branches(batch["order"]),
+                                    drop_path_mask=drop_path_mask)
         order = self.swapped(batch["order"])
         return self.decoder.apply({"params": params["decoder"]}, tokens, order, self.patches - self.half)
 
@@ -102,31 +104,31 @@ class SplitMask(Method):
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
         """The loss of the unseen patches plus that of finding the other half among the batch (sections 3.2, 3.3)."""
         m, images = self.config.method, len(batch["valid"])
-        keep = self.kept_branches(key, 2 * images) if train else None
-        predicted, described = self.predict(params, batch, keep)
+        drop_path_mask = self.drop_path_mask(key, 2 * images) if train else None
+        predicted, described = self.predict(params, batch, drop_path_mask)
         wanted = self.swapped(batch[self.targets.field])[:, self.half :]
         inpaint, figures = self.targets.losses(predicted, wanted, extras)
-        per_picture = {"inpaint_loss": inpaint, **figures}
-        per_picture = {name: value.reshape(images, 2).mean(1) for name, value in per_picture.items()}
-        total = per_picture["inpaint_loss"]
+        per_image = {"inpaint_loss": inpaint, **figures}
+        per_image = {name: value.reshape(images, 2).mean(1) for name, value in per_image.items()}
+        total = per_image["inpaint_loss"]
         if m.match_weight:
             pairs = described.reshape(images, 2, -1)
             match, found = info_nce(pairs, batch["valid"], batch["id"], m.temperature, m.normalize)
-            per_picture |= {"match_loss": match, "match_top1": found.astype(jnp.float32)}
+            per_image |= {"match_loss": match, "match_top1": found.astype(jnp.float32)}
             total = total + m.match_weight * match
         weight = batch["valid"].sum()
         metrics = {name: ((value * batch["valid"]).sum(), weight)
-                   for name, value in {"loss": total, **per_picture}.items()}
+                   for name, value in {"loss": total, **per_image}.items()}
         return metrics["loss"][0] / jnp.maximum(weight, 1), (metrics, extras)
 
     def forward_flops(self) -> int:
         m, d = self.config.model, self.config.method
-        hidden = self.patches - self.half
+        num_masked = self.patches - self.half
         embed = 2 * self.half * self.grid.patch_dim * m.width
         encoder = blocks_flops(1 + self.half, m.width, m.depth, m.mlp_ratio)
         join = 2 * (1 + self.half) * m.width * d.decoder_width
         decoder = blocks_flops(1 + self.patches, d.decoder_width, d.decoder_depth, m.mlp_ratio)
-        head = 2 * hidden * d.decoder_width * self.targets.outputs
+        head = 2 * num_masked * d.decoder_width * self.targets.outputs
         match = 4 * self.config.batch_size * d.decoder_width * bool(d.match_weight)
         return 2 * (embed + encoder + join + decoder + head + match)
 

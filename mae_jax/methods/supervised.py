@@ -27,8 +27,8 @@ class Supervised(Method):
 
     task = "classification"
     defaults = fields.SUPERVISED
-    decayed = ("kernel",)
-    learns_labels = names_classes = True
+    decay_suffixes = ("kernel",)
+    uses_labels = has_class_head = True
 
     @staticmethod
     def validate(config: ConfigDict) -> None:
@@ -73,7 +73,7 @@ class Supervised(Method):
         super().__init__(config, data)
         m = config.method
         self.classes = m.classes or len(data.classes)
-        self.sees_whole_batch = m.head == "probe"
+        self.loss_spans_batch = m.head == "probe"
         self.encoder = make_encoder(config)
         # The mean of patch tokens is normalised after pooling, not before: the encoder's own norm is left out.
         self.norm_pooled = config.model.pool == "mean" and m.head == "linear"
@@ -93,7 +93,7 @@ class Supervised(Method):
         params = {"encoder": encoder, **self.classifier.init(head_key, jnp.zeros((1, width)))["params"]}
         return params, {"batch_norm": batch_norm.start(width)} if self.config.method.head == "probe" else {}
 
-    def learns(self, path: str) -> bool:
+    def is_trainable(self, path: str) -> bool:
         """As method.train_blocks says; with some of the blocks, the norms after them learn too (MAE 4.3)."""
         blocks, depth = self.config.method.train_blocks, self.config.model.depth
         if blocks < 0 or not path.startswith("encoder/"):
@@ -107,11 +107,12 @@ class Supervised(Method):
         return number >= depth - blocks
 
     def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1,
-               keep: jax.Array | None = None) -> jax.Array:
+               drop_path_mask: jax.Array | None = None) -> jax.Array:
         """See `Method.encode`; where the mean is normalised after pooling, tokens come as the last block gives them."""
         block = self.last_block if block == -1 else block
         pixels = batch["pixels"] if "pixels" in batch else normalize(batch["patches"])
-        return self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], block=block, keep=keep)
+        return self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], block=block,
+                                  drop_path_mask=drop_path_mask)
 
     def logits(self, params: Params, extras: Extras, batch: Batch) -> jax.Array:
         """Returns float32 [B, C] for whole pictures, as evaluations want them."""
@@ -161,11 +162,11 @@ class Supervised(Method):
     def training_logits(self, params: Params, extras: Extras, batch: Batch, key: jax.Array,
                         weight: jax.Array) -> tuple[jax.Array, jax.Array, Extras]:
         """Returns logits and targets, float32 [B, C], of erased and mixed pictures, and new extras."""
-        params = self.only_learning(params)
+        params = self.stop_frozen_gradients(params)
         erase_key, mix_key, drop_key = jax.random.split(key, 3)
         pixels, targets = self.augmented(batch, erase_key, mix_key)
-        keep = self.kept_branches(drop_key, len(pixels))
-        tokens = self.encode(params, extras, {**batch, "pixels": pixels}, keep=keep)
+        drop_path_mask = self.drop_path_mask(drop_key, len(pixels))
+        tokens = self.encode(params, extras, {**batch, "pixels": pixels}, drop_path_mask=drop_path_mask)
         features = pool(tokens, self.config.model.pool)
         if "batch_norm" in extras:
             features, moments = batch_norm.train(features, weight, extras["batch_norm"])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mae_jax.models.layers import GELUS, Dense, DenseQKV, LayerScale, layer_norm
 from mae_jax.models.moe import GATES, Experts, Gating
-from mae_jax.ops.attention import Kept, attention
+from mae_jax.ops.attention import AttentionMask, attention
 from mae_jax.ops.partitioning import ROWS, constrain
 from mae_jax.ops.routing import Choice
 
@@ -26,7 +26,7 @@ class Attention(nn.Module):
     heads: int
     dtype: Any
     init: str = "xavier"
-    kept: Kept | None = None
+    kept: AttentionMask | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -51,8 +51,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """One pre-norm Transformer block over tokens [B, T, D]; its branches are scaled, and dropped, where that is asked.
 
-    `keep`, float32 [2, B], is a block's part of `drop_path`; `choice` says which expert an image goes through, or where
-    tokens choose, is the noise of their gate.
+    `drop_path_mask`, float32 [2, B], is a block's part of `drop_path`; `choice` says which expert an image goes
+    through, or where tokens choose, is the noise of their gate.
     """
 
     heads: int
@@ -61,16 +61,16 @@ class Block(nn.Module):
     dtype: Any
     layer_scale: float = 0.0
     init: str = "xavier"
-    kept: Kept | None = None  # keys of the attention
+    kept: AttentionMask | None = None  # keys of the attention
     gating: Gating | None = None  # experts in place of the perceptron
 
     @nn.compact
-    def __call__(self, x: jax.Array, keep: jax.Array | None = None,
+    def __call__(self, x: jax.Array, drop_path_mask: jax.Array | None = None,
                  choice: Choice | jax.Array | None = None) -> jax.Array:
         def branch(out: jax.Array, number: int) -> jax.Array:
             if self.layer_scale:
                 out = LayerScale(self.layer_scale, name=f"ls{number + 1}")(out)
-            return out if keep is None else out * keep[number, :, None, None].astype(out.dtype)
+            return out if drop_path_mask is None else out * drop_path_mask[number, :, None, None].astype(out.dtype)
 
         x = constrain(x, ROWS)
         attend = Attention(self.heads, self.dtype, self.init, self.kept, name="attn")
@@ -98,7 +98,7 @@ class Blocks(nn.Module):
     remat: str
     layer_scale: float = 0.0
     init_kind: str = "xavier"
-    kept: tuple[Kept | None, ...] = ()  # of each block's attention; () as (None,) · depth
+    kept: tuple[AttentionMask | None, ...] = ()  # of each block's attention; () as (None,) · depth
     gating: tuple[Gating | None, ...] = ()  # of each block, likewise
 
     def block(self, index: int, **options: Any) -> Block:
@@ -107,7 +107,7 @@ class Blocks(nn.Module):
         return Block(self.heads, self.mlp_ratio, self.gelu, self.dtype, self.layer_scale, self.init_kind, kept, gating,
                      **options)
 
-    def run_blocks(self, x: jax.Array, depth: int | None = None, keep: jax.Array | None = None,
+    def run_blocks(self, x: jax.Array, depth: int | None = None, drop_path_mask: jax.Array | None = None,
                    choices: Mapping[int, Choice | jax.Array] | None = None) -> jax.Array:
         """Applies the first `depth` blocks (all when None) to tokens [B, T, D].
 
@@ -123,8 +123,8 @@ class Blocks(nn.Module):
         params = [self.variables["params"][module.name] for module in blocks][:depth]
         for _, alike in itertools.groupby(range(len(params)), lambda index: (blocks[index].kept, blocks[index].gating)):
             numbers = list(alike)
-            inputs = [(params[index], None if keep is None else keep[index], (choices or {}).get(index))
-                      for index in numbers]
+            inputs = [(params[index], None if drop_path_mask is None else drop_path_mask[index],
+                       (choices or {}).get(index)) for index in numbers]
             x, gates = self._alike(x, self.block(numbers[0], parent=None), inputs)
             for number, gate in zip(numbers, gates, strict=True):
                 if gate:
@@ -132,14 +132,14 @@ class Blocks(nn.Module):
         return x
 
     def _alike(self, x: jax.Array, block: Block, inputs: list[tuple[Any, ...]]) -> tuple[jax.Array, list[Any]]:
-        """Applies blocks that differ in nothing but their inputs: parameters, part of `keep`, choice.
+        """Applies blocks that differ in nothing but their inputs: parameters, part of `drop_path_mask`, choice.
 
         Returns:
           The tokens, and what each block's gate sowed.
         """
         def apply(x: jax.Array, item: tuple[Any, ...]) -> tuple[jax.Array, Any]:
-            p, keep, choice = item
-            return block.apply({"params": p}, x, keep, choice, mutable=[GATES])
+            p, drop_path_mask, choice = item
+            return block.apply({"params": p}, x, drop_path_mask, choice, mutable=[GATES])
 
         if self.remat != "none":
             apply = jax.checkpoint(apply, policy=REMATS[self.remat], prevent_cse=not self.scan)

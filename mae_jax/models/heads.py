@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from mae_jax.models.layers import GELUS, TOKEN_STD, Dense, layer_norm
 from mae_jax.ops.linear import linear
 
-LEAST_NORM = 1e-6  # what lengths are divided by, at the least
+MIN_NORM = 1e-6  # what lengths are divided by, at the least
 
 
 class Classifier(nn.Module):
@@ -86,7 +86,7 @@ class Directions(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.normal(TOKEN_STD), (x.shape[-1], self.outputs))
-        unit = kernel / jnp.maximum(jnp.linalg.norm(kernel, axis=0, keepdims=True), LEAST_NORM)
+        unit = kernel / jnp.maximum(jnp.linalg.norm(kernel, axis=0, keepdims=True), MIN_NORM)
         x = x.astype(jnp.float32)
-        x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), LEAST_NORM)
+        x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), MIN_NORM)
         return linear(x.astype(self.dtype), unit, jnp.zeros(self.outputs, kernel.dtype))

@@ -12,7 +12,7 @@ from mae_jax.models.vit import Encoder
 from mae_jax.ops.patches import normalize
 
 
-def between_blocks(encoder: Encoder, params: Any, patches: jax.Array, order: jax.Array,
+def block_inputs(encoder: Encoder, params: Any, patches: jax.Array, order: jax.Array,
                    added: jax.Array | None = None) -> Iterator[jax.Array]:
     """Yields the tokens [B, 1 + T, D] before each block, and those after the last one, without the final norm.
 
@@ -37,7 +37,7 @@ def block_name(index: int) -> str:
     return f"block_{index:02d}"
 
 
-def chosen(block: int, depth: int) -> int:
+def resolve_block(block: int, depth: int) -> int:
     """Returns the index of a block, -1 for the last one; raises UserError when there is none."""
     if not -1 <= block < depth:
         raise UserError(f"there is no block {block}; expected 0 to {depth - 1}, or -1 for the last")
@@ -63,7 +63,7 @@ def attention_scores(encoder: Encoder, params: Any, tokens: jax.Array) -> jax.Ar
     return jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
 
 
-def raster(x: jax.Array, order: jax.Array, grid: tuple[int, int]) -> jax.Array:
+def unshuffle(x: jax.Array, order: jax.Array, grid: tuple[int, int]) -> jax.Array:
     """Puts [B, N, ...] of a batch into raster order: [B, rows, columns, ...]. It gathers, so it is not for training."""
     index = jnp.argsort(order, 1).reshape(*order.shape, *(1,) * (x.ndim - 2))
     return jnp.take_along_axis(x, index, 1).reshape(x.shape[0], *grid, *x.shape[2:])
@@ -87,13 +87,13 @@ def pyramid(encoder: Encoder, params: Any, batch: dict[str, jax.Array], blocks: 
     Raises:
       UserError: there is no such block.
     """
-    numbers = [chosen(block, encoder.depth) for block in blocks]
+    numbers = [resolve_block(block, encoder.depth) for block in blocks]
     kept = {}
-    for done, x in enumerate(between_blocks(encoder, params, normalize(batch["patches"]), batch["order"])):
+    for done, x in enumerate(block_inputs(encoder, params, normalize(batch["patches"]), batch["order"])):
         kept[done - 1] = x
         if done > max(numbers):
             break
     norm = layer_norm(encoder.dtype, "norm")
     tokens = [norm.apply({"params": params["norm"]}, kept[number]) if block == -1 else kept[number]
               for block, number in zip(blocks, numbers, strict=True)]
-    return [raster(x[:, 1:], batch["order"], encoder.grid) for x in tokens]
+    return [unshuffle(x[:, 1:], batch["order"], encoder.grid) for x in tokens]

@@ -11,7 +11,7 @@ from mae_jax.param_tree import flatten, nest
 EXPERT = re.compile(r"(encoder/block_(\d+)/)experts/(fc[12]/(?:kernel|bias))")
 
 
-def upcycled(loaded: Any, params: Any) -> Any:
+def upcycle(loaded: Any, params: Any) -> Any:
     """Gives every expert of `params` a copy of the perceptron that `loaded` has in its block (arXiv 2212.05055).
 
     Args:
@@ -31,7 +31,7 @@ def upcycled(loaded: Any, params: Any) -> Any:
     return nest({name: leaf for name, leaf in theirs.items() if name not in taken})
 
 
-def along(encoder: Any, path: Mapping[int, int], scale: Mapping[int, float] | None = None) -> dict[str, Any]:
+def extract_path(encoder: Any, path: Mapping[int, int], scale: Mapping[int, float] | None = None) -> dict[str, Any]:
     """Returns the parameters of the ordinary encoder that one path of experts is.
 
     Args:

@@ -41,7 +41,7 @@ class Encoder(Blocks):
 
     @nn.compact
     def __call__(self, patches: jax.Array, order: jax.Array, mask_tokens: int = 0, block: int = -1,
-                 keep: jax.Array | None = None, grid: tuple[int, int] | None = None,
+                 drop_path_mask: jax.Array | None = None, grid: tuple[int, int] | None = None,
                  added: jax.Array | None = None, choices: Mapping[int, Choice | jax.Array] | None = None
                  ) -> jax.Array:
         """Encodes patches.
@@ -72,8 +72,8 @@ class Encoder(Blocks):
             cls_token = self.param("cls_token", token_init, (1, 1, self.width))
             x = jnp.concatenate([jnp.broadcast_to(cls_token, (images, 1, self.width)).astype(x.dtype), x], 1)
         if block >= 0:
-            return self.run_blocks(x, block + 1, keep, choices)
-        return layer_norm(self.dtype, "norm")(self.run_blocks(x, keep=keep, choices=choices))
+            return self.run_blocks(x, block + 1, drop_path_mask, choices)
+        return layer_norm(self.dtype, "norm")(self.run_blocks(x, drop_path_mask=drop_path_mask, choices=choices))
 
 
 class Decoder(Blocks):
@@ -90,7 +90,7 @@ class Decoder(Blocks):
     class_token: bool = True
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, order: jax.Array, hidden: int) -> jax.Array | tuple[jax.Array, jax.Array]:
+    def __call__(self, tokens: jax.Array, order: jax.Array, num_masked: int) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Predicts the last `hidden` patches of the order.
 
         Args:
@@ -108,10 +108,10 @@ class Decoder(Blocks):
         masks = jnp.broadcast_to(mask_token, (x.shape[0], missing, self.width)).astype(x.dtype)
         positions = embed_positions(self.grid, self.width, order, self.dtype)
         x = jnp.concatenate([x, masks], 1) + jnp.pad(positions, ((0, 0), (first, 0), (0, 0)))
-        shown = order.shape[1] if self.describes else hidden
+        shown = order.shape[1] if self.describes else num_masked
         x = layer_norm(self.dtype, "norm")(self.run_blocks(x)[:, -shown:])
         head = Dense(self.outputs, self.dtype, init=self.head_init, name="head")
-        predicted = head(x[:, -hidden:]).astype(jnp.float32)
+        predicted = head(x[:, -num_masked:]).astype(jnp.float32)
         return (predicted, x.mean(1, dtype=jnp.float32)) if self.describes else predicted
 
 

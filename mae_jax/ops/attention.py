@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 LANES = 128  # of a TPU's vector registers and matrix unit
-Kept = Callable[[jax.Array], jax.Array]  # scores [..., T, T], queries then keys → bool: which keys a query may look at
+# Scores [..., T, T], queries then keys → bool: which keys a query may look at.
+AttentionMask = Callable[[jax.Array], jax.Array]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int, kept: Kept | None = None) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int, kept: AttentionMask | None = None) -> jax.Array:
     """Returns softmax(q kᵀ / √d) v, [B, T, D], for queries, keys and values [B, T, D] of `heads` heads.
 
     The softmax is float32, over the keys that are `kept` of the float32 scores; no gradient goes through that choice.
@@ -23,14 +24,15 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int, kept: Kept |
 
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, heads: int,
-             kept: Kept | None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+             kept: AttentionMask | None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     anywhere = partial(_forward_anywhere, heads, kept=kept)
     branches = {"default": anywhere, "tpu": anywhere if kept else partial(_forward_on_tpu, heads)}
     out, weights, totals = jax.lax.platform_dependent(q, k, v, **branches)
     return out, (q, k, v, weights, totals, out)
 
 
-def _backward(heads: int, kept: Kept | None, saved: tuple[jax.Array, ...], dout: jax.Array) -> tuple[jax.Array, ...]:
+def _backward(heads: int, kept: AttentionMask | None, saved: tuple[jax.Array, ...],
+              dout: jax.Array) -> tuple[jax.Array, ...]:
     # Keys that were not kept have weights of zero, and so no gradient: the choice is not made again.
     anywhere = partial(_backward_anywhere, heads)
     branches = {"default": anywhere, "tpu": anywhere if kept else partial(_backward_on_tpu, heads)}
@@ -41,7 +43,7 @@ attention.defvjp(_forward, _backward)
 
 
 def _forward_anywhere(heads: int, q: jax.Array, k: jax.Array, v: jax.Array,
-                      kept: Kept | None = None) -> tuple[jax.Array, ...]:
+                      kept: AttentionMask | None = None) -> tuple[jax.Array, ...]:
     """Returns out, the softmax times its denominators [B, H, T, T] in the dtype of q, and those, float32 [B, T, H, 1].
 
     The division comes after the product with the values, where it is over [B, T, H, d] and not over [B, H, T, T].

@@ -29,7 +29,7 @@ def same_source(patches: int, group: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class TopKeys:
+class TopKMask:
     """Keeps, for each query and head, the patches whose score is at least the K-th largest; ties are all kept.
 
     The class token's key is always kept, and its query sees all keys.
@@ -47,8 +47,8 @@ class TopKeys:
 
 
 @dataclass(frozen=True)
-class SameSource:
-    """Keeps the patches of the query's own picture, which only the mixing knows; the class token as in `TopKeys`."""
+class OracleMask:
+    """Keeps the patches of the query's own picture, which only the mixing knows; the class token as in `TopKMask`."""
 
     group: int
     patches: int
@@ -113,11 +113,11 @@ def purity(scores: jax.Array, keep: int, group: int, patches: int) -> jax.Array:
       patches: N.
     """
     scores = scores[..., -patches:, -patches:]
-    kept = TopKeys(keep, patches)(scores)
+    kept = TopKMask(keep, patches)(scores)
     return (kept & same_source(patches, group)).sum(-1) / kept.sum(-1)
 
 
-def neighbour_homology(tokens: jax.Array, group: int) -> jax.Array:
+def neighbor_homology(tokens: jax.Array, group: int) -> jax.Array:
     """Returns the share of tokens [B, N, D] whose nearest other one, by cosine, is of the same picture: float32 [B]."""
     tokens = unit(tokens.astype(jnp.float32))
     alike = jnp.einsum("bnd,bmd->bnm", tokens, tokens, precision="highest")

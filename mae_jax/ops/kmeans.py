@@ -22,32 +22,32 @@ def kmeans(points: np.ndarray, clusters: int, rng: np.random.Generator, iteratio
     Returns:
       float32 [clusters, D].
     """
-    centres = points[np.sort(rng.choice(len(points), clusters, replace=False))].astype(np.float32)
+    centers = points[np.sort(rng.choice(len(points), clusters, replace=False))].astype(np.float32)
     before = None
     for _ in range(iterations):
-        nearest, distances = assign(points, centres)
+        nearest, distances = assign(points, centers)
         if before is not None and np.array_equal(nearest, before):
             break
         before = nearest
         counts = np.bincount(nearest, minlength=clusters)
-        centres = _sums(points, nearest, clusters) / np.maximum(counts, 1).astype(np.float32)[:, None]
+        centers = _sums(points, nearest, clusters) / np.maximum(counts, 1).astype(np.float32)[:, None]
         empty = np.flatnonzero(counts == 0)
-        centres[empty] = points[np.argsort(-distances, kind="stable")[: len(empty)]]
-    return centres
+        centers[empty] = points[np.argsort(-distances, kind="stable")[: len(empty)]]
+    return centers
 
 
-def assign(points: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def assign(points: np.ndarray, centers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns each point's nearest centre, int32 [n], and the squared distance to it, float32 [n]."""
     padded = np.concatenate([points, np.zeros((-len(points) % CHUNK, points.shape[1]), points.dtype)])
-    parts = [jax.device_get(_nearest(part, centres)) for part in padded.reshape(-1, CHUNK, points.shape[1])]
+    parts = [jax.device_get(_nearest(part, centers)) for part in padded.reshape(-1, CHUNK, points.shape[1])]
     nearest, distances = (np.concatenate(column)[: len(points)] for column in zip(*parts, strict=True))
     return nearest, distances
 
 
 @jax.jit
-def _nearest(points: jax.Array, centres: jax.Array) -> tuple[jax.Array, jax.Array]:
-    products = jnp.matmul(points, centres.T, precision="highest")
-    distances = jnp.square(centres).sum(1) - 2 * products
+def _nearest(points: jax.Array, centers: jax.Array) -> tuple[jax.Array, jax.Array]:
+    products = jnp.matmul(points, centers.T, precision="highest")
+    distances = jnp.square(centers).sum(1) - 2 * products
     nearest = distances.argmin(1).astype(jnp.int32)
     return nearest, jnp.maximum(distances.min(1) + jnp.square(points).sum(1), 0)
 

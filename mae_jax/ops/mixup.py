@@ -43,7 +43,7 @@ class Pixels(NamedTuple):
         return (self.rows >= top) & (self.rows < bottom) & (self.columns >= left) & (self.columns < right)
 
 
-def cutmix_box(lam: jax.Array, centre: tuple[jax.Array, jax.Array], size: tuple[int, int]) -> tuple[Box, jax.Array]:
+def cutmix_box(lam: jax.Array, center: tuple[jax.Array, jax.Array], size: tuple[int, int]) -> tuple[Box, jax.Array]:
     """Returns the box that a partner fills, and the share that is left of the picture itself (arXiv 1905.04899, 3.1).
 
     Half of a side is half of the picture's times √(1 - lam), truncated, as in timm 0.3.2, which MAE and DeiT III use
@@ -51,7 +51,7 @@ def cutmix_box(lam: jax.Array, centre: tuple[jax.Array, jax.Array], size: tuple[
     """
     cut = jnp.sqrt(1 - lam)
     edges = []
-    for middle, side in zip(centre, size, strict=True):
+    for middle, side in zip(center, size, strict=True):
         half = (side * cut).astype(jnp.int32) // 2
         edges += [jnp.clip(middle - half, 0, side), jnp.clip(middle + half, 0, side)]
     box = Box(*edges)
@@ -68,10 +68,10 @@ def draw_mix(key: jax.Array, groups: int, where: Pixels, mixup: float, cutmix: f
     Returns:
       The share of its own pixel that each value keeps, float32 [groups, N, P], and of its own label, float32 [groups].
     """
-    choice, blend, size, *centre = jax.random.split(key, 5)
+    choice, blend, size, *center = jax.random.split(key, 5)
     cuts = jax.random.bernoulli(choice, 0.5 if mixup and cutmix else float(cutmix > 0), (groups,))
     lam = jax.random.beta(blend, mixup or 1.0, mixup or 1.0, (groups,))
-    middle = [jax.random.randint(key, (groups,), 0, side) for key, side in zip(centre, where.size, strict=True)]
+    middle = [jax.random.randint(key, (groups,), 0, side) for key, side in zip(center, where.size, strict=True)]
     box, left = cutmix_box(jax.random.beta(size, cutmix or 1.0, cutmix or 1.0, (groups,)), tuple(middle), where.size)
     kept = jnp.where(cuts[:, None, None], ~where.inside(box), lam[:, None, None])
     return kept.astype(jnp.float32), jnp.where(cuts, left, lam)

@@ -20,10 +20,10 @@ def resize(table: np.ndarray, grid: tuple[int, int], to: tuple[int, int]) -> np.
 
 def cubic(size: int, to: int) -> np.ndarray:
     """Returns the weights [to, size] of cubic convolution along one axis (Keys 1981)."""
-    centres = (np.arange(to) + 0.5) * size / to - 0.5
-    taps = np.floor(centres).astype(int)[:, None] + np.arange(-1, 3)
+    centers = (np.arange(to) + 0.5) * size / to - 0.5
+    taps = np.floor(centers).astype(int)[:, None] + np.arange(-1, 3)
     weights = np.zeros((to, size))
-    np.add.at(weights, (np.arange(to)[:, None], taps.clip(0, size - 1)), _kernel(np.abs(centres[:, None] - taps)))
+    np.add.at(weights, (np.arange(to)[:, None], taps.clip(0, size - 1)), _kernel(np.abs(centers[:, None] - taps)))
     return weights
 
 

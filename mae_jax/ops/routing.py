@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-LEAST = 1e-9  # probability in a logarithm, whose gradient would have no end
+MIN_PROBABILITY = 1e-9  # probability in a logarithm, whose gradient would have no end
 
 
 class Choice(NamedTuple):
@@ -48,4 +48,4 @@ def uncertainty(probabilities: jax.Array, share: jax.Array) -> jax.Array:
     With a small imbalance, a small one means that the choice tells much of the row: together they are the mutual
     information of the two.
     """
-    return -(share @ (probabilities * jnp.log(jnp.maximum(probabilities, LEAST))).sum(-1))
+    return -(share @ (probabilities * jnp.log(jnp.maximum(probabilities, MIN_PROBABILITY))).sum(-1))

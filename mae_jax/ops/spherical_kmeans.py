@@ -16,7 +16,7 @@ CHUNK = 16_384  # points that are compared with all centroids at a time; smaller
 PAD = 1024
 PER_CLUSTER = 128  # points of the sample that clusters begin with, for each cluster
 ITERATIONS = 50  # of k-means, at most
-TOLERANCE = 1e-5  # of the mean similarity, below which k-means ends
+SIMILARITY_TOLERANCE = 1e-5  # of the mean similarity, below which k-means ends
 EPSILON = 0.05  # of the entropy in Sinkhorn's iterations, three of them (SwAV, arXiv 2006.09882)
 SINKHORN = 3
 ROUNDS = 3  # of centroids that follow balanced clusters
@@ -56,7 +56,7 @@ def unit(points: np.ndarray) -> np.ndarray:
     return points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
 
 
-def spread(sample: np.ndarray, clusters: int, rng: np.random.Generator) -> np.ndarray:
+def kmeans_pp_init(sample: np.ndarray, clusters: int, rng: np.random.Generator) -> np.ndarray:
     """Returns the first centroids, [clusters, D]: points of a sample that are far apart, drawn as k-means++ does.
 
     (Arthur and Vassilvitskii 2007; squared distances of points of length 1 are 2 - 2 cos.)
@@ -102,7 +102,7 @@ def kmeans(chunks: Chunks, centroids: np.ndarray, iterations: int = ITERATIONS) 
             far = sorted([*far, *((float(similar[i]), chunk[i].copy()) for i in worst)], key=lambda item: item[0])
             far = far[: len(centroids)]  # copies, since rows would keep their chunks
         mean = similarity / counts.sum()
-        if mean - before < TOLERANCE:
+        if mean - before < SIMILARITY_TOLERANCE:
             break
         before = mean
         empty = np.flatnonzero(counts == 0)
@@ -122,7 +122,7 @@ def assign(chunks: Chunks, centroids: np.ndarray, prices: np.ndarray) -> tuple[n
     return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
-def even_clusters(chunks: Chunks, sample: np.ndarray, clusters: int, ratio: float,
+def balanced_kmeans(chunks: Chunks, sample: np.ndarray, clusters: int, ratio: float,
                   rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
     """Clusters points into groups of nearly one size.
 
@@ -141,7 +141,7 @@ def even_clusters(chunks: Chunks, sample: np.ndarray, clusters: int, ratio: floa
     def sampled() -> Iterator[np.ndarray]:
         yield from (sample[start : start + CHUNK] for start in range(0, len(sample), CHUNK))
 
-    centroids, _ = kmeans(sampled, spread(sample, clusters, rng))
+    centroids, _ = kmeans(sampled, kmeans_pp_init(sample, clusters, rng))
     centroids, similarity = kmeans(chunks, centroids)
     return *balanced(chunks, sampled, centroids, ratio), similarity
 
@@ -167,7 +167,7 @@ def balanced(chunks: Chunks, sampled: Chunks, centroids: np.ndarray, ratio: floa
     return centroids, prices
 
 
-def uneven(counts: np.ndarray) -> float:
+def size_ratio(counts: np.ndarray) -> float:
     """Returns the points of the largest cluster over those of the smallest; a huge number where one is empty."""
     return float(counts.max() / max(counts.min(), 1e-9))
 
@@ -188,8 +188,8 @@ def balance(chunks: Chunks, centroids: np.ndarray, ratio: float, prices: np.ndar
         for chunk in chunks():
             chosen = np.asarray(_assigned(_padded(chunk)[0], centroids, prices)[0])[: len(chunk)]
             counts += np.bincount(chosen, minlength=len(centroids))
-        best = min(best, (uneven(counts), prices), key=lambda item: item[0])
-        if uneven(counts) <= ratio:
+        best = min(best, (size_ratio(counts), prices), key=lambda item: item[0])
+        if size_ratio(counts) <= ratio:
             break
         off = np.log(np.maximum(counts, 0.5) / counts.mean())
         turned = np.sign(off) != signs

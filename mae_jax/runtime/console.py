@@ -5,7 +5,7 @@ import contextlib
 import jax
 
 
-def say(line: str) -> None:
+def print_once(line: str) -> None:
     """Prints a line, once however many processes there are.
 
     Where standard output goes to a full disk or to a program that has ended, the run goes on.

@@ -14,32 +14,32 @@ METADATA_SECONDS = 2.0  # a machine that is no TPU VM has no metadata server
 METADATA = "http://{}/computeMetadata/v1/instance/attributes/{}"
 
 
-class Place(NamedTuple):
+class ProcessInfo(NamedTuple):
     """One process among several."""
 
-    host: str  # of process 0
-    port: int
-    process: int
-    processes: int
-    devices: tuple[int, ...] | None = None  # numbers of the local devices that it uses; None: all
+    coordinator_host: str  # where process 0 runs
+    coordinator_port: int
+    process_id: int
+    num_processes: int
+    local_device_ids: tuple[int, ...] | None = None  # that it uses; None: all
 
     @property
     def address(self) -> str:
         """HOST:PORT of process 0."""
-        return f"{self.host}:{self.port}"
+        return f"{self.coordinator_host}:{self.coordinator_port}"
 
     @property
     def loopback(self) -> bool:
         """Says whether all processes are on this machine."""
-        return self.host in ("localhost", "127.0.0.1")
+        return self.coordinator_host in ("localhost", "127.0.0.1")
 
     @property
     def numeric(self) -> bool:
         """Says whether process 0 is named by an IPv4 address."""
-        return re.fullmatch(r"\d+(\.\d+){3}", self.host, re.ASCII) is not None
+        return re.fullmatch(r"\d+(\.\d+){3}", self.coordinator_host, re.ASCII) is not None
 
 
-def find(coordinator: str, processes: int, process: int, environ: Mapping[str, str] = os.environ) -> Place | None:
+def find(coordinator: str, processes: int, process: int, environ: Mapping[str, str] = os.environ) -> ProcessInfo | None:
     """Returns this process's place, None where it runs alone.
 
     Args:
@@ -64,10 +64,10 @@ def find(coordinator: str, processes: int, process: int, environ: Mapping[str, s
         raise UserError(f"--coordinator={coordinator} with --processes={processes} --process={process}; expected how "
                         "many processes there are, at least 1, and the number of this one, from 0 to one less"
                         .replace("=-1", " not given"))
-    return Place(host.strip("[]"), int(port), process, processes)
+    return ProcessInfo(host.strip("[]"), int(port), process, processes)
 
 
-def _slurm(environ: Mapping[str, str]) -> Place | None:
+def _slurm(environ: Mapping[str, str]) -> ProcessInfo | None:
     tasks, nodes = int(environ.get("SLURM_NTASKS", 1)), environ.get("SLURM_STEP_NODELIST", "")
     if tasks < 2 or not nodes:  # without a node list this is the batch script, not a task of srun
         return None
@@ -78,10 +78,10 @@ def _slurm(environ: Mapping[str, str]) -> Place | None:
     # Several tasks on a node share its GPUs, one each, unless Slurm itself shows each task its own alone.
     alone = environ.get("CUDA_VISIBLE_DEVICES", "").isdecimal()
     devices = (int(environ["SLURM_LOCALID"]),) if several and not alone else None
-    return Place(first, port, int(environ["SLURM_PROCID"]), tasks, devices)
+    return ProcessInfo(first, port, int(environ["SLURM_PROCID"]), tasks, devices)
 
 
-def _tpu(environ: Mapping[str, str]) -> Place | None:
+def _tpu(environ: Mapping[str, str]) -> ProcessInfo | None:
     """Asks what GKE says in the environment, or the metadata server of a machine that has TPU chips."""
     if (environ.get("JAX_PLATFORMS") or "tpu").split(",")[0] != "tpu":
         return None
@@ -94,7 +94,7 @@ def _tpu(environ: Mapping[str, str]) -> Place | None:
     names = [host.split(":")[-1] for host in hosts.split(",") if host]
     if len(names) < 2 or not number.isdecimal():
         return None
-    return Place(names[0], TPU_PORT, int(number), len(names))
+    return ProcessInfo(names[0], TPU_PORT, int(number), len(names))
 
 
 def _metadata(server: str, name: str) -> str:

@@ -10,7 +10,7 @@ from typing import NoReturn
 _STDERR = os.dup(2)  # as it is now: later it points to nowhere for a while (data/tensorflow_cpu.py)
 
 
-def say_now(line: str) -> None:
+def write_stderr(line: str) -> None:
     """Writes a line to standard error past Python's locks, which the main thread may hold, from any thread.
 
     The first line break ends a progress line.
@@ -34,13 +34,13 @@ def wait_for_no_thread() -> None:
     _busy = True
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """Ends the process in order, from its main thread."""
     if _busy:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):  # the disk that the save was given up for may be that of the output
                 stream.flush()
-        quit_now(code)
+        exit_now(code)
     sys.exit(code)
 
 
@@ -48,8 +48,8 @@ _last: list[Callable[[], None]] = []
 
 
 @contextlib.contextmanager
-def at_the_last(action: Callable[[], None]) -> Iterator[None]:
-    """Has something done, which takes seconds at most, where `quit_now` ends the process meanwhile."""
+def on_forced_exit(action: Callable[[], None]) -> Iterator[None]:
+    """Has something done, which takes seconds at most, where `exit_now` ends the process meanwhile."""
     _last.append(action)
     try:
         yield
@@ -57,7 +57,7 @@ def at_the_last(action: Callable[[], None]) -> Iterator[None]:
         _last.remove(action)
 
 
-def quit_now(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """Ends the process at once, from any thread, whatever the main thread is doing."""
     for action in list(_last):
         with contextlib.suppress(Exception):

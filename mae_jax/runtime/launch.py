@@ -7,7 +7,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from mae_jax.runtime.discovery import Place, find
+from mae_jax.runtime.discovery import ProcessInfo, find
 
 COORDINATOR = flags.DEFINE_string("coordinator", "auto", "HOST:PORT of process 0; off: one process; auto: several "
                                   "under srun and on TPU VMs of more than one host, else one")
@@ -20,7 +20,7 @@ HEARTBEAT = flags.DEFINE_float("heartbeat_seconds", 100, "a process that is sile
 
 
 @functools.cache
-def here() -> Place | None:
+def here() -> ProcessInfo | None:
     """Returns this process's place, None where it runs alone; raises UserError for flags that do not fit together."""
     return find(COORDINATOR.value, PROCESSES.value, PROCESS.value)
 
@@ -37,8 +37,8 @@ def run(command: Callable[[], int], same: Mapping[str, Any], config: ConfigDict 
     if place is None:
         return command()
     from mae_jax.param_tree import flat
-    from mae_jax.runtime.peers import together
+    from mae_jax.runtime.peers import launch
 
     fields = {f"--config.{name}": value for name, value in flat(config).items()} if config is not None else {}
-    same = {"--processes": place.processes, "--heartbeat_seconds": HEARTBEAT.value, **same, **fields}
-    return together(command, place, same, START_SECONDS.value, HEARTBEAT.value)
+    same = {"--processes": place.num_processes, "--heartbeat_seconds": HEARTBEAT.value, **same, **fields}
+    return launch(command, place, same, START_SECONDS.value, HEARTBEAT.value)

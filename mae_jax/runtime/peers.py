@@ -25,12 +25,12 @@ import jax
 
 from mae_jax import errors
 from mae_jax.runtime import rendezvous, startup_timer
-from mae_jax.runtime.discovery import Place
-from mae_jax.runtime.exit import ending_signals, quit_now, say_now
+from mae_jax.runtime.discovery import ProcessInfo
+from mae_jax.runtime.exit import ending_signals, exit_now, write_stderr
 from mae_jax.runtime.rendezvous import send
 
 ANY = ("::", "0.0.0.0")  # a listener at these hears all addresses of the machine
-GONE = object()  # said by a process that has come to its end
+ENDED = object()  # said by a process that has come to its end
 LOST = 134  # exit code of a process whose peer was lost; also what shells report for JAX's own abort
 THREADS = ("main", "save")  # that gather
 GRACE = 2.0  # seconds in which a process that is told to leave may end by itself
@@ -54,12 +54,12 @@ def gather(value: Any, thread: str = "main") -> list[Any]:
     return _peers.gather(value, thread) if _peers else [value]
 
 
-def first(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """Returns the value of process 0 on all processes."""
     return gather(value)[0]
 
 
-def together(command: Callable[[], int], place: Place, same: Mapping[str, Any], start_seconds: float,
+def launch(command: Callable[[], int], place: ProcessInfo, same: Mapping[str, Any], start_seconds: float,
              heartbeat: float) -> int:
     """Runs `command` as one of several processes, and ends when all end.
 
@@ -83,12 +83,12 @@ def together(command: Callable[[], int], place: Place, same: Mapping[str, Any], 
     _peers = join(place, same, start_seconds, heartbeat)
     startup_timer.done("processes")
     try:
-        if place.process:
+        if place.process_id:
             logging.getLogger("mae_jax").setLevel(logging.WARNING)
         code = command()
     except BaseException as error:
         _peers.fail(error)
-    _peers.part()
+    _peers.shutdown()
     _peers = None
     return code
 
@@ -101,11 +101,11 @@ def _interrupt(*_: Any) -> None:
     threading.Thread(target=_peers.fail, args=(KeyboardInterrupt(),), daemon=True).start()
 
 
-def join(place: Place, same: Mapping[str, Any], start_seconds: float, heartbeat: float) -> "Peers":
+def join(place: ProcessInfo, same: Mapping[str, Any], start_seconds: float, heartbeat: float) -> "Peers":
     """Waits for all processes and starts jax.distributed; raises UserError naming who did not come."""
-    greeting = {"mae_jax": place.process, "where": f"{socket.gethostname()}, process id {os.getpid()}", "same": same}
+    greeting = {"mae_jax": place.process_id, "where": f"{socket.gethostname()}, process id {os.getpid()}", "same": same}
     bound = ANY[0]
-    if place.process:
+    if place.process_id:
         line, port = rendezvous.call(place, greeting, start_seconds)
         link = Peers(place, {0: line}, None, heartbeat)
     else:
@@ -123,7 +123,8 @@ def join(place: Place, same: Mapping[str, Any], start_seconds: float, heartbeat:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
         jax.config.update("jax_enable_preemption_service", False)  # Peers.should_stop does its work, and at once
         jax.distributed.initialize(
-            f"{place.host}:{port}", place.processes, place.process, local_device_ids=place.devices,
+            f"{place.coordinator_host}:{port}", place.num_processes, place.process_id,
+            local_device_ids=place.local_device_ids,
             cluster_detection_method="deactivate", initialization_timeout=max(1, int(start_seconds)),
             # Longer than ours, which names who was lost.
             heartbeat_timeout_seconds=int(2 * heartbeat) + 10, shutdown_timeout_seconds=int(2 * heartbeat) + 10,
@@ -141,13 +142,14 @@ class Peers:
       verdict: (exit code, why) once the run is known to be over before its end.
     """
 
-    def __init__(self, place: Place, lines: dict[int, socket.socket], listener: socket.socket | None, heartbeat: float):
+    def __init__(self, place: ProcessInfo, lines: dict[int, socket.socket], listener: socket.socket | None,
+                 heartbeat: float):
         self.place, self.lines, self.listener, self.heartbeat = place, lines, listener, heartbeat
         self.verdict: tuple[int, str] | None = None
         self._over = threading.Event()  # there is a verdict
         self._sending = threading.Lock()
         self._self, own = socket.socketpair()  # what this process tells its own thread
-        self.lines[place.process] = own
+        self.lines[place.process_id] = own
         self._buffers = dict.fromkeys(lines, b"")
         self._heard = dict.fromkeys(lines, time.monotonic())
         self._parted: set[int] = set()
@@ -166,21 +168,21 @@ class Peers:
         """Sends to all that are linked, which for process 0 are all."""
         with self._sending:
             for number, line in list(self.lines.items()):
-                if number not in (self.place.process, but):
+                if number not in (self.place.process_id, but):
                     send(line, message)
 
     def gather(self, value: Any, thread: str = "main") -> list[Any]:
         """Returns the values of all processes, in their order."""
-        if self.place.process:
+        if self.place.process_id:
             self.tell({"value": [thread, value]})
             return self._take(0, thread)
-        values = [value, *(self._take(number, thread) for number in range(1, self.place.processes))]
+        values = [value, *(self._take(number, thread) for number in range(1, self.place.num_processes))]
         self.tell({"value": [thread, values]})
         return values
 
     def _take(self, number: int, thread: str) -> Any:
         value = self._values[number, thread].get()
-        if value is GONE:
+        if value is ENDED:
             raise RuntimeError(f"process {number} came to its end while this one waits for what it says")
         return value
 
@@ -194,7 +196,7 @@ class Peers:
             self._done = step
             return self._stop_after is not None and step >= self._stop_after
 
-    def part(self) -> None:
+    def shutdown(self) -> None:
         """Ends the link when all have come to their end."""
         for number in (signal.SIGTERM, signal.SIGHUP):  # all is saved
             signal.signal(number, signal.SIG_IGN)
@@ -228,7 +230,7 @@ class Peers:
         self.tell({"leave": [code, line]})
         # Process 0 goes last: JAX aborts where it is gone.
         deadline = time.monotonic() + 2 * GRACE
-        while self.place.process == 0 and len(self.lines) > 1 and time.monotonic() < deadline:
+        while self.place.process_id == 0 and len(self.lines) > 1 and time.monotonic() < deadline:
             time.sleep(0.01)
         _exit(code)
 
@@ -254,13 +256,13 @@ class Peers:
                 if line in ready:
                     self._heard[number] = now
                     self._read(number)
-                elif number != self.place.process and now - self._heard[number] > self.heartbeat:
+                elif number != self.place.process_id and now - self._heard[number] > self.heartbeat:
                     self._lost(number, f"nothing was heard of it for {self.heartbeat:g} s")
             if listener and listener[0] in ready and self.listener:
                 self._refuse(listener[0])
-            if self.place.process in self._parted and self._leaving:
+            if self.place.process_id in self._parted and self._leaving:
                 return
-            last = self.place.process or len(self.lines) == 1
+            last = self.place.process_id or len(self.lines) == 1
             if self.verdict and now > self._deadline + (0 if last else GRACE):
                 _exit(self.verdict[0])
 
@@ -293,25 +295,25 @@ class Peers:
         if kind == "bye":
             self._parted.add(number)
             for thread in THREADS:
-                self._values[number, thread].put(GONE)
+                self._values[number, thread].put(ENDED)
         elif kind == "value":
             self._values[number, value[0]].put(value[1])
         elif kind == "leave":
             self._end(value[0], f"process {number} stopped: {value[1]}", number)
-        elif kind == "stop" and self.place.process:
+        elif kind == "stop" and self.place.process_id:
             self.tell({"stop": None})
         elif kind == "stop" and self._stop_after is None and not self._at:
             self.tell({"where": None})
             self._handle(0, "where", None)
         elif kind == "where":
             self._moving.acquire()
-            if self.place.process:
+            if self.place.process_id:
                 self.tell({"at": self._done})
             else:
                 self._handle(0, "at", self._done)
         elif kind == "at":
             self._at[number] = value
-            if len(self._at) == self.place.processes:
+            if len(self._at) == self.place.num_processes:
                 after = max(self._at.values()) + 1
                 self.tell({"after": after})
                 self._handle(0, "after", after)
@@ -322,7 +324,8 @@ class Peers:
     def _lost(self, number: int, why: str) -> None:
         if line := self.lines.pop(number, None):  # nothing more is awaited of it
             line.close()
-        self._end(LOST, f"process {number} of {self.place.processes} was lost: {why}; start the same command again on "
+        self._end(LOST,
+                  f"process {number} of {self.place.num_processes} was lost: {why}; start the same command again on "
                         "all", number)
 
     def _end(self, code: int, line: str, origin: int) -> None:
@@ -331,7 +334,7 @@ class Peers:
             return
         self._hang_up()
         self.tell({"leave": [code, line]}, but=origin)
-        say_now(line)
+        write_stderr(line)
         self.verdict, self._deadline = (code, line), time.monotonic() + GRACE
         self._over.set()
 
@@ -345,4 +348,4 @@ def _exit(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, RuntimeError):
             stream.flush()
-    quit_now(code)  # the main thread may wait for a peer that is gone, and so would JAX's own end
+    exit_now(code)  # the main thread may wait for a peer that is gone, and so would JAX's own end

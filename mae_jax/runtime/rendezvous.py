@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from mae_jax import errors
 from mae_jax.errors import UserError
-from mae_jax.runtime.discovery import Place
+from mae_jax.runtime.discovery import ProcessInfo
 
 ANSWER = 2.0  # seconds for a greeting to arrive after its connection
 PATIENCE = 0.2  # seconds between two calls
@@ -19,43 +19,46 @@ PATIENCE = 0.2  # seconds between two calls
 logger = logging.getLogger(__name__)
 
 
-def listen(place: Place) -> socket.socket:
+def listen(place: ProcessInfo) -> socket.socket:
     """Process 0: opens the port of --coordinator; raises UserError where it is taken.
 
     A name may be another address to the others than to this machine, so one listens at all of its addresses for it.
     """
     try:
         if place.loopback:
-            return socket.create_server(("127.0.0.1", place.port))
+            return socket.create_server(("127.0.0.1", place.coordinator_port))
         if place.numeric:
             try:
-                return socket.create_server((place.host, place.port))
+                return socket.create_server((place.coordinator_host, place.coordinator_port))
             except OSError as error:
                 if error.errno != errno.EADDRNOTAVAIL:
                     raise
-                logger.warning("%s is no address of this machine; process 0 listens at all that it has", place.host)
+                logger.warning("%s is no address of this machine; process 0 listens at all that it has",
+                               place.coordinator_host)
         if socket.has_dualstack_ipv6():
-            return socket.create_server(("", place.port), family=socket.AF_INET6, dualstack_ipv6=True)
-        return socket.create_server(("", place.port))
+            return socket.create_server(("", place.coordinator_port), family=socket.AF_INET6, dualstack_ipv6=True)
+        return socket.create_server(("", place.coordinator_port))
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise UserError(f"port {place.port} of --coordinator={place.address} is in use on this machine, by another "
-                            "program or another process 0; end that, or choose another port for all") from None
+            raise UserError(f"port {place.coordinator_port} of --coordinator={place.address} is in use on this "
+                            "machine, by another program or another process 0; end that, or choose another port for "
+                            "all") from None
         raise UserError(f"cannot listen at --coordinator={place.address}: {error.strerror or error}") from None
 
 
-def receive(place: Place, listener: socket.socket, own: Mapping[str, Any],
+def receive(place: ProcessInfo, listener: socket.socket, own: Mapping[str, Any],
             seconds: float) -> dict[int, socket.socket]:
     """Process 0: waits for a call of every other process; returns number → connection."""
     lines: dict[int, socket.socket] = {}
     where: dict[int, str] = {0: own["where"]}
     deadline = time.monotonic() + seconds
-    while absent := [number for number in range(1, place.processes) if number not in lines or _closed(lines[number])]:
+    while absent := [number for number in range(1, place.num_processes) if number not in lines
+                     or _closed(lines[number])]:
         listener.settimeout(max(0.01, deadline - time.monotonic()))
         try:
             line, _ = listener.accept()
         except TimeoutError:
-            _dismiss(lines, f"{_names(absent)} of {place.processes} did not come to {place.address} within "
+            _dismiss(lines, f"{_names(absent)} of {place.num_processes} did not come to {place.address} within "
                             f"{seconds:g} s; start the same command there too, each with its own --process")
         greeting = greeting_of(line)
         number = greeting.get("mae_jax")
@@ -75,12 +78,12 @@ def receive(place: Place, listener: socket.socket, own: Mapping[str, Any],
     return lines
 
 
-def call(place: Place, greeting: Mapping[str, Any], seconds: float) -> tuple[socket.socket, int]:
+def call(place: ProcessInfo, greeting: Mapping[str, Any], seconds: float) -> tuple[socket.socket, int]:
     """Other processes: calls process 0 until it answers; returns the connection and the port of jax.distributed."""
     deadline, state = time.monotonic() + seconds, "no answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
-            line = socket.create_connection((place.host, place.port), timeout=left)
+            line = socket.create_connection((place.coordinator_host, place.coordinator_port), timeout=left)
         except OSError as error:
             state = str(error.strerror or error)
             time.sleep(PATIENCE)

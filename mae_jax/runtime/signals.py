@@ -10,14 +10,14 @@ import signal
 import threading
 from types import TracebackType
 
+from mae_jax.errors import STOPPED
 from mae_jax.runtime import peers
-from mae_jax.runtime.exit import ending_signals, quit_now, say_now
+from mae_jax.runtime.exit import ending_signals, exit_now, write_stderr
 
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 QUIT = 130  # 128 + SIGINT, as shells report it
 
 
-class Stopper:
+class SignalHandler:
     """Context manager that turns `ending_signals` into a request to save and stop. Enter it in the main thread.
 
     With several processes a signal to one of them stops all: after the same step, or at once.
@@ -31,11 +31,11 @@ class Stopper:
         self._unsaved = False
         self._interrupts = 0
 
-    def stepped(self) -> None:
+    def mark_unsaved(self) -> None:
         """The loop says: a step was taken, its result is not on disk yet."""
         self._unsaved = True
 
-    def saved(self) -> None:
+    def mark_saved(self) -> None:
         """The loop says: the state as of now is committed on disk."""
         self._unsaved = False
 
@@ -43,7 +43,7 @@ class Stopper:
         """Tells whether to save and stop after `step`; with several processes all get the same answer."""
         return self._peers.should_stop(step) if self._peers else self.requested
 
-    def __enter__(self) -> "Stopper":
+    def __enter__(self) -> "SignalHandler":
         self._peers = peers.peers()
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
@@ -75,13 +75,13 @@ class Stopper:
             self._leave("stopped: nothing to save, the same command goes on from here", STOPPED)
         elif not self.requested:
             self.requested = True
-            say_now("stopping: saving after this step; press Ctrl-C "
+            write_stderr("stopping: saving after this step; press Ctrl-C "
                  f"{'again' if self._interrupts else 'twice'} to quit at once")
             if self._peers:
                 self._peers.request_stop()
 
     def _leave(self, line: str, code: int) -> None:
-        say_now(line)
+        write_stderr(line)
         if self._peers:
             self._peers.leave(code, line)
-        quit_now(code)  # the main thread may be inside a compilation that no exception can interrupt
+        exit_now(code)  # the main thread may be inside a compilation that no exception can interrupt

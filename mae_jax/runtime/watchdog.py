@@ -10,7 +10,7 @@ from etils import epath
 
 from mae_jax import errors
 from mae_jax.runtime import peers as runtime_peers
-from mae_jax.runtime.exit import quit_now, say_now
+from mae_jax.runtime.exit import exit_now, write_stderr
 
 TICK = 0.5  # seconds between two looks
 WRITING = 10.0  # seconds for the stacks to be written to the workdir, which may be what hangs
@@ -18,7 +18,7 @@ WRITING = 10.0  # seconds for the stacks to be written to the workdir, which may
 _running: "Watchdog | None" = None
 
 
-def alive() -> None:
+def heartbeat() -> None:
     """Says that what takes long gets on; called for each batch of an evaluation."""
     if _running:
         _running.turn += 1
@@ -41,7 +41,7 @@ class Watchdog:
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def on(self, doing: str) -> None:
+    def watch(self, doing: str) -> None:
         """Says what begins now, as 'the input of step 7'; '' stops watching."""
         self._doing = doing
         self.turn += 1
@@ -76,10 +76,10 @@ class Watchdog:
         writer.join(WRITING)
         line = (f"stopped: {doing} took more than guard.stall_seconds={self.seconds:g}; what every thread was doing: "
                 f"{file}")
-        say_now(line)
+        write_stderr(line)
         if peers := runtime_peers.peers():
             peers.leave(errors.GUARD, line)
-        quit_now(errors.GUARD)
+        exit_now(errors.GUARD)
 
 
 def _stacks() -> str:
@@ -100,4 +100,4 @@ def _write(file: epath.Path, text: str) -> None:
     try:
         file.write_text(text)
     except Exception as error:
-        say_now(f"cannot write {file}: {error}\n{text}")
+        write_stderr(f"cannot write {file}: {error}\n{text}")

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from mae_jax.errors import UserError, cause, nearest
+from mae_jax.errors import UserError, did_you_mean, root_cause
 from mae_jax.param_tree import flatten, nest
 from mae_jax.runtime import peers, threads
 from mae_jax.runtime.exit import wait_for_no_thread
@@ -69,7 +69,7 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Returns the newest committed step that was not refused, None if there is none."""
         _attempt("look for checkpoints", self._look)
-        return max(peers.first(self._there), default=None)
+        return max(peers.broadcast(self._there), default=None)
 
     def save(self, step: int, state: PyTree) -> None:
         """Starts saving `state` (any tree of arrays) and returns once it may be donated; waits for the save before.
@@ -83,7 +83,7 @@ class Checkpoints:
         # Orbax's save waits for all processes, so none may enter it where one cannot.
         if not self._all_could(step, functools.partial(self._prepare, step)):
             return
-        self._refused, self._there = peers.first([self._refused, self._there])
+        self._refused, self._there = peers.broadcast([self._refused, self._there])
         if step in self._there:
             return
         failed, self._meetings, self._told = None, 0, False
@@ -119,7 +119,7 @@ class Checkpoints:
         """
         if not _attempt("look for checkpoints", self._look, tries=2):  # never taken for a folder without any
             raise UserError(f"cannot look for checkpoints in {self._folder}; see the warning above")
-        steps, wanted = peers.first(self._there), flatten(abstract)
+        steps, wanted = peers.broadcast(self._there), flatten(abstract)
         if workdir_lock.holds():
             _attempt("look for interrupted saves", self._tell_leftovers)
         for step in reversed(steps):
@@ -210,7 +210,7 @@ class Checkpoints:
     def _prepare(self, step: int) -> None:
         """Before a save: removes what interrupted saves left, and moves out of the way what is no good checkpoint."""
         if jax.process_index() == 0:
-            if why := workdir_lock.doubt():
+            if why := workdir_lock.why_unwritable():
                 raise OSError(why)
             make_folder(self._folder)
             self._sweep()
@@ -241,7 +241,7 @@ class Checkpoints:
         try:
             action()
         except Exception as error:  # whatever the file system, orbax or TensorStore raise
-            why = cause(error)
+            why = root_cause(error)
         if causes := list(filter(None, peers.gather(why))):
             self.failed = f"checkpoint of step {step} not saved: {causes[0]}"
             logging.warning("%s; training goes on, earlier checkpoints stay", self.failed)
@@ -250,7 +250,7 @@ class Checkpoints:
         return not causes
 
     def _sweep(self) -> None:
-        if jax.process_index() == 0 and not workdir_lock.doubt() and self._folder.exists():
+        if jax.process_index() == 0 and not workdir_lock.why_unwritable() and self._folder.exists():
             for path in step_dirs.leftovers(self._folder):
                 _attempt(f"remove {path}", path.rmtree, tries=5)
 
@@ -336,7 +336,7 @@ def _read_record(reader: ocp.Checkpointer, folder: epath.Path) -> Record:
     try:
         return unseal(reader.restore(folder, args=ocp.args.Composite(checksums=ocp.args.JsonRestore())).checksums)
     except Exception as error:
-        raise Damaged(f"{folder / 'checksums'}: {cause(error)}") from error
+        raise Damaged(f"{folder / 'checksums'}: {root_cause(error)}") from error
 
 
 def _read_arrays(reader: ocp.Checkpointer, folder: epath.Path, how: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:
@@ -345,7 +345,7 @@ def _read_arrays(reader: ocp.Checkpointer, folder: epath.Path, how: Mapping[str,
     try:
         arrays = flatten(reader.restore(folder, args=ocp.args.Composite(state=item)).state)
     except Exception as error:  # orbax and TensorStore raise anything from KeyError to XlaRuntimeError on damage
-        raise Damaged(f"{folder / 'state'}: {cause(error)}") from error
+        raise Damaged(f"{folder / 'state'}: {root_cause(error)}") from error
     # An array whose name got damaged comes back as the place-holder.
     return {path: array for path, array in arrays.items() if isinstance(array, jax.Array | np.ndarray)}
 
@@ -362,10 +362,10 @@ def _check_same_model(folder: epath.Path, record: Record, wanted: Mapping[str, j
     for path in sorted(record.keys() | wanted.keys(), key=lambda path: (not path.startswith("params/"), path)):
         if path not in wanted:
             raise UserError(f"{folder} is of another model or optimiser: it has {path}, this config does not; "
-                            f"{nearest(path, wanted)[:200]}")
+                            f"{did_you_mean(path, wanted)[:200]}")
         if path not in record:
             raise UserError(f"{folder} is of another model or optimiser: this config has {path}, it does not; "
-                            f"{nearest(path, record)[:200]}")
+                            f"{did_you_mean(path, record)[:200]}")
         there, here = record[path][:2], [list(wanted[path].shape), str(wanted[path].dtype)]
         if there != here:
             raise UserError(f"{folder} is of another model: {path} is {there[1]}{there[0]} there and "
@@ -384,7 +384,7 @@ def _attempt(what: str, action: Callable[[], Any], tries: int = 1) -> bool:
             if left:
                 time.sleep(0.2)
             else:
-                logging.warning("could not %s: %s", what, cause(error))
+                logging.warning("could not %s: %s", what, root_cause(error))
         else:
             return True
     return False

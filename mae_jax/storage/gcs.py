@@ -28,7 +28,7 @@ from mae_jax.errors import UserError
 from mae_jax.runtime import threads
 
 CHECK_SECONDS = 8.0  # for the check at the start, all tries and the search for credentials together
-PATIENT = 60.0  # seconds in which something that must not fail is tried again
+RETRY_SECONDS = 60.0  # seconds in which something that must not fail is tried again
 TIMEOUT = (4.0, 8.0)  # seconds of one request: to connect, and without a byte
 ADDRESSES = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "API_ENDPOINT_OVERRIDE")
 ROLE = "roles/storage.objectAdmin"
@@ -39,11 +39,11 @@ class BucketError(OSError):
     """A bucket cannot be reached, read or written; the text is one line with the path and what to do."""
 
 
-class Changed(Exception):
+class GenerationMismatch(Exception):
     """An object is not of the generation that it was to be."""
 
 
-class Found(NamedTuple):
+class StoredObject(NamedTuple):
     """What an object holds, and its generation, a number that is another one after each write."""
 
     content: bytes
@@ -71,14 +71,14 @@ def check(path: str) -> None:
         raise UserError(str(error)) from None
 
 
-def read(path: str) -> Found | None:
+def read(path: str) -> StoredObject | None:
     """Returns an object, None where it is not there; raises BucketError."""
     return _plainly(path, lambda: _download(_blob(path)))
 
 
-def _download(blob: storage.Blob, tries: int = 2) -> Found | None:
+def _download(blob: storage.Blob, tries: int = 2) -> StoredObject | None:
     try:
-        return Found(blob.download_as_bytes(timeout=TIMEOUT, retry=_retry(PATIENT)), blob.generation)
+        return StoredObject(blob.download_as_bytes(timeout=TIMEOUT, retry=_retry(RETRY_SECONDS)), blob.generation)
     except (DataCorruption, requests.exceptions.ChunkedEncodingError):  # on its way here, most often
         if tries == 1:
             raise
@@ -89,7 +89,7 @@ def _download(blob: storage.Blob, tries: int = 2) -> Found | None:
         return None
 
 
-def write(path: str, content: bytes, seconds: float = PATIENT, generation: int | None = None) -> int:
+def write(path: str, content: bytes, seconds: float = RETRY_SECONDS, generation: int | None = None) -> int:
     """Writes an object, which appears as a whole or not at all; returns its generation.
 
     Args:
@@ -123,7 +123,7 @@ def _plainly(path: str, action: Callable[[], Any]) -> Any:
     try:
         return action()
     except exceptions.PreconditionFailed as error:
-        raise Changed(str(error)) from None
+        raise GenerationMismatch(str(error)) from None
     except exceptions.RetryError as error:
         raise BucketError(_told(path, error.cause or error)) from None
     except FAILURES as error:

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mae_jax.errors import UserError, counted
+from mae_jax.errors import UserError, pluralize
 from mae_jax.storage import metric_sinks, workdir_lock
 from mae_jax.storage.metric_sinks import Sink
 from mae_jax.storage.paths import replace_text
 
 logger = logging.getLogger(__name__)
 REMOTE_PERIOD = 30.0  # seconds between rewrites of metrics.jsonl in a bucket, which cannot append
-HURRIED = 5.0  # seconds in which a failing bucket is tried again while the loop waits
-PATIENT = 60.0  # the same at the end
+LOOP_RETRY_SECONDS = 5.0  # seconds in which a failing bucket is tried again while the loop waits
+FINAL_RETRY_SECONDS = 60.0  # the same at the end
 
 
 class JsonLines:
@@ -43,7 +43,7 @@ class JsonLines:
         self.seen = {(json.loads(line)["step"], name) for line in kept for name in json.loads(line)}
         if active and text != _joined(kept):
             logger.info("%s: %s past step %g, and torn ones, are cut off", path,
-                        counted(len(text.splitlines()) - len(kept), "line"), restored_step)
+                        pluralize(len(text.splitlines()) - len(kept), "line"), restored_step)
             try:
                 replace_text(path, _joined(kept))
             except OSError as error:
@@ -62,7 +62,7 @@ class JsonLines:
         if self.local or time.monotonic() - self.written > REMOTE_PERIOD:
             self.flush()
 
-    def flush(self, seconds: float = HURRIED) -> None:
+    def flush(self, seconds: float = LOOP_RETRY_SECONDS) -> None:
         """Writes what is pending; a failure is a warning and is tried again at the next call.
 
         A bucket that fails is tried again for so many seconds.
@@ -70,7 +70,7 @@ class JsonLines:
         if not self.pending:
             return
         try:
-            if why := workdir_lock.doubt():
+            if why := workdir_lock.why_unwritable():
                 raise OSError(why)
             if self.local:
                 _append(self.path, _joined(self.pending))
@@ -86,7 +86,7 @@ class JsonLines:
             return self.path.read_bytes().decode(errors="replace") if self.path.exists() else ""
         from mae_jax.storage import gcs
 
-        self.found = gcs.read(str(self.path)) or gcs.Found(b"", 0)
+        self.found = gcs.read(str(self.path)) or gcs.StoredObject(b"", 0)
         return self.found.content.decode(errors="replace")
 
     def _rewrite(self, seconds: float, tries: int = 2) -> None:
@@ -96,8 +96,8 @@ class JsonLines:
         lines = dict.fromkeys([*self.found.content.decode(errors="replace").splitlines(), *self.pending])
         text = _joined(list(lines)).encode()
         try:
-            self.found = gcs.Found(text, gcs.write(str(self.path), text, seconds, self.found.generation))
-        except gcs.Changed:
+            self.found = gcs.StoredObject(text, gcs.write(str(self.path), text, seconds, self.found.generation))
+        except gcs.GenerationMismatch:
             self._read()
             if tries == 1:
                 raise
@@ -129,7 +129,7 @@ def _step_of(line: str) -> float:
         return math.nan
 
 
-class Recorder:
+class MetricWriter:
     """Writes scalars and figures of process 0 (`active`) to every sink; other processes write nothing.
 
     Attributes:
@@ -150,13 +150,13 @@ class Recorder:
         """Says whether metrics.jsonl held the metric at the step when the run began; all processes say the same."""
         return (step, name) in self.jsonl.seen
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
+    def write_scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes name → number; JSON has no NaN, so a number that is not finite is written as null."""
         if self.active:
             self.jsonl.write(step, {k: float(v) if np.isfinite(v) else None for k, v in values.items()})
         self._each(lambda sink: sink.write_scalars(step, values))
 
-    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes a figure, uint8 [height, width, 3], such as pictures/<name>_<step>.png."""
         self._each(lambda sink: sink.write_image(step, name, image))
 
@@ -165,7 +165,7 @@ class Recorder:
         self._each(lambda sink: sink.flush())
 
     def close(self) -> None:
-        self.jsonl.flush(PATIENT)
+        self.jsonl.flush(FINAL_RETRY_SECONDS)
         self._each(lambda sink: sink.close())
 
     def _each(self, call: Callable[[Sink], None]) -> None:

@@ -11,7 +11,7 @@ from mae_jax.storage.metric_sinks import Sink
 from mae_jax.storage.paths import make_folder, replace_bytes
 
 logger = logging.getLogger(__name__)
-HURRIED = 5.0  # seconds in which a failing bucket is tried again while the loop waits
+LOOP_RETRY_SECONDS = 5.0  # seconds in which a failing bucket is tried again while the loop waits
 
 
 class PngFiles(Sink):
@@ -30,9 +30,9 @@ class PngFiles(Sink):
         content = io.BytesIO()
         Image.fromarray(image).save(content, format="PNG")
         try:
-            if why := workdir_lock.doubt():
+            if why := workdir_lock.why_unwritable():
                 raise OSError(why)
             make_folder(path.parent)
-            replace_bytes(path, content.getvalue(), HURRIED)
+            replace_bytes(path, content.getvalue(), LOOP_RETRY_SECONDS)
         except OSError as error:  # a full disk, a bucket out of reach, or another run that holds the workdir
             logger.warning("cannot write %s (%s)", path, error)

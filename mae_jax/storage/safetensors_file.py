@@ -8,7 +8,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from mae_jax.errors import UserError, cause
+from mae_jax.errors import UserError, root_cause
 from mae_jax.param_tree import flatten, nest
 from mae_jax.storage import paths
 from mae_jax.storage.checksum import describe, seal, unseal, verify
@@ -54,5 +54,5 @@ def load(path: epath.Path) -> dict[str, Any]:
         if sealed:  # a file from elsewhere has none
             verify(unseal(json.loads(sealed)), arrays)
     except Exception as error:
-        raise UserError(f"{path} is damaged or no safetensors file: {cause(error)}") from error
+        raise UserError(f"{path} is damaged or no safetensors file: {root_cause(error)}") from error
     return nest(arrays)

@@ -6,9 +6,9 @@ when it stays for 90 s of the watcher's own clock (clocks of hosts are never com
 is replaced on condition that it still has that generation. So of several runs one at most believes that it holds it.
 
 A run that was frozen for so long may wake to find its workdir taken. Nothing it could still do in order, as to save or
-to write its metrics, is right then: its thread ends the process at once, and `fence`, which the loop passes at each
-step, lets nothing be written before the thread has looked. While the bucket takes no sign of life, training goes on
-without checkpoints, metrics and pictures (`doubt`).
+to write its metrics, is right then: its thread ends the process at once, and `wait_until_verified`, which the loop
+passes at each step, lets nothing be written before the thread has looked. While the bucket takes no sign of life,
+training goes on without checkpoints, metrics and pictures (`why_unwritable`).
 """
 
 import contextlib
@@ -30,12 +30,12 @@ from etils import epath
 from mae_jax import errors
 from mae_jax.errors import UserError
 from mae_jax.runtime import peers as runtime_peers
-from mae_jax.runtime.exit import at_the_last, quit_now, say_now
+from mae_jax.runtime.exit import exit_now, on_forced_exit, write_stderr
 
 RENEWED = 20.0  # seconds from one sign of life to the next
 DEAD = 90.0  # seconds without one
 FIRST, LAST = 10.0, 3.0  # seconds for what is done at the start and at the end
-GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)  # the last one where another host removed it
+MISSING_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)  # the last one where another host removed it
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems that know none
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ _held: "FileLock | BucketLease | None" = None
 
 
 @contextlib.contextmanager
-def held(workdir: epath.Path) -> Iterator[None]:
+def hold(workdir: epath.Path) -> Iterator[None]:
     """Holds a workdir for one run; of several processes the first one does. Makes the folder.
 
     Raises:
@@ -52,14 +52,14 @@ def held(workdir: epath.Path) -> Iterator[None]:
     global _held
     lease = BucketLease(str(workdir / "lock")) if str(workdir).startswith("gs://") else FileLock(workdir / "lock")
     try:
-        with at_the_last(lease.give_back):  # also of one that is just being taken
+        with on_forced_exit(lease.give_back):  # also of one that is just being taken
             why = ""
             if jax.process_index() == 0:
                 try:
                     lease.take()
                 except UserError as error:
                     why = str(error)
-            if why := runtime_peers.first(why):
+            if why := runtime_peers.broadcast(why):
                 raise UserError(why)
             _held = lease if jax.process_index() == 0 else None
             yield
@@ -73,19 +73,19 @@ def holds() -> bool:
     return _held is not None
 
 
-def fence() -> None:
+def wait_until_verified() -> None:
     """Returns when it is sure that the workdir was this run's a moment ago; ends the process where it was taken."""
     while isinstance(_held, BucketLease) and time.monotonic() - _held.looked > DEAD / 2:
         time.sleep(0.05)
 
 
-def doubt() -> str:
+def why_unwritable() -> str:
     """Returns why nothing may be written to the workdir just now, '' where it is this run's for a while yet.
 
     A bucket that takes no sign of life from this run may take one from another run, which then has the workdir; so may
     another run take a lock on a disk whose file was removed.
     """
-    return _held.doubt() if _held else ""
+    return _held.why_unwritable() if _held else ""
 
 
 def _signature() -> bytes:
@@ -149,11 +149,11 @@ class FileLock:
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self.descriptor))
         except OSError as error:
-            if error.errno not in GONE:
+            if error.errno not in MISSING_ERRNOS:
                 raise
             return False
 
-    def doubt(self) -> str:
+    def why_unwritable(self) -> str:
         """Returns why it is not sure that this run has the lock; makes the file again where somebody removed it."""
         try:
             if self.taken and (self.descriptor < 0 or not self._is_there()):
@@ -219,7 +219,7 @@ class BucketLease:
         self.looked, self.renewed = time.monotonic(), began
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
 
-    def doubt(self) -> str:
+    def why_unwritable(self) -> str:
         """Returns why another run may have the lease, '' where this one has it for a while yet."""
         silent = time.monotonic() - self.renewed
         return f"no sign of life could be given for {silent:.0f} s, so another run may have the workdir" * (
@@ -235,7 +235,7 @@ class BucketLease:
 
         try:
             self._generation = gcs.write(self.path, self._text, seconds, generation) or 0
-        except gcs.Changed:
+        except gcs.GenerationMismatch:
             found = gcs.read(self.path)
             if found is None or found.content != self._text:
                 return False
@@ -271,8 +271,8 @@ class BucketLease:
                 f"{silent:.0f} s; nothing more is written")
         if peers := runtime_peers.peers():
             peers.leave(errors.GUARD, line)
-        say_now(line)
-        quit_now(errors.GUARD)
+        write_stderr(line)
+        exit_now(errors.GUARD)
 
     def give_back(self) -> None:
         """Deletes the object, unless this was done or it is another's; a failure costs the next run a wait."""
@@ -284,7 +284,7 @@ class BucketLease:
         try:
             if self._generation:
                 gcs.delete(self.path, self._generation, LAST)
-        except (gcs.BucketError, gcs.Changed) as error:
+        except (gcs.BucketError, gcs.GenerationMismatch) as error:
             logger.warning("could not remove %s (%s): the next run waits %g s for a sign of life", self.path, error,
                            DEAD)
         finally:

@@ -8,28 +8,28 @@ import time
 import jax
 from etils import epath
 
-from mae_jax.errors import UserError, nearest
+from mae_jax.errors import UserError, did_you_mean
 from mae_jax.evals.evaluator import Evaluator, Figures, missing
 from mae_jax.runtime import peers
-from mae_jax.runtime.console import say
+from mae_jax.runtime.console import print_once
 from mae_jax.state import TrainState
 from mae_jax.storage import paths
 from mae_jax.storage.checkpoint import Checkpoints
-from mae_jax.storage.metric_writer import Recorder
+from mae_jax.storage.metric_writer import MetricWriter
 from mae_jax.training.run import Run
 
 logger = logging.getLogger(__name__)
 OF_EXPERTS = re.compile(r"/block_\d+/")  # figures of single experts, eval/share/block_09/3, are not printed
 
 
-class Best:
+class BestCheckpoint:
     """The checkpoint that was best by a figure of the validation part, under <workdir>/best."""
 
     def __init__(self, folder: epath.Path, metric: str, **how: float):
         self.metric, self.file = metric, folder / "best" / "score.json"
         self.of = {"metric": metric, **how}  # a score that was measured otherwise is none to compare with
         self.checkpoints = Checkpoints(folder / "best", keep_last=1)
-        self.score = peers.first(self._read())
+        self.score = peers.broadcast(self._read())
 
     def _read(self) -> float:
         try:
@@ -38,7 +38,7 @@ class Best:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.file} is damaged: {error}; without it the next one counts as best") from None
 
-    def offer(self, done: int, state: TrainState, figures: Figures) -> None:
+    def update(self, done: int, state: TrainState, figures: Figures) -> None:
         """Keeps the state of step `done` if it is better than all before; of a loss, the lowest is the best."""
         if f"val/{self.metric}" not in figures:
             raise UserError(f"checkpoint.best_metric={self.metric!r}: the validation part has no labelled pictures")
@@ -71,22 +71,22 @@ def check(run: Run) -> Evaluator:
                         "config.json, and the run goes on without")
     evaluator = Evaluator(run.program.method, run.inputs, run.program.mesh)
     if best:
-        names = [name for name in evaluator.names(run.program.state) if not OF_EXPERTS.search(name)]
+        names = [name for name in evaluator.metric_names(run.program.state) if not OF_EXPERTS.search(name)]
         if best not in names:
             why = "" if run.inputs.classes else ": the pictures have no classes"
-            raise UserError(f"checkpoint.best_metric={best!r} is not evaluated{why}; {nearest(best, names)}")
+            raise UserError(f"checkpoint.best_metric={best!r} is not evaluated{why}; {did_you_mean(best, names)}")
     for name in config.eval.sets if config.data.eval_split and config.eval.test else ():
         run.inputs.extra(name)
     return evaluator
 
 
-class Judge:
+class PeriodicEvaluation:
     """Evaluates a run every eval.every: on its validation part, where it has one, else on the evaluation split.
 
     A run with a validation part reads the evaluation split once, at its end.
     """
 
-    def __init__(self, run: Run, recorder: Recorder):
+    def __init__(self, run: Run, recorder: MetricWriter):
         config = run.config
         self.run, self.recorder = run, recorder
         self.evaluator = Evaluator(run.program.method, run.inputs, run.program.mesh)
@@ -94,31 +94,32 @@ class Judge:
         self.part = "val" if config.data.val_split else "eval" if self.reports else ""
         self.every = run.timeline.eval_every if self.part else 0
         how = {"max_examples": config.eval.max_examples, "crop_ratio": config.eval.crop_ratio[0]}
-        self.best = Best(run.workdir, config.checkpoint.best_metric, **how) if config.checkpoint.best_metric else None
+        by = config.checkpoint.best_metric
+        self.best = BestCheckpoint(run.workdir, by, **how) if by else None
 
-    def due(self, done: int) -> bool:
+    def is_due(self, done: int) -> bool:
         """Says whether the state of step `done` is to be evaluated; the first one, where others come before the last.
         """
         total = self.run.timeline.total
         return self.every > 0 and (done == total or (done % self.every == 0 and self.every < total))
 
-    def missed(self, done: int) -> bool:
+    def is_overdue(self, done: int) -> bool:
         """Says whether that evaluation was due and is not on record, on all processes alike."""
         part = "eval" if done == self.run.timeline.total and self.reports else self.part
-        return self.due(done) and not peers.first(self.recorder.has(done, f"{part}/loss"))
+        return self.is_due(done) and not peers.broadcast(self.recorder.has(done, f"{part}/loss"))
 
-    def look(self, state: TrainState, done: int) -> None:
+    def evaluate(self, state: TrainState, done: int) -> None:
         """Evaluates, writes scalars and pictures, and prints one line; keeps the state if it is the best one."""
         began = time.monotonic()
         figures = self.evaluator.scalars(state, self.part)
         figures |= self.evaluator.on_demand("pixel_baseline", state, self.part) if done == 0 else {}
         if self.best:
-            self.best.offer(done, state, figures)
+            self.best.update(done, state, figures)
         if done == self.run.timeline.total:
-            figures |= self.at_the_end(state, {} if self.part == "val" else figures)
+            figures |= self.final_metrics(state, {} if self.part == "val" else figures)
         self.write(state, done, figures, began)
 
-    def at_the_end(self, state: TrainState, known: Figures) -> Figures:
+    def final_metrics(self, state: TrainState, known: Figures) -> Figures:
         """Returns the figures of the evaluation split: of the last state, `known` or not, and of the best one."""
         if not self.reports:
             return {}
@@ -126,12 +127,12 @@ class Judge:
         of_best = {} if best is None else {name.replace("eval/", "eval/best/", 1): value
                                            for name, value in self.evaluator.scalars(best).items()}
         # The last state comes last: the table of confusions that is drawn is of its figures.
-        return (known or self.evaluator.scalars(state)) | self.evaluator.closing(state) | of_best
+        return (known or self.evaluator.scalars(state)) | self.evaluator.final_evaluations(state) | of_best
 
     def write(self, state: TrainState, done: int, figures: Figures, began: float) -> None:
         """Records figures and pictures of step `done`."""
-        for name, picture in self.evaluator.pictures(state, self.part or "eval"):
-            self.recorder.picture(done, name, picture)
-        self.recorder.scalars(done, figures)  # last: it marks the evaluation as done
+        for name, picture in self.evaluator.images(state, self.part or "eval"):
+            self.recorder.write_image(done, name, picture)
+        self.recorder.write_scalars(done, figures)  # last: it marks the evaluation as done
         text = "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if not OF_EXPERTS.search(name))
-        say(f"evaluation at step {done}: {text}  ({time.monotonic() - began:.0f} s)")
+        print_once(f"evaluation at step {done}: {text}  ({time.monotonic() - began:.0f} s)")

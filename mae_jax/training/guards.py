@@ -6,7 +6,7 @@ import logging
 import jax
 import numpy as np
 
-from mae_jax.errors import GuardError, cause
+from mae_jax.errors import GuardError, root_cause
 from mae_jax.rng import stream_key
 from mae_jax.runtime import sharding
 from mae_jax.storage import paths, workdir_lock
@@ -14,8 +14,8 @@ from mae_jax.training.run import Run
 
 logger = logging.getLogger(__name__)
 
-NAMED = 20  # bad pictures named in the line that stops a run
-BAD_PICTURES_AFTER = 100  # pictures seen before their bad fraction can stop a run
+MAX_LISTED_IMAGES = 20  # bad pictures named in the line that stops a run
+BAD_IMAGES_AFTER = 100  # pictures seen before their bad fraction can stop a run
 
 
 class Guards:
@@ -27,7 +27,7 @@ class Guards:
         self.in_a_row = run.config.guard.max_nonfinite  # steps that were not finite; before the first look, at worst
         self.bad: list[tuple[int, jax.Array]] = []  # steps in a row that were not finite, and their examples
 
-    def look(self, done: int, sums: dict[str, float], ids: jax.Array) -> None:
+    def check(self, done: int, sums: dict[str, float], ids: jax.Array) -> None:
         """Raises GuardError when the step that made the run's steps `done` was one too many.
 
         Args:
@@ -46,10 +46,10 @@ class Guards:
                 f"--mode=replay --workdir={self.run.workdir} --step={done - 1}")
         self.seen += self.run.config.batch_size
         self.replaced += int(sums["replaced"])
-        if self.seen >= BAD_PICTURES_AFTER and self.replaced > guard.max_bad_fraction * self.seen:
+        if self.seen >= BAD_IMAGES_AFTER and self.replaced > guard.max_bad_fraction * self.seen:
             raise GuardError(f"{self.replaced} of {self.seen} pictures could not be read, more than "
                              f"guard.max_bad_fraction={guard.max_bad_fraction}: "
-                             f"{'; '.join(list(dict.fromkeys(self.run.inputs.bad))[:NAMED])}")
+                             f"{'; '.join(list(dict.fromkeys(self.run.inputs.bad))[:MAX_LISTED_IMAGES])}")
 
     def one_more_stops(self) -> bool:
         """Says whether the run must stop if the next step is not finite either."""
@@ -65,10 +65,10 @@ class Guards:
         if jax.process_index() == 0:
             told = {name: str(sums[name]) for name in ("loss", "grad_norm")}  # JSON has no NaN
             try:
-                if why := workdir_lock.doubt():
+                if why := workdir_lock.why_unwritable():
                     raise OSError(why)
                 paths.replace_text(file, json.dumps({"seed": seed, **told, "steps": steps}) + "\n")
             except OSError as error:  # the verdict stands all the same
-                logger.warning("cannot write %s: %s", file, cause(error))
+                logger.warning("cannot write %s: %s", file, root_cause(error))
                 return "not on record"
         return f"in {file}"

@@ -13,26 +13,26 @@ from mae_jax.errors import GuardError, UserError
 from mae_jax.evals.evaluator import missing
 from mae_jax.methods.base import Metrics
 from mae_jax.runtime import peers, sharding, startup_timer
-from mae_jax.runtime.console import say
-from mae_jax.runtime.signals import Stopper
+from mae_jax.runtime.console import print_once
+from mae_jax.runtime.signals import SignalHandler
 from mae_jax.runtime.watchdog import Watchdog
 from mae_jax.state import TrainState
 from mae_jax.storage import metric_sinks, paths, workdir_lock
 from mae_jax.storage.checkpoint import Checkpoints
-from mae_jax.storage.metric_writer import Recorder
+from mae_jax.storage.metric_writer import MetricWriter
 from mae_jax.training import evaluation, optim, workdir
 from mae_jax.training.run import (
     Run,
     _tell,
     compiled_programs,
+    config_for_inspection,
     data_changes,
     device_batches,
     initial_state,
-    of_workdir,
-    opened,
+    open_run,
     prepare,
 )
-from mae_jax.training.step_logger import Log
+from mae_jax.training.step_logger import StepLogger
 
 logger = logging.getLogger(__name__)
 
@@ -40,42 +40,43 @@ logger = logging.getLogger(__name__)
 def train(config: ConfigDict, folder: str) -> int:
     """Trains until `train.duration`, resuming what the workdir holds. Returns the exit code."""
     startup_timer.begin()
-    with Stopper() as stopper:
-        run = opened(config, folder)
-        finished = peers.first(workdir.finished(run.workdir))
+    with SignalHandler() as stopper:
+        run = open_run(config, folder)
+        finished = peers.broadcast(workdir.finished(run.workdir))
         if finished >= run.timeline.total:
-            say(f"{run.workdir} is finished: step {finished} of {run.timeline.total}; a longer train.duration goes on")
+            print_once(f"{run.workdir} is finished: step {finished} of {run.timeline.total}; a longer train.duration "
+                       "goes on")
             return errors.FINISHED
         watchdog = Watchdog(config.guard.stall_seconds, run.workdir)
         compiled = compiled_programs(config, run.workdir)
-        with workdir_lock.held(run.workdir), jax.set_mesh(run.program.mesh), compiled, watchdog:
+        with workdir_lock.hold(run.workdir), jax.set_mesh(run.program.mesh), compiled, watchdog:
             return resume(run, stopper, watchdog)
 
 
-def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
+def resume(run: Run, stopper: SignalHandler, watchdog: Watchdog) -> int:
     """Restores or makes the state and trains on. Returns the exit code."""
     config, folder = run.config, run.workdir
     evaluator = evaluation.check(run)
     checkpoints = Checkpoints(folder, config.checkpoint.keep_last, run.timeline.keep_every)
-    watchdog.on("reading the checkpoint")
+    watchdog.watch("reading the checkpoint")
     state = checkpoints.restore(run.program.state)
-    watchdog.on("")
+    watchdog.watch("")
     if state is None:
-        if finished := peers.first(workdir.finished(folder)):
+        if finished := peers.broadcast(workdir.finished(folder)):
             raise UserError(f"{folder} is of a run that finished {finished} steps, and has no checkpoint to go on "
                             "from; bring its folder checkpoints back, or use another --workdir")
         state = initial_state(run)
-        say(param_tree.table(state.params, optim.decay_words(state.params, run.program.method)))
+        print_once(param_tree.table(state.params, optim.decay_words(state.params, run.program.method)))
     elif int(state.step) > run.timeline.total:
         raise UserError(f"{folder} is at step {int(state.step)}, past train.duration={config.train.duration!r} "
                         f"({run.timeline.total} steps)")
     else:
-        run.program.method.check(state.extras)
+        run.program.method.check_extras(state.extras)
         logger.info("resumed at step %d", state.step)
     startup_timer.done("state")
     # Not before all that a mistake can break has worked.
     workdir.record(folder, config, run.inputs, evaluator.names_applying)
-    recorder = Recorder(folder, int(state.step), metric_sinks.names(config.log), jax.process_index() == 0)
+    recorder = MetricWriter(folder, int(state.step), metric_sinks.names(config.log), jax.process_index() == 0)
     try:
         code = loop(run, state, checkpoints, recorder, stopper, watchdog)
     except BaseException:
@@ -90,19 +91,20 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
 
 def dry_run(config: ConfigDict, folder: str) -> int:
     """Compiles the train step and says how the run would be laid out; writes nothing. Returns the exit code."""
-    run = opened(config, folder)
+    run = open_run(config, folder)
     mesh, rows = run.program.mesh, sharding.local_rows(run.program.mesh, config.batch_size)
     with jax.set_mesh(mesh):
         run.program.compile()
     startup_timer.done("compile")
     kinds = sorted({device.device_kind for device in jax.devices()})
     processes = jax.process_count()
-    say(f"{jax.device_count()} devices ({', '.join(kinds)}) of {processes} process{'es' if processes > 1 else ''}")
-    say(f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
+    print_once(f"{jax.device_count()} devices ({', '.join(kinds)}) of {processes} "
+               f"process{'es' if processes > 1 else ''}")
+    print_once(f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
     shares = peers.gather(f"{len(rows)} rows of {config.batch_size}, {jax.local_device_count()} devices")
     for number, share in enumerate(shares):
-        say(f"process {number}: {share}")
-    say(f"{run.timeline.total} steps; compiled after {startup_timer.summary()}")
+        print_once(f"process {number}: {share}")
+    print_once(f"{run.timeline.total} steps; compiled after {startup_timer.summary()}")
     return errors.FINISHED
 
 
@@ -127,43 +129,43 @@ class Profile:
             logger.info("profile of steps %d to %d: %s", self.first, self.last, self.folder)
 
 
-def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Recorder, stopper: Stopper,
+def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: MetricWriter, stopper: SignalHandler,
          watchdog: Watchdog) -> int:
     """Steps from the state's step to the end. Returns the exit code."""
     start, total = int(state.step), run.timeline.total
-    judged, log, profile = evaluation.Judge(run, recorder), Log(run, recorder), Profile(run)
+    judged, log, profile = evaluation.PeriodicEvaluation(run, recorder), StepLogger(run, recorder), Profile(run)
     save_every = run.timeline.save_every
-    if judged.missed(start):
-        watchdog.on(f"the evaluation at step {start}")
-        judged.look(state, start)
-        watchdog.on("")
+    if judged.is_overdue(start):
+        watchdog.watch(f"the evaluation at step {start}")
+        judged.evaluate(state, start)
+        watchdog.watch("")
         startup_timer.done("evaluation")
     run.program.compile()
     startup_timer.done("compile")
     batches = device_batches(run, start)
     log.speed.start()
     for done in range(start + 1, total + 1):
-        watchdog.on(f"the input of step {done}")
+        watchdog.watch(f"the input of step {done}")
         batch = log.speed.waiting(lambda: next(batches))
-        watchdog.on(f"step {done}")
+        watchdog.watch(f"step {done}")
         profile.before(done)
         state, metrics = run.program.step(state, batch)
         profile.after(done, metrics)
-        stopper.stepped()
-        workdir_lock.fence()
+        stopper.mark_unsaved()
+        workdir_lock.wait_until_verified()
         if done == start + 1:
             jax.block_until_ready(metrics)
             startup_timer.done("first step")
             logger.info("time to first step %s", startup_timer.summary())
             log.speed.start()
         stop = stopper.should_stop(done)
-        look = judged.due(done)
+        look = judged.is_due(done)
         # Also before an evaluation: a signal can then end it at once.
         save = look or done == total or (save_every > 0 and done % save_every == 0)
         try:
-            log.push(done, metrics, batch["id"])
+            log.record(done, metrics, batch["id"])
             if save or stop:
-                log.drain()
+                log.flush()
         except GuardError:
             _keep_config(run, judged)
             checkpoints.save(done, state)
@@ -171,21 +173,21 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Record
             raise
         if save or stop:
             _keep_config(run, judged)
-            watchdog.on(f"the save of step {done}")
+            watchdog.watch(f"the save of step {done}")
             checkpoints.save(done, state)
         if stop and done < total:
             return finish(run, checkpoints, state, done)
         if look:
             checkpoints.wait()
             if not checkpoints.failed:
-                stopper.saved()
-            watchdog.on(f"the evaluation at step {done}")
-            judged.look(state, done)
+                stopper.mark_saved()
+            watchdog.watch(f"the evaluation at step {done}")
+            judged.evaluate(state, done)
             log.speed.start()
     return finish(run, checkpoints, state, total)
 
 
-def _keep_config(run: Run, judged: evaluation.Judge) -> None:
+def _keep_config(run: Run, judged: evaluation.PeriodicEvaluation) -> None:
     if jax.process_index() == 0:
         workdir.keep(run.workdir, run.config, run.inputs, judged.evaluator.names_applying)
 
@@ -200,14 +202,14 @@ def finish(run: Run, checkpoints: Checkpoints, state: TrainState, done: int) -> 
         raise UserError(f"the state of step {done} could not be saved: {checkpoints.failed}; mend that and run the "
                         f"same command: it goes on from step {checkpoints.latest() or 0}")
     if done < run.timeline.total:
-        say(f"stopped at step {done} of {run.timeline.total}, state saved; the same command goes on")
+        print_once(f"stopped at step {done} of {run.timeline.total}, state saved; the same command goes on")
         return errors.STOPPED
-    workdir_lock.fence()
+    workdir_lock.wait_until_verified()
     if jax.process_index() == 0:
-        if why := workdir_lock.doubt():
+        if why := workdir_lock.why_unwritable():
             raise UserError(f"the end of the run is not on record: {why}")
         paths.replace_text(run.workdir / "DONE", f"{done}\n")
-    say(f"finished {done} steps; {run.workdir}")
+    print_once(f"finished {done} steps; {run.workdir}")
     return errors.FINISHED
 
 
@@ -220,7 +222,7 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
     """
     path = paths.locate(folder)
     if config is None:
-        config = of_workdir(path)
+        config = config_for_inspection(path)
     else:
         config = workdir.continued(path, config)
         workdir.compare(workdir.read_config(path), config)
@@ -234,12 +236,12 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
     state = checkpoints.restore(run.program.state)
     if state is None:
         raise UserError(f"{path} holds no checkpoint yet")
-    run.program.method.check(state.extras)
+    run.program.method.check_extras(state.extras)
     # Lines past this step stay: they may be those of a run in progress.
-    recorder = Recorder(path, math.inf, metric_sinks.names(run.config.log), jax.process_index() == 0)
+    recorder = MetricWriter(path, math.inf, metric_sinks.names(run.config.log), jax.process_index() == 0)
     with jax.set_mesh(run.program.mesh):
-        judged, began = evaluation.Judge(run, recorder), time.monotonic()
-        judged.write(state, int(state.step), judged.at_the_end(state, {}), began)
+        judged, began = evaluation.PeriodicEvaluation(run, recorder), time.monotonic()
+        judged.write(state, int(state.step), judged.final_metrics(state, {}), began)
     recorder.close()
     checkpoints.close()
     return errors.FINISHED

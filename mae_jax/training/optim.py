@@ -63,9 +63,9 @@ def decay_mask(params: Params, decayed: tuple[str, ...]) -> Any:
 def decay_words(params: Params, method: Method) -> Any:
     """Returns a tree of 'yes', 'no' and 'frozen': which parameters decay, and which the method holds fixed."""
     def word(keys: tuple[Any, ...], decays: bool) -> str:
-        return ("yes" if decays else "no") if method.learns(path(keys)) else "frozen"
+        return ("yes" if decays else "no") if method.is_trainable(path(keys)) else "frozen"
 
-    return jax.tree_util.tree_map_with_path(word, decay_mask(params, method.decayed))
+    return jax.tree_util.tree_map_with_path(word, decay_mask(params, method.decay_suffixes))
 
 
 def peak_lr(config: ConfigDict) -> float:
@@ -138,8 +138,8 @@ def make_optimizer(method: Method) -> optax.GradientTransformationExtraArgs:
     clip = [optax.clip_by_global_norm(o.clip)] if o.clip else []
     decay = weight_decay(method)
     rates = [_layer_rates(o.layer_decay, method.config.model.depth)] if o.layer_decay != 1 else []
-    decayed = partial(decay_mask, decayed=method.decayed)
-    return _only(method.learns, optax.chain(*clip, *get(o.name).build(o, decay, decayed), *rates))
+    decayed = partial(decay_mask, decayed=method.decay_suffixes)
+    return _only(method.is_trainable, optax.chain(*clip, *get(o.name).build(o, decay, decayed), *rates))
 
 
 def _add_decay(decay: Schedule, decayed: Mask) -> optax.GradientTransformation:

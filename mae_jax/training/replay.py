@@ -12,7 +12,7 @@ from mae_jax.runtime import sharding
 from mae_jax.state import TrainState
 from mae_jax.storage import paths
 from mae_jax.storage.checkpoint import Checkpoints
-from mae_jax.training.run import Run, of_workdir, prepare
+from mae_jax.training.run import Run, config_for_inspection, prepare
 from mae_jax.training.train_step import gradients
 
 
@@ -23,7 +23,7 @@ def replay(folder: str, step: int) -> int:
     stopped the run holds those that such a step began with. Returns the exit code.
     """
     path = paths.locate(folder)
-    run = prepare(of_workdir(path), path)
+    run = prepare(config_for_inspection(path), path)
     state = Checkpoints(path, run.config.checkpoint.keep_last).restore(run.program.state)
     if state is None:
         raise UserError(f"{path} holds no checkpoint yet")
@@ -51,7 +51,7 @@ def _bad_examples(run: Run, state: TrainState, batch: Batch) -> list[str]:
 
     Those that share an order of patches are evaluated together; what is not finite in one is said of all of them.
     """
-    key, group = stream_key(run.config.seed, int(state.step), "loss"), run.program.method.order().group
+    key, group = stream_key(run.config.seed, int(state.step), "loss"), run.program.method.patch_order().group
 
     @jax.jit
     def alone(row: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ from mae_jax.runtime import sharding, startup_timer
 from mae_jax.state import TrainState
 from mae_jax.storage import paths, vocabulary
 from mae_jax.training import optim, warm_start, workdir
-from mae_jax.training.train_step import Program
+from mae_jax.training.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
 CACHE = "jax_compilation_cache_dir"
@@ -32,7 +32,7 @@ class Run(NamedTuple):
 
     config: ConfigDict  # as config.json keeps it, with its 'auto': a run may go on elsewhere
     workdir: epath.Path
-    program: Program
+    program: TrainStep
     inputs: Any  # data.Inputs; data/ is imported only where the input is built
 
     @property
@@ -41,7 +41,7 @@ class Run(NamedTuple):
         return self.program.method.timeline
 
 
-def prepare(config: ConfigDict, folder: epath.Path, trains: bool = True) -> Run:
+def prepare(config: ConfigDict, folder: epath.Path, for_training: bool = True) -> Run:
     """Checks the config, opens the data and builds the method; raises UserError before anything is written.
 
     Args:
@@ -51,31 +51,31 @@ def prepare(config: ConfigDict, folder: epath.Path, trains: bool = True) -> Run:
     """
     from mae_jax import data
 
-    validate(config, trains)
+    validate(config, for_training)
     here = resolved(config)
     mesh = sharding.make_mesh(here)
-    if trains and methods.get(config.method.name).learns_labels:
+    if for_training and methods.get(config.method.name).uses_labels:
         data.check_apart(config.data, "train_split", "eval_split")
-    if trains:
+    if for_training:
         method, dataset = methods.with_data(here)
     else:
         dataset = data.OpenedData(here)
         method = methods.build(here, dataset.info)
-    if not trains and method.encodes_with:
+    if not for_training and method.extra_encode_fields:
         raise UserError(f"a run of method.name={config.method.name} has no single encoder to look at; python -m "
                         "mae_jax export --for-task=vote makes one")
-    spec = method.eval_spec() if trains else Method.eval_spec(method)
-    inputs = dataset.batches(spec, method.order(), method.views() if trains else (),
+    spec = method.eval_spec() if for_training else Method.eval_spec(method)
+    inputs = dataset.batches(spec, method.patch_order(), method.views() if for_training else (),
                              sharding.local_rows(mesh, config.batch_size))
     logger.info(inputs.description)
     if method.timeline.total < 1:
         raise UserError(f"train.duration={config.train.duration!r} is less than one step: {inputs.num_train} examples, "
                         f"batch_size={config.batch_size}")
-    if trains:
+    if for_training:
         method.check_data()
         if unread := optim.unread(config):
             logger.info("not read by optim.name=%s: %s", config.optim.name, ", ".join(unread))
-    return Run(config, folder, Program(method, mesh), inputs)
+    return Run(config, folder, TrainStep(method, mesh), inputs)
 
 
 def device_batches(run: Run, start: int) -> Iterator[Batch]:
@@ -87,7 +87,7 @@ def device_batches(run: Run, start: int) -> Iterator[Batch]:
             yield ready.popleft()
 
 
-def pictures_on_host(run: Run) -> Iterator[dict[str, np.ndarray]]:
+def images_on_host(run: Run) -> Iterator[dict[str, np.ndarray]]:
     """Yields the training split as evaluations see it, whole global batches of NumPy arrays, on all processes alike."""
     everywhere = sharding.replicated(run.program.mesh)
     for batch in run.inputs.support():
@@ -95,7 +95,7 @@ def pictures_on_host(run: Run) -> Iterator[dict[str, np.ndarray]]:
         yield jax.device_get(jax.device_put(placed, everywhere))
 
 
-def initial_state(run: Run, trains: bool = True) -> TrainState:
+def initial_state(run: Run, for_training: bool = True) -> TrainState:
     """Makes the state before the first step, from `init_from` where it is given.
 
     Args:
@@ -104,23 +104,23 @@ def initial_state(run: Run, trains: bool = True) -> TrainState:
     """
     loaded = warm_start.load(run.config, run.program.state.params) if run.config.init_from else {}
     rows = len(sharding.local_rows(run.program.mesh, run.config.batch_size))
-    batch = next(run.inputs.train(0)) if trains else {
+    batch = next(run.inputs.train(0)) if for_training else {
         name: np.zeros((rows, *struct.shape[1:]), struct.dtype) for name, struct in run.program.batch.items()}
     state = run.program.init(sharding.to_devices(batch, run.program.mesh, run.config.batch_size))
     if run.config.init_from:
         merged, report = param_tree.merge(state.params, loaded)
         logger.info("init_from %s: %s", run.config.init_from, report)
         state = state._replace(params=merged, ema=jax.tree.map(lambda x: x.copy(), merged) if state.ema else {})
-    pictures = pictures_on_host(run) if trains else None
-    stored = run.program.method.stored_vocabulary() if trains else None
+    pictures = images_on_host(run) if for_training else None
+    stored = run.program.method.stored_vocabulary() if for_training else None
     extras = {**state.extras, "vocabulary": vocabulary.load(*stored)} if stored else state.extras
-    fitted = run.program.method.fit(state.params, extras, pictures)
+    fitted = run.program.method.fit_extras(state.params, extras, pictures)
     if fitted is not state.extras:
         state = state._replace(extras=param_tree.place(fitted, state.extras))
     return state
 
 
-def opened(config: ConfigDict, folder: str, trains: bool = True) -> Run:
+def open_run(config: ConfigDict, folder: str, for_training: bool = True) -> Run:
     """Returns the run of a config in a workdir, after all checks that need no device; nothing is written.
 
     Args: as of `prepare`.
@@ -128,7 +128,7 @@ def opened(config: ConfigDict, folder: str, trains: bool = True) -> Run:
     path = paths.locate(folder)
     jax.devices()
     startup_timer.done("devices")
-    run = prepare(workdir.continued(path, config), path, trains)
+    run = prepare(workdir.continued(path, config), path, for_training)
     _tell(workdir.changes(path, run.config) + data_changes(run))
     startup_timer.done("data")
     return run
@@ -136,7 +136,7 @@ def opened(config: ConfigDict, folder: str, trains: bool = True) -> Run:
 
 def data_changes(run: Run) -> list[str]:
     """Returns how the data are other ones than those that the run began with; raises UserError for other classes."""
-    return workdir.data_changes(run.workdir, run.inputs, run.program.method.names_classes)
+    return workdir.data_changes(run.workdir, run.inputs, run.program.method.has_class_head)
 
 
 def _tell(changes: list[str]) -> None:
@@ -163,7 +163,7 @@ def compiled_programs(config: ConfigDict, folder: epath.Path) -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def of_workdir(path: epath.Path) -> ConfigDict:
+def config_for_inspection(path: epath.Path) -> ConfigDict:
     """Returns the config that a workdir was made with, to look at the run: its mesh gives way where it does not fit.
 
     What was trained on many devices can be looked at on one, and what was summed in bfloat16 where that is not done.

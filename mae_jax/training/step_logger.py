@@ -7,8 +7,8 @@ import jax
 
 from mae_jax.evals.accumulators import Means
 from mae_jax.methods.base import Metrics
-from mae_jax.runtime.console import say
-from mae_jax.storage.metric_writer import Recorder
+from mae_jax.runtime.console import print_once
+from mae_jax.storage.metric_writer import MetricWriter
 from mae_jax.training.guards import Guards
 from mae_jax.training.run import Run
 from mae_jax.training.throughput import Speed, peak_flops, progress_line, train_flops
@@ -16,13 +16,13 @@ from mae_jax.training.throughput import Speed, peak_flops, progress_line, train_
 logger = logging.getLogger(__name__)
 
 
-class Log:
+class StepLogger:
     """Reads metrics one step late, so that the device need not wait for the host; the guards look at them too.
 
     It waits where one more step that is not finite stops the run: with guard.max_nonfinite=1, after each step.
     """
 
-    def __init__(self, run: Run, recorder: Recorder):
+    def __init__(self, run: Run, recorder: MetricWriter):
         self.run, self.recorder = run, recorder
         self.every = run.timeline.log_every
         self.waiting: collections.deque[tuple[int, Metrics, jax.Array]] = collections.deque()
@@ -30,7 +30,7 @@ class Log:
         self.named: set[str] = set()
         self.speed = Speed(run.config.batch_size, train_flops(run.program.method), peak_flops(jax.devices()[0]))
 
-    def push(self, done: int, metrics: Metrics, ids: jax.Array) -> None:
+    def record(self, done: int, metrics: Metrics, ids: jax.Array) -> None:
         """Takes what the step that has just been dispatched gives, and handles the step before.
 
         Args:
@@ -46,7 +46,7 @@ class Log:
         while len(self.waiting) > 1 or (self.waiting and self.guards.one_more_stops()):
             self._handle(*self.waiting.popleft())
 
-    def drain(self) -> None:
+    def flush(self) -> None:
         """Handles all that waits and makes sure that it is on disk."""
         while self.waiting:
             self._handle(*self.waiting.popleft())
@@ -55,14 +55,14 @@ class Log:
     def _handle(self, done: int, metrics: Metrics, ids: jax.Array) -> None:
         values = jax.device_get(metrics)
         self.means.add(values)
-        self.guards.look(done, {name: float(total) for name, (total, _) in values.items()}, ids)
+        self.guards.check(done, {name: float(total) for name, (total, _) in values.items()}, ids)
         if done % self.every == 0 or done == self.run.timeline.total:
-            line = self.means.take("train/") | self.speed.take()
-            self.recorder.scalars(done, line)
-            self._name_bad_pictures()
-            say(progress_line(done, self.run.timeline.total, line, self.run.config.batch_size))
+            line = self.means.pop("train/") | self.speed.take()
+            self.recorder.write_scalars(done, line)
+            self._name_bad_images()
+            print_once(progress_line(done, self.run.timeline.total, line, self.run.config.batch_size))
 
-    def _name_bad_pictures(self) -> None:
+    def _name_bad_images(self) -> None:
         """Logs the pictures that this process could not read, each once."""
         for name in dict.fromkeys(self.run.inputs.bad):
             if name not in self.named:

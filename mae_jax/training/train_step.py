@@ -25,10 +25,10 @@ from mae_jax.training import optim, spike_detector
 from mae_jax.training.optim import Schedule
 
 T = TypeVar("T")
-Kept = tuple[Params, Any, Params, Extras]  # parameters, the optimizer's state, their average, extras
+Updated = tuple[Params, Any, Params, Extras]  # parameters, the optimizer's state, their average, extras
 
 
-class Program:
+class TrainStep:
     """All that is fixed once the method and the mesh are known.
 
     Calls of `init` and `step`, and whatever else runs the models, belong inside `jax.set_mesh(program.mesh)`.
@@ -49,7 +49,7 @@ class Program:
             if count % mesh.shape["tensor"]:
                 raise UserError(f"{field}={count} does not divide over mesh.tensor={mesh.shape['tensor']}; heads are "
                                 "shared among its devices")
-        if config.train.accumulate > 1 and method.sees_whole_batch:
+        if config.train.accumulate > 1 and method.loss_spans_batch:
             raise UserError(f"train.accumulate={config.train.accumulate}: the loss of {config.method.name} has terms "
                             "across the whole batch, which micro-batches would change; use 1")
         parts = config.train.accumulate * math.prod(mesh.shape[axis] for axis in ROWS)
@@ -68,7 +68,7 @@ class Program:
         self.state = sharding.with_shardings(shapes, placed)
         self.batch = sharding.with_shardings(spec, sharding.batch_sharding(mesh))
         self.init = jax.jit(initial, out_shardings=placed)
-        self.step = jax.jit(make_train_step(method, self.optimizer, self.schedule),
+        self.step = jax.jit(build_train_step(method, self.optimizer, self.schedule),
                             donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh)),
                             compiler_options={"xla_gpu_deterministic_ops": config.train.deterministic})
 
@@ -77,7 +77,7 @@ class Program:
         self.step.lower(self.state, self.batch).compile()
 
 
-def build(config: ConfigDict, data: DataInfo, devices: list[jax.Device] | None = None) -> Program:
+def build(config: ConfigDict, data: DataInfo, devices: list[jax.Device] | None = None) -> TrainStep:
     """Builds a config's step for data that have this, on all devices or those given ('auto' is what they have).
 
     Raises:
@@ -86,7 +86,7 @@ def build(config: ConfigDict, data: DataInfo, devices: list[jax.Device] | None =
     devices = jax.devices() if devices is None else devices
     config = for_platform(config, devices[0].platform)
     mesh = sharding.make_mesh(config, devices)
-    return Program(methods.build(config, data), mesh)
+    return TrainStep(methods.build(config, data), mesh)
 
 
 def init_state(method: Method, optimizer: optax.GradientTransformation, batch: Batch) -> TrainState:
@@ -118,7 +118,7 @@ def gradients(method: Method, state: TrainState, batch: Batch, key: jax.Array,
     if accumulate == 1:
         grads, (metrics, extras) = grad(batch, state.extras, key)
         return grads, metrics, extras
-    parts = jax.tree.map(lambda x: _dealt(x, accumulate, method.group), batch)
+    parts = jax.tree.map(lambda x: split_microbatches(x, accumulate, method.group), batch)
 
     def one(carry: tuple[Params, Metrics, Extras], item: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         total, sums, extras = carry
@@ -134,12 +134,12 @@ def gradients(method: Method, state: TrainState, batch: Batch, key: jax.Array,
     return jax.tree.map(lambda t: t / weight, total), metrics, extras
 
 
-def _dealt(x: jax.Array, parts: int, group: int) -> jax.Array:
+def split_microbatches(x: jax.Array, parts: int, group: int) -> jax.Array:
     """Deals the rows of [B, ...] out to micro-batches, [parts, B / parts, ...]; neighbours of a group stay together."""
     return x.reshape(-1, parts, group, *x.shape[1:]).swapaxes(0, 1).reshape(parts, -1, *x.shape[1:])
 
 
-def make_train_step(method: Method, optimizer: optax.GradientTransformationExtraArgs,
+def build_train_step(method: Method, optimizer: optax.GradientTransformationExtraArgs,
                     schedule: Schedule) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the pure function (state, batch) → (state, metrics) that the loop jits, donating the state.
 
@@ -154,10 +154,10 @@ def make_train_step(method: Method, optimizer: optax.GradientTransformationExtra
         grads, metrics, new_extras = gradients(method, state, batch, key, config.train.accumulate)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"][0])
-        taken, history, told = _unless_spike(config.guard.spike, finite, state, metrics, norm)
+        apply_update, history, spike_metrics = skip_on_spike(config.guard.spike, finite, state, metrics, norm)
         lr, decay = schedule(state.step), config.optim.ema
 
-        def advance(kept: Kept) -> Kept:
+        def advance(kept: Updated) -> Updated:
             params, opt, ema, _ = kept
             updates, opt = optimizer.update(grads, opt, params, step=state.step)
             params = jax.tree.map(lambda p, u: p - lr * u, params, updates)
@@ -166,10 +166,10 @@ def make_train_step(method: Method, optimizer: optax.GradientTransformationExtra
             return params, opt, ema, method.after_update(params, new_extras, state.step)
 
         kept = (state.params, state.opt, state.ema, state.extras)
-        params, opt, ema, extras = only_if(taken, advance, kept)
+        params, opt, ema, extras = only_if(apply_update, advance, kept)
         bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
         one = jnp.ones((), jnp.float32)
-        metrics = metrics | told | {
+        metrics = metrics | spike_metrics | {
             "lr": (lr, one),
             "grad_norm": (norm, one),
             "bad_steps": (bad_steps.astype(jnp.float32), one),
@@ -180,7 +180,7 @@ def make_train_step(method: Method, optimizer: optax.GradientTransformationExtra
     return train_step
 
 
-def only_if(taken: jax.Array, advance: Callable[[T], T], kept: T) -> T:
+def only_if(apply_update: jax.Array, advance: Callable[[T], T], kept: T) -> T:
     """Returns `advance(kept)` where the step is taken, and otherwise `kept`, bit for bit.
 
     Accelerators compute the new values and choose, which they fuse with the update. On CPUs XLA would then copy what is
@@ -191,16 +191,16 @@ def only_if(taken: jax.Array, advance: Callable[[T], T], kept: T) -> T:
       advance: a pure function of a tree that returns one of the same structure, shapes and dtypes.
       kept: the tree.
     """
-    def loop(taken: jax.Array, kept: T) -> T:
-        return jax.lax.fori_loop(0, taken.astype(jnp.int32), lambda _, kept: advance(kept), kept)
+    def loop(apply_update: jax.Array, kept: T) -> T:
+        return jax.lax.fori_loop(0, apply_update.astype(jnp.int32), lambda _, kept: advance(kept), kept)
 
-    def choice(taken: jax.Array, kept: T) -> T:
-        return jax.tree.map(lambda new, old: jnp.where(taken, new, old), advance(kept), kept)
+    def choice(apply_update: jax.Array, kept: T) -> T:
+        return jax.tree.map(lambda new, old: jnp.where(apply_update, new, old), advance(kept), kept)
 
-    return jax.lax.platform_dependent(taken, kept, cpu=loop, default=choice)
+    return jax.lax.platform_dependent(apply_update, kept, cpu=loop, default=choice)
 
 
-def _unless_spike(deviations: float, finite: jax.Array, state: TrainState, metrics: Metrics,
+def skip_on_spike(deviations: float, finite: jax.Array, state: TrainState, metrics: Metrics,
                   norm: jax.Array) -> tuple[jax.Array, Any, Metrics]:
     """Returns whether the step is to be taken, the history with it, and the metric `spikes`."""
     if not deviations:

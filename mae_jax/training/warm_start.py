@@ -15,14 +15,14 @@ from mae_jax.errors import UserError
 from mae_jax.interop import layouts
 from mae_jax.interop.timm import folded
 from mae_jax.models.layers import sincos_positions
-from mae_jax.models.upcycling import upcycled
+from mae_jax.models.upcycling import upcycle
 from mae_jax.ops import pos_embed
 from mae_jax.ops.patches import PatchGrid
 from mae_jax.storage.checkpoint import load_params
 from mae_jax.training import workdir
 
 # What shapes do not show, and what would make the same numbers another function.
-SAME = ("model.heads", "model.patch", "model.gelu")
+MUST_MATCH = ("model.heads", "model.patch", "model.gelu")
 # Parts that an encoder may have more or fewer of: the norm after the last block gives way to that of the pooled mean.
 OPTIONAL = re.compile(r"encoder/(pos_embed|mask_token|norm/(scale|bias)|block_\d+/experts/gate/kernel)")
 
@@ -40,7 +40,7 @@ def load(config: ConfigDict, params: Any) -> dict[str, Any]:
     if theirs is not None:
         _check_same_function(theirs, config)
     loaded = _without_other_head(_with_positions(loaded, theirs, config, params), theirs, config, params)
-    loaded = upcycled(loaded, params)
+    loaded = upcycle(loaded, params)
     strange = [name for name in sorted(param_tree.flatten(loaded).keys() ^ param_tree.flatten(params).keys())
                if name.startswith("encoder/") and not OPTIONAL.fullmatch(name)]
     if strange:
@@ -53,14 +53,14 @@ def load(config: ConfigDict, params: Any) -> dict[str, Any]:
 
 def _read(config: ConfigDict, theirs: ConfigDict | None) -> dict[str, Any]:
     """Reads parameters of ours, or in another layout."""
-    loaded, extras = param_tree.judged(load_params(config.init_from, ema=True, extras=True))
+    loaded, extras = param_tree.split_eval_params(load_params(config.init_from, ema=True, extras=True))
     if config.method.get("head") == "linear":  # a probe's head means nothing without its batch norm
         loaded = folded(loaded, extras)
     return layouts.read(loaded, theirs)
 
 
 def _check_same_function(theirs: ConfigDict, ours: ConfigDict) -> None:
-    for key in SAME:
+    for key in MUST_MATCH:
         group, name = key.split(".")
         if theirs[group][name] != ours[group][name]:
             raise UserError(f"init_from={ours.init_from} was trained with {key}={theirs[group][name]}, this config has "

@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 MAY_CHANGE = ("train.duration", "mesh.*", "eval.*", "checkpoint.*", "log.*", "guard.max_*",
               "guard.stall_seconds", "data.threads", "data.prefetch", "train.compilation_cache", "model.scan",
               "model.remat", "plugins", "method.clusters")  # whose content is compared
-NAMED = 10  # classes that a message names
+MAX_LISTED_CLASSES = 10  # classes that a message names
 ARCHIVED = "$Format:%H$"  # `git archive` writes the commit here, as .gitattributes asks
 DAMAGED = (ValueError, KeyError, AttributeError, TypeError)  # what the content of a damaged file raises
-MOST_HEADER = 100_000_000  # bytes of a safetensors file's header, by its specification
+MAX_HEADER_BYTES = 100_000_000  # bytes of a safetensors file's header, by its specification
 PACKAGES = ("mae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
 
 
@@ -54,7 +54,7 @@ def continued(workdir: epath.Path, config: ConfigDict) -> ConfigDict:
     return config
 
 
-def data_changes(workdir: epath.Path, inputs: Any, names_classes: bool) -> list[str]:
+def data_changes(workdir: epath.Path, inputs: Any, has_class_head: bool) -> list[str]:
     """Returns how the data are other ones than those that the run began with, as text.
 
     Args:
@@ -75,8 +75,9 @@ def data_changes(workdir: epath.Path, inputs: Any, names_classes: bool) -> list[
     if before.get("classes") != after["classes"]:
         old, new = (set(each.get("classes") or ()) for each in (before, after))
         names = [f"-{name}" for name in sorted(old - new)] + [f"+{name}" for name in sorted(new - old)]
-        texts.append(f"classes: {len(old)} -> {len(new)} ({printable(', '.join(names[:NAMED])) or 'in another order'})")
-        if names_classes:
+        which = printable(", ".join(names[:MAX_LISTED_CLASSES])) or "in another order"
+        texts.append(f"classes: {len(old)} -> {len(new)} ({which})")
+        if has_class_head:
             raise UserError(f"the workdir belongs to other data; {texts[-1]}. Use another --workdir, or the data it "
                             "was made with")
     return texts
@@ -89,7 +90,8 @@ def _data_of(inputs: Any) -> dict[str, Any]:
 def keep(workdir: epath.Path, config: ConfigDict, inputs: Any, evaluations: Iterable[str] = ()) -> None:
     """Writes config.json again where somebody removed it from a disk: without it, nothing accepts what is saved."""
     try:
-        if str(workdir).startswith("gs://") or workdir_lock.doubt():  # where another run has it, that one's is to come
+        # Where another run has it, that one's is to come.
+        if str(workdir).startswith("gs://") or workdir_lock.why_unwritable():
             return
         if not (workdir / "config.json").exists():
             record(workdir, config, inputs, evaluations)
@@ -181,7 +183,7 @@ def _completed(values: dict[str, Any], where: Any, folder: epath.Path, recorded:
     unknown = sorted(param_tree.flat(stored).keys() - param_tree.flat(config).keys())
     if unknown:
         raise UserError(f"{where} has config fields that mae_jax {__version__} does not know: "
-                        f"{', '.join(unknown[:NAMED])}; use the newer mae_jax that wrote it")
+                        f"{', '.join(unknown[:MAX_LISTED_CLASSES])}; use the newer mae_jax that wrote it")
     config.update(stored)
     return config.lock()
 
@@ -204,7 +206,7 @@ def config_of(source: str) -> ConfigDict | None:
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size) if size <= MOST_HEADER else b"")
+            header = json.loads(file.read(size) if size <= MAX_HEADER_BYTES else b"")
         said = header.get("__metadata__", {})
         recorded = json.loads(said.get("plugins", "{}"))
         if not said.get("config"):

@@ -188,7 +188,7 @@ def run(cell: Cell, clipart: str, size: Size, work: Path, programs: str) -> Cell
                 "reconstruction": last.get("eval/reconstruction_loss", last["eval/loss"]),
                 "homology": kept, "untrained_homology": {name: first[name] for name in kept}}
     if cell["kind"] == "colour":
-        return {**cell, **colour(encoder, clipart)}
+        return {**cell, **color(encoder, clipart)}
     with tempfile.TemporaryDirectory(dir=work) as folder:
         if cell["kind"] == "tuned":
             last = _train(finetuning(cell, clipart, str(encoder)), Path(folder), programs)
@@ -208,7 +208,7 @@ def opened(encoder: Path, clipart: str) -> tuple[Any, Any, Iterator[Any]]:
     return run.program.method, jax.device_get(load_params(encoder)), run.inputs.evaluate()
 
 
-def colour(encoder: Path, clipart: str) -> dict[str, float]:
+def color(encoder: Path, clipart: str) -> dict[str, float]:
     """Returns purity of queries that are patches of one colour, and of the others, over all blocks and heads.
 
     Also that of keys chosen without an encoder, by the distance of the patches' mean colours.

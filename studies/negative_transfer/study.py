@@ -36,7 +36,7 @@ from mae_jax.config import default, resolved
 from mae_jax.data import NO_DATA
 from mae_jax.evals import linear_probe
 from mae_jax.methods import build
-from mae_jax.param_tree import judged
+from mae_jax.param_tree import split_eval_params
 from mae_jax.storage.checkpoint import load_params
 from mae_jax.training import loop, workdir
 
@@ -80,12 +80,12 @@ def prepare(file: Path) -> None:
             data.source = name
             found = registry.load(data, split)
             for example in (found.read(i) for i in range(found.size)):
-                image = Image.fromarray(example.picture)
+                image = Image.fromarray(example.image)
                 if name == "photo_crops":
                     pictures.append(np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)))
                 else:
                     edge = (SIDE - image.width) // 2
-                    pictures.append(np.pad(example.picture, ((edge, edge), (edge, edge), (0, 0))))
+                    pictures.append(np.pad(example.image, ((edge, edge), (edge, edge), (0, 0))))
                 labels.append(example.label + offset)
         order = np.random.default_rng(0).permutation(len(labels))
         arrays |= {f"x_{split}": np.stack(pictures)[order], f"y_{split}": np.array(labels)[order]}
@@ -135,9 +135,9 @@ def plan(size: Size, cells: list[Cell]) -> Iterator[list[Cell]]:
     """Yields what is to be run, in order; the cells of a stage may run at the same time."""
     for arms in ((*DENSE, UNTRAINED), (LONGER, MOCE, TOKEN)):
         yield [{"kind": "trained", "arm": arm, "seed": seed} for seed in size.seeds for arm in arms]
-    judged = list(itertools.product(JUDGED, CLASSES))
-    yield [{"kind": "probe", "arm": arm, "task": task, "seed": seed} for seed in size.seeds for arm, task in judged]
-    tuned = [{"kind": "tuned", "arm": arm, "task": task} for arm, task in judged if arm not in PROBED]
+    evaluated = list(itertools.product(JUDGED, CLASSES))
+    yield [{"kind": "probe", "arm": arm, "task": task, "seed": seed} for seed in size.seeds for arm, task in evaluated]
+    tuned = [{"kind": "tuned", "arm": arm, "task": task} for arm, task in evaluated if arm not in PROBED]
     yield [{**known, "seed": 0, "lr": lr} for known in tuned for lr in LRS]
     yield [{**known, "seed": seed, "lr": shared.chosen(cells, **known)} for known in tuned
            for seed in size.seeds[1:]]
@@ -201,7 +201,7 @@ class Study:
         config = workdir.config_of(source).copy_and_resolve_references().unlock()
         config.data.update(classes=CLASSES[task], val_split="", eval_split="", augment="none")
         config.eval.max_examples = 1 << 31
-        method, (params, extras) = build(resolved(config), NO_DATA), judged(load_params(source, extras=True))
+        method, (params, extras) = build(resolved(config), NO_DATA), split_eval_params(load_params(source, extras=True))
         assert not extras or config.method.get("gate") == "token"
         pairs = []
         for split in ("train", "test"):
@@ -255,12 +255,12 @@ def plot(cells: list[Cell]) -> bytes:
     figure = Figure(figsize=(11, 4.5), layout="constrained", dpi=120)
     ways = (("probe", "linear probe"), ("tuned", "fine-tuned"))
     for axes, (kind, way) in zip(figure.subplots(1, 2), ways, strict=True):
-        for shift, task, colour in ((-0.12, "A", "C0"), (0.12, "B", "C1")):
+        for shift, task, color in ((-0.12, "A", "C0"), (0.12, "B", "C1")):
             for place, arm in enumerate(JUDGED):
                 if scores := values(cells, kind, arm, task):
                     mean = float(np.mean(scores))
                     spread = [[mean - min(scores)], [max(scores) - mean]]
-                    axes.errorbar(place + shift, mean, spread, marker="o", capsize=3, color=colour,
+                    axes.errorbar(place + shift, mean, spread, marker="o", capsize=3, color=color,
                                   label=f"task {task}" if place == 0 else None)
         axes.set_xticks(range(len(JUDGED)), JUDGED, rotation=30, ha="right")
         axes.set_ylabel(f"top-1, {way}; mean and range of seeds")

@@ -88,7 +88,7 @@ def prepare(folder: Path, clipart: str) -> None:
         for split in ("train", "test"):
             found = registry.load(data, split)
             examples = [found.read(int(i)) for i in np.random.default_rng(0).permutation(found.size)]
-            arrays[f"x_{split}"] = np.stack([square(example.picture, about) for example in examples])
+            arrays[f"x_{split}"] = np.stack([square(example.image, about) for example in examples])
             arrays[f"y_{split}"] = np.array([example.label for example in examples])
         np.savez_compressed(folder / f"{name}.npz", **arrays)
         print(folder / f"{name}.npz", {key: value.shape for key, value in arrays.items()})

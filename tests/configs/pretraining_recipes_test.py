@@ -9,16 +9,16 @@ from mae_jax.durations import steps
 from mae_jax.param_tree import flatten
 from tests.configs.recipes_test import leaves, method_of, resolved
 
-BEIT_OPTIMISER = {"batch_size": 2048, "optim.lr": 1.5e-3 / 8, "optim.betas": (0.9, 0.98), "optim.clip": 3.0,
+BEIT_OPTIMIZER = {"batch_size": 2048, "optim.lr": 1.5e-3 / 8, "optim.betas": (0.9, 0.98), "optim.clip": 3.0,
                   "optim.weight_decay": 0.05, "optim.min_lr": 1e-5, "model.layer_scale": 0.1, "model.drop_path": 0.1}
 SETTINGS = {
-    "vit_b_beit": BEIT_OPTIMISER | {
+    "vit_b_beit": BEIT_OPTIMIZER | {
         "method.masked": 75, "method.masking": "block", "optim.warmup": "10 epochs", "train.duration": "800 epochs",
         "method.vocabulary": 8192, "data.crop_scale": (0.08, 1.0)},
-    "vit_b_splitmask": BEIT_OPTIMISER | {
+    "vit_b_splitmask": BEIT_OPTIMIZER | {
         "method.decoder_depth": 2, "method.decoder_width": 768, "method.vocabulary": 8192, "method.match_weight": 1.0,
         "train.duration": "300 epochs"},
-    "vit_s_splitmask": BEIT_OPTIMISER | {
+    "vit_s_splitmask": BEIT_OPTIMIZER | {
         "method.decoder_depth": 2, "method.decoder_width": 384, "train.duration": "300 epochs", "model.width": 384},
     "vit_s_dino": {
         "batch_size": 512, "optim.lr": 5e-4, "optim.min_lr": 1e-6, "optim.weight_decay": 0.04,
@@ -90,8 +90,8 @@ def test_small_data_keep_the_best_checkpoint_by_a_part_of_what_they_train_on(arg
     config = resolved(f"splitmask_small:{argument}")
     validate(config)
     assert (config.data.train_split, config.data.val_split) == ("train[:95%]", "train[95%:]")
-    unlabelled = argument.split(",")[0] in ("folder", "coco", "S")
-    assert config.checkpoint.best_metric == ("loss" if unlabelled else "knn/top1")
+    unlabeled = argument.split(",")[0] in ("folder", "coco", "S")
+    assert config.checkpoint.best_metric == ("loss" if unlabeled else "knn/top1")
     every, total = (steps(text, 2048, 8144) for text in (config.eval.every, config.train.duration))
     assert total // every in (19, 20)
     assert config.method.decoder_width == config.model.width == (384 if argument.endswith("S") else 768)

@@ -171,7 +171,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("text", SETTINGS)
-def test_a_recipe_has_the_published_loss_augmentation_model_and_optimiser(text):
+def test_a_recipe_has_the_published_loss_augmentation_model_and_optimizer(text):
     values = leaves(resolved(text))
     assert {name: values[name] for name in SETTINGS[text]} == SETTINGS[text]
 
@@ -216,7 +216,7 @@ def test_an_h_of_52_blocks_is_an_h_with_20_more():
 
 def test_a_probe_learns_the_head_alone():
     method, shapes = built("linear_probe")
-    assert {name for name in shapes if method.learns(name)} == {"head/kernel", "head/bias"}
+    assert {name for name in shapes if method.is_trainable(name)} == {"head/kernel", "head/bias"}
 
 
 def test_partial_fine_tuning_of_4_of_24_blocks_learns_these_and_the_head():
@@ -225,7 +225,7 @@ def test_partial_fine_tuning_of_4_of_24_blocks_learns_these_and_the_head():
     validate(config)
     method, shapes = method_of(config), built("finetune:L,paper")[1]
     learns = {name.split("/")[1] if name.startswith("encoder") else name.split("/")[0]
-              for name in shapes if method.learns(name)}
+              for name in shapes if method.is_trainable(name)}
     assert learns == {"block_20", "block_21", "block_22", "block_23", "fc_norm", "head"}
 
 

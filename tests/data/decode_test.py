@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mae_jax.data import decode
-from mae_jax.data.decode import BadPicture, Box, Picture
+from mae_jax.data.decode import BadImage, Box, StoredImage
 from mae_jax.data.sources import photo_crops
 
 
@@ -37,7 +37,7 @@ def test_every_format_decodes_to_rgb(kind, mode, error):
 
 
 @pytest.mark.parametrize("mode", ["L", "1"])
-def test_grey_becomes_three_equal_channels(mode):
+def test_gray_becomes_three_equal_channels(mode):
     pixels = decode.decode(encode(pattern(), "PNG", mode))
     assert (pixels == pixels[..., :1]).all()
 
@@ -46,19 +46,19 @@ def test_grey_becomes_three_equal_channels(mode):
 def test_sixteen_bits_keep_their_upper_eight(channels):
     deep = np.arange(16 * 16 * channels, dtype=np.uint16).reshape(16, 16, channels) * 64
     deep[..., 3 if channels == 4 else 1:channels if channels in (2, 4) else 0] = 65535  # opaque
-    colour = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
-    pixels = decode.decode(png(16, 16, deep.astype(">u2").tobytes(), bits=16, colour=colour))
+    color = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    pixels = decode.decode(png(16, 16, deep.astype(">u2").tobytes(), bits=16, color=color))
     assert (pixels == deep[..., :3 if channels > 2 else 1] >> 8).all()
 
 
-def png(width, height, values, bits=8, colour=0):
+def png(width, height, values, bits=8, color=0):
     """A PNG file of the rows of `values`, which come one after the other."""
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     rows, packer = len(values) // height, zlib.compressobj()
     packed = b"".join(packer.compress(b"\0" + values[y * rows:(y + 1) * rows]) for y in range(height))
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
     return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed + packer.flush())
             + chunk(b"IEND", b""))
 
@@ -78,7 +78,7 @@ def test_transparency_is_laid_over_white():
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG"])
-def test_a_transparent_palette_colour_becomes_white(kind):
+def test_a_transparent_palette_color_becomes_white(kind):
     image = Image.new("P", (4, 4), 0)
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putpixel((1, 0), 1)
@@ -90,7 +90,7 @@ def test_a_transparent_palette_colour_becomes_white(kind):
 
 
 def animation(kind):
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     file = io.BytesIO()
     frames[0].save(file, kind, save_all=True, append_images=frames[1:], lossless=True)
     return file.getvalue()
@@ -113,30 +113,30 @@ def turned(orientation):
     (lambda: encode(pattern(), "GIF", "P"), ("with a palette",)),
     (lambda: encode(pattern(), "PNG", "RGBA"), ("with transparency",)),
     (lambda: encode_raw(np.zeros((4, 4), np.uint16)), ("grey", "of 16 bits")),
-    (lambda: png(1, 1, bytes(6), bits=16, colour=2), ("of 16 bits",)),
+    (lambda: png(1, 1, bytes(6), bits=16, color=2), ("of 16 bits",)),
     (lambda: animation("WEBP"), ("animated (first frame)",)), (lambda: animation("PNG"), ("animated (first frame)",)),
     (lambda: animation("GIF"), ("with a palette", "animated (first frame)")),
     (lambda: turned(6), ("turned by EXIF (ignored)",)), (lambda: turned(1), ())])
 def test_what_is_converted_or_ignored_can_be_told(make, converted):
-    picture = Picture(make())
+    picture = StoredImage(make())
     assert picture.converted() == converted
     picture.whole()
     assert picture.converted() == converted
-    assert Picture(pattern()).converted() == ()
+    assert StoredImage(pattern()).converted() == ()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_exif_that_cannot_be_read_turns_nothing(kind):
     content = io.BytesIO()
     Image.new("RGB", (8, 8), (10, 20, 30)).save(content, kind, exif=b"Exif\0\0garbage, and no header of TIFF")
-    assert Picture(content.getvalue()).converted() == ()
+    assert StoredImage(content.getvalue()).converted() == ()
 
 
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
 def test_one_pixel_is_a_picture(kind, fast):
     data = encode(np.full((1, 1, 3), 90, np.uint8), kind)
-    view = np.asarray(Picture(data, fast).view(Box(0, 0, 1, 1), (16, 24)))
+    view = np.asarray(StoredImage(data, fast).view(Box(0, 0, 1, 1), (16, 24)))
     assert view.shape == (16, 24, 3)
     assert np.abs(view.astype(int) - 90).max() <= 2
 
@@ -166,12 +166,12 @@ def test_a_jpeg_cut_anywhere_is_bad_even_where_only_its_top_is_wanted(options, f
         inner = encode(pattern(), "JPEG")
         options = {"exif": b"Exif\0\0II*\0\x08\0\0\0" + bytes(6) + inner}
     data = encode(pattern(200, 300), "JPEG", quality=95, **options)
-    Picture(data, fast).view(Box(0, 0, 8, 8), (8, 8))
+    StoredImage(data, fast).view(Box(0, 0, 8, 8), (8, 8))
     cuts = places(data)
     assert len(cuts) > 25
     for cut in cuts:
-        with pytest.raises(BadPicture):
-            Picture(data[:cut], fast).view(Box(0, 0, 8, 8), (8, 8))
+        with pytest.raises(BadImage):
+            StoredImage(data[:cut], fast).view(Box(0, 0, 8, 8), (8, 8))
 
 
 def test_what_phones_append_to_a_jpeg_is_not_taken_for_a_cut():
@@ -179,13 +179,13 @@ def test_what_phones_append_to_a_jpeg_is_not_taken_for_a_cut():
     for seed in range(20):
         film = np.random.default_rng(seed).integers(0, 256, 200_000, dtype=np.uint8).tobytes() + decode.SCAN_MARKER
         assert (decode.decode(data + film) == decode.decode(data)).all()
-        with pytest.raises(BadPicture, match="end marker"):
-            Picture(data[:-2] + decode.SCAN_MARKER)
+        with pytest.raises(BadImage, match="end marker"):
+            StoredImage(data[:-2] + decode.SCAN_MARKER)
 
 
 @pytest.mark.parametrize("data", [b"", b"hello, this is text", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
 def test_what_is_no_picture_is_bad(data):
-    with pytest.raises(BadPicture, match=r"\w"):
+    with pytest.raises(BadImage, match=r"\w"):
         decode.decode(data)
 
 
@@ -193,7 +193,7 @@ def test_what_is_no_picture_is_bad(data):
 @pytest.mark.parametrize("keep", [0.02, 0.3, 0.9])
 def test_other_formats_cut_short_are_bad(kind, keep):
     data = encode(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8), kind)
-    with pytest.raises(BadPicture):
+    with pytest.raises(BadImage):
         decode.decode(data[:int(len(data) * keep)])
 
 
@@ -255,17 +255,17 @@ def test_pictures_of_more_than_fifty_megapixels_are_refused_before_they_take_mem
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as decode.py sets it for all of a run
 def test_exactly_fifty_megapixels_are_read():
-    assert Picture(declaring("JPEG", 10_000, 5000)).width == 10_000
+    assert StoredImage(declaring("JPEG", 10_000, 5000)).width == 10_000
 
 
 def test_pixels_of_more_than_fifty_megapixels_are_refused_too():
-    with pytest.raises(BadPicture, match="50 megapixels"):
-        Picture(np.broadcast_to(np.uint8(0), (5001, 10_000, 3)))
+    with pytest.raises(BadImage, match="50 megapixels"):
+        StoredImage(np.broadcast_to(np.uint8(0), (5001, 10_000, 3)))
 
 
 def test_other_formats_are_refused():
-    with pytest.raises(BadPicture, match="not a JPEG"):
-        Picture(encode(pattern(), "TIFF"))
+    with pytest.raises(BadImage, match="not a JPEG"):
+        StoredImage(encode(pattern(), "TIFF"))
 
 
 @pytest.mark.parametrize(("box", "target"), [
@@ -274,7 +274,7 @@ def test_other_formats_are_refused():
 def test_a_fast_view_of_a_photograph_stays_close_to_the_exact_one(box, target):
     photograph = photo_crops._photograph(photo_crops._paths()[photo_crops.CLASSES.index("coffee")])
     data = encode(photograph, "JPEG", quality=90)
-    exact, fast = (np.asarray(Picture(data, fast).view(box, target)).astype(int) for fast in (False, True))
+    exact, fast = (np.asarray(StoredImage(data, fast).view(box, target)).astype(int) for fast in (False, True))
     assert 0 < np.abs(exact - fast).mean() < 2
     shifted = np.abs(exact[:, 1:] - fast[:, :-1]).mean()
     assert shifted > 1.5 * np.abs(exact - fast).mean()  # it is not moved by a pixel
@@ -282,13 +282,13 @@ def test_a_fast_view_of_a_photograph_stays_close_to_the_exact_one(box, target):
 
 def test_fast_pictures_that_are_no_plain_jpeg_are_decoded_exactly():
     data, box = encode(pattern(), "PNG"), Box(9, 11, 20, 30)
-    exact, fast = (np.asarray(Picture(data, fast).view(box, (16, 16))) for fast in (False, True))
+    exact, fast = (np.asarray(StoredImage(data, fast).view(box, (16, 16))) for fast in (False, True))
     assert (exact == fast).all()
 
 
 def test_a_jpeg_without_its_end_marker_is_bad_even_if_it_decodes():
     data = encode(np.full((16, 16, 3), 90, np.uint8), "JPEG")
-    Picture(data)
-    with pytest.raises(BadPicture, match="end marker"):
-        Picture(data[:-2])
-    Picture(data + b"trailing bytes of a camera" * 10)
+    StoredImage(data)
+    with pytest.raises(BadImage, match="end marker"):
+        StoredImage(data[:-2])
+    StoredImage(data + b"trailing bytes of a camera" * 10)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mae_jax import config as configs
 from mae_jax import data
-from mae_jax.data.decode import BadPicture, decode_mask
+from mae_jax.data.decode import BadImage, decode_mask
 from mae_jax.data.readers import random_access
 from mae_jax.data.sources import expected_sizes, registry, splits
 from mae_jax.errors import UserError
@@ -81,7 +81,7 @@ def build(c, rows=None, **more):
     shapes = {"labels": (3,), "pixel_label": (4, 64)}
     spec = method.batch_spec() | {name: jax.ShapeDtypeStruct((c.batch_size, *(shape or shapes[name])), np.uint8)
                                   for name, shape in more.items()}
-    return data.OpenedData(c, method.data_needs(c)).batches(spec, method.order(), rows=rows)
+    return data.OpenedData(c, method.data_needs(c)).batches(spec, method.patch_order(), rows=rows)
 
 
 def take(iterator, count):
@@ -264,17 +264,17 @@ def test_a_mask_is_the_index_into_its_palette_or_the_first_channel():
 
 @pytest.mark.parametrize("content", [b"text", b"", encoded(np.zeros((2, 2), np.uint16), "PNG").read()])
 def test_masks_that_do_not_decode_or_have_16_bits_are_bad(content):
-    with pytest.raises(BadPicture, match="mask"):
+    with pytest.raises(BadImage, match="mask"):
         decode_mask(content)
 
 
-def labelled(names):
+def labeled(names):
     features = {key: FEATURES[key] for key in ("image",)} | {"label": tfds.features.ClassLabel(names=names)}
     return {"features": features, "make": lambda i: {"image": example(i)["image"], "label": names[i % len(names)]}}
 
 
 def test_a_further_test_set_has_labels_of_the_training_classes_by_name(stored):
-    store(stored, "further", counts={"test": 5, "other": 3}, **labelled(("cat", "ant")))
+    store(stored, "further", counts={"test": 5, "other": 3}, **labeled(("cat", "ant")))
     inputs = build(config(stored))
     batch, = inputs.extra("further")
     assert batch["label"].tolist() == [2, 0, 2, 0, 2, -1, -1, -1]
@@ -283,7 +283,7 @@ def test_a_further_test_set_has_labels_of_the_training_classes_by_name(stored):
 
 
 def test_a_further_test_set_of_other_classes_is_refused(stored):
-    store(stored, "strange", counts={"test": 5}, **labelled(("cat", "dog")))
+    store(stored, "strange", counts={"test": 5}, **labeled(("cat", "dog")))
     inputs = build(config(stored))
     with pytest.raises(UserError, match="class 'dog'"):
         inputs.extra("strange")
@@ -293,12 +293,12 @@ def test_a_further_test_set_of_other_classes_is_refused(stored):
 
 def test_only_tfds_has_further_test_sets():
     with pytest.raises(UserError, match="set of TFDS"):
-        registry.further(configs.default().data, "imagenet_v2", ("a",))
+        registry.open_test_set(configs.default().data, "imagenet_v2", ("a",))
 
 
 def test_a_data_set_prepared_in_part_is_refused(tmp_path):
     version = str(tfds.builder("cifar10", data_dir=str(tmp_path)).version)
-    store(tmp_path, "cifar10", version=version, **labelled(("ant", "bee")))
+    store(tmp_path, "cifar10", version=version, **labeled(("ant", "bee")))
     with pytest.raises(UserError, match=r"cifar10 .*60 .* 50000 .*'train'"):
         build(config(tmp_path, "cifar10"))
 
@@ -329,7 +329,7 @@ def test_token_maps_are_refused_for_streams_whose_ids_are_no_rows_of_a_split(sto
     method = tiny_method(c)
     spec = {**method.eval_spec(), "tokens": jax.ShapeDtypeStruct((8, 4), np.int32)}
     with pytest.raises(UserError, match=r"streams .*random access"):
-        data.OpenedData(c).batches(spec, method.order())
+        data.OpenedData(c).batches(spec, method.patch_order())
 
 
 def test_the_table_of_sizes_names_data_sets_and_splits_of_tfds(tmp_path):

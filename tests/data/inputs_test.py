@@ -13,10 +13,10 @@ from PIL import Image
 
 from mae_jax import config as configs
 from mae_jax import data
-from mae_jax.data.masking import Order
+from mae_jax.data.masking import PatchOrder
 from mae_jax.data.readers import random_access
 from mae_jax.data.sources.base import Example, Source
-from mae_jax.data.transforms.example import Views
+from mae_jax.data.transforms.example import ExampleBuilder
 from mae_jax.errors import UserError
 from mae_jax.ops.patches import PatchGrid
 
@@ -30,7 +30,7 @@ def config(**fields):
     return c
 
 
-ORDER = Order("random", (4, 6), 18)
+ORDER = PatchOrder("random", (4, 6), 18)
 
 
 def spec(c):
@@ -132,7 +132,7 @@ def test_patches_are_cut_channel_fastest_and_permuted_by_their_order():
     pixels = np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8)
     c.data.augment = "none"
     c.eval.crop_ratio = (1.0,)
-    fields = Views(c, ORDER, spec(c)).train(Example(pixels), position=5)
+    fields = ExampleBuilder(c, ORDER, spec(c)).train(Example(pixels), position=5)
     picture = PatchGrid(4, 6, 8, 8).unpatchify(fields["patches"][None], fields["order"][None])[0]
     assert (picture == pixels).all()
     # Patch 7 = row 1, column 1; its second pixel.
@@ -148,7 +148,7 @@ def made(size=10, bad=()):
 
 def examples(source, count, c=None):
     c, bad = c or config(), deque(maxlen=100)
-    views = Views(c, ORDER, spec(c))
+    views = ExampleBuilder(c, ORDER, spec(c))
     return [random_access.train_example(source, views, c, bad, position) for position in range(count)], bad
 
 
@@ -182,8 +182,8 @@ def test_a_bad_picture_gives_way_to_the_next_of_the_epoch_and_is_named():
 
 def write_odd_folder(root):
     """Twelve pictures of all kinds, each of its number's grey, and six broken files; returns id → grey of the good."""
-    def save(name, grey, kind, mode="RGB", **options):
-        Image.new("RGB", (40, 30), (grey, grey, grey)).convert(mode).save(root / name, kind, **options)
+    def save(name, gray, kind, mode="RGB", **options):
+        Image.new("RGB", (40, 30), (gray, gray, gray)).convert(mode).save(root / name, kind, **options)
 
     more = {"save_all": True, "append_images": [Image.new("RGB", (40, 30), "red")], "lossless": True}
     kinds = [("JPEG", {}), ("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("JPEG", {"progressive": True}),
@@ -203,7 +203,7 @@ def write_odd_folder(root):
 
 
 def test_files_of_every_kind_are_read_or_replaced_by_name_alike_on_resume_and_in_two_processes(tmp_path):
-    greys, c = write_odd_folder(tmp_path), config()
+    grays, c = write_odd_folder(tmp_path), config()
     c.data.update(source="folder", path=str(tmp_path), eval_split="")
     inputs = inputs_of(c)
     assert inputs.num_train == 18
@@ -211,9 +211,9 @@ def test_files_of_every_kind_are_read_or_replaced_by_name_alike_on_resume_and_in
     for batch in batches:
         assert (batch["valid"] == 1).all()
         for id, patches in zip(batch["id"].tolist(), batch["patches"], strict=True):
-            assert abs(patches.astype(int) - greys[id]).max() <= 3
+            assert abs(patches.astype(int) - grays[id]).max() <= 3
     ids, replaced = (np.concatenate([batch[name] for batch in batches]) for name in ("id", "replaced"))
-    assert set(ids.tolist()) == set(greys)
+    assert set(ids.tolist()) == set(grays)
     assert ((replaced > 0).reshape(4, 18).sum(1) == 6).all()  # each broken file once in each epoch
     named = {name.split(":")[0] for name in inputs.bad}
     assert named == {f"bad_{name}.jpg" for name in ("text", "empty", "half", "head", "end", "bomb")}
@@ -227,7 +227,7 @@ def test_files_of_every_kind_are_read_or_replaced_by_name_alike_on_resume_and_in
     assert_equal(part, [{name: value[:4] for name, value in batch.items()} for batch in whole])
 
 
-def test_where_all_tries_fail_a_grey_picture_without_weight_stands_in():
+def test_where_all_tries_fail_a_gray_picture_without_weight_stands_in():
     fields = examples(made(bad=range(10)), 1)[0][0]
     assert (fields["patches"] == 127).all()
     assert fields["valid"] == 0
@@ -238,7 +238,7 @@ def test_where_all_tries_fail_a_grey_picture_without_weight_stands_in():
 
 def test_a_bad_picture_of_an_evaluation_has_no_weight_and_moves_no_other():
     c, bad = config(), deque(maxlen=100)
-    views = Views(c, ORDER, spec(c))
+    views = ExampleBuilder(c, ORDER, spec(c))
     found = [random_access.evaluate_example(made(bad={1}), views, np.arange(3), 1.0, bad, i) for i in range(4)]
     assert [fields["valid"] for fields in found] == [1, 0, 1, 0]
     assert [fields["id"] for fields in found] == [0, 1, 2, -1]

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from mae_jax.data.masking import Order, View, _add_block, _add_published_block, check, draw, with_views
+from mae_jax.data.masking import PatchOrder, View, _add_block, _add_published_block, check, draw, with_views
 from mae_jax.errors import UserError
 from mae_jax.rng import rng
 
@@ -17,23 +17,23 @@ from mae_jax.rng import rng
     ("block", (14, 14), 0), ("published_block", (14, 14), 75), ("published_block", (4, 6), 9),
     ("published_block", (14, 14), 196), ("published_block", (14, 14), 0), ("published_block", (1, 1), 1),
     ("published_block", (2, 2), 3), ("grid", (6, 4), 18), ("identity", (3, 5), 0)])
-def test_an_order_is_a_permutation(kind, grid, hidden):
-    order = draw(Order(kind, grid, hidden), rng(0, "order", 5))["order"]
+def test_an_order_is_a_permutation(kind, grid, num_masked):
+    order = draw(PatchOrder(kind, grid, num_masked), rng(0, "order", 5))["order"]
     assert order.dtype == np.int32
     assert sorted(order) == list(range(grid[0] * grid[1]))
 
 
 def test_random_orders_hide_every_patch_alike_often():
-    order = Order("random", (4, 4), 12)
-    hidden = [draw(order, rng(0, "order", i))["order"][-12:] for i in range(2000)]
-    counts = np.bincount(np.concatenate(hidden), minlength=16)
+    order = PatchOrder("random", (4, 4), 12)
+    num_masked = [draw(order, rng(0, "order", i))["order"][-12:] for i in range(2000)]
+    counts = np.bincount(np.concatenate(num_masked), minlength=16)
     assert np.abs(counts / 2000 - 0.75).max() < 0.05
 
 
 def hidden_mask(order, position):
     mask = np.zeros(order.grid, bool)
     permutation = draw(order, rng(0, "order", position))["order"]
-    mask.flat[permutation[len(permutation) - order.hidden:]] = True
+    mask.flat[permutation[len(permutation) - order.num_masked:]] = True
     return mask
 
 
@@ -46,7 +46,8 @@ def pairs(mask):
 def test_block_orders_hide_patches_in_blocks(kind):
     """A hidden patch's right neighbour is hidden far more often than the share of hidden patches (0.4)."""
     together, scattered = (
-        np.mean([pairs(hidden_mask(Order(each, (14, 14), 78), i)) for i in range(50)]) for each in (kind, "random"))
+        np.mean([pairs(hidden_mask(PatchOrder(each, (14, 14), 78), i)) for i in range(50)])
+        for each in (kind, "random"))
     assert together > 0.7 > 0.5 > scattered
 
 
@@ -83,9 +84,9 @@ def statistics(masks):
         wide = np.pad(masks, ((0, 0), (1, 1), (1, 1)), constant_values=edge)
         return np.stack([wide[:, :-2, 1:-1], wide[:, 2:, 1:-1], wide[:, 1:-1, :-2], wide[:, 1:-1, 2:]])
 
-    hidden, beside, edge = masks.sum(), neighbors(False), ~neighbors(True).all(0)
-    return {"hidden": hidden / len(masks), "isolated": (masks & ~beside.any(0)).sum() / len(masks),
-            "pairs": (masks & beside).sum() / 2 / len(masks), "touching": (masks & edge).sum() / hidden}
+    num_masked, beside, edge = masks.sum(), neighbors(False), ~neighbors(True).all(0)
+    return {"hidden": num_masked / len(masks), "isolated": (masks & ~beside.any(0)).sum() / len(masks),
+            "pairs": (masks & beside).sum() / 2 / len(masks), "touching": (masks & edge).sum() / num_masked}
 
 
 @pytest.mark.parametrize(("grid", "total", "known"), [
@@ -100,7 +101,7 @@ def test_published_block_orders_have_the_statistics_of_beits_released_code(grid,
     draws = random.Random(3)
     theirs = statistics(np.stack([published(grid, total, draws) for _ in range(MASKS)]))
     blocks = statistics(np.stack([unfilled(grid, total, rng(0, "order", i)) for i in range(MASKS)]))
-    ours = statistics(np.stack([hidden_mask(Order("published_block", grid, total), i) for i in range(MASKS)]))
+    ours = statistics(np.stack([hidden_mask(PatchOrder("published_block", grid, total), i) for i in range(MASKS)]))
     near = {"hidden": 0.25, "isolated": 0.03, "pairs": 0.6, "touching": 0.006}
     assert blocks == {name: pytest.approx(theirs[name], abs=near[name]) for name in near}
     for name, value in known.items():
@@ -135,17 +136,17 @@ def test_published_blocks_have_the_sizes_and_places_that_are_published():
 
 def test_block_orders_hide_75_of_196_and_their_blocks_are_as_large_and_long_as_beits():
     """BEiT Algorithm 1: a block has 16 patches to what is left, its aspect lies between 0.3 and 1 / 0.3."""
-    order, shapes = Order("block", (14, 14), 75), []
+    order, shapes = PatchOrder("block", (14, 14), 75), []
     masks = np.stack([hidden_mask(order, i) for i in range(400)])
     assert (masks.sum((1, 2)) == 75).all()
     middle, corners = masks[:, 6:8, 6:8].mean(), masks[:, ::13, ::13].mean()
     assert 0.5 < middle < 0.8  # blocks lie within the picture: its middle is hidden more often than its corners
     assert 0.02 < corners < 0.3
     for position in range(400):
-        hidden = np.zeros((14, 14), bool)
-        assert _add_block(hidden, 75, rng(0, "order", position))
-        rows, columns = (np.ptp(np.flatnonzero(hidden.any(axis))) + 1 for axis in (1, 0))
-        assert rows * columns == hidden.sum()
+        num_masked = np.zeros((14, 14), bool)
+        assert _add_block(num_masked, 75, rng(0, "order", position))
+        rows, columns = (np.ptp(np.flatnonzero(num_masked.any(axis))) + 1 for axis in (1, 0))
+        assert rows * columns == num_masked.sum()
         shapes.append((rows, columns))
     areas, aspects = np.prod(shapes, 1), np.log([rows / columns for rows, columns in shapes])
     assert 12 <= areas.min() <= 18  # rounded sides
@@ -156,20 +157,20 @@ def test_block_orders_hide_75_of_196_and_their_blocks_are_as_large_and_long_as_b
 
 
 def test_block_orders_differ_between_positions():
-    order = Order("block", (14, 14), 78)
+    order = PatchOrder("block", (14, 14), 78)
     assert not np.array_equal(hidden_mask(order, 0), hidden_mask(order, 1))
 
 
 def test_grid_orders_keep_one_patch_of_each_square_of_four():
-    visible = ~hidden_mask(Order("grid", (4, 6), 18), 0)
+    visible = ~hidden_mask(PatchOrder("grid", (4, 6), 18), 0)
     assert (visible.reshape(2, 2, 3, 2).sum((1, 3)) == 1).all()
 
 
 @pytest.mark.parametrize(("order", "text"), [
-    (Order("rondom", (4, 4), 8), "'rondom'.* 'random'"),
-    (Order("grid", (7, 4), 21), "6 x 4 or 8 x 4"),
-    (Order("grid", (4, 4), 8), "12 of 16"),
-    (Order("random", (4, 4), 17), "0 to 16"),
+    (PatchOrder("rondom", (4, 4), 8), "'rondom'.* 'random'"),
+    (PatchOrder("grid", (7, 4), 21), "6 x 4 or 8 x 4"),
+    (PatchOrder("grid", (4, 4), 8), "12 of 16"),
+    (PatchOrder("random", (4, 4), 17), "0 to 16"),
 ])
 def test_impossible_orders_are_refused_with_what_would_work(order, text):
     with pytest.raises(UserError, match=text):
@@ -191,7 +192,7 @@ class Corners(NamedTuple):
 
 
 def test_a_methods_own_generator_says_where_its_blocks_are_in_the_order():
-    order = Order(Corners(), (4, 4), 4)
+    order = PatchOrder(Corners(), (4, 4), 4)
     check(order)
     drawn, again = (draw(order, rng(0, "order", 5)) for _ in range(2))
     assert {name: (value.shape, value.dtype) for name, value in drawn.items()} == {
@@ -199,15 +200,15 @@ def test_a_methods_own_generator_says_where_its_blocks_are_in_the_order():
     np.testing.assert_array_equal(drawn["order"][drawn["blocks"]], [[0, 4, 8, 12], [0, 1, 2, 3]])
     np.testing.assert_array_equal(drawn["blocks"][1], [12, 13, 14, 15])
     np.testing.assert_array_equal(drawn["order"], again["order"])
-    assert draw(Order(Corners(blocks=(0, 0)), (4, 4), 4), rng(0, "order", 5)).keys() == {"order"}
+    assert draw(PatchOrder(Corners(blocks=(0, 0)), (4, 4), 4), rng(0, "order", 5)).keys() == {"order"}
     assert "corners" in json.dumps(order)  # cached batches store it
 
 
 @pytest.mark.parametrize(("order", "text"), [
-    (Order(Corners(first=1), (4, 4), 4), "'corners' draws no permutation of 16"),
-    (Order(Corners(shown=1), (4, 4), 4), r"\[1, 4\] of the patches 0 to 12, not \[2, 4\]"),
-    (Order(Corners(), (4, 4), 4, group=2), "a group of 2"),
-    (Order(Corners(), (4, 4), 17), "0 to 16"),
+    (PatchOrder(Corners(first=1), (4, 4), 4), "'corners' draws no permutation of 16"),
+    (PatchOrder(Corners(shown=1), (4, 4), 4), r"\[1, 4\] of the patches 0 to 12, not \[2, 4\]"),
+    (PatchOrder(Corners(), (4, 4), 4, group=2), "a group of 2"),
+    (PatchOrder(Corners(), (4, 4), 17), "0 to 16"),
 ])
 def test_an_own_generator_that_draws_no_such_order_is_refused(order, text):
     with pytest.raises(UserError, match=text):
@@ -217,8 +218,8 @@ def test_an_own_generator_that_draws_no_such_order_is_refused(order, text):
 def test_views_have_the_blocks_of_their_own_orders():
     names = {"patches": (16, 12), "order": (16,), "blocks": (2, 4), "label": ()}
     spec = {name: jax.ShapeDtypeStruct((8, *shape), np.int32) for name, shape in names.items()}
-    views = (View("large", (8, 8), (0.4, 1), (None, None), Order(Corners(), (4, 4), 4)),
-             View("small", (4, 4), (0.1, 0.4), (None,), Order("identity", (2, 2), 0)))
+    views = (View("large", (8, 8), (0.4, 1), (None, None), PatchOrder(Corners(), (4, 4), 4)),
+             View("small", (4, 4), (0.1, 0.4), (None,), PatchOrder("identity", (2, 2), 0)))
     assert {name: struct.shape for name, struct in with_views(spec, views).items()} == {
         "label": (8,), "large/patches": (8, 2, 16, 12), "large/order": (8, 2, 16), "large/blocks": (8, 2, 2, 4),
         "small/patches": (8, 1, 4, 12), "small/order": (8, 1, 4)}

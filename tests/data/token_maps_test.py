@@ -23,7 +23,7 @@ def build(tmp_path, method="beit", arrays=None, **fields):
     np.savez(file, **(maps() if arrays is None else arrays))
     config = tiny_config(STILL | {"data.tokens": str(file)} | fields, method)
     some = tiny_method(config)
-    return config, some, data.OpenedData(config, some.data_needs(config)).batches(some.eval_spec(), some.order())
+    return config, some, data.OpenedData(config, some.data_needs(config)).batches(some.eval_spec(), some.patch_order())
 
 
 def test_every_batch_has_the_tokens_of_its_examples_in_the_order_of_their_patches(tmp_path):

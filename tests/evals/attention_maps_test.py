@@ -117,11 +117,11 @@ def test_pictures_have_a_row_for_each_image_and_a_column_for_each_head():
     assert picture.dtype == np.uint8
 
 
-def test_colours_spread_each_map_over_the_ramp_with_rising_lightness():
+def test_colors_spread_each_map_over_the_ramp_with_rising_lightness():
     heat = np.linspace(3, 9, 12).reshape(1, 3, 4)
-    found = attention_maps.colours(heat)
+    found = attention_maps.colors(heat)
     np.testing.assert_array_equal(found[0, 0, 0], attention_maps.RAMP[0])
     np.testing.assert_array_equal(found[0, -1, -1], attention_maps.RAMP[-1])
     lightness = found[0].reshape(-1, 3) @ (0.299, 0.587, 0.114)
     assert (np.diff(lightness) > 0).all()
-    assert (attention_maps.colours(np.full((2, 2), 5.0)) == attention_maps.RAMP[0]).all()
+    assert (attention_maps.colors(np.full((2, 2), 5.0)) == attention_maps.RAMP[0]).all()

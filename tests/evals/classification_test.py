@@ -60,10 +60,10 @@ def test_the_sums_do_not_depend_on_how_rows_are_batched_and_padded():
 
 def test_pictures_without_a_label_do_not_count():
     logits, labels = guesses(60, 7)
-    unlabelled = np.where(np.arange(60) % 3 == 0, -1, labels)
-    keep = unlabelled >= 0
+    unlabeled = np.where(np.arange(60) % 3 == 0, -1, labels)
+    keep = unlabeled >= 0
     for name, value in counted(logits[keep], labels[keep]).items():
-        np.testing.assert_array_equal(counted(logits, unlabelled)[name], value)
+        np.testing.assert_array_equal(counted(logits, unlabeled)[name], value)
 
 
 def test_of_equal_logits_the_lower_class_comes_first():

@@ -37,7 +37,7 @@ def test_pictures_show_input_truth_and_prediction():
     config = tiny_segment()
     method, state, batch = tiny_method(config), tiny_state(config), tiny_segment_batch(config)
     batch["pixel_label"][0] = 1
-    picture = segmentation.pictures(method, state.params, {}, batch)
+    picture = segmentation.images(method, state.params, {}, batch)
     keys = CAPTION + GAP  # three classes take one line
     assert picture.shape == (2 * CAPTION + 4 * (128 + GAP) + GAP + keys, 6 * (128 + GAP) + GAP, 3)
     assert (picture[-keys + 6, GAP + 5 + segmentation.KEY] == segmentation.palette(3)[1]).all()
@@ -45,9 +45,9 @@ def test_pictures_show_input_truth_and_prediction():
     assert (truth == segmentation.palette(3)[1]).all()
 
 
-def test_each_class_has_a_colour_of_its_own_and_what_counts_nowhere_another():
-    colours = segmentation.palette(150)
-    assert len(np.unique(colours[:151], axis=0)) == 151
-    assert (colours[0] == 0).all()
-    np.testing.assert_array_equal(colours[1], (128, 0, 0))
-    assert (colours[IGNORED] == segmentation.CREAM).all()
+def test_each_class_has_a_color_of_its_own_and_what_counts_nowhere_another():
+    colors = segmentation.palette(150)
+    assert len(np.unique(colors[:151], axis=0)) == 151
+    assert (colors[0] == 0).all()
+    np.testing.assert_array_equal(colors[1], (128, 0, 0))
+    assert (colors[IGNORED] == segmentation.CREAM).all()

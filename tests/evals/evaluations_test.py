@@ -62,7 +62,7 @@ def test_the_names_that_an_evaluation_tells_are_those_of_its_figures(case):
         assert sorted(figures) == sorted(each.metric_names(evaluator.method, evaluator.inputs)), each.name
         given |= figures if each.when == "periodic" else {}
     raw = {f"raw/{name}" for name in given} if state.ema else set()
-    assert sorted(evaluator.names(state)) == sorted({*given, *raw})
+    assert sorted(evaluator.metric_names(state)) == sorted({*given, *raw})
     assert evaluator.scalars(state).keys() == {f"eval/{name}" for name in {*given, *raw}}
     assert all(np.isfinite(value) for value in given.values())
 
@@ -103,10 +103,10 @@ class Brightness(Evaluation):
 def test_one_more_evaluation_is_one_line_of_the_table(monkeypatch):
     monkeypatch.setattr(evaluators, "EVALUATIONS", (*EVALUATIONS, Brightness()))
     evaluator, state = evaluated("mae", {})
-    assert "brightness" in evaluator.names(state)
+    assert "brightness" in evaluator.metric_names(state)
     figures = evaluator.scalars(state)
     assert 0.4 < figures["eval/brightness"] < 0.6
-    images = dict(evaluator.pictures(state))
+    images = dict(evaluator.images(state))
     assert list(images) == ["reconstruct", "ratios", "attention", "brightness"]
     assert images["brightness"].shape == (4, 4, 3)
 
@@ -129,16 +129,16 @@ def test_a_pass_counts_for_the_evaluations_that_it_is_for(monkeypatch):
     monkeypatch.setattr(evaluators, "EVALUATIONS", each)
     evaluator, state = evaluated("segment", {})
     assert evaluator.scalars(state) == {"eval/often/often": 13}
-    assert evaluator.closing(state) == {"eval/once/once": 13}
+    assert evaluator.final_evaluations(state) == {"eval/once/once": 13}
     assert evaluator.on_demand("asked", state) == {"eval/asked/asked": 13}
 
 
 def test_further_sets_are_read_for_logits_alone(monkeypatch):
     evaluator, state = evaluated("supervised", {"eval.sets": ("imagenet_v2",)})
     monkeypatch.setattr(evaluator.method, "loss", None)
-    assert 0 <= evaluator.closing(state)["eval/imagenet_v2/top1"] <= 1
+    assert 0 <= evaluator.final_evaluations(state)["eval/imagenet_v2/top1"] <= 1
     evaluator.inputs.extra = lambda name: iter([tiny_batch(evaluator.method.config) | {"label": np.full(8, -1)}])
-    assert np.isnan(evaluator.closing(state)["eval/imagenet_v2/top1"])
+    assert np.isnan(evaluator.final_evaluations(state)["eval/imagenet_v2/top1"])
 
 
 class Lossy(Brightness):

@@ -7,8 +7,8 @@ import pytest
 
 from mae_jax.config import resolved
 from mae_jax.evals import image_grid, knn, linear_probe, reconstruction
-from mae_jax.evals.accumulators import Rows
-from mae_jax.evals.context import labelled_rows
+from mae_jax.evals.accumulators import HostRows
+from mae_jax.evals.context import labeled_rows
 from mae_jax.evals.evaluator import Evaluator
 from mae_jax.methods.base import pool
 from mae_jax.ops.patches import PatchGrid
@@ -29,12 +29,12 @@ def mesh():
     return sharding.make_mesh(resolved(tiny_config()), jax.devices()[:1])
 
 
-def test_rows_leave_out_padding_grey_pictures_and_unlabelled_ones(mesh):
-    rows = Rows(mesh)
+def test_rows_leave_out_padding_gray_pictures_and_unlabeled_ones(mesh):
+    rows = HostRows(mesh)
     for start in (0, 4):
         batch = {"label": np.array([0, 1, -1, 2]), "valid": np.array([1, 0, 1, 1], np.float32)}
-        rows.add(labelled_rows(batch), np.arange(start, start + 4), batch["label"])
-    values, labels = rows.take()
+        rows.add(labeled_rows(batch), np.arange(start, start + 4), batch["label"])
+    values, labels = rows.collect()
     np.testing.assert_array_equal(values, [0, 3, 4, 7])
     np.testing.assert_array_equal(labels, [0, 2, 0, 2])
 
@@ -120,17 +120,17 @@ def test_pictures_keep_visible_patches_and_paste_predictions_into_the_hidden_one
     np.testing.assert_array_equal(original, PatchGrid(4, 3, 4, 8).unpatchify(batch["patches"], batch["order"]))
     hidden = np.zeros((8, 4, 3), bool)
     for image, order in enumerate(batch["order"]):
-        hidden[image].flat[order[method.visible:]] = True
+        hidden[image].flat[order[method.num_visible:]] = True
     hidden = hidden.repeat(4, 1).repeat(8, 2)
     np.testing.assert_array_equal(masked[~hidden], original[~hidden])
     np.testing.assert_array_equal(pasted[~hidden], original[~hidden])
-    assert (masked[hidden] == reconstruction.GREY).all()
+    assert (masked[hidden] == reconstruction.GRAY).all()
     assert (pasted[hidden] != original[hidden]).mean() > 0.5
     assert ("own true mean and deviation" in method.reconstruction_note) == (target == "norm_pix")
 
 
 def test_tiles_lie_in_rows_with_whole_pixels():
-    red, blue = (np.full((32, 48, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
+    red, blue = (np.full((32, 48, 3), color, np.uint8) for color in ((255, 0, 0), (0, 0, 255)))
     picture = image_grid.tile([(red, blue), (blue, red)], ("left", "right"), "title")
     height, width = 32 * 4, 48 * 4
     assert picture.shape == (2 * image_grid.CAPTION + 2 * (height + 4) + 4, 2 * (width + 4) + 4, 3)

@@ -15,7 +15,7 @@ def cosines(train, test) -> np.ndarray:
     return np.array([[row @ other / np.linalg.norm(row) / np.linalg.norm(other) for other in theirs] for row in ours])
 
 
-def neighbours(train, test, k: int, temperature: float) -> np.ndarray:
+def neighbors(train, test, k: int, temperature: float) -> np.ndarray:
     """Returns the vote's class for each test row, one row and one neighbour at a time; no vote is nearly a tie."""
     found = []
     for cosine in cosines(train, test):
@@ -38,20 +38,20 @@ def assert_clear(train, test, k: int) -> None:
 def test_knn_is_the_weighted_vote_of_the_nearest_by_cosine(k, temperature):
     train, test = blobs(90, seed=0), blobs(60, seed=1)
     assert_clear(train, test, k)
-    wanted = (neighbours(train, test, k, temperature) == test[1]).mean()
+    wanted = (neighbors(train, test, k, temperature) == test[1]).mean()
     assert knn.top1(train, test, CLASSES, k, temperature) == pytest.approx(wanted)
 
 
 def test_the_temperature_changes_votes():
     train, test = blobs(90, seed=0), blobs(60, seed=1)
-    assert (neighbours(train, test, 20, 0.02) != neighbours(train, test, 20, 1.0)).any()
+    assert (neighbors(train, test, 20, 0.02) != neighbors(train, test, 20, 1.0)).any()
 
 
 @pytest.mark.parametrize("k", [1, 7, 20])
-def test_at_a_high_temperature_every_neighbour_votes_alike_as_scikit_learn_has_it(k):
+def test_at_a_high_temperature_every_neighbor_votes_alike_as_scikit_learn_has_it(k):
     train, test = blobs(200, seed=0), blobs(150, seed=1)
     assert_clear(train, test, k)
-    peer = KNeighborsClassifier(k, metric="cosine").fit(*train)
+    peer = KNeighborsClassifier(k, metric="cosine").fit_extras(*train)
     assert knn.top1(train, test, CLASSES, k, 1e9) == pytest.approx(peer.score(*test))
 
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from mae_jax import methods
-from mae_jax.data.masking import Order
+from mae_jax.data.masking import PatchOrder
 from mae_jax.evals import reconstruction
 from mae_jax.losses import segmentation
 from mae_jax.methods.base import Method, mean_square, pool
@@ -74,13 +74,13 @@ class Reconstructor(Plain):
     """Reads clusters, without experts, and makes all masked patches alike."""
 
     reconstructs, outputs, masked = True, 4 * 4 * 3, 6
-    encodes_with = ("cluster",)
+    extra_encode_fields = ("cluster",)
 
     def eval_spec(self):
         return super().eval_spec() | {"cluster": jax.ShapeDtypeStruct((self.config.batch_size,), jnp.int32)}
 
-    def order(self):
-        return Order("random", self.grid.shape, self.masked)
+    def patch_order(self):
+        return PatchOrder("random", self.grid.shape, self.masked)
 
     def reconstruct(self, params, extras, batch):
         visible = self.grid.num_patches - self.masked
@@ -127,9 +127,9 @@ def test_a_method_without_fields_of_its_own_is_evaluated_by_all_that_applies(kin
     found = evaluator.scalars(state)
     assert found.keys() == {f"eval/{name}" for name in figures}
     assert all(np.isfinite(value) for value in found.values())
-    assert set(evaluator.names(state)) == figures
-    assert evaluator.closing(state).keys() == {f"eval/{name}" for name in last}
-    drawn = dict(evaluator.pictures(state))
+    assert set(evaluator.metric_names(state)) == figures
+    assert evaluator.final_evaluations(state).keys() == {f"eval/{name}" for name in last}
+    drawn = dict(evaluator.images(state))
     assert sorted(drawn) == images
     assert all(image.dtype == np.uint8 and image.shape[2] == 3 for image in drawn.values())
     if kind is Classifier:
@@ -150,6 +150,6 @@ def test_images_of_masked_patches_say_what_the_method_says_of_them(kind, titles,
     ctx = evaluator._context((), state.params, state, "eval")
     list(reconstruction.Reconstruction().images(ctx))
     assert [title for _, title in shown] == titles
-    gray = [(row[1] == reconstruction.GREY).all(-1).mean() for row in shown[-1][0]]
+    gray = [(row[1] == reconstruction.GRAY).all(-1).mean() for row in shown[-1][0]]
     wanted = [4 / 16, 8 / 16, 12 / 16, 14 / 16] if kind is Rebuilt else [6 / 16] * len(gray)
     np.testing.assert_allclose(gray, wanted, atol=0.02)  # an image may have gray pixels of its own

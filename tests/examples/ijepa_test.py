@@ -61,7 +61,7 @@ def made(**fields):
     """Returns method, random parameters, extras with another teacher, and a batch of random pixels."""
     config = config_of(**fields)
     method, teacher = tiny_method(config), {"encoder": tiny_params(config, seed=1)["encoder"]}
-    drawn = [draw(method.order(), rng(0, "order", row)) for row in range(config.batch_size)]
+    drawn = [draw(method.patch_order(), rng(0, "order", row)) for row in range(config.batch_size)]
     batch = {name: np.stack([fields[name] for fields in drawn]) for name in drawn[0]}
     batch["patches"] = np.random.default_rng(0).integers(0, 256, method.eval_spec()["patches"].shape, np.uint8)
     batch["valid"] = np.ones(config.batch_size, np.float32)
@@ -79,9 +79,9 @@ def rectangle(raster, grid):
 @pytest.mark.parametrize(("grid", "patches", "shapes"), SIZES)
 def test_targets_are_blocks_of_the_papers_scale_and_aspect_and_no_context_is_in_any(grid, patches, shapes):
     config = config_of(data__image_size=(grid[0] * 4, grid[1] * 4))
-    order, count, found, overlaps, places = tiny_method(config).order(), math.prod(grid), set(), 0, np.zeros(grid)
+    order, count, found, overlaps, places = tiny_method(config).patch_order(), math.prod(grid), set(), 0, np.zeros(grid)
     visible = count // 4
-    assert order.hidden == count - visible
+    assert order.num_masked == count - visible
     for position in range(200):
         drawn = draw(order, rng(0, "order", position))
         assert sorted(drawn["order"]) == list(range(count))
@@ -101,7 +101,7 @@ def test_targets_are_blocks_of_the_papers_scale_and_aspect_and_no_context_is_in_
 
 def test_the_context_is_spread_over_a_block_of_most_of_the_image():
     """It is drawn from a block of at least 0.85 of it, so that now and then a border has none of its patches."""
-    order, seen = tiny_method(config_of()).order(), np.zeros((8, 8))
+    order, seen = tiny_method(config_of()).patch_order(), np.zeros((8, 8))
     for position in range(400):
         seen.flat[draw(order, rng(0, "order", position))["order"][:16]] += 1
     assert seen.sum() == 400 * 16
@@ -126,7 +126,7 @@ def test_cached_batches_hold_the_targets_and_are_refused_for_others(tmp_path):
 
     config = config_of(eval__max_examples=16)
     method, inputs = tiny_method(config), batches_of(config)
-    write_batches(OpenedData(config), inputs, method.eval_spec(), method.order(), (), tmp_path, 2)
+    write_batches(OpenedData(config), inputs, method.eval_spec(), method.patch_order(), (), tmp_path, 2)
     config.data.update(source="batches", path=str(tmp_path))
     for cached, drawn in ((next(batches_of(config).train(1)), next(inputs.train(1))),
                           (next(batches_of(config).evaluate()), next(inputs.evaluate()))):

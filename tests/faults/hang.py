@@ -8,8 +8,8 @@ from mae_jax import data
 from mae_jax.commands import cli
 from mae_jax.storage.checkpoint import Checkpoints
 from mae_jax.training import loop
-from mae_jax.training.evaluation import Judge
-from mae_jax.training.step_logger import Log
+from mae_jax.training.evaluation import PeriodicEvaluation
+from mae_jax.training.step_logger import StepLogger
 from tests.faults import peer
 
 SECONDS = 1.5  # guard.stall_seconds; the tiny run's steps take milliseconds
@@ -28,10 +28,10 @@ def hang(place: str) -> None:
     if place == "save":
         Checkpoints.save = sleeps
     elif place == "evaluation":
-        Judge.look = lambda self, state, done: sleeps() if done == 4 else None
+        PeriodicEvaluation.look = lambda self, state, done: sleeps() if done == 4 else None
     elif place == "step":
-        push = Log.push
-        Log.push = lambda self, done, *args: (sleeps if done == AT else push)(self, done, *args)
+        push = StepLogger.push
+        StepLogger.push = lambda self, done, *args: (sleeps if done == AT else push)(self, done, *args)
     else:
         make = data.OpenedData.batches
 

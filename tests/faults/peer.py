@@ -53,7 +53,7 @@ def write_batches(folder: Path, config) -> None:
     if folder.exists():
         return
     parts, method = {}, tiny_method(config)
-    order = method.order()
+    order = method.patch_order()
     for seed, (name, size) in enumerate(SIZES.items()):
         views = name == "train" and method.views()
         make = raster_batch if order.kind == "identity" and not views else tiny_batch
@@ -124,8 +124,8 @@ def main() -> int:
         Path(f"{folder}.joined.{process}").touch()
         return loop.train(config, workdir)
 
-    return peers.together(command, here, {"workdir": folder}, start_seconds, float(heartbeat))
+    return peers.launch(command, here, {"workdir": folder}, start_seconds, float(heartbeat))
 
 
 if __name__ == "__main__":
-    exit.leave(cli.guarded(main))
+    exit.exit_process(cli.guarded(main))

@@ -77,10 +77,11 @@ def batches(config: ConfigDict, start: int, count: int) -> list[Arrays]:
 
 def parameters(source: Path) -> Arrays:
     """Returns path → array of what evaluations would use of a workdir, or of an exported file."""
-    from mae_jax.param_tree import flatten, judged
+    from mae_jax.param_tree import flatten, split_eval_params
     from mae_jax.storage.checkpoint import load_params
 
-    return {name: np.asarray(leaf) for name, leaf in flatten(judged(load_params(source, True, True))[0]).items()}
+    params, _ = split_eval_params(load_params(source, True, True))
+    return {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
 
 
 def saved(workdir: Path) -> Arrays:

@@ -7,7 +7,7 @@ CLASSES = 4
 
 def blobs(count: int, seed: int, width: int = 12) -> tuple[np.ndarray, np.ndarray]:
     """Returns overlapping classes (features [count, width], labels): no classifier is perfect."""
-    centres = np.random.default_rng(99).normal(size=(CLASSES, width))
+    centers = np.random.default_rng(99).normal(size=(CLASSES, width))
     rng = np.random.default_rng(seed)
     labels = rng.integers(CLASSES, size=count)
-    return (centres[labels] + 1.5 * rng.normal(size=(count, width))).astype(np.float32), labels.astype(np.int32)
+    return (centers[labels] + 1.5 * rng.normal(size=(count, width))).astype(np.float32), labels.astype(np.int32)

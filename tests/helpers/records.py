@@ -24,11 +24,11 @@ def jpeg(i):
     return file
 
 
-def store(folder, file_format, labelled=True):
+def store(folder, file_format, labeled=True):
     features = {"image": tfds.features.Image(encoding_format="jpeg")}
-    if labelled:
+    if labeled:
         features["label"] = tfds.features.ClassLabel(names=["a", "b", "c"])
-    sets = {split: [(i, {"image": jpeg(i), "label": i % 3} if labelled else {"image": jpeg(i)}) for i in range(size)]
+    sets = {split: [(i, {"image": jpeg(i), "label": i % 3} if labeled else {"image": jpeg(i)}) for i in range(size)]
             for split, size in (("train", TRAIN), ("test", TEST))}
     tfds.dataset_builders.store_as_tfds_dataset(
         "toy", "1.0.0", features=tfds.features.FeaturesDict(features), split_datasets=sets, data_dir=str(folder),
@@ -77,7 +77,7 @@ def plain_config(shards, **fields):
 
 def build(c, rows=None):
     method = tiny_method(c)
-    return data.OpenedData(c).batches(method.batch_spec(), method.order(), rows=rows)
+    return data.OpenedData(c).batches(method.batch_spec(), method.patch_order(), rows=rows)
 
 
 def take(iterator, count):

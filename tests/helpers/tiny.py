@@ -16,7 +16,7 @@ from mae_jax.methods.base import Batch, Extras, Method, Params
 from mae_jax.param_tree import path
 from mae_jax.state import TrainState
 from mae_jax.training import optim
-from mae_jax.training.train_step import Program, build, make_train_step
+from mae_jax.training.train_step import TrainStep, build, build_train_step
 
 EXAMPLES = 64  # of the training split that durations in epochs are counted with
 TINY_DATA = DataInfo(EXAMPLES, ("a", "b", "c"))
@@ -91,7 +91,7 @@ def tiny_batch(config: ConfigDict, seed: int = 0, train: bool = True) -> Batch:
         elif name.endswith("order"):
             raster = np.broadcast_to(np.arange(struct.shape[-1], dtype=np.int32), struct.shape)
             shown[name] = rng.permuted(raster, axis=-1)
-            group = method.order().group
+            group = method.patch_order().group
             for row in range(images * (group > 1)):
                 shown[name][row] = rolled(shown[name][row // group * group], row % group, group)
     return {
@@ -109,7 +109,7 @@ def tiny_method(config: ConfigDict, examples: int = EXAMPLES) -> Method:
     return methods.build(resolved(config), DataInfo(examples, ("a", "b", "c")))
 
 
-def tiny_program(config: ConfigDict, devices: list[jax.Device] | None = None) -> Program:
+def tiny_program(config: ConfigDict, devices: list[jax.Device] | None = None) -> TrainStep:
     """Returns the config's step on all devices or those given, for the same data."""
     return build(config, TINY_DATA, devices)
 
@@ -118,7 +118,7 @@ def open_inputs(config: ConfigDict, method: Method | None = None, rows: np.ndarr
     """Returns the config's data as its method, or this one, wants them."""
     method = method or tiny_method(config)
     opened = OpenedData(config, method.data_needs(config))
-    return opened.batches(method.eval_spec(), method.order(), method.views(), rows)
+    return opened.batches(method.eval_spec(), method.patch_order(), method.views(), rows)
 
 
 def tinted(batch: Batch) -> Batch:
@@ -165,5 +165,5 @@ def tiny_state(config: ConfigDict, extras: Extras | None = None, method: Method 
 def tiny_step(config: ConfigDict, method: Method | None = None) -> Any:
     """Returns the jitted train step, which donates its state."""
     method = method or tiny_method(config)
-    step = make_train_step(method, *tiny_optimizer(config, method))
+    step = build_train_step(method, *tiny_optimizer(config, method))
     return jax.jit(step, donate_argnums=0)

@@ -60,6 +60,6 @@ def test_exported_weights_give_hugging_face_the_same_loss_and_predictions(shrink
         theirs = hugging_face(config, params)(torch.from_numpy(pixels).float(),
                                               noise=torch.from_numpy(np.argsort(order).astype(np.float32)))
     loss, predictions = jax.device_get(ours(params))
-    expected = np.take_along_axis(theirs.logits.numpy(), order[:, method.visible:, None], 1)
+    expected = np.take_along_axis(theirs.logits.numpy(), order[:, method.num_visible:, None], 1)
     np.testing.assert_allclose(loss, theirs.loss.numpy(), rtol=TOLERANCE)
     np.testing.assert_allclose(predictions, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())

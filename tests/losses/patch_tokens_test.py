@@ -29,14 +29,14 @@ def test_k_means_is_scikit_learns_from_the_same_start():
     points = normal(patches()).astype(np.float32)
     start = points[np.sort(np.random.default_rng(5).choice(len(points), 12, replace=False))]
     ours = kmeans.kmeans(points, 12, np.random.default_rng(5), iterations=20)
-    theirs = KMeans(12, init=start, n_init=1, max_iter=20, tol=0, algorithm="lloyd").fit(points)
+    theirs = KMeans(12, init=start, n_init=1, max_iter=20, tol=0, algorithm="lloyd").fit_extras(points)
     np.testing.assert_allclose(ours, theirs.cluster_centers_, atol=1e-3)
 
 
-def test_a_centre_that_lost_its_points_moves_to_the_farthest_one():
+def test_a_center_that_lost_its_points_moves_to_the_farthest_one():
     points = np.float32([[0], [0], [0], [0], [10], [11]])
-    centres = kmeans.kmeans(points, 3, np.random.default_rng(0))  # some start has equal centres
-    nearest, distances = kmeans.assign(points, centres)
+    centers = kmeans.kmeans(points, 3, np.random.default_rng(0))  # some start has equal centres
+    nearest, distances = kmeans.assign(points, centers)
     assert len(np.unique(nearest)) == 3
     assert distances.sum() == pytest.approx(0)
 

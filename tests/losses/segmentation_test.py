@@ -19,15 +19,15 @@ def test_masks_of_patches_come_together_as_pixels():
 
 @pytest.mark.parametrize(("grid", "patch"), [((3, 5), (4, 4)), ((14, 14), (16, 16)), ((2, 3), (7, 2)),
                                                ((1, 4), (3, 1))])
-def test_upsampling_is_bilinear_about_pixel_centres_with_the_edge_repeated(grid, patch):
+def test_upsampling_is_bilinear_about_pixel_centers_with_the_edge_repeated(grid, patch):
     logits = np.random.default_rng(0).normal(size=(2, *grid, 3)).astype(np.float32)
     found = segmentation.upsample(logits, patch)
     size = grid[0] * patch[0], grid[1] * patch[1]
     assert found.shape == (2, *size, 3)
-    centres = np.meshgrid(*((np.arange(n) + 0.5) / p - 0.5 for n, p in zip(size, patch, strict=True)), indexing="ij")
+    centers = np.meshgrid(*((np.arange(n) + 0.5) / p - 0.5 for n, p in zip(size, patch, strict=True)), indexing="ij")
     for picture, wanted in zip(np.asarray(found), logits, strict=True):
         for channel in range(3):
-            peer = scipy.ndimage.map_coordinates(wanted[..., channel], centres, order=1, mode="nearest")
+            peer = scipy.ndimage.map_coordinates(wanted[..., channel], centers, order=1, mode="nearest")
             np.testing.assert_allclose(picture[..., channel], peer, atol=1e-5)
         peer = skimage.transform.resize(wanted, size, order=1, mode="edge", anti_aliasing=False)
         np.testing.assert_allclose(picture, peer, atol=1e-5)

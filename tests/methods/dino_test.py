@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mae_jax.errors import UserError
-from mae_jax.losses.dino import centred, cross_entropy
+from mae_jax.losses.dino import cross_entropy, update_center
 from mae_jax.models.vit import make_encoder
 from mae_jax.ops.patches import normalize
 from mae_jax.storage.checkpoint import load_params
@@ -36,39 +36,40 @@ def softmax(x):
 
 def test_every_pair_of_different_views_is_compared_as_in_the_released_code():
     rng = np.random.default_rng(0)
-    taught, told = rng.normal(size=(3, 2, 7)), rng.normal(size=(3, 5, 7))
-    wanted = softmax(taught)
+    teacher_logits, student_logits = rng.normal(size=(3, 2, 7)), rng.normal(size=(3, 5, 7))
+    wanted = softmax(teacher_logits)
     for picture in range(3):
-        terms = [-(wanted[picture, t] * np.log(softmax(told[picture, s]))).sum()
+        terms = [-(wanted[picture, t] * np.log(softmax(student_logits[picture, s]))).sum()
                  for t in range(2) for s in range(5) if t != s]
         assert len(terms) == 8
-        assert cross_entropy(jnp.float32(wanted), jnp.float32(told))[picture] == pytest.approx(np.mean(terms), rel=1e-5)
-    same = [-(wanted[0, t] * np.log(softmax(told[0, t]))).sum() for t in range(2)]
-    found = cross_entropy(jnp.float32(wanted), jnp.float32(told[:, :2]), same=True)
+        assert cross_entropy(jnp.float32(wanted),
+                             jnp.float32(student_logits))[picture] == pytest.approx(np.mean(terms), rel=1e-5)
+    same = [-(wanted[0, t] * np.log(softmax(student_logits[0, t]))).sum() for t in range(2)]
+    found = cross_entropy(jnp.float32(wanted), jnp.float32(student_logits[:, :2]), same=True)
     assert found[0] == pytest.approx(np.mean(same), rel=1e-5)
 
 
-def test_the_loss_is_that_of_the_formula_with_the_centre_before_this_batch():
+def test_the_loss_is_that_of_the_formula_with_the_center_before_this_batch():
     method, params, extras, batch = made()
-    taught = projected(method, extras["teacher"], batch["global/patches"], batch["global/order"])
-    told = np.concatenate([
+    teacher_logits = projected(method, extras["teacher"], batch["global/patches"], batch["global/order"])
+    student_logits = np.concatenate([
         projected(method, params, batch["global/patches"], batch["global/order"]),
         projected(method, params, batch["local/patches"], batch["local/order"], (2, 2))], 1)
-    wanted = softmax((taught - extras["center"]) / 0.04)
-    expected = np.asarray(cross_entropy(jnp.asarray(wanted), jnp.asarray(told / 0.1))).mean()
+    wanted = softmax((teacher_logits - extras["center"]) / 0.04)
+    expected = np.asarray(cross_entropy(jnp.asarray(wanted), jnp.asarray(student_logits / 0.1))).mean()
     loss, (metrics, new) = tiny_loss(method)(params, extras, batch, jax.random.key(0), 0, True)
     assert loss == pytest.approx(expected, rel=1e-5)
-    np.testing.assert_allclose(new["center"], 0.9 * extras["center"] + 0.1 * taught.mean((0, 1)), atol=1e-6)
+    np.testing.assert_allclose(new["center"], 0.9 * extras["center"] + 0.1 * teacher_logits.mean((0, 1)), atol=1e-6)
     total, weight = metrics["teacher_entropy"]
     assert total / weight == pytest.approx(-(wanted * np.log(np.maximum(wanted, 1e-30))).sum(-1).mean(), rel=1e-4)
 
 
-def test_the_centre_is_of_valid_pictures_and_stays_where_there_are_none():
+def test_the_center_is_of_valid_pictures_and_stays_where_there_are_none():
     outputs = np.random.default_rng(0).normal(size=(4, 2, 3)).astype(np.float32)
     center = np.ones(3, np.float32)
-    found = centred(center, outputs, np.float32([1, 0, 1, 0]), 0.5)
+    found = update_center(center, outputs, np.float32([1, 0, 1, 0]), 0.5)
     np.testing.assert_allclose(found, 0.5 + 0.5 * outputs[::2].mean((0, 1)), rtol=1e-6)
-    np.testing.assert_array_equal(centred(center, outputs, np.zeros(4, np.float32), 0.5), center)
+    np.testing.assert_array_equal(update_center(center, outputs, np.zeros(4, np.float32), 0.5), center)
 
 
 def test_the_teacher_sees_the_large_views_alone():
@@ -140,7 +141,7 @@ def test_an_evaluation_compares_teacher_and_student_on_the_one_view_it_has():
     batch |= {"patches": batch["global/patches"][:, 0], "order": batch["global/order"][:, 0]}
     views = batch["global/patches"][:, :1], batch["global/order"][:, :1]
     wanted = softmax((projected(method, extras["teacher"], *views) - extras["center"]) / 0.04)
-    told = np.log(softmax(projected(method, params, *views) / 0.1))
+    student_logits = np.log(softmax(projected(method, params, *views) / 0.1))
     one = {name: value for name, value in batch.items() if "/" not in name}
 
     @jax.jit
@@ -149,7 +150,7 @@ def test_an_evaluation_compares_teacher_and_student_on_the_one_view_it_has():
         assert after is extras
         return value
 
-    assert loss(params, extras) == pytest.approx(-(wanted * told).sum(-1).mean(), rel=1e-5)
+    assert loss(params, extras) == pytest.approx(-(wanted * student_logits).sum(-1).mean(), rel=1e-5)
     encode = jax.jit(method.encode)
     tokens = encode(params, extras, one)
     np.testing.assert_allclose(tokens, encode(extras["teacher"], extras, one))
@@ -158,7 +159,7 @@ def test_an_evaluation_compares_teacher_and_student_on_the_one_view_it_has():
 
 
 @pytest.mark.slow
-def test_invalid_rows_change_neither_loss_nor_centre_nor_gradients():
+def test_invalid_rows_change_neither_loss_nor_center_nor_gradients():
     method, params, extras, batch = made()
     batch["valid"][-2:] = 0
     other = {name: value.copy() for name, value in batch.items()}

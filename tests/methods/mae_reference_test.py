@@ -24,8 +24,8 @@ def linear(p, x):
 
 
 def norm(p, x):
-    centred = x - x.mean(-1, keepdims=True)
-    return centred / (x.var(-1, keepdims=True) + 1e-6) ** 0.5 * p["scale"] + p["bias"]
+    centered = x - x.mean(-1, keepdims=True)
+    return centered / (x.var(-1, keepdims=True) + 1e-6) ** 0.5 * p["scale"] + p["bias"]
 
 
 def attention(p, x, heads, xp):
@@ -102,7 +102,7 @@ def problem(request):
     shapes, _ = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec())
     params = jax.tree.map(lambda s: np.float32(rng.standard_normal(s.shape) / max(s.shape[0], 9) ** 0.5), shapes)
     raster = rng.integers(0, 256, (3, 48, 48), np.uint8)
-    return method, params, raster, np.stack([draw(method.order(), rng)["order"] for _ in range(3)])
+    return method, params, raster, np.stack([draw(method.patch_order(), rng)["order"] for _ in range(3)])
 
 
 def batch(raster, order):
@@ -122,7 +122,7 @@ def test_loss_and_predictions_are_those_of_gather_and_unshuffle(problem):
     method, params, raster, order = problem
     expected, predictions = reference(jax.tree.map(np.float64, params), raster, order, method.config)
     assert_close(jax.jit(loss(method, raster, order))(params), expected)
-    hidden = np.take_along_axis(predictions, order[:, method.visible:, None], 1)
+    hidden = np.take_along_axis(predictions, order[:, method.num_visible:, None], 1)
     assert_close(jax.jit(method.predict)(params, batch(raster, order)), hidden)
 
 
@@ -140,5 +140,5 @@ def test_gradients_are_those_of_gather_and_unshuffle(problem):
 def test_the_order_of_the_hidden_patches_changes_nothing(problem):
     method, params, raster, order = problem
     other = order.copy()
-    other[:, method.visible:] = other[:, method.visible:][:, ::-1]
+    other[:, method.num_visible:] = other[:, method.num_visible:][:, ::-1]
     assert_close(jax.jit(loss(method, raster, other))(params), jax.jit(loss(method, raster, order))(params))

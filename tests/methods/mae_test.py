@@ -19,7 +19,7 @@ def test_visible_patches_are_truncated_in_floating_point_as_published(patches, r
     assert visible_patches(patches, ratio) == visible
 
 
-def standardised(patches: np.ndarray) -> np.ndarray:
+def standardized(patches: np.ndarray) -> np.ndarray:
     pixels = patches.reshape(*patches.shape[:2], -1, 3) / 255
     return ((pixels - np.array(MEAN)) / np.array(STD)).reshape(patches.shape)
 
@@ -34,10 +34,10 @@ def loss_of(method, batch, extras=None, train=True):
     return float(loss), metrics
 
 
-def test_the_loss_of_pixels_is_the_mean_square_over_hidden_standardised_pixels():
+def test_the_loss_of_pixels_is_the_mean_square_over_hidden_standardized_pixels():
     config = tiny_config({"method.target": "pixel"})
     batch, predicted = tiny_batch(config), np.random.default_rng(1).normal(size=(8, 12, 48)).astype(np.float32)
-    wanted = np.mean((predicted - standardised(batch["patches"])[:, 4:]) ** 2)
+    wanted = np.mean((predicted - standardized(batch["patches"])[:, 4:]) ** 2)
     loss, metrics = loss_of(with_prediction(tiny_method(config), predicted), batch)
     np.testing.assert_allclose(loss, wanted, rtol=1e-5)
     assert set(metrics) == {"loss"}
@@ -46,7 +46,7 @@ def test_the_loss_of_pixels_is_the_mean_square_over_hidden_standardised_pixels()
 def test_the_loss_of_normalised_pixels_uses_the_unbiased_variance_of_each_patch():
     config = tiny_config()
     batch, predicted = tiny_batch(config), np.random.default_rng(1).normal(size=(8, 12, 48)).astype(np.float32)
-    hidden = standardised(batch["patches"])[:, 4:]
+    hidden = standardized(batch["patches"])[:, 4:]
     deviation = np.sqrt(hidden.var(-1, ddof=1, keepdims=True) + 1e-6)
     wanted = np.mean((predicted - (hidden - hidden.mean(-1, keepdims=True)) / deviation) ** 2)
     loss, _ = loss_of(with_prediction(tiny_method(config), predicted), batch)
@@ -57,9 +57,9 @@ def test_pca_keeps_as_much_of_the_first_batch_as_its_best_linear_basis():
     config = tiny_config({"method.target": "pca", "data.image_size": (32, 32), "model.patch": (8, 8)})
     method, batch = tiny_method(config), tiny_batch(config)
     assert method.outputs == 96
-    pixels = standardised(batch["patches"]).reshape(-1, 192)
-    centred = pixels - pixels.mean(0)
-    left, values, right = np.linalg.svd(centred, full_matrices=False)
+    pixels = standardized(batch["patches"]).reshape(-1, 192)
+    centered = pixels - pixels.mean(0)
+    left, values, right = np.linalg.svd(centered, full_matrices=False)
     best = (left[:, :96] * values[:96]) @ right[:96] + pixels.mean(0)
     pca = pixel_targets.fit_pca(normalize(batch["patches"]), 96)
     projected = pixel_targets.project_pca(normalize(batch["patches"]), pca)
@@ -73,18 +73,18 @@ def test_the_loss_of_pca_is_the_mean_square_of_coefficients():
     config = tiny_config({"method.target": "pca"})
     batch, predicted = tiny_batch(config), np.random.default_rng(1).normal(size=(8, 12, 48)).astype(np.float32)
     pca = jax.tree.map(np.asarray, pixel_targets.fit_pca(normalize(batch["patches"]), 48))
-    wanted = np.mean((predicted - (standardised(batch["patches"])[:, 4:] - pca["mean"]) @ pca["axes"]) ** 2)
+    wanted = np.mean((predicted - (standardized(batch["patches"])[:, 4:] - pca["mean"]) @ pca["axes"]) ** 2)
     loss, _ = loss_of(with_prediction(tiny_method(config), predicted), batch, {"pca": pca})
     np.testing.assert_allclose(loss, wanted, rtol=1e-4)
 
 
-def test_the_evaluation_reports_what_the_mean_colour_of_the_visible_patches_costs():
+def test_the_evaluation_reports_what_the_mean_color_of_the_visible_patches_costs():
     config = tiny_config({"method.target": "pixel"})
     batch, predicted = tiny_batch(config), np.zeros((8, 12, 48), np.float32)
     batch["valid"][:3] = 0
-    pixels = standardised(batch["patches"]).reshape(8, 16, 16, 3)
-    colour = pixels[:, :4].mean((1, 2), keepdims=True)
-    wanted = np.mean((pixels[3:, 4:] - colour[3:]) ** 2)
+    pixels = standardized(batch["patches"]).reshape(8, 16, 16, 3)
+    color = pixels[:, :4].mean((1, 2), keepdims=True)
+    wanted = np.mean((pixels[3:, 4:] - color[3:]) ** 2)
     _, metrics = loss_of(with_prediction(tiny_method(config), predicted), batch, train=False)
     total, weight = metrics["mean_colour_loss"]
     assert weight == 5
@@ -131,7 +131,7 @@ def test_a_perfect_prediction_reconstructs_the_original_pixels(target):
     config = tiny_config({"method.target": target})
     method, batch = tiny_method(config), tiny_batch(config)
     extras = {"pca": pixel_targets.fit_pca(normalize(batch["patches"]), 48)} if target == "pca" else {}
-    hidden = batch["patches"][:, method.visible:]
+    hidden = batch["patches"][:, method.num_visible:]
     with_prediction(method, method.targets(extras, normalize(hidden)))
     pixels = denormalize(np.asarray(method.reconstruct({}, extras, batch)["pixels"]))
     np.testing.assert_array_equal(np.rint(pixels), hidden)

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from mae_jax.data import masking
-from mae_jax.data.decode import BadPicture
-from mae_jax.data.masking import Order
+from mae_jax.data.decode import BadImage
+from mae_jax.data.masking import PatchOrder
 from mae_jax.data.readers import random_access
 from mae_jax.data.sources import registry
-from mae_jax.data.transforms.example import Views
+from mae_jax.data.transforms.example import ExampleBuilder
 from mae_jax.errors import UserError
 from mae_jax.evals import reconstruction
-from mae_jax.ops.homologous_attention import TopKeys
+from mae_jax.ops.homologous_attention import TopKMask
 from mae_jax.ops.patches import normalize
 from mae_jax.training import run as training_run
 from mae_jax.training.throughput import train_flops
@@ -50,7 +50,7 @@ def without_class_token(method):
 
 @pytest.mark.parametrize("group", [2, 4])
 def test_orders_of_a_group_are_one_permutation_rolled(group):
-    order = Order("random", (4, 4), 16 - 16 // group, group)
+    order = PatchOrder("random", (4, 4), 16 - 16 // group, group)
     members = [masking.draw(order, np.random.default_rng(5), member)["order"] for member in range(group)]
     for member, some in enumerate(members):
         np.testing.assert_array_equal(some, np.roll(members[0], -member * 16 // group))
@@ -87,13 +87,13 @@ def test_fewer_pictures_than_a_mix_has_are_refused(tmp_path):
 
 def test_a_bad_picture_gives_way_to_one_of_another_group():
     config = tiny_config({"data.source": "photo_crops"}, "mixedae")
-    views = Views(config, tiny_method(config).order(), tiny_method(config).batch_spec())
+    views = ExampleBuilder(config, tiny_method(config).patch_order(), tiny_method(config).batch_spec())
     source = registry.load(config.data, "train")
     drawn = [random_access.train_example(source, views, config, deque(), row)["id"] for row in range(8)]
 
     def read(index):
         if index == drawn[1]:
-            raise BadPicture("broken")
+            raise BadImage("broken")
         return source.read(index)
 
     replaced = random_access.train_example(dataclasses.replace(source, read=read), views, config, deque(), 1)
@@ -118,7 +118,7 @@ def scattered(method, values, order, turn):
 
     The k-th patch of the shared permutation is of the picture k // (N / G), and in later turns of those after it.
     """
-    group, count, visible = method.group, method.patches, method.visible
+    group, count, visible = method.group, method.patches, method.num_visible
     mixes = np.zeros((len(values) // group, *values.shape[1:]), values.dtype)
     for mix in range(len(mixes)):
         for member in range(group):
@@ -150,7 +150,7 @@ def test_mixing_and_unmixing_are_those_of_an_explicit_scatter(mixing, ratio):
             raster[places[mix * method.turns + turn]] = ours
             np.testing.assert_array_equal(raster, wanted[mix])
     tokens = np.concatenate([np.zeros_like(mixed[:, :1]), mixed], 1)
-    np.testing.assert_array_equal(method.unmixed(tokens), turned["patches"][:, : method.visible])
+    np.testing.assert_array_equal(method.unmixed(tokens), turned["patches"][:, : method.num_visible])
 
 
 @pytest.mark.slow
@@ -191,8 +191,8 @@ def test_naive_mixing_attends_across_pictures_and_the_oracle_does_not():
             return (method.predict(params, {**batch, "patches": patches})[0] ** 2).sum()
 
         grad = np.asarray(jax.jit(jax.grad(first))(patches))
-        assert np.abs(grad[0, : method.visible]).max() > 0
-        assert np.all(grad[:, method.visible :] == 0)  # hidden patches
+        assert np.abs(grad[0, : method.num_visible]).max() > 0
+        assert np.all(grad[:, method.num_visible :] == 0)  # hidden patches
         assert np.all(grad[4:] == 0)  # another group
         assert bool(np.any(grad[1:4])) == leaks
 
@@ -209,9 +209,9 @@ def test_the_decoder_of_a_picture_is_given_no_class_token():
 @pytest.mark.slow
 def test_chosen_blocks_alone_have_homologous_attention():
     method, _, _ = made({"method.blocks": "1"})
-    assert method.mixer.kept == (None, TopKeys(4, 16))
+    assert method.mixer.kept == (None, TopKMask(4, 16))
     assert made({"method.blocks": "last_half"})[0].mixer.kept == method.mixer.kept
-    assert made({"method.blocks": "0-1", "method.keep": 3})[0].mixer.kept == (TopKeys(3, 16),) * 2
+    assert made({"method.blocks": "0-1", "method.keep": 3})[0].mixer.kept == (TopKMask(3, 16),) * 2
     losses = {}
     for blocks in ("0", "1", "all"):
         for scan in (False, True):
@@ -287,7 +287,7 @@ def test_pictures_that_could_not_be_read_do_not_count():
     assert metrics["loss"][1] == 6
     assert metrics["purity"][1] == 0  # both mixes have one of them
     changed = {**batch, "patches": batch["patches"].copy()}
-    changed["patches"][1, method.visible :] = 0  # what it was to reconstruct
+    changed["patches"][1, method.num_visible :] = 0  # what it was to reconstruct
     assert float(loss(params, {}, changed, None, 0, False)[0]) == float(total)
 
 

@@ -10,7 +10,7 @@ from mae_jax.data.cluster_ids import Clusters
 from mae_jax.errors import UserError
 from mae_jax.methods.moce import MoCE
 from mae_jax.models.intermediates import block_name
-from mae_jax.models.upcycling import along, upcycled
+from mae_jax.models.upcycling import extract_path, upcycle
 from mae_jax.ops.patches import normalize
 from mae_jax.param_tree import flatten
 from mae_jax.training.throughput import train_flops
@@ -39,7 +39,7 @@ def grown(fields=None):
     method, params, extras, batch = made(fields)
     dense = tiny_config({key: value for key, value in (fields or {}).items() if key.startswith("model.")})
     start = tiny_params(dense, seed=3)
-    copied = flatten(upcycled(start, params))
+    copied = flatten(upcycle(start, params))
     params = jax.tree_util.tree_map_with_path(
         lambda keys, leaf: np.asarray(copied.get(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf)), params)
     return method, params, extras, batch, tiny_method(dense), start
@@ -105,14 +105,14 @@ def test_a_path_cut_out_is_the_mixture_on_pictures_of_every_cluster_routed_along
     assert len(set(paths)) > 1
     for cluster, path in enumerate(paths):
         scale = {block: float(each[cluster].max()) for block, each in table.items()} if weight == "value" else None
-        dense = along(params["encoder"], dict(zip(table, path, strict=True)), scale)
+        dense = extract_path(params["encoder"], dict(zip(table, path, strict=True)), scale)
         rows = batch["cluster"] == cluster
         some = {name: value[rows] for name, value in batch.items()}
         np.testing.assert_allclose(encode({"encoder": dense}, {}, some), whole[rows], atol=1e-5)
         assert set(flatten(dense)) == set(flatten(tiny_params(tiny_config())["encoder"]))
 
 
-def test_regularisers_are_those_of_the_whole_table_weighted_by_the_data():
+def test_regularizers_are_those_of_the_whole_table_weighted_by_the_data():
     method, params, extras, batch = made()
     metrics = {name: float(total / weight) for name, (total, weight) in
                tiny_loss(method)(params, extras, batch, None, 0, False)[1][0].items()}
@@ -136,7 +136,7 @@ def test_the_distance_to_the_first_encoder_starts_at_zero_and_is_hubers():
     last["kernel"] = 3 * last["kernel"]
     moved, (metrics, _) = loss(params, extras, batch, None, 0, False)
     tokens, _ = method.encode_visible(params, extras, batch)
-    seen = normalize(batch["patches"][:, : method.visible]), batch["order"][:, : method.visible]
+    seen = normalize(batch["patches"][:, : method.num_visible]), batch["order"][:, : method.num_visible]
     ours, theirs = (np.asarray(x)[:, 1:] for x in (tokens, method.dense.apply({"params": start["encoder"]}, *seen)))
     standard = [(x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) for x in (ours, theirs)]
     apart = np.abs(standard[0] - standard[1])
@@ -153,7 +153,7 @@ def test_tokens_choose_for_themselves_where_the_gate_reads_tokens():
     assert "gates" not in params
     _, of_tokens = jax.jit(method.encode_visible)(params, extras, batch)
     (gate,) = of_tokens.values()
-    assert gate.shape == (8, 1 + method.visible, 4)
+    assert gate.shape == (8, 1 + method.num_visible, 4)
     assert len(np.unique(gate.argmax(-1))) > 1
     other = {**batch, "cluster": batch["cluster"][::-1]}
     loss = tiny_loss(method)
@@ -163,7 +163,7 @@ def test_tokens_choose_for_themselves_where_the_gate_reads_tokens():
 
 
 @pytest.mark.slow
-def test_tokens_explore_by_noise_in_training_and_regularisers_see_none():
+def test_tokens_explore_by_noise_in_training_and_regularizers_see_none():
     method, params, extras, batch = made({"method.gate": "token", "method.noise": 8.0})
     loss = tiny_loss(method)
     still, (quiet, _) = loss(params, extras, batch, None, 3, False)
@@ -177,7 +177,7 @@ def test_tokens_explore_by_noise_in_training_and_regularisers_see_none():
     again = tiny_loss(scanned)(params, extras, batch, jax.random.key(3), 3, True)[0]
     assert float(again) == pytest.approx(losses[0])
     draws = method.choices(params, extras, batch, jax.random.key(0))[1]
-    assert draws.shape == (8, 1 + method.visible, 4)
+    assert draws.shape == (8, 1 + method.num_visible, 4)
     assert np.std(draws) == pytest.approx(8 / 4, rel=0.2)
 
 
@@ -199,10 +199,10 @@ def test_work_does_not_grow_with_experts():
 def test_upcycling_and_cutting_out_are_inverse():
     method, params, *_, start = grown()
     for expert in range(4):
-        dense = along(params["encoder"], dict.fromkeys(method.blocks, expert))
+        dense = extract_path(params["encoder"], dict.fromkeys(method.blocks, expert))
         jax.tree.map(np.testing.assert_array_equal, dense, start["encoder"])
     assert not any("/mlp/" in name and block_name(method.blocks[0]) in name for name in flatten(params["encoder"]))
-    assert upcycled(start, start) == start
+    assert upcycle(start, start) == start
 
 
 @pytest.mark.parametrize(("fields", "text"), [
@@ -239,6 +239,6 @@ def test_clusters_of_another_number_are_refused(tmp_path):
     method.check_data()
     assert (method.count, method.width) == (3, 12)
     params, extras = tiny_params(free), {"centroids": None, "share": None}
-    extras = method.fit(params, extras, None)
+    extras = method.fit_extras(params, extras, None)
     np.testing.assert_allclose(extras["share"], [0.5, 0.2, 0.3])
     np.testing.assert_allclose(extras["centroids"].std(1), 1, rtol=1e-4)

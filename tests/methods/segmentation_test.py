@@ -56,8 +56,8 @@ def test_what_learns_is_what_has_a_gradient(block, trained, some):
     watched = {"head/kernel", "encoder/patch_embed/kernel", "encoder/norm/scale",
                "encoder/block_00/attn/qkv/kernel", "encoder/block_01/attn/qkv/kernel"}
     assert moved & watched == some
-    assert moved <= {name for name in flatten(grads) if method.learns(name)}
-    assert {name for name in watched if method.learns(name)} == some
+    assert moved <= {name for name in flatten(grads) if method.is_trainable(name)}
+    assert {name for name in watched if method.is_trainable(name)} == some
 
 
 def test_an_earlier_block_is_classified_after_a_norm_without_parameters():
@@ -70,7 +70,7 @@ def test_an_earlier_block_is_classified_after_a_norm_without_parameters():
     np.testing.assert_allclose(logits, segmentation.upsample(wanted, (4, 4)), atol=1e-4)
 
 
-def test_a_head_on_random_features_learns_what_the_colour_tells():
+def test_a_head_on_random_features_learns_what_the_color_tells():
     config = tiny_segment({"optim.lr": 3.0, "optim.weight_decay": 0.0, "train.duration": "60 steps"})
     batch = tiny_segment_batch(config)
     bright = batch["patches"].reshape(8, 16, 16, 3).mean(-1) > 128

@@ -95,8 +95,8 @@ def by_hand(predicted, patches, target, extras):
     """Returns the mean loss of predictions [M, outputs] of raw patches [M, P], in NumPy."""
     if target == "norm_pix":
         pixels = np.asarray(_normal(patches), np.float64)
-        centred = pixels - pixels.mean(1, keepdims=True)
-        wanted = centred / np.sqrt(pixels.var(1, keepdims=True, ddof=1) + 1e-6)
+        centered = pixels - pixels.mean(1, keepdims=True)
+        wanted = centered / np.sqrt(pixels.var(1, keepdims=True, ddof=1) + 1e-6)
         return np.square(predicted - wanted).mean()
     distances = np.square(np.asarray(_normal(patches))[:, None] - extras["vocabulary"]).sum(2)
     flat = (patches.reshape(len(patches), -1, 3).max(1) == patches.reshape(len(patches), -1, 3).min(1)).all(1)

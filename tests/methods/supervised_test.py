@@ -77,7 +77,7 @@ def test_pictures_without_a_label_and_padding_do_not_count():
     assert float(loss(some)[0]) == 0
 
 
-def test_a_picture_that_is_mixed_with_an_unlabelled_one_does_not_count():
+def test_a_picture_that_is_mixed_with_an_unlabeled_one_does_not_count():
     """Groups of 4 rows: row 0 is mixed with row 3, row 1 with row 2."""
     method, params, extras, batch = parts({"method.mixup": 1.0, "method.mix_group": 4})
     batch["label"][3] = -1
@@ -110,7 +110,7 @@ def test_elsewhere_the_encoders_norm_comes_before_pooling(pool, head):
 
 def test_a_probes_evaluation_uses_the_running_moments_and_its_training_those_of_the_batch():
     method, params, extras, batch = parts({"method.head": "probe", "method.train_blocks": 0.0})
-    assert method.sees_whole_batch
+    assert method.loss_spans_batch
     features = np.asarray(jax.jit(lambda batch: method.encode(params, extras, batch))(batch), np.float64)[:, 1:].mean(1)
     train = jax.jit(lambda batch: method.training_logits(params, extras, batch, jax.random.key(0), jnp.ones(8)))
     logits, _, new = train(batch)
@@ -145,7 +145,7 @@ DEEP = {"model.depth": 3, "model.pool": "cls", "model.layer_scale": 0.1, "model.
 @pytest.mark.parametrize("blocks", LEARNS)
 def test_as_many_of_the_last_blocks_learn_as_asked_and_the_gradient_of_the_others_is_zero(blocks):
     method, params, extras, batch = parts(DEEP | {"method.train_blocks": blocks})
-    assert {name for name in flatten(params) if method.learns(name)} == LEARNS[blocks]
+    assert {name for name in flatten(params) if method.is_trainable(name)} == LEARNS[blocks]
     grads = flatten(jax.jit(jax.grad(lambda params: method.loss(params, extras, batch, jax.random.key(0), 0, True)[0])
                             )(params))
     moved = {name for name, grad in grads.items() if np.asarray(grad).any()}
@@ -154,20 +154,20 @@ def test_as_many_of_the_last_blocks_learn_as_asked_and_the_gradient_of_the_other
 
 def test_all_three_blocks_and_everything_differ_in_the_embedding():
     method = parts(DEEP | {"method.train_blocks": 3.0})[0]
-    assert {name for name in LEARNS[-1.0] if not method.learns(name)} == EMBEDDING
+    assert {name for name in LEARNS[-1.0] if not method.is_trainable(name)} == EMBEDDING
 
 
 @pytest.mark.slow
 def test_stochastic_depth_drops_images_branches_and_keeps_their_mean():
     rates = np.array([0.0, 0.3, 0.6])
-    keep = np.asarray(drop_path(jax.random.key(0), rates, 5_000))
-    assert keep.shape == (3, 2, 5_000)
-    assert (keep[0] == 1).all()
+    drop_path_mask = np.asarray(drop_path(jax.random.key(0), rates, 5_000))
+    assert drop_path_mask.shape == (3, 2, 5_000)
+    assert (drop_path_mask[0] == 1).all()
     for block, rate in enumerate(rates):
-        np.testing.assert_allclose(np.unique(keep[block]), [0, 1 / (1 - rate)] if rate else [1], rtol=1e-6)
-    np.testing.assert_allclose((keep == 0).mean(2), np.stack([rates, rates], 1), atol=0.025)
-    np.testing.assert_allclose(keep.mean(2), 1, atol=0.05)
-    assert abs(np.corrcoef(keep[2])[0, 1]) < 0.05  # the two branches are drawn apart
+        np.testing.assert_allclose(np.unique(drop_path_mask[block]), [0, 1 / (1 - rate)] if rate else [1], rtol=1e-6)
+    np.testing.assert_allclose((drop_path_mask == 0).mean(2), np.stack([rates, rates], 1), atol=0.025)
+    np.testing.assert_allclose(drop_path_mask.mean(2), 1, atol=0.05)
+    assert abs(np.corrcoef(drop_path_mask[2])[0, 1]) < 0.05  # the two branches are drawn apart
 
 
 def test_rates_rise_linearly_from_zero_or_are_the_same_in_all_blocks():
@@ -183,8 +183,8 @@ def test_a_dropped_branch_adds_nothing_and_a_kept_one_is_scaled():
     pixels = np.random.default_rng(0).standard_normal(batch["patches"].shape).astype(np.float32)
 
     @jax.jit
-    def run(keep):
-        return encoder.apply({"params": params}, pixels, batch["order"], block=0, keep=keep)
+    def run(drop_path_mask):
+        return encoder.apply({"params": params}, pixels, batch["order"], block=0, drop_path_mask=drop_path_mask)
 
     ones = jnp.ones((1, 2, 8))
     full, plain = run(ones), run(None)

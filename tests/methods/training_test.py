@@ -53,7 +53,7 @@ def test_a_few_steps_lower_the_loss_and_change_all_that_is_learned(method):
     assert losses[-1] < losses[0]
     after = flatten(state.params)
     assert {name for name, value in before.items() if (np.asarray(after[name]) != value).any()} == {
-        name for name in before if built.learns(name)}
+        name for name in before if built.is_trainable(name)}
 
 
 def test_no_method_is_left_out():

@@ -30,7 +30,7 @@ def numpy_attention(x: np.ndarray, block: dict, heads: int) -> np.ndarray:
 def test_tokens_between_blocks_are_those_that_encode_stops_at(fields):
     config = tiny_config(fields)
     method, params, batch = tiny_method(config), tiny_params(config), tiny_batch(config)
-    tokens = list(intermediates.between_blocks(
+    tokens = list(intermediates.block_inputs(
         method.encoder, params["encoder"], normalize(batch["patches"]), batch["order"]))
     assert len(tokens) == 3
     for block in (0, 1):

@@ -146,7 +146,7 @@ def test_predictions_do_not_depend_on_hidden_pixels():
         method, batch = tiny_method(config), tiny_batch(config)
         params = tiny_params(config)
         other = batch | {"patches": batch["patches"].copy()}
-        other["patches"][:, method.visible:] = 0
+        other["patches"][:, method.num_visible:] = 0
         predict = jax.jit(method.predict)
         np.testing.assert_array_equal(predict(params, batch), predict(params, other))
 

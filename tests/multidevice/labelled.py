@@ -11,7 +11,7 @@ import numpy as np
 from mae_jax.evals.evaluator import Evaluator
 from mae_jax.runtime import sharding
 from mae_jax.state import TrainState
-from mae_jax.training.train_step import Program
+from mae_jax.training.train_step import TrainStep
 from tests.helpers import margins
 from tests.helpers.tiny import raster_batch, tinted, tiny_program, tiny_supervised
 
@@ -47,7 +47,7 @@ class Inputs:
     validate = support = evaluate
 
 
-def train(config, devices) -> tuple[list[float], TrainState, Program]:
+def train(config, devices) -> tuple[list[float], TrainState, TrainStep]:
     """Returns the losses, the last state, and what they were made with."""
     program, losses = tiny_program(config, devices), []
     with jax.set_mesh(program.mesh):

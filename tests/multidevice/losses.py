@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from mae_jax.runtime import sharding
-from mae_jax.training.train_step import Program
+from mae_jax.training.train_step import TrainStep
 from tests.helpers.tiny import tiny_batch, tiny_config, tiny_program, tiny_state
 
 STEPS = 20
@@ -26,12 +26,12 @@ MESHES = {
 }
 
 
-def program(fields, devices) -> Program:
+def program(fields, devices) -> TrainStep:
     config = tiny_config(FIELDS | fields)
     return tiny_program(config, devices)
 
 
-def losses(program: Program) -> tuple[list[float], bytes, float]:
+def losses(program: TrainStep) -> tuple[list[float], bytes, float]:
     """Returns the losses, all bits of the last state, and the share of its bytes that one device holds."""
     config, mesh, out = program.method.config, program.mesh, []
     with jax.set_mesh(mesh):

@@ -10,14 +10,14 @@ import numpy as np
 from mae_jax.config import vit
 from mae_jax.runtime import sharding
 from mae_jax.storage.checkpoint import Checkpoints
-from mae_jax.training.train_step import Program
+from mae_jax.training.train_step import TrainStep
 from tests.helpers.tiny import tiny_batch, tiny_config, tiny_program
 from tests.multidevice.losses import FIELDS
 
 MESHES = ({"mesh.zero": "on"}, {"mesh.fsdp": 4, "mesh.data": 2}, {"mesh.tensor": 4, "mesh.fsdp": 2, "mesh.data": 1}, {})
 
 
-def program(fields, devices=None) -> Program:
+def program(fields, devices=None) -> TrainStep:
     config = tiny_config(FIELDS | fields)
     return tiny_program(config, devices)
 
@@ -44,7 +44,7 @@ def restored_everywhere() -> bool:
     return True
 
 
-def initialisation() -> tuple[float, int]:
+def initialization() -> tuple[float, int]:
     """Compiles the initial state of blocks as wide as ViT-H's over fsdp=8.
 
     Returns:
@@ -77,7 +77,7 @@ def reduced(fields) -> dict[str, int]:
 
 
 def main() -> None:
-    held, collectives = initialisation()
+    held, collectives = initialization()
     print(json.dumps({"restored": restored_everywhere(), "held": held, "collectives": collectives,
                       "float32": reduced({}), "bfloat16": reduced({"mesh.reduce": "bfloat16"}),
                       "cut": sum(leaf.size for leaf in jax.tree.leaves(program({"mesh.zero": "on"}).state.params)

@@ -63,7 +63,7 @@ def one(place) -> Path:
 
 
 @pytest.mark.parametrize("method", ["splitmask", "dino"])
-def test_processes_share_vocabulary_negatives_and_centre_as_the_devices_of_one_do(place, method):
+def test_processes_share_vocabulary_negatives_and_center_as_the_devices_of_one_do(place, method):
     fields = {"method": method, "model.depth": 1, "checkpoint.every": "20 steps", "log.every": "1 steps"}
     for name, processes, devices in ((f"{method}_one", 1, 1), (f"{method}_two", 2, 4)):
         finish(place / name, place / "compiled", processes, devices, fields)

@@ -6,10 +6,10 @@ import pytest
 from mae_jax.losses.contrastive import supervised_contrast
 from mae_jax.ops.attention import attention
 from mae_jax.ops.homologous_attention import (
-    SameSource,
-    TopKeys,
+    OracleMask,
+    TopKMask,
     kth_largest,
-    neighbour_homology,
+    neighbor_homology,
     purity,
     same_source,
     sources,
@@ -60,7 +60,7 @@ def operands(patches=12, first=1, ties=False):
 @pytest.mark.parametrize("ties", [False, True], ids=["apart", "ties"])
 def test_attention_is_that_of_the_rule_restated(first, ties):
     q, k, v, _ = operands(first=first, ties=ties)
-    out = attention(q, k, v, 2, TopKeys(3, 12))
+    out = attention(q, k, v, 2, TopKMask(3, 12))
     np.testing.assert_allclose(out, reference(q, k, v, 2, 3, 12), atol=2e-6)
     assert np.abs(out - attention(q, k, v, 2)).max() > 0.1
 
@@ -78,7 +78,7 @@ def test_gradients_are_those_of_the_same_rule_by_autodiff(ties):
         weights = jax.nn.softmax(jnp.where(kept, scores, -jnp.inf), -1)
         return jnp.einsum("bhqk,bkhd->bqhd", weights, apart[2]).reshape(q.shape)
 
-    out, backward = jax.vjp(lambda *x: attention(*x, 2, TopKeys(3, 12)), q, k, v)
+    out, backward = jax.vjp(lambda *x: attention(*x, 2, TopKMask(3, 12)), q, k, v)
     wanted, exact = jax.vjp(plain, q, k, v)
     for ours, theirs in zip((out, *backward(jnp.asarray(dout))), (wanted, *exact(jnp.asarray(dout))), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
@@ -88,7 +88,7 @@ def test_gradients_are_those_of_the_same_rule_by_autodiff(ties):
 def test_bfloat16_chooses_by_float32_scores_and_gives_other_keys_no_gradient():
     q, k, v, dout = (jnp.asarray(x, jnp.bfloat16) for x in operands())
     rounded = [np.asarray(x, np.float32) for x in (q, k, v)]
-    out, backward = jax.vjp(lambda *x: attention(*x, 2, TopKeys(1, 12)), q, k, v)
+    out, backward = jax.vjp(lambda *x: attention(*x, 2, TopKMask(1, 12)), q, k, v)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(out, np.float32), reference(*rounded, 2, 1, 12), atol=0.03)
     _, dk, dv = (np.asarray(x, np.float32).reshape(2, 13, 2, 16) for x in backward(dout.at[:, 0].set(0)))
@@ -104,14 +104,14 @@ def test_bfloat16_chooses_by_float32_scores_and_gives_other_keys_no_gradient():
 
 
 def test_equal_scores_are_all_kept():
-    kept = TopKeys(2, 4)(jnp.zeros((1, 1, 5, 5)))
+    kept = TopKMask(2, 4)(jnp.zeros((1, 1, 5, 5)))
     assert kept.all()
     scores = jnp.asarray([[-0.0, 0.0, 0.0, -1.0]] * 4)
-    assert TopKeys(1, 4)(scores)[0].tolist() == [True, True, True, False]
+    assert TopKMask(1, 4)(scores)[0].tolist() == [True, True, True, False]
 
 
 def test_the_oracle_keeps_the_same_picture_and_the_class_token():
-    kept = np.asarray(SameSource(2, 4)(jnp.zeros((5, 5))))
+    kept = np.asarray(OracleMask(2, 4)(jnp.zeros((5, 5))))
     assert kept.tolist() == [[True] * 5, [True, True, True, False, False], [True, True, True, False, False],
                              [True, False, False, True, True], [True, False, False, True, True]]
     assert sources(4, 2).tolist() == [0, 0, 1, 1]
@@ -126,10 +126,10 @@ def test_purity_counts_kept_keys_of_the_same_picture():
     assert purity(jnp.asarray(wider), 4, 2, 8) == pytest.approx(1)
 
 
-def test_the_nearest_neighbour_is_another_token():
+def test_the_nearest_neighbor_is_another_token():
     tokens = np.eye(8)[[0, 0, 1, 1, 0, 2, 2, 3]][None]  # of two pictures; token 4 is like the first two
     tokens = tokens + 0.01 * np.arange(8)[None, :, None] * np.eye(8)[5]
-    homology = neighbour_homology(jnp.asarray(tokens, jnp.float32), 2)
+    homology = neighbor_homology(jnp.asarray(tokens, jnp.float32), 2)
     unit = tokens[0] / np.linalg.norm(tokens[0], axis=1, keepdims=True)
     nearest = np.where(np.eye(8, dtype=bool), -2, unit @ unit.T).argmax(1)
     assert homology.tolist() == [pytest.approx((nearest // 4 == np.arange(8) // 4).mean())]

@@ -55,9 +55,9 @@ def test_mixed_pixels_and_targets_are_those_of_timm(where, name):
 def restated_box(lam, middle, size):
     """The arithmetic of timm 0.3.2 in Python's numbers: (top, bottom, left, right)."""
     box = []
-    for centre, side in zip(middle, size, strict=True):
+    for center, side in zip(middle, size, strict=True):
         half = int(side * np.sqrt(1 - lam)) // 2
-        box += [max(centre - half, 0), min(centre + half, side)]
+        box += [max(center - half, 0), min(center + half, side)]
     return box
 
 
@@ -109,9 +109,9 @@ def test_shares_of_cutmix_are_those_of_boxes_of_beta_sizes_at_uniform_places(dra
 
 def test_boxes_lie_everywhere(drawn, where):
     holes = pictures_of(drawn[0][drawn[2]] == 0, where)[..., 0].mean(0)
-    centre = holes[where.size[0] // 2, where.size[1] // 2]
+    center = holes[where.size[0] // 2, where.size[1] // 2]
     assert holes.min() > 0.1  # of the corners
-    assert centre == pytest.approx(holes.max(), abs=0.04)
+    assert center == pytest.approx(holes.max(), abs=0.04)
     np.testing.assert_allclose(holes[::-1, ::-1], holes, atol=0.08)
 
 

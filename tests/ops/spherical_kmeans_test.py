@@ -26,9 +26,9 @@ def inertia(points, centroids):
 @pytest.mark.parametrize("clusters", [4, 16])
 def test_kmeans_is_as_tight_as_that_of_scikit_learn_from_the_same_start(clusters):
     points = uneven()
-    start = spherical_kmeans.spread(points, clusters, np.random.default_rng(1))
+    start = spherical_kmeans.kmeans_pp_init(points, clusters, np.random.default_rng(1))
     ours, mean = spherical_kmeans.kmeans(chunked(points, 100), start)
-    theirs = KMeans(clusters, init=start, n_init=1, tol=0, max_iter=300).fit(points)
+    theirs = KMeans(clusters, init=start, n_init=1, tol=0, max_iter=300).fit_extras(points)
     np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, rtol=1e-5)
     assert mean == pytest.approx((points @ ours.T).max(1).mean(), rel=1e-5)
     # Theirs are means that are not scaled to length 1: of the same clusters, they are a little tighter.
@@ -37,7 +37,7 @@ def test_kmeans_is_as_tight_as_that_of_scikit_learn_from_the_same_start(clusters
 
 def test_the_size_of_chunks_changes_nothing():
     points = uneven()
-    start = spherical_kmeans.spread(points, 8, np.random.default_rng(1))
+    start = spherical_kmeans.kmeans_pp_init(points, 8, np.random.default_rng(1))
     runs = [spherical_kmeans.kmeans(chunked(points, size), start)[0] for size in (600, 77)]
     np.testing.assert_allclose(*runs, atol=1e-5)
 
@@ -59,11 +59,12 @@ def test_chunks_of_a_pass_do_not_stay_in_memory():
 
 def test_the_first_centroids_are_different_points_and_the_same_for_a_seed():
     points = uneven()
-    first, again, other = (spherical_kmeans.spread(points, 40, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    first, again, other = (
+        spherical_kmeans.kmeans_pp_init(points, 40, np.random.default_rng(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
     assert len(np.unique(first, axis=0)) == 40
-    assert spherical_kmeans.spread(np.ones((5, 3), np.float32), 4, np.random.default_rng(0)).shape == (4, 3)
+    assert spherical_kmeans.kmeans_pp_init(np.ones((5, 3), np.float32), 4, np.random.default_rng(0)).shape == (4, 3)
 
 
 def test_a_centroid_without_points_takes_one():
@@ -78,7 +79,8 @@ def test_a_centroid_without_points_takes_one():
 def test_balanced_clusters_are_of_nearly_one_size_and_nearly_as_tight(count, clusters):
     points = uneven(count)  # 30 points to a cluster
     chunks = chunked(points, 256)
-    plain, mean = spherical_kmeans.kmeans(chunks, spherical_kmeans.spread(points, clusters, np.random.default_rng(0)))
+    first = spherical_kmeans.kmeans_pp_init(points, clusters, np.random.default_rng(0))
+    plain, mean = spherical_kmeans.kmeans(chunks, first)
     loose = np.bincount(spherical_kmeans.assign(chunks, plain, np.zeros(clusters, np.float32))[0], minlength=clusters)
     centroids, prices = spherical_kmeans.balanced(chunks, chunks, plain, 3.0)
     chosen, similar = spherical_kmeans.assign(chunks, centroids, prices)
@@ -87,7 +89,7 @@ def test_balanced_clusters_are_of_nearly_one_size_and_nearly_as_tight(count, clu
     assert sizes.max() / sizes.min() <= 3 < loose.max() / max(loose.min(), 1)
     assert similar.mean() >= 0.95 * mean
     fewer = points[np.random.default_rng(1).permutation(count)[: count // 2]]
-    centers, fees, close = spherical_kmeans.even_clusters(chunks, fewer, clusters, 3.0, np.random.default_rng(0))
+    centers, fees, close = spherical_kmeans.balanced_kmeans(chunks, fewer, clusters, 3.0, np.random.default_rng(0))
     own, near = spherical_kmeans.assign(chunks, centers, fees)
     assert np.bincount(own, minlength=clusters).max() / np.bincount(own, minlength=clusters).min() <= 3
     assert close == pytest.approx(mean, rel=0.03)
@@ -103,4 +105,4 @@ def test_a_cluster_that_loses_its_points_keeps_its_centroid():
     centroids, prices = spherical_kmeans.balanced(chunked(points, 8), chunked(points, 8), start, 3.0)
     np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, rtol=1e-6)
     chosen, _ = spherical_kmeans.assign(chunked(points, 8), centroids, prices)
-    assert spherical_kmeans.uneven(np.bincount(chosen, minlength=3)) > 3
+    assert spherical_kmeans.size_ratio(np.bincount(chosen, minlength=3)) > 3

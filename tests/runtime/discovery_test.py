@@ -7,14 +7,14 @@ import pytest
 
 from mae_jax.errors import UserError
 from mae_jax.runtime import discovery
-from mae_jax.runtime.discovery import Place
+from mae_jax.runtime.discovery import ProcessInfo
 
 SLURM = {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_NODES": "4", "SLURM_STEP_NODELIST": "gpu[003-005,011],login",
          "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "70000"}
 
 
 def test_flags_say_it():
-    assert discovery.find("10.0.0.1:7654", 4, 3, {}) == Place("10.0.0.1", 7654, 3, 4)
+    assert discovery.find("10.0.0.1:7654", 4, 3, {}) == ProcessInfo("10.0.0.1", 7654, 3, 4)
     assert discovery.find("auto", -1, -1, {}) is None
     assert discovery.find("off", -1, -1, SLURM) is None
 
@@ -36,7 +36,7 @@ def test_flags_that_do_not_fit_get_one_line(flags, line):
 
 
 def test_tasks_of_srun_find_the_first_node_and_share_its_devices():
-    assert discovery.find("auto", -1, -1, SLURM) == Place("gpu003", 61440 + 70000 % 4096, 5, 8, (1,))
+    assert discovery.find("auto", -1, -1, SLURM) == ProcessInfo("gpu003", 61440 + 70000 % 4096, 5, 8, (1,))
     for nodes, first in (("a1", "a1"), ("a1,b2", "a1"), ("n[7,9]", "n7"), ("x[01-02],y", "x01")):
         assert discovery.find("auto", -1, -1, SLURM | {"SLURM_STEP_NODELIST": nodes}).host == first
 
@@ -54,7 +54,7 @@ def test_a_batch_script_and_a_single_task_run_alone():
 
 def test_tpu_hosts_come_from_the_environment_or_the_metadata_server(monkeypatch):
     several = {"TPU_WORKER_HOSTNAMES": "t-0,t-1", "TPU_WORKER_ID": "1"}
-    assert discovery.find("auto", -1, -1, several) == Place("t-0", discovery.TPU_PORT, 1, 2)
+    assert discovery.find("auto", -1, -1, several) == ProcessInfo("t-0", discovery.TPU_PORT, 1, 2)
     assert discovery.find("auto", -1, -1, several | {"TPU_WORKER_HOSTNAMES": "localhost"}) is None
     assert discovery.find("auto", -1, -1, several | {"JAX_PLATFORMS": "cpu"}) is None
 
@@ -74,7 +74,7 @@ def test_tpu_hosts_come_from_the_environment_or_the_metadata_server(monkeypatch)
         where = {"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}"}
         assert discovery.find("auto", -1, -1, where) is None  # without chips nobody is asked
         monkeypatch.setattr(discovery.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
-        assert discovery.find("auto", -1, -1, where) == Place("10.1.0.4", discovery.TPU_PORT, 1, 2)
+        assert discovery.find("auto", -1, -1, where) == ProcessInfo("10.1.0.4", discovery.TPU_PORT, 1, 2)
         Metadata.values["worker-network-endpoints"] = "a:0:10.1.0.4"
         assert discovery.find("auto", -1, -1, where) is None  # one host: nothing to wait for
         server.shutdown()

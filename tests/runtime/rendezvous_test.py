@@ -12,7 +12,7 @@ import pytest
 
 from mae_jax.errors import UserError
 from mae_jax.runtime import peers, rendezvous
-from mae_jax.runtime.discovery import Place
+from mae_jax.runtime.discovery import ProcessInfo
 from tests.faults.processes import free_port
 
 SAME = {"--workdir": "/runs/one", "--config.optim.betas": (0.9, 0.95)}
@@ -34,14 +34,14 @@ def meet(processes: int, callers: list[tuple[int, dict]], seconds: float = 0.8) 
             told[name] = str(error)
 
     def host() -> None:
-        with rendezvous.listen(Place("127.0.0.1", port, 0, processes)) as listener:
-            lines = rendezvous.receive(Place("127.0.0.1", port, 0, processes), listener, greeting(0), seconds)
+        with rendezvous.listen(ProcessInfo("127.0.0.1", port, 0, processes)) as listener:
+            lines = rendezvous.receive(ProcessInfo("127.0.0.1", port, 0, processes), listener, greeting(0), seconds)
             for line in lines.values():
                 rendezvous.send(line, {"go": 1})
                 line.close()
 
     def guest(number: int, same: dict) -> None:
-        line, _ = rendezvous.call(Place("127.0.0.1", port, number, processes), greeting(number, same), seconds)
+        line, _ = rendezvous.call(ProcessInfo("127.0.0.1", port, number, processes), greeting(number, same), seconds)
         line.close()
 
     threads = [threading.Thread(target=run, args=(0, host))]
@@ -83,7 +83,7 @@ def test_processes_that_were_started_differently_are_told_how():
 def test_a_coordinator_that_does_not_answer_gets_one_line_in_time():
     port, began = free_port(), time.monotonic()
     with pytest.raises(UserError, match=rf"127\.0\.0\.1:{port} .*0\.5 s .*Connection refused"):
-        rendezvous.call(Place("127.0.0.1", port, 1, 2), greeting(1), 0.5)
+        rendezvous.call(ProcessInfo("127.0.0.1", port, 1, 2), greeting(1), 0.5)
     assert time.monotonic() - began < 2
 
 
@@ -98,14 +98,14 @@ def test_another_program_at_the_port_is_no_coordinator():
 
         threading.Thread(target=web, daemon=True).start()
         with pytest.raises(UserError, match=rf"coordinator 127\.0\.0\.1:{port} .*0\.5 s"):
-            rendezvous.call(Place("127.0.0.1", port, 1, 2), greeting(1), 0.5)
+            rendezvous.call(ProcessInfo("127.0.0.1", port, 1, 2), greeting(1), 0.5)
         with pytest.raises(UserError, match=rf"port {port} of --coordinator=127\.0\.0\.1:{port}"):
-            rendezvous.listen(Place("127.0.0.1", port, 0, 2))
+            rendezvous.listen(ProcessInfo("127.0.0.1", port, 0, 2))
 
 
 def test_garbage_at_the_port_disturbs_nobody():
     port, told = free_port(), []
-    here = Place("127.0.0.1", port, 0, 2)
+    here = ProcessInfo("127.0.0.1", port, 0, 2)
     with rendezvous.listen(here) as listener:
         thread = threading.Thread(target=lambda: told.append(rendezvous.receive(here, listener, greeting(0), 5)))
         thread.start()
@@ -138,11 +138,11 @@ def test_who_dribbles_is_dropped_in_time(monkeypatch):
 
 
 def test_a_late_caller_is_turned_away_though_it_says_nothing_and_others_stay_in_touch():
-    here = Place("127.0.0.1", free_port(), 0, 2)
+    here = ProcessInfo("127.0.0.1", free_port(), 0, 2)
     listener, (line, peer) = rendezvous.listen(here), socket.socketpair()
     link = peers.Peers(here, {1: line}, listener, heartbeat=1.0)
     peer.settimeout(5)
-    with socket.create_connection(("127.0.0.1", here.port), timeout=5) as silent:
+    with socket.create_connection(("127.0.0.1", here.coordinator_port), timeout=5) as silent:
         assert b"a run has begun" in silent.recv(1000)
         for _ in range(8):  # longer than a heartbeat
             rendezvous.send(peer, {"alive": None})
@@ -163,9 +163,9 @@ def test_a_late_caller_is_turned_away_though_it_says_nothing_and_others_stay_in_
 
 def test_process_0_listens_at_the_address_that_it_is_named_by(caplog):
     for host in ("127.0.0.1", "127.0.0.2"):
-        with rendezvous.listen(Place(host, free_port(), 0, 2)) as listener:
+        with rendezvous.listen(ProcessInfo(host, free_port(), 0, 2)) as listener:
             assert listener.getsockname()[0] == host
-    with rendezvous.listen(Place("192.0.2.1", free_port(), 0, 2)) as listener:  # of no machine: for documentation
+    with rendezvous.listen(ProcessInfo("192.0.2.1", free_port(), 0, 2)) as listener:  # of no machine: for documentation
         assert listener.getsockname()[0] in peers.ANY
     assert "192.0.2.1 is no address of this machine" in caplog.text
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mae_jax.runtime.signals import Stopper
+from mae_jax.runtime.signals import SignalHandler
 
 PROLOGUE = """
 import signal, sys, time
@@ -142,7 +142,7 @@ def test_a_signal_in_an_evaluation_ends_at_once_since_the_state_was_saved_before
 def test_handlers_are_as_before_after_exit():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
-    with Stopper() as stopper:
+    with SignalHandler() as stopper:
         assert signal.getsignal(signal.SIGTERM) is not before[1]
         assert not stopper.should_stop(0)
     assert [signal.getsignal(number) for number in numbers] == before

@@ -10,7 +10,7 @@ import pytest
 from mae_jax.errors import UserError
 from mae_jax.storage import gcs as storage_gcs
 from mae_jax.storage import paths
-from mae_jax.storage.gcs import BucketError, Changed, Found
+from mae_jax.storage.gcs import BucketError, GenerationMismatch, StoredObject
 
 RUN = "gs://bucket/some/run"
 
@@ -139,7 +139,7 @@ def test_an_object_is_written_and_read_through_bursts_resets_lost_answers_and_a_
     generation = storage_gcs.write(path, content)
     for fault in ({"kind": "flip"}, {"status": 429}, {"kind": "cut"}):
         gcs.add({"path": "burst", "method": "GET", **fault})
-    assert storage_gcs.read(path) == Found(content, generation)
+    assert storage_gcs.read(path) == StoredObject(content, generation)
     assert storage_gcs.read(f"{RUN}/none") is None
 
 
@@ -153,10 +153,10 @@ def test_a_body_that_stays_damaged_is_an_error_that_says_so(gcs):
 def test_an_object_gives_way_to_the_next_on_its_condition_only(gcs):
     path = f"{RUN}/condition"
     first = storage_gcs.write(path, b"1", generation=0)
-    with pytest.raises(Changed):
+    with pytest.raises(GenerationMismatch):
         storage_gcs.write(path, b"2", generation=0)
     second = storage_gcs.write(path, b"2", generation=first)
-    with pytest.raises(Changed):
+    with pytest.raises(GenerationMismatch):
         storage_gcs.delete(path, first, 3)
     storage_gcs.delete(path, second, 3)
     storage_gcs.delete(path, second, 3)

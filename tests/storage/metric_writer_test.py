@@ -17,7 +17,7 @@ from mae_jax.evals.accumulators import Means
 from mae_jax.runtime.console import clock
 from mae_jax.storage import metric_sinks, metric_writer
 from mae_jax.storage.metric_sinks import Sink
-from mae_jax.storage.metric_writer import JsonLines, Recorder
+from mae_jax.storage.metric_writer import JsonLines, MetricWriter
 from mae_jax.training import throughput
 from mae_jax.training.throughput import Speed, progress_line
 from tests.helpers.tiny import tiny_config
@@ -40,11 +40,11 @@ def test_means_are_weighted_and_start_anew():
     means = Means()
     means.add({"loss": (6.0, 3.0), "lr": (0.5, 1.0)})
     means.add({"loss": (2.0, 1.0), "empty": (0.0, 0.0)})
-    out = means.take("train/")
+    out = means.pop("train/")
     assert out["train/loss"] == 2
     assert out["train/lr"] == 0.5
     assert math.isnan(out["train/empty"])
-    assert means.take() == {}
+    assert means.pop() == {}
 
 
 def test_a_resume_cuts_the_lines_past_the_restored_step(path):
@@ -194,10 +194,10 @@ def test_in_a_bucket_the_lines_of_an_evaluation_meanwhile_stay(gcs):
 
 
 def test_a_picture_that_a_bucket_does_not_take_is_a_warning_and_the_next_is_there(gcs, caplog):
-    recorder = Recorder(epath.Path("gs://bucket/run"), 0, sinks=("pictures",))
+    recorder = MetricWriter(epath.Path("gs://bucket/run"), 0, sinks=("pictures",))
     gcs.add({"path": "pictures", "method": "POST", "status": 403})
     for step in (1, 2):
-        recorder.picture(step, "reconstruct", np.zeros((2, 2, 3), np.uint8))
+        recorder.write_image(step, "reconstruct", np.zeros((2, 2, 3), np.uint8))
     assert "cannot write gs://bucket/run/pictures/reconstruct_0000001.png" in caplog.text
     pictures = gcs.store.list("bucket", {"prefix": "run/pictures/"})["items"]
     assert [picture["name"] for picture in pictures] == ["run/pictures/reconstruct_0000002.png"]
@@ -205,19 +205,19 @@ def test_a_picture_that_a_bucket_does_not_take_is_a_warning_and_the_next_is_ther
 
 
 def test_a_number_that_is_not_finite_becomes_null(tmp_path):
-    recorder = Recorder(epath.Path(tmp_path), 0, sinks=("pictures",))
-    recorder.scalars(1, {"train/loss": float("nan"), "train/lr": np.float32(0.5)})
+    recorder = MetricWriter(epath.Path(tmp_path), 0, sinks=("pictures",))
+    recorder.write_scalars(1, {"train/loss": float("nan"), "train/lr": np.float32(0.5)})
     assert rows(tmp_path / "metrics.jsonl")[0] | {"time": 0} == {
         "step": 1, "time": 0, "train/loss": None, "train/lr": 0.5}
 
 
 def test_every_process_knows_what_was_evaluated_but_only_one_writes(tmp_path):
-    Recorder(epath.Path(tmp_path), 0, sinks=("pictures",)).scalars(4, {"eval/loss": 1.0})
-    other = Recorder(epath.Path(tmp_path), 4, sinks=("pictures", "tensorboard"), active=False)
+    MetricWriter(epath.Path(tmp_path), 0, sinks=("pictures",)).scalars(4, {"eval/loss": 1.0})
+    other = MetricWriter(epath.Path(tmp_path), 4, sinks=("pictures", "tensorboard"), active=False)
     assert other.has(4, "eval/loss")
     assert not other.has(5, "eval/loss")
-    other.scalars(5, {"eval/loss": 1.0})
-    other.picture(5, "reconstruct", np.zeros((2, 2, 3), np.uint8))
+    other.write_scalars(5, {"eval/loss": 1.0})
+    other.write_image(5, "reconstruct", np.zeros((2, 2, 3), np.uint8))
     other.close()
     assert steps(tmp_path / "metrics.jsonl") == [4]
     assert not (tmp_path / "pictures").exists()
@@ -226,9 +226,9 @@ def test_every_process_knows_what_was_evaluated_but_only_one_writes(tmp_path):
 def test_without_tensorboard_one_warning_and_metrics_jsonl_remain(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "clu", None)
     with caplog.at_level(logging.WARNING, "mae_jax"):
-        recorder = Recorder(epath.Path(tmp_path), 0, sinks=("pictures", "tensorboard"))
-        recorder.scalars(1, {"train/loss": 1.0})
-        recorder.picture(1, "reconstruct", np.full((2, 3, 3), 7, np.uint8))
+        recorder = MetricWriter(epath.Path(tmp_path), 0, sinks=("pictures", "tensorboard"))
+        recorder.write_scalars(1, {"train/loss": 1.0})
+        recorder.write_image(1, "reconstruct", np.full((2, 3, 3), 7, np.uint8))
         recorder.close()
     assert [record.message.split(":")[0] for record in caplog.records] == ["no TensorBoard events from here on"]
     assert steps(tmp_path / "metrics.jsonl") == [1]
@@ -239,7 +239,7 @@ def test_without_tensorboard_one_warning_and_metrics_jsonl_remain(tmp_path, monk
 
 
 def test_tensorboard_on_a_full_disk_is_one_warning_and_the_rest_goes_on(tmp_path, caplog):
-    recorder = Recorder(epath.Path(tmp_path), 0, sinks=("pictures", "tensorboard"))
+    recorder = MetricWriter(epath.Path(tmp_path), 0, sinks=("pictures", "tensorboard"))
 
     class Full:
         def __getattr__(self, name):
@@ -249,8 +249,8 @@ def test_tensorboard_on_a_full_disk_is_one_warning_and_the_rest_goes_on(tmp_path
     recorder.sinks["tensorboard"].writer = Full()
     with caplog.at_level(logging.WARNING, "mae_jax"):
         for step in (1, 2):
-            recorder.scalars(step, {"train/loss": 1.0})
-            recorder.picture(step, "reconstruct", np.zeros((2, 2, 3), np.uint8))
+            recorder.write_scalars(step, {"train/loss": 1.0})
+            recorder.write_image(step, "reconstruct", np.zeros((2, 2, 3), np.uint8))
         recorder.close()
     assert [record.message for record in caplog.records] == [
         "no TensorBoard events from here on: [Errno 28] No space left on device"]
@@ -285,16 +285,16 @@ def listing(monkeypatch):
 
 def test_a_sink_that_the_config_names_is_told_everything_and_closed(tmp_path, listing):
     config = tiny_config({"log.sinks": ("listing",)})
-    recorder = Recorder(epath.Path(tmp_path), 3, metric_sinks.names(config.log))
+    recorder = MetricWriter(epath.Path(tmp_path), 3, metric_sinks.names(config.log))
     image = np.zeros((2, 2, 3), np.uint8)
-    recorder.scalars(4, {"train/loss": math.nan})
-    recorder.picture(4, "reconstruct", image)
+    recorder.write_scalars(4, {"train/loss": math.nan})
+    recorder.write_image(4, "reconstruct", image)
     recorder.flush()
     recorder.close()
     assert listing.told == [("open", epath.Path(tmp_path), 3), ("write_scalars", 4, {"train/loss": pytest.approx(
         math.nan, nan_ok=True)}), ("write_image", 4, "reconstruct", image), ("flush",), ("close",)]
     assert (tmp_path / "pictures" / "reconstruct_0000004.png").exists()
-    Recorder(epath.Path(tmp_path), 3, metric_sinks.names(config.log), active=False).scalars(5, {"train/loss": 1.0})
+    MetricWriter(epath.Path(tmp_path), 3, metric_sinks.names(config.log), active=False).scalars(5, {"train/loss": 1.0})
     assert len(listing.told) == 5
 
 
@@ -302,10 +302,10 @@ def test_a_sink_that_the_config_names_is_told_everything_and_closed(tmp_path, li
 def test_a_sink_that_fails_is_one_warning_and_the_others_go_on(tmp_path, monkeypatch, caplog, listing, failing):
     monkeypatch.setattr(listing, "failing", failing)
     with caplog.at_level(logging.WARNING, "mae_jax"):
-        recorder = Recorder(epath.Path(tmp_path), 0, ("listing", "pictures"))
+        recorder = MetricWriter(epath.Path(tmp_path), 0, ("listing", "pictures"))
         for step in (1, 2):
-            recorder.scalars(step, {"train/loss": 1.0})
-            recorder.picture(step, "reconstruct", np.zeros((2, 2, 3), np.uint8))
+            recorder.write_scalars(step, {"train/loss": 1.0})
+            recorder.write_image(step, "reconstruct", np.zeros((2, 2, 3), np.uint8))
             recorder.flush()
         recorder.close()
     assert [record.message for record in caplog.records] == ["no listings from here on: the server is"]
@@ -320,7 +320,7 @@ def test_a_sink_that_cannot_be_made_is_one_warning_and_the_others_go_on(tmp_path
 
     monkeypatch.setattr(listing, "__init__", refuses)
     with caplog.at_level(logging.WARNING, "mae_jax"):
-        recorder = Recorder(epath.Path(tmp_path), 0, ("listing", "pictures"))
+        recorder = MetricWriter(epath.Path(tmp_path), 0, ("listing", "pictures"))
     assert [record.message for record in caplog.records] == ["no listings from here on: no account of yours"]
     assert list(recorder.sinks) == ["pictures"]
 

@@ -72,7 +72,7 @@ def workdir(request, tmp_path) -> str:
 def take(workdir: str) -> float:
     """Holds a workdir for a moment; returns how long it took to get it."""
     began = time.monotonic()
-    with workdir_lock.held(epath.Path(workdir)):
+    with workdir_lock.hold(epath.Path(workdir)):
         return time.monotonic() - began
 
 
@@ -113,7 +113,7 @@ def test_a_frozen_run_that_was_overtaken_writes_nothing_and_ends_when_it_wakes(h
     assert process.stdout.readline() == "wrote\n"
     process.send_signal(signal.SIGSTOP)
     time.sleep(workdir_lock.DEAD)
-    with workdir_lock.held(epath.Path("gs://bucket/frozen")):
+    with workdir_lock.hold(epath.Path("gs://bucket/frozen")):
         process.stdin.write("step\n")
         process.stdin.flush()
         process.send_signal(signal.SIGCONT)
@@ -130,13 +130,13 @@ def test_a_run_whose_signs_of_life_do_not_arrive_writes_nothing_and_ends_when_it
     monkeypatch.setattr(workdir_lock.BucketLease, "_lost", lambda self, found: lost.append((found, self.renewed)))
     held.take()
     monkeypatch.setattr(workdir_lock, "_held", held)
-    assert workdir_lock.doubt() == ""
+    assert workdir_lock.why_unwritable() == ""
     checkpoints, recorder = Checkpoints(workdir, 1), JsonLines(workdir / "metrics.jsonl", 0)
     gcs.add({"path": "cut/lock", "method": "POST", "status": 400, "times": -1})
-    wait_until(workdir_lock.doubt)
+    wait_until(workdir_lock.why_unwritable)
     reason = r"no sign of life could be given for \d+ s, so another run may have the workdir"
-    assert re.search(reason, workdir_lock.doubt())
-    workdir_lock.fence()  # training goes on
+    assert re.search(reason, workdir_lock.why_unwritable())
+    workdir_lock.wait_until_verified()  # training goes on
     recorder.write(1, {"loss": 1.0})
     recorder.flush()
     checkpoints.save(1, {"a": np.zeros(3)})
@@ -183,7 +183,7 @@ def test_nothing_may_be_written_is_one_line_with_the_role_to_ask_for(gcs):
 def test_a_folder_of_which_nothing_came_is_not_left_behind(tmp_path):
     take(str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
-    with workdir_lock.held(epath.Path(tmp_path / "run")):
+    with workdir_lock.hold(epath.Path(tmp_path / "run")):
         (tmp_path / "run" / "config.json").touch()
     assert json.loads((tmp_path / "run" / "lock").read_text())["process"] == os.getpid()
 
@@ -196,19 +196,19 @@ def test_a_lock_that_cannot_be_made_again_is_tried_until_it_can_and_harms_no_oth
     lock.take()
     shutil.rmtree(folder)
     folder.write_text("in the way")
-    assert "a file is in its place" in lock.doubt()
+    assert "a file is in its place" in lock.why_unwritable()
     with open(tmp_path / "other", "w") as other:  # it may get the number of the descriptor that was closed
-        assert "a file is in its place" in lock.doubt()
+        assert "a file is in its place" in lock.why_unwritable()
         other.write("whole")
     folder.unlink()
     with monkeypatch.context() as patch:
         patch.setattr(workdir_lock.fcntl, "flock", broken)
-        assert "Input/output error" in lock.doubt()
-        assert "Input/output error" in lock.doubt()
+        assert "Input/output error" in lock.why_unwritable()
+        assert "Input/output error" in lock.why_unwritable()
         lock.give_back()
         assert (folder / "lock").exists()  # not known to be ours
     lock.take()
-    assert lock.doubt() == ""
+    assert lock.why_unwritable() == ""
     lock.give_back()
 
 
@@ -216,21 +216,21 @@ def test_a_lock_that_was_removed_is_made_again_unless_another_run_has_it(tmp_pat
     lock = workdir_lock.FileLock(epath.Path(tmp_path / "run" / "lock"))
     lock.take()
     shutil.rmtree(tmp_path / "run")
-    assert lock.doubt() == ""
+    assert lock.why_unwritable() == ""
     assert "had been removed, and is there again" in caplog.text
     with pytest.raises(UserError, match=f"in use by .*process {os.getpid()} on"):
         take(str(tmp_path / "run"))
     (tmp_path / "run" / "lock").unlink()
     other = holder(str(tmp_path / "run"))
-    assert f"in use by a living run: process {other.pid} on" in lock.doubt()
-    assert f"in use by a living run: process {other.pid} on" in lock.doubt()
+    assert f"in use by a living run: process {other.pid} on" in lock.why_unwritable()
+    assert f"in use by a living run: process {other.pid} on" in lock.why_unwritable()
     monkeypatch.setattr(workdir_lock, "_held", lock)
     training_workdir.keep(epath.Path(tmp_path / "run"), tiny_config(), None)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
     monkeypatch.setattr(workdir_lock, "_held", None)
     other.kill()
     other.wait()
-    assert lock.doubt() == ""
+    assert lock.why_unwritable() == ""
     lock.give_back()
     assert take(str(tmp_path / "run")) < 1
 

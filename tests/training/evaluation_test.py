@@ -17,7 +17,7 @@ from mae_jax.storage import paths
 from mae_jax.storage.checkpoint import load_params
 from mae_jax.training import loop
 from mae_jax.training import run as training_run
-from mae_jax.training.evaluation import Best, Judge
+from mae_jax.training.evaluation import BestCheckpoint, PeriodicEvaluation
 from mae_jax.training.workdir import config_of
 from tests.helpers.tiny import tiny_config, tiny_supervised
 
@@ -53,7 +53,7 @@ def test_the_end_reports_last_averaged_and_best_weights_and_other_crops(judged):
 
 
 def test_what_was_best_by_k_nn_is_printed_and_figures_of_single_experts_are_only_recorded(capsys):
-    judge, recorded = Judge.__new__(Judge), []
+    judge, recorded = PeriodicEvaluation.__new__(PeriodicEvaluation), []
     judge.part, judge.evaluator = "val", SimpleNamespace(pictures=lambda *_: [])
     judge.recorder = SimpleNamespace(scalars=lambda step, values: recorded.extend(values))
     figures = {"eval/best/knn/top1": 0.5, "eval/purity/block_01": 0.25, "eval/share/block_03/7": 0.125}
@@ -73,29 +73,30 @@ def test_the_best_checkpoint_has_the_lowest_validation_loss(judged):
 
 
 def test_only_a_better_state_replaces_the_best_also_after_a_restart(tmp_path):
-    best = Best(epath.Path(tmp_path), "top1")
+    best = BestCheckpoint(epath.Path(tmp_path), "top1")
     for step, top1 in ((1, 0.5), (2, 0.4), (3, 0.6), (4, 0.6)):
-        best.offer(step, {"x": jnp.full(3, step)}, {"val/top1": top1})
-    again = Best(epath.Path(tmp_path), "top1")
-    again.offer(5, {"x": jnp.full(3, 5)}, {"val/top1": 0.55})
+        best.update(step, {"x": jnp.full(3, step)}, {"val/top1": top1})
+    again = BestCheckpoint(epath.Path(tmp_path), "top1")
+    again.update(5, {"x": jnp.full(3, 5)}, {"val/top1": 0.55})
     np.testing.assert_array_equal(again.checkpoints.restore({"x": jnp.zeros(3, jnp.int32)})["x"], [3, 3, 3])
 
 
 def test_what_is_no_number_is_never_the_best_and_another_metric_starts_anew(tmp_path):
-    best = Best(epath.Path(tmp_path), "top1")
-    best.offer(1, {"x": jnp.zeros(3)}, {"val/top1": float("nan")})
+    best = BestCheckpoint(epath.Path(tmp_path), "top1")
+    best.update(1, {"x": jnp.zeros(3)}, {"val/top1": float("nan")})
     assert not best.file.exists()
-    best.offer(2, {"x": jnp.zeros(3)}, {"val/top1": 0.9})
-    best.offer(3, {"x": jnp.zeros(3)}, {"val/top1": float("nan")})
+    best.update(2, {"x": jnp.zeros(3)}, {"val/top1": 0.9})
+    best.update(3, {"x": jnp.zeros(3)}, {"val/top1": float("nan")})
     assert json.loads(best.file.read_text())["step"] == 2
-    raw = Best(epath.Path(tmp_path / "raw"), "raw/loss")
+    raw = BestCheckpoint(epath.Path(tmp_path / "raw"), "raw/loss")
     for step, loss in ((1, 3.0), (2, 2.0), (3, 2.5)):
-        raw.offer(step, {"x": jnp.zeros(3)}, {"val/raw/loss": loss})
+        raw.update(step, {"x": jnp.zeros(3)}, {"val/raw/loss": loss})
     assert json.loads(raw.file.read_text())["step"] == 2
-    other = Best(epath.Path(tmp_path), "loss")
-    other.offer(4, {"x": jnp.zeros(3)}, {"val/loss": 5.0})
+    other = BestCheckpoint(epath.Path(tmp_path), "loss")
+    other.update(4, {"x": jnp.zeros(3)}, {"val/loss": 5.0})
     assert json.loads(other.file.read_text()) == {"step": 4, "metric": "loss", "score": -5.0}
-    fewer = Best(epath.Path(tmp_path), "loss", max_examples=7)  # a score of other pictures is none to compare with
+    # A score of other pictures is none to compare with.
+    fewer = BestCheckpoint(epath.Path(tmp_path), "loss", max_examples=7)
     assert fewer.score == float("-inf")
 
 
@@ -105,7 +106,7 @@ def test_a_damaged_score_is_told_by_name(tmp_path, text):
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "score.json").write_bytes(text)
     with pytest.raises(UserError, match=r"best/score\.json is damaged"):
-        Best(epath.Path(tmp_path), "loss")
+        BestCheckpoint(epath.Path(tmp_path), "loss")
 
 
 def test_a_score_that_finds_no_room_ends_no_run(tmp_path, monkeypatch, caplog):
@@ -113,8 +114,8 @@ def test_a_score_that_finds_no_room_ends_no_run(tmp_path, monkeypatch, caplog):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(paths, "replace_text", full)
-    best = Best(epath.Path(tmp_path), "loss")
-    best.offer(3, {"a": np.zeros(2)}, {"val/loss": 0.5})
+    best = BestCheckpoint(epath.Path(tmp_path), "loss")
+    best.update(3, {"a": np.zeros(2)}, {"val/loss": 0.5})
     assert "score.json: [Errno 28] No space left on device" in caplog.text
     assert best.score == -0.5
 
@@ -161,7 +162,7 @@ def test_the_figures_that_are_foretold_are_those_that_are_measured(tmp_path, fie
     with jax.set_mesh(run.program.mesh):
         evaluator = Evaluator(run.program.method, run.inputs, run.program.mesh)
         measured = evaluator.scalars(run.program.init(next(training_run.device_batches(run, 0))), "val")
-        foretold = evaluator.names(run.program.state)
+        foretold = evaluator.metric_names(run.program.state)
     assert sorted(foretold) == sorted(name.removeprefix("val/") for name in measured)
 
 

@@ -141,18 +141,18 @@ NOTHING = 0.0
 
 def test_what_gets_on_or_is_not_watched_is_left_alone(left, tmp_path):
     assert watchdog.TICK == 0.5
-    assert left(lambda dog: [lambda: dog.on("a step"), *[NOTHING] * 4]) == []
-    assert left(lambda dog: [lambda: dog.on("a step"), *[NOTHING] * 5]) == ["a step"]
-    assert left(lambda dog: [lambda: dog.on("an evaluation"), *[NOTHING, NOTHING, watchdog.alive] * 9]) == []
-    assert left(lambda dog: [lambda: dog.on("a step"), NOTHING, lambda: dog.on(""), *[NOTHING] * 9]) == []
+    assert left(lambda dog: [lambda: dog.watch("a step"), *[NOTHING] * 4]) == []
+    assert left(lambda dog: [lambda: dog.watch("a step"), *[NOTHING] * 5]) == ["a step"]
+    assert left(lambda dog: [lambda: dog.watch("an evaluation"), *[NOTHING, NOTHING, watchdog.heartbeat] * 9]) == []
+    assert left(lambda dog: [lambda: dog.watch("a step"), NOTHING, lambda: dog.watch(""), *[NOTHING] * 9]) == []
     with Watchdog(0, tmp_path) as dog:
-        dog.on("anything")
+        dog.watch("anything")
         assert not dog._thread.is_alive()
 
 
 def test_of_the_time_in_which_the_process_was_frozen_two_ticks_count(left):
-    assert left(lambda dog: [lambda: dog.on("a step"), 600.0, NOTHING, NOTHING]) == []
-    assert left(lambda dog: [lambda: dog.on("a step"), 600.0, NOTHING, NOTHING, NOTHING]) == ["a step"]
+    assert left(lambda dog: [lambda: dog.watch("a step"), 600.0, NOTHING, NOTHING]) == []
+    assert left(lambda dog: [lambda: dog.watch("a step"), 600.0, NOTHING, NOTHING, NOTHING]) == ["a step"]
 
 
 @pytest.mark.slow

@@ -18,10 +18,10 @@ from mae_jax.errors import GuardError, UserError
 from mae_jax.param_tree import flatten
 from mae_jax.rng import stream_key
 from mae_jax.storage.checkpoint import load_params
-from mae_jax.storage.metric_writer import Recorder
+from mae_jax.storage.metric_writer import MetricWriter
 from mae_jax.training import loop, replay
 from mae_jax.training import run as training_run
-from mae_jax.training.step_logger import Log
+from mae_jax.training.step_logger import StepLogger
 from tests.helpers.tiny import tiny_config, tiny_supervised
 
 
@@ -86,14 +86,14 @@ def test_other_data_at_a_resume_are_told_and_other_classes_of_a_classifier_refus
 
 @pytest.mark.slow
 def test_a_workdir_that_is_removed_meanwhile_is_made_whole_again(tmp_path, monkeypatch, caplog):
-    push = Log.push
+    push = StepLogger.push
 
     def remove(self, done, *args):
         if done == 4:
             (tmp_path / "run").rename(tmp_path / "gone")
         push(self, done, *args)
 
-    monkeypatch.setattr(Log, "push", remove)
+    monkeypatch.setattr(StepLogger, "record", remove)
     config = tiny_config({"eval.every": "", "checkpoint.every": "2 steps"})
     assert loop.train(config, str(tmp_path / "run")) == 0
     assert "lock had been removed, and is there again" in caplog.text
@@ -235,14 +235,14 @@ def test_a_batch_on_the_devices_is_what_the_input_gives(tmp_path):
 def test_too_many_bad_pictures_stop_the_run_with_their_names_but_not_before_100_were_seen(tmp_path):
     run = training_run.prepare(tiny_config({"guard.max_bad_fraction": 0.2}), tmp_path)
     run.inputs.bad.append("cats/7.jpg: no end marker")
-    log = Log(run, Recorder(tmp_path, 0, sinks=("pictures",)))
+    log = StepLogger(run, MetricWriter(tmp_path, 0, sinks=("pictures",)))
     metrics = {name: (np.float32(value), np.float32(1)) for name, value in
                {"loss": 1, "lr": 1, "grad_norm": 1, "bad_steps": 0, "replaced": 2}.items()}  # 2 of 8 pictures
     ids = np.arange(8)
     for done in range(1, 14):
-        log.push(done, metrics, ids)  # handles the 12 before: 96 pictures
+        log.record(done, metrics, ids)  # handles the 12 before: 96 pictures
     with pytest.raises(GuardError, match=r"26 of 104 .*0\.2: cats/7\.jpg"):
-        log.push(14, metrics, ids)
+        log.record(14, metrics, ids)
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def test_the_warm_up_starts_at_its_own_rate_which_no_batch_size_scales():
 
 def test_only_kernels_and_the_class_and_mask_tokens_decay():
     tree = tiny_params(tiny_config({"method.encoder_mask_tokens": True}))
-    decayed = {name for name, decays in flatten(optim.decay_mask(tree, MAE.decayed)).items() if decays}
+    decayed = {name for name, decays in flatten(optim.decay_mask(tree, MAE.decay_suffixes)).items() if decays}
     assert decayed == {name for name in flatten(tree) if name.endswith(DECAYED)}
     kept = {name.rsplit("/", 1)[-1] for name in flatten(tree).keys() - decayed}
     assert kept == {"bias", "scale"}
@@ -87,7 +87,7 @@ class HeadOnly(MAE):
 
     decayed = ("kernel",)
 
-    def learns(self, path):
+    def is_trainable(self, path):
         return path.startswith(("decoder/", "encoder/block_01/mlp/"))
 
 
@@ -358,15 +358,15 @@ def test_three_steps_of_lars_with_scanned_layers_are_those_without():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_frozen_parameters_keep_their_bits_and_have_no_optimiser_state_whatever_their_gradient(name):
+def test_frozen_parameters_keep_their_bits_and_have_no_optimizer_state_whatever_their_gradient(name):
     config = tiny_config({"optim.name": name, "optim.layer_decay": 0.9, "optim.clip": 1.0})
     method = HeadOnly(config, TINY_DATA)
     optimizer, rng, start = optim.make_optimizer(method), np.random.default_rng(0), flatten(tiny_params(config))
     grads = [{key: rng.normal(size=value.shape).astype(np.float32) for key, value in start.items()} for _ in range(2)]
     for key, value in follow(optimizer, start, grads, [0.1, 0.1]).items():
-        assert (value.tobytes() != start[key].tobytes()) == method.learns(key), key
+        assert (value.tobytes() != start[key].tobytes()) == method.is_trainable(key), key
     held = {key for key in start if any(name.endswith(f"/{key}") for name in flatten(optimizer.init(nest(start))))}
-    assert held == set(filter(method.learns, start))
+    assert held == set(filter(method.is_trainable, start))
 
 
 @pytest.mark.slow
@@ -379,7 +379,7 @@ def test_frozen_parameters_and_their_averages_keep_their_bits_in_training():
         state, _ = step(state, tiny_batch(config, seed))
     for tree in jax.device_get((state.params, state.ema)):
         for key, value in flatten(tree).items():
-            assert (value.tobytes() != before[key].tobytes()) == method.learns(key), key
+            assert (value.tobytes() != before[key].tobytes()) == method.is_trainable(key), key
 
 
 @pytest.mark.slow
@@ -408,7 +408,7 @@ def test_on_8_devices_moments_live_where_their_parameters_do_and_frozen_ones_now
     placed = flatten(sharding.param_shardings(mesh, state))
     pairs = [(placed[key], placed[f"params/{name}"]) for key in placed for name in flatten(state.params)
              if key.startswith("opt/") and key.endswith(f"/{name}")]
-    learning = sum(map(HeadOnly(config, TINY_DATA).learns, flatten(state.params)))
+    learning = sum(map(HeadOnly(config, TINY_DATA).is_trainable, flatten(state.params)))
     assert len(pairs) == learning * (2 if name in ("adamw", "lamb") else 1)
     assert all(moment.spec == parameter.spec for moment, parameter in pairs)
     assert any(parameter.spec == jax.P(("zero",), ("tensor",)) for _, parameter in pairs)

@@ -12,7 +12,7 @@ from mae_jax.methods.base import Method
 from mae_jax.methods.mae import MAE
 from mae_jax.param_tree import flatten
 from mae_jax.rng import stream_key
-from mae_jax.training.train_step import gradients, init_state, make_train_step, only_if
+from mae_jax.training.train_step import build_train_step, gradients, init_state, only_if
 from tests.helpers.tiny import TINY_DATA, tiny_batch, tiny_config, tiny_state, tiny_step
 
 
@@ -137,7 +137,7 @@ def any_rule(request):
     state = init_state(Perceptron(config, TINY_DATA), optimizer, vectors(0))
     usual = {name: np.linspace(0, 40, len(past)).astype(np.float32) for name, past in state.history.items()}
     state = own(state._replace(history=usual))
-    step = jax.jit(make_train_step(Perceptron(config, TINY_DATA), optimizer, lambda step: 0.01), donate_argnums=0)
+    step = jax.jit(build_train_step(Perceptron(config, TINY_DATA), optimizer, lambda step: 0.01), donate_argnums=0)
     return step.lower(state, vectors(0)).compile(), state
 
 
@@ -184,10 +184,10 @@ def test_accelerators_choose_between_old_and_new_and_only_cpus_loop(platform):
 
 @pytest.mark.parametrize("platform", ["cpu", "default"])
 @pytest.mark.parametrize("taken", [False, True])
-def test_new_values_are_kept_only_if_the_step_is_taken(platform, taken, monkeypatch):
+def test_new_values_are_kept_only_if_the_step_is_taken(platform, apply_update, monkeypatch):
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, **ways: ways[platform](*args))
     kept = {"a": jnp.arange(3), "b": jnp.zeros(2)}
-    assert_identical(only_if(jnp.array(taken), next_values, kept), next_values(kept) if taken else kept)
+    assert_identical(only_if(jnp.array(apply_update), next_values, kept), next_values(kept) if apply_update else kept)
 
 
 def test_the_step_gives_its_state_away_and_uses_all_of_it(step):

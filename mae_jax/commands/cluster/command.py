@@ -38,9 +38,9 @@ RATIO = flags.DEFINE_float("ratio", 3.0, "how many times larger the largest clus
                            "is an error where that cannot be reached",
                            lower_bound=1.5)
 SEED = flags.DEFINE_integer("seed", 0, "of the first centroids", lower_bound=0)
-SHOWN = 1024  # entries in the picture, at most
-SIDE = 32  # of them in a row
-PIXELS = 16  # that an entry is wide, at least
+MAX_SHOWN_ENTRIES = 1024  # entries in the picture, at most
+ENTRIES_PER_ROW = 32  # of them in a row
+MIN_ENTRY_PIXELS = 16  # that an entry is wide, at least
 SAMPLE = 65_536  # patches whose tokens say how often an entry is used
 
 
@@ -94,7 +94,7 @@ def vocabulary() -> int:
     if config.method.vocabulary_file:
         raise UserError(f"method.vocabulary_file={config.method.vocabulary_file!r} is a vocabulary; leave it empty")
     method, opened = methods.with_data(resolved(config))
-    inputs = opened.batches(method.eval_spec(), method.order())
+    inputs = opened.batches(method.eval_spec(), method.patch_order())
     print(inputs.description, flush=True)
     entries, sample = PatchTargets(config).build(inputs.support())
     storage_vocabulary.save(file, entries, config.method.target)
@@ -102,7 +102,7 @@ def vocabulary() -> int:
     if config.method.target != "projection":  # directions are no pictures
         named = np.asarray(patch_tokens.tokenize(jnp.asarray(sample[:SAMPLE]), jnp.asarray(entries),
                                                  config.method.target))
-        most = np.argsort(-np.bincount(named, minlength=1 + len(entries))[1:], kind="stable")[:SHOWN]
+        most = np.argsort(-np.bincount(named, minlength=1 + len(entries))[1:], kind="stable")[:MAX_SHOWN_ENTRIES]
         with picture.open("wb") as opened:
             Image.fromarray(_sheet(entries[most], tuple(config.model.patch))).save(opened, "PNG")
         print(picture)
@@ -114,8 +114,8 @@ def _sheet(entries: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
     from mae_jax.ops.patches import denormalize
 
     pixels = denormalize(entries).clip(0, 255).round().astype(np.uint8).reshape(-1, *patch, 3)
-    scale = -(-PIXELS // patch[1])
+    scale = -(-MIN_ENTRY_PIXELS // patch[1])
     pixels = pixels.repeat(scale, 1).repeat(scale, 2)
-    pixels = np.pad(pixels, ((0, -len(pixels) % SIDE), (0, 1), (0, 1), (0, 0)), constant_values=255)
-    rows = pixels.reshape(-1, SIDE, *pixels.shape[1:]).swapaxes(1, 2)
-    return rows.reshape(rows.shape[0] * rows.shape[1], SIDE * pixels.shape[2], 3)
+    pixels = np.pad(pixels, ((0, -len(pixels) % ENTRIES_PER_ROW), (0, 1), (0, 1), (0, 0)), constant_values=255)
+    rows = pixels.reshape(-1, ENTRIES_PER_ROW, *pixels.shape[1:]).swapaxes(1, 2)
+    return rows.reshape(rows.shape[0] * rows.shape[1], ENTRIES_PER_ROW * pixels.shape[2], 3)

@@ -52,8 +52,8 @@ class Features:
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._claim()
-        done = peers.first(len(self.files()))
-        if peers.first(complete.is_file() and complete.read_text().strip() == str(done)):
+        done = peers.broadcast(len(self.files()))
+        if peers.broadcast(complete.is_file() and complete.read_text().strip() == str(done)):
             return
         for number, batch in enumerate(batches):
             if number < done * per_chunk:
@@ -67,7 +67,7 @@ class Features:
             self._write(done, parts)
         if jax.process_index() == 0:
             complete.write_text(json.dumps(len(self.files())) + "\n")
-        peers.first(None)  # the others wait until all is there
+        peers.broadcast(None)  # the others wait until all is there
 
     def _claim(self) -> None:
         """Notes what the features are of; raises UserError where there are others."""

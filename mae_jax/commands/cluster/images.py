@@ -19,14 +19,15 @@ from mae_jax.evals.image_grid import tile
 from mae_jax.methods.base import Method
 from mae_jax.ops import spherical_kmeans
 from mae_jax.ops.patches import PatchGrid
-from mae_jax.param_tree import flat, judged
+from mae_jax.param_tree import flat, split_eval_params
 from mae_jax.runtime import peers, sharding
 from mae_jax.storage import paths, safetensors_file
 from mae_jax.storage.checkpoint import load_params
 from mae_jax.training import workdir
 
-SHOWN, MEMBERS = 32, 8  # clusters in the picture, and pictures of each
-LOOKED_AT = 16_384  # pictures among which members for the picture are sought, where the data have no random access
+MAX_SHOWN_CLUSTERS, IMAGES_PER_CLUSTER = 32, 8  # clusters in the picture, and pictures of each
+# Pictures among which members for the picture are sought, where the data have no random access.
+MAX_SEARCHED_IMAGES = 16_384
 
 
 def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed: int, data: ConfigDict | None) -> int:
@@ -53,7 +54,7 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
         print(inputs.description, flush=True)
     if inputs.num_train < 2 * clusters:
         raise UserError(f"--clusters={clusters} of {inputs.num_train} pictures; take at most {inputs.num_train // 2}")
-    params, extras = judged(load_params(folder, ema=True, extras=True))
+    params, extras = split_eval_params(load_params(folder, ema=True, extras=True))
     parts = {config.data.train_split: inputs.support, config.data.val_split: inputs.validate,
              config.data.eval_split: inputs.evaluate}
     about = {"encoder": fingerprint(params), "block": block, "data": data_of(config), "pictures": inputs.num_train,
@@ -66,7 +67,7 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
     if any(other != json.loads(json.dumps(about)) for other in peers.gather(about)):
         raise UserError(f"the processes do not see the same encoder or pictures; cluster with one step's folder, as "
                         f"{source}/checkpoints/STEP, on storage that all of them share")
-    if peers.first((to_folder / "clusters.npz").is_file()):
+    if peers.broadcast((to_folder / "clusters.npz").is_file()):
         if jax.process_index() == 0:
             print(f"{to_folder}: there already; {summary(Clusters.read(to))}")
         return errors.FINISHED
@@ -78,14 +79,14 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
     if jax.process_index() == 0:
         made = made_of(found, config.data.train_split, clusters, ratio, seed)
         made.meta.update(meta)
-        uneven = "" if spherical_kmeans.uneven(made.sizes) <= ratio else summary(made)
-    if uneven := peers.first(uneven):
+        uneven = "" if spherical_kmeans.size_ratio(made.sizes) <= ratio else summary(made)
+    if uneven := peers.broadcast(uneven):
         raise UserError(f"--ratio={ratio:g} to 1 was not reached: {uneven}. Are many pictures alike? Take fewer "
                         "--clusters, or a larger --ratio; the features stay")
     if jax.process_index() == 0:
         write(made, to_folder, params, config, found[config.data.train_split])
         print(f"{to_folder}: {summary(made)}")
-    peers.first(None)  # the others wait
+    peers.broadcast(None)  # the others wait
     return errors.FINISHED
 
 
@@ -99,7 +100,7 @@ def write(made: Clusters, folder: epath.Path, params: Any, config: ConfigDict, f
 
 def pictures(config: ConfigDict, method: Method, rows: np.ndarray | None = None) -> Inputs:
     """Opens the pictures with the fields that all have, no patch hidden; of rows, see `OpenedData.batches`."""
-    return OpenedData(config).batches(Method.eval_spec(method), Method.order(method), rows=rows)
+    return OpenedData(config).batches(Method.eval_spec(method), Method.patch_order(method), rows=rows)
 
 
 def other_arguments(folder: epath.Path, meta: dict[str, Any]) -> str:
@@ -128,7 +129,7 @@ def made_of(features: dict[str, Features], train: str, clusters: int, ratio: flo
     def points() -> Any:
         return features[train].points(mean)
 
-    centroids, prices, plain = spherical_kmeans.even_clusters(points, sample, clusters, ratio, rng)
+    centroids, prices, plain = spherical_kmeans.balanced_kmeans(points, sample, clusters, ratio, rng)
     assigned = {}
     for split, part in features.items():
         chosen, similar = spherical_kmeans.assign(lambda part=part: part.points(mean, readable=False), centroids,
@@ -164,7 +165,7 @@ def nearest(made: Clusters, features: Features, split: str, shown: np.ndarray, m
         for row, number in enumerate(shown):
             own = made.assigned[split][ids] == number
             found, close = (np.concatenate(both) for both in zip(best[row], (ids[own], similar[own, row]), strict=True))
-            first = np.argsort(-close, kind="stable")[:MEMBERS]
+            first = np.argsort(-close, kind="stable")[:IMAGES_PER_CLUSTER]
             best[row] = found[first], close[first]
         seen += len(ids)
         if seen >= most:
@@ -176,14 +177,14 @@ def picture(made: Clusters, config: ConfigDict, features: Features) -> np.ndarra
     """Returns a grid of the pictures nearest to the centroids, a row per cluster, of at most SHOWN clusters."""
     from mae_jax.data.sources.base import Source  # imports TensorFlow
 
-    shown = np.unique(np.linspace(0, len(made.centroids) - 1, min(SHOWN, len(made.centroids))).astype(int))
+    shown = np.unique(np.linspace(0, len(made.centroids) - 1, min(MAX_SHOWN_CLUSTERS, len(made.centroids))).astype(int))
     inputs = pictures(config, Frozen(config, -1))  # with the rows of all processes
     anywhere = isinstance(inputs.parts.get(config.data.train_split), Source)
-    members = nearest(made, features, config.data.train_split, shown, np.inf if anywhere else LOOKED_AT)
+    members = nearest(made, features, config.data.train_split, shown, np.inf if anywhere else MAX_SEARCHED_IMAGES)
     place = {int(number): (row, column) for row, ids in enumerate(members) for column, number in enumerate(ids)}
     grid = PatchGrid.of(config)
     blank = np.full((*grid.image_size, 3), 255, np.uint8)
-    rows = [[blank] * MEMBERS for _ in shown]
+    rows = [[blank] * IMAGES_PER_CLUSTER for _ in shown]
     for batch in inputs.support(np.array(sorted(place))) if anywhere else inputs.support():
         for k in np.flatnonzero(np.isin(batch["id"], list(place))):
             row, column = place.pop(int(batch["id"][k]))
@@ -192,4 +193,5 @@ def picture(made: Clusters, config: ConfigDict, features: Features) -> np.ndarra
         if not place:
             break
     names = [f"cluster {number}\n{made.sizes[number]} pictures" for number in shown]
-    return tile(rows, ["nearest", *[""] * (MEMBERS - 1)], f"{len(shown)} of {len(made.centroids)} clusters", names)
+    return tile(rows, ["nearest", *[""] * (IMAGES_PER_CLUSTER - 1)],
+                f"{len(shown)} of {len(made.centroids)} clusters", names)

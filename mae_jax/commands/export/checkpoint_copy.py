@@ -16,7 +16,7 @@ from mae_jax.storage.checkpoint import read_back
 from mae_jax.storage.checksum import Damaged, Record
 from mae_jax.training import workdir
 
-TRIES = 2  # of reading from a bucket: what arrives damaged may be so on its way only
+READ_TRIES = 2  # of reading from a bucket: what arrives damaged may be so on its way only
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def _newest_good(source: epath.Path) -> tuple[epath.Path, Record]:
 
 def _verified(folder: epath.Path) -> Record | None:
     """Returns what a step's folder holds, None where it is damaged."""
-    for _ in range(TRIES if str(folder).startswith("gs://") else 1):
+    for _ in range(READ_TRIES if str(folder).startswith("gs://") else 1):
         try:
             return read_back(folder)
         except Damaged as damage:

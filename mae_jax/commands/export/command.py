@@ -54,7 +54,8 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
 
     Args:
       source, to, layout: as the flags.
-      task, how, seed: config of the task for which a mixture of experts is cut down, and as `customise` takes them.
+      task, how, seed: config of the task for which a mixture of experts is cut down, and as `extract_expert` takes
+        them.
       clusters: the folder of the mixture's clusters; '' where its config says.
     """
     from mae_jax import param_tree
@@ -81,7 +82,7 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
             print(checkpoint_copy.copy(folder, file))
             return errors.FINISHED
         raise UserError(f"--to={to}: the file's name must end in .safetensors")
-    tree, extras = param_tree.judged(load_params(folder, ema=True, extras=True))
+    tree, extras = param_tree.split_eval_params(load_params(folder, ema=True, extras=True))
     if how:
         tree, config, report = for_task(config, tree, extras, task, how, seed, clusters)
         print("\n".join(report))
@@ -109,10 +110,10 @@ def in_layout(tree: Any, config: Any, layout: Any, folder: Any) -> Any:
 
 
 def for_task(*args: Any) -> Any:
-    """See `customise.customise`; raises UserError without a task."""
-    from mae_jax.commands.export.expert_path import customise
+    """See `extract_expert`; raises UserError without a task."""
+    from mae_jax.commands.export.expert_path import extract_expert
     from mae_jax.errors import UserError
 
     if args[3] is None:
         raise UserError("--for-task needs the task's data: --config=folder --config.data.path=...")
-    return customise(*args)
+    return extract_expert(*args)

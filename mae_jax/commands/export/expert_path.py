@@ -16,20 +16,20 @@ from mae_jax.data import NO_DATA, DataInfo, OpenedData
 from mae_jax.data.cluster_ids import Clusters
 from mae_jax.errors import UserError
 from mae_jax.evals import linear_probe
-from mae_jax.evals.accumulators import Rows
+from mae_jax.evals.accumulators import HostRows
 from mae_jax.evals.frozen_encoder import Frozen, frozen, with_data
 from mae_jax.methods.base import Method, pool
 from mae_jax.methods.mae import MAE
 from mae_jax.methods.moce import MoCE
-from mae_jax.models.upcycling import along
+from mae_jax.models.upcycling import extract_path
 from mae_jax.runtime import sharding
 from mae_jax.storage import paths
 from mae_jax.storage.checkpoint import load_params
 from mae_jax.training import workdir
 
 HOWS = ("vote", "probe", "random")
-PROBED = 8  # paths, those of the most votes, that are probed at most
-HELD = 0.1  # of the task's training pictures, on which probes choose
+MAX_PROBED_PATHS = 8  # paths, those of the most votes, that are probed at most
+HELD_OUT_SHARE = 0.1  # of the task's training pictures, on which probes choose
 Path = tuple[int, ...]  # one expert per block with experts
 
 
@@ -40,7 +40,7 @@ class Task(NamedTuple):
     feature: np.ndarray  # float32 [D], mean feature of the frozen encoder
 
 
-class Customised(NamedTuple):
+class ExtractedExpert(NamedTuple):
     """The result: parameters and config of a masked autoencoder without experts, and what to say of it."""
 
     params: dict[str, Any]
@@ -48,8 +48,8 @@ class Customised(NamedTuple):
     report: list[str]
 
 
-def customise(config: ConfigDict, params: Any, extras: Any, task: ConfigDict, how: str, seed: int = 0,
-              clusters: str = "") -> Customised:
+def extract_expert(config: ConfigDict, params: Any, extras: Any, task: ConfigDict, how: str, seed: int = 0,
+              clusters: str = "") -> ExtractedExpert:
     """Cuts the path for a task out of a mixture of experts.
 
     Args:
@@ -71,11 +71,11 @@ def customise(config: ConfigDict, params: Any, extras: Any, task: ConfigDict, ho
     found = Clusters.read(config.method.clusters)
     method = MoCE(resolved(config), DataInfo(clusters=found))
     method.check_data()
-    method.check(extras)
+    method.check_extras(extras)
     table = {block: np.asarray(each) for block, each in method.probabilities(params, extras).items()}
     of_cluster = [tuple(int(each[cluster].argmax()) for each in table.values()) for cluster in range(method.count)]
-    about = look(found, paths.locate(config.method.clusters).expanduser(), task)
-    votes = tally(of_cluster, about.votes)
+    about = count_cluster_votes(found, paths.locate(config.method.clusters).expanduser(), task)
+    votes = votes_per_path(of_cluster, about.votes)
     report = [f"path {name(path)}: {share:.1%} of the task's pictures" for path, share in ranked(votes) if share > 0]
     chosen = most_voted(votes, of_cluster, found, about)
     if how == "random":
@@ -85,7 +85,7 @@ def customise(config: ConfigDict, params: Any, extras: Any, task: ConfigDict, ho
         chosen = others[np.random.default_rng(seed).integers(len(others))]
         report.append(f"path {name(chosen)}: drawn at random")
     if how == "probe":
-        candidates = [path for path, share in ranked(votes)[:PROBED] if share > 0]
+        candidates = [path for path, share in ranked(votes)[:MAX_PROBED_PATHS] if share > 0]
         scores = {path: probe(config, extracted(method, params, table, of_cluster, about, path)[0], task)
                   for path in candidates}
         chosen = max(candidates, key=scores.__getitem__)
@@ -94,10 +94,10 @@ def customise(config: ConfigDict, params: Any, extras: Any, task: ConfigDict, ho
     if not method.straight:
         report.append(f"folded the mean gate into the experts; gates of the task's pictures on this path are off by "
                       f"{error:.1%} on average")
-    return Customised(tree, dense_config(config), [*report, f"taken: path {name(chosen)}"])
+    return ExtractedExpert(tree, dense_config(config), [*report, f"taken: path {name(chosen)}"])
 
 
-def look(found: Clusters, folder: epath.Path, task: ConfigDict) -> Task:
+def count_cluster_votes(found: Clusters, folder: epath.Path, task: ConfigDict) -> Task:
     """Returns what the task's training pictures are to the frozen encoder of a folder of clusters."""
     file = str(folder / "encoder.safetensors")
     own = workdir.config_of(file)
@@ -117,17 +117,17 @@ def look(found: Clusters, folder: epath.Path, task: ConfigDict) -> Task:
 def pooled(config: ConfigDict, method: Method, params: Any) -> Any:
     """Yields (features [n, D], labels [n]) of the training pictures, batch by batch."""
     mesh = sharding.make_mesh(method.config)
-    inputs = OpenedData(config).batches(Method.eval_spec(method), Method.order(method),
+    inputs = OpenedData(config).batches(Method.eval_spec(method), Method.patch_order(method),
                                         rows=sharding.local_rows(mesh, config.batch_size))
     with jax.set_mesh(mesh):
         encode = jax.jit(lambda batch: pool(method.encode(params, {}, batch), config.model.pool))
         for batch in inputs.support():
-            rows, batch = Rows(mesh), sharding.to_devices(batch, mesh, config.batch_size)
+            rows, batch = HostRows(mesh), sharding.to_devices(batch, mesh, config.batch_size)
             rows.add(batch["valid"] > 0, encode(batch), batch["label"])
-            yield rows.take()
+            yield rows.collect()
 
 
-def tally(of_cluster: list[Path], votes: np.ndarray) -> dict[Path, float]:
+def votes_per_path(of_cluster: list[Path], votes: np.ndarray) -> dict[Path, float]:
     """Returns path → share of the task's pictures."""
     out: dict[Path, float] = dict.fromkeys(of_cluster, 0.0)
     for path, share in zip(of_cluster, votes, strict=True):
@@ -162,7 +162,7 @@ def extracted(method: MoCE, params: Any, table: dict[int, np.ndarray], of_cluste
         for (block, each), expert in zip(table.items(), path, strict=True):
             scale[block] = float(weights @ each[:, expert])
             errors.append(float(weights @ np.abs(each[:, expert] / scale[block] - 1)))
-    encoder = along(params["encoder"], dict(zip(table, path, strict=True)), scale)
+    encoder = extract_path(params["encoder"], dict(zip(table, path, strict=True)), scale)
     return {"encoder": encoder, "decoder": params["decoder"]}, float(np.mean(errors[1:] or errors))
 
 
@@ -175,7 +175,7 @@ def probe(config: ConfigDict, tree: dict[str, Any], task: ConfigDict) -> float:
     if len(np.unique(labels)) < 2:
         raise UserError("--for-task=probe needs a task with labels of several classes; --for-task=vote needs none")
     order = np.random.default_rng(0).permutation(len(labels))
-    held, rest = np.split(order, [max(1, round(HELD * len(order)))])
+    held, rest = np.split(order, [max(1, round(HELD_OUT_SHARE * len(order)))])
     return linear_probe.top1((features[rest], labels[rest]), (features[held], labels[held]), int(labels.max()) + 1)
 
 

@@ -43,8 +43,8 @@ SIZE = flags.DEFINE_integer("size", 256, "with --write=tfrecord or array_record:
 STEPS = flags.DEFINE_integer("steps", 100, "with --write=batches: how many batches", lower_bound=1)
 
 SECONDS = 3.0  # that the speed is measured for
-CLASSES = 20  # that are named
-SIDE = 8  # pictures along and down the grid, at most
+MAX_LISTED_CLASSES = 20  # that are named
+GRID_SIDE = 8  # pictures along and down the grid, at most
 GAP = 2  # pixels between pictures of the grid
 
 
@@ -60,18 +60,18 @@ def main() -> int:
         check_writable(to)
     validate(config)
     if WRITE.value in ("tfrecord", "array_record"):
-        report_broken(write_pictures(config, WRITE.value, to, SIZE.value))
+        report_broken(write_images(config, WRITE.value, to, SIZE.value))
         return errors.FINISHED
     method, opened = methods.with_data(resolved(config))
-    inputs = opened.batches(method.eval_spec(), method.order(), method.views())
+    inputs = opened.batches(method.eval_spec(), method.patch_order(), method.views())
     print(inputs.description, flush=True)  # reading every picture may take long
     if WRITE.value == "batches":
         from mae_jax.data.writers import write_batches
 
-        write_batches(opened, inputs, method.eval_spec(), method.order(), method.views(), to, STEPS.value)
+        write_batches(opened, inputs, method.eval_spec(), method.patch_order(), method.views(), to, STEPS.value)
         return errors.FINISHED
-    more = f" and {len(inputs.classes) - CLASSES} more" if len(inputs.classes) > CLASSES else ""
-    print(f"classes: {', '.join(map(printable, inputs.classes[:CLASSES])) or 'none'}{more}")
+    more = f" and {len(inputs.classes) - MAX_LISTED_CLASSES} more" if len(inputs.classes) > MAX_LISTED_CLASSES else ""
+    print(f"classes: {', '.join(map(printable, inputs.classes[:MAX_LISTED_CLASSES])) or 'none'}{more}")
     if config.data.source != "batches":
         report(config, to)
     try:
@@ -118,14 +118,14 @@ def report(config: ConfigDict, grid: epath.Path) -> None:
     if train and len(train.broken) > limit * train.source.size:
         print(f"training would stop: {len(train.broken)} of {train.source.size} pictures of train are broken, more "
               f"than guard.max_bad_fraction={limit}")
-    if max(len(seen.broken) for seen in audits.values()) > inspect_report.NAMED:
+    if max(len(seen.broken) for seen in audits.values()) > inspect_report.MAX_LISTED_IMAGES:
         names = grid.with_suffix(".broken.txt")
         broken = [f"{split} {name}\n" for split, seen in audits.items() for name in seen.broken]
         paths.replace_text(names, "".join(broken))
         print(f"all broken pictures by name: {names}")
 
 
-def write_pictures(config: ConfigDict, kind: str, folder: epath.Path, size: int) -> dict[str, list[str]]:
+def write_images(config: ConfigDict, kind: str, folder: epath.Path, size: int) -> dict[str, list[str]]:
     """Stores the splits as `kind`; returns split → broken pictures, which are left out."""
     from mae_jax.data import writers
     from mae_jax.data.readers import random_access
@@ -168,20 +168,21 @@ def save_grid(batch: "Batch", method: "Method", path: epath.Path) -> None:
     from mae_jax.ops.patches import PatchGrid
 
     shown = []
-    for name, n, order in [(f"{v.name}/", n, v.order) for v in method.views() for n in range(len(v.colours))]:
-        patches, places = (batch[name + field][: SIDE * SIDE, n] for field in ("patches", "order"))
+    for name, n, order in [(f"{v.name}/", n, v.order) for v in method.views() for n in range(len(v.colors))]:
+        patches, places = (batch[name + field][: GRID_SIDE * GRID_SIDE, n] for field in ("patches", "order"))
         shown.append(PatchGrid(*order.grid, *method.grid.patch).unpatchify(patches, places))
     if not shown:
-        patches, places, order = batch["patches"][: SIDE * SIDE], batch["order"][: SIDE * SIDE], method.order()
+        patches, places = (batch[field][: GRID_SIDE * GRID_SIDE] for field in ("patches", "order"))
+        order = method.patch_order()
         shown = [method.grid.unpatchify(patches, places)]
-        if order.hidden:
+        if order.num_masked:
             seen = patches.copy()
-            seen[:, -order.hidden :] = 127
+            seen[:, -order.num_masked :] = 127
             shown.append(method.grid.unpatchify(seen, places))
     width = max(pictures.shape[2] for pictures in shown)
     cells = [np.concatenate([_framed(pictures[i], width) for pictures in shown]) for i in range(len(shown[0]))]
-    cells += [np.full_like(cells[0], 255)] * (-len(cells) % SIDE)
-    rows = [np.concatenate(cells[i:i + SIDE], axis=1) for i in range(0, len(cells), SIDE)]
+    cells += [np.full_like(cells[0], 255)] * (-len(cells) % GRID_SIDE)
+    rows = [np.concatenate(cells[i:i + GRID_SIDE], axis=1) for i in range(0, len(cells), GRID_SIDE)]
     content = io.BytesIO()
     Image.fromarray(np.concatenate(rows)).save(content, "PNG")
     paths.make_folder(path.parent)

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mae_jax.errors import counted, printable
+from mae_jax.errors import pluralize, printable
 
 if TYPE_CHECKING:
     from mae_jax.data.audit import Audit
 
-NAMED = 50  # broken pictures that are printed
-SHOWN = 3  # examples of anything else
+MAX_LISTED_IMAGES = 50  # broken pictures that are printed
+MAX_SHOWN_EXAMPLES = 3  # examples of anything else
 INDENT = " " * 13
 
 
@@ -25,8 +25,8 @@ def split_lines(split: str, audit: "Audit", image_size: tuple[int, int]) -> list
     """
     good = audit.good()
     read = len(good) + len(audit.broken)
-    lines = [f"{split}: {counted(read, 'picture')}, {len(audit.broken) or 'none'} broken; {read / audit.seconds:.0f}/s "
-             "decoded in full", *broken_names(audit.broken), *_records(audit, read)]
+    lines = [f"{split}: {pluralize(read, 'picture')}, {len(audit.broken) or 'none'} broken; "
+             f"{read / audit.seconds:.0f}/s decoded in full", *broken_names(audit.broken), *_records(audit, read)]
     if not len(good):
         return lines
     if audit.source.classes:
@@ -44,8 +44,8 @@ def split_lines(split: str, audit: "Audit", image_size: tuple[int, int]) -> list
 
 def broken_names(broken: list[str]) -> list[str]:
     """Returns the lines about the first 50 broken pictures, 'name: reason'."""
-    rest = [f"  and {len(broken) - NAMED} more"] if len(broken) > NAMED else []
-    return [f"  {name}" for name in broken[:NAMED]] + rest
+    rest = [f"  and {len(broken) - MAX_LISTED_IMAGES} more"] if len(broken) > MAX_LISTED_IMAGES else []
+    return [f"  {name}" for name in broken[:MAX_LISTED_IMAGES]] + rest
 
 
 def leak_lines(audits: dict[str, "Audit"]) -> list[str]:
@@ -56,11 +56,11 @@ def leak_lines(audits: dict[str, "Audit"]) -> list[str]:
         shared = np.flatnonzero(np.isin(keys, known))
         if not len(shared):
             continue
-        lines.append(f"leak: {counted(len(shared), 'picture')} of {other} also in {one}:")
-        for place in shared[:SHOWN]:
+        lines.append(f"leak: {pluralize(len(shared), 'picture')} of {other} also in {one}:")
+        for place in shared[:MAX_SHOWN_EXAMPLES]:
             twin = first.shown()[np.flatnonzero(known == keys[place])[0]]
             lines.append(f"  {other} {second.name(int(second.shown()[place]))} = {one} {first.name(int(twin))}")
-        lines += [f"  and {len(shared) - SHOWN} more"] if len(shared) > SHOWN else []
+        lines += [f"  and {len(shared) - MAX_SHOWN_EXAMPLES} more"] if len(shared) > MAX_SHOWN_EXAMPLES else []
     return lines
 
 
@@ -73,7 +73,7 @@ def _records(audit: "Audit", read: int) -> list[str]:
     by = audit.source.promised_by
     promise = f"as {by} promises" if by else "counted: nothing says how many there should be"
     lost = f"; {audit.source.size - read} not read:" if read < audit.source.size else ""
-    row = f"{audit.source.size} in {counted(len(counts), 'file')} of {span}, {promise}{lost}"
+    row = f"{audit.source.size} in {pluralize(len(counts), 'file')} of {span}, {promise}{lost}"
     return [_row("records", row), *(INDENT + fault for fault in audit.faults)]
 
 
@@ -85,10 +85,10 @@ def _labels(audit: "Audit") -> str:
     text = f"{len(classes)} classes of {span if counts[least] < counts[most] else counts[most]} pictures"
     if empty := [name for name, count in zip(classes, counts, strict=True) if not count]:
         text += f"; {len(empty)} without any: {_some(empty)}"
-    if audit.unlabelled:
-        text += f"; {counted(audit.unlabelled, 'picture')} without a label"
+    if audit.unlabeled:
+        text += f"; {pluralize(audit.unlabeled, 'picture')} without a label"
     if strange := sum(count for label, count in audit.labels.items() if label >= len(classes)):
-        text += f"; {counted(strange, 'label')} of no class, up to {max(audit.labels)}"
+        text += f"; {pluralize(strange, 'label')} of no class, up to {max(audit.labels)}"
     return text
 
 
@@ -111,11 +111,12 @@ def _copies(audit: "Audit") -> list[str]:
         return []
     unit = "byte" if any(audit.formats) else "pixel"
     lines = [_row("copies", f"{extra} of them repeat another, {unit} for {unit}:")]
-    for group in groups[:SHOWN]:
-        names = " = ".join(audit.name(int(numbers[place])) for place in group[:SHOWN])
-        lines.append(f"{INDENT}{names}{f' and {len(group) - SHOWN} more' if len(group) > SHOWN else ''}")
-    if len(groups) > SHOWN:
-        lines.append(f"{INDENT}and {len(groups) - SHOWN} more groups")
+    for group in groups[:MAX_SHOWN_EXAMPLES]:
+        names = " = ".join(audit.name(int(numbers[place])) for place in group[:MAX_SHOWN_EXAMPLES])
+        more = len(group) - MAX_SHOWN_EXAMPLES
+        lines.append(f"{INDENT}{names}{f' and {more} more' if more > 0 else ''}")
+    if len(groups) > MAX_SHOWN_EXAMPLES:
+        lines.append(f"{INDENT}and {len(groups) - MAX_SHOWN_EXAMPLES} more groups")
     return lines
 
 
@@ -128,4 +129,4 @@ def _counts(pairs: list[tuple[str, int]]) -> str:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    return ", ".join(names[:MAX_SHOWN_EXAMPLES]) + (", ..." if len(names) > MAX_SHOWN_EXAMPLES else "")

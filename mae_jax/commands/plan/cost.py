@@ -25,7 +25,7 @@ from mae_jax.durations import Timeline
 from mae_jax.errors import UserError
 from mae_jax.runtime import sharding
 from mae_jax.training import throughput
-from mae_jax.training.train_step import Program, build
+from mae_jax.training.train_step import TrainStep, build
 
 PACKAGE = Path(__file__).parents[2]
 
@@ -107,7 +107,7 @@ def _source_digest() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def _shapes(program: Program) -> dict[str, Any]:
+def _shapes(program: TrainStep) -> dict[str, Any]:
     """Returns what follows from shapes and shardings alone."""
     state, mesh, config = program.state, program.mesh, program.method.config
     rows = sharding.batch_sharding(mesh).devices_indices_map((config.batch_size,))
@@ -135,7 +135,7 @@ def held(tree: Any) -> int:
                for leaf in jax.tree.leaves(tree))
 
 
-def _compiled(program: Program, target: Target) -> dict[str, Any]:
+def _compiled(program: TrainStep, target: Target) -> dict[str, Any]:
     began = time.monotonic()
     try:
         with jax.set_mesh(program.mesh):

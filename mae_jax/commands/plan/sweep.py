@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from mae_jax import config as configs
 from mae_jax import param_tree
 from mae_jax.commands.plan import cost
-from mae_jax.errors import UserError, nearest
+from mae_jax.errors import UserError, did_you_mean
 from mae_jax.recipe_version import former
 
 Cell = dict[str, Any]
@@ -24,7 +24,7 @@ def parse(text: str, config: ConfigDict) -> list[Cell]:
         if not equals or not values:
             raise UserError(f"--sweep: cannot read {part!r}; write 'batch_size=2048,4096;model.remat=none,full'")
         if name not in known:
-            raise UserError(f"--sweep: unknown config field {name!r}; {former(name) or nearest(name, known)}")
+            raise UserError(f"--sweep: unknown config field {name!r}; {former(name) or did_you_mean(name, known)}")
         if name in fields:
             raise UserError(f"--sweep: {name} is given twice")
         fields[name] = [_value(name, known[name], value.strip()) for value in values.split(",")]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mae_jax.errors import UserError, nearest
+from mae_jax.errors import UserError, did_you_mean
 
 GIB = 2**30
 
@@ -90,7 +90,7 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
     generation, sizes = (*re.split("[:-]", name, maxsplit=1), "")[:2]
     generation = "7x" if generation in ("tpu7x", "v7x") else generation
     if generation not in CHIPS:
-        raise UserError(f"unknown topology {name!r}; {nearest(generation, CHIPS)}; with the chips along each "
+        raise UserError(f"unknown topology {name!r}; {did_you_mean(generation, CHIPS)}; with the chips along each "
                         "dimension, as v3:8x8 or v4:4x4x4")
     chip = CHIPS[generation]
     example = f"{generation}:{EXAMPLES[chip.dimensions]}"

@@ -40,12 +40,12 @@ LRS = flags.DEFINE_list("lrs", [], "learning rates (optim.lr) to choose from on 
 
 def main() -> int:
     from mae_jax.commands.transfer.suite import Recipe, Suite, plan, rates
-    from mae_jax.runtime.signals import Stopper
+    from mae_jax.runtime.signals import SignalHandler
 
     flag = flags.FLAGS["config"]
     recipe = Recipe(config_flags.get_config_filename(flag), config_flags.get_override_values(flag))
     suite = Suite(recipe, FROM.value, TO.value, rates(LRS.value))
     cells = plan(recipe, NAMES.value, PROTOCOLS.value, BLOCKS.value)
     suite.check(cells)  # a misspelt argument stops all before anything runs
-    with Stopper():  # also between two trainings a signal ends with its own code
+    with SignalHandler():  # also between two trainings a signal ends with its own code
         return suite.run(cells)

@@ -129,7 +129,7 @@ class Suite:
         """Raises UserError for the first cell, or learning rate, that cannot run, whatever the data."""
         for cell in cells:
             config = self.config(cell)
-            configs.validate(config, trains=cell.protocol != QUICK)
+            configs.validate(config, for_training=cell.protocol != QUICK)
             for lr in self.lrs if cell.protocol != QUICK else ():
                 configs.validate(with_lr(config, lr))
 
@@ -250,22 +250,22 @@ def look(config: ConfigDict, folder: epath.Path) -> None:
 
     from mae_jax.evals.evaluator import Evaluator
     from mae_jax.storage import metric_sinks, paths
-    from mae_jax.storage.metric_writer import Recorder
+    from mae_jax.storage.metric_writer import MetricWriter
     from mae_jax.training import run as training_run
     from mae_jax.training import workdir
 
     startup_timer.begin()
-    run = training_run.opened(config, str(folder), trains=False)
+    run = training_run.open_run(config, str(folder), for_training=False)
     if (run.workdir / "DONE").exists():
         if workdir.read_config(folder).eval == config.eval:
             return
         folder.rmtree()  # measured otherwise, in seconds
     with jax.set_mesh(run.program.mesh), training_run.compiled_programs(config, run.workdir):
-        state = training_run.initial_state(run, trains=False)
+        state = training_run.initial_state(run, for_training=False)
         evaluator = Evaluator(run.program.method, run.inputs, run.program.mesh)
         workdir.record(run.workdir, config, evaluations=evaluator.names_applying)
-        recorder = Recorder(run.workdir, 0, metric_sinks.names(config.log))
-        recorder.scalars(0, evaluator.on_demand("frozen_probes", state))
+        recorder = MetricWriter(run.workdir, 0, metric_sinks.names(config.log))
+        recorder.write_scalars(0, evaluator.on_demand("frozen_probes", state))
         recorder.close()
     paths.replace_text(run.workdir / "DONE", "0\n")
 

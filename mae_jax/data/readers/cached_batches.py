@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.data.cluster_ids import Clusters
 from mae_jax.data.info import DataInfo
-from mae_jax.data.masking import Order, View, rolled, with_views
+from mae_jax.data.masking import PatchOrder, View, rolled, with_views
 from mae_jax.errors import UserError
 from mae_jax.recipe_version import stored_name
 from mae_jax.storage.npz import opened
@@ -30,7 +30,7 @@ Arrays = dict[str, np.ndarray]
 Spec = dict[str, jax.ShapeDtypeStruct]
 
 
-def hiding(order: Order, views: tuple[View, ...]) -> dict[str, Any]:
+def hiding(order: PatchOrder, views: tuple[View, ...]) -> dict[str, Any]:
     """Returns what meta.json says of orders and views, as JSON gives it back."""
     return json.loads(json.dumps({"order": order, "views": views}))
 
@@ -41,7 +41,7 @@ def joined_from(config: ConfigDict, clusters: Clusters | None) -> dict[str, str]
 
 
 def open_folder(config: ConfigDict, meta: dict[str, Any], info: DataInfo, spec: Spec, views: tuple[View, ...],
-                order: Order, rows: np.ndarray) -> dict[str, Any]:
+                order: PatchOrder, rows: np.ndarray) -> dict[str, Any]:
     """Returns the fields of `data.Inputs`; raises UserError when the folder does not hold what is asked for.
 
     Batches that were made with views serve to look at an encoder without them, but not to train. `meta` is what

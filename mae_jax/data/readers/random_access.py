@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.data.decode import BadPicture
+from mae_jax.data.decode import BadImage
 from mae_jax.data.sources.base import Source
 from mae_jax.data.tensorflow_cpu import options, tf
-from mae_jax.data.transforms.example import Fields, Spec, Views
+from mae_jax.data.transforms.example import ExampleBuilder, Fields, Spec
 from mae_jax.rng import permutation, rng
 
 TRIES = 4  # pictures tried for one position before a grey one stands in: the drawn one and three more
@@ -35,7 +35,7 @@ def draw(position: int, batch: int, repeats: int) -> int:
     return step * distinct + row % distinct
 
 
-def train_example(source: Source, views: Views, config: ConfigDict, bad: deque[str], position: int) -> Fields:
+def train_example(source: Source, views: ExampleBuilder, config: ConfigDict, bad: deque[str], position: int) -> Fields:
     """Returns all fields of the example at a position of the run.
 
     Every epoch visits each example once, in an order of its own; batches straddle epochs. A bad picture gives way to
@@ -46,9 +46,9 @@ def train_example(source: Source, views: Views, config: ConfigDict, bad: deque[s
         try:
             fields = views.train(source.read(index), position)
             return {**fields, "id": index, "valid": 1.0, "replaced": tries}
-        except (BadPicture, OSError) as error:
+        except (BadImage, OSError) as error:
             bad.append(f"{source.name(index)}: {error}")
-    return {**views.grey_train(position), "id": index, "replaced": TRIES}
+    return {**views.gray_train(position), "id": index, "replaced": TRIES}
 
 
 def _candidates(size: int, group: int, config: ConfigDict, position: int) -> Iterator[int]:
@@ -70,18 +70,18 @@ def _candidates(size: int, group: int, config: ConfigDict, position: int) -> Ite
             yield index
 
 
-def evaluate_example(source: Source, views: Views, indices: np.ndarray, ratio: float, bad: deque[str],
+def evaluate_example(source: Source, views: ExampleBuilder, indices: np.ndarray, ratio: float, bad: deque[str],
                      position: int) -> Fields:
     """Returns all fields of the example at a position of an evaluation; past the end, padding."""
-    grey = views.grey(position)
+    gray = views.gray(position)
     if position >= len(indices):
-        return {**grey, "id": PADDING, "replaced": 0}
+        return {**gray, "id": PADDING, "replaced": 0}
     index = int(indices[position])
     try:
         return {**views.evaluate(source.read(index), index, position, ratio), "id": index, "valid": 1.0, "replaced": 0}
-    except (BadPicture, OSError) as error:
+    except (BadImage, OSError) as error:
         bad.append(f"{source.name(index)}: {error}")
-        return {**grey, "id": index, "replaced": 1}
+        return {**gray, "id": index, "replaced": 1}
 
 
 def subset(size: int, most: int, group: int = 1) -> np.ndarray:
@@ -95,14 +95,14 @@ def subset(size: int, most: int, group: int = 1) -> np.ndarray:
     return np.sort(chosen) if group == 1 else chosen
 
 
-def train(source: Source, step: int, views: Views, config: ConfigDict, spec: Spec, rows: np.ndarray,
+def train(source: Source, step: int, views: ExampleBuilder, config: ConfigDict, spec: Spec, rows: np.ndarray,
           bad: deque[str]) -> Iterator[Batch]:
     """Yields these rows of the batches step, step + 1, ... without end."""
     example = functools.partial(train_example, source, views, config, bad)
     return batches(example, spec, rows, range(step, sys.maxsize // config.batch_size), config.data)
 
 
-def evaluate(source: Source, ratio: float, views: Views, config: ConfigDict, spec: Spec, rows: np.ndarray,
+def evaluate(source: Source, ratio: float, views: ExampleBuilder, config: ConfigDict, spec: Spec, rows: np.ndarray,
              bad: deque[str]) -> Iterator[Batch]:
     """Yields these rows of at most eval.max_examples examples, the central `ratio` of each, padded to full batches."""
     indices = subset(source.size, config.eval.max_examples, views.group)

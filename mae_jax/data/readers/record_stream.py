@@ -20,12 +20,12 @@ from google.protobuf.message import DecodeError
 from ml_collections import ConfigDict
 
 from mae_jax.data import tensorflow_cpu
-from mae_jax.data.decode import BadPicture
+from mae_jax.data.decode import BadImage
 from mae_jax.data.readers import random_access
 from mae_jax.data.readers.random_access import PADDING, TRIES, Batch
-from mae_jax.data.sources.base import UNLABELLED, Instruction, Stream
+from mae_jax.data.sources.base import UNLABELED, Instruction, RecordStream
 from mae_jax.data.tensorflow_cpu import UNREADABLE, reason, tf
-from mae_jax.data.transforms.example import Fields, Spec, Views
+from mae_jax.data.transforms.example import ExampleBuilder, Fields, Spec
 from mae_jax.errors import UserError, printable
 from mae_jax.rng import rng
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 AHEAD = 16  # encoded records that each reader holds ready; our choice
 
 
-def left_over(stream: Stream, config: ConfigDict, group: int = 1) -> range:
+def dropped_records(stream: RecordStream, config: ConfigDict, group: int = 1) -> range:
     """Returns the records, numbered over all files, that no reader reads.
 
     Args:
@@ -58,12 +58,12 @@ def left_over(stream: Stream, config: ConfigDict, group: int = 1) -> range:
     return range(stream.start + used, stream.start + stream.size)
 
 
-def train(stream: Stream, step: int, views: Views, config: ConfigDict, spec: Spec, rows: np.ndarray,
+def train(stream: RecordStream, step: int, views: ExampleBuilder, config: ConfigDict, spec: Spec, rows: np.ndarray,
           bad: deque[str]) -> Iterator[Batch]:
     """Yields these rows of the batches step, step + 1, ... without end.
 
-    A bad picture's row becomes a copy of a good one of the same reader in the same batch (`repair`), or stays grey.
-    Raises UserError for a corrupt file, or one with other than the promised number of records.
+    A bad picture's row becomes a copy of a good one of the same reader in the same batch (`replace_bad_rows`), or stays
+    grey. Raises UserError for a corrupt file, or one with other than the promised number of records.
     """
     share, per_reader = config.batch_size // config.data.readers, stream.size // config.data.readers
     own = np.unique(rows // share)
@@ -76,19 +76,19 @@ def train(stream: Stream, step: int, views: Views, config: ConfigDict, spec: Spe
         position = (step + block) * config.batch_size + int(own_rows[row])
         try:
             return {**views.train(stream.example(*stored), position), "id": record, "valid": 1.0, "replaced": 0}
-        except BadPicture as error:
+        except BadImage as error:
             bad.append(f"{stream.name(record)}: {error}")
-            return {**views.grey_train(position), "id": record, "replaced": 1}
+            return {**views.gray_train(position), "id": record, "replaced": 1}
 
     whole = {**spec, "replaced": jax.ShapeDtypeStruct((config.batch_size,), np.int32)}
     batches = random_access.run(readers, example, whole, len(own_rows), config.data)
     keep = np.searchsorted(own_rows, rows)
     for batch in _guarded(stream, batches, skip * len(own)):
-        repaired = repair(batch, share, views.group)
+        repaired = replace_bad_rows(batch, share, views.group)
         yield {name: repaired[name] if len(keep) == len(own_rows) else repaired[name][keep] for name in spec}
 
 
-def repair(batch: Batch, share: int, group: int = 1) -> Batch:
+def replace_bad_rows(batch: Batch, share: int, group: int = 1) -> Batch:
     """Replaces rows with `replaced` > 0 by the next good row of their reader (cyclic, three tries).
 
     Args:
@@ -120,7 +120,8 @@ def repair(batch: Batch, share: int, group: int = 1) -> Batch:
     return new
 
 
-def evaluate(stream: Stream, ratio: float, views: Views, config: ConfigDict, spec: Spec, rows: np.ndarray,
+def evaluate(stream: RecordStream, ratio: float, views: ExampleBuilder, config: ConfigDict, spec: Spec,
+             rows: np.ndarray,
              bad: deque[str]) -> Iterator[Batch]:
     """Yields these rows of the first eval.max_examples records, the central `ratio` of each, padded to full batches.
 
@@ -135,20 +136,21 @@ def evaluate(stream: Stream, ratio: float, views: Views, config: ConfigDict, spe
     dataset = dataset.filter(lambda position, _: fed[position % batch]).map(lambda position, item: (position, *item))
 
     def example(position: int, record: int, *stored: Any) -> Fields:
-        grey = views.grey(position)
+        gray = views.gray(position)
         if record == PADDING:
-            return {**grey, "id": PADDING, "replaced": 0}
+            return {**gray, "id": PADDING, "replaced": 0}
         try:
             fields = views.evaluate(stream.example(*stored), record, position, ratio)
             return {**fields, "id": record, "valid": 1.0, "replaced": 0}
-        except BadPicture as error:
+        except BadImage as error:
             bad.append(f"{stream.name(record)}: {error}")
-            return {**grey, "id": record, "replaced": 1}
+            return {**gray, "id": record, "replaced": 1}
 
     return _guarded(stream, random_access.run(dataset, example, spec, len(rows), config.data), skipped=0)
 
 
-def _readers(stream: Stream, config: ConfigDict, own: np.ndarray, share: int, epoch: int, skip: int) -> tf.data.Dataset:
+def _readers(stream: RecordStream, config: ConfigDict, own: np.ndarray, share: int, epoch: int,
+             skip: int) -> tf.data.Dataset:
     """Returns (count, record, *what `_parse` gives) without end: `share` of each own reader in turn."""
     per_reader = stream.size // config.data.readers
     parts = [np.array(stream.instructions(int(number) * per_reader, per_reader), np.int64) for number in own]
@@ -173,7 +175,7 @@ def _readers(stream: Stream, config: ConfigDict, own: np.ndarray, share: int, ep
     return turns.enumerate().map(lambda count, item: (count, *item))
 
 
-def _epoch(stream: Stream, parts: tf.Tensor, key: tf.Tensor, epoch: tf.Tensor, held: int) -> tf.data.Dataset:
+def _epoch(stream: RecordStream, parts: tf.Tensor, key: tf.Tensor, epoch: tf.Tensor, held: int) -> tf.data.Dataset:
     """Returns (record, raw bytes) of one reader in one epoch: files in random order, then a shuffle buffer.
 
     Args:
@@ -187,8 +189,8 @@ def _epoch(stream: Stream, parts: tf.Tensor, key: tf.Tensor, epoch: tf.Tensor, h
     return records.shuffle(held, seed=seed, reshuffle_each_iteration=False)
 
 
-def stored(stream: Stream, faults: list[str] | None = None) -> Iterator[tuple[int, tuple[Any, ...]]]:
-    """Yields record number and the arguments of `Stream.example` of every record, in order.
+def stored(stream: RecordStream, faults: list[str] | None = None) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """Yields record number and the arguments of `RecordStream.example` of every record, in order.
 
     Args:
       stream: whose files may not be as promised.
@@ -215,13 +217,13 @@ def stored(stream: Stream, faults: list[str] | None = None) -> Iterator[tuple[in
             parts = parts[at + 1:]
 
 
-def _records(stream: Stream, instructions: list[Instruction]) -> tf.data.Dataset:
+def _records(stream: RecordStream, instructions: list[Instruction]) -> tf.data.Dataset:
     """Returns (record, *what `_parse` gives) of the instructions, in order."""
     parts = tf.data.Dataset.from_tensor_slices(np.array(instructions, np.int64).reshape(-1, 3))
     return parts.flat_map(lambda part: _part(stream, part)).map(lambda record, raw: (record, *_parse(stream, raw)))
 
 
-def _part(stream: Stream, part: tf.Tensor) -> tf.data.Dataset:
+def _part(stream: RecordStream, part: tf.Tensor) -> tf.data.Dataset:
     """Returns (record, raw bytes) of one instruction; fails if the file does not hold what was promised."""
     file, skip, take = tf.unstack(part, 3)
     offsets = np.concatenate([[0], np.cumsum(stream.counts)[:-1]]).astype(np.int64)
@@ -232,17 +234,18 @@ def _part(stream: Stream, part: tf.Tensor) -> tf.data.Dataset:
     return raw.enumerate(tf.gather(offsets, file) + skip)
 
 
-def _parse(stream: Stream, raw: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Reads picture, label, labels uint8 [C] ([0] if there is one label) and mask, as `Stream.example` takes them.
+def _parse(stream: RecordStream, raw: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Reads picture, label, labels uint8 [C] ([0] if there is one label) and mask, as `RecordStream.example` takes
+    them.
 
     A record without a picture gives no bytes, which makes it a bad one; so does one without its mask.
     """
     features = {key: tf.io.FixedLenFeature([], tf.string, "") for key in (stream.image_key, stream.mask_key) if key}
     if stream.label_key:
-        one = tf.io.FixedLenFeature([], tf.int64, UNLABELLED)
+        one = tf.io.FixedLenFeature([], tf.int64, UNLABELED)
         features[stream.label_key] = tf.io.VarLenFeature(tf.int64) if stream.multi_label else one
     example = tf.io.parse_single_example(raw, features)
-    label, labels = tf.constant(UNLABELLED, tf.int64), tf.zeros([0], tf.uint8)
+    label, labels = tf.constant(UNLABELED, tf.int64), tf.zeros([0], tf.uint8)
     if stream.multi_label:
         present = tf.one_hot(example[stream.label_key].values, len(stream.classes), dtype=tf.uint8)
         labels = tf.reduce_max(present, axis=0)
@@ -251,7 +254,7 @@ def _parse(stream: Stream, raw: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Ten
     return example[stream.image_key], label, labels, example.get(stream.mask_key, tf.constant(""))
 
 
-def _guarded(stream: Stream, batches: Iterator[Any], skipped: int) -> Iterator[Any]:
+def _guarded(stream: RecordStream, batches: Iterator[Any], skipped: int) -> Iterator[Any]:
     """Yields the batches; says how long skipping took, and which file it was when reading fails."""
     begin = time.monotonic()
     try:
@@ -264,7 +267,7 @@ def _guarded(stream: Stream, batches: Iterator[Any], skipped: int) -> Iterator[A
         raise UserError(next(wrong, f"reading records failed: {reason(error)}")) from None
 
 
-def fault(stream: Stream, file: int) -> str:
+def fault(stream: RecordStream, file: int) -> str:
     """Reads a file to the end; returns in what it is not as promised, '' when it is."""
     name, promised, found = printable(stream.files[file]), stream.counts[file], 0
     try:

@@ -13,17 +13,17 @@ import numpy as np
 
 from mae_jax.data.decode import decode_mask
 from mae_jax.data.sources import splits
-from mae_jax.errors import UserError, nearest, printable
+from mae_jax.errors import UserError, did_you_mean, printable
 
-MOST_CLASSES = 1_000_000  # beyond it, labels are taken for something else
-UNLABELLED = -1
+MAX_CLASSES = 1_000_000  # beyond it, labels are taken for something else
+UNLABELED = -1
 
 
 class Example(NamedTuple):
     """One stored picture."""
 
-    picture: bytes | np.ndarray  # an encoded file, or uint8 [height, width, 3]
-    label: int = UNLABELLED
+    image: bytes | np.ndarray  # an encoded file, or uint8 [height, width, 3]
+    label: int = UNLABELED
     labels: np.ndarray | None = None  # several labels: uint8 [C], 1 where a class is there
     mask: np.ndarray | None = None  # uint8 [height, width], the class of each pixel; 255: to ignore
 
@@ -74,9 +74,9 @@ class Source:
 
 def numbered_classes(labels: np.ndarray) -> tuple[str, ...]:
     """Returns '0' ... for the classes of integer labels [n], up to the highest; raises UserError for absurd ones."""
-    highest = int(labels.max(initial=UNLABELLED))
-    if highest >= MOST_CLASSES:
-        raise UserError(f"the label {highest} is no class number; expected 0 to {MOST_CLASSES - 1}, or -1 for none")
+    highest = int(labels.max(initial=UNLABELED))
+    if highest >= MAX_CLASSES:
+        raise UserError(f"the label {highest} is no class number; expected 0 to {MAX_CLASSES - 1}, or -1 for none")
     return tuple(map(str, range(highest + 1)))
 
 
@@ -98,14 +98,14 @@ def package_folder(module: str, package: str, why: str) -> Path:
 def known_split(split: splits.Split, known: tuple[str, ...]) -> None:
     """Raises UserError unless the split's name is known."""
     if split.name not in known:
-        raise UserError(f"unknown split {split.name!r}; {nearest(split.name, known)}")
+        raise UserError(f"unknown split {split.name!r}; {did_you_mean(split.name, known)}")
 
 
 Instruction = tuple[int, int, int]  # file, records to skip, records to take
 
 
 @dataclass(frozen=True)
-class Stream:
+class RecordStream:
     """A split stored as TFRecord files of tf.train.Example, or a slice of it."""
 
     files: tuple[str, ...]
@@ -126,12 +126,12 @@ class Stream:
         """Which of 'labels' and 'pixel_label' its examples have."""
         return ("labels",) * self.multi_label + ("pixel_label",) * bool(self.mask_key)
 
-    def example(self, picture: bytes, label: int, labels: np.ndarray, mask: bytes) -> Example:
+    def example(self, image: bytes, label: int, labels: np.ndarray, mask: bytes) -> Example:
         """Returns the example of a parsed record; raises BadPicture for a mask that does not decode."""
-        return Example(picture, label, labels if self.multi_label else None,
+        return Example(image, label, labels if self.multi_label else None,
                        decode_mask(mask, self.mask_offset) if self.mask_key else None)
 
-    def joined(self, other: "Stream") -> "Stream":
+    def joined(self, other: "RecordStream") -> "RecordStream":
         """Returns the records of both splits, this one's first; raises UserError where one is cut at the seam."""
         if self.start + self.size < sum(self.counts) or other.start:
             raise UserError("a sum of slices of TFRecord files needs the end of the first and the start of the second; "

@@ -5,9 +5,9 @@ from logging import getLogger
 
 import numpy as np
 
-from mae_jax.data.decode import BadPicture
-from mae_jax.data.sources.base import UNLABELLED, Source
-from mae_jax.errors import UserError, nearest
+from mae_jax.data.decode import BadImage
+from mae_jax.data.sources.base import UNLABELED, Source
+from mae_jax.errors import UserError, did_you_mean
 
 log = getLogger(__name__)
 
@@ -16,7 +16,7 @@ log = getLogger(__name__)
 LISTS = {"imagenet_organisms": "0-397,984-998", "imagenet_rest": "398-983,999"}
 
 
-def kept(source: Source, text: str) -> Source:
+def keep_classes(source: Source, text: str) -> Source:
     """Returns the examples of the classes that `text` names, numbered anew in their old order.
 
     Args:
@@ -34,8 +34,8 @@ def kept(source: Source, text: str) -> Source:
     def read(i: int) -> int:
         try:
             return source.read(i).label
-        except (BadPicture, OSError):
-            return UNLABELLED
+        except (BadImage, OSError):
+            return UNLABELED
 
     labels = np.array([(source.label or read)(i) for i in range(source.size)])
     indices = np.flatnonzero(np.isin(labels, chosen))
@@ -59,6 +59,6 @@ def numbers(part: str, classes: tuple[str, ...]) -> range | list[int]:
     if found and int(found[1]) <= last < len(classes):
         return range(int(found[1]), last + 1)
     shown = classes[:20]
-    raise UserError(f"data.classes: there is no class {part!r} among {len(classes)}; {nearest(part, shown)}"
+    raise UserError(f"data.classes: there is no class {part!r} among {len(classes)}; {did_you_mean(part, shown)}"
                     f"{' ...' if len(classes) > len(shown) else ''}; numbers go from 0 to {len(classes) - 1}, lists "
                     f"are {', '.join(LISTS)}")

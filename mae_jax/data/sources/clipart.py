@@ -14,7 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mae_jax.data.decode import BadPicture, open_image, to_rgb
+from mae_jax.data.decode import BadImage, open_image, to_rgb
 from mae_jax.data.sources import splits
 from mae_jax.data.sources.base import Example, Source, known_split
 from mae_jax.errors import UserError, printable
@@ -86,5 +86,5 @@ def _decode(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     try:
         image = open_image(data, ("PNG",)).convert("RGBA")
     except Exception as error:
-        raise BadPicture(f"no PNG picture: {str(error)[:80]}") from error
+        raise BadImage(f"no PNG picture: {str(error)[:80]}") from error
     return np.asarray(to_rgb(image)), (np.asarray(image)[..., 3] > 127).astype(np.uint8)

@@ -18,15 +18,15 @@ from ml_collections import ConfigDict
 
 from mae_jax.data.decode import decode_mask
 from mae_jax.data.sources import splits
-from mae_jax.data.sources.base import UNLABELLED, Example, Source
+from mae_jax.data.sources.base import UNLABELED, Example, Source
 from mae_jax.data.sources.expected_sizes import check_size
-from mae_jax.errors import UserError, counted, nearest, printable
+from mae_jax.errors import UserError, did_you_mean, pluralize, printable
 from mae_jax.storage.paths import locate
 
 log = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-MOST_KINDS = 5  # extensions of other files that are counted one by one
+MAX_LISTED_EXTENSIONS = 5  # extensions of other files that are counted one by one
 
 
 def load(data: ConfigDict, split: splits.Split) -> Source:
@@ -70,7 +70,7 @@ def _sub_folder(name: str, children: set[str]) -> str:
     for candidate in names:
         if candidate in children:
             return candidate
-    raise UserError(f"unknown split {name!r}; {nearest(name, children)}")
+    raise UserError(f"unknown split {name!r}; {did_you_mean(name, children)}")
 
 
 def _root(path: str) -> epath.Path:
@@ -94,7 +94,7 @@ def _masks(data: ConfigDict, root: epath.Path, base: epath.Path, files: tuple[st
 def _source(base: epath.Path, files: tuple[str, ...], classes: tuple[str, ...], masks: epath.Path | None,
             offset: int) -> Source:
     index = {name: label for label, name in enumerate(classes)}
-    labels = np.array([index.get(name.split("/")[0], UNLABELLED) for name in files], np.int32)
+    labels = np.array([index.get(name.split("/")[0], UNLABELED) for name in files], np.int32)
 
     def read(i: int) -> Example:
         mask = decode_mask((masks / files[i]).with_suffix(".png").read_bytes(), offset) if masks else None
@@ -118,11 +118,11 @@ def unread(data: ConfigDict, expressions: Iterable[str]) -> list[str]:
     else:
         others = _files(root)[1]
     if lost:
-        lines.append(f"{counted(len(lost), 'picture')} in no split of the config, such as {printable(lost[0])}")
+        lines.append(f"{pluralize(len(lost), 'picture')} in no split of the config, such as {printable(lost[0])}")
     if others:
         kinds = Counter(printable(os.path.splitext(name)[1].lower()) or "none" for name in others)
-        counts = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common(MOST_KINDS))
-        lines.append(f"{counted(len(others), 'file')} not looked at, no picture by the extension ({counts}), such as "
+        counts = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common(MAX_LISTED_EXTENSIONS))
+        lines.append(f"{pluralize(len(others), 'file')} not looked at, no picture by the extension ({counts}), such as "
                      f"{printable(others[0])}")
     return lines
 
@@ -131,7 +131,7 @@ def _list(base: epath.Path) -> tuple[str, ...]:
     """Returns the pictures under a folder, relative and sorted; raises UserError when there are none."""
     pictures, others = _files(base)
     if not pictures:
-        what = f"{counted(len(others), 'other file')}, such as {printable(others[0])}" if others else "it is empty"
+        what = f"{pluralize(len(others), 'other file')}, such as {printable(others[0])}" if others else "it is empty"
         raise UserError(f"no pictures ({', '.join(EXTENSIONS)}) under {base}: {what}")
     return pictures
 
@@ -183,7 +183,7 @@ def _walk_local(base: str) -> Iterator[str]:
             else:
                 odd["file", "left out, no regular one"].append(name)
     for (what, why), names in odd.items():
-        log.warning("%s: %s %s, such as %s", base, counted(len(names), what), why, printable(names[0]))
+        log.warning("%s: %s %s, such as %s", base, pluralize(len(names), what), why, printable(names[0]))
 
 
 def _within(path: str, folder: str) -> bool:

@@ -20,8 +20,8 @@ def load(data: ConfigDict, split: Split) -> Source:
     chosen = _split(labels, split.name)
 
     def read(i: int) -> Example:
-        grey = images[chosen[i]]
-        return Example(np.repeat(grey[..., None], 3, axis=2), int(labels[chosen[i]]))
+        gray = images[chosen[i]]
+        return Example(np.repeat(gray[..., None], 3, axis=2), int(labels[chosen[i]]))
 
     return Source(len(chosen), read, lambda i: f"row {chosen[i]}", tuple("0123456789")).sliced(split)
 

@@ -10,8 +10,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax.data.sources import splits
-from mae_jax.data.sources.base import UNLABELLED, Example, Source, known_split, numbered_classes
-from mae_jax.errors import UserError, nearest
+from mae_jax.data.sources.base import UNLABELED, Example, Source, known_split, numbered_classes
+from mae_jax.errors import UserError, did_you_mean
 from mae_jax.storage.npz import opened
 
 
@@ -26,7 +26,7 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
             known_split(split, tuple(sorted(name[2:] for name in names if name.startswith("x_"))))
             image_key, label_key = f"x_{split.name}", f"y_{split.name}"
         if image_key not in names:
-            raise UserError(f"{data.path} has no array data.image_key={image_key!r}; {nearest(image_key, names)}")
+            raise UserError(f"{data.path} has no array data.image_key={image_key!r}; {did_you_mean(image_key, names)}")
         images, labels = arrays[image_key], arrays.get(label_key)
     if "x_train" in names:
         return _source(images, labels, image_key).sliced(split)
@@ -49,7 +49,7 @@ def _source(images: np.ndarray, labels: np.ndarray | None, name: str) -> Source:
     if images.ndim == 3:
         images = images[..., None]
     several = _several(labels, len(images), name) if labels is not None else None
-    labels = np.full(len(images), UNLABELLED) if labels is None or several is not None else np.reshape(labels, -1)
+    labels = np.full(len(images), UNLABELED) if labels is None or several is not None else np.reshape(labels, -1)
     if len(labels) != len(images) or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(f"the labels of {name!r} are {labels.dtype} {list(labels.shape)}; "
                         f"expected integers [{len(images)}]")

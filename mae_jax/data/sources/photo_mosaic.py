@@ -14,7 +14,7 @@ from mae_jax.data.sources.splits import Split, parse
 from mae_jax.rng import rng
 
 SIZES = {"train": 2000, "test": 400}
-SIDE = 64  # of a picture, in pixels
+IMAGE_SIDE = 64  # of a picture, in pixels
 PARTS = 3
 
 
@@ -34,12 +34,12 @@ def _mosaic(crops: Source, draws: np.random.Generator) -> Example:
     """Lays crops of three photographs over each other: each pixel belongs to the nearest of three random points."""
     photographs = draws.permutation(len(photo_crops.CLASSES))[:PARTS]
     numbers = draws.integers(crops.size // len(photo_crops.CLASSES), size=PARTS) * len(photo_crops.CLASSES)
-    layers = np.stack([_enlarged(crops.read(int(i)).picture) for i in numbers + photographs])
-    points = draws.uniform(0, SIDE, (PARTS, 2))
-    part = np.square(np.indices((SIDE, SIDE)) - points[:, :, None, None]).sum(1).argmin(0)
+    layers = np.stack([_enlarged(crops.read(int(i)).image) for i in numbers + photographs])
+    points = draws.uniform(0, IMAGE_SIDE, (PARTS, 2))
+    part = np.square(np.indices((IMAGE_SIDE, IMAGE_SIDE)) - points[:, :, None, None]).sum(1).argmin(0)
     pixels = np.take_along_axis(layers, part[None, ..., None], 0)[0]
     return Example(np.ascontiguousarray(pixels), mask=photographs[part].astype(np.uint8))
 
 
 def _enlarged(crop: np.ndarray) -> np.ndarray:
-    return np.asarray(Image.fromarray(crop).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(crop).resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BICUBIC))

@@ -13,7 +13,7 @@ from mae_jax.errors import UserError
 from mae_jax.storage.paths import check_bucket
 
 if TYPE_CHECKING:
-    from mae_jax.data.sources.base import Stream
+    from mae_jax.data.sources.base import RecordStream
 
 
 BUILT_IN = ("mnist5k", "photo_crops", "photo_mosaic")  # sources that come with a package
@@ -31,7 +31,7 @@ MODULES = {
 }
 
 
-def load(data: ConfigDict, expression: str) -> "Source | Stream":
+def load(data: ConfigDict, expression: str) -> "Source | RecordStream":
     """Opens one split of the config's source, or a sum of several ('train+validation').
 
     Raises:
@@ -49,12 +49,12 @@ def load(data: ConfigDict, expression: str) -> "Source | Stream":
         raise UserError(f"the split {expression!r} of data.source={data.source!r} has no pictures")
     if not data.get("classes"):
         return source
-    from mae_jax.data.sources.class_filter import kept
+    from mae_jax.data.sources.class_filter import keep_classes
 
     if not isinstance(source, Source):
         raise UserError(f"data.classes={data.classes!r} needs data with random access, which a stream of records has "
                         "not: python -m mae_jax inspect --write=array_record stores them so")
-    return kept(source, data.classes)
+    return keep_classes(source, data.classes)
 
 
 def _found(data: ConfigDict) -> Any:
@@ -69,7 +69,7 @@ def same_split(data: ConfigDict, one: str, other: str) -> bool:
     return one == other or named(data, one) == named(data, other)
 
 
-def further(data: ConfigDict, text: str, classes: tuple[str, ...]) -> "tuple[Source | Stream, np.ndarray]":
+def open_test_set(data: ConfigDict, text: str, classes: tuple[str, ...]) -> "tuple[Source | RecordStream, np.ndarray]":
     """Opens a further test set of TFDS: 'imagenet_v2', or 'NAME:SPLIT' where the split is not 'test'.
 
     Args:

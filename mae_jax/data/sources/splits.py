@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from mae_jax.errors import UserError, nearest
+from mae_jax.errors import UserError, did_you_mean
 
 HELD_OUT = ("test", "val", "validation")  # names of the held-out split
 HELD_OUT_SHARE = 0.1  # of data that come without splits
@@ -94,7 +94,7 @@ def part(name: str, held_out: bool) -> tuple[float, float]:
       held_out: whether anything is held out; if not, 'train' is everything.
     """
     if name not in ("train", *HELD_OUT):
-        raise UserError(f"unknown split {name!r}; {nearest(name, ('train', *HELD_OUT))}")
+        raise UserError(f"unknown split {name!r}; {did_you_mean(name, ('train', *HELD_OUT))}")
     edge = 1 - HELD_OUT_SHARE * held_out
     return (0.0, edge) if name == "train" else (edge, 1.0)
 

@@ -12,17 +12,17 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_jax.data.decode import BadPicture, decode_mask
+from mae_jax.data.decode import BadImage, decode_mask
 from mae_jax.data.sources import splits
-from mae_jax.data.sources.base import UNLABELLED, Example, Source, Stream, known_split, multi_hot
+from mae_jax.data.sources.base import UNLABELED, Example, RecordStream, Source, known_split, multi_hot
 from mae_jax.data.sources.expected_sizes import check_size
 from mae_jax.data.tensorflow_cpu import tf
-from mae_jax.errors import UserError, nearest, printable
+from mae_jax.errors import UserError, did_you_mean, printable
 
 FETCHED = 1024  # records at a time, where only their labels are wanted
 
 
-def load(data: ConfigDict, split: splits.Split) -> Source | Stream:
+def load(data: ConfigDict, split: splits.Split) -> Source | RecordStream:
     """Opens a split; raises UserError when the data set is unknown, not prepared, or without pictures."""
     module = api()
     builder = _builder(module, data)
@@ -31,10 +31,10 @@ def load(data: ConfigDict, split: splits.Split) -> Source | Stream:
     if not isinstance(features.get(image_key), module.features.Image):
         pictures = [name for name, feature in features.items() if isinstance(feature, module.features.Image)]
         raise UserError(f"data.name={data.name!r} has no picture data.image_key={image_key!r}; "
-                        f"{nearest(image_key, pictures)}")
+                        f"{did_you_mean(image_key, pictures)}")
     if data.mask_key and not isinstance(features.get(data.mask_key), module.features.Image):
         raise UserError(f"data.name={data.name!r} has no mask data.mask_key={data.mask_key!r}; "
-                        f"{nearest(data.mask_key, features)}")
+                        f"{did_you_mean(data.mask_key, features)}")
     classes, multi_label = _classes(module, features.get(label_key))
     info = builder.info.splits[split.name]
     check_size("/".join(filter(None, (builder.info.name, builder.info.config_name))), split.name, info.num_examples)
@@ -42,7 +42,7 @@ def load(data: ConfigDict, split: splits.Split) -> Source | Stream:
     if builder.info.file_format.file_suffix == "array_record":
         return _random_access(module, builder, data, split.name, classes, multi_label).sliced(split)
     start, stop = split.bounds(info.num_examples)
-    return Stream(
+    return RecordStream(
         files=tuple(str(path) for path in info.filepaths), counts=tuple(info.shard_lengths), start=start,
         size=stop - start, mean_bytes=info.num_bytes / max(info.num_examples, 1), image_key=image_key,
         label_key=label_key if classes else "", classes=classes, multi_label=multi_label, mask_key=data.mask_key,
@@ -126,10 +126,10 @@ def _random_access(module: Any, builder: Any, data: ConfigDict, split: str, clas
         try:
             row = rows[i]
         except Exception as error:  # array_record raises RuntimeError for damage
-            raise BadPicture(f"the record does not read: {str(error).splitlines()[0][:80]}") from error
+            raise BadImage(f"the record does not read: {str(error).splitlines()[0][:80]}") from error
         if any(row[key] is None for key in wanted):  # how array_record reads beyond a cut
-            raise BadPicture("the record is empty")
-        return Example(row[image_key], int(row[label_key]) if classes and not multi_label else UNLABELLED,
+            raise BadImage("the record is empty")
+        return Example(row[image_key], int(row[label_key]) if classes and not multi_label else UNLABELED,
                        multi_hot(row[label_key], len(classes)) if multi_label else None,
                        decode_mask(row[mask_key], data.mask_offset) if mask_key else None)
 
@@ -155,7 +155,7 @@ def _label(rows: Any, number: int, label_key: str) -> int:
     try:
         return int(rows[number][label_key])
     except Exception:  # array_record raises RuntimeError for damage, and gives None beyond a cut
-        return UNLABELLED
+        return UNLABELED
 
 
 tf.get_logger().setLevel("ERROR")  # TFDS speaks through it

@@ -18,35 +18,35 @@ from ml_collections import ConfigDict
 
 from mae_jax.data import tensorflow_cpu
 from mae_jax.data.sources import splits
-from mae_jax.data.sources.base import Stream, numbered_classes
+from mae_jax.data.sources.base import RecordStream, numbered_classes
 from mae_jax.data.tensorflow_cpu import UNREADABLE, reason, tf
-from mae_jax.errors import UserError, counted, nearest
+from mae_jax.errors import UserError, did_you_mean, pluralize
 
 log = logging.getLogger(__name__)
 
 RECORDS = "records.json"  # {"records": {file name: count}, "classes": [names]}
 PATTERN = "{split}-*.tfrecord"  # of the files beside it
 OF = re.compile(r"-(\d+)-of-(\d+)(?=\.|$)")  # in a file's name: which of how many it is
-MOST_FILES = 1_000_000  # beyond it, such a name means something else
+MAX_FILES = 1_000_000  # beyond it, such a name means something else
 FRAME, TAIL = 12, 4  # bytes before a record (length, its checksum) and after it
 
 
-def load(data: ConfigDict, split: splits.Split) -> Stream:
+def load(data: ConfigDict, split: splits.Split) -> RecordStream:
     """Opens a split; raises UserError when no file fits, or the records have no such feature."""
     pattern = _pattern(data.path).replace("{split}", split.name)
     files = _files(pattern, split.name)
-    labelled = _check_features(files, data)
+    labeled = _check_features(files, data)
     _check_names(files, pattern)
     described = _described(files[0].parent)
     if described:
         counts, classes = _promised(files, pattern, *described)
     else:
-        counts, classes = _counted(files, data.label_key if labelled else "")
+        counts, classes = _counted(files, data.label_key if labeled else "")
     total = sum(counts)
     low, high = (0, 1) if "{split}" in _pattern(data.path) else splits.part(split.name, splits.holds_out(data))
     first, last = round(low * total), round(high * total)
     start, stop = split.bounds(last - first)
-    return Stream(
+    return RecordStream(
         files=tuple(map(str, files)), counts=counts, start=first + start, size=stop - start,
         mean_bytes=sum(file.stat().length for file in files) / max(total, 1), image_key=data.image_key,
         label_key=data.label_key if classes else "", classes=classes, promised_by=RECORDS if described else "")
@@ -83,7 +83,7 @@ def _check_features(files: list[epath.Path], data: ConfigDict) -> bool:
     image = features.get(data.image_key)
     if image is None or len(image.bytes_list.value) != 1:
         raise UserError(f"the records of {file} have no encoded picture data.image_key={data.image_key!r}; "
-                        f"{nearest(data.image_key, features)}")
+                        f"{did_you_mean(data.image_key, features)}")
     return data.label_key in features and bool(features[data.label_key].int64_list.value)
 
 
@@ -119,7 +119,7 @@ def _check_names(files: list[epath.Path], pattern: str) -> None:
     found, promised = {file.name for file in files}, set()
     for name in found:
         of = OF.search(name)
-        if of and int(of[2]) <= MOST_FILES:
+        if of and int(of[2]) <= MAX_FILES:
             digits, total = len(of[1]), int(of[2])
             promised |= {f"{name[:of.start(1)]}{number:0{digits}d}{name[of.end(1):]}" for number in range(total)}
     _check_there(sorted(promised - found), files[0].parent, pattern, "the names of the others")
@@ -128,7 +128,7 @@ def _check_names(files: list[epath.Path], pattern: str) -> None:
 def _check_there(missing: list[str], folder: epath.Path, pattern: str, promised_by: str) -> None:
     wanted = [name for name in missing if fnmatch.fnmatch(name, pattern.rsplit("/", 1)[-1])]
     if wanted:
-        raise UserError(f"{counted(len(wanted), 'file')} missing in {folder} by {promised_by}, such as {wanted[0]}; "
+        raise UserError(f"{pluralize(len(wanted), 'file')} missing in {folder} by {promised_by}, such as {wanted[0]}; "
                         "write the data again, or name what to read by a narrower pattern in data.path")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from mae_jax import plugins
-from mae_jax.data.masking import Colours
+from mae_jax.data.masking import ColorAugmentation
 from mae_jax.data.transforms.rand_augment import rand_augment
 
 # How far each factor may lie from 1, and how much of its circle the hue may turn, to either side.
@@ -20,7 +20,7 @@ from mae_jax.data.transforms.rand_augment import rand_augment
 MAE_JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
 THREE_JITTER = {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3}  # DeiT III Table 1 and its released recipe
 DINO_JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}  # of its released code
-SOLARISE_FROM = 128  # pixel values from here on are inverted
+SOLARIZE_FROM = 128  # pixel values from here on are inverted
 BLUR = (0.1, 2.0)  # radius in pixels
 ENHANCE = {"brightness": ImageEnhance.Brightness, "contrast": ImageEnhance.Contrast, "saturation": ImageEnhance.Color}
 
@@ -44,7 +44,7 @@ def jitter(image: Image.Image, rng: np.random.Generator, strengths: dict[str, fl
 
 def three(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """3-Augment (DeiT III section 3.2): exactly one of grey, solarised and blurred, each as likely; then jitter."""
-    change = (grey, solarise, blur)[rng.integers(3)]
+    change = (gray, solarize, blur)[rng.integers(3)]
     return jitter(change(image, rng), rng, THREE_JITTER)
 
 
@@ -61,14 +61,14 @@ def adjust(image: Image.Image, name: str, amount: float) -> Image.Image:
     return Image.merge("HSV", (hue.point([(h + shift) % 256 for h in range(256)]), saturation, value)).convert("RGB")
 
 
-def grey(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def gray(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Takes the colours out (ITU-R 601 luma)."""
     return image.convert("L").convert("RGB")
 
 
-def solarise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def solarize(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Inverts every pixel value of at least 128."""
-    return ImageOps.solarize(image, SOLARISE_FROM)
+    return ImageOps.solarize(image, SOLARIZE_FROM)
 
 
 def blur(image: Image.Image, rng: np.random.Generator, radius: tuple[float, float] = BLUR) -> Image.Image:
@@ -76,15 +76,15 @@ def blur(image: Image.Image, rng: np.random.Generator, radius: tuple[float, floa
     return image.filter(ImageFilter.GaussianBlur(rng.uniform(*radius)))
 
 
-def change(image: Image.Image, rng: np.random.Generator, chances: Colours) -> Image.Image:
+def change(image: Image.Image, rng: np.random.Generator, chances: ColorAugmentation) -> Image.Image:
     """Makes the changes of a view: jitter, grey, blur and solarise, each with its own probability."""
     if rng.random() < chances.jitter:
         image = jitter(image, rng, DINO_JITTER)
-    if rng.random() < chances.grey:
-        image = grey(image, rng)
+    if rng.random() < chances.gray:
+        image = gray(image, rng)
     if rng.random() < chances.blur:
         image = blur(image, rng, chances.radius)
-    return solarise(image, rng) if rng.random() < chances.solarise else image
+    return solarize(image, rng) if rng.random() < chances.solarize else image
 
 
 class Moving(NamedTuple):
@@ -98,7 +98,7 @@ class Moving(NamedTuple):
 
 
 # data.color → a function of image and generator, or a `Moving`.
-COLOURS: dict[str, Any] = {"none": none, "jitter": jitter, "three": three, "rand": Moving(rand_augment)}
+COLOR_POLICIES: dict[str, Any] = {"none": none, "jitter": jitter, "three": three, "rand": Moving(rand_augment)}
 
 
 @functools.cache
@@ -108,5 +108,5 @@ def policy(name: str) -> Callable[..., tuple[Image.Image, Image.Image | None]]:
     Raises:
       UserError: it is unknown.
     """
-    found = plugins.find("color_policies", name, COLOURS, "data.color")
+    found = plugins.find("color_policies", name, COLOR_POLICIES, "data.color")
     return found.change if isinstance(found, Moving) else lambda image, rng, mask: (found(image, rng), mask)

@@ -9,8 +9,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mae_jax.data.decode import BadPicture, Box, Picture
-from mae_jax.data.masking import Colours, View
+from mae_jax.data.decode import BadImage, Box, StoredImage
+from mae_jax.data.masking import ColorAugmentation, View
 from mae_jax.data.transforms.color import change, policy
 
 CROP_TRIES = 10  # torchvision's RandomResizedCrop
@@ -19,7 +19,8 @@ Pixels = tuple[np.ndarray, np.ndarray | None]
 Images = tuple[Image.Image, Image.Image | None]
 
 
-def augment(picture: Picture, rng: np.random.Generator, config: ConfigDict, mask: np.ndarray | None = None) -> Pixels:
+def augment(stored: StoredImage, rng: np.random.Generator, config: ConfigDict,
+            mask: np.ndarray | None = None) -> Pixels:
     """Returns a training view as data.augment, data.flip and data.color say, and the mask's same view (or None).
 
     'random': crop of random size and shape, resized. 'single': the same of one draw, cut to what the picture has
@@ -37,13 +38,13 @@ def augment(picture: Picture, rng: np.random.Generator, config: ConfigDict, mask
       BadPicture: the pixels do not decode, or the mask has another size.
     """
     data = config.data
-    image, mask = _crop(picture, mask_image(picture, mask), rng, config)
+    image, mask = _crop(stored, mask_image(stored, mask), rng, config)
     if data.flip and data.augment != "none" and rng.random() < 0.5:
         image, mask = _flip(image), mask and _flip(mask)
     return _pixels(*policy(data.color)(image, rng, mask))
 
 
-def augment_view(picture: Picture, rng: np.random.Generator, view: View, colours: Colours,
+def augment_view(stored: StoredImage, rng: np.random.Generator, view: View, colors: ColorAugmentation,
                  data: ConfigDict) -> np.ndarray:
     """Returns one of a method's views: a random crop, flipped half the time where data.flip says so, then coloured.
 
@@ -53,19 +54,19 @@ def augment_view(picture: Picture, rng: np.random.Generator, view: View, colours
     Raises:
       BadPicture: the pixels do not decode.
     """
-    box = random_box(rng, (picture.height, picture.width), view.size, view.scale, data.crop_ratio)
-    image = picture.view(box, view.size)
+    box = random_box(rng, (stored.height, stored.width), view.size, view.scale, data.crop_ratio)
+    image = stored.view(box, view.size)
     if data.flip and rng.random() < 0.5:
         image = _flip(image)
-    return np.asarray(change(image, rng, colours))
+    return np.asarray(change(image, rng, colors))
 
 
-def centre(picture: Picture, config: ConfigDict, ratio: float, mask: np.ndarray | None = None) -> Pixels:
+def center(stored: StoredImage, config: ConfigDict, ratio: float, mask: np.ndarray | None = None) -> Pixels:
     """Returns the evaluation's view: the central `ratio` of the picture, resized, and the mask's same view (or None).
 
     Shapes, dtypes and errors are those of `augment`.
     """
-    return _pixels(*_covering_crop(picture, mask_image(picture, mask), config.data.image_size, ratio, 0.5, 0.5))
+    return _pixels(*_covering_crop(stored, mask_image(stored, mask), config.data.image_size, ratio, 0.5, 0.5))
 
 
 def random_box(rng: np.random.Generator, size: tuple[int, int], target: tuple[int, int],
@@ -112,21 +113,21 @@ def _draw_place(rng: np.random.Generator, size: tuple[int, int], h: int, w: int)
     return Box(int(rng.integers(size[0] - h + 1)), int(rng.integers(size[1] - w + 1)), h, w)
 
 
-def _crop(picture: Picture, mask: Image.Image | None, rng: np.random.Generator, config: ConfigDict) -> Images:
+def _crop(stored: StoredImage, mask: Image.Image | None, rng: np.random.Generator, config: ConfigDict) -> Images:
     """Cuts out what data.augment says, in the size of the model's pictures."""
     data, target = config.data, tuple(config.data.image_size)
     if data.augment == "simple":
-        return _simple_crop(picture, mask, target, rng.random(), rng.random())
+        return _simple_crop(stored, mask, target, rng.random(), rng.random())
     if data.augment in ("none", "fixed"):
         place = (0.5, 0.5) if data.augment == "none" else (rng.random(), rng.random())
-        return _covering_crop(picture, mask, target, config.eval.crop_ratio[0], *place)
+        return _covering_crop(stored, mask, target, config.eval.crop_ratio[0], *place)
     draw = single_box if data.augment == "single" else random_box
-    box = draw(rng, (picture.height, picture.width), target, data.crop_scale, data.crop_ratio)
+    box = draw(rng, (stored.height, stored.width), target, data.crop_scale, data.crop_ratio)
     edges = (box.left, box.top, box.left + box.width, box.top + box.height)
-    return picture.view(box, target), mask and mask.resize(target[::-1], Image.Resampling.NEAREST, edges)
+    return stored.view(box, target), mask and mask.resize(target[::-1], Image.Resampling.NEAREST, edges)
 
 
-def _covering_crop(picture: Picture, mask: Image.Image | None, target: tuple[int, int], ratio: float,
+def _covering_crop(stored: StoredImage, mask: Image.Image | None, target: tuple[int, int], ratio: float,
                    down: float, right: float) -> Images:
     """Cuts `ratio` of the largest part that has the target's shape, and resizes it.
 
@@ -137,14 +138,14 @@ def _covering_crop(picture: Picture, mask: Image.Image | None, target: tuple[int
       down, right: where the crop lies, in shares of the free space; 0.5 is the middle.
     """
     height, width = target
-    unit = min(picture.height / height, picture.width / width) * ratio
+    unit = min(stored.height / height, stored.width / width) * ratio
     h, w = unit * height, unit * width
-    top, left = (picture.height - h) * down, (picture.width - w) * right
-    box = (left, top, min(left + w, picture.width), min(top + h, picture.height))
-    return _resize(picture, mask, (width, height), box)
+    top, left = (stored.height - h) * down, (stored.width - w) * right
+    box = (left, top, min(left + w, stored.width), min(top + h, stored.height))
+    return _resize(stored, mask, (width, height), box)
 
 
-def _simple_crop(picture: Picture, mask: Image.Image | None, target: tuple[int, int],
+def _simple_crop(stored: StoredImage, mask: Image.Image | None, target: tuple[int, int],
                  down: float, right: float) -> Images:
     """Resizes the picture to just cover the target, mirrors 4 pixels at its edges and cuts the target's size out.
 
@@ -154,12 +155,12 @@ def _simple_crop(picture: Picture, mask: Image.Image | None, target: tuple[int, 
     Args:
       down, right: in [0, 1): where the crop lies among the places that it can have, each as likely.
     """
-    height, width = _covering_size((picture.height, picture.width), target)
+    height, width = _covering_size((stored.height, stored.width), target)
     rows, columns = _reflected(height, target[0], down), _reflected(width, target[1], right)
     (top, left), (bottom, end) = (rows.min(), columns.min()), (rows.max() + 1, columns.max() + 1)
-    y, x = picture.height / height, picture.width / width  # pixels of the picture per pixel of the resized one
-    box = (left * x, top * y, min(end * x, picture.width), min(bottom * y, picture.height))
-    images = _resize(picture, mask, (int(end - left), int(bottom - top)), box)
+    y, x = stored.height / height, stored.width / width  # pixels of the picture per pixel of the resized one
+    box = (left * x, top * y, min(end * x, stored.width), min(bottom * y, stored.height))
+    images = _resize(stored, mask, (int(end - left), int(bottom - top)), box)
     inside = np.ix_(rows - top, columns - left)
     return tuple(image and Image.fromarray(np.asarray(image)[inside]) for image in images)
 
@@ -179,9 +180,9 @@ def _reflected(size: int, target: int, share: float) -> np.ndarray:
     return np.minimum(rows, abs(2 * (size - 1) - rows))
 
 
-def _resize(picture: Picture, mask: Image.Image | None, size: tuple[int, int], box: tuple[float, ...]) -> Images:
+def _resize(stored: StoredImage, mask: Image.Image | None, size: tuple[int, int], box: tuple[float, ...]) -> Images:
     """Resizes what lies in `box` (left, top, right, bottom) to `size` (width, height)."""
-    image = picture.whole().resize(size, Image.Resampling.BICUBIC, box)
+    image = stored.whole().resize(size, Image.Resampling.BICUBIC, box)
     return image, mask and mask.resize(size, Image.Resampling.NEAREST, box)
 
 
@@ -189,12 +190,12 @@ def _flip(image: Image.Image) -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
-def mask_image(picture: Picture, mask: np.ndarray | None) -> Image.Image | None:
+def mask_image(stored: StoredImage, mask: np.ndarray | None) -> Image.Image | None:
     """Returns the mask as PIL has it, None without one; raises BadPicture when it is not of the picture's size."""
     if mask is None:
         return None
-    if mask.shape != (picture.height, picture.width):
-        raise BadPicture(f"its mask has the shape {mask.shape}, not {(picture.height, picture.width)}")
+    if mask.shape != (stored.height, stored.width):
+        raise BadImage(f"its mask has the shape {mask.shape}, not {(stored.height, stored.width)}")
     return Image.fromarray(mask)
 
 

@@ -5,19 +5,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.data import masking
-from mae_jax.data.decode import IGNORED, Picture, opencv
-from mae_jax.data.sources.base import UNLABELLED, Example
+from mae_jax.data.decode import IGNORED, StoredImage, opencv
+from mae_jax.data.sources.base import UNLABELED, Example
 from mae_jax.data.transforms.color import policy
-from mae_jax.data.transforms.crop import augment, augment_view, centre
+from mae_jax.data.transforms.crop import augment, augment_view, center
 from mae_jax.ops.patches import PatchGrid
 from mae_jax.rng import rng
 
-GREY = 127  # every pixel of the picture that stands in where none could be read
+GRAY = 127  # every pixel of the picture that stands in where none could be read
 Fields = dict[str, np.ndarray | int | float]
 Spec = dict[str, jax.ShapeDtypeStruct]
 
 
-class Views:
+class ExampleBuilder:
     """Makes the fields `patches` uint8 [N, P], `order` int32 [N] and `label` of examples.
 
     N patches of P values: rows of the patch, pixels in the row, channels (fastest). Where the order has blocks, also
@@ -26,7 +26,7 @@ class Views:
     training has their fields in place of patches, order and blocks (`masking.View`).
     """
 
-    def __init__(self, config: ConfigDict, order: masking.Order, spec: Spec, views: tuple[masking.View, ...] = ()):
+    def __init__(self, config: ConfigDict, order: masking.PatchOrder, spec: Spec, views: tuple[masking.View, ...] = ()):
         for each in (order, *(view.order for view in views)):
             masking.check(each)
         self._config, self._order, self._spec, self._views = config, order, spec, views
@@ -39,10 +39,10 @@ class Views:
     def train(self, example: Example, position: int) -> Fields:
         """Returns the augmented view, or views, that belong to a position of the run; raises BadPicture."""
         if self._views:
-            return {**self._labels(example), **self._several(Picture(example.picture), position)}
-        picture = Picture(example.picture, fast=self._config.data.resize == "fast")
+            return {**self._labels(example), **self._several(StoredImage(example.image), position)}
+        stored = StoredImage(example.image, fast=self._config.data.resize == "fast")
         draws = rng(self._config.seed, "augment", position)
-        pixels, mask = augment(picture, draws, self._config, self._mask(example))
+        pixels, mask = augment(stored, draws, self._config, self._mask(example))
         return {**self._labels(example), **self._cut(pixels, mask, self._drawn(self._config.seed, "order", position))}
 
     def evaluate(self, example: Example, index: int, position: int, ratio: float) -> Fields:
@@ -53,28 +53,28 @@ class Views:
         Raises:
           BadPicture: the picture, or its mask, cannot be used.
         """
-        pixels, mask = centre(Picture(example.picture), self._config, ratio, self._mask(example))
+        pixels, mask = center(StoredImage(example.image), self._config, ratio, self._mask(example))
         address = index if self._order.group == 1 else position
         return {**self._labels(example), **self._cut(pixels, mask, self._drawn(0, "evaluate", address))}
 
-    def grey_train(self, position: int) -> Fields:
+    def gray_train(self, position: int) -> Fields:
         """Returns what stands in, at a position of the run, for a picture that cannot be read."""
         if not self._views:
-            return self._grey(self._drawn(self._config.seed, "order", position))
-        picture = Picture(np.full((1, 1, 3), GREY, np.uint8))
-        return {**self._several(picture, position), "label": UNLABELLED, "valid": 0.0}
+            return self._gray(self._drawn(self._config.seed, "order", position))
+        stored = StoredImage(np.full((1, 1, 3), GRAY, np.uint8))
+        return {**self._several(stored, position), "label": UNLABELED, "valid": 0.0}
 
-    def grey(self, position: int) -> Fields:
+    def gray(self, position: int) -> Fields:
         """Returns what stands in, in an evaluation, for an unreadable picture, and as padding."""
-        return self._grey(self._drawn(0, "evaluate", position))
+        return self._gray(self._drawn(0, "evaluate", position))
 
-    def _grey(self, drawn: dict[str, np.ndarray]) -> Fields:
+    def _gray(self, drawn: dict[str, np.ndarray]) -> Fields:
         size = self._grid.image_size
         mask = np.full(size, IGNORED, np.uint8) if "pixel_label" in self._spec else None
-        fields = self._cut(np.full((*size, 3), GREY, np.uint8), mask, drawn)
+        fields = self._cut(np.full((*size, 3), GRAY, np.uint8), mask, drawn)
         if "labels" in self._spec:
             fields["labels"] = np.zeros(self._spec["labels"].shape[1:], np.uint8)
-        return {**fields, "label": UNLABELLED, "valid": 0.0}
+        return {**fields, "label": UNLABELED, "valid": 0.0}
 
     def _mask(self, example: Example) -> np.ndarray | None:
         return example.mask if "pixel_label" in self._spec else None
@@ -82,14 +82,14 @@ class Views:
     def _labels(self, example: Example) -> Fields:
         return {"label": example.label, **({} if example.labels is None else {"labels": example.labels})}
 
-    def _several(self, picture: Picture, position: int) -> Fields:
+    def _several(self, stored: StoredImage, position: int) -> Fields:
         """Returns the fields of all views of a picture, which is decoded once; each view has draws of its own."""
         config, fields, number = self._config, {}, 0
         for kind in self._views:
             made, grid = [], PatchGrid(*kind.order.grid, *self._grid.patch)
-            for colours in kind.colours:
+            for colors in kind.colors:
                 draws = rng(config.seed, "augment", position, number)
-                pixels = augment_view(picture, draws, kind, colours, config.data)
+                pixels = augment_view(stored, draws, kind, colors, config.data)
                 drawn = masking.draw(kind.order, rng(config.seed, "order", position, number))
                 made.append({"patches": grid.patchify(pixels)[drawn["order"]], **drawn})
                 number += 1

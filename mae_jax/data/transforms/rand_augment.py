@@ -38,8 +38,8 @@ def draw(rng: np.random.Generator) -> list[tuple[str, float]]:
 def apply(image: Image.Image, name: str, amount: float,
           mask: Image.Image | None = None) -> tuple[Image.Image, Image.Image | None]:
     """Applies one operation; see the module on `amount`."""
-    if name in COLOURS:
-        return COLOURS[name](image, amount), mask
+    if name in COLORS:
+        return COLORS[name](image, amount), mask
     move = MOVES[name]
     image = move(image, amount, resample=Image.Resampling.BICUBIC, fillcolor=FILL)
     return image, mask and move(mask, amount, resample=Image.Resampling.NEAREST, fillcolor=IGNORED)
@@ -73,7 +73,7 @@ def _affine(matrix: Callable[[float, int, int], tuple[float, ...]]) -> Callable[
         image.size, Image.Transform.AFFINE, matrix(amount, *image.size), **how)
 
 
-COLOURS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+COLORS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "auto_contrast": lambda image, amount: ImageOps.autocontrast(image),
     "equalize": lambda image, amount: ImageOps.equalize(image),
     "invert": lambda image, amount: ImageOps.invert(image),
@@ -92,4 +92,4 @@ MOVES: dict[str, Callable[..., Image.Image]] = {
     "translate_x": _affine(lambda amount, width, height: (1, 0, SHIFT * amount * width, 0, 1, 0)),
     "translate_y": _affine(lambda amount, width, height: (1, 0, 0, 0, 1, SHIFT * amount * height)),
 }
-NAMES = (*COLOURS, *MOVES)
+NAMES = (*COLORS, *MOVES)

@@ -15,7 +15,7 @@ from mae_jax.commands.cluster import images
 from mae_jax.commands.cluster.feature_store import Features
 from mae_jax.commands.cluster.images import cluster
 from mae_jax.commands.export.command import export
-from mae_jax.commands.export.expert_path import customise, look
+from mae_jax.commands.export.expert_path import count_cluster_votes, extract_expert
 from mae_jax.data.cluster_ids import Clusters
 from mae_jax.data.sources import folder as sources_folder
 from mae_jax.errors import UserError
@@ -24,7 +24,7 @@ from mae_jax.evals.expert_routing import information
 from mae_jax.evals.frozen_encoder import frozen
 from mae_jax.ops import spherical_kmeans
 from mae_jax.ops.patches import PatchGrid
-from mae_jax.param_tree import judged
+from mae_jax.param_tree import split_eval_params
 from mae_jax.runtime import peers as runtime_peers
 from mae_jax.storage.checkpoint import load_params
 from mae_jax.training import loop, run, workdir
@@ -193,8 +193,8 @@ def test_records_that_readers_leave_out_have_clusters_like_all_others(made, tmp_
     assigned = Clusters.read(str(tmp_path / "clusters")).assigned["train"]
     assert (len(assigned), assigned.min()) == (103, 0)
     for batch in itertools.islice(inputs.train(0), 7):
-        grey = np.rint(batch["patches"].reshape(16, -1).mean(1)).astype(int)
-        np.testing.assert_array_equal(batch["cluster"], assigned[grey])
+        gray = np.rint(batch["patches"].reshape(16, -1).mean(1)).astype(int)
+        np.testing.assert_array_equal(batch["cluster"], assigned[gray])
 
 
 @pytest.mark.slow
@@ -250,7 +250,7 @@ def test_pictures_that_cannot_be_read_count_for_their_own_cluster_alone(tmp_path
     broken = tiny_config(CROPS | data | {"data.path": str(tmp_path / "junk")})
     make_folder(tmp_path / "junk", count=0, broken=4)
     with pytest.raises(UserError, match=r"no picture of data.source='folder' .*junk"):
-        look(found, tmp_path / "clusters", broken)
+        count_cluster_votes(found, tmp_path / "clusters", broken)
 
 
 @pytest.mark.slow
@@ -317,9 +317,9 @@ def test_processes_cluster_as_one_does_with_as_many_devices(made, tmp_path):
 @pytest.mark.parametrize("how", ["vote", "probe", "random"])
 def test_a_task_gets_an_ordinary_encoder_that_trains_on(made, tmp_path, how):
     folder = made / "moce"
-    params, extras = judged(load_params(folder, extras=True))
+    params, extras = split_eval_params(load_params(folder, extras=True))
     task = tiny_config(CROPS | {"data.train_split": "train[400:600]"})
-    tree, config, report = customise(workdir.read_config(folder), params, extras, task, how)
+    tree, config, report = extract_expert(workdir.read_config(folder), params, extras, task, how)
     shares = [float(line.split(": ")[1].split("%")[0]) for line in report if line.endswith("of the task's pictures")]
     assert sum(shares) == pytest.approx(100, abs=1)
     assert shares == sorted(shares, reverse=True)
@@ -371,7 +371,7 @@ def test_what_cannot_be_clustered_or_cut_is_refused(made, tmp_path):
     with pytest.raises(UserError, match=r"--clusters .*--for-task=vote, probe or random"):
         export(str(made / "moce"), str(tmp_path / "x.safetensors"), "mae_jax", clusters=str(made / "clusters"))
     with pytest.raises(UserError, match=r"no single encoder.*--for-task"):
-        run.prepare(workdir.read_config(made / "moce"), tmp_path, trains=False)
+        run.prepare(workdir.read_config(made / "moce"), tmp_path, for_training=False)
     damaged = tmp_path / "damaged"
     shutil.copytree(made / "clusters", damaged)
     (damaged / "clusters.npz").write_bytes((damaged / "clusters.npz").read_bytes()[:200])

@@ -35,10 +35,11 @@ class Mixture:
             gate["kernel"] = (np.linalg.pinv(self.extras["centroids"]) @ logits).astype(np.float32)
         self.task = Task(np.asarray(votes, np.float64), centroids[2] * 0.7 + centroids[1] * 0.3)
         self.looked = []
-        monkeypatch.setattr(expert_path, "look", lambda clusters, folder, task: self.looked.append(folder) or self.task)
+        monkeypatch.setattr(expert_path, "count_cluster_votes", lambda clusters, folder,
+                            task: self.looked.append(folder) or self.task)
 
     def cut(self, how, seed=0, config=None, clusters=""):
-        return expert_path.customise(config or self.config, self.params, self.extras, tiny_config(), how, seed,
+        return expert_path.extract_expert(config or self.config, self.params, self.extras, tiny_config(), how, seed,
                                      clusters)
 
 

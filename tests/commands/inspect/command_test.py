@@ -44,14 +44,14 @@ def config(**fields):
 
 def build(c):
     method = tiny_method(c)
-    return data.OpenedData(c).batches(method.batch_spec(), method.order())
+    return data.OpenedData(c).batches(method.batch_spec(), method.patch_order())
 
 
 def contents(c, split="train"):
     """Returns grey value // 10 → class name of everything in a split."""
     source = registry.load(c.data, split)
     found = [item for _, item in writers.each(source, lambda example: example, threads=2)]
-    return {round(float(decode(example.picture).mean()) / 10): source.classes[example.label] for example in found}
+    return {round(float(decode(example.image).mean()) / 10): source.classes[example.label] for example in found}
 
 
 EXPECTED = {i: "ab"[i % 2] for i in range(2, 20)}
@@ -65,7 +65,7 @@ def test_a_folder_written_as_tfrecord_reads_back_whole(tmp_path):
     back = config(source="tfrecord", path=str(tmp_path / "out"))
     assert contents(back) == EXPECTED
     assert build(back).classes == ("a", "b")
-    assert {decode(item.picture).shape for _, item in writers.each(
+    assert {decode(item.image).shape for _, item in writers.each(
         registry.load(back.data, "train"), lambda example: example, 2)} == {(24, 32, 3)}
 
 
@@ -84,9 +84,9 @@ def test_small_jpegs_are_kept_byte_for_byte_and_others_become_jpegs():
     Image.new("RGB", (40, 30)).save(file, "JPEG", quality=50)
     example = base.Example(file.getvalue(), 3)
     assert writers.shrink(example, 30) is example
-    assert decode(writers.shrink(example, 15).picture).shape == (15, 20, 3)
+    assert decode(writers.shrink(example, 15).image).shape == (15, 20, 3)
     pixels = base.Example(np.zeros((5, 6, 3), np.uint8), 3)
-    assert writers.shrink(pixels, 30).picture.startswith(b"\xff\xd8\xff")  # a JPEG
+    assert writers.shrink(pixels, 30).image.startswith(b"\xff\xd8\xff")  # a JPEG
 
 
 def test_cached_batches_are_those_of_the_run(tmp_path):
@@ -94,7 +94,7 @@ def test_cached_batches_are_those_of_the_run(tmp_path):
                val_split="train[80%:]", eval_split="test")
     inputs, method = build(c), tiny_method(c)
     to = epath.Path(tmp_path / "out")
-    writers.write_batches(data.OpenedData(c), inputs, method.eval_spec(), method.order(), (), to, steps=3)
+    writers.write_batches(data.OpenedData(c), inputs, method.eval_spec(), method.patch_order(), (), to, steps=3)
     back = build(config(source="batches", path=str(tmp_path / "out"), eval_split="test"))
     assert (back.num_train, back.num_eval, back.classes) == (inputs.num_train, inputs.num_eval, inputs.classes)
     assert back.num_val == inputs.num_val > 0

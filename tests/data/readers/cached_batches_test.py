@@ -9,10 +9,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from mae_jax import data
-from mae_jax.data.masking import Order
+from mae_jax.data.masking import PatchOrder
 from mae_jax.errors import UserError
 
-ORDER = Order("random", (2, 2), 3)
+ORDER = PatchOrder("random", (2, 2), 3)
 SPEC = {"patches": jax.ShapeDtypeStruct((4, 4, 12), np.uint8), "order": jax.ShapeDtypeStruct((4, 4), np.int32),
         "id": jax.ShapeDtypeStruct((4,), np.int32), "valid": jax.ShapeDtypeStruct((4,), np.float32)}
 
@@ -57,7 +57,7 @@ def test_evaluations_end_and_are_padded(tmp_path):
 
 
 def test_padding_has_the_order_of_its_place_in_a_group(tmp_path):
-    order = Order("random", (2, 2), 2, 2)
+    order = PatchOrder("random", (2, 2), 2, 2)
     write(tmp_path, evaluate=5, train=6)
     for name in ("train", "support", "evaluate"):
         with np.load(tmp_path / f"{name}.npz") as stored:
@@ -135,7 +135,7 @@ def test_a_field_is_found_under_the_name_that_0_1_0_stored(tmp_path):
 
 def test_block_masks_of_0_1_0_are_for_runs_that_have_them(tmp_path):
     write(tmp_path)
-    block = Order("block", (2, 2), 3)
+    block = PatchOrder("block", (2, 2), 3)
     meta = json.loads((tmp_path / "meta.json").read_text()) | {"order": block}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     assert build(tmp_path, order=block).num_train == 100

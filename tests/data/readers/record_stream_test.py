@@ -131,7 +131,7 @@ def test_what_cannot_be_shared_or_found_is_refused(stored, fields, text):
 
 
 def test_data_without_labels_stream_too(tmp_path):
-    inputs = build(tfds_config(store(tmp_path, "tfrecord", labelled=False)))
+    inputs = build(tfds_config(store(tmp_path, "tfrecord", labeled=False)))
     assert inputs.classes == ()
     assert (next(inputs.train(0))["label"] == -1).all()
 
@@ -161,9 +161,9 @@ def test_bad_pictures_are_replaced_within_their_reader_and_named(shards):
         assert_equal(take(part.train(2), 4), [{k: v[rows] for k, v in batch.items()} for batch in batches[2:]])
 
 
-def test_a_reader_with_only_bad_pictures_gives_grey_ones():
+def test_a_reader_with_only_bad_pictures_gives_gray_ones():
     batch = {"id": np.arange(8), "valid": np.array([0.0] * 4 + [1.0] * 4), "replaced": np.array([1] * 4 + [0] * 4)}
-    repaired = record_stream.repair(batch, share=4)
+    repaired = record_stream.replace_bad_rows(batch, share=4)
     assert repaired["replaced"].tolist() == [4] * 4 + [0] * 4
     assert repaired["valid"].tolist() == [0] * 4 + [1] * 4
     assert repaired["id"].tolist() == list(range(8))
@@ -172,8 +172,8 @@ def test_a_reader_with_only_bad_pictures_gives_grey_ones():
 def test_the_next_good_picture_is_taken_cyclically_within_three_tries():
     replaced = np.array([0, 1, 1, 1, 1, 0, 0, 1])
     batch = {"id": np.arange(8), "replaced": replaced}
-    assert record_stream.repair(batch, share=8)["id"].tolist() == [0, 1, 5, 5, 5, 5, 6, 0]
-    assert record_stream.repair(batch, share=8)["replaced"].tolist() == [0, 4, 3, 2, 1, 0, 0, 1]
+    assert record_stream.replace_bad_rows(batch, share=8)["id"].tolist() == [0, 1, 5, 5, 5, 5, 6, 0]
+    assert record_stream.replace_bad_rows(batch, share=8)["replaced"].tolist() == [0, 4, 3, 2, 1, 0, 0, 1]
 
 
 def test_slices_of_a_stream_are_ranges_of_records(shards):
@@ -204,7 +204,7 @@ def test_a_copy_has_the_order_of_its_own_place_in_a_group():
     orders = np.stack([np.roll(shared, -3 * (row % 2)) for row in range(6)]).astype(np.int32)
     patches = np.stack([raster[order] for raster, order in zip(rasters, orders, strict=True)])
     batch = {"patches": patches, "order": orders, "id": np.arange(6), "replaced": np.array([1, 0, 0, 0, 1, 0])}
-    repaired = record_stream.repair(batch, share=6, group=2)
+    repaired = record_stream.replace_bad_rows(batch, share=6, group=2)
     assert repaired["id"].tolist() == [2, 1, 2, 3, 2, 5]  # of the next group that has a good one: not 1 for 0, 5 for 4
     assert repaired["replaced"].tolist() == [1, 0, 0, 0, 2, 0]
     np.testing.assert_array_equal(repaired["order"], orders)
@@ -216,7 +216,7 @@ def test_a_copy_is_of_no_picture_of_its_own_group_where_pictures_repeat():
     ids = np.tile(np.arange(6), 2)  # rows 4 to 7 show 4, 5, 0, 1
     order = np.stack([np.roll(np.arange(4), -row % 4) for row in range(12)]).astype(np.int32)
     batch = {"id": ids, "order": order, "replaced": (ids == 0).astype(np.int32)}
-    repaired = record_stream.repair(batch, share=12, group=4)
+    repaired = record_stream.replace_bad_rows(batch, share=12, group=4)
     assert repaired["id"][0] == 4  # of row 4; its own group shows 0 to 3
     assert repaired["id"][6] == 2  # of row 2: row 10 shows 4, which row 4 has
     assert repaired["replaced"][[0, 6]].tolist() == [1, 2]

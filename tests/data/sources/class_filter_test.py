@@ -3,7 +3,7 @@ import pytest
 
 from mae_jax.data.sources import registry
 from mae_jax.data.sources.base import Example, Source
-from mae_jax.data.sources.class_filter import LISTS, kept, numbers
+from mae_jax.data.sources.class_filter import LISTS, keep_classes, numbers
 from mae_jax.errors import UserError
 from tests.helpers.tiny import tiny_config
 
@@ -17,11 +17,11 @@ def source(**options):
 @pytest.mark.parametrize("label", [None, lambda i: i % 4], ids=["read", "known"])
 @pytest.mark.parametrize("text", ["bee,dog", "3,1", "1,3-3"])
 def test_pictures_of_chosen_classes_stay_and_are_numbered_anew(text, label):
-    part = kept(source(label=label), text)
+    part = keep_classes(source(label=label), text)
     assert part.classes == ("bee", "dog")
     assert part.size == 6
     examples = [part.read(i) for i in range(6)]
-    assert [example.picture[0, 0, 0] for example in examples] == [1, 3, 5, 7, 9, 11]
+    assert [example.image[0, 0, 0] for example in examples] == [1, 3, 5, 7, 9, 11]
     assert [example.label for example in examples] == [0, 1] * 3 == [part.label(i) for i in range(6)]
     assert [part.name(i) for i in range(2)] == ["1", "3"]
 
@@ -39,12 +39,12 @@ def test_the_shipped_lists_share_imagenet_without_overlap():
     ("", "class ''")])
 def test_classes_that_are_not_there_are_refused(text, message):
     with pytest.raises(UserError, match=message):
-        kept(source(), text)
+        keep_classes(source(), text)
 
 
 def test_pictures_without_one_label_each_are_refused():
     with pytest.raises(UserError, match="one label"):
-        kept(source(fields=("labels",)), "bee")
+        keep_classes(source(fields=("labels",)), "bee")
 
 
 def test_a_config_keeps_classes_of_any_split():

@@ -3,7 +3,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mae_jax.data.decode import BadPicture
+from mae_jax.data.decode import BadImage
 from mae_jax.data.sources import clipart, registry
 from mae_jax.errors import UserError
 
@@ -38,8 +38,8 @@ def test_alpha_gives_the_mask_and_lies_over_white(tmp_path):
     expected = np.zeros((70, 80), np.uint8)
     expected[10:40, 20:60] = 1
     assert (example.mask == expected).all()
-    assert (example.picture[expected == 1] == (255, 0, 0)).all()
-    assert (example.picture[expected == 0] == 255).all()
+    assert (example.image[expected == 1] == (255, 0, 0)).all()
+    assert (example.image[expected == 0] == 255).all()
     assert part.classes[example.label] == "food"
     assert part.fields == ("pixel_label",)
 
@@ -96,5 +96,5 @@ def test_a_drawing_cut_short_is_a_bad_picture_and_not_left_out_without_a_word(tm
     draw(path)
     path.write_bytes(path.read_bytes()[:keep])
     assert clipart.pictures(clipart.epath.Path(tmp_path)) == ("food/a.png",)
-    with pytest.raises(BadPicture, match="no PNG"):
+    with pytest.raises(BadImage, match="no PNG"):
         clipart._decode(path.read_bytes())

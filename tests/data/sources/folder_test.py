@@ -54,7 +54,7 @@ def test_what_is_read_is_the_file(tmp_path):
     write(tmp_path, *(f"{i}.png" for i in range(20)))
     source = load(tmp_path, eval_split="")
     for i in range(20):
-        assert (decode(source.read(i).picture) == int(source.name(i)[:-4])).all()
+        assert (decode(source.read(i).image) == int(source.name(i)[:-4])).all()
 
 
 def test_class_labels_are_those_of_the_training_folder_and_others_are_named(tmp_path, caplog):
@@ -128,7 +128,7 @@ def test_links_are_followed_to_files_and_folders_and_those_that_lead_out_are_tol
     source = load(tmp_path / "link", eval_split="")
     assert names(source) == {"cat/a.png", "cat/d.png", "cat/e.png", "dog/d.png", "dog/deep/f.png"}
     assert source.classes == ("cat", "dog")
-    assert all(decode(source.read(i).picture).shape == (4, 4, 3) for i in range(source.size))
+    assert all(decode(source.read(i).image).shape == (4, 4, 3) for i in range(source.size))
     assert "2 links out of the folder followed, such as dog" in caplog.text
 
 
@@ -179,7 +179,7 @@ def test_names_that_are_no_text_are_read_and_printed_escaped(tmp_path):
             file.write(picture(7))
     source = load(tmp_path, eval_split="")
     assert names(source) == {r"caf\udce9.png", r"two\nlines.png"}
-    assert all((decode(source.read(i).picture) == 7).all() for i in range(2))
+    assert all((decode(source.read(i).image) == 7).all() for i in range(2))
 
 
 def unread(root, *expressions):
@@ -230,7 +230,7 @@ def test_a_file_that_vanished_is_an_error_of_the_file(tmp_path):
         source.read(0)
 
 
-def test_an_unlabelled_share_is_even():
+def test_an_unlabeled_share_is_even():
     shares = [folder.splits.share(f"folder/{i:06d}.jpg") for i in range(2000)]
     assert abs(np.mean(shares) - 0.5) < 0.03
     assert 0 <= min(shares) < max(shares) < 1

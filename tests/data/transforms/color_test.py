@@ -32,16 +32,16 @@ def test_each_change_of_the_jitter_is_that_of_torchvision(key):
 
 
 @pytest.mark.parametrize("name", ["astronaut", "chelsea"])
-@pytest.mark.parametrize(("change", "key"), [(color.grey, "grey/0"), (color.solarise, "solarise/128")])
-def test_grey_and_solarised_pictures_are_those_of_torchvision(name, change, key):
+@pytest.mark.parametrize(("change", "key"), [(color.gray, "grey/0"), (color.solarize, "solarise/128")])
+def test_gray_and_solarized_pictures_are_those_of_torchvision(name, change, key):
     image = Image.fromarray(GOLDEN[f"picture/{name}"])
     assert differ(change(image, rng(0, "augment", 0)), GOLDEN[f"{name}/{key}"]) <= CLOSE
 
 
-def test_solarising_inverts_from_128_on():
+def test_solarizing_inverts_from_128_on():
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None]).convert("RGB")
-    solarised = np.asarray(color.solarise(ramp, rng(0, "augment", 0)))[0, :, 0]
-    assert solarised.tolist() == [*range(128), *range(127, -1, -1)]
+    solarized = np.asarray(color.solarize(ramp, rng(0, "augment", 0)))[0, :, 0]
+    assert solarized.tolist() == [*range(128), *range(127, -1, -1)]
 
 
 def test_the_blur_is_a_gaussian_of_up_to_two_pixels():
@@ -67,7 +67,7 @@ def test_a_whole_turn_of_the_hue_changes_nothing_and_a_third_swaps_the_primaries
     assert green[1] > 250
 
 
-def test_jitter_changes_colours_within_its_strengths():
+def test_jitter_changes_colors_within_its_strengths():
     image = Image.new("RGB", (4, 4), (100, 120, 140))
     views = np.array([np.asarray(color.jitter(image, rng(0, "augment", i)))[0, 0] for i in range(300)])
     means = views.mean(1)
@@ -103,7 +103,7 @@ def test_jitter_makes_each_change_once_in_any_order_by_uniform_amounts(changes, 
 def test_three_makes_exactly_one_of_its_three_changes_each_a_third_of_the_time(changes):
     """With the jitter held still, every view is grey, solarised or blurred, and which one can be seen."""
     image, seen = photograph("astronaut"), Counter()
-    gray, inverted = (np.asarray(change(image, None)) for change in (color.grey, color.solarise))
+    gray, inverted = (np.asarray(change(image, None)) for change in (color.gray, color.solarize))
     for position in range(600):
         view = np.asarray(color.three(image, rng(0, "augment", position)))
         kind = "grey" if (view == gray).all() else "solarised" if (view == inverted).all() else "blurred"
@@ -118,13 +118,13 @@ def test_three_makes_exactly_one_of_its_three_changes_each_a_third_of_the_time(c
 def test_three_changes_the_jitter_last():
     """A grey view stays grey under the jitter, and most of these views do not have the grey levels of the picture."""
     image = photograph("astronaut")
-    gray = np.asarray(color.grey(image, None))
+    gray = np.asarray(color.gray(image, None))
     views = [np.asarray(color.three(image, rng(0, "augment", position))) for position in range(60)]
-    greys = [view for view in views if (view == view[..., :1]).all()]
-    assert 8 < len(greys) < 35
-    assert all((view != gray).any() for view in greys)
+    grays = [view for view in views if (view == view[..., :1]).all()]
+    assert 8 < len(grays) < 35
+    assert all((view != gray).any() for view in grays)
 
 
 def test_none_leaves_the_picture():
     image = photograph("chelsea")
-    assert color.COLOURS["none"](image, rng(0, "augment", 0)) is image
+    assert color.COLOR_POLICIES["none"](image, rng(0, "augment", 0)) is image

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from mae_jax.config import default
-from mae_jax.data.decode import BadPicture, Picture
+from mae_jax.data.decode import BadImage, StoredImage
 from mae_jax.data.transforms import crop as transforms_crop
 from mae_jax.data.transforms.crop import random_box
 from mae_jax.rng import rng
@@ -27,7 +27,7 @@ def noise(height, width):
 
 def view_of(pixels, position, config):
     """The training view without a mask."""
-    view, mask = transforms_crop.augment(Picture(pixels), rng(0, "augment", position), config)
+    view, mask = transforms_crop.augment(StoredImage(pixels), rng(0, "augment", position), config)
     assert mask is None
     return view
 
@@ -70,7 +70,7 @@ def test_random_boxes_follow_the_law_of_torchvision():
 
 
 @pytest.mark.parametrize(("size", "expected"), [((10, 1000), (10, 13)), ((1000, 10), (13, 10))])
-def test_a_picture_too_long_for_any_box_gives_its_centre(size, expected):
+def test_a_picture_too_long_for_any_box_gives_its_center(size, expected):
     box = random_box(rng(0, "augment", 0), size, (224, 224), (0.9, 1.0), (3 / 4, 4 / 3))
     assert (box.height, box.width) == expected
     assert abs(box.top * 2 + box.height - size[0]) <= 1
@@ -101,14 +101,14 @@ def test_half_of_the_views_are_flipped():
 
 
 @pytest.mark.parametrize("size", [(90, 135), (135, 90), (20, 30)])
-def test_the_evaluation_view_is_resize_then_centre_crop(size):
+def test_the_evaluation_view_is_resize_then_center_crop(size):
     pixels = noise(*size)
     short = round(32 / 0.8)
     scaled = Image.fromarray(pixels).resize([round(side * short / min(size)) for side in size[::-1]],
                                             Image.Resampling.BICUBIC)
     left, top = (scaled.width - 32) // 2, (scaled.height - 32) // 2
     expected = np.asarray(scaled.crop((left, top, left + 32, top + 32))).astype(int)
-    view, _ = transforms_crop.centre(Picture(pixels), settings(), 0.8)
+    view, _ = transforms_crop.center(StoredImage(pixels), settings(), 0.8)
     assert np.abs(view - expected).max() <= 2  # sizes where torchvision rounds nothing
 
 
@@ -125,7 +125,7 @@ def test_fixed_crops_keep_the_scale_and_move():
 def test_augment_none_is_the_evaluation_view():
     pixels = noise(50, 70)
     view = view_of(pixels, 0, settings(augment="none"))
-    assert (view == transforms_crop.centre(Picture(pixels), settings(), 0.875)[0]).all()
+    assert (view == transforms_crop.center(StoredImage(pixels), settings(), 0.875)[0]).all()
 
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 375)])
@@ -163,7 +163,7 @@ def test_simple_crops_are_those_of_torchvision(key):
     """Resize, RandomCrop(padding=4, padding_mode='reflect') at stated places; 1 level: we resize what is cut only."""
     name, _, place = key.split("/")
     side, top, left = map(int, place.split("-"))
-    picture = Picture(GOLDEN[f"picture/{name}"])
+    picture = StoredImage(GOLDEN[f"picture/{name}"])
     height, width = transforms_crop._covering_size((picture.height, picture.width), (side, side))
     down, right = (top + 0.5) / (height + 8 - side + 1), (left + 0.5) / (width + 8 - side + 1)
     view, _ = transforms_crop._simple_crop(picture, None, (side, side), down, right)
@@ -195,7 +195,7 @@ def test_a_mask_goes_through_the_geometry_of_its_picture(crop, target):
     pixels = np.repeat((mask * 120)[..., None], 3, axis=2)
     config = settings(augment=crop, image_size=target)
     for position in range(20):
-        view, moved = transforms_crop.augment(Picture(pixels), rng(0, "augment", position), config, 100 * mask)
+        view, moved = transforms_crop.augment(StoredImage(pixels), rng(0, "augment", position), config, 100 * mask)
         assert moved.dtype == np.uint8
         assert moved.shape == view.shape[:2]
         assert set(np.unique(moved) % 100) <= {0}  # picked, never mixed
@@ -210,14 +210,14 @@ def test_a_mask_goes_through_the_geometry_of_its_picture(crop, target):
 def test_the_evaluations_mask_is_cut_as_its_picture():
     mask = (noise(90, 120)[..., 0] // 86).astype(np.uint8)
     pixels = np.repeat((mask * 120)[..., None], 3, axis=2)
-    view, moved = transforms_crop.centre(Picture(pixels), settings(), 0.8, mask)
+    view, moved = transforms_crop.center(StoredImage(pixels), settings(), 0.8, mask)
     assert np.mean(np.round(view[..., 0] / 120) == moved) > 0.95
-    assert transforms_crop.centre(Picture(pixels), settings(), 0.8)[1] is None
+    assert transforms_crop.center(StoredImage(pixels), settings(), 0.8)[1] is None
 
 
 def test_a_mask_of_another_size_is_a_bad_picture():
-    with pytest.raises(BadPicture, match=r"mask .*\(9, 8\), .*\(8, 9\)"):
-        transforms_crop.augment(Picture(noise(8, 9)), rng(0, "augment", 0), settings(), np.zeros((9, 8), np.uint8))
+    with pytest.raises(BadImage, match=r"mask .*\(9, 8\), .*\(8, 9\)"):
+        transforms_crop.augment(StoredImage(noise(8, 9)), rng(0, "augment", 0), settings(), np.zeros((9, 8), np.uint8))
 
 
 @pytest.mark.parametrize("crop", ["none", "fixed", "simple", "single", "random"])

@@ -7,12 +7,12 @@ import pytest
 from etils import epath
 
 from mae_jax.data import OpenedData, decode
-from mae_jax.data.decode import Picture
-from mae_jax.data.masking import Colours, Order, View
+from mae_jax.data.decode import StoredImage
+from mae_jax.data.masking import ColorAugmentation, PatchOrder, View
 from mae_jax.data.readers.random_access import Source, train_example
 from mae_jax.data.sources.base import Example
 from mae_jax.data.transforms import color, crop
-from mae_jax.data.transforms.example import Views
+from mae_jax.data.transforms.example import ExampleBuilder
 from mae_jax.data.writers import write_batches
 from mae_jax.rng import rng
 from tests.helpers.tiny import open_inputs, tiny_config, tiny_method
@@ -50,11 +50,11 @@ def test_views_are_addressed_by_position_and_number_whatever_rows_a_process_feed
     assert np.abs(second["local/patches"][:, 0].astype(int) - second["local/patches"][:, 1]).max() > 0
 
 
-def test_each_change_of_colour_comes_as_often_as_it_says_and_in_order(monkeypatch):
+def test_each_change_of_color_comes_as_often_as_it_says_and_in_order(monkeypatch):
     made = []
     for name in ("jitter", "grey", "blur", "solarise"):
         monkeypatch.setattr(color, name, lambda image, *_, name=name: made.append(name) or image)
-    chances, count = Colours(0.8, 0.2, 0.5, 0.1), 3000
+    chances, count = ColorAugmentation(0.8, 0.2, 0.5, 0.1), 3000
     for position in range(count):
         before = len(made)
         color.change(None, rng(0, "augment", position), chances)
@@ -70,8 +70,8 @@ def test_views_differ_as_published():
     """Released code: both jittered and grey alike often; the first always blurred, the second rarely, but solarised."""
     method = tiny_method(tiny_config(method="dino"))
     large, small = method.views()
-    assert [tuple(colours[:4]) for colours in large.colours] == [(0.8, 0.2, 1, 0), (0.8, 0.2, 0.1, 0.2)]
-    assert [tuple(colours[:4]) for colours in small.colours] == 3 * [(0.8, 0.2, 0.5, 0)]
+    assert [tuple(colors[:4]) for colors in large.colors] == [(0.8, 0.2, 1, 0), (0.8, 0.2, 0.1, 0.2)]
+    assert [tuple(colors[:4]) for colors in small.colors] == 3 * [(0.8, 0.2, 0.5, 0)]
     assert (large.scale, small.scale) == ((0.4, 1.0), (0.05, 0.4))
 
 
@@ -80,11 +80,11 @@ def test_a_view_shows_the_share_of_the_picture_that_it_says():
     config, side = tiny_config(method="dino"), 200
     rows, columns = np.mgrid[:side, :side]
     pixels = np.stack([columns, rows, 0 * rows], -1).astype(np.uint8)
-    none = Colours(0, 0, 0, 0)
-    view = View("x", (32, 32), (0.05, 0.4), (none,), Order("identity", (8, 8), 0))
+    none = ColorAugmentation(0, 0, 0, 0)
+    view = View("x", (32, 32), (0.05, 0.4), (none,), PatchOrder("identity", (8, 8), 0))
     areas = []
     for position in range(300):
-        shown = crop.augment_view(Picture(pixels), rng(0, "augment", position), view, none, config.data).astype(int)
+        shown = crop.augment_view(StoredImage(pixels), rng(0, "augment", position), view, none, config.data).astype(int)
         assert shown.shape == (32, 32, 3)
         areas.append(np.ptp(shown[..., 0]) * np.ptp(shown[..., 1]) / side**2)
     assert 0.02 < min(areas) < 0.09
@@ -92,10 +92,10 @@ def test_a_view_shows_the_share_of_the_picture_that_it_says():
     assert np.mean(areas) == pytest.approx(0.225, abs=0.04)
 
 
-def test_a_picture_that_cannot_be_read_leaves_grey_views_that_are_not_valid():
+def test_a_picture_that_cannot_be_read_leaves_gray_views_that_are_not_valid():
     config = tiny_config({"data.source": "photo_crops"}, "dino")
     method, bad = tiny_method(config), []
-    views = Views(config, method.order(), method.eval_spec(), method.views())
+    views = ExampleBuilder(config, method.patch_order(), method.eval_spec(), method.views())
     source = Source(8, lambda i: Example(b"no picture", 1), str, ("a", "b"))
     fields = train_example(source, views, config, bad, 3)
     assert (fields["valid"], fields["label"], len(bad)) == (0.0, -1, 4)
@@ -107,7 +107,7 @@ def test_all_views_of_a_picture_come_from_one_decoding(monkeypatch):
     decoded, to_rgb = [], decode.to_rgb
     config = tiny_config({"data.source": "photo_crops"}, "dino")
     method = tiny_method(config)
-    views = Views(config, method.order(), method.eval_spec(), method.views())
+    views = ExampleBuilder(config, method.patch_order(), method.eval_spec(), method.views())
     monkeypatch.setattr(decode, "to_rgb", lambda image: decoded.append(1) or to_rgb(image))
     views.train(Example(np.zeros((40, 40, 3), np.uint8), 0), 0)
     assert len(decoded) == 1
@@ -116,7 +116,7 @@ def test_all_views_of_a_picture_come_from_one_decoding(monkeypatch):
 def test_cached_batches_hold_the_views_and_read_back_the_same(tmp_path):
     config, method, inputs = build(**{"eval.max_examples": 16})
     folder = epath.Path(tmp_path / "out")
-    write_batches(OpenedData(config), inputs, method.eval_spec(), method.order(), method.views(), folder, steps=2)
+    write_batches(OpenedData(config), inputs, method.eval_spec(), method.patch_order(), method.views(), folder, steps=2)
     _, _, stored = build(**{"data.source": "batches", "data.path": str(tmp_path / "out")})
     for ours, theirs in ((stored.train(1), inputs.train(1)), (stored.evaluate(), inputs.evaluate())):
         one, other = next(ours), next(theirs)

@@ -80,11 +80,11 @@ def test_a_mask_moves_with_its_picture_and_is_ignored_where_the_picture_left(nam
     image = Image.merge("RGB", [classes.point([0, 60, 240] + [0] * 253)] * 3)
     for amount in (-0.9, 0.9):
         view, mask = (np.asarray(part) for part in rand_augment.apply(image, name, amount, classes))
-        if name in rand_augment.COLOURS:
+        if name in rand_augment.COLORS:
             assert (mask == np.asarray(classes)).all()
             continue
         left, filled = mask == 255, (view == rand_augment.FILL).all(-1)
         assert 0.05 < left.mean() < 0.6
         assert np.mean(left == filled) > 0.97
-        greys = np.array([0, 60, 240])[mask[~left]]
-        assert np.mean(np.abs(view[~left, 0] - greys) < 30) > 0.85
+        grays = np.array([0, 60, 240])[mask[~left]]
+        assert np.mean(np.abs(view[~left, 0] - grays) < 30) > 0.85
