@@ -84,18 +84,18 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         # Part of the training data that chooses checkpoints, as 'train[90%:]': train_split is then 'train[:90%]'.
         "val_split": "",
         "eval_split": "test",  # '' turns evaluation off
-        "classes": "",  # keep pictures of these alone: 'cat,dog', '0-9', imagenet_organisms, imagenet_rest; '': all
+        "classes": "",  # keep images of these alone: 'cat,dog', '0-9', imagenet_organisms, imagenet_rest; '': all
         "image_size": (224, 224),  # height, width in pixels
         "augment": "random",  # crop: none, fixed, random (MAE Table 1e), simple (DeiT III), single (BYOL)
         "color": "none",  # none, jitter (MAE Table 1e), three (3-Augment, DeiT III), rand (RandAugment)
-        "repeats": 1,  # views of each picture in a batch (repeated augmentation)
+        "repeats": 1,  # views of each image in a batch (repeated augmentation)
         "crop_scale": (0.2, 1.0),  # share of the area, MAE A.1
         "crop_ratio": (3 / 4, 4 / 3),
         "flip": True,
         "resize": "exact",  # exact: as PIL and torchvision do; fast: OpenCV, not antialiased (docs/performance.md)
         "image_key": "image",  # TFRecord and npz field names
         "label_key": "label",
-        "mask_key": "",  # of masks: the picture of classes in TFDS; for source folder, a folder of PNGs like path
+        "mask_key": "",  # of masks: the image of classes in TFDS; for source folder, a folder of PNGs like path
         "tokens": "",  # *.npz of token maps made beforehand, for method.target=tokens (see data/token_maps.py)
         "mask_offset": 0,  # taken from a mask's numbers; what is below it becomes 255, which is ignored
         "readers": 16,  # logical readers of a TFRecord stream
@@ -142,7 +142,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "data": -1,  # devices that share the rows of a batch; -1: the rest, here and below
         "fsdp": 1,  # devices that share rows, and hold a part of each parameter
         "tensor": 1,  # devices that share heads and hidden units
-        "zero": "auto",  # on, off: parameters and optimiser cut over `data` too (ZeRO); auto: on, but for CPUs
+        "zero": "auto",  # on, off: parameters and optimizer cut over `data` too (ZeRO); auto: on, but for CPUs
         "reduce": "float32",  # in which the gradients of kernels are summed over devices; or bfloat16
     },
     "checkpoint": {
@@ -171,14 +171,14 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
     },
     "guard": {
         "max_nonfinite": 10,  # steps in a row whose loss or gradients are not finite
-        "max_bad_fraction": 0.1,  # of pictures that could not be read
+        "max_bad_fraction": 0.1,  # of images that could not be read
         "spike": 0.0,  # skip steps of a loss or gradient norm so many deviations above the last 128; 0: none; OLMo: 6
         "stall_seconds": 1800.0,  # that a step, a save, the input or a batch of an evaluation may take; 0: any time
     },
 }
 SMALL: dict[str, Any] = {  # what `runlocal` makes of methods' own fields
     "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2,
-    "mix_group": 4,  # where each picture is there three times, the batch shows 6 of them
+    "mix_group": 4,  # where each image is there three times, the batch shows 6 of them
     "vocabulary": 64, "masked": 24, "projection": 32,
     "out_dim": 64, "head_width": 32, "bottleneck": 16, "local_views": 2, "local_size": (16, 16),
 }

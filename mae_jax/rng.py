@@ -18,7 +18,7 @@ def rng(seed: int, stream: str, position: int, view: int = 0) -> np.random.Gener
       seed: the run's seed, any integer.
       stream: what the draws are for ('augment', 'order', ...).
       position: step · batch_size + row, an epoch, or the index of an example; below 2**56.
-      view: which view of the picture, below 256.
+      view: which view of the image, below 256.
     """
     key = [_mix(_mix(seed & _WORD) ^ zlib.crc32(stream.encode())), position << 8 | view]
     return np.random.Generator(np.random.Philox(key=np.array(key, np.uint64)))

@@ -1,4 +1,4 @@
-"""What a split holds, seen by decoding every picture in full: sizes, formats, labels, what is broken, and copies."""
+"""What a split holds, seen by decoding every image in full: sizes, formats, labels, what is broken, and copies."""
 
 import hashlib
 import logging
@@ -21,16 +21,16 @@ log = logging.getLogger(__name__)
 
 FORMATS_BY_EXTENSION = {".jpg": JPEGS, ".jpeg": JPEGS, ".png": ("PNG",), ".webp": ("WEBP",), ".bmp": ("BMP",),
                         ".gif": ("GIF",)}
-DIGEST = 16  # bytes of a picture's hash
+DIGEST = 16  # bytes of an image's hash
 EVERY = 30  # seconds between lines that say how far it is
 
 
 class Look(NamedTuple):
-    """What is seen of one good picture."""
+    """What is seen of one good image."""
 
     size: tuple[int, int]  # width, height
     format: str  # '' of pixels that come decoded
-    converted: tuple[str, ...]  # see Picture.converted
+    converted: tuple[str, ...]  # see StoredImage.converted
     digest: bytes  # of the file's bytes, or of the pixels that come decoded
     blank: bool  # one colour alone
     labels: tuple[int, ...]
@@ -38,7 +38,7 @@ class Look(NamedTuple):
 
 @dataclass
 class Audit:
-    """What is seen of a split; of a good picture 25 bytes are kept. Numbers of examples count from 0."""
+    """What is seen of a split; of a good image 25 bytes are kept. Numbers of examples count from 0."""
 
     source: writers.Found
     sizes: np.ndarray  # int32 [n, 2], width and height; 0 of what is broken or was not read
@@ -58,20 +58,20 @@ class Audit:
         return self.source.name(number + _first(self.source))
 
     def good(self) -> np.ndarray:
-        """Returns the numbers of the good pictures."""
+        """Returns the numbers of the good images."""
         return np.flatnonzero(self.sizes[:, 0])
 
     def shown(self) -> np.ndarray:
-        """Returns the numbers of the good pictures that show something: copies of a blank one tell nothing."""
+        """Returns the numbers of the good images that show something: copies of a blank one tell nothing."""
         return np.flatnonzero((self.sizes[:, 0] > 0) & ~self.blank)
 
     def keys(self) -> np.ndarray:
-        """Returns the hashes of the pictures that show something, as values that sort."""
+        """Returns the hashes of the images that show something, as values that sort."""
         return self.digests[self.shown()].view(f"S{DIGEST}").ravel()
 
 
 def audit(source: writers.Found, threads: int, what: str) -> Audit:
-    """Looks at every picture of a split; says on the way how far it is with `what`."""
+    """Looks at every image of a split; says on the way how far it is with `what`."""
     size = source.size
     seen = Audit(source, np.zeros((size, 2), np.int32), np.zeros((size, DIGEST), np.uint8), np.zeros(size, bool))
     began = said = time.monotonic()
@@ -89,7 +89,7 @@ def audit(source: writers.Found, threads: int, what: str) -> Audit:
 
 
 def look(example: Example) -> Look:
-    """Decodes an example in full; raises BadPicture."""
+    """Decodes an example in full; raises BadImage."""
     data, stored = example.image, StoredImage(example.image)
     blank = stored.whole().getcolors(1) is not None
     mask_image(stored, example.mask)

@@ -1,4 +1,4 @@
-"""Clusters of pictures by the features of a frozen encoder: what `python -m mae_jax cluster --from=...` leaves behind.
+"""Clusters of images by the features of a frozen encoder: what `python -m mae_jax cluster --from=...` leaves behind.
 
 A folder, local or gs://:
 
@@ -6,7 +6,7 @@ A folder, local or gs://:
                        assigned/<split> int32 [n]: the cluster of the example of id i, -1 where there is none
   meta.json            what they were made of, sizes and balance
   encoder.safetensors  the frozen encoder, with its config: image size, crop and patch are those of the features
-  clusters.png         the pictures nearest to each centroid, a row for each
+  clusters.png         the images nearest to each centroid, a row for each
 """
 
 import hashlib
@@ -35,7 +35,7 @@ Batch = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Clusters:
-    """Centroids of features that are centred and scaled to length 1, and whose picture is whose."""
+    """Centroids of features that are centred and scaled to length 1, and whose image is whose."""
 
     centroids: np.ndarray  # float32 [m, D]
     prices: np.ndarray  # float32 [m], subtracted from similarities: what keeps clusters of one size
@@ -45,7 +45,7 @@ class Clusters:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def fingerprint(self) -> str:
-        """Returns a short hash of the centroids and of whose picture is whose."""
+        """Returns a short hash of the centroids and of whose image is whose."""
         return fingerprint({"centroids": self.centroids, "assigned": self.assigned})
 
     def standard(self) -> np.ndarray:

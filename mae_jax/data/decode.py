@@ -1,4 +1,4 @@
-"""Encoded pictures to RGB, and the judgement that a file is broken.
+"""Encoded images to RGB, and the judgement that a file is broken.
 
 Content decides, not the file's extension. Formats: JPEG, PNG, WebP, BMP, GIF (first frame). EXIF rotation is ignored:
 pixels come as they are stored, as TFDS and torchvision give them.
@@ -21,7 +21,7 @@ MAX_PIXELS = 50_000_000
 TOO_LARGE = f"it declares more than {MAX_PIXELS // 1_000_000} megapixels"
 IGNORED = 255  # in a mask: a pixel of no class
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-JPEGS = ("JPEG", "MPO")  # as PIL calls them; MPO: with further pictures, of which the first counts
+JPEGS = ("JPEG", "MPO")  # as PIL calls them; MPO: with further images, of which the first counts
 SCAN_MARKER, END_MARKER = b"\xff\xda", b"\xff\xd9"  # of a JPEG; neither occurs within a scan
 MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")  # the next one of a JPEG, but for those within a scan and fillers
 FAST_MARGIN = 1.5  # how much larger than the target a part must remain that the decoder shrinks
@@ -34,11 +34,11 @@ warnings.filterwarnings("ignore", module=r"PIL\.", category=UserWarning)  # odd 
 
 
 class BadImage(Exception):
-    """The bytes are no picture that can be used; the text says why."""
+    """The bytes are no image that can be used; the text says why."""
 
 
 class Box(NamedTuple):
-    """A part of a picture, in whole pixels."""
+    """A part of an image, in whole pixels."""
 
     top: int
     left: int
@@ -47,7 +47,7 @@ class Box(NamedTuple):
 
 
 class StoredImage:
-    """An encoded or decoded picture: its size is known at once, its pixels are decoded when asked for."""
+    """An encoded or decoded image: its size is known at once, its pixels are decoded when asked for."""
 
     def __init__(self, data: bytes | np.ndarray, fast: bool = False):
         """Reads the header.
@@ -57,7 +57,7 @@ class StoredImage:
           fast: allows decoding the wanted part only, and at reduced size.
 
         Raises:
-          BadPicture: no picture, of an unknown format, or of more than 50 megapixels.
+          BadImage: no image, of an unknown format, or of more than 50 megapixels.
         """
         self._data, self._fast, self._rgb = data, fast, None
         if isinstance(data, np.ndarray):
@@ -77,7 +77,7 @@ class StoredImage:
         Exact: PIL's antialiased bicubic filter on the cut, as torchvision does. Fast: see `_fast_view`.
 
         Raises:
-          BadPicture: the pixels do not decode.
+          BadImage: the pixels do not decode.
         """
         if not self._fused():
             part = self.whole().crop((box.left, box.top, box.left + box.width, box.top + box.height))
@@ -90,7 +90,7 @@ class StoredImage:
             raise BadImage(_reason(self._data, error)) from error
 
     def whole(self) -> Image.Image:
-        """Returns the picture in RGB, decoded once; raises BadPicture when the pixels do not decode."""
+        """Returns the image in RGB, decoded once; raises BadImage when the pixels do not decode."""
         if self._rgb is None:
             try:
                 self._rgb = to_rgb(self._image)
@@ -125,7 +125,7 @@ class StoredImage:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Returns how a picture's EXIF says that it is to be turned; 1, upright, where it cannot be read."""
+    """Returns how an image's EXIF says that it is to be turned; 1, upright, where it cannot be read."""
     try:
         return image.getexif().get(ORIENTATION, 1)
     except Exception:  # broken bytes make PIL's reader raise many kinds
@@ -133,7 +133,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """Reads the header of an encoded picture; raises BadPicture."""
+    """Reads the header of an encoded image; raises BadImage."""
     try:
         return Image.open(io.BytesIO(data), formats=formats)
     except Exception as error:  # PIL's plugins raise many kinds on broken bytes; all mean the same here
@@ -160,13 +160,13 @@ def _animated(image: Image.Image) -> bool:
 
 
 def decode_mask(data: bytes, offset: int = 0) -> np.ndarray:
-    """Reads a picture of class numbers, uint8 [height, width]; of several channels the first, of a palette the index.
+    """Reads an image of class numbers, uint8 [height, width]; of several channels the first, of a palette the index.
 
     Args:
       offset: is subtracted; what lies below it becomes 255, and 255 (to ignore) stays.
 
     Raises:
-      BadPicture: it does not decode, or has more than 8 bits or 50 megapixels.
+      BadImage: it does not decode, or has more than 8 bits or 50 megapixels.
     """
     try:
         values = np.asarray(open_image(data))
@@ -180,7 +180,7 @@ def decode_mask(data: bytes, offset: int = 0) -> np.ndarray:
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Returns the pixels of an encoded picture, uint8 [height, width, 3]; raises BadPicture."""
+    """Returns the pixels of an encoded image, uint8 [height, width, 3]; raises BadImage."""
     return np.asarray(StoredImage(data).whole())
 
 
@@ -232,7 +232,7 @@ def opencv() -> ModuleType:
 
 
 def _reason(data: bytes | np.ndarray, error: Exception) -> str:
-    """Returns why a picture is bad, in one short line."""
+    """Returns why an image is bad, in one short line."""
     if not len(data):
         return "empty file"
     if isinstance(error, Image.UnidentifiedImageError):

@@ -1,4 +1,4 @@
-"""The input: pictures to batches of permuted uint8 patches. The only folder that imports TensorFlow, when built."""
+"""The input: images to batches of permuted uint8 patches. The only folder that imports TensorFlow, when built."""
 
 import functools
 from collections import deque
@@ -18,7 +18,7 @@ from mae_jax.errors import UserError
 Batch = dict[str, np.ndarray]
 Spec = dict[str, jax.ShapeDtypeStruct]
 FIELDS = ("patches", "order", "blocks", "label", "id", "valid", "replaced")  # blocks: where the order has some
-BAD_NAMES = 100  # the last so many pictures that were replaced are kept by name
+BAD_NAMES = 100  # the last so many images that were replaced are kept by name
 _PROVIDERS = {  # what would give a field; formatted with the config's group `data`
     "labels": "data.label_key={0.label_key!r} names no list of classes, nor an array [n, C] of 0 and 1",
     "pixel_label": "data.mask_key={0.mask_key!r} names no masks there",
@@ -29,7 +29,7 @@ class Inputs(NamedTuple):
     """The input of a run, as one process sees it."""
 
     train: Callable[[int], Iterator[Batch]]  # step → endless: this process's rows of batches step, step + 1, ...
-    support: Callable[..., Iterator[Batch]]  # of the training split, as the evaluation sees pictures; finite, padded;
+    support: Callable[..., Iterator[Batch]]  # of the training split, as the evaluation sees images; finite, padded;
     #   of some ids alone, where that is asked and the data have random access
     evaluate: Callable[..., Iterator[Batch]]  # of the evaluation split likewise; at a crop ratio, by default the first
     validate: Callable[[], Iterator[Batch]]  # of the validation split likewise; both are empty without a split
@@ -39,7 +39,7 @@ class Inputs(NamedTuple):
     num_val: int
     classes: tuple[str, ...]  # () without labels of the kind that the method asked for
     description: str  # one line
-    bad: deque[str]  # 'name: reason' of the pictures that this process replaced, newest last
+    bad: deque[str]  # 'name: reason' of the images that this process replaced, newest last
     parts: dict[str, Any] = {}  # split expression → its Source or Stream (data/sources/base.py); none of cached batches
 
 
@@ -96,8 +96,8 @@ class OpenedData:
         Batches are dicts of NumPy arrays with the fields of `spec`: `patches` uint8 [B, N, P], cut and permuted;
         `order` int32 [B, N], order[b, k] = raster index of the k-th patch; `label` int32 [B], -1 unlabelled; `id` int32
         [B], -1 in padding; `valid` float32 [B], 0 for grey stand-ins and padding; `replaced` int32 [B], how many
-        pictures failed before this one. Where the order has blocks, `blocks` int32 [B, M, K], places in the order.
-        Where the spec asks for them and the data have them: `labels` uint8 [B, C], 1 where a class is in the picture;
+        images failed before this one. Where the order has blocks, `blocks` int32 [B, M, K], places in the order.
+        Where the spec asks for them and the data have them: `labels` uint8 [B, C], 1 where a class is in the image;
         `pixel_label` uint8 [B, N, P / 3], the class of each pixel, 255 where it has none; `tokens` int32 [B, N], of the
         file data.tokens; `cluster` int32 [B], of the folder that the method needs.
 
@@ -172,7 +172,7 @@ class OpenedData:
             validate=functools.partial(evaluate, self.val), extra=extra,
             num_train=self.info.num_train, num_eval=self.eval.size if self.eval else 0,
             num_val=self.val.size if self.val else 0,
-            # Where a picture has any number of labels, the batch field `label` says none.
+            # Where an image has any number of labels, the batch field `label` says none.
             classes=self.info.classes if "labels" in spec else self.info.single_label_classes,
             bad=bad, description=self._describe(), parts=parts)
 
@@ -199,7 +199,7 @@ def _joined(data: ConfigDict, inputs: Inputs, join: Callable[..., Any], tables: 
 
 
 def check_apart(data: ConfigDict, first: str, second: str) -> None:
-    """Raises UserError when two splits of the config, by the names of their fields, may share pictures."""
+    """Raises UserError when two splits of the config, by the names of their fields, may share images."""
     from mae_jax.data.sources import registry
     from mae_jax.data.sources import splits as sources_splits
 

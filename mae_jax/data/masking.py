@@ -1,4 +1,4 @@
-"""Orders: which patches of a picture come first, and which, last, are hidden; views that have them. NumPy only."""
+"""Orders: which patches of an image come first, and which, last, are hidden; views that have them. NumPy only."""
 
 import math
 from typing import Any, NamedTuple, Protocol
@@ -51,14 +51,14 @@ class ColorAugmentation(NamedTuple):
 
 
 class View(NamedTuple):
-    """Random crops of each picture that a method trains on, in place of the single view of the config.
+    """Random crops of each image that a method trains on, in place of the single view of the config.
 
     Views `x` are the batch fields `x/patches` uint8 [B, n, N, P] and `x/order` int32 [B, n, N].
     """
 
     name: str
     size: tuple[int, int]  # height, width in pixels
-    scale: tuple[float, float]  # share of the picture's area
+    scale: tuple[float, float]  # share of the image's area
     colors: tuple[ColorAugmentation, ...]  # of each of the n views
     order: PatchOrder  # of N patches
 
@@ -89,7 +89,7 @@ def with_views(spec: dict[str, Any], views: tuple[View, ...]) -> dict[str, Any]:
 
 
 def check(order: PatchOrder) -> None:
-    """Raises UserError when no picture can have such an order."""
+    """Raises UserError when no image can have such an order."""
     height, width = order.grid
     patches = height * width
     if isinstance(order.kind, str) and order.kind not in _KINDS:

@@ -1,4 +1,4 @@
-"""Token maps that another tokenizer made of the pictures beforehand: the batch field `tokens`. NumPy only.
+"""Token maps that another tokenizer made of the images beforehand: the batch field `tokens`. NumPy only.
 
 A file *.npz with one integer array [n, N] per split, by the split's expression in the config ('train', 'train[90%:]'):
 the tokens of its example of id i, patches in raster order, in row i.
@@ -23,7 +23,7 @@ def load(config: ConfigDict, sizes: dict[str, int], patches: int, vocabulary: in
     """Reads the maps of the splits that the config names.
 
     Args:
-      config: whose data.tokens is the file, and whose views must show every picture as the tokenizer saw it.
+      config: whose data.tokens is the file, and whose views must show every image as the tokenizer saw it.
       sizes: split expression → number of examples.
       patches: N.
       vocabulary: tokens are below it.

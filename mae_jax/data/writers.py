@@ -1,4 +1,4 @@
-"""Storing pictures once, resized: as plain TFRecord files, as array_record through TFDS, or as finished batches."""
+"""Storing images once, resized: as plain TFRecord files, as array_record through TFDS, or as finished batches."""
 
 import contextlib
 import io
@@ -23,9 +23,9 @@ from mae_jax.errors import UserError
 from mae_jax.rng import rng
 
 QUALITY = 95  # of the JPEGs written
-PER_FILE = 4096  # records in a TFRecord file: about 150 MB of pictures with a short side of 256
+PER_FILE = 4096  # records in a TFRecord file: about 150 MB of images with a short side of 256
 NAME, VERSION = "pictures", "1.0.0"  # of the data set that TFDS writes
-READ_AHEAD = 256  # pictures that are read ahead
+READ_AHEAD = 256  # images that are read ahead
 
 Found = Source | base.RecordStream
 Changed = TypeVar("Changed")
@@ -46,7 +46,7 @@ def each(source: Found, change: Callable[[Example], Changed], threads: int, mixe
          faults: list[str] | None = None) -> Iterator[tuple[int, Changed | BadImage | OSError]]:
     """Yields number, as the source's `name` takes it, and `change`, made in threads, of every example; few in memory.
 
-    In place of the change of a bad picture stands its error. For `faults`, see `streams.stored`.
+    In place of the change of a bad image stands its error. For `faults`, see `streams.stored`.
     """
     def one(item: tuple[int, Callable[[], Example]]) -> tuple[int, Changed | BadImage | OSError]:
         number, read = item
@@ -65,7 +65,7 @@ def shrink(example: Example, size: int) -> Example:
     """Returns the example, without mask, as a JPEG with a short side of at most `size`; a small JPEG stays as it is.
 
     Raises:
-      BadPicture: the picture does not decode.
+      BadImage: the image does not decode.
     """
     opened = StoredImage(example.image)
     image = opened.whole()
@@ -84,7 +84,7 @@ def write_tfrecord(found: dict[str, Found], folder: epath.Path, size: int, threa
     """Writes splits as TFRecord files and a records.json beside them; data.source='tfrecord' reads the folder.
 
     Returns:
-      split → names of the broken pictures, which are left out, with the reason.
+      split → names of the broken images, which are left out, with the reason.
     """
     _check_storable(found)
     if (folder / tfrecord.RECORDS).exists():

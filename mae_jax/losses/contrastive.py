@@ -9,15 +9,15 @@ from mae_jax.ops.normalization import unit
 
 def info_nce(pairs: jax.Array, valid: jax.Array, ids: jax.Array, temperature: float,
              normalize: bool = True) -> tuple[jax.Array, jax.Array]:
-    """InfoNCE between two descriptors of each picture; the negatives are both descriptors of all other pictures.
+    """InfoNCE between two descriptors of each image; the negatives are both descriptors of all other images.
 
-    SplitMask (arXiv 2112.10740), as the two descriptors of a picture are alike among those of the batch; the set of
+    SplitMask (arXiv 2112.10740), as the two descriptors of an image are alike among those of the batch; the set of
     negatives is that of SimCLR (arXiv 2002.05709, equation 1), which the article is taken to mean.
 
     Args:
       pairs: float [B, 2, D].
-      valid: float32 [B]; a picture of 0 is neither anchor nor negative.
-      ids: int32 [B]; rows that show the same picture, of a small data set, are not each other's negatives.
+      valid: float32 [B]; an image of 0 is neither anchor nor negative.
+      ids: int32 [B]; rows that show the same image, of a small data set, are not each other's negatives.
       temperature: of the softmax.
       normalize: cosines; else plain products.
 

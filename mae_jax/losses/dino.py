@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def cross_entropy(targets: jax.Array, student_logits: jax.Array, same: bool = False) -> jax.Array:
-    """Returns each picture's mean cross-entropy over pairs of a teacher's view and another one of the student's.
+    """Returns each image's mean cross-entropy over pairs of a teacher's view and another one of the student's.
 
     Args:
       wanted: float32 [B, T, K], probabilities of the teacher's views.
@@ -25,7 +25,7 @@ def cross_entropy(targets: jax.Array, student_logits: jax.Array, same: bool = Fa
 def update_center(center: jax.Array, outputs: jax.Array, valid: jax.Array, momentum: float) -> jax.Array:
     """Moves the centre [K] towards the mean of the global batch's outputs [B, T, K] (equation 4).
 
-    Pictures whose `valid` float32 [B] is 0 do not count; where none is left the centre stays.
+    Images whose `valid` float32 [B] is 0 do not count; where none is left the centre stays.
     """
     weight = valid.sum()
     mean = (outputs.mean(1) * valid[:, None]).sum(0) / jnp.maximum(weight, 1)

@@ -1,6 +1,6 @@
-"""Discrete tokens of patches: a vocabulary of V - 1 entries built from the training pictures, and token 0.
+"""Discrete tokens of patches: a vocabulary of V - 1 entries built from the training images, and token 0.
 
-Token 0 is that of constant patches (each channel has one value): no direction describes them, and the pictures of some
+Token 0 is that of constant patches (each channel has one value): no direction describes them, and the images of some
 data sets are full of them. SplitMask (arXiv 2112.10740) compares such simple vocabularies with the trained tokenizer of
 BEiT; how it prepares the patches is not known to us, so the preparations below are our choice.
 """

@@ -100,7 +100,7 @@ class Method:
     uses_labels: bool = False  # what it is evaluated on must not be trained on
     has_class_head: bool = False  # its head has a row for each class of the data, in their order
     loss_spans_batch: bool = False  # the loss has terms across images: accumulation is refused
-    extra_encode_fields: tuple[str, ...] = ()  # batch fields that `encode` reads besides pictures and orders
+    extra_encode_fields: tuple[str, ...] = ()  # batch fields that `encode` reads besides images and orders
     background: int = -1  # of a segmentation's classes, what is around things; -1: none
     group: int = 1  # rows that stay together on a device and in a micro-batch, neighbours in the batch
     # Weight decay, by last name of the path.
@@ -137,7 +137,7 @@ class Method:
         return ()
 
     def is_trainable(self, path: str) -> bool:
-        """Says whether the optimiser changes the parameter of a path; the others have no optimiser state."""
+        """Says whether the optimizer changes the parameter of a path; the others have no optimizer state."""
         return True
 
     def stop_frozen_gradients(self, params: Params) -> Params:
@@ -185,12 +185,12 @@ class Method:
         raise NotImplementedError
 
     def fit_extras(self, params: Params, extras: Extras, batches: Iterable[dict[str, np.ndarray]] | None) -> Extras:
-        """Returns the extras with what is computed once, before the first step, of parameters and training pictures.
+        """Returns the extras with what is computed once, before the first step, of parameters and training images.
 
         Args:
           params: those that training starts from.
           extras: as `init` made them.
-          pictures: batches of the training split as evaluations see it, with their global rows, on the host; none is
+          images: batches of the training split as evaluations see it, with their global rows, on the host; none is
             read where nothing is computed. None: the encoder alone is of interest, and nothing is.
         """
         return extras

@@ -1,7 +1,7 @@
 """BEiT-style masked prediction (Bao et al., 'BEiT', arXiv 2106.08254), with any target of patches.
 
 Differences from BEiT, ours: positions are absolute, its relative position bias is left out, and the tokens are those of
-a simple vocabulary of the training pictures (as in SplitMask's ablation) instead of those of a trained tokenizer.
+a simple vocabulary of the training images (as in SplitMask's ablation) instead of those of a trained tokenizer.
 """
 
 from collections.abc import Iterable

@@ -1,6 +1,6 @@
 """DINO: self-distillation without labels (Caron et al., arXiv 2104.14294), the method that SplitMask is compared with.
 
-Several views of a picture; the student's view of the one shall tell what the teacher, its moving average, says of
+Several views of an image; the student's view of the one shall tell what the teacher, its moving average, says of
 another. As its released code does it, but for these, ours: the norm of the whole gradient is clipped, not that of every
 parameter; positions are fixed ones, of each view's own grid; rates change with every step; the last layer's directions
 start from normal numbers of deviation 0.02, theirs from torch's default, of 0.036; while the last layer is held its
@@ -99,13 +99,13 @@ class DINO(Method):
 
     def project(self, params: Params, patches: jax.Array, order: jax.Array, grid: tuple[int, int] | None = None,
                 drop_path_mask: jax.Array | None = None) -> jax.Array:
-        """Returns the head's outputs float32 [B, n, K] for n views of each picture.
+        """Returns the head's outputs float32 [B, n, K] for n views of each image.
 
         Args:
           params: the student's or the teacher's.
           patches: uint8 [B, n, N, P].
           order: int32 [B, n, N].
-          grid: of these patches, where they are not those of whole pictures.
+          grid: of these patches, where they are not those of whole images.
           keep: float32 [depth, 2, B n] of stochastic depth; None: off.
         """
         pixels, places = (value.reshape(-1, *value.shape[2:]) for value in (patches, order))
@@ -117,7 +117,7 @@ class DINO(Method):
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
         """Cross-entropy between teacher and student, the mean over pairs of different views (section 3.1, equation 3).
 
-        An evaluation has one view of a picture: teacher and student are then compared on the same, at the teacher's
+        An evaluation has one view of an image: teacher and student are then compared on the same, at the teacher's
         first temperature, so that evaluations can be compared.
         """
         m, valid = self.config.method, batch["valid"]

@@ -8,7 +8,7 @@ from typing import Any
 PATCH_TARGETS: dict[str, Any] = {
     "target": "kmeans",  # tokens: kmeans, patches, projection, tokens (of data.tokens); pixels: norm_pix, pixel
     "vocabulary": 8192,  # how many tokens, that of constant patches among them
-    "vocabulary_file": "",  # that mae_jax cluster wrote; '': built of training pictures before the first step
+    "vocabulary_file": "",  # that mae_jax cluster wrote; '': built of training images before the first step
 }
 MAE: dict[str, Any] = {
     "mask_ratio": 0.75,
@@ -34,12 +34,12 @@ SPLITMASK: dict[str, Any] = {
     "normalize": True,  # cosines of the descriptors; False: products
 }
 MIXEDAE: dict[str, Any] = {
-    "ratio": 0.25,  # r: the share of its patches that a picture gives to a mixed sequence (the article's default)
-    "mixing": "compose",  # each picture in one mix; or full: in G of them, with G times the work
+    "ratio": 0.25,  # r: the share of its patches that an image gives to a mixed sequence (the article's default)
+    "mixing": "compose",  # each image in one mix; or full: in G of them, with G times the work
     "attention": "topk",  # homologous; all: naive mixing; oracle: the true sources, which only the mixing knows
     "keep": 0,  # K, keys that a query keeps, itself included; 0: r · N, which the article is taken to mean
     "blocks": "all",  # with that attention, likewise: first_half, last_half, '6-11', '0,2'
-    "segments": True,  # a learned embedding tells tokens of different pictures apart; the ablation leaves it out
+    "segments": True,  # a learned embedding tells tokens of different images apart; the ablation leaves it out
     "contrast_weight": 0.1,  # of the homologous contrast; remembered of the article, not checked; 0: off
     "temperature": 0.25,  # of the contrast, likewise
     "projection": 256,  # width of the contrast's features, behind one hidden layer: our choice; 0: none
@@ -67,11 +67,11 @@ DINO: dict[str, Any] = {
     "out_dim": 65_536,  # K, of the head; about 1,024 for small data
     "head_width": 2048,
     "bottleneck": 256,
-    "local_views": 8,  # small views of each picture
+    "local_views": 8,  # small views of each image
     "local_size": (96, 96),  # height, width in pixels
-    "global_scale": (0.4, 1.0),  # share of the picture's area
+    "global_scale": (0.4, 1.0),  # share of the image's area
     "local_scale": (0.05, 0.4),
-    "blur": (0.1, 2.0),  # standard deviation in pixels, of views of 224; smaller pictures want less
+    "blur": (0.1, 2.0),  # standard deviation in pixels, of views of 224; smaller images want less
     "temperature": 0.1,  # of the student
     "teacher_temperature": 0.04,
     "first_teacher_temperature": 0.04,  # rises to the other during temperature_warmup
@@ -82,11 +82,11 @@ DINO: dict[str, Any] = {
 }
 SUPERVISED: dict[str, Any] = {
     "classes": 0,  # 0: as many as the data has
-    "multi_label": False,  # pictures with any number of classes, in the batch field `labels` (VOC)
+    "multi_label": False,  # images with any number of classes, in the batch field `labels` (VOC)
     "head": "linear",  # or probe: behind a batch norm without scale and shift (MAE A.1)
     "head_std": 2e-5,  # deviation of the head's first kernel; as published 0.01 for probes
     "train_blocks": -1.0,  # the last so many blocks learn; -1: all; 0: the head alone; 0.5: the last block's MLP
-    "loss": "cross_entropy",  # or bce: binary, both labels of a mixed picture counting whole (DeiT III)
+    "loss": "cross_entropy",  # or bce: binary, both labels of a mixed image counting whole (DeiT III)
     "smoothing": 0.0,  # of labels
     "mixup": 0.0,  # α of Beta(α, α); 0: off
     "cutmix": 0.0,

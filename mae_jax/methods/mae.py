@@ -82,7 +82,7 @@ class MAE(Method):
 
     @staticmethod
     def num_visible_of(config: ConfigDict, patches: int) -> int:
-        """Returns V, how many of N patches the encoder sees of a picture."""
+        """Returns V, how many of N patches the encoder sees of an image."""
         return visible_patches(patches, config.method.mask_ratio)
 
     def at_mask_ratio(self, ratio: float) -> Method:
@@ -154,7 +154,7 @@ class MAE(Method):
 
         Returns:
           'pixels': float32 [B, M, P]. A normalised-pixel prediction is un-normalised with the mean and deviation of
-          the hidden patch itself, which the model never saw: pictures of it must say so.
+          the hidden patch itself, which the model never saw: images of it must say so.
         """
         return {"pixels": self.as_pixels(self.predict(params, batch), extras, batch)}
 

@@ -28,9 +28,9 @@ MIN_RATIO = 1e-6  # r that is read at all
 
 
 class MixedAE(MAE):
-    """Mixes the patches of groups of pictures, asks each to find its own kind, and decodes every picture apart.
+    """Mixes the patches of groups of images, asks each to find its own kind, and decodes every image apart.
 
-    The G = 1 / r pictures of a group, neighbours in the batch, share one permutation, picture i rolled by i · N / G. So
+    The G = 1 / r images of a group, neighbours in the batch, share one permutation, image i rolled by i · N / G. So
     their first N / G patches, side by side, are one sequence of N tokens with each place of the grid once: mixing and
     un-mixing are reshapes.
     """
@@ -106,7 +106,7 @@ class MixedAE(MAE):
     def turned(self, values: jax.Array) -> jax.Array:
         """Returns the rows that are mixed, [B · turns, ...], of [B, N, ...] or [B]: with full mixing there are G turns.
 
-        In its j-th turn, every picture of a group gives its j-th share of patches.
+        In its j-th turn, every image of a group gives its j-th share of patches.
         """
         if self.turns == 1:
             return values
@@ -116,15 +116,15 @@ class MixedAE(MAE):
         return jnp.stack(groups, 1).reshape(self.turns * len(values), *values.shape[1:])
 
     def mixed(self, values: jax.Array) -> jax.Array:
-        """Mixes [B, N, ...] to [B / G, N, ...]: token k of a mix is of the picture k // (N / G) of its group."""
+        """Mixes [B, N, ...] to [B / G, N, ...]: token k of a mix is of the image k // (N / G) of its group."""
         return values[:, : self.num_visible].reshape(-1, self.patches, *values.shape[2:])
 
     def unmixed(self, tokens: jax.Array) -> jax.Array:
-        """Returns each picture's own tokens [B, N / G, D] of mixed ones [B / G, 1 + N, D]; the class token goes."""
+        """Returns each image's own tokens [B, N / G, D] of mixed ones [B / G, 1 + N, D]; the class token goes."""
         return tokens[:, -self.patches :].reshape(-1, self.num_visible, tokens.shape[-1])
 
     def segments(self, params: Params) -> jax.Array | None:
-        """Returns what is added to the tokens of a mix, [N, D]: an embedding for each picture of the group."""
+        """Returns what is added to the tokens of a mix, [N, D]: an embedding for each image of the group."""
         return jnp.repeat(params["segments"], self.num_visible, 0) if self.config.method.segments else None
 
     def encode_mixed(self, params: Params, batch: Batch) -> jax.Array:
@@ -133,11 +133,11 @@ class MixedAE(MAE):
         return self.mixer.apply({"params": params["encoder"]}, pixels, order, added=self.segments(params))
 
     def predict(self, params: Params, batch: Batch) -> jax.Array:
-        """Returns float32 [B, M, outputs]: the predicted targets of each picture's hidden patches, in its order."""
+        """Returns float32 [B, M, outputs]: the predicted targets of each image's hidden patches, in its order."""
         return self.decode(params, self.encode_mixed(params, batch), batch["order"])
 
     def decode(self, params: Params, tokens: jax.Array, order: jax.Array) -> jax.Array:
-        """Decodes every picture [B, N] from its own tokens of the mixes [B / G, 1 + N, D]."""
+        """Decodes every image [B, N] from its own tokens of the mixes [B / G, 1 + N, D]."""
         return self.decoder.apply({"params": params["decoder"]}, self.unmixed(tokens), order, self.num_masked)
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
@@ -163,7 +163,7 @@ class MixedAE(MAE):
         return total / jnp.maximum(weight, 1), ({"loss": (total, weight), **metrics}, extras)
 
     def contrast(self, params: Params, tokens: jax.Array) -> jax.Array:
-        """Returns the contrastive loss of each picture's tokens, mean, float32 [B]; tokens as `encode_mixed` gives."""
+        """Returns the contrastive loss of each image's tokens, mean, float32 [B]; tokens as `encode_mixed` gives."""
         features = tokens[:, -self.patches :]
         if self.config.method.projection:
             features = self.projector.apply({"params": params["projector"]}, features)
@@ -171,7 +171,7 @@ class MixedAE(MAE):
         return losses.reshape(-1, self.num_visible).mean(1)
 
     def homology(self, params: Params, batch: Batch, tokens: jax.Array) -> Metrics:
-        """Returns the figures of `loss` about who finds whom, over mixes of which every picture is valid."""
+        """Returns the figures of `loss` about who finds whom, over mixes of which every image is valid."""
         whole = batch["valid"].reshape(-1, self.group).min(1)
         found = {f"purity/{name}": each.mean((1, 2)) for name, each in self.purities(params, batch)}
         found["purity"] = sum(found.values()) / len(found)
@@ -202,7 +202,7 @@ class MixedAE(MAE):
 
 
 def _group(config: ConfigDict) -> int:
-    """Returns G, the pictures of a mix; raises UserError when r is not one over a whole number above 1."""
+    """Returns G, the images of a mix; raises UserError when r is not one over a whole number above 1."""
     ratio = config.method.ratio
     group = round(1 / ratio) if MIN_RATIO < ratio < 1 else 0
     if group < 2 or abs(1 / ratio - group) > GROUP_TOLERANCE * group:

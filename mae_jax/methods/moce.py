@@ -30,9 +30,9 @@ CENTROID_TOLERANCE = 1e-4  # how far centroids may be from those that were train
 
 
 class MoCE(MAE):
-    """A masked autoencoder whose perceptrons are chosen by what cluster a picture belongs to.
+    """A masked autoencoder whose perceptrons are chosen by what cluster an image belongs to.
 
-    The gate of a block reads the centroid of the picture's cluster, so that all tokens of all its pictures go through
+    The gate of a block reads the centroid of the image's cluster, so that all tokens of all its images go through
     one expert, and one path of experts can be cut out for a task: an ordinary ViT.
     """
 
@@ -102,7 +102,7 @@ class MoCE(MAE):
         return params, extras
 
     def fit_extras(self, params: Params, extras: Extras, batches: Iterable[dict[str, np.ndarray]] | None) -> Extras:
-        """Adds the centroids, each normalised as by a layer norm, the share of pictures of each, and the first encoder.
+        """Adds the centroids, each normalised as by a layer norm, the share of images of each, and the first encoder.
 
         The encoder that training starts from is that of the first expert: upcycling makes them all alike.
         """
@@ -141,7 +141,7 @@ class MoCE(MAE):
 
     def choices(self, params: Params, extras: Extras, batch: Batch,
                 key: jax.Array | None = None) -> dict[int, Choice | jax.Array]:
-        """Returns block → the experts of pictures by their cluster, or in training, the noise of gates of tokens."""
+        """Returns block → the experts of images by their cluster, or in training, the noise of gates of tokens."""
         m = self.config.method
         if self.by_token:
             shape = (len(batch["order"]), 1 + self.num_visible, m.experts)
@@ -191,7 +191,7 @@ class MoCE(MAE):
                     valid: jax.Array) -> dict[str, jax.Array]:
         """Returns the regularisers, each a mean over blocks, the root of the imbalance, and the gates' confidence.
 
-        Of clusters they are exact, over all pictures of the data; of tokens, over those of the batch.
+        Of clusters they are exact, over all images of the data; of tokens, over those of the batch.
         """
         if self.by_token:
             share = jnp.repeat(valid / jnp.maximum(valid.sum(), 1) / (1 + self.num_visible), 1 + self.num_visible)
@@ -219,7 +219,7 @@ class MoCE(MAE):
         return jnp.where(apart < 1, 0.5 * jnp.square(apart), apart - 0.5).mean((1, 2))
 
     def predict(self, params: Params, batch: Batch, extras: Extras | None = None) -> jax.Array:
-        """See `MAE.predict`; the routes of pictures are those of the extras."""
+        """See `MAE.predict`; the routes of images are those of the extras."""
         tokens, _ = self.encode_visible(params, extras or {}, batch)
         return self.decoder.apply({"params": params["decoder"]}, tokens, batch["order"], self.num_masked)
 

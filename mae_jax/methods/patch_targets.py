@@ -53,7 +53,7 @@ class PatchTargets:
         return {"vocabulary": jnp.zeros((self.size - 1, self.values), jnp.float32)} if self.built else {}
 
     def fit_extras(self, extras: Extras, batches: Iterable[dict[str, np.ndarray]] | None) -> Extras:
-        """Builds the vocabulary of patches of training pictures, where none was given; see `patch_vocabulary.build`."""
+        """Builds the vocabulary of patches of training images, where none was given; see `patch_vocabulary.build`."""
         if not self.built or self.file or batches is None:
             return extras
         return {**extras, "vocabulary": self.build(batches)[0]}
@@ -69,7 +69,7 @@ class PatchTargets:
 
     def losses(self, predicted: jax.Array, shown: jax.Array,
                extras: Extras) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns each picture's mean loss over its predicted patches, and figures likewise.
+        """Returns each image's mean loss over its predicted patches, and figures likewise.
 
         Args:
           predicted: float32 [B, M, outputs].
@@ -93,9 +93,9 @@ class PatchTargets:
 
 
 def _sample(batches: Iterable[dict[str, np.ndarray]], wanted: int, seed: int) -> np.ndarray:
-    """Returns up to `wanted` patches uint8 [n, P] of the valid pictures, a random sample of those not constant.
+    """Returns up to `wanted` patches uint8 [n, P] of the valid images, a random sample of those not constant.
 
-    Every patch draws a number; those of the lowest ones are kept, so that no picture counts more than another.
+    Every patch draws a number; those of the lowest ones are kept, so that no image counts more than another.
     """
     kept, marks = [], []
     for number, batch in enumerate(batches):

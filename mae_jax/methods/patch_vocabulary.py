@@ -17,7 +17,7 @@ def build(patches: np.ndarray, kind: str, size: int, rng: np.random.Generator) -
     """Builds a vocabulary of `size` - 1 entries.
 
     Args:
-      patches: uint8 [n, P], sampled from the training pictures.
+      patches: uint8 [n, P], sampled from the training images.
       kind: 'kmeans' (centres of clusters), 'patches' (random ones of the sample) or 'projection' (random directions).
       size: V.
       rng: draws entries, or the first centres.

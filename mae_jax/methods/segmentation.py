@@ -24,7 +24,7 @@ class Segment(Method):
     """Gives every pixel a class, from the patch tokens of one block: DINOv2's linear protocol (arXiv 2304.07193, 7.4).
 
     Before the classifier comes the encoder's norm, or after an earlier block a layer norm without parameters, where
-    DINOv2 has a batch norm (our choice: no statistics of other pictures are needed).
+    DINOv2 has a batch norm (our choice: no statistics of other images are needed).
     """
 
     task = "segmentation"
@@ -88,7 +88,7 @@ class Segment(Method):
         return segmentation.upsample(logits.reshape(-1, *self.grid.shape, logits.shape[-1]), self.grid.patch)
 
     def pixel_classes(self, batch: Batch) -> jax.Array:
-        """Returns uint8 [B, height, width]: classes, or 255 for pixels without one and all of invalid pictures."""
+        """Returns uint8 [B, height, width]: classes, or 255 for pixels without one and all of invalid images."""
         mask = segmentation.pixels(batch["pixel_label"], self.grid)
         known = (mask < self.classes) & (batch["valid"] > 0)[:, None, None]
         return jnp.where(known, mask, jnp.uint8(segmentation.IGNORED))

@@ -73,7 +73,7 @@ class SplitMask(Method):
         return self.targets.stored_vocabulary()
 
     def branches(self, values: jax.Array) -> jax.Array:
-        """Cuts [B, N, ...] into halves [2B, N // 2, ...]: rows 2b and 2b + 1 are the halves A and B of picture b."""
+        """Cuts [B, N, ...] into halves [2B, N // 2, ...]: rows 2b and 2b + 1 are the halves A and B of image b."""
         return values[:, : 2 * self.half].reshape(2 * len(values), self.half, *values.shape[2:])
 
     def swapped(self, values: jax.Array) -> jax.Array:
@@ -84,7 +84,7 @@ class SplitMask(Method):
 
     def predict(self, params: Params, batch: Batch,
                 drop_path_mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """Returns what each half makes of the rest of its picture.
+        """Returns what each half makes of the rest of its image.
 
         Args:
           params: the parameters.

@@ -115,7 +115,7 @@ class Supervised(Method):
                                   drop_path_mask=drop_path_mask)
 
     def logits(self, params: Params, extras: Extras, batch: Batch) -> jax.Array:
-        """Returns float32 [B, C] for whole pictures, as evaluations want them."""
+        """Returns float32 [B, C] for whole images, as evaluations want them."""
         features = pool(self.encode(params, extras, batch), self.config.model.pool)
         if "batch_norm" in extras:
             features = batch_norm.apply(features, extras["batch_norm"])
@@ -127,7 +127,7 @@ class Supervised(Method):
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
-        """Mean loss over the labelled pictures; the evaluation's is on the labels as they are."""
+        """Mean loss over the labelled images; the evaluation's is on the labels as they are."""
         weight = self.weight(batch)
         if train:
             weight = weight * self.partners_weight(weight)
@@ -139,11 +139,11 @@ class Supervised(Method):
         return total / jnp.maximum(weight, 1), ({"loss": (total, weight)}, extras)
 
     def weight(self, batch: Batch) -> jax.Array:
-        """Returns float32 [B]: 1 for pictures with a label, 0 for the others and for padding."""
+        """Returns float32 [B]: 1 for images with a label, 0 for the others and for padding."""
         return batch["valid"] if self.config.method.multi_label else batch["valid"] * (batch["label"] >= 0)
 
     def partners_weight(self, weight: jax.Array) -> jax.Array:
-        """Returns float32 [B]: the weight of the picture that each is mixed with, 1 where nothing is mixed."""
+        """Returns float32 [B]: the weight of the image that each is mixed with, 1 where nothing is mixed."""
         m = self.config.method
         return mixup.partners(weight, m.mix_group or len(weight)) if m.mixup or m.cutmix else jnp.ones_like(weight)
 
@@ -161,7 +161,7 @@ class Supervised(Method):
 
     def training_logits(self, params: Params, extras: Extras, batch: Batch, key: jax.Array,
                         weight: jax.Array) -> tuple[jax.Array, jax.Array, Extras]:
-        """Returns logits and targets, float32 [B, C], of erased and mixed pictures, and new extras."""
+        """Returns logits and targets, float32 [B, C], of erased and mixed images, and new extras."""
         params = self.stop_frozen_gradients(params)
         erase_key, mix_key, drop_key = jax.random.split(key, 3)
         pixels, targets = self.augmented(batch, erase_key, mix_key)

@@ -85,7 +85,7 @@ class Blocks(nn.Module):
     """Base of encoder and decoder: a stack of blocks whose parameters are per-block leaves `block_00`, `block_01`, ...
 
     `scan` compiles one block and stacks the leaves here, inside the forward pass, so that checkpoints, path rules and
-    the optimiser never see a stack. `remat` recomputes activations in the backward pass.
+    the optimizer never see a stack. `remat` recomputes activations in the backward pass.
     """
 
     width: int

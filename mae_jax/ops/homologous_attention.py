@@ -1,7 +1,7 @@
 """Homologous attention (MixedAE, arXiv 2303.17152): which keys of a mixed sequence a query looks at.
 
 A mixed sequence has T tokens: a class token, where there is one, then N patches, of which each N / G neighbours come
-from the same picture.
+from the same image.
 """
 
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ LOWEST = np.iinfo(np.int32).min
 
 
 def sources(patches: int, group: int) -> np.ndarray:
-    """Returns which picture of a group each patch of a mixed sequence comes from, int [N]."""
+    """Returns which image of a group each patch of a mixed sequence comes from, int [N]."""
     return np.arange(patches) // (patches // group)
 
 
 def same_source(patches: int, group: int) -> np.ndarray:
-    """Returns bool [N, N]: which patches of a mixed sequence come from one picture."""
+    """Returns bool [N, N]: which patches of a mixed sequence come from one image."""
     source = sources(patches, group)
     return source[:, None] == source
 
@@ -48,7 +48,7 @@ class TopKMask:
 
 @dataclass(frozen=True)
 class OracleMask:
-    """Keeps the patches of the query's own picture, which only the mixing knows; the class token as in `TopKMask`."""
+    """Keeps the patches of the query's own image, which only the mixing knows; the class token as in `TopKMask`."""
 
     group: int
     patches: int
@@ -104,12 +104,12 @@ def _flipped(bits: jax.Array) -> jax.Array:
 
 
 def purity(scores: jax.Array, keep: int, group: int, patches: int) -> jax.Array:
-    """Returns the share of the kept patches that come from the query's picture, float32 [B, H, N], of every query.
+    """Returns the share of the kept patches that come from the query's image, float32 [B, H, N], of every query.
 
     Args:
       scores: float32 [B, H, T, T] of one block.
       keep: K.
-      group: G, pictures in a mixed sequence; by chance it is 1 / G.
+      group: G, images in a mixed sequence; by chance it is 1 / G.
       patches: N.
     """
     scores = scores[..., -patches:, -patches:]
@@ -118,7 +118,7 @@ def purity(scores: jax.Array, keep: int, group: int, patches: int) -> jax.Array:
 
 
 def neighbor_homology(tokens: jax.Array, group: int) -> jax.Array:
-    """Returns the share of tokens [B, N, D] whose nearest other one, by cosine, is of the same picture: float32 [B]."""
+    """Returns the share of tokens [B, N, D] whose nearest other one, by cosine, is of the same image: float32 [B]."""
     tokens = unit(tokens.astype(jnp.float32))
     alike = jnp.einsum("bnd,bmd->bnm", tokens, tokens, precision="highest")
     count = tokens.shape[1]

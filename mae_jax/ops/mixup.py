@@ -12,13 +12,13 @@ import numpy as np
 
 from mae_jax.ops.patches import PatchGrid
 
-ERASE_AREA = (0.02, 1 / 3)  # share of the picture; this and the two below are timm's, and Random Erasing's (1708.04896)
+ERASE_AREA = (0.02, 1 / 3)  # share of the image; this and the two below are timm's, and Random Erasing's (1708.04896)
 ERASE_ASPECT = (0.3, 1 / 0.3)  # height over width, log-uniform
 ERASE_TRIES = 10
 
 
 class Box(NamedTuple):
-    """Parts of pictures: rows top ≤ y < bottom, columns left ≤ x < right; int32 [...] each."""
+    """Parts of images: rows top ≤ y < bottom, columns left ≤ x < right; int32 [...] each."""
 
     top: jax.Array
     bottom: jax.Array
@@ -27,7 +27,7 @@ class Box(NamedTuple):
 
 
 class Pixels(NamedTuple):
-    """Where the values of a picture lie; `size` in pixels, `rows` and `columns` int32 [N, P]."""
+    """Where the values of an image lie; `size` in pixels, `rows` and `columns` int32 [N, P]."""
 
     size: tuple[int, int]
     rows: np.ndarray
@@ -44,9 +44,9 @@ class Pixels(NamedTuple):
 
 
 def cutmix_box(lam: jax.Array, center: tuple[jax.Array, jax.Array], size: tuple[int, int]) -> tuple[Box, jax.Array]:
-    """Returns the box that a partner fills, and the share that is left of the picture itself (arXiv 1905.04899, 3.1).
+    """Returns the box that a partner fills, and the share that is left of the image itself (arXiv 1905.04899, 3.1).
 
-    Half of a side is half of the picture's times √(1 - lam), truncated, as in timm 0.3.2, which MAE and DeiT III use
+    Half of a side is half of the image's times √(1 - lam), truncated, as in timm 0.3.2, which MAE and DeiT III use
     (later versions keep odd sides). What would lie outside is cut off, and the share is that of the true area.
     """
     cut = jnp.sqrt(1 - lam)
@@ -90,9 +90,9 @@ def partners(values: jax.Array, group: int) -> jax.Array:
 
 
 def erase(key: jax.Array, pixels: jax.Array, where: Pixels, probability: float) -> jax.Array:
-    """Replaces a random box of some pictures, normalised [B, N, P], by normal noise (timm's mode 'pixel').
+    """Replaces a random box of some images, normalised [B, N, P], by normal noise (timm's mode 'pixel').
 
-    The box is the first of ten draws that is smaller than the picture; a picture without one stays as it is.
+    The box is the first of ten draws that is smaller than the image; an image without one stays as it is.
     """
     images = pixels.shape[0]
     chance, shape, place, noise = jax.random.split(key, 4)
@@ -103,7 +103,7 @@ def erase(key: jax.Array, pixels: jax.Array, where: Pixels, probability: float) 
 
 
 def draw_erase_box(shape: jax.Array, place: jax.Array, images: int, size: tuple[int, int]) -> tuple[Box, jax.Array]:
-    """Draws a box for each of `images` pictures of `size` pixels, and says whether one was found; bool [B]."""
+    """Draws a box for each of `images` images of `size` pixels, and says whether one was found; bool [B]."""
     area_key, aspect_key = jax.random.split(shape)
     tries = (images, ERASE_TRIES)
     area = jax.random.uniform(area_key, tries, minval=ERASE_AREA[0], maxval=ERASE_AREA[1]) * size[0] * size[1]

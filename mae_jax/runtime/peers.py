@@ -94,7 +94,7 @@ def launch(command: Callable[[], int], place: ProcessInfo, same: Mapping[str, An
 
 
 def _interrupt(*_: Any) -> None:
-    """Ends the run by a signal while there is no Stopper: nothing is lost."""
+    """Ends the run by a signal while there is no SignalHandler: nothing is lost."""
     if not _peers:
         raise KeyboardInterrupt
     # Not as an exception, which the interpreter may drop in a callback; and the main thread may be holding a lock.

@@ -1,4 +1,4 @@
-"""What stops a run that goes wrong: gradients that stay not finite, too many bad pictures."""
+"""What stops a run that goes wrong: gradients that stay not finite, too many bad images."""
 
 import json
 import logging
@@ -14,8 +14,8 @@ from mae_jax.training.run import Run
 
 logger = logging.getLogger(__name__)
 
-MAX_LISTED_IMAGES = 20  # bad pictures named in the line that stops a run
-BAD_IMAGES_AFTER = 100  # pictures seen before their bad fraction can stop a run
+MAX_LISTED_IMAGES = 20  # bad images named in the line that stops a run
+BAD_IMAGES_AFTER = 100  # images seen before their bad fraction can stop a run
 
 
 class Guards:

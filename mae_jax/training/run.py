@@ -100,7 +100,7 @@ def initial_state(run: Run, for_training: bool = True) -> TrainState:
 
     Args:
       run: as `prepare` made it.
-      trains: False where the encoder alone is looked at: nothing is then computed of training pictures.
+      trains: False where the encoder alone is looked at: nothing is then computed of training images.
     """
     loaded = warm_start.load(run.config, run.program.state.params) if run.config.init_from else {}
     rows = len(sharding.local_rows(run.program.mesh, run.config.batch_size))

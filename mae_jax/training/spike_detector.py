@@ -1,6 +1,6 @@
 """Figures of a step that stand out from those of the steps before: loss spikes.
 
-Ours is the rule of OLMo's skip-step optimiser (mean and deviation of the loss and of the gradient norm over the last
+Ours is the rule of OLMo's skip-step optimizer (mean and deviation of the loss and of the gradient norm over the last
 128 steps, 6 deviations), which counts the spikes themselves as well: a run whose loss has changed for good goes on
 after some steps.
 """

@@ -1,4 +1,4 @@
-"""What a run says of its steps: figures, speed, the names of bad pictures."""
+"""What a run says of its steps: figures, speed, the names of bad images."""
 
 import collections
 import logging
@@ -63,7 +63,7 @@ class StepLogger:
             print_once(progress_line(done, self.run.timeline.total, line, self.run.config.batch_size))
 
     def _name_bad_images(self) -> None:
-        """Logs the pictures that this process could not read, each once."""
+        """Logs the images that this process could not read, each once."""
         for name in dict.fromkeys(self.run.inputs.bad):
             if name not in self.named:
                 logger.warning("replaced a bad picture: %s", name)

@@ -239,7 +239,7 @@ for name, data in bombs().items():
         try:
             read(data)
             sys.exit(f"{name} was read by {read}")
-        except decode.BadPicture as error:
+        except decode.BadImage as error:
             assert "50 megapixels" in str(error), (name, error)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 20_000, f"{name} took {grown} kB"

@@ -37,7 +37,7 @@ def test_pictures_show_input_truth_and_prediction():
     config = tiny_segment()
     method, state, batch = tiny_method(config), tiny_state(config), tiny_segment_batch(config)
     batch["pixel_label"][0] = 1
-    picture = segmentation.images(method, state.params, {}, batch)
+    picture = segmentation.pictures(method, state.params, {}, batch)
     keys = CAPTION + GAP  # three classes take one line
     assert picture.shape == (2 * CAPTION + 4 * (128 + GAP) + GAP + keys, 6 * (128 + GAP) + GAP, 3)
     assert (picture[-keys + 6, GAP + 5 + segmentation.KEY] == segmentation.palette(3)[1]).all()

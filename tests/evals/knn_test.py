@@ -51,7 +51,7 @@ def test_the_temperature_changes_votes():
 def test_at_a_high_temperature_every_neighbor_votes_alike_as_scikit_learn_has_it(k):
     train, test = blobs(200, seed=0), blobs(150, seed=1)
     assert_clear(train, test, k)
-    peer = KNeighborsClassifier(k, metric="cosine").fit_extras(*train)
+    peer = KNeighborsClassifier(k, metric="cosine").fit(*train)
     assert knn.top1(train, test, CLASSES, k, 1e9) == pytest.approx(peer.score(*test))
 
 

@@ -14,9 +14,9 @@ from tests.helpers.blobs import CLASSES, blobs
 def test_the_linear_probe_is_scikit_learns_logistic_regression(penalty):
     features, labels = blobs(300, seed=0)
     share = np.full(300, 1 / 300, np.float32)
-    weights = np.asarray(linear_probe.fit_extras(features, labels, share, penalty, CLASSES))
+    weights = np.asarray(linear_probe.fit(features, labels, share, penalty, CLASSES))
     # scikit-learn minimises C · sum of entropies + |W|²/2, ours mean entropy + penalty · |W|².
-    peer = LogisticRegression(C=1 / (2 * penalty * len(labels)), tol=1e-8, max_iter=5000).fit_extras(features, labels)
+    peer = LogisticRegression(C=1 / (2 * penalty * len(labels)), tol=1e-8, max_iter=5000).fit(features, labels)
     centered = weights - weights.mean(1, keepdims=True)  # a common shift of all classes changes no probability
     bias = peer.intercept_ - peer.intercept_.mean()
     np.testing.assert_allclose(centered[:-1].T, peer.coef_ - peer.coef_.mean(0), atol=0.02)
@@ -28,8 +28,8 @@ def test_the_linear_probe_is_scikit_learns_logistic_regression(penalty):
 def test_examples_without_a_share_are_not_fitted():
     features, labels = blobs(300, seed=0)
     share = np.where(np.arange(300) < 200, 1 / 200, 0).astype(np.float32)
-    alone = linear_probe.fit_extras(features[:200], labels[:200], share[:200], 1e-2, CLASSES)
-    np.testing.assert_allclose(linear_probe.fit_extras(features, labels, share, 1e-2, CLASSES), alone, atol=1e-3)
+    alone = linear_probe.fit(features[:200], labels[:200], share[:200], 1e-2, CLASSES)
+    np.testing.assert_allclose(linear_probe.fit(features, labels, share, 1e-2, CLASSES), alone, atol=1e-3)
 
 
 def test_the_probe_does_not_depend_on_the_scale_of_features():
@@ -78,7 +78,7 @@ def test_the_published_probe_is_sgd_with_momentum_and_a_cosine_at_every_rate_of_
 def test_the_published_probe_separates_what_can_be_separated():
     train, test = ((features + 9 * np.eye(CLASSES, 12, dtype=np.float32)[labels], labels)
                    for features, labels in (blobs(400, seed=0), blobs(300, seed=1)))
-    assert linear_probe.sweep(train, test, CLASSES)[0] == LogisticRegression().fit_extras(*train).score(*test) == 1
+    assert linear_probe.sweep(train, test, CLASSES)[0] == LogisticRegression().fit(*train).score(*test) == 1
 
 
 def test_where_classes_take_turns_the_held_out_fifth_has_all_of_them():
@@ -92,7 +92,7 @@ def test_the_published_probe_is_about_as_good_as_logistic_regression_on_classes_
     train, test = blobs(1000, seed=0), blobs(1000, seed=1)
     accuracy, lr = linear_probe.sweep(train, test, CLASSES)
     assert lr in linear_probe.RATES
-    assert accuracy == pytest.approx(LogisticRegression().fit_extras(*train).score(*test), abs=0.02)
+    assert accuracy == pytest.approx(LogisticRegression().fit(*train).score(*test), abs=0.02)
 
 
 def test_the_test_pair_has_no_say_in_the_learning_rate():

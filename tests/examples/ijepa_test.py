@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import shutil
+import tomllib
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax import methods
+from mae_jax import plugins
 from mae_jax.commands.export.command import export
 from mae_jax.config import validate
 from mae_jax.data.masking import draw
@@ -28,14 +29,25 @@ FOLDER = Path("examples/ijepa")
 SIZES = [((14, 14), 30, {(5, 6), (6, 5)}), ((8, 8), 12, {(3, 4), (4, 3)}), ((16, 16), 42, {(6, 7), (7, 6)})]
 
 
-def plug_in(patch):
-    patch.syspath_prepend(str(FOLDER.resolve()))
-    patch.setitem(methods.TABLE, "ijepa", "mae_jax_ijepa:IJEPA")
+def plug_in(patch, site):
+    """Puts the example on the path as an installer does, with the entry points of its pyproject.toml."""
+    project = tomllib.loads((FOLDER / "pyproject.toml").read_text())["project"]
+    info = site / f"{project['name']}-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    lines = [line for group, points in project["entry-points"].items()
+             for line in (f"[{group}]", *(f"{name} = {target}" for name, target in points.items()))]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    for folder in (site, FOLDER.resolve()):
+        patch.syspath_prepend(str(folder))
+    plugins._entry_points.cache_clear()
 
 
 @pytest.fixture(autouse=True)
-def _plugged_in(monkeypatch):
-    plug_in(monkeypatch)
+def _plugged_in(monkeypatch, tmp_path_factory):
+    plug_in(monkeypatch, tmp_path_factory.mktemp("site"))
+    yield
+    plugins._entry_points.cache_clear()
 
 
 def config_of(**fields):
@@ -212,7 +224,7 @@ def test_what_cannot_be_drawn_is_refused(fields, line):
 def trained(tmp_path_factory):
     """A run of 24 steps, and its copy that lost what came after step 12 and went on."""
     with pytest.MonkeyPatch.context() as patch:
-        plug_in(patch)
+        plug_in(patch, tmp_path_factory.mktemp("site"))
         whole, again = (tmp_path_factory.mktemp("ijepa") / name for name in ("whole", "again"))
         config = config_of(train__duration="24 steps", checkpoint__every="12 steps", eval__every="24 steps",
                            optim__lr=0.08, method__momentum=0.9)

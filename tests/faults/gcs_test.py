@@ -225,7 +225,7 @@ def test_cached_batches_in_a_bucket_are_those_of_a_disk_and_damage_is_told(place
 def test_a_bucket_that_will_not_do_is_told_before_anything_is_compiled(place, gcs, monkeypatch, capsys, name, fault,
                                                                        words):
     monkeypatch.setattr(storage_gcs, "CHECK_SECONDS", 1.0)
-    monkeypatch.setattr("mae_jax.training.train_step.Program.compile", None)
+    monkeypatch.setattr("mae_jax.training.train_step.TrainStep.compile", None)
     if fault:
         gcs.add({"times": -1, **fault})
     config = peer.small_config(place, FIELDS)

@@ -29,7 +29,7 @@ def test_k_means_is_scikit_learns_from_the_same_start():
     points = normal(patches()).astype(np.float32)
     start = points[np.sort(np.random.default_rng(5).choice(len(points), 12, replace=False))]
     ours = kmeans.kmeans(points, 12, np.random.default_rng(5), iterations=20)
-    theirs = KMeans(12, init=start, n_init=1, max_iter=20, tol=0, algorithm="lloyd").fit_extras(points)
+    theirs = KMeans(12, init=start, n_init=1, max_iter=20, tol=0, algorithm="lloyd").fit(points)
     np.testing.assert_allclose(ours, theirs.cluster_centers_, atol=1e-3)
 
 

@@ -9,12 +9,13 @@ import scipy.ndimage
 import skimage.transform
 
 from mae_jax.losses import segmentation
+from mae_jax.ops.patches import PatchGrid
 
 
 def test_masks_of_patches_come_together_as_pixels():
     whole = np.arange(2 * 6 * 8).reshape(2, 6, 8)
     tiles = [[whole[i, y:y + 3, x:x + 2].ravel() for y in (0, 3) for x in (0, 2, 4, 6)] for i in range(2)]
-    np.testing.assert_array_equal(segmentation.pixels(jnp.asarray(tiles), (2, 4), (3, 2)), whole)
+    np.testing.assert_array_equal(segmentation.pixels(jnp.asarray(tiles), PatchGrid(2, 4, 3, 2)), whole)
 
 
 @pytest.mark.parametrize(("grid", "patch"), [((3, 5), (4, 4)), ((14, 14), (16, 16)), ((2, 3), (7, 2)),

@@ -23,8 +23,8 @@ sys.path.insert(0, sys.argv[4])
 from checkpoint_test import Checkpoints, array_file, flip, make_state, names
 from mae_jax.commands import cli
 from mae_jax.runtime import peers
-from mae_jax.runtime.discovery import Place
-from mae_jax.runtime.signals import Stopper
+from mae_jax.runtime.discovery import ProcessInfo
+from mae_jax.runtime.signals import SignalHandler
 
 def cancelled(*args, **kwargs):
     raise asyncio.CancelledError
@@ -40,7 +40,7 @@ def run():
                             make_state(step))
 
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), make_state(0))
-    with Stopper() as stopper:
+    with SignalHandler() as stopper:
         checkpoints = Checkpoints(workdir, 2)
         for step in (1, 2, 3):
             checkpoints.save(step, state(step))
@@ -83,7 +83,7 @@ def run():
         assert "checkpoint of step 6 not saved: OSError: writing was cancelled" in checkpoints.failed
         assert checkpoints.latest() == 5
         checkpoints = Checkpoints(workdir, 2)
-        stopper.stepped()
+        stopper.mark_unsaved()
         if number == 1:
             os.kill(os.getpid(), signal.SIGINT)
         step = 6
@@ -99,8 +99,8 @@ def run():
         print("stopped at", step, flush=True)
     return 0
 
-here = Place("127.0.0.1", port, number, 2)
-sys.exit(cli.guarded(lambda: peers.together(run, here, {}, 60, 30)))
+here = ProcessInfo("127.0.0.1", port, number, 2)
+sys.exit(cli.guarded(lambda: peers.launch(run, here, {}, 60, 30)))
 """
 
 

@@ -121,7 +121,7 @@ def test_every_group_has_a_draw_of_its_own(drawn):
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0)])
 def test_of_one_alone_nothing_else_is_drawn(mixup, cutmix):
-    where = ops_mixup.Pixels.of((1, 1), (PATCH, PATCH))
+    where = ops_mixup.Pixels.of(PatchGrid(1, 1, PATCH, PATCH))
     kept, _ = jax.jit(lambda key: ops_mixup.draw_mix(key, 200, where, mixup, cutmix))(jax.random.key(4))
     cuts = np.isin(np.asarray(kept), (0, 1)).all((1, 2))
     assert cuts.all() if cutmix else not cuts.any()
@@ -155,7 +155,7 @@ def assert_rectangle(hole):
 @pytest.fixture(scope="module")
 def erased():
     """Noise of erasing on 4,000 pictures of 32 x 48 zeros, as pictures, with probability 0.25."""
-    where = ops_mixup.Pixels.of((4, 6), (PATCH, PATCH))
+    where = ops_mixup.Pixels.of(PatchGrid(4, 6, PATCH, PATCH))
     out = jax.jit(lambda key: ops_mixup.erase(key, jnp.zeros((4_000, 24, 192)), where, 0.25))(jax.random.key(7))
     return pictures_of(out, where)
 
@@ -209,7 +209,7 @@ def test_erased_boxes_lie_inside_and_follow_the_published_law(size):
 
 
 def test_a_picture_without_a_box_that_fits_stays_as_it_is():
-    where = ops_mixup.Pixels.of((1, 400), (1, 1))  # no box of one row is lower than the picture
+    where = ops_mixup.Pixels.of(PatchGrid(1, 400, 1, 1))  # no box of one row is lower than the picture
     pixels = jnp.ones((100, 400, 3))
     np.testing.assert_array_equal(ops_mixup.erase(jax.random.key(9), pixels, where, 1.0), pixels)
 
@@ -219,7 +219,8 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from mae_jax.ops import mixup
-where = mixup.Pixels.of((2, 3), (8, 8))
+from mae_jax.ops.patches import PatchGrid
+where = mixup.Pixels.of(PatchGrid(2, 3, 8, 8))
 values = np.random.default_rng(0).standard_normal((32, 6, 192)).astype(np.float32)
 def mixed(values):
     erased = mixup.erase(jax.random.key(1), values, where, 0.5)

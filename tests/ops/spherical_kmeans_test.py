@@ -28,7 +28,7 @@ def test_kmeans_is_as_tight_as_that_of_scikit_learn_from_the_same_start(clusters
     points = uneven()
     start = spherical_kmeans.kmeans_pp_init(points, clusters, np.random.default_rng(1))
     ours, mean = spherical_kmeans.kmeans(chunked(points, 100), start)
-    theirs = KMeans(clusters, init=start, n_init=1, tol=0, max_iter=300).fit_extras(points)
+    theirs = KMeans(clusters, init=start, n_init=1, tol=0, max_iter=300).fit(points)
     np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, rtol=1e-5)
     assert mean == pytest.approx((points @ ours.T).max(1).mean(), rel=1e-5)
     # Theirs are means that are not scaled to length 1: of the same clusters, they are a little tighter.

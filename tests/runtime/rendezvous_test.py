@@ -173,9 +173,9 @@ def test_process_0_listens_at_the_address_that_it_is_named_by(caplog):
 FAILING = """
 import socket, sys
 from mae_jax.runtime import peers
-from mae_jax.runtime.discovery import Place
+from mae_jax.runtime.discovery import ProcessInfo
 line = socket.socket(fileno=int(sys.argv[1]))
-peers.Peers(Place("127.0.0.1", 1, 1, 2), {0: line}, None, 5.0).fail(OSError(28, "No space left on device"))
+peers.Peers(ProcessInfo("127.0.0.1", 1, 1, 2), {0: line}, None, 5.0).fail(OSError(28, "No space left on device"))
 """
 
 

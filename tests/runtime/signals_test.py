@@ -13,7 +13,7 @@ PROLOGUE = """
 import signal, sys, time
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's would be inherited
 import jax, jax.numpy as jnp
-from mae_jax.runtime.signals import Stopper
+from mae_jax.runtime.signals import SignalHandler
 
 def tell(word):
     print(word, flush=True)
@@ -48,7 +48,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_compilation_before_the_first_step_ends_at_once_with_75(number):
-    process = start("with Stopper():\n    compile_for_long()")
+    process = start("with SignalHandler():\n    compile_for_long()")
     wait_for(process, "compiling")
     time.sleep(0.5)  # inside XLA
     process.send_signal(number)
@@ -58,16 +58,16 @@ def test_a_signal_during_compilation_before_the_first_step_ends_at_once_with_75(
 
 
 LOOP = """
-with Stopper() as stopper:
+with SignalHandler() as stopper:
     for step in range(10_000):
         time.sleep(0.01)
-        stopper.stepped()
+        stopper.mark_unsaved()
         if step == 3:
             tell("running")
         if stopper.should_stop(step):
             tell("saving")
             {save}
-            stopper.saved()
+            stopper.mark_saved()
             sys.exit(75)
 """
 
@@ -117,9 +117,9 @@ def test_a_second_sigterm_changes_nothing():
 @pytest.mark.slow
 def test_a_signal_after_everything_is_saved_ends_at_once():
     process = start("""
-with Stopper() as stopper:
-    stopper.stepped()
-    stopper.saved()
+with SignalHandler() as stopper:
+    stopper.mark_unsaved()
+    stopper.mark_saved()
     tell("running")
     time.sleep(60)
 """)

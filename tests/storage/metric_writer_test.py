@@ -212,7 +212,7 @@ def test_a_number_that_is_not_finite_becomes_null(tmp_path):
 
 
 def test_every_process_knows_what_was_evaluated_but_only_one_writes(tmp_path):
-    MetricWriter(epath.Path(tmp_path), 0, sinks=("pictures",)).scalars(4, {"eval/loss": 1.0})
+    MetricWriter(epath.Path(tmp_path), 0, sinks=("pictures",)).write_scalars(4, {"eval/loss": 1.0})
     other = MetricWriter(epath.Path(tmp_path), 4, sinks=("pictures", "tensorboard"), active=False)
     assert other.has(4, "eval/loss")
     assert not other.has(5, "eval/loss")
@@ -294,7 +294,8 @@ def test_a_sink_that_the_config_names_is_told_everything_and_closed(tmp_path, li
     assert listing.told == [("open", epath.Path(tmp_path), 3), ("write_scalars", 4, {"train/loss": pytest.approx(
         math.nan, nan_ok=True)}), ("write_image", 4, "reconstruct", image), ("flush",), ("close",)]
     assert (tmp_path / "pictures" / "reconstruct_0000004.png").exists()
-    MetricWriter(epath.Path(tmp_path), 3, metric_sinks.names(config.log), active=False).scalars(5, {"train/loss": 1.0})
+    other = MetricWriter(epath.Path(tmp_path), 3, metric_sinks.names(config.log), active=False)
+    other.write_scalars(5, {"train/loss": 1.0})
     assert len(listing.told) == 5
 
 

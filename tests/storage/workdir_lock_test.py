@@ -30,10 +30,10 @@ from mae_jax.commands import cli
 from mae_jax.storage import workdir_lock
 workdir_lock.RENEWED, workdir_lock.DEAD = 0.2, 1.5
 def hold():
-    with workdir_lock.held(epath.Path(sys.argv[1])):
+    with workdir_lock.hold(epath.Path(sys.argv[1])):
         print("held", flush=True)
         for line in sys.stdin:
-            workdir_lock.fence()
+            workdir_lock.wait_until_verified()
             print("wrote", flush=True)
     return 0
 sys.exit(cli.guarded(hold))

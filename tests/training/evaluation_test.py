@@ -54,8 +54,8 @@ def test_the_end_reports_last_averaged_and_best_weights_and_other_crops(judged):
 
 def test_what_was_best_by_k_nn_is_printed_and_figures_of_single_experts_are_only_recorded(capsys):
     judge, recorded = PeriodicEvaluation.__new__(PeriodicEvaluation), []
-    judge.part, judge.evaluator = "val", SimpleNamespace(pictures=lambda *_: [])
-    judge.recorder = SimpleNamespace(scalars=lambda step, values: recorded.extend(values))
+    judge.part, judge.evaluator = "val", SimpleNamespace(images=lambda *_: [])
+    judge.recorder = SimpleNamespace(write_scalars=lambda step, values: recorded.extend(values))
     figures = {"eval/best/knn/top1": 0.5, "eval/purity/block_01": 0.25, "eval/share/block_03/7": 0.125}
     judge.write(None, 4, figures, time.monotonic())
     assert "at step 4: eval/best/knn/top1 0.5000  eval/purity/block_01 0.2500  (0 s)" in capsys.readouterr().out
@@ -167,5 +167,5 @@ def test_the_figures_that_are_foretold_are_those_that_are_measured(tmp_path, fie
 
 
 def test_choosing_needs_a_validation_part():
-    with pytest.raises(UserError, match=r"checkpoint\.best='top1' .*data\.val_split"):
+    with pytest.raises(UserError, match=r"checkpoint\.best_metric='top1' .*data\.val_split"):
         tiny_supervised({"checkpoint.best_metric": "top1"})

@@ -94,7 +94,7 @@ def test_a_full_disk_does_not_keep_the_watchdog_from_ending_the_run(tmp_path):
                "from mae_jax.runtime.watchdog import Watchdog\n"
                "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
                "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
-               "with Watchdog(0.2, epath.Path(sys.argv[1])) as dog:\n    dog.on('a save')\n    time.sleep(20)\n")
+               "with Watchdog(0.2, epath.Path(sys.argv[1])) as dog:\n    dog.watch('a save')\n    time.sleep(20)\n")
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 3, done.stderr
     assert "a save took more than guard.stall_seconds=0.2" in done.stderr

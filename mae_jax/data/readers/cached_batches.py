@@ -1,7 +1,7 @@
 """batches: examples made beforehand (inspect --write=batches), for machines without TensorFlow. NumPy only.
 
 A folder, local or gs://, with train.npz, support.npz, evaluate.npz and perhaps validate.npz, whose arrays are batch
-fields [n, ...], and meta.json with the class names, the number of training pictures that were there, and how patches
+fields [n, ...], and meta.json with the class names, the number of training images that were there, and how patches
 are hidden.
 """
 
@@ -36,7 +36,7 @@ def hiding(order: PatchOrder, views: tuple[View, ...]) -> dict[str, Any]:
 
 
 def joined_from(config: ConfigDict, clusters: Clusters | None) -> dict[str, str]:
-    """Returns what meta.json says of the pictures that were kept, and of the clusters that were joined."""
+    """Returns what meta.json says of the images that were kept, and of the clusters that were joined."""
     return {"kept": config.data.get("classes", ""), "clusters": clusters.fingerprint() if clusters else ""}
 
 

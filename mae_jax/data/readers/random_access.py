@@ -18,7 +18,7 @@ from mae_jax.data.tensorflow_cpu import options, tf
 from mae_jax.data.transforms.example import ExampleBuilder, Fields, Spec
 from mae_jax.rng import permutation, rng
 
-TRIES = 4  # pictures tried for one position before a grey one stands in: the drawn one and three more
+TRIES = 4  # images tried for one position before a grey one stands in: the drawn one and three more
 PADDING = -1  # id of the rows that fill the last batch of an evaluation
 Batch = dict[str, np.ndarray]
 
@@ -38,7 +38,7 @@ def draw(position: int, batch: int, repeats: int) -> int:
 def train_example(source: Source, views: ExampleBuilder, config: ConfigDict, bad: deque[str], position: int) -> Fields:
     """Returns all fields of the example at a position of the run.
 
-    Every epoch visits each example once, in an order of its own; batches straddle epochs. A bad picture gives way to
+    Every epoch visits each example once, in an order of its own; batches straddle epochs. A bad image gives way to
     the next of the epoch's order that may stand in (`_candidates`). With data.repeats = R, a pass takes as many rows as
     R epochs of the config's durations, and its examples are shown R times each, in views of their own.
     """
@@ -55,7 +55,7 @@ def _candidates(size: int, group: int, config: ConfigDict, position: int) -> Ite
     """Yields the example that is drawn for a position, then those that may stand in for it.
 
     Where a group of neighbours is mixed, these are the members of the next groups that its own mix was not to show, so
-    that no stand-in is mixed with itself. (A mix that straddles two epochs may show a picture twice.)
+    that no stand-in is mixed with itself. (A mix that straddles two epochs may show an image twice.)
     """
     def drawn(position: int, ahead: int = 0) -> int:
         epoch, place = divmod(draw(position, config.batch_size, config.data.repeats), size)

@@ -42,7 +42,7 @@ def dropped_records(stream: RecordStream, config: ConfigDict, group: int = 1) ->
       group: so many neighbours of a batch are mixed.
 
     Raises:
-      UserError: the readers cannot share batch and records evenly, or copies of a picture lie too close together.
+      UserError: the readers cannot share batch and records evenly, or copies of an image lie too close together.
     """
     readers, batch = config.data.readers, config.batch_size
     if readers < 1 or batch % readers:
@@ -62,7 +62,7 @@ def train(stream: RecordStream, step: int, views: ExampleBuilder, config: Config
           bad: deque[str]) -> Iterator[Batch]:
     """Yields these rows of the batches step, step + 1, ... without end.
 
-    A bad picture's row becomes a copy of a good one of the same reader in the same batch (`replace_bad_rows`), or stays
+    A bad image's row becomes a copy of a good one of the same reader in the same batch (`replace_bad_rows`), or stays
     grey. Raises UserError for a corrupt file, or one with other than the promised number of records.
     """
     share, per_reader = config.batch_size // config.data.readers, stream.size // config.data.readers
@@ -93,8 +93,8 @@ def replace_bad_rows(batch: Batch, share: int, group: int = 1) -> Batch:
 
     Args:
       batch: fields [rows, ...]; `share` consecutive rows belong to one reader.
-      group: so many rows are mixed, and a picture not with itself: the next rows are those of the next groups, without
-        pictures of the row's own. A row keeps its order, which others of its group complete; patches and masks follow
+      group: so many rows are mixed, and an image not with itself: the next rows are those of the next groups, without
+        images of the row's own. A row keeps its order, which others of its group complete; patches and masks follow
         it.
     """
     broken = batch["replaced"] > 0
@@ -235,10 +235,10 @@ def _part(stream: RecordStream, part: tf.Tensor) -> tf.data.Dataset:
 
 
 def _parse(stream: RecordStream, raw: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Reads picture, label, labels uint8 [C] ([0] if there is one label) and mask, as `RecordStream.example` takes
+    """Reads image, label, labels uint8 [C] ([0] if there is one label) and mask, as `RecordStream.example` takes
     them.
 
-    A record without a picture gives no bytes, which makes it a bad one; so does one without its mask.
+    A record without an image gives no bytes, which makes it a bad one; so does one without its mask.
     """
     features = {key: tf.io.FixedLenFeature([], tf.string, "") for key in (stream.image_key, stream.mask_key) if key}
     if stream.label_key:

@@ -20,7 +20,7 @@ UNLABELED = -1
 
 
 class Example(NamedTuple):
-    """One stored picture."""
+    """One stored image."""
 
     image: bytes | np.ndarray  # an encoded file, or uint8 [height, width, 3]
     label: int = UNLABELED
@@ -33,11 +33,11 @@ class Source:
     """A split whose examples can be read in any order, from any thread."""
 
     size: int
-    read: Callable[[int], Example]  # index → example; OSError and BadPicture mean a bad picture
+    read: Callable[[int], Example]  # index → example; OSError and BadImage mean a bad image
     name: Callable[[int], str]  # index → what to call the example in a message
     classes: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()  # which of 'labels' and 'pixel_label' its examples have
-    label: Callable[[int], int] | None = None  # index → label, where it is known without decoding the picture
+    label: Callable[[int], int] | None = None  # index → label, where it is known without decoding the image
 
     def digest(self) -> str:
         """Returns a short hash of which examples these are, by their names in their order.
@@ -127,7 +127,7 @@ class RecordStream:
         return ("labels",) * self.multi_label + ("pixel_label",) * bool(self.mask_key)
 
     def example(self, image: bytes, label: int, labels: np.ndarray, mask: bytes) -> Example:
-        """Returns the example of a parsed record; raises BadPicture for a mask that does not decode."""
+        """Returns the example of a parsed record; raises BadImage for a mask that does not decode."""
         return Example(image, label, labels if self.multi_label else None,
                        decode_mask(mask, self.mask_offset) if self.mask_key else None)
 

@@ -1,4 +1,4 @@
-"""data.classes: keeping the pictures of some classes alone, to pre-train on a part of the world."""
+"""data.classes: keeping the images of some classes alone, to pre-train on a part of the world."""
 
 import re
 from logging import getLogger

@@ -2,7 +2,7 @@
 
 `apt-get install openclipart-png` puts them under /usr/share/openclipart/png, or data.path says where they are. The
 class is the first folder. What is not transparent is the thing: mask 1 where alpha is above 127, else 0. Release 0.18
-has 1231 pictures to train and 330 to test, of about 400 x 400 pixels; the masks of 31 of them are 1, or 0, all over.
+has 1231 images to train and 330 to test, of about 400 x 400 pixels; the masks of 31 of them are 1, or 0, all over.
 """
 
 import functools
@@ -20,18 +20,18 @@ from mae_jax.data.sources.base import Example, Source, known_split
 from mae_jax.errors import UserError, printable
 
 FOLDER = "/usr/share/openclipart/png"
-# The rule is ours: folders of things, not of icons, shapes, signs, maps or playing cards; at least 16 pictures a class.
+# The rule is ours: folders of things, not of icons, shapes, signs, maps or playing cards; at least 16 images a class.
 CLASSES = ("animals", "buildings", "containers", "decorations", "education", "electronics", "food", "office", "people",
            "plants", "science", "tools", "transportation")
 SIGNS = ("transportation/aiga-symbols", "transportation/roadsigns")
-SIDES = (64, 2000)  # smallest and largest side of a picture, in pixels
-TEST_SHARE = 0.2  # a tenth would leave some classes with one or two pictures
+SIDES = (64, 2000)  # smallest and largest side of an image, in pixels
+TEST_SHARE = 0.2  # a tenth would leave some classes with one or two images
 
 
 def load(data: ConfigDict, split: splits.Split) -> Source:
     """Opens 'train', 'test' or a slice in percent; raises UserError when the package is not installed.
 
-    A picture's split is a hash of its name without the number at the end: variants of a drawing stay together.
+    An image's split is a hash of its name without the number at the end: variants of a drawing stay together.
     """
     known_split(split, ("train", "test"))
     root = epath.Path(data.path or FOLDER).expanduser()
@@ -57,7 +57,7 @@ def series(name: str) -> str:
 
 @functools.lru_cache(maxsize=4)  # a run opens the folder for each split
 def pictures(root: epath.Path) -> tuple[str, ...]:
-    """Returns the usable pictures, relative and sorted: by their headers, with transparency and of a usable size."""
+    """Returns the usable images, relative and sorted: by their headers, with transparency and of a usable size."""
     names = [os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
              for label in CLASSES for folder, _, files in os.walk(root / label) for name in files]
     usable = tuple(sorted(name for name in names if _usable(root, name)))
@@ -68,7 +68,7 @@ def pictures(root: epath.Path) -> tuple[str, ...]:
 
 
 def _usable(root: epath.Path, name: str) -> bool:
-    """Leaves out links, too: they show a picture a second time, often in another class."""
+    """Leaves out links, too: they show an image a second time, often in another class."""
     path = os.path.join(root, name)
     if not name.endswith(".png") or name.startswith(SIGNS) or os.path.islink(path):
         return False
@@ -77,12 +77,12 @@ def _usable(root: epath.Path, name: str) -> bool:
             return SIDES[0] <= min(image.size) and max(image.size) <= SIDES[1] and image.has_transparency_data
     except Image.DecompressionBombError:
         return False  # larger than the largest
-    except Exception:  # PIL raises many kinds on broken bytes; a bad picture, which is named where it would be shown
+    except Exception:  # PIL raises many kinds on broken bytes; a bad image, which is named where it would be shown
         return True
 
 
 def _decode(data: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the picture over white, uint8 [height, width, 3], and its mask uint8 [height, width]."""
+    """Returns the image over white, uint8 [height, width, 3], and its mask uint8 [height, width]."""
     try:
         image = open_image(data, ("PNG",)).convert("RGBA")
     except Exception as error:

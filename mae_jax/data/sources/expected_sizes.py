@@ -1,6 +1,6 @@
 """How many examples the splits of well-known data sets hold, so that a copy prepared in part is noticed.
 
-The numbers are those of TFDS's catalogue; Caltech-101's split is the usual one of 30 training pictures per class. FGVC
+The numbers are those of TFDS's catalogue; Caltech-101's split is the usual one of 30 training images per class. FGVC
 Aircraft and iNaturalist 2019 are no TFDS data sets: folders under these names (data.name), with the numbers of their
 authors.
 """

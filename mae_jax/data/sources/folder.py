@@ -1,8 +1,8 @@
-"""folder: the pictures under a folder, at any depth, local or gs://.
+"""folder: the images under a folder, at any depth, local or gs://.
 
-Splits are the sub-folders train/ and test/, val/ or validation/, if they are there. Else each picture belongs where the
+Splits are the sub-folders train/ and test/, val/ or validation/, if they are there. Else each image belongs where the
 hash of its relative path says, so that adding files moves none: 'test' is a tenth, if the config uses it, and 'train'
-the rest. Classes are the first sub-folders of a split, if there are several and no picture lies beside them. The masks
+the rest. Classes are the first sub-folders of a split, if there are several and no image lies beside them. The masks
 of data.mask_key lie in a folder of the same shape, as PNG files of the same names. Links are followed, to read.
 """
 
@@ -30,7 +30,7 @@ MAX_LISTED_EXTENSIONS = 5  # extensions of other files that are counted one by o
 
 
 def load(data: ConfigDict, split: splits.Split) -> Source:
-    """Opens a split; raises UserError when the folder is missing, has no pictures, or has no such split."""
+    """Opens a split; raises UserError when the folder is missing, has no images, or has no such split."""
     root = _root(data.path)
     children = _children(root)
     if _has_splits(children):
@@ -81,7 +81,7 @@ def _root(path: str) -> epath.Path:
 
 
 def _masks(data: ConfigDict, root: epath.Path, base: epath.Path, files: tuple[str, ...]) -> epath.Path | None:
-    """Returns the folder of a split's masks, which must have that of its first picture; None without masks."""
+    """Returns the folder of a split's masks, which must have that of its first image; None without masks."""
     if not data.mask_key:
         return None
     masks = locate(data.mask_key).expanduser() / os.path.relpath(base, root)
@@ -128,7 +128,7 @@ def unread(data: ConfigDict, expressions: Iterable[str]) -> list[str]:
 
 
 def _list(base: epath.Path) -> tuple[str, ...]:
-    """Returns the pictures under a folder, relative and sorted; raises UserError when there are none."""
+    """Returns the images under a folder, relative and sorted; raises UserError when there are none."""
     pictures, others = _files(base)
     if not pictures:
         what = f"{pluralize(len(others), 'other file')}, such as {printable(others[0])}" if others else "it is empty"
@@ -138,7 +138,7 @@ def _list(base: epath.Path) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=8)  # a run opens a folder for training, for evaluation and for its classes
 def _files(base: epath.Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the pictures under a folder, by their extension, and the other files; relative and sorted."""
+    """Returns the images under a folder, by their extension, and the other files; relative and sorted."""
     parts: tuple[list[str], list[str]] = [], []
     for name in sorted(_walk(base)):
         parts[not name.lower().endswith(EXTENSIONS)].append(name)
@@ -159,7 +159,7 @@ def _walk(base: epath.Path) -> Iterator[str]:
 def _walk_local(base: str) -> Iterator[str]:
     """Yields likewise. Links are followed, to folders too, but into no folder that is read already: a loop ends there.
 
-    A folder that cannot be listed raises OSError: its pictures would be lost without a word.
+    A folder that cannot be listed raises OSError: its images would be lost without a word.
     """
     top = os.path.realpath(base)
     read, pending, odd = [top], [""], defaultdict(list)
@@ -179,7 +179,7 @@ def _walk_local(base: str) -> Iterator[str]:
                 read += [target] if target else []
                 pending.append(f"{name}/")
             elif entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path) or not os.path.exists(entry.path):
-                yield name  # also what a link promises and is not there: a broken picture, by name
+                yield name  # also what a link promises and is not there: a broken image, by name
             else:
                 odd["file", "left out, no regular one"].append(name)
     for (what, why), names in odd.items():
@@ -191,7 +191,7 @@ def _within(path: str, folder: str) -> bool:
 
 
 def _classes(files: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the names of the first sub-folders, () if a picture lies beside them or there is only one."""
+    """Returns the names of the first sub-folders, () if an image lies beside them or there is only one."""
     if any("/" not in name for name in files):
         return ()
     classes = sorted({name.split("/")[0] for name in files})

@@ -1,8 +1,8 @@
-"""npz: arrays of pictures in one NumPy file, held in memory.
+"""npz: arrays of images in one NumPy file, held in memory.
 
 Either x_train, y_train, x_test and y_test, or the arrays named by data.image_key and data.label_key, of which a tenth,
 chosen by a hash of the index, is 'test' if the config uses it. Labels are optional: class numbers [n], or uint8 or
-bool [n, C], 1 where a class is in the picture.
+bool [n, C], 1 where a class is in the image.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""photo_mosaic: pictures of three parts, each cut from another photograph; the class of a pixel is its photograph.
+"""photo_mosaic: images of three parts, each cut from another photograph; the class of a pixel is its photograph.
 
 Made of the crops of the source photo_crops, with whose splits they are made: no pixel is in both. The masks are exact.
 What is asked for is to tell scenes and textures apart; there is no foreground.
@@ -14,12 +14,12 @@ from mae_jax.data.sources.splits import Split, parse
 from mae_jax.rng import rng
 
 SIZES = {"train": 2000, "test": 400}
-IMAGE_SIDE = 64  # of a picture, in pixels
+IMAGE_SIDE = 64  # of an image, in pixels
 PARTS = 3
 
 
 def load(data: ConfigDict, split: Split) -> Source:
-    """Opens 'train' (2000 pictures) or 'test' (400), or a slice."""
+    """Opens 'train' (2000 images) or 'test' (400), or a slice."""
     crops = photo_crops.load(data, parse(split.name))
     source = Source(
         size=SIZES[split.name],

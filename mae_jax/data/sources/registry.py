@@ -63,7 +63,7 @@ def _found(data: ConfigDict) -> Any:
 
 
 def same_split(data: ConfigDict, one: str, other: str) -> bool:
-    """Whether two names of splits mean the same pictures: data without splits have one held-out part, 'test' or 'val'.
+    """Whether two names of splits mean the same images: data without splits have one held-out part, 'test' or 'val'.
     """
     named = getattr(_found(data), "split_name", lambda data, name: name)
     return one == other or named(data, one) == named(data, other)

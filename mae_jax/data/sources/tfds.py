@@ -23,7 +23,7 @@ FETCHED = 1024  # records at a time, where only their labels are wanted
 
 
 def load(data: ConfigDict, split: splits.Split) -> Source | RecordStream:
-    """Opens a split; raises UserError when the data set is unknown, not prepared, or without pictures."""
+    """Opens a split; raises UserError when the data set is unknown, not prepared, or without images."""
     module = api()
     builder = _builder(module, data)
     known_split(split, tuple(builder.info.splits))
@@ -108,7 +108,7 @@ def _builder(module: Any, data: ConfigDict) -> Any:
 
 
 def _classes(module: Any, feature: Any) -> tuple[tuple[str, ...], bool]:
-    """Returns the class names of a feature, () if it is no label, and whether pictures have several."""
+    """Returns the class names of a feature, () if it is no label, and whether images have several."""
     several = isinstance(feature, module.features.Sequence)
     label = feature.feature if several else feature
     return (tuple(label.names), several) if isinstance(label, module.features.ClassLabel) else ((), False)
@@ -142,7 +142,7 @@ def _random_access(module: Any, builder: Any, data: ConfigDict, split: str, clas
 def _labels(rows: Any, first: int, label_key: str) -> np.ndarray:
     """Returns the labels of rows first, first + 1, ..., int32 [FETCHED], or fewer at the end.
 
-    Many are fetched at a time, as a bucket answers slowly; a record comes whole, with its picture.
+    Many are fetched at a time, as a bucket answers slowly; a record comes whole, with its image.
     """
     numbers = range(first, min(first + FETCHED, len(rows)))
     try:

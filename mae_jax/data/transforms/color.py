@@ -1,7 +1,7 @@
-"""Colours on the host: what becomes of the colours of a cut picture, in RGB.
+"""Colours on the host: what becomes of the colours of a cut image, in RGB.
 
 Every random choice comes from the generator that is passed in. Each operation gives the bits that torchvision gives
-for PIL pictures.
+for PIL images.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Geometry on the host: a picture, and its mask where it has one, to uint8 pixels of the model's size.
+"""Geometry on the host: an image, and its mask where it has one, to uint8 pixels of the model's size.
 
 Every random choice comes from the generator that is passed in. Colors are in `color` and `rand_augment` beside it.
 """
@@ -14,7 +14,7 @@ from mae_jax.data.masking import ColorAugmentation, View
 from mae_jax.data.transforms.color import change, policy
 
 CROP_TRIES = 10  # torchvision's RandomResizedCrop
-SIMPLE_PADDING = 4  # pixels that a simple crop may reach beyond the resized picture (DeiT III section 3.2)
+SIMPLE_PADDING = 4  # pixels that a simple crop may reach beyond the resized image (DeiT III section 3.2)
 Pixels = tuple[np.ndarray, np.ndarray | None]
 Images = tuple[Image.Image, Image.Image | None]
 
@@ -23,19 +23,19 @@ def augment(stored: StoredImage, rng: np.random.Generator, config: ConfigDict,
             mask: np.ndarray | None = None) -> Pixels:
     """Returns a training view as data.augment, data.flip and data.color say, and the mask's same view (or None).
 
-    'random': crop of random size and shape, resized. 'single': the same of one draw, cut to what the picture has
+    'random': crop of random size and shape, resized. 'single': the same of one draw, cut to what the image has
     (linear probing). 'simple': resized to just cover the target, cut at a random place (DeiT III). 'fixed': crop of
     fixed size at a random place. 'none': the evaluation's centre crop, never flipped.
 
     Args:
-      mask: uint8 [height, width] of the picture. Its values are picked, never mixed; 255 where RandAugment moved the
-        picture away.
+      mask: uint8 [height, width] of the image. Its values are picked, never mixed; 255 where RandAugment moved the
+        image away.
 
     Returns:
       uint8 [H, W, 3] and uint8 [H, W], of data.image_size.
 
     Raises:
-      BadPicture: the pixels do not decode, or the mask has another size.
+      BadImage: the pixels do not decode, or the mask has another size.
     """
     data = config.data
     image, mask = _crop(stored, mask_image(stored, mask), rng, config)
@@ -52,7 +52,7 @@ def augment_view(stored: StoredImage, rng: np.random.Generator, view: View, colo
       uint8 [H, W, 3], of the view's size.
 
     Raises:
-      BadPicture: the pixels do not decode.
+      BadImage: the pixels do not decode.
     """
     box = random_box(rng, (stored.height, stored.width), view.size, view.scale, data.crop_ratio)
     image = stored.view(box, view.size)
@@ -62,7 +62,7 @@ def augment_view(stored: StoredImage, rng: np.random.Generator, view: View, colo
 
 
 def center(stored: StoredImage, config: ConfigDict, ratio: float, mask: np.ndarray | None = None) -> Pixels:
-    """Returns the evaluation's view: the central `ratio` of the picture, resized, and the mask's same view (or None).
+    """Returns the evaluation's view: the central `ratio` of the image, resized, and the mask's same view (or None).
 
     Shapes, dtypes and errors are those of `augment`.
     """
@@ -73,7 +73,7 @@ def random_box(rng: np.random.Generator, size: tuple[int, int], target: tuple[in
                scale: tuple[float, float], ratio: tuple[float, float]) -> Box:
     """Draws a crop as torchvision's RandomResizedCrop does: uniform in area, log-uniform in shape.
 
-    Ten draws; if none lies inside the picture, the largest central crop of an allowed shape. `ratio` (width over
+    Ten draws; if none lies inside the image, the largest central crop of an allowed shape. `ratio` (width over
     height) is relative to the target's own, so that it bounds the distortion; for square targets that is torchvision's.
 
     Args:
@@ -92,7 +92,7 @@ def random_box(rng: np.random.Generator, size: tuple[int, int], target: tuple[in
 
 def single_box(rng: np.random.Generator, size: tuple[int, int], target: tuple[int, int],
                scale: tuple[float, float], ratio: tuple[float, float]) -> Box:
-    """Draws a crop as BYOL does, and MAE for linear probing: `random_box` with one draw, cut to the picture's sides.
+    """Draws a crop as BYOL does, and MAE for linear probing: `random_box` with one draw, cut to the image's sides.
 
     Args:
       size, target: height, width in pixels.
@@ -103,7 +103,7 @@ def single_box(rng: np.random.Generator, size: tuple[int, int], target: tuple[in
 
 def _draw_size(rng: np.random.Generator, size: tuple[int, int], target: tuple[int, int],
                scale: tuple[float, float], ratio: tuple[float, float]) -> tuple[int, int]:
-    """Draws height and width of a crop; they may exceed the picture's."""
+    """Draws height and width of a crop; they may exceed the image's."""
     area = size[0] * size[1] * rng.uniform(*scale)
     aspect = target[1] / target[0] * math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
     return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
@@ -114,7 +114,7 @@ def _draw_place(rng: np.random.Generator, size: tuple[int, int], h: int, w: int)
 
 
 def _crop(stored: StoredImage, mask: Image.Image | None, rng: np.random.Generator, config: ConfigDict) -> Images:
-    """Cuts out what data.augment says, in the size of the model's pictures."""
+    """Cuts out what data.augment says, in the size of the model's images."""
     data, target = config.data, tuple(config.data.image_size)
     if data.augment == "simple":
         return _simple_crop(stored, mask, target, rng.random(), rng.random())
@@ -147,7 +147,7 @@ def _covering_crop(stored: StoredImage, mask: Image.Image | None, target: tuple[
 
 def _simple_crop(stored: StoredImage, mask: Image.Image | None, target: tuple[int, int],
                  down: float, right: float) -> Images:
-    """Resizes the picture to just cover the target, mirrors 4 pixels at its edges and cuts the target's size out.
+    """Resizes the image to just cover the target, mirrors 4 pixels at its edges and cuts the target's size out.
 
     For square targets that is the simple random crop of DeiT III: torchvision's Resize of the short side and
     RandomCrop(padding=4, padding_mode='reflect'). Only what the crop needs is resized.
@@ -158,7 +158,7 @@ def _simple_crop(stored: StoredImage, mask: Image.Image | None, target: tuple[in
     height, width = _covering_size((stored.height, stored.width), target)
     rows, columns = _reflected(height, target[0], down), _reflected(width, target[1], right)
     (top, left), (bottom, end) = (rows.min(), columns.min()), (rows.max() + 1, columns.max() + 1)
-    y, x = stored.height / height, stored.width / width  # pixels of the picture per pixel of the resized one
+    y, x = stored.height / height, stored.width / width  # pixels of the image per pixel of the resized one
     box = (left * x, top * y, min(end * x, stored.width), min(bottom * y, stored.height))
     images = _resize(stored, mask, (int(end - left), int(bottom - top)), box)
     inside = np.ix_(rows - top, columns - left)
@@ -166,7 +166,7 @@ def _simple_crop(stored: StoredImage, mask: Image.Image | None, target: tuple[in
 
 
 def _covering_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """Returns height, width of the picture scaled to just cover the target; the long side is cut, as torchvision's."""
+    """Returns height, width of the image scaled to just cover the target; the long side is cut, as torchvision's."""
     height, width = size
     if height * target[1] <= width * target[0]:
         return target[0], max(target[1], int(target[0] * width / height))
@@ -191,7 +191,7 @@ def _flip(image: Image.Image) -> Image.Image:
 
 
 def mask_image(stored: StoredImage, mask: np.ndarray | None) -> Image.Image | None:
-    """Returns the mask as PIL has it, None without one; raises BadPicture when it is not of the picture's size."""
+    """Returns the mask as PIL has it, None without one; raises BadImage when it is not of the image's size."""
     if mask is None:
         return None
     if mask.shape != (stored.height, stored.width):

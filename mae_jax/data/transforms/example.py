@@ -1,4 +1,4 @@
-"""From a stored picture to the fields of one example: augmented, cut into patches, permuted."""
+"""From a stored image to the fields of one example: augmented, cut into patches, permuted."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from mae_jax.data.transforms.crop import augment, augment_view, center
 from mae_jax.ops.patches import PatchGrid
 from mae_jax.rng import rng
 
-GRAY = 127  # every pixel of the picture that stands in where none could be read
+GRAY = 127  # every pixel of the image that stands in where none could be read
 Fields = dict[str, np.ndarray | int | float]
 Spec = dict[str, jax.ShapeDtypeStruct]
 
@@ -37,7 +37,7 @@ class ExampleBuilder:
             opencv()  # likewise
 
     def train(self, example: Example, position: int) -> Fields:
-        """Returns the augmented view, or views, that belong to a position of the run; raises BadPicture."""
+        """Returns the augmented view, or views, that belong to a position of the run; raises BadImage."""
         if self._views:
             return {**self._labels(example), **self._several(StoredImage(example.image), position)}
         stored = StoredImage(example.image, fast=self._config.data.resize == "fast")
@@ -51,21 +51,21 @@ class ExampleBuilder:
         Its order depends on the example's index alone, but where orders belong to groups, on its position.
 
         Raises:
-          BadPicture: the picture, or its mask, cannot be used.
+          BadImage: the image, or its mask, cannot be used.
         """
         pixels, mask = center(StoredImage(example.image), self._config, ratio, self._mask(example))
         address = index if self._order.group == 1 else position
         return {**self._labels(example), **self._cut(pixels, mask, self._drawn(0, "evaluate", address))}
 
     def gray_train(self, position: int) -> Fields:
-        """Returns what stands in, at a position of the run, for a picture that cannot be read."""
+        """Returns what stands in, at a position of the run, for an image that cannot be read."""
         if not self._views:
             return self._gray(self._drawn(self._config.seed, "order", position))
         stored = StoredImage(np.full((1, 1, 3), GRAY, np.uint8))
         return {**self._several(stored, position), "label": UNLABELED, "valid": 0.0}
 
     def gray(self, position: int) -> Fields:
-        """Returns what stands in, in an evaluation, for an unreadable picture, and as padding."""
+        """Returns what stands in, in an evaluation, for an unreadable image, and as padding."""
         return self._gray(self._drawn(0, "evaluate", position))
 
     def _gray(self, drawn: dict[str, np.ndarray]) -> Fields:
@@ -83,7 +83,7 @@ class ExampleBuilder:
         return {"label": example.label, **({} if example.labels is None else {"labels": example.labels})}
 
     def _several(self, stored: StoredImage, position: int) -> Fields:
-        """Returns the fields of all views of a picture, which is decoded once; each view has draws of its own."""
+        """Returns the fields of all views of an image, which is decoded once; each view has draws of its own."""
         config, fields, number = self._config, {}, 0
         for kind in self._views:
             made, grid = [], PatchGrid(*kind.order.grid, *self._grid.patch)
@@ -97,7 +97,7 @@ class ExampleBuilder:
         return fields
 
     def _drawn(self, seed: int, stream: str, position: int) -> dict[str, np.ndarray]:
-        """Returns the order of the picture at a position, and its blocks, as `masking.draw`."""
+        """Returns the order of the image at a position, and its blocks, as `masking.draw`."""
         group, member = divmod(position, self._order.group)
         return masking.draw(self._order, rng(seed, stream, group), member)
 

@@ -9,17 +9,17 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-OPERATIONS = 2  # drawn per picture, with replacement
+OPERATIONS = 2  # drawn per image, with replacement
 PROBABILITY = 0.5  # that a drawn operation is applied
 MAGNITUDE, DEVIATION, HIGHEST = 9, 0.5, 10
 DEGREES, SHEAR, SHIFT = 30, 0.3, 0.45  # at full strength; the shift in shares of the side
-FILL = (124, 116, 104)  # the mean colour of ImageNet, where a picture was moved away
+FILL = (124, 116, 104)  # the mean colour of ImageNet, where an image was moved away
 IGNORED = 255  # in a mask, likewise
 
 
 def rand_augment(image: Image.Image, rng: np.random.Generator,
                  mask: Image.Image | None = None) -> tuple[Image.Image, Image.Image | None]:
-    """Changes a picture in RGB by up to two operations, and moves the classes in `mask` (if any) with its pixels."""
+    """Changes an image in RGB by up to two operations, and moves the classes in `mask` (if any) with its pixels."""
     for name, amount in draw(rng):
         image, mask = apply(image, name, amount, mask)
     return image, mask
@@ -51,7 +51,7 @@ def _enhance(kind: type) -> Callable[[Image.Image, float], Image.Image]:
 
 
 def _posterize(image: Image.Image, amount: float) -> Image.Image:
-    """Keeps the 4 highest bits or fewer; at full strength none: a black picture, which newer Pillows refuse to make."""
+    """Keeps the 4 highest bits or fewer; at full strength none: a black image, which newer Pillows refuse to make."""
     dropped = 4 + int(4 * abs(amount))
     return image.point([value >> dropped << dropped for value in range(256)] * 3)
 

@@ -213,16 +213,16 @@ def test_the_quick_protocol_probes_the_encoder_of_any_method(tmp_path, encoder, 
 def test_a_signal_stops_the_whole_suite_and_the_same_command_goes_on(tmp_path, encoder, monkeypatch):
     some = suite(tmp_path, encoder)
     cells = plan(some.recipe, ["crops", "more"], [], [])
-    real = step_logger.StepLogger.push
+    real = step_logger.StepLogger.record
 
     def push(self, done, metrics, ids):
         if done == 2 and self.run.config.data.train_split == "train[64:128]":
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)  # the thread that waits for signals shall see it before the last steps are over
-            monkeypatch.setattr(step_logger.StepLogger, "push", real)
+            monkeypatch.setattr(step_logger.StepLogger, "record", real)
         real(self, done, metrics, ids)
 
-    monkeypatch.setattr(step_logger.StepLogger, "push", push)
+    monkeypatch.setattr(step_logger.StepLogger, "record", push)
     assert some.run([*cells, Cell("absent")]) == 75
     assert [row["data"] for row in results(tmp_path)] == ["crops"]
     assert not (tmp_path / "out" / "more" / "DONE").exists()

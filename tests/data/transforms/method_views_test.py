@@ -52,13 +52,13 @@ def test_views_are_addressed_by_position_and_number_whatever_rows_a_process_feed
 
 def test_each_change_of_color_comes_as_often_as_it_says_and_in_order(monkeypatch):
     made = []
-    for name in ("jitter", "grey", "blur", "solarise"):
+    for name in ("jitter", "gray", "blur", "solarize"):
         monkeypatch.setattr(color, name, lambda image, *_, name=name: made.append(name) or image)
     chances, count = ColorAugmentation(0.8, 0.2, 0.5, 0.1), 3000
     for position in range(count):
         before = len(made)
         color.change(None, rng(0, "augment", position), chances)
-        order = [("jitter", "grey", "blur", "solarise").index(name) for name in made[before:]]
+        order = [("jitter", "gray", "blur", "solarize").index(name) for name in made[before:]]
         assert order == sorted(order)
     for name, share in Counter(made).items():
         expected = getattr(chances, name)
