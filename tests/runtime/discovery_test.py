@@ -38,13 +38,13 @@ def test_flags_that_do_not_fit_get_one_line(flags, line):
 def test_tasks_of_srun_find_the_first_node_and_share_its_devices():
     assert discovery.find("auto", -1, -1, SLURM) == ProcessInfo("gpu003", 61440 + 70000 % 4096, 5, 8, (1,))
     for nodes, first in (("a1", "a1"), ("a1,b2", "a1"), ("n[7,9]", "n7"), ("x[01-02],y", "x01")):
-        assert discovery.find("auto", -1, -1, SLURM | {"SLURM_STEP_NODELIST": nodes}).host == first
+        assert discovery.find("auto", -1, -1, SLURM | {"SLURM_STEP_NODELIST": nodes}).coordinator_host == first
 
 
 def test_one_task_on_a_node_has_all_its_devices_and_so_has_one_that_slurm_shows_its_own_alone():
-    assert discovery.find("auto", -1, -1, SLURM | {"SLURM_NTASKS": "4"}).devices is None
-    assert discovery.find("auto", -1, -1, SLURM | {"CUDA_VISIBLE_DEVICES": "0"}).devices is None
-    assert discovery.find("auto", -1, -1, SLURM | {"CUDA_VISIBLE_DEVICES": "0,1"}).devices == (1,)
+    assert discovery.find("auto", -1, -1, SLURM | {"SLURM_NTASKS": "4"}).local_device_ids is None
+    assert discovery.find("auto", -1, -1, SLURM | {"CUDA_VISIBLE_DEVICES": "0"}).local_device_ids is None
+    assert discovery.find("auto", -1, -1, SLURM | {"CUDA_VISIBLE_DEVICES": "0,1"}).local_device_ids == (1,)
 
 
 def test_a_batch_script_and_a_single_task_run_alone():

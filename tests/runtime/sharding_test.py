@@ -19,7 +19,6 @@ from tests.helpers.tiny import tiny_config
     ({"mesh.fsdp": 3}, 8, "mesh.data=-1, mesh.fsdp=3, mesh.tensor=1 .* 8 devices"),
     ({"mesh.data": 0}, 1, "mesh.data=0, .* one .* -1"),
     ({"mesh.fsdp": -1}, 8, "mesh.data=-1, mesh.fsdp=-1, .* one .* -1"),
-    ({"mesh.tensor": 4, "model.heads": 2}, 8, "model.heads=2 .*mesh.tensor=4"),
 ])
 def test_devices_that_the_batch_does_not_divide_over_are_refused_with_the_nearest_sizes(fields, count, line):
     with pytest.raises(UserError, match=line):

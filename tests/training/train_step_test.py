@@ -1,6 +1,7 @@
 """The train step: accumulation, skipped steps under any optimizer, donation, determinism, going on from a copy."""
 
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,13 @@ import numpy as np
 import optax
 import pytest
 
+from mae_jax.errors import UserError
 from mae_jax.methods.base import Method
 from mae_jax.methods.mae import MAE
 from mae_jax.param_tree import flatten
 from mae_jax.rng import stream_key
-from mae_jax.training.train_step import build_train_step, gradients, init_state, only_if
-from tests.helpers.tiny import TINY_DATA, tiny_batch, tiny_config, tiny_state, tiny_step
+from mae_jax.training.train_step import TrainStep, build_train_step, gradients, init_state, only_if
+from tests.helpers.tiny import TINY_DATA, tiny_batch, tiny_config, tiny_method, tiny_state, tiny_step
 
 
 def assert_identical(first, second):
@@ -243,3 +245,12 @@ def test_random_streams_differ_by_seed_step_and_name_and_by_nothing_else():
             for seed in (0, 1) for step in (0, 1) for name in ("loss", "init")}
     assert len(set(keys.values())) == len(keys)
     assert jax.random.key_data(stream_key(1, jnp.int32(1), "loss")).tobytes() == keys[1, 1, "loss"]
+
+
+@pytest.mark.parametrize(("method", "fields", "says"), [
+    ("mae", {}, r"model\.heads=2 .*mesh\.tensor=4"),
+    ("mae", {"model.heads": 4}, r"method\.decoder_heads=2 .*mesh\.tensor=4"),
+    ("splitmask", {"model.heads": 4}, r"method\.decoder_heads=2 .*mesh\.tensor=4")])
+def test_heads_that_the_mesh_does_not_divide_are_refused(method, fields, says):
+    with pytest.raises(UserError, match=says):
+        TrainStep(tiny_method(tiny_config(fields, method)), SimpleNamespace(shape={"tensor": 4}))
