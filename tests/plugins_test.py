@@ -71,7 +71,7 @@ def python(site: Path | None, *args: object, code: int = 0) -> subprocess.Comple
     return done
 
 
-@pytest.fixture(scope="module", params=WAYS)
+@pytest.fixture(scope="module", params=[WAYS[0], pytest.param(WAYS[1], marks=pytest.mark.slow)])
 def run(request, tmp_path_factory):
     """The folder of packages, the recipe, the workdir and the output of a run that plug-ins have made."""
     folder = tmp_path_factory.mktemp("plugins")
@@ -158,11 +158,13 @@ def later(run):
     return file, python(site, "-c", LATER, workdir, recipe.parent, file, recipe.parent / "warm")
 
 
+@pytest.mark.slow
 def test_a_stored_run_is_evaluated(run, later):
     assert metrics(run[2]).keys() == {
         "step", "time", "eval/loss", "eval/brightness", "eval/rankme", "eval/feature_scale"}
 
 
+@pytest.mark.slow
 def test_a_layout_of_a_plug_in_is_written_and_read_where_training_starts_from_it(run, later):
     file, done = later
     assert "made by hand of echo" in done.stdout
@@ -173,6 +175,7 @@ def test_a_layout_of_a_plug_in_is_written_and_read_where_training_starts_from_it
     assert re.fullmatch(f"init_from {file}: taken: {len(names)}.*; new: none; left over: none", report)
 
 
+@pytest.mark.slow
 def test_what_is_not_installed_is_named_with_where_it_was_asked_for(run, later, fresh):
     """Evaluations and exports of workdirs, warm starts from files, and recipes."""
     workdir, file = run[2], later[0]
@@ -233,6 +236,7 @@ def test_an_odd_record_of_plug_ins_is_a_damaged_file(tmp_path, odd, fresh):
         config_of(str(tmp_path / "x.safetensors"))
 
 
+@pytest.mark.slow
 def test_help_shows_the_fields_of_a_plug_ins_method_and_its_layout(run):
     site, recipe, *_ = run
     shown = python(site, "-m", "mae_jax", "export", f"--config={recipe}", "--help").stdout

@@ -44,6 +44,7 @@ def test_every_change_of_behavior_is_shown_by_a_stored_run():
     assert max(row.since for row in BEHAVIORS.values()) == CURRENT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("behavior", BEHAVIORS)
 def test_a_stored_run_goes_on_as_it_began_whatever_the_recipe_has_now(behavior, tmp_path, caplog):
     method = SHOWN[behavior]
@@ -61,6 +62,7 @@ def test_a_stored_run_goes_on_as_it_began_whatever_the_recipe_has_now(behavior, 
     assert runs.stored_config(folder).recipe_version == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("behavior", BEHAVIORS)
 def test_a_new_run_has_what_is_now(behavior, tmp_path):
     method = SHOWN[behavior]
@@ -80,6 +82,7 @@ def test_a_new_run_that_starts_from_a_stored_encoder_has_what_is_now():
     assert len(runs.warm_start(new, Path("workdirs/beit"))) > 29
 
 
+@pytest.mark.slow
 def test_a_stored_run_is_evaluated_as_it_began_with_the_recipe_of_now(tmp_path):
     from mae_jax.training import loop
 

@@ -208,6 +208,7 @@ def test_deit3_classifiers_have_the_number_of_parameters_of_timms(text, publishe
     assert sum(leaf.size for leaf in shapes.values()) == published
 
 
+@pytest.mark.slow
 def test_an_h_of_52_blocks_is_an_h_with_20_more():
     block = 12 * 1280**2 + 15 * 1280  # kernels; norms, biases and the scales of both branches
     small, large = (sum(leaf.size for leaf in built(text)[1].values()) for text in ("deit3:H", "deit3:H52"))

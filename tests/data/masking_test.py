@@ -12,7 +12,7 @@ from mae_jax.errors import UserError
 from mae_jax.rng import rng
 
 
-@pytest.mark.parametrize(("kind", "grid", "hidden"), [
+@pytest.mark.parametrize(("kind", "grid", "num_masked"), [
     ("random", (14, 14), 147), ("block", (14, 14), 75), ("block", (4, 6), 9), ("block", (14, 14), 196),
     ("block", (14, 14), 0), ("published_block", (14, 14), 75), ("published_block", (4, 6), 9),
     ("published_block", (14, 14), 196), ("published_block", (14, 14), 0), ("published_block", (1, 1), 1),

@@ -52,7 +52,11 @@ def evaluated(name: str, fields: dict) -> tuple[Evaluator, TrainState]:
     return Evaluator(method, inputs, mesh), TrainState(zero, params, (), extras, ema, zero)
 
 
-@pytest.mark.parametrize("case", CASES)
+FAST = ("mae", "segment", "supervised")
+
+
+@pytest.mark.parametrize("case", [
+    name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
 def test_the_names_that_an_evaluation_tells_are_those_of_its_figures(case):
     evaluator, state = evaluated(*CASES[case])
     ctx = evaluator._context(evaluator.applying, state.params, state, "eval")

@@ -236,6 +236,7 @@ def trained(tmp_path_factory):
     return config, whole, again
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_probes_are_of_the_encoder(trained):
     rows = [json.loads(line) for line in (trained[1] / "metrics.jsonl").read_text().splitlines()]
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
@@ -244,6 +245,7 @@ def test_the_loss_falls_and_probes_are_of_the_encoder(trained):
     assert {"eval/loss", "eval/knn/top1", "eval/linear/top1"} <= rows[-1].keys()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(trained):
     _, *folders = trained
     whole, again = (flatten(load_params(folder / "checkpoints" / "24", extras=True)) for folder in folders)
@@ -252,6 +254,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(trained):
         np.testing.assert_array_equal(value, again[name], name)
 
 
+@pytest.mark.slow
 def test_evaluations_exports_and_warm_starts_have_the_teachers_weights(trained, tmp_path):
     config, folder, _ = trained
     stored = load_params(folder, extras=True)

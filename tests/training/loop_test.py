@@ -113,6 +113,7 @@ def test_a_verdict_of_a_guard_stands_where_it_cannot_be_written(tmp_path, caplog
         replay.replay(str(tmp_path), 4)
 
 
+@pytest.mark.slow
 def test_gradients_that_stay_not_finite_stop_the_run_save_it_and_name_the_replay(tmp_path, capsys):
     config = tiny_config({"optim.lr": 1e38, "guard.max_nonfinite": 2, "train.duration": "20 steps", "eval.every": ""})
     with pytest.raises(GuardError, match=r"2 steps .* step \d+; .*--mode=replay") as error:

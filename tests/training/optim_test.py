@@ -298,7 +298,8 @@ def test_fields_that_were_changed_and_that_the_rule_does_not_read_are_named(fiel
     assert optim.unread(tiny_config(fields)) == unread
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [
+    name if name == "adamw" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
 def test_no_moments_parameters_or_averages_are_copied_in_a_step(name):
     config = tiny_config({"optim.name": name, "optim.momentum": 0.9, "optim.ema": 0.9})
     program = tiny_step(config).lower(tiny_state(config), tiny_batch(config)).compile().as_text()
@@ -343,6 +344,7 @@ def test_every_matrix_of_every_block_has_a_trust_ratio_of_its_own(name):
             np.testing.assert_allclose(np.linalg.norm(update), wanted, rtol=1e-5, err_msg=key)
 
 
+@pytest.mark.slow
 def test_three_steps_of_lars_with_scanned_layers_are_those_without():
     fields = {"optim.name": "lars", "optim.lr": 50.0, "optim.warmup": "0 steps"}
     ends = []

@@ -185,7 +185,7 @@ def test_accelerators_choose_between_old_and_new_and_only_cpus_loop(platform):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "default"])
-@pytest.mark.parametrize("taken", [False, True])
+@pytest.mark.parametrize("apply_update", [False, True])
 def test_new_values_are_kept_only_if_the_step_is_taken(platform, apply_update, monkeypatch):
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, **ways: ways[platform](*args))
     kept = {"a": jnp.arange(3), "b": jnp.zeros(2)}

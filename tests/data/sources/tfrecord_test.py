@@ -67,7 +67,7 @@ def test_records_lost_at_any_place_stop_the_run_and_are_all_told_by_an_audit(sha
     assert not seen.broken
 
 
-@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("labeled", [True, False])
 @pytest.mark.parametrize("what", [what for what in HARM if "cut " in what or what == "flipped length"])
 def test_without_counts_files_that_are_cut_are_refused_at_once_but_those_that_end_with_a_record(shards, what, labeled):
     if not labeled:
