@@ -4,8 +4,8 @@
   python benchmarks/methods.py --batch=256 --rounds=30       (one GPU)
   python benchmarks/methods.py --experts=8 --batch=64 --rounds=5     (MoCE beside MAE: methods_8_experts_<device>)
 
-FLOPs are the matrix products counted on paper (mae_jax/flops.py), by which methods with other amounts of work can be
-compared. The figures are written to benchmarks/results/methods_<device>.json, with each round's times, and .md.
+FLOPs are the matrix products counted on paper (`Method.forward_flops`), by which methods with other amounts of work can
+be compared. The figures are written to benchmarks/results/methods_<device>.json, with each round's times, and .md.
 """
 
 import argparse

@@ -23,7 +23,7 @@ are not in TFDS and are read from folders beside it, $TFDS_DATA_DIR (else ~/tens
 crop of the published code. No paper gives the length and batch for these data sets as far as we know: batch 256 and
 5,000 steps (20,000 where there are 50,000 pictures or more; iNaturalist: 100 epochs at batch 1024, Table 9) are our
 choice; so are the values of Ti and S, and labels that include VOC's difficult objects. iBOT's protocol is 1,000 epochs
-(360 on iNaturalist). The learning rate matters on small data sets: try several with --lrs of mae_jax.transfer.
+(360 on iNaturalist). The learning rate matters on small data sets: try several with --lrs of mae_jax transfer.
 Expected: not known; nobody has run these to their end here.
 """
 
