@@ -9,7 +9,7 @@ To change what a config trains: add 1 to `CURRENT` and a row to `BEHAVIORS`, kee
 of a workdir have kept their names.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -74,7 +74,7 @@ def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
       UserError: its recipe_version is not known here.
       ValueError: a field is there under both its names.
     """
-    out = {"recipe_version": 1, **{key: {**value} if isinstance(value, Mapping) else value
+    out: dict[str, Any] = {"recipe_version": 1, **{key: {**value} if isinstance(value, Mapping) else value
                                    for key, value in values.items()}}
     check(out["recipe_version"])
     for old, renamed in FIELDS.items():
@@ -87,10 +87,10 @@ def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def stored_name(field: str, present: Iterable[str]) -> str:
+def stored_name(field: str, present: Collection[str]) -> str:
     """Returns the name that a batch field has among those present: today's, or the one that it had before."""
     before = {renamed.now: old for old, renamed in BATCH_FIELDS.items()}
-    return field if field in present or before.get(field) not in present else before[field]
+    return field if field in present or before.get(field, field) not in present else before[field]
 
 
 def former(field: str) -> str:

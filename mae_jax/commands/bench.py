@@ -107,7 +107,8 @@ class TimedStep:
             if name.endswith("patches"):
                 host[name] = draws.integers(0, 256, s.shape, np.uint8)
             elif name == "cluster":
-                host[name] = draws.integers(0, program.method.count, s.shape, s.dtype)
+                clusters: int = getattr(program.method, "count", 1)
+                host[name] = np.asarray(draws.integers(0, clusters, s.shape, s.dtype))
             elif name.endswith("order"):
                 host[name] = draws.permuted(np.broadcast_to(np.arange(s.shape[-1], dtype=s.dtype), s.shape), axis=-1)
         self.batch = sharding.to_devices(host, self.mesh, config.batch_size)

@@ -94,6 +94,8 @@ class Context:
 
     def _kept(self, batch: Batch, outputs: jax.Array | None) -> dict[str, jax.Array]:
         """Returns the arrays of a batch [B, ...] that `Pass.rows` has."""
+        if outputs is None:
+            return {}
         if self.method.task == "pretraining":
             fields = ("label", cluster_ids.FIELD)
             return {"features": outputs} | {name: batch[name] for name in fields if name in batch}
@@ -158,7 +160,8 @@ def _features(method: Method, mesh: Mesh) -> Callable[..., jax.Array]:
 @functools.lru_cache(maxsize=8)
 def _logits(method: Method, mesh: Mesh) -> Callable[..., jax.Array]:
     """Returns the compiled `logits` of the method; kept likewise."""
-    return jax.jit(method.logits, out_shardings=replicated(mesh))
+    of_classifier: Any = method
+    return jax.jit(of_classifier.logits, out_shardings=replicated(mesh))
 
 
 @functools.lru_cache(maxsize=8)
@@ -178,7 +181,8 @@ def measure(method: Method, counting: tuple[Counter, ...], params: Any, extras: 
                   "segmentation": lambda m, *args: m.pixel_logits(*args)}[method.task]
     # The key is the same at every evaluation: what changes between two of them is the model.
     key = stream_key(method.config.seed, 0, "evaluate")
-    _, (metrics, _) = method.loss(params, extras, batch, key, 0, False)
+    no_step: Any = 0  # a number, so that nothing of it is compiled
+    _, (metrics, _) = method.loss(params, extras, batch, key, no_step, False)
     outputs = outputs_of(method, params, extras, batch)
     counts = united("count", ((each.name, each.counts(method, outputs, batch)) for each in counting))
     return metrics, counts, None if method.task == "segmentation" else outputs

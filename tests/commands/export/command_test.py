@@ -9,11 +9,10 @@ from safetensors.numpy import load_file
 
 from mae_jax.commands.export import command
 from mae_jax.errors import UserError
-from mae_jax.methods import get
 from mae_jax.param_tree import flatten
 from mae_jax.storage.checkpoint import Checkpoints, load_params
 from mae_jax.training import workdir
-from tests.helpers.tiny import tiny_batch, tiny_config, tiny_state, tiny_supervised
+from tests.helpers.tiny import tiny_batch, tiny_config, tiny_method, tiny_state, tiny_supervised
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +106,7 @@ def test_hugging_faces_layout_refuses_a_classifier(probe, tmp_path):
 @pytest.mark.parametrize("method", ["segment", "beit", "splitmask", "dino"])
 def test_what_heads_and_decoders_of_other_methods_predict_is_not_written_as_a_classifier(method, tmp_path, capsys):
     config = tiny_config(method=method)
-    some = get(method)(config)
+    some = tiny_method(config)
     params, extras = some.init(jax.random.key(0), tiny_batch(config))
     extras |= {"teacher": jax.tree.map(lambda x: x + 1, params)} if method == "dino" else {}
     state = tiny_state(config, extras, some)
