@@ -76,8 +76,9 @@ def measure(config: ConfigDict, target: Target, examples: int, cache: str = "",
     known = {"config": param_tree.flat(config), "target": target.name, "examples": examples, "versions": versions(),
              "source": _source_digest()}
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]
-    own = not config.plugins and not plugins.used()  # the code of plug-ins is in no digest
-    file = Path(cache).expanduser() / f"{key}.json" if cache and own else None
+    named = {"methods": [config.method.name], "optimizers": [config.optim.name]}
+    foreign = config.plugins or plugins.used(named)  # the code of plug-ins is in no digest
+    file = Path(cache).expanduser() / f"{key}.json" if cache and not foreign else None
     if file and file.exists():
         with contextlib.suppress(ValueError):  # a damaged file is made anew
             return json.loads(file.read_text()) | {"cached": True}
