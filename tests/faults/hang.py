@@ -28,10 +28,10 @@ def hang(place: str) -> None:
     if place == "save":
         Checkpoints.save = sleeps
     elif place == "evaluation":
-        PeriodicEvaluation.look = lambda self, state, done: sleeps() if done == 4 else None
+        PeriodicEvaluation.evaluate = lambda self, state, done: sleeps() if done == 4 else None
     elif place == "step":
-        push = StepLogger.push
-        StepLogger.push = lambda self, done, *args: (sleeps if done == AT else push)(self, done, *args)
+        push = StepLogger.record
+        StepLogger.record = lambda self, done, *args: (sleeps if done == AT else push)(self, done, *args)
     else:
         make = data.OpenedData.batches
 
