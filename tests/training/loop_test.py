@@ -86,7 +86,7 @@ def test_other_data_at_a_resume_are_told_and_other_classes_of_a_classifier_refus
 
 @pytest.mark.slow
 def test_a_workdir_that_is_removed_meanwhile_is_made_whole_again(tmp_path, monkeypatch, caplog):
-    push = StepLogger.push
+    push = StepLogger.record
 
     def remove(self, done, *args):
         if done == 4:
