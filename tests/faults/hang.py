@@ -12,7 +12,7 @@ from mae_jax.training.evaluation import PeriodicEvaluation
 from mae_jax.training.step_logger import StepLogger
 from tests.faults import peer
 
-SECONDS = 1.5  # guard.stall_seconds; the tiny run's steps take milliseconds
+SECONDS = 5.0  # guard.stall_seconds; the tiny run's steps take milliseconds
 AT = 3  # the step at which it hangs
 PLACES = {"input": f"the input of step {AT}", "step": f"step {AT}", "save": "the save of step 4",
           "evaluation": "the evaluation at step 4"}
