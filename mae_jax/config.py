@@ -297,7 +297,7 @@ def validate(config: ConfigDict, for_training: bool = True) -> None:
 
     Args:
       config: the resolved config.
-      trains: False where the encoder alone is looked at: the method's own fields are not.
+      for_training: False where the encoder alone is looked at: the method's own fields are not.
     """
     from mae_jax.data.transforms import color
     from mae_jax.ops.patches import PatchGrid  # with JAX, which a recipe and --help do without

@@ -8,8 +8,8 @@ def cross_entropy(targets: jax.Array, student_logits: jax.Array, same: bool = Fa
     """Returns each image's mean cross-entropy over pairs of a teacher's view and another one of the student's.
 
     Args:
-      wanted: float32 [B, T, K], probabilities of the teacher's views.
-      told: float32 [B, T + S, K], logits of the student's; its first T views are those of the teacher.
+      targets: float32 [B, T, K], probabilities of the teacher's views.
+      student_logits: float32 [B, T + S, K], logits of the student's; its first T views are those of the teacher.
       same: compares each of the teacher's views with the student's same one instead (S is then 0).
 
     Returns:

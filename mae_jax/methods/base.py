@@ -190,7 +190,7 @@ class Method:
         Args:
           params: those that training starts from.
           extras: as `init` made them.
-          images: batches of the training split as evaluations see it, with their global rows, on the host; none is
+          batches: of the training split as evaluations see it, with their global rows, on the host; none is
             read where nothing is computed. None: the encoder alone is of interest, and nothing is.
         """
         return extras

@@ -106,7 +106,7 @@ class DINO(Method):
           patches: uint8 [B, n, N, P].
           order: int32 [B, n, N].
           grid: of these patches, where they are not those of whole images.
-          keep: float32 [depth, 2, B n] of stochastic depth; None: off.
+          drop_path_mask: float32 [depth, 2, B n] of stochastic depth; None: off.
         """
         pixels, places = (value.reshape(-1, *value.shape[2:]) for value in (patches, order))
         tokens = self.encoder.apply({"params": params["encoder"]}, normalize(pixels), places,

@@ -89,7 +89,7 @@ class SplitMask(Method):
         Args:
           params: the parameters.
           batch: patches and order.
-          keep: float32 [depth, 2, 2B] of stochastic depth; None: off.
+          drop_path_mask: float32 [depth, 2, 2B] of stochastic depth; None: off.
 
         Returns:
           float32 [2B, N - N // 2, outputs], predictions in the order of `swapped`, and descriptors float32 [2B, D].

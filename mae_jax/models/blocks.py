@@ -112,7 +112,7 @@ class Blocks(nn.Module):
         """Applies the first `depth` blocks (all when None) to tokens [B, T, D].
 
         Args:
-          keep: float32 [depth, 2, B] of `drop_path`; None: nothing is dropped.
+          drop_path_mask: float32 [depth, 2, B] of `drop_path`; None: nothing is dropped.
           choices: of the blocks with experts, by number; where tokens choose, the noise of their gate or nothing.
         """
         blocks = [self.block(index, name=f"block_{index:02d}") for index in range(self.depth)]

@@ -51,7 +51,7 @@ class Encoder(Blocks):
           order: int32 [B, T + mask_tokens], the raster index of each token.
           mask_tokens: learned tokens appended after the patches, for the rest of the order (MAE Table 1c).
           block: the last block to run, without the final norm; -1 runs them all and the norm.
-          keep: float32 [depth, 2, B] of `layers.drop_path`, for stochastic depth.
+          drop_path_mask: float32 [depth, 2, B] of `layers.drop_path`, for stochastic depth.
           grid: patches along (height, width), where they are not those of the encoder; positions are then fixed ones.
           added: further embeddings of the patches, [..., T, D].
           choices: block → which expert each image goes through there (MoCE); where tokens choose, see `Experts`.
@@ -96,10 +96,10 @@ class Decoder(Blocks):
         Args:
           tokens: [B, 1 + T, D] encoded class token, where there is one, and the first T patches of the order.
           order: int32 [B, N]; N - T mask tokens are appended.
-          hidden: how many rows, from the end, are predicted: the norm and the head run on these alone.
+          num_masked: how many rows, from the end, are predicted: the norm and the head run on these alone.
 
         Returns:
-          float32 [B, hidden, outputs]; with `describes`, and float32 [B, width].
+          float32 [B, num_masked, outputs]; with `describes`, and float32 [B, width].
         """
         x = Dense(self.width, self.dtype, name="embed")(tokens)
         mask_token = self.param("mask_token", nn.initializers.normal(TOKEN_STD), (1, 1, self.width))

@@ -47,16 +47,16 @@ def prepare(config: ConfigDict, folder: epath.Path, for_training: bool = True) -
     Args:
       config: the resolved config.
       folder: the workdir.
-      trains: False where the encoder alone is looked at: data of any labels, or without what the loss needs, will do.
+      for_training: False where the encoder alone is looked at: data of any labels, or without what the loss needs, will do.
     """
     from mae_jax import data
 
     validate(config, for_training)
     here = resolved(config)
     mesh = sharding.make_mesh(here)
-    if for_training and methods.get(config.method.name).uses_labels:
-        data.check_apart(config.data, "train_split", "eval_split")
     if for_training:
+        if methods.get(config.method.name).uses_labels:
+            data.check_apart(config.data, "train_split", "eval_split")
         method, dataset = methods.with_data(here)
     else:
         dataset = data.OpenedData(here)
@@ -100,7 +100,7 @@ def initial_state(run: Run, for_training: bool = True) -> TrainState:
 
     Args:
       run: as `prepare` made it.
-      trains: False where the encoder alone is looked at: nothing is then computed of training images.
+      for_training: False where the encoder alone is looked at: nothing is then computed of training images.
     """
     loaded = warm_start.load(run.config, run.program.state.params) if run.config.init_from else {}
     rows = len(sharding.local_rows(run.program.mesh, run.config.batch_size))

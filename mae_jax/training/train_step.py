@@ -187,7 +187,7 @@ def only_if(apply_update: jax.Array, advance: Callable[[T], T], kept: T) -> T:
     donated, moments and parameters, before it writes over them; a loop of one turn or none writes in place.
 
     Args:
-      taken: bool [].
+      apply_update: bool [].
       advance: a pure function of a tree that returns one of the same structure, shapes and dtypes.
       kept: the tree.
     """

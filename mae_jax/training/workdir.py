@@ -60,7 +60,7 @@ def data_changes(workdir: epath.Path, inputs: Any, has_class_head: bool) -> list
     Args:
       workdir: of the run.
       inputs: data.Inputs.
-      names_classes: whether the classes must be the same.
+      has_class_head: whether the classes must be the same.
 
     Raises:
       UserError: they must, and are not.
