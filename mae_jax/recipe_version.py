@@ -75,7 +75,7 @@ def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
       ValueError: a field is there under both its names.
     """
     out: dict[str, Any] = {"recipe_version": 1, **{key: {**value} if isinstance(value, Mapping) else value
-                                   for key, value in values.items()}}
+                                                   for key, value in values.items()}}
     check(out["recipe_version"])
     for old, renamed in FIELDS.items():
         (group, before), (_, now) = old.split("."), renamed.now.split(".")

@@ -13,7 +13,7 @@ from mae_jax.ops.patches import normalize
 
 
 def block_inputs(encoder: Encoder, params: Any, patches: jax.Array, order: jax.Array,
-                   added: jax.Array | None = None) -> Iterator[jax.Array]:
+                 added: jax.Array | None = None) -> Iterator[jax.Array]:
     """Yields the tokens [B, 1 + T, D] before each block, and those after the last one, without the final norm.
 
     One forward pass, which goes as far as it is asked to. Blocks are unrolled whatever `scan` says.

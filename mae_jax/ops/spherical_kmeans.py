@@ -123,7 +123,7 @@ def assign(chunks: Chunks, centroids: np.ndarray, prices: np.ndarray) -> tuple[n
 
 
 def balanced_kmeans(chunks: Chunks, sample: np.ndarray, clusters: int, ratio: float,
-                  rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
+                    rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
     """Clusters points into groups of nearly one size.
 
     What takes many passes is done on the sample first, which is in memory; few passes over all points remain.

@@ -60,7 +60,7 @@ def broadcast(value: Any) -> Any:
 
 
 def launch(command: Callable[[], int], place: ProcessInfo, same: Mapping[str, Any], start_seconds: float,
-             heartbeat: float) -> int:
+           heartbeat: float) -> int:
     """Runs `command` as one of several processes, and ends when all end.
 
     Args:
@@ -326,7 +326,7 @@ class Peers:
             line.close()
         self._end(LOST,
                   f"process {number} of {self.place.num_processes} was lost: {why}; start the same command again on "
-                        "all", number)
+                  "all", number)
 
     def _end(self, code: int, line: str, origin: int) -> None:
         """Takes the verdict, passes it on, and leaves some time to end by oneself."""

@@ -76,7 +76,7 @@ class SignalHandler:
         elif not self.requested:
             self.requested = True
             write_stderr("stopping: saving after this step; press Ctrl-C "
-                 f"{'again' if self._interrupts else 'twice'} to quit at once")
+                         f"{'again' if self._interrupts else 'twice'} to quit at once")
             if self._peers:
                 self._peers.request_stop()
 

@@ -47,7 +47,8 @@ def prepare(config: ConfigDict, folder: epath.Path, for_training: bool = True) -
     Args:
       config: the resolved config.
       folder: the workdir.
-      for_training: False where the encoder alone is looked at: data of any labels, or without what the loss needs, will do.
+      for_training: False where the encoder alone is looked at: data of any labels, or without what the loss needs,
+        will do.
     """
     from mae_jax import data
 

@@ -140,7 +140,7 @@ def split_microbatches(x: jax.Array, parts: int, group: int) -> jax.Array:
 
 
 def build_train_step(method: Method, optimizer: optax.GradientTransformationExtraArgs,
-                    schedule: Schedule) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+                     schedule: Schedule) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the pure function (state, batch) → (state, metrics) that the loop jits, donating the state.
 
     Where a gradient is not finite, or the step is a spike and `guard.spike` is on, parameters, optimizer, EMA and

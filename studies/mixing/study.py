@@ -343,7 +343,7 @@ def attention_picture(cells: list[Cell], work: Path, clipart: str, size: Size) -
         method, params, _ = opened(folder, clipart)
         ious = values(cells, "iou", kind="dense", set="clipart", arm=arm, seed=seed)
         pictures.append(attention_maps.picture(method, params, {}, batch, query="mean",
-                                          name=f"{arm}, seed {seed}, best head's IoU {text(ious)}: "))
+                                               name=f"{arm}, seed {seed}, best head's IoU {text(ious)}: "))
     return np.concatenate(pictures, 1)
 
 

@@ -54,7 +54,7 @@ def test_figures_are_scikit_learns_over_the_classes_in_truth_or_prediction():
     each = metrics.jaccard_score(truth, predicted, labels=occurs, average=None)
     np.testing.assert_allclose(segmentation.iou(matrix), [*each, np.nan])
     assert segmentation.summary(matrix) == {"miou": pytest.approx(each.mean()),
-                                       "pixel_accuracy": pytest.approx(metrics.accuracy_score(truth, predicted))}
+                                            "pixel_accuracy": pytest.approx(metrics.accuracy_score(truth, predicted))}
 
 
 def test_figures_of_nothing_are_nan():

@@ -19,7 +19,7 @@ def test_masks_of_patches_come_together_as_pixels():
 
 
 @pytest.mark.parametrize(("grid", "patch"), [((3, 5), (4, 4)), ((14, 14), (16, 16)), ((2, 3), (7, 2)),
-                                               ((1, 4), (3, 1))])
+                                             ((1, 4), (3, 1))])
 def test_upsampling_is_bilinear_about_pixel_centers_with_the_edge_repeated(grid, patch):
     logits = np.random.default_rng(0).normal(size=(2, *grid, 3)).astype(np.float32)
     found = segmentation.upsample(logits, patch)

@@ -181,7 +181,7 @@ def test_accelerators_choose_between_old_and_new_and_only_cpus_loop(platform):
     traced = jax.jit(only_if, static_argnums=1).trace(jnp.array(True), next_values, kept)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert ("stablehlo.while" in text, "stablehlo.select" in text) == ((True, False) if platform == "cpu" else
-                                                                      (False, True))
+                                                                       (False, True))
 
 
 @pytest.mark.parametrize("platform", ["cpu", "default"])

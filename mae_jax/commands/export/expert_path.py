@@ -49,7 +49,7 @@ class ExtractedExpert(NamedTuple):
 
 
 def extract_expert(config: ConfigDict, params: Any, extras: Any, task: ConfigDict, how: str, seed: int = 0,
-              clusters: str = "") -> ExtractedExpert:
+                   clusters: str = "") -> ExtractedExpert:
     """Cuts the path for a task out of a mixture of experts.
 
     Args:

@@ -40,7 +40,7 @@ class Mixture:
 
     def cut(self, how, seed=0, config=None, clusters=""):
         return expert_path.extract_expert(config or self.config, self.params, self.extras, tiny_config(), how, seed,
-                                     clusters)
+                                          clusters)
 
 
 def experts_of(tree):
