@@ -91,7 +91,7 @@ class Decoder(Blocks):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, order: jax.Array, num_masked: int) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """Predicts the last `hidden` patches of the order.
+        """Predicts the last `num_masked` patches of the order.
 
         Args:
           tokens: [B, 1 + T, D] encoded class token, where there is one, and the first T patches of the order.
