@@ -50,9 +50,11 @@ def tiles(rows: int) -> tuple[Callable[..., jax.Array], ...]:
     return functools.partial(sized, expert_linear._tiled), functools.partial(sized, expert_linear._outer_tiled)
 
 
-WAYS = {"by groups (ragged_dot)": (expert_linear._grouped, expert_linear._outer_grouped),
-        **{f"by tiles of {rows} rows": tiles(rows) for rows in TILES},
-        "image by image": (expert_linear._one_by_one, expert_linear._outer_one_by_one)}
+WAYS: dict[str, tuple[Callable[..., jax.Array], ...]] = {
+    "by groups (ragged_dot)": (expert_linear._grouped, expert_linear._outer_grouped),
+    **{f"by tiles of {rows} rows": tiles(rows) for rows in TILES},
+    "image by image": (expert_linear._one_by_one, expert_linear._outer_one_by_one),
+}
 
 
 def measured(images: int, count: int) -> dict[str, list[float]]:

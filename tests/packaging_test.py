@@ -93,6 +93,15 @@ def test_the_public_surface_has_the_types_that_it_says():
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
+def test_benchmarks_and_studies_call_what_the_package_has():
+    command = [sys.executable, "-m", "mypy", "--config-file=", "--follow-imports=silent", "--explicit-package-bases"]
+    done = subprocess.run([*command, "benchmarks", "studies", "examples"], capture_output=True, text=True, timeout=300)
+    wrong = re.compile(r"\[(call-arg|attr-defined|name-defined)\]$|module named \"mae_jax\b")
+    assert "checked" in done.stdout
+    assert [line for line in done.stdout.splitlines() if wrong.search(line)] == []
+
+
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory) -> tuple[Path, Path, dict[str, str]]:
     """Returns an environment into which the wheel is installed, a folder of no checkout, and variables without one."""

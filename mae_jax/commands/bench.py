@@ -3,11 +3,12 @@
   mae_jax bench --config=vit_b_mae --parts=step --config.batch_size=8
   mae_jax bench --config=quickstart --to=speed.json
 
-The step alone runs on random data that already lies on the device, needs no TensorFlow, and takes the data for
-ImageNet-1K. FLOPs are the model's matrix products, counted on paper (`Method.forward_flops`); MFU is their share of the
-chip's dense bfloat16 peak.
+The step alone runs on random data that already lies on the device and needs no TensorFlow; where no other part is asked
+for, the data is taken to be ImageNet-1K. FLOPs are the model's matrix products, counted on paper
+(`Method.forward_flops`); MFU is their share of the chip's dense bfloat16 peak.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -60,45 +61,46 @@ def main() -> int:
 
 def measure(config: Any, parts: list[str], seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (part, figures) for each part."""
-    rows = config.batch_size
     from mae_jax import config as configs
     from mae_jax import methods
-    from mae_jax.data import ASSUMED
+
+    rows, needs_data = config.batch_size, bool({"input", "both"} & set(parts))
+    opened = functools.cache(lambda: methods.with_data(configs.resolved(config)))
+    step = functools.cache(lambda: TimedStep(config, opened()[1].info if needs_data else None))
+
+    def batches() -> Iterator[Any]:
+        method, data = opened()
+        return data.batches(method.eval_spec(), method.patch_order(), method.views()).train(0)
 
     if "step" in parts:
-        step = TimedStep(config, ASSUMED)
-        times = timed(lambda: step.run(step.batch), seconds)
-        yield "step", step.figures(times)
-    if not {"input", "both"} & set(parts):
-        return
-    method, opened = methods.with_data(configs.resolved(config))
-    inputs = opened.batches(method.eval_spec(), method.patch_order(), method.views())
+        times = timed(lambda: step().run(step().batch), seconds)
+        yield "step", step().figures(times)
     if "input" in parts:
-        batches = inputs.train(0)
-        times = timed(lambda: next(batches), seconds)
+        hosts = batches()
+        times = timed(lambda: next(hosts), seconds)
         rate = rows * len(times) / sum(times)
         yield "input", {"images_per_sec": rate, "images_per_sec_per_core": rate / os.cpu_count(),
                         "host_memory_gib": host_memory()}
     if "both" in parts:
-        step = TimedStep(config, opened.info)
-        batches = step.prefetched(inputs.train(0))
-        times = timed(lambda: step.run(next(batches)), seconds)
+        ready = step().prefetched(batches())
+        times = timed(lambda: step().run(next(ready)), seconds)
         yield "both", {"images_per_sec": rows * len(times) / sum(times), "host_memory_gib": host_memory()}
 
 
 class TimedStep:
     """The true, jitted, donating train step with a batch of random pixels on the device."""
 
-    def __init__(self, config: Any, about: Any):
-        """Args: the config, and the `data.DataInfo` that the method is built for."""
+    def __init__(self, config: Any, info: Any = None):
+        """Args: the config, and the `data.DataInfo` that the method is built for; None: that of ImageNet-1K."""
         import jax
         import numpy as np
 
+        from mae_jax.data import ASSUMED
         from mae_jax.runtime import sharding
         from mae_jax.training import throughput
         from mae_jax.training.train_step import build
 
-        program = build(config, about)
+        program = build(config, info or ASSUMED)
         self.config, self.mesh = config, program.mesh
         draws, spec = np.random.default_rng(0), program.batch
         host = {name: np.ones(s.shape, s.dtype) if name == "valid" else np.zeros(s.shape, s.dtype)

@@ -35,6 +35,7 @@ from mae_jax.commands.export.expert_path import pooled
 from mae_jax.config import default, resolved
 from mae_jax.data import NO_DATA
 from mae_jax.evals import linear_probe
+from mae_jax.evals.context import Pair
 from mae_jax.methods import build
 from mae_jax.param_tree import split_eval_params
 from mae_jax.storage.checkpoint import load_params
@@ -203,12 +204,14 @@ class Study:
         config.eval.max_examples = 1 << 31
         method, (params, extras) = build(resolved(config), NO_DATA), split_eval_params(load_params(source, extras=True))
         assert not extras or config.method.get("gate") == "token"
-        pairs = []
-        for split in ("train", "test"):
+
+        def pair(split: str) -> Pair:
             config.data.train_split = split
-            parts = list(pooled(config.copy_and_resolve_references(), method, params))
-            pairs.append(tuple(np.concatenate(column) for column in zip(*parts, strict=True)))
-        return linear_probe.top1(*pairs, int(pairs[0][1].max()) + 1)
+            features, labels = zip(*pooled(config.copy_and_resolve_references(), method, params), strict=True)
+            return np.concatenate(features), np.concatenate(labels)
+
+        train = pair("train")
+        return linear_probe.top1(train, pair("test"), int(train[1].max()) + 1)
 
     def _train(self, config: ConfigDict, folder: Path) -> dict[str, float]:
         config.train.compilation_cache = self.programs
