@@ -1,1 +1,1 @@
-"""What a training run is judged by: held-out loss, probes on frozen features, pictures."""
+"""Evaluations: held-out loss, linear and k-NN probes, metrics of classification and segmentation, figures."""

@@ -5,8 +5,9 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from mae_jax.evals.context import Context
+from mae_jax.evals.context import Context, Pair
 from mae_jax.methods.base import Batch, Method
 
 When = Literal["periodic", "final", "on_demand"]
@@ -54,3 +55,28 @@ class Evaluation:
         `ctx.shown` has the images to show; there is at least one.
         """
         yield from ()
+
+
+class Probe(Evaluation):
+    """Base of probes: top-1 of the held-out images of pre-training by frozen features of the training split.
+
+    Attributes:
+      metric: what it is called, without 'eval/'.
+    """
+
+    metric: ClassVar[str]
+
+    def applies(self, method: Method, data: Any) -> bool:
+        return method.task == "pretraining" and len(data.classes) > 1
+
+    def metric_names(self, method: Method, data: Any) -> list[str]:
+        return [self.metric]
+
+    def scalars(self, ctx: Context) -> dict[str, float]:
+        if not ctx.probed:
+            return {}
+        return {self.metric: self.accuracy(*ctx.probed, len(ctx.data.classes), ctx.method.config.eval)}
+
+    def accuracy(self, train: Pair, test: Pair, classes: int, c: ConfigDict) -> float:
+        """Returns the top-1 of `test`, read once, in 0..1; c: the group `eval`."""
+        raise NotImplementedError

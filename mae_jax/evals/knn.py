@@ -1,33 +1,25 @@
 """Weighted k-nearest-neighbour classification of frozen features (Wu et al. 2018; DINO, section 4.1)."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from mae_jax.evals.base import Evaluation
-from mae_jax.evals.context import Context
-from mae_jax.methods.base import Method
+from mae_jax.evals.base import Probe
+from mae_jax.evals.context import Pair
 
 CHUNK = 1024  # queries at a time, to bound the similarity matrix
 
 
-class KNN(Evaluation):
+class KNN(Probe):
     """Top-1 of the held-out images by their nearest neighbors in the training split."""
 
-    name = "knn"
+    name, metric = "knn", "knn/top1"
 
-    def applies(self, method: Method, data: Any) -> bool:
-        return method.task == "pretraining" and len(data.classes) > 1
-
-    def metric_names(self, method: Method, data: Any) -> list[str]:
-        return ["knn/top1"]
-
-    def scalars(self, ctx: Context) -> dict[str, float]:
-        c = ctx.method.config.eval
-        return {"knn/top1": top1(*ctx.probed, len(ctx.data.classes), c.knn_k, c.knn_temperature)} if ctx.probed else {}
+    def accuracy(self, train: Pair, test: Pair, classes: int, c: ConfigDict) -> float:
+        return top1(train, test, classes, c.knn_k, c.knn_temperature)
 
 
 @partial(jax.jit, static_argnames=("classes", "k"))
@@ -40,8 +32,7 @@ def vote(queries: jax.Array, bank: jax.Array, labels: jax.Array, classes: int, k
     return (jax.nn.one_hot(labels[index], classes) * votes[..., None]).sum(1)
 
 
-def top1(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], classes: int, k: int,
-         temperature: float) -> float:
+def top1(train: Pair, test: Pair, classes: int, k: int, temperature: float) -> float:
     """Returns the accuracy of (features [n, D], labels [n]) `test` by its neighbours in `train`, cosine similarity.
 
     The temperature says how much more the nearer ones count; the larger, the more equal the votes.

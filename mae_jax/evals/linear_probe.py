@@ -1,16 +1,15 @@
 """Linear probes on frozen features: multinomial logistic regression, and the published recipe with SGD."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import ConfigDict
 
-from mae_jax.evals.base import Evaluation
-from mae_jax.evals.context import Context, Pair
-from mae_jax.methods.base import Method
+from mae_jax.evals.base import Probe
+from mae_jax.evals.context import Pair
 from mae_jax.rng import rng, stream_key
 
 ITERATIONS = 100  # of L-BFGS; enough for the training loss to settle on the features seen here (our choice)
@@ -26,19 +25,13 @@ STEPS = 16
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # per 256 examples, as optim.lr (our choice)
 
 
-class LinearProbe(Evaluation):
+class LinearProbe(Probe):
     """Top-1 of the held-out images by a logistic regression that is fitted on the training split."""
 
-    name = "linear_probe"
+    name, metric = "linear_probe", "linear/top1"
 
-    def applies(self, method: Method, data: Any) -> bool:
-        return method.task == "pretraining" and len(data.classes) > 1
-
-    def metric_names(self, method: Method, data: Any) -> list[str]:
-        return ["linear/top1"]
-
-    def scalars(self, ctx: Context) -> dict[str, float]:
-        return {"linear/top1": top1(*ctx.probed, len(ctx.data.classes))} if ctx.probed else {}
+    def accuracy(self, train: Pair, test: Pair, classes: int, c: ConfigDict) -> float:
+        return top1(train, test, classes)
 
 
 @partial(jax.jit, static_argnames="classes")

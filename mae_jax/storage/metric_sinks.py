@@ -12,6 +12,7 @@ SINKS = {  # name → module:class
     "pictures": "mae_jax.storage.png_files:PngFiles",
     "tensorboard": "mae_jax.storage.tensorboard:TensorBoard",
 }
+LOOP_RETRY_SECONDS = 5.0  # seconds in which a failing bucket is tried again while the loop waits
 
 
 class Sink:

@@ -13,12 +13,11 @@ from etils import epath
 
 from mae_jax.errors import UserError, pluralize
 from mae_jax.storage import metric_sinks, workdir_lock
-from mae_jax.storage.metric_sinks import Sink
+from mae_jax.storage.metric_sinks import LOOP_RETRY_SECONDS, Sink
 from mae_jax.storage.paths import replace_text
 
 logger = logging.getLogger(__name__)
 REMOTE_PERIOD = 30.0  # seconds between rewrites of metrics.jsonl in a bucket, which cannot append
-LOOP_RETRY_SECONDS = 5.0  # seconds in which a failing bucket is tried again while the loop waits
 FINAL_RETRY_SECONDS = 60.0  # the same at the end
 
 

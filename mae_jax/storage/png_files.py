@@ -7,11 +7,10 @@ import numpy as np
 from etils import epath
 
 from mae_jax.storage import workdir_lock
-from mae_jax.storage.metric_sinks import Sink
+from mae_jax.storage.metric_sinks import LOOP_RETRY_SECONDS, Sink
 from mae_jax.storage.paths import make_folder, replace_bytes
 
 logger = logging.getLogger(__name__)
-LOOP_RETRY_SECONDS = 5.0  # seconds in which a failing bucket is tried again while the loop waits
 
 
 class PngFiles(Sink):

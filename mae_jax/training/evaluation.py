@@ -86,10 +86,9 @@ class PeriodicEvaluation:
     A run with a validation part reads the evaluation split once, at its end.
     """
 
-    def __init__(self, run: Run, recorder: MetricWriter):
+    def __init__(self, run: Run, evaluator: Evaluator, recorder: MetricWriter):
         config = run.config
-        self.run, self.recorder = run, recorder
-        self.evaluator = Evaluator(run.program.method, run.inputs, run.program.mesh)
+        self.run, self.evaluator, self.recorder = run, evaluator, recorder
         self.reports = bool(config.data.eval_split) and config.eval.test
         self.part = "val" if config.data.val_split else "eval" if self.reports else ""
         self.every = run.timeline.eval_every if self.part else 0

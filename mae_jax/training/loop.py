@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from mae_jax import errors, param_tree
 from mae_jax.config import profile_steps
 from mae_jax.errors import GuardError, UserError
-from mae_jax.evals.evaluator import missing
+from mae_jax.evals.evaluator import Evaluator, missing
 from mae_jax.methods.base import Metrics
 from mae_jax.runtime import peers, sharding, startup_timer
 from mae_jax.runtime.console import print_once
@@ -21,6 +21,7 @@ from mae_jax.storage import metric_sinks, paths, workdir_lock
 from mae_jax.storage.checkpoint import Checkpoints
 from mae_jax.storage.metric_writer import MetricWriter
 from mae_jax.training import evaluation, optim, workdir
+from mae_jax.training.evaluation import PeriodicEvaluation
 from mae_jax.training.run import (
     Run,
     _tell,
@@ -78,7 +79,8 @@ def resume(run: Run, stopper: SignalHandler, watchdog: Watchdog) -> int:
     workdir.record(folder, config, run.inputs, evaluator.names_applying)
     recorder = MetricWriter(folder, int(state.step), metric_sinks.names(config.log), jax.process_index() == 0)
     try:
-        code = loop(run, state, checkpoints, recorder, stopper, watchdog)
+        periodic = PeriodicEvaluation(run, evaluator, recorder)
+        code = loop(run, state, checkpoints, periodic, stopper, watchdog)
     except BaseException:
         if not peers.peers():  # else the others may not come to wait for the last save
             checkpoints.close()
@@ -129,15 +131,15 @@ class Profile:
             logger.info("profile of steps %d to %d: %s", self.first, self.last, self.folder)
 
 
-def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: MetricWriter, stopper: SignalHandler,
+def loop(run: Run, state: TrainState, checkpoints: Checkpoints, periodic: PeriodicEvaluation, stopper: SignalHandler,
          watchdog: Watchdog) -> int:
     """Steps from the state's step to the end. Returns the exit code."""
     start, total = int(state.step), run.timeline.total
-    judged, log, profile = evaluation.PeriodicEvaluation(run, recorder), StepLogger(run, recorder), Profile(run)
+    log, profile = StepLogger(run, periodic.recorder), Profile(run)
     save_every = run.timeline.save_every
-    if judged.is_overdue(start):
+    if periodic.is_overdue(start):
         watchdog.watch(f"the evaluation at step {start}")
-        judged.evaluate(state, start)
+        periodic.evaluate(state, start)
         watchdog.watch("")
         startup_timer.done("evaluation")
     run.program.compile()
@@ -159,7 +161,7 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Metric
             logger.info("time to first step %s", startup_timer.summary())
             log.speed.start()
         stop = stopper.should_stop(done)
-        look = judged.is_due(done)
+        look = periodic.is_due(done)
         # Also before an evaluation: a signal can then end it at once.
         save = look or done == total or (save_every > 0 and done % save_every == 0)
         try:
@@ -167,12 +169,12 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Metric
             if save or stop:
                 log.flush()
         except GuardError:
-            _keep_config(run, judged)
+            _keep_config(run, periodic)
             checkpoints.save(done, state)
             checkpoints.wait()
             raise
         if save or stop:
-            _keep_config(run, judged)
+            _keep_config(run, periodic)
             watchdog.watch(f"the save of step {done}")
             checkpoints.save(done, state)
         if stop and done < total:
@@ -182,14 +184,14 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, recorder: Metric
             if not checkpoints.failed:
                 stopper.mark_saved()
             watchdog.watch(f"the evaluation at step {done}")
-            judged.evaluate(state, done)
+            periodic.evaluate(state, done)
             log.speed.start()
     return finish(run, checkpoints, state, total)
 
 
-def _keep_config(run: Run, judged: evaluation.PeriodicEvaluation) -> None:
+def _keep_config(run: Run, periodic: PeriodicEvaluation) -> None:
     if jax.process_index() == 0:
-        workdir.keep(run.workdir, run.config, run.inputs, judged.evaluator.names_applying)
+        workdir.keep(run.workdir, run.config, run.inputs, periodic.evaluator.names_applying)
 
 
 def finish(run: Run, checkpoints: Checkpoints, state: TrainState, done: int) -> int:
@@ -240,8 +242,9 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
     # Lines past this step stay: they may be those of a run in progress.
     recorder = MetricWriter(path, math.inf, metric_sinks.names(run.config.log), jax.process_index() == 0)
     with jax.set_mesh(run.program.mesh):
-        judged, began = evaluation.PeriodicEvaluation(run, recorder), time.monotonic()
-        judged.write(state, int(state.step), judged.final_metrics(state, {}), began)
+        evaluator, began = Evaluator(run.program.method, run.inputs, run.program.mesh), time.monotonic()
+        periodic = PeriodicEvaluation(run, evaluator, recorder)
+        periodic.write(state, int(state.step), periodic.final_metrics(state, {}), began)
     recorder.close()
     checkpoints.close()
     return errors.FINISHED

@@ -30,9 +30,9 @@ def lines(folder):
 
 
 @pytest.fixture(scope="module")
-def judged(tmp_path_factory):
+def evaluated(tmp_path_factory):
     """A run of six steps that is evaluated every third one, with averaged weights."""
-    folder = tmp_path_factory.mktemp("judged")
+    folder = tmp_path_factory.mktemp("evaluated")
     fields = {"checkpoint.best_metric": "loss", "optim.ema": 0.5, "eval.crop_ratio": (0.875, 1.0)}
     config = tiny_supervised(SPLITS | fields)
     assert loop.train(config, str(folder)) == 0
@@ -40,36 +40,36 @@ def judged(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_validation_part_is_evaluated_on_the_way_and_the_test_split_once_at_the_end(judged):
-    seen = {part: [line["step"] for line in lines(judged) if f"{part}/loss" in line] for part in ("val", "eval")}
+def test_the_validation_part_is_evaluated_on_the_way_and_the_test_split_once_at_the_end(evaluated):
+    seen = {part: [line["step"] for line in lines(evaluated) if f"{part}/loss" in line] for part in ("val", "eval")}
     assert seen == {"val": [0, 3, 6], "eval": [6]}
 
 
 @pytest.mark.slow
-def test_the_end_reports_last_averaged_and_best_weights_and_other_crops(judged):
-    last = next(line for line in lines(judged) if "eval/loss" in line)
+def test_the_end_reports_last_averaged_and_best_weights_and_other_crops(evaluated):
+    last = next(line for line in lines(evaluated) if "eval/loss" in line)
     assert {"eval/top1", "eval/raw/top1", "eval/best/top1", "eval/best/raw/top1", "eval/crop_1/top1"} <= last.keys()
     assert last["eval/raw/loss"] != last["eval/loss"]
 
 
 def test_what_was_best_by_k_nn_is_printed_and_figures_of_single_experts_are_only_recorded(capsys):
-    judge, recorded = PeriodicEvaluation.__new__(PeriodicEvaluation), []
-    judge.part, judge.evaluator = "val", SimpleNamespace(images=lambda *_: [])
-    judge.recorder = SimpleNamespace(write_scalars=lambda step, values: recorded.extend(values))
+    periodic, recorded = PeriodicEvaluation.__new__(PeriodicEvaluation), []
+    periodic.part, periodic.evaluator = "val", SimpleNamespace(images=lambda *_: [])
+    periodic.recorder = SimpleNamespace(write_scalars=lambda step, values: recorded.extend(values))
     figures = {"eval/best/knn/top1": 0.5, "eval/purity/block_01": 0.25, "eval/share/block_03/7": 0.125}
-    judge.write(None, 4, figures, time.monotonic())
+    periodic.write(None, 4, figures, time.monotonic())
     assert "at step 4: eval/best/knn/top1 0.5000  eval/purity/block_01 0.2500  (0 s)" in capsys.readouterr().out
     assert recorded == list(figures)
 
 
 @pytest.mark.slow
-def test_the_best_checkpoint_has_the_lowest_validation_loss(judged):
-    losses = {line["step"]: line["val/loss"] for line in lines(judged) if "val/loss" in line}
-    score = json.loads((judged / "best" / "score.json").read_text())
+def test_the_best_checkpoint_has_the_lowest_validation_loss(evaluated):
+    losses = {line["step"]: line["val/loss"] for line in lines(evaluated) if "val/loss" in line}
+    score = json.loads((evaluated / "best" / "score.json").read_text())
     best = min(losses, key=losses.__getitem__)
     assert score == {"step": best, "metric": "loss", "max_examples": 32, "crop_ratio": 224 / 256,
                      "score": -losses[best]}
-    assert [path.name for path in (judged / "best" / "checkpoints").iterdir()] == [str(best)]
+    assert [path.name for path in (evaluated / "best" / "checkpoints").iterdir()] == [str(best)]
 
 
 def test_only_a_better_state_replaces_the_best_also_after_a_restart(tmp_path):
@@ -121,11 +121,11 @@ def test_a_score_that_finds_no_room_ends_no_run(tmp_path, monkeypatch, caplog):
 
 
 @pytest.mark.slow
-def test_the_best_checkpoint_is_read_like_any_other(judged):
-    step = json.loads((judged / "best" / "score.json").read_text())["step"]
-    assert config_of(str(judged / "best")).method.name == "supervised"
+def test_the_best_checkpoint_is_read_like_any_other(evaluated):
+    step = json.loads((evaluated / "best" / "score.json").read_text())["step"]
+    assert config_of(str(evaluated / "best")).method.name == "supervised"
     best, same = (flatten(load_params(str(folder), ema=True))
-                  for folder in (judged / "best", judged / "best" / "checkpoints" / str(step)))
+                  for folder in (evaluated / "best", evaluated / "best" / "checkpoints" / str(step)))
     assert best.keys() == same.keys()
     for name, leaf in best.items():
         np.testing.assert_array_equal(leaf, same[name], err_msg=name)
