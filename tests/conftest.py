@@ -3,6 +3,7 @@
 import importlib.metadata
 import logging
 import os
+import sys
 from collections.abc import Iterator
 
 # Before JAX is imported: where libtpu is installed, every process would look for a TPU, one at a time.
@@ -16,6 +17,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llv
 import jax
 import pytest
 
+from mae_jax import errors, plugins
 from tests.gcs.server import Server, environment, serving
 
 
@@ -79,3 +81,27 @@ def gcs(_in_gcs: Server) -> Iterator[Server]:
     _in_gcs.clear()
     yield _in_gcs
     _in_gcs.clear()
+
+
+@pytest.fixture
+def no_plugins(monkeypatch):
+    """Forgets, now and afterwards, which plug-ins there are."""
+    monkeypatch.setattr(plugins, "_registered", {kind: {} for kind in plugins.KINDS})
+    monkeypatch.setattr(plugins, "_printed", set())
+    monkeypatch.setattr(plugins, "_recorded", {})
+    monkeypatch.setattr(plugins, "_loaded", set())
+    monkeypatch.setattr(errors, "PLUG_INS", set())
+    monkeypatch.setattr(plugins, "PLUG_INS", errors.PLUG_INS)
+    plugins._entry_points.cache_clear()
+    modules = set(sys.modules)
+    yield
+    plugins._entry_points.cache_clear()
+    for name in set(sys.modules) - modules:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def site(no_plugins, monkeypatch, tmp_path):
+    """An empty folder of packages that are found."""
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path

@@ -1,18 +1,16 @@
-"""Plug-ins of every kind in an installed package, by entry points and by config.plugins; and what is refused."""
+"""How plug-ins are found, by entry points and by config.plugins; what is recorded of them, and what is refused."""
 
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from etils import epath
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from mae_jax import errors, methods, plugins
 from mae_jax.config import OPTIMIZERS, _check_types, default, validate
@@ -25,169 +23,10 @@ from mae_jax.methods.mae import MAE
 from mae_jax.storage import metric_sinks
 from mae_jax.training import loop, workdir
 from mae_jax.training.workdir import config_of, read_config
+from tests.helpers.packages import installed, python
 from tests.helpers.tiny import tiny_config
 
 HERE = Path(__file__).parents[1]
-PAGE = (HERE / "docs" / "plugins.md").read_text()  # whose examples these tests install
-ENTRY_POINTS = {kind.removeprefix("mae_jax."): f"{name} = {target}" for kind, points in tomllib.loads(
-    "".join(re.findall("```toml\n(.+?)```", PAGE, re.DOTALL)))["project"]["entry-points"].items()
-    for name, target in points.items()}
-MODULES = dict(re.findall(r'```python\n"""(handmade/\w+\.py)"""\n(.+?)```', PAGE, re.DOTALL))
-SAYS = "import sys\n\nprint('handmade is being imported', file=sys.stderr)\n"
-WAYS = ("entry points", "config.plugins")
-RECIPE = """
-from mae_jax.config import default, resolve
-
-def get_config(arg=""):
-    config = default("echo", plugins={plugins})
-    config.batch_size = 16
-    config.data.update(source="dark", image_size=(16, 16), color="negative")
-    config.model.update(width=16, depth=1, heads=2, patch=(4, 4))
-    config.method.update(decoder_width=16, decoder_depth=1, decoder_heads=2)
-    config.optim.update(name="signs", warmup="0 steps")
-    config.train.duration = "2 steps"
-    config.checkpoint.every = config.eval.every = "2 steps"
-    config.log.update(every="1 steps", tensorboard=False, sinks=("lines",))
-    return resolve(config, arg)
-"""
-
-
-def installed(site: Path, name: str, entry_points: dict[str, str], version: str = "0.3") -> Path:
-    """Writes what an installer leaves of a distribution in a folder of packages."""
-    info = site / f"{name}-{version}.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    (info / "entry_points.txt").write_text(
-        "".join(f"[mae_jax.{kind}]\n{line}\n" for kind, line in entry_points.items()))
-    return site
-
-
-def python(site: Path | None, *args: object, code: int = 0) -> subprocess.CompletedProcess:
-    """Runs Python with the packages of `site` beside those of this environment."""
-    path = os.pathsep.join(map(str, filter(None, (site, Path.cwd(), os.environ.get("PYTHONPATH")))))
-    done = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True,
-                          timeout=600, env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"})
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
-
-
-@pytest.fixture(scope="module", params=[WAYS[0], pytest.param(WAYS[1], marks=pytest.mark.slow)])
-def run(request, tmp_path_factory):
-    """The folder of packages, the recipe, the workdir and the output of a run that plug-ins have made."""
-    folder = tmp_path_factory.mktemp("plugins")
-    by_entry_points = request.param == WAYS[0]
-    site = installed(folder / "site", "handmade", ENTRY_POINTS if by_entry_points else {})
-    (site / "handmade").mkdir()
-    for name, text in {**MODULES, "handmade/__init__.py": SAYS}.items():
-        (site / name).write_text(text)
-    recipe = folder / "recipe.py"
-    recipe.write_text(RECIPE.format(plugins=() if by_entry_points else ("handmade.registered",)))
-    done = python(site, "-m", "mae_jax", "train", f"--config={recipe}", f"--workdir={folder / 'run'}")
-    return site, recipe, folder / "run", done, request.param
-
-
-def metrics(workdir: Path) -> dict[str, float]:
-    """Returns the last value of each metric of a run."""
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return {name: value for line in lines for name, value in json.loads(line).items()}
-
-
-def test_the_page_has_an_example_of_each_kind():
-    assert ENTRY_POINTS.keys() == set(plugins.KINDS)
-    registered = re.findall(r'register\("(\w+)", "(\w+)", (\S+)\)', MODULES["handmade/registered.py"])
-    assert {kind: f"{name} = handmade.{thing.replace('.', ':')}" for kind, name, thing in registered} == ENTRY_POINTS
-
-
-def test_a_run_trains_with_method_source_optimizer_and_color_policy_of_a_plug_in(run):
-    found = metrics(run[2])
-    assert 235 < found["train/brightness"] < 245  # made negative
-    assert found["eval/brightness"] == pytest.approx(15)  # as they are
-
-
-def test_an_evaluation_of_a_plug_in_is_measured_and_a_sink_has_all_scalars(run):
-    assert metrics(run[2])["eval/feature_scale"] > 0
-    written = {(int(step), name): None if value == "nan" else float(value) for step, name, value in
-               (line.split(" ") for line in (run[2] / "lines.txt").read_text().splitlines())}
-    lines = [json.loads(line) for line in (run[2] / "metrics.jsonl").read_text().splitlines()]
-    assert written == {(line["step"], name): pytest.approx(value) for line in lines
-                       for name, value in line.items() if name not in ("step", "time")}
-
-
-def test_a_plug_in_is_printed_before_it_is_imported(run):
-    printed = run[3].stderr
-    asked = {WAYS[0]: "plug-in: importing handmade.things of the package handmade 0.3, for 'echo' of methods",
-             WAYS[1]: "plug-in: importing handmade.registered, which config.plugins names"}[run[4]]
-    assert 0 <= printed.index(asked) < printed.index("handmade is being imported")
-    assert printed.count("handmade is being imported") == 1
-
-
-def test_config_json_says_what_the_run_was_made_with(run):
-    stored = json.loads((run[2] / "config.json").read_text())
-    if run[4] == WAYS[0]:
-        assert stored["plugins"] == {f"{kind}.{line.split(' ')[0]}": {"package": "handmade", "version": "0.3"}
-                                     for kind, line in ENTRY_POINTS.items() if kind != "layouts"}
-        assert stored["config"]["plugins"] == []
-    else:
-        assert stored["config"]["plugins"] == ["handmade.registered"]
-
-
-LATER = """
-import sys
-from mae_jax.commands import cli
-from mae_jax.commands.export import command
-from mae_jax.training import loop
-
-workdir, recipe, file, warm = sys.argv[1:]
-cli.quiet_logs()
-command.export(workdir, file, "hand")
-loop.evaluate(workdir)
-sys.path.insert(0, recipe)
-from recipe import get_config
-config = get_config().unlock()
-config.init_from, config.train.duration = file, "1 steps"
-loop.train(config, warm)
-"""
-
-
-@pytest.fixture(scope="module")
-def later(run):
-    """What a process that knows no more than the workdir makes of it: an export, an evaluation and a warm start."""
-    site, recipe, workdir, *_ = run
-    (workdir / "metrics.jsonl").rename(workdir / "of_training.jsonl")
-    file = recipe.parent / "hand.safetensors"
-    return file, python(site, "-c", LATER, workdir, recipe.parent, file, recipe.parent / "warm")
-
-
-@pytest.mark.slow
-def test_a_stored_run_is_evaluated(run, later):
-    assert metrics(run[2]).keys() == {
-        "step", "time", "eval/loss", "eval/brightness", "eval/rankme", "eval/feature_scale"}
-
-
-@pytest.mark.slow
-def test_a_layout_of_a_plug_in_is_written_and_read_where_training_starts_from_it(run, later):
-    file, done = later
-    assert "made by hand of echo" in done.stdout
-    names = load_file(file)
-    assert "hand.encoder.block_00.attn.qkv.kernel" in names
-    assert all(name.startswith("hand.") for name in names)
-    report = next(line for line in done.stderr.splitlines() if line.startswith("init_from "))
-    assert re.fullmatch(f"init_from {file}: taken: {len(names)}.*; new: none; left over: none", report)
-
-
-@pytest.mark.slow
-def test_what_is_not_installed_is_named_with_where_it_was_asked_for(run, later, fresh):
-    """Evaluations and exports of workdirs, warm starts from files, and recipes."""
-    workdir, file = run[2], later[0]
-    missing = {WAYS[0]: r"method\.name='echo' came from the package handmade 0\.3, which is not installed here",
-               WAYS[1]: r"the plug-in handmade\.registered of {} is not installed here"}[run[4]]
-    with pytest.raises(UserError, match=missing.format(re.escape(str(workdir / "config.json")))):
-        read_config(epath.Path(workdir))
-    with pytest.raises(UserError, match=missing.format(re.escape(str(file)))):
-        config_of(str(file))
-    recipe = runpy.run_path(str(run[1]))["get_config"]
-    with pytest.raises(UserError, match=missing.format(r"config\.plugins")):
-        recipe()
 
 
 def test_a_run_without_an_evaluation_that_it_had_does_not_go_on_and_is_evaluated_with_a_warning(tmp_path, caplog):
@@ -204,7 +43,7 @@ def test_a_run_without_an_evaluation_that_it_had_does_not_go_on_and_is_evaluated
     assert re.search(says, caplog.text)
 
 
-def test_a_file_in_a_layout_that_is_missing_is_refused_naming_its_package(tmp_path, fresh):
+def test_a_file_in_a_layout_that_is_missing_is_refused_naming_its_package(tmp_path, no_plugins):
     said = workdir.metadata(tiny_config()) | {"plugins": json.dumps(
         {"layouts.hand": {"package": "handmade", "version": "0.3"}})}
     save_file({"x": np.zeros(1)}, tmp_path / "x.safetensors", said)
@@ -224,7 +63,7 @@ def test_what_a_config_names_is_recorded_and_not_what_other_runs_of_the_process_
 
 
 @pytest.mark.parametrize("odd", [[], 3, {"methods.x": "handmade"}, {"methods.x": {"package": "handmade"}}, None])
-def test_an_odd_record_of_plug_ins_is_a_damaged_file(tmp_path, odd, fresh):
+def test_an_odd_record_of_plug_ins_is_a_damaged_file(tmp_path, odd, no_plugins):
     workdir.record(epath.Path(tmp_path), tiny_config())
     stored = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(stored | {"plugins": odd}))
@@ -236,47 +75,15 @@ def test_an_odd_record_of_plug_ins_is_a_damaged_file(tmp_path, odd, fresh):
         config_of(str(tmp_path / "x.safetensors"))
 
 
-@pytest.mark.slow
-def test_help_shows_the_fields_of_a_plug_ins_method_and_its_layout(run):
-    site, recipe, *_ = run
-    shown = python(site, "-m", "mae_jax", "export", f"--config={recipe}", "--help").stdout
-    assert "  method.weight=2.0" in shown
-    assert "mae_jax, mae, timm, hf, hand" in shown or run[4] == WAYS[1]
-
-
-@pytest.fixture
-def fresh(monkeypatch):
-    """Forgets, now and afterwards, which plug-ins there are."""
-    monkeypatch.setattr(plugins, "_registered", {kind: {} for kind in plugins.KINDS})
-    monkeypatch.setattr(plugins, "_printed", set())
-    monkeypatch.setattr(plugins, "_recorded", {})
-    monkeypatch.setattr(plugins, "_loaded", set())
-    monkeypatch.setattr(errors, "PLUG_INS", set())
-    monkeypatch.setattr(plugins, "PLUG_INS", errors.PLUG_INS)
-    plugins._entry_points.cache_clear()
-    modules = set(sys.modules)
-    yield
-    plugins._entry_points.cache_clear()
-    for name in set(sys.modules) - modules:
-        del sys.modules[name]
-
-
-@pytest.fixture
-def site(fresh, monkeypatch, tmp_path):
-    """An empty folder of packages that are found."""
-    monkeypatch.syspath_prepend(tmp_path)
-    return tmp_path
-
-
 @pytest.mark.parametrize("name", [
     "./evil", "/tmp/evil.py", "evil/module", "https://example.org/evil", ".evil", "evil.", "", "evil.py:x", "a b", 3])
-def test_only_names_of_modules_are_imported(fresh, name, capsys):
+def test_only_names_of_modules_are_imported(no_plugins, name, capsys):
     with pytest.raises(UserError, match=re.escape(f"plugins={name!r} of config.plugins")):
         plugins.load((name,))
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_field_is_a_tuple_and_is_refused_on_the_command_line_too(fresh):
+def test_the_field_is_a_tuple_and_is_refused_on_the_command_line_too(no_plugins):
     with pytest.raises(UserError, match=r"plugins='\./evil'"):
         plugins.load("./evil")
     done = python(None, "-m", "mae_jax", "train", "--config=quickstart", "--workdir=never",
@@ -340,7 +147,7 @@ def test_what_is_stored_may_name_what_is_on_pythonpath_but_nothing_in_its_own_fo
 
 
 def test_what_is_stored_may_name_what_is_installed_as_editable_or_with_the_virtual_environment_below(
-        tmp_path, monkeypatch, fresh):
+        tmp_path, monkeypatch, no_plugins):
     places = [str(tmp_path / ".venv" / "site-packages")]
     monkeypatch.setattr(plugins, "_places", lambda: places)
     monkeypatch.chdir(tmp_path)
@@ -411,7 +218,7 @@ def test_a_name_that_two_modules_register_is_refused_naming_both(site):
         plugins.load(("first", "second"))
 
 
-def test_an_unknown_kind_names_the_nearest(fresh):
+def test_an_unknown_kind_names_the_nearest(no_plugins):
     with pytest.raises(UserError, match="'method'; did you mean 'methods'"):
         plugins.register("method", "x", object)
 
@@ -433,7 +240,7 @@ def test_an_entry_point_that_names_nothing_is_named(site):
     ("layouts", abs, ".*; expected an instance of"),
     ("metric_sinks", abs, ".*; expected a subclass of"),
 ])
-def test_what_is_nothing_of_its_kind_is_refused_naming_who_gives_it(fresh, kind, value, says):
+def test_what_is_nothing_of_its_kind_is_refused_naming_who_gives_it(no_plugins, kind, value, says):
     plugins.register(kind, "odd", value)
     with pytest.raises(UserError, match=rf"{kind}: what the plug-in {__name__} gives as 'odd' is {says}"):
         plugins.find(kind, "odd", {}, "x")
@@ -468,13 +275,13 @@ def test_what_is_registered_as_a_string_is_imported_as_an_entry_point_is(site):
     assert plugins.find("sources", "json", {}, "data.source") is json
 
 
-def test_unknown_names_are_answered_with_the_nearest_of_a_plug_in_too(fresh):
+def test_unknown_names_are_answered_with_the_nearest_of_a_plug_in_too(no_plugins):
     plugins.register("color_policies", "negative", abs)
     with pytest.raises(UserError, match=r"unknown data\.color 'negativ'; did you mean 'negative'"):
         tiny_config({"data.color": "negativ"})
 
 
-def test_a_field_of_a_plug_ins_method_may_be_an_empty_tuple_that_holds_anything(fresh):
+def test_a_field_of_a_plug_ins_method_may_be_an_empty_tuple_that_holds_anything(no_plugins):
     class Echo(MAE):
         defaults = {**MAE.defaults, "extra": ()}
 
