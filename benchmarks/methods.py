@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from mae_jax.commands.bench import TimedStep
+from mae_jax.commands.bench.timed_step import TimedStep
 
 RESULTS = Path(__file__).parent / "results"
 RECIPES = {"MAE": "vit_b_mae:repo", "SplitMask": "vit_b_splitmask", "BEiT": "vit_b_beit",

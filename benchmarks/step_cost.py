@@ -20,9 +20,11 @@ from typing import Any
 WORKER = """
 import json, resource, sys, time
 from absl import flags
-from mae_jax.commands.bench import CONFIG, TimedStep
+from mae_jax.commands import cli
+from mae_jax.commands.bench.timed_step import TimedStep
+config = cli.define_config()
 flags.FLAGS([sys.argv[0], "--config=configs/vit_b_mae.py:repo", *sys.argv[1:]])
-timed = TimedStep(CONFIG.value)
+timed = TimedStep(config.value)
 memory = timed.step.memory_analysis().temp_size_in_bytes / 2**30
 print(json.dumps({"compile_seconds": timed.compile_seconds, "temp_gib": memory}), flush=True)
 for _ in sys.stdin:

@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from mae_jax import config as configs
-from mae_jax.commands.bench import TimedStep
+from mae_jax.commands.bench.timed_step import TimedStep
 from mae_jax.interop.hf import hf_config
 
 Step = Callable[[], None]

@@ -25,7 +25,7 @@ COMMANDS = {
     "replay": Command("mae_jax.commands.train", "take one step of a run again, and show its gradients"),
     "inspect": Command("mae_jax.commands.inspect.command", "check a data set, or store it once, resized"),
     "cluster": Command("mae_jax.commands.cluster.command", "cluster images by their features, or patches to tokens"),
-    "bench": Command("mae_jax.commands.bench", "measure the speed of a recipe on this machine"),
+    "bench": Command("mae_jax.commands.bench.command", "measure the speed of a recipe on this machine"),
     "plan": Command("mae_jax.commands.plan.command", "memory and time of a train step on devices not here"),
     "transfer": Command("mae_jax.commands.transfer.command", "fine-tune and probe one encoder on many data sets"),
     "export": Command("mae_jax.commands.export.command", "write weights for other libraries"),

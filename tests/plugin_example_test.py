@@ -103,12 +103,12 @@ def test_config_json_says_what_the_run_was_made_with(run):
 LATER = """
 import sys
 from mae_jax.commands import cli
-from mae_jax.commands.export import command
+from mae_jax.commands.export import weights
 from mae_jax.training import loop
 
 workdir, recipe, file, warm = sys.argv[1:]
 cli.quiet_logs()
-command.export(workdir, file, "hand")
+weights.export(workdir, file, "hand")
 loop.evaluate(workdir)
 sys.path.insert(0, recipe)
 from recipe import get_config

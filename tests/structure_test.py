@@ -22,15 +22,20 @@ PACKAGE = sorted(Path("mae_jax").rglob("*.py"))
 EVERYTHING = PACKAGE + [path for name in ("tests", "configs", "examples") for path in sorted(Path(name).rglob("*.py"))]
 
 
-def imported(path: Path) -> set[str]:
-    """Returns the top-level names of all packages that the file imports, wherever in it."""
+def modules(path: Path) -> set[str]:
+    """Returns the full names of all that the file imports, wherever in it, with what it takes from each."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.split(".")[0])
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
+
+
+def imported(path: Path) -> set[str]:
+    """Returns the top-level names of all packages that the file imports."""
+    return {name.split(".")[0] for name in modules(path)}
 
 
 @pytest.mark.parametrize(("library", "home"), [
@@ -76,6 +81,18 @@ def test_what_registries_import_by_name_is_where_the_layers_have_it():
     assert {target.rpartition(".")[0] for target in metric_sinks.SINKS.values()} == {"mae_jax.storage"}
     assert {target.rpartition(".")[0] for target in layouts.LAYOUTS.values()} == {"mae_jax.interop"}
     assert all(command.module.startswith("mae_jax.commands.") for command in COMMANDS.values())
+
+
+OUTSIDE = [path for name in ("tests", "benchmarks", "studies", "examples") for path in Path(name).rglob("*.py")]
+
+
+def test_no_module_imports_one_that_defines_a_commands_flags():
+    """Two commands define the same flag, so that a process can import one of them: the entries do, by the verb."""
+    with_flags = {".".join(path.with_suffix("").parts) for path in PACKAGE
+                  if path.is_relative_to("mae_jax/commands") and "= flags.DEFINE_" in path.read_text()}
+    assert with_flags == {command.module for command in COMMANDS.values()}
+    importers = {str(path) for path in PACKAGE + OUTSIDE if modules(path) & with_flags}
+    assert importers == {"mae_jax/main.py"}  # `python -m mae_jax.main`
 
 
 def test_the_package_has_a_dozen_files_in_its_root_at_most():

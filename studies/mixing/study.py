@@ -39,7 +39,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_jax.commands.bench import TimedStep
+from mae_jax.commands.bench.timed_step import TimedStep
 from mae_jax.config import default
 from mae_jax.data.sources import clipart as sources_clipart
 from mae_jax.errors import UserError

@@ -30,8 +30,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.commands.cluster.images import cluster
-from mae_jax.commands.export.command import export
 from mae_jax.commands.export.expert_path import pooled
+from mae_jax.commands.export.weights import export
 from mae_jax.config import default, resolved
 from mae_jax.data import NO_DATA
 from mae_jax.evals import linear_probe

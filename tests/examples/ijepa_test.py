@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mae_jax import plugins
-from mae_jax.commands.export.command import export
+from mae_jax.commands.export.weights import export
 from mae_jax.config import validate
 from mae_jax.data.masking import draw
 from mae_jax.errors import UserError

@@ -15,7 +15,7 @@ import pytest
 from etils import epath
 
 from mae_jax.commands import cli
-from mae_jax.commands.export import command
+from mae_jax.commands.export import weights
 from mae_jax.errors import UserError
 from mae_jax.param_tree import flatten
 from mae_jax.storage import gcs as storage_gcs
@@ -117,7 +117,7 @@ def test_a_run_in_a_bucket_resumes_to_the_bits_of_one_on_a_disk_and_leaves_the_s
     assert outside | {"lock"} == {name for name in ours if not name.startswith("checkpoints/")}
     assert any(name.startswith("pictures/reconstruct_") for name in outside)
     assert "is finished: step 20 of 20" in finish(place, "whole")
-    assert command.export("gs://bucket/whole", "gs://bucket/copied", "mae_jax") == 0
+    assert weights.export("gs://bucket/whole", "gs://bucket/copied", "mae_jax") == 0
     assert state_of("gs://bucket/copied") == golden
     assert loop.evaluate("gs://bucket/copied") == 0
     lines = [json.loads(storage_gcs.read(f"gs://bucket/{name}/metrics.jsonl").content.splitlines()[-1])

@@ -54,16 +54,16 @@ def evaluate(workdir: Path) -> int:
 
 def export(source: Path, to: Path, layout: str = "mae_jax") -> int:
     """Exports parameters, or with a folder as `to` a whole checkpoint. Returns the exit code."""
-    from mae_jax.commands.export import command
+    from mae_jax.commands.export import weights
 
-    return command.export(str(source), str(to), layout)
+    return weights.export(str(source), str(to), layout)
 
 
 def export_for_task(source: Path, to: Path, task: ConfigDict) -> int:
     """Exports the path of experts that the task's images vote for. Returns the exit code."""
-    from mae_jax.commands.export import command
+    from mae_jax.commands.export import weights
 
-    return command.export(str(source), str(to), "mae_jax", task, "vote")
+    return weights.export(str(source), str(to), "mae_jax", task, "vote")
 
 
 def batches(config: ConfigDict, start: int, count: int) -> list[Arrays]:

@@ -22,12 +22,8 @@ config: the path of experts of most votes (vote), the best one by a linear probe
 one as a control (random, --seed). It is written, fine-tuned and exported as any masked autoencoder is.
 """
 
-import difflib
-from typing import Any
-
 from absl import flags
 
-from mae_jax import errors
 from mae_jax.commands import cli
 from mae_jax.interop.layouts import OURS, layouts
 
@@ -43,77 +39,6 @@ LAYOUT = flags.DEFINE_string("layout", OURS, f"whose names the arrays have: {', 
 
 
 def main() -> int:
+    from mae_jax.commands.export.weights import export
+
     return export(FROM.value, TO.value, LAYOUT.value, CONFIG.value, FOR_TASK.value, SEED.value, CLUSTERS.value)
-
-
-def export(source: str, to: str, layout: str, task: Any = None, how: str = "", seed: int = 0,
-           clusters: str = "") -> int:
-    """Writes the parameters that `source` holds to `to`, with the names of `layout`; or copies a checkpoint.
-
-    Returns the exit code.
-
-    Args:
-      source, to, layout: as the flags.
-      task, how, seed: config of the task for which a mixture of experts is cut down, and as `extract_expert` takes
-        them.
-      clusters: the folder of the mixture's clusters; '' where its config says.
-    """
-    from mae_jax import param_tree
-    from mae_jax.commands.export import checkpoint_copy
-    from mae_jax.errors import UserError
-    from mae_jax.interop import layouts
-    from mae_jax.interop.timm import folded
-    from mae_jax.storage import paths, safetensors_file
-    from mae_jax.storage.checkpoint import load_params
-    from mae_jax.training import workdir
-
-    for flag, given in (("config", task is not None), ("clusters", clusters)):
-        if given and not how:
-            raise UserError(f"--{flag} is of --for-task=vote, probe or random; without it leave it out")
-    file, folder = paths.locate(to), paths.locate(source)
-    config = workdir.read_config(workdir.of_checkpoint(folder))  # which may name the plug-in that has the layout
-    chosen = layouts.get(layout)
-    if chosen.file:
-        file = file / chosen.file
-    elif file.suffix != ".safetensors":
-        if difflib.get_close_matches(file.suffix, [".safetensors"]):
-            raise UserError(f"--to={to}: did you mean .safetensors? Else it is a folder for a checkpoint")
-        if layout == layouts.OURS and not how:
-            print(checkpoint_copy.copy(folder, file))
-            return errors.FINISHED
-        raise UserError(f"--to={to}: the file's name must end in .safetensors")
-    tree, extras = param_tree.split_eval_params(load_params(folder, ema=True, extras=True))
-    if how:
-        tree, config, report = for_task(config, tree, extras, task, how, seed, clusters)
-        print("\n".join(report))
-    state = in_layout(folded(tree, extras), config, chosen, folder)
-    safetensors_file.save(file, state, workdir.metadata(config, layout))
-    for name, text in chosen.beside(config).items():
-        paths.replace_text(file.parent / name, text)
-    flat = param_tree.flatten(state)
-    print(f"{file}: {len(flat)} arrays, {sum(x.size for x in flat.values()):,} values")
-    if text := chosen.describe(config, flat):
-        print(text)
-    return errors.FINISHED
-
-
-def in_layout(tree: Any, config: Any, layout: Any, folder: Any) -> Any:
-    """Returns parameters with the names and shapes of a `Layout`; raises UserError for what it has not."""
-    from mae_jax.errors import UserError
-
-    if why := layout.refuses(config):
-        raise UserError(f"{folder} {why}")
-    if layout.whole is not None and config.method.name not in layout.whole:
-        tree = {"encoder": tree["encoder"]}  # what their heads and decoders predict, no model of others does
-        print(f"the encoder alone, without the parts of method.name={config.method.name!r}")
-    return layout.to(tree, config)
-
-
-def for_task(*args: Any) -> Any:
-    """See `extract_expert`; raises UserError without a task."""
-    from mae_jax.commands.export.expert_path import extract_expert
-    from mae_jax.errors import UserError
-
-    if args[3] is None:
-        raise UserError("--for-task needs the task's data: --config=folder --config.data.path=...")
-    return extract_expert(*args)

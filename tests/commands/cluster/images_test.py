@@ -14,8 +14,8 @@ from PIL import Image
 from mae_jax.commands.cluster import images
 from mae_jax.commands.cluster.feature_store import Features
 from mae_jax.commands.cluster.images import cluster
-from mae_jax.commands.export.command import export
 from mae_jax.commands.export.expert_path import count_cluster_votes, extract_expert
+from mae_jax.commands.export.weights import export
 from mae_jax.data.cluster_ids import Clusters
 from mae_jax.data.sources import folder as sources_folder
 from mae_jax.errors import UserError

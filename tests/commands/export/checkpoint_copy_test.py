@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mae_jax.commands.export import command
+from mae_jax.commands.export import weights
 from mae_jax.errors import UserError
 from mae_jax.param_tree import flatten
 from mae_jax.storage import paths
@@ -29,14 +29,14 @@ def run(tmp_path_factory):
 
 
 def test_what_a_bucket_names_does_not_lead_out_of_the_copy(run, gcs, tmp_path):
-    command.export(str(run), f"gs://bucket/{tmp_path.name}", "mae_jax")
+    weights.export(str(run), f"gs://bucket/{tmp_path.name}", "mae_jax")
     gcs.store.put("bucket", f"{tmp_path.name}/checkpoints/2/", b"", {}, {})  # consoles make such a folder
     to = tmp_path / "a" / "b"
-    command.export(f"gs://bucket/{tmp_path.name}", str(to / "good"), "mae_jax")
+    weights.export(f"gs://bucket/{tmp_path.name}", str(to / "good"), "mae_jax")
     assert same(load_params(to / "good"), load_params(run))
     gcs.store.put("bucket", f"{tmp_path.name}/checkpoints/2/../../../evil.txt", b"evil", {}, {})
     with pytest.raises(UserError, match=r"\.\.: .*nothing was copied"):
-        command.export(f"gs://bucket/{tmp_path.name}", str(to / "copy"), "mae_jax")
+        weights.export(f"gs://bucket/{tmp_path.name}", str(to / "copy"), "mae_jax")
     assert not list(tmp_path.rglob("evil*"))
 
 
@@ -50,7 +50,7 @@ def to(request, tmp_path) -> str:
 
 
 def copy(source, to) -> int:
-    return command.export(str(source), str(to), "mae_jax")
+    return weights.export(str(source), str(to), "mae_jax")
 
 
 def restored(folder: str):
@@ -143,7 +143,7 @@ def test_a_folder_of_another_run_is_refused_and_so_is_the_run_itself(run, tmp_pa
 
 def test_a_copy_does_not_go_into_the_run_itself(run):
     with pytest.raises(UserError, match="workdir itself"):
-        command.export(str(run), str(run / "checkpoints" / "50"), "mae_jax")
+        weights.export(str(run), str(run / "checkpoints" / "50"), "mae_jax")
 
 
 @pytest.mark.slow

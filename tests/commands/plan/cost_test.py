@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from mae_jax.commands.plan import command, cost, tpu
+from mae_jax.commands.plan import cost, page, tpu
 from tests.helpers.tiny import tiny_config, tiny_program
 
 V3 = cost.Target("v3:2x2", [SimpleNamespace(coords=[x, y, 0], device_kind="TPU v3") for x in (0, 1) for y in (0, 1)
@@ -33,7 +33,7 @@ def test_the_estimate_is_the_compilers_seconds_and_the_communications():
     assert (f["hours"], f["core_hours"]) == (1, 8)
     assert (f["hbm_gib_per_core"], f["hbm_limit_gib"], f["fits"]) == (4, 16, True)
     assert (f["devices"], f["chips"], f["hosts"]) == (8, 4, 1)
-    text = command.page(CONFIG, f)
+    text = page.page(CONFIG, f)
     assert "step            1.0000 s = compiler 0.7500 + communication 0.2500" in text
     assert "nothing overlapped" in text
     assert "fits: yes" in text
@@ -52,7 +52,7 @@ def test_no_time_is_quoted_for_what_the_compiler_does_not_price(change, words):
         assert f[key] is None
     assert f["fits"]
     assert f["hbm_gib_per_core"] == 4
-    last = command.page(CONFIG, f).split("no time: ")[1]
+    last = page.page(CONFIG, f).split("no time: ")[1]
     for word in words:
         assert word in last
 
@@ -60,7 +60,7 @@ def test_no_time_is_quoted_for_what_the_compiler_does_not_price(change, words):
 def test_a_step_that_needs_more_than_the_chip_has_does_not_fit():
     f = cost.figures(CONFIG, V3, FOUND | {"total_bytes": 17 * 2**30}, examples=1000)
     assert not f["fits"]
-    assert "17.000 of 16" in command.page(CONFIG, f)
+    assert "17.000 of 16" in page.page(CONFIG, f)
     error = ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for "
              "HLO temporaries (22.35G) exceeds available HBM (15.48G). HLO module: jit_train_step.\nSee https://")
     short = cost._shortage(error)
@@ -69,7 +69,7 @@ def test_a_step_that_needs_more_than_the_chip_has_does_not_fit():
     assert not f["fits"]
     assert f["hbm_gib_per_core"] == 22.35
     assert f["estimated_step_seconds"] is None
-    text = command.page(CONFIG, f)
+    text = page.page(CONFIG, f)
     assert "fits: no (the compiler needs 22.35 GiB and has 15.48)" in text
     assert "collectives: not known" in text
 
@@ -99,6 +99,6 @@ def test_what_was_compiled_is_found_again_and_another_config_is_not(tmp_path):
     assert not cost.measure(tiny_config({"batch_size": 4}), target, 64, str(tmp_path))["cached"]
     f = cost.figures(tiny_config(), target, again, examples=64)
     assert (f["fits"], f["estimated_step_seconds"], f["hbm_limit_gib"]) == (None, None, None)
-    text = command.page(tiny_config(), f)
+    text = page.page(tiny_config(), f)
     assert "no time: the devices are simulated" in text
     assert "compiled before" in text

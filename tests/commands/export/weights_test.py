@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 from safetensors.numpy import load_file
 
-from mae_jax.commands.export import command
+from mae_jax.commands.export import weights
 from mae_jax.errors import UserError
 from mae_jax.param_tree import flatten
 from mae_jax.storage.checkpoint import Checkpoints, load_params
@@ -33,7 +33,7 @@ def run(tmp_path_factory):
 def test_an_export_gives_back_every_parameter_bit_for_bit(run, tmp_path):
     folder, params = run
     file = tmp_path / "out.safetensors"
-    assert command.export(str(folder / "checkpoints" / "0"), str(file), "mae_jax") == 0
+    assert weights.export(str(folder / "checkpoints" / "0"), str(file), "mae_jax") == 0
     loaded = flatten(load_params(file))
     assert loaded.keys() == params.keys()
     for name, value in loaded.items():
@@ -43,7 +43,7 @@ def test_an_export_gives_back_every_parameter_bit_for_bit(run, tmp_path):
 def test_transformers_loads_the_hf_layout_without_a_missing_or_unexpected_name(run, tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch")
-    command.export(str(run[0]), str(tmp_path / "hf"), "hf")
+    weights.export(str(run[0]), str(tmp_path / "hf"), "hf")
     model, found = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(found.values())
     ours = run[1]["encoder/norm/scale"]
@@ -71,7 +71,7 @@ def probe(tmp_path_factory):
 def test_the_batch_norm_of_a_probe_is_folded_into_its_head(probe, tmp_path, layout):
     folder, params, moments = probe
     file = tmp_path / "out.safetensors"
-    command.export(str(folder), str(file), layout)
+    weights.export(str(folder), str(file), layout)
     found = load_file(file)
     kernel = found["head/kernel"] if layout == "mae_jax" else found["head.weight"].T
     bias = found["head/bias" if layout == "mae_jax" else "head.bias"]
@@ -83,14 +83,14 @@ def test_the_batch_norm_of_a_probe_is_folded_into_its_head(probe, tmp_path, layo
 
 
 def test_timms_layout_prints_the_arguments_of_its_model(probe, tmp_path, capsys):
-    command.export(str(probe[0]), str(tmp_path / "out.safetensors"), "timm")
+    weights.export(str(probe[0]), str(tmp_path / "out.safetensors"), "timm")
     line = capsys.readouterr().out.splitlines()[-1]
     assert line == ("VisionTransformer(img_size=(16, 16), patch_size=(4, 4), embed_dim=32, depth=2, num_heads=2, "
                     "mlp_ratio=4, num_classes=3, global_pool='token', fc_norm=False)")
 
 
 def test_timms_layout_of_a_masked_autoencoder_is_its_encoder(run, tmp_path, capsys):
-    command.export(str(run[0]), str(tmp_path / "out.safetensors"), "timm")
+    weights.export(str(run[0]), str(tmp_path / "out.safetensors"), "timm")
     found = load_file(tmp_path / "out.safetensors")
     assert "num_classes=0" in capsys.readouterr().out
     assert len(found) == 2 + 2 + 2 * 12 + 2
@@ -99,7 +99,7 @@ def test_timms_layout_of_a_masked_autoencoder_is_its_encoder(run, tmp_path, caps
 
 def test_hugging_faces_layout_refuses_a_classifier(probe, tmp_path):
     with pytest.raises(UserError, match=r"ViTMAEForPreTraining; .*--layout=timm"):
-        command.export(str(probe[0]), str(tmp_path / "hf"), "hf")
+        weights.export(str(probe[0]), str(tmp_path / "hf"), "hf")
 
 
 @pytest.mark.slow
@@ -115,22 +115,22 @@ def test_what_heads_and_decoders_of_other_methods_predict_is_not_written_as_a_cl
     checkpoints.save(int(state.step), state)
     checkpoints.wait()
     checkpoints.close()
-    command.export(str(tmp_path / "run"), str(tmp_path / "out.safetensors"), "timm")
+    weights.export(str(tmp_path / "run"), str(tmp_path / "out.safetensors"), "timm")
     found = load_file(tmp_path / "out.safetensors")
     assert not [name for name in found if name.startswith(("head", "decoder", "mask_token"))]
     assert "num_classes=0" in capsys.readouterr().out
     source = extras["teacher"] if method == "dino" else jax.device_get(state.params)
     np.testing.assert_array_equal(found["norm.weight"], source["encoder"]["norm"]["scale"])
     with pytest.raises(UserError, match=r"transformers .*--layout=timm"):
-        command.export(str(tmp_path / "run"), str(tmp_path / "hf"), "hf")
+        weights.export(str(tmp_path / "run"), str(tmp_path / "hf"), "hf")
 
 
 def test_a_name_without_the_suffix_is_refused(run, tmp_path):
     with pytest.raises(UserError, match=r"\.safetensors"):
-        command.export(str(run[0]), str(tmp_path / "out.bin"), "timm")
+        weights.export(str(run[0]), str(tmp_path / "out.bin"), "timm")
 
 
 @pytest.mark.parametrize("name", ["out.safetensor", "out.safetensros"])
 def test_a_misspelt_file_is_not_taken_for_a_folder(tmp_path, run, name):
     with pytest.raises(UserError, match=r"\.safetensors\?"):
-        command.export(str(run[0]), str(tmp_path / name), "mae_jax")
+        weights.export(str(run[0]), str(tmp_path / name), "mae_jax")

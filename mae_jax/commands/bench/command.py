@@ -1,0 +1,57 @@
+"""Measures a config's speed: the train step alone, the input alone, and both together.
+
+  mae_jax bench --config=vit_b_mae --parts=step --config.batch_size=8
+  mae_jax bench --config=quickstart --to=speed.json
+
+The step alone runs on random data that already lies on the device and needs no TensorFlow; where no other part is asked
+for, the data is taken to be ImageNet-1K. FLOPs are the model's matrix products, counted on paper
+(`Method.forward_flops`); MFU is their share of the chip's dense bfloat16 peak.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from mae_jax import errors
+from mae_jax.commands import cli
+
+CONFIG = cli.define_config()
+PARTS = flags.DEFINE_list("parts", ["step", "input", "both"], "what to measure, of step, input, both")
+SECONDS = flags.DEFINE_float("seconds", 10.0, "how long each part is measured, after its warm-up")
+TO = flags.DEFINE_string("to", "", "JSON file to write as well")
+
+
+def main() -> int:
+    import jax
+
+    from mae_jax import config as configs
+    from mae_jax import param_tree
+    from mae_jax.commands.bench.timed_step import measure
+    from mae_jax.errors import UserError, did_you_mean
+
+    if CONFIG.value is None:
+        raise UserError("--config must be given; --help shows an example")
+    for part in PARTS.value:
+        if part not in ("step", "input", "both"):
+            raise UserError(f"unknown part {part!r}; {did_you_mean(part, ('step', 'input', 'both'))}")
+    configs.validate(CONFIG.value)
+    device = jax.devices()[0]
+    results: dict[str, Any] = {"device": device.device_kind, "devices": jax.device_count(),
+                               "cores": os.cpu_count(), "batch_size": CONFIG.value.batch_size,
+                               "config": param_tree.flat(CONFIG.value)}
+    measured = measure(CONFIG.value, PARTS.value, SECONDS.value)
+    for name, figures in measured:
+        results[name] = figures
+        print(f"{name:<6}" + "  ".join(f"{key} {_text(value)}" for key, value in figures.items()), flush=True)
+    if TO.value:
+        Path(TO.value).write_text(json.dumps(results, indent=2) + "\n")
+    return errors.FINISHED
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
