@@ -176,12 +176,6 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "stall_seconds": 1800.0,  # that a step, a save, the input or a batch of an evaluation may take; 0: any time
     },
 }
-SMALL: dict[str, Any] = {  # what `runlocal` makes of methods' own fields
-    "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2,
-    "mix_group": 4,  # where each image is there three times, the batch shows 6 of them
-    "vocabulary": 64, "masked": 24, "projection": 32,
-    "out_dim": 64, "head_width": 32, "bottleneck": 16, "local_views": 2, "local_size": (16, 16),
-}
 
 
 def choices() -> dict[str, Collection[str]]:
@@ -213,9 +207,7 @@ def runlocal(config: ConfigDict) -> None:
     config.data.update(source="photo_crops", path="", name="", train_split="train", val_split="", eval_split="test",
                        mask_key="", image_size=(8 * patch, 8 * patch))
     config.model.update(width=48, depth=2, heads=3, patch=(patch, patch))
-    for name, value in SMALL.items():
-        if name in config.method:
-            config.method[name] = value
+    config.method.update(methods.small(config.method.name))
     config.train.duration = "2 steps"
     config.optim.warmup = "1 steps"
     config.checkpoint.update(every="2 steps", best_metric="")
@@ -296,7 +288,7 @@ def validate(config: ConfigDict, for_training: bool = True) -> None:
     """Raises UserError for the first field whose value cannot work, whatever the data.
 
     Args:
-      config: the resolved config.
+      config: as a recipe gives it, or with 'auto' resolved.
       for_training: False where the encoder alone is looked at: the method's own fields are not.
     """
     from mae_jax.data.transforms import color

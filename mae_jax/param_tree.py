@@ -84,7 +84,7 @@ def merge(params: Any, loaded: Any) -> tuple[Any, str]:
 def split_eval_params(loaded: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits what a checkpoint held into parameters and extras: where a teacher is among these, its parameters.
 
-    Those are what evaluations measured (`Method.split_eval_params`).
+    Those are what evaluations measured (`Method.eval_params`).
     """
     extras = loaded.get("extras", {})
     parameters = {name: part for name, part in loaded.items() if name != "extras"}

@@ -177,7 +177,7 @@ class _Table(Mapping[str, Any]):
         value, module = _registered[self.kind].get(name, (None, ""))
         if points:
             found = _of_entry_point(self.kind, points[0])
-            if module and found is not value:
+            if module and found is not _resolved(value, f"{name!r} of {self.kind}, which the plug-in {module} gives,"):
                 raise UserError(f"{self.kind}: {name!r} is given by the plug-in {module} and by {givers[0]}")
             return _checked(self.kind, name, found, givers[0])
         if module:

@@ -42,11 +42,12 @@ class Renamed(NamedTuple):
 
     now: str
     since: str  # version of the package
+    method: str = ""  # whose field it is; '': of every config
 
 
 FIELDS: dict[str, Renamed] = {  # of the config, by dotted path
     "data.colour": Renamed("data.color", "0.2.0"),
-    "method.normalise": Renamed("method.normalize", "0.2.0"),
+    "method.normalise": Renamed("method.normalize", "0.2.0", method="splitmask"),
     "checkpoint.best": Renamed("checkpoint.best_metric", "0.2.0"),
 }
 BATCH_FIELDS: dict[str, Renamed] = {  # as folders of data.source=batches store them
@@ -79,7 +80,7 @@ def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
     check(out["recipe_version"])
     for old, renamed in FIELDS.items():
         (group, before), (_, now) = old.split("."), renamed.now.split(".")
-        if before not in out.get(group, ()):
+        if before not in out.get(group, ()) or renamed.method not in ("", out.get("method", {}).get("name")):
             continue
         if now in out[group]:
             raise ValueError(f"it has both {old} and {renamed.now}")

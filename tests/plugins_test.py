@@ -13,18 +13,20 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from mae_jax import errors, methods, plugins
-from mae_jax.config import OPTIMIZERS, _check_types, default, validate
+from mae_jax.config import OPTIMIZERS, _check_types, default, for_platform, resolve, validate
+from mae_jax.data import ASSUMED, PatchOrder
 from mae_jax.data.sources import registry
+from mae_jax.data.sources.base import Source
 from mae_jax.data.transforms import color
 from mae_jax.errors import UserError
 from mae_jax.evals.evaluator import EVALUATIONS
 from mae_jax.interop import layouts
 from mae_jax.methods.mae import MAE
 from mae_jax.storage import metric_sinks
-from mae_jax.training import loop, workdir
+from mae_jax.training import loop, train_step, workdir
 from mae_jax.training.workdir import config_of, read_config
 from tests.helpers.packages import installed, python
-from tests.helpers.tiny import tiny_config
+from tests.helpers.tiny import open_inputs, tiny_config
 
 HERE = Path(__file__).parents[1]
 
@@ -95,7 +97,7 @@ PAYLOAD = "from pathlib import Path\n\nPath('{}').touch()\n"
 READ = """
 import sys
 from mae_jax import errors
-from mae_jax.training import loop, workdir
+from mae_jax.training import loop, train_step, workdir
 from mae_jax.training.workdir import config_of
 
 try:
@@ -273,6 +275,55 @@ def test_what_is_registered_as_a_string_is_imported_as_an_entry_point_is(site):
             plugins.find("sources", value, {}, "data.source")
     plugins.register("sources", "json", "json")
     assert plugins.find("sources", "json", {}, "data.source") is json
+
+
+def test_what_a_package_registers_as_a_string_and_names_as_an_entry_point_is_one_thing(site):
+    for name in ("both", "other"):
+        installed(site, name, {"sources": f"{name} = json:loads"})
+    plugins.register("sources", "both", "json:loads")
+    plugins.register("sources", "other", "json:dumps")
+    assert plugins.find("sources", "both", {}, "data.source") is json.loads
+    with pytest.raises(UserError, match=r"'other' is given by the plug-in .* and by the package other 0\.3"):
+        plugins.find("sources", "other", {}, "data.source")
+
+
+def test_a_source_that_opens_nothing_that_can_be_read_is_refused(no_plugins):
+    plugins.register("sources", "odd", lambda data, split: [1, 2])
+    with pytest.raises(UserError, match=r"data\.source='odd' opened 'train' as list; expected a Source"):
+        registry.load(tiny_config({"data.source": "odd"}).data, "train")
+
+
+def test_a_source_may_be_of_a_class_derived_from_ours(no_plugins):
+    class Own(Source):
+        pass
+
+    crops = tiny_config({"data.source": "photo_crops"}).data
+    plugins.register("sources", "own", lambda data, split: Own(**vars(registry.load(crops, split.name))))
+    inputs = open_inputs(tiny_config({"data.source": "own"}))
+    assert next(inputs.train(0))["valid"].all()
+    assert next(inputs.evaluate())["valid"].all()
+
+
+def test_the_rows_that_stay_together_are_those_of_the_plug_ins_patch_order(no_plugins):
+    class Mixes(MAE):
+        def patch_order(self):
+            return PatchOrder("random", self.grid.shape, self.num_masked, group=4)
+
+    plugins.register("methods", "mixes", Mixes)
+    config = default("mixes")
+    config.batch_size = 6
+    with pytest.raises(UserError, match=r"batch_size=6\b.*\b4 pictures that mixes mixes"):
+        train_step.build(for_platform(config, "cpu"), ASSUMED)
+
+
+def test_runlocal_makes_of_a_plug_ins_fields_what_the_plug_in_says(no_plugins):
+    class Echo(MAE):
+        defaults = {**MAE.defaults, "masked": 0.5, "width": 512}
+        small = {"width": 16}
+
+    plugins.register("methods", "echo", Echo)
+    config = resolve(default("echo"), "runlocal")
+    assert (config.method.masked, config.method.width) == (0.5, 16)
 
 
 def test_unknown_names_are_answered_with_the_nearest_of_a_plug_in_too(no_plugins):

@@ -150,6 +150,12 @@ def test_upgrading_leaves_what_was_given_alone():
     assert given == {"data": {"colour": "rand", "flip": True}, "seed": 3}
 
 
+def test_a_field_that_one_method_had_under_another_name_is_left_alone_in_others():
+    for method, key in (("splitmask", "normalize"), ("of_a_plug_in", "normalise")):
+        given = {"method": {"name": method, "normalise": 0.5}}
+        assert recipe_version.upgrade(given)["method"] == {"name": method, key: 0.5}
+
+
 def test_names_that_fields_once_had_are_none_of_today():
     today = {name for own in fields.TABLE.values()
              for name in param_tree.flat(config.ConfigDict({**config.DEFAULTS, "method": own}))}

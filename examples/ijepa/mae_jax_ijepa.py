@@ -93,6 +93,7 @@ class IJEPA(Method):
         "distance": "l2",  # or smooth_l1, as in the released code
         "decoder_width": 384, "decoder_depth": 6, "decoder_heads": 12,  # the predictor's, for ViT-B
     }
+    small: ClassVar[dict[str, Any]] = {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2}
 
     @staticmethod
     def validate(config: ConfigDict) -> None:

@@ -1,9 +1,8 @@
 """The input: images to batches of permuted uint8 patches. The only package that imports TensorFlow, when built."""
 
-from mae_jax.data.info import ASSUMED, NO_DATA, NO_NEEDS, DataInfo, DataNeeds
+from mae_jax.data.info import ASSUMED, NO_DATA, DataInfo, DataNeeds
 from mae_jax.data.inputs import Batch, Inputs, OpenedData, Spec, check_apart
 from mae_jax.data.masking import PatchOrder, View
 
-__all__ = ["ASSUMED", "NO_DATA", "NO_NEEDS", "Batch", "DataInfo", "DataNeeds", "Inputs", "OpenedData", "PatchOrder",
-           "Spec",
-           "View", "check_apart"]
+__all__ = ["ASSUMED", "NO_DATA", "Batch", "DataInfo", "DataNeeds", "Inputs", "OpenedData", "PatchOrder",
+           "Spec", "View", "check_apart"]

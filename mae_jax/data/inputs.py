@@ -35,12 +35,11 @@ class Inputs(NamedTuple):
     validate: Callable[[], Iterator[Batch]]  # of the validation split likewise; both are empty without a split
     extra: Callable[[str], Iterator[Batch]]  # of a further test set (eval.sets), with labels of the training classes
     num_train: int
-    num_eval: int
     num_val: int
     classes: tuple[str, ...]  # () without labels of the kind that the method asked for
     description: str  # one line
     bad: deque[str]  # 'name: reason' of the images that this process replaced, newest last
-    parts: dict[str, Any] = {}  # split expression → its Source or Stream (data/sources/base.py); none of cached batches
+    parts: dict[str, Any] = {}  # split expression → its Source or RecordStream; none of cached batches
 
 
 class OpenedData:
@@ -53,7 +52,7 @@ class OpenedData:
     """
 
     meta: dict[str, Any]  # of cached batches alone, and of all others:
-    train: Any  # the training split, a Source or a Stream (data/sources/base.py)
+    train: Any  # the training split, a Source or a RecordStream (data/sources/base.py)
     val: Any  # the validation split likewise, or None
     eval: Any  # the evaluation split likewise, or None
     left_over: range  # records of a stream that no reader reads
@@ -117,14 +116,15 @@ class OpenedData:
 
             return Inputs(**cached_batches.open_folder(config, self.meta, self.info, spec, views, order, rows))
         inputs = self._read(spec, order, rows, views)
-        sizes = {split: part.size for split, part in inputs.parts.items()}
-        sizes[config.data.train_split] = inputs.num_train
         if token_maps.FIELD in spec:
+            sizes = {split: part.size for split, part in inputs.parts.items()}
             tokens = token_maps.load(config, sizes, spec[token_maps.FIELD].shape[1], self.needs.vocabulary)
             inputs = _joined(config.data, inputs, token_maps.joined, tokens)
         if cluster_ids.FIELD in spec:
-            folder = self.needs.clusters or ""
-            assigned = cluster_ids.of_splits(clusters or Clusters.read(folder), folder, config.data, inputs.parts)
+            if self.needs.clusters is None or clusters is None:
+                raise UserError(f"the batch field {cluster_ids.FIELD!r} is of a folder that mae_jax cluster wrote; "
+                                f"method.name={config.method.name!r} names none in its data_needs")
+            assigned = cluster_ids.of_splits(clusters, self.needs.clusters, config.data, inputs.parts)
             inputs = _joined(config.data, inputs, cluster_ids.joined, assigned)
         return inputs
 
@@ -147,13 +147,15 @@ class OpenedData:
         if source.size < order.group:
             raise UserError(f"data.train_split={data.train_split!r} has {source.size} pictures, and {order.group} are "
                             "mixed with one another")
-        kinds = {base.Source: random_access, base.RecordStream: record_stream}
         bad: deque[str] = deque(maxlen=BAD_NAMES)
-        common = {"views": ExampleBuilder(config, order, spec, views), "config": config, "rows": rows, "bad": bad}
+        common = {"builder": ExampleBuilder(config, order, spec, views), "config": config, "rows": rows, "bad": bad}
+
+        def reader(part: base.Source | base.RecordStream) -> Any:
+            return record_stream if isinstance(part, base.RecordStream) else random_access
 
         def evaluate(part: base.Source | base.RecordStream | None, ratio: float = config.eval.crop_ratio[0]
                      ) -> Iterator[Batch]:
-            return kinds[type(part)].evaluate(part, ratio, spec=spec, **common) if part else iter(())
+            return reader(part).evaluate(part, ratio, spec=spec, **common) if part else iter(())
 
         def support(ids: np.ndarray | None = None) -> Iterator[Batch]:
             if ids is None:
@@ -167,11 +169,10 @@ class OpenedData:
             return _renumbered(evaluate(found), "label", classes)
 
         return Inputs(
-            train=functools.partial(kinds[type(source)].train, source, spec=with_views(spec, views), **common),
+            train=functools.partial(reader(source).train, source, spec=with_views(spec, views), **common),
             support=support, evaluate=functools.partial(evaluate, self.eval),
             validate=functools.partial(evaluate, self.val), extra=extra,
-            num_train=self.info.num_train, num_eval=self.eval.size if self.eval else 0,
-            num_val=self.val.size if self.val else 0,
+            num_train=self.info.num_train, num_val=self.val.size if self.val else 0,
             # Where an image has any number of labels, the batch field `label` says none.
             classes=self.info.classes if "labels" in spec else self.info.single_label_classes,
             bad=bad, description=self._describe(), parts=parts)

@@ -46,7 +46,7 @@ def each(source: Found, change: Callable[[Example], Changed], threads: int, mixe
          faults: list[str] | None = None) -> Iterator[tuple[int, Changed | BadImage | OSError]]:
     """Yields number, as the source's `name` takes it, and `change`, made in threads, of every example; few in memory.
 
-    In place of the change of a bad image stands its error. For `faults`, see `streams.stored`.
+    In place of the change of a bad image stands its error. For `faults`, see `record_stream.stored`.
     """
     def one(item: tuple[int, Callable[[], Example]]) -> tuple[int, Changed | BadImage | OSError]:
         number, read = item

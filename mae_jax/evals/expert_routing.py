@@ -91,7 +91,7 @@ def information(choice: np.ndarray, label: np.ndarray) -> float:
 def picture(method: MoCE, params: Any, extras: Any, batches: Iterator[Batch]) -> np.ndarray:
     """Returns a grid with a row for each block and expert: the first pictures that it is chosen for.
 
-    They are sought among the first LOOKED_AT, until each expert that has clusters has SHOWN.
+    They are sought among the first MAX_SEARCHED_IMAGES, until each expert that has clusters has IMAGES_PER_EXPERT.
     """
     config, table = method.config, routes(method, params, extras)
     count, share = config.method.experts, _whole(extras["share"])

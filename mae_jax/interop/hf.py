@@ -79,7 +79,8 @@ def from_hf(state: Mapping[str, Any]) -> dict[str, Any]:
     """
     whole = {_renamed(key if key.startswith(("vit.", "decoder.")) else f"vit.{key}", (*OLD, *BACK)): value
              for key, value in state.items()}
-    return from_mae(_fused(whole))
+    rows = np.shape(whole.get("pos_embed", np.zeros((1, 1))))[1]
+    return from_mae(_fused(whole), (1, rows - 1))  # with a class token always, whatever the grid
 
 
 def hf_config(config: ConfigDict) -> dict[str, Any]:

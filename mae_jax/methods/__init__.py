@@ -44,3 +44,9 @@ def with_data(config: "ConfigDict") -> "tuple[Method, OpenedData]":
 def defaults(name: str) -> dict[str, Any]:
     """Returns the method's own config fields; JAX is imported for a method outside the package alone."""
     return fields.TABLE[name] if name in fields.TABLE else get(name).defaults
+
+
+def small(name: str) -> dict[str, Any]:
+    """Returns what `runlocal` makes of the method's own fields."""
+    return {key: fields.SMALL[key] for key in fields.SMALL.keys() & fields.TABLE[name]} if name in fields.TABLE \
+        else get(name).small

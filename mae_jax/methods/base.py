@@ -97,12 +97,12 @@ class Method:
     mask_ratio: float | None = None  # share that is masked, where `at_mask_ratio` gives another
     reconstruction_note: str = "as the method reconstructs them"  # what images of masked patches say of their colors
     defaults: ClassVar[dict[str, Any]] = {}  # own config fields under config.method
+    small: ClassVar[dict[str, Any]] = {}  # what `runlocal` makes of these; ours are in methods/fields.py
     uses_labels: bool = False  # what it is evaluated on must not be trained on
     has_class_head: bool = False  # its head has a row for each class of the data, in their order
     loss_spans_batch: bool = False  # the loss has terms across images: accumulation is refused
     extra_encode_fields: tuple[str, ...] = ()  # batch fields that `encode` reads besides images and orders
     background: int = -1  # of a segmentation's classes, what is around things; -1: none
-    group: int = 1  # rows that stay together on a device and in a micro-batch, neighbours in the batch
     # Weight decay, by last name of the path.
     decay_suffixes: ClassVar[tuple[str, ...]] = ("kernel", "cls_token", "mask_token")
 
@@ -125,12 +125,18 @@ class Method:
 
     def heads(self) -> dict[str, int]:
         """Returns config field → number of attention heads, each of which `mesh.tensor` must divide."""
-        own = {f"method.{name}": self.config.method[name] for name in ("decoder_heads",) if name in self.config.method}
+        m = self.config.method
+        own = {"method.decoder_heads": m.decoder_heads} if "decoder_heads" in m else {}
         return {"model.heads": self.config.model.heads, **own}
 
     def patch_order(self) -> PatchOrder:
         """Returns how the host draws `order`."""
         return PatchOrder("identity", self.grid.shape, num_masked=0)
+
+    @property
+    def group(self) -> int:
+        """How many neighbours of the batch share an order, and so stay together on a device and in a micro-batch."""
+        return self.patch_order().group
 
     def views(self) -> tuple[View, ...]:
         """Returns the views that the batches of training have in place of `patches` and `order`, if there are any."""

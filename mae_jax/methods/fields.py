@@ -1,6 +1,6 @@
 """The own config fields of each method, under `config.method`: importing this imports no JAX, so that --help is fast.
 
-A plug-in's class states its own as `defaults`.
+A plug-in's class states its own as `defaults`, and what `runlocal` makes of them as `small`.
 """
 
 from typing import Any
@@ -102,3 +102,9 @@ SEGMENT: dict[str, Any] = {
 TABLE: dict[str, dict[str, Any]] = {  # by the name of the method
     "beit": BEIT, "dino": DINO, "mae": MAE, "mixedae": MIXEDAE, "moce": MOCE,
     "segment": SEGMENT, "splitmask": SPLITMASK, "supervised": SUPERVISED}
+SMALL: dict[str, Any] = {  # what `runlocal` makes of them
+    "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2,
+    "mix_group": 4,  # where each image is there three times, the batch shows 6 of them
+    "vocabulary": 64, "masked": 24, "projection": 32,
+    "out_dim": 64, "head_width": 32, "bottleneck": 16, "local_views": 2, "local_size": (16, 16),
+}

@@ -67,7 +67,6 @@ class MixedAE(MAE):
     def __init__(self, config: ConfigDict, data: DataInfo):
         super().__init__(config, data)
         m = config.method
-        self.group = _group(config)  # G
         self.turns = self.group if m.mixing == "full" else 1
         self.keep = m.keep or self.num_visible
         kept = {"topk": TopKMask(self.keep, self.patches), "all": None,
@@ -86,7 +85,7 @@ class MixedAE(MAE):
         return patches // _group(config)
 
     def patch_order(self) -> PatchOrder:
-        return PatchOrder("random", self.grid.shape, self.num_masked, self.group)
+        return PatchOrder("random", self.grid.shape, self.num_masked, _group(self.config))
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
         m = self.config.method

@@ -49,7 +49,7 @@ class PatchTargets:
         return {GIVEN: jax.ShapeDtypeStruct(spec["order"].shape, jnp.int32)} if self.field == GIVEN else {}
 
     def start(self) -> Extras:
-        """Returns the extras before `fit`: a vocabulary float32 [V - 1, P], where the target has one."""
+        """Returns the extras before `fit_extras`: a vocabulary float32 [V - 1, P], where the target has one."""
         return {"vocabulary": jnp.zeros((self.size - 1, self.values), jnp.float32)} if self.built else {}
 
     def fit_extras(self, extras: Extras, batches: Iterable[dict[str, np.ndarray]] | None) -> Extras:

@@ -82,7 +82,7 @@ def kmeans(chunks: Chunks, centroids: np.ndarray, iterations: int = ITERATIONS) 
     Args:
       chunks: the points.
       centroids: float32 [m, D] of length 1, from which it starts.
-      iterations: at most; it ends when the mean similarity grows by less than TOLERANCE.
+      iterations: at most; it ends when the mean similarity grows by less than SIMILARITY_TOLERANCE.
 
     Returns:
       The centroids and the mean similarity of points to the nearest one.

@@ -51,7 +51,7 @@ def _bad_examples(run: Run, state: TrainState, batch: Batch) -> list[str]:
 
     Those that share an order of patches are evaluated together; what is not finite in one is said of all of them.
     """
-    key, group = stream_key(run.config.seed, int(state.step), "loss"), run.program.method.patch_order().group
+    key, group = stream_key(run.config.seed, int(state.step), "loss"), run.program.method.group
 
     @jax.jit
     def alone(row: jax.Array) -> jax.Array:

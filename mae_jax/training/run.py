@@ -45,7 +45,7 @@ def prepare(config: ConfigDict, folder: epath.Path, for_training: bool = True) -
     """Checks the config, opens the data and builds the method; raises UserError before anything is written.
 
     Args:
-      config: the resolved config.
+      config: as config.json keeps it, with its 'auto'.
       folder: the workdir.
       for_training: False where the encoder alone is looked at: data of any labels, or without what the loss needs,
         will do.

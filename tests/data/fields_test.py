@@ -100,7 +100,7 @@ KINDS = pytest.mark.parametrize("name", ["stream", "array"])
 @KINDS
 def test_validation_reads_its_own_part_and_training_none_of_it(stored, name):
     inputs = build(config(stored, name, train_split="train[:90%]", val_split="train[90%:]"))
-    assert (inputs.num_train // 4 * 4, inputs.num_val, inputs.num_eval) == (52, 6, 10)
+    assert (inputs.num_train // 4 * 4, inputs.num_val, inputs.parts["test"].size) == (52, 6, 10)
     assert "6 in train[90%:]" in inputs.description
     batch, = inputs.validate()
     assert np.rint(batch["patches"][:6].mean((1, 2))).tolist() == [54, 55, 56, 57, 58, 59]
@@ -137,7 +137,7 @@ def test_in_data_without_splits_all_names_of_the_held_out_part_are_the_same_pict
         (tmp_path / "own" / folder).mkdir(parents=True)
         Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "own" / folder / "same.png")
     own = config("", source="folder", path=str(tmp_path / "own"), val_split="val", batch=1)
-    assert (build(own).num_val, build(own).num_eval) == (1, 1)
+    assert {split: part.size for split, part in build(own).parts.items()} == {"train": 1, "val": 1, "test": 1}
     shutil.rmtree(tmp_path / "own" / "val")
     with pytest.raises(UserError, match="val_split='val' "):
         build(own)

@@ -61,7 +61,7 @@ def test_batches_are_exactly_what_the_spec_says():
     for batch in [next(inputs.train(0)), next(inputs.support()), next(inputs.evaluate())]:
         assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {k: (s.shape, s.dtype) for k, s in spec(c).items()}
     assert inputs.num_train == 3400
-    assert inputs.num_eval == 1020
+    assert inputs.parts["test"].size == 1020
     assert len(inputs.classes) == 17
     assert "3400" in inputs.description
     assert "17 classes" in inputs.description
@@ -110,13 +110,13 @@ def test_without_an_evaluation_split_there_is_nothing_to_evaluate():
     c.data.eval_split = ""
     inputs = inputs_of(c)
     assert list(inputs.evaluate()) == []
-    assert inputs.num_eval == 0
+    assert list(inputs.parts) == ["train"]
 
 
 def test_a_field_that_no_pipeline_gives_names_its_provider():
     c = config()
     wanted = {**spec(c), "cluster": jax.ShapeDtypeStruct((8,), np.int32)}
-    with pytest.raises(UserError, match=r"cluster.*mae_jax.cluster"):
+    with pytest.raises(UserError, match=r"'cluster' is of .*mae_jax cluster.* data_needs"):
         data.OpenedData(c).batches(wanted, ORDER)
 
 

@@ -41,6 +41,11 @@ def test_a_round_trip_keeps_every_bit(params, to, back):
     assert_same(params, back(to(params, GRID, PATCH)))
 
 
+@pytest.mark.parametrize("grid", [(2, 4), (4, 6), (6, 8)])  # with the class token as many as a square has
+def test_positions_of_hugging_face_begin_with_the_class_tokens_whatever_the_grid(params, grid):
+    assert_same(params, from_hf(to_hf(params, grid, PATCH)))
+
+
 @pytest.mark.parametrize(("to", "back"), [(to_hf, from_hf), (to_mae, from_mae)])
 def test_an_encoder_alone_makes_the_round_trip(params, to, back):
     encoder = {"encoder": params["encoder"]}

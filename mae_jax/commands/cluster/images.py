@@ -154,7 +154,7 @@ def summary(made: Clusters) -> str:
 
 
 def nearest(made: Clusters, features: Features, split: str, shown: np.ndarray, most: float) -> list[np.ndarray]:
-    """Returns the ids of the MEMBERS pictures nearest to the centroid of each cluster in `shown`, nearest first.
+    """Returns the ids of the IMAGES_PER_CLUSTER images nearest to the centroid of each cluster in `shown`, in order.
 
     They are sought among the first `most` pictures.
     """
@@ -174,7 +174,7 @@ def nearest(made: Clusters, features: Features, split: str, shown: np.ndarray, m
 
 
 def picture(made: Clusters, config: ConfigDict, features: Features) -> np.ndarray:
-    """Returns a grid of the pictures nearest to the centroids, a row per cluster, of at most SHOWN clusters."""
+    """Returns a grid of the images nearest to the centroids of MAX_SHOWN_CLUSTERS clusters at most, a row for each."""
     from mae_jax.data.sources.base import Source  # imports TensorFlow
 
     shown = np.unique(np.linspace(0, len(made.centroids) - 1, min(MAX_SHOWN_CLUSTERS, len(made.centroids))).astype(int))

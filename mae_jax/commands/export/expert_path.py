@@ -27,7 +27,6 @@ from mae_jax.storage import paths
 from mae_jax.storage.checkpoint import load_params
 from mae_jax.training import workdir
 
-HOWS = ("vote", "probe", "random")
 MAX_PROBED_PATHS = 8  # paths, those of the most votes, that are probed at most
 HELD_OUT_SHARE = 0.1  # of the task's training pictures, on which probes choose
 Path = tuple[int, ...]  # one expert per block with experts

@@ -91,7 +91,7 @@ def open_folder(config: ConfigDict, meta: dict[str, Any], info: DataInfo, spec: 
     return {
         "train": train, "support": finite("support"), "evaluate": finite("evaluate"), "validate": finite("validate"),
         "extra": extra,
-        "num_train": meta["num_train"], "num_eval": sizes["evaluate"], "num_val": sizes.get("validate", 0),
+        "num_train": meta["num_train"], "num_val": sizes.get("validate", 0),
         "classes": info.classes if "labels" in spec else info.single_label_classes,
         "description": f"batches {folder}: {sizes.get('train', 0)} cached training examples of {meta['num_train']} "
                        f"pictures, {sizes['evaluate']} for evaluation; {len(meta['classes']) or 'no'} classes",

@@ -35,20 +35,21 @@ def draw(position: int, batch: int, repeats: int) -> int:
     return step * distinct + row % distinct
 
 
-def train_example(source: Source, views: ExampleBuilder, config: ConfigDict, bad: deque[str], position: int) -> Fields:
+def train_example(source: Source, builder: ExampleBuilder, config: ConfigDict, bad: deque[str],
+                  position: int) -> Fields:
     """Returns all fields of the example at a position of the run.
 
     Every epoch visits each example once, in an order of its own; batches straddle epochs. A bad image gives way to
     the next of the epoch's order that may stand in (`_candidates`). With data.repeats = R, a pass takes as many rows as
     R epochs of the config's durations, and its examples are shown R times each, in views of their own.
     """
-    for tries, index in enumerate(itertools.islice(_candidates(source.size, views.group, config, position), TRIES)):
+    for tries, index in enumerate(itertools.islice(_candidates(source.size, builder.group, config, position), TRIES)):
         try:
-            fields = views.train(source.read(index), position)
+            fields = builder.train(source.read(index), position)
             return {**fields, "id": index, "valid": 1.0, "replaced": tries}
         except (BadImage, OSError) as error:
             bad.append(f"{source.name(index)}: {error}")
-    return {**views.gray_train(position), "id": index, "replaced": TRIES}
+    return {**builder.gray_train(position), "id": index, "replaced": TRIES}
 
 
 def _candidates(size: int, group: int, config: ConfigDict, position: int) -> Iterator[int]:
@@ -70,15 +71,16 @@ def _candidates(size: int, group: int, config: ConfigDict, position: int) -> Ite
             yield index
 
 
-def evaluate_example(source: Source, views: ExampleBuilder, indices: np.ndarray, ratio: float, bad: deque[str],
+def evaluate_example(source: Source, builder: ExampleBuilder, indices: np.ndarray, ratio: float, bad: deque[str],
                      position: int) -> Fields:
     """Returns all fields of the example at a position of an evaluation; past the end, padding."""
-    gray = views.gray(position)
+    gray = builder.gray(position)
     if position >= len(indices):
         return {**gray, "id": PADDING, "replaced": 0}
     index = int(indices[position])
     try:
-        return {**views.evaluate(source.read(index), index, position, ratio), "id": index, "valid": 1.0, "replaced": 0}
+        fields = builder.evaluate(source.read(index), index, position, ratio)
+        return {**fields, "id": index, "valid": 1.0, "replaced": 0}
     except (BadImage, OSError) as error:
         bad.append(f"{source.name(index)}: {error}")
         return {**gray, "id": index, "replaced": 1}
@@ -95,18 +97,18 @@ def subset(size: int, most: int, group: int = 1) -> np.ndarray:
     return np.sort(chosen) if group == 1 else chosen
 
 
-def train(source: Source, step: int, views: ExampleBuilder, config: ConfigDict, spec: Spec, rows: np.ndarray,
+def train(source: Source, step: int, builder: ExampleBuilder, config: ConfigDict, spec: Spec, rows: np.ndarray,
           bad: deque[str]) -> Iterator[Batch]:
     """Yields these rows of the batches step, step + 1, ... without end."""
-    example = functools.partial(train_example, source, views, config, bad)
+    example = functools.partial(train_example, source, builder, config, bad)
     return batches(example, spec, rows, range(step, sys.maxsize // config.batch_size), config.data)
 
 
-def evaluate(source: Source, ratio: float, views: ExampleBuilder, config: ConfigDict, spec: Spec, rows: np.ndarray,
+def evaluate(source: Source, ratio: float, builder: ExampleBuilder, config: ConfigDict, spec: Spec, rows: np.ndarray,
              bad: deque[str]) -> Iterator[Batch]:
     """Yields these rows of at most eval.max_examples examples, the central `ratio` of each, padded to full batches."""
-    indices = subset(source.size, config.eval.max_examples, views.group)
-    example = functools.partial(evaluate_example, source, views, indices, ratio, bad)
+    indices = subset(source.size, config.eval.max_examples, builder.group)
+    example = functools.partial(evaluate_example, source, builder, indices, ratio, bad)
     return batches(example, spec, rows, range(-(-len(indices) // config.batch_size)), config.data)
 
 

@@ -1,8 +1,8 @@
 """TFRecord streams, of TFDS and plain: cut into logical readers, each with its own order, resumed by skipping.
 
 Of R = data.readers readers, reader r owns the r-th R-th of the records and the r-th R-th of the rows of every global
-batch; of data.repeats, a reader's rows hold copies as those of a whole batch do (see pipeline.draw). Which record is
-where therefore depends on the config, seed and step alone, not on how many processes there are: a process runs the
+batch; of data.repeats, a reader's rows hold copies as those of a whole batch do (see random_access.draw). Which record
+is where therefore depends on the config, seed and step alone, not on how many processes there are: a process runs the
 readers whose rows it feeds. The records that do not divide by R are left out.
 """
 
@@ -58,7 +58,7 @@ def dropped_records(stream: RecordStream, config: ConfigDict, group: int = 1) ->
     return range(stream.start + used, stream.start + stream.size)
 
 
-def train(stream: RecordStream, step: int, views: ExampleBuilder, config: ConfigDict, spec: Spec, rows: np.ndarray,
+def train(stream: RecordStream, step: int, builder: ExampleBuilder, config: ConfigDict, spec: Spec, rows: np.ndarray,
           bad: deque[str]) -> Iterator[Batch]:
     """Yields these rows of the batches step, step + 1, ... without end.
 
@@ -75,16 +75,16 @@ def train(stream: RecordStream, step: int, views: ExampleBuilder, config: Config
         block, row = divmod(count, len(own_rows))
         position = (step + block) * config.batch_size + int(own_rows[row])
         try:
-            return {**views.train(stream.example(*stored), position), "id": record, "valid": 1.0, "replaced": 0}
+            return {**builder.train(stream.example(*stored), position), "id": record, "valid": 1.0, "replaced": 0}
         except BadImage as error:
             bad.append(f"{stream.name(record)}: {error}")
-            return {**views.gray_train(position), "id": record, "replaced": 1}
+            return {**builder.gray_train(position), "id": record, "replaced": 1}
 
     whole = {**spec, "replaced": jax.ShapeDtypeStruct((config.batch_size,), np.int32)}
     batches = random_access.run(readers, example, whole, len(own_rows), config.data)
     keep = np.searchsorted(own_rows, rows)
     for batch in _guarded(stream, batches, skip * len(own)):
-        repaired = replace_bad_rows(batch, share, views.group)
+        repaired = replace_bad_rows(batch, share, builder.group)
         yield {name: repaired[name] if len(keep) == len(own_rows) else repaired[name][keep] for name in spec}
 
 
@@ -120,7 +120,7 @@ def replace_bad_rows(batch: Batch, share: int, group: int = 1) -> Batch:
     return new
 
 
-def evaluate(stream: RecordStream, ratio: float, views: ExampleBuilder, config: ConfigDict, spec: Spec,
+def evaluate(stream: RecordStream, ratio: float, builder: ExampleBuilder, config: ConfigDict, spec: Spec,
              rows: np.ndarray,
              bad: deque[str]) -> Iterator[Batch]:
     """Yields these rows of the first eval.max_examples records, the central `ratio` of each, padded to full batches.
@@ -136,11 +136,11 @@ def evaluate(stream: RecordStream, ratio: float, views: ExampleBuilder, config: 
     dataset = dataset.filter(lambda position, _: fed[position % batch]).map(lambda position, item: (position, *item))
 
     def example(position: int, record: int, *stored: Any) -> Fields:
-        gray = views.gray(position)
+        gray = builder.gray(position)
         if record == PADDING:
             return {**gray, "id": PADDING, "replaced": 0}
         try:
-            fields = views.evaluate(stream.example(*stored), record, position, ratio)
+            fields = builder.evaluate(stream.example(*stored), record, position, ratio)
             return {**fields, "id": record, "valid": 1.0, "replaced": 0}
         except BadImage as error:
             bad.append(f"{stream.name(record)}: {error}")

@@ -1,20 +1,16 @@
-"""The table of sources, and what a source with random access is."""
+"""The table of sources, by name."""
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax import plugins
 from mae_jax.data.sources import splits
-from mae_jax.data.sources.base import Source
+from mae_jax.data.sources.base import RecordStream, Source
 from mae_jax.errors import UserError
 from mae_jax.storage.paths import check_bucket
-
-if TYPE_CHECKING:
-    from mae_jax.data.sources.base import RecordStream
-
 
 BUILT_IN = ("mnist5k", "photo_crops", "photo_mosaic")  # sources that come with a package
 # data.source → the module that has `load(data, split)`. Imported when asked for: some need packages of their own.
@@ -31,7 +27,7 @@ MODULES = {
 }
 
 
-def load(data: ConfigDict, expression: str) -> "Source | RecordStream":
+def load(data: ConfigDict, expression: str) -> Source | RecordStream:
     """Opens one split of the config's source, or a sum of several ('train+validation').
 
     Raises:
@@ -43,8 +39,12 @@ def load(data: ConfigDict, expression: str) -> "Source | RecordStream":
                         "source that reads it (the argument `runlocal` of a recipe takes photo crops for any data)")
     check_bucket(data.get("path") or "")
     opened = getattr(found, "load", found)
-    source = functools.reduce(lambda one, other: one.joined(other),
-                              [opened(data, split) for split in splits.parts(expression)])
+    parts = [opened(data, split) for split in splits.parts(expression)]
+    for part in parts:
+        if not isinstance(part, Source | RecordStream):
+            raise UserError(f"data.source={data.source!r} opened {expression!r} as {type(part).__name__}; expected a "
+                            "Source or a RecordStream of mae_jax.data.sources.base")
+    source = functools.reduce(lambda one, other: one.joined(other), parts)
     if not source.size:
         raise UserError(f"the split {expression!r} of data.source={data.source!r} has no pictures")
     if not data.get("classes"):
@@ -69,7 +69,7 @@ def same_split(data: ConfigDict, one: str, other: str) -> bool:
     return one == other or named(data, one) == named(data, other)
 
 
-def open_test_set(data: ConfigDict, text: str, classes: tuple[str, ...]) -> "tuple[Source | RecordStream, np.ndarray]":
+def open_test_set(data: ConfigDict, text: str, classes: tuple[str, ...]) -> tuple[Source | RecordStream, np.ndarray]:
     """Opens a further test set of TFDS: 'imagenet_v2', or 'NAME:SPLIT' where the split is not 'test'.
 
     Args:

@@ -90,10 +90,10 @@ def _check_files(builder: Any, info: Any) -> None:
 def _builder(module: Any, data: ConfigDict) -> Any:
     if not data.name:
         raise UserError("data.source='tfds' needs data.name, such as 'imagenet2012' or 'imagenet_resized/64x64'")
-    if ":" in data.name.split("/")[0]:
-        raise UserError(f"data.name={data.name!r} names another catalogue, whose code would be downloaded and run; "
-                        "prepare the data set beforehand, and name it alone")
     try:
+        if module.core.naming.parse_builder_name_kwargs(data.name)[0].namespace:  # NAME:VERSION has none
+            raise UserError(f"data.name={data.name!r} names another catalogue, whose code would be downloaded and run; "
+                            "prepare the data set beforehand, and name it alone, or as NAME:VERSION")
         builder = module.builder(data.name, data_dir=data.path or None)
     except (module.core.DatasetNotFoundError, ValueError) as error:
         known = module.list_builders(with_community_datasets=False)  # those would be looked up in a bucket

@@ -96,7 +96,7 @@ def test_cached_batches_are_those_of_the_run(tmp_path):
     to = epath.Path(tmp_path / "out")
     writers.write_batches(data.OpenedData(c), inputs, method.eval_spec(), method.patch_order(), (), to, steps=3)
     back = build(config(source="batches", path=str(tmp_path / "out"), eval_split="test"))
-    assert (back.num_train, back.num_eval, back.classes) == (inputs.num_train, inputs.num_eval, inputs.classes)
+    assert (back.num_train, back.classes) == (inputs.num_train, inputs.classes)
     assert back.num_val == inputs.num_val > 0
     for name in ("train", "support", "evaluate", "validate"):
         args = (0,) if name == "train" else ()

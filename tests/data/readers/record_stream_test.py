@@ -111,7 +111,6 @@ def test_evaluations_read_in_order_and_are_padded(stored):
     assert np.concatenate([batch["id"] for batch in batches]).tolist() == [*range(TEST), *[-1] * 5]
     assert batches[1]["valid"].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
     assert_pixels_belong_to_ids(batches[0])
-    assert inputs.num_eval == TEST
 
 
 def test_left_over_records_are_named_and_not_counted(stored):

@@ -18,12 +18,20 @@ def stored(tmp_path_factory):
 
 @pytest.mark.parametrize(("fields", "text"), [
     ({"name": ""}, "data.name"), ({"name": "no_such_set"}, "'no_such_set'"),
-    ({"name": "mnist"}, "not prepared"), ({"name": "kaggle:toy"}, "catalogue")])
+    ({"name": "mnist"}, "not prepared"), ({"name": "kaggle:toy"}, "catalogue"),
+    ({"name": "kaggle:toy:1.0.0"}, "catalogue"), ({"name": "toy:2.*.*"}, "'toy:2")])
 def test_data_sets_that_are_not_there_are_refused(stored, fields, text):
     c = tfds_config(stored)
     c.data.update(fields)
     with pytest.raises(UserError, match=text):
         build(c)
+
+
+@pytest.mark.parametrize("name", ["toy:1.0.0", "toy:1.*.*"])  # as recipes name ImageNet
+def test_a_data_set_is_named_with_its_version(stored, name):
+    c = tfds_config(stored)
+    c.data.name = name
+    assert registry.load(c.data, "train").size == TRAIN
 
 
 def test_array_record_has_random_access(tmp_path):

@@ -27,7 +27,7 @@ def shards(tmp_path):
 def test_plain_files_are_counted_and_their_labels_found(shards, caplog):
     caplog.set_level("INFO", logger="mae_jax")
     inputs = build(plain_config(shards))
-    assert (inputs.num_train, inputs.num_eval, inputs.classes) == (48, 7, ("0", "1", "2"))
+    assert (inputs.num_train, inputs.parts["test"].size, inputs.classes) == (48, 7, ("0", "1", "2"))
     assert "counted 50 records in 5 files" in caplog.text
 
 
@@ -35,14 +35,14 @@ def test_without_split_names_a_tenth_is_held_out(tmp_path):
     write(tmp_path / "all.tfrecord", [record(i, label=False) for i in range(40)])
     c = config("tfrecord", tmp_path / "*.tfrecord")
     inputs = build(c)
-    assert (inputs.num_train, inputs.num_eval, inputs.classes) == (36, 4, ())
+    assert (inputs.num_train, inputs.parts["test"].size, inputs.classes) == (36, 4, ())
     assert {i for batch in inputs.evaluate() for i in batch["id"]} == {36, 37, 38, 39, -1}
 
 
 def test_a_folder_with_records_json_needs_no_counting(shards, caplog):
     caplog.set_level("INFO", logger="mae_jax")
     inputs = build(describe(shards))
-    assert (inputs.num_train, inputs.num_eval, inputs.classes) == (48, 7, ("x", "y", "z"))
+    assert (inputs.num_train, inputs.parts["test"].size, inputs.classes) == (48, 7, ("x", "y", "z"))
     assert "counted" not in caplog.text
 
 
