@@ -5,6 +5,7 @@ command line (`--config.optim.lr=1e-4`), so no default is a list or None: ml_col
 """
 
 import copy
+import logging
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -18,6 +19,7 @@ from mae_jax import plugins as plug_ins
 from mae_jax.durations import steps
 from mae_jax.errors import UserError, did_you_mean
 
+logger = logging.getLogger(__name__)
 Preset = Callable[[ConfigDict], None]
 SIZES = {  # width, depth, heads: MAE section 4 (B, L, H), DeiT Table 1 (Ti, S)
     "Ti": (192, 12, 3),
@@ -282,6 +284,29 @@ def resolved(config: ConfigDict) -> ConfigDict:
     import jax
 
     return for_platform(config, jax.devices()[0].platform)
+
+
+def fitting_mesh(config: ConfigDict, devices: Any = None) -> Any:
+    """Makes the mesh of a config without 'auto'; raises UserError where devices or the method's heads do not fit it."""
+    from mae_jax.runtime import sharding
+
+    mesh = sharding.make_mesh(config, devices)
+    for field, count in methods.get(config.method.name).heads(config).items():
+        if count % mesh.shape["tensor"]:
+            raise UserError(f"{field}={count} does not divide over mesh.tensor={mesh.shape['tensor']}; heads are "
+                            "shared among its devices")
+    return mesh
+
+
+def with_fitting_mesh(config: ConfigDict) -> ConfigDict:
+    """Returns the config, to look at a run: with all devices along mesh.data where its own mesh does not fit here."""
+    try:
+        fitting_mesh(resolved(config))
+    except UserError:
+        config = config.copy_and_resolve_references()
+        config.mesh = default(config.method.name).mesh
+        logger.info("the mesh of the run does not fit here; looking at it with all devices along mesh.data")
+    return config
 
 
 def validate(config: ConfigDict, for_training: bool = True) -> None:

@@ -12,7 +12,6 @@ finished, 2 your mistake (one line says which), 3 stopped by a guard, 75 stopped
 it again, 134 another process was lost: start all again, 1 a bug.
 """
 
-from types import ModuleType
 
 from absl import flags
 
@@ -46,15 +45,14 @@ def main() -> int:
     if CONFIG.value is not None and launch.here():
         config.validate(CONFIG.value)  # before all have met
     same = {"--workdir": WORKDIR.value, "--mode": MODE.value, "--dry_run": DRY_RUN.value}
-    return launch.run(lambda: command(loop), same, CONFIG.value)
 
+    def command() -> int:
+        if MODE.value == "eval":
+            return loop.evaluate(WORKDIR.value, CONFIG.value)
+        if MODE.value == "replay":
+            from mae_jax.training import replay
 
-def command(train: ModuleType) -> int:
-    """Does what the flags say, in one process or as one of several. Returns the exit code."""
-    if MODE.value == "eval":
-        return train.evaluate(WORKDIR.value, CONFIG.value)
-    if MODE.value == "replay":
-        from mae_jax.training import replay
+            return replay.replay(WORKDIR.value, STEP.value)
+        return (loop.dry_run if DRY_RUN.value else loop.train)(CONFIG.value, WORKDIR.value)
 
-        return replay.replay(WORKDIR.value, STEP.value)
-    return (train.dry_run if DRY_RUN.value else train.train)(CONFIG.value, WORKDIR.value)
+    return launch.run(command, same, CONFIG.value)

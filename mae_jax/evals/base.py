@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from mae_jax.evals.context import Context, Pair
 from mae_jax.methods.base import Batch, Method
 
-When = Literal["periodic", "final", "on_demand"]
+When = Literal["first", "periodic", "final", "on_demand"]
 
 
 class Evaluation:
@@ -18,8 +18,8 @@ class Evaluation:
 
     Attributes:
       name: unique in the table of `mae_jax.evals.evaluator`.
-      when: 'periodic': every eval.every, and of each crop of eval.crop_ratio at the end; 'final': once, at the end of a
-        run; 'on_demand': where a command asks for it by name.
+      when: 'first': once, before the first step; 'periodic': every eval.every, and of each crop of eval.crop_ratio at
+        the end; 'final': once, at the end of a run; 'on_demand': where a command asks for it by name.
     """
 
     name: ClassVar[str]

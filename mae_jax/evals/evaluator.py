@@ -104,6 +104,10 @@ class Evaluator:
             out |= self._run(self._those("periodic"), f"{part}/{kind}", params, state, part, notes=notes)
         return out
 
+    def first_evaluations(self, state: TrainState, part: str = "eval") -> Figures:
+        """Returns what is measured of a split once, before the first step."""
+        return self._run(self._those("first"), f"{part}/", state.ema or state.params, state, part)
+
     def final_evaluations(self, state: TrainState) -> Figures:
         """Returns what is measured of the evaluation split once, at a run's end: other crops, final evaluations."""
         config, out = self.method.config, Figures()

@@ -57,11 +57,11 @@ def figures(method: MoCE, params: Any, extras: Any, cluster: np.ndarray, label: 
     labels, 'label_information/<block>': I(expert; label) / H(label), 0 to 1.
 
     Args:
-      method: whose gates read clusters; else nothing is returned.
+      method: whose gates read clusters.
       params, extras: its state.
       cluster, label: int [n] of the pictures; a label of -1 is none.
     """
-    if method.by_token or not len(cluster):
+    if not len(cluster):
         return {}
     out: dict[str, float] = {}
     for block, expert in routes(method, params, extras).items():
@@ -109,7 +109,7 @@ def picture(method: MoCE, params: Any, extras: Any, batches: Iterator[Batch]) ->
         if all(len(rows[each]) == IMAGES_PER_EXPERT for each in used):
             break
     blank = np.full((*config.data.image_size, 3), 255, np.uint8)
-    names = [f"block {block}, expert {i}\n{(table[block] == i).sum()} of {method.count} clusters,\n"
+    names = [f"block {block}, expert {i}\n{(table[block] == i).sum()} of {method.num_clusters} clusters,\n"
              f"{share[table[block] == i].sum():.0%} of pictures" for block, i in rows]
     return tile([[*seen, *[blank] * (IMAGES_PER_EXPERT - len(seen))] for seen in rows.values()],
                 [""] * IMAGES_PER_EXPERT,

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mae_jax.config import resolved
+from mae_jax.config import resolved, with_fitting_mesh
 from mae_jax.data import NO_DATA
 from mae_jax.errors import UserError
 from mae_jax.methods import build
@@ -13,8 +13,12 @@ from mae_jax.methods.base import Method
 
 
 def frozen(config: ConfigDict, block: int) -> ConfigDict:
-    """Returns the config by which features are computed: all pictures, and of an earlier block where that is asked."""
-    config = config.copy_and_resolve_references()
+    """Returns the config by which features are computed: of all images, on a mesh that fits here.
+
+    Raises:
+      UserError: there is no such block.
+    """
+    config = with_fitting_mesh(config).copy_and_resolve_references()
     config.eval.max_examples = 1 << 31
     config.data.update(augment="none", color="none", repeats=1)
     if not -1 <= block < config.model.depth:

@@ -26,9 +26,9 @@ class FrozenProbes(Evaluation):
         """Raises UserError where there is nothing to probe."""
         config, classes = ctx.method.config, len(ctx.data.classes)
         train, test = (ctx.pooled(source) for source in (ctx.data.support, ctx.source))
-        if classes < 2 or not len(test[1]):
-            raise UserError(f"data.eval_split={config.data.eval_split!r} has no labels of several classes: nothing to "
-                            "probe")
+        for split, (_, labels) in ((config.data.train_split, train), (config.data.eval_split, test)):
+            if classes < 2 or not len(labels):
+                raise UserError(f"the split {split!r} has no labels of several classes: nothing to probe")
         swept, _ = linear_probe.sweep(train, test, classes, seed=config.seed)
         return probes(train, test, classes, config.eval, "top1") | {"sgd/top1": swept}
 

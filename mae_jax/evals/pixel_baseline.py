@@ -14,9 +14,9 @@ PIXEL_LIMIT = 12_288  # values of an image up to which raw pixels are probed (64
 
 
 class PixelBaseline(Evaluation):
-    """Both probes on the pixels of small images, where features are probed; a run asks for it before its first step."""
+    """Both probes on the pixels of small images, where features are probed."""
 
-    name, when = "pixel_baseline", "on_demand"
+    name, when = "pixel_baseline", "first"
 
     def applies(self, method: Method, data: Any) -> bool:
         small = np.prod(method.config.data.image_size) * 3 <= PIXEL_LIMIT
@@ -27,7 +27,7 @@ class PixelBaseline(Evaluation):
 
     def scalars(self, ctx: Context) -> dict[str, float]:
         train, test = (_pixels(ctx, source) for source in (ctx.data.support, ctx.source))
-        if not len(test[1]):
+        if not (len(train[1]) and len(test[1])):
             return {}
         return probes(train, test, len(ctx.data.classes), ctx.method.config.eval, "pixels_top1")
 
@@ -37,6 +37,8 @@ def _pixels(ctx: Context, source: Source) -> Pair:
     rows = HostRows(ctx.mesh)
     for batch in ctx.batches(source):
         rows.add(labeled_rows(batch), batch["patches"], batch["order"], batch["label"])
+    if not rows.parts:
+        return np.zeros((0, 0), np.float32), np.zeros(0, np.int32)
     patches, order, labels = rows.collect()
     images = ctx.method.grid.unpatchify(patches, order)
     return images.reshape(len(images), np.prod(images.shape[1:])).astype(np.float32) / 255, labels

@@ -102,6 +102,7 @@ class Method:
     has_class_head: bool = False  # its head has a row for each class of the data, in their order
     loss_spans_batch: bool = False  # the loss has terms across images: accumulation is refused
     extra_encode_fields: tuple[str, ...] = ()  # batch fields that `encode` reads besides images and orders
+    num_clusters: int = 1  # ids that the batch field `cluster` may have, where there is one
     background: int = -1  # of a segmentation's classes, what is around things; -1: none
     # Weight decay, by last name of the path.
     decay_suffixes: ClassVar[tuple[str, ...]] = ("kernel", "cls_token", "mask_token")
@@ -123,11 +124,12 @@ class Method:
     def check_data(self) -> None:
         """Raises UserError for data that the method cannot be trained on."""
 
-    def heads(self) -> dict[str, int]:
+    @staticmethod
+    def heads(config: ConfigDict) -> dict[str, int]:
         """Returns config field → number of attention heads, each of which `mesh.tensor` must divide."""
-        m = self.config.method
+        m = config.method
         own = {"method.decoder_heads": m.decoder_heads} if "decoder_heads" in m else {}
-        return {"model.heads": self.config.model.heads, **own}
+        return {"model.heads": config.model.heads, **own}
 
     def patch_order(self) -> PatchOrder:
         """Returns how the host draws `order`."""

@@ -59,8 +59,8 @@ class MoCE(MAE):
 
     def check_data(self) -> None:
         m = self.config.method
-        if not self.by_token and m.num_clusters not in (0, self.count):
-            raise UserError(f"method.num_clusters={m.num_clusters}, but {m.clusters} has {self.count}")
+        if not self.by_token and m.num_clusters not in (0, self.num_clusters):
+            raise UserError(f"method.num_clusters={m.num_clusters}, but {m.clusters} has {self.num_clusters}")
 
     def __init__(self, config: ConfigDict, data: DataInfo):
         super().__init__(config, data)
@@ -68,7 +68,7 @@ class MoCE(MAE):
         self.blocks = sorted(named_blocks(config))
         self.straight = m.gate_weight == "straight"
         # Where no clusters were read (plan and bench open no data), as many as the config says.
-        self.count, self.width = data.clusters.centroids.shape if data.clusters else (
+        self.num_clusters, self.width = data.clusters.centroids.shape if data.clusters else (
             m.num_clusters or 1, m.centroid_width or config.model.width)
         self.by_token = m.gate == "token"
         self.loss_spans_batch = self.by_token and max(m.balance_weight, m.confidence_weight) > 0
@@ -96,7 +96,8 @@ class MoCE(MAE):
                                for block, gate_key in zip(self.blocks, gate_keys, strict=True)}
         extras = self.fitted_targets(batch)
         if not self.by_token:
-            extras |= {"centroids": jnp.zeros((self.count, self.width)), "share": jnp.full(self.count, 1 / self.count)}
+            extras |= {"centroids": jnp.zeros((self.num_clusters, self.width)),
+                       "share": jnp.full(self.num_clusters, 1 / self.num_clusters)}
         if self.config.method.distill_weight:
             extras["start"] = extract_path(params["encoder"], dict.fromkeys(self.blocks, 0))
         return params, extras

@@ -2,8 +2,8 @@
 
 `config.mesh` has the axes `data` (devices share the rows of a batch), `fsdp` (they also cut every parameter, which is
 gathered where it is used) and `tensor` (they share heads and hidden units). ZeRO (arXiv 1910.02054) cuts parameters,
-optimiser and averages over `data` as well; in the mesh itself, that axis is then called `zero`. Each gradient is
-scattered to where its piece of the optimiser lives as it is summed, and each parameter is gathered once a step.
+optimizer and averages over `data` as well; in the mesh itself, that axis is then called `zero`. Each gradient is
+scattered to where its piece of the optimizer lives as it is summed, and each parameter is gathered once a step.
 """
 
 import re

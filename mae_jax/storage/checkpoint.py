@@ -358,13 +358,13 @@ def _of_step(folder: epath.Path, arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_same_model(folder: epath.Path, record: Record, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-    # Parameters first: they name what differs, the optimiser only follows them.
+    # Parameters first: they name what differs, the optimizer only follows them.
     for path in sorted(record.keys() | wanted.keys(), key=lambda path: (not path.startswith("params/"), path)):
         if path not in wanted:
-            raise UserError(f"{folder} is of another model or optimiser: it has {path}, this config does not; "
+            raise UserError(f"{folder} is of another model or optimizer: it has {path}, this config does not; "
                             f"{did_you_mean(path, wanted)[:200]}")
         if path not in record:
-            raise UserError(f"{folder} is of another model or optimiser: this config has {path}, it does not; "
+            raise UserError(f"{folder} is of another model or optimizer: this config has {path}, it does not; "
                             f"{did_you_mean(path, record)[:200]}")
         there, here = record[path][:2], [list(wanted[path].shape), str(wanted[path].dtype)]
         if there != here:

@@ -100,7 +100,7 @@ def write(path: str, content: bytes, seconds: float = RETRY_SECONDS, generation:
 
     Raises:
       BucketError: it was not written, as far as is known.
-      Changed: an object of another generation is there.
+      GenerationMismatch: an object of another generation is there.
     """
     blob = _blob(path)
     kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
@@ -110,7 +110,7 @@ def write(path: str, content: bytes, seconds: float = RETRY_SECONDS, generation:
 
 
 def delete(path: str, generation: int, seconds: float) -> None:
-    """Deletes an object of that generation where it is there; raises BucketError, and Changed."""
+    """Deletes an object of that generation where it is there; raises BucketError, and GenerationMismatch."""
     def remove() -> None:
         with contextlib.suppress(exceptions.NotFound):
             _blob(path).delete(if_generation_match=generation, timeout=seconds, retry=None)

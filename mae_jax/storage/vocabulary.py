@@ -1,21 +1,21 @@
 """Files of patch vocabularies."""
 
+import io
+
 import numpy as np
 from etils import epath
 
 from mae_jax.errors import UserError
 from mae_jax.storage.npz import opened
-from mae_jax.storage.paths import locate
+from mae_jax.storage.paths import locate, replace_bytes
 
 
 def save(file: epath.PathLike, entries: np.ndarray, kind: str) -> None:
     """Writes a vocabulary [V - 1, P] as *.npz, with what kind it is."""
-    path = locate(str(file))
+    path, stored = locate(str(file)), io.BytesIO()
+    np.savez(stored, vocabulary=entries, kind=np.array(kind))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as stored:
-        np.savez(stored, vocabulary=entries, kind=np.array(kind))
-    partial.replace(path)
+    replace_bytes(path, stored.getvalue())
 
 
 def load(file: epath.PathLike, kind: str, shape: tuple[int, int]) -> np.ndarray:

@@ -264,7 +264,7 @@ class BucketLease:
                 self.looked = time.monotonic()
 
     def _lost(self, found: Any) -> NoReturn:
-        """Ends the process; `found` is the bucket.Found of the run that took over, None where it has ended since."""
+        """Ends the process; `found`: the gcs.StoredObject of the run that took over, None where it has ended."""
         silent, self._generation = time.monotonic() - self.renewed, 0
         by = _who(found.content) if found else "a run that has ended since"
         line = (f"stopped: {self.workdir} was taken over by {by}, after this run had given no sign of life for "

@@ -111,7 +111,7 @@ class PeriodicEvaluation:
         """Evaluates, writes scalars and pictures, and prints one line; keeps the state if it is the best one."""
         began = time.monotonic()
         figures = self.evaluator.scalars(state, self.part)
-        figures |= self.evaluator.on_demand("pixel_baseline", state, self.part) if done == 0 else {}
+        figures |= self.evaluator.first_evaluations(state, self.part) if done == 0 else {}
         if self.best:
             self.best.update(done, state, figures)
         if done == self.run.timeline.total:

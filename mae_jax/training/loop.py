@@ -24,12 +24,12 @@ from mae_jax.training import evaluation, optim, workdir
 from mae_jax.training.evaluation import PeriodicEvaluation
 from mae_jax.training.run import (
     Run,
-    _tell,
     compiled_programs,
     config_for_inspection,
     data_changes,
     device_batches,
     initial_state,
+    log_changes,
     open_run,
     prepare,
 )
@@ -231,7 +231,7 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
     for text in missing():  # which loses nothing: it can be evaluated again
         logger.warning("not measured: the evaluation %s", text)
     run = prepare(config, path)
-    _tell(data_changes(run))
+    log_changes(data_changes(run))
     if not run.config.data.eval_split or not run.config.eval.test:
         raise UserError("data.eval_split is '', or eval.test is False: there is nothing to evaluate on")
     checkpoints = Checkpoints(path, run.config.checkpoint.keep_last)

@@ -13,7 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from mae_jax import methods, param_tree
-from mae_jax.config import default, resolved, validate
+from mae_jax.config import fitting_mesh, resolved, validate, with_fitting_mesh
 from mae_jax.durations import Timeline
 from mae_jax.errors import UserError
 from mae_jax.methods.base import Batch, Method
@@ -54,7 +54,7 @@ def prepare(config: ConfigDict, folder: epath.Path, for_training: bool = True) -
 
     validate(config, for_training)
     here = resolved(config)
-    mesh = sharding.make_mesh(here)
+    mesh = fitting_mesh(here)
     if for_training:
         if methods.get(config.method.name).uses_labels:
             data.check_apart(config.data, "train_split", "eval_split")
@@ -130,7 +130,7 @@ def open_run(config: ConfigDict, folder: str, for_training: bool = True) -> Run:
     jax.devices()
     startup_timer.done("devices")
     run = prepare(workdir.continued(path, config), path, for_training)
-    _tell(workdir.changes(path, run.config) + data_changes(run))
+    log_changes(workdir.changes(path, run.config) + data_changes(run))
     startup_timer.done("data")
     return run
 
@@ -140,7 +140,8 @@ def data_changes(run: Run) -> list[str]:
     return workdir.data_changes(run.workdir, run.inputs, run.program.method.has_class_head)
 
 
-def _tell(changes: list[str]) -> None:
+def log_changes(changes: list[str]) -> None:
+    """Logs each change that a run goes on with."""
     for change in changes:
         logger.info("changed since the run began: %s", change)
 
@@ -169,10 +170,4 @@ def config_for_inspection(path: epath.Path) -> ConfigDict:
 
     What was trained on many devices can be looked at on one, and what was summed in bfloat16 where that is not done.
     """
-    config = workdir.read_config(path)
-    try:
-        sharding.make_mesh(resolved(config))
-    except UserError:
-        config.mesh = default(config.method.name).mesh
-        logger.info("the mesh of the run does not fit here; looking at it with all devices along mesh.data")
-    return config
+    return with_fitting_mesh(workdir.read_config(path))

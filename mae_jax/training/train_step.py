@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mae_jax import methods
-from mae_jax.config import for_platform
+from mae_jax.config import fitting_mesh, for_platform
 from mae_jax.data.info import DataInfo
 from mae_jax.errors import UserError
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params
@@ -45,10 +45,6 @@ class TrainStep:
         """Raises UserError for a config that cannot be shared among the mesh's devices, or among micro-batches."""
         jax.config.update("jax_threefry_partitionable", True)  # what is drawn must not depend on the mesh
         self.method, self.mesh, config = method, mesh, method.config
-        for field, count in method.heads().items():
-            if count % mesh.shape["tensor"]:
-                raise UserError(f"{field}={count} does not divide over mesh.tensor={mesh.shape['tensor']}; heads are "
-                                "shared among its devices")
         if config.train.accumulate > 1 and method.loss_spans_batch:
             raise UserError(f"train.accumulate={config.train.accumulate}: the loss of {config.method.name} has terms "
                             "across the whole batch, which micro-batches would change; use 1")
@@ -85,7 +81,7 @@ def build(config: ConfigDict, data: DataInfo, devices: list[jax.Device] | None =
     """
     devices = jax.devices() if devices is None else devices
     config = for_platform(config, devices[0].platform)
-    mesh = sharding.make_mesh(config, devices)
+    mesh = fitting_mesh(config, devices)
     return TrainStep(methods.build(config, data), mesh)
 
 

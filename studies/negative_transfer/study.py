@@ -202,12 +202,12 @@ class Study:
         config = workdir.config_of(source).copy_and_resolve_references().unlock()
         config.data.update(classes=CLASSES[task], val_split="", eval_split="", augment="none")
         config.eval.max_examples = 1 << 31
-        method, (params, extras) = build(resolved(config), NO_DATA), split_eval_params(load_params(source, extras=True))
+        params, extras = split_eval_params(load_params(source, extras=True))
         assert not extras or config.method.get("gate") == "token"
 
         def pair(split: str) -> Pair:
             config.data.train_split = split
-            features, labels = zip(*pooled(config.copy_and_resolve_references(), method, params), strict=True)
+            features, labels = zip(*pooled(build(resolved(config), NO_DATA), params), strict=True)
             return np.concatenate(features), np.concatenate(labels)
 
         train = pair("train")

@@ -5,7 +5,7 @@
   python studies/paper_table2/study.py --only=L-dec1 (some cells)
 
 Each cell is one `python -m mae_jax plan`. Its figures are kept in studies/paper_table2/results.json (--to=), from which
-the table beside it, paper_table2.md, is made; delete the file to plan anew. The estimates are what nothing slows, the
+the table beside it, results.md, is made; delete the file to plan anew. The estimates are what nothing slows, the
 paper's hours were measured (with TensorFlow): their ratios compare.
 """
 

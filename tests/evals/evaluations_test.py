@@ -1,6 +1,7 @@
 """The table of evaluations: what each says of itself holds, and one more is one line."""
 
 from types import SimpleNamespace
+from typing import get_args
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from mae_jax import methods, plugins
 from mae_jax.errors import UserError
 from mae_jax.evals import evaluator as evaluators
-from mae_jax.evals.base import Evaluation
+from mae_jax.evals.base import Evaluation, When
 from mae_jax.evals.context import Context
 from mae_jax.evals.evaluator import EVALUATIONS, Evaluator
 from mae_jax.runtime import sharding
@@ -73,7 +74,7 @@ def test_the_names_that_an_evaluation_tells_are_those_of_its_figures(case):
 
 def test_every_evaluation_has_a_name_of_its_own_and_a_case_above():
     assert len({each.name for each in EVALUATIONS}) == len(EVALUATIONS)
-    assert {each.when for each in EVALUATIONS} == {"periodic", "final", "on_demand"}
+    assert {each.when for each in EVALUATIONS} == set(get_args(When))
     applying = {each for name, fields in CASES.values() for each in EVALUATIONS
                 if each.applies(tiny_method(tiny_config(fields, name)), SimpleNamespace(classes=("a", "b")))}
     assert applying == set(EVALUATIONS)
@@ -129,9 +130,11 @@ class Rows(Evaluation):
 
 
 def test_a_pass_counts_for_the_evaluations_that_it_is_for(monkeypatch):
-    each = Rows("often", "periodic"), Rows("once", "final"), Rows("asked", "on_demand"), Rows("asked_too", "on_demand")
+    each = (Rows("before", "first"), Rows("often", "periodic"), Rows("once", "final"), Rows("asked", "on_demand"),
+            Rows("asked_too", "on_demand"))
     monkeypatch.setattr(evaluators, "EVALUATIONS", each)
     evaluator, state = evaluated("segment", {})
+    assert evaluator.first_evaluations(state) == {"eval/before/before": 13}
     assert evaluator.scalars(state) == {"eval/often/often": 13}
     assert evaluator.final_evaluations(state) == {"eval/once/once": 13}
     assert evaluator.on_demand("asked", state) == {"eval/asked/asked": 13}
@@ -204,6 +207,6 @@ def test_an_evaluation_on_demand_is_asked_for_by_name():
     evaluator, state = evaluated("supervised", {})
     found = evaluator.on_demand("frozen_probes", state, "val")
     assert found.keys() == {"val/linear/top1", "val/knn/top1", "val/sgd/top1"}
-    assert evaluator.on_demand("pixel_baseline", state) == {}  # which is for features that are probed
+    assert evaluator.first_evaluations(state) == {}  # raw pixels are for features that are probed
     with pytest.raises(UserError, match=r"'frozen_probe'.*did you mean 'frozen_probes'"):
         evaluator.on_demand("frozen_probe", state)

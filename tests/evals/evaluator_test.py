@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mae_jax.config import resolved
+from mae_jax.errors import UserError
 from mae_jax.evals import image_grid, knn, linear_probe, reconstruction
 from mae_jax.evals.accumulators import HostRows
 from mae_jax.evals.context import labeled_rows
@@ -84,14 +85,25 @@ def test_an_evaluation_split_without_labels_has_no_probes(mesh):
     inputs.evaluate = lambda: iter([tiny_batch(config) | {"label": np.full(8, -1, np.int32)}])
     evaluator = Evaluator(tiny_method(config), inputs, mesh)
     assert evaluator.scalars(tiny_state(config)).keys() == {"eval/loss", "eval/rankme"}
-    assert evaluator.on_demand("pixel_baseline", tiny_state(config)) == {}
+    assert evaluator.first_evaluations(tiny_state(config)) == {}
+
+
+def test_a_training_split_without_labels_has_no_probes(mesh):
+    config = tiny_config()
+    inputs = Inputs(config)
+    inputs.support = lambda: iter([tiny_batch(config) | {"label": np.full(8, -1, np.int32)}])
+    evaluator = Evaluator(tiny_method(config), inputs, mesh)
+    assert evaluator.scalars(tiny_state(config)).keys() == {"eval/loss", "eval/rankme"}
+    assert evaluator.first_evaluations(tiny_state(config)) == {}
+    with pytest.raises(UserError, match=r"'train' has no labels"):
+        evaluator.on_demand("frozen_probes", tiny_state(config))
 
 
 @pytest.mark.slow
 def test_raw_pixels_are_probed_in_raster_order_as_the_floor(mesh):
     config = tiny_config()
     evaluator = Evaluator(tiny_method(config), Inputs(config), mesh)
-    values = evaluator.on_demand("pixel_baseline", tiny_state(config))
+    values = evaluator.first_evaluations(tiny_state(config))
     batches = list(Inputs(config).evaluate())
     patches, order, labels, valid = (np.concatenate([batch[name] for batch in batches])
                                      for name in ("patches", "order", "label", "valid"))

@@ -237,7 +237,7 @@ def test_clusters_of_another_number_are_refused(tmp_path):
     assert MoCE.data_needs(free).clusters == str(tmp_path)
     method = MoCE(free, DataInfo(clusters=Clusters.read(str(tmp_path))))
     method.check_data()
-    assert (method.count, method.width) == (3, 12)
+    assert (method.num_clusters, method.width) == (3, 12)
     params, extras = tiny_params(free), {"centroids": None, "share": None}
     extras = method.fit_extras(params, extras, None)
     np.testing.assert_allclose(extras["share"], [0.5, 0.2, 0.3])

@@ -9,13 +9,15 @@ import numpy as np
 import optax
 import pytest
 
+from mae_jax.config import default, fitting_mesh, with_fitting_mesh
 from mae_jax.errors import UserError
+from mae_jax.evals.frozen_encoder import frozen
 from mae_jax.methods.base import Method
 from mae_jax.methods.mae import MAE
 from mae_jax.param_tree import flatten
 from mae_jax.rng import stream_key
-from mae_jax.training.train_step import TrainStep, build_train_step, gradients, init_state, only_if
-from tests.helpers.tiny import TINY_DATA, tiny_batch, tiny_config, tiny_method, tiny_state, tiny_step
+from mae_jax.training.train_step import build_train_step, gradients, init_state, only_if
+from tests.helpers.tiny import TINY_DATA, tiny_batch, tiny_config, tiny_state, tiny_step
 
 
 def assert_identical(first, second):
@@ -251,6 +253,17 @@ def test_random_streams_differ_by_seed_step_and_name_and_by_nothing_else():
     ("mae", {}, r"model\.heads=2 .*mesh\.tensor=4"),
     ("mae", {"model.heads": 4}, r"method\.decoder_heads=2 .*mesh\.tensor=4"),
     ("splitmask", {"model.heads": 4}, r"method\.decoder_heads=2 .*mesh\.tensor=4")])
-def test_heads_that_the_mesh_does_not_divide_are_refused(method, fields, says):
+def test_heads_that_the_mesh_does_not_divide_are_refused_and_looked_at_on_another_mesh(method, fields, says,
+                                                                                       monkeypatch):
+    monkeypatch.setattr("mae_jax.runtime.sharding.make_mesh", lambda *args: SimpleNamespace(shape={"tensor": 4}))
+    config = tiny_config({"mesh.tensor": 4, **fields}, method)
     with pytest.raises(UserError, match=says):
-        TrainStep(tiny_method(tiny_config(fields, method)), SimpleNamespace(shape={"tensor": 4}))
+        fitting_mesh(config)
+    assert with_fitting_mesh(config).mesh == default(method).mesh
+
+
+@pytest.mark.parametrize("fields", [{"mesh.fsdp": 8}, {"mesh.reduce": "bfloat16"}])
+def test_an_encoder_of_a_run_on_a_mesh_that_is_not_here_is_looked_at_on_what_is(fields):
+    config = frozen(tiny_config(fields), -1)
+    assert config.mesh == default().mesh
+    assert frozen(tiny_config(), -1).mesh == tiny_config().mesh  # which is not the default: it fits

@@ -18,8 +18,10 @@ from absl import flags
 from mae_jax import errors
 from mae_jax.commands import cli
 
+REQUIRED = ("config",)
+ALL_PARTS = ("step", "input", "both")
 CONFIG = cli.define_config()
-PARTS = flags.DEFINE_list("parts", ["step", "input", "both"], "what to measure, of step, input, both")
+PARTS = flags.DEFINE_list("parts", list(ALL_PARTS), "what to measure")
 SECONDS = flags.DEFINE_float("seconds", 10.0, "how long each part is measured, after its warm-up")
 TO = flags.DEFINE_string("to", "", "JSON file to write as well")
 
@@ -32,11 +34,9 @@ def main() -> int:
     from mae_jax.commands.bench.timed_step import measure
     from mae_jax.errors import UserError, did_you_mean
 
-    if CONFIG.value is None:
-        raise UserError("--config must be given; --help shows an example")
     for part in PARTS.value:
-        if part not in ("step", "input", "both"):
-            raise UserError(f"unknown part {part!r}; {did_you_mean(part, ('step', 'input', 'both'))}")
+        if part not in ALL_PARTS:
+            raise UserError(f"unknown part {part!r}; {did_you_mean(part, ALL_PARTS)}")
     configs.validate(CONFIG.value)
     device = jax.devices()[0]
     results: dict[str, Any] = {"device": device.device_kind, "devices": jax.device_count(),

@@ -3,12 +3,12 @@
 import functools
 import itertools
 import os
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from mae_jax.runtime.memory import peak_memory
 
 WARMUP = 3  # steps or batches that are not measured
 GIB = 2**30
@@ -35,11 +35,11 @@ def measure(config: Any, parts: list[str], seconds: float) -> Iterator[tuple[str
         times = timed(lambda: next(hosts), seconds)
         rate = rows * len(times) / sum(times)
         yield "input", {"images_per_sec": rate, "images_per_sec_per_core": rate / os.cpu_count(),
-                        "host_memory_gib": host_memory()}
+                        "host_memory_gib": peak_memory() / GIB}
     if "both" in parts:
         ready = step().prefetched(batches())
         times = timed(lambda: step().run(next(ready)), seconds)
-        yield "both", {"images_per_sec": rows * len(times) / sum(times), "host_memory_gib": host_memory()}
+        yield "both", {"images_per_sec": rows * len(times) / sum(times), "host_memory_gib": peak_memory() / GIB}
 
 
 class TimedStep:
@@ -64,8 +64,7 @@ class TimedStep:
             if name.endswith("patches"):
                 host[name] = draws.integers(0, 256, s.shape, np.uint8)
             elif name == "cluster":
-                clusters: int = getattr(program.method, "count", 1)
-                host[name] = np.asarray(draws.integers(0, clusters, s.shape, s.dtype))
+                host[name] = np.asarray(draws.integers(0, program.method.num_clusters, s.shape, s.dtype))
             elif name.endswith("order"):
                 host[name] = draws.permuted(np.broadcast_to(np.arange(s.shape[-1], dtype=s.dtype), s.shape), axis=-1)
         self.batch = sharding.to_devices(host, self.mesh, config.batch_size)
@@ -105,7 +104,7 @@ class TimedStep:
             "ms": seconds * 1e3, "ms_min": min(times) * 1e3, "steps": len(times), "images_per_sec": rate,
             "tflops_per_device": tflops, "mfu": tflops * 1e12 / self.peak if self.peak else None,
             "peak_tflops": self.peak / 1e12 if self.peak else None,
-            "memory_gib": peak / GIB if peak else host_memory(), "memory_of": "device" if peak else "process",
+            "memory_gib": peak / GIB if peak else peak_memory() / GIB, "memory_of": "device" if peak else "process",
             "compile_seconds": self.compile_seconds,
         }
 
@@ -120,9 +119,3 @@ def timed(call: Callable[[], Any], seconds: float) -> list[float]:
         call()
         times.append(time.monotonic() - began)
     return times
-
-
-def host_memory() -> float:
-    """Returns the largest resident memory of this process so far, in GiB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

@@ -103,8 +103,8 @@ def vocabulary() -> int:
         named = np.asarray(patch_tokens.tokenize(jnp.asarray(sample[:SAMPLE]), jnp.asarray(entries),
                                                  config.method.target))
         most = np.argsort(-np.bincount(named, minlength=1 + len(entries))[1:], kind="stable")[:MAX_SHOWN_ENTRIES]
-        with picture.open("wb") as opened:
-            Image.fromarray(_sheet(entries[most], tuple(config.model.patch))).save(opened, "PNG")
+        with picture.open("wb") as drawn:
+            Image.fromarray(_sheet(entries[most], tuple(config.model.patch))).save(drawn, "PNG")
         print(picture)
     return errors.FINISHED
 

@@ -49,7 +49,7 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
         raise UserError(f"{source} is itself a mixture of experts; cluster with the encoder that it started from")
     method, to_folder = Frozen(config, block), paths.locate(to).expanduser()
     mesh = sharding.make_mesh(method.config)
-    inputs = pictures(config, method, sharding.local_rows(mesh, config.batch_size))
+    inputs = pictures(method, sharding.local_rows(mesh, config.batch_size))
     if jax.process_index() == 0:
         print(inputs.description, flush=True)
     if inputs.num_train < 2 * clusters:
@@ -98,9 +98,9 @@ def write(made: Clusters, folder: epath.Path, params: Any, config: ConfigDict, f
     made.write(folder)
 
 
-def pictures(config: ConfigDict, method: Method, rows: np.ndarray | None = None) -> Inputs:
-    """Opens the pictures with the fields that all have, no patch hidden; of rows, see `OpenedData.batches`."""
-    return OpenedData(config).batches(Method.eval_spec(method), Method.patch_order(method), rows=rows)
+def pictures(method: Method, rows: np.ndarray | None = None) -> Inputs:
+    """Opens the images of a method's config with the fields that all have, no patch hidden; rows: see `batches`."""
+    return OpenedData(method.config).batches(Method.eval_spec(method), Method.patch_order(method), rows=rows)
 
 
 def other_arguments(folder: epath.Path, meta: dict[str, Any]) -> str:
@@ -178,7 +178,7 @@ def picture(made: Clusters, config: ConfigDict, features: Features) -> np.ndarra
     from mae_jax.data.sources.base import Source  # imports TensorFlow
 
     shown = np.unique(np.linspace(0, len(made.centroids) - 1, min(MAX_SHOWN_CLUSTERS, len(made.centroids))).astype(int))
-    inputs = pictures(config, Frozen(config, -1))  # with the rows of all processes
+    inputs = pictures(Frozen(config, -1))  # with the rows of all processes
     anywhere = isinstance(inputs.parts.get(config.data.train_split), Source)
     members = nearest(made, features, config.data.train_split, shown, np.inf if anywhere else MAX_SEARCHED_IMAGES)
     place = {int(number): (row, column) for row, ids in enumerate(members) for column, number in enumerate(ids)}

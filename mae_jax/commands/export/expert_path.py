@@ -72,7 +72,8 @@ def extract_expert(config: ConfigDict, params: Any, extras: Any, task: ConfigDic
     method.check_data()
     method.check_extras(extras)
     table = {block: np.asarray(each) for block, each in method.probabilities(params, extras).items()}
-    of_cluster = [tuple(int(each[cluster].argmax()) for each in table.values()) for cluster in range(method.count)]
+    clusters = range(method.num_clusters)
+    of_cluster = [tuple(int(each[cluster].argmax()) for each in table.values()) for cluster in clusters]
     about = count_cluster_votes(found, paths.locate(config.method.clusters).expanduser(), task)
     votes = votes_per_path(of_cluster, about.votes)
     report = [f"path {name(path)}: {share:.1%} of the task's pictures" for path, share in ranked(votes) if share > 0]
@@ -105,7 +106,7 @@ def count_cluster_votes(found: Clusters, folder: epath.Path, task: ConfigDict) -
     config = frozen(with_data(own, task), found.meta["block"])
     method, encoder = Frozen(config, found.meta["block"]), load_params(file)
     votes, feature = np.zeros(len(found.centroids)), np.zeros(len(found.mean))
-    for values, _ in pooled(config, method, encoder):
+    for values, _ in pooled(method, encoder):
         votes += np.bincount(found.nearest(values)[0], minlength=len(votes))
         feature += values.sum(0, dtype=np.float64)
     if not votes.sum():
@@ -113,8 +114,9 @@ def count_cluster_votes(found: Clusters, folder: epath.Path, task: ConfigDict) -
     return Task(votes / votes.sum(), (feature / votes.sum()).astype(np.float32))
 
 
-def pooled(config: ConfigDict, method: Method, params: Any) -> Any:
-    """Yields (features [n, D], labels [n]) of the training pictures, batch by batch."""
+def pooled(method: Method, params: Any) -> Any:
+    """Yields (features [n, D], labels [n]) of the training images of a method's config, batch by batch."""
+    config = method.config
     mesh = sharding.make_mesh(method.config)
     inputs = OpenedData(config).batches(Method.eval_spec(method), Method.patch_order(method),
                                         rows=sharding.local_rows(mesh, config.batch_size))
@@ -168,7 +170,7 @@ def extracted(method: MoCE, params: Any, table: dict[int, np.ndarray], of_cluste
 def probe(config: ConfigDict, tree: dict[str, Any], task: ConfigDict) -> float:
     """Returns the top-1 of logistic regression on a random tenth of the task's training pictures."""
     own = frozen(with_data(dense_config(config), task), -1)
-    parts = list(pooled(own, MAE(resolved(own), NO_DATA), tree))
+    parts = list(pooled(MAE(resolved(own), NO_DATA), tree))
     features, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
     features, labels = features[labels >= 0], labels[labels >= 0]
     if len(np.unique(labels)) < 2:

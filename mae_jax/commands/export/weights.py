@@ -44,7 +44,11 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
         raise UserError(f"--to={to}: the file's name must end in .safetensors")
     tree, extras = param_tree.split_eval_params(load_params(folder, ema=True, extras=True))
     if how:
-        tree, config, report = for_task(config, tree, extras, task, how, seed, clusters)
+        from mae_jax.commands.export.expert_path import extract_expert
+
+        if task is None:
+            raise UserError("--for-task needs the task's data: --config=folder --config.data.path=...")
+        tree, config, report = extract_expert(config, tree, extras, task, how, seed, clusters)
         print("\n".join(report))
     state = in_layout(folded(tree, extras), config, chosen, folder)
     safetensors_file.save(file, state, workdir.metadata(config, layout))
@@ -67,13 +71,3 @@ def in_layout(tree: Any, config: Any, layout: Any, folder: Any) -> Any:
         tree = {"encoder": tree["encoder"]}  # what their heads and decoders predict, no model of others does
         print(f"the encoder alone, without the parts of method.name={config.method.name!r}")
     return layout.to(tree, config)
-
-
-def for_task(*args: Any) -> Any:
-    """See `extract_expert`; raises UserError without a task."""
-    from mae_jax.commands.export.expert_path import extract_expert
-    from mae_jax.errors import UserError
-
-    if args[3] is None:
-        raise UserError("--for-task needs the task's data: --config=folder --config.data.path=...")
-    return extract_expert(*args)

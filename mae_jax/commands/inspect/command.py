@@ -12,8 +12,6 @@ is said of copies means the same bytes: a picture that was saved anew is another
 
 import io
 import os
-import resource
-import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -27,6 +25,7 @@ from mae_jax import errors
 from mae_jax.commands import cli
 from mae_jax.commands.inspect import report as inspect_report
 from mae_jax.errors import UserError, printable
+from mae_jax.runtime.memory import peak_memory
 from mae_jax.storage import paths
 
 if TYPE_CHECKING:
@@ -152,12 +151,6 @@ def speed(inputs: "Inputs") -> str:
     wall, busy = time.monotonic() - begin, time.process_time() - busy
     return (f"{images / wall:.0f} images/s on {os.cpu_count()} cores; {images / busy:.0f} images/s per core "
             f"({busy / images * 1e3:.2f} ms of one core each)")
-
-
-def peak_memory() -> int:
-    """Returns the most bytes of memory that this process has held."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def save_grid(batch: "Batch", method: "Method", path: epath.Path) -> None:

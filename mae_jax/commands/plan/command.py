@@ -22,6 +22,7 @@ from absl import flags
 from mae_jax import errors
 from mae_jax.commands import cli
 
+REQUIRED = ("config",)
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string("topology", "", "TPU slice to compile for, as v3:8x8 or v4:4x4x4")
 DEVICES = flags.DEFINE_integer("devices", 0, "simulated devices to compile for instead")
@@ -45,8 +46,6 @@ def main() -> int:
     from mae_jax.commands.plan.page import page
     from mae_jax.errors import UserError
 
-    if CONFIG.value is None:
-        raise UserError("--config must be given; --help shows an example")
     if bool(TOPOLOGY.value) == bool(DEVICES.value):
         raise UserError("give one of --topology=v3:8x8 and --devices=8")
     configs.validate(CONFIG.value)

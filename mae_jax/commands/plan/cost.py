@@ -101,10 +101,11 @@ def versions() -> dict[str, str]:
 
 
 def _source_digest() -> str:
-    """Returns a digest of our code that a compiled step depends on."""
+    """Returns a digest of our code that the figures of a compiled step depend on."""
     files = [file for file in sorted(PACKAGE.rglob("*.py"))
              if file.relative_to(PACKAGE).parts[0] not in ("data", "evals", "interop", "storage", "commands")]
     files += [PACKAGE / "data" / name for name in ("info.py", "masking.py")]  # which shape the batch
+    files += sorted(Path(__file__).parent.glob("*.py"))  # which read the compiled text
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -121,7 +122,7 @@ def _shapes(program: TrainStep) -> dict[str, Any]:
         "rows_per_host": max(sum(stop - start for start, stop, _ in held) for held in hosts.values()),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "parameter_bytes": held(state.params),
-        "optimiser_bytes": held((state.opt, state.ema)),
+        "optimizer_bytes": held((state.opt, state.ema)),
         "extras_bytes": held(state.extras),
         "batch_bytes": held(program.batch),
         "image_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in program.batch.values()) // config.batch_size,
@@ -197,7 +198,7 @@ def figures(config: ConfigDict, target: Target, found: dict[str, Any], examples:
         "device_kind": target.devices[0].device_kind if target.chip else "cpu",
         **{key: found[key] for key in ("hosts", "mesh", "parameters", "compile_seconds", "cached", "rows_per_host")},
         "parameters_gib": found["parameter_bytes"] / 2**30,
-        "optimiser_gib": found["optimiser_bytes"] / 2**30,
+        "optimizer_gib": found["optimizer_bytes"] / 2**30,
         "extras_gib": found["extras_bytes"] / 2**30,
         "batch_gib": found["batch_bytes"] / 2**30,
         "temporaries_gib": found["temporary_bytes"] / 2**30 if total else None,

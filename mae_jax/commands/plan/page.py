@@ -26,7 +26,7 @@ def page(config: Any, f: dict[str, Any]) -> str:
 
 
 def _memory(f: dict[str, Any]) -> list[str]:
-    names = {"parameters": "parameters", "optimiser": "optimiser, averages", "extras": "extras", "batch": "batch",
+    names = {"parameters": "parameters", "optimizer": "optimizer, averages", "extras": "extras", "batch": "batch",
              "temporaries": "temporaries (compiler)"}
     lines = ["memory per device, GiB"]
     lines += [f"  {title:<24}{f[key + '_gib']:8.3f}" for key, title in names.items() if f[key + "_gib"]]

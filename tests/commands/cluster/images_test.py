@@ -137,7 +137,7 @@ def test_the_picture_shows_the_members_nearest_to_each_centroid(made, monkeypatc
     rows, names = images.picture(found, config, features)
     assert names == [f"cluster {i}\n{size} pictures" for i, size in enumerate(found.sizes)]
     values, ids = (np.concatenate(part) for part in zip(*features.chunks(), strict=True))
-    batches = list(images.pictures(config, frozen_encoder.Frozen(config, -1)).support())
+    batches = list(images.pictures(frozen_encoder.Frozen(config, -1)).support())
     seen = {int(i): PatchGrid(4, 4, 4, 4).unpatchify(batch["patches"][k:k + 1], batch["order"][k:k + 1])[0]
             for batch in batches for k, i in enumerate(batch["id"]) if i >= 0}
     for number, row in enumerate(rows):

@@ -83,9 +83,9 @@ def test_two_layers_of_vit_l_fit_four_v3_chips(two_layers):
         figures = found["figures"]
         assert figures["fits"]
         assert figures["devices"] == 8
-        assert figures["parameters_gib"] + figures["optimiser_gib"] < figures["hbm_gib_per_core"] < 16
+        assert figures["parameters_gib"] + figures["optimizer_gib"] < figures["hbm_gib_per_core"] < 16
         assert figures["flops_per_core"] == pytest.approx(figures["model_flops_per_core"], rel=0.05)
-    off, on = (two_layers[zero]["figures"]["optimiser_gib"] for zero in ("off", "on"))
+    off, on = (two_layers[zero]["figures"]["optimizer_gib"] for zero in ("off", "on"))
     assert on == pytest.approx(off / 8, rel=0.05)
 
 

@@ -14,7 +14,7 @@ ROW = {"kind": "all-reduce", "dtype": "f32", "group_size": 8, "count": 3, "bytes
        "seconds": 0.25}
 SHAPES = {
     "mesh": {"data": 8, "zero": 1, "fsdp": 1, "tensor": 1}, "hosts": 1, "rows_per_host": 8, "parameters": 10**6,
-    "parameter_bytes": 2**30, "optimiser_bytes": 2**31, "extras_bytes": 0, "batch_bytes": 2**20, "image_bytes": 1000,
+    "parameter_bytes": 2**30, "optimizer_bytes": 2**31, "extras_bytes": 0, "batch_bytes": 2**20, "image_bytes": 1000,
     "model_flops_per_image": 10**12, "peak_flops": 4e12, "compile_seconds": 30.0, "cached": False,
 }
 FOUND = SHAPES | {
@@ -80,7 +80,7 @@ def test_a_device_holds_its_piece_of_what_is_cut_and_all_of_the_rest():
     whole = 4 * sum(leaf.size for leaf in jax.tree.leaves(program.state.params))
     assert cost.held(program.state.params) == whole
     found = cost._shapes(program)
-    assert found["optimiser_bytes"] == 2 * whole + 4  # two moments, and the count of steps
+    assert found["optimizer_bytes"] == 2 * whole + 4  # two moments, and the count of steps
     assert found["rows_per_host"] == config.batch_size
     # patches uint8 [16, 48], order int32 [16], label, id and replaced int32, valid float32
     assert found["image_bytes"] == 16 * 48 + 16 * 4 + 4 * 4
@@ -95,7 +95,7 @@ def test_what_was_compiled_is_found_again_and_another_config_is_not(tmp_path):
     assert {key: again[key] for key in first if key != "cached"} == {
         key: value for key, value in first.items() if key != "cached"}
     assert first["optimal_seconds"] is None
-    assert first["total_bytes"] > first["parameter_bytes"] + first["optimiser_bytes"]
+    assert first["total_bytes"] > first["parameter_bytes"] + first["optimizer_bytes"]
     assert not cost.measure(tiny_config({"batch_size": 4}), target, 64, str(tmp_path))["cached"]
     f = cost.figures(tiny_config(), target, again, examples=64)
     assert (f["fits"], f["estimated_step_seconds"], f["hbm_limit_gib"]) == (None, None, None)
