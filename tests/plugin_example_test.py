@@ -14,6 +14,7 @@ from mae_jax import plugins
 from mae_jax.errors import UserError
 from mae_jax.training.workdir import config_of, read_config
 from tests.helpers.packages import installed, python
+from tests.helpers.tiers import all_slow_but
 
 HERE = Path(__file__).parents[1]
 PAGE = (HERE / "docs" / "plugins.md").read_text()  # whose examples these tests install
@@ -40,7 +41,7 @@ def get_config(arg=""):
 """
 
 
-@pytest.fixture(scope="module", params=[WAYS[0], pytest.param(WAYS[1], marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=all_slow_but((), WAYS))
 def run(request, tmp_path_factory):
     """The folder of packages, the recipe, the workdir and the output of a run that plug-ins have made."""
     folder = tmp_path_factory.mktemp("plugins")

@@ -138,6 +138,7 @@ def test_what_is_stored_makes_nobody_import_out_of_the_current_folder(tmp_path, 
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_what_is_stored_may_name_what_is_on_pythonpath_but_nothing_in_its_own_folder(tmp_path):
     for name in ("theirs", "own"):
         (tmp_path / name).mkdir()

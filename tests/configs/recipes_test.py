@@ -19,6 +19,7 @@ from mae_jax.ops.patches import PatchGrid
 from mae_jax.param_tree import flatten
 from mae_jax.training.optim import layer_rate, make_schedule, peak_lr
 from tests.config_test import leaves, recipe
+from tests.helpers.tiers import slow
 
 IMAGENET, IMAGENET_21K = 1_281_167, 13_153_500  # training pictures; of the second, any number does here
 
@@ -185,15 +186,15 @@ def built(text: str) -> tuple[Method, dict[str, jax.ShapeDtypeStruct]]:
 
 
 @pytest.mark.parametrize(("text", "published"), [
-    ("finetune:B", 86_567_656), ("finetune:L", 304_326_632), ("finetune:H", 632_045_800),
-    ("finetune:L,cls", 304_326_632)])
+    ("finetune:B", 86_567_656), slow("finetune:L", 304_326_632), slow("finetune:H", 632_045_800),
+    slow("finetune:L,cls", 304_326_632)])
 def test_mae_classifiers_have_the_published_number_of_parameters_but_for_the_class_tokens_position(text, published):
     method, shapes = built(text)
     assert sum(leaf.size for leaf in shapes.values()) == published - method.config.model.width
 
 
 @pytest.mark.parametrize(("text", "published"), [
-    ("linear_probe", 86_567_656), ("linear_probe:L", 304_326_632), ("linear_probe:H", 632_045_800)])
+    ("linear_probe", 86_567_656), slow("linear_probe:L", 304_326_632), slow("linear_probe:H", 632_045_800)])
 def test_probes_have_it_but_for_all_positions_which_are_constants(text, published):
     method, shapes = built(text)
     positions = 1 + prod(PatchGrid.of(method.config).shape)
@@ -201,8 +202,8 @@ def test_probes_have_it_but_for_all_positions_which_are_constants(text, publishe
 
 
 @pytest.mark.parametrize(("text", "published"), [  # timm 1.0.31: deit3_small_patch16_224 and so on
-    ("deit3:S", 22_059_496), ("deit3:B,to224", 86_585_320), ("deit3:L,to224", 304_374_760),
-    ("deit3:H,to224", 632_126_440), ("deit3:B,to384", 86_877_160)])
+    ("deit3:S", 22_059_496), ("deit3:B,to224", 86_585_320), slow("deit3:L,to224", 304_374_760),
+    slow("deit3:H,to224", 632_126_440), slow("deit3:B,to384", 86_877_160)])
 def test_deit3_classifiers_have_the_number_of_parameters_of_timms(text, published):
     _, shapes = built(text)
     assert sum(leaf.size for leaf in shapes.values()) == published

@@ -10,6 +10,7 @@ import pytest
 from mae_jax.data.masking import PatchOrder, View, _add_block, _add_published_block, check, draw, with_views
 from mae_jax.errors import UserError
 from mae_jax.rng import rng
+from tests.helpers.tiers import slow
 
 
 @pytest.mark.parametrize(("kind", "grid", "num_masked"), [
@@ -91,7 +92,7 @@ def statistics(masks):
 
 @pytest.mark.parametrize(("grid", "total", "known"), [
     ((14, 14), 75, {"hidden": 74.5, "isolated": 0.03, "pairs": 125.1, "touching": 0.446}),
-    ((14, 14), 147, {"isolated": 0.01}), ((7, 11), 29, {})])
+    slow((14, 14), 147, {"isolated": 0.01}), ((7, 11), 29, {})])
 def test_published_block_orders_have_the_statistics_of_beits_released_code(grid, total, known):
     """Of 4,000 masks, beside an independent drawing of its own, and what is known of 4,000 of the released code.
 

@@ -15,6 +15,7 @@ from mae_jax.evals.context import Context
 from mae_jax.evals.evaluator import EVALUATIONS, Evaluator
 from mae_jax.runtime import sharding
 from mae_jax.state import TrainState
+from tests.helpers.tiers import all_slow_but
 from tests.helpers.tiny import tiny_batch, tiny_config, tiny_method
 
 CASES = {name: (name, {}) for name in methods.TABLE} | {
@@ -53,11 +54,10 @@ def evaluated(name: str, fields: dict) -> tuple[Evaluator, TrainState]:
     return Evaluator(method, inputs, mesh), TrainState(zero, params, (), extras, ema, zero)
 
 
-FAST = ("mae", "segment", "supervised")
+FAST = ("segment", "supervised")
 
 
-@pytest.mark.parametrize("case", [
-    name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
+@pytest.mark.parametrize("case", all_slow_but(FAST, CASES))
 def test_the_names_that_an_evaluation_tells_are_those_of_its_figures(case):
     evaluator, state = evaluated(*CASES[case])
     ctx = evaluator._context(evaluator.applying, state.params, state, "eval")
@@ -105,6 +105,7 @@ class Brightness(Evaluation):
         yield "brightness", np.full((4, 4, 3), 255 * ctx.notes[self.name][0], np.uint8)
 
 
+@pytest.mark.slow
 def test_one_more_evaluation_is_one_line_of_the_table(monkeypatch):
     monkeypatch.setattr(evaluators, "EVALUATIONS", (*EVALUATIONS, Brightness()))
     evaluator, state = evaluated("mae", {})

@@ -15,6 +15,7 @@ from mae_jax.models.vit import make_encoder
 from mae_jax.ops.patches import normalize
 from tests.evals.evaluations_test import evaluated
 from tests.helpers import tiny
+from tests.helpers.tiers import all_slow_but
 
 
 class Plain(Method):
@@ -116,7 +117,7 @@ CASES = {  # class → its figures besides the loss, those at a run's end, its i
 }
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", all_slow_but((Classifier,), CASES))
 def test_a_method_without_fields_of_its_own_is_evaluated_by_all_that_applies(kind, monkeypatch):
     monkeypatch.setitem(methods.TABLE, "plain", kind)
     monkeypatch.setitem(tiny.OWN, "plain", {})

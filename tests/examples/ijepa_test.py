@@ -169,6 +169,7 @@ def test_the_loss_is_that_of_each_target_of_the_paper_written_out_for_one_image(
     assert found == pytest.approx(np.mean(losses), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_smooth_l1_is_quadratic_near_zero_and_linear_beyond():
     method, params, extras, batch = made(method__distance="smooth_l1")
     error = np.abs(jax.jit(method.predict)(params, batch) - jax.jit(method.wanted)(extras, batch))
@@ -178,6 +179,7 @@ def test_smooth_l1_is_quadratic_near_zero_and_linear_beyond():
     assert found == pytest.approx(np.where(error < 1, error**2 / 2, error - 0.5).mean(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_student_sees_the_context_alone_and_invalid_images_do_not_count():
     method, params, extras, batch = made()
     predict = jax.jit(method.predict)

@@ -1,5 +1,6 @@
 """The same weights, pictures and visible sets as Hugging Face's ViTMAE: golden/make_vitmae.py wrote its results."""
 
+import itertools
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from mae_jax.config import default
 from mae_jax.interop.hf import from_hf, to_hf
 from mae_jax.ops.patches import PatchGrid
+from tests.helpers.tiers import all_slow_but
 from tests.helpers.tiny import tiny_method
 
 TOLERANCE = 1e-5  # of the largest absolute value of each tensor
@@ -23,8 +25,8 @@ def cut(pictures, patch):
     return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(images, -1, patch * patch * 3)
 
 
-@pytest.fixture(scope="module", params=[(case, layers) for case in CASES for layers in ("unrolled", "scanned")],
-                ids="-".join)
+@pytest.fixture(scope="module", params=all_slow_but((("square", "unrolled"), ("wide", "scanned")),
+                                                    itertools.product(CASES, ("unrolled", "scanned"))), ids="-".join)
 def both(request):
     """(what the file holds, what we compute), each a dict of loss, predictions and gradients."""
     name, layers = request.param

@@ -45,6 +45,7 @@ def grown(fields=None):
     return method, params, extras, batch, tiny_method(dense), start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [
     pytest.param({}, id="cluster"), pytest.param({"method.gate": "token"}, id="token", marks=pytest.mark.slow),
     pytest.param({"model.scan": True}, id="scan", marks=pytest.mark.slow)])

@@ -82,6 +82,7 @@ def test_a_head_on_random_features_learns_what_the_color_tells():
     assert losses[-1] < 0.6 * losses[0]
 
 
+@pytest.mark.slow
 def test_flops_agree_with_the_compilers_count_of_the_forward_pass():
     config = default("segment")
     config.method.classes = 150

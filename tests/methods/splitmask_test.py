@@ -83,6 +83,7 @@ def _normal(patches):
     return normalize(patches)
 
 
+@pytest.mark.slow
 @SIZES
 def test_predictions_are_those_of_gathering_and_scattering_in_raster_order(size):
     method, params, _, batch = made(size)
@@ -127,6 +128,7 @@ def test_each_half_is_asked_for_the_patches_that_it_has_not_seen(size, target):
     assert float(total / weight) == pytest.approx(np.mean(losses), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["kmeans", "norm_pix"])
 def test_beit_is_asked_for_the_masked_patches(target):
     method, params, extras, batch = made({"method.target": target}, "beit")
@@ -137,6 +139,7 @@ def test_beit_is_asked_for_the_masked_patches(target):
     assert float(total / weight) == pytest.approx(np.mean(losses), rel=1e-4)
 
 
+@pytest.mark.slow
 @SIZES
 def test_a_descriptor_is_the_mean_of_all_patches_outputs(size):
     method, params, _, batch = made(size)

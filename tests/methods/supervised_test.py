@@ -77,6 +77,7 @@ def test_pictures_without_a_label_and_padding_do_not_count():
     assert float(loss(some)[0]) == 0
 
 
+@pytest.mark.slow
 def test_a_picture_that_is_mixed_with_an_unlabeled_one_does_not_count():
     """Groups of 4 rows: row 0 is mixed with row 3, row 1 with row 2."""
     method, params, extras, batch = parts({"method.mixup": 1.0, "method.mix_group": 4})

@@ -8,6 +8,7 @@ import pytest
 
 from mae_jax import methods
 from mae_jax.param_tree import flatten
+from tests.helpers.tiers import all_slow_but
 from tests.helpers.tiny import (
     OWN,
     raster_batch,
@@ -36,7 +37,7 @@ def extras(method: str, config: Any) -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.parametrize("method", methods.TABLE)
+@pytest.mark.parametrize("method", all_slow_but(("mae", "supervised"), methods.TABLE))
 def test_a_few_steps_lower_the_loss_and_change_all_that_is_learned(method):
     fields = {"method.num_clusters": 4, "method.centroid_width": 32, "method.blocks": "all"} if method == "moce" else {}
     config = tiny_config(fields | {"model.depth": 1, "optim.lr": 0.01, "optim.warmup": "1 steps",

@@ -7,9 +7,10 @@ import pytest
 from mae_jax.errors import UserError
 from mae_jax.models import intermediates
 from mae_jax.ops.patches import normalize
+from tests.helpers.tiers import slow
 from tests.helpers.tiny import tiny_batch, tiny_config, tiny_method, tiny_params
 
-VARIANTS = [{}, {"model.scan": True, "model.layer_scale": 0.1, "model.positions": "learned"}]
+VARIANTS = [{}, slow({"model.scan": True, "model.layer_scale": 0.1, "model.positions": "learned"})]
 
 
 def norm(x: np.ndarray, p: dict[str, np.ndarray]) -> np.ndarray:

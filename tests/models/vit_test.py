@@ -14,6 +14,7 @@ from mae_jax.param_tree import flatten
 from tests.helpers.tiny import tiny_batch, tiny_config, tiny_method, tiny_params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "patch", "count"), [
     ("B", 16, 111_655_680), ("L", 16, 329_239_296), ("H", 14, 656_613_964)])
 def test_trainable_parameters_are_as_many_as_in_the_published_models(size, patch, count):

@@ -233,6 +233,7 @@ def test_the_ema_follows_the_parameters_after_the_update(step):
     assert (state.ema["encoder"]["norm"]["scale"] != before["encoder"]["norm"]["scale"]).any()
 
 
+@pytest.mark.slow
 def test_the_ema_of_what_stays_the_same_is_the_same_bit_for_bit_also_with_a_decay_near_one():
     config = tiny_config({"optim.ema": 0.99996, "optim.lr": 0.0})
     state, step = tiny_state(config), tiny_step(config)

@@ -8,6 +8,7 @@ from tests.helpers.tiny import tiny_config
 PARTS = ("step", "input", "both")
 
 
+@pytest.mark.slow
 def test_all_parts_are_measured_with_one_compiled_step_of_the_datas_own_classes(monkeypatch):
     steps = []
     build = timed_step.TimedStep.__init__

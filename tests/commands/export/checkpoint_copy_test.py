@@ -57,6 +57,7 @@ def restored(folder: str):
     return Checkpoints(folder, 2).restore(abstract(tiny_state(tiny_config({"optim.ema": 0.9}))))
 
 
+@pytest.mark.slow
 def test_the_newest_step_is_read_there_with_its_config_and_all_of_its_state(run, to, capsys):
     assert copy(run, to) == 0
     assert "/checkpoints/2: " in (line := capsys.readouterr().out)

@@ -23,6 +23,7 @@ from tests.helpers.records import (
     write,
     write_shards,
 )
+from tests.helpers.tiers import slow
 
 
 @pytest.fixture
@@ -76,7 +77,8 @@ def test_resuming_says_how_long_it_took(stored, caplog):
     assert "skipped 24 records in" in caplog.text
 
 
-@pytest.mark.parametrize("parts", [((0, 1, 2, 3), (4, 5, 6, 7)), ((0, 3, 5), (1, 2, 4, 6, 7))])
+@pytest.mark.parametrize("parts", [
+    slow(((0, 1, 2, 3), (4, 5, 6, 7))), ((0, 3, 5), (1, 2, 4, 6, 7))])
 def test_processes_feed_the_rows_that_one_process_would(shards, parts):
     c = plain_config(shards, augment="random")
     whole = take(build(c).train(5), 4)
