@@ -1,6 +1,7 @@
 """Which process of how many this one is: as the flags say, or as Slurm or a TPU VM says."""
 
 import glob
+import ipaddress
 import os
 import re
 import urllib.request
@@ -26,17 +27,24 @@ class ProcessInfo(NamedTuple):
     @property
     def address(self) -> str:
         """HOST:PORT of process 0."""
-        return f"{self.coordinator_host}:{self.coordinator_port}"
-
-    @property
-    def loopback(self) -> bool:
-        """Says whether all processes are on this machine."""
-        return self.coordinator_host in ("localhost", "127.0.0.1")
+        return address(self.coordinator_host, self.coordinator_port)
 
     @property
     def numeric(self) -> bool:
-        """Says whether process 0 is named by an IPv4 address."""
-        return re.fullmatch(r"\d+(\.\d+){3}", self.coordinator_host, re.ASCII) is not None
+        """Says whether process 0 is named by an IP address."""
+        return _numeric(self.coordinator_host)
+
+
+def address(host: str, port: int) -> str:
+    """Returns HOST:PORT, or [HOST]:PORT for an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _numeric(host: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
 
 
 def find(coordinator: str, processes: int, process: int, environ: Mapping[str, str] = os.environ) -> ProcessInfo | None:
@@ -58,13 +66,16 @@ def find(coordinator: str, processes: int, process: int, environ: Mapping[str, s
             raise UserError(f"{' and '.join(given)} needs --coordinator=HOST:PORT, the address of process 0")
         return (_slurm(environ) or _tpu(environ)) if coordinator == "auto" else None
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"--coordinator={coordinator!r}; expected HOST:PORT of process 0, auto or off")
+    host, bare = re.sub(r"^\[(.*)\]$", r"\1", host), host
+    if not host or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536 or (
+            ":" in host and (host == bare or not _numeric(host))):
+        raise UserError(f"--coordinator={coordinator!r}; expected HOST:PORT of process 0, [ADDRESS]:PORT for an IPv6 "
+                        "address, auto or off")
     if processes < 1 or not 0 <= process < processes:
         raise UserError(f"--coordinator={coordinator} with --processes={processes} --process={process}; expected how "
                         "many processes there are, at least 1, and the number of this one, from 0 to one less"
                         .replace("=-1", " not given"))
-    return ProcessInfo(host.strip("[]"), int(port), process, processes)
+    return ProcessInfo(host, int(port), process, processes)
 
 
 def _slurm(environ: Mapping[str, str]) -> ProcessInfo | None:

@@ -1,22 +1,33 @@
-"""How the processes of a run find each other: process 0 listens, the others call it and say who they are."""
+"""How the processes of a run find each other: process 0 listens, the others call it and say who they are.
 
-import contextlib
+A caller that says something else, too much or nothing is turned away by itself, whoever else is waited for.
+"""
+
 import errno
 import json
 import logging
+import reprlib
+import resource
+import selectors
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from mae_jax import errors
 from mae_jax.errors import UserError
 from mae_jax.runtime.discovery import ProcessInfo
+from mae_jax.runtime.wire import Garbage, Line, encode
 
-ANSWER = 2.0  # seconds for a greeting to arrive after its connection
+ANSWER = 2.0  # seconds for a greeting to arrive after its connection, and for a caller to read why it must leave
 PATIENCE = 0.2  # seconds between two calls
+GREETING = 100_000  # bytes
+STRANGERS = 256  # callers at a time that have not said who they are, or must leave
+SPARE = 64 + STRANGERS  # descriptors beside those of the other processes
 
 logger = logging.getLogger(__name__)
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 200
 
 
 def listen(place: ProcessInfo) -> socket.socket:
@@ -24,20 +35,24 @@ def listen(place: ProcessInfo) -> socket.socket:
 
     A name may be another address to the others than to this machine, so one listens at all of its addresses for it.
     """
+    def at(host: str, **more: Any) -> socket.socket:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, place.coordinator_port), **{"family": family, **more},
+                                    backlog=max(128, place.num_processes))  # the kernel has a limit of its own
+
     try:
-        if place.loopback:
-            return socket.create_server(("127.0.0.1", place.coordinator_port))
+        if place.coordinator_host == "localhost":
+            return at("127.0.0.1")
         if place.numeric:
             try:
-                return socket.create_server((place.coordinator_host, place.coordinator_port))
+                return at(place.coordinator_host)
             except OSError as error:
                 if error.errno != errno.EADDRNOTAVAIL:
                     raise
                 logger.warning("%s is no address of this machine; process 0 listens at all that it has",
                                place.coordinator_host)
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(("", place.coordinator_port), family=socket.AF_INET6, dualstack_ipv6=True)
-        return socket.create_server(("", place.coordinator_port))
+        dual = socket.has_dualstack_ipv6()
+        return at("", family=socket.AF_INET6, dualstack_ipv6=True) if dual else at("")
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UserError(f"port {place.coordinator_port} of --coordinator={place.address} is in use on this "
@@ -46,125 +61,221 @@ def listen(place: ProcessInfo) -> socket.socket:
         raise UserError(f"cannot listen at --coordinator={place.address}: {error.strerror or error}") from None
 
 
-def receive(place: ProcessInfo, listener: socket.socket, own: Mapping[str, Any],
-            seconds: float) -> dict[int, socket.socket]:
+def receive(place: ProcessInfo, listener: socket.socket, own: Mapping[str, Any], seconds: float) -> dict[int, Line]:
     """Process 0: waits for a call of every other process; returns number → connection."""
-    lines: dict[int, socket.socket] = {}
-    where: dict[int, str] = {0: own["where"]}
+    allow_descriptors(place.num_processes)
     deadline = time.monotonic() + seconds
-    while absent := [number for number in range(1, place.num_processes) if number not in lines
-                     or _closed(lines[number])]:
-        listener.settimeout(max(0.01, deadline - time.monotonic()))
+    with selectors.DefaultSelector() as selector:
+        reception = Reception(place, Door(listener, selector), own)
+        while absent := place.num_processes - 1 - len(reception.lines):
+            if (left := deadline - time.monotonic()) <= 0:
+                reception.dismiss(f"{reception.absent(absent)} of {place.num_processes} did not come to "
+                                  f"{place.address} within {seconds:g} s; start the same command there too, each with "
+                                  "its own --process")
+            for key, _ in selector.select(min(left, PATIENCE)):
+                reception.hear(key.data)
+            reception.door.sweep()
+        reception.door.sweep(all_of_them=True)
+    return reception.lines
+
+
+def allow_descriptors(processes: int) -> None:
+    """Raises this process's limit of open files to what so many processes need; raises UserError where it is fixed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * processes + 1024  # jax.distributed has a connection of each, too
+    if hard != resource.RLIM_INFINITY:
+        if hard < 2 * processes + SPARE - STRANGERS:
+            raise UserError(f"process 0 of {processes} needs {wanted} open files, and may have {hard}; raise the limit "
+                            "(ulimit -Hn) where it is started")
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class Door:
+    """Where process 0 listens, with the callers that are not let in: each is closed at a time of its own.
+
+    Attributes:
+      callers: those that have not said who they are, or must leave → when they are closed; in the order of that.
+    """
+
+    def __init__(self, listener: socket.socket, selector: selectors.BaseSelector):
+        self.listener, self.selector = listener, selector
+        self.callers: dict[Line, float] = {}
+        listener.setblocking(False)
+        selector.register(listener, selectors.EVENT_READ)
+
+    def accept(self) -> Iterator[Line]:
+        """Yields some of the callers that are there; raises OSError where there are no descriptors for them."""
+        for _ in range(64):  # then others are heard
+            try:
+                line = Line(self.listener.accept()[0], GREETING)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    return  # there is none, or it has gone
+                if not self.callers:
+                    raise
+                self.drop(next(iter(self.callers)))
+                continue
+            if len(self.callers) >= STRANGERS:
+                self.drop(next(iter(self.callers)))
+            self.callers[line] = time.monotonic() + ANSWER
+            self.selector.register(line.socket, selectors.EVENT_READ, line)
+            yield line
+
+    def turn_away(self, line: Line, text: str) -> None:
+        """Says why a caller must leave, and gives it time to read that: closed at once, the text might not arrive."""
+        line.put(encode({"leave": [errors.MISTAKE, text]}))
+        self.selector.unregister(line.socket)
+        self.callers.pop(line)
+        self.callers[line] = time.monotonic() + ANSWER
+
+    def drop(self, line: Line) -> None:
+        """Closes a connection."""
+        self.callers.pop(line, None)
+        if line.socket in self.selector.get_map():
+            self.selector.unregister(line.socket)
+        line.close()
+
+    def close(self) -> None:
+        """Takes no more calls."""
+        self.sweep(all_of_them=True)
+        self.selector.unregister(self.listener)
+        self.listener.close()
+
+    def sweep(self, all_of_them: bool = False) -> None:
+        """Closes the callers whose time is over."""
+        now = float("inf") if all_of_them else time.monotonic()
+        while self.callers and now > next(iter(self.callers.values())):
+            self.drop(next(iter(self.callers)))
+
+
+class Reception:
+    """Process 0 while the others come.
+
+    Attributes:
+      lines: number → connection of those that have come.
+    """
+
+    def __init__(self, place: ProcessInfo, door: Door, own: Mapping[str, Any]):
+        self.place, self.door, self.lines = place, door, dict[int, Line]()
+        self._where: dict[int, str] = {0: own["where"]}
+        self._numbers: dict[Line, int] = {}
+        self._same = json.loads(json.dumps(own["same"]))  # tuples become lists, as on the way here
+
+    def hear(self, line: Line | None) -> None:
+        """Does what a connection, or the listener for None, is ready for."""
+        if line is None:
+            try:
+                list(self.door.accept())
+            except OSError as error:
+                raise UserError(f"process 0 of {self.place.num_processes} cannot take more calls: {error.strerror}; "
+                                "raise the limit of open files (ulimit -n) where it is started") from None
+            return
         try:
-            line, _ = listener.accept()
-        except TimeoutError:
-            _dismiss(lines, f"{_names(absent)} of {place.num_processes} did not come to {place.address} within "
-                            f"{seconds:g} s; start the same command there too, each with its own --process")
-        greeting = greeting_of(line)
-        number = greeting.get("mae_jax")
-        if not isinstance(number, int):  # something that came across the port
+            lasts = line.read()
+            message = line.next()
+        except Garbage:
+            lasts = message = None
+        if line in self.door.callers and message is not None:
+            self._greet(line, message)
+        elif not lasts or message is not None:  # who has come says nothing before all are there
+            self.lines.pop(self._numbers.pop(line, 0), None)
+            self.door.drop(line)
+
+    def _greet(self, line: Line, greeting: Mapping[str, Any]) -> None:
+        number, where, same = (greeting.get(name) for name in ("mae_jax", "where", "same"))
+        of_ours = isinstance(same, dict) and (same.keys() & self._same.keys() or not self._same)
+        if type(number) is not int or not isinstance(where, str) or not of_ours:
+            return self.door.drop(line)  # something that came across the port
+        difference, where = _difference(same, self._same), errors.printable(where)[:200]
+        if not 0 <= number < self.place.num_processes:
+            return self._refuse(line, f"{where} calls itself process {_repr.repr(number)} of a run of "
+                                f"{self.place.num_processes}, from 0", difference)
+        if difference:
+            self.lines[-1] = line
+            self.dismiss(f"process {number} and process 0 were started differently: {difference}")
+        if number in self.lines:
+            self.hear(self.lines[number])  # it may have ended just now
+        if number == 0 or number in self.lines:
+            return self._refuse(line, f"process {number} was started twice: {self._where[number]}, and {where}",
+                                "each needs its own --process")
+        del self.door.callers[line]
+        self.lines[number], self._where[number], self._numbers[line] = line, where, number
+        return None
+
+    def _refuse(self, line: Line, text: str, more: str) -> None:
+        logger.warning("%s; it is refused", text)
+        self.door.turn_away(line, f"{text}; {more}" if more else text)
+
+    def absent(self, count: int) -> str:
+        """Returns the `count` processes that have not come, by their numbers."""
+        numbers = [number for number in range(1, self.place.num_processes) if number not in self.lines]
+        rest = f" and {count - 20} more" if count > 20 else ""
+        return f"process{'es' if count > 1 else ''} {', '.join(map(str, numbers[:20]))}{rest}"
+
+    def dismiss(self, text: str) -> NoReturn:
+        """Tells all that have come why there will be no run, and raises UserError."""
+        for line in self.lines.values():
+            line.put(encode({"leave": [errors.MISTAKE, text]}))
             line.close()
-            continue
-        if difference := _difference(greeting.get("same", {}), own["same"]):
-            _dismiss({**lines, -1: line}, f"process {number} and process 0 were started differently: {difference}")
-        if number == 0 or (number in lines and not _closed(lines[number])):
-            text = f"process {number} was started twice: {where[number]}, and {greeting['where']}"
-            logger.warning("%s; the second one is refused", text)
-            send(line, {"leave": [errors.MISTAKE, f"{text}; each needs its own --process"]})
-            line.close()
-            continue
-        lines[number], where[number] = line, greeting["where"]
-    listener.settimeout(None)
-    return lines
+        raise UserError(text)
 
 
-def call(place: ProcessInfo, greeting: Mapping[str, Any], seconds: float) -> tuple[socket.socket, int]:
+def call(place: ProcessInfo, greeting: Mapping[str, Any], seconds: float) -> tuple[Line, int]:
     """Other processes: calls process 0 until it answers; returns the connection and the port of jax.distributed."""
     deadline, state = time.monotonic() + seconds, "no answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
-            line = socket.create_connection((place.coordinator_host, place.coordinator_port), timeout=left)
+            line = Line(socket.create_connection((place.coordinator_host, place.coordinator_port), timeout=left))
         except OSError as error:
             state = str(error.strerror or error)
             time.sleep(PATIENCE)
             continue
-        send(line, greeting)
-        reply, state = {}, "it takes the call and says nothing"
-        with contextlib.suppress(OSError):
-            # Process 0 began to wait at another time.
-            reply = _read_line(line, time.monotonic() + left + ANSWER)
-        if "go" in reply:
-            line.settimeout(None)
-            return line, reply["go"]
+        reply = _answer(line, greeting, deadline + ANSWER)  # process 0 began to wait at another time
+        match reply:
+            case {"go": int(port)}:
+                return line, port
+            case {"leave": [int(), str(text)]}:
+                line.close()
+                raise UserError(text)
         line.close()
-        if "leave" in reply:
-            raise UserError(reply["leave"][1])
+        state = "it takes the call and says nothing"
         time.sleep(PATIENCE)
     raise UserError(f"coordinator {place.address} does not answer within {seconds:g} s ({state}); is process 0 running "
                     "there, and the port open?")
 
 
-def _dismiss(lines: Mapping[int, socket.socket], text: str) -> NoReturn:
-    for line in lines.values():
-        send(line, {"leave": [errors.MISTAKE, text]})
-        line.close()
-    raise UserError(text)
+def _answer(line: Line, greeting: Mapping[str, Any], deadline: float) -> dict[str, Any]:
+    """Returns what process 0 answers, {} where nothing that can be understood comes in time."""
+    line.put(lines := encode(greeting))
+    if (size := sum(map(len, lines))) > GREETING:
+        raise UserError(f"flags and config are {size} bytes of text; processes compare {GREETING} at most")
+    with selectors.DefaultSelector() as selector:
+        selector.register(line.socket, selectors.EVENT_READ)
+        while (left := deadline - time.monotonic()) > 0:
+            selector.modify(line.socket, selectors.EVENT_READ | selectors.EVENT_WRITE * line.waits)
+            selector.select(left)
+            line.flush()
+            lasts = line.read()
+            try:
+                message = line.next()
+            except Garbage:
+                return {}
+            if message is not None or not lasts:
+                return message or {}
+    return {}
 
 
 def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     """Returns which flags differ, '' where none does."""
-    ours = json.loads(json.dumps(ours))  # tuples become lists, as they did on the way here
     names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-    return "; ".join(f"{name}={theirs.get(name)!r} and {ours.get(name)!r}" for name in names[:3])
+    return "; ".join(f"{errors.printable(name)[:200]}={_repr.repr(theirs.get(name))} and {_repr.repr(ours.get(name))}"
+                     for name in names[:3])
 
 
-def _names(numbers: list[int]) -> str:
-    return f"process{'es' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
-
-
-def greeting_of(line: socket.socket) -> dict[str, Any]:
-    """Returns what the caller says, {} where it says nothing that can be understood."""
-    try:
-        greeting = _read_line(line, time.monotonic() + ANSWER)
-        line.settimeout(None)
-    except OSError:
-        return {}
-    return greeting
-
-
-def _read_line(line: socket.socket, deadline: float) -> dict[str, Any]:
-    """Reads one message; {} where what comes is none; raises TimeoutError past the deadline."""
-    text = b""
-    while not text.endswith(b"\n"):  # byte by byte: what follows belongs to Peers
-        line.settimeout(max(deadline - time.monotonic(), 1e-3))
-        byte = line.recv(1)
-        if not byte or len(text) > 100_000:
-            return {}
-        text += byte
-    try:
-        message = json.loads(text)
-    except ValueError:
-        return {}
-    return message if isinstance(message, dict) else {}
-
-
-def send(line: socket.socket, message: Mapping[str, Any]) -> None:
-    """Sends one message, a line of JSON."""
-    with contextlib.suppress(OSError):  # that it is gone shows when its line is read
-        line.sendall(json.dumps(message).encode() + b"\n")
-
-
-def _closed(line: socket.socket) -> bool:
-    try:
-        return line.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-
-
-def free_port() -> int:
-    """Returns a port that nobody listens at."""
-    with socket.socket() as free:
-        free.bind(("", 0))
+def free_port(listener: socket.socket) -> int:
+    """Returns a port that nobody listens at, at the addresses of `listener`."""
+    with socket.socket(listener.family) as free:
+        free.bind((listener.getsockname()[0], 0))
         return free.getsockname()[1]

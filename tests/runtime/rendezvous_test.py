@@ -1,18 +1,20 @@
 """How processes find each other, over real sockets; and what is said to whom when they do not."""
 
+import contextlib
+import json
 import re
 import socket
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 from mae_jax.errors import UserError
-from mae_jax.runtime import peers, rendezvous
+from mae_jax.runtime import discovery, peers, rendezvous
 from mae_jax.runtime.discovery import ProcessInfo
+from mae_jax.runtime.wire import Line, encode
 from tests.faults.processes import free_port
 
 SAME = {"--workdir": "/runs/one", "--config.optim.betas": (0.9, 0.95)}
@@ -37,7 +39,7 @@ def meet(processes: int, callers: list[tuple[int, dict]], seconds: float = 0.8) 
         with rendezvous.listen(ProcessInfo("127.0.0.1", port, 0, processes)) as listener:
             lines = rendezvous.receive(ProcessInfo("127.0.0.1", port, 0, processes), listener, greeting(0), seconds)
             for line in lines.values():
-                rendezvous.send(line, {"go": 1})
+                line.put(encode({"go": 1}))
                 line.close()
 
     def guest(number: int, same: dict) -> None:
@@ -112,53 +114,10 @@ def test_garbage_at_the_port_disturbs_nobody():
         with socket.create_connection(("127.0.0.1", port)) as scanner:
             scanner.sendall(b"GET / HTTP/1.1\r\n\r\n")
         with socket.create_connection(("127.0.0.1", port)) as line:
-            rendezvous.send(line, greeting(1))
+            line.sendall(b"".join(encode(greeting(1))))
             thread.join()
             told[0][1].close()
     assert list(told[0]) == [1]
-
-
-def test_who_dribbles_is_dropped_in_time(monkeypatch):
-    monkeypatch.setattr(rendezvous, "ANSWER", 0.3)
-    ours, theirs = socket.socketpair()
-    stop = threading.Event()
-
-    def dribble() -> None:
-        while not stop.wait(0.05):
-            theirs.sendall(b" ")
-
-    thread, began = threading.Thread(target=dribble), time.monotonic()
-    thread.start()
-    assert rendezvous.greeting_of(ours) == {}
-    assert time.monotonic() - began < 1
-    stop.set()
-    thread.join()
-    ours.close()
-    theirs.close()
-
-
-def test_a_late_caller_is_turned_away_though_it_says_nothing_and_others_stay_in_touch():
-    here = ProcessInfo("127.0.0.1", free_port(), 0, 2)
-    listener, (line, peer) = rendezvous.listen(here), socket.socketpair()
-    link = peers.Peers(here, {1: line}, listener, heartbeat=1.0)
-    peer.settimeout(5)
-    with socket.create_connection(("127.0.0.1", here.coordinator_port), timeout=5) as silent:
-        assert b"a run has begun" in silent.recv(1000)
-        for _ in range(8):  # longer than a heartbeat
-            rendezvous.send(peer, {"alive": None})
-            time.sleep(0.2)
-    assert link.verdict is None
-    assert b"alive" in peer.recv(1000)
-    rendezvous.send(peer, {"bye": None})
-    with pytest.raises(RuntimeError, match="process 1"):
-        link.gather("more")
-    link._hang_up()
-    link._leaving = True
-    rendezvous.send(link._self, {"bye": None})
-    link._thread.join(5)
-    assert not link._thread.is_alive()
-    for end in (peer, *link.lines.values(), link._self):
-        end.close()
 
 
 def test_process_0_listens_at_the_address_that_it_is_named_by(caplog):
@@ -170,20 +129,163 @@ def test_process_0_listens_at_the_address_that_it_is_named_by(caplog):
     assert "192.0.2.1 is no address of this machine" in caplog.text
 
 
-FAILING = """
-import socket, sys
-from mae_jax.runtime import peers
-from mae_jax.runtime.discovery import ProcessInfo
-line = socket.socket(fileno=int(sys.argv[1]))
-peers.Peers(ProcessInfo("127.0.0.1", 1, 1, 2), {0: line}, None, 5.0).fail(OSError(28, "No space left on device"))
+GREETINGS = {
+    "deep": b"[" * 99_000 + b"\n", "deep in a field": b'{"mae_jax": 1, "where": "x", "same": {"--workdir": %s}}\n' % (
+        b"[" * 40_000 + b"]" * 40_000), "no JSON": b"GET / HTTP/1.1\r\n\r\n", "no object": b"[1, 2]\n",
+    "nothing": b"{}\n",
+    "number alone": b'{"mae_jax": 1}\n', "bytes": bytes(range(256)) + b"\n", "endless": b"x" * 300_000,
+    "parts": (b"+" + b"x" * 50_000 + b"\n") * 6, "digits": b'{"mae_jax": %s}\n' % (b"9" * 5000), "empty line": b"\n",
+    **{f"{name}={value!r}": (json.dumps(greeting(1) | {name: value}) + "\n").encode()
+       for name, value in [("mae_jax", 2), ("mae_jax", -1), ("mae_jax", 10 ** 30), ("mae_jax", True), ("mae_jax", 1.0),
+                           ("mae_jax", "1"), ("mae_jax", [1]), ("mae_jax", None), ("where", None), ("where", {"a": 1}),
+                           ("same", None), ("same", [1]), ("same", "x"), ("same", {}), ("same", {"--other": 1})]},
+}
+
+
+def test_hostile_greetings_are_turned_away_one_by_one_and_the_others_meet():
+    """Each comes alone, then all at once and without an end, and none is waited for."""
+    port, told, began = free_port(), [], time.monotonic()
+    here = ProcessInfo("127.0.0.1", port, 0, 2)
+    with rendezvous.listen(here) as listener, contextlib.ExitStack() as open_ones:
+        thread = threading.Thread(target=lambda: told.append(rendezvous.receive(here, listener, greeting(0), 30)))
+        thread.start()
+        for text in GREETINGS.values():
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as stranger, contextlib.suppress(OSError):
+                stranger.sendall(text)
+                assert b'"go"' not in stranger.recv(1 << 16)
+        for text in [*GREETINGS.values(), *[b""] * 300]:
+            stranger = open_ones.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+            stranger.sendall(text[:len(text) // 2])
+        line = Line(open_ones.enter_context(socket.create_connection(("127.0.0.1", port))))
+        line.put(encode(greeting(1)))
+        thread.join(20)
+        assert list(told[0]) == [1]
+        told[0][1].close()
+    assert time.monotonic() - began < 10
+
+
+def test_a_wrong_number_is_told_so_alone():
+    told = meet(3, [(7, SAME | {"--processes": 8}), (2, SAME), (1, SAME)])
+    assert "calls itself process 7 of a run of 3" in told[7]
+    assert "--processes=8 and None" in told[7]
+    assert [told[number] for number in range(3)] == ["all there"] * 3
+
+
+@pytest.mark.parametrize("text", [b"", b" "])
+def test_the_start_ends_in_time_whoever_calls_and_says_nothing(text):
+    """Silent callers, and some that dribble, come faster than one is given up."""
+    port, stop, open_ones = free_port(), threading.Event(), []
+
+    def strangers() -> None:
+        while not stop.wait(0.05):
+            with contextlib.suppress(OSError):
+                open_ones.append(socket.create_connection(("127.0.0.1", port), timeout=1))
+            for one in open_ones:
+                with contextlib.suppress(OSError):
+                    one.sendall(text)
+
+    thread, began = threading.Thread(target=strangers), time.monotonic()
+    here = ProcessInfo("127.0.0.1", port, 0, 2)
+    with rendezvous.listen(here) as listener:
+        thread.start()
+        with pytest.raises(UserError, match=r"process 1 of 2 did not come .* 1 s"):
+            rendezvous.receive(here, listener, greeting(0), 1)
+        assert time.monotonic() - began < 1.5
+    stop.set()
+    thread.join()
+    for one in open_ones:
+        one.close()
+
+
+def test_who_dribbles_is_dropped_in_time(monkeypatch):
+    monkeypatch.setattr(rendezvous, "ANSWER", 0.3)
+    here = ProcessInfo("127.0.0.1", free_port(), 0, 2)
+
+    def receive() -> None:
+        with pytest.raises(UserError, match="process 1 of 2"):
+            rendezvous.receive(here, listener, greeting(0), 1)
+
+    with rendezvous.listen(here) as listener:
+        thread = threading.Thread(target=receive)
+        thread.start()
+        with socket.create_connection(("127.0.0.1", here.coordinator_port)) as line:
+            began = time.monotonic()
+            with contextlib.suppress(OSError):
+                while time.monotonic() < began + 5:
+                    line.sendall(b" ")
+                    time.sleep(0.02)
+            assert time.monotonic() - began < 1
+        thread.join()
+
+
+def test_many_absent_processes_are_named_in_a_short_line():
+    here = ProcessInfo("127.0.0.1", free_port(), 0, 4096)
+    with rendezvous.listen(here) as listener, pytest.raises(UserError) as error:
+        rendezvous.receive(here, listener, greeting(0), 0.1)
+    assert str(error.value).startswith("processes 1, 2, 3, ")
+    assert "20 and 4075 more of 4096" in str(error.value)
+
+
+def test_a_greeting_that_is_too_long_is_refused_by_its_sender():
+    port = free_port()
+    with rendezvous.listen(ProcessInfo("127.0.0.1", port, 0, 2)), pytest.raises(UserError, match="100000"):
+        rendezvous.call(ProcessInfo("127.0.0.1", port, 1, 2), greeting(1, {"--x": "y" * 100_000}), 5)
+
+
+DESCRIPTORS = """
+import resource, sys
+from mae_jax.errors import UserError
+from mae_jax.runtime import rendezvous
+soft, hard, processes = map(int, sys.argv[1:])
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+try:
+    rendezvous.allow_descriptors(processes)
+except UserError as error:
+    print(error)
+print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 """
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
-def test_an_error_that_cannot_be_printed_is_told_to_the_others_all_the_same():
-    ours, theirs = socket.socketpair()
-    with ours, theirs, Path("/dev/full").open("w") as full:
-        done = subprocess.run([sys.executable, "-c", FAILING, str(theirs.fileno())], stderr=full, timeout=60,
-                              pass_fds=[theirs.fileno()])
-        assert done.returncode == 2
-        assert '{"leave": [2, "error: [Errno 28] No space left on device"]}' in ours.recv(1 << 16).decode()
+@pytest.mark.parametrize(("soft", "hard", "processes", "says"), [
+    (256, 4096, 1000, "3024"), (256, 2500, 1000, "2500"), (256, 1024, 2, "1024"), (3500, 4096, 1000, "3500"),
+    (256, 1024, 1000, "process 0 of 1000 needs 3024 open files, and may have 1024"),
+])
+def test_the_limit_of_open_files_is_raised_or_named(soft, hard, processes, says):
+    done = subprocess.run([sys.executable, "-c", DESCRIPTORS, *map(str, (soft, hard, processes))], capture_output=True,
+                          text=True, timeout=60)
+    assert done.stdout.startswith(says), done.stderr
+
+
+def test_a_thousand_callers_meet_past_descriptor_1024_in_seconds():
+    processes, began = 1200, time.monotonic()
+    rendezvous.allow_descriptors(2 * processes)  # this process has both ends
+    here, told, callers = ProcessInfo("127.0.0.1", free_port(), 0, processes), [], []
+    with rendezvous.listen(here) as listener:
+        thread = threading.Thread(target=lambda: told.append(rendezvous.receive(here, listener, greeting(0), 30)))
+        thread.start()
+        for number in range(1, processes):
+            callers.append(Line(socket.create_connection((here.coordinator_host, here.coordinator_port), timeout=10)))
+            callers[-1].put(encode(greeting(number)))
+        thread.join(30)
+    assert sorted(told[0]) == list(range(1, processes))
+    assert max(line.socket.fileno() for line in told[0].values()) > 1024
+    assert time.monotonic() - began < 15
+    for line in [*told[0].values(), *callers]:
+        line.close()
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="needs IPv6")
+def test_processes_meet_at_an_ipv6_address():
+    port, told = free_port(), []
+    here = discovery.find(f"[::1]:{port}", 2, 0, {})
+    assert (here.address, here.coordinator_host) == (f"[::1]:{port}", "::1")
+    with rendezvous.listen(here) as listener:
+        assert listener.getsockname()[0] == "::1"
+        assert 0 < rendezvous.free_port(listener) < 65536
+        thread = threading.Thread(target=lambda: told.append(rendezvous.receive(here, listener, greeting(0), 5)))
+        thread.start()
+        line = Line(socket.create_connection(("::1", port)))
+        line.put(encode(greeting(1)))
+        thread.join()
+    line.close()
+    told[0][1].close()

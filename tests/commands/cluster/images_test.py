@@ -290,7 +290,7 @@ def test_information_is_all_where_the_choice_is_the_label_and_nothing_where_it_i
 
 @pytest.mark.slow
 def test_processes_that_see_other_encoders_or_pictures_are_refused(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime_peers, "gather", lambda value, *_: [value, {**value, "encoder": "another"}])
+    monkeypatch.setattr(runtime_peers, "broadcast", lambda value: {**value, "encoder": "another"})
     with pytest.raises(UserError, match=r"processes .*encoder or pictures"):
         clustered(made / "mae", tmp_path / "clusters")
 
