@@ -27,7 +27,6 @@ from mae_jax.runtime.exit import exit_now, write_stderr
 from mae_jax.runtime.rendezvous import Door
 from mae_jax.runtime.wire import LIMIT, Garbage, Line, encode
 
-ENDED = object()  # said by a process that has come to its end
 LOST = 134  # exit code of a process whose peer was lost; also what shells report for JAX's own abort
 THREADS = ("main", "save")  # that gather
 ALIVE = encode({"alive": None})
@@ -46,7 +45,7 @@ class Link:
     """
 
     def __init__(self, place: ProcessInfo, lines: dict[int, Line], listener: socket.socket | None, heartbeat: float):
-        self.place, self.lines, self.heartbeat = place, lines, heartbeat
+        self.place, self.lines, self.heartbeat, self._others = place, lines, heartbeat, len(lines)
         self.verdict: tuple[int, str] | None = None
         self._over = threading.Event()  # there is a verdict
         self._selector = selectors.DefaultSelector()
@@ -60,7 +59,10 @@ class Link:
         self._parted: set[int] = set()
         self._leaving = self._ended = False
         self._deadline = float("inf")
-        self._values: dict[str, queue.SimpleQueue[tuple[int, Any]]] = {name: queue.SimpleQueue() for name in THREADS}
+        # None has another value to say before it has the answer to the last one. A number instead: who has ended.
+        self._values: dict[str, dict[int, Any]] = {name: {} for name in THREADS}
+        self._whole: dict[str, queue.SimpleQueue[dict[int, Any] | int]] = {
+            name: queue.SimpleQueue() for name in THREADS}
         self._done = 0
         self._stop_after: int | None = None
         self._at: dict[int, int] = {}  # process → step, while a step to stop after is agreed on
@@ -79,19 +81,18 @@ class Link:
         """Returns what `choose` makes, on process 0, of the values of all processes, in their order."""
         if self.place.process_id:
             self.tell({"value": [thread, value]}, urgent=False)
-            return self._take(thread)[1]
-        values = [value] * self.place.num_processes
-        for _ in values[1:]:  # none has another one to say before it has the answer
-            number, values[number] = self._take(thread)
-        answer = choose(values)
+            return self._take(thread)[0]
+        values = {0: value, **(self._take(thread) if self._others else {})}
+        answer = choose([values[number] for number in range(self.place.num_processes)])
         self.tell({"value": [thread, answer]}, urgent=False)
         return answer
 
-    def _take(self, thread: str) -> tuple[int, Any]:
-        number, value = self._values[thread].get()
-        if value is ENDED:
-            raise RuntimeError(f"process {number} came to its end while this one waits for what it says")
-        return number, value
+    def _take(self, thread: str) -> dict[int, Any]:
+        """Returns the values of all that are linked, by their numbers."""
+        values = self._whole[thread].get()
+        if isinstance(values, int):
+            raise RuntimeError(f"process {values} came to its end while this one waits for what it says")
+        return values
 
     def request_stop(self) -> None:
         """Asks all processes to stop after the same step."""
@@ -166,15 +167,15 @@ class Link:
 
     def _serve(self) -> None:
         """Listens, sends signs of life, and ends the process some time after the verdict."""
-        signs = time.monotonic()
+        signed = time.monotonic()
         for number in list(self.lines):
             self._hear(number)  # what came at once with the start
         while not self._ended:
             ready = self._selector.select(min(0.5, self.heartbeat / 8))
             now = time.monotonic()
-            if now - signs > self.heartbeat / 4:
+            if now - signed > self.heartbeat / 3:
                 self._put(ALIVE)
-                signs = now
+                signed = now
             for key, events in ready:
                 if key.data is None:
                     self._turn_away()
@@ -259,10 +260,13 @@ class Link:
                 pass
             case "bye", _:
                 self._parted.add(number)
-                for values in self._values.values():
-                    values.put((number, ENDED))
+                for whole in self._whole.values():
+                    whole.put(number)
             case "value", [str(thread), said] if thread in THREADS:
-                self._values[thread].put((number, said))
+                self._values[thread][number] = said
+                if len(self._values[thread]) == self._others:
+                    self._whole[thread].put(self._values[thread])
+                    self._values[thread] = {}
             case "leave", [int(code), str(line)] if 0 <= code < 256:
                 self._end(code, f"process {number} stopped: {line}", number)
             case "stop", _ if self.place.process_id:

@@ -153,7 +153,7 @@ def test_who_stops_reading_is_named_and_the_others_hear_of_process_0_meanwhile(e
         code, line = link.verdict
         assert code == 134
         assert line.startswith("process 2 of 3 was lost: it does not read")
-        assert signs >= 3
+        assert signs >= 2  # in one heartbeat
         assert others[1].hear("leave") == [134, line]
     assert set(exits) <= {134}
 
