@@ -80,7 +80,7 @@ def real(number: int, processes: int, port: int, idle: float, heartbeat: float) 
         found["idle_share"] = round((used_by(thread) - before) / found["idle_seconds"], 5)
         found["idle_share_of_all_threads"] = round(found["idle_cpu_seconds"] / found["idle_seconds"], 5)
         timed("broadcast", lambda: [peers.broadcast(STEPS) for _ in range(ROUNDS)])
-        timed("first", lambda: [peers.first("") for _ in range(ROUNDS)])
+        timed("first", lambda: [peers.first_true("") for _ in range(ROUNDS)])
         if number == 0:
             peers.peers().request_stop()
         step = 0

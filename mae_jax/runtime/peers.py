@@ -47,7 +47,7 @@ def broadcast(value: Any) -> Any:
     return _peers.meet(value if _peers.place.process_id == 0 else None, lambda values: values[0]) if _peers else value
 
 
-def first(value: Any, thread: str = "main") -> Any:
+def first_true(value: Any, thread: str = "main") -> Any:
     """Returns the value of the first process that has a true one, on all; else one that is not.
 
     Args:

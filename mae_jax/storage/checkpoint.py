@@ -92,7 +92,7 @@ class Checkpoints:
         except Exception as error:
             failed = error
         self._pending, self._ending = step, threads.start(functools.partial(self._end, step, failed))
-        if peers.first(bool(failed)):
+        if peers.first_true(bool(failed)):
             self.wait()
 
     def wait(self) -> None:
@@ -174,7 +174,7 @@ class Checkpoints:
             result = read()
         except Damaged as damage:
             logging.warning("checkpoint of step %d %s", step, then.format(damage))
-        return None if peers.first(result is None) else result
+        return None if peers.first_true(result is None) else result
 
     def _meet(self) -> None:
         """Waits for all processes, at both MEETINGS of a save; raises where one says that it failed.
@@ -183,7 +183,7 @@ class Checkpoints:
         for any that is busy: the main threads do so, too, before the next save.
         """
         self._meetings += 1
-        if peers.first(False, "save"):
+        if peers.first_true(False, "save"):
             self._told = True
             raise RuntimeError("another process failed")
 
@@ -202,7 +202,7 @@ class Checkpoints:
             if self._told:
                 return  # the other one says why
             if self._meetings < MEETINGS:
-                peers.first(True, "save")
+                peers.first_true(True, "save")
             raise
         if jax.process_index() == 0:
             _attempt("delete old checkpoints", self._prune)
@@ -242,7 +242,7 @@ class Checkpoints:
             action()
         except Exception as error:  # whatever the file system, orbax or TensorStore raise
             why = root_cause(error)
-        if cause := peers.first(why):
+        if cause := peers.first_true(why):
             self.failed = f"checkpoint of step {step} not saved: {cause}"
             logging.warning("%s; training goes on, earlier checkpoints stay", self.failed)
             wait_for_no_thread()  # orbax's may be busy with this save for many minutes

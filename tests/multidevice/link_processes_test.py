@@ -26,7 +26,8 @@ def run():
     here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     rows = jax.make_array_from_callback((2,), here, lambda index: np.asarray([20, 22])[index])
     number = jax.process_index()
-    said = [peers.broadcast(["of", number]), peers.first(number), peers.gather(number), peers.first("", "save")]
+    said = [peers.broadcast(["of", number]), peers.first_true(number), peers.gather(number),
+            peers.first_true("", "save")]
     print("sum", int(jax.jit(lambda x: x.sum())(rows)), said, flush=True)
     return 0
 

@@ -15,6 +15,7 @@ SLURM = {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_NODES": "4", "SLURM_STEP_NODELIST"
 
 def test_flags_say_it():
     assert discovery.find("10.0.0.1:7654", 4, 3, {}) == ProcessInfo("10.0.0.1", 7654, 3, 4)
+    assert discovery.find("[fd00::2]:7654", 4, 3, {}) == ProcessInfo("fd00::2", 7654, 3, 4)
     assert discovery.find("auto", -1, -1, {}) is None
     assert discovery.find("off", -1, -1, SLURM) is None
 
@@ -25,6 +26,13 @@ def test_flags_say_it():
     (("here", 2, 0), "--coordinator='here'.* HOST:PORT .*auto .*off"),
     (("here:port", 2, 0), "--coordinator='here:port'.* HOST:PORT"),
     (("here:99999", 2, 0), "--coordinator='here:99999'.* HOST:PORT"),
+    (("::1:7654", 2, 0), "--coordinator='::1:7654'.*ADDRESS.*IPv6"),  # which part is the port?
+    (("fd00::2", 2, 0), "--coordinator='fd00::2'"),
+    (("[::1]", 2, 0), "--coordinator='.::1.'"),
+    (("[::1]7654", 2, 0), "--coordinator='.::1.7654'"),
+    (("[]:1", 2, 0), "--coordinator='..:1'"),
+    (("[a::b::c]:1", 2, 0), "--coordinator='.a::b::c.:1'"),
+    (("here:١٢", 2, 0), "--coordinator='here:١٢'"),
     (("here:1", 2, -1), "--processes=2 --process not given"),
     (("here:1", -1, 1), "--processes not given --process=1"),
     (("here:1", 2, 2), "--processes=2 --process=2"),

@@ -64,7 +64,7 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
     unlike = other_arguments(to_folder, meta)
     if unlike:
         raise UserError(f"{to} holds clusters made with other {unlike}; runs may read them: name another folder")
-    if peers.first(peers.broadcast(about) != json.loads(json.dumps(about))):
+    if peers.first_true(peers.broadcast(about) != json.loads(json.dumps(about))):
         raise UserError(f"the processes do not see the same encoder or pictures; cluster with one step's folder, as "
                         f"{source}/checkpoints/STEP, on storage that all of them share")
     if peers.broadcast((to_folder / "clusters.npz").is_file()):
