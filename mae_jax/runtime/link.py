@@ -33,7 +33,6 @@ ALIVE = encode({"alive": None})
 SHORT = 2000  # characters of a reason to leave
 GRACE = 2.0  # seconds in which a process that is told to leave may end by itself
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -205,10 +204,12 @@ class Link:
 
     def _turn_away(self) -> None:
         """Sends late callers away, without listening to them."""
+        if not (door := self._door):
+            return
         try:
-            for line in self._door.accept() if self._door else ():
-                self._door.turn_away(line, f"a run has begun at {self.place.address}, and all its processes are there; "
-                                     "was this one started twice?")
+            for line in door.accept():
+                door.turn_away(line, f"a run has begun at {self.place.address}, and all its processes are there; was "
+                               "this one started twice?")
         except OSError:  # no descriptors are left: nobody need be told
             self._hang_up()
 

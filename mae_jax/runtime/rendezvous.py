@@ -184,11 +184,12 @@ class Reception:
             self.door.drop(line)
 
     def _greet(self, line: Line, greeting: Mapping[str, Any]) -> None:
-        number, where, same = (greeting.get(name) for name in ("mae_jax", "where", "same"))
-        of_ours = isinstance(same, dict) and (same.keys() & self._same.keys() or not self._same)
-        if type(number) is not int or not isinstance(where, str) or not of_ours:
-            return self.door.drop(line)  # something that came across the port
-        difference, where = _difference(same, self._same), errors.printable(where)[:200]
+        match greeting:
+            case {"mae_jax": int(number), "where": str(where), "same": dict(same)} if not isinstance(number, bool) and (
+                    same.keys() & self._same.keys() or not self._same):
+                difference, where = _difference(same, self._same), errors.printable(where)[:200]
+            case _:
+                return self.door.drop(line)  # something that came across the port
         if not 0 <= number < self.place.num_processes:
             return self._refuse(line, f"{where} calls itself process {_repr.repr(number)} of a run of "
                                 f"{self.place.num_processes}, from 0", difference)
