@@ -212,8 +212,8 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", default="4,64,512,1024,2048,4096")
-    parser.add_argument("--idle", type=float, default=60)
+    parser.add_argument("--processes", default="4,512,1024,2048,4096")
+    parser.add_argument("--idle", type=float, default=67, help="seconds; two signs of life of each")
     parser.add_argument("--heartbeat", type=float, default=100)
     parser.add_argument("--to", type=Path, default=RESULTS)
     parser.add_argument("--role", help=argparse.SUPPRESS)

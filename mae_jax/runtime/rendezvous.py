@@ -176,7 +176,7 @@ class Reception:
             lasts = line.read()
             message = line.next()
         except Garbage:
-            lasts = message = None
+            lasts, message = False, None
         if line in self.door.callers and message is not None:
             self._greet(line, message)
         elif not lasts or message is not None:  # who has come says nothing before all are there

@@ -256,6 +256,31 @@ def test_the_limit_of_open_files_is_raised_or_named(soft, hard, processes, says)
     assert done.stdout.startswith(says), done.stderr
 
 
+CROWDED = """
+import resource, sys
+from mae_jax.runtime import rendezvous
+from mae_jax.runtime.discovery import ProcessInfo
+resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80))
+here = ProcessInfo("127.0.0.1", int(sys.argv[1]), 0, 2)
+with rendezvous.listen(here) as listener:
+    print("listens", flush=True)
+    print(list(rendezvous.receive(here, listener, {"where": "here", "same": {}}, 60)))
+"""
+
+
+def test_silent_callers_that_take_all_descriptors_make_room_for_who_speaks():
+    port = free_port()
+    with contextlib.ExitStack() as open_ones:
+        process_0 = open_ones.enter_context(subprocess.Popen([sys.executable, "-c", CROWDED, str(port)],
+                                                             stdout=subprocess.PIPE, text=True))
+        assert process_0.stdout.readline() == "listens\n"
+        for _ in range(120):
+            open_ones.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+        line = open_ones.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+        line.sendall(b"".join(encode(greeting(1, {}))))
+        assert process_0.communicate(timeout=60)[0] == "[1]\n"
+
+
 def test_a_thousand_callers_meet_past_descriptor_1024_in_seconds():
     processes, began = 1200, time.monotonic()
     rendezvous.allow_descriptors(2 * processes)  # this process has both ends
