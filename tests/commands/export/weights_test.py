@@ -50,6 +50,21 @@ def test_transformers_loads_the_hf_layout_without_a_missing_or_unexpected_name(r
     np.testing.assert_array_equal(model.vit.layernorm.weight.detach().numpy(), ours)
 
 
+@pytest.mark.parametrize(("size", "patch"), [((16, 24), (4, 4)), ((16, 16), (4, 8))])
+def test_hugging_faces_layout_refuses_what_is_no_square_before_anything_is_written(tmp_path, size, patch):
+    config = tiny_config({"data.image_size": size, "model.patch": patch})
+    state = tiny_state(config)
+    workdir.record(epath.Path(tmp_path / "run"), config)
+    checkpoints = Checkpoints(tmp_path / "run", 2)
+    checkpoints.save(int(state.step), state)
+    checkpoints.wait()
+    checkpoints.close()
+    with pytest.raises(UserError, match=rf"{size[0]}x{size[1]} .* {patch[0]}x{patch[1]}, .*--layout=timm"):
+        weights.export(str(tmp_path / "run"), str(tmp_path / "hf"), "hf")
+    assert not (tmp_path / "hf").exists()
+    assert weights.export(str(tmp_path / "run"), str(tmp_path / "out.safetensors"), "timm") == 0
+
+
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory):
     """A workdir with one checkpoint of a probe, its parameters and its batch norm's moments."""
