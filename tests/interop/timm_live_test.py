@@ -69,8 +69,8 @@ def test_exported_weights_give_timm_the_same_logits(name):
 
 
 def test_images_and_patches_that_are_no_squares_give_timm_the_same_logits():
-    config = make_config("S", {"pool": "cls", "depth": 2}, "linear")
-    config.data.image_size, config.model.patch = (32, 48), (16, 8)
+    config = make_config("S", {"pool": "cls"}, "linear")
+    config.data.image_size, config.model.patch, config.model.depth = (32, 48), (16, 8), 2
     params, _ = random_state(config)
     model = timm.models.VisionTransformer(**timm_arguments(config, 1000)).eval()
     state = to_timm(params, PatchGrid.of(config).shape, config.model.patch)

@@ -1,5 +1,7 @@
 """Exports are read back by us and by transformers."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +97,20 @@ def test_the_batch_norm_of_a_probe_is_folded_into_its_head(probe, tmp_path, layo
     normed = (features - moments["mean"]) / np.sqrt(moments["var"] + 1e-6)
     np.testing.assert_allclose(features @ kernel + bias, normed @ params["head"]["kernel"] + params["head"]["bias"],
                                atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["mae_jax", "timm"])
+def test_the_file_of_a_classifier_says_its_classes(tmp_path, layout):
+    config = tiny_supervised()
+    state = tiny_state(config)
+    workdir.record(epath.Path(tmp_path / "run"), config,
+                   SimpleNamespace(num_train=9, classes=("ant", "bee", "cat"), identity=dict))
+    checkpoints = Checkpoints(tmp_path / "run", 2)
+    checkpoints.save(int(state.step), state)
+    checkpoints.wait()
+    checkpoints.close()
+    weights.export(str(tmp_path / "run"), str(tmp_path / "out.safetensors"), layout)
+    assert workdir.classes_of(str(tmp_path / "out.safetensors")) == ("ant", "bee", "cat")
 
 
 def test_timms_layout_prints_the_arguments_of_its_model(probe, tmp_path, capsys):
