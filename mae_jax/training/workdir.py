@@ -36,16 +36,21 @@ MAX_HEADER_BYTES = 100_000_000  # bytes of a safetensors file's header, by its s
 PACKAGES = ("mae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
 
 
-def changes(workdir: epath.Path, config: ConfigDict, inputs: Any = None) -> list[str]:
+def changes(workdir: epath.Path, config: ConfigDict, inputs: Any = None, origin: epath.Path | None = None) -> list[str]:
     """Returns what a resumed run changes, as text; raises UserError when a field that must not change has changed.
 
     Args:
       workdir: of the run.
       config: of the run.
-      inputs: data.Inputs; without them the data must lie where they lay.
+      inputs: data.Inputs; without them the data must lie where they lay, or be those of `origin`.
+      origin: another workdir, whose data are meant.
     """
+    def why_other_data() -> str:
+        after = _data_of(inputs) if inputs else _recorded_data(origin) if origin else {}
+        return _why_other_data(_recorded_data(workdir), after)
+
     stored = _stored_config(workdir)
-    return compare(stored, config, lambda: _why_other_data(workdir, inputs)) if stored else []
+    return compare(stored, config, why_other_data) if stored else []
 
 
 def continued(workdir: epath.Path, config: ConfigDict) -> ConfigDict:
@@ -121,15 +126,11 @@ def _other_splits(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[s
     return [split for split in sorted({*old, *new}) if old.get(split) != new.get(split)]
 
 
-def _why_other_data(workdir: epath.Path, inputs: Any) -> str:
+def _why_other_data(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """Returns why data at another path may be other ones than a run began with, '' where they are the same."""
-    before = _recorded_data(workdir)
-    if inputs is None:
-        return "the data are not looked at here"
-    if not before.get("identity"):
-        return "the run did not record by what its data are known: it needs them where they were, or a link there"
-    after = _data_of(inputs)
-    if text := other_classes(before.get("classes") or (), after["classes"]):
+    if not before.get("identity") or not after.get("identity"):
+        return "it is not on record by what the data are known: the run needs them where they were, or a link there"
+    if text := other_classes(before.get("classes") or (), after.get("classes") or ()):
         return text
     splits = ", ".join(_other_splits(before, after))
     return f"other pictures are there, by their names or the content of samples, for {splits}" if splits else ""

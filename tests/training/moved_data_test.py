@@ -16,8 +16,6 @@ from mae_jax.training import loop, workdir
 from tests.helpers import records
 from tests.helpers.tiny import open_inputs, tiny_config, tiny_segment
 
-SAME = r"^data\.path: .* \(the same data, "
-
 
 def pixels(seed):
     return np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)
@@ -124,14 +122,21 @@ def test_a_run_that_did_not_record_its_data_needs_them_where_they_were(tmp_path,
     stored = json.loads((run / "config.json").read_text())
     del (stored if lacks == "data" else stored["data"])[lacks]
     (run / "config.json").write_text(json.dumps(stored))
-    with pytest.raises(UserError, match=r"data\.path: .* did not record"):
+    with pytest.raises(UserError, match=r"data\.path: .* not on record"):
         resumed(run, of_folder(other))
     assert resumed(run, of_folder(tmp_path / "a")) == []
 
 
-def test_a_copied_checkpoint_is_no_place_to_say_that_data_moved(tmp_path):
+def test_copies_of_a_run_are_of_one_run_where_their_records_agree(tmp_path):
     run, other = again(tmp_path)
-    with pytest.raises(UserError, match=r"data\.path: .* not looked at"):
+    workdir.record(epath.Path(tmp_path) / "same", of_folder(other), open_inputs(of_folder(other)))
+    repaint(shutil.copytree(other, tmp_path / "c"))
+    workdir.record(epath.Path(tmp_path) / "other", of_folder(tmp_path / "c"), open_inputs(of_folder(tmp_path / "c")))
+    told, = workdir.changes(run, of_folder(other), origin=epath.Path(tmp_path / "same"))
+    assert "the same data" in told
+    with pytest.raises(UserError, match=r"data\.path: .* for train"):
+        workdir.changes(run, of_folder(tmp_path / "c"), origin=epath.Path(tmp_path / "other"))
+    with pytest.raises(UserError, match=r"data\.path: .* not on record"):
         workdir.changes(run, of_folder(other))
 
 
