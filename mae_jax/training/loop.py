@@ -222,7 +222,7 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
       folder: the workdir.
       config: the one it was made with, but for fields that a resumed run may change; None: the very one.
     """
-    path = paths.locate(folder)
+    path, given = paths.locate(folder), config is not None
     if config is None:
         config = config_for_inspection(path)
     else:
@@ -231,7 +231,7 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
     for text in missing():  # which loses nothing: it can be evaluated again
         logger.warning("not measured: the evaluation %s", text)
     run = prepare(config, path)
-    log_changes(data_changes(run))
+    log_changes((workdir.changes(path, config, run.inputs) if given else []) + data_changes(run))
     if not run.config.data.eval_split or not run.config.eval.test:
         raise UserError("data.eval_split is '', or eval.test is False: there is nothing to evaluate on")
     checkpoints = Checkpoints(path, run.config.checkpoint.keep_last)

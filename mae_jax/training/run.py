@@ -103,7 +103,7 @@ def initial_state(run: Run, for_training: bool = True) -> TrainState:
       run: as `prepare` made it.
       for_training: False where the encoder alone is looked at: nothing is then computed of training images.
     """
-    loaded = warm_start.load(run.config, run.program.state.params) if run.config.init_from else {}
+    loaded = warm_start.load(run.config, run.program.state.params, run.inputs.classes) if run.config.init_from else {}
     rows = len(sharding.local_rows(run.program.mesh, run.config.batch_size))
     batch = next(run.inputs.train(0)) if for_training else {
         name: np.zeros((rows, *struct.shape[1:]), struct.dtype) for name, struct in run.program.batch.items()}
@@ -130,7 +130,7 @@ def open_run(config: ConfigDict, folder: str, for_training: bool = True) -> Run:
     jax.devices()
     startup_timer.done("devices")
     run = prepare(workdir.continued(path, config), path, for_training)
-    log_changes(workdir.changes(path, run.config) + data_changes(run))
+    log_changes(workdir.changes(path, run.config, run.inputs) + data_changes(run))
     startup_timer.done("data")
     return run
 

@@ -3,14 +3,16 @@
 The file may be an export of ours, or have any layout of `mae_jax.interop.layouts` that is read.
 """
 
+import logging
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax import param_tree
+from mae_jax import methods, param_tree
 from mae_jax.errors import UserError
 from mae_jax.interop import layouts
 from mae_jax.interop.timm import folded
@@ -21,16 +23,23 @@ from mae_jax.ops.patches import PatchGrid
 from mae_jax.storage.checkpoint import load_params
 from mae_jax.training import workdir
 
+logger = logging.getLogger(__name__)
+
 # What shapes do not show, and what would make the same numbers another function.
 MUST_MATCH = ("model.heads", "model.patch", "model.gelu")
 # Parts that an encoder may have more or fewer of: the norm after the last block gives way to that of the pooled mean.
 OPTIONAL = re.compile(r"encoder/(pos_embed|mask_token|norm/(scale|bias)|block_\d+/experts/gate/kernel)")
 
 
-def load(config: ConfigDict, params: Any) -> dict[str, Any]:
+def load(config: ConfigDict, params: Any, classes: Sequence[str] = ()) -> dict[str, Any]:
     """Returns the parameters that config.init_from holds, made to fit a model whose parameters have these shapes.
 
     `param_tree.merge` puts them into the model.
+
+    Args:
+      config: of the run.
+      params: the model's parameters, or their shapes.
+      classes: of the data, by name.
 
     Raises:
       UserError: nothing is there, or it belongs to another encoder.
@@ -39,7 +48,7 @@ def load(config: ConfigDict, params: Any) -> dict[str, Any]:
     loaded = _read(config, theirs)
     if theirs is not None:
         _check_same_function(theirs, config)
-    loaded = _without_other_head(_with_positions(loaded, theirs, config, params), theirs, config, params)
+    loaded = _without_other_head(_with_positions(loaded, theirs, config, params), theirs, config, params, classes)
     loaded = upcycle(loaded, params)
     strange = [name for name in sorted(param_tree.flatten(loaded).keys() ^ param_tree.flatten(params).keys())
                if name.startswith("encoder/") and not OPTIONAL.fullmatch(name)]
@@ -71,19 +80,44 @@ def _check_same_function(theirs: ConfigDict, ours: ConfigDict) -> None:
                         f"--config.model.layer_scale={scale:g}")
 
 
-def _without_other_head(loaded: dict[str, Any], theirs: ConfigDict | None, config: ConfigDict,
-                        params: Any) -> dict[str, Any]:
+def _without_other_head(loaded: dict[str, Any], theirs: ConfigDict | None, config: ConfigDict, params: Any,
+                        classes: Sequence[str]) -> dict[str, Any]:
     """Leaves out a head that is not what ours is: the report names it among the new and the left over.
 
-    It is of another number of classes or another method, or ours learns behind a batch norm, which starts anew.
+    It is of other classes or another method, or ours learns behind a batch norm, which starts anew.
     """
     old, new = (param_tree.flatten(tree).get("head/kernel") for tree in (loaded, params))
+    fits = (old is not None and new is not None and old.shape == new.shape and config.method.get("head") != "probe"
+            and (theirs is None or theirs.method.name == config.method.name))
+    if config.init_head == "keep" and new is not None and not fits:
+        why = "method.head=probe learns a new one always" if config.method.get("head") == "probe" else \
+            f"init_from={config.init_from} has none of method.name={config.method.name} and {new.shape[1]} classes"
+        raise UserError(f"init_head=keep asks for the head of init_from: {why}")
     if old is None or new is None:
         return loaded
-    same_method = theirs is None or theirs.method.name == config.method.name
-    if old.shape == new.shape and same_method and config.method.get("head") != "probe":
+    if fits and _keeps_head(config, classes):
         return loaded
     return {("another head" if name == "head" else name): value for name, value in loaded.items()}
+
+
+def _keeps_head(config: ConfigDict, classes: Sequence[str]) -> bool:
+    """Whether a head of as many classes is taken, by config.init_head and the names of the classes; says why."""
+    if config.init_head == "new":
+        return False
+    if not methods.get(config.method.name).has_class_head:
+        return True
+    before = workdir.classes_of(config.init_from)
+    other = workdir.other_classes(before, classes) if before and classes else ""
+    if other:
+        kept = config.init_head == "keep"
+        logger.warning("init_from %s: its head is of other classes; %s. %s", config.init_from, other,
+                       "It is taken, as init_head=keep says" if kept else
+                       "A new one is made; --config.init_head=keep takes it")
+        return kept
+    if not before or not classes or all(name.isdecimal() for name in classes):
+        logger.info("init_from %s: its head is taken, of as many classes, whose names are not known; "
+                    "--config.init_head=new makes a new one", config.init_from)
+    return True
 
 
 def _with_positions(loaded: dict[str, Any], theirs: ConfigDict | None, config: ConfigDict, params: Any) -> Any:

@@ -5,7 +5,8 @@ import importlib.metadata
 import json
 import logging
 import subprocess
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 MAY_CHANGE = ("train.duration", "mesh.*", "eval.*", "checkpoint.*", "log.*", "guard.max_*",
               "guard.stall_seconds", "data.threads", "data.prefetch", "train.compilation_cache", "model.scan",
               "model.remat", "plugins", "method.clusters")  # whose content is compared
+# And what it may change where the data are the same by their names and by samples of their content.
+MAY_MOVE = ("data.path", "data.mask_key", "data.tokens")
 MAX_LISTED_CLASSES = 10  # classes that a message names
 ARCHIVED = "$Format:%H$"  # `git archive` writes the commit here, as .gitattributes asks
 DAMAGED = (ValueError, KeyError, AttributeError, TypeError)  # what the content of a damaged file raises
@@ -33,10 +36,21 @@ MAX_HEADER_BYTES = 100_000_000  # bytes of a safetensors file's header, by its s
 PACKAGES = ("mae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
 
 
-def changes(workdir: epath.Path, config: ConfigDict) -> list[str]:
-    """Returns what a resumed run changes, as text; raises UserError when a field that must not change has changed."""
+def changes(workdir: epath.Path, config: ConfigDict, inputs: Any = None, origin: epath.Path | None = None) -> list[str]:
+    """Returns what a resumed run changes, as text; raises UserError when a field that must not change has changed.
+
+    Args:
+      workdir: of the run.
+      config: of the run.
+      inputs: data.Inputs; without them the data must lie where they lay, or be those of `origin`.
+      origin: another workdir, whose data are meant.
+    """
+    def why_other_data() -> str:
+        after = _data_of(inputs) if inputs else _recorded_data(origin) if origin else {}
+        return _why_other_data(_recorded_data(workdir), after)
+
     stored = _stored_config(workdir)
-    return compare(stored, config) if stored else []
+    return compare(stored, config, why_other_data) if stored else []
 
 
 def continued(workdir: epath.Path, config: ConfigDict) -> ConfigDict:
@@ -65,26 +79,61 @@ def data_changes(workdir: epath.Path, inputs: Any, has_class_head: bool) -> list
     Raises:
       UserError: they must, and are not.
     """
-    content = read_bytes(workdir / "config.json")
-    before = json.loads(content).get("data") if content else None
-    if not isinstance(before, dict):  # an older run did not say
+    before = _recorded_data(workdir)
+    if not before:
         return []
     after, texts = _data_of(inputs), []
     if before.get("pictures") != after["pictures"]:
         texts.append(f"pictures to train on: {before.get('pictures')} -> {after['pictures']}")
-    if before.get("classes") != after["classes"]:
-        old, new = (set(each.get("classes") or ()) for each in (before, after))
-        names = [f"-{name}" for name in sorted(old - new)] + [f"+{name}" for name in sorted(new - old)]
-        which = printable(", ".join(names[:MAX_LISTED_CLASSES])) or "in another order"
-        texts.append(f"classes: {len(old)} -> {len(new)} ({which})")
+    if text := other_classes(before.get("classes") or (), after["classes"]):
+        texts.append(text)
         if has_class_head:
             raise UserError(f"the workdir belongs to other data; {texts[-1]}. Use another --workdir, or the data it "
                             "was made with")
+    if before.get("identity") and not texts:
+        texts = [f"pictures of {split}: other ones, by their names or the content of samples"
+                 for split in _other_splits(before, after)]
     return texts
 
 
+def other_classes(before: Sequence[str], after: Sequence[str]) -> str:
+    """Returns how classes are other ones than before, as text; '' for the same in the same order."""
+    before, after = ([unicodedata.normalize("NFC", name) for name in names] for names in (before, after))
+    if before == after:
+        return ""
+    old, new = set(before), set(after)
+    names = [f"-{name}" for name in sorted(old - new)] + [f"+{name}" for name in sorted(new - old)]
+    which = printable(", ".join(names[:MAX_LISTED_CLASSES])) or "in another order"
+    return f"classes: {len(old)} -> {len(new)} ({which})"
+
+
+def _recorded_data(workdir: epath.Path) -> dict[str, Any]:
+    """Returns what config.json says of the data; {} where an older run did not say."""
+    content = read_bytes(workdir / "config.json")
+    found = json.loads(content).get("data") if content else None
+    if not isinstance(found, dict):
+        return {}
+    return {**found, "identity": identity if isinstance(identity := found.get("identity"), dict) else {}}
+
+
 def _data_of(inputs: Any) -> dict[str, Any]:
-    return {"pictures": inputs.num_train, "classes": list(inputs.classes)}
+    return {"pictures": inputs.num_train, "classes": list(inputs.classes), "identity": inputs.identity()}
+
+
+def _other_splits(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Returns the splits that are not what they were, of two results of `_data_of`."""
+    old, new = before["identity"], after["identity"]
+    return [split for split in sorted({*old, *new}) if old.get(split) != new.get(split)]
+
+
+def _why_other_data(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Returns why data at another path may be other ones than a run began with, '' where they are the same."""
+    if not before.get("identity") or not after.get("identity"):
+        return "it is not on record by what the data are known: the run needs them where they were, or a link there"
+    if text := other_classes(before.get("classes") or (), after.get("classes") or ()):
+        return text
+    splits = ", ".join(_other_splits(before, after))
+    return f"other pictures are there, by their names or the content of samples, for {splits}" if splits else ""
 
 
 def keep(workdir: epath.Path, config: ConfigDict, inputs: Any, evaluations: Iterable[str] = ()) -> None:
@@ -120,7 +169,7 @@ def record(workdir: epath.Path, config: ConfigDict, inputs: Any = None, evaluati
     try:
         make_folder(workdir)
         if jax.process_index() == 0:
-            changes(workdir, config)
+            changes(workdir, config, inputs)
             replace_text(file, json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write the workdir {workdir}: {error.strerror or error}") from None
@@ -204,10 +253,7 @@ def config_of(source: str) -> ConfigDict | None:
     if path.suffix != ".safetensors":
         return _stored_config(of_checkpoint(path))
     try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size) if size <= MAX_HEADER_BYTES else b"")
-        said = header.get("__metadata__", {})
+        said = _said(path)
         recorded = json.loads(said.get("plugins", "{}"))
         if not said.get("config"):
             return None
@@ -221,18 +267,49 @@ def config_of(source: str) -> ConfigDict | None:
     return config
 
 
-def metadata(config: ConfigDict, layout: str = layouts.OURS) -> dict[str, str]:
-    """Returns what a file that is exported in a layout says of itself: the config, which `config_of` reads."""
+def _said(file: epath.Path) -> dict[str, str]:
+    """Returns what a safetensors file says of itself; raises what its damage does."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size) if size <= MAX_HEADER_BYTES else b"")
+    return header.get("__metadata__", {})
+
+
+def classes_of(source: str) -> tuple[str, ...]:
+    """Returns the names of the classes behind parameters that `config_of` can read; () where nothing says them."""
+    path = locate(source)
+    if path.suffix != ".safetensors":
+        return tuple(_recorded_data(of_checkpoint(path)).get("classes") or ())
+    return tuple(json.loads(_said(path).get("classes", "[]")))
+
+
+def metadata(config: ConfigDict, layout: str = layouts.OURS, classes: Sequence[str] = ()) -> dict[str, str]:
+    """Returns what an exported file says of itself: the config, which `config_of` reads, and classes, if it has a head.
+    """
     used = _used(config, layouts=[layout])
-    return {"format": "pt", "config": json.dumps(config.to_dict()), **({"plugins": json.dumps(used)} if used else {})}
+    more = {"plugins": used, "classes": classes}
+    return {"format": "pt", "config": json.dumps(config.to_dict()),
+            **{name: json.dumps(value) for name, value in more.items() if value}}
 
 
-def compare(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """Returns the allowed changes as text; raises UserError with the list of the others."""
+def compare(old: ConfigDict, new: ConfigDict, why_other_data: Callable[[], str] = str) -> list[str]:
+    """Returns the allowed changes as text; raises UserError with the list of the others.
+
+    Args:
+      old, new: configs.
+      why_other_data: why what lies at another path is none of the run's data; '', the default: it is.
+    """
     before, after = param_tree.flat(old), param_tree.flat(new)
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     texts = {key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in changed}
-    refused = [texts[key] for key in changed if not any(fnmatch.fnmatch(key, pattern) for pattern in MAY_CHANGE)]
+    refused = [texts[key] for key in changed
+               if key not in MAY_MOVE and not any(fnmatch.fnmatch(key, pattern) for pattern in MAY_CHANGE)]
+    moved = [key for key in changed if key in MAY_MOVE]
+    if moved and not refused:
+        how = why_other_data()
+        texts |= {key: f"{texts[key]} ({how or 'the same data, by their names and samples of their content'})"
+                  for key in moved}
+        refused = [texts[key] for key in moved if how]
     if refused:
         raise UserError(f"the workdir belongs to another config; {'; '.join(refused)}. "
                         "Use another --workdir, or the config it was made with")

@@ -33,6 +33,15 @@ def test_every_batch_has_the_tokens_of_its_examples_in_the_order_of_their_patche
         np.testing.assert_array_equal(batch["tokens"], (batch["id"][:, None] + batch["order"]) % 24)
 
 
+def test_what_the_data_are_known_by_has_the_tokens(tmp_path):
+    found = [build(tmp_path, arrays=maps(train=(maps()["train"] + shift) % 24))[2].identity() for shift in (0, 0, 1)]
+    assert found[0] == found[1]
+    assert found[0]["train"] == found[2]["train"]
+    assert found[0]["data.tokens"].keys() == {"train", "test"}
+    assert found[0]["data.tokens"]["test"] == found[2]["data.tokens"]["test"]
+    assert found[0]["data.tokens"]["train"] != found[2]["data.tokens"]["train"]
+
+
 @pytest.mark.parametrize("method", ["beit", pytest.param("splitmask", marks=pytest.mark.slow)])
 def test_the_loss_asks_for_them(tmp_path, method):
     _, some, inputs = build(tmp_path, method)

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from mae_jax.interop.hf import from_hf
+from mae_jax.param_tree import flatten
 from tests.golden import runs
 from tests.golden.runs import METHODS, RECORD, STOP, TOTAL, Arrays
 
@@ -131,8 +133,10 @@ def test_exports_of_a_stopped_workdir_are_those_of_the_record(name, tmp_path):
     method, layout = EXPORTS[name]
     file = tmp_path / name
     assert runs.export(RECORD / "workdirs" / method, file.parent if layout == "hf" else file, layout) == 0
-    found = runs.parameters(file)
-    check_arrays(found, runs.parameters(RECORD / "exports" / name))
+    found, stored = runs.parameters(file), runs.parameters(RECORD / "exports" / name)
+    if layout == "hf":  # 0.1.0 wrote the names of transformers 5, which version 4 does not load
+        found, stored = (flatten(from_hf(each)) for each in (found, stored))
+    check_arrays(found, stored)
     if layout == "mae_jax":
         check_arrays(found, runs.parameters(RECORD / "workdirs" / method))
 

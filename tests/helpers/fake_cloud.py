@@ -11,7 +11,12 @@ from typing import Any
 
 from tests.helpers import fake_gcloud
 
-SLICE = ["--name=vit-l", "--zone=z-1", "--type=v3-16"]
+ROOT = Path.cwd()
+SCRIPTS = [ROOT / "launch_tpu.sh", ROOT / "scripts" / "launch_tpu_worker.sh"]
+TYPES = ROOT / "mae_jax" / "commands" / "plan" / "tpu_types.csv"
+RECORD = "mae_jax/training/workdir.py"  # where git writes the commit of an archive
+WHOLE = ["create", "scp", "install", "start", "follow", "report", "delete"]
+SLICE = ["--name=vit-l", "--zone=z-1", "--type=v3-32"]
 TRAIN = ["--config=configs/vit_l_mae.py", "--workdir=gs://bucket/run"]
 
 

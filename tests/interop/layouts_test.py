@@ -1,4 +1,4 @@
-"""Weights in the layouts of other libraries; numerical parity with them is in tests/parity_test.py."""
+"""Weights in the layouts of other libraries; numerical parity with them is in parity_test.py."""
 
 import jax
 import numpy as np
@@ -6,6 +6,7 @@ import pytest
 
 from mae_jax.config import default
 from mae_jax.errors import UserError
+from mae_jax.interop import layouts
 from mae_jax.interop.hf import from_hf, to_hf
 from mae_jax.interop.mae import from_mae, to_mae
 from mae_jax.interop.timm import to_timm
@@ -52,20 +53,42 @@ def test_an_encoder_alone_makes_the_round_trip(params, to, back):
     assert_same(encoder, back(to(encoder, GRID, PATCH)))
 
 
-def test_hugging_face_keys_are_those_of_transformers_5(params):
+BLOCK = ["layernorm_before", "attention.attention.query", "attention.attention.key", "attention.attention.value",
+         "attention.output.dense", "layernorm_after", "intermediate.dense", "output.dense"]
+NAMES = {  # of a model of 11 blocks with a decoder of 2, as transformers 4.57.1 says them in its state_dict
+    "vit.embeddings.cls_token", "vit.embeddings.position_embeddings", "decoder.mask_token", "decoder.decoder_pos_embed",
+    *(f"{layer}.{leaf}" for leaf in ("weight", "bias") for layer in (
+        "vit.embeddings.patch_embeddings.projection", "vit.layernorm", "decoder.decoder_embed", "decoder.decoder_norm",
+        "decoder.decoder_pred", *(f"vit.encoder.layer.{i}.{part}" for i in range(11) for part in BLOCK),
+        *(f"decoder.decoder_layers.{i}.{part}" for i in range(2) for part in BLOCK))),
+}
+NEWER = {  # what transformers 5.24.0 calls them
+    "vit.encoder.layer.": "vit.layers.", "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj", "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj", "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2"}
+
+
+def newer(state):
+    """Returns a state dict with the names of transformers 5."""
+    for before, now in NEWER.items():
+        state = {key.replace(before, now): value for key, value in state.items()}
+    return state
+
+
+def test_hugging_face_keys_are_those_that_transformers_4_and_5_load(params):
     state = to_hf(params, GRID, PATCH)
+    assert state.keys() == NAMES
     assert state["vit.embeddings.patch_embeddings.projection.weight"].shape == (16, 3, 8, 4)
-    assert state["vit.layers.10.attention.k_proj.weight"].shape == (16, 16)
-    assert state["decoder.decoder_layers.1.mlp.fc1.weight"].shape == (48, 12)
+    assert state["vit.encoder.layer.10.attention.attention.key.weight"].shape == (16, 16)
+    assert state["decoder.decoder_layers.1.intermediate.dense.weight"].shape == (48, 12)
     assert state["decoder.decoder_pred.weight"].shape == (96, 12)
-    assert len(state) == 2 + 2 + 2 + 13 * 16 + 2 + 1 + 1 + 2 + 2
 
 
 def test_query_key_and_value_are_thirds_of_the_fused_kernel(params):
     state = to_hf(params, GRID, PATCH)
     kernel = params["encoder"]["block_03"]["attn"]["qkv"]["kernel"]
-    for index, letter in enumerate("qkv"):
-        np.testing.assert_array_equal(state[f"vit.layers.3.attention.{letter}_proj.weight"],
+    for index, part in enumerate(("query", "key", "value")):
+        np.testing.assert_array_equal(state[f"vit.encoder.layer.3.attention.attention.{part}.weight"],
                                       kernel[:, 16 * index:16 * (index + 1)].T)
 
 
@@ -84,30 +107,28 @@ def test_positions_are_written_with_a_zero_class_row(params):
         np.testing.assert_array_equal(table[0, 1:], sincos_positions(GRID, width))
 
 
-def test_names_of_transformers_4_are_read(params):
-    old = {}
-    for key, value in to_hf(params, GRID, PATCH).items():
-        for new, before in (("vit.layers.", "vit.encoder.layer."), ("attention.q_proj", "attention.attention.query"),
-                            ("attention.k_proj", "attention.attention.key"),
-                            ("attention.v_proj", "attention.attention.value"),
-                            ("attention.o_proj", "attention.output.dense"), ("mlp.fc1", "intermediate.dense"),
-                            ("mlp.fc2", "output.dense")):
-            key = key.replace(new, before)
-        old[key] = value
-    assert not old.keys() & {"vit.layers.0.mlp.fc1.weight"}
-    assert_same(params, from_hf(old))
+def test_names_of_transformers_5_are_read(params):
+    state = newer(to_hf(params, GRID, PATCH))
+    assert {"vit.layers.10.attention.o_proj.bias", "decoder.decoder_layers.1.mlp.fc2.weight"} <= state.keys()
+    assert_same(params, from_hf(state))
 
 
-def test_files_of_the_bare_encoder_have_no_prefix(params):
+@pytest.mark.parametrize("version", [4, 5])
+def test_files_of_the_bare_encoder_have_no_prefix(params, version):
     encoder = {"encoder": params["encoder"]}
-    state = {key.removeprefix("vit."): value for key, value in to_hf(encoder, GRID, PATCH).items()}
+    state = to_hf(encoder, GRID, PATCH) if version == 4 else newer(to_hf(encoder, GRID, PATCH))
+    state = {key.removeprefix("vit."): value for key, value in state.items()}
     assert_same(encoder, from_hf(state))
+    assert_same(encoder, layouts.read(state, None))
 
 
 def test_timm_gets_the_encoder_and_nothing_that_it_would_take_for_another_model(params):
     state = to_timm(params, GRID, PATCH)
     assert state.keys() == to_mae({"encoder": params["encoder"]}, GRID, PATCH).keys()
     assert {"cls_token", "pos_embed", "norm.weight", "blocks.10.attn.qkv.bias"} <= state.keys()
+
+
+VALUE = "vit.encoder.layer.2.attention.attention.value.bias"
 
 
 def changed(params, remove=(), **extra):
@@ -120,8 +141,11 @@ def test_what_cannot_be_read_is_refused_by_name(params):
     for state, text in (
         (changed(params, **{"classifier.weight": np.zeros((2, 16))}), "classifier.weight"),
         (changed(params, **{"decoder.decoder_pos_embed": learned}), "learned positions"),
-        (changed(params, remove=["vit.layers.2.attention.v_proj.bias"]), "blocks.2.attention.v_proj.bias is missing"),
-        (changed(params, remove=["vit.layers.2.attention.q_proj.bias"]), "blocks.2.attention.q_proj.bias is missing"),
+        (changed(params, **{"vit.encoder.layer.2.lambda": np.zeros(16)}), "vit.encoder.layer.2.lambda"),
+        (changed(params, **{"blocks.2.norm1.weight": np.zeros(16)}), "blocks.2.norm1.weight"),
+        (changed(params, remove=[VALUE]), f"{VALUE} is missing"),
+        (changed(params, remove=[VALUE.replace("value", "query")]), r"2\.attention\.attention\.query\.bias is missing"),
+        (newer(changed(params, remove=[VALUE])), f"{VALUE} is missing"),
     ):
         with pytest.raises(UserError, match=text):
             from_hf(state)

@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from mae_jax.config import default
-from mae_jax.interop.hf import hf_config, to_hf
+from mae_jax.interop.hf import LAYOUT, from_hf, to_hf
 from mae_jax.ops.patches import PatchGrid
+from mae_jax.param_tree import flatten
+from mae_jax.storage import safetensors_file
 from tests.helpers.tiny import tiny_method
 
 torch = pytest.importorskip("torch")
@@ -16,12 +19,17 @@ transformers = pytest.importorskip("transformers")
 TOLERANCE = 1e-5  # of the largest absolute value of each tensor
 
 
-def hugging_face(config, params):
-    with torch.random.fork_rng():
-        model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**hf_config(config)))
+def hugging_face(config, params, folder):
+    """Writes the folder that `export --layout=hf` writes, and loads it as a user does; no weight is left random."""
     state = to_hf(params, PatchGrid.of(config).shape, config.model.patch)
-    state = {key: torch.from_numpy(value) for key, value in state.items()}
-    model.load_state_dict(state, strict=True)
+    safetensors_file.save(epath.Path(folder) / "model.safetensors", state, {"format": "pt"})
+    for name, text in LAYOUT.beside(config).items():
+        (folder / name).write_text(text)
+    model, found = transformers.ViTMAEForPreTraining.from_pretrained(folder, output_loading_info=True)
+    assert not any(found.values())
+    loaded = flatten(from_hf({key: value.numpy() for key, value in model.state_dict().items()}))
+    for name, leaf in flatten(params).items():
+        np.testing.assert_array_equal(loaded[name], leaf, err_msg=name)
     return model.eval()
 
 
@@ -32,7 +40,7 @@ def small(config):
 
 
 @pytest.mark.parametrize("shrink", [None, small], ids=["vit_b_16", "small"])
-def test_exported_weights_give_hugging_face_the_same_loss_and_predictions(shrink):
+def test_exported_weights_give_hugging_face_the_same_loss_and_predictions(shrink, tmp_path):
     config = default()
     config.batch_size = 2
     config.model.dtype = "float32"
@@ -57,9 +65,22 @@ def test_exported_weights_give_hugging_face_the_same_loss_and_predictions(shrink
     pixels = pictures.reshape(2, 3, height * patch, width * patch) / 255
     pixels = (pixels - np.reshape([0.485, 0.456, 0.406], (3, 1, 1))) / np.reshape([0.229, 0.224, 0.225], (3, 1, 1))
     with torch.no_grad():
-        theirs = hugging_face(config, params)(torch.from_numpy(pixels).float(),
+        theirs = hugging_face(config, params, tmp_path)(torch.from_numpy(pixels).float(),
                                               noise=torch.from_numpy(np.argsort(order).astype(np.float32)))
     loss, predictions = jax.device_get(ours(params))
     expected = np.take_along_axis(theirs.logits.numpy(), order[:, method.num_visible:, None], 1)
     np.testing.assert_allclose(loss, theirs.loss.numpy(), rtol=TOLERANCE)
     np.testing.assert_allclose(predictions, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("size", "patch"), [((24, 32), (4, 4)), ((16, 64), (8, 8)), ((24, 24), (4, 8))])
+def test_what_is_refused_since_it_is_no_square_would_fail_there(size, patch, tmp_path):
+    config = default()
+    small(config)
+    config.data.image_size, config.model.patch, config.batch_size = size, patch, 2
+    assert "--layout=timm" in LAYOUT.refuses(config)
+    method = tiny_method(config)
+    shapes, _ = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec())
+    with pytest.raises((RuntimeError, TypeError, ValueError)), torch.no_grad():
+        hugging_face(config, jax.tree.map(lambda s: np.ones(s.shape, np.float32), shapes), tmp_path)(
+            torch.zeros(2, 3, *size))

@@ -68,6 +68,23 @@ def test_exported_weights_give_timm_the_same_logits(name):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE * np.abs(wanted).max())
 
 
+def test_images_and_patches_that_are_no_squares_give_timm_the_same_logits():
+    config = make_config("S", {"pool": "cls"}, "linear")
+    config.data.image_size, config.model.patch, config.model.depth = (32, 48), (16, 8), 2
+    params, _ = random_state(config)
+    model = timm.models.VisionTransformer(**timm_arguments(config, 1000)).eval()
+    state = to_timm(params, PatchGrid.of(config).shape, config.model.patch)
+    model.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()}, strict=True)
+    pixels = np.random.default_rng(1).integers(0, 256, (PICTURES, 32, 48, 3), np.uint8)
+    normalized = (pixels / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(normalized).float().permute(0, 3, 1, 2)).numpy()
+    patches = pixels.reshape(PICTURES, 2, 16, 6, 8, 3).transpose(0, 1, 3, 2, 4, 5).reshape(PICTURES, 12, -1)
+    batch = {"patches": patches, "order": np.tile(np.arange(12, dtype=np.int32), (PICTURES, 1))}
+    found = jax.jit(tiny_method(config).logits)(params, {}, batch)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("name", ["deit3_small_patch16_224", "vit_small_patch16_224"])
 def test_timms_own_state_is_read_with_the_shapes_of_our_model(name):
     config = make_config(*CASES[name])

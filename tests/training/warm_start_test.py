@@ -1,6 +1,7 @@
 """Starting from other parameters: positions on other grids, heads of other classes, files of others, and refusals."""
 
-import json
+import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,11 @@ LEARNED = {"model.positions": "learned"}
 LARGER = {"data.image_size": (24, 32)}  # 6 x 8 patches
 
 
-def written(folder, config, seed=0):
+def written(folder, config, seed=0, classes=()):
     """Writes an exported file with random parameters of a config; returns its path and them."""
     params = tiny_params(config, seed)
     file = folder / "from.safetensors"
-    safetensors_file.save(file, params, {"config": json.dumps(config.to_dict())})
+    safetensors_file.save(file, params, workdir.metadata(config, classes=classes))
     return str(file), params
 
 
@@ -41,12 +42,12 @@ def from_elsewhere(folder, state):
     return str(folder / "from.safetensors")
 
 
-def started(source, config):
+def started(source, config, classes=()):
     """Starts a model of `config` with other random parameters from `source`; returns flat parameters and the report."""
     config = config.copy_and_resolve_references()
     config.init_from = source
     fresh = jax.tree.map(jnp.asarray, tiny_params(config, seed=1))
-    tree, report = merge(fresh, load(config, fresh))
+    tree, report = merge(fresh, load(config, fresh, classes))
     return {name: np.asarray(leaf) for name, leaf in flatten(tree).items()}, report
 
 
@@ -105,6 +106,61 @@ def test_a_head_of_the_same_classes_goes_on(tmp_path):
     ours, report = started(source, tiny_supervised())
     np.testing.assert_array_equal(ours["head/kernel"], theirs["head"]["kernel"])
     assert report.endswith("new: none; left over: none")
+
+
+ANIMALS, THINGS = ("ant", "bee", "cat"), ("cup", "hat", "key")
+NEW = r"new: 2 \(head/bias, head/kernel\); left over: 2 "
+NONE = r"new: none; left over: none"
+TAKEN, MADE, UNKNOWN = "It is taken", "A new one is made", "names are not known"
+
+
+@pytest.mark.parametrize(("theirs", "ours", "init_head", "report", "told"), [
+    (ANIMALS, ANIMALS, "match", NONE, ""),
+    (ANIMALS, THINGS, "match", NEW, MADE),
+    (ANIMALS, ANIMALS[::-1], "match", NEW, MADE),
+    (("caf\u00e9", "b", "c"), ("cafe\u0301", "b", "c"), "match", NONE, ""),
+    (ANIMALS, THINGS, "keep", NONE, TAKEN),
+    (ANIMALS, ANIMALS, "new", NEW, ""),
+    ((), THINGS, "match", NONE, UNKNOWN),
+    (ANIMALS, (), "match", NONE, UNKNOWN),
+    (("0", "1", "2"), ("0", "1", "2"), "match", NONE, UNKNOWN),
+    (("0", "1", "2"), ("3", "4", "5"), "match", NEW, MADE),
+    (("0", "1", "2"), ANIMALS, "match", NEW, MADE),
+])
+def test_a_head_goes_on_where_its_classes_are_ours_and_it_is_told(tmp_path, caplog, theirs, ours, init_head, report,
+                                                                  told):
+    caplog.set_level("INFO", "mae_jax")
+    source, _ = written(tmp_path, tiny_supervised(), classes=theirs)
+    assert re.search(report, started(source, tiny_supervised({"init_head": init_head}), ours)[1])
+    lines = [record.getMessage() for record in caplog.records if "its head" in record.getMessage()]
+    assert len(lines) == bool(told)
+    assert told in "".join(lines)
+    assert "\n" not in "".join(lines)
+
+
+def test_a_workdir_says_the_classes_of_its_head(tmp_path, caplog):
+    config = tiny_supervised()
+    state = tiny_state(config)
+    workdir.record(epath.Path(tmp_path), config, SimpleNamespace(num_train=9, classes=ANIMALS, identity=dict))
+    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints.save(int(state.step), state)
+    checkpoints.wait()
+    checkpoints.close()
+    for source in (str(tmp_path), str(tmp_path / "checkpoints" / "0")):
+        assert re.search(NONE, started(source, config, ANIMALS)[1])
+        assert re.search(NEW, started(source, config, THINGS)[1])
+    assert "classes: 3 -> 3 (-ant, -bee, -cat, +cup, +hat, +key)" in caplog.text
+
+
+@pytest.mark.parametrize(("theirs", "ours", "line"), [
+    (tiny_supervised, {"method.classes": 5}, r"none of method\.name=supervised and 5 classes"),
+    (tiny_config, {}, r"none of method\.name=supervised and 3 classes"),
+    (tiny_supervised, {"method.head": "probe"}, r"method\.head=probe"),
+])
+def test_a_head_that_is_to_be_kept_and_does_not_fit_is_refused(tmp_path, theirs, ours, line):
+    source, _ = written(tmp_path, theirs())
+    with pytest.raises(UserError, match=rf"init_head=keep .*{line}"):
+        started(source, tiny_supervised(ours | {"init_head": "keep"}))
 
 
 def test_the_head_of_a_probe_starts_anew_as_its_batch_norm_does(tmp_path):

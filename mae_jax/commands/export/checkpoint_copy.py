@@ -59,7 +59,7 @@ def _size(record: Record) -> str:
 def _check_same_run(origin: epath.Path, to: epath.Path) -> None:
     config = workdir.read_config(origin)
     try:
-        workdir.changes(to, config)
+        workdir.changes(to, config, origin=origin)
     except UserError as error:
         raise UserError(f"--to={to} holds a checkpoint of another run; choose another folder ({error})") from None
 

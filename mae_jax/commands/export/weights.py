@@ -51,7 +51,8 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
         tree, config, report = extract_expert(config, tree, extras, task, how, seed, clusters)
         print("\n".join(report))
     state = in_layout(folded(tree, extras), config, chosen, folder)
-    safetensors_file.save(file, state, workdir.metadata(config, layout))
+    classes = workdir.classes_of(source) if "head" in tree else ()
+    safetensors_file.save(file, state, workdir.metadata(config, layout, classes))
     for name, text in chosen.beside(config).items():
         paths.replace_text(file.parent / name, text)
     flat = param_tree.flatten(state)

@@ -5,11 +5,11 @@
   mae_jax plan --config=vit_l_mae --topology=v3:8x8 \\
       --sweep='batch_size=2048,4096;model.remat=none,full'
 
-Topologies are v2, v3, v4, v5e, v5p, v6e and 7x with the chips along each dimension; they need libtpu, the extra
-`plan`. For --devices=N simulated devices there is no time. A sweep compiles every combination of the values; of more
-than --best of them, first with the layers in a loop, which compiles fast, and then without it those that fit and move
-the least memory per image. What was compiled is kept in --cache and found again while config, code and versions are
-the same.
+Topologies are v2, v3, v4, v5e, v5p, v6e and 7x with the chips along each dimension, or accelerator types as Cloud TPU
+names them (v5litepod-8 is v5e:2x4); they need libtpu, the extra `plan`. For --devices=N simulated devices there is no
+time. A sweep compiles every combination of the values; of more than --best of them, first with the layers in a loop,
+which compiles fast, and then without it those that fit and move the least memory per image. What was compiled is kept
+in --cache and found again while config, code and versions are the same.
 """
 
 import json
@@ -24,7 +24,7 @@ from mae_jax.commands import cli
 
 REQUIRED = ("config",)
 CONFIG = cli.define_config()
-TOPOLOGY = flags.DEFINE_string("topology", "", "TPU slice to compile for, as v3:8x8 or v4:4x4x4")
+TOPOLOGY = flags.DEFINE_string("topology", "", "TPU slice to compile for, as v3:8x8, v4:4x4x4 or v6e-16")
 DEVICES = flags.DEFINE_integer("devices", 0, "simulated devices to compile for instead")
 SWEEP = flags.DEFINE_string("sweep", "", "fields and values to compare: 'batch_size=2048,4096;model.remat=none,full'")
 BEST = flags.DEFINE_integer("best", 3, "combinations of a sweep that are compiled without loops, for a time",

@@ -1,10 +1,13 @@
 """TPU topologies that are not there: what the chips hold, how they are wired, and libtpu's description of a slice.
 
 libtpu describes any slice on a machine without TPUs, and compiles for it. Names are those of libtpu, as 'v3:8x8': the
-chips along each dimension. A device is what JAX calls one: a core on v2, v3 and 7x, a chip on the others.
+chips along each dimension; or Cloud TPU's accelerator types, as 'v5litepod-8', of which tpu_types.csv says the shape. A
+device is what JAX calls one: a core on v2, v3 and 7x, a chip on the others.
 """
 
 import contextlib
+import csv
+import functools
 import importlib.util
 import math
 import os
@@ -12,6 +15,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -85,13 +89,24 @@ class Torus(NamedTuple):
         return tuple(int(size) for size in self.coords.max(0) + 1)
 
 
+@functools.cache
+def types() -> dict[str, str]:
+    """Returns Cloud TPU's accelerator types → topology, as 'v5litepod-8' → 'v5e:2x4'."""
+    lines = Path(__file__).with_name("tpu_types.csv").read_text().splitlines()
+    return {name: topology for name, topology, _ in csv.reader(line for line in lines if not line.startswith("#"))}
+
+
 def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
-    """Returns the chip and the shape of a topology's name, as 'v3:8x8'; raises UserError."""
-    generation, sizes = (*re.split("[:-]", name, maxsplit=1), "")[:2]
-    generation = "7x" if generation in ("tpu7x", "v7x") else generation
+    """Returns the chip and the shape of a topology's name, as 'v3:8x8', or an accelerator type's; raises UserError."""
+    generation, sizes = (*re.split("[:-]", types().get(name, name), maxsplit=1), "")[:2]
+    generation = {"tpu7x": "7x", "v7x": "7x", "v5litepod": "v5e"}.get(generation, generation)
     if generation not in CHIPS:
         raise UserError(f"unknown topology {name!r}; {did_you_mean(generation, CHIPS)}; with the chips along each "
-                        "dimension, as v3:8x8 or v4:4x4x4")
+                        "dimension, as v3:8x8 or v4:4x4x4, or an accelerator type, as v5litepod-8")
+    if re.fullmatch(r"[^:]+-\d+", name) and name not in types():
+        of_it = ", ".join(one for one, topology in types().items() if topology.startswith(f"{generation}:"))
+        raise UserError(f"unknown accelerator type {name!r}; known of {generation}: {of_it}; or write the chips along "
+                        f"each dimension, as {generation}:{EXAMPLES[CHIPS[generation].dimensions]}")
     chip = CHIPS[generation]
     example = f"{generation}:{EXAMPLES[chip.dimensions]}"
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):
@@ -102,7 +117,7 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
     if math.prod(shape) > chip.most:
         raise UserError(f"topology {name!r} has {math.prod(shape)} chips; the largest pod of {generation} has "
                         f"{chip.most}")
-    if any(size % 2 for size in shape[:2]):
+    if any(size % 2 for size in shape[:2]) and f"{generation}:{sizes}" not in types().values():  # 1x1 is a chip alone
         even = "x".join(str(size + size % 2) if i < 2 else str(size) for i, size in enumerate(shape))
         raise UserError(f"topology {name!r}: a host has 2x2 chips, so that the first two sizes are even; nearest: "
                         f"{generation}:{even}")

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from mae_jax.data.cluster_ids import Clusters
 from mae_jax.data.info import DataInfo
 from mae_jax.data.masking import PatchOrder, View, rolled, with_views
+from mae_jax.data.sources.base import sampled, short_hash
 from mae_jax.errors import UserError
 from mae_jax.recipe_version import stored_name
 from mae_jax.storage.npz import opened
@@ -96,7 +97,13 @@ def open_folder(config: ConfigDict, meta: dict[str, Any], info: DataInfo, spec: 
         "description": f"batches {folder}: {sizes.get('train', 0)} cached training examples of {meta['num_train']} "
                        f"pictures, {sizes['evaluate']} for evaluation; {len(meta['classes']) or 'no'} classes",
         "bad": deque(maxlen=0),
+        "identity": lambda: {name: _identity(parts[name], size) for name, size in sizes.items()},
     }
+
+
+def _identity(arrays: Arrays, size: int) -> dict[str, str]:
+    fields = [arrays[name][sampled(size)].tobytes() for name in sorted(arrays) if name.endswith(("patches", "label"))]
+    return {"content": short_hash([str(size).encode(), *fields])}
 
 
 def read_meta(path: str) -> dict[str, Any]:

@@ -4,19 +4,24 @@ import bisect
 import hashlib
 import importlib.util
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
-from mae_jax.data.decode import decode_mask
+from mae_jax.data.decode import BadImage, decode_mask
 from mae_jax.data.sources import splits
 from mae_jax.errors import UserError, did_you_mean, printable
 
 MAX_CLASSES = 1_000_000  # beyond it, labels are taken for something else
 UNLABELED = -1
+SAMPLES = 64  # examples of a split by whose content it is known again
+BEGINNING = 65_536  # bytes of a file of records likewise
+READERS = 16  # threads that read them: a bucket answers slowly, and many at once
 
 
 class Example(NamedTuple):
@@ -49,6 +54,21 @@ class Source:
             digest.update(self.name(i).encode() + b"\0")
         return digest.hexdigest()[:16]
 
+    def identity(self) -> dict[str, str]:
+        """Returns what the examples are known by at another place: their names, and the content of 64 of them."""
+        with ThreadPoolExecutor(READERS) as pool:
+            content = pool.map(self._content, map(int, sampled(self.size)))
+            return {"names": self.digest(), "content": short_hash(part for parts in content for part in parts)}
+
+    def _content(self, index: int) -> list[bytes]:
+        try:
+            example = self.read(index)
+        except (OSError, BadImage):
+            return [b"unreadable"]
+        fields = [example.image, np.int64(example.label), example.labels, example.mask]
+        return [field if isinstance(field, bytes) else b"" if field is None else np.ascontiguousarray(field).tobytes()
+                for field in fields]
+
     def only(self, indices: np.ndarray) -> "Source":
         """Returns the source of these examples, in this order."""
         label = self.label
@@ -70,6 +90,28 @@ class Source:
 
         return Source(self.size + other.size, of("read"), of("name"), self.classes, self.fields,
                       of("label") if self.label and other.label else None)
+
+
+def sampled(size: int) -> np.ndarray:
+    """Returns int64 [min(64, size)]: numbers from 0 to size - 1, as far apart as may be."""
+    return np.unique(np.linspace(0, size - 1, SAMPLES).round().astype(np.int64)) if size else np.zeros(0, np.int64)
+
+
+def short_hash(parts: Iterable[bytes]) -> str:
+    """Returns 16 hexadecimal digits for pieces of content, each with its length."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _beginning(file: str) -> bytes:
+    try:
+        with epath.Path(file).open("rb") as opened:
+            return opened.read(BEGINNING)
+    except OSError:
+        return b"unreadable"
 
 
 def numbered_classes(labels: np.ndarray) -> tuple[str, ...]:
@@ -151,6 +193,12 @@ class RecordStream:
         """Returns a short hash of which records these are, by files and counts."""
         files = [(file.rsplit("/", 1)[-1], count) for file, count in zip(self.files, self.counts, strict=True)]
         return hashlib.sha256(repr((files, self.start, self.size)).encode()).hexdigest()[:16]
+
+    def identity(self) -> dict[str, str]:
+        """Returns what the records are known by at another place: files with counts, sizes, and how 64 files begin."""
+        with ThreadPoolExecutor(READERS) as pool:
+            begin = list(pool.map(_beginning, (self.files[i] for i in sampled(len(self.files)))))
+        return {"names": self.digest(), "content": short_hash([f"{self.mean_bytes:.6f}".encode(), *begin])}
 
     def instructions(self, start: int, size: int) -> list[Instruction]:
         """Returns which parts of which files hold records start ... start + size - 1 of this slice."""

@@ -1,5 +1,7 @@
 """Exports are read back by us and by transformers."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,21 @@ def test_transformers_loads_the_hf_layout_without_a_missing_or_unexpected_name(r
     np.testing.assert_array_equal(model.vit.layernorm.weight.detach().numpy(), ours)
 
 
+@pytest.mark.parametrize(("size", "patch"), [((16, 24), (4, 4)), ((16, 16), (4, 8))])
+def test_hugging_faces_layout_refuses_what_is_no_square_before_anything_is_written(tmp_path, size, patch):
+    config = tiny_config({"data.image_size": size, "model.patch": patch})
+    state = tiny_state(config)
+    workdir.record(epath.Path(tmp_path / "run"), config)
+    checkpoints = Checkpoints(tmp_path / "run", 2)
+    checkpoints.save(int(state.step), state)
+    checkpoints.wait()
+    checkpoints.close()
+    with pytest.raises(UserError, match=rf"{size[0]}x{size[1]} .* {patch[0]}x{patch[1]}, .*--layout=timm"):
+        weights.export(str(tmp_path / "run"), str(tmp_path / "hf"), "hf")
+    assert not (tmp_path / "hf").exists()
+    assert weights.export(str(tmp_path / "run"), str(tmp_path / "out.safetensors"), "timm") == 0
+
+
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory):
     """A workdir with one checkpoint of a probe, its parameters and its batch norm's moments."""
@@ -80,6 +97,20 @@ def test_the_batch_norm_of_a_probe_is_folded_into_its_head(probe, tmp_path, layo
     normed = (features - moments["mean"]) / np.sqrt(moments["var"] + 1e-6)
     np.testing.assert_allclose(features @ kernel + bias, normed @ params["head"]["kernel"] + params["head"]["bias"],
                                atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["mae_jax", "timm"])
+def test_the_file_of_a_classifier_says_its_classes(tmp_path, layout):
+    config = tiny_supervised()
+    state = tiny_state(config)
+    workdir.record(epath.Path(tmp_path / "run"), config,
+                   SimpleNamespace(num_train=9, classes=("ant", "bee", "cat"), identity=dict))
+    checkpoints = Checkpoints(tmp_path / "run", 2)
+    checkpoints.save(int(state.step), state)
+    checkpoints.wait()
+    checkpoints.close()
+    weights.export(str(tmp_path / "run"), str(tmp_path / "out.safetensors"), layout)
+    assert workdir.classes_of(str(tmp_path / "out.safetensors")) == ("ant", "bee", "cat")
 
 
 def test_timms_layout_prints_the_arguments_of_its_model(probe, tmp_path, capsys):

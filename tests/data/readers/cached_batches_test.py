@@ -42,6 +42,20 @@ def test_training_reads_the_file_over_and_over_from_any_step(tmp_path):
     assert inputs.classes == ("a", "b")
 
 
+def test_a_copy_is_known_again_by_its_patches(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name)
+    found = build(tmp_path / "a").identity()
+    assert found == build(tmp_path / "b").identity()
+    with np.load(tmp_path / "b" / "train.npz") as stored:
+        arrays = dict(stored)
+    arrays["patches"][9, 3, 0] ^= 1
+    np.savez(tmp_path / "b" / "train.npz", **arrays)
+    other = build(tmp_path / "b").identity()
+    assert [part for part in found if found[part] != other[part]] == ["train"]
+
+
 def test_processes_read_their_rows(tmp_path):
     write(tmp_path)
     assert list(next(build(tmp_path, np.array([1, 3])).train(2))["id"]) == [9, 1]
