@@ -6,12 +6,15 @@ import shutil
 
 from etils import epath
 
+from mae_jax.storage.paths import normalized
+
 MARK = "commit_success.txt"  # orbax writes it last
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
     """Returns the path as orbax wants it; gs:// paths are absolute."""
-    return epath.Path(path if "://" in str(path) else os.path.abspath(path))
+    path = normalized(os.fspath(path))
+    return epath.Path(path if path.startswith("gs://") else os.path.abspath(path))
 
 
 def newest(path: epath.PathLike) -> epath.Path:
