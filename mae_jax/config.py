@@ -61,7 +61,7 @@ NOT_NEGATIVE = ("optim.lr", "optim.min_lr", "optim.eps", "optim.weight_decay", "
 BELOW_ONE = ("optim.betas", "optim.ema", "optim.momentum", "model.drop_path")
 EXAMPLES = {"plugins": ("package.module",), "eval.sets": ("imagenet_v2",), "log.sinks": ("tensorboard",)}
 # Of a folder or a file; data.path is as its source reads it.
-PATHS = ("init_from", "data.tokens", "train.compilation_cache", "method.vocabulary_file", "method.clusters")
+PATHS = ("data.tokens", "train.compilation_cache", "method.vocabulary_file", "method.clusters")
 DURATIONS = ("train.duration", "optim.warmup", "checkpoint.every", "checkpoint.keep_every", "eval.every", "log.every")
 
 
@@ -322,7 +322,7 @@ def validate(config: ConfigDict, for_training: bool = True) -> None:
     from mae_jax.ops.patches import PatchGrid  # with JAX, which a recipe and --help do without
     from mae_jax.param_tree import flat
     from mae_jax.storage import metric_sinks
-    from mae_jax.storage.paths import normalized
+    from mae_jax.storage.paths import for_orbax, normalized
 
     plug_ins.load(config.plugins)
     plug_ins.check("color_policies", config.data.color, color.COLOR_POLICIES, "data.color")
@@ -347,6 +347,7 @@ def validate(config: ConfigDict, for_training: bool = True) -> None:
             f"batch_size={config.batch_size} is not a multiple of train.accumulate={config.train.accumulate}")
     for key in DURATIONS:
         steps(values[key], config.batch_size, 1)
+    for_orbax(config.init_from, "init_from")
     for key in PATHS:
         normalized(values.get(key, ""), key)
     profile_steps(config)

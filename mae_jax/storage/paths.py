@@ -12,7 +12,7 @@ from mae_jax.errors import UserError, printable
 # Read when etils meets the first gs:// path: gcsfs serves it then, TensorFlow stays out.
 os.environ.setdefault("EPATH_USE_TF", "false")
 
-GCS_MISREADS = "*?[#"  # gcsfs takes them for a pattern, or for a generation
+GCS_MISREADS = "*?[]{}\\#"  # gcsfs and the bucket take them for a pattern, or for a generation
 ORBAX_MISREADS = "*?[]\\"  # a pattern, as its glob reads them
 BUCKET = r"gs://[a-z0-9][a-z0-9_.-]{1,220}[a-z0-9](/|$)"
 
@@ -79,15 +79,24 @@ def output(path: str, flag: str) -> epath.Path | None:
     return file
 
 
-def locate_checkpoints(path: str, flag: str) -> epath.Path:
-    """Returns a folder that checkpoints are written under; raises UserError where orbax would read other folders.
+def for_orbax(path: str, flag: str = "") -> str:
+    """Returns the `normalized` path of a folder with checkpoints under it, or of a file.
 
-    Orbax puts together what its processes wrote by a pattern, which begins with the folder's name as it is. So nothing
-    of it may be a pattern, nor of the current folder where the path is relative.
+    Orbax looks for what its processes wrote by a pattern that begins with the folder's name as it is. So nothing of it
+    may be a pattern, nor of the current folder where the path is relative: what is saved there could not be read.
+
+    Raises:
+      UserError: as of `normalized`, or a part of it would be taken for a pattern.
     """
-    folder = locate(path, flag)
-    _refuse(path if str(folder).startswith("gs://") else os.path.abspath(folder), ORBAX_MISREADS, flag)
-    return folder
+    path = normalized(path, flag)
+    if path.startswith("gs://") or not os.path.isfile(path):
+        _refuse(path if path.startswith("gs://") else os.path.abspath(path), ORBAX_MISREADS, flag)
+    return path
+
+
+def locate_checkpoints(path: str, flag: str) -> epath.Path:
+    """Returns a path as `locate`; raises UserError as `for_orbax` does, too."""
+    return locate(for_orbax(path, flag), flag)
 
 
 def _refuse(path: str, characters: str, flag: str) -> None:

@@ -222,7 +222,7 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
       folder: the workdir.
       config: the one it was made with, but for fields that a resumed run may change; None: the very one.
     """
-    path = paths.locate(folder, "--workdir")
+    path = paths.locate_checkpoints(folder, "--workdir")
     if config is None:
         config = config_for_inspection(path)
     else:

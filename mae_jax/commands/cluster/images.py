@@ -42,7 +42,7 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
       seed: of the first centroids.
       data: config whose group `data` is read in place of the run's own.
     """
-    folder = paths.locate(source, "--from")
+    folder = paths.locate_checkpoints(source, "--from")
     config = workdir.read_config(workdir.of_checkpoint(folder))
     config = frozen(config if data is None else with_data(config, data), block)
     if config.method.name == "moce":

@@ -30,7 +30,7 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
     for flag, given in (("config", task is not None), ("clusters", clusters)):
         if given and not how:
             raise UserError(f"--{flag} is of --for-task=vote, probe or random; without it leave it out")
-    file, folder = paths.locate(to, "--to"), paths.locate(source, "--from")
+    file, folder = paths.locate(to, "--to"), paths.locate_checkpoints(source, "--from")
     config = workdir.read_config(workdir.of_checkpoint(folder))  # which may name the plug-in that has the layout
     chosen = layouts.get(layout)
     if chosen.file:

@@ -119,7 +119,7 @@ class Suite:
         from mae_jax.storage import paths, step_dirs
 
         self.recipe, self.lrs = recipe, lrs
-        found = paths.locate(source, "--from")
+        found = paths.locate_checkpoints(source, "--from")
         self.encoder = encoder_config(str(found))
         self.source = str(step_dirs.newest(found))
         self.to = paths.locate_checkpoints(to, "--to")
