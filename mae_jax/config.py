@@ -60,8 +60,6 @@ NOT_NEGATIVE = ("optim.lr", "optim.min_lr", "optim.eps", "optim.weight_decay", "
                 "guard.max_bad_fraction", "guard.spike", "guard.stall_seconds")
 BELOW_ONE = ("optim.betas", "optim.ema", "optim.momentum", "model.drop_path")
 EXAMPLES = {"plugins": ("package.module",), "eval.sets": ("imagenet_v2",), "log.sinks": ("tensorboard",)}
-# Of a folder or a file; data.path is as its source reads it.
-PATHS = ("data.tokens", "train.compilation_cache", "method.vocabulary_file", "method.clusters")
 DURATIONS = ("train.duration", "optim.warmup", "checkpoint.every", "checkpoint.keep_every", "eval.every", "log.every")
 
 
@@ -322,17 +320,13 @@ def validate(config: ConfigDict, for_training: bool = True) -> None:
     from mae_jax.ops.patches import PatchGrid  # with JAX, which a recipe and --help do without
     from mae_jax.param_tree import flat
     from mae_jax.storage import metric_sinks
-    from mae_jax.storage.paths import for_orbax, normalized
+    from mae_jax.storage.paths import check_fields
 
     plug_ins.load(config.plugins)
     plug_ins.check("color_policies", config.data.color, color.COLOR_POLICIES, "data.color")
     plug_ins.check("optimizers", config.optim.name, OPTIMIZERS, "optim.name")
     values = flat(config)
-    own = methods.defaults(config.method.name)
-    if other := sorted(set(config.method) ^ {"name", *own}):
-        raise UserError(f"method.name={config.method.name!r} with the fields of another method (method.{other[0]} is "
-                        "of one of the two only); take a recipe of that method")
-    _check_types(values, flat({**DEFAULTS, "method": own}))
+    _check_types(values, flat({**DEFAULTS, "method": methods.own_defaults(config.method)}))
     _check_ranges(values)
     recipe_version.check(config.recipe_version)
     PatchGrid.of(config)
@@ -347,9 +341,7 @@ def validate(config: ConfigDict, for_training: bool = True) -> None:
             f"batch_size={config.batch_size} is not a multiple of train.accumulate={config.train.accumulate}")
     for key in DURATIONS:
         steps(values[key], config.batch_size, 1)
-    for_orbax(config.init_from, "init_from")
-    for key in PATHS:
-        normalized(values.get(key, ""), key)
+    check_fields(values)
     profile_steps(config)
     if not config.log.every:
         raise UserError("log.every is ''; write how often to log, as '50 steps'")

@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import re
+from collections.abc import Mapping
+from typing import Any
 from unicodedata import category
 
 from etils import epath
@@ -14,6 +16,8 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 
 GCS_MISREADS = "*?[]{}\\#"  # gcsfs and the bucket take them for a pattern, or for a generation
 ORBAX_MISREADS = "*?[]\\"  # a pattern, as its glob reads them
+# Of a config, besides init_from; data.path is as its source reads it.
+FIELDS = ("data.tokens", "train.compilation_cache", "method.vocabulary_file", "method.clusters")
 BUCKET = r"gs://[a-z0-9][a-z0-9_.-]{1,220}[a-z0-9](/|$)"
 
 
@@ -97,6 +101,14 @@ def for_orbax(path: str, flag: str = "") -> str:
 def locate_checkpoints(path: str, flag: str) -> epath.Path:
     """Returns a path as `locate`; raises UserError as `for_orbax` does, too."""
     return locate(for_orbax(path, flag), flag)
+
+
+def check_fields(values: Mapping[str, Any]) -> None:
+    """Raises UserError for the first field of a config, by dotted name, whose path cannot be meant."""
+    if values["init_from"]:
+        for_orbax(values["init_from"], "init_from")
+    for field in FIELDS:
+        normalized(values.get(field, ""), field)
 
 
 def _refuse(path: str, characters: str, flag: str) -> None:

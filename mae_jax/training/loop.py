@@ -77,7 +77,8 @@ def resume(run: Run, stopper: SignalHandler, watchdog: Watchdog) -> int:
     startup_timer.done("state")
     # Not before all that a mistake can break has worked.
     workdir.record(folder, config, run.inputs, evaluator.names_applying)
-    recorder = MetricWriter(folder, int(state.step), metric_sinks.names(config.log), jax.process_index() == 0)
+    done, first = int(state.step), jax.process_index() == 0
+    recorder = MetricWriter(folder, done, metric_sinks.names(config.log), first, since=done)
     try:
         periodic = PeriodicEvaluation(run, evaluator, recorder)
         code = loop(run, state, checkpoints, periodic, stopper, watchdog)
@@ -240,7 +241,8 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
         raise UserError(f"{path} holds no checkpoint yet")
     run.program.method.check_extras(state.extras)
     # Lines past this step stay: they may be those of a run in progress.
-    recorder = MetricWriter(path, math.inf, metric_sinks.names(run.config.log), jax.process_index() == 0)
+    recorder = MetricWriter(path, math.inf, metric_sinks.names(run.config.log), jax.process_index() == 0,
+                            since=int(state.step))
     with jax.set_mesh(run.program.mesh):
         evaluator, began = Evaluator(run.program.method, run.inputs, run.program.mesh), time.monotonic()
         periodic = PeriodicEvaluation(run, evaluator, recorder)
