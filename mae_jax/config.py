@@ -322,12 +322,13 @@ def validate(config: ConfigDict, for_training: bool = True) -> None:
     from mae_jax.ops.patches import PatchGrid  # with JAX, which a recipe and --help do without
     from mae_jax.param_tree import flat
     from mae_jax.storage import metric_sinks
+    from mae_jax.storage.paths import check_fields
 
     plug_ins.load(config.plugins)
     plug_ins.check("color_policies", config.data.color, color.COLOR_POLICIES, "data.color")
     plug_ins.check("optimizers", config.optim.name, OPTIMIZERS, "optim.name")
     values = flat(config)
-    _check_types(values, flat({**DEFAULTS, "method": methods.defaults(config.method.name)}))
+    _check_types(values, flat({**DEFAULTS, "method": methods.own_defaults(config.method)}))
     _check_ranges(values)
     recipe_version.check(config.recipe_version)
     PatchGrid.of(config)
@@ -342,6 +343,7 @@ def validate(config: ConfigDict, for_training: bool = True) -> None:
             f"batch_size={config.batch_size} is not a multiple of train.accumulate={config.train.accumulate}")
     for key in DURATIONS:
         steps(values[key], config.batch_size, 1)
+    check_fields(values)
     profile_steps(config)
     if not config.log.every:
         raise UserError("log.every is ''; write how often to log, as '50 steps'")

@@ -17,17 +17,21 @@ import mae_jax
 from mae_jax import plugins, recipe_version
 from mae_jax.commands import recipes
 from mae_jax.errors import FINISHED, MISTAKE, UserError, explain
+from mae_jax.runtime.discovery import quiet_libtpu
 from mae_jax.runtime.exit import exit_process
 
-HELP = ("-h", "-help", "--help")
+HELP = ("-h", "-?", *(dashes + name for dashes in ("-", "--") for name in ("help", "helpfull", "helpshort")))
 
 
 def define_config() -> flags.FlagHolder[ConfigDict]:
     """Defines --config=recipe[:argument] and its --config.field=value overrides, once in a process."""
     if "config" in flags.FLAGS:
         return flags.FlagHolder(flags.FLAGS, flags.FLAGS["config"])
-    return config_flags.DEFINE_config_file("config", None, "recipe by name or path: quickstart[:argument], "
-                                           "configs/quickstart.py; --config.FIELD=VALUE changes a field")
+    try:
+        return config_flags.DEFINE_config_file("config", None, "recipe by name or path: quickstart[:argument], "
+                                               "configs/quickstart.py; --config.FIELD=VALUE changes a field")
+    except Exception as error:  # it reads the command line, and with it what --flagfile names
+        _refuse(_one_line(error))
 
 
 def run(command: Callable[[], int], usage: str | None, required: tuple[str, ...] = ()) -> None:
@@ -63,10 +67,14 @@ def run(command: Callable[[], int], usage: str | None, required: tuple[str, ...]
 def _parsed(argv: list[str]) -> list[str]:
     """Reads the flags, and with them the recipe; returns what is no flag. Ends the process at a mistake."""
     try:
+        argv = [*argv[:1], *flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)]
         rest = flags.FLAGS(recipes.with_paths(argv) if "config" in flags.FLAGS else argv)
         if "config" in flags.FLAGS:
             config = flags.FLAGS.config  # a missing config file fails only when it is looked at
             plugins.load(config.get("plugins", ()) if config is not None else (), "--config")
+    except (SystemExit, BrokenPipeError):  # of --helpxml, which absl prints
+        _flush()
+        sys.exit(FINISHED)
     except Exception as error:
         _refuse(_one_line(error))
     return rest
@@ -109,6 +117,7 @@ def quiet_logs() -> None:
 def guarded(command: Callable[[], int]) -> int:
     """Runs the command and turns what it raises into an exit code; only our own bugs show a traceback."""
     quiet_logs()
+    quiet_libtpu(os.environ)
     try:
         code = command()
     except (Exception, KeyboardInterrupt) as error:
@@ -138,7 +147,7 @@ def _one_line(error: Exception) -> str:
     if "Traceback" in text:  # how ml_collections passes on what a config file raised
         return f"the config file does not load: {text.strip().splitlines()[-1]}"
     if isinstance(error, flags.Error | UserError):
-        return line
+        return line.removeprefix("ERROR:: ")
     if isinstance(error, OSError):
         return _no_config(line)
     if isinstance(error, KeyError):

@@ -69,7 +69,7 @@ class Clusters:
     @classmethod
     def read(cls, folder: str) -> "Clusters":
         """Reads what `write` wrote; raises UserError where it is not there or damaged."""
-        path = paths.locate(folder).expanduser()
+        path = paths.locate(folder, "method.clusters")
         if not folder or not (path / "clusters.npz").is_file():
             raise UserError(f"method.clusters={folder!r} holds no clusters.npz; python -m mae_jax cluster "
                             "--from=WORKDIR --to=FOLDER makes it, of the pictures and the encoder of a MAE")

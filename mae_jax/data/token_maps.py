@@ -34,7 +34,7 @@ def load(config: ConfigDict, sizes: dict[str, int], patches: int, vocabulary: in
     Raises:
       UserError: crops or colours are random, or the file does not hold what is needed.
     """
-    data, file = config.data, locate(config.data.tokens)
+    data, file = config.data, locate(config.data.tokens, "data.tokens")
     if (data.augment, data.color) != ("none", "none"):
         raise UserError(f"data.augment={data.augment!r}, data.color={data.color!r}: the tokens of data.tokens are "
                         "those of one fixed view, which a random one does not show; use 'none' for both (the central "

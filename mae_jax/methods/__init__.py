@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from mae_jax import plugins
+from mae_jax.errors import UserError
 from mae_jax.methods import fields
 
 if TYPE_CHECKING:
@@ -44,6 +45,15 @@ def with_data(config: "ConfigDict") -> "tuple[Method, OpenedData]":
 def defaults(name: str) -> dict[str, Any]:
     """Returns the method's own config fields; JAX is imported for a method outside the package alone."""
     return fields.TABLE[name] if name in fields.TABLE else get(name).defaults
+
+
+def own_defaults(method: "ConfigDict") -> dict[str, Any]:
+    """Returns `defaults` of a config's group `method`; raises UserError where it has the fields of another one."""
+    own = defaults(method.name)
+    if other := sorted(set(method) ^ {"name", *own}):
+        raise UserError(f"method.name={method.name!r} with the fields of another method (method.{other[0]} is of one "
+                        "of the two only); take a recipe of that method")
+    return own
 
 
 def small(name: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import ipaddress
 import os
 import re
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import NamedTuple
 
 from mae_jax.errors import UserError
@@ -97,8 +97,7 @@ def _tpu(environ: Mapping[str, str]) -> ProcessInfo | None:
     if (environ.get("JAX_PLATFORMS") or "tpu").split(",")[0] != "tpu":
         return None
     hosts, number = environ.get("TPU_WORKER_HOSTNAMES", ""), environ.get("TPU_WORKER_ID", "")
-    chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
-    if not hosts and chips and "TPU_SKIP_MDS_QUERY" not in environ:
+    if not hosts and _chips() and "TPU_SKIP_MDS_QUERY" not in environ:
         server = environ.get("GCE_METADATA_IP", "metadata.google.internal")
         hosts, number = (_metadata(server, name) for name in ("worker-network-endpoints", "agent-worker-number"))
     # One of 'host', 'name:number:address'.
@@ -106,6 +105,21 @@ def _tpu(environ: Mapping[str, str]) -> ProcessInfo | None:
     if len(names) < 2 or not number.isdecimal():
         return None
     return ProcessInfo(names[0], TPU_PORT, int(number), len(names))
+
+
+def quiet_libtpu(environ: MutableMapping[str, str]) -> None:
+    """Tells libtpu, where there is no TPU, what it would miss: it writes that to standard error, whatever one sets.
+
+    Called before the devices are looked for. It finds none all the same.
+    """
+    if not _chips():
+        environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+
+def _chips() -> list[str]:
+    return glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
 
 
 def _metadata(server: str, name: str) -> str:

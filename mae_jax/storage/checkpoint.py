@@ -12,7 +12,6 @@ import itertools
 import os
 import re
 import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from logging import getLogger
@@ -24,12 +23,13 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from mae_jax.errors import UserError, did_you_mean, root_cause
+from mae_jax.errors import UserError, root_cause
 from mae_jax.param_tree import flatten, nest
 from mae_jax.runtime import peers, threads
 from mae_jax.runtime.exit import wait_for_no_thread
 from mae_jax.storage import safetensors_file, step_dirs, workdir_lock
-from mae_jax.storage.checksum import Damaged, Record, describe, seal, unseal, verify
+from mae_jax.storage.attempt import attempt
+from mae_jax.storage.checksum import Damaged, Record, check_same_model, describe, seal, unseal, verify
 from mae_jax.storage.paths import make_folder
 
 PyTree = Any
@@ -62,13 +62,14 @@ class Checkpoints:
         self._pending: int | None = None
         self._refused: list[int] = []
         self._there: list[int] = []  # the others that are committed, when the folder was last looked into
+        self._looked = False  # into a bucket, which is this run's alone, since the last save that failed
         self._meetings, self._told = 0, False  # of the save that goes on; whether another process has failed in it
         self._checkpointer = ocp.AsyncCheckpointer(_handler(), async_options=ocp.options.AsyncOptions(
             timeout_secs=SAVE_SECONDS, barrier_sync_fn=lambda **_: self._meet()))
 
     def latest(self) -> int | None:
         """Returns the newest committed step that was not refused, None if there is none."""
-        _attempt("look for checkpoints", self._look)
+        attempt("look for checkpoints", self._look)
         return max(peers.broadcast(self._there), default=None)
 
     def save(self, step: int, state: PyTree) -> None:
@@ -83,8 +84,7 @@ class Checkpoints:
         # Orbax's save waits for all processes, so none may enter it where one cannot.
         if not self._all_could(step, functools.partial(self._prepare, step)):
             return
-        self._refused, self._there = peers.broadcast([self._refused, self._there])
-        if step in self._there:
+        if peers.broadcast(step in self._there):
             return
         failed, self._meetings, self._told = None, 0, False
         try:
@@ -117,11 +117,11 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and all are damaged; or they are of another model.
         """
-        if not _attempt("look for checkpoints", self._look, tries=2):  # never taken for a folder without any
+        if not attempt("look for checkpoints", self._look, tries=2):  # never taken for a folder without any
             raise UserError(f"cannot look for checkpoints in {self._folder}; see the warning above")
         steps, wanted = peers.broadcast(self._there), flatten(abstract)
         if workdir_lock.holds():
-            _attempt("look for interrupted saves", self._tell_leftovers)
+            attempt("look for interrupted saves", self._tell_leftovers)
         for step in reversed(steps):
             arrays = self._try(step, wanted)
             if arrays is not None:
@@ -136,7 +136,7 @@ class Checkpoints:
         """Waits for the last save and ends the background threads."""
         self.wait()
         if self.failed:
-            _attempt("clean up", self._sweep)
+            attempt("clean up", self._sweep)
         with contextlib.suppress(Exception):  # orbax raises the failure of a save once more; it has been reported
             self._checkpointer.close()
 
@@ -161,7 +161,7 @@ class Checkpoints:
         record = self._all_read(step, lambda: _read_record(self._checkpointer, folder), then)
         if record is None:
             return None
-        _check_same_model(folder, record, wanted)
+        check_same_model(folder, record, wanted)
         how = {path: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype, global_shape=leaf.shape)
                for path, leaf in wanted.items()}
         arrays = self._all_read(step, lambda: _read_arrays(self._checkpointer, folder, how), then)
@@ -198,6 +198,8 @@ class Checkpoints:
             written = (self._folder / str(step)).exists() if alone else self._meetings == MEETINGS
             if not written:
                 raise OSError("writing was cancelled")
+            if jax.process_index() == 0:
+                self._check_readable(step)
         except Exception:
             if self._told:
                 return  # the other one says why
@@ -205,19 +207,34 @@ class Checkpoints:
                 peers.first_true(True, "save")
             raise
         if jax.process_index() == 0:
-            _attempt("delete old checkpoints", self._prune)
+            attempt("delete old checkpoints", self._prune)
+
+    def _check_readable(self, step: int) -> None:
+        """Raises OSError where what was committed cannot be read; the next save then moves it out of the way."""
+        for _ in _tries(self._folder):
+            if why := workdir_lock.why_unwritable():
+                raise OSError(why)
+            try:
+                return _open_all(self._folder / str(step))
+            except Damaged as error:
+                damage = error
+        self._refused.append(step)
+        raise OSError(f"it was written and cannot be read: {damage}")
 
     def _prepare(self, step: int) -> None:
         """Before a save: removes what interrupted saves left, and moves out of the way what is no good checkpoint."""
         if jax.process_index() == 0:
             if why := workdir_lock.why_unwritable():
                 raise OSError(why)
+            if self._looked:  # `_prune` has looked since, in the background: 2,000 steps take a while to list
+                return
             make_folder(self._folder)
             self._sweep()
             self._look()
+            self._looked = str(self._folder).startswith("gs://")
             stray = [step] * (step not in self._there and (self._folder / str(step)).exists())
             for bad in {*self._refused, *stray}:
-                _attempt(f"move the refused checkpoint of step {bad}", functools.partial(self._move_aside, bad))
+                attempt(f"move the refused checkpoint of step {bad}", functools.partial(self._move_aside, bad))
             self._refused = [bad for bad in self._refused if (self._folder / str(bad)).exists()]
 
     def _move_aside(self, step: int) -> None:
@@ -233,7 +250,7 @@ class Checkpoints:
         self._look()
         for step in self._there[:-self._keep_last]:
             if not self._keep_every or step % self._keep_every:
-                _attempt(f"delete the old checkpoint of step {step}", (self._folder / str(step)).rmtree)
+                attempt(f"delete the old checkpoint of step {step}", (self._folder / str(step)).rmtree)
 
     def _all_could(self, step: int, action: Callable[[], Any]) -> bool:
         """Does a part of saving a step; returns whether no process failed, and says so where one did."""
@@ -245,14 +262,15 @@ class Checkpoints:
         if cause := peers.first_true(why):
             self.failed = f"checkpoint of step {step} not saved: {cause}"
             logging.warning("%s; training goes on, earlier checkpoints stay", self.failed)
+            self._looked = False
             wait_for_no_thread()  # orbax's may be busy with this save for many minutes
-            _attempt("clean up", self._sweep)
+            attempt("clean up", self._sweep)
         return not cause
 
     def _sweep(self) -> None:
         if jax.process_index() == 0 and not workdir_lock.why_unwritable() and self._folder.exists():
             for path in step_dirs.leftovers(self._folder):
-                _attempt(f"remove {path}", path.rmtree, tries=5)
+                attempt(f"remove {path}", path.rmtree, tries=5)
 
 
 def load_params(path: epath.PathLike, ema: bool = False, extras: bool = False) -> dict[str, Any]:
@@ -350,41 +368,23 @@ def _read_arrays(reader: ocp.Checkpointer, folder: epath.Path, how: Mapping[str,
     return {path: array for path, array in arrays.items() if isinstance(array, jax.Array | np.ndarray)}
 
 
+def _open_all(folder: epath.Path) -> None:
+    """Opens the manifest, the checksums and what describes each array, not the arrays; raises Damaged.
+
+    Without a meeting of processes, as one of them does so alone.
+    """
+    try:
+        record = unseal(ocp.JsonCheckpointHandler().restore(folder / "checksums"))
+        found = flatten(ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree)
+    except Exception as error:
+        raise Damaged(root_cause(error)) from error
+    there = {path: [list(leaf.shape), str(np.dtype(leaf.dtype))] for path, leaf in found.items()}
+    if there != {path: about[:2] for path, about in record.items()}:
+        raise Damaged(f"{folder / 'state'}: not what was saved")
+
+
 def _of_step(folder: epath.Path, arrays: dict[str, Any]) -> dict[str, Any]:
     """Returns the arrays; raises Damaged where they are of another step than the folder's: later ones would be lost."""
     if "step" in arrays and folder.name.isdecimal() and int(arrays["step"]) != int(folder.name):
         raise Damaged(f"{folder}: what it holds is of step {int(arrays['step'])}")
     return arrays
-
-
-def _check_same_model(folder: epath.Path, record: Record, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-    # Parameters first: they name what differs, the optimizer only follows them.
-    for path in sorted(record.keys() | wanted.keys(), key=lambda path: (not path.startswith("params/"), path)):
-        if path not in wanted:
-            raise UserError(f"{folder} is of another model or optimizer: it has {path}, this config does not; "
-                            f"{did_you_mean(path, wanted)[:200]}")
-        if path not in record:
-            raise UserError(f"{folder} is of another model or optimizer: this config has {path}, it does not; "
-                            f"{did_you_mean(path, record)[:200]}")
-        there, here = record[path][:2], [list(wanted[path].shape), str(wanted[path].dtype)]
-        if there != here:
-            raise UserError(f"{folder} is of another model: {path} is {there[1]}{there[0]} there and "
-                            f"{here[1]}{here[0]} in this config")
-
-
-def _attempt(what: str, action: Callable[[], Any], tries: int = 1) -> bool:
-    """Does something that may fail without harm; a warning says so.
-
-    More than one try, because a failed save's other writers may still be putting files into the folder to remove.
-    """
-    for left in reversed(range(tries)):
-        try:
-            action()
-        except Exception as error:
-            if left:
-                time.sleep(0.2)
-            else:
-                logging.warning("could not %s: %s", what, root_cause(error))
-        else:
-            return True
-    return False

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mae_jax.errors import UserError, did_you_mean
+
 Record = dict[str, list]  # path → [shape, dtype, word, word]
 
 
@@ -32,6 +34,22 @@ def verify(record: Record, arrays: dict[str, Any]) -> dict[str, Any]:
             raise Damaged(f"{path}: " + ("its checksum differs from the one saved" if there == here else
                                          f"saved as {there}, read as {here}"))
     return arrays
+
+
+def check_same_model(folder: Any, record: Record, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """Raises UserError where what a folder's record is of differs from what is wanted, naming the first array."""
+    # Parameters first: they name what differs, the optimizer only follows them.
+    for path in sorted(record.keys() | wanted.keys(), key=lambda path: (not path.startswith("params/"), path)):
+        if path not in wanted:
+            raise UserError(f"{folder} is of another model or optimizer: it has {path}, this config does not; "
+                            f"{did_you_mean(path, wanted)[:200]}")
+        if path not in record:
+            raise UserError(f"{folder} is of another model or optimizer: this config has {path}, it does not; "
+                            f"{did_you_mean(path, record)[:200]}")
+        there, here = record[path][:2], [list(wanted[path].shape), str(wanted[path].dtype)]
+        if there != here:
+            raise UserError(f"{folder} is of another model: {path} is {there[1]}{there[0]} there and "
+                            f"{here[1]}{here[0]} in this config")
 
 
 def seal(record: Record) -> dict[str, Any]:

@@ -89,6 +89,25 @@ def _download(blob: storage.Blob, tries: int = 2) -> StoredObject | None:
         return None
 
 
+def names(folder: str, pattern: str = "") -> list[str]:
+    """Returns the names of what is in a folder, those of folders with a '/' at their end; raises BucketError.
+
+    Args:
+      folder: gs://bucket/folder.
+      pattern: of the paths under the folder of objects to return instead, as '*/done.txt'; `*` is within one name.
+    """
+    bucket, inside = _split(f"{folder.rstrip('/')}/")
+    how = {"match_glob": inside + pattern} if pattern else {"delimiter": "/"}
+
+    def look() -> list[str]:
+        found = _client().list_blobs(bucket, prefix=inside, fields="items(name),prefixes,nextPageToken",
+                                     timeout=TIMEOUT, retry=_retry(RETRY_SECONDS), **how)
+        objects = [blob.name for blob in found]
+        return [name.removeprefix(inside) for name in (*objects, *found.prefixes)]
+
+    return _plainly(folder, look)
+
+
 def write(path: str, content: bytes, seconds: float = RETRY_SECONDS, generation: int | None = None) -> int:
     """Writes an object, which appears as a whole or not at all; returns its generation.
 

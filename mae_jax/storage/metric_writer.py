@@ -1,6 +1,7 @@
 """Metrics on their way out: metrics.jsonl, and the sinks that a run has besides."""
 
 import errno
+import io
 import json
 import logging
 import math
@@ -12,9 +13,9 @@ import numpy as np
 from etils import epath
 
 from mae_jax.errors import UserError, pluralize
-from mae_jax.storage import metric_sinks, workdir_lock
+from mae_jax.storage import metric_sinks, tail, workdir_lock
 from mae_jax.storage.metric_sinks import LOOP_RETRY_SECONDS, Sink
-from mae_jax.storage.paths import replace_text
+from mae_jax.storage.paths import replace_bytes
 
 logger = logging.getLogger(__name__)
 REMOTE_PERIOD = 30.0  # seconds between rewrites of metrics.jsonl in a bucket, which cannot append
@@ -31,20 +32,27 @@ class JsonLines:
       seen: the (step, name) that the file held when it was opened.
     """
 
-    def __init__(self, path: epath.Path, restored_step: float, active: bool = True):
-        """Reads the file and, where `active`, cuts lines past `restored_step` and torn ones."""
+    def __init__(self, path: epath.Path, restored_step: float, active: bool = True, since: float = 0):
+        """Reads the file's end and, where `active`, cuts lines past `restored_step` and torn ones.
+
+        Args:
+          path: of the file.
+          restored_step: after which lines are cut.
+          active: whether they are.
+          since: lines before this step are not read, where the file is long.
+        """
         self.path = path
         self.local = not str(path).startswith("gs://")
         self.pending: list[str] = []
         self.written = time.monotonic()
-        text = self._read()
+        start, text = self._read(since)
         kept = [line for line in text.splitlines() if _step_of(line) <= restored_step]
         self.seen = {(json.loads(line)["step"], name) for line in kept for name in json.loads(line)}
         if active and text != _joined(kept):
             logger.info("%s: %s past step %g, and torn ones, are cut off", path,
                         pluralize(len(text.splitlines()) - len(kept), "line"), restored_step)
             try:
-                replace_text(path, _joined(kept))
+                self._replace(start, _joined(kept))
             except OSError as error:
                 raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
@@ -80,13 +88,23 @@ class JsonLines:
             logger.warning("cannot write %s (%s); kept, and tried again", self.path, error)
         self.written = time.monotonic()
 
-    def _read(self) -> str:
-        if self.local:
-            return self.path.read_bytes().decode(errors="replace") if self.path.exists() else ""
-        from mae_jax.storage import gcs
+    def _read(self, since: float = 0) -> tuple[int, str]:
+        """Returns the text of the file from this step on, and the byte where it begins."""
+        if self.local and not self.path.exists():
+            return 0, ""
+        if not self.local:
+            from mae_jax.storage import gcs
 
-        self.found = gcs.read(str(self.path)) or gcs.StoredObject(b"", 0)
-        return self.found.content.decode(errors="replace")
+            self.found = gcs.read(str(self.path)) or gcs.StoredObject(b"", 0)
+        with open(self.path, "rb") if self.local else io.BytesIO(self.found.content) as file:
+            start, text = tail.read(file, since)
+        return start, text.decode(errors="replace")
+
+    def _replace(self, start: int, text: str) -> None:
+        if self.local:
+            tail.replace(self.path, start, text)
+        else:
+            replace_bytes(self.path, self.found.content[:start] + text.encode())
 
     def _rewrite(self, seconds: float, tries: int = 2) -> None:
         from mae_jax.storage import gcs
@@ -129,29 +147,29 @@ def _step_of(line: str) -> float:
 
 
 class MetricWriter:
-    """Writes scalars and figures of process 0 (`active`) to every sink; other processes write nothing.
+    """Writes scalars and figures of process 0 (`active`) to every sink; other processes read and write nothing.
 
     Attributes:
-      jsonl: metrics.jsonl, which is always written: it is the record of what was measured.
+      jsonl: metrics.jsonl, which is always written: it is the record of what was measured. None in other processes.
       sinks: name → sink, those that have not failed.
     """
 
-    def __init__(self, workdir: epath.Path, restored_step: float, sinks: Iterable[str], active: bool = True):
+    def __init__(self, workdir: epath.Path, restored_step: float, sinks: Iterable[str], active: bool = True,
+                 since: float = 0):
         """Args: as of `JsonLines` and `Sink.open`; sinks: names. Raises UserError for an unknown one."""
-        self.active = active
-        self.jsonl = JsonLines(workdir / "metrics.jsonl", restored_step, active)
+        self.jsonl = JsonLines(workdir / "metrics.jsonl", restored_step, since=since) if active else None
         self.sinks: dict[str, Sink] = {}
         for name in sinks if active else ():
             self._made(name, metric_sinks.find(name))
         self._each(lambda sink: sink.open(workdir, restored_step))
 
     def has(self, step: int, name: str) -> bool:
-        """Says whether metrics.jsonl held the metric at the step when the run began; all processes say the same."""
-        return (step, name) in self.jsonl.seen
+        """Says whether metrics.jsonl held the metric at the step when the run began, as process 0 alone knows."""
+        return self.jsonl is not None and (step, name) in self.jsonl.seen
 
     def write_scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes name → number; JSON has no NaN, so a number that is not finite is written as null."""
-        if self.active:
+        if self.jsonl:
             self.jsonl.write(step, {k: float(v) if np.isfinite(v) else None for k, v in values.items()})
         self._each(lambda sink: sink.write_scalars(step, values))
 
@@ -160,11 +178,13 @@ class MetricWriter:
         self._each(lambda sink: sink.write_image(step, name, image))
 
     def flush(self) -> None:
-        self.jsonl.flush()
+        if self.jsonl:
+            self.jsonl.flush()
         self._each(lambda sink: sink.flush())
 
     def close(self) -> None:
-        self.jsonl.flush(FINAL_RETRY_SECONDS)
+        if self.jsonl:
+            self.jsonl.flush(FINAL_RETRY_SECONDS)
         self._each(lambda sink: sink.close())
 
     def _each(self, call: Callable[[Sink], None]) -> None:

@@ -3,29 +3,120 @@
 import importlib.util
 import os
 import re
+from collections.abc import Mapping
+from typing import Any
+from unicodedata import category
 
 from etils import epath
 
-from mae_jax.errors import UserError
+from mae_jax.errors import UserError, printable
 
 # Read when etils meets the first gs:// path: gcsfs serves it then, TensorFlow stays out.
 os.environ.setdefault("EPATH_USE_TF", "false")
 
+GCS_MISREADS = "*?[]{}\\#"  # gcsfs and the bucket take them for a pattern, or for a generation
+ORBAX_MISREADS = "*?[]\\"  # a pattern, as its glob reads them
+# Of a config, besides init_from; data.path is as its source reads it.
+FIELDS = ("data.tokens", "train.compilation_cache", "method.vocabulary_file", "method.clusters")
 BUCKET = r"gs://[a-z0-9][a-z0-9_.-]{1,220}[a-z0-9](/|$)"
 
 
-def locate(folder: str) -> epath.Path:
-    """Returns the folder as a path.
+def normalized(path: str, flag: str = "") -> str:
+    """Returns a path that somebody gave as all of us mean it: `~` is a home; environment variables stay as written.
+
+    Args:
+      path: of a file, a folder or a pattern of files, local or gs://.
+      flag: that it was given by, as '--workdir' or 'data.path', for messages.
 
     Raises:
-      UserError: it is in a bucket, and the packages for that are missing, or the bucket cannot be looked into.
+      UserError: it is neither local nor gs://, `~` is of nobody, or no line can show it.
     """
-    if re.match(r"\w+:/|gs:", folder) and not folder.startswith("gs://"):
-        raise UserError(f"{folder}: a folder is local or gs://BUCKET/FOLDER")
-    if folder.startswith("gs://") and set(folder) & set("*?[#"):  # gcsfs takes them for a pattern, or for a generation
-        raise UserError(f"{folder}: a folder in a bucket cannot have *, ?, [ or # in its name")
-    check_bucket(folder)
-    return epath.Path(folder)
+    said = f"{flag}={printable(path)}" if flag else printable(path)
+    if any(category(char) in ("Cc", "Cs", "Zl", "Zp") for char in path):
+        raise UserError(f"{said}: a path cannot have line breaks, control characters or what is no UTF-8 in it")
+    if re.match(r"[\w.+-]+:/|gs:", path) and not path.startswith("gs://"):
+        raise UserError(f"{said}: a folder is local or gs://BUCKET/FOLDER")
+    if path.startswith("gs://"):
+        if {".", ".."} & set(path.split("/")):
+            raise UserError(f"{said}: a path in a bucket cannot have the parts . and ..")
+        return path
+    expanded = os.path.expanduser(path)
+    if path.startswith("~") and expanded == path:
+        raise UserError(f"{said}: there is no user {path.split('/')[0][1:]!r}; a folder of this name is "
+                        f"./{printable(path)}")
+    return expanded
+
+
+def locate(path: str, flag: str = "") -> epath.Path:
+    """Returns a file or a folder as a path: what it names is there literally, whatever characters its name has.
+
+    Args: as of `normalized`.
+
+    Raises:
+      UserError: as of `normalized`; or it is in a bucket, and the packages for that are missing, the bucket cannot be
+        looked into, or gcsfs would take the name for a pattern.
+    """
+    path = normalized(path, flag)
+    if path.startswith("gs://"):
+        _refuse(path, GCS_MISREADS, flag)
+        check_bucket(path)
+    return epath.Path(path)
+
+
+def output(path: str, flag: str) -> epath.Path | None:
+    """Returns a file that a command writes at its end, None without one; raises UserError where it cannot be written.
+
+    A mistake shows before minutes of measuring. What is in the file stays until then.
+    """
+    if not path:
+        return None
+    file = locate(path, flag)
+    if file.is_dir():
+        raise UserError(f"{flag}={path} is a folder; expected the name of a file")
+    try:
+        make_folder(file.parent)
+        if not str(file).startswith("gs://"):
+            with open(file, "ab"):
+                pass
+    except OSError as error:
+        raise UserError(f"{flag}={path} cannot be written: {error.strerror or error}") from None
+    return file
+
+
+def for_orbax(path: str, flag: str = "") -> str:
+    """Returns the `normalized` path of a folder with checkpoints under it, or of a file.
+
+    Orbax looks for what its processes wrote by a pattern that begins with the folder's name as it is. So nothing of it
+    may be a pattern, nor of the current folder where the path is relative: what is saved there could not be read.
+
+    Raises:
+      UserError: as of `normalized`, or a part of it would be taken for a pattern.
+    """
+    path = normalized(path, flag)
+    if path.startswith("gs://") or not os.path.isfile(path):
+        _refuse(path if path.startswith("gs://") else os.path.abspath(path), ORBAX_MISREADS, flag)
+    return path
+
+
+def locate_checkpoints(path: str, flag: str) -> epath.Path:
+    """Returns a path as `locate`; raises UserError as `for_orbax` does, too."""
+    return locate(for_orbax(path, flag), flag)
+
+
+def check_fields(values: Mapping[str, Any]) -> None:
+    """Raises UserError for the first field of a config, by dotted name, whose path cannot be meant."""
+    if values["init_from"]:
+        for_orbax(values["init_from"], "init_from")
+    for field in FIELDS:
+        normalized(values.get(field, ""), field)
+
+
+def _refuse(path: str, characters: str, flag: str) -> None:
+    """Raises UserError where a path has one of these characters."""
+    if found := sorted(set(path) & set(characters)):
+        where = f"{flag}: " if flag else ""
+        raise UserError(f"{where}{printable(path)}: the path has {' '.join(found)} in it, which would be taken for a "
+                        "pattern; name another folder")
 
 
 def check_bucket(path: str) -> None:

@@ -6,12 +6,16 @@ import shutil
 
 from etils import epath
 
+from mae_jax.storage.paths import for_orbax
+
 MARK = "commit_success.txt"  # orbax writes it last
+TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a folder that a save on a disk is writing
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """Returns the path as orbax wants it; gs:// paths are absolute."""
-    return epath.Path(path if "://" in str(path) else os.path.abspath(path))
+    """Returns the path as orbax wants it, gs:// or absolute; raises UserError where it would misread it."""
+    path = for_orbax(os.fspath(path))
+    return epath.Path(path if path.startswith("gs://") else os.path.abspath(path))
 
 
 def newest(path: epath.PathLike) -> epath.Path:
@@ -30,9 +34,19 @@ def offered(path: epath.Path) -> list[epath.Path]:
 
 def committed(folder: epath.Path) -> list[int]:
     """Returns the steps of complete checkpoints, ascending."""
+    if os.fspath(folder).startswith("gs://"):
+        return _marked(folder)
     if not folder.exists():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if _of_step(path) and complete(path))
+
+
+def _marked(folder: epath.Path) -> list[int]:
+    """Returns the steps in a bucket that are marked as complete, ascending: one listing, however many there are."""
+    from mae_jax.storage import gcs
+
+    found = (epath.Path(name) for name in gcs.names(str(folder), f"*/{MARK}"))
+    return sorted(int(path.parent.name) for path in found if len(path.parts) == 2 and _of_step(path.parent))
 
 
 def complete(path: epath.Path) -> bool:
@@ -43,8 +57,14 @@ def complete(path: epath.Path) -> bool:
 
 def leftovers(folder: epath.Path) -> list[epath.Path]:
     """Returns the folders that interrupted saves left; a file is never one."""
+    if os.fspath(folder).startswith("gs://"):
+        from mae_jax.storage import gcs
+
+        whole = set(map(str, _marked(folder)))
+        inside = (folder / name for name in gcs.names(str(folder)) if name.endswith("/"))
+        return [path for path in inside if path.name not in whole and (TEMPORARY in path.name or _of_step(path))]
     return [path for path in folder.iterdir() if path.is_dir() and (
-        ".orbax-checkpoint-tmp" in path.name or (_of_step(path) and not complete(path)))]
+        TEMPORARY in path.name or (_of_step(path) and not complete(path)))]
 
 
 def move(folder: epath.Path, target: epath.Path) -> None:

@@ -20,7 +20,7 @@ def save(file: epath.PathLike, entries: np.ndarray, kind: str) -> None:
 
 def load(file: epath.PathLike, kind: str, shape: tuple[int, int]) -> np.ndarray:
     """Reads a vocabulary float32 of a kind and a shape (V - 1, P); raises UserError for any other."""
-    path = locate(str(file))
+    path = locate(str(file), "method.vocabulary_file")
     if not path.is_file():
         raise UserError(f"method.vocabulary_file={file!r} is no file; python -m mae_jax cluster writes one")
     with opened(path) as stored:

@@ -103,6 +103,26 @@ def _who(text: bytes) -> str:
         return "a run that did not say who it is"
 
 
+def _stop(line: str) -> NoReturn:
+    """Ends all processes at once, from any thread: nothing that is still to do in order may be done."""
+    if peers := runtime_peers.peers():
+        peers.leave(errors.GUARD, line)
+    write_stderr(line)
+    exit_now(errors.GUARD)
+
+
+def _device(path: str) -> int:
+    """Returns the number of the device that a path is on, or would be once it is made; raises OSError."""
+    path = os.path.abspath(path)
+    while True:
+        try:
+            return os.stat(path).st_dev
+        except OSError as error:
+            if error.errno not in MISSING_ERRNOS or path == os.path.dirname(path):
+                raise
+        path = os.path.dirname(path)
+
+
 class FileLock:
     """A lock on a file, which stays behind, but in a folder that was made for it and where nothing came of the run."""
 
@@ -110,6 +130,7 @@ class FileLock:
         self.path, self.folder = path, path.parent
         self.made = not self.folder.exists()
         self.descriptor, self.taken = -1, False
+        self.devices: dict[str, int] = {}  # of the folder, and of its checkpoints where these are a link
 
     def take(self) -> None:
         """Takes the lock; raises UserError, naming who holds it."""
@@ -129,6 +150,10 @@ class FileLock:
                 raise UserError(f"cannot write the workdir {self.folder}: {why}") from None
             logger.warning("the file system of %s has no locks: nothing keeps a second run out of it", self.path)
         self.taken = True
+        if not self.devices:
+            checkpoints = os.path.join(self.folder, "checkpoints")
+            self.devices = {path: _device(path) for path in (str(self.folder), checkpoints)
+                            if path != checkpoints or os.path.islink(path)}
         with contextlib.suppress(OSError):  # a full disk; it is held all the same
             os.truncate(self.descriptor, 0)
             os.write(self.descriptor, _signature())
@@ -154,8 +179,16 @@ class FileLock:
             return False
 
     def why_unwritable(self) -> str:
-        """Returns why it is not sure that this run has the lock; makes the file again where somebody removed it."""
+        """Returns why it is not sure that this run has the lock; makes the file again where somebody removed it.
+
+        Ends the process where the folder is on another disk than it was: what is there now is what a mount had hidden,
+        and would be hidden again by the next one.
+        """
         try:
+            for path, device in self.devices.items():
+                if self.taken and _device(path) != device:
+                    _stop(f"stopped: {path} is not on the disk that it was on when the run began (unmounted?); nothing "
+                          "more is written; mount it again, and the same command goes on")
             if self.taken and (self.descriptor < 0 or not self._is_there()):
                 self.take()
                 logger.warning("%s had been removed, and is there again", self.path)
@@ -269,10 +302,7 @@ class BucketLease:
         by = _who(found.content) if found else "a run that has ended since"
         line = (f"stopped: {self.workdir} was taken over by {by}, after this run had given no sign of life for "
                 f"{silent:.0f} s; nothing more is written")
-        if peers := runtime_peers.peers():
-            peers.leave(errors.GUARD, line)
-        write_stderr(line)
-        exit_now(errors.GUARD)
+        _stop(line)
 
     def give_back(self) -> None:
         """Deletes the object, unless this was done or it is another's; a failure costs the next run a wait."""

@@ -17,10 +17,10 @@ from mae_jax.runtime.console import print_once
 from mae_jax.runtime.signals import SignalHandler
 from mae_jax.runtime.watchdog import Watchdog
 from mae_jax.state import TrainState
-from mae_jax.storage import metric_sinks, paths, workdir_lock
+from mae_jax.storage import disk, metric_sinks, paths, step_dirs, workdir_lock
 from mae_jax.storage.checkpoint import Checkpoints
 from mae_jax.storage.metric_writer import MetricWriter
-from mae_jax.training import evaluation, optim, workdir
+from mae_jax.training import evaluation, optim, warm_start, workdir
 from mae_jax.training.evaluation import PeriodicEvaluation
 from mae_jax.training.run import (
     Run,
@@ -75,9 +75,11 @@ def resume(run: Run, stopper: SignalHandler, watchdog: Watchdog) -> int:
         run.program.method.check_extras(state.extras)
         logger.info("resumed at step %d", state.step)
     startup_timer.done("state")
+    _check_room(run)
     # Not before all that a mistake can break has worked.
     workdir.record(folder, config, run.inputs, evaluator.names_applying)
-    recorder = MetricWriter(folder, int(state.step), metric_sinks.names(config.log), jax.process_index() == 0)
+    done, first = int(state.step), jax.process_index() == 0
+    recorder = MetricWriter(folder, done, metric_sinks.names(config.log), first, since=done)
     try:
         periodic = PeriodicEvaluation(run, evaluator, recorder)
         code = loop(run, state, checkpoints, periodic, stopper, watchdog)
@@ -94,6 +96,9 @@ def resume(run: Run, stopper: SignalHandler, watchdog: Watchdog) -> int:
 def dry_run(config: ConfigDict, folder: str) -> int:
     """Compiles the train step and says how the run would be laid out; writes nothing. Returns the exit code."""
     run = open_run(config, folder)
+    _check_room(run)
+    if config.init_from and not peers.broadcast(step_dirs.committed(run.workdir / "checkpoints")):
+        warm_start.load(config, run.program.state.params)  # as the run would
     mesh, rows = run.program.mesh, sharding.local_rows(run.program.mesh, config.batch_size)
     with jax.set_mesh(mesh):
         run.program.compile()
@@ -108,6 +113,23 @@ def dry_run(config: ConfigDict, folder: str) -> int:
         print_once(f"process {number}: {share}")
     print_once(f"{run.timeline.total} steps; compiled after {startup_timer.summary()}")
     return errors.FINISHED
+
+
+def _check_room(run: Run) -> None:
+    """Raises UserError in all processes where the disk cannot hold one more checkpoint."""
+    config, timeline, why = run.config.checkpoint, run.timeline, ""
+    if jax.process_index() == 0:
+        there = step_dirs.committed(run.workdir / "checkpoints")
+        saves = timeline.total // (timeline.save_every or timeline.total) + 1
+        kept = timeline.total // timeline.keep_every if timeline.keep_every else 0
+        best = 2 * bool(config.best_metric)
+        try:
+            more = min(config.keep_last + kept + 1, saves) + best - len(there)
+            disk.check_room(run.workdir, run.program.state, max(1, more))
+        except UserError as error:
+            why = str(error)
+    if why := peers.broadcast(why):
+        raise UserError(why)
 
 
 class Profile:
@@ -222,7 +244,7 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
       folder: the workdir.
       config: the one it was made with, but for fields that a resumed run may change; None: the very one.
     """
-    path, given = paths.locate(folder), config is not None
+    path, given = paths.locate_checkpoints(folder, "--workdir"), config is not None
     if config is None:
         config = config_for_inspection(path)
     else:
@@ -240,7 +262,8 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
         raise UserError(f"{path} holds no checkpoint yet")
     run.program.method.check_extras(state.extras)
     # Lines past this step stay: they may be those of a run in progress.
-    recorder = MetricWriter(path, math.inf, metric_sinks.names(run.config.log), jax.process_index() == 0)
+    recorder = MetricWriter(path, math.inf, metric_sinks.names(run.config.log), jax.process_index() == 0,
+                            since=int(state.step))
     with jax.set_mesh(run.program.mesh):
         evaluator, began = Evaluator(run.program.method, run.inputs, run.program.mesh), time.monotonic()
         periodic = PeriodicEvaluation(run, evaluator, recorder)

@@ -22,7 +22,7 @@ def replay(folder: str, step: int) -> int:
     Steps whose gradients were not finite left the parameters as they were, so that the checkpoint saved when the guard
     stopped the run holds those that such a step began with. Returns the exit code.
     """
-    path = paths.locate(folder)
+    path = paths.locate_checkpoints(folder, "--workdir")
     run = prepare(config_for_inspection(path), path)
     state = Checkpoints(path, run.config.checkpoint.keep_last).restore(run.program.state)
     if state is None:

@@ -126,7 +126,7 @@ def open_run(config: ConfigDict, folder: str, for_training: bool = True) -> Run:
 
     Args: as of `prepare`.
     """
-    path = paths.locate(folder)
+    path = paths.locate_checkpoints(folder, "--workdir")
     jax.devices()
     startup_timer.done("devices")
     run = prepare(workdir.continued(path, config), path, for_training)
@@ -156,7 +156,7 @@ def compiled_programs(config: ConfigDict, folder: epath.Path) -> Iterator[None]:
     before = getattr(jax.config, CACHE)
     if place == "auto":
         place = before or str(folder / "compiled")
-    jax.config.update(CACHE, place or None)
+    jax.config.update(CACHE, paths.normalized(place) or None)
     compilation_cache.reset_cache()
     try:
         yield

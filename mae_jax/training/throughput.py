@@ -47,7 +47,7 @@ class Speed:
 
     def __init__(self, batch_size: int, flops_per_image: int, peak: float | None):
         self.batch_size, self.flops, self.peak = batch_size, flops_per_image, peak
-        self.last = {"train/images_per_sec": float("nan"), "train/data_wait": float("nan")}
+        self.last: dict[str, float] = {}
         self.start()
 
     def start(self) -> None:
@@ -63,7 +63,10 @@ class Speed:
         return item
 
     def take(self) -> dict[str, float]:
-        """Returns the figures of the stretch and begins another; those of the one before where no step was taken."""
+        """Returns the figures of the stretch and begins another; those of the one before where no step was taken.
+
+        None where none was before either: the first step, with which programs are loaded, is not timed.
+        """
         if not self.steps:
             return self.last
         seconds = max(time.monotonic() - self.began, 1e-9)
@@ -78,8 +81,10 @@ class Speed:
 
 def progress_line(step: int, total: int, values: dict[str, float], batch_size: int) -> str:
     """Returns the line that is printed every log.every steps."""
+    line = f"step {step}/{total} ({step / total:.0%})  loss {values['train/loss']:.4f}  lr {values['train/lr']:.2e}"
+    if "train/images_per_sec" not in values:  # not timed yet
+        return line
     rate = values["train/images_per_sec"]
     mfu = f"  mfu {values['train/mfu']:.1%}" if "train/mfu" in values else ""
     left = clock((total - step) * batch_size / rate) if rate > 0 else "?"
-    return (f"step {step}/{total} ({step / total:.0%})  loss {values['train/loss']:.4f}  lr {values['train/lr']:.2e}  "
-            f"{rate:.0f} images/s  data wait {values['train/data_wait']:.0%}{mfu}  {left} left")
+    return f"{line}  {rate:.0f} images/s  data wait {values['train/data_wait']:.0%}{mfu}  {left} left"

@@ -1,5 +1,6 @@
 """What a run leaves behind besides checkpoints: config.json, DONE, and the check of a resumed config."""
 
+import contextlib
 import fnmatch
 import importlib.metadata
 import json
@@ -34,6 +35,11 @@ ARCHIVED = "$Format:%H$"  # `git archive` writes the commit here, as .gitattribu
 DAMAGED = (ValueError, KeyError, AttributeError, TypeError)  # what the content of a damaged file raises
 MAX_HEADER_BYTES = 100_000_000  # bytes of a safetensors file's header, by its specification
 PACKAGES = ("mae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
+OTHER_NAMES = {  # under which the same package is distributed
+    "tensorflow": ("tensorflow-cpu", "tensorflow-intel", "tensorflow-macos", "tensorflow-rocm", "tf-nightly",
+                   "tf-nightly-cpu"),
+    "pillow": ("pillow-simd",),
+}
 
 
 def changes(workdir: epath.Path, config: ConfigDict, inputs: Any = None, origin: epath.Path | None = None) -> list[str]:
@@ -334,10 +340,10 @@ def git_commit() -> str:
 
 def versions() -> dict[str, Any]:
     """Returns package → version, null where it is not installed."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = dict.fromkeys(PACKAGES)
     for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
+        for name in (package, *OTHER_NAMES.get(package, ())):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found[package] = importlib.metadata.version(name)
+                break
     return found

@@ -1,5 +1,8 @@
 """A user's mistake ends with one clear line and exit code 2, our bugs with a traceback and 1."""
 
+import importlib
+import importlib.util
+import os
 import subprocess
 import sys
 
@@ -9,6 +12,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from mae_jax.commands import cli
+from mae_jax.config import validate
 from mae_jax.errors import GuardError, UserError
 from mae_jax.training import loop, workdir
 from tests.helpers.tiny import tiny_config
@@ -101,6 +105,50 @@ def test_a_config_file_of_the_users_own_that_does_not_load_is_explained(monkeypa
     found = line_of(monkeypatch, f"--config={tmp_path / 'mine.py'}")
     assert "\n" not in found
     assert line in found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["--help", "--helpfull", "--helpshort", "--helpxml", "--config=quickstart --help",
+                                  "--version"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_pipe_that_nobody_reads_ends_help_without_a_word(flag, unbuffered, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "mae_jax.main", *flag.split()], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.slow
+def test_flag_files_give_flags_and_one_that_cannot_be_read_is_a_mistake(tmp_path):
+    (tmp_path / "flags").write_text(f"--config=quickstart\n--workdir={tmp_path / 'run'}\n"
+                                    "--config.data.image_size=(30,32)\n")
+    assert "height 30" in main(f"--flagfile={tmp_path / 'flags'}").stderr
+    (tmp_path / "bytes").write_bytes(b"\xab\xcd")
+    for name in ("nope", ".", "bytes"):
+        done = main(f"--flagfile={tmp_path / name}")
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize(("recipe", "name"), [("quickstart", "dino"), ("vit_s_dino", "mae"), ("moce", "mae")])
+def test_another_method_over_a_recipe_is_refused_by_what_differs(recipe, name):
+    config = importlib.import_module(f"configs.{recipe}").get_config()
+    config.unlock()
+    config.method.name = name
+    with pytest.raises(UserError, match=rf"^method\.name='{name}' .*method\.\w+ is of one"):
+        validate(config)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+def test_libtpu_without_a_tpu_is_not_heard(monkeypatch):
+    for name in ("JAX_PLATFORMS", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"):
+        monkeypatch.delenv(name, raising=False)
+    code = "import jax; from mae_jax.commands import cli; cli.guarded(lambda: print(jax.devices()[0].platform) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == ""
 
 
 def raises(error):

@@ -4,10 +4,10 @@
 
 Clients find it through STORAGE_EMULATOR_HOST and TENSORSTORE_GCS_HTTP_URL, see `environment`.
 
-Served: buckets (made, looked at, storageLayout); objects listed (prefix, delimiter, startOffset, endOffset,
-maxResults, pageToken), read (JSON, alt=media, /download, XML /BUCKET/OBJECT, ranges), written (media, multipart,
-resumable), deleted, rewritten, copied, moved, composed; conditions on generations (412, 304); x-goog-generation and
-x-goog-hash on all that is read.
+Served: buckets (made, looked at, storageLayout); objects listed (prefix, delimiter, matchGlob, startOffset,
+endOffset, maxResults, pageToken), read (JSON, alt=media, /download, XML /BUCKET/OBJECT, ranges), written (media,
+multipart, resumable), deleted, rewritten, copied, moved, composed; conditions on generations (412, 304);
+x-goog-generation and x-goog-hash on all that is read.
 
 Faults, from any process: POST /_faults with one JSON object, or a list of them, of these fields:
 

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import itertools
+import re
 import threading
 import time
 from dataclasses import dataclass, field
@@ -98,6 +99,8 @@ class Store:
         with self.lock:
             names = sorted(self.bucket(bucket).items())
         for name, stored in names:
+            if not _fits(name, query.get("matchGlob", "")):
+                continue
             if name.startswith(query.get("prefix", "")) and name >= start and (not end or name < end):
                 shown = _shown(name, query)
                 entries[shown] = stored if shown == name else None
@@ -107,6 +110,13 @@ class Store:
         more = {"nextPageToken": base64.urlsafe_b64encode(page[-1][0].encode()).decode()} if page != left else {}
         return {"kind": "storage#objects", "prefixes": [shown for shown, stored in page if stored is None],
                 "items": [stored.described(bucket, shown) for shown, stored in page if stored is not None], **more}
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """Says whether a name fits a pattern, of which only `*`, what is within a part of the path, is known here."""
+    assert not set(pattern) & set("?[]{}\\"), pattern
+    assert "**" not in pattern, pattern
+    return not pattern or re.fullmatch("[^/]*".join(map(re.escape, pattern.split("*"))), name) is not None
 
 
 def _shown(name: str, query: Query) -> str:

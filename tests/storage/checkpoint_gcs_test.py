@@ -57,6 +57,30 @@ def test_bursts_and_resets_during_a_save_are_waited_for_and_the_checkpoint_is_wh
     assert same(restored(run), make_state(1))
 
 
+def test_a_save_lists_a_bucket_of_many_kept_steps_once_and_behind_the_training(run, gcs):
+    folder = f"{run.removeprefix('gs://bucket/')}/checkpoints"
+    for step in range(1, 2001):
+        gcs.store.put("bucket", f"{folder}/{step}/commit_success.txt", b"", {}, {})
+    gcs.store.put("bucket", f"{folder}/2001/state/d/x", b"", {}, {})  # without the mark: an interrupted save
+    gcs.store.put("bucket", f"{folder}/1999/state/commit_success.txt", b"", {}, {})
+    checkpoints = Checkpoints(run, 2, keep_every=1)
+    assert checkpoints.latest() == 2000
+    checkpoints.save(2001, make_state(1))
+    checkpoints.wait()
+    assert checkpoints.failed is None
+    gcs.clear()
+    checkpoints._prepare(2002)
+    assert gcs.requests == []
+    checkpoints.save(2002, make_state(2002))
+    checkpoints.wait()
+    checkpoints.close()
+    assert checkpoints.failed is None
+    whole = [request for request in gcs.requests if "matchGlob" in request]
+    assert len(whole) == 3  # a listing of 2,001 names has so many pages
+    assert not [request for request in gcs.requests if "2002" not in request and request not in whole]
+    assert checkpoints.latest() == 2002
+
+
 @pytest.mark.parametrize("file", ["upload.*/d/", "upload.*manifest", "upload.*commit_success", "o[?].*checkpoints"])
 def test_a_save_that_is_refused_is_a_warning_and_the_next_one_works(run, gcs, caplog, file):
     checkpoints = save(run, 1)

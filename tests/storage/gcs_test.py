@@ -121,7 +121,7 @@ def test_another_universe_is_refused(gcs, monkeypatch):
 
 
 def test_a_name_that_is_a_pattern_is_refused(gcs):
-    with pytest.raises(UserError, match=r"gs://bucket/run\[1\]: .*\*, \?, \[ or #"):
+    with pytest.raises(UserError, match=r"gs://bucket/run\[1\]: .* \[ \] "):
         paths.locate("gs://bucket/run[1]")
     assert gcs.requests == []
 

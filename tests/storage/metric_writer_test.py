@@ -15,7 +15,7 @@ from etils import epath
 from mae_jax.errors import UserError
 from mae_jax.evals.accumulators import Means
 from mae_jax.runtime.console import clock
-from mae_jax.storage import metric_sinks, metric_writer
+from mae_jax.storage import metric_sinks, metric_writer, tail
 from mae_jax.storage.metric_sinks import Sink
 from mae_jax.storage.metric_writer import JsonLines, MetricWriter
 from mae_jax.training import throughput
@@ -136,7 +136,7 @@ def test_a_line_that_fits_only_in_part_leaves_no_half_behind(path):
 
 def test_cutting_lines_on_a_full_disk_loses_none_and_says_so(path, monkeypatch):
     JsonLines(path, 0).write(50, {"train/loss": 1.0})
-    monkeypatch.setattr(metric_writer, "replace_text", full)
+    monkeypatch.setattr(tail, "replace", full)
     with pytest.raises(UserError, match="No space left"):
         JsonLines(path, 20)
     assert steps(path) == [50]
@@ -211,11 +211,10 @@ def test_a_number_that_is_not_finite_becomes_null(tmp_path):
         "step": 1, "time": 0, "train/loss": None, "train/lr": 0.5}
 
 
-def test_every_process_knows_what_was_evaluated_but_only_one_writes(tmp_path):
+def test_only_the_first_process_reads_what_was_evaluated_and_writes(tmp_path):
     MetricWriter(epath.Path(tmp_path), 0, sinks=("pictures",)).write_scalars(4, {"eval/loss": 1.0})
     other = MetricWriter(epath.Path(tmp_path), 4, sinks=("pictures", "tensorboard"), active=False)
-    assert other.has(4, "eval/loss")
-    assert not other.has(5, "eval/loss")
+    assert not other.has(4, "eval/loss")
     other.write_scalars(5, {"eval/loss": 1.0})
     other.write_image(5, "reconstruct", np.zeros((2, 2, 3), np.uint8))
     other.close()
@@ -338,6 +337,7 @@ def test_speed_counts_steps_and_waiting_of_its_stretch(monkeypatch):
     monkeypatch.setattr(throughput.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(throughput.jax, "device_count", lambda: 2)
     speed = Speed(batch_size=8, flops_per_image=10, peak=100.0)
+    assert speed.take() == {}  # no step that was timed, as in a run of one
 
     def produce():
         now[0] += 0.5
@@ -365,4 +365,33 @@ def test_the_progress_line_says_what_is_left_and_mfu_only_where_it_is_known():
     line = progress_line(10, 40, values, batch_size=50)
     assert line == "step 10/40 (25%)  loss 0.5000  lr 1.00e-03  100 images/s  data wait 12%  15s left"
     assert "mfu 45.6%" in progress_line(10, 40, values | {"train/mfu": 0.4561}, batch_size=50)
-    assert "? left" in progress_line(10, 40, values | {"train/images_per_sec": math.nan}, batch_size=50)
+    untimed = {name: values[name] for name in ("train/loss", "train/lr")}
+    assert progress_line(1, 1, untimed, batch_size=50) == "step 1/1 (100%)  loss 0.5000  lr 1.00e-03"
+
+
+def test_a_long_file_is_read_from_its_end_and_what_is_before_stays(path):
+    lines = [json.dumps({"step": step, "time": 1.0, "train/loss": 0.5, "pad": "x" * 900}) for step in range(1, 20_001)]
+    text = "\n".join(lines) + "\n"
+    path.write_text(text)
+    began, (start, end) = time.monotonic(), (0, b"")
+    with path.open("rb") as file:
+        start, end = tail.read(file, 19_990)
+    assert len(end) < 2 * tail.BLOCK < len(text) / 5
+    assert start + len(end) == len(text)
+    resumed = JsonLines(path, 19_990, since=19_990)
+    assert time.monotonic() - began < 2
+    assert path.read_text() == "\n".join(lines[:19_990]) + "\n"
+    assert (19_990, "train/loss") in resumed.seen
+    resumed.write(19_990, {"train/loss": 1.0, "eval/loss": 1.0})
+    assert path.read_text().count("\n") == 19_991
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 300, 10_000])
+def test_where_blocks_end_makes_no_difference(path, monkeypatch, block):
+    monkeypatch.setattr(tail, "BLOCK", block)
+    steps_written = [*range(60), 12, *range(60, 70), 60]  # 12 and 60: evaluations of older checkpoints
+    path.write_text("".join(json.dumps({"step": step, "n": place}) + "\n" for place, step in enumerate(steps_written)))
+    whole = path.read_text()
+    seen = JsonLines(path, 60, since=60).seen
+    assert path.read_text() == "".join(line + "\n" for line in whole.splitlines() if json.loads(line)["step"] <= 60)
+    assert {step for step, _ in seen} >= {60}

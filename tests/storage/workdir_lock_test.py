@@ -248,3 +248,74 @@ def test_a_workdir_that_cannot_be_made_is_the_users_mistake(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"workdir .*: Not a directory"):
         take(str(tmp_path / "file" / "run"))
+
+
+@pytest.fixture
+def ended(monkeypatch) -> list:
+    """What would have ended the process."""
+    lines = []
+    monkeypatch.setattr(workdir_lock, "_stop", lambda line: lines.append(line) or sys.exit(3))
+    return lines
+
+
+@pytest.mark.parametrize("there", ["the folder under it", "nothing"])
+def test_a_disk_that_is_unmounted_under_a_run_ends_it_and_nothing_is_made_where_it_was(tmp_path, monkeypatch, ended,
+                                                                                       there):
+    folder, real = tmp_path / "disk" / "run", workdir_lock._device
+    with workdir_lock.hold(epath.Path(folder)):
+        assert workdir_lock.why_unwritable() == ""
+        (tmp_path / "disk").rename(tmp_path / "away")  # as the path after `umount -l`: another folder, on another disk
+        (folder if there != "nothing" else tmp_path / "disk").mkdir(parents=True)
+        monkeypatch.setattr(workdir_lock, "_device", lambda path: real(path) + 1)
+        with pytest.raises(SystemExit):
+            workdir_lock.why_unwritable()
+        assert str(folder) in ended[0]
+        assert not (folder / "lock").exists()
+
+
+def test_checkpoints_that_are_a_link_to_another_disk_are_looked_at_too(tmp_path, monkeypatch, ended):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "big").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "big")
+    with workdir_lock.hold(epath.Path(tmp_path / "run")):
+        assert workdir_lock.why_unwritable() == ""
+        real = workdir_lock._device
+        monkeypatch.setattr(workdir_lock, "_device", lambda path: real(path) + path.endswith("checkpoints"))
+        with pytest.raises(SystemExit):
+            workdir_lock.why_unwritable()
+    assert str(tmp_path / "run" / "checkpoints") in ended[0]
+
+
+def test_a_folder_that_somebody_removed_is_no_other_disk(tmp_path, ended):
+    with workdir_lock.hold(epath.Path(tmp_path / "run")):
+        shutil.rmtree(tmp_path / "run")
+        assert workdir_lock.why_unwritable() == ""
+    assert ended == []
+
+
+UNMOUNTED = """
+import subprocess, sys
+from pathlib import Path
+from etils import epath
+from mae_jax.storage import workdir_lock
+disk = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "none", disk], check=True)
+with workdir_lock.hold(epath.Path(disk / "run")):
+    assert workdir_lock.why_unwritable() == ""
+    subprocess.run(["umount", "-l", disk], check=True)
+    print("unmounted", flush=True)
+    workdir_lock.why_unwritable()
+    print("went on")
+"""
+
+
+@pytest.mark.slow
+def test_a_lazy_unmount_of_a_real_disk_ends_a_run(tmp_path):
+    alone = ["unshare", "--user", "--map-root-user", "--mount"]
+    if not shutil.which("unshare") or subprocess.run([*alone, "mount", "-t", "tmpfs", "none", tmp_path],
+                                                     capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    done = subprocess.run([*alone, sys.executable, "-c", UNMOUNTED, tmp_path], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "unmounted\n"), done.stderr
+    assert str(tmp_path / "run") in done.stderr
+    assert not list(tmp_path.iterdir())

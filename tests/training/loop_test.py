@@ -281,3 +281,22 @@ def test_a_step_whose_pictures_were_mixed_is_replayed_picture_by_picture(tmp_pat
     assert loop.train(tiny_supervised(fields | data), str(tmp_path)) == 0
     assert replay.replay(str(tmp_path), 1) == 0
     assert "examples whose loss is not finite: none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", ["missing", "empty", "file.safetensors"])
+def test_an_init_from_that_is_none_is_refused_by_a_dry_run_too(tmp_path, monkeypatch, source):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.safetensors").write_bytes(b"no weights")
+    monkeypatch.setattr("mae_jax.training.train_step.TrainStep.compile", None)  # is not reached
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / source))):
+        loop.dry_run(tiny_config({"init_from": str(tmp_path / source)}), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("entry", [loop.dry_run, loop.train])
+def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(tmp_path, monkeypatch, entry):
+    monkeypatch.setattr("mae_jax.training.train_step.TrainStep.compile", None)
+    monkeypatch.setattr("mae_jax.storage.disk.free_bytes", lambda path: 1000)
+    with pytest.raises(UserError, match=r"disk has 0\.0 MB left"):
+        entry(tiny_config(), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

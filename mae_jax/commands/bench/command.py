@@ -10,7 +10,6 @@ for, the data is taken to be ImageNet-1K. FLOPs are the model's matrix products,
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -33,11 +32,13 @@ def main() -> int:
     from mae_jax import param_tree
     from mae_jax.commands.bench.timed_step import measure
     from mae_jax.errors import UserError, did_you_mean
+    from mae_jax.storage.paths import output
 
     for part in PARTS.value:
         if part not in ALL_PARTS:
             raise UserError(f"unknown part {part!r}; {did_you_mean(part, ALL_PARTS)}")
     configs.validate(CONFIG.value)
+    to = output(TO.value, "--to")
     device = jax.devices()[0]
     results: dict[str, Any] = {"device": device.device_kind, "devices": jax.device_count(),
                                "cores": os.cpu_count(), "batch_size": CONFIG.value.batch_size,
@@ -46,8 +47,8 @@ def main() -> int:
     for name, figures in measured:
         results[name] = figures
         print(f"{name:<6}" + "  ".join(f"{key} {_text(value)}" for key, value in figures.items()), flush=True)
-    if TO.value:
-        Path(TO.value).write_text(json.dumps(results, indent=2) + "\n")
+    if to:
+        to.write_text(json.dumps(results, indent=2) + "\n")
     return errors.FINISHED
 
 

@@ -80,7 +80,7 @@ def vocabulary() -> int:
     from mae_jax.methods.patch_targets import PatchTargets
     from mae_jax.storage import vocabulary as storage_vocabulary
 
-    config, file = CONFIG.value, paths.locate(TO.value)
+    config, file = CONFIG.value, paths.locate(TO.value, "--to")
     if file.suffix != ".npz":
         raise UserError(f"--to={TO.value}: the file's name must end in .npz")
     picture = file.with_suffix(".png")

@@ -32,7 +32,8 @@ class Features:
 
     def files(self) -> list[epath.Path]:
         """Returns the chunks that are there, in order."""
-        return sorted(self.folder.glob("[0-9]*.npz"))
+        # Not by a glob, for which the folder's own name would be a pattern too.
+        return sorted(file for file in self.folder.iterdir() if file.name[0].isdigit() and file.suffix == ".npz")
 
     def compute(self, method: Method, params: Any, extras: Any, batches: Iterator[dict[str, np.ndarray]],
                 mesh: Mesh) -> None:

@@ -42,12 +42,12 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
       seed: of the first centroids.
       data: config whose group `data` is read in place of the run's own.
     """
-    folder = paths.locate(source)
+    folder = paths.locate_checkpoints(source, "--from")
     config = workdir.read_config(workdir.of_checkpoint(folder))
     config = frozen(config if data is None else with_data(config, data), block)
     if config.method.name == "moce":
         raise UserError(f"{source} is itself a mixture of experts; cluster with the encoder that it started from")
-    method, to_folder = Frozen(config, block), paths.locate(to).expanduser()
+    method, to_folder = Frozen(config, block), paths.locate(to, "--to")
     mesh = sharding.make_mesh(method.config)
     inputs = pictures(method, sharding.local_rows(mesh, config.batch_size))
     if jax.process_index() == 0:

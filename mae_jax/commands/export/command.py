@@ -29,8 +29,8 @@ from mae_jax.interop.layouts import OURS, layouts
 
 REQUIRED = ("from", "to")
 FROM = flags.DEFINE_string("from", "", "workdir, or one step's folder in it")
-TO = flags.DEFINE_string("to", "", "the file to write, *.safetensors; with --layout=hf, or for a "
-                         "whole checkpoint, a folder")
+TO = flags.DEFINE_string("to", "", "the file to write, *.safetensors, which replaces one that is there; "
+                         "with --layout=hf, or for a whole checkpoint, a folder, whose other files stay")
 CONFIG = cli.define_config()
 FOR_TASK = flags.DEFINE_enum("for-task", "", ["", "vote", "probe", "random"], "which path of a mixture of experts")
 SEED = flags.DEFINE_integer("seed", 0, "of --for-task=random", lower_bound=0)

@@ -74,7 +74,7 @@ def extract_expert(config: ConfigDict, params: Any, extras: Any, task: ConfigDic
     table = {block: np.asarray(each) for block, each in method.probabilities(params, extras).items()}
     clusters = range(method.num_clusters)
     of_cluster = [tuple(int(each[cluster].argmax()) for each in table.values()) for cluster in clusters]
-    about = count_cluster_votes(found, paths.locate(config.method.clusters).expanduser(), task)
+    about = count_cluster_votes(found, paths.locate(config.method.clusters, "method.clusters"), task)
     votes = votes_per_path(of_cluster, about.votes)
     report = [f"path {name(path)}: {share:.1%} of the task's pictures" for path, share in ranked(votes) if share > 0]
     chosen = most_voted(votes, of_cluster, found, about)

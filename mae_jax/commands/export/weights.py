@@ -5,6 +5,8 @@ from typing import Any
 
 from mae_jax import errors
 
+FILES = (".pth", ".pt", ".ckpt", ".bin", ".th", ".tar", ".pkl", ".npz", ".npy", ".h5", ".msgpack", ".onnx", ".gguf",
+         ".zip", ".json")  # endings of what is no folder
 
 def export(source: str, to: str, layout: str, task: Any = None, how: str = "", seed: int = 0,
            clusters: str = "") -> int:
@@ -30,14 +32,20 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
     for flag, given in (("config", task is not None), ("clusters", clusters)):
         if given and not how:
             raise UserError(f"--{flag} is of --for-task=vote, probe or random; without it leave it out")
-    file, folder = paths.locate(to), paths.locate(source)
+    file, folder = paths.locate(to, "--to"), paths.locate_checkpoints(source, "--from")
     config = workdir.read_config(workdir.of_checkpoint(folder))  # which may name the plug-in that has the layout
     chosen = layouts.get(layout)
+    is_file = file.suffix == ".safetensors"
+    if not is_file and (difflib.get_close_matches(file.suffix, [".safetensors"]) or file.suffix in FILES):
+        raise UserError(f"--to={to}: did you mean .safetensors? Weights are written as that; else --to is a folder, "
+                        f"whose name does not end in {file.suffix}")
+    if is_file and (file.is_dir() or chosen.file):
+        raise UserError(f"--to={to} is the name of a file; " + (
+            f"--layout={layout} writes a folder" if chosen.file else "and there is a folder of this name"))
     if chosen.file:
+        check_no_run(file)
         file = file / chosen.file
-    elif file.suffix != ".safetensors":
-        if difflib.get_close_matches(file.suffix, [".safetensors"]):
-            raise UserError(f"--to={to}: did you mean .safetensors? Else it is a folder for a checkpoint")
+    elif not is_file:
         if layout == layouts.OURS and not how:
             print(checkpoint_copy.copy(folder, file))
             return errors.FINISHED
@@ -52,14 +60,23 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
         print("\n".join(report))
     state = in_layout(folded(tree, extras), config, chosen, folder)
     classes = workdir.classes_of(source) if "head" in tree else ()
+    replaced = " (replaces the file that was there)" if file.exists() else ""
     safetensors_file.save(file, state, workdir.metadata(config, layout, classes))
     for name, text in chosen.beside(config).items():
         paths.replace_text(file.parent / name, text)
     flat = param_tree.flatten(state)
-    print(f"{file}: {len(flat)} arrays, {sum(x.size for x in flat.values()):,} values")
+    print(f"{file}: {len(flat)} arrays, {sum(x.size for x in flat.values()):,} values{replaced}")
     if text := chosen.describe(config, flat):
         print(text)
     return errors.FINISHED
+
+
+def check_no_run(folder: Any) -> None:
+    """Raises UserError where a folder is a run's, whose config.json that of another library would replace."""
+    from mae_jax.errors import UserError
+
+    if any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl", "DONE")):
+        raise UserError(f"--to={folder} is the workdir of a run; name another folder")
 
 
 def in_layout(tree: Any, config: Any, layout: Any, folder: Any) -> Any:

@@ -54,7 +54,7 @@ def main() -> int:
     config = CONFIG.value
     if WRITE.value and not TO.value:
         raise UserError("--write needs --to=FOLDER")
-    to = paths.locate(TO.value or "inspect.png")  # what cannot be written is said before all pictures are read
+    to = paths.locate(TO.value or "inspect.png", "--to")  # what cannot be written is said before all pictures are read
     if not WRITE.value:
         check_writable(to)
     validate(config)

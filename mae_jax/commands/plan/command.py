@@ -15,7 +15,6 @@ in --cache and found again while config, code and versions are the same.
 import json
 import logging
 import os
-from pathlib import Path
 
 from absl import flags
 
@@ -45,14 +44,13 @@ def main() -> int:
     from mae_jax.commands.plan import cost, sweep
     from mae_jax.commands.plan.page import page
     from mae_jax.errors import UserError
+    from mae_jax.storage.paths import output
 
     if bool(TOPOLOGY.value) == bool(DEVICES.value):
         raise UserError("give one of --topology=v3:8x8 and --devices=8")
     configs.validate(CONFIG.value)
     cells = sweep.parse(SWEEP.value, CONFIG.value) if SWEEP.value else []
-    if JSON.value:
-        with Path(JSON.value).open("a"):  # a mistake shows before minutes of compiling
-            pass
+    to = output(JSON.value, "--json")
     jax.config.update("jax_platforms", "cpu")  # nothing runs, and a TPU of this machine stays free
     if DEVICES.value:
         cost.simulate(DEVICES.value)
@@ -64,7 +62,7 @@ def main() -> int:
         found = cost.measure(CONFIG.value, target, EXAMPLES.value, CACHE.value, logger.info)
         result = cost.figures(CONFIG.value, target, found, EXAMPLES.value)
         print(page(CONFIG.value, result))
-    if JSON.value:
+    if to:
         written = {"config": param_tree.flat(CONFIG.value), "versions": cost.versions(), **result}
-        Path(JSON.value).write_text(json.dumps(written, indent=2) + "\n")
+        to.write_text(json.dumps(written, indent=2) + "\n")
     return errors.FINISHED

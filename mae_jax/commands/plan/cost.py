@@ -24,6 +24,7 @@ from mae_jax.data import ASSUMED
 from mae_jax.durations import Timeline
 from mae_jax.errors import UserError
 from mae_jax.runtime import sharding
+from mae_jax.storage import paths
 from mae_jax.training import throughput
 from mae_jax.training.train_step import TrainStep, build
 
@@ -78,7 +79,7 @@ def measure(config: ConfigDict, target: Target, examples: int, cache: str = "",
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]
     named = {"methods": [config.method.name], "optimizers": [config.optim.name]}
     foreign = config.plugins or plugins.used(named)  # the code of plug-ins is in no digest
-    file = Path(cache).expanduser() / f"{key}.json" if cache and not foreign else None
+    file = Path(paths.normalized(cache, "--cache")) / f"{key}.json" if cache and not foreign else None
     if file and file.exists():
         with contextlib.suppress(ValueError):  # a damaged file is made anew
             return json.loads(file.read_text()) | {"cached": True}

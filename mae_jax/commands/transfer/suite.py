@@ -119,9 +119,10 @@ class Suite:
         from mae_jax.storage import paths, step_dirs
 
         self.recipe, self.lrs = recipe, lrs
-        self.encoder = encoder_config(source)
-        self.source = str(step_dirs.newest(paths.locate(source)))
-        self.to = paths.locate(to)
+        found = paths.locate_checkpoints(source, "--from")
+        self.encoder = encoder_config(str(found))
+        self.source = str(step_dirs.newest(found))
+        self.to = paths.locate_checkpoints(to, "--to")
         if self.to.exists() and not self.to.is_dir():
             raise UserError(f"--to={to} is a file; give the folder that the cells are to be under")
 

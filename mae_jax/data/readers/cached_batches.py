@@ -23,7 +23,7 @@ from mae_jax.data.sources.base import sampled, short_hash
 from mae_jax.errors import UserError
 from mae_jax.recipe_version import stored_name
 from mae_jax.storage.npz import opened
-from mae_jax.storage.paths import check_bucket, read_text
+from mae_jax.storage.paths import locate, read_text
 
 # Of the rows that fill the last batch; the other fields repeat the first example.
 PADDING = {"valid": 0, "label": -1, "labels": 0, "pixel_label": 255, "id": -1, "replaced": 0}
@@ -48,7 +48,7 @@ def open_folder(config: ConfigDict, meta: dict[str, Any], info: DataInfo, spec: 
     Batches that were made with views serve to look at an encoder without them, but not to train. `meta` is what
     `read_meta` returned.
     """
-    folder = epath.Path(config.data.path)
+    folder = locate(config.data.path, "data.path")
     wanted = hiding(order, views)
     for name, value in joined_from(config, info.clusters).items() if "kept" in meta else ():
         if meta[name] != value:
@@ -108,8 +108,7 @@ def _identity(arrays: Arrays, size: int) -> dict[str, str]:
 
 def read_meta(path: str) -> dict[str, Any]:
     """Reads what is said of the batches; raises UserError."""
-    check_bucket(path)
-    file = epath.Path(path) / "meta.json"
+    file = locate(path, "data.path") / "meta.json"
     text = read_text(file) if path else None
     if text is None:
         raise UserError(f"data.path={path!r} holds no meta.json of cached batches; "
@@ -125,7 +124,7 @@ def read_meta(path: str) -> dict[str, Any]:
 
 def multi_label(path: str, meta: dict[str, Any]) -> bool:
     """Says whether the images of a folder have any number of labels; folders of 0.1.0 do not say so themselves."""
-    file = epath.Path(path) / "evaluate.npz"
+    file = locate(path, "data.path") / "evaluate.npz"
     if "multi_label" in meta or not file.is_file():
         return meta.get("multi_label", False)
     with opened(file) as stored:

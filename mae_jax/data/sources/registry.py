@@ -10,7 +10,7 @@ from mae_jax import plugins
 from mae_jax.data.sources import splits
 from mae_jax.data.sources.base import RecordStream, Source
 from mae_jax.errors import UserError
-from mae_jax.storage.paths import check_bucket
+from mae_jax.storage.paths import check_bucket, normalized
 
 BUILT_IN = ("mnist5k", "photo_crops", "photo_mosaic")  # sources that come with a package
 # data.source → the module that has `load(data, split)`. Imported when asked for: some need packages of their own.
@@ -37,6 +37,7 @@ def load(data: ConfigDict, expression: str) -> Source | RecordStream:
     if data.get("path") and data.source in BUILT_IN:
         raise UserError(f"data.source={data.source!r} does not read data.path={data.path!r}; leave it out, or name a "
                         "source that reads it (the argument `runlocal` of a recipe takes photo crops for any data)")
+    data = _located(data)
     check_bucket(data.get("path") or "")
     opened = getattr(found, "load", found)
     parts = [opened(data, split) for split in splits.parts(expression)]
@@ -57,6 +58,19 @@ def load(data: ConfigDict, expression: str) -> Source | RecordStream:
     return keep_classes(source, data.classes)
 
 
+def _located(data: ConfigDict) -> ConfigDict:
+    """Returns the group with data.path as a source reads it, which may be a pattern; raises UserError."""
+    given = data.get("path") or ""
+    if data.source not in MODULES:  # a plug-in may read what we do not
+        return data
+    path = normalized(given, "data.path")
+    if path == given:
+        return data
+    data = data.copy_and_resolve_references()
+    data.path = path
+    return data
+
+
 def _found(data: ConfigDict) -> Any:
     """Returns the module, or the function, that data.source names; raises UserError with the nearest name."""
     return plugins.find("sources", data.source, MODULES, "data.source", others=("batches",))
@@ -65,7 +79,7 @@ def _found(data: ConfigDict) -> Any:
 def same_split(data: ConfigDict, one: str, other: str) -> bool:
     """Whether two names of splits mean the same images: data without splits have one held-out part, 'test' or 'val'.
     """
-    named = getattr(_found(data), "split_name", lambda data, name: name)
+    named, data = getattr(_found(data), "split_name", lambda data, name: name), _located(data)
     return one == other or named(data, one) == named(data, other)
 
 

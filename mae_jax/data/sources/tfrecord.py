@@ -7,6 +7,7 @@ names of the others ('-00003-of-00008') promise, and that fits the pattern, must
 """
 
 import fnmatch
+import glob
 import json
 import logging
 import re
@@ -59,13 +60,17 @@ def split_name(data: ConfigDict, name: str) -> str:
 
 def _pattern(path: str) -> str:
     """Returns the pattern of the files, also where only their folder is named."""
-    described = path and "*" not in path and (epath.Path(path) / RECORDS).is_file()
+    plain = path and not (path.startswith("gs://") and "*" in path)  # where gcsfs would look for a pattern
+    described = plain and (epath.Path(path) / RECORDS).is_file()
     return str(epath.Path(path) / PATTERN) if described else path
 
 
 def _files(pattern: str, split: str) -> list[epath.Path]:
     """Returns the files of a split, sorted."""
-    names = sorted(tf.io.gfile.glob(pattern)) if pattern else []
+    folder, slash, name = pattern.rpartition("/")
+    # A folder of just that name is meant, whatever else its name would fit as a pattern.
+    literal = glob.escape(folder) + slash + name if tf.io.gfile.isdir(folder) else pattern
+    names = sorted(tf.io.gfile.glob(literal)) if pattern else []
     if not names:
         raise UserError(f"no file fits data.path={pattern!r} for the split {split!r}; data.source='tfrecord' needs a "
                         "pattern such as '/data/{split}-*.tfrecord'")

@@ -156,6 +156,29 @@ def test_what_heads_and_decoders_of_other_methods_predict_is_not_written_as_a_cl
         weights.export(str(tmp_path / "run"), str(tmp_path / "hf"), "hf")
 
 
+@pytest.mark.parametrize(("name", "layout", "words"), [
+    ("x.pth", "mae_jax", r"x\.pth: .*\.safetensors"), ("x.bin", "hf", r"x\.bin: .*\.safetensors"),
+    ("x.pt", "timm", r"x\.pt: .*\.safetensors"), ("x.safetensors", "hf", "--layout=hf writes a folder"),
+    ("folder.safetensors", "mae_jax", "there is a folder")])
+def test_a_name_that_is_not_of_what_is_written_is_refused(run, tmp_path, name, layout, words):
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(UserError, match=words):
+        weights.export(str(run[0]), str(tmp_path / name), layout)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.safetensors"]
+
+
+def test_a_file_that_is_there_is_replaced_and_told_and_a_run_is_never_written_into(run, tmp_path, capsys):
+    file = tmp_path / "out.safetensors"
+    weights.export(str(run[0]), str(file), "mae_jax")
+    assert "replaces" not in capsys.readouterr().out
+    weights.export(str(run[0]), str(file), "mae_jax")
+    assert "replaces" in capsys.readouterr().out
+    before = (run[0] / "config.json").read_bytes()
+    with pytest.raises(UserError, match=f"--to={run[0]} is the workdir"):
+        weights.export(str(run[0]), str(run[0]), "hf")
+    assert (run[0] / "config.json").read_bytes() == before
+
+
 def test_a_name_without_the_suffix_is_refused(run, tmp_path):
     with pytest.raises(UserError, match=r"\.safetensors"):
         weights.export(str(run[0]), str(tmp_path / "out.bin"), "timm")
