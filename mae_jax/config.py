@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax import methods, recipe_version
+from mae_jax import methods, overrides, recipe_version
 from mae_jax import plugins as plug_ins
 from mae_jax.durations import steps
 from mae_jax.errors import UserError, did_you_mean
@@ -37,6 +37,7 @@ OPTIMIZERS = {  # optim.name → module:rule, which training/optim.py imports wh
 }
 # What `validate` checks of single fields; a method checks its own.
 CHOICES: dict[str, Collection[str]] = {  # and those of `choices`
+    "data.layout": ("auto", "flat", "classes", "splits", "0.1.0"),
     "data.augment": ("none", "fixed", "simple", "single", "random"),
     "data.resize": ("exact", "fast"),
     "model.dtype": ("auto", "float32", "bfloat16"),
@@ -82,6 +83,9 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "source": "photo_crops",
         "path": "",  # folder, TFRecord pattern, npz file or TFDS data_dir; local or gs://
         "name": "",  # TFDS name; of a folder, one in data/sources/expected_sizes.py: its size is checked
+        # How a folder is read (docs/data.md): auto says how, or asks; flat: no classes; classes, splits: by its
+        # sub-folders; 0.1.0: as that version read folders, and numbers in data.classes.
+        "layout": "auto",
         "train_split": "train",
         # Part of the training data that chooses checkpoints, as 'train[90%:]': train_split is then 'train[:90%]'.
         "val_split": "",
@@ -203,11 +207,16 @@ def default(method: str = "mae", plugins: tuple[str, ...] = ()) -> ConfigDict:
 
 
 def runlocal(config: ConfigDict) -> None:
-    """Shrinks a recipe in place until two steps take seconds on a laptop; method and recipe stay."""
+    """Shrinks a recipe in place until two steps take seconds on a laptop; method and recipe stay.
+
+    So do the data, if the command line says where they are; else photo crops take their place.
+    """
     patch = 4
     config.batch_size = 16
-    config.data.update(source="photo_crops", path="", name="", train_split="train", val_split="", eval_split="test",
-                       mask_key="", image_size=(8 * patch, 8 * patch))
+    if not overrides.own_data():
+        config.data.update(source="photo_crops", path="", name="", train_split="train", val_split="",
+                           eval_split="test", mask_key="")
+    config.data.image_size = (8 * patch, 8 * patch)
     config.model.update(width=48, depth=2, heads=3, patch=(patch, patch))
     config.method.update(methods.small(config.method.name))
     config.train.duration = "2 steps"
@@ -276,6 +285,8 @@ def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
         config.model.dtype = "float32" if platform == "cpu" else "bfloat16"
     if config.mesh.zero == "auto":
         config.mesh.zero = "off" if platform == "cpu" else "on"
+    if config.data.layout == "auto" and not recipe_version.has(config, "folder_layouts"):
+        config.data.layout = "0.1.0"
     return config
 
 
