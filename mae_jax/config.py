@@ -285,6 +285,11 @@ def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
         config.model.dtype = "float32" if platform == "cpu" else "bfloat16"
     if config.mesh.zero == "auto":
         config.mesh.zero = "off" if platform == "cpu" else "on"
+    return read_as_begun(config)
+
+
+def read_as_begun(config: ConfigDict) -> ConfigDict:
+    """Has the data of an unlocked config read as its recipe_version did; returns it."""
     if config.data.layout == "auto" and not recipe_version.has(config, "folder_layouts"):
         config.data.layout = "0.1.0"
     return config

@@ -91,6 +91,7 @@ class OpenedData:
     def check_labels(self) -> None:
         """Raises UserError where a classifier would learn, or be judged, without labels, or by other classes."""
         if self.config.data.source == "batches":
+            labels.check_batches(self.config)
             return
         read = {"train_split": self.train, "val_split": self.val,
                 "eval_split": self.eval if self.config.eval.test else None}

@@ -4,14 +4,18 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax.errors import UserError, printable
+from mae_jax.storage.npz import opened
 
 log = logging.getLogger(__name__)
 
 MAX_NAMED = 8  # classes that a message names
 AT_HAND = ("folder", "npz")  # sources whose labels are all known without reading images
+WITHOUT = {"train_split": "", "val_split": "; --config.data.val_split='' trains without it",
+           "eval_split": "; --config.eval.test=False trains without it"}  # also a run that has begun
 
 
 def check(data: ConfigDict, parts: Mapping[str, Any]) -> None:
@@ -24,7 +28,7 @@ def check(data: ConfigDict, parts: Mapping[str, Any]) -> None:
     train = parts["train_split"]
     ours = f"those of data.train_split={data.train_split!r} are {some(train.classes)}"
     for field, part in parts.items():
-        without = f"; --config.data.{field}='' trains without it" if part is not train else ""
+        without = WITHOUT[field]
         unknown = () if part is train else getattr(part, "unknown_classes", ())
         if unknown:
             raise UserError(f"data.{field}={data[field]!r} has classes that are not trained on: {some(unknown)}; {ours}"
@@ -40,6 +44,18 @@ def check(data: ConfigDict, parts: Mapping[str, Any]) -> None:
             if missing:
                 log.warning("data.%s=%r has no picture of %d of the %d classes: %s", field, data[field], len(missing),
                             len(part.classes), some(missing))
+
+
+def check_batches(config: ConfigDict) -> None:
+    """Raises UserError where stored batches of a part that is read have no label."""
+    stored = {"train_split": "train", "val_split": "validate", "eval_split": "evaluate" if config.eval.test else ""}
+    for field, name in stored.items():
+        file = epath.Path(config.data.path) / f"{name}.npz"
+        if name and file.is_file():
+            with opened(file) as arrays:
+                found = "label" not in arrays.files or (arrays["label"] >= 0).any()
+            if not found:
+                raise UserError(f"{file} has no picture with a label, and a classifier needs them{WITHOUT[field]}")
 
 
 def labeled(part: Any) -> bool:

@@ -247,7 +247,7 @@ def finetune(root, **changes):
 
 def test_a_classifier_is_refused_where_the_evaluation_has_no_label_or_other_classes(tmp_path):
     write(tmp_path / "flat", "train/cat/", "train/dog/", "val/", count=3)
-    with pytest.raises(UserError, match=r"eval_split='test' has no picture with a label.*cat, dog.*eval_split=''"):
+    with pytest.raises(UserError, match=r"eval_split='test' has no picture with a label.*cat, dog.*eval\.test=False"):
         finetune(tmp_path / "flat").check_labels()
     write(tmp_path / "other", "train/cat/", "train/dog/", "val/Katze/", "val/dog/", count=3)
     with pytest.raises(UserError, match=r"eval_split='test' has classes .*: Katze; those of .*'train' are cat, dog"):
