@@ -29,7 +29,7 @@ this recipe; all values are our choice, and none of the last three has been run.
 from ml_collections import ConfigDict
 
 from mae_jax import config as configs
-from mae_jax import overrides
+from mae_jax import presets
 from mae_jax.config import default, resolve, vit
 
 
@@ -85,7 +85,7 @@ def large(config: ConfigDict, **data: object) -> None:
 
 def runlocal(config: ConfigDict) -> None:
     """As for every recipe, but on pictures that have masks."""
-    own = overrides.own_data()
+    own = presets.own_data()
     if not own:
         mosaic(config)
     configs.runlocal(config)

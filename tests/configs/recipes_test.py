@@ -8,7 +8,7 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from mae_jax import overrides
+from mae_jax import presets
 from mae_jax.commands import recipes
 from mae_jax.config import for_platform, validate
 from mae_jax.data import ASSUMED
@@ -290,7 +290,7 @@ def test_runlocal_makes_any_argument_small_and_keeps_its_method(text):
     ("vit_b_mae:runlocal", {"data.path", "data.source"}, ("photo_crops", "", "train", "test")),
     ("folder:runlocal", {"optim.lr"}, ("photo_crops", "", "train", "test"))])
 def test_runlocal_keeps_the_data_that_the_command_line_names(text, given, kept):
-    with overrides.given(given):
+    with presets.given(given):
         config = resolved(text)
     validate(config)
     data = config.data
