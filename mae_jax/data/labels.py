@@ -14,8 +14,9 @@ log = logging.getLogger(__name__)
 
 MAX_NAMED = 8  # classes that a message names
 AT_HAND = ("folder", "npz")  # sources whose labels are all known without reading images
-WITHOUT = {"train_split": "", "val_split": "; --config.data.val_split='' trains without it",
-           "eval_split": "; --config.eval.test=False trains without it"}  # also a run that has begun
+OTHER = "; name another split that has, or train without:"
+WITHOUT = {"train_split": "", "val_split": f"{OTHER} --config.data.val_split=''",
+           "eval_split": f"{OTHER} --config.eval.test=False"}  # which a run may change on its way
 
 
 def check(data: ConfigDict, parts: Mapping[str, Any]) -> None:
@@ -26,7 +27,7 @@ def check(data: ConfigDict, parts: Mapping[str, Any]) -> None:
       parts: 'train_split', and of the others those that are read → a Source or RecordStream, of one label an image.
     """
     train = parts["train_split"]
-    ours = f"those of data.train_split={data.train_split!r} are {some(train.classes)}"
+    ours = f"the classes of data.train_split={data.train_split!r} are {some(train.classes)}"
     for field, part in parts.items():
         without = WITHOUT[field]
         unknown = () if part is train else getattr(part, "unknown_classes", ())

@@ -122,10 +122,14 @@ def _left_out(data: ConfigDict) -> list[str]:
     if strays:
         texts.append(f"left out, beside the class folders: {pluralize(len(strays), 'image')}, such as "
                      f"{printable(strays[0])}")
-    if opened.layout.kind == "splits" and not opened.layout.plain:
+    others = [printable(name) for top in _tops(opened) for name in _beside(opened.root, top)]
+    if opened.layout.kind == "splits":
         used = {split_name(data, split.name) for field in FIELDS if data[field] for split in splits.parts(data[field])}
-        if others := [name for name in folder_listing.folders(opened.layout.root) if name not in used]:
-            texts.append(f"not read: {', '.join(f'{printable(name)}/' for name in others[:MAX_LISTED_CLASSES])}")
+        folders = folder_listing.folders(opened.layout.root, opened.layout.plain)
+        others = [f"{printable(name)}/" for name in folders if name not in used] + others
+    if others:
+        more = f" and {len(others) - MAX_LISTED_CLASSES} more" if len(others) > MAX_LISTED_CLASSES else ""
+        texts.append(f"not read: {', '.join(others[:MAX_LISTED_CLASSES])}{more}")
     ignored: Counter[str] = Counter()
     for part in {part.base: part for part in parts}.values():
         ignored.update(dict(part.listing.ignored))
@@ -185,7 +189,8 @@ def _labels(data: ConfigDict, opened: Opened, part: Part, split: splits.Split) -
     if strange:  # no error: where nobody asks for labels, the folders may stand for anything
         log.warning("%d of %d pictures of %r are in no class folder that the training pictures have, such as %s: they "
                     "count as unlabelled", len(strange), len(names), str(split), part.base / printable(strange[0]))
-    return labels, tuple(sorted(set(firsts) - index.keys() - {""})) if classes else ()
+    known = not classes or opened.layout.plain  # 0.1.0 went on without a word
+    return labels, () if known else tuple(sorted(set(firsts) - index.keys() - {""}))
 
 
 def _list_of(opened: Opened, part: Part, split: str) -> label_lists.LabelList | None:
@@ -221,14 +226,12 @@ def unread(data: ConfigDict, expressions: Iterable[str]) -> list[str]:
     places = {layout.root / folder_layout.folder_of(layout, name) for name in names} if in_splits else {layout.root}
     others = [_inside(root, place / name) for place in sorted(places) for name in _files(place, layout.plain).others]
     lost: list[str] = []
-    tops = [top for top in (layout.root, *layout.root.parents) if top.is_relative_to(root)]
-    for top in tops if in_splits else tops[1:]:
+    for top in _tops(opened):
         beside = [top / name for name in folder_listing.folders(top, layout.plain)]
         lost += [_inside(root, folder / name) for folder in beside
                  if not any(place.is_relative_to(folder) for place in places)
                  for name in _files(folder, layout.plain).pictures]
-        lost += sorted(_inside(root, file) for file in top.iterdir()
-                       if not file.name.startswith(".") and file.name.lower().endswith(EXTENSIONS))
+        lost += _beside(root, top)
     if lost:
         lines.append(f"{pluralize(len(lost), 'picture')} in no split of the config, such as {printable(lost[0])}")
     if others:
@@ -237,6 +240,19 @@ def unread(data: ConfigDict, expressions: Iterable[str]) -> list[str]:
         lines.append(f"{pluralize(len(others), 'file')} not looked at, no picture by the extension ({counts}), such as "
                      f"{printable(others[0])}")
     return lines
+
+
+def _tops(opened: Opened) -> list[epath.Path]:
+    """Returns the folders of which one folder, or one of splits, is read, and nothing else."""
+    layout = opened.layout
+    tops = [top for top in (layout.root, *layout.root.parents) if top.is_relative_to(opened.root)]
+    return tops if layout.kind == "splits" else tops[1:]
+
+
+def _beside(root: epath.Path, folder: epath.Path) -> list[str]:
+    """Returns the images that lie in the folder itself, relative to the root."""
+    return sorted(_inside(root, file) for file in folder.iterdir()
+                  if not file.name.startswith(".") and file.name.lower().endswith(EXTENSIONS))
 
 
 def _inside(root: epath.Path, path: epath.Path) -> str:

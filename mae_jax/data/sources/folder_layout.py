@@ -26,8 +26,10 @@ MAX_STRAYS = 10  # images beside class folders that are taken for strays, where 
 MAX_STRAY_SHARE = 0.1  # of all images; or so many
 LAYOUT = "--config.data.layout="
 MAX_NAMED = 6  # folders that a message names
-KINDS_OF_FILES = re.compile(r"(images?|imgs?|pictures|photos|rgb|masks?|labels?|annotations?|gt|ground_?truth|seg\w*|"
-                            r"depth|anno|xmls?|bbox\w*)\d*", re.IGNORECASE)  # what data sets keep apart, and no class
+# What data sets keep apart, and no classes: images, and what is said of them.
+IMAGES = re.compile(r"(jpe?g|png|rgb|raw)?[_-]?(images?|imgs?|pictures?|photos?|rgb|frames)\d*", re.IGNORECASE)
+OF_IMAGES = re.compile(r"(\w*[_-])?(masks?|labels?|annotations?|anno|gt|ground_?truths?|trimaps?|depths?|edges?|"
+                       r"alphas?|segmentation\w*|segmentclass\w*|seg)\d*", re.IGNORECASE)
 
 
 class Layout(NamedTuple):
@@ -76,6 +78,8 @@ def _recognized(root: epath.Path, how: str) -> Layout:
     if len(others) == 1 and few(beside, counts.total()):
         inner = _recognized(_child(root, others[0]), how)
         return inner if inner.kind != "flat" or not beside else Layout("flat", root)
+    if how != "classes":
+        _check_kinds(root, others)
     if len(others) > 1 and how != "classes" and (nested := _nested(root, others, how)):
         return nested
     if how == "splits":
@@ -101,6 +105,9 @@ def _half_split(root: epath.Path, train: tuple[str, ...], held: tuple[str, ...],
     if beside:
         _refuse(root, f"{_some(held)} is held out from the {pluralize(beside, 'picture')} beside it: move those into a "
                 "folder train/", f"it is no split: {LAYOUT}flat")
+    inner = _recognized(root / held[0], how) if len(held) == 1 and how == "auto" else None
+    if inner and inner.kind in ("splits", "nested"):  # its name says what all of it is for
+        return inner
     return _refuse(root, f"{_some(held)} without a folder to train on; to read one alone: "
                    f"--config.data.path={root / held[0]}", as_classes)
 
@@ -108,6 +115,14 @@ def _half_split(root: epath.Path, train: tuple[str, ...], held: tuple[str, ...],
 def _recognized_train(folder: epath.Path, how: str) -> Layout:
     """Returns the layout of the only split there is, of which a part may be held out."""
     return _recognized(folder, "auto" if how == "splits" else how)
+
+
+def _check_kinds(root: epath.Path, others: list[str]) -> None:
+    """Raises UserError for images beside their masks: these would be trained on."""
+    images = [name for name in others if IMAGES.fullmatch(name)]
+    if images and any(OF_IMAGES.fullmatch(name) for name in others):
+        _refuse(root, f"the images are {_some(images)} alone: --config.data.path={root / images[0]} (and data.mask_key "
+                "for masks)", f"{_some(others)} are classes: {LAYOUT}classes")
 
 
 def _nested(root: epath.Path, others: list[str], how: str) -> Layout | None:
@@ -122,7 +137,7 @@ def _nested(root: epath.Path, others: list[str], how: str) -> Layout | None:
         return None
     whole = all("train" in roles[name] and "" not in roles[name] for name in others)
     deep = any(name.count("/") > 2 for name in files(root).pictures)
-    if any(KINDS_OF_FILES.fullmatch(name) for name in others) or not whole or (deep and how != "splits"):
+    if not whole or (deep and how != "splits"):
         _refuse(root, f"{_some(split)} with folders of splits inside; to read one alone: "
                 f"--config.data.path={root / split[0]}", f"{_some(others)} are classes: {LAYOUT}classes")
     children = sorted(set().union(*(inside[name] for name in others)))

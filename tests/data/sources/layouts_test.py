@@ -126,6 +126,8 @@ def test_one_wrapping_folder_of_classes_is_gone_through(tmp_path):
     (("val/", "0.png", "1.png"), ["held out from the 2 pictures beside it", "layout=flat"]),
     (("one/train/a/", "one/val/a/", "two/train/b/", "two/val/b/"), ["data.path=", "one", "layout=classes"]),
     (("one/train/", "one/val/", "cat/"), ["one/ with folders of splits", "layout=classes"]),
+    (("JPEGImages/", "SegmentationClass/"), ["data.path=", "JPEGImages", "layout=classes"]),
+    (("train/", "train/a/", "extra/"), ["extra/ not read", "layout=splits"]),
     (("images/train/", "images/val/", "masks/train/", "masks/val/"), ["data.path=", "images", "layout=classes"]),
 ], ids=lambda value: value[0] if isinstance(value, tuple) else "")
 def test_two_readings_are_refused_with_both_and_the_flag(files, readings, tmp_path):
@@ -133,6 +135,31 @@ def test_two_readings_are_refused_with_both_and_the_flag(files, readings, tmp_pa
     with pytest.raises(UserError, match="two ways") as error:
         registry.load(fields(tmp_path), "train")
     assert all(text in str(error.value) for text in readings)
+
+
+def test_layouts_of_well_known_data_sets(tmp_path):
+    kaggle = tmp_path / "kaggle"
+    inner = "ILSVRC/Data/CLS-LOC"
+    write(kaggle, f"{inner}/train/n01/", f"{inner}/train/n02/", f"{inner}/val/v1.png", f"{inner}/test/", count=3)
+    (kaggle / "LOC_val_solution.csv").write_text("ImageId,PredictionString\nv1,n02 1 2 3 4\n")
+    (kaggle / "ILSVRC" / "Annotations" / "CLS-LOC").mkdir(parents=True)
+    (kaggle / "ILSVRC" / "Annotations" / "CLS-LOC" / "a.xml").touch()
+    assert labels(registry.load(fields(kaggle), "val")) == {"v1.png": "n02"}
+    assert labels(registry.load(fields(kaggle), "test")) == {f"{i}.png": None for i in range(3)}
+    yolo = tmp_path / "yolo"
+    write(yolo, "images/train/", "images/val/", count=3)
+    (yolo / "labels" / "train").mkdir(parents=True)
+    (yolo / "labels" / "train" / "0.txt").write_text("0 1 1 1 1\n")
+    assert told(yolo).startswith("train: 3 images without classes from images/train/; validation: 3 from images/val/")
+    write(tmp_path / "anomalies", "train/good/", "test/good/", "test/broken/", count=2)
+    assert told(tmp_path / "anomalies") == "train: 2 images without classes from train/good/; test: 4 from test/"
+    write(tmp_path / "held", "eval_2020/train/a/", "eval_2020/train/b/", "eval_2020/val/b/", count=2)
+    assert registry.load(fields(tmp_path / "held"), "train").classes == ("a", "b")
+
+
+def test_what_lies_beside_split_folders_or_wrapping_ones_is_told(tmp_path):
+    write(tmp_path, "logo.png", "in/train/a/", "in/train/b/", "in/val/a/", "in/val/b/", "in/x.png", count=2)
+    assert told(tmp_path).endswith("validation: 4 from in/val/; not read: in/x.png, logo.png")
 
 
 def test_the_flag_decides(tmp_path):
@@ -250,7 +277,7 @@ def test_a_classifier_is_refused_where_the_evaluation_has_no_label_or_other_clas
     with pytest.raises(UserError, match=r"eval_split='test' has no picture with a label.*cat, dog.*eval\.test=False"):
         finetune(tmp_path / "flat").check_labels()
     write(tmp_path / "other", "train/cat/", "train/dog/", "val/Katze/", "val/dog/", count=3)
-    with pytest.raises(UserError, match=r"eval_split='test' has classes .*: Katze; those of .*'train' are cat, dog"):
+    with pytest.raises(UserError, match=r"eval_split='test' has classes .*: Katze; .*'train' are cat, dog"):
         finetune(tmp_path / "other").check_labels()
     finetune(tmp_path / "other", eval_split="").check_labels()
 
