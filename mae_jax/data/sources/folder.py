@@ -49,7 +49,8 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
     whole = opened.layout.kind in ("splits", "nested")
     start, stop = split.shares(*((0, 1) if whole else splits.part(split.name, splits.holds_out(data))))
     names = part.listing.pictures
-    chosen = [i for i, name in enumerate(names) if start <= splits.share(name) < stop]
+    everything = (start, stop) == (0, 1)
+    chosen = [i for i, name in enumerate(names) if everything or start <= splits.share(name) < stop]
     labels, strange = _labels(data, opened, part, split)
     if str(split) == split.name:
         check_size(data.get("name", ""), split.name, len(chosen))
