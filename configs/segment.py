@@ -16,8 +16,10 @@ Arguments, one of them:
   voc              PASCAL VOC 2012: --config.data.path=VOCdevkit/VOC2012/pictures
                    --config.data.mask_key=VOCdevkit/VOC2012/SegmentationClass, 20 classes and background. `pictures` has
                    train/ and val/ with the pictures of ImageSets/Segmentation, the other folder the masks likewise
-  scene_parse150   ADE20K's 150 classes, of TFDS
-  runlocal         two small steps of any of them, on mosaics
+  scene_parse150   the 150 classes of ADE20K's scene parsing, its authors' ADEChallengeData2016.zip unpacked to DIR:
+                   --config.data.path=DIR/images --config.data.mask_key=DIR/annotations (TFDS has other numbers under
+                   this name: 100 kinds of instances)
+  runlocal         two small steps of any of them, on mosaics, or on your own data where --config.data.path says so
 
 The last three have the encoder of configs/vit_b_mae.py, at 224 x 224. eval/miou and eval/pixel_accuracy are at that
 size and of the central square: not comparable with published figures, which are at the pictures' own size. No paper has
@@ -27,6 +29,7 @@ this recipe; all values are our choice, and none of the last three has been run.
 from ml_collections import ConfigDict
 
 from mae_jax import config as configs
+from mae_jax import presets
 from mae_jax.config import default, resolve, vit
 
 
@@ -69,8 +72,8 @@ def voc(config: ConfigDict) -> None:
 
 
 def scene_parse150(config: ConfigDict) -> None:
-    """Masks whose 0 is everything else, which is ignored."""
-    large(config, source="tfds", name="scene_parse150", mask_key="annotation", mask_offset=1)
+    """Masks whose 0 is everything else, which is ignored; folders training/ and validation/."""
+    large(config, source="folder", name="ade20k", eval_split="val", mask_offset=1)
     config.method.update(classes=150, background=-1)
 
 
@@ -82,6 +85,9 @@ def large(config: ConfigDict, **data: object) -> None:
 
 def runlocal(config: ConfigDict) -> None:
     """As for every recipe, but on pictures that have masks."""
-    mosaic(config)
+    own = presets.own_data()
+    if not own:
+        mosaic(config)
     configs.runlocal(config)
-    config.data.update(source="photo_mosaic", mask_offset=0)
+    if not own:
+        config.data.update(source="photo_mosaic", mask_offset=0)

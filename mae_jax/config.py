@@ -8,7 +8,7 @@ import copy
 import logging
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,10 @@ from mae_jax import methods, recipe_version
 from mae_jax import plugins as plug_ins
 from mae_jax.durations import steps
 from mae_jax.errors import UserError, did_you_mean
+from mae_jax.presets import resolve as resolve
+from mae_jax.presets import runlocal as runlocal
 
 logger = logging.getLogger(__name__)
-Preset = Callable[[ConfigDict], None]
 SIZES = {  # width, depth, heads: MAE section 4 (B, L, H), DeiT Table 1 (Ti, S)
     "Ti": (192, 12, 3),
     "S": (384, 12, 6),
@@ -37,6 +38,7 @@ OPTIMIZERS = {  # optim.name → module:rule, which training/optim.py imports wh
 }
 # What `validate` checks of single fields; a method checks its own.
 CHOICES: dict[str, Collection[str]] = {  # and those of `choices`
+    "data.layout": ("auto", "flat", "classes", "splits", "0.1.0"),
     "init_head": ("match", "keep", "new"),
     "data.augment": ("none", "fixed", "simple", "single", "random"),
     "data.resize": ("exact", "fast"),
@@ -84,6 +86,9 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "source": "photo_crops",
         "path": "",  # folder, TFRecord pattern, npz file or TFDS data_dir; local or gs://
         "name": "",  # TFDS name; of a folder, one in data/sources/expected_sizes.py: its size is checked
+        # How a folder is read (docs/data.md): auto says how, or asks; flat: no classes; classes, splits: by its
+        # sub-folders; 0.1.0: as that version read folders, and numbers in data.classes.
+        "layout": "auto",
         "train_split": "train",
         # Part of the training data that chooses checkpoints, as 'train[90%:]': train_split is then 'train[:90%]'.
         "val_split": "",
@@ -204,51 +209,6 @@ def default(method: str = "mae", plugins: tuple[str, ...] = ()) -> ConfigDict:
     return ConfigDict({**copy.deepcopy(DEFAULTS), "plugins": plugins, "method": own}).lock()
 
 
-def runlocal(config: ConfigDict) -> None:
-    """Shrinks a recipe in place until two steps take seconds on a laptop; method and recipe stay."""
-    patch = 4
-    config.batch_size = 16
-    config.data.update(source="photo_crops", path="", name="", train_split="train", val_split="", eval_split="test",
-                       mask_key="", image_size=(8 * patch, 8 * patch))
-    config.model.update(width=48, depth=2, heads=3, patch=(patch, patch))
-    config.method.update(methods.small(config.method.name))
-    config.train.duration = "2 steps"
-    config.optim.warmup = "1 steps"
-    config.checkpoint.update(every="2 steps", best_metric="")
-    config.eval.every = "2 steps"
-    config.log.every = "1 steps"
-    config.eval.update(max_examples=64, sets=())
-
-
-def resolve(config: ConfigDict, arg: str, *choices: Mapping[str, Preset], **presets: Preset) -> ConfigDict:
-    """Applies the presets named in `arg` (comma-separated) and returns the locked config.
-
-    They apply in the order in which they are passed here, whatever that of `arg`, so that a size can come before what
-    depends on it.
-
-    Args:
-      config: the recipe.
-      arg: what follows the colon in --config=file.py:arg; may be empty.
-      *choices: name → function that changes the config in place; of each of these tables `arg` names one at most.
-      **presets: the same, for any number. `runlocal` comes last; every recipe knows it, and one that needs other data
-        than photo crops has its own.
-    """
-    known = {name: change for table in (*choices, presets) for name, change in table.items()}
-    known["runlocal"] = known.pop("runlocal", runlocal)
-    names = [name for name in arg.split(",") if name]
-    for name in names:
-        if name not in known:
-            raise UserError(f"unknown config argument {name!r}; {did_you_mean(name, known)}")
-    for table in choices:
-        named = [name for name in table if name in names]
-        if len(named) > 1:
-            raise UserError(f"the config arguments {' and '.join(map(repr, named))} exclude each other")
-    for name, change in known.items():
-        if name in names:
-            change(config)
-    return config.lock()
-
-
 def profile_steps(config: ConfigDict) -> tuple[int, int]:
     """Returns the first and the last step of the profiler trace, (0, 0) for none; raises UserError."""
     text = config.log.profile_steps
@@ -278,6 +238,13 @@ def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
         config.model.dtype = "float32" if platform == "cpu" else "bfloat16"
     if config.mesh.zero == "auto":
         config.mesh.zero = "off" if platform == "cpu" else "on"
+    return read_as_begun(config)
+
+
+def read_as_begun(config: ConfigDict) -> ConfigDict:
+    """Has the data of an unlocked config read as its recipe_version did; returns it."""
+    if config.data.layout == "auto" and not recipe_version.has(config, "folder_layouts"):
+        config.data.layout = "0.1.0"
     return config
 
 

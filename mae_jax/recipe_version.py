@@ -34,6 +34,17 @@ BEHAVIORS: dict[str, Behavior] = {
         "`method.masking=block` drew no block once fewer than 16 patches were left, and filled up with single patches",
         "blocks as BEiT's released code draws them; what is then missing (of 14 x 14, less than one patch on average) "
         "is added singly"),
+    "folder_layouts": Behavior(
+        2,
+        "`data.source=folder` knew splits as `train/` beside `test/`, `val/` or `validation/` alone, had no classes "
+        "once an image lay beside their folders, and read what NAS and viewers leave; `data.layout=0.1.0` reads so",
+        "splits by all their usual names, also in a wrapping folder or inside of classes; strays beside class folders "
+        "and droppings are left out; lists of labels; names compare in Unicode NFC; two readings are refused"),
+    "class_names_before_numbers": Behavior(
+        2,
+        "numbers in `data.classes` were places in the sorted names, also where names are numbers: of folders 0 to 11, "
+        "`10-11` were 8 and 9",
+        "where the names of classes are numbers, these are meant"),
 }
 
 

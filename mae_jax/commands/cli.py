@@ -14,7 +14,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 import mae_jax
-from mae_jax import plugins, recipe_version
+from mae_jax import plugins, presets, recipe_version
 from mae_jax.commands import recipes
 from mae_jax.errors import FINISHED, MISTAKE, UserError, explain
 from mae_jax.runtime.discovery import quiet_libtpu
@@ -68,7 +68,8 @@ def _parsed(argv: list[str]) -> list[str]:
     """Reads the flags, and with them the recipe; returns what is no flag. Ends the process at a mistake."""
     try:
         argv = [*argv[:1], *flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)]
-        rest = flags.FLAGS(recipes.with_paths(argv) if "config" in flags.FLAGS else argv)
+        with presets.given(recipes.overridden(argv)):
+            rest = flags.FLAGS(recipes.with_paths(argv) if "config" in flags.FLAGS else argv)
         if "config" in flags.FLAGS:
             config = flags.FLAGS.config  # a missing config file fails only when it is looked at
             plugins.load(config.get("plugins", ()) if config is not None else (), "--config")

@@ -3,6 +3,7 @@
 import ast
 import difflib
 import io
+import re
 import tokenize
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -67,6 +68,12 @@ def with_paths(argv: list[str]) -> list[str]:
         elif at + 1 < len(argv):
             out[at + 1] = locate(argv[at + 1])
     return out
+
+
+def overridden(argv: list[str]) -> set[str]:
+    """Returns the dotted names of the config fields that a command line sets."""
+    found = (re.match(r"--?config\.([\w.]+)", arg) for arg in argv[1:])
+    return {match[1] for match in found if match}
 
 
 def fields(config: ConfigDict) -> str:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.data import cluster_ids, token_maps
+from mae_jax.data import cluster_ids, labels, token_maps
 from mae_jax.data.cluster_ids import Clusters
 from mae_jax.data.info import NO_NEEDS, DataInfo, DataNeeds
 from mae_jax.data.masking import PatchOrder, View, with_views
@@ -88,6 +88,15 @@ class OpenedData:
         self.left_over = range(0)
         if isinstance(self.train, base.RecordStream):
             self.left_over = record_stream.dropped_records(self.train, self.config, self.needs.mixing_group)
+
+    def check_labels(self) -> None:
+        """Raises UserError where a classifier would learn, or be judged, without labels, or by other classes."""
+        if self.config.data.source == "batches":
+            labels.check_batches(self.config)
+            return
+        read = {"train_split": self.train, "val_split": self.val,
+                "eval_split": self.eval if self.config.eval.test else None}
+        labels.check(self.config.data, {field: part for field, part in read.items() if part})
 
     def batches(self, spec: Spec, order: PatchOrder, views: tuple[View, ...] = (),
                 rows: np.ndarray | None = None) -> Inputs:
@@ -181,9 +190,15 @@ class OpenedData:
             identity=functools.cache(lambda: {split: part.identity() for split, part in parts.items()}))
 
     def _describe(self) -> str:
+        from mae_jax.data.sources import registry
+
+        opened = {"train_split": self.train, "val_split": self.val, "eval_split": self.eval}
+        told = registry.describe(self.config.data, {field: part for field, part in opened.items() if part})
+        if told:
+            return told
         data, classes = self.config.data, len(self.train.classes)
-        where = data.path if data.source == "folder" else data.name or data.path
-        labels = f"{classes} classes" if classes else "no labels"
+        where = data.name or data.path
+        named = f"{classes} classes" if classes else "no labels"
         chosen_by = f"{self.val.size} in {data.val_split}, " if self.val else ""
         lost = ""
         if self.left_over:
@@ -191,7 +206,7 @@ class OpenedData:
                     f"{self.train.name(self.left_over[0])}")
         return (f"{data.source}{f' {where}' if where else ''}: {self.train.size} pictures in {data.train_split}, "
                 f"{chosen_by}{self.eval.size if self.eval else 0} in {data.eval_split or 'no evaluation split'}; "
-                f"{labels}{lost}")
+                f"{named}{lost}")
 
 
 def _joined(data: ConfigDict, inputs: Inputs, join: Callable[..., Any], tables: dict[str, np.ndarray]) -> Inputs:
@@ -228,7 +243,8 @@ def _check_classes(part: Any, source: Any, data: ConfigDict) -> None:
     unknown = sorted(set(part.classes) - set(source.classes)) if part and source.classes else []
     if unknown:
         raise UserError(f"data.source={data.source!r}: {len(unknown)} classes of the held-out pictures are none of "
-                        f"data.train_split={data.train_split!r}, such as {unknown[0]!r}")
+                        f"data.train_split={data.train_split!r}, such as {unknown[0]!r}; trained on are "
+                        f"{labels.some(source.classes)}")
 
 
 def _check_fields(part: Any, spec: Spec, data: ConfigDict) -> None:

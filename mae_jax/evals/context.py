@@ -132,13 +132,18 @@ class Context:
 
     @cached_property
     def shown(self) -> Batch | None:
-        """The few first images of the part for figures, whole on every device, computed; None where it has none."""
+        """The few first images of the part for figures, whole on every device, computed; None where it has none.
+
+        Padding is not shown, but where a mix has to be whole.
+        """
         batch = next(self.batches(), None)
         if batch is None:
             return None
         config, group = self.method.config, self.method.group
-        count = min(max(config.eval.pictures // group, 1) * group, config.batch_size)
-        return {name: jax.device_put(value, replicated(self.mesh))[:count] for name, value in batch.items()}
+        whole = {name: jax.device_put(value, replicated(self.mesh)) for name, value in batch.items()}
+        there = int((jax.device_get(whole["id"]) >= 0).sum())  # padding comes last
+        count = min(max(min(config.eval.pictures, there) // group, 1) * group, config.batch_size)
+        return {name: value[:count] for name, value in whole.items()}
 
 
 def labeled_rows(batch: Batch) -> jax.Array:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from mae_jax.config import resolved, with_fitting_mesh
+from mae_jax.config import read_as_begun, resolved, with_fitting_mesh
 from mae_jax.data import NO_DATA
 from mae_jax.errors import UserError
 from mae_jax.methods import build
@@ -23,7 +23,7 @@ def frozen(config: ConfigDict, block: int) -> ConfigDict:
     config.data.update(augment="none", color="none", repeats=1)
     if not -1 <= block < config.model.depth:
         raise UserError(f"--block={block}; the encoder has the blocks 0 to {config.model.depth - 1}, -1 is the last")
-    return config.lock()
+    return read_as_begun(config).lock()
 
 
 def with_data(config: ConfigDict, other: ConfigDict) -> ConfigDict:
@@ -32,6 +32,7 @@ def with_data(config: ConfigDict, other: ConfigDict) -> ConfigDict:
     seen = {name: config.data[name] for name in ("image_size", "resize")}
     config.data.update(other.data)
     config.data.update(seen)
+    config.recipe_version = other.recipe_version  # by which the data are read; an encoder is the same in all
     return config.lock()
 
 

@@ -8,7 +8,9 @@ import time
 import jax
 from etils import epath
 
+from mae_jax.data import labels
 from mae_jax.errors import UserError, did_you_mean
+from mae_jax.evals.base import Probe
 from mae_jax.evals.evaluator import Evaluator, Figures, missing
 from mae_jax.runtime import peers
 from mae_jax.runtime.console import print_once
@@ -75,6 +77,12 @@ def check(run: Run) -> Evaluator:
         if best not in names:
             why = "" if run.inputs.classes else ": the pictures have no classes"
             raise UserError(f"checkpoint.best_metric={best!r} is not evaluated{why}; {did_you_mean(best, names)}")
+        of_labels = [name for each in evaluator.applying if isinstance(each, Probe)
+                     for name in each.metric_names(evaluator.method, run.inputs)]
+        val = run.inputs.parts.get(config.data.val_split)
+        if best in of_labels and val and not labels.labeled(val):
+            raise UserError(f"checkpoint.best_metric={best!r}: data.val_split={config.data.val_split!r} has no picture "
+                            "with a label; choose by 'loss', or take a part that has labels")
     for name in config.eval.sets if config.data.eval_split and config.eval.test else ():
         run.inputs.extra(name)
     return evaluator

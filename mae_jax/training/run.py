@@ -57,7 +57,7 @@ def prepare(config: ConfigDict, folder: epath.Path, for_training: bool = True) -
     mesh = fitting_mesh(here)
     if for_training:
         if methods.get(config.method.name).uses_labels:
-            data.check_apart(config.data, "train_split", "eval_split")
+            data.check_apart(here.data, "train_split", "eval_split")
         method, dataset = methods.with_data(here)
     else:
         dataset = data.OpenedData(here)
@@ -74,6 +74,8 @@ def prepare(config: ConfigDict, folder: epath.Path, for_training: bool = True) -
                         f"batch_size={config.batch_size}")
     if for_training:
         method.check_data()
+        if method.task == "classification" and method.uses_labels and "labels" not in spec:
+            dataset.check_labels()
         if unread := optim.unread(config):
             logger.info("not read by optim.name=%s: %s", config.optim.name, ", ".join(unread))
     return Run(config, folder, TrainStep(method, mesh), inputs)

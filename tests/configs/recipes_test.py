@@ -8,6 +8,8 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
+from mae_jax import presets
+from mae_jax.commands import recipes
 from mae_jax.config import for_platform, validate
 from mae_jax.data import ASSUMED
 from mae_jax.durations import steps
@@ -278,3 +280,27 @@ def test_runlocal_makes_any_argument_small_and_keeps_its_method(text):
     for group in ("method", "optim"):
         assert {key for key in config[group] if config[group][key] != small[group][key]} <= {"mix_group", "warmup"}
     assert small.data.repeats == config.data.repeats
+
+
+@pytest.mark.parametrize(("text", "given", "kept"), [
+    ("folder:runlocal", {"data.path"}, ("folder", "", "train", "test")),
+    ("folder_finetune:runlocal", {"data.path"}, ("folder", "", "train[:90%]", "test")),
+    ("segment:voc,runlocal", {"data.path", "data.mask_key"}, ("folder", "", "train", "val")),
+    ("transfer:dtd,runlocal", {"data.path"}, ("tfds", "dtd:3.*.*", "train+validation", "test")),
+    ("vit_b_mae:runlocal", {"data.path", "data.source"}, ("photo_crops", "", "train", "test")),
+    ("folder:runlocal", {"optim.lr"}, ("photo_crops", "", "train", "test"))])
+def test_runlocal_keeps_the_data_that_the_command_line_names(text, given, kept):
+    with presets.given(given):
+        config = resolved(text)
+    validate(config)
+    data = config.data
+    assert (data.source, data.name, data.train_split, data.eval_split) == kept
+    assert (config.batch_size, config.model.depth, data.image_size[0] <= 40, config.train.duration) == (
+        16, 2, True, "2 steps")
+    if "voc" in text:
+        assert config.method.classes == 21
+
+
+def test_the_fields_of_a_command_line():
+    argv = ["mae_jax", "--config=folder:runlocal", "--config.data.path=/x", "--config.data.path", "-config.seed=3"]
+    assert recipes.overridden(argv) == {"data.path", "seed"}

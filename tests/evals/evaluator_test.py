@@ -9,7 +9,7 @@ from mae_jax.config import resolved
 from mae_jax.errors import UserError
 from mae_jax.evals import image_grid, knn, linear_probe, reconstruction
 from mae_jax.evals.accumulators import HostRows
-from mae_jax.evals.context import labeled_rows
+from mae_jax.evals.context import Context, labeled_rows
 from mae_jax.evals.evaluator import Evaluator
 from mae_jax.methods.base import pool
 from mae_jax.ops.patches import PatchGrid
@@ -38,6 +38,16 @@ def test_rows_leave_out_padding_gray_pictures_and_unlabeled_ones(mesh):
     values, labels = rows.collect()
     np.testing.assert_array_equal(values, [0, 3, 4, 7])
     np.testing.assert_array_equal(labels, [0, 2, 0, 2])
+
+
+@pytest.mark.parametrize(("method", "there", "count"), [
+    ("mae", 3, 3), ("mae", 8, 5), ("mixedae", 5, 4), ("mixedae", 1, 4)])
+def test_padding_is_not_drawn_but_where_a_mix_must_be_whole(method, there, count, mesh):
+    config = tiny_config({"eval.pictures": 5}, method)
+    batch = tiny_batch(config, 1, train=False)
+    batch["id"][there:], batch["valid"][there:] = -1, 0
+    ctx = Context(tiny_method(config), {}, {}, None, mesh, "eval", lambda: iter([batch]))
+    np.testing.assert_array_equal(ctx.shown["id"], batch["id"][:count])
 
 
 class Inputs:

@@ -29,7 +29,7 @@ from mae_jax.runtime.memory import peak_memory
 from mae_jax.storage import paths
 
 if TYPE_CHECKING:
-    from mae_jax.data import Batch, Inputs
+    from mae_jax.data import Batch, Inputs, OpenedData
     from mae_jax.methods.base import Method
 
 REQUIRED = ("config",)
@@ -58,12 +58,15 @@ def main() -> int:
     if not WRITE.value:
         check_writable(to)
     validate(config)
+    config = resolved(config)
     if WRITE.value in ("tfrecord", "array_record"):
         report_broken(write_images(config, WRITE.value, to, SIZE.value))
         return errors.FINISHED
-    method, opened = methods.with_data(resolved(config))
+    method, opened = methods.with_data(config)
     inputs = opened.batches(method.eval_spec(), method.patch_order(), method.views())
     print(inputs.description, flush=True)  # reading every picture may take long
+    if method.task == "classification" and "labels" not in method.eval_spec():
+        warn_of_labels(opened)
     if WRITE.value == "batches":
         from mae_jax.data.writers import write_batches
 
@@ -82,6 +85,14 @@ def main() -> int:
     print(f"peak host memory {peak_memory() / 2**20:.0f} MiB; the first pictures of the run, as the model sees them: "
           f"{to}")
     return errors.FINISHED
+
+
+def warn_of_labels(opened: "OpenedData") -> None:
+    """Prints why training would not begin, if it is for want of labels."""
+    try:
+        opened.check_labels()
+    except UserError as error:
+        print(f"training would stop: {error}")
 
 
 def check_writable(file: epath.Path) -> None:

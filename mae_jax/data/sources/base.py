@@ -43,6 +43,7 @@ class Source:
     classes: tuple[str, ...] = ()
     fields: tuple[str, ...] = ()  # which of 'labels' and 'pixel_label' its examples have
     label: Callable[[int], int] | None = None  # index → label, where it is known without decoding the image
+    unknown_classes: tuple[str, ...] = ()  # names of classes in it that the training split lacks: without a label
 
     def digest(self) -> str:
         """Returns a short hash of which examples these are, by their names in their order.
@@ -73,7 +74,7 @@ class Source:
         """Returns the source of these examples, in this order."""
         label = self.label
         return Source(len(indices), lambda i: self.read(int(indices[i])), lambda i: self.name(int(indices[i])),
-                      self.classes, self.fields, label and (lambda i: label(int(indices[i]))))
+                      self.classes, self.fields, label and (lambda i: label(int(indices[i]))), self.unknown_classes)
 
     def sliced(self, split: splits.Split) -> "Source":
         """Returns the part of this split that an expression names."""
@@ -89,7 +90,8 @@ class Source:
             return lambda i: ours(i) if i < self.size else theirs(i - self.size)
 
         return Source(self.size + other.size, of("read"), of("name"), self.classes, self.fields,
-                      of("label") if self.label and other.label else None)
+                      of("label") if self.label and other.label else None,
+                      tuple(dict.fromkeys(self.unknown_classes + other.unknown_classes)))
 
 
 def sampled(size: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """data.classes: keeping the images of some classes alone, to pre-train on a part of the world."""
 
 import re
+import unicodedata
 from logging import getLogger
 
 import numpy as np
@@ -16,19 +17,21 @@ log = getLogger(__name__)
 LISTS = {"imagenet_organisms": "0-397,984-998", "imagenet_rest": "398-983,999"}
 
 
-def keep_classes(source: Source, text: str) -> Source:
+def keep_classes(source: Source, text: str, by_place: bool = False) -> Source:
     """Returns the examples of the classes that `text` names, numbered anew in their old order.
 
     Args:
       source: with one label for each example.
       text: a key of LISTS, or names, numbers and ranges of numbers, separated by commas: 'cat,dog', '0-9,12'.
+      by_place: numbers are places among the classes also where the classes' names are numbers, as in mae_jax 0.1.0.
 
     Raises:
       UserError: there are no such classes, or no labels to choose by.
     """
     if not source.classes or "labels" in source.fields:
         raise UserError(f"data.classes={text!r} needs pictures with one label each")
-    parts = [numbers(part.strip(), source.classes) for part in LISTS.get(text, text).split(",")]
+    choose = places if by_place else numbers
+    parts = [choose(part.strip(), source.classes) for part in LISTS.get(text, text).split(",")]
     chosen = sorted({number for part in parts for number in part})
 
     def read(i: int) -> int:
@@ -47,11 +50,37 @@ def keep_classes(source: Source, text: str) -> Source:
              len(source.classes))
     return Source(part.size, lambda i: (example := part.read(i))._replace(label=anew[example.label]), part.name,
                   tuple(source.classes[number] for number in chosen), part.fields,
-                  lambda i: anew[int(labels[indices[i]])])
+                  lambda i: anew[int(labels[indices[i]])], part.unknown_classes)
 
 
 def numbers(part: str, classes: tuple[str, ...]) -> range | list[int]:
-    """Returns the class numbers that a name, a number or a range stands for; raises UserError for none."""
+    """Returns the class numbers that a name, a number or a range stands for; raises UserError for none.
+
+    Where the names of classes are numbers, these are meant, and else the places among the classes, from 0.
+    """
+    part = unicodedata.normalize("NFC", part)
+    if part in classes:
+        return [classes.index(part)]
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+    named = {place: int(name) for place, name in enumerate(classes) if re.fullmatch(r"\d+", name)}
+    if not found or not named:
+        return places(part, classes)
+    first, last = int(found[1]), int(found[2] or found[1])
+    by_name = [place for place, value in named.items() if first <= value <= last]
+    by_place = range(first, last + 1) if first <= last < len(classes) else range(0)
+    if len(named) < len(classes) and set(by_name) != set(by_place):
+        shown = next(classes[place] for place in named)
+        raise UserError(f"data.classes: {part!r} can be read in two ways: some classes have numbers as names, such as "
+                        f"{shown!r}, others have not; write the names, separated by commas")
+    missing = {first, last} - {named[place] for place in by_name}
+    if missing or not by_name:
+        raise UserError(f"data.classes: {part!r}, and no class is called {min(missing, default=first)}: where names of "
+                        f"classes are numbers, these are meant, here {min(named.values())} to {max(named.values())}")
+    return by_name
+
+
+def places(part: str, classes: tuple[str, ...]) -> range | list[int]:
+    """Returns likewise; numbers are places among the classes, whatever these are called."""
     if part in classes:
         return [classes.index(part)]
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)

@@ -1,13 +1,14 @@
 """How many examples the splits of well-known data sets hold, so that a copy prepared in part is noticed.
 
 The numbers are those of TFDS's catalogue; Caltech-101's split is the usual one of 30 training images per class. FGVC
-Aircraft and iNaturalist 2019 are no TFDS data sets: folders under these names (data.name), with the numbers of their
-authors.
+Aircraft, iNaturalist 2019 and ADE20K's scene parsing are read from folders, under these names (data.name), with the
+numbers of their authors.
 """
 
 from mae_jax.errors import UserError
 
 SIZES = {
+    "ade20k": {"train": 20_210, "val": 2000},
     "aircraft": {"train": 6667, "test": 3333},
     "caltech101": {"train": 3060, "test": 6084},
     "cars196": {"train": 8144, "test": 8041},

@@ -1,76 +1,163 @@
 """folder: the images under a folder, at any depth, local or gs://.
 
-Splits are the sub-folders train/ and test/, val/ or validation/, if they are there. Else each image belongs where the
-hash of its relative path says, so that adding files moves none: 'test' is a tenth, if the config uses it, and 'train'
-the rest. Classes are the first sub-folders of a split, if there are several and no image lies beside them. The masks
-of data.mask_key lie in a folder of the same shape, as PNG files of the same names. Links are followed, to read.
+How it is laid out is recognized in `folder_layout`: splits and classes by sub-folders, or neither. Without splits each
+image belongs where the hash of its relative path says, so that adding files moves none: 'test' is a tenth, if the
+config uses it, and 'train' the rest. A held-out split without class folders may have a list of labels (`label_lists`).
+The masks of data.mask_key lie in a folder of the same shape, as PNG files of the same names. Links are followed, to
+read. Names of files compare in Unicode's form NFC.
 """
 
-import functools
 import logging
 import os
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax.data.decode import decode_mask
-from mae_jax.data.sources import splits
+from mae_jax.data.sources import folder_layout, folder_listing, label_lists, splits
 from mae_jax.data.sources.base import UNLABELED, Example, Source
 from mae_jax.data.sources.expected_sizes import check_size
-from mae_jax.errors import UserError, did_you_mean, pluralize, printable
+from mae_jax.data.sources.folder_layout import Layout, Part
+from mae_jax.data.sources.folder_listing import EXTENSIONS
+from mae_jax.errors import UserError, pluralize, printable
 from mae_jax.storage.paths import locate
 
 log = logging.getLogger(__name__)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 MAX_LISTED_EXTENSIONS = 5  # extensions of other files that are counted one by one
+MAX_LISTED_CLASSES = 10  # that the line about a layout names
+FIELDS = ("train_split", "val_split", "eval_split")
+_files = folder_listing.listed  # kept: a run opens a folder for training, for evaluation and for its classes
+
+
+class Opened(NamedTuple):
+    """A folder, and how it is laid out."""
+
+    root: epath.Path  # data.path
+    layout: Layout
+    train: Part
 
 
 def load(data: ConfigDict, split: splits.Split) -> Source:
     """Opens a split; raises UserError when the folder is missing, has no images, or has no such split."""
-    root = _root(data.path)
-    children = _children(root)
-    if _has_splits(children):
-        base, classes = root / _sub_folder(split.name, children), _classes(_list(root / "train"))
-        start, stop = split.shares(0, 1)
-    else:
-        base = root / "train" if children == {"train"} else root
-        classes = _classes(_list(base))
-        start, stop = split.shares(*splits.part(split.name, splits.holds_out(data)))
-    files = tuple(name for name in _list(base) if start <= splits.share(name) < stop)
-    strange = [name for name in files if classes and name.split("/")[0] not in classes]
-    if strange:  # no error: where nobody asks for labels, the folders may stand for anything
-        log.warning("%d of %d pictures of %r are in no class folder that the training pictures have, such as %s: they "
-                    "count as unlabelled", len(strange), len(files), str(split), base / strange[0])
+    opened = _open(data)
+    part = _part(data, opened, split.name)
+    whole = opened.layout.kind in ("splits", "nested")
+    start, stop = split.shares(*((0, 1) if whole else splits.part(split.name, splits.holds_out(data))))
+    names = part.listing.pictures
+    everything = (start, stop) == (0, 1)
+    chosen = [i for i, name in enumerate(names) if everything or start <= splits.share(name) < stop]
+    labels, strange = _labels(data, opened, part, split)
     if str(split) == split.name:
-        check_size(data.get("name", ""), split.name, len(files))
-    return _source(base, files, classes, _masks(data, root, base, files), data.mask_offset)
+        check_size(data.get("name", ""), split.name, len(chosen))
+    files = tuple(part.listing.paths[i] for i in chosen)
+    return _source(part, files, tuple(names[i] for i in chosen), labels[chosen], strange,
+                   _masks(data, opened.root, part.base, files), data.mask_offset)
 
 
 def split_name(data: ConfigDict, name: str) -> str:
     """Returns what a split is called in the folder."""
-    children = _children(_root(data.path))
-    return _sub_folder(name, children) if _has_splits(children) else splits.held_out_name(name)
+    layout = _layout(data)
+    if layout.kind in ("splits", "nested"):
+        return folder_layout.folder_of(layout, name, _field(data, name))
+    return splits.held_out_name(name)
 
 
-def _children(root: epath.Path) -> set[str]:
-    return {child.name for child in root.iterdir() if child.is_dir() and not child.name.startswith(".")}
+def describe(data: ConfigDict, opened: Mapping[str, Source]) -> str:
+    """Returns one line about how the folder was read.
+
+    Args:
+      data: the group `data` of a config.
+      opened: 'train_split' ... → its source, of those that the config has.
+    """
+    texts = []
+    for field, source in opened.items():
+        what, where = _what(data, field)
+        classes = ""
+        if field == "train_split":
+            count, shown = len(source.classes), ", ".join(map(printable, source.classes[:MAX_LISTED_CLASSES]))
+            more = f" and {count - MAX_LISTED_CLASSES} more" if count > MAX_LISTED_CLASSES else ""
+            classes = f" in {count} classes ({shown}{more})" if count else " without classes"
+        elif source.classes and source.label:
+            lost = sum(source.label(i) < 0 for i in range(source.size))
+            classes = f" ({lost} without a label)" if 0 < lost < source.size else " without labels" if lost else ""
+        images = str(source.size) if texts and not classes else pluralize(source.size, "image")
+        texts.append(f"{what}: {images}{classes} from {where}")
+    return "; ".join(texts + _left_out(data))
 
 
-def _has_splits(children: set[str]) -> bool:
-    return "train" in children and bool(children & set(splits.HELD_OUT))
+def _what(data: ConfigDict, field: str) -> tuple[str, str]:
+    """Returns what a split is called in the line, and where it is read from."""
+    opened, expression, wheres, roles = _open(data), data[field], [], set()
+    for split in splits.parts(expression):
+        if opened.layout.kind in ("splits", "nested"):
+            folder = folder_layout.folder_of(opened.layout, split.name, f"data.{field}")
+            roles.add(splits.role(folder))
+            part = _part(data, opened, split.name)
+            base = _inside(opened.root, part.base)
+            where = f"{base}/" if opened.layout.kind == "splits" else f"the folders {folder}/ of the classes"
+            if listed := _list_of(opened, part, folder):
+                where += f", by {listed.file.name}"
+        else:
+            roles.add(splits.role(split.name))
+            inside = _inside(opened.root, opened.train.base)
+            kind = "the class folders" if opened.train.classes else "the folder"
+            where = kind if inside == "." else f"{inside}/"
+            if splits.role(split.name) != "train":
+                where += ", held out by a hash of the names"
+        wheres.append(where + (f" [{split.start}:{split.stop}]" if str(split) != split.name else ""))
+    own = {"train_split": "train", "val_split": "validation", "eval_split": "test"}[field]
+    names = {"val": "validation", "test": "test"}
+    return (names.get(roles.pop(), own) if len(roles) == 1 and field != "train_split" else own), " + ".join(wheres)
 
 
-def _sub_folder(name: str, children: set[str]) -> str:
-    """Returns the sub-folder of a split; the held-out one may have any of its names, whatever the config calls it."""
-    names = (name, *splits.HELD_OUT) if name in splits.HELD_OUT else (name,)
-    for candidate in names:
-        if candidate in children:
-            return candidate
-    raise UserError(f"unknown split {name!r}; {did_you_mean(name, children)}")
+def _left_out(data: ConfigDict) -> list[str]:
+    """Returns what the folder has besides, that nobody asks for, for the line about its layout."""
+    opened, texts = _open(data), []
+    parts = {_part(data, opened, split.name) for field in FIELDS if data[field] for split in splits.parts(data[field])}
+    strays = sorted({_inside(opened.root, part.base / name) for part in parts for name in part.strays})
+    if strays:
+        texts.append(f"left out, beside the class folders: {pluralize(len(strays), 'image')}, such as "
+                     f"{printable(strays[0])}")
+    others = [printable(name) for top in _tops(opened) for name in _beside(opened.root, top)]
+    if opened.layout.kind == "splits":
+        used = {split_name(data, split.name) for field in FIELDS if data[field] for split in splits.parts(data[field])}
+        folders = folder_listing.folders(opened.layout.root, opened.layout.plain)
+        others = [f"{printable(name)}/" for name in folders if name not in used] + others
+    if others:
+        more = f" and {len(others) - MAX_LISTED_CLASSES} more" if len(others) > MAX_LISTED_CLASSES else ""
+        texts.append(f"not read: {', '.join(others[:MAX_LISTED_CLASSES])}{more}")
+    ignored: Counter[str] = Counter()
+    for part in {part.base: part for part in parts}.values():
+        ignored.update(dict(part.listing.ignored))
+    if ignored:
+        texts.append(f"ignored, of file servers and viewers: {folder_listing.some(ignored.items())}")
+    return texts
+
+
+def _open(data: ConfigDict) -> Opened:
+    layout = _layout(data)
+    return Opened(_root(data.path), layout, folder_layout.training(layout, data.get("train_split") or "train"))
+
+
+def _layout(data: ConfigDict) -> Layout:
+    return folder_layout.recognize(_root(data.path), data.get("layout") or "auto")
+
+
+def _part(data: ConfigDict, opened: Opened, name: str) -> Part:
+    return folder_layout.part(opened.layout, name, _field(data, name), opened.train)
+
+
+def _field(data: ConfigDict, name: str) -> str:
+    """Returns which field of the config has the name of a split."""
+    for field in reversed(FIELDS):
+        if any(split.name == name for split in splits.parts(data.get(field) or "train")):
+            return f"data.{field}"
+    return "data.eval_split"
 
 
 def _root(path: str) -> epath.Path:
@@ -91,32 +178,61 @@ def _masks(data: ConfigDict, root: epath.Path, base: epath.Path, files: tuple[st
     return masks
 
 
-def _source(base: epath.Path, files: tuple[str, ...], classes: tuple[str, ...], masks: epath.Path | None,
-            offset: int) -> Source:
+def _labels(data: ConfigDict, opened: Opened, part: Part, split: splits.Split) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Returns the labels of a part, int32 [images], and names of classes in it that the training images lack."""
+    names, classes = part.listing.pictures, part.classes
+    if listed := _list_of(opened, part, split_name(data, split.name)):
+        return listed.labels, listed.unknown
     index = {name: label for label, name in enumerate(classes)}
-    labels = np.array([index.get(name.split("/")[0], UNLABELED) for name in files], np.int32)
+    firsts = [name.split("/")[0] if "/" in name else "" for name in names]
+    labels = np.array([index.get(first, UNLABELED) for first in firsts], np.int32)
+    strange = [name for name, label in zip(names, labels, strict=True) if label < 0] if classes else []
+    if strange:  # no error: where nobody asks for labels, the folders may stand for anything
+        log.warning("%d of %d pictures of %r are in no class folder that the training pictures have, such as %s: they "
+                    "count as unlabelled", len(strange), len(names), str(split), part.base / printable(strange[0]))
+    known = not classes or opened.layout.plain  # 0.1.0 went on without a word
+    return labels, () if known else tuple(sorted(set(firsts) - index.keys() - {""}))
+
+
+def _list_of(opened: Opened, part: Part, split: str) -> label_lists.LabelList | None:
+    """Returns the list of labels of a held-out part without class folders, None where there is none."""
+    names = part.listing.pictures
+    if part is opened.train or opened.layout.kind != "splits" or opened.layout.plain or not part.classes or (
+            part.listing.folders.keys() & set(part.classes)):
+        return None
+    places = [part.base]
+    while places[-1] not in (opened.root, places[-1].parent):
+        places.append(places[-1].parent)
+    return label_lists.find(places, split, names, part.classes)
+
+
+def _source(part: Part, files: tuple[str, ...], names: tuple[str, ...], labels: np.ndarray, strange: tuple[str, ...],
+            masks: epath.Path | None, offset: int) -> Source:
+    base = part.base
 
     def read(i: int) -> Example:
         mask = decode_mask((masks / files[i]).with_suffix(".png").read_bytes(), offset) if masks else None
         return Example((base / files[i]).read_bytes(), int(labels[i]), mask=mask)
 
-    return Source(len(files), read, lambda i: printable(files[i]), classes, ("pixel_label",) if masks else (),
-                  lambda i: int(labels[i]))
+    return Source(len(files), read, lambda i: printable(names[i]), part.classes, ("pixel_label",) if masks else (),
+                  lambda i: int(labels[i]), unknown_classes=strange)
 
 
 def unread(data: ConfigDict, expressions: Iterable[str]) -> list[str]:
     """Returns lines about what lies in the folder and is in none of these splits, by sub-folder or by extension."""
-    root = _root(data.path)
-    children, lost, lines = _children(root), [], []
-    if _has_splits(children) or children == {"train"}:
-        names = {part.name for text in expressions for part in splits.parts(text)}
-        read = {_sub_folder(name, children) for name in names} if _has_splits(children) else children
-        others = [f"{base}/{name}" for base in sorted(read) for name in _files(root / base)[1]]
-        lost = [f"{base}/{name}" for base in sorted(children - read) for name in _files(root / base)[0]]
-        beside = (file.name for file in root.iterdir() if not file.name.startswith("."))
-        lost += sorted(name for name in beside if name.lower().endswith(EXTENSIONS))
-    else:
-        others = _files(root)[1]
+    opened, lines = _open(data), list[str]()
+    root, layout = opened.root, opened.layout
+    names = {split.name for text in expressions for split in splits.parts(text)}
+    in_splits = layout.kind == "splits"
+    places = {layout.root / folder_layout.folder_of(layout, name) for name in names} if in_splits else {layout.root}
+    others = [_inside(root, place / name) for place in sorted(places) for name in _files(place, layout.plain).others]
+    lost: list[str] = []
+    for top in _tops(opened):
+        beside = [top / name for name in folder_listing.folders(top, layout.plain)]
+        lost += [_inside(root, folder / name) for folder in beside
+                 if not any(place.is_relative_to(folder) for place in places)
+                 for name in _files(folder, layout.plain).pictures]
+        lost += _beside(root, top)
     if lost:
         lines.append(f"{pluralize(len(lost), 'picture')} in no split of the config, such as {printable(lost[0])}")
     if others:
@@ -127,72 +243,18 @@ def unread(data: ConfigDict, expressions: Iterable[str]) -> list[str]:
     return lines
 
 
-def _list(base: epath.Path) -> tuple[str, ...]:
-    """Returns the images under a folder, relative and sorted; raises UserError when there are none."""
-    pictures, others = _files(base)
-    if not pictures:
-        what = f"{pluralize(len(others), 'other file')}, such as {printable(others[0])}" if others else "it is empty"
-        raise UserError(f"no pictures ({', '.join(EXTENSIONS)}) under {base}: {what}")
-    return pictures
+def _tops(opened: Opened) -> list[epath.Path]:
+    """Returns the folders of which one folder, or one of splits, is read, and nothing else."""
+    layout = opened.layout
+    tops = [top for top in (layout.root, *layout.root.parents) if top.is_relative_to(opened.root)]
+    return tops if layout.kind == "splits" else tops[1:]
 
 
-@functools.lru_cache(maxsize=8)  # a run opens a folder for training, for evaluation and for its classes
-def _files(base: epath.Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the images under a folder, by their extension, and the other files; relative and sorted."""
-    parts: tuple[list[str], list[str]] = [], []
-    for name in sorted(_walk(base)):
-        parts[not name.lower().endswith(EXTENSIONS)].append(name)
-    return tuple(parts[0]), tuple(parts[1])
+def _beside(root: epath.Path, folder: epath.Path) -> list[str]:
+    """Returns the images that lie in the folder itself, relative to the root."""
+    return sorted(_inside(root, file) for file in folder.iterdir()
+                  if not file.name.startswith(".") and file.name.lower().endswith(EXTENSIONS))
 
 
-def _walk(base: epath.Path) -> Iterator[str]:
-    """Yields relative paths of files, but hidden ones."""
-    if "://" not in os.fspath(base):
-        yield from _walk_local(os.fspath(base))
-        return
-    for folder, children, files in base.walk():
-        children[:] = [child for child in children if not child.startswith(".")]
-        inside = os.fspath(folder).removeprefix(os.fspath(base)).lstrip("/")
-        yield from (f"{inside}/{name}" if inside else name for name in files if not name.startswith("."))
-
-
-def _walk_local(base: str) -> Iterator[str]:
-    """Yields likewise. Links are followed, to folders too, but into no folder that is read already: a loop ends there.
-
-    A folder that cannot be listed raises OSError: its images would be lost without a word.
-    """
-    top = os.path.realpath(base)
-    read, pending, odd = [top], [""], defaultdict(list)
-    while pending:
-        folder = pending.pop()
-        with os.scandir(os.path.join(base, folder)) as entries:
-            found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-        for entry in found:
-            name, target = folder + entry.name, os.path.realpath(entry.path) if entry.is_symlink() else ""
-            is_folder = os.path.isdir(target) if target else entry.is_dir()
-            if is_folder and target and any(_within(target, one) or _within(one, target) for one in read):
-                odd["link", "left out, to a folder that is read already"].append(name)
-                continue
-            if target and not _within(target, top):
-                odd["link", "out of the folder followed"].append(name)
-            if is_folder:
-                read += [target] if target else []
-                pending.append(f"{name}/")
-            elif entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path) or not os.path.exists(entry.path):
-                yield name  # also what a link promises and is not there: a broken image, by name
-            else:
-                odd["file", "left out, no regular one"].append(name)
-    for (what, why), names in odd.items():
-        log.warning("%s: %s %s, such as %s", base, pluralize(len(names), what), why, printable(names[0]))
-
-
-def _within(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
-
-
-def _classes(files: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the names of the first sub-folders, () if an image lies beside them or there is only one."""
-    if any("/" not in name for name in files):
-        return ()
-    classes = sorted({name.split("/")[0] for name in files})
-    return tuple(classes) if len(classes) > 1 else ()
+def _inside(root: epath.Path, path: epath.Path) -> str:
+    return os.path.relpath(path, root)

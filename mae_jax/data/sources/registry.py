@@ -1,6 +1,7 @@
 """The table of sources, by name."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def load(data: ConfigDict, expression: str) -> Source | RecordStream:
                             "Source or a RecordStream of mae_jax.data.sources.base")
     source = functools.reduce(lambda one, other: one.joined(other), parts)
     if not source.size:
-        raise UserError(f"the split {expression!r} of data.source={data.source!r} has no pictures")
+        raise UserError(_nothing(data, expression))
     if not data.get("classes"):
         return source
     from mae_jax.data.sources.class_filter import keep_classes
@@ -55,7 +56,7 @@ def load(data: ConfigDict, expression: str) -> Source | RecordStream:
     if not isinstance(source, Source):
         raise UserError(f"data.classes={data.classes!r} needs data with random access, which a stream of records has "
                         "not: python -m mae_jax inspect --write=array_record stores them so")
-    return keep_classes(source, data.classes)
+    return keep_classes(source, data.classes, by_place=data.get("layout") == "0.1.0")
 
 
 def _located(data: ConfigDict) -> ConfigDict:
@@ -74,6 +75,29 @@ def _located(data: ConfigDict) -> ConfigDict:
 def _found(data: ConfigDict) -> Any:
     """Returns the module, or the function, that data.source names; raises UserError with the nearest name."""
     return plugins.find("sources", data.source, MODULES, "data.source", others=("batches",))
+
+
+def _nothing(data: ConfigDict, expression: str) -> str:
+    """Returns what to say of a split without images: what to set, by the field that names it."""
+    used = {"eval_split": "trains without an evaluation split, and another slice, as 'train[70%:]' with "
+                          "--config.data.train_split='train[:70%]', may have some",
+            "val_split": "(with --config.checkpoint.best_metric='') trains without a part to choose by",
+            "train_split": "trains on all there is"}
+    field = next((name for name in used if data.get(name) == expression), "")
+    value = "train" if field == "train_split" else ""
+    what = f": few pictures make an empty part; --config.data.{field}={value!r} {used[field]}" if field else ""
+    return f"the split {expression!r} of data.source={data.source!r} has no pictures{what}"
+
+
+def describe(data: ConfigDict, opened: Mapping[str, Any]) -> str:
+    """Returns one line about how the splits were found, '' where the source does not say.
+
+    Args:
+      data: the group `data` of a config.
+      opened: 'train_split', 'val_split' and 'eval_split', as far as the config has them → what `load` gave.
+    """
+    how = getattr(_found(data), "describe", None)
+    return how(data, opened) if how else ""
 
 
 def same_split(data: ConfigDict, one: str, other: str) -> bool:

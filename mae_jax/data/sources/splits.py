@@ -4,13 +4,22 @@ import hashlib
 import os
 import re
 import sys
+import unicodedata
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from mae_jax.errors import UserError, did_you_mean
 
-HELD_OUT = ("test", "val", "validation")  # names of the held-out split
+HELD_OUT = ("test", "val", "validation")  # the usual names of the held-out split; `role` knows others
+ROLES = {  # what a split is for → the words that say so
+    "train": ("train", "training", "trn", "trainval"),
+    "val": ("val", "valid", "validation", "validate", "validating", "dev", "devel", "development", "vali"),
+    "test": ("test", "testing", "tst", "eval", "evaluation", "evaluate", "heldout", "holdout"),
+}
+# What may stand beside such a word in the name of a folder: ILSVRC2012_img_train, test_set, seg_train, train2017.
+_FILLERS = {"set", "data", "dataset", "split", "image", "images", "img", "imgs", "picture", "pictures", "pics", "photo",
+            "photos", "jpg", "jpeg", "png", "ilsvrc", "imagenet", "clsloc", "cls", "loc", "seg", "my", "the", "all"}
 HELD_OUT_SHARE = 0.1  # of data that come without splits
 
 _EXPRESSION = re.compile(r"(?P<name>[\w.-]+)(\[(?P<start>\d+%?)?:(?P<stop>\d+%?)?\])?")
@@ -75,15 +84,31 @@ def overlap(one: Split, other: Split) -> bool:
     return max(start, first) < min(stop, last)
 
 
+def role(name: str) -> str:
+    """Returns what a split is for by its usual names in any case: 'train', 'val', 'test', or '' for another name."""
+    text = unicodedata.normalize("NFC", name).casefold()
+    words = re.findall(r"[^\W\d_]+", re.sub(r"held[\W_]?out", "heldout", re.sub(r"hold[\W_]?out", "holdout", text)))
+    words = [word for word in words if word not in _FILLERS]
+    if len(words) != 1:
+        return ""
+    word = words[0]
+    for ending in ("", "set", "data", "images"):  # testset, traindata
+        stem = word.removesuffix(ending)
+        for found, usual in ROLES.items():
+            if stem in usual:
+                return found
+    return ""
+
+
 def held_out_name(name: str) -> str:
     """Returns what a split is called in data without splits, whose held-out part has several names."""
-    return HELD_OUT[0] if name in HELD_OUT else name
+    return {"val": HELD_OUT[0], "test": HELD_OUT[0], "train": "train"}.get(role(name), name)
 
 
 def holds_out(data: ConfigDict) -> bool:
     """Whether the config takes a held-out part from data that come without splits."""
     used = (data.train_split, data.val_split, data.eval_split)
-    return any(split.name in HELD_OUT for text in used if text for split in parts(text))
+    return any(held_out_name(split.name) == HELD_OUT[0] for text in used if text for split in parts(text))
 
 
 def part(name: str, held_out: bool) -> tuple[float, float]:
@@ -93,10 +118,10 @@ def part(name: str, held_out: bool) -> tuple[float, float]:
       name: 'train', or 'test' under any of its names.
       held_out: whether anything is held out; if not, 'train' is everything.
     """
-    if name not in ("train", *HELD_OUT):
+    if not role(name):
         raise UserError(f"unknown split {name!r}; {did_you_mean(name, ('train', *HELD_OUT))}")
     edge = 1 - HELD_OUT_SHARE * held_out
-    return (0.0, edge) if name == "train" else (edge, 1.0)
+    return (0.0, edge) if role(name) == "train" else (edge, 1.0)
 
 
 def share(name: str) -> float:

@@ -130,13 +130,15 @@ def run(*flags):
 @pytest.mark.slow
 def test_the_command_tells_what_is_there_names_broken_pictures_and_draws_the_grid(tmp_path):
     folder = make_folder(tmp_path / "in")
+    (folder / "b" / "@eaDir").mkdir()
     for i in range(60):
         (folder / "b" / f"{20 + i}.jpg").touch()
     (folder / "notes.txt").touch()
     done = run("--config.data.source=folder", f"--config.data.path={folder}", "--config.data.eval_split=",
                f"--to={tmp_path / 'grid.png'}")
     assert done.returncode == 0, done.stderr
-    for line in ("80 pictures in train", "classes: a, b", "train: 80 pictures, 62 broken", "  a/00.jpg: cut off",
+    for line in ("train: 80 images in 2 classes (a, b) from the class folders", "viewers: @eaDir 1", "classes: a, b",
+                 "train: 80 pictures, 62 broken", "  a/00.jpg: cut off",
                  "  b/01.jpg: not a JPEG", "  and 12 more", "  sizes      all 40 x 30", "  formats    18 JPEG",
                  "1 file not looked at, no picture by the extension (.txt 1), such as notes.txt",
                  f"all broken pictures by name: {tmp_path / 'grid.broken.txt'}", "images/s per core"):

@@ -3,7 +3,7 @@ import pytest
 
 from mae_jax.data.sources import registry
 from mae_jax.data.sources.base import Example, Source
-from mae_jax.data.sources.class_filter import LISTS, keep_classes, numbers
+from mae_jax.data.sources.class_filter import LISTS, keep_classes, numbers, places
 from mae_jax.errors import UserError
 from tests.helpers.tiny import tiny_config
 
@@ -40,6 +40,32 @@ def test_the_shipped_lists_share_imagenet_without_overlap():
 def test_classes_that_are_not_there_are_refused(text, message):
     with pytest.raises(UserError, match=message):
         keep_classes(source(), text)
+
+
+NUMBERED = tuple(sorted(map(str, range(12))))  # as folders are sorted: 0, 1, 10, 11, 2 ...
+
+
+@pytest.mark.parametrize(("classes", "text", "names"), [
+    (NUMBERED, "10-11", ["10", "11"]), (NUMBERED, "2", ["2"]), (NUMBERED, "8-10", ["10", "8", "9"]),
+    (("001", "002", "010"), "1-10", ["001", "002", "010"]), (("001", "002", "010"), "10", ["010"]),
+    (("0", "1", "2", "other"), "0-2", ["0", "1", "2"]), (("3", "5", "other"), "other", ["other"]),
+    (("caf\u00e9", "tea"), "cafe\u0301", ["caf\u00e9"])])
+def test_names_that_are_numbers_go_before_places(classes, text, names):
+    assert sorted(classes[place] for place in numbers(text, classes)) == names
+
+
+@pytest.mark.parametrize(("classes", "text", "message"), [
+    (("3", "5", "other"), "0-2", "'0-2' can be read in two ways"),
+    (NUMBERED, "10-12", "no class is called 12.*0 to 11"),
+    (("3", "5"), "0", "no class is called 0.*3 to 5")])
+def test_numbers_that_may_be_names_or_places_are_refused(classes, text, message):
+    with pytest.raises(UserError, match=message):
+        numbers(text, classes)
+
+
+def test_numbers_are_places_for_a_stored_run():
+    assert list(places("2-3", NUMBERED)) == [2, 3]
+    assert list(numbers("2-3", NUMBERED)) != [2, 3]
 
 
 def test_pictures_without_one_label_each_are_refused():

@@ -1,0 +1,89 @@
+"""Whether what a run is judged by has labels, and the classes that it learns: asked before the first step."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_jax.errors import UserError, printable
+from mae_jax.storage.npz import opened
+
+log = logging.getLogger(__name__)
+
+MAX_NAMED = 8  # classes that a message names
+AT_HAND = ("folder", "npz")  # sources whose labels are all known without reading images
+OTHER = "; name another split that has, or train without:"
+WITHOUT = {"train_split": "", "val_split": f"{OTHER} --config.data.val_split=''",
+           "eval_split": f"{OTHER} --config.eval.test=False"}  # which a run may change on its way
+
+
+def check(data: ConfigDict, parts: Mapping[str, Any]) -> None:
+    """Raises UserError where a part of the data has no label, or classes that the training split lacks.
+
+    Args:
+      data: the group `data` of a config.
+      parts: 'train_split', and of the others those that are read → a Source or RecordStream, of one label an image.
+    """
+    train = parts["train_split"]
+    ours = f"the classes of data.train_split={data.train_split!r} are {some(train.classes)}"
+    for field, part in parts.items():
+        without = WITHOUT[field]
+        unknown = () if part is train else getattr(part, "unknown_classes", ())
+        if unknown:
+            raise UserError(f"data.{field}={data[field]!r} has classes that are not trained on: {some(unknown)}; {ours}"
+                            f". Call them alike, or take those pictures away{without}")
+        if not labeled(part):
+            theirs = "" if part is train else f"; it has neither class folders nor a list of labels, {ours}" \
+                if data.source == "folder" else f"; {ours}"
+            raise UserError(f"data.{field}={data[field]!r} has no picture with a label, and a classifier needs them"
+                            f"{theirs}{without}")
+        if data.source in AT_HAND and part is not train and part.label:
+            present = {part.label(i) for i in range(part.size)}
+            missing = [name for number, name in enumerate(part.classes) if number not in present]
+            if missing:
+                log.warning("data.%s=%r has no picture of %d of the %d classes: %s", field, data[field], len(missing),
+                            len(part.classes), some(missing))
+
+
+def check_batches(config: ConfigDict) -> None:
+    """Raises UserError where stored batches of a part that is read have no label."""
+    stored = {"train_split": "train", "val_split": "validate", "eval_split": "evaluate" if config.eval.test else ""}
+    for field, name in stored.items():
+        file = epath.Path(config.data.path) / f"{name}.npz"
+        if name and file.is_file():
+            with opened(file) as arrays:
+                found = "label" not in arrays.files or (arrays["label"] >= 0).any()
+            if not found:
+                raise UserError(f"{file} has no picture with a label, and a classifier needs them{WITHOUT[field]}")
+
+
+def labeled(part: Any) -> bool:
+    """Whether a Source or RecordStream has a label at all; reads up to the first one."""
+    from mae_jax.data.readers import record_stream
+    from mae_jax.data.sources.base import RecordStream
+
+    if "labels" in part.fields:
+        return True
+    if not part.classes:
+        return False
+    if isinstance(part, RecordStream):
+        return bool(part.label_key) and any(fields[1] >= 0 for _, fields in record_stream.stored(part, []))
+    return any((part.label or (lambda i: _read(part, i)))(i) >= 0 for i in range(part.size))
+
+
+def _read(part: Any, i: int) -> int:
+    from mae_jax.data.decode import BadImage
+
+    try:
+        return int(part.read(i).label)
+    except (BadImage, OSError):
+        return -1
+
+
+def some(names: Iterable[str]) -> str:
+    """Returns the first few names, and how many more there are."""
+    known = list(names)
+    more = f" and {len(known) - MAX_NAMED} more" if len(known) > MAX_NAMED else ""
+    return (", ".join(map(printable, known[:MAX_NAMED])) or "none") + more

@@ -1,0 +1,284 @@
+"""How a folder of images is laid out; the one place that says so.
+
+  flat     images at any depth, without classes
+  classes  the first sub-folders are classes
+  splits   sub-folders with the usual names of splits, in any case and order (train, Training, valid, val2017, test_set
+           ...: `splits.role`), each flat or of classes
+  nested   classes, each with sub-folders of splits
+
+Folders that wrap all the rest are gone through. What has two readings raises UserError with both of them, and with the
+value of data.layout, or the split, that decides.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import replace
+from typing import NamedTuple, NoReturn
+
+from etils import epath
+
+from mae_jax.data.sources import splits
+from mae_jax.data.sources.folder_listing import Listing, files, folders, nfc, pictures
+from mae_jax.errors import UserError, did_you_mean, pluralize, printable
+
+MAX_STRAYS = 10  # images beside class folders that are taken for strays, where the folders hold more
+MAX_STRAY_SHARE = 0.1  # of all images; or so many
+LAYOUT = "--config.data.layout="
+MAX_NAMED = 6  # folders that a message names
+# What data sets keep apart, and no classes: images, and what is said of them.
+IMAGES = re.compile(r"(jpe?g|png|rgb|raw)?[_-]?(images?|imgs?|pictures?|photos?|rgb|frames)\d*", re.IGNORECASE)
+OF_IMAGES = re.compile(r"(\w*[_-])?(masks?|labels?|annotations?|anno|gt|ground_?truths?|trimaps?|depths?|edges?|"
+                       r"alphas?|segmentation\w*|segmentclass\w*|seg)\d*", re.IGNORECASE)
+
+
+class Layout(NamedTuple):
+    """What `recognize` found."""
+
+    kind: str  # flat, classes, splits, nested
+    root: epath.Path  # that has all of it: data.path, or a folder that wraps the rest
+    folders: dict[str, tuple[str, ...]] = {}  # of splits and nested: what a split is for → its folders' names
+    plain: bool = False  # as mae_jax 0.1.0 read it
+    forced: bool = False  # data.layout says so
+
+
+class Part(NamedTuple):
+    """The images of a split; without splits, of the whole."""
+
+    base: epath.Path
+    listing: Listing  # relative to base
+    classes: tuple[str, ...]  # class folders: the first ones under base
+    strays: tuple[str, ...] = ()  # images beside class folders, which are left out
+
+
+def recognize(root: epath.Path, how: str = "auto") -> Layout:
+    """Returns the layout of a folder; raises UserError for one with two readings, or none.
+
+    Args:
+      root: the folder.
+      how: data.layout: auto; flat, classes or splits, which it then must have; 0.1.0, as that version read it.
+    """
+    if how == "0.1.0":
+        return _first_version(root)
+    if how == "flat":
+        return Layout("flat", root, forced=True)
+    return _recognized(root, how)
+
+
+def _recognized(root: epath.Path, how: str) -> Layout:
+    """Returns the layout by the names of sub-folders; goes on in the only one."""
+    named = {role: tuple(name for name in folders(root) if splits.role(name) == role) for role in splits.ROLES}
+    train, held = named["train"], named["val"] + named["test"]
+    if train and held and how != "classes":
+        return Layout("splits", root, named, forced=how == "splits")
+    counts, beside = files(root).folders, len(files(root).direct)
+    others = [name for name in counts if how == "classes" or not splits.role(name)]
+    if how != "classes" and (train or (held and counts.keys() - set(others))):
+        return _half_split(root, train, tuple(name for name in held if nfc(name) in counts), others, beside, how)
+    if len(others) == 1 and few(beside, counts.total()):
+        inner = _recognized(_child(root, others[0]), how)
+        return inner if inner.kind != "flat" or not beside else Layout("flat", root)
+    if how != "classes":
+        _check_kinds(root, others)
+    if len(others) > 1 and how != "classes" and (nested := _nested(root, others, how)):
+        return nested
+    if how == "splits":
+        raise UserError(f"data.layout='splits': {root} has no folder by a usual name of a split, as train/ and val/; "
+                        f"it has {_some(others) or 'no folders with pictures'}")
+    return Layout("classes" if len(others) > 1 else "flat", root, forced=how == "classes")
+
+
+def _half_split(root: epath.Path, train: tuple[str, ...], held: tuple[str, ...], others: list[str], beside: int,
+                how: str) -> Layout:
+    """Returns the layout where one folder at least has the name of a split, but those of train or held out miss."""
+    if train and (how == "splits" or not others):
+        return Layout("splits", root, {"train": train}) if len(train) > 1 else _recognized_train(root / train[0], how)
+    as_classes = f"all are classes: {LAYOUT}classes"
+    if train:
+        deep = any(name.count("/") > 1 for name in files(root).pictures)
+        if len(others) > 1 and not deep:  # vehicles: bus, car, train
+            return Layout("classes", root)
+        _refuse(root, f"{train[0]}/ is what to train on, and {_some(others)} not read: {LAYOUT}splits", as_classes)
+    if others:
+        _refuse(root, f"{_some(held)} is held out from the classes {_some(others)}: move those into a folder train/ "
+                "beside it", as_classes)
+    if beside:
+        _refuse(root, f"{_some(held)} is held out from the {pluralize(beside, 'picture')} beside it: move those into a "
+                "folder train/", f"it is no split: {LAYOUT}flat")
+    inner = _recognized(root / held[0], how) if len(held) == 1 and how == "auto" else None
+    if inner and inner.kind in ("splits", "nested"):  # its name says what all of it is for
+        return inner
+    return _refuse(root, f"{_some(held)} without a folder to train on; to read one alone: "
+                   f"--config.data.path={root / held[0]}", as_classes)
+
+
+def _recognized_train(folder: epath.Path, how: str) -> Layout:
+    """Returns the layout of the only split there is, of which a part may be held out."""
+    return _recognized(folder, "auto" if how == "splits" else how)
+
+
+def _check_kinds(root: epath.Path, others: list[str]) -> None:
+    """Raises UserError for images beside their masks: these would be trained on."""
+    images = [name for name in others if IMAGES.fullmatch(name)]
+    if images and any(OF_IMAGES.fullmatch(name) for name in others):
+        _refuse(root, f"the images are {_some(images)} alone: --config.data.path={root / images[0]} (and data.mask_key "
+                "for masks)", f"{_some(others)} are classes: {LAYOUT}classes")
+
+
+def _nested(root: epath.Path, others: list[str], how: str) -> Layout | None:
+    """Returns the layout of classes, each with folders of splits; None where there is none such."""
+    inside: dict[str, set[str]] = defaultdict(set)
+    for name in files(root).pictures:
+        first, _, rest = name.partition("/")
+        inside[first].add(rest.split("/")[0] if "/" in rest else "")
+    roles = {name: {splits.role(child) for child in inside[name]} for name in others}
+    split = [name for name in others if "train" in roles[name] and roles[name] & {"val", "test"}]
+    if not split:
+        return None
+    whole = all("train" in roles[name] and "" not in roles[name] for name in others)
+    deep = any(name.count("/") > 2 for name in files(root).pictures)
+    if not whole or (deep and how != "splits"):
+        _refuse(root, f"{_some(split)} with folders of splits inside; to read one alone: "
+                f"--config.data.path={root / split[0]}", f"{_some(others)} are classes: {LAYOUT}classes")
+    children = sorted(set().union(*(inside[name] for name in others)))
+    return Layout("nested", root, {role: tuple(name for name in children if splits.role(name) == role)
+                                   for role in splits.ROLES})
+
+
+def _first_version(root: epath.Path) -> Layout:
+    """Returns the layout as mae_jax 0.1.0 read it: splits by four names, classes where no image lies beside them."""
+    children = folders(root, True)
+    if "train" in children and set(children) & set(splits.HELD_OUT):
+        return Layout("splits", root, {name: (name,) for name in children}, plain=True)
+    return Layout("classes", root / "train" if children == ["train"] else root, plain=True)
+
+
+def folder_of(layout: Layout, name: str, field: str = "data.eval_split") -> str:
+    """Returns the name of the folder of a split; the held-out one may have any of its names, whatever the config says.
+
+    Args:
+      layout: of splits, or nested.
+      name: of the split.
+      field: which has it, for a message.
+    """
+    known = [folder for found in layout.folders.values() for folder in found]
+    if layout.plain:
+        wanted = [name, *(splits.HELD_OUT if name in splits.HELD_OUT else ())]
+        if found := [each for each in wanted if each in known]:
+            return found[0]
+        raise UserError(f"unknown split {name!r}; {did_you_mean(name, known)}")
+    for same in (nfc, lambda text: nfc(text).casefold()):
+        if len(found := [folder for folder in known if same(folder) == same(name)]) == 1:
+            return found[0]
+    role = splits.role(name)
+    for each in {"val": ("val", "test"), "test": ("test", "val")}.get(role, (role,)):
+        found = list(layout.folders.get(each, ()))
+        if len(found) > 1 and layout.kind == "splits":
+            raise UserError(f"{layout.root}: {_some(found)} may each be the split {name!r}; say which: "
+                            f"{' or '.join(f'--config.{field}={printable(folder)}' for folder in found)}")
+        if found:
+            return found[0]
+    raise UserError(f"unknown split {name!r}: {layout.root} has {_some(known)}; {did_you_mean(name, known)}")
+
+
+def training(layout: Layout, expression: str = "train") -> Part:
+    """Returns the images of the training split, or of all splits where there are none, with the classes."""
+    names = [split.name for split in splits.parts(expression) if splits.role(split.name) == "train"]
+    if layout.kind == "nested":
+        return _nested_part(layout, "train")
+    in_splits = layout.kind == "splits"
+    base = layout.root / folder_of(layout, (names or ["train"])[0], "data.train_split") if in_splits else layout.root
+    base, listing = base, pictures(base, layout.plain)
+    if in_splits and not layout.plain:
+        base, listing = _unwrapped(base, listing)
+    if layout.kind == "flat":
+        return Part(base, listing, ())
+    return _with_classes(layout, base, listing)
+
+
+def part(layout: Layout, name: str, field: str, train: Part) -> Part:
+    """Returns the images of a split; of `training` where the layout has no splits.
+
+    Args:
+      layout: as `recognize` gave it.
+      name: of the split.
+      field: of the config, which has the name.
+      train: as `training` gave it: its classes are those of all splits.
+    """
+    if layout.kind in ("flat", "classes"):
+        return train
+    folder = folder_of(layout, name, field)
+    if layout.kind == "nested":
+        return _nested_part(layout, splits.role(folder))
+    base = layout.root / folder
+    listing = pictures(base, layout.plain)
+    if layout.plain:
+        return Part(base, listing, train.classes)
+    base, listing = _unwrapped(base, listing, train.classes)
+    if base == train.base:
+        return train
+    known = listing.folders.keys() & set(train.classes)
+    strays = listing.direct if known and few(len(listing.direct), listing.folders.total()) else ()
+    return Part(base, _without(listing, strays), train.classes, strays)
+
+
+def few(beside: int, inside: int) -> bool:
+    """Whether images beside folders are strays, by their number and that of the images in the folders."""
+    return beside <= MAX_STRAY_SHARE * (beside + inside) or (beside <= MAX_STRAYS and beside < inside)
+
+
+def _with_classes(layout: Layout, base: epath.Path, listing: Listing) -> Part:
+    """Returns a part with its first sub-folders as classes, if there are several; strays beside them are left out."""
+    direct, classes = listing.direct, tuple(sorted(listing.folders))
+    if len(classes) < 2 or (direct and layout.plain):
+        return Part(base, listing, ())
+    inside = listing.folders.total()
+    if not layout.forced and not few(len(direct), inside):
+        kept, whole = ("splits", f"--config.data.path={base} ") if layout.kind == "splits" else ("classes", "")
+        _refuse(base, f"{_some(classes)} with {pluralize(inside, 'picture')} are classes, and the {len(direct)} beside "
+                f"them, such as {printable(direct[0])}, are left out: {LAYOUT}{kept}",
+                f"all of it, without classes: {whole}{LAYOUT}flat")
+    return Part(base, _without(listing, direct), classes, direct)
+
+
+def _nested_part(layout: Layout, role: str) -> Part:
+    listing = pictures(layout.root)
+    inside = [i for i, name in enumerate(listing.pictures) if name.count("/") > 1]
+    kept = [i for i in inside if splits.role(listing.pictures[i].split("/")[1]) == role]
+    classes = tuple(sorted({listing.pictures[i].split("/")[0] for i in inside}))
+    strays = tuple(name for name in listing.pictures if name.count("/") < 2)
+    return Part(layout.root, listing.only(kept), classes, strays)
+
+
+def _unwrapped(base: epath.Path, listing: Listing, classes: tuple[str, ...] = ()) -> tuple[epath.Path, Listing]:
+    """Goes into the only folder of a split, again and again, unless it is a class."""
+    while len(listing.folders) == 1 and not listing.direct and not listing.folders.keys() & set(classes):
+        names = {path.split("/", 1)[0] for path in listing.paths}
+        if len(names) > 1:  # two ways to spell it
+            break
+        only = names.pop()
+        base = base / only
+        listing = replace(listing, pictures=tuple(name[len(nfc(only)) + 1:] for name in listing.pictures),
+                          paths=tuple(path[len(only) + 1:] for path in listing.paths))
+    return base, listing
+
+
+def _without(listing: Listing, left_out: tuple[str, ...]) -> Listing:
+    if not left_out:
+        return listing
+    gone = set(left_out)
+    return listing.only([i for i, name in enumerate(listing.pictures) if name not in gone])
+
+
+def _child(root: epath.Path, name: str) -> epath.Path:
+    """Returns the sub-folder with a name in the form NFC."""
+    return root / next(child for child in folders(root) if nfc(child) == name)
+
+
+def _some(names: Collection[str]) -> str:
+    shown = ", ".join(f"{printable(name)}/" for name in list(names)[:MAX_NAMED])
+    return f"{shown} and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else shown
+
+
+def _refuse(root: epath.Path, one: str, other: str) -> NoReturn:
+    raise UserError(f"{root} can be read in two ways: {one}; or {other}")

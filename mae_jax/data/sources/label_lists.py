@@ -1,0 +1,102 @@
+"""Lists of labels beside the images of a split that has no class folders, as ImageNet's validation set comes.
+
+Read are text files that name each image and its class (Tiny-ImageNet's val_annotations.txt, LOC_val_solution.csv of
+Kaggle's ImageNet, Caffe's val.txt with numbers of the sorted classes), or that have a class for each image, in the
+order of the images' names (imagenet_2012_validation_synset_labels.txt).
+"""
+
+import os
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from mae_jax.data.sources import splits
+from mae_jax.data.sources.base import UNLABELED
+from mae_jax.data.sources.folder_listing import nfc
+from mae_jax.errors import UserError
+
+EXTENSIONS = (".txt", ".csv", ".tsv")
+MAX_BYTES = 1 << 28  # of a file that is looked at
+
+
+class LabelList(NamedTuple):
+    """The labels of the images of a split, by a file."""
+
+    file: epath.Path
+    labels: np.ndarray  # int32 [images], -1 without one
+    unknown: tuple[str, ...]  # names in it that are no class
+
+
+def find(places: Iterable[epath.Path], split: str, pictures: tuple[str, ...], classes: tuple[str, ...]
+         ) -> LabelList | None:
+    """Returns the list that labels most images of a split; None where no file is one.
+
+    Args:
+      places: folders whose files are looked at.
+      split: the name of the split's folder; a file without names of images must have a name for the same split.
+      pictures: names of the images.
+      classes: names of the classes.
+
+    Raises:
+      UserError: a list has numbers that cannot be told to be those of the sorted classes.
+    """
+    best = None
+    for place in dict.fromkeys(places):
+        for file in sorted(place.iterdir()):
+            if not file.name.lower().endswith(EXTENSIONS) or not file.is_file() or file.stat().length > MAX_BYTES:
+                continue
+            found = _read(file, split, pictures, classes)
+            if found and (best is None or (found.labels >= 0).sum() > (best.labels >= 0).sum()):
+                best = found
+    return best
+
+
+def _read(file: epath.Path, split: str, pictures: tuple[str, ...], classes: tuple[str, ...]) -> LabelList | None:
+    text = nfc(file.read_bytes().decode("utf-8-sig", "replace"))
+    rows = [_fields(line) for line in text.splitlines() if line.strip()]
+    places = {}
+    for place, picture in enumerate(pictures):
+        name = picture.rsplit("/", 1)[-1]
+        places.update({picture: place, name: place, os.path.splitext(name)[0]: place})
+    named = [(places[row[0]], row[1]) for row in rows if len(row) > 1 and row[0] in places]
+    if not named and _is_for(file.name, split) and len(rows) == len(pictures) and all(len(row) == 1 for row in rows):
+        named = [(place, row[0]) for place, row in enumerate(rows)]
+    if not named:
+        return None
+    index = _index(file, {label for _, label in named}, classes)
+    labels = np.full(len(pictures), UNLABELED, np.int32)
+    for place, label in named:
+        labels[place] = index.get(label, UNLABELED)
+    return LabelList(file, labels, tuple(sorted({label for _, label in named} - index.keys())))
+
+
+def _fields(line: str) -> list[str]:
+    """Returns the fields of a line; of the second, its first word: after it, LOC_val_solution.csv has boxes."""
+    separator = next((each for each in ("\t", ",", ";") if each in line), None)
+    fields = [field.strip().strip('"') for field in line.strip().split(separator)]
+    if len(fields) > 1 and fields[1] and separator == ",":
+        boxes = re.fullmatch(r"(\S+)((?: \d+){4})+(?: .*)?", fields[1])
+        fields[1] = boxes[1] if boxes else fields[1]
+    return fields
+
+
+def _is_for(name: str, split: str) -> bool:
+    """Whether the name of a file says that it is for a split."""
+    words = re.findall(r"[a-z]+", name.casefold())
+    return splits.role(split) in {splits.role(word) for word in words}
+
+
+def _index(file: epath.Path, found: set[str], classes: tuple[str, ...]) -> dict[str, int]:
+    """Returns what the list calls a class → its number; names go before numbers."""
+    index = {name: number for number, name in enumerate(classes)}
+    if found & index.keys() or not all(re.fullmatch(r"\d+", label) for label in found):
+        return index
+    numbers = {int(label) for label in found}
+    if 0 not in numbers or max(numbers) >= len(classes):
+        raise UserError(f"{file} has the numbers {min(numbers)} to {max(numbers)} for classes; expected the names of "
+                        f"the {len(classes)} class folders, or 0 to {len(classes) - 1} in their sorted order "
+                        "(ImageNet's development kit numbers them otherwise): write the names, or take the file away")
+    return {label: int(label) for label in found}

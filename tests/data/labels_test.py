@@ -1,0 +1,55 @@
+"""A classifier that cannot be judged is refused before its first step, whatever it reads from."""
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from mae_jax import data
+from mae_jax.data import labels
+from mae_jax.errors import UserError
+from tests.helpers.records import jpeg, record, write
+from tests.helpers.tiny import tiny_config
+
+
+def opened(**fields):
+    return data.OpenedData(tiny_config({f"data.{name}": value for name, value in fields.items()}, "supervised"))
+
+
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_a_tfds_test_set_whose_labels_are_withheld_is_refused(tmp_path, file_format):
+    features = {"image": tfds.features.Image(encoding_format="jpeg"),
+                "label": tfds.features.ClassLabel(names=["a", "b", "c"])}
+    sets = {"train": [(i, {"image": jpeg(i), "label": i % 3}) for i in range(9)],
+            "test": [(i, {"image": jpeg(i), "label": -1}) for i in range(5)]}
+    tfds.dataset_builders.store_as_tfds_dataset(
+        "toy", "1.0.0", features=tfds.features.FeaturesDict(features), split_datasets=sets, data_dir=str(tmp_path),
+        file_format=file_format, disable_shuffling=True)
+    fields = {"source": "tfds", "name": "toy", "path": str(tmp_path), "readers": 1}
+    with pytest.raises(UserError, match=r"eval_split='test' has no picture with a label.*are a, b, c"):
+        opened(**fields).check_labels()
+    opened(**fields, eval_split="train").check_labels()
+
+
+def test_records_without_labels_to_be_judged_by_are_refused(tmp_path):
+    write(tmp_path / "train-0.tfrecord", [record(i) for i in range(9)])
+    write(tmp_path / "test-0.tfrecord", [record(i, label=False) for i in range(5)])
+    fields = {"source": "tfrecord", "path": str(tmp_path / "{split}-*.tfrecord"), "readers": 1}
+    with pytest.raises(UserError, match=r"eval_split='test' has no picture with a label.*are 0, 1, 2"):
+        opened(**fields).check_labels()
+
+
+def test_an_evaluation_split_that_is_not_read_needs_no_labels(tmp_path):
+    write(tmp_path / "train-0.tfrecord", [record(i) for i in range(9)])
+    write(tmp_path / "test-0.tfrecord", [record(i, label=False) for i in range(5)])
+    config = tiny_config({"data.source": "tfrecord", "data.path": str(tmp_path / "{split}-*.tfrecord"),
+                          "data.readers": 1, "eval.test": False}, "supervised")
+    data.OpenedData(config).check_labels()
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_stored_batches_without_labels_are_refused(tmp_path, name):
+    for each in ("train", "evaluate"):
+        np.savez(tmp_path / f"{each}.npz", label=np.full(4, -1 if each == name else 1, np.int32))
+    config = tiny_config({"data.source": "batches", "data.path": str(tmp_path)}, "supervised")
+    with pytest.raises(UserError, match=rf"{name}\.npz has no picture with a label"):
+        labels.check_batches(config)
