@@ -3,10 +3,20 @@
 import difflib
 from typing import Any
 
-from mae_jax import errors
+from etils import epath
+
+from mae_jax import errors, param_tree
+from mae_jax.commands.export import checkpoint_copy
+from mae_jax.errors import UserError
+from mae_jax.interop import layouts
+from mae_jax.interop.timm import folded
+from mae_jax.storage import paths, safetensors_file
+from mae_jax.storage.checkpoint import load_params
+from mae_jax.training import workdir
 
 FILES = (".pth", ".pt", ".ckpt", ".bin", ".th", ".tar", ".pkl", ".npz", ".npy", ".h5", ".msgpack", ".onnx", ".gguf",
          ".zip", ".json")  # endings of what is no folder
+
 
 def export(source: str, to: str, layout: str, task: Any = None, how: str = "", seed: int = 0,
            clusters: str = "") -> int:
@@ -20,39 +30,23 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
         them.
       clusters: the folder of the mixture's clusters; '' where its config says.
     """
-    from mae_jax import param_tree
-    from mae_jax.commands.export import checkpoint_copy
-    from mae_jax.errors import UserError
-    from mae_jax.interop import layouts
-    from mae_jax.interop.timm import folded
-    from mae_jax.storage import paths, safetensors_file
-    from mae_jax.storage.checkpoint import load_params
-    from mae_jax.training import workdir
-
     for flag, given in (("config", task is not None), ("clusters", clusters)):
         if given and not how:
             raise UserError(f"--{flag} is of --for-task=vote, probe or random; without it leave it out")
     file, folder = paths.locate(to, "--to"), paths.locate_checkpoints(source, "--from")
     config = workdir.read_config(workdir.of_checkpoint(folder))  # which may name the plug-in that has the layout
     chosen = layouts.get(layout)
-    is_file = file.suffix == ".safetensors"
-    if not is_file and (difflib.get_close_matches(file.suffix, [".safetensors"]) or file.suffix in FILES):
-        raise UserError(f"--to={to}: did you mean .safetensors? Weights are written as that; else --to is a folder, "
-                        f"whose name does not end in {file.suffix}")
-    if is_file and (file.is_dir() or chosen.file):
-        raise UserError(f"--to={to} is the name of a file; " + (
-            f"--layout={layout} writes a folder" if chosen.file else "and there is a folder of this name"))
+    check_destination(file, to, layout, chosen)
     if chosen.file:
-        check_no_run(file)
         file = file / chosen.file
-    elif not is_file:
+    elif file.suffix != ".safetensors":
         if layout == layouts.OURS and not how:
             print(checkpoint_copy.copy(folder, file))
             return errors.FINISHED
         raise UserError(f"--to={to}: the file's name must end in .safetensors")
     tree, extras = param_tree.split_eval_params(load_params(folder, ema=True, extras=True))
     if how:
-        from mae_jax.commands.export.expert_path import extract_expert
+        from mae_jax.commands.export.expert_path import extract_expert  # imports TensorFlow
 
         if task is None:
             raise UserError("--for-task needs the task's data: --config=folder --config.data.path=...")
@@ -71,18 +65,27 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
     return errors.FINISHED
 
 
+def check_destination(file: epath.Path, to: str, layout: str, chosen: layouts.Layout) -> None:
+    """Raises UserError where --to names what is not written: a file of another kind, or a folder for a file."""
+    is_file = file.suffix == ".safetensors"
+    if not is_file and (difflib.get_close_matches(file.suffix, [".safetensors"]) or file.suffix in FILES):
+        raise UserError(f"--to={to}: did you mean .safetensors? Weights are written as that; else --to is a folder, "
+                        f"whose name does not end in {file.suffix}")
+    if is_file and (file.is_dir() or chosen.file):
+        raise UserError(f"--to={to} is the name of a file; " + (
+            f"--layout={layout} writes a folder" if chosen.file else "and there is a folder of this name"))
+    if chosen.file:
+        check_no_run(file)
+
+
 def check_no_run(folder: Any) -> None:
     """Raises UserError where a folder is a run's, whose config.json that of another library would replace."""
-    from mae_jax.errors import UserError
-
     if any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl", "DONE")):
         raise UserError(f"--to={folder} is the workdir of a run; name another folder")
 
 
 def in_layout(tree: Any, config: Any, layout: Any, folder: Any) -> Any:
     """Returns parameters with the names and shapes of a `Layout`; raises UserError for what it has not."""
-    from mae_jax.errors import UserError
-
     if why := layout.refuses(config):
         raise UserError(f"{folder} {why}")
     if layout.whole is not None and config.method.name not in layout.whole:
