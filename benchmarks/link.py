@@ -100,7 +100,7 @@ class Players:
     """All processes that are not real, as one."""
 
     def __init__(self, numbers: range, port: int, heartbeat: float):
-        self.heartbeat, self.selector = heartbeat, selectors.DefaultSelector()
+        self.pause, self.selector = heartbeat / (8 if len(numbers) < 1000 else 3), selectors.DefaultSelector()
         self.heard: dict[socket.socket, bytes] = {}
         self.due: collections.deque[tuple[float, socket.socket]] = collections.deque()  # of signs of life
         for number in numbers:
@@ -120,7 +120,7 @@ class Players:
                 _, line = self.due.popleft()
                 if line in self.heard:
                     self.say(line, {"alive": None})
-                    self.due.append((now + self.heartbeat / 3, line))
+                    self.due.append((now + self.pause, line))
             for key, _ in self.selector.select(0.2):
                 self.hear(key.fileobj)
 
@@ -141,7 +141,7 @@ class Players:
     def answer(self, line: socket.socket, message: bytes) -> None:
         if message.startswith(b'{"go"'):
             # Spread, as processes that began at different moments are.
-            self.due.append((time.monotonic() + len(self.due) / len(self.heard) * self.heartbeat / 3, line))
+            self.due.append((time.monotonic() + len(self.due) / len(self.heard) * self.pause, line))
             self.say(line, {"value": ["main", ""]})
         elif message.startswith(b'{"value"'):
             self.say(line, {"value": ["main", ""]})
