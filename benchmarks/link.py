@@ -13,6 +13,7 @@ own. Written to benchmarks/results/link.json and link.md.
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import selectors
@@ -74,7 +75,9 @@ def real(number: int, processes: int, port: int, idle: float, heartbeat: float) 
             used(), (0.0, memory), strict=True))
         for _ in range(2):
             peers.broadcast(None)
-        thread = peers.peers()._thread
+        link = peers.peers()
+        assert link
+        thread = link._thread
         before = used_by(thread)
         timed("idle", lambda: time.sleep(idle))
         found["idle_share"] = round((used_by(thread) - before) / found["idle_seconds"], 5)
@@ -82,10 +85,11 @@ def real(number: int, processes: int, port: int, idle: float, heartbeat: float) 
         timed("broadcast", lambda: [peers.broadcast(STEPS) for _ in range(ROUNDS)])
         timed("first", lambda: [peers.first_true("") for _ in range(ROUNDS)])
         if number == 0:
-            peers.peers().request_stop()
+            link.request_stop()
         step = 0
-        while not peers.peers().should_stop(step):
-            step, _ = step + 1, time.sleep(0.01)
+        while not link.should_stop(step):
+            time.sleep(0.01)
+            step += 1
         found["stopped_after"], found["mib_at_the_end"] = step, round(used()[1] - memory, 1)
         return 0
 
@@ -100,7 +104,7 @@ class Players:
     """All processes that are not real, as one."""
 
     def __init__(self, numbers: range, port: int, heartbeat: float):
-        self.heartbeat, self.selector = heartbeat, selectors.DefaultSelector()
+        self.pause, self.selector = heartbeat / (8 if len(numbers) < 1000 else 3), selectors.DefaultSelector()
         self.heard: dict[socket.socket, bytes] = {}
         self.due: collections.deque[tuple[float, socket.socket]] = collections.deque()  # of signs of life
         for number in numbers:
@@ -110,7 +114,8 @@ class Players:
             self.heard[line] = b""
 
     def say(self, line: socket.socket, message: dict) -> None:
-        line.sendall(json.dumps(message).encode() + b"\n")
+        with contextlib.suppress(OSError):  # at the end
+            line.sendall(json.dumps(message).encode() + b"\n")
 
     def run(self) -> None:
         """Plays until all connections are closed."""
@@ -120,7 +125,7 @@ class Players:
                 _, line = self.due.popleft()
                 if line in self.heard:
                     self.say(line, {"alive": None})
-                    self.due.append((now + self.heartbeat / 3, line))
+                    self.due.append((now + self.pause, line))
             for key, _ in self.selector.select(0.2):
                 self.hear(key.fileobj)
 
@@ -141,7 +146,7 @@ class Players:
     def answer(self, line: socket.socket, message: bytes) -> None:
         if message.startswith(b'{"go"'):
             # Spread, as processes that began at different moments are.
-            self.due.append((time.monotonic() + len(self.due) / len(self.heard) * self.heartbeat / 3, line))
+            self.due.append((time.monotonic() + len(self.due) / len(self.heard) * self.pause, line))
             self.say(line, {"value": ["main", ""]})
         elif message.startswith(b'{"value"'):
             self.say(line, {"value": ["main", ""]})
@@ -213,7 +218,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", default="4,512,1024,2048,4096")
-    parser.add_argument("--idle", type=float, default=67, help="seconds; two signs of life of each")
+    parser.add_argument("--idle", type=float, default=34, help="seconds; a third of a heartbeat has a sign of each")
     parser.add_argument("--heartbeat", type=float, default=100)
     parser.add_argument("--to", type=Path, default=RESULTS)
     parser.add_argument("--role", help=argparse.SUPPRESS)

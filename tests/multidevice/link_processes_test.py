@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from benchmarks import link
 from mae_jax.runtime.discovery import address
 from tests.faults.processes import free_port
 from tests.helpers.devices import simulated
@@ -60,3 +61,12 @@ def test_two_processes_meet_agree_and_compute_among_strangers(host):
     assert [process.returncode for process in run] == [0, 0], ends[0][1] + ends[1][1]
     said = [next(line for line in out.splitlines() if line.startswith("sum")) for out, _ in ends]
     assert said == ["sum 42 [['of', 0], 1, [0, 1], '']", "sum 42 [['of', 0], 1, [1], '']"]
+
+
+@pytest.mark.slow
+def test_more_processes_than_descriptors_of_old_start_agree_and_end_in_seconds():
+    """Three real ones, and the others played."""
+    found = link.measured(1100, 1.0, 100.0)
+    assert found["start_seconds"] < 30
+    assert found["mib_at_the_end"] < 200
+    assert found["stopped_after"] >= 8
