@@ -59,6 +59,7 @@ NOT_NEGATIVE = ("optim.lr", "optim.min_lr", "optim.eps", "optim.weight_decay", "
                 "data.crop_ratio", "data.threads", "data.mask_offset", "model.drop_path", "model.layer_scale",
                 "guard.max_bad_fraction", "guard.spike", "guard.stall_seconds")
 BELOW_ONE = ("optim.betas", "optim.ema", "optim.momentum", "model.drop_path")
+MAX_INTEGER = 2**31 - 1  # of any whole number: arrays, steps and ids are counted in 32 bits
 EXAMPLES = {"plugins": ("package.module",), "eval.sets": ("imagenet_v2",), "log.sinks": ("tensorboard",)}
 DURATIONS = ("train.duration", "optim.warmup", "checkpoint.every", "checkpoint.keep_every", "eval.every", "log.every")
 
@@ -366,8 +367,13 @@ def _check_types(values: dict[str, Any], defaults: dict[str, Any]) -> None:
                 shown = tuple(default) or EXAMPLES.get(key, ("value",))
                 what = "whole numbers" if whole and default else "values"
                 raise UserError(f"{key}={value!r}; expected {what} such as {shown}")
-        if not all(math.isfinite(number) for number in np.ravel(value) if isinstance(number, float)):
-            raise UserError(f"{key}={value}; it must be finite")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{key}={value}; it must be finite")
+            most = 2**63 - 1 if key == "seed" else MAX_INTEGER
+            if isinstance(number, int) and abs(number) > most:
+                shown = number if abs(number) < 10**40 else f"(a number of {number.bit_length()} bits)"
+                raise UserError(f"{key}={shown}; it must be at most {most}")
 
 
 def _check_ranges(values: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ import importlib
 import importlib.machinery
 import importlib.metadata
 import importlib.util
-import json
 import os
 import site
 import sys
@@ -22,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mae_jax import bounded_json
 from mae_jax.errors import PLUG_INS, UserError, did_you_mean, printable
 
 KINDS = {  # kind → what each must be: a subclass or an instance of a class (named, since it imports JAX), or callable
@@ -310,7 +310,7 @@ def _places() -> list[str]:
 def _editable(top: str, file: Path) -> bool:
     """Says whether a package that is installed as editable has a module of this name there (PEP 610)."""
     for package in importlib.metadata.distributions(path=_places()):
-        direct = json.loads(package.read_text("direct_url.json") or "{}")
+        direct = bounded_json.parse_object(package.read_text("direct_url.json") or "{}")
         if not direct.get("dir_info", {}).get("editable"):
             continue
         names = {package.name.replace("-", "_").lower(), *(package.read_text("top_level.txt") or "").split(),

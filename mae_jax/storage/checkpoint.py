@@ -334,7 +334,9 @@ def _quiet() -> None:
 
 def _read_record(reader: ocp.Checkpointer, folder: epath.Path) -> Record:
     try:
-        return unseal(reader.restore(folder, args=ocp.args.Composite(checksums=ocp.args.JsonRestore())).checksums)
+        record = unseal(reader.restore(folder, args=ocp.args.Composite(checksums=ocp.args.JsonRestore())).checksums)
+        nest(record)  # raises for names that no tree has
+        return record
     except Exception as error:
         raise Damaged(f"{folder / 'checksums'}: {root_cause(error)}") from error
 

@@ -13,11 +13,12 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_jax import __version__, param_tree, plugins, recipe_version
+from mae_jax import __version__, bounded_json, param_tree, plugins, recipe_version
 from mae_jax import config as configs
 from mae_jax.errors import UserError, printable
 from mae_jax.interop import layouts
-from mae_jax.storage import metric_sinks, workdir_lock
+from mae_jax.storage import file_kinds, metric_sinks, safetensors_file, workdir_lock
+from mae_jax.storage.file_kinds import unreadable
 from mae_jax.storage.paths import locate, make_folder, read_bytes, replace_text
 
 logger = logging.getLogger(__name__)
@@ -28,8 +29,8 @@ MAY_CHANGE = ("train.duration", "mesh.*", "eval.*", "checkpoint.*", "log.*", "gu
               "model.remat", "plugins", "method.clusters")  # whose content is compared
 MAX_LISTED_CLASSES = 10  # classes that a message names
 ARCHIVED = "$Format:%H$"  # `git archive` writes the commit here, as .gitattributes asks
+MAX_STEP_DIGITS = 18  # of a step's number: what 64 bits hold
 DAMAGED = (ValueError, KeyError, AttributeError, TypeError)  # what the content of a damaged file raises
-MAX_HEADER_BYTES = 100_000_000  # bytes of a safetensors file's header, by its specification
 PACKAGES = ("mae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
 
 
@@ -66,8 +67,8 @@ def data_changes(workdir: epath.Path, inputs: Any, has_class_head: bool) -> list
       UserError: they must, and are not.
     """
     content = read_bytes(workdir / "config.json")
-    before = json.loads(content).get("data") if content else None
-    if not isinstance(before, dict):  # an older run did not say
+    before = bounded_json.parse_object(content).get("data") if content else None
+    if not isinstance(before, dict) or not isinstance(before.get("classes") or [], list):  # an older run did not say
         return []
     after, texts = _data_of(inputs), []
     if before.get("pictures") != after["pictures"]:
@@ -134,9 +135,14 @@ def _used(config: ConfigDict, **others: Iterable[str]) -> dict[str, dict[str, st
 
 
 def finished(workdir: epath.Path) -> int:
-    """Returns the step that DONE names, 0 where the run has not finished."""
+    """Returns the step that DONE names, 0 where the run has not finished; raises UserError for a number of no step."""
     text = (read_bytes(workdir / "DONE") or b"").strip()
-    return int(text) if text.isdigit() else 0
+    if not text.isdigit():
+        return 0
+    if len(text) > MAX_STEP_DIGITS:
+        raise UserError(f"{workdir / 'DONE'} holds a number of {len(text)} digits, which is no step; remove the file, "
+                        "and the run goes on from its newest checkpoint")
+    return int(text)
 
 
 def read_config(workdir: epath.Path) -> ConfigDict:
@@ -154,10 +160,13 @@ def _stored_config(workdir: epath.Path) -> ConfigDict | None:
         plugins.expect({})
         return None
     try:
-        stored = json.loads(content)
+        stored = bounded_json.parse_object(content)
+        if "config" not in stored:
+            raise ValueError(f"it has no 'config', but {', '.join(sorted(stored)[:MAX_LISTED_CLASSES]) or 'nothing'}: "
+                             "perhaps another program's")
         return _completed(stored["config"], file, workdir, stored.get("plugins", {}))
     except DAMAGED as error:
-        raise UserError(f"{file} is damaged: {error}") from None
+        raise UserError(unreadable(file, content, error)) from None
 
 
 def _completed(values: dict[str, Any], where: Any, folder: epath.Path, recorded: dict[str, dict[str, str]]
@@ -205,13 +214,13 @@ def config_of(source: str) -> ConfigDict | None:
         return _stored_config(of_checkpoint(path))
     try:
         with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size) if size <= MAX_HEADER_BYTES else b"")
-        said = header.get("__metadata__", {})
-        recorded = json.loads(said.get("plugins", "{}"))
+            begin = file.read(8)
+            begin += file.read(max(file_kinds.ENOUGH, min(int.from_bytes(begin, "little"), bounded_json.MAX_BYTES)))
+        said = safetensors_file.metadata(source, begin, path.stat().length)
+        recorded = bounded_json.parse(said.get("plugins", "{}"))
         if not said.get("config"):
             return None
-        config = _completed(json.loads(said["config"]), source, path.parent, recorded)
+        config = _completed(bounded_json.parse_object(said["config"]), source, path.parent, recorded)
     except DAMAGED as error:
         raise UserError(f"{source} is no safetensors file, or damaged: {error}") from None
     except OSError as error:

@@ -1,6 +1,5 @@
 """Clusters the pictures of a run by the features of its encoder, for MoCE (arXiv 2402.05382, section 3.1)."""
 
-import json
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mae_jax import errors
+from mae_jax import bounded_json, errors
 from mae_jax.commands.cluster.feature_store import Features
 from mae_jax.data import Inputs, OpenedData
 from mae_jax.data.cluster_ids import Clusters, fingerprint
@@ -64,7 +63,7 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
     unlike = other_arguments(to_folder, meta)
     if unlike:
         raise UserError(f"{to} holds clusters made with other {unlike}; runs may read them: name another folder")
-    if any(other != json.loads(json.dumps(about)) for other in peers.gather(about)):
+    if any(other != bounded_json.as_read(about) for other in peers.gather(about)):
         raise UserError(f"the processes do not see the same encoder or pictures; cluster with one step's folder, as "
                         f"{source}/checkpoints/STEP, on storage that all of them share")
     if peers.broadcast((to_folder / "clusters.npz").is_file()):
@@ -110,7 +109,7 @@ def other_arguments(folder: epath.Path, meta: dict[str, Any]) -> str:
     if not (folder / "clusters.npz").is_file():
         return ""
     there = Clusters.read(str(folder)).meta
-    return next((key for key in meta if key != "from" and there.get(key) != json.loads(json.dumps(meta[key]))), "")
+    return next((key for key in meta if key != "from" and there.get(key) != bounded_json.as_read(meta[key])), "")
 
 
 def data_of(config: ConfigDict) -> dict[str, Any]:

@@ -7,7 +7,6 @@ names of the others ('-00003-of-00008') promise, and that fits the pattern, must
 """
 
 import fnmatch
-import json
 import logging
 import re
 import time
@@ -16,17 +15,20 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from mae_jax import bounded_json
 from mae_jax.data import tensorflow_cpu
 from mae_jax.data.sources import splits
 from mae_jax.data.sources.base import RecordStream, numbered_classes
 from mae_jax.data.tensorflow_cpu import UNREADABLE, reason, tf
 from mae_jax.errors import UserError, did_you_mean, pluralize
+from mae_jax.storage.file_kinds import unreadable
 
 log = logging.getLogger(__name__)
 
 RECORDS = "records.json"  # {"records": {file name: count}, "classes": [names]}
 PATTERN = "{split}-*.tfrecord"  # of the files beside it
 OF = re.compile(r"-(\d+)-of-(\d+)(?=\.|$)")  # in a file's name: which of how many it is
+MAX_RECORDS = 2**40  # of a file
 MAX_FILES = 1_000_000  # beyond it, such a name means something else
 FRAME, TAIL = 12, 4  # bytes before a record (length, its checksum) and after it
 
@@ -92,16 +94,19 @@ def _described(folder: epath.Path) -> tuple[dict[str, int], tuple[str, ...]] | N
     file = folder / RECORDS
     if not file.is_file():
         return None
+    content = file.read_bytes()
     try:
-        content = json.loads(file.read_text())
-        records, classes = content["records"], tuple(content["classes"])
-        if not all(isinstance(count, int) and count >= 0 for count in records.values()):
+        said = bounded_json.parse_object(content)
+        records, classes = said.get("records"), said.get("classes")
+        if not isinstance(records, dict) or not isinstance(classes, list):
+            raise ValueError("it lacks the object 'records' or the list 'classes'")
+        if not all(isinstance(count, int) and 0 <= count <= MAX_RECORDS for count in records.values()):
             raise ValueError("a count that is none")
         if not all(isinstance(name, str) for name in classes):
             raise ValueError("a class that is no text")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({error}); remove it to have the records counted") from None
-    return records, classes
+    except ValueError as error:
+        raise UserError(f"{unreadable(file, content, error)}; remove it to have the records counted") from None
+    return records, tuple(classes)
 
 
 def _promised(files: list[epath.Path], pattern: str, records: dict[str, int], classes: tuple[str, ...]
