@@ -13,7 +13,7 @@ from mae_jax import config as configs
 from mae_jax.data import cluster_ids
 from mae_jax.data.readers import cached_batches
 from mae_jax.errors import MISTAKE, UserError, explain
-from mae_jax.storage import file_kinds, metric_writer, safetensors_file, step_dirs
+from mae_jax.storage import checksum, file_kinds, metric_writer, safetensors_file, step_dirs
 from mae_jax.storage.checkpoint import load_params
 from mae_jax.storage.metric_writer import JsonLines
 from mae_jax.training import workdir
@@ -225,3 +225,14 @@ def test_a_directory_or_a_forbidden_file_in_place_of_config_json_is_a_mistake_of
     assert code == MISTAKE
     assert "config.json" in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(("error", "damaged"), [
+    (PermissionError(13, "Permission denied"), False), (MemoryError("short"), False),
+    (ValueError("PERMISSION_DENIED: gs://a"), False), (OSError(24, "Too many open files"), False),
+    (ValueError("DATA_LOSS: a"), True), (KeyError("a"), True), (OSError(5, "Input/output error"), True)])
+def test_a_step_that_may_not_be_read_is_not_taken_for_a_damaged_one(error, damaged):
+    if damaged:
+        assert isinstance(checksum.damage("state", error), checksum.Damaged)
+    else:
+        refused(lambda: checksum.damage("state", error), "cannot read state, which may be good")

@@ -291,7 +291,8 @@ def fault(stream: RecordStream, file: int) -> str:
     except UserError as error:
         return str(error)
     except tf.errors.OpError as error:
-        return f"{name} is damaged after record {found} of {promised}: {reason(error)}"
+        what = "is damaged" if isinstance(error, tf.errors.DataLossError) else "does not read"
+        return f"{name} {what} after record {found} of {promised}: {reason(error)}"
     except DecodeError:
         return f"{name} is damaged after record {found} of {promised}: the next one is no tf.train.Example"
     if found != promised:
