@@ -59,7 +59,6 @@ NOT_NEGATIVE = ("optim.lr", "optim.min_lr", "optim.eps", "optim.weight_decay", "
                 "data.crop_ratio", "data.threads", "data.mask_offset", "model.drop_path", "model.layer_scale",
                 "guard.max_bad_fraction", "guard.spike", "guard.stall_seconds")
 BELOW_ONE = ("optim.betas", "optim.ema", "optim.momentum", "model.drop_path")
-MAX_INTEGER = 2**31 - 1  # of any whole number: arrays, steps and ids are counted in 32 bits
 EXAMPLES = {"plugins": ("package.module",), "eval.sets": ("imagenet_v2",), "log.sinks": ("tensorboard",)}
 DURATIONS = ("train.duration", "optim.warmup", "checkpoint.every", "checkpoint.keep_every", "eval.every", "log.every")
 
@@ -336,9 +335,8 @@ def validate(config: ConfigDict, for_training: bool = True) -> None:
         raise UserError(f"model.width={config.model.width} is not a multiple of model.heads={config.model.heads}")
     if config.model.width % 4:
         raise UserError(f"model.width={config.model.width}; sin-cos positions need a multiple of 4")
-    if config.batch_size % config.train.accumulate:
-        raise UserError(
-            f"batch_size={config.batch_size} is not a multiple of train.accumulate={config.train.accumulate}")
+    if config.batch_size % (parts := config.train.accumulate):
+        raise UserError(f"batch_size={config.batch_size} is not a multiple of train.accumulate={parts}")
     for key in DURATIONS:
         steps(values[key], config.batch_size, 1)
     profile_steps(config)
@@ -370,10 +368,8 @@ def _check_types(values: dict[str, Any], defaults: dict[str, Any]) -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{key}={value}; it must be finite")
-            most = 2**63 - 1 if key == "seed" else MAX_INTEGER
-            if isinstance(number, int) and abs(number) > most:
-                shown = number if abs(number) < 10**40 else f"(a number of {number.bit_length()} bits)"
-                raise UserError(f"{key}={shown}; it must be at most {most}")
+            if isinstance(number, int) and number.bit_length() > (bits := 63 if key == "seed" else 31):
+                raise UserError(f"{key} is a number of {number.bit_length()} bits; it must be at most {2**bits - 1}")
 
 
 def _check_ranges(values: dict[str, Any]) -> None:
