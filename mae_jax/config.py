@@ -305,9 +305,8 @@ def validate(config: ConfigDict, for_training: bool = True) -> None:
         raise UserError(f"model.width={config.model.width} is not a multiple of model.heads={config.model.heads}")
     if config.model.width % 4:
         raise UserError(f"model.width={config.model.width}; sin-cos positions need a multiple of 4")
-    if config.batch_size % config.train.accumulate:
-        raise UserError(
-            f"batch_size={config.batch_size} is not a multiple of train.accumulate={config.train.accumulate}")
+    if config.batch_size % (parts := config.train.accumulate):
+        raise UserError(f"batch_size={config.batch_size} is not a multiple of train.accumulate={parts}")
     for key in DURATIONS:
         steps(values[key], config.batch_size, 1)
     check_fields(values)
@@ -337,8 +336,11 @@ def _check_types(values: dict[str, Any], defaults: dict[str, Any]) -> None:
                 shown = tuple(default) or EXAMPLES.get(key, ("value",))
                 what = "whole numbers" if whole and default else "values"
                 raise UserError(f"{key}={value!r}; expected {what} such as {shown}")
-        if not all(math.isfinite(number) for number in np.ravel(value) if isinstance(number, float)):
-            raise UserError(f"{key}={value}; it must be finite")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{key}={value}; it must be finite")
+            if isinstance(number, int) and number.bit_length() > (bits := 63 if key == "seed" else 31):
+                raise UserError(f"{key} is a number of {number.bit_length()} bits; it must be at most {2**bits - 1}")
 
 
 def _check_ranges(values: dict[str, Any]) -> None:

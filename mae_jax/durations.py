@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from mae_jax.errors import UserError
 
 _LIMIT = ", at most "
+MAX_STEPS = 2**31 - 1  # of a run: TrainState counts them in 32 bits
 
 
 class Timeline(NamedTuple):
@@ -31,6 +32,8 @@ class Timeline(NamedTuple):
             return max(1, count(duration)) if duration else 0
 
         total = count(config.train.duration)
+        if total > MAX_STEPS:
+            raise UserError(f"train.duration={config.train.duration!r} is {total:.3g} steps; at most {MAX_STEPS}")
         return cls(config.batch_size, examples, total, min(count(config.optim.warmup), total),
                    period(config.checkpoint.every), period(config.checkpoint.keep_every), period(config.eval.every),
                    period(config.log.every))
@@ -59,7 +62,7 @@ def steps(duration: str, batch_size: int, examples: int) -> int:
 
 
 def _steps(duration: str, batch_size: int, examples: int) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d{1,2})?)\s*(epochs?|steps?|examples?)\s*", duration)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{0,18})?(?:e\d{1,2})?)\s*(epochs?|steps?|examples?)\s*", duration)
     if not match:
         raise UserError(f"cannot read the duration {duration!r}; write '800 epochs', '100 steps' or '5e6 examples', or "
                         "two of these as '5e6 examples, at most 800 epochs'")

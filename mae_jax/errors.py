@@ -45,6 +45,11 @@ def root_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:600]}"
 
 
+LESS_MEMORY = "take fewer data.threads, a smaller data.shuffle_mb, data.prefetch or batch_size"
+LESS_DEVICE_MEMORY = ("take a smaller batch_size, train.accumulate, model.remat or mesh.fsdp; mae_jax plan says what "
+                      "fits")
+TF_OF_MACHINE = ("PermissionDeniedError", "NotFoundError", "ResourceExhaustedError", "UnavailableError",
+                 "UnauthenticatedError", "DeadlineExceededError")  # what TensorFlow raises for files and buckets
 FINISHED, BUG, MISTAKE, GUARD, STOPPED = 0, 1, 2, 3, 75  # 75: EX_TEMPFAIL of sysexits.h, start the same command again
 
 
@@ -54,14 +59,33 @@ def explain(error: BaseException) -> tuple[int, str]:
         return MISTAKE, f"error: {error}"
     if isinstance(error, GuardError):
         return GUARD, f"stopped: {error}"
-    # No permission, no space, no such folder, a bucket that does not answer.
-    if isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("aiohttp", "gcsfs", "google"):
-        return MISTAKE, f"error: {' '.join(str(error).split())}"
     if isinstance(error, KeyboardInterrupt):
         return STOPPED, "stopped before it was done"
+    if why := _of_machine(error):
+        return MISTAKE, f"error: {why}"
     trace = "".join(traceback.format_exception(error))
     where = _plug_in(error) or "mae_jax; please report it with the lines above"
     return BUG, f"{trace}this is a bug in {where}"
+
+
+def _of_machine(error: BaseException) -> str:
+    """Returns in one line what the machine, the network or the installation lacks; '' for any other error."""
+    kind, text = type(error), " ".join(str(error).split())[:1000] or type(error).__name__
+    top = kind.__module__.split(".")[0]
+    # No permission, no space, no such folder, a bucket that does not answer.
+    if isinstance(error, OSError) or top in ("aiohttp", "gcsfs", "google"):
+        return text
+    if isinstance(error, MemoryError):
+        return f"out of memory ({text}); {LESS_MEMORY}"
+    if kind.__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in text:
+        return f"out of memory on a device; {LESS_DEVICE_MEMORY} ({root_cause(error)})"
+    if isinstance(error, RuntimeError) and text.startswith("Unable to initialize backend"):
+        return f"{text}: the devices are in use by another process, or JAX does not fit their driver"
+    if top == "tensorflow" and kind.__name__ in TF_OF_MACHINE:
+        return text
+    if isinstance(error, ImportError) and (error.name or "").split(".")[0] != "mae_jax" and not _plug_in(error):
+        return f"{text}; a package is missing or of a version that does not fit: run pip check"
+    return ""
 
 
 def _plug_in(error: BaseException) -> str:

@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 
 from mae_jax.errors import UserError
 
+MAX_PARTS = 64  # of a parameter's name; ours have 6
+
 
 def path(keys: tuple[Any, ...]) -> str:
     """Returns 'encoder/block_00/attn/qkv/kernel' for a JAX key path."""
@@ -23,13 +25,21 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns nested dicts for paths joined by '/'."""
+    """Returns nested dicts for paths joined by '/'.
+
+    Raises:
+      UserError: a path leads through another one's leaf, as 'a/b' and 'a', or has more than MAX_PARTS parts.
+    """
     tree: dict[str, Any] = {}
     for name, leaf in flat.items():
         *parents, last = name.split("/")
+        if len(parents) >= MAX_PARTS:
+            raise UserError(f"a parameter's name has {len(parents) + 1} parts; at most {MAX_PARTS}: {name[:60]!r}...")
         node = tree
         for parent in parents:
-            node = node.setdefault(parent, {})
+            node = node.setdefault(parent, {}) if isinstance(node, dict) else node
+        if not isinstance(node, dict) or last in node:
+            raise UserError(f"there is a parameter at {name!r}, and one above or below it; no tree holds both")
         node[last] = leaf
     return tree
 

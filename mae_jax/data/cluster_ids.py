@@ -23,7 +23,9 @@ from ml_collections import ConfigDict
 from mae_jax.errors import UserError
 from mae_jax.ops import spherical_kmeans
 from mae_jax.param_tree import flatten
+from mae_jax.runtime import bounded_json
 from mae_jax.storage import paths
+from mae_jax.storage.file_kinds import unreadable
 from mae_jax.storage.npz import opened
 
 FIELD = "cluster"
@@ -75,14 +77,37 @@ class Clusters:
                             "--from=WORKDIR --to=FOLDER makes it, of the pictures and the encoder of a MAE")
         with opened(path / "clusters.npz", "; remove it, and cluster again") as stored:
             arrays = {name: stored[name] for name in stored.files}
+        content = paths.read_bytes(path / "meta.json")
+        if content is None:
+            raise UserError(f"{path} lacks the meta.json that was written beside clusters.npz; bring it back, or "
+                            "remove both, and cluster again")
         try:
-            meta = json.loads((path / "meta.json").read_text())
-            named = [name for name in arrays if name.startswith(PREFIX)]
-            assigned = {name.removeprefix(PREFIX): arrays.pop(name) for name in named}
-            return cls(**arrays, assigned=assigned, meta=meta)
-        except (ValueError, TypeError, OSError) as error:
-            raise UserError(f"{path / 'clusters.npz'} or meta.json beside it is damaged: {error}; "
-                            "remove both, and cluster again") from None
+            meta = bounded_json.parse_object(content)
+        except ValueError as error:
+            raise UserError(f"{unreadable(path / 'meta.json', content, error)}; bring back the one that was written "
+                            "beside clusters.npz") from None
+        named = [name for name in arrays if name.startswith(PREFIX)]
+        assigned = {name.removeprefix(PREFIX): arrays.pop(name) for name in named}
+        _check(path, arrays, assigned, meta)
+        return cls(**arrays, assigned=assigned, meta=meta)
+
+
+def _check(path: epath.Path, arrays: dict[str, np.ndarray], assigned: dict[str, np.ndarray],
+           meta: dict[str, Any]) -> None:
+    """Raises UserError where a folder does not hold what `Clusters.write` writes."""
+    wrong = ""
+    if set(arrays) != set(NAMES):
+        wrong = f"clusters.npz has the arrays {', '.join(sorted(arrays)) or 'none'}; expected {', '.join(NAMES)}"
+    elif arrays["centroids"].ndim != 2 or len(arrays["prices"]) != len(arrays["centroids"]):
+        wrong = f"centroids are {list(arrays['centroids'].shape)}; expected [clusters, features]"
+    elif any(of.ndim != 1 or not np.issubdtype(of.dtype, np.integer) for of in assigned.values()):
+        wrong = "clusters.npz assigns images to what is no number of a cluster"
+    elif not {"source", "name", "classes"} <= (meta["data"].keys() if isinstance(meta.get("data"), dict) else set()):
+        wrong = "meta.json does not say of which data they are ('data': source, name, classes)"
+    elif not isinstance(meta.get("examples", {}), dict):
+        wrong = "meta.json has no object 'examples'"
+    if wrong:
+        raise UserError(f"{path} holds no clusters that mae_jax cluster wrote: {wrong}")
 
 
 def fingerprint(arrays: Any) -> str:

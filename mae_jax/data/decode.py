@@ -2,28 +2,44 @@
 
 Content decides, not the file's extension. Formats: JPEG, PNG, WebP, BMP, GIF (first frame). EXIF rotation is ignored:
 pixels come as they are stored, as TFDS and torchvision give them.
+
+Every image costs bounded time and memory: `mae_jax.data.image_bounds` has the bounds, which are looked at before
+anything is decoded. An image that did not decode is remembered, and not decoded again.
 """
 
+import errno
 import functools
+import hashlib
 import io
-import re
+import os
+import threading
 import warnings
 from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
+from mae_jax.data.image_bounds import (
+    JPEGS,
+    MAX_PIXELS,
+    TOO_LARGE,
+    BadImage,
+    check_bytes,
+    check_scans,
+    check_size,
+    ends,
+    without_ballast,
+)
 from mae_jax.data.tensorflow_cpu import tf
 from mae_jax.errors import UserError
+from mae_jax.storage import file_kinds
 
-MAX_PIXELS = 50_000_000
-TOO_LARGE = f"it declares more than {MAX_PIXELS // 1_000_000} megapixels"
+MAX_REMEMBERED = 10_000  # bad images, of each a hash and the reason: 2 MB
+STRIP = 1_000_000  # pixels that are laid over white at a time
 IGNORED = 255  # in a mask: a pixel of no class
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-JPEGS = ("JPEG", "MPO")  # as PIL calls them; MPO: with further images, of which the first counts
-SCAN_MARKER, END_MARKER = b"\xff\xda", b"\xff\xd9"  # of a JPEG; neither occurs within a scan
-MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")  # the next one of a JPEG, but for those within a scan and fillers
 FAST_MARGIN = 1.5  # how much larger than the target a part must remain that the decoder shrinks
 ORIENTATION, UPRIGHT = 0x0112, (0, 1)  # EXIF's tag, and its values for pixels that are stored as they are to be seen
 
@@ -33,8 +49,34 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", module=r"PIL\.", category=UserWarning)  # odd metadata; the pixels decide
 
 
-class BadImage(Exception):
-    """The bytes are no image that can be used; the text says why."""
+class _Remembered:
+    """Images that did not decode in this process: the next epoch need not find it out again.
+
+    It goes by all of their bytes, and by nothing else: what is remembered is what would be found again.
+    """
+
+    def __init__(self) -> None:
+        self._reasons: dict[int, dict[bytes, str]] = {}  # length → hash → reason; most lengths are of no bad image
+        self._count, self._changing = 0, threading.Lock()
+
+    def reason(self, data: bytes) -> str:
+        """Returns why an image did not decode, '' for one that is not remembered."""
+        known = self._reasons.get(len(data))
+        return known.get(_digest(data), "") if known else ""
+
+    def add(self, data: bytes, reason: str) -> None:
+        with self._changing:
+            if self._count >= MAX_REMEMBERED:
+                self._reasons, self._count = {}, 0
+            self._reasons.setdefault(len(data), {})[_digest(data)] = reason
+            self._count += 1
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+_remembered = _Remembered()
 
 
 class Box(NamedTuple):
@@ -57,19 +99,18 @@ class StoredImage:
           fast: allows decoding the wanted part only, and at reduced size.
 
         Raises:
-          BadImage: no image, of an unknown format, or of more than 50 megapixels.
+          BadImage: no image, of an unknown format, cut off, or beyond one of the bounds above.
         """
         self._data, self._fast, self._rgb = data, fast, None
         if isinstance(data, np.ndarray):
             self._image = Image.fromarray(data)
+            check_size(*self._image.size)
         else:
             self._image = open_image(data)
-            if self._image.format in JPEGS and not _ends(data):
+            if self._image.format in JPEGS and not ends(data):
                 raise BadImage("cut off: no end marker after the last scan")
         self.width, self.height = self._image.size
         self.format = self._image.format  # None for pixels
-        if self.width * self.height > MAX_PIXELS:
-            raise BadImage(TOO_LARGE)
 
     def view(self, box: Box, target: tuple[int, int]) -> Image.Image:
         """Cuts `box` out and resizes it to `target` (height, width), in RGB.
@@ -78,6 +119,7 @@ class StoredImage:
 
         Raises:
           BadImage: the pixels do not decode.
+          MemoryError: there is none left.
         """
         if not self._fused():
             part = self.whole().crop((box.left, box.top, box.left + box.width, box.top + box.height))
@@ -86,16 +128,23 @@ class StoredImage:
             return _fast_view(self._data, box, target)
         except UserError:
             raise
-        except Exception as error:
-            raise BadImage(_reason(self._data, error)) from error
+        except Exception as error:  # not remembered: another part may decode
+            raise _bad(self._data, error) from error
 
     def whole(self) -> Image.Image:
-        """Returns the image in RGB, decoded once; raises BadImage when the pixels do not decode."""
-        if self._rgb is None:
+        """Returns the image in RGB, decoded once; raises BadImage when the pixels do not decode, or did not before."""
+        if self._rgb is None and self.format is None:
+            self._rgb = to_rgb(self._image)
+        elif self._rgb is None:
+            if reason := _remembered.reason(self._data):
+                raise BadImage(reason)
             try:
                 self._rgb = to_rgb(self._image)
             except Exception as error:
-                raise BadImage(_reason(self._data, error)) from error
+                bad = _bad(self._data, error)
+                if isinstance(bad, BadImage):
+                    _remembered.add(self._data, str(bad))
+                raise bad from error
         return self._rgb
 
     def converted(self) -> tuple[str, ...]:
@@ -132,24 +181,40 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """Reads the header of an encoded image; raises BadImage."""
+def read_file(path: epath.Path) -> bytes:
+    """Returns the bytes of an image's file.
+
+    Raises:
+      BadImage: they are more than an image may have.
+      OSError: it cannot be read.
+      UserError, MemoryError: the machine is at its end, which is no fault of the file.
+    """
     try:
-        return Image.open(io.BytesIO(data), formats=formats)
+        if not str(path).startswith("gs://"):
+            check_bytes(os.stat(path).st_size)
+        return path.read_bytes()
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise UserError(f"cannot read {path}: {error.strerror}; raise the limit (ulimit -n), or take fewer "
+                            "data.threads") from None
+        if error.errno == errno.ENOMEM:
+            raise MemoryError(str(error)) from None
+        raise
+
+
+def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Reads the header of an encoded image, within the bounds of time and memory; raises BadImage."""
+    try:
+        check_bytes(len(data))
+        image = Image.open(io.BytesIO(without_ballast(data)), formats=formats)
+        check_size(*image.size)
+        if image.format in JPEGS:
+            check_scans(data, image.width * image.height)
+        return image
+    except BadImage:
+        raise
     except Exception as error:  # PIL's plugins raise many kinds on broken bytes; all mean the same here
-        raise BadImage(_reason(data, error)) from error
-
-
-def _ends(data: bytes) -> bool:
-    """Whether a JPEG has its end marker, whatever follows it: phones append films, whose bytes look like markers."""
-    if data.rfind(END_MARKER) > data.rfind(SCAN_MARKER):
-        return True
-    place = 2
-    while found := MARKER.search(data, place):
-        if found[0] == END_MARKER:
-            return True
-        place = found.end() + int.from_bytes(data[found.end():found.end() + 2])  # past the segment, or a scan's header
-    return False
+        raise _bad(data, error) from error
 
 
 def _animated(image: Image.Image) -> bool:
@@ -166,12 +231,13 @@ def decode_mask(data: bytes, offset: int = 0) -> np.ndarray:
       offset: is subtracted; what lies below it becomes 255, and 255 (to ignore) stays.
 
     Raises:
-      BadImage: it does not decode, or has more than 8 bits or 50 megapixels.
+      BadImage: it does not decode, has more than 8 bits, or is beyond a bound of images.
     """
     try:
         values = np.asarray(open_image(data))
     except Exception as error:
-        raise BadImage(f"mask: {_reason(data, error)}") from error
+        bad = error if isinstance(error, BadImage) else _bad(data, error)
+        raise (BadImage(f"mask: {bad}") if isinstance(bad, BadImage) else bad) from error
     values = values[..., 0] if values.ndim == 3 else values
     if values.dtype not in (np.uint8, bool):
         raise BadImage(f"a mask of {values.dtype}; expected 8 bits")
@@ -188,13 +254,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Converts any PIL mode: transparency is laid over white, 16 bits lose the lower 8, CMYK as PIL converts it."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image.load()
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode == "RGB":
-        image.load()
-        return image
-    return image.convert("RGB")
+        return _over_white(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """Lays an image over white, a strip at a time: at once it would take three times as much memory."""
+    whole, rows = Image.new("RGB", image.size), max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        part = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        white = Image.new("RGBA", part.size, "white")
+        whole.paste(Image.alpha_composite(white, part).convert("RGB"), (0, top))
+    return whole
 
 
 def _fast_view(data: bytes, box: Box, target: tuple[int, int]) -> Image.Image:
@@ -231,13 +304,16 @@ def opencv() -> ModuleType:
     return cv2
 
 
-def _reason(data: bytes | np.ndarray, error: Exception) -> str:
-    """Returns why an image is bad, in one short line."""
-    if not len(data):
-        return "empty file"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not a JPEG, PNG, WebP, BMP or GIF picture"
-    if isinstance(error, Image.DecompressionBombError):
-        return TOO_LARGE
+def _bad(data: bytes, error: Exception) -> Exception:
+    """Returns the BadImage that says in one short line why; a MemoryError, which is no fault of the image."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return text[:120]
+    if isinstance(error, MemoryError | tf.errors.ResourceExhaustedError) or "out of memory" in text:
+        return MemoryError(f"while an image was decoded: {text[:120]}")
+    if not len(data):
+        text = "empty file"
+    elif isinstance(error, Image.UnidentifiedImageError):
+        found = file_kinds.kind(data)
+        text = f"not a JPEG, PNG, WebP, BMP or GIF picture{f', but {found}' if found else ''}"
+    elif isinstance(error, Image.DecompressionBombError):
+        text = TOO_LARGE
+    return BadImage(text[:120])

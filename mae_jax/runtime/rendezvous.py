@@ -4,7 +4,6 @@ A caller that says something else, too much or nothing is turned away by itself,
 """
 
 import errno
-import json
 import logging
 import reprlib
 import resource
@@ -16,6 +15,7 @@ from typing import Any, NoReturn
 
 from mae_jax import errors
 from mae_jax.errors import UserError
+from mae_jax.runtime import bounded_json
 from mae_jax.runtime.discovery import ProcessInfo
 from mae_jax.runtime.wire import Garbage, Line, encode
 
@@ -161,7 +161,7 @@ class Reception:
         self.place, self.door, self.lines = place, door, dict[int, Line]()
         self._where: dict[int, str] = {0: own["where"]}
         self._numbers: dict[Line, int] = {}
-        self._same = json.loads(json.dumps(own["same"]))  # tuples become lists, as on the way here
+        self._same = bounded_json.as_read(own["same"])
 
     def hear(self, line: Line | None) -> None:
         """Does what a connection, or the listener for None, is ready for."""

@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mae_jax.runtime import bounded_json
+
 PART = 1 << 15  # bytes of a longer message that go at once
 LIMIT = 1 << 23  # bytes of a message: lists of steps, texts of errors, no arrays
 UNREAD = 4 * LIMIT  # bytes that may wait for the other end
@@ -35,12 +37,9 @@ def encode(message: Mapping[str, Any]) -> list[bytes]:
 def decode(text: bytes) -> dict[str, Any]:
     """Returns a message; raises Garbage."""
     try:
-        message = json.loads(text)
-    except (ValueError, RecursionError):
-        message = None
-    if not isinstance(message, dict):
-        raise Garbage(repr(text[:40]))
-    return message
+        return bounded_json.parse_object(text)
+    except ValueError as error:
+        raise Garbage(repr(text[:40])) from error
 
 
 class Line:

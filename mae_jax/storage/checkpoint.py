@@ -29,7 +29,7 @@ from mae_jax.runtime import peers, threads
 from mae_jax.runtime.exit import wait_for_no_thread
 from mae_jax.storage import safetensors_file, step_dirs, workdir_lock
 from mae_jax.storage.attempt import attempt
-from mae_jax.storage.checksum import Damaged, Record, check_same_model, describe, seal, unseal, verify
+from mae_jax.storage.checksum import Damaged, Record, check_same_model, damage, describe, seal, unseal, verify
 from mae_jax.storage.paths import make_folder
 
 PyTree = Any
@@ -352,9 +352,11 @@ def _quiet() -> None:
 
 def _read_record(reader: ocp.Checkpointer, folder: epath.Path) -> Record:
     try:
-        return unseal(reader.restore(folder, args=ocp.args.Composite(checksums=ocp.args.JsonRestore())).checksums)
+        record = unseal(reader.restore(folder, args=ocp.args.Composite(checksums=ocp.args.JsonRestore())).checksums)
+        nest(record)  # raises for names that no tree has
+        return record
     except Exception as error:
-        raise Damaged(f"{folder / 'checksums'}: {root_cause(error)}") from error
+        raise damage(folder / "checksums", error) from error
 
 
 def _read_arrays(reader: ocp.Checkpointer, folder: epath.Path, how: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:
@@ -363,7 +365,7 @@ def _read_arrays(reader: ocp.Checkpointer, folder: epath.Path, how: Mapping[str,
     try:
         arrays = flatten(reader.restore(folder, args=ocp.args.Composite(state=item)).state)
     except Exception as error:  # orbax and TensorStore raise anything from KeyError to XlaRuntimeError on damage
-        raise Damaged(f"{folder / 'state'}: {root_cause(error)}") from error
+        raise damage(folder / "state", error) from error
     # An array whose name got damaged comes back as the place-holder.
     return {path: array for path, array in arrays.items() if isinstance(array, jax.Array | np.ndarray)}
 

@@ -9,13 +9,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mae_jax.errors import UserError, did_you_mean
+from mae_jax.errors import UserError, did_you_mean, root_cause
 
+NO_DAMAGE = ("PermissionError", "PERMISSION_DENIED", "UNAUTHENTICATED", "MemoryError", "RESOURCE_EXHAUSTED",
+             "Too many open files")  # in what a failed read says
 Record = dict[str, list]  # path → [shape, dtype, word, word]
 
 
 class Damaged(Exception):
     """What was read is not what was saved; the text names the first bad array or file."""
+
+
+def damage(what: object, error: Exception) -> Damaged:
+    """Returns the Damaged for what failed while something was read.
+
+    Raises:
+      UserError: it is no damage. A good step must not be refused, and later ones lost, for want of a permission.
+    """
+    why = root_cause(error)
+    if any(word in why for word in NO_DAMAGE):
+        raise UserError(f"cannot read {what}, which may be good: {why}") from None
+    return Damaged(f"{what}: {why}")
 
 
 def describe(arrays: Mapping[str, Any]) -> Record:

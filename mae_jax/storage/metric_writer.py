@@ -4,7 +4,6 @@ import errno
 import io
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,11 +12,13 @@ import numpy as np
 from etils import epath
 
 from mae_jax.errors import UserError, pluralize
+from mae_jax.runtime import bounded_json
 from mae_jax.storage import metric_sinks, tail, workdir_lock
 from mae_jax.storage.metric_sinks import LOOP_RETRY_SECONDS, Sink
-from mae_jax.storage.paths import replace_bytes
+from mae_jax.storage.paths import read_bytes, replace_bytes
 
 logger = logging.getLogger(__name__)
+ASIDE = "metrics_set_aside.jsonl"  # beside metrics.jsonl: its lines that are none
 REMOTE_PERIOD = 30.0  # seconds between rewrites of metrics.jsonl in a bucket, which cannot append
 FINAL_RETRY_SECONDS = 60.0  # the same at the end
 
@@ -33,7 +34,9 @@ class JsonLines:
     """
 
     def __init__(self, path: epath.Path, restored_step: float, active: bool = True, since: float = 0):
-        """Reads the file's end and, where `active`, cuts lines past `restored_step` and torn ones.
+        """Reads the file's end and, where `active`, cuts lines past `restored_step` and a torn last one.
+
+        Other lines that are none, which no run of ours wrote, move to the file ASIDE.
 
         Args:
           path: of the file.
@@ -46,15 +49,29 @@ class JsonLines:
         self.pending: list[str] = []
         self.written = time.monotonic()
         start, text = self._read(since)
-        kept = [line for line in text.splitlines() if _step_of(line) <= restored_step]
-        self.seen = {(json.loads(line)["step"], name) for line in kept for name in json.loads(line)}
-        if active and text != _joined(kept):
-            logger.info("%s: %s past step %g, and torn ones, are cut off", path,
-                        pluralize(len(text.splitlines()) - len(kept), "line"), restored_step)
+        found = [(line, values_of(line)) for line in text.splitlines()]
+        if found and not found[-1][1] and not text.endswith("\n"):  # torn by a crash
+            found.pop()
+        bad = [line for line, values in found if not values]
+        kept = [(line, values) for line, values in found if values and values["step"] <= restored_step]
+        self.seen = {(values["step"], name) for _, values in kept for name in values}
+        if active and text != (content := _joined([line for line, _ in kept])):
             try:
-                self._replace(start, _joined(kept))
+                self._set_aside(bad)
+                cut = len(text.splitlines()) - len(kept) - len(bad)
+                logger.info("%s: %s past step %g, and torn ones, are cut off", path, pluralize(cut, "line"),
+                            restored_step)
+                self._replace(start, content)
             except OSError as error:
                 raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+    def _set_aside(self, bad: list[str]) -> None:
+        if not bad:
+            return
+        file = self.path.parent / ASIDE
+        replace_bytes(file, (read_bytes(file) or b"") + _joined(bad).encode())
+        logger.warning("%s: %s that %s no figures of a step, such as %.60r; moved to %s", self.path,
+                       pluralize(len(bad), "line"), "holds" if len(bad) == 1 else "hold", bad[0], file.name)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Appends a line; names that the file held at this step when it was opened are left out."""
@@ -138,12 +155,14 @@ def _append(path: epath.Path, text: str) -> None:
             raise
 
 
-def _step_of(line: str) -> float:
-    """Returns the step of a line; NaN, which is past everything, for one that a crash has torn."""
+def values_of(line: str) -> dict[str, Any]:
+    """Returns what a line of metrics.jsonl says, {} for one that is none: torn, or written by somebody else."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.nan
+        values = bounded_json.parse_object(line)
+    except ValueError:
+        return {}
+    step = values.get("step")
+    return values if isinstance(step, int | float) and np.isfinite(step) else {}
 
 
 class MetricWriter:

@@ -1,6 +1,7 @@
 """Reading *.npz files, which hold arrays of numbers and texts: nothing in them is ever executed."""
 
 import contextlib
+import errno
 import io
 import struct
 import tokenize
@@ -12,8 +13,11 @@ import numpy as np
 from etils import epath
 
 from mae_jax.errors import UserError
+from mae_jax.storage import file_kinds
 from mae_jax.storage.paths import read_bytes
 
+CANNOT = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ESTALE, errno.EMFILE,
+          errno.ENFILE, errno.ENOMEM)  # what is no fault of the bytes; broken ones make zipfile raise EINVAL
 DAMAGED = (OSError, ValueError, TypeError, KeyError, EOFError, SyntaxError, RuntimeError, MemoryError, struct.error,
            tokenize.TokenError, zipfile.BadZipFile, zlib.error)  # what broken bytes make NumPy raise
 
@@ -37,5 +41,23 @@ def opened(path: epath.Path, hint: str = "") -> Iterator[np.lib.npyio.NpzFile]:
                 raise ValueError("one array, where *.npz has several with a name each")
             yield arrays
     except DAMAGED as error:
-        text = "it has Python objects, which are never loaded" if "pickle" in str(error) else str(error)
-        raise UserError(f"{path} is damaged, or no file of arrays: {text or type(error).__name__}{hint}") from None
+        raise UserError(f"{_why(path, error)}{hint}") from None
+
+
+def _why(path: epath.Path, error: Exception) -> str:
+    """Returns in one line why a file does not read."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.errno in CANNOT:
+        return f"cannot read {path}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return f"{path} has an array that memory does not hold, or is damaged: {text}"
+    if isinstance(error, KeyError) and "is not a file in the archive" in text:
+        return f"{path} lacks an array: {text.split(' is not ')[0].lstrip(chr(34) + chr(39))}"
+    begin = b""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        begin = file.read(file_kinds.ENOUGH)
+    if "pickle" in text and begin[:2] == b"PK":
+        text = "it has Python objects, which are never loaded"
+    elif begin[:2] != b"PK" and not begin.startswith(b"\x93NUMPY") and (found := file_kinds.kind(begin)):
+        text = f"it is {found}"
+    return f"{path} is damaged, or no file of arrays (*.npz): {text}"

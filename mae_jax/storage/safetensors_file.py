@@ -10,7 +10,8 @@ from etils import epath
 
 from mae_jax.errors import UserError, root_cause
 from mae_jax.param_tree import flatten, nest
-from mae_jax.storage import paths
+from mae_jax.runtime import bounded_json
+from mae_jax.storage import file_kinds, paths
 from mae_jax.storage.checksum import describe, seal, unseal, verify
 
 
@@ -32,7 +33,7 @@ def save(path: epath.PathLike, params: Any, metadata: Mapping[str, str]) -> None
 def _ordered(content: bytes) -> bytes:
     """Returns a file with its metadata in the order of names; safetensors' own order differs between processes."""
     size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size])
+    header = bounded_json.parse_object(content[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -47,12 +48,43 @@ def load(path: epath.Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     if content is None:
         raise UserError(f"no such file: {path}")
+    said = metadata(path, content)
     try:
         arrays = safetensors.numpy.load(content)
-        header = json.loads(content[8:8 + int.from_bytes(content[:8], "little")])
-        sealed = header.get("__metadata__", {}).get("checksums")
-        if sealed:  # a file from elsewhere has none
-            verify(unseal(json.loads(sealed)), arrays)
+        if sealed := said.get("checksums"):  # a file from elsewhere has none
+            verify(unseal(bounded_json.parse(sealed)), arrays)
+    except MemoryError:
+        raise
     except Exception as error:
-        raise UserError(f"{path} is damaged or no safetensors file: {root_cause(error)}") from error
-    return nest(arrays)
+        raise UserError(f"{path} is a safetensors file, and damaged, or of values that are not read: "
+                        f"{root_cause(error)}") from error
+    try:
+        return nest(arrays)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def metadata(path: object, content: bytes, size: int | None = None) -> dict[str, str]:
+    """Returns what the header of a file says of it beside the arrays: texts by name.
+
+    Args:
+      path: which messages name.
+      content: the file, or its header at least.
+      size: of the whole file in bytes; None: of `content`.
+
+    Raises:
+      UserError: it is no safetensors file; the line says what it is.
+    """
+    size, length = len(content) if size is None else size, int.from_bytes(content[:8], "little")
+    try:
+        if len(content) < 8 or content[8:9] != b"{":
+            raise ValueError("it does not begin with a header")
+        if length > size - 8:
+            raise ValueError(f"its header has {length} bytes, the file {size}: it is cut short")
+        said = bounded_json.parse_object(content[8:8 + length]).get("__metadata__", {})
+        if not isinstance(said, dict) or not all(isinstance(text, str) for text in said.values()):
+            raise ValueError("the header's metadata are no texts by name")
+    except ValueError as error:
+        found = file_kinds.kind(content)
+        raise UserError(f"{path} is {found or f'no safetensors file, or damaged: {error}'}") from None
+    return said

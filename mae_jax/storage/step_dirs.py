@@ -80,7 +80,7 @@ def move(folder: epath.Path, target: epath.Path) -> None:
 
 
 def _of_step(path: epath.Path) -> bool:
-    return re.fullmatch(r"0|[1-9][0-9]*", path.name, re.ASCII) is not None
+    return re.fullmatch(r"0|[1-9][0-9]{0,17}", path.name, re.ASCII) is not None
 
 
 def unused(folder: epath.Path, name: str) -> epath.Path:

@@ -29,6 +29,7 @@ from etils import epath
 
 from mae_jax import errors
 from mae_jax.errors import UserError
+from mae_jax.runtime import bounded_json
 from mae_jax.runtime import peers as runtime_peers
 from mae_jax.runtime.exit import exit_now, on_forced_exit, write_stderr
 
@@ -97,7 +98,7 @@ def _signature() -> bytes:
 def _who(text: bytes) -> str:
     """Returns who signed a lease."""
     try:
-        found = json.loads(text)
+        found = bounded_json.parse(text)
         return f"process {found['process']} on {found['host']}, since {found['since']}"
     except (ValueError, KeyError, TypeError):
         return "a run that did not say who it is"

@@ -12,11 +12,12 @@ from mae_jax.data import labels
 from mae_jax.errors import UserError, did_you_mean
 from mae_jax.evals.base import Probe
 from mae_jax.evals.evaluator import Evaluator, Figures, missing
-from mae_jax.runtime import peers
+from mae_jax.runtime import bounded_json, peers
 from mae_jax.runtime.console import print_once
 from mae_jax.state import TrainState
 from mae_jax.storage import paths
 from mae_jax.storage.checkpoint import Checkpoints
+from mae_jax.storage.file_kinds import unreadable
 from mae_jax.storage.metric_writer import MetricWriter
 from mae_jax.training.run import Run
 
@@ -34,11 +35,15 @@ class BestCheckpoint:
         self.score = peers.broadcast(self._read())
 
     def _read(self) -> float:
+        content = paths.read_bytes(self.file)
+        if content is None:
+            return float("-inf")
         try:
-            stored = json.loads(paths.read_bytes(self.file) or "{}")
-            return float(stored["score"]) if self.of.items() <= stored.items() else float("-inf")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.file} is damaged: {error}; without it the next one counts as best") from None
+            stored = bounded_json.parse_object(content)
+            return float(stored["score"]) if all(stored.get(k) == v for k, v in self.of.items()) else float("-inf")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{unreadable(self.file, content, error)}; without it the next one counts as best"
+                            ) from None
 
     def update(self, done: int, state: TrainState, figures: Figures) -> None:
         """Keeps the state of step `done` if it is better than all before; of a loss, the lowest is the best."""

@@ -19,7 +19,9 @@ from mae_jax import __version__, param_tree, plugins, recipe_version
 from mae_jax import config as configs
 from mae_jax.errors import UserError, printable
 from mae_jax.interop import layouts
-from mae_jax.storage import metric_sinks, workdir_lock
+from mae_jax.runtime import bounded_json
+from mae_jax.storage import file_kinds, metric_sinks, safetensors_file, workdir_lock
+from mae_jax.storage.file_kinds import unreadable
 from mae_jax.storage.paths import locate, make_folder, read_bytes, replace_text
 
 logger = logging.getLogger(__name__)
@@ -32,8 +34,8 @@ MAY_CHANGE = ("train.duration", "mesh.*", "eval.*", "checkpoint.*", "log.*", "gu
 MAY_MOVE = ("data.path", "data.mask_key", "data.tokens")
 MAX_LISTED_CLASSES = 10  # classes that a message names
 ARCHIVED = "$Format:%H$"  # `git archive` writes the commit here, as .gitattributes asks
+MAX_STEP_DIGITS = 18  # of a step's number: what 64 bits hold
 DAMAGED = (ValueError, KeyError, AttributeError, TypeError)  # what the content of a damaged file raises
-MAX_HEADER_BYTES = 100_000_000  # bytes of a safetensors file's header, by its specification
 PACKAGES = ("mae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
 OTHER_NAMES = {  # under which the same package is distributed
     "tensorflow": ("tensorflow-cpu", "tensorflow-intel", "tensorflow-macos", "tensorflow-rocm", "tf-nightly",
@@ -116,8 +118,8 @@ def other_classes(before: Sequence[str], after: Sequence[str]) -> str:
 def _recorded_data(workdir: epath.Path) -> dict[str, Any]:
     """Returns what config.json says of the data; {} where an older run did not say."""
     content = read_bytes(workdir / "config.json")
-    found = json.loads(content).get("data") if content else None
-    if not isinstance(found, dict):
+    found = bounded_json.parse_object(content).get("data") if content else None
+    if not isinstance(found, dict) or not isinstance(found.get("classes") or [], list):
         return {}
     return {**found, "identity": identity if isinstance(identity := found.get("identity"), dict) else {}}
 
@@ -189,9 +191,14 @@ def _used(config: ConfigDict, **others: Iterable[str]) -> dict[str, dict[str, st
 
 
 def finished(workdir: epath.Path) -> int:
-    """Returns the step that DONE names, 0 where the run has not finished."""
+    """Returns the step that DONE names, 0 where the run has not finished; raises UserError for a number of no step."""
     text = (read_bytes(workdir / "DONE") or b"").strip()
-    return int(text) if text.isdigit() else 0
+    if not text.isdigit():
+        return 0
+    if len(text) > MAX_STEP_DIGITS:
+        raise UserError(f"{workdir / 'DONE'} holds a number of {len(text)} digits, which is no step; remove the file, "
+                        "and the run goes on from its newest checkpoint")
+    return int(text)
 
 
 def read_config(workdir: epath.Path) -> ConfigDict:
@@ -209,10 +216,13 @@ def _stored_config(workdir: epath.Path) -> ConfigDict | None:
         plugins.expect({})
         return None
     try:
-        stored = json.loads(content)
+        stored = bounded_json.parse_object(content)
+        if "config" not in stored:
+            raise ValueError(f"it has no 'config', but {', '.join(sorted(stored)[:MAX_LISTED_CLASSES]) or 'nothing'}: "
+                             "perhaps another program's")
         return _completed(stored["config"], file, workdir, stored.get("plugins", {}))
     except DAMAGED as error:
-        raise UserError(f"{file} is damaged: {error}") from None
+        raise UserError(unreadable(file, content, error)) from None
 
 
 def _completed(values: dict[str, Any], where: Any, folder: epath.Path, recorded: dict[str, dict[str, str]]
@@ -260,10 +270,10 @@ def config_of(source: str) -> ConfigDict | None:
         return _stored_config(of_checkpoint(path))
     try:
         said = _said(path)
-        recorded = json.loads(said.get("plugins", "{}"))
+        recorded = bounded_json.parse(said.get("plugins", "{}"))
         if not said.get("config"):
             return None
-        config = _completed(json.loads(said["config"]), source, path.parent, recorded)
+        config = _completed(bounded_json.parse_object(said["config"]), source, path.parent, recorded)
     except DAMAGED as error:
         raise UserError(f"{source} is no safetensors file, or damaged: {error}") from None
     except OSError as error:
@@ -276,9 +286,9 @@ def config_of(source: str) -> ConfigDict | None:
 def _said(file: epath.Path) -> dict[str, str]:
     """Returns what a safetensors file says of itself; raises what its damage does."""
     with file.open("rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(size) if size <= MAX_HEADER_BYTES else b"")
-    return header.get("__metadata__", {})
+        begin = opened.read(8)
+        begin += opened.read(max(file_kinds.ENOUGH, min(int.from_bytes(begin, "little"), bounded_json.MAX_BYTES)))
+    return safetensors_file.metadata(str(file), begin, file.stat().length)
 
 
 def classes_of(source: str) -> tuple[str, ...]:
@@ -286,7 +296,7 @@ def classes_of(source: str) -> tuple[str, ...]:
     path = locate(source)
     if path.suffix != ".safetensors":
         return tuple(_recorded_data(of_checkpoint(path)).get("classes") or ())
-    return tuple(json.loads(_said(path).get("classes", "[]")))
+    return tuple(bounded_json.parse(_said(path).get("classes", "[]")))
 
 
 def metadata(config: ConfigDict, layout: str = layouts.OURS, classes: Sequence[str] = ()) -> dict[str, str]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_jax.data import decode
+from mae_jax.data import decode, image_bounds
 from mae_jax.data.decode import BadImage, Box, StoredImage
 from mae_jax.data.sources import photo_crops
 
@@ -149,12 +149,12 @@ def test_jpeg_decoding_has_the_bits_of_pil():
 def places(data):
     """Where a JPEG can be cut: within and after each part of its header, within its scans, before its last bytes."""
     found, place = {0, 1, 2, len(data) - 2, len(data) - 1}, 2
-    while (marker := decode.MARKER.search(data, place)) and marker[0] != decode.END_MARKER:
+    while (marker := image_bounds.MARKER.search(data, place)) and marker[0] != image_bounds.END_MARKER:
         end = marker.end() + int.from_bytes(data[marker.end():marker.end() + 2])
         found |= {marker.start(), marker.start() + 1, marker.end() + 1, (marker.end() + end) // 2, end - 1, end}
         place = end
-        if marker[0] == decode.SCAN_MARKER:
-            scan = decode.MARKER.search(data, place).start()
+        if marker[0] == image_bounds.SCAN_MARKER:
+            scan = image_bounds.MARKER.search(data, place).start()
             found |= {(end + scan) // 2, scan - 1}
     return sorted(found)
 
@@ -175,12 +175,12 @@ def test_a_jpeg_cut_anywhere_is_bad_even_where_only_its_top_is_wanted(options, f
 
 
 def test_what_phones_append_to_a_jpeg_is_not_taken_for_a_cut():
-    data = encode(pattern(), "JPEG")
+    data, scan = encode(pattern(), "JPEG"), image_bounds.SCAN_MARKER
     for seed in range(20):
-        film = np.random.default_rng(seed).integers(0, 256, 200_000, dtype=np.uint8).tobytes() + decode.SCAN_MARKER
+        film = np.random.default_rng(seed).integers(0, 256, 200_000, dtype=np.uint8).tobytes() + scan
         assert (decode.decode(data + film) == decode.decode(data)).all()
         with pytest.raises(BadImage, match="end marker"):
-            StoredImage(data[:-2] + decode.SCAN_MARKER)
+            StoredImage(data[:-2] + image_bounds.SCAN_MARKER)
 
 
 @pytest.mark.parametrize("data", [b"", b"hello, this is text", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
@@ -230,7 +230,7 @@ def bombs():
 
 REFUSE_BOMBS = """
 import resource, sys
-from mae_jax.data import decode
+from mae_jax.data import decode, image_bounds
 from tests.data.decode_test import bombs
 for name, data in bombs().items():
     assert len(data) < 200_000, name

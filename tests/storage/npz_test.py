@@ -1,5 +1,6 @@
 import io
 import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -76,3 +77,27 @@ def test_flipped_cut_and_lost_bytes_give_one_line_or_the_same_values(tmp_path, s
         for name in found.keys() & arrays.keys():
             np.testing.assert_array_equal(found[name], arrays[name])
     assert refused > 200
+
+
+@pytest.mark.parametrize(("content", "line"), [
+    (b"", "empty"), (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b"<html>", "HTML"),
+    (b"\x1f\x8b" + bytes(20), "gzip"), (b"\x89HDF\r\n\x1a\n", "HDF5"), (b"\x80\x02}q\0.", "PyTorch")])
+def test_what_is_something_else_is_told_by_what_it_is(tmp_path, content, line):
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.npz .*{line}.*; remove it$"):
+        read(tmp_path / "a.npz")
+
+
+def test_a_folder_a_lacking_array_and_one_that_is_too_large_are_told_as_such(tmp_path):
+    (tmp_path / "a.npz").mkdir()
+    with pytest.raises(UserError, match=r"cannot read .*a\.npz: Is a directory"):
+        read(tmp_path / "a.npz")
+    np.savez(tmp_path / "b.npz", x=np.zeros(2))
+    with pytest.raises(UserError, match=r"b\.npz lacks an array: y"), opened(epath.Path(tmp_path) / "b.npz") as stored:
+        stored["y"]
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1099511627776, 1024), }"
+    array = b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header
+    with zipfile.ZipFile(tmp_path / "c.npz", "w") as packed:
+        packed.writestr("x.npy", array)
+    with pytest.raises(UserError, match=r"c\.npz has an array that memory does not hold"):
+        read(tmp_path / "c.npz")

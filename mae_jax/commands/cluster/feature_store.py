@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from mae_jax.errors import UserError
 from mae_jax.methods.base import Method, pool
 from mae_jax.ops import spherical_kmeans
-from mae_jax.runtime import peers
+from mae_jax.runtime import bounded_json, peers
 from mae_jax.runtime.sharding import replicated, to_devices
+from mae_jax.storage.file_kinds import unreadable
 from mae_jax.storage.npz import opened
 
 
@@ -28,7 +29,7 @@ class Features:
 
     def __init__(self, folder: epath.Path, about: dict[str, Any]):
         """Args: folder; about, what the features are of, which must be that of those that are there."""
-        self.folder, self.about = folder, json.loads(json.dumps(about))
+        self.folder, self.about = folder, bounded_json.as_read(about)
 
     def files(self) -> list[epath.Path]:
         """Returns the chunks that are there, in order."""
@@ -73,10 +74,11 @@ class Features:
     def _claim(self) -> None:
         """Notes what the features are of; raises UserError where there are others."""
         file = self.folder / "about.json"
+        content = file.read_bytes() if file.is_file() else None
         try:
-            there = json.loads(file.read_text()) if file.is_file() else None
+            there = None if content is None else bounded_json.parse_object(content)
         except ValueError as error:
-            raise UserError(f"{file} is damaged ({error}); remove {self.folder}") from None
+            raise UserError(f"{unreadable(file, content or b'', error)}; remove {self.folder}") from None
         if there is not None and there != self.about:
             differ = next(key for key in self.about if there.get(key) != self.about[key])
             raise UserError(f"{self.folder} has features of another {differ} ({there.get(differ)}, now "

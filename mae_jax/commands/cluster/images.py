@@ -1,6 +1,5 @@
 """Clusters the pictures of a run by the features of its encoder, for MoCE (arXiv 2402.05382, section 3.1)."""
 
-import json
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from mae_jax.methods.base import Method
 from mae_jax.ops import spherical_kmeans
 from mae_jax.ops.patches import PatchGrid
 from mae_jax.param_tree import flat, split_eval_params
-from mae_jax.runtime import peers, sharding
+from mae_jax.runtime import bounded_json, peers, sharding
 from mae_jax.storage import paths, safetensors_file
 from mae_jax.storage.checkpoint import load_params
 from mae_jax.training import workdir
@@ -64,7 +63,7 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
     unlike = other_arguments(to_folder, meta)
     if unlike:
         raise UserError(f"{to} holds clusters made with other {unlike}; runs may read them: name another folder")
-    if peers.first_true(peers.broadcast(about) != json.loads(json.dumps(about))):
+    if peers.first_true(peers.broadcast(about) != bounded_json.as_read(about)):
         raise UserError(f"the processes do not see the same encoder or pictures; cluster with one step's folder, as "
                         f"{source}/checkpoints/STEP, on storage that all of them share")
     if peers.broadcast((to_folder / "clusters.npz").is_file()):
@@ -110,7 +109,7 @@ def other_arguments(folder: epath.Path, meta: dict[str, Any]) -> str:
     if not (folder / "clusters.npz").is_file():
         return ""
     there = Clusters.read(str(folder)).meta
-    return next((key for key in meta if key != "from" and there.get(key) != json.loads(json.dumps(meta[key]))), "")
+    return next((key for key in meta if key != "from" and there.get(key) != bounded_json.as_read(meta[key])), "")
 
 
 def data_of(config: ConfigDict) -> dict[str, Any]:

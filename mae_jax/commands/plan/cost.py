@@ -23,7 +23,7 @@ from mae_jax.commands.plan import collectives, tpu
 from mae_jax.data import ASSUMED
 from mae_jax.durations import Timeline
 from mae_jax.errors import UserError
-from mae_jax.runtime import sharding
+from mae_jax.runtime import bounded_json, sharding
 from mae_jax.storage import paths
 from mae_jax.training import throughput
 from mae_jax.training.train_step import TrainStep, build
@@ -81,8 +81,10 @@ def measure(config: ConfigDict, target: Target, examples: int, cache: str = "",
     foreign = config.plugins or plugins.used(named)  # the code of plug-ins is in no digest
     file = Path(paths.normalized(cache, "--cache")) / f"{key}.json" if cache and not foreign else None
     if file and file.exists():
-        with contextlib.suppress(ValueError):  # a damaged file is made anew
-            return json.loads(file.read_text()) | {"cached": True}
+        with contextlib.suppress(ValueError, OSError):  # what cannot be read is made anew
+            stored = bounded_json.parse_object(file.read_bytes())
+            if stored.pop("of", None) == bounded_json.as_read(known):
+                return stored | {"cached": True}
     program = build(config, ASSUMED._replace(num_train=examples), target.devices)
     say(f"compiling for {target.name}, batch {config.batch_size}"
         f"{'' if config.model.scan else '; unrolled, which takes a minute or more for a large model'}")

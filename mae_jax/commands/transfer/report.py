@@ -6,6 +6,10 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from mae_jax.errors import UserError
+from mae_jax.runtime import bounded_json
+from mae_jax.storage.file_kinds import unreadable
+
 QUICK = "quick"  # the protocol that does not train
 ALL = "all"  # blocks
 
@@ -64,11 +68,17 @@ def table(rows: list[Row]) -> str:
 
 def stored(to: epath.Path, source: str) -> list[Row]:
     """Returns the rows that earlier calls left for the same encoder."""
-    if not (to / "results.json").is_file():
+    file = to / "results.json"
+    if not file.is_file():
         return []
-    found = json.loads((to / "results.json").read_text())
-    rows = found["results"] if found["from"] == source else []
-    return [Row(Cell(*(row.pop(field) for field in Cell._fields)), **row) for row in rows]
+    content = file.read_bytes()
+    try:
+        found = bounded_json.parse_object(content)
+        rows = found["results"] if found["from"] == source else []
+        return [Row(Cell(*(row.pop(field) for field in Cell._fields)), **row) for row in rows]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{unreadable(file, content, error)}; remove it, and name another folder or run all cells "
+                        "again") from None
 
 
 def joined(old: list[Row], new: list[Row]) -> list[Row]:

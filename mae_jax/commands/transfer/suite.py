@@ -1,7 +1,6 @@
 """A suite of transfers: the cells of one table, each trained or probed from one encoder in a workdir of its own."""
 
 import importlib.util
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -273,7 +272,9 @@ def look(config: ConfigDict, folder: epath.Path) -> None:
 
 def measured(folder: epath.Path, metric: str, part: str) -> tuple[str, float, int]:
     """Returns (metric, value, step): the last value of <part>/<metric> in metrics.jsonl; of map or top1 for ''."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    from mae_jax.storage.metric_writer import values_of
+
+    lines = [values_of(line) for line in (folder / "metrics.jsonl").read_text(errors="replace").splitlines()]
     for name in [metric] if metric else ["map", "top1"]:
         found = [line for line in lines if line.get(f"{part}/{name}") is not None]
         if found:

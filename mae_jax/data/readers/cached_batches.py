@@ -6,7 +6,6 @@ are hidden.
 """
 
 import itertools
-import json
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,8 +21,10 @@ from mae_jax.data.masking import PatchOrder, View, rolled, with_views
 from mae_jax.data.sources.base import sampled, short_hash
 from mae_jax.errors import UserError
 from mae_jax.recipe_version import stored_name
+from mae_jax.runtime import bounded_json
+from mae_jax.storage.file_kinds import unreadable
 from mae_jax.storage.npz import opened
-from mae_jax.storage.paths import locate, read_text
+from mae_jax.storage.paths import locate, read_bytes
 
 # Of the rows that fill the last batch; the other fields repeat the first example.
 PADDING = {"valid": 0, "label": -1, "labels": 0, "pixel_label": 255, "id": -1, "replaced": 0}
@@ -33,7 +34,7 @@ Spec = dict[str, jax.ShapeDtypeStruct]
 
 def hiding(order: PatchOrder, views: tuple[View, ...]) -> dict[str, Any]:
     """Returns what meta.json says of orders and views, as JSON gives it back."""
-    return json.loads(json.dumps({"order": order, "views": views}))
+    return bounded_json.as_read({"order": order, "views": views})
 
 
 def joined_from(config: ConfigDict, clusters: Clusters | None) -> dict[str, str]:
@@ -109,16 +110,18 @@ def _identity(arrays: Arrays, size: int) -> dict[str, str]:
 def read_meta(path: str) -> dict[str, Any]:
     """Reads what is said of the batches; raises UserError."""
     file = locate(path, "data.path") / "meta.json"
-    text = read_text(file) if path else None
-    if text is None:
+    content = read_bytes(file) if path else None
+    if content is None:
         raise UserError(f"data.path={path!r} holds no meta.json of cached batches; "
                         "python -m mae_jax inspect --config=... --to=DIR --write=batches makes them")
     try:
-        meta = json.loads(text)
-        if not {"num_train", "classes"} <= meta.keys():
-            raise ValueError("it lacks num_train or classes")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file} is damaged: {error}") from None
+        meta = bounded_json.parse_object(content)
+        if not isinstance(meta.get("num_train"), int) or not isinstance(meta.get("classes"), list):
+            raise ValueError("it lacks the number num_train or the list classes")
+        if not all(isinstance(name, str) for name in meta["classes"]) or meta["num_train"] < 0:
+            raise ValueError("num_train is below 0, or a class is no text")
+    except ValueError as error:
+        raise UserError(unreadable(file, content, error)) from None
     return meta
 
 

@@ -19,11 +19,12 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from ml_collections import ConfigDict
 
-from mae_jax.data import tensorflow_cpu
+from mae_jax.data import record_files, tensorflow_cpu
 from mae_jax.data.decode import BadImage
 from mae_jax.data.readers import random_access
 from mae_jax.data.readers.random_access import PADDING, TRIES, Batch
 from mae_jax.data.sources.base import UNLABELED, Instruction, RecordStream
+from mae_jax.data.sources.tfrecord import odd_record
 from mae_jax.data.tensorflow_cpu import UNREADABLE, reason, tf
 from mae_jax.data.transforms.example import ExampleBuilder, Fields, Spec
 from mae_jax.errors import UserError, printable
@@ -228,10 +229,17 @@ def _part(stream: RecordStream, part: tf.Tensor) -> tf.data.Dataset:
     file, skip, take = tf.unstack(part, 3)
     offsets = np.concatenate([[0], np.cumsum(stream.counts)[:-1]]).astype(np.int64)
     to_the_end = tf.equal(skip + take, tf.gather(np.array(stream.counts, np.int64), file))
-    raw = tf.data.TFRecordDataset(tf.gather(list(stream.files), file))
+    path = tf.gather(list(stream.files), file)
+    compression, readable = tf.numpy_function(_opening, [path], [tf.string, tf.int64])
+    raw = tf.data.TFRecordDataset(path, tf.ensure_shape(compression, [])).take(tf.ensure_shape(readable, []))
     raw = raw.skip(skip).take(tf.where(to_the_end, np.int64(-1), take))  # -1: all, so that surplus records are noticed
     raw = raw.apply(tf.data.experimental.assert_cardinality(take))
     return raw.enumerate(tf.gather(offsets, file) + skip)
+
+
+def _opening(path: bytes) -> tuple[bytes, np.int64]:
+    compression, readable = record_files.opening(path.decode())
+    return compression.encode(), np.int64(readable)
 
 
 def _parse(stream: RecordStream, raw: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -271,13 +279,22 @@ def fault(stream: RecordStream, file: int) -> str:
     """Reads a file to the end; returns in what it is not as promised, '' when it is."""
     name, promised, found = printable(stream.files[file]), stream.counts[file], 0
     try:
-        for raw in tf.data.TFRecordDataset(stream.files[file]).with_options(tensorflow_cpu.options()):
+        compression, readable = record_files.opening(stream.files[file])
+        records = tf.data.TFRecordDataset(stream.files[file], compression).take(readable)
+        for raw in records.with_options(tensorflow_cpu.options()):
             tf.train.Example.FromString(raw.numpy())
             found += 1
+        if readable >= 0 and found != promised and found == readable:
+            problem = record_files.look(stream.files[file]).problem
+            if not problem.startswith("it ends within"):  # as one that lacks whole records
+                return f"{name} is damaged after record {found} of {promised}: {problem}"
+    except UserError as error:
+        return str(error)
     except tf.errors.OpError as error:
-        return f"{name} is damaged after record {found} of {promised}: {reason(error)}"
+        what = "is damaged" if isinstance(error, tf.errors.DataLossError) else "does not read"
+        return f"{name} {what} after record {found} of {promised}: {reason(error)}"
     except DecodeError:
         return f"{name} is damaged after record {found} of {promised}: the next one is no tf.train.Example"
     if found != promised:
         return f"{name} has {found} records where {promised} are promised; write the data again, or mend its metadata"
-    return ""
+    return odd_record(stream.files[file], stream.image_key, "" if stream.multi_label else stream.label_key)

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_jax.data.decode import decode_mask
+from mae_jax.data.decode import decode_mask, read_file
 from mae_jax.data.sources import folder_layout, folder_listing, label_lists, splits
 from mae_jax.data.sources.base import UNLABELED, Example, Source
 from mae_jax.data.sources.expected_sizes import check_size
@@ -211,8 +211,8 @@ def _source(part: Part, files: tuple[str, ...], names: tuple[str, ...], labels: 
     base = part.base
 
     def read(i: int) -> Example:
-        mask = decode_mask((masks / files[i]).with_suffix(".png").read_bytes(), offset) if masks else None
-        return Example((base / files[i]).read_bytes(), int(labels[i]), mask=mask)
+        mask = decode_mask(read_file((masks / files[i]).with_suffix(".png")), offset) if masks else None
+        return Example(read_file(base / files[i]), int(labels[i]), mask=mask)
 
     return Source(len(files), read, lambda i: printable(names[i]), part.classes, ("pixel_label",) if masks else (),
                   lambda i: int(labels[i]), unknown_classes=strange)

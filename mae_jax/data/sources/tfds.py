@@ -18,7 +18,10 @@ from mae_jax.data.sources.base import UNLABELED, Example, RecordStream, Source, 
 from mae_jax.data.sources.expected_sizes import check_size
 from mae_jax.data.tensorflow_cpu import tf
 from mae_jax.errors import UserError, did_you_mean, printable
+from mae_jax.runtime import bounded_json
+from mae_jax.storage.file_kinds import unreadable
 
+METADATA = {"features.json": "pythonClassName", "dataset_info.json": "splits"}  # file → what it must have
 FETCHED = 1024  # records at a time, where only their labels are wanted
 
 
@@ -66,6 +69,8 @@ def _keep_from_importing(connector: Any) -> None:
     make = connector.cls_from_name
 
     def checked(name: str) -> Any:
+        if not name:
+            raise ValueError("a feature of no class")
         if not name.startswith("tensorflow_datasets."):
             raise UserError(f"the data set's features.json asks for the class {printable(name)!r}, which is none of "
                             "TFDS, and would be executed; read the pictures as data.source='tfrecord'")
@@ -95,7 +100,13 @@ def _builder(module: Any, data: ConfigDict) -> Any:
             raise UserError(f"data.name={data.name!r} names another catalogue, whose code would be downloaded and run; "
                             "prepare the data set beforehand, and name it alone, or as NAME:VERSION")
         builder = module.builder(data.name, data_dir=data.path or None)
-    except (module.core.DatasetNotFoundError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of broken metadata TFDS raises many kinds, also that there is no such data set
+        if wrong := _unreadable_metadata(data):
+            raise UserError(wrong) from None
+        if not isinstance(error, module.core.DatasetNotFoundError | ValueError):
+            raise
         known = module.list_builders(with_community_datasets=False)  # those would be looked up in a bucket
         close = difflib.get_close_matches(data.name, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -105,6 +116,21 @@ def _builder(module: Any, data: ConfigDict) -> Any:
         raise UserError(f"{data.name} is not prepared under {builder.data_path}; prepare it with `tfds build "
                         f"{data.name} --data_dir=DIR` and pass --config.data.path=DIR (nothing is downloaded here)")
     return builder
+
+
+def _unreadable_metadata(data: ConfigDict) -> str:
+    """Returns what is wrong with the first file of a data set's metadata that does not read, '' for none."""
+    root = epath.Path(data.path or "~/tensorflow_datasets").expanduser() / data.name.split(":")[0]
+    for pattern in ("*/", "*/*/") if root.is_dir() else ():
+        for name, key in METADATA.items():
+            for file in sorted(root.glob(pattern + name)):
+                content = file.read_bytes()
+                try:
+                    if key not in bounded_json.parse_object(content):
+                        raise ValueError(f"it has no {key!r}")
+                except ValueError as error:
+                    return f"{unreadable(file, content, error)}; prepare the data set again"
+    return ""
 
 
 def _classes(module: Any, feature: Any) -> tuple[tuple[str, ...], bool]:

@@ -8,28 +8,33 @@ names of the others ('-00003-of-00008') promise, and that fits the pattern, must
 
 import fnmatch
 import glob
-import json
 import logging
 import re
 import time
+from typing import Any
 
 import numpy as np
 from etils import epath
+from google.protobuf.message import DecodeError
 from ml_collections import ConfigDict
 
-from mae_jax.data import tensorflow_cpu
+from mae_jax.data import record_files, tensorflow_cpu
 from mae_jax.data.sources import splits
 from mae_jax.data.sources.base import RecordStream, numbered_classes
 from mae_jax.data.tensorflow_cpu import UNREADABLE, reason, tf
-from mae_jax.errors import UserError, did_you_mean, pluralize
+from mae_jax.errors import UserError, did_you_mean, pluralize, printable
+from mae_jax.runtime import bounded_json
+from mae_jax.storage.file_kinds import unreadable
 
 log = logging.getLogger(__name__)
 
 RECORDS = "records.json"  # {"records": {file name: count}, "classes": [names]}
 PATTERN = "{split}-*.tfrecord"  # of the files beside it
 OF = re.compile(r"-(\d+)-of-(\d+)(?=\.|$)")  # in a file's name: which of how many it is
+MAX_RECORDS = 2**40  # of a file
+BY_SPLIT = re.compile(r"(train|val|validation|test)-.*")  # names of files in a folder that says nothing of them
+LISTS = {"bytes_list": "text", "float_list": "fractions", "int64_list": "whole numbers"}  # of tf.train.Feature
 MAX_FILES = 1_000_000  # beyond it, such a name means something else
-FRAME, TAIL = 12, 4  # bytes before a record (length, its checksum) and after it
 
 
 def load(data: ConfigDict, split: splits.Split) -> RecordStream:
@@ -59,10 +64,23 @@ def split_name(data: ConfigDict, name: str) -> str:
 
 
 def _pattern(path: str) -> str:
-    """Returns the pattern of the files, also where only their folder is named."""
-    plain = path and not (path.startswith("gs://") and "*" in path)  # where gcsfs would look for a pattern
-    described = plain and (epath.Path(path) / RECORDS).is_file()
-    return str(epath.Path(path) / PATTERN) if described else path
+    """Returns the pattern of the files, also where only their folder is named.
+
+    Raises:
+      UserError: a folder has no records.json, and its files other names than the one that would write has.
+    """
+    if not path or (path.startswith("gs://") and "*" in path) or not epath.Path(path).is_dir():
+        return path
+    folder = epath.Path(path)
+    if (folder / RECORDS).is_file():
+        return str(folder / PATTERN)
+    names = sorted(file.name for file in folder.iterdir() if not file.name.startswith(".") and not file.is_dir())
+    splits_there = sorted({name.split("-")[0] for name in names if BY_SPLIT.fullmatch(name)})
+    if not splits_there:
+        raise UserError(f"data.path={path!r} is a folder without {RECORDS}; name its files by a pattern, such as "
+                        f"{str(folder / '{split}-*')!r} or {str(folder / '*')!r}; there are "
+                        f"{pluralize(len(names), 'file')}{f', such as {names[0]}' if names else ''}")
+    return str(folder / "{split}-*")
 
 
 def _files(pattern: str, split: str) -> list[epath.Path]:
@@ -70,7 +88,8 @@ def _files(pattern: str, split: str) -> list[epath.Path]:
     folder, slash, name = pattern.rpartition("/")
     # A folder of just that name is meant, whatever else its name would fit as a pattern.
     literal = glob.escape(folder) + slash + name if tf.io.gfile.isdir(folder) else pattern
-    names = sorted(tf.io.gfile.glob(literal)) if pattern else []
+    found = tf.io.gfile.glob(literal) if pattern else []
+    names = sorted(name for name in found if name.rpartition("/")[2] != RECORDS)
     if not names:
         raise UserError(f"no file fits data.path={pattern!r} for the split {split!r}; data.source='tfrecord' needs a "
                         "pattern such as '/data/{split}-*.tfrecord'")
@@ -79,17 +98,27 @@ def _files(pattern: str, split: str) -> list[epath.Path]:
 
 def _check_features(files: list[epath.Path], data: ConfigDict) -> bool:
     """Looks at the first record of all; returns whether it has an integer data.label_key."""
-    file = next((file for file in files if file.stat().length), files[0])
+    file = next((file for file in files if file.stat().length), None)
+    if file is None:
+        raise UserError(f"{pluralize(len(files), 'file')} of data.path={data.path!r}, such as {files[0]}: all empty")
+    compression, readable = record_files.opening(str(file))
     try:
-        raw = next(iter(tf.data.TFRecordDataset(str(file))), None)
-        features = {} if raw is None else tf.train.Example.FromString(raw.numpy()).features.feature
-    except Exception as error:  # TensorFlow's or protobuf's, by where it breaks
-        raise UserError(f"{file} is no TFRecord file of tf.train.Example, or damaged at its first record") from error
+        raw = next(iter(tf.data.TFRecordDataset(str(file), compression).take(readable)), None)
+        if raw is None:
+            raise UserError(f"{file} is cut short or damaged: {record_files.look(file).problem or 'it has no records'}")
+        features = tf.train.Example.FromString(raw.numpy()).features.feature
+    except (*UNREADABLE, DecodeError) as error:
+        raise UserError(f"{file} is no TFRecord file of tf.train.Example, or damaged at its first record: "
+                        f"{reason(error)}") from error
     image = features.get(data.image_key)
     if image is None or len(image.bytes_list.value) != 1:
         raise UserError(f"the records of {file} have no encoded picture data.image_key={data.image_key!r}; "
                         f"{did_you_mean(data.image_key, features)}")
-    return data.label_key in features and bool(features[data.label_key].int64_list.value)
+    label = features.get(data.label_key)
+    if label is not None and label.WhichOneof("kind") not in (None, "int64_list"):
+        log.warning("%s: data.label_key=%r holds %s, where class numbers are expected: read as unlabeled", file,
+                    data.label_key, LISTS[label.WhichOneof("kind")])
+    return label is not None and bool(label.int64_list.value)
 
 
 def _described(folder: epath.Path) -> tuple[dict[str, int], tuple[str, ...]] | None:
@@ -97,16 +126,19 @@ def _described(folder: epath.Path) -> tuple[dict[str, int], tuple[str, ...]] | N
     file = folder / RECORDS
     if not file.is_file():
         return None
+    content = file.read_bytes()
     try:
-        content = json.loads(file.read_text())
-        records, classes = content["records"], tuple(content["classes"])
-        if not all(isinstance(count, int) and count >= 0 for count in records.values()):
+        said = bounded_json.parse_object(content)
+        records, classes = said.get("records"), said.get("classes")
+        if not isinstance(records, dict) or not isinstance(classes, list):
+            raise ValueError("it lacks the object 'records' or the list 'classes'")
+        if not all(isinstance(count, int) and 0 <= count <= MAX_RECORDS for count in records.values()):
             raise ValueError("a count that is none")
         if not all(isinstance(name, str) for name in classes):
             raise ValueError("a class that is no text")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({error}); remove it to have the records counted") from None
-    return records, classes
+    except ValueError as error:
+        raise UserError(f"{unreadable(file, content, error)}; remove it to have the records counted") from None
+    return records, tuple(classes)
 
 
 def _promised(files: list[epath.Path], pattern: str, records: dict[str, int], classes: tuple[str, ...]
@@ -158,32 +190,57 @@ def _counted(files: list[epath.Path], label_key: str) -> tuple[tuple[int, ...], 
 
 def count_records(file: epath.Path) -> int:
     """Counts the records of a file by its headers; raises UserError when they do not lead to its end."""
-    size, place, count = file.stat().length, 0, 0
-    with file.open("rb") as opened:
-        while place < size:
-            opened.seek(place)
-            place += FRAME + int.from_bytes(opened.read(8), "little") + TAIL
-            count += 1
-    if place != size:
-        raise UserError(f"{file} is cut short or damaged: record {count - 1} ends {place - size} bytes past the end")
-    return count
+    found = record_files.look(file)
+    if found.problem:
+        raise UserError(f"{file} is cut short or damaged: {found.problem}")
+    return found.records
 
 
 def _labels(file: epath.Path, label_key: str) -> np.ndarray:
-    """Returns the labels of all records, int64 [records]; raises UserError when they do not lead to the file's end.
-
-    TensorFlow takes a file that ends within the header of a record for one that ends before it.
-    """
-    feature, labels, size = {label_key: tf.io.FixedLenFeature([], tf.int64, -1)}, [np.zeros(0, np.int64)], 0
-    dataset = tf.data.TFRecordDataset(str(file)).batch(1024)
-    dataset = dataset.map(lambda raw: (tf.io.parse_example(raw, feature)[label_key], tf.strings.length(raw)))
+    """Returns the labels of all records, int64 [records]; raises UserError when they do not lead to the file's end."""
+    count_records(file)
+    feature, labels = {label_key: tf.io.FixedLenFeature([], tf.int64, -1)}, [np.zeros(0, np.int64)]
+    dataset = tf.data.TFRecordDataset(str(file), record_files.look(file).compression).batch(1024)
+    dataset = dataset.map(lambda raw: tf.io.parse_example(raw, feature)[label_key])
     try:
-        for found, lengths in dataset.with_options(tensorflow_cpu.options()).as_numpy_iterator():
-            labels.append(found)
-            size += int(lengths.sum(dtype=np.int64)) + len(lengths) * (FRAME + TAIL)
+        labels += dataset.with_options(tensorflow_cpu.options()).as_numpy_iterator()
     except UNREADABLE as error:
-        raise UserError(f"{file} is cut short or damaged: {reason(error)}") from None
-    found = np.concatenate(labels)
-    if size != file.stat().length:
-        raise UserError(f"{file} is cut short or damaged: it ends within the header after record {len(found) - 1}")
-    return found
+        wrong = odd_record(str(file), label_key=label_key)
+        raise UserError(wrong or f"{file} is cut short or damaged: {reason(error)}") from None
+    return np.concatenate(labels)
+
+
+def odd_record(file: str, image_key: str = "", label_key: str = "") -> str:
+    """Returns what is wrong with the first record that is no example of an image and a label, '' where all are.
+
+    Args:
+      file: whose headers are sound.
+      image_key: of one encoded image; '' is not looked at.
+      label_key: of one class number at most; '' is not looked at.
+    """
+    compression, readable = record_files.opening(file)
+    records = tf.data.TFRecordDataset(file, compression).take(readable).with_options(tensorflow_cpu.options())
+    number = -1
+    try:
+        for number, raw in enumerate(records.as_numpy_iterator()):
+            features = tf.train.Example.FromString(raw).features.feature
+            wrong = _odd(features, image_key, "bytes_list") or _odd(features, label_key, "int64_list")
+            if wrong:
+                return f"record {number} of {printable(file)} has {wrong}"
+    except DecodeError:
+        return f"{printable(file)} is damaged: record {number} is no tf.train.Example"
+    except UNREADABLE as error:
+        return f"{printable(file)} is damaged after record {number}: {reason(error)}"
+    return ""
+
+
+def _odd(features: Any, key: str, wanted: str) -> str:
+    """Returns what a record has in place of one value, '' for one or none."""
+    kind = features[key].WhichOneof("kind") if key and key in features else None
+    values = len(getattr(features[key], kind).value) if kind else 0
+    if not values or (kind == wanted and values == 1):
+        return ""
+    what = f"{values} values" if kind == wanted else LISTS[kind]
+    if wanted == "bytes_list":
+        return f"{what} in data.image_key={key!r}; expected one encoded picture"
+    return f"{what} in data.label_key={key!r}; expected one class number (data.label_key='' reads none)"

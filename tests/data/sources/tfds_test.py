@@ -1,6 +1,7 @@
 """Data sets as TFDS stores them: what is there, what is missing or damaged, and what metadata may not do."""
 
 import json
+import shutil
 
 import pytest
 
@@ -110,3 +111,16 @@ def test_metadata_of_a_data_set_do_not_lead_out_of_its_folder(tmp_path):
     file.write_text(file.read_text().replace("{DATASET}-", "../../../outside/toy/1.0.0/{DATASET}-"))
     with pytest.raises(UserError, match="lead out of its folder"):
         build(tfds_config(tmp_path / "inside"))
+
+
+@pytest.mark.parametrize("name", ["features.json", "dataset_info.json"])
+@pytest.mark.parametrize(("content", "line"), [
+    ('{"a":' * 100_000 + "1" + "}" * 100_000, "deep"), ('{"a": ', "damaged"), ("", "empty"), ("[]", "list"),
+    ("version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), ("{}", "it has no "), ("<html>", "HTML")],
+    ids=lambda text: text[:9])
+def test_metadata_that_do_not_read_are_named_and_not_taken_for_a_data_set_that_is_not_there(
+        stored, tmp_path, name, content, line):
+    shutil.copytree(stored, tmp_path / "all")
+    next((tmp_path / "all").rglob(name)).write_text(content)
+    with pytest.raises(UserError, match=rf"{name} is .*{line}.*; prepare the data set again"):
+        build(tfds_config(tmp_path / "all"))
