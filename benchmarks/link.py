@@ -104,7 +104,7 @@ class Players:
     """All processes that are not real, as one."""
 
     def __init__(self, numbers: range, port: int, heartbeat: float):
-        self.pause, self.selector = heartbeat / (8 if len(numbers) < 1000 else 3), selectors.DefaultSelector()
+        self.pause, self.selector = heartbeat / (8 if len(numbers) < 1000 else 2), selectors.DefaultSelector()
         self.heard: dict[socket.socket, bytes] = {}
         self.due: collections.deque[tuple[float, socket.socket]] = collections.deque()  # of signs of life
         for number in numbers:
@@ -218,7 +218,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", default="4,512,1024,2048,4096")
-    parser.add_argument("--idle", type=float, default=34, help="seconds; a third of a heartbeat has a sign of each")
+    parser.add_argument("--idle", type=float, default=50, help="seconds; half a heartbeat has a sign of life of each")
     parser.add_argument("--heartbeat", type=float, default=100)
     parser.add_argument("--to", type=Path, default=RESULTS)
     parser.add_argument("--role", help=argparse.SUPPRESS)

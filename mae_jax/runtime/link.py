@@ -168,7 +168,7 @@ class Link:
         """Listens, sends signs of life, and ends the process some time after the verdict."""
         signed = time.monotonic()
         # Many signs outlast a busy machine; of thousands of processes, they cost process 0 most of what it does.
-        pause = self.heartbeat / (8 if self.place.num_processes < 1000 else 3)
+        pause = self.heartbeat / (8 if self.place.num_processes < 1000 else 2)
         for number in list(self.lines):
             self._hear(number)  # what came at once with the start
         while not self._ended:
