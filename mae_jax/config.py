@@ -339,8 +339,8 @@ def _check_types(values: dict[str, Any], defaults: dict[str, Any]) -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{key}={value}; it must be finite")
-            if isinstance(number, int) and number.bit_length() > (bits := 63 if key == "seed" else 31):
-                raise UserError(f"{key} is a number of {number.bit_length()} bits; it must be at most {2**bits - 1}")
+            if isinstance(number, int) and abs(number) > (most := 2**63 - 1 if key == "seed" else 2**31):
+                raise UserError(f"{key} is a number of {number.bit_length()} bits; it must be at most {most}")
 
 
 def _check_ranges(values: dict[str, Any]) -> None:

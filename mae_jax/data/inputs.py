@@ -218,7 +218,7 @@ def _joined(data: ConfigDict, inputs: Inputs, join: Callable[..., Any], tables: 
 
 
 def _with_tokens(identity: Callable[[], dict[str, Any]], tokens: dict[str, np.ndarray]) -> dict[str, Any]:
-    from mae_jax.data.sources.base import sampled, short_hash
+    from mae_jax.data.identity import sampled, short_hash
 
     return {**identity(), "data.tokens": {
         split: short_hash(row.tobytes() for row in maps[sampled(len(maps))]) for split, maps in tokens.items()}}

@@ -63,6 +63,7 @@ def test_the_checksum_of_a_header_is_that_of_tensorflow(tmp_path):
         assert record_files.look(tmp_path / "a") == ("", 1, size + 16, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", PACK)
 @pytest.mark.parametrize("described", [True, False])
 def test_compressed_files_give_the_batches_of_plain_ones(shards, tmp_path_factory, how, described):

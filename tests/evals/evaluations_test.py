@@ -54,7 +54,7 @@ def evaluated(name: str, fields: dict) -> tuple[Evaluator, TrainState]:
     return Evaluator(method, inputs, mesh), TrainState(zero, params, (), extras, ema, zero)
 
 
-FAST = ("segment", "supervised")
+FAST = ("supervised",)
 
 
 @pytest.mark.parametrize("case", all_slow_but(FAST, CASES))
@@ -178,6 +178,7 @@ def test_two_evaluations_that_give_the_same_name_are_refused_before_the_first_st
         evaluated(*CASES[case])
 
 
+@pytest.mark.slow
 def test_two_evaluations_that_give_the_same_figure_without_saying_so_are_refused_when_they_do(monkeypatch):
     for each in (Brightness(), Lossy("own")):
         monkeypatch.setitem(plugins._registered["evaluations"], each.name, (each, __name__))

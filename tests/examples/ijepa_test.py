@@ -192,6 +192,7 @@ def test_the_student_sees_the_context_alone_and_invalid_images_do_not_count():
     assert first == second > 0
 
 
+@pytest.mark.slow
 def test_no_gradient_reaches_the_teacher_and_all_parameters_have_one():
     method, params, extras, batch = made()
     grad = jax.jit(jax.grad(lambda p, e: method.loss(p, e, batch, None, 0, False)[0], (0, 1)))

@@ -72,6 +72,7 @@ def test_the_center_is_of_valid_pictures_and_stays_where_there_are_none():
     np.testing.assert_array_equal(update_center(center, outputs, np.zeros(4, np.float32), 0.5), center)
 
 
+@pytest.mark.slow
 def test_the_teacher_sees_the_large_views_alone():
     method, params, extras, batch = made()
     loss = tiny_loss(method)

@@ -67,6 +67,7 @@ def test_the_gate_of_an_upcycled_one_learns_from_its_first_step():
         assert np.abs(gate).max() > 1e-6
 
 
+@pytest.mark.slow
 def test_gates_start_small_and_send_clusters_to_different_experts():
     method, _, extras, batch = made({"model.width": 64, "model.heads": 4, "method.centroid_width": 64,
                                      "method.num_clusters": 40})
@@ -230,7 +231,7 @@ def test_clusters_of_another_number_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"method.clusters='' .*clusters.npz"):
         Clusters.read("")
     Clusters(np.eye(3, 12, dtype=np.float32), np.zeros(3, np.float32), np.zeros(12, np.float32),
-             np.array([5, 2, 3])).write(tmp_path)
+             np.array([5, 2, 3]), meta={"data": {"source": "npz", "name": "", "classes": ""}}).write(tmp_path)
     config = tiny_config(FIELDS | {"method.clusters": str(tmp_path)}, "moce")
     with pytest.raises(UserError, match=r"method.num_clusters=5, .* 3"):
         MoCE(config, DataInfo(clusters=Clusters.read(str(tmp_path)))).check_data()

@@ -25,6 +25,7 @@ def made(fields=None, method="splitmask"):
     return some, tiny_params(config), extras if some.targets.discrete else {}, batch
 
 
+@pytest.mark.slow
 @SIZES
 def test_a_branch_knows_nothing_of_the_pixels_of_the_other_half(size):
     method, params, _, batch = made(size)
@@ -113,6 +114,7 @@ def raster_of(batch):
     return raster
 
 
+@pytest.mark.slow
 @SIZES
 @pytest.mark.parametrize("target", [pytest.param("kmeans", marks=pytest.mark.slow), "norm_pix"])
 def test_each_half_is_asked_for_the_patches_that_it_has_not_seen(size, target):

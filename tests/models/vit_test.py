@@ -73,6 +73,7 @@ def test_scanned_and_unrolled_models_have_the_same_initial_parameters():
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
+@pytest.mark.slow
 def test_kernels_start_xavier_uniform_over_the_whole_qkv_matrix_and_biases_at_zero():
     config = tiny_config({"model.width": 64, "model.heads": 4})
     params = flatten(init(config))
@@ -161,6 +162,7 @@ def test_non_square_pictures_and_patches_work():
     assert np.isfinite(jax.jit(method.loss, static_argnums=5)(params, {}, batch, None, 0, True)[0])
 
 
+@pytest.mark.slow
 def test_the_decoder_predicts_the_hidden_rows_of_what_it_would_predict_for_all():
     config = tiny_config()
     decoder = make_decoder(config, 48)
@@ -173,6 +175,7 @@ def test_the_decoder_predicts_the_hidden_rows_of_what_it_would_predict_for_all()
     np.testing.assert_allclose(predict(params, tokens, order, 12), every[:, 4:], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_activations_keep_float32_parameters_and_predictions():
     config = tiny_config({"model.dtype": "bfloat16"})
     method, batch = tiny_method(config), tiny_batch(config)

@@ -59,6 +59,7 @@ def run(step, state, numbers):
     return state, sums
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_big_batch_also_with_invalid_rows():
     batch = tiny_batch(CONFIG)
     batch["valid"][[0, 4, 5]] = 0  # rows 0 and 4 make one micro-batch, without any valid row

@@ -274,7 +274,7 @@ def measured(folder: epath.Path, metric: str, part: str) -> tuple[str, float, in
     """Returns (metric, value, step): the last value of <part>/<metric> in metrics.jsonl; of map or top1 for ''."""
     from mae_jax.storage.metric_writer import values_of
 
-    lines = [values_of(line) for line in (folder / "metrics.jsonl").read_text(errors="replace").splitlines()]
+    lines = [values_of(line) for line in (folder / "metrics.jsonl").read_bytes().decode(errors="replace").splitlines()]
     for name in [metric] if metric else ["map", "top1"]:
         found = [line for line in lines if line.get(f"{part}/{name}") is not None]
         if found:

@@ -16,9 +16,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax.data.cluster_ids import Clusters
+from mae_jax.data.identity import sampled, short_hash
 from mae_jax.data.info import DataInfo
 from mae_jax.data.masking import PatchOrder, View, rolled, with_views
-from mae_jax.data.sources.base import sampled, short_hash
 from mae_jax.errors import UserError
 from mae_jax.recipe_version import stored_name
 from mae_jax.runtime import bounded_json

@@ -4,7 +4,7 @@ import bisect
 import hashlib
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +14,12 @@ import numpy as np
 from etils import epath
 
 from mae_jax.data.decode import BadImage, decode_mask
+from mae_jax.data.identity import sampled, short_hash
 from mae_jax.data.sources import splits
 from mae_jax.errors import UserError, did_you_mean, printable
 
 MAX_CLASSES = 1_000_000  # beyond it, labels are taken for something else
 UNLABELED = -1
-SAMPLES = 64  # examples of a split by whose content it is known again
 BEGINNING = 65_536  # bytes of a file of records likewise
 READERS = 16  # threads that read them: a bucket answers slowly, and many at once
 
@@ -92,20 +92,6 @@ class Source:
         return Source(self.size + other.size, of("read"), of("name"), self.classes, self.fields,
                       of("label") if self.label and other.label else None,
                       tuple(dict.fromkeys(self.unknown_classes + other.unknown_classes)))
-
-
-def sampled(size: int) -> np.ndarray:
-    """Returns int64 [min(64, size)]: numbers from 0 to size - 1, as far apart as may be."""
-    return np.unique(np.linspace(0, size - 1, SAMPLES).round().astype(np.int64)) if size else np.zeros(0, np.int64)
-
-
-def short_hash(parts: Iterable[bytes]) -> str:
-    """Returns 16 hexadecimal digits for pieces of content, each with its length."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.hexdigest()[:16]
 
 
 def _beginning(file: str) -> bytes:
