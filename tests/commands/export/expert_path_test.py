@@ -21,8 +21,9 @@ class Mixture:
     def __init__(self, folder, votes, monkeypatch, fields=None, paths=PATHS):
         draws = np.random.default_rng(0)
         centroids = np.linalg.qr(draws.normal(size=(WIDTH, WIDTH)))[0][:COUNT].astype(np.float32)
+        about = {"block": -1, "data": {"source": "photo_crops", "name": "", "classes": ""}}
         self.clusters = Clusters(centroids, np.zeros(COUNT, np.float32), np.zeros(WIDTH, np.float32),
-                                 np.full(COUNT, 10), meta={"block": -1, "data": {"source": "photo_crops", "name": "", "classes": ""}})
+                                 np.full(COUNT, 10), meta=about)
         self.clusters.write(folder)
         self.folder = str(folder)
         self.config = tiny_config({"method.blocks": "all", "method.num_clusters": COUNT, "model.pool": "mean",
