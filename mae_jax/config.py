@@ -63,6 +63,7 @@ NOT_NEGATIVE = ("optim.lr", "optim.min_lr", "optim.eps", "optim.weight_decay", "
                 "guard.max_bad_fraction", "guard.spike", "guard.stall_seconds")
 BELOW_ONE = ("optim.betas", "optim.ema", "optim.momentum", "model.drop_path")
 EXAMPLES = {"plugins": ("package.module",), "eval.sets": ("imagenet_v2",), "log.sinks": ("tensorboard",)}
+LARGEST = {"seed": 2**63 - 1, "eval.max_examples": 2**31}  # where a number may have more than 31 bits
 DURATIONS = ("train.duration", "optim.warmup", "checkpoint.every", "checkpoint.keep_every", "eval.every", "log.every")
 
 
@@ -339,7 +340,7 @@ def _check_types(values: dict[str, Any], defaults: dict[str, Any]) -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{key}={value}; it must be finite")
-            if isinstance(number, int) and abs(number) > (most := 2**63 - 1 if key == "seed" else 2**31):
+            if isinstance(number, int) and abs(number) > (most := LARGEST.get(key, 2**31 - 1)):
                 raise UserError(f"{key} is a number of {number.bit_length()} bits; it must be at most {most}")
 
 

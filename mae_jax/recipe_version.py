@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 import mae_jax
 from mae_jax.errors import UserError
 
-CURRENT = 2  # of new runs
+CURRENT = 3  # of new runs
 
 
 class Behavior(NamedTuple):
@@ -35,13 +35,13 @@ BEHAVIORS: dict[str, Behavior] = {
         "blocks as BEiT's released code draws them; what is then missing (of 14 x 14, less than one patch on average) "
         "is added singly"),
     "folder_layouts": Behavior(
-        2,
+        3,
         "`data.source=folder` knew splits as `train/` beside `test/`, `val/` or `validation/` alone, had no classes "
         "once an image lay beside their folders, and read what NAS and viewers leave; `data.layout=0.1.0` reads so",
         "splits by all their usual names, also in a wrapping folder or inside of classes; strays beside class folders "
         "and droppings are left out; lists of labels; names compare in Unicode NFC; two readings are refused"),
     "class_names_before_numbers": Behavior(
-        2,
+        3,
         "numbers in `data.classes` were places in the sorted names, also where names are numbers: of folders 0 to 11, "
         "`10-11` were 8 and 9",
         "where the names of classes are numbers, these are meant"),

@@ -62,6 +62,10 @@ def test_nothing_that_is_read_is_executed():
             assert called != "np.load" or path == Path("mae_jax/storage/npz.py"), f"{path}:{node.lineno}"
 
 
+def test_a_home_is_looked_up_where_all_paths_are_read():
+    assert [str(path) for path in PACKAGE if "expanduser" in path.read_text()] == ["mae_jax/storage/paths.py"]
+
+
 LINT = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
 
 

@@ -73,7 +73,9 @@ def _parsed(argv: list[str]) -> list[str]:
         if "config" in flags.FLAGS:
             config = flags.FLAGS.config  # a missing config file fails only when it is looked at
             plugins.load(config.get("plugins", ()) if config is not None else (), "--config")
-    except (SystemExit, BrokenPipeError):  # of --helpxml, which absl prints
+    except (SystemExit, BrokenPipeError):
+        if not any("helpxml" in arg for arg in argv):  # which absl prints, and exits
+            _refuse("the config file, or a plug-in of it, ends the process")
         _flush()
         sys.exit(FINISHED)
     except Exception as error:

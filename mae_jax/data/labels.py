@@ -4,11 +4,11 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax.errors import UserError, printable
 from mae_jax.storage.npz import opened
+from mae_jax.storage.paths import locate
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def check_batches(config: ConfigDict) -> None:
     """Raises UserError where stored batches of a part that is read have no label."""
     stored = {"train_split": "train", "val_split": "validate", "eval_split": "evaluate" if config.eval.test else ""}
     for field, name in stored.items():
-        file = epath.Path(config.data.path) / f"{name}.npz"
+        file = locate(config.data.path, "data.path") / f"{name}.npz"
         if name and file.is_file():
             with opened(file) as arrays:
                 found = "label" not in arrays.files or (arrays["label"] >= 0).any()

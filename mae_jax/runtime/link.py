@@ -108,7 +108,7 @@ class Link:
         for number in (signal.SIGTERM, signal.SIGHUP):  # all is saved
             signal.signal(number, signal.SIG_IGN)
         self._post(self._hang_up)
-        self.tell({"bye": None})
+        self.tell({"bye": None}, urgent=False)  # behind the last answer
         try:
             jax.distributed.shutdown()  # waits for all
         except jax.errors.JaxRuntimeError as error:
@@ -243,6 +243,8 @@ class Link:
             self._heard[number] = now
             lasts = line.read()
             self._hear(number)
+            if number not in self.lines:
+                return
             if not lasts and number in self._parted:
                 self._drop(number)
             elif not lasts:

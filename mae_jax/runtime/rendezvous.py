@@ -131,8 +131,10 @@ class Door:
         self.callers[line] = time.monotonic() + ANSWER
 
     def drop(self, line: Line) -> None:
-        """Closes a connection."""
+        """Closes a connection, once: it may be ready in the very round in which it was closed."""
         self.callers.pop(line, None)
+        if line.socket.fileno() < 0:
+            return
         if line.socket in self.selector.get_map():
             self.selector.unregister(line.socket)
         line.close()

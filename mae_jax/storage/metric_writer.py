@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -162,7 +163,7 @@ def values_of(line: str) -> dict[str, Any]:
     except ValueError:
         return {}
     step = values.get("step")
-    return values if isinstance(step, int | float) and np.isfinite(step) else {}
+    return values if type(step) in (int, float) and 0 <= step < math.inf else {}
 
 
 class MetricWriter:

@@ -105,9 +105,7 @@ def locate_checkpoints(path: str, flag: str) -> epath.Path:
 
 def check_fields(values: Mapping[str, Any]) -> None:
     """Raises UserError for the first field of a config, by dotted name, whose path cannot be meant."""
-    if values["init_from"]:
-        for_orbax(values["init_from"], "init_from")
-    for field in FIELDS:
+    for field in ("init_from", *FIELDS):
         normalized(values.get(field, ""), field)
 
 

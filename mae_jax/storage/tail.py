@@ -8,7 +8,7 @@ import shutil
 from etils import epath
 
 BLOCK = 1 << 20  # bytes that are read at a time, from the end
-STEP = re.compile(rb'^\{"step": ?(\d+)[,}]', re.MULTILINE)
+STEP = re.compile(rb'^\{"step": ?(\d{1,18})[,}]', re.MULTILINE)
 
 
 def read(file: io.IOBase, step: float) -> tuple[int, bytes]:

@@ -20,6 +20,7 @@ from mae_jax.models.layers import sincos_positions
 from mae_jax.models.upcycling import upcycle
 from mae_jax.ops import pos_embed
 from mae_jax.ops.patches import PatchGrid
+from mae_jax.storage import paths
 from mae_jax.storage.checkpoint import load_params
 from mae_jax.training import workdir
 
@@ -44,6 +45,7 @@ def load(config: ConfigDict, params: Any, classes: Sequence[str] = ()) -> dict[s
     Raises:
       UserError: nothing is there, or it belongs to another encoder.
     """
+    paths.for_orbax(config.init_from, "init_from")  # a resumed run may have moved from it, and does not read it
     theirs = workdir.config_of(config.init_from)
     loaded = _read(config, theirs)
     if theirs is not None:

@@ -31,7 +31,7 @@ MAY_CHANGE = ("train.duration", "mesh.*", "eval.*", "checkpoint.*", "log.*", "gu
               "guard.stall_seconds", "data.threads", "data.prefetch", "train.compilation_cache", "model.scan",
               "model.remat", "plugins", "method.clusters")  # whose content is compared
 # And what it may change where the data are the same by their names and by samples of their content.
-MAY_MOVE = ("data.path", "data.mask_key", "data.tokens")
+MAY_MOVE = ("data.path", "data.layout", "data.mask_key", "data.tokens")
 MAX_LISTED_CLASSES = 10  # classes that a message names
 ARCHIVED = "$Format:%H$"  # `git archive` writes the commit here, as .gitattributes asks
 MAX_STEP_DIGITS = 18  # of a step's number: what 64 bits hold
@@ -90,7 +90,7 @@ def data_changes(workdir: epath.Path, inputs: Any, has_class_head: bool) -> list
     before = _recorded_data(workdir)
     if not before:
         return []
-    after, texts = _data_of(inputs), []
+    after, texts = _data_of(inputs, bool(before.get("identity"))), []
     if before.get("pictures") != after["pictures"]:
         texts.append(f"pictures to train on: {before.get('pictures')} -> {after['pictures']}")
     if text := other_classes(before.get("classes") or (), after["classes"]):
@@ -119,13 +119,21 @@ def _recorded_data(workdir: epath.Path) -> dict[str, Any]:
     """Returns what config.json says of the data; {} where an older run did not say."""
     content = read_bytes(workdir / "config.json")
     found = bounded_json.parse_object(content).get("data") if content else None
-    if not isinstance(found, dict) or not isinstance(found.get("classes") or [], list):
+    if not isinstance(found, dict):
         return {}
-    return {**found, "identity": identity if isinstance(identity := found.get("identity"), dict) else {}}
+    return {**found, "classes": _texts(found.get("classes")),
+            "identity": identity if isinstance(identity := found.get("identity"), dict) else {}}
 
 
-def _data_of(inputs: Any) -> dict[str, Any]:
-    return {"pictures": inputs.num_train, "classes": list(inputs.classes), "identity": inputs.identity()}
+def _texts(found: Any) -> list[str]:
+    """Returns what is a list of texts; of anything else nothing."""
+    return found if isinstance(found, list) and all(isinstance(text, str) for text in found) else []
+
+
+def _data_of(inputs: Any, identified: bool = True) -> dict[str, Any]:
+    """Returns what config.json says of the data; what identifies them, which reads samples, where that is wanted."""
+    return {"pictures": inputs.num_train, "classes": list(inputs.classes),
+            "identity": inputs.identity() if identified else {}}
 
 
 def _other_splits(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -296,7 +304,10 @@ def classes_of(source: str) -> tuple[str, ...]:
     path = locate(source)
     if path.suffix != ".safetensors":
         return tuple(_recorded_data(of_checkpoint(path)).get("classes") or ())
-    return tuple(bounded_json.parse(_said(path).get("classes", "[]")))
+    try:
+        return tuple(_texts(bounded_json.parse(_said(path).get("classes", "[]"))))
+    except DAMAGED as error:
+        raise UserError(f"{source} is no safetensors file, or damaged: {error}") from None
 
 
 def metadata(config: ConfigDict, layout: str = layouts.OURS, classes: Sequence[str] = ()) -> dict[str, str]:

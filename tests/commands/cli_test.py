@@ -107,6 +107,14 @@ def test_a_config_file_of_the_users_own_that_does_not_load_is_explained(monkeypa
     assert line in found
 
 
+def test_a_config_file_that_ends_the_process_is_a_mistake(tmp_path):
+    (tmp_path / "mine.py").write_text("import sys\nsys.exit(0)\n")
+    done = subprocess.run([sys.executable, "-m", "mae_jax", "train", f"--config={tmp_path / 'mine.py'}"],
+                          capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "ends the process" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--help", "--helpfull", "--helpshort", "--helpxml", "--config=quickstart --help",
                                   "--version"])

@@ -16,7 +16,7 @@ from tests.helpers.records import config, describe, write_shards
 
 @pytest.fixture(autouse=True)
 def fresh_listing():
-    folder._files.cache_clear()
+    folder.folder_listing.files.cache_clear()
 
 
 def save(path, size, kind="JPEG", mode="RGB", seed=0, **options):

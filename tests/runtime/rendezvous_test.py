@@ -120,6 +120,24 @@ def test_garbage_at_the_port_disturbs_nobody():
     assert list(told[0]) == [1]
 
 
+def test_strangers_that_come_and_go_by_hundreds_disturb_nobody(monkeypatch):
+    monkeypatch.setattr(rendezvous, "STRANGERS", 8)
+    port, told = free_port(), []
+    here = ProcessInfo("127.0.0.1", port, 0, 2)
+    with rendezvous.listen(here) as listener:
+        thread = threading.Thread(target=lambda: told.append(rendezvous.receive(here, listener, greeting(0), 20)))
+        thread.start()
+        for _ in range(20):
+            callers = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
+            for caller in callers:
+                caller.close()
+        with socket.create_connection(("127.0.0.1", port)) as line:
+            line.sendall(b"".join(encode(greeting(1))))
+            thread.join()
+            told[0][1].close()
+    assert list(told[0]) == [1]
+
+
 def test_process_0_listens_at_the_address_that_it_is_named_by(caplog):
     for host in ("127.0.0.1", "127.0.0.2"):
         with rendezvous.listen(ProcessInfo(host, free_port(), 0, 2)) as listener:

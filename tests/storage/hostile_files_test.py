@@ -167,16 +167,18 @@ def test_a_run_of_more_steps_than_are_counted_is_refused(text):
 
 
 BAD = [DEEP, "[" * 9000, '{"step": 20, "tr', "text", "[1]", "{}", '{"step": null}', '{"step": "20"}', '{"step": NaN}',
-       '{"step": 1e999}', f'{{"step": {"9" * 5000}}}', '{"step": 1' + "0" * 40 + "}", "\0\0\0", "\udcff\x1b[31m"]
+       '{"step": 1e999}', f'{{"step": {"9" * 5000}}}', '{"step": -9999999999999999999}', '{"step": true}',
+       '{"step": 1' + "0" * 40 + "}", "\0\0\0", "\udcff\x1b[31m"]
 
 
+@pytest.mark.parametrize("since", [0, 20])
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad[:12])
-def test_a_bad_line_of_metrics_is_set_aside_and_told_once(tmp_path, bad, caplog):
+def test_a_bad_line_of_metrics_is_set_aside_and_told_once(tmp_path, bad, since, caplog):
     path, content = epath.Path(tmp_path) / "metrics.jsonl", bad.encode(errors="surrogateescape")
     path.write_bytes(b'{"step": 10, "train/loss": 2.0}\n' + content + b'\n{"step": 20, "train/loss": 1.0}\n')
     JsonLines(path, 20, active=False)  # one that only looks changes nothing
     assert not (path.parent / metric_writer.ASIDE).exists()
-    lines = JsonLines(path, 20)
+    lines = JsonLines(path, 20, since=since)
     assert {(10, "train/loss"), (20, "train/loss")} <= lines.seen
     lines.write(30, {"train/loss": 0.5})
     again = JsonLines(path, 30)

@@ -73,7 +73,7 @@ def test_other_data_at_a_resume_are_told_and_other_classes_of_a_classifier_refus
         assert loop.train(config, str(tmp_path / name)) == 0
     (tmp_path / "pictures" / "ant").rename(tmp_path / "pictures" / "cat")
     (tmp_path / "pictures" / "bee" / "7.png").unlink()
-    sources_folder._files.cache_clear()
+    sources_folder.folder_listing.files.cache_clear()
     with configs["mae"].unlocked():
         configs["mae"].train.duration = "3 steps"
     assert loop.train(configs["mae"], str(tmp_path / "mae")) == 0

@@ -9,8 +9,9 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from mae_jax.data.identity import SAMPLES, sampled
 from mae_jax.data.sources import folder as sources_folder
-from mae_jax.data.sources.base import SAMPLES, Example, Source, sampled
+from mae_jax.data.sources.base import Example, Source
 from mae_jax.errors import UserError
 from mae_jax.training import loop, workdir
 from tests.helpers import records
@@ -32,7 +33,7 @@ def pictures(folder, count=6, classes=("ant", "bee")):
 
 
 def of_folder(path, **fields):
-    sources_folder._files.cache_clear()
+    sources_folder.folder_listing.files.cache_clear()
     return tiny_config({"data.source": "folder", "data.path": str(path), **fields})
 
 
@@ -58,6 +59,14 @@ def test_the_same_pictures_in_another_folder_are_taken_and_told(tmp_path):
     workdir.record(run, moved, open_inputs(moved))
     assert resumed(run, moved) == []
     assert workdir.read_config(run).data.path == str(tmp_path / "b")
+
+
+def test_another_layout_that_reads_the_same_pictures_is_taken_and_told(tmp_path):
+    run = recorded(tmp_path, of_folder(pictures(tmp_path / "a")))
+    told, = resumed(run, of_folder(tmp_path / "a", **{"data.layout": "splits"}))
+    assert told.startswith("data.layout: 'auto' -> 'splits' (the same data, ")
+    with pytest.raises(UserError, match=r"data\.layout: 'auto' -> 'flat'"):
+        resumed(run, of_folder(tmp_path / "a", **{"data.layout": "flat"}))
 
 
 def again(tmp_path):
@@ -167,7 +176,7 @@ def test_masks_move_with_the_images_and_count_as_content(tmp_path):
                 Image.fromarray(mask).save(tmp_path / folder / name / f"{number}.png")
 
     def config(images, masks):
-        sources_folder._files.cache_clear()
+        sources_folder.folder_listing.files.cache_clear()
         return tiny_segment({"data.source": "folder", "data.path": str(tmp_path / images),
                              "data.mask_key": str(tmp_path / masks)})
 

@@ -50,7 +50,7 @@ def keep_classes(source: Source, text: str, by_place: bool = False) -> Source:
              len(source.classes))
     return Source(part.size, lambda i: (example := part.read(i))._replace(label=anew[example.label]), part.name,
                   tuple(source.classes[number] for number in chosen), part.fields,
-                  lambda i: anew[int(labels[indices[i]])], part.unknown_classes)
+                  lambda i: anew[int(labels[indices[i]])])
 
 
 def numbers(part: str, classes: tuple[str, ...]) -> range | list[int]:

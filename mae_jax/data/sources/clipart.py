@@ -18,6 +18,7 @@ from mae_jax.data.decode import BadImage, open_image, to_rgb
 from mae_jax.data.sources import splits
 from mae_jax.data.sources.base import Example, Source, known_split
 from mae_jax.errors import UserError, printable
+from mae_jax.storage.paths import locate
 
 FOLDER = "/usr/share/openclipart/png"
 # The rule is ours: folders of things, not of icons, shapes, signs, maps or playing cards; at least 16 images a class.
@@ -34,7 +35,7 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
     An image's split is a hash of its name without the number at the end: variants of a drawing stay together.
     """
     known_split(split, ("train", "test"))
-    root = epath.Path(data.path or FOLDER).expanduser()
+    root = locate(data.path or FOLDER, "data.path")
     files = pictures(root)
     edge = 1 - TEST_SHARE
     low, high = split.shares(*((0.0, edge) if split.name == "train" else (edge, 1.0)))

@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 MAX_LISTED_EXTENSIONS = 5  # extensions of other files that are counted one by one
 MAX_LISTED_CLASSES = 10  # that the line about a layout names
 FIELDS = ("train_split", "val_split", "eval_split")
-_files = folder_listing.listed  # kept: a run opens a folder for training, for evaluation and for its classes
 
 
 class Opened(NamedTuple):
@@ -161,7 +160,7 @@ def _field(data: ConfigDict, name: str) -> str:
 
 
 def _root(path: str) -> epath.Path:
-    root = epath.Path(path).expanduser() if path else None
+    root = locate(path, "data.path") if path else None
     if root is None or not root.is_dir():
         raise UserError(f"data.path={path!r} is no folder; data.source='folder' needs one that holds pictures")
     return root
@@ -171,7 +170,7 @@ def _masks(data: ConfigDict, root: epath.Path, base: epath.Path, files: tuple[st
     """Returns the folder of a split's masks, which must have that of its first image; None without masks."""
     if not data.mask_key:
         return None
-    masks = locate(data.mask_key).expanduser() / os.path.relpath(base, root)
+    masks = locate(data.mask_key, "data.mask_key") / os.path.relpath(base, root)
     if files and not (masks / files[0]).with_suffix(".png").is_file():
         raise UserError(f"data.mask_key={data.mask_key!r} lacks the mask of {files[0]}: "
                         f"{(masks / files[0]).with_suffix('.png')} is not there")
@@ -225,13 +224,14 @@ def unread(data: ConfigDict, expressions: Iterable[str]) -> list[str]:
     names = {split.name for text in expressions for split in splits.parts(text)}
     in_splits = layout.kind == "splits"
     places = {layout.root / folder_layout.folder_of(layout, name) for name in names} if in_splits else {layout.root}
-    others = [_inside(root, place / name) for place in sorted(places) for name in _files(place, layout.plain).others]
+    others = [_inside(root, place / name) for place in sorted(places)
+              for name in folder_listing.files(place, layout.plain).others]
     lost: list[str] = []
     for top in _tops(opened):
         beside = [top / name for name in folder_listing.folders(top, layout.plain)]
         lost += [_inside(root, folder / name) for folder in beside
                  if not any(place.is_relative_to(folder) for place in places)
-                 for name in _files(folder, layout.plain).pictures]
+                 for name in folder_listing.files(folder, layout.plain).pictures]
         lost += _beside(root, top)
     if lost:
         lines.append(f"{pluralize(len(lost), 'picture')} in no split of the config, such as {printable(lost[0])}")

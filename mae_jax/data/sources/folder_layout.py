@@ -183,12 +183,13 @@ def folder_of(layout: Layout, name: str, field: str = "data.eval_split") -> str:
 
 def training(layout: Layout, expression: str = "train") -> Part:
     """Returns the images of the training split, or of all splits where there are none, with the classes."""
-    names = [split.name for split in splits.parts(expression) if splits.role(split.name) == "train"]
+    named = [split.name for split in splits.parts(expression) if splits.role(split.name) == "train"]
+    names = [] if layout.plain else named  # 0.1.0 took the classes of train/
     if layout.kind == "nested":
         return _nested_part(layout, "train")
     in_splits = layout.kind == "splits"
     base = layout.root / folder_of(layout, (names or ["train"])[0], "data.train_split") if in_splits else layout.root
-    base, listing = base, pictures(base, layout.plain)
+    listing = pictures(base, layout.plain)
     if in_splits and not layout.plain:
         base, listing = _unwrapped(base, listing)
     if layout.kind == "flat":
@@ -232,6 +233,8 @@ def _with_classes(layout: Layout, base: epath.Path, listing: Listing) -> Part:
     direct, classes = listing.direct, tuple(sorted(listing.folders))
     if len(classes) < 2 or (direct and layout.plain):
         return Part(base, listing, ())
+    if not layout.forced and not layout.plain:
+        _check_kinds(base, list(classes))
     inside = listing.folders.total()
     if not layout.forced and not few(len(direct), inside):
         kept, whole = ("splits", f"--config.data.path={base} ") if layout.kind == "splits" else ("classes", "")

@@ -72,18 +72,13 @@ def some(names: Iterable[tuple[str, int]]) -> str:
     return ", ".join(f"{printable(name)} {count}" for name, count in found[:MAX_LISTED]) + more
 
 
+@functools.lru_cache(maxsize=8)  # a run opens a folder for training, for evaluation and for its classes
 def files(base: epath.Path, plain: bool = False) -> Listing:
     """Lists a folder at any depth; plain: as mae_jax 0.1.0 did, by the names on the disk, with the droppings.
 
     Raises:
       OSError: a folder in it cannot be listed: its images would be lost without a word.
     """
-    return listed(base, plain)
-
-
-@functools.lru_cache(maxsize=8)  # a run opens a folder for training, for evaluation and for its classes
-def listed(base: epath.Path, plain: bool) -> Listing:
-    """Returns `files`."""
     ignored: Counter[str] = Counter()
     drop = is_hidden if plain else is_dropping
 

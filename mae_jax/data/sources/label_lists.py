@@ -20,6 +20,7 @@ from mae_jax.errors import UserError
 
 EXTENSIONS = (".txt", ".csv", ".tsv")
 MAX_BYTES = 1 << 28  # of a file that is looked at
+MAX_FILES = 64  # of a folder, that are looked at
 
 
 class LabelList(NamedTuple):
@@ -45,8 +46,11 @@ def find(places: Iterable[epath.Path], split: str, pictures: tuple[str, ...], cl
     """
     best = None
     for place in dict.fromkeys(places):
-        for file in sorted(place.iterdir()):
-            if not file.name.lower().endswith(EXTENSIONS) or not file.is_file() or file.stat().length > MAX_BYTES:
+        files = [file for file in sorted(place.iterdir()) if file.name.lower().endswith(EXTENSIONS)]
+        if len(files) > MAX_FILES:  # captions of the images
+            files = [file for file in files if _is_for(file.name, split)][:MAX_FILES]
+        for file in files:
+            if not file.is_file() or file.stat().length > MAX_BYTES:
                 continue
             found = _read(file, split, pictures, classes)
             if found and (best is None or (found.labels >= 0).sum() > (best.labels >= 0).sum()):
@@ -66,7 +70,11 @@ def _read(file: epath.Path, split: str, pictures: tuple[str, ...], classes: tupl
         named = [(place, row[0]) for place, row in enumerate(rows)]
     if not named:
         return None
-    index = _index(file, {label for _, label in named}, classes)
+    found = {label for _, label in named}
+    if found.isdisjoint(classes) and all(re.fullmatch(r"\d+", label) for label in found) and not (
+            _is_for(file.name, split) and len(named) == len(rows)):
+        return None  # any table of images has numbers, which need not be those of classes
+    index = _index(file, found, classes)
     labels = np.full(len(pictures), UNLABELED, np.int32)
     for place, label in named:
         labels[place] = index.get(label, UNLABELED)

@@ -37,7 +37,7 @@ def load(data: ConfigDict, expression: str) -> Source | RecordStream:
     found = _found(data)
     if data.get("path") and data.source in BUILT_IN:
         raise UserError(f"data.source={data.source!r} does not read data.path={data.path!r}; leave it out, or name a "
-                        "source that reads it (the argument `runlocal` of a recipe takes photo crops for any data)")
+                        "source that reads it, such as --config=folder")
     data = _located(data)
     check_bucket(data.get("path") or "")
     opened = getattr(found, "load", found)

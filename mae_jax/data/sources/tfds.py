@@ -20,6 +20,7 @@ from mae_jax.data.tensorflow_cpu import tf
 from mae_jax.errors import UserError, did_you_mean, printable
 from mae_jax.runtime import bounded_json
 from mae_jax.storage.file_kinds import unreadable
+from mae_jax.storage.paths import locate
 
 METADATA = {"features.json": "pythonClassName", "dataset_info.json": "splits"}  # file → what it must have
 FETCHED = 1024  # records at a time, where only their labels are wanted
@@ -120,7 +121,7 @@ def _builder(module: Any, data: ConfigDict) -> Any:
 
 def _unreadable_metadata(data: ConfigDict) -> str:
     """Returns what is wrong with the first file of a data set's metadata that does not read, '' for none."""
-    root = epath.Path(data.path or "~/tensorflow_datasets").expanduser() / data.name.split(":")[0]
+    root = locate(data.path or "~/tensorflow_datasets", "data.path") / data.name.split(":")[0]
     for pattern in ("*/", "*/*/") if root.is_dir() else ():
         for name, key in METADATA.items():
             for file in sorted(root.glob(pattern + name)):

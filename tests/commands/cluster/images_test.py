@@ -204,7 +204,7 @@ def test_pictures_that_changed_their_places_are_refused(tmp_path):
     assert loop.train(tiny_config(CROPS | data), str(tmp_path / "mae")) == 0
     assert clustered(tmp_path / "mae", tmp_path / "clusters", clusters=4) == 0
     (tmp_path / "in" / "000.png").rename(tmp_path / "in" / "zzz.png")
-    sources_folder._files.cache_clear()
+    sources_folder.folder_listing.files.cache_clear()
     fields = CROPS | data | {"init_from": str(tmp_path / "mae"), "method.clusters": str(tmp_path / "clusters")}
     with pytest.raises(UserError, match="other examples of 'train'"):
         loop.train(tiny_config(fields, "moce"), str(tmp_path / "moce"))

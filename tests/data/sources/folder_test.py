@@ -26,7 +26,7 @@ def write(root, *names):
 
 @pytest.fixture(autouse=True)
 def fresh_listing():
-    folder._files.cache_clear()
+    folder.folder_listing.files.cache_clear()
 
 
 def load(root, split="train", eval_split="test", masks=""):
@@ -84,7 +84,7 @@ def test_a_folder_without_splits_holds_out_a_tenth_by_name(tmp_path):
 def test_adding_files_moves_none(tmp_path):
     write(tmp_path, *(f"{i}.png" for i in range(100)))
     before = {split: names(load(tmp_path, split)) for split in ("train", "test", "train[:30%]")}
-    folder._files.cache_clear()
+    folder.folder_listing.files.cache_clear()
     write(tmp_path, *(f"new{i}.png" for i in range(100)))
     for split, old in before.items():
         assert {name for name in names(load(tmp_path, split)) if not name.startswith("new")} == old
@@ -194,7 +194,7 @@ def test_what_lies_in_no_split_or_is_no_picture_is_told(tmp_path):
     assert unread(tmp_path, "train", "test") == [
         "2 pictures in no split of the config, such as spare/b.png", *told]
     assert unread(tmp_path, "train[:50%]")[0] == "3 pictures in no split of the config, such as spare/b.png"
-    folder._files.cache_clear()
+    folder.folder_listing.files.cache_clear()
     write(tmp_path / "flat", "a.png", "x/b.png")
     assert unread(tmp_path / "flat", "train", "test") == []
     write(tmp_path / "lone", "train/a.png", "b.png")

@@ -8,7 +8,8 @@ from PIL import Image
 
 from mae_jax import config as configs
 from mae_jax import data
-from mae_jax.data.sources import folder, registry, splits
+from mae_jax.data.labels import check as check_labels
+from mae_jax.data.sources import folder, label_lists, registry, splits
 from mae_jax.errors import UserError
 from tests.config_test import RECIPES, recipe
 from tests.helpers.tiny import tiny_config
@@ -18,7 +19,7 @@ AUTO = configs.recipe_version.CURRENT
 
 @pytest.fixture(autouse=True)
 def _fresh_listing():
-    folder._files.cache_clear()
+    folder.folder_listing.files.cache_clear()
 
 
 def write(root, *names, count=1):
@@ -107,7 +108,7 @@ def test_folders_without_splits_are_told(tmp_path):
         "folders, held out by a hash of the names")
     write(tmp_path / "flat", "a/", count=30)
     assert told(tmp_path / "flat", eval_split="") == "train: 30 images without classes from a/"
-    folder._files.cache_clear()
+    folder.folder_listing.files.cache_clear()
     assert told(tmp_path, layout="flat", eval_split="") == "train: 130 images without classes from the folder"
 
 
@@ -129,6 +130,7 @@ def test_one_wrapping_folder_of_classes_is_gone_through(tmp_path):
     (("JPEGImages/", "SegmentationClass/"), ["data.path=", "JPEGImages", "layout=classes"]),
     (("train/", "train/a/", "extra/"), ["extra/ not read", "layout=splits"]),
     (("images/train/", "images/val/", "masks/train/", "masks/val/"), ["data.path=", "images", "layout=classes"]),
+    (("train/images/", "train/masks/", "val/images/", "val/masks/"), ["data.path=", "images", "layout=classes"]),
 ], ids=lambda value: value[0] if isinstance(value, tuple) else "")
 def test_two_readings_are_refused_with_both_and_the_flag(files, readings, tmp_path):
     write(tmp_path, *files, count=3)
@@ -188,7 +190,7 @@ def test_a_stray_image_beside_class_folders_is_named_and_left_out(tmp_path):
     assert "preview.png" not in names(source)
     assert source.size == 40
     assert "left out, beside the class folders: 1 image, such as preview.png" in told(tmp_path)
-    folder._files.cache_clear()
+    folder.folder_listing.files.cache_clear()
     write(tmp_path / "split", "train/cat/", "train/dog/", "train/x.png", "val/cat/", "val/dog/", "val/y.png", count=3)
     assert registry.load(fields(tmp_path / "split"), "train").classes == ("cat", "dog")
     assert told(tmp_path / "split").endswith("2 images, such as train/x.png")
@@ -266,6 +268,33 @@ def test_numbers_of_an_unknown_order_and_other_texts_are_no_labels(tmp_path):
         registry.load(fields(tmp_path), "test")
 
 
+@pytest.mark.parametrize("numbers", [(0, 1), (640, 480)])
+def test_a_table_of_something_else_is_no_list_of_labels(numbers, tmp_path):
+    write(tmp_path, "train/n01/", "train/n02/", *(f"val/{i}.png" for i in range(4)), count=2)
+    rows = [f"{i}.png,{numbers[i % 2]}" for i in range(4)]
+    (tmp_path / "val" / "metadata.csv").write_text("\n".join(["file,blurry", *rows]) + "\n")
+    assert "validation: 4 images without labels from val/" in told(tmp_path)
+
+
+def test_captions_beside_images_are_not_all_read_for_labels(tmp_path, monkeypatch):
+    write(tmp_path, "train/n01/", "train/n02/", *(f"val/{i}.png" for i in range(80)), count=2)
+    for i in range(80):
+        (tmp_path / "val" / f"{i}.txt").write_text(f"{i}.png n01\n")
+    (tmp_path / "val" / "val_labels.csv").write_text("\n".join(f"{i}.png,n0{1 + i % 2}" for i in range(80)))
+    read = []
+    of = label_lists._read
+    monkeypatch.setattr(label_lists, "_read", lambda file, *args: read.append(file) or of(file, *args))
+    assert labels(registry.load(fields(tmp_path), "test"))["1.png"] == "n02"
+    assert {file.name for file in read} == {"val_labels.csv"}
+
+
+def test_classes_that_data_classes_leaves_out_need_not_be_trained_on(tmp_path):
+    write(tmp_path, "train/cat/", "train/dog/", "valid/cat/", "valid/dog/", "valid/wolf/", count=2)
+    opened = finetune(tmp_path, classes="cat,dog")
+    check_labels(opened.config.data, {"train_split": opened.train, "eval_split": opened.eval})
+    assert opened.eval.size == 4
+
+
 def finetune(root, **changes):
     given = {f"data.{key}": value for key, value in changes.items()}
     return data.OpenedData(configs.for_platform(tiny_config(
@@ -306,7 +335,7 @@ def test_a_stored_run_of_the_first_version_reads_folders_and_numbers_as_it_did(t
     assert registry.load(first, "train").classes == ()
     assert registry.load(first, "train").size + registry.load(first, "test").size == 12 * 4 + 1
     (tmp_path / "stray.png").unlink()
-    folder._files.cache_clear()
+    folder.folder_listing.files.cache_clear()
     assert registry.load(first, "train").classes == ("@eaDir", "train", "valid")
     numbered = tmp_path / "numbered"
     write(numbered, *(f"{i}/" for i in range(12)), count=2)
