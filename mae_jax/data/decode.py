@@ -36,6 +36,7 @@ from mae_jax.data.tensorflow_cpu import tf
 from mae_jax.errors import UserError
 from mae_jax.storage import file_kinds
 
+MAX_REASON = 160  # letters of why an image is bad
 MAX_REMEMBERED = 10_000  # bad images, of each a hash and the reason: 2 MB
 STRIP = 1_000_000  # pixels that are laid over white at a time
 IGNORED = 255  # in a mask: a pixel of no class
@@ -316,4 +317,4 @@ def _bad(data: bytes, error: Exception) -> Exception:
         text = f"not a JPEG, PNG, WebP, BMP or GIF picture{f', but {found}' if found else ''}"
     elif isinstance(error, Image.DecompressionBombError):
         text = TOO_LARGE
-    return BadImage(text[:120])
+    return BadImage(text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}...")

@@ -28,6 +28,10 @@ from mae_jax.storage.paths import locate
 
 log = logging.getLogger(__name__)
 
+# Of images that are not read, so that a run says so.
+UNREAD = (".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jfif", ".ppm", ".pgm", ".dng", ".nef", ".cr2", ".arw",
+          ".svg", ".psd", ".dcm", ".exr", ".npy", "")
+
 MAX_LISTED_EXTENSIONS = 5  # extensions of other files that are counted one by one
 MAX_LISTED_CLASSES = 10  # that the line about a layout names
 FIELDS = ("train_split", "val_split", "eval_split")
@@ -131,8 +135,12 @@ def _left_out(data: ConfigDict) -> list[str]:
         more = f" and {len(others) - MAX_LISTED_CLASSES} more" if len(others) > MAX_LISTED_CLASSES else ""
         texts.append(f"not read: {', '.join(others[:MAX_LISTED_CLASSES])}{more}")
     ignored: Counter[str] = Counter()
+    unread: Counter[str] = Counter()
     for part in {part.base: part for part in parts}.values():
         ignored.update(dict(part.listing.ignored))
+        unread.update(kind for name in part.listing.others if (kind := os.path.splitext(name)[1].lower()) in UNREAD)
+    if unread:
+        texts.append(f"not read, by the extension: {folder_listing.some(unread.items())}")
     if ignored:
         texts.append(f"ignored, of file servers and viewers: {folder_listing.some(ignored.items())}")
     return texts

@@ -85,6 +85,12 @@ def _recognized(root: epath.Path, how: str) -> Layout:
     if how == "splits":
         raise UserError(f"data.layout='splits': {root} has no folder by a usual name of a split, as train/ and val/; "
                         f"it has {_some(others) or 'no folders with pictures'}")
+    if how == "classes" and len(others) < 2:
+        raise UserError(f"data.layout='classes': {root} has no folders of classes; it has "
+                        f"{_some(others) or pluralize(beside, 'picture')}")
+    if len(others) > 1 and how != "classes":
+        _check_names(root, others)
+        _check_alike(root, others)
     return Layout("classes" if len(others) > 1 else "flat", root, forced=how == "classes")
 
 
@@ -123,6 +129,29 @@ def _check_kinds(root: epath.Path, others: list[str]) -> None:
     if images and any(OF_IMAGES.fullmatch(name) for name in others):
         _refuse(root, f"the images are {_some(images)} alone: --config.data.path={root / images[0]} (and data.mask_key "
                 "for masks)", f"{_some(others)} are classes: {LAYOUT}classes")
+
+
+def _check_names(root: epath.Path, others: list[str]) -> None:
+    """Raises UserError for names of splits with a letter or number behind, as trainA and testA beside trainB."""
+    roles = {name: splits.role(re.sub(r"[_-]?([A-Za-z]|\d+)$", "", name)) for name in others}
+    train = [name for name in others if roles[name] == "train"]
+    if train and {"val", "test"} & set(roles.values()):
+        _refuse(root, f"{_some(train)} {'is' if len(train) == 1 else 'are'} what to train on: "
+                f"--config.data.path={root / train[0]} reads one alone",
+                f"{_some(others)} are classes: {LAYOUT}classes")
+
+
+def _check_alike(root: epath.Path, others: list[str]) -> None:
+    """Raises UserError for folders that have the same sub-folders each, as folds of the same classes have."""
+    inside: dict[str, set[str]] = {name: set() for name in others}
+    for path in files(root).pictures:
+        first, _, rest = path.partition("/")
+        if first in inside:
+            inside[first].add(rest.split("/")[0] if "/" in rest else "")
+    same = inside[others[0]]
+    if len(same) > 1 and "" not in same and all(found == same for found in inside.values()):
+        _refuse(root, f"{_some(sorted(same))} are classes, in each of {_some(others)}: --config.data.path="
+                f"{root / others[0]} reads one alone", f"{_some(others)} are classes: {LAYOUT}classes")
 
 
 def _nested(root: epath.Path, others: list[str], how: str) -> Layout | None:

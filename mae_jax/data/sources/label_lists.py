@@ -5,6 +5,7 @@ Kaggle's ImageNet, Caffe's val.txt with numbers of the sorted classes), or that 
 order of the images' names (imagenet_2012_validation_synset_labels.txt).
 """
 
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -17,6 +18,8 @@ from mae_jax.data.sources import splits
 from mae_jax.data.sources.base import UNLABELED
 from mae_jax.data.sources.folder_listing import nfc
 from mae_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 EXTENSIONS = (".txt", ".csv", ".tsv")
 MAX_BYTES = 1 << 28  # of a file that is looked at
@@ -46,7 +49,8 @@ def find(places: Iterable[epath.Path], split: str, pictures: tuple[str, ...], cl
     """
     best = None
     for place in dict.fromkeys(places):
-        files = [file for file in sorted(place.iterdir()) if file.name.lower().endswith(EXTENSIONS)]
+        files = [file for file in sorted(place.iterdir()) if file.name.lower().endswith(EXTENSIONS)
+                 and "submission" not in file.name.lower()]  # Kaggle's samples hold placeholders
         if len(files) > MAX_FILES:  # captions of the images
             files = [file for file in files if _is_for(file.name, split)][:MAX_FILES]
         for file in files:
@@ -74,6 +78,9 @@ def _read(file: epath.Path, split: str, pictures: tuple[str, ...], classes: tupl
     if found.isdisjoint(classes) and all(re.fullmatch(r"\d+", label) for label in found) and not (
             _is_for(file.name, split) and len(named) == len(rows)):
         return None  # any table of images has numbers, which need not be those of classes
+    if len(found) == 1 and len(classes) > 1 and len(named) > 1:
+        log.warning("%s gives one class to all images: it is not taken for a list of labels", file)
+        return None
     index = _index(file, found, classes)
     labels = np.full(len(pictures), UNLABELED, np.int32)
     for place, label in named:

@@ -90,6 +90,11 @@ def _files(pattern: str, split: str) -> list[epath.Path]:
     literal = glob.escape(folder) + slash + name if tf.io.gfile.isdir(folder) else pattern
     found = tf.io.gfile.glob(literal) if pattern else []
     names = sorted(name for name in found if name.rpartition("/")[2] != RECORDS)
+    if not names and pattern and tf.io.gfile.isdir(folder) and name.startswith(f"{split}-"):
+        there = sorted({each.split("-")[0] for each in tf.io.gfile.listdir(folder) if BY_SPLIT.fullmatch(each)})
+        if there:
+            raise UserError(f"data.path={folder!r} has no files of the split {split!r}, but of {', '.join(there)}; "
+                            f"name one of them, as --config.data.eval_split={there[-1]}")
     if not names:
         raise UserError(f"no file fits data.path={pattern!r} for the split {split!r}; data.source='tfrecord' needs a "
                         "pattern such as '/data/{split}-*.tfrecord'")

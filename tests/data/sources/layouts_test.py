@@ -130,6 +130,9 @@ def test_one_wrapping_folder_of_classes_is_gone_through(tmp_path):
     (("JPEGImages/", "SegmentationClass/"), ["data.path=", "JPEGImages", "layout=classes"]),
     (("train/", "train/a/", "extra/"), ["extra/ not read", "layout=splits"]),
     (("images/train/", "images/val/", "masks/train/", "masks/val/"), ["data.path=", "images", "layout=classes"]),
+    (("trainA/", "trainB/", "testA/", "testB/"), ["trainA/, trainB/ are what to train on", "layout=classes"]),
+    (("fold1/a/", "fold1/b/", "fold2/a/", "fold2/b/"),
+     ["a/, b/ are classes, in each of fold1/, fold2/", "layout=classes"]),
     (("train/images/", "train/masks/", "val/images/", "val/masks/"), ["data.path=", "images", "layout=classes"]),
 ], ids=lambda value: value[0] if isinstance(value, tuple) else "")
 def test_two_readings_are_refused_with_both_and_the_flag(files, readings, tmp_path):
@@ -274,6 +277,28 @@ def test_a_table_of_something_else_is_no_list_of_labels(numbers, tmp_path):
     rows = [f"{i}.png,{numbers[i % 2]}" for i in range(4)]
     (tmp_path / "val" / "metadata.csv").write_text("\n".join(["file,blurry", *rows]) + "\n")
     assert "validation: 4 images without labels from val/" in told(tmp_path)
+
+
+@pytest.mark.parametrize(("file", "rows"), [
+    ("sample_submission.csv", "id,label\n0,n01\n1,n02\n2,n01\n3,n02\n"),
+    ("val.csv", "0,n01\n1,n01\n2,n01\n3,n01\n")])
+def test_placeholders_are_no_labels(file, rows, tmp_path):
+    write(tmp_path, "train/n01/", "train/n02/", *(f"val/{i}.png" for i in range(4)), count=2)
+    (tmp_path / file).write_text(rows)
+    assert "validation: 4 images without labels from val/" in told(tmp_path)
+
+
+def test_images_that_are_not_read_are_counted_by_their_extension(tmp_path):
+    write(tmp_path, "cat/", "dog/", count=20)
+    for name in ("cat/1.tif", "cat/2.TIF", "dog/x.heic", "dog/notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    assert "not read, by the extension: .tif 2, .heic 1" in told(tmp_path)
+
+
+def test_a_folder_without_folders_has_no_classes(tmp_path):
+    write(tmp_path, "0.png", "1.png")
+    with pytest.raises(UserError, match=r"data\.layout='classes': .* 2 pictures"):
+        told(tmp_path, layout="classes")
 
 
 def test_captions_beside_images_are_not_all_read_for_labels(tmp_path, monkeypatch):
