@@ -23,8 +23,8 @@ CONFIG = cli.define_config()
 WORKDIR = flags.DEFINE_string("workdir", "", "folder of the run, local or gs://; the same for all processes")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "replay"],
                          "train; eval: evaluate a workdir's newest checkpoint; replay: look into one step's gradients")
-STEP = flags.DEFINE_integer("step", -1, "the step that --mode=replay looks into; -1: the last one taken",
-                            lower_bound=-1)
+STEP = flags.DEFINE_integer("step", -1, "the step that --mode=replay looks into, from 0: the log's number less 1; "
+                            "-1: the last one", lower_bound=-1)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "compile the train step, say how it would run, and write nothing")
 
 

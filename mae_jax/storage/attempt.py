@@ -1,12 +1,13 @@
 """What may fail without harm: tried, and told where it did."""
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
-from absl import logging
-
 from mae_jax.errors import root_cause
+
+logger = logging.getLogger(__name__)
 
 
 def attempt(what: str, action: Callable[[], Any], tries: int = 1) -> bool:
@@ -21,7 +22,7 @@ def attempt(what: str, action: Callable[[], Any], tries: int = 1) -> bool:
             if left:
                 time.sleep(0.2)
             else:
-                logging.warning("could not %s: %s", what, root_cause(error))
+                logger.warning("could not %s: %s", what, root_cause(error))
         else:
             return True
     return False

@@ -9,18 +9,17 @@ the checksums close that gap.
 import contextlib
 import functools
 import itertools
+import logging
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from logging import getLogger
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 
 from mae_jax.errors import UserError, root_cause
@@ -32,6 +31,7 @@ from mae_jax.storage.attempt import attempt
 from mae_jax.storage.checksum import Damaged, Record, check_same_model, damage, describe, seal, unseal, verify
 from mae_jax.storage.paths import make_folder
 
+logger = logging.getLogger(__name__)
 PyTree = Any
 
 SAVE_SECONDS = 600  # a save that takes longer has failed: TensorStore would retry a bucket for about 15 minutes
@@ -101,7 +101,7 @@ class Checkpoints:
             return
         step, self._pending = self._pending, None
         if not threads.ends(self._ending, PATIENCE):
-            logging.warning("training waits for the checkpoint of step %d: what it is written to is slow", step)
+            logger.warning("training waits for the checkpoint of step %d: what it is written to is slow", step)
         if self._all_could(step, self._ending.result):
             self.failed = None
 
@@ -146,7 +146,7 @@ class Checkpoints:
 
     def _tell_leftovers(self) -> None:
         for path in step_dirs.leftovers(self._folder) if self._folder.exists() else ():
-            logging.warning("%s is what an interrupted save left, and is not read", path)
+            logger.warning("%s is what an interrupted save left, and is not read", path)
 
     def _try(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array] | None:
         """Returns the arrays of a step, None where they are damaged."""
@@ -173,7 +173,7 @@ class Checkpoints:
         try:
             result = read()
         except Damaged as damage:
-            logging.warning("checkpoint of step %d %s", step, then.format(damage))
+            logger.warning("checkpoint of step %d %s", step, then.format(damage))
         return None if peers.first_true(result is None) else result
 
     def _meet(self) -> None:
@@ -244,7 +244,7 @@ class Checkpoints:
         (folder / "README.txt").write_text("Damaged checkpoints, kept to be looked at; nothing reads them.\n")
         target = step_dirs.unused(folder, str(step))
         step_dirs.move(self._folder / str(step), target)
-        logging.warning("the refused checkpoint of step %d is now in %s", step, target)
+        logger.warning("the refused checkpoint of step %d is now in %s", step, target)
 
     def _prune(self) -> None:
         self._look()
@@ -261,7 +261,7 @@ class Checkpoints:
             why = root_cause(error)
         if cause := peers.first_true(why):
             self.failed = f"checkpoint of step {step} not saved: {cause}"
-            logging.warning("%s; training goes on, earlier checkpoints stay", self.failed)
+            logger.warning("%s; training goes on, earlier checkpoints stay", self.failed)
             self._looked = False
             wait_for_no_thread()  # orbax's may be busy with this save for many minutes
             attempt("clean up", self._sweep)
@@ -296,7 +296,7 @@ def load_params(path: epath.PathLike, ema: bool = False, extras: bool = False) -
             try:
                 return _load_step(reader, folder, ema, extras)
             except Damaged as damage:
-                logging.warning("checkpoint %s %s", folder, then.format(damage))
+                logger.warning("checkpoint %s %s", folder, then.format(damage))
     raise UserError(f"no checkpoint in {path} could be read; see the warnings above")
 
 
@@ -337,8 +337,8 @@ def _quiet() -> None:
     When one array cannot be read, orbax drops the reads of the others, and Python prints a traceback for each.
     """
     inside = f"{os.sep}orbax{os.sep}"
-    logging.get_absl_logger().addFilter(lambda record: inside not in record.pathname)
-    getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+    logging.getLogger("absl").addFilter(lambda record: inside not in record.pathname)
+    logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     hook = sys.unraisablehook
 

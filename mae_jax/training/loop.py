@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from mae_jax import errors, param_tree
 from mae_jax.config import profile_steps
-from mae_jax.errors import GuardError, UserError
+from mae_jax.errors import GuardError, UserError, pluralize
 from mae_jax.evals.evaluator import Evaluator, missing
 from mae_jax.methods.base import Metrics
 from mae_jax.runtime import peers, sharding, startup_timer
@@ -105,7 +105,7 @@ def dry_run(config: ConfigDict, folder: str) -> int:
     startup_timer.done("compile")
     kinds = sorted({device.device_kind for device in jax.devices()})
     processes = jax.process_count()
-    print_once(f"{jax.device_count()} devices ({', '.join(kinds)}) of {processes} "
+    print_once(f"{pluralize(jax.device_count(), 'device')} ({', '.join(kinds)}) of {processes} "
                f"process{'es' if processes > 1 else ''}")
     print_once(f"mesh: {', '.join(f'{axis} {size}' for axis, size in mesh.shape.items())}")
     shares = peers.gather(f"{len(rows)} rows of {config.batch_size}, {jax.local_device_count()} devices")

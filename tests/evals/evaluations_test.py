@@ -54,10 +54,7 @@ def evaluated(name: str, fields: dict) -> tuple[Evaluator, TrainState]:
     return Evaluator(method, inputs, mesh), TrainState(zero, params, (), extras, ema, zero)
 
 
-FAST = ("supervised",)
-
-
-@pytest.mark.parametrize("case", all_slow_but(FAST, CASES))
+@pytest.mark.parametrize("case", all_slow_but((), CASES))
 def test_the_names_that_an_evaluation_tells_are_those_of_its_figures(case):
     evaluator, state = evaluated(*CASES[case])
     ctx = evaluator._context(evaluator.applying, state.params, state, "eval")
@@ -130,6 +127,7 @@ class Rows(Evaluation):
         return {f"{self.name}/{name}": float(count) for name, count in ctx.held_out.counts.items()}
 
 
+@pytest.mark.slow
 def test_a_pass_counts_for_the_evaluations_that_it_is_for(monkeypatch):
     each = (Rows("before", "first"), Rows("often", "periodic"), Rows("once", "final"), Rows("asked", "on_demand"),
             Rows("asked_too", "on_demand"))

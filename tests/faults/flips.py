@@ -75,7 +75,7 @@ def main(flips: int, seed: int) -> dict[str, int | list[str] | dict[str, int]]:
     draws, heard = random.Random(seed), []
     handler = logging.Handler()
     handler.emit = lambda record: heard.append(record.getMessage())
-    logging.getLogger("absl").addHandler(handler)
+    logging.getLogger("mae_jax").addHandler(handler)
     found = {"devices": jax.device_count(), "wrong": []}
     with tempfile.TemporaryDirectory() as scratch:
         good, run = Path(scratch) / "good", Path(scratch) / "run"

@@ -188,8 +188,9 @@ def _counted(files: list[epath.Path], label_key: str) -> tuple[tuple[int, ...], 
         raise UserError(broken[0] + more)
     counts = tuple(map(len, found)) if label_key else tuple(found)
     classes = numbered_classes(np.concatenate(found)) if label_key else ()
-    log.info("counted %d records in %d files in %.1f s; a %s beside them saves this (python -m mae_jax inspect "
-             "--write=tfrecord makes one)", sum(counts), len(files), time.monotonic() - begin, RECORDS)
+    log.info("counted %d records in %s in %.1f s; a %s beside them saves this (python -m mae_jax inspect "
+             "--write=tfrecord makes one)", sum(counts),
+             pluralize(len(files), "file"), time.monotonic() - begin, RECORDS)
     return counts, classes
 
 

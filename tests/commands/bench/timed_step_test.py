@@ -20,6 +20,7 @@ def test_all_parts_are_measured_with_one_compiled_step_of_the_datas_own_classes(
     assert steps[0].state.params["head"]["bias"].shape == (17,)  # of photo_crops
 
 
+@pytest.mark.slow
 def test_the_step_alone_opens_no_data(monkeypatch):
     monkeypatch.setattr("mae_jax.methods.with_data", lambda config: pytest.fail("data is opened"))
     [(part, figures)] = timed_step.measure(tiny_config(), ["step"], 0)
