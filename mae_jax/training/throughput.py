@@ -1,5 +1,6 @@
 """Images per second, share of time spent waiting for data, and MFU by the chip's peak."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -47,7 +48,7 @@ class Speed:
 
     def __init__(self, batch_size: int, flops_per_image: int, peak: float | None):
         self.batch_size, self.flops, self.peak = batch_size, flops_per_image, peak
-        self.last: dict[str, float] = {}
+        self.last = {"train/images_per_sec": math.nan, "train/data_wait": math.nan}
         self.start()
 
     def start(self) -> None:
@@ -65,7 +66,7 @@ class Speed:
     def take(self) -> dict[str, float]:
         """Returns the figures of the stretch and begins another; those of the one before where no step was taken.
 
-        None where none was before either: the first step, with which programs are loaded, is not timed.
+        NaN where none was before either: the first step, with which programs are loaded, is not timed.
         """
         if not self.steps:
             return self.last
@@ -82,9 +83,9 @@ class Speed:
 def progress_line(step: int, total: int, values: dict[str, float], batch_size: int) -> str:
     """Returns the line that is printed every log.every steps."""
     line = f"step {step}/{total} ({step / total:.0%})  loss {values['train/loss']:.4f}  lr {values['train/lr']:.2e}"
-    if "train/images_per_sec" not in values:  # not timed yet
-        return line
     rate = values["train/images_per_sec"]
+    if math.isnan(rate):  # not timed yet
+        return line
     mfu = f"  mfu {values['train/mfu']:.1%}" if "train/mfu" in values else ""
     left = clock((total - step) * batch_size / rate) if rate > 0 else "?"
     return f"{line}  {rate:.0f} images/s  data wait {values['train/data_wait']:.0%}{mfu}  {left} left"
