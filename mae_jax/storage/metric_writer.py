@@ -162,7 +162,7 @@ def values_of(line: str) -> dict[str, Any]:
         values = bounded_json.parse_object(line)
     except ValueError:
         return {}
-    step = values.get("step")
+    step: Any = values.get("step")
     return values if type(step) in (int, float) and 0 <= step < math.inf else {}
 
 

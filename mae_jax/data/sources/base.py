@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from mae_jax.data.decode import BadImage, decode_mask
+from mae_jax.data.decode import decode_mask
 from mae_jax.data.identity import sampled, short_hash
+from mae_jax.data.image_bounds import BadImage
 from mae_jax.data.sources import splits
 from mae_jax.errors import UserError, did_you_mean, printable
 
