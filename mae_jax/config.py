@@ -1,4 +1,4 @@
-"""Defaults, presets and validation of the config.
+"""Defaults and validation of the config.
 
 A recipe under configs/ starts from `default()` and states only what differs. Every leaf can be overridden on the
 command line (`--config.optim.lr=1e-4`), so no default is a list or None: ml_collections cannot override those.

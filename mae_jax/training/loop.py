@@ -98,7 +98,7 @@ def dry_run(config: ConfigDict, folder: str) -> int:
     run = open_run(config, folder)
     _check_room(run)
     if config.init_from and not peers.broadcast(step_dirs.committed(run.workdir / "checkpoints")):
-        warm_start.load(config, run.program.state.params)  # as the run would
+        warm_start.load(config, run.program.state.params, run.inputs.classes)  # as the run would
     mesh, rows = run.program.mesh, sharding.local_rows(run.program.mesh, config.batch_size)
     with jax.set_mesh(mesh):
         run.program.compile()
