@@ -47,6 +47,8 @@ def opened(path: epath.Path, hint: str = "") -> Iterator[np.lib.npyio.NpzFile]:
 def _why(path: epath.Path, error: Exception) -> str:
     """Returns in one line why a file does not read."""
     text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and str(path).startswith("gs://"):
+        return text  # a BucketError, which names the path
     if isinstance(error, OSError) and error.errno in CANNOT:
         return f"cannot read {path}: {error.strerror}"
     if isinstance(error, MemoryError):

@@ -109,7 +109,7 @@ def main() -> int:
     permutation, start_seconds = fields.pop("devices", None), fields.pop("start_seconds", 60)
     if permutation:
         make = sharding.make_mesh
-        sharding.make_mesh = lambda config: make(config, [jax.devices()[number] for number in permutation])
+        sharding.make_mesh = lambda config, _: make(config, [jax.devices()[number] for number in permutation])
     data.OpenedData.batches = recording(data.OpenedData.batches, folder, process, fields.pop("pause", 0.0))
     workdir_lock.RENEWED, workdir_lock.DEAD = fields.pop("lease", (workdir_lock.RENEWED, workdir_lock.DEAD))
     checkpoint.SAVE_SECONDS = fields.pop("save_seconds", checkpoint.SAVE_SECONDS)
