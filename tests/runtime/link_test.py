@@ -121,6 +121,35 @@ def test_another_process_says_its_value_and_gets_the_answer_of_its_thread():
         assert [others[0].hear("value") for _ in range(2)] == [["main", "mine"], ["save", "mine"]]
 
 
+def test_the_end_of_a_link_is_told_behind_its_last_answer(monkeypatch, exits):
+    monkeypatch.setattr(runtime_link.jax.distributed, "shutdown", lambda: None)
+    monkeypatch.setattr(runtime_link.signal, "signal", lambda number, handler: None)
+    answer = "x" * (wire.LIMIT // 4)  # more than the connection holds
+    with linked() as (link, others):
+        others[1].say(value=["main", 1])
+        assert link.meet(0, lambda values: answer) == answer
+        assert link._unsent == {1}
+        reading = threading.Thread(target=lambda: others[1].hear("bye"))
+        reading.start()
+        link.shutdown()
+        reading.join()
+        assert [kind for message in others[1].heard for kind in message if kind != "alive"] == ["value"]
+        assert others[1].hear("value") == ["main", answer]
+        assert link.verdict is None
+    assert not exits
+
+
+def test_who_parts_is_not_lost_when_it_says_so_twice_and_hangs_up(exits):
+    with linked(0, 3) as (link, others):
+        others[1].say(bye=None)
+        others[1].say(bye=None)
+        others[1].end.close()
+        alive(others[2], seconds=1.5 * HEARTBEAT)
+        assert link.verdict is None
+        assert list(link.lines) == [2]
+    assert not exits
+
+
 def test_signs_of_life_come_between_the_parts_of_a_large_value():
     ours, theirs = socket.socketpair()
     line, other = Line(ours), Peer(theirs)
