@@ -46,12 +46,13 @@ def runlocal(config: ConfigDict) -> None:
     if not own_data():
         config.data.update(source="photo_crops", path="", name="", train_split="train", val_split="",
                            eval_split="test", mask_key="")
+        config.checkpoint.best_metric = ""  # it is of the validation part
     config.data.image_size = (8 * patch, 8 * patch)
     config.model.update(width=48, depth=2, heads=3, patch=(patch, patch))
     config.method.update(methods.small(config.method.name))
     config.train.duration = "2 steps"
     config.optim.warmup = "1 steps"
-    config.checkpoint.update(every="2 steps", best_metric="")
+    config.checkpoint.every = "2 steps"
     config.eval.every = "2 steps"
     config.log.every = "1 steps"
     config.eval.update(max_examples=64, sets=())
