@@ -29,6 +29,13 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_is_heard() -> None:
+    """Takes back that Ctrl-C is ignored, which a shell does for what it starts in the background: bash inherits it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
 def cloud(tmp_path: Path, repository: Path) -> Iterator[Cloud]:
     cloud = Cloud(tmp_path, repository)

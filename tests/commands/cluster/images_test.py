@@ -305,7 +305,7 @@ def test_processes_cluster_as_one_does_with_as_many_devices(made, tmp_path):
         (1, [f"--to={tmp_path / 'two'}", *peers, "--process=1"]),
         (2, [f"--to={tmp_path / 'one'}", "--coordinator=off"]))]
     said = [each.communicate(timeout=200)[0] for each in started]
-    assert [each.returncode for each in started] == [0, 0, 0], said
+    assert [each.returncode for each in started] == [0, 0, 0], "\n".join(said)
     two, one = (Clusters.read(str(tmp_path / name)) for name in ("two", "one"))
     np.testing.assert_array_equal(two.centroids, one.centroids)
     for split, assigned in one.assigned.items():
