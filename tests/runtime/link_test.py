@@ -128,6 +128,7 @@ def test_the_end_of_a_link_is_told_behind_its_last_answer(monkeypatch, exits):
     with linked() as (link, others):
         others[1].say(value=["main", 1])
         assert link.meet(0, lambda values: answer) == answer
+        link._wait(lambda: bool(link._unsent), 5)
         assert link._unsent == {1}
         reading = threading.Thread(target=lambda: others[1].hear("bye"))
         reading.start()
