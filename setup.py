@@ -36,6 +36,7 @@ setup(
         "orbax-checkpoint>=0.12,<0.13",
         "pillow>=11,<14",
         "protobuf>=5.28,<9",
+        "pyarrow>=19,<30",
         "safetensors>=0.5,<1",
         "matplotlib>=3.9,<4",  # the plot of mae_jax transfer
         "scikit-image>=0.25,<1",  # with scikit-learn: the photographs of the quickstart

@@ -103,9 +103,10 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "crop_ratio": (3 / 4, 4 / 3),
         "flip": True,
         "resize": "exact",  # exact: as PIL and torchvision do; fast: OpenCV, not antialiased (docs/performance.md)
-        "image_key": "image",  # TFRecord and npz field names
-        "label_key": "label",
-        "mask_key": "",  # of masks: the image of classes in TFDS; for source folder, a folder of PNGs like path
+        "image_key": "image",  # name of a TFRecord feature, npz array, Parquet or table column, or kind of tar member
+        "label_key": "label",  # likewise; '' reads no labels
+        # likewise of masks: the image of classes in TFDS; for source folder, a folder of PNGs like path
+        "mask_key": "",
         "tokens": "",  # *.npz of token maps made beforehand, for method.target=tokens (see data/token_maps.py)
         "mask_offset": 0,  # taken from a mask's numbers; what is below it becomes 255, which is ignored
         "readers": 16,  # logical readers of a TFRecord stream

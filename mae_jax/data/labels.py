@@ -13,7 +13,7 @@ from mae_jax.storage.paths import locate
 log = logging.getLogger(__name__)
 
 MAX_NAMED = 8  # classes that a message names
-AT_HAND = ("folder", "npz")  # sources whose labels are all known without reading images
+AT_HAND = ("folder", "npz", "parquet", "table", "tar")  # sources whose labels are all known without reading images
 OTHER = "; name another split that has, or train without:"
 WITHOUT = {"train_split": "", "val_split": f"{OTHER} --config.data.val_split=''",
            "eval_split": f"{OTHER} --config.eval.test=False"}  # which a run may change on its way

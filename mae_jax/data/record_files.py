@@ -6,7 +6,6 @@ into memory for TensorFlow; of one in a bucket, whose objects come with checksum
 """
 
 import functools
-import os
 import zlib
 from collections.abc import Iterator
 from typing import IO, NamedTuple
@@ -15,6 +14,7 @@ from etils import epath
 
 from mae_jax.errors import UserError
 from mae_jax.storage import file_kinds
+from mae_jax.storage.paths import version
 
 FRAME, TAIL = 12, 4  # bytes before a record (length, its checksum) and after it
 BUFFER = 1_000_000  # bytes that are read at a time
@@ -39,8 +39,7 @@ def look(file: epath.Path | str) -> Look:
     """
     file = epath.Path(file)
     with _readable(file):
-        stat = file.stat()
-        return _look(str(file), stat.length, os.stat(file).st_mtime_ns if _local(file) else stat.mtime)
+        return _look(*version(file))
 
 
 def first_look(file: epath.Path | str) -> str:
@@ -79,7 +78,7 @@ def _local(file: epath.PathLike) -> bool:
 
 
 @functools.lru_cache(maxsize=100_000)
-def _look(name: str, size: int, changed: float) -> Look:
+def _look(name: str, size: int, changed: int) -> Look:
     file = epath.Path(name)
     with open(name, "rb", BUFFER) if _local(name) else file.open("rb") as opened:
         compression = _compression(file, opened.read(file_kinds.ENOUGH))

@@ -139,6 +139,22 @@ def _importable(name: str) -> bool:
         return False
 
 
+def version(file: epath.Path) -> tuple[str, int, int]:
+    """Returns a file's name, its size in bytes, and when it changed: another content has another one.
+
+    Raises:
+      UserError: it cannot be looked at.
+    """
+    try:
+        if "://" not in str(file):
+            found = os.stat(file)
+            return str(file), found.st_size, found.st_mtime_ns
+        stat = file.stat()
+        return str(file), stat.length, int(stat.mtime)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from None
+
+
 def make_folder(folder: epath.Path) -> None:
     """Makes a folder where there are folders: a bucket has none."""
     if not str(folder).startswith("gs://"):

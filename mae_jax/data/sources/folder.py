@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 UNREAD = (".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jfif", ".ppm", ".pgm", ".dng", ".nef", ".cr2", ".arw",
           ".svg", ".psd", ".dcm", ".exr", ".npy", "")
 
+OF_FILES = {".tar": "tar", ".parquet": "parquet", ".csv": "table", ".tsv": "table", ".txt": "table", ".npz": "npz",
+            ".tfrecord": "tfrecord"}  # extension → the source that reads such files
 MAX_LISTED_EXTENSIONS = 5  # extensions of other files that are counted one by one
 MAX_LISTED_CLASSES = 10  # that the line about a layout names
 FIELDS = ("train_split", "val_split", "eval_split")
@@ -170,7 +172,9 @@ def _field(data: ConfigDict, name: str) -> str:
 def _root(path: str) -> epath.Path:
     root = locate(path, "data.path") if path else None
     if root is None or not root.is_dir():
-        raise UserError(f"data.path={path!r} is no folder; data.source='folder' needs one that holds pictures")
+        ending = os.path.splitext(path)[1].lower()
+        other = f"; --config.data.source={OF_FILES[ending]} reads such files" if ending in OF_FILES else ""
+        raise UserError(f"data.path={path!r} is no folder; data.source='folder' needs one that holds pictures{other}")
     return root
 
 

@@ -1,9 +1,12 @@
 """npz: arrays of images in one NumPy file, held in memory.
 
-Either x_train, y_train, x_test and y_test, or the arrays named by data.image_key and data.label_key, of which a tenth,
-chosen by a hash of the index, is 'test' if the config uses it. Labels are optional: class numbers [n], or uint8 or
+Either x_train, y_train, x_test and y_test (Keras), or train_images, train_labels, val_images ... (MedMNIST), or the
+arrays named by data.image_key and data.label_key, of which a tenth, chosen by a hash of the index, is 'test' if the
+config uses it. Labels are optional: class numbers [n], or uint8 or
 bool [n, C], 1 where a class is in the image.
 """
+
+from collections.abc import Collection
 
 import numpy as np
 from etils import epath
@@ -14,6 +17,8 @@ from mae_jax.data.sources.base import UNLABELED, Example, Source, known_split, n
 from mae_jax.errors import UserError, did_you_mean
 from mae_jax.storage.npz import opened
 
+SCHEMES = (("x_{}", "y_{}"), ("{}_images", "{}_labels"))
+
 
 def load(data: ConfigDict, split: splits.Split) -> Source:
     """Opens a split; raises UserError when the file or its arrays are not as described."""
@@ -22,13 +27,16 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
         raise UserError(f"data.path={data.path!r} is no file; data.source='npz' needs one")
     with opened(path) as arrays:
         names, image_key, label_key = set(arrays.files), data.image_key, data.label_key
-        if "x_train" in names:
-            known_split(split, tuple(sorted(name[2:] for name in names if name.startswith("x_"))))
-            image_key, label_key = f"x_{split.name}", f"y_{split.name}"
+        if scheme := _scheme(names):
+            before, after = scheme[0].split("{}")
+            known = [name.removeprefix(before).removesuffix(after) for name in names
+                     if name.startswith(before) and name.endswith(after)]
+            known_split(split, tuple(sorted(known)))
+            image_key, label_key = (each.format(split.name) for each in scheme)
         if image_key not in names:
             raise UserError(f"{data.path} has no array data.image_key={image_key!r}; {did_you_mean(image_key, names)}")
         images, labels = arrays[image_key], arrays.get(label_key)
-    if "x_train" in names:
+    if scheme:
         return _source(images, labels, image_key).sliced(split)
     low, high = splits.part(split.name, splits.holds_out(data))
     shares = np.array([splits.share(str(i)) for i in range(len(images))])
@@ -38,7 +46,12 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
 def split_name(data: ConfigDict, name: str) -> str:
     """Returns what a split is called in the file."""
     with opened(epath.Path(data.path)) as arrays:
-        return name if "x_train" in arrays.files else splits.held_out_name(name)
+        return name if _scheme(arrays.files) else splits.held_out_name(name)
+
+
+def _scheme(names: Collection[str]) -> tuple[str, str] | None:
+    """Returns how the arrays of images and labels of a split are called; None where there are no splits."""
+    return next((scheme for scheme in SCHEMES if scheme[0].format("train") in names), None)
 
 
 def _source(images: np.ndarray, labels: np.ndarray | None, name: str) -> Source:

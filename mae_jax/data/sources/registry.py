@@ -23,6 +23,9 @@ MODULES = {
     "npz": "mae_jax.data.sources.npz",
     "photo_crops": "mae_jax.data.sources.photo_crops",
     "photo_mosaic": "mae_jax.data.sources.photo_mosaic",
+    "parquet": "mae_jax.data.sources.parquet",
+    "table": "mae_jax.data.sources.table",
+    "tar": "mae_jax.data.sources.tar",
     "tfds": "mae_jax.data.sources.tfds",
     "tfrecord": "mae_jax.data.sources.tfrecord",
 }

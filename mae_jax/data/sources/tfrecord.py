@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from ml_collections import ConfigDict
 
 from mae_jax.data import record_files, tensorflow_cpu
-from mae_jax.data.sources import splits
+from mae_jax.data.sources import patterns, splits
 from mae_jax.data.sources.base import RecordStream, numbered_classes
 from mae_jax.data.tensorflow_cpu import UNREADABLE, reason, tf
 from mae_jax.errors import UserError, did_you_mean, pluralize, printable
@@ -30,11 +30,9 @@ log = logging.getLogger(__name__)
 
 RECORDS = "records.json"  # {"records": {file name: count}, "classes": [names]}
 PATTERN = "{split}-*.tfrecord"  # of the files beside it
-OF = re.compile(r"-(\d+)-of-(\d+)(?=\.|$)")  # in a file's name: which of how many it is
 MAX_RECORDS = 2**40  # of a file
 BY_SPLIT = re.compile(r"(train|val|validation|test)-.*")  # names of files in a folder that says nothing of them
 LISTS = {"bytes_list": "text", "float_list": "fractions", "int64_list": "whole numbers"}  # of tf.train.Feature
-MAX_FILES = 1_000_000  # beyond it, such a name means something else
 
 
 def load(data: ConfigDict, split: splits.Split) -> RecordStream:
@@ -158,13 +156,8 @@ def _promised(files: list[epath.Path], pattern: str, records: dict[str, int], cl
 
 def _check_names(files: list[epath.Path], pattern: str) -> None:
     """Raises UserError when files are missing by the names of those that are there."""
-    found, promised = {file.name for file in files}, set()
-    for name in found:
-        of = OF.search(name)
-        if of and int(of[2]) <= MAX_FILES:
-            digits, total = len(of[1]), int(of[2])
-            promised |= {f"{name[:of.start(1)]}{number:0{digits}d}{name[of.end(1):]}" for number in range(total)}
-    _check_there(sorted(promised - found), files[0].parent, pattern, "the names of the others")
+    found = {file.name for file in files}
+    _check_there(sorted(patterns.promised(found) - found), files[0].parent, pattern, "the names of the others")
 
 
 def _check_there(missing: list[str], folder: epath.Path, pattern: str, promised_by: str) -> None:

@@ -253,3 +253,10 @@ def test_a_folder_without_masks_is_refused(tmp_path):
     Image.new("L", (3, 2)).save(tmp_path / "pictures" / "b.jpg")
     with pytest.raises(UserError, match=r"mask of b\.jpg.*b\.png"):
         load(tmp_path / "pictures", masks=tmp_path / "masks")
+
+
+@pytest.mark.parametrize(("name", "source"), [("list.csv", "table"), ("shard.tar", "tar"), ("x.parquet", "parquet")])
+def test_a_file_of_another_source_is_told_which_one_reads_it(tmp_path, name, source):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=rf"{name}.*data\.source={source}"):
+        load(tmp_path / name)

@@ -135,3 +135,23 @@ def test_uint8_labels_are_read_and_absurd_ones_refused(tmp_path):
     np.savez(tmp_path / "absurd.npz", image=images, label=np.array([0, 2, 900_000_000]))
     with pytest.raises(UserError, match="no class number"):
         load(tmp_path / "absurd.npz")
+
+
+def test_medmnists_names_give_all_splits(tmp_path):
+    columns = LABELS[:, None].astype(np.uint8)
+    parts = {"train": slice(0, 120), "val": slice(120, 150), "test": slice(150, 200)}
+    path = save(tmp_path, **{f"{name}_images": IMAGES[part, ..., 0] for name, part in parts.items()},
+                **{f"{name}_labels": columns[part] for name, part in parts.items()})
+    assert {name: load(path, name).size for name in parts} == {"train": 120, "val": 30, "test": 50}
+    test = load(path, "test")
+    assert (test.read(3).image[..., 1] == IMAGES[153, ..., 0]).all()
+    assert test.read(3).label == LABELS[153]
+    with pytest.raises(UserError, match=r"'dev'.*test, train, val"):
+        load(path, "dev")
+
+
+def test_medmnists_several_labels_stay_several(tmp_path):
+    several = np.random.default_rng(1).integers(0, 2, (200, 14), dtype=np.uint8)
+    source = load(save(tmp_path, train_images=IMAGES, train_labels=several), eval_split="")
+    assert source.fields == ("labels",)
+    assert (source.read(5).labels == several[5]).all()

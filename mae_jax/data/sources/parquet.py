@@ -1,0 +1,266 @@
+"""parquet: Parquet files of encoded images, as Hugging Face's `datasets` writes them and its hub keeps them.
+
+data.path is a folder, or a pattern (`patterns`), local or in a bucket; files are told apart by splits as the hub names
+them (train-00000-of-00002.parquet); without splits a tenth is held out by a hash of the row, if the config uses it. The
+column of images (data.image_key, or the one that the files' metadata call an image) has bytes, or a struct of `bytes`
+and `path`; that of labels (data.label_key) numbers or texts, with names of classes from the metadata.
+
+A Parquet file is read in groups of many rows: for random access each is copied once, in Arrow's own format, to the
+folder of `storage.cache`, and mapped into memory.
+"""
+
+import bisect
+import logging
+from collections.abc import Mapping
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_jax.data.decode import decode_mask
+from mae_jax.data.sources import patterns, splits, text_labels
+from mae_jax.data.sources.base import UNLABELED, Example, Source, numbered_classes
+from mae_jax.errors import UserError, did_you_mean, pluralize, printable
+from mae_jax.runtime import bounded_json
+from mae_jax.storage import cache, file_kinds
+from mae_jax.storage.paths import version
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # of the copy
+ENDING = ".parquet"
+DEFAULTS = {"image_key": "image", "label_key": "label"}  # of the group `data`: nobody named a column
+BATCH = 64  # rows that are copied at once
+
+
+class Columns(NamedTuple):
+    """Which columns are read, and what their metadata say."""
+
+    image: str
+    label: str  # '' for none
+    mask: str  # '' for none
+    classes: tuple[str, ...]  # names by number, () where nothing says
+
+
+class Rows(NamedTuple):
+    """The rows of one file, mapped into memory."""
+
+    batches: tuple[pa.RecordBatch, ...]
+    ends: tuple[int, ...]  # rows up to the end of each batch
+    labels: np.ndarray  # int64 [n], or texts
+
+
+def load(data: ConfigDict, split: splits.Split) -> Source:
+    """Opens a split; raises UserError when no file fits, or one has no such columns or is damaged."""
+    files, columns = _files(data, split.name)
+    rows = [_rows(file, columns) for file in files]
+    every = _source(data, split.name, files, columns, rows)
+    if patterns.by_split(data.path, ENDING):
+        return every.sliced(split)
+    start, stop = split.shares(*splits.part(split.name, splits.holds_out(data)))
+    if (start, stop) == (0, 1):
+        return every
+    return every.only(np.array([i for i in range(every.size) if start <= splits.share(every.name(i)) < stop], np.int64))
+
+
+def split_name(data: ConfigDict, name: str) -> str:
+    """Returns what a split is called in the files."""
+    return patterns.split_name(data.path, ENDING, name)
+
+
+def describe(data: ConfigDict, opened: Mapping[str, Source]) -> str:
+    """Returns one line about which columns were read."""
+    files, columns = _files(data, splits.parts(data.get("train_split") or "train")[0].name)
+    parts = []
+    for field, source in opened.items():
+        classes = f" in {len(source.classes)} classes" if source.classes and field == "train_split" else ""
+        parts.append(f"{data[field]}: {pluralize(source.size, 'image')}{classes}")
+    label = f"labels from {printable(columns.label)!r}" if columns.label else "no labels"
+    return (f"{'; '.join(parts)}; from {pluralize(len(files), 'file')} such as {printable(files[0].name)}, images from "
+            f"{printable(columns.image)!r}, {label}")
+
+
+def _source(data: ConfigDict, split: str, files: list[epath.Path], columns: Columns, rows: list[Rows]) -> Source:
+    ends = list(np.cumsum([len(each.labels) for each in rows]))
+    names = [file.name for file in files]
+
+    def place(i: int) -> tuple[int, int]:
+        file = bisect.bisect_right(ends, i)
+        return file, i - (ends[file - 1] if file else 0)
+
+    def read(i: int) -> Example:
+        file, row = place(i)
+        batch, row = _batch(rows[file], row)
+        image = batch.column("image")[row].as_py()
+        if image is None:
+            raise OSError("no bytes: a null, or a path alone")
+        mask = batch.column("mask")[row].as_py() if columns.mask else None
+        if columns.mask and mask is None:
+            raise OSError(f"no mask {columns.mask!r}")
+        return Example(image, int(labels[i]), mask=None if mask is None else decode_mask(mask, data.mask_offset))
+
+    def name(i: int) -> str:
+        file, row = place(i)
+        return f"{printable(names[file])}, row {row}"
+
+    labels, classes, strange = _labels(data, split, columns, rows)
+    return Source(len(labels), read, name, classes, ("pixel_label",) if columns.mask else (),
+                  lambda i: int(labels[i]), unknown_classes=strange)
+
+
+def _labels(data: ConfigDict, split: str, columns: Columns, rows: list[Rows]
+            ) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
+    """Returns labels, classes, and names of classes that the training split lacks."""
+    values = np.concatenate([each.labels for each in rows])
+    if np.issubdtype(values.dtype, np.integer):
+        return values, columns.classes or (numbered_classes(values) if columns.label else ()), ()
+    training = splits.parts(data.get("train_split") or "train")[0].name
+    texts = values
+    if split != training and patterns.by_split(data.path, ENDING):
+        files, others = _files(data, training)
+        texts = np.concatenate([_rows(file, others).labels for file in files])
+    classes = text_labels.classes_of(map(str, texts))
+    return *_numbered(values, classes),
+
+
+def _numbered(values: np.ndarray, classes: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
+    labels, strange = text_labels.numbers([str(value) for value in values], classes)
+    return labels, classes, strange
+
+
+def _batch(rows: Rows, row: int) -> tuple[pa.RecordBatch, int]:
+    number = bisect.bisect_right(rows.ends, row)
+    return rows.batches[number], row - (rows.ends[number - 1] if number else 0)
+
+
+def _files(data: ConfigDict, split: str) -> tuple[list[epath.Path], Columns]:
+    if not data.path:
+        raise UserError("data.source='parquet' needs data.path: a folder of *.parquet, or a pattern of them")
+    files = patterns.files(data.path, ENDING, split)
+    keys = tuple("" if data.get(key, "") == default else data[key] for key, default in DEFAULTS.items())
+    unlabeled = data.get("label_key", "") == ""
+    found = {_columns(*version(file), *keys, data.get("mask_key", ""), unlabeled): file for file in files}
+    if len(found) > 1:
+        (one, first), (other, second) = list(found.items())[:2]
+        raise UserError(f"{first} and {second} have other columns, or other names of classes: {one} and {other}")
+    return files, next(iter(found))
+
+
+@lru_cache(maxsize=100_000)
+def _columns(name: str, size: int, changed: int, image: str, label: str, mask: str, unlabeled: bool) -> Columns:
+    """Finds the columns of a file; '' stands for what nobody named."""
+    file = epath.Path(name)
+    schema = _opened(file, lambda opened: opened.schema_arrow)
+    features = _features(schema)
+    images = [key for key, feature in features.items() if feature.get("_type") == "Image" and key != mask]
+    images += [field.name for field in schema if _bytes_of(field.type) and field.name not in (*images, mask)]
+    usable = [key for key in ((image and [image]) or [DEFAULTS["image_key"], *images])
+              if key in schema.names and _bytes_of(schema.field(key).type)]
+    if not usable:
+        name = image or DEFAULTS["image_key"]
+        raise UserError(f"{file} has no column of encoded images data.image_key={name!r}; "
+                        f"{did_you_mean(name, schema.names)}")
+    if mask and (mask not in schema.names or not _bytes_of(schema.field(mask).type)):
+        raise UserError(f"{file} has no column of masks data.mask_key={mask!r}; {did_you_mean(mask, schema.names)}")
+    labels = "" if unlabeled else label or DEFAULTS["label_key"]
+    if labels not in schema.names:
+        if label:
+            raise UserError(f"{file} has no column data.label_key={label!r}; {did_you_mean(label, schema.names)}")
+        labels = ""
+    kind = schema.field(labels).type if labels else pa.int64()
+    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        if label:
+            raise UserError(f"{file}: data.label_key={label!r} is a column of {kind}; expected class numbers, or texts")
+        log.warning("%s: the column %r is of %s, and is not taken for class numbers", file, labels, kind)
+        labels = ""
+    named = features.get(labels, {}).get("names") if labels else None
+    classes = tuple(map(str, named)) if isinstance(named, list) else ()
+    return Columns(usable[0], labels, mask, classes)
+
+
+def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
+    """Returns what `datasets` says of the columns, {} where it does not."""
+    try:
+        said = bounded_json.parse_object((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = said.get("info", {}).get("features", {})
+        return {key: value for key, value in features.items() if isinstance(value, dict)}
+    except (ValueError, AttributeError):
+        return {}
+
+
+def _bytes_of(kind: pa.DataType) -> bool:
+    """Whether a column may hold encoded images: bytes, or a struct that has some as `bytes`."""
+    if pa.types.is_struct(kind):
+        place = kind.get_field_index("bytes")
+        return place >= 0 and _bytes_of(kind.field(place).type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _opened(file: epath.Path, what: Any) -> Any:
+    """Returns what a function makes of an opened file; raises UserError for a damaged one."""
+    try:
+        with file.open("rb") as opened:
+            return what(pq.ParquetFile(opened))
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # pyarrow gives some damage as an OSError without a number
+            raise
+        with file.open("rb") as opened:
+            begin = opened.read(file_kinds.ENOUGH)
+        found = "" if begin.startswith(b"PAR1") else file_kinds.kind(begin)
+        text = f"it is {found}" if found else str(error).splitlines()[0]
+        raise UserError(f"{file} is no Parquet file, or damaged: {text}") from None
+
+
+@lru_cache(maxsize=100_000)
+def _mapped(name: str, size: int, changed: int, columns: Columns) -> Rows:
+    """Maps the copy of a file into memory; makes it where it is not there."""
+    file = epath.Path(name)
+    key = ("parquet", VERSION, name, size, changed, columns[:3])
+    copy = cache.file(key, ".arrow", int(1.1 * size), partial(_copy, file, columns))
+    reader = pa.ipc.open_file(pa.memory_map(str(copy)))
+    batches = tuple(reader.get_batch(number) for number in range(reader.num_record_batches))
+    labels = [batch.column("label").to_numpy(zero_copy_only=False) for batch in batches]
+    ends = tuple(np.cumsum([batch.num_rows for batch in batches]).tolist())
+    return Rows(batches, ends, np.concatenate(labels) if labels else np.zeros(0, np.int64))
+
+
+def _rows(file: epath.Path, columns: Columns) -> Rows:
+    return _mapped(*version(file), columns)
+
+
+def _copy(file: epath.Path, columns: Columns, to: Path) -> None:
+    """Copies the columns of a file to Arrow's format, a few rows at a time."""
+    log.info("%s is copied once to %s, for random access", file, to.parent)
+    wanted = [name for name in (columns.image, columns.label, columns.mask) if name]
+
+    def write(opened: pq.ParquetFile) -> None:
+        kind = opened.schema_arrow.field(columns.label).type if columns.label else pa.int64()
+        label = pa.int64() if pa.types.is_integer(kind) else pa.string()
+        fields = [("image", pa.large_binary()), ("label", label)]
+        schema = pa.schema(fields + [("mask", pa.large_binary())] * bool(columns.mask))
+        with pa.OSFile(str(to), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for batch in opened.iter_batches(BATCH, columns=list(dict.fromkeys(wanted))):
+                arrays = [_bytes(batch.column(columns.image)), _label(batch, columns.label, label)]
+                arrays += [_bytes(batch.column(columns.mask))] if columns.mask else []
+                writer.write_batch(pa.record_batch(arrays, schema=schema))
+
+    _opened(file, write)
+
+
+def _bytes(column: pa.Array) -> pa.Array:
+    if pa.types.is_struct(column.type):
+        column = column.flatten()[column.type.get_field_index("bytes")]
+    return column.cast(pa.large_binary())
+
+
+def _label(batch: pa.RecordBatch, name: str, kind: pa.DataType) -> pa.Array:
+    """Returns labels without nulls: -1, or ''."""
+    missing = pa.scalar(UNLABELED if pa.types.is_integer(kind) else "", kind)
+    if not name:
+        return pa.array(np.full(batch.num_rows, UNLABELED))
+    return batch.column(name).cast(kind).fill_null(missing)

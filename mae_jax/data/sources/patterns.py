@@ -1,0 +1,148 @@
+"""Files of a split by a pattern: '{split}' for its name, braces for ranges and choices, and * ? [] as in a shell."""
+
+import glob
+import re
+from collections.abc import Iterator
+
+from etils import epath
+
+from mae_jax.data.sources import splits
+from mae_jax.errors import UserError, pluralize, printable
+
+SPLIT = "{split}"
+MAX_FILES = 1_000_000  # beyond it, such braces mean something else
+OF = re.compile(r"-(\d+)-of-(\d+)(?=\.|$)")  # in a file's name: which of how many it is
+BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")  # {000..127} or {a,b}
+
+
+def expand(pattern: str) -> list[str]:
+    """Returns the patterns without braces that one with braces stands for, in order; raises UserError for too many.
+
+    Numbers keep the digits of the first one: {000..127}.
+    """
+    found = [pattern]
+    while any(BRACES.search(each) for each in found):
+        found = [text for each in found for text in _expanded(each)]
+        if len(found) > MAX_FILES:
+            raise UserError(f"data.path={pattern!r} stands for more than {MAX_FILES:,} files")
+    return found
+
+
+def _expanded(pattern: str) -> Iterator[str]:
+    match = BRACES.search(pattern)
+    if not match:
+        yield pattern
+        return
+    first, last, several = match.groups()
+    if several is not None:
+        texts: Iterator[str] = iter(several.split(","))
+    else:
+        stop = min(int(last), int(first) + MAX_FILES + 1)
+        texts = (f"{number:0{len(first)}d}" for number in range(int(first), stop + 1))
+    for text in texts:
+        yield pattern[:match.start()] + text + pattern[match.end():]
+
+
+def by_split(path: str, ending: str) -> bool:
+    """Whether the files tell the splits apart: by '{split}', or in a folder by their names."""
+    if SPLIT in path or not _is_folder(path):
+        return SPLIT in path
+    return any(_role(file) for file in _inside(path, ending))
+
+
+def split_name(path: str, ending: str, name: str) -> str:
+    """Returns what a split is called in the files; several names may mean the same one."""
+    if not by_split(path, ending):
+        return splits.held_out_name(name)
+    return name if SPLIT in path else splits.role(name) or name
+
+
+def files(path: str, ending: str, split: str) -> list[epath.Path]:
+    """Returns the files of a split, in the order of their names within each pattern.
+
+    Args:
+      path: data.path: a pattern, a file, or a folder, of which files with this ending are meant; where these are named
+        after splits ('train-000.tar', 'val-000.tar'), the split's.
+      ending: as '.tar'.
+      split: the split's name.
+
+    Raises:
+      UserError: there is none, or braces name a file that is not there.
+    """
+    if _is_folder(path):
+        found = _inside(path, ending)
+        if found:
+            _check_whole(found)
+        roles = {file: _role(file) for file in found}
+        if any(roles.values()):
+            found = [file for file, role in roles.items() if role == (splits.role(split) or split)]
+            there = sorted({role for role in roles.values() if role})
+            if not found:
+                raise UserError(f"data.path={path!r} has no *{ending} of the split {split!r}, but of "
+                                f"{', '.join(there)}")
+    else:
+        found = _matching(path.replace(SPLIT, split))
+    if not found:
+        raise UserError(f"no file fits data.path={path!r} for the split {split!r}; expected a folder of *{ending}, or "
+                        f"a pattern such as '/data/{{split}}-*{ending}' or '/data/train-{{000..127}}{ending}'")
+    return found
+
+
+def _matching(pattern: str) -> list[epath.Path]:
+    found, missing = list[epath.Path](), list[str]()
+    expanded = expand(pattern)
+    for each in expanded:
+        names = [each] if _is_file(each) else _glob(each)
+        if not names and len(expanded) > 1:
+            missing.append(each)
+        found += map(epath.Path, names)
+    if found and missing:
+        raise UserError(f"{pluralize(len(missing), 'file')} of {len(expanded)} that data.path names are missing, such "
+                        f"as {printable(missing[0])}")
+    return list(dict.fromkeys(found))
+
+
+def promised(names: set[str]) -> set[str]:
+    """Returns the names of the files that those of some ('-00003-of-00008') say there are."""
+    found = set()
+    for name in names:
+        of = OF.search(name)
+        if of and int(of[2]) <= MAX_FILES:
+            digits, total = len(of[1]), int(of[2])
+            found |= {f"{name[:of.start(1)]}{number:0{digits}d}{name[of.end(1):]}" for number in range(total)}
+    return found
+
+
+def _check_whole(found: list[epath.Path]) -> None:
+    names = {file.name for file in found}
+    if missing := sorted(promised(names) - names):
+        raise UserError(f"{pluralize(len(missing), 'file')} missing in {found[0].parent} by the names of the others, "
+                        f"such as {missing[0]}")
+
+
+def _glob(pattern: str) -> list[str]:
+    if "://" not in pattern:
+        return sorted(glob.glob(pattern))
+    import fsspec
+
+    system, inside = fsspec.core.url_to_fs(pattern)
+    return sorted(system.unstrip_protocol(name) for name in system.glob(inside)) if set("*?[") & set(pattern) else []
+
+
+def _is_file(path: str) -> bool:
+    return epath.Path(path).is_file()
+
+
+def _is_folder(path: str) -> bool:
+    return bool(path) and not ("://" in path and set("*?[{") & set(path)) and epath.Path(path).is_dir()
+
+
+def _inside(folder: str, ending: str) -> list[epath.Path]:
+    return sorted((file for file in epath.Path(folder).iterdir()
+                   if file.name.lower().endswith(ending) and not file.name.startswith(".")), key=lambda file: file.name)
+
+
+def _role(file: epath.Path) -> str:
+    """Returns which split the name of a file says: 'train' of imagenet-train-000012.tar."""
+    words = re.findall(r"[^\W\d_]+", file.name.split(".")[0])
+    return next((role for word in words if (role := splits.role(word))), "")

@@ -1,0 +1,200 @@
+"""table: a list of images, one a line: CSV, TSV, or a path and a label separated by a blank, as Caffe's lists are.
+
+Columns go by their names: the image's path (data.image_key, or one of PATHS), relative to the list's folder; its label
+(data.label_key, or one of LABELS), a class's name or number; its split (one of SPLITS); a mask's path (data.mask_key).
+Without a line of names, the first column is the path and the second one the label. Without a column of splits a tenth
+is held out by a hash of the path, if the config uses it. Every image that is named must be there.
+"""
+
+import csv
+import logging
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_jax.data.decode import decode_mask, read_file
+from mae_jax.data.sources import splits, text_labels
+from mae_jax.data.sources.base import READERS, Example, Source
+from mae_jax.errors import UserError, did_you_mean, pluralize, printable
+from mae_jax.storage.paths import locate, read_bytes, version
+
+log = logging.getLogger(__name__)
+
+PATHS = ("image", "path", "file", "filename", "file_name", "filepath", "file_path", "image_path", "img_path", "img",
+         "image_id")
+LABELS = ("label", "class", "target", "category", "label_name", "class_name", "classname", "labels", "species")
+SPLITS = ("split", "set", "subset", "partition")
+DEFAULTS = {"image_key": "image", "label_key": "label", "mask_key": ""}  # of the group `data`: nobody named a column
+
+
+class Table(NamedTuple):
+    """The columns of a list that are read; each is a tuple of texts, () for one that is not there."""
+
+    names: dict[str, str]  # 'path', 'label', 'split', 'mask' → what the column is called
+    paths: tuple[str, ...]
+    labels: tuple[str, ...]
+    splits: tuple[str, ...]
+    masks: tuple[str, ...]
+
+
+def load(data: ConfigDict, split: splits.Split) -> Source:
+    """Opens a split; raises UserError when the list cannot be read, has no such split, or names what is not there."""
+    file, table = _open(data)
+    train = _rows(data, table, "train") if not table.splits else _rows(data, table, _training(data, table))
+    rows = _rows(data, table, split.name, (split.start, split.stop))
+    texts = table.labels or ("",) * len(table.paths)
+    classes = text_labels.classes_of(texts[i] for i in (range(len(texts)) if not table.splits else train))
+    labels, strange = text_labels.numbers([texts[i] for i in rows], classes)
+    paths = [table.paths[i] for i in rows]
+    _check_there(file, paths)
+    masks = [table.masks[i] for i in rows] if table.masks else []
+
+    def read(i: int) -> Example:
+        mask = decode_mask(read_file(_place(file, masks[i])), data.mask_offset) if masks else None
+        return Example(read_file(_place(file, paths[i])), int(labels[i]), mask=mask)
+
+    return Source(len(paths), read, lambda i: printable(paths[i]), classes, ("pixel_label",) if masks else (),
+                  lambda i: int(labels[i]), unknown_classes=strange)
+
+
+def split_name(data: ConfigDict, name: str) -> str:
+    """Returns what a split is called in the list."""
+    table = _open(data)[1]
+    return _named(data, table, name) if table.splits else splits.held_out_name(name)
+
+
+def describe(data: ConfigDict, opened: Mapping[str, Source]) -> str:
+    """Returns one line about which columns were read, and what each split is."""
+    file, table = _open(data)
+    columns = ", ".join(f"{what} {printable(name)!r}" for what, name in table.names.items())
+    parts = []
+    for field, source in opened.items():
+        classes = f" in {len(source.classes)} classes" if source.classes and field == "train_split" else ""
+        parts.append(f"{data[field]}: {pluralize(source.size, 'image')}{classes}")
+    return f"{'; '.join(parts)}; from {file.name} by the columns {columns}" if table.names.get("path") else \
+        f"{'; '.join(parts)}; from {file.name}, whose lines are a path{' and a label' if table.labels else ''}"
+
+
+def _open(data: ConfigDict) -> tuple[epath.Path, Table]:
+    file = locate(data.path, "data.path") if data.path else None
+    if file is None or not file.is_file():
+        raise UserError(f"data.path={data.path!r} is no file; data.source='table' needs a list of images: CSV, TSV ...")
+    keys = tuple("" if data.get(key, "") == default else data[key] for key, default in DEFAULTS.items())
+    return file, _table(*version(file), keys, data.get("label_key", "") == "")
+
+
+@lru_cache(maxsize=8)
+def _table(name: str, size: int, changed: int, keys: tuple[str, ...], unlabeled: bool) -> Table:
+    """Reads a list as long as it stays as it is; `keys` are the columns that somebody named, for path, label, mask."""
+    file = epath.Path(name)
+    rows = _parsed(file)
+    head = [field.casefold() for field in rows[0]]
+    image, label, mask = keys
+    if not {*PATHS, image.casefold()} & set(head):
+        if any(keys):
+            key, value = next((key, value) for key, value in zip(DEFAULTS, keys, strict=True) if value)
+            raise UserError(f"{file}: its first line names no column data.{key}={value!r}; "
+                            f"{did_you_mean(value, rows[0])}")
+        return _nameless(file, rows)
+    wanted = {"path": (image, PATHS, "image_key"), "label": (label, LABELS, "label_key"), "split": ("", SPLITS, ""),
+              "mask": (mask, (), "mask_key")}
+    places, names = {}, {}
+    for what, (asked, usual, field) in wanted.items():
+        if asked and asked.casefold() not in head:
+            raise UserError(f"{file} has no column data.{field}={asked!r}; {did_you_mean(asked, rows[0])}")
+        found = asked.casefold() if asked else next((name for name in usual if name in head), "")
+        if found and not (what == "label" and unlabeled):
+            places[what], names[what] = head.index(found), rows[0][head.index(found)]
+    columns = {what: tuple(_field(file, number, row, place) for number, row in enumerate(rows[1:], 2))
+               for what, place in places.items()}
+    return Table(names, *(columns.get(what, ()) for what in wanted))
+
+
+def _parsed(file: epath.Path) -> list[list[str]]:
+    """Returns the lines that are not empty, cut into fields."""
+    try:
+        text = (read_bytes(file) or b"").decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is no text in UTF-8: byte {error.start}") from None
+    lines = text.splitlines()
+    first = next((line for line in lines if line.strip()), "")
+    separator = next((each for each in ("\t", ",", ";") if each in first), "")
+    try:
+        rows = [[field.strip() for field in row] for row in csv.reader(lines, delimiter=separator, strict=True)] \
+            if separator else [re.split(r"\s+(?=\S+$)", line.strip(), maxsplit=1) for line in lines]
+    except csv.Error as error:
+        raise UserError(f"{file} is no list that can be read: {error}") from None
+    rows = [row for row in rows if any(row)]
+    if not rows:
+        raise UserError(f"{file} is empty")
+    return rows
+
+
+def _nameless(file: epath.Path, rows: list[list[str]]) -> Table:
+    """Returns the columns of a list without names: a path, and a label perhaps."""
+    width = max(map(len, rows))
+    if width > 2 or not re.search(r"\.\w{2,5}$", rows[0][0]):
+        raise UserError(f"{file}: no column of its first line is called as a path is, and it is no list of paths and "
+                        f"labels; data.image_key names the column: {', '.join(map(printable, rows[0][:8]))}")
+    paths = tuple(row[0] for row in rows)
+    labels = tuple(_field(file, number, row, 1) for number, row in enumerate(rows, 1)) if width == 2 else ()
+    return Table({}, paths, labels, (), ())
+
+
+def _field(file: epath.Path, number: int, row: list[str], place: int) -> str:
+    if place >= len(row):
+        raise UserError(f"{file}: line {number} has {pluralize(len(row), 'field')}; expected {place + 1} or more")
+    return row[place]
+
+
+def _rows(data: ConfigDict, table: Table, name: str, bounds: tuple[str, str] = ("", "")) -> list[int]:
+    """Returns which lines are of a split."""
+    split = splits.Split(name, *bounds)
+    if table.splits:
+        called = _named(data, table, name)
+        rows = [i for i, value in enumerate(table.splits) if value == called]
+        start, stop = split.bounds(len(rows))
+        return rows[start:stop]
+    start, stop = split.shares(*splits.part(name, splits.holds_out(data)))
+    if (start, stop) == (0, 1):
+        return list(range(len(table.paths)))
+    return [i for i, path in enumerate(table.paths) if start <= splits.share(path) < stop]
+
+
+def _named(data: ConfigDict, table: Table, name: str) -> str:
+    """Returns what the column of splits calls a split: by its name, or by one that means the same."""
+    known = sorted(set(table.splits) - {""})
+    alike = [each for each in known if splits.role(each) == splits.role(name) != ""]
+    if name in known or len(alike) == 1:
+        return name if name in known else alike[0]
+    held_out = [each for each in known if splits.role(each) in ("val", "test")]
+    if not alike and splits.role(name) in ("val", "test") and len(held_out) == 1:
+        return held_out[0]
+    raise UserError(f"{data.path}: the column {table.names['split']!r} has no split {name!r}, or several that are "
+                    f"called alike; it has {', '.join(map(printable, known[:8]))}")
+
+
+def _training(data: ConfigDict, table: Table) -> str:
+    return splits.parts(data.get("train_split") or "train")[0].name
+
+
+def _place(file: epath.Path, path: str) -> epath.Path:
+    return epath.Path(path) if "://" in path else file.parent / path
+
+
+def _check_there(file: epath.Path, paths: list[str]) -> None:
+    """Raises UserError where the list names files that are not there; those of a bucket are found out by reading."""
+    places = [_place(file, path) for path in paths]
+    local = [i for i, place in enumerate(places) if "://" not in str(place)]
+    with ThreadPoolExecutor(READERS) as pool:
+        there = np.array(list(pool.map(lambda i: places[i].is_file(), local)), bool)
+    if len(there) and not there.all():
+        first = paths[local[int(np.argmin(there))]]
+        raise UserError(f"{file} names {pluralize(int((~there).sum()), 'file')} of {len(paths)} that are not there, "
+                        f"such as {printable(first)}; paths are relative to {file.parent}")

@@ -1,0 +1,271 @@
+"""tar: shards of WebDataset, plain tar archives whose members of one key are an example: 000123.jpg and 000123.cls.
+
+data.path is a folder, or a pattern (`patterns`), local or in a bucket; without splits a tenth is held out by a hash of
+shard and key, if the config uses it. An index of all members, made once and kept (`storage.cache`), gives random
+access. A key is a member's name up to the first dot behind its last slash, the rest is the member's kind. The image is
+of the kind data.image_key, or of the first one in IMAGES; the label is the text of data.label_key, or that field of
+.json; by default of .cls, else of the field `label` of .json, else of .txt where its texts look like labels.
+"""
+
+import logging
+import tarfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_jax.data.decode import decode_mask
+from mae_jax.data.image_bounds import check_bytes
+from mae_jax.data.sources import patterns, splits, text_labels
+from mae_jax.data.sources.base import READERS, Example, Source
+from mae_jax.errors import UserError, did_you_mean, pluralize, printable
+from mae_jax.runtime import bounded_json
+from mae_jax.storage import cache, file_kinds, ranges
+from mae_jax.storage.paths import version
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # of the index
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "img", "image")
+ENDING, BLOCK = ".tar", tarfile.BLOCKSIZE
+MAX_LABEL = 256  # bytes of a text that may be a label
+MAX_JSON = 1 << 20  # bytes of a .json that is looked into
+DEFAULTS = {"image_key": "image", "label_key": "label"}  # of the group `data`: nobody named a kind
+
+
+class Members(NamedTuple):
+    """The examples of one shard, in the order of their images; arrays of n."""
+
+    keys: np.ndarray  # texts
+    starts: np.ndarray  # int64: where the image begins
+    sizes: np.ndarray  # int64: its bytes
+    masks: np.ndarray  # int64 [n, 2], start and size; -1 for none
+    labels: np.ndarray  # texts, '' for none
+    captions: np.ndarray  # texts of .txt that may be labels, '' for others
+    kinds: np.ndarray  # texts of the kinds of members that are there, the image's first; of any length
+    without: np.ndarray  # int64 [1]: keys that have no image
+
+
+class _Wanted(NamedTuple):
+    """Which kinds of members are read, of DEFAULTS ''."""
+
+    image: str
+    label: str
+    mask: str
+
+
+def load(data: ConfigDict, split: splits.Split) -> Source:
+    """Opens a split; raises UserError when no shard fits, or one is cut short or damaged."""
+    shards, found = _members(data, split.name)
+    every = _source(data, split.name, shards, found)
+    if patterns.by_split(data.path, ENDING):
+        return every.sliced(split)
+    start, stop = split.shares(*splits.part(split.name, splits.holds_out(data)))
+    if (start, stop) == (0, 1):
+        return every
+    return every.only(np.array([i for i in range(every.size) if start <= splits.share(every.name(i)) < stop], np.int64))
+
+
+def split_name(data: ConfigDict, name: str) -> str:
+    """Returns what a split is called in the shards."""
+    return patterns.split_name(data.path, ENDING, name)
+
+
+def describe(data: ConfigDict, opened: Mapping[str, Source]) -> str:
+    """Returns one line about what was taken for images and labels."""
+    shards, found = _members(data, splits.parts(data.get("train_split") or "train")[0].name)
+    kinds = sorted({str(members.kinds[0]) for members in found if len(members.kinds)})
+    label = _label_of(data, found) if any(source.classes for source in opened.values()) else ""
+    parts = []
+    for field, source in opened.items():
+        classes = f" in {len(source.classes)} classes" if source.classes and field == "train_split" else ""
+        parts.append(f"{data[field]}: {pluralize(source.size, 'image')}{classes}")
+    lost = sum(int(members.without[0]) for members in found)
+    return (f"{'; '.join(parts)}; from {pluralize(len(shards), 'shard')} such as {printable(shards[0].name)}, images "
+            f"from .{' and .'.join(kinds)}, {f'labels from {label}' if label else 'no labels'}"
+            f"{f'; {lost} keys without an image' if lost else ''}")
+
+
+def _source(data: ConfigDict, split: str, shards: tuple[epath.Path, ...], found: tuple[Members, ...]) -> Source:
+    """Returns the source of all examples of these shards."""
+    paths, names = [str(shard) for shard in shards], [shard.name for shard in shards]
+    shard_of = np.repeat(np.arange(len(found)), [len(members.keys) for members in found])
+    columns = {field: np.concatenate([getattr(members, field) for members in found])
+               for field in ("keys", "starts", "sizes", "masks")}
+    keys, starts, sizes, masks = (columns[field] for field in ("keys", "starts", "sizes", "masks"))
+    training = splits.parts(data.get("train_split") or "train")[0].name
+    train = found if split == training or not patterns.by_split(data.path, ENDING) else _members(data, training)[1]
+    label = _label_of(data, train)
+    classes = text_labels.classes_of(text for members in train for text in _texts(members, label))
+    labels, strange = text_labels.numbers([text for members in found for text in _texts(members, label)], classes)
+
+    def read(i: int) -> Example:
+        shard = paths[shard_of[i]]
+        check_bytes(int(sizes[i]))
+        mask = None
+        if data.mask_key:
+            start, size = map(int, masks[i])
+            if start < 0:
+                raise OSError(f"no member .{data.mask_key}")
+            mask = decode_mask(ranges.read(shard, start, size), data.mask_offset)
+        return Example(ranges.read(shard, int(starts[i]), int(sizes[i])), int(labels[i]), mask=mask)
+
+    return Source(len(keys), read, lambda i: printable(f"{names[shard_of[i]]}/{keys[i]}"), classes,
+                  ("pixel_label",) if data.mask_key else (), lambda i: int(labels[i]), unknown_classes=strange)
+
+
+def _texts(members: Members, label: str) -> list[str]:
+    if not label:
+        return [""] * len(members.keys)
+    return list(map(str, members.captions if label == ".txt" else members.labels))
+
+
+def _label_of(data: ConfigDict, found: tuple[Members, ...]) -> str:
+    """Returns where labels come from, '' for nowhere: '.txt' by default only where its texts look like labels."""
+    key = data.get("label_key", "")
+    if not key:
+        return ""
+    kinds = {str(kind) for members in found for kind in members.kinds}
+    if any(members.labels.astype(bool).any() for members in found):
+        kind = "cls" if key == DEFAULTS["label_key"] else key
+        return f".{kind}" if kind in kinds else f"the field {key!r} of .json"
+    if key != DEFAULTS["label_key"]:
+        raise UserError(f"data.label_key={key!r} is no kind of member of {data.path!r}, nor a field of a .json there; "
+                        f"{did_you_mean(key, kinds)}")
+    texts = [str(text) for members in found for text in members.captions]
+    if "txt" not in kinds or not any(texts):
+        return ""
+    if all(texts) and not any(" " in text for text in texts) and 2 * len(set(texts)) <= len(texts):
+        return ".txt"
+    log.warning("%s: the texts of .txt look like captions, and are not taken for labels; data.label_key=txt takes them",
+                data.path)
+    return ""
+
+
+def _members(data: ConfigDict, split: str) -> tuple[tuple[epath.Path, ...], tuple[Members, ...]]:
+    """Returns the shards of a split and what is in each."""
+    if not data.path:
+        raise UserError("data.source='tar' needs data.path: a folder of *.tar, or a pattern of them")
+    shards = patterns.files(data.path, ENDING, split)
+    wanted = _Wanted(*("" if data.get(key, "") == default else data[key] for key, default in DEFAULTS.items()),
+                     data.get("mask_key", ""))
+    began = time.monotonic()
+    with ThreadPoolExecutor(READERS) as pool:
+        found = tuple(pool.map(lambda shard: _kept(*version(shard), wanted), shards))
+    if time.monotonic() - began > 5:
+        log.info("indexed %s in %.0f s; the index is kept in %s", pluralize(len(shards), "shard"),
+                 time.monotonic() - began, cache.folder())
+    if not sum(len(members.keys) for members in found):
+        kinds = sorted({str(kind) for members in found for kind in members.kinds})
+        raise UserError(f"{shards[0]}{' and others' if len(shards) > 1 else ''}: no member is an image"
+                        f"{f' of data.image_key={wanted.image!r}' if wanted.image else ''}; there are "
+                        f"{', '.join(f'.{printable(kind)}' for kind in kinds[:8]) or 'no members'}")
+    return tuple(shards), found
+
+
+@lru_cache(maxsize=100_000)
+def _kept(shard: str, size: int, changed: int, wanted: _Wanted) -> Members:
+    """Returns what is in a shard, from the cache as long as it stays as it is."""
+    key = ("tar", VERSION, shard, size, changed, tuple(wanted))
+    return Members(**cache.arrays(key, lambda: _scan(epath.Path(shard), wanted)._asdict()))
+
+
+def _scan(shard: epath.Path, wanted: _Wanted) -> Members:
+    """Reads the headers of all members, and the texts that may be labels; raises UserError for a damaged shard."""
+    examples: dict[str, dict[str, Any]] = {}
+    try:
+        with shard.open("rb") as file:
+            if found := _not_tar(file):
+                raise UserError(f"{shard} is no plain tar archive: it is {found}")
+            file.seek(0)
+            with tarfile.open(fileobj=file, mode="r:") as archive:
+                while (member := archive.next()) is not None:
+                    archive.members.clear()  # else all stay in memory
+                    if member.isreg() and not member.sparse:
+                        _add(examples, member, file)
+                end = archive.offset
+            file.seek(end)
+            if (rest := file.read(BLOCK)) != bytes(BLOCK):
+                what = f"what is at byte {end} is no header" if rest else "it has no end marker, as if it was cut"
+                raise UserError(f"{shard} is cut short or damaged: {what}")
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise UserError(f"{shard} is cut short or damaged: {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {shard}: {error.strerror or error}") from None
+    return _columns(shard, examples, wanted)
+
+
+def _not_tar(file: IO[bytes]) -> str:
+    begin = file.read(BLOCK)
+    if begin[257:262] == b"ustar" or not begin.strip(b"\0"):
+        return "" if begin else file_kinds.kind(begin)
+    return file_kinds.kind(begin)
+
+
+def _add(examples: dict[str, dict[str, Any]], member: tarfile.TarInfo, file: IO[bytes]) -> None:
+    """Adds a member to its example; a later one of the same name takes the place of the first, as tar has it."""
+    folder, slash, name = member.name.removeprefix("./").rpartition("/")
+    stem, _, kind = name.partition(".")
+    if not stem or not kind:  # hidden ones, and those of no kind
+        return
+    kind, text = kind.lower(), None
+    if member.size <= (MAX_JSON if kind == "json" else MAX_LABEL):
+        file.seek(member.offset_data)
+        text = file.read(member.size)
+    examples.setdefault(f"{folder}{slash}{stem}", {})[kind] = (member.offset_data, member.size, text)
+
+
+def _columns(shard: epath.Path, examples: dict[str, dict[str, Any]], wanted: _Wanted) -> Members:
+    rows, without = [], 0
+    for key, members in examples.items():
+        image = _image(members, wanted.image)
+        if not image:
+            without += 1
+            continue
+        mask = members.get(wanted.mask, (-1, -1))[:2] if wanted.mask else (-1, -1)
+        rows.append((key, *members[image][:2], mask, _label(shard, key, members, wanted.label),
+                     _text(members.get("txt")), image))
+    kinds = dict.fromkeys([row[-1] for row in rows] + [kind for members in examples.values() for kind in members])
+    return Members(
+        keys=np.array([row[0] for row in rows], np.str_), starts=np.array([row[1] for row in rows], np.int64),
+        sizes=np.array([row[2] for row in rows], np.int64),
+        masks=np.array([row[3] for row in rows], np.int64).reshape(-1, 2),
+        labels=np.array([row[4] for row in rows], np.str_), captions=np.array([row[5] for row in rows], np.str_),
+        kinds=np.array(list(kinds)[:100], np.str_), without=np.array([without], np.int64))
+
+
+def _image(members: Mapping[str, Any], wanted: str) -> str:
+    """Returns which member is the image, '' for none: 'jpg' goes before 'seg.png'."""
+    if wanted:
+        return wanted if wanted in members else ""
+    plain = next((kind for kind in IMAGES if kind in members), "")
+    return plain or next((kind for kind in members if kind.rpartition(".")[2] in IMAGES), "")
+
+
+def _label(shard: epath.Path, key: str, members: Mapping[str, Any], wanted: str) -> str:
+    kind = wanted or "cls"
+    if kind in members:
+        return _text(members[kind])
+    if not members.get("json") or members["json"][2] is None:
+        return ""
+    try:
+        value = bounded_json.parse_object(members["json"][2]).get(wanted or DEFAULTS["label_key"], "")
+    except ValueError as error:
+        raise UserError(f"{shard}: {printable(key)}.json is no object of JSON: {error}") from None
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+
+
+def _text(member: Any) -> str:
+    """Returns the text of a member that may be a label, '' for one that is too long or no text."""
+    content = member[2] if member else None
+    if content is None or len(content) > MAX_LABEL:
+        return ""
+    try:
+        return content.decode().strip("\0 \t\r\n")
+    except UnicodeDecodeError:
+        return ""

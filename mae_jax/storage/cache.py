@@ -1,0 +1,82 @@
+"""What was made once from data that stay as they are, kept for the next start, in a folder of the user's."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from mae_jax.errors import UserError
+from mae_jax.storage.npz import opened
+from mae_jax.storage.paths import normalized
+
+
+def folder() -> Path:
+    """Returns $MAE_JAX_CACHE, or mae_jax in the user's folder for caches; it need not be there."""
+    if named := os.environ.get("MAE_JAX_CACHE", ""):
+        return Path(normalized(named, "MAE_JAX_CACHE"))
+    return Path(normalized(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME")) / "mae_jax"
+
+
+def arrays(key: Any, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Returns arrays, none of Python objects, from the cache, or makes and keeps them; a cache that fails is none.
+
+    Args:
+      key: whose repr says of what the arrays are made, and how: another one has other arrays.
+      make: makes them.
+    """
+    file = _place(key, ".npz")
+    if file.is_file():
+        with contextlib.suppress(UserError), opened(epath.Path(file)) as found:
+            return {name: found[name] for name in found.files}
+    made = make()
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as opened_file:
+            np.savez(opened_file, **made)
+        partial.replace(file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+    return made
+
+
+def file(key: Any, ending: str, size: int, write: Callable[[Path], None]) -> Path:
+    """Returns a file of the cache, which is made where it is not there yet.
+
+    Args:
+      key: as of `arrays`.
+      ending: of the file's name.
+      size: bytes that it takes, about.
+      write: writes it to a path.
+
+    Raises:
+      UserError: the disk has no room for it, or it cannot be written.
+    """
+    place = _place(key, ending)
+    if place.is_file():
+        return place
+    partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
+    how = "MAE_JAX_CACHE names another folder for such copies"
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(place.parent).free
+        if free < size:
+            raise UserError(f"{place.parent} has {free / 1e9:.1f} GB left, and a copy for random access takes "
+                            f"{size / 1e9:.1f} GB; {how}")
+        write(partial)
+        partial.replace(place)
+    except OSError as error:
+        raise UserError(f"cannot write {place.parent}: {error.strerror or error}; {how}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return place
+
+
+def _place(key: Any, ending: str) -> Path:
+    return folder() / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}{ending}"
