@@ -80,7 +80,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
     "recipe_version": recipe_version.CURRENT,
     "seed": 0,
     "batch_size": 256,  # images per step, over all devices
-    "init_from": "",  # start from the parameters of a workdir, a step folder in it, or an exported file
+    "init_from": "",  # start from the parameters of a workdir, a step folder in it, or weights of another library
     "init_head": "match",  # of init_from: match, taken where its classes are ours, or not known; keep; new
     "plugins": (),  # installed modules to import, as ('package.module',): docs/plugins.md
     "data": {

@@ -50,11 +50,21 @@ def test_a_library_is_imported_in_its_own_room_only(library, home):
 JSON_READERS = ("mae_jax/runtime/bounded_json.py", "mae_jax/plugins.py")  # the second, what installers wrote
 
 
+TORCH_READER = Path("mae_jax/storage/torch_file.py")
+
+
 def test_nothing_that_is_read_is_executed():
     """No pickles, no evaluated texts; NumPy's files are opened where objects in them are refused, and JSON is read
     where its depth and numbers are bounded."""
     for path in PACKAGE:
-        assert not imported(path) & {"pickle", "marshal", "shelve", "dill", "cloudpickle"}, path
+        assert not imported(path) & {"marshal", "shelve", "dill", "cloudpickle"}, path
+        if path == TORCH_READER:  # which runs a pickle that can name nothing but what the reader knows
+            uses = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text()))
+                    if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle"}
+            assert uses == {"pickle.Unpickler"}
+            assert "def find_class" in path.read_text()
+        else:
+            assert "pickle" not in imported(path), path
         for node in ast.walk(ast.parse(path.read_text())):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             assert called not in ("eval", "exec", "compile", "__import__"), f"{path}:{node.lineno}"

@@ -24,7 +24,7 @@ PARTS = (
     ("patch_embed.proj.", "vit.embeddings.patch_embeddings.projection."),
     ("norm.", "vit.layernorm."),
     ("blocks.", "vit.encoder.layer.", "vit.layers."),
-    ("decoder_blocks.", "decoder.decoder_layers."),
+    ("decoder_blocks.", "decoder.decoder_layers.", "decoder.decoder_encoder.layer."),
     ("decoder_", "decoder.decoder_"),
     ("mask_token", "decoder.mask_token"),
 )
@@ -58,6 +58,8 @@ def to_hf(params: Any, grid: tuple[int, int], patch: tuple[int, int]) -> dict[st
 def from_hf(state: Mapping[str, Any]) -> dict[str, Any]:
     """Returns our parameters, float32, of a state dict of ViTMAEForPreTraining or, without decoder, ViTMAEModel.
 
+    ViTModel, whose pooler is left out, and ViTForImageClassification have the same names.
+
     Args:
       state: key → array (NumPy, or anything that np.asarray takes), named as in any version of transformers. The prefix
         'vit.', which ViTMAEModel's own files lack, may be missing.
@@ -65,7 +67,7 @@ def from_hf(state: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: an unknown or missing key, or a decoder without the fixed sine-cosine positions.
     """
-    whole = {_read(key): value for key, value in state.items()}
+    whole = {_read(key): value for key, value in state.items() if not key.removeprefix("vit.").startswith("pooler.")}
     rows = np.shape(whole.get("pos_embed", np.zeros((1, 1))))[1]
     return from_mae(_fused(whole), (1, rows - 1))  # with a class token always, whatever the grid
 
@@ -92,6 +94,8 @@ def _written(key: str) -> str:
 
 def _read(key: str) -> str:
     """Returns the name in the published code of a name in any version of transformers; raises UserError."""
+    if key.startswith("classifier."):  # of ViTForImageClassification, behind the class token
+        return key.replace("classifier.", "head.", 1)
     full = key if key.startswith(("vit.", "decoder.")) else f"vit.{key}"
     known = _renamed(full, {name: ours for ours, *names in PARTS for name in names},
                      {name: ours for ours, *names in OF_BLOCKS for name in names})

@@ -3,6 +3,7 @@
 Importing this imports no JAX.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +11,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax import plugins
+from mae_jax.errors import printable
 
+logger = logging.getLogger(__name__)
+
+# How the names of a whole model may begin: of PyTorch's wrappers and compiler, and of what people's code holds it in.
+PREFIXES = ("module.", "_orig_mod.", "teacher.", "student.", "model.", "backbone.", "base_encoder.", "encoder.", "net.",
+            "deit.")
 Params = Any  # nested dict of arrays
 State = Mapping[str, Any]  # name → array
 OURS = "mae_jax"  # the only one that copies whole checkpoints too
@@ -62,18 +69,34 @@ def read(state: State, config: ConfigDict | None) -> Params:
     """Returns our parameters of what a file holds; as they are, where no layout recognizes it.
 
     Args:
-      state: name → array, or a nested dict of such.
+      state: name → array, or a nested dict of such. Where all names of the model begin alike, as with 'module.' of
+        PyTorch's wrappers or 'backbone.' of DINO's code, that beginning does not count, and what lies beside the model
+        is left over, and told.
       config: of the run that made it, where that is known.
 
     Raises:
       UserError: a name that the layout does not know, or one that it misses.
     """
-    table = layouts()
-    for name in table:
-        layout = table[name]
-        if layout.from_ and layout.recognizes(state):
-            return layout.from_(state, config)
+    table, inside, begin = layouts(), dict(state), ""
+    while inside:
+        for name in table:
+            layout = table[name]
+            if layout.from_ and layout.recognizes(inside):
+                _tell(state, inside, begin)
+                return layout.from_(inside, config)
+        prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in inside)), "")
+        if not prefix:
+            break
+        begin += prefix
+        inside = {name.removeprefix(prefix): value for name, value in inside.items() if name.startswith(prefix)}
     return state
+
+
+def _tell(state: State, inside: State, begin: str) -> None:
+    if len(inside) < len(state):
+        beside = sorted(name for name in state if not name.startswith(begin) or name.removeprefix(begin) not in inside)
+        logger.info("%d arrays of %d begin with %r and are read; left over are %s%s", len(inside), len(state), begin,
+                    ", ".join(map(printable, beside[:3])), " ..." if len(beside) > 3 else "")
 
 
 def mixture(config: ConfigDict) -> str:

@@ -41,11 +41,12 @@ IN = (  # and back; blocks and leaves are finished by _path
     (r"norm\.", "encoder/norm/"),
     (r"(fc_norm|head)\.", r"\1/"),
     (r"mask_token$", "decoder/mask_token"),
+    (r"encoder\.mask_token$", "encoder/mask_token"),
     (r"cls_token$", "encoder/cls_token"),
 )
 BLOCK_LEAF = r"(norm[12]|attn/(qkv|proj)|mlp/fc[12])/(kernel|scale|bias)|ls[12]/gamma"
 LEAF = rf"(patch_embed|embed|norm|head)/(kernel|scale|bias)|block_\d\d+/({BLOCK_LEAF})"
-OWN_LEAF = r"encoder/cls_token|decoder/mask_token|(fc_norm|head)/(kernel|scale|bias)"
+OWN_LEAF = r"encoder/(cls|mask)_token|decoder/mask_token|(fc_norm|head)/(kernel|scale|bias)"
 KNOWN = re.compile(rf"(encoder|decoder)/({LEAF})|{OWN_LEAF}")
 
 
@@ -84,13 +85,32 @@ def from_mae(state: Mapping[str, Any], grid: tuple[int, int] | None = None) -> d
     Raises:
       UserError: an unknown key, a missing class token, or a decoder without the fixed sine-cosine positions.
     """
-    arrays = {key: np.asarray(value, np.float32) for key, value in state.items()}
+    arrays = _of_beit({key: np.asarray(value, np.float32) for key, value in state.items()})
     tables = {part: arrays.pop(key)[0] for part, key in POSITIONS.items() if key in arrays}
     flat = {path: _untransposed(path, array) for path, array in ((_path(key), arrays[key]) for key in arrays)}
     if "decoder" in tables and (tables["decoder"][0].any() or not _fixed(tables["decoder"][1:])):
         raise UserError(f"{POSITIONS['decoder']} does not hold the fixed sine-cosine positions; learned positions of a "
                         "decoder cannot be read")
     return nest(flat | (_positions(flat, tables["encoder"], grid) if "encoder" in tables else {}))
+
+
+def _of_beit(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Renames what BEiT's code has its own way: biases of query and value alone, and mask tokens in the encoder.
+
+    Raises:
+      UserError: the encoder has relative positions, which ours has not.
+    """
+    if strange := next((key for key in arrays if "relative_position" in key), ""):
+        raise UserError(f"{strange}: an encoder with relative positions, as BEiT's published ones, is another model")
+    for key in [key for key in arrays if key.endswith(".attn.q_bias")]:
+        stem = key.removesuffix("q_bias")
+        query, value = arrays.pop(key), arrays.pop(f"{stem}v_bias", None)
+        if value is None:
+            raise UserError(f"{key} is there, but {stem}v_bias is missing")
+        arrays[f"{stem}qkv.bias"] = np.concatenate([query, np.zeros_like(query), value])
+    if "mask_token" in arrays and not any(key.startswith("decoder_") for key in arrays):
+        arrays["encoder.mask_token"] = arrays.pop("mask_token")
+    return {key: value for key, value in arrays.items() if not key.startswith("lm_head.")}
 
 
 def _key(path: str) -> str:

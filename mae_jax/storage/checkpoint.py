@@ -26,7 +26,7 @@ from mae_jax.errors import UserError, root_cause
 from mae_jax.param_tree import flatten, nest
 from mae_jax.runtime import peers, threads
 from mae_jax.runtime.exit import wait_for_no_thread
-from mae_jax.storage import safetensors_file, step_dirs, workdir_lock
+from mae_jax.storage import step_dirs, weight_files, workdir_lock
 from mae_jax.storage.attempt import attempt
 from mae_jax.storage.checksum import Damaged, Record, check_same_model, damage, describe, seal, unseal, verify
 from mae_jax.storage.paths import make_folder
@@ -277,7 +277,8 @@ def load_params(path: epath.PathLike, ema: bool = False, extras: bool = False) -
     """Reads the parameters alone, verified.
 
     Args:
-      path: a workdir (its newest good step), a step folder <workdir>/checkpoints/<step>, or a *.safetensors file.
+      path: a workdir (its newest good step), a step folder <workdir>/checkpoints/<step>, or a file of weights, or a
+        folder of one, as `weight_files` reads.
       ema: the averaged parameters, where the checkpoint has them.
       extras: the extras too, under 'extras', where the checkpoint has them.
 
@@ -285,12 +286,15 @@ def load_params(path: epath.PathLike, ema: bool = False, extras: bool = False) -
       Nested dict of np.ndarray. Raises UserError where nothing is there, or what is there is damaged.
     """
     path = step_dirs.absolute(path)
-    if path.suffix == ".safetensors":
-        return safetensors_file.load(path)
+    if file := weight_files.file_of(path):
+        found, where = weight_files.load(file)
+        if where:
+            logger.info("%s: %s is read", file, where)
+        return found
     folders = step_dirs.offered(path)
     if not folders:
-        raise UserError(f"no checkpoint in {path}; expected a workdir with checkpoints/, a step folder in it, or a "
-                        "*.safetensors file")
+        raise UserError(f"no checkpoint in {path}; expected a workdir with checkpoints/, a step folder in it, or "
+                        "weights as *.safetensors, *.pth or a folder of transformers or timm")
     with ocp.Checkpointer(_handler()) as reader:
         for folder, then in itertools.product(folders, _tries(path)):
             try:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors.numpy
 from etils import epath
@@ -13,6 +14,9 @@ from mae_jax.param_tree import flatten, nest
 from mae_jax.runtime import bounded_json
 from mae_jax.storage import file_kinds, paths
 from mae_jax.storage.checksum import describe, seal, unseal, verify
+
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16, "I64": "<i8", "I32": "<i4",
+          "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?", "U16": "<u2", "U32": "<u4", "U64": "<u8"}
 
 
 def save(path: epath.PathLike, params: Any, metadata: Mapping[str, str]) -> None:
@@ -50,7 +54,7 @@ def load(path: epath.Path) -> dict[str, Any]:
         raise UserError(f"no such file: {path}")
     said = metadata(path, content)
     try:
-        arrays = safetensors.numpy.load(content)
+        arrays = {name: _array(**entry) for name, entry in safetensors.deserialize(content)}
         if sealed := said.get("checksums"):  # a file from elsewhere has none
             verify(unseal(bounded_json.parse(sealed)), arrays)
     except MemoryError:
@@ -62,6 +66,13 @@ def load(path: epath.Path) -> dict[str, Any]:
         return nest(arrays)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _array(dtype: str, shape: list[int], data: bytes) -> np.ndarray:
+    """Returns an array of a file; safetensors' own NumPy reader knows no bfloat16."""
+    if dtype not in DTYPES:
+        raise ValueError(f"an array of {dtype}, where {', '.join(DTYPES)} are read")
+    return np.frombuffer(data, DTYPES[dtype]).reshape(shape)
 
 
 def metadata(path: object, content: bytes, size: int | None = None) -> dict[str, str]:

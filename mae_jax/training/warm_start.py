@@ -1,6 +1,7 @@
-"""Starting from other parameters: `init_from` a workdir, a step's folder in it, or a *.safetensors file.
+"""Starting from other parameters: `init_from` a workdir, a step's folder in it, or weights of another library.
 
-The file may be an export of ours, or have any layout of `mae_jax.interop.layouts` that is read.
+Those are a file, of safetensors or of torch.save, or a folder as transformers and timm write it, in any layout of
+`mae_jax.interop.layouts` that is read.
 """
 
 import logging

@@ -20,7 +20,7 @@ from mae_jax import config as configs
 from mae_jax.errors import UserError, printable
 from mae_jax.interop import layouts
 from mae_jax.runtime import bounded_json
-from mae_jax.storage import file_kinds, metric_sinks, safetensors_file, workdir_lock
+from mae_jax.storage import file_kinds, metric_sinks, safetensors_file, weight_files, workdir_lock
 from mae_jax.storage.file_kinds import unreadable
 from mae_jax.storage.paths import locate, make_folder, read_bytes, replace_text
 
@@ -274,10 +274,11 @@ def config_of(source: str) -> ConfigDict | None:
       UserError: a file that cannot be read.
     """
     path = locate(source)
-    if path.suffix != ".safetensors":
+    file = weight_files.file_of(path)
+    if file is None:
         return _stored_config(of_checkpoint(path))
     try:
-        said = _said(path)
+        said = _said(file)
         recorded = bounded_json.parse(said.get("plugins", "{}"))
         if not said.get("config"):
             return None
@@ -292,7 +293,9 @@ def config_of(source: str) -> ConfigDict | None:
 
 
 def _said(file: epath.Path) -> dict[str, str]:
-    """Returns what a safetensors file says of itself; raises what its damage does."""
+    """Returns what a file of weights says of itself, {} for nothing; raises what its damage does."""
+    if not weight_files.is_safetensors(file):
+        return {}
     with file.open("rb") as opened:
         begin = opened.read(8)
         begin += opened.read(max(file_kinds.ENOUGH, min(int.from_bytes(begin, "little"), bounded_json.MAX_BYTES)))
@@ -302,10 +305,11 @@ def _said(file: epath.Path) -> dict[str, str]:
 def classes_of(source: str) -> tuple[str, ...]:
     """Returns the names of the classes behind parameters that `config_of` can read; () where nothing says them."""
     path = locate(source)
-    if path.suffix != ".safetensors":
+    file = weight_files.file_of(path)
+    if file is None:
         return tuple(_recorded_data(of_checkpoint(path)).get("classes") or ())
     try:
-        return tuple(_texts(bounded_json.parse(_said(path).get("classes", "[]"))))
+        return tuple(_texts(bounded_json.parse(_said(file).get("classes", "[]"))))
     except DAMAGED as error:
         raise UserError(f"{source} is no safetensors file, or damaged: {error}") from None
 

@@ -139,7 +139,7 @@ def changed(params, remove=(), **extra):
 def test_what_cannot_be_read_is_refused_by_name(params):
     learned = to_hf(params, GRID, PATCH)["decoder.decoder_pos_embed"] + 0.01
     for state, text in (
-        (changed(params, **{"classifier.weight": np.zeros((2, 16))}), "classifier.weight"),
+        (changed(params, **{"qa_outputs.weight": np.zeros((2, 16))}), "qa_outputs.weight"),
         (changed(params, **{"decoder.decoder_pos_embed": learned}), "learned positions"),
         (changed(params, **{"vit.encoder.layer.2.lambda": np.zeros(16)}), "vit.encoder.layer.2.lambda"),
         (changed(params, **{"blocks.2.norm1.weight": np.zeros(16)}), "blocks.2.norm1.weight"),

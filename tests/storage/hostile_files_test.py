@@ -100,11 +100,14 @@ def safetensors_of(said, arrays='"a":{"dtype":"F32","shape":[1],"data_offsets":[
     (safetensors_of("{}")[:-4], "not fully covered"),
     *((content if isinstance(content, bytes) else content.encode(), line) for name, (content, line) in HOSTILE.items()
       if name in ("empty", "html", "lfs", "xml", "gzip", "zeros")),
-    (b"PK\x03\x04" + bytes(100), "PyTorch"), (b"\x80\x02\x8a\nl\xfc" + bytes(100), "PyTorch")],
+    (b"PK\x03\x04" + bytes(100), "torch.save"), (b"\x80\x02\x8a\nl\xfc" + bytes(100), "torch.save")],
     ids=lambda value: value if isinstance(value, str) else "")
 def test_a_hostile_safetensors_file_is_one_line(tmp_path, content, line):
     file = tmp_path / "a.safetensors"
     file.write_bytes(content)
+    if line == "torch.save":  # whatever its name, it is read as what it begins as
+        refused(lambda: load_params(file), line)
+        return
     if (line == "deep" and b"checksums" in content) or line == "not fully covered":
         assert workdir.config_of(str(file)) is None
     else:

@@ -1,0 +1,290 @@
+"""Tensors in files that torch.save wrote, read without torch, and without executing anything that a file says.
+
+A file is a pickle, which is a program. This reader lets it make tensors and plain containers, and knows the names of a
+few other things that people's checkpoints have (arguments of a script, paths, NumPy's scalars), which become nothing;
+any other name is refused. Two layouts: a zip archive (since PyTorch 1.6), and before it a row of pickles and the
+contents of the tensors behind them.
+"""
+
+import collections
+import io
+import math
+import pickle
+import pickletools
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from mae_jax.errors import UserError, printable, root_cause
+from mae_jax.storage import file_kinds, paths
+
+MAX_OPERATIONS = 20_000_000  # of a pickle: a checkpoint with its optimizer has some ten thousands
+MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the layout before PyTorch 1.6
+LEGACY_PROTOCOL = 1001
+STORAGES = {  # torch's name of a typed storage → dtype
+    "DoubleStorage": "<f8", "FloatStorage": "<f4", "HalfStorage": "<f2", "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": "<i8", "IntStorage": "<i4", "ShortStorage": "<i2", "CharStorage": "i1", "ByteStorage": "u1",
+    "BoolStorage": "?", "UntypedStorage": "u1",
+}
+DTYPES = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": ml_dtypes.bfloat16, "int64": "<i8",
+          "int32": "<i4", "int16": "<i2", "int8": "i1", "uint8": "u1", "bool": "?"}
+# What a checkpoint may name and nobody needs: it becomes nothing. A name that ends in '.' stands for all behind it.
+NEEDLESS = ("argparse.Namespace", "pathlib.", "numpy.", "omegaconf.", "yacs.config.CfgNode", "torch.device",
+            "torch.Size", "typing.Any", "builtins.set", "builtins.slice", "builtins.complex", "__builtin__.set",
+            "_codecs.encode", "collections.defaultdict", "collections.Counter", "easydict.EasyDict", "ml_collections.")
+NOT_NEEDLESS = ("numpy.testing", "numpy.distutils", "numpy.f2py", "numpy.load", "numpy.core._internal", "numpy.lib")
+
+
+class Tensor(NamedTuple):
+    """An array in the file, which is read when it is asked for."""
+
+    read: Callable[[], np.ndarray]
+    shape: tuple[int, ...]
+
+
+class _Storage(NamedTuple):
+    """Numbers in the file, of which tensors are views."""
+
+    dtype: np.dtype
+    size: int  # numbers
+    content: Callable[[], bytes]
+
+
+class _Needless:
+    """Stands for what a pickle makes and nobody needs; takes all that is done to it."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_Needless":
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def take(self, *args: Any) -> None:
+        pass
+
+    __setstate__ = __setitem__ = append = extend = add = take
+
+
+class _Refused(Exception):
+    """The file asks for what no file of weights needs; the text says what."""
+
+
+def load(path: epath.Path) -> dict[str, Any]:
+    """Returns what a file holds: nested dicts and lists of Tensor, numbers and texts; other things are left out.
+
+    Raises:
+      UserError: it is not there, cannot be read, is damaged, or asks for more than tensors and plain containers.
+    """
+    try:
+        content = paths.read_bytes(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    if content is None:
+        raise UserError(f"no such file: {path}")
+    try:
+        found = _zipped(content) if content[:2] == b"PK" else _in_a_row(content)
+    except _Refused as refused:
+        raise UserError(f"{path} is not read: {refused}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # broken bytes make pickle and zipfile raise many kinds
+        kind = "" if content[:2] in (b"PK", b"\x80\x02") else file_kinds.kind(content)
+        what = f"is {kind}" if kind else f"is no file of torch.save, or damaged: {root_cause(error)}"
+        raise UserError(f"{path} {what}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__}; expected a state dict: names and tensors")
+    return found
+
+
+def state_of(found: Mapping[str, Any], path: object) -> tuple[dict[str, np.ndarray], str]:
+    """Returns the arrays of a state dict by name, and under which key of the file it was, '' for the file itself.
+
+    Args:
+      found: what `load` returned. Of DINO's student and teacher, the teacher is taken, by which DINO is judged.
+      path: which messages name.
+
+    Raises:
+      UserError: there is no state dict in it, or an array is damaged.
+    """
+    def tensors(value: Any) -> int:
+        return sum(isinstance(each, Tensor) for each in value.values()) if isinstance(value, Mapping) else 0
+
+    # A checkpoint may have a tensor beside its state dict, as of a random state.
+    key = next((name for name in ("model", "state_dict", "teacher", "module", "model_state_dict", "net", "student")
+                if tensors(found.get(name)) > tensors(found)), "")
+    if not key and not tensors(found):
+        raise UserError(f"{path} has no state dict; expected tensors by name, in the file or under 'model', "
+                        f"'state_dict', 'teacher' ...; it has {', '.join(map(_shown, [*found][:8])) or 'nothing'}")
+    state = found[key] if key else found
+    try:
+        return {str(name): value.read() for name, value in state.items() if isinstance(value, Tensor)}, key
+    except (_Refused, zipfile.BadZipFile, ValueError, KeyError, OSError, EOFError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def _shown(name: Any) -> str:
+    return printable(str(name))[:60]
+
+
+def _zipped(content: bytes) -> Any:
+    archive = zipfile.ZipFile(io.BytesIO(content))
+    names = archive.namelist()
+    program = next((name for name in names if name.endswith("/data.pkl") or name == "data.pkl"), "")
+    if not program:
+        raise _Refused("it is a zip archive, and not of torch.save: there is no data.pkl in it")
+    folder = program.removesuffix("data.pkl")
+    if f"{folder}byteorder" in names and _part(archive, f"{folder}byteorder") != b"little":
+        raise _Refused("its numbers are stored big end first, by a machine of another kind; save it anew on a PC")
+    if f"{folder}constants.pkl" in names:
+        raise _Refused("it is a TorchScript archive, a program; save its state_dict() instead")
+
+    def storage(key: str, dtype: np.dtype, size: int) -> _Storage:
+        name = f"{folder}data/{key}"
+        entry = archive.getinfo(name)
+        if entry.file_size != size * dtype.itemsize:
+            raise _Refused(f"{name} has {entry.file_size} bytes, where {size} numbers of {dtype} are promised")
+        return _Storage(dtype, size, lambda: _part(archive, name))
+
+    return _run(_part(archive, program), storage)[0]
+
+
+def _part(archive: zipfile.ZipFile, name: str) -> bytes:
+    """Returns a member as it is stored; a packed one, which torch never writes, may unpack to any size."""
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+        raise _Refused(f"its member {name} is packed, which torch.save does not do")
+    return archive.read(name)
+
+
+def _in_a_row(content: bytes) -> Any:
+    """Reads the layout before PyTorch 1.6: magic number, protocol, machine, the pickle, keys, and the storages."""
+    place, said = 0, []
+    for _ in range(3):
+        value, length = _run(content[place:], _no_storage)
+        said.append(value)
+        place += length
+    if said[:2] != [MAGIC, LEGACY_PROTOCOL]:
+        raise _Refused("it is a pickle, and not of torch.save")
+    if not isinstance(said[2], dict) or said[2].get("little_endian") is not True:
+        raise _Refused("its numbers are stored big end first, by a machine of another kind; save it anew on a PC")
+    wanted: dict[str, _Storage] = {}
+    places: dict[str, int] = {}
+
+    def storage(key: str, dtype: np.dtype, size: int) -> _Storage:
+        def read() -> bytes:
+            start = places[key] + 8
+            end = start + size * dtype.itemsize
+            if int.from_bytes(content[start - 8:start], "little") != size or len(content) < end:
+                raise ValueError(f"the storage {key} is cut short")
+            return content[start:end]
+
+        return wanted.setdefault(key, _Storage(dtype, size, read))
+
+    found, length = _run(content[place:], storage)
+    place += length
+    keys, length = _run(content[place:], _no_storage)
+    place += length
+    for key in keys if isinstance(keys, list) else ():
+        if key not in wanted:
+            raise _Refused(f"the storage {_shown(key)} is of nothing")
+        places[key] = place
+        place += 8 + wanted[key].size * wanted[key].dtype.itemsize
+    if places.keys() != wanted.keys() or place > len(content):
+        raise _Refused("it is cut short: the numbers of some tensors are missing")
+    return found
+
+
+def _no_storage(key: str, dtype: np.dtype, size: int) -> _Storage:
+    raise _Refused("it names tensors where there are none")
+
+
+def _run(program: bytes, storage: Callable[[str, np.dtype, int], _Storage]) -> tuple[Any, int]:
+    """Returns what the pickle that these bytes begin with makes, and its length."""
+    length = _checked(program)
+    return _Reader(program[:length], storage).load(), length
+
+
+def _checked(program: bytes) -> int:
+    """Returns the length of a pickle; raises _Refused for one that would take memory for nothing."""
+    for number, (operation, argument, place) in enumerate(pickletools.genops(io.BytesIO(program))):
+        if number > MAX_OPERATIONS:
+            raise _Refused(f"its pickle has more than {MAX_OPERATIONS:,} operations")
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > number:  # it is the size of a table
+            raise _Refused("its pickle numbers what it makes beyond what it makes")
+        if operation.name == "STOP":
+            return place + 1
+    raise ValueError("the pickle has no end")
+
+
+class _Reader(pickle.Unpickler):
+    """Runs a pickle that can make tensors and plain containers alone."""
+
+    def __init__(self, program: bytes, storage: Callable[[str, np.dtype, int], _Storage]):
+        super().__init__(io.BytesIO(program), encoding="latin1")
+        self._storage = storage
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module}.{name}"
+        if full in KNOWN:
+            return KNOWN[full]
+        if module in ("torch", "torch.storage") and name in STORAGES:
+            return np.dtype(STORAGES[name])
+        if module == "torch" and name in DTYPES:
+            return np.dtype(DTYPES[name])
+        if any(full == each or (each.endswith(".") and full.startswith(each)) for each in NEEDLESS) and not any(
+                full.startswith(each) for each in NOT_NEEDLESS):
+            return _Needless
+        raise _Refused(f"its pickle asks for {_shown(full)}, which no file of weights needs; if you trust it, load it "
+                       "with torch and save its state_dict()")
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
+            raise _Refused("it names its tensors as torch.save does not")
+        _, dtype, key, _, size = pid[:5]
+        if not (isinstance(dtype, np.dtype) and isinstance(key, str) and _is_size(size)):
+            raise _Refused("it describes its tensors as torch.save does not")
+        if len(pid) == 6 and pid[5] is not None:
+            raise _Refused("its tensors are views of each other, as PyTorch before 0.4 wrote them; save it anew")
+        return self._storage(key, dtype, size)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**48
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *further: Any) -> Tensor:
+    """Returns a view of a storage, as torch's _rebuild_tensor_v2 and v3 (whose 6th argument is the dtype) do."""
+    dtype = next((each for each in further if isinstance(each, np.dtype)), None)
+    sizes = [offset, *shape, *strides] if isinstance(shape, tuple) and isinstance(strides, tuple) else [None]
+    if not isinstance(storage, _Storage) or not all(map(_is_size, sizes)) or len(shape) != len(strides):
+        raise _Refused("it describes a tensor as torch.save does not")
+    dtype = dtype or storage.dtype
+    numbers = storage.size * storage.dtype.itemsize // dtype.itemsize
+    last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    count = math.prod(shape)
+    if len(shape) > 32 or count > numbers or (count and last >= numbers):
+        raise _Refused(f"a tensor of {list(shape)} is larger than what it is a view of, {numbers} numbers")
+
+    def read() -> np.ndarray:
+        if not count:
+            return np.zeros(shape, dtype)
+        steps = tuple(stride * dtype.itemsize for stride in strides)
+        return np.ndarray(shape, dtype, storage.content(), offset * dtype.itemsize, steps)
+
+    return Tensor(read, shape)
+
+
+def _parameter(data: Any, *further: Any) -> Any:
+    return data
+
+
+KNOWN: dict[str, Any] = {
+    "collections.OrderedDict": collections.OrderedDict,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch.nn.parameter.Parameter": _parameter,
+}
