@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -25,31 +26,77 @@ AXES = ("data", "zero", "fsdp", "tensor")
 # of q, k and v is whole along `tensor`: its columns are three matrices side by side, and cutting them would not cut
 # heads.
 TENSOR_RULES = ((r"block_\d+/mlp/fc1/(kernel|bias)$", "out"), (r"block_\d+/(attn/proj|mlp/fc2)/kernel$", "in"))
+# Kind of device or platform → what shares the first stage of a reduction over all devices, which sums what is whole,
+# where the second sums pieces. One stage would do, but libtpu (0.0.52) turns a reduce-scatter over all devices at once
+# into an all-reduce.
+# - pair: two devices, the cores of a chip, whose exchange needs no link.
+# - half: half of the slice, a box, over nearly all links of the torus; the second stage, between the halves, sends few
+#   bytes. Pairs first would send half of all bytes over one link of each chip.
+# - one: all at once, since NCCL does as it is told.
+STAGES = {"TPU v2": "pair", "TPU v3": "pair", "TPU7x": "pair", "tpu": "half", "gpu": "one", "cpu": "pair"}
 
 
 def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
     """Returns the mesh that `config.mesh` of a config without 'auto' describes over all devices, or those given.
 
+    Several slices are the outermost part of `data`; all other axes lie inside a slice. With ZeRO, `data` is then the
+    slices alone: a gradient is scattered over the devices of a slice, and its pieces are summed over the slices.
+
     Raises:
-      UserError: the axes do not multiply to the number of devices, the batch does not divide, or gradients would be
-        summed in less than activations have.
+      UserError: the axes do not multiply to the number of devices, do not fit the slices, the batch does not divide, or
+        gradients would be summed in less than activations have.
     """
     devices = jax.devices() if devices is None else devices
     data, fsdp, tensor = mesh_sizes(config, len(devices))
     _check_batch(config, data * fsdp)
-    make = partial(jax.make_mesh, axis_types=(AxisType.Auto,) * 4, devices=devices)
     assert config.mesh.zero != "auto", "config.for_platform comes first"
     if config.mesh.reduce == "bfloat16" and config.model.dtype != "bfloat16":
         raise UserError(f"mesh.reduce=bfloat16 with activations in {config.model.dtype} would round the parameters; "
                         "use model.dtype=bfloat16 or mesh.reduce=float32")
+    slices = _slices(config, devices)
+    if data % len(slices):
+        raise UserError(f"mesh.data={data} does not divide over {len(slices)} slices, which share rows alone; lower "
+                        "mesh.fsdp or mesh.tensor, which lie inside a slice")
+    data //= len(slices)
     data, zero = (1, data) if config.mesh.zero == "on" else (data, 1)
-    rows = zero * fsdp
-    if data > 1 or rows not in (zero, fsdp) or rows < 4 or rows % 2 or devices[0].platform == "gpu":
-        return make((data, zero, fsdp, tensor), AXES)
-    # All rows are along one axis that cuts parameters. Two axes instead, neighbours along the first: libtpu (0.0.52)
-    # turns a reduce-scatter over all devices at once into an all-reduce, and an all-gather likewise; NCCL does not.
-    line = make((1, rows // 2, 2, tensor), AXES).devices
-    return Mesh(line.swapaxes(1, 2), AXES, axis_types=(AxisType.Auto,) * 4)
+    grids = [_slice_mesh((data, zero, fsdp, tensor), part) for part in slices]
+    return Mesh(np.concatenate(grids), AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def _slices(config: ConfigDict, devices: list[jax.Device]) -> list[list[jax.Device]]:
+    """Returns the devices of each slice, in the order of the slices; raises UserError where mesh.slices does not fit.
+
+    Devices that do not say their slice, as those of CPUs and GPUs, are parted in their order, which is by process.
+    """
+    known: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        known.setdefault(getattr(device, "slice_index", 0) or 0, []).append(device)
+    wanted = config.mesh.slices
+    if wanted < 1 and wanted != -1:
+        raise UserError(f"mesh.slices={wanted}; expected how many slices there are, or -1 to find out")
+    if len(known) > 1 or devices[0].platform == "tpu":
+        if wanted not in (-1, len(known)):
+            raise UserError(f"mesh.slices={wanted}, but the devices are in {len(known)} "
+                            f"slice{'s' if len(known) > 1 else ''}; write that, or -1")
+        return [known[index] for index in sorted(known)]
+    if len(devices) % (parts := max(wanted, 1)):
+        raise UserError(f"mesh.slices={wanted} does not divide {len(devices)} device{'s' if len(devices) > 1 else ''}")
+    return [devices[start : start + len(devices) // parts] for start in range(0, len(devices), len(devices) // parts)]
+
+
+def _slice_mesh(sizes: tuple[int, int, int, int], devices: list[jax.Device]) -> np.ndarray:
+    """Returns the devices of one slice as an array of the sizes of AXES, or with the axis that cuts parameters in two.
+
+    Where all rows are along one axis that cuts parameters, `zero` and `fsdp` are the two stages of its reductions.
+    """
+    data, zero, fsdp, tensor = sizes
+    rows, first = zero * fsdp, STAGES.get(devices[0].device_kind) or STAGES[devices[0].platform]
+    place = partial(mesh_utils.create_device_mesh, devices=devices, allow_split_physical_axes=True)
+    fewest = 8 if first == "half" else 4  # four chips are one ring, over which libtpu does scatter
+    if data > 1 or rows not in (zero, fsdp) or rows < fewest or rows % 2 or first == "one":
+        return place(sizes)
+    # The last axes are placed first, the closest together.
+    return place((1, rows // 2, 2, tensor) if first == "pair" else (1, 2, rows // 2, tensor)).swapaxes(1, 2)
 
 
 def mesh_sizes(config: ConfigDict, devices: int) -> list[int]:

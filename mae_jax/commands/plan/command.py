@@ -7,7 +7,7 @@
 
 Topologies are v2, v3, v4, v5e, v5p, v6e and 7x with the chips along each dimension, or accelerator types as Cloud TPU
 names them (v5litepod-8 is v5e:2x4); they need libtpu, the extra `plan`. For --devices=N simulated devices there is no
-time. A sweep compiles every combination of the values; of more than --best of them, first with the layers in a loop,
+time. --config.mesh.slices=2 plans for two slices of the topology. A sweep compiles every combination of the values; of more than --best of them, first with the layers in a loop,
 which compiles fast, and then without it those that fit and move the least memory per image. What was compiled is kept
 in --cache and found again while config, code and versions are the same.
 """
@@ -54,7 +54,7 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")  # nothing runs, and a TPU of this machine stays free
     if DEVICES.value:
         cost.simulate(DEVICES.value)
-    target = cost.target(TOPOLOGY.value, DEVICES.value)
+    target = cost.target(TOPOLOGY.value, DEVICES.value, CONFIG.value.mesh.slices)
     if cells:
         result = sweep.run(CONFIG.value, target, cells, BEST.value, EXAMPLES.value, CACHE.value, logger.info)
         print(sweep.table(result))
