@@ -6,6 +6,7 @@ optimizer and averages over `data` as well; in the mesh itself, that axis is the
 scattered to where its piece of the optimizer lives as it is summed, and each parameter is gathered once a step.
 """
 
+import math
 import re
 from functools import partial
 from typing import Any
@@ -26,14 +27,16 @@ AXES = ("data", "zero", "fsdp", "tensor")
 # of q, k and v is whole along `tensor`: its columns are three matrices side by side, and cutting them would not cut
 # heads.
 TENSOR_RULES = ((r"block_\d+/mlp/fc1/(kernel|bias)$", "out"), (r"block_\d+/(attn/proj|mlp/fc2)/kernel$", "in"))
-# Kind of device or platform → what shares the first stage of a reduction over all devices, which sums what is whole,
-# where the second sums pieces. One stage would do, but libtpu (0.0.52) turns a reduce-scatter over all devices at once
-# into an all-reduce.
-# - pair: two devices, the cores of a chip, whose exchange needs no link.
-# - half: half of the slice, a box, over nearly all links of the torus; the second stage, between the halves, sends few
-#   bytes. Pairs first would send half of all bytes over one link of each chip.
-# - one: all at once, since NCCL does as it is told.
-STAGES = {"TPU v2": "pair", "TPU v3": "pair", "TPU7x": "pair", "tpu": "half", "gpu": "one", "cpu": "pair"}
+# Kind of device or platform → who adds up first where a reduction over all devices has two stages: the second sends
+# pieces alone. One stage over the whole torus would be best, but libtpu (0.0.52) turns a reduce-scatter over all devices
+# at once into an all-reduce, which sends twice as much; it does so from 16 chips on, on v4 and v5p from 8.
+# - cores: the two of a chip, whose exchange needs no link.
+# - half: half of the slice, a box, over nearly all links of the torus. Pairs of neighbors first would send half of all
+#   bytes over one link of each chip. By the planner this takes 0.72 (v5e:4x4), 0.77 (v6e:4x4) times as long as one
+#   stage does, and 0.60 and 0.56 times as long as pairs first; on 8 chips 1.2 to 1.5 times as long as one stage.
+# - all: in one stage, since NCCL does as it is told.
+STAGES = {"TPU v2": "cores", "TPU v3": "cores", "TPU7x": "cores", "tpu": "half", "gpu": "all", "cpu": "cores"}
+FEWEST = {"cores": 4, "half": 16, "all": math.inf}  # devices from which on there are two stages
 
 
 def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
@@ -92,11 +95,10 @@ def _slice_mesh(sizes: tuple[int, int, int, int], devices: list[jax.Device]) -> 
     data, zero, fsdp, tensor = sizes
     rows, first = zero * fsdp, STAGES.get(devices[0].device_kind) or STAGES[devices[0].platform]
     place = partial(mesh_utils.create_device_mesh, devices=devices, allow_split_physical_axes=True)
-    fewest = 8 if first == "half" else 4  # four chips are one ring, over which libtpu does scatter
-    if data > 1 or rows not in (zero, fsdp) or rows < fewest or rows % 2 or first == "one":
+    if data > 1 or rows not in (zero, fsdp) or rows < FEWEST[first] or rows % 2:
         return place(sizes)
     # The last axes are placed first, the closest together.
-    return place((1, rows // 2, 2, tensor) if first == "pair" else (1, 2, rows // 2, tensor)).swapaxes(1, 2)
+    return place((1, rows // 2, 2, tensor) if first == "cores" else (1, 2, rows // 2, tensor)).swapaxes(1, 2)
 
 
 def mesh_sizes(config: ConfigDict, devices: int) -> list[int]:

@@ -62,7 +62,7 @@ def test_the_cores_of_a_chip_add_up_first(name):
     assert all(len(np.unique(places(pair), axis=0)) == 1 for pair in mesh.devices.reshape(2, -1).T)
 
 
-@pytest.mark.parametrize("name", ["v4:4x4x4", "v4:2x2x4", "v5e:4x4", "v5e:8x16", "v5p:4x4x8", "v6e:2x4", "v6e:16x16"])
+@pytest.mark.parametrize("name", ["v4:4x4x4", "v4:2x2x4", "v5e:4x4", "v5e:8x16", "v5p:4x4x8", "v6e:4x4", "v6e:16x16"])
 def test_on_chips_of_one_core_the_halves_of_a_slice_add_up_first_and_each_is_a_box(name):
     devices = tpu.devices(name)
     mesh = sharding.make_mesh(tpu_config({}, len(devices)), devices)
@@ -72,10 +72,11 @@ def test_on_chips_of_one_core_the_halves_of_a_slice_add_up_first_and_each_is_a_b
         assert np.prod(np.ptp(coords, axis=0) + 1) == len(devices) // 2
 
 
-@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v6e:2x2"])
-def test_four_chips_add_up_at_once(name):
-    mesh = sharding.make_mesh(tpu_config({}, 4), tpu.devices(name))
-    assert (mesh.shape["zero"], mesh.shape["fsdp"]) == (4, 1)
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x4", "v5p:2x2x2"])
+def test_a_few_chips_add_up_at_once(name):
+    devices = tpu.devices(name)
+    mesh = sharding.make_mesh(tpu_config({}, len(devices)), devices)
+    assert (mesh.shape["zero"], mesh.shape["fsdp"]) == (len(devices), 1)
 
 
 @pytest.mark.parametrize("name", ["v3:2x2", "v5e:4x4", "v4:2x2x2"])
