@@ -28,8 +28,8 @@ AXES = ("data", "zero", "fsdp", "tensor")
 # heads.
 TENSOR_RULES = ((r"block_\d+/mlp/fc1/(kernel|bias)$", "out"), (r"block_\d+/(attn/proj|mlp/fc2)/kernel$", "in"))
 # Kind of device or platform → who adds up first where a reduction over all devices has two stages: the second sends
-# pieces alone. One stage over the whole torus would be best, but libtpu (0.0.52) turns a reduce-scatter over all devices
-# at once into an all-reduce, which sends twice as much; it does so from 16 chips on, on v4 and v5p from 8.
+# pieces alone. One stage over the whole torus would be best, but there libtpu (0.0.52) makes an all-reduce of a
+# reduce-scatter, which sends twice as much: on v5e and v6e from 16 chips on, on v4 from 8.
 # - cores: the two of a chip, whose exchange needs no link.
 # - half: half of the slice, a box, over nearly all links of the torus. Pairs of neighbors first would send half of all
 #   bytes over one link of each chip. By the planner this takes 0.72 (v5e:4x4), 0.77 (v6e:4x4) times as long as one

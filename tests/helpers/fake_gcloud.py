@@ -5,9 +5,10 @@ really runs, under bash, so that quoting, locks and signals are the true ones; o
 the true one it returns the code of the first worker that failed, 255 for a connection.
 
 The scenario has lists, of which each call takes the next item and keeps the last: `node` and `request` are the states
-that are listed (of two slices, two words are one each); `create`, `list` and `delete` messages of errors, '' for none; the name of what workers do (`install`,
-`start`, `follow`, `report`) is a list of '' (do it), 'refused' (255, nothing is done), 'twice' (again, once the
-log has a line), 'drop' (255, once the log has a line), 'preempted' (as drop, and the slice is PREEMPTED).
+that are listed (two words: of two slices, one each); `create`, `list` and `delete` messages of errors, '' for none; the
+name of what workers do (`install`, `start`, `follow`, `report`) is a list of '' (do it), 'refused' (255, nothing is
+done), 'twice' (again, once the log has a line), 'drop' (255, once the log has a line), 'preempted' (as drop, and the
+slice is PREEMPTED).
 """
 
 import json

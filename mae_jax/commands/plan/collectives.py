@@ -34,8 +34,8 @@ from mae_jax.commands.plan.tpu import Torus
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 OPERATION = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ({KINDS})(-start)?\(")
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
-BETWEEN = re.compile(r"^\s*%?[\w.-]+ = \((\S+), .* send\(.*"
-                     r'_xla_megascale_target="\{([\d,:]+)\}x.*_xla_megascale_transfer_type="(\w+)"')
+BETWEEN = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = \((\S+), .* send\(.*_xla_megascale_target="
+                     r'(?:"\{([\d,:]+)\}x.*_xla_megascale_transfer_type="(\w+)")?')
 SLICES = " of slices"  # what the kind of such a collective ends with
 SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 # Custom calls that take no time: they reserve memory, begin or end a collective that other work overlaps (its parts are
@@ -67,7 +67,7 @@ class Collective(NamedTuple):
     @property
     def sent(self) -> float:
         """Bytes that each device sends, at the least. Stages of one reduction or gathering add up to the whole one."""
-        share = 1 if self.kind == "collective-permute" else (self.size - 1) / self.size
+        share = 1 if self.kind.startswith("collective-permute") else (self.size - 1) / self.size
         return self.bytes * share * (2 if self.kind.startswith("all-reduce") else 1)
 
 
@@ -104,8 +104,13 @@ def withheld_seconds(text: str) -> float:
     return float(text.count('custom_call_target="ConcatBitcast"'))
 
 
-def _of_slices(shape: str, target: str, transfer: str) -> Collective:
-    """Returns the collective that a `send` begins, whose operand is `shape`; slices 1 to 3 are written '1:3'."""
+def _of_slices(shape: str, target: str | None, transfer: str | None) -> Collective:
+    """Returns the collective that a `send` begins, whose operand is `shape`.
+
+    Its target is the numbers of slices, as '1,2' or '1:2', or for a permutation something else.
+    """
+    if not target or not transfer:
+        return Collective("collective-permute" + SLICES, shape.split("[")[0], _bytes(shape), ((0, 1),))
     ranges = [part.split(":") for part in target.split(",")]
     members = sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ranges)
     kind = transfer.lower().replace("_", "-")
