@@ -1,6 +1,10 @@
 """Meshes over the devices that libtpu describes, of slices that need not be there."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -20,6 +24,13 @@ SETTINGS = (
 NAMES = sorted({name for name in tpu.types().values() if 4 <= math.prod(tpu.parse(name)[1]) <= 512} | {
     "v2:2x2", "v3:16x32", "v4:4x4x8", "v5e:8x8", "v5p:4x4x4", "v6e:4x4", "v6e:8x16", "7x:2x2x2", "7x:4x4x8"})
 FAST = ("v3:2x2", "v4:4x4x4", "v5e:4x4", "v5p:4x4x4", "v6e:4x4", "7x:2x2x1")
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """Sets what a description needs, so that it does not stay set."""
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
 def tpu_config(fields: dict[str, int | str], devices: int) -> ConfigDict:
@@ -102,3 +113,26 @@ def test_what_does_not_fit_the_slices_is_refused(fields, line):
     with pytest.raises(UserError, match=line) as error:
         sharding.make_mesh(tpu_config(fields, 16), tpu.devices("v3:2x2", 2))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.compile
+@pytest.mark.timeout(900)
+def test_gradients_are_scattered_within_a_slice_and_their_pieces_summed_over_slices():
+    """A kernel has 4,194,304 values, so that both have 33.6 MB in float32."""
+    cases = ["v5e:4x4*1", "v4:4x4x4*1", "v5e:2x4*2"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}  # libtpu ends at flags that are for CPUs
+    done = subprocess.run([sys.executable, "-m", "tests.multidevice.compile_stages", *cases], capture_output=True,
+                          text=True, timeout=900, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = {case: {(row["kind"], row["group_size"]): row for row in found if row["bytes"] > 2**18}
+            for case, found in json.loads(done.stdout.splitlines()[-1]).items()}
+    for case, half in (("v5e:4x4*1", 8), ("v4:4x4x4*1", 32)):
+        kinds = {("reduce-scatter", half), ("reduce-scatter", 2), ("all-gather", half), ("all-gather", 2)}
+        assert rows[case].keys() == kinds
+        assert rows[case]["reduce-scatter", 2]["bytes"] == rows[case]["reduce-scatter", half]["bytes"] // half
+    found = rows["v5e:2x4*2"]
+    assert found.keys() == {("reduce-scatter", 8), ("all-gather", 8), ("all-reduce of slices", 2)}
+    # Each device sends its eighth, twice the half of it; a bias's gradient is small, and counted too.
+    sent = found["all-reduce of slices", 2]["bytes_sent"]
+    assert 33554432 / 8 <= sent < 1.1 * 33554432 / 8
+    assert found["all-reduce of slices", 2]["seconds"] == pytest.approx(sent / 3.125e9)
