@@ -69,22 +69,23 @@ def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Me
 def _slices(config: ConfigDict, devices: list[jax.Device]) -> list[list[jax.Device]]:
     """Returns the devices of each slice, in the order of the slices; raises UserError where mesh.slices does not fit.
 
-    Devices that do not say their slice, as those of CPUs and GPUs, are parted in their order, which is by process.
+    TPUs say which slice they are in. Others are parted in their order, which is by process.
     """
-    known: dict[int, list[jax.Device]] = {}
-    for device in devices:
-        known.setdefault(getattr(device, "slice_index", 0) or 0, []).append(device)
-    wanted = config.mesh.slices
-    if wanted < 1 and wanted != -1:
-        raise UserError(f"mesh.slices={wanted}; expected how many slices there are, or -1 to find out")
-    if len(known) > 1 or devices[0].platform == "tpu":
-        if wanted not in (-1, len(known)):
-            raise UserError(f"mesh.slices={wanted}, but the devices are in {len(known)} "
+    count = config.mesh.slices
+    if count < 1 and count != -1:
+        raise UserError(f"mesh.slices={count}; expected how many slices there are, or -1 to find out")
+    if devices[0].platform == "tpu":
+        known: dict[int, list[jax.Device]] = {}
+        for device in devices:
+            known.setdefault(getattr(device, "slice_index", 0), []).append(device)
+        if count not in (-1, len(known)):
+            raise UserError(f"mesh.slices={count}, but the devices are in {len(known)} "
                             f"slice{'s' if len(known) > 1 else ''}; write that, or -1")
         return [known[index] for index in sorted(known)]
-    if len(devices) % (parts := max(wanted, 1)):
-        raise UserError(f"mesh.slices={wanted} does not divide {len(devices)} device{'s' if len(devices) > 1 else ''}")
-    return [devices[start : start + len(devices) // parts] for start in range(0, len(devices), len(devices) // parts)]
+    size, rest = divmod(len(devices), max(count, 1))
+    if rest:
+        raise UserError(f"mesh.slices={count} does not divide {len(devices)} device{'s' if len(devices) > 1 else ''}")
+    return [devices[start : start + size] for start in range(0, len(devices), size)]
 
 
 def _slice_mesh(sizes: tuple[int, int, int, int], devices: list[jax.Device]) -> np.ndarray:

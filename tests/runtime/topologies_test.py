@@ -131,8 +131,8 @@ def test_gradients_are_scattered_within_a_slice_and_their_pieces_summed_over_sli
         assert rows[case].keys() == kinds
         assert rows[case]["reduce-scatter", 2]["bytes"] == rows[case]["reduce-scatter", half]["bytes"] // half
     found = rows["v5e:2x4*2"]
-    assert found.keys() == {("reduce-scatter", 8), ("all-gather", 8), ("all-reduce of slices", 2)}
+    assert found.keys() == {("reduce-scatter", 8), ("all-gather", 8), ("DCN all-reduce", 2)}
     # Each device sends its eighth, twice the half of it; a bias's gradient is small, and counted too.
-    sent = found["all-reduce of slices", 2]["bytes_sent"]
+    sent = found["DCN all-reduce", 2]["bytes_sent"]
     assert 33554432 / 8 <= sent < 1.1 * 33554432 / 8
-    assert found["all-reduce of slices", 2]["seconds"] == pytest.approx(sent / 3.125e9)
+    assert found["DCN all-reduce", 2]["seconds"] == pytest.approx(sent / 3.125e9)

@@ -36,7 +36,7 @@ OPERATION = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ({KINDS})(-sta
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 BETWEEN = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = \((\S+), .* send\(.*_xla_megascale_target="
                      r'(?:"\{([\d,:]+)\}x.*_xla_megascale_transfer_type="(\w+)")?')
-SLICES = " of slices"  # what the kind of such a collective ends with
+DCN = "DCN "  # what the kind of such a collective begins with
 SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 # Custom calls that take no time: they reserve memory, begin or end a collective that other work overlaps (its parts are
 # counted once, below), or name as one what already lies in one piece.
@@ -47,7 +47,7 @@ class Collective(NamedTuple):
     """One collective of a compiled text.
 
     Attributes:
-      kind: all-reduce, reduce-scatter, all-gather, all-to-all or collective-permute; 'all-reduce of slices' ...
+      kind: all-reduce, reduce-scatter, all-gather, all-to-all or collective-permute; of slices: 'DCN all-reduce'.
       dtype: of its arrays, as 'f32'.
       bytes: of the whole array on one device, before it is scattered or after it is gathered.
       groups: who takes part with whom, as positions in the mesh, or numbers of slices; pairs (from, to) for a
@@ -67,8 +67,8 @@ class Collective(NamedTuple):
     @property
     def sent(self) -> float:
         """Bytes that each device sends, at the least. Stages of one reduction or gathering add up to the whole one."""
-        share = 1 if self.kind.startswith("collective-permute") else (self.size - 1) / self.size
-        return self.bytes * share * (2 if self.kind.startswith("all-reduce") else 1)
+        share = 1 if self.kind.endswith("permute") else (self.size - 1) / self.size
+        return self.bytes * share * (2 if self.kind.endswith("all-reduce") else 1)
 
 
 def parse(text: str, devices: int) -> Iterator[Collective]:
@@ -110,12 +110,12 @@ def _of_slices(shape: str, target: str | None, transfer: str | None) -> Collecti
     Its target is the numbers of slices, as '1,2' or '1:2', or for a permutation something else.
     """
     if not target or not transfer:
-        return Collective("collective-permute" + SLICES, shape.split("[")[0], _bytes(shape), ((0, 1),))
+        return Collective(DCN + "permute", shape.split("[")[0], _bytes(shape), ((0, 1),))
     ranges = [part.split(":") for part in target.split(",")]
     members = sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ranges)
     kind = transfer.lower().replace("_", "-")
     size = _bytes(shape) * (members if kind == "all-gather" else 1)
-    return Collective(kind + SLICES, shape.split("[")[0], size, (tuple(range(members)),))
+    return Collective(DCN + kind, shape.split("[")[0], size, (tuple(range(members)),))
 
 
 def unpriced(text: str) -> list[str]:
@@ -127,7 +127,7 @@ def unpriced(text: str) -> list[str]:
 
 def seconds_per_byte(kind: str, groups: tuple[tuple[int, ...], ...], torus: Torus) -> float:
     """Returns the time that a collective takes per byte of its array, by the model above."""
-    if kind.endswith(SLICES):
+    if kind.startswith(DCN):
         return Collective(kind, "", 1, groups).sent / torus.network_rate
     if kind == "collective-permute":
         return _permutation_seconds(groups, torus)
