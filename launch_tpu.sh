@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice: creates it, installs this commit on all its workers, runs, and starts again until the run
-# is done. `./launch_tpu.sh --help` shows an example. What the workers do is in scripts/launch_tpu_worker.sh.
+# Trains on a Cloud TPU slice, or several: creates it, installs this commit on all its workers, runs, and starts again
+# until the run is done. `./launch_tpu.sh --help` shows an example. What the workers do is in scripts/launch_tpu_worker.sh.
 set -euo pipefail
 
 # A machine that was taken away closes no connection: without these, ssh would wait for it for ever.
 readonly SSH_FLAGS=(--ssh-flag=-oConnectTimeout=20 --ssh-flag=-oServerAliveInterval=30
                     --ssh-flag=-oServerAliveCountMax=4)
 
-name="" zone="" type="" project="" version="" service_account="" retries=100
+name="" zone="" type="" project="" version="" service_account="" retries=100 slices=1
 spot="" queued="" keep="" dry_run="" train=()
 pause=${LAUNCH_TPU_PAUSE:-30}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -39,6 +39,7 @@ runs, with the packages that were current at its date. The slice is the launcher
   --version=VERSION         of the TPU's software, else the one for the type
   --spot                    cheaper, and taken away when others need it
   --queued                  wait in the queue until there is room
+  --slices=N                so many slices of the type as one run, with --queued; every command needs it but delete
   --service-account=EMAIL   act as this account, which needs to read the data and write the workdir, and no more
   --retries=N               how often `run` tries again, 100
   --keep                    `run` leaves the slice at its end
@@ -68,6 +69,7 @@ parse() { # OPTION... [-- ARGUMENT...]
       --version=*) version=${1#*=} ;;
       --service-account=*) service_account=${1#*=} ;;
       --retries=*) retries=${1#*=} ;;
+      --slices=*) slices=${1#*=} ;;
       --spot) spot=yes ;;
       --queued) queued=yes ;;
       --keep) keep=yes ;;
@@ -88,6 +90,7 @@ check() { # OPTION...: these must be given
   [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "--name=$name; expected small letters, digits and -, as vit-l-1"
   [[ "$retries $pause" =~ ^(0|[1-9][0-9]*)\ (0|[1-9][0-9]*)$ ]] ||
     fail "--retries=$retries, LAUNCH_TPU_PAUSE=$pause; expected whole numbers"
+  [[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices=$slices; expected how many slices, 1 or more"
   [[ $dry_run ]] || command -v gcloud >/dev/null ||
     fail "gcloud is not installed: https://cloud.google.com/sdk/docs/install, then gcloud auth login"
 }
@@ -150,10 +153,18 @@ shown() { # COMMAND...: shows a command as it can be pasted, and runs it
 
 cloud() { shown gcloud compute tpus "$@" --zone="$zone" ${project:+"--project=$project"} --quiet; }
 
-on_workers() { # WORD...: on all workers; on one alone, JAX would wait for the others
+everywhere() { # ssh|scp ARGUMENT...: on all workers; on one alone, JAX would wait for the others
+  if ((slices > 1)); then
+    cloud queued-resources "$@" --node=all --worker=all
+  else
+    cloud tpu-vm "$@" --worker=all
+  fi
+}
+
+on_workers() { # WORD...
   local text
   printf -v text ' %q' "$@"
-  cloud tpu-vm ssh "$name" --worker=all "${SSH_FLAGS[@]}" --command="bash mae_jax/src/scripts/launch_tpu_worker.sh$text"
+  everywhere ssh "$name" "${SSH_FLAGS[@]}" --command="bash mae_jax/src/scripts/launch_tpu_worker.sh$text"
 }
 
 list() { # tpu-vm|queued-resources: NAME,STATE of all in the zone
@@ -163,9 +174,15 @@ list() { # tpu-vm|queued-resources: NAME,STATE of all in the zone
 }
 
 state_of() { # tpu-vm|queued-resources: its state, nothing where there is none; fails where gcloud cannot say
-  local rows
+  local rows nodes=1
+  [[ $1 == queued-resources ]] || nodes=$slices
   rows=$(quiet=yes && list "$1") || return
-  awk -F, -v name="$name" '$1 == name { print $2 }' <<<"$rows"
+  awk -F, -v name="$name" -v nodes="$nodes" '  # of several slices, the state of the one that is furthest from ready
+    nodes == 1 ? $1 == name : $1 ~ "^" name "-[0-9]+$" {
+      found++
+      if ($2 ~ /^(PREEMPTED|TERMINATED|STOP|HID)/) lost = $2; else if ($2 != "READY") other = $2
+    }
+    END { if (found) print lost ? lost : other ? other : found < nodes ? "CREATING" : "READY" }' <<<"$rows"
 }
 
 create() {
@@ -173,7 +190,9 @@ create() {
   [[ ! $spot ]] || more+=(--spot)
   [[ ! $service_account ]] || more+=("--service-account=$service_account")
   if [[ $queued ]]; then
-    cloud queued-resources create "$name" --node-id="$name" --runtime-version="$version" "${more[@]}"
+    local -a nodes=("--node-id=$name")
+    ((slices == 1)) || nodes=("--node-count=$slices" "--node-prefix=$name")  # NAME-0, NAME-1 ...
+    cloud queued-resources create "$name" "${nodes[@]}" --runtime-version="$version" "${more[@]}"
   else
     cloud tpu-vm create "$name" --version="$version" "${more[@]}"
   fi
@@ -195,8 +214,8 @@ pack() {
 install() {
   local date
   date=$(git -C "$root" show -s --format=%cI "$commit")
-  cloud tpu-vm scp "$archive" "$name:mae_jax.tar.gz" --worker=all &&
-    cloud tpu-vm ssh "$name" --worker=all "${SSH_FLAGS[@]}" --command="mkdir -p mae_jax/new &&\
+  everywhere scp "$archive" "$name:mae_jax.tar.gz" &&
+    everywhere ssh "$name" "${SSH_FLAGS[@]}" --command="mkdir -p mae_jax/new &&\
  tar -xzf mae_jax.tar.gz -C mae_jax/new && bash mae_jax/new/scripts/launch_tpu_worker.sh install $commit $date" &&
     slice=installed
 }
@@ -355,6 +374,7 @@ main() { # COMMAND OPTION...
   esac
   check name zone
   case $command in run | create) check type && check_type ;; esac
+  case $command in run | create) [[ $slices == 1 || $queued ]] || fail "--slices=$slices needs --queued" ;; esac
   case $command in run | install | start) check_commit ;; esac
   case $command in run | start) check_run ;; esac
   trap 'say "stopped watching; $name, if it is there, goes on and costs money until: $(how_to_delete)"; exit 130' \

@@ -154,6 +154,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "fsdp": 1,  # devices that share rows, and hold a part of each parameter
         "tensor": 1,  # devices that share heads and hidden units
         "zero": "auto",  # on, off: parameters and optimizer cut over `data` too (ZeRO); auto: on, but for CPUs
+        "slices": -1,  # joined by the data-centre network, each with a copy of what is cut; -1: as many as TPUs are in
         "reduce": "float32",  # in which the gradients of kernels are summed over devices; or bfloat16
     },
     "checkpoint": {

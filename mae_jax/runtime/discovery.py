@@ -52,7 +52,7 @@ def find(coordinator: str, processes: int, process: int, environ: Mapping[str, s
 
     Args:
       coordinator: HOST:PORT of process 0; 'off': alone, whatever the environment says; 'auto': several processes under
-        `srun` with more than one task, and on a TPU VM whose slice has more than one host, else alone.
+        `srun` with more than one task, and on a TPU VM of more than one host or slice, else alone.
       processes: how many, with HOST:PORT.
       process: the number of this one, from 0, with HOST:PORT.
       environ: the environment variables.
@@ -93,18 +93,26 @@ def _slurm(environ: Mapping[str, str]) -> ProcessInfo | None:
 
 
 def _tpu(environ: Mapping[str, str]) -> ProcessInfo | None:
-    """Asks what GKE says in the environment, or the metadata server of a machine that has TPU chips."""
+    """Asks what GKE says in the environment, or the metadata server of a machine that has TPU chips.
+
+    Of several slices, which are alike, the processes are numbered slice by slice.
+    """
     if (environ.get("JAX_PLATFORMS") or "tpu").split(",")[0] != "tpu":
         return None
-    hosts, number = environ.get("TPU_WORKER_HOSTNAMES", ""), environ.get("TPU_WORKER_ID", "")
+    hosts, number, several = environ.get("TPU_WORKER_HOSTNAMES", ""), environ.get("TPU_WORKER_ID", ""), dict(environ)
     if not hosts and _chips() and "TPU_SKIP_MDS_QUERY" not in environ:
         server = environ.get("GCE_METADATA_IP", "metadata.google.internal")
         hosts, number = (_metadata(server, name) for name in ("worker-network-endpoints", "agent-worker-number"))
+        # Lines such as "MEGASCALE_NUM_SLICES: '2'".
+        several = dict(re.findall(r"^\s*(\w+):\s*'?([^'\n]*)", _metadata(server, "tpu-env"), re.MULTILINE)) | several
     # One of 'host', 'name:number:address'.
     names = [host.split(":")[-1] for host in hosts.split(",") if host]
-    if len(names) < 2 or not number.isdecimal():
+    slices, own = int(several.get("MEGASCALE_NUM_SLICES") or 1), int(several.get("MEGASCALE_SLICE_ID") or 0)
+    if (slices == 1 and len(names) < 2) or not names or not number.isdecimal():
         return None
-    return ProcessInfo(names[0], TPU_PORT, int(number), len(names))
+    # It names the first process of the first slice; its port is that of libtpu.
+    first = several.get("MEGASCALE_COORDINATOR_ADDRESS", "").split(":")[0] if slices > 1 else ""
+    return ProcessInfo(first or names[0], TPU_PORT, own * len(names) + int(number), slices * len(names))
 
 
 def quiet_libtpu(environ: MutableMapping[str, str]) -> None:

@@ -6,12 +6,14 @@ optimizer and averages over `data` as well; in the mesh itself, that axis is the
 scattered to where its piece of the optimizer lives as it is summed, and each parameter is gathered once a step.
 """
 
+import math
 import re
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -25,31 +27,79 @@ AXES = ("data", "zero", "fsdp", "tensor")
 # of q, k and v is whole along `tensor`: its columns are three matrices side by side, and cutting them would not cut
 # heads.
 TENSOR_RULES = ((r"block_\d+/mlp/fc1/(kernel|bias)$", "out"), (r"block_\d+/(attn/proj|mlp/fc2)/kernel$", "in"))
+# Kind of device or platform → who adds up first where a reduction over all devices has two stages: the second sends
+# pieces alone. One stage over the whole torus would be best, but there libtpu (0.0.52) makes an all-reduce of a
+# reduce-scatter, which sends twice as much: on v5e and v6e from 16 chips on, on v4 from 8.
+# - cores: the two of a chip, whose exchange needs no link.
+# - half: half of the slice, a box, over nearly all links of the torus. Pairs of neighbors first would send half of all
+#   bytes over one link of each chip. By the planner this takes 0.72 (v5e:4x4), 0.77 (v6e:4x4) times as long as one
+#   stage does, and 0.60 and 0.56 times as long as pairs first; on 8 chips 1.2 to 1.5 times as long as one stage.
+# - all: in one stage, since NCCL does as it is told.
+STAGES = {"TPU v2": "cores", "TPU v3": "cores", "TPU7x": "cores", "tpu": "half", "gpu": "all", "cpu": "cores"}
+FEWEST = {"cores": 4, "half": 16, "all": math.inf}  # devices from which on there are two stages
 
 
 def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
     """Returns the mesh that `config.mesh` of a config without 'auto' describes over all devices, or those given.
 
+    Several slices are the outermost part of `data`; all other axes lie inside a slice. With ZeRO, `data` is then the
+    slices alone: a gradient is scattered over the devices of a slice, and its pieces are summed over the slices.
+
     Raises:
-      UserError: the axes do not multiply to the number of devices, the batch does not divide, or gradients would be
-        summed in less than activations have.
+      UserError: the axes do not multiply to the number of devices, do not fit the slices, the batch does not divide, or
+        gradients would be summed in less than activations have.
     """
     devices = jax.devices() if devices is None else devices
     data, fsdp, tensor = mesh_sizes(config, len(devices))
     _check_batch(config, data * fsdp)
-    make = partial(jax.make_mesh, axis_types=(AxisType.Auto,) * 4, devices=devices)
     assert config.mesh.zero != "auto", "config.for_platform comes first"
     if config.mesh.reduce == "bfloat16" and config.model.dtype != "bfloat16":
         raise UserError(f"mesh.reduce=bfloat16 with activations in {config.model.dtype} would round the parameters; "
                         "use model.dtype=bfloat16 or mesh.reduce=float32")
+    slices = _slices(config, devices)
+    if data % len(slices):
+        raise UserError(f"mesh.data={data} does not divide over {len(slices)} slices, which share rows alone; lower "
+                        "mesh.fsdp or mesh.tensor, which lie inside a slice")
+    data //= len(slices)
     data, zero = (1, data) if config.mesh.zero == "on" else (data, 1)
-    rows = zero * fsdp
-    if data > 1 or rows not in (zero, fsdp) or rows < 4 or rows % 2 or devices[0].platform == "gpu":
-        return make((data, zero, fsdp, tensor), AXES)
-    # All rows are along one axis that cuts parameters. Two axes instead, neighbours along the first: libtpu (0.0.52)
-    # turns a reduce-scatter over all devices at once into an all-reduce, and an all-gather likewise; NCCL does not.
-    line = make((1, rows // 2, 2, tensor), AXES).devices
-    return Mesh(line.swapaxes(1, 2), AXES, axis_types=(AxisType.Auto,) * 4)
+    grids = [_slice_mesh((data, zero, fsdp, tensor), part) for part in slices]
+    return Mesh(np.concatenate(grids), AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def _slices(config: ConfigDict, devices: list[jax.Device]) -> list[list[jax.Device]]:
+    """Returns the devices of each slice, in the order of the slices; raises UserError where mesh.slices does not fit.
+
+    TPUs say which slice they are in. Others are parted in their order, which is by process.
+    """
+    count = config.mesh.slices
+    if count < 1 and count != -1:
+        raise UserError(f"mesh.slices={count}; expected how many slices there are, or -1 to find out")
+    if devices[0].platform == "tpu":
+        known: dict[int, list[jax.Device]] = {}
+        for device in devices:
+            known.setdefault(getattr(device, "slice_index", 0), []).append(device)
+        if count not in (-1, len(known)):
+            raise UserError(f"mesh.slices={count}, but the devices are in {len(known)} "
+                            f"slice{'s' if len(known) > 1 else ''}; write that, or -1")
+        return [known[index] for index in sorted(known)]
+    size, rest = divmod(len(devices), max(count, 1))
+    if rest:
+        raise UserError(f"mesh.slices={count} does not divide {len(devices)} device{'s' if len(devices) > 1 else ''}")
+    return [devices[start : start + size] for start in range(0, len(devices), size)]
+
+
+def _slice_mesh(sizes: tuple[int, int, int, int], devices: list[jax.Device]) -> np.ndarray:
+    """Returns the devices of one slice as an array of the sizes of AXES, or with the axis that cuts parameters in two.
+
+    Where all rows are along one axis that cuts parameters, `zero` and `fsdp` are the two stages of its reductions.
+    """
+    data, zero, fsdp, tensor = sizes
+    rows, first = zero * fsdp, STAGES.get(devices[0].device_kind) or STAGES[devices[0].platform]
+    place = partial(mesh_utils.create_device_mesh, devices=devices, allow_split_physical_axes=True)
+    if data > 1 or rows not in (zero, fsdp) or rows < FEWEST[first] or rows % 2:
+        return place(sizes)
+    # The last axes are placed first, the closest together.
+    return place((1, rows // 2, 2, tensor) if first == "cores" else (1, 2, rows // 2, tensor)).swapaxes(1, 2)
 
 
 def mesh_sizes(config: ConfigDict, devices: int) -> list[int]:

@@ -1,13 +1,14 @@
-"""A stand-in for `gcloud compute tpus`: a slice of two workers, which are folders of this machine.
+"""A stand-in for `gcloud compute tpus`: a slice of two workers, or two of one, which are folders of this machine.
 
 It writes down how it was called, does what `scenario.json` says, and fails on purpose. What is to run on the workers
 really runs, under bash, so that quoting, locks and signals are the true ones; only pip, uv and Python are stand-ins. As
 the true one it returns the code of the first worker that failed, 255 for a connection.
 
 The scenario has lists, of which each call takes the next item and keeps the last: `node` and `request` are the states
-that are listed; `create`, `list` and `delete` messages of errors, '' for none; the name of what workers do (`install`,
-`start`, `follow`, `report`) is a list of '' (do it), 'refused' (255, nothing is done), 'twice' (again, once the
-log has a line), 'drop' (255, once the log has a line), 'preempted' (as drop, and the slice is PREEMPTED).
+that are listed (two words: of two slices, one each); `create`, `list` and `delete` messages of errors, '' for none; the
+name of what workers do (`install`, `start`, `follow`, `report`) is a list of '' (do it), 'refused' (255, nothing is
+done), 'twice' (again, once the log has a line), 'drop' (255, once the log has a line), 'preempted' (as drop, and the
+slice is PREEMPTED).
 """
 
 import json
@@ -60,9 +61,20 @@ def listed(kind: str, argv: list[str]) -> int:
         request.write_text(state)
     elif kind == "tpu-vm" and (HERE / kind).exists() and (not request.exists() or request.read_text() == "ACTIVE"):
         state = "PREEMPTED" if preempted else following("node", "READY")
-    if state:
+    if state and kind == "tpu-vm" and (count := created("--node-count=")):
+        states = state.split()
+        for number in range(min(int(count), len(states)) if len(states) > 1 else int(count)):
+            print(f"{created('--node-prefix=')}-{number},{states[number % len(states)]}")
+    elif state:
         print(f"{slice_name()},{state}")
     return 0
+
+
+def created(option: str) -> str:
+    """Returns the value of an option that create was told, '' without it."""
+    calls = [json.loads(line) for line in (HERE / "calls.jsonl").read_text().splitlines()]
+    told = next(call for call in calls if call[3] == "create")
+    return next((word.removeprefix(option) for word in told if word.startswith(option)), "")
 
 
 def slice_name() -> str:

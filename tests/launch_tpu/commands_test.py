@@ -30,6 +30,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the workers' pa
     (["create", *SLICE[:2], "--type=h100-8"], "--type=h100-8 is not known; expected one of: v2-N v3-N v4-N "),
     (["run", "--name=-rf", *SLICE[1:], "--", *TRAIN], "--name=-rf; expected small letters, digits and -"),
     (["run", *SLICE, "--retries=many", "--", *TRAIN], "--retries=many, LAUNCH_TPU_PAUSE=0; expected whole numbers"),
+    (["run", *SLICE, "--slices=two", "--", *TRAIN], "--slices=two; expected how many slices, 1 or more"),
+    (["run", *SLICE, "--slices=2", "--", *TRAIN], "--slices=2 needs --queued"),
     (["run", *SLICE], "--workdir=gs://BUCKET/FOLDER must be given, after --; --help shows an example"),
     (["start", *SLICE, "--", "--workdir=runs/a"], "--workdir=runs/a would be lost with the slice, or"),
     (["run", *SLICE, "--", "--workdir=gs:///a"], "--workdir=gs:///a would be lost with the slice, or names no bucket"),

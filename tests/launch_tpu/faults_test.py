@@ -72,6 +72,29 @@ def test_a_queued_request_is_waited_for(cloud):
 
 
 @pytest.mark.slow
+def test_several_slices_are_one_request_all_of_them_are_waited_for_and_all_workers_are_told(cloud):
+    cloud.plan(request=["PROVISIONING", "ACTIVE"], node=["CREATING CREATING", "READY CREATING", "READY READY"])
+    done = cloud.run("--queued", "--slices=2")
+    assert done.returncode == 0, done.stderr
+    assert cloud.calls() == WHOLE
+    assert cloud.trained() == [[TRAIN], [TRAIN]]
+    made, = (argv for argv in cloud.argvs() if argv[3] == "create")
+    assert made[2:7] == ["queued-resources", "create", "vit-l", "--node-count=2", "--node-prefix=vit-l"]
+    reached = [argv for argv in cloud.argvs() if argv[3] in ("ssh", "scp")]
+    assert {tuple(argv[:3]) for argv in reached} == {("compute", "tpus", "queued-resources")}
+    assert all({"--node=all", "--worker=all"} < set(argv) for argv in reached)
+    said = [line.removeprefix("[launch] vit-l is ") for line in done.stderr.splitlines() if " is " in line]
+    assert said[:4] == ["absent", "waiting: the request is PROVISIONING", "waiting: it is CREATING", "ready"]
+
+
+@pytest.mark.slow
+def test_one_lost_slice_of_several_makes_all_of_them_anew(cloud):
+    cloud.plan(node=["READY PREEMPTED", "READY PREEMPTED", "READY READY"])
+    assert cloud.run("--queued", "--slices=2").returncode == 0
+    assert cloud.calls() == ["create", "delete", *WHOLE]
+
+
+@pytest.mark.slow
 def test_a_queued_request_that_failed_or_was_suspended_is_deleted_and_made_again(cloud):
     cloud.plan(request=["FAILED", "FAILED", "SUSPENDED", "SUSPENDED", "ACTIVE"])
     assert cloud.run("--queued").returncode == 0

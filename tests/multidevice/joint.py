@@ -19,7 +19,8 @@ DECODER = {"method.decoder_width": 64, "method.decoder_heads": 4}
 FIELDS = {"splitmask": DECODER, "dino": {}, "beit": {}, "mixedae": DECODER | {"batch_size": 32},
           "moce": DECODER | {"method.experts": 8, "method.num_clusters": 6},
           "moce/token": DECODER | {"method.experts": 4, "method.gate": "token"}}  # fewer experts than devices
-MESHES = {"4 devices": (4, {}), "8 devices": (8, {"mesh.zero": "on"}), "4 x 2": (8, {"mesh.tensor": 2})}
+MESHES = {"4 devices": (4, {}), "8 devices": (8, {"mesh.zero": "on"}), "4 x 2": (8, {"mesh.tensor": 2}),
+          "2 slices": (8, {"mesh.slices": 2, "mesh.zero": "on"})}
 
 
 def made(name, devices, fields):

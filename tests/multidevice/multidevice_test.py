@@ -21,7 +21,7 @@ def run(module: str, devices: int, *arguments: str) -> dict:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance", "meshes"), [
-    ("float32", 1e-5, ()), ("bfloat16", 1e-3, ("data", "zero x fsdp", "tensor"))])
+    ("float32", 1e-5, ()), ("bfloat16", 1e-3, ("data", "zero x fsdp", "slices", "tensor"))])
 def test_every_mesh_trains_as_one_device_does_and_bit_for_bit_as_it_did_before(dtype, tolerance, meshes):
     found = run("losses", 8, dtype, *meshes)
     assert found["devices"] == 8
@@ -32,6 +32,8 @@ def test_every_mesh_trains_as_one_device_does_and_bit_for_bit_as_it_did_before(d
     assert found["held"]["data"] == 1
     cut = {"zero", "fsdp", "zero x fsdp"} & found["held"].keys()
     assert max(found["held"][name] for name in cut) < 0.25
+    # Half as many devices share the state where each of two slices has it all.
+    assert found["held"]["zero x fsdp"] < found["held"]["slices"] < 0.4
 
 
 def test_terms_across_pictures_are_those_of_the_global_batch_and_so_are_their_gradients():

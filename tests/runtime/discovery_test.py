@@ -66,13 +66,19 @@ def test_tpu_hosts_come_from_the_environment_or_the_metadata_server(monkeypatch)
     assert discovery.find("auto", -1, -1, several | {"TPU_WORKER_HOSTNAMES": "localhost"}) is None
     assert discovery.find("auto", -1, -1, several | {"JAX_PLATFORMS": "cpu"}) is None
 
+    sliced = several | {"MEGASCALE_NUM_SLICES": "3", "MEGASCALE_SLICE_ID": "2",
+                        "MEGASCALE_COORDINATOR_ADDRESS": "first-0:8080"}
+    assert discovery.find("auto", -1, -1, sliced) == ProcessInfo("first-0", discovery.TPU_PORT, 5, 6)
+    one = sliced | {"TPU_WORKER_HOSTNAMES": "t-0", "TPU_WORKER_ID": "0"}  # slices of one host
+    assert discovery.find("auto", -1, -1, one) == ProcessInfo("first-0", discovery.TPU_PORT, 2, 3)
+
     class Metadata(http.server.BaseHTTPRequestHandler):
         values = {"worker-network-endpoints": "a:0:10.1.0.4,b:1:10.1.0.5", "agent-worker-number": "1"}
 
         def do_GET(self):
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(self.values[self.path.rpartition("/")[2]].encode())
+            self.wfile.write(self.values.get(self.path.rpartition("/")[2], "").encode())
 
         def log_message(self, *_):
             pass
@@ -83,6 +89,10 @@ def test_tpu_hosts_come_from_the_environment_or_the_metadata_server(monkeypatch)
         assert discovery.find("auto", -1, -1, where) is None  # without chips nobody is asked
         monkeypatch.setattr(discovery.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
         assert discovery.find("auto", -1, -1, where) == ProcessInfo("10.1.0.4", discovery.TPU_PORT, 1, 2)
+        Metadata.values["tpu-env"] = ("TYPE: 'V5LITE_POD'\nMEGASCALE_COORDINATOR_ADDRESS: '10.0.0.9:8080'\n"
+                                      "MEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\nZONE: 'z'\n")
+        assert discovery.find("auto", -1, -1, where) == ProcessInfo("10.0.0.9", discovery.TPU_PORT, 3, 4)
+        del Metadata.values["tpu-env"]
         Metadata.values["worker-network-endpoints"] = "a:0:10.1.0.4"
         assert discovery.find("auto", -1, -1, where) is None  # one host: nothing to wait for
         server.shutdown()

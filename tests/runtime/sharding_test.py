@@ -18,6 +18,10 @@ from tests.helpers.tiny import tiny_config
     ({"mesh.data": 4}, 8, "mesh.data=4, mesh.fsdp=1, mesh.tensor=1 .* 8 devices.* -1"),
     ({"mesh.fsdp": 3}, 8, "mesh.data=-1, mesh.fsdp=3, mesh.tensor=1 .* 8 devices"),
     ({"mesh.data": 0}, 1, "mesh.data=0, .* one .* -1"),
+    ({"mesh.slices": 3}, 8, "mesh.slices=3 does not divide 8 devices$"),
+    ({"mesh.slices": 2}, 1, "mesh.slices=2 does not divide 1 device$"),
+    ({"mesh.slices": -2}, 8, "mesh.slices=-2; expected how many .* -1"),
+    ({"mesh.slices": 4, "mesh.fsdp": 4}, 8, "mesh.data=2 does not divide over 4 slices, .*mesh.fsdp or mesh.tensor"),
     ({"mesh.fsdp": -1}, 8, "mesh.data=-1, mesh.fsdp=-1, .* one .* -1"),
 ])
 def test_devices_that_the_batch_does_not_divide_over_are_refused_with_the_nearest_sizes(fields, count, line):

@@ -17,6 +17,10 @@ The model, for one collective of S bytes per device (the whole array: what is re
 So an all-reduce over a whole 2-D torus takes 2 S (c - 1) / c / (4 rates). After "How to Scale Your Model", chapter 3
 (jax-ml/scaling-book); the sharing of links and the exchange inside a chip are our simplification. Latency and
 congestion are not counted, nor that communication may overlap with computation.
+
+Several slices: libtpu compiles one of them. What goes on to the others, over the data-centre network, it writes as a
+`send` to its own run-time; to that, each device sends its S (n - 1) / n bytes of n slices, an all-reduce twice that, at
+its share of its host's network cards.
 """
 
 import re
@@ -30,6 +34,9 @@ from mae_jax.commands.plan.tpu import Torus
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 OPERATION = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ({KINDS})(-start)?\(")
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+BETWEEN = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = \((\S+), .* send\(.*_xla_megascale_target="
+                     r'(?:"\{([\d,:]+)\}x.*_xla_megascale_transfer_type="(\w+)")?')
+DCN = "DCN "  # what the kind of such a collective begins with
 SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 # Custom calls that take no time: they reserve memory, begin or end a collective that other work overlaps (its parts are
 # counted once, below), or name as one what already lies in one piece.
@@ -40,10 +47,11 @@ class Collective(NamedTuple):
     """One collective of a compiled text.
 
     Attributes:
-      kind: all-reduce, reduce-scatter, all-gather, all-to-all or collective-permute.
+      kind: all-reduce, reduce-scatter, all-gather, all-to-all or collective-permute; of slices: 'DCN all-reduce'.
       dtype: of its arrays, as 'f32'.
       bytes: of the whole array on one device, before it is scattered or after it is gathered.
-      groups: who takes part with whom, as positions in the mesh; pairs (from, to) for a permutation.
+      groups: who takes part with whom, as positions in the mesh, or numbers of slices; pairs (from, to) for a
+        permutation.
     """
 
     kind: str
@@ -59,8 +67,8 @@ class Collective(NamedTuple):
     @property
     def sent(self) -> float:
         """Bytes that each device sends, at the least. Stages of one reduction or gathering add up to the whole one."""
-        share = 1 if self.kind == "collective-permute" else (self.size - 1) / self.size
-        return self.bytes * share * (2 if self.kind == "all-reduce" else 1)
+        share = 1 if self.kind.endswith("permute") else (self.size - 1) / self.size
+        return self.bytes * share * (2 if self.kind.endswith("all-reduce") else 1)
 
 
 def parse(text: str, devices: int) -> Iterator[Collective]:
@@ -69,6 +77,8 @@ def parse(text: str, devices: int) -> Iterator[Collective]:
     for line in text.splitlines():
         if line.endswith("{") and (found := COMPUTATION.match(line)):
             computation = found[1]
+        elif "is_host_transfer=true" in line and (found := BETWEEN.match(line)):
+            yield _of_slices(*found.groups())
         elif ("replica_groups=" in line or "source_target_pairs=" in line) and (found := OPERATION.match(line)):
             # Where other work overlaps a collective, its start, its end and that work each hold a copy of it.
             if (chain := re.search(r'chain_id="\d+"', line)) and chain[0] in chains:
@@ -94,6 +104,20 @@ def withheld_seconds(text: str) -> float:
     return float(text.count('custom_call_target="ConcatBitcast"'))
 
 
+def _of_slices(shape: str, target: str | None, transfer: str | None) -> Collective:
+    """Returns the collective that a `send` begins, whose operand is `shape`.
+
+    Its target is the numbers of slices, as '1,2' or '1:2', or for a permutation something else.
+    """
+    if not target or not transfer:
+        return Collective(DCN + "permute", shape.split("[")[0], _bytes(shape), ((0, 1),))
+    ranges = [part.split(":") for part in target.split(",")]
+    members = sum(int(ends[-1]) - int(ends[0]) + 1 for ends in ranges)
+    kind = transfer.lower().replace("_", "-")
+    size = _bytes(shape) * (members if kind == "all-gather" else 1)
+    return Collective(DCN + kind, shape.split("[")[0], size, (tuple(range(members)),))
+
+
 def unpriced(text: str) -> list[str]:
     """Returns what a compiler's count of seconds leaves out: loops, branches and the names of custom calls."""
     found = {f"custom call {name}" for name in re.findall(r'custom_call_target="([^"]*)"', text) if name not in NO_COST}
@@ -103,6 +127,8 @@ def unpriced(text: str) -> list[str]:
 
 def seconds_per_byte(kind: str, groups: tuple[tuple[int, ...], ...], torus: Torus) -> float:
     """Returns the time that a collective takes per byte of its array, by the model above."""
+    if kind.startswith(DCN):
+        return Collective(kind, "", 1, groups).sent / torus.network_rate
     if kind == "collective-permute":
         return _permutation_seconds(groups, torus)
     coords = [torus.coords[list(group)] for group in groups]

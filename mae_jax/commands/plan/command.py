@@ -6,10 +6,11 @@
       --sweep='batch_size=2048,4096;model.remat=none,full'
 
 Topologies are v2, v3, v4, v5e, v5p, v6e and 7x with the chips along each dimension, or accelerator types as Cloud TPU
-names them (v5litepod-8 is v5e:2x4); they need libtpu, the extra `plan`. For --devices=N simulated devices there is no
-time. A sweep compiles every combination of the values; of more than --best of them, first with the layers in a loop,
-which compiles fast, and then without it those that fit and move the least memory per image. What was compiled is kept
-in --cache and found again while config, code and versions are the same.
+names them (v5litepod-8 is v5e:2x4); they need libtpu, the extra `plan`. --config.mesh.slices=2 plans for two of them.
+For --devices=N simulated devices there is no time. A sweep compiles every combination of the values; of more than
+--best of them, first with the layers in a loop, which compiles fast, and then without it those that fit and move the
+least memory per image. What was compiled is kept in --cache and found again while config, code and versions are the
+same.
 """
 
 import json
@@ -54,7 +55,7 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")  # nothing runs, and a TPU of this machine stays free
     if DEVICES.value:
         cost.simulate(DEVICES.value)
-    target = cost.target(TOPOLOGY.value, DEVICES.value)
+    target = cost.target(TOPOLOGY.value, DEVICES.value, CONFIG.value.mesh.slices)
     if cells:
         result = sweep.run(CONFIG.value, target, cells, BEST.value, EXAMPLES.value, CACHE.value, logger.info)
         print(sweep.table(result))

@@ -45,14 +45,15 @@ class Target(NamedTuple):
     chip: tpu.Chip | None
 
 
-def target(topology: str, simulated: int) -> Target:
-    """Returns the topology's devices, or where its name is empty that many simulated ones.
+def target(topology: str, simulated: int, slices: int = 1) -> Target:
+    """Returns the devices of so many slices of the topology, or where its name is empty that many simulated ones.
 
     Raises:
       UserError: the topology is unknown, or libtpu is missing.
     """
     if topology:
-        return Target(topology, tpu.devices(topology), tpu.parse(topology)[0])
+        name = f"{slices} slices of {topology}" if slices > 1 else topology
+        return Target(name, tpu.devices(topology, slices), tpu.parse(topology)[0])
     return Target(f"{simulated} simulated devices", jax.devices("cpu"), None)
 
 
@@ -152,6 +153,7 @@ def _compiled(program: TrainStep, target: Target) -> dict[str, Any]:
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     text, devices = _text(compiled), list(program.mesh.devices.flat)
     torus = tpu.torus(target.chip, devices) if target.chip else None
+    members = len(torus.coords) if torus else len(devices)  # whom the text numbers
     return {
         "short": None,
         "argument_bytes": memory.argument_size_in_bytes,
@@ -162,7 +164,7 @@ def _compiled(program: TrainStep, target: Target) -> dict[str, Any]:
         "bytes_accessed": cost.get("bytes accessed"),
         "optimal_seconds": cost["optimal_seconds"] + collectives.withheld_seconds(text) if target.chip else None,
         "unpriced": collectives.unpriced(text) if text else ["collectives, since jaxlib cannot read libtpu's text"],
-        "collectives": collectives.table(list(collectives.parse(text, len(devices))), torus) if text else None,
+        "collectives": collectives.table(list(collectives.parse(text, members)), torus) if text else None,
         "compile_seconds": time.monotonic() - began,
     }
 
@@ -197,7 +199,8 @@ def figures(config: ConfigDict, target: Target, found: dict[str, Any], examples:
     model = found["model_flops_per_image"] * config.batch_size / len(target.devices)
     return {
         "target": target.name, "devices": len(target.devices), "steps": steps, "examples": examples,
-        "chips": len({tuple(device.coords) for device in target.devices}) if target.chip else None,
+        "chips": len({(getattr(device, "slice_index", 0), *device.coords) for device in target.devices})
+        if target.chip else None,
         "device_kind": target.devices[0].device_kind if target.chip else "cpu",
         **{key: found[key] for key in ("hosts", "mesh", "parameters", "compile_seconds", "cached", "rows_per_host")},
         "parameters_gib": found["parameter_bytes"] / 2**30,

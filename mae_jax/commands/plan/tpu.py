@@ -35,6 +35,7 @@ class Chip(NamedTuple):
       link_rate: bytes per second over one link, one way; each device's chip has two links per dimension.
       dimensions: of the torus.
       ring: a dimension whose size is a multiple of this, and above 2, is closed to a ring; the others are lines.
+      network_rate: bytes per second and chip between slices, over the network cards of its host.
       most: chips of the largest pod.
       name: what libtpu calls it.
       options: what libtpu must be told besides.
@@ -45,6 +46,7 @@ class Chip(NamedTuple):
     link_rate: float
     dimensions: int
     ring: int
+    network_rate: float
     most: int
     name: str
     options: dict[str, str] = {}
@@ -57,13 +59,13 @@ class Chip(NamedTuple):
 # and v5e, v6e (16); v5p and 7x as v4. That every dimension of a v2 or v3 slice is a ring is an assumption: a slice that
 # is a part of a pod may lack the links that close it.
 CHIPS = {
-    "v2": Chip(8 * GIB, 300e9, 62e9, 2, 1, 256, "v2"),
-    "v3": Chip(16 * GIB, 450e9, 100e9, 2, 1, 1024, "v3"),
-    "v4": Chip(32 * GIB, 1200e9, 45e9, 3, 4, 4096, "v4", {"chip_config_name": "megacore"}),
-    "v5e": Chip(16 * GIB, 819e9, 50e9, 2, 16, 256, "v5e"),
-    "v5p": Chip(95 * GIB, 2765e9, 100e9, 3, 4, 8960, "v5p"),
-    "v6e": Chip(32 * GIB, 1638e9, 100e9, 2, 16, 256, "v6e"),
-    "7x": Chip(96 * GIB, 3690e9, 100e9, 3, 4, 9216, "tpu7x"),
+    "v2": Chip(8 * GIB, 300e9, 62e9, 2, 1, 6.25e9, 256, "v2"),
+    "v3": Chip(16 * GIB, 450e9, 100e9, 2, 1, 6.25e9, 1024, "v3"),
+    "v4": Chip(32 * GIB, 1200e9, 45e9, 3, 4, 6.25e9, 4096, "v4", {"chip_config_name": "megacore"}),
+    "v5e": Chip(16 * GIB, 819e9, 50e9, 2, 16, 3.125e9, 256, "v5e"),
+    "v5p": Chip(95 * GIB, 2765e9, 100e9, 3, 4, 6.25e9, 8960, "v5p"),
+    "v6e": Chip(32 * GIB, 1638e9, 100e9, 2, 16, 12.5e9, 256, "v6e"),
+    "7x": Chip(96 * GIB, 3690e9, 100e9, 3, 4, 12.5e9, 9216, "tpu7x"),
 }
 EXAMPLES = {2: "8x8", 3: "4x4x4"}
 ATTEMPTS = 10  # to load libtpu while another process does; one second apart
@@ -77,12 +79,16 @@ class Torus(NamedTuple):
       rings: per dimension, whether its last chip is linked to its first.
       link_rate: bytes per second over one link, one way.
       hbm_rate: bytes per second between a device and its memory.
+      slices: how many there are; the chips are those of one of them.
+      network_rate: bytes per second from a device to another slice.
     """
 
     coords: np.ndarray
     rings: tuple[bool, ...]
     link_rate: float
     hbm_rate: float
+    slices: int = 1
+    network_rate: float = 0.0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -124,8 +130,8 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
     return chip, shape
 
 
-def devices(name: str) -> list[Any]:
-    """Returns the devices of a topology that need not exist, for a mesh to compile for; raises UserError."""
+def devices(name: str, slices: int = 1) -> list[Any]:
+    """Returns the devices of so many slices that need not exist, for a mesh to compile for; raises UserError."""
     chip, shape = parse(name)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("planning for a TPU needs libtpu, the TPU compiler: pip install 'mae_jax[plan]'")
@@ -133,11 +139,13 @@ def devices(name: str) -> list[Any]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is taken, so several processes may plan
     from jax.experimental import topologies
 
+    several = {"num_slices": slices} if slices > 1 else {}
     for attempt in range(ATTEMPTS):
         try:
             with quiet_stderr():
                 return list(topologies.get_topology_desc(
-                    platform="tpu", topology_name=f"{chip.name}:{'x'.join(map(str, shape))}", **chip.options).devices)
+                    platform="tpu", topology_name=f"{chip.name}:{'x'.join(map(str, shape))}", **chip.options,
+                    **several).devices)
         except jax.errors.JaxRuntimeError as error:
             if not re.search("lockfile|already in use", str(error)):
                 raise UserError(f"libtpu refuses the topology {name!r}: {str(error).splitlines()[0]}") from None
@@ -148,10 +156,12 @@ def devices(name: str) -> list[Any]:
 
 
 def torus(chip: Chip, devices: list[Any]) -> Torus:
-    """Returns how the devices, in the order of the mesh, are wired."""
-    coords = np.array([device.coords for device in devices])
+    """Returns how the devices, in the order of the mesh, are wired: slices are alike, and one after the other."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    coords = np.array([device.coords for device in devices[: len(devices) // slices]])
     rings = tuple(bool(size > 2 and size % chip.ring == 0) for size in coords.max(0) + 1)
-    return Torus(coords, rings, chip.link_rate, chip.hbm_rate)
+    sharing = len(coords) // len(np.unique(coords, axis=0))  # devices of a chip
+    return Torus(coords, rings, chip.link_rate, chip.hbm_rate, slices, chip.network_rate / sharing)
 
 
 @contextlib.contextmanager

@@ -91,6 +91,34 @@ replica_groups=mesh['axis_0'=2,'axis_1'=8] {{'axis_0'}}, frontend_attributes={{c
     assert len(list(collectives.parse(text, 16))) == 2
 
 
+def between(kind: str, shape: str, target: str) -> str:
+    """Returns a line that libtpu 0.0.52 writes for a transfer between slices."""
+    return f"""  %send.1 = ({shape}{{1,0:T(8,128)}}, u32[], token[]) send(%param.3, %after-all), channel_id=2, \
+is_host_transfer=true, frontend_attributes={{_xla_host_transfer_handler_name="xla_megascale_runtime",\
+_xla_host_transfer_rendezvous="psum_0",_xla_megascale_target={target},_xla_megascale_transfer_type="{kind}"}}
+  %recv.1 = ({shape}{{1,0:T(8,128)}}, u32[], token[]) recv(%after-all.1), channel_id=3, is_host_transfer=true, \
+frontend_attributes={{_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target={target},\
+_xla_megascale_transfer_type="{kind}"}}
+  %send-done.1 = token[] send-done(%send.1), channel_id=2, is_host_transfer=true, frontend_attributes={{\
+_xla_host_transfer_handler_name="xla_megascale_runtime"}}
+"""
+
+
+def test_what_goes_between_slices_takes_each_devices_share_of_its_hosts_network():
+    torus = v3_8x8()._replace(slices=4, network_rate=1e9)
+    for kind, shape, target, size, milliseconds in (
+            ("ALL_REDUCE", "f32[500000]", '"{1,2,3,4}x{0:3}"', 2e6, 3),  # 2 · 2e6 · 3/4 / 1e9
+            ("ALL_REDUCE", "f32[500000]", '"{1:2}x{0:3}"', 2e6, 2),
+            ("REDUCE_SCATTER", "f32[500000]", '"{1,2,3,4}x{0:3}"', 2e6, 1.5),
+            ("ALL_GATHER", "bf16[250000]", '"{1,2,3,4}x{0:3}"', 2e6, 1.5),
+            ("ONE_TO_ONE", "f32[500000]", "{{100000->200000},{200000->100000}}", 2e6, 2)):
+        one, = found = list(collectives.parse(between(kind, shape, target), 16))
+        assert one.bytes == size, kind
+        row, = collectives.table(found, torus)
+        assert row["seconds"] * 1e3 == pytest.approx(milliseconds), kind
+        assert row["kind"].startswith("DCN ")
+
+
 def test_loops_and_custom_calls_are_named_because_the_compiler_does_not_price_them():
     assert collectives.unpriced(TEXT) == []
     text = """  %w = (s32[], f32[8]) while(%t), condition=%c, body=%b

@@ -89,6 +89,8 @@ def test_libtpu_is_asked_again_while_another_process_loads_it(libtpu):
     fake = libtpu(3)
     assert tpu.devices("v4:2x2x1") == ["a", "b"]
     assert fake.asked == [{"platform": "tpu", "topology_name": "v4:2x2x1", "chip_config_name": "megacore"}] * 4
+    assert tpu.devices("v3:2x2", 2) == ["a", "b"]
+    assert fake.asked[-1] == {"platform": "tpu", "topology_name": "v3:2x2", "num_slices": 2}
     libtpu(99)
     with pytest.raises(UserError, match="in use by another process"):
         tpu.devices("v3:2x2")
@@ -125,6 +127,15 @@ def test_a_dimension_is_a_ring_where_its_generation_closes_it(name, rings):
     torus = tpu.torus(chip, places)
     assert torus.rings == rings
     assert torus.shape == shape
+
+
+def test_slices_are_alike_and_the_devices_of_a_chip_share_its_network():
+    chip, _ = tpu.parse("v3:2x2")
+    places = [SimpleNamespace(coords=[x, y, 0], slice_index=index)
+              for index in range(2) for y in range(2) for x in range(2) for _ in range(2)]
+    torus = tpu.torus(chip, places)
+    assert (torus.slices, torus.shape, len(torus.coords)) == (2, (2, 2, 1), 8)
+    assert torus.network_rate == chip.network_rate / 2
 
 
 def test_more_chips_than_a_pod_has_are_refused():
