@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from mae_jax.commands.plan import collectives, gpu, gpu_text
+from mae_jax.commands.plan.tpu import quiet_stderr
 from mae_jax.training.train_step import TrainStep
 
 LINKED = re.compile(rf"({collectives.KINDS})(-start|-done)?|async-(start|update|done)")
@@ -25,7 +26,7 @@ Shapes = dict[str, tuple[int, ...]]
 def compiled(program: TrainStep, card: gpu.Card) -> dict[str, Any]:
     """Compiles the step for the mesh's GPUs; returns what `cost.measure` says of it, in bytes per device."""
     began, devices = time.monotonic(), program.mesh.size
-    with jax.set_mesh(program.mesh):
+    with jax.set_mesh(program.mesh), quiet_stderr():  # where XLA complains of how long it takes
         traced = program.step.trace(program.state, program.batch)
         step = traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=gpu.COMPILER_OPTIONS)
     memory, text = step.memory_analysis(), step.as_text()

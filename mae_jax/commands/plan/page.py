@@ -17,8 +17,9 @@ def page(config: Any, f: dict[str, Any], price: float | None = None) -> str:
         what += f", decoder {d.decoder_depth} x {d.decoder_width}"
     devices = f"{f['devices']} simulated"
     if f["chips"]:
-        devices = (f"{f['target']}: {pluralize(f['devices'], 'device')} ({f['device_kind']}), "
-                   f"{pluralize(f['chips'], 'card' if f['kernels'] else 'chip')}, {pluralize(f['hosts'], 'host')}")
+        chips = "" if f["kernels"] else f"{pluralize(f['chips'], 'chip')}, "
+        devices = (f"{f['target']}: {pluralize(f['devices'], 'device')} ({f['device_kind']}), {chips}"
+                   f"{pluralize(f['hosts'], 'host')}")
     lines = [
         verdict(f, price), "",
         f"recipe      {what}; images of {image}",
@@ -158,7 +159,7 @@ def _time(f: dict[str, Any]) -> list[str]:
     feeds = (f"  each host feeds {digits(f['images_per_sec_per_host'])} images/s, "
              f"{size(f['input_bytes_per_sec_per_host'])}/s to its devices")
     if f["input_cores_per_host"]:
-        feeds += (f"; {digits(f['input_cores_per_host'])} cores, of which each makes "
+        feeds += (f"\n                  {digits(f['input_cores_per_host'])} cores, of which each makes "
                   f"{f['input_images_per_sec_per_core']} images/s of JPEGs of 500 x 375 (docs/performance.md)")
     return [
         *lines,

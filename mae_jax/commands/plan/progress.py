@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from mae_jax.runtime.console import clock
 
-EVERY = 30.0  # seconds between two lines, where they go to a file
+EVERY = 60.0  # seconds between two lines, where they go to a file
 
 
 @contextlib.contextmanager

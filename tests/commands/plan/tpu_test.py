@@ -49,6 +49,7 @@ def test_a_name_that_is_no_topology_ends_with_one_line_that_shows_one(name, word
 
 def test_every_accelerator_type_has_a_shape_of_as_many_cores_or_chips_as_its_name_says():
     assert len(tpu.types()) > 40
+    assert len(set(tpu.types().values())) == len(tpu.types())  # the launcher takes either
     for name, topology in tpu.types().items():
         chip, shape = tpu.parse(name)
         assert (chip, shape) == tpu.parse(topology)
