@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import subprocess
 import sys
 
@@ -28,9 +29,7 @@ def test_a_terminal_gets_one_line_that_counts():
     os.close(theirs)
     text = os.read(ours, 1000).decode()
     os.close(ours)
-    assert text.count("\n") == 1
-    assert text.startswith("\rcompiling\rcompiling, 1s")
-    assert text.endswith("compiling, 1s\r\n")
+    assert re.fullmatch(r"\rcompiling(\rcompiling, \ds){2,}\r\n", text)
 
 
 def test_a_closed_standard_error_is_no_mistake():
