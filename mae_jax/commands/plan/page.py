@@ -166,6 +166,6 @@ def _time(f: dict[str, Any]) -> list[str]:
         f"  step            {step:.4g} s = {parts} + communication {sent:.4g}",
         f"  images          {digits(f['images_per_sec'])} /s, {digits(f['images_per_sec'] / f['devices'])} per device; "
         f"MFU {f['mfu']:.1%} of {f['peak_flops_per_core'] / 1e12:g} TFLOP/s",
-        f"  recipe          {duration(f['hours'])}, {digits(f['core_hours'])} device-hours",
+        f"  recipe          {digits(f['hours'])} hours, {digits(f['core_hours'])} device-hours",
         feeds,
     ]
