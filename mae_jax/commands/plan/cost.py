@@ -227,7 +227,7 @@ def figures(config: ConfigDict, target: Target, found: dict[str, Any], examples:
         **_fit(target, found), "short": found["short"],
         "flops_per_core": found.get("flops"), "model_flops_per_core": model,
         "bytes_per_core": found.get("bytes_accessed"), "peak_flops_per_core": found["peak_flops"],
-        "kernels": found.get("kernels"),
+        "kernels": found.get("kernels"), "workspace_bytes": found.get("workspace_bytes"),
         "collectives": found.get("collectives"), "unpriced": found.get("unpriced", []), "no_time_because": why,
         **time, "images_per_sec": rate,
         "mfu": model / step / found["peak_flops"] if step and found["peak_flops"] else None,

@@ -125,7 +125,9 @@ def _work(f: dict[str, Any]) -> list[str]:
     if f["unpriced"]:
         lines.append(f"  not in these counts, or once: {', '.join(f['unpriced'])}")
     if f["kernels"]:
-        lines += ["", f"  {'kernels':<36}{'count':>7}{'moved':>11}"]
+        if f["workspace_bytes"]:
+            lines.append(f"  and workspace lent to libraries, {size(f['workspace_bytes'])}, which takes no time here")
+        lines += ["", f"  {'kernels, workspace included':<36}{'count':>7}{'moved':>11}"]
         rows = [*f["kernels"], {"kind": "all", **{key: sum(row[key] for row in f["kernels"])
                                                   for key in ("count", "bytes")}}]
         lines += [f"  {row['kind']:<36}{row['count']:>7,}{size(row['bytes']):>11}" for row in rows]

@@ -93,8 +93,8 @@ def test_a_device_holds_its_piece_of_what_is_cut_and_all_of_the_rest():
 H200 = cost.Target("h200:2", [SimpleNamespace(device_kind="NVIDIA H200")] * 2, gpu.CARDS["h200"])
 KERNELS = [{"kind": "__cublas$lt$matmul", "count": 400, "bytes": 3 * 10**9},
            {"kind": "all-reduce-start", "count": 1, "bytes": 10**6}]
-ON_GPU = FOUND | {"bytes_accessed": 4.3e9, "flops": 7.9e12, "kernels": KERNELS, "peak_flops": 989e12,
-                  "collectives": [ROW | {"seconds": 0.5e-3}]}
+ON_GPU = FOUND | {"bytes_accessed": 4.3e9, "workspace_bytes": 1500, "flops": 7.9e12, "kernels": KERNELS,
+                  "peak_flops": 989e12, "collectives": [ROW | {"seconds": 0.5e-3}]}
 DEEP = tiny_config({"train.duration": "3600 steps", "data.image_size": (224, 224)})
 
 
@@ -111,6 +111,7 @@ def test_a_gpus_estimate_is_a_roofline_at_the_rates_that_were_measured_on_it():
                            "host, about 2 of its cores\n")
     assert "step            0.0115 s = memory 0.001 + products 0.01 + communication 0.0005" in text
     assert "of 401 kernels, about 1.2 ms" in text
+    assert "and workspace lent to libraries, 1.5 kB, which takes no time here" in text
     assert "__cublas$lt$matmul                      400       3 GB" in text
     assert "not measured" not in text
 

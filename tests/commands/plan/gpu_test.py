@@ -92,6 +92,10 @@ def test_products_count_two_flops_for_each_term_and_those_of_attention_too():
     assert gpu_cost.product_flops(TEXT, kernels) == 5 * 2 * (4 * 6 * 10) * 8 + (2 + 5) * 2 * scores * 8
 
 
+def test_the_workspace_of_libraries_is_told_from_what_is_moved():
+    assert gpu_cost.workspace(gpu_text.kernels(TEXT)) == 5 * 64  # the product in the loop; attention has none
+
+
 def test_a_loop_that_does_not_say_how_often_it_runs_is_noticed():
     assert not gpu_cost.unknown_loops(TEXT)
     assert gpu_cost.unknown_loops(TEXT.replace("known_trip_count", "other"))
