@@ -34,7 +34,7 @@ runs, with the packages that were current at its date. The slice is the launcher
   delete   delete the slice, and the request in the queue
 
   --name=NAME, --zone=ZONE  of the slice, and of the request in the queue
-  --type=TYPE               accelerator type, as v3-128, v5litepod-16 or v6e-8
+  --type=TYPE               accelerator type, as v3-128, v5litepod-16 or v6e-8, or its topology, as v3:8x8
   --project=ID              else the one that gcloud is set to
   --version=VERSION         of the TPU's software, else the one for the type
   --spot                    cheaper, and taken away when others need it
@@ -99,6 +99,7 @@ check_type() { # it must be one of the table, which says its software; another o
   local generations="" known="" one shape software
   while IFS=, read -r one shape software; do
     [[ $one != \#* ]] || continue
+    [[ $shape != "$type" ]] || type=$one  # a topology, as `mae_jax plan` takes it
     if [[ $one == "$type" ]]; then
       [[ ${version:-$software} == "$software" ]] || say "--version=$version; JAX on $type is used with $software"
       version=${version:-$software}

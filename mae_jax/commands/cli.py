@@ -17,7 +17,7 @@ import mae_jax
 from mae_jax import plugins, presets, recipe_version
 from mae_jax.commands import recipes
 from mae_jax.errors import FINISHED, MISTAKE, UserError, explain
-from mae_jax.runtime.discovery import quiet_libtpu
+from mae_jax.runtime.discovery import quiet_cuda, quiet_libtpu
 from mae_jax.runtime.exit import exit_process
 
 HELP = ("-h", "-?", *(dashes + name for dashes in ("-", "--") for name in ("help", "helpfull", "helpshort")))
@@ -121,6 +121,7 @@ def guarded(command: Callable[[], int]) -> int:
     """Runs the command and turns what it raises into an exit code; only our own bugs show a traceback."""
     quiet_logs()
     quiet_libtpu(os.environ)
+    quiet_cuda(os.environ)
     try:
         code = command()
     except (Exception, KeyboardInterrupt) as error:

@@ -12,6 +12,7 @@ from mae_jax.errors import UserError
 
 TPU_PORT = 8476  # of process 0 on TPU VMs; our choice
 METADATA_SECONDS = 2.0  # a machine that is no TPU VM has no metadata server
+NVIDIA = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # where JAX looks for a GPU; the second in Docker, then in WSL2
 METADATA = "http://{}/computeMetadata/v1/instance/attributes/{}"
 
 
@@ -124,6 +125,15 @@ def quiet_libtpu(environ: MutableMapping[str, str]) -> None:
         environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
         environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+
+def quiet_cuda(environ: MutableMapping[str, str]) -> None:
+    """Has JAX's CUDA plugin, where it is installed and no NVIDIA GPU is, not complain with a traceback that none is.
+
+    Called before the devices are looked for. It finds none all the same.
+    """
+    if not any(map(os.path.exists, NVIDIA)):
+        environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 
 def _chips() -> list[str]:

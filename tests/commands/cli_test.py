@@ -14,6 +14,7 @@ from ml_collections import config_flags
 from mae_jax.commands import cli
 from mae_jax.config import validate
 from mae_jax.errors import GuardError, UserError
+from mae_jax.runtime import discovery
 from mae_jax.training import loop, workdir
 from tests.helpers.tiny import tiny_config
 
@@ -157,6 +158,18 @@ def test_libtpu_without_a_tpu_is_not_heard(monkeypatch):
     code = "import jax; from mae_jax.commands import cli; cli.guarded(lambda: print(jax.devices()[0].platform) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))),
+                    reason="needs JAX's CUDA plugin")
+@pytest.mark.skipif(any(map(os.path.exists, discovery.NVIDIA)), reason="needs a machine without a GPU")
+def test_the_cuda_plugin_without_a_gpu_is_not_heard(monkeypatch):
+    for name in ("JAX_PLATFORMS", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"):
+        monkeypatch.delenv(name, raising=False)
+    code = "import jax; from mae_jax.commands import cli; cli.guarded(lambda: print(jax.devices()[0].platform) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("cpu\n", "")
 
 
 def raises(error):

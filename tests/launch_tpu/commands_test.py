@@ -118,6 +118,12 @@ def test_the_software_is_that_of_the_type(cloud, slice_type, software):
     assert f" --version={software} --accelerator-type={slice_type} " in done.stdout
 
 
+def test_a_type_may_be_given_as_its_topology(cloud):
+    done = cloud.launch("create", *SLICE[:2], "--type=v5e:4x4", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert " --version=v2-alpha-tpuv5-lite --accelerator-type=v5litepod-16 " in done.stdout
+
+
 def test_other_software_than_the_types_is_told_and_a_type_that_is_not_listed_needs_it(cloud):
     done = cloud.launch("create", *SLICE[:2], "--type=v6e-8", "--version=mine", "--dry-run")
     assert " --version=mine --accelerator-type=v6e-8 " in done.stdout

@@ -97,3 +97,14 @@ def test_tpu_hosts_come_from_the_environment_or_the_metadata_server(monkeypatch)
         assert discovery.find("auto", -1, -1, where) is None  # one host: nothing to wait for
         server.shutdown()
     assert discovery.find("auto", -1, -1, where) is None  # nobody answers
+
+
+def test_the_cuda_plugin_is_told_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.setattr(discovery.os.path, "exists", lambda path: False)
+    environ: dict[str, str] = {}
+    discovery.quiet_cuda(environ)
+    assert environ == {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+    monkeypatch.setattr(discovery.os.path, "exists", lambda path: path == "/dev/nvidiactl")
+    environ.clear()
+    discovery.quiet_cuda(environ)
+    assert environ == {}

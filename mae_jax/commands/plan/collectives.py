@@ -88,11 +88,11 @@ def parse(text: str, devices: int) -> Iterator[Collective]:
             groups = _groups(line, devices)
             members = max(map(len, groups))
             size = _bytes(result)
-            if start and kind == "all-gather":  # what is started has the type (operands, results)
+            if start and kind in ("all-gather", "reduce-scatter"):  # what is started has the type (operands, results)
                 size = size * members // (members + 1)
             elif start and kind == "collective-permute":  # (operand, result, two numbers)
                 size = (size - 8) // 2
-            if kind == "reduce-scatter":
+            elif kind == "reduce-scatter":
                 size *= members
             elif "all-reduce-scatter" in computation:  # libtpu's fusion: reduced, and only the own piece kept
                 kind = "reduce-scatter"

@@ -1,20 +1,21 @@
-"""Plans a run before any device is rented: compiles its train step for a TPU that is not there, and prints one page.
+"""Plans a run before any device is rented: compiles its train step for TPUs or GPUs that are not there.
 
   mae_jax plan --config=vit_l_mae --topology=v3:8x8
+  mae_jax plan --config=vit_l_mae --topology=h200:8 --price=3.50
   mae_jax plan --config=quickstart --devices=8
   mae_jax plan --config=vit_l_mae --topology=v3:8x8 \\
       --sweep='batch_size=2048,4096;model.remat=none,full'
 
-Topologies are v2, v3, v4, v5e, v5p, v6e and 7x with the chips along each dimension, or accelerator types as Cloud TPU
-names them (v5litepod-8 is v5e:2x4); they need libtpu, the extra `plan`. --config.mesh.slices=2 plans for two of them.
-For --devices=N simulated devices there is no time. A sweep compiles every combination of the values; of more than
---best of them, first with the layers in a loop, which compiles fast, and then without it those that fit and move the
-least memory per image. What was compiled is kept in --cache and found again while config, code and versions are the
-same.
+TPUs are v2, v3, v4, v5e, v5p, v6e and 7x with the chips along each dimension, or accelerator types as Cloud TPU names
+them: v3-128 is v3:8x8, v5litepod-8 is v5e:2x4 (the number counts cores, on v5e and v6e chips). They need libtpu, the
+extra `plan`. GPUs are a100-40, a100-80, h100, h200 and l4, one to eight of a host; they need JAX's CUDA plugin, the
+extra `plan-gpu`. --config.mesh.slices=2 plans for two slices of TPUs. For --devices=N simulated devices there is no
+time. A sweep compiles every combination of the values; of more than --best of them, first with the layers in a loop,
+which compiles fast, and then without it those that fit and move the least memory per image. What was compiled is kept
+in --cache and found again while config, code and versions are the same.
 """
 
 import json
-import logging
 import os
 
 from absl import flags
@@ -24,26 +25,28 @@ from mae_jax.commands import cli
 
 REQUIRED = ("config",)
 CONFIG = cli.define_config()
-TOPOLOGY = flags.DEFINE_string("topology", "", "TPU slice to compile for, as v3:8x8, v4:4x4x4 or v6e-16")
+TOPOLOGY = flags.DEFINE_string("topology", "", "TPU slice or GPUs to compile for, as v3:8x8, v5p-128 or h200:8")
 DEVICES = flags.DEFINE_integer("devices", 0, "simulated devices to compile for instead")
 SWEEP = flags.DEFINE_string("sweep", "", "fields and values to compare: 'batch_size=2048,4096;model.remat=none,full'")
 BEST = flags.DEFINE_integer("best", 3, "combinations of a sweep that are compiled without loops, for a time",
                              lower_bound=0)
 EXAMPLES = flags.DEFINE_integer("examples", 1_281_167, "training examples, for the hours (ImageNet-1K's by default)",
                                  lower_bound=1)
+PRICE = flags.DEFINE_float("price", None, "of one device for an hour, in any currency, for the cost of the recipe; on "
+                           "v2, v3 and 7x a device is half a chip", lower_bound=0)
 JSON = flags.DEFINE_string("json", "", "JSON file to write the same figures to")
 CACHE = flags.DEFINE_string("cache", "~/.cache/mae_jax/plan", "folder of what was compiled before; '' for none")
-logger = logging.getLogger("mae_jax.plan")
 
 
 def main() -> int:
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "CUDA_VISIBLE_DEVICES": "-1"}  # a GPU of this machine stays free
     import jax
 
     from mae_jax import config as configs
     from mae_jax import param_tree
     from mae_jax.commands.plan import cost, sweep
     from mae_jax.commands.plan.page import page
+    from mae_jax.commands.plan.progress import progress
     from mae_jax.errors import UserError
     from mae_jax.storage.paths import output
 
@@ -57,13 +60,13 @@ def main() -> int:
         cost.simulate(DEVICES.value)
     target = cost.target(TOPOLOGY.value, DEVICES.value, CONFIG.value.mesh.slices)
     if cells:
-        result = sweep.run(CONFIG.value, target, cells, BEST.value, EXAMPLES.value, CACHE.value, logger.info)
-        print(sweep.table(result))
+        result = sweep.run(CONFIG.value, target, cells, BEST.value, EXAMPLES.value, CACHE.value, progress)
+        print(sweep.table(result, PRICE.value))
     else:
-        found = cost.measure(CONFIG.value, target, EXAMPLES.value, CACHE.value, logger.info)
+        found = cost.measure(CONFIG.value, target, EXAMPLES.value, CACHE.value, progress)
         result = cost.figures(CONFIG.value, target, found, EXAMPLES.value)
-        print(page(CONFIG.value, result))
+        print(page(CONFIG.value, result, PRICE.value))
     if to:
-        written = {"config": param_tree.flat(CONFIG.value), "versions": cost.versions(), **result}
+        written = {"price": PRICE.value, "config": param_tree.flat(CONFIG.value), "versions": cost.versions(), **result}
         to.write_text(json.dumps(written, indent=2) + "\n")
     return errors.FINISHED

@@ -6,11 +6,13 @@
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,46 +21,60 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax import param_tree, plugins
-from mae_jax.commands.plan import collectives, tpu
+from mae_jax.commands.plan import collectives, gpu, gpu_cost, tpu
 from mae_jax.data import ASSUMED
 from mae_jax.durations import Timeline
-from mae_jax.errors import UserError
+from mae_jax.errors import UserError, did_you_mean
 from mae_jax.runtime import bounded_json, sharding
 from mae_jax.storage import paths
 from mae_jax.training import throughput
 from mae_jax.training.train_step import TrainStep, build
 
 PACKAGE = Path(__file__).parents[2]
+# Images per second that one core makes, by data.resize and the size to which it crops JPEGs of 500 x 375
+# (docs/performance.md, benchmarks/input_pipeline.py). Of other sizes nothing was measured.
+IMAGES_PER_CORE = {("exact", (224, 224)): 517, ("fast", (224, 224)): 763}
+TIMES = ("compiler_seconds", "memory_seconds", "product_seconds", "memory_rate", "product_rate", "assumed",
+         "communication_seconds", "estimated_step_seconds")  # of a page; those that its kind of device has
 
 
 class Target(NamedTuple):
     """Devices to compile for.
 
     Attributes:
-      name: 'v3:8x8', or '8 simulated devices'.
+      name: 'v3:8x8', 'h200:8', or '8 simulated devices'.
       devices: of the topology, or simulated ones.
       chip: None where the devices are simulated.
     """
 
     name: str
     devices: list[Any]
-    chip: tpu.Chip | None
+    chip: tpu.Chip | gpu.Card | None
 
 
 def target(topology: str, simulated: int, slices: int = 1) -> Target:
     """Returns the devices of so many slices of the topology, or where its name is empty that many simulated ones.
 
     Raises:
-      UserError: the topology is unknown, or libtpu is missing.
+      UserError: the topology is unknown, or its compiler is missing.
     """
+    if found := gpu.parse(topology):
+        if slices > 1:
+            raise UserError(f"mesh.slices={slices}: GPUs are planned for one host; several slices are of TPUs")
+        return Target(topology, gpu.devices(topology), found[0])
     if topology:
+        if re.split("[:-]", topology)[0] not in tpu.GENERATIONS:
+            nearest = did_you_mean(topology.split(":")[0], [*tpu.CHIPS, *gpu.CARDS])
+            raise UserError(f"unknown topology {topology!r}; {nearest}; TPUs with the chips along each dimension, as "
+                            "v3:8x8 or v4:4x4x4, or by accelerator type, as v5litepod-8; GPUs with how many of a host, "
+                            "as h200:8")
         name = f"{slices} slices of {topology}" if slices > 1 else topology
         return Target(name, tpu.devices(topology, slices), tpu.parse(topology)[0])
     return Target(f"{simulated} simulated devices", jax.devices("cpu"), None)
 
 
 def measure(config: ConfigDict, target: Target, examples: int, cache: str = "",
-            say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+            progress: Callable[[str], AbstractContextManager[None]] = nullcontext) -> dict[str, Any]:
     """Compiles the train step, or finds in the folder `cache` what was measured of the same step before.
 
     Args:
@@ -66,7 +82,7 @@ def measure(config: ConfigDict, target: Target, examples: int, cache: str = "",
       target: what to compile for.
       examples: of the training split, which the schedule's epochs count.
       cache: a folder, or '' for none.
-      say: is told what is compiled.
+      progress: is told what is compiled, and gives a context for as long as that takes.
 
     Returns:
       Plain values, sizes in bytes per device. Where memory is short, 'short' says so and what only a compiled step
@@ -87,9 +103,9 @@ def measure(config: ConfigDict, target: Target, examples: int, cache: str = "",
             if stored.pop("of", None) == bounded_json.as_read(known):
                 return stored | {"cached": True}
     program = build(config, ASSUMED._replace(num_train=examples), target.devices)
-    say(f"compiling for {target.name}, batch {config.batch_size}"
-        f"{'' if config.model.scan else '; unrolled, which takes a minute or more for a large model'}")
-    found = _shapes(program) | _compiled(program, target) | {"cached": False}
+    what = f"compiling for {target.name}, batch {config.batch_size}"
+    with progress(f"{what}, {'layers in a loop' if config.model.scan else 'unrolled: minutes for a large model'}"):
+        found = _shapes(program) | _compiled(program, target) | {"cached": False}
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")  # others may write the same file
@@ -100,7 +116,8 @@ def measure(config: ConfigDict, target: Target, examples: int, cache: str = "",
 
 def versions() -> dict[str, str]:
     """Returns the versions that a compiled step depends on."""
-    names = [name for name in ("jax", "jaxlib", "libtpu", "flax", "optax") if importlib.util.find_spec(name)]
+    packages = ("jax", "jaxlib", "libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "flax", "optax")
+    names = [name for name in packages if importlib.util.find_spec(name)]
     return {name: importlib.metadata.version(name) for name in names}
 
 
@@ -142,6 +159,8 @@ def held(tree: Any) -> int:
 
 
 def _compiled(program: TrainStep, target: Target) -> dict[str, Any]:
+    if isinstance(target.chip, gpu.Card):
+        return gpu_cost.compiled(program, target.chip)
     began = time.monotonic()
     try:
         with jax.set_mesh(program.mesh):
@@ -190,18 +209,17 @@ def _shortage(error: str) -> dict[str, float | str]:
 def figures(config: ConfigDict, target: Target, found: dict[str, Any], examples: int) -> dict[str, Any]:
     """Returns the figures of the page: memory in GiB per device, times in seconds, None for what cannot be said."""
     steps = Timeline.of(config, examples).total
-    total, limit = found.get("total_bytes"), target.chip.hbm if target.chip else None
-    fits = None if limit is None else found["short"] is None and total <= limit
+    total = found.get("total_bytes")
     why = _why_no_time(target, found)
-    communication = None if why else sum(row["seconds"] for row in found["collectives"])
-    step = None if why else found["optimal_seconds"] + communication
+    time = _times(target, found) if not why else dict.fromkeys(TIMES)
+    step = time["estimated_step_seconds"]
     rate = config.batch_size / step if step else None
     model = found["model_flops_per_image"] * config.batch_size / len(target.devices)
+    host = found["rows_per_host"] / step if step else None
+    per_core = IMAGES_PER_CORE.get((config.data.resize, tuple(config.data.image_size)))
     return {
         "target": target.name, "devices": len(target.devices), "steps": steps, "examples": examples,
-        "chips": len({(getattr(device, "slice_index", 0), *device.coords) for device in target.devices})
-        if target.chip else None,
-        "device_kind": target.devices[0].device_kind if target.chip else "cpu",
+        "chips": _chips(target), "device_kind": target.devices[0].device_kind if target.chip else "cpu",
         **{key: found[key] for key in ("hosts", "mesh", "parameters", "compile_seconds", "cached", "rows_per_host")},
         "parameters_gib": found["parameter_bytes"] / 2**30,
         "optimizer_gib": found["optimizer_bytes"] / 2**30,
@@ -209,20 +227,52 @@ def figures(config: ConfigDict, target: Target, found: dict[str, Any], examples:
         "batch_gib": found["batch_bytes"] / 2**30,
         "temporaries_gib": found["temporary_bytes"] / 2**30 if total else None,
         "hbm_gib_per_core": (total or found["short"].get("needed", 0)) / 2**30 or None,
-        "hbm_limit_gib": limit and limit / 2**30,
-        "fits": fits, "short": found["short"],
+        "hbm_limit_gib": target.chip.hbm / 2**30 if target.chip else None,
+        **_fit(target, found), "short": found["short"],
         "flops_per_core": found.get("flops"), "model_flops_per_core": model,
         "bytes_per_core": found.get("bytes_accessed"), "peak_flops_per_core": found["peak_flops"],
+        "kernels": found.get("kernels"), "workspace_bytes": found.get("workspace_bytes"),
         "collectives": found.get("collectives"), "unpriced": found.get("unpriced", []), "no_time_because": why,
-        "compiler_seconds": None if why else found["optimal_seconds"],
-        "communication_seconds": communication,
-        "estimated_step_seconds": step, "images_per_sec": rate,
+        **time, "images_per_sec": rate,
         "mfu": model / step / found["peak_flops"] if step and found["peak_flops"] else None,
         "hours": steps * step / 3600 if step else None,
         "core_hours": steps * step / 3600 * len(target.devices) if step else None,
-        "images_per_sec_per_host": found["rows_per_host"] / step if step else None,
-        "input_bytes_per_sec_per_host": found["rows_per_host"] * found["image_bytes"] / step if step else None,
+        "images_per_sec_per_host": host,
+        "input_bytes_per_sec_per_host": host * found["image_bytes"] if host else None,
+        "input_images_per_sec_per_core": per_core,
+        "input_cores_per_host": host / per_core if host and per_core else None,
     }
+
+
+def _fit(target: Target, found: dict[str, Any]) -> dict[str, Any]:
+    """Returns whether the step fits, None where nobody knows, and the part of a GPU's memory that JAX must be given."""
+    if not target.chip or found["short"]:
+        return {"fits": False if target.chip else None, "memory_fraction": None}
+    needed = found["total_bytes"] / target.chip.hbm
+    if isinstance(target.chip, gpu.Card):
+        fraction = gpu.TAKEABLE if gpu.TAKEN < needed <= gpu.TAKEABLE else None
+        return {"fits": needed <= gpu.TAKEABLE, "memory_fraction": fraction}
+    return {"fits": needed <= 1, "memory_fraction": None}
+
+
+def _chips(target: Target) -> int | None:
+    """Returns how many chips the devices are; None where they are simulated."""
+    if isinstance(target.chip, tpu.Chip):
+        return len({(getattr(device, "slice_index", 0), *device.coords) for device in target.devices})
+    return len(target.devices) if target.chip else None
+
+
+def _times(target: Target, found: dict[str, Any]) -> dict[str, Any]:
+    """Returns the parts of the estimated time of a step, in seconds, and what of it rests on no measurement."""
+    communication, parts = sum(row["seconds"] for row in found["collectives"]), dict.fromkeys(TIMES)
+    if isinstance(target.chip, gpu.Card):
+        copied, products, parts["assumed"] = gpu.rates(target.chip, found["peak_flops"])
+        parts |= {"memory_seconds": found["bytes_accessed"] / copied, "product_seconds": found["flops"] / products,
+                  "memory_rate": copied, "product_rate": products}
+        compute = parts["memory_seconds"] + parts["product_seconds"]
+    else:
+        compute = parts["compiler_seconds"] = found["optimal_seconds"]
+    return parts | {"communication_seconds": communication, "estimated_step_seconds": compute + communication}
 
 
 def _why_no_time(target: Target, found: dict[str, Any]) -> str:
@@ -234,6 +284,8 @@ def _why_no_time(target: Target, found: dict[str, Any]) -> str:
     if found["unpriced"]:
         loops = "; model.scan and train.accumulate make loops" if "while" in found["unpriced"] else ""
         return f"the compiler does not price all of: {', '.join(found['unpriced'])}{loops}"
+    if isinstance(target.chip, gpu.Card):
+        return ""
     return "" if found["optimal_seconds"] > 0 else "the compiler gives none"
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -9,6 +10,7 @@ from ml_collections import ConfigDict
 from mae_jax import config as configs
 from mae_jax import param_tree
 from mae_jax.commands.plan import cost
+from mae_jax.commands.plan.page import digits, money, verdict
 from mae_jax.errors import UserError, did_you_mean
 from mae_jax.recipe_version import former
 
@@ -54,7 +56,7 @@ def changed(config: ConfigDict, cell: Cell) -> ConfigDict:
 
 
 def run(config: ConfigDict, target: cost.Target, cells: list[Cell], best: int, examples: int, cache: str,
-        say: Callable[[str], None]) -> dict[str, Any]:
+        progress: Callable[[str], AbstractContextManager[None]]) -> dict[str, Any]:
     """Measures the cells: all of them in a loop where they are more than `best`, then the best without loops.
 
     Returns:
@@ -63,7 +65,7 @@ def run(config: ConfigDict, target: cost.Target, cells: list[Cell], best: int, e
     def measured(cell: Cell, **values: Any) -> dict[str, Any]:
         try:
             variant = changed(config, cell | values)
-            return cost.figures(variant, target, cost.measure(variant, target, examples, cache, say), examples)
+            return cost.figures(variant, target, cost.measure(variant, target, examples, cache, progress), examples)
         except UserError as error:
             return {"error": str(error)}
 
@@ -92,27 +94,31 @@ def _recommended(config: ConfigDict, rows: list[dict[str, Any]]) -> Cell | None:
     return min(fitting, key=lambda row: _moved(config, row))["values"] if fitting else None
 
 
-def table(result: dict[str, Any]) -> str:
-    """Returns the cells as a table, and the recommendation."""
-    rows = [("values", "GiB", "fits", "GB moved", "step s", "images/s", "MFU", "hours")]
+def table(result: dict[str, Any], price: float | None = None) -> str:
+    """Returns the verdict on the cell to take and a table of all; with the price of a device-hour, their cost."""
+    rows = [("values", "GiB", "fits", "GB moved", "step s", "images/s", "MFU", "hours", "cost")]
     for row in result["cells"]:
         values = " ".join(f"{name}={value}" for name, value in row["values"].items())
         if "error" in row:
             rows.append((values, f"impossible: {row['error']}"))
             continue
         step = row["estimated_step_seconds"]
-        rows.append((values, _text(row["hbm_gib_per_core"], ".2f"), {True: "yes", False: "no", None: "?"}[row["fits"]],
-                     _text(row["bytes_per_core"] and row["bytes_per_core"] / 1e9, ".1f") + ("" if step else "*"),
-                     _text(step, ".4f"), _text(row["images_per_sec"], ",.0f"), _text(row["mfu"], ".1%"),
-                     _text(row["hours"], ",.1f")))
+        rows.append((values, _text(row["hbm_gib_per_core"]), {True: "yes", False: "no", None: "?"}[row["fits"]],
+                     _text(row["bytes_per_core"] and row["bytes_per_core"] / 1e9) + ("" if step else "*"),
+                     _text(step), _text(row["images_per_sec"]), _text(row["mfu"], lambda mfu: f"{mfu:.1%}"),
+                     _text(row["hours"]), _text(row["core_hours"] and row["core_hours"] * (price or 0), money)))
+    shown = slice(1, None if price is not None else -1)
     width = max(len(row[0]) for row in rows)
-    lines = [f"{row[0]:<{width}}  " + "".join(f"{text:>10}" for text in row[1:]).rstrip() for row in rows]
-    best = result["recommended"]
-    take = " ".join(f"--config.{name}={value}" for name, value in best.items()) if best else "none: nothing fits"
+    lines = [f"{row[0]:<{width}}  " + (row[1] if len(row) == 2 else "".join(f"{text:>10}" for text in row[shown]))
+             for row in rows]
+    best = next((row for row in result["cells"] if row["values"] == result["recommended"]), None)
     if any(not row.get("estimated_step_seconds") for row in result["cells"]):
         lines.append("* loops counted once, where layers are in one: it ranks cells of equal depth only")
-    return "\n".join([*lines, f"recommended: {take}"])
+    if not best:
+        return "\n".join(["none: nothing fits", "", *lines])
+    take = " ".join(f"--config.{name}={value}" for name, value in best["values"].items())
+    return "\n".join([f"recommended: {take}", verdict(best, price), "", *lines])
 
 
-def _text(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _text(value: float | None, form: Callable[[float], str] = digits) -> str:
+    return "-" if value is None else form(value)

@@ -67,6 +67,8 @@ CHIPS = {
     "v6e": Chip(32 * GIB, 1638e9, 100e9, 2, 16, 12.5e9, 256, "v6e"),
     "7x": Chip(96 * GIB, 3690e9, 100e9, 3, 4, 12.5e9, 9216, "tpu7x"),
 }
+# What a generation may be called → its name here.
+GENERATIONS = {**{name: name for name in CHIPS}, "tpu7x": "7x", "v7x": "7x", "v5litepod": "v5e"}
 EXAMPLES = {2: "8x8", 3: "4x4x4"}
 ATTEMPTS = 10  # to load libtpu while another process does; one second apart
 
@@ -105,14 +107,16 @@ def types() -> dict[str, str]:
 def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
     """Returns the chip and the shape of a topology's name, as 'v3:8x8', or an accelerator type's; raises UserError."""
     generation, sizes = (*re.split("[:-]", types().get(name, name), maxsplit=1), "")[:2]
-    generation = {"tpu7x": "7x", "v7x": "7x", "v5litepod": "v5e"}.get(generation, generation)
+    generation = GENERATIONS.get(generation, generation)
     if generation not in CHIPS:
         raise UserError(f"unknown topology {name!r}; {did_you_mean(generation, CHIPS)}; with the chips along each "
                         "dimension, as v3:8x8 or v4:4x4x4, or an accelerator type, as v5litepod-8")
     if re.fullmatch(r"[^:]+-\d+", name) and name not in types():
-        of_it = ", ".join(one for one, topology in types().items() if topology.startswith(f"{generation}:"))
-        raise UserError(f"unknown accelerator type {name!r}; known of {generation}: {of_it}; or write the chips along "
-                        f"each dimension, as {generation}:{EXAMPLES[CHIPS[generation].dimensions]}")
+        of_it = [one for one, topology in types().items() if topology.startswith(f"{generation}:")]
+        nearest = min(of_it, key=lambda one: abs(int(one.split("-")[1]) - int(sizes)))
+        raise UserError(f"unknown accelerator type {name!r}; nearest: {nearest}; known of {generation}: "
+                        f"{', '.join(of_it)}; or write the chips along each dimension, as "
+                        f"{generation}:{EXAMPLES[CHIPS[generation].dimensions]}")
     chip = CHIPS[generation]
     example = f"{generation}:{EXAMPLES[chip.dimensions]}"
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sizes):

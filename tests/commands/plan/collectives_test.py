@@ -56,6 +56,19 @@ def test_the_lines_that_libtpu_writes_are_read():
     ]
 
 
+@pytest.mark.parametrize(("line", "kind", "nbytes"), [
+    ("%rs = ((f32[768,64]{1,0}, f32[16]{0}), (f32[96,64]{1,0}, f32[2]{0})) reduce-scatter-start(%a, %b), channel_id=1, "
+     "replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}", "reduce-scatter", 4 * (768 * 64 + 16)),
+    ("%ag = (bf16[96,64]{1,0}, bf16[768,64]{1,0}) all-gather-start(%a), channel_id=2, "
+     "replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}, dimensions={0}", "all-gather", 2 * 768 * 64),
+    ("%ar = f32[179027]{0} all-reduce-start(%a), channel_id=3, replica_groups=mesh['axis_0'=8] {'axis_0'}, "
+     "to_apply=%add", "all-reduce", 4 * 179027),
+])
+def test_the_starts_that_xla_writes_for_gpus_count_the_whole_array_once(line, kind, nbytes):
+    found = [(one.kind, one.bytes, one.size) for one in collectives.parse(f"  {line}", 8)]
+    assert found == [(kind, nbytes, 8)]
+
+
 @pytest.mark.parametrize(("text", "groups"), [
     ("replica_groups={{0,1},{2,3}}, to_apply=%r", ((0, 1), (2, 3))),
     ("replica_groups={}, to_apply=%r", ((0, 1, 2, 3),)),

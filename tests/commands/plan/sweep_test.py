@@ -1,5 +1,7 @@
 """What a sweep compares, in which order it compiles, and what it recommends."""
 
+import contextlib
+
 import pytest
 
 from mae_jax.commands.plan import cost
@@ -37,7 +39,7 @@ def compiled(monkeypatch):
     """Replaces the compiler by one that gives each cell a time and a size; returns the log of what it was asked."""
     asked = []
 
-    def measure(config, target, examples, cache, say):
+    def measure(config, target, examples, cache, progress):
         asked.append((config.batch_size, config.model.remat, config.model.scan))
         if config.batch_size == 24:
             raise UserError("does not divide")
@@ -55,7 +57,7 @@ def compiled(monkeypatch):
 
 def sweep(text, best=3):
     config = tiny_config()
-    return plan_sweep.run(config, V3, plan_sweep.parse(text, config), best, 64, "", lambda _: None)
+    return plan_sweep.run(config, V3, plan_sweep.parse(text, config), best, 64, "", contextlib.nullcontext)
 
 
 def test_few_cells_are_compiled_without_loops_at_once(compiled):
@@ -63,8 +65,11 @@ def test_few_cells_are_compiled_without_loops_at_once(compiled):
     assert compiled == [(8, "none", False), (16, "none", False)]
     assert result["recommended"] == {"batch_size": 16}  # 16 / 2.25 s beats 8 / 1.25 s
     table = plan_sweep.table(result)
-    assert table.endswith("recommended: --config.batch_size=16")
+    assert table.startswith("recommended: --config.batch_size=16\nfits; ")
     assert "loops" not in table
+    assert "cost" not in table
+    # 6 steps on 8 devices at 2 per device-hour: of 1.25 s, and of 2.25
+    assert [line.split()[-1] for line in plan_sweep.table(result, 2.0).splitlines()[-3:]] == ["cost", "0.0333", "0.06"]
 
 
 def test_of_many_cells_the_best_that_fit_are_compiled_again_without_loops(compiled):
@@ -80,7 +85,7 @@ def test_of_many_cells_the_best_that_fit_are_compiled_again_without_loops(compil
 def test_where_nothing_fits_nothing_is_recommended(compiled):
     result = sweep("batch_size=32")
     assert result["recommended"] is None
-    assert plan_sweep.table(result).endswith("recommended: none: nothing fits")
+    assert plan_sweep.table(result).startswith("none: nothing fits\n")
 
 
 @pytest.mark.parametrize(("text", "line"), [(";", "--sweep is empty"),

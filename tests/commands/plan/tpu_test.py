@@ -16,7 +16,8 @@ from mae_jax.training import throughput
     ("v2:2x2", (2, 2)), ("v3:8x8", (8, 8)), ("v4:2x2x1", (2, 2, 1)), ("v5e:4x8", (4, 8)), ("v5p:4x4x4", (4, 4, 4)),
     ("v6e:16x16", (16, 16)), ("7x:2x2x1", (2, 2, 1)), ("tpu7x:4x4x4", (4, 4, 4)),
     ("v3-128", (8, 8)), ("v5litepod-8", (2, 4)), ("v5litepod-1", (1, 1)), ("v5litepod:4x4", (4, 4)),
-    ("v5p-8", (2, 2, 1)), ("v6e-16", (4, 4)), ("v6e-1", (1, 1)), ("tpu7x-8", (2, 2, 1))])
+    ("v5p-8", (2, 2, 1)), ("v5p-128", (4, 4, 4)),
+    ("v5litepod-16", (4, 4)), ("v6e-8", (2, 4)), ("v6e-16", (4, 4)), ("v6e-1", (1, 1)), ("tpu7x-8", (2, 2, 1))])
 def test_a_topology_is_a_generation_and_the_chips_along_each_dimension(name, shape):
     chip, found = tpu.parse(name)
     assert found == shape
@@ -26,9 +27,9 @@ def test_a_topology_is_a_generation_and_the_chips_along_each_dimension(name, sha
 @pytest.mark.parametrize(("name", "words"), [
     ("v9:2x2", ["unknown topology 'v9:2x2'", "known: 7x, v2, v3, v4, v5e, v5p, v6e"]),
     ("vv3:2x2", ["did you mean 'v3'?"]),
-    ("v3-127", ["'v3-127'", "v3-8, v3-32, ", "v3:8x8"]),
-    ("v5e-8", ["'v5e-8'", "v5litepod-1, v5litepod-4, v5litepod-8", "v5e:8x8"]),
-    ("v6e-7", ["'v6e-7'", "v6e-1, v6e-4, v6e-8", "v6e:8x8"]),
+    ("v3-127", ["'v3-127'", "nearest: v3-128;", "v3-8, v3-32, ", "v3:8x8"]),
+    ("v5e-8", ["'v5e-8'", "nearest: v5litepod-8;", "v5litepod-1, v5litepod-4, v5litepod-8", "v5e:8x8"]),
+    ("v6e-7", ["'v6e-7'", "nearest: v6e-8;", "v6e-1, v6e-4, v6e-8", "v6e:8x8"]),
     ("h100-8", ["unknown topology 'h100-8'", "v5litepod-8"]),
     ("v3:1x1", ["even", "nearest: v3:2x2"]),
     ("v3", ["chips along each dimension", "v3:8x8"]),
@@ -48,6 +49,7 @@ def test_a_name_that_is_no_topology_ends_with_one_line_that_shows_one(name, word
 
 def test_every_accelerator_type_has_a_shape_of_as_many_cores_or_chips_as_its_name_says():
     assert len(tpu.types()) > 40
+    assert len(set(tpu.types().values())) == len(tpu.types())  # the launcher takes either
     for name, topology in tpu.types().items():
         chip, shape = tpu.parse(name)
         assert (chip, shape) == tpu.parse(topology)
