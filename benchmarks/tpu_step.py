@@ -30,7 +30,7 @@ from mae_jax.commands import cli
 from mae_jax.commands.plan import tpu as plan_tpu
 from mae_jax.commands.plan.collectives import withheld_seconds
 from mae_jax.data import ASSUMED
-from mae_jax.ops import attention, linear
+from mae_jax.ops import attention, attention_tpu, linear
 from mae_jax.training.train_step import build
 
 CONFIG = cli.define_config()
@@ -63,8 +63,9 @@ ROWS = {
     "optimiser and parameters whole on every core": ({"mesh.zero": "off"}, contextlib.nullcontext),
     "gradients summed in bfloat16": ({"mesh.reduce": "bfloat16"}, contextlib.nullcontext),
     "tokens flattened before products": ({}, functools.partial(elsewhere, "whole")),
-    "attention as on other platforms": ({}, functools.partial(elsewhere, "_forward_on_tpu", "_backward_on_tpu")),
-    "heads of 64 apart": ({}, functools.partial(mock.patch.object, attention, "_together", one_by_one)),
+    "attention as on other platforms": ({}, functools.partial(
+        mock.patch.dict, attention.IMPLEMENTATIONS, tpu=attention.IMPLEMENTATIONS["plain"])),
+    "heads of 64 apart": ({}, functools.partial(mock.patch.object, attention_tpu, "_together", one_by_one)),
     "positions looked up": ({}, functools.partial(elsewhere, "one_hot")),
     "what GELU saves not rounded": ({}, functools.partial(mock.patch.object, linear, "_as_rounded", lambda x: x)),
     "GELU by tanh": ({"model.gelu": "tanh"}, contextlib.nullcontext),

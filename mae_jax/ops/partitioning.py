@@ -4,7 +4,7 @@ The mesh is the one of the surrounding `jax.set_mesh`. Its axes and their roles 
 `mae_jax.runtime.sharding`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,26 @@ SMALL = 2**14  # values of a parameter below which a cut saves less than its mes
 def sizes() -> dict[str, int]:
     """Returns axis → size of the surrounding mesh; {} without one."""
     return dict(jax.sharding.get_abstract_mesh().shape)
+
+
+def device() -> jax.sharding.AbstractDevice | None:
+    """Returns what the devices of the surrounding mesh are: platform and kind. None without a mesh, or if they differ."""
+    return jax.sharding.get_abstract_mesh().abstract_device
+
+
+def row_shares() -> int:
+    """Returns among how many groups of devices the rows of a batch are shared."""
+    mesh = sizes()
+    return _pieces(ROWS, mesh) if mesh else 1
+
+
+def on_each_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """Returns the function, applied by each device to its own part of the arguments; of all axes, rows are shared
+    evenly."""
+    mesh = sizes()
+    if not mesh or max(mesh.values()) == 1:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:
