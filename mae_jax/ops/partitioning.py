@@ -26,6 +26,12 @@ def device() -> jax.sharding.AbstractDevice | None:
     return jax.sharding.get_abstract_mesh().abstract_device
 
 
+def platform() -> str:
+    """Returns 'cpu', 'gpu' or 'tpu', the devices of the surrounding mesh; '' as `device` returns None."""
+    kind = device()
+    return kind.platform if kind else ""
+
+
 def row_shares() -> int:
     """Returns among how many groups of devices the rows of a batch are shared."""
     mesh = sizes()

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from mae_jax import plugins
 from mae_jax.config import DEFAULTS, OPTIMIZERS
 from mae_jax.methods.base import Method, Params
+from mae_jax.ops import partitioning
 from mae_jax.param_tree import path
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -88,6 +89,19 @@ def warmup_cosine(peak: float, minimum: float, warmup: int, total: int, start: f
         return jnp.where(step < warmup, rise, fall)
 
     return schedule
+
+
+def global_norm(grads: Params) -> jax.Array:
+    """Returns the norm of all gradients together, float32 [].
+
+    On GPUs in one kernel for each matrix and few for the rest: a sum over all of one leaf takes two.
+    """
+    if partitioning.platform() != "gpu":
+        return optax.tree.norm(grads)
+    rows = [jnp.square(leaf.reshape(len(leaf), -1)).sum(-1) if leaf.ndim > 1 else jnp.square(leaf.ravel())
+            for leaf in jax.tree.leaves(grads)]
+    # Without the barrier, XLA would sum each part for itself.
+    return jnp.sqrt(jax.lax.optimization_barrier(jnp.concatenate(rows)).sum())
 
 
 def make_schedule(method: Method) -> Schedule:

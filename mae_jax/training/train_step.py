@@ -148,7 +148,7 @@ def build_train_step(method: Method, optimizer: optax.GradientTransformationExtr
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = stream_key(config.seed, state.step, "loss")
         grads, metrics, new_extras = gradients(method, state, batch, key, config.train.accumulate)
-        norm = optax.tree.norm(grads)
+        norm = optim.global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"][0])
         apply_update, history, spike_metrics = skip_on_spike(config.guard.spike, finite, state, metrics, norm)
         lr, decay = schedule(state.step), config.optim.ema
