@@ -108,7 +108,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        return normalize(x, scale, bias).astype(self.dtype)
+        return normalize(x, scale, bias, self.dtype)
 
 
 def layer_norm(dtype: Any, name: str) -> LayerNorm:

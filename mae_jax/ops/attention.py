@@ -1,8 +1,8 @@
 """Softmax attention: one function, and a table of how it is computed on which devices.
 
 Every implementation gives the same numbers up to rounding, keeps little for its backward pass, and multiplies in the
-dtype of the activations. Autodiff would keep float32 weights, and multiply float32 gradients of the scores with bfloat16
-keys and queries.
+dtype of the activations. Autodiff would keep float32 weights, and multiply float32 gradients of the scores with
+bfloat16 keys and queries.
 """
 
 from collections.abc import Callable

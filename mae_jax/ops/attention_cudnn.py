@@ -1,12 +1,12 @@
 """Softmax attention by cuDNN: one kernel forward and a few back, which keep no scores in the GPU's memory.
 
 The custom calls are those that `jax.nn.dot_product_attention(implementation="cudnn")` compiles to. JAX's own wrapper
-(0.10) cannot be used: of the number of tokens it asks to be even wherever there is a gradient, which cuDNN (9) asks only
-where there is a bias as well (the wrapper takes the empty array that stands for none for one); and it looks for cuDNN
-while it traces, so that no step could be traced where there is no GPU.
+(0.10) cannot be used. It wants an even number of tokens wherever there is a gradient, which cuDNN 9 wants only where
+there is a bias as well: the wrapper takes the empty array that stands for none for one. And it looks for cuDNN while it
+traces, so that no step could be traced where cuDNN is not.
 
-cuDNN adds up the gradient of queries in any order, unless XLA asks it not to: with `xla_gpu_deterministic_ops`, which is
-`train.deterministic`, XLA sets `force_deterministic` in the call.
+cuDNN adds up the gradient of queries in any order unless it is asked not to: with `xla_gpu_deterministic_ops`, which is
+`train.deterministic`, XLA sets `force_deterministic` in the backward call when it compiles.
 """
 
 import json

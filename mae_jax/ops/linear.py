@@ -60,7 +60,10 @@ def _linears_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array,
 
 
 def _linears_backward(split: str, saved: tuple[jax.Array, ...], dys: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    return _linear_backward(split, saved, jnp.stack(dys, -2))
+    # As a sum of padded parts and not a concatenation, XLA sums the bias's gradient in the same kernel.
+    last = len(dys) - 1
+    padded = [jnp.pad(dy[..., None, :], [(0, 0)] * (dy.ndim - 1) + [(n, last - n), (0, 0)]) for n, dy in enumerate(dys)]
+    return _linear_backward(split, saved, sum(padded))
 
 
 linears.defvjp(_linears_forward, _linears_backward)

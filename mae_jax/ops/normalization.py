@@ -13,36 +13,38 @@ def unit(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
 
 
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """Returns x [..., D], its vectors normalized (arXiv 1607.06450), times scale plus bias [D]: float32 whatever x is.
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns x [..., D], its vectors normalized (arXiv 1607.06450), times scale plus bias [D], in `dtype`.
 
-    On GPUs the gradient is written out: it keeps x alone, in its own dtype, and passes over x and the gradient twice,
-    first for four sums over each vector, then for all that is as large as x and for the sums over all vectors.
-    Autodiff's passes over them more often, and writes float32 between.
+    It is computed in float32 whatever x is. On GPUs the gradient is written out: it keeps x alone, in its own dtype,
+    and passes over x and the gradient twice, first for four sums over each vector, then for all that is as large as x
+    and for the sums over all vectors. Autodiff's passes over them more often, and writes float32 between.
     """
-    return (_by_passes if partitioning.platform() == "gpu" else _layer_norm)(x, scale, bias)
+    return (_by_passes if partitioning.platform() == "gpu" else _layer_norm)(x, scale, bias, dtype)
 
 
-def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
     wide = x.astype(jnp.float32)
     mean = wide.mean(-1, keepdims=True)
     rate = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + EPS)
-    return (x - mean) * (rate * scale) + bias
+    return ((x - mean) * (rate * scale) + bias).astype(dtype)
 
 
-_by_passes = jax.custom_vjp(_layer_norm)
+_by_passes = jax.custom_vjp(_layer_norm, nondiff_argnums=(3,))
 
 
-def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _layer_norm(x, scale, bias), (x, scale)
+def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array,
+             dtype: jnp.dtype) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _layer_norm(x, scale, bias, dtype), (x, scale)
 
 
-def _backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, ...]:
+def _backward(dtype: jnp.dtype, saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, ...]:
     x, scale = saved
-    # Behind the barrier, the sum over x is not the forward pass's, which stays in one kernel with all of that.
-    wide, inner = jax.lax.optimization_barrier(x).astype(jnp.float32), dy * scale
+    # Behind the barrier, the sum over x is not taken for that of the forward pass, which is one kernel with its sums.
+    wide, dy = (part.astype(jnp.float32) for part in jax.lax.optimization_barrier((x, dy)))
+    inner = dy * scale
     sums = [part.sum(-1, keepdims=True) for part in (wide, wide * wide, inner, inner * wide)]
-    # Without the barrier, XLA makes one kernel of both passes, and others, which pass once more, for what it leaves out.
+    # Without the barrier, XLA makes one kernel of both passes, and others, which pass again, for the sums over vectors.
     mean, square, shift, product = (part / x.shape[-1] for part in jax.lax.optimization_barrier(sums))
     rate = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + EPS)
     normal = (wide - mean) * rate

@@ -22,12 +22,12 @@ def sizes() -> dict[str, int]:
 
 
 def device() -> jax.sharding.AbstractDevice | None:
-    """Returns what the devices of the surrounding mesh are: platform and kind. None without a mesh, or if they differ."""
+    """Returns platform and kind of the surrounding mesh's devices; None without a mesh, or where they differ."""
     return jax.sharding.get_abstract_mesh().abstract_device
 
 
 def platform() -> str:
-    """Returns 'cpu', 'gpu' or 'tpu', the devices of the surrounding mesh; '' as `device` returns None."""
+    """Returns what the devices of the surrounding mesh are, 'cpu', 'gpu' or 'tpu'; '' where `device` returns None."""
     kind = device()
     return kind.platform if kind else ""
 
@@ -39,8 +39,7 @@ def row_shares() -> int:
 
 
 def on_each_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """Returns the function, applied by each device to its own part of the arguments; of all axes, rows are shared
-    evenly."""
+    """Returns the function, applied by each device to its own part of the arguments."""
     mesh = sizes()
     if not mesh or max(mesh.values()) == 1:
         return function

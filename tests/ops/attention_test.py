@@ -1,3 +1,5 @@
+import json
+import re
 from functools import partial
 
 import jax
@@ -6,6 +8,9 @@ import numpy as np
 import pytest
 
 from mae_jax.ops import attention as module
+from mae_jax.ops import attention_cudnn
+from mae_jax.ops.homologous_attention import TopKMask
+from tests.helpers.gpu import cudnn_in_jax
 
 
 def textbook(q, k, v):
@@ -24,7 +29,12 @@ def operands(dtype=np.float32, scale=1.0, heads=3, depth=8):
     return [jnp.asarray(scale * a, dtype) for a in draws]
 
 
-on_any_device = pytest.mark.parametrize("by", ["plain", "tpu"])
+on_any_device = pytest.mark.parametrize("by", ["plain", "tpu", "cudnn"])
+
+
+@pytest.fixture(autouse=True)
+def _cudnn_in_jax(monkeypatch):
+    monkeypatch.setattr(attention_cudnn, "_call", cudnn_in_jax)
 
 
 @pytest.mark.parametrize(("heads", "depth"), [(3, 8), (4, 64)], ids=["heads apart", "two heads side by side"])
@@ -56,3 +66,66 @@ def test_no_product_mixes_float32_with_bfloat16(by, products):
     found = [eqn for eqn in program.eqns if eqn.primitive.name == "dot_general"]
     assert len(found) == products
     assert all(var.aval.dtype == jnp.bfloat16 for eqn in found for var in eqn.invars)
+
+
+AXES = ("data", "zero", "fsdp", "tensor")
+
+
+@pytest.mark.parametrize(("platform", "kind", "dtype", "changes", "by"), [
+    ("gpu", "NVIDIA H200", jnp.bfloat16, {}, "cudnn"),
+    ("gpu", "NVIDIA A10G", jnp.bfloat16, {}, "cudnn"),
+    ("gpu", "NVIDIA H200", jnp.float32, {}, "plain"),
+    ("gpu", "NVIDIA H200", jnp.bfloat16, {"kept": TopKMask(3, 7)}, "plain"),
+    ("gpu", "NVIDIA H200", jnp.bfloat16, {"heads": 16}, "plain"),  # of 4 each
+    ("gpu", "NVIDIA H200", jnp.bfloat16, {"images": 1}, "plain"),  # of two devices
+    ("gpu", "NVIDIA GeForce RTX 2080 Ti", jnp.bfloat16, {}, "plain"),
+    ("gpu", "Tesla V100-SXM2-16GB", jnp.bfloat16, {}, "plain"),
+    ("gpu", "AMD Instinct MI300X", jnp.bfloat16, {}, "plain"),
+    ("tpu", "TPU v4", jnp.bfloat16, {}, "tpu"),
+    ("tpu", "TPU v4", jnp.bfloat16, {"kept": TopKMask(3, 7)}, "plain"),
+    ("cpu", "cpu", jnp.bfloat16, {}, "plain"),
+])
+def test_the_devices_of_the_mesh_say_how_attention_is_computed(platform, kind, dtype, changes, by):
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
+    mesh = jax.sharding.AbstractMesh((2, 1, 1, 1), AXES, abstract_device=device)
+    q = jax.ShapeDtypeStruct((changes.get("images", 4), 7, 64), dtype)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert module.implementation(q, changes.get("heads", 4), changes.get("kept")) == by
+    assert module.implementation(q, 4) == "plain"  # without a mesh
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_the_calls_of_cudnn_are_those_of_jax(backward, monkeypatch):
+    monkeypatch.undo()  # of the fixture: the true calls
+    library = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(library, "check_cudnn_version", lambda: 91000)
+    q = jax.ShapeDtypeStruct((2, 6, 3, 8), jnp.bfloat16)
+
+    def calls(way):
+        function = (lambda *x: jax.vjp(way, *x[:3])[1](x[3])) if backward else way
+        text = jax.jit(function).trace(*[q] * (4 if backward else 3)).lower(lowering_platforms=("cuda",)).as_text()
+        return [called(line) for line in text.splitlines() if "@__cudnn$fmha" in line]
+
+    theirs = calls(partial(jax.nn.dot_product_attention, implementation="cudnn"))
+    ours = calls(partial(attention, by="cudnn"))
+    assert len(ours) == len(theirs) == 1 + backward
+    # For no gradient, JAX leaves the statistics out.
+    for (target, config, kinds), (wanted, full, types) in zip(ours, theirs, strict=True):
+        assert (target, kinds) == (wanted, types) or not backward
+        assert included(config["cudnn_fmha_backend_config"], full["cudnn_fmha_backend_config"])
+
+
+def called(line):
+    """Returns target, configuration, and the types and layouts of operands and results of a custom call."""
+    config = re.search(r'backend_config = "(.*?)"(?:,|\})', line)[1].replace(r"\22", '"')
+    layouts = re.findall(r"(?:operand|result)_layouts = (\[.*?\])[,}]", line)
+    return re.search(r"@(\S+?)\(", line)[1], json.loads(config), (layouts, line[line.rindex(" : ("):].split(" loc")[0])
+
+
+def included(part, whole):
+    """Says whether a configuration says what another does, and leaves out only what it has empty."""
+    if isinstance(part, dict):
+        return all(included(value, whole[key]) for key, value in part.items()) and not any(
+            value for key, value in whole.items() if key not in part and value not in ("0", "PRIMITIVE_TYPE_INVALID",
+                                                                                       [False]))
+    return part == (pytest.approx(whole) if isinstance(whole, float) else whole)

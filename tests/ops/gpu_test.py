@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from mae_jax.ops import expert_linear
+from mae_jax.ops.attention import _attention
 from mae_jax.ops.homologous_attention import kth_largest
-from tests.helpers.tiny import tiny_batch, tiny_config, tiny_state, tiny_step
+from tests.helpers.tiny import tiny_batch, tiny_config, tiny_program, tiny_state, tiny_step
 from tests.ops.expert_linear_test import operands, textbook
 
 pytestmark = pytest.mark.gpu
@@ -36,6 +37,31 @@ def test_expert_products_and_gradients_are_those_of_a_loop_over_images():
     wanted, exact = jax.vjp(partial(textbook, expert=expert), x, kernel, bias)
     for ours, theirs in zip((y, *backward(dy)), (wanted, *exact(dy)), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [49, 50, 197])
+def test_attention_by_cudnn_is_that_of_any_platform(tokens):
+    q, k, v, dout = (jnp.asarray(x, jnp.bfloat16) for x in np.random.default_rng(0).normal(size=(4, 3, tokens, 64)))
+    (out, backward), (wanted, exact) = (jax.vjp(partial(_attention, heads=2, kept=None, by=by), q, k, v)
+                                        for by in ("cudnn", "plain"))
+    for ours, theirs in zip((out, *backward(dout)), (wanted, *exact(dout)), strict=True):
+        limit = 2e-2 * np.abs(np.float32(theirs)).max()
+        np.testing.assert_allclose(np.float32(ours), np.float32(theirs), rtol=0, atol=limit)
+
+
+def test_steps_that_must_be_deterministic_are():
+    config = tiny_config({"model.dtype": "bfloat16", "train.deterministic": True})
+    program, ends = tiny_program(config, jax.devices("gpu")[:1]), []
+    batch = tiny_batch(config)
+    with jax.set_mesh(program.mesh):
+        assert "force_deterministic" in program.step.lower(program.state, program.batch).compile().as_text()
+        for _ in range(3):
+            state = program.init(batch)
+            for _ in range(4):
+                state, _ = program.step(state, batch)
+            ends.append(jax.device_get(state.params))
+    for end in ends[1:]:
+        jax.tree.map(np.testing.assert_array_equal, end, ends[0])
 
 
 def losses() -> list[float]:

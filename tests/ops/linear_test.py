@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from mae_jax.ops.linear import gelu, linear
+from mae_jax.ops.linear import gelu, linear, linears
 
 
 def operands(dtype):
@@ -24,6 +24,22 @@ def test_the_linear_layer_and_its_gradients_are_those_of_a_plain_product(dtype, 
     for ours, truth, primal in zip(backward(dy), plain(np.float32(dy)), (x, kernel, bias), strict=True):
         assert ours.dtype == primal.dtype
         np.testing.assert_allclose(np.float32(ours), truth, rtol=tolerance, atol=tolerance * np.abs(truth).max())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+def test_several_linear_layers_of_one_kernel_are_those_one_by_one(dtype, tolerance):
+    rng = np.random.default_rng(0)
+    x, kernel, bias = (jnp.float32(rng.normal(size=shape)) for shape in ((3, 7, 8), (8, 3, 5), (3, 5)))
+    dys = tuple(jnp.asarray(rng.normal(size=(3, 7, 5)), dtype) for _ in range(3))
+    x = x.astype(dtype)
+    ours, backward = jax.vjp(linears, x, kernel, bias)
+    theirs, one_by_one = jax.vjp(lambda x, k, b: tuple(linear(x, k[:, n], b[n]) for n in range(3)), x, kernel, bias)
+    for part, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(part, other)
+    for found, wanted in zip(backward(dys), one_by_one(dys), strict=True):
+        assert found.dtype == wanted.dtype
+        limit = tolerance * np.abs(np.float32(wanted)).max()
+        np.testing.assert_allclose(np.float32(found), np.float32(wanted), rtol=0, atol=limit)
 
 
 def test_weight_gradients_of_bfloat16_activations_are_not_rounded_to_bfloat16():
