@@ -10,6 +10,7 @@ import pytest
 from mae_jax.config import default, vit
 from mae_jax.models.layers import sincos_positions
 from mae_jax.models.vit import make_decoder, make_encoder
+from mae_jax.ops.normalization import EPS
 from mae_jax.param_tree import flatten
 from tests.helpers.tiny import tiny_batch, tiny_config, tiny_method, tiny_params
 
