@@ -31,6 +31,7 @@ setup(
         "importlib_resources>=6,<8",  # TensorFlow Datasets imports it and does not declare it
         "jax>=0.10,<0.13",
         "ml-collections>=1.0,<2",
+        "ml-dtypes>=0.5,<1",
         "numpy>=2,<3",
         "optax>=0.2.5,<0.3",
         "orbax-checkpoint>=0.12,<0.13",

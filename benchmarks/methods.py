@@ -25,7 +25,7 @@ from mae_jax.commands.bench.timed_step import TimedStep
 
 RESULTS = Path(__file__).parent / "results"
 RECIPES = {"MAE": "vit_b_mae:repo", "SplitMask": "vit_b_splitmask", "BEiT": "vit_b_beit",
-           "MixedAE": "vit_b_mixedae", "naive mixing": "vit_b_mixedae:naive"}
+           "MixedAE": "vit_b_mixedae", "naive mixing": "vit_b_mixedae:naive", "DINO, ViT-S": "vit_s_dino"}
 
 
 def recipe(text: str) -> Any:

@@ -84,10 +84,11 @@ CONTENDERS: dict[str, Callable[[ConfigDict, str], Step]] = {
 }
 
 
-def compare(config: ConfigDict, device: str, rounds: int) -> dict[str, Any]:
+def compare(config: ConfigDict, device: str, rounds: int,
+            contenders: dict[str, Callable[[ConfigDict, str], Step]] = CONTENDERS) -> dict[str, Any]:
     """Returns contender → figures, each reading after one of every other contender; what does not fit is None."""
     steps, readings = {}, {}
-    for name, make in CONTENDERS.items():
+    for name, make in contenders.items():
         began = time.perf_counter()
         try:
             step = make(config, device)
@@ -104,7 +105,7 @@ def compare(config: ConfigDict, device: str, rounds: int) -> dict[str, Any]:
             step()
             if index:
                 readings[name].append((time.perf_counter() - began, cpu_seconds() - cpu))
-    return {name: figures(readings.get(name), config.batch_size, STEPS[device]) for name in CONTENDERS}
+    return {name: figures(readings.get(name), config.batch_size, STEPS[device]) for name in contenders}
 
 
 def figures(readings: list[tuple[float, float]] | None, batch_size: int, steps: int) -> dict[str, float] | None:
