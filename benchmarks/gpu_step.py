@@ -144,7 +144,8 @@ def table(measured: dict[str, Any], size: str) -> str:
         lines.append(
             f"| {row['batch']} | {_shown(plan.get('ms'))} | {ours['seconds'] * 1e3:.1f} | "
             f"{ours['images_per_sec']:,.0f} | {ours['images_per_sec'] * row['gflop_per_image'] / 1e3:.0f} | "
-            f"{_shown(plan.get('gb'))} | {_shown(row.get('gb'))} | {ratio.get('hf_eager', '')} | {ratio.get('hf_compile', '')} |")
+            f"{_shown(plan.get('gb'))} | {_shown(row.get('gb'))} | {ratio.get('hf_eager', '')} | "
+            f"{ratio.get('hf_compile', '')} |")
     if bits := measured.get("resume"):
         text = "bit for bit as the unbroken one" if not bits["that_differ"] else \
             f"otherwise than the unbroken one in {len(bits['that_differ'])} of {bits['arrays']} arrays"
