@@ -4,7 +4,7 @@
 
 Any depth of sub-folders; JPEG, PNG, WebP, BMP and GIF. Class sub-folders are optional: with them (path/<class>/*.jpg,
 or path/train/<class>/*.jpg and path/val/<class>/*.jpg) probes are run, without them the held-out loss and pictures.
-EXIF rotation is ignored. Look at the data first: python -m mae_jax inspect with the same flags says what is which.
+Look at the data first: python -m mae_jax inspect with the same flags says what is which.
 Where there are but a few pictures, say --config.data.eval_split='': the held-out tenth of them may be none.
 
 Arguments: `Ti` (the default, 5.5 M parameters in the encoder) or `S` (22 M); `runlocal` (two small steps, on your

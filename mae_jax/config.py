@@ -41,6 +41,7 @@ CHOICES: dict[str, Collection[str]] = {  # and those of `choices`
     "data.layout": ("auto", "flat", "classes", "splits", "0.1.0"),
     "init_head": ("match", "keep", "new"),
     "data.augment": ("none", "fixed", "simple", "single", "random"),
+    "data.exif": ("auto", "apply", "ignore"),
     "data.resize": ("exact", "fast"),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.gelu": ("erf", "tanh"),
@@ -102,6 +103,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "crop_scale": (0.2, 1.0),  # share of the area, MAE A.1
         "crop_ratio": (3 / 4, 4 / 3),
         "flip": True,
+        "exif": "auto",  # apply: images are turned as their EXIF says; ignore; auto: apply, but in runs from before
         "resize": "exact",  # exact: as PIL and torchvision do; fast: OpenCV, not antialiased (docs/performance.md)
         "image_key": "image",  # name of a TFRecord feature, npz array, Parquet or table column, or kind of tar member
         "label_key": "label",  # likewise; '' reads no labels
@@ -248,6 +250,8 @@ def read_as_begun(config: ConfigDict) -> ConfigDict:
     """Has the data of an unlocked config read as its recipe_version did; returns it."""
     if config.data.layout == "auto" and not recipe_version.has(config, "folder_layouts"):
         config.data.layout = "0.1.0"
+    if config.data.exif == "auto":
+        config.data.exif = "apply" if recipe_version.has(config, "exif_orientation") else "ignore"
     return config
 
 

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 import mae_jax
 from mae_jax.errors import UserError
 
-CURRENT = 3  # of new runs
+CURRENT = 4  # of new runs
 
 
 class Behavior(NamedTuple):
@@ -45,6 +45,10 @@ BEHAVIORS: dict[str, Behavior] = {
         "numbers in `data.classes` were places in the sorted names, also where names are numbers: of folders 0 to 11, "
         "`10-11` were 8 and 9",
         "where the names of classes are numbers, these are meant"),
+    "exif_orientation": Behavior(
+        4,
+        "pixels as they are stored, whatever EXIF said; `data.exif=ignore` reads so",
+        "images are turned as their EXIF says, as people see them, and their masks with them"),
 }
 
 

@@ -22,8 +22,9 @@ from tests.golden.runs import METHODS, RECORD, STOP, TOTAL
 from tests.helpers.tiny import tiny_config, tiny_method
 
 SHOWN = {"published_blocks": "beit"}  # behavior → the method whose stored run shows it
-# Of data that no stored run has read: shown by a stored config, in tests/data/sources/layouts_test.py.
-SHOWN_BY_CONFIG = {"folder_layouts", "class_names_before_numbers"}
+# Of data that no stored run has read: shown by a stored config, in tests/data/sources/layouts_test.py and
+# tests/data/exif_test.py.
+SHOWN_BY_CONFIG = {"folder_layouts", "class_names_before_numbers", "exif_orientation"}
 NEWEST = {"recipe_version": CURRENT}  # what a recipe has that states none
 
 

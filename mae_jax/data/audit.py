@@ -6,6 +6,7 @@ import os
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -70,12 +71,13 @@ class Audit:
         return self.digests[self.shown()].view(f"S{DIGEST}").ravel()
 
 
-def audit(source: writers.Found, threads: int, what: str) -> Audit:
-    """Looks at every image of a split; says on the way how far it is with `what`."""
+def audit(source: writers.Found, threads: int, what: str, upright: bool = False) -> Audit:
+    """Looks at every image of a split, turned as EXIF says or not; says on the way how far it is with `what`."""
     size = source.size
     seen = Audit(source, np.zeros((size, 2), np.int32), np.zeros((size, DIGEST), np.uint8), np.zeros(size, bool))
     began = said = time.monotonic()
-    for done, (number, found) in enumerate(writers.each(source, look, threads, faults=seen.faults), 1):
+    found_each = writers.each(source, partial(look, upright=upright), threads, faults=seen.faults)
+    for done, (number, found) in enumerate(found_each, 1):
         if isinstance(found, Exception):
             seen.broken.append(f"{source.name(number)}: {found}")
         else:
@@ -88,9 +90,9 @@ def audit(source: writers.Found, threads: int, what: str) -> Audit:
     return seen
 
 
-def look(example: Example) -> Look:
+def look(example: Example, upright: bool = False) -> Look:
     """Decodes an example in full; raises BadImage."""
-    data, stored = example.image, StoredImage(example.image)
+    data, stored = example.image, StoredImage(example.image, upright=upright)
     blank = stored.whole().getcolors(1) is not None
     mask_image(stored, example.mask)
     key = repr(data.shape).encode() if isinstance(data, np.ndarray) else b""

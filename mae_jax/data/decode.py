@@ -1,7 +1,7 @@
 """Encoded images to RGB, and the judgement that a file is broken.
 
-Content decides, not the file's extension. Formats: JPEG, PNG, WebP, BMP, GIF (first frame). EXIF rotation is ignored:
-pixels come as they are stored, as TFDS and torchvision give them.
+Content decides, not the file's extension. Formats: JPEG, PNG, WebP, BMP, GIF (first frame). An image may be turned as
+its EXIF says, as people see it (data.exif); TFDS and torchvision give pixels as they are stored.
 
 Every image costs bounded time and memory: `mae_jax.data.image_bounds` has the bounds, which are looked at before
 anything is decoded. An image that did not decode is remembered, and not decoded again.
@@ -42,7 +42,12 @@ STRIP = 1_000_000  # pixels that are laid over white at a time
 IGNORED = 255  # in a mask: a pixel of no class
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 FAST_MARGIN = 1.5  # how much larger than the target a part must remain that the decoder shrinks
-ORIENTATION, UPRIGHT = 0x0112, (0, 1)  # EXIF's tag, and its values for pixels that are stored as they are to be seen
+ORIENTATION = 0x0112  # EXIF's tag
+TURNS = {  # its values → what makes the image upright; others stand for pixels that are stored as they are to be seen
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90}
+SIDEWAYS = tuple(TURNS[value] for value in (5, 6, 7, 8))
 
 # PIL refuses twice its limit, before it takes memory even for a GIF's frame, and warns above the limit.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
@@ -92,12 +97,13 @@ class Box(NamedTuple):
 class StoredImage:
     """An encoded or decoded image: its size is known at once, its pixels are decoded when asked for."""
 
-    def __init__(self, data: bytes | np.ndarray, fast: bool = False):
+    def __init__(self, data: bytes | np.ndarray, fast: bool = False, upright: bool = False):
         """Reads the header.
 
         Args:
           data: an encoded file, or pixels uint8 [height, width, 3].
           fast: allows decoding the wanted part only, and at reduced size.
+          upright: turns the image as its EXIF says.
 
         Raises:
           BadImage: no image, of an unknown format, cut off, or beyond one of the bounds above.
@@ -110,8 +116,10 @@ class StoredImage:
             self._image = open_image(data)
             if self._image.format in JPEGS and not ends(data):
                 raise BadImage("cut off: no end marker after the last scan")
-        self.width, self.height = self._image.size
         self.format = self._image.format  # None for pixels
+        # What is done to the stored pixels, if anything.
+        self.turn = TURNS.get(_orientation(self._image)) if upright and self.format else None
+        self.width, self.height = self._image.size[::-1] if self.turn in SIDEWAYS else self._image.size
 
     def view(self, box: Box, target: tuple[int, int]) -> Image.Image:
         """Cuts `box` out and resizes it to `target` (height, width), in RGB.
@@ -140,7 +148,8 @@ class StoredImage:
             if reason := _remembered.reason(self._data):
                 raise BadImage(reason)
             try:
-                self._rgb = to_rgb(self._image)
+                rgb = to_rgb(self._image)
+                self._rgb = rgb if self.turn is None else rgb.transpose(self.turn)
             except Exception as error:
                 bad = _bad(self._data, error)
                 if isinstance(bad, BadImage):
@@ -165,19 +174,19 @@ class StoredImage:
             what.append("with transparency")
         if self.format not in JPEGS and _animated(image):
             what.append("animated (first frame)")
-        if image.info.get("exif") and _orientation(image) not in UPRIGHT:
-            what.append("turned by EXIF (ignored)")
+        if _orientation(image) in TURNS:
+            what.append("turned by EXIF" if self.turn is not None else "turned by EXIF (ignored)")
         return tuple(what)
 
     def _fused(self) -> bool:
         """Whether a part may be decoded alone; a file that was cut has been refused already."""
-        return self._fast and self.format in JPEGS and self._image.mode in ("RGB", "L")
+        return self._fast and self.turn is None and self.format in JPEGS and self._image.mode in ("RGB", "L")
 
 
 def _orientation(image: Image.Image) -> int:
-    """Returns how an image's EXIF says that it is to be turned; 1, upright, where it cannot be read."""
+    """Returns how an image's EXIF says that it is to be turned; 1, upright, where it has none that can be read."""
     try:
-        return image.getexif().get(ORIENTATION, 1)
+        return image.getexif().get(ORIENTATION, 1) if image.info.get("exif") else 1
     except Exception:  # broken bytes make PIL's reader raise many kinds
         return 1
 

@@ -61,13 +61,15 @@ def each(source: Found, change: Callable[[Example], Changed], threads: int, mixe
             yield from pool.map(one, chunk)
 
 
-def shrink(example: Example, size: int) -> Example:
+def shrink(example: Example, size: int, upright: bool = False) -> Example:
     """Returns the example, without mask, as a JPEG with a short side of at most `size`; a small JPEG stays as it is.
+
+    What is written anew has no EXIF: it is `upright`, or as its pixels were stored.
 
     Raises:
       BadImage: the image does not decode.
     """
-    opened = StoredImage(example.image)
+    opened = StoredImage(example.image, upright=upright)
     image = opened.whole()
     short = min(image.size)
     if short <= size and isinstance(example.image, bytes) and opened.format == "JPEG":
@@ -80,7 +82,8 @@ def shrink(example: Example, size: int) -> Example:
     return Example(file.getvalue(), example.label)
 
 
-def write_tfrecord(found: dict[str, Found], folder: epath.Path, size: int, threads: int) -> dict[str, list[str]]:
+def write_tfrecord(found: dict[str, Found], folder: epath.Path, size: int, threads: int,
+                    upright: bool = False) -> dict[str, list[str]]:
     """Writes splits as TFRecord files and a records.json beside them; data.source='tfrecord' reads the folder.
 
     Returns:
@@ -93,7 +96,7 @@ def write_tfrecord(found: dict[str, Found], folder: epath.Path, size: int, threa
     records, broken = {}, {}
     for split, source in found.items():
         broken[split], files = [], -(-source.size // PER_FILE)
-        examples = _good(source, size, threads, broken[split], mixed=True)
+        examples = _good(source, size, threads, broken[split], upright, mixed=True)
         for number in range(files):
             name = f"{split}-{number:05d}-of-{files:05d}.tfrecord"
             with tf.io.TFRecordWriter(str(folder / name)) as file:
@@ -103,7 +106,8 @@ def write_tfrecord(found: dict[str, Found], folder: epath.Path, size: int, threa
     return broken
 
 
-def write_array_record(found: dict[str, Found], folder: epath.Path, size: int, threads: int) -> dict[str, list[str]]:
+def write_array_record(found: dict[str, Found], folder: epath.Path, size: int, threads: int,
+                    upright: bool = False) -> dict[str, list[str]]:
     """Writes splits as a TFDS data set stored as array_record, which has random access; returns as `write_tfrecord`."""
     api = tfds.api()
     _check_storable(found)
@@ -116,7 +120,7 @@ def write_array_record(found: dict[str, Found], folder: epath.Path, size: int, t
     broken = {split: [] for split in found}
 
     def keyed(split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        for key, example in enumerate(_good(found[split], size, threads, broken[split])):
+        for key, example in enumerate(_good(found[split], size, threads, broken[split], upright)):
             yield key, {"image": io.BytesIO(example.image), **({"label": example.label} if classes else {})}
 
     api.disable_progress_bar()
@@ -165,9 +169,10 @@ def _joined(found: Iterable[random_access.Batch], spec: Spec) -> random_access.B
     return {name: value[real] for name, value in fields.items()}
 
 
-def _good(source: Found, size: int, threads: int, broken: list[str], mixed: bool = False) -> Iterator[Example]:
+def _good(source: Found, size: int, threads: int, broken: list[str], upright: bool,
+          mixed: bool = False) -> Iterator[Example]:
     """Yields the good examples with a short side of at most `size`, and notes the broken ones."""
-    for number, example in each(source, lambda example: shrink(example, size), threads, mixed):
+    for number, example in each(source, lambda example: shrink(example, size, upright), threads, mixed):
         if isinstance(example, Exception):
             broken.append(f"{source.name(number)}: {example}")
         else:

@@ -119,7 +119,8 @@ def report(config: ConfigDict, grid: epath.Path) -> None:
 
     audits = {}
     for name, expression in splits(config).items():
-        audits[name] = audit(registry.load(config.data, expression), random_access.threads(config.data), name)
+        audits[name] = audit(registry.load(config.data, expression), random_access.threads(config.data), name,
+                             config.data.exif != "ignore")
         print("\n".join(inspect_report.split_lines(name, audits[name], config.data.image_size)), flush=True)
     unread = sources_folder.unread(config.data, splits(config).values()) if config.data.source == "folder" else []
     for line in inspect_report.leak_lines(audits) + unread:
@@ -143,7 +144,7 @@ def write_images(config: ConfigDict, kind: str, folder: epath.Path, size: int) -
 
     found = {name: registry.load(config.data, expression) for name, expression in splits(config).items()}
     writer = {"tfrecord": writers.write_tfrecord, "array_record": writers.write_array_record}[kind]
-    return writer(found, folder, size, random_access.threads(config.data))
+    return writer(found, folder, size, random_access.threads(config.data), config.data.exif != "ignore")
 
 
 def report_broken(broken: dict[str, list[str]]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mae_jax.data.decode import BadImage, Box, StoredImage
+from mae_jax.data.decode import SIDEWAYS, BadImage, Box, StoredImage
 from mae_jax.data.masking import ColorAugmentation, View
 from mae_jax.data.transforms.color import change, policy
 
@@ -191,11 +191,21 @@ def _flip(image: Image.Image) -> Image.Image:
 
 
 def mask_image(stored: StoredImage, mask: np.ndarray | None) -> Image.Image | None:
-    """Returns the mask as PIL has it, None without one; raises BadImage when it is not of the image's size."""
+    """Returns the mask as PIL has it, None without one; it is turned as the image is, where its shape says so.
+
+    Raises:
+      BadImage: it is not of the image's size, or nothing tells whether it is to be turned.
+    """
     if mask is None:
         return None
-    if mask.shape != (stored.height, stored.width):
-        raise BadImage(f"its mask has the shape {mask.shape}, not {(stored.height, stored.width)}")
+    sizes = (stored.height, stored.width), (stored.width, stored.height)
+    if stored.turn is not None and (sizes[0] == sizes[1] or stored.turn not in SIDEWAYS) and mask.shape == sizes[0]:
+        raise BadImage("EXIF turns it, and nothing tells whether its mask is turned already; store both upright, or "
+                       "take data.exif=ignore")
+    if stored.turn in SIDEWAYS and mask.shape == sizes[1]:
+        return Image.fromarray(mask).transpose(stored.turn)
+    if mask.shape != sizes[0]:
+        raise BadImage(f"its mask has the shape {mask.shape}, not {sizes[0]}")
     return Image.fromarray(mask)
 
 

@@ -30,7 +30,7 @@ class ExampleBuilder:
         for each in (order, *(view.order for view in views)):
             masking.check(each)
         self._config, self._order, self._spec, self._views = config, order, spec, views
-        self._grid = PatchGrid.of(config)
+        self._grid, self._upright = PatchGrid.of(config), config.data.exif != "ignore"
         self.group = order.group  # neighbours whose orders belong together
         policy(config.data.color)  # says at once what is missing
         if config.data.resize == "fast":
@@ -39,8 +39,9 @@ class ExampleBuilder:
     def train(self, example: Example, position: int) -> Fields:
         """Returns the augmented view, or views, that belong to a position of the run; raises BadImage."""
         if self._views:
-            return {**self._labels(example), **self._several(StoredImage(example.image), position)}
-        stored = StoredImage(example.image, fast=self._config.data.resize == "fast")
+            stored = StoredImage(example.image, upright=self._upright)
+            return {**self._labels(example), **self._several(stored, position)}
+        stored = StoredImage(example.image, self._config.data.resize == "fast", self._upright)
         draws = rng(self._config.seed, "augment", position)
         pixels, mask = augment(stored, draws, self._config, self._mask(example))
         return {**self._labels(example), **self._cut(pixels, mask, self._drawn(self._config.seed, "order", position))}
@@ -53,7 +54,8 @@ class ExampleBuilder:
         Raises:
           BadImage: the image, or its mask, cannot be used.
         """
-        pixels, mask = center(StoredImage(example.image), self._config, ratio, self._mask(example))
+        stored = StoredImage(example.image, upright=self._upright)
+        pixels, mask = center(stored, self._config, ratio, self._mask(example))
         address = index if self._order.group == 1 else position
         return {**self._labels(example), **self._cut(pixels, mask, self._drawn(0, "evaluate", address))}
 
