@@ -39,7 +39,7 @@ def arrays(key: Any, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as opened_file:
-            np.savez(opened_file, **made)
+            np.savez(opened_file, allow_pickle=False, **made)
         partial.replace(file)
     except OSError:
         partial.unlink(missing_ok=True)

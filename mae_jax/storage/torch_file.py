@@ -212,10 +212,10 @@ def _checked(program: bytes) -> int:
     for number, (operation, argument, place) in enumerate(pickletools.genops(io.BytesIO(program))):
         if number > MAX_OPERATIONS:
             raise _Refused(f"its pickle has more than {MAX_OPERATIONS:,} operations")
-        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > number:  # it is the size of a table
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > number:  # the size of a table
             raise _Refused("its pickle numbers what it makes beyond what it makes")
         if operation.name == "STOP":
-            return place + 1
+            return (place or 0) + 1
     raise ValueError("the pickle has no end")
 
 
@@ -258,8 +258,8 @@ def _is_size(value: Any) -> bool:
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *further: Any) -> Tensor:
     """Returns a view of a storage, as torch's _rebuild_tensor_v2 and v3 (whose 6th argument is the dtype) do."""
     dtype = next((each for each in further if isinstance(each, np.dtype)), None)
-    sizes = [offset, *shape, *strides] if isinstance(shape, tuple) and isinstance(strides, tuple) else [None]
-    if not isinstance(storage, _Storage) or not all(map(_is_size, sizes)) or len(shape) != len(strides):
+    plain = isinstance(storage, _Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)
+    if not plain or len(shape) != len(strides) or not all(map(_is_size, (offset, *shape, *strides))):
         raise _Refused("it describes a tensor as torch.save does not")
     dtype = dtype or storage.dtype
     numbers = storage.size * storage.dtype.itemsize // dtype.itemsize

@@ -44,7 +44,7 @@ def test_losses_and_gradients_are_those_of_a_cpu(method, size, monkeypatch):
     with mock.patch.object(attention_cudnn, "backward", wraps=attention_cudnn.backward) as backward, mock.patch.dict(
             attention.IMPLEMENTATIONS, cudnn=attention.Implementation(attention_cudnn.forward, backward)):
         ours, others, length = found(config, method)
-    assert backward.called
+    assert backward.called == (method != "segment")  # whose encoder is frozen
     np.testing.assert_allclose(ours, loss, rtol=1e-5)
     np.testing.assert_allclose(length, norm, rtol=1e-4)
     np.testing.assert_allclose(length, optax.tree.norm(others), rtol=1e-6)

@@ -50,12 +50,14 @@ class Features:
         encode = jax.jit(lambda params, extras, batch: (
             pool(method.encode(params, extras, batch), method.config.model.pool), batch["id"], batch["valid"] > 0),
             out_shardings=replicated(mesh))
-        complete, parts = self.folder / "complete.json", []
-        if jax.process_index() == 0:
+        complete, parts, done, whole = self.folder / "complete.json", [], 0, False
+        if jax.process_index() == 0:  # alone: to the others, the folder need not show yet
             self.folder.mkdir(parents=True, exist_ok=True)
             self._claim()
-        done = peers.broadcast(len(self.files()))
-        if peers.broadcast(complete.is_file() and complete.read_text().strip() == str(done)):
+            done = len(self.files())
+            whole = complete.is_file() and complete.read_text().strip() == str(done)
+        done, whole = peers.broadcast([done, whole])
+        if whole:
             return
         for number, batch in enumerate(batches):
             if number < done * per_chunk:

@@ -116,8 +116,9 @@ def data_of(config: ConfigDict) -> dict[str, Any]:
     """Returns what identifies the data of a config, and how a picture was seen."""
     names = ("source", "name", "path", "train_split", "val_split", "eval_split", "classes", "image_size", "resize",
              "image_key")
+    upright = {"exif": "apply"} if config.data.exif == "apply" else {}  # clusters from before say nothing of it
     return {name: value for name, value in flat(config.data).items() if name in names} | {
-        "crop_ratio": config.eval.crop_ratio[0]}
+        "crop_ratio": config.eval.crop_ratio[0], **upright}
 
 
 def made_of(features: dict[str, Features], train: str, clusters: int, ratio: float, seed: int) -> Clusters:
