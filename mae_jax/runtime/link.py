@@ -118,6 +118,7 @@ class Link:
         self._ended = True
         self._post(lambda: None)
         self._thread.join()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is the interpreter's own end
 
     def fail(self, error: BaseException) -> NoReturn:
         """Ends this process and all others because of an error here, or with the verdict that caused the error."""
