@@ -32,7 +32,6 @@ from mae_jax.data.image_bounds import (
     ends,
     without_ballast,
 )
-from mae_jax.data.tensorflow_cpu import tf
 from mae_jax.errors import UserError
 from mae_jax.storage import file_kinds
 
@@ -287,6 +286,8 @@ def _fast_view(data: bytes, box: Box, target: tuple[int, int]) -> Image.Image:
     bicubic where it enlarges. Above, the JPEG decoder itself shrinks by 2, 4 or 8 where there is room for it, and
     PIL's antialiased Hamming filter goes on from there.
     """
+    from mae_jax.data.tensorflow_cpu import tf
+
     shrinks = box.height / target[0], box.width / target[1]
     ratio = max(r for r in (1, 2, 4, 8) if r == 1 or min(shrinks) >= FAST_MARGIN * r)
     top, left = box.top // ratio, box.left // ratio
@@ -317,7 +318,7 @@ def opencv() -> ModuleType:
 def _bad(data: bytes, error: Exception) -> Exception:
     """Returns the BadImage that says in one short line why; a MemoryError, which is no fault of the image."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if isinstance(error, MemoryError | tf.errors.ResourceExhaustedError) or "out of memory" in text:
+    if isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError" or "out of memory" in text:
         return MemoryError(f"while an image was decoded: {text[:120]}")
     if not len(data):
         text = "empty file"

@@ -1,4 +1,4 @@
-"""The input: images to batches of permuted uint8 patches. The only folder that imports TensorFlow, when built."""
+"""The input: images to batches of permuted uint8 patches. What reads TFDS and TFRecords imports TensorFlow."""
 
 import functools
 from collections import deque
@@ -74,7 +74,6 @@ class OpenedData:
                              clusters)
 
     def _open_splits(self) -> None:
-        from mae_jax.data.readers import record_stream
         from mae_jax.data.sources import base, registry
 
         data = self.config.data
@@ -87,6 +86,8 @@ class OpenedData:
             _check_classes(part, self.train, data)
         self.left_over = range(0)
         if isinstance(self.train, base.RecordStream):
+            from mae_jax.data.readers import record_stream
+
             self.left_over = record_stream.dropped_records(self.train, self.config, self.needs.mixing_group)
 
     def check_labels(self) -> None:
@@ -141,7 +142,7 @@ class OpenedData:
 
     def _read(self, spec: Spec, order: PatchOrder, rows: np.ndarray, views: tuple[View, ...]) -> Inputs:
         """Makes the input of what has random access or is a stream, without the fields that are joined by id."""
-        from mae_jax.data.readers import random_access, record_stream
+        from mae_jax.data.readers import random_access
         from mae_jax.data.sources import base, registry
         from mae_jax.data.transforms.example import ExampleBuilder
 
@@ -162,7 +163,11 @@ class OpenedData:
         common = {"builder": ExampleBuilder(config, order, spec, views), "config": config, "rows": rows, "bad": bad}
 
         def reader(part: base.Source | base.RecordStream) -> Any:
-            return record_stream if isinstance(part, base.RecordStream) else random_access
+            if isinstance(part, base.RecordStream):
+                from mae_jax.data.readers import record_stream  # with TensorFlow
+
+                return record_stream
+            return random_access
 
         def evaluate(part: base.Source | base.RecordStream | None, ratio: float = config.eval.crop_ratio[0]
                      ) -> Iterator[Batch]:

@@ -61,7 +61,6 @@ def check_batches(config: ConfigDict) -> None:
 
 def labeled(part: Any) -> bool:
     """Whether a Source or RecordStream has a label at all; reads up to the first one."""
-    from mae_jax.data.readers import record_stream
     from mae_jax.data.sources.base import RecordStream
 
     if "labels" in part.fields:
@@ -69,6 +68,8 @@ def labeled(part: Any) -> bool:
     if not part.classes:
         return False
     if isinstance(part, RecordStream):
+        from mae_jax.data.readers import record_stream
+
         return bool(part.label_key) and any(fields[1] >= 0 for _, fields in record_stream.stored(part, []))
     return any((part.label or (lambda i: _read(part, i)))(i) >= 0 for i in range(part.size))
 

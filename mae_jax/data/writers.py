@@ -15,10 +15,9 @@ from PIL import Image
 from mae_jax.data import Inputs, OpenedData, Spec
 from mae_jax.data.decode import BadImage, StoredImage
 from mae_jax.data.masking import PatchOrder, View, with_views
-from mae_jax.data.readers import cached_batches, random_access, record_stream
-from mae_jax.data.sources import base, tfds, tfrecord
+from mae_jax.data.readers import cached_batches, random_access
+from mae_jax.data.sources import base
 from mae_jax.data.sources.base import Example, Source
-from mae_jax.data.tensorflow_cpu import tf
 from mae_jax.errors import UserError
 from mae_jax.rng import rng
 
@@ -34,6 +33,8 @@ Changed = TypeVar("Changed")
 def stored(source: Found, mixed: bool, faults: list[str] | None) -> Iterator[tuple[int, Callable[[], Example]]]:
     """Yields number and reader of every example; `mixed` puts sources with random access into a fixed random order."""
     if isinstance(source, base.RecordStream):
+        from mae_jax.data.readers import record_stream
+
         for record, fields in record_stream.stored(source, faults):
             yield record, lambda fields=fields: source.example(*fields)
     else:
@@ -90,6 +91,9 @@ def write_tfrecord(found: dict[str, Found], folder: epath.Path, size: int, threa
       split → names of the broken images, which are left out, with the reason.
     """
     _check_storable(found)
+    from mae_jax.data.sources import tfrecord
+    from mae_jax.data.tensorflow_cpu import tf
+
     if (folder / tfrecord.RECORDS).exists():
         raise UserError(f"{folder} holds {tfrecord.RECORDS} already; name another folder, or remove this one")
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,6 +113,8 @@ def write_tfrecord(found: dict[str, Found], folder: epath.Path, size: int, threa
 def write_array_record(found: dict[str, Found], folder: epath.Path, size: int, threads: int,
                     upright: bool = False) -> dict[str, list[str]]:
     """Writes splits as a TFDS data set stored as array_record, which has random access; returns as `write_tfrecord`."""
+    from mae_jax.data.sources import tfds
+
     api = tfds.api()
     _check_storable(found)
     if (folder / NAME / VERSION).exists():
@@ -180,6 +186,8 @@ def _good(source: Found, size: int, threads: int, broken: list[str], upright: bo
 
 
 def _serialize(example: Example) -> bytes:
+    from mae_jax.data.tensorflow_cpu import tf
+
     image = tf.train.Feature(bytes_list=tf.train.BytesList(value=[example.image]))
     label = tf.train.Feature(int64_list=tf.train.Int64List(value=[example.label]))
     features = {"image": image, **({"label": label} if example.label >= 0 else {})}

@@ -1,9 +1,11 @@
 """Means, metrics.jsonl under kills and full disks, speed, and life without TensorBoard."""
 
+import io
 import json
 import logging
 import math
 import os
+import subprocess
 import sys
 import time
 from typing import ClassVar
@@ -11,6 +13,9 @@ from typing import ClassVar
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 
 from mae_jax.errors import UserError
 from mae_jax.evals.accumulators import Means
@@ -223,7 +228,9 @@ def test_only_the_first_process_reads_what_was_evaluated_and_writes(tmp_path):
 
 
 def test_without_tensorboard_one_warning_and_metrics_jsonl_remain(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "clu", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
+    monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
     with caplog.at_level(logging.WARNING, "mae_jax"):
         recorder = MetricWriter(epath.Path(tmp_path), 0, sinks=("pictures", "tensorboard"))
         recorder.write_scalars(1, {"train/loss": 1.0})
@@ -231,10 +238,43 @@ def test_without_tensorboard_one_warning_and_metrics_jsonl_remain(tmp_path, monk
         recorder.close()
     assert [record.message.split(":")[0] for record in caplog.records] == ["no TensorBoard events from here on"]
     assert steps(tmp_path / "metrics.jsonl") == [1]
-    from PIL import Image
-
     with Image.open(tmp_path / "pictures" / "reconstruct_0000001.png") as picture:
         np.testing.assert_array_equal(np.asarray(picture), np.full((2, 3, 3), 7))
+
+
+@pytest.mark.parametrize("tensorflow", [False, True])
+def test_tensorboard_reads_scalars_and_images_back_with_and_without_tensorflow(tmp_path, tensorflow):
+    code = f"""
+import sys
+if {tensorflow}:
+    import mae_jax.data.tensorflow_cpu
+else:
+    sys.modules["tensorflow"] = sys.modules["clu"] = None
+import numpy as np
+from etils import epath
+from mae_jax.storage.tensorboard import TensorBoard
+sink = TensorBoard()
+sink.open(epath.Path({str(tmp_path)!r}), 0)
+sink.write_scalars(3, {{"train/loss": 0.5, "train/lr": float("nan")}})
+sink.write_image(4, "attention", np.full((5, 7, 3), 9, np.uint8))
+sink.flush()
+sink.write_scalars(5, {{"train/loss": 0.25}})
+sink.close()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    found = EventAccumulator(str(tmp_path / "tensorboard"), {"tensors": 0, "scalars": 0, "images": 0})
+    found.Reload()
+    tags = found.Tags()
+    if tensorflow:
+        losses = [(each.step, float(make_ndarray(each.tensor_proto))) for each in found.Tensors("train/loss")]
+        image = make_ndarray(found.Tensors("attention")[0].tensor_proto)[2]
+    else:
+        losses = [(each.step, each.value) for each in found.Scalars("train/loss")]
+        assert found.Images("attention")[0].step == 4
+        image = found.Images("attention")[0].encoded_image_string
+    assert losses == [(3, 0.5), (5, 0.25)]
+    assert {"train/loss", "train/lr"} <= {*tags["scalars"], *tags["tensors"]}
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(image))), np.full((5, 7, 3), 9))
 
 
 def test_tensorboard_on_a_full_disk_is_one_warning_and_the_rest_goes_on(tmp_path, caplog):

@@ -1,11 +1,9 @@
-"""Sources with random access to batches: a pure function of the position, mapped in parallel by tf.data."""
+"""Sources with random access to batches: a pure function of the position, computed by threads."""
 
-import atexit
 import functools
 import itertools
 import os
 import sys
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -13,14 +11,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.data.decode import BadImage
+from mae_jax.data.readers import thread_pool
+from mae_jax.data.readers.thread_pool import Batch
 from mae_jax.data.sources.base import Source
-from mae_jax.data.tensorflow_cpu import options, tf
 from mae_jax.data.transforms.example import ExampleBuilder, Fields, Spec
 from mae_jax.rng import permutation, rng
 
 TRIES = 4  # images tried for one position before a grey one stands in: the drawn one and three more
 PADDING = -1  # id of the rows that fill the last batch of an evaluation
-Batch = dict[str, np.ndarray]
 
 
 def draw(position: int, batch: int, repeats: int) -> int:
@@ -127,59 +125,10 @@ def batches(example: Callable[[int], Fields], spec: Spec, rows: np.ndarray,
         step, row = divmod(count, len(rows))
         return example(step * size + int(rows[row]))
 
-    return run(tf.data.Dataset.range(steps.start * len(rows), steps.stop * len(rows)), at, spec, len(rows), data)
-
-
-def run(items: tf.data.Dataset, example: Callable[..., Fields], spec: Spec, size: int,
-        data: ConfigDict) -> Iterator[Batch]:
-    """Yields batches of `size` examples, in the order of the items, made ahead by data.threads threads.
-
-    Args:
-      items: data set of int64 or string scalars and of arrays, or of tuples of them.
-      example: an item's values as int, bytes and arrays → fields; called from many threads.
-    """
-    failures: list[Exception] = []
-
-    def call(*values: np.int64 | bytes | np.ndarray) -> list[np.ndarray]:
-        try:
-            fields = example(*(value if isinstance(value, bytes) or value.ndim else int(value) for value in values))
-        except Exception as error:  # raised in TensorFlow's thread, it would come out as TensorFlow's account of it
-            failures.append(error)
-            return [np.zeros(struct.shape[1:], struct.dtype) for struct in spec.values()]
-        return [np.asarray(fields[name], struct.dtype) for name, struct in spec.items()]
-
-    def fields_of(*item: tf.Tensor) -> dict[str, tf.Tensor]:
-        values = tf.numpy_function(call, item, [tf.as_dtype(struct.dtype) for struct in spec.values()])
-        for value, struct in zip(values, spec.values(), strict=True):
-            value.set_shape(struct.shape[1:])
-        return dict(zip(spec, values, strict=True))
-
-    workers = threads(data)
-    dataset = items.map(fields_of, num_parallel_calls=workers, deterministic=True)
-    dataset = dataset.batch(size, drop_remainder=True).prefetch(data.prefetch).with_options(options(workers))
-    batches = _iterate(dataset, failures)
-    _running.add(batches)
-    return batches
+    counts = range(steps.start * len(rows), steps.stop * len(rows))
+    return thread_pool.batches(at, spec, len(rows), counts, threads(data), data.prefetch)
 
 
 def threads(data: ConfigDict) -> int:
     """Returns the number of host threads that make examples."""
     return data.threads or os.cpu_count() or 1
-
-
-def _iterate(dataset: tf.data.Dataset, failures: list[Exception]) -> Iterator[Batch]:
-    """Yields NumPy batches until the end or the first failure."""
-    for batch in dataset.as_numpy_iterator():
-        if failures:
-            raise failures[0]
-        yield batch
-
-
-_running: weakref.WeakSet[Iterator[Batch]] = weakref.WeakSet()
-
-
-@atexit.register
-def _stop() -> None:
-    """Ends what still runs: TensorFlow's threads call Python, and hang the process when Python is already gone."""
-    for batches in list(_running):
-        batches.close()

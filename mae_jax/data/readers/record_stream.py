@@ -6,12 +6,14 @@ is where therefore depends on the config, seed and step alone, not on how many p
 readers whose rows it feeds. The records that do not divide by R are left out.
 """
 
+import atexit
 import bisect
 import itertools
 import logging
 import time
+import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -82,7 +84,7 @@ def train(stream: RecordStream, step: int, builder: ExampleBuilder, config: Conf
             return {**builder.gray_train(position), "id": record, "replaced": 1}
 
     whole = {**spec, "replaced": jax.ShapeDtypeStruct((config.batch_size,), np.int32)}
-    batches = random_access.run(readers, example, whole, len(own_rows), config.data)
+    batches = _run(readers, example, whole, len(own_rows), config.data)
     keep = np.searchsorted(own_rows, rows)
     for batch in _guarded(stream, batches, skip * len(own)):
         repaired = replace_bad_rows(batch, share, builder.group)
@@ -147,7 +149,7 @@ def evaluate(stream: RecordStream, ratio: float, builder: ExampleBuilder, config
             bad.append(f"{stream.name(record)}: {error}")
             return {**gray, "id": record, "replaced": 1}
 
-    return _guarded(stream, random_access.run(dataset, example, spec, len(rows), config.data), skipped=0)
+    return _guarded(stream, _run(dataset, example, spec, len(rows), config.data), skipped=0)
 
 
 def _readers(stream: RecordStream, config: ConfigDict, own: np.ndarray, share: int, epoch: int,
@@ -298,3 +300,54 @@ def fault(stream: RecordStream, file: int) -> str:
     if found != promised:
         return f"{name} has {found} records where {promised} are promised; write the data again, or mend its metadata"
     return odd_record(stream.files[file], stream.image_key, "" if stream.multi_label else stream.label_key)
+
+
+def _run(items: tf.data.Dataset, example: Callable[..., Fields], spec: Spec, size: int,
+         data: ConfigDict) -> Iterator[Batch]:
+    """Yields batches of `size` examples, in the order of the items, made ahead by data.threads threads.
+
+    Args:
+      items: data set of int64 or string scalars and of arrays, or of tuples of them.
+      example: an item's values as int, bytes and arrays → fields; called from many threads.
+    """
+    failures: list[Exception] = []
+
+    def call(*values: np.int64 | bytes | np.ndarray) -> list[np.ndarray]:
+        try:
+            fields = example(*(value if isinstance(value, bytes) or value.ndim else int(value) for value in values))
+        except Exception as error:  # raised in TensorFlow's thread, it would come out as TensorFlow's account of it
+            failures.append(error)
+            return [np.zeros(struct.shape[1:], struct.dtype) for struct in spec.values()]
+        return [np.asarray(fields[name], struct.dtype) for name, struct in spec.items()]
+
+    def fields_of(*item: tf.Tensor) -> dict[str, tf.Tensor]:
+        values = tf.numpy_function(call, item, [tf.as_dtype(struct.dtype) for struct in spec.values()])
+        for value, struct in zip(values, spec.values(), strict=True):
+            value.set_shape(struct.shape[1:])
+        return dict(zip(spec, values, strict=True))
+
+    workers = random_access.threads(data)
+    dataset = items.map(fields_of, num_parallel_calls=workers, deterministic=True)
+    dataset = dataset.batch(size, drop_remainder=True).prefetch(data.prefetch)
+    dataset = dataset.with_options(tensorflow_cpu.options(workers))
+    batches = _iterate(dataset, failures)
+    _running.add(batches)
+    return batches
+
+
+def _iterate(dataset: tf.data.Dataset, failures: list[Exception]) -> Iterator[Batch]:
+    """Yields NumPy batches until the end or the first failure."""
+    for batch in dataset.as_numpy_iterator():
+        if failures:
+            raise failures[0]
+        yield batch
+
+
+_running: weakref.WeakSet[Iterator[Batch]] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop() -> None:
+    """Ends what still runs: TensorFlow's threads call Python, and hang the process when Python is already gone."""
+    for batches in list(_running):
+        batches.close()

@@ -1,0 +1,132 @@
+"""Batches of examples that threads make ahead of time, in their order."""
+
+import atexit
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+Batch = dict[str, np.ndarray]
+JOIN_SECONDS = 10.0  # in which a thread ends its example when the process ends
+
+
+class _Filling:
+    """A batch that is being made."""
+
+    def __init__(self, spec: Mapping[str, jax.ShapeDtypeStruct], size: int):
+        self.arrays = {name: np.empty((size, *struct.shape[1:]), struct.dtype) for name, struct in spec.items()}
+        self.left = size
+
+
+class _Makers:
+    """The threads, and the batches that they are at.
+
+    They take examples one by one in their order, and none beyond `ahead` batches after the one that is taken next.
+    """
+
+    def __init__(self, example: Callable[[int], Mapping[str, Any]], spec: Mapping[str, jax.ShapeDtypeStruct], size: int,
+                 counts: range, workers: int, ahead: int):
+        self._example, self._spec, self._size, self._counts, self._ahead = example, spec, size, counts, ahead
+        self._changed = threading.Condition()
+        self._filling: dict[int, _Filling] = {}  # by the number of the batch
+        self._next = self._taken = 0  # example, batch
+        self._failure: BaseException | None = None
+        self._stopped = False
+        self._threads = [threading.Thread(target=self._make, name=f"examples-{i}", daemon=True) for i in range(workers)]
+        for thread in self._threads:
+            thread.start()
+
+    def take(self) -> Batch:
+        """Returns the next batch when it is whole; raises what went wrong in any example."""
+        with self._changed:
+            number = self._taken
+            self._changed.wait_for(lambda: self._failure or (
+                number in self._filling and not self._filling[number].left))
+            if self._failure:
+                raise self._failure
+            self._taken += 1
+            self._changed.notify_all()
+            return self._filling.pop(number).arrays
+
+    def stop(self, seconds: float = 0.0) -> None:
+        """Has the threads end after their example; waits so long for them at most."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        for thread in self._threads if seconds else ():
+            thread.join(seconds)
+
+    def _make(self) -> None:
+        while (count := self._claim()) is not None:
+            number, row = divmod(count, self._size)
+            try:
+                fields = self._example(self._counts[count])
+                batch = self._filling[number]
+                for name, array in batch.arrays.items():
+                    value = np.asarray(fields[name])
+                    if value.shape != array.shape[1:]:
+                        raise ValueError(f"{name} of an example has the shape {value.shape}, not {array.shape[1:]}")
+                    array[row] = value
+            except BaseException as error:
+                with self._changed:
+                    self._failure = self._failure or error
+                    self._stopped = True
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                batch.left -= 1
+                if not batch.left:
+                    self._changed.notify_all()
+
+    def _claim(self) -> int | None:
+        """Returns the next example, and makes room for its batch; None when there is none, or all is over."""
+        with self._changed:
+            while not self._stopped and self._next < len(self._counts):
+                number = self._next // self._size
+                if number <= self._taken + self._ahead:
+                    if number not in self._filling:
+                        self._filling[number] = _Filling(self._spec, self._size)
+                    self._next += 1
+                    return self._next - 1
+                self._changed.wait()
+            return None
+
+
+def batches(example: Callable[[int], Mapping[str, Any]], spec: Mapping[str, jax.ShapeDtypeStruct], size: int,
+            counts: range, workers: int, ahead: int) -> Iterator[Batch]:
+    """Yields batches of `size` examples, in the order of `counts`, whose length is a multiple of it.
+
+    Args:
+      example: count → fields; called from many threads.
+      spec: name → shape [B, ...] and dtype of the fields that are wanted.
+      size: rows of a batch.
+      counts: with which `example` is called.
+      workers: threads.
+      ahead: batches that are ready ahead.
+
+    Raises:
+      What `example` raises, at the next batch.
+    """
+    makers = _Makers(example, spec, size, counts, workers, ahead)
+    _running.add(makers)
+    try:
+        for _ in range(len(counts) // size):
+            yield makers.take()
+    finally:
+        makers.stop()
+
+
+_running: weakref.WeakSet[_Makers] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop() -> None:
+    """Ends what still runs, so that no thread is inside an image library when the interpreter is taken down."""
+    running = list(_running)
+    for makers in running:
+        makers.stop()
+    for makers in running:
+        makers.stop(JOIN_SECONDS)
