@@ -245,6 +245,11 @@ def check_apart(data: ConfigDict, first: str, second: str) -> None:
 
 def _check_classes(part: Any, source: Any, data: ConfigDict) -> None:
     """Raises UserError when a part has a class that the training data lack."""
+    if part and source.classes and list(part.classes) != [name for name in source.classes if name in part.classes] and (
+            set(part.classes) <= set(source.classes)):
+        raise UserError(f"data.source={data.source!r}: the classes of the held-out pictures come in another order than "
+                        f"those of data.train_split={data.train_split!r}, so that their numbers mean others: "
+                        f"{labels.some(part.classes)}, and {labels.some(source.classes)}")
     unknown = sorted(set(part.classes) - set(source.classes)) if part and source.classes else []
     if unknown:
         raise UserError(f"data.source={data.source!r}: {len(unknown)} classes of the held-out pictures are none of "

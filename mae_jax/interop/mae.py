@@ -85,13 +85,15 @@ def from_mae(state: Mapping[str, Any], grid: tuple[int, int] | None = None) -> d
     Raises:
       UserError: an unknown key, a missing class token, or a decoder without the fixed sine-cosine positions.
     """
+    close = {part: _tolerance(state[key]) for part, key in POSITIONS.items() if key in state}
     arrays = _of_beit({key: np.asarray(value, np.float32) for key, value in state.items()})
     tables = {part: arrays.pop(key)[0] for part, key in POSITIONS.items() if key in arrays}
     flat = {path: _untransposed(path, array) for path, array in ((_path(key), arrays[key]) for key in arrays)}
-    if "decoder" in tables and (tables["decoder"][0].any() or not _fixed(tables["decoder"][1:])):
+    if "decoder" in tables and (tables["decoder"][0].any() or not _fixed(tables["decoder"][1:], close["decoder"])):
         raise UserError(f"{POSITIONS['decoder']} does not hold the fixed sine-cosine positions; learned positions of a "
                         "decoder cannot be read")
-    return nest(flat | (_positions(flat, tables["encoder"], grid) if "encoder" in tables else {}))
+    placed = _positions(flat, tables["encoder"], grid, close["encoder"]) if "encoder" in tables else {}
+    return nest(flat | placed)
 
 
 def _of_beit(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -148,7 +150,8 @@ def _untransposed(path: str, array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array.T) if path.endswith("kernel") else array
 
 
-def _positions(flat: Mapping[str, np.ndarray], table: np.ndarray, grid: tuple[int, int] | None) -> dict[str, Any]:
+def _positions(flat: Mapping[str, np.ndarray], table: np.ndarray, grid: tuple[int, int] | None,
+               close: float) -> dict[str, Any]:
     """Returns what position embeddings [N, D] or [1 + N, D] change: learned ones are a parameter, fixed ones none."""
     if "encoder/cls_token" not in flat:
         raise UserError("cls_token is missing: encoders without a class token cannot be read")
@@ -156,7 +159,7 @@ def _positions(flat: Mapping[str, np.ndarray], table: np.ndarray, grid: tuple[in
     if _begins_with_class(len(table), grid):
         changed["encoder/cls_token"] = flat["encoder/cls_token"] + table[0]
         table = table[1:]
-    return changed if _fixed(table) else changed | {"encoder/pos_embed": table}
+    return changed if _fixed(table, close) else changed | {"encoder/pos_embed": table}
 
 
 def _begins_with_class(rows: int, grid: tuple[int, int] | None) -> bool:
@@ -165,11 +168,16 @@ def _begins_with_class(rows: int, grid: tuple[int, int] | None) -> bool:
     return math.isqrt(rows) ** 2 != rows
 
 
-def _fixed(table: np.ndarray) -> bool:
-    """Says whether a table [N, D] holds the sine-cosine positions of some grid of N patches."""
+def _tolerance(table: Any) -> float:
+    """Returns how far the rounding of its dtype may take a sine or cosine away."""
+    return {"float16": 1e-3, "bfloat16": 1e-2}.get(str(getattr(table, "dtype", "")), 1e-5)
+
+
+def _fixed(table: np.ndarray, close: float) -> bool:
+    """Says whether a table [N, D] holds the sine-cosine positions of some grid of N patches, so closely."""
     patches, width = table.shape
     grids = [(rows, patches // rows) for rows in range(1, patches + 1) if patches % rows == 0]
-    return any(np.allclose(table, sincos_positions(grid, width), atol=1e-5) for grid in grids)
+    return any(np.allclose(table, sincos_positions(grid, width), atol=close) for grid in grids)
 
 
 def _from(state: Mapping[str, Any], config: ConfigDict | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,7 @@ def arrays(key: Any, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.
         with contextlib.suppress(UserError), opened(epath.Path(file)) as found:
             return {name: found[name] for name in found.files}
     made = make()
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    partial = file.with_name(f"{file.name}.{secrets.token_hex(8)}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as opened_file:
@@ -61,7 +62,7 @@ def file(key: Any, ending: str, size: int, write: Callable[[Path], None]) -> Pat
     place = _place(key, ending)
     if place.is_file():
         return place
-    partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
+    partial = place.with_name(f"{place.name}.{secrets.token_hex(8)}.partial")
     how = "MAE_JAX_CACHE names another folder for such copies"
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -76,6 +77,11 @@ def file(key: Any, ending: str, size: int, write: Callable[[Path], None]) -> Pat
     finally:
         partial.unlink(missing_ok=True)
     return place
+
+
+def forget(key: Any, ending: str) -> None:
+    """Removes a file that `file` made, which is damaged."""
+    _place(key, ending).unlink(missing_ok=True)
 
 
 def _place(key: Any, ending: str) -> Path:

@@ -140,7 +140,9 @@ def _importable(name: str) -> bool:
 
 
 def version(file: epath.Path) -> tuple[str, int, int]:
-    """Returns a file's name, its size in bytes, and when it changed: another content has another one.
+    """Returns a file's whole name, its size in bytes, and when it changed: another content has another one.
+
+    On a disk that is the time of the inode, which copies that keep a file's own time do not keep.
 
     Raises:
       UserError: it cannot be looked at.
@@ -148,7 +150,7 @@ def version(file: epath.Path) -> tuple[str, int, int]:
     try:
         if "://" not in str(file):
             found = os.stat(file)
-            return str(file), found.st_size, found.st_mtime_ns
+            return os.path.abspath(file), found.st_size, max(found.st_mtime_ns, found.st_ctime_ns)
         stat = file.stat()
         return str(file), stat.length, int(stat.mtime)
     except OSError as error:

@@ -6,7 +6,7 @@ any other name is refused. Two layouts: a zip archive (since PyTorch 1.6), and b
 contents of the tensors behind them.
 """
 
-import collections
+import functools
 import io
 import math
 import pickle
@@ -22,7 +22,9 @@ from etils import epath
 from mae_jax.errors import UserError, printable, root_cause
 from mae_jax.storage import file_kinds, paths
 
+MAX_NESTED = 64  # tuples or marks in a row: in a file of weights, at most a few
 MAX_OPERATIONS = 20_000_000  # of a pickle: a checkpoint with its optimizer has some ten thousands
+NESTING = ("MARK", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "LIST", "DICT", "FROZENSET")
 MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the layout before PyTorch 1.6
 LEGACY_PROTOCOL = 1001
 STORAGES = {  # torch's name of a typed storage → dtype
@@ -35,7 +37,8 @@ DTYPES = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": ml_d
 # What a checkpoint may name and nobody needs: it becomes nothing. A name that ends in '.' stands for all behind it.
 NEEDLESS = ("argparse.Namespace", "pathlib.", "numpy.", "omegaconf.", "yacs.config.CfgNode", "torch.device",
             "torch.Size", "typing.Any", "builtins.set", "builtins.slice", "builtins.complex", "__builtin__.set",
-            "_codecs.encode", "collections.defaultdict", "collections.Counter", "easydict.EasyDict", "ml_collections.")
+            "_codecs.encode", "collections.defaultdict", "collections.Counter", "easydict.EasyDict", "ml_collections.",
+            "collections.deque", "datetime.")
 NOT_NEEDLESS = ("numpy.testing", "numpy.distutils", "numpy.f2py", "numpy.load", "numpy.core._internal", "numpy.lib")
 
 
@@ -67,6 +70,13 @@ class _Needless:
         pass
 
     __setstate__ = __setitem__ = append = extend = add = take
+
+
+class _Ordered(dict[Any, Any]):
+    """An OrderedDict, whose attributes nobody needs."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 class _Refused(Exception):
@@ -122,7 +132,7 @@ def state_of(found: Mapping[str, Any], path: object) -> tuple[dict[str, np.ndarr
     state = found[key] if key else found
     try:
         return {str(name): value.read() for name, value in state.items() if isinstance(value, Tensor)}, key
-    except (_Refused, zipfile.BadZipFile, ValueError, KeyError, OSError, EOFError) as error:
+    except (_Refused, zipfile.BadZipFile, ValueError, TypeError, KeyError, OSError, EOFError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
@@ -142,12 +152,14 @@ def _zipped(content: bytes) -> Any:
     if f"{folder}constants.pkl" in names:
         raise _Refused("it is a TorchScript archive, a program; save its state_dict() instead")
 
+    wanted: dict[str, _Storage] = {}
+
     def storage(key: str, dtype: np.dtype, size: int) -> _Storage:
         name = f"{folder}data/{key}"
         entry = archive.getinfo(name)
         if entry.file_size != size * dtype.itemsize:
             raise _Refused(f"{name} has {entry.file_size} bytes, where {size} numbers of {dtype} are promised")
-        return _Storage(dtype, size, lambda: _part(archive, name))
+        return wanted.setdefault(key, _Storage(dtype, size, functools.cache(lambda: _part(archive, name))))
 
     return _run(_part(archive, program), storage)[0]
 
@@ -209,11 +221,16 @@ def _run(program: bytes, storage: Callable[[str, np.dtype, int], _Storage]) -> t
 
 def _checked(program: bytes) -> int:
     """Returns the length of a pickle; raises _Refused for one that would take memory for nothing."""
+    nested = 0
     for number, (operation, argument, place) in enumerate(pickletools.genops(io.BytesIO(program))):
         if number > MAX_OPERATIONS:
             raise _Refused(f"its pickle has more than {MAX_OPERATIONS:,} operations")
         if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > number:  # the size of a table
             raise _Refused("its pickle numbers what it makes beyond what it makes")
+        nested = nested + 1 if operation.name in NESTING else nested if "PUT" in operation.name or (
+            operation.name == "MEMOIZE") else 0
+        if nested > MAX_NESTED:
+            raise _Refused(f"its pickle nests more than {MAX_NESTED} containers in each other")
         if operation.name == "STOP":
             return (place or 0) + 1
     raise ValueError("the pickle has no end")
@@ -272,7 +289,8 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *further: Any) 
         if not count:
             return np.zeros(shape, dtype)
         steps = tuple(stride * dtype.itemsize for stride in strides)
-        return np.ndarray(shape, dtype, storage.content(), offset * dtype.itemsize, steps)
+        view = np.ndarray(shape, dtype, storage.content(), offset * dtype.itemsize, steps)
+        return view if count == numbers else view.copy()  # a part would keep the whole
 
     return Tensor(read, shape)
 
@@ -282,7 +300,7 @@ def _parameter(data: Any, *further: Any) -> Any:
 
 
 KNOWN: dict[str, Any] = {
-    "collections.OrderedDict": collections.OrderedDict,
+    "collections.OrderedDict": _Ordered,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor,
     "torch._utils._rebuild_parameter": _parameter,

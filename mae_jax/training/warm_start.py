@@ -51,6 +51,8 @@ def load(config: ConfigDict, params: Any, classes: Sequence[str] = ()) -> dict[s
     loaded = _read(config, theirs)
     if theirs is not None:
         _check_same_function(theirs, config)
+    else:
+        _check_described(config)
     loaded = _without_other_head(_with_positions(loaded, theirs, config, params), theirs, config, params, classes)
     loaded = upcycle(loaded, params)
     strange = [name for name in sorted(param_tree.flatten(loaded).keys() ^ param_tree.flatten(params).keys())
@@ -81,6 +83,21 @@ def _check_same_function(theirs: ConfigDict, ours: ConfigDict) -> None:
     if bool(scale) != bool(ours.model.layer_scale):
         raise UserError(f"init_from={ours.init_from} was trained with{'' if scale else 'out'} LayerScale; add "
                         f"--config.model.layer_scale={scale:g}")
+
+
+def _check_described(config: ConfigDict) -> None:
+    """Raises UserError where transformers' config.json beside the weights describes another model of their shapes."""
+    said = workdir.described(config.init_from)
+    heads, activation, patch = (said.get(key) for key in ("num_attention_heads", "hidden_act", "patch_size"))
+    ours = {"erf": "gelu", "tanh": "gelu_pytorch_tanh"}[config.model.gelu]
+    for name, there, here in (("model.heads", heads, config.model.heads), ("model.gelu", activation, ours),
+                              ("model.patch", patch, config.model.patch[0])):
+        if isinstance(there, int | str) and there != here:
+            raise UserError(f"init_from={config.init_from}: its config.json says {there!r} where this config has "
+                            f"{name}={config.model[name.split('.')[1]]}")
+    if not said:
+        logger.info("init_from %s does not say how many heads it has, which shapes do not show; %d are taken",
+                    config.init_from, config.model.heads)
 
 
 def _without_other_head(loaded: dict[str, Any], theirs: ConfigDict | None, config: ConfigDict, params: Any,

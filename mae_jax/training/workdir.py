@@ -308,10 +308,26 @@ def classes_of(source: str) -> tuple[str, ...]:
     file = weight_files.file_of(path)
     if file is None:
         return tuple(_recorded_data(of_checkpoint(path)).get("classes") or ())
+    if named := described(source).get("id2label"):
+        return tuple(map(str, dict(sorted(named.items(), key=lambda item: int(item[0]))).values()))
     try:
         return tuple(_texts(bounded_json.parse(_said(file).get("classes", "[]"))))
     except DAMAGED as error:
         raise UserError(f"{source} is no safetensors file, or damaged: {error}") from None
+
+
+def described(source: str) -> dict[str, Any]:
+    """Returns what config.json beside weights of another library says, as transformers writes it; {} without one."""
+    path = locate(source)
+    file = weight_files.file_of(path)
+    content = read_bytes(path / "config.json") if file is not None and file != path else None
+    try:
+        said = bounded_json.parse_object(content) if content else {}
+    except ValueError as error:
+        raise UserError(f"{unreadable(path / 'config.json', content or b'', error)}") from None
+    if isinstance(named := said.get("id2label", {}), dict) and all(str(key).isdecimal() for key in named):
+        return said
+    return {key: value for key, value in said.items() if key != "id2label"}
 
 
 def metadata(config: ConfigDict, layout: str = layouts.OURS, classes: Sequence[str] = ()) -> dict[str, str]:

@@ -140,7 +140,8 @@ def flipped(content: bytes) -> bytes:
     (zipped(STATE, method=zipfile.ZIP_DEFLATED), "packed"), (zipped(STATE, more={"constants.pkl": b""}), "TorchScript"),
     (b"\x80\x02" + b"r\xff\xff\xff\x7f" + b".", "numbers what it makes|damaged"),
     (b"\x80\x04\x8e" + (2**60).to_bytes(8, "little") + b"x.", "damaged"),
-    (b"\x80\x02" + b"(" * 100_000, "damaged"), (b"\x80\x02" + b"]" * 1000 + b"a" * 999 + b".", "damaged|not of torch"),
+    (b"\x80\x02" + b"(" * 100_000, "nests"), (b"\x80\x02}(" + b")" + b"\x85" * 3_000_000 + b"K\x01u.", "nests"),
+    (b"\x80\x02" + b"]" * 1000 + b"a" * 999 + b".", "damaged|not of torch"),
 ])
 def test_damage_is_told_in_one_line(tmp_path, content, says):
     with pytest.raises(UserError, match=rf"weights\.pth (is|holds) .*({says})") as told:
@@ -151,3 +152,22 @@ def test_damage_is_told_in_one_line(tmp_path, content, says):
 def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(UserError, match=r"no such file: .*none\.pth"):
         torch_file.load(epath.Path(tmp_path / "none.pth"))
+
+
+def test_attributes_of_a_state_dict_count_for_nothing(tmp_path):
+    content = zipped({"model": STATE})
+    program = zipfile.ZipFile(io.BytesIO(content)).read("archive/data.pkl")
+    items = program[3:program.rindex(b"u") + 1]
+    ordered = b"\x80\x02ccollections\nOrderedDict\n)R" + items + b"}X\x03\x00\x00\x00getK\x01sb."
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, ordered if name.endswith("data.pkl") else old.read(name))
+    assert read(tmp_path, buffer.getvalue())[0].keys() == STATE.keys()
+
+
+def test_views_of_one_storage_read_it_once_and_do_not_keep_it(tmp_path):
+    views = {str(i): View("0", "FloatStorage", 1000, 10 * i, (10,), (1,)) for i in range(90)}
+    found, _ = read(tmp_path, zipped({**views, "whole": np.arange(1000, dtype=np.float32)}))
+    np.testing.assert_array_equal(found["7"], np.arange(70, 80))
+    assert found["7"].base is None

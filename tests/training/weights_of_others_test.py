@@ -110,7 +110,6 @@ def test_biases_and_mask_token_of_beits_code_are_taken_and_relative_positions_re
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_is_read(tmp_path, params, published, dtype):
     halves = {key: value.astype(dtype) for key, value in published.items() if not key.startswith(("decoder", "mask"))}
-    halves = {key: value for key, value in halves.items() if key != "pos_embed"} | {"pos_embed": published["pos_embed"]}
     (tmp_path / "a.safetensors").write_bytes(safetensor(halves))
     check(tmp_path / "a.safetensors", params, atol=0.02)
     (tmp_path / "a.pth").write_bytes(zipped(halves))
@@ -174,3 +173,36 @@ def test_a_hostile_file_is_one_line(tmp_path):
     (tmp_path / "a.pth").write_bytes(zipped({"model": Global("os", "system", ("true",))}))
     with pytest.raises(UserError, match=r"a\.pth is not read: .*os\.system"):
         started(str(tmp_path / "a.pth"), tiny_config())
+
+
+@pytest.mark.parametrize(("said", "says"), [
+    ({"num_attention_heads": 16}, "16 where this config has model.heads=2"), ({"hidden_act": "relu"}, "model.gelu"),
+    ({"patch_size": 32}, "model.patch")])
+def test_what_shapes_do_not_show_is_compared_with_the_config_beside_the_weights(tmp_path, params, grid_and_patch, said,
+                                                                              says):
+    (tmp_path / "model.safetensors").write_bytes(safetensor(to_hf(params, *grid_and_patch)))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit_mae", **said}))
+    with pytest.raises(UserError, match=says):
+        started(str(tmp_path), tiny_config())
+
+
+def test_a_head_of_other_classes_by_the_config_beside_it_is_not_taken(tmp_path, params, grid_and_patch):
+    encoder = {key: value for key, value in to_hf(params, *grid_and_patch).items() if key.startswith("vit.")}
+    config = tiny_supervised({"model.pool": "cls"})
+    head = {"classifier.weight": np.ones((3, config.model.width), np.float32),
+            "classifier.bias": np.full(3, 7, np.float32)}
+    (tmp_path / "model.safetensors").write_bytes(safetensor(encoder | head))
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": {"0": "zebra", "1": "yak", "2": "xerus"}}))
+    ours, _ = started(str(tmp_path), config, ("cat", "dog", "eel"))
+    assert (ours["head/bias"] != 7).all()
+    ours, _ = started(str(tmp_path), config, ("zebra", "yak", "xerus"))
+    assert (ours["head/bias"] == 7).all()
+
+
+def test_a_header_whose_size_begins_as_torchs_files_do_is_still_of_safetensors(tmp_path, params, published):
+    content = safetensor(published)
+    header = content[8:8 + int.from_bytes(content[:8], "little")]
+    longer = header + b" " * ((0x80 - len(header)) % 256)
+    (tmp_path / "a.safetensors").write_bytes(len(longer).to_bytes(8, "little") + longer + content[8 + len(header):])
+    assert (tmp_path / "a.safetensors").read_bytes()[0] == 0x80
+    check(tmp_path / "a.safetensors", params)

@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 from mae_jax.data.decode import decode_mask
 from mae_jax.data.sources import patterns, splits, text_labels
 from mae_jax.data.sources.base import UNLABELED, Example, Source, numbered_classes
+from mae_jax.data.sources.text_labels import sliced, unlabeled
 from mae_jax.errors import UserError, did_you_mean, pluralize, printable
 from mae_jax.runtime import bounded_json
 from mae_jax.storage import cache, file_kinds
@@ -60,12 +61,7 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
     files, columns = _files(data, split.name)
     rows = [_rows(file, columns) for file in files]
     every = _source(data, split.name, files, columns, rows)
-    if patterns.by_split(data.path, ENDING):
-        return every.sliced(split)
-    start, stop = split.shares(*splits.part(split.name, splits.holds_out(data)))
-    if (start, stop) == (0, 1):
-        return every
-    return every.only(np.array([i for i in range(every.size) if start <= splits.share(every.name(i)) < stop], np.int64))
+    return sliced(data, every, split, ENDING)
 
 
 def split_name(data: ConfigDict, name: str) -> str:
@@ -79,7 +75,7 @@ def describe(data: ConfigDict, opened: Mapping[str, Source]) -> str:
     parts = []
     for field, source in opened.items():
         classes = f" in {len(source.classes)} classes" if source.classes and field == "train_split" else ""
-        parts.append(f"{data[field]}: {pluralize(source.size, 'image')}{classes}")
+        parts.append(f"{data[field]}: {pluralize(source.size, 'image')}{classes}{unlabeled(source)}")
     label = f"labels from {printable(columns.label)!r}" if columns.label else "no labels"
     return (f"{'; '.join(parts)}; from {pluralize(len(files), 'file')} such as {printable(files[0].name)}, images from "
             f"{printable(columns.image)!r}, {label}")
@@ -115,20 +111,28 @@ def _source(data: ConfigDict, split: str, files: list[epath.Path], columns: Colu
 
 def _labels(data: ConfigDict, split: str, columns: Columns, rows: list[Rows]
             ) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
-    """Returns labels, classes, and names of classes that the training split lacks."""
+    """Returns labels, int [rows], classes, and names of classes that the training split lacks.
+
+    Names go before numbers: a split whose metadata number the classes otherwise has those of the training split.
+
+    Raises:
+      UserError: a number is beyond the names, or that of no class.
+    """
     values = np.concatenate([each.labels for each in rows])
-    if np.issubdtype(values.dtype, np.integer):
-        return values, columns.classes or (numbered_classes(values) if columns.label else ()), ()
+    numbers = np.issubdtype(values.dtype, np.integer)
+    if numbers and columns.classes:
+        if len(values) and values.max() >= len(columns.classes):
+            raise UserError(f"data.path={data.path!r}: the column {columns.label!r} has the number {values.max()}, and "
+                            f"the metadata name {len(columns.classes)} classes")
+        values = np.array([columns.classes[value] if value >= 0 else "" for value in values], np.str_)
+    elif numbers:
+        return np.maximum(values, UNLABELED), numbered_classes(values) if columns.label else (), ()
     training = splits.parts(data.get("train_split") or "train")[0].name
-    texts = values
+    known, texts = columns, values
     if split != training and patterns.by_split(data.path, ENDING):
-        files, others = _files(data, training)
-        texts = np.concatenate([_rows(file, others).labels for file in files])
-    classes = text_labels.classes_of(map(str, texts))
-    return *_numbered(values, classes),
-
-
-def _numbered(values: np.ndarray, classes: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
+        files, known = _files(data, training)
+        texts = values if known.classes else np.concatenate([_rows(file, known).labels for file in files])
+    classes = known.classes or text_labels.classes_of(map(str, texts))
     labels, strange = text_labels.numbers([str(value) for value in values], classes)
     return labels, classes, strange
 
@@ -156,6 +160,8 @@ def _columns(name: str, size: int, changed: int, image: str, label: str, mask: s
     """Finds the columns of a file; '' stands for what nobody named."""
     file = epath.Path(name)
     schema = _opened(file, lambda opened: opened.schema_arrow)
+    if len(set(schema.names)) < len(schema.names):
+        raise UserError(f"{file} has two columns of one name: {', '.join(map(printable, schema.names))}")
     features = _features(schema)
     images = [key for key, feature in features.items() if feature.get("_type") == "Image" and key != mask]
     images += [field.name for field in schema if _bytes_of(field.type) and field.name not in (*images, mask)]
@@ -167,7 +173,9 @@ def _columns(name: str, size: int, changed: int, image: str, label: str, mask: s
                         f"{did_you_mean(name, schema.names)}")
     if mask and (mask not in schema.names or not _bytes_of(schema.field(mask).type)):
         raise UserError(f"{file} has no column of masks data.mask_key={mask!r}; {did_you_mean(mask, schema.names)}")
-    labels = "" if unlabeled else label or DEFAULTS["label_key"]
+    named = [key for key, feature in features.items() if feature.get("_type") == "ClassLabel"]
+    usual = named[0] if len(named) == 1 and DEFAULTS["label_key"] not in schema.names else DEFAULTS["label_key"]
+    labels = "" if unlabeled else label or usual
     if labels not in schema.names:
         if label:
             raise UserError(f"{file} has no column data.label_key={label!r}; {did_you_mean(label, schema.names)}")
@@ -178,8 +186,8 @@ def _columns(name: str, size: int, changed: int, image: str, label: str, mask: s
             raise UserError(f"{file}: data.label_key={label!r} is a column of {kind}; expected class numbers, or texts")
         log.warning("%s: the column %r is of %s, and is not taken for class numbers", file, labels, kind)
         labels = ""
-    named = features.get(labels, {}).get("names") if labels else None
-    classes = tuple(map(str, named)) if isinstance(named, list) else ()
+    names = features.get(labels, {}).get("names") if labels else None
+    classes = tuple(map(str, names)) if isinstance(names, list) else ()
     return Columns(usable[0], labels, mask, classes)
 
 
@@ -221,12 +229,20 @@ def _mapped(name: str, size: int, changed: int, columns: Columns) -> Rows:
     """Maps the copy of a file into memory; makes it where it is not there."""
     file = epath.Path(name)
     key = ("parquet", VERSION, name, size, changed, columns[:3])
-    copy = cache.file(key, ".arrow", int(1.1 * size), partial(_copy, file, columns))
-    reader = pa.ipc.open_file(pa.memory_map(str(copy)))
-    batches = tuple(reader.get_batch(number) for number in range(reader.num_record_batches))
+    try:
+        batches = _opened_copy(key, size, file, columns)
+    except pa.ArrowException:  # it was cut: made anew
+        cache.forget(key, ".arrow")
+        batches = _opened_copy(key, size, file, columns)
     labels = [batch.column("label").to_numpy(zero_copy_only=False) for batch in batches]
     ends = tuple(np.cumsum([batch.num_rows for batch in batches]).tolist())
     return Rows(batches, ends, np.concatenate(labels) if labels else np.zeros(0, np.int64))
+
+
+def _opened_copy(key: Any, size: int, file: epath.Path, columns: Columns) -> tuple[pa.RecordBatch, ...]:
+    copy = cache.file(key, ".arrow", int(1.1 * size), partial(_copy, file, columns))
+    reader = pa.ipc.open_file(pa.memory_map(str(copy)))
+    return tuple(reader.get_batch(number) for number in range(reader.num_record_batches))
 
 
 def _rows(file: epath.Path, columns: Columns) -> Rows:

@@ -1,6 +1,8 @@
 """Files of a split by a pattern: '{split}' for its name, braces for ranges and choices, and * ? [] as in a shell."""
 
+import functools
 import glob
+import logging
 import re
 from collections.abc import Iterator
 
@@ -9,9 +11,12 @@ from etils import epath
 from mae_jax.data.sources import splits
 from mae_jax.errors import UserError, pluralize, printable
 
+log = logging.getLogger(__name__)
+
 SPLIT = "{split}"
+HELD = ("val", "test")  # roles of what is held out
 MAX_FILES = 1_000_000  # beyond it, such braces mean something else
-OF = re.compile(r"-(\d+)-of-(\d+)(?=\.|$)")  # in a file's name: which of how many it is
+OF = re.compile(r"-(\d+)-of-(\d+)(?=[.-]|$)")  # in a file's name: which of how many it is
 BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")  # {000..127} or {a,b}
 
 
@@ -51,10 +56,31 @@ def by_split(path: str, ending: str) -> bool:
 
 
 def split_name(path: str, ending: str, name: str) -> str:
-    """Returns what a split is called in the files; several names may mean the same one."""
+    """Returns what a split is called in the files; several names may mean the same one.
+
+    Where they have no files of that name, it is the one held-out split that they have, under any of its usual names.
+    """
     if not by_split(path, ending):
         return splits.held_out_name(name)
-    return name if SPLIT in path else splits.role(name) or name
+    if SPLIT not in path:
+        there = {role for file in _inside(path, ending) if (role := _role(file))}
+        return _one_of(splits.role(name) or name, there)
+    words = [name, *splits.ROLES.get(splits.role(name), ())]
+    found = next((word for word in words if _there(path, word)), "")
+    others = {word for role in ("val", "test") for word in splits.ROLES[role]}
+    return found or _one_of(name, {word for word in others if _there(path, word)})
+
+
+def _there(path: str, word: str) -> bool:
+    """Whether the pattern has a file for that word, as its first one."""
+    first = expand(path.replace(SPLIT, word))[0]
+    return _is_file(first) or bool(_glob(first))
+
+
+def _one_of(name: str, there: set[str]) -> str:
+    """Returns the name, or the one held-out split that is there in its place."""
+    held = [each for each in there if splits.role(each) in HELD]
+    return held[0] if name not in there and splits.role(name) in HELD and len(held) == 1 else name
 
 
 def files(path: str, ending: str, split: str) -> list[epath.Path]:
@@ -67,25 +93,37 @@ def files(path: str, ending: str, split: str) -> list[epath.Path]:
       split: the split's name.
 
     Raises:
-      UserError: there is none, or braces name a file that is not there.
+      UserError: there is none, braces name a file that is not there, or a pattern joins files of several splits.
     """
+    called = split_name(path, ending, split) if by_split(path, ending) else split
     if _is_folder(path):
         found = _inside(path, ending)
         if found:
             _check_whole(found)
         roles = {file: _role(file) for file in found}
         if any(roles.values()):
-            found = [file for file, role in roles.items() if role == (splits.role(split) or split)]
-            there = sorted({role for role in roles.values() if role})
+            found = [file for file, role in roles.items() if role == called]
             if not found:
                 raise UserError(f"data.path={path!r} has no *{ending} of the split {split!r}, but of "
-                                f"{', '.join(there)}")
+                                f"{', '.join(sorted({role for role in roles.values() if role}))}")
+            _tell_strays(path, tuple(file.name for file, role in roles.items() if not role))
     else:
-        found = _matching(path.replace(SPLIT, split))
+        found = _matching(path.replace(SPLIT, called))
+        mixed = sorted({role for file in found if (role := _role(file))})
+        if len(mixed) > 1 and SPLIT not in path:
+            raise UserError(f"data.path={path!r} fits files of several splits, {', '.join(mixed)}, which would be one "
+                            f"set; write {SPLIT} in their place, or name the files of one")
     if not found:
         raise UserError(f"no file fits data.path={path!r} for the split {split!r}; expected a folder of *{ending}, or "
                         f"a pattern such as '/data/{{split}}-*{ending}' or '/data/train-{{000..127}}{ending}'")
     return found
+
+
+@functools.cache
+def _tell_strays(path: str, names: tuple[str, ...]) -> None:
+    if names:
+        log.warning("%s: %s of no split, by the name, not read, such as %s", path, pluralize(len(names), "file"),
+                    names[0])
 
 
 def _matching(pattern: str) -> list[epath.Path]:
@@ -138,8 +176,8 @@ def _is_folder(path: str) -> bool:
 
 
 def _inside(folder: str, ending: str) -> list[epath.Path]:
-    return sorted((file for file in epath.Path(folder).iterdir()
-                   if file.name.lower().endswith(ending) and not file.name.startswith(".")), key=lambda file: file.name)
+    return sorted((file for file in epath.Path(folder).iterdir() if file.name.lower().endswith(ending)
+                   and not file.name.startswith(".") and file.is_file()), key=lambda file: file.name)
 
 
 def _role(file: epath.Path) -> str:

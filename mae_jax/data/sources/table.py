@@ -8,6 +8,7 @@ is held out by a hash of the path, if the config uses it. Every image that is na
 
 import csv
 import logging
+import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +49,7 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
     file, table = _open(data)
     train = _rows(data, table, "train") if not table.splits else _rows(data, table, _training(data, table))
     rows = _rows(data, table, split.name, (split.start, split.stop))
+    _check_once(file, table)
     texts = table.labels or ("",) * len(table.paths)
     classes = text_labels.classes_of(texts[i] for i in (range(len(texts)) if not table.splits else train))
     labels, strange = text_labels.numbers([texts[i] for i in rows], classes)
@@ -76,7 +78,13 @@ def describe(data: ConfigDict, opened: Mapping[str, Source]) -> str:
     parts = []
     for field, source in opened.items():
         classes = f" in {len(source.classes)} classes" if source.classes and field == "train_split" else ""
-        parts.append(f"{data[field]}: {pluralize(source.size, 'image')}{classes}")
+        parts.append(f"{data[field]}: {pluralize(source.size, 'image')}{classes}{text_labels.unlabeled(source)}")
+    used = {_named(data, table, split.name) for field in opened for split in splits.parts(data[field])
+            } if table.splits else set(table.splits)
+    if lost := sum(value not in used for value in table.splits):
+        others = sorted(set(table.splits) - used)
+        named = ", ".join(printable(each) or "no split" for each in others)
+        parts.append(f"not read: {pluralize(lost, 'line')} of {named}")
     return f"{'; '.join(parts)}; from {file.name} by the columns {columns}" if table.names.get("path") else \
         f"{'; '.join(parts)}; from {file.name}, whose lines are a path{' and a label' if table.labels else ''}"
 
@@ -109,6 +117,9 @@ def _table(name: str, size: int, changed: int, keys: tuple[str, ...], unlabeled:
         if asked and asked.casefold() not in head:
             raise UserError(f"{file} has no column data.{field}={asked!r}; {did_you_mean(asked, rows[0])}")
         found = asked.casefold() if asked else next((name for name in usual if name in head), "")
+        if found and head.count(found) > 1:
+            raise UserError(f"{file} has two columns {found!r}; data.{field or 'image_key'} names another one, or name "
+                            "them apart")
         if found and not (what == "label" and unlabeled):
             places[what], names[what] = head.index(found), rows[0][head.index(found)]
     columns = {what: tuple(_field(file, number, row, place) for number, row in enumerate(rows[1:], 2))
@@ -158,13 +169,23 @@ def _rows(data: ConfigDict, table: Table, name: str, bounds: tuple[str, str] = (
     split = splits.Split(name, *bounds)
     if table.splits:
         called = _named(data, table, name)
-        rows = [i for i, value in enumerate(table.splits) if value == called]
-        start, stop = split.bounds(len(rows))
-        return rows[start:stop]
-    start, stop = split.shares(*splits.part(name, splits.holds_out(data)))
+        rows, (start, stop) = [i for i, value in enumerate(table.splits) if value == called], split.shares(0, 1)
+    else:
+        rows, (start, stop) = list(range(len(table.paths))), split.shares(*splits.part(name, splits.holds_out(data)))
     if (start, stop) == (0, 1):
-        return list(range(len(table.paths)))
-    return [i for i, path in enumerate(table.paths) if start <= splits.share(path) < stop]
+        return rows
+    return [i for i in rows if start <= splits.share(os.path.normpath(table.paths[i])) < stop]
+
+
+def _check_once(file: epath.Path, table: Table) -> None:
+    """Raises UserError where an image has two labels, or is in two splits, under any spelling of its path."""
+    seen: dict[str, tuple[str, str]] = {}
+    for i, path in enumerate(table.paths):
+        said = (table.labels[i] if table.labels else "", table.splits[i] if table.splits else "")
+        before = seen.setdefault(os.path.normpath(path) if "://" not in path else path, said)
+        if before != said:
+            what = "labels" if before[0] != said[0] else "splits"
+            raise UserError(f"{file} names {printable(path)} twice, with two {what}: {before} and {said}")
 
 
 def _named(data: ConfigDict, table: Table, name: str) -> str:
@@ -185,6 +206,9 @@ def _training(data: ConfigDict, table: Table) -> str:
 
 
 def _place(file: epath.Path, path: str) -> epath.Path:
+    """Returns where an image lies; raises UserError for an address that is neither local nor in a bucket."""
+    if "://" in path and not path.startswith("gs://"):
+        raise UserError(f"{file} names {printable(path)}; an image is a file, or in a bucket gs://")
     return epath.Path(path) if "://" in path else file.parent / path
 
 

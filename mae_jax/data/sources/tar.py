@@ -23,6 +23,7 @@ from mae_jax.data.decode import decode_mask
 from mae_jax.data.image_bounds import check_bytes
 from mae_jax.data.sources import patterns, splits, text_labels
 from mae_jax.data.sources.base import READERS, Example, Source
+from mae_jax.data.sources.text_labels import sliced, unlabeled
 from mae_jax.errors import UserError, did_you_mean, pluralize, printable
 from mae_jax.runtime import bounded_json
 from mae_jax.storage import cache, file_kinds, ranges
@@ -30,7 +31,7 @@ from mae_jax.storage.paths import version
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the index
+VERSION = 2  # of the index
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "img", "image")
 ENDING, BLOCK = ".tar", tarfile.BLOCKSIZE
 MAX_LABEL = 256  # bytes of a text that may be a label
@@ -48,7 +49,7 @@ class Members(NamedTuple):
     labels: np.ndarray  # texts, '' for none
     captions: np.ndarray  # texts of .txt that may be labels, '' for others
     kinds: np.ndarray  # texts of the kinds of members that are there, the image's first; of any length
-    without: np.ndarray  # int64 [1]: keys that have no image
+    without: np.ndarray  # int64 [2]: keys that have no image; members that are symbolic links or sparse
 
 
 class _Wanted(NamedTuple):
@@ -63,12 +64,7 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
     """Opens a split; raises UserError when no shard fits, or one is cut short or damaged."""
     shards, found = _members(data, split.name)
     every = _source(data, split.name, shards, found)
-    if patterns.by_split(data.path, ENDING):
-        return every.sliced(split)
-    start, stop = split.shares(*splits.part(split.name, splits.holds_out(data)))
-    if (start, stop) == (0, 1):
-        return every
-    return every.only(np.array([i for i in range(every.size) if start <= splits.share(every.name(i)) < stop], np.int64))
+    return sliced(data, every, split, ENDING)
 
 
 def split_name(data: ConfigDict, name: str) -> str:
@@ -84,11 +80,12 @@ def describe(data: ConfigDict, opened: Mapping[str, Source]) -> str:
     parts = []
     for field, source in opened.items():
         classes = f" in {len(source.classes)} classes" if source.classes and field == "train_split" else ""
-        parts.append(f"{data[field]}: {pluralize(source.size, 'image')}{classes}")
-    lost = sum(int(members.without[0]) for members in found)
+        parts.append(f"{data[field]}: {pluralize(source.size, 'image')}{classes}{unlabeled(source)}")
+    lost, links = (sum(int(members.without[i]) for members in found) for i in range(2))
     return (f"{'; '.join(parts)}; from {pluralize(len(shards), 'shard')} such as {printable(shards[0].name)}, images "
             f"from .{' and .'.join(kinds)}, {f'labels from {label}' if label else 'no labels'}"
-            f"{f'; {lost} keys without an image' if lost else ''}")
+            f"{f'; {lost} keys without an image' if lost else ''}"
+            f"{f'; {links} members that are links or sparse files are not read' if links else ''}")
 
 
 def _source(data: ConfigDict, split: str, shards: tuple[epath.Path, ...], found: tuple[Members, ...]) -> Source:
@@ -178,6 +175,8 @@ def _kept(shard: str, size: int, changed: int, wanted: _Wanted) -> Members:
 def _scan(shard: epath.Path, wanted: _Wanted) -> Members:
     """Reads the headers of all members, and the texts that may be labels; raises UserError for a damaged shard."""
     examples: dict[str, dict[str, Any]] = {}
+    places: dict[str, tuple[int, int]] = {}  # of regular members, for hard links to them
+    others = 0
     try:
         with shard.open("rb") as file:
             if found := _not_tar(file):
@@ -186,18 +185,36 @@ def _scan(shard: epath.Path, wanted: _Wanted) -> Members:
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 while (member := archive.next()) is not None:
                     archive.members.clear()  # else all stay in memory
-                    if member.isreg() and not member.sparse:
-                        _add(examples, member, file)
+                    if member.islnk() and member.linkname in places:
+                        _add(shard, examples, member, places[member.linkname], file)
+                    elif member.isreg() and not member.sparse:
+                        places[member.name] = member.offset_data, member.size
+                        _add(shard, examples, member, places[member.name], file)
+                    else:
+                        others += not member.isdir()
                 end = archive.offset
-            file.seek(end)
-            if (rest := file.read(BLOCK)) != bytes(BLOCK):
-                what = f"what is at byte {end} is no header" if rest else "it has no end marker, as if it was cut"
-                raise UserError(f"{shard} is cut short or damaged: {what}")
+            _check_end(shard, file, end)
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise UserError(f"{shard} is cut short or damaged: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read {shard}: {error.strerror or error}") from None
-    return _columns(shard, examples, wanted)
+    return _columns(shard, examples, wanted, others)
+
+
+def _check_end(shard: epath.Path, file: IO[bytes], end: int) -> None:
+    """Raises UserError unless the archive ends with its marker, and nothing comes behind it."""
+    file.seek(end)
+    rest = file.read(BLOCK)
+    if rest != bytes(BLOCK):
+        what = f"what is at byte {end} is no header" if rest else "it has no end marker, as if it was cut"
+        raise UserError(f"{shard} is cut short or damaged: {what}")
+    place = end
+    while rest:
+        if rest.strip(b"\0"):
+            raise UserError(f"{shard} is damaged, or several archives in one file: there is more behind the end marker "
+                            f"at byte {end}, after byte {place}")
+        place += len(rest)
+        rest = file.read(1 << 20)
 
 
 def _not_tar(file: IO[bytes]) -> str:
@@ -207,23 +224,29 @@ def _not_tar(file: IO[bytes]) -> str:
     return file_kinds.kind(begin)
 
 
-def _add(examples: dict[str, dict[str, Any]], member: tarfile.TarInfo, file: IO[bytes]) -> None:
-    """Adds a member to its example; a later one of the same name takes the place of the first, as tar has it."""
+def _add(shard: epath.Path, examples: dict[str, dict[str, Any]], member: tarfile.TarInfo, place: tuple[int, int],
+         file: IO[bytes]) -> None:
+    """Adds a member, whose content is at a place (start, size), to its example; raises UserError for a second one."""
     folder, slash, name = member.name.removeprefix("./").rpartition("/")
     stem, _, kind = name.partition(".")
     if not stem or not kind:  # hidden ones, and those of no kind
         return
-    kind, text = kind.lower(), None
-    if member.size <= (MAX_JSON if kind == "json" else MAX_LABEL):
-        file.seek(member.offset_data)
-        text = file.read(member.size)
-    examples.setdefault(f"{folder}{slash}{stem}", {})[kind] = (member.offset_data, member.size, text)
+    kind, text, (start, size) = kind.lower(), None, place
+    if size <= (MAX_JSON if kind == "json" else MAX_LABEL):
+        file.seek(start)
+        text = file.read(size)
+    example = examples.setdefault(f"{folder}{slash}{stem}", {})
+    if kind in example:
+        raise UserError(f"{shard} has {printable(member.name)} twice: the members of a key are one example, and a key "
+                        "comes once in a shard; write it anew, with keys of their own")
+    example[kind] = (start, size, text)
 
 
-def _columns(shard: epath.Path, examples: dict[str, dict[str, Any]], wanted: _Wanted) -> Members:
+def _columns(shard: epath.Path, examples: dict[str, dict[str, Any]], wanted: _Wanted, others: int) -> Members:
     rows, without = [], 0
+    plain = any(kind in members for members in examples.values() for kind in IMAGES if kind != wanted.mask)
     for key, members in examples.items():
-        image = _image(members, wanted.image)
+        image = _image(shard, key, members, wanted, plain)
         if not image:
             without += 1
             continue
@@ -236,15 +259,25 @@ def _columns(shard: epath.Path, examples: dict[str, dict[str, Any]], wanted: _Wa
         sizes=np.array([row[2] for row in rows], np.int64),
         masks=np.array([row[3] for row in rows], np.int64).reshape(-1, 2),
         labels=np.array([row[4] for row in rows], np.str_), captions=np.array([row[5] for row in rows], np.str_),
-        kinds=np.array(list(kinds)[:100], np.str_), without=np.array([without], np.int64))
+        kinds=np.array(list(kinds)[:100], np.str_), without=np.array([without, others], np.int64))
 
 
-def _image(members: Mapping[str, Any], wanted: str) -> str:
-    """Returns which member is the image, '' for none: 'jpg' goes before 'seg.png'."""
-    if wanted:
-        return wanted if wanted in members else ""
-    plain = next((kind for kind in IMAGES if kind in members), "")
-    return plain or next((kind for kind in members if kind.rpartition(".")[2] in IMAGES), "")
+def _image(shard: epath.Path, key: str, members: Mapping[str, Any], wanted: _Wanted, plain: bool) -> str:
+    """Returns which member is the image, '' for none: never the mask, and 'x.png' only where no key has a plain 'png'.
+
+    Raises:
+      UserError: there are several that it may be.
+    """
+    if wanted.image:
+        return wanted.image if wanted.image in members else ""
+    if plain:
+        return next((kind for kind in IMAGES if kind in members and kind != wanted.mask), "")
+    found = [kind for kind in members if kind.rpartition(".")[2] in IMAGES and kind != wanted.mask]
+    if len(found) > 1:
+        raise UserError(f"{shard}: {printable(key)} has several images, .{printable(found[0])} and "
+                        f".{printable(found[1])}; data.image_key names one kind. A key ends at its first dot: keys "
+                        "with dots in them are one example")
+    return found[0] if found else ""
 
 
 def _label(shard: epath.Path, key: str, members: Mapping[str, Any], wanted: str) -> str:

@@ -1,11 +1,13 @@
-"""Labels that come as texts: names of classes, or their numbers."""
+"""What sources of files with labels share: labels that come as texts, slices, and what is said of labels."""
 
 import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from mae_jax.data.sources.base import UNLABELED, numbered_classes
+from mae_jax.data.sources import patterns, splits
+from mae_jax.data.sources.base import UNLABELED, Source, numbered_classes
 
 NUMBER = re.compile(r"-1|\d{1,9}")
 
@@ -32,3 +34,25 @@ def numbers(texts: Sequence[str], classes: tuple[str, ...]) -> tuple[np.ndarray,
         known[text] = index.get(name, UNLABELED)
     strange = {text for text, number in known.items() if text and number < 0} - ({"-1"} if counted else set())
     return np.array([known[text] for text in texts], np.int32), tuple(sorted(strange))
+
+
+def sliced(data: ConfigDict, source: Source, split: splits.Split, ending: str) -> Source:
+    """Returns the part of all examples of a split's files that the split's expression means, by a hash of their names.
+
+    By their places, a slice of files that are sorted by class would be one of classes.
+
+    Raises:
+      UserError: the slice counts examples.
+    """
+    whole = patterns.by_split(data.path, ending)
+    start, stop = split.shares(*((0, 1) if whole else splits.part(split.name, splits.holds_out(data))))
+    if (start, stop) == (0, 1):
+        return source
+    return source.only(np.array([i for i in range(source.size) if start <= splits.share(source.name(i)) < stop],
+                                np.int64))
+
+
+def unlabeled(source: Source) -> str:
+    """Returns what a line about a split says of images without a label, '' where all have one or none has."""
+    lost = sum(source.label(i) < 0 for i in range(source.size)) if source.classes and source.label else 0
+    return f" ({lost} without a label)" if lost else ""

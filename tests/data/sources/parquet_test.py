@@ -62,12 +62,13 @@ def test_every_row_of_the_splits_files_is_read_at_random_with_its_label(tmp_path
         write(tmp_path / "data" / f"train-{number:05d}-of-00002.parquet", range(75 * number, 75 * number + 75),
               [i % 3 for i in range(75)])
     write(tmp_path / "data" / "validation-00000-of-00001.parquet", range(20), [2] * 20)
-    train, val = load(tmp_path / "data"), load(tmp_path / "data", "val[5:9]")
-    assert (train.size, val.size) == (150, 4)
+    train, val = load(tmp_path / "data"), load(tmp_path / "data", "val")
+    assert (train.size, val.size) == (150, 20)
     for i in np.random.default_rng(0).permutation(150):
         example = train.read(int(i))
         assert (color(example), example.label) == (i, i % 75 % 3)
-    assert (color(val.read(0)), val.classes) == (5, tuple(NAMES))
+    assert (color(val.read(5)), val.classes) == (5, tuple(NAMES))
+    assert load(tmp_path / "data", "test").size == 20  # the held-out part that is there
     assert train.name(80) == "train-00001-of-00002.parquet, row 5"
 
 
@@ -123,8 +124,8 @@ def test_masks_come_from_a_column_of_their_own(tmp_path):
 
 
 def test_held_out_texts_take_the_classes_of_the_training_files(tmp_path):
-    write(tmp_path / "train-0.parquet", range(4), [NAMES[i % 2] for i in range(4)])
-    write(tmp_path / "test-0.parquet", range(2), NAMES[1:])
+    write(tmp_path / "train-0.parquet", range(4), [NAMES[i % 2] for i in range(4)], {})
+    write(tmp_path / "test-0.parquet", range(2), NAMES[1:], {})
     test = load(tmp_path / "{split}-*.parquet", "test")
     assert (test.classes, test.unknown_classes) == (("cat", "dog"), ("eel",))
     assert [test.read(i).label for i in range(2)] == [1, -1]
@@ -169,3 +170,52 @@ def test_a_disk_without_room_for_the_copy_is_told_before(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="MAE_JAX_CACHE"):
         load(tmp_path / "a.parquet", eval_split="")
     assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_classes_that_a_split_numbers_otherwise_are_those_of_the_training_files_by_name(tmp_path):
+    write(tmp_path / "train-0.parquet", range(6), [i % 3 for i in range(6)])
+    other = metadata(label={"names": ["eel", "dog", "cat"], "_type": "ClassLabel"})
+    write(tmp_path / "test-0.parquet", range(3), [0, 1, 2], other)
+    test = load(tmp_path, "test")
+    assert test.classes == tuple(NAMES)
+    assert [test.read(i).label for i in range(3)] == [2, 1, 0]
+
+
+def test_a_number_beyond_the_names_is_refused_and_a_negative_one_is_no_label(tmp_path):
+    write(tmp_path / "a.parquet", range(3), [0, -100, 2])
+    assert [load(tmp_path / "a.parquet", eval_split="").label(i) for i in range(3)] == [0, -1, 2]
+    write(tmp_path / "b.parquet", range(3), [0, 3, 2])
+    with pytest.raises(UserError, match=r"'label' has the number 3"):
+        load(tmp_path / "b.parquet", eval_split="")
+
+
+def test_slices_of_files_sorted_by_class_have_all_classes(tmp_path):
+    write(tmp_path / "train-0.parquet", range(200), [i // 70 for i in range(200)])
+    parts = [load(tmp_path, split, eval_split="") for split in ("train[:80%]", "train[80%:]")]
+    assert sum(part.size for part in parts) == 200
+    assert all({part.label(i) for i in range(part.size)} == {0, 1, 2} for part in parts)
+
+
+def test_the_only_column_of_classes_in_the_metadata_has_the_labels(tmp_path):
+    meta = metadata(image={"_type": "Image"}, labels={"names": NAMES, "_type": "ClassLabel"})
+    write(tmp_path / "a.parquet", range(3), meta=meta)
+    table = pq.read_table(tmp_path / "a.parquet")
+    pq.write_table(table.append_column("labels", pa.array([2, 0, 1])).replace_schema_metadata(meta),
+                   tmp_path / "a.parquet")
+    assert [load(tmp_path / "a.parquet", eval_split="").label(i) for i in range(3)] == [2, 0, 1]
+
+
+def test_a_damaged_copy_is_made_anew(tmp_path):
+    write(tmp_path / "a.parquet", range(9))
+    load(tmp_path / "a.parquet", eval_split="")
+    copy = next((tmp_path / "cache").glob("*.arrow"))
+    copy.write_bytes(copy.read_bytes()[:100])
+    parquet._mapped.cache_clear()
+    assert color(load(tmp_path / "a.parquet", eval_split="").read(8)) == 8
+
+
+def test_a_pattern_over_several_splits_is_refused(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}-0.parquet", range(3))
+    with pytest.raises(UserError, match=r"several splits, test, train.*\{split\}"):
+        load(tmp_path / "*.parquet")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -60,13 +61,14 @@ def test_every_image_of_the_splits_shards_is_read_at_random_with_its_label(tmp_p
         shard(tmp_path / "data" / f"pets-train-{number:03d}.tar", range(10 * number, 10 * number + 10),
               cls=lambda number: str(number % 3).encode())
     shard(tmp_path / "data" / "pets-val-000.tar", range(50, 54), cls=lambda number: b"1")
-    train, val = load(tmp_path / "data"), load(tmp_path / "data", "validation[2:]")
-    assert (train.size, val.size) == (30, 2)
+    train, val = load(tmp_path / "data"), load(tmp_path / "data", "validation")
+    assert (train.size, val.size) == (30, 4)
     for i in np.random.default_rng(0).permutation(30):
         example = train.read(int(i))
         assert (color(example), example.label) == (i, i % 3)
         assert train.label(int(i)) == i % 3
-    assert color(val.read(0)) == 52
+    assert color(val.read(2)) == 52
+    assert load(tmp_path / "data", "test").size == 4  # the held-out part that is there
     assert train.classes == val.classes == ("0", "1", "2")
     assert train.name(12) == "pets-train-001.tar/0012"
 
@@ -186,3 +188,65 @@ def test_the_line_of_a_run_says_what_was_taken(tmp_path):
                        "eval_split": "", "image_key": "image", "label_key": "label", "mask_key": ""})
     line = registry.describe(data, {"train_split": registry.load(data, "train")})
     assert line == "train: 12 images in 2 classes; from 1 shard such as a.tar, images from .png, labels from .cls"
+
+
+def test_a_key_that_comes_twice_is_refused_and_not_mixed(tmp_path):
+    first, second = {"x.png": encoded(1), "x.cls": b"1"}, {"x.png": encoded(2)}
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for members in (first, second):
+            for name, content in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    with pytest.raises(UserError, match=r"a\.tar has x\.png twice"):
+        load(tmp_path / "a.tar", eval_split="")
+
+
+def test_a_mask_is_no_image_where_keys_lack_one(tmp_path):
+    write(tmp_path / "a.tar", {"x.png": encoded(1), "x.seg.png": encoded(9), "y.seg.png": encoded(9)})
+    for fields in ({}, {"mask_key": "seg.png"}):
+        source = load(tmp_path / "a.tar", eval_split="", **fields)
+        assert [color(source.read(i)) for i in range(source.size)] == [1]
+
+
+@pytest.mark.parametrize("kinds", [("input.png", "target.png"), ("000.png", "001.png")])
+def test_several_images_of_a_key_are_refused(tmp_path, kinds):
+    write(tmp_path / "a.tar", {f"x.{kind}": encoded(i) for i, kind in enumerate(kinds)})
+    with pytest.raises(UserError, match=rf"{kinds[0]}.*{kinds[1]}.*data\.image_key"):
+        load(tmp_path / "a.tar", eval_split="")
+    assert color(load(tmp_path / "a.tar", eval_split="", image_key=kinds[1]).read(0)) == 1
+
+
+def test_hard_links_are_read_and_what_lies_behind_the_end_is_not_lost(tmp_path):
+    shard(tmp_path / "a.tar", range(2))
+    with tarfile.open(tmp_path / "b.tar", "w") as archive:
+        for number in range(2):
+            info = tarfile.TarInfo(f"{number}.png")
+            content = encoded(number)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        link = tarfile.TarInfo("2.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "1.png"
+        archive.addfile(link)
+    source = load(tmp_path / "b.tar", eval_split="")
+    assert [color(source.read(i)) for i in range(source.size)] == [0, 1, 1]
+    (tmp_path / "c.tar").write_bytes((tmp_path / "a.tar").read_bytes() + (tmp_path / "b.tar").read_bytes())
+    with pytest.raises(UserError, match=r"c\.tar .*behind the end"):
+        load(tmp_path / "c.tar", eval_split="")
+
+
+def test_other_shards_at_the_same_relative_path_are_not_taken_for_the_first(tmp_path, monkeypatch):
+    for name, label in (("one", b"1"), ("two", b"2")):
+        (tmp_path / name).mkdir()
+        shard(tmp_path / name / "a.tar", range(3), cls=lambda i, label=label: label)
+        os.utime(tmp_path / name / "a.tar", ns=(10**18, 10**18))
+    for name, label in (("one", 1), ("two", 2)):
+        monkeypatch.chdir(tmp_path / name)
+        assert load("a.tar", eval_split="").label(0) == label
+
+
+def test_slices_of_shards_sorted_by_class_have_all_classes(tmp_path):
+    shard(tmp_path / "train-0.tar", range(200), cls=lambda i: b"%d" % (i // 70))
+    parts = [load(tmp_path, split, eval_split="") for split in ("train[:80%]", "train[80%:]")]
+    assert sum(part.size for part in parts) == 200
+    assert all({part.label(i) for i in range(part.size)} == {0, 1, 2} for part in parts)
