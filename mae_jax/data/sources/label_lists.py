@@ -69,9 +69,11 @@ def _read(file: epath.Path, split: str, pictures: tuple[str, ...], classes: tupl
     for place, picture in enumerate(pictures):
         name = picture.rsplit("/", 1)[-1]
         places.update({picture: place, name: place, os.path.splitext(name)[0]: place})
-    named = [(places[row[0]], row[1]) for row in rows if len(row) > 1 and row[0] in places]
+    pairs = [row for row in _classes_second(rows, classes) if len(row) > 1]
+    named = [(places[row[0]], row[1]) for row in pairs if row[0] in places]
     if not named and _is_for(file.name, split) and len(rows) == len(pictures) and all(len(row) == 1 for row in rows):
         named = [(place, row[0]) for place, row in enumerate(rows)]
+        _check_order(file, pictures)
     if not named:
         return None
     found = {label for _, label in named}
@@ -86,6 +88,26 @@ def _read(file: epath.Path, split: str, pictures: tuple[str, ...], classes: tupl
     for place, label in named:
         labels[place] = index.get(label, UNLABELED)
     return LabelList(file, labels, tuple(sorted({label for _, label in named} - index.keys())))
+
+
+def _classes_second(rows: list[list[str]], classes: tuple[str, ...]) -> list[list[str]]:
+    """Returns the rows with what is most often a class second: a table may have other columns before it."""
+    def hits(column: int) -> int:
+        return sum(len(row) > column and row[column] in known for row in rows)
+
+    known = set(classes)
+    column = max(range(1, max(map(len, rows), default=1)), key=hits, default=1)
+    return rows if column == 1 or not hits(column) else [[row[0], row[column]] for row in rows if len(row) > column]
+
+
+def _check_order(file: epath.Path, pictures: tuple[str, ...]) -> None:
+    """Raises UserError where the names' order as texts is not that of the numbers in them: 10.jpg before 2.jpg."""
+    natural = sorted(pictures, key=lambda name: [int(part) if part.isdigit() else part
+                                                 for part in re.split(r"(\d+)", name)])
+    if natural != list(pictures):
+        first = next(a for a, b in zip(pictures, natural, strict=True) if a != b)
+        raise UserError(f"{file} has a class for each image and no names, and their order can be read in two ways "
+                        f"(at {first}: as texts, or by the numbers in the names): write name and class in each line")
 
 
 def _fields(line: str) -> list[str]:

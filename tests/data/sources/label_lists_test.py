@@ -74,3 +74,17 @@ def test_captions_beside_images_are_not_all_read_for_labels(tmp_path, monkeypatc
     monkeypatch.setattr(label_lists, "_read", lambda file, *args: read.append(file) or of(file, *args))
     assert labels(registry.load(fields(tmp_path), "test"))["1.png"] == "n02"
     assert {file.name for file in read} == {"val_labels.csv"}
+
+
+def test_a_column_before_that_of_the_classes_is_not_taken_for_it(tmp_path):
+    write(tmp_path, "train/n01/", "train/n02/", *(f"val/{i}.png" for i in range(4)), count=2)
+    rows = [f"{i}.png,{i // 2},n0{1 + i % 2}\n" for i in range(4)]
+    (tmp_path / "val.csv").write_text("file,crowd,class\n" + "".join(rows))
+    assert labels(registry.load(fields(tmp_path), "test")) == {f"{i}.png": f"n0{1 + i % 2}" for i in range(4)}
+
+
+def test_a_class_a_line_is_refused_where_the_order_of_the_images_can_be_read_in_two_ways(tmp_path):
+    write(tmp_path, "train/n01/", "train/n02/", *(f"val/{i}.png" for i in range(1, 13)), count=2)
+    (tmp_path / "val_labels.txt").write_text("n01\nn02\n" * 6)
+    with pytest.raises(UserError, match=r"val_labels\.txt .*10\.png"):
+        registry.load(fields(tmp_path), "test")
