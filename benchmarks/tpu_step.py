@@ -6,18 +6,21 @@
 Compiles the step for TPU cores that are not there, and writes a line per row to --to: seconds (`optimal_seconds`:
 for each operation the longer of its multiplications at the peak and its bytes at the memory's rate; no communication),
 gigabytes moved to and from a core's memory, gibibytes held in it, and the sum of the compiler's estimated cycles, which
-also prices the vector unit. Rows that --to already has are not done again.
+also prices the vector unit; the first --kinds kinds of operation that take the most of these are printed. Rows that
+--to already has are not done again.
+
+On chips with much on-chip memory (v5e, v6e) "bytes accessed" counts the traffic to it as well.
 """
 
 import contextlib
 import functools
 import json
 import os
-import re
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs, and a TPU of this machine stays free
@@ -28,6 +31,7 @@ from absl import flags
 from mae_jax import errors, param_tree
 from mae_jax.commands import cli
 from mae_jax.commands.plan import tpu as plan_tpu
+from mae_jax.commands.plan import tpu_text
 from mae_jax.commands.plan.collectives import withheld_seconds
 from mae_jax.data import ASSUMED
 from mae_jax.ops import attention, attention_tpu, linear
@@ -36,6 +40,7 @@ from mae_jax.training.train_step import build
 CONFIG = cli.define_config()
 TOPOLOGY = flags.DEFINE_string("topology", "v3:8x8", "the TPU slice")
 TO = flags.DEFINE_string("to", "benchmarks/results/tpu_step.jsonl", "JSON lines to add to")
+KINDS = flags.DEFINE_integer("kinds", 25, "kinds of operation to print of each row")
 ONLY = flags.DEFINE_list("only", [], "rows to do; all when empty")
 GIB = 2**30
 
@@ -53,8 +58,10 @@ def elsewhere(*names: str) -> Iterator[None]:
         yield
 
 
-def one_by_one(width: int, heads: int) -> int:
-    return 1
+def attending(way: Callable[[attention_tpu.Way], attention.Implementation]) -> Callable[[], Any]:
+    """Returns what replaces attention on every kind of TPU by what `way` makes of its own."""
+    return functools.partial(mock.patch.dict, attention.IMPLEMENTATIONS,
+                             {kind: way(attention_tpu.WAYS[kind]) for kind in attention_tpu.WAYS})
 
 
 # Row → config fields that differ, and what takes the property away.
@@ -63,9 +70,9 @@ ROWS = {
     "optimiser and parameters whole on every core": ({"mesh.zero": "off"}, contextlib.nullcontext),
     "gradients summed in bfloat16": ({"mesh.reduce": "bfloat16"}, contextlib.nullcontext),
     "tokens flattened before products": ({}, functools.partial(elsewhere, "whole")),
-    "attention as on other platforms": ({}, functools.partial(
-        mock.patch.dict, attention.IMPLEMENTATIONS, tpu=attention.IMPLEMENTATIONS["plain"])),
-    "heads of 64 apart": ({}, functools.partial(mock.patch.object, attention_tpu, "_together", one_by_one)),
+    "attention as on other platforms": ({}, attending(lambda way: attention.IMPLEMENTATIONS["plain"])),
+    "attention as on TPU v3": ({}, attending(lambda way: attention.IMPLEMENTATIONS["TPU v3"])),
+    "heads of 64 apart": ({}, attending(lambda way: attention.on_tpu(way._replace(side_by_side={})))),
     "positions looked up": ({}, functools.partial(elsewhere, "one_hot")),
     "what GELU saves not rounded": ({}, functools.partial(mock.patch.object, linear, "_as_rounded", lambda x: x)),
     "GELU by tanh": ({"model.gelu": "tanh"}, contextlib.nullcontext),
@@ -73,7 +80,7 @@ ROWS = {
 
 
 def figures(fields: dict[str, object]) -> dict[str, float]:
-    """Compiles the step of the config with `fields` changed."""
+    """Compiles the step of the config with `fields` changed, and prints a profile."""
     config = CONFIG.value.copy_and_resolve_references().unlock()
     config.update_from_flattened_dict({"model.dtype": "bfloat16", **fields})
     program = build(config, ASSUMED, plan_tpu.devices(TOPOLOGY.value))
@@ -82,11 +89,14 @@ def figures(fields: dict[str, object]) -> dict[str, float]:
         compiled = program.step.lower(program.state, program.batch).compile()
     seconds = time.monotonic() - began
     cost, memory, text = compiled.cost_analysis(), compiled.memory_analysis(), compiled.as_text()
-    cycles = [int(number) for number in re.findall(r'"estimated_cycles":"(\d+)"', text)]
+    cycles = tpu_text.cycles(text)
+    for kind, number in list(cycles.items())[: KINDS.value]:
+        print(f"{number / 1e6:9.3f} Mcycles  {'backward' if kind.backward else 'forward':8}  {kind.scope:11}  "
+              f"{kind.operation}", flush=True)
     return {"compiler_seconds": cost["optimal_seconds"] + withheld_seconds(text),
             "gb_moved": cost["bytes accessed"] / 1e9,
             "gib_held": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / GIB,
-            "tflop": cost["flops"] / 1e12, "megacycles": sum(number for number in cycles if number < 2**60) / 1e6,
+            "tflop": cost["flops"] / 1e12, "megacycles": sum(cycles.values()) / 1e6,
             "compile_seconds": seconds}
 
 

@@ -32,7 +32,7 @@ def implementation(q: jax.Array, heads: int, kept: AttentionMask | None = None) 
     if kept or device is None:
         return "plain"
     if device.platform == "tpu":
-        return "tpu"
+        return device.device_kind if device.device_kind in attention_tpu.WAYS else "tpu"
     shared_evenly = q.shape[0] % partitioning.row_shares() == 0  # not the single image that shapes are made of
     if device.platform == "gpu" and shared_evenly and attention_cudnn.takes(device.device_kind, q, heads):
         return "cudnn"
@@ -111,8 +111,13 @@ class Implementation(NamedTuple):
     backward: Callable[[int, Any, jax.Array], tuple[jax.Array, ...]]
 
 
+def on_tpu(way: attention_tpu.Way) -> Implementation:
+    """Returns the attention of a generation of TPUs that has that way."""
+    return Implementation(partial(attention_tpu.forward, way), partial(attention_tpu.backward, way))
+
+
 IMPLEMENTATIONS = {
     "plain": Implementation(plain_forward, plain_backward),  # anywhere; the only one that chooses keys
-    "tpu": Implementation(attention_tpu.forward, attention_tpu.backward),
     "cudnn": Implementation(attention_cudnn.forward, attention_cudnn.backward),  # bfloat16 on NVIDIA's GPUs
+    **{kind: on_tpu(way) for kind, way in attention_tpu.WAYS.items()},  # 'tpu': of a kind that is not in the table
 }

@@ -1,66 +1,136 @@
-"""Softmax attention as TPUs compute it fastest."""
+"""Softmax attention as TPUs compute it fastest, each generation in its own way."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-LANES = 128  # of a TPU's vector registers and matrix unit
 
-# On TPUs what bounds attention is the way to and from memory (benchmarks/results/tpu_step.md), so that
-# - scores stay out of memory. XLA fuses a product with what follows it, but not with two things in turn: the product is
-#   taken three times, for the largest score, for the sum, and for the weights. Barriers keep XLA from merging them.
-# - as many heads as fill the lanes stay side by side (S heads in one group of lanes, where a head has a half of them):
-#   to part them would double what is moved. The products tell them apart by zeros in one operand, which a matrix unit
-#   as wide as the lanes multiplies in no time.
+class Way(NamedTuple):
+    """How a generation of chips computes attention.
+
+    Attributes:
+      scores: how often the product of queries and keys is taken. Three times (for the largest score, for the sum and
+        for the weights) keeps scores out of memory: XLA fuses a product with what follows it, but not with two things
+        in turn, and barriers keep it from merging the three. Twice, the scores are kept once the largest is known;
+        once, they are kept at all.
+      regrouped: whether the groups of each image are brought one after the other, [B·H/S, T, S·d]. Else heads stay
+        where they are, [B, T, H, d], and the compiler lays them out as the products like it.
+      side_by_side: where they are regrouped, depth of a head → S, how many stay in one group of lanes; 1 of others. To
+        part heads of half the lanes would double what is moved; the products tell them apart by zeros in one operand,
+        for which the matrix unit multiplies as many times more.
+    """
+
+    scores: int
+    regrouped: bool
+    side_by_side: dict[int, int] = {}
+
+    def together(self, heads: int, depth: int) -> int:
+        """Returns S, how many heads of that depth stay side by side."""
+        count = self.side_by_side.get(depth, 1)
+        return count if heads % count == 0 else 1
 
 
-def forward(heads: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+# Kind of device or platform → its way, by the compiler's estimates (benchmarks/results/tpu_step.md).
+OLDER, NEWER = Way(3, True, {64: 2}), Way(3, False)
+WAYS = {
+    "TPU v2": OLDER,
+    "TPU v3": OLDER,
+    "TPU v5 lite": NEWER,
+    "TPU v6 lite": NEWER,
+    "tpu": OLDER,
+}
+
+
+def forward(way: Way, heads: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Returns the attention [B, T, D], and what `backward` needs."""
     images, tokens, width = q.shape
-    given = q, k, v
-    q, k, v = (_groups(x, heads) for x in given)
-    largest = _scores(q, k, width, heads).max(-1, keepdims=True)
-    q, k, largest = jax.lax.optimization_barrier((q, k, largest))
-    total = largest + jnp.log(jnp.exp(_scores(q, k, width, heads) - largest).sum(-1, keepdims=True))
-    q, k, total = jax.lax.optimization_barrier((q, k, total))
-    weights = jnp.exp(_scores(q, k, width, heads) - total).astype(q.dtype)
-    out = _ungroup(jnp.einsum("nsqk,nskd->nqd", weights, _masked(v, width, heads)), images)
+    given, depth = (q, k, v), width // heads
+    if way.regrouped:
+        together = way.together(heads, depth)
+        q, k, v = (_groups(x, heads // together) for x in given)
+        weights = _weights(partial(_scores, together=together, depth=depth), way.scores, q, k)
+        out = _ungroup(jnp.einsum("nsqk,nskd->nqd", weights, _masked(v, together)), images)
+    else:
+        q, k, v = (_apart(x, heads) for x in given)
+        weights = _weights(_scores_in_place, way.scores, q, k)
+        out = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(given[0].shape)
     # Without the barrier, XLA would keep what `out` is rounded from, in float32.
     out = jax.lax.optimization_barrier(out)
     return out, (*given, weights.reshape(images, heads, tokens, tokens), out)
 
 
-def backward(heads: int, saved: tuple[jax.Array, ...], dout: jax.Array) -> tuple[jax.Array, ...]:
+def backward(way: Way, heads: int, saved: tuple[jax.Array, ...], dout: jax.Array) -> tuple[jax.Array, ...]:
     """Returns the gradients of queries, keys and values."""
-    q, k, v, weights, out = saved
+    return (_backward_regrouped if way.regrouped else _backward_in_place)(way, heads, *saved, dout)
+
+
+def _backward_regrouped(way: Way, heads: int, q: jax.Array, k: jax.Array, v: jax.Array, weights: jax.Array,
+                        out: jax.Array, dout: jax.Array) -> tuple[jax.Array, ...]:
     images, tokens, width = q.shape
-    q, k, v, out, dout = (_groups(x, heads) for x in (q, k, v, out, dout))
+    depth = width // heads
+    together = way.together(heads, depth)
+    q, k, v, out, dout = (_groups(x, heads // together) for x in (q, k, v, out, dout))
     out, dout = jax.lax.optimization_barrier((out, dout))  # else the float32 product below is regrouped
     weights = weights.reshape(len(q), -1, tokens, tokens)
-    inner = _masked(dout.astype(jnp.float32) * out, width, heads).sum(-1, keepdims=True)
-    dweights = jnp.einsum("nqd,nskd->nsqk", dout, _masked(v, width, heads), preferred_element_type=jnp.float32)
-    dscores = (weights * (dweights - inner) * (width // heads) ** -0.5).astype(q.dtype)
-    dq = jnp.einsum("nsqk,nskd->nqd", dscores, _masked(k, width, heads))
-    dk = jnp.einsum("nsqk,nsqd->nkd", dscores, _masked(q, width, heads))
-    dv = jnp.einsum("nsqk,nsqd->nkd", weights, _masked(dout, width, heads))
+    inner = _masked(dout.astype(jnp.float32) * out, together).sum(-1, keepdims=True)
+    dweights = jnp.einsum("nqd,nskd->nsqk", dout, _masked(v, together), preferred_element_type=jnp.float32)
+    dscores = (weights * (dweights - inner) * depth**-0.5).astype(q.dtype)
+    dq = jnp.einsum("nsqk,nskd->nqd", dscores, _masked(k, together))
+    dk = jnp.einsum("nsqk,nsqd->nkd", dscores, _masked(q, together))
+    dv = jnp.einsum("nsqk,nsqd->nkd", weights, _masked(dout, together))
     return _ungroup(dq, images), _ungroup(dk, images), _ungroup(dv, images)
 
 
-def _scores(q: jax.Array, k: jax.Array, width: int, heads: int) -> jax.Array:
+def _backward_in_place(way: Way, heads: int, q: jax.Array, k: jax.Array, v: jax.Array, weights: jax.Array,
+                       out: jax.Array, dout: jax.Array) -> tuple[jax.Array, ...]:
+    shape = q.shape
+    q, k, v, out, dout = (_apart(x, heads) for x in (q, k, v, out, dout))
+    inner = (dout.astype(jnp.float32) * out).sum(-1).swapaxes(1, 2)[..., None]
+    dweights = jnp.einsum("bqhd,bkhd->bhqk", dout, v, preferred_element_type=jnp.float32)
+    dscores = (weights * (dweights - inner) * q.shape[-1] ** -0.5).astype(q.dtype)
+    dq = jnp.einsum("bhqk,bkhd->bqhd", dscores, k)
+    dk = jnp.einsum("bhqk,bqhd->bkhd", dscores, q)
+    dv = jnp.einsum("bhqk,bqhd->bkhd", weights, dout)
+    return dq.reshape(shape), dk.reshape(shape), dv.reshape(shape)
+
+
+def _weights(scores: Callable[[jax.Array, jax.Array], jax.Array], times: int, q: jax.Array, k: jax.Array) -> jax.Array:
+    """Returns the softmax of the scores in the dtype of q; `scores` is taken so many times."""
+    largest = scores(q, k).max(-1, keepdims=True)
+    q, k, largest = _anew(times > 1, (q, k, largest))
+    total = largest + jnp.log(jnp.exp(scores(q, k) - largest).sum(-1, keepdims=True))
+    q, k, total = _anew(times > 2, (q, k, total))
+    return jnp.exp(scores(q, k) - total).astype(q.dtype)
+
+
+def _scores(q: jax.Array, k: jax.Array, together: int, depth: int) -> jax.Array:
     """Returns float32 scores [N, S, T, T] of groups [N, T, S·d]."""
-    scores = jnp.einsum("nqd,nskd->nsqk", q, _masked(k, width, heads), preferred_element_type=jnp.float32)
-    return scores * (width // heads) ** -0.5
+    scores = jnp.einsum("nqd,nskd->nsqk", q, _masked(k, together), preferred_element_type=jnp.float32)
+    return scores * depth**-0.5
 
 
-def _together(width: int, heads: int) -> int:
-    """Returns S, how many heads stay side by side: two of half the lanes each, else one."""
-    return 2 if 2 * width == heads * LANES and heads % 2 == 0 else 1
+def _scores_in_place(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Returns float32 scores [B, H, T, T] of queries and keys [B, T, H, d]."""
+    return jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
 
 
-def _groups(x: jax.Array, heads: int) -> jax.Array:
+def _anew(wanted: bool, values: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Returns the values, from which XLA computes anew what it has computed before, where that is wanted."""
+    return jax.lax.optimization_barrier(values) if wanted else values
+
+
+def _apart(x: jax.Array, heads: int) -> jax.Array:
+    """Returns [B, T, H, d] for [B, T, H·d]."""
+    return x.reshape(*x.shape[:2], heads, -1)
+
+
+def _groups(x: jax.Array, groups: int) -> jax.Array:
     """Returns [B·H/S, T, S·d] for [B, T, H·d]."""
-    images, tokens, width = x.shape
-    groups = heads // _together(width, heads)
+    images, tokens, _ = x.shape
     return x.reshape(images, tokens, groups, -1).swapaxes(1, 2).reshape(images * groups, tokens, -1)
 
 
@@ -70,9 +140,8 @@ def _ungroup(x: jax.Array, images: int) -> jax.Array:
     return x.reshape(images, -1, tokens, width).swapaxes(1, 2).reshape(images, tokens, -1)
 
 
-def _masked(x: jax.Array, width: int, heads: int) -> jax.Array:
+def _masked(x: jax.Array, together: int) -> jax.Array:
     """Returns [N, S, T, S·d] for [N, T, S·d]: the s-th copy has zeros in all lanes but those of the s-th head."""
-    together = _together(width, heads)
     if together == 1:
         return x[:, None]
     mask = np.repeat(np.eye(together), x.shape[-1] // together, axis=1)

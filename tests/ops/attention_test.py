@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mae_jax.ops import attention as module
-from mae_jax.ops import attention_cudnn
+from mae_jax.ops import attention_cudnn, attention_tpu
 from mae_jax.ops.homologous_attention import TopKMask
 from tests.helpers.gpu import cudnn_in_jax
 
@@ -29,7 +29,7 @@ def operands(dtype=np.float32, scale=1.0, heads=3, depth=8):
     return [jnp.asarray(scale * a, dtype) for a in draws]
 
 
-on_any_device = pytest.mark.parametrize("by", ["plain", "tpu", "cudnn"])
+on_any_device = pytest.mark.parametrize("by", ["plain", "cudnn", *attention_tpu.WAYS])
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def _cudnn_in_jax(monkeypatch):
     monkeypatch.setattr(attention_cudnn, "_call", cudnn_in_jax)
 
 
-@pytest.mark.parametrize(("heads", "depth"), [(3, 8), (4, 64)], ids=["heads apart", "two heads side by side"])
+@pytest.mark.parametrize(("heads", "depth"), [(3, 8), (4, 32), (4, 64)])  # some kinds have some side by side
 @on_any_device
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
 def test_attention_and_its_gradients_are_those_of_the_textbook(dtype, tolerance, heads, depth, by):
@@ -59,7 +59,7 @@ def test_large_scores_do_not_overflow(by):
     assert all(np.isfinite(gradient).all() for gradient in backward(dout))
 
 
-@pytest.mark.parametrize(("by", "products"), [("plain", 6), ("tpu", 8)])  # the scores on TPUs three times
+@pytest.mark.parametrize(("by", "products"), [("plain", 6), *((kind, 8) for kind in attention_tpu.WAYS)])
 def test_no_product_mixes_float32_with_bfloat16(by, products):
     *inputs, dout = operands(jnp.bfloat16)
     program = jax.make_jaxpr(lambda *a: jax.vjp(partial(attention, by=by), *a)[1](dout))(*inputs)
@@ -81,7 +81,9 @@ AXES = ("data", "zero", "fsdp", "tensor")
     ("gpu", "NVIDIA GeForce RTX 2080 Ti", jnp.bfloat16, {}, "plain"),
     ("gpu", "Tesla V100-SXM2-16GB", jnp.bfloat16, {}, "plain"),
     ("gpu", "AMD Instinct MI300X", jnp.bfloat16, {}, "plain"),
-    ("tpu", "TPU v4", jnp.bfloat16, {}, "tpu"),
+    ("tpu", "TPU v3", jnp.bfloat16, {}, "TPU v3"),
+    ("tpu", "TPU v5 lite", jnp.float32, {}, "TPU v5 lite"),
+    ("tpu", "TPU v99", jnp.bfloat16, {}, "tpu"),
     ("tpu", "TPU v4", jnp.bfloat16, {"kept": TopKMask(3, 7)}, "plain"),
     ("cpu", "cpu", jnp.bfloat16, {}, "plain"),
 ])
