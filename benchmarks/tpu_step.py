@@ -72,7 +72,7 @@ ROWS = {
     "tokens flattened before products": ({}, functools.partial(elsewhere, "whole")),
     "attention as on other platforms": ({}, attending(lambda way: attention.IMPLEMENTATIONS["plain"])),
     "attention as on TPU v3": ({}, attending(lambda way: attention.IMPLEMENTATIONS["TPU v3"])),
-    "heads of 64 apart": ({}, attending(lambda way: attention.on_tpu(way._replace(side_by_side={})))),
+    "heads of 64 apart": ({}, attending(lambda way: attention.on_tpu(way._replace(side_by_side={}, in_place=())))),
     "positions looked up": ({}, functools.partial(elsewhere, "one_hot")),
     "what GELU saves not rounded": ({}, functools.partial(mock.patch.object, linear, "_as_rounded", lambda x: x)),
     "GELU by tanh": ({"model.gelu": "tanh"}, contextlib.nullcontext),

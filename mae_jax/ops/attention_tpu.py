@@ -17,16 +17,16 @@ class Way(NamedTuple):
         for the weights) keeps scores out of memory: XLA fuses a product with what follows it, but not with two things
         in turn, and barriers keep it from merging the three. Twice, the scores are kept once the largest is known;
         once, they are kept at all.
-      regrouped: whether the groups of each image are brought one after the other, [B·H/S, T, S·d]. Else heads stay
-        where they are, [B, T, H, d], and the compiler lays them out as the products like it.
-      side_by_side: where they are regrouped, depth of a head → S, how many stay in one group of lanes; 1 of others. To
-        part heads of half the lanes would double what is moved; the products tell them apart by zeros in one operand,
-        for which the matrix unit multiplies as many times more.
+      side_by_side: depth of a head → S, how many stay in one group of lanes; 1 of others. Groups are brought one after
+        the other, [B·H/S, T, S·d]. To part heads of half the lanes would double what is moved; the products tell them
+        apart by zeros in one operand, for which the matrix unit multiplies as many times more.
+      in_place: depths of heads that are not regrouped, but stay [B, T, H, d], which the compiler lays out as the
+        products like it.
     """
 
     scores: int
-    regrouped: bool
-    side_by_side: dict[int, int] = {}
+    side_by_side: dict[int, int]
+    in_place: tuple[int, ...] = ()
 
     def together(self, heads: int, depth: int) -> int:
         """Returns S, how many heads of that depth stay side by side."""
@@ -35,13 +35,10 @@ class Way(NamedTuple):
 
 
 # Kind of device or platform → its way, by the compiler's estimates (benchmarks/results/tpu_step.md).
-OLDER, NEWER = Way(3, True, {64: 2}), Way(3, False)
 WAYS = {
-    "TPU v2": OLDER,
-    "TPU v3": OLDER,
-    "TPU v5 lite": NEWER,
-    "TPU v6 lite": NEWER,
-    "tpu": OLDER,
+    "TPU v3": Way(3, {64: 2}),
+    "TPU v5 lite": Way(3, {64: 2}, in_place=(32,)),
+    "tpu": Way(3, {64: 2}),  # all others, for which no other way was found to pay
 }
 
 
@@ -49,15 +46,15 @@ def forward(way: Way, heads: int, q: jax.Array, k: jax.Array, v: jax.Array) -> t
     """Returns the attention [B, T, D], and what `backward` needs."""
     images, tokens, width = q.shape
     given, depth = (q, k, v), width // heads
-    if way.regrouped:
+    if depth in way.in_place:
+        q, k, v = (_apart(x, heads) for x in given)
+        weights = _weights(_scores_in_place, way.scores, q, k)
+        out = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(given[0].shape)
+    else:
         together = way.together(heads, depth)
         q, k, v = (_groups(x, heads // together) for x in given)
         weights = _weights(partial(_scores, together=together, depth=depth), way.scores, q, k)
         out = _ungroup(jnp.einsum("nsqk,nskd->nqd", weights, _masked(v, together)), images)
-    else:
-        q, k, v = (_apart(x, heads) for x in given)
-        weights = _weights(_scores_in_place, way.scores, q, k)
-        out = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(given[0].shape)
     # Without the barrier, XLA would keep what `out` is rounded from, in float32.
     out = jax.lax.optimization_barrier(out)
     return out, (*given, weights.reshape(images, heads, tokens, tokens), out)
@@ -65,14 +62,16 @@ def forward(way: Way, heads: int, q: jax.Array, k: jax.Array, v: jax.Array) -> t
 
 def backward(way: Way, heads: int, saved: tuple[jax.Array, ...], dout: jax.Array) -> tuple[jax.Array, ...]:
     """Returns the gradients of queries, keys and values."""
-    return (_backward_regrouped if way.regrouped else _backward_in_place)(way, heads, *saved, dout)
+    depth = dout.shape[-1] // heads
+    if depth in way.in_place:
+        return _backward_in_place(heads, *saved, dout)
+    return _backward_regrouped(heads, way.together(heads, depth), *saved, dout)
 
 
-def _backward_regrouped(way: Way, heads: int, q: jax.Array, k: jax.Array, v: jax.Array, weights: jax.Array,
+def _backward_regrouped(heads: int, together: int, q: jax.Array, k: jax.Array, v: jax.Array, weights: jax.Array,
                         out: jax.Array, dout: jax.Array) -> tuple[jax.Array, ...]:
     images, tokens, width = q.shape
     depth = width // heads
-    together = way.together(heads, depth)
     q, k, v, out, dout = (_groups(x, heads // together) for x in (q, k, v, out, dout))
     out, dout = jax.lax.optimization_barrier((out, dout))  # else the float32 product below is regrouped
     weights = weights.reshape(len(q), -1, tokens, tokens)
@@ -85,8 +84,8 @@ def _backward_regrouped(way: Way, heads: int, q: jax.Array, k: jax.Array, v: jax
     return _ungroup(dq, images), _ungroup(dk, images), _ungroup(dv, images)
 
 
-def _backward_in_place(way: Way, heads: int, q: jax.Array, k: jax.Array, v: jax.Array, weights: jax.Array,
-                       out: jax.Array, dout: jax.Array) -> tuple[jax.Array, ...]:
+def _backward_in_place(heads: int, q: jax.Array, k: jax.Array, v: jax.Array, weights: jax.Array, out: jax.Array,
+                       dout: jax.Array) -> tuple[jax.Array, ...]:
     shape = q.shape
     q, k, v, out, dout = (_apart(x, heads) for x in (q, k, v, out, dout))
     inner = (dout.astype(jnp.float32) * out).sum(-1).swapaxes(1, 2)[..., None]

@@ -83,7 +83,6 @@ AXES = ("data", "zero", "fsdp", "tensor")
     ("gpu", "AMD Instinct MI300X", jnp.bfloat16, {}, "plain"),
     ("tpu", "TPU v3", jnp.bfloat16, {}, "TPU v3"),
     ("tpu", "TPU v5 lite", jnp.float32, {}, "TPU v5 lite"),
-    ("tpu", "TPU v99", jnp.bfloat16, {}, "tpu"),
     ("tpu", "TPU v4", jnp.bfloat16, {"kept": TopKMask(3, 7)}, "plain"),
     ("cpu", "cpu", jnp.bfloat16, {}, "plain"),
 ])
