@@ -1,0 +1,84 @@
+"""What ways of attention cost on one TPU chip that is not there, by the compiler's estimate.
+
+  python benchmarks/tpu_attention.py --topology=v5e:1x1 --tokens=197 --width=512 --way=3 --way=3,in_place
+  python benchmarks/tpu_attention.py --topology=v5e:1x1 --tokens=50 --width=1024 --way=plain --way=3,2
+
+Compiles the attention of a block with its products, forward and backward pass in one program, and prints for each way
+the sum of the compiler's estimated cycles, its seconds, and the --kinds kinds of operation that take the most cycles.
+A way is how often scores are taken, then how many heads lie side by side, or that they stay in place; or it is 'plain'.
+Needs libtpu, no TPU; half a minute per way.
+"""
+
+import os
+from unittest import mock
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs, and a TPU of this machine stays free
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import linen
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mae_jax import errors
+from mae_jax.commands import cli
+from mae_jax.commands.plan import tpu, tpu_text
+from mae_jax.commands.plan.collectives import withheld_seconds
+from mae_jax.models.blocks import Attention
+from mae_jax.ops import attention, attention_tpu
+from mae_jax.runtime.sharding import AXES
+
+TOPOLOGY = flags.DEFINE_string("topology", "v5e:1x1", "a TPU slice, of which one device counts")
+IMAGES = flags.DEFINE_integer("images", 64, "images per device")
+TOKENS = flags.DEFINE_integer("tokens", 197, "tokens per image")
+WIDTH = flags.DEFINE_integer("width", 512, "channels of a token")
+HEADS = flags.DEFINE_integer("heads", 16, "heads")
+WAYS = flags.DEFINE_multi_string("way", ["3", "3,in_place"], "a way of attention")
+KINDS = flags.DEFINE_integer("kinds", 10, "kinds of operation to print of each way")
+
+
+def implementation(way: str, depth: int) -> attention.Implementation:
+    """Returns the attention of heads of that depth which --way describes."""
+    if way == "plain":
+        return attention.IMPLEMENTATIONS["plain"]
+    scores, rest = (*way.split(","), "1")[:2]
+    if rest == "in_place":
+        return attention.on_tpu(attention_tpu.Way(int(scores), {}, (depth,)))
+    return attention.on_tpu(attention_tpu.Way(int(scores), {depth: int(rest)}))
+
+
+def compiled(device: jax.Device) -> jax.stages.Compiled:
+    """Compiles both passes of the attention for one device."""
+    mesh = Mesh(np.array(device).reshape(1, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
+    module, everywhere = Attention(HEADS.value, jnp.bfloat16), NamedSharding(mesh, PartitionSpec())
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
+
+    def passes(params: dict, x: jax.Array, dy: jax.Array) -> tuple:
+        y, backward = jax.vjp(module.apply, params, x)
+        return y, backward(dy)
+
+    x = placed(jax.ShapeDtypeStruct((IMAGES.value, TOKENS.value, WIDTH.value), jnp.bfloat16))
+    with jax.set_mesh(mesh):
+        params = jax.eval_shape(lambda x: linen.Module.init(module, jax.random.key(0), x), x)
+        return jax.jit(passes).lower(jax.tree.map(placed, params), x, x).compile()
+
+
+def main() -> int:
+    device = tpu.devices(TOPOLOGY.value)[0]
+    for way in WAYS.value:
+        own = implementation(way, WIDTH.value // HEADS.value)
+        with mock.patch.dict(attention.IMPLEMENTATIONS, dict.fromkeys(attention_tpu.WAYS, own)):
+            program = compiled(device)
+        text, kinds = program.as_text(), tpu_text.cycles(program.as_text())
+        seconds = program.cost_analysis()["optimal_seconds"] + withheld_seconds(text)
+        print(f"{way}: {sum(kinds.values()) / 1e6:.2f} Mcycles, {seconds * 1e3:.2f} ms", flush=True)
+        for kind, number in list(kinds.items())[: KINDS.value]:
+            print(f"{number / 1e6:9.3f}  {'backward' if kind.backward else 'forward':8}  {kind.operation}", flush=True)
+    return errors.FINISHED
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)
