@@ -173,6 +173,17 @@ def read_bytes(file: epath.Path) -> bytes | None:
     return file.read_bytes() if file.exists() else None
 
 
+def read_there(file: epath.Path) -> bytes:
+    """Returns what a file that must be there holds; raises UserError where it is not, or cannot be read."""
+    try:
+        content = read_bytes(file)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+    if content is None:
+        raise UserError(f"no such file: {file}")
+    return content
+
+
 def read_text(file: epath.Path) -> str | None:
     """Returns the text that a file holds, None where it is not there."""
     content = read_bytes(file)

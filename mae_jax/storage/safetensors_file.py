@@ -46,12 +46,7 @@ def _ordered(content: bytes) -> bytes:
 
 def load(path: epath.Path) -> dict[str, Any]:
     """Returns the nested dict of arrays in a file; raises UserError where it is not there, or damaged."""
-    try:
-        content = paths.read_bytes(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    if content is None:
-        raise UserError(f"no such file: {path}")
+    content = paths.read_there(path)
     said = metadata(path, content)
     try:
         arrays = {name: _array(**entry) for name, entry in safetensors.deserialize(content)}

@@ -89,12 +89,7 @@ def load(path: epath.Path) -> dict[str, Any]:
     Raises:
       UserError: it is not there, cannot be read, is damaged, or asks for more than tensors and plain containers.
     """
-    try:
-        content = paths.read_bytes(path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    if content is None:
-        raise UserError(f"no such file: {path}")
+    content = paths.read_there(path)
     try:
         found = _zipped(content) if content[:2] == b"PK" else _in_a_row(content)
     except _Refused as refused:

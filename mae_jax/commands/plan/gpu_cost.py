@@ -3,8 +3,8 @@
 The time is a roofline: all bytes that the kernels move, at the rate that copies reach, and then all FLOPs of the
 products, at the rate that large ones reach. Collectives follow, at the full rate of the links: of a group of n GPUs,
 each sends S (n - 1) / n bytes of an array of S, for an all-reduce twice that, as NCCL's rings do. What a collective
-reads and writes of a card's own memory is not counted, nor is the workspace that a library is lent, of which few
-products use any, nor are launches, nor that anything runs at the same time. A step of ViT-B that took 81 ms on an H100
+reads and writes of a card's own memory is not counted, nor is the workspace that a library is lent, nor are launches,
+nor that anything runs at the same time. A step of ViT-B that took 81 ms on an H100
 is estimated as 78.
 """
 

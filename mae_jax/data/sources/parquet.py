@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from mae_jax.data.decode import decode_mask
 from mae_jax.data.sources import patterns, splits, text_labels
 from mae_jax.data.sources.base import UNLABELED, Example, Source, numbered_classes
-from mae_jax.data.sources.text_labels import sliced, unlabeled
+from mae_jax.data.sources.text_labels import USUAL, asked, sliced, told
 from mae_jax.errors import UserError, did_you_mean, pluralize, printable
 from mae_jax.runtime import bounded_json
 from mae_jax.storage import cache, file_kinds
@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 
 VERSION = 1  # of the copy
 ENDING = ".parquet"
-DEFAULTS = {"image_key": "image", "label_key": "label"}  # of the group `data`: nobody named a column
 BATCH = 64  # rows that are copied at once
 
 
@@ -72,10 +71,7 @@ def split_name(data: ConfigDict, name: str) -> str:
 def describe(data: ConfigDict, opened: Mapping[str, Source]) -> str:
     """Returns one line about which columns were read."""
     files, columns = _files(data, splits.parts(data.get("train_split") or "train")[0].name)
-    parts = []
-    for field, source in opened.items():
-        classes = f" in {len(source.classes)} classes" if source.classes and field == "train_split" else ""
-        parts.append(f"{data[field]}: {pluralize(source.size, 'image')}{classes}{unlabeled(source)}")
+    parts = told(data, opened)
     label = f"labels from {printable(columns.label)!r}" if columns.label else "no labels"
     return (f"{'; '.join(parts)}; from {pluralize(len(files), 'file')} such as {printable(files[0].name)}, images from "
             f"{printable(columns.image)!r}, {label}")
@@ -146,7 +142,7 @@ def _files(data: ConfigDict, split: str) -> tuple[list[epath.Path], Columns]:
     if not data.path:
         raise UserError("data.source='parquet' needs data.path: a folder of *.parquet, or a pattern of them")
     files = patterns.files(data.path, ENDING, split)
-    keys = tuple("" if data.get(key, "") == default else data[key] for key, default in DEFAULTS.items())
+    keys = tuple(asked(data, key) for key in USUAL)
     unlabeled = data.get("label_key", "") == ""
     found = {_columns(*version(file), *keys, data.get("mask_key", ""), unlabeled): file for file in files}
     if len(found) > 1:
@@ -165,16 +161,16 @@ def _columns(name: str, size: int, changed: int, image: str, label: str, mask: s
     features = _features(schema)
     images = [key for key, feature in features.items() if feature.get("_type") == "Image" and key != mask]
     images += [field.name for field in schema if _bytes_of(field.type) and field.name not in (*images, mask)]
-    usable = [key for key in ((image and [image]) or [DEFAULTS["image_key"], *images])
+    usable = [key for key in ((image and [image]) or [USUAL["image_key"], *images])
               if key in schema.names and _bytes_of(schema.field(key).type)]
     if not usable:
-        name = image or DEFAULTS["image_key"]
+        name = image or USUAL["image_key"]
         raise UserError(f"{file} has no column of encoded images data.image_key={name!r}; "
                         f"{did_you_mean(name, schema.names)}")
     if mask and (mask not in schema.names or not _bytes_of(schema.field(mask).type)):
         raise UserError(f"{file} has no column of masks data.mask_key={mask!r}; {did_you_mean(mask, schema.names)}")
     named = [key for key, feature in features.items() if feature.get("_type") == "ClassLabel"]
-    usual = named[0] if len(named) == 1 and DEFAULTS["label_key"] not in schema.names else DEFAULTS["label_key"]
+    usual = named[0] if len(named) == 1 and USUAL["label_key"] not in schema.names else USUAL["label_key"]
     labels = "" if unlabeled else label or usual
     if labels not in schema.names:
         if label:

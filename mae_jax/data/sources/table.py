@@ -31,7 +31,7 @@ PATHS = ("image", "path", "file", "filename", "file_name", "filepath", "file_pat
          "image_id")
 LABELS = ("label", "class", "target", "category", "label_name", "class_name", "classname", "labels", "species")
 SPLITS = ("split", "set", "subset", "partition")
-DEFAULTS = {"image_key": "image", "label_key": "label", "mask_key": ""}  # of the group `data`: nobody named a column
+KEYS = ("image_key", "label_key", "mask_key")  # fields of the group `data` that name columns
 
 
 class Table(NamedTuple):
@@ -75,10 +75,7 @@ def describe(data: ConfigDict, opened: Mapping[str, Source]) -> str:
     """Returns one line about which columns were read, and what each split is."""
     file, table = _open(data)
     columns = ", ".join(f"{what} {printable(name)!r}" for what, name in table.names.items())
-    parts = []
-    for field, source in opened.items():
-        classes = f" in {len(source.classes)} classes" if source.classes and field == "train_split" else ""
-        parts.append(f"{data[field]}: {pluralize(source.size, 'image')}{classes}{text_labels.unlabeled(source)}")
+    parts = text_labels.told(data, opened)
     used = {_named(data, table, split.name) for field in opened for split in splits.parts(data[field])
             } if table.splits else set(table.splits)
     if lost := sum(value not in used for value in table.splits):
@@ -93,7 +90,7 @@ def _open(data: ConfigDict) -> tuple[epath.Path, Table]:
     file = locate(data.path, "data.path") if data.path else None
     if file is None or not file.is_file():
         raise UserError(f"data.path={data.path!r} is no file; data.source='table' needs a list of images: CSV, TSV ...")
-    keys = tuple("" if data.get(key, "") == default else data[key] for key, default in DEFAULTS.items())
+    keys = tuple(text_labels.asked(data, key) for key in KEYS)
     return file, _table(*version(file), keys, data.get("label_key", "") == "")
 
 
@@ -106,7 +103,7 @@ def _table(name: str, size: int, changed: int, keys: tuple[str, ...], unlabeled:
     image, label, mask = keys
     if not {*PATHS, image.casefold()} & set(head):
         if any(keys):
-            key, value = next((key, value) for key, value in zip(DEFAULTS, keys, strict=True) if value)
+            key, value = next((key, value) for key, value in zip(KEYS, keys, strict=True) if value)
             raise UserError(f"{file}: its first line names no column data.{key}={value!r}; "
                             f"{did_you_mean(value, rows[0])}")
         return _nameless(file, rows)

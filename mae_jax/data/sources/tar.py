@@ -23,7 +23,7 @@ from mae_jax.data.decode import decode_mask
 from mae_jax.data.image_bounds import check_bytes
 from mae_jax.data.sources import patterns, splits, text_labels
 from mae_jax.data.sources.base import READERS, Example, Source
-from mae_jax.data.sources.text_labels import sliced, unlabeled
+from mae_jax.data.sources.text_labels import USUAL, asked, sliced, told
 from mae_jax.errors import UserError, did_you_mean, pluralize, printable
 from mae_jax.runtime import bounded_json
 from mae_jax.storage import cache, file_kinds, ranges
@@ -36,7 +36,6 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "img", "image")
 ENDING, BLOCK = ".tar", tarfile.BLOCKSIZE
 MAX_LABEL = 256  # bytes of a text that may be a label
 MAX_JSON = 1 << 20  # bytes of a .json that is looked into
-DEFAULTS = {"image_key": "image", "label_key": "label"}  # of the group `data`: nobody named a kind
 
 
 class Members(NamedTuple):
@@ -53,7 +52,7 @@ class Members(NamedTuple):
 
 
 class _Wanted(NamedTuple):
-    """Which kinds of members are read, of DEFAULTS ''."""
+    """Which kinds of members are read, '' where nobody names one."""
 
     image: str
     label: str
@@ -77,10 +76,7 @@ def describe(data: ConfigDict, opened: Mapping[str, Source]) -> str:
     shards, found = _members(data, splits.parts(data.get("train_split") or "train")[0].name)
     kinds = sorted({str(members.kinds[0]) for members in found if len(members.kinds)})
     label = _label_of(data, found) if any(source.classes for source in opened.values()) else ""
-    parts = []
-    for field, source in opened.items():
-        classes = f" in {len(source.classes)} classes" if source.classes and field == "train_split" else ""
-        parts.append(f"{data[field]}: {pluralize(source.size, 'image')}{classes}{unlabeled(source)}")
+    parts = told(data, opened)
     lost, links = (sum(int(members.without[i]) for members in found) for i in range(2))
     return (f"{'; '.join(parts)}; from {pluralize(len(shards), 'shard')} such as {printable(shards[0].name)}, images "
             f"from .{' and .'.join(kinds)}, {f'labels from {label}' if label else 'no labels'}"
@@ -129,9 +125,9 @@ def _label_of(data: ConfigDict, found: tuple[Members, ...]) -> str:
         return ""
     kinds = {str(kind) for members in found for kind in members.kinds}
     if any(members.labels.astype(bool).any() for members in found):
-        kind = "cls" if key == DEFAULTS["label_key"] else key
+        kind = "cls" if key == USUAL["label_key"] else key
         return f".{kind}" if kind in kinds else f"the field {key!r} of .json"
-    if key != DEFAULTS["label_key"]:
+    if key != USUAL["label_key"]:
         raise UserError(f"data.label_key={key!r} is no kind of member of {data.path!r}, nor a field of a .json there; "
                         f"{did_you_mean(key, kinds)}")
     texts = [str(text) for members in found for text in members.captions]
@@ -149,8 +145,7 @@ def _members(data: ConfigDict, split: str) -> tuple[tuple[epath.Path, ...], tupl
     if not data.path:
         raise UserError("data.source='tar' needs data.path: a folder of *.tar, or a pattern of them")
     shards = patterns.files(data.path, ENDING, split)
-    wanted = _Wanted(*("" if data.get(key, "") == default else data[key] for key, default in DEFAULTS.items()),
-                     data.get("mask_key", ""))
+    wanted = _Wanted(*(asked(data, key) for key in ("image_key", "label_key", "mask_key")))
     began = time.monotonic()
     with ThreadPoolExecutor(READERS) as pool:
         found = tuple(pool.map(lambda shard: _kept(*version(shard), wanted), shards))
@@ -287,7 +282,7 @@ def _label(shard: epath.Path, key: str, members: Mapping[str, Any], wanted: str)
     if not members.get("json") or members["json"][2] is None:
         return ""
     try:
-        value = bounded_json.parse_object(members["json"][2]).get(wanted or DEFAULTS["label_key"], "")
+        value = bounded_json.parse_object(members["json"][2]).get(wanted or USUAL["label_key"], "")
     except ValueError as error:
         raise UserError(f"{shard}: {printable(key)}.json is no object of JSON: {error}") from None
     return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""

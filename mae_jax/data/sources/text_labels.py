@@ -1,14 +1,16 @@
 """What sources of files with labels share: labels that come as texts, slices, and what is said of labels."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.data.sources import patterns, splits
 from mae_jax.data.sources.base import UNLABELED, Source, numbered_classes
+from mae_jax.errors import pluralize
 
+USUAL = {"image_key": "image", "label_key": "label"}  # of the group `data`, where nobody names anything
 NUMBER = re.compile(r"-1|\d{1,9}")
 
 
@@ -52,7 +54,22 @@ def sliced(data: ConfigDict, source: Source, split: splits.Split, ending: str) -
                                 np.int64))
 
 
-def unlabeled(source: Source) -> str:
+def told(data: ConfigDict, opened: Mapping[str, Source]) -> list[str]:
+    """Returns what a line about splits says of each: images, classes of the training split, images without a label."""
+    parts = []
+    for field, source in opened.items():
+        classes = f" in {len(source.classes)} classes" if source.classes and field == "train_split" else ""
+        parts.append(f"{data[field]}: {pluralize(source.size, 'image')}{classes}{_unlabeled(source)}")
+    return parts
+
+
+def asked(data: ConfigDict, key: str) -> str:
+    """Returns the name that a field of the group `data` has, '' for that which it has where nobody names one."""
+    name = data.get(key, "")
+    return "" if name == USUAL.get(key, "") else name
+
+
+def _unlabeled(source: Source) -> str:
     """Returns what a line about a split says of images without a label, '' where all have one or none has."""
     lost = sum(source.label(i) < 0 for i in range(source.size)) if source.classes and source.label else 0
     return f" ({lost} without a label)" if lost else ""
