@@ -35,7 +35,11 @@ def wait_for_no_thread() -> None:
 
 
 def exit_process(code: int) -> NoReturn:
-    """Ends the process in order, from its main thread."""
+    """Ends the process in order, from its main thread. Its command is over: Ctrl-C no longer changes the exit code.
+
+    Python gives Ctrl-C its default action while it ends, which takes a while: a finished run would seem to be killed.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if _busy:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):  # the disk that the save was given up for may be that of the output
