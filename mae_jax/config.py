@@ -42,6 +42,7 @@ CHOICES: dict[str, Collection[str]] = {  # and those of `choices`
     "init_head": ("match", "keep", "new"),
     "data.augment": ("none", "fixed", "simple", "single", "random"),
     "data.exif": ("auto", "apply", "ignore"),
+    "data.formats": ("auto", "all", "common"),
     "data.resize": ("exact", "fast"),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.gelu": ("erf", "tanh"),
@@ -104,6 +105,12 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "crop_ratio": (3 / 4, 4 / 3),
         "flip": True,
         "exif": "auto",  # apply: images are turned as their EXIF says; ignore; auto: apply, but in runs from before
+        # Of images of more than 8 bits, what becomes black and white: auto, told and stored: 0 and the highest value of
+        # as many bits as 64 training images need; two numbers, as 0,4095; upper: the upper 8 bits, as before.
+        "range": "auto",
+        # Files that are read: all: JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF, HEIC; common: the first five; auto: all, but
+        # in runs from before.
+        "formats": "auto",
         "resize": "exact",  # exact: as PIL and torchvision do; fast: OpenCV, not antialiased (docs/performance.md)
         "image_key": "image",  # name of a TFRecord feature, npz array, Parquet or table column, or kind of tar member
         "label_key": "label",  # likewise; '' reads no labels
@@ -252,6 +259,10 @@ def read_as_begun(config: ConfigDict) -> ConfigDict:
         config.data.layout = "0.1.0"
     if config.data.exif == "auto":
         config.data.exif = "apply" if recipe_version.has(config, "exif_orientation") else "ignore"
+    if config.data.range == "auto" and not recipe_version.has(config, "range_of_16_bits"):
+        config.data.range = "upper"
+    if config.data.formats == "auto":
+        config.data.formats = "all" if recipe_version.has(config, "more_formats") else "common"
     return config
 
 
@@ -292,6 +303,7 @@ def validate(config: ConfigDict, for_training: bool = True) -> None:
       config: as a recipe gives it, or with 'auto' resolved.
       for_training: False where the encoder alone is looked at: the method's own fields are not.
     """
+    from mae_jax.data.reading import span
     from mae_jax.data.transforms import color
     from mae_jax.ops.patches import PatchGrid  # with JAX, which a recipe and --help do without
     from mae_jax.param_tree import flat
@@ -317,6 +329,7 @@ def validate(config: ConfigDict, for_training: bool = True) -> None:
     for key in DURATIONS:
         steps(values[key], config.batch_size, 1)
     check_fields(values)
+    span(config.data.range)
     profile_steps(config)
     if not config.log.every:
         raise UserError("log.every is ''; write how often to log, as '50 steps'")

@@ -1,6 +1,7 @@
 """The input: images to batches of permuted uint8 patches. What reads TFDS and TFRecords imports TensorFlow."""
 
 import functools
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from mae_jax.data.info import NO_NEEDS, DataInfo, DataNeeds
 from mae_jax.data.masking import PatchOrder, View, with_views
 from mae_jax.errors import UserError
 
+log = logging.getLogger(__name__)
 Batch = dict[str, np.ndarray]
 Spec = dict[str, jax.ShapeDtypeStruct]
 FIELDS = ("patches", "order", "blocks", "label", "id", "valid", "replaced")  # blocks: where the order has some
@@ -47,7 +49,7 @@ class OpenedData:
     """A config's data, opened: what they have is known, and batches can be made once a method says which.
 
     Attributes:
-      config: the config, without 'auto'.
+      config: the config, without 'auto'; of data.range too, which the data decide.
       needs: what the method asks of the data.
       info: what a method is built from.
     """
@@ -70,6 +72,7 @@ class OpenedData:
             self.info = DataInfo(self.meta["num_train"], tuple(self.meta["classes"]), several, clusters)
             return
         self._open_splits()
+        self._decide_range()
         self.info = DataInfo(self.train.size - len(self.left_over), self.train.classes, "labels" in self.train.fields,
                              clusters)
 
@@ -89,6 +92,16 @@ class OpenedData:
             from mae_jax.data.readers import record_stream
 
             self.left_over = record_stream.dropped_records(self.train, self.config, self.needs.mixing_group)
+
+    def _decide_range(self) -> None:
+        """Puts what data.range=auto stands for into the config; says it where images have more than 8 bits."""
+        from mae_jax.data import value_range
+
+        if self.config.data.range == "auto":
+            self.config = self.config.copy_and_resolve_references()
+            self.config.data.range, text = value_range.chosen(self.train, self.config.data)
+            if text:
+                log.info(text)
 
     def check_labels(self) -> None:
         """Raises UserError where a classifier would learn, or be judged, without labels, or by other classes."""

@@ -32,7 +32,8 @@ from mae_jax.storage.paths import version
 log = logging.getLogger(__name__)
 
 VERSION = 2  # of the index
-IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "img", "image")
+IMAGES = {"common": ("jpg", "jpeg", "png", "webp", "bmp", "gif", "img", "image")}  # data.formats → kinds of images
+IMAGES["all"] = (*IMAGES["common"], "tif", "tiff", "avif", "heic", "heif")
 ENDING, BLOCK = ".tar", tarfile.BLOCKSIZE
 MAX_LABEL = 256  # bytes of a text that may be a label
 MAX_JSON = 1 << 20  # bytes of a .json that is looked into
@@ -57,6 +58,7 @@ class _Wanted(NamedTuple):
     image: str
     label: str
     mask: str
+    images: tuple[str, ...]  # kinds that are images
 
 
 def load(data: ConfigDict, split: splits.Split) -> Source:
@@ -145,7 +147,8 @@ def _members(data: ConfigDict, split: str) -> tuple[tuple[epath.Path, ...], tupl
     if not data.path:
         raise UserError("data.source='tar' needs data.path: a folder of *.tar, or a pattern of them")
     shards = patterns.files(data.path, ENDING, split)
-    wanted = _Wanted(*(asked(data, key) for key in ("image_key", "label_key", "mask_key")))
+    wanted = _Wanted(*(asked(data, key) for key in ("image_key", "label_key", "mask_key")),
+                     IMAGES["common" if data.get("formats") == "common" else "all"])
     began = time.monotonic()
     with ThreadPoolExecutor(READERS) as pool:
         found = tuple(pool.map(lambda shard: _kept(*version(shard), wanted), shards))
@@ -239,7 +242,7 @@ def _add(shard: epath.Path, examples: dict[str, dict[str, Any]], member: tarfile
 
 def _columns(shard: epath.Path, examples: dict[str, dict[str, Any]], wanted: _Wanted, others: int) -> Members:
     rows, without = [], 0
-    plain = any(kind in members for members in examples.values() for kind in IMAGES if kind != wanted.mask)
+    plain = any(kind in members for members in examples.values() for kind in wanted.images if kind != wanted.mask)
     for key, members in examples.items():
         image = _image(shard, key, members, wanted, plain)
         if not image:
@@ -266,8 +269,8 @@ def _image(shard: epath.Path, key: str, members: Mapping[str, Any], wanted: _Wan
     if wanted.image:
         return wanted.image if wanted.image in members else ""
     if plain:
-        return next((kind for kind in IMAGES if kind in members and kind != wanted.mask), "")
-    found = [kind for kind in members if kind.rpartition(".")[2] in IMAGES and kind != wanted.mask]
+        return next((kind for kind in wanted.images if kind in members and kind != wanted.mask), "")
+    found = [kind for kind in members if kind.rpartition(".")[2] in wanted.images and kind != wanted.mask]
     if len(found) > 1:
         raise UserError(f"{shard}: {printable(key)} has several images, .{printable(found[0])} and "
                         f".{printable(found[1])}; data.image_key names one kind. A key ends at its first dot: keys "
