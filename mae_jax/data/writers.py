@@ -20,6 +20,7 @@ from mae_jax.data.reading import AS_STORED, Reading
 from mae_jax.data.sources import base
 from mae_jax.data.sources.base import Example, Source
 from mae_jax.errors import UserError
+from mae_jax.ops.example_ids import whole
 from mae_jax.rng import rng
 
 QUALITY = 95  # of the JPEGs written
@@ -172,7 +173,7 @@ def _joined(found: Iterable[random_access.Batch], spec: Spec) -> random_access.B
     """Returns the fields of all batches, joined and without padding; empty ones if there is no batch."""
     found = list(found) or [{name: np.zeros((0, *struct.shape[1:]), struct.dtype) for name, struct in spec.items()}]
     fields = {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
-    real = fields["id"] != random_access.PADDING
+    real = whole(fields["id"]) != random_access.PADDING
     return {name: value[real] for name, value in fields.items()}
 
 
