@@ -64,7 +64,8 @@ NOT_NEGATIVE = ("optim.lr", "optim.min_lr", "optim.eps", "optim.weight_decay", "
                 "data.crop_ratio", "data.threads", "data.mask_offset", "model.drop_path", "model.layer_scale",
                 "guard.max_bad_fraction", "guard.spike", "guard.stall_seconds")
 BELOW_ONE = ("optim.betas", "optim.ema", "optim.momentum", "model.drop_path")
-EXAMPLES = {"plugins": ("package.module",), "eval.sets": ("imagenet_v2",), "log.sinks": ("tensorboard",)}
+EXAMPLES = {"plugins": ("package.module",), "eval.sets": ("imagenet_v2",), "log.sinks": ("tensorboard",),
+            "data.mix": ("3:/data/a", "1:/data/b")}
 LARGEST = {"seed": 2**63 - 1, "eval.max_examples": 2**31}  # where a number may have more than 31 bits
 DURATIONS = ("train.duration", "optim.warmup", "checkpoint.every", "checkpoint.keep_every", "eval.every", "log.every")
 
@@ -88,6 +89,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
     "data": {
         "source": "photo_crops",
         "path": "",  # folder, TFRecord pattern, npz file or TFDS data_dir; local or gs://
+        "mix": (),  # several paths with weights, in place of data.path, as ('3:/data/a', '1:/data/b'): docs/data.md
         "name": "",  # TFDS name; of a folder, one in data/sources/expected_sizes.py: its size is checked
         # How a folder is read (docs/data.md): auto says how, or asks; flat: no classes; classes, splits: by its
         # sub-folders; 0.1.0: as that version read folders, and numbers in data.classes.

@@ -42,7 +42,7 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 ROUNDS = 12  # of `example_at`; from 10 on, chi-squares over places, pairs and orders of a few examples show nothing
 
 
-def example_at(seed: int, epoch: int, size: int, place: Any) -> Any:
+def example_at(seed: int, epoch: int, size: int, place: Any, stream: str = "epoch") -> Any:
     """Returns which example stands at a place of an epoch's order: for all places together, a permutation.
 
     A generalized Feistel network (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"): a number is written
@@ -54,10 +54,11 @@ def example_at(seed: int, epoch: int, size: int, place: Any) -> Any:
       epoch: whose order it is; each has keys of its own.
       size: the number of examples, below 2**62.
       place: int, or an array of uint64, each below the size.
+      stream: what the order is for.
     """
     a = math.isqrt(size - 1) + 1
     b = -(-size // a)
-    keys = _keys(seed, epoch)
+    keys = _keys(seed, epoch, stream)
     found = _feistel(keys, a, b, place)
     if isinstance(found, int):
         while found >= size:
@@ -78,9 +79,9 @@ def _feistel(keys: tuple[int, ...], a: int, b: int, number: Any) -> Any:
     return high * b + low
 
 
-@functools.lru_cache(maxsize=4)
-def _keys(seed: int, epoch: int) -> tuple[int, ...]:
-    return tuple(rng(seed, "epoch", epoch).integers(0, _WORD, ROUNDS, np.uint64, endpoint=True).tolist())
+@functools.lru_cache(maxsize=64)
+def _keys(seed: int, epoch: int, stream: str) -> tuple[int, ...]:
+    return tuple(rng(seed, stream, epoch).integers(0, _WORD, ROUNDS, np.uint64, endpoint=True).tolist())
 
 
 def _mix(word: Any) -> Any:

@@ -38,6 +38,7 @@ from mae_jax.data.image_bounds import (
 from mae_jax.data.reading import AS_STORED, COMMON, FORMATS, NAMES, Reading, from_array, need_reader, tell_cut
 from mae_jax.errors import UserError
 from mae_jax.storage import file_kinds
+from mae_jax.storage.ranges import read_whole
 
 MAX_REASON = 160  # letters of why an image is bad
 MAX_REMEMBERED = 10_000  # bad images, of each a hash and the reason: 2 MB
@@ -225,9 +226,9 @@ def read_file(path: epath.Path) -> bytes:
       UserError, MemoryError: the machine is at its end, which is no fault of the file.
     """
     try:
-        if not str(path).startswith("gs://"):
+        if "://" not in str(path):
             check_bytes(os.stat(path).st_size)
-        return path.read_bytes()
+        return read_whole(path)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise UserError(f"cannot read {path}: {error.strerror}; raise the limit (ulimit -n), or take fewer "

@@ -116,14 +116,15 @@ def report(config: ConfigDict, grid: epath.Path) -> None:
     from mae_jax.data.readers import random_access
     from mae_jax.data.reading import Reading
     from mae_jax.data.sources import folder as sources_folder
-    from mae_jax.data.sources import registry
+    from mae_jax.data.sources import mixture, registry
 
     audits = {}
     for name, expression in splits(config).items():
         audits[name] = audit(registry.load(config.data, expression), random_access.threads(config.data), name,
                              Reading.of(config.data))
         print("\n".join(inspect_report.split_lines(name, audits[name], config.data.image_size)), flush=True)
-    unread = sources_folder.unread(config.data, splits(config).values()) if config.data.source == "folder" else []
+    unread = [line for part in mixture.parts(config.data) for line in sources_folder.unread(
+        part, splits(config).values())] if config.data.source == "folder" else []
     for line in inspect_report.leak_lines(audits) + unread:
         print(line)
     train, limit = audits.get("train"), config.guard.max_bad_fraction

@@ -43,7 +43,8 @@ def train_example(source: Source, builder: ExampleBuilder, config: ConfigDict, b
     the next of the epoch's order that may stand in (`_candidates`). With data.repeats = R, a pass takes as many rows as
     R epochs of the config's durations, and its examples are shown R times each, in views of their own.
     """
-    for tries, index in enumerate(itertools.islice(_candidates(source.size, builder.group, config, position), TRIES)):
+    candidates = _candidates(source.size, builder.group, config, position, source.drawn)
+    for tries, index in enumerate(itertools.islice(candidates, TRIES)):
         try:
             fields = builder.train(source.read(index), position)
             return {**fields, "id": index, "valid": 1.0, "replaced": tries}
@@ -52,7 +53,8 @@ def train_example(source: Source, builder: ExampleBuilder, config: ConfigDict, b
     return {**builder.gray_train(position), "id": index, "replaced": TRIES}
 
 
-def _candidates(size: int, group: int, config: ConfigDict, position: int) -> Iterator[int]:
+def _candidates(size: int, group: int, config: ConfigDict, position: int,
+                other: Callable[[int, int], int] | None = None) -> Iterator[int]:
     """Yields the example that is drawn for a position, then those that may stand in for it.
 
     Where a group of neighbours is mixed, these are the members of the next groups that its own mix was not to show, so
@@ -61,7 +63,10 @@ def _candidates(size: int, group: int, config: ConfigDict, position: int) -> Ite
     computed = recipe_version.has(config, "computed_order")
 
     def drawn(position: int, ahead: int = 0) -> int:
-        epoch, place = divmod(draw(position, config.batch_size, config.data.repeats), size)
+        number = draw(position, config.batch_size, config.data.repeats)
+        if other:  # a mixture
+            return other(config.seed, number + ahead)
+        epoch, place = divmod(number, size)
         place = (place + ahead) % size
         return example_at(config.seed, epoch, size, place) if computed else int(
             permutation(config.seed, epoch, size)[place])

@@ -15,6 +15,7 @@ from mae_jax.data.reading import EXTENSIONS
 from mae_jax.data.sources import listing_index
 from mae_jax.data.sources.names import CODING, Collector, Names
 from mae_jax.errors import UserError, pluralize, printable
+from mae_jax.storage import ranges
 
 log = logging.getLogger(__name__)
 
@@ -203,10 +204,30 @@ def _spelled(name: bytes, plain: bool) -> bytes:
 
 def _walk_bucket(base: epath.Path, left_out: Callable[[str], bool]) -> Walk:
     """Yields each folder of a bucket, but for names that are left out."""
+    if os.fspath(base).startswith("s3://"):
+        yield from _walk_objects(os.fspath(base), left_out)
+        return
     for folder, children, names in base.walk():
         children[:] = [child for child in children if not left_out(child)]
         inside = os.fspath(folder).removeprefix(os.fspath(base)).strip("/")
         yield f"{inside}/" if inside else "", [name for name in names if not left_out(name)], list(children)
+
+
+def _walk_objects(base: str, left_out: Callable[[str], bool]) -> Walk:
+    """Yields likewise, as fsspec lists each folder."""
+    import fsspec
+
+    system, inside = fsspec.core.url_to_fs(base.rstrip("/"))
+    pending = [""]
+    while pending:
+        folder = pending.pop()
+        found = ranges.asked(base, lambda place=f"{inside}/{folder}": system.ls(place, detail=True))
+        kinds = {entry["name"].rstrip("/").rsplit("/", 1)[1]: entry["type"] for entry in found
+                 if entry["name"].rstrip("/") != f"{inside}/{folder}".rstrip("/")}
+        kinds = {name: kind for name, kind in kinds.items() if not left_out(name)}
+        children = [name for name, kind in kinds.items() if kind == "directory"]
+        pending += [f"{folder}{name}/" for name in children]
+        yield folder, [name for name, kind in kinds.items() if kind != "directory"], children
 
 
 def _walk_local(base: str, left_out: Callable[[str], bool], folders: listing_index.Folders) -> Walk:

@@ -64,7 +64,8 @@ def find(places: Iterable[epath.Path], split: str, pictures: Sequence[str], clas
 
 def _read(file: epath.Path, split: str, pictures: Sequence[str], classes: tuple[str, ...]) -> LabelList | None:
     text = nfc(file.read_bytes().decode("utf-8-sig", "replace"))
-    rows = [_fields(line) for line in text.splitlines() if line.strip()]
+    rows = [_fields(line) for line in text.splitlines()
+            if line.strip() and not line.startswith("# ")]
     places = {}
     for place, picture in enumerate(pictures):
         name = picture.rsplit("/", 1)[-1]

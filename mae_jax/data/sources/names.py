@@ -34,8 +34,10 @@ class Names(Sequence[str]):
     def __iter__(self) -> Iterator[str]:
         begin = 0
         for first in range(0, len(self.ends), 10_000):  # the whole would have a number object for each
-            for end in self.ends[first:first + 10_000].tolist():
-                yield self.letters[begin:end].tobytes().decode(*CODING)
+            ends = self.ends[first:first + 10_000].tolist()
+            part, start = self.letters[begin:ends[-1]].tobytes(), begin
+            for end in ends:
+                yield part[begin - start:end - start].decode(*CODING)
                 begin = end
 
     def only(self, kept: np.ndarray | Sequence[int]) -> "Names":

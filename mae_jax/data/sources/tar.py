@@ -31,7 +31,7 @@ from mae_jax.storage.paths import version
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of the index
+VERSION = 3  # of the index
 IMAGES = {"common": ("jpg", "jpeg", "png", "webp", "bmp", "gif", "img", "image")}  # data.formats → kinds of images
 IMAGES["all"] = (*IMAGES["common"], "tif", "tiff", "avif", "heic", "heif")
 ENDING, BLOCK = ".tar", tarfile.BLOCKSIZE
@@ -47,7 +47,7 @@ class Members(NamedTuple):
     sizes: np.ndarray  # int64: its bytes
     masks: np.ndarray  # int64 [n, 2], start and size; -1 for none
     labels: np.ndarray  # texts, '' for none
-    captions: np.ndarray  # texts of .txt that may be labels, '' for others
+    captions: np.ndarray  # texts of .txt that may be labels; [0] where some is missing, or has blanks
     kinds: np.ndarray  # texts of the kinds of members that are there, the image's first; of any length
     without: np.ndarray  # int64 [2]: keys that have no image; members that are symbolic links or sparse
 
@@ -132,10 +132,11 @@ def _label_of(data: ConfigDict, found: tuple[Members, ...]) -> str:
     if key != USUAL["label_key"]:
         raise UserError(f"data.label_key={key!r} is no kind of member of {data.path!r}, nor a field of a .json there; "
                         f"{did_you_mean(key, kinds)}")
-    texts = [str(text) for members in found for text in members.captions]
-    if "txt" not in kinds or not any(texts):
+    if "txt" not in kinds:
         return ""
-    if all(texts) and not any(" " in text for text in texts) and 2 * len(set(texts)) <= len(texts):
+    texts = {str(text) for members in found for text in members.captions}
+    if all(len(members.captions) == len(members.keys) for members in found) and (
+            2 * len(texts) <= sum(len(members.keys) for members in found)):
         return ".txt"
     log.warning("%s: the texts of .txt look like captions, and are not taken for labels; data.label_key=txt takes them",
                 data.path)
@@ -256,7 +257,8 @@ def _columns(shard: epath.Path, examples: dict[str, dict[str, Any]], wanted: _Wa
         keys=np.array([row[0] for row in rows], np.str_), starts=np.array([row[1] for row in rows], np.int64),
         sizes=np.array([row[2] for row in rows], np.int64),
         masks=np.array([row[3] for row in rows], np.int64).reshape(-1, 2),
-        labels=np.array([row[4] for row in rows], np.str_), captions=np.array([row[5] for row in rows], np.str_),
+        labels=np.array([row[4] for row in rows], np.str_),
+        captions=np.array([row[5] for row in rows] if all(row[5] and " " not in row[5] for row in rows) else [], np.str_),
         kinds=np.array(list(kinds)[:100], np.str_), without=np.array([without, others], np.int64))
 
 
