@@ -129,11 +129,11 @@ def class_numbers(values: np.ndarray, what: str) -> np.ndarray:
         known = np.where(np.isnan(values), UNLABELED, values)
         if not (np.isfinite(known) & (known == np.rint(known)) & (np.abs(known) < 2**53)).all():
             odd = values[~(known == np.rint(known)) | ~np.isfinite(known) | (np.abs(known) >= 2**53)][0]
-            raise UserError(f"{what} are {values.dtype}, such as {odd}; expected whole numbers of classes "
-                            "(data.label_key='' reads no labels)")
+            raise UserError(f"{what} are {values.dtype}, such as {odd}; expected integers, or whole numbers of "
+                            "classes (data.label_key='' reads no labels)")
         return known.astype(np.int64)
     if values.dtype.kind not in "iub":
-        raise UserError(f"{what} are {values.dtype}; expected whole numbers of classes")
+        raise UserError(f"{what} are {values.dtype}; expected integers")
     if len(values) and int(values.max()) >= MAX_CLASSES:
         raise UserError(f"{what}: the label {values.max()} is no class number; expected 0 to {MAX_CLASSES - 1}, or -1 "
                         "for none")

@@ -287,8 +287,11 @@ def _label(file: epath.Path, batch: pa.RecordBatch, name: str, kind: pa.DataType
     column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
     if kind == pa.string():
         return column.cast(kind).fill_null("")
-    known = column.drop_null()
-    numbers = np.full(len(column), UNLABELED, np.int64)
-    numbers[np.asarray(column.is_valid())] = class_numbers(
-        known.to_numpy(zero_copy_only=False), f"{file}: the labels of the column {name!r}")
+    values, numbers = column.drop_null().to_numpy(zero_copy_only=False), np.full(len(column), UNLABELED, np.int64)
+    try:
+        numbers[np.asarray(column.is_valid())] = class_numbers(values, f"{file}: the labels of the column {name!r}")
+    except UserError as error:
+        if name != USUAL["label_key"] or values.dtype.kind != "f":  # somebody named it, or it has whole numbers
+            raise
+        log.warning("%s: they are not taken for class numbers", error)
     return pa.array(numbers)

@@ -1,9 +1,11 @@
 """table: a list of images, one a line: CSV, TSV, or a path and a label separated by a blank, as Caffe's lists are.
 
 Columns go by their names: the image's path (data.image_key, or one of PATHS), relative to the list's folder; its label
-(data.label_key, or one of LABELS), a class's name or number; its split (one of SPLITS); a mask's path (data.mask_key).
-Blank lines, and comments that begin with #, count for nothing. Without a line of names, the first column is the path and the second one the label. Without a column of splits a tenth
-is held out by a hash of the path, if the config uses it. Every image that is named must be there.
+(data.label_key, or one of LABELS), a class's name or number; its split (one of SPLITS, where it has names of splits);
+a mask's path (data.mask_key). Blank lines, and comments that begin with #, count for nothing. Without a line of names,
+the first column is the path and the second one the label. Without a column of splits a tenth is held out by a hash of
+the path, if the config uses it. Every image that is named must be there: all are looked for once, then a thousand at
+each start.
 """
 
 import csv

@@ -117,7 +117,9 @@ def _source(data: ConfigDict, split: str, shards: tuple[epath.Path, ...], found:
 def _texts(members: Members, label: str) -> list[str]:
     if not label:
         return [""] * len(members.keys)
-    return list(map(str, members.captions if label == ".txt" else members.labels))
+    named = members.labels.astype(bool).any()
+    from_captions = label == ".txt" and not named and len(members.captions)
+    return list(map(str, members.captions if from_captions else members.labels))
 
 
 def _label_of(data: ConfigDict, found: tuple[Members, ...]) -> str:
@@ -252,13 +254,14 @@ def _columns(shard: epath.Path, examples: dict[str, dict[str, Any]], wanted: _Wa
         mask = members.get(wanted.mask, (-1, -1))[:2] if wanted.mask else (-1, -1)
         rows.append((key, *members[image][:2], mask, _label(shard, key, members, wanted.label),
                      _text(members.get("txt")), image))
+    captions = [row[5] for row in rows]
     kinds = dict.fromkeys([row[-1] for row in rows] + [kind for members in examples.values() for kind in members])
     return Members(
         keys=np.array([row[0] for row in rows], np.str_), starts=np.array([row[1] for row in rows], np.int64),
         sizes=np.array([row[2] for row in rows], np.int64),
         masks=np.array([row[3] for row in rows], np.int64).reshape(-1, 2),
         labels=np.array([row[4] for row in rows], np.str_),
-        captions=np.array([row[5] for row in rows] if all(row[5] and " " not in row[5] for row in rows) else [], np.str_),
+        captions=np.array(captions if all(text and " " not in text for text in captions) else [], np.str_),
         kinds=np.array(list(kinds)[:100], np.str_), without=np.array([without, others], np.int64))
 
 
