@@ -10,7 +10,7 @@ GCS = ["google-cloud-storage>=3.1,<4", "gcsfs>=2025.7,<2028",
        # What these two bring along, and storage/gcs.py imports as well.
        "aiohttp>=3.11,<4", "fsspec>=2025.7,<2028", "google-api-core>=2.24,<3", "google-auth>=2.38,<3",
        "requests>=2.32,<3"]
-S3 = ["s3fs>=2025.7,<2028"]
+S3 = ["s3fs>=2025.7,<2028", "botocore>=1.36,<2"]  # the latter comes with it, and storage/s3.py imports it
 
 setup(
     name="mae_jax",

@@ -35,7 +35,7 @@ from mae_jax.data.image_bounds import (
     ends,
     without_ballast,
 )
-from mae_jax.data.reading import AS_STORED, COMMON, FORMATS, NAMES, Reading, from_array, need_reader, tell_cut
+from mae_jax.data.reading import AS_STORED, COMMON, FORMATS, NAMES, Reading, from_array, readers, tell_cut
 from mae_jax.errors import UserError
 from mae_jax.storage import file_kinds
 from mae_jax.storage.ranges import read_whole
@@ -244,9 +244,7 @@ def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
         check_bytes(len(data))
         if tiff.is_tiff(data) and "TIFF" in formats:
             data = tiff.alone(data)
-        if data[4:8] == b"ftyp":
-            need_reader(data, formats)
-        image = Image.open(io.BytesIO(without_ballast(data)), formats=formats)
+        image = Image.open(io.BytesIO(without_ballast(data)), formats=readers(data, formats))
         check_size(*image.size)
         if image.format in JPEGS:
             check_scans(data, image.width * image.height)

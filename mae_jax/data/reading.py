@@ -61,13 +61,22 @@ def span(text: str) -> tuple[float, float] | None:
     return low, high
 
 
-def need_reader(data: bytes, formats: tuple[str, ...]) -> None:
-    """Raises UserError for an AVIF or HEIC that the config would have read, where no installed package reads it."""
+def readers(data: bytes, formats: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns which formats Pillow is to try: HEIF for a file that may be one alone, since that needs its package.
+
+    Raises:
+      UserError: for an AVIF or HEIC that the config would have read, where no installed package reads it.
+    """
+    common = tuple(name for name in formats if name != "HEIF")
+    if data[4:8] != b"ftyp":
+        return common
     kind = "AVIF" if b"avif" in data[8:64] else file_kinds.kind(data).removeprefix("a file of the kind ")
     if kind == "AVIF" and "AVIF" in formats and not features.check("avif"):
         raise UserError(f"an image is AVIF, which Pillow reads from version 11.3 on: pip install -U pillow; {_WITHOUT}")
     if kind in ("HEIC", "HEIF") and "HEIF" in formats:
         need_heif()
+        return formats
+    return common
 
 
 @functools.cache
