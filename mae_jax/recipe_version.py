@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 import mae_jax
 from mae_jax.errors import UserError
 
-CURRENT = 4  # of new runs
+CURRENT = 5  # of new runs
 
 
 class Behavior(NamedTuple):
@@ -49,6 +49,19 @@ BEHAVIORS: dict[str, Behavior] = {
         4,
         "pixels as they are stored, whatever EXIF said; `data.exif=ignore` reads so",
         "images are turned as their EXIF says, as people see them, and their masks with them"),
+    "range_of_16_bits": Behavior(
+        5,
+        "of 16 bits the upper 8 were taken, so that images of 12 bits in files of 16 were nearly black; "
+        "`data.range=upper` reads so",
+        "a range of values becomes 0 to 255: `data.range`, by default all bits that the training images have"),
+    "more_formats": Behavior(
+        5,
+        "TIFF, AVIF and HEIC were no images, in folders and tars by their names; `data.formats=common` reads so",
+        "they are read"),
+    "computed_order": Behavior(
+        5,
+        "the order of an epoch of data with random access was drawn as a whole: 8 bytes of memory for each example",
+        "the example at each place of the order is computed, whatever the size (`mae_jax/rng.py`)"),
 }
 
 

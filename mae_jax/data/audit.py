@@ -13,6 +13,7 @@ import numpy as np
 
 from mae_jax.data import writers
 from mae_jax.data.decode import JPEGS, StoredImage
+from mae_jax.data.reading import AS_STORED, Reading
 from mae_jax.data.sources import base
 from mae_jax.data.sources.base import Example
 from mae_jax.data.transforms.crop import mask_image
@@ -21,7 +22,8 @@ from mae_jax.runtime.console import clock
 log = logging.getLogger(__name__)
 
 FORMATS_BY_EXTENSION = {".jpg": JPEGS, ".jpeg": JPEGS, ".png": ("PNG",), ".webp": ("WEBP",), ".bmp": ("BMP",),
-                        ".gif": ("GIF",)}
+                        ".gif": ("GIF",), ".tif": ("TIFF",), ".tiff": ("TIFF",), ".avif": ("AVIF",),
+                        ".heic": ("HEIF",), ".heif": ("HEIF",)}
 DIGEST = 16  # bytes of an image's hash
 EVERY = 30  # seconds between lines that say how far it is
 
@@ -71,12 +73,12 @@ class Audit:
         return self.digests[self.shown()].view(f"S{DIGEST}").ravel()
 
 
-def audit(source: writers.Found, threads: int, what: str, upright: bool = False) -> Audit:
-    """Looks at every image of a split, turned as EXIF says or not; says on the way how far it is with `what`."""
+def audit(source: writers.Found, threads: int, what: str, reading: Reading = AS_STORED) -> Audit:
+    """Looks at every image of a split, read as the config says; says on the way how far it is with `what`."""
     size = source.size
     seen = Audit(source, np.zeros((size, 2), np.int32), np.zeros((size, DIGEST), np.uint8), np.zeros(size, bool))
     began = said = time.monotonic()
-    found_each = writers.each(source, partial(look, upright=upright), threads, faults=seen.faults)
+    found_each = writers.each(source, partial(look, reading=reading), threads, faults=seen.faults)
     for done, (number, found) in enumerate(found_each, 1):
         if isinstance(found, Exception):
             seen.broken.append(f"{source.name(number)}: {found}")
@@ -90,9 +92,9 @@ def audit(source: writers.Found, threads: int, what: str, upright: bool = False)
     return seen
 
 
-def look(example: Example, upright: bool = False) -> Look:
+def look(example: Example, reading: Reading = AS_STORED) -> Look:
     """Decodes an example in full; raises BadImage."""
-    data, stored = example.image, StoredImage(example.image, upright=upright)
+    data, stored = example.image, StoredImage(example.image, reading=reading)
     blank = stored.whole().getcolors(1) is not None
     mask_image(stored, example.mask)
     key = repr(data.shape).encode() if isinstance(data, np.ndarray) else b""

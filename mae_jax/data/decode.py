@@ -1,7 +1,9 @@
 """Encoded images to RGB, and the judgement that a file is broken.
 
-Content decides, not the file's extension. Formats: JPEG, PNG, WebP, BMP, GIF (first frame). An image may be turned as
-its EXIF says, as people see it (data.exif); TFDS and torchvision give pixels as they are stored.
+Content decides, not the file's extension. Formats: JPEG, PNG, WebP, BMP, GIF (first frame), TIFF (first page), AVIF and
+HEIC. An image may be turned as its EXIF says, as people see it (data.exif); TFDS and torchvision give pixels as they
+are stored. TIFF and HEIC files say in tags of their own how they are turned, and always are. Of 16 bits a range becomes
+8 (data.range, `deep_images`).
 
 Every image costs bounded time and memory: `mae_jax.data.image_bounds` has the bounds, which are looked at before
 anything is decoded. An image that did not decode is remembered, and not decoded again.
@@ -21,6 +23,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from mae_jax.data import deep_images, tiff
 from mae_jax.data.image_bounds import (
     JPEGS,
     MAX_PIXELS,
@@ -32,14 +35,15 @@ from mae_jax.data.image_bounds import (
     ends,
     without_ballast,
 )
+from mae_jax.data.reading import AS_STORED, COMMON, FORMATS, NAMES, Reading, from_array, readers, tell_cut
 from mae_jax.errors import UserError
 from mae_jax.storage import file_kinds
+from mae_jax.storage.ranges import read_whole
 
 MAX_REASON = 160  # letters of why an image is bad
 MAX_REMEMBERED = 10_000  # bad images, of each a hash and the reason: 2 MB
 STRIP = 1_000_000  # pixels that are laid over white at a time
 IGNORED = 255  # in a mask: a pixel of no class
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 FAST_MARGIN = 1.5  # how much larger than the target a part must remain that the decoder shrinks
 ORIENTATION = 0x0112  # EXIF's tag
 TURNS = {  # its values → what makes the image upright; others stand for pixels that are stored as they are to be seen
@@ -96,28 +100,29 @@ class Box(NamedTuple):
 class StoredImage:
     """An encoded or decoded image: its size is known at once, its pixels are decoded when asked for."""
 
-    def __init__(self, data: bytes | np.ndarray, fast: bool = False, upright: bool = False):
+    def __init__(self, data: bytes | np.ndarray, fast: bool = False, reading: Reading = AS_STORED):
         """Reads the header.
 
         Args:
-          data: an encoded file, or pixels uint8 [height, width, 3].
+          data: an encoded file, or pixels uint8 or uint16 [height, width, 3].
           fast: allows decoding the wanted part only, and at reduced size.
-          upright: turns the image as its EXIF says.
+          reading: how the config has images read.
 
         Raises:
           BadImage: no image, of an unknown format, cut off, or beyond one of the bounds above.
         """
-        self._data, self._fast, self._rgb = data, fast, None
+        self._data, self._fast, self._rgb, self._reading = data, fast, None, reading
         if isinstance(data, np.ndarray):
-            self._image = Image.fromarray(data)
+            self._image = Image.fromarray(data if data.dtype == np.uint8 else from_array(data, reading.span))
             check_size(*self._image.size)
         else:
-            self._image = open_image(data)
+            self._image = open_image(data, reading.formats)
             if self._image.format in JPEGS and not ends(data):
                 raise BadImage("cut off: no end marker after the last scan")
         self.format = self._image.format  # None for pixels
+        self.deep = self.format is not None and deep_images.is_deep(self._image)  # more than 8 bits a channel
         # What is done to the stored pixels, if anything.
-        self.turn = TURNS.get(_orientation(self._image)) if upright and self.format else None
+        self.turn = TURNS.get(_orientation(self._image)) if reading.upright and self.format else None
         self.width, self.height = self._image.size[::-1] if self.turn in SIDEWAYS else self._image.size
 
     def view(self, box: Box, target: tuple[int, int]) -> Image.Image:
@@ -147,7 +152,7 @@ class StoredImage:
             if reason := _remembered.reason(self._data):
                 raise BadImage(reason)
             try:
-                rgb = to_rgb(self._image)
+                rgb = to_rgb(self._image if not self.deep or self._reading.span is None else self._scaled())
                 self._rgb = rgb if self.turn is None else rgb.transpose(self.turn)
             except Exception as error:
                 bad = _bad(self._data, error)
@@ -155,6 +160,21 @@ class StoredImage:
                     _remembered.add(self._data, str(bad))
                 raise bad from error
         return self._rgb
+
+    def highest(self) -> int:
+        """Returns the largest value of an image of more than 8 bits; raises BadImage."""
+        try:
+            return int(self._all_bits().values.max())
+        except Exception as error:
+            raise _bad(self._data, error) from error
+
+    def _all_bits(self) -> deep_images.Deep:
+        return deep_images.read(self._image, self._data, lambda data: open_image(data, self._reading.formats))
+
+    def _scaled(self) -> Image.Image:
+        deep, (low, high) = self._all_bits(), self._reading.span
+        tell_cut(int(deep.values.max()), low, high)
+        return deep_images.scaled(deep, low, high)
 
     def converted(self) -> tuple[str, ...]:
         """Returns what of a file becomes something else in 8-bit RGB, or is ignored; () for pixels."""
@@ -167,11 +187,13 @@ class StoredImage:
             what.append("with a palette")
         elif image.mode == "CMYK":
             what.append("CMYK")
-        if self.format == "PNG" and self._data[24] == 16:  # IHDR comes first: bits per channel
+        if self.deep:
             what.append("of 16 bits")
         if image.has_transparency_data:
             what.append("with transparency")
-        if self.format not in JPEGS and _animated(image):
+        if self.format == "TIFF" and tiff.page(self._data).others:
+            what.append("of several pages (first page)")
+        elif self.format not in JPEGS and _animated(image):
             what.append("animated (first frame)")
         if _orientation(image) in TURNS:
             what.append("turned by EXIF" if self.turn is not None else "turned by EXIF (ignored)")
@@ -183,7 +205,12 @@ class StoredImage:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Returns how an image's EXIF says that it is to be turned; 1, upright, where it has none that can be read."""
+    """Returns how an image's EXIF says that it is to be turned; 1, upright, where it has none that can be read.
+
+    Pillow turns a TIFF, and libheif a HEIC, by tags of their own.
+    """
+    if image.format in ("TIFF", "HEIF"):
+        return 1
     try:
         return image.getexif().get(ORIENTATION, 1) if image.info.get("exif") else 1
     except Exception:  # broken bytes make PIL's reader raise many kinds
@@ -199,9 +226,9 @@ def read_file(path: epath.Path) -> bytes:
       UserError, MemoryError: the machine is at its end, which is no fault of the file.
     """
     try:
-        if not str(path).startswith("gs://"):
+        if "://" not in str(path):
             check_bytes(os.stat(path).st_size)
-        return path.read_bytes()
+        return read_whole(path)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise UserError(f"cannot read {path}: {error.strerror}; raise the limit (ulimit -n), or take fewer "
@@ -215,15 +242,17 @@ def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """Reads the header of an encoded image, within the bounds of time and memory; raises BadImage."""
     try:
         check_bytes(len(data))
-        image = Image.open(io.BytesIO(without_ballast(data)), formats=formats)
+        if tiff.is_tiff(data) and "TIFF" in formats:
+            data = tiff.alone(data)
+        image = Image.open(io.BytesIO(without_ballast(data)), formats=readers(data, formats))
         check_size(*image.size)
         if image.format in JPEGS:
             check_scans(data, image.width * image.height)
         return image
-    except BadImage:
+    except (BadImage, UserError):
         raise
     except Exception as error:  # PIL's plugins raise many kinds on broken bytes; all mean the same here
-        raise _bad(data, error) from error
+        raise _bad(data, error, formats) from error
 
 
 def _animated(image: Image.Image) -> bool:
@@ -315,7 +344,7 @@ def opencv() -> ModuleType:
     return cv2
 
 
-def _bad(data: bytes, error: Exception) -> Exception:
+def _bad(data: bytes, error: Exception, formats: tuple[str, ...] = FORMATS) -> Exception:
     """Returns the BadImage that says in one short line why; a MemoryError, which is no fault of the image."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError" or "out of memory" in text:
@@ -324,7 +353,9 @@ def _bad(data: bytes, error: Exception) -> Exception:
         text = "empty file"
     elif isinstance(error, Image.UnidentifiedImageError):
         found = file_kinds.kind(data)
-        text = f"not a JPEG, PNG, WebP, BMP or GIF picture{f', but {found}' if found else ''}"
+        text = f"not {NAMES.get(formats, NAMES[COMMON])}{f', but {found}' if found else ''}"
+        if "TIFF" in formats and tiff.is_tiff(data):
+            text = "a TIFF of a kind that Pillow does not read"
     elif isinstance(error, Image.DecompressionBombError):
         text = TOO_LARGE
     return BadImage(text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}...")

@@ -20,6 +20,7 @@ class DataInfo(NamedTuple):
     classes: tuple[str, ...] = ()
     multi_label: bool = False  # an image has any number of classes
     clusters: Clusters | None = None  # where the method needs them
+    wide_ids: bool = False  # a split has more examples than 31 bits count: `id` has two words (ops/example_ids.py)
 
     @property
     def single_label_classes(self) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """The input: images to batches of permuted uint8 patches. What reads TFDS and TFRecords imports TensorFlow."""
 
 import functools
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -14,7 +15,9 @@ from mae_jax.data.cluster_ids import Clusters
 from mae_jax.data.info import NO_NEEDS, DataInfo, DataNeeds
 from mae_jax.data.masking import PatchOrder, View, with_views
 from mae_jax.errors import UserError
+from mae_jax.ops import example_ids
 
+log = logging.getLogger(__name__)
 Batch = dict[str, np.ndarray]
 Spec = dict[str, jax.ShapeDtypeStruct]
 FIELDS = ("patches", "order", "blocks", "label", "id", "valid", "replaced")  # blocks: where the order has some
@@ -47,7 +50,7 @@ class OpenedData:
     """A config's data, opened: what they have is known, and batches can be made once a method says which.
 
     Attributes:
-      config: the config, without 'auto'.
+      config: the config, without 'auto'; of data.range too, which the data decide.
       needs: what the method asks of the data.
       info: what a method is built from.
     """
@@ -67,11 +70,14 @@ class OpenedData:
 
             self.meta = cached_batches.read_meta(config.data.path)
             several = cached_batches.multi_label(config.data.path, self.meta)
-            self.info = DataInfo(self.meta["num_train"], tuple(self.meta["classes"]), several, clusters)
+            self.info = DataInfo(self.meta["num_train"], tuple(self.meta["classes"]), several, clusters,
+                                 self.meta["num_train"] > example_ids.LARGEST)
             return
         self._open_splits()
+        self._decide_range()
+        parts = [part for part in (self.train, self.val, self.eval) if part]
         self.info = DataInfo(self.train.size - len(self.left_over), self.train.classes, "labels" in self.train.fields,
-                             clusters)
+                             clusters, max(part.size for part in parts) > example_ids.LARGEST)
 
     def _open_splits(self) -> None:
         from mae_jax.data.sources import base, registry
@@ -90,6 +96,16 @@ class OpenedData:
 
             self.left_over = record_stream.dropped_records(self.train, self.config, self.needs.mixing_group)
 
+    def _decide_range(self) -> None:
+        """Puts what data.range=auto stands for into the config; says it where images have more than 8 bits."""
+        from mae_jax.data import value_range
+
+        if self.config.data.range == "auto":
+            self.config = self.config.copy_and_resolve_references()
+            self.config.data.range, text = value_range.chosen(self.train, self.config.data)
+            if text:
+                log.info(text)
+
     def check_labels(self) -> None:
         """Raises UserError where a classifier would learn, or be judged, without labels, or by other classes."""
         if self.config.data.source == "batches":
@@ -105,7 +121,8 @@ class OpenedData:
 
         Batches are dicts of NumPy arrays with the fields of `spec`: `patches` uint8 [B, N, P], cut and permuted;
         `order` int32 [B, N], order[b, k] = raster index of the k-th patch; `label` int32 [B], -1 unlabelled; `id` int32
-        [B], -1 in padding; `valid` float32 [B], 0 for grey stand-ins and padding; `replaced` int32 [B], how many
+        [B], or [B, 2] where 31 bits do not count the examples (ops/example_ids.py), -1 in padding; `valid` float32
+        [B], 0 for grey stand-ins and padding; `replaced` int32 [B], how many
         images failed before this one. Where the order has blocks, `blocks` int32 [B, M, K], places in the order.
         Where the spec asks for them and the data have them: `labels` uint8 [B, C], 1 where a class is in the image;
         `pixel_label` uint8 [B, N, P / 3], the class of each pixel, 255 where it has none; `tokens` int32 [B, N], of the
@@ -138,7 +155,7 @@ class OpenedData:
                                 f"method.name={config.method.name!r} names none in its data_needs")
             assigned = cluster_ids.of_splits(clusters, self.needs.clusters, config.data, inputs.parts)
             inputs = _joined(config.data, inputs, cluster_ids.joined, assigned)
-        return inputs
+        return _in_words(inputs) if self.info.wide_ids else inputs
 
     def _read(self, spec: Spec, order: PatchOrder, rows: np.ndarray, views: tuple[View, ...]) -> Inputs:
         """Makes the input of what has random access or is a stream, without the fields that are joined by id."""
@@ -154,6 +171,8 @@ class OpenedData:
                             "not know; use a source with random access: folder, npz, or TFDS stored as array_record")
         later = (token_maps.FIELD, cluster_ids.FIELD)  # which are joined by the examples' ids
         spec = {name: struct for name, struct in spec.items() if name not in later}
+        if self.info.wide_ids:  # on the host a number is one
+            spec["id"] = jax.ShapeDtypeStruct((config.batch_size,), np.int64)
         for part in (source, self.val, self.eval):
             _check_fields(part, spec, data)
         if source.size < order.group:
@@ -222,6 +241,16 @@ def _joined(data: ConfigDict, inputs: Inputs, join: Callable[..., Any], tables: 
     return inputs._replace(**made)
 
 
+def _in_words(inputs: Inputs) -> Inputs:
+    """Has the ids of all batches as devices take them, int32 [B, 2]."""
+    def made(make: Callable[..., Iterator[Batch]], *args: Any) -> Iterator[Batch]:
+        for batch in make(*args):
+            yield {**batch, "id": example_ids.words(batch["id"])}
+
+    names = ("train", "support", "evaluate", "validate", "extra")
+    return inputs._replace(**{name: functools.partial(made, getattr(inputs, name)) for name in names})
+
+
 def _with_tokens(identity: Callable[[], dict[str, Any]], tokens: dict[str, np.ndarray]) -> dict[str, Any]:
     from mae_jax.data.identity import sampled, short_hash
 
@@ -272,4 +301,4 @@ def _check_fields(part: Any, spec: Spec, data: ConfigDict) -> None:
 def _renumbered(batches: Iterator[Batch], name: str, numbers: np.ndarray) -> Iterator[Batch]:
     """Yields the batches with numbers[k] for k in a field; those below 0 stay."""
     for batch in batches:
-        yield {**batch, name: np.where(batch[name] < 0, batch[name], numbers[batch[name]]).astype(np.int32)}
+        yield {**batch, name: np.where(batch[name] < 0, batch[name], numbers[batch[name]]).astype(batch[name].dtype)}

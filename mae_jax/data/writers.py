@@ -16,9 +16,11 @@ from mae_jax.data import Inputs, OpenedData, Spec
 from mae_jax.data.decode import BadImage, StoredImage
 from mae_jax.data.masking import PatchOrder, View, with_views
 from mae_jax.data.readers import cached_batches, random_access
+from mae_jax.data.reading import AS_STORED, Reading
 from mae_jax.data.sources import base
 from mae_jax.data.sources.base import Example, Source
 from mae_jax.errors import UserError
+from mae_jax.ops.example_ids import whole
 from mae_jax.rng import rng
 
 QUALITY = 95  # of the JPEGs written
@@ -62,15 +64,15 @@ def each(source: Found, change: Callable[[Example], Changed], threads: int, mixe
             yield from pool.map(one, chunk)
 
 
-def shrink(example: Example, size: int, upright: bool = False) -> Example:
+def shrink(example: Example, size: int, reading: Reading = AS_STORED) -> Example:
     """Returns the example, without mask, as a JPEG with a short side of at most `size`; a small JPEG stays as it is.
 
-    What is written anew has no EXIF: it is `upright`, or as its pixels were stored.
+    What is written anew has no EXIF: it is upright, or as its pixels were stored.
 
     Raises:
       BadImage: the image does not decode.
     """
-    opened = StoredImage(example.image, upright=upright)
+    opened = StoredImage(example.image, reading=reading)
     image = opened.whole()
     short = min(image.size)
     if short <= size and isinstance(example.image, bytes) and opened.format == "JPEG":
@@ -84,7 +86,7 @@ def shrink(example: Example, size: int, upright: bool = False) -> Example:
 
 
 def write_tfrecord(found: dict[str, Found], folder: epath.Path, size: int, threads: int,
-                    upright: bool = False) -> dict[str, list[str]]:
+                    reading: Reading = AS_STORED) -> dict[str, list[str]]:
     """Writes splits as TFRecord files and a records.json beside them; data.source='tfrecord' reads the folder.
 
     Returns:
@@ -100,7 +102,7 @@ def write_tfrecord(found: dict[str, Found], folder: epath.Path, size: int, threa
     records, broken = {}, {}
     for split, source in found.items():
         broken[split], files = [], -(-source.size // PER_FILE)
-        examples = _good(source, size, threads, broken[split], upright, mixed=True)
+        examples = _good(source, size, threads, broken[split], reading, mixed=True)
         for number in range(files):
             name = f"{split}-{number:05d}-of-{files:05d}.tfrecord"
             with tf.io.TFRecordWriter(str(folder / name)) as file:
@@ -111,7 +113,7 @@ def write_tfrecord(found: dict[str, Found], folder: epath.Path, size: int, threa
 
 
 def write_array_record(found: dict[str, Found], folder: epath.Path, size: int, threads: int,
-                    upright: bool = False) -> dict[str, list[str]]:
+                    reading: Reading = AS_STORED) -> dict[str, list[str]]:
     """Writes splits as a TFDS data set stored as array_record, which has random access; returns as `write_tfrecord`."""
     from mae_jax.data.sources import tfds
 
@@ -126,7 +128,7 @@ def write_array_record(found: dict[str, Found], folder: epath.Path, size: int, t
     broken = {split: [] for split in found}
 
     def keyed(split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        for key, example in enumerate(_good(found[split], size, threads, broken[split], upright)):
+        for key, example in enumerate(_good(found[split], size, threads, broken[split], reading)):
             yield key, {"image": io.BytesIO(example.image), **({"label": example.label} if classes else {})}
 
     api.disable_progress_bar()
@@ -171,14 +173,14 @@ def _joined(found: Iterable[random_access.Batch], spec: Spec) -> random_access.B
     """Returns the fields of all batches, joined and without padding; empty ones if there is no batch."""
     found = list(found) or [{name: np.zeros((0, *struct.shape[1:]), struct.dtype) for name, struct in spec.items()}]
     fields = {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
-    real = fields["id"] != random_access.PADDING
+    real = whole(fields["id"]) != random_access.PADDING
     return {name: value[real] for name, value in fields.items()}
 
 
-def _good(source: Found, size: int, threads: int, broken: list[str], upright: bool,
+def _good(source: Found, size: int, threads: int, broken: list[str], reading: Reading,
           mixed: bool = False) -> Iterator[Example]:
     """Yields the good examples with a short side of at most `size`, and notes the broken ones."""
-    for number, example in each(source, lambda example: shrink(example, size, upright), threads, mixed):
+    for number, example in each(source, lambda example: shrink(example, size, reading), threads, mixed):
         if isinstance(example, Exception):
             broken.append(f"{source.name(number)}: {example}")
         else:

@@ -13,6 +13,7 @@ from mae_jax.data import cluster_ids
 from mae_jax.errors import UserError
 from mae_jax.evals.accumulators import HostRows, Means, add
 from mae_jax.methods.base import Batch, Method, Metrics, pool
+from mae_jax.ops import example_ids
 from mae_jax.rng import stream_key
 from mae_jax.runtime import watchdog
 from mae_jax.runtime.sharding import replicated, to_devices
@@ -141,7 +142,7 @@ class Context:
             return None
         config, group = self.method.config, self.method.group
         whole = {name: jax.device_put(value, replicated(self.mesh)) for name, value in batch.items()}
-        there = int((jax.device_get(whole["id"]) >= 0).sum())  # padding comes last
+        there = int((example_ids.whole(jax.device_get(whole["id"])) >= 0).sum())  # padding comes last
         count = min(max(min(config.eval.pictures, there) // group, 1) * group, config.batch_size)
         return {name: value[:count] for name, value in whole.items()}
 

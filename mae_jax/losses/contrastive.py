@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mae_jax.ops.example_ids import same
 from mae_jax.ops.normalization import unit
 
 
@@ -17,7 +18,7 @@ def info_nce(pairs: jax.Array, valid: jax.Array, ids: jax.Array, temperature: fl
     Args:
       pairs: float [B, 2, D].
       valid: float32 [B]; an image of 0 is neither anchor nor negative.
-      ids: int32 [B]; rows that show the same image, of a small data set, are not each other's negatives.
+      ids: int32 [B], or [B, 2]; rows that show the same image, of a small data set, are not each other's negatives.
       temperature: of the softmax.
       normalize: cosines; else plain products.
 
@@ -28,9 +29,9 @@ def info_nce(pairs: jax.Array, valid: jax.Array, ids: jax.Array, temperature: fl
     both = pairs.reshape(2 * images, -1).astype(jnp.float32)  # every device keeps its rows
     if normalize:
         both = unit(both)
-    own, shown = jnp.repeat(jnp.arange(images), 2), jnp.repeat(ids, 2)
+    own = jnp.repeat(jnp.arange(images), 2)
     partner = (own[:, None] == own) & ~jnp.eye(2 * images, dtype=bool)
-    negative = (shown[:, None] != shown) & jnp.repeat(valid > 0, 2)
+    negative = ~same(jnp.repeat(ids, 2, axis=0)) & jnp.repeat(valid > 0, 2)
     logits = jnp.matmul(both, both.T, precision="highest") / temperature
     logits = jnp.where(partner | negative, logits, -jnp.inf)
     positive = jnp.where(partner, logits, 0).sum(1)

@@ -171,7 +171,7 @@ class Method:
             "patches": ((patches, self.grid.patch_dim), jnp.uint8),
             "order": ((patches,), jnp.int32),
             "label": ((), jnp.int32),
-            "id": ((), jnp.int32),
+            "id": ((2,) if self.data.wide_ids else (), jnp.int32),
             "valid": ((), jnp.float32),
             "replaced": ((), jnp.int32),
         }

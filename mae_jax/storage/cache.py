@@ -31,20 +31,33 @@ def arrays(key: Any, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.
       key: whose repr says of what the arrays are made, and how: another one has other arrays.
       make: makes them.
     """
+    if (there := found(key)) is not None:
+        return there
+    made = make()
+    keep(key, made)
+    return made
+
+
+def found(key: Any) -> dict[str, np.ndarray] | None:
+    """Returns arrays that `keep` kept under a key; None where there are none, or they cannot be read."""
     file = _place(key, ".npz")
     if file.is_file():
-        with contextlib.suppress(UserError), opened(epath.Path(file)) as found:
-            return {name: found[name] for name in found.files}
-    made = make()
+        with contextlib.suppress(UserError), opened(epath.Path(file)) as there:
+            return {name: there[name] for name in there.files}
+    return None
+
+
+def keep(key: Any, arrays: dict[str, np.ndarray]) -> None:
+    """Keeps arrays, none of Python objects, under a key, in place of others; where the cache fails, it does not."""
+    file = _place(key, ".npz")
     partial = file.with_name(f"{file.name}.{secrets.token_hex(8)}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as opened_file:
-            np.savez(opened_file, allow_pickle=False, **made)
+            np.savez(opened_file, allow_pickle=False, **arrays)
         partial.replace(file)
     except OSError:
         partial.unlink(missing_ok=True)
-    return made
 
 
 def file(key: Any, ending: str, size: int, write: Callable[[Path], None]) -> Path:

@@ -24,7 +24,7 @@ DAMAGED = (OSError, ValueError, TypeError, KeyError, EOFError, SyntaxError, Runt
 
 @contextlib.contextmanager
 def opened(path: epath.Path, hint: str = "") -> Iterator[np.lib.npyio.NpzFile]:
-    """Opens a file whose arrays are read when they are asked for; one on gs:// as a whole, with its checksum.
+    """Opens a file whose arrays are read when they are asked for; one in a bucket as a whole.
 
     Args:
       path: the file, which is there.
@@ -35,7 +35,7 @@ def opened(path: epath.Path, hint: str = "") -> Iterator[np.lib.npyio.NpzFile]:
         which NumPy would execute code to make.
     """
     try:
-        with io.BytesIO(read_bytes(path) or b"") if str(path).startswith("gs://") else path.open("rb") as file:
+        with io.BytesIO(read_bytes(path) or b"") if "://" in str(path) else path.open("rb") as file:
             arrays = np.load(file, allow_pickle=False)
             if not isinstance(arrays, np.lib.npyio.NpzFile):
                 raise ValueError("one array, where *.npz has several with a name each")

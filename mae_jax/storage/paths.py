@@ -18,7 +18,9 @@ GCS_MISREADS = "*?[]{}\\#"  # gcsfs and the bucket take them for a pattern, or f
 ORBAX_MISREADS = "*?[]\\"  # a pattern, as its glob reads them
 # Of a config, besides init_from; data.path is as its source reads it.
 FIELDS = ("data.tokens", "train.compilation_cache", "method.vocabulary_file", "method.clusters")
-BUCKET = r"gs://[a-z0-9][a-z0-9_.-]{1,220}[a-z0-9](/|$)"
+BUCKET = r"(gs|s3)://[a-z0-9][a-z0-9_.-]{1,220}[a-z0-9](/|$)"
+PACKAGES = {"gs": ("gcs", "gcsfs", "google.cloud.storage"), "s3": ("s3", "s3fs")}  # the extra, and its modules
+READ_ONLY = ("data.path", "data.mask_key")  # fields that may be on s3://, where data are read and nothing is written
 
 
 def normalized(path: str, flag: str = "") -> str:
@@ -29,14 +31,16 @@ def normalized(path: str, flag: str = "") -> str:
       flag: that it was given by, as '--workdir' or 'data.path', for messages.
 
     Raises:
-      UserError: it is neither local nor gs://, `~` is of nobody, or no line can show it.
+      UserError: it is neither local nor gs:// (of data: nor s3://), `~` is of nobody, or no line can show it.
     """
     said = f"{flag}={printable(path)}" if flag else printable(path)
     if any(category(char) in ("Cc", "Cs", "Zl", "Zp") for char in path):
         raise UserError(f"{said}: a path cannot have line breaks, control characters or what is no UTF-8 in it")
-    if re.match(r"[\w.+-]+:/|gs:", path) and not path.startswith("gs://"):
+    if path.startswith("s3://") and flag not in READ_ONLY:
+        raise UserError(f"{said}: s3:// is read as data alone; a folder is local or gs://BUCKET/FOLDER")
+    if re.match(r"[\w.+-]+:/|gs:|s3:", path) and not path.startswith(("gs://", "s3://")):
         raise UserError(f"{said}: a folder is local or gs://BUCKET/FOLDER")
-    if path.startswith("gs://"):
+    if path.startswith(("gs://", "s3://")):
         if {".", ".."} & set(path.split("/")):
             raise UserError(f"{said}: a path in a bucket cannot have the parts . and ..")
         return path
@@ -57,7 +61,7 @@ def locate(path: str, flag: str = "") -> epath.Path:
         looked into, or gcsfs would take the name for a pattern.
     """
     path = normalized(path, flag)
-    if path.startswith("gs://"):
+    if path.startswith(("gs://", "s3://")):
         _refuse(path, GCS_MISREADS, flag)
         check_bucket(path)
     return epath.Path(path)
@@ -118,18 +122,27 @@ def _refuse(path: str, characters: str, flag: str) -> None:
 
 
 def check_bucket(path: str) -> None:
-    """Finds out in seconds whether what is named on gs://, a pattern perhaps, can be looked into; raises UserError."""
-    if not path.startswith("gs://"):
+    """Finds out in seconds whether what is named in a bucket, a pattern perhaps, can be looked into; raises UserError.
+    """
+    if not path.startswith(("gs://", "s3://")):
         return
+    kind = path[:2]
     if not re.match(BUCKET, path):
-        raise UserError(f"{path}: no name of a bucket; expected gs://BUCKET/FOLDER, with 3 or more small letters, "
+        raise UserError(f"{path}: no name of a bucket; expected {kind}://BUCKET/FOLDER, with 3 or more small letters, "
                         "digits and - _ .")
-    missing = [name for name in ("gcsfs", "google.cloud.storage") if not _importable(name)]
+    extra, *modules = PACKAGES[kind]
+    missing = [name for name in modules if not _importable(name)]
     if missing:
-        raise UserError(f"{path}: a bucket needs {' and '.join(missing)}; run: pip install 'mae_jax[gcs]'")
-    from mae_jax.storage import gcs
+        raise UserError(f"{path}: a bucket needs {' and '.join(missing)}; run: pip install 'mae_jax[{extra}]'")
+    place = re.split(r"[*?\[{]", path)[0]
+    if kind == "s3":
+        from mae_jax.storage import s3
 
-    gcs.check(re.split(r"[*?\[{]", path)[0])
+        s3.check(place)
+    else:
+        from mae_jax.storage import gcs
+
+        gcs.check(place)
 
 
 def _importable(name: str) -> bool:

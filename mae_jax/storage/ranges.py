@@ -1,6 +1,8 @@
-"""Parts of files, from any thread."""
+"""Files of data and parts of them, from any thread."""
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 from etils import epath
 
@@ -11,7 +13,7 @@ def read(path: str, start: int, size: int) -> bytes:
         import fsspec
 
         system, inside = fsspec.core.url_to_fs(path)
-        content = system.cat_file(inside, start=start, end=start + size) if size else b""
+        content = asked(path, lambda: system.cat_file(inside, start=start, end=start + size)) if size else b""
     else:
         file = os.open(path, os.O_RDONLY)
         try:
@@ -23,3 +25,17 @@ def read(path: str, start: int, size: int) -> bytes:
     if len(content) < size:
         raise OSError(f"{epath.Path(path).name} ends before byte {start + size}")
     return content
+
+
+def read_whole(path: epath.Path) -> bytes:
+    """Returns what a file on a disk or in a bucket holds; raises OSError."""
+    return asked(str(path), path.read_bytes)
+
+
+def asked(path: str, action: Callable[[], Any]) -> Any:
+    """Returns what `action` does; what s3:// fails with is an OSError of one line."""
+    if not path.startswith("s3://"):
+        return action()
+    from mae_jax.storage import s3
+
+    return s3.plainly(path, action)

@@ -4,9 +4,9 @@ import json
 import logging
 
 import jax
-import numpy as np
 
 from mae_jax.errors import GuardError, root_cause
+from mae_jax.ops.example_ids import whole
 from mae_jax.rng import stream_key
 from mae_jax.runtime import sharding
 from mae_jax.storage import paths, workdir_lock
@@ -59,7 +59,7 @@ class Guards:
         """Writes what the bad steps were made of; returns where."""
         everywhere = sharding.replicated(self.run.program.mesh)
         seed = self.run.config.seed
-        steps = [{"step": number, "ids": np.asarray(jax.device_put(ids, everywhere)).tolist(),
+        steps = [{"step": number, "ids": whole(jax.device_put(ids, everywhere)).tolist(),
                   "key": jax.random.key_data(stream_key(seed, number, "loss")).tolist()} for number, ids in self.bad]
         file = self.run.workdir / f"guard_{step}.json"
         if jax.process_index() == 0:

@@ -7,6 +7,7 @@ import numpy as np
 from mae_jax import errors, param_tree
 from mae_jax.errors import UserError
 from mae_jax.methods.base import Batch
+from mae_jax.ops.example_ids import whole
 from mae_jax.rng import stream_key
 from mae_jax.runtime import sharding
 from mae_jax.state import TrainState
@@ -58,6 +59,6 @@ def _bad_examples(run: Run, state: TrainState, batch: Batch) -> list[str]:
         one = {name: jax.lax.dynamic_slice_in_dim(value, row, group) for name, value in batch.items()}
         return run.program.method.loss(state.params, state.extras, one, key, state.step, False)[0]
 
-    ids = np.asarray(batch["id"])
+    ids = whole(batch["id"])
     bad = [row for row in range(0, run.config.batch_size, group) if not np.isfinite(alone(row))]
     return [str(number) for row in bad for number in ids[row:row + group]]

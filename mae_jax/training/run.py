@@ -12,7 +12,7 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from mae_jax import methods, param_tree
+from mae_jax import methods, param_tree, recipe_version
 from mae_jax.config import fitting_mesh, resolved, validate, with_fitting_mesh
 from mae_jax.durations import Timeline
 from mae_jax.errors import UserError
@@ -78,7 +78,15 @@ def prepare(config: ConfigDict, folder: epath.Path, for_training: bool = True) -
             dataset.check_labels()
         if unread := optim.unread(config):
             logger.info("not read by optim.name=%s: %s", config.optim.name, ", ".join(unread))
-    return Run(config, folder, TrainStep(method, mesh), inputs)
+    return Run(_decided(config, dataset), folder, TrainStep(method, mesh), inputs)
+
+
+def _decided(config: ConfigDict, dataset: Any) -> ConfigDict:
+    """Returns the config, as config.json keeps it, with what the data have decided: a resume keeps to it."""
+    if config.data.range == "auto" and recipe_version.has(config, "range_of_16_bits"):
+        config = config.copy_and_resolve_references()
+        config.data.range = dataset.config.data.range
+    return config
 
 
 def device_batches(run: Run, start: int) -> Iterator[Batch]:

@@ -62,12 +62,16 @@ def changes(workdir: epath.Path, config: ConfigDict, inputs: Any = None, origin:
 
 
 def continued(workdir: epath.Path, config: ConfigDict) -> ConfigDict:
-    """Returns the config with which a run goes on: where there is one, with the recipe_version that it began with.
+    """Returns the config with which a run goes on: where there is one, with the recipe_version that it began with, and
+    with what data.range=auto was decided to be.
 
     The newest version gives way, since a recipe has that where it states none; another one must be the run's.
     """
     stored = _stored_config(workdir)
     newest = recipe_version.CURRENT
+    if stored is not None and config.data.range == "auto" != stored.data.range:
+        config = config.copy_and_resolve_references()
+        config.data.range = stored.data.range
     if stored is None or config.recipe_version != newest or stored.recipe_version == newest:
         return config
     config = config.copy_and_resolve_references()

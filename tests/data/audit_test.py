@@ -47,7 +47,7 @@ def test_a_folder_is_told_in_a_few_lines(tmp_path):
     assert told[0].startswith("train: 10 pictures, 1 broken; ")
     assert told[0].endswith("/s decoded in full")
     assert told[1:] == [
-        "  dog/text.jpg: not a JPEG, PNG, WebP, BMP or GIF picture",
+        "  dog/text.jpg: not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or HEIC picture",
         "  labels     2 classes of 3 (dog) to 6 (cat) pictures",
         "  sizes      48 x 32 to 47 x 300, median 50 x 34; 2 have a side below data.image_size=(32, 48), and are "
         "enlarged",

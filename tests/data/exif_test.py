@@ -10,6 +10,7 @@ from mae_jax import config as configs
 from mae_jax import recipe_version
 from mae_jax.data.decode import ORIENTATION, Box, StoredImage
 from mae_jax.data.image_bounds import BadImage
+from mae_jax.data.reading import Reading
 from mae_jax.data.sources.base import Example
 from mae_jax.data.transforms.crop import mask_image
 from mae_jax.data.writers import shrink
@@ -36,7 +37,7 @@ def test_an_image_is_turned_as_pillow_turns_it_and_left_alone_where_nobody_asks(
     data = file(orientation, kind)
     opened = Image.open(io.BytesIO(data))
     wanted = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
-    upright, stored = StoredImage(data, upright=True), StoredImage(data)
+    upright, stored = StoredImage(data, reading=Reading(upright=True)), StoredImage(data)
     assert (upright.height, upright.width) == wanted.shape[:2]
     np.testing.assert_array_equal(np.asarray(upright.whole()), wanted)
     assert (stored.height, stored.width) == PIXELS.shape[:2]
@@ -50,7 +51,7 @@ def test_an_image_is_turned_as_pillow_turns_it_and_left_alone_where_nobody_asks(
 def test_a_part_is_one_of_the_upright_image(fast):
     data = file(6, "JPEG")
     whole = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
-    part = StoredImage(data, fast=fast, upright=True).view(Box(3, 2, 8, 6), (8, 6))
+    part = StoredImage(data, fast=fast, reading=Reading(upright=True)).view(Box(3, 2, 8, 6), (8, 6))
     np.testing.assert_array_equal(np.asarray(part), whole[3:11, 2:8])
 
 
@@ -59,14 +60,14 @@ def test_a_part_is_one_of_the_upright_image(fast):
 def test_exif_that_cannot_be_read_turns_nothing(exif):
     buffer = io.BytesIO()
     Image.fromarray(PIXELS).save(buffer, "JPEG", exif=exif)
-    assert (StoredImage(buffer.getvalue(), upright=True).whole().size) == (20, 12)
+    assert (StoredImage(buffer.getvalue(), reading=Reading(upright=True)).whole().size) == (20, 12)
 
 
 MASK = (np.arange(240) % 7).astype(np.uint8).reshape(12, 20)
 
 
 def test_a_mask_of_the_stored_shape_is_turned_with_the_image_and_an_upright_one_is_not():
-    stored = StoredImage(file(6), upright=True)
+    stored = StoredImage(file(6), reading=Reading(upright=True))
     turned = np.asarray(Image.fromarray(MASK).transpose(Image.Transpose.ROTATE_270))
     np.testing.assert_array_equal(np.asarray(mask_image(stored, MASK)), turned)
     np.testing.assert_array_equal(np.asarray(mask_image(stored, turned)), turned)
@@ -77,14 +78,14 @@ def test_a_mask_of_the_stored_shape_is_turned_with_the_image_and_an_upright_one_
 
 @pytest.mark.parametrize(("orientation", "pixels"), [(3, PIXELS), (6, PIXELS[:, :12])])
 def test_a_mask_that_may_be_turned_or_not_makes_a_bad_image(orientation, pixels):
-    stored = StoredImage(file(orientation, pixels=np.ascontiguousarray(pixels)), upright=True)
+    stored = StoredImage(file(orientation, pixels=np.ascontiguousarray(pixels)), reading=Reading(upright=True))
     with pytest.raises(BadImage, match=r"data\.exif=ignore"):
         mask_image(stored, MASK[:, :pixels.shape[1]])
 
 
 @pytest.mark.parametrize(("orientation", "upright", "size"), [(6, True, (12, 20)), (6, False, (20, 12))])
 def test_what_is_written_anew_is_upright_and_has_no_exif(orientation, upright, size):
-    written = Image.open(io.BytesIO(shrink(Example(file(orientation)), 100, upright).image))
+    written = Image.open(io.BytesIO(shrink(Example(file(orientation)), 100, Reading(upright)).image))
     assert written.size == size
     assert not written.getexif()
 

@@ -15,6 +15,7 @@ from PIL import Image
 from mae_jax.data import decode, image_bounds
 from mae_jax.data.decode import BadImage, Box, StoredImage, decode_mask, to_rgb
 from mae_jax.data.readers import random_access
+from mae_jax.data.reading import COMMON, Reading
 from mae_jax.data.sources import base
 from mae_jax.errors import UserError
 from tests.data.decode_test import encode, pattern, png
@@ -173,7 +174,7 @@ def test_a_file_of_too_many_bytes_is_bad(monkeypatch):
     (b"", "empty"), (bytes(1000), "zeros"), (b"\x1f\x8b\x08" + bytes(20), "gzip")])
 def test_what_is_no_picture_is_told_by_what_it_is(content, line):
     with pytest.raises(BadImage, match=line):
-        StoredImage(content)
+        StoredImage(content, reading=Reading(formats=COMMON))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "RGB"])

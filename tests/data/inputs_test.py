@@ -177,7 +177,7 @@ def test_a_bad_picture_gives_way_to_the_next_of_the_epoch_and_is_named():
     assert found[place]["replaced"] == 1
     assert found[place]["valid"] == 1
     assert sum(fields["replaced"] for fields in found) == 1
-    assert list(bad) == ["picture 4: not a JPEG, PNG, WebP, BMP or GIF picture"]
+    assert list(bad) == ["picture 4: not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or HEIC picture"]
 
 
 def write_odd_folder(root):

@@ -46,8 +46,16 @@ def test_a_config_with_such_a_path_is_refused_before_its_data_are_opened(field, 
 @pytest.mark.parametrize("source", ["folder", "npz", "tfds", "tfrecord", "clipart"])
 def test_a_source_refuses_it_as_data_path(source):
     config = tiny_config()
+    config.data.update(source=source, path="az://bucket/pictures", name="toy")
+    with pytest.raises(UserError, match=r"^data.path=az://bucket/pictures: .*gs://"):
+        registry.load(config.data, "train")
+
+
+@pytest.mark.parametrize("source", ["clipart", "tfds", "tfrecord"])
+def test_a_source_that_reads_no_s3_says_which_do(source):
+    config = tiny_config()
     config.data.update(source=source, path="s3://bucket/pictures", name="toy")
-    with pytest.raises(UserError, match=r"^data.path=s3://bucket/pictures: .*gs://"):
+    with pytest.raises(UserError, match=r"reads no s3://; sources that do are folder"):
         registry.load(config.data, "train")
 
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from mae_jax.errors import UserError
 from mae_jax.methods.base import Method, pool
 from mae_jax.ops import spherical_kmeans
+from mae_jax.ops.example_ids import whole as whole_ids
 from mae_jax.runtime import bounded_json, peers
 from mae_jax.runtime.sharding import replicated, to_devices
 from mae_jax.storage.file_kinds import unreadable
@@ -63,6 +64,7 @@ class Features:
             if number < done * per_chunk:
                 continue
             values, ids, valid = jax.device_get(encode(params, extras, to_devices(batch, mesh, size)))
+            ids = whole_ids(ids)
             parts.append(tuple(column[ids >= 0] for column in (values, ids, valid)))
             if len(parts) == per_chunk:
                 self._write(done, parts)

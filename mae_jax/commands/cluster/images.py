@@ -17,6 +17,7 @@ from mae_jax.evals.frozen_encoder import Frozen, frozen, with_data
 from mae_jax.evals.image_grid import tile
 from mae_jax.methods.base import Method
 from mae_jax.ops import spherical_kmeans
+from mae_jax.ops.example_ids import whole as whole_ids
 from mae_jax.ops.patches import PatchGrid
 from mae_jax.param_tree import flat, split_eval_params
 from mae_jax.runtime import bounded_json, peers, sharding
@@ -186,8 +187,9 @@ def picture(made: Clusters, config: ConfigDict, features: Features) -> np.ndarra
     blank = np.full((*grid.image_size, 3), 255, np.uint8)
     rows = [[blank] * IMAGES_PER_CLUSTER for _ in shown]
     for batch in inputs.support(np.array(sorted(place))) if anywhere else inputs.support():
-        for k in np.flatnonzero(np.isin(batch["id"], list(place))):
-            row, column = place.pop(int(batch["id"][k]))
+        ids = whole_ids(batch["id"])
+        for k in np.flatnonzero(np.isin(ids, list(place))):
+            row, column = place.pop(int(ids[k]))
             one = slice(k, k + 1)
             rows[row][column] = grid.unpatchify(batch["patches"][one], batch["order"][one])[0]
         if not place:

@@ -75,7 +75,7 @@ def main() -> int:
     more = f" and {len(inputs.classes) - MAX_LISTED_CLASSES} more" if len(inputs.classes) > MAX_LISTED_CLASSES else ""
     print(f"classes: {', '.join(map(printable, inputs.classes[:MAX_LISTED_CLASSES])) or 'none'}{more}")
     if config.data.source != "batches":
-        report(config, to)
+        report(opened.config, to)
     try:
         print(speed(inputs))
         save_grid(next(inputs.train(0)), method, to)
@@ -114,15 +114,17 @@ def report(config: ConfigDict, grid: epath.Path) -> None:
     """Looks at every picture and prints what was seen; broken ones that are too many to print go to a file."""
     from mae_jax.data.audit import audit
     from mae_jax.data.readers import random_access
+    from mae_jax.data.reading import Reading
     from mae_jax.data.sources import folder as sources_folder
-    from mae_jax.data.sources import registry
+    from mae_jax.data.sources import mixture, registry
 
     audits = {}
     for name, expression in splits(config).items():
         audits[name] = audit(registry.load(config.data, expression), random_access.threads(config.data), name,
-                             config.data.exif != "ignore")
+                             Reading.of(config.data))
         print("\n".join(inspect_report.split_lines(name, audits[name], config.data.image_size)), flush=True)
-    unread = sources_folder.unread(config.data, splits(config).values()) if config.data.source == "folder" else []
+    unread = [line for part in mixture.parts(config.data) for line in sources_folder.unread(
+        part, splits(config).values())] if config.data.source == "folder" else []
     for line in inspect_report.leak_lines(audits) + unread:
         print(line)
     train, limit = audits.get("train"), config.guard.max_bad_fraction
@@ -138,13 +140,19 @@ def report(config: ConfigDict, grid: epath.Path) -> None:
 
 def write_images(config: ConfigDict, kind: str, folder: epath.Path, size: int) -> dict[str, list[str]]:
     """Stores the splits as `kind`; returns split → broken pictures, which are left out."""
-    from mae_jax.data import writers
+    from mae_jax.data import value_range, writers
     from mae_jax.data.readers import random_access
+    from mae_jax.data.reading import Reading
     from mae_jax.data.sources import registry
 
     found = {name: registry.load(config.data, expression) for name, expression in splits(config).items()}
     writer = {"tfrecord": writers.write_tfrecord, "array_record": writers.write_array_record}[kind]
-    return writer(found, folder, size, random_access.threads(config.data), config.data.exif != "ignore")
+    data = config.data.copy_and_resolve_references()
+    if data.range == "auto":
+        data.range, text = value_range.chosen(next(iter(found.values())), data)
+        if text:
+            print(text)
+    return writer(found, folder, size, random_access.threads(data), Reading.of(data))
 
 
 def report_broken(broken: dict[str, list[str]]) -> None:

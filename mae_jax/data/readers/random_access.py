@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from ml_collections import ConfigDict
 
+from mae_jax import recipe_version
 from mae_jax.data.decode import BadImage
 from mae_jax.data.readers import thread_pool
 from mae_jax.data.readers.thread_pool import Batch
 from mae_jax.data.sources.base import Source
 from mae_jax.data.transforms.example import ExampleBuilder, Fields, Spec
-from mae_jax.rng import permutation, rng
+from mae_jax.rng import example_at, permutation, rng
 
 TRIES = 4  # images tried for one position before a grey one stands in: the drawn one and three more
+SUBSET = 2**55  # in place of an epoch, of which there are fewer: whose order evaluations take the first examples of
 PADDING = -1  # id of the rows that fill the last batch of an evaluation
 
 
@@ -41,7 +43,8 @@ def train_example(source: Source, builder: ExampleBuilder, config: ConfigDict, b
     the next of the epoch's order that may stand in (`_candidates`). With data.repeats = R, a pass takes as many rows as
     R epochs of the config's durations, and its examples are shown R times each, in views of their own.
     """
-    for tries, index in enumerate(itertools.islice(_candidates(source.size, builder.group, config, position), TRIES)):
+    candidates = _candidates(source.size, builder.group, config, position, source.drawn)
+    for tries, index in enumerate(itertools.islice(candidates, TRIES)):
         try:
             fields = builder.train(source.read(index), position)
             return {**fields, "id": index, "valid": 1.0, "replaced": tries}
@@ -50,15 +53,23 @@ def train_example(source: Source, builder: ExampleBuilder, config: ConfigDict, b
     return {**builder.gray_train(position), "id": index, "replaced": TRIES}
 
 
-def _candidates(size: int, group: int, config: ConfigDict, position: int) -> Iterator[int]:
+def _candidates(size: int, group: int, config: ConfigDict, position: int,
+                other: Callable[[int, int], int] | None = None) -> Iterator[int]:
     """Yields the example that is drawn for a position, then those that may stand in for it.
 
     Where a group of neighbours is mixed, these are the members of the next groups that its own mix was not to show, so
     that no stand-in is mixed with itself. (A mix that straddles two epochs may show an image twice.)
     """
+    computed = recipe_version.has(config, "computed_order")
+
     def drawn(position: int, ahead: int = 0) -> int:
-        epoch, place = divmod(draw(position, config.batch_size, config.data.repeats), size)
-        return int(permutation(config.seed, epoch, size)[(place + ahead) % size])
+        number = draw(position, config.batch_size, config.data.repeats)
+        if other:  # a mixture
+            return other(config.seed, number + ahead)
+        epoch, place = divmod(number, size)
+        place = (place + ahead) % size
+        return example_at(config.seed, epoch, size, place) if computed else int(
+            permutation(config.seed, epoch, size)[place])
 
     yield drawn(position)
     first = position // group * group
@@ -84,14 +95,18 @@ def evaluate_example(source: Source, builder: ExampleBuilder, indices: np.ndarra
         return {**gray, "id": index, "replaced": 1}
 
 
-def subset(size: int, most: int, group: int = 1) -> np.ndarray:
+def subset(size: int, most: int, group: int = 1, computed: bool = True) -> np.ndarray:
     """Returns which examples an evaluation reads: all, or a random part that is the same in every run; sorted.
 
-    Where a group of neighbours is mixed, they are shuffled: files often lie in the order of their classes.
+    Where a group of neighbours is mixed, they are shuffled: files often lie in the order of their classes. What is not
+    computed is drawn of all, as runs from before have it.
     """
     if size <= most and group == 1:
         return np.arange(size)
-    chosen = rng(0, "subset", 0).permutation(size)[:most]
+    if computed:
+        chosen = example_at(0, SUBSET, size, np.arange(min(most, size), dtype=np.uint64)).astype(np.int64)
+    else:
+        chosen = rng(0, "subset", 0).permutation(size)[:most]
     return np.sort(chosen) if group == 1 else chosen
 
 
@@ -105,7 +120,8 @@ def train(source: Source, step: int, builder: ExampleBuilder, config: ConfigDict
 def evaluate(source: Source, ratio: float, builder: ExampleBuilder, config: ConfigDict, spec: Spec, rows: np.ndarray,
              bad: deque[str]) -> Iterator[Batch]:
     """Yields these rows of at most eval.max_examples examples, the central `ratio` of each, padded to full batches."""
-    indices = subset(source.size, config.eval.max_examples, builder.group)
+    indices = subset(source.size, config.eval.max_examples, builder.group,
+                     recipe_version.has(config, "computed_order"))
     example = functools.partial(evaluate_example, source, builder, indices, ratio, bad)
     return batches(example, spec, rows, range(-(-len(indices) // config.batch_size)), config.data)
 

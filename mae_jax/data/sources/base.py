@@ -19,6 +19,7 @@ from mae_jax.data.image_bounds import BadImage
 from mae_jax.data.sources import splits
 from mae_jax.errors import UserError, did_you_mean, printable
 
+MAX_DIGESTED = 50_000_000  # names that are hashed, or up to twice as many
 MAX_CLASSES = 1_000_000  # beyond it, labels are taken for something else
 UNLABELED = -1
 BEGINNING = 65_536  # bytes of a file of records likewise
@@ -45,14 +46,17 @@ class Source:
     fields: tuple[str, ...] = ()  # which of 'labels' and 'pixel_label' its examples have
     label: Callable[[int], int] | None = None  # index → label, where it is known without decoding the image
     unknown_classes: tuple[str, ...] = ()  # names of classes in it that the training split lacks: without a label
+    drawn: Callable[[int, int], int] | None = None  # (seed, number of a training draw) → index; None: epochs' orders
 
     def digest(self) -> str:
-        """Returns a short hash of which examples these are, by their names in their order.
+        """Returns a short hash of which examples these are, by their names in their order; of very many, by some.
 
         Names that are mere numbers, as of npz files and TFDS, tell no more than how many there are.
         """
-        digest = hashlib.sha256()
-        for i in range(self.size):
+        digest, every = hashlib.sha256(), max(1, self.size // MAX_DIGESTED)
+        if every > 1:  # a billion names take many minutes
+            digest.update(str(self.size).encode())
+        for i in range(0, self.size, every):
             digest.update(self.name(i).encode() + b"\0")
         return digest.hexdigest()[:16]
 
@@ -109,6 +113,31 @@ def numbered_classes(labels: np.ndarray) -> tuple[str, ...]:
     if highest >= MAX_CLASSES:
         raise UserError(f"the label {highest} is no class number; expected 0 to {MAX_CLASSES - 1}, or -1 for none")
     return tuple(map(str, range(highest + 1)))
+
+
+def class_numbers(values: np.ndarray, what: str) -> np.ndarray:
+    """Returns labels, int64 [n], of numbers of any type; of floats whole ones, NaN being none.
+
+    Args:
+      values: [n].
+      what: they are called in a message.
+
+    Raises:
+      UserError: they are no numbers of classes.
+    """
+    if values.dtype.kind == "f":
+        known = np.where(np.isnan(values), UNLABELED, values)
+        if not (np.isfinite(known) & (known == np.rint(known)) & (np.abs(known) < 2**53)).all():
+            odd = values[~(known == np.rint(known)) | ~np.isfinite(known) | (np.abs(known) >= 2**53)][0]
+            raise UserError(f"{what} are {values.dtype}, such as {odd}; expected integers, or whole numbers of "
+                            "classes (data.label_key='' reads no labels)")
+        return known.astype(np.int64)
+    if values.dtype.kind not in "iub":
+        raise UserError(f"{what} are {values.dtype}; expected integers")
+    if len(values) and int(values.max()) >= MAX_CLASSES:
+        raise UserError(f"{what}: the label {values.max()} is no class number; expected 0 to {MAX_CLASSES - 1}, or -1 "
+                        "for none")
+    return values.astype(np.int64)
 
 
 def multi_hot(present: np.ndarray, classes: int) -> np.ndarray:

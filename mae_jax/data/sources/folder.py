@@ -9,6 +9,7 @@ read. Names of files compare in Unicode's form NFC.
 
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from mae_jax.data.sources import folder_layout, folder_listing, label_lists, spl
 from mae_jax.data.sources.base import UNLABELED, Example, Source
 from mae_jax.data.sources.expected_sizes import check_size
 from mae_jax.data.sources.folder_layout import Layout, Part
-from mae_jax.data.sources.folder_listing import EXTENSIONS
+from mae_jax.data.sources.names import Names
 from mae_jax.errors import UserError, pluralize, printable
 from mae_jax.storage.paths import locate
 
@@ -55,12 +56,14 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
     start, stop = split.shares(*((0, 1) if whole else splits.part(split.name, splits.holds_out(data))))
     names = part.listing.pictures
     everything = (start, stop) == (0, 1)
-    chosen = [i for i, name in enumerate(names) if everything or start <= splits.share(name) < stop]
+    chosen = np.arange(len(names)) if everything else np.fromiter(
+        (i for i, name in enumerate(names) if start <= splits.share(name) < stop), np.int64)
     labels, strange = _labels(data, opened, part, split)
     if str(split) == split.name:
         check_size(data.get("name", ""), split.name, len(chosen))
-    files = tuple(part.listing.paths[i] for i in chosen)
-    return _source(part, files, tuple(names[i] for i in chosen), labels[chosen], strange,
+    listing = part.listing.only(chosen)
+    files = listing.paths
+    return _source(part, files, listing.pictures, labels[chosen], strange,
                    _masks(data, opened.root, part.base, files), data.mask_offset)
 
 
@@ -128,7 +131,7 @@ def _left_out(data: ConfigDict) -> list[str]:
     if strays:
         texts.append(f"left out, beside the class folders: {pluralize(len(strays), 'image')}, such as "
                      f"{printable(strays[0])}")
-    others = [printable(name) for top in _tops(opened) for name in _beside(opened.root, top)]
+    others = [printable(name) for top in _tops(opened) for name in _beside(opened, top)]
     if opened.layout.kind == "splits":
         used = {split_name(data, split.name) for field in FIELDS if data[field] for split in splits.parts(data[field])}
         folders = folder_listing.folders(opened.layout.root, opened.layout.plain)
@@ -154,7 +157,7 @@ def _open(data: ConfigDict) -> Opened:
 
 
 def _layout(data: ConfigDict) -> Layout:
-    return folder_layout.recognize(_root(data.path), data.get("layout") or "auto")
+    return folder_layout.recognize(_root(data.path), data.get("layout") or "auto", data.get("formats") or "auto")
 
 
 def _part(data: ConfigDict, opened: Opened, name: str) -> Part:
@@ -178,7 +181,7 @@ def _root(path: str) -> epath.Path:
     return root
 
 
-def _masks(data: ConfigDict, root: epath.Path, base: epath.Path, files: tuple[str, ...]) -> epath.Path | None:
+def _masks(data: ConfigDict, root: epath.Path, base: epath.Path, files: Names) -> epath.Path | None:
     """Returns the folder of a split's masks, which must have that of its first image; None without masks."""
     if not data.mask_key:
         return None
@@ -195,9 +198,9 @@ def _labels(data: ConfigDict, opened: Opened, part: Part, split: splits.Split) -
     if listed := _list_of(opened, part, split_name(data, split.name)):
         return listed.labels, listed.unknown
     index = {name: label for label, name in enumerate(classes)}
-    firsts = [name.split("/")[0] if "/" in name else "" for name in names]
+    firsts = [sys.intern(name.split("/")[0]) if "/" in name else "" for name in names]
     labels = np.array([index.get(first, UNLABELED) for first in firsts], np.int32)
-    strange = [name for name, label in zip(names, labels, strict=True) if label < 0] if classes else []
+    strange = [names[i] for i in np.flatnonzero(labels < 0)] if classes else []
     if strange:  # no error: where nobody asks for labels, the folders may stand for anything
         log.warning("%d of %d pictures of %r are in no class folder that the training pictures have, such as %s: they "
                     "count as unlabelled", len(strange), len(names), str(split), part.base / printable(strange[0]))
@@ -217,7 +220,7 @@ def _list_of(opened: Opened, part: Part, split: str) -> label_lists.LabelList | 
     return label_lists.find(places, split, names, part.classes)
 
 
-def _source(part: Part, files: tuple[str, ...], names: tuple[str, ...], labels: np.ndarray, strange: tuple[str, ...],
+def _source(part: Part, files: Names, names: Names, labels: np.ndarray, strange: tuple[str, ...],
             masks: epath.Path | None, offset: int) -> Source:
     base = part.base
 
@@ -237,14 +240,14 @@ def unread(data: ConfigDict, expressions: Iterable[str]) -> list[str]:
     in_splits = layout.kind == "splits"
     places = {layout.root / folder_layout.folder_of(layout, name) for name in names} if in_splits else {layout.root}
     others = [_inside(root, place / name) for place in sorted(places)
-              for name in folder_listing.files(place, layout.plain).others]
+              for name in folder_listing.files(place, layout.plain, layout.formats).others]
     lost: list[str] = []
     for top in _tops(opened):
         beside = [top / name for name in folder_listing.folders(top, layout.plain)]
         lost += [_inside(root, folder / name) for folder in beside
                  if not any(place.is_relative_to(folder) for place in places)
-                 for name in folder_listing.files(folder, layout.plain).pictures]
-        lost += _beside(root, top)
+                 for name in folder_listing.files(folder, layout.plain, layout.formats).pictures]
+        lost += _beside(opened, top)
     if lost:
         lines.append(f"{pluralize(len(lost), 'picture')} in no split of the config, such as {printable(lost[0])}")
     if others:
@@ -262,10 +265,11 @@ def _tops(opened: Opened) -> list[epath.Path]:
     return tops if layout.kind == "splits" else tops[1:]
 
 
-def _beside(root: epath.Path, folder: epath.Path) -> list[str]:
+def _beside(opened: Opened, folder: epath.Path) -> list[str]:
     """Returns the images that lie in the folder itself, relative to the root."""
-    return sorted(_inside(root, file) for file in folder.iterdir()
-                  if not file.name.startswith(".") and file.name.lower().endswith(EXTENSIONS))
+    endings = folder_listing.extensions(opened.layout.formats)
+    return sorted(_inside(opened.root, file) for file in folder.iterdir()
+                  if not file.name.startswith(".") and file.name.lower().endswith(endings))
 
 
 def _inside(root: epath.Path, path: epath.Path) -> str:

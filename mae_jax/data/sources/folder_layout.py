@@ -20,6 +20,7 @@ from etils import epath
 
 from mae_jax.data.sources import splits
 from mae_jax.data.sources.folder_listing import Listing, files, folders, nfc, pictures
+from mae_jax.data.sources.names import Names
 from mae_jax.errors import UserError, did_you_mean, pluralize, printable
 
 MAX_STRAYS = 10  # images beside class folders that are taken for strays, where the folders hold more
@@ -40,6 +41,7 @@ class Layout(NamedTuple):
     folders: dict[str, tuple[str, ...]] = {}  # of splits and nested: what a split is for → its folders' names
     plain: bool = False  # as mae_jax 0.1.0 read it
     forced: bool = False  # data.layout says so
+    formats: str = "all"  # data.formats
 
 
 class Part(NamedTuple):
@@ -51,36 +53,39 @@ class Part(NamedTuple):
     strays: tuple[str, ...] = ()  # images beside class folders, which are left out
 
 
-def recognize(root: epath.Path, how: str = "auto") -> Layout:
+def recognize(root: epath.Path, how: str = "auto", formats: str = "all") -> Layout:
     """Returns the layout of a folder; raises UserError for one with two readings, or none.
 
     Args:
       root: the folder.
       how: data.layout: auto; flat, classes or splits, which it then must have; 0.1.0, as that version read it.
+      formats: data.formats, which says what images are.
     """
     if how == "0.1.0":
-        return _first_version(root)
+        return _first_version(root)._replace(formats=formats)
     if how == "flat":
-        return Layout("flat", root, forced=True)
-    return _recognized(root, how)
+        return Layout("flat", root, forced=True, formats=formats)
+    return _recognized(root, how, formats)._replace(formats=formats)
 
 
-def _recognized(root: epath.Path, how: str) -> Layout:
+def _recognized(root: epath.Path, how: str, formats: str) -> Layout:
     """Returns the layout by the names of sub-folders; goes on in the only one."""
     named = {role: tuple(name for name in folders(root) if splits.role(name) == role) for role in splits.ROLES}
     train, held = named["train"], named["val"] + named["test"]
     if train and held and how != "classes":
         return Layout("splits", root, named, forced=how == "splits")
-    counts, beside = files(root).folders, len(files(root).direct)
+    listing = files(root, formats=formats)
+    counts, beside = listing.folders, len(listing.direct)
     others = [name for name in counts if how == "classes" or not splits.role(name)]
     if how != "classes" and (train or (held and counts.keys() - set(others))):
-        return _half_split(root, train, tuple(name for name in held if nfc(name) in counts), others, beside, how)
+        held = tuple(name for name in held if nfc(name) in counts)
+        return _half_split(root, train, held, others, beside, how, formats)
     if len(others) == 1 and few(beside, counts.total()):
-        inner = _recognized(_child(root, others[0]), how)
+        inner = _recognized(_child(root, others[0]), how, formats)
         return inner if inner.kind != "flat" or not beside else Layout("flat", root)
     if how != "classes":
         _check_kinds(root, others)
-    if len(others) > 1 and how != "classes" and (nested := _nested(root, others, how)):
+    if len(others) > 1 and how != "classes" and (nested := _nested(root, others, how, formats)):
         return nested
     if how == "splits":
         raise UserError(f"data.layout='splits': {root} has no folder by a usual name of a split, as train/ and val/; "
@@ -90,18 +95,19 @@ def _recognized(root: epath.Path, how: str) -> Layout:
                         f"{_some(others) or pluralize(beside, 'picture')}")
     if len(others) > 1 and how != "classes":
         _check_names(root, others)
-        _check_alike(root, others)
+        _check_alike(root, others, formats)
     return Layout("classes" if len(others) > 1 else "flat", root, forced=how == "classes")
 
 
 def _half_split(root: epath.Path, train: tuple[str, ...], held: tuple[str, ...], others: list[str], beside: int,
-                how: str) -> Layout:
+                how: str, formats: str) -> Layout:
     """Returns the layout where one folder at least has the name of a split, but those of train or held out miss."""
     if train and (how == "splits" or not others):
-        return Layout("splits", root, {"train": train}) if len(train) > 1 else _recognized_train(root / train[0], how)
+        return Layout("splits", root, {"train": train}) if len(train) > 1 else \
+            _recognized_train(root / train[0], how, formats)
     as_classes = f"all are classes: {LAYOUT}classes"
     if train:
-        deep = any(name.count("/") > 1 for name in files(root).pictures)
+        deep = any(name.count("/") > 1 for name in files(root, formats=formats).pictures)
         if len(others) > 1 and not deep:  # vehicles: bus, car, train
             return Layout("classes", root)
         _refuse(root, f"{train[0]}/ is what to train on, and {_some(others)} not read: {LAYOUT}splits", as_classes)
@@ -111,16 +117,16 @@ def _half_split(root: epath.Path, train: tuple[str, ...], held: tuple[str, ...],
     if beside:
         _refuse(root, f"{_some(held)} is held out from the {pluralize(beside, 'picture')} beside it: move those into a "
                 "folder train/", f"it is no split: {LAYOUT}flat")
-    inner = _recognized(root / held[0], how) if len(held) == 1 and how == "auto" else None
+    inner = _recognized(root / held[0], how, formats) if len(held) == 1 and how == "auto" else None
     if inner and inner.kind in ("splits", "nested"):  # its name says what all of it is for
         return inner
     return _refuse(root, f"{_some(held)} without a folder to train on; to read one alone: "
                    f"--config.data.path={root / held[0]}", as_classes)
 
 
-def _recognized_train(folder: epath.Path, how: str) -> Layout:
+def _recognized_train(folder: epath.Path, how: str, formats: str) -> Layout:
     """Returns the layout of the only split there is, of which a part may be held out."""
-    return _recognized(folder, "auto" if how == "splits" else how)
+    return _recognized(folder, "auto" if how == "splits" else how, formats)
 
 
 def _check_kinds(root: epath.Path, others: list[str]) -> None:
@@ -141,10 +147,10 @@ def _check_names(root: epath.Path, others: list[str]) -> None:
                 f"{_some(others)} are classes: {LAYOUT}classes")
 
 
-def _check_alike(root: epath.Path, others: list[str]) -> None:
+def _check_alike(root: epath.Path, others: list[str], formats: str) -> None:
     """Raises UserError for folders that have the same sub-folders each, as folds of the same classes have."""
     inside: dict[str, set[str]] = {name: set() for name in others}
-    for path in files(root).pictures:
+    for path in files(root, formats=formats).pictures:
         first, _, rest = path.partition("/")
         if first in inside:
             inside[first].add(rest.split("/")[0] if "/" in rest else "")
@@ -154,10 +160,10 @@ def _check_alike(root: epath.Path, others: list[str]) -> None:
                 f"{root / others[0]} reads one alone", f"{_some(others)} are classes: {LAYOUT}classes")
 
 
-def _nested(root: epath.Path, others: list[str], how: str) -> Layout | None:
+def _nested(root: epath.Path, others: list[str], how: str, formats: str) -> Layout | None:
     """Returns the layout of classes, each with folders of splits; None where there is none such."""
     inside: dict[str, set[str]] = defaultdict(set)
-    for name in files(root).pictures:
+    for name in files(root, formats=formats).pictures:
         first, _, rest = name.partition("/")
         inside[first].add(rest.split("/")[0] if "/" in rest else "")
     roles = {name: {splits.role(child) for child in inside[name]} for name in others}
@@ -165,7 +171,7 @@ def _nested(root: epath.Path, others: list[str], how: str) -> Layout | None:
     if not split:
         return None
     whole = all("train" in roles[name] and "" not in roles[name] for name in others)
-    deep = any(name.count("/") > 2 for name in files(root).pictures)
+    deep = any(name.count("/") > 2 for name in files(root, formats=formats).pictures)
     if not whole or (deep and how != "splits"):
         _refuse(root, f"{_some(split)} with folders of splits inside; to read one alone: "
                 f"--config.data.path={root / split[0]}", f"{_some(others)} are classes: {LAYOUT}classes")
@@ -218,7 +224,7 @@ def training(layout: Layout, expression: str = "train") -> Part:
         return _nested_part(layout, "train")
     in_splits = layout.kind == "splits"
     base = layout.root / folder_of(layout, (names or ["train"])[0], "data.train_split") if in_splits else layout.root
-    listing = pictures(base, layout.plain)
+    listing = pictures(base, layout.plain, layout.formats)
     if in_splits and not layout.plain:
         base, listing = _unwrapped(base, listing)
     if layout.kind == "flat":
@@ -241,7 +247,7 @@ def part(layout: Layout, name: str, field: str, train: Part) -> Part:
     if layout.kind == "nested":
         return _nested_part(layout, splits.role(folder))
     base = layout.root / folder
-    listing = pictures(base, layout.plain)
+    listing = pictures(base, layout.plain, layout.formats)
     if layout.plain:
         return Part(base, listing, train.classes)
     base, listing = _unwrapped(base, listing, train.classes)
@@ -274,7 +280,7 @@ def _with_classes(layout: Layout, base: epath.Path, listing: Listing) -> Part:
 
 
 def _nested_part(layout: Layout, role: str) -> Part:
-    listing = pictures(layout.root)
+    listing = pictures(layout.root, formats=layout.formats)
     inside = [i for i, name in enumerate(listing.pictures) if name.count("/") > 1]
     kept = [i for i in inside if splits.role(listing.pictures[i].split("/")[1]) == role]
     classes = tuple(sorted({listing.pictures[i].split("/")[0] for i in inside}))
@@ -290,8 +296,8 @@ def _unwrapped(base: epath.Path, listing: Listing, classes: tuple[str, ...] = ()
             break
         only = names.pop()
         base = base / only
-        listing = replace(listing, pictures=tuple(name[len(nfc(only)) + 1:] for name in listing.pictures),
-                          paths=tuple(path[len(only) + 1:] for path in listing.paths))
+        listing = replace(listing, pictures=Names.of(name[len(nfc(only)) + 1:] for name in listing.pictures),
+                          paths=Names.of(path[len(only) + 1:] for path in listing.paths))
     return base, listing
 
 

@@ -8,13 +8,17 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from etils import epath
 
+from mae_jax.data.reading import EXTENSIONS
+from mae_jax.data.sources import listing_index
+from mae_jax.data.sources.names import CODING, Collector, Names
 from mae_jax.errors import UserError, pluralize, printable
+from mae_jax.storage import ranges
 
 log = logging.getLogger(__name__)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 MAX_LISTED = 4  # names that a line counts one by one
 DROPPINGS = {  # names, in small letters, that no person gives: of NAS, viewers, archives and file systems
     "@eadir", "@tmp", "@recycle", "@recently-snapshot", "@sharebin", "@sharesnap", "@appstore", "@database",
@@ -29,10 +33,18 @@ DROPPINGS = {  # names, in small letters, that no person gives: of NAS, viewers,
 class Listing:
     """The files under a folder, relative to it; names are in Unicode's form NFC, and sorted."""
 
-    pictures: tuple[str, ...]  # by their extension
-    paths: tuple[str, ...]  # what the disk calls them
-    others: tuple[str, ...]
+    pictures: Names  # by their extension
+    paths: Names  # what the disk calls them; the same object where that is the same
+    others: Names
     ignored: tuple[tuple[str, int], ...]  # name of a dropping → how many
+
+    @classmethod
+    def of(cls, arrays: listing_index.Arrays) -> "Listing":
+        """Returns what `_arrays` made arrays of."""
+        pictures, others = (Names(arrays[f"{what}_letters"], arrays[f"{what}_ends"]) for what in ("picture", "other"))
+        paths = Names(arrays["path_letters"], arrays["path_ends"]) if "path_ends" in arrays else pictures
+        ignored = Names(arrays["ignored_letters"], arrays["ignored_ends"])
+        return cls(pictures, paths, others, tuple(zip(ignored, arrays["ignored_counts"].tolist(), strict=True)))
 
     @functools.cached_property
     def direct(self) -> tuple[str, ...]:
@@ -44,10 +56,11 @@ class Listing:
         """The first sub-folders that have images, at any depth → how many."""
         return Counter(name.split("/", 1)[0] for name in self.pictures if "/" in name)
 
-    def only(self, kept: Sequence[int]) -> "Listing":
+    def only(self, kept: np.ndarray | Sequence[int]) -> "Listing":
         """Returns the listing with these images alone."""
-        return replace(self, pictures=tuple(self.pictures[i] for i in kept),
-                       paths=tuple(self.paths[i] for i in kept))
+        pictures = self.pictures.only(kept)
+        return replace(self, pictures=pictures,
+                       paths=pictures if self.paths is self.pictures else self.paths.only(kept))
 
 
 def nfc(name: str) -> str:
@@ -73,35 +86,45 @@ def some(names: Iterable[tuple[str, int]]) -> str:
 
 
 @functools.lru_cache(maxsize=8)  # a run opens a folder for training, for evaluation and for its classes
-def files(base: epath.Path, plain: bool = False) -> Listing:
-    """Lists a folder at any depth; plain: as mae_jax 0.1.0 did, by the names on the disk, with the droppings.
+def files(base: epath.Path, plain: bool = False, formats: str = "all") -> Listing:
+    """Lists a folder at any depth.
+
+    Args:
+      base: the folder.
+      plain: as mae_jax 0.1.0 did, by the names on the disk, with the droppings.
+      formats: data.formats, which says what extensions images have.
 
     Raises:
       OSError: a folder in it cannot be listed: its images would be lost without a word.
     """
-    ignored: Counter[str] = Counter()
-    drop = is_hidden if plain else is_dropping
+    place, left_out = os.fspath(base), _Droppings(plain)
+    if "://" in place:
+        return Listing.of(_arrays(_walk_bucket(base, left_out), left_out, plain, formats))
+    return Listing.of(listing_index.kept(place, (plain, formats), lambda folders: _arrays(
+        _walk_local(place, left_out, folders), left_out, plain, formats)))
 
-    def left_out(name: str) -> bool:
-        if found := drop(name):
-            ignored["._*" if name.startswith("._") else name] += 1
+
+class _Droppings:
+    """Says which names are left out, and counts them."""
+
+    def __init__(self, plain: bool):
+        self._drop, self.counts = is_hidden if plain else is_dropping, Counter[str]()
+
+    def __call__(self, name: str) -> bool:
+        if found := self._drop(name):
+            self.counts["._*" if name.startswith("._") else name] += 1
         return found
 
-    named = sorted((path if plain else nfc(path), path) for path in _walk(base, left_out))
-    pictures = [pair for pair in named if pair[0].lower().endswith(EXTENSIONS)]
-    others = tuple(name for name, _ in named if not name.lower().endswith(EXTENSIONS))
-    return Listing(tuple(name for name, _ in pictures), tuple(path for _, path in pictures), others,
-                   tuple(ignored.items()))
 
 
-def pictures(base: epath.Path, plain: bool = False) -> Listing:
+def pictures(base: epath.Path, plain: bool = False, formats: str = "all") -> Listing:
     """Returns `files` of a folder; raises UserError where there are no images."""
-    found = files(base, plain)
+    found = files(base, plain, formats)
     if not found.pictures:
         others = found.others
         what = f"{pluralize(len(others), 'other file')}, such as {printable(others[0])}" if others else "it is empty"
         what += f"; left out: {some(found.ignored)}" if found.ignored else ""
-        raise UserError(f"no pictures ({', '.join(EXTENSIONS)}) under {base}: {what}")
+        raise UserError(f"no pictures ({', '.join(extensions(formats))}) under {base}: {what}")
     return found
 
 
@@ -111,28 +134,122 @@ def folders(base: epath.Path, plain: bool = False) -> list[str]:
     return sorted(child.name for child in base.iterdir() if not drop(child.name) and child.is_dir())
 
 
-def _walk(base: epath.Path, left_out: Callable[[str], bool]) -> Iterator[str]:
-    """Yields relative paths of files, but for names that are left out."""
-    if "://" not in os.fspath(base):
-        yield from _walk_local(os.fspath(base), left_out)
+def extensions(formats: str) -> tuple[str, ...]:
+    """Returns what the names of images end with, in small letters."""
+    return EXTENSIONS["common" if formats == "common" else "all"]
+
+
+Walk = Iterator[tuple[str, list[str], list[str]]]  # a folder ('' or 'a/b/'), and the files and folders in it
+
+
+def _arrays(walk: Walk, left_out: _Droppings, plain: bool, formats: str) -> listing_index.Arrays:
+    """Returns what a walk found, as `Listing.of` takes it."""
+    held = {folder: (b"\0".join(name.encode(*CODING) for name in names), children) for folder, names, children in walk}
+    endings = tuple(ending.encode() for ending in extensions(formats))
+    pictures, paths, others, same = Collector(), Collector(), Collector(), True
+    for name, path in _in_order(held, plain):
+        if name.lower().endswith(endings):
+            if same and name != path:  # so far they were the same
+                same, paths = False, Collector.of(pictures.names())
+            pictures.add(name)
+            if not same:
+                paths.add(path)
+        else:
+            others.add(name)
+    named = {"picture": pictures.names(), "other": others.names(), "ignored": Names.of(left_out.counts)}
+    if not same:
+        named["path"] = paths.names()
+    arrays = {f"{what}_{field}": getattr(found, field) for what, found in named.items()
+              for field in ("letters", "ends")}
+    return {**arrays, "ignored_counts": np.array(list(left_out.counts.values()), np.int64)}
+
+
+def _in_order(held: dict[str, tuple[bytes, list[str]]], plain: bool) -> Iterator[tuple[bytes, bytes]]:
+    """Yields each file's name and path, sorted."""
+    last = (b"", b"")
+    for found in _merged(held, plain):
+        if found < last:  # two folders have one name in NFC, and their files mingle
+            break
+        last = found
+    else:
+        yield from _merged(held, plain)
+        return
+    yield from sorted(_merged(held, plain))
+
+
+def _merged(held: dict[str, tuple[bytes, list[str]]], plain: bool) -> Iterator[tuple[bytes, bytes]]:
+    """Yields likewise, folder by folder at the place of its name: '/' sorts among the letters of names."""
+    def entries(name: bytes, path: bytes) -> Iterator[tuple[bytes, bytes, bool]]:
+        joined, children = held[path.decode(*CODING)]
+        own = [(_spelled(each, plain), each, False) for each in (joined.split(b"\0") if joined else ())]
+        own += [(_spelled(each, plain), each, True) for each in (f"{child}/".encode(*CODING) for child in children)]
+        own.sort()
+        return ((name + form, path + each, folder) for form, each, folder in own)
+
+    stack = [entries(b"", b"")]
+    while stack:
+        found = next(stack[-1], None)
+        if found is None:
+            stack.pop()
+        elif found[2]:
+            stack.append(entries(*found[:2]))
+        else:
+            yield found[:2]
+
+
+def _spelled(name: bytes, plain: bool) -> bytes:
+    """Returns a name as it compares."""
+    return name if plain or name.isascii() else nfc(name.decode(*CODING)).encode(*CODING)
+
+
+def _walk_bucket(base: epath.Path, left_out: Callable[[str], bool]) -> Walk:
+    """Yields each folder of a bucket, but for names that are left out."""
+    if os.fspath(base).startswith("s3://"):
+        yield from _walk_objects(os.fspath(base), left_out)
         return
     for folder, children, names in base.walk():
         children[:] = [child for child in children if not left_out(child)]
-        inside = os.fspath(folder).removeprefix(os.fspath(base)).lstrip("/")
-        yield from (f"{inside}/{name}" if inside else name for name in names if not left_out(name))
+        inside = os.fspath(folder).removeprefix(os.fspath(base)).strip("/")
+        yield f"{inside}/" if inside else "", [name for name in names if not left_out(name)], list(children)
 
 
-def _walk_local(base: str, left_out: Callable[[str], bool]) -> Iterator[str]:
+def _walk_objects(base: str, left_out: Callable[[str], bool]) -> Walk:
+    """Yields likewise, as fsspec lists each folder."""
+    import fsspec
+
+    system, inside = fsspec.core.url_to_fs(base.rstrip("/"))
+    pending = [""]
+    while pending:
+        folder = pending.pop()
+        found = ranges.asked(base, lambda place=f"{inside}/{folder}": system.ls(place, detail=True))
+        kinds = {entry["name"].rstrip("/").rsplit("/", 1)[1]: entry["type"] for entry in found
+                 if entry["name"].rstrip("/") != f"{inside}/{folder}".rstrip("/")}
+        kinds = {name: kind for name, kind in kinds.items() if not left_out(name)}
+        children = [name for name, kind in kinds.items() if kind == "directory"]
+        pending += [f"{folder}{name}/" for name in children]
+        yield folder, [name for name, kind in kinds.items() if kind != "directory"], children
+
+
+def _walk_local(base: str, left_out: Callable[[str], bool], folders: listing_index.Folders) -> Walk:
     """Yields likewise. Links are followed, to folders too, but into no folder that is read already: a loop ends there.
     """
     top = os.path.realpath(base)
     read, pending, odd = [top], [""], defaultdict(list)
     while pending:
-        folder = pending.pop()
+        folder, names, children = pending.pop(), list[str](), list[str]()
+        folders.add(base, folder)
+        rest = list[os.DirEntry[str]]()
         with os.scandir(os.path.join(base, folder)) as entries:
-            found = sorted((entry for entry in entries if not left_out(entry.name)), key=lambda entry: entry.name)
-        for entry in found:
+            for entry in entries:
+                if left_out(entry.name):
+                    continue
+                if entry.is_file(follow_symlinks=False):
+                    names.append(entry.name)
+                else:
+                    rest.append(entry)
+        for entry in sorted(rest, key=lambda entry: entry.name):
             name, target = folder + entry.name, os.path.realpath(entry.path) if entry.is_symlink() else ""
+            folders.links |= bool(target)
             is_folder = os.path.isdir(target) if target else entry.is_dir()
             if is_folder and target and any(_within(target, one) or _within(one, target) for one in read):
                 odd["link", "left out, to a folder that is read already"].append(name)
@@ -142,12 +259,14 @@ def _walk_local(base: str, left_out: Callable[[str], bool]) -> Iterator[str]:
             if is_folder:
                 read += [target] if target else []
                 pending.append(f"{name}/")
-            elif entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path) or not os.path.exists(entry.path):
-                yield name  # also what a link promises and is not there: a broken image, by name
+                children.append(entry.name)
+            elif os.path.isfile(entry.path) or not os.path.exists(entry.path):
+                names.append(entry.name)  # also what a link promises and is not there: a broken image, by name
             else:
                 odd["file", "left out, no regular one"].append(name)
-    for (what, why), names in odd.items():
-        log.warning("%s: %s %s, such as %s", base, pluralize(len(names), what), why, printable(names[0]))
+        yield folder, names, children
+    for (what, why), named in odd.items():
+        log.warning("%s: %s %s, such as %s", base, pluralize(len(named), what), why, printable(named[0]))
 
 
 def _within(path: str, folder: str) -> bool:

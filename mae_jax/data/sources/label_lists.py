@@ -8,7 +8,7 @@ order of the images' names (imagenet_2012_validation_synset_labels.txt).
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +34,7 @@ class LabelList(NamedTuple):
     unknown: tuple[str, ...]  # names in it that are no class
 
 
-def find(places: Iterable[epath.Path], split: str, pictures: tuple[str, ...], classes: tuple[str, ...]
+def find(places: Iterable[epath.Path], split: str, pictures: Sequence[str], classes: tuple[str, ...]
          ) -> LabelList | None:
     """Returns the list that labels most images of a split; None where no file is one.
 
@@ -62,9 +62,10 @@ def find(places: Iterable[epath.Path], split: str, pictures: tuple[str, ...], cl
     return best
 
 
-def _read(file: epath.Path, split: str, pictures: tuple[str, ...], classes: tuple[str, ...]) -> LabelList | None:
+def _read(file: epath.Path, split: str, pictures: Sequence[str], classes: tuple[str, ...]) -> LabelList | None:
     text = nfc(file.read_bytes().decode("utf-8-sig", "replace"))
-    rows = [_fields(line) for line in text.splitlines() if line.strip()]
+    rows = [_fields(line) for line in text.splitlines()
+            if line.strip() and not line.startswith("# ")]
     places = {}
     for place, picture in enumerate(pictures):
         name = picture.rsplit("/", 1)[-1]
@@ -100,7 +101,7 @@ def _classes_second(rows: list[list[str]], classes: tuple[str, ...]) -> list[lis
     return rows if column == 1 or not hits(column) else [[row[0], row[column]] for row in rows if len(row) > column]
 
 
-def _check_order(file: epath.Path, pictures: tuple[str, ...]) -> None:
+def _check_order(file: epath.Path, pictures: Sequence[str]) -> None:
     """Raises UserError where the names' order as texts is not that of the numbers in them: 10.jpg before 2.jpg."""
     natural = sorted(pictures, key=lambda name: [int(part) if part.isdigit() else part
                                                  for part in re.split(r"(\d+)", name)])

@@ -13,7 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax.data.sources import splits
-from mae_jax.data.sources.base import UNLABELED, Example, Source, known_split, numbered_classes
+from mae_jax.data.sources.base import UNLABELED, Example, Source, class_numbers, known_split, numbered_classes
 from mae_jax.errors import UserError, did_you_mean
 from mae_jax.storage.npz import opened
 
@@ -63,10 +63,10 @@ def _source(images: np.ndarray, labels: np.ndarray | None, name: str) -> Source:
         images = images[..., None]
     several = _several(labels, len(images), name) if labels is not None else None
     labels = np.full(len(images), UNLABELED) if labels is None or several is not None else np.reshape(labels, -1)
-    if len(labels) != len(images) or not np.issubdtype(labels.dtype, np.integer):
+    if len(labels) != len(images) or labels.dtype.kind not in "iubf":
         raise UserError(f"the labels of {name!r} are {labels.dtype} {list(labels.shape)}; "
                         f"expected integers [{len(images)}]")
-    labels = labels.astype(np.int64)
+    labels = class_numbers(labels, f"the labels of {name!r}")
     classes = numbered_classes(labels) if several is None else tuple(map(str, range(several.shape[1])))
 
     def read(i: int) -> Example:

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.data.decode import decode_mask
 from mae_jax.data.sources import patterns, splits, text_labels
-from mae_jax.data.sources.base import UNLABELED, Example, Source, numbered_classes
+from mae_jax.data.sources.base import UNLABELED, Example, Source, class_numbers, numbered_classes
 from mae_jax.data.sources.text_labels import USUAL, asked, sliced, told
 from mae_jax.errors import UserError, did_you_mean, pluralize, printable
 from mae_jax.runtime import bounded_json
@@ -33,7 +33,7 @@ from mae_jax.storage.paths import version
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of the copy
+VERSION = 2  # of the copy
 ENDING = ".parquet"
 BATCH = 64  # rows that are copied at once
 
@@ -176,8 +176,8 @@ def _columns(name: str, size: int, changed: int, image: str, label: str, mask: s
         if label:
             raise UserError(f"{file} has no column data.label_key={label!r}; {did_you_mean(label, schema.names)}")
         labels = ""
-    kind = schema.field(labels).type if labels else pa.int64()
-    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    kind = _plain(schema.field(labels).type) if labels else pa.int64()
+    if not (_numeric(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         if label:
             raise UserError(f"{file}: data.label_key={label!r} is a column of {kind}; expected class numbers, or texts")
         log.warning("%s: the column %r is of %s, and is not taken for class numbers", file, labels, kind)
@@ -185,6 +185,15 @@ def _columns(name: str, size: int, changed: int, image: str, label: str, mask: s
     names = features.get(labels, {}).get("names") if labels else None
     classes = tuple(map(str, names)) if isinstance(names, list) else ()
     return Columns(usable[0], labels, mask, classes)
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """Returns the type of the values of a dictionary, and any other type as it is."""
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _numeric(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
@@ -251,13 +260,13 @@ def _copy(file: epath.Path, columns: Columns, to: Path) -> None:
     wanted = [name for name in (columns.image, columns.label, columns.mask) if name]
 
     def write(opened: pq.ParquetFile) -> None:
-        kind = opened.schema_arrow.field(columns.label).type if columns.label else pa.int64()
-        label = pa.int64() if pa.types.is_integer(kind) else pa.string()
+        kind = _plain(opened.schema_arrow.field(columns.label).type) if columns.label else pa.int64()
+        label = pa.int64() if _numeric(kind) else pa.string()
         fields = [("image", pa.large_binary()), ("label", label)]
         schema = pa.schema(fields + [("mask", pa.large_binary())] * bool(columns.mask))
         with pa.OSFile(str(to), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for batch in opened.iter_batches(BATCH, columns=list(dict.fromkeys(wanted))):
-                arrays = [_bytes(batch.column(columns.image)), _label(batch, columns.label, label)]
+                arrays = [_bytes(batch.column(columns.image)), _label(file, batch, columns.label, label)]
                 arrays += [_bytes(batch.column(columns.mask))] if columns.mask else []
                 writer.write_batch(pa.record_batch(arrays, schema=schema))
 
@@ -270,9 +279,19 @@ def _bytes(column: pa.Array) -> pa.Array:
     return column.cast(pa.large_binary())
 
 
-def _label(batch: pa.RecordBatch, name: str, kind: pa.DataType) -> pa.Array:
-    """Returns labels without nulls: -1, or ''."""
-    missing = pa.scalar(UNLABELED if pa.types.is_integer(kind) else "", kind)
+def _label(file: epath.Path, batch: pa.RecordBatch, name: str, kind: pa.DataType) -> pa.Array:
+    """Returns labels without nulls: -1, or ''; raises UserError for numbers of no class."""
     if not name:
         return pa.array(np.full(batch.num_rows, UNLABELED))
-    return batch.column(name).cast(kind).fill_null(missing)
+    column = batch.column(name)
+    column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    if kind == pa.string():
+        return column.cast(kind).fill_null("")
+    values, numbers = column.drop_null().to_numpy(zero_copy_only=False), np.full(len(column), UNLABELED, np.int64)
+    try:
+        numbers[np.asarray(column.is_valid())] = class_numbers(values, f"{file}: the labels of the column {name!r}")
+    except UserError as error:
+        if name != USUAL["label_key"] or values.dtype.kind != "f":  # somebody named it, or it has whole numbers
+            raise
+        log.warning("%s: they are not taken for class numbers", error)
+    return pa.array(numbers)

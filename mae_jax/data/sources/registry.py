@@ -8,12 +8,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax import plugins
-from mae_jax.data.sources import splits
+from mae_jax.data.sources import mixture, splits
 from mae_jax.data.sources.base import RecordStream, Source
 from mae_jax.errors import UserError
 from mae_jax.storage.paths import check_bucket, normalized
 
 BUILT_IN = ("mnist5k", "photo_crops", "photo_mosaic")  # sources that come with a package
+NOT_ON_S3 = ("clipart", "tfds", "tfrecord")  # the latter two are TensorFlow's to read
 # data.source → the module that has `load(data, split)`. Imported when asked for: some need packages of their own.
 # A plug-in gives such a module too, or the function.
 MODULES = {
@@ -37,12 +38,18 @@ def load(data: ConfigDict, expression: str) -> Source | RecordStream:
     Raises:
       UserError: an unknown source or split, nothing there, an empty split, or a sum that cannot be read.
     """
+    if data.get("mix"):
+        return mixture.mixed(data, [load(part, expression) for part in mixture.parts(data)])
     found = _found(data)
     if data.get("path") and data.source in BUILT_IN:
         raise UserError(f"data.source={data.source!r} does not read data.path={data.path!r}; leave it out, or name a "
                         "source that reads it, such as --config=folder")
     data = _located(data)
-    check_bucket(data.get("path") or "")
+    path = data.get("path") or ""
+    if path.startswith("s3://") and data.source in NOT_ON_S3:
+        raise UserError(f"data.path={path!r}: data.source={data.source!r} reads no s3://; sources that do are folder, "
+                        "table, tar, parquet and npz")
+    check_bucket(path)
     opened = getattr(found, "load", found)
     parts = [opened(data, split) for split in splits.parts(expression)]
     for part in parts:
@@ -100,12 +107,19 @@ def describe(data: ConfigDict, opened: Mapping[str, Any]) -> str:
       opened: 'train_split', 'val_split' and 'eval_split', as far as the config has them → what `load` gave.
     """
     how = getattr(_found(data), "describe", None)
+    if data.get("mix"):
+        each = mixture.parts(data)
+        fields = {field: data[field] for field in opened}
+        lines = [how(part, {field: load(part, text) for field, text in fields.items()}) if how else "" for part in each]
+        return mixture.describe(data, opened, lines)
     return how(data, opened) if how else ""
 
 
 def same_split(data: ConfigDict, one: str, other: str) -> bool:
     """Whether two names of splits mean the same images: data without splits have one held-out part, 'test' or 'val'.
     """
+    if data.get("mix"):
+        return any(same_split(part, one, other) for part in mixture.parts(data))
     named, data = getattr(_found(data), "split_name", lambda data, name: name), _located(data)
     return one == other or named(data, one) == named(data, other)
 

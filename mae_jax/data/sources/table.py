@@ -1,9 +1,11 @@
 """table: a list of images, one a line: CSV, TSV, or a path and a label separated by a blank, as Caffe's lists are.
 
 Columns go by their names: the image's path (data.image_key, or one of PATHS), relative to the list's folder; its label
-(data.label_key, or one of LABELS), a class's name or number; its split (one of SPLITS); a mask's path (data.mask_key).
-Without a line of names, the first column is the path and the second one the label. Without a column of splits a tenth
-is held out by a hash of the path, if the config uses it. Every image that is named must be there.
+(data.label_key, or one of LABELS), a class's name or number; its split (one of SPLITS, where it has names of splits);
+a mask's path (data.mask_key). Blank lines, and comments that begin with #, count for nothing. Without a line of names,
+the first column is the path and the second one the label. Without a column of splits a tenth is held out by a hash of
+the path, if the config uses it. Every image that is named must be there: all are looked for once, then a thousand at
+each start.
 """
 
 import csv
@@ -12,7 +14,7 @@ import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -20,16 +22,21 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax.data.decode import decode_mask, read_file
+from mae_jax.data.identity import short_hash
 from mae_jax.data.sources import splits, text_labels
 from mae_jax.data.sources.base import READERS, Example, Source
 from mae_jax.errors import UserError, did_you_mean, pluralize, printable
+from mae_jax.storage import cache as cache_of_files
 from mae_jax.storage.paths import locate, read_bytes, version
 
 log = logging.getLogger(__name__)
 
 PATHS = ("image", "path", "file", "filename", "file_name", "filepath", "file_path", "image_path", "img_path", "img",
          "image_id")
+IMAGE = re.compile(r"#\S+\.\w{2,5}(\s|[,;]|$)")  # what is a path though it begins as a comment does
+SAMPLED = 1000  # of a longer list whose files have all been seen once, so many are looked for at the next start
 LABELS = ("label", "class", "target", "category", "label_name", "class_name", "classname", "labels", "species")
+FIELDS = ("train_split", "val_split", "eval_split")
 SPLITS = ("split", "set", "subset", "partition")
 KEYS = ("image_key", "label_key", "mask_key")  # fields of the group `data` that name columns
 
@@ -91,14 +98,25 @@ def _open(data: ConfigDict) -> tuple[epath.Path, Table]:
     if file is None or not file.is_file():
         raise UserError(f"data.path={data.path!r} is no file; data.source='table' needs a list of images: CSV, TSV ...")
     keys = tuple(text_labels.asked(data, key) for key in KEYS)
-    return file, _table(*version(file), keys, data.get("label_key", "") == "")
+    table = _table(*version(file), keys, data.get("label_key", "") == "")
+    named = {split.name for field in FIELDS for split in splits.parts(data.get(field) or "train")}
+    if table.splits and not any(splits.role(value) or value in named for value in set(table.splits)):
+        _tell_no_splits(str(file), table.names["split"], sorted(set(table.splits))[0])
+        names = {what: name for what, name in table.names.items() if what != "split"}
+        table = table._replace(names=names, splits=())
+    return file, table
+
+
+@cache
+def _tell_no_splits(file: str, column: str, value: str) -> None:
+    log.warning("%s: the column %r has no names of splits, such as %s, and is not read", file, column, printable(value))
 
 
 @lru_cache(maxsize=8)
 def _table(name: str, size: int, changed: int, keys: tuple[str, ...], unlabeled: bool) -> Table:
     """Reads a list as long as it stays as it is; `keys` are the columns that somebody named, for path, label, mask."""
     file = epath.Path(name)
-    rows = _parsed(file)
+    rows, numbers = _parsed(file)
     head = [field.casefold() for field in rows[0]]
     image, label, mask = keys
     if not {*PATHS, image.casefold()} & set(head):
@@ -106,7 +124,7 @@ def _table(name: str, size: int, changed: int, keys: tuple[str, ...], unlabeled:
             key, value = next((key, value) for key, value in zip(KEYS, keys, strict=True) if value)
             raise UserError(f"{file}: its first line names no column data.{key}={value!r}; "
                             f"{did_you_mean(value, rows[0])}")
-        return _nameless(file, rows)
+        return _nameless(file, rows, numbers)
     wanted = {"path": (image, PATHS, "image_key"), "label": (label, LABELS, "label_key"), "split": ("", SPLITS, ""),
               "mask": (mask, (), "mask_key")}
     places, names = {}, {}
@@ -119,39 +137,54 @@ def _table(name: str, size: int, changed: int, keys: tuple[str, ...], unlabeled:
                             "them apart")
         if found and not (what == "label" and unlabeled):
             places[what], names[what] = head.index(found), rows[0][head.index(found)]
-    columns = {what: tuple(_field(file, number, row, place) for number, row in enumerate(rows[1:], 2))
+    columns = {what: tuple(_field(file, number, row, place)
+                           for number, row in zip(numbers[1:], rows[1:], strict=True))
                for what, place in places.items()}
     return Table(names, *(columns.get(what, ()) for what in wanted))
 
 
-def _parsed(file: epath.Path) -> list[list[str]]:
-    """Returns the lines that are not empty, cut into fields."""
+def _parsed(file: epath.Path) -> tuple[list[list[str]], list[int]]:
+    """Returns the lines that are neither empty nor comments, cut into fields, and their numbers."""
     try:
         text = (read_bytes(file) or b"").decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is no text in UTF-8: byte {error.start}") from None
-    lines = text.splitlines()
+    lines = [_uncommented(line) for line in text.splitlines()]
     first = next((line for line in lines if line.strip()), "")
     separator = next((each for each in ("\t", ",", ";") if each in first), "")
     try:
-        rows = [[field.strip() for field in row] for row in csv.reader(lines, delimiter=separator, strict=True)] \
-            if separator else [re.split(r"\s+(?=\S+$)", line.strip(), maxsplit=1) for line in lines]
+        if separator:
+            reader = csv.reader(lines, delimiter=separator, strict=True)
+            found = [(reader.line_num, [field.strip() for field in row]) for row in reader]
+        else:
+            found = [(number, re.split(r"\s+(?=\S+$)", line.strip(), maxsplit=1))
+                     for number, line in enumerate(lines, 1)]
     except csv.Error as error:
         raise UserError(f"{file} is no list that can be read: {error}") from None
-    rows = [row for row in rows if any(row)]
-    if not rows:
+    found = [(number, row) for number, row in found if any(row)]
+    if not found:
         raise UserError(f"{file} is empty")
-    return rows
+    return [row for _, row in found], [number for number, _ in found]
 
 
-def _nameless(file: epath.Path, rows: list[list[str]]) -> Table:
+def _uncommented(line: str) -> str:
+    """Returns a line, '' for a comment: the names of columns may have # before them, and so may an image's name."""
+    if not line.startswith("#") or IMAGE.match(line):
+        return line
+    bare = line.lstrip("# ")
+    words = [word.strip().casefold() for word in re.split(r"[,;\t]", bare)]
+    return bare if len(words) > 1 and set(PATHS) & set(words) else ""
+
+
+def _nameless(file: epath.Path, rows: list[list[str]], numbers: list[int]) -> Table:
     """Returns the columns of a list without names: a path, and a label perhaps."""
     width = max(map(len, rows))
     if width > 2 or not re.search(r"\.\w{2,5}$", rows[0][0]):
         raise UserError(f"{file}: no column of its first line is called as a path is, and it is no list of paths and "
                         f"labels; data.image_key names the column: {', '.join(map(printable, rows[0][:8]))}")
     paths = tuple(row[0] for row in rows)
-    labels = tuple(_field(file, number, row, 1) for number, row in enumerate(rows, 1)) if width == 2 else ()
+    labels = tuple(_field(file, number, row, 1) for number, row in zip(numbers, rows, strict=True)
+                   ) if width == 2 else ()
     return Table({}, paths, labels, (), ())
 
 
@@ -204,18 +237,30 @@ def _training(data: ConfigDict, table: Table) -> str:
 
 def _place(file: epath.Path, path: str) -> epath.Path:
     """Returns where an image lies; raises UserError for an address that is neither local nor in a bucket."""
-    if "://" in path and not path.startswith("gs://"):
-        raise UserError(f"{file} names {printable(path)}; an image is a file, or in a bucket gs://")
+    if "://" in path and not path.startswith(("gs://", "s3://")):
+        raise UserError(f"{file} names {printable(path)}; an image is a file, or in a bucket gs:// or s3://")
     return epath.Path(path) if "://" in path else file.parent / path
 
 
 def _check_there(file: epath.Path, paths: list[str]) -> None:
     """Raises UserError where the list names files that are not there; those of a bucket are found out by reading."""
-    places = [_place(file, path) for path in paths]
-    local = [i for i, place in enumerate(places) if "://" not in str(place)]
-    with ThreadPoolExecutor(READERS) as pool:
-        there = np.array(list(pool.map(lambda i: places[i].is_file(), local)), bool)
+    key = ("there", *version(file), short_hash(path.encode() for path in paths))
+    if len(paths) > SAMPLED and cache_of_files.found(key) is not None:
+        some = [paths[i] for i in np.linspace(0, len(paths) - 1, SAMPLED).astype(int)]
+        if _are_there(file, some)[1].all():
+            return
+    local, there = _are_there(file, paths)
+    if len(paths) > SAMPLED and there.all():
+        cache_of_files.keep(key, {"there": np.array(len(paths))})
     if len(there) and not there.all():
         first = paths[local[int(np.argmin(there))]]
         raise UserError(f"{file} names {pluralize(int((~there).sum()), 'file')} of {len(paths)} that are not there, "
                         f"such as {printable(first)}; paths are relative to {file.parent}")
+
+
+def _are_there(file: epath.Path, paths: list[str]) -> tuple[list[int], np.ndarray]:
+    """Returns which of the paths are on a disk, and bool for each of them: whether it is there."""
+    places = [_place(file, path) for path in paths]
+    local = [i for i, place in enumerate(places) if "://" not in str(place)]
+    with ThreadPoolExecutor(READERS) as pool:
+        return local, np.array(list(pool.map(lambda i: os.path.isfile(places[i]), local)), bool)

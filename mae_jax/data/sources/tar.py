@@ -31,8 +31,9 @@ from mae_jax.storage.paths import version
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of the index
-IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "img", "image")
+VERSION = 3  # of the index
+IMAGES = {"common": ("jpg", "jpeg", "png", "webp", "bmp", "gif", "img", "image")}  # data.formats → kinds of images
+IMAGES["all"] = (*IMAGES["common"], "tif", "tiff", "avif", "heic", "heif")
 ENDING, BLOCK = ".tar", tarfile.BLOCKSIZE
 MAX_LABEL = 256  # bytes of a text that may be a label
 MAX_JSON = 1 << 20  # bytes of a .json that is looked into
@@ -46,7 +47,7 @@ class Members(NamedTuple):
     sizes: np.ndarray  # int64: its bytes
     masks: np.ndarray  # int64 [n, 2], start and size; -1 for none
     labels: np.ndarray  # texts, '' for none
-    captions: np.ndarray  # texts of .txt that may be labels, '' for others
+    captions: np.ndarray  # texts of .txt that may be labels; [0] where some is missing, or has blanks
     kinds: np.ndarray  # texts of the kinds of members that are there, the image's first; of any length
     without: np.ndarray  # int64 [2]: keys that have no image; members that are symbolic links or sparse
 
@@ -57,6 +58,7 @@ class _Wanted(NamedTuple):
     image: str
     label: str
     mask: str
+    images: tuple[str, ...]  # kinds that are images
 
 
 def load(data: ConfigDict, split: splits.Split) -> Source:
@@ -115,7 +117,9 @@ def _source(data: ConfigDict, split: str, shards: tuple[epath.Path, ...], found:
 def _texts(members: Members, label: str) -> list[str]:
     if not label:
         return [""] * len(members.keys)
-    return list(map(str, members.captions if label == ".txt" else members.labels))
+    named = members.labels.astype(bool).any()
+    from_captions = label == ".txt" and not named and len(members.captions)
+    return list(map(str, members.captions if from_captions else members.labels))
 
 
 def _label_of(data: ConfigDict, found: tuple[Members, ...]) -> str:
@@ -130,10 +134,11 @@ def _label_of(data: ConfigDict, found: tuple[Members, ...]) -> str:
     if key != USUAL["label_key"]:
         raise UserError(f"data.label_key={key!r} is no kind of member of {data.path!r}, nor a field of a .json there; "
                         f"{did_you_mean(key, kinds)}")
-    texts = [str(text) for members in found for text in members.captions]
-    if "txt" not in kinds or not any(texts):
+    if "txt" not in kinds:
         return ""
-    if all(texts) and not any(" " in text for text in texts) and 2 * len(set(texts)) <= len(texts):
+    texts = {str(text) for members in found for text in members.captions}
+    if all(len(members.captions) == len(members.keys) for members in found) and (
+            2 * len(texts) <= sum(len(members.keys) for members in found)):
         return ".txt"
     log.warning("%s: the texts of .txt look like captions, and are not taken for labels; data.label_key=txt takes them",
                 data.path)
@@ -145,7 +150,8 @@ def _members(data: ConfigDict, split: str) -> tuple[tuple[epath.Path, ...], tupl
     if not data.path:
         raise UserError("data.source='tar' needs data.path: a folder of *.tar, or a pattern of them")
     shards = patterns.files(data.path, ENDING, split)
-    wanted = _Wanted(*(asked(data, key) for key in ("image_key", "label_key", "mask_key")))
+    wanted = _Wanted(*(asked(data, key) for key in ("image_key", "label_key", "mask_key")),
+                     IMAGES["common" if data.get("formats") == "common" else "all"])
     began = time.monotonic()
     with ThreadPoolExecutor(READERS) as pool:
         found = tuple(pool.map(lambda shard: _kept(*version(shard), wanted), shards))
@@ -239,7 +245,7 @@ def _add(shard: epath.Path, examples: dict[str, dict[str, Any]], member: tarfile
 
 def _columns(shard: epath.Path, examples: dict[str, dict[str, Any]], wanted: _Wanted, others: int) -> Members:
     rows, without = [], 0
-    plain = any(kind in members for members in examples.values() for kind in IMAGES if kind != wanted.mask)
+    plain = any(kind in members for members in examples.values() for kind in wanted.images if kind != wanted.mask)
     for key, members in examples.items():
         image = _image(shard, key, members, wanted, plain)
         if not image:
@@ -248,12 +254,14 @@ def _columns(shard: epath.Path, examples: dict[str, dict[str, Any]], wanted: _Wa
         mask = members.get(wanted.mask, (-1, -1))[:2] if wanted.mask else (-1, -1)
         rows.append((key, *members[image][:2], mask, _label(shard, key, members, wanted.label),
                      _text(members.get("txt")), image))
+    captions = [row[5] for row in rows]
     kinds = dict.fromkeys([row[-1] for row in rows] + [kind for members in examples.values() for kind in members])
     return Members(
         keys=np.array([row[0] for row in rows], np.str_), starts=np.array([row[1] for row in rows], np.int64),
         sizes=np.array([row[2] for row in rows], np.int64),
         masks=np.array([row[3] for row in rows], np.int64).reshape(-1, 2),
-        labels=np.array([row[4] for row in rows], np.str_), captions=np.array([row[5] for row in rows], np.str_),
+        labels=np.array([row[4] for row in rows], np.str_),
+        captions=np.array(captions if all(text and " " not in text for text in captions) else [], np.str_),
         kinds=np.array(list(kinds)[:100], np.str_), without=np.array([without, others], np.int64))
 
 
@@ -266,8 +274,8 @@ def _image(shard: epath.Path, key: str, members: Mapping[str, Any], wanted: _Wan
     if wanted.image:
         return wanted.image if wanted.image in members else ""
     if plain:
-        return next((kind for kind in IMAGES if kind in members and kind != wanted.mask), "")
-    found = [kind for kind in members if kind.rpartition(".")[2] in IMAGES and kind != wanted.mask]
+        return next((kind for kind in wanted.images if kind in members and kind != wanted.mask), "")
+    found = [kind for kind in members if kind.rpartition(".")[2] in wanted.images and kind != wanted.mask]
     if len(found) > 1:
         raise UserError(f"{shard}: {printable(key)} has several images, .{printable(found[0])} and "
                         f".{printable(found[1])}; data.image_key names one kind. A key ends at its first dot: keys "

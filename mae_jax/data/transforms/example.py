@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.data import masking
 from mae_jax.data.decode import IGNORED, StoredImage, opencv
+from mae_jax.data.reading import Reading
 from mae_jax.data.sources.base import UNLABELED, Example
 from mae_jax.data.transforms.color import policy
 from mae_jax.data.transforms.crop import augment, augment_view, center
@@ -30,7 +31,7 @@ class ExampleBuilder:
         for each in (order, *(view.order for view in views)):
             masking.check(each)
         self._config, self._order, self._spec, self._views = config, order, spec, views
-        self._grid, self._upright = PatchGrid.of(config), config.data.exif != "ignore"
+        self._grid, self._reading = PatchGrid.of(config), Reading.of(config.data)
         self.group = order.group  # neighbours whose orders belong together
         policy(config.data.color)  # says at once what is missing
         if config.data.resize == "fast":
@@ -39,9 +40,9 @@ class ExampleBuilder:
     def train(self, example: Example, position: int) -> Fields:
         """Returns the augmented view, or views, that belong to a position of the run; raises BadImage."""
         if self._views:
-            stored = StoredImage(example.image, upright=self._upright)
+            stored = StoredImage(example.image, reading=self._reading)
             return {**self._labels(example), **self._several(stored, position)}
-        stored = StoredImage(example.image, self._config.data.resize == "fast", self._upright)
+        stored = StoredImage(example.image, self._config.data.resize == "fast", self._reading)
         draws = rng(self._config.seed, "augment", position)
         pixels, mask = augment(stored, draws, self._config, self._mask(example))
         return {**self._labels(example), **self._cut(pixels, mask, self._drawn(self._config.seed, "order", position))}
@@ -54,7 +55,7 @@ class ExampleBuilder:
         Raises:
           BadImage: the image, or its mask, cannot be used.
         """
-        stored = StoredImage(example.image, upright=self._upright)
+        stored = StoredImage(example.image, reading=self._reading)
         pixels, mask = center(stored, self._config, ratio, self._mask(example))
         address = index if self._order.group == 1 else position
         return {**self._labels(example), **self._cut(pixels, mask, self._drawn(0, "evaluate", address))}

@@ -53,9 +53,9 @@ def test_placeholders_are_no_labels(file, rows, tmp_path):
 
 def test_images_that_are_not_read_are_counted_by_their_extension(tmp_path):
     write(tmp_path, "cat/", "dog/", count=20)
-    for name in ("cat/1.tif", "cat/2.TIF", "dog/x.heic", "dog/notes.txt"):
+    for name in ("cat/1.jp2", "cat/2.JP2", "dog/x.dng", "dog/notes.txt"):
         (tmp_path / name).write_bytes(b"x")
-    assert "not read, by the extension: .tif 2, .heic 1" in told(tmp_path)
+    assert "not read, by the extension: .jp2 2, .dng 1" in told(tmp_path)
 
 
 def test_a_folder_without_folders_has_no_classes(tmp_path):

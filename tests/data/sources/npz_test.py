@@ -155,3 +155,21 @@ def test_medmnists_several_labels_stay_several(tmp_path):
     source = load(save(tmp_path, train_images=IMAGES, train_labels=several), eval_split="")
     assert source.fields == ("labels",)
     assert (source.read(5).labels == several[5]).all()
+
+
+@pytest.mark.parametrize("kind", [np.uint64, np.uint8, bool, np.float32, np.int8])
+def test_labels_may_be_numbers_of_any_type(tmp_path, kind):
+    source = load(save(tmp_path, image=IMAGES, label=(LABELS % 2).astype(kind)), eval_split="")
+    assert source.classes == ("0", "1")
+    assert [source.label(i) for i in range(200)] == (LABELS % 2).tolist()
+
+
+@pytest.mark.parametrize("value", [2**64 - 1, 2**63])
+def test_labels_beyond_all_classes_do_not_become_negative(tmp_path, value):
+    with pytest.raises(UserError, match=f"{value} is no class number"):
+        load(save(tmp_path, image=IMAGES, label=np.full(200, value, np.uint64)))
+
+
+def test_fractions_are_no_labels(tmp_path):
+    with pytest.raises(UserError, match=r"such as 0\.5"):
+        load(save(tmp_path, image=IMAGES, label=LABELS / 2))

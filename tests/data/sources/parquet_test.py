@@ -78,7 +78,11 @@ def test_every_row_of_the_splits_files_is_read_at_random_with_its_label(tmp_path
     ({"meta": metadata(pixels={"_type": "Image"}), "name": "pixels", "image": pa.array(["text"] * 9)}, {},
      ("0", "1", "2")),
     ({"labels": [NAMES[i % 3] for i in range(9)]}, {}, tuple(NAMES)),
-    ({"labels": [0.5] * 9}, {}, ()),
+    ({"labels": [0.5] * 9, "meta": {}}, {}, ()),
+    ({"labels": [float(i % 3) for i in range(9)], "meta": {}}, {}, ("0", "1", "2")),
+    ({"labels": pa.array([i % 3 for i in range(9)], pa.uint64()), "meta": {}}, {}, ("0", "1", "2")),
+    ({"labels": pa.array([NAMES[i % 3] for i in range(9)]).dictionary_encode(), "meta": {}}, {}, tuple(sorted(NAMES))),
+    ({"labels": pa.array([i % 3 for i in range(9)]).dictionary_encode(), "meta": {}}, {}, ("0", "1", "2")),
     ({}, {"label_key": ""}, ()),
     ({"labels": None}, {}, ()),
 ])
@@ -219,3 +223,21 @@ def test_a_pattern_over_several_splits_is_refused(tmp_path):
         write(tmp_path / f"{split}-0.parquet", range(3))
     with pytest.raises(UserError, match=r"several splits, test, train.*\{split\}"):
         load(tmp_path / "*.parquet")
+
+
+@pytest.mark.parametrize(("values", "says"), [
+    ([0.5, 1.0], r"column 'kind' are double, such as 0\.5|are float64, such as 0\.5"),
+    (pa.array([2**64 - 1, 1], pa.uint64()), "18446744073709551615 is no class number"), ([float("inf"), 1.0], "inf")])
+def test_numbers_of_no_class_are_refused(tmp_path, values, says):
+    write(tmp_path / "a.parquet", range(2), kind=IMAGE, meta={}, kinds=pa.array(values))
+    with pytest.raises(UserError, match=says.replace("'kind'", "'kinds'")):
+        load(tmp_path / "a.parquet", eval_split="", label_key="kinds")
+
+
+def test_bools_are_two_classes_and_nan_is_none(tmp_path):
+    write(tmp_path / "a.parquet", range(3), [True, False, None], meta={})
+    source = load(tmp_path / "a.parquet", eval_split="")
+    assert ([source.label(i) for i in range(3)], source.classes) == ([1, 0, -1], ("0", "1"))
+    write(tmp_path / "b.parquet", range(3), [1.0, float("nan"), 0.0], meta={})
+    source = load(tmp_path / "b.parquet", eval_split="")
+    assert [source.label(i) for i in range(3)] == [1, -1, 0]

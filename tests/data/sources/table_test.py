@@ -7,7 +7,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from mae_jax.data.sources import registry
+from mae_jax.data.sources import registry, table
 from mae_jax.errors import UserError
 
 
@@ -152,3 +152,47 @@ def test_the_line_of_a_run_names_the_columns(folder):
     line = registry.describe(data, {"train_split": registry.load(data, "train")})
     assert line == ("train: 15 images in 2 classes; not read: 5 lines of valid; from list.csv by the columns "
                     "path 'path', label 'label', split 'split'")
+
+
+def test_comments_and_blank_lines_count_for_nothing(folder):
+    text = "# made by a script\n\n#path,label\nimages/3.png,cat\n# images/4.png is blurred\n\nimages/5.png,dog\n"
+    assert seen(load(write(folder, text), eval_split="")) == {"images/3.png": "cat", "images/5.png": "dog"}
+    plain = "# a list of Caffe's\nimages/3.png 1\n#\nimages/5.png 0\n"
+    assert seen(load(write(folder, plain, "list.txt"), eval_split="")) == {"images/3.png": "1", "images/5.png": "0"}
+    with pytest.raises(UserError, match="line 5 has 1 field"):
+        load(write(folder, "# one\n\npath,label\nimages/3.png,1\nimages/4.png\n", "bad.csv"), eval_split="")
+
+
+def test_an_image_whose_name_begins_as_a_comment_is_read(folder):
+    (folder / "#1.png").write_bytes((folder / "images" / "1.png").read_bytes())
+    assert seen(load(write(folder, "path,label\n#1.png,cat\n"), eval_split="")) == {"#1.png": "cat"}
+
+
+def test_a_column_set_that_has_no_names_of_splits_is_no_column_of_splits(folder, caplog):
+    rows = [(f"images/{i}.png", "cat", ("castle", "space")[i % 2]) for i in range(20)]
+    source = load(write(folder, lines(",", rows, "path", "label", "set")), eval_split="")
+    assert source.size == 20
+    assert "'set' has no names of splits, such as castle" in caplog.text
+    named = write(folder, lines(",", rows, "path", "label", "set"), "named.csv")
+    assert load(named, "castle", train_split="castle", eval_split="space").size == 10
+
+
+def test_a_long_list_is_looked_through_once_and_what_vanishes_later_is_found_by_samples(folder, monkeypatch):
+    monkeypatch.setenv("MAE_JAX_CACHE", str(folder / "cache"))
+    monkeypatch.setattr(table, "SAMPLED", 5)
+    path, looked = write(folder, lines(",", ROWS, "path", "label", "split")), []
+    real = os.path.isfile
+    monkeypatch.setattr(os.path, "isfile", lambda place: looked.append(str(place)) or real(place))
+
+    def images():
+        looked_at = [place for place in looked if place.endswith(".png")]
+        looked.clear()
+        return len(looked_at)
+
+    load(path)
+    assert images() == 15
+    load(path)
+    assert images() == 5
+    (folder / "images" / "0.png").unlink()
+    with pytest.raises(UserError, match=r"1 file of 15 that are not there, such as images/0\.png"):
+        load(path)

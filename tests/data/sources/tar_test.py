@@ -250,3 +250,14 @@ def test_slices_of_shards_sorted_by_class_have_all_classes(tmp_path):
     parts = [load(tmp_path, split, eval_split="") for split in ("train[:80%]", "train[80%:]")]
     assert sum(part.size for part in parts) == 200
     assert all({part.label(i) for i in range(part.size)} == {0, 1, 2} for part in parts)
+
+
+def test_captions_take_no_memory(tmp_path, caplog):
+    shard(tmp_path / "a.tar", range(30), txt=lambda number: (f"image {number} " + "of a cat " * 20).encode())
+    source = load(tmp_path / "a.tar", eval_split="")
+    assert source.classes == ()
+    assert "look like captions" in caplog.text
+    members = tar._members(ConfigDict({"path": str(tmp_path / "a.tar"), "image_key": "image", "label_key": "label",
+                                       "mask_key": ""}), "train")[1][0]
+    assert members.captions.nbytes < 10
+    assert load(tmp_path / "a.tar", eval_split="", label_key="txt").classes[0].startswith("image 0 of a cat")

@@ -1,0 +1,135 @@
+"""data.mix: several folders, or other data of one source, each with a weight: "3:/data/photos", "1:/data/drawings".
+
+A weight says how often a draw is from there, whatever the sizes: of each 4 draws in a row that begin at a multiple of
+4, 3 are photos and 1 is a drawing, in an order of their own. Where the k-th draw comes from is a function of (seed, k),
+and so is how many came from there before it: each part goes through all its examples, in orders of its own, before it
+begins again. An epoch of the config's durations is as many draws as all parts have examples; evaluations read each
+example once. Classes are one by their names.
+"""
+
+import functools
+import re
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from math import lcm
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_jax.data.sources.base import UNLABELED, Example, Source
+from mae_jax.errors import UserError, pluralize, printable
+from mae_jax.rng import example_at
+
+MOST = 10_000  # draws after which the weights have come out even
+PART = re.compile(r"(\d+(?:\.\d+)?):(.+)", re.DOTALL)
+
+
+class Mix(NamedTuple):
+    """The parts of data.mix."""
+
+    weights: tuple[int, ...]  # of so many draws in a row
+    paths: tuple[str, ...]
+
+
+def parsed(parts: Sequence[str]) -> Mix:
+    """Reads data.mix; raises UserError."""
+    found = [PART.fullmatch(part) for part in parts]
+    for part, match in zip(parts, found, strict=True):
+        if not match or not Fraction(match[1]):
+            raise UserError(f"data.mix: {printable(part)!r} is no weight and path; write ('3:/data/a', '1:/data/b')")
+    weights = [Fraction(match[1]) for match in found]
+    paths = tuple(match[2] for match in found)
+    if len(set(paths)) < len(paths):
+        raise UserError(f"data.mix names {printable(max(paths, key=paths.count))} twice; add its weights")
+    scale = lcm(*(weight.denominator for weight in weights))
+    whole = [int(weight * scale) for weight in weights]
+    whole = [weight // int(np.gcd.reduce(whole)) for weight in whole]
+    if sum(whole) > MOST:
+        raise UserError(f"data.mix: weights of {len(str(sum(whole)))} digits; write simpler ones, as 3 and 1")
+    return Mix(tuple(whole), paths)
+
+
+def parts(data: ConfigDict) -> list[ConfigDict]:
+    """Returns the group `data` of each part; of data without a mix, itself; raises UserError."""
+    if not data.get("mix"):
+        return [data]
+    if data.get("path"):
+        raise UserError("data.mix and data.path are both given; data.mix has the paths")
+    if data.get("classes"):
+        raise UserError("data.classes keeps classes of one set of data, and data.mix has several")
+    each = []
+    for path in parsed(data.mix).paths:
+        part = data.copy_and_resolve_references()
+        part.path, part.mix = path, ()
+        each.append(part)
+    return each
+
+
+def mixed(data: ConfigDict, sources: Sequence[Source]) -> Source:
+    """Returns the examples of all parts, whose training draws go by the weights; raises UserError for streams."""
+    mix = parsed(data.mix)
+    if not all(isinstance(source, Source) for source in sources):
+        raise UserError("data.mix needs data with random access, which a stream of records has not: python -m mae_jax "
+                        "inspect --write=array_record stores them so")
+    fields = {source.fields for source in sources}
+    if len(fields) > 1:
+        raise UserError(f"data.mix: some of {', '.join(mix.paths)} have several labels or masks, and some have none")
+    classes = _union(sources)
+    if "labels" in sources[0].fields and any(source.classes != sources[0].classes for source in sources):
+        raise UserError("data.mix: several labels of each image, and other classes in each part")
+    ends = tuple(np.cumsum([source.size for source in sources]).tolist())
+    tables = [tuple(classes.index(name) for name in source.classes) for source in sources]
+
+    def place(index: int) -> tuple[int, int]:
+        part = bisect_right(ends, index)
+        return part, index - (ends[part - 1] if part else 0)
+
+    def renumbered(part: int, own: int) -> int:
+        return tables[part][own] if 0 <= own < len(tables[part]) else UNLABELED
+
+    def label(index: int) -> int:
+        part, inside = place(index)
+        return renumbered(part, sources[part].label(inside))
+
+    def read(index: int) -> Example:
+        part, inside = place(index)
+        example = sources[part].read(inside)
+        return example._replace(label=renumbered(part, example.label))
+
+    def name(index: int) -> str:
+        part, inside = place(index)
+        return f"{printable(mix.paths[part])}: {sources[part].name(inside)}"
+
+    strange = tuple(sorted({name for source in sources for name in source.unknown_classes}))
+    return Source(ends[-1], read, name, classes, sources[0].fields,
+                  label if all(source.label for source in sources) else None, strange,
+                  functools.partial(drawn, mix.weights, tuple(source.size for source in sources)))
+
+
+def drawn(weights: tuple[int, ...], sizes: tuple[int, ...], seed: int, number: int) -> int:
+    """Returns which example of all the parts a draw shows, by its number in the run."""
+    total = sum(weights)
+    block, place = divmod(number, total)
+    at = example_at(seed, block, total, place, "mix")
+    part, before = 0, 0
+    while at >= before + weights[part]:
+        part, before = part + 1, before + weights[part]
+    turn, place = divmod(block * weights[part] + at - before, sizes[part])
+    return sum(sizes[:part]) + example_at(seed, turn, sizes[part], place, f"epoch {part}")
+
+
+def describe(data: ConfigDict, opened: Mapping[str, Source], lines: Sequence[str]) -> str:
+    """Returns a line about the mix, and that of each part."""
+    mix, train = parsed(data.mix), opened["train_split"]
+    shares = ", ".join(f"{weight} of {sum(mix.weights)} draws from {printable(path)}"
+                       for weight, path in zip(mix.weights, mix.paths, strict=True))
+    classes = f" in {len(train.classes)} classes by their names" if train.classes else " without classes"
+    each = "; ".join(f"{printable(path)}: {line}" for path, line in zip(mix.paths, lines, strict=True) if line)
+    return f"data.mix: {shares}; an epoch is {pluralize(train.size, 'image')}{classes}; {each}"
+
+
+def _union(sources: Sequence[Source]) -> tuple[str, ...]:
+    names = {name for source in sources for name in source.classes}
+    return tuple(sorted(names, key=lambda name: (int(name), name) if all(map(str.isdecimal, names)) else (0, name)))
