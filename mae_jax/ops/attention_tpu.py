@@ -41,7 +41,7 @@ class Way(NamedTuple):
 WAYS = {
     "TPU v3": Way(3, {64: 2}),
     "TPU v5 lite": Way(3, {64: 2}, in_place=(32,), inner_by_product=True),
-    "TPU v6 lite": Way(3, {64: 2}, in_place=(32,)),
+    "TPU v6 lite": Way(3, {64: 2}, in_place=(32,), inner_by_product=True),
     "tpu": Way(3, {64: 2}),  # all others, for which no other way was found to pay
 }
 
