@@ -5,7 +5,9 @@
 
 Compiles the attention of a block with its products, forward and backward pass in one program, and prints for each way
 the sum of the compiler's estimated cycles, its seconds, and the --kinds kinds of operation that take the most cycles.
-A way is how often scores are taken, then how many heads lie side by side, or that they stay in place; or it is 'plain'.
+A way is how often scores are taken, then how many heads lie side by side, or that they stay in place, then 'inner'
+where the backward pass sums each head's products by a product; or it is 'plain'. With --block, the layer norms and the
+perceptron of a block are there too.
 Needs libtpu, no TPU; half a minute per way.
 """
 
@@ -25,7 +27,7 @@ from mae_jax import errors
 from mae_jax.commands import cli
 from mae_jax.commands.plan import tpu, tpu_text
 from mae_jax.commands.plan.collectives import withheld_seconds
-from mae_jax.models.blocks import Attention
+from mae_jax.models.blocks import Attention, Block
 from mae_jax.ops import attention, attention_tpu
 from mae_jax.runtime.sharding import AXES
 
@@ -34,6 +36,7 @@ IMAGES = flags.DEFINE_integer("images", 64, "images per device")
 TOKENS = flags.DEFINE_integer("tokens", 197, "tokens per image")
 WIDTH = flags.DEFINE_integer("width", 512, "channels of a token")
 HEADS = flags.DEFINE_integer("heads", 16, "heads")
+BLOCK = flags.DEFINE_bool("block", False, "the whole block")
 WAYS = flags.DEFINE_multi_string("way", ["3", "3,in_place"], "a way of attention")
 KINDS = flags.DEFINE_integer("kinds", 10, "kinds of operation to print of each way")
 
@@ -42,16 +45,18 @@ def implementation(way: str, depth: int) -> attention.Implementation:
     """Returns the attention of heads of that depth which --way describes."""
     if way == "plain":
         return attention.IMPLEMENTATIONS["plain"]
-    scores, rest = (*way.split(","), "1")[:2]
-    if rest == "in_place":
+    scores, *rest = way.split(",")
+    if "in_place" in rest:
         return attention.on_tpu(attention_tpu.Way(int(scores), {}, (depth,)))
-    return attention.on_tpu(attention_tpu.Way(int(scores), {depth: int(rest)}))
+    together = next((int(part) for part in rest if part.isdigit()), 1)
+    return attention.on_tpu(attention_tpu.Way(int(scores), {depth: together}, inner_by_product="inner" in rest))
 
 
 def compiled(device: jax.Device) -> jax.stages.Compiled:
     """Compiles both passes of the attention for one device."""
     mesh = Mesh(np.array(device).reshape(1, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
-    module, everywhere = Attention(HEADS.value, jnp.bfloat16), NamedSharding(mesh, PartitionSpec())
+    module = Block(HEADS.value, 4, "erf", jnp.bfloat16) if BLOCK.value else Attention(HEADS.value, jnp.bfloat16)
+    everywhere = NamedSharding(mesh, PartitionSpec())
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)

@@ -22,11 +22,14 @@ class Way(NamedTuple):
         apart by zeros in one operand, for which the matrix unit multiplies as many times more.
       in_place: depths of heads that are not regrouped, but stay [B, T, H, d], which the compiler lays out as the
         products like it.
+      inner_by_product: of heads that are regrouped, whether the products of `out` and its gradient are summed over each
+        by the matrix unit, before; else `out` is regrouped as well, and XLA writes the products in float32.
     """
 
     scores: int
     side_by_side: dict[int, int]
     in_place: tuple[int, ...] = ()
+    inner_by_product: bool = False
 
     def together(self, heads: int, depth: int) -> int:
         """Returns S, how many heads of that depth stay side by side."""
@@ -37,8 +40,8 @@ class Way(NamedTuple):
 # Kind of device or platform → its way, by the compiler's estimates (benchmarks/results/tpu_step.md).
 WAYS = {
     "TPU v3": Way(3, {64: 2}),
-    "TPU v5 lite": Way(3, {64: 2}, in_place=(32,)),
-    "TPU v6 lite": Way(3, {64: 2}, in_place=(32,)),
+    "TPU v5 lite": Way(3, {64: 2}, in_place=(32,), inner_by_product=True),
+    "TPU v6 lite": Way(3, {64: 2}, in_place=(32,), inner_by_product=True),
     "tpu": Way(3, {64: 2}),  # all others, for which no other way was found to pay
 }
 
@@ -66,17 +69,23 @@ def backward(way: Way, heads: int, saved: tuple[jax.Array, ...], dout: jax.Array
     depth = dout.shape[-1] // heads
     if depth in way.in_place:
         return _backward_in_place(heads, *saved, dout)
-    return _backward_regrouped(heads, way.together(heads, depth), *saved, dout)
+    return _backward_regrouped(way, heads, *saved, dout)
 
 
-def _backward_regrouped(heads: int, together: int, q: jax.Array, k: jax.Array, v: jax.Array, weights: jax.Array,
+def _backward_regrouped(way: Way, heads: int, q: jax.Array, k: jax.Array, v: jax.Array, weights: jax.Array,
                         out: jax.Array, dout: jax.Array) -> tuple[jax.Array, ...]:
     images, tokens, width = q.shape
     depth = width // heads
-    q, k, v, out, dout = (_groups(x, heads // together) for x in (q, k, v, out, dout))
-    out, dout = jax.lax.optimization_barrier((out, dout))  # else the float32 product below is regrouped
-    weights = weights.reshape(len(q), -1, tokens, tokens)
-    inner = _masked(dout.astype(jnp.float32) * out, together).sum(-1, keepdims=True)
+    together = way.together(heads, depth)
+    if way.inner_by_product:
+        inner = _inner(heads, out, dout).reshape(-1, together, tokens, 1)
+        q, k, v, dout = (_groups(x, heads // together) for x in (q, k, v, dout))
+        weights = weights.reshape(len(q), -1, tokens, tokens)
+    else:
+        q, k, v, out, dout = (_groups(x, heads // together) for x in (q, k, v, out, dout))
+        out, dout = jax.lax.optimization_barrier((out, dout))  # else the float32 product below is regrouped
+        weights = weights.reshape(len(q), -1, tokens, tokens)
+        inner = _masked(dout.astype(jnp.float32) * out, together).sum(-1, keepdims=True)
     dweights = jnp.einsum("nqd,nskd->nsqk", dout, _masked(v, together), preferred_element_type=jnp.float32)
     dscores = (weights * (dweights - inner) * depth**-0.5).astype(q.dtype)
     dq = jnp.einsum("nsqk,nskd->nqd", dscores, _masked(k, together))
@@ -96,6 +105,12 @@ def _backward_in_place(heads: int, q: jax.Array, k: jax.Array, v: jax.Array, wei
     dk = jnp.einsum("bhqk,bqhd->bkhd", dscores, q)
     dv = jnp.einsum("bhqk,bqhd->bkhd", weights, dout)
     return dq.reshape(shape), dk.reshape(shape), dv.reshape(shape)
+
+
+def _inner(heads: int, out: jax.Array, dout: jax.Array) -> jax.Array:
+    """Returns the products of `out` and its gradient [B, T, D], float32, summed over each head: [B, H, T]."""
+    of_head = np.repeat(np.eye(heads, dtype=np.float32), out.shape[-1] // heads, axis=0)
+    return jnp.einsum("btd,dh->bht", dout.astype(jnp.float32) * out, of_head, precision=jax.lax.Precision.HIGHEST)
 
 
 def _weights(scores: Callable[[jax.Array, jax.Array], jax.Array], times: int, q: jax.Array, k: jax.Array) -> jax.Array:

@@ -61,9 +61,14 @@ def test_large_scores_do_not_overflow(by):
 
 @pytest.mark.parametrize(("by", "products"), [("plain", 6), *((kind, 8) for kind in attention_tpu.WAYS)])
 def test_no_product_mixes_float32_with_bfloat16(by, products):
+    """Besides the sums of each head's products of float32, where these are a product."""
     *inputs, dout = operands(jnp.bfloat16)
     program = jax.make_jaxpr(lambda *a: jax.vjp(partial(attention, by=by), *a)[1](dout))(*inputs)
     found = [eqn for eqn in program.eqns if eqn.primitive.name == "dot_general"]
+    sums = [eqn for eqn in found if eqn.params["precision"] is not None]
+    assert len(sums) == (by in attention_tpu.WAYS and attention_tpu.WAYS[by].inner_by_product)
+    assert all(var.aval.dtype == jnp.float32 for eqn in sums for var in eqn.invars)
+    found = [eqn for eqn in found if eqn not in sums]
     assert len(found) == products
     assert all(var.aval.dtype == jnp.bfloat16 for eqn in found for var in eqn.invars)
 
