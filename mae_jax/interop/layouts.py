@@ -21,12 +21,45 @@ PREFIXES = ("module.", "_orig_mod.", "teacher.", "student.", "model.", "backbone
 Params = Any  # nested dict of arrays
 State = Mapping[str, Any]  # name → array
 OURS = "mae_jax"  # the only one that copies whole checkpoints too
+FILE = "model.safetensors"  # the arrays in a folder, as transformers and timm call them
 LAYOUTS = {  # name → module:attribute
     "mae_jax": "mae_jax.interop.ours:LAYOUT",
     "mae": "mae_jax.interop.mae:LAYOUT",
     "timm": "mae_jax.interop.timm:LAYOUT",
     "hf": "mae_jax.interop.hf:LAYOUT",
+    "stablehlo": "mae_jax.interop.stablehlo:LAYOUT",
+    "onnx": "mae_jax.interop.onnx:LAYOUT",
 }
+
+
+class Exported(NamedTuple):
+    """What a layout writes of a run."""
+
+    params: Params  # ours: all of them, or the encoder alone (`Layout.whole`)
+    config: ConfigDict
+    classes: tuple[str, ...] = ()  # names of what the head has rows for; () where they are not known
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the classifier's head, 0 without one."""
+        return len(self.params["head"]["bias"]) if "head" in self.params else 0
+
+
+class Program(NamedTuple):
+    """A file that computes what the encoder does, in place of a list of arrays or beside it.
+
+    Attributes:
+      file: its name in the folder.
+      make: returns its content.
+      run: (that content, the arrays beside it, images uint8 [B, height, width, 3]) → name → float32 array, as
+        `forward.forward` gives them.
+      tolerance: how far results may be from ours, of the largest.
+    """
+
+    file: str
+    make: Callable[[Exported], bytes]
+    run: Callable[[bytes, State, np.ndarray], Mapping[str, Any]]
+    tolerance: float
 
 
 class Layout(NamedTuple):
@@ -34,25 +67,31 @@ class Layout(NamedTuple):
 
     Attributes:
       to: (our parameters, their config) → what is written: name → float32 array, or a nested dict of such. Raises
-        UserError for a parameter that has no place there.
+        UserError for a parameter that has no place there. None: no arrays, the `program` holds them.
       from_: (what was read, the config of the run that made it, or None) → our parameters; None: it is not read, or
         another layout reads it. Raises UserError.
       recognizes: (the names that a file has, up to the first '/') → whether `from_` reads it.
       refuses: config → why nothing of its method can be written, as the end of a sentence about the run; '': it can.
       whole: methods whose parameters are written whole; of the others the encoder alone is. None: whole of all.
       describe: (config, what is written) → a line to print, such as the arguments of the library's model.
-      file: name of the file of weights in the folder that --to then names; '': --to is the file.
-      beside: (config) → name → text of further files in that folder.
+      files: endings of a --to that is one file of weights; else it is a folder, with FILE and what lies beside it.
+      beside: name → text of further files in the folder.
+      loading: lines of Python that load the folder, which they call FOLDER, for its README.md.
+      library: the hub's name of the library that loads the folder; '' for none.
+      program: what is written in the folder besides.
     """
 
-    to: Callable[[Params, ConfigDict], Any]
+    to: Callable[[Params, ConfigDict], Any] | None = None
     from_: Callable[[State, ConfigDict | None], Params] | None = None
     recognizes: Callable[[Iterable[str]], bool] = lambda names: False
     refuses: Callable[[ConfigDict], str] = lambda config: ""
     whole: tuple[str, ...] | None = None
     describe: Callable[[ConfigDict, Mapping[str, np.ndarray]], str] = lambda config, state: ""
-    file: str = ""
-    beside: Callable[[ConfigDict], dict[str, str]] = lambda config: {}
+    files: tuple[str, ...] = (".safetensors",)
+    beside: Callable[[Exported], dict[str, str]] = lambda exported: {}
+    loading: Callable[[Exported], str] = lambda exported: ""
+    library: str = ""
+    program: Program | None = None
 
 
 def layouts() -> Mapping[str, Layout]:

@@ -190,4 +190,9 @@ LAYOUT = Layout(
     recognizes=lambda names: any(name.startswith("blocks.") for name in names),
     refuses=mixture,
     whole=("mae", "supervised"),
+    files=(".safetensors", ".pth"),
+    loading=lambda exported: """import safetensors.torch
+
+state = safetensors.torch.load_file("FOLDER/model.safetensors")
+model.load_state_dict(state, strict=False)  # models_mae.py's, or models_vit.py's, of the published code""",
 )
