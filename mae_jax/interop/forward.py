@@ -39,7 +39,7 @@ def forward(config: ConfigDict) -> Callable[[Any, jax.Array], Outputs]:
             tokens = encoder.apply({"params": tree}, normalize(patches), order, block=-1 if "norm" in tree else
                                    m.depth - 1)
             features = tokens[:, 0] if m.pool == "cls" else tokens[:, 1:].mean(1)
-            if "head" not in params:
+            if "bias" not in params.get("head", {}):  # none, or what DINO has by this name
                 return {"features": features}
             own = {name: params[name] for name in ("fc_norm", "head") if name in params}
             classifier = Classifier(np.shape(params["head"]["bias"])[0], "fc_norm" in own, 0.0)

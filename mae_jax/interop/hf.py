@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.errors import UserError
-from mae_jax.interop.layouts import Exported, Layout, mixture
-from mae_jax.interop.mae import from_mae, to_mae
+from mae_jax.errors import UserError, printable
+from mae_jax.interop.layouts import Exported, Layout, mixture, nearest
+from mae_jax.interop.mae import expected, from_mae, to_mae
 from mae_jax.ops.patches import MEAN, STD, PatchGrid
 
 # How a name begins: in the published code, in transformers 4 and, where that is another one, in transformers 5.
@@ -55,7 +55,7 @@ def to_hf(params: Any, grid: tuple[int, int], patch: tuple[int, int]) -> dict[st
     state = {}
     for key, array in to_mae(params, grid, patch).items():
         for one, part in _apart(key, array).items():
-            name = _written(one)
+            (name, *_) = _written(one)
             if not name:
                 raise UserError(f"{key} has no place in transformers' ViT, which classifies the class token; write the "
                                 "classifier of a mean with --layout=timm")
@@ -105,9 +105,13 @@ def hf_config(config: ConfigDict, kind: str = PRETRAINING) -> dict[str, Any]:
     return fields
 
 
-def _written(key: str) -> str:
-    """Returns the name in transformers of a name in the published code, '' where it has none."""
-    return _renamed(key, {ours: names[0] for ours, *names in PARTS}, {ours: names[0] for ours, *names in OF_BLOCKS})
+def _written(key: str, every: bool = False) -> tuple[str, ...]:
+    """Returns the name in transformers 4 of a name in the published code, '' where it has none; with `every`, the
+    names in all versions.
+    """
+    names = (_renamed(key, {ours: names[place] for ours, *names in PARTS},
+                      {ours: names[place] for ours, *names in OF_BLOCKS}) for place in ((0, -1) if every else (0,)))
+    return tuple(names)
 
 
 def _read(key: str) -> str:
@@ -116,8 +120,9 @@ def _read(key: str) -> str:
     known = _renamed(full, {name: ours for ours, *names in PARTS for name in names},
                      {name: ours for ours, *names in OF_BLOCKS for name in names})
     if not known:
-        raise UserError(f"{key} is no parameter of transformers' ViTMAE; expected names such as "
-                        "vit.embeddings.cls_token, vit.encoder.layer.0.attention.output.dense.weight")
+        olds = [one for old in expected(key) for one in _apart(old, np.zeros(3))]
+        there = [name for one in olds for name in _written(one, every=True)]
+        raise UserError(f"{printable(key)} is no parameter of transformers' ViT or ViTMAE; {nearest(full, there)}")
     return known
 
 
@@ -150,7 +155,7 @@ def _fused(state: Mapping[str, Any]) -> dict[str, Any]:
         names = [f"{match[1]}.{letter}.{match[3]}" for letter in "qkv"]
         for name in names:
             if name not in state:
-                raise UserError(f"{_written(key)} is there, but {_written(name)} is missing")
+                raise UserError(f"{_written(key)[0]} is there, but {_written(name)[0]} is missing")
         fused[f"{match[1]}.qkv.{match[3]}"] = np.concatenate([np.asarray(state[name]) for name in names])
     return fused
 

@@ -3,7 +3,9 @@
 Importing this imports no JAX.
 """
 
+import difflib
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,6 +20,11 @@ logger = logging.getLogger(__name__)
 # How the names of a whole model may begin: of PyTorch's wrappers and compiler, and of what people's code holds it in.
 PREFIXES = ("module.", "_orig_mod.", "teacher.", "student.", "model.", "backbone.", "base_encoder.", "encoder.", "net.",
             "deit.")
+# Heads that pre-training leaves behind a ViT: of MoCo v3, DINO and BEiT, and transformers' pooler.
+NO_PART = re.compile(r"head\.(\d+|mlp|last_layer)\.|lm_head\.|(vit\.)?pooler\.")
+EXAMPLES = ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "vit.embeddings.cls_token",
+            "vit.embeddings.patch_embeddings.projection.weight", "vit.encoder.layer.0.attention.attention.query.weight",
+            "vit.layers.0.attention.q_proj.weight", "encoder/patch_embed/kernel", "encoder/block_00/attn/qkv/kernel")
 Params = Any  # nested dict of arrays
 State = Mapping[str, Any]  # name → array
 OURS = "mae_jax"  # the only one that copies whole checkpoints too
@@ -42,7 +49,7 @@ class Exported(NamedTuple):
     @property
     def outputs(self) -> int:
         """Rows of the classifier's head, 0 without one."""
-        return len(self.params["head"]["bias"]) if "head" in self.params else 0
+        return len(self.params.get("head", {}).get("bias", ()))
 
 
 class Program(NamedTuple):
@@ -109,8 +116,8 @@ def read(state: State, config: ConfigDict | None) -> Params:
 
     Args:
       state: name → array, or a nested dict of such. Where all names of the model begin alike, as with 'module.' of
-        PyTorch's wrappers or 'backbone.' of DINO's code, that beginning does not count, and what lies beside the model
-        is left over, and told.
+        PyTorch's wrappers or 'backbone.' of DINO's code, that beginning does not count. What lies beside the model, and
+        heads of pre-training, are left over, and told.
       config: of the run that made it, where that is known.
 
     Raises:
@@ -121,6 +128,7 @@ def read(state: State, config: ConfigDict | None) -> Params:
         for name in table:
             layout = table[name]
             if layout.from_ and layout.recognizes(inside):
+                inside = {key: value for key, value in inside.items() if not NO_PART.match(key)}
                 _tell(state, inside, begin)
                 return layout.from_(inside, config)
         prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in inside)), "")
@@ -134,8 +142,22 @@ def read(state: State, config: ConfigDict | None) -> Params:
 def _tell(state: State, inside: State, begin: str) -> None:
     if len(inside) < len(state):
         beside = sorted(name for name in state if not name.startswith(begin) or name.removeprefix(begin) not in inside)
-        logger.info("%d arrays of %d begin with %r and are read; left over are %s%s", len(inside), len(state), begin,
-                    ", ".join(map(printable, beside[:3])), " ..." if len(beside) > 3 else "")
+        logger.info("%d arrays of %d%s are read; left over are %s%s", len(inside), len(state),
+                    f" begin with {begin!r} and" if begin else "", ", ".join(map(printable, beside[:3])),
+                    " ..." if len(beside) > 3 else "")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns the end of a refusal: the known name that is the most like one that a file has."""
+    return f"the nearest one expected is {difflib.get_close_matches(name, known, n=1, cutoff=0)[0]}"
+
+
+def strange(names: Iterable[str]) -> str:
+    """Returns why a file of these names is refused, as the end of a sentence: no layout knows them."""
+    first = min(names, key=len, default="")
+    if not first:
+        return "it holds no arrays"
+    return f"it holds no ViT that is known here; of its names one is {printable(first)}, and {nearest(first, EXAMPLES)}"
 
 
 def mixture(config: ConfigDict) -> str:

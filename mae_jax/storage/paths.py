@@ -10,6 +10,7 @@ from unicodedata import category
 from etils import epath
 
 from mae_jax.errors import UserError, printable
+from mae_jax.storage import hub
 
 # Read when etils meets the first gs:// path: gcsfs serves it then, TensorFlow stays out.
 os.environ.setdefault("EPATH_USE_TF", "false")
@@ -18,6 +19,7 @@ GCS_MISREADS = "*?[]{}\\#"  # gcsfs and the bucket take them for a pattern, or f
 ORBAX_MISREADS = "*?[]\\"  # a pattern, as its glob reads them
 # Of a config, besides init_from; data.path is as its source reads it.
 FIELDS = ("data.tokens", "train.compilation_cache", "method.vocabulary_file", "method.clusters")
+FROM_HUB = ("", "init_from", "--from")  # flags that may name a repository of the hub; config_of and the like have none
 BUCKET = r"gs://[a-z0-9][a-z0-9_.-]{1,220}[a-z0-9](/|$)"
 
 
@@ -34,6 +36,9 @@ def normalized(path: str, flag: str = "") -> str:
     said = f"{flag}={printable(path)}" if flag else printable(path)
     if any(category(char) in ("Cc", "Cs", "Zl", "Zp") for char in path):
         raise UserError(f"{said}: a path cannot have line breaks, control characters or what is no UTF-8 in it")
+    if path.startswith(hub.SCHEME) and flag in FROM_HUB:
+        hub.check(path, flag)
+        return path
     if re.match(r"[\w.+-]+:/|gs:", path) and not path.startswith("gs://"):
         raise UserError(f"{said}: a folder is local or gs://BUCKET/FOLDER")
     if path.startswith("gs://"):
@@ -60,7 +65,12 @@ def locate(path: str, flag: str = "") -> epath.Path:
     if path.startswith("gs://"):
         _refuse(path, GCS_MISREADS, flag)
         check_bucket(path)
-    return epath.Path(path)
+    return epath.Path(_here(path))
+
+
+def _here(path: str) -> str:
+    """Returns a normalized path; of a repository of the hub, that of its copy here."""
+    return hub.fetched(path) if path.startswith(hub.SCHEME) else path
 
 
 def output(path: str, flag: str) -> epath.Path | None:
@@ -92,7 +102,7 @@ def for_orbax(path: str, flag: str = "") -> str:
     Raises:
       UserError: as of `normalized`, or a part of it would be taken for a pattern.
     """
-    path = normalized(path, flag)
+    path = _here(normalized(path, flag))
     if path.startswith("gs://") or not os.path.isfile(path):
         _refuse(path if path.startswith("gs://") else os.path.abspath(path), ORBAX_MISREADS, flag)
     return path

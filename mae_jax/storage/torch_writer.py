@@ -5,7 +5,6 @@ has it; `torch_file` reads it.
 """
 
 import io
-import pickle
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -15,8 +14,11 @@ from etils import epath
 
 from mae_jax.storage import paths
 
+# What a pickle is made of (Python's pickletools has the list).
+PROTO, STOP, MARK, REDUCE, BINPERSID, NEWFALSE = b"\x80", b".", b"(", b"R", b"Q", b"\x89"
+EMPTY_DICT, SETITEMS, EMPTY_TUPLE, TUPLE, BINUNICODE, BININT = b"}", b"u", b")", b"t", b"X", b"J"
 ROOT = "archive"  # of the names in the zip; torch takes any
-HOOKS = b"ccollections\nOrderedDict\n" + pickle.EMPTY_TUPLE + pickle.REDUCE  # none
+HOOKS = b"ccollections\nOrderedDict\n" + EMPTY_TUPLE + REDUCE  # none
 
 
 def save(path: epath.Path, state: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
@@ -40,27 +42,27 @@ def save(path: epath.Path, state: Mapping[str, np.ndarray], metadata: Mapping[st
 
 def _pickle(arrays: Mapping[str, np.ndarray]) -> bytes:
     items = b"".join(_text(name) + _tensor(str(number), array) for number, (name, array) in enumerate(arrays.items()))
-    state = pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS
-    return b"".join((pickle.PROTO, b"\x02", pickle.EMPTY_DICT, pickle.MARK, _text("model"), state, pickle.SETITEMS,
-                     pickle.STOP))
+    state = EMPTY_DICT + MARK + items + SETITEMS
+    return b"".join((PROTO, b"\x02", EMPTY_DICT, MARK, _text("model"), state, SETITEMS,
+                     STOP))
 
 
 def _tensor(key: str, array: np.ndarray) -> bytes:
     """Returns what makes a tensor of the storage of this key, as torch's own `_rebuild_tensor_v2` takes it."""
     storage = _tuple((_text("storage"), b"ctorch\nFloatStorage\n", _text(key), _text("cpu"), _integer(array.size)))
     strides = [stride // array.itemsize for stride in array.strides]
-    made_of = _tuple((storage + pickle.BINPERSID, _integer(0), _tuple(map(_integer, array.shape)),
-                      _tuple(map(_integer, strides)), pickle.NEWFALSE, HOOKS))
-    return b"ctorch._utils\n_rebuild_tensor_v2\n" + made_of + pickle.REDUCE
+    made_of = _tuple((storage + BINPERSID, _integer(0), _tuple(map(_integer, array.shape)),
+                      _tuple(map(_integer, strides)), NEWFALSE, HOOKS))
+    return b"ctorch._utils\n_rebuild_tensor_v2\n" + made_of + REDUCE
 
 
 def _tuple(parts: Iterable[bytes]) -> bytes:
-    return pickle.MARK + b"".join(parts) + pickle.TUPLE
+    return MARK + b"".join(parts) + TUPLE
 
 
 def _text(text: str) -> bytes:
-    return pickle.BINUNICODE + struct.pack("<I", len(text.encode())) + text.encode()
+    return BINUNICODE + struct.pack("<I", len(text.encode())) + text.encode()
 
 
 def _integer(number: int) -> bytes:
-    return pickle.BININT + struct.pack("<i", number)
+    return BININT + struct.pack("<i", number)

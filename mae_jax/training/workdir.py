@@ -64,10 +64,14 @@ def changes(workdir: epath.Path, config: ConfigDict, inputs: Any = None, origin:
 def continued(workdir: epath.Path, config: ConfigDict) -> ConfigDict:
     """Returns the config with which a run goes on: where there is one, with the recipe_version that it began with.
 
-    The newest version gives way, since a recipe has that where it states none; another one must be the run's.
+    The newest version gives way, since a recipe has that where it states none; another one must be the run's. Open
+    fields of the model are those that the run found in `init_from`.
     """
     stored = _stored_config(workdir)
     newest = recipe_version.CURRENT
+    if stored is not None and config.model.auto:
+        config = config.copy_and_resolve_references()
+        config.model.update({field: stored.model[field] for field in config.model.auto}, auto=())
     if stored is None or config.recipe_version != newest or stored.recipe_version == newest:
         return config
     config = config.copy_and_resolve_references()

@@ -46,6 +46,7 @@ def text(exported: layouts.Exported, layout: str, origin: epath.Path, step: int)
 
 
 def title(config: ConfigDict) -> str:
+    """Returns the heading: size, patch and method."""
     m, (rows, columns) = config.model, config.model.patch
     size = next((name for name, shape in SIZES.items() if shape == (m.width, m.depth, m.heads)), f"{m.width}x{m.depth}")
     return f"ViT-{size}/{rows if rows == columns else f'{rows}x{columns}'}, method.name={config.method.name}"

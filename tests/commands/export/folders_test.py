@@ -18,6 +18,7 @@ from mae_jax.param_tree import flatten, nest
 from mae_jax.storage import safetensors_file
 from mae_jax.storage.checkpoint import Checkpoints, load_params
 from mae_jax.training import workdir
+from tests.helpers.tiers import all_slow_but
 from tests.helpers.tiny import raster_batch, tiny_config, tiny_method, tiny_params, tiny_state, tiny_supervised
 
 CLASSES = ("ant", "bee", "cat")
@@ -47,7 +48,7 @@ def made(folder, config, classes=(), seed=5):
     return folder, params
 
 
-@pytest.fixture(scope="module", params=RUNS)
+@pytest.fixture(scope="module", params=all_slow_but(("mae",), RUNS))
 def run(request, tmp_path_factory):
     """(its name, workdir, parameters, config)."""
     config = RUNS[request.param]()
