@@ -111,7 +111,7 @@ def _ours(config, tree, images: np.ndarray, rng: np.random.Generator) -> dict:
 def load(folder: Path) -> None:
     """Loads the exports as a user does, compares, and has the library save what it loaded."""
     lines = []
-    for number, (name, (method, side, _, layouts)) in enumerate(CASES.items()):
+    for number, (name, (method, _, _, layouts)) in enumerate(CASES.items()):
         place = folder / f"case{number}"
         with np.load(place / "ours.npz") as file:
             ours = dict(file)
@@ -236,8 +236,9 @@ def read(folder: Path) -> None:
 
 def _table(lines: list[dict]) -> str:
     rows = ["# Exports in timm and transformers", "",
-            "Random models, exported, loaded by the libraries and compared in float32 on CPUs: `tests/interop/check_exports.py`.",
-            "Errors are of the largest value. Where a library saved what it had loaded, our reader read it again.", "",
+            "Random models, exported, loaded by the libraries and compared in float32 on CPUs",
+            "(`tests/interop/check_exports.py`). Errors are of the largest value. Where a library saved what it had loaded,",
+            "our reader read it again.", "",
             "| model | library | as | result |", "|---|---|---|---|"]
     for line in lines:
         result = (f"off by {line['error']:.1e}" if "error" in line else
