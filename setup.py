@@ -60,7 +60,7 @@ setup(
         "gpu": ["jax[cuda12]>=0.10,<0.13"],
         "gcs": GCS,
         "torch": ["torch>=2.6,<3", "transformers>=4.57,<6"],
-        "hub": ["huggingface_hub>=0.30,<3"],  # init_from=hf://owner/name
+        "hub": ["huggingface_hub>=0.34,<2"],  # init_from=hf://owner/name
         # Later versions of jax2onnx want an orbax-checkpoint that is older than ours.
         "onnx": ["jax2onnx>=0.13,<0.14", "onnx>=1.20,<2", "onnxruntime>=1.24,<2"],  # export --layout=onnx
         "plan": ["libtpu>=0.0.52,<1"],  # the TPU compiler, as a plain package

@@ -237,8 +237,8 @@ def read(folder: Path) -> None:
 def _table(lines: list[dict]) -> str:
     rows = ["# Exports in timm and transformers", "",
             "Random models, exported, loaded by the libraries and compared in float32 on CPUs",
-            "(`tests/interop/check_exports.py`). Errors are of the largest value. Where a library saved what it had loaded,",
-            "our reader read it again.", "",
+            "(`tests/interop/check_exports.py`). Errors are of the largest value. What a library saved of what it",
+            "had loaded, our reader read again.", "",
             "| model | library | as | result |", "|---|---|---|---|"]
     for line in lines:
         result = (f"off by {line['error']:.1e}" if "error" in line else
