@@ -168,7 +168,8 @@ def _transformers(place: Path, ours: dict, method: str) -> list[dict]:
             lines += [_line(library, "AutoModel", names, out.last_hidden_state, ours["tokens"]),
                       _line(library, "AutoModel's pooler_output", names, out.pooler_output, ours["features"])]
     model.save_pretrained(place / f"saved_{library.replace(' ', '-')}")
-    return [*lines, _prepared(place, library, ours)]
+    whole = ours["images"].shape[1] * 256 % 224 == 0  # else the processor's larger side is rounded
+    return [*lines, *([_prepared(place, library, ours)] if whole else [])]
 
 
 def _prepared(place: Path, library: str, ours: dict) -> dict:

@@ -41,6 +41,8 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
     alone = check_destination(target, to, layout, chosen)
     if layout == layouts.OURS and not how and not alone:
         print(checkpoint_copy.copy(folder, target))
+        step, tree, _ = read_step(target)  # as whoever starts from it reads it
+        paths.replace_text(target / "README.md", card.text(layouts.Exported(tree, config), layout, origin, step))
         return errors.FINISHED
     if not alone:
         check_no_run(target)
