@@ -75,7 +75,8 @@ def test_what_the_package_and_its_recipes_import_is_declared(setup_arguments):
 
 
 def test_what_tests_import_is_declared_for_them(setup_arguments):
-    known = declared(setup_arguments, "test", "torch", "onnx") | {"timm", "torchvision"}  # which two make golden values with
+    known = declared(setup_arguments, "test", "torch", "onnx")
+    known |= {"timm", "torchvision"}  # which two make golden values with
     assert {name: path for name, path in imported("tests").items() if name not in known} == {}
 
 

@@ -36,13 +36,14 @@ def forward(config: ConfigDict) -> Callable[[Any, jax.Array], Outputs]:
         patches = tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, grid.num_patches, grid.patch_dim)
         order = jnp.arange(grid.num_patches, dtype=jnp.int32)[None]
         with jax.default_matmul_precision("float32"):
-            tokens = encoder.apply({"params": tree}, normalize(patches), order, block=-1 if "norm" in tree else
+            tokens: Any = encoder.apply({"params": tree}, normalize(patches), order, block=-1 if "norm" in tree else
                                    m.depth - 1)
             features = tokens[:, 0] if m.pool == "cls" else tokens[:, 1:].mean(1)
             if "bias" not in params.get("head", {}):  # none, or what DINO has by this name
                 return {"features": features}
             own = {name: params[name] for name in ("fc_norm", "head") if name in params}
             classifier = Classifier(np.shape(params["head"]["bias"])[0], "fc_norm" in own, 0.0)
-            return {"features": features, "logits": classifier.apply({"params": own}, features)}
+            logits: Any = classifier.apply({"params": own}, features)
+            return {"features": features, "logits": logits}
 
     return outputs

@@ -174,6 +174,13 @@ def test_the_card_says_data_method_step_metrics_and_how_it_is_loaded(run, tmp_pa
     assert "0.1 | 9" not in card  # it was measured later
 
 
+def test_a_copied_checkpoint_has_a_card_too(run, tmp_path):
+    weights.export(str(run[1]), str(tmp_path / "copy"), "mae_jax")
+    card = (tmp_path / "copy" / "README.md").read_text()
+    assert "step 6" in card
+    assert 'load_params("FOLDER")' in card
+
+
 @pytest.mark.parametrize(("source", "line"), [
     ("/data/mae_pretrain_vit_base.pth", "CC BY-NC 4.0"), ("hf://facebook/vit-mae-base", "license: cc-by-nc-4.0"),
     ("hf://timm/vit_base_patch16_224.mae", "CC BY-NC 4.0"), ("/data/other.pth", "Those that it started from may have"),
