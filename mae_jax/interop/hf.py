@@ -187,6 +187,8 @@ def _in_folder(params: Any, config: ConfigDict) -> dict[str, np.ndarray]:
     Those of ViTModel have no prefix, and a pooler that changes nothing: transformers would make a random one, and call
     what comes out of it the model's output.
     """
+    if kind_of(params) == ENCODER:  # BEiT's mask token is of its pre-training, as a decoder is
+        params = {"encoder": {name: leaf for name, leaf in params["encoder"].items() if name != "mask_token"}}
     state = to_hf(params, PatchGrid.of(config).shape, config.model.patch)
     if kind_of(params) != ENCODER:
         return state
