@@ -34,7 +34,7 @@ from functools import partial
 
 from ml_collections import ConfigDict
 
-from mae_jax.config import default, resolve, vit
+from mae_jax.config import SHAPE, default, resolve, vit
 
 B, L, H = 768, 1024, 1280  # widths, by which the tables tell sizes apart
 
@@ -50,13 +50,14 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optim.update(warmup="5 epochs", min_lr=1e-6, betas=(0.9, 0.999))
     config.checkpoint.every = config.eval.every = "5 epochs"
     size(config, "B")
+    config.model.auto = SHAPE  # of init_from, unless a size is named
     sizes = {name: partial(size, name=name) for name in ("B", "L", "H")}
     return resolve(config, arg, sizes, {"repo": repo, "paper": paper, "scratch": scratch}, cls=cls)
 
 
 def size(config: ConfigDict, name: str) -> None:
     """Sets the encoder's size, and for it the recipe `repo`."""
-    config.model.update(vit(name, patch=14 if name == "H" else 16))
+    config.model.update(vit(name, patch=14 if name == "H" else 16), auto=())
     repo(config)
 
 

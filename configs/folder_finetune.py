@@ -26,7 +26,7 @@ from functools import partial
 
 from ml_collections import ConfigDict
 
-from mae_jax.config import default, resolve, vit
+from mae_jax.config import SHAPE, default, resolve, vit
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -40,6 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.checkpoint.update(every="5 epochs", best_metric="top1")
     config.eval.every = "5 epochs"
     size(config, "Ti")
+    config.model.auto = SHAPE  # of init_from, unless a size is named
     sizes = {name: partial(size, name=name) for name in ("Ti", "S", "B")}
     return resolve(config, arg, sizes, scratch=scratch, all=everything)
 
@@ -48,7 +49,7 @@ def size(config: ConfigDict, name: str) -> None:
     """Sets the encoder's size and its pictures: 256 patches at 128 × 128 pixels, 196 at 224 × 224 for B."""
     large = name == "B"
     config.data.image_size = (224, 224) if large else (128, 128)
-    config.model.update(vit(name, patch=16 if large else 8))
+    config.model.update(vit(name, patch=16 if large else 8), auto=())
     config.optim.lr = 1e-3 if large else 2e-3  # per 256 images: small encoders bear more
 
 

@@ -18,7 +18,7 @@ from functools import partial
 
 from ml_collections import ConfigDict
 
-from mae_jax.config import default, resolve, vit
+from mae_jax.config import SHAPE, default, resolve, vit
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -30,12 +30,13 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optim.update(name="lars", lr=0.1, warmup="10 epochs", weight_decay=0.0)
     config.checkpoint.every = config.eval.every = "10 epochs"
     size(config, "B")
+    config.model.auto = SHAPE  # of init_from, unless a size is named
     return resolve(config, arg, {name: partial(size, name=name) for name in ("B", "L", "H")}, sgd=sgd)
 
 
 def size(config: ConfigDict, name: str) -> None:
     """Sets the encoder's size and the length."""
-    config.model.update(vit(name, patch=14 if name == "H" else 16))
+    config.model.update(vit(name, patch=14 if name == "H" else 16), auto=())
     config.train.duration = "90 epochs" if name == "B" else "50 epochs"
 
 

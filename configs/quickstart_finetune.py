@@ -16,7 +16,7 @@ from functools import partial
 
 from ml_collections import ConfigDict
 
-from mae_jax.config import default, resolve
+from mae_jax.config import SHAPE, default, resolve
 
 PHOTOGRAPHS = 17  # neighbours in the training split come from different photographs
 
@@ -32,6 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optim.update(lr=1.2e-2, warmup="20 steps", betas=(0.9, 0.999), layer_decay=0.75)
     config.train.duration = "100 steps"  # however many labels
     labels(config, 10)
+    config.model.auto = SHAPE  # of init_from
     return resolve(config, arg, labels50=partial(labels, number=50), all=partial(labels, number=150), scratch=scratch,
                    probe=probe)
 

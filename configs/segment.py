@@ -2,10 +2,10 @@ r"""A dense probe: how well a linear layer tells the class of each pixel from th
 
   python -m mae_jax.main --config=configs/segment.py --workdir=runs/segment --config.init_from=runs/mine
 
-The encoder must be the one of `init_from`: the default is that of configs/folder.py (ViT-Ti/8 at 128 x 128); others are
-overrides, such as --config.model.width=384 --config.model.heads=6. Without `init_from` the encoder is random, which is
-the floor that any other must beat. With --config.method.train_blocks=-1 --config.optim.lr=1e-3 all of it is fine-tuned,
-and --config.method.block=7 probes an earlier block.
+The encoder has the shape of that of `init_from`; without `init_from` it is that of configs/folder.py (ViT-Ti/8), and
+random, which is the floor that any other must beat. Images are 128 x 128, or as --config.data.image_size says. With
+--config.method.train_blocks=-1 --config.optim.lr=1e-3 all of it is fine-tuned, and --config.method.block=7 probes an
+earlier block.
 
 Arguments, one of them:
   clipart          the default: drawings of Debian's package openclipart-png, 1231 to train on, and what is not
@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 
 from mae_jax import config as configs
 from mae_jax import presets
-from mae_jax.config import default, resolve, vit
+from mae_jax.config import SHAPE, default, resolve, vit
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -42,6 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optim.update(lr=0.08, warmup="1 epochs", betas=(0.9, 0.999), weight_decay=0.0)  # a head bears that much
     config.train.duration = "20 epochs"
     clipart(config)
+    config.model.auto = SHAPE  # of init_from
     return resolve(config, arg, clipart=clipart, mosaic=mosaic, pets=pets, voc=voc, scene_parse150=scene_parse150,
                    runlocal=runlocal)
 

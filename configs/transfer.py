@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from mae_jax.config import default, resolve, vit
+from mae_jax.config import SHAPE, default, resolve, vit
 
 
 class DataSet(NamedTuple):
@@ -82,6 +82,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = default("supervised")
     data(config, "cifar10")
     size(config, "B")
+    config.model.auto = SHAPE  # of init_from, unless a size is named
     presets = {**{name: partial(data, name=name) for name in DATA},
                **{name: partial(size, name=name) for name in SIZES},
                "finetune": finetune, "linear": linear, "held": held}
@@ -113,7 +114,7 @@ def data(config: ConfigDict, name: str) -> None:
 
 def size(config: ConfigDict, name: str) -> None:
     """Sets the shape of the encoder, and what fine-tuning changes with it."""
-    config.model.update(vit(name, patch=14 if name == "H" else 16))
+    config.model.update(vit(name, patch=14 if name == "H" else 16), auto=())
     config.optim.lr, config.optim.layer_decay, config.model.drop_path = SIZES[name]
 
 

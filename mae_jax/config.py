@@ -29,6 +29,8 @@ SIZES = {  # width, depth, heads: MAE section 4 (B, L, H), DeiT Table 1 (Ti, S)
     "L": (1024, 24, 16),
     "H": (1280, 32, 16),
 }
+# Fields of config.model that the weights of an encoder decide: what recipes that start from one name in model.auto.
+SHAPE = ("width", "depth", "heads", "patch", "mlp_ratio", "gelu", "layer_scale", "positions")
 OPTIMIZERS = {  # optim.name → module:rule, which training/optim.py imports when it is asked for one
     "adamw": "mae_jax.training.optim:adamw",
     "lamb": "mae_jax.training.optim:lamb",
@@ -65,7 +67,7 @@ NOT_NEGATIVE = ("optim.lr", "optim.min_lr", "optim.eps", "optim.weight_decay", "
                 "guard.max_bad_fraction", "guard.spike", "guard.stall_seconds")
 BELOW_ONE = ("optim.betas", "optim.ema", "optim.momentum", "model.drop_path")
 EXAMPLES = {"plugins": ("package.module",), "eval.sets": ("imagenet_v2",), "log.sinks": ("tensorboard",),
-            "data.mix": ("3:/data/a", "1:/data/b")}
+            "data.mix": ("3:/data/a", "1:/data/b"), "model.auto": ("width", "heads")}
 LARGEST = {"seed": 2**63 - 1, "eval.max_examples": 2**31}  # where a number may have more than 31 bits
 DURATIONS = ("train.duration", "optim.warmup", "checkpoint.every", "checkpoint.keep_every", "eval.every", "log.every")
 
@@ -127,6 +129,9 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
     },
     "model": {
         **vit("B", patch=16),
+        # Fields of this group that the weights of init_from decide, where it is given, as ('width', 'heads'); what the
+        # command line sets is not among them.
+        "auto": (),
         "mlp_ratio": 4,
         "dtype": "auto",  # activations: bfloat16 on accelerators, float32 on CPU
         "gelu": "erf",  # erf (exact) or tanh
@@ -319,6 +324,9 @@ def validate(config: ConfigDict, for_training: bool = True) -> None:
     _check_types(values, flat({**DEFAULTS, "method": methods.own_defaults(config.method)}))
     _check_ranges(values)
     recipe_version.check(config.recipe_version)
+    for field in config.model.auto:
+        if field not in SHAPE:
+            raise UserError(f"model.auto: {field!r} is none of its fields; {did_you_mean(field, SHAPE)}")
     PatchGrid.of(config)
     if config.checkpoint.keep_last < 2:
         raise UserError("checkpoint.keep_last=1; keep at least 2, so that a damaged checkpoint has a predecessor")

@@ -48,7 +48,7 @@ def runlocal(config: ConfigDict) -> None:
                            eval_split="test", mask_key="")
         config.checkpoint.best_metric = ""  # it is of the validation part
     config.data.image_size = (8 * patch, 8 * patch)
-    config.model.update(width=48, depth=2, heads=3, patch=(patch, patch))
+    config.model.update(width=48, depth=2, heads=3, patch=(patch, patch), auto=())
     config.method.update(methods.small(config.method.name))
     config.train.duration = "2 steps"
     config.optim.warmup = "1 steps"
@@ -84,4 +84,5 @@ def resolve(config: ConfigDict, arg: str, *choices: Mapping[str, Preset], **pres
     for name, change in known.items():
         if name in names:
             change(config)
+    config.model.auto = tuple(field for field in config.model.auto if f"model.{field}" not in _given)
     return config.lock()

@@ -70,12 +70,13 @@ def imported(*folders: str) -> dict[str, Path]:
 
 
 def test_what_the_package_and_its_recipes_import_is_declared(setup_arguments):
-    known = declared(setup_arguments, "gcs", "s3", "fast", "heic")
+    known = declared(setup_arguments, "gcs", "s3", "fast", "heic", "hub", "onnx")
     assert {name: path for name, path in imported("mae_jax", "configs").items() if name not in known} == {}
 
 
 def test_what_tests_import_is_declared_for_them(setup_arguments):
-    known = declared(setup_arguments, "test", "torch") | {"timm", "torchvision"}  # which two make golden values with
+    known = declared(setup_arguments, "test", "torch", "onnx")
+    known |= {"timm", "torchvision"}  # which two make golden values with
     assert {name: path for name, path in imported("tests").items() if name not in known} == {}
 
 

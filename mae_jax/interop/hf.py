@@ -1,7 +1,8 @@
-"""Hugging Face's ViTMAEForPreTraining, to and from our parameter tree.
+"""Hugging Face's ViTMAE and ViT, to and from our parameter tree, and the folders that transformers reads.
 
-Its weights are those of the published code with query, key and value apart and other names. Names of transformers 4 are
-written, which version 5 renames as it loads them; version 4 would leave those of version 5 random. Both are read.
+ViTMAEForPreTraining has a decoder, ViTForImageClassification a classifier of the class token, ViTModel neither. Weights
+are those of the published code with query, key and value apart and other names. Names of transformers 4 are written,
+which version 5 renames as it loads them; version 4 would leave those of version 5 random. Both are read.
 """
 
 import json
@@ -12,10 +13,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.errors import UserError
-from mae_jax.interop.layouts import Layout, mixture
-from mae_jax.interop.mae import from_mae, to_mae
-from mae_jax.ops.patches import PatchGrid
+from mae_jax.errors import UserError, printable
+from mae_jax.interop.layouts import Exported, Layout, mixture, nearest
+from mae_jax.interop.mae import expected, from_mae, to_mae
+from mae_jax.ops.patches import MEAN, STD, PatchGrid
 
 # How a name begins: in the published code, in transformers 4 and, where that is another one, in transformers 5.
 PARTS = (
@@ -27,6 +28,7 @@ PARTS = (
     ("decoder_blocks.", "decoder.decoder_layers.", "decoder.decoder_encoder.layer."),
     ("decoder_", "decoder.decoder_"),
     ("mask_token", "decoder.mask_token"),
+    ("head.", "classifier."),
 )
 # And what follows the number of a block; the published code has query, key and value in one.
 OF_BLOCKS = (
@@ -41,16 +43,22 @@ OF_BLOCKS = (
 )
 FUSED = re.compile(r"(.+\.attn)\.([qkv])\.(weight|bias)")
 ACTIVATIONS = {"erf": "gelu", "tanh": "gelu_pytorch_tanh"}
+PRETRAINING, CLASSIFIER, ENCODER = "ViTMAEForPreTraining", "ViTForImageClassification", "ViTModel"
+UNNAMED = "LABEL_{}"  # what transformers calls a class without a name
 
 
 def to_hf(params: Any, grid: tuple[int, int], patch: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Returns the state dict of ViTMAEForPreTraining, float32; arguments and errors as `to_mae`."""
+    """Returns the state dict of ViTMAEForPreTraining, or of ViTForImageClassification where there is a head, float32.
+
+    Arguments and errors as `to_mae`. Of an encoder alone it is what either has under 'vit.'.
+    """
     state = {}
     for key, array in to_mae(params, grid, patch).items():
         for one, part in _apart(key, array).items():
-            name = _written(one)
+            (name, *_) = _written(one)
             if not name:
-                raise UserError(f"{key} has no place in ViTMAEForPreTraining; write a classifier with --layout=timm")
+                raise UserError(f"{key} has no place in transformers' ViT, which classifies the class token; write the "
+                                "classifier of a mean with --layout=timm")
             state[name] = part
     return state
 
@@ -72,36 +80,49 @@ def from_hf(state: Mapping[str, Any]) -> dict[str, Any]:
     return from_mae(_fused(whole), (1, rows - 1))  # with a class token always, whatever the grid
 
 
-def hf_config(config: ConfigDict) -> dict[str, Any]:
-    """Returns the fields of ViTMAEConfig for a config of ours; its own layer norm epsilon (1e-12) is not MAE's."""
-    m, d = config.model, config.method
-    height, width = config.data.image_size
-    return {
+def hf_config(config: ConfigDict, kind: str = PRETRAINING) -> dict[str, Any]:
+    """Returns the fields of ViTMAEConfig or ViTConfig for a config of ours, and a class of transformers.
+
+    Their own layer norm epsilon (1e-12) is not MAE's.
+    """
+    m, (height, width) = config.model, config.data.image_size
+    fields = {
         "hidden_size": m.width, "num_hidden_layers": m.depth, "num_attention_heads": m.heads,
         "intermediate_size": m.mlp_ratio * m.width, "hidden_act": ACTIVATIONS[m.gelu], "layer_norm_eps": 1e-6,
         "image_size": height if height == width else [height, width],
         "patch_size": m.patch[0] if m.patch[0] == m.patch[1] else list(m.patch), "qkv_bias": True,
-        "decoder_num_attention_heads": d.decoder_heads, "decoder_hidden_size": d.decoder_width,
-        "decoder_num_hidden_layers": d.decoder_depth, "decoder_intermediate_size": m.mlp_ratio * d.decoder_width,
-        "mask_ratio": d.mask_ratio, "norm_pix_loss": d.target == "norm_pix",
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
     }
+    if kind == PRETRAINING:
+        d = config.method
+        fields |= {
+            "decoder_num_attention_heads": d.decoder_heads, "decoder_hidden_size": d.decoder_width,
+            "decoder_num_hidden_layers": d.decoder_depth, "decoder_intermediate_size": m.mlp_ratio * d.decoder_width,
+            "mask_ratio": d.mask_ratio, "norm_pix_loss": d.target == "norm_pix",
+        }
+    if kind == ENCODER:  # its pooler gives the class token as it is (`_in_folder`)
+        fields["pooler_act"] = "linear"
+    return fields
 
 
-def _written(key: str) -> str:
-    """Returns the name in transformers of a name in the published code, '' where it has none."""
-    return _renamed(key, {ours: names[0] for ours, *names in PARTS}, {ours: names[0] for ours, *names in OF_BLOCKS})
+def _written(key: str, every: bool = False) -> tuple[str, ...]:
+    """Returns the name in transformers 4 of a name in the published code, '' where it has none; with `every`, the
+    names in all versions.
+    """
+    names = (_renamed(key, {ours: names[place] for ours, *names in PARTS},
+                      {ours: names[place] for ours, *names in OF_BLOCKS}) for place in ((0, -1) if every else (0,)))
+    return tuple(names)
 
 
 def _read(key: str) -> str:
     """Returns the name in the published code of a name in any version of transformers; raises UserError."""
-    if key.startswith("classifier."):  # of ViTForImageClassification, behind the class token
-        return key.replace("classifier.", "head.", 1)
-    full = key if key.startswith(("vit.", "decoder.")) else f"vit.{key}"
+    full = key if key.startswith(("vit.", "decoder.", "classifier.")) else f"vit.{key}"
     known = _renamed(full, {name: ours for ours, *names in PARTS for name in names},
                      {name: ours for ours, *names in OF_BLOCKS for name in names})
     if not known:
-        raise UserError(f"{key} is no parameter of transformers' ViTMAE; expected names such as "
-                        "vit.embeddings.cls_token, vit.encoder.layer.0.attention.output.dense.weight")
+        olds = [one for old in expected(key) for one in _apart(old, np.zeros(3))]
+        there = [name for one in olds for name in _written(one, every=True)]
+        raise UserError(f"{printable(key)} is no parameter of transformers' ViT or ViTMAE; {nearest(full, there)}")
     return known
 
 
@@ -134,33 +155,93 @@ def _fused(state: Mapping[str, Any]) -> dict[str, Any]:
         names = [f"{match[1]}.{letter}.{match[3]}" for letter in "qkv"]
         for name in names:
             if name not in state:
-                raise UserError(f"{_written(key)} is there, but {_written(name)} is missing")
+                raise UserError(f"{_written(key)[0]} is there, but {_written(name)[0]} is missing")
         fused[f"{match[1]}.qkv.{match[3]}"] = np.concatenate([np.asarray(state[name]) for name in names])
     return fused
 
 
 def _refuses(config: ConfigDict) -> str:
-    name, (height, width), (rows, columns) = config.method.name, config.data.image_size, config.model.patch
-    if name in ("mae", "supervised"):  # which have MAE's model, or a part of it that `to_hf` refuses by name
-        if height == width and rows == columns:
-            return ""
-        return (f"has images of {height}x{width} pixels in patches of {rows}x{columns}, and transformers' "
-                "ViTMAEForPreTraining takes squares alone: use --layout=timm for the encoder, --layout=mae for all")
-    others = "--layout=timm" if config.model.layer_scale else "--layout=timm or --layout=mae"
-    return mixture(config) or (f"was trained with method.name={name!r}; transformers has MAE's model: use {others} for "
-                               "the encoder")
+    m, name, (height, width), (rows, columns) = config.model, config.method.name, config.data.image_size, \
+        config.model.patch
+    if why := mixture(config):
+        return why
+    if m.layer_scale:
+        return "has LayerScale, which transformers' ViT has not: use --layout=timm"
+    if name == "supervised" and m.pool == "mean":
+        return ("classifies the mean of the patches, and transformers' ViTForImageClassification the class token: use "
+                "--layout=timm")
+    if height != width or rows != columns:
+        return (f"has images of {height}x{width} pixels in patches of {rows}x{columns}, and transformers' ViTMAE takes "
+                "squares alone: use --layout=timm for the encoder, --layout=mae for all")
+    return ""
 
 
-def _model_config(config: ConfigDict) -> dict[str, str]:
-    described = {"model_type": "vit_mae", "architectures": ["ViTMAEForPreTraining"], **hf_config(config)}
-    return {"config.json": json.dumps(described, indent=2) + "\n"}
+def kind_of(params: Any) -> str:
+    """Returns the class of transformers that has these parameters."""
+    return PRETRAINING if "decoder" in params else CLASSIFIER if "head" in params else ENCODER
+
+
+def _in_folder(params: Any, config: ConfigDict) -> dict[str, np.ndarray]:
+    """Returns the arrays of a folder.
+
+    Those of ViTModel have no prefix, and a pooler that changes nothing: transformers would make a random one, and call
+    what comes out of it the model's output.
+    """
+    if kind_of(params) == ENCODER:  # BEiT's mask token is of its pre-training, as a decoder is
+        params = {"encoder": {name: leaf for name, leaf in params["encoder"].items() if name != "mask_token"}}
+    state = to_hf(params, PatchGrid.of(config).shape, config.model.patch)
+    if kind_of(params) != ENCODER:
+        return state
+    width = config.model.width
+    pooler = {"pooler.dense.weight": np.eye(width, dtype=np.float32), "pooler.dense.bias": np.zeros(width, np.float32)}
+    return {name.removeprefix("vit."): array for name, array in state.items()} | pooler
+
+
+def _beside(exported: Exported) -> dict[str, str]:
+    """Returns config.json, and preprocessor_config.json: images as evaluations see them."""
+    config, kind = exported.config, kind_of(exported.params)
+    said = {"model_type": "vit_mae" if kind == PRETRAINING else "vit", "architectures": [kind],
+            **hf_config(config, kind)}
+    if kind == CLASSIFIER:
+        names = exported.classes or [UNNAMED.format(number) for number in range(exported.outputs)]
+        several = config.method.get("multi_label", False)
+        said |= {"id2label": {str(number): name for number, name in enumerate(names)},
+                 "label2id": {name: number for number, name in enumerate(names)},
+                 "problem_type": f"{'multi' if several else 'single'}_label_classification"}
+    side = config.data.image_size[0]
+    images = {
+        "image_processor_type": "BitImageProcessor", "do_convert_rgb": True, "do_resize": True,
+        "size": {"shortest_edge": round(side / config.eval.crop_ratio[0])}, "resample": 3,  # bicubic
+        "do_center_crop": True, "crop_size": {"height": side, "width": side}, "do_rescale": True,
+        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(MEAN), "image_std": list(STD),
+    }
+    return {name: json.dumps(content, indent=2) + "\n" for name, content in
+            (("config.json", said), ("preprocessor_config.json", images))}
+
+
+def _loading(exported: Exported) -> str:
+    kind = kind_of(exported.params)
+    shown = {PRETRAINING: "logits  # [B, N, P], the pixels that the decoder predicts, of a random mask",
+             CLASSIFIER: "logits.softmax(-1)  # [B, classes]",
+             ENCODER: "last_hidden_state  # [B, 1 + N, D], the class token first"}[kind]
+    encoder = """
+# The encoder alone, of whole images; ViTMAEModel would mask them.
+encoder = transformers.ViTModel.from_pretrained("FOLDER", add_pooling_layer=False)""" if kind == PRETRAINING else ""
+    return f"""import transformers
+
+processor = transformers.AutoImageProcessor.from_pretrained("FOLDER")
+model = transformers.{kind}.from_pretrained("FOLDER")
+outputs = model(**processor(image, return_tensors="pt")).{shown}{encoder}"""
 
 
 LAYOUT = Layout(
-    to=lambda params, config: to_hf(params, PatchGrid.of(config).shape, config.model.patch),
+    to=_in_folder,
     from_=lambda state, config: from_hf(state),
     recognizes=lambda names: any(name.startswith(("vit.", "embeddings.")) for name in names),
     refuses=_refuses,
-    file="model.safetensors",
-    beside=_model_config,
+    whole=("mae", "supervised"),
+    files=(),
+    beside=_beside,
+    loading=_loading,
+    library="transformers",
 )

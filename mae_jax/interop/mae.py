@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.errors import UserError
-from mae_jax.interop.layouts import Layout, mixture
+from mae_jax.errors import UserError, printable
+from mae_jax.interop.layouts import Layout, mixture, nearest
 from mae_jax.models.layers import sincos_positions
 from mae_jax.ops.patches import PatchGrid
 from mae_jax.param_tree import flatten, nest
@@ -44,6 +44,9 @@ IN = (  # and back; blocks and leaves are finished by _path
     (r"encoder\.mask_token$", "encoder/mask_token"),
     (r"cls_token$", "encoder/cls_token"),
 )
+LAYERS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+WHOLE = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed", *(f"{layer}.{leaf}" for leaf in ("weight", "bias")
+         for layer in ("patch_embed.proj", "norm", "fc_norm", "head", "decoder_embed", "decoder_norm", "decoder_pred")))
 BLOCK_LEAF = r"(norm[12]|attn/(qkv|proj)|mlp/fc[12])/(kernel|scale|bias)|ls[12]/gamma"
 LEAF = rf"(patch_embed|embed|norm|head)/(kernel|scale|bias)|block_\d\d+/({BLOCK_LEAF})"
 OWN_LEAF = r"encoder/(cls|mask)_token|decoder/mask_token|(fc_norm|head)/(kernel|scale|bias)"
@@ -112,7 +115,7 @@ def _of_beit(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         arrays[f"{stem}qkv.bias"] = np.concatenate([query, np.zeros_like(query), value])
     if "mask_token" in arrays and not any(key.startswith("decoder_") for key in arrays):
         arrays["encoder.mask_token"] = arrays.pop("mask_token")
-    return {key: value for key, value in arrays.items() if not key.startswith("lm_head.")}
+    return arrays
 
 
 def _key(path: str) -> str:
@@ -132,8 +135,16 @@ def _path(key: str) -> str:
             path = re.sub("weight$", "scale" if re.search(r"norm\d?/", path) else "kernel", path)
             if KNOWN.fullmatch(path):
                 return path
-    raise UserError(f"{key} is no parameter of a masked autoencoder or a ViT classifier; expected keys such as "
-                    "cls_token, blocks.0.attn.qkv.weight, decoder_pred.bias")
+    raise UserError(f"{printable(key)} is no parameter of a masked autoencoder or a ViT classifier; "
+                    f"{nearest(key, expected(key))}")
+
+
+def expected(key: str) -> list[str]:
+    """Returns the names that there are, those of blocks with the number of a key."""
+    number = match[1] if (match := re.search(r"\.(\d+)\.", key)) else "0"
+    leaves = [f"{layer}.{leaf}" for layer in LAYERS for leaf in ("weight", "bias")]
+    return [*WHOLE, *(f"{start}.{number}.{leaf}" for start in ("blocks", "decoder_blocks") for leaf in leaves),
+            *(f"blocks.{number}.ls{i}.gamma" for i in (1, 2))]
 
 
 def _transposed(path: str, array: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
@@ -190,4 +201,9 @@ LAYOUT = Layout(
     recognizes=lambda names: any(name.startswith("blocks.") for name in names),
     refuses=mixture,
     whole=("mae", "supervised"),
+    files=(".safetensors", ".pth"),
+    loading=lambda exported: """import safetensors.torch
+
+state = safetensors.torch.load_file("FOLDER/model.safetensors")
+model.load_state_dict(state, strict=False)  # models_mae.py's, or models_vit.py's, of the published code""",
 )

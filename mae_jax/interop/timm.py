@@ -1,8 +1,9 @@
-"""timm's VisionTransformer, from our parameter tree; `mae.from_mae` reads it back.
+"""timm's VisionTransformer, from our parameter tree, and the folders of its hub; `mae.from_mae` reads it back.
 
 Its names are those of the published MAE code. DeiT III's models have LayerScale, and positions for the patches alone.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,13 +11,17 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.interop.layouts import Layout, mixture
+from mae_jax.interop.layouts import Exported, Layout, mixture
 from mae_jax.interop.mae import to_mae
 from mae_jax.ops.batch_norm import EPS
-from mae_jax.ops.patches import PatchGrid
+from mae_jax.ops.patches import MEAN, STD, PatchGrid
 from mae_jax.param_tree import flatten, nest
 
 PRETRAINING = r"decoder/|encoder/mask_token$"  # left out: timm's models have neither, and take mask tokens for DINOv2's
+ARCHITECTURES = {  # by width, depth and heads; any will do, since all arguments are given with it
+    (192, 12, 3): "vit_tiny_patch16_224", (384, 12, 6): "vit_small_patch16_224", (768, 12, 12): "vit_base_patch16_224",
+    (1024, 24, 16): "vit_large_patch16_224", (1280, 32, 16): "vit_huge_patch14_224",
+}
 SCALE = r"encoder/block_0*(\d+)/(ls[12])/gamma$"
 
 
@@ -63,9 +68,39 @@ def _described(config: ConfigDict, state: Mapping[str, np.ndarray]) -> str:
     return f"VisionTransformer({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
 
 
+def _beside(exported: Exported) -> dict[str, str]:
+    """Returns config.json as timm's `push_to_hf_hub` writes it."""
+    config, outputs = exported.config, exported.outputs
+    m, arguments = config.model, timm_arguments(config, outputs)
+    said = {
+        "architecture": ARCHITECTURES.get((m.width, m.depth, m.heads), "vit_base_patch16_224"),
+        "num_classes": outputs, "num_features": m.width, "global_pool": arguments["global_pool"],
+        "model_args": {name: value for name, value in arguments.items() if name != "num_classes"},
+        "pretrained_cfg": {
+            "tag": "mae_jax", "custom_load": False, "input_size": [3, *config.data.image_size],
+            "fixed_input_size": True, "interpolation": "bicubic", "crop_pct": config.eval.crop_ratio[0],
+            "crop_mode": "center", "mean": list(MEAN), "std": list(STD), "num_classes": outputs, "pool_size": None,
+            "first_conv": "patch_embed.proj", "classifier": "head",
+            **({"label_names": list(exported.classes)} if exported.classes else {}),
+        },
+    }
+    return {"config.json": json.dumps(said, indent=2) + "\n"}
+
+
+def _loading(exported: Exported) -> str:
+    return f"""import timm
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+outputs = model(transform(image)[None])  # {'logits' if exported.outputs else 'features, as they are pooled'}"""
+
+
 LAYOUT = Layout(  # the layout `mae` reads it
     to=lambda params, config: to_timm(params, PatchGrid.of(config).shape, config.model.patch),
     refuses=mixture,
-    whole=("mae", "supervised"),
+    whole=("supervised",),
     describe=_described,
+    beside=_beside,
+    loading=_loading,
+    library="timm",
 )

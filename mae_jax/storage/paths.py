@@ -10,6 +10,7 @@ from unicodedata import category
 from etils import epath
 
 from mae_jax.errors import UserError, printable
+from mae_jax.storage import hub
 
 # Read when etils meets the first gs:// path: gcsfs serves it then, TensorFlow stays out.
 os.environ.setdefault("EPATH_USE_TF", "false")
@@ -18,6 +19,7 @@ GCS_MISREADS = "*?[]{}\\#"  # gcsfs and the bucket take them for a pattern, or f
 ORBAX_MISREADS = "*?[]\\"  # a pattern, as its glob reads them
 # Of a config, besides init_from; data.path is as its source reads it.
 FIELDS = ("data.tokens", "train.compilation_cache", "method.vocabulary_file", "method.clusters")
+FROM_HUB = ("", "init_from", "--from")  # flags that may name a repository of the hub; config_of and the like have none
 BUCKET = r"(gs|s3)://[a-z0-9][a-z0-9_.-]{1,220}[a-z0-9](/|$)"
 PACKAGES = {"gs": ("gcs", "gcsfs", "google.cloud.storage"), "s3": ("s3", "s3fs")}  # the extra, and its modules
 READ_ONLY = ("data.path", "data.mask_key")  # fields that may be on s3://, where data are read and nothing is written
@@ -38,6 +40,9 @@ def normalized(path: str, flag: str = "") -> str:
         raise UserError(f"{said}: a path cannot have line breaks, control characters or what is no UTF-8 in it")
     if path.startswith("s3://") and flag not in READ_ONLY:
         raise UserError(f"{said}: s3:// is read as data alone; a folder is local or gs://BUCKET/FOLDER")
+    if path.startswith(hub.SCHEME) and flag in FROM_HUB:
+        hub.check(path, flag)
+        return path
     if re.match(r"[\w.+-]+:/|gs:|s3:", path) and not path.startswith(("gs://", "s3://")):
         raise UserError(f"{said}: a folder is local or gs://BUCKET/FOLDER")
     if path.startswith(("gs://", "s3://")):
@@ -64,7 +69,12 @@ def locate(path: str, flag: str = "") -> epath.Path:
     if path.startswith(("gs://", "s3://")):
         _refuse(path, GCS_MISREADS, flag)
         check_bucket(path)
-    return epath.Path(path)
+    return epath.Path(_here(path))
+
+
+def _here(path: str) -> str:
+    """Returns a normalized path; of a repository of the hub, that of its copy here."""
+    return hub.fetched(path) if path.startswith(hub.SCHEME) else path
 
 
 def output(path: str, flag: str) -> epath.Path | None:
@@ -96,7 +106,7 @@ def for_orbax(path: str, flag: str = "") -> str:
     Raises:
       UserError: as of `normalized`, or a part of it would be taken for a pattern.
     """
-    path = normalized(path, flag)
+    path = _here(normalized(path, flag))
     if path.startswith("gs://") or not os.path.isfile(path):
         _refuse(path if path.startswith("gs://") else os.path.abspath(path), ORBAX_MISREADS, flag)
     return path

@@ -20,7 +20,7 @@ from mae_jax.methods.base import Batch, Method
 from mae_jax.runtime import sharding, startup_timer
 from mae_jax.state import TrainState
 from mae_jax.storage import paths, vocabulary
-from mae_jax.training import optim, warm_start, workdir
+from mae_jax.training import optim, warm_shape, warm_start, workdir
 from mae_jax.training.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def open_run(config: ConfigDict, folder: str, for_training: bool = True) -> Run:
     path = paths.locate_checkpoints(folder, "--workdir")
     jax.devices()
     startup_timer.done("devices")
-    run = prepare(workdir.continued(path, config), path, for_training)
+    run = prepare(warm_shape.with_shape(workdir.continued(path, config)), path, for_training)
     log_changes(workdir.changes(path, run.config, run.inputs) + data_changes(run))
     startup_timer.done("data")
     return run

@@ -23,7 +23,7 @@ from mae_jax.ops import pos_embed
 from mae_jax.ops.patches import PatchGrid
 from mae_jax.storage import paths
 from mae_jax.storage.checkpoint import load_params
-from mae_jax.training import workdir
+from mae_jax.training import warm_shape, workdir
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ def load(config: ConfigDict, params: Any, classes: Sequence[str] = ()) -> dict[s
     paths.for_orbax(config.init_from, "init_from")  # a resumed run may have moved from it, and does not read it
     theirs = workdir.config_of(config.init_from)
     loaded = _read(config, theirs)
+    warm_shape.check_same(config.init_from, loaded, config)
     if theirs is not None:
         _check_same_function(theirs, config)
     else:

@@ -54,8 +54,8 @@ def changes(workdir: epath.Path, config: ConfigDict, inputs: Any = None, origin:
       origin: another workdir, whose data are meant.
     """
     def why_other_data() -> str:
-        after = _data_of(inputs) if inputs else _recorded_data(origin) if origin else {}
-        return _why_other_data(_recorded_data(workdir), after)
+        after = _data_of(inputs) if inputs else recorded_data(origin) if origin else {}
+        return _why_other_data(recorded_data(workdir), after)
 
     stored = _stored_config(workdir)
     return compare(stored, config, why_other_data) if stored else []
@@ -65,13 +65,17 @@ def continued(workdir: epath.Path, config: ConfigDict) -> ConfigDict:
     """Returns the config with which a run goes on: where there is one, with the recipe_version that it began with, and
     with what data.range=auto was decided to be.
 
-    The newest version gives way, since a recipe has that where it states none; another one must be the run's.
+    The newest version gives way, since a recipe has that where it states none; another one must be the run's. Open
+    fields of the model are those that the run found in `init_from`.
     """
     stored = _stored_config(workdir)
     newest = recipe_version.CURRENT
     if stored is not None and config.data.range == "auto" != stored.data.range:
         config = config.copy_and_resolve_references()
         config.data.range = stored.data.range
+    if stored is not None and config.model.auto:
+        config = config.copy_and_resolve_references()
+        config.model.update({field: stored.model[field] for field in config.model.auto}, auto=())
     if stored is None or config.recipe_version != newest or stored.recipe_version == newest:
         return config
     config = config.copy_and_resolve_references()
@@ -91,7 +95,7 @@ def data_changes(workdir: epath.Path, inputs: Any, has_class_head: bool) -> list
     Raises:
       UserError: they must, and are not.
     """
-    before = _recorded_data(workdir)
+    before = recorded_data(workdir)
     if not before:
         return []
     after, texts = _data_of(inputs, bool(before.get("identity"))), []
@@ -119,7 +123,7 @@ def other_classes(before: Sequence[str], after: Sequence[str]) -> str:
     return f"classes: {len(old)} -> {len(new)} ({which})"
 
 
-def _recorded_data(workdir: epath.Path) -> dict[str, Any]:
+def recorded_data(workdir: epath.Path) -> dict[str, Any]:
     """Returns what config.json says of the data; {} where an older run did not say."""
     content = read_bytes(workdir / "config.json")
     found = bounded_json.parse_object(content).get("data") if content else None
@@ -311,7 +315,7 @@ def classes_of(source: str) -> tuple[str, ...]:
     path = locate(source)
     file = weight_files.file_of(path)
     if file is None:
-        return tuple(_recorded_data(of_checkpoint(path)).get("classes") or ())
+        return tuple(recorded_data(of_checkpoint(path)).get("classes") or ())
     if named := described(source).get("id2label"):
         return tuple(map(str, dict(sorted(named.items(), key=lambda item: int(item[0]))).values()))
     try:

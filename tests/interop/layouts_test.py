@@ -151,9 +151,14 @@ def test_what_cannot_be_read_is_refused_by_name(params):
             from_hf(state)
 
 
-def test_hugging_faces_layout_refuses_a_classifier_and_names_the_layout_that_holds_it(params):
-    with pytest.raises(UserError, match=r"head\.bias .*--layout=timm"):
-        to_hf({"encoder": params["encoder"], "head": {"bias": np.zeros(3)}}, GRID, PATCH)
+def test_hugging_faces_layout_has_a_classifier_of_the_class_token_and_refuses_the_norm_of_a_mean(params):
+    encoder = {"encoder": params["encoder"]}
+    head = {"kernel": np.ones((16, 3), np.float32), "bias": np.arange(3, dtype=np.float32)}
+    state = to_hf({**encoder, "head": head}, GRID, PATCH)
+    assert state["classifier.weight"].shape == (3, 16)
+    assert_same({**encoder, "head": head}, from_hf(state))
+    with pytest.raises(UserError, match=r"fc_norm\.bias .*--layout=timm"):
+        to_hf({**encoder, "head": head, "fc_norm": {"bias": np.zeros(16)}}, GRID, PATCH)
 
 
 def test_the_published_layouts_refuse_layer_scale_by_name(params):

@@ -181,11 +181,12 @@ def test_a_file_that_is_no_safetensors_file_is_the_users_mistake(tmp_path, conte
     ({"model.heads": 4}, {}, r"model\.heads=4, .* 2$"),
     ({"model.patch": (2, 8)}, {}, r"model\.patch=\(2, 8\), .*\(4, 4\)"),
     ({"model.gelu": "tanh"}, {}, r"model\.gelu=tanh, .* erf"),
-    ({"model.depth": 3}, {}, r"encoder/block_02/\S+ and 11 more"),
-    ({}, {"model.depth": 3}, r"encoder/block_02/\S+ and 11 more"),
+    ({"model.depth": 3}, {}, r"model\.depth=3, where this config has 2\."),
+    ({}, {"model.depth": 3}, r"model\.depth=2, where this config has 3\."),
     ({}, {"model.layer_scale": 0.1}, r"--config\.model\.layer_scale=0$"),
     ({"model.layer_scale": 0.1}, {}, r"--config\.model\.layer_scale=0\.1$"),
-    ({"model.width": 64}, {}, r"\(64,\), .*\(32,\)"),
+    ({"model.width": 64}, {}, r"model\.width=64, where this config has 32\."),
+    ({"model.width": 64, "model.mlp_ratio": 2}, {}, r"model\.width=64, model\.mlp_ratio=2, .* 32, 4\."),
     (LEARNED, {}, r"model\.positions=learned"),
 ])
 def test_another_encoder_is_refused_in_one_line(tmp_path, theirs, ours, line):

@@ -79,6 +79,22 @@ def test_what_all_names_begin_with_does_not_count_and_what_lies_beside_is_told(t
     assert "its state dict 'state_dict' is read" in caplog.text
 
 
+def test_of_moco_v3_the_encoder_is_taken_and_heads_and_momentum_encoder_are_told(tmp_path, params, published, caplog):
+    caplog.set_level("INFO")
+    encoder = {key: value for key, value in published.items() if not key.startswith(("decoder", "mask"))}
+    state = {f"module.base_encoder.{key}": value for key, value in encoder.items()}
+    state |= {f"module.momentum_encoder.{key}": np.zeros_like(value) for key, value in encoder.items()}
+    state |= {f"module.{name}": np.ones((4, 4), np.float32) for name in (
+        "base_encoder.head.0.weight", "base_encoder.head.1.running_mean", "base_encoder.head.6.weight",
+        "predictor.0.weight")}
+    (tmp_path / "a.pth").write_bytes(zipped({"state_dict": state}))
+    ours, report = started(str(tmp_path / "a.pth"), tiny_supervised({"model.pool": "cls"}))
+    np.testing.assert_array_equal(ours["encoder/block_01/attn/qkv/kernel"],
+                                  flatten(params)["encoder/block_01/attn/qkv/kernel"])
+    assert "left over are module.base_encoder.head.0.weight" in caplog.text
+    assert "left over: none" in report
+
+
 def test_the_teacher_of_dinos_code_is_taken(tmp_path, params, published):
     encoder = {key: value for key, value in published.items() if not key.startswith(("decoder", "mask"))}
     student = {f"module.backbone.{key}": np.zeros_like(value) for key, value in encoder.items()}

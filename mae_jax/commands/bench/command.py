@@ -33,17 +33,19 @@ def main() -> int:
     from mae_jax.commands.bench.timed_step import measure
     from mae_jax.errors import UserError, did_you_mean
     from mae_jax.storage.paths import output
+    from mae_jax.training.warm_shape import with_shape
 
     for part in PARTS.value:
         if part not in ALL_PARTS:
             raise UserError(f"unknown part {part!r}; {did_you_mean(part, ALL_PARTS)}")
-    configs.validate(CONFIG.value)
+    config = with_shape(CONFIG.value)
+    configs.validate(config)
     to = output(TO.value, "--to")
     device = jax.devices()[0]
     results: dict[str, Any] = {"device": device.device_kind, "devices": jax.device_count(),
-                               "cores": os.cpu_count(), "batch_size": CONFIG.value.batch_size,
-                               "config": param_tree.flat(CONFIG.value)}
-    measured = measure(CONFIG.value, PARTS.value, SECONDS.value)
+                               "cores": os.cpu_count(), "batch_size": config.batch_size,
+                               "config": param_tree.flat(config)}
+    measured = measure(config, PARTS.value, SECONDS.value)
     for name, figures in measured:
         results[name] = figures
         print(f"{name:<6}" + "  ".join(f"{key} {_text(value)}" for key, value in figures.items()), flush=True)

@@ -1,18 +1,20 @@
-r"""Writes the parameters of a run as safetensors, which `init_from` and other libraries read, or copies a checkpoint.
+r"""Writes a run for other libraries: a complete folder, which is read back and compared before it is there.
 
-  mae_jax export --from=runs/quickstart --to=quickstart.safetensors
-  mae_jax export --from=runs/quickstart/checkpoints/1250 --to=quickstart.safetensors
-  mae_jax export --from=runs/quickstart --layout=hf --to=FOLDER
-  mae_jax export --from=runs/finetune --layout=timm --to=finetune.safetensors
+  mae_jax export --from=runs/quickstart --layout=hf --to=exports/hf
+  mae_jax export --from=runs/finetune --layout=timm --to=exports/timm
+  mae_jax export --from=runs/quickstart/checkpoints/1250 --layout=mae --to=exports/quickstart.pth
+  mae_jax export --from=runs/quickstart --layout=stablehlo --to=gs://BUCKET/program
 
---layout=hf writes a folder that transformers' ViTMAEForPreTraining.from_pretrained reads; --layout=mae the names of the
-published MAE code; --layout=timm the encoder and its classifier with timm's names, and prints the arguments of
-timm.models.VisionTransformer. The batch norm of a probe is folded into its head.
+--layout=hf is read by transformers (ViTMAEForPreTraining, ViTForImageClassification or ViTModel); --layout=timm, with
+encoder and classifier, by timm; --layout=mae has the names of the published MAE code; --layout=stablehlo is a program
+of jax.export, --layout=onnx (the extra `onnx`) one for onnxruntime. Each folder has a README.md. With mae_jax (the
+default), timm and mae a --to that ends in .safetensors is the weights alone. A probe's batch norm is
+folded into its head.
 
   mae_jax export --from=runs/quickstart --to=gs://BUCKET/quickstart/
 
-A --to that does not end in .safetensors is a folder, local or gs://: the newest good checkpoint is copied there with
-its config.json, all of it, and verified by reading it back. `init_from`, --mode=eval and training go on from there.
+The default layout copies the newest good checkpoint into a folder, with its config.json, all of it, and verifies it by
+reading it back. `init_from`, --mode=eval and training go on from there.
 
   mae_jax export --from=runs/moce --for-task=vote --config=folder --to=pets.safetensors \
       --config.data.path=/path/to/pets
@@ -29,8 +31,8 @@ from mae_jax.interop.layouts import OURS, layouts
 
 REQUIRED = ("from", "to")
 FROM = flags.DEFINE_string("from", "", "workdir, or one step's folder in it")
-TO = flags.DEFINE_string("to", "", "the file to write, *.safetensors, which replaces one that is there; "
-                         "with --layout=hf, or for a whole checkpoint, a folder, whose other files stay")
+TO = flags.DEFINE_string("to", "", "the folder to write, local or gs://, whose other files stay; or a file "
+                         "of weights alone, *.safetensors, with --layout=mae also *.pth, which is replaced")
 CONFIG = cli.define_config()
 FOR_TASK = flags.DEFINE_enum("for-task", "", ["", "vote", "probe", "random"], "which path of a mixture of experts")
 SEED = flags.DEFINE_integer("seed", 0, "of --for-task=random", lower_bound=0)

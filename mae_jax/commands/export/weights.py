@@ -1,21 +1,22 @@
-"""What `export` does: weights with the names of a layout, in one file."""
+"""What `export` does: weights with the names of a layout, in a folder that is complete, or in one file."""
 
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
 from mae_jax import errors, param_tree
-from mae_jax.commands.export import checkpoint_copy
-from mae_jax.errors import UserError
+from mae_jax.commands.export import card, checkpoint_copy, publishing
+from mae_jax.errors import UserError, printable
 from mae_jax.interop import layouts
 from mae_jax.interop.timm import folded
-from mae_jax.storage import paths, safetensors_file
+from mae_jax.storage import paths, step_dirs
 from mae_jax.storage.checkpoint import load_params
 from mae_jax.training import workdir
 
-FILES = (".pth", ".pt", ".ckpt", ".bin", ".th", ".tar", ".pkl", ".npz", ".npy", ".h5", ".msgpack", ".onnx", ".gguf",
-         ".zip", ".json")  # endings of what is no folder
+FILES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".th", ".tar", ".pkl", ".npz", ".npy", ".h5", ".msgpack",
+         ".onnx", ".gguf", ".zip", ".json")  # endings of what is no folder
 
 
 def export(source: str, to: str, layout: str, task: Any = None, how: str = "", seed: int = 0,
@@ -33,18 +34,19 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
     for flag, given in (("config", task is not None), ("clusters", clusters)):
         if given and not how:
             raise UserError(f"--{flag} is of --for-task=vote, probe or random; without it leave it out")
-    file, folder = paths.locate(to, "--to"), paths.locate_checkpoints(source, "--from")
-    config = workdir.read_config(workdir.of_checkpoint(folder))  # which may name the plug-in that has the layout
+    target, folder = paths.locate(to, "--to"), paths.locate_checkpoints(source, "--from")
+    origin = workdir.of_checkpoint(folder)
+    config = workdir.read_config(origin)  # which may name the plug-in that has the layout
     chosen = layouts.get(layout)
-    check_destination(file, to, layout, chosen)
-    if chosen.file:
-        file = file / chosen.file
-    elif file.suffix != ".safetensors":
-        if layout == layouts.OURS and not how:
-            print(checkpoint_copy.copy(folder, file))
-            return errors.FINISHED
-        raise UserError(f"--to={to}: the file's name must end in .safetensors")
-    tree, extras = param_tree.split_eval_params(load_params(folder, ema=True, extras=True))
+    alone = check_destination(target, to, layout, chosen)
+    if layout == layouts.OURS and not how and not alone:
+        print(checkpoint_copy.copy(folder, target))
+        step, tree, _ = read_step(target)  # as whoever starts from it reads it
+        paths.replace_text(target / "README.md", card.text(layouts.Exported(tree, config), layout, origin, step))
+        return errors.FINISHED
+    if not alone:
+        check_no_run(target)
+    step, tree, extras = read_step(folder)
     if how:
         from mae_jax.commands.export.expert_path import extract_expert  # imports TensorFlow
 
@@ -52,30 +54,30 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
             raise UserError("--for-task needs the task's data: --config=folder --config.data.path=...")
         tree, config, report = extract_expert(config, tree, extras, task, how, seed, clusters)
         print("\n".join(report))
-    state = in_layout(folded(tree, extras), config, chosen, folder)
-    classes = workdir.classes_of(source) if "head" in tree else ()
-    replaced = " (replaces the file that was there)" if file.exists() else ""
-    safetensors_file.save(file, state, workdir.metadata(config, layout, classes))
-    for name, text in chosen.beside(config).items():
-        paths.replace_text(file.parent / name, text)
-    flat = param_tree.flatten(state)
-    print(f"{file}: {len(flat)} arrays, {sum(x.size for x in flat.values()):,} values{replaced}")
-    if text := chosen.describe(config, flat):
+    exported = of_layout(folded(tree, extras), config, layout, folder, workdir.classes_of(source))
+    metadata = workdir.metadata(config, layout, exported.classes if exported.outputs else ())
+    files = {} if alone else chosen.beside(exported) | {"README.md": card.text(exported, layout, origin, step)}
+    print(publishing.publish(exported, layout, target, files, metadata, alone))
+    if chosen.to and (text := chosen.describe(config, param_tree.flatten(chosen.to(exported.params, config)))):
         print(text)
     return errors.FINISHED
 
 
-def check_destination(file: epath.Path, to: str, layout: str, chosen: layouts.Layout) -> None:
-    """Raises UserError where --to names what is not written: a file of another kind, or a folder for a file."""
-    is_file = file.suffix == ".safetensors"
-    if not is_file and (difflib.get_close_matches(file.suffix, [".safetensors"]) or file.suffix in FILES):
-        raise UserError(f"--to={to}: did you mean .safetensors? Weights are written as that; else --to is a folder, "
-                        f"whose name does not end in {file.suffix}")
-    if is_file and (file.is_dir() or chosen.file):
-        raise UserError(f"--to={to} is the name of a file; " + (
-            f"--layout={layout} writes a folder" if chosen.file else "and there is a folder of this name"))
-    if chosen.file:
-        check_no_run(file)
+def check_destination(target: epath.Path, to: str, layout: str, chosen: layouts.Layout) -> bool:
+    """Returns whether --to is one file of weights, not a folder; raises UserError for what is not written."""
+    if target.suffix in chosen.files:
+        if target.is_dir():
+            raise UserError(f"--to={to} is the name of a file; and there is a folder of this name")
+        return True
+    near = difflib.get_close_matches(target.suffix, [".safetensors"])
+    if target.suffix in FILES or near:
+        wanted = f"did you mean {chosen.files[0]}? " if chosen.files and target.suffix != ".safetensors" else ""
+        written = f"writes {' or '.join(chosen.files)}, or a folder" if chosen.files else "writes a folder"
+        raise UserError(f"--to={to}: {wanted}--layout={layout} {written}, whose name does not end in {target.suffix}")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"--to={to} is a file; name a folder, or another file that ends in "
+                        f"{' or '.join(chosen.files or FILES[:1])}")
+    return False
 
 
 def check_no_run(folder: Any) -> None:
@@ -84,11 +86,32 @@ def check_no_run(folder: Any) -> None:
         raise UserError(f"--to={folder} is the workdir of a run; name another folder")
 
 
-def in_layout(tree: Any, config: Any, layout: Any, folder: Any) -> Any:
-    """Returns parameters with the names and shapes of a `Layout`; raises UserError for what it has not."""
-    if why := layout.refuses(config):
+def read_step(folder: epath.Path) -> tuple[int, Any, Any]:
+    """Returns the number of the newest good step, its parameters as evaluations use them, and its extras."""
+    offered = step_dirs.offered(step_dirs.absolute(folder)) or [folder]
+    for one in offered:
+        try:
+            tree, extras = param_tree.split_eval_params(load_params(one, ema=True, extras=True))
+            return int(one.name) if one.name.isdecimal() else -1, tree, extras
+        except UserError:
+            if one == offered[-1]:
+                raise
+    raise AssertionError("unreachable")
+
+
+def of_layout(tree: Any, config: Any, layout: str, folder: Any, classes: Sequence[str]) -> layouts.Exported:
+    """Returns what of the parameters a layout takes; raises UserError for what it has not."""
+    chosen = layouts.get(layout)
+    if why := chosen.refuses(config):
         raise UserError(f"{folder} {why}")
-    if layout.whole is not None and config.method.name not in layout.whole:
+    blocks = sum(name.startswith("block_") for name in tree["encoder"])
+    if layout != layouts.OURS and blocks != config.model.depth:
+        raise UserError(f"{folder} has {blocks} of the {config.model.depth} blocks of its encoder: method.block needs "
+                        "no later one. Export the run that it starts from")
+    if chosen.whole is not None and config.method.name not in chosen.whole:
         tree = {"encoder": tree["encoder"]}  # what their heads and decoders predict, no model of others does
         print(f"the encoder alone, without the parts of method.name={config.method.name!r}")
-    return layout.to(tree, config)
+    exported = layouts.Exported(tree, config)
+    if exported.outputs != len(classes):
+        classes = ()
+    return exported._replace(classes=tuple(map(printable, classes)))

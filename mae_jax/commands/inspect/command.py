@@ -50,8 +50,9 @@ GAP = 2  # pixels between pictures of the grid
 def main() -> int:
     from mae_jax import methods
     from mae_jax.config import resolved, validate
+    from mae_jax.training.warm_shape import with_shape
 
-    config = CONFIG.value
+    config = with_shape(CONFIG.value)
     if WRITE.value and not TO.value:
         raise UserError("--write needs --to=FOLDER")
     to = paths.locate(TO.value or "inspect.png", "--to")  # what cannot be written is said before all pictures are read

@@ -49,24 +49,26 @@ def main() -> int:
     from mae_jax.commands.plan.progress import progress
     from mae_jax.errors import UserError
     from mae_jax.storage.paths import output
+    from mae_jax.training.warm_shape import with_shape
 
     if bool(TOPOLOGY.value) == bool(DEVICES.value):
         raise UserError("give one of --topology=v3:8x8 and --devices=8")
-    configs.validate(CONFIG.value)
-    cells = sweep.parse(SWEEP.value, CONFIG.value) if SWEEP.value else []
+    config = with_shape(CONFIG.value)
+    configs.validate(config)
+    cells = sweep.parse(SWEEP.value, config) if SWEEP.value else []
     to = output(JSON.value, "--json")
     jax.config.update("jax_platforms", "cpu")  # nothing runs, and a TPU of this machine stays free
     if DEVICES.value:
         cost.simulate(DEVICES.value)
-    target = cost.target(TOPOLOGY.value, DEVICES.value, CONFIG.value.mesh.slices)
+    target = cost.target(TOPOLOGY.value, DEVICES.value, config.mesh.slices)
     if cells:
-        result = sweep.run(CONFIG.value, target, cells, BEST.value, EXAMPLES.value, CACHE.value, progress)
+        result = sweep.run(config, target, cells, BEST.value, EXAMPLES.value, CACHE.value, progress)
         print(sweep.table(result, PRICE.value))
     else:
-        found = cost.measure(CONFIG.value, target, EXAMPLES.value, CACHE.value, progress)
-        result = cost.figures(CONFIG.value, target, found, EXAMPLES.value)
-        print(page(CONFIG.value, result, PRICE.value))
+        found = cost.measure(config, target, EXAMPLES.value, CACHE.value, progress)
+        result = cost.figures(config, target, found, EXAMPLES.value)
+        print(page(config, result, PRICE.value))
     if to:
-        written = {"price": PRICE.value, "config": param_tree.flat(CONFIG.value), "versions": cost.versions(), **result}
+        written = {"price": PRICE.value, "config": param_tree.flat(config), "versions": cost.versions(), **result}
         to.write_text(json.dumps(written, indent=2) + "\n")
     return errors.FINISHED

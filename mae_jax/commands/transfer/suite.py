@@ -40,7 +40,7 @@ class Recipe:
         arg = self._joined(size, *args)
         config = (self.module.get_config(arg) if arg else self.module.get_config()).unlock()
         if encoder:
-            config.model.update({field: encoder.model[field] for field in SHAPE})
+            config.model.update({field: encoder.model[field] for field in SHAPE}, auto=())
             config.data.image_size = encoder.data.image_size
             if encoder.model.positions != "fixed":
                 config.model.positions = "learned"

@@ -105,7 +105,7 @@ def test_every_combination_of_arguments_is_a_valid_recipe(name, more):
 
 def test_arguments_mean_the_same_in_any_order():
     assert recipe(FILE, "linear,held,L,dtd").to_dict() == recipe(FILE, "dtd,L,linear,held").to_dict()
-    assert recipe(FILE).to_dict() == recipe(FILE, "B,cifar10,finetune").to_dict()
+    assert recipe(FILE).to_dict() == recipe(FILE, "cifar10,finetune").to_dict()
     with pytest.raises(UserError, match=r"'cifar1O'.* 'cifar10'"):
         recipe(FILE, "cifar1O")
 

@@ -1,0 +1,90 @@
+"""The encoder as an ONNX model of any number of images, made by jax2onnx (the extra `onnx`).
+
+jax2onnx knows no choice by platform, as our linear layers make between layouts of the same product: it is given the
+one of CPUs and GPUs.
+"""
+
+import logging
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_jax.errors import UserError
+from mae_jax.interop.forward import forward
+from mae_jax.interop.layouts import Exported, Layout, Program, mixture
+
+FILE = "model.onnx"
+PACKAGES = ("jax2onnx", "onnx", "onnxruntime")
+MAX_BYTES = 2**31 - 2**20  # of a protocol buffer, with room for what is no weight
+INPUT = "images"
+
+
+def make(exported: Exported) -> bytes:
+    """Returns the model: 'images' uint8 [B, height, width, 3] → 'features' [B, D], 'logits' [B, C] of a head; float32.
+
+    Raises:
+      UserError: it would be larger than such files can be.
+    """
+    import jax2onnx
+
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(exported.params))
+    if size > MAX_BYTES:
+        raise UserError(f"--layout=onnx: an ONNX file ends at 2 GB, and the weights are {size / 1e9:.1f} GB; use "
+                        "--layout=stablehlo")
+    compute = forward(exported.config)
+    names = ["features"] + ["logits"] * bool(exported.outputs)
+
+    def model(images: jax.Array) -> tuple[jax.Array, ...]:
+        found = compute(exported.params, images)
+        return tuple(found[name] for name in names)
+
+    images = jax.ShapeDtypeStruct(("B", *exported.config.data.image_size, 3), np.dtype(np.uint8))
+    quiet = logging.getLogger("onnx_ir")
+    before = quiet.level
+    quiet.setLevel(logging.ERROR)  # of shapes that it does not write, thousands of lines
+    try:
+        with mock.patch.object(jax.lax, "platform_dependent", lambda *values, default, **others: default(*values)):
+            made = jax2onnx.to_onnx(model, inputs=[images], model_name="encoder", input_names=[INPUT],
+                                    output_names=names)
+    finally:
+        quiet.setLevel(before)
+    return made.SerializeToString()
+
+
+def run(content: bytes, arrays: Mapping[str, np.ndarray], images: np.ndarray) -> Mapping[str, Any]:
+    """Returns what onnxruntime makes of images."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, {INPUT: images}), strict=True))
+
+
+def _refuses(config: ConfigDict) -> str:
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise UserError(f"--layout=onnx needs {' and '.join(missing)}; run: pip install 'mae_jax[onnx]'")
+    return mixture(config)
+
+
+def _loading(exported: Exported) -> str:
+    height, width = exported.config.data.image_size
+    names = "features, logits" if exported.outputs else "features,"
+    return f"""import onnxruntime
+
+session = onnxruntime.InferenceSession("FOLDER/{FILE}")
+{names} = session.run(None, {{"{INPUT}": images}})  # uint8 [B, {height}, {width}, 3], RGB → float32"""
+
+
+LAYOUT = Layout(
+    refuses=_refuses,
+    whole=("supervised",),
+    files=(),
+    loading=_loading,
+    program=Program(FILE, make, run, 1e-4),
+)

@@ -1,0 +1,65 @@
+"""The encoder as a StableHLO program of `jax.export`, of any number of images, for CPUs, GPUs and TPUs.
+
+It is called with the arrays beside it, by their names, and runs wherever JAX does, without this library or Flax.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+
+from mae_jax.interop.forward import forward
+from mae_jax.interop.layouts import Exported, Layout, Program, mixture
+from mae_jax.param_tree import flatten, nest
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+USED = ("encoder", "fc_norm", "head")
+FILE = "encoder.stablehlo"
+
+
+def used(params: Any) -> dict[str, Any]:
+    """Returns what features and logits are of: no decoder, and no mask token."""
+    kept = {name: params[name] for name in USED if name in params}
+    return {**kept, "encoder": {name: leaf for name, leaf in kept["encoder"].items() if name != "mask_token"}}
+
+
+def make(exported: Exported) -> bytes:
+    """Returns the serialized program: (name → float32 array, images uint8 [b, height, width, 3]) → `forward`'s."""
+    compute = forward(exported.config)
+
+    def program(params: Mapping[str, jax.Array], images: jax.Array) -> dict[str, jax.Array]:
+        return compute(nest(params), images)
+
+    (batch,) = jax.export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((batch, *exported.config.data.image_size, 3), jnp.uint8)
+    arrays = {name: jax.ShapeDtypeStruct(np.shape(leaf), jnp.float32)
+              for name, leaf in flatten(used(exported.params)).items()}
+    return bytes(jax.export.export(jax.jit(program), platforms=PLATFORMS)(arrays, images).serialize())
+
+
+def run(content: bytes, arrays: Mapping[str, np.ndarray], images: np.ndarray) -> Mapping[str, Any]:
+    """Returns what a serialized program makes of images, as a user runs it."""
+    return jax.export.deserialize(bytearray(content)).call(dict(arrays), images)
+
+
+def _loading(exported: Exported) -> str:
+    return f"""import jax.export, safetensors.numpy
+
+encoder = jax.export.deserialize(bytearray(open("FOLDER/{FILE}", "rb").read()))
+arrays = safetensors.numpy.load_file("FOLDER/model.safetensors")
+outputs = encoder.call(arrays, images)  # uint8 [b, {exported.config.data.image_size[0]}, \
+{exported.config.data.image_size[1]}, 3], RGB → float32: outputs["features"]{
+    ', outputs["logits"]' if exported.outputs else ''}"""
+
+
+LAYOUT = Layout(
+    to=lambda params, config: used(params),
+    refuses=mixture,
+    whole=("supervised",),
+    files=(),
+    loading=_loading,
+    program=Program(FILE, make, run, 1e-5),
+)

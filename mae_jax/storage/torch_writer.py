@@ -1,0 +1,68 @@
+"""Arrays in a file that torch.load reads, with weights_only too, written without torch.
+
+The layout is the zip archive since PyTorch 1.6. The file is {'model': {name: tensor}}, as the published MAE code
+has it; `torch_file` reads it.
+"""
+
+import io
+import struct
+import zipfile
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from etils import epath
+
+from mae_jax.storage import paths
+
+# What a pickle is made of (Python's pickletools has the list).
+PROTO, STOP, MARK, REDUCE, BINPERSID, NEWFALSE = b"\x80", b".", b"(", b"R", b"Q", b"\x89"
+EMPTY_DICT, SETITEMS, EMPTY_TUPLE, TUPLE, BINUNICODE, BININT = b"}", b"u", b")", b"t", b"X", b"J"
+ROOT = "archive"  # of the names in the zip; torch takes any
+HOOKS = b"ccollections\nOrderedDict\n" + EMPTY_TUPLE + REDUCE  # none
+
+
+def save(path: epath.Path, state: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes float32 arrays by name.
+
+    Args:
+      path: local or gs://; replaced when it exists.
+      state: name → float32 array.
+      metadata: not written; the layout has no place for it.
+    """
+    arrays = {name: np.ascontiguousarray(array, "<f4") for name, array in state.items()}
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(f"{ROOT}/data.pkl", _pickle(arrays))
+        archive.writestr(f"{ROOT}/byteorder", "little")
+        for number, array in enumerate(arrays.values()):
+            archive.writestr(f"{ROOT}/data/{number}", array.data.cast("B") if array.size else b"")
+        archive.writestr(f"{ROOT}/version", "3\n")
+    paths.replace_bytes(path, out.getvalue())
+
+
+def _pickle(arrays: Mapping[str, np.ndarray]) -> bytes:
+    items = b"".join(_text(name) + _tensor(str(number), array) for number, (name, array) in enumerate(arrays.items()))
+    state = EMPTY_DICT + MARK + items + SETITEMS
+    return b"".join((PROTO, b"\x02", EMPTY_DICT, MARK, _text("model"), state, SETITEMS,
+                     STOP))
+
+
+def _tensor(key: str, array: np.ndarray) -> bytes:
+    """Returns what makes a tensor of the storage of this key, as torch's own `_rebuild_tensor_v2` takes it."""
+    storage = _tuple((_text("storage"), b"ctorch\nFloatStorage\n", _text(key), _text("cpu"), _integer(array.size)))
+    strides = [stride // array.itemsize for stride in array.strides]
+    made_of = _tuple((storage + BINPERSID, _integer(0), _tuple(map(_integer, array.shape)),
+                      _tuple(map(_integer, strides)), NEWFALSE, HOOKS))
+    return b"ctorch._utils\n_rebuild_tensor_v2\n" + made_of + REDUCE
+
+
+def _tuple(parts: Iterable[bytes]) -> bytes:
+    return MARK + b"".join(parts) + TUPLE
+
+
+def _text(text: str) -> bytes:
+    return BINUNICODE + struct.pack("<I", len(text.encode())) + text.encode()
+
+
+def _integer(number: int) -> bytes:
+    return BININT + struct.pack("<i", number)
