@@ -10,7 +10,6 @@ cuDNN adds up the gradient of queries in any order unless it is asked not to: wi
 """
 
 import json
-import re
 from typing import Any
 
 import jax
@@ -19,8 +18,6 @@ from jax.sharding import PartitionSpec as P
 
 from mae_jax.ops import partitioning
 
-# Compute capability 8.0 and above; names of GPUs that have less, and NVIDIA's name before it.
-OLDER = re.compile(r"NVIDIA (GeForce (GTX|RTX 20)|TITAN|Quadro)|(?!NVIDIA )")
 BY_HEAD = (0, 2, 1, 3)  # XLA has cuDNN's results as [B, H, T, d]; in memory they are [B, T, H, d]
 TOKENS = P(partitioning.ROWS, None, "tensor")  # [B, T, D]
 STATISTICS = P(partitioning.ROWS, "tensor", None)  # [B, H, T]
@@ -29,7 +26,7 @@ STATISTICS = P(partitioning.ROWS, "tensor", None)  # [B, H, T]
 def takes(device: str, q: jax.Array, heads: int) -> bool:
     """Says whether cuDNN computes this on a GPU of that name: queries [B, T, D] of so many heads."""
     depth = q.shape[-1] // heads
-    return q.dtype == jnp.bfloat16 and depth % 8 == 0 and depth <= 128 and not OLDER.match(device)
+    return q.dtype == jnp.bfloat16 and depth % 8 == 0 and depth <= 128 and not partitioning.OLDER.match(device)
 
 
 def forward(heads: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
