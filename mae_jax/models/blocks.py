@@ -97,9 +97,10 @@ def _plus(x: jax.Array, out: jax.Array) -> jax.Array:
 
 
 def _without_last_biases(params: Any) -> tuple[Any, tuple[jax.Array | None, ...]]:
-    """Returns a block's parameters, and apart the biases that its branches end with, of which alone gradients are taken.
+    """Returns a block's parameters, and apart the biases that its branches end with, which alone get gradients.
 
-    A bias that is added to all tokens has the sum of their gradients, which the norm before the branch reads anyway.
+    The gradient of a bias that is added to all tokens is the sum of theirs, which the norm before the branch reads
+    anyway (`residual_norm`).
     """
     def stop(layer: Any) -> Any:
         return layer | {"bias": jax.lax.stop_gradient(layer["bias"])}

@@ -112,7 +112,7 @@ class LayerNorm(nn.Module):
 class ResidualNorm(nn.Module):
     """Tokens [B, T, D] as they are, and their layer norm: what a branch is added to, and what goes into it.
 
-    The two are one operation for the sake of the gradient: `normalization.residual_norm`, which also says what `added` is.
+    The two are one operation for the sake of its gradient; `normalization.residual_norm` also says what `added` is.
     """
 
     dtype: Any

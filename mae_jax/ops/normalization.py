@@ -33,7 +33,8 @@ def residual_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: jnp.dt
         gradient is made here, in the same kernel; where it is added, no gradient may be taken.
     """
     if not has_kernel(x.shape[-1]):
-        assert added is None, "a gradient that nothing takes"
+        if added is not None:
+            raise ValueError("these devices have no kernel to take the gradient of `added`")
         return x, _layer_norm(x, scale, bias, dtype)
     return _residual_norm_gpu(x, scale, bias, jnp.zeros_like(bias) if added is None else added, dtype)
 
@@ -54,7 +55,8 @@ def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: jnp.dtyp
 
 def _residual_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, added: jax.Array,
                    dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    return x, _layer_norm(x, scale, bias, dtype)
+    rows = x.reshape(-1, x.shape[-1])  # as the branch will be added to it, else XLA copies x for that
+    return rows.reshape(x.shape), _layer_norm(rows, scale, bias, dtype).reshape(x.shape)
 
 
 def _gradients(saved: tuple[jax.Array, ...], *gradients: jax.Array) -> tuple[jax.Array, ...]:
