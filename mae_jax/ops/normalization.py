@@ -1,5 +1,8 @@
 """Normalization of vectors."""
 
+import functools
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 
@@ -42,8 +45,14 @@ def residual_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: jnp.dt
 def has_kernel(width: int) -> bool:
     """Says whether the devices of the surrounding mesh have the kernel for the gradients of so many features."""
     device = partitioning.device()
-    return bool(device) and device.platform == "gpu" and width <= WIDEST and not partitioning.OLDER.match(
-        device.device_kind)
+    return (bool(device) and device.platform == "gpu" and not partitioning.OLDER.match(device.device_kind)
+            and width <= WIDEST and _has_triton())
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """Says whether this JAX has Pallas for Triton; 0.12 announces that a later one will not."""
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
 def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -55,12 +64,11 @@ def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: jnp.dtyp
 
 def _residual_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, added: jax.Array,
                    dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    rows = x.reshape(-1, x.shape[-1])  # as the branch will be added to it, else XLA copies x for that
-    return rows.reshape(x.shape), _layer_norm(rows, scale, bias, dtype).reshape(x.shape)
+    return x, _layer_norm(x, scale, bias, dtype)
 
 
 def _gradients(saved: tuple[jax.Array, ...], *gradients: jax.Array) -> tuple[jax.Array, ...]:
-    from mae_jax.ops import normalization_gpu  # not everywhere JAX has what this imports
+    from mae_jax.ops import normalization_gpu  # not every JAX has what this imports
 
     return normalization_gpu.backward(*saved, *gradients, eps=EPS)
 

@@ -19,7 +19,7 @@ from tests.helpers.gpu import in_jax
 from tests.helpers.tiny import tiny_batch, tiny_config, tiny_program, tiny_state, tiny_step
 from tests.ops.expert_linear_test import operands, textbook
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")]
 
 
 @pytest.fixture(autouse=True)
