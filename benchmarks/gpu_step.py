@@ -30,7 +30,7 @@ STEPS = 3  # before and after the save
 
 def predict() -> dict[str, dict[str, Any]]:
     """Returns card → size and batch → the planner's figures, from what XLA compiles where no GPU is."""
-    from torch_mae import recipe
+    import recipes
 
     from mae_jax.commands.plan import cost
 
@@ -39,7 +39,7 @@ def predict() -> dict[str, dict[str, Any]]:
         target = cost.target(card, 0)
         for size, batches in BATCHES.items():
             for batch in batches:
-                config = recipe(size, batch)
+                config = recipes.mae(size, batch)
                 measured = cost.measure(config, target, 1_281_167, "", print)
                 plan = cost.figures(config, target, measured, 1_281_167)
                 found.setdefault(card, {})[f"{size}, {batch}"] = {
@@ -53,6 +53,7 @@ def measure(size: str, batches: list[int], rounds: int, peers: list[str]) -> dic
     import gc
 
     import jax
+    import recipes
     import torch
     import torch_mae
     from absl import flags
@@ -65,7 +66,7 @@ def measure(size: str, batches: list[int], rounds: int, peers: list[str]) -> dic
     torch.set_float32_matmul_precision("high")
     rows = []
     for batch in batches:
-        timed = TimedStep(torch_mae.recipe(size, batch))
+        timed = TimedStep(recipes.mae(size, batch))
         row: dict[str, Any] = {"model": f"ViT-{size}/16", "batch": batch, "compile_seconds": timed.compile_seconds}
         if device == "gpu":
             kernels = gpu_text.kernels(timed.step.as_text())
@@ -103,13 +104,13 @@ def resumed(size: str) -> dict[str, Any]:
     """Returns whether steps that were interrupted by a save, and read back, end with the bits of unbroken ones."""
     import jax
     import numpy as np
-    from torch_mae import recipe
+    import recipes
 
     from mae_jax.commands.bench.timed_step import TimedStep
     from mae_jax.param_tree import flatten
     from mae_jax.storage.checkpoint import Checkpoints
 
-    config = recipe(size, 8 if size == "Ti" else 64)
+    config = recipes.mae(size, 8 if size == "Ti" else 64)
     config.train.deterministic = True
     timed = TimedStep(config)
     with tempfile.TemporaryDirectory() as folder:
