@@ -32,7 +32,7 @@ def takes(device: str, q: jax.Array, heads: int) -> bool:
 def forward(heads: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Returns the attention [B, T, D], and what `backward` needs."""
     def local(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        operands = [_apart(x, q.shape[-1] // width * heads) for x in (q, k, v)]
+        operands = [_apart(x, q.shape[-1] * heads // width) for x in (q, k, v)]
         images, tokens, own, depth = operands[0].shape
         results = [((images, own, tokens, depth), q.dtype, BY_HEAD), ((images, own, tokens), jnp.float32, None)]
         out, statistics = _call("__cudnn$fmhaSoftmax", FORWARD, operands, results)
