@@ -75,8 +75,8 @@ def measure(size: str, batches: list[int], rounds: int, peers: list[str]) -> dic
                     "attention": sum(kernel.kind.startswith("__cudnn") for kernel in kernels)}
         contenders = {"mae_jax": functools.partial(_ours, timed)}
         contenders |= {name: torch_mae.CONTENDERS[name] for name in peers}
-        row |= torch_mae.compare(timed.config, device, rounds, contenders)
-        row["ratios"] = torch_mae.ratios(row)
+        figures = torch_mae.compare(timed.config, device, rounds, contenders)
+        row |= figures | {"ratios": torch_mae.ratios(figures)}
         row["gflop_per_image"] = timed.flops_per_image / 1e9
         rows.append(row)
         print(json.dumps(row, indent=1), flush=True)
