@@ -141,6 +141,9 @@ def table(measured: dict[str, Any], size: str) -> str:
              "|---" * 9 + "|"]
     for row in measured["rows"]:
         ours, plan = row["mae_jax"], predicted.get(f"{size}, {row['batch']}", {})
+        if not ours:
+            lines.append(f"| {row['batch']} | {_shown(plan.get('ms'))} | out of memory |" + " |" * 6)
+            continue
         ratio = {name: f"{found['seconds']:.2f}" for name, found in row["ratios"].items()}
         lines.append(
             f"| {row['batch']} | {_shown(plan.get('ms'))} | {ours['seconds'] * 1e3:.1f} | "
@@ -175,16 +178,22 @@ def main() -> None:
         print(json.dumps(resumed(options.size)))
         return
     measured = measure(options.size, options.batches or BATCHES[options.size], options.rounds, options.peers)
+    device = re.sub("[^a-z0-9]+", "_", measured["machine"]["device"].lower())
+    path = options.to or RESULTS / f"gpu_step_{options.size.lower()}_{device}.json"
+    write(path, measured, options.size)  # whatever becomes of the rest
     done = subprocess.run([sys.executable, __file__, f"--size={options.size}", "--resume"], capture_output=True,
                           text=True)
     if done.returncode:
         sys.exit(f"the deterministic resume failed:\n{done.stderr[-3000:]}")
     measured["resume"] = json.loads(done.stdout.splitlines()[-1])
-    device = re.sub("[^a-z0-9]+", "_", measured["machine"]["device"].lower())
-    path = options.to or RESULTS / f"gpu_step_{options.size.lower()}_{device}.json"
-    path.write_text(json.dumps(measured, indent=1) + "\n")
-    path.with_suffix(".md").write_text(table(measured, options.size))
+    write(path, measured, options.size)
     print(table(measured, options.size))
+
+
+def write(path: Path, measured: dict[str, Any], size: str) -> None:
+    """Writes the figures, and beside them their table."""
+    path.write_text(json.dumps(measured, indent=1) + "\n")
+    path.with_suffix(".md").write_text(table(measured, size))
 
 
 if __name__ == "__main__":
