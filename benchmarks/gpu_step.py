@@ -86,7 +86,8 @@ def measure(size: str, batches: list[int], rounds: int, peers: list[str]) -> dic
         torch._dynamo.reset()
         if device == "gpu":
             torch.cuda.empty_cache()
-    return {"machine": torch_mae.machine(device), "rows": rows}
+    dtype = "bfloat16" if device == "gpu" else "float32"  # of both, where it is a trial
+    return {"machine": torch_mae.machine(device), "dtype": dtype, "rows": rows}
 
 
 def _ours(timed: Any, config: Any, device: str) -> Callable[[], None]:
@@ -135,8 +136,8 @@ def table(measured: dict[str, Any], size: str) -> str:
     card = measured["machine"]["device"]
     key = next((name for name in CARDS if name.split(":")[0].upper() in card.upper()), "")
     predicted = json.loads(PREDICTED.read_text()).get(key, {}) if PREDICTED.exists() else {}
-    lines = [f"ViT-{size}/16 MAE on {card}, bfloat16; `python benchmarks/gpu_step.py --size={size}`. Predicted by "
-             "`--predict`, without a GPU.", "",
+    lines = [f"ViT-{size}/16 MAE on {card}, {measured['dtype']}; `python benchmarks/gpu_step.py --size={size}`. "
+             "Predicted by `--predict`, without a GPU.", "",
              "| batch | ms, predicted | ms | images/s | TFLOP/s | GB, predicted | GB | times eager | times compiled |",
              "|---" * 9 + "|"]
     for row in measured["rows"]:
