@@ -30,7 +30,7 @@ STEPS = 3  # before and after the save
 
 def predict() -> dict[str, dict[str, Any]]:
     """Returns card → size and batch → the planner's figures, from what XLA compiles where no GPU is."""
-    from torch_mae import recipe
+    import recipes
 
     from mae_jax.commands.plan import cost
 
@@ -39,7 +39,7 @@ def predict() -> dict[str, dict[str, Any]]:
         target = cost.target(card, 0)
         for size, batches in BATCHES.items():
             for batch in batches:
-                config = recipe(size, batch)
+                config = recipes.mae(size, batch)
                 measured = cost.measure(config, target, 1_281_167, "", print)
                 plan = cost.figures(config, target, measured, 1_281_167)
                 found.setdefault(card, {})[f"{size}, {batch}"] = {
@@ -53,6 +53,7 @@ def measure(size: str, batches: list[int], rounds: int, peers: list[str]) -> dic
     import gc
 
     import jax
+    import recipes
     import torch
     import torch_mae
     from absl import flags
@@ -65,7 +66,7 @@ def measure(size: str, batches: list[int], rounds: int, peers: list[str]) -> dic
     torch.set_float32_matmul_precision("high")
     rows = []
     for batch in batches:
-        timed = TimedStep(torch_mae.recipe(size, batch))
+        timed = TimedStep(recipes.mae(size, batch))
         row: dict[str, Any] = {"model": f"ViT-{size}/16", "batch": batch, "compile_seconds": timed.compile_seconds}
         if device == "gpu":
             kernels = gpu_text.kernels(timed.step.as_text())
@@ -74,8 +75,8 @@ def measure(size: str, batches: list[int], rounds: int, peers: list[str]) -> dic
                     "attention": sum(kernel.kind.startswith("__cudnn") for kernel in kernels)}
         contenders = {"mae_jax": functools.partial(_ours, timed)}
         contenders |= {name: torch_mae.CONTENDERS[name] for name in peers}
-        row |= torch_mae.compare(timed.config, device, rounds, contenders)
-        row["ratios"] = torch_mae.ratios(row)
+        figures = torch_mae.compare(timed.config, device, rounds, contenders)
+        row |= figures | {"ratios": torch_mae.ratios(figures)}
         row["gflop_per_image"] = timed.flops_per_image / 1e9
         rows.append(row)
         print(json.dumps(row, indent=1), flush=True)
@@ -85,7 +86,8 @@ def measure(size: str, batches: list[int], rounds: int, peers: list[str]) -> dic
         torch._dynamo.reset()
         if device == "gpu":
             torch.cuda.empty_cache()
-    return {"machine": torch_mae.machine(device), "rows": rows}
+    dtype = "bfloat16" if device == "gpu" else "float32"  # of both, where it is a trial
+    return {"machine": torch_mae.machine(device), "dtype": dtype, "rows": rows}
 
 
 def _ours(timed: Any, config: Any, device: str) -> Callable[[], None]:
@@ -103,13 +105,13 @@ def resumed(size: str) -> dict[str, Any]:
     """Returns whether steps that were interrupted by a save, and read back, end with the bits of unbroken ones."""
     import jax
     import numpy as np
-    from torch_mae import recipe
+    import recipes
 
     from mae_jax.commands.bench.timed_step import TimedStep
     from mae_jax.param_tree import flatten
     from mae_jax.storage.checkpoint import Checkpoints
 
-    config = recipe(size, 8 if size == "Ti" else 64)
+    config = recipes.mae(size, 8 if size == "Ti" else 64)
     config.train.deterministic = True
     timed = TimedStep(config)
     with tempfile.TemporaryDirectory() as folder:
@@ -134,12 +136,15 @@ def table(measured: dict[str, Any], size: str) -> str:
     card = measured["machine"]["device"]
     key = next((name for name in CARDS if name.split(":")[0].upper() in card.upper()), "")
     predicted = json.loads(PREDICTED.read_text()).get(key, {}) if PREDICTED.exists() else {}
-    lines = [f"ViT-{size}/16 MAE on {card}, bfloat16; `python benchmarks/gpu_step.py --size={size}`. Predicted by "
-             "`--predict`, without a GPU.", "",
+    lines = [f"ViT-{size}/16 MAE on {card}, {measured['dtype']}; `python benchmarks/gpu_step.py --size={size}`. "
+             "Predicted by `--predict`, without a GPU.", "",
              "| batch | ms, predicted | ms | images/s | TFLOP/s | GB, predicted | GB | times eager | times compiled |",
              "|---" * 9 + "|"]
     for row in measured["rows"]:
         ours, plan = row["mae_jax"], predicted.get(f"{size}, {row['batch']}", {})
+        if not ours:
+            lines.append(f"| {row['batch']} | {_shown(plan.get('ms'))} | out of memory |" + " |" * 6)
+            continue
         ratio = {name: f"{found['seconds']:.2f}" for name, found in row["ratios"].items()}
         lines.append(
             f"| {row['batch']} | {_shown(plan.get('ms'))} | {ours['seconds'] * 1e3:.1f} | "
@@ -174,16 +179,22 @@ def main() -> None:
         print(json.dumps(resumed(options.size)))
         return
     measured = measure(options.size, options.batches or BATCHES[options.size], options.rounds, options.peers)
+    device = re.sub("[^a-z0-9]+", "_", measured["machine"]["device"].lower())
+    path = options.to or RESULTS / f"gpu_step_{options.size.lower()}_{device}.json"
+    write(path, measured, options.size)  # whatever becomes of the rest
     done = subprocess.run([sys.executable, __file__, f"--size={options.size}", "--resume"], capture_output=True,
                           text=True)
     if done.returncode:
         sys.exit(f"the deterministic resume failed:\n{done.stderr[-3000:]}")
     measured["resume"] = json.loads(done.stdout.splitlines()[-1])
-    device = re.sub("[^a-z0-9]+", "_", measured["machine"]["device"].lower())
-    path = options.to or RESULTS / f"gpu_step_{options.size.lower()}_{device}.json"
-    path.write_text(json.dumps(measured, indent=1) + "\n")
-    path.with_suffix(".md").write_text(table(measured, options.size))
+    write(path, measured, options.size)
     print(table(measured, options.size))
+
+
+def write(path: Path, measured: dict[str, Any], size: str) -> None:
+    """Writes the figures, and beside them their table."""
+    path.write_text(json.dumps(measured, indent=1) + "\n")
+    path.with_suffix(".md").write_text(table(measured, size))
 
 
 if __name__ == "__main__":

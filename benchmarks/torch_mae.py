@@ -25,12 +25,12 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs its share of a GPU's memory
 
 import jax
+import recipes
 import torch
 from absl import flags
 from ml_collections import ConfigDict
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from mae_jax import config as configs
 from mae_jax.commands.bench.timed_step import TimedStep
 from mae_jax.interop.hf import hf_config
 
@@ -39,14 +39,6 @@ RESULTS = Path(__file__).parent / "results"
 SIZES = {"cpu": {"B": [8]}, "gpu": {"B": [64, 128, 256, 512, 1024], "L": [64, 128, 256, 512]}}
 STEPS = {"cpu": 1, "gpu": 10}  # between two readings of the clock
 DECAY = 0.05
-
-
-def recipe(size: str, batch_size: int) -> ConfigDict:
-    """Returns the published recipe for normalised pixels."""
-    config = configs.default("mae")
-    config.model.update(configs.vit(size, patch=16))
-    config.batch_size = batch_size
-    return config
 
 
 def our_step(config: ConfigDict, device: str) -> Step:
@@ -170,7 +162,7 @@ def main() -> None:
         results["machine"]["gemm_gflops_per_cpu_second"] = gemm_gflops()
     for size, batches in SIZES[options.device].items():
         for batch_size in batches:
-            row = compare(recipe(size, batch_size), options.device, options.rounds)
+            row = compare(recipes.mae(size, batch_size), options.device, options.rounds)
             results["rows"].append({"model": f"ViT-{size}/16", "batch_size": batch_size, **row, "ratios": ratios(row)})
             print(json.dumps(results["rows"][-1], indent=1), flush=True)
             gc.collect()

@@ -8,10 +8,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mae_jax.models.layers import GELUS, Dense, DenseQKV, LayerScale, layer_norm
+from mae_jax.models.layers import GELUS, Dense, DenseQKV, LayerScale, ResidualNorm
 from mae_jax.models.moe import GATES, Experts, Gating
 from mae_jax.ops.attention import AttentionMask, attention
-from mae_jax.ops.partitioning import ROWS, constrain
+from mae_jax.ops.normalization import has_kernel
+from mae_jax.ops.partitioning import ROWS, constrain, platform
 from mae_jax.ops.routing import Choice
 
 REMATS: dict[str, Callable[..., Any] | None] = {
@@ -52,7 +53,7 @@ class Block(nn.Module):
     """One pre-norm Transformer block over tokens [B, T, D]; its branches are scaled, and dropped, where that is asked.
 
     `drop_path_mask`, float32 [2, B], is a block's part of `drop_path`; `choice` says which expert an image goes
-    through, or where tokens choose, is the noise of their gate.
+    through, or where tokens choose, is the noise of their gate; `last_biases` are of `_without_last_biases`.
     """
 
     heads: int
@@ -66,19 +67,49 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, drop_path_mask: jax.Array | None = None,
-                 choice: Choice | jax.Array | None = None) -> jax.Array:
+                 choice: Choice | jax.Array | None = None,
+                 last_biases: tuple[jax.Array | None, ...] = (None, None)) -> jax.Array:
         def branch(out: jax.Array, number: int) -> jax.Array:
             if self.layer_scale:
                 out = LayerScale(self.layer_scale, name=f"ls{number + 1}")(out)
             return out if drop_path_mask is None else out * drop_path_mask[number, :, None, None].astype(out.dtype)
 
         x = constrain(x, ROWS)
-        attend = Attention(self.heads, self.dtype, self.init, self.kept, name="attn")
-        x = x + branch(attend(layer_norm(self.dtype, "norm1")(x)), 0)
-        y, shape = layer_norm(self.dtype, "norm2")(x), (self.mlp_ratio, self.gelu, self.dtype, self.init)
+        x, y = ResidualNorm(self.dtype, name="norm1")(x, last_biases[0])
+        x = _plus(x, branch(Attention(self.heads, self.dtype, self.init, self.kept, name="attn")(y), 0))
+        x, y = ResidualNorm(self.dtype, name="norm2")(x, last_biases[1])
+        shape = (self.mlp_ratio, self.gelu, self.dtype, self.init)
         if self.gating:
-            return x + branch(Experts(self.gating, *shape, name="experts")(y, choice), 1)
-        return x + branch(Mlp(*shape, name="mlp")(y), 1)
+            return _plus(x, branch(Experts(self.gating, *shape, name="experts")(y, choice), 1))
+        return _plus(x, branch(Mlp(*shape, name="mlp")(y), 1))
+
+
+def _plus(x: jax.Array, out: jax.Array) -> jax.Array:
+    """Returns x + out.
+
+    On GPUs as matrices, like the product that `out` comes from, which then adds x itself. Of an x of another shape XLA
+    would make a copy first, to be written over.
+    """
+    if platform() != "gpu":
+        return x + out
+    width = x.shape[-1]
+    return (x.reshape(-1, width) + out.reshape(-1, width)).reshape(x.shape)
+
+
+def _without_last_biases(params: Any) -> tuple[Any, tuple[jax.Array | None, ...]]:
+    """Returns a block's parameters, and apart the biases that its branches end with, which alone get gradients.
+
+    The gradient of a bias that is added to all tokens is the sum of theirs, which the norm before the branch reads
+    anyway (`residual_norm`).
+    """
+    def stop(layer: Any) -> Any:
+        return layer | {"bias": jax.lax.stop_gradient(layer["bias"])}
+
+    attn = params["attn"] | {"proj": stop(params["attn"]["proj"])}
+    if "mlp" not in params:  # experts, whose biases are not added to all tokens
+        return params | {"attn": attn}, (params["attn"]["proj"]["bias"], None)
+    mlp = params["mlp"] | {"fc2": stop(params["mlp"]["fc2"])}
+    return params | {"attn": attn, "mlp": mlp}, (params["attn"]["proj"]["bias"], params["mlp"]["fc2"]["bias"])
 
 
 class Blocks(nn.Module):
@@ -139,7 +170,10 @@ class Blocks(nn.Module):
         """
         def apply(x: jax.Array, item: tuple[Any, ...]) -> tuple[jax.Array, Any]:
             p, drop_path_mask, choice = item
-            return block.apply({"params": p}, x, drop_path_mask, choice, mutable=[GATES])
+            last_biases = (None, None)
+            if has_kernel(self.width) and drop_path_mask is None and not self.layer_scale:
+                p, last_biases = _without_last_biases(p)
+            return block.apply({"params": p}, x, drop_path_mask, choice, last_biases, mutable=[GATES])
 
         if self.remat != "none":
             apply = jax.checkpoint(apply, policy=REMATS[self.remat], prevent_cse=not self.scan)

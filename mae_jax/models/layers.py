@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mae_jax.ops import normalization
 from mae_jax.ops.linear import gelu, linear, linears
-from mae_jax.ops.normalization import layer_norm as normalize
 from mae_jax.ops.partitioning import platform
 
 TOKEN_STD = 0.02  # initial deviation of class and mask tokens, as published
@@ -106,9 +106,24 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        return normalize(x, scale, bias, self.dtype)
+        return normalization.layer_norm(x, *_scale_and_bias(self, x.shape[-1]), self.dtype)
+
+
+class ResidualNorm(nn.Module):
+    """Tokens [B, T, D] as they are, and their layer norm: what a branch is added to, and what goes into it.
+
+    The two are one operation for the sake of its gradient; `normalization.residual_norm` also says what `added` is.
+    """
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, added: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        return normalization.residual_norm(x, *_scale_and_bias(self, x.shape[-1]), self.dtype, added)
+
+
+def _scale_and_bias(norm: nn.Module, width: int) -> tuple[jax.Array, jax.Array]:
+    return norm.param("scale", nn.initializers.ones, (width,)), norm.param("bias", nn.initializers.zeros, (width,))
 
 
 def layer_norm(dtype: Any, name: str) -> LayerNorm:

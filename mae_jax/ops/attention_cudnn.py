@@ -10,7 +10,6 @@ cuDNN adds up the gradient of queries in any order unless it is asked not to: wi
 """
 
 import json
-import re
 from typing import Any
 
 import jax
@@ -19,8 +18,6 @@ from jax.sharding import PartitionSpec as P
 
 from mae_jax.ops import partitioning
 
-# Compute capability 8.0 and above; names of GPUs that have less, and NVIDIA's name before it.
-OLDER = re.compile(r"NVIDIA (GeForce (GTX|RTX 20)|TITAN|Quadro)|(?!NVIDIA )")
 BY_HEAD = (0, 2, 1, 3)  # XLA has cuDNN's results as [B, H, T, d]; in memory they are [B, T, H, d]
 TOKENS = P(partitioning.ROWS, None, "tensor")  # [B, T, D]
 STATISTICS = P(partitioning.ROWS, "tensor", None)  # [B, H, T]
@@ -29,13 +26,13 @@ STATISTICS = P(partitioning.ROWS, "tensor", None)  # [B, H, T]
 def takes(device: str, q: jax.Array, heads: int) -> bool:
     """Says whether cuDNN computes this on a GPU of that name: queries [B, T, D] of so many heads."""
     depth = q.shape[-1] // heads
-    return q.dtype == jnp.bfloat16 and depth % 8 == 0 and depth <= 128 and not OLDER.match(device)
+    return q.dtype == jnp.bfloat16 and depth % 8 == 0 and depth <= 128 and not partitioning.OLDER.match(device)
 
 
 def forward(heads: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Returns the attention [B, T, D], and what `backward` needs."""
     def local(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        operands = [_apart(x, q.shape[-1] // width * heads) for x in (q, k, v)]
+        operands = [_apart(x, q.shape[-1] * heads // width) for x in (q, k, v)]
         images, tokens, own, depth = operands[0].shape
         results = [((images, own, tokens, depth), q.dtype, BY_HEAD), ((images, own, tokens), jnp.float32, None)]
         out, statistics = _call("__cudnn$fmhaSoftmax", FORWARD, operands, results)

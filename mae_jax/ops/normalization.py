@@ -1,11 +1,15 @@
 """Normalization of vectors."""
 
+import functools
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 
 from mae_jax.ops import partitioning
 
 EPS = 1e-6  # of layer norm, as in MAE and timm
+WIDEST = 4096  # vectors of more features have no kernel on GPUs
 
 
 def unit(x: jax.Array) -> jax.Array:
@@ -16,11 +20,39 @@ def unit(x: jax.Array) -> jax.Array:
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Returns x [..., D], its vectors normalized (arXiv 1607.06450), times scale plus bias [D], in `dtype`.
 
-    It is computed in float32 whatever x is. On GPUs the gradient is written out: it keeps x alone, in its own dtype,
-    and passes over x and the gradient twice, first for four sums over each vector, then for all that is as large as x
-    and for the sums over all vectors. Autodiff's passes over them more often, and writes float32 between.
+    It is computed in float32 whatever x is. On GPUs the gradient is one kernel, which keeps x in its own dtype.
     """
-    return (_by_passes if partitioning.platform() == "gpu" else _layer_norm)(x, scale, bias, dtype)
+    return (_layer_norm_gpu if has_kernel(x.shape[-1]) else _layer_norm)(x, scale, bias, dtype)
+
+
+def residual_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: jnp.dtype,
+                  added: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Returns x [B, T, D], for a branch to be added to, and its `layer_norm`, that branch's input.
+
+    On GPUs one kernel makes the gradient of x out of those of both.
+
+    Args:
+      added: on such GPUs alone, a vector [D] that is part of what is added to all of x. It is not added here, but its
+        gradient is made here, in the same kernel; where it is added, no gradient may be taken.
+    """
+    if not has_kernel(x.shape[-1]):
+        if added is not None:
+            raise ValueError("these devices have no kernel to take the gradient of `added`")
+        return x, _layer_norm(x, scale, bias, dtype)
+    return _residual_norm_gpu(x, scale, bias, jnp.zeros_like(bias) if added is None else added, dtype)
+
+
+def has_kernel(width: int) -> bool:
+    """Says whether the devices of the surrounding mesh have the kernel for the gradients of so many features."""
+    device = partitioning.device()
+    return (bool(device) and device.platform == "gpu" and not partitioning.OLDER.match(device.device_kind)
+            and width <= WIDEST and _has_triton())
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """Says whether this JAX has Pallas for Triton; 0.12 announces that a later one will not."""
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
 def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -30,27 +62,20 @@ def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: jnp.dtyp
     return ((x - mean) * (rate * scale) + bias).astype(dtype)
 
 
-_by_passes = jax.custom_vjp(_layer_norm, nondiff_argnums=(3,))
+def _residual_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, added: jax.Array,
+                   dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    return x, _layer_norm(x, scale, bias, dtype)
 
 
-def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array,
-             dtype: jnp.dtype) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _layer_norm(x, scale, bias, dtype), (x, scale)
+def _gradients(saved: tuple[jax.Array, ...], *gradients: jax.Array) -> tuple[jax.Array, ...]:
+    from mae_jax.ops import normalization_gpu  # not every JAX has what this imports
+
+    return normalization_gpu.backward(*saved, *gradients, eps=EPS)
 
 
-def _backward(dtype: jnp.dtype, saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, ...]:
-    x, scale = saved
-    # Behind the barrier, the sum over x is not taken for that of the forward pass, which is one kernel with its sums.
-    wide, dy = (part.astype(jnp.float32) for part in jax.lax.optimization_barrier((x, dy)))
-    inner = dy * scale
-    sums = [part.sum(-1, keepdims=True) for part in (wide, wide * wide, inner, inner * wide)]
-    # Without the barrier, XLA makes one kernel of both passes, and others, which pass again, for the sums over vectors.
-    mean, square, shift, product = (part / x.shape[-1] for part in jax.lax.optimization_barrier(sums))
-    rate = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + EPS)
-    normal = (wide - mean) * rate
-    dx = (inner - shift - normal * ((product - mean * shift) * rate)) * rate
-    vectors = tuple(range(x.ndim - 1))
-    return dx.astype(x.dtype), (dy * normal).sum(vectors), dy.sum(vectors)
-
-
-_by_passes.defvjp(_forward, _backward)
+_layer_norm_gpu = jax.custom_vjp(_layer_norm, nondiff_argnums=(3,))
+_layer_norm_gpu.defvjp(lambda x, scale, bias, dtype: (_layer_norm(x, scale, bias, dtype), (x, scale)),
+                       lambda dtype, saved, dy: _gradients(saved, dy))
+_residual_norm_gpu = jax.custom_vjp(_residual_norm, nondiff_argnums=(4,))
+_residual_norm_gpu.defvjp(lambda x, *rest: (_residual_norm(x, *rest), (x, rest[0])),
+                          lambda dtype, saved, gradients: _gradients(saved, *gradients[::-1]))

@@ -4,6 +4,7 @@ The mesh is the one of the surrounding `jax.set_mesh`. Its axes and their roles 
 `mae_jax.runtime.sharding`.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ from jax.sharding import PartitionSpec as P
 ROWS = ("data", "zero", "fsdp")  # the axes that share the rows of a batch
 CUTS = ("zero", "fsdp")  # the axes that cut parameters, the first one into the largest pieces
 SMALL = 2**14  # values of a parameter below which a cut saves less than its messages cost (our choice)
+
+# Names of GPUs with a compute capability below 8.0, or of another maker, for which cuDNN and Triton have no kernels.
+OLDER = re.compile(r"NVIDIA (GeForce (GTX|RTX 20)|TITAN|Quadro)|(?!NVIDIA )")
 
 
 def sizes() -> dict[str, int]:

@@ -24,6 +24,8 @@ from mae_jax.state import TrainState
 from mae_jax.training import optim, spike_detector
 from mae_jax.training.optim import Schedule
 
+# XLA would merge products of one array, as those for queries, keys and values, and copy the result apart for cuDNN.
+COMPILER_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
 T = TypeVar("T")
 Updated = tuple[Params, Any, Params, Extras]  # parameters, the optimizer's state, their average, extras
 
@@ -66,7 +68,8 @@ class TrainStep:
         self.init = jax.jit(initial, out_shardings=placed)
         self.step = jax.jit(build_train_step(method, self.optimizer, self.schedule),
                             donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh)),
-                            compiler_options={"xla_gpu_deterministic_ops": config.train.deterministic})
+                            compiler_options=COMPILER_OPTIONS | {
+                                "xla_gpu_deterministic_ops": config.train.deterministic})
 
     def compile(self) -> None:
         """Compiles `step`, so that its first call runs at once."""

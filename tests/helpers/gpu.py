@@ -1,12 +1,13 @@
-"""What GPUs compute, on a CPU: all but the kernels of cuDNN, which JAX computes in their place."""
+"""What GPUs compute, on a CPU: all but kernels of cuDNN and Triton, which JAX computes in their place."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas
 
-from mae_jax.ops import attention_cudnn, partitioning
+from mae_jax.ops import attention_cudnn, normalization_gpu, partitioning
 
 H200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
 
@@ -16,6 +17,13 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partitioning, "device", lambda: H200)
     monkeypatch.setattr(attention_cudnn, "takes", lambda *_: True)
     monkeypatch.setattr(attention_cudnn, "_call", cudnn_in_jax)
+    monkeypatch.setattr(normalization_gpu, "_call", in_jax)
+    monkeypatch.setattr(normalization_gpu, "PROGRAMS", 3)  # one after the other
+
+
+def in_jax(kernel: Any, results: Any) -> Any:
+    """What a kernel of layer norm computes, by JAX."""
+    return pallas.pallas_call(kernel, results, grid=(normalization_gpu.PROGRAMS,), interpret=True)
 
 
 def cudnn_in_jax(target: str, products: Any, operands: list[jax.Array], results: list[Any]) -> list[jax.Array]:

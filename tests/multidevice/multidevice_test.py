@@ -36,6 +36,10 @@ def test_every_mesh_trains_as_one_device_does_and_bit_for_bit_as_it_did_before(d
     assert found["held"]["zero x fsdp"] < found["held"]["slices"] < 0.4
 
 
+def test_what_gpus_compute_is_the_same_on_meshes():
+    assert max(run("like_gpus", 8).values()) < 1e-3
+
+
 def test_terms_across_pictures_are_those_of_the_global_batch_and_so_are_their_gradients():
     """InfoNCE, DINO's loss and centre: one device with 16 pictures beside four with 4 each and eight with 2."""
     for method, found in run("joint", 8).items():

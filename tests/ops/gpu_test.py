@@ -5,19 +5,21 @@ Where there is one: `JAX_PLATFORMS= .venv/bin/python -m pytest -m gpu`.
 
 from collections.abc import Iterator
 from functools import partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax.ops import expert_linear
+from mae_jax.ops import expert_linear, normalization_gpu
 from mae_jax.ops.attention import _attention
 from mae_jax.ops.homologous_attention import kth_largest
+from tests.helpers.gpu import in_jax
 from tests.helpers.tiny import tiny_batch, tiny_config, tiny_program, tiny_state, tiny_step
 from tests.ops.expert_linear_test import operands, textbook
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")]
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +48,23 @@ def test_attention_by_cudnn_is_that_of_any_platform(tokens):
                                         for by in ("cudnn", "plain"))
     for ours, theirs in zip((out, *backward(dout)), (wanted, *exact(dout)), strict=True):
         limit = 2e-2 * np.abs(np.float32(theirs)).max()
+        np.testing.assert_allclose(np.float32(ours), np.float32(theirs), rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("width", [384, 512, 768, 1024, 1280])
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_kernel_of_layer_norm_is_what_it_computes_in_jax(width, dtype, residual):
+    rng = np.random.default_rng(0)
+    x, dy, dx = (jnp.asarray(array, dtype) for array in rng.normal(size=(3, 11, 197, width)))
+    scale, given = jnp.float32(rng.normal(size=width)), (x, dy, dx)[: 2 + residual]
+
+    def gradients(call):
+        with mock.patch.object(normalization_gpu, "_call", call):
+            return jax.jit(partial(normalization_gpu.backward, eps=1e-6))(x, scale, *given[1:])
+
+    for ours, theirs in zip(gradients(normalization_gpu._call), gradients(in_jax), strict=True):
+        limit = (2e-2 if ours.dtype == jnp.bfloat16 else 1e-4) * np.abs(np.float32(theirs)).max()
         np.testing.assert_allclose(np.float32(ours), np.float32(theirs), rtol=0, atol=limit)
 
 
