@@ -113,6 +113,8 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "mask_offset": 0,  # taken from a mask's numbers; what is below it becomes 255, which is ignored
         "readers": 16,  # logical readers of a TFRecord stream
         "shuffle_mb": 1024,  # encoded bytes held for shuffling, over all readers
+        # Processes that make examples; 0: threads alone; auto: as many as data.threads, but threads for few images.
+        "workers": "auto",
         "threads": 0,  # host threads; 0: one per core
         "prefetch": 2,  # batches ready ahead, on the host and on the device
     },
@@ -318,6 +320,8 @@ def validate(config: ConfigDict, for_training: bool = True) -> None:
         steps(values[key], config.batch_size, 1)
     check_fields(values)
     profile_steps(config)
+    if not re.fullmatch(r"auto|\d{1,4}", config.data.workers):
+        raise UserError(f"data.workers={config.data.workers!r}; expected 'auto' or how many, 0 for threads alone")
     if not config.log.every:
         raise UserError("log.every is ''; write how often to log, as '50 steps'")
     for name in config.log.sinks:

@@ -3,9 +3,8 @@
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -15,8 +14,11 @@ from mae_jax.data.info import NO_NEEDS, DataInfo, DataNeeds
 from mae_jax.data.masking import PatchOrder, View, with_views
 from mae_jax.errors import UserError
 
+if TYPE_CHECKING:
+    import jax
+
 Batch = dict[str, np.ndarray]
-Spec = dict[str, jax.ShapeDtypeStruct]
+Spec = dict[str, "jax.ShapeDtypeStruct"]
 FIELDS = ("patches", "order", "blocks", "label", "id", "valid", "replaced")  # blocks: where the order has some
 BAD_NAMES = 100  # the last so many images that were replaced are kept by name
 _PROVIDERS = {  # what would give a field; formatted with the config's group `data`
