@@ -55,7 +55,7 @@ class _Starter:
         """Returns the connection to a new foreman."""
         ours, theirs = socket.socketpair()
         with theirs:
-            worker_process.send_fds(self._orders, [theirs.fileno(), memory])
+            worker_process.send_order(self._orders, [theirs.fileno(), memory], _modules())
         return Connection(ours.detach())
 
     def stop(self) -> None:
@@ -63,6 +63,11 @@ class _Starter:
         self._orders.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(10)
+
+
+def _modules() -> list[str]:
+    """Returns which modules about data are imported here, TensorFlow's with them only where the data need it."""
+    return [name for name in list(sys.modules) if name.startswith("mae_jax.data.") or name == "tensorflow_datasets"]
 
 
 _starter: _Starter | None = None

@@ -13,6 +13,7 @@ run. A worker that is killed is replaced, and its rows are made again: an exampl
 import contextlib
 import ctypes
 import functools
+import importlib
 import io
 import mmap
 import os
@@ -20,6 +21,7 @@ import pickle
 import selectors
 import signal
 import socket
+import struct
 import sys
 import traceback
 from collections import deque
@@ -34,6 +36,7 @@ from mae_jax.errors import UserError
 
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the run decides, and these processes end with it
 AT_ONCE = 2  # tasks that a worker has: the next one waits while it is at one
+HEAD = 4  # bytes of an order that say how long the names of modules are
 MAX_DEATHS = 100  # of workers of one iterator
 PR_SET_PDEATHSIG = 1
 
@@ -60,15 +63,20 @@ Message = tuple[str, Any] | tuple[str, int, list[str]]
 
 
 def start(fd: int) -> NoReturn:
-    """Is the starter: forks a foreman for each pair of file descriptors, a socket and memory, that come by a socket."""
+    """Is the starter: forks a foreman for each order that comes by a socket.
+
+    An order is two file descriptors, a socket and memory, and the modules that the run has imported for its data: here
+    they are imported once for all foremen.
+    """
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # foremen that end leave nothing to wait for
     orders = socket.socket(fileno=fd)
     while True:
-        fds = _receive_fds(orders)
-        if not fds:
-            os._exit(0)
+        fds, modules = _next_order(orders)
+        for name in modules:
+            with contextlib.suppress(Exception):  # whoever needs it tells
+                importlib.import_module(name)
         if os.fork() == 0:
             orders.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -82,13 +90,25 @@ def _lead(run: int, memory: int) -> None:
     _Foreman(Connection(run), memory).run()
 
 
-def _receive_fds(orders: socket.socket) -> Sequence[int]:
-    """Returns the next two file descriptors, () at the end."""
+def send_order(orders: socket.socket, fds: Sequence[int], modules: Sequence[str]) -> None:
+    """Gives the starter an order."""
+    names = "\n".join(modules).encode()
+    socket.send_fds(orders, [struct.pack("!I", len(names))], list(fds))
+    orders.sendall(names)
+
+
+def _next_order(orders: socket.socket) -> tuple[list[int], list[str]]:
+    """Returns file descriptors and modules of the next order; ends the process where the run has ended."""
     try:
-        content, fds, _, _ = socket.recv_fds(orders, 1, 2)
+        head, fds, _, _ = socket.recv_fds(orders, HEAD, 2)
+        names, left = b"", struct.unpack("!I", head)[0] if len(head) == HEAD else -1
+        while len(names) < left and (part := orders.recv(left - len(names))):
+            names += part
     except OSError:
-        return ()
-    return fds if content else ()
+        os._exit(0)
+    if len(names) != left:
+        os._exit(0)
+    return fds, names.decode().split()
 
 
 def _ending(what: Any) -> NoReturn:
@@ -260,8 +280,3 @@ def _portable(error: Exception) -> Exception:
         return error
     except Exception:
         return RuntimeError("".join(traceback.format_exception(error)))
-
-
-def send_fds(orders: socket.socket, fds: Sequence[int]) -> None:
-    """Gives the starter the file descriptors of a foreman."""
-    socket.send_fds(orders, [b"x"], list(fds))
