@@ -35,14 +35,19 @@ def golden(tmp_path_factory, cache) -> Path:
 
 def started(folder: Path, cache: Path, steps: int) -> subprocess.Popen:
     """Starts a run with two workers; returns when it has drawn so many batches more."""
-    before = drawn(folder)
     run, = processes.start(folder, cache, processes=1, devices=1, fields=FIELDS)
+    goes_on(run, folder, steps)
+    return run
+
+
+def goes_on(run: subprocess.Popen, folder: Path, steps: int) -> None:
+    """Waits until a run has drawn so many batches more."""
+    before = drawn(folder)
     deadline = time.monotonic() + 120
     while drawn(folder) < before + steps and run.poll() is None:
         assert time.monotonic() < deadline, processes.output(folder, 0)
         time.sleep(0.02)
     assert run.poll() is None, processes.output(folder, 0)
-    return run
 
 
 def drawn(folder: Path) -> int:
@@ -70,9 +75,9 @@ def test_workers_that_are_killed_and_ctrl_c_change_no_bit_and_leave_nothing(gold
     workers = children(foreman_of(run))
     assert len(workers) == 2
     os.kill(random.Random(0).choice(workers), signal.SIGKILL)
-    time.sleep(0.5)
+    goes_on(run, folder, 3)
     os.kill(foreman_of(run), signal.SIGKILL)
-    time.sleep(0.5)
+    goes_on(run, folder, 3)
     tree = descendants(run.pid)
     for pid in (run.pid, *tree):  # also those that Ctrl-C is not for
         os.kill(pid, signal.SIGINT)

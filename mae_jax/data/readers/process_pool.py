@@ -9,6 +9,7 @@ and each batch is a new segment.
 import atexit
 import contextlib
 import functools
+import io
 import logging
 import os
 import pickle
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 MAX_RESTARTS = 3  # of one iterator, after its foreman died
 CODE = "import sys; sys.path[:] = sys.argv[2:]; from mae_jax.data.readers import worker_process; " \
        "worker_process.start(int(sys.argv[1]))"
+PRELOADED = ("mae_jax", "tensorflow_datasets")  # packages that the starter imports for all foremen
 # One thread each, and no device.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu",
                "CUDA_VISIBLE_DEVICES": ""}
@@ -51,11 +53,11 @@ class _Starter:
                                         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0)
         theirs.close()
 
-    def foreman(self, memory: int) -> Connection:
+    def foreman(self, memory: int, modules: list[str]) -> Connection:
         """Returns the connection to a new foreman."""
         ours, theirs = socket.socketpair()
         with theirs:
-            worker_process.send_order(self._orders, [theirs.fileno(), memory], _modules())
+            worker_process.send_order(self._orders, [theirs.fileno(), memory], modules)
         return Connection(ours.detach())
 
     def stop(self) -> None:
@@ -65,16 +67,11 @@ class _Starter:
             self.process.wait(10)
 
 
-def _modules() -> list[str]:
-    """Returns which modules about data are imported here, TensorFlow's with them only where the data need it."""
-    return [name for name in list(sys.modules) if name.startswith("mae_jax.data.") or name == "tensorflow_datasets"]
-
-
 _starter: _Starter | None = None
 _starting = threading.Lock()
 
 
-def _foreman(memory: int) -> Connection:
+def _foreman(memory: int, modules: list[str]) -> Connection:
     """Returns the connection to a new foreman, of a starter that is alive as far as that can be known."""
     global _starter
     with _starting:
@@ -83,11 +80,11 @@ def _foreman(memory: int) -> Connection:
             _starter = None
         _starter = _starter or _Starter()
         try:
-            return _starter.foreman(memory)
+            return _starter.foreman(memory, modules)
         except OSError:  # it died just now
             _starter.stop()
             _starter = _Starter()
-            return _starter.foreman(memory)
+            return _starter.foreman(memory, modules)
 
 
 @atexit.register
@@ -98,16 +95,38 @@ def _stop() -> None:
         _starter.stop()
 
 
+class _Pickler(pickle.Pickler):
+    """A pickler that notes the modules of what it meets: those of plug-ins and libraries are imported where needed."""
+
+    def __init__(self, to: io.BytesIO):
+        super().__init__(to, pickle.HIGHEST_PROTOCOL)
+        self.modules: set[str] = set()
+
+    def reducer_override(self, value: Any) -> Any:
+        module = getattr(value, "__module__", None) or type(value).__module__
+        if isinstance(module, str) and module.split(".")[0] in PRELOADED:
+            self.modules.add(module)
+        return NotImplemented
+
+
+def _pickled(job: worker_process.Job) -> tuple[bytes, list[str]]:
+    """Returns a job pickled, and modules that are imported to read it; raises NotPicklable."""
+    content = io.BytesIO()
+    pickler = _Pickler(content)
+    try:
+        pickler.dump(job)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise NotPicklable(str(error)) from None
+    return content.getvalue(), sorted(pickler.modules)
+
+
 class _Pool:
     """The batches that one foreman's workers are at."""
 
     def __init__(self, maker: Maker, layout: Layout, count: int, workers: int, plugins: tuple[str, ...],
                  name: Callable[[int, int], str]):
         self._layout, self._count, self._workers, self._plugins, self._name = layout, count, workers, plugins, name
-        try:
-            self._job = pickle.dumps(worker_process.Job(maker, layout, workers), pickle.HIGHEST_PROTOCOL)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise NotPicklable(str(error)) from None
+        self._job, self._modules = _pickled(worker_process.Job(maker, layout, workers))
         self._taken, self._restarts = 0, 0
         self._begin()
 
@@ -116,7 +135,7 @@ class _Pool:
         memory = shared_slots.reserve(self._layout, "data.prefetch or batch_size")
         try:
             self._ring = Ring(self._layout, memory)
-            self._foreman = _foreman(memory)
+            self._foreman = _foreman(memory, self._modules)
         finally:
             os.close(memory)
         self._ordered = self._taken  # the next batch that is to be ordered
@@ -131,9 +150,9 @@ class _Pool:
         while True:
             try:
                 self._order()
-                if self._taken in self._done:
-                    break
-                self._hear(self._foreman.recv())
+                while self._taken not in self._done or self._foreman.poll():
+                    self._hear(self._foreman.recv())
+                break
             except (EOFError, OSError):
                 self._restart()
         number = self._taken

@@ -239,6 +239,9 @@ def test_a_stream_gives_each_worker_rows_of_its_own_readers():
 
 def test_workers_import_neither_jax_nor_tensorflow_for_files(tmp_path):
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    if process_pool._starter:  # which may have imported what other tests need
+        process_pool._starter.stop()
+        process_pool._starter = None
     batches = inputs(config("folder", tmp_path), "1").train(0)
     next(batches)
     foreman = children(process_pool._starter.process.pid)[-1]
