@@ -20,12 +20,12 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from typing import Any
 
 from mae_jax.data.readers import shared_slots, worker_process
 from mae_jax.data.readers.makers import Maker
 from mae_jax.data.readers.shared_slots import Batch, Layout, Ring
+from mae_jax.data.readers.worker_process import Channel
 from mae_jax.data.transforms.example import Spec
 from mae_jax.errors import UserError
 
@@ -53,12 +53,12 @@ class _Starter:
                                         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0)
         theirs.close()
 
-    def foreman(self, memory: int, modules: list[str]) -> Connection:
+    def foreman(self, memory: int, modules: list[str]) -> Channel:
         """Returns the connection to a new foreman."""
         ours, theirs = socket.socketpair()
         with theirs:
             worker_process.send_order(self._orders, [theirs.fileno(), memory], modules)
-        return Connection(ours.detach())
+        return Channel(ours.detach())
 
     def stop(self) -> None:
         """Ends it, and with it nothing else: foremen end with their iterators."""
@@ -71,7 +71,7 @@ _starter: _Starter | None = None
 _starting = threading.Lock()
 
 
-def _foreman(memory: int, modules: list[str]) -> Connection:
+def _foreman(memory: int, modules: list[str]) -> Channel:
     """Returns the connection to a new foreman, of a starter that is alive as far as that can be known."""
     global _starter
     with _starting:

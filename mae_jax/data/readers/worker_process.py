@@ -41,6 +41,16 @@ MAX_DEATHS = 100  # of workers of one iterator
 PR_SET_PDEATHSIG = 1
 
 
+class Channel(Connection):
+    """A connection that may be closed after the garbage collector has.
+
+    `Connection` keeps the number of the descriptor then: closing it again would close what has the number by now.
+    """
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class Job(NamedTuple):
     """What a foreman gets: the maker, where batches lie, and how many workers to start."""
 
@@ -87,7 +97,7 @@ def start(fd: int) -> NoReturn:
 
 def _lead(run: int, memory: int) -> None:
     """Is a foreman."""
-    _Foreman(Connection(run), memory).run()
+    _Foreman(Channel(run), memory).run()
 
 
 def send_order(orders: socket.socket, fds: Sequence[int], modules: Sequence[str]) -> None:
@@ -128,7 +138,7 @@ def _ending(what: Any) -> NoReturn:
 class _Worker:
     """A worker as its foreman sees it."""
 
-    def __init__(self, number: int, pid: int, connection: Connection):
+    def __init__(self, number: int, pid: int, connection: Channel):
         self.number, self.pid, self.connection = number, pid, connection
         self.tasks: deque[Task] = deque()  # that it was given, the one that it is at first
 
@@ -136,7 +146,7 @@ class _Worker:
 class _Foreman:
     """Gives rows to workers, and tells the run which batches are whole."""
 
-    def __init__(self, run: Connection, memory_fd: int):
+    def __init__(self, run: Channel, memory_fd: int):
         self._run = run
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # the run has said which plug-ins are imported
@@ -181,10 +191,10 @@ class _Foreman:
                 other.connection.close()
             self._selector.close()
             _end_with(me)
-            connection = Connection(theirs.detach())
+            connection = Channel(theirs.detach())
             _ending(lambda: _work(connection, self._job.maker, self._views()))
         theirs.close()
-        worker = self._workers[number] = _Worker(number, pid, Connection(ours.detach()))
+        worker = self._workers[number] = _Worker(number, pid, Channel(ours.detach()))
         self._selector.register(worker.connection, selectors.EVENT_READ, worker)
 
     def _views(self) -> list[Batch]:
@@ -245,7 +255,7 @@ class _Foreman:
         self._fork(worker.number)
 
 
-def _work(connection: Connection, maker: Maker, views: list[Batch]) -> None:
+def _work(connection: Channel, maker: Maker, views: list[Batch]) -> None:
     """Is a worker: makes rows until the foreman's end is closed."""
     while True:
         task: Task = connection.recv()

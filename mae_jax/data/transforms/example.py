@@ -1,5 +1,6 @@
 """From a stored image to the fields of one example: augmented, cut into patches, permuted."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ class FieldSpec(NamedTuple):
     dtype: Any
 
 
-Spec = dict[str, "jax.ShapeDtypeStruct | FieldSpec"]
+Spec = Mapping[str, "jax.ShapeDtypeStruct | FieldSpec"]
 
 
 class ExampleBuilder:

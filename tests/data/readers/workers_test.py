@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import os
 import pickle
+import socket
 import time
 from collections import deque
 from pathlib import Path
@@ -19,6 +20,7 @@ from mae_jax import config as configs
 from mae_jax import data
 from mae_jax.data.readers import process_pool, random_access, shared_slots
 from mae_jax.data.readers.makers import ExampleMaker, StreamMaker
+from mae_jax.data.readers.worker_process import Channel
 from mae_jax.data.sources import registry
 from mae_jax.data.sources.base import Example, Source
 from mae_jax.errors import UserError
@@ -200,6 +202,19 @@ def test_memory_and_file_descriptors_stay_flat_over_iterators_and_batches():
     while children(process_pool._starter.process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not children(process_pool._starter.process.pid)
+
+
+def test_a_channel_that_the_garbage_collector_closed_does_not_close_the_next_one():
+    ours, theirs = socket.socketpair()
+    channel = Channel(ours.detach())
+    number = channel.fileno()
+    channel.__del__()
+    copy = os.dup(theirs.fileno())
+    assert copy == number  # the lowest number that is free
+    channel.close()
+    os.fstat(copy)
+    os.close(copy)
+    theirs.close()
 
 
 def test_more_memory_than_there_is_is_refused_at_once_with_the_bytes_and_the_fields():
