@@ -81,7 +81,7 @@ def _source(data: ConfigDict, split: str, files: list[epath.Path], columns: Colu
     ends = np.cumsum([len(each.labels) for each in rows]).tolist()
     labels, classes, strange = _labels(data, split, columns, rows)
     versions = [version(file) for file in files]
-    return Source(len(labels), partial(_read, versions, columns, ends, labels, data.mask_offset),
+    return Source(len(labels), partial(_read, versions, columns, ends, labels, data.get("mask_offset", 0)),
                   partial(_name, [file.name for file in files], ends), classes,
                   ("pixel_label",) if columns.mask else (), lambda i: int(labels[i]), unknown_classes=strange)
 

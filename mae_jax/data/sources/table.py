@@ -58,7 +58,7 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
     _check_there(file, paths)
     masks = [table.masks[i] for i in rows] if table.masks else []
 
-    read = functools.partial(_read, file, paths, labels, masks, data.mask_offset)
+    read = functools.partial(_read, file, paths, labels, masks, data.get("mask_offset", 0))
     return Source(len(paths), read, functools.partial(printable_name, paths), classes,
                   ("pixel_label",) if masks else (), lambda i: int(labels[i]), unknown_classes=strange)
 

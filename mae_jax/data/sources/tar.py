@@ -98,7 +98,8 @@ def _source(data: ConfigDict, split: str, shards: tuple[epath.Path, ...], found:
     classes = text_labels.classes_of(text for members in train for text in _texts(members, label))
     labels, strange = text_labels.numbers([text for members in found for text in _texts(members, label)], classes)
 
-    read = functools.partial(_read, paths, shard_of, starts, sizes, masks, labels, data.mask_key, data.mask_offset)
+    read = functools.partial(_read, paths, shard_of, starts, sizes, masks, labels, data.mask_key,
+                             data.get("mask_offset", 0))
     return Source(len(keys), read, functools.partial(_name, names, shard_of, keys), classes,
                   ("pixel_label",) if data.mask_key else (), lambda i: int(labels[i]), unknown_classes=strange)
 
