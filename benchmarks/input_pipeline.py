@@ -1,24 +1,25 @@
-"""The input pipeline against a torchvision loader that does the same work, side by side.
+"""The input pipeline against a torchvision loader that does the same work, side by side, by worker processes.
 
-  python benchmarks/input_pipeline.py --threads=2 --rounds=5
+  python benchmarks/input_pipeline.py --workers=1,2 --rounds=5
+  python benchmarks/input_pipeline.py --workers=1,2,4,8,16 --arms="ours exact,ours fast" --rounds=3   # without torch
 
 Work: 500 x 375 photographs as JPEGs of about 100 kB, random resized crop (0.2 to 1, bicubic, antialiased) to 224 x 224
 and flip. Ours ends in permuted uint8 patches (normalisation is done on the device), torchvision's in normalised float32
-tensors. Our threads and its workers are alike many. The arms take turns, each in a process of its own; what counts is
-images per second of processor time, so that neighbours on the machine disturb little. Needs torch and torchvision.
+tensors. Both have equally many worker processes; the arms with threads have so many threads. The arms take turns, each
+in a process of its own. Told are images per second by the clock, once batches come steadily, and per second of
+processor time, which neighbours on the machine disturb less. Neither TensorFlow nor, with --arms, torch is needed.
 """
 
 import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ import numpy as np
 from PIL import Image
 
 ARMS = ("ours exact", "ours fast", "torchvision")
+MORE_ARMS = ("threads exact", "threads fast")
+WARM = 6  # batches before the clock starts: then as much is made while measuring as is taken
 PICTURES, HEIGHT, WIDTH, QUALITY = 256, 375, 500, 97
 TARGET, BATCH = 224, 64
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -52,26 +55,41 @@ def make_pictures(folder: Path) -> float:
 
 
 def processor_time() -> float:
-    """Returns seconds of processor time of this process and of those it has waited for."""
-    own, others = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    return own.ru_utime + own.ru_stime + others.ru_utime + others.ru_stime
+    """Returns seconds of processor time of this process and of all that came of it and live (Linux)."""
+    ticks, parents = {}, {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        pid = int(file.parent.name)
+        parents[pid], ticks[pid] = int(fields[1]), int(fields[11]) + int(fields[12])
+    ours = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
+        ours |= more
+    return sum(ticks[pid] for pid in ours) / os.sysconf("SC_CLK_TCK")
 
 
-def run_ours(folder: str, resize: str, threads: int, images: int) -> dict[str, float]:
-    from mae_jax import config, data
-    from mae_jax.methods.mae import MAE
-
-    c = config.default()
-    c.batch_size = BATCH
-    c.data.update({"source": "folder", "path": folder, "eval_split": "", "resize": resize, "threads": threads})
-    method = MAE(config.resolved(c), data.NO_DATA)
-    batches = data.OpenedData(c).batches(method.batch_spec(), method.patch_order()).train(0)
-    for _ in range(4):  # fills what is made ahead, so that as much is made while measuring as is taken
+def timed(batches: Iterator[Any], images: int) -> dict[str, float]:
+    """Takes so many images, after some batches that warm up; returns what that took."""
+    for _ in range(WARM):
         next(batches)
     begin, busy = time.monotonic(), processor_time()
     for _ in range(images // BATCH):
         next(batches)
     return {"images": images // BATCH * BATCH, "wall": time.monotonic() - begin, "cpu": processor_time() - busy}
+
+
+def run_ours(folder: str, resize: str, workers: int, threads: int, images: int) -> dict[str, float]:
+    from mae_jax import config, data
+    from mae_jax.methods.mae import MAE
+
+    c = config.default()
+    c.batch_size = BATCH
+    c.data.update({"source": "folder", "path": folder, "eval_split": "", "resize": resize, "workers": str(workers),
+                   "threads": threads})
+    method = MAE(config.resolved(c), data.NO_DATA)
+    return timed(data.OpenedData(c).batches(method.batch_spec(), method.patch_order()).train(0), images)
 
 
 def run_torchvision(folder: str, workers: int, images: int) -> dict[str, float]:
@@ -81,19 +99,14 @@ def run_torchvision(folder: str, workers: int, images: int) -> dict[str, float]:
 
     class Pictures(torch.utils.data.Dataset):
         def __len__(self) -> int:
-            return images // BATCH * BATCH
+            return images + (WARM + 4 * workers) * BATCH  # so that the last ones taken are not the last ones made
 
         def __getitem__(self, i: int) -> torch.Tensor:
             with open(files[i % len(files)], "rb") as file:
                 return transform(Image.open(file).convert("RGB"))
 
     torch.set_num_threads(1)
-    begin, busy = time.monotonic(), processor_time()
-    loader = torch.utils.data.DataLoader(Pictures(), BATCH, shuffle=True, num_workers=workers)
-    count = sum(len(batch) for batch in loader)
-    wall = time.monotonic() - begin
-    del loader  # its processes have ended with the loop: their time now counts
-    return {"images": count, "wall": wall, "cpu": processor_time() - busy}
+    return timed(iter(torch.utils.data.DataLoader(Pictures(), BATCH, shuffle=True, num_workers=workers)), images)
 
 
 def torch_transform() -> Callable[[Image.Image], Any]:
@@ -118,54 +131,75 @@ def import_torchvision() -> Any:
     return torchvision
 
 
-def child(arm: str, folder: str, threads: int, images: int) -> dict[str, float]:
+def run(arm: str, folder: str, workers: int, images: int) -> dict[str, float]:
+    """Runs one arm in this process."""
+    if arm == "torchvision":
+        return run_torchvision(folder, workers, images)
+    who, resize = arm.split()
+    return run_ours(folder, resize, workers if who == "ours" else 0, 0 if who == "ours" else workers, images)
+
+
+def child(arm: str, folder: str, workers: int, images: int) -> dict[str, float]:
     """Runs one arm in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, __file__, "--arm", arm, "--folder", folder, "--threads", str(threads), "--images",
+    command = [sys.executable, __file__, "--arm", arm, "--folder", folder, "--workers", str(workers), "--images",
                str(images)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{arm} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"{arm}, {workers}: {found['images'] / found['wall']:.0f} images/s", file=sys.stderr, flush=True)
+    return found
 
 
-def summarize(rounds: list[dict[str, dict[str, float]]], threads: int, size: float) -> dict:
-    """Returns the table: medians over rounds of images per second, per core and by the clock."""
-    arms = {}
-    for arm in ARMS:
-        per_core = [r[arm]["images"] / r[arm]["cpu"] for r in rounds]
-        ratios = [per / (r["torchvision"]["images"] / r["torchvision"]["cpu"])
-                  for per, r in zip(per_core, rounds, strict=True)]
-        arms[arm] = {
-            "images_per_second_per_core": round(statistics.median(per_core), 1),
-            "lowest_and_highest": [round(min(per_core), 1), round(max(per_core), 1)],
-            "images_per_second": round(statistics.median(r[arm]["images"] / r[arm]["wall"] for r in rounds), 1),
-            "times_torchvision_per_core": round(statistics.median(ratios), 3),
+def summarize(rounds: list[dict[tuple[str, int], dict[str, float]]], load: float, size: float) -> dict[str, Any]:
+    """Returns the table: medians over rounds; ratios are those within a round."""
+    def speeds(key: tuple[str, int], by: str = "wall") -> list[float]:
+        return [each[key]["images"] / each[key][by] for each in rounds]
+
+    def ratio(key: tuple[str, int], to: tuple[str, int]) -> float | None:
+        if to not in rounds[0]:
+            return None
+        return round(statistics.median(a / b for a, b in zip(speeds(key), speeds(to), strict=True)), 3)
+
+    arms: dict[str, dict[int, dict[str, Any]]] = {}
+    for arm, workers in rounds[0]:
+        found = speeds((arm, workers))
+        arms.setdefault(arm, {})[workers] = {
+            "images_per_second": round(statistics.median(found), 1),
+            "lowest_and_highest": [round(min(found), 1), round(max(found), 1)],
+            "images_per_second_per_core": round(statistics.median(speeds((arm, workers), "cpu")), 1),
+            "times_one_worker": ratio((arm, workers), (arm, 1)),
+            "times_torchvision": ratio((arm, workers), ("torchvision", workers)),
         }
-    versions = {name: metadata.version(name) for name in ("pillow", "torch", "torchvision", "numpy")}
-    return {"arms": arms, "rounds": len(rounds), "threads": threads, "cores": os.cpu_count(), "jpeg_bytes": round(size),
-            "processor": platform.processor() or platform.machine(), "versions": versions}
+    names = ("pillow", "numpy", *(["torch", "torchvision"] if "torchvision" in arms else []))
+    return {"arms": arms, "rounds": len(rounds), "cores": os.cpu_count(), "load_average_before": round(load, 1),
+            "jpeg_bytes": round(size), "processor": platform.processor() or platform.machine(),
+            "versions": {name: metadata.version(name) for name in names}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--workers", default=f"1,{os.cpu_count()}", help="counts, by commas")
+    parser.add_argument("--arms", default=",".join(ARMS), help=f"by commas, of {', '.join(ARMS + MORE_ARMS)}")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=2048, help="per arm and round")
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--images", type=int, default=2048, help="per worker, arm and round")
+    parser.add_argument("--to", type=Path, default=RESULTS)
+    parser.add_argument("--arm", choices=ARMS + MORE_ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.arm == "torchvision":
-        print(json.dumps(run_torchvision(args.folder, args.threads, args.images)))
-    elif args.arm:
-        print(json.dumps(run_ours(args.folder, args.arm.split()[1], args.threads, args.images)))
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            size = make_pictures(Path(folder))
-            rounds = [{arm: child(arm, folder, args.threads, args.images) for arm in ARMS} for _ in range(args.rounds)]
-        result = summarize(rounds, args.threads, size)
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-        print(json.dumps(result, indent=1))
+    counts = [int(count) for count in args.workers.split(",")]
+    if args.arm:
+        print(json.dumps(run(args.arm, args.folder, counts[0], args.images)))
+        return
+    load, arms = os.getloadavg()[0], args.arms.split(",")
+    with tempfile.TemporaryDirectory() as folder:
+        size = make_pictures(Path(folder))
+        rounds = [{(arm, count): child(arm, folder, count, args.images * count) for count in counts for arm in arms}
+                  for _ in range(args.rounds)]
+    result = summarize(rounds, load, size)
+    args.to.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

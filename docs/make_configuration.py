@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mae_jax import config
+from mae_jax import config, field_values
 from mae_jax.commands.recipes import comments, leaves, own_comments, with_choices
 from mae_jax.data.transforms.color import COLOR_POLICIES
 from mae_jax.methods import fields
 
-CHOICES = {**config.CHOICES, "optim.name": config.OPTIMIZERS, "data.color": COLOR_POLICIES}  # without those of plug-ins
+# Without those of plug-ins.
+CHOICES = {**field_values.CHOICES, "optim.name": config.OPTIMIZERS, "data.color": COLOR_POLICIES}
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
 HEADER = """# Configuration

@@ -45,7 +45,7 @@ def root_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:600]}"
 
 
-LESS_MEMORY = "take fewer data.threads, a smaller data.shuffle_mb, data.prefetch or batch_size"
+LESS_MEMORY = "take fewer data.workers or data.threads, a smaller data.shuffle_mb, data.prefetch or batch_size"
 LESS_DEVICE_MEMORY = ("take a smaller batch_size, train.accumulate, model.remat or mesh.fsdp; mae_jax plan says what "
                       "fits")
 TF_OF_MACHINE = ("PermissionDeniedError", "NotFoundError", "ResourceExhaustedError", "UnavailableError",

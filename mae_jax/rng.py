@@ -4,10 +4,12 @@ import functools
 import math
 import threading
 import zlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
+
+if TYPE_CHECKING:
+    import jax
 
 _WORD = (1 << 64) - 1
 _lock = threading.Lock()
@@ -95,6 +97,8 @@ def _mix(word: Any) -> Any:
     return word ^ word >> 31
 
 
-def stream_key(seed: int, step: jax.Array | int, stream: str) -> jax.Array:
+def stream_key(seed: int, step: "jax.Array | int", stream: str) -> "jax.Array":
     """Returns the random key of a named stream at a step."""
+    import jax  # which the processes that make examples do without
+
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), zlib.crc32(stream.encode()))

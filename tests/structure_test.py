@@ -51,6 +51,8 @@ JSON_READERS = ("mae_jax/runtime/bounded_json.py", "mae_jax/plugins.py")  # the 
 
 
 TORCH_READER = Path("mae_jax/storage/torch_file.py")
+# A run and the processes that it starts pickle for each other, through sockets that nobody else has.
+OWN_PROCESSES = (Path("mae_jax/data/readers/process_pool.py"), Path("mae_jax/data/readers/worker_process.py"))
 
 
 def test_nothing_that_is_read_is_executed():
@@ -63,8 +65,12 @@ def test_nothing_that_is_read_is_executed():
                     if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle"}
             assert uses == {"pickle.Unpickler"}
             assert "def find_class" in path.read_text()
+        elif path in OWN_PROCESSES:
+            called = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text()))
+                      if isinstance(node, ast.Call)}
+            assert not {name for name in called if name == "open" or name.endswith((".open", ".read_bytes"))}, path
         else:
-            assert "pickle" not in imported(path), path
+            assert not imported(path) & {"pickle", "multiprocessing"}, path
         for node in ast.walk(ast.parse(path.read_text())):
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             assert called not in ("eval", "exec", "compile", "__import__"), f"{path}:{node.lineno}"

@@ -21,8 +21,6 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax.errors import UserError
-from mae_jax.ops import spherical_kmeans
-from mae_jax.param_tree import flatten
 from mae_jax.runtime import bounded_json
 from mae_jax.storage import paths
 from mae_jax.storage.file_kinds import unreadable
@@ -57,6 +55,8 @@ class Clusters:
 
     def nearest(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the clusters int32 [n] of features [n, D] of the frozen encoder, and similarities float32 [n]."""
+        from mae_jax.ops import spherical_kmeans  # with JAX, which worker processes do without
+
         points = spherical_kmeans.unit(features - self.mean).astype(np.float32)
         return spherical_kmeans.assign(lambda: iter([points]), self.centroids, self.prices)
 
@@ -112,6 +112,8 @@ def _check(path: epath.Path, arrays: dict[str, np.ndarray], assigned: dict[str, 
 
 def fingerprint(arrays: Any) -> str:
     """Returns a short hash of the values of nested dicts of arrays."""
+    from mae_jax.param_tree import flatten  # with JAX, which worker processes do without
+
     digest = hashlib.sha256()
     for name, array in sorted(flatten(arrays).items()):
         digest.update(name.encode() + np.ascontiguousarray(array).tobytes())

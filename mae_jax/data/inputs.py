@@ -4,9 +4,8 @@ import functools
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -17,9 +16,12 @@ from mae_jax.data.masking import PatchOrder, View, with_views
 from mae_jax.errors import UserError
 from mae_jax.ops import example_ids
 
+if TYPE_CHECKING:
+    import jax
+
 log = logging.getLogger(__name__)
 Batch = dict[str, np.ndarray]
-Spec = dict[str, jax.ShapeDtypeStruct]
+Spec = dict[str, "jax.ShapeDtypeStruct"]
 FIELDS = ("patches", "order", "blocks", "label", "id", "valid", "replaced")  # blocks: where the order has some
 BAD_NAMES = 100  # the last so many images that were replaced are kept by name
 _PROVIDERS = {  # what would give a field; formatted with the config's group `data`

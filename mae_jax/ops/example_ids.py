@@ -1,9 +1,11 @@
 """Numbers of examples: 64 bits on the host; on devices, which count in 32, two words where a data set needs them."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
+
+if TYPE_CHECKING:
+    import jax
 
 LARGEST = 2**31 - 1  # of a number that is one word
 
@@ -20,7 +22,7 @@ def whole(ids: Any) -> np.ndarray:
     return ids if ids.ndim == 1 else ids[:, 0].astype(np.int64) << 32 | ids[:, 1].view(np.uint32).astype(np.int64)
 
 
-def same(ids: jax.Array) -> jax.Array:
+def same(ids: "jax.Array") -> "jax.Array":
     """Returns bool [B, B]: which rows show the same example, of int32 [B] or [B, 2]."""
     equal = ids[:, None] == ids[None]
     return equal if ids.ndim == 1 else equal.all(-1)

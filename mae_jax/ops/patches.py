@@ -1,13 +1,14 @@
 """Pixels and patches: the grid of patches, images to patches and back, normalization."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
 
 # Per-channel statistics of ImageNet RGB in [0, 1], as torchvision and MAE (A.1) use them.
 MEAN = (0.485, 0.456, 0.406)
@@ -81,13 +82,13 @@ class PatchGrid(NamedTuple):
         return spread(rows), spread(columns)
 
 
-def normalize(patches: jax.Array) -> jax.Array:
+def normalize(patches: "jax.Array") -> "jax.Array":
     """Maps uint8 patches [..., P], channel fastest, to float32 with ImageNet's mean and deviation removed."""
     repeats = patches.shape[-1] // 3
     # One multiply-add: x / 255 / std - mean / std.
     scale = np.tile(1 / (255 * np.array(STD)), repeats).astype(np.float32)
     shift = np.tile(np.array(MEAN) / np.array(STD), repeats).astype(np.float32)
-    return patches.astype(jnp.float32) * scale - shift
+    return patches.astype(np.float32) * scale - shift
 
 
 def denormalize(patches: np.ndarray) -> np.ndarray:

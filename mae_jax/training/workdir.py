@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 # What a resumed run may change: it alters how a run is watched, placed or ended, never what was trained so far.
 MAY_CHANGE = ("train.duration", "mesh.*", "eval.*", "checkpoint.*", "log.*", "guard.max_*",
-              "guard.stall_seconds", "data.threads", "data.prefetch", "train.compilation_cache", "model.scan",
-              "model.remat", "plugins", "method.clusters")  # whose content is compared
+              "guard.stall_seconds", "data.threads", "data.workers", "data.prefetch", "train.compilation_cache",
+              "model.scan", "model.remat", "plugins", "method.clusters")  # whose content is compared
 # And what it may change where the data are the same by their names and by samples of their content.
 MAY_MOVE = ("data.path", "data.layout", "data.mask_key", "data.tokens")
 MAX_LISTED_CLASSES = 10  # classes that a message names

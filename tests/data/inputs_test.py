@@ -246,11 +246,11 @@ def test_a_bad_picture_of_an_evaluation_has_no_weight_and_moves_no_other():
 
 
 def test_an_error_of_ours_comes_out_as_itself():
-    def example(position):
+    def example(bad, position):
         raise UserError("the disk is gone")
     c = config()
     with pytest.raises(UserError, match=r"^the disk is gone$"):
-        next(random_access.batches(example, spec(c), np.arange(8), range(5), c.data))
+        next(random_access.batches(example, spec(c), np.arange(8), range(5), c, deque(), 0))
 
 
 @pytest.mark.slow
@@ -261,11 +261,12 @@ import sys, time
 import jax, numpy as np
 from ml_collections import ConfigDict
 from mae_jax.data.readers import random_access
-def example(position):
+def example(bad, position):
     time.sleep(0.002)
     return {"id": position}
 spec = {"id": jax.ShapeDtypeStruct((8,), np.int32)}
-batches = random_access.batches(example, spec, np.arange(8), range(10**6), ConfigDict({"threads": 8, "prefetch": 2}))
+config = ConfigDict({"data": {"workers": "auto", "threads": 8, "prefetch": 2}})
+batches = random_access.batches(example, spec, np.arange(8), range(10**6), config, None, 0)
 next(batches)
 sys.exit(75)
 """

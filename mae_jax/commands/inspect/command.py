@@ -1,6 +1,6 @@
 """Looks at a data set: counts, broken pictures, speed, and a grid as the model will see it; or stores it once, resized.
 
-  mae_jax inspect --config=folder --config.data.path=/pictures --to=grid.png
+  mae_jax inspect --config=folder --config.data.path=/pictures --to=grid.png --images_per_second=6000
   mae_jax inspect --config=folder --config.data.path=/pictures --write=tfrecord --size=256 --to=DIR
   mae_jax inspect --config=quickstart --write=batches --steps=200 --to=DIR
 
@@ -10,27 +10,24 @@ data.path=DIR. Every picture is decoded in full; broken ones are listed by name,
 is said of copies means the same bytes: a picture that was saved anew is another one.
 """
 
-import io
 import os
-import time
 from typing import TYPE_CHECKING
 
-import numpy as np
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
-from PIL import Image
 
 from mae_jax import errors
 from mae_jax.commands import cli
 from mae_jax.commands.inspect import report as inspect_report
+from mae_jax.commands.inspect.grid import save_grid
+from mae_jax.commands.inspect.speed import speed_lines
 from mae_jax.errors import UserError, printable
 from mae_jax.runtime.memory import peak_memory
 from mae_jax.storage import paths
 
 if TYPE_CHECKING:
-    from mae_jax.data import Batch, Inputs, OpenedData
-    from mae_jax.methods.base import Method
+    from mae_jax.data import OpenedData
 
 REQUIRED = ("config",)
 CONFIG = cli.define_config()
@@ -40,11 +37,10 @@ WRITE = flags.DEFINE_enum("write", None, ["tfrecord", "array_record", "batches"]
 SIZE = flags.DEFINE_integer("size", 256, "with --write=tfrecord or array_record: pixels along the short side, at "
                             "most", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 100, "with --write=batches: how many batches", lower_bound=1)
+WANTED = flags.DEFINE_float("images_per_second", 0.0, "that the devices take, as mae_jax bench or mae_jax plan says: "
+                            "tells how many cores feed them", lower_bound=0.0)
 
-SECONDS = 3.0  # that the speed is measured for
 MAX_LISTED_CLASSES = 20  # that are named
-GRID_SIDE = 8  # pictures along and down the grid, at most
-GAP = 2  # pixels between pictures of the grid
 
 
 def main() -> int:
@@ -78,8 +74,8 @@ def main() -> int:
     if config.data.source != "batches":
         report(opened.config, to)
     try:
-        print(speed(inputs))
-        save_grid(next(inputs.train(0)), method, to)
+        print("\n".join(speed_lines(config, opened, method, inputs, WANTED.value)), flush=True)
+        save_grid(next(inputs.train(0)), method, opened, to)
     except UserError as error:  # of the data, named above: what can be looked at has been
         print(f"no speed and no pictures, and training would stop: {error}")
         return errors.FINISHED
@@ -160,49 +156,3 @@ def report_broken(broken: dict[str, list[str]]) -> None:
     """Prints the broken pictures of each split by name, the first 50 of them."""
     for split, names in broken.items():
         print("\n".join([f"{split}: {len(names)} broken pictures", *inspect_report.broken_names(names)]))
-
-
-def speed(inputs: "Inputs") -> str:
-    """Measures the input pipeline alone, after its first batch, for three seconds; returns one line."""
-    batches = inputs.train(0)
-    next(batches)
-    begin, busy, images = time.monotonic(), time.process_time(), 0
-    while time.monotonic() - begin < SECONDS:
-        images += len(next(batches)["id"])
-    wall, busy = time.monotonic() - begin, time.process_time() - busy
-    return (f"{images / wall:.0f} images/s on {os.cpu_count()} cores; {images / busy:.0f} images/s per core "
-            f"({busy / images * 1e3:.2f} ms of one core each)")
-
-
-def save_grid(batch: "Batch", method: "Method", path: epath.Path) -> None:
-    """Writes the first pictures of a batch as a PNG, the views of each one below the other.
-
-    Where patches are hidden, the picture is above what the encoder sees of it.
-    """
-    from mae_jax.ops.patches import PatchGrid
-
-    shown = []
-    for name, n, order in [(f"{v.name}/", n, v.order) for v in method.views() for n in range(len(v.colors))]:
-        patches, places = (batch[name + field][: GRID_SIDE * GRID_SIDE, n] for field in ("patches", "order"))
-        shown.append(PatchGrid(*order.grid, *method.grid.patch).unpatchify(patches, places))
-    if not shown:
-        patches, places = (batch[field][: GRID_SIDE * GRID_SIDE] for field in ("patches", "order"))
-        order = method.patch_order()
-        shown = [method.grid.unpatchify(patches, places)]
-        if order.num_masked:
-            seen = patches.copy()
-            seen[:, -order.num_masked :] = 127
-            shown.append(method.grid.unpatchify(seen, places))
-    width = max(pictures.shape[2] for pictures in shown)
-    cells = [np.concatenate([_framed(pictures[i], width) for pictures in shown]) for i in range(len(shown[0]))]
-    cells += [np.full_like(cells[0], 255)] * (-len(cells) % GRID_SIDE)
-    rows = [np.concatenate(cells[i:i + GRID_SIDE], axis=1) for i in range(0, len(cells), GRID_SIDE)]
-    content = io.BytesIO()
-    Image.fromarray(np.concatenate(rows)).save(content, "PNG")
-    paths.make_folder(path.parent)
-    paths.replace_bytes(path, content.getvalue())
-
-
-def _framed(picture: np.ndarray, width: int) -> np.ndarray:
-    """Adds the gap below, and white on the right up to the width."""
-    return np.pad(picture, ((0, GAP), (0, width - picture.shape[1] + GAP), (0, 0)), constant_values=255)

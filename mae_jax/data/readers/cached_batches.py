@@ -8,9 +8,8 @@ are hidden.
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -26,10 +25,13 @@ from mae_jax.storage.file_kinds import unreadable
 from mae_jax.storage.npz import opened
 from mae_jax.storage.paths import locate, read_bytes
 
+if TYPE_CHECKING:
+    import jax
+
 # Of the rows that fill the last batch; the other fields repeat the first example.
 PADDING = {"valid": 0, "label": -1, "labels": 0, "pixel_label": 255, "id": -1, "replaced": 0}
 Arrays = dict[str, np.ndarray]
-Spec = dict[str, jax.ShapeDtypeStruct]
+Spec = dict[str, "jax.ShapeDtypeStruct"]
 
 
 def hiding(order: PatchOrder, views: tuple[View, ...]) -> dict[str, Any]:

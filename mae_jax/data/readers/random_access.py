@@ -1,7 +1,9 @@
-"""Sources with random access to batches: a pure function of the position, computed by threads."""
+"""Sources with random access to batches: a pure function of the position, computed by threads or worker processes."""
 
+import dataclasses
 import functools
 import itertools
+import logging
 import os
 import sys
 from collections import deque
@@ -12,13 +14,18 @@ from ml_collections import ConfigDict
 
 from mae_jax import recipe_version
 from mae_jax.data.decode import BadImage
-from mae_jax.data.readers import thread_pool
+from mae_jax.data.readers import process_pool, thread_pool
+from mae_jax.data.readers.makers import ExampleMaker
 from mae_jax.data.readers.thread_pool import Batch
 from mae_jax.data.sources.base import Source
 from mae_jax.data.transforms.example import ExampleBuilder, Fields, Spec
+from mae_jax.errors import UserError
 from mae_jax.rng import example_at, permutation, rng
 
+log = logging.getLogger(__name__)
 TRIES = 4  # images tried for one position before a grey one stands in: the drawn one and three more
+FEW = 5000  # images that threads make before worker processes have paid for their start; our choice
+MOST_WORKERS = 32  # that data.workers=auto takes
 SUBSET = 2**55  # in place of an epoch, of which there are fewer: whose order evaluations take the first examples of
 PADDING = -1  # id of the rows that fill the last batch of an evaluation
 
@@ -113,8 +120,13 @@ def subset(size: int, most: int, group: int = 1, computed: bool = True) -> np.nd
 def train(source: Source, step: int, builder: ExampleBuilder, config: ConfigDict, spec: Spec, rows: np.ndarray,
           bad: deque[str]) -> Iterator[Batch]:
     """Yields these rows of the batches step, step + 1, ... without end."""
-    example = functools.partial(train_example, source, builder, config, bad)
-    return batches(example, spec, rows, range(step, sys.maxsize // config.batch_size), config.data)
+    example = functools.partial(train_example, _unlabeled(source), builder, config)
+
+    def name(position: int) -> str:
+        return source.name(next(_candidates(source.size, builder.group, config, position)))
+
+    steps = range(step, sys.maxsize // config.batch_size)
+    return batches(example, spec, rows, steps, config, bad, source.size, name)
 
 
 def evaluate(source: Source, ratio: float, builder: ExampleBuilder, config: ConfigDict, spec: Spec, rows: np.ndarray,
@@ -122,29 +134,73 @@ def evaluate(source: Source, ratio: float, builder: ExampleBuilder, config: Conf
     """Yields these rows of at most eval.max_examples examples, the central `ratio` of each, padded to full batches."""
     indices = subset(source.size, config.eval.max_examples, builder.group,
                      recipe_version.has(config, "computed_order"))
-    example = functools.partial(evaluate_example, source, builder, indices, ratio, bad)
-    return batches(example, spec, rows, range(-(-len(indices) // config.batch_size)), config.data)
+    example = functools.partial(evaluate_example, _unlabeled(source), builder, indices, ratio)
+
+    def name(position: int) -> str:
+        return source.name(int(indices[position]))
+
+    steps = range(-(-len(indices) // config.batch_size))
+    return batches(example, spec, rows, steps, config, bad, len(indices), name)
 
 
-def batches(example: Callable[[int], Fields], spec: Spec, rows: np.ndarray,
-            steps: range, data: ConfigDict) -> Iterator[Batch]:
+def _unlabeled(source: Source) -> Source:
+    """Returns what worker processes need of a source."""
+    return dataclasses.replace(source, label=None)
+
+
+def batches(example: Callable[[deque[str], int], Fields], spec: Spec, rows: np.ndarray, steps: range,
+            config: ConfigDict, bad: deque[str], images: int, name: Callable[[int], str] = str) -> Iterator[Batch]:
     """Yields these rows of the global batches of `steps`.
 
     Args:
-      example: position → fields; called from many threads.
+      example: names of bad images, position → fields; called from many threads, or processes.
       spec: name → global shape and dtype of the fields that are wanted.
       rows: global rows, each below the global batch size.
+      steps: whose batches are wanted.
+      config: the config.
+      bad: gets the names of bad images.
+      images: how many there are: data.workers=auto has few of them made by threads.
+      name: position → what to call the example that kills a worker process.
+
+    Raises:
+      UserError: there is not enough memory for data.workers, or the source cannot be handed to them.
     """
-    size = next(iter(spec.values())).shape[0]
+    data, size = config.data, next(iter(spec.values())).shape[0]
+    maker = ExampleMaker(example, rows, size, steps.start)
+    if processes := workers(data, images):
+        try:
+            return process_pool.batches(maker, spec, len(steps), processes, data.prefetch, config.plugins, bad,
+                                        lambda number, row: name((steps.start + number) * size + int(rows[row])))
+        except process_pool.NotPicklable as error:
+            what = f"data.source={data.source!r} cannot be handed to worker processes ({error})"
+            if data.workers != "auto":
+                raise UserError(f"{what}; take data.workers=0") from None
+            log.info("%s: threads make the examples", what)
 
     def at(count: int) -> Fields:
-        step, row = divmod(count, len(rows))
-        return example(step * size + int(rows[row]))
+        return maker.one(*divmod(count, len(rows)), bad)
 
-    counts = range(steps.start * len(rows), steps.stop * len(rows))
-    return thread_pool.batches(at, spec, len(rows), counts, threads(data), data.prefetch)
+    return thread_pool.batches(at, spec, len(rows), range(len(steps) * len(rows)), threads(data), data.prefetch)
+
+
+def workers(data: ConfigDict, images: int) -> int:
+    """Returns the number of worker processes that make examples, 0 for threads of this process.
+
+    Args:
+      data: the group `data` of a config.
+      images: how many images there are to make examples of.
+    """
+    if data.workers != "auto":
+        return int(data.workers)
+    count = min(threads(data), MOST_WORKERS)
+    return count if count > 1 and images >= FEW else 0
 
 
 def threads(data: ConfigDict) -> int:
-    """Returns the number of host threads that make examples."""
-    return data.threads or os.cpu_count() or 1
+    """Returns the number of host threads that make examples: where nobody says, the cores that this process may use."""
+    return data.threads or cores()
+
+
+def cores() -> int:
+    """Returns how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,27 +8,29 @@ readers whose rows it feeds. The records that do not divide by R are left out.
 
 import atexit
 import bisect
+import functools
 import itertools
 import logging
+import sys
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from google.protobuf.message import DecodeError
 from ml_collections import ConfigDict
 
 from mae_jax.data import record_files, tensorflow_cpu
 from mae_jax.data.decode import BadImage
-from mae_jax.data.readers import random_access
+from mae_jax.data.readers import process_pool, random_access
+from mae_jax.data.readers.makers import StreamMaker
 from mae_jax.data.readers.random_access import PADDING, TRIES, Batch
 from mae_jax.data.sources.base import UNLABELED, Instruction, RecordStream
 from mae_jax.data.sources.tfrecord import odd_record
 from mae_jax.data.tensorflow_cpu import UNREADABLE, reason, tf
-from mae_jax.data.transforms.example import ExampleBuilder, Fields, Spec
+from mae_jax.data.transforms.example import ExampleBuilder, Fields, FieldSpec, Spec
 from mae_jax.errors import UserError, printable
 from mae_jax.rng import rng
 
@@ -68,6 +70,25 @@ def train(stream: RecordStream, step: int, builder: ExampleBuilder, config: Conf
     A bad image's row becomes a copy of a good one of the same reader in the same batch (`replace_bad_rows`), or stays
     grey. Raises UserError for a corrupt file, or one with other than the promised number of records.
     """
+    if processes := random_access.workers(config.data, stream.size):
+        alone = config.copy_and_resolve_references()
+        alone.data.update({"workers": "0", "threads": 1, "prefetch": 1})
+        share = config.batch_size // config.data.readers
+        maker = StreamMaker(functools.partial(_part_of_train, stream, builder, alone, spec), rows, share, step)
+        count = sys.maxsize // config.batch_size - step
+        return process_pool.batches(maker, spec, count, processes, config.data.prefetch, config.plugins, bad)
+    return _train(stream, step, builder, config, spec, rows, bad)
+
+
+def _part_of_train(stream: RecordStream, builder: ExampleBuilder, config: ConfigDict, spec: Spec, step: int,
+                   rows: np.ndarray, bad: deque[str]) -> Iterator[Batch]:
+    """Yields what `_train` does, in a worker process, which has rows of its own."""
+    return _train(stream, step, builder, config, spec, rows, bad)
+
+
+def _train(stream: RecordStream, step: int, builder: ExampleBuilder, config: ConfigDict, spec: Spec, rows: np.ndarray,
+           bad: deque[str]) -> Iterator[Batch]:
+    """Yields these rows of the batches step, step + 1, ... without end, made by threads of this process."""
     share, per_reader = config.batch_size // config.data.readers, stream.size // config.data.readers
     own = np.unique(rows // share)
     epoch, skip = divmod(random_access.draw(step * share, share, config.data.repeats), per_reader)
@@ -83,7 +104,7 @@ def train(stream: RecordStream, step: int, builder: ExampleBuilder, config: Conf
             bad.append(f"{stream.name(record)}: {error}")
             return {**builder.gray_train(position), "id": record, "replaced": 1}
 
-    whole = {**spec, "replaced": jax.ShapeDtypeStruct((config.batch_size,), np.int32)}
+    whole = {**spec, "replaced": FieldSpec((config.batch_size,), np.int32)}
     batches = _run(readers, example, whole, len(own_rows), config.data)
     keep = np.searchsorted(own_rows, rows)
     for batch in _guarded(stream, batches, skip * len(own)):

@@ -6,8 +6,10 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
+
+from mae_jax.data.readers.makers import write
+from mae_jax.data.transforms.example import Spec
 
 Batch = dict[str, np.ndarray]
 JOIN_SECONDS = 10.0  # in which a thread ends its example when the process ends
@@ -16,7 +18,7 @@ JOIN_SECONDS = 10.0  # in which a thread ends its example when the process ends
 class _Filling:
     """A batch that is being made."""
 
-    def __init__(self, spec: Mapping[str, jax.ShapeDtypeStruct], size: int):
+    def __init__(self, spec: Spec, size: int):
         self.arrays = {name: np.empty((size, *struct.shape[1:]), struct.dtype) for name, struct in spec.items()}
         self.left = size
 
@@ -27,8 +29,8 @@ class _Makers:
     They take examples one by one in their order, and none beyond `ahead` batches after the one that is taken next.
     """
 
-    def __init__(self, example: Callable[[int], Mapping[str, Any]], spec: Mapping[str, jax.ShapeDtypeStruct], size: int,
-                 counts: range, workers: int, ahead: int):
+    def __init__(self, example: Callable[[int], Mapping[str, Any]], spec: Spec, size: int, counts: range,
+                 workers: int, ahead: int):
         self._example, self._spec, self._size, self._counts, self._ahead = example, spec, size, counts, ahead
         self._changed = threading.Condition()
         self._filling: dict[int, _Filling] = {}  # by the number of the batch
@@ -65,11 +67,7 @@ class _Makers:
             try:
                 fields = self._example(self._counts[count])
                 batch = self._filling[number]
-                for name, array in batch.arrays.items():
-                    value = np.asarray(fields[name])
-                    if value.shape != array.shape[1:]:
-                        raise ValueError(f"{name} of an example has the shape {value.shape}, not {array.shape[1:]}")
-                    array[row] = value
+                write(fields, batch.arrays, row)
             except BaseException as error:
                 with self._changed:
                     self._failure = self._failure or error
@@ -95,8 +93,8 @@ class _Makers:
             return None
 
 
-def batches(example: Callable[[int], Mapping[str, Any]], spec: Mapping[str, jax.ShapeDtypeStruct], size: int,
-            counts: range, workers: int, ahead: int) -> Iterator[Batch]:
+def batches(example: Callable[[int], Mapping[str, Any]], spec: Spec, size: int, counts: range,
+            workers: int, ahead: int) -> Iterator[Batch]:
     """Yields batches of `size` examples, in the order of `counts`, whose length is a multiple of it.
 
     Args:

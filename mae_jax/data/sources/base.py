@@ -1,10 +1,11 @@
 """What every source gives: examples with random access, or streams of records."""
 
 import bisect
+import functools
 import hashlib
 import importlib.util
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +38,11 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A split whose examples can be read in any order, from any thread."""
+    """A split whose examples can be read in any order, from any thread.
+
+    `read` and `name` are functions of a module, or partial ones, as `pickle` wants them for worker processes; what they
+    hold is sent. Where they are functions within functions, threads make the examples.
+    """
 
     size: int
     read: Callable[[int], Example]  # index → example; OSError and BadImage mean a bad image
@@ -77,9 +82,9 @@ class Source:
 
     def only(self, indices: np.ndarray) -> "Source":
         """Returns the source of these examples, in this order."""
-        label = self.label
-        return Source(len(indices), lambda i: self.read(int(indices[i])), lambda i: self.name(int(indices[i])),
-                      self.classes, self.fields, label and (lambda i: label(int(indices[i]))), self.unknown_classes)
+        of = functools.partial
+        return Source(len(indices), of(_chosen, self.read, indices), of(_chosen, self.name, indices), self.classes,
+                      self.fields, self.label and of(_chosen, self.label, indices), self.unknown_classes)
 
     def sliced(self, split: splits.Split) -> "Source":
         """Returns the part of this split that an expression names."""
@@ -91,12 +96,29 @@ class Source:
     def joined(self, other: "Source") -> "Source":
         """Returns the examples of both, this one's first; `other` has the same classes and fields."""
         def of(what: str) -> Callable[[int], Any]:
-            ours, theirs = getattr(self, what), getattr(other, what)
-            return lambda i: ours(i) if i < self.size else theirs(i - self.size)
+            return functools.partial(_either, self.size, getattr(self, what), getattr(other, what))
 
         return Source(self.size + other.size, of("read"), of("name"), self.classes, self.fields,
                       of("label") if self.label and other.label else None,
                       tuple(dict.fromkeys(self.unknown_classes + other.unknown_classes)))
+
+
+def _chosen(function: Callable[[int], Any], indices: np.ndarray, i: int) -> Any:
+    return function(int(indices[i]))
+
+
+def _either(size: int, ours: Callable[[int], Any], theirs: Callable[[int], Any], i: int) -> Any:
+    return ours(i) if i < size else theirs(i - size)
+
+
+def numbered_name(name: str, i: int) -> str:
+    """Returns 'name[i]', which is what an example without a name of its own is called."""
+    return f"{name}[{i}]"
+
+
+def printable_name(names: Sequence[str], i: int) -> str:
+    """Returns the i-th name as one line that any terminal shows."""
+    return printable(names[i])
 
 
 def _beginning(file: str) -> bytes:

@@ -1,13 +1,15 @@
 """data.classes: keeping the images of some classes alone, to pre-train on a part of the world."""
 
+import functools
 import re
 import unicodedata
+from collections.abc import Callable, Mapping
 from logging import getLogger
 
 import numpy as np
 
 from mae_jax.data.decode import BadImage
-from mae_jax.data.sources.base import UNLABELED, Source
+from mae_jax.data.sources.base import UNLABELED, Example, Source
 from mae_jax.errors import UserError, did_you_mean
 
 log = getLogger(__name__)
@@ -48,9 +50,14 @@ def keep_classes(source: Source, text: str, by_place: bool = False) -> Source:
     part = source.only(indices)
     log.info("data.classes=%s keeps %d of %d pictures, %d of %d classes", text, part.size, source.size, len(chosen),
              len(source.classes))
-    return Source(part.size, lambda i: (example := part.read(i))._replace(label=anew[example.label]), part.name,
+    return Source(part.size, functools.partial(_read_anew, part.read, anew), part.name,
                   tuple(source.classes[number] for number in chosen), part.fields,
                   lambda i: anew[int(labels[indices[i]])])
+
+
+def _read_anew(read: Callable[[int], Example], anew: Mapping[int, int], i: int) -> Example:
+    example = read(i)
+    return example._replace(label=anew[example.label])
 
 
 def numbers(part: str, classes: tuple[str, ...]) -> range | list[int]:

@@ -16,8 +16,8 @@ from PIL import Image
 
 from mae_jax.data.decode import BadImage, open_image, to_rgb
 from mae_jax.data.sources import splits
-from mae_jax.data.sources.base import Example, Source, known_split
-from mae_jax.errors import UserError, printable
+from mae_jax.data.sources.base import Example, Source, known_split, printable_name
+from mae_jax.errors import UserError
 from mae_jax.storage.paths import locate
 
 FOLDER = "/usr/share/openclipart/png"
@@ -41,14 +41,17 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
     low, high = split.shares(*((0.0, edge) if split.name == "train" else (edge, 1.0)))
     files = tuple(name for name in files if low <= splits.share(series(name)) < high)
 
-    def read(i: int) -> Example:
-        pixels, mask = _decode((root / files[i]).read_bytes())
-        return Example(pixels, label(i), mask=mask)
+    return Source(len(files), functools.partial(_read, root, files), functools.partial(printable_name, files), CLASSES,
+                  ("pixel_label",), functools.partial(_label, files))
 
-    def label(i: int) -> int:
-        return CLASSES.index(files[i].split("/")[0])
 
-    return Source(len(files), read, lambda i: printable(files[i]), CLASSES, ("pixel_label",), label)
+def _read(root: epath.Path, files: tuple[str, ...], i: int) -> Example:
+    pixels, mask = _decode((root / files[i]).read_bytes())
+    return Example(pixels, _label(files, i), mask=mask)
+
+
+def _label(files: tuple[str, ...], i: int) -> int:
+    return CLASSES.index(files[i].split("/")[0])
 
 
 def series(name: str) -> str:

@@ -7,6 +7,7 @@ The masks of data.mask_key lie in a folder of the same shape, as PNG files of th
 read. Names of files compare in Unicode's form NFC.
 """
 
+import functools
 import logging
 import os
 import sys
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.data.decode import decode_mask, read_file
 from mae_jax.data.sources import folder_layout, folder_listing, label_lists, splits
-from mae_jax.data.sources.base import UNLABELED, Example, Source
+from mae_jax.data.sources.base import UNLABELED, Example, Source, printable_name
 from mae_jax.data.sources.expected_sizes import check_size
 from mae_jax.data.sources.folder_layout import Layout, Part
 from mae_jax.data.sources.names import Names
@@ -222,14 +223,15 @@ def _list_of(opened: Opened, part: Part, split: str) -> label_lists.LabelList | 
 
 def _source(part: Part, files: Names, names: Names, labels: np.ndarray, strange: tuple[str, ...],
             masks: epath.Path | None, offset: int) -> Source:
-    base = part.base
+    read = functools.partial(_read, part.base, files, labels, masks, offset)
+    return Source(len(files), read, functools.partial(printable_name, names), part.classes,
+                  ("pixel_label",) if masks else (), lambda i: int(labels[i]), unknown_classes=strange)
 
-    def read(i: int) -> Example:
-        mask = decode_mask(read_file((masks / files[i]).with_suffix(".png")), offset) if masks else None
-        return Example(read_file(base / files[i]), int(labels[i]), mask=mask)
 
-    return Source(len(files), read, lambda i: printable(names[i]), part.classes, ("pixel_label",) if masks else (),
-                  lambda i: int(labels[i]), unknown_classes=strange)
+def _read(base: epath.Path, files: tuple[str, ...], labels: np.ndarray, masks: epath.Path | None, offset: int,
+          i: int) -> Example:
+    mask = decode_mask(read_file((masks / files[i]).with_suffix(".png")), offset) if masks else None
+    return Example(read_file(base / files[i]), int(labels[i]), mask=mask)
 
 
 def unread(data: ConfigDict, expressions: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ example once. Classes are one by their names.
 import functools
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from math import lcm
 from typing import NamedTuple
@@ -80,32 +80,42 @@ def mixed(data: ConfigDict, sources: Sequence[Source]) -> Source:
     if "labels" in sources[0].fields and any(source.classes != sources[0].classes for source in sources):
         raise UserError("data.mix: several labels of each image, and other classes in each part")
     ends = tuple(np.cumsum([source.size for source in sources]).tolist())
-    tables = [tuple(classes.index(name) for name in source.classes) for source in sources]
-
-    def place(index: int) -> tuple[int, int]:
-        part = bisect_right(ends, index)
-        return part, index - (ends[part - 1] if part else 0)
-
-    def renumbered(part: int, own: int) -> int:
-        return tables[part][own] if 0 <= own < len(tables[part]) else UNLABELED
-
-    def label(index: int) -> int:
-        part, inside = place(index)
-        return renumbered(part, sources[part].label(inside))
-
-    def read(index: int) -> Example:
-        part, inside = place(index)
-        example = sources[part].read(inside)
-        return example._replace(label=renumbered(part, example.label))
-
-    def name(index: int) -> str:
-        part, inside = place(index)
-        return f"{printable(mix.paths[part])}: {sources[part].name(inside)}"
-
+    tables = tuple(tuple(classes.index(name) for name in source.classes) for source in sources)
+    labels = [source.label for source in sources if source.label]
+    label = functools.partial(_label, ends, tables, labels) if len(labels) == len(sources) else None
+    read = functools.partial(_read, ends, tables, [source.read for source in sources])
+    name = functools.partial(_name, ends, mix.paths, [source.name for source in sources])
     strange = tuple(sorted({name for source in sources for name in source.unknown_classes}))
-    return Source(ends[-1], read, name, classes, sources[0].fields,
-                  label if all(source.label for source in sources) else None, strange,
+    return Source(ends[-1], read, name, classes, sources[0].fields, label, strange,
                   functools.partial(drawn, mix.weights, tuple(source.size for source in sources)))
+
+
+def _place(ends: Sequence[int], index: int) -> tuple[int, int]:
+    """Returns which part has an example, and its number there."""
+    part = bisect_right(ends, index)
+    return part, index - (ends[part - 1] if part else 0)
+
+
+def _renumbered(table: Sequence[int], own: int) -> int:
+    return table[own] if 0 <= own < len(table) else UNLABELED
+
+
+def _label(ends: Sequence[int], tables: Sequence[Sequence[int]], labels: Sequence[Callable[[int], int]],
+           index: int) -> int:
+    part, inside = _place(ends, index)
+    return _renumbered(tables[part], labels[part](inside))
+
+
+def _read(ends: Sequence[int], tables: Sequence[Sequence[int]], reads: Sequence[Callable[[int], Example]],
+          index: int) -> Example:
+    part, inside = _place(ends, index)
+    example = reads[part](inside)
+    return example._replace(label=_renumbered(tables[part], example.label))
+
+
+def _name(ends: Sequence[int], paths: Sequence[str], names: Sequence[Callable[[int], str]], index: int) -> str:
+    part, inside = _place(ends, index)
+    return f"{printable(paths[part])}: {names[part](inside)}"
 
 
 def drawn(weights: tuple[int, ...], sizes: tuple[int, ...], seed: int, number: int) -> int:

@@ -19,11 +19,16 @@ def load(data: ConfigDict, split: Split) -> Source:
     images, labels = _digits()
     chosen = _split(labels, split.name)
 
-    def read(i: int) -> Example:
-        gray = images[chosen[i]]
-        return Example(np.repeat(gray[..., None], 3, axis=2), int(labels[chosen[i]]))
+    return Source(len(chosen), functools.partial(_read, images, labels, chosen), functools.partial(_name, chosen),
+                  tuple("0123456789")).sliced(split)
 
-    return Source(len(chosen), read, lambda i: f"row {chosen[i]}", tuple("0123456789")).sliced(split)
+
+def _read(images: np.ndarray, labels: np.ndarray, chosen: np.ndarray, i: int) -> Example:
+    return Example(np.repeat(images[chosen[i]][..., None], 3, axis=2), int(labels[chosen[i]]))
+
+
+def _name(chosen: np.ndarray, i: int) -> str:
+    return f"row {chosen[i]}"
 
 
 @functools.cache

@@ -6,6 +6,7 @@ config uses it. Labels are optional: class numbers [n], or uint8 or
 bool [n, C], 1 where a class is in the image.
 """
 
+import functools
 from collections.abc import Collection
 
 import numpy as np
@@ -13,7 +14,15 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax.data.sources import splits
-from mae_jax.data.sources.base import UNLABELED, Example, Source, class_numbers, known_split, numbered_classes
+from mae_jax.data.sources.base import (
+    UNLABELED,
+    Example,
+    Source,
+    class_numbers,
+    known_split,
+    numbered_classes,
+    numbered_name,
+)
 from mae_jax.errors import UserError, did_you_mean
 from mae_jax.storage.npz import opened
 
@@ -69,12 +78,14 @@ def _source(images: np.ndarray, labels: np.ndarray | None, name: str) -> Source:
     labels = class_numbers(labels, f"the labels of {name!r}")
     classes = numbered_classes(labels) if several is None else tuple(map(str, range(several.shape[1])))
 
-    def read(i: int) -> Example:
-        return Example(np.ascontiguousarray(np.broadcast_to(images[i], (*images.shape[1:3], 3))), int(labels[i]),
-                       None if several is None else several[i])
+    read = functools.partial(_read, images, labels, several)
+    return Source(len(images), read, functools.partial(numbered_name, name), classes,
+                  () if several is None else ("labels",), lambda i: int(labels[i]))
 
-    return Source(len(images), read, lambda i: f"{name}[{i}]", classes, () if several is None else ("labels",),
-                  lambda i: int(labels[i]))
+
+def _read(images: np.ndarray, labels: np.ndarray, several: np.ndarray | None, i: int) -> Example:
+    return Example(np.ascontiguousarray(np.broadcast_to(images[i], (*images.shape[1:3], 3))), int(labels[i]),
+                   None if several is None else several[i])
 
 
 def _several(labels: np.ndarray, images: int, name: str) -> np.ndarray | None:

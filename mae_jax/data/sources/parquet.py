@@ -78,31 +78,36 @@ def describe(data: ConfigDict, opened: Mapping[str, Source]) -> str:
 
 
 def _source(data: ConfigDict, split: str, files: list[epath.Path], columns: Columns, rows: list[Rows]) -> Source:
-    ends = list(np.cumsum([len(each.labels) for each in rows]))
-    names = [file.name for file in files]
-
-    def place(i: int) -> tuple[int, int]:
-        file = bisect.bisect_right(ends, i)
-        return file, i - (ends[file - 1] if file else 0)
-
-    def read(i: int) -> Example:
-        file, row = place(i)
-        batch, row = _batch(rows[file], row)
-        image = batch.column("image")[row].as_py()
-        if image is None:
-            raise OSError("no bytes: a null, or a path alone")
-        mask = batch.column("mask")[row].as_py() if columns.mask else None
-        if columns.mask and mask is None:
-            raise OSError(f"no mask {columns.mask!r}")
-        return Example(image, int(labels[i]), mask=None if mask is None else decode_mask(mask, data.mask_offset))
-
-    def name(i: int) -> str:
-        file, row = place(i)
-        return f"{printable(names[file])}, row {row}"
-
+    ends = np.cumsum([len(each.labels) for each in rows]).tolist()
     labels, classes, strange = _labels(data, split, columns, rows)
-    return Source(len(labels), read, name, classes, ("pixel_label",) if columns.mask else (),
-                  lambda i: int(labels[i]), unknown_classes=strange)
+    versions = [version(file) for file in files]
+    return Source(len(labels), partial(_read, versions, columns, ends, labels, data.get("mask_offset", 0)),
+                  partial(_name, [file.name for file in files], ends), classes,
+                  ("pixel_label",) if columns.mask else (), lambda i: int(labels[i]), unknown_classes=strange)
+
+
+def _read(versions: list[tuple[str, int, int]], columns: Columns, ends: list[int], labels: np.ndarray, offset: int,
+          i: int) -> Example:
+    file, row = _place(ends, i)
+    batch, row = _batch(_mapped(*versions[file], columns), row)
+    image = batch.column("image")[row].as_py()
+    if image is None:
+        raise OSError("no bytes: a null, or a path alone")
+    mask = batch.column("mask")[row].as_py() if columns.mask else None
+    if columns.mask and mask is None:
+        raise OSError(f"no mask {columns.mask!r}")
+    return Example(image, int(labels[i]), mask=None if mask is None else decode_mask(mask, offset))
+
+
+def _name(names: list[str], ends: list[int], i: int) -> str:
+    file, row = _place(ends, i)
+    return f"{printable(names[file])}, row {row}"
+
+
+def _place(ends: list[int], i: int) -> tuple[int, int]:
+    """Returns which file an example is in, and its row there."""
+    file = bisect.bisect_right(ends, i)
+    return file, i - (ends[file - 1] if file else 0)
 
 
 def _labels(data: ConfigDict, split: str, columns: Columns, rows: list[Rows]

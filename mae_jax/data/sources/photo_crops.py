@@ -34,12 +34,20 @@ def load(data: ConfigDict, split: Split) -> Source:
     classes = len(CLASSES)
     source = Source(
         size=len(crops),
-        read=lambda i: Example(crops[i], i % classes),
-        name=lambda i: f"{CLASSES[i % classes]}/{i // classes}",
+        read=functools.partial(_read, crops),
+        name=_name,
         classes=CLASSES,
         label=lambda i: i % classes,
     )
     return source.sliced(split)
+
+
+def _read(crops: list[np.ndarray], i: int) -> Example:
+    return Example(crops[i], i % len(CLASSES))
+
+
+def _name(i: int) -> str:
+    return f"{CLASSES[i % len(CLASSES)]}/{i // len(CLASSES)}"
 
 
 def regions(width: int) -> dict[str, tuple[int, int]]:

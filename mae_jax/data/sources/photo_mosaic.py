@@ -4,12 +4,15 @@ Made of the crops of the source photo_crops, with whose splits they are made: no
 What is asked for is to tell scenes and textures apart; there is no foreground.
 """
 
+import dataclasses
+import functools
+
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
 from mae_jax.data.sources import photo_crops
-from mae_jax.data.sources.base import Example, Source
+from mae_jax.data.sources.base import Example, Source, numbered_name
 from mae_jax.data.sources.splits import Split, parse
 from mae_jax.rng import rng
 
@@ -23,11 +26,15 @@ def load(data: ConfigDict, split: Split) -> Source:
     crops = photo_crops.load(data, parse(split.name))
     source = Source(
         size=SIZES[split.name],
-        read=lambda i: _mosaic(crops, rng(0, f"photo_mosaic/{split.name}", i)),
-        name=lambda i: f"{split.name}[{i}]",
+        read=functools.partial(_read, dataclasses.replace(crops, label=None), split.name),
+        name=functools.partial(numbered_name, split.name),
         fields=("pixel_label",),
     )
     return source.sliced(split)
+
+
+def _read(crops: Source, split: str, i: int) -> Example:
+    return _mosaic(crops, rng(0, f"photo_mosaic/{split}", i))
 
 
 def _mosaic(crops: Source, draws: np.random.Generator) -> Example:

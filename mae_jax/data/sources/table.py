@@ -9,6 +9,7 @@ each start.
 """
 
 import csv
+import functools
 import logging
 import os
 import re
@@ -24,7 +25,7 @@ from ml_collections import ConfigDict
 from mae_jax.data.decode import decode_mask, read_file
 from mae_jax.data.identity import short_hash
 from mae_jax.data.sources import splits, text_labels
-from mae_jax.data.sources.base import READERS, Example, Source
+from mae_jax.data.sources.base import READERS, Example, Source, printable_name
 from mae_jax.errors import UserError, did_you_mean, pluralize, printable
 from mae_jax.storage import cache as cache_of_files
 from mae_jax.storage.paths import locate, read_bytes, version
@@ -64,12 +65,14 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
     _check_there(file, paths)
     masks = [table.masks[i] for i in rows] if table.masks else []
 
-    def read(i: int) -> Example:
-        mask = decode_mask(read_file(_place(file, masks[i])), data.mask_offset) if masks else None
-        return Example(read_file(_place(file, paths[i])), int(labels[i]), mask=mask)
+    read = functools.partial(_read, file, paths, labels, masks, data.get("mask_offset", 0))
+    return Source(len(paths), read, functools.partial(printable_name, paths), classes,
+                  ("pixel_label",) if masks else (), lambda i: int(labels[i]), unknown_classes=strange)
 
-    return Source(len(paths), read, lambda i: printable(paths[i]), classes, ("pixel_label",) if masks else (),
-                  lambda i: int(labels[i]), unknown_classes=strange)
+
+def _read(file: epath.Path, paths: list[str], labels: np.ndarray, masks: list[str], offset: int, i: int) -> Example:
+    mask = decode_mask(read_file(_place(file, masks[i])), offset) if masks else None
+    return Example(read_file(_place(file, paths[i])), int(labels[i]), mask=mask)
 
 
 def split_name(data: ConfigDict, name: str) -> str:

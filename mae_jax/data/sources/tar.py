@@ -7,6 +7,7 @@ of the kind data.image_key, or of the first one in IMAGES; the label is the text
 .json; by default of .cls, else of the field `label` of .json, else of .txt where its texts look like labels.
 """
 
+import functools
 import logging
 import tarfile
 import time
@@ -99,19 +100,26 @@ def _source(data: ConfigDict, split: str, shards: tuple[epath.Path, ...], found:
     classes = text_labels.classes_of(text for members in train for text in _texts(members, label))
     labels, strange = text_labels.numbers([text for members in found for text in _texts(members, label)], classes)
 
-    def read(i: int) -> Example:
-        shard = paths[shard_of[i]]
-        check_bytes(int(sizes[i]))
-        mask = None
-        if data.mask_key:
-            start, size = map(int, masks[i])
-            if start < 0:
-                raise OSError(f"no member .{data.mask_key}")
-            mask = decode_mask(ranges.read(shard, start, size), data.mask_offset)
-        return Example(ranges.read(shard, int(starts[i]), int(sizes[i])), int(labels[i]), mask=mask)
-
-    return Source(len(keys), read, lambda i: printable(f"{names[shard_of[i]]}/{keys[i]}"), classes,
+    read = functools.partial(_read, paths, shard_of, starts, sizes, masks, labels, data.mask_key,
+                             data.get("mask_offset", 0))
+    return Source(len(keys), read, functools.partial(_name, names, shard_of, keys), classes,
                   ("pixel_label",) if data.mask_key else (), lambda i: int(labels[i]), unknown_classes=strange)
+
+
+def _read(paths: list[str], shard_of: np.ndarray, starts: np.ndarray, sizes: np.ndarray, masks: np.ndarray,
+          labels: np.ndarray, mask_key: str, offset: int, i: int) -> Example:
+    shard, mask = paths[shard_of[i]], None
+    check_bytes(int(sizes[i]))
+    if mask_key:
+        start, size = map(int, masks[i])
+        if start < 0:
+            raise OSError(f"no member .{mask_key}")
+        mask = decode_mask(ranges.read(shard, start, size), offset)
+    return Example(ranges.read(shard, int(starts[i]), int(sizes[i])), int(labels[i]), mask=mask)
+
+
+def _name(names: list[str], shard_of: np.ndarray, keys: np.ndarray, i: int) -> str:
+    return printable(f"{names[shard_of[i]]}/{keys[i]}")
 
 
 def _texts(members: Members, label: str) -> list[str]:

@@ -6,7 +6,7 @@ as array_record have random access; TFRecord files are a stream.
 
 import difflib
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.data.decode import BadImage, decode_mask
 from mae_jax.data.sources import splits
-from mae_jax.data.sources.base import UNLABELED, Example, RecordStream, Source, known_split, multi_hot
+from mae_jax.data.sources.base import UNLABELED, Example, RecordStream, Source, known_split, multi_hot, numbered_name
 from mae_jax.data.sources.expected_sizes import check_size
 from mae_jax.data.tensorflow_cpu import tf
 from mae_jax.errors import UserError, did_you_mean, printable
@@ -147,23 +147,32 @@ def _random_access(module: Any, builder: Any, data: ConfigDict, split: str, clas
     pictures = [key for key, feature in builder.info.features.items() if isinstance(feature, module.features.Image)]
     encoded = {key: module.decode.SkipDecoding() for key in pictures}
     rows = builder.as_data_source(split, decoders=encoded)
-    wanted = [key for key in (image_key, label_key if classes else "", mask_key) if key]
-
-    def read(i: int) -> Example:
-        try:
-            row = rows[i]
-        except Exception as error:  # array_record raises RuntimeError for damage
-            raise BadImage(f"the record does not read: {str(error).splitlines()[0][:80]}") from error
-        if any(row[key] is None for key in wanted):  # how array_record reads beyond a cut
-            raise BadImage("the record is empty")
-        return Example(row[image_key], int(row[label_key]) if classes and not multi_label else UNLABELED,
-                       multi_hot(row[label_key], len(classes)) if multi_label else None,
-                       decode_mask(row[mask_key], data.mask_offset) if mask_key else None)
-
+    read = functools.partial(_read, rows, _Wanted(image_key, label_key if classes else "", mask_key), len(classes),
+                             multi_label, data.mask_offset)
     fields = ("labels",) * multi_label + ("pixel_label",) * bool(mask_key)
     fetched = functools.cache(lambda block: _labels(rows, block * FETCHED, label_key))
     label = (lambda i: int(fetched(i // FETCHED)[i % FETCHED])) if classes and not multi_label else None
-    return Source(len(rows), read, lambda i: f"{data.name} {split}[{i}]", classes, fields, label)
+    return Source(len(rows), read, functools.partial(numbered_name, f"{data.name} {split}"), classes, fields, label)
+
+
+class _Wanted(NamedTuple):
+    """Names of features, '' for what is not read."""
+
+    image: str
+    label: str
+    mask: str
+
+
+def _read(rows: Any, wanted: _Wanted, classes: int, multi_label: bool, offset: int, i: int) -> Example:
+    try:
+        row = rows[i]
+    except Exception as error:  # array_record raises RuntimeError for damage
+        raise BadImage(f"the record does not read: {str(error).splitlines()[0][:80]}") from error
+    if any(row[key] is None for key in wanted if key):  # how array_record reads beyond a cut
+        raise BadImage("the record is empty")
+    return Example(row[wanted.image], int(row[wanted.label]) if classes and not multi_label else UNLABELED,
+                   multi_hot(row[wanted.label], classes) if multi_label else None,
+                   decode_mask(row[wanted.mask], offset) if wanted.mask else None)
 
 
 def _labels(rows: Any, first: int, label_key: str) -> np.ndarray:

@@ -1,6 +1,8 @@
 """From a stored image to the fields of one example: augmented, cut into patches, permuted."""
 
-import jax
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -13,9 +15,21 @@ from mae_jax.data.transforms.crop import augment, augment_view, center
 from mae_jax.ops.patches import PatchGrid
 from mae_jax.rng import rng
 
+if TYPE_CHECKING:
+    import jax
+
 GRAY = 127  # every pixel of the image that stands in where none could be read
 Fields = dict[str, np.ndarray | int | float]
-Spec = dict[str, jax.ShapeDtypeStruct]
+
+
+class FieldSpec(NamedTuple):
+    """Shape and dtype of a batch field, as `jax.ShapeDtypeStruct` has them, where JAX is not imported."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+Spec = Mapping[str, "jax.ShapeDtypeStruct | FieldSpec"]
 
 
 class ExampleBuilder:
@@ -30,7 +44,8 @@ class ExampleBuilder:
     def __init__(self, config: ConfigDict, order: masking.PatchOrder, spec: Spec, views: tuple[masking.View, ...] = ()):
         for each in (order, *(view.order for view in views)):
             masking.check(each)
-        self._config, self._order, self._spec, self._views = config, order, spec, views
+        self._config, self._order, self._views = config, order, views
+        self._spec = {name: FieldSpec(tuple(struct.shape), np.dtype(struct.dtype)) for name, struct in spec.items()}
         self._grid, self._reading = PatchGrid.of(config), Reading.of(config.data)
         self.group = order.group  # neighbours whose orders belong together
         policy(config.data.color)  # says at once what is missing

@@ -9,10 +9,11 @@ import sys
 import numpy as np
 import pytest
 from etils import epath
-from PIL import Image
+from PIL import Image, ImageFont
 
 from mae_jax import config as configs
 from mae_jax import data
+from mae_jax.commands.inspect import grid, speed
 from mae_jax.data import writers
 from mae_jax.data.decode import decode
 from mae_jax.data.sources import base, registry
@@ -127,6 +128,38 @@ def run(*flags):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
+def test_an_image_of_the_grid_is_called_as_its_file_and_by_its_class(tmp_path):
+    make_folder(tmp_path)
+    opened = data.OpenedData(config(source="folder", path=str(tmp_path), train_split="train"))
+    method = tiny_method(opened.config)
+    batch = next(opened.batches(method.batch_spec(), method.patch_order()).train(0))
+    for row, number in enumerate(batch["id"]):
+        name = opened.train.name(int(number))
+        assert grid.caption(batch, row, opened) == (name, name[0] if batch["valid"][row] else "cannot be read")
+    several = {"id": np.array([3]), "valid": np.ones(1), "labels": np.array([[1, 1]], np.uint8)}
+    assert grid.caption(several, 0, opened)[1] == "a, b"
+    unlabeled = {"id": np.array([3]), "valid": np.ones(1), "label": np.array([-1])}
+    assert grid.caption(unlabeled, 0, opened)[1] == ""
+
+
+def test_a_caption_that_is_too_long_keeps_its_end():
+    font = ImageFont.load_default(grid.TEXT)
+    text = grid._fitting("a_long_folder/" * 9 + "17.jpg", 100, font)
+    assert text.startswith("...")
+    assert text.endswith("/17.jpg")
+    assert 80 < font.getlength(text) <= 100
+    assert grid._fitting("17.jpg", 100, font) == "17.jpg"
+
+
+@pytest.mark.parametrize(("each", "says"), [
+    (400.0, "need 15 cores with a worker process each (data.workers=15), of 400"), (6500.0, "need 1 core with")])
+def test_the_cores_that_devices_need_are_told(each, says):
+    line, = speed._need(6000.0, each, 8, "")
+    assert says in line
+    assert ("this machine has 8" in line) == (each == 400.0)
+    assert speed._need(0.0, each, 8, "") == []
+
+
 @pytest.mark.slow
 def test_the_command_tells_what_is_there_names_broken_pictures_and_draws_the_grid(tmp_path):
     folder = make_folder(tmp_path / "in")
@@ -135,20 +168,22 @@ def test_the_command_tells_what_is_there_names_broken_pictures_and_draws_the_gri
         (folder / "b" / f"{20 + i}.jpg").touch()
     (folder / "notes.txt").touch()
     done = run("--config.data.source=folder", f"--config.data.path={folder}", "--config.data.eval_split=",
-               f"--to={tmp_path / 'grid.png'}")
+               "--config.data.workers=2", "--images_per_second=1e9", f"--to={tmp_path / 'grid.png'}")
     assert done.returncode == 0, done.stderr
     for line in ("train: 80 images in 2 classes (a, b) from the class folders", "viewers: @eaDir 1", "classes: a, b",
                  "train: 80 pictures, 62 broken", "  a/00.jpg: cut off",
                  "  b/01.jpg: not a JPEG", "  and 12 more", "  sizes      all 40 x 30", "  formats    18 JPEG",
                  "1 file not looked at, no picture by the extension (.txt 1), such as notes.txt",
-                 f"all broken pictures by name: {tmp_path / 'grid.broken.txt'}", "images/s per core"):
+                 f"all broken pictures by name: {tmp_path / 'grid.broken.txt'}", "images/s of 2 worker processes on",
+                 "; one alone makes ", "devices that take 1000000000 images/s need "):
         assert line in done.stdout
     names = (tmp_path / "grid.broken.txt").read_text().splitlines()
     assert len(names) == 62
     assert "62 of 80 pictures of train are broken, more than guard.max_bad_fraction=" in done.stdout
     assert names[-1] == "train b/79.jpg: empty file"
-    with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.size == (8 * (32 + 2), 2 * 2 * (32 + 2))  # 16 pictures, each above what the encoder sees
+    with Image.open(tmp_path / "grid.png") as drawn:
+        # 16 images four times as large, each above what the encoder sees and two lines of text.
+        assert drawn.size == (8 * (4 * 32 + 2), 2 * (2 * (4 * 32 + 2) + 2 * 12 + 2))
 
 
 @pytest.mark.slow

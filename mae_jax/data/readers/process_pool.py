@@ -1,0 +1,245 @@
+"""Batches that worker processes make ahead of time, in their order, in memory that they share with the run.
+
+grain's `mp_prefetch` (0.2.18) does much of this, and was tried first. It stays out: its workers outlive a run that is
+killed, and leave their segments in /dev/shm; a full /dev/shm ends them by SIGBUS, told as exit code -7; each worker
+makes whole batches, so that the first one comes no sooner with many workers, each of which holds batches of its own;
+and each batch is a new segment.
+"""
+
+import atexit
+import contextlib
+import functools
+import io
+import logging
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mae_jax.data.readers import shared_slots, worker_process
+from mae_jax.data.readers.makers import Maker
+from mae_jax.data.readers.shared_slots import Batch, Layout, Ring
+from mae_jax.data.readers.worker_process import Channel
+from mae_jax.data.transforms.example import Spec
+from mae_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+MAX_RESTARTS = 3  # of one iterator, after its foreman died
+CODE = "import sys; sys.path[:] = sys.argv[2:]; from mae_jax.data.readers import worker_process; " \
+       "worker_process.start(int(sys.argv[1]))"
+PRELOADED = ("mae_jax", "tensorflow_datasets")  # packages that the starter imports for all foremen
+# One thread each, and no device.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu",
+               "CUDA_VISIBLE_DEVICES": ""}
+
+
+class NotPicklable(Exception):
+    """What makes the examples cannot be handed to other processes."""
+
+
+class _Starter:
+    """The process that starts all others. It has a process group of its own: Ctrl-C is not for it."""
+
+    def __init__(self) -> None:
+        self._orders, theirs = socket.socketpair()
+        command = [sys.executable, "-c", CODE, str(theirs.fileno()), *sys.path]
+        self.process = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, pass_fds=[theirs.fileno()],
+                                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0)
+        theirs.close()
+
+    def foreman(self, memory: int, modules: list[str]) -> Channel:
+        """Returns the connection to a new foreman."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            worker_process.send_order(self._orders, [theirs.fileno(), memory], modules)
+        return Channel(ours.detach())
+
+    def stop(self) -> None:
+        """Ends it, and with it nothing else: foremen end with their iterators."""
+        self._orders.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+
+
+_starter: _Starter | None = None
+_starting = threading.Lock()
+
+
+def _foreman(memory: int, modules: list[str]) -> Channel:
+    """Returns the connection to a new foreman, of a starter that is alive as far as that can be known."""
+    global _starter
+    with _starting:
+        if _starter and _starter.process.poll() is not None:
+            _starter.stop()
+            _starter = None
+        _starter = _starter or _Starter()
+        try:
+            return _starter.foreman(memory, modules)
+        except OSError:  # it died just now
+            _starter.stop()
+            _starter = _Starter()
+            return _starter.foreman(memory, modules)
+
+
+@atexit.register
+def _stop() -> None:
+    for pool in list(_running):
+        pool.stop()
+    if _starter:
+        _starter.stop()
+
+
+class _Pickler(pickle.Pickler):
+    """A pickler that notes the modules of what it meets: those of plug-ins and libraries are imported where needed."""
+
+    def __init__(self, to: io.BytesIO):
+        super().__init__(to, pickle.HIGHEST_PROTOCOL)
+        self.modules: set[str] = set()
+
+    def reducer_override(self, value: Any) -> Any:
+        module = getattr(value, "__module__", None) or type(value).__module__
+        if isinstance(module, str) and module.split(".")[0] in PRELOADED:
+            self.modules.add(module)
+        return NotImplemented
+
+
+def _pickled(job: worker_process.Job) -> tuple[bytes, list[str]]:
+    """Returns a job pickled, and modules that are imported to read it; raises NotPicklable."""
+    content = io.BytesIO()
+    pickler = _Pickler(content)
+    try:
+        pickler.dump(job)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise NotPicklable(str(error)) from None
+    return content.getvalue(), sorted(pickler.modules)
+
+
+class _Pool:
+    """The batches that one foreman's workers are at."""
+
+    def __init__(self, maker: Maker, layout: Layout, count: int, workers: int, plugins: tuple[str, ...],
+                 name: Callable[[int, int], str]):
+        self._layout, self._count, self._workers, self._plugins, self._name = layout, count, workers, plugins, name
+        self._job, self._modules = _pickled(worker_process.Job(maker, layout, workers))
+        self._taken, self._restarts = 0, 0
+        self._begin()
+
+    def _begin(self) -> None:
+        """Starts a foreman, on memory of its own: that of one that died may still be written to."""
+        memory = shared_slots.reserve(self._layout, "data.prefetch or batch_size")
+        try:
+            self._ring = Ring(self._layout, memory)
+            self._foreman = _foreman(memory, self._modules)
+        finally:
+            os.close(memory)
+        self._ordered = self._taken  # the next batch that is to be ordered
+        self._slots: dict[int, int] = {}  # number of a batch → its slot
+        self._done: dict[int, list[str]] = {}  # number of a whole batch → names of what is bad
+        with contextlib.suppress(OSError):  # it died: its end is read
+            self._foreman.send(self._plugins)
+            self._foreman.send_bytes(self._job)
+
+    def take(self, bad: deque[str]) -> Batch:
+        """Returns the next batch when it is whole; raises what went wrong in any example."""
+        while True:
+            try:
+                self._order()
+                while self._taken not in self._done or self._foreman.poll():
+                    self._hear(self._foreman.recv())
+                break
+            except (EOFError, OSError):
+                self._restart()
+        number = self._taken
+        self._taken += 1
+        bad.extend(self._done.pop(number))
+        return self._ring.hand_out(self._slots.pop(number))
+
+    def stop(self) -> None:
+        """Has the processes end."""
+        self._foreman.close()
+
+    def _order(self) -> None:
+        while self._ordered < self._count and (slot := self._ring.take()) is not None:
+            self._slots[self._ordered] = slot
+            self._ordered += 1
+            self._foreman.send((self._ordered - 1, slot))
+
+    def _hear(self, message: tuple[Any, ...]) -> None:
+        kind, *values = message
+        if kind == "done":
+            number, names = values
+            self._done[number] = names
+        elif kind == "died":
+            pid, how = values
+            log.warning("worker process %d %s%s; another makes its examples again", pid, how, _why(how, self._workers))
+        elif kind == "gave up":
+            how, place, where = values
+            raise UserError(f"worker processes die again and again: the last one {how}{where}"
+                            f"{f', {self._name(*place)}' if place else ''}{_why(how, self._workers)}; data.workers=0 "
+                            "makes examples in threads of this process")
+        else:
+            raise values[0]
+
+    def _restart(self) -> None:
+        self._foreman.close()
+        self._restarts += 1
+        if self._restarts > MAX_RESTARTS:
+            raise UserError("worker processes cannot be started, or are killed again and again; data.workers=0 makes "
+                            "examples in threads of this process")
+        log.warning("the process that leads the worker processes ended; they are started again")
+        self._begin()
+
+
+def _why(how: str, workers: int) -> str:
+    """Returns what to do about a death, where that is known."""
+    lower = f", or fewer data.workers (here {workers})" if workers > 1 else ""
+    return f" (the system does so where memory is short: take a smaller batch_size{lower})" if "SIGKILL" in how else ""
+
+
+_running: weakref.WeakSet[_Pool] = weakref.WeakSet()
+
+
+def batches(maker: Maker, spec: Spec, count: int, workers: int, ahead: int, plugins: tuple[str, ...],
+            bad: deque[str], name: Callable[[int, int], str] = lambda number, row: "") -> Iterator[Batch]:
+    """Yields `count` batches of the maker's rows, in their order.
+
+    Args:
+      maker: picklable; of its batches 0, 1, ...
+      spec: name → shape [B, ...] and dtype of the fields that are wanted.
+      count: batches.
+      workers: processes at most.
+      ahead: batches that are ready ahead.
+      plugins: what the workers import first.
+      bad: gets the names of what is bad, with the batch that it is in.
+      name: number of a batch, row → what to call an example that kills its worker.
+
+    Raises:
+      UserError: there is not enough memory, or workers die again and again.
+      NotPicklable: the maker is not, such as with a plug-in's source that is made of functions within functions.
+      What the maker raises, at the next batch.
+    """
+    workers = min(workers, maker.most_workers())
+    layout = Layout.of(spec, len(maker.rows), ahead + 1 + shared_slots.HELD)
+    pool = _Pool(maker, layout, count, workers, plugins, name)
+    _say(workers)
+    return _taken(pool, count, bad)
+
+
+def _taken(pool: _Pool, count: int, bad: deque[str]) -> Iterator[Batch]:
+    _running.add(pool)
+    try:
+        for _ in range(count):
+            yield pool.take(bad)
+    finally:
+        pool.stop()
+
+
+@functools.cache
+def _say(workers: int) -> None:
+    log.info("examples are made by %d worker process%s", workers, "es" * (workers != 1))
