@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-_OF_API = ("Embedded", "Encoder", "GuardError", "Prediction", "UserError", "embed", "load", "predict", "recipe", "train")
+_OF_API = ("Embedded", "Encoder", "GuardError", "Prediction", "UserError", "embed", "load", "predict", "recipe",
+           "train")
 
 
 def __getattr__(name: str) -> Any:

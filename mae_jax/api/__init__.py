@@ -33,7 +33,8 @@ from mae_jax.inference.prediction import Prediction
 from mae_jax.storage import paths
 from mae_jax.training import loop
 
-__all__ = ["Embedded", "Encoder", "GuardError", "Prediction", "UserError", "embed", "load", "predict", "recipe", "train"]
+__all__ = ["Embedded", "Encoder", "GuardError", "Prediction", "UserError", "embed", "load", "predict", "recipe",
+           "train"]
 
 Path = str | os.PathLike[str]
 

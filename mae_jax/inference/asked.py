@@ -35,7 +35,7 @@ def parts_of(encoder: Encoder, images: str, config: ConfigDict | None, split: st
     if images:
         return [parts.of_images(encoder.config, images, encoder.classes)]
     if config is None and not encoder.of_run:
-        raise UserError(f"{encoder.source} does not say which images it was trained on; name some with images or config")
+        raise UserError(f"{encoder.source} does not say which images it was trained on; name some (images, config)")
     return parts.of_config(encoder.config, config, split, all_splits)
 
 

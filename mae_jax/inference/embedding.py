@@ -104,8 +104,8 @@ def _about(encoder: Encoder, parts: list[Part], features: str, block: int, image
     classes = _classes(parts)
     for part in parts:
         if part.source.classes and tuple(part.source.classes) != tuple(classes):
-            raise UserError(f"the splits {parts[0].split!r} and {part.split!r} have other classes; embed one at a time, "
-                            "with --split")
+            raise UserError(f"the splits {parts[0].split!r} and {part.split!r} have other classes; embed one at a "
+                            "time, with --split")
     return {"format": FORMAT, "encoder": fingerprint(jax.device_get({"encoder": encoder.params["encoder"]})),
             "step": encoder.step, "method": config.method.name, "features": features, "block": block,
             "shape": encoder.shape(features), "dtype": config.model.dtype, "image_size": config.data.image_size,

@@ -1,5 +1,6 @@
 """An encoder as it is asked about images: loaded from any place that holds one, compiled for batches of one size."""
 
+import operator
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,9 @@ class Encoder:
         self.config, self.mesh, self.classes, self.step, self.source = config, mesh, tuple(classes), step, source
         several = bool(config.method.get("multi_label"))
         self.method = methods.build(config, DataInfo(0, self.classes, several))
+        if self.method.extra_encode_fields:
+            raise UserError(f"{source} is of method.name={config.method.name}, which has no single encoder; mae_jax "
+                            "export --for-task=vote makes one")
         self.grid = PatchGrid.of(config)
         _check(self.method, params, source)
         self.params, self.extras = forward.placed((params, extras), mesh)
@@ -116,7 +120,7 @@ class Encoder:
         starts = range(0, len(images), size)
         batches = (self._batch(images[start:start + size], size) for start in starts)
         found = forward.outputs(program, self.params, self.extras, batches, self.mesh, size)
-        return [jax.tree.map(lambda x: x[:len(images) - start], output)
+        return [jax.tree.map(operator.itemgetter(slice(len(images) - start)), output)
                 for start, output in zip(starts, found, strict=True)]
 
     def _batch(self, images: Sequence[ImageLike], size: int) -> dict[str, np.ndarray]:
@@ -181,9 +185,6 @@ def open_encoder(source: str, batch_size: int = 0, image_size: tuple[int, int] |
         raise UserError(f"{source} says itself its image size and heads; leave them out")
     else:
         config = theirs
-    if methods.get(config.method.name).extra_encode_fields:
-        raise UserError(f"{source} is of method.name={config.method.name}, which has no single encoder; mae_jax export "
-                        "--for-task=vote makes one")
     devices = list(mesh_of or jax.devices())
     config = _for_looking(config, batch_size, devices)
     kept = {name: value for name, value in extras.items() if name != "teacher"}  # whose parameters these are
@@ -222,7 +223,8 @@ def _check(method: Method, params: Any, source: str) -> None:
                and name.removeprefix("encoder/") not in UNUSED]
     for name in encoder + heads:
         if ours.get(name) != theirs.get(name):
-            had, needed = (f"has the shape {found[name]}" if name in found else "is missing" for found in (theirs, ours))
+            had, needed = (f"has the shape {found[name]}" if name in found else "is missing"
+                           for found in (theirs, ours))
             raise UserError(f"{source}: {name} {had}, and in the model that its config describes it {needed}")
 
 

@@ -90,7 +90,7 @@ def _of_array(array: np.ndarray) -> np.ndarray:
     """Returns uint8 [height, width, 3] of pixels as `ImageLike` says."""
     gray = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
     if not array.size or gray.ndim not in (2, 3) or (gray.ndim == 3 and gray.shape[2] not in CHANNELS):
-        raise UserError(f"an image of shape {list(array.shape)}; expected pixels [height, width, 3], or [height, width]")
+        raise UserError(f"an image of shape {list(array.shape)}; expected pixels [height, width, 3] or [height, width]")
     if array.dtype == np.uint16 and gray.ndim == 2:
         gray = (gray >> 8).astype(np.uint8)
     if gray.dtype != np.uint8:

@@ -87,8 +87,8 @@ def check(encoder: Encoder) -> None:
     """Raises UserError for a run that predicts nothing of images, with what to do."""
     if encoder.method.task == "pretraining":
         raise UserError(f"{encoder.source} has no head: method.name={encoder.config.method.name} pre-trains an "
-                        "encoder; fine-tune it (mae_jax train --config=folder_finetune --config.init_from=...), or take its "
-                        "features (mae_jax embed)")
+                        "encoder; fine-tune it (mae_jax train --config=folder_finetune --config.init_from=...), or "
+                        "take its features (mae_jax embed)")
 
 
 def predictions(encoder: Encoder, part: Part, score: Score, top: int = 5) -> Iterator[Prediction]:

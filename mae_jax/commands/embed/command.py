@@ -24,8 +24,8 @@ FROM = flags.DEFINE_string("from", "", "workdir, one step's folder in it, its be
 TO = flags.DEFINE_string("to", "", "the file to write, *.parquet or *.npz, local or gs://")
 IMAGES = flags.DEFINE_string("images", "", "a file, a folder or a pattern of images; local or gs://")
 SPLIT = flags.DEFINE_string("split", "", "of the run's data or of --config: which split; '': all that the config names")
-FEATURES = flags.DEFINE_string("features", "pool", "pool (as model.pool says), cls (the class token), mean (of the patch "
-                               "tokens), patches (their map) or tokens (all)")
+FEATURES = flags.DEFINE_string("features", "pool", "pool (as model.pool says), cls (the class token), mean (of the "
+                               "patch tokens), patches (their map) or tokens (all)")
 BLOCK = flags.DEFINE_integer("block", -1, "the block whose tokens make the features; -1: the encoder's output")
 BATCH = flags.DEFINE_integer("batch_size", 0, "images at a time, over all devices; 0: 32 on each CPU, 128 on each "
                              "accelerator", lower_bound=0)
