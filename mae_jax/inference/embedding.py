@@ -100,7 +100,7 @@ def _classes(parts: list[Part]) -> tuple[str, ...]:
 def _about(encoder: Encoder, parts: list[Part], features: str, block: int, images: str) -> dict[str, Any]:
     """Returns what the file says of itself: all that its rows depend on."""
     config = encoder.config
-    data = {"images": images} if images else {"data": data_of(parts[0].config)}
+    source = {"images": images} if images else data_of(parts[0].config)
     classes = _classes(parts)
     for part in parts:
         if part.source.classes and tuple(part.source.classes) != tuple(classes):
@@ -109,7 +109,7 @@ def _about(encoder: Encoder, parts: list[Part], features: str, block: int, image
     return {"format": FORMAT, "encoder": fingerprint(jax.device_get({"encoder": encoder.params["encoder"]})),
             "step": encoder.step, "method": config.method.name, "features": features, "block": block,
             "shape": encoder.shape(features), "dtype": config.model.dtype, "image_size": config.data.image_size,
-            "crop_ratio": config.eval.crop_ratio[0], **data, "classes": classes,
+            "crop_ratio": config.eval.crop_ratio[0], "source": source, "classes": classes,
             "splits": [[part.split, part.size] for part in parts],
             "examples": [part.source.digest() for part in parts],
             "config": {} if images else {"recipe_version": parts[0].config.recipe_version,

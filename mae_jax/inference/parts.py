@@ -136,8 +136,8 @@ def reopened(about: Mapping[str, Any]) -> list[Part]:
     """
     config = default()
     config.data.image_size = tuple(about["image_size"])
-    if "images" in about:
-        parts = [of_images(config, about["images"], about["classes"])]
+    if given := about["source"].get("images"):
+        parts = [of_images(config, given, about["classes"])]
     else:
         config.update(from_dict(about["config"]))
         parts = [Part(config, split, registry.load(config.data, split)) for split, _ in about["splits"]]

@@ -13,7 +13,7 @@ from PIL import Image
 from mae_jax.methods.base import Extras
 from mae_jax.storage.checkpoint import Checkpoints
 from mae_jax.training import workdir
-from tests.helpers.tiny import tiny_params
+from tests.helpers.tiny import tiny_state
 
 STEP = 6
 
@@ -24,8 +24,8 @@ def store_run(folder: Path, config: ConfigDict, classes: tuple[str, ...] = (), p
     data = SimpleNamespace(num_train=8, classes=classes, identity=dict)
     workdir.record(epath.Path(folder), config, data)
     checkpoints = Checkpoints(folder, keep_last=2)
-    state = {"step": jnp.asarray(STEP), "params": params or tiny_params(config), "extras": extras or {}}
-    checkpoints.save(STEP, state)
+    state = tiny_state(config, extras)
+    checkpoints.save(STEP, state._replace(step=jnp.asarray(STEP, jnp.int32), params=params or state.params))
     checkpoints.close()
     return folder
 

@@ -22,7 +22,7 @@ from tests.helpers.stored import STEP, store_images, store_run
 from tests.helpers.tiny import tiny_batch, tiny_config, tiny_method, tiny_params, tiny_supervised
 
 DRAWS = np.random.default_rng(0)
-IMAGES = [DRAWS.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in DRAWS.integers(4, 60, (11, 2))]
+IMAGES = [DRAWS.integers(0, 256, (*size, 3), dtype=np.uint8) for size in DRAWS.integers(4, 60, (11, 2))]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,8 @@ def test_another_normalization_is_taken_into_the_patch_embedding(run, tmp_path, 
     """transformers' ViTs want pixels less 0.5, over 0.5: their preprocessor_config.json says so."""
     folder = tmp_path / "theirs"
     export(str(run), str(folder), "hf")
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5, 0.5, 0.25]}))
+    said = {"image_mean": [0.5] * 3, "image_std": [0.5, 0.5, 0.25]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
     config = tiny_config()
     params = tiny_params(config)
     changed = fitted(str(folder), params, config)["encoder"]["patch_embed"]
@@ -124,6 +125,7 @@ def test_what_has_no_encoder_is_refused(tmp_path, path, line):
         open_encoder(str(tmp_path / (path or "empty")))
 
 
+@pytest.mark.slow
 def test_a_mixing_method_is_asked_in_raster_order(tmp_path):
     """Evaluations of MixedAE mix neighbors; features of images are those of each alone."""
     encoder = open_encoder(str(store_run(tmp_path / "run", tiny_config({}, "mixedae"))), batch_size=4)
@@ -137,9 +139,11 @@ def test_all_devices_share_a_batch(run):
     assert encoder.mesh.size == make_mesh(encoder.config).size
 
 
+@pytest.mark.slow
 def test_a_classifier_is_an_encoder_too(tmp_path):
     folder = store_images(tmp_path / "data")
-    run = store_run(tmp_path / "run", tiny_supervised({"data.source": "folder", "data.path": str(folder)}), ("a", "b", "c"))
+    config = tiny_supervised({"data.source": "folder", "data.path": str(folder)})
+    run = store_run(tmp_path / "run", config, ("a", "b", "c"))
     encoder = open_encoder(str(run), batch_size=4)
     assert encoder.classes == ("a", "b", "c")
     assert encoder(str(folder / "a" / "00.png")).shape == (1, 32)
