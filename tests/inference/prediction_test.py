@@ -172,8 +172,9 @@ def test_a_name_does_not_lead_out_of_the_folder_of_masks(tmp_path):
     class Encoder:
         method = Method()
 
-    found = [prediction.Prediction("../../evil.png", mask=np.zeros((4, 4), np.uint8)),
-             prediction.Prediction("/etc/x", mask=np.zeros((4, 4), np.uint8)), prediction.Prediction("bad", error="cut")]
+    mask = np.zeros((4, 4), np.uint8)
+    found = [prediction.Prediction("../../evil.png", mask=mask), prediction.Prediction("/etc/x", mask=mask),
+             prediction.Prediction("bad", error="cut")]
     prediction_files.write(epath.Path(tmp_path / "masks"), Encoder(), iter(found), None, 1, {})
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")) == [
         "masks/etc/x.png", "masks/evil.png.png"]
@@ -189,6 +190,6 @@ def test_names_of_files_that_are_not_written(tmp_path, to, task, line):
 
 
 def test_probabilities():
-    np.testing.assert_allclose(prediction.probabilities(np.array([0.0, 1000.0, 1000.0], np.float32), False),
-                               [0, 0.5, 0.5])
-    np.testing.assert_allclose(prediction.probabilities(np.array([0.0, 1000.0, -1000.0], np.float32), True), [0.5, 1, 0])
+    one, other = np.array([0.0, 1000.0, 1000.0], np.float32), np.array([0.0, 1000.0, -1000.0], np.float32)
+    np.testing.assert_allclose(prediction.probabilities(one, independent=False), [0, 0.5, 0.5])
+    np.testing.assert_allclose(prediction.probabilities(other, independent=True), [0.5, 1, 0])
