@@ -186,15 +186,21 @@ def open_encoder(source: str, batch_size: int = 0, image_size: tuple[int, int] |
     else:
         config = theirs
     devices = list(mesh_of or jax.devices())
-    config = _for_looking(config, batch_size, devices)
+    config = for_devices(config, batch_size, devices)
     kept = {name: value for name, value in extras.items() if name != "teacher"}  # whose parameters these are
     classes = workdir.classes_of(str(folder)) if "head" in params else ()
     return Encoder(config, params, kept, sharding.make_mesh(config, devices), _named(params, classes), step,
                    str(source), theirs is not None)
 
 
-def _for_looking(config: ConfigDict, batch_size: int, devices: Sequence[jax.Device]) -> ConfigDict:
-    """Returns a run's config for batches of images on these devices, all of which share their rows."""
+def for_devices(config: ConfigDict, batch_size: int, devices: Sequence[jax.Device]) -> ConfigDict:
+    """Returns a run's config for batches of images on these devices, all of which share their rows.
+
+    Args:
+      config: of the run.
+      batch_size: rows, rounded up to a multiple of the devices; 0: as `open_encoder` says.
+      devices: of one kind.
+    """
     config = config.copy_and_resolve_references().unlock()
     rows = batch_size or ROWS.get(devices[0].platform, ROWS_ELSEWHERE) * len(devices)
     config.batch_size = -(-rows // len(devices)) * len(devices)

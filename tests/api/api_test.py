@@ -95,7 +95,8 @@ def test_recipes_by_name_with_fields():
     config = mae_jax.recipe("quickstart:runlocal", {"optim.lr": 1e-3, "data.image_size": (16, 16)})
     assert (config.optim.lr, config.data.image_size, config.batch_size) == (1e-3, (16, 16), 16)
     for name, fields, line in (("quickstrat", {}, "did you mean 'quickstart'"), ("./no.py", {}, "cannot read"),
-                               ("quickstart", {"optim.lrr": 1}, "optim.lrr"), ("quickstart", {"optim.lr": "x"}, "optim"),
+                               ("quickstart", {"optim.lrr": 1}, "optim.lrr"),
+                               ("quickstart", {"optim.lr": "x"}, "optim.lr"),
                                ("quickstart", {"batch_size": 0}, "at least 1")):
         with pytest.raises(mae_jax.UserError, match=line):
             mae_jax.recipe(name, fields)
