@@ -15,7 +15,7 @@ from mae_jax.inference import embedding_files, passes, progress
 from mae_jax.inference.chunks import Chunks, Columns, other
 from mae_jax.inference.embedding_files import Record
 from mae_jax.inference.encoder import Encoder
-from mae_jax.inference.parts import Part, data_of
+from mae_jax.inference.parts import Part, data_of, stored
 from mae_jax.runtime import bounded_json, peers
 from mae_jax.storage import workdir_lock
 
@@ -112,8 +112,7 @@ def _about(encoder: Encoder, parts: list[Part], features: str, block: int, image
             "crop_ratio": config.eval.crop_ratio[0], "source": source, "classes": classes,
             "splits": [[part.split, part.size] for part in parts],
             "examples": [part.source.digest() for part in parts],
-            "config": {} if images else {"recipe_version": parts[0].config.recipe_version,
-                                         "data": parts[0].config.data.to_dict()}}
+            "config": {} if images else stored(parts[0].config)}
 
 
 def _there(to: epath.Path, about: dict[str, Any]) -> Embedded | None:

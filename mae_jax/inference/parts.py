@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_jax.config import default, from_dict
+from mae_jax.config import default, from_dict, read_as_begun
 from mae_jax.data.decode import read_file
 from mae_jax.data.masking import PatchOrder
 from mae_jax.data.readers import random_access
@@ -146,6 +146,13 @@ def reopened(about: Mapping[str, Any]) -> list[Part]:
     return parts
 
 
+def stored(config: ConfigDict) -> dict[str, Any]:
+    """Returns of a config what `reopened` needs, and nothing that may be another one when a call goes on."""
+    speed = ("threads", "prefetch", "readers", "shuffle_mb")
+    return {"recipe_version": config.recipe_version,
+            "data": {name: value for name, value in config.data.to_dict().items() if name not in speed}}
+
+
 def data_of(config: ConfigDict) -> dict[str, Any]:
     """Returns what identifies the data of a config, and how an image was seen."""
     upright = {"exif": "apply"} if config.data.exif == "apply" else {}  # clusters from before say nothing of it
@@ -154,7 +161,8 @@ def data_of(config: ConfigDict) -> dict[str, Any]:
 
 
 def _readable(config: ConfigDict) -> ConfigDict:
-    config = config.copy_and_resolve_references().unlock()
+    """Returns a config whose evaluation reads all images, in order, as its recipe_version does."""
+    config = read_as_begun(config.copy_and_resolve_references().unlock())
     config.data.update(augment="none", color="none", repeats=1, resize="exact")
     config.eval.max_examples = 1 << 31
     return config.lock()
@@ -164,7 +172,7 @@ def _found(images: str) -> tuple[epath.Path | None, tuple[str, ...], tuple[str, 
     """Returns the folder, None without one, and the names and paths of the images that a path or pattern names."""
     text = normalized(images, "images")
     literal = set("*?[") & set(text) and text.startswith("gs://")
-    path = None if literal else locate(text, "images")
+    path = None if literal or not text else locate(text, "images")
     if path is not None and path.is_dir():
         listing = folder_listing.pictures(path)
         return path, listing.pictures, listing.paths

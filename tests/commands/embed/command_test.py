@@ -53,7 +53,7 @@ def test_it_embeds_the_runs_own_images_and_those_of_another_config(made, tmp_pat
     (["--images={made}/data/c/b*", "--to=a.npz"], 3, "1 of 1 images could not be read")])
 def test_a_mistake_is_one_line(made, tmp_path, flags, code, line):
     given = [flag.format(made=made).replace("--to=", f"--to={tmp_path}/") for flag in flags]
-    found, out, err = embed(f"--from={made / 'run'}", *given)
+    found, _, err = embed(f"--from={made / 'run'}", *given)
     assert found == code, err
     assert line in err.splitlines()[-1]
     assert "Traceback" not in err
