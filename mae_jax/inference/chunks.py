@@ -103,8 +103,9 @@ class Chunks:
         if jax.process_index() == 0:
             workdir_lock.wait_until_verified()
             partial = self.folder / f"partial_{number:05d}.npz"
+            kept: dict[str, Any] = {name: column[:self.rows] for name, column in columns.items()}
             with partial.open("wb") as file:
-                np.savez(file, **{name: column[:self.rows] for name, column in columns.items()})
+                np.savez(file, **kept)
             partial.replace(self.folder / f"{number:05d}.npz")
         return {name: column[self.rows:] for name, column in columns.items()}
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -75,7 +76,7 @@ def embed(encoder: Encoder, parts: list[Part], to: epath.Path, features: str = "
         done = sum(min(each.rows_there(), part.size) for each, part in zip(chunks, parts, strict=True))
         with jax.set_mesh(encoder.mesh), progress.told(total, done, "embed") as tell:
             for each, part in zip(chunks, parts, strict=True):
-                each.fill(lambda first, part=part: _columns(encoder, part, features, block, first, tell))
+                each.fill(partial(_columns, encoder, part, features, block, tell))
         found = Embedded(str(to), 0, [], 0)
         if jax.process_index() == 0:
             found = _unreadable(parts, chunks, str(to))
@@ -138,7 +139,7 @@ def _there(to: epath.Path, about: dict[str, Any]) -> Embedded | None:
     return Embedded(str(to), said["images"], [tuple(each) for each in said["unreadable"]], said["unreadable_count"])
 
 
-def _columns(encoder: Encoder, part: Part, features: str, block: int, first: int, tell: progress.Tell
+def _columns(encoder: Encoder, part: Part, features: str, block: int, tell: progress.Tell, first: int
              ) -> Iterator[Columns]:
     function = passes.features_of(encoder, features, block)
     for rows in passes.rows_of(encoder, part, ("embed", features, block), function, tell, first):
