@@ -40,6 +40,7 @@ setup(
         "protobuf>=5.28,<9",
         "pyarrow>=19,<30",
         "safetensors>=0.5,<1",
+        "tqdm>=4.66,<5",
         "matplotlib>=3.9,<4",  # the plot of mae_jax transfer
         "scikit-image>=0.25,<1",  # with scikit-learn: the photographs of the quickstart
         "scikit-learn>=1.6,<2",

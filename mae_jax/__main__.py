@@ -28,6 +28,8 @@ COMMANDS = {
     "bench": Command("mae_jax.commands.bench.command", "measure the speed of a recipe on this machine"),
     "plan": Command("mae_jax.commands.plan.command", "memory and time of a train step on devices not here"),
     "transfer": Command("mae_jax.commands.transfer.command", "fine-tune and probe one encoder on many data sets"),
+    "predict": Command("mae_jax.commands.predict.command", "say what a classifier or segmentation sees in images"),
+    "embed": Command("mae_jax.commands.embed.command", "write the features of every image of a source"),
     "export": Command("mae_jax.commands.export.command", "write weights for other libraries"),
 }
 

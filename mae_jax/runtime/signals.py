@@ -9,12 +9,40 @@ import os
 import signal
 import threading
 from types import TracebackType
+from typing import Protocol
 
 from mae_jax.errors import STOPPED
 from mae_jax.runtime import peers
 from mae_jax.runtime.exit import ending_signals, exit_now, write_stderr
 
 QUIT = 130  # 128 + SIGINT, as shells report it
+
+
+class Stopper(Protocol):
+    """Is asked after each step whether to save and stop."""
+
+    def mark_unsaved(self) -> None:
+        """The loop says: a step was taken, its result is not on disk yet."""
+
+    def mark_saved(self) -> None:
+        """The loop says: the state as of now is committed on disk."""
+
+    def should_stop(self, step: int) -> bool:
+        """Tells whether to save and stop after `step`."""
+
+
+class NoSignals:
+    """Never stops a run: for a process whose signals are not ours."""
+
+    def mark_unsaved(self) -> None:
+        """See `Stopper`."""
+
+    def mark_saved(self) -> None:
+        """See `Stopper`."""
+
+    def should_stop(self, step: int) -> bool:
+        """See `Stopper`."""
+        return False
 
 
 class SignalHandler:

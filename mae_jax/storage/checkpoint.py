@@ -273,7 +273,7 @@ class Checkpoints:
                 attempt(f"remove {path}", path.rmtree, tries=5)
 
 
-def load_params(path: epath.PathLike, ema: bool = False, extras: bool = False) -> dict[str, Any]:
+def load_params(path: epath.PathLike, ema: bool = False, extras: bool = False, step: bool = False) -> dict[str, Any]:
     """Reads the parameters alone, verified.
 
     Args:
@@ -281,6 +281,7 @@ def load_params(path: epath.PathLike, ema: bool = False, extras: bool = False) -
         folder of one, as `weight_files` reads.
       ema: the averaged parameters, where the checkpoint has them.
       extras: the extras too, under 'extras', where the checkpoint has them.
+      step: the number of the step that was read too, under 'step', where it is a checkpoint.
 
     Returns:
       Nested dict of np.ndarray. Raises UserError where nothing is there, or what is there is damaged.
@@ -298,7 +299,7 @@ def load_params(path: epath.PathLike, ema: bool = False, extras: bool = False) -
     with ocp.Checkpointer(_handler()) as reader:
         for folder, then in itertools.product(folders, _tries(path)):
             try:
-                return _load_step(reader, folder, ema, extras)
+                return _load_step(reader, folder, ema, extras) | ({"step": int(folder.name)} if step else {})
             except Damaged as damage:
                 logger.warning("checkpoint %s %s", folder, then.format(damage))
     raise UserError(f"no checkpoint in {path} could be read; see the warnings above")

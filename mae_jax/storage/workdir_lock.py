@@ -9,6 +9,9 @@ A run that was frozen for so long may wake to find its workdir taken. Nothing it
 to write its metrics, is right then: its thread ends the process at once, and `wait_until_verified`, which the loop
 passes at each step, lets nothing be written before the thread has looked. While the bucket takes no sign of life,
 training goes on without checkpoints, metrics and pictures (`why_unwritable`).
+
+Where the process is somebody else's, as a notebook's, it is not ended: nothing more is written, and
+`wait_until_verified` raises GuardError.
 """
 
 import contextlib
@@ -22,13 +25,13 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 from etils import epath
 
 from mae_jax import errors
-from mae_jax.errors import UserError
+from mae_jax.errors import GuardError, UserError
 from mae_jax.runtime import bounded_json
 from mae_jax.runtime import peers as runtime_peers
 from mae_jax.runtime.exit import exit_now, on_forced_exit, write_stderr
@@ -41,16 +44,23 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems that k
 
 logger = logging.getLogger(__name__)
 _held: "FileLock | BucketLease | None" = None
+_ends_process = True  # where the workdir is lost
+_lost = ""  # how it was, where the process goes on
 
 
 @contextlib.contextmanager
-def hold(workdir: epath.Path) -> Iterator[None]:
+def hold(workdir: epath.Path, ends_process: bool = True) -> Iterator[None]:
     """Holds a workdir for one run; of several processes the first one does. Makes the folder.
+
+    Args:
+      workdir: local or gs://.
+      ends_process: whether the process ends where the workdir is lost; else see above.
 
     Raises:
       UserError: a living run holds it, or it cannot be written.
     """
-    global _held
+    global _held, _ends_process, _lost
+    _ends_process, _lost = ends_process, ""
     lease = BucketLease(str(workdir / "lock")) if str(workdir).startswith("gs://") else FileLock(workdir / "lock")
     try:
         with on_forced_exit(lease.give_back):  # also of one that is just being taken
@@ -75,9 +85,14 @@ def holds() -> bool:
 
 
 def wait_until_verified() -> None:
-    """Returns when it is sure that the workdir was this run's a moment ago; ends the process where it was taken."""
-    while isinstance(_held, BucketLease) and time.monotonic() - _held.looked > DEAD / 2:
+    """Returns when it is sure that the workdir was this run's a moment ago.
+
+    Where it was taken, ends the process, or raises GuardError, as `hold` was told.
+    """
+    while not _lost and isinstance(_held, BucketLease) and time.monotonic() - _held.looked > DEAD / 2:
         time.sleep(0.05)
+    if _lost:
+        raise GuardError(_lost)
 
 
 def why_unwritable() -> str:
@@ -86,7 +101,7 @@ def why_unwritable() -> str:
     A bucket that takes no sign of life from this run may take one from another run, which then has the workdir; so may
     another run take a lock on a disk whose file was removed.
     """
-    return _held.why_unwritable() if _held else ""
+    return _lost or (_held.why_unwritable() if _held else "")
 
 
 def _signature() -> bytes:
@@ -104,11 +119,18 @@ def _who(text: bytes) -> str:
         return "a run that did not say who it is"
 
 
-def _stop(line: str) -> NoReturn:
-    """Ends all processes at once, from any thread: nothing that is still to do in order may be done."""
+def _stop(line: str) -> None:
+    """Ends all processes at once, from any thread: nothing that is still to do in order may be done.
+
+    Returns where the process is not ours to end.
+    """
+    global _lost
+    if not _ends_process:
+        _lost = line
+        return
     if peers := runtime_peers.peers():
-        peers.leave(errors.GUARD, line)
-    write_stderr(line)
+        peers.leave(errors.GUARD, f"stopped: {line}")
+    write_stderr(f"stopped: {line}")
     exit_now(errors.GUARD)
 
 
@@ -188,8 +210,9 @@ class FileLock:
         try:
             for path, device in self.devices.items():
                 if self.taken and _device(path) != device:
-                    _stop(f"stopped: {path} is not on the disk that it was on when the run began (unmounted?); nothing "
-                          "more is written; mount it again, and the same command goes on")
+                    _stop(f"{path} is not on the disk that it was on when the run began (unmounted?); nothing more "
+                          "is written; mount it again, and the same command goes on")
+                    return _lost
             if self.taken and (self.descriptor < 0 or not self._is_there()):
                 self.take()
                 logger.warning("%s had been removed, and is there again", self.path)
@@ -288,6 +311,7 @@ class BucketLease:
                 try:
                     if not self._write(self._generation, RENEWED / 2):
                         self._lost(gcs.read(self.path))
+                        return
                     if self._failing:
                         logger.warning("%s is renewed again", self.path)
                     self._failing, self.renewed = False, began
@@ -297,11 +321,11 @@ class BucketLease:
                     self._failing = True
                 self.looked = time.monotonic()
 
-    def _lost(self, found: Any) -> NoReturn:
+    def _lost(self, found: Any) -> None:
         """Ends the process; `found`: the gcs.StoredObject of the run that took over, None where it has ended."""
         silent, self._generation = time.monotonic() - self.renewed, 0
         by = _who(found.content) if found else "a run that has ended since"
-        line = (f"stopped: {self.workdir} was taken over by {by}, after this run had given no sign of life for "
+        line = (f"{self.workdir} was taken over by {by}, after this run had given no sign of life for "
                 f"{silent:.0f} s; nothing more is written")
         _stop(line)
 

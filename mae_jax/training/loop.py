@@ -14,7 +14,7 @@ from mae_jax.evals.evaluator import Evaluator, missing
 from mae_jax.methods.base import Metrics
 from mae_jax.runtime import peers, sharding, startup_timer
 from mae_jax.runtime.console import print_once
-from mae_jax.runtime.signals import SignalHandler
+from mae_jax.runtime.signals import NoSignals, SignalHandler, Stopper
 from mae_jax.runtime.watchdog import Watchdog
 from mae_jax.state import TrainState
 from mae_jax.storage import disk, metric_sinks, paths, step_dirs, workdir_lock
@@ -42,19 +42,36 @@ def train(config: ConfigDict, folder: str) -> int:
     """Trains until `train.duration`, resuming what the workdir holds. Returns the exit code."""
     startup_timer.begin()
     with SignalHandler() as stopper:
-        run = open_run(config, folder)
-        finished = peers.broadcast(workdir.finished(run.workdir))
-        if finished >= run.timeline.total:
-            print_once(f"{run.workdir} is finished: step {finished} of {run.timeline.total}; a longer train.duration "
-                       "goes on")
-            return errors.FINISHED
-        watchdog = Watchdog(config.guard.stall_seconds, run.workdir)
-        compiled = compiled_programs(config, run.workdir)
-        with workdir_lock.hold(run.workdir), jax.set_mesh(run.program.mesh), compiled, watchdog:
-            return resume(run, stopper, watchdog)
+        return _train(config, folder, stopper, config.guard.stall_seconds)
 
 
-def resume(run: Run, stopper: SignalHandler, watchdog: Watchdog) -> int:
+def train_as_guest(config: ConfigDict, folder: str) -> None:
+    """Trains likewise inside a process that is somebody else's: takes no signals over, and never ends the process.
+
+    What hangs is not noticed. An exception, KeyboardInterrupt among them, leaves what was saved; the same call goes on.
+
+    Raises:
+      UserError: a mistake of the user's, or a workdir that is in use.
+      GuardError: a guard stopped the run, or the workdir was lost.
+    """
+    startup_timer.begin()
+    _train(config, folder, NoSignals(), 0, ends_process=False)
+
+
+def _train(config: ConfigDict, folder: str, stopper: Stopper, stall_seconds: float, ends_process: bool = True) -> int:
+    run = open_run(config, folder)
+    finished = peers.broadcast(workdir.finished(run.workdir))
+    if finished >= run.timeline.total:
+        print_once(f"{run.workdir} is finished: step {finished} of {run.timeline.total}; a longer train.duration "
+                   "goes on")
+        return errors.FINISHED
+    watchdog = Watchdog(stall_seconds, run.workdir)
+    compiled, held = compiled_programs(config, run.workdir), workdir_lock.hold(run.workdir, ends_process)
+    with held, jax.set_mesh(run.program.mesh), compiled, watchdog:
+        return resume(run, stopper, watchdog)
+
+
+def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
     """Restores or makes the state and trains on. Returns the exit code."""
     config, folder = run.config, run.workdir
     evaluator = evaluation.check(run)
@@ -153,7 +170,7 @@ class Profile:
             logger.info("profile of steps %d to %d: %s", self.first, self.last, self.folder)
 
 
-def loop(run: Run, state: TrainState, checkpoints: Checkpoints, periodic: PeriodicEvaluation, stopper: SignalHandler,
+def loop(run: Run, state: TrainState, checkpoints: Checkpoints, periodic: PeriodicEvaluation, stopper: Stopper,
          watchdog: Watchdog) -> int:
     """Steps from the state's step to the end. Returns the exit code."""
     start, total = int(state.step), run.timeline.total

@@ -15,11 +15,12 @@ from mae_jax.data.cluster_ids import Clusters, fingerprint
 from mae_jax.errors import UserError
 from mae_jax.evals.frozen_encoder import Frozen, frozen, with_data
 from mae_jax.evals.image_grid import tile
+from mae_jax.inference.parts import data_of
 from mae_jax.methods.base import Method
 from mae_jax.ops import spherical_kmeans
 from mae_jax.ops.example_ids import whole as whole_ids
 from mae_jax.ops.patches import PatchGrid
-from mae_jax.param_tree import flat, split_eval_params
+from mae_jax.param_tree import split_eval_params
 from mae_jax.runtime import bounded_json, peers, sharding
 from mae_jax.storage import paths, safetensors_file
 from mae_jax.storage.checkpoint import load_params
@@ -111,15 +112,6 @@ def other_arguments(folder: epath.Path, meta: dict[str, Any]) -> str:
         return ""
     there = Clusters.read(str(folder)).meta
     return next((key for key in meta if key != "from" and there.get(key) != bounded_json.as_read(meta[key])), "")
-
-
-def data_of(config: ConfigDict) -> dict[str, Any]:
-    """Returns what identifies the data of a config, and how a picture was seen."""
-    names = ("source", "name", "path", "train_split", "val_split", "eval_split", "classes", "image_size", "resize",
-             "image_key")
-    upright = {"exif": "apply"} if config.data.exif == "apply" else {}  # clusters from before say nothing of it
-    return {name: value for name, value in flat(config.data).items() if name in names} | {
-        "crop_ratio": config.eval.crop_ratio[0], **upright}
 
 
 def made_of(features: dict[str, Features], train: str, clusters: int, ratio: float, seed: int) -> Clusters:

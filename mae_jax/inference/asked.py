@@ -1,0 +1,48 @@
+"""What `embed` and `predict` share: which encoder is asked, about which images, and how it ends."""
+
+from ml_collections import ConfigDict
+
+from mae_jax import errors
+from mae_jax.errors import GuardError, UserError
+from mae_jax.inference import parts
+from mae_jax.inference.encoder import Encoder, open_encoder
+from mae_jax.inference.parts import Part
+
+
+def opened(source: str, images: str, config: ConfigDict | None, split: str, all_splits: bool, batch_size: int = 0,
+           heads: int = 0) -> tuple[Encoder, list[Part]]:
+    """Opens an encoder and the images that it is asked about; arguments and errors as of `open_encoder` and `parts_of`.
+    """
+    encoder = open_encoder(source, batch_size, heads=heads)
+    return encoder, parts_of(encoder, images, config, split, all_splits)
+
+
+def parts_of(encoder: Encoder, images: str, config: ConfigDict | None, split: str, all_splits: bool) -> list[Part]:
+    """Opens the images that an encoder is asked about.
+
+    Args:
+      encoder: in whose image size they are read.
+      images: a file, a folder or a pattern; '': the data of `config`, or without one the run's own.
+      config: whose group `data` is read.
+      split, all_splits: as of `parts.of_config`.
+
+    Raises:
+      UserError: no images are there, or both kinds are named.
+    """
+    for flag, given in (("config", config is not None), ("split", split)):
+        if images and given:
+            raise UserError(f"images={images} names the images itself; leave {flag} out")
+    if images:
+        return [parts.of_images(encoder.config, images, encoder.classes)]
+    if config is None and not encoder.of_run:
+        raise UserError(f"{encoder.source} does not say which images it was trained on; name some (images, config)")
+    return parts.of_config(encoder.config, config, split, all_splits)
+
+
+def exit_code(encoder: Encoder, images: int, unreadable: int) -> int:
+    """Returns the exit code of a pass that is done; raises GuardError where too many images could not be read."""
+    most = encoder.config.guard.max_bad_fraction
+    if unreadable > most * (images + unreadable):
+        raise GuardError(f"{unreadable} of {images + unreadable} images could not be read, more than "
+                         f"guard.max_bad_fraction={most:g} of them; what could be read is written")
+    return errors.FINISHED

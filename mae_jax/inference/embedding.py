@@ -1,0 +1,189 @@
+"""Features of all images of some parts in one file: in bounded memory, going on where it was stopped."""
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from mae_jax import __version__
+from mae_jax.data.cluster_ids import fingerprint
+from mae_jax.errors import UserError, pluralize
+from mae_jax.inference import embedding_files, passes, progress
+from mae_jax.inference.chunks import Chunks, Columns, other
+from mae_jax.inference.embedding_files import Record
+from mae_jax.inference.encoder import Encoder
+from mae_jax.inference.parts import Part, data_of, stored
+from mae_jax.runtime import bounded_json, peers
+from mae_jax.storage import workdir_lock
+
+logger = logging.getLogger(__name__)
+FORMAT = 1  # of what the file says of itself
+CHUNK_BYTES, CHUNK_ROWS = 64 * 2**20, 16_384  # of features that are held at a time, at most
+MAX_NAMED = 1000  # images that could not be read, named in the file
+# Of what a file says of itself: where its encoder lay, and what is known at the end alone.
+NOT_COMPARED = ("from", "mae_jax", "images", "unreadable", "unreadable_count")
+
+
+class Embedded(NamedTuple):
+    """What was written.
+
+    Attributes:
+      path: the file.
+      images: how many have a row.
+      unreadable: (name, reason) of those that have none, the first 1,000.
+      unreadable_count: how many these are.
+    """
+
+    path: str
+    images: int
+    unreadable: list[tuple[str, str]]
+    unreadable_count: int
+
+
+def embed(encoder: Encoder, parts: list[Part], to: epath.Path, features: str = "pool", block: int = -1,
+          images: str = "") -> Embedded:
+    """Writes the features of all images of the parts. The same call goes on where one was stopped.
+
+    Until the file is whole, its rows are in the folder <to>.parts.
+
+    Args:
+      encoder: with a mesh of all devices.
+      parts: of which all images are embedded, in order.
+      to: *.parquet or *.npz.
+      features, block: as of `Encoder`.
+      images: the path or pattern, where the images were given so.
+
+    Raises:
+      UserError: there is a file, or a part of one, of something else; too little room.
+    """
+    writer = embedding_files.writer_of(to)
+    about = bounded_json.as_read(_about(encoder, parts, features, block, images))
+    if peers.first_true(peers.broadcast(about) != about):
+        raise UserError("the processes do not see the same encoder or images; name one step's folder, on storage that "
+                        "all of them share")
+    if there := _there(to, about):
+        return there
+    row_bytes = 4 * int(np.prod(encoder.shape(features)))
+    rows = max(1, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
+    folder, total = _parts_of(to), sum(part.size for part in parts)
+    with workdir_lock.hold(folder, ends_process=False):
+        chunks = [Chunks(folder / str(number), {**about, "split": part.split}, rows)
+                  for number, part in enumerate(parts)]
+        done = sum(min(each.rows_there(), part.size) for each, part in zip(chunks, parts, strict=True))
+        with jax.set_mesh(encoder.mesh), progress.told(total, done, "embed") as tell:
+            for each, part in zip(chunks, parts, strict=True):
+                each.fill(partial(_columns, encoder, part, features, block, tell))
+        found = Embedded(str(to), 0, [], 0)
+        if jax.process_index() == 0:
+            found = _unreadable(parts, chunks, str(to))
+            more = {"from": encoder.source, "mae_jax": __version__, "images": found.images,
+                    "unreadable": found.unreadable, "unreadable_count": found.unreadable_count}
+            workdir_lock.wait_until_verified()
+            writer(to, {**about, **more}, found.images, lambda: _records(parts, chunks, _classes(parts)))
+    if jax.process_index() == 0:
+        folder.rmtree()
+    return Embedded(*peers.broadcast(list(found)))
+
+
+def _parts_of(to: epath.Path) -> epath.Path:
+    return to.with_name(f"{to.name}.parts")
+
+
+def _classes(parts: list[Part]) -> tuple[str, ...]:
+    """Returns the names of the classes that labels are numbers of: those of the first part that has some."""
+    return next((part.source.classes for part in parts if part.source.classes), ())
+
+
+def _about(encoder: Encoder, parts: list[Part], features: str, block: int, images: str) -> dict[str, Any]:
+    """Returns what the file says of itself: all that its rows depend on."""
+    config = encoder.config
+    source = {"images": images} if images else data_of(parts[0].config)
+    classes = _classes(parts)
+    for part in parts:
+        if part.source.classes and tuple(part.source.classes) != tuple(classes):
+            raise UserError(f"the splits {parts[0].split!r} and {part.split!r} have other classes; embed one at a "
+                            "time, with --split")
+    return {"format": FORMAT, "encoder": fingerprint(jax.device_get({"encoder": encoder.params["encoder"]})),
+            "step": encoder.step, "method": config.method.name, "features": features, "block": block,
+            "shape": encoder.shape(features), "dtype": config.model.dtype, "image_size": config.data.image_size,
+            "crop_ratio": config.eval.crop_ratio[0], "source": source, "classes": classes,
+            "splits": [[part.split, part.size] for part in parts],
+            "examples": [part.source.digest() for part in parts],
+            "config": {} if images else stored(parts[0].config)}
+
+
+def _there(to: epath.Path, about: dict[str, Any]) -> Embedded | None:
+    """Returns what is in a whole file that is there; raises UserError where it is of something else."""
+    said, why = None, ""
+    if jax.process_index() == 0 and to.exists():
+        try:
+            said = embedding_files.about_of(to)
+            mine, theirs = ({key: value for key, value in each.items() if key not in NOT_COMPARED}
+                            for each in (about, said))
+            if differ := other(theirs, mine):
+                why = f"{to} holds features of another {differ}; name another file, or remove it"
+        except UserError as error:
+            why = f"{error}; name another file, or remove it"
+    said, why = peers.broadcast([said, why])
+    if why:
+        raise UserError(why)
+    if said is None:
+        return None
+    logger.info("%s: there already", to)
+    if jax.process_index() == 0 and (left := _parts_of(to)).is_dir():  # the call before was stopped at its very end
+        left.rmtree()
+    return Embedded(str(to), said["images"], [tuple(each) for each in said["unreadable"]], said["unreadable_count"])
+
+
+def _columns(encoder: Encoder, part: Part, features: str, block: int, tell: progress.Tell, first: int
+             ) -> Iterator[Columns]:
+    function = passes.features_of(encoder, features, block)
+    for rows in passes.rows_of(encoder, part, ("embed", features, block), function, tell, first):
+        reasons = [rows.reasons.get(row, "") for row in range(len(rows.outputs))]
+        yield {"features": rows.outputs, "reason": np.array(reasons, np.str_), **rows.fields}
+
+
+def _unreadable(parts: list[Part], chunks: list[Chunks], to: str) -> Embedded:
+    """Counts rows, and names the images that have none."""
+    images, named, lost = 0, list[tuple[str, str]](), 0
+    for part, each in zip(parts, chunks, strict=True):
+        first = 0
+        for columns in each.read(("valid", "reason")):
+            bad = np.flatnonzero(~columns["valid"])
+            named += [(part.name(first + int(row)), str(columns["reason"][row]))
+                      for row in bad[:max(0, MAX_NAMED - len(named))]]
+            images, lost, first = images + int(columns["valid"].sum()), lost + len(bad), first + len(columns["valid"])
+    return Embedded(to, images, named, lost)
+
+
+def _records(parts: list[Part], chunks: list[Chunks], classes: tuple[str, ...]) -> Iterator[Record]:
+    """Yields the rows of the file, chunk by chunk."""
+    offset = 0
+    for part, each in zip(parts, chunks, strict=True):
+        first = 0
+        for columns in each.read():
+            kept = np.flatnonzero(columns["valid"])
+            label = columns["label"][kept]
+            yield Record([part.name(first + int(row)) for row in kept], part.split, offset + first + kept, label,
+                         _names(label, columns.get("labels"), kept, classes), columns["features"][kept])
+            first += len(columns["valid"])
+        offset += part.size
+
+
+def _names(label: np.ndarray, labels: np.ndarray | None, kept: np.ndarray, classes: tuple[str, ...]) -> list[str]:
+    """Returns the names of labels, '' where there is none; of several labels, all of them."""
+    if labels is not None:
+        return [", ".join(classes[k] for k in np.flatnonzero(labels[row])) for row in kept]
+    return [classes[each] if 0 <= each < len(classes) else "" for each in label]
+
+
+def told(found: Embedded) -> str:
+    """Returns what to print at the end."""
+    lost = passes.summary_of_unreadable(found.unreadable, found.unreadable_count)
+    return "\n".join(filter(None, (lost, f"{found.path}: features of {pluralize(found.images, 'image')}")))
+
+

@@ -1,0 +1,117 @@
+"""Files of features, Parquet and npz: written chunk by chunk, and what they say of themselves.
+
+Columns: `file`, `split`, `id` int64, which counts images over all splits in their order; `label` int32, -1 where it is
+not known; `label_name`; `features`, a list of as many float32 for each row. What the rows are of is a JSON object: in
+Parquet the metadata 'mae_jax' of the schema, in npz the array `about`.
+"""
+
+import contextlib
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from etils import epath
+
+from mae_jax.errors import UserError
+from mae_jax.runtime import bounded_json
+from mae_jax.storage.npz import opened
+from mae_jax.storage.paths import make_folder
+
+KEY = b"mae_jax"
+
+
+class Record(NamedTuple):
+    """Rows of the file: the columns, as the file has them; all are of one split."""
+
+    file: list[str]
+    split: str
+    id: np.ndarray
+    label: np.ndarray
+    label_name: list[str]
+    features: np.ndarray  # float32 [n, values]
+
+
+Rows = Callable[[], Iterator[Record]]  # may be called several times
+Writer = Callable[[epath.Path, dict[str, Any], int, Rows], None]
+
+
+def writer_of(to: epath.Path) -> Writer:
+    """Returns what writes a file of this ending; raises UserError for an unknown one, or for a folder."""
+    writers = {".parquet": write_parquet, ".npz": write_npz}
+    if to.suffix.lower() not in writers:
+        raise UserError(f"--to={to}: the file's name must end in .parquet or .npz")
+    if to.is_dir():
+        raise UserError(f"--to={to} is a folder; expected the name of a file")
+    return writers[to.suffix.lower()]
+
+
+def about_of(path: epath.Path) -> dict[str, Any]:
+    """Returns what a file of features says of itself; raises UserError where it is none."""
+    try:
+        if path.suffix.lower() == ".npz":
+            with opened(path) as arrays:
+                text = str(arrays["about"]) if "about" in arrays.files else ""
+        else:
+            with path.open("rb") as file:
+                text = (pq.read_schema(file).metadata or {}).get(KEY, b"").decode()
+        return bounded_json.parse_object(text)
+    except (pa.ArrowInvalid, ValueError, OSError, KeyError) as error:
+        raise UserError(f"{path} is no file of features, or damaged: {' '.join(str(error).split())[:200]}") from None
+
+
+def write_parquet(to: epath.Path, about: dict[str, Any], count: int, rows: Rows) -> None:
+    """Writes rows as Parquet, one group of rows for each chunk."""
+    values = int(np.prod(about["shape"]))
+    schema = pa.schema([("file", pa.string()), ("split", pa.string()), ("id", pa.int64()), ("label", pa.int32()),
+                        ("label_name", pa.string()), ("features", pa.list_(pa.float32(), values))],
+                       metadata={KEY: json.dumps(about).encode()})
+    with _whole(to) as partial, partial.open("wb") as file, pq.ParquetWriter(file, schema) as writer:
+        for record in rows():
+            features = pa.FixedSizeListArray.from_arrays(pa.array(record.features.reshape(-1)), values)
+            columns = [record.file, [record.split] * len(record.file), record.id.astype(np.int64),
+                       record.label.astype(np.int32), record.label_name]
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=False)]
+            writer.write_table(pa.Table.from_arrays([*arrays, features], schema=schema))
+
+
+def write_npz(to: epath.Path, about: dict[str, Any], count: int, rows: Rows) -> None:
+    """Writes rows as arrays of their names, each [n, ...], in a pass of its own."""
+    longest = {"file": 1, "split": 1, "label_name": 1}
+    for record in rows():
+        texts = {"file": record.file, "split": [record.split], "label_name": record.label_name}
+        longest = {name: max(longest[name], *map(len, texts[name])) if texts[name] else longest[name]
+                   for name in longest}
+    kinds: dict[str, Any] = {name: np.dtype(f"<U{letters}") for name, letters in longest.items()}
+    kinds |= {"id": np.dtype("<i8"), "label": np.dtype("<i4"), "features": np.dtype("<f4")}
+    with _whole(to) as partial, partial.open("wb") as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+        with archive.open("about.npy", "w") as member:
+            np.lib.format.write_array(member, np.array(json.dumps(about)))
+        for name, kind in kinds.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                _write_array(member, name, kind, about["shape"], count, rows)
+
+
+def _write_array(member: Any, name: str, kind: np.dtype, shape: list[int], count: int, rows: Rows) -> None:
+    whole = (count, *shape) if name == "features" else (count,)
+    np.lib.format.write_array_header_2_0(
+        member, {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": whole})
+    for record in rows():
+        value = [record.split] * len(record.file) if name == "split" else getattr(record, name)
+        member.write(np.ascontiguousarray(value, kind).tobytes())
+
+
+@contextlib.contextmanager
+def _whole(to: epath.Path) -> Iterator[epath.Path]:
+    """Gives the name under which a file is written; it has its own only when it is whole."""
+    make_folder(to.parent)
+    partial = to.with_name(f"{to.name}.partial")
+    try:
+        yield partial
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    partial.replace(to)

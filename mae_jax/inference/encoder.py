@@ -1,0 +1,243 @@
+"""An encoder as it is asked about images: loaded from any place that holds one, compiled for batches of one size."""
+
+import operator
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mae_jax import methods, param_tree
+from mae_jax.config import default, resolved
+from mae_jax.data import DataInfo
+from mae_jax.data.transforms.example import ExampleBuilder
+from mae_jax.errors import UserError, did_you_mean
+from mae_jax.evals.frozen_encoder import frozen
+from mae_jax.inference import foreign, forward
+from mae_jax.inference.images import ImageLike, as_list, patches_of
+from mae_jax.interop import layouts
+from mae_jax.methods.base import Batch, Method, pool
+from mae_jax.ops.patches import PatchGrid
+from mae_jax.runtime import sharding
+from mae_jax.storage import paths
+from mae_jax.storage.checkpoint import load_params
+from mae_jax.training import workdir
+
+# pool: as the run's config says (model.pool); cls: the class token; mean: of the patch tokens; patches: their map;
+# tokens: all, class token first.
+FEATURES = ("pool", "cls", "mean", "patches", "tokens")
+ROWS = {"cpu": 32}  # of a batch on each device, by platform
+ROWS_ELSEWHERE = 128
+UNUSED = ("norm/scale", "norm/bias", "mask_token")  # of an encoder, that its tokens may do without
+
+
+class Encoder:
+    """An encoder of any method, with the transform that its evaluations use.
+
+    Attributes:
+      config: of the run that trained it, as it is looked at here: without 'auto', of batches of `batch_size`.
+      method: with its heads, where it has some.
+      params, extras: on the devices.
+      classes: names of those that its head knows, () without a head or names.
+      step: of the checkpoint, -1 where nothing says it.
+      source: where it was loaded from.
+      of_run: whether the config is of a run of ours, and so says what it was trained on.
+    """
+
+    def __init__(self, config: ConfigDict, params: Any, extras: Any, mesh: Mesh, classes: Sequence[str] = (),
+                 step: int = -1, source: str = "", of_run: bool = True):
+        self.of_run = of_run
+        self.config, self.mesh, self.classes, self.step, self.source = config, mesh, tuple(classes), step, source
+        several = bool(config.method.get("multi_label"))
+        self.method = methods.build(config, DataInfo(0, self.classes, several))
+        if self.method.extra_encode_fields:
+            raise UserError(f"{source} is of method.name={config.method.name}, which has no single encoder; mae_jax "
+                            "export --for-task=vote makes one")
+        self.grid = PatchGrid.of(config)
+        _check(self.method, params, source)
+        self.params, self.extras = forward.placed((params, extras), mesh)
+        self._builder = ExampleBuilder(config, Method.patch_order(self.method), Method.eval_spec(self.method))
+        self._programs: dict[Any, Callable[..., Any]] = {}
+
+    @property
+    def batch_size(self) -> int:
+        """Images of a batch, over all devices."""
+        return self.config.batch_size
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels to which images are cropped and resized."""
+        return self.grid.image_size
+
+    @property
+    def width(self) -> int:
+        """D, the values of a token."""
+        return self.config.model.width
+
+    def shape(self, features: str = "pool") -> tuple[int, ...]:
+        """Returns the shape of one image's features."""
+        check_features(features)
+        return {"tokens": (1 + self.grid.num_patches, self.width), "patches": (*self.grid.shape, self.width)}.get(
+            features, (self.width,))
+
+    def patches(self, images: Sequence[ImageLike]) -> np.ndarray:
+        """Returns the patches of images' evaluation views, uint8 [n, N, P]; raises UserError."""
+        ratio, upright = self.config.eval.crop_ratio[0], self.config.data.exif != "ignore"
+        with ThreadPoolExecutor(self.config.data.threads or os.cpu_count() or 1) as pool:
+            made = pool.map(lambda image: patches_of(self._builder, image, ratio, upright), images)
+            return np.stack(list(made))
+
+    def program(self, features: str = "pool", block: int = -1) -> Callable[..., jax.Array]:
+        """Returns the compiled function of (params, extras, batch) to features, float32 [B, ...]."""
+        check_features(features)
+        if not -1 <= block < self.config.model.depth:
+            raise UserError(f"block={block}; the encoder has the blocks 0 to {self.config.model.depth - 1}, -1 is the "
+                            "last")
+        return self.compiled((features, block), partial(_features, self.method, features, block))
+
+    def compiled(self, key: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a compiled function of (params, extras, batch), whose outputs every process has whole; kept by key.
+        """
+        if key not in self._programs:
+            self._programs[key] = jax.jit(function, out_shardings=sharding.replicated(self.mesh))
+        return self._programs[key]
+
+    def run(self, program: Callable[..., Any], images: Sequence[ImageLike]) -> list[Any]:
+        """Returns the outputs of a compiled function for images, a tree of arrays [n, ...] for each batch of them.
+
+        The last batch is filled up; a call with less than one batch takes the next power of two.
+        """
+        devices = self.mesh.devices.size
+        size = self.batch_size
+        while size % 2 == 0 and size // 2 >= max(len(images), devices) and size // 2 % devices == 0:
+            size //= 2
+        starts = range(0, len(images), size)
+        batches = (self._batch(images[start:start + size], size) for start in starts)
+        found = forward.outputs(program, self.params, self.extras, batches, self.mesh, size)
+        return [jax.tree.map(operator.itemgetter(slice(len(images) - start)), output)
+                for start, output in zip(starts, found, strict=True)]
+
+    def _batch(self, images: Sequence[ImageLike], size: int) -> dict[str, np.ndarray]:
+        """Returns a batch of `size` rows of images in raster order; empty ones are added."""
+        patches = self.patches(images)
+        empty = np.zeros((size - len(patches), *patches.shape[1:]), np.uint8)
+        order = np.broadcast_to(np.arange(self.grid.num_patches, dtype=np.int32), (size, self.grid.num_patches))
+        return {"patches": np.concatenate([patches, empty]), "order": order}
+
+    def __call__(self, images: ImageLike | Sequence[ImageLike], features: str = "pool", block: int = -1) -> np.ndarray:
+        """Returns the features of images.
+
+        Args:
+          images: one or several arrays, PIL images or paths, of any sizes (`images.ImageLike`); an array
+            [B, height, width, 3] is several.
+          features: one of FEATURES.
+          block: whose tokens are taken, before any norm; -1: the encoder's output.
+
+        Returns:
+          float32 [B, D]; of 'patches' [B, rows, columns, D], of 'tokens' [B, 1 + N, D].
+
+        Raises:
+          UserError: an image that cannot be used, or unknown features.
+        """
+        program, given = self.program(features, block), as_list(images)
+        if not given:
+            return np.zeros((0, *self.shape(features)), np.float32)
+        return np.concatenate(self.run(program, given))
+
+
+def check_features(features: str) -> None:
+    """Raises UserError for unknown features, with the nearest name."""
+    if features not in FEATURES:
+        raise UserError(f"features={features!r}; {did_you_mean(features, FEATURES)}")
+
+
+def open_encoder(source: str, batch_size: int = 0, image_size: tuple[int, int] | None = None, heads: int = 0,
+                 mesh_of: Sequence[jax.Device] | None = None) -> Encoder:
+    """Loads an encoder.
+
+    Args:
+      source: a workdir (its newest good checkpoint), a step's folder in it, its best/, an export, or weights of another
+        library, a file or a folder.
+      batch_size: images at a time, over all devices; 0: 32 on each CPU device, 128 on each accelerator.
+      image_size: height and width in pixels, of weights of another library alone; None: as they say.
+      heads: likewise, where nothing says how many they are.
+      mesh_of: the devices; None: all.
+
+    Raises:
+      UserError: nothing is there, it is damaged, or it has no single encoder.
+    """
+    folder = paths.locate_checkpoints(str(source), "from")
+    theirs = workdir.config_of(str(folder))
+    loaded = load_params(folder, ema=True, extras=True, step=True)
+    step = int(loaded.pop("step", -1))
+    params, extras = param_tree.split_eval_params(loaded)
+    params = layouts.read(params, theirs)
+    if theirs is None:
+        config = foreign.config_of(str(folder), params, image_size, heads)
+        params = foreign.fitted(str(folder), params, config)
+    elif image_size or heads:
+        raise UserError(f"{source} says itself its image size and heads; leave them out")
+    else:
+        config = theirs
+    devices = list(mesh_of or jax.devices())
+    config = for_devices(config, batch_size, devices)
+    kept = {name: value for name, value in extras.items() if name != "teacher"}  # whose parameters these are
+    classes = workdir.classes_of(str(folder)) if "head" in params else ()
+    return Encoder(config, params, kept, sharding.make_mesh(config, devices), _named(params, classes), step,
+                   str(source), theirs is not None)
+
+
+def for_devices(config: ConfigDict, batch_size: int, devices: Sequence[jax.Device]) -> ConfigDict:
+    """Returns a run's config for batches of images on these devices, all of which share their rows.
+
+    Args:
+      config: of the run.
+      batch_size: rows, rounded up to a multiple of the devices; 0: as `open_encoder` says.
+      devices: of one kind.
+    """
+    config = config.copy_and_resolve_references().unlock()
+    rows = batch_size or ROWS.get(devices[0].platform, ROWS_ELSEWHERE) * len(devices)
+    config.batch_size = -(-rows // len(devices)) * len(devices)
+    config.train.accumulate = 1
+    config.mesh = default(config.method.name).mesh
+    config.mesh.zero = "off"
+    config.data.resize = "exact"  # as evaluations always do
+    config.data.threads = 0
+    return resolved(frozen(config.lock(), -1)).lock()
+
+
+def _named(params: Any, classes: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of a head's classes; their numbers where nothing says names of as many."""
+    head = param_tree.flatten(params).get("head/kernel")
+    count = 0 if head is None else head.shape[-1]
+    return tuple(classes) if len(classes) == count else tuple(map(str, range(count)))
+
+
+def _check(method: Method, params: Any, source: str) -> None:
+    """Raises UserError where parameters are not those of the method's encoder and, where both have one, its head."""
+    wanted, _ = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec())
+    ours, theirs = ({name: leaf.shape for name, leaf in param_tree.flatten(tree).items()} for tree in (wanted, params))
+    heads = [] if "head/kernel" not in ours or "head/kernel" not in theirs else [
+        name for name in {**ours, **theirs} if name.startswith(("head/", "fc_norm/"))]
+    encoder = [name for name in {**ours, **theirs} if name.startswith("encoder/")
+               and name.removeprefix("encoder/") not in UNUSED]
+    for name in encoder + heads:
+        if ours.get(name) != theirs.get(name):
+            had, needed = (f"has the shape {found[name]}" if name in found else "is missing"
+                           for found in (theirs, ours))
+            raise UserError(f"{source}: {name} {had}, and in the model that its config describes it {needed}")
+
+
+def _features(method: Method, features: str, block: int, params: Any, extras: Any, batch: Batch) -> jax.Array:
+    tokens = method.encode(params, extras, batch, block)
+    if features in ("pool", "cls", "mean"):
+        return pool(tokens, method.config.model.pool if features == "pool" else features)
+    found = tokens.astype(jnp.float32)
+    return found if features == "tokens" else found[:, 1:].reshape(len(found), *method.grid.shape, -1)
+

@@ -1,0 +1,160 @@
+"""The config of an encoder that comes without one of ours: its shape from its arrays, the rest from what lies beside.
+
+What nothing says is taken as is usual, and told: image size 224, the heads of the ViTs of that width, ImageNet's mean
+and deviation.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_jax import param_tree
+from mae_jax.config import SIZES, default, validate
+from mae_jax.errors import UserError
+from mae_jax.ops import pos_embed
+from mae_jax.ops.patches import MEAN, STD
+from mae_jax.runtime import bounded_json
+from mae_jax.storage import weight_files
+from mae_jax.storage.file_kinds import unreadable
+from mae_jax.storage.paths import locate, read_bytes
+from mae_jax.training import workdir
+
+logger = logging.getLogger(__name__)
+USUAL_SIZE = 224  # pixels, of the published encoders
+GELUS = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}  # transformers' name → ours
+Params = dict[str, Any]
+
+
+def config_of(source: str, params: Params, image_size: tuple[int, int] | None, heads: int) -> ConfigDict:
+    """Returns a config of the encoder, and of the classifier where there is one.
+
+    Args:
+      source: the file or folder that the parameters are of.
+      params: in our names.
+      image_size: in pixels; None: as the files say.
+      heads: of attention; 0: as the files say, or as usual for the width.
+
+    Raises:
+      UserError: the shapes are not those of a ViT of ours, or nothing tells how many heads it has.
+    """
+    encoder = params.get("encoder", {})
+    flat, said = param_tree.flatten(encoder), workdir.described(source)
+    for name in ("cls_token", "patch_embed/kernel", "block_00/mlp/fc1/kernel"):
+        if name not in flat:
+            raise UserError(f"{source} holds no ViT encoder: {name} is missing")
+    width = flat["cls_token"].shape[-1]
+    pixels = flat["patch_embed/kernel"].shape[0] // 3
+    patch = math.isqrt(pixels)
+    if patch * patch != pixels:
+        raise UserError(f"{source}: its patches have {pixels} pixels, which is no square; nothing says their shape")
+    classifier = "head" in params and "decoder" not in params
+    config = default("supervised" if classifier else "mae")
+    config.model.update(
+        width=width, depth=sum(name.startswith("block_") for name in encoder), patch=(patch, patch),
+        heads=heads or _heads(source, said, width), mlp_ratio=flat["block_00/mlp/fc1/kernel"].shape[1] // width,
+        gelu=GELUS.get(said.get("hidden_act", "gelu"), "erf"), pool="mean" if "fc_norm" in params else "cls",
+        positions="learned" if "pos_embed" in encoder else "fixed",
+        layer_scale=1.0 if "block_00/ls1/gamma" in flat else 0.0)  # the arrays have their values
+    config.data.image_size = image_size or _image_size(source, said, patch)
+    config.eval.crop_ratio = (_crop_ratio(said),)
+    validate(config, for_training=False)
+    return config.lock()
+
+
+def fitted(source: str, params: Params, config: ConfigDict) -> Params:
+    """Returns the parameters for the config's image size, and for pixels normalized by ImageNet's mean and deviation.
+
+    Learned positions are adapted to another grid as torch's bicubic does it. Where the files name another mean and
+    deviation, the patch embedding takes the difference: its products are those of pixels normalized by these.
+    """
+    encoder = dict(params["encoder"])
+    rows, columns = (size // side for size, side in zip(config.data.image_size, config.model.patch, strict=True))
+    if "pos_embed" in encoder and len(table := np.asarray(encoder["pos_embed"])) != rows * columns:
+        side = math.isqrt(len(table))
+        if side * side != len(table):
+            raise UserError(f"{source}: {len(table)} positions are no square grid")
+        encoder["pos_embed"] = pos_embed.resize(table, (side, side), (rows, columns))
+        logger.info("%s: positions of %d x %d patches are adapted to %d x %d", source, side, side, rows, columns)
+    mean, deviation = _normalization(source)
+    if (mean, deviation) != (MEAN, STD):
+        encoder["patch_embed"] = _renormalized(encoder["patch_embed"], mean, deviation)
+        logger.info("%s: pixels are normalized by mean %s and deviation %s, as its files say", source, mean, deviation)
+    return {**params, "encoder": encoder}
+
+
+def _heads(source: str, said: Mapping[str, Any], width: int) -> int:
+    if isinstance(heads := said.get("num_attention_heads"), int) and heads > 0 and width % heads == 0:
+        return heads
+    usual = next((heads for each, _, heads in SIZES.values() if each == width), 0)
+    if not usual:
+        raise UserError(f"{source} does not say how many heads it has, which shapes do not show, and no usual ViT has "
+                        f"the width {width}; say heads=")
+    logger.info("%s does not say how many heads it has, which shapes do not show; %d are taken, usual for the width %d",
+                source, usual, width)
+    return usual
+
+
+def _image_size(source: str, said: Mapping[str, Any], patch: int) -> tuple[int, int]:
+    found = said.get("image_size") or _of_timm(said, "input_size", [])[1:]
+    sides = [found, found] if isinstance(found, int) else found
+    if isinstance(sides, list) and len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides):
+        return sides[0], sides[1]
+    if USUAL_SIZE % patch:
+        raise UserError(f"{source} does not say its image size, and {USUAL_SIZE} is no multiple of its patches of "
+                        f"{patch} pixels; say image_size=")
+    logger.info("%s does not say its image size; %d is taken", source, USUAL_SIZE)
+    return USUAL_SIZE, USUAL_SIZE
+
+
+def _crop_ratio(said: Mapping[str, Any]) -> float:
+    found = _of_timm(said, "crop_pct", 0)
+    return float(found) if isinstance(found, int | float) and 0 < found <= 1 else USUAL_SIZE / 256
+
+
+def _of_timm(said: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    inside = said.get("pretrained_cfg")
+    return inside.get(name, otherwise) if isinstance(inside, dict) else otherwise
+
+
+def _normalization(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and deviation of RGB in 0..1 that the files name; ImageNet's where they name none."""
+    said = workdir.described(source)
+    beside = _preprocessor(source)
+    found = [(beside.get("image_mean"), beside.get("image_std")),
+             (_of_timm(said, "mean", None), _of_timm(said, "std", None))]
+    for mean, deviation in found:
+        pair = (mean, deviation)
+        if all(isinstance(each, list) and len(each) == 3 and all(isinstance(x, int | float) for x in each)
+               for each in pair) and min(deviation) > 0:
+            return tuple(map(float, mean)), tuple(map(float, deviation))
+    logger.info("%s does not say how pixels are normalized; ImageNet's mean and deviation are taken", source)
+    return MEAN, STD
+
+
+def _preprocessor(source: str) -> dict[str, Any]:
+    """Returns what transformers' preprocessor_config.json beside the weights says, {} without one."""
+    path = locate(source)
+    file = weight_files.file_of(path)
+    beside = path / "preprocessor_config.json"
+    content = read_bytes(beside) if file is not None and file != path else None
+    try:
+        return bounded_json.parse_object(content) if content else {}
+    except ValueError as error:
+        raise UserError(unreadable(beside, content or b"", error)) from None
+
+
+def _renormalized(embed: Mapping[str, Any], mean: tuple[float, ...], deviation: tuple[float, ...]) -> dict[str, Any]:
+    """Returns the patch embedding of pixels normalized by ImageNet's numbers, for one of pixels normalized by others.
+
+    With x ImageNet's, the others are s · x + t, s = STD / deviation, t = (MEAN - mean) / deviation; channel fastest.
+    """
+    kernel = np.asarray(embed["kernel"], np.float64)
+    repeats = len(kernel) // 3
+    scale = np.tile(np.array(STD) / deviation, repeats)
+    shift = np.tile((np.array(MEAN) - mean) / deviation, repeats)
+    bias = np.asarray(embed["bias"], np.float64) + shift @ kernel
+    return {**embed, "kernel": (scale[:, None] * kernel).astype(np.float32), "bias": bias.astype(np.float32)}

@@ -1,0 +1,101 @@
+"""Images of a program's own, as what a source gives: the evaluation's transform makes of both the same patches."""
+
+import os
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from mae_jax.data.decode import ORIENTATION, TURNS, read_file, to_rgb
+from mae_jax.data.image_bounds import BadImage
+from mae_jax.data.sources.base import Example
+from mae_jax.data.transforms.example import ExampleBuilder
+from mae_jax.errors import UserError, printable
+from mae_jax.storage.paths import locate
+
+# One image: pixels, uint8 [height, width, 3] (also [height, width], one channel, or four with transparency) or uint16
+# [height, width]; a PIL image of any mode; the bytes of an encoded file; or a file's path, local or gs://.
+ImageLike: TypeAlias = Any
+CHANNELS = (1, 3, 4)
+
+
+def as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
+    """Returns a list of images: of one, of an array [B, height, width, channels], or of anything that iterates."""
+    if isinstance(images, str | bytes | os.PathLike | Image.Image):
+        return [images]
+    if hasattr(images, "ndim") and not isinstance(images, list | tuple):
+        array = np.asarray(images)
+        if array.ndim == 4:
+            return list(array)
+        if array.ndim == 3 and array.shape[2] not in CHANNELS:
+            raise UserError(f"an array of {array.dtype} {list(array.shape)} is neither an image [height, width, 3] nor "
+                            "several [images, height, width, 3]; gray ones are given as a list of [height, width]")
+        return [array]
+    return list(images)
+
+
+def as_example(image: ImageLike, upright: bool = True) -> Example:
+    """Returns an image as a source would give it.
+
+    Args:
+      image: see `ImageLike`. Transparency is laid over white and 16 bits lose the lower 8, as in files.
+      upright: turns a PIL image as its EXIF says; of encoded bytes the transform does so.
+
+    Raises:
+      UserError: it is of another kind, shape or dtype, or its file is not there.
+      BadImage: it cannot be used.
+    """
+    if isinstance(image, bytes):
+        return Example(image)
+    if isinstance(image, str | os.PathLike):
+        return Example(_content(os.fspath(image)))
+    if isinstance(image, Image.Image):
+        return Example(_of_pil(image, upright))
+    if hasattr(image, "ndim"):
+        return Example(_of_array(np.asarray(image)))
+    raise UserError(f"an image of type {type(image).__name__}; expected an array, a PIL image, bytes or a path")
+
+
+def patches_of(builder: ExampleBuilder, image: ImageLike, ratio: float, upright: bool) -> np.ndarray:
+    """Returns the patches of an image's evaluation view, uint8 [N, P]; raises UserError, which names a file."""
+    try:
+        return np.asarray(builder.evaluate(as_example(image, upright), 0, 0, ratio)["patches"])
+    except BadImage as error:
+        what = printable(os.fspath(image)) if isinstance(image, str | os.PathLike) else "an image"
+        raise UserError(f"{what} cannot be read: {error}") from None
+
+
+def _content(path: str) -> bytes:
+    try:
+        return read_file(locate(path))
+    except BadImage as error:
+        raise UserError(f"{printable(path)} cannot be read: {error}") from None
+    except OSError as error:
+        raise UserError(f"{printable(path)} cannot be read: {error.strerror or error}") from None
+
+
+def _of_pil(image: Image.Image, upright: bool) -> np.ndarray:
+    if 0 in image.size:
+        raise UserError(f"a PIL image of {image.width} x {image.height} pixels has none")
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1)) if upright else None
+        rgb = to_rgb(image)
+    except Exception as error:  # a file that PIL had only opened may be broken in many ways
+        raise BadImage(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+    return np.asarray(rgb if turn is None else rgb.transpose(turn))
+
+
+def _of_array(array: np.ndarray) -> np.ndarray:
+    """Returns uint8 [height, width, 3] of pixels as `ImageLike` says."""
+    gray = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    if not array.size or gray.ndim not in (2, 3) or (gray.ndim == 3 and gray.shape[2] not in CHANNELS):
+        raise UserError(f"an image of shape {list(array.shape)}; expected pixels [height, width, 3] or [height, width]")
+    if array.dtype == np.uint16 and gray.ndim == 2:
+        gray = (gray >> 8).astype(np.uint8)
+    if gray.dtype != np.uint8:
+        hint = "; multiply values in 0..1 by 255" if np.issubdtype(array.dtype, np.floating) else ""
+        raise UserError(f"an image of {array.dtype} {list(array.shape)}; expected uint8 in 0..255{hint}")
+    if gray.ndim == 2:
+        return np.ascontiguousarray(np.broadcast_to(gray[..., None], (*gray.shape, 3)))
+    return np.asarray(to_rgb(Image.fromarray(gray))) if gray.shape[2] == 4 else gray

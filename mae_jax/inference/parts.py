@@ -1,0 +1,198 @@
+"""The images that an encoder is asked about, part by part: of any source, or files by name."""
+
+import glob
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_jax.config import default, from_dict, read_as_begun
+from mae_jax.data.decode import read_file
+from mae_jax.data.masking import PatchOrder
+from mae_jax.data.readers import random_access
+from mae_jax.data.sources import folder_listing, registry
+from mae_jax.data.sources.base import UNLABELED, Example, RecordStream, Source
+from mae_jax.data.transforms.example import ExampleBuilder, Spec
+from mae_jax.errors import UserError, printable
+from mae_jax.evals.frozen_encoder import with_data
+from mae_jax.ops.patches import PatchGrid
+from mae_jax.param_tree import flat
+from mae_jax.storage.paths import locate, normalized
+
+DATA = ("source", "name", "path", "train_split", "val_split", "eval_split", "classes", "image_size", "resize",
+        "image_key")  # fields of the group `data` that say which images there are, and how they are seen
+IMAGES = "images"  # the split of files that are given by name
+
+
+@dataclass(frozen=True)
+class Part:
+    """One split of what is asked about, its examples in order.
+
+    Attributes:
+      config: by which it is read, in the encoder's image size.
+      split: what it is called.
+      source: its examples.
+    """
+
+    config: ConfigDict
+    split: str
+    source: Source | RecordStream
+
+    @property
+    def size(self) -> int:
+        """Number of images."""
+        return self.source.size
+
+    def name(self, number: int) -> str:
+        """Returns what the image of a number, from 0, is called."""
+        return self.source.name(number + getattr(self.source, "start", 0))
+
+    def batches(self, spec: Spec, rows: np.ndarray, bad: deque[str], first: int = 0) -> Iterator[dict[str, Any]]:
+        """Yields these rows of the batches of evaluation views, from the image `first` on, patches in raster order.
+
+        Args:
+          spec: fields that are wanted.
+          rows: of the global batch.
+          bad: is told 'name: reason' of each image that cannot be used; a gray one stands in, which is not valid.
+        """
+        config = self.config
+        builder = ExampleBuilder(config, PatchOrder("identity", PatchGrid.of(config).shape, num_masked=0), spec)
+        if first >= self.size:
+            return iter(())
+        how: Any = {"ratio": config.eval.crop_ratio[0], "builder": builder, "config": config, "spec": spec,
+                    "rows": rows, "bad": bad}
+        if isinstance(self.source, RecordStream):
+            from mae_jax.data.readers import record_stream  # with TensorFlow
+
+            rest = replace(self.source, start=self.source.start + first, size=self.size - first)
+            return record_stream.evaluate(rest, **how)
+        return random_access.evaluate(self.source.only(np.arange(first, self.size)), **how)
+
+
+def of_config(config: ConfigDict, given: ConfigDict | None, split: str, all_splits: bool) -> list[Part]:
+    """Opens the splits of a config.
+
+    Args:
+      config: the encoder's.
+      given: whose group `data` is read in place of its own.
+      split: an expression as data.train_split has it; '': see below.
+      all_splits: without `split` all that the config names; else the evaluation split, or without one the training
+        split.
+
+    Raises:
+      UserError: nothing is there.
+    """
+    config = _readable(config if given is None else with_data(config, given))
+    data = config.data
+    if data.source == "batches":
+        raise UserError("data.source='batches' holds patches without names of images; give their folder as --images, "
+                        "or another source by --config")
+    named = [data.train_split, data.val_split, data.eval_split]
+    chosen = [split] if split else named if all_splits else [data.eval_split or data.train_split]
+    return [Part(config, each, registry.load(data, each)) for each in dict.fromkeys(filter(None, chosen))]
+
+
+def of_images(config: ConfigDict, images: str, classes: Sequence[str]) -> Part:
+    """Returns the images that a path or pattern names.
+
+    Args:
+      config: the encoder's.
+      images: a file, a folder, of which all images at any depth are meant, or a pattern, in which ** is any depth.
+      classes: that the encoder's head knows; an image in a folder of such a name has that label. () where it has none:
+        then the folders at the top are classes, if all images lie in two or more.
+
+    Raises:
+      UserError: no image is there.
+    """
+    root, names, paths = _found(images)
+    tops = {name.split("/")[0] if "/" in name else "" for name in names}
+    if not classes and root is not None and len(tops) > 1 and "" not in tops:
+        classes = tuple(sorted(tops))
+    index = {name: number for number, name in enumerate(classes)}
+    labels = np.array([_label(name, index) for name in names], np.int32)
+
+    def read(number: int) -> Example:
+        path = epath.Path(paths[number]) if root is None else root / paths[number]
+        return Example(read_file(path), int(labels[number]))
+
+    source = Source(len(names), read, lambda number: printable(names[number]), tuple(classes),
+                    label=lambda number: int(labels[number]))
+    return Part(_readable(config), IMAGES, source)
+
+
+def reopened(about: Mapping[str, Any]) -> list[Part]:
+    """Opens again what a file of features is of; its `id` counts the images of the parts, one after another.
+
+    Args:
+      about: what the file says of itself (`embedding_files.about_of`).
+
+    Raises:
+      UserError: it is no longer there, or other images are.
+    """
+    config = default()
+    config.data.image_size = tuple(about["image_size"])
+    if given := about["source"].get("images"):
+        parts = [of_images(config, given, about["classes"])]
+    else:
+        config.update(from_dict(about["config"]))
+        parts = [Part(config, split, registry.load(config.data, split)) for split, _ in about["splits"]]
+    if [part.source.digest() for part in parts] != about["examples"]:
+        raise UserError("the images that the features are of have other names now, or there are others")
+    return parts
+
+
+def stored(config: ConfigDict) -> dict[str, Any]:
+    """Returns of a config what `reopened` needs, and nothing that may be another one when a call goes on."""
+    speed = ("threads", "prefetch", "readers", "shuffle_mb")
+    return {"recipe_version": config.recipe_version,
+            "data": {name: value for name, value in config.data.to_dict().items() if name not in speed}}
+
+
+def data_of(config: ConfigDict) -> dict[str, Any]:
+    """Returns what identifies the data of a config, and how an image was seen."""
+    upright = {"exif": "apply"} if config.data.exif == "apply" else {}  # clusters from before say nothing of it
+    return {name: value for name, value in flat(config.data).items() if name in DATA} | {
+        "crop_ratio": config.eval.crop_ratio[0], **upright}
+
+
+def _readable(config: ConfigDict) -> ConfigDict:
+    """Returns a config whose evaluation reads all images, in order, as its recipe_version does."""
+    config = read_as_begun(config.copy_and_resolve_references().unlock())
+    config.data.update(augment="none", color="none", repeats=1, resize="exact")
+    config.eval.max_examples = 1 << 31
+    return config.lock()
+
+
+def _found(images: str) -> tuple[epath.Path | None, tuple[str, ...], tuple[str, ...]]:
+    """Returns the folder, None without one, and the names and paths of the images that a path or pattern names."""
+    text = normalized(images, "images")
+    literal = set("*?[") & set(text) and text.startswith("gs://")
+    path = None if literal or not text else locate(text, "images")
+    if path is not None and path.is_dir():
+        listing = folder_listing.pictures(path)
+        return path, listing.pictures, listing.paths
+    found = [text] if path is not None and path.is_file() else _glob(text)
+    found = [each for each in found if each == text or each.lower().endswith(folder_listing.EXTENSIONS)]
+    if not found:
+        raise UserError(f"no image fits images={printable(images)!r}; expected a file, a folder, or a pattern such as "
+                        f"'/data/**/*.jpg' of {', '.join(folder_listing.EXTENSIONS)}")
+    return None, tuple(found), tuple(found)
+
+
+def _glob(pattern: str) -> list[str]:
+    if not pattern.startswith("gs://"):
+        return sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+    import fsspec
+
+    system, inside = fsspec.core.url_to_fs(pattern)
+    return sorted(system.unstrip_protocol(name) for name in system.glob(inside))
+
+
+def _label(name: str, index: dict[str, int]) -> int:
+    """Returns the label of the nearest folder around an image that is called as a class."""
+    return next((index[part] for part in reversed(name.split("/")[:-1]) if part in index), UNLABELED)

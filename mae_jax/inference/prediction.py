@@ -1,0 +1,191 @@
+"""What a classifier or a segmentation says of images, and how often it is right where labels exist."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mae_jax.errors import UserError, pluralize
+from mae_jax.evals import classification, segmentation
+from mae_jax.evals.accumulators import add
+from mae_jax.inference import passes, progress
+from mae_jax.inference.encoder import Encoder
+from mae_jax.inference.images import ImageLike, as_list
+from mae_jax.inference.parts import Part
+from mae_jax.methods.base import Batch
+
+MAX_NAMED = 1000  # images without a prediction that are kept by name
+
+
+class Prediction(NamedTuple):
+    """What is said of one image.
+
+    Attributes:
+      name: of the image; '' where it has none.
+      classes: the names of the likeliest classes, the likeliest first; () of a segmentation.
+      probabilities: of these, float64; of several labels each in 0..1 on its own.
+      mask: of a segmentation, uint8 [height, width] in the model's image size, the class of each pixel.
+      label: the name of the true class, or names; '' where it is not known.
+      error: why there is no prediction, '' where there is one.
+    """
+
+    name: str
+    classes: tuple[str, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    mask: np.ndarray | None = None
+    label: str = ""
+    error: str = ""
+
+
+class Score:
+    """What is counted of a pass: figures where labels exist, and images without a prediction.
+
+    Attributes:
+      images: with a prediction.
+      unreadable: (name, reason) of the others, the first 1,000; unreadable_count: how many these are.
+      counts: sums of the tables of the evaluation, of images with labels.
+    """
+
+    def __init__(self, encoder: Encoder):
+        self._method = encoder.method
+        self.images = self.unreadable_count = 0
+        self.unreadable: list[tuple[str, str]] = []
+        self.counts: dict[str, np.ndarray] = {}
+        self.several: list[tuple[np.ndarray, np.ndarray]] = []  # logits and labels, of several labels per image
+
+    @property
+    def confusion(self) -> np.ndarray | None:
+        """The table of confusions of classes, true ones down, where labels exist and the classes are few."""
+        found = self.counts.get("confusion")
+        return found if found is not None and found.any() else None
+
+    def figures(self) -> dict[str, float]:
+        """Returns the figures of the evaluation, in 0..1; {} without labels."""
+        if self.several:
+            logits, labels = (np.concatenate(each) for each in zip(*self.several, strict=True))
+            return {"map": classification.mean_ap(logits, labels, "voc11"),
+                    "map_all": classification.mean_ap(logits, labels)}
+        if "pixels" in self.counts and self.counts["pixels"].any():
+            return segmentation.summary(self.counts["pixels"])
+        if "class_totals" in self.counts and self.counts["class_totals"].any():
+            return classification.summary(self.counts)
+        return {}
+
+    def add(self, prediction: Prediction) -> None:
+        """Counts an image."""
+        if not prediction.error:
+            self.images += 1
+            return
+        self.unreadable_count += 1
+        if len(self.unreadable) < MAX_NAMED:
+            self.unreadable.append((prediction.name, prediction.error))
+
+
+def check(encoder: Encoder) -> None:
+    """Raises UserError for a run that predicts nothing of images, with what to do."""
+    if encoder.method.task == "pretraining":
+        raise UserError(f"{encoder.source} has no head: method.name={encoder.config.method.name} pre-trains an "
+                        "encoder; fine-tune it (mae_jax train --config=folder_finetune --config.init_from=...), or "
+                        "take its features (mae_jax embed)")
+
+
+def predictions(encoder: Encoder, part: Part, score: Score, top: int = 5) -> Iterator[Prediction]:
+    """Yields what is said of each image of a part, in order; all processes go along.
+
+    Args:
+      encoder: with a head.
+      part: the images.
+      score: counts them, and how many are right.
+      top: classes of each image, at most.
+    """
+    check(encoder)
+    function = _function(encoder)
+    with jax.set_mesh(encoder.mesh), progress.told(part.size, 0, "predict") as tell:
+        for rows in passes.rows_of(encoder, part, "predict", function, tell, renumber=_renumber(encoder, part)):
+            score.counts = add(score.counts, rows.sums)
+            outputs, fields = rows.outputs, rows.fields
+            if "labels" in fields and _same_classes(encoder, part):
+                score.several.append((outputs[fields["valid"]], fields["labels"][fields["valid"]]))
+            for row in range(len(fields["valid"])):
+                made = _prediction(encoder, part.name(rows.first + row), outputs[row], fields, row, top,
+                                   rows.reasons.get(row, ""))
+                score.add(made)
+                yield made
+
+
+def of_images(encoder: Encoder, images: ImageLike | Sequence[ImageLike], top: int = 5) -> list[Prediction]:
+    """Returns what is said of a program's own images: arrays, PIL images or paths; raises UserError."""
+    check(encoder)
+    given, function = as_list(images), _function(encoder, counted=False)
+    program = encoder.compiled("predict images", lambda params, extras, batch: function(params, extras, batch)[0])
+    found = [row for outputs in encoder.run(program, given) for row in outputs]
+    names = [str(image) if isinstance(image, str) or hasattr(image, "__fspath__") else "" for image in given]
+    return [_prediction(encoder, name, output, {}, 0, top, "") for name, output in zip(names, found, strict=True)]
+
+
+def _function(encoder: Encoder, counted: bool = True) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+    """Returns the function of (params, extras, batch) to logits [B, C] or masks uint8 [B, height, width], and counts.
+    """
+    method: Any = encoder.method
+
+    def function(params: Any, extras: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        if method.task == "segmentation":
+            logits = method.pixel_logits(params, extras, batch)
+            counts = segmentation.Segmentation().counts(method, logits, batch) if "pixel_label" in batch else {}
+            return logits.argmax(-1).astype(jnp.uint8), counts
+        logits = method.logits(params, extras, batch)
+        if not counted or method.multi_label:
+            return logits, {}
+        return logits, classification.counts(logits, batch["label"], batch["valid"], method.classes)
+
+    return function
+
+
+def _same_classes(encoder: Encoder, part: Part) -> bool:
+    return tuple(part.source.classes) == encoder.classes
+
+
+def _renumber(encoder: Encoder, part: Part) -> np.ndarray | None:
+    """Returns the encoder's number of each class of the part, -1 for one that it does not know; None for the same."""
+    theirs = tuple(part.source.classes)
+    if encoder.method.task != "classification" or not theirs or theirs == encoder.classes:
+        return None
+    index = {name: number for number, name in enumerate(encoder.classes)}
+    return np.array([index.get(name, -1) for name in theirs], np.int32)
+
+
+def _prediction(encoder: Encoder, name: str, output: np.ndarray, fields: dict[str, np.ndarray], row: int, top: int,
+                error: str) -> Prediction:
+    """Returns what is said of one image, of its output and its batch's fields."""
+    if error or encoder.method.task == "segmentation":
+        return Prediction(name, mask=None if error else output, error=error)
+    label, classes = "", encoder.classes
+    if "labels" in fields:
+        label = ", ".join(classes[k] for k in np.flatnonzero(fields["labels"][row]))
+    elif "label" in fields and fields["label"][row] >= 0:
+        label = classes[fields["label"][row]]
+    if not np.isfinite(output).all():
+        return Prediction(name, label=label, error="the model's numbers for it are not finite")
+    chosen = np.argsort(-output, kind="stable")[:top]  # of equal ones, the class of the lower number comes first
+    shares = probabilities(output, independent=encoder.config.method.get("loss") == "bce")[chosen]
+    return Prediction(name, tuple(classes[k] for k in chosen), tuple(map(float, shares)), label=label)
+
+
+def probabilities(logits: np.ndarray, independent: bool) -> np.ndarray:
+    """Returns float64 [C] of logits [C]: the softmax, or, of what learned by binary cross-entropy, each one's sigmoid.
+    """
+    values = logits.astype(np.float64)
+    if independent:
+        return np.exp(-np.logaddexp(0, -values))
+    shares = np.exp(values - values.max())
+    return shares / shares.sum()
+
+
+def told(score: Score) -> str:
+    """Returns what to print at the end."""
+    lost = passes.summary_of_unreadable(score.unreadable, score.unreadable_count)
+    figures = ", ".join(f"{name} {value:.4f}" for name, value in score.figures().items())
+    said = f"{pluralize(score.images, 'image')} predicted" + (f"; {figures}" if figures else "")
+    return "\n".join(filter(None, (lost, said)))

@@ -1,0 +1,128 @@
+"""Predictions as files: CSV or JSON, PNG masks, and the table of confusions."""
+
+import contextlib
+import csv
+import io
+import json
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from mae_jax.errors import UserError
+from mae_jax.evals.classification import confusion_picture
+from mae_jax.evals.segmentation import palette
+from mae_jax.inference.encoder import Encoder
+from mae_jax.inference.prediction import Prediction, Score
+from mae_jax.storage.paths import make_folder, replace_bytes, replace_text
+
+ENDINGS = (".csv", ".json")
+
+
+def check(to: epath.Path, task: str) -> None:
+    """Raises UserError where --to is no name for what this task writes."""
+    if task == "segmentation":
+        if to.suffix or to.is_file():
+            raise UserError(f"--to={to}: masks are many files; name a folder for them")
+    elif to.suffix.lower() not in ENDINGS:
+        raise UserError(f"--to={to}: the file's name must end in .csv or .json")
+    elif to.is_dir():
+        raise UserError(f"--to={to} is a folder; expected the name of a file")
+
+
+def write(to: epath.Path, encoder: Encoder, found: Iterator[Prediction], score: Score, top: int,
+          about: dict[str, Any]) -> list[str]:
+    """Writes predictions as they come, in bounded memory; returns the paths of what was written.
+
+    Args:
+      to: the file, or the folder of masks.
+      encoder: which made them.
+      found: the predictions, one for each image.
+      score: of these, when all have come.
+      top: classes of each.
+      about: what the JSON says besides.
+    """
+    if encoder.method.task == "segmentation":
+        return [str(to), str(_masks(to, encoder, found))]
+    make_folder(to.parent)
+    partial = to.with_name(f"{to.name}.partial")
+    try:
+        with partial.open("wb") as raw, io.TextIOWrapper(raw, "utf-8", newline="") as file:
+            if to.suffix.lower() == ".csv":
+                _csv(file, found, min(top, len(encoder.classes)))
+            else:
+                _json(file, found, score, about)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    partial.replace(to)
+    return [str(to), *_confusion(to, encoder, score)]
+
+
+def _csv(file: TextIO, found: Iterator[Prediction], top: int) -> None:
+    """Columns: file, label, class and probability, then those of the next likely classes, error."""
+    writer = csv.writer(file, lineterminator="\n")
+    numbers = ["", *(f"_{number}" for number in range(2, top + 1))]
+    writer.writerow(["file", "label", *(name + number for number in numbers for name in ("class", "probability")),
+                     "error"])
+    for each in found:
+        said = [cell for name, share in zip(each.classes, each.probabilities, strict=True)
+                for cell in (name, f"{share:.6g}")]
+        writer.writerow([each.name, each.label, *said, *[""] * (2 * top - len(said)), each.error])
+
+
+def _json(file: TextIO, found: Iterator[Prediction], score: Score, about: dict[str, Any]) -> None:
+    """An object: what made it, `images` with an object each, a line each, and figures where labels exist."""
+    file.write(json.dumps(about)[:-1] + ',\n"images": [')
+    for number, each in enumerate(found):
+        said: dict[str, Any] = {"file": each.name}
+        if each.label:
+            said["label"] = each.label
+        if each.error:
+            said["error"] = each.error
+        else:
+            said["predictions"] = [{"class": name, "probability": share} for name, share in
+                                   zip(each.classes, each.probabilities, strict=True)]
+        file.write((",\n" if number else "\n") + json.dumps(said, ensure_ascii=False))
+    figures = {name: None if np.isnan(value) else value for name, value in score.figures().items()}
+    file.write(f'\n],\n"figures": {json.dumps(figures)},\n"unreadable": {score.unreadable_count}}}\n')
+
+
+def _confusion(to: epath.Path, encoder: Encoder, score: Score) -> list[str]:
+    """Writes the table of confusions beside the predictions, as CSV and as a figure; returns the paths."""
+    table = score.confusion
+    if table is None:
+        return []
+    text, drawn = io.StringIO(), io.BytesIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["true \\ predicted", *encoder.classes])
+    writer.writerows([name, *map(int, row)] for name, row in zip(encoder.classes, table, strict=True))
+    Image.fromarray(confusion_picture(table, encoder.classes, "images")).save(drawn, "PNG")
+    places = [to.with_name(f"{to.stem}_confusion{ending}") for ending in (".csv", ".png")]
+    replace_text(places[0], text.getvalue())
+    replace_bytes(places[1], drawn.getvalue())
+    return [str(place) for place in places]
+
+
+def _masks(to: epath.Path, encoder: Encoder, found: Iterator[Prediction]) -> epath.Path:
+    """Writes a PNG with a palette for each image, whose values are classes, and a list of them, which is returned."""
+    colors, rows = palette(encoder.method.classes), io.StringIO()
+    writer = csv.writer(rows, lineterminator="\n")
+    writer.writerow(["file", "mask", "error"])
+    for each in found:
+        inside = ""
+        if each.mask is not None:
+            # A name comes from the data, and may try to lead out of the folder.
+            inside = "/".join(part for part in each.name.split("/") if part not in ("", ".", "..")) + ".png"
+            content, drawn = io.BytesIO(), Image.fromarray(each.mask)
+            drawn.putpalette(colors.tobytes())
+            drawn.save(content, "PNG")
+            make_folder((to / inside).parent)
+            replace_bytes(to / inside, content.getvalue())
+        writer.writerow([each.name, inside, each.error])
+    make_folder(to)
+    replace_text(to / "masks.csv", rows.getvalue())
+    return to / "masks.csv"

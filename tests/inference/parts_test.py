@@ -1,0 +1,70 @@
+"""Which images are meant by a path, a pattern or a config, and which labels they have."""
+
+import numpy as np
+import pytest
+
+from mae_jax.errors import UserError
+from mae_jax.inference.parts import IMAGES, of_config, of_images
+from tests.helpers.stored import store_images
+from tests.helpers.tiny import tiny_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = store_images(tmp_path_factory.mktemp("parts") / "data", ("cat", "dog"), count=2)
+    (folder / "dog" / "@eaDir").mkdir()
+    (folder / "dog" / "@eaDir" / "00.png").write_bytes(b"a thumbnail")
+    (folder / "dog" / "inside").mkdir()
+    (folder / "dog" / "inside" / "9.png").write_bytes((folder / "dog" / "00.png").read_bytes())
+    (folder / "[1].png").write_bytes((folder / "dog" / "00.png").read_bytes())
+    return folder
+
+
+def seen(part):
+    return [(part.name(k), part.source.label(k)) for k in range(part.size)]
+
+
+def test_a_folder_means_all_images_under_it(folder):
+    part = of_images(tiny_config(), str(folder), ("bird", "dog"))
+    assert (part.split, part.source.classes) == (IMAGES, ("bird", "dog"))
+    assert seen(part) == [("[1].png", -1), ("cat/00.png", -1), ("cat/01.png", -1), ("dog/00.png", 1), ("dog/01.png", 1),
+                          ("dog/inside/9.png", 1)]
+
+
+def test_without_known_classes_the_folders_at_the_top_are_those_if_all_images_lie_in_one(folder):
+    assert of_images(tiny_config(), str(folder), ()).source.classes == ()
+    assert of_images(tiny_config(), str(folder / "dog"), ()).source.classes == ()
+    whole = store_images(folder.parent / "whole", ("cat", "dog"), count=1)
+    assert seen(of_images(tiny_config(), str(whole), ())) == [("cat/00.png", 0), ("dog/00.png", 1)]
+
+
+@pytest.mark.parametrize(("pattern", "names"), [
+    ("*/00.png", ["cat/00.png", "dog/00.png"]), ("**/9.png", ["dog/inside/9.png"]), ("[1].png", ["[1].png"]),
+    ("dog/0?.png", ["dog/00.png", "dog/01.png"])])
+def test_a_pattern_or_a_file_is_named_as_it_was_given(folder, pattern, names):
+    part = of_images(tiny_config(), f"{folder}/{pattern}", ("dog",))
+    assert [part.name(k) for k in range(part.size)] == [f"{folder}/{name}" for name in names]
+    assert [part.source.label(k) for k in range(part.size)] == [0 if "/dog" in f"/{name}" else -1 for name in names]
+
+
+def test_what_holds_no_image_is_refused(folder, tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    for images, line in ((f"{folder}/*.gif", "no image fits"), (str(tmp_path), "no pictures"), ("", "no image fits"),
+                         ("s3://bucket/a", "local or gs://")):
+        with pytest.raises(UserError, match=line):
+            of_images(tiny_config(), images, ())
+
+
+def test_splits_of_a_config(folder):
+    config = tiny_config({"data.source": "npz", "data.path": str(folder.parent / "a.npz")})
+    np.savez(folder.parent / "a.npz", x_train=np.zeros((9, 8, 8), np.uint8), x_test=np.zeros((4, 8, 8), np.uint8))
+    whole = of_config(config, None, "", all_splits=True)
+    assert [(part.split, part.size) for part in whole] == [("train", 9), ("test", 4)]
+    assert [part.split for part in of_config(config, None, "", all_splits=False)] == ["test"]
+    assert [part.size for part in of_config(config, None, "train[:3]", all_splits=True)] == [3]
+    config.unlock()
+    config.data.eval_split = ""
+    assert [part.split for part in of_config(config, None, "", all_splits=False)] == ["train"]
+    config.data.source = "batches"
+    with pytest.raises(UserError, match="without names of images"):
+        of_config(config, None, "", all_splits=True)
