@@ -14,8 +14,8 @@ from mae_jax.data.transforms.example import ExampleBuilder
 from mae_jax.errors import UserError, printable
 from mae_jax.storage.paths import locate
 
-# One image: pixels, uint8 [height, width, 3] (also [height, width], one channel, or four with transparency) or uint16
-# [height, width]; a PIL image of any mode; the bytes of an encoded file; or a file's path, local or gs://.
+# One image: pixels, uint8 [height, width, 3] (also [height, width], one channel, or four with transparency), or uint16
+# without transparency, of which data.range becomes 0 to 255; a PIL image; bytes of an encoded file; or a path.
 ImageLike: TypeAlias = Any
 CHANNELS = (1, 3, 4)
 
@@ -39,7 +39,8 @@ def as_example(image: ImageLike, upright: bool = True) -> Example:
     """Returns an image as a source would give it.
 
     Args:
-      image: see `ImageLike`. Transparency is laid over white and 16 bits lose the lower 8, as in files.
+      image: see `ImageLike`. Transparency is laid over white. Of 16 bits a PIL image has all where it is gray, and the
+        upper 8 where it is in color: Pillow drops the others.
       upright: turns a PIL image as its EXIF says; of encoded bytes the transform does so.
 
     Raises:
@@ -76,10 +77,14 @@ def _content(path: str) -> bytes:
 
 
 def _of_pil(image: Image.Image, upright: bool) -> np.ndarray:
+    """Returns uint8 or uint16 [height, width, 3] of a PIL image; raises BadImage."""
     if 0 in image.size:
         raise UserError(f"a PIL image of {image.width} x {image.height} pixels has none")
     try:
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1)) if upright else None
+        if image.mode.startswith("I;16"):
+            image = image if turn is None else image.transpose(turn)
+            return _of_array(np.asarray(image).astype(np.uint16))
         rgb = to_rgb(image)
     except Exception as error:  # a file that PIL had only opened may be broken in many ways
         raise BadImage(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
@@ -87,15 +92,14 @@ def _of_pil(image: Image.Image, upright: bool) -> np.ndarray:
 
 
 def _of_array(array: np.ndarray) -> np.ndarray:
-    """Returns uint8 [height, width, 3] of pixels as `ImageLike` says."""
+    """Returns uint8 or uint16 [height, width, 3] of pixels as `ImageLike` says."""
     gray = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
     if not array.size or gray.ndim not in (2, 3) or (gray.ndim == 3 and gray.shape[2] not in CHANNELS):
         raise UserError(f"an image of shape {list(array.shape)}; expected pixels [height, width, 3] or [height, width]")
-    if array.dtype == np.uint16 and gray.ndim == 2:
-        gray = (gray >> 8).astype(np.uint8)
-    if gray.dtype != np.uint8:
+    if gray.dtype != np.uint8 and (gray.dtype != np.uint16 or gray.shape[2:] == (4,)):
         hint = "; multiply values in 0..1 by 255" if np.issubdtype(array.dtype, np.floating) else ""
-        raise UserError(f"an image of {array.dtype} {list(array.shape)}; expected uint8 in 0..255{hint}")
+        raise UserError(f"an image of {array.dtype} {list(array.shape)}; expected uint8, or uint16 without "
+                        f"transparency{hint}")
     if gray.ndim == 2:
         return np.ascontiguousarray(np.broadcast_to(gray[..., None], (*gray.shape, 3)))
     return np.asarray(to_rgb(Image.fromarray(gray))) if gray.shape[2] == 4 else gray

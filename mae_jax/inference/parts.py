@@ -87,8 +87,12 @@ def of_config(config: ConfigDict, given: ConfigDict | None, split: str, all_spli
     Raises:
       UserError: nothing is there.
     """
+    span = config.data.range
     config = _readable(config if given is None else with_data(config, given))
     data = config.data
+    if data.range == "auto":  # of the data that the encoder was trained on, not of these
+        with config.unlocked():
+            data.range = span
     if data.source == "batches":
         raise UserError("data.source='batches' holds patches without names of images; give their folder as --images, "
                         "or another source by --config")
@@ -109,7 +113,7 @@ def of_images(config: ConfigDict, images: str, classes: Sequence[str]) -> Part:
     Raises:
       UserError: no image is there.
     """
-    root, names, paths = _found(images)
+    root, names, paths = _found(images, config.data.formats)
     tops = {name.split("/")[0] if "/" in name else "" for name in names}
     if not classes and root is not None and len(tops) > 1 and "" not in tops:
         classes = tuple(sorted(tops))
@@ -168,19 +172,20 @@ def _readable(config: ConfigDict) -> ConfigDict:
     return config.lock()
 
 
-def _found(images: str) -> tuple[epath.Path | None, tuple[str, ...], tuple[str, ...]]:
+def _found(images: str, formats: str) -> tuple[epath.Path | None, Sequence[str], Sequence[str]]:
     """Returns the folder, None without one, and the names and paths of the images that a path or pattern names."""
     text = normalized(images, "images")
     literal = set("*?[") & set(text) and text.startswith("gs://")
     path = None if literal or not text else locate(text, "images")
     if path is not None and path.is_dir():
-        listing = folder_listing.pictures(path)
+        listing = folder_listing.pictures(path, formats=formats)
         return path, listing.pictures, listing.paths
     found = [text] if path is not None and path.is_file() else _glob(text)
-    found = [each for each in found if each == text or each.lower().endswith(folder_listing.EXTENSIONS)]
+    endings = folder_listing.extensions(formats)
+    found = [each for each in found if each == text or each.lower().endswith(endings)]
     if not found:
         raise UserError(f"no image fits images={printable(images)!r}; expected a file, a folder, or a pattern such as "
-                        f"'/data/**/*.jpg' of {', '.join(folder_listing.EXTENSIONS)}")
+                        f"'/data/**/*.jpg' of {', '.join(endings)}")
     return None, tuple(found), tuple(found)
 
 

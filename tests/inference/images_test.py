@@ -79,7 +79,7 @@ def test_a_pil_image_is_turned_as_its_file_is(upright):
 @pytest.mark.parametrize(("image", "line"), [
     (np.zeros((4, 4, 3), np.float32), "float32 .*expected uint8.*multiply"),
     (np.zeros((4, 4, 3), np.int64), "int64 .*expected uint8"),
-    (np.zeros((4, 4, 3), np.uint16), "uint16 .*expected uint8"),
+    (np.zeros((4, 4, 4), np.uint16), "uint16 .*expected uint8"),
     (np.zeros((4, 4, 2), np.uint8), "shape .4, 4, 2."),
     (np.zeros((0, 4, 3), np.uint8), "shape .0, 4, 3."),
     (np.zeros(4, np.uint8), "shape .4."),
