@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mae_jax import config, field_values
+from mae_jax import config
 from mae_jax.commands.recipes import comments, leaves, own_comments, with_choices
+from mae_jax.config import field_values
 from mae_jax.data.transforms.color import COLOR_POLICIES
 from mae_jax.methods import fields
 
@@ -23,7 +24,7 @@ HEADER = """# Configuration
 
 Every field of the config, its default and what it is. A recipe under `configs/` states only what differs from these;
 each field can be overridden on the command line: `--config.optim.lr=1e-4`, `--config.data.image_size='(128, 128)'`.
-Durations are one text: `'800 epochs'`, `'100 steps'`, `'5e6 examples'`. Generated from `mae_jax/config.py` and
+Durations are one text: `'800 epochs'`, `'100 steps'`, `'5e6 examples'`. Generated from `mae_jax/config/__init__.py` and
 `mae_jax/methods/fields.py` by `python docs/make_configuration.py`; do not edit it.
 """
 
@@ -39,7 +40,7 @@ def rows(values: Mapping[str, Any], texts: Mapping[str, str], prefix: str) -> li
 
 def page() -> str:
     """Returns the page's text."""
-    texts = comments("config.py", "DEFAULTS")
+    texts = comments("config/__init__.py", "DEFAULTS")
     single = {name: value for name, value in config.DEFAULTS.items() if not isinstance(value, Mapping)}
     parts = [HEADER, "## Top level\n", *rows(single, texts, "")]
     for group, values in config.DEFAULTS.items():

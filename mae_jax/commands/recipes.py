@@ -78,7 +78,7 @@ def overridden(argv: list[str]) -> set[str]:
 
 def fields(config: ConfigDict) -> str:
     """Returns the fields of a config, one a line: name, value, and the comment of its default."""
-    said, allowed = comments("config.py", "DEFAULTS") | own_comments(config.method.name), choices()
+    said, allowed = comments("config/__init__.py", "DEFAULTS") | own_comments(config.method.name), choices()
     lines = [(f"  {name}={value!r}", with_choices(said.get(name, ""), allowed.get(name, ())))
              for name, value in leaves(config.to_dict())]
     return "\n".join(f"{line:<{VALUE_WIDTH}}  # {text}" if text else line for line, text in lines)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from mae_jax.config import CHOICES
+from mae_jax.config.field_values import CHOICES
 from mae_jax.errors import UserError, did_you_mean
 from mae_jax.evals.base import Evaluation
 from mae_jax.evals.context import Context

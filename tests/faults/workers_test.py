@@ -55,10 +55,10 @@ def drawn(folder: Path) -> int:
     return file.read_text().count(f" {processes.peer.END}\n") if file.exists() else 0
 
 
-def foreman_of(run: subprocess.Popen) -> int:
-    """Returns the process id of the foreman: the starter's child."""
-    starter, = [child for child in children(run.pid) if "worker_process" in Path(f"/proc/{child}/cmdline").read_text()]
-    return children(starter)[-1]
+def supervisor_of(run: subprocess.Popen) -> int:
+    """Returns the process id of the supervisor: the fork server's child."""
+    server, = [child for child in children(run.pid) if "worker_process" in Path(f"/proc/{child}/cmdline").read_text()]
+    return children(server)[-1]
 
 
 def left(pids: list[int]) -> list[int]:
@@ -72,11 +72,11 @@ def left(pids: list[int]) -> list[int]:
 def test_workers_that_are_killed_and_ctrl_c_change_no_bit_and_leave_nothing(golden, cache, tmp_path):
     folder, segments = tmp_path / "run", set(os.listdir("/dev/shm"))
     run = started(folder, cache, 2)
-    workers = children(foreman_of(run))
+    workers = children(supervisor_of(run))
     assert len(workers) == 2
     os.kill(random.Random(0).choice(workers), signal.SIGKILL)
     goes_on(run, folder, 3)
-    os.kill(foreman_of(run), signal.SIGKILL)
+    os.kill(supervisor_of(run), signal.SIGKILL)
     goes_on(run, folder, 3)
     tree = descendants(run.pid)
     for pid in (run.pid, *tree):  # also those that Ctrl-C is not for

@@ -8,6 +8,8 @@ ENDING = """
 import os, signal
 from mae_jax.runtime.exit import exit_process
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started this may ignore it
+
 class Late:
     def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGINT):
         print("late", flush=True)

@@ -30,10 +30,10 @@ from mae_jax.data.transforms.example import Spec
 from mae_jax.errors import UserError
 
 log = logging.getLogger(__name__)
-MAX_RESTARTS = 3  # of one iterator, after its foreman died
+MAX_RESTARTS = 3  # of one iterator, after its supervisor died
 CODE = "import sys; sys.path[:] = sys.argv[2:]; from mae_jax.data.readers import worker_process; " \
        "worker_process.start(int(sys.argv[1]))"
-PRELOADED = ("mae_jax", "tensorflow_datasets")  # packages that the starter imports for all foremen
+PRELOADED = ("mae_jax", "tensorflow_datasets")  # packages that the fork server imports for all supervisors
 # One thread each, and no device.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu",
                "CUDA_VISIBLE_DEVICES": ""}
@@ -43,7 +43,7 @@ class NotPicklable(Exception):
     """What makes the examples cannot be handed to other processes."""
 
 
-class _Starter:
+class _ForkServer:
     """The process that starts all others. It has a process group of its own: Ctrl-C is not for it."""
 
     def __init__(self) -> None:
@@ -53,46 +53,46 @@ class _Starter:
                                         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0)
         theirs.close()
 
-    def foreman(self, memory: int, modules: list[str]) -> Channel:
-        """Returns the connection to a new foreman."""
+    def supervisor(self, memory: int, modules: list[str]) -> Channel:
+        """Returns the connection to a new supervisor."""
         ours, theirs = socket.socketpair()
         with theirs:
             worker_process.send_order(self._orders, [theirs.fileno(), memory], modules)
         return Channel(ours.detach())
 
     def stop(self) -> None:
-        """Ends it, and with it nothing else: foremen end with their iterators."""
+        """Ends it, and with it nothing else: supervisors end with their iterators."""
         self._orders.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(10)
 
 
-_starter: _Starter | None = None
+_fork_server: _ForkServer | None = None
 _starting = threading.Lock()
 
 
-def _foreman(memory: int, modules: list[str]) -> Channel:
-    """Returns the connection to a new foreman, of a starter that is alive as far as that can be known."""
-    global _starter
+def _supervisor(memory: int, modules: list[str]) -> Channel:
+    """Returns the connection to a new supervisor, of a fork server that is alive as far as that can be known."""
+    global _fork_server
     with _starting:
-        if _starter and _starter.process.poll() is not None:
-            _starter.stop()
-            _starter = None
-        _starter = _starter or _Starter()
+        if _fork_server and _fork_server.process.poll() is not None:
+            _fork_server.stop()
+            _fork_server = None
+        _fork_server = _fork_server or _ForkServer()
         try:
-            return _starter.foreman(memory, modules)
+            return _fork_server.supervisor(memory, modules)
         except OSError:  # it died just now
-            _starter.stop()
-            _starter = _Starter()
-            return _starter.foreman(memory, modules)
+            _fork_server.stop()
+            _fork_server = _ForkServer()
+            return _fork_server.supervisor(memory, modules)
 
 
 @atexit.register
 def _stop() -> None:
     for pool in list(_running):
         pool.stop()
-    if _starter:
-        _starter.stop()
+    if _fork_server:
+        _fork_server.stop()
 
 
 class _Pickler(pickle.Pickler):
@@ -121,7 +121,7 @@ def _pickled(job: worker_process.Job) -> tuple[bytes, list[str]]:
 
 
 class _Pool:
-    """The batches that one foreman's workers are at."""
+    """The batches that one supervisor's workers are at."""
 
     def __init__(self, maker: Maker, layout: Layout, count: int, workers: int, plugins: tuple[str, ...],
                  name: Callable[[int, int], str]):
@@ -131,27 +131,27 @@ class _Pool:
         self._begin()
 
     def _begin(self) -> None:
-        """Starts a foreman, on memory of its own: that of one that died may still be written to."""
+        """Starts a supervisor, on memory of its own: that of one that died may still be written to."""
         memory = shared_slots.reserve(self._layout, "data.prefetch or batch_size")
         try:
             self._ring = Ring(self._layout, memory)
-            self._foreman = _foreman(memory, self._modules)
+            self._supervisor = _supervisor(memory, self._modules)
         finally:
             os.close(memory)
         self._ordered = self._taken  # the next batch that is to be ordered
         self._slots: dict[int, int] = {}  # number of a batch → its slot
         self._done: dict[int, list[str]] = {}  # number of a whole batch → names of what is bad
         with contextlib.suppress(OSError):  # it died: its end is read
-            self._foreman.send(self._plugins)
-            self._foreman.send_bytes(self._job)
+            self._supervisor.send(self._plugins)
+            self._supervisor.send_bytes(self._job)
 
     def take(self, bad: deque[str]) -> Batch:
         """Returns the next batch when it is whole; raises what went wrong in any example."""
         while True:
             try:
                 self._order()
-                while self._taken not in self._done or self._foreman.poll():
-                    self._hear(self._foreman.recv())
+                while self._taken not in self._done or self._supervisor.poll():
+                    self._hear(self._supervisor.recv())
                 break
             except (EOFError, OSError):
                 self._restart()
@@ -162,13 +162,13 @@ class _Pool:
 
     def stop(self) -> None:
         """Has the processes end."""
-        self._foreman.close()
+        self._supervisor.close()
 
     def _order(self) -> None:
         while self._ordered < self._count and (slot := self._ring.take()) is not None:
             self._slots[self._ordered] = slot
             self._ordered += 1
-            self._foreman.send((self._ordered - 1, slot))
+            self._supervisor.send((self._ordered - 1, slot))
 
     def _hear(self, message: tuple[Any, ...]) -> None:
         kind, *values = message
@@ -187,7 +187,7 @@ class _Pool:
             raise values[0]
 
     def _restart(self) -> None:
-        self._foreman.close()
+        self._supervisor.close()
         self._restarts += 1
         if self._restarts > MAX_RESTARTS:
             raise UserError("worker processes cannot be started, or are killed again and again; data.workers=0 makes "

@@ -1,13 +1,13 @@
 """The processes that make examples: they write rows of batches into memory that the run maps too.
 
-The run starts one process, the starter, which imports what examples are made with, and neither JAX nor, where the data
-do not need it, TensorFlow. For each iterator over batches the starter forks a foreman; that unpickles the maker and
-forks the workers, who thus share its memory until they write to it, and gives them rows. A fork is safe here: none of
-them has threads yet.
+The run starts one process, the fork server, which imports what examples are made with, and neither JAX nor, where the
+data do not need it, TensorFlow. For each iterator over batches it forks a supervisor; that unpickles the maker and forks
+the workers, which thus share its memory until they write to it, and gives them rows. A fork is safe here: none of them
+has threads yet.
 
-When the run ends, however it ends, the starter and the foremen read the end of their sockets; workers also end with
-their foreman by the kernel's word (PR_SET_PDEATHSIG). The signals of a terminal and of service managers are left to the
-run. A worker that is killed is replaced, and its rows are made again: an example is a function of its position.
+When the run ends, however it ends, the fork server and the supervisors read the end of their sockets; workers also end
+with their supervisor, by PR_SET_PDEATHSIG. The signals of a terminal and of service managers are left to the run. A
+worker that is killed is replaced, and its rows are made again: an example is a function of its position.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class Channel(Connection):
 
 
 class Job(NamedTuple):
-    """What a foreman gets: the maker, where batches lie, and how many workers to start."""
+    """What a supervisor gets: the maker, where batches lie, and how many workers to start."""
 
     maker: Maker
     layout: Layout
@@ -68,19 +68,19 @@ class Task(NamedTuple):
     before: int = 0  # workers that died over it
 
 
-# What a foreman tells the run: ('done', number, bad names), ('died', text), ('failed', error).
+# What a supervisor tells the run: ('done', number, bad names), ('died', text), ('failed', error).
 Message = tuple[str, Any] | tuple[str, int, list[str]]
 
 
 def start(fd: int) -> NoReturn:
-    """Is the starter: forks a foreman for each order that comes by a socket.
+    """Is the fork server: forks a supervisor for each order that comes by a socket.
 
     An order is two file descriptors, a socket and memory, and the modules that the run has imported for its data: here
-    they are imported once for all foremen.
+    they are imported once for all supervisors.
     """
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # foremen that end leave nothing to wait for
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors that end leave nothing to wait for
     orders = socket.socket(fileno=fd)
     while True:
         fds, modules = _next_order(orders)
@@ -96,12 +96,12 @@ def start(fd: int) -> NoReturn:
 
 
 def _lead(run: int, memory: int) -> None:
-    """Is a foreman."""
-    _Foreman(Channel(run), memory).run()
+    """Is a supervisor."""
+    _Supervisor(Channel(run), memory).run()
 
 
 def send_order(orders: socket.socket, fds: Sequence[int], modules: Sequence[str]) -> None:
-    """Gives the starter an order."""
+    """Gives the fork server an order."""
     names = "\n".join(modules).encode()
     socket.send_fds(orders, [struct.pack("!I", len(names))], list(fds))
     orders.sendall(names)
@@ -127,7 +127,7 @@ def _ending(what: Any) -> NoReturn:
     try:
         what()
         code = 0
-    except (EOFError, OSError):  # the run, or the foreman, is gone
+    except (EOFError, OSError):  # the run, or the supervisor, is gone
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -136,14 +136,14 @@ def _ending(what: Any) -> NoReturn:
 
 
 class _Worker:
-    """A worker as its foreman sees it."""
+    """A worker as its supervisor sees it."""
 
     def __init__(self, number: int, pid: int, connection: Channel):
         self.number, self.pid, self.connection = number, pid, connection
         self.tasks: deque[Task] = deque()  # that it was given, the one that it is at first
 
 
-class _Foreman:
+class _Supervisor:
     """Gives rows to workers, and tells the run which batches are whole."""
 
     def __init__(self, run: Channel, memory_fd: int):
@@ -256,7 +256,7 @@ class _Foreman:
 
 
 def _work(connection: Channel, maker: Maker, views: list[Batch]) -> None:
-    """Is a worker: makes rows until the foreman's end is closed."""
+    """Is a worker: makes rows until the supervisor's end is closed."""
     while True:
         task: Task = connection.recv()
         bad: deque[str] = deque()

@@ -165,14 +165,14 @@ def test_an_example_that_kills_every_worker_is_named_and_ends_the_run(tmp_path):
 def test_the_leading_process_may_be_killed_too(caplog):
     batches = pool(example)
     first = [next(batches)["id"].tolist() for _ in range(3)]
-    starter = process_pool._starter.process
-    foremen = children(starter.pid)
-    os.kill(foremen[-1], 9)
+    server = process_pool._fork_server.process
+    supervisors = children(server.pid)
+    os.kill(supervisors[-1], 9)
     rest = [next(batches)["id"].tolist() for _ in range(20)]
     assert first + rest == [list(range(s, s + 8)) for s in range(0, 184, 8)]
     assert "started again" in caplog.text
-    starter.kill()
-    starter.wait()
+    server.kill()
+    server.wait()
     assert next(pool(example))["id"].tolist() == list(range(8))
 
 
@@ -199,9 +199,9 @@ def test_memory_and_file_descriptors_stay_flat_over_iterators_and_batches():
     del batches
     assert state() == before
     deadline = time.monotonic() + 20
-    while children(process_pool._starter.process.pid) and time.monotonic() < deadline:
+    while children(process_pool._fork_server.process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not children(process_pool._starter.process.pid)
+    assert not children(process_pool._fork_server.process.pid)
 
 
 def test_a_channel_that_the_garbage_collector_closed_does_not_close_the_next_one():
@@ -254,13 +254,13 @@ def test_a_stream_gives_each_worker_rows_of_its_own_readers():
 
 def test_workers_import_neither_jax_nor_tensorflow_for_files(tmp_path):
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
-    if process_pool._starter:  # which may have imported what other tests need
-        process_pool._starter.stop()
-        process_pool._starter = None
+    if process_pool._fork_server:  # which may have imported what other tests need
+        process_pool._fork_server.stop()
+        process_pool._fork_server = None
     batches = inputs(config("folder", tmp_path), "1").train(0)
     next(batches)
-    foreman = children(process_pool._starter.process.pid)[-1]
-    worker, = children(foreman)
+    supervisor = children(process_pool._fork_server.process.pid)[-1]
+    worker, = children(supervisor)
     mapped = Path(f"/proc/{worker}/maps").read_text()
     assert "numpy" in mapped
     for library in ("jaxlib", "tensorflow", "flax"):

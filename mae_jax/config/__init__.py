@@ -12,8 +12,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mae_jax import field_values, methods, recipe_version
+from mae_jax import methods, recipe_version
 from mae_jax import plugins as plug_ins
+from mae_jax.config import field_values
 from mae_jax.durations import steps
 from mae_jax.errors import UserError, did_you_mean
 from mae_jax.presets import resolve as resolve
