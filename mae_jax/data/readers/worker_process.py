@@ -1,7 +1,7 @@
 """The processes that make examples: they write rows of batches into memory that the run maps too.
 
 The run starts one process, the fork server, which imports what examples are made with, and neither JAX nor, where the
-data do not need it, TensorFlow. For each iterator over batches it forks a supervisor; that unpickles the maker and forks
+data do not need it, TensorFlow. For each iterator over batches it forks a supervisor; that unpickles the maker, forks
 the workers, which thus share its memory until they write to it, and gives them rows. A fork is safe here: none of them
 has threads yet.
 
