@@ -250,7 +250,8 @@ def _in_words(inputs: Inputs) -> Inputs:
             yield {**batch, "id": example_ids.words(batch["id"])}
 
     names = ("train", "support", "evaluate", "validate", "extra")
-    return inputs._replace(**{name: functools.partial(made, getattr(inputs, name)) for name in names})
+    renewed: dict[str, Any] = {name: functools.partial(made, getattr(inputs, name)) for name in names}
+    return inputs._replace(**renewed)
 
 
 def _with_tokens(identity: Callable[[], dict[str, Any]], tokens: dict[str, np.ndarray]) -> dict[str, Any]:

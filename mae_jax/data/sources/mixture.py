@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.data.sources.base import UNLABELED, Example, Source
+from mae_jax.data.sources.base import UNLABELED, Example, RecordStream, Source
 from mae_jax.errors import UserError, pluralize, printable
 from mae_jax.rng import example_at
 
@@ -67,10 +67,11 @@ def parts(data: ConfigDict) -> list[ConfigDict]:
     return each
 
 
-def mixed(data: ConfigDict, sources: Sequence[Source]) -> Source:
+def mixed(data: ConfigDict, opened: Sequence[Source | RecordStream]) -> Source:
     """Returns the examples of all parts, whose training draws go by the weights; raises UserError for streams."""
     mix = parsed(data.mix)
-    if not all(isinstance(source, Source) for source in sources):
+    sources = [source for source in opened if isinstance(source, Source)]
+    if len(sources) < len(opened):
         raise UserError("data.mix needs data with random access, which a stream of records has not: python -m mae_jax "
                         "inspect --write=array_record stores them so")
     fields = {source.fields for source in sources}
