@@ -13,7 +13,8 @@ from etils import epath
 from safetensors.numpy import save_file
 
 from mae_jax import errors, methods, plugins
-from mae_jax.config import OPTIMIZERS, _check_types, default, for_platform, resolve, validate
+from mae_jax.config import OPTIMIZERS, default, for_platform, resolve, validate
+from mae_jax.config.field_values import check_types
 from mae_jax.data import ASSUMED, PatchOrder
 from mae_jax.data.sources import registry
 from mae_jax.data.sources.base import Source
@@ -32,7 +33,7 @@ HERE = Path(__file__).parents[1]
 
 
 def test_a_run_without_an_evaluation_that_it_had_does_not_go_on_and_is_evaluated_with_a_warning(tmp_path, caplog):
-    config = tiny_config({"data.source": "photo_crops"})
+    config = tiny_config({"data.source": "photo_crops", "data.range": "0,65535"})
     workdir.record(epath.Path(tmp_path), config)
     stored = json.loads((tmp_path / "config.json").read_text())
     stored["plugins"] = {"evaluations.gone": {"package": "handmade", "version": "0.3"}}
@@ -343,7 +344,7 @@ def test_a_field_of_a_plug_ins_method_may_be_an_empty_tuple_that_holds_anything(
         config.method.extra = value
         validate(config)
     with pytest.raises(UserError, match=r"method\.extra='x'; expected values such as \('value',\)"):
-        _check_types({"method.extra": "x"}, {"method.extra": []})
+        check_types({"method.extra": "x"}, {"method.extra": []})
 
 
 def test_a_bug_in_a_plug_in_is_not_taken_for_ours(site):

@@ -161,6 +161,8 @@ class OpenedData:
 
     def _read(self, spec: Spec, order: PatchOrder, rows: np.ndarray, views: tuple[View, ...]) -> Inputs:
         """Makes the input of what has random access or is a stream, without the fields that are joined by id."""
+        import jax  # which worker processes do without
+
         from mae_jax.data.readers import random_access
         from mae_jax.data.sources import base, registry
         from mae_jax.data.transforms.example import ExampleBuilder

@@ -219,8 +219,9 @@ def test_a_mistake_that_only_training_can_see_ends_with_one_line_and_2(fields, w
 
 @pytest.mark.usefixtures("_restored_logging")
 def test_a_workdir_of_another_config_is_refused(capsys, tmp_path):
-    workdir.record(epath.Path(tmp_path), tiny_config())
-    assert cli.guarded(lambda: loop.train(tiny_config({"optim.lr": 0.5}), str(tmp_path))) == 2
+    decided = {"data.range": "0,65535"}  # as the data decide before a run is recorded
+    workdir.record(epath.Path(tmp_path), tiny_config(decided))
+    assert cli.guarded(lambda: loop.train(tiny_config({"optim.lr": 0.5, **decided}), str(tmp_path))) == 2
     assert "error: the workdir belongs to another config; optim.lr: 0.05 -> 0.5." in capsys.readouterr().err
 
 

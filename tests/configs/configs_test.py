@@ -8,7 +8,7 @@ import pytest
 from mae_jax.data.cluster_ids import Clusters
 from mae_jax.data.sources import registry
 from mae_jax.training import loop
-from tests.config_test import RECIPES, recipe
+from tests.config.config_test import RECIPES, recipe
 
 pytestmark = pytest.mark.slow
 

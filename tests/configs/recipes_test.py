@@ -20,7 +20,7 @@ from mae_jax.models.vit import drop_path_rates
 from mae_jax.ops.patches import PatchGrid
 from mae_jax.param_tree import flatten
 from mae_jax.training.optim import layer_rate, make_schedule, peak_lr
-from tests.config_test import leaves, recipe
+from tests.config.config_test import leaves, recipe
 from tests.helpers.tiers import slow
 
 IMAGENET, IMAGENET_21K = 1_281_167, 13_153_500  # training pictures; of the second, any number does here

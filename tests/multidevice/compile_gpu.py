@@ -6,7 +6,7 @@ import jax
 
 from mae_jax import config as configs
 from mae_jax.commands.plan import cost
-from tests.config_test import RECIPES, recipe
+from tests.config.config_test import RECIPES, recipe
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from mae_jax.data import ASSUMED
 from mae_jax.ops.partitioning import SMALL
 from mae_jax.param_tree import flatten
 from mae_jax.training.train_step import build
-from tests.config_test import RECIPES, recipe
+from tests.config.config_test import RECIPES, recipe
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from mae_jax.commands.transfer.suite import Recipe
 from mae_jax.config import validate
 from mae_jax.data.sources import expected_sizes
 from mae_jax.errors import UserError
-from tests.config_test import recipe
+from tests.config.config_test import recipe
 
 FILE = Path("configs/transfer.py")
 DATA = Recipe(str(FILE), {}).module.DATA

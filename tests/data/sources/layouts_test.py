@@ -11,7 +11,7 @@ from mae_jax import data
 from mae_jax.data.labels import check as check_labels
 from mae_jax.data.sources import folder, registry, splits
 from mae_jax.errors import UserError
-from tests.config_test import RECIPES, recipe
+from tests.config.config_test import RECIPES, recipe
 from tests.helpers.tiny import tiny_config
 
 AUTO = configs.recipe_version.CURRENT
