@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax import param_tree
-from mae_jax.config import SIZES, default, validate
+from mae_jax.config import default, validate
 from mae_jax.errors import UserError
 from mae_jax.ops import pos_embed
 from mae_jax.ops.patches import MEAN, STD
@@ -21,11 +21,10 @@ from mae_jax.runtime import bounded_json
 from mae_jax.storage import weight_files
 from mae_jax.storage.file_kinds import unreadable
 from mae_jax.storage.paths import locate, read_bytes
-from mae_jax.training import workdir
+from mae_jax.training import warm_shape, workdir
 
 logger = logging.getLogger(__name__)
 USUAL_SIZE = 224  # pixels, of the published encoders
-GELUS = {"gelu": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}  # transformers' name → ours
 Params = dict[str, Any]
 
 
@@ -41,25 +40,22 @@ def config_of(source: str, params: Params, image_size: tuple[int, int] | None, h
     Raises:
       UserError: the shapes are not those of a ViT of ours, or nothing tells how many heads it has.
     """
-    encoder = params.get("encoder", {})
-    flat, said = param_tree.flatten(encoder), workdir.described(source)
+    flat, said = param_tree.flatten(params.get("encoder", {})), workdir.described(source)
     for name in ("cls_token", "patch_embed/kernel", "block_00/mlp/fc1/kernel"):
         if name not in flat:
             raise UserError(f"{source} holds no ViT encoder: {name} is missing")
-    width = flat["cls_token"].shape[-1]
-    pixels = flat["patch_embed/kernel"].shape[0] // 3
-    patch = math.isqrt(pixels)
-    if patch * patch != pixels:
-        raise UserError(f"{source}: its patches have {pixels} pixels, which is no square; nothing says their shape")
+    found, notes = warm_shape.of_weights(source, params)
+    if heads:
+        found["heads"], notes = heads, []
+    if "heads" not in found:
+        raise UserError(f"{source} does not say how many heads it has, which shapes do not show, and no usual ViT has "
+                        f"the width {found['width']}; say heads=")
+    for note in notes:
+        logger.info("%s: %s", source, note)
     classifier = "head" in params and "decoder" not in params
     config = default("supervised" if classifier else "mae")
-    config.model.update(
-        width=width, depth=sum(name.startswith("block_") for name in encoder), patch=(patch, patch),
-        heads=heads or _heads(source, said, width), mlp_ratio=flat["block_00/mlp/fc1/kernel"].shape[1] // width,
-        gelu=GELUS.get(said.get("hidden_act", "gelu"), "erf"), pool="mean" if "fc_norm" in params else "cls",
-        positions="learned" if "pos_embed" in encoder else "fixed",
-        layer_scale=1.0 if "block_00/ls1/gamma" in flat else 0.0)  # the arrays have their values
-    config.data.image_size = image_size or _image_size(source, said, patch)
+    config.model.update(found, pool="mean" if "fc_norm" in params else "cls")
+    config.data.image_size = image_size or _image_size(source, said, found["patch"])
     config.eval.crop_ratio = (_crop_ratio(said),)
     validate(config, for_training=False)
     return config.lock()
@@ -86,26 +82,14 @@ def fitted(source: str, params: Params, config: ConfigDict) -> Params:
     return {**params, "encoder": encoder}
 
 
-def _heads(source: str, said: Mapping[str, Any], width: int) -> int:
-    if isinstance(heads := said.get("num_attention_heads"), int) and heads > 0 and width % heads == 0:
-        return heads
-    usual = next((heads for each, _, heads in SIZES.values() if each == width), 0)
-    if not usual:
-        raise UserError(f"{source} does not say how many heads it has, which shapes do not show, and no usual ViT has "
-                        f"the width {width}; say heads=")
-    logger.info("%s does not say how many heads it has, which shapes do not show; %d are taken, usual for the width %d",
-                source, usual, width)
-    return usual
-
-
-def _image_size(source: str, said: Mapping[str, Any], patch: int) -> tuple[int, int]:
+def _image_size(source: str, said: Mapping[str, Any], patch: tuple[int, int]) -> tuple[int, int]:
     found = said.get("image_size") or _of_timm(said, "input_size", [])[1:]
     sides = [found, found] if isinstance(found, int) else found
     if isinstance(sides, list) and len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides):
         return sides[0], sides[1]
-    if USUAL_SIZE % patch:
+    if any(USUAL_SIZE % side for side in patch):
         raise UserError(f"{source} does not say its image size, and {USUAL_SIZE} is no multiple of its patches of "
-                        f"{patch} pixels; say image_size=")
+                        f"{patch[0]}x{patch[1]} pixels; say image_size=")
     logger.info("%s does not say its image size; %d is taken", source, USUAL_SIZE)
     return USUAL_SIZE, USUAL_SIZE
 

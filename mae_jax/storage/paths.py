@@ -19,7 +19,8 @@ GCS_MISREADS = "*?[]{}\\#"  # gcsfs and the bucket take them for a pattern, or f
 ORBAX_MISREADS = "*?[]\\"  # a pattern, as its glob reads them
 # Of a config, besides init_from; data.path is as its source reads it.
 FIELDS = ("data.tokens", "train.compilation_cache", "method.vocabulary_file", "method.clusters")
-FROM_HUB = ("", "init_from", "--from")  # flags that may name a repository of the hub; config_of and the like have none
+# Flags that may name a repository of the hub; config_of and the like have none.
+FROM_HUB = ("", "init_from", "--from", "from")
 BUCKET = r"(gs|s3)://[a-z0-9][a-z0-9_.-]{1,220}[a-z0-9](/|$)"
 PACKAGES = {"gs": ("gcs", "gcsfs", "google.cloud.storage"), "s3": ("s3", "s3fs")}  # the extra, and its modules
 READ_ONLY = ("data.path", "data.mask_key")  # fields that may be on s3://, where data are read and nothing is written

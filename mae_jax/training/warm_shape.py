@@ -69,6 +69,25 @@ def shape_of(source: str, heads: bool = True) -> tuple[dict[str, Any], list[str]
     params = layouts.read(load_params(source), None)
     if not isinstance(params, Mapping) or "patch_embed" not in params.get("encoder", {}):
         raise UserError(f"init_from={source}: {layouts.strange(flatten(params))}")
+    found, notes = of_weights(source, params)
+    if heads and "heads" not in found:
+        raise UserError(f"init_from={source} does not say how many heads it has, and no published ViT has its width "
+                        f"{found['width']}; say it with --config.model.heads")
+    return found, notes
+
+
+def of_weights(source: str, params: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns field of config.model → value, of weights without a config of ours, and notes on where they are from.
+
+    Heads are left out where nothing tells how many they are, `gelu` where nothing says which.
+
+    Args:
+      source: the file or folder, beside which a config.json may lie.
+      params: in our names.
+
+    Raises:
+      UserError: the shape of patches is not known.
+    """
     found, notes, said = of_params(params), [], workdir.described(source)
     patch = said.get("patch_size")
     rows = np.shape(params["encoder"]["patch_embed"]["kernel"])[0]
@@ -78,8 +97,8 @@ def shape_of(source: str, heads: bool = True) -> tuple[dict[str, Any], list[str]
     elif 3 * side * side == rows:
         found["patch"] = (side, side)
     else:
-        raise UserError(f"init_from={source}: its patches have {rows} values, which are those of no square in RGB; say "
-                        "their size with --config.model.patch")
+        raise UserError(f"{source}: its patches have {rows} values, which are those of no square in RGB, and nothing "
+                        "says their size; a recipe may, with --config.model.patch")
     if gelu := GELUS.get(str(described_as(said, "hidden_act", "act_layer"))):
         found["gelu"] = gelu
     number, width = described_as(said, "num_attention_heads", "num_heads"), found["width"]
@@ -89,9 +108,6 @@ def shape_of(source: str, heads: bool = True) -> tuple[dict[str, Any], list[str]
     elif width in HEADS:
         found["heads"] = HEADS[width]
         notes.append(f"it does not say how many heads it has: {HEADS[width]}, as published ViTs of width {width}")
-    elif heads:
-        raise UserError(f"init_from={source} does not say how many heads it has, and no published ViT has its width "
-                        f"{width}; say it with --config.model.heads")
     return found, notes
 
 

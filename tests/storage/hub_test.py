@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from mae_jax.errors import UserError
+from mae_jax.inference.encoder import open_encoder
 from mae_jax.interop.hf import to_hf
 from mae_jax.storage import hub, paths
 from mae_jax.training import workdir
@@ -72,6 +73,14 @@ def test_weights_and_what_describes_them_are_fetched_once_and_read_and_nothing_e
     assert served.asked == [("some/model", "model.safetensors", "v1.0"),
                             ("some/model", "config.json", "0123456789abcdef"),
                             ("some/model", "preprocessor_config.json", "0123456789abcdef")]
+
+
+def test_an_encoder_of_the_hub_can_be_asked_about_images(served, weights):
+    save_file(weights[1], served.folder / "model.safetensors")
+    (served.folder / "config.json").write_text(json.dumps({"num_attention_heads": 2, "image_size": 16}))
+    encoder = open_encoder("hf://some/model", batch_size=2)
+    assert (encoder.source, encoder.image_size, encoder.config.model.heads) == ("hf://some/model", (16, 16), 2)
+    assert np.isfinite(encoder(np.zeros((16, 16, 3), np.uint8))).all()
 
 
 def test_all_parts_that_an_index_names_are_fetched(served, weights):
