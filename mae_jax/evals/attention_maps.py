@@ -8,11 +8,11 @@ import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
-from mae_jax.config import CHOICES
 from mae_jax.errors import UserError, did_you_mean
 from mae_jax.evals.base import Evaluation
 from mae_jax.evals.context import Context
 from mae_jax.evals.image_grid import tile
+from mae_jax.field_values import CHOICES
 from mae_jax.losses.segmentation import upsample
 from mae_jax.methods.base import Batch, Method
 from mae_jax.models import intermediates
