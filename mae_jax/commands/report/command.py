@@ -23,7 +23,7 @@ EMBEDDINGS = flags.DEFINE_string("embeddings", "", "features that mae_jax embed 
 IMAGES = flags.DEFINE_string("images", "", "a file, a folder or a pattern of images to embed first, by --from")
 MOST = flags.DEFINE_integer("max_images", 10_000, "images on the map; of more, as many, evenly spread", lower_bound=1,
                             upper_bound=30_000)
-TSNE = flags.DEFINE_integer("tsne_images", 5_000, "images of these that t-SNE is computed of; 0: no t-SNE",
+TSNE = flags.DEFINE_integer("tsne_images", 3_000, "images of these that t-SNE is computed of; 0: no t-SNE",
                             lower_bound=0, upper_bound=30_000)
 
 

@@ -78,7 +78,7 @@ def _draw(axes: Any, panel: Panel) -> None:
         steps, values = zip(*points, strict=True)
         of_training = part == "train"
         axes.plot(steps, values, color=COLORS[number % len(COLORS)], linewidth=1.2 if of_training else 1,
-                  linestyle=DASHES[number // len(COLORS) % len(DASHES)] if of_training else (0, (1, 1)) if
+                  linestyle=DASHES[number // len(COLORS) % len(DASHES)] if of_training else (0, (2, 1)) if
                   panel.name == "loss" else "-", marker=None if of_training else "o", markersize=2.5)
     values = [value for _, _, points in panel.lines for _, value in points if math.isfinite(value)]
     if panel.name == "loss" and min(values) > 0 and max(values) > LOG * min(values):

@@ -73,7 +73,7 @@ def _short(name: str) -> str:
 def _notes(about: dict[str, Any], count: int, rows: Record, shown: thumbnails.Thumbnails, share: float,
            some: int) -> list[str]:
     n, missing = len(rows.file), int((~shown.there).sum())
-    what = f"{pluralize(n, 'image')}" if n == count else f"{n:,} of {count:,} images, evenly spread"
+    what = f"{n:,} image{'s' * (n != 1)}" if n == count else f"{n:,} of {count:,} images, evenly spread"
     step = f", step {about['step']:,}" if about.get("step", -1) >= 0 else ""
     block = f" of block {about['block']}" if about.get("block", -1) >= 0 else ""
     mean = ", the mean of each image's" if len(about["shape"]) > 1 else ""
@@ -86,7 +86,7 @@ def _notes(about: dict[str, Any], count: int, rows: Record, shown: thumbnails.Th
                      "groups, and their sizes, mean little.")
     notes.append(f"Thumbnails: {thumbnails.SIDE} x {thumbnails.SIDE} pixels of what the encoder saw.")
     if missing:
-        notes.append(f"{pluralize(missing, 'image')} could not be read again: gray squares.")
+        notes.append(f"{missing:,} of these images could not be read again, and {'are' if missing > 1 else 'is'} gray.")
     if about.get("unreadable_count"):
         notes.append(f"{pluralize(about['unreadable_count'], 'image')} could not be read when features were made, and "
                      "have no place here.")

@@ -165,7 +165,10 @@ function map(data) {
       const button = element("button", "");
       button.type = "button";
       button.title = data.files[i];
-      button.append(thumb(i, 72), element("span", data.files[i].split("/").pop()), element("small", note));
+      const said = element("small", note), key = element("i", "", "key");
+      key.style.background = colors[label[i]];
+      said.prepend(key);
+      button.append(thumb(i, 72), element("span", data.files[i].split("/").pop()), said);
       button.addEventListener("click", () => choose(i, true));
       items.append(document.createElement("li"));
       items.lastChild.append(button);
@@ -178,7 +181,7 @@ function map(data) {
       const box = element("div", "", "chosen");
       box.append(thumb(chosen, 128), caption(chosen));
       panel.append(box);
-      list("Nearest by features", Array.from({length: k}, (_, j) => [near[chosen * k + j], (cosines[chosen * k + j] / 10000).toFixed(3)]));
+      list("Nearest by features", Array.from({length: k}, (_, j) => [near[chosen * k + j], (cosines[chosen * k + j] / 10000).toFixed(4)]));
     } else {
       const found = [];
       for (let i = 0; i < n && found.length < 24; i++) if (matches[i]) found.push([i, data.labels[label[i]]]);

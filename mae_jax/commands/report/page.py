@@ -164,8 +164,8 @@ def _figures(records: Sequence[Record]) -> str:
                 caption = f"{_swatch(k)}{text(each.name)}" if len(records) > 1 else ""
                 shown, room[k] = _steps(files, caption, room[k])
                 columns.append(shown)
-        parts.append(f'<h3>{text(TITLES.get(name, name))}</h3><div class="columns">{"".join(columns)}</div>')
-    return "".join(parts)
+        parts.append(f'<div><h3>{text(TITLES.get(name, name))}</h3><div class="columns">{"".join(columns)}</div></div>')
+    return f'<div class="{"beside" if len(records) == 1 else "below"}">{"".join(parts)}</div>' if parts else ""
 
 
 def _steps(files: Any, caption: str, room: int) -> tuple[str, int]:

@@ -8,6 +8,7 @@ NEIGHBORS = 12
 ROWS = 512  # whose similarities to all are held at a time
 PERPLEXITY = 30.0  # scikit-learn's default
 COMPONENTS = 50  # to which features are reduced before t-SNE, as van der Maaten and Hinton (2008), section 4.2, do
+FEW = 200  # images of which the exact method is as fast
 LEAST = 10  # images for t-SNE
 
 
@@ -39,7 +40,8 @@ def tsne(features: np.ndarray) -> np.ndarray:
         units = PCA(COMPONENTS, random_state=0).fit_transform(units)
     # Of images that are all alike, PCA knows no first places.
     start = "pca" if units.std(0).any() else "random"
-    model = TSNE(2, perplexity=min(PERPLEXITY, (len(units) - 1) / 3), init=start, random_state=0)
+    method = "exact" if len(units) < FEW else "barnes_hut"
+    model = TSNE(2, method=method, perplexity=min(PERPLEXITY, (len(units) - 1) / 3), init=start, random_state=0)
     return model.fit_transform(units).astype(np.float32)
 
 

@@ -64,9 +64,9 @@ def read(folder: str, name: str) -> Record:
 
 
 def names_of(folders: list[str]) -> list[str]:
-    """Returns for each path the shortest end of it that no other has; the number of a path that is there twice."""
+    """Returns for each path the shortest end of it that no other has; raises UserError where one is there twice."""
     parts = [[part for part in folder.rstrip("/").split("/") if part] or [folder] for folder in folders]
-    length = next((n for n in range(1, max(map(len, parts)) + 1)
+    length = next((n for n in range(1, max(map(len, parts), default=0) + 2)
                    if len({tuple(each[-n:]) for each in parts}) == len(parts)), None)
     if length is None:
         raise UserError("--from names one run twice; give each once")

@@ -21,7 +21,6 @@ COLUMNS = 32  # of a sheet, and as many rows
 BATCH = 64  # images that are read at a time
 GRAY = 128  # of what is missing
 QUALITY = 75
-WORST_BYTES = 5000  # of a thumbnail, if all of it is noise: measured, 4.4 kB
 
 
 class Thumbnails(NamedTuple):

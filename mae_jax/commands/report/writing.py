@@ -21,7 +21,9 @@ def write(folders: list[str], to: str, embeddings: str, images: str, most: int, 
     # Weights alone are asked about images, and no run is shown.
     runs = [] if images and weight_files.file_of(paths.locate(folders[0], "--from")) else folders
     records = [record.read(folder, name) for folder, name in zip(runs, record.names_of(runs), strict=True)]
-    paths.output(to, "--to")
+    if target.is_dir():
+        raise UserError(f"--to={to} is a folder; expected the name of a file")
+    paths.make_folder(target.parent)
     if images:
         features = target.with_suffix(".parquet")
         encoder, parts = asked.opened(folders[0], images, None, "", all_splits=True)
