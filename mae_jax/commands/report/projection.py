@@ -1,9 +1,13 @@
 """Features of images on a plane, and the nearest neighbors of each."""
 
+import os
+
 import numpy as np
 
 from mae_jax.errors import UserError, pluralize
 
+# Before scikit-learn's threads are made: threads that spin while they wait stand still where others want the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 NEIGHBORS = 12
 ROWS = 512  # whose similarities to all are held at a time
 PERPLEXITY = 30.0  # scikit-learn's default

@@ -70,7 +70,8 @@ def test_a_person_searches_the_map(hostile):
         browser.run(type_in, "search", "", "input")
         browser.run(type_in, "label", "1", "change")
         assert browser.run(count) == "7 of 22"
-        slider = "const box = document.querySelector('.slider input'); box.value = 0; box.dispatchEvent(new Event('input'));"
+        slider = ("const box = document.querySelector('.slider input'); box.value = 0;"
+                  "box.dispatchEvent(new Event('input'));")
         shown = "return [...document.querySelectorAll('.steps figure')].map(each => each.checkVisibility())"
         assert browser.run(shown) == [False, True]
         assert browser.run(slider + shown) == [True, False]
@@ -90,10 +91,10 @@ def test_the_page_fits_a_phone(hostile):
 def store_many(folder, count):
     """Writes an npz of images, in which a color goes from one to the next, and features that follow it."""
     draws = np.random.default_rng(0)
-    images = (draws.integers(0, 120, (count, 32, 32, 3)) + np.linspace(0, 130, count)[:, None, None, None]).astype(np.uint8)
-    np.savez(folder / "train.npz", images=images, labels=np.arange(count) // (count // 20))
+    images = draws.integers(0, 120, (count, 32, 32, 3)) + np.linspace(0, 130, count)[:, None, None, None]
+    np.savez(folder / "all.npz", x_train=images.astype(np.uint8), y_train=np.arange(count) // (count // 20))
     config = default()
-    config.update(from_dict({"data": {"source": "npz", "path": str(folder / "{split}.npz")}}))
+    config.update(from_dict({"data": {"source": "npz", "path": str(folder / "all.npz")}}))
     part = parts.of_config(config, None, "train", False)[0]
     features = draws.normal(size=(count, 16)).astype(np.float32) + np.linspace(0, 9, count, dtype=np.float32)[:, None]
     about = {"shape": (16,), "features": "pool", "image_size": (32, 32), "crop_ratio": 1.0, "source": {}, "classes": (),
