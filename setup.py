@@ -21,7 +21,8 @@ setup(
     license="Apache-2.0",
     packages=[*find_packages(include=["mae_jax", "mae_jax.*"]), "mae_jax.configs"],
     package_dir={"mae_jax.configs": "configs"},  # the recipes, which are found by name
-    package_data={"mae_jax": ["py.typed", "commands/plan/tpu_types.csv"]},
+    package_data={"mae_jax": ["py.typed", "commands/plan/tpu_types.csv", "commands/report/page.css",
+                              "commands/report/page.js"]},
     entry_points={"console_scripts": ["mae_jax = mae_jax.__main__:main"]},
     python_requires=">=3.11,<3.14",
     install_requires=[

@@ -30,6 +30,7 @@ COMMANDS = {
     "transfer": Command("mae_jax.commands.transfer.command", "fine-tune and probe one encoder on many data sets"),
     "predict": Command("mae_jax.commands.predict.command", "say what a classifier or segmentation sees in images"),
     "embed": Command("mae_jax.commands.embed.command", "write the features of every image of a source"),
+    "report": Command("mae_jax.commands.report.command", "write a page about runs, with a map of images"),
     "export": Command("mae_jax.commands.export.command", "write weights for other libraries"),
 }
 

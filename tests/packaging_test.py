@@ -24,7 +24,6 @@ UNSEEN = {  # declared, and imported by no statement of ours
     "importlib-resources": "TensorFlow Datasets imports it and does not declare it",
     "tensorboard": "clu's metric writers import it and do not declare it",
     "scikit-image": "its photographs are read, the package is not imported",
-    "scikit-learn": "its photographs are read, the package is not imported",
     "gcsfs": "etils and orbax find it by name", "s3fs": "etils and fsspec find it by name",
     "google-cloud-storage": "storage/gcs.py imports google.cloud",
 }

@@ -197,6 +197,14 @@ def default(method: str = "mae", plugins: tuple[str, ...] = ()) -> ConfigDict:
     return ConfigDict({**copy.deepcopy(DEFAULTS), "plugins": plugins, "method": own}).lock()
 
 
+def changed(config: ConfigDict) -> dict[str, Any]:
+    """Returns the fields whose values are not the defaults of the config's method: dotted name → value."""
+    from mae_jax.param_tree import flat
+
+    before = flat(default(config.method.name))
+    return {name: value for name, value in sorted(flat(config).items()) if value != before.get(name)}
+
+
 def profile_steps(config: ConfigDict) -> tuple[int, int]:
     """Returns the first and the last step of the profiler trace, (0, 0) for none; raises UserError."""
     text = config.log.profile_steps

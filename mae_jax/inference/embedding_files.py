@@ -63,6 +63,63 @@ def about_of(path: epath.Path) -> dict[str, Any]:
         raise UserError(f"{path} is no file of features, or damaged: {' '.join(str(error).split())[:200]}") from None
 
 
+def chosen(path: epath.Path, most: int) -> tuple[dict[str, Any], int, Record]:
+    """Reads at most so many rows, evenly spread over the file; one group of rows of Parquet is held at a time.
+
+    Args:
+      path: *.parquet or *.npz.
+      most: rows.
+
+    Returns:
+      What the file says of itself; how many rows it has; and the rows, `split` being that of each. Of features with
+      several vectors (`patches`, `tokens`) their mean, float32 [n, D].
+
+    Raises:
+      UserError: it is no file of features, or damaged.
+    """
+    about = about_of(path)
+    try:
+        shape = tuple(map(int, about["shape"]))
+        if path.suffix.lower() == ".npz":
+            with opened(path) as arrays:
+                count = len(arrays["id"])
+                records = [_taken({name: arrays[name] for name in Record._fields}, spread(count, most), shape)]
+        else:
+            with path.open("rb") as stream:
+                file = pq.ParquetFile(stream)
+                count = file.metadata.num_rows
+                records = list(_groups(file, spread(count, most), shape))
+    except (pa.ArrowInvalid, ValueError, OSError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no file of features, or damaged: {' '.join(str(error).split())[:200]}") from None
+    if not records:
+        raise UserError(f"{path} has no images")
+    return about, count, Record(*map(np.concatenate, zip(*records, strict=True)))
+
+
+def spread(count: int, most: int) -> np.ndarray:
+    """Returns at most so many of the numbers below `count`, ascending and evenly spread, int64."""
+    return np.arange(count) if count <= most else np.arange(most) * count // most
+
+
+def _groups(file: pq.ParquetFile, rows: np.ndarray, shape: tuple[int, ...]) -> Iterator[Record]:
+    first = 0
+    for number in range(file.num_row_groups):
+        size = file.metadata.row_group(number).num_rows
+        wanted = rows[(rows >= first) & (rows < first + size)] - first
+        if len(wanted):
+            table = file.read_row_group(number, columns=list(Record._fields)).take(wanted)
+            columns = {name: table[name].combine_chunks().to_numpy(zero_copy_only=False)
+                       for name in Record._fields if name != "features"}
+            yield _taken(columns | {"features": table["features"].combine_chunks().flatten().to_numpy()}, slice(None),
+                         shape)
+        first += size
+
+
+def _taken(columns: dict[str, Any], rows: Any, shape: tuple[int, ...]) -> Record:
+    features = columns["features"].reshape(-1, int(np.prod(shape[:-1])), shape[-1])[rows].mean(1, dtype=np.float32)
+    return Record(*(features if name == "features" else columns[name][rows] for name in Record._fields))
+
+
 def write_parquet(to: epath.Path, about: dict[str, Any], count: int, rows: Rows) -> None:
     """Writes rows as Parquet, one group of rows for each chunk."""
     values = int(np.prod(about["shape"]))

@@ -138,16 +138,31 @@ def reopened(about: Mapping[str, Any]) -> list[Part]:
     Raises:
       UserError: it is no longer there, or other images are.
     """
-    config = default()
-    config.data.image_size = tuple(about["image_size"])
-    if given := about["source"].get("images"):
-        parts = [of_images(config, given, about["classes"])]
-    else:
-        config.update(from_dict(about["config"]))
-        parts = [Part(config, split, registry.load(config.data, split)) for split, _ in about["splits"]]
-    if [part.source.digest() for part in parts] != about["examples"]:
+    parts = opened_as(about)
+    if not same_images(about, parts):
         raise UserError("the images that the features are of have other names now, or there are others")
     return parts
+
+
+def opened_as(about: Mapping[str, Any]) -> list[Part]:
+    """Returns what now lies where a file of features had its images; arguments and errors as of `reopened`."""
+    try:
+        config = default()
+        config.data.image_size = tuple(about["image_size"])
+        config.eval.crop_ratio = (about["crop_ratio"],)
+        if given := about["source"].get("images"):
+            return [of_images(config, given, about["classes"])]
+        config.update(from_dict(about["config"]))
+        config.data.image_size = tuple(about["image_size"])
+        return [Part(_readable(config), split, registry.load(config.data, split)) for split, _ in about["splits"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"the file of features does not say where its images are ({type(error).__name__}: {error})"
+                        ) from None
+
+
+def same_images(about: Mapping[str, Any], parts: Sequence[Part]) -> bool:
+    """Says whether parts have the images, by their names and order, that a file of features is of."""
+    return [part.source.digest() for part in parts] == about["examples"]
 
 
 def stored(config: ConfigDict) -> dict[str, Any]:

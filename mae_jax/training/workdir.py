@@ -185,7 +185,8 @@ def record(workdir: epath.Path, config: ConfigDict, inputs: Any = None, evaluati
       UserError: it cannot be written, or another run has written another one meanwhile.
     """
     file = workdir / "config.json"
-    content = {"config": config.to_dict(), "git_commit": git_commit(), "versions": versions()}
+    content = {"config": config.to_dict(), "git_commit": git_commit(), "versions": versions(),
+               "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
     if used := _used(config, evaluations=evaluations):
         content["plugins"] = used
     if inputs:

@@ -10,6 +10,8 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
+from mae_jax.config import default
+from mae_jax.inference import embedding_files, parts
 from mae_jax.methods.base import Extras
 from mae_jax.storage.checkpoint import Checkpoints
 from mae_jax.training import workdir
@@ -42,3 +44,22 @@ def store_images(folder: Path, classes: tuple[str, ...] = ("a", "b", "c"), count
     for k in range(broken):
         (folder / classes[-1] / f"broken: {k}.png").write_bytes(b"no image")
     return folder
+
+
+def store_features(to: Path, images: Path, width: int = 8, shape: tuple[int, ...] = ()) -> Path:
+    """Writes features of the images in a folder as `embed` does, random around one center for each label."""
+    part = parts.of_images(default(), str(images), ())
+    label = np.array([part.source.label(k) for k in range(part.size)], np.int32)
+    draws, classes = np.random.default_rng(1), part.source.classes
+    centers = 3 * draws.normal(size=(len(classes) + 1, width))
+    features = (centers[label] + draws.normal(size=(part.size, width))).astype(np.float32)
+    features = np.broadcast_to(features[:, None], (part.size, int(np.prod(shape)), width)).reshape(part.size, -1)
+    about = {"format": 1, "from": "runs/stored", "step": STEP, "features": "pool", "block": -1,
+             "shape": (*shape, width), "image_size": (16, 16), "crop_ratio": 1.0, "source": {"images": str(images)},
+             "classes": classes, "splits": [[part.split, part.size]], "examples": [part.source.digest()], "config": {},
+             "images": part.size, "unreadable": [], "unreadable_count": 0}
+    names = [classes[k] if k >= 0 else "" for k in label]
+    rows = embedding_files.Record([part.name(k) for k in range(part.size)], part.split, np.arange(part.size), label,
+                                  names, features)
+    embedding_files.writer_of(epath.Path(to))(epath.Path(to), about, part.size, lambda: iter([rows]))
+    return to

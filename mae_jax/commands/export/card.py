@@ -2,14 +2,12 @@
 
 import json
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from mae_jax import __version__, param_tree
-from mae_jax.config import SIZES, default
+from mae_jax import __version__
+from mae_jax.config import SIZES, changed
 from mae_jax.errors import UserError, printable
 from mae_jax.interop import layouts
 from mae_jax.ops.patches import MEAN, STD
@@ -128,9 +126,7 @@ def metrics(origin: epath.Path, step: int) -> dict[str, tuple[float, int]]:
 
 def _fields(config: ConfigDict) -> str:
     """Returns the recipe: what differs from the defaults."""
-    before: Mapping[str, Any] = param_tree.flat(default(config.method.name))
-    changed = {name: value for name, value in param_tree.flat(config).items()
-               if value != before.get(name) and name not in PRIVATE and not name.startswith(("log.", "mesh."))}
-    lines = [f"{name} = {json.dumps(value)}" for name, value in sorted(changed.items())]
+    lines = [f"{name} = {json.dumps(value)}" for name, value in changed(config).items()
+             if name not in PRIVATE and not name.startswith(("log.", "mesh."))]
     return "\n".join(["## Recipe\n", f"The fields of `default({config.method.name!r})` that have other values, paths "
                       "left out:\n", "```", *lines, "```"])

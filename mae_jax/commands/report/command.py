@@ -1,0 +1,33 @@
+r"""Writes one HTML page about runs and images, which any browser shows without a network.
+
+  mae_jax report --from=runs/quickstart --to=report.html
+  mae_jax report --from=runs/one --from=runs/two --to=report.html                # side by side
+  mae_jax report --from=runs/mine --images=/path/to/images --to=report.html      # with a map of these images
+  mae_jax report --from=mae_pretrain_vit_base.pth --images=/path/to/images --to=report.html
+  mae_jax report --from=runs/mine --embeddings=features.parquet --to=report.html
+
+Of a run, finished or not: what was trained, curves, reconstructions and attention over time, parameters and versions.
+Of images: a map of their features (PCA, t-SNE) to zoom into, to search by name and label, and to find the images most
+like one. --images embeds first, as mae_jax embed, to a file beside the page (report.parquet), and goes on where it was
+stopped. The page is one file: thumbnails are in it, at about 2 kB each.
+"""
+
+from absl import flags
+
+REQUIRED = ("to",)
+FROM = flags.DEFINE_multi_string("from", [], "workdir; several times for several runs. With --images also an export, "
+                                 "or weights of others")
+TO = flags.DEFINE_string("to", "", "the page to write, *.html, local or gs://")
+EMBEDDINGS = flags.DEFINE_string("embeddings", "", "features that mae_jax embed wrote, *.parquet or *.npz: adds "
+                                 "the map")
+IMAGES = flags.DEFINE_string("images", "", "a file, a folder or a pattern of images to embed first, by --from")
+MOST = flags.DEFINE_integer("max_images", 10_000, "images on the map; of more, as many, evenly spread", lower_bound=1,
+                            upper_bound=30_000)
+TSNE = flags.DEFINE_integer("tsne_images", 3_000, "images of these that t-SNE is computed of; 0: no t-SNE",
+                            lower_bound=0, upper_bound=30_000)
+
+
+def main() -> int:
+    from mae_jax.commands.report import writing
+
+    return writing.write(FROM.value, TO.value, EMBEDDINGS.value, IMAGES.value, MOST.value, TSNE.value)

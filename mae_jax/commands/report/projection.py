@@ -1,0 +1,80 @@
+"""Features of images on a plane, and the nearest neighbors of each."""
+
+import os
+
+import numpy as np
+
+from mae_jax.errors import UserError, pluralize
+
+# Before scikit-learn's threads are made: threads that spin while they wait stand still where others want the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+NEIGHBORS = 12
+ROWS = 512  # whose similarities to all are held at a time
+PERPLEXITY = 30.0  # scikit-learn's default
+COMPONENTS = 50  # to which features are reduced before t-SNE, as van der Maaten and Hinton (2008), section 4.2, do
+FEW = 200  # images of which the exact method is as fast
+LEAST = 10  # images for t-SNE
+
+
+def check(features: np.ndarray) -> None:
+    """Raises UserError for features [n, D] of which some are not finite."""
+    bad = int((~np.isfinite(features).all(1)).sum())
+    if bad:
+        raise UserError(f"the features of {pluralize(bad, 'image')} are not finite: no map can be drawn of them")
+
+
+def pca(features: np.ndarray) -> tuple[np.ndarray, float]:
+    """Returns places float32 [n, 2] along the first two principal components, and their share of the variance."""
+    from sklearn.decomposition import PCA
+
+    if min(features.shape) < 2 or not features.std(0).any():  # one image, or images that are all alike
+        return np.zeros((len(features), 2), np.float32), 1.0
+    model = PCA(2, random_state=0)
+    places = model.fit_transform(features.astype(np.float32))
+    return places.astype(np.float32), float(model.explained_variance_ratio_.sum())
+
+
+def tsne(features: np.ndarray) -> np.ndarray:
+    """Returns places float32 [n, 2] by t-SNE of features of length 1, so that near means a high cosine; n >= LEAST."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    units = unit(features)
+    if min(units.shape) > COMPONENTS:
+        units = PCA(COMPONENTS, random_state=0).fit_transform(units)
+    # Of images that are all alike, PCA knows no first places.
+    start = "pca" if units.std(0).any() else "random"
+    method = "exact" if len(units) < FEW else "barnes_hut"
+    model = TSNE(2, method=method, perplexity=min(PERPLEXITY, (len(units) - 1) / 3), init=start, random_state=0)
+    return model.fit_transform(units).astype(np.float32)
+
+
+def neighbors(features: np.ndarray, count: int = NEIGHBORS) -> tuple[np.ndarray, np.ndarray]:
+    """Returns of each image the others with the highest cosines, best first.
+
+    Args:
+      features: float [n, D].
+      count: k, at most n - 1.
+
+    Returns:
+      Their numbers, uint32 [n, k], and cosines, float32 [n, k].
+    """
+    units, count = unit(features), min(count, len(features) - 1)
+    found = np.zeros((len(units), count), np.uint32)
+    cosines = np.zeros((len(units), count), np.float32)
+    for first in range(0, len(units) if count else 0, ROWS):
+        near = units[first:first + ROWS] @ units.T
+        rows = np.arange(len(near))
+        near[rows, first + rows] = -np.inf
+        best = np.argpartition(near, -count, axis=1)[:, -count:]
+        values = np.take_along_axis(near, best, 1)
+        order = np.argsort(-values, axis=1, kind="stable")
+        found[first:first + ROWS] = np.take_along_axis(best, order, 1)
+        cosines[first:first + ROWS] = np.take_along_axis(values, order, 1)
+    return found, cosines
+
+
+def unit(features: np.ndarray) -> np.ndarray:
+    """Returns features at length 1, float32 [n, D]; zeros stay."""
+    features = features.astype(np.float32)
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,153 @@
+"""What the workdir of a run says of it, finished or not: read, and nothing of it executed or changed."""
+
+import math
+import re
+import time
+from typing import Any, NamedTuple
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from mae_jax.config import changed, with_fitting_mesh
+from mae_jax.errors import UserError, pluralize, printable, root_cause
+from mae_jax.runtime import bounded_json
+from mae_jax.runtime.console import clock
+from mae_jax.storage import paths
+from mae_jax.storage.metric_writer import values_of
+from mae_jax.training import workdir
+
+FIGURE = re.compile(r"(.+)_(\d{7,18})\.png")  # as storage/png_files.py names them
+GUARD = re.compile(r"guard_(\d{1,18})\.json")  # as training/guards.py does
+UNTIMED = ("train/images_per_sec", "train/data_wait", "train/mfu")  # not finite where a step is not timed
+
+Points = list[tuple[int, float]]  # (step, value), ascending; NaN where it was not finite
+
+
+class Record(NamedTuple):
+    """A run.
+
+    Attributes:
+      name: what it is called in the page: the end of its path, as much as tells it from others.
+      path: its workdir.
+      config: that it was made with.
+      changed: the fields of it that are not the defaults.
+      stored: config.json as it is.
+      series: metric → its points.
+      figures: name → (step, file), ascending.
+      guards: the steps at which a guard stopped it.
+      state: whether it is finished, and how far it is, in words.
+    """
+
+    name: str
+    path: epath.Path
+    config: ConfigDict
+    changed: dict[str, Any]
+    stored: dict[str, Any]
+    series: dict[str, Points]
+    figures: dict[str, list[tuple[int, epath.Path]]]
+    guards: list[int]
+    state: str
+
+
+def read(folder: str, name: str) -> Record:
+    """Reads a workdir, local or gs://, or the one that a checkpoint lies in; raises UserError where there is none."""
+    path = workdir.of_checkpoint(paths.locate_checkpoints(folder, "--from"))
+    config = workdir.read_config(path)
+    try:
+        stored = bounded_json.parse_object(paths.read_there(path / "config.json"))
+    except ValueError as error:
+        raise UserError(f"{path / 'config.json'} is damaged: {error}") from None
+    series, times = _series(paths.read_bytes(path / "metrics.jsonl") or b"")
+    guards = sorted(int(found[1]) for found in map(GUARD.fullmatch, _names(path)) if found)
+    return Record(name, path, config, changed(config), stored, series, _figures(path / "pictures"), guards,
+                  _state(path, config, times))
+
+
+def names_of(folders: list[str]) -> list[str]:
+    """Returns for each path the shortest end of it that no other has; raises UserError where one is there twice."""
+    parts = [[part for part in folder.rstrip("/").split("/") if part] or [folder] for folder in folders]
+    length = next((n for n in range(1, max(map(len, parts), default=0) + 2)
+                   if len({tuple(each[-n:]) for each in parts}) == len(parts)), None)
+    if length is None:
+        raise UserError("--from names one run twice; give each once")
+    return [printable("/".join(each[-length:])) for each in parts]
+
+
+def _names(folder: epath.Path) -> list[str]:
+    """Returns the names of the files in a folder, [] where it is not there."""
+    if str(folder).startswith("gs://"):
+        from mae_jax.storage import gcs
+
+        return gcs.names(str(folder))
+    return [file.name for file in folder.iterdir()] if folder.is_dir() else []
+
+
+def _figures(folder: epath.Path) -> dict[str, list[tuple[int, epath.Path]]]:
+    found: dict[str, list[tuple[int, epath.Path]]] = {}
+    for match in sorted(filter(None, map(FIGURE.fullmatch, _names(folder))), key=lambda match: int(match[2])):
+        found.setdefault(match[1], []).append((int(match[2]), folder / match[0]))
+    return dict(sorted(found.items()))
+
+
+def _series(content: bytes) -> tuple[dict[str, Points], dict[int, float]]:
+    """Returns metric → points, and step → seconds since 1970, of metrics.jsonl; lines that are none are left out."""
+    found: dict[str, dict[int, float]] = {}
+    times: dict[int, float] = {}
+    for line in content.decode(errors="replace").splitlines():
+        values = values_of(line)
+        step = int(values.pop("step", 0))
+        if isinstance(at := values.pop("time", None), int | float):
+            times[step] = at
+        for name, value in values.items():
+            if value is None or isinstance(value, int | float):
+                found.setdefault(name, {})[step] = math.nan if value is None else float(value)
+    return {name: sorted(points.items()) for name, points in sorted(found.items())}, times
+
+
+def _state(path: epath.Path, config: ConfigDict, times: dict[int, float]) -> str:
+    done = workdir.finished(path)
+    if not times:
+        return f"finished at step {done:,}, without figures" if done else "no figures yet"
+    last = max(times)
+    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(times[last]))
+    took = clock(max(times.values()) - min(times.values()))
+    if done:
+        return f"finished at step {done:,} on {when}; {took} from its first figures to its last"
+    return f"not finished: its last figures are of step {last:,}, {when}; to last {config.train.duration}"
+
+
+def parameters(record: Record) -> str:
+    """Returns the table of a run's parameters, one line for each kind; without them, why there is none."""
+    import jax
+
+    from mae_jax import methods, param_tree
+    from mae_jax.config import resolved
+    from mae_jax.data import DataInfo
+    from mae_jax.training import optim
+
+    data = workdir.recorded_data(record.path)
+    info = DataInfo(data.get("pictures") or 0, tuple(data.get("classes") or ()),
+                    bool(record.config.method.get("multi_label")))
+    try:
+        method = methods.build(resolved(with_fitting_mesh(record.config)), info)
+        params, _ = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec())
+        return param_tree.table(params, optim.decay_words(params, method))
+    except (UserError, ImportError) as error:  # data that are not here, a plug-in that is missing
+        return f"not known here: {root_cause(error)}"
+
+
+def troubles(record: Record) -> list[str]:
+    """Returns what went wrong on the way, one line each: images that were replaced, steps that were skipped, guards."""
+    found, series = [], record.series
+    if any(value > 0 for _, value in series.get("train/replaced", ())):
+        values = [value / record.config.batch_size for _, value in series["train/replaced"]]
+        found.append(f"{sum(values) / len(values):.3%} of the images to train on could not be read; others stood in")
+    for name, what in (("train/bad_steps", "with a loss or gradients that are not finite"),
+                       ("train/spikes", "that stand out by a spike (guard.spike)")):
+        if steps := [step for step, value in series.get(name, ()) if value > 0]:
+            found.append(f"steps {what}, before {pluralize(len(steps), 'logged step')}, first before {steps[0]:,}")
+    for name, points in record.series.items():
+        gone = [step for step, value in points if math.isnan(value)]
+        if gone and name not in UNTIMED:
+            found.append(f"{name} was not finite at {pluralize(len(gone), 'logged step')}, first at {gone[0]:,}")
+    return found + [f"a guard stopped it at step {step:,} (guard_{step}.json)" for step in record.guards]
