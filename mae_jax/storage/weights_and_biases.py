@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ from etils import epath
 
 from mae_jax.runtime import bounded_json, threads
 from mae_jax.storage.metric_sinks import Sink
-from mae_jax.storage.paths import read_bytes, replace_text
+from mae_jax.storage.paths import make_folder, read_bytes, replace_text
 
 CLOSE_SECONDS = 120.0  # that the end of a run waits for what has not been sent
 OFFLINE = ("offline", "dryrun", "disabled")
@@ -38,14 +39,15 @@ class WeightsAndBiases(Sink):
             import wandb
         except ImportError as error:
             raise RuntimeError(f"{error}; pip install 'mae_jax[wandb]'") from None
-        if os.environ.get("WANDB_MODE", "online") not in OFFLINE and not wandb.api.api_key:
-            # It would ask for one, and wait.
+        if os.environ.get("WANDB_MODE", "online") not in OFFLINE and not wandb.login(prompt=False):
+            # `init` would ask for one, and wait.
             raise RuntimeError("there is no API key: run 'wandb login', or set WANDB_MODE=offline")
+        make_folder(workdir)
         local = not str(workdir).startswith("gs://")
         self.wandb = wandb
         self.run = _ending_nothing(lambda: wandb.init(
             project=os.environ.get("WANDB_PROJECT", "mae_jax"), name=os.environ.get("WANDB_NAME", workdir.name),
-            id=_id(workdir / "wandb.json", wandb), resume="allow", dir=str(workdir) if local else tempfile.mkdtemp(),
+            id=_id(workdir / "wandb.json"), resume="allow", dir=str(workdir) if local else tempfile.mkdtemp(),
             settings=wandb.Settings(console="off", init_timeout=60)))
         self.run.define_metric("*", step_metric=STEP)
 
@@ -66,7 +68,7 @@ class WeightsAndBiases(Sink):
         ending.result()
 
 
-def _id(file: epath.Path, wandb: Any) -> str:
+def _id(file: epath.Path) -> str:
     """Returns the id that a run had before, from a file in its workdir, or makes a new one and stores it."""
     try:
         found = bounded_json.parse_object(read_bytes(file) or b"{}").get("id")
@@ -74,6 +76,6 @@ def _id(file: epath.Path, wandb: Any) -> str:
         found = None
     if isinstance(found, str) and found:
         return found
-    new: str = wandb.util.generate_id()
+    new = secrets.token_hex(4)
     replace_text(file, json.dumps({"id": new}) + "\n")
     return new

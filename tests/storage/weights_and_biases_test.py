@@ -1,5 +1,6 @@
 """The sink of Weights & Biases against a stand-in; `check_wandb.py` beside it is the same against the package."""
 
+import secrets
 import sys
 import time
 from types import SimpleNamespace
@@ -39,9 +40,9 @@ def wandb(monkeypatch):
         return made[-1]
 
     fake = SimpleNamespace(
-        made=made, init=init, api=SimpleNamespace(api_key=None), Settings=lambda **how: how,
-        Image=lambda image, caption: (image.shape, caption),
-        util=SimpleNamespace(generate_id=lambda: f"id{len(made)}"))
+        made=made, init=init, login=lambda prompt: prompt, Settings=lambda **how: how,
+        Image=lambda image, caption: (image.shape, caption))
+    monkeypatch.setattr(secrets, "token_hex", lambda _: f"id{len(made)}")
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setenv("WANDB_MODE", "offline")
     return fake
