@@ -1,4 +1,4 @@
-"""Installs mae_jax. The extras: test, fast, heic, tpu, gpu, gcs, s3, torch, hub, onnx, plan, plan-gpu, demo."""
+"""Installs mae_jax. The extras: test, fast, heic, tpu, gpu, gcs, s3, torch, hub, wandb, onnx, plan, plan-gpu, demo."""
 
 import re
 from pathlib import Path
@@ -67,6 +67,7 @@ setup(
         "heic": ["pillow-heif>=0.22,<2"],  # images of phones
         "torch": ["torch>=2.6,<3", "transformers>=4.57,<6"],
         "hub": ["huggingface_hub>=0.34,<2"],  # init_from=hf://owner/name
+        "wandb": ["wandb>=0.31,<1"],  # log.sinks=wandb
         # Later versions of jax2onnx want an orbax-checkpoint that is older than ours.
         "onnx": ["jax2onnx>=0.13,<0.14", "onnx>=1.20,<2", "onnxruntime>=1.24,<2"],  # export --layout=onnx
         "plan": ["libtpu>=0.0.52,<1"],  # the TPU compiler, as a plain package

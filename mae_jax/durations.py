@@ -21,6 +21,7 @@ class Timeline(NamedTuple):
     keep_every: int
     eval_every: int
     log_every: int
+    patience: int  # since the best evaluation, before a run ends early; 0: off
 
     @classmethod
     def of(cls, config: Any, examples: int) -> "Timeline":
@@ -36,7 +37,7 @@ class Timeline(NamedTuple):
             raise UserError(f"train.duration={config.train.duration!r} is {total:.3g} steps; at most {MAX_STEPS}")
         return cls(config.batch_size, examples, total, min(count(config.optim.warmup), total),
                    period(config.checkpoint.every), period(config.checkpoint.keep_every), period(config.eval.every),
-                   period(config.log.every))
+                   period(config.log.every), period(config.train.patience))
 
     def steps(self, duration: str) -> int:
         """Returns a duration of this run in steps; raises UserError."""

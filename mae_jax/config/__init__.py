@@ -130,6 +130,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
     },
     "train": {
         "duration": "800 epochs",
+        "patience": "",  # end after so long without a better checkpoint.best_metric, as '20 epochs'; '': never
         "accumulate": 1,  # gradient accumulation: micro-batches per step
         "deterministic": False,  # GPUs: bit-identical runs, slower kernels
         "compilation_cache": "auto",  # folder of compiled programs; auto: <workdir>/compiled; '': none
@@ -146,7 +147,10 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "every": "20 epochs",
         "keep_last": 3,
         "keep_every": "",
-        "best_metric": "",  # keep the best checkpoint by this metric of data.val_split, as 'top1'; '': none
+        # Keep the best checkpoint by this figure of data.val_split, as 'top1'; 'loss' and 'rankme' need no labels; '':
+        # none.
+        "best_metric": "",
+        "best_mode": "auto",  # max, min: which of its values is the best; auto: known of the figures built in
     },
     "eval": {
         "every": "20 epochs",  # and at the ends; as long as train.duration, or longer: at the last step alone
@@ -324,6 +328,9 @@ def validate(config: ConfigDict, for_training: bool = True) -> None:
         raise UserError("log.every is ''; write how often to log, as '50 steps'")
     for name in config.log.sinks:
         metric_sinks.find(name)
+    if config.train.patience and not config.checkpoint.best_metric:
+        raise UserError(f"train.patience={config.train.patience!r} needs checkpoint.best_metric, the figure that is to "
+                        "get better")
     if config.checkpoint.best_metric and not (config.data.val_split and config.eval.every):
         raise UserError(f"checkpoint.best_metric={config.checkpoint.best_metric!r} needs data.val_split and eval.every")
     if not -1 <= config.eval.attention_block < config.model.depth:

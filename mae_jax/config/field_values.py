@@ -22,6 +22,7 @@ CHOICES: dict[str, Collection[str]] = {  # and those of `config.choices`
     "model.positions": ("fixed", "learned", "random"),
     "model.drop_path_rates": ("linear", "constant"),
     "model.init": ("xavier", "normal"),
+    "checkpoint.best_mode": ("auto", "min", "max"),
     "model.remat": ("none", "full", "dots"),
     "mesh.zero": ("auto", "on", "off"),
     "mesh.reduce": ("float32", "bfloat16"),
@@ -38,7 +39,8 @@ BELOW_ONE = ("optim.betas", "optim.ema", "optim.momentum", "model.drop_path")
 EXAMPLES = {"plugins": ("package.module",), "eval.sets": ("imagenet_v2",), "log.sinks": ("tensorboard",),
             "data.mix": ("3:/data/a", "1:/data/b"), "model.auto": ("width", "heads")}
 LARGEST = {"seed": 2**63 - 1, "eval.max_examples": 2**31}  # where a number may have more than 31 bits
-DURATIONS = ("train.duration", "optim.warmup", "checkpoint.every", "checkpoint.keep_every", "eval.every", "log.every")
+DURATIONS = ("train.duration", "train.patience", "optim.warmup", "checkpoint.every", "checkpoint.keep_every",
+             "eval.every", "log.every")
 
 
 def check_types(values: dict[str, Any], defaults: dict[str, Any]) -> None:

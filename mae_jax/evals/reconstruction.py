@@ -11,11 +11,10 @@ from jax.experimental.multihost_utils import process_allgather
 from mae_jax.evals.base import Evaluation
 from mae_jax.evals.context import Context
 from mae_jax.evals.image_grid import paired, tile
-from mae_jax.methods.base import Batch, Method
+from mae_jax.methods.base import GRAY, Batch, Method
 from mae_jax.methods.mixedae import MixedAE
 from mae_jax.ops.patches import denormalize
 
-GRAY = 127  # of a patch that the model does not see
 RATIOS = (0.25, 0.5, 0.75, 0.9)  # of the picture at several masking ratios
 CAPTIONS = ("input", "visible", "prediction") * 2
 

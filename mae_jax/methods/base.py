@@ -24,6 +24,7 @@ Params = dict[str, Any]
 Extras = dict[str, Any]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name → (sum, weight)
 Task = Literal["pretraining", "classification", "segmentation"]
+GRAY = 127  # of a patch that a figure does not show
 
 
 def pool(tokens: jax.Array, how: str) -> jax.Array:
@@ -221,6 +222,46 @@ class Method:
     def after_update(self, params: Params, extras: Extras, step: jax.Array) -> Extras:
         """Returns the extras after an accepted update; an EMA teacher lives here."""
         return extras
+
+    def device_augmented(self, batch: Batch, key: jax.Array) -> jax.Array | None:
+        """Returns normalised pixels, float32 [B, N, P], as `loss` trains on them, where it changes images; else None.
+
+        Args: as of `loss`.
+        """
+        return None
+
+    def input_images(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns what training makes of images, for figures: caption → uint8 [B, height, width, 3], masks in gray.
+
+        Args:
+          batch: of training, on the host: whole groups of rows. `augmented`, where there is one, is what the device
+            makes of `patches`, likewise uint8.
+        """
+        views = [(view, n) for view in self.views() for n in range(len(view.colors))]
+        if views:
+            return {f"{view.name} view {n + 1}": PatchGrid(*view.order.grid, *self.grid.patch).unpatchify(
+                batch[f"{view.name}/patches"][:, n], batch[f"{view.name}/order"][:, n]) for view, n in views}
+        drawn, masked = self.patch_order(), np.arange(batch["order"].shape[1])
+        masked = masked >= len(masked) - drawn.num_masked
+        images = {"input": self.only(batch, True)}
+        if "augmented" in batch:
+            images["augmented"] = self.only({**batch, "patches": batch["augmented"]}, True)
+        if masked.any():
+            images["visible"] = self.only(batch, ~masked)
+        if "blocks" in batch:
+            places = batch["blocks"].reshape(len(batch["blocks"]), -1)
+            images["asked for"] = self.only(batch, (places[..., None] == np.arange(len(masked))).any(1))
+        return images
+
+    def only(self, batch: dict[str, np.ndarray], shown: np.ndarray | bool) -> np.ndarray:
+        """Returns images uint8 [B, height, width, 3] of a batch on the host.
+
+        Args:
+          batch: `patches` and `order`.
+          shown: bool, to broadcast to [B, N]: of which patches, in their order; the others are gray.
+        """
+        shown = np.broadcast_to(shown, batch["order"].shape)[..., None]
+        return self.grid.unpatchify(np.where(shown, batch["patches"], np.uint8(GRAY)), batch["order"])
 
     def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1) -> jax.Array:
         """Returns tokens [B, 1 + N, D] of whole, unmasked images, class token first, patches in the batch's order."""

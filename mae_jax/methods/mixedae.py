@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.data.info import DataInfo, DataNeeds
@@ -121,6 +122,12 @@ class MixedAE(MAE):
     def unmixed(self, tokens: jax.Array) -> jax.Array:
         """Returns each image's own tokens [B, N / G, D] of mixed ones [B / G, 1 + N, D]; the class token goes."""
         return tokens[:, -self.patches :].reshape(-1, self.num_visible, tokens.shape[-1])
+
+    def input_images(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """See `Method.input_images`; each image stands above the mix that it is in, with full mixing the first one."""
+        mixes = self.grid.unpatchify(*(np.asarray(self.mixed(batch[name])) for name in ("patches", "order")))
+        share = self.only(batch, np.arange(self.patches) < self.num_visible)
+        return {"input": self.only(batch, True), "its share": share, "mix": np.repeat(mixes, self.group, 0)}
 
     def segments(self, params: Params) -> jax.Array | None:
         """Returns what is added to the tokens of a mix, [N, D]: an embedding for each image of the group."""

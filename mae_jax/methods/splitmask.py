@@ -82,6 +82,11 @@ class SplitMask(Method):
         both = jnp.stack([jnp.concatenate([a, b, rest], 1), jnp.concatenate([b, a, rest], 1)], 1)
         return both.reshape(2 * len(values), *values.shape[1:])
 
+    def input_images(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        places = np.arange(self.patches)
+        return {"input": self.only(batch, True), "half A": self.only(batch, places < self.half),
+                "half B": self.only(batch, (places >= self.half) & (places < 2 * self.half))}
+
     def predict(self, params: Params, batch: Batch,
                 drop_path_mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """Returns what each half makes of the rest of its image.

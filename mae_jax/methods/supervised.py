@@ -185,6 +185,11 @@ class Supervised(Method):
             pixels, targets = mixup.mix(pixels, kept), mixup.mix(targets, share)
         return pixels, targets
 
+    def device_augmented(self, batch: Batch, key: jax.Array) -> jax.Array | None:
+        m = self.config.method
+        erase_key, mix_key, _ = jax.random.split(key, 3)  # as `training_logits` does
+        return self.augmented(batch, erase_key, mix_key)[0] if m.erase or m.mixup or m.cutmix else None
+
     def forward_flops(self) -> int:
         m, patches = self.config.model, self.grid.num_patches
         embed = 2 * patches * self.grid.patch_dim * m.width

@@ -11,6 +11,7 @@ from mae_jax import plugins
 SINKS = {  # name → module:class
     "pictures": "mae_jax.storage.png_files:PngFiles",
     "tensorboard": "mae_jax.storage.tensorboard:TensorBoard",
+    "wandb": "mae_jax.storage.weights_and_biases:WeightsAndBiases",
 }
 LOOP_RETRY_SECONDS = 5.0  # seconds in which a failing bucket is tried again while the loop waits
 
@@ -34,6 +35,9 @@ class Sink:
           restored_step: of the checkpoint that the run goes on from, 0 of a new one: later steps come again. Infinite
             where a finished or running workdir is evaluated: no step does.
         """
+
+    def write_config(self, fields: dict[str, bool | int | float | str]) -> None:
+        """Writes dotted config field → value, a tuple as its text; called at each start of a run, after `open`."""
 
     def write_scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes name → number of a step, which may be NaN; more of the same step may follow."""

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
+from mae_jax import param_tree
 from mae_jax.errors import UserError, pluralize
 from mae_jax.runtime import bounded_json
 from mae_jax.storage import metric_sinks, tail, workdir_lock
@@ -186,6 +188,12 @@ class MetricWriter:
     def has(self, step: int, name: str) -> bool:
         """Says whether metrics.jsonl held the metric at the step when the run began, as process 0 alone knows."""
         return self.jsonl is not None and (step, name) in self.jsonl.seen
+
+    def write_config(self, config: ConfigDict) -> None:
+        """Tells the sinks the fields of a run's config."""
+        fields = {name: value if isinstance(value, bool | int | float | str) else str(tuple(value))
+                  for name, value in param_tree.flat(config).items()}
+        self._each(lambda sink: sink.write_config(fields))
 
     def write_scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes name → number; JSON has no NaN, so a number that is not finite is written as null."""

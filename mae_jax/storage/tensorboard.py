@@ -30,6 +30,9 @@ class TensorBoard(Sink):
 
         self.writer = metric_writers.SummaryWriter(str(folder))
 
+    def write_config(self, fields: dict[str, bool | int | float | str]) -> None:
+        self.writer.write_hparams(fields)
+
     def write_scalars(self, step: int, values: dict[str, float]) -> None:
         self.writer.write_scalars(step, values)
 
@@ -55,6 +58,16 @@ class Events:
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
         self._records = RecordWriter((folder / name).open("wb"))
         self._write(file_version="brain.Event:2")
+
+    def write_hparams(self, fields: dict[str, Any]) -> None:
+        """Writes name → value for the tab HPARAMS.
+
+        No Experiment, which would list fields and metrics: TensorBoard takes the first that it finds for all runs it
+        shows, and those of others would be missing. Without one it lists what any of them has.
+        """
+        from tensorboard.plugins.hparams import summary_v2
+
+        self._write(summary=summary_v2.hparams_pb(fields))
 
     def write_scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes name → number."""

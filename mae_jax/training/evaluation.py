@@ -19,28 +19,51 @@ from mae_jax.storage import paths
 from mae_jax.storage.checkpoint import Checkpoints
 from mae_jax.storage.file_kinds import unreadable
 from mae_jax.storage.metric_writer import MetricWriter
+from mae_jax.training.ending import EarlyEnd
 from mae_jax.training.run import Run
 
 logger = logging.getLogger(__name__)
+LOWER = re.compile(r"loss$")
+HIGHER = re.compile(r"(top\d+|mean_per_class|map|map_all|iou|accuracy|rankme)$")
 OF_EXPERTS = re.compile(r"/block_\d+/")  # figures of single experts, eval/share/block_09/3, are not printed
 
 
+def known_mode(metric: str) -> str:
+    """Returns which value of a figure is the best, 'max' or 'min'; raises UserError where its name does not say."""
+    for mode, pattern in (("min", LOWER), ("max", HIGHER)):
+        if pattern.search(metric):
+            return mode
+    raise UserError(f"checkpoint.best_metric={metric!r}: it is not known which of its values is the best; say "
+                    "checkpoint.best_mode=max or min")
+
+
 class BestCheckpoint:
-    """The checkpoint that was best by a figure of the validation part, under <workdir>/best."""
+    """The checkpoint that was best by a figure of the validation part, under <workdir>/best.
 
-    def __init__(self, folder: epath.Path, metric: str, **how: float):
-        self.metric, self.file = metric, folder / "best" / "score.json"
-        self.of = {"metric": metric, **how}  # a score that was measured otherwise is none to compare with
+    Attributes:
+      score: of the best one, the higher the better: of what is best when low, it is less than 0; -inf before the first.
+      step: at which that was measured.
+    """
+
+    def __init__(self, folder: epath.Path, metric: str, mode: str = "auto", **how: float):
+        """Args: metric, mode: of the config's group `checkpoint`; how: it is measured."""
+        self.metric, self.file = metric.removeprefix("val/"), folder / "best" / "score.json"
+        self.sign = {"max": 1, "min": -1}[known_mode(self.metric) if mode == "auto" else mode]
+        # A score that was measured otherwise is none to compare with.
+        self.of = {"metric": self.metric, **({} if mode == "auto" else {"mode": mode}), **how}
         self.checkpoints = Checkpoints(folder / "best", keep_last=1)
-        self.score = peers.broadcast(self._read())
+        self.score, self.step = peers.broadcast(self._read())
+        self.unwritten = ""
 
-    def _read(self) -> float:
-        content = paths.read_bytes(self.file)
+    def _read(self) -> tuple[float, int]:
+        content, none = paths.read_bytes(self.file), (float("-inf"), 0)
         if content is None:
-            return float("-inf")
+            return none
         try:
             stored = bounded_json.parse_object(content)
-            return float(stored["score"]) if all(stored.get(k) == v for k, v in self.of.items()) else float("-inf")
+            score, step = float(stored["score"]), int(stored.get("step", 0))
+            same = all(stored.get(key) == value for key, value in {"mode": None, **self.of}.items())
+            return (score, step) if same else none
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{unreadable(self.file, content, error)}; without it the next one counts as best"
                             ) from None
@@ -48,20 +71,20 @@ class BestCheckpoint:
     def update(self, done: int, state: TrainState, figures: Figures) -> None:
         """Keeps the state of step `done` if it is better than all before; of a loss, the lowest is the best."""
         if f"val/{self.metric}" not in figures:
-            raise UserError(f"checkpoint.best_metric={self.metric!r}: the validation part has no labelled pictures")
-        score = figures[f"val/{self.metric}"] * (-1 if self.metric.endswith("loss") else 1)
-        if not score > self.score:  # nor where it is not a number
-            return
-        self.checkpoints.save(done, state)
-        self.checkpoints.wait()
-        if self.checkpoints.failed:
-            return
-        self.score = score
-        if jax.process_index() == 0:
-            text = json.dumps({"step": done, **self.of, "score": score})
+            raise UserError(f"checkpoint.best_metric={self.metric!r}: there is no such figure of the validation part: "
+                            "perhaps it has no picture, or none with a label")
+        score = figures[f"val/{self.metric}"] * self.sign
+        if score > self.score:  # which it is not where it is not a number
+            self.checkpoints.save(done, state)
+            self.checkpoints.wait()
+            if not self.checkpoints.failed:
+                self.score, self.step = score, done
+                self.unwritten = json.dumps({"step": done, **self.of, "score": score})
+        if self.unwritten and jax.process_index() == 0:
             try:
-                paths.replace_text(self.file, text + "\n")
-            except OSError as error:  # a later start then compares with the score before
+                paths.replace_text(self.file, self.unwritten + "\n")
+                self.unwritten = ""
+            except OSError as error:  # tried again at the next evaluation; a start before compares with the one before
                 logger.warning("cannot write %s: %s", self.file, error)
 
 
@@ -72,22 +95,27 @@ def check(run: Run) -> Evaluator:
       UserError: before the first step, for what evaluations, perhaps at the end only, cannot give; or the run goes on
         without one that it had: its figures would be lost for good, and nobody reads the log of a job that goes on.
     """
-    config, best = run.config, run.config.checkpoint.best_metric
+    config, best = run.config, run.config.checkpoint.best_metric.removeprefix("val/")
     for text in missing():
         raise UserError(f"{run.workdir}: the evaluation {text}; install the package, or take it out of 'plugins' in "
                         "config.json, and the run goes on without")
     evaluator = Evaluator(run.program.method, run.inputs, run.program.mesh)
     if best:
+        if best.startswith("eval/"):
+            raise UserError(f"checkpoint.best_metric={best!r}: checkpoints are chosen by data.val_split, not by what "
+                            f"is reported at the end; did you mean {'val/' + best.removeprefix('eval/')!r}?")
         names = [name for name in evaluator.metric_names(run.program.state) if not OF_EXPERTS.search(name)]
         if best not in names:
             why = "" if run.inputs.classes else ": the pictures have no classes"
             raise UserError(f"checkpoint.best_metric={best!r} is not evaluated{why}; {did_you_mean(best, names)}")
+        if config.checkpoint.best_mode == "auto":
+            known_mode(best)
         of_labels = [name for each in evaluator.applying if isinstance(each, Probe)
                      for name in each.metric_names(evaluator.method, run.inputs)]
         val = run.inputs.parts.get(config.data.val_split)
         if best in of_labels and val and not labels.labeled(val):
             raise UserError(f"checkpoint.best_metric={best!r}: data.val_split={config.data.val_split!r} has no picture "
-                            "with a label; choose by 'loss', or take a part that has labels")
+                            "with a label; choose by 'loss' or 'rankme', or take a part that has labels")
     for name in config.eval.sets if config.data.eval_split and config.eval.test else ():
         run.inputs.extra(name)
     return evaluator
@@ -106,8 +134,8 @@ class PeriodicEvaluation:
         self.part = "val" if config.data.val_split else "eval" if self.reports else ""
         self.every = run.timeline.eval_every if self.part else 0
         how = {"max_examples": config.eval.max_examples, "crop_ratio": config.eval.crop_ratio[0]}
-        by = config.checkpoint.best_metric
-        self.best = BestCheckpoint(run.workdir, by, **how) if by else None
+        by, mode = config.checkpoint.best_metric, config.checkpoint.best_mode
+        self.best = BestCheckpoint(run.workdir, by, mode, **how) if by else None
 
     def is_due(self, done: int) -> bool:
         """Says whether the state of step `done` is to be evaluated; the first one, where others come before the last.
@@ -115,9 +143,23 @@ class PeriodicEvaluation:
         total = self.run.timeline.total
         return self.every > 0 and (done == total or (done % self.every == 0 and self.every < total))
 
+    def ends_early(self, done: int) -> EarlyEnd | None:
+        """Returns why the run ends at step `done`, at which it is evaluated: nothing got better for train.patience.
+
+        A function of score.json, which is written before the evaluation is on record: the same after a restart.
+        """
+        patience, best = self.run.timeline.patience, self.best
+        if not (patience and best and best.score > float("-inf") and self.is_due(done)):
+            return None
+        return EarlyEnd(f"val/{best.metric}", best.step) if done - best.step >= patience else None
+
+    def is_last(self, done: int) -> bool:
+        """Says whether what is reported of a run is reported after step `done`."""
+        return done == self.run.timeline.total or self.ends_early(done) is not None
+
     def is_overdue(self, done: int) -> bool:
         """Says whether that evaluation was due and is not on record, on all processes alike."""
-        part = "eval" if done == self.run.timeline.total and self.reports else self.part
+        part = "eval" if self.is_last(done) and self.reports else self.part
         return self.is_due(done) and not peers.broadcast(self.recorder.has(done, f"{part}/loss"))
 
     def evaluate(self, state: TrainState, done: int) -> None:
@@ -127,8 +169,10 @@ class PeriodicEvaluation:
         figures |= self.evaluator.first_evaluations(state, self.part) if done == 0 else {}
         if self.best:
             self.best.update(done, state, figures)
-        if done == self.run.timeline.total:
+        if self.is_last(done):
             figures |= self.final_metrics(state, {} if self.part == "val" else figures)
+        if early := self.ends_early(done):
+            figures["val/best_step"] = early.best_step
         self.write(state, done, figures, began)
 
     def final_metrics(self, state: TrainState, known: Figures) -> Figures:

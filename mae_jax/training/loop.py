@@ -20,7 +20,7 @@ from mae_jax.state import TrainState
 from mae_jax.storage import disk, metric_sinks, paths, step_dirs, workdir_lock
 from mae_jax.storage.checkpoint import Checkpoints
 from mae_jax.storage.metric_writer import MetricWriter
-from mae_jax.training import evaluation, optim, warm_start, workdir
+from mae_jax.training import ending, evaluation, first_batch, optim, warm_start, workdir
 from mae_jax.training.evaluation import PeriodicEvaluation
 from mae_jax.training.run import (
     Run,
@@ -60,15 +60,26 @@ def train_as_guest(config: ConfigDict, folder: str) -> None:
 
 def _train(config: ConfigDict, folder: str, stopper: Stopper, stall_seconds: float, ends_process: bool = True) -> int:
     run = open_run(config, folder)
-    finished = peers.broadcast(workdir.finished(run.workdir))
-    if finished >= run.timeline.total:
-        print_once(f"{run.workdir} is finished: step {finished} of {run.timeline.total}; a longer train.duration "
-                   "goes on")
+    if why := peers.broadcast(_why_finished(run)):
+        print_once(f"{run.workdir} is finished: {why}")
         return errors.FINISHED
     watchdog = Watchdog(stall_seconds, run.workdir)
     compiled, held = compiled_programs(config, run.workdir), workdir_lock.hold(run.workdir, ends_process)
     with held, jax.set_mesh(run.program.mesh), compiled, watchdog:
         return resume(run, stopper, watchdog)
+
+
+def _why_finished(run: Run) -> str:
+    """Returns why a run has nothing left to do, as its DONE says, and what goes on; '' where it goes on."""
+    finished, early = ending.finished(run.workdir), ending.early_end(run.workdir)
+    at = f"step {finished} of {run.timeline.total}"
+    if finished >= run.timeline.total:
+        return f"{at}; a longer train.duration goes on"
+    best, patience = run.config.checkpoint.best_metric.removeprefix("val/"), run.timeline.patience
+    if early and patience and early.metric == f"val/{best}" and finished - early.best_step >= patience:
+        return (f"{at}, early: {early}, train.patience={run.config.train.patience!r}; a longer train.patience, or '', "
+                "goes on")
+    return ""
 
 
 def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
@@ -80,7 +91,7 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
     state = checkpoints.restore(run.program.state)
     watchdog.watch("")
     if state is None:
-        if finished := peers.broadcast(workdir.finished(folder)):
+        if finished := peers.broadcast(ending.finished(folder)):
             raise UserError(f"{folder} is of a run that finished {finished} steps, and has no checkpoint to go on "
                             "from; bring its folder checkpoints back, or use another --workdir")
         state = initial_state(run)
@@ -95,8 +106,9 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
     _check_room(run)
     # Not before all that a mistake can break has worked.
     workdir.record(folder, config, run.inputs, evaluator.names_applying)
-    done, first = int(state.step), jax.process_index() == 0
-    recorder = MetricWriter(folder, done, metric_sinks.names(config.log), first, since=done)
+    step, first = int(state.step), jax.process_index() == 0
+    recorder = MetricWriter(folder, step, metric_sinks.names(config.log), first, since=step)
+    recorder.write_config(config)
     try:
         periodic = PeriodicEvaluation(run, evaluator, recorder)
         code = loop(run, state, checkpoints, periodic, stopper, watchdog)
@@ -181,6 +193,8 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, periodic: Period
         periodic.evaluate(state, start)
         watchdog.watch("")
         startup_timer.done("evaluation")
+    if periodic.ends_early(start):  # it was stopped before it could say so, or has less patience now
+        return finish(run, checkpoints, state, start, periodic.ends_early(start))
     run.program.compile()
     startup_timer.done("compile")
     batches = device_batches(run, start)
@@ -198,6 +212,8 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, periodic: Period
             jax.block_until_ready(metrics)
             startup_timer.done("first step")
             logger.info("time to first step %s", startup_timer.summary())
+            if done == 1 and (drawn := first_batch.figure(run, batch)) is not None:
+                periodic.recorder.write_image(0, "inputs", drawn)
             log.speed.start()
         stop = stopper.should_stop(done)
         look = periodic.is_due(done)
@@ -224,6 +240,8 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, periodic: Period
                 stopper.mark_saved()
             watchdog.watch(f"the evaluation at step {done}")
             periodic.evaluate(state, done)
+            if early := periodic.ends_early(done):
+                return finish(run, checkpoints, state, done, early)
             log.speed.start()
     return finish(run, checkpoints, state, total)
 
@@ -233,24 +251,26 @@ def _keep_config(run: Run, periodic: PeriodicEvaluation) -> None:
         workdir.keep(run.workdir, run.config, run.inputs, periodic.evaluator.names_applying)
 
 
-def finish(run: Run, checkpoints: Checkpoints, state: TrainState, done: int) -> int:
+def finish(run: Run, checkpoints: Checkpoints, state: TrainState, step: int,
+           early: ending.EarlyEnd | None = None) -> int:
     """Waits for the last save, tries it again if it failed, and says how the run ended. Returns the exit code."""
     checkpoints.wait()
     if checkpoints.failed:  # perhaps by what was over a moment later, and no other save comes
-        checkpoints.save(done, state)
+        checkpoints.save(step, state)
         checkpoints.wait()
     if checkpoints.failed:
-        raise UserError(f"the state of step {done} could not be saved: {checkpoints.failed}; mend that and run the "
+        raise UserError(f"the state of step {step} could not be saved: {checkpoints.failed}; mend that and run the "
                         f"same command: it goes on from step {checkpoints.latest() or 0}")
-    if done < run.timeline.total:
-        print_once(f"stopped at step {done} of {run.timeline.total}, state saved; the same command goes on")
+    if step < run.timeline.total and not early:
+        print_once(f"stopped at step {step} of {run.timeline.total}, state saved; the same command goes on")
         return errors.STOPPED
     workdir_lock.wait_until_verified()
     if jax.process_index() == 0:
         if why := workdir_lock.why_unwritable():
             raise UserError(f"the end of the run is not on record: {why}")
-        paths.replace_text(run.workdir / "DONE", f"{done}\n")
-    print_once(f"finished {done} steps; {run.workdir}")
+        ending.mark(run.workdir, step, early)
+    why = f" of {run.timeline.total}, early: {early}, train.patience={run.config.train.patience!r}" if early else ""
+    print_once(f"finished {step} steps{why}; {run.workdir}")
     return errors.FINISHED
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind besides checkpoints: config.json, DONE, and the check of a resumed config."""
+"""What a run leaves behind besides checkpoints: config.json, and the check of a resumed config."""
 
 import contextlib
 import fnmatch
@@ -27,14 +27,13 @@ from mae_jax.storage.paths import locate, make_folder, read_bytes, replace_text
 logger = logging.getLogger(__name__)
 
 # What a resumed run may change: it alters how a run is watched, placed or ended, never what was trained so far.
-MAY_CHANGE = ("train.duration", "mesh.*", "eval.*", "checkpoint.*", "log.*", "guard.max_*",
+MAY_CHANGE = ("train.duration", "train.patience", "mesh.*", "eval.*", "checkpoint.*", "log.*", "guard.max_*",
               "guard.stall_seconds", "data.threads", "data.workers", "data.prefetch", "train.compilation_cache",
               "model.scan", "model.remat", "plugins", "method.clusters")  # whose content is compared
 # And what it may change where the data are the same by their names and by samples of their content.
 MAY_MOVE = ("data.path", "data.layout", "data.mask_key", "data.tokens")
 MAX_LISTED_CLASSES = 10  # classes that a message names
 ARCHIVED = "$Format:%H$"  # `git archive` writes the commit here, as .gitattributes asks
-MAX_STEP_DIGITS = 18  # of a step's number: what 64 bits hold
 DAMAGED = (ValueError, KeyError, AttributeError, TypeError)  # what the content of a damaged file raises
 PACKAGES = ("mae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
 OTHER_NAMES = {  # under which the same package is distributed
@@ -205,17 +204,6 @@ def _used(config: ConfigDict, **others: Iterable[str]) -> dict[str, dict[str, st
     return plugins.used({"methods": [config.method.name], "sources": [config.data.source],
                          "optimizers": [config.optim.name], "color_policies": [config.data.color],
                          "metric_sinks": metric_sinks.names(config.log), **others})
-
-
-def finished(workdir: epath.Path) -> int:
-    """Returns the step that DONE names, 0 where the run has not finished; raises UserError for a number of no step."""
-    text = (read_bytes(workdir / "DONE") or b"").strip()
-    if not text.isdigit():
-        return 0
-    if len(text) > MAX_STEP_DIGITS:
-        raise UserError(f"{workdir / 'DONE'} holds a number of {len(text)} digits, which is no step; remove the file, "
-                        "and the run goes on from its newest checkpoint")
-    return int(text)
 
 
 def read_config(workdir: epath.Path) -> ConfigDict:

@@ -16,7 +16,7 @@ from mae_jax.errors import UserError, did_you_mean
 from mae_jax.param_tree import flat
 from mae_jax.runtime import sharding
 from mae_jax.storage import paths
-from mae_jax.training import workdir
+from mae_jax.training import ending, workdir
 from tests.helpers.tiny import tiny_config
 
 RECIPES = sorted(Path("configs").glob("*.py"))
@@ -254,7 +254,7 @@ def test_replacing_a_file_on_a_full_disk_keeps_the_old_one(tmp_path, monkeypatch
 def test_done_names_the_last_step_and_a_damaged_one_is_none(tmp_path, text, step):
     if text is not None:
         (tmp_path / "DONE").write_bytes(text)
-    assert workdir.finished(epath.Path(tmp_path)) == step
+    assert ending.finished(epath.Path(tmp_path)) == step
 
 
 def test_the_table_of_sizes_is_that_of_the_papers():

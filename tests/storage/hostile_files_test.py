@@ -17,7 +17,7 @@ from mae_jax.runtime import bounded_json
 from mae_jax.storage import checksum, file_kinds, metric_writer, safetensors_file, step_dirs
 from mae_jax.storage.checkpoint import load_params
 from mae_jax.storage.metric_writer import JsonLines
-from mae_jax.training import workdir
+from mae_jax.training import ending, workdir
 from mae_jax.training.evaluation import BestCheckpoint
 from tests.helpers.tiny import tiny_config
 
@@ -141,9 +141,9 @@ def test_names_that_share_their_beginning_make_a_tree():
 def test_a_number_in_done_that_is_no_step_is_one_line(tmp_path, text, line):
     (tmp_path / "DONE").write_bytes(text)
     if line:
-        refused(lambda: workdir.finished(epath.Path(tmp_path)), line)
+        refused(lambda: ending.finished(epath.Path(tmp_path)), line)
     else:
-        assert workdir.finished(epath.Path(tmp_path)) == (int(text) if text.isdigit() else 0)
+        assert ending.finished(epath.Path(tmp_path)) == (int(text) if text.isdigit() else 0)
 
 
 def test_a_folder_whose_name_is_too_large_for_a_step_is_no_checkpoint(tmp_path):

@@ -435,3 +435,33 @@ def test_where_blocks_end_makes_no_difference(path, monkeypatch, block):
     seen = JsonLines(path, 60, since=60).seen
     assert path.read_text() == "".join(line + "\n" for line in whole.splitlines() if json.loads(line)["step"] <= 60)
     assert {step for step, _ in seen} >= {60}
+
+
+def test_tensorboard_shows_a_runs_fields_and_metrics_in_its_tab_of_hyper_parameters(tmp_path):
+    from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+    from tensorboard.context import RequestContext
+    from tensorboard.plugins import base_plugin
+    from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
+
+    for name, rate, loss in (("one", 0.05, 0.5), ("two", 0.5, 0.25)):
+        writer = MetricWriter(epath.Path(tmp_path) / name, 0, ("tensorboard",))
+        writer.write_config(tiny_config({"optim.lr": rate}))
+        writer.write_scalars(3, {"eval/loss": loss})
+        writer.close()
+    files = plugin_event_multiplexer.EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+    files.Reload()
+    about = base_plugin.TBContext(logdir=str(tmp_path), multiplexer=files,
+                                  data_provider=data_provider.MultiplexerDataProvider(files, str(tmp_path)))
+    context, request = backend_context.Context(about), RequestContext()
+    found = context.hparams_metadata(request, "")
+    experiment = context.experiment_from_metadata(request, "", True, found, [])
+    fields = {info.name: info for info in experiment.hparam_infos}
+    assert fields["optim.lr"].differs
+    assert not fields["seed"].differs
+    assert fields["method.name"].domain_discrete.values[0].string_value == "mae"
+    assert [info.name.tag for info in experiment.metric_infos] == ["eval/loss"]
+    asked = api_pb2.ListSessionGroupsRequest(start_index=0, slice_size=9, allowed_statuses=[
+        api_pb2.STATUS_UNKNOWN, api_pb2.STATUS_RUNNING], include_metrics=True)
+    groups = list_session_groups.Handler(request, context, "", asked).run().session_groups
+    shown = {group.hparams["optim.lr"].number_value: group.metric_values[0].value for group in groups}
+    assert shown == {0.05: 0.5, 0.5: 0.25}

@@ -10,6 +10,7 @@ data.path=DIR. Every picture is decoded in full; broken ones are listed by name,
 is said of copies means the same bytes: a picture that was saved anew is another one.
 """
 
+import io
 import os
 from typing import TYPE_CHECKING
 
@@ -20,14 +21,14 @@ from ml_collections import ConfigDict
 from mae_jax import errors
 from mae_jax.commands import cli
 from mae_jax.commands.inspect import report as inspect_report
-from mae_jax.commands.inspect.grid import save_grid
 from mae_jax.commands.inspect.speed import speed_lines
 from mae_jax.errors import UserError, printable
 from mae_jax.runtime.memory import peak_memory
 from mae_jax.storage import paths
 
 if TYPE_CHECKING:
-    from mae_jax.data import OpenedData
+    from mae_jax.data import Batch, Inputs, OpenedData
+    from mae_jax.methods.base import Method
 
 REQUIRED = ("config",)
 CONFIG = cli.define_config()
@@ -75,13 +76,28 @@ def main() -> int:
         report(opened.config, to)
     try:
         print("\n".join(speed_lines(config, opened, method, inputs, WANTED.value)), flush=True)
-        save_grid(next(inputs.train(0)), method, opened, to)
+        save_grid(next(inputs.train(0)), method, inputs, to)
     except UserError as error:  # of the data, named above: what can be looked at has been
         print(f"no speed and no pictures, and training would stop: {error}")
         return errors.FINISHED
     print(f"peak host memory {peak_memory() / 2**20:.0f} MiB; the first pictures of the run, as the model sees them: "
           f"{to}")
     return errors.FINISHED
+
+
+def save_grid(batch: "Batch", method: "Method", inputs: "Inputs", path: epath.Path) -> None:
+    """Writes the first images of a batch as a PNG: as the encoder sees them, what they are called, and their classes.
+    """
+    from PIL import Image
+
+    from mae_jax.evals import input_grid
+
+    part, most = inputs.parts.get(method.config.data.train_split), input_grid.GRID_SIDE**2
+    captions = [input_grid.caption(batch, i, inputs.classes, part) for i in range(min(most, len(batch["id"])))]
+    content = io.BytesIO()
+    Image.fromarray(input_grid.drawn(method, batch, captions, "")).save(content, "PNG")
+    paths.make_folder(path.parent)
+    paths.replace_bytes(path, content.getvalue())
 
 
 def warn_of_labels(opened: "OpenedData") -> None:

@@ -13,11 +13,12 @@ from PIL import Image, ImageFont
 
 from mae_jax import config as configs
 from mae_jax import data
-from mae_jax.commands.inspect import grid, speed
+from mae_jax.commands.inspect import speed
 from mae_jax.data import writers
 from mae_jax.data.decode import decode
 from mae_jax.data.sources import base, registry
 from mae_jax.errors import UserError
+from mae_jax.evals import input_grid
 from tests.helpers.records import describe, harm, write_shards
 from tests.helpers.tiny import tiny_method
 
@@ -135,20 +136,21 @@ def test_an_image_of_the_grid_is_called_as_its_file_and_by_its_class(tmp_path):
     batch = next(opened.batches(method.batch_spec(), method.patch_order()).train(0))
     for row, number in enumerate(batch["id"]):
         name = opened.train.name(int(number))
-        assert grid.caption(batch, row, opened) == (name, name[0] if batch["valid"][row] else "cannot be read")
+        about = name[0] if batch["valid"][row] else "cannot be read"
+        assert input_grid.caption(batch, row, opened.info.classes, opened.train) == (name, about)
     several = {"id": np.array([3]), "valid": np.ones(1), "labels": np.array([[1, 1]], np.uint8)}
-    assert grid.caption(several, 0, opened)[1] == "a, b"
+    assert input_grid.caption(several, 0, opened.info.classes)[1] == "a, b"
     unlabeled = {"id": np.array([3]), "valid": np.ones(1), "label": np.array([-1])}
-    assert grid.caption(unlabeled, 0, opened)[1] == ""
+    assert input_grid.caption(unlabeled, 0, opened.info.classes)[1] == ""
 
 
 def test_a_caption_that_is_too_long_keeps_its_end():
-    font = ImageFont.load_default(grid.TEXT)
-    text = grid._fitting("a_long_folder/" * 9 + "17.jpg", 100, font)
+    font = ImageFont.load_default(input_grid.TEXT)
+    text = input_grid.fitting("a_long_folder/" * 9 + "17.jpg", 100, font)
     assert text.startswith("...")
     assert text.endswith("/17.jpg")
     assert 80 < font.getlength(text) <= 100
-    assert grid._fitting("17.jpg", 100, font) == "17.jpg"
+    assert input_grid.fitting("17.jpg", 100, font) == "17.jpg"
 
 
 @pytest.mark.parametrize(("each", "says"), [

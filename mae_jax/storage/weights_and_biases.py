@@ -1,0 +1,81 @@
+"""Weights & Biases, where the extra `wandb` is installed: the run by one id, whatever the restarts."""
+
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from mae_jax.runtime import bounded_json, threads
+from mae_jax.storage.metric_sinks import Sink
+from mae_jax.storage.paths import make_folder, read_bytes, replace_text
+
+CLOSE_SECONDS = 120.0  # that the end of a run waits for what has not been sent
+OFFLINE = ("offline", "dryrun", "disabled")
+STEP = "step"  # the x-axis of all metrics: a run that goes on from a checkpoint repeats steps, which W&B's own cannot
+
+
+def _ending_nothing(action: Callable[[], Any]) -> Any:
+    """Returns what an action of the package does; where it would end the process, an error."""
+    try:
+        return action()
+    except SystemExit as error:
+        raise RuntimeError(f"it would end the process ({error})") from None
+
+
+class WeightsAndBiases(Sink):
+    """A run of W&B. Its own environment variables (WANDB_PROJECT, WANDB_MODE=offline, ...) say where it goes."""
+
+    what = "Weights & Biases"
+    wandb: Any
+    run: Any
+
+    def open(self, workdir: epath.Path, restored_step: float) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise RuntimeError(f"{error}; pip install 'mae_jax[wandb]'") from None
+        if os.environ.get("WANDB_MODE", "online") not in OFFLINE and not wandb.login(prompt=False):
+            # `init` would ask for one, and wait.
+            raise RuntimeError("there is no API key: run 'wandb login', or set WANDB_MODE=offline")
+        make_folder(workdir)
+        local = not str(workdir).startswith("gs://")
+        self.wandb = wandb
+        self.run = _ending_nothing(lambda: wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "mae_jax"), name=os.environ.get("WANDB_NAME", workdir.name),
+            id=_id(workdir / "wandb.json"), resume="allow", dir=str(workdir) if local else tempfile.mkdtemp(),
+            settings=wandb.Settings(console="off", init_timeout=60)))
+        self.run.define_metric("*", step_metric=STEP)
+
+    def write_config(self, fields: dict[str, bool | int | float | str]) -> None:
+        self.run.config.update(fields, allow_val_change=True)
+
+    def write_scalars(self, step: int, values: dict[str, float]) -> None:
+        _ending_nothing(lambda: self.run.log({STEP: step, **values}))
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        shown = self.wandb.Image(image, caption=f"{name}, step {step}")
+        _ending_nothing(lambda: self.run.log({STEP: step, f"figures/{name}": shown}))
+
+    def close(self) -> None:
+        ending = threads.start(self.run.finish)
+        if not threads.ends(ending, CLOSE_SECONDS):
+            raise TimeoutError(f"not all was sent in {CLOSE_SECONDS:g} s; 'wandb sync' sends the rest")
+        ending.result()
+
+
+def _id(file: epath.Path) -> str:
+    """Returns the id that a run had before, from a file in its workdir, or makes a new one and stores it."""
+    try:
+        found = bounded_json.parse_object(read_bytes(file) or b"{}").get("id")
+    except ValueError:
+        found = None
+    if isinstance(found, str) and found:
+        return found
+    new = secrets.token_hex(4)
+    replace_text(file, json.dumps({"id": new}) + "\n")
+    return new
