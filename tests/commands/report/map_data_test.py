@@ -10,6 +10,7 @@ from etils import epath
 from PIL import Image
 
 from mae_jax.commands.report import map_data, projection, thumbnails
+from mae_jax.data.sources import folder_listing
 from mae_jax.errors import UserError
 from mae_jax.inference import embedding_files
 from tests.helpers.stored import store_features, store_images
@@ -66,6 +67,7 @@ def test_an_image_that_is_gone_is_gray_and_the_others_are_found_by_name(made):
     (folder / "images" / "b" / "03.png").unlink()
     (folder / "images" / "c" / "00.png").write_bytes(b"no image")
     Image.new("RGB", (9, 9)).save(folder / "images" / "a" / "000.png")  # a newer one, before all others
+    folder_listing.files.cache_clear()  # which a process lists once
     drawn = map_data.made(epath.Path(features), 100, 0)
     shown = tiles(drawn.data)
     gray = [name for name, tile in zip(drawn.data["files"], shown, strict=True)
