@@ -81,8 +81,8 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         # Files that are read: all: JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF, HEIC; common: the first five; auto: all, but
         # in runs from before.
         "formats": "auto",
-        # Of training images: exact: as PIL and torchvision do; fast: OpenCV, not antialiased; graph: the filter of exact
-        # in TensorFlow's graph, many JPEGs at once (docs/performance.md).
+        # Of training images. exact: as PIL and torchvision do; fast: OpenCV, not antialiased; graph: exact's filter in
+        # TensorFlow's graph, many JPEGs at once (docs/performance.md).
         "resize": "exact",
         "image_key": "image",  # name of a TFRecord feature, npz array, Parquet or table column, or kind of tar member
         "label_key": "label",  # likewise; '' reads no labels

@@ -25,7 +25,8 @@ class _Filling:
 class _Makers:
     """The threads, and the batches that they are at.
 
-    They take parts of batches one by one in their order, and none beyond `ahead` batches after the one that is taken next.
+    They take parts of batches one by one in their order, and none beyond `ahead` batches after the one that is taken
+    next.
     """
 
     def __init__(self, fill: Fill, spec: Spec, parts: Sequence[range], count: int, workers: int, ahead: int):

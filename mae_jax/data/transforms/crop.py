@@ -176,7 +176,7 @@ def _simple_crop(stored: StoredImage, mask: Image.Image | None, target: tuple[in
 
 def simple_places(size: tuple[int, int], target: tuple[int, int], down: float, right: float
                   ) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
-    """Returns which rows and columns of the resized image `_simple_crop` shows, and the image's pixels per one of it."""
+    """Returns which rows and columns of the resized image `_simple_crop` shows, and its pixels' sizes in the image."""
     height, width = _covering_size(size, target)
     rows, columns = _reflected(height, target[0], down), _reflected(width, target[1], right)
     return rows, columns, (size[0] / height, size[1] / width)

@@ -2,7 +2,7 @@
 boxes, flips and orders; pixels differ by rounding. What the graph does not decode is made as exact makes it."""
 
 import logging
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -16,14 +16,11 @@ from mae_jax.data.transforms.example import ExampleBuilder, Fields, Spec
 from mae_jax.errors import UserError
 from mae_jax.rng import rng
 
+if TYPE_CHECKING:
+    from mae_jax.data.transforms import graph
+
 log = logging.getLogger(__name__)
 _EXACT = "take data.resize=exact or fast"
-
-
-class _Planned(NamedTuple):
-    example: Example
-    position: int
-    stored: StoredImage
 
 
 class GraphBuilder(ExampleBuilder):
@@ -109,7 +106,8 @@ def check(config: ConfigDict, spec: Spec, views: tuple[masking.View, ...]) -> No
         raise UserError(f"data.resize='graph' makes one view of an image, and method.name={method!r} trains on "
                         f"several; {_EXACT}")
     if "pixel_label" in spec:
-        raise UserError(f"data.resize='graph' has no masks of classes, which method.name={method!r} trains on; {_EXACT}")
+        raise UserError(f"data.resize='graph' has no masks of classes, on which method.name={method!r} trains; "
+                        f"{_EXACT}")
 
 
 def builder(config: ConfigDict, order: masking.PatchOrder, spec: Spec, views: tuple[masking.View, ...]
