@@ -29,6 +29,9 @@ class GraphBuilder(ExampleBuilder):
     def __init__(self, config: ConfigDict, order: masking.PatchOrder, spec: Spec, views: tuple[masking.View, ...] = ()):
         check(config, spec, views)
         super().__init__(config, order, spec, views)
+        from mae_jax.data.transforms import graph  # with TensorFlow, of which it says at once where it is missing
+
+        self._patches, self._job_of = graph.patches, graph.Job  # pickled, they have worker processes share the import
 
     def look_at(self, source: Source) -> None:
         """Raises UserError for images that are no encoded files; says where they are no JPEGs, by the first one."""
@@ -69,8 +72,6 @@ class GraphBuilder(ExampleBuilder):
 
     def _job(self, data: bytes, stored: StoredImage, position: int) -> "tuple[graph.Job, dict[str, np.ndarray]]":
         """Returns what the graph is told of a JPEG, and the fields of its order."""
-        from mae_jax.data.transforms import graph
-
         drawn, size = self._drawn(self._config.seed, "order", position), (stored.height, stored.width)
         axes = sampling.draw(rng(self._config.seed, "augment", position), size, self._config)
         ratio = sampling.ratio(*axes)
@@ -78,7 +79,7 @@ class GraphBuilder(ExampleBuilder):
             axes, size = tuple(axis.shrunk(ratio) for axis in axes), tuple(-(-side // ratio) for side in size)
         (top, height), (left, width) = (axis.window(side) for axis, side in zip(axes, size, strict=True))
         rows, columns = axes
-        return graph.Job(
+        return self._job_of(
             data, (top, left, height, width), ratio, (rows.centers - top).astype(np.float32),
             (columns.centers - left).astype(np.float32), (rows.scale, columns.scale),
             (max(rows.low - top, 0), min(rows.high - top, height), max(columns.low - left, 0),
@@ -87,12 +88,13 @@ class GraphBuilder(ExampleBuilder):
     def _made(self, jobs: "list[graph.Job]") -> list[np.ndarray | None]:
         """Returns the patches of each JPEG, None for those that do not decode."""
         from mae_jax.data.tensorflow_cpu import tf
-        from mae_jax.data.transforms import graph
 
         if not jobs:
             return []
         try:
-            return list(graph.patches(self._grid, jobs))
+            return list(self._patches(self._grid, jobs))
+        except tf.errors.ResourceExhaustedError as error:
+            raise MemoryError(f"while images were decoded: {error.message[:120]}") from None
         except tf.errors.InvalidArgumentError:  # which one, the error does not say
             return [None] if len(jobs) == 1 else [self._made([job])[0] for job in jobs]
 

@@ -66,7 +66,7 @@ def photographs():
 
 @pytest.mark.parametrize(("augment", "size", "mean", "highest"), [
     ("random", (224, 224), 0.25, 16), ("simple", (224, 224), 0.25, 8), ("single", (32, 48), 0.7, 16),
-    ("fixed", (32, 48), 0.7, 8), ("none", (32, 48), 0.7, 8)])
+    ("fixed", (32, 48), 0.7, 16), ("none", (32, 48), 0.7, 16)])
 def test_views_of_photographs_are_those_of_exact_but_for_rounding(augment, size, mean, highest):
     c = config(image_size=size, augment=augment)
     order = ORDER._replace(grid=(size[0] // 16, size[1] // 16))
@@ -79,7 +79,7 @@ def test_views_of_photographs_are_those_of_exact_but_for_rounding(augment, size,
     for one, two in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(one["order"], two["order"])
     assert np.mean([error.mean() for error in errors]) < mean  # of 32 x 48 the decoder shrinks most photographs
-    assert max(error.max() for error in errors) <= highest  # where a crop ends, within a block of the JPEG
+    assert max(error.max() for error in errors) <= highest  # a few: where a crop ends, or the decoder shrinks
 
 
 def test_what_is_made_together_is_what_is_made_alone():
@@ -101,7 +101,7 @@ def test_the_draws_are_golden():
     c = config()
     ids = [next(random_access._candidates(17, 1, c, position)) for position in range(50)]
     digest.update(np.array(ids, np.int64).tobytes())
-    assert digest.hexdigest()[:16] == "GOLDEN"
+    assert digest.hexdigest()[:16] == "ef7418b9750bab1e"
 
 
 def folder(place):
@@ -114,8 +114,8 @@ def folder(place):
     exif[0x0112] = 6
     photograph("coffee", size=(60, 40)).save(place / "9.jpg", exif=exif)
     whole = jpeg(photograph("coffee", size=(60, 40)))
-    tables = whole.index(b"\xff\xc4")
-    (place / "bad.jpg").write_bytes(whole[:tables] + b"\xff\xfe" + whole[tables + 2:])  # its first table is a comment
+    table = whole.index(b"\xff\xdb")
+    (place / "bad.jpg").write_bytes(whole[:table] + b"\xff\xfe" + whole[table + 2:])  # a table of it is a comment
     return place
 
 
