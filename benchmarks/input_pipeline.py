@@ -7,7 +7,7 @@ Work: 500 x 375 photographs as JPEGs of about 100 kB, random resized crop (0.2 t
 and flip. Ours ends in permuted uint8 patches (normalisation is done on the device), torchvision's in normalised float32
 tensors. Both have equally many worker processes; the arms with threads have so many threads. The arms take turns, each
 in a process of its own. Told are images per second by the clock, once batches come steadily, and per second of
-processor time, which neighbours on the machine disturb less. Neither TensorFlow nor, with --arms, torch is needed.
+processor time, which neighbours on the machine disturb less. With --arms, neither TensorFlow nor torch is needed.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-ARMS = ("ours exact", "ours fast", "torchvision")
-MORE_ARMS = ("threads exact", "threads fast")
+ARMS = ("ours exact", "ours fast", "ours graph", "torchvision")
+MORE_ARMS = ("threads exact", "threads fast", "threads graph")
 WARM = 6  # batches before the clock starts: then as much is made while measuring as is taken
 PICTURES, HEIGHT, WIDTH, QUALITY = 256, 375, 500, 97
 TARGET, BATCH = 224, 64
@@ -172,7 +172,8 @@ def summarize(rounds: list[dict[tuple[str, int], dict[str, float]]], load: float
             "times_one_worker": ratio((arm, workers), (arm, 1)),
             "times_torchvision": ratio((arm, workers), ("torchvision", workers)),
         }
-    names = ("pillow", "numpy", *(["torch", "torchvision"] if "torchvision" in arms else []))
+    names = ["pillow", "numpy", *(["torch", "torchvision"] if "torchvision" in arms else [])]
+    names += ["tensorflow"] if any("graph" in arm or "fast" in arm for arm in arms) else []
     return {"arms": arms, "rounds": len(rounds), "cores": os.cpu_count(), "load_average_before": round(load, 1),
             "jpeg_bytes": round(size), "processor": platform.processor() or platform.machine(),
             "versions": {name: metadata.version(name) for name in names}}

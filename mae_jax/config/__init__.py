@@ -82,7 +82,9 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         # Files that are read: all: JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF, HEIC; common: the first five; auto: all, but
         # in runs from before.
         "formats": "auto",
-        "resize": "exact",  # exact: as PIL and torchvision do; fast: OpenCV, not antialiased (docs/performance.md)
+        # Of training images. exact: as PIL and torchvision do; fast: OpenCV, not antialiased; graph: exact's filter in
+        # TensorFlow's graph, many JPEGs at once (docs/performance.md).
+        "resize": "exact",
         "image_key": "image",  # name of a TFRecord feature, npz array, Parquet or table column, or kind of tar member
         "label_key": "label",  # likewise; '' reads no labels
         # likewise of masks: the image of classes in TFDS; for source folder, a folder of PNGs like path

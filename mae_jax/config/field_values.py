@@ -14,7 +14,7 @@ CHOICES: dict[str, Collection[str]] = {  # and those of `config.choices`
     "data.augment": ("none", "fixed", "simple", "single", "random"),
     "data.exif": ("auto", "apply", "ignore"),
     "data.formats": ("auto", "all", "common"),
-    "data.resize": ("exact", "fast"),
+    "data.resize": ("exact", "fast", "graph"),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.gelu": ("erf", "tanh"),
     "eval.attention_query": ("cls", "mean"),

@@ -125,6 +125,11 @@ class StoredImage:
         self.turn = TURNS.get(_orientation(self._image)) if reading.upright and self.format else None
         self.width, self.height = self._image.size[::-1] if self.turn in SIDEWAYS else self._image.size
 
+    @property
+    def plain_jpeg(self) -> bool:
+        """Whether it is a JPEG of colors or gray that nothing turns: a part of it may be decoded alone."""
+        return self.turn is None and self.format in JPEGS and self._image.mode in ("RGB", "L")
+
     def view(self, box: Box, target: tuple[int, int]) -> Image.Image:
         """Cuts `box` out and resizes it to `target` (height, width), in RGB.
 
@@ -201,7 +206,7 @@ class StoredImage:
 
     def _fused(self) -> bool:
         """Whether a part may be decoded alone; a file that was cut has been refused already."""
-        return self._fast and self.turn is None and self.format in JPEGS and self._image.mode in ("RGB", "L")
+        return self._fast and self.plain_jpeg
 
 
 def _orientation(image: Image.Image) -> int:

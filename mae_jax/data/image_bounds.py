@@ -118,7 +118,8 @@ def check_scans(data: bytes, pixels: int) -> None:
 
 def ends(data: bytes) -> bool:
     """Whether a JPEG has its end marker, whatever follows it: phones append films, whose bytes look like markers."""
-    return data.rfind(END_MARKER) > data.rfind(SCAN_MARKER) or END_MARKER in _markers(data)
+    last = data.rfind(END_MARKER)
+    return last >= 0 and (data.find(SCAN_MARKER, last) < 0 or END_MARKER in _markers(data))
 
 
 def _markers(data: bytes) -> Iterator[bytes]:

@@ -165,7 +165,7 @@ class OpenedData:
 
         from mae_jax.data.readers import random_access
         from mae_jax.data.sources import base, registry
-        from mae_jax.data.transforms.example import ExampleBuilder
+        from mae_jax.data.transforms.graph_builder import builder
 
         config, data, source = self.config, self.config.data, self.train
         splits = {data.train_split: source, data.val_split: self.val, data.eval_split: self.eval}
@@ -183,7 +183,7 @@ class OpenedData:
             raise UserError(f"data.train_split={data.train_split!r} has {source.size} pictures, and {order.group} are "
                             "mixed with one another")
         bad: deque[str] = deque(maxlen=BAD_NAMES)
-        common = {"builder": ExampleBuilder(config, order, spec, views), "config": config, "rows": rows, "bad": bad}
+        common = {"builder": builder(config, order, spec, views), "config": config, "rows": rows, "bad": bad}
 
         def reader(part: base.Source | base.RecordStream) -> Any:
             if isinstance(part, base.RecordStream):

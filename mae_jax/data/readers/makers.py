@@ -1,7 +1,7 @@
 """What makes the rows of batches: a function of the position, or streams that each make some of the rows."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +20,14 @@ class ExampleMaker:
       rows: the global rows that are made here.
       size: rows of a global batch.
       first: the step of batch 0.
+      examples: where rows are made together, the same of several positions; in place of `example`.
     """
 
     example: Callable[[deque[str], int], Mapping[str, Any]]
     rows: np.ndarray
     size: int
     first: int
+    examples: Callable[[deque[str], Sequence[int]], Sequence[Mapping[str, Any]]] | None = None
 
     def most_workers(self) -> int:
         """Returns how many workers can share the rows of a batch."""
@@ -41,14 +43,12 @@ class ExampleMaker:
         """Returns the parts of what a worker did not finish, for another: single rows, so that a bad one is found."""
         return [range(row, row + 1) for row in rows]
 
-    def one(self, number: int, row: int, bad: deque[str]) -> Mapping[str, Any]:
-        """Returns the fields of a row of a batch."""
-        return self.example(bad, (self.first + number) * self.size + int(self.rows[row]))
-
     def fill(self, arrays: Batch, number: int, rows: range, bad: deque[str]) -> None:
         """Writes these rows of a batch."""
-        for row in rows:
-            write(self.one(number, row, bad), arrays, row)
+        positions = [(self.first + number) * self.size + int(self.rows[row]) for row in rows]
+        made = self.examples(bad, positions) if self.examples else (self.example(bad, each) for each in positions)
+        for row, fields in zip(rows, made, strict=True):
+            write(fields, arrays, row)
 
 
 @dataclass

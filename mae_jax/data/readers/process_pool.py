@@ -36,7 +36,7 @@ CODE = "import sys; sys.path[:] = sys.argv[2:]; from mae_jax.data.readers import
 PRELOADED = ("mae_jax", "tensorflow_datasets")  # packages that the fork server imports for all supervisors
 # One thread each, and no device.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu",
-               "CUDA_VISIBLE_DEVICES": ""}
+               "CUDA_VISIBLE_DEVICES": "", "TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
 
 
 class NotPicklable(Exception):

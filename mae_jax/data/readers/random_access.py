@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 from mae_jax import recipe_version
 from mae_jax.data.decode import BadImage
 from mae_jax.data.readers import process_pool, thread_pool
-from mae_jax.data.readers.makers import ExampleMaker
-from mae_jax.data.readers.thread_pool import Batch
+from mae_jax.data.readers.makers import Batch, ExampleMaker
 from mae_jax.data.sources.base import Source
 from mae_jax.data.transforms.example import ExampleBuilder, Fields, Spec
+from mae_jax.data.transforms.graph_builder import GraphBuilder
 from mae_jax.errors import UserError
 from mae_jax.rng import example_at, permutation, rng
 
@@ -58,6 +58,36 @@ def train_example(source: Source, builder: ExampleBuilder, config: ConfigDict, b
         except (BadImage, OSError) as error:
             bad.append(f"{source.name(index)}: {error}")
     return {**builder.gray_train(position), "id": index, "replaced": TRIES}
+
+
+def train_examples(source: Source, builder: GraphBuilder, config: ConfigDict, bad: deque[str],
+                   positions: Sequence[int]) -> list[Fields]:
+    """Returns what `train_example` does of each position; the examples are made together."""
+    made: dict[int, Fields] = {}
+    left = {position: enumerate(itertools.islice(
+        _candidates(source.size, builder.group, config, position, source.drawn), TRIES)) for position in positions}
+    last: dict[int, int] = {}
+    while left:
+        taken = []
+        for position, candidates in list(left.items()):
+            for tries, index in candidates:
+                last[position] = index
+                try:
+                    taken.append((position, tries, index, source.read(index)))
+                    break
+                except (BadImage, OSError) as error:
+                    bad.append(f"{source.name(index)}: {error}")
+            else:
+                made[position] = {**builder.gray_train(position), "id": last[position], "replaced": TRIES}
+                del left[position]
+        results = builder.train_many([(example, position) for position, _, _, example in taken])
+        for (position, tries, index, _), result in zip(taken, results, strict=True):
+            if isinstance(result, BadImage):
+                bad.append(f"{source.name(index)}: {result}")
+            else:
+                made[position] = {**result, "id": index, "valid": 1.0, "replaced": tries}
+                del left[position]
+    return [made[position] for position in positions]
 
 
 def _candidates(size: int, group: int, config: ConfigDict, position: int,
@@ -120,13 +150,17 @@ def subset(size: int, most: int, group: int = 1, computed: bool = True) -> np.nd
 def train(source: Source, step: int, builder: ExampleBuilder, config: ConfigDict, spec: Spec, rows: np.ndarray,
           bad: deque[str]) -> Iterator[Batch]:
     """Yields these rows of the batches step, step + 1, ... without end."""
-    example = functools.partial(train_example, _unlabeled(source), builder, config)
+    given = (_unlabeled(source), builder, config)
+    example, together = functools.partial(train_example, *given), None
+    if isinstance(builder, GraphBuilder):
+        builder.look_at(source)
+        together = functools.partial(train_examples, *given)
 
     def name(position: int) -> str:
         return source.name(next(_candidates(source.size, builder.group, config, position)))
 
     steps = range(step, sys.maxsize // config.batch_size)
-    return batches(example, spec, rows, steps, config, bad, source.size, name)
+    return batches(example, spec, rows, steps, config, bad, source.size, name, together)
 
 
 def evaluate(source: Source, ratio: float, builder: ExampleBuilder, config: ConfigDict, spec: Spec, rows: np.ndarray,
@@ -149,7 +183,8 @@ def _unlabeled(source: Source) -> Source:
 
 
 def batches(example: Callable[[deque[str], int], Fields], spec: Spec, rows: np.ndarray, steps: range,
-            config: ConfigDict, bad: deque[str], images: int, name: Callable[[int], str] = str) -> Iterator[Batch]:
+            config: ConfigDict, bad: deque[str], images: int, name: Callable[[int], str] = str,
+            together: Callable[[deque[str], Sequence[int]], Sequence[Fields]] | None = None) -> Iterator[Batch]:
     """Yields these rows of the global batches of `steps`.
 
     Args:
@@ -161,12 +196,13 @@ def batches(example: Callable[[deque[str], int], Fields], spec: Spec, rows: np.n
       bad: gets the names of bad images.
       images: how many there are: data.workers=auto has few of them made by threads.
       name: position → what to call the example that kills a worker process.
+      together: the same as `example` of several positions, where that is faster.
 
     Raises:
       UserError: there is not enough memory for data.workers, or the source cannot be handed to them.
     """
     data, size = config.data, next(iter(spec.values())).shape[0]
-    maker = ExampleMaker(example, rows, size, steps.start)
+    maker = ExampleMaker(example, rows, size, steps.start, together)
     if processes := workers(data, images):
         try:
             return process_pool.batches(maker, spec, len(steps), processes, data.prefetch, config.plugins, bad,
@@ -177,10 +213,12 @@ def batches(example: Callable[[deque[str], int], Fields], spec: Spec, rows: np.n
                 raise UserError(f"{what}; take data.workers=0") from None
             log.info("%s: threads make the examples", what)
 
-    def at(count: int) -> Fields:
-        return maker.one(*divmod(count, len(rows)), bad)
+    def fill(arrays: Batch, number: int, part: range) -> None:
+        maker.fill(arrays, number, part, bad)
 
-    return thread_pool.batches(at, spec, len(rows), range(len(steps) * len(rows)), threads(data), data.prefetch)
+    all_rows = range(len(rows))
+    parts = [part for _, part in maker.tasks(threads(data))] if together else maker.again(all_rows)
+    return thread_pool.batches(fill, spec, parts, len(steps), threads(data), data.prefetch)
 
 
 def workers(data: ConfigDict, images: int) -> int:

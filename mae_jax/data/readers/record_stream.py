@@ -6,16 +6,14 @@ is where therefore depends on the config, seed and step alone, not on how many p
 readers whose rows it feeds. The records that do not divide by R are left out.
 """
 
-import atexit
 import bisect
 import functools
 import itertools
 import logging
 import sys
 import time
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,13 +22,14 @@ from ml_collections import ConfigDict
 
 from mae_jax.data import record_files, tensorflow_cpu
 from mae_jax.data.decode import BadImage
-from mae_jax.data.readers import process_pool, random_access
+from mae_jax.data.readers import process_pool, random_access, stream_batches
 from mae_jax.data.readers.makers import StreamMaker
 from mae_jax.data.readers.random_access import PADDING, TRIES, Batch
-from mae_jax.data.sources.base import UNLABELED, Instruction, RecordStream
+from mae_jax.data.sources.base import UNLABELED, Example, Instruction, RecordStream
 from mae_jax.data.sources.tfrecord import odd_record
 from mae_jax.data.tensorflow_cpu import UNREADABLE, reason, tf
 from mae_jax.data.transforms.example import ExampleBuilder, Fields, FieldSpec, Spec
+from mae_jax.data.transforms.graph_builder import GraphBuilder
 from mae_jax.errors import UserError, printable
 from mae_jax.rng import rng
 
@@ -80,6 +79,13 @@ def train(stream: RecordStream, step: int, builder: ExampleBuilder, config: Conf
     return _train(stream, step, builder, config, spec, rows, bad)
 
 
+def _read(stream: RecordStream, *stored: Any) -> Example | BadImage:
+    try:
+        return stream.example(*stored)
+    except BadImage as error:
+        return error
+
+
 def _part_of_train(stream: RecordStream, builder: ExampleBuilder, config: ConfigDict, spec: Spec, step: int,
                    rows: np.ndarray, bad: deque[str]) -> Iterator[Batch]:
     """Yields what `_train` does, in a worker process, which has rows of its own."""
@@ -95,17 +101,36 @@ def _train(stream: RecordStream, step: int, builder: ExampleBuilder, config: Con
     readers = _readers(stream, config, own, share, epoch, skip)
     own_rows = (own[:, None] * share + np.arange(share)).ravel()
 
-    def example(count: int, record: int, *stored: Any) -> Fields:
+    def position_of(count: int) -> int:
         block, row = divmod(count, len(own_rows))
-        position = (step + block) * config.batch_size + int(own_rows[row])
+        return (step + block) * config.batch_size + int(own_rows[row])
+
+    def fields_of(result: Fields | BadImage, record: int, position: int) -> Fields:
+        if not isinstance(result, BadImage):
+            return {**result, "id": record, "valid": 1.0, "replaced": 0}
+        bad.append(f"{stream.name(record)}: {result}")
+        return {**builder.gray_train(position), "id": record, "replaced": 1}
+
+    def example(count: int, record: int, *stored: Any) -> Fields:
+        position = position_of(count)
         try:
-            return {**builder.train(stream.example(*stored), position), "id": record, "valid": 1.0, "replaced": 0}
+            return fields_of(builder.train(stream.example(*stored), position), record, position)
         except BadImage as error:
-            bad.append(f"{stream.name(record)}: {error}")
-            return {**builder.gray_train(position), "id": record, "replaced": 1}
+            return fields_of(error, record, position)
+
+    def examples(items: list[tuple[Any, ...]]) -> list[Fields]:
+        records, positions = [item[1] for item in items], [position_of(item[0]) for item in items]
+        read = [_read(stream, *stored) for _, _, *stored in items]
+        made = iter(builder.train_many([(each, position) for each, position in zip(read, positions, strict=True)
+                                        if not isinstance(each, BadImage)]))
+        results = [each if isinstance(each, BadImage) else next(made) for each in read]
+        return [fields_of(*each) for each in zip(results, records, positions, strict=True)]
 
     whole = {**spec, "replaced": FieldSpec((config.batch_size,), np.int32)}
-    batches = _run(readers, example, whole, len(own_rows), config.data)
+    if isinstance(builder, GraphBuilder):
+        batches = stream_batches.together(readers, examples, whole, len(own_rows), config.data)
+    else:
+        batches = stream_batches.one_by_one(readers, example, whole, len(own_rows), config.data)
     keep = np.searchsorted(own_rows, rows)
     for batch in _guarded(stream, batches, skip * len(own)):
         repaired = replace_bad_rows(batch, share, builder.group)
@@ -170,7 +195,8 @@ def evaluate(stream: RecordStream, ratio: float, builder: ExampleBuilder, config
             bad.append(f"{stream.name(record)}: {error}")
             return {**gray, "id": record, "replaced": 1}
 
-    return _guarded(stream, _run(dataset, example, spec, len(rows), config.data), skipped=0)
+    batches = stream_batches.one_by_one(dataset, example, spec, len(rows), config.data)
+    return _guarded(stream, batches, skipped=0)
 
 
 def _readers(stream: RecordStream, config: ConfigDict, own: np.ndarray, share: int, epoch: int,
@@ -321,54 +347,3 @@ def fault(stream: RecordStream, file: int) -> str:
     if found != promised:
         return f"{name} has {found} records where {promised} are promised; write the data again, or mend its metadata"
     return odd_record(stream.files[file], stream.image_key, "" if stream.multi_label else stream.label_key)
-
-
-def _run(items: tf.data.Dataset, example: Callable[..., Fields], spec: Spec, size: int,
-         data: ConfigDict) -> Iterator[Batch]:
-    """Yields batches of `size` examples, in the order of the items, made ahead by data.threads threads.
-
-    Args:
-      items: data set of int64 or string scalars and of arrays, or of tuples of them.
-      example: an item's values as int, bytes and arrays → fields; called from many threads.
-    """
-    failures: list[Exception] = []
-
-    def call(*values: np.int64 | bytes | np.ndarray) -> list[np.ndarray]:
-        try:
-            fields = example(*(value if isinstance(value, bytes) or value.ndim else int(value) for value in values))
-        except Exception as error:  # raised in TensorFlow's thread, it would come out as TensorFlow's account of it
-            failures.append(error)
-            return [np.zeros(struct.shape[1:], struct.dtype) for struct in spec.values()]
-        return [np.asarray(fields[name], struct.dtype) for name, struct in spec.items()]
-
-    def fields_of(*item: tf.Tensor) -> dict[str, tf.Tensor]:
-        values = tf.numpy_function(call, item, [tf.as_dtype(struct.dtype) for struct in spec.values()])
-        for value, struct in zip(values, spec.values(), strict=True):
-            value.set_shape(struct.shape[1:])
-        return dict(zip(spec, values, strict=True))
-
-    workers = random_access.threads(data)
-    dataset = items.map(fields_of, num_parallel_calls=workers, deterministic=True)
-    dataset = dataset.batch(size, drop_remainder=True).prefetch(data.prefetch)
-    dataset = dataset.with_options(tensorflow_cpu.options(workers))
-    batches = _iterate(dataset, failures)
-    _running.add(batches)
-    return batches
-
-
-def _iterate(dataset: tf.data.Dataset, failures: list[Exception]) -> Iterator[Batch]:
-    """Yields NumPy batches until the end or the first failure."""
-    for batch in dataset.as_numpy_iterator():
-        if failures:
-            raise failures[0]
-        yield batch
-
-
-_running: weakref.WeakSet[Iterator[Batch]] = weakref.WeakSet()
-
-
-@atexit.register
-def _stop() -> None:
-    """Ends what still runs: TensorFlow's threads call Python, and hang the process when Python is already gone."""
-    for batches in list(_running):
-        batches.close()

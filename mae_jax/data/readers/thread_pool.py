@@ -3,15 +3,14 @@
 import atexit
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from mae_jax.data.readers.makers import write
+from mae_jax.data.readers.makers import Batch
 from mae_jax.data.transforms.example import Spec
 
-Batch = dict[str, np.ndarray]
+Fill = Callable[[Batch, int, range], None]
 JOIN_SECONDS = 10.0  # in which a thread ends its example when the process ends
 
 
@@ -26,15 +25,15 @@ class _Filling:
 class _Makers:
     """The threads, and the batches that they are at.
 
-    They take examples one by one in their order, and none beyond `ahead` batches after the one that is taken next.
+    They take parts of batches one by one in their order, and none beyond `ahead` batches after the one that is taken
+    next.
     """
 
-    def __init__(self, example: Callable[[int], Mapping[str, Any]], spec: Spec, size: int, counts: range,
-                 workers: int, ahead: int):
-        self._example, self._spec, self._size, self._counts, self._ahead = example, spec, size, counts, ahead
+    def __init__(self, fill: Fill, spec: Spec, parts: Sequence[range], count: int, workers: int, ahead: int):
+        self._fill, self._spec, self._parts, self._count, self._ahead = fill, spec, parts, count, ahead
         self._changed = threading.Condition()
         self._filling: dict[int, _Filling] = {}  # by the number of the batch
-        self._next = self._taken = 0  # example, batch
+        self._next = self._taken = 0  # part, batch
         self._failure: BaseException | None = None
         self._stopped = False
         self._threads = [threading.Thread(target=self._make, name=f"examples-{i}", daemon=True) for i in range(workers)]
@@ -63,11 +62,10 @@ class _Makers:
 
     def _make(self) -> None:
         while (count := self._claim()) is not None:
-            number, row = divmod(count, self._size)
+            number, part = divmod(count, len(self._parts))
+            batch, rows = self._filling[number], self._parts[part]
             try:
-                fields = self._example(self._counts[count])
-                batch = self._filling[number]
-                write(fields, batch.arrays, row)
+                self._fill(batch.arrays, number, rows)
             except BaseException as error:
                 with self._changed:
                     self._failure = self._failure or error
@@ -75,43 +73,42 @@ class _Makers:
                     self._changed.notify_all()
                 return
             with self._changed:
-                batch.left -= 1
+                batch.left -= len(rows)
                 if not batch.left:
                     self._changed.notify_all()
 
     def _claim(self) -> int | None:
-        """Returns the next example, and makes room for its batch; None when there is none, or all is over."""
+        """Returns the next part, and makes room for its batch; None when there is none, or all is over."""
         with self._changed:
-            while not self._stopped and self._next < len(self._counts):
-                number = self._next // self._size
+            while not self._stopped and self._next < self._count * len(self._parts):
+                number = self._next // len(self._parts)
                 if number <= self._taken + self._ahead:
                     if number not in self._filling:
-                        self._filling[number] = _Filling(self._spec, self._size)
+                        self._filling[number] = _Filling(self._spec, self._parts[-1].stop)
                     self._next += 1
                     return self._next - 1
                 self._changed.wait()
             return None
 
 
-def batches(example: Callable[[int], Mapping[str, Any]], spec: Spec, size: int, counts: range,
-            workers: int, ahead: int) -> Iterator[Batch]:
-    """Yields batches of `size` examples, in the order of `counts`, whose length is a multiple of it.
+def batches(fill: Fill, spec: Spec, parts: Sequence[range], count: int, workers: int, ahead: int) -> Iterator[Batch]:
+    """Yields `count` batches, in their order.
 
     Args:
-      example: count → fields; called from many threads.
+      fill: arrays of a batch, its number, rows: writes these rows; called from many threads.
       spec: name → shape [B, ...] and dtype of the fields that are wanted.
-      size: rows of a batch.
-      counts: with which `example` is called.
+      parts: the rows that are made at once, all of a batch in their order.
+      count: batches.
       workers: threads.
       ahead: batches that are ready ahead.
 
     Raises:
-      What `example` raises, at the next batch.
+      What `fill` raises, at the next batch.
     """
-    makers = _Makers(example, spec, size, counts, workers, ahead)
+    makers = _Makers(fill, spec, parts, count, workers, ahead)
     _running.add(makers)
     try:
-        for _ in range(len(counts) // size):
+        for _ in range(count):
             yield makers.take()
     finally:
         makers.stop()

@@ -69,6 +69,12 @@ def center(stored: StoredImage, config: ConfigDict, ratio: float, mask: np.ndarr
     return _pixels(*_covering_crop(stored, mask_image(stored, mask), config.data.image_size, ratio, 0.5, 0.5))
 
 
+def draw_box(rng: np.random.Generator, size: tuple[int, int], data: ConfigDict) -> Box:
+    """Draws what data.augment=random or single cuts out of an image of a size (height, width in pixels)."""
+    draw = single_box if data.augment == "single" else random_box
+    return draw(rng, size, tuple(data.image_size), data.crop_scale, data.crop_ratio)
+
+
 def random_box(rng: np.random.Generator, size: tuple[int, int], target: tuple[int, int],
                scale: tuple[float, float], ratio: tuple[float, float]) -> Box:
     """Draws a crop as torchvision's RandomResizedCrop does: uniform in area, log-uniform in shape.
@@ -121,8 +127,7 @@ def _crop(stored: StoredImage, mask: Image.Image | None, rng: np.random.Generato
     if data.augment in ("none", "fixed"):
         place = (0.5, 0.5) if data.augment == "none" else (rng.random(), rng.random())
         return _covering_crop(stored, mask, target, config.eval.crop_ratio[0], *place)
-    draw = single_box if data.augment == "single" else random_box
-    box = draw(rng, (stored.height, stored.width), target, data.crop_scale, data.crop_ratio)
+    box = draw_box(rng, (stored.height, stored.width), data)
     edges = (box.left, box.top, box.left + box.width, box.top + box.height)
     return stored.view(box, target), mask and mask.resize(target[::-1], Image.Resampling.NEAREST, edges)
 
@@ -137,12 +142,18 @@ def _covering_crop(stored: StoredImage, mask: Image.Image | None, target: tuple[
     Args:
       down, right: where the crop lies, in shares of the free space; 0.5 is the middle.
     """
-    height, width = target
-    unit = min(stored.height / height, stored.width / width) * ratio
+    box = covering_box((stored.height, stored.width), target, ratio, down, right)
+    return _resize(stored, mask, target[::-1], box)
+
+
+def covering_box(size: tuple[int, int], target: tuple[int, int], ratio: float, down: float,
+                 right: float) -> tuple[float, float, float, float]:
+    """Returns left, top, right and bottom of what `_covering_crop` cuts out of an image of a size."""
+    (rows, columns), (height, width) = size, target
+    unit = min(rows / height, columns / width) * ratio
     h, w = unit * height, unit * width
-    top, left = (stored.height - h) * down, (stored.width - w) * right
-    box = (left, top, min(left + w, stored.width), min(top + h, stored.height))
-    return _resize(stored, mask, (width, height), box)
+    top, left = (rows - h) * down, (columns - w) * right
+    return left, top, min(left + w, columns), min(top + h, rows)
 
 
 def _simple_crop(stored: StoredImage, mask: Image.Image | None, target: tuple[int, int],
@@ -155,14 +166,20 @@ def _simple_crop(stored: StoredImage, mask: Image.Image | None, target: tuple[in
     Args:
       down, right: in [0, 1): where the crop lies among the places that it can have, each as likely.
     """
-    height, width = _covering_size((stored.height, stored.width), target)
-    rows, columns = _reflected(height, target[0], down), _reflected(width, target[1], right)
+    rows, columns, (y, x) = simple_places((stored.height, stored.width), target, down, right)
     (top, left), (bottom, end) = (rows.min(), columns.min()), (rows.max() + 1, columns.max() + 1)
-    y, x = stored.height / height, stored.width / width  # pixels of the image per pixel of the resized one
     box = (left * x, top * y, min(end * x, stored.width), min(bottom * y, stored.height))
     images = _resize(stored, mask, (int(end - left), int(bottom - top)), box)
     inside = np.ix_(rows - top, columns - left)
     return tuple(image and Image.fromarray(np.asarray(image)[inside]) for image in images)
+
+
+def simple_places(size: tuple[int, int], target: tuple[int, int], down: float, right: float
+                  ) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
+    """Returns which rows and columns of the resized image `_simple_crop` shows, and its pixels' sizes in the image."""
+    height, width = _covering_size(size, target)
+    rows, columns = _reflected(height, target[0], down), _reflected(width, target[1], right)
+    return rows, columns, (size[0] / height, size[1] / width)
 
 
 def _covering_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
