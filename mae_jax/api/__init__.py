@@ -95,6 +95,8 @@ def predict(encoder: Encoder | Path, images: ImageLike | Sequence[ImageLike], *,
     Raises:
       UserError: see `load`; it has no head; or one of several given images cannot be used.
     """
+    if top_k < 1:
+        raise UserError(f"top_k={top_k}; expected 1 class or more")
     opened = _opened(encoder)
     if isinstance(images, str | os.PathLike) and not os.path.isfile(images):
         part = inference_parts.of_images(opened.config, os.fspath(images), opened.classes)

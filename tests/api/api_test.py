@@ -117,6 +117,8 @@ def test_recipes_of_ones_own(tmp_path):
 def test_what_is_of_another_type_is_refused_in_one_line(run, tmp_path):
     with pytest.raises(mae_jax.UserError, match="config of type str"):
         mae_jax.train("quickstart", tmp_path / "run")
+    with pytest.raises(mae_jax.UserError, match="top_k=-1"):
+        mae_jax.predict(run, PIXELS, top_k=-1)
     with pytest.raises(mae_jax.UserError, match="images of type list"):
         mae_jax.embed(run, tmp_path / "a.npz", images=["a.png"])
 
