@@ -12,6 +12,7 @@ All raise `UserError` with one line for what the caller can mend. What goes on i
 level INFO; nothing sets logging up.
 """
 
+import difflib
 import os
 import runpy
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ import jax
 from ml_collections import ConfigDict
 
 from mae_jax import config as configs
-from mae_jax import presets
+from mae_jax import presets, recipe_version
 from mae_jax.commands import recipes
 from mae_jax.errors import GuardError, UserError
 from mae_jax.inference import asked, embedding, prediction
@@ -30,6 +31,7 @@ from mae_jax.inference.embedding import Embedded
 from mae_jax.inference.encoder import Encoder, open_encoder
 from mae_jax.inference.images import ImageLike
 from mae_jax.inference.prediction import Prediction
+from mae_jax.param_tree import flat
 from mae_jax.storage import paths
 from mae_jax.training import loop
 
@@ -73,6 +75,9 @@ def embed(encoder: Encoder | Path, to: Path, *, images: Path | None = None, conf
     Raises:
       UserError: see `load`; or the file is there, of something else.
     """
+    if images is not None and not isinstance(images, str | os.PathLike):
+        raise UserError(f"images of type {type(images).__name__}; expected the name of a file or a folder, or a "
+                        "pattern. Of arrays and lists, encoder(images) gives the features")
     opened, named = _opened(encoder), "" if images is None else os.fspath(images)
     parts = asked.parts_of(opened, named, config, split, all_splits=True)
     return embedding.embed(opened, parts, paths.locate(os.fspath(to), "to"), features, block, named)
@@ -90,6 +95,8 @@ def predict(encoder: Encoder | Path, images: ImageLike | Sequence[ImageLike], *,
     Raises:
       UserError: see `load`; it has no head; or one of several given images cannot be used.
     """
+    if top_k < 1:
+        raise UserError(f"top_k={top_k}; expected 1 class or more")
     opened = _opened(encoder)
     if isinstance(images, str | os.PathLike) and not os.path.isfile(images):
         part = inference_parts.of_images(opened.config, os.fspath(images), opened.classes)
@@ -107,13 +114,16 @@ def recipe(name: str, fields: dict[str, Any] | None = None) -> ConfigDict:
     Raises:
       UserError: no such recipe or field, or a value that cannot work.
     """
-    fields = fields or {}
-    path, _, argument = recipes.locate(name).partition(":")
-    if not os.path.isfile(path):
-        raise UserError(f"cannot read the config file {path}: no such file")
+    fields = {field: os.fspath(value) if isinstance(value, os.PathLike) else value
+              for field, value in (fields or {}).items()}
     with presets.given(set(fields)):
-        config = runpy.run_path(path)["get_config"](argument)
+        config = _from_file(recipes.locate(name))
+    known = flat(config)
     for field, value in fields.items():
+        if field not in known:
+            near = [f"did you mean {each!r}?" for each in difflib.get_close_matches(str(field), known, n=1)]
+            raise UserError(f"unknown config field {field!r}; " + (recipe_version.former(field) or "".join(
+                near) or f"mae_jax train --config={name} --help lists them"))
         try:
             config.update_from_flattened_dict({field: value})
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -136,8 +146,25 @@ def train(config: ConfigDict, workdir: Path) -> str:
       UserError: a mistake, a workdir that is in use, a full disk at the end.
       GuardError: a guard stopped the run (losses that are not finite, too many bad images), or the workdir was lost.
     """
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"a config of type {type(config).__name__}; expected what mae_jax.recipe gives")
     loop.train_as_guest(config, os.fspath(workdir))
     return os.fspath(workdir)
+
+
+def _from_file(recipe: str) -> ConfigDict:
+    """Returns the config of 'path[:argument]'; raises UserError where no recipe is there."""
+    path, colon, argument = recipe.partition(":")
+    if not os.path.isfile(path):
+        raise UserError(f"cannot read the config file {path}: no such file")
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+    except SyntaxError as error:
+        raise UserError(f"{path} is no Python file: {error}") from None
+    config = get_config(*[argument] * bool(colon)) if callable(get_config) else None
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path} has no get_config(), which returns a ConfigDict")
+    return config
 
 
 def _opened(encoder: Encoder | Path) -> Encoder:

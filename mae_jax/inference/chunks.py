@@ -8,12 +8,13 @@ import jax
 import numpy as np
 from etils import epath
 
-from mae_jax.errors import UserError
+from mae_jax.errors import UserError, printable
 from mae_jax.runtime import bounded_json, peers
 from mae_jax.storage import workdir_lock
 from mae_jax.storage.file_kinds import unreadable
 from mae_jax.storage.npz import opened
 
+MAX_SHOWN = 60  # letters of a value that differs, in a message
 Columns = Mapping[str, np.ndarray]  # name → [n, ...], the rows of one batch or chunk
 
 
@@ -92,9 +93,8 @@ class Chunks:
         except ValueError as error:
             raise UserError(f"{unreadable(file, content or b'', error)}; remove {self.folder}") from None
         if there is not None and there != self.about:
-            differ = other(there, self.about)
-            raise UserError(f"{self.folder} has features of another {differ} ({there.get(differ)}, now "
-                            f"{self.about.get(differ)}); name another folder, or remove it")
+            raise UserError(f"{self.folder} has features of another {difference(there, self.about)}; name another "
+                            "folder, or remove it")
         if there is None:
             file.write_text(json.dumps(self.about) + "\n")
 
@@ -110,9 +110,16 @@ class Chunks:
         return {name: column[self.rows:] for name, column in columns.items()}
 
 
-def other(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Returns the first key whose value is another one, '' for none."""
-    return next((key for key in {**now, **there} if there.get(key) != now.get(key)), "")
+def difference(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Returns 'key (before, now after)' of the first key whose value is another one, '' for none."""
+    return next((f"{key} ({_shortened(there.get(key))}, now {_shortened(now.get(key))})"
+                 for key in {**now, **there} if there.get(key) != now.get(key)), "")
+
+
+def _shortened(value: Any) -> str:
+    """Returns a value as text that fits into a line."""
+    text = printable(str(value))
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _length(columns: Columns) -> int:

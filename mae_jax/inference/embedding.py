@@ -13,7 +13,7 @@ from mae_jax import __version__
 from mae_jax.data.cluster_ids import fingerprint
 from mae_jax.errors import UserError, pluralize
 from mae_jax.inference import embedding_files, passes, progress
-from mae_jax.inference.chunks import Chunks, Columns, other
+from mae_jax.inference.chunks import Chunks, Columns, difference
 from mae_jax.inference.embedding_files import Record
 from mae_jax.inference.encoder import Encoder
 from mae_jax.inference.parts import Part, data_of, stored
@@ -71,7 +71,7 @@ def embed(encoder: Encoder, parts: list[Part], to: epath.Path, features: str = "
     rows = max(1, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
     folder, total = _parts_of(to), sum(part.size for part in parts)
     with workdir_lock.hold(folder, ends_process=False):
-        chunks = [Chunks(folder / str(number), {**about, "split": part.split}, rows)
+        chunks = [Chunks(folder / str(number), {**about, "split": part.split, "chunk_rows": rows}, rows)
                   for number, part in enumerate(parts)]
         done = sum(min(each.rows_there(), part.size) for each, part in zip(chunks, parts, strict=True))
         with jax.set_mesh(encoder.mesh), progress.told(total, done, "embed") as tell:
@@ -124,7 +124,7 @@ def _there(to: epath.Path, about: dict[str, Any]) -> Embedded | None:
             said = embedding_files.about_of(to)
             mine, theirs = ({key: value for key, value in each.items() if key not in NOT_COMPARED}
                             for each in (about, said))
-            if differ := other(theirs, mine):
+            if differ := difference(theirs, mine):
                 why = f"{to} holds features of another {differ}; name another file, or remove it"
         except UserError as error:
             why = f"{error}; name another file, or remove it"

@@ -172,6 +172,8 @@ def open_encoder(source: str, batch_size: int = 0, image_size: tuple[int, int] |
     Raises:
       UserError: nothing is there, it is damaged, or it has no single encoder.
     """
+    if batch_size < 0:
+        raise UserError(f"batch_size={batch_size}; expected images at a time, or 0")
     folder = paths.locate_checkpoints(str(source), "from")
     theirs = workdir.config_of(str(folder))
     loaded = load_params(folder, ema=True, extras=True, step=True)

@@ -83,7 +83,7 @@ def fitted(source: str, params: Params, config: ConfigDict) -> Params:
 
 
 def _image_size(source: str, said: Mapping[str, Any], patch: tuple[int, int]) -> tuple[int, int]:
-    found = said.get("image_size") or _of_timm(said, "input_size", [])[1:]
+    found = said.get("image_size") or _sides(_of_timm(said, "input_size", []))
     sides = [found, found] if isinstance(found, int) else found
     if isinstance(sides, list) and len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides):
         return sides[0], sides[1]
@@ -92,6 +92,11 @@ def _image_size(source: str, said: Mapping[str, Any], patch: tuple[int, int]) ->
                         f"{patch[0]}x{patch[1]} pixels; say image_size=")
     logger.info("%s does not say its image size; %d is taken", source, USUAL_SIZE)
     return USUAL_SIZE, USUAL_SIZE
+
+
+def _sides(input_size: Any) -> Any:
+    """Returns height and width of timm's [channels, height, width]."""
+    return input_size[1:] if isinstance(input_size, list) else []
 
 
 def _crop_ratio(said: Mapping[str, Any]) -> float:

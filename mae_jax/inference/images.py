@@ -1,7 +1,7 @@
 """Images of a program's own, as what a source gives: the evaluation's transform makes of both the same patches."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,21 +18,33 @@ from mae_jax.storage.paths import locate
 # without transparency, of which data.range becomes 0 to 255; a PIL image; bytes of an encoded file; or a path.
 ImageLike: TypeAlias = Any
 CHANNELS = (1, 3, 4)
+MODES_OF_NUMBERS = ("I", "F")  # of PIL: integers and floats of 32 bits
 
 
 def as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
-    """Returns a list of images: of one, of an array [B, height, width, channels], or of anything that iterates."""
+    """Returns a list of images: of one, of an array [B, height, width, channels], or of anything that iterates.
+
+    An array of texts, or a column of a table, is a list of paths. Raises UserError for what is none of these.
+    """
     if isinstance(images, str | bytes | os.PathLike | Image.Image):
         return [images]
     if hasattr(images, "ndim") and not isinstance(images, list | tuple):
         array = np.asarray(images)
-        if array.ndim == 4:
-            return list(array)
+        if array.ndim == 4 or (array.ndim == 1 and array.dtype.kind in "OTU"):
+            return array.tolist() if array.ndim == 1 else list(array)
         if array.ndim == 3 and array.shape[2] not in CHANNELS:
             raise UserError(f"an array of {array.dtype} {list(array.shape)} is neither an image [height, width, 3] nor "
-                            "several [images, height, width, 3]; gray ones are given as a list of [height, width]")
+                            "several [images, height, width, 3]; gray ones are given as a list of [height, width]"
+                            f"{_channels_first(array.shape)}")
         return [array]
+    if not isinstance(images, Iterable):
+        raise UserError(f"images of type {type(images).__name__}; expected arrays, PIL images, bytes or paths")
     return list(images)
+
+
+def _channels_first(shape: tuple[int, ...]) -> str:
+    """Returns a hint for arrays as PyTorch has them, '' for others."""
+    return "; channels come last: numpy.moveaxis(image, 0, -1)" if len(shape) == 3 and shape[0] in CHANNELS else ""
 
 
 def as_example(image: ImageLike, upright: bool = True) -> Example:
@@ -80,6 +92,9 @@ def _of_pil(image: Image.Image, upright: bool) -> np.ndarray:
     """Returns uint8 or uint16 [height, width, 3] of a PIL image; raises BadImage."""
     if 0 in image.size:
         raise UserError(f"a PIL image of {image.width} x {image.height} pixels has none")
+    if image.mode in MODES_OF_NUMBERS:
+        raise UserError(f"a PIL image of mode {image.mode}, of which nothing says what is white; expected one of 8 "
+                        "or 16 bits")
     try:
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1)) if upright else None
         if image.mode.startswith("I;16"):
@@ -95,9 +110,10 @@ def _of_array(array: np.ndarray) -> np.ndarray:
     """Returns uint8 or uint16 [height, width, 3] of pixels as `ImageLike` says."""
     gray = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
     if not array.size or gray.ndim not in (2, 3) or (gray.ndim == 3 and gray.shape[2] not in CHANNELS):
-        raise UserError(f"an image of shape {list(array.shape)}; expected pixels [height, width, 3] or [height, width]")
+        raise UserError(f"an image of shape {list(array.shape)}; expected pixels [height, width, 3] or [height, width]"
+                        f"{_channels_first(array.shape)}")
     if gray.dtype != np.uint8 and (gray.dtype != np.uint16 or gray.shape[2:] == (4,)):
-        hint = "; multiply values in 0..1 by 255" if np.issubdtype(array.dtype, np.floating) else ""
+        hint = "; of values in 0..1 take (255 * image).round().astype('uint8')" * (array.dtype.kind == "f")
         raise UserError(f"an image of {array.dtype} {list(array.shape)}; expected uint8, or uint16 without "
                         f"transparency{hint}")
     if gray.ndim == 2:

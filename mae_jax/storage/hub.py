@@ -44,7 +44,7 @@ def fetched(source: str) -> str:
         if (error.name or "").split(".")[0] != "huggingface_hub":
             raise
         raise UserError(f"{source} needs huggingface_hub; run: pip install 'mae_jax[hub]'") from None
-    unreached = ""
+    unreached = ""  # why, where the hub could not be asked
 
     def file(name: str, at: str | None) -> str:
         """Returns the local path of a file, '' where the repository has none, or the cache has none of it."""
@@ -74,8 +74,15 @@ def fetched(source: str) -> str:
         raise UserError(f"{source} holds none of {', '.join(WEIGHTS)}")
     folder = os.path.dirname(found)
     commit = os.path.basename(folder)
-    for name in (*BESIDE, *_parts(found)):
-        file(name, commit)
+    for name in _parts(found):
+        if not file(name, commit) and unreached:
+            raise UserError(f"{source}: the hub cannot be reached, and the cache here lacks {name}: {unreached}")
+    unreached = ""
+    unknown = [name for name in BESIDE if not file(name, commit) and unreached]
+    if unknown:
+        logger.warning("%s: the hub cannot be reached, and the cache here has no %s: heads, image size or "
+                       "normalization may be other ones than what is taken now (%s)", source, " and no ".join(unknown),
+                       unreached)
     logger.info("%s: %s of commit %s, in %s", source, os.path.basename(found), commit[:12], folder)
     return folder
 

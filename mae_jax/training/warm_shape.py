@@ -86,9 +86,12 @@ def of_weights(source: str, params: Mapping[str, Any]) -> tuple[dict[str, Any], 
       params: in our names.
 
     Raises:
-      UserError: the shape of patches is not known.
+      UserError: the shape of patches is not known, or MLPs are no whole number of times as wide as tokens.
     """
     found, notes, said = of_params(params), [], workdir.described(source)
+    if not isinstance(found.get("mlp_ratio", 0), int):
+        raise UserError(f"{source}: its MLPs are {found['mlp_ratio']:g} times as wide as its tokens; ours take a whole "
+                        "number (model.mlp_ratio)")
     patch = said.get("patch_size")
     rows = np.shape(params["encoder"]["patch_embed"]["kernel"])[0]
     side = math.isqrt(rows // 3)

@@ -95,11 +95,32 @@ def test_recipes_by_name_with_fields():
     config = mae_jax.recipe("quickstart:runlocal", {"optim.lr": 1e-3, "data.image_size": (16, 16)})
     assert (config.optim.lr, config.data.image_size, config.batch_size) == (1e-3, (16, 16), 16)
     for name, fields, line in (("quickstrat", {}, "did you mean 'quickstart'"), ("./no.py", {}, "cannot read"),
-                               ("quickstart", {"optim.lrr": 1}, "optim.lrr"),
+                               ("quickstart", {"optim.lrr": 1}, r"'optim.lrr'; did you mean 'optim.lr'\?$"),
+                               ("quickstart", {"data": {"path": "x"}}, "unknown config field 'data'"),
                                ("quickstart", {"optim.lr": "x"}, "optim.lr"),
                                ("quickstart", {"batch_size": 0}, "at least 1")):
         with pytest.raises(mae_jax.UserError, match=line):
             mae_jax.recipe(name, fields)
+
+
+def test_recipes_of_ones_own(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from mae_jax.config import default\ndef get_config():\n    return default()\n")  # no argument
+    assert mae_jax.recipe(str(file), {"data.path": tmp_path}).data.path == str(tmp_path)
+    for text, line in (("x = 1", r"has no get_config\(\)"), ("def", "no Python file: invalid syntax"),
+                       ("def get_config():\n    return 5", r"has no get_config\(\)")):
+        file.write_text(text)
+        with pytest.raises(mae_jax.UserError, match=line):
+            mae_jax.recipe(str(file))
+
+
+def test_what_is_of_another_type_is_refused_in_one_line(run, tmp_path):
+    with pytest.raises(mae_jax.UserError, match="config of type str"):
+        mae_jax.train("quickstart", tmp_path / "run")
+    with pytest.raises(mae_jax.UserError, match="top_k=-1"):
+        mae_jax.predict(run, PIXELS, top_k=-1)
+    with pytest.raises(mae_jax.UserError, match="images of type list"):
+        mae_jax.embed(run, tmp_path / "a.npz", images=["a.png"])
 
 
 @pytest.fixture

@@ -87,6 +87,8 @@ def test_weights_of_others_say_their_shape(run, encoder, tmp_path, caplog, capsy
     found = open_encoder(str(file), batch_size=4, image_size=(16, 16), heads=2)
     np.testing.assert_allclose(found(IMAGES[:4], "cls"), encoder(IMAGES[:4], "cls"), atol=2e-2)  # another crop
     assert (found.image_size, found.of_run, found.config.model.depth) == ((16, 16), False, 2)
+    with pytest.raises(UserError, match="batch_size=-1"):
+        open_encoder(str(run), batch_size=-1)
     with pytest.raises(UserError, match="says itself"):
         open_encoder(str(run), image_size=(32, 32))
 

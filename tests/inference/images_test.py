@@ -77,12 +77,15 @@ def test_a_pil_image_is_turned_as_its_file_is(upright):
 
 
 @pytest.mark.parametrize(("image", "line"), [
-    (np.zeros((4, 4, 3), np.float32), "float32 .*expected uint8.*multiply"),
+    (np.zeros((4, 4, 3), np.float32), "float32 .*expected uint8.*255 \\* image"),
     (np.zeros((4, 4, 3), np.int64), "int64 .*expected uint8"),
     (np.zeros((4, 4, 4), np.uint16), "uint16 .*expected uint8"),
     (np.zeros((4, 4, 2), np.uint8), "shape .4, 4, 2."),
     (np.zeros((0, 4, 3), np.uint8), "shape .0, 4, 3."),
     (np.zeros(4, np.uint8), "shape .4."),
+    (np.zeros((3, 40, 40), np.uint8), "channels come last"),
+    (Image.fromarray(np.zeros((4, 4), np.float32)), "mode F, of which nothing says"),
+    (Image.fromarray(np.zeros((4, 4), np.int32)), "mode I, of which nothing says"),
     (7, "type int"),
     ("nowhere.png", "nowhere.png cannot be read: No such file"),
     (b"no image", "an image cannot be read: not a JPEG")])
@@ -101,5 +104,11 @@ def test_one_image_or_several():
     one = np.zeros((5, 6, 3), np.uint8)
     assert [len(as_list(x)) for x in (one, [one, one], np.stack([one] * 4), "a.png", one[..., 0], (one,), [])] == [
         1, 2, 4, 1, 1, 1, 0]
-    with pytest.raises(UserError, match=r"neither an image .* gray ones are given as a list"):
+    for kind in (str, object):
+        assert as_list(np.array(["a.png", "b.png"], kind)) == ["a.png", "b.png"]
+    with pytest.raises(UserError, match=r"neither an image .* gray ones are given as a list of \[height, width\]$"):
         as_list(np.zeros((2, 5, 6), np.uint8))
+    with pytest.raises(UserError, match="channels come last"):
+        as_list(np.zeros((3, 5, 6), np.uint8))
+    with pytest.raises(UserError, match="images of type NoneType"):
+        as_list(None)

@@ -107,7 +107,7 @@ def test_what_cannot_be_fetched_is_one_line(served, failing, line):
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_in_the_cache_is_read_where_the_hub_cannot_be_reached(served, weights):
+def test_what_is_in_the_cache_is_read_where_the_hub_cannot_be_reached(served, weights, caplog):
     save_file(weights[1], served.folder / "model.safetensors")
     download = served.hf_hub_download
 
@@ -119,6 +119,23 @@ def test_what_is_in_the_cache_is_read_where_the_hub_cannot_be_reached(served, we
 
     served.hf_hub_download = offline
     check("hf://some/model", weights[0])
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == 1
+    assert "no config.json and no preprocessor_config.json" in said[0]
+
+
+def test_a_part_that_neither_the_hub_nor_the_cache_gives_is_named(served):
+    index = served.folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "a-1.safetensors"}}))
+
+    def offline(repository, name, revision=None):
+        if not (served.folder / name).is_file():
+            raise Unreached("no network")
+        return str(served.folder / name)
+
+    served.hf_hub_download = offline
+    with pytest.raises(UserError, match=r"cannot be reached, and the cache here lacks a-1.safetensors: no network"):
+        paths.locate("hf://some/parts", "init_from")
 
 
 def test_the_extra_is_named_where_huggingface_hub_is_missing(monkeypatch):

@@ -17,7 +17,7 @@ from mae_jax.interop.mae import to_mae
 from mae_jax.interop.timm import to_timm
 from mae_jax.ops.patches import PatchGrid
 from mae_jax.training import workdir
-from mae_jax.training.warm_shape import with_shape
+from mae_jax.training.warm_shape import of_weights, with_shape
 from tests.helpers.tiny import tiny_config, tiny_params, tiny_supervised
 from tests.training.warm_start_test import started, written
 
@@ -40,6 +40,14 @@ def of_others(folder, layout, config, said=None):
     if said is not None:
         (folder / "config.json").write_text(json.dumps(said))
     return str(folder)
+
+
+def test_mlps_of_no_whole_number_of_widths_are_refused(tmp_path):
+    params = {"encoder": dict(tiny_params(tiny_config())["encoder"])}
+    kernel = np.zeros((32, 80), np.float32)
+    params["encoder"]["block_00"] = params["encoder"]["block_00"] | {"mlp": {"fc1": {"kernel": kernel}}}
+    with pytest.raises(UserError, match=r"2\.5 times as wide"):
+        of_weights(str(tmp_path), params)
 
 
 @pytest.mark.parametrize(("layout", "said", "heads"), [
