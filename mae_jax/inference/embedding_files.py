@@ -93,7 +93,8 @@ def chosen(path: epath.Path, most: int) -> tuple[dict[str, Any], int, Record]:
         raise UserError(f"{path} is no file of features, or damaged: {' '.join(str(error).split())[:200]}") from None
     if not records:
         raise UserError(f"{path} has no images")
-    return about, count, Record(*map(np.concatenate, zip(*records, strict=True)))
+    columns: list[Any] = [np.concatenate(parts) for parts in zip(*records, strict=True)]
+    return about, count, Record(*columns)
 
 
 def spread(count: int, most: int) -> np.ndarray:

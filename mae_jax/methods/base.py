@@ -241,8 +241,8 @@ class Method:
         if views:
             return {f"{view.name} view {n + 1}": PatchGrid(*view.order.grid, *self.grid.patch).unpatchify(
                 batch[f"{view.name}/patches"][:, n], batch[f"{view.name}/order"][:, n]) for view, n in views}
-        drawn, masked = self.patch_order(), np.arange(batch["order"].shape[1])
-        masked = masked >= len(masked) - drawn.num_masked
+        drawn, patches = self.patch_order(), batch["order"].shape[1]
+        masked = np.arange(patches) >= patches - drawn.num_masked
         images = {"input": self.only(batch, True)}
         if "augmented" in batch:
             images["augmented"] = self.only({**batch, "patches": batch["augmented"]}, True)

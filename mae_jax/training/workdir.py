@@ -344,6 +344,8 @@ def compare(old: ConfigDict, new: ConfigDict, why_other_data: Callable[[], str] 
       why_other_data: why what lies at another path is none of the run's data; '', the default: it is.
     """
     before, after = param_tree.flat(old), param_tree.flat(new)
+    if before.get("data.range") == "auto":  # recorded before the data had decided it
+        before["data.range"] = after.get("data.range")
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     texts = {key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in changed}
     refused = [texts[key] for key in changed
