@@ -9,12 +9,15 @@ r"""Writes one HTML page about runs and images, which any browser shows without 
 Of a run, finished or not: what was trained, curves, reconstructions and attention over time, parameters and versions.
 Of images: a map of their features (PCA, t-SNE) to zoom into, to search by name and label, and to find the images most
 like one. --images embeds first, as mae_jax embed, to a file beside the page (report.parquet), and goes on where it was
-stopped. The page is one file: thumbnails are in it, at about 2 kB each.
+stopped; --config=folder --config.data.path=... embeds images of any source. The page is one file, thumbnails in it.
 """
 
 from absl import flags
 
+from mae_jax.commands import cli
+
 REQUIRED = ("to",)
+CONFIG = cli.define_config()
 FROM = flags.DEFINE_multi_string("from", [], "workdir; several times for several runs. With --images also an export, "
                                  "or weights of others")
 TO = flags.DEFINE_string("to", "", "the page to write, *.html, local or gs://")
@@ -30,4 +33,5 @@ TSNE = flags.DEFINE_integer("tsne_images", 3_000, "images of these that t-SNE is
 def main() -> int:
     from mae_jax.commands.report import writing
 
-    return writing.write(FROM.value, TO.value, EMBEDDINGS.value, IMAGES.value, MOST.value, TSNE.value)
+    return writing.write(FROM.value, TO.value, EMBEDDINGS.value, IMAGES.value, CONFIG.value,
+                         MOST.value, TSNE.value)

@@ -14,7 +14,7 @@ from mae_jax.runtime import bounded_json
 from mae_jax.runtime.console import clock
 from mae_jax.storage import paths
 from mae_jax.storage.metric_writer import values_of
-from mae_jax.training import workdir
+from mae_jax.training import ending, workdir
 
 FIGURE = re.compile(r"(.+)_(\d{7,18})\.png")  # as storage/png_files.py names them
 GUARD = re.compile(r"guard_(\d{1,18})\.json")  # as training/guards.py does
@@ -105,14 +105,16 @@ def _series(content: bytes) -> tuple[dict[str, Points], dict[int, float]]:
 
 
 def _state(path: epath.Path, config: ConfigDict, times: dict[int, float]) -> str:
-    done = workdir.finished(path)
+    done = ending.finished(path)
     if not times:
         return f"finished at step {done:,}, without figures" if done else "no figures yet"
     last = max(times)
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(times[last]))
     took = clock(max(times.values()) - min(times.values()))
     if done:
-        return f"finished at step {done:,} on {when}; {took} from its first figures to its last"
+        early = ending.early_end(path)
+        why = f", early, since {early}" if early else ""
+        return f"finished at step {done:,} on {when}{why}; {took} from its first figures to its last"
     return f"not finished: its last figures are of step {last:,}, {when}; to last {config.train.duration}"
 
 

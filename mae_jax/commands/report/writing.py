@@ -1,5 +1,7 @@
 """From the flags to the page: which runs are read, what is embedded, and what is written."""
 
+from ml_collections import ConfigDict
+
 from mae_jax import errors
 from mae_jax.commands.report import map_data, page, record
 from mae_jax.errors import UserError
@@ -7,26 +9,28 @@ from mae_jax.inference import asked, embedding
 from mae_jax.storage import paths, weight_files
 
 
-def write(folders: list[str], to: str, embeddings: str, images: str, most: int, tsne_most: int) -> int:
+def write(folders: list[str], to: str, embeddings: str, images: str, config: ConfigDict | None,
+          most: int, tsne_most: int) -> int:
     """Writes the page. Returns the exit code; arguments are the flags of the command."""
     target = paths.locate(to, "--to")
     if target.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--to={to}: the page's name must end in .html")
     if not folders and not embeddings:
         raise UserError("--from or --embeddings must be given; --help shows an example")
-    if images and embeddings:
-        raise UserError("--images are embedded first, and --embeddings are there already; give one of them")
-    if images and len(folders) != 1:
-        raise UserError(f"--images are embedded by one encoder; give one --from, not {len(folders)}")
+    embeds = bool(images) or config is not None
+    if embeds and embeddings:
+        raise UserError("--embeddings are there already; --images and --config are embedded first: give one of them")
+    if embeds and len(folders) != 1:
+        raise UserError(f"--images and --config are embedded by one encoder; give one --from, not {len(folders)}")
     # Weights alone are asked about images, and no run is shown.
-    runs = [] if images and weight_files.file_of(paths.locate(folders[0], "--from")) else folders
+    runs = [] if embeds and weight_files.file_of(paths.locate(folders[0], "--from")) else folders
     records = [record.read(folder, name) for folder, name in zip(runs, record.names_of(runs), strict=True)]
     if target.is_dir():
         raise UserError(f"--to={to} is a folder; expected the name of a file")
     paths.make_folder(target.parent)
-    if images:
+    if embeds:
         features = target.with_suffix(".parquet")
-        encoder, parts = asked.opened(folders[0], images, None, "", all_splits=True)
+        encoder, parts = asked.opened(folders[0], images, config, "", all_splits=True)
         found = embedding.embed(encoder, parts, features, images=images)
         print(embedding.told(found))
     else:
@@ -35,6 +39,6 @@ def write(folders: list[str], to: str, embeddings: str, images: str, most: int, 
     content = page.made(records, drawn, folders[0] if folders else embeddings).encode()
     paths.replace_bytes(target, content)
     print(f"{target}: {len(content) / 1e6:.1f} MB")
-    if images:
+    if embeds:
         return asked.exit_code(encoder, found.images, found.unreadable_count)
     return errors.FINISHED

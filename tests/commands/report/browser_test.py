@@ -42,7 +42,7 @@ def hostile(tmp_path_factory):
     Image.new("RGB", (20, 20), "blue").save(folder / "images" / HOSTILE)
     features = store_features(folder / "f.parquet", folder / "images")
     store(folder / "run", figures=["reconstruct_0000001", "reconstruct_0000020"])
-    writing.write([str(folder / "run")], str(folder / "r.html"), str(features), "", 100, 0)
+    writing.write([str(folder / "run")], str(folder / "r.html"), str(features), "", None, 100, 0)
     return folder, Page((folder / "r.html").read_text()).data()
 
 
@@ -106,7 +106,7 @@ def store_many(folder, count):
 
 def test_ten_thousand_images_are_there_within_five_seconds(tmp_path):
     store_many(tmp_path, 10_000)
-    writing.write([], str(tmp_path / "r.html"), str(tmp_path / "f.parquet"), "", 10_000, 0)
+    writing.write([], str(tmp_path / "r.html"), str(tmp_path / "f.parquet"), "", None, 10_000, 0)
     took = []
     with chromium() as browser:
         for _ in range(3):  # other programs may have the machine for a while

@@ -34,7 +34,7 @@ def store(folder, fields=None, figures=(), lines=None, done=0):
 
 
 def write(to, *folders, embeddings="", images="", most=1000, tsne=0):
-    code = writing.write([str(each) for each in folders], str(to), str(embeddings), str(images), most, tsne)
+    code = writing.write([str(each) for each in folders], str(to), str(embeddings), str(images), None, most, tsne)
     assert code == 0
     return Page(to.read_text())
 
@@ -61,7 +61,7 @@ def test_a_run_is_shown_with_its_fields_figures_and_curves(tmp_path):
     assert "encoder/block_*/attn/" in page.text
     steps = [int(value) for value in page.attributes("data-step")]
     assert steps == [0, 2, 5, 8, 10, 13, 16, 19, 3]
-    assert sum(tag == "svg" for tag, _ in page.tags) == 2  # of eval/knn/top1 and the speed there is no curve
+    assert sum(tag == "svg" for tag, _ in page.tags) == 3  # loss, lr, replaced: of one value there is no curve
 
 
 def test_runs_are_beside_each_other_and_told_apart(tmp_path):
@@ -95,7 +95,7 @@ def test_a_run_in_a_bucket_has_a_page_there(tmp_path, gcs):
     store(tmp_path / "run", figures=["reconstruct_0000001"])
     for file in ("config.json", "metrics.jsonl", "pictures/reconstruct_0000001.png"):
         epath.Path(f"gs://bucket/run/{file}").write_bytes((tmp_path / "run" / file).read_bytes())
-    assert writing.write(["gs://bucket/run"], "gs://bucket/r.html", "", "", 10, 0) == 0
+    assert writing.write(["gs://bucket/run"], "gs://bucket/r.html", "", "", None, 10, 0) == 0
     page = Page(epath.Path("gs://bucket/r.html").read_text())
     assert "its last figures are of step 39" in page.text
     assert page.attributes("data-step") == ["1"]
@@ -154,7 +154,8 @@ def test_the_sizes_of_the_page_are_bounded(tmp_path, monkeypatch):
     ({"folders": ["{run}", "b"], "images": "a"}, "one --from, not 2")])
 def test_a_mistake_is_one_line(tmp_path, flags, said):
     store(tmp_path / "run")
-    given = {"folders": ["{run}"], "to": "r.html", "embeddings": "", "images": "", "most": 10, "tsne_most": 0} | flags
+    given = {"folders": ["{run}"], "to": "r.html", "embeddings": "", "images": "", "config": None, "most": 10,
+             "tsne_most": 0} | flags
     given["folders"] = [each.format(run=tmp_path / "run") for each in given["folders"]]
     given["embeddings"] = given["embeddings"].format(run=tmp_path / "run")
     given["to"] = str(tmp_path / given["to"])
