@@ -69,12 +69,12 @@ def imported(*folders: str) -> dict[str, Path]:
 
 
 def test_what_the_package_and_its_recipes_import_is_declared(setup_arguments):
-    known = declared(setup_arguments, "gcs", "s3", "fast", "heic", "hub", "onnx")
+    known = declared(setup_arguments, "gcs", "s3", "fast", "heic", "hub", "onnx", "wandb")
     assert {name: path for name, path in imported("mae_jax", "configs").items() if name not in known} == {}
 
 
 def test_what_tests_import_is_declared_for_them(setup_arguments):
-    known = declared(setup_arguments, "test", "torch", "onnx")
+    known = declared(setup_arguments, "test", "torch", "onnx", "wandb")
     known |= {"timm", "torchvision"}  # which two make golden values with
     assert {name: path for name, path in imported("tests").items() if name not in known} == {}
 

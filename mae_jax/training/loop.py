@@ -11,7 +11,7 @@ from mae_jax import errors, param_tree
 from mae_jax.config import profile_steps
 from mae_jax.errors import GuardError, UserError, pluralize
 from mae_jax.evals.evaluator import Evaluator, missing
-from mae_jax.methods.base import Metrics
+from mae_jax.methods.base import Batch, Metrics
 from mae_jax.runtime import peers, sharding, startup_timer
 from mae_jax.runtime.console import print_once
 from mae_jax.runtime.signals import NoSignals, SignalHandler, Stopper
@@ -209,11 +209,7 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, periodic: Period
         stopper.mark_unsaved()
         workdir_lock.wait_until_verified()
         if done == start + 1:
-            jax.block_until_ready(metrics)
-            startup_timer.done("first step")
-            logger.info("time to first step %s", startup_timer.summary())
-            if done == 1 and (drawn := first_batch.figure(run, batch)) is not None:
-                periodic.recorder.write_image(0, "inputs", drawn)
+            _show_first_step(run, periodic, done, batch, metrics)
             log.speed.start()
         stop = stopper.should_stop(done)
         look = periodic.is_due(done)
@@ -244,6 +240,15 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, periodic: Period
                 return finish(run, checkpoints, state, done, early)
             log.speed.start()
     return finish(run, checkpoints, state, total)
+
+
+def _show_first_step(run: Run, periodic: PeriodicEvaluation, done: int, batch: Batch, metrics: Metrics) -> None:
+    """Says how long it took to the first step of this start; draws the batch of the run's first one."""
+    jax.block_until_ready(metrics)
+    startup_timer.done("first step")
+    logger.info("time to first step %s", startup_timer.summary())
+    if done == 1 and (drawn := first_batch.figure(run, batch)) is not None:
+        periodic.recorder.write_image(0, "inputs", drawn)
 
 
 def _keep_config(run: Run, periodic: PeriodicEvaluation) -> None:
