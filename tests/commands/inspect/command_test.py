@@ -184,8 +184,9 @@ def test_the_command_tells_what_is_there_names_broken_pictures_and_draws_the_gri
     assert "62 of 80 pictures of train are broken, more than guard.max_bad_fraction=" in done.stdout
     assert names[-1] == "train b/79.jpg: empty file"
     with Image.open(tmp_path / "grid.png") as drawn:
-        # 16 images four times as large, each above what the encoder sees and two lines of text.
-        assert drawn.size == (8 * (4 * 32 + 2), 2 * (2 * (4 * 32 + 2) + 2 * 12 + 2))
+        # Below a line on what the rows are, 16 images four times as large, each above what the encoder sees and two
+        # lines of text.
+        assert drawn.size == (8 * (4 * 32 + 2), 12 + 2 + 2 * (2 * (4 * 32 + 2) + 2 * 12 + 2))
 
 
 @pytest.mark.slow
