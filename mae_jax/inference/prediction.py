@@ -110,7 +110,7 @@ def predictions(encoder: Encoder, part: Part, score: Score, top: int = 5) -> Ite
                 score.several.append((outputs[fields["valid"]], fields["labels"][fields["valid"]]))
             for row in range(len(fields["valid"])):
                 made = _prediction(encoder, part.name(rows.first + row), outputs[row], fields, row, top,
-                                   rows.reasons.get(row, ""))
+                                   rows.reasons.get(row, ""), part.source.classes)
                 score.add(made)
                 yield made
 
@@ -157,13 +157,16 @@ def _renumber(encoder: Encoder, part: Part) -> np.ndarray | None:
 
 
 def _prediction(encoder: Encoder, name: str, output: np.ndarray, fields: dict[str, np.ndarray], row: int, top: int,
-                error: str) -> Prediction:
-    """Returns what is said of one image, of its output and its batch's fields."""
+                error: str, several: Sequence[str] = ()) -> Prediction:
+    """Returns what is said of one image, of its output and its batch's fields.
+
+    `several` are the classes of the data, which `labels` are numbers of; `label` is a number of the encoder's classes.
+    """
     if error or encoder.method.task == "segmentation":
         return Prediction(name, mask=None if error else output, error=error)
     label, classes = "", encoder.classes
     if "labels" in fields:
-        label = ", ".join(classes[k] for k in np.flatnonzero(fields["labels"][row]))
+        label = ", ".join(several[k] for k in np.flatnonzero(fields["labels"][row]))
     elif "label" in fields and fields["label"][row] >= 0:
         label = classes[fields["label"][row]]
     if not np.isfinite(output).all():

@@ -193,3 +193,9 @@ def test_probabilities():
     one, other = np.array([0.0, 1000.0, 1000.0], np.float32), np.array([0.0, 1000.0, -1000.0], np.float32)
     np.testing.assert_allclose(prediction.probabilities(one, independent=False), [0, 0.5, 0.5])
     np.testing.assert_allclose(prediction.probabilities(other, independent=True), [0.5, 1, 0])
+
+
+def test_several_labels_have_the_names_of_the_data_and_not_of_the_encoder(encoder):
+    fields = {"labels": np.array([[0, 1, 1, 0]], np.uint8)}
+    found = prediction._prediction(encoder, "x.png", np.array([1.0, 3.0, 2.0]), fields, 0, 1, "", ("p", "q", "r", "s"))
+    assert (found.label, found.classes) == ("q, r", ("b",))
