@@ -154,7 +154,8 @@ class Players:
             self.say(line, {"at": 7})
         elif message.startswith((b'{"bye"', b'{"leave"')):
             self.say(line, {"bye": None})
-            line.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):  # the other end was faster
+                line.shutdown(socket.SHUT_WR)
 
 
 def measured(processes: int, idle: float, heartbeat: float) -> dict[str, Any]:

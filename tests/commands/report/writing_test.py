@@ -94,8 +94,8 @@ def test_a_run_that_has_just_begun_or_failed_has_a_page(tmp_path, lines, said):
 def test_a_run_in_a_bucket_has_a_page_there(tmp_path, gcs):
     store(tmp_path / "run", figures=["reconstruct_0000001"])
     for file in ("config.json", "metrics.jsonl", "pictures/reconstruct_0000001.png"):
-        epath.Path(f"gs://bucket/run/{file}").write_bytes((tmp_path / "run" / file).read_bytes())
-    assert writing.write(["gs://bucket/run"], "gs://bucket/r.html", "", "", None, 10, 0) == 0
+        epath.Path(f"gs://bucket/reported/{file}").write_bytes((tmp_path / "run" / file).read_bytes())
+    assert writing.write(["gs://bucket/reported"], "gs://bucket/r.html", "", "", None, 10, 0) == 0
     page = Page(epath.Path("gs://bucket/r.html").read_text())
     assert "its last figures are of step 39" in page.text
     assert page.attributes("data-step") == ["1"]
