@@ -171,7 +171,8 @@ for name in ("tensorflow", "tensorflow_datasets", "tensorboard"):
 import mae_jax, mae_jax.training.loop
 from absl import flags
 NEED = {"mae_jax.data." + name for name in (
-    "tensorflow_cpu", "readers.record_stream", "sources.tfds", "sources.tfrecord")}
+    "tensorflow_cpu", "readers.record_stream", "readers.stream_batches", "sources.tfds", "sources.tfrecord",
+    "transforms.graph")}
 for module in pkgutil.walk_packages(mae_jax.__path__, "mae_jax."):
     if module.name not in NEED | {"mae_jax.__main__"}:
         flags.FLAGS._flags().clear()  # every command defines its own

@@ -166,7 +166,7 @@ def _prediction(encoder: Encoder, name: str, output: np.ndarray, fields: dict[st
         return Prediction(name, mask=None if error else output, error=error)
     label, classes = "", encoder.classes
     if "labels" in fields:
-        label = ", ".join(several[k] for k in np.flatnonzero(fields["labels"][row]))
+        label = ", ".join(several[int(k)] for k in np.flatnonzero(fields["labels"][row]))
     elif "label" in fields and fields["label"][row] >= 0:
         label = classes[fields["label"][row]]
     if not np.isfinite(output).all():
