@@ -57,7 +57,7 @@ def test_rows_of_something_else_are_refused(tmp_path):
     Chunks(epath.Path(tmp_path), ABOUT, 4).fill(rows(2, 6)[0])
     with pytest.raises(UserError, match=r"other features, by their encoder \(abc, now abd\)"):
         Chunks(epath.Path(tmp_path), {**ABOUT, "encoder": "abd"}, 4).fill(rows(2, 6)[0])
-    with pytest.raises(UserError, match="another block"):
+    with pytest.raises(UserError, match="by their block"):
         Chunks(epath.Path(tmp_path), {"encoder": "abc"}, 4).fill(rows(2, 6)[0])
     (tmp_path / "about.json").write_text("{")
     with pytest.raises(UserError, match="remove"):
