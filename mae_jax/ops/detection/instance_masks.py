@@ -61,6 +61,6 @@ def paste(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.ndarra
 
 
 def _stretched(low: float, high: float, length: int, side: int) -> np.ndarray:
-    """Returns the matrix [length, side] that interpolates cells, reaching from low to high, at the centers of pixels."""
+    """Returns the matrix [length, side] that interpolates cells, from low to high, at the centers of pixels."""
     place = (np.arange(length) + 0.5 - low) / max(high - low, MIN_SIDE) * side - 0.5
     return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(side)))
