@@ -92,6 +92,6 @@ class Linear(nn.Module):
 def _convs(x: jax.Array, count: int, norm: str, dtype: Any) -> jax.Array:
     """Returns maps [N, H, W, C] after so many 3 x 3 convolutions, each with a norm and a ReLU."""
     for number in range(1, count + 1):
-        x = Conv(x.shape[-1], 3, dtype, "msra", False, name=f"conv{number}")(x)
+        x = Conv(x.shape[-1], 3, dtype, "msra", norm == "none", name=f"conv{number}")(x)
         x = nn.relu(map_norm(norm, dtype, f"conv{number}_norm")(x))
     return x

@@ -1,5 +1,6 @@
 """Maps of several strides out of a plain ViT's one: ViTDet's simple pyramid, and a feature pyramid of four blocks."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -89,9 +90,11 @@ class GroupNorm(nn.Module):
         return (((wide - mean) * rate).reshape(x.shape) * scale + bias).astype(self.dtype)
 
 
-def map_norm(kind: str, dtype: Any, name: str) -> nn.Module:
-    """Returns the norm of maps: 'layer', over the channels of each cell, or 'group'."""
-    return layer_norm(dtype, name) if kind == "layer" else GroupNorm(dtype, name=name)
+def map_norm(kind: str, dtype: Any, name: str) -> Callable[[jax.Array], jax.Array]:
+    """Returns the norm of maps: 'layer', over the channels of each cell, 'group' or 'none'."""
+    norms = {"layer": layer_norm, "group": lambda dtype, name: GroupNorm(dtype, name=name),
+             "none": lambda *_: lambda x: x}
+    return norms[kind](dtype, name)
 
 
 class Scale(nn.Module):
@@ -135,7 +138,7 @@ class SimplePyramid(nn.Module):
         for number, scale in enumerate(self.scales):
             x = Scale(scale, True, self.norm, self.dtype, name=f"scale{number}")(maps[-1])
             for name, size in (("lateral", 1), ("output", 3)):
-                x = Conv(self.width, size, self.dtype, "torch", False, name=f"{name}{number}")(x)
+                x = Conv(self.width, size, self.dtype, "torch", self.norm == "none", name=f"{name}{number}")(x)
                 x = map_norm(self.norm, self.dtype, f"{name}{number}_norm")(x)
             found.append(x)
         return with_extra(found, self.extra)
@@ -158,13 +161,13 @@ class FeaturePyramid(nn.Module):
         laterals = []
         for number, (x, scale) in enumerate(zip(maps, self.scales, strict=True)):
             x = Scale(scale, False, "group", self.dtype, name=f"scale{number}")(x)
-            x = Conv(self.width, 1, self.dtype, "xavier", False, name=f"lateral{number}")(x)
+            x = Conv(self.width, 1, self.dtype, "xavier", self.norm == "none", name=f"lateral{number}")(x)
             laterals.append(map_norm(self.norm, self.dtype, f"lateral{number}_norm")(x))
         found: list[jax.Array] = []
         for number in reversed(range(len(laterals))):
             x = laterals[number]
             laterals[number] = x = x + double(laterals[number + 1]) if number + 1 < len(laterals) else x
-            x = Conv(self.width, 3, self.dtype, "xavier", False, name=f"output{number}")(x)
+            x = Conv(self.width, 3, self.dtype, "xavier", self.norm == "none", name=f"output{number}")(x)
             found.insert(0, map_norm(self.norm, self.dtype, f"output{number}_norm")(x))
         return with_extra(found, self.extra)
 

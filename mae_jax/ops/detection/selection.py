@@ -3,12 +3,14 @@
 Each takes one image's arrays, and no gradient goes through any of them.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+from mae_jax.ops import partitioning
 from mae_jax.ops.detection import nms
 from mae_jax.ops.detection.assignment import NEITHER, POSITIVE, match, sample
 from mae_jax.ops.detection.boxes import clip, decode, encode, iou, sides
@@ -45,15 +47,28 @@ class Training(NamedTuple):
     object: jax.Array
 
 
-def sampled_anchors(key: jax.Array, anchors: jax.Array, objects: Objects, there: jax.Array, overlaps: tuple[float, float],
-                    least: float, count: int, positives: int) -> tuple[Training, jax.Array]:
+def of_each_image(function: Callable[..., Any], *arrays: Any) -> Any:
+    """Returns what a function of one image's arrays gives for each of B images, whose arrays are [B, ...].
+
+    Each device does so for its own images, and none waits for another one. No gradient goes through.
+    """
+    arrays, each = jax.lax.stop_gradient(arrays), jax.vmap(function)
+    rows = P(partitioning.ROWS)
+    if len(jax.tree.leaves(arrays)[0]) % partitioning.row_shares():  # few images that all devices hold, for figures
+        return each(*arrays)
+    return partitioning.on_each_device(each, rows, rows)(*arrays)
+
+
+def sampled_anchors(key: jax.Array, objects: Objects, there: jax.Array, anchors: jax.Array,
+                    overlaps: tuple[float, float], least: float, count: int,
+                    positives: int) -> tuple[Training, jax.Array]:
     """Returns the anchors that the proposals' head is trained on, and the targets of their deltas, float32 [S, 4].
 
     Args:
       key: of the image.
-      anchors: float32 [A, 4].
       objects: of the image.
       there: bool [], whether there is an image.
+      anchors: float32 [A, 4].
       overlaps: IoU from which on an anchor is positive, and below which it is negative.
       least: see `match`.
       count, positives: see `sample`.
@@ -64,13 +79,14 @@ def sampled_anchors(key: jax.Array, anchors: jax.Array, objects: Objects, there:
     return Training(index, kind, own), encode(objects.box[own], anchors[index], UNIT)
 
 
-def proposals(logits: Sequence[jax.Array], deltas: Sequence[jax.Array], anchors: Sequence[jax.Array], size: jax.Array,
+def proposals(logits: Sequence[jax.Array], deltas: Sequence[jax.Array], size: jax.Array, anchors: Sequence[jax.Array],
               each: int, total: int, overlap: float) -> tuple[jax.Array, jax.Array]:
     """Returns the likeliest boxes of objects, float32 [total, 4], by descending logit, and which are there: bool.
 
     Args:
-      logits, deltas, anchors: of each map of the pyramid, float32 [A], [A, 4] and [A, 4].
+      logits, deltas: of each map of the pyramid, float32 [A] and [A, 4].
       size: int32 [2], (height, width) of the image without padding, to which boxes are cut.
+      anchors: of each map, float32 [A, 4].
       each: of each map, the likeliest so many are taken.
       total: of all maps together; those are by their logits alone.
       overlap: IoU above which the less likely of two boxes of one map goes.
