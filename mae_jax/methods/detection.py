@@ -1,6 +1,7 @@
 """Detection and instance segmentation: Mask R-CNN (arXiv 1703.06870) on a plain ViT, as ViTDet has it (2203.16527)."""
 
 from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
