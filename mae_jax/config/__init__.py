@@ -90,7 +90,6 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         # likewise of masks: the image of classes in TFDS; for source folder, a folder of PNGs like path
         "mask_key": "",
         "tokens": "",  # *.npz of token maps made beforehand, for method.target=tokens (see data/token_maps.py)
-        "max_objects": 100,  # of an image, with which it is padded (method.name=detection)
         "mask_offset": 0,  # taken from a mask's numbers; what is below it becomes 255, which is ignored
         "readers": 16,  # logical readers of a TFRecord stream
         "shuffle_mb": 1024,  # encoded bytes held for shuffling, over all readers

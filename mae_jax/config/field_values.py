@@ -30,7 +30,7 @@ CHOICES: dict[str, Collection[str]] = {  # and those of `config.choices`
 PAIRS = ("data.image_size", "data.crop_scale", "data.crop_ratio", "model.patch", "optim.betas")
 POSITIVE = ("batch_size", "data.image_size", "model.patch", "model.width", "model.depth", "model.heads",
             "model.mlp_ratio", "train.accumulate", "checkpoint.keep_last", "data.prefetch", "eval.max_examples",
-            "eval.knn_k", "eval.pictures", "guard.max_nonfinite", "data.repeats", "data.max_objects")
+            "eval.knn_k", "eval.pictures", "guard.max_nonfinite", "data.repeats")
 NOT_NEGATIVE = ("optim.lr", "optim.min_lr", "optim.eps", "optim.weight_decay", "optim.clip", "optim.betas",
                 "optim.ema", "optim.momentum", "optim.warmup_lr", "optim.layer_decay", "data.crop_scale",
                 "data.crop_ratio", "data.threads", "data.mask_offset", "model.drop_path", "model.layer_scale",

@@ -184,7 +184,8 @@ def measure(method: Method, counting: tuple[Counter, ...], params: Any, extras: 
     Outputs are the pooled features [B, D] of pre-training, or the logits [B, C]; None of pixels, which are too many.
     """
     outputs_of = {"pretraining": pooled_features, "classification": lambda m, *args: m.logits(*args),
-                  "segmentation": lambda m, *args: m.pixel_logits(*args)}[method.task]
+                  "segmentation": lambda m, *args: m.pixel_logits(*args),
+                  "detection": lambda m, *args: m.detections(*args)}[method.task]
     # The key is the same at every evaluation: what changes between two of them is the model.
     key = stream_key(method.config.seed, 0, "evaluate")
     no_step: Any = 0  # a number, so that nothing of it is compiled
