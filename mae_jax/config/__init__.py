@@ -69,11 +69,15 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "eval_split": "test",  # '' turns evaluation off
         "classes": "",  # keep images of these alone: 'cat,dog', '0-9', imagenet_organisms, imagenet_rest; '': all
         "image_size": (224, 224),  # height, width in pixels
-        "augment": "random",  # crop: none, fixed, random (MAE Table 1e), simple (DeiT III), single (BYOL)
+        # Crop: none, fixed, random (MAE Table 1e), simple (DeiT III), single (BYOL); of images with objects: none, lsj
+        # (ViTDet), multi_scale (DETR; XCiT's and iBOT's protocols).
+        "augment": "random",
         "color": "none",  # none, jitter (MAE Table 1e), three (3-Augment, DeiT III), rand (RandAugment)
         "repeats": 1,  # views of each image in a batch (repeated augmentation)
         "crop_scale": (0.2, 1.0),  # share of the area, MAE A.1
         "crop_ratio": (3 / 4, 4 / 3),
+        "lsj_scale": (0.1, 2.0),  # of augment=lsj: least and largest size of images, as shares of image_size (ViTDet)
+        "max_objects": 100,  # of an image with objects that are trained on; rows of the batch fields of objects
         "flip": True,
         "exif": "auto",  # apply: images are turned as their EXIF says; ignore; auto: apply, but in runs from before
         # Of images of more than 8 bits, what becomes black and white: auto, told and stored: 0 and the highest value of
