@@ -52,7 +52,6 @@ GLOBAL = {"B": (2, 5, 8, 11), "L": (5, 11, 17, 23), "H": (7, 15, 23, 31)}  # the
 
 def get_config(arg: str = "") -> ConfigDict:
     config = default("detection")
-    config.data.update(source="coco", train_split="train", eval_split="val")
     config.eval.update(crop_ratio=(1.0,), every="5 epochs")
     config.checkpoint.every = "5 epochs"
     config.model.update(pool="mean", remat="full")
@@ -70,7 +69,8 @@ def get_config(arg: str = "") -> ConfigDict:
 def digits(config: ConfigDict) -> None:
     """Sets the small detector of digits, and no other field than the protocols do."""
     config.batch_size = 16
-    config.data.update(source="digit_scenes", eval_split="test", image_size=(96, 96), max_objects=16)
+    config.data.update(source="digit_scenes", eval_split="test", image_size=(96, 96), max_objects=16, augment="none",
+                       flip=False)
     config.model.update(width=96, depth=6, heads=3, patch=(8, 8), positions="learned", remat="none", auto=SHAPE)
     config.method.update(window=0, global_blocks=(), map_blocks=(1, 3, 5), relative_positions=False,
                          scales=(2.0, 1.0, 0.5), channels=48, anchor_sizes=(16.0, 28.0, 48.0), proposal_convs=1,
@@ -82,9 +82,10 @@ def digits(config: ConfigDict) -> None:
     config.eval.max_examples = 300
 
 
-def coco(config: ConfigDict, size: str, side: int) -> None:
-    """Sets what all protocols on COCO have in common, which is what the fields of the method have by default."""
-    config.data.update(source="coco", eval_split="val", image_size=(side, side), max_objects=100)
+def coco(config: ConfigDict, size: str, side: int, augment: str) -> None:
+    """Sets what all protocols on COCO have in common, and the fields of the method to what they are by default."""
+    config.data.update(source="coco", eval_split="val", image_size=(side, side), max_objects=100, augment=augment,
+                       flip=True)
     config.model.update(vit(size, patch=16), remat="full", auto=())
     config.method = default("detection").method
     config.eval.max_examples = 100_000
@@ -93,7 +94,7 @@ def coco(config: ConfigDict, size: str, side: int) -> None:
 
 def vitdet(config: ConfigDict, size: str) -> None:
     """Detectron2's projects/ViTDet, COCO/mask_rcnn_vitdet_{b,l,h}_*."""
-    coco(config, size, 1024)
+    coco(config, size, 1024, "lsj")
     config.batch_size = 64
     config.model.drop_path = {"B": 0.1, "L": 0.4, "H": 0.5}[size]
     config.method.update(global_blocks=GLOBAL[size], map_blocks=GLOBAL[size],
@@ -110,7 +111,7 @@ def cascade(config: ConfigDict) -> None:
 
 def benchmarking(config: ConfigDict, size: str) -> None:
     """2111.11429, and hustvl/MIMDet's configs/benchmarking."""
-    coco(config, size, 1024)
+    coco(config, size, 1024, "lsj")
     config.batch_size = 64
     config.model.update(drop_path=0.1, positions="fixed")
     config.method.update(window=16, global_blocks=GLOBAL[size], map_blocks=GLOBAL[size], pyramid="blocks")
@@ -140,7 +141,7 @@ def xcit_3x(config: ConfigDict, size: str) -> None:
 
 def mmdetection(config: ConfigDict, size: str, epochs: int, milestones: tuple[float, ...]) -> None:
     """Sets what the two protocols of MMDetection have in common."""
-    coco(config, size, 1344)
+    coco(config, size, 1344, "multi_scale")
     config.batch_size = 16
     config.method.update(class_token=True, window=0, global_blocks=(), relative_positions=False, pyramid="blocks",
                          map_blocks=(3, 5, 7, 11), proposal_convs=1, least_overlap=0.3, decayed="kernels")

@@ -1,4 +1,4 @@
-"""Writes detector.npz: what Hugging Face's VitDetBackbone and a pyramid and a mask head in torch make of random weights.
+"""Writes detector.npz: what Hugging Face's VitDetBackbone, and a pyramid and a mask head in torch, make of an image.
 
   python tests/golden/make_detector.py      (needs torch and transformers; the tests that read the file need neither)
 

@@ -23,7 +23,8 @@ from tests.helpers.tiny import (
 )
 
 STEPS = 5
-MAKE = {"detection": scene_batch, "segment": tiny_segment_batch, "supervised": raster_batch}  # batches of the others are tiny_batch
+# Batches of the others are tiny_batch.
+MAKE = {"detection": scene_batch, "segment": tiny_segment_batch, "supervised": raster_batch}
 
 
 def extras(method: str, config: Any) -> dict[str, Any]:
