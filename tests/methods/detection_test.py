@@ -65,7 +65,7 @@ def test_the_order_of_objects_changes_nothing(found):
 
 
 def test_twice_as_much_padding_changes_nothing(found):
-    config, params, batch, (loss, means, _) = found
+    _, params, batch, (loss, means, _) = found
     wide = {name: np.pad(batch[name], ((0, 0), (0, 4), *((0, 0),) * (batch[name].ndim - 2)))
             for name in ("box", "box_class", "box_valid", "box_mask")}
     other, others, _ = loss_and_grads(detector({"data.max_objects": 8}), params, batch | wide)

@@ -50,7 +50,8 @@ def encoder(**options):
 
 def patches():
     grid = PatchGrid(*GRID, 4, 4)
-    return np.stack([grid.patchify(image) for image in GOLDEN["pixels"]]), np.tile(np.arange(49, dtype=np.int32), (2, 1))
+    order = np.tile(np.arange(49, dtype=np.int32), (2, 1))
+    return np.stack([grid.patchify(image) for image in GOLDEN["pixels"]]), order
 
 
 def test_windows_and_relative_positions_are_those_of_vitdet():
