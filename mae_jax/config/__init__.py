@@ -131,6 +131,9 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "weight_decay": 0.05,
         "final_weight_decay": -1.0,  # where half a cosine takes it, as in DINO; negative: it stays
         "layer_decay": 1.0,  # factor of the learning rate from each block to the one before it
+        # Shares of the run after which the learning rate is a tenth of what it was, as (8 / 9, 26 / 27); (): half a
+        # cosine.
+        "milestones": (),
         "clip": 0.0,  # global norm; 0: off
         "ema": 0.0,  # decay per step of averaged parameters, which evaluations then use; 0: off
     },
@@ -323,6 +326,9 @@ def validate(config: ConfigDict, for_training: bool = True) -> None:
         raise UserError(f"model.width={config.model.width}; sin-cos positions need a multiple of 4")
     if config.batch_size % (parts := config.train.accumulate):
         raise UserError(f"batch_size={config.batch_size} is not a multiple of train.accumulate={parts}")
+    marks = config.optim.milestones
+    if not all(isinstance(mark, float) and 0 < mark < 1 for mark in marks) or list(marks) != sorted(set(marks)):
+        raise UserError(f"optim.milestones={tuple(marks)}; expected shares of the run between 0 and 1, ascending")
     for key in field_values.DURATIONS:
         steps(values[key], config.batch_size, 1)
     check_fields(values)

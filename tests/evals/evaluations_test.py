@@ -78,7 +78,7 @@ def test_every_evaluation_has_a_name_of_its_own_and_a_case_above():
 
 
 def test_a_task_says_what_a_method_has():
-    has = {"classification": "logits", "segmentation": "pixel_logits"}
+    has = {"classification": "logits", "segmentation": "pixel_logits", "detection": "detections"}
     for name in methods.TABLE:
         method = methods.get(name)
         assert [task for task, wanted in has.items() if hasattr(method, wanted)] == [method.task] * (method.task in has)

@@ -8,6 +8,7 @@ import pytest
 
 from mae_jax import methods
 from mae_jax.param_tree import flatten
+from tests.helpers.scenes import scene_batch
 from tests.helpers.tiers import all_slow_but
 from tests.helpers.tiny import (
     OWN,
@@ -22,7 +23,8 @@ from tests.helpers.tiny import (
 )
 
 STEPS = 5
-MAKE = {"segment": tiny_segment_batch, "supervised": raster_batch}  # batches of the others are tiny_batch
+# Batches of the others are tiny_batch.
+MAKE = {"detection": scene_batch, "segment": tiny_segment_batch, "supervised": raster_batch}
 
 
 def extras(method: str, config: Any) -> dict[str, Any]:

@@ -20,7 +20,8 @@ class Match(NamedTuple):
     kind: jax.Array
 
 
-def match(overlap: jax.Array, real: jax.Array, positive: float, negative: float, low_quality: bool) -> Match:
+def match(overlap: jax.Array, real: jax.Array, positive: float, negative: float, low_quality: bool,
+          least: float = 0.0) -> Match:
     """Matches A boxes with M objects (1506.01497, 3.1.2).
 
     Args:
@@ -30,13 +31,14 @@ def match(overlap: jax.Array, real: jax.Array, positive: float, negative: float,
       negative: IoU below which it is negative; between the two it is neither.
       low_quality: whether the boxes of greatest overlap with each object, all of several, are positive too wherever
         they overlap. Each keeps its own object of greatest overlap, as in Detectron2.
+      least: IoU that these must reach (MMDetection's `min_pos_iou`).
     """
     overlap = jnp.where(real[:, None], overlap, -1)
     best = overlap.max(0)
     kind = jnp.where(best >= positive, POSITIVE, jnp.where(best < negative, NEGATIVE, NEITHER))
     if low_quality:
         # An object that nothing overlaps has a greatest overlap of 0, and would make every other box positive.
-        nearest = (overlap == overlap.max(1, keepdims=True)) & (overlap > 0)
+        nearest = (overlap == overlap.max(1, keepdims=True)) & (overlap > 0) & (overlap >= least)
         kind = jnp.where(nearest.any(0), POSITIVE, kind)
     return Match(overlap.argmax(0).astype(jnp.int32), kind.astype(jnp.int32))
 

@@ -34,6 +34,18 @@ def iou(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(union > 0, shared / jnp.where(union > 0, union, 1), 0)
 
 
+def generalized_iou(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns the generalized IoU (arXiv 1902.09630, algorithm 1) of a with b [..., 4], one by one: float32 [...]."""
+    shared = area(jnp.concatenate([jnp.maximum(a[..., :2], b[..., :2]), jnp.minimum(a[..., 2:], b[..., 2:])], -1))
+    around = area(jnp.concatenate([jnp.minimum(a[..., :2], b[..., :2]), jnp.maximum(a[..., 2:], b[..., 2:])], -1))
+    union = area(a) + area(b) - shared
+
+    def share(part: jax.Array, of: jax.Array) -> jax.Array:
+        return jnp.where(of > 0, part / jnp.where(of > 0, of, 1), 0)
+
+    return share(shared, union) - share(around - union, around)
+
+
 def encode(boxes: jax.Array, proposals: jax.Array, weights: tuple[float, float, float, float]) -> jax.Array:
     """Returns what moves proposals [..., 4] onto boxes [..., 4]: (dx, dy, dw, dh), float32 (1506.01497, equation 2).
 

@@ -13,6 +13,7 @@ STRIDES = (4, 8)
 CANONICAL = (12, 4)  # which shares the boxes of the golden values among the two maps
 MAPS = [GOLDEN[f"align/map/{number}"] for number in range(2)]
 BOXES = GOLDEN["align/boxes"]
+targets = jax.jit(instance_masks.targets, static_argnums=3)
 
 
 def wanted(side, samples):
@@ -23,7 +24,7 @@ def wanted(side, samples):
 
 
 def align(form, maps, side, samples):
-    each = lambda *arrays: form(arrays[:-1], arrays[-1], STRIDES, side, samples, CANONICAL)  # noqa: E731
+    each = jax.jit(lambda *arrays: form(arrays[:-1], arrays[-1], STRIDES, side, samples, CANONICAL))
     return each(*(m[0] for m in maps), BOXES)
 
 
@@ -41,7 +42,7 @@ def test_gradients_are_those_of_torchvision(form):
         found = getattr(roi_align, form)([values[0]], jnp.asarray(BOXES), (4,), 7, 2, CANONICAL)
         return (found**2).sum()
 
-    np.testing.assert_allclose(jax.grad(loss)(MAPS[0]), GOLDEN["align/gradient"], atol=1e-4)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(MAPS[0]), GOLDEN["align/gradient"], atol=1e-4)
 
 
 def test_boxes_that_do_not_fill_a_chunk_are_no_different(monkeypatch):
@@ -65,7 +66,8 @@ def test_the_platform_chooses_the_form_and_no_gradient_reaches_the_boxes(platfor
         kind = getattr(roi_align, name)
         monkeypatch.setattr(roi_align, name, lambda *args, kind=kind, name=name, **kwargs: (
             called.append(name), kind(*args, **kwargs))[1])
-    gradient = jax.grad(lambda b: roi_align.roi_align(MAPS, STRIDES, b, 7, samples, CANONICAL).sum())(BOXES[None])
+    gradient = jax.jit(jax.grad(lambda b: roi_align.roi_align(MAPS, STRIDES, b, 7, samples, CANONICAL).sum()))(
+        BOXES[None])
     assert called == [form]
     assert not gradient.any()
 
@@ -73,8 +75,8 @@ def test_the_platform_chooses_the_form_and_no_gradient_reaches_the_boxes(platfor
 def test_padding_gives_finite_features_and_gradients():
     nothing = np.zeros((1, 3, 4), np.float32)
     for platform_samples in (0, 2):
-        found, gradient = jax.value_and_grad(
-            lambda m: roi_align.roi_align([m], (4,), nothing, 7, platform_samples).sum())(MAPS[0])  # noqa: B023
+        found, gradient = jax.jit(jax.value_and_grad(
+            lambda m, samples=platform_samples: roi_align.roi_align([m], (4,), nothing, 7, samples).sum()))(MAPS[0])
         assert np.isfinite(found)
         assert np.isfinite(gradient).all()
 
@@ -92,9 +94,9 @@ def crops():
 def test_mask_targets_are_the_bitmaps_in_the_proposals():
     packed = instance_masks.pack(crops())
     assert packed.shape == (5, instance_masks.PACKED)
-    unpacked = instance_masks.unpack(packed)
+    unpacked = jax.jit(instance_masks.unpack)(packed)
     np.testing.assert_array_equal(unpacked, crops())
-    found = instance_masks.targets(unpacked, GOLDEN["masks/boxes"], GOLDEN["masks/proposals"], 28)
+    found = targets(unpacked, GOLDEN["masks/boxes"], GOLDEN["masks/proposals"], 28)
     theirs = GOLDEN["masks/mean"]  # of the bitmaps; cells on an outline may differ, as crops and bitmaps do
     clear = np.abs(theirs - 0.5) > 0.35
     assert clear.mean() > 0.85
@@ -105,9 +107,9 @@ def test_mask_targets_are_the_bitmaps_in_the_proposals():
 def test_a_target_is_empty_outside_its_object_and_of_an_empty_object():
     full = np.ones((2, instance_masks.CROP, instance_masks.CROP), bool)
     objects = np.array([[10, 10, 20, 20], [0, 0, 0, 0]], np.float32)
-    found = instance_masks.targets(full, objects, np.array([[20, 0, 40, 30], [0, 0, 8, 8]], np.float32), 28)
+    found = targets(full, objects, np.array([[20, 0, 40, 30], [0, 0, 8, 8]], np.float32), 28)
     assert not found.any()
-    half = instance_masks.targets(full[:1], objects[:1], np.array([[15, 10, 25, 20]], np.float32), 28)
+    half = targets(full[:1], objects[:1], np.array([[15, 10, 25, 20]], np.float32), 28)
     np.testing.assert_array_equal(half[0], np.tile(np.arange(28) < 14, (28, 1)))
 
 
