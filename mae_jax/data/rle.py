@@ -58,11 +58,22 @@ def decoded(lengths: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def encoded(mask: np.ndarray) -> str:
     """Returns the text of a mask [height, width]; not 0 is 1."""
-    flat = np.append(False, (mask != 0).T.ravel())
-    edges = np.flatnonzero(flat[1:] != flat[:-1])
-    lengths = np.diff(np.concatenate([[0], edges, [flat.size - 1]]))
-    values = lengths.copy()
-    values[3:] -= lengths[1:-2]
+    return encoded_region(mask, 0, 0, mask.shape)
+
+
+def encoded_region(values: np.ndarray, left: int, top: int, size: tuple[int, int]) -> str:
+    """Returns the text of a mask of an image (height, width) that is 0 but for values [h, w] from left and top on."""
+    columns = np.zeros((values.shape[1], size[0]), bool)
+    columns[:, top:top + len(values)] = values.T != 0
+    flat, pixels = np.concatenate([[False], columns.ravel(), [False]]), size[0] * size[1]
+    edges = np.flatnonzero(flat[1:] != flat[:-1]) + left * size[0]
+    lengths = np.diff(np.concatenate([[0], edges[edges < pixels], [pixels]]))
+    differences = lengths.copy()
+    differences[3:] -= lengths[1:-2]
+    return _text(differences)
+
+
+def _text(values: np.ndarray) -> str:
     letters = bytearray()
     for value in values.tolist():
         while True:
