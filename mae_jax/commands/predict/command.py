@@ -23,8 +23,8 @@ from mae_jax.storage import paths
 REQUIRED = ("from", "to")
 CONFIG = cli.define_config()
 FROM = flags.DEFINE_string("from", "", "workdir, one step's folder in it, its best/, an export, or weights of others")
-TO = flags.DEFINE_string("to", "", "the file to write, *.csv or *.json; of a segmentation or detector a folder; local or "
-                         "gs://")
+TO = flags.DEFINE_string("to", "", "the file to write, *.csv or *.json; of a segmentation or detector a folder; local "
+                         "or gs://")
 IMAGES = flags.DEFINE_string("images", "", "a file, a folder or a pattern of images; local or gs://")
 SPLIT = flags.DEFINE_string("split", "", "of the run's data or of --config: which split; '': the evaluation split, or "
                             "without one the training split")
