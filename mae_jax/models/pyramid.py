@@ -28,9 +28,10 @@ def kernel_start(how: str, inputs: int, outputs: int) -> nn.initializers.Initial
       how: 'torch', as torch starts convolutions; 'msra' (arXiv 1502.01852, by outputs) and 'xavier' (uniform, by
         inputs) as Detectron2 fills them; or a number: the standard deviation of a normal.
     """
-    found = {"torch": uniform(inputs**-0.5), "xavier": uniform((3 / inputs) ** 0.5),
-             "msra": nn.initializers.normal((2 / outputs) ** 0.5)}
-    return found[how] if how in found else nn.initializers.normal(float(how))
+    if how == "msra":
+        return nn.initializers.normal((2 / outputs) ** 0.5)
+    bounds = {"torch": inputs**-0.5, "xavier": (3 / inputs) ** 0.5}
+    return uniform(bounds[how]) if how in bounds else nn.initializers.normal(float(how))
 
 
 class Conv(nn.Module):

@@ -135,6 +135,7 @@ def test_every_parameter_has_a_gradient_and_the_loss_its_terms(fields, terms):
     assert [name for name, grad in grads.items() if not grad.any()] == []
 
 
+@pytest.mark.slow
 def test_no_gradient_goes_through_proposals(found, monkeypatch):
     """The regions' losses move the head of proposals by nothing."""
     config, params, batch, _ = found
