@@ -223,7 +223,7 @@ def test_an_image_of_another_size_than_its_annotations_say_is_bad(tmp_path):
     coco_data.image(tmp_path / "train2017", "000000000000.png", size=(20, 30))
     example = load(tmp_path).read(0)
     with pytest.raises(BadImage, match=r"30 x 20, .* 60 x 40"):
-        detection._check_size(StoredImage(example.image), example.objects)
+        detection.check_size(StoredImage(example.image), example.objects)
 
 
 def test_runs_as_text_are_those_of_pycocotools():
