@@ -38,6 +38,9 @@ class Detection(Evaluation):
 
     def scalars(self, ctx: Context) -> dict[str, float]:
         annotations, found = _of_part(ctx), list(ctx.held_out.rows.get("detections", ()))
+        if annotations is None and found:
+            log.warning("data.source=%r has no annotations to judge detections by: no average precision",
+                        ctx.method.config.data.source)
         if annotations is None or not found:
             return {}
         truth = [annotations.truth(each.id) for each in found]
