@@ -79,13 +79,13 @@ class Linear(nn.Module):
     """A linear layer over the last axis whose kernel starts as `kernel_start` says, its bias at 0."""
 
     features: int
-    init: str
+    start: str
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        start = kernel_start(self.init, x.shape[-1], self.features)
-        kernel = self.param("kernel", start, (x.shape[-1], self.features))
+        first_values = kernel_start(self.start, x.shape[-1], self.features)
+        kernel = self.param("kernel", first_values, (x.shape[-1], self.features))
         return linear(x.astype(self.dtype), kernel, self.param("bias", nn.initializers.zeros, (self.features,)))
 
 

@@ -39,15 +39,15 @@ class Conv(nn.Module):
     features: int
     size: int
     dtype: Any
-    init: str
+    start: str
     bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         cells, channels = self.size**2, x.shape[-1]
-        start = kernel_start(self.init, cells * channels, cells * self.features)
-        kernel = self.param("kernel", start, (self.size, self.size, channels, self.features))
-        first = uniform((cells * channels) ** -0.5) if self.init == "torch" else nn.initializers.zeros
+        first_values = kernel_start(self.start, cells * channels, cells * self.features)
+        kernel = self.param("kernel", first_values, (self.size, self.size, channels, self.features))
+        first = uniform((cells * channels) ** -0.5) if self.start == "torch" else nn.initializers.zeros
         bias = self.param("bias", first, (self.features,)) if self.bias else jnp.zeros(self.features, kernel.dtype)
         x = x.astype(self.dtype)
         if self.size == 1:
@@ -60,14 +60,14 @@ class Deconv(nn.Module):
 
     features: int
     dtype: Any
-    init: str = "torch"
+    start: str = "torch"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         # torch counts a transposed kernel's inputs and outputs the other way around.
-        start = kernel_start(self.init, 4 * self.features, 4 * x.shape[-1])
-        kernel = self.param("kernel", start, (x.shape[-1], 2, 2, self.features))
-        first = uniform((4 * self.features) ** -0.5) if self.init == "torch" else nn.initializers.zeros
+        first_values = kernel_start(self.start, 4 * self.features, 4 * x.shape[-1])
+        kernel = self.param("kernel", first_values, (x.shape[-1], 2, 2, self.features))
+        first = uniform((4 * self.features) ** -0.5) if self.start == "torch" else nn.initializers.zeros
         bias = self.param("bias", first, (self.features,))
         parts = linear(x.astype(self.dtype), kernel, jnp.zeros(kernel.shape[1:], kernel.dtype))
         return depth_to_space(parts) + bias.astype(x.dtype)

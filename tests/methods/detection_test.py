@@ -10,6 +10,7 @@ from mae_jax.ops.detection import boxes, selection
 from mae_jax.ops.detection.instance_masks import paste
 from mae_jax.param_tree import flatten
 from tests.helpers.scenes import scene_batch, shape
+from tests.helpers.tiers import slow
 from tests.helpers.tiny import tiny_config, tiny_loss, tiny_method, tiny_params, tiny_state, tiny_step
 
 CASCADE = {"method.stage_overlaps": (0.5, 0.6, 0.7), "method.stage_weights": (1.0, 0.5, 0.25)}
@@ -19,11 +20,14 @@ def detector(fields=None):
     return tiny_config(fields, "detection")
 
 
-def loss_and_grads(config, params, batch, seed=0):
+COMPILED = {}  # by config: most tests look at the same program
+
+
+def loss_and_grads(config, params, batch):
     """Returns loss, metrics (name → mean) and gradients by path."""
     method = tiny_method(config)
-    compute = jax.jit(jax.value_and_grad(lambda p, b: method.loss(p, {}, b, jax.random.key(seed), 0, True),
-                                         has_aux=True))
+    compute = COMPILED.setdefault(str(config), jax.jit(jax.value_and_grad(
+        lambda p, b: method.loss(p, {}, b, jax.random.key(0), 0, True), has_aux=True)))
     (loss, (metrics, _)), grads = compute(params, batch)
     means = {name: float(total / max(weight, 1)) for name, (total, weight) in metrics.items()}
     return float(loss), means, flatten(grads)
@@ -38,12 +42,11 @@ def found():
 
 
 def test_a_detector_starts_at_the_losses_of_knowing_nothing():
-    config = detector({"data.image_size": (32, 32), "method.anchor_samples": 64})
-    method, batch = tiny_method(config), scene_batch(config)
-    params, extras = jax.jit(method.init)(jax.random.key(0), batch)
-    loss, (metrics, _) = tiny_loss(method)(params, extras, batch, jax.random.key(1), 0, True)
-    means = {name: float(total / weight) for name, (total, weight) in metrics.items()}
-    # Where an image has fewer anchors than samples, the divisor stays.
+    config = detector()
+    batch = scene_batch(config)
+    params, extras = jax.jit(tiny_method(config).init)(jax.random.key(0), batch)
+    assert extras == {}
+    loss, means, _ = loss_and_grads(config, params, batch)
     assert means["loss_objectness"] == pytest.approx(np.log(2), rel=0.05)
     assert means["loss_classes"] == pytest.approx(np.log(4), rel=0.1)
     assert means["loss_masks"] == pytest.approx(np.log(2), rel=0.05)
@@ -68,7 +71,9 @@ def test_twice_as_much_padding_changes_nothing(found):
     _, params, batch, (loss, means, _) = found
     wide = {name: np.pad(batch[name], ((0, 0), (0, 4), *((0, 0),) * (batch[name].ndim - 2)))
             for name in ("box", "box_class", "box_valid", "box_mask")}
-    other, others, _ = loss_and_grads(detector({"data.max_objects": 8}), params, batch | wide)
+    method = tiny_method(detector({"data.max_objects": 8}))
+    other, (metrics, _) = tiny_loss(method)(params, {}, batch | wide, jax.random.key(0), 0, True)
+    others = {name: float(total / weight) for name, (total, weight) in metrics.items()}
     assert other == pytest.approx(loss, rel=1e-6)
     assert others == pytest.approx(means, rel=1e-6)
 
@@ -112,9 +117,9 @@ def test_padding_images_leave_the_losses_of_others_alone(found):
 
 @pytest.mark.parametrize(("fields", "terms"), [
     ({}, {"objectness", "proposals", "classes", "boxes", "masks"}),
-    (CASCADE | {"method.class_boxes": False}, {"objectness", "proposals", "masks", *(
+    slow(CASCADE | {"method.class_boxes": False}, {"objectness", "proposals", "masks", *(
         f"{name}{stage}" for name in ("classes", "boxes") for stage in ("", "2", "3"))}),
-    (CASCADE | {"method.box_loss": "giou", "method.box_weight": 10.0, "method.pyramid": "blocks", "method.beta": 1 / 9,
+    slow(CASCADE | {"method.box_loss": "giou", "method.box_weight": 10.0, "method.pyramid": "blocks", "method.beta": 1 / 9,
                 "method.norm": "none", "method.class_token": True, "method.window": 0, "method.global_blocks": (),
                 "method.relative_positions": False}, {"objectness", "proposals", "masks", *(
         f"{name}{stage}" for name in ("classes", "boxes") for stage in ("", "2", "3"))})],
@@ -133,6 +138,8 @@ def test_every_parameter_has_a_gradient_and_the_loss_its_terms(fields, terms):
 def test_no_gradient_goes_through_proposals(found, monkeypatch):
     """The regions' losses move the head of proposals by nothing."""
     config, params, batch, _ = found
+    monkeypatch.setitem(COMPILED, str(config), None)
+    COMPILED.pop(str(config))
     monkeypatch.setattr(losses, "proposal_losses", lambda *_: ((jax.numpy.zeros(()), jax.numpy.ones(())),) * 2)
     _, _, grads = loss_and_grads(config, params, batch)
     assert not any(grad.any() for name, grad in grads.items() if name.startswith("proposals/"))

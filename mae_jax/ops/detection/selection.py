@@ -73,6 +73,7 @@ def sampled_anchors(key: jax.Array, objects: Objects, there: jax.Array, anchors:
       least: see `match`.
       count, positives: see `sample`.
     """
+    anchors = jnp.asarray(anchors)
     found = match(iou(objects.box, anchors), objects.real, *overlaps, True, least)
     index, kind = sample(key, jnp.where(there, found.kind, NEITHER), count, positives)
     own = found.object[index]
@@ -96,7 +97,7 @@ def proposals(logits: Sequence[jax.Array], deltas: Sequence[jax.Array], size: ja
     for level, moved, start in zip(logits, deltas, anchors, strict=True):
         taken = min(most, len(level))
         score, index = jax.lax.top_k(level, taken)
-        box = clip(decode(moved[index], start[index], UNIT), size)
+        box = clip(decode(moved[index], jnp.asarray(start)[index], UNIT), size)
         there = (sides(box) > 0).all(-1) & jnp.isfinite(score)
         padding = (0, most - taken)
         found.append((jnp.pad(score, padding), jnp.pad(box, (padding, (0, 0))), jnp.pad(there, padding)))
@@ -170,6 +171,6 @@ def detections(scores: jax.Array, deltas: jax.Array, boxes: jax.Array, there: ja
 
 
 def positives(training: Training, count: int) -> Training:
-    """Returns the first so many of the sampled boxes, among which all positives are; the others of them as NEITHER."""
-    first = Training(*(part[:count] for part in training))
+    """Returns the first so many of sampled boxes [..., S], among which all positives are; the others as NEITHER."""
+    first = Training(*(part[..., :count] for part in training))
     return first._replace(kind=jnp.where(first.kind == POSITIVE, POSITIVE, NEITHER))
