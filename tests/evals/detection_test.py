@@ -7,7 +7,7 @@ import pytest
 
 from mae_jax.data import rle
 from mae_jax.data.sources import coco, coco_annotations, coco_files
-from mae_jax.evals import detected, object_figures
+from mae_jax.evals import detected, input_grid, object_figures
 from mae_jax.evals.average_precision import FIGURES, Found, Mask
 from mae_jax.ops.detection.instance_masks import paste
 from mae_jax.training.evaluation import known_mode
@@ -126,3 +126,16 @@ def test_a_grid_of_a_batch_shows_its_objects():
     assert not drawn[18, 10].any()
     assert not drawn[:, 24:].any()
     assert object_figures.object_names(batch, 0, ("a", "b", "c")) == "c"
+
+
+def test_the_grid_of_the_first_batch_shows_images_with_and_without_their_objects(root):
+    evaluator, _ = made(root, 0.0)
+    batch = next(iter(evaluator.inputs.evaluate()))
+    captions = [input_grid.caption(batch, i, ("cat", "dog", "kite"), evaluator.inputs.parts["val"]) for i in range(4)]
+    assert captions[0] == ("0.png", "cat, kite")
+    drawn = input_grid.drawn(evaluator.method, batch, captions, "")
+    plain = input_grid.drawn(evaluator.method, {name: value for name, value in batch.items() if name != "box"},
+                             captions, "")
+    assert drawn.shape[1] == plain.shape[1]
+    assert drawn.shape[0] - plain.shape[0] > 90  # one more panel, as high as the canvas
+    assert (drawn == object_figures.color(2)).all(-1).sum() > 50

@@ -72,7 +72,8 @@ def made(root: Path, shift: float, batch: int = 4, devices: int = 1) -> tuple[Ev
     config.model.patch = (6, 8)
     config.eval.crop_ratio = (1.0,)
     method = Oracle(config, TINY_DATA)
-    inputs = data.OpenedData(config).batches(method.eval_spec(), method.patch_order())
-    params = {"shift": jnp.float32(shift)}
     mesh = sharding.make_mesh(configs.resolved(config), jax.devices()[:devices])
+    rows = sharding.local_rows(mesh, batch)
+    inputs = data.OpenedData(config).batches(method.eval_spec(), method.patch_order(), rows=rows)
+    params = jax.device_put({"shift": np.float32(shift)}, sharding.replicated(mesh))
     return Evaluator(method, inputs, mesh), TrainState(np.zeros((), np.int32), params, (), {}, {}, np.zeros(()))
