@@ -30,23 +30,27 @@ class Detection(Evaluation):
     name = "detection"
 
     def applies(self, method: Method, data: Any) -> bool:
-        return method.task == "detection" and any(_annotations(part) for part in data.parts.values())
+        return method.task == "detection"
 
     def metric_names(self, method: Method, data: Any) -> list[str]:
-        masks = all(part.annotations.masks for part in data.parts.values() if _annotations(part))
-        return [f"{kind}_{name}" for kind in ("box", "mask")[:1 + masks] for name in FIGURES]
+        found = [each for part in data.parts.values() if (each := _annotations(part))]
+        return _names(all(each.masks for each in found)) if found else []
 
     def scalars(self, ctx: Context) -> dict[str, float]:
         annotations, found = _of_part(ctx), list(ctx.held_out.rows.get("detections", ()))
+        if annotations is None and found:
+            log.warning("data.source=%r has no annotations to judge detections by: no average precision",
+                        ctx.method.config.data.source)
         if annotations is None or not found:
             return {}
         truth = [annotations.truth(each.id) for each in found]
         known = [detected.annotated(each.objects) for each in truth]
         ctx.notes[self.name] = {each.id: (objects, each) for objects, each in zip(known, found, strict=True)}
-        figures = {f"{kind}_{name}": value for kind in ("box", "mask")[:1 + annotations.masks]
-                   for name, value in average_precision.figures(
-                       known, [each.found for each in found], kind == "mask").items()}
-        return figures | {"crowded": float(np.mean([each.crowded for each in found]))}
+        values: list[float] = []
+        for masks in (False, True)[:1 + annotations.masks]:
+            values += average_precision.figures(known, [each.found for each in found], masks).values()
+        values.append(float(np.mean([each.crowded for each in found])))
+        return dict(zip(_names(annotations.masks), values, strict=True))
 
     def files(self, ctx: Context) -> Iterator[tuple[str, str]]:
         annotations, noted = _of_part(ctx), ctx.notes.get(self.name)
@@ -65,6 +69,10 @@ class Detection(Evaluation):
             objects = sum(len(truth.label) for truth, _ in noted.values())
             yield "detection", tile(paired(_same_size(rows)), ("truth", "detected") * 2,
                                     f"scores from {object_figures.SHOWN:g}; of {pluralize(objects, 'object')} in all")
+
+
+def _names(masks: bool) -> list[str]:
+    return [f"{kind}_{name}" for kind in ("box", "mask")[:1 + masks] for name in FIGURES] + ["crowded"]
 
 
 def _annotations(part: Any) -> Annotations | None:

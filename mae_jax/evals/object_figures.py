@@ -82,7 +82,7 @@ def with_objects(images: np.ndarray, batch: Mapping[str, np.ndarray]) -> np.ndar
 
 
 def object_names(batch: Mapping[str, np.ndarray], i: int, classes: Sequence[str]) -> str:
-    """Returns how many objects of which classes a batch has of its i-th image, as '2 dog, kite'."""
+    """Returns how many objects of which classes a batch has of its i-th image, as "2 x dog, kite"."""
     labels, counts = np.unique(batch["box_class"][i][batch["box_valid"][i] > 0], return_counts=True)
-    return ", ".join(f"{count} {_name(int(label), classes)}" if count > 1 else _name(int(label), classes)
+    return ", ".join(f"{count} x {_name(int(label), classes)}" if count > 1 else _name(int(label), classes)
                      for label, count in zip(labels, counts, strict=True))

@@ -59,6 +59,13 @@ def test_a_detector_samples_and_learns_alike_on_every_mesh():
         assert apart["samples"] == 0, name
 
 
+def test_a_detector_is_judged_alike_on_every_mesh():
+    found = run("judged", 8)
+    assert found["1"] == found["2"] == found["8"]
+    assert found["1"]["eval/box_ap"] == pytest.approx(0.4)
+    assert found["1"]["results"] == 10
+
+
 def test_supervised_meshes_train_alike_and_count_every_example_once():
     for arm, found in run("labelled", 8).items():
         figures, one = found.pop("figures"), found.pop("one")

@@ -65,12 +65,14 @@ def _crops(split: str) -> list[np.ndarray]:
 
 
 def paths() -> list[Path]:
+    """Returns the files of the photographs, in the order of CLASSES; raises UserError where a package is missing."""
     images = package_folder("skimage", "scikit-image", "photo_crops") / "data"
     learn = package_folder("sklearn", "scikit-learn", "photo_crops") / "datasets" / "images"
     return [images / name for name in SCIKIT_IMAGE] + [learn / name for name in SCIKIT_LEARN]
 
 
 def photograph(path: Path) -> np.ndarray:
+    """Returns the pixels of a file, uint8 [height, width, 3]."""
     return np.asarray(to_rgb(Image.open(io.BytesIO(path.read_bytes()))))
 
 

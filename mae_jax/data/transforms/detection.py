@@ -162,7 +162,7 @@ def _keeping_ratio(size: tuple[float, float], short: float, long: float, canvas:
 def _view(stored: StoredImage, objects: Objects | None, place: Placement, canvas: tuple[int, int], most: int,
           color: functools.partial | None = None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     if objects is not None:
-        _check_size(stored, objects)
+        check_size(stored, objects)
     height, width = place.size
     image = stored.whole().resize((width, height), Image.Resampling.BILINEAR, place.part)
     image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if place.flip else image
@@ -172,7 +172,7 @@ def _view(stored: StoredImage, objects: Objects | None, place: Placement, canvas
     return pixels, fields(objects or none(place.size), place, (stored.height, stored.width), most)
 
 
-def _check_size(stored: StoredImage, objects: Objects) -> None:
+def check_size(stored: StoredImage, objects: Objects) -> None:
     """Raises BadImage where the objects are of an image of another size, or perhaps of one that lies otherwise."""
     size = (stored.height, stored.width)
     if stored.turn is not None and objects.size == size and (size[0] == size[1] or stored.turn not in SIDEWAYS):

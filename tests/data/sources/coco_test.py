@@ -1,12 +1,14 @@
 """Data sets in COCO's format: where tools put what, and what is said of what cannot be used."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from mae_jax.data import outlines, rle
+from mae_jax.commands.inspect import report
+from mae_jax.data import audit, outlines, rle
 from mae_jax.data.decode import BadImage, StoredImage
 from mae_jax.data.sources import coco, coco_annotations, coco_files, registry
 from mae_jax.errors import UserError
@@ -112,6 +114,23 @@ def test_a_tenth_is_held_out_of_a_file_without_splits(tmp_path):
     assert sorted(names(train) + names(test)) == sorted(f"{k}.png" for k in range(40))
     assert registry.same_split(config(tmp_path), "val", "test")
     assert load(tmp_path / "annotations.json", eval_split="").size == 40
+
+
+def test_worker_processes_can_have_it(tmp_path):
+    coco_data.coco(tmp_path)
+    part = load(tmp_path)
+    read, name = pickle.loads(pickle.dumps((part.read, part.name)))
+    np.testing.assert_array_equal(read(0).objects.box, part.read(0).objects.box)
+    assert name(1) == part.name(1)
+
+
+def test_an_audit_counts_objects_and_finds_images_of_another_size(tmp_path):
+    coco_data.coco(tmp_path)
+    coco_data.image(tmp_path / "train2017", "000000000000.png", size=(20, 30))
+    seen = audit.audit(load(tmp_path), 1, "train")
+    assert seen.labels == {0: 1}  # of the other image, in which a crowd does not count
+    assert "30 x 20" in seen.broken[0]
+    assert "3 classes of 0 (dog) to 1 (cat) objects" in "\n".join(report.split_lines("train", seen, (64, 64)))
 
 
 def test_two_files_for_one_split_are_named(tmp_path):
@@ -223,7 +242,7 @@ def test_an_image_of_another_size_than_its_annotations_say_is_bad(tmp_path):
     coco_data.image(tmp_path / "train2017", "000000000000.png", size=(20, 30))
     example = load(tmp_path).read(0)
     with pytest.raises(BadImage, match=r"30 x 20, .* 60 x 40"):
-        detection._check_size(StoredImage(example.image), example.objects)
+        detection.check_size(StoredImage(example.image), example.objects)
 
 
 def test_runs_as_text_are_those_of_pycocotools():

@@ -40,3 +40,29 @@ def ellipse(box: np.ndarray) -> Mask:
     inside = ((columns - (x1 + x2) / 2) / (x2 - x1))**2 + ((rows - (y1 + y2) / 2) / (y2 - y1))**2 <= 0.25
     inside[min(int((y1 + y2) / 2), SIZE[0] - 1), min(int((x1 + x2) / 2), SIZE[1] - 1)] = True
     return Mask.of(Region(0, 0, inside), SIZE)
+
+
+def flat(truth: list[Found], found: list[Found]) -> dict[str, np.ndarray]:
+    """Returns scenes as arrays of numbers; masks are ellipses."""
+    def image(part: list[Found]) -> np.ndarray:
+        return np.repeat(np.arange(len(part)), [len(each.label) for each in part])
+
+    joined = {f"truth_{name}": np.concatenate([getattr(each, name) for each in truth])
+              for name in ("box", "label", "crowd")}
+    joined |= {f"found_{name}": np.concatenate([getattr(each, name) for each in found])
+               for name in ("box", "label", "score")}
+    return joined | {"truth_image": image(truth), "found_image": image(found), "images": np.array(len(truth))}
+
+
+def unflat(arrays: dict[str, np.ndarray]) -> tuple[list[Found], list[Found]]:
+    """Returns the scenes of `flat`."""
+    truth, found = [], []
+    for i in range(int(arrays["images"])):
+        ours, theirs = arrays["truth_image"] == i, arrays["found_image"] == i
+        masks = tuple(ellipse(box) for box in arrays["truth_box"][ours])
+        area = np.array([mask.whole().sum() for mask in masks], np.float64)
+        truth.append(Found(arrays["truth_box"][ours], arrays["truth_label"][ours], masks, None, area,
+                           arrays["truth_crowd"][ours]))
+        box = arrays["found_box"][theirs]
+        found.append(Found(box, arrays["found_label"][theirs], tuple(map(ellipse, box)), arrays["found_score"][theirs]))
+    return truth, found
