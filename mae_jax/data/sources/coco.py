@@ -36,6 +36,7 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
     found = coco_files.layout(root)
     file = found.file(split.name)
     table = coco_annotations.read(file)
+    _check_classes(data, found, file, table)
     chosen = np.arange(len(table.images.names))
     if "" in found.files:
         low, high = splits.part(split.name, splits.holds_out(data))
@@ -56,6 +57,17 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
         printable_name, names), table.classes, objects.FIELDS, annotations=Annotations(
         functools.partial(_truth, table), table.category_ids, table.outlined))
     return source.only(chosen)
+
+
+def _check_classes(data: ConfigDict, found: coco_files.Layout, file: epath.Path, table: Table) -> None:
+    """Raises UserError where a file has other classes than that of the training split, by whose places they count."""
+    for part in splits.parts(data.train_split):
+        other = found.files.get(splits.role(part.name), file)
+        classes = coco_annotations.read(other).classes
+        if classes != table.classes:
+            odd = sorted(set(classes) ^ set(table.classes))
+            what = f"{printable(odd[0])!r} is in one of them alone" if odd else "they come in another order of ids"
+            raise UserError(f"{file} and {other} have different categories: {what}; both need the same list of them")
 
 
 def split_name(data: ConfigDict, name: str) -> str:

@@ -227,6 +227,17 @@ def test_what_is_no_file_of_annotations_is_one_line(tmp_path, content, why):
         load(tmp_path)
 
 
+@pytest.mark.parametrize(("categories", "why"), [
+    (coco_data.CATEGORIES[:2], "'cat' is in one of them alone"),
+    ([{"id": 3, "name": "cat"}, {"id": 90, "name": "kite"}, {"id": 1, "name": "dog"}], "another order of ids")])
+def test_files_of_different_categories_are_refused(tmp_path, categories, why):
+    coco_data.coco(tmp_path)
+    coco_data.write(tmp_path / "annotations" / "instances_val2017.json", {7: "000000000007.png"},
+                    [square(1, 7, 5, 5, 12, 90)], categories)
+    with pytest.raises(UserError, match=f"different categories: {why}"):
+        load(tmp_path, "val")
+
+
 def test_a_split_that_is_not_there_is_named(tmp_path):
     coco_data.coco(tmp_path)
     with pytest.raises(UserError, match="no annotations of the split 'test'"):
