@@ -116,6 +116,15 @@ def test_a_tenth_is_held_out_of_a_file_without_splits(tmp_path):
     assert load(tmp_path / "annotations.json", eval_split="").size == 40
 
 
+def test_splits_are_joined_and_sliced_with_their_annotations(tmp_path):
+    coco_data.coco(tmp_path)
+    both = load(tmp_path, "train+val", train_split="train+val", eval_split="")
+    assert [both.annotations.truth(i).image_id for i in range(both.size)] == [10, 12, 7]
+    half = load(tmp_path, "train[50%:]", train_split="train[:50%]", val_split="train[50%:]")
+    assert [half.annotations.truth(i).image_id for i in range(half.size)] == [12]
+    assert half.read(0).objects.crowd.tolist() == [False, True]
+
+
 def test_worker_processes_can_have_it(tmp_path):
     coco_data.coco(tmp_path)
     part = load(tmp_path)
