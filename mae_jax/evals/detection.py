@@ -37,12 +37,16 @@ class Detection(Evaluation):
         return _names(all(each.masks for each in found)) if found else []
 
     def scalars(self, ctx: Context) -> dict[str, float]:
-        annotations, found = _of_part(ctx), list(ctx.held_out.rows.get("detections", ()))
+        annotations, found = _annotations(_part(ctx)), list(ctx.held_out.rows.get("detections", ()))
         if annotations is None and found:
             log.warning("data.source=%r has no annotations to judge detections by: no average precision",
                         ctx.method.config.data.source)
         if annotations is None or not found:
             return {}
+        wanted = min(_part(ctx).size, ctx.method.config.eval.max_examples)
+        if len(found) < wanted:
+            log.warning("%d of %d images cannot be read, and do not count for average precision", wanted - len(found),
+                        wanted)
         truth = [annotations.truth(each.id) for each in found]
         known = [detected.annotated(each.objects) for each in truth]
         ctx.notes[self.name] = {each.id: (objects, each) for objects, each in zip(known, found, strict=True)}
@@ -53,7 +57,7 @@ class Detection(Evaluation):
         return dict(zip(_names(annotations.masks), values, strict=True))
 
     def files(self, ctx: Context) -> Iterator[tuple[str, str]]:
-        annotations, noted = _of_part(ctx), ctx.notes.get(self.name)
+        annotations, noted = _annotations(_part(ctx)), ctx.notes.get(self.name)
         if annotations and noted:
             found = [each for _, each in noted.values()]
             ids = [annotations.truth(each.id).image_id for each in found]
@@ -79,10 +83,10 @@ def _annotations(part: Any) -> Annotations | None:
     return getattr(part, "annotations", None)
 
 
-def _of_part(ctx: Context) -> Annotations | None:
-    """Returns the annotations of the evaluated part."""
+def _part(ctx: Context) -> Any:
+    """Returns the Source of the evaluated part, None of cached batches."""
     data = ctx.method.config.data
-    return _annotations(ctx.data.parts.get(data.eval_split if ctx.part == "eval" else data.val_split))
+    return ctx.data.parts.get(data.eval_split if ctx.part == "eval" else data.val_split)
 
 
 def _row(canvas: np.ndarray, size: np.ndarray, truth: Found, found: detected.Detected,

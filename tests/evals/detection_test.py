@@ -46,6 +46,14 @@ def test_figures_are_of_every_image_once_whatever_the_batch(root, batch):
     assert len(evaluator.notes["detection"]) == IMAGES
 
 
+def test_images_that_cannot_be_read_do_not_count_and_are_told(root, caplog):
+    (root / "val2017" / "1.png").write_bytes(b"no image")
+    evaluator, state = made(root, 0.0)
+    assert evaluator.scalars(state)["eval/box_ap"] == 1
+    assert f"1 of {IMAGES} images cannot be read" in caplog.text
+    assert len(evaluator.notes["detection"]) == IMAGES - 1
+
+
 def test_results_are_those_of_coco(root):
     evaluator, state = made(root, 0.0)
     assert list(evaluator.files(state)) == []
