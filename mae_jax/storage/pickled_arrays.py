@@ -48,7 +48,8 @@ class Array:
         if not all(type(size) is int and 0 <= size < 2**48 for size in self.shape):
             raise ValueError("an array is not described as NumPy does it")
         dtype = self.dtype.known()
-        if not isinstance(self.content, bytes | bytearray) or len(self.content) != math.prod(self.shape) * dtype.itemsize:
+        size = math.prod(self.shape) * dtype.itemsize
+        if not isinstance(self.content, bytes | bytearray) or len(self.content) != size:
             raise ValueError(f"an array of {list(self.shape)} has not as many numbers")
         return np.frombuffer(bytes(self.content), dtype).reshape(self.shape, order="F" if self.by_columns else "C")
 

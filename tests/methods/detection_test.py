@@ -119,9 +119,10 @@ def test_padding_images_leave_the_losses_of_others_alone(found):
     ({}, {"objectness", "proposals", "classes", "boxes", "masks"}),
     slow(CASCADE | {"method.class_boxes": False}, {"objectness", "proposals", "masks", *(
         f"{name}{stage}" for name in ("classes", "boxes") for stage in ("", "2", "3"))}),
-    slow(CASCADE | {"method.box_loss": "giou", "method.box_weight": 10.0, "method.pyramid": "blocks", "method.beta": 1 / 9,
-                "method.norm": "none", "method.class_token": True, "method.window": 0, "method.global_blocks": (),
-                "method.relative_positions": False}, {"objectness", "proposals", "masks", *(
+    slow(CASCADE | {
+        "method.box_loss": "giou", "method.box_weight": 10.0, "method.pyramid": "blocks", "method.beta": 1 / 9,
+        "method.norm": "none", "method.class_token": True, "method.window": 0, "method.global_blocks": (),
+        "method.relative_positions": False}, {"objectness", "proposals", "masks", *(
         f"{name}{stage}" for name in ("classes", "boxes") for stage in ("", "2", "3"))})],
     ids=["one stage", "cascade", "cascade of iBOT"])
 def test_every_parameter_has_a_gradient_and_the_loss_its_terms(fields, terms):
