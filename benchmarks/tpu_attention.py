@@ -43,8 +43,8 @@ KINDS = flags.DEFINE_integer("kinds", 10, "kinds of operation to print of each w
 
 def implementation(way: str, depth: int) -> attention.Implementation:
     """Returns the attention of heads of that depth which --way describes."""
-    if way == "plain":
-        return attention.IMPLEMENTATIONS["plain"]
+    if way in ("plain", "kernel"):
+        return attention.IMPLEMENTATIONS[{"kernel": "tpu kernel"}.get(way, way)]
     scores, *rest = way.split(",")
     if "in_place" in rest:
         return attention.on_tpu(attention_tpu.Way(int(scores), {}, (depth,)))
@@ -75,7 +75,7 @@ def main() -> int:
     device = tpu.devices(TOPOLOGY.value)[0]
     for way in WAYS.value:
         own = implementation(way, WIDTH.value // HEADS.value)
-        with mock.patch.dict(attention.IMPLEMENTATIONS, dict.fromkeys(attention_tpu.WAYS, own)):
+        with mock.patch.dict(attention.IMPLEMENTATIONS, dict.fromkeys((*attention_tpu.WAYS, "tpu kernel"), own)):
             program = compiled(device)
         text, kinds = program.as_text(), tpu_text.cycles(program.as_text())
         seconds = program.cost_analysis()["optimal_seconds"] + withheld_seconds(text)

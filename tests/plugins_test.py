@@ -74,7 +74,7 @@ def test_an_odd_record_of_plug_ins_is_a_damaged_file(tmp_path, odd, no_plugins):
         "plugins": json.dumps(odd)})
     with pytest.raises(UserError, match=r"config\.json is damaged"):
         read_config(epath.Path(tmp_path))
-    with pytest.raises(UserError, match=r"x\.safetensors is no safetensors file, or damaged"):
+    with pytest.raises(UserError, match=r"x\.safetensors is no file of weights, or damaged"):
         config_of(str(tmp_path / "x.safetensors"))
 
 

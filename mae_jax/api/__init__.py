@@ -99,7 +99,7 @@ def predict(encoder: Encoder | Path, images: ImageLike | Sequence[ImageLike], *,
         raise UserError(f"top_k={top_k}; expected 1 class or more")
     opened = _opened(encoder)
     if isinstance(images, str | os.PathLike) and not os.path.isfile(images):
-        part = inference_parts.of_images(opened.config, os.fspath(images), opened.classes)
+        part = inference_parts.of_images(opened.config, os.fspath(images), opened.class_names)
         return list(prediction.predictions(opened, part, prediction.Score(opened), top_k))
     return prediction.of_images(opened, images, top_k)
 

@@ -33,7 +33,7 @@ def parts_of(encoder: Encoder, images: str, config: ConfigDict | None, split: st
         if images and given:
             raise UserError(f"images={images} names the images itself; leave {flag} out")
     if images:
-        return [parts.of_images(encoder.config, images, encoder.classes)]
+        return [parts.of_images(encoder.config, images, encoder.class_names)]
     if config is None and not encoder.of_run:
         raise UserError(f"{encoder.source} does not say which images it was trained on; name some (images, config)")
     return parts.of_config(encoder.config, config, split, all_splits)

@@ -10,7 +10,6 @@ from etils import epath
 
 from mae_jax.errors import UserError, printable
 from mae_jax.runtime import bounded_json, peers
-from mae_jax.storage import workdir_lock
 from mae_jax.storage.file_kinds import unreadable
 from mae_jax.storage.npz import opened
 
@@ -24,9 +23,17 @@ class Chunks:
     Files 00000.npz ... have the columns; about.json says what they are of, complete.json the number of chunks.
     """
 
-    def __init__(self, folder: epath.Path, about: dict[str, Any], rows: int = 0):
-        """Args: folder; about, what the rows are of, which must be that of those that are there; rows, as above."""
-        self.folder, self.about, self.rows = folder, bounded_json.as_read(about), rows
+    def __init__(self, folder: epath.Path, about: dict[str, Any], rows: int,
+                 verify: Callable[[], None] = lambda: None):
+        """Binds chunks to a folder.
+
+        Args:
+          folder: made by `fill`.
+          about: what the rows are of, which must be that of those that are there.
+          rows: as above.
+          verify: returns where the folder is sure to be this process's to write, raises elsewhere.
+        """
+        self.folder, self.about, self.rows, self._verify = folder, bounded_json.as_read(about), rows, verify
 
     def files(self) -> list[epath.Path]:
         """Returns the chunks that are there, in order."""
@@ -93,7 +100,7 @@ class Chunks:
         except ValueError as error:
             raise UserError(f"{unreadable(file, content or b'', error)}; remove {self.folder}") from None
         if there is not None and there != self.about:
-            raise UserError(f"{self.folder} has features of another {difference(there, self.about)}; name another "
+            raise UserError(f"{self.folder} has other features, by their {difference(there, self.about)}; name another "
                             "folder, or remove it")
         if there is None:
             file.write_text(json.dumps(self.about) + "\n")
@@ -101,7 +108,7 @@ class Chunks:
     def _write(self, number: int, columns: Columns) -> Columns:
         """Writes one chunk; returns the rows that are too many for it."""
         if jax.process_index() == 0:
-            workdir_lock.wait_until_verified()
+            self._verify()
             partial = self.folder / f"partial_{number:05d}.npz"
             kept: dict[str, Any] = {name: column[:self.rows] for name, column in columns.items()}
             with partial.open("wb") as file:

@@ -1,6 +1,7 @@
 """Features of all images of some parts in one file: in bounded memory, going on where it was stopped."""
 
 import logging
+import os
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -70,9 +71,10 @@ def embed(encoder: Encoder, parts: list[Part], to: epath.Path, features: str = "
     row_bytes = 4 * int(np.prod(encoder.shape(features)))
     rows = max(1, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes))
     folder, total = _parts_of(to), sum(part.size for part in parts)
-    with workdir_lock.hold(folder, ends_process=False):
-        chunks = [Chunks(folder / str(number), {**about, "split": part.split, "chunk_rows": rows}, rows)
-                  for number, part in enumerate(parts)]
+    lease = workdir_lock.lease_of(folder, ends_process=False, what="--to")
+    with workdir_lock.taken(lease):
+        chunks = [Chunks(folder / str(number), {**about, "split": part.split, "chunk_rows": rows}, rows,
+                         lease.wait_until_verified) for number, part in enumerate(parts)]
         done = sum(min(each.rows_there(), part.size) for each, part in zip(chunks, parts, strict=True))
         with jax.set_mesh(encoder.mesh), progress.told(total, done, "embed") as tell:
             for each, part in zip(chunks, parts, strict=True):
@@ -82,15 +84,24 @@ def embed(encoder: Encoder, parts: list[Part], to: epath.Path, features: str = "
             found = _unreadable(parts, chunks, str(to))
             more = {"from": encoder.source, "mae_jax": __version__, "images": found.images,
                     "unreadable": found.unreadable, "unreadable_count": found.unreadable_count}
-            workdir_lock.wait_until_verified()
+            lease.wait_until_verified()
             writer(to, {**about, **more}, found.images, lambda: _records(parts, chunks, _classes(parts)))
-    if jax.process_index() == 0:
-        folder.rmtree()
+            _remove(folder)
     return Embedded(*peers.broadcast(list(found)))
 
 
 def _parts_of(to: epath.Path) -> epath.Path:
     return to.with_name(f"{to.name}.parts")
+
+
+def _remove(folder: epath.Path) -> None:
+    """Removes what the file was made of, as long as it is held: the next call may begin in it at once.
+
+    The lock of a bucket stays, which is deleted as it is given back.
+    """
+    for each in folder.iterdir() if str(folder).startswith("gs://") else [folder]:
+        if each.is_dir():
+            each.rmtree()
 
 
 def _classes(parts: list[Part]) -> tuple[str, ...]:
@@ -101,7 +112,7 @@ def _classes(parts: list[Part]) -> tuple[str, ...]:
 def _about(encoder: Encoder, parts: list[Part], features: str, block: int, images: str) -> dict[str, Any]:
     """Returns what the file says of itself: all that its rows depend on."""
     config = encoder.config
-    source = {"images": images} if images else data_of(parts[0].config)
+    source = {"images": _absolute(images)} if images else data_of(parts[0].config)
     classes = _classes(parts)
     for part in parts:
         if part.source.classes and tuple(part.source.classes) != tuple(classes):
@@ -116,6 +127,11 @@ def _about(encoder: Encoder, parts: list[Part], features: str, block: int, image
             "config": {} if images else stored(parts[0].config)}
 
 
+def _absolute(images: str) -> str:
+    """Returns the path or pattern that means the same from any folder."""
+    return images if "://" in images else os.path.abspath(images)
+
+
 def _there(to: epath.Path, about: dict[str, Any]) -> Embedded | None:
     """Returns what is in a whole file that is there; raises UserError where it is of something else."""
     said, why = None, ""
@@ -125,7 +141,7 @@ def _there(to: epath.Path, about: dict[str, Any]) -> Embedded | None:
             mine, theirs = ({key: value for key, value in each.items() if key not in NOT_COMPARED}
                             for each in (about, said))
             if differ := difference(theirs, mine):
-                why = f"{to} holds features of another {differ}; name another file, or remove it"
+                why = f"{to} holds other features, by their {differ}; name another file, or remove it"
         except UserError as error:
             why = f"{error}; name another file, or remove it"
     said, why = peers.broadcast([said, why])
@@ -144,6 +160,10 @@ def _columns(encoder: Encoder, part: Part, features: str, block: int, tell: prog
     function = passes.features_of(encoder, features, block)
     for rows in passes.rows_of(encoder, part, ("embed", features, block), function, tell, first):
         reasons = [rows.reasons.get(row, "") for row in range(len(rows.outputs))]
+        for row in np.flatnonzero(rows.fields["valid"] & ~np.isfinite(rows.outputs).all(1)):
+            raise UserError(f"the features of {part.name(rows.first + int(row))} by {encoder.source} are not finite; "
+                            "nothing is written: its weights are damaged, or too large for "
+                            f"model.dtype={encoder.config.model.dtype}")
         yield {"features": rows.outputs, "reason": np.array(reasons, np.str_), **rows.fields}
 
 

@@ -44,7 +44,8 @@ class Encoder:
       config: of the run that trained it, as it is looked at here: without 'auto', of batches of `batch_size`.
       method: with its heads, where it has some.
       params, extras: on the devices.
-      classes: names of those that its head knows, () without a head or names.
+      class_names: of those that its head knows, () without a head, or where nothing says them.
+      classes: likewise, their numbers where nothing says names.
       step: of the checkpoint, -1 where nothing says it.
       source: where it was loaded from.
       of_run: whether the config is of a run of ours, and so says what it was trained on.
@@ -53,7 +54,8 @@ class Encoder:
     def __init__(self, config: ConfigDict, params: Any, extras: Any, mesh: Mesh, classes: Sequence[str] = (),
                  step: int = -1, source: str = "", of_run: bool = True):
         self.of_run = of_run
-        self.config, self.mesh, self.classes, self.step, self.source = config, mesh, tuple(classes), step, source
+        self.config, self.mesh, self.step, self.source = config, mesh, step, source
+        self.classes = _named(params, classes)
         several = bool(config.method.get("multi_label"))
         self.method = methods.build(config, DataInfo(0, self.classes, several))
         if self.method.extra_encode_fields:
@@ -61,6 +63,7 @@ class Encoder:
                             "export --for-task=vote makes one")
         self.grid = PatchGrid.of(config)
         _check(self.method, params, source)
+        self.class_names = self.classes if self.classes == tuple(classes) else ()
         self.params, self.extras = forward.placed((params, extras), mesh)
         self._builder = ExampleBuilder(config, Method.patch_order(self.method), Method.eval_spec(self.method))
         self._programs: dict[Any, Callable[..., Any]] = {}
@@ -96,7 +99,7 @@ class Encoder:
     def program(self, features: str = "pool", block: int = -1) -> Callable[..., jax.Array]:
         """Returns the compiled function of (params, extras, batch) to features, float32 [B, ...]."""
         check_features(features)
-        if not -1 <= block < self.config.model.depth:
+        if not isinstance(block, int | np.integer) or not -1 <= block < self.config.model.depth:
             raise UserError(f"block={block}; the encoder has the blocks 0 to {self.config.model.depth - 1}, -1 is the "
                             "last")
         if features == "cls" and not self.method.encoder.class_token:
@@ -156,7 +159,7 @@ class Encoder:
 def check_features(features: str) -> None:
     """Raises UserError for unknown features, with the nearest name."""
     if features not in FEATURES:
-        raise UserError(f"features={features!r}; {did_you_mean(features, FEATURES)}")
+        raise UserError(f"features={features!r}; {did_you_mean(str(features), FEATURES)}")
 
 
 def open_encoder(source: str, batch_size: int = 0, image_size: tuple[int, int] | None = None, heads: int = 0,
@@ -193,8 +196,8 @@ def open_encoder(source: str, batch_size: int = 0, image_size: tuple[int, int] |
     config = for_devices(config, batch_size, devices)
     kept = {name: value for name, value in extras.items() if name != "teacher"}  # whose parameters these are
     classes = workdir.classes_of(str(folder)) if _outputs(params) else ()
-    return Encoder(config, params, kept, sharding.make_mesh(config, devices), _named(params, classes), step,
-                   str(source), theirs is not None)
+    return Encoder(config, params, kept, sharding.make_mesh(config, devices), classes, step, str(source),
+                   theirs is not None)
 
 
 def for_devices(config: ConfigDict, batch_size: int, devices: Sequence[jax.Device]) -> ConfigDict:

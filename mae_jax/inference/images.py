@@ -85,7 +85,9 @@ def _content(path: str) -> bytes:
     except BadImage as error:
         raise UserError(f"{printable(path)} cannot be read: {error}") from None
     except OSError as error:
-        raise UserError(f"{printable(path)} cannot be read: {error.strerror or error}") from None
+        several = "; of a folder or a pattern, embed and predict take all images" * (
+            isinstance(error, IsADirectoryError) or bool(set("*?[") & set(path)))
+        raise UserError(f"{printable(path)} cannot be read: {error.strerror or error}{several}") from None
 
 
 def _of_pil(image: Image.Image, upright: bool) -> np.ndarray:

@@ -107,8 +107,9 @@ def of_images(config: ConfigDict, images: str, classes: Sequence[str]) -> Part:
     Args:
       config: the encoder's.
       images: a file, a folder, of which all images at any depth are meant, or a pattern, in which ** is any depth.
-      classes: that the encoder's head knows; an image in a folder of such a name has that label. () where it has none:
-        then the folders at the top are classes, if all images lie in two or more.
+      classes: that the encoder's head knows; an image in a folder of such a name has that label; of a pattern's fixed
+        part the last folder counts alone. () where it has none: then the folders at the top are classes, if all images
+        lie in two or more.
 
     Raises:
       UserError: no image is there.
@@ -118,7 +119,8 @@ def of_images(config: ConfigDict, images: str, classes: Sequence[str]) -> Part:
     if not classes and root is not None and len(tops) > 1 and "" not in tops:
         classes = tuple(sorted(tops))
     index = {name: number for number, name in enumerate(classes)}
-    labels = np.array([_label(name, index) for name in names], np.int32)
+    above = 0 if root is not None else _fixed(images)
+    labels = np.array([_label(name[above:], index) for name in names], np.int32)
 
     def read(number: int) -> Example:
         path = epath.Path(paths[number]) if root is None else root / paths[number]
@@ -211,6 +213,13 @@ def _glob(pattern: str) -> list[str]:
 
     system, inside = fsspec.core.url_to_fs(pattern)
     return sorted(system.unstrip_protocol(name) for name in system.glob(inside))
+
+
+def _fixed(images: str) -> int:
+    """Returns how many characters of the names that fit a pattern lie above its last fixed folder."""
+    text = normalized(images, "images")
+    fixed = text[:min((text.find(each) for each in "*?[" if each in text), default=len(text))]
+    return len(fixed.rpartition("/")[0].rpartition("/")[0])
 
 
 def _label(name: str, index: dict[str, int]) -> int:

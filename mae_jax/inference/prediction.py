@@ -164,7 +164,7 @@ def _renumber(encoder: Encoder, part: Part) -> np.ndarray | None:
     theirs = tuple(part.source.classes)
     if encoder.method.task != "classification" or not theirs or theirs == encoder.classes:
         return None
-    index = {name: number for number, name in enumerate(encoder.classes)}
+    index = {name: number for number, name in enumerate(encoder.class_names)}
     return np.array([index.get(name, -1) for name in theirs], np.int32)
 
 
@@ -174,7 +174,7 @@ def _prediction(encoder: Encoder, name: str, output: Any, fields: dict[str, np.n
 
     `several` are the classes of the data, which `labels` are numbers of; `label` is a number of the encoder's classes.
     """
-    if error or encoder.method.task == "segmentation":
+    if encoder.method.task == "segmentation":
         return Prediction(name, mask=None if error else output, error=error)
     if encoder.method.task == "detection":
         found, = detected.compact({name: value[None] for name, value in output.items()})
@@ -185,8 +185,10 @@ def _prediction(encoder: Encoder, name: str, output: Any, fields: dict[str, np.n
         label = ", ".join(several[int(k)] for k in np.flatnonzero(fields["labels"][row]))
     elif "label" in fields and fields["label"][row] >= 0:
         label = classes[fields["label"][row]]
-    if not np.isfinite(output).all():
-        return Prediction(name, label=label, error="the model's numbers for it are not finite")
+    if not error and not np.isfinite(output).all():
+        error = "the model's numbers for it are not finite"
+    if error:
+        return Prediction(name, label=label, error=error)
     chosen = np.argsort(-output, kind="stable")[:top]  # of equal ones, the class of the lower number comes first
     shares = probabilities(output, independent=encoder.config.method.get("loss") == "bce")[chosen]
     return Prediction(name, tuple(classes[k] for k in chosen), tuple(map(float, shares)), label=label)

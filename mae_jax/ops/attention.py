@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mae_jax.ops import attention_cudnn, attention_tpu, partitioning
+from mae_jax.ops import attention_cudnn, attention_tpu, attention_tpu_kernel, partitioning
 
 # Scores [..., T, T], queries then keys → bool: which keys a query may look at.
 AttentionMask = Callable[[jax.Array], jax.Array]
@@ -36,9 +36,11 @@ def implementation(q: jax.Array, heads: int, kept: AttentionMask | None = None) 
     device = partitioning.device()
     if kept or device is None:
         return "plain"
-    if device.platform == "tpu":
-        return device.device_kind if device.device_kind in attention_tpu.WAYS else "tpu"
     shared_evenly = q.shape[0] % partitioning.row_shares() == 0  # not the single image that shapes are made of
+    if device.platform == "tpu":
+        if shared_evenly and attention_tpu_kernel.takes(device.device_kind, q, heads):
+            return "tpu kernel"
+        return device.device_kind if device.device_kind in attention_tpu.WAYS else "tpu"
     if device.platform == "gpu" and shared_evenly and attention_cudnn.takes(device.device_kind, q, heads):
         return "cudnn"
     return "plain"
@@ -124,5 +126,6 @@ def on_tpu(way: attention_tpu.Way) -> Implementation:
 IMPLEMENTATIONS = {
     "plain": Implementation(plain_forward, plain_backward),  # anywhere; the only one that chooses keys
     "cudnn": Implementation(attention_cudnn.forward, attention_cudnn.backward),  # bfloat16 on NVIDIA's GPUs
+    "tpu kernel": Implementation(attention_tpu_kernel.forward, attention_tpu_kernel.backward),  # bfloat16, v5e and v6e
     **{kind: on_tpu(way) for kind, way in attention_tpu.WAYS.items()},  # 'tpu': of a kind that is not in the table
 }

@@ -281,7 +281,7 @@ def config_of(source: str) -> ConfigDict | None:
             return None
         config = _completed(bounded_json.parse_object(said["config"]), source, path.parent, recorded)
     except DAMAGED as error:
-        raise UserError(f"{source} is no safetensors file, or damaged: {error}") from None
+        raise UserError(f"{source} is no file of weights, or damaged: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read {source}: {error.strerror or error}") from None
     for text in plugins.missing("layouts", layouts.layouts()):
@@ -310,7 +310,7 @@ def classes_of(source: str) -> tuple[str, ...]:
     try:
         return tuple(_texts(bounded_json.parse(_said(file).get("classes", "[]"))))
     except DAMAGED as error:
-        raise UserError(f"{source} is no safetensors file, or damaged: {error}") from None
+        raise UserError(f"{source} is no file of weights, or damaged: {error}") from None
 
 
 def described(source: str) -> dict[str, Any]:

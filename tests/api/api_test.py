@@ -14,7 +14,7 @@ import pytest
 import mae_jax
 from mae_jax import api
 from mae_jax.runtime import signals
-from mae_jax.storage import workdir_lock
+from mae_jax.storage import leases
 from tests.helpers.stored import STEP, store_images, store_run
 from tests.helpers.tiny import tiny_config, tiny_params, tiny_supervised
 
@@ -181,7 +181,7 @@ def test_mistakes_and_guards_are_raised(tmp_path, guarded):
 
 @pytest.mark.slow
 def test_a_workdir_that_is_lost_raises_and_ends_nothing(tmp_path, guarded, monkeypatch):
-    device, lost = workdir_lock._device, []
+    device, lost = leases._device, []
 
     def moved(path):
         return device(path) + bool(lost)
@@ -191,7 +191,7 @@ def test_a_workdir_that_is_lost_raises_and_ends_nothing(tmp_path, guarded, monke
             lost.append(step)
         return False
 
-    monkeypatch.setattr(workdir_lock, "_device", moved)
+    monkeypatch.setattr(leases, "_device", moved)
     monkeypatch.setattr(signals.NoSignals, "should_stop", seen)
     with pytest.raises(mae_jax.GuardError, match="is not on the disk that it was on"):
         mae_jax.train(tiny_config(FAST), tmp_path / "run")

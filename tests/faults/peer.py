@@ -25,7 +25,7 @@ from mae_jax import data
 from mae_jax.commands import cli
 from mae_jax.data.readers.cached_batches import hiding
 from mae_jax.runtime import discovery, exit, peers, sharding
-from mae_jax.storage import checkpoint, workdir_lock
+from mae_jax.storage import checkpoint, leases
 from mae_jax.training import loop
 from tests.helpers.tiny import raster_batch, tinted, tiny_batch, tiny_config, tiny_method
 
@@ -111,7 +111,7 @@ def main() -> int:
         make = sharding.make_mesh
         sharding.make_mesh = lambda config, _: make(config, [jax.devices()[number] for number in permutation])
     data.OpenedData.batches = recording(data.OpenedData.batches, folder, process, fields.pop("pause", 0.0))
-    workdir_lock.RENEWED, workdir_lock.DEAD = fields.pop("lease", (workdir_lock.RENEWED, workdir_lock.DEAD))
+    leases.RENEWED, leases.DEAD = fields.pop("lease", (leases.RENEWED, leases.DEAD))
     checkpoint.SAVE_SECONDS = fields.pop("save_seconds", checkpoint.SAVE_SECONDS)
     workdir = fields.pop("workdir", folder)
     config = small_config(Path(folder).parent, fields)

@@ -55,9 +55,9 @@ def test_what_is_cut_off_goes_on_without_loss_or_repeats(tmp_path, size, per_chu
 
 def test_rows_of_something_else_are_refused(tmp_path):
     Chunks(epath.Path(tmp_path), ABOUT, 4).fill(rows(2, 6)[0])
-    with pytest.raises(UserError, match=r"features of another encoder \(abc, now abd\)"):
+    with pytest.raises(UserError, match=r"other features, by their encoder \(abc, now abd\)"):
         Chunks(epath.Path(tmp_path), {**ABOUT, "encoder": "abd"}, 4).fill(rows(2, 6)[0])
-    with pytest.raises(UserError, match="another block"):
+    with pytest.raises(UserError, match="by their block"):
         Chunks(epath.Path(tmp_path), {"encoder": "abc"}, 4).fill(rows(2, 6)[0])
     (tmp_path / "about.json").write_text("{")
     with pytest.raises(UserError, match="remove"):

@@ -7,6 +7,8 @@ import sys
 import time
 import tracemalloc
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -115,7 +117,7 @@ def test_a_call_that_was_stopped_goes_on_to_the_same_file(made, encoder, tmp_pat
         with pytest.raises(KeyboardInterrupt):
             embed(encoder, tmp_path / "a.parquet")
     assert not (tmp_path / "a.parquet").exists()
-    with pytest.raises(UserError, match=r"another (features|shape|block)"):
+    with pytest.raises(UserError, match=r"their (features|shape|block)"):
         embed(encoder, tmp_path / "a.parquet", features="cls", block=0)
     embed(encoder, tmp_path / "a.parquet")
     for name, column in columns(tmp_path / "whole.parquet").items():
@@ -128,7 +130,7 @@ def test_a_file_that_is_there_is_kept_and_another_one_refused(made, encoder, tmp
     when = (tmp_path / "a.npz").stat().st_mtime_ns
     assert embed(encoder, tmp_path / "a.npz", split="test") == first
     assert (tmp_path / "a.npz").stat().st_mtime_ns == when
-    with pytest.raises(UserError, match=r"another (splits|examples|source)"):
+    with pytest.raises(UserError, match=r"their (splits|examples|source)"):
         embed(encoder, tmp_path / "a.npz", split="train")
     (tmp_path / "b.parquet").write_bytes(b"mine")
     with pytest.raises(UserError, match="no file of features"):
@@ -142,6 +144,34 @@ def test_a_file_that_is_there_is_kept_and_another_one_refused(made, encoder, tmp
 def test_a_second_call_for_the_same_file_is_refused_while_one_lives(made, encoder, tmp_path):
     with workdir_lock.hold(epath.Path(tmp_path / "a.npz.parts")), pytest.raises(UserError, match="in use by a living"):
         embed(encoder, tmp_path / "a.npz")
+
+
+def test_a_call_beside_a_run_of_the_same_process_leaves_the_run_its_workdir(encoder, tmp_path):
+    with workdir_lock.hold(epath.Path(tmp_path / "run")):
+        embed(encoder, tmp_path / "a.npz")
+        assert workdir_lock.holds()
+        with pytest.raises(UserError, match="this process trains already"), workdir_lock.hold(
+                epath.Path(tmp_path / "another")):
+            pass
+        assert workdir_lock.holds()
+    assert not workdir_lock.holds()
+
+
+def test_features_that_are_not_finite_are_refused_by_the_name_of_their_image(made, tmp_path):
+    damaged = open_encoder(str(made / "run"), batch_size=4)
+    damaged.params = jax.tree.map(lambda leaf: leaf * jnp.nan, damaged.params)
+    with pytest.raises(UserError, match=r"the features of a/00.png by .*run are not finite"):
+        embed(damaged, tmp_path / "a.npz", made / "data")
+    assert not (tmp_path / "a.npz").exists()
+
+
+def test_a_relative_path_is_the_same_from_any_folder(made, encoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(made)
+    first = embed(encoder, tmp_path / "a.npz", "data")
+    monkeypatch.chdir(made / "data")
+    assert embed(encoder, tmp_path / "a.npz", made / "data") == first
+    with pytest.raises(UserError, match="no image"):
+        embed(encoder, tmp_path / "a.npz", "data")
 
 
 def test_memory_does_not_grow_with_the_number_of_images(encoder, tmp_path, small_chunks):

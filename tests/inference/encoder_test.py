@@ -63,7 +63,8 @@ def test_kinds_of_features(encoder):
     np.testing.assert_array_equal(encoder(IMAGES[:2], "patches"), tokens[:, 1:].reshape(2, 4, 4, 32))
     first = encoder(IMAGES[:2], "tokens", block=0)
     assert np.abs(first - tokens).max() > 0.01
-    for wrong, line in (({"features": "patch"}, "did you mean 'patches'"), ({"block": 2}, "blocks 0 to 1")):
+    for wrong, line in (({"features": "patch"}, "did you mean 'patches'"), ({"block": 2}, "blocks 0 to 1"),
+                        ({"block": 1.0}, "blocks 0 to 1"), ({"features": 3}, "features=3")):
         with pytest.raises(UserError, match=line):
             encoder(IMAGES[:2], **wrong)
 

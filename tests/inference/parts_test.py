@@ -47,6 +47,16 @@ def test_a_pattern_or_a_file_is_named_as_it_was_given(folder, pattern, names):
     assert [part.source.label(k) for k in range(part.size)] == [0 if "/dog" in f"/{name}" else -1 for name in names]
 
 
+def test_folders_far_above_a_pattern_are_no_labels(tmp_path):
+    data = store_images(tmp_path / "dog" / "sorted", ("cat", "dog"), count=1)
+    classes = ("cat", "dog")
+    for pattern, label in ((f"{data}/**/*.png", 0), (f"{data}/cat/*.png", 0), (f"{data}/cat/00.png", 0)):
+        part = of_images(tiny_config(), pattern, classes)
+        assert part.source.label(0) == label
+    (data / "00.png").write_bytes((data / "cat" / "00.png").read_bytes())
+    assert of_images(tiny_config(), f"{data}/*.png", classes).source.label(0) == -1
+
+
 def test_what_holds_no_image_is_refused(folder, tmp_path):
     (tmp_path / "a.txt").write_text("text")
     for images, line in ((f"{folder}/*.gif", "no image fits"), (str(tmp_path), "no pictures"), ("", "no image fits"),

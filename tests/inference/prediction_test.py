@@ -199,3 +199,20 @@ def test_several_labels_have_the_names_of_the_data_and_not_of_the_encoder(encode
     fields = {"labels": np.array([[0, 1, 1, 0]], np.uint8)}
     found = prediction._prediction(encoder, "x.png", np.array([1.0, 3.0, 2.0]), fields, 0, 1, "", ("p", "q", "r", "s"))
     assert (found.label, found.classes) == ("q, r", ("b",))
+
+
+def test_an_image_that_cannot_be_read_keeps_its_label(encoder):
+    found = prediction._prediction(encoder, "x.png", np.zeros(3), {"label": np.array([2])}, 0, 1, "broken")
+    assert (found.label, found.error, found.classes) == ("c", "broken", ())
+
+
+def test_numbers_in_place_of_unknown_names_are_no_labels(made, tmp_path):
+    config = tiny_supervised(of_folder(made / "data"))
+    run = store_run(tmp_path / "run", config, ("x",), tiny_params(tiny_supervised()))  # names of another number
+    encoder = open_encoder(str(run), batch_size=8)
+    assert (encoder.classes, encoder.class_names) == (("0", "1", "2"), ())
+    store_images(tmp_path / "data", ("0", "1"), 1)
+    part, = asked.parts_of(encoder, str(tmp_path / "data"), None, "", all_splits=False)
+    score = prediction.Score(encoder)
+    assert [each.label for each in prediction.predictions(encoder, part, score, 1)] == ["", ""]
+    assert score.figures() == {}

@@ -1,14 +1,18 @@
 import json
+import os
 import re
+import subprocess
+import sys
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas
 
 from mae_jax.ops import attention as module
-from mae_jax.ops import attention_cudnn, attention_tpu
+from mae_jax.ops import attention_cudnn, attention_tpu, attention_tpu_kernel
 from mae_jax.ops.homologous_attention import TopKMask
 from tests.helpers.gpu import cudnn_in_jax
 
@@ -35,6 +39,11 @@ on_any_device = pytest.mark.parametrize("by", ["plain", "cudnn", *attention_tpu.
 @pytest.fixture(autouse=True)
 def _cudnn_in_jax(monkeypatch):
     monkeypatch.setattr(attention_cudnn, "_call", cudnn_in_jax)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_in_jax(monkeypatch):
+    monkeypatch.setattr(attention_tpu_kernel, "_call", partial(pallas.pallas_call, interpret=True))
 
 
 @pytest.mark.parametrize(("heads", "depth"), [(3, 8), (4, 32), (4, 64)])  # some kinds have some side by side
@@ -73,6 +82,51 @@ def test_no_product_mixes_float32_with_bfloat16(by, products):
     assert all(var.aval.dtype == jnp.bfloat16 for eqn in found for var in eqn.invars)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("images", "tokens", "heads", "depth"), [(3, 7, 4, 32), (6, 5, 4, 64), (2, 9, 2, 128)])
+def test_the_kernels_of_tpus_are_the_attention_of_the_textbook(images, tokens, heads, depth, dtype, tolerance,
+                                                               monkeypatch):
+    """In several groups of lanes, and several programs of two images where their number is even."""
+    monkeypatch.setattr(attention_tpu_kernel, "TOKENS", 2 * tokens)
+    draws = np.random.default_rng(0).standard_normal((4, images, tokens, heads, depth), np.float32)
+    *inputs, dout = (jnp.asarray(a, dtype) for a in draws)
+    out, backward = jax.vjp(partial(attention, by="tpu kernel"), *inputs)
+    with jax.enable_x64(True):
+        truth, exact = jax.vjp(textbook, *(np.float64(np.float32(a)) for a in inputs))
+        gradients = exact(np.float64(np.float32(dout)))
+    for ours, expected in zip((out, *backward(dout)), (truth, *gradients), strict=True):
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(np.float32(ours), expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    large = [100 * x for x in inputs]
+    out, backward = jax.vjp(partial(attention, by="tpu kernel"), *large)
+    assert all(np.isfinite(np.float32(x)).all() for x in (out, *backward(dout)))
+
+
+@pytest.mark.processes
+def test_the_kernels_of_tpus_take_each_devices_own_heads_and_images():
+    code = """
+import jax, numpy as np
+from functools import partial
+from jax.experimental import pallas
+from jax.sharding import AxisType
+from mae_jax.ops import attention, attention_tpu_kernel as kernel
+kernel._call = partial(pallas.pallas_call, interpret=True)
+q, k, v, dout = np.random.default_rng(0).standard_normal((4, 4, 5, 256), np.float32)
+def passes(by):
+    out, backward = jax.vjp(lambda *x: attention._attention(*x, 8, None, by), q, k, v)
+    return out, *backward(dout)
+wanted = jax.jit(partial(passes, "plain"))()
+with jax.set_mesh(jax.make_mesh((2, 1, 2, 2), ("data", "zero", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 4)):
+    found = jax.jit(partial(passes, "tpu kernel"))()
+for ours, theirs in zip(found, wanted, strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+print("same")
+"""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, **flags}, capture_output=True, text=True,
+                          check=True).stdout == "same\n"
+
+
 AXES = ("data", "zero", "fsdp", "tensor")
 
 
@@ -87,14 +141,21 @@ AXES = ("data", "zero", "fsdp", "tensor")
     ("gpu", "Tesla V100-SXM2-16GB", jnp.bfloat16, {}, "plain"),
     ("gpu", "AMD Instinct MI300X", jnp.bfloat16, {}, "plain"),
     ("tpu", "TPU v3", jnp.bfloat16, {}, "TPU v3"),
-    ("tpu", "TPU v5 lite", jnp.float32, {}, "TPU v5 lite"),
+    ("tpu", "TPU v3", jnp.bfloat16, {"width": 256}, "TPU v3"),
+    ("tpu", "TPU v5 lite", jnp.float32, {"width": 256}, "TPU v5 lite"),
+    ("tpu", "TPU v5 lite", jnp.bfloat16, {"width": 256}, "tpu kernel"),
+    ("tpu", "TPU v6 lite", jnp.bfloat16, {"width": 128}, "tpu kernel"),
+    ("tpu", "TPU v6 lite", jnp.bfloat16, {}, "TPU v6 lite"),  # half a group of lanes
+    ("tpu", "TPU v6 lite", jnp.bfloat16, {"width": 320}, "TPU v6 lite"),  # heads of 80
+    ("tpu", "TPU v6 lite", jnp.bfloat16, {"width": 256, "tokens": 513}, "TPU v6 lite"),
+    ("tpu", "TPU v6 lite", jnp.bfloat16, {"width": 256, "images": 1}, "TPU v6 lite"),
     ("tpu", "TPU v4", jnp.bfloat16, {"kept": TopKMask(3, 7)}, "plain"),
     ("cpu", "cpu", jnp.bfloat16, {}, "plain"),
 ])
 def test_the_devices_of_the_mesh_say_how_attention_is_computed(platform, kind, dtype, changes, by):
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
     mesh = jax.sharding.AbstractMesh((2, 1, 1, 1), AXES, abstract_device=device)
-    q = jax.ShapeDtypeStruct((changes.get("images", 4), 7, 64), dtype)
+    q = jax.ShapeDtypeStruct((changes.get("images", 4), changes.get("tokens", 7), changes.get("width", 64)), dtype)
     with jax.sharding.use_abstract_mesh(mesh):
         assert module.implementation(q, changes.get("heads", 4), changes.get("kept")) == by
     assert module.implementation(q, 4) == "plain"  # without a mesh

@@ -17,7 +17,7 @@ from etils import epath
 
 from mae_jax.errors import UserError
 from mae_jax.storage import gcs as storage_gcs
-from mae_jax.storage import workdir_lock
+from mae_jax.storage import leases, workdir_lock
 from mae_jax.storage.checkpoint import Checkpoints
 from mae_jax.storage.metric_writer import JsonLines
 from mae_jax.training import workdir as training_workdir
@@ -27,8 +27,8 @@ HOLDER = """
 import sys, time
 from etils import epath
 from mae_jax.commands import cli
-from mae_jax.storage import workdir_lock
-workdir_lock.RENEWED, workdir_lock.DEAD = 0.2, 1.5
+from mae_jax.storage import leases, workdir_lock
+leases.RENEWED, leases.DEAD = 0.2, 1.5
 def hold():
     with workdir_lock.hold(epath.Path(sys.argv[1])):
         print("held", flush=True)
@@ -43,8 +43,8 @@ sys.exit(cli.guarded(hold))
 @pytest.fixture
 def holder(monkeypatch) -> Iterator:
     """Starts processes that hold a workdir until their input ends and write when they get a line."""
-    monkeypatch.setattr(workdir_lock, "RENEWED", 0.2)
-    monkeypatch.setattr(workdir_lock, "DEAD", 1.5)
+    monkeypatch.setattr(leases, "RENEWED", 0.2)
+    monkeypatch.setattr(leases, "DEAD", 1.5)
     started = []
 
     def start(workdir: str) -> subprocess.Popen:
@@ -98,7 +98,7 @@ def test_kill_9_frees_a_disk_at_once_and_a_bucket_after_its_time(holder, workdir
     process.wait()
     seconds = take(workdir)
     if workdir.startswith("gs://"):
-        assert workdir_lock.DEAD < seconds < workdir_lock.DEAD + 2
+        assert leases.DEAD < seconds < leases.DEAD + 2
         assert f"was left by process {process.pid} on" in caplog.text
         assert "up to 1.5 s for a sign" in caplog.text
         assert "took over" in caplog.text
@@ -112,7 +112,7 @@ def test_a_frozen_run_that_was_overtaken_writes_nothing_and_ends_when_it_wakes(h
     process.stdin.flush()
     assert process.stdout.readline() == "wrote\n"
     process.send_signal(signal.SIGSTOP)
-    time.sleep(workdir_lock.DEAD)
+    time.sleep(leases.DEAD)
     with workdir_lock.hold(epath.Path("gs://bucket/frozen")):
         process.stdin.write("step\n")
         process.stdin.flush()
@@ -124,10 +124,10 @@ def test_a_frozen_run_that_was_overtaken_writes_nothing_and_ends_when_it_wakes(h
 
 
 def test_a_run_whose_signs_of_life_do_not_arrive_writes_nothing_and_ends_when_it_sees_who_took_over(gcs, monkeypatch):
-    monkeypatch.setattr(workdir_lock, "RENEWED", 0.2)
-    monkeypatch.setattr(workdir_lock, "DEAD", 1.0)
-    held, lost, workdir = workdir_lock.BucketLease("gs://bucket/cut/lock"), [], epath.Path("gs://bucket/cut")
-    monkeypatch.setattr(workdir_lock.BucketLease, "_lost", lambda self, found: lost.append((found, self.renewed)))
+    monkeypatch.setattr(leases, "RENEWED", 0.2)
+    monkeypatch.setattr(leases, "DEAD", 1.0)
+    held, lost, workdir = leases.BucketLease(epath.Path("gs://bucket/cut/lock")), [], epath.Path("gs://bucket/cut")
+    monkeypatch.setattr(leases.BucketLease, "_lost", lambda self, found: lost.append((found, self.renewed)))
     held.take()
     monkeypatch.setattr(workdir_lock, "_held", held)
     assert workdir_lock.why_unwritable() == ""
@@ -154,7 +154,7 @@ def test_a_run_whose_signs_of_life_do_not_arrive_writes_nothing_and_ends_when_it
 def test_a_frozen_run_that_nobody_overtook_goes_on(holder, gcs):
     process = holder("gs://bucket/rested")
     process.send_signal(signal.SIGSTOP)
-    time.sleep(workdir_lock.DEAD)
+    time.sleep(leases.DEAD)
     process.send_signal(signal.SIGCONT)
     out, _ = process.communicate("step\n", timeout=10)
     assert (process.returncode, out) == (0, "wrote\n")
@@ -192,7 +192,7 @@ def test_a_lock_that_cannot_be_made_again_is_tried_until_it_can_and_harms_no_oth
     def broken(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    lock, folder = workdir_lock.FileLock(epath.Path(tmp_path / "run" / "lock")), tmp_path / "run"
+    lock, folder = leases.FileLock(epath.Path(tmp_path / "run" / "lock")), tmp_path / "run"
     lock.take()
     shutil.rmtree(folder)
     folder.write_text("in the way")
@@ -202,7 +202,7 @@ def test_a_lock_that_cannot_be_made_again_is_tried_until_it_can_and_harms_no_oth
         other.write("whole")
     folder.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(workdir_lock.fcntl, "flock", broken)
+        patch.setattr(leases.fcntl, "flock", broken)
         assert "Input/output error" in lock.why_unwritable()
         assert "Input/output error" in lock.why_unwritable()
         lock.give_back()
@@ -213,7 +213,7 @@ def test_a_lock_that_cannot_be_made_again_is_tried_until_it_can_and_harms_no_oth
 
 
 def test_a_lock_that_was_removed_is_made_again_unless_another_run_has_it(tmp_path, holder, caplog, monkeypatch):
-    lock = workdir_lock.FileLock(epath.Path(tmp_path / "run" / "lock"))
+    lock = leases.FileLock(epath.Path(tmp_path / "run" / "lock"))
     lock.take()
     shutil.rmtree(tmp_path / "run")
     assert lock.why_unwritable() == ""
@@ -239,7 +239,7 @@ def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
     def none(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(workdir_lock.fcntl, "flock", none)
+    monkeypatch.setattr(leases.fcntl, "flock", none)
     take(str(tmp_path))
     assert "has no locks: nothing keeps a second run out of it" in caplog.text
 
@@ -254,19 +254,19 @@ def test_a_workdir_that_cannot_be_made_is_the_users_mistake(tmp_path):
 def ended(monkeypatch) -> list:
     """What would have ended the process."""
     lines = []
-    monkeypatch.setattr(workdir_lock, "_stop", lambda line: lines.append(line) or sys.exit(3))
+    monkeypatch.setattr(leases.Lease, "_stop", lambda self, line: lines.append(line) or sys.exit(3))
     return lines
 
 
 @pytest.mark.parametrize("there", ["the folder under it", "nothing"])
 def test_a_disk_that_is_unmounted_under_a_run_ends_it_and_nothing_is_made_where_it_was(tmp_path, monkeypatch, ended,
                                                                                        there):
-    folder, real = tmp_path / "disk" / "run", workdir_lock._device
+    folder, real = tmp_path / "disk" / "run", leases._device
     with workdir_lock.hold(epath.Path(folder)):
         assert workdir_lock.why_unwritable() == ""
         (tmp_path / "disk").rename(tmp_path / "away")  # as the path after `umount -l`: another folder, on another disk
         (folder if there != "nothing" else tmp_path / "disk").mkdir(parents=True)
-        monkeypatch.setattr(workdir_lock, "_device", lambda path: real(path) + 1)
+        monkeypatch.setattr(leases, "_device", lambda path: real(path) + 1)
         with pytest.raises(SystemExit):
             workdir_lock.why_unwritable()
         assert str(folder) in ended[0]
@@ -279,8 +279,8 @@ def test_checkpoints_that_are_a_link_to_another_disk_are_looked_at_too(tmp_path,
     (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "big")
     with workdir_lock.hold(epath.Path(tmp_path / "run")):
         assert workdir_lock.why_unwritable() == ""
-        real = workdir_lock._device
-        monkeypatch.setattr(workdir_lock, "_device", lambda path: real(path) + path.endswith("checkpoints"))
+        real = leases._device
+        monkeypatch.setattr(leases, "_device", lambda path: real(path) + path.endswith("checkpoints"))
         with pytest.raises(SystemExit):
             workdir_lock.why_unwritable()
     assert str(tmp_path / "run" / "checkpoints") in ended[0]

@@ -16,7 +16,7 @@ from mae_jax.errors import UserError
 from mae_jax.interop import layouts
 from mae_jax.interop.forward import forward
 from mae_jax.param_tree import flatten, nest
-from mae_jax.storage import paths, safetensors_file, torch_writer, weight_files
+from mae_jax.storage import paths, safetensors_file, torch_writer, weight_files, workdir_lock
 
 IMAGES = 2  # random ones, that programs are compared on
 
@@ -66,13 +66,15 @@ def _staged(target: epath.Path) -> Iterator[Path]:
             yield Path(folder)
         return
     place = Path(os.path.abspath(target))
-    stage = place.with_name(f".{place.name}.partial")
-    shutil.rmtree(stage, ignore_errors=True)  # of an export that was killed
-    stage.mkdir(parents=True)
-    try:
-        yield stage
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    folder = place.with_name(f".{place.name}.partial")
+    with workdir_lock.taken(workdir_lock.lease_of(epath.Path(folder), ends_process=True, what="target")):
+        stage = folder / "whole"
+        shutil.rmtree(stage, ignore_errors=True)  # of an export that was killed
+        stage.mkdir()
+        try:
+            yield stage
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_arrays(file: Path, exported: layouts.Exported, layout: str, state: Any) -> None:

@@ -103,10 +103,10 @@ def test_the_same_command_gives_the_same_clusters_and_goes_on_with_features(made
         with pytest.raises(UserError, match=f"other {next(iter(other))}"):
             clustered(made / "mae", tmp_path / "again", **other)
     (tmp_path / "again" / "clusters.npz").unlink()
-    with pytest.raises(UserError, match="features of another block"):
+    with pytest.raises(UserError, match="features, by their block"):
         clustered(made / "mae", tmp_path / "again", block=0)
     classes = tiny_config(CROPS | {"data.classes": "0-3", "data.train_split": "train"})
-    with pytest.raises(UserError, match="features of another data"):
+    with pytest.raises(UserError, match="features, by their data"):
         clustered(made / "mae", tmp_path / "again", data=classes)
 
 

@@ -1,0 +1,115 @@
+"""Softmax attention on TPUs by kernels of our own: one forward and one back, which keep no scores in memory.
+
+A program has all tokens of a few images, in one group of 128 lanes: one head of 128, two of 64, or four of 32. Heads
+that share their lanes are told apart by zeros in one operand of a product, which the matrix unit would multiply all the
+same. The backward kernel computes the softmax again from queries and keys, so that nothing but these is kept.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu
+from jax.sharding import PartitionSpec as P
+
+from mae_jax.ops import partitioning
+
+KINDS = ("TPU v5 lite", "TPU v6 lite")  # of devices that the kernels were compiled for
+LANES = 128
+MAX_TOKENS = 512  # float32 scores of a head are in on-chip memory, some arrays of them at a time
+TOKENS = 512  # of a program, about
+SPEC = P(partitioning.ROWS, None, "tensor")  # of [B, T, D]
+
+
+def takes(device: str, q: jax.Array, heads: int) -> bool:
+    """Says whether these kernels compute attention on a TPU of that kind: queries [B, T, D] of so many heads."""
+    own = q.shape[-1] // partitioning.sizes().get("tensor", 1)
+    return (device in KINDS and q.dtype == jnp.bfloat16 and LANES % (q.shape[-1] // heads) == 0 and own % LANES == 0
+            and q.shape[1] <= MAX_TOKENS)
+
+
+def forward(heads: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Returns the attention [B, T, D], and what `backward` needs."""
+    out, = _on_each_device(_forward, q.shape[-1] // heads, 1, 2, "attention", q, k, v)
+    return out, (q, k, v)
+
+
+def backward(heads: int, saved: tuple[jax.Array, ...], dout: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the gradients of queries, keys and values."""
+    return _on_each_device(_backward, dout.shape[-1] // heads, 3, 5, "attention_gradient", *saved, dout)
+
+
+def _on_each_device(kernel: Any, depth: int, results: int, products: int, name: str, *given: jax.Array
+                    ) -> tuple[jax.Array, ...]:
+    """Returns what a kernel makes of arrays [B, T, D]: `results` such arrays, by so many products for each head."""
+    def local(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        images, tokens, width = arrays[0].shape
+        some = max(n for n in range(1, max(1, TOKENS // tokens) + 1) if images % n == 0)
+        block = pl.BlockSpec((some, tokens, LANES), lambda image, group: (image, 0, group))
+        scores = images * width // depth * tokens**2
+        cost = pl.CostEstimate(  # multiplications by zero counted, as XLA counts them where it multiplies so
+            flops=2 * LANES * products * scores, transcendentals=scores,
+            bytes_accessed=(len(arrays) + results) * arrays[0].size * arrays[0].dtype.itemsize)
+        shape = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
+        call = _call(partial(kernel, depth), [shape] * results, name=name, cost_estimate=cost,
+                     grid=(images // some, width // LANES), in_specs=[block] * len(arrays),
+                     out_specs=[block] * results)
+        return tuple(call(*arrays))
+
+    return partitioning.on_each_device(local, (SPEC,) * len(given), (SPEC,) * results)(*given)
+
+
+def _call(kernel: Any, results: Any, **how: Any) -> Any:
+    independent = tpu.CompilerParams(dimension_semantics=("parallel", "parallel"))
+    return pl.pallas_call(kernel, results, compiler_params=independent, **how)
+
+
+def _forward(depth: int, q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any) -> None:
+    q, k, v = (ref[...] for ref in (q_ref, k_ref, v_ref))
+    out = jnp.zeros(q.shape, jnp.float32)
+    for head in _heads(depth, q.shape):
+        weights = _softmax(_only(head, q), k, depth).astype(q.dtype)
+        out += _product(weights, _only(head, v), 2, 1)
+    out_ref[...] = out.astype(out_ref.dtype)
+
+
+def _backward(depth: int, q_ref: Any, k_ref: Any, v_ref: Any, dout_ref: Any, *gradient_refs: Any) -> None:
+    q, k, v, dout = (ref[...] for ref in (q_ref, k_ref, v_ref, dout_ref))
+    dq = dk = dv = jnp.zeros(q.shape, jnp.float32)
+    for head in _heads(depth, q.shape):
+        own_q, own_dout = _only(head, q), _only(head, dout)
+        weights = _softmax(own_q, k, depth)
+        dweights = _product(own_dout, v, 2, 2)
+        inner = (weights * dweights).sum(2, keepdims=True)
+        dscores = (weights * (dweights - inner) * depth**-0.5).astype(q.dtype)
+        dq += _product(dscores, _only(head, k), 2, 1)
+        dk += _product(dscores, own_q, 1, 1)
+        dv += _product(weights.astype(q.dtype), own_dout, 1, 1)
+    for ref, gradient in zip(gradient_refs, (dq, dk, dv), strict=True):
+        ref[...] = gradient.astype(ref.dtype)
+
+
+def _heads(depth: int, shape: tuple[int, ...]) -> list[jax.Array]:
+    """Returns for each head of a group which values of an array [n, T, 128] are its own, bool."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 2)
+    return [(lane >= first) & (lane < first + depth) for first in range(0, LANES, depth)]
+
+
+def _only(head: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns x with zeros in the lanes of other heads."""
+    return jnp.where(head, x, jnp.zeros_like(x))
+
+
+def _softmax(q: jax.Array, k: jax.Array, depth: int) -> jax.Array:
+    """Returns the float32 weights [n, T, T] of queries, in which other heads are zero, and keys."""
+    scores = _product(q, k, 2, 2) * depth**-0.5
+    weights = jnp.exp(scores - scores.max(2, keepdims=True))
+    return weights / weights.sum(2, keepdims=True)
+
+
+def _product(a: jax.Array, b: jax.Array, *summed: int) -> jax.Array:
+    """Returns the float32 product of each image, summed over an axis of each operand."""
+    axes = tuple((axis,) for axis in summed)
+    return jax.lax.dot_general(a, b, (axes, ((0,), (0,))), preferred_element_type=jnp.float32)
