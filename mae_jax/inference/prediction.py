@@ -176,6 +176,8 @@ def _prediction(encoder: Encoder, name: str, output: Any, fields: dict[str, np.n
     """
     if encoder.method.task == "segmentation":
         return Prediction(name, mask=None if error else output, error=error)
+    if encoder.method.task == "detection" and error:
+        return Prediction(name, error=error)
     if encoder.method.task == "detection":
         found, = detected.compact({name: value[None] for name, value in output.items()})
         image = encoder.method.grid.unpatchify(output["patches"][None], output["order"][None])[0]
