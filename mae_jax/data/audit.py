@@ -17,6 +17,7 @@ from mae_jax.data.reading import AS_STORED, Reading
 from mae_jax.data.sources import base
 from mae_jax.data.sources.base import Example
 from mae_jax.data.transforms.crop import mask_image
+from mae_jax.data.transforms.detection import check_size
 from mae_jax.runtime.console import clock
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class Look(NamedTuple):
     converted: tuple[str, ...]  # see StoredImage.converted
     digest: bytes  # of the file's bytes, or of the pixels that come decoded
     blank: bool  # one colour alone
-    labels: tuple[int, ...]
+    labels: tuple[int, ...]  # where it has objects, theirs
 
 
 @dataclass
@@ -101,6 +102,9 @@ def look(example: Example, reading: Reading = AS_STORED) -> Look:
     digest = hashlib.blake2b(np.ascontiguousarray(data) if key else data, digest_size=DIGEST, key=key).digest()
     several = () if example.labels is None else map(int, np.flatnonzero(example.labels))
     labels = (example.label,) if example.labels is None and example.label >= 0 else tuple(several)
+    if example.objects is not None:
+        check_size(stored, example.objects)
+        labels = tuple(map(int, example.objects.label[~example.objects.crowd]))
     return Look((stored.width, stored.height), stored.format or "", stored.converted(), digest, blank, labels)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.data import cluster_ids, labels, token_maps
+from mae_jax.data import cluster_ids, labels, objects, token_maps
 from mae_jax.data.cluster_ids import Clusters
 from mae_jax.data.info import NO_NEEDS, DataInfo, DataNeeds
 from mae_jax.data.masking import PatchOrder, View, with_views
@@ -24,7 +24,9 @@ Batch = dict[str, np.ndarray]
 Spec = dict[str, "jax.ShapeDtypeStruct"]
 FIELDS = ("patches", "order", "blocks", "label", "id", "valid", "replaced")  # blocks: where the order has some
 BAD_NAMES = 100  # the last so many images that were replaced are kept by name
+_OBJECTS = "sources whose images have objects are coco, digit_scenes and fashion_scenes"
 _PROVIDERS = {  # what would give a field; formatted with the config's group `data`
+    **dict.fromkeys(objects.FIELDS, _OBJECTS),
     "labels": "data.label_key={0.label_key!r} names no list of classes, nor an array [n, C] of 0 and 1",
     "pixel_label": "data.mask_key={0.mask_key!r} names no masks there",
 }
@@ -128,7 +130,9 @@ class OpenedData:
         images failed before this one. Where the order has blocks, `blocks` int32 [B, M, K], places in the order.
         Where the spec asks for them and the data have them: `labels` uint8 [B, C], 1 where a class is in the image;
         `pixel_label` uint8 [B, N, P / 3], the class of each pixel, 255 where it has none; `tokens` int32 [B, N], of the
-        file data.tokens; `cluster` int32 [B], of the folder that the method needs.
+        file data.tokens; `cluster` int32 [B], of the folder that the method needs; of M objects of an image `box`
+        float32 [B, M, 4], `box_class` int32 [B, M], `box_valid` float32 [B, M] and `box_mask` uint8 [B, M, 1568], and
+        with these `size` and `original_size` int32 [B, 2] (`transforms/detection.fields`).
 
         Args:
           spec: field → global shape [B, ...] and dtype, as evaluations want them.
@@ -293,7 +297,7 @@ def _check_classes(part: Any, source: Any, data: ConfigDict) -> None:
 
 def _check_fields(part: Any, spec: Spec, data: ConfigDict) -> None:
     """Raises UserError when a split cannot give a field of the spec; `part` is None without a split."""
-    given = (*FIELDS, *(part.fields if part else ("labels", "pixel_label")))
+    given = (*FIELDS, *(part.fields if part else ("labels", "pixel_label", *objects.FIELDS)))
     for name in spec:
         if name not in given:
             hint = _PROVIDERS.get(name, f"it gives {', '.join(given)}").format(data)

@@ -17,8 +17,12 @@ class HostRows:
 
     def add(self, keep: jax.Array, *arrays: jax.Array) -> None:
         """Adds the rows of arrays [B, ...] where keep, bool [B], is true."""
+        self.parts.append(self.whole(keep, *arrays))
+
+    def whole(self, keep: jax.Array, *arrays: jax.Array) -> list[np.ndarray]:
+        """Returns these rows, whole on every host."""
         keep, *rows = jax.device_get(jax.device_put((keep, *arrays), self.sharding))
-        self.parts.append([x[keep] for x in rows])
+        return [x[keep] for x in rows]
 
     def collect(self) -> list[np.ndarray]:
         """Returns the arrays that were added, row by row."""

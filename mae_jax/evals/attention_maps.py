@@ -28,6 +28,9 @@ class AttentionMaps(Evaluation):
 
     name = "attention_maps"
 
+    def applies(self, method: Method, data: Any) -> bool:
+        return method.task != "detection"  # whose blocks attend in windows, and have no class token
+
     def images(self, ctx: Context) -> Iterator[tuple[str, np.ndarray]]:
         c = ctx.method.config.eval
         yield "attention", picture(ctx.method, ctx.params, ctx.extras, ctx.shown, c.attention_block, c.attention_query)

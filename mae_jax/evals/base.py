@@ -49,6 +49,10 @@ class Evaluation:
         """Returns name → figure, NaN for what is none; called on every process, and the same on all of them."""
         return {}
 
+    def files(self, ctx: Context) -> Iterator[tuple[str, str]]:
+        """Yields (name, text) of files in the workdir, which are written anew each time, after `scalars`."""
+        yield from ()
+
     def images(self, ctx: Context) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (name, uint8 [height, width, 3]): PNGs of a periodic evaluation, after `scalars`, on every process.
 

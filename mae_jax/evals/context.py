@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from mae_jax.data import cluster_ids
 from mae_jax.errors import UserError
+from mae_jax.evals import detected
 from mae_jax.evals.accumulators import HostRows, Means, add
 from mae_jax.methods.base import Batch, Method, Metrics, pool
 from mae_jax.ops import example_ids
@@ -39,13 +40,13 @@ class Pass(NamedTuple):
       losses: the means of the loss's metrics.
       counts: the sums of the tables that evaluations count, int64; {} without a batch.
       rows: arrays by name: of pre-training `features` float32 [n, D], `label` int32 [n] and, where batches have it,
-        `cluster` int32 [n]; of several labels per image `logits` float32 [n, C] and `labels` uint8 [n, C]; of the rest
-        nothing. {} without a batch.
+        `cluster` int32 [n]; of several labels per image `logits` float32 [n, C] and `labels` uint8 [n, C]; of objects
+        `detections` [n], each a `Detected`; of the rest nothing. {} without a batch.
     """
 
     losses: dict[str, float]
     counts: dict[str, np.ndarray]
-    rows: dict[str, np.ndarray]
+    rows: dict[str, Any]
 
 
 class Context:
@@ -80,6 +81,7 @@ class Context:
     def held_out(self) -> Pass:
         """The one pass over the evaluated part, computed."""
         means, rows = Means(), HostRows(self.mesh)
+        finds: list[detected.Detected] = []
         sums: dict[str, np.ndarray] = {}
         names: tuple[str, ...] = ()
         measure = _measure(self.method, self.mesh, self.counting)
@@ -88,18 +90,26 @@ class Context:
             means.add(jax.device_get(metrics))
             sums = add(sums, jax.device_get(counts))
             kept = self._kept(batch, outputs)
+            if self.method.task == "detection":  # whose masks, 28 x 28 each, are too many for all images at once
+                whole = rows.whole(batch["valid"] > 0, *kept.values())
+                finds += detected.compact(dict(zip(kept, whole, strict=True)))
+                continue
             names = tuple(kept)
             if kept:
                 rows.add(batch["valid"] > 0, *kept.values())
+        if finds:
+            return Pass(means.pop(), sums, {"detections": finds})
         return Pass(means.pop(), sums, dict(zip(names, rows.collect(), strict=True)) if names else {})
 
-    def _kept(self, batch: Batch, outputs: jax.Array | None) -> dict[str, jax.Array]:
+    def _kept(self, batch: Batch, outputs: Any) -> dict[str, jax.Array]:
         """Returns the arrays of a batch [B, ...] that `Pass.rows` has."""
         if outputs is None:
             return {}
         if self.method.task == "pretraining":
             fields = ("label", cluster_ids.FIELD)
             return {"features": outputs} | {name: batch[name] for name in fields if name in batch}
+        if self.method.task == "detection":
+            return {**outputs, **{name: batch[name] for name in detected.FIELDS}}
         several = self.method.task == "classification" and self.method.multi_label
         return {"logits": outputs, "labels": batch["labels"]} if several else {}
 
@@ -181,10 +191,12 @@ def measure(method: Method, counting: tuple[Counter, ...], params: Any, extras: 
             ) -> tuple[Metrics, dict[str, jax.Array], jax.Array | None]:
     """Returns the loss's metrics, tables of counts and outputs of a batch; jitted.
 
-    Outputs are the pooled features [B, D] of pre-training, or the logits [B, C]; None of pixels, which are too many.
+    Outputs are the pooled features [B, D] of pre-training, the logits [B, C], or what `detections` returns; None of
+    pixels, which are too many.
     """
     outputs_of = {"pretraining": pooled_features, "classification": lambda m, *args: m.logits(*args),
-                  "segmentation": lambda m, *args: m.pixel_logits(*args)}[method.task]
+                  "segmentation": lambda m, *args: m.pixel_logits(*args),
+                  "detection": lambda m, *args: m.detections(*args)}[method.task]
     # The key is the same at every evaluation: what changes between two of them is the model.
     key = stream_key(method.config.seed, 0, "evaluate")
     no_step: Any = 0  # a number, so that nothing of it is compiled

@@ -16,6 +16,7 @@ from mae_jax.evals.attention_overlap import AttentionOverlap
 from mae_jax.evals.base import Evaluation, When
 from mae_jax.evals.classification import Classification
 from mae_jax.evals.context import Context, Source, measure, united
+from mae_jax.evals.detection import Detection
 from mae_jax.evals.expert_routing import ExpertRouting
 from mae_jax.evals.frozen_probes import FrozenProbes
 from mae_jax.evals.further_sets import FurtherSets
@@ -39,6 +40,7 @@ EVALUATIONS: tuple[Evaluation, ...] = (  # in this order their figures are recor
     FurtherSets(),
     Reconstruction(),
     Segmentation(),
+    Detection(),
     AttentionMaps(),
     AttentionOverlap(),
     FrozenProbes(),
@@ -143,6 +145,13 @@ class Evaluator:
             return
         for each in those:
             yield from each.images(ctx)
+
+    def files(self, state: TrainState, part: str = "eval") -> Iterator[tuple[str, str]]:
+        """Yields (name, text) of the periodic evaluations for the workdir, of what `scalars` found last."""
+        those = self._those("periodic")
+        ctx = self._context(those, state.ema or state.params, state, part, notes=self.notes)
+        for each in those:
+            yield from each.files(ctx)
 
     def _check_names(self) -> None:
         """Raises UserError, from shapes alone, where two evaluations give the same figure or count."""

@@ -19,6 +19,9 @@ class FrozenProbes(Evaluation):
 
     name, when = "frozen_probes", "on_demand"
 
+    def applies(self, method: Method, data: Any) -> bool:
+        return method.task != "detection"  # whose images have objects, and no label
+
     def metric_names(self, method: Method, data: Any) -> list[str]:
         return ["linear/top1", "knn/top1", "sgd/top1"]
 

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mae_jax.errors import printable
+from mae_jax.evals.object_figures import object_names, with_objects
 from mae_jax.methods.base import Method
 from mae_jax.ops import example_ids
 
@@ -33,6 +34,8 @@ def drawn(method: Method, batch: dict[str, np.ndarray], captions: Sequence[tuple
     most = min(len(captions), GRID_SIDE * GRID_SIDE)
     few = {name: value[:-(-most // method.group) * method.group] for name, value in batch.items()}
     panels = {name: images[:most] for name, images in method.input_images(few).items()}
+    if "box" in few:
+        panels["objects"] = with_objects(panels["input"], few)
     width = max(images.shape[2] for images in panels.values())
     times = -(-LEAST_WIDTH // width)
     shown = [images.repeat(times, 1).repeat(times, 2) for images in panels.values()]
@@ -61,6 +64,8 @@ def caption(batch: Mapping[str, Any], i: int, classes: Sequence[str], part: Any 
     name = part.name(number) if part else f"{number}"
     if not batch["valid"][i]:
         return name, "cannot be read"
+    if "box" in batch:
+        return name, object_names(batch, i, classes)
     present = np.flatnonzero(batch["labels"][i]) if "labels" in batch else [batch["label"][i]]
     return name, ", ".join(printable(classes[k]) if k < len(classes) else f"class {k}" for k in present if k >= 0)
 

@@ -102,6 +102,8 @@ class Encoder:
         if not isinstance(block, int | np.integer) or not -1 <= block < self.config.model.depth:
             raise UserError(f"block={block}; the encoder has the blocks 0 to {self.config.model.depth - 1}, -1 is the "
                             "last")
+        if features == "cls" and not self.method.encoder.class_token:
+            raise UserError(f"{self.source} has no class token; take the features mean")
         return self.compiled((features, block), partial(_features, self.method, features, block))
 
     def compiled(self, key: Any, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,7 +195,7 @@ def open_encoder(source: str, batch_size: int = 0, image_size: tuple[int, int] |
     devices = list(mesh_of or jax.devices())
     config = for_devices(config, batch_size, devices)
     kept = {name: value for name, value in extras.items() if name != "teacher"}  # whose parameters these are
-    classes = workdir.classes_of(str(folder)) if "head" in params else ()
+    classes = workdir.classes_of(str(folder)) if _outputs(params) else ()
     return Encoder(config, params, kept, sharding.make_mesh(config, devices), classes, step, str(source),
                    theirs is not None)
 
@@ -219,9 +221,14 @@ def for_devices(config: ConfigDict, batch_size: int, devices: Sequence[jax.Devic
 
 def _named(params: Any, classes: Sequence[str]) -> tuple[str, ...]:
     """Returns the names of a head's classes; their numbers where nothing says names of as many."""
-    head = param_tree.flatten(params).get("head/kernel")
-    count = 0 if head is None else head.shape[-1]
+    count = _outputs(params)
     return tuple(classes) if len(classes) == count else tuple(map(str, range(count)))
+
+
+def _outputs(params: Any) -> int:
+    """Returns how many classes a head tells apart, or a detector finds; 0 without either."""
+    flat = param_tree.flatten(params)
+    return max((flat[name].shape[-1] for name in ("head/kernel", "masks/logits/kernel") if name in flat), default=0)
 
 
 def _check(method: Method, params: Any, source: str) -> None:

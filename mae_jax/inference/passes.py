@@ -56,6 +56,8 @@ def rows_of(encoder: Encoder, part: Part, key: Any, function: Callable[..., tupl
     for field in ("labels", "pixel_label"):
         if field in part.source.fields and field in (own := encoder.method.eval_spec()):
             spec[field] = own[field]
+    if encoder.method.task == "detection":  # where an image lies in its canvas comes with the fields of its objects
+        spec |= encoder.method.eval_spec()
     bad: deque[str] = deque()
     rows = sharding.local_rows(encoder.mesh, encoder.batch_size)
     batches = part.batches(spec, rows, bad, first)

@@ -1,4 +1,4 @@
-"""What a classifier or a segmentation says of images, and how often it is right where labels exist."""
+"""What a classifier, a segmentation or a detector says of images, and how often it is right where labels exist."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mae_jax.errors import UserError, pluralize
-from mae_jax.evals import classification, segmentation
+from mae_jax.evals import classification, detected, segmentation
 from mae_jax.evals.accumulators import add
 from mae_jax.inference import passes, progress
 from mae_jax.inference.encoder import Encoder
@@ -16,6 +16,7 @@ from mae_jax.inference.images import ImageLike, as_list
 from mae_jax.inference.parts import Part
 from mae_jax.methods.base import Batch
 
+SEEN = (*detected.FIELDS, "patches", "order")  # fields of a detector's batch, that what is found is told with
 MAX_NAMED = 1000  # images without a prediction that are kept by name
 
 
@@ -27,6 +28,8 @@ class Prediction(NamedTuple):
       classes: the names of the likeliest classes, the likeliest first; () of a segmentation.
       probabilities: of these, float64; of several labels each in 0..1 on its own.
       mask: of a segmentation, uint8 [height, width] in the model's image size, the class of each pixel.
+      objects: of a detector, what was found, in pixels of the image itself.
+      image: of a detector, the image as it saw it, uint8 [height, width, 3].
       label: the name of the true class, or names; '' where it is not known.
       error: why there is no prediction, '' where there is one.
     """
@@ -35,6 +38,8 @@ class Prediction(NamedTuple):
     classes: tuple[str, ...] = ()
     probabilities: tuple[float, ...] = ()
     mask: np.ndarray | None = None
+    objects: detected.Detected | None = None
+    image: np.ndarray | None = None
     label: str = ""
     error: str = ""
 
@@ -109,7 +114,8 @@ def predictions(encoder: Encoder, part: Part, score: Score, top: int = 5) -> Ite
             if "labels" in fields and _same_classes(encoder, part):
                 score.several.append((outputs[fields["valid"]], fields["labels"][fields["valid"]]))
             for row in range(len(fields["valid"])):
-                made = _prediction(encoder, part.name(rows.first + row), outputs[row], fields, row, top,
+                output = jax.tree.map(lambda x: x[row], outputs)  # noqa: B023 (called at once)
+                made = _prediction(encoder, part.name(rows.first + row), output, fields, row, top,
                                    rows.reasons.get(row, ""), part.source.classes)
                 score.add(made)
                 yield made
@@ -118,6 +124,9 @@ def predictions(encoder: Encoder, part: Part, score: Score, top: int = 5) -> Ite
 def of_images(encoder: Encoder, images: ImageLike | Sequence[ImageLike], top: int = 5) -> list[Prediction]:
     """Returns what is said of a program's own images: arrays, PIL images or paths; raises UserError."""
     check(encoder)
+    if encoder.method.task == "detection":
+        raise UserError(f"{encoder.source} is a detector, which is asked of files: a folder or a pattern, or mae_jax "
+                        "predict --images=...")
     given, function = as_list(images), _function(encoder, counted=False)
     program = encoder.compiled("predict images", lambda params, extras, batch: function(params, extras, batch)[0])
     found = [row for outputs in encoder.run(program, given) for row in outputs]
@@ -126,11 +135,14 @@ def of_images(encoder: Encoder, images: ImageLike | Sequence[ImageLike], top: in
 
 
 def _function(encoder: Encoder, counted: bool = True) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-    """Returns the function of (params, extras, batch) to logits [B, C] or masks uint8 [B, height, width], and counts.
+    """Returns the function of (params, extras, batch) to logits [B, C], masks uint8 [B, height, width] or what a
+    detector gives with SEEN, and counts.
     """
     method: Any = encoder.method
 
     def function(params: Any, extras: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        if method.task == "detection":
+            return method.detections(params, extras, batch) | {name: batch[name] for name in SEEN}, {}
         if method.task == "segmentation":
             logits = method.pixel_logits(params, extras, batch)
             counts = segmentation.Segmentation().counts(method, logits, batch) if "pixel_label" in batch else {}
@@ -156,7 +168,7 @@ def _renumber(encoder: Encoder, part: Part) -> np.ndarray | None:
     return np.array([index.get(name, -1) for name in theirs], np.int32)
 
 
-def _prediction(encoder: Encoder, name: str, output: np.ndarray, fields: dict[str, np.ndarray], row: int, top: int,
+def _prediction(encoder: Encoder, name: str, output: Any, fields: dict[str, np.ndarray], row: int, top: int,
                 error: str, several: Sequence[str] = ()) -> Prediction:
     """Returns what is said of one image, of its output and its batch's fields.
 
@@ -164,6 +176,12 @@ def _prediction(encoder: Encoder, name: str, output: np.ndarray, fields: dict[st
     """
     if encoder.method.task == "segmentation":
         return Prediction(name, mask=None if error else output, error=error)
+    if encoder.method.task == "detection" and error:
+        return Prediction(name, error=error)
+    if encoder.method.task == "detection":
+        found, = detected.compact({name: value[None] for name, value in output.items()})
+        image = encoder.method.grid.unpatchify(output["patches"][None], output["order"][None])[0]
+        return Prediction(name, objects=found, image=image[:output["size"][0], :output["size"][1]])
     label, classes = "", encoder.classes
     if "labels" in fields:
         label = ", ".join(several[int(k)] for k in np.flatnonzero(fields["labels"][row]))

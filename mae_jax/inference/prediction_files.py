@@ -1,4 +1,4 @@
-"""Predictions as files: CSV or JSON, PNG masks, and the table of confusions."""
+"""Predictions as files: CSV or JSON, PNG masks, images with what was found in them, the table of confusions."""
 
 import contextlib
 import csv
@@ -12,6 +12,7 @@ from etils import epath
 from PIL import Image
 
 from mae_jax.errors import UserError
+from mae_jax.evals import detected, object_figures
 from mae_jax.evals.classification import confusion_picture
 from mae_jax.evals.segmentation import palette
 from mae_jax.inference.encoder import Encoder
@@ -26,6 +27,9 @@ def check(to: epath.Path, task: str) -> None:
     if task == "segmentation":
         if to.suffix or to.is_file():
             raise UserError(f"--to={to}: masks are many files; name a folder for them")
+    elif task == "detection":
+        if to.suffix.lower() not in ("", ".json") or (to.is_dir() if to.suffix else to.is_file()):
+            raise UserError(f"--to={to}: what a detector finds is a file *.json, or a folder of it with images")
     elif to.suffix.lower() not in ENDINGS:
         raise UserError(f"--to={to}: the file's name must end in .csv or .json")
     elif to.is_dir():
@@ -37,7 +41,7 @@ def write(to: epath.Path, encoder: Encoder, found: Iterator[Prediction], score: 
     """Writes predictions as they come, in bounded memory; returns the paths of what was written.
 
     Args:
-      to: the file, or the folder of masks.
+      to: the file, or the folder of masks, or of a detector's images and JSON.
       encoder: which made them.
       found: the predictions, one for each image.
       score: of these, when all have come.
@@ -46,6 +50,9 @@ def write(to: epath.Path, encoder: Encoder, found: Iterator[Prediction], score: 
     """
     if encoder.method.task == "segmentation":
         return [str(to), str(_masks(to, encoder, found))]
+    if encoder.method.task == "detection" and not to.suffix:
+        folder, to = to, to / "detections.json"
+        found = _drawn(folder, encoder, found)
     make_folder(to.parent)
     partial = to.with_name(f"{to.name}.partial")
     try:
@@ -53,7 +60,7 @@ def write(to: epath.Path, encoder: Encoder, found: Iterator[Prediction], score: 
             if to.suffix.lower() == ".csv":
                 _csv(file, found, min(top, len(encoder.classes)))
             else:
-                _json(file, found, score, about)
+                _json(file, found, score, about, encoder.classes)
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -74,7 +81,8 @@ def _csv(file: TextIO, found: Iterator[Prediction], top: int) -> None:
         writer.writerow([each.name, each.label, *said, *[""] * (2 * top - len(said)), each.error])
 
 
-def _json(file: TextIO, found: Iterator[Prediction], score: Score, about: dict[str, Any]) -> None:
+def _json(file: TextIO, found: Iterator[Prediction], score: Score, about: dict[str, Any],
+          classes: tuple[str, ...]) -> None:
     """An object: what made it, `images` with an object each, a line each, and figures where labels exist."""
     file.write(json.dumps(about)[:-1] + ',\n"images": [')
     for number, each in enumerate(found):
@@ -83,12 +91,39 @@ def _json(file: TextIO, found: Iterator[Prediction], score: Score, about: dict[s
             said["label"] = each.label
         if each.error:
             said["error"] = each.error
+        elif each.objects:
+            said |= {"size": each.objects.size, "objects": [
+                {"class": classes[one.pop("category_id")], **one} for one in _coco(each.objects, len(classes))]}
         else:
             said["predictions"] = [{"class": name, "probability": share} for name, share in
                                    zip(each.classes, each.probabilities, strict=True)]
         file.write((",\n" if number else "\n") + json.dumps(said, ensure_ascii=False))
     figures = {name: None if np.isnan(value) else value for name, value in score.figures().items()}
     file.write(f'\n],\n"figures": {json.dumps(figures)},\n"unreadable": {score.unreadable_count}}}\n')
+
+
+def _coco(found: detected.Detected, classes: int) -> list[dict[str, Any]]:
+    """Returns what was found in an image as COCO's results, without the image, and with the classes' own numbers."""
+    entries = detected.results([found], [0], tuple(range(classes)))
+    return [{name: value for name, value in entry.items() if name != "image_id"} for entry in entries]
+
+
+def _drawn(folder: epath.Path, encoder: Encoder, found: Iterator[Prediction]) -> Iterator[Prediction]:
+    """Writes a PNG of each image with its boxes, masks and scores, and hands the predictions on."""
+    for each in found:
+        if each.objects and each.image is not None:
+            content = io.BytesIO()
+            panel = object_figures.panel(each.image, each.objects.found, encoder.classes, each.objects.size)
+            Image.fromarray(panel).save(content, "PNG")
+            place = folder / f"{_inside(each.name)}.png"
+            make_folder(place.parent)
+            replace_bytes(place, content.getvalue())
+        yield each
+
+
+def _inside(name: str) -> str:
+    """Returns a name, which comes from the data and may try to lead out of the folder, as a path that does not."""
+    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
 
 
 def _confusion(to: epath.Path, encoder: Encoder, score: Score) -> list[str]:
@@ -115,8 +150,7 @@ def _masks(to: epath.Path, encoder: Encoder, found: Iterator[Prediction]) -> epa
     for each in found:
         inside = ""
         if each.mask is not None:
-            # A name comes from the data, and may try to lead out of the folder.
-            inside = "/".join(part for part in each.name.split("/") if part not in ("", ".", "..")) + ".png"
+            inside = f"{_inside(each.name)}.png"
             content, drawn = io.BytesIO(), Image.fromarray(each.mask)
             drawn.putpalette(colors.tobytes())
             drawn.save(content, "PNG")

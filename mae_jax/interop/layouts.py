@@ -35,6 +35,7 @@ LAYOUTS = {  # name → module:attribute
     "timm": "mae_jax.interop.timm:LAYOUT",
     "hf": "mae_jax.interop.hf:LAYOUT",
     "stablehlo": "mae_jax.interop.stablehlo:LAYOUT",
+    "detectron2": "mae_jax.interop.detectron2:LAYOUT",
     "onnx": "mae_jax.interop.onnx:LAYOUT",
 }
 

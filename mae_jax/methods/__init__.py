@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 TABLE = {  # name → module:class
     "beit": "mae_jax.methods.beit:BEiT",
+    "detection": "mae_jax.methods.detection:Detection",
     "dino": "mae_jax.methods.dino:DINO",
     "mae": "mae_jax.methods.mae:MAE",
     "mixedae": "mae_jax.methods.mixedae:MixedAE",

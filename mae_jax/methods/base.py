@@ -23,7 +23,7 @@ Batch = dict[str, jax.Array]
 Params = dict[str, Any]
 Extras = dict[str, Any]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name → (sum, weight)
-Task = Literal["pretraining", "classification", "segmentation"]
+Task = Literal["pretraining", "classification", "segmentation", "detection"]
 GRAY = 127  # of a patch that a figure does not show
 
 
@@ -86,7 +86,8 @@ class Method:
     Its `task` says what it is evaluated by: 'pretraining' by probes of its features; 'classification' by its
     `logits(params, extras, batch)`, float32 [B, C] of `self.classes`; 'segmentation' by its `pixel_logits(params,
     extras, batch)`, float32 [B, height, width, C] of `self.classes`, and `pixel_classes(batch)`, uint8 [B, height,
-    width], 255 for none; where one of the classes is no foreground, by its `background`.
+    width], 255 for none; where one of the classes is no foreground, by its `background`; 'detection' by its
+    `detections(params, extras, batch)`, see `methods/detection.py`, of `self.classes`.
     One that `reconstructs` has `reconstruct(params, extras, batch)`, whose item 'pixels' are the masked patches as
     normalised pixels, float32 [B, M, P]: the last M in the batch's order.
     """
@@ -101,11 +102,12 @@ class Method:
     small: ClassVar[dict[str, Any]] = {}  # what `runlocal` makes of these; ours are in methods/fields.py
     uses_labels: bool = False  # what it is evaluated on must not be trained on
     has_class_head: bool = False  # its head has a row for each class of the data, in their order
+    class_parameters: str = ""  # besides a head: paths, as a regular expression, of what has a part for each class
     loss_spans_batch: bool = False  # the loss has terms across images: accumulation is refused
     extra_encode_fields: tuple[str, ...] = ()  # batch fields that `encode` reads besides images and orders
     num_clusters: int = 1  # ids that the batch field `cluster` may have, where there is one
     background: int = -1  # of a segmentation's classes, what is around things; -1: none
-    # Weight decay, by last name of the path.
+    # Weight decay, by last name of the path; what `decays` goes by.
     decay_suffixes: ClassVar[tuple[str, ...]] = ("kernel", "cls_token", "mask_token")
 
     def __init__(self, config: ConfigDict, data: DataInfo):
@@ -148,6 +150,10 @@ class Method:
     def is_trainable(self, path: str) -> bool:
         """Says whether the optimizer changes the parameter of a path; the others have no optimizer state."""
         return True
+
+    def decays(self, path: str) -> bool:
+        """Says whether weight decay applies to the parameter of a path."""
+        return path.rsplit("/", 1)[-1] in self.decay_suffixes
 
     def stop_frozen_gradients(self, params: Params) -> Params:
         """Returns the parameters such that no gradient reaches, or is computed for, those that do not learn."""

@@ -99,12 +99,60 @@ SEGMENT: dict[str, Any] = {
     "block": -1,  # whose tokens are classified; -1: the last, after the encoder's norm
     "train_blocks": 0,  # how many of the last blocks learn with the head; -1: the whole encoder
 }
+DETECTION: dict[str, Any] = {  # the values are ViTDet's Mask R-CNN (arXiv 2203.16527), where nothing else is said
+    "classes": 0,  # 0: as many as the data has
+    # Of the encoder.
+    "class_token": False,  # whether it goes through the encoder; the maps are of patches alone
+    "window": 14,  # patches per side of windows that do not see each other; 0: all blocks see all
+    "global_blocks": (2, 5, 8, 11),  # blocks that see all
+    "relative_positions": True,  # decomposed, of each block
+    # Of the maps.
+    "pyramid": "simple",  # of the last block; blocks: a feature pyramid of method.map_blocks
+    "map_blocks": (2, 5, 8, 11),
+    "scales": (4.0, 2.0, 1.0, 0.5),  # of the maps, times the grid of patches: 4, 2, 1 or 0.5
+    "channels": 256,
+    "norm": "layer",  # in pyramid and heads; or group, none
+    # Of proposals. One more size than scales: a further map of every second cell, for proposals alone.
+    "anchor_sizes": (32.0, 64.0, 128.0, 256.0, 512.0),  # pixels, of each map
+    "anchor_ratios": (0.5, 1.0, 2.0),  # height / width
+    "proposal_convs": 2,
+    "anchor_samples": 256,  # of an image, to train on
+    "anchor_positives": 0.5,  # of these at most
+    "anchor_overlaps": (0.7, 0.3),  # IoU from which on anchors are positive, and below which they are negative
+    "least_overlap": 0.0,  # IoU that an object's best anchor must reach to be positive below that
+    "beta": 0.0,  # of the smooth L1 loss of proposals; 0: L1
+    "candidates": (2000, 1000),  # of each map, before suppression; in training, and in evaluations
+    "proposals": (1000, 1000),  # likewise, after it
+    "proposal_overlap": 0.7,  # IoU above which suppression takes the less likely one
+    # Of regions.
+    "regions": 512,  # of an image, to train on
+    "region_positives": 0.25,  # of these at most
+    "stage_overlaps": (0.5,),  # IoU from which on regions are positive; three of them: Cascade R-CNN (arXiv 1712.00726)
+    "stage_weights": (1.0,),  # of each stage's losses
+    "samples": 0,  # of RoIAlign, per bin and axis; 0: as many as it has cells
+    "box_convs": 4,
+    "box_layers": 1,  # linear ones behind these
+    "box_width": 1024,  # of the linear layers
+    "class_boxes": True,  # boxes move otherwise for each class
+    "box_loss": "l1",  # of what moves boxes; or giou: of boxes
+    "box_weight": 1.0,  # of the loss of boxes
+    "mask_convs": 4,
+    # Of detections.
+    "score": 0.05,  # that they must exceed
+    "overlap": 0.5,  # IoU above which suppression takes the less likely one of a class
+    "max_detections": 100,  # of an image
+    # Of weight decay. detectron2: all but the encoder's norms and positions; all; kernels: kernels and tokens.
+    "decayed": "detectron2",
+}
 TABLE: dict[str, dict[str, Any]] = {  # by the name of the method
-    "beit": BEIT, "dino": DINO, "mae": MAE, "mixedae": MIXEDAE, "moce": MOCE,
+    "beit": BEIT, "detection": DETECTION, "dino": DINO, "mae": MAE, "mixedae": MIXEDAE, "moce": MOCE,
     "segment": SEGMENT, "splitmask": SPLITMASK, "supervised": SUPERVISED}
 SMALL: dict[str, Any] = {  # what `runlocal` makes of them
     "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2,
     "mix_group": 4,  # where each image is there three times, the batch shows 6 of them
     "vocabulary": 64, "masked": 24, "projection": 32,
+    "window": 4, "global_blocks": (1,), "map_blocks": (0, 1), "scales": (2.0, 1.0), "channels": 16,
+    "anchor_sizes": (8.0, 16.0, 32.0), "candidates": (32, 32), "proposals": (32, 32), "anchor_samples": 32,
+    "regions": 16, "box_convs": 1, "box_width": 32, "mask_convs": 1, "samples": 2,
     "out_dim": 64, "head_width": 32, "bottleneck": 16, "local_views": 2, "local_size": (16, 16),
 }

@@ -14,11 +14,14 @@ from mae_jax.ops.attention import AttentionMask, attention
 from mae_jax.ops.normalization import has_kernel
 from mae_jax.ops.partitioning import ROWS, constrain, platform
 from mae_jax.ops.routing import Choice
+from mae_jax.ops.windows import Spatial, join, part, relative_attention
 
 REMATS: dict[str, Callable[..., Any] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+RELATIVE = ("rel_pos_h", "rel_pos_w")  # parameters of relative positions, by Detectron2's names
 
 
 class Attention(nn.Module):
@@ -28,11 +31,27 @@ class Attention(nn.Module):
     dtype: Any
     init: str = "xavier"
     kept: AttentionMask | None = None
+    spatial: Spatial | None = None  # of patches in raster order; without windows and positions, others may precede them
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        out = attention(*DenseQKV(self.dtype, self.init, name="qkv")(x), self.heads, self.kept)
-        return Dense(x.shape[-1], self.dtype, "in", self.init, name="proj")(out)
+        given, spatial = x, self.spatial
+        if spatial and spatial.window:
+            x = part(x, spatial.grid, spatial.window)
+        parts = DenseQKV(self.dtype, self.init, name="qkv")(x)
+        if spatial:
+            tables = self._tables(spatial.sides, x.shape[-1] // self.heads) if spatial.relative else None
+            out = relative_attention(*parts, self.heads, tables, spatial.sides)
+        else:
+            out = attention(*parts, self.heads, self.kept)
+        out = Dense(given.shape[-1], self.dtype, "in", self.init, name="proj")(out)
+        return join(out, spatial.grid, spatial.window) if spatial and spatial.window else out
+
+    def _tables(self, sides: tuple[int, int], depth: int) -> tuple[jax.Array, jax.Array]:
+        """Returns the relative positions of rows and of columns, which start at 0, as in ViTDet."""
+        rows, columns = (self.param(name, nn.initializers.zeros, (2 * side - 1, depth))
+                         for name, side in zip(RELATIVE, sides, strict=True))
+        return rows, columns
 
 
 class Mlp(nn.Module):
@@ -64,6 +83,7 @@ class Block(nn.Module):
     init: str = "xavier"
     kept: AttentionMask | None = None  # keys of the attention
     gating: Gating | None = None  # experts in place of the perceptron
+    spatial: Spatial | None = None  # windows and relative positions of the attention
 
     @nn.compact
     def __call__(self, x: jax.Array, drop_path_mask: jax.Array | None = None,
@@ -76,7 +96,7 @@ class Block(nn.Module):
 
         x = constrain(x, ROWS)
         x, y = ResidualNorm(self.dtype, name="norm1")(x, last_biases[0])
-        x = _plus(x, branch(Attention(self.heads, self.dtype, self.init, self.kept, name="attn")(y), 0))
+        x = _plus(x, branch(Attention(self.heads, self.dtype, self.init, self.kept, self.spatial, name="attn")(y), 0))
         x, y = ResidualNorm(self.dtype, name="norm2")(x, last_biases[1])
         shape = (self.mlp_ratio, self.gelu, self.dtype, self.init)
         if self.gating:
@@ -131,28 +151,38 @@ class Blocks(nn.Module):
     init_kind: str = "xavier"
     kept: tuple[AttentionMask | None, ...] = ()  # of each block's attention; () as (None,) · depth
     gating: tuple[Gating | None, ...] = ()  # of each block, likewise
+    spatial: tuple[Spatial | None, ...] = ()  # of each block's attention, likewise
 
     def block(self, index: int, **options: Any) -> Block:
         """Returns the module of one block."""
-        kept, gating = (parts[index] if parts else None for parts in (self.kept, self.gating))
-        return Block(self.heads, self.mlp_ratio, self.gelu, self.dtype, self.layer_scale, self.init_kind, kept, gating,
+        own = (parts[index] if parts else None for parts in (self.kept, self.gating, self.spatial))
+        return Block(self.heads, self.mlp_ratio, self.gelu, self.dtype, self.layer_scale, self.init_kind, *own,
                      **options)
 
     def run_blocks(self, x: jax.Array, depth: int | None = None, drop_path_mask: jax.Array | None = None,
-                   choices: Mapping[int, Choice | jax.Array] | None = None) -> jax.Array:
+                   choices: Mapping[int, Choice | jax.Array] | None = None,
+                   after: list[jax.Array] | None = None, wanted: tuple[int, ...] = ()) -> jax.Array:
         """Applies the first `depth` blocks (all when None) to tokens [B, T, D].
 
         Args:
           drop_path_mask: float32 [depth, 2, B] of `drop_path`; None: nothing is dropped.
           choices: of the blocks with experts, by number; where tokens choose, the noise of their gate or nothing.
+          after: takes the tokens after each of the blocks that are `wanted`, in their order.
         """
         blocks = [self.block(index, name=f"block_{index:02d}") for index in range(self.depth)]
         if self.is_initializing():
             for index, module in enumerate(blocks):
                 x = module(x, None, (choices or {}).get(index))
+                if after is not None and index in wanted:
+                    after.append(x)
             return x
         params = [self.variables["params"][module.name] for module in blocks][:depth]
-        for _, alike in itertools.groupby(range(len(params)), lambda index: (blocks[index].kept, blocks[index].gating)):
+
+        def kind(index: int) -> tuple[Any, ...]:
+            stage = sum(number < index for number in wanted)
+            return blocks[index].kept, blocks[index].gating, blocks[index].spatial, stage
+
+        for _, alike in itertools.groupby(range(len(params)), kind):
             numbers = list(alike)
             inputs = [(params[index], None if drop_path_mask is None else drop_path_mask[index],
                        (choices or {}).get(index)) for index in numbers]
@@ -160,6 +190,8 @@ class Blocks(nn.Module):
             for number, gate in zip(numbers, gates, strict=True):
                 if gate:
                     self.sow(GATES, f"of_block_{number:02d}", gate[GATES]["experts"]["gate"]["probabilities"][0])
+            if after is not None and numbers[-1] in wanted:
+                after.append(x)
         return x
 
     def _alike(self, x: jax.Array, block: Block, inputs: list[tuple[Any, ...]]) -> tuple[jax.Array, list[Any]]:

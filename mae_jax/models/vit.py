@@ -42,8 +42,8 @@ class Encoder(Blocks):
     @nn.compact
     def __call__(self, patches: jax.Array, order: jax.Array, mask_tokens: int = 0, block: int = -1,
                  drop_path_mask: jax.Array | None = None, grid: tuple[int, int] | None = None,
-                 added: jax.Array | None = None, choices: Mapping[int, Choice | jax.Array] | None = None
-                 ) -> jax.Array:
+                 added: jax.Array | None = None, choices: Mapping[int, Choice | jax.Array] | None = None,
+                 maps: tuple[int, ...] = ()) -> jax.Array | list[jax.Array]:
         """Encodes patches.
 
         Args:
@@ -55,6 +55,7 @@ class Encoder(Blocks):
           grid: patches along (height, width), where they are not those of the encoder; positions are then fixed ones.
           added: further embeddings of the patches, [..., T, D].
           choices: block → which expert each image goes through there (MoCE); where tokens choose, see `Experts`.
+          maps: blocks, ascending, whose tokens without the final norm are returned in place of `block`'s, in a list.
 
         Returns:
           [B, 1 + T + mask_tokens, D] tokens of dtype `self.dtype`; without `class_token`, no first one.
@@ -71,6 +72,10 @@ class Encoder(Blocks):
         if self.class_token:
             cls_token = self.param("cls_token", token_init, (1, 1, self.width))
             x = jnp.concatenate([jnp.broadcast_to(cls_token, (images, 1, self.width)).astype(x.dtype), x], 1)
+        if maps:
+            found: list[jax.Array] = []
+            self.run_blocks(x, max(maps) + 1, drop_path_mask, choices, found, maps)
+            return found
         if block >= 0:
             return self.run_blocks(x, block + 1, drop_path_mask, choices)
         return layer_norm(self.dtype, "norm")(self.run_blocks(x, drop_path_mask=drop_path_mask, choices=choices))

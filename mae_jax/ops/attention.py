@@ -26,6 +26,11 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int, kept: Attent
     return _attention(q, k, v, heads, kept, implementation(q, heads, kept))
 
 
+def plain(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
+    """Returns the attention [B, Q, V] of queries [B, Q, D], keys [B, T, D] and values [B, T, V], on any device."""
+    return _attention(q, k, v, heads, None, "plain")
+
+
 def implementation(q: jax.Array, heads: int, kept: AttentionMask | None = None) -> str:
     """Returns which of IMPLEMENTATIONS computes this on the devices of the surrounding mesh."""
     device = partitioning.device()
@@ -60,7 +65,7 @@ _attention.defvjp(_forward, _backward)
 
 def plain_forward(heads: int, q: jax.Array, k: jax.Array, v: jax.Array,
                   kept: AttentionMask | None = None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Returns the attention [B, T, D], and what `plain_backward` needs.
+    """Returns the attention [B, T, D], and what `plain_backward` needs; values may be of another width than queries.
 
     That is among others the softmax times its denominators [B, H, T, T] in the dtype of q, and those, float32
     [B, T, H, 1]: the division comes after the product with the values, where it is over [B, T, H, d].
@@ -74,7 +79,7 @@ def plain_forward(heads: int, q: jax.Array, k: jax.Array, v: jax.Array,
     totals = weights.sum(-1).swapaxes(1, 2)[..., None]
     weights = weights.astype(q.dtype)
     out = jnp.einsum("bhqk,bkhd->bqhd", weights, v, preferred_element_type=jnp.float32) / totals
-    out = out.astype(q.dtype).reshape(given[0].shape)
+    out = out.astype(q.dtype).reshape(*out.shape[:2], -1)
     return out, (*given, weights, totals, out)
 
 

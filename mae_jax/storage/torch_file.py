@@ -3,7 +3,7 @@
 A file is a pickle, which is a program. This reader lets it make tensors and plain containers, and knows the names of a
 few other things that people's checkpoints have (arguments of a script, paths, NumPy's scalars), which become nothing;
 any other name is refused. Two layouts: a zip archive (since PyTorch 1.6), and before it a row of pickles and the
-contents of the tensors behind them.
+contents of the tensors behind them. A third is no file of torch.save: one pickle of NumPy's arrays by name.
 """
 
 import functools
@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from mae_jax.errors import UserError, printable, root_cause
-from mae_jax.storage import file_kinds, paths
+from mae_jax.storage import file_kinds, paths, pickled_arrays
 
 MAX_NESTED = 64  # tuples or marks in a row: in a file of weights, at most a few
 MAX_OPERATIONS = 20_000_000  # of a pickle: a checkpoint with its optimizer has some ten thousands
@@ -37,7 +37,7 @@ DTYPES = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": ml_d
 # What a checkpoint may name and nobody needs: it becomes nothing. A name that ends in '.' stands for all behind it.
 NEEDLESS = ("argparse.Namespace", "pathlib.", "numpy.", "omegaconf.", "yacs.config.CfgNode", "torch.device",
             "torch.Size", "typing.Any", "builtins.set", "builtins.slice", "builtins.complex", "__builtin__.set",
-            "_codecs.encode", "collections.defaultdict", "collections.Counter", "easydict.EasyDict", "ml_collections.",
+            "collections.defaultdict", "collections.Counter", "easydict.EasyDict", "ml_collections.",
             "collections.deque", "datetime.")
 NOT_NEEDLESS = ("numpy.testing", "numpy.distutils", "numpy.f2py", "numpy.load", "numpy.core._internal", "numpy.lib")
 
@@ -116,7 +116,7 @@ def state_of(found: Mapping[str, Any], path: object) -> tuple[dict[str, np.ndarr
       UserError: there is no state dict in it, or an array is damaged.
     """
     def tensors(value: Any) -> int:
-        return sum(isinstance(each, Tensor) for each in value.values()) if isinstance(value, Mapping) else 0
+        return sum(isinstance(each, ARRAYS) for each in value.values()) if isinstance(value, Mapping) else 0
 
     # A checkpoint may have a tensor beside its state dict, as of a random state.
     key = next((name for name in ("model", "state_dict", "teacher", "module", "model_state_dict", "net", "student")
@@ -126,7 +126,7 @@ def state_of(found: Mapping[str, Any], path: object) -> tuple[dict[str, np.ndarr
                         f"'state_dict', 'teacher' ...; it has {', '.join(map(_shown, [*found][:8])) or 'nothing'}")
     state = found[key] if key else found
     try:
-        return {str(name): value.read() for name, value in state.items() if isinstance(value, Tensor)}, key
+        return {str(name): value.read() for name, value in state.items() if isinstance(value, ARRAYS)}, key
     except (_Refused, zipfile.BadZipFile, ValueError, TypeError, KeyError, OSError, EOFError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
 
@@ -169,8 +169,12 @@ def _part(archive: zipfile.ZipFile, name: str) -> bytes:
 def _in_a_row(content: bytes) -> Any:
     """Reads the layout before PyTorch 1.6: magic number, protocol, machine, the pickle, keys, and the storages."""
     place, said = 0, []
-    for _ in range(3):
+    for number in range(3):
         value, length = _run(content[place:], _no_storage)
+        if not number and isinstance(value, dict) and any(
+                isinstance(leaf, ARRAYS) for part in (value, *value.values()) if isinstance(part, dict)
+                for leaf in part.values()):
+            return value  # Detectron2's model zoo
         said.append(value)
         place += length
     if said[:2] != [MAGIC, LEGACY_PROTOCOL]:
@@ -294,7 +298,9 @@ def _parameter(data: Any, *further: Any) -> Any:
     return data
 
 
+ARRAYS = (Tensor, pickled_arrays.Array)
 KNOWN: dict[str, Any] = {
+    **pickled_arrays.KNOWN,
     "collections.OrderedDict": _Ordered,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor,

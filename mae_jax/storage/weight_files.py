@@ -10,7 +10,7 @@ from mae_jax.runtime import bounded_json
 from mae_jax.storage import safetensors_file, torch_file
 from mae_jax.storage.paths import read_bytes
 
-ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pytorch")
+ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pytorch", ".pkl")
 IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")  # as transformers and timm call them; and, in parts:
 INDEX = ".index.json"
 

@@ -24,7 +24,7 @@ from mae_jax.training.run import Run
 
 logger = logging.getLogger(__name__)
 LOWER = re.compile(r"loss$")
-HIGHER = re.compile(r"(top\d+|mean_per_class|map|map_all|iou|accuracy|rankme)$")
+HIGHER = re.compile(r"(top\d+|_ap(\d+|_\w+)?|mean_per_class|map|map_all|iou|accuracy|rankme)$")
 OF_EXPERTS = re.compile(r"/block_\d+/")  # figures of single experts, eval/share/block_09/3, are not printed
 
 
@@ -185,10 +185,20 @@ class PeriodicEvaluation:
         # The last state comes last: the table of confusions that is drawn is of its figures.
         return (known or self.evaluator.scalars(state)) | self.evaluator.final_evaluations(state) | of_best
 
+    def write_file(self, name: str, text: str) -> None:
+        """Writes what an evaluation leaves in the workdir, in place of what the one before left."""
+        if jax.process_index() == 0:
+            try:
+                paths.replace_text(self.run.workdir / name, text)
+            except OSError as error:  # written again by the next evaluation
+                logger.warning("cannot write %s: %s", self.run.workdir / name, error)
+
     def write(self, state: TrainState, done: int, figures: Figures, began: float) -> None:
         """Records figures and pictures of step `done`."""
         for name, picture in self.evaluator.images(state, self.part or "eval"):
             self.recorder.write_image(done, name, picture)
+        for name, text in self.evaluator.files(state, self.part or "eval"):
+            self.write_file(name, text)
         self.recorder.write_scalars(done, figures)  # last: it marks the evaluation as done
         text = "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if not OF_EXPERTS.search(name))
         print_once(f"evaluation at step {done}: {text}  ({time.monotonic() - began:.0f} s)")

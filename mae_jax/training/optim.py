@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -22,8 +23,9 @@ Mask = Callable[[Params], Any]  # parameters → tree of booleans
 Transformations = list[optax.GradientTransformation]
 
 LARS_TRUST = 1e-3  # of LARS: MAE's published linear probe, and the LARS paper (arXiv 1708.03888) for AlexNet
-SHARED = {"name", "lr", "min_lr", "warmup", "warmup_lr", "weight_decay", "final_weight_decay", "layer_decay", "clip",
-          "ema"}  # fields of config.optim that are read outside the rules
+STEP = 0.1  # what the learning rate is multiplied by at each of optim.milestones
+SHARED = {"name", "lr", "min_lr", "warmup", "warmup_lr", "weight_decay", "final_weight_decay", "layer_decay",
+          "milestones", "clip", "ema"}  # fields of config.optim that are read outside the rules
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,9 @@ def unread(config: ConfigDict) -> list[str]:
             if field not in read and config.optim[field] != value]
 
 
-def decay_mask(params: Params, decayed: tuple[str, ...]) -> Any:
-    """Returns a tree of booleans: which parameters weight decay applies to, those whose path ends in such a name."""
-    return jax.tree_util.tree_map_with_path(lambda keys, _: path(keys).rsplit("/", 1)[-1] in decayed, params)
+def decay_mask(params: Params, decays: Callable[[str], bool]) -> Any:
+    """Returns a tree of booleans: which parameters weight decay applies to, by their paths."""
+    return jax.tree_util.tree_map_with_path(lambda keys, _: decays(path(keys)), params)
 
 
 def decay_words(params: Params, method: Method) -> Any:
@@ -66,7 +68,7 @@ def decay_words(params: Params, method: Method) -> Any:
     def word(keys: tuple[Any, ...], decays: bool) -> str:
         return ("yes" if decays else "no") if method.is_trainable(path(keys)) else "frozen"
 
-    return jax.tree_util.tree_map_with_path(word, decay_mask(params, method.decay_suffixes))
+    return jax.tree_util.tree_map_with_path(word, decay_mask(params, method.decays))
 
 
 def peak_lr(config: ConfigDict) -> float:
@@ -91,6 +93,21 @@ def warmup_cosine(peak: float, minimum: float, warmup: int, total: int, start: f
     return schedule
 
 
+def warmup_steps(peak: float, milestones: tuple[float, ...], warmup: int, total: int, start: float = 0.0) -> Schedule:
+    """Returns step → learning rate: linear from `start` in `warmup` steps; a tenth of it after each milestone.
+
+    Args:
+      milestones: shares of the `total` steps.
+    """
+    at = np.array([round(share * total) for share in milestones])
+
+    def schedule(step: jax.Array) -> jax.Array:
+        rise = start + (peak - start) * jnp.asarray(step, jnp.float32) / max(warmup, 1)
+        return jnp.where(step < warmup, rise, peak * STEP ** (step >= at).sum())
+
+    return schedule
+
+
 def global_norm(grads: Params) -> jax.Array:
     """Returns the norm of all gradients together, float32 [].
 
@@ -110,6 +127,8 @@ def make_schedule(method: Method) -> Schedule:
     `lr` is per 256 images; `min_lr` and `warmup_lr` are not, as in MAE and timm.
     """
     o, timeline = method.config.optim, method.timeline
+    if o.milestones:
+        return warmup_steps(peak_lr(method.config), o.milestones, timeline.warmup, timeline.total, o.warmup_lr)
     return warmup_cosine(peak_lr(method.config), o.min_lr, timeline.warmup, timeline.total, o.warmup_lr)
 
 
@@ -152,7 +171,7 @@ def make_optimizer(method: Method) -> optax.GradientTransformationExtraArgs:
     clip = [optax.clip_by_global_norm(o.clip)] if o.clip else []
     decay = weight_decay(method)
     rates = [_layer_rates(o.layer_decay, method.config.model.depth)] if o.layer_decay != 1 else []
-    decayed = partial(decay_mask, decayed=method.decay_suffixes)
+    decayed = partial(decay_mask, decays=method.decays)
     return _only(method.is_trainable, optax.chain(*clip, *get(o.name).build(o, decay, decayed), *rates))
 
 

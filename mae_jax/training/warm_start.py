@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 MUST_MATCH = ("model.heads", "model.patch", "model.gelu")
 # Parts that an encoder may have more or fewer of: the norm after the last block gives way to that of the pooled mean.
 OPTIONAL = re.compile(r"encoder/(pos_embed|mask_token|norm/(scale|bias)|block_\d+/experts/gate/kernel)")
+# Parts that an encoder may begin with: relative positions of 0 and LayerScales of 1 leave it the function that it was.
+ADDED = re.compile(r"encoder/block_\d+/(attn/rel_pos_[hw]|ls[12]/gamma)")
 
 
 def load(config: ConfigDict, params: Any, classes: Sequence[str] = ()) -> dict[str, Any]:
@@ -55,9 +57,13 @@ def load(config: ConfigDict, params: Any, classes: Sequence[str] = ()) -> dict[s
     else:
         _check_described(config)
     loaded = _without_other_head(_with_positions(loaded, theirs, config, params), theirs, config, params, classes)
-    loaded = upcycle(loaded, params)
-    strange = [name for name in sorted(param_tree.flatten(loaded).keys() ^ param_tree.flatten(params).keys())
-               if name.startswith("encoder/") and not OPTIONAL.fullmatch(name)]
+    loaded = upcycle(_without_other_classes(loaded, config, params, classes), params)
+    there, here = param_tree.flatten(loaded).keys(), param_tree.flatten(params).keys()
+    allowed = {name for name in there ^ here if OPTIONAL.fullmatch(name)}
+    allowed |= {name for name in here - there if ADDED.fullmatch(name) and config.model.layer_scale in (0, 1)}
+    if "encoder/cls_token" not in here and not config.method.get("class_token", True):
+        allowed.add("encoder/cls_token")  # a detector of patches alone
+    strange = [name for name in sorted((there ^ here) - allowed) if name.startswith("encoder/")]
     if strange:
         hint = "; python -m mae_jax export --for-task=vote cuts one encoder out of a mixture of experts"
         raise UserError(f"init_from={config.init_from} holds another encoder: {strange[0]} and {len(strange) - 1} more "
@@ -81,7 +87,7 @@ def _check_same_function(theirs: ConfigDict, ours: ConfigDict) -> None:
             raise UserError(f"init_from={ours.init_from} was trained with {key}={theirs[group][name]}, this config has "
                             f"{ours[group][name]}")
     scale = theirs.model.layer_scale
-    if bool(scale) != bool(ours.model.layer_scale):
+    if bool(scale) != bool(ours.model.layer_scale) and not (scale == 0 and ours.model.layer_scale == 1):
         raise UserError(f"init_from={ours.init_from} was trained with{'' if scale else 'out'} LayerScale; add "
                         f"--config.model.layer_scale={scale:g}")
 
@@ -121,6 +127,19 @@ def _without_other_head(loaded: dict[str, Any], theirs: ConfigDict | None, confi
     return {("another head" if name == "head" else name): value for name, value in loaded.items()}
 
 
+def _without_other_classes(loaded: dict[str, Any], config: ConfigDict, params: Any,
+                           classes: Sequence[str]) -> dict[str, Any]:
+    """Leaves out a detector's parameters of each class where those are other ones than ours; the report names them."""
+    pattern = methods.get(config.method.name).class_parameters
+    there, here = (param_tree.flatten(tree) for tree in (loaded, params))
+    own = [name for name in there.keys() & here.keys() if pattern and re.fullmatch(pattern, name)]
+    if not own or config.init_head == "keep":
+        return loaded
+    if all(there[name].shape == here[name].shape for name in own) and _keeps_head(config, classes):
+        return loaded
+    return param_tree.nest({(f"other classes/{name}" if name in own else name): leaf for name, leaf in there.items()})
+
+
 def _keeps_head(config: ConfigDict, classes: Sequence[str]) -> bool:
     """Whether a head of as many classes is taken, by config.init_head and the names of the classes; says why."""
     if config.init_head == "new":
@@ -147,7 +166,7 @@ def _with_positions(loaded: dict[str, Any], theirs: ConfigDict | None, config: C
     learned, wanted = "pos_embed" in encoder, "pos_embed" in params["encoder"]
     if learned and not wanted:
         raise UserError(f"init_from={config.init_from} has learned positions; use model.positions=learned")
-    if not wanted or "cls_token" not in encoder:
+    if not wanted:
         return loaded
     here = PatchGrid.of(config).shape
     there = _grid_of(encoder["pos_embed"], theirs) if learned else (PatchGrid.of(theirs).shape if theirs else here)

@@ -272,7 +272,7 @@ def test_other_formats_are_refused():
     (Box(10, 21, 250, 255), (224, 224)), (Box(30, 11, 300, 301), (96, 96)), (Box(3, 7, 290, 440), (32, 48)),
     (Box(100, 100, 50, 60), (96, 96))])
 def test_a_fast_view_of_a_photograph_stays_close_to_the_exact_one(box, target):
-    photograph = photo_crops._photograph(photo_crops._paths()[photo_crops.CLASSES.index("coffee")])
+    photograph = photo_crops.photograph(photo_crops.paths()[photo_crops.CLASSES.index("coffee")])
     data = encode(photograph, "JPEG", quality=90)
     exact, fast = (np.asarray(StoredImage(data, fast).view(box, target)).astype(int) for fast in (False, True))
     assert 0 < np.abs(exact - fast).mean() < 2

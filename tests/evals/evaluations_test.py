@@ -46,7 +46,8 @@ def evaluated(name: str, fields: dict) -> tuple[Evaluator, TrainState]:
             yield batch
 
     classes = tuple("abcdefg"[: config.method.classes if "classes" in config.method else 3])
-    inputs = SimpleNamespace(classes=classes, evaluate=batches, validate=batches, support=batches, extra=batches)
+    inputs = SimpleNamespace(classes=classes, evaluate=batches, validate=batches, support=batches, extra=batches,
+                             parts={})
     params, extras = jax.jit(method.init)(jax.random.key(0), tiny_batch(config))
     ema = params if config.optim.ema else {}
     zero = np.zeros((), np.int32)
@@ -73,12 +74,12 @@ def test_every_evaluation_has_a_name_of_its_own_and_a_case_above():
     assert len({each.name for each in EVALUATIONS}) == len(EVALUATIONS)
     assert {each.when for each in EVALUATIONS} == set(get_args(When))
     applying = {each for name, fields in CASES.values() for each in EVALUATIONS
-                if each.applies(tiny_method(tiny_config(fields, name)), SimpleNamespace(classes=("a", "b")))}
+                if each.applies(tiny_method(tiny_config(fields, name)), SimpleNamespace(classes=("a", "b"), parts={}))}
     assert applying == set(EVALUATIONS)
 
 
 def test_a_task_says_what_a_method_has():
-    has = {"classification": "logits", "segmentation": "pixel_logits"}
+    has = {"classification": "logits", "segmentation": "pixel_logits", "detection": "detections"}
     for name in methods.TABLE:
         method = methods.get(name)
         assert [task for task, wanted in has.items() if hasattr(method, wanted)] == [method.task] * (method.task in has)

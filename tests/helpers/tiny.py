@@ -17,6 +17,7 @@ from mae_jax.param_tree import path
 from mae_jax.state import TrainState
 from mae_jax.training import optim
 from mae_jax.training.train_step import TrainStep, build, build_train_step
+from tests.helpers.scenes import scenes
 
 EXAMPLES = 64  # of the training split that durations in epochs are counted with
 TINY_DATA = DataInfo(EXAMPLES, ("a", "b", "c"))
@@ -24,6 +25,10 @@ TINY_DATA = DataInfo(EXAMPLES, ("a", "b", "c"))
 
 OWN = {  # method → its fields
     "beit": {"masked": 6, "vocabulary": 24},
+    "detection": {
+        "window": 3, "global_blocks": (1,), "map_blocks": (0, 1), "scales": (2.0, 1.0), "channels": 8,
+        "anchor_sizes": (4.0, 8.0, 12.0), "anchor_samples": 32, "candidates": (24, 24), "proposals": (24, 24),
+        "regions": 16, "box_convs": 1, "box_width": 16, "mask_convs": 1, "samples": 2, "max_detections": 6},
     "dino": {"out_dim": 32, "head_width": 24, "bottleneck": 8, "local_views": 3, "local_size": (8, 8)},
     "mae": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2},
     "mixedae": {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "projection": 8},
@@ -38,7 +43,7 @@ def tiny_config(fields: dict[str, Any] | None = None, method: str = "mae") -> Co
     """Returns a valid config for CPUs of 16 patches (MAE: 4 visible) or of 3 classes, with dotted `fields` changed."""
     config = default(method)
     config.batch_size = 8
-    config.data.update(image_size=(16, 16), threads=2)
+    config.data.update(image_size=(16, 16), threads=2, max_objects=4)
     config.model.update(width=32, depth=2, heads=2, patch=(4, 4), dtype="float32")  # no 'auto' is left to resolve
     config.mesh.zero = "off"
     config.method.update(OWN[method])
@@ -94,6 +99,8 @@ def tiny_batch(config: ConfigDict, seed: int = 0, train: bool = True) -> Batch:
             group = method.patch_order().group
             for row in range(images * (group > 1)):
                 shown[name][row] = rolled(shown[name][row // group * group], row % group, group)
+    if method.task == "detection":
+        shown |= scenes(config, seed)
     return {
         **shown,
         "label": rng.integers(3, size=images).astype(np.int32),

@@ -8,6 +8,7 @@ import pytest
 
 from mae_jax import methods
 from mae_jax.param_tree import flatten
+from tests.helpers.scenes import scene_batch
 from tests.helpers.tiers import all_slow_but
 from tests.helpers.tiny import (
     OWN,
@@ -22,7 +23,8 @@ from tests.helpers.tiny import (
 )
 
 STEPS = 5
-MAKE = {"segment": tiny_segment_batch, "supervised": raster_batch}  # batches of the others are tiny_batch
+# Batches of the others are tiny_batch.
+MAKE = {"detection": scene_batch, "segment": tiny_segment_batch, "supervised": raster_batch}
 
 
 def extras(method: str, config: Any) -> dict[str, Any]:
@@ -39,7 +41,8 @@ def extras(method: str, config: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("method", all_slow_but(("mae", "supervised"), methods.TABLE))
 def test_a_few_steps_lower_the_loss_and_change_all_that_is_learned(method):
-    fields = {"method.num_clusters": 4, "method.centroid_width": 32, "method.blocks": "all"} if method == "moce" else {}
+    fields = {"moce": {"method.num_clusters": 4, "method.centroid_width": 32, "method.blocks": "all"},
+              "detection": {"method.global_blocks": (0,), "method.map_blocks": (0,)}}.get(method, {})
     config = tiny_config(fields | {"model.depth": 1, "optim.lr": 0.01, "optim.warmup": "1 steps",
                                    "train.duration": "20 steps"}, method)
     built, batch = tiny_method(config), MAKE.get(method, tiny_batch)(config)

@@ -49,6 +49,23 @@ def test_terms_across_pictures_are_those_of_the_global_batch_and_so_are_their_gr
             assert grads < 1e-5, (method, name)
 
 
+def test_a_detector_samples_and_learns_alike_on_every_mesh():
+    found = run("detected", 8)
+    assert found.pop("positives")["of one"] > 1
+    assert found.pop("repeated") == {"differ": 0, "distinct": 10}
+    for name, apart in found.items():
+        assert apart["metrics"] < 1e-5, name
+        assert apart["gradients"] < 1e-4, name
+        assert apart["samples"] == 0, name
+
+
+def test_a_detector_is_judged_alike_on_every_mesh():
+    found = run("judged", 8)
+    assert found["1"] == found["2"] == found["8"]
+    assert found["1"]["eval/box_ap"] == pytest.approx(0.4)
+    assert found["1"]["results"] == 10
+
+
 def test_supervised_meshes_train_alike_and_count_every_example_once():
     for arm, found in run("labelled", 8).items():
         figures, one = found.pop("figures"), found.pop("one")

@@ -25,6 +25,10 @@ DECAYED = ("kernel", "cls_token", "mask_token")
 IMAGENET, BATCH = 1_281_167, 4096
 
 
+def decays(name):
+    return name.rsplit("/", 1)[-1] in DECAYED
+
+
 def paper_schedule():
     config = tiny_config({"batch_size": BATCH, "train.duration": "800 epochs", "optim.warmup": "40 epochs",
                           "optim.lr": 1.5e-4})
@@ -68,9 +72,19 @@ def test_the_warm_up_starts_at_its_own_rate_which_no_batch_size_scales():
     assert rates[100] == pytest.approx(1e-5)
 
 
+def test_the_learning_rate_is_a_tenth_after_each_milestone():
+    config = tiny_config({"batch_size": 256, "train.duration": "90 steps", "optim.warmup": "10 steps",
+                          "optim.lr": 1e-3, "optim.warmup_lr": 1e-6, "optim.milestones": (0.5, 8 / 9)})
+    schedule = optim.make_schedule(tiny_method(config))
+    rates = np.array([schedule(step) for step in range(90)])
+    np.testing.assert_allclose(rates[:11], np.linspace(1e-6, 1e-3, 11), rtol=1e-5)
+    np.testing.assert_allclose(rates[10:], [1e-3] * 35 + [1e-4] * 35 + [1e-5] * 10, rtol=1e-5)
+
+
 def test_only_kernels_and_the_class_and_mask_tokens_decay():
-    tree = tiny_params(tiny_config({"method.encoder_mask_tokens": True}))
-    decayed = {name for name, decays in flatten(optim.decay_mask(tree, MAE.decay_suffixes)).items() if decays}
+    config = tiny_config({"method.encoder_mask_tokens": True})
+    tree, method = tiny_params(config), tiny_method(config)
+    decayed = {name for name, decays in flatten(optim.decay_mask(tree, method.decays)).items() if decays}
     assert decayed == {name for name in flatten(tree) if name.endswith(DECAYED)}
     kept = {name.rsplit("/", 1)[-1] for name in flatten(tree).keys() - decayed}
     assert kept == {"bias", "scale"}
@@ -78,7 +92,7 @@ def test_only_kernels_and_the_class_and_mask_tokens_decay():
 
 def test_the_decay_mask_goes_by_name_also_on_stacked_leaves():
     stacked = {"norm": {"scale": np.zeros((12, 8)), "bias": np.zeros((12, 8))}, "fc": {"kernel": np.zeros((12, 8, 8))}}
-    mask = optim.decay_mask(stacked, ("kernel",))
+    mask = optim.decay_mask(stacked, decays)
     assert mask == {"norm": {"scale": False, "bias": False}, "fc": {"kernel": True}}
 
 
@@ -239,7 +253,7 @@ def test_a_matrix_of_zeros_takes_a_plain_gradient_step_under_lars():
 
 def test_lars_and_lamb_are_optaxs_where_these_can_do_the_same(golden):
     start, grads, rates = part(golden, "start"), [part(golden, f"grad{i}") for i in range(4)], [0.05] * 4
-    mask = partial(optim.decay_mask, decayed=DECAYED)
+    mask = partial(optim.decay_mask, decays=decays)
     lars = optax.lars(0.05, 0.1, mask, trust_coefficient=1e-3, trust_ratio_mask=mask, momentum=0.9)
     wanted = follow(lars, start, grads, [-1] * 4)
     assert_close(follow(make({"optim.name": "lars"}), start, grads, rates), wanted)
@@ -251,7 +265,7 @@ def test_lars_and_lamb_are_optaxs_where_these_can_do_the_same(golden):
 
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 def test_adamw_is_bit_for_bit_what_it_was_before_there_were_others_and_so_is_its_state(golden, clip):
-    mask = partial(optim.decay_mask, decayed=DECAYED)
+    mask = partial(optim.decay_mask, decays=decays)
     plain = optax.chain(*([optax.clip_by_global_norm(clip)] if clip else []), optax.scale_by_adam(0.8, 0.9, eps=1e-6),
                         optax.add_decayed_weights(0.1, mask))
     start, grads = part(golden, "start"), [part(golden, f"grad{i}") for i in range(4)]
@@ -282,7 +296,7 @@ def test_a_rule_reads_the_fields_that_it_declares_and_no_others(name):
             return fields[field]
 
     rule = optim.get(name)
-    assert rule.build(Watched(), lambda step: 0.1, partial(optim.decay_mask, decayed=DECAYED))
+    assert rule.build(Watched(), lambda step: 0.1, partial(optim.decay_mask, decays=decays))
     assert read == set(rule.fields)
 
 

@@ -159,6 +159,8 @@ def write_images(config: ConfigDict, kind: str, folder: epath.Path, size: int) -
     from mae_jax.data.sources import registry
 
     found = {name: registry.load(config.data, expression) for name, expression in splits(config).items()}
+    if any(getattr(part, "annotations", None) for part in found.values()):
+        print("the images are stored without their objects, which data.source=coco alone reads")
     writer = {"tfrecord": writers.write_tfrecord, "array_record": writers.write_array_record}[kind]
     data = config.data.copy_and_resolve_references()
     if data.range == "auto":

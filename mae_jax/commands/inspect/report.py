@@ -82,11 +82,13 @@ def _labels(audit: "Audit") -> str:
     counts = [audit.labels[label] for label in range(len(classes))]
     least, most = int(np.argmin(counts)), int(np.argmax(counts))
     span = f"{counts[least]} ({classes[least]}) to {counts[most]} ({classes[most]})"
-    text = f"{len(classes)} classes of {span if counts[least] < counts[most] else counts[most]} pictures"
+    objects = getattr(audit.source, "annotations", None) is not None
+    what = "objects" if objects else "pictures"
+    text = f"{len(classes)} classes of {span if counts[least] < counts[most] else counts[most]} {what}"
     if empty := [name for name, count in zip(classes, counts, strict=True) if not count]:
         text += f"; {len(empty)} without any: {_some(empty)}"
     if audit.unlabeled:
-        text += f"; {pluralize(audit.unlabeled, 'picture')} without a label"
+        text += f"; {pluralize(audit.unlabeled, 'picture')} without {'an object' if objects else 'a label'}"
     if strange := sum(count for label, count in audit.labels.items() if label >= len(classes)):
         text += f"; {pluralize(strange, 'label')} of no class, up to {max(audit.labels)}"
     return text

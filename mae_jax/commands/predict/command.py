@@ -1,14 +1,17 @@
-r"""Says what a classifier or a segmentation sees in images, and how often it is right where labels exist.
+r"""Says what a classifier, a segmentation or a detector sees in images, and how often it is right where labels exist.
 
   mae_jax predict --from=runs/classifier --images=/path/to/images --to=predictions.csv
   mae_jax predict --from=runs/classifier --images='/path/*.jpg' --top_k=3 --to=predictions.json
   mae_jax predict --from=runs/classifier/best --to=test.csv
   mae_jax predict --from=runs/dense --images=/path/to/images --to=masks/
+  mae_jax predict --from=runs/detect --images=/path/to/images --to=found/
 
 Without --images and --config, the images are those of the run's evaluation split. A line for each image, in their
 order: its file, its label where that is known, the likeliest classes with probabilities, and why it could not be read,
 if so. An image in a folder that is called as a class has that label; with labels, accuracy is printed, and a table of
-confusions is written beside (*_confusion.csv, *_confusion.png). Masks are PNGs in the model's image size.
+confusions is written beside (*_confusion.csv, *_confusion.png). Masks are PNGs in the model's image size. What a
+detector finds is a JSON file, boxes as x, y, width, height and masks as COCO's run lengths, both in pixels of the image
+itself; in a folder it is detections.json, beside PNGs of the images with what is in them.
 """
 
 from absl import flags
@@ -20,7 +23,8 @@ from mae_jax.storage import paths
 REQUIRED = ("from", "to")
 CONFIG = cli.define_config()
 FROM = flags.DEFINE_string("from", "", "workdir, one step's folder in it, its best/, an export, or weights of others")
-TO = flags.DEFINE_string("to", "", "the file to write, *.csv or *.json; of a segmentation a folder; local or gs://")
+TO = flags.DEFINE_string("to", "", "the file to write, *.csv or *.json; of a segmentation or detector a folder; local "
+                         "or gs://")
 IMAGES = flags.DEFINE_string("images", "", "a file, a folder or a pattern of images; local or gs://")
 SPLIT = flags.DEFINE_string("split", "", "of the run's data or of --config: which split; '': the evaluation split, or "
                             "without one the training split")

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     import jax
 
 # Of the rows that fill the last batch; the other fields repeat the first example.
-PADDING = {"valid": 0, "label": -1, "labels": 0, "pixel_label": 255, "id": -1, "replaced": 0}
+PADDING = {"valid": 0, "label": -1, "labels": 0, "pixel_label": 255, "id": -1, "replaced": 0,
+           "box_valid": 0}
 Arrays = dict[str, np.ndarray]
 Spec = dict[str, "jax.ShapeDtypeStruct"]
 

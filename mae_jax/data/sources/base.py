@@ -17,6 +17,7 @@ from etils import epath
 from mae_jax.data.decode import decode_mask
 from mae_jax.data.identity import sampled, short_hash
 from mae_jax.data.image_bounds import BadImage
+from mae_jax.data.objects import Annotations, Objects
 from mae_jax.data.sources import splits
 from mae_jax.errors import UserError, did_you_mean, printable
 
@@ -34,6 +35,7 @@ class Example(NamedTuple):
     label: int = UNLABELED
     labels: np.ndarray | None = None  # several labels: uint8 [C], 1 where a class is there
     mask: np.ndarray | None = None  # uint8 [height, width], the class of each pixel; 255: to ignore
+    objects: Objects | None = None
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,11 @@ class Source:
     read: Callable[[int], Example]  # index → example; OSError and BadImage mean a bad image
     name: Callable[[int], str]  # index → what to call the example in a message
     classes: tuple[str, ...] = ()
-    fields: tuple[str, ...] = ()  # which of 'labels' and 'pixel_label' its examples have
+    fields: tuple[str, ...] = ()  # which of 'labels', 'pixel_label' and those of objects its examples have
     label: Callable[[int], int] | None = None  # index → label, where it is known without decoding the image
     unknown_classes: tuple[str, ...] = ()  # names of classes in it that the training split lacks: without a label
     drawn: Callable[[int, int], int] | None = None  # (seed, number of a training draw) → index; None: epochs' orders
+    annotations: Annotations | None = None  # where its examples have objects
 
     def digest(self) -> str:
         """Returns a short hash of which examples these are, by their names in their order; of very many, by some.
@@ -77,6 +80,8 @@ class Source:
         except (OSError, BadImage):
             return [b"unreadable"]
         fields = [example.image, np.int64(example.label), example.labels, example.mask]
+        if example.objects:
+            fields += [example.objects.box, example.objects.label]
         return [field if isinstance(field, bytes) else b"" if field is None else np.ascontiguousarray(field).tobytes()
                 for field in fields]
 
@@ -84,7 +89,9 @@ class Source:
         """Returns the source of these examples, in this order."""
         of = functools.partial
         return Source(len(indices), of(_chosen, self.read, indices), of(_chosen, self.name, indices), self.classes,
-                      self.fields, self.label and of(_chosen, self.label, indices), self.unknown_classes)
+                      self.fields, self.label and of(_chosen, self.label, indices), self.unknown_classes,
+                      annotations=self.annotations and replace(
+                          self.annotations, truth=of(_chosen, self.annotations.truth, indices)))
 
     def sliced(self, split: splits.Split) -> "Source":
         """Returns the part of this split that an expression names."""
@@ -98,9 +105,12 @@ class Source:
         def of(what: str) -> Callable[[int], Any]:
             return functools.partial(_either, self.size, getattr(self, what), getattr(other, what))
 
+        truth = self.annotations and other.annotations and replace(
+            self.annotations, masks=self.annotations.masks and other.annotations.masks,
+            truth=functools.partial(_either, self.size, self.annotations.truth, other.annotations.truth))
         return Source(self.size + other.size, of("read"), of("name"), self.classes, self.fields,
                       of("label") if self.label and other.label else None,
-                      tuple(dict.fromkeys(self.unknown_classes + other.unknown_classes)))
+                      tuple(dict.fromkeys(self.unknown_classes + other.unknown_classes)), annotations=truth)
 
 
 def _chosen(function: Callable[[int], Any], indices: np.ndarray, i: int) -> Any:

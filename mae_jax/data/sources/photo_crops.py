@@ -60,17 +60,19 @@ def regions(width: int) -> dict[str, tuple[int, int]]:
 @functools.cache
 def _crops(split: str) -> list[np.ndarray]:
     """Returns the crops, uint8 [side, side, 3], the classes taking turns."""
-    photographs = [_photograph(path) for path in _paths()]
+    photographs = [photograph(path) for path in paths()]
     return [_crop(photographs[label], split, label, k) for k in range(CROPS[split]) for label in range(len(CLASSES))]
 
 
-def _paths() -> list[Path]:
+def paths() -> list[Path]:
+    """Returns the files of the photographs, in the order of CLASSES; raises UserError where a package is missing."""
     images = package_folder("skimage", "scikit-image", "photo_crops") / "data"
     learn = package_folder("sklearn", "scikit-learn", "photo_crops") / "datasets" / "images"
     return [images / name for name in SCIKIT_IMAGE] + [learn / name for name in SCIKIT_LEARN]
 
 
-def _photograph(path: Path) -> np.ndarray:
+def photograph(path: Path) -> np.ndarray:
+    """Returns the pixels of a file, uint8 [height, width, 3]."""
     return np.asarray(to_rgb(Image.open(io.BytesIO(path.read_bytes()))))
 
 

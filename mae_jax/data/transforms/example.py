@@ -10,8 +10,10 @@ from mae_jax.data import masking
 from mae_jax.data.decode import IGNORED, StoredImage, opencv
 from mae_jax.data.reading import Reading
 from mae_jax.data.sources.base import UNLABELED, Example
+from mae_jax.data.transforms import detection
 from mae_jax.data.transforms.color import policy
 from mae_jax.data.transforms.crop import augment, augment_view, center
+from mae_jax.errors import UserError
 from mae_jax.ops.patches import PatchGrid
 from mae_jax.rng import rng
 
@@ -37,8 +39,9 @@ class ExampleBuilder:
 
     N patches of P values: rows of the patch, pixels in the row, channels (fastest). Where the order has blocks, also
     `blocks` int32 [M, K], places in the order (`masking.draw`). Where the spec has them, also `labels` uint8 [C] and
-    `pixel_label` uint8 [N, P / 3], the class of each pixel of the same patches. Where a method has views of its own,
-    training has their fields in place of patches, order and blocks (`masking.View`).
+    `pixel_label` uint8 [N, P / 3], the class of each pixel of the same patches, or the objects of images, which then
+    lie on a canvas (`detection.fields`). Where a method has views of its own, training has their fields in place of
+    patches, order and blocks (`masking.View`).
     """
 
     def __init__(self, config: ConfigDict, order: masking.PatchOrder, spec: Spec, views: tuple[masking.View, ...] = ()):
@@ -48,7 +51,13 @@ class ExampleBuilder:
         self._spec = {name: FieldSpec(tuple(struct.shape), np.dtype(struct.dtype)) for name, struct in spec.items()}
         self._grid, self._reading = PatchGrid.of(config), Reading.of(config.data)
         self.group = order.group  # neighbours whose orders belong together
+        self._most = self._spec["box"].shape[1] if "box" in self._spec else 0  # objects of an image
         policy(config.data.color)  # says at once what is missing
+        if self._most:
+            detection.check(config)
+        elif config.data.augment in detection.AUGMENT and config.data.augment != "none":
+            raise UserError(f"data.augment={config.data.augment!r} is of images with objects; method.name="
+                            f"{config.method.name!r} takes fixed, simple, single, random or none")
         if config.data.resize == "fast":
             opencv()  # likewise
 
@@ -58,12 +67,15 @@ class ExampleBuilder:
             stored = StoredImage(example.image, reading=self._reading)
             return {**self._labels(example), **self._several(stored, position)}
         stored = StoredImage(example.image, self._config.data.resize == "fast", self._reading)
-        draws = rng(self._config.seed, "augment", position)
+        draws, drawn = rng(self._config.seed, "augment", position), self._drawn(self._config.seed, "order", position)
+        if self._most:
+            pixels, found = detection.augment(stored, example.objects, draws, self._config, self._most)
+            return {**self._labels(example), **found, **self._cut(pixels, None, drawn)}
         pixels, mask = augment(stored, draws, self._config, self._mask(example))
-        return {**self._labels(example), **self._cut(pixels, mask, self._drawn(self._config.seed, "order", position))}
+        return {**self._labels(example), **self._cut(pixels, mask, drawn)}
 
     def evaluate(self, example: Example, index: int, position: int, ratio: float) -> Fields:
-        """Returns the evaluation's view, the central `ratio`.
+        """Returns the evaluation's view, the central `ratio`; of images with objects the whole.
 
         Its order depends on the example's index alone, but where orders belong to groups, on its position.
 
@@ -71,9 +83,12 @@ class ExampleBuilder:
           BadImage: the image, or its mask, cannot be used.
         """
         stored = StoredImage(example.image, reading=self._reading)
+        drawn = self._drawn(0, "evaluate", index if self._order.group == 1 else position)
+        if self._most:
+            pixels, found = detection.evaluate(stored, example.objects, self._config, self._most)
+            return {**self._labels(example), **found, **self._cut(pixels, None, drawn)}
         pixels, mask = center(stored, self._config, ratio, self._mask(example))
-        address = index if self._order.group == 1 else position
-        return {**self._labels(example), **self._cut(pixels, mask, self._drawn(0, "evaluate", address))}
+        return {**self._labels(example), **self._cut(pixels, mask, drawn)}
 
     def gray_train(self, position: int) -> Fields:
         """Returns what stands in, at a position of the run, for an image that cannot be read."""
@@ -92,6 +107,8 @@ class ExampleBuilder:
         fields = self._cut(np.full((*size, 3), GRAY, np.uint8), mask, drawn)
         if "labels" in self._spec:
             fields["labels"] = np.zeros(self._spec["labels"].shape[1:], np.uint8)
+        if self._most:
+            fields |= detection.empty(size, self._most)
         return {**fields, "label": UNLABELED, "valid": 0.0}
 
     def _mask(self, example: Example) -> np.ndarray | None:

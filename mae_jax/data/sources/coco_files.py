@@ -1,0 +1,125 @@
+"""Where a data set in COCO's format has its annotations, and where its images: as COCO itself, CVAT, labelme2coco and
+Roboflow lay them out, and the like.
+
+A file of annotations is of the split that its name says, or else the folder that it lies in; where none of them says
+one, the only one is all there is, and a tenth of its images is held out by a hash of their names.
+"""
+
+import functools
+import os
+import re
+from typing import NamedTuple
+
+from etils import epath
+
+from mae_jax.data.sources import splits
+from mae_jax.errors import UserError, did_you_mean
+
+OTHER = ("captions_", "person_keypoints_", "panoptic_", "stuff_", "image_info_")  # of COCO's annotations, not these
+NO_WORDS = re.compile(r"instances?|annotations?|coco|default|labels?|result|\d{4}")  # in names, which say no split
+SAMPLED = 50  # images by which their folder is found
+
+
+class Layout(NamedTuple):
+    """The files of annotations in a folder; by '' a file that is of no split alone."""
+
+    root: epath.Path
+    files: dict[str, epath.Path]  # role ('train', 'val', 'test') or ''
+
+    def file(self, name: str) -> epath.Path:
+        """Returns the annotations of a split; raises UserError."""
+        if "" in self.files:
+            return self.files[""]
+        role = splits.role(name)
+        if role not in self.files:
+            raise UserError(f"{self.root} has no annotations of the split {name!r}; {did_you_mean(name, self.files)}")
+        return self.files[role]
+
+
+@functools.lru_cache(maxsize=4)
+def layout(path: epath.Path) -> Layout:
+    """Finds the files of annotations; raises UserError.
+
+    Args:
+      path: a folder, or one such file.
+    """
+    if path.is_file():
+        return Layout(path.parent, {"": path})
+    if not path.is_dir():
+        raise UserError(f"data.path={os.fspath(path)!r} is no folder and no file of annotations")
+    found: dict[str, list[epath.Path]] = {}
+    for folder in (path, *_folders(path)):
+        for file in sorted(folder.glob("*.json")):
+            if not file.name.startswith((*OTHER, ".")):
+                found.setdefault(_role(file, path), []).append(file)
+    if not found:
+        raise UserError(f"{path} has no annotations: no *.json in it or in a folder of it")
+    if set(found) != {""}:
+        found.pop("", None)  # as labels of something else, beside those of the splits
+    for role, files in found.items():
+        if len(files) > 1:
+            names = ", ".join(str(file.relative_to(path)) for file in files[:4])
+            raise UserError(f"{path} has several annotations{f' of {role}' if role else ''}: {names}; name one file as "
+                            "data.path, or leave one there")
+    return Layout(path, {role: files[0] for role, files in found.items()})
+
+
+def _role(file: epath.Path, root: epath.Path) -> str:
+    """Returns which split a file of annotations is of, '' where nothing says it."""
+    for name in (file.stem, *((file.parent.name,) if file.parent != root else ())):
+        if role := splits.role(NO_WORDS.sub(" ", name.replace("_", " "))):
+            return role
+    return ""
+
+
+def image_folder(file: epath.Path, root: epath.Path, names: list[str]) -> tuple[epath.Path, list[str]]:
+    """Returns the folder that has the images, and the images' names in it.
+
+    Args:
+      file: of annotations.
+      root: of the data set.
+      names: of images as `file` has them. Paths of another machine count by their last part.
+
+    Raises:
+      UserError: nothing is there.
+    """
+    names = [name.replace("\\", "/") for name in names]
+    short = [name.rsplit("/", 1)[-1] for name in names]
+    safe = [name if not name.startswith("/") and ".." not in name.split("/") and ":" not in name else last
+            for name, last in zip(names, short, strict=True)]
+    step = max(1, len(names) // SAMPLED)
+    best: tuple[int, epath.Path, list[str]] = (0, root, safe)
+    for folder in _candidates(file, root):
+        for tried in (safe, short) if safe != short else (safe,):
+            there = sum((folder / name).is_file() for name in tried[::step])
+            best = (there, folder, tried) if there > best[0] else best
+        if best[0] == len(names[::step]):
+            break
+    if not best[0]:
+        raise UserError(f"none of the images of {file} is there, such as {names[0]!r}; looked for in "
+                        f"{', '.join(str(folder) for folder in _candidates(file, root)[:6])} ...")
+    return best[1], best[2]
+
+
+def _candidates(file: epath.Path, root: epath.Path) -> list[epath.Path]:
+    """Returns folders that may have the images, the likeliest first."""
+    images = root / "images"
+    inside = [each for folder in (root, images) for each in _folders(folder)]
+    mine = [each for each in inside if splits.role(each.name) == _role(file, root)]
+    return list(dict.fromkeys([*mine, file.parent, images, root, *inside]))
+
+
+def present(folder: epath.Path, names: list[str]) -> list[bool]:
+    """Returns of each name whether the folder has it; each folder is listed once."""
+    listed: dict[str, set[str]] = {}
+    for inside in {os.path.dirname(name) for name in names}:
+        where = folder / inside
+        local = "://" not in str(where)
+        listed[inside] = set() if not where.is_dir() else set(os.listdir(where)) if local else {
+            each.name for each in where.iterdir()}
+    return [os.path.basename(name) in listed[os.path.dirname(name)] for name in names]
+
+
+def _folders(path: epath.Path) -> list[epath.Path]:
+    """Returns the folders in a folder, by name; none where it is not there."""
+    return sorted(each for each in path.iterdir() if each.is_dir()) if path.is_dir() else []

@@ -1,0 +1,231 @@
+"""COCO's average precision: by faster-coco-eval or pycocotools where one is installed, else by the same rules in NumPy.
+
+The rules are those of COCO's detection evaluation: IoU 0.50, 0.55 ... 0.95; precision at 101 recalls, made monotone;
+objects, and detections that match none, within a range of areas; 100 detections of an image and class; crowds are no
+objects, and what lies in them is no mistake. A figure is the mean over classes that have objects.
+"""
+
+import contextlib
+import functools
+import importlib
+import io
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mae_jax.data import rle
+from mae_jax.data.objects import Region
+
+log = logging.getLogger(__name__)
+
+OVERLAPS = np.linspace(0.5, 0.95, 10)
+RECALLS = np.linspace(0, 1, 101)
+MOST = 100  # detections of an image and class that count
+AREAS = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))  # all, small, medium, large: square pixels
+FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+LIBRARIES = (("faster_coco_eval", "COCOeval_faster"), ("pycocotools", "COCOeval"))  # the faster one first
+
+
+class Mask(NamedTuple):
+    """A mask as COCO's results have it."""
+
+    counts: str  # its runs
+    size: tuple[int, int]  # height, width of the image
+
+    @classmethod
+    def of(cls, region: Region, size: tuple[int, int]) -> "Mask":
+        return cls(rle.encoded_region(region.values, region.left, region.top, size), size)
+
+    def whole(self) -> np.ndarray:
+        """Returns bool [height, width]."""
+        return rle.decoded(rle.runs(self.counts, self.size), self.size)
+
+
+class Found(NamedTuple):
+    """Objects of one image, annotated or detected; boxes (x1, y1, x2, y2) in its own pixels."""
+
+    box: np.ndarray  # float64 [n, 4]
+    label: np.ndarray  # int [n]
+    masks: tuple[Mask, ...] = ()
+    score: np.ndarray | None = None  # float [n], of detections
+    area: np.ndarray | None = None  # float [n], of annotated objects
+    crowd: np.ndarray | None = None  # bool [n], likewise
+
+
+def figures(truth: Sequence[Found], detected: Sequence[Found], masks: bool) -> dict[str, float]:
+    """Returns name of FIGURES → figure in 0..1, NaN where no object is of that range of areas.
+
+    Args:
+      truth, detected: of the same images, in their order.
+      masks: overlaps are of masks; False: of boxes.
+    """
+    module, name = library()
+    if module:
+        return of_library(module, name, truth, detected, masks)
+    return of_numpy(truth, detected, masks)
+
+
+@functools.cache
+def library() -> tuple[str, str]:
+    """Returns module and evaluation class of a library that is installed, '' without; says once which."""
+    for module, name in LIBRARIES:
+        if importlib.util.find_spec(module):
+            return module, name
+    log.info("average precision is computed in NumPy; pip install 'mae_jax[coco]' brings the faster library")
+    return "", ""
+
+
+def of_library(module: str, name: str, truth: Sequence[Found], detected: Sequence[Found],
+               masks: bool) -> dict[str, float]:
+    """Returns `figures` as a library computes them, or `of_numpy` where nothing is detected: libraries refuse that."""
+    if not any(len(found.label) for found in detected):
+        return of_numpy(truth, detected, masks)
+    package = importlib.import_module(module)
+    coco = package.COCO if hasattr(package, "COCO") else importlib.import_module(f"{module}.coco").COCO
+    judge = getattr(package, name, None) or getattr(importlib.import_module(f"{module}.cocoeval"), name)
+    labels = sorted({int(label) for found in (*truth, *detected) for label in found.label})
+    with contextlib.redirect_stdout(io.StringIO()):  # they print tables
+        known = coco()
+        images = [(i, *_size(each, found)) for i, (each, found) in enumerate(zip(truth, detected, strict=True))]
+        known.dataset = {"images": [{"id": i, "height": height, "width": width} for i, height, width in images],
+                         "annotations": _entries(truth, masks), "info": {},
+                         "categories": [{"id": label, "name": str(label)} for label in labels]}
+        known.createIndex()
+        judged = judge(known, known.loadRes(_entries(detected, masks)), "segm" if masks else "bbox")
+        judged.evaluate()
+        judged.accumulate()
+        judged.summarize()
+    return dict(zip(FIGURES, (float(value) if value >= 0 else np.nan for value in judged.stats), strict=False))
+
+
+def _size(*found: Found) -> tuple[int, int]:
+    """Returns height and width of an image that has masks."""
+    return next((mask.size for each in found for mask in each.masks), (1, 1))
+
+
+def _entries(images: Sequence[Found], masks: bool) -> list[dict[str, Any]]:
+    """Returns annotations, or results, as a library takes them; ids begin with 1, since it takes 0 for none."""
+    entries: list[dict[str, Any]] = []
+    for image, found in enumerate(images):
+        for k, (x1, y1, x2, y2) in enumerate(found.box.tolist()):
+            entry: dict[str, Any] = {"image_id": image, "category_id": int(found.label[k]), "id": len(entries) + 1}
+            if masks:  # beside which a box of results would say how large they are
+                entry["segmentation"] = {"size": list(found.masks[k].size), "counts": found.masks[k].counts}
+            if not masks or found.score is None:
+                entry["bbox"] = [x1, y1, x2 - x1, y2 - y1]
+            if found.score is not None:
+                entry["score"] = float(found.score[k])
+            if found.area is not None and found.crowd is not None:
+                entry |= {"area": float(found.area[k]), "iscrowd": int(found.crowd[k])}
+            entries.append(entry)
+    return entries
+
+
+def of_numpy(truth: Sequence[Found], detected: Sequence[Found], masks: bool) -> dict[str, float]:
+    """Returns `figures` without a library."""
+    tables = [precisions(truth, detected, label, masks) for label in sorted({
+        int(label) for found in truth for label in found.label})]
+    table = np.stack(tables) if tables else np.full((0, len(AREAS), len(OVERLAPS), len(RECALLS)), -1.0)  # [C, A, T, R]
+    parts = (table[:, 0], table[:, 0, 0], table[:, 0, 5], *(table[:, area] for area in (1, 2, 3)))
+    return {name: float(part[part > -1].mean()) if (part > -1).any() else np.nan
+            for name, part in zip(FIGURES, parts, strict=True)}
+
+
+def precisions(truth: Sequence[Found], detected: Sequence[Found], label: int, masks: bool) -> np.ndarray:
+    """Returns the precision of one class, float64 [areas, overlaps, recalls]; -1 in ranges of areas without objects."""
+    out = np.full((len(AREAS), len(OVERLAPS), len(RECALLS)), -1.0)
+    images = [_of_class(objects, found, label, masks) for objects, found in zip(truth, detected, strict=True)]
+    images = [image for image in images if len(image.score) or len(image.crowd)]
+    score = np.concatenate([image.score for image in images]) if images else np.zeros(0)
+    order = np.argsort(-score, kind="stable")
+    for number, (low, high) in enumerate(AREAS):
+        ignored = [image.crowd | (image.area < low) | (image.area > high) for image in images]
+        count = sum(int((~each).sum()) for each in ignored)
+        if not count:
+            continue
+        found = [matches(image.overlap, each, image.crowd) for image, each in zip(images, ignored, strict=True)]
+        right = np.concatenate([hit for hit, _ in found], 1)[:, order]
+        outside = np.concatenate([(image.found_area < low) | (image.found_area > high) for image in images])[order]
+        nothing = np.concatenate([left for _, left in found], 1)[:, order] | (~right & outside)
+        hits, misses = (right & ~nothing).cumsum(1), (~right & ~nothing).cumsum(1)
+        for t in range(len(OVERLAPS)):
+            recall, precision = hits[t] / count, hits[t] / np.maximum(hits[t] + misses[t], np.spacing(1))
+            best = np.maximum.accumulate(precision[::-1])[::-1]
+            place = np.searchsorted(recall, RECALLS, side="left")
+            out[number, t] = np.append(best, 0.0)[place]
+    return out
+
+
+class _Image(NamedTuple):
+    """One image's objects [G] and detections [D] of one class, these by descending score."""
+
+    overlap: np.ndarray  # [D, G]
+    crowd: np.ndarray
+    area: np.ndarray
+    score: np.ndarray
+    found_area: np.ndarray
+
+
+def _of_class(truth: Found, found: Found, label: int, masks: bool) -> _Image:
+    assert found.score is not None
+    assert truth.area is not None
+    assert truth.crowd is not None
+    theirs, ours = np.flatnonzero(truth.label == label), np.flatnonzero(found.label == label)
+    ours = ours[np.argsort(-found.score[ours], kind="stable")][:MOST]
+    crowd = truth.crowd[theirs]
+    if masks:
+        overlap, area = mask_overlaps([found.masks[k] for k in ours], [truth.masks[k] for k in theirs], crowd)
+    else:
+        box = found.box[ours]
+        overlap, area = box_overlaps(box, truth.box[theirs], crowd), (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
+    return _Image(overlap, crowd, truth.area[theirs], found.score[ours], area)
+
+
+def box_overlaps(found: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+    """Returns IoU [D, G] of boxes [D, 4] and [G, 4]; with a crowd the share of the detection that lies in it."""
+    low = np.maximum(found[:, None, :2], truth[None, :, :2])
+    high = np.minimum(found[:, None, 2:], truth[None, :, 2:])
+    both = np.clip(high - low, 0, None).prod(2)
+    area, other = ((box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) for box in (found, truth))
+    either = np.where(crowd, area[:, None], area[:, None] + other - both)
+    return both / np.maximum(either, np.spacing(1))
+
+
+def mask_overlaps(found: list[Mask], truth: list[Mask], crowd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns likewise IoU [D, G] of masks, and the pixels [D] of those that were detected."""
+    ours, theirs = (np.stack([mask.whole().ravel() for mask in part]).astype(np.float32) if part else None
+                    for part in (found, truth))
+    area = np.zeros(0) if ours is None else ours.sum(1, dtype=np.float64)
+    if ours is None or theirs is None:
+        return np.zeros((len(found), len(truth))), area
+    both = (ours @ theirs.T).astype(np.float64)
+    either = np.where(crowd, area[:, None], area[:, None] + theirs.sum(1, dtype=np.float64) - both)
+    return both / np.maximum(either, 1), area
+
+
+def matches(overlap: np.ndarray, ignored: np.ndarray, crowd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Matches detections of an image and class to objects, the likeliest first: each takes the most overlapping object
+    that is left, and one to be ignored where no other overlaps enough.
+
+    Args:
+      overlap: [D, G], detections by descending score.
+      ignored: bool [G], objects that do not count.
+      crowd: bool [G], those that any number of detections may match.
+
+    Returns:
+      bool [overlaps, D] each: which detections match, and which match what is ignored.
+    """
+    shape = len(OVERLAPS), len(overlap)
+    hit, nothing = np.zeros(shape, bool), np.zeros(shape, bool)
+    for t, least in enumerate(OVERLAPS):
+        free = np.ones(len(ignored), bool)
+        for d, row in enumerate(overlap):
+            enough = (free | crowd) & (row >= min(least, 1 - 1e-10))
+            for wanted in (enough & ~ignored, enough & ignored):
+                if wanted.any():
+                    chosen = len(row) - 1 - np.where(wanted, row, -1.0)[::-1].argmax()  # of equal ones the last
+                    hit[t, d], nothing[t, d], free[chosen] = True, ignored[chosen], False
+                    break
+    return hit, nothing

@@ -1,0 +1,293 @@
+"""Detection and instance segmentation: Mask R-CNN (arXiv 1703.06870) on a plain ViT, as ViTDet has it (2203.16527)."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_jax.data.info import DataInfo
+from mae_jax.errors import UserError
+from mae_jax.losses import detection as losses
+from mae_jax.methods import fields
+from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices
+from mae_jax.methods.detection_fields import check, decays, flops
+from mae_jax.models.detection import BoxHead, MaskHead, ProposalHead
+from mae_jax.models.pyramid import PYRAMIDS
+from mae_jax.models.vit import make_encoder
+from mae_jax.ops.detection import instance_masks, selection
+from mae_jax.ops.detection.anchors import anchors
+from mae_jax.ops.detection.assignment import POSITIVE
+from mae_jax.ops.detection.boxes import clip, decode, encode
+from mae_jax.ops.detection.roi_align import roi_align
+from mae_jax.ops.detection.selection import Objects, Training, of_each_image
+from mae_jax.ops.patches import normalize
+from mae_jax.ops.windows import Spatial
+
+BOX_SIDE, MASK_SIDE = 7, 14  # bins of a region along each side
+CODERS: tuple[selection.Weights, ...] = ((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15))  # of each stage's boxes
+CANONICAL = 14  # patches along the side of a region that has the map of one patch per cell: 224 pixels for 16
+
+
+class Detection(Method):
+    """Finds objects: their boxes, classes and masks.
+
+    A batch has patches in raster order. The image is in the upper left corner of its canvas, `size` int32 [B, 2]
+    (height, width); what is past it is 0 after normalising. Its M = data.max_objects objects, padded: `box` float32
+    [B, M, 4], (x1, y1, x2, y2) in pixels of the canvas; `box_class` int32 [B, M]; `box_valid` float32 [B, M], 1 or 0
+    for padding; `box_mask` uint8 [B, M, 1568], the bits of its mask in the frame of its box, 112 x 112
+    (`ops/detection/instance_masks.py`).
+
+    The loss is a mean over the global batch, wherever its images are. Detectron2 takes that of each GPU's masks.
+    """
+
+    task = "detection"
+    defaults = fields.DETECTION
+    uses_labels = has_class_head = True
+    class_parameters = r"(boxes\d*/(logits|deltas)|masks/logits)/(kernel|bias)"
+    loss_spans_batch = True  # the masks of all images together are what their loss is divided by
+
+    @staticmethod
+    def validate(config: ConfigDict) -> None:
+        check_choices(config.method, pyramid=tuple(PYRAMIDS), norm=("layer", "group", "none"), box_loss=("l1", "giou"),
+                      decayed=("detectron2", "all", "kernels"))
+        check(config)
+
+    def check_data(self) -> None:
+        wanted, there = self.config.method.classes, len(self.data.classes)
+        if not there:
+            raise UserError("method.name=detection needs data with boxes and their classes; this has no classes")
+        if wanted not in (0, there):
+            raise UserError(f"method.classes={wanted}, but the data has {there} classes; leave it 0, or use other data")
+
+    def __init__(self, config: ConfigDict, data: DataInfo):
+        super().__init__(config, data)
+        m, model = config.method, config.model
+        dtype = jnp.dtype(model.dtype)
+        self.classes = m.classes or len(data.classes)
+        spatial = [Spatial(self.grid.shape, 0 if not m.window or block in m.global_blocks else m.window,
+                           m.relative_positions) for block in range(model.depth)]
+        self.encoder = make_encoder(config).clone(class_token=m.class_token, spatial=tuple(spatial))
+        self.blocks = m.map_blocks if m.pyramid == "blocks" else (model.depth - 1,)
+        extra = len(m.anchor_sizes) - len(m.scales)
+        self.pyramid = PYRAMIDS[m.pyramid](m.scales, extra, m.channels, m.norm, dtype)
+        strides = [model.patch[0] / scale for scale in m.scales]
+        strides += [strides[-1] * 2**number for number in range(1, extra + 1)]
+        self.strides = strides[:len(m.scales)]
+        self.anchors = anchors(self.grid.image_size, strides, m.anchor_sizes, m.anchor_ratios)
+        self.canonical = (CANONICAL * model.patch[0], model.patch[0])
+        self.proposal_head = ProposalHead(m.proposal_convs, len(m.anchor_ratios), dtype)
+        box_head = BoxHead(m.box_convs, m.box_layers, m.box_width, self.classes, m.class_boxes, m.norm, dtype)
+        self.box_heads = {f"boxes{number or ''}": box_head for number in range(len(m.stage_overlaps))}
+        self.mask_head = MaskHead(m.mask_convs, self.classes, m.norm, dtype)
+        self.positives = int(m.regions * m.region_positives)
+        self.max_detections = m.max_detections
+
+    def eval_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        spec = super().eval_spec()
+        del spec["label"]
+        objects = self.config.data.max_objects
+        own = {"box": ((objects, 4), jnp.float32), "box_class": ((objects,), jnp.int32),
+               "box_valid": ((objects,), jnp.float32), "box_mask": ((objects, instance_masks.PACKED), jnp.uint8),
+               "size": ((2,), jnp.int32), "original_size": ((2,), jnp.int32)}
+        return spec | {name: jax.ShapeDtypeStruct((self.config.batch_size, *shape), dtype)
+                       for name, (shape, dtype) in own.items()}
+
+    def decays(self, path: str) -> bool:
+        return decays(self.config.method.decayed, path)
+
+    def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
+        keys = iter(jax.random.split(key, 4 + len(self.box_heads)))
+        found, encoder = self.encoder.init_with_output(
+            next(keys), normalize(batch["patches"][:1]), batch["order"][:1], maps=self.blocks)
+        maps, pyramid = self.pyramid.init_with_output(next(keys), self.as_maps(found))
+        region = jnp.zeros((1, 1, BOX_SIDE, BOX_SIDE, self.config.method.channels))
+        parts = {"encoder": encoder, "pyramid": pyramid, "proposals": self.proposal_head.init(next(keys), maps[-1]),
+                 **{name: head.init(next(keys), region) for name, head in self.box_heads.items()},
+                 "masks": self.mask_head.init(next(keys), region)}
+        return {name: part["params"] for name, part in parts.items()}, {}
+
+    def as_maps(self, found: list[jax.Array]) -> list[jax.Array]:
+        """Returns maps [B, rows, columns, D] of the tokens of blocks."""
+        first = int(self.config.method.class_token)
+        return [x[:, first:].reshape(len(x), *self.grid.shape, -1) for x in found]
+
+    def pixels(self, batch: Batch) -> jax.Array:
+        """Returns normalised pixels, float32 [B, N, P], 0 past the size of each image."""
+        place = np.arange(self.grid.num_patches)
+        height, width = self.grid.patch
+        rows = place[:, None] // self.grid.columns * height + np.repeat(np.arange(height), width * 3)
+        columns = place[:, None] % self.grid.columns * width + np.tile(np.repeat(np.arange(width), 3), height)
+        inside = (jnp.asarray(rows, jnp.uint16) < batch["size"][:, :1, None]) & (
+            jnp.asarray(columns, jnp.uint16) < batch["size"][:, 1:, None])
+        return jnp.where(inside, normalize(batch["patches"]), 0)
+
+    def maps(self, params: Params, batch: Batch, drop_path_mask: jax.Array | None = None) -> list[jax.Array]:
+        """Returns the maps of the pyramid [B, rows, columns, channels], the finest first."""
+        found = self.encoder.apply({"params": params["encoder"]}, self.pixels(batch), batch["order"],
+                                   drop_path_mask=drop_path_mask, maps=self.blocks)
+        return self.pyramid.apply({"params": params["pyramid"]}, self.as_maps(found))
+
+    def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1) -> jax.Array:
+        """See `Method.encode`: block outputs without the final norm; where there is no class token, the mean is first.
+        """
+        pixels = self.pixels(batch) if "size" in batch else normalize(batch["patches"])
+        block = block if block >= 0 else self.config.model.depth - 1
+        tokens = self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], block=block)
+        if self.config.method.class_token:
+            return tokens
+        return jnp.concatenate([tokens.mean(1, keepdims=True, dtype=jnp.float32).astype(tokens.dtype), tokens], 1)
+
+    def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
+             train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
+        """Returns the sum of the losses of objectness, proposals, classes, boxes and masks, each a mean."""
+        drop_key, anchor_key, region_key = jax.random.split(key, 3)
+        images = len(batch["order"])
+        # By an image's place in the global batch: what is drawn for it depends on no other image.
+        anchor_keys, region_keys = (jax.vmap(partial(jax.random.fold_in, key))(np.arange(images))
+                                    for key in (anchor_key, region_key))
+        there = batch["valid"] > 0
+        objects = Objects(batch["box"], batch["box_class"], (batch["box_valid"] > 0) & there[:, None])
+        maps = self.maps(params, batch, self.drop_path_mask(drop_key, images) if train else None)
+        logits, deltas = self.ask_anchors(params, maps)
+        terms = dict(zip(("objectness", "proposals"), self.proposal_losses(
+            anchor_keys, logits, deltas, objects, there), strict=True))
+        boxes, real = self.propose(logits, deltas, batch["size"], train=True)
+        regions, training = of_each_image(partial(
+            selection.sampled_regions, overlap=self.config.method.stage_overlaps[0], count=self.config.method.regions,
+            positives=self.positives), region_keys, boxes, real & there[:, None], objects)
+        terms |= self.box_losses(params, maps, regions, training, objects, batch["size"])
+        terms["masks"] = self.mask_loss(params, maps, regions, training, objects, batch["box_mask"])
+        total = sum(weight * value / jnp.maximum(count, 1) for (value, count), weight in (
+            (term, self.weights().get(name, 1.0)) for name, term in terms.items()))
+        count = there.sum(dtype=jnp.float32)
+        metrics = {"loss": (total * count, count), **{f"loss_{name}": term for name, term in terms.items()},
+                   "positive_regions": ((training.kind == POSITIVE).sum(dtype=jnp.float32), count)}
+        return total, (metrics, extras)
+
+    def weights(self) -> dict[str, float]:
+        """Returns term of the loss → its weight, where that is not 1."""
+        m = self.config.method
+        stages = [("" if not number else str(number + 1), weight) for number, weight in enumerate(m.stage_weights)]
+        return {f"classes{stage}": weight for stage, weight in stages} | {
+            f"boxes{stage}": weight * m.box_weight for stage, weight in stages}
+
+    def ask_anchors(self, params: Params, maps: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Returns logits [B, A] and deltas [B, A, 4] of the anchors of each map, float32."""
+        asked = [self.proposal_head.apply({"params": params["proposals"]}, x) for x in maps]
+        return [logits for logits, _ in asked], [deltas for _, deltas in asked]
+
+    def proposal_losses(self, keys: jax.Array, logits: list[jax.Array], deltas: list[jax.Array], objects: Objects,
+                        there: jax.Array) -> tuple[losses.Term, losses.Term]:
+        """Returns the losses of objectness and of the boxes of anchors."""
+        m = self.config.method
+        training, targets = of_each_image(partial(
+            selection.sampled_anchors, anchors=np.concatenate(self.anchors), overlaps=m.anchor_overlaps,
+            least=m.least_overlap, count=m.anchor_samples, positives=int(m.anchor_samples * m.anchor_positives)),
+            keys, objects, there)
+        logits, deltas = jnp.concatenate(logits, 1), jnp.concatenate(deltas, 1)
+        return losses.proposal_losses(_at(logits, training.index), _at(deltas, training.index), training.kind, targets,
+                                      there.sum(dtype=jnp.float32), m.beta)
+
+    def propose(self, logits: list[jax.Array], deltas: list[jax.Array], size: jax.Array,
+                train: bool) -> tuple[jax.Array, jax.Array]:
+        """Returns boxes that may be objects, float32 [B, R, 4], and which of them are there, bool [B, R]."""
+        m = self.config.method
+        return of_each_image(partial(selection.proposals, anchors=self.anchors, each=m.candidates[not train],
+                                     total=m.proposals[not train], overlap=m.proposal_overlap), logits, deltas, size)
+
+    def features(self, maps: list[jax.Array], boxes: jax.Array, side: int) -> jax.Array:
+        """Returns [B, R, side, side, channels] of boxes [B, R, 4]; maps of anchors alone have no part in it."""
+        return roi_align(maps[:len(self.strides)], self.strides, boxes, side, self.config.method.samples,
+                         self.canonical)
+
+    def box_losses(self, params: Params, maps: list[jax.Array], boxes: jax.Array, training: Training, objects: Objects,
+                   size: jax.Array) -> dict[str, losses.Term]:
+        """Returns the losses of classes and boxes of each stage, by name."""
+        m, terms = self.config.method, {}
+        logits = deltas = jnp.zeros(())
+        for number, (name, head) in enumerate(self.box_heads.items()):
+            if number:
+                known = jnp.where(training.kind == POSITIVE, _at(objects.kind, training.object), -1)
+                boxes = self.refined(number, boxes, logits, deltas, size, known)
+                training = of_each_image(partial(selection.relabeled, overlap=m.stage_overlaps[number]), boxes,
+                                         training, objects)
+            features = _scaled_gradient(self.features(maps, boxes, BOX_SIDE), 1 / len(self.box_heads))
+            logits, deltas = head.apply({"params": params[name]}, features)
+            coder = CODERS[number]
+            targets = encode(_at(objects.box, training.object), boxes, coder)
+            stage = str(number + 1) if number else ""
+            decoded = partial(decode, proposals=boxes, weights=coder) if m.box_loss == "giou" else None
+            terms[f"classes{stage}"], terms[f"boxes{stage}"] = losses.region_losses(
+                logits, deltas, training.kind, _at(objects.kind, training.object), targets, decoded)
+        return terms
+
+    def refined(self, stage: int, boxes: jax.Array, logits: jax.Array, deltas: jax.Array, size: jax.Array,
+                known: jax.Array | int = -1) -> jax.Array:
+        """Returns the regions of a stage, float32 [B, R, 4]: those of the one before, moved, without a gradient.
+
+        Args:
+          known: int32 [B, R], the classes of positives, -1 for others: where boxes move otherwise for each class, those
+            move as the likeliest (MMDetection's rule).
+        """
+        if self.config.method.class_boxes:
+            kind = jnp.where(known < 0, logits[..., :-1].argmax(-1), known)
+            deltas = jnp.take_along_axis(deltas, kind[..., None, None], 2)
+        moved = decode(deltas[:, :, 0], boxes, CODERS[stage - 1])
+        return jax.lax.stop_gradient(clip(moved, size))
+
+    def mask_loss(self, params: Params, maps: list[jax.Array], boxes: jax.Array, training: Training, objects: Objects,
+                  packed: jax.Array) -> losses.Term:
+        """Returns the loss of the masks of positives, which are first among the regions of the first stage."""
+        training, boxes = selection.positives(training, self.positives), boxes[:, :self.positives]
+        logits = self.mask_head.apply({"params": params["masks"]}, self.features(maps, boxes, MASK_SIDE))
+
+        def targets(packed: jax.Array, box: jax.Array, boxes: jax.Array, own: jax.Array) -> jax.Array:
+            return instance_masks.targets(instance_masks.unpack(packed[own]), box[own], boxes, 2 * MASK_SIDE)
+
+        wanted = of_each_image(targets, packed, objects.box, boxes, training.object)
+        return losses.mask_loss(logits, _at(objects.kind, training.object), wanted, training.kind == POSITIVE)
+
+    def detections(self, params: Params, extras: Extras, batch: Batch) -> dict[str, jax.Array]:
+        """Returns what is found in images, by descending score, K = method.max_detections rows, padded.
+
+        Returns:
+          `box` float32 [B, K, 4], in pixels of the canvas, within the image; `score` float32 [B, K]; `box_class` int32
+          [B, K]; `detected` float32 [B, K], 1 or 0 for padding; `mask` float32 [B, K, 28, 28], probabilities in the
+          frame of the box; `crowded` float32 [B], how many pairs of a region and a class were too many to consider.
+        """
+        m, size = self.config.method, batch["size"]
+        maps = self.maps(params, batch)
+        boxes, real = self.propose(*self.ask_anchors(params, maps), size, train=False)
+        scores: list[jax.Array] = []
+        logits = deltas = jnp.zeros(())
+        for number, (name, head) in enumerate(self.box_heads.items()):
+            if number:
+                boxes = self.refined(number, boxes, logits, deltas, size)
+            logits, deltas = head.apply({"params": params[name]}, self.features(maps, boxes, BOX_SIDE))
+            scores.append(jax.nn.softmax(logits)[..., :-1])
+        found = of_each_image(partial(
+            selection.detections, weights=CODERS[len(scores) - 1], threshold=m.score, overlap=m.overlap,
+            candidates=CANDIDATES, most=m.max_detections), sum(scores) / len(scores), deltas, boxes, real, size)
+        logits = self.mask_head.apply({"params": params["masks"]}, self.features(maps, found["box"], MASK_SIDE))
+        own = jnp.einsum("brhwc,brc->brhw", logits, jax.nn.one_hot(found["box_class"], self.classes),
+                         precision="highest")
+        return found | {"mask": jax.nn.sigmoid(own)}
+
+    def forward_flops(self) -> int:
+        return flops(self)
+
+
+CANDIDATES = 1000  # pairs of a region and a class that are considered in an image (our choice; Detectron2 has no limit)
+
+
+def _at(values: jax.Array, index: jax.Array) -> jax.Array:
+    """Returns values [B, S, ...] at the indices [B, S] of the second axis of [B, N, ...]."""
+    return jnp.take_along_axis(values, index.reshape(*index.shape, *(1,) * (values.ndim - 2)), 1)
+
+
+def _scaled_gradient(x: jax.Array, scale: float) -> jax.Array:
+    """Returns x, whose gradient is multiplied: so that stages together move the maps as one does (Detectron2)."""
+    fixed = jax.lax.stop_gradient(x)
+    return x if scale == 1 else fixed + scale * (x - fixed)

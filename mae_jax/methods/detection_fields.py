@@ -1,0 +1,116 @@
+"""What the fields of method.name=detection must be, which parameters they have decay, and what a forward pass costs."""
+
+import itertools
+import re
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from mae_jax.errors import UserError
+from mae_jax.ops.flops import blocks_flops
+from mae_jax.ops.patches import PatchGrid
+
+SCALES = (4.0, 2.0, 1.0, 0.5)
+POSITIVE = ("channels", "anchor_samples", "candidates", "proposals", "regions", "box_width", "max_detections",
+            "anchor_sizes", "anchor_ratios", "scales")
+NOT_NEGATIVE = ("classes", "window", "proposal_convs", "samples", "box_convs", "box_layers", "mask_convs", "beta",
+                "stage_weights", "box_weight")
+SHARES = ("anchor_positives", "anchor_overlaps", "least_overlap", "proposal_overlap", "region_positives",
+          "stage_overlaps", "score", "overlap")
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for the first of the method's fields that cannot work."""
+    m, depth = config.method, config.model.depth
+
+    def refuse(key: str, expected: str) -> None:
+        raise UserError(f"method.{key}={m[key]!r}; expected {expected}")
+
+    for keys, fits, expected in ((POSITIVE, lambda x: x > 0, "more than 0"), (NOT_NEGATIVE, lambda x: x >= 0,
+                                 "0 or more"), (SHARES, lambda x: 0 <= x <= 1, "0 to 1")):
+        for key in keys:
+            values = m[key] if isinstance(m[key], tuple) else (m[key],)
+            if not values or not all(isinstance(x, int | float) and fits(x) for x in values):
+                refuse(key, expected)
+    for key in ("anchor_overlaps", "candidates", "proposals"):
+        if len(m[key]) != 2:
+            refuse(key, "two numbers")
+    for key in ("global_blocks", "map_blocks"):
+        if list(m[key]) != sorted({block for block in m[key] if 0 <= block < depth}):
+            refuse(key, f"some of the blocks 0 to {depth - 1}, ascending")
+    if list(m.scales) != [scale for scale in SCALES if scale in m.scales]:
+        refuse("scales", f"some of {SCALES}, in this order and each half of the one before")
+    if not 0 <= len(m.anchor_sizes) - len(m.scales) <= 1:
+        refuse("anchor_sizes", f"{len(m.scales)} sizes, one for each of method.scales, or one more")
+    if m.pyramid == "blocks" and len(m.map_blocks) != len(m.scales):
+        refuse("map_blocks", f"{len(m.scales)} blocks, one for each of method.scales")
+    if len(m.stage_overlaps) not in (1, 3) or len(m.stage_weights) != len(m.stage_overlaps):
+        refuse("stage_overlaps", "one stage, or the three of a cascade, and as many method.stage_weights")
+    if m.class_token and (m.window or m.relative_positions):
+        refuse("class_token", "False with windows or relative positions, where it would have no place")
+    _check_grid(config, PatchGrid.of(config))
+
+
+def _check_grid(config: ConfigDict, grid: PatchGrid) -> None:
+    m = config.method
+    if grid.patch_height != grid.patch_width:
+        raise UserError(f"model.patch={config.model.patch}; the anchors of method.name=detection need square patches")
+    if 0.5 in m.scales and (grid.rows % 2 or grid.columns % 2):
+        raise UserError(f"data.image_size={config.data.image_size} is {grid.rows} x {grid.columns} patches; a map at "
+                        "half of that needs even numbers")
+    if m.window and max(grid.shape) >= 2**12:
+        raise UserError(f"data.image_size={config.data.image_size} has too many patches for windows")
+
+
+def decays(which: str, path: str) -> bool:
+    """Says whether weight decay applies to the parameter of a path, by config.method.decayed.
+
+    'detectron2': its default parameter groups keep normalisation layers of torch out, which its own layer norms of maps
+    are not, and ViTDet's keep out the positions: so all of pyramid and heads decays, and all biases do.
+    """
+    last = path.rsplit("/", 1)[-1]
+    if which == "all":
+        return True
+    if which == "kernels":
+        return last in ("kernel", "cls_token")
+    return last != "pos_embed" and not re.search(r"^encoder/.*norm\d?/", path)
+
+
+def conv(cells: float, size: int, inputs: int, outputs: int) -> int:
+    """Returns the FLOPs of a convolution by size x size cells at so many places."""
+    return int(2 * cells * size**2 * inputs * outputs)
+
+
+def flops(method: Any) -> int:
+    """Returns the FLOPs of one image's forward pass in training: matrix products, 2 per multiply-add.
+
+    Those of RoIAlign are not counted, since they are of its form, and CPUs have none; nor those of the decomposed
+    positions.
+    """
+    m, model, grid = method.config.method, method.config.model, method.grid
+    patches, width, channels = grid.num_patches, model.width, m.channels
+    total = 2 * patches * grid.patch_dim * width
+    for block in range(model.depth):
+        windows = 1 if not m.window or block in m.global_blocks else int(np.prod(
+            [-(-side // m.window) for side in grid.shape]))
+        tokens = m.window**2 if windows > 1 else patches
+        total += windows * blocks_flops(tokens, width, 1, model.mlp_ratio)
+    anchors, narrow = len(m.anchor_ratios), m.pyramid == "simple"
+    for scale in m.scales:
+        inputs = width
+        for number in range(int(np.log2(max(scale, 1)))):
+            outputs = inputs // 2 if narrow else inputs
+            total += conv(patches * 4**number, 1, inputs, 4 * outputs)
+            inputs = outputs
+        cells = patches * scale**2
+        total += conv(cells, 1, inputs, channels) + conv(cells, 3, channels, channels)
+        total += m.proposal_convs * conv(cells, 3, channels, channels) + conv(cells, 1, channels, 5 * anchors)
+    flat = 7 * 7 * channels
+    layers = [flat, *[m.box_width] * m.box_layers]
+    head = m.box_convs * conv(7 * 7, 3, channels, channels) + sum(
+        conv(1, 1, a, b) for a, b in itertools.pairwise(layers))
+    head += conv(1, 1, layers[-1], method.classes + 1 + 4 * (method.classes if m.class_boxes else 1))
+    total += len(m.stage_overlaps) * m.regions * head
+    masks = m.mask_convs * conv(14 * 14, 3, channels, channels) + conv(14 * 14, 1, channels, 4 * channels)
+    return total + method.positives * (masks + conv(28 * 28, 1, channels, method.classes))

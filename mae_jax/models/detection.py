@@ -1,0 +1,97 @@
+"""The heads of Mask R-CNN (arXiv 1703.06870) as Detectron2 has them: proposals, boxes, masks."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mae_jax.models.pyramid import Conv, Deconv, kernel_start, map_norm
+from mae_jax.ops.linear import linear
+
+PROPOSAL_STD = 0.01  # initial deviations of the proposals' kernels, and of the last ones of classes, boxes, masks
+CLASS_STD, BOX_STD, MASK_STD = 0.01, 0.001, 0.001
+
+
+class ProposalHead(nn.Module):
+    """Gives each anchor a logit of being an object's, and what moves it there (arXiv 1506.01497, 3.1).
+
+    Of one map [B, H, W, C]: float32 [B, H · W · A] and [B, H · W · A, 4]. The same head is for all maps.
+    """
+
+    convs: int
+    anchors: int  # per cell
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        for number in range(self.convs):
+            x = nn.relu(Conv(x.shape[-1], 3, self.dtype, str(PROPOSAL_STD), name=f"conv{number}")(x))
+        logits = Conv(self.anchors, 1, self.dtype, str(PROPOSAL_STD), name="logits")(x)
+        deltas = Conv(4 * self.anchors, 1, self.dtype, str(PROPOSAL_STD), name="deltas")(x)
+        return (logits.reshape(len(x), -1).astype(jnp.float32),
+                deltas.reshape(len(x), -1, 4).astype(jnp.float32))
+
+
+class BoxHead(nn.Module):
+    """Gives regions [B, R, side, side, C] classes, float32 [B, R, classes + 1], the last one the background's, and what
+    moves their boxes, float32 [B, R, classes or 1, 4].
+    """
+
+    convs: int
+    layers: int
+    width: int  # of the layers
+    classes: int
+    specific: bool  # whether boxes move otherwise for each class
+    norm: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        lead = x.shape[:2]
+        x = _convs(x.reshape(-1, *x.shape[2:]), self.convs, self.norm, self.dtype).reshape(*lead, -1)
+        for number in range(self.layers):
+            x = nn.relu(Linear(self.width, "xavier", self.dtype, name=f"fc{number + 1}")(x))
+        x = x.astype(jnp.float32)
+        logits = Linear(self.classes + 1, str(CLASS_STD), jnp.float32, name="logits")(x)
+        deltas = Linear(4 * (self.classes if self.specific else 1), str(BOX_STD), jnp.float32, name="deltas")(x)
+        return logits, deltas.reshape(*lead, -1, 4)
+
+
+class MaskHead(nn.Module):
+    """Gives regions [B, R, side, side, C] a mask for each class, float32 logits [B, R, 2 side, 2 side, classes]."""
+
+    convs: int
+    classes: int
+    norm: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        lead, width = x.shape[:2], x.shape[-1]
+        x = _convs(x.reshape(-1, *x.shape[2:]), self.convs, self.norm, self.dtype)
+        x = nn.relu(Deconv(width, self.dtype, "msra", name="deconv")(x))
+        logits = Conv(self.classes, 1, self.dtype, str(MASK_STD), name="logits")(x)
+        return logits.reshape(*lead, *logits.shape[1:]).astype(jnp.float32)
+
+
+class Linear(nn.Module):
+    """A linear layer over the last axis whose kernel starts as `kernel_start` says, its bias at 0."""
+
+    features: int
+    start: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        first_values = kernel_start(self.start, x.shape[-1], self.features)
+        kernel = self.param("kernel", first_values, (x.shape[-1], self.features))
+        return linear(x.astype(self.dtype), kernel, self.param("bias", nn.initializers.zeros, (self.features,)))
+
+
+def _convs(x: jax.Array, count: int, norm: str, dtype: Any) -> jax.Array:
+    """Returns maps [N, H, W, C] after so many 3 x 3 convolutions, each with a norm and a ReLU."""
+    for number in range(1, count + 1):
+        x = Conv(x.shape[-1], 3, dtype, "msra", norm == "none", name=f"conv{number}")(x)
+        x = nn.relu(map_norm(norm, dtype, f"conv{number}_norm")(x))
+    return x

@@ -1,0 +1,183 @@
+"""Maps of several strides out of a plain ViT's one: ViTDet's simple pyramid, and a feature pyramid of four blocks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mae_jax.models.layers import layer_norm
+from mae_jax.ops.convolution import convolve, depth_to_space, double, halve
+from mae_jax.ops.linear import gelu, linear
+
+GROUPS = 32  # of group norm (arXiv 1803.08494), at the most
+EPS = 1e-5  # of group norm, as torch's
+
+
+def uniform(bound: float) -> nn.initializers.Initializer:
+    """Returns what draws from -bound to bound."""
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def kernel_start(how: str, inputs: int, outputs: int) -> nn.initializers.Initializer:
+    """Returns the first values of a kernel that sums over so many inputs for so many outputs, cells included.
+
+    Args:
+      how: 'torch', as torch starts convolutions; 'msra' (arXiv 1502.01852, by outputs) and 'xavier' (uniform, by
+        inputs) as Detectron2 fills them; or a number: the standard deviation of a normal.
+    """
+    if how == "msra":
+        return nn.initializers.normal((2 / outputs) ** 0.5)
+    bounds = {"torch": inputs**-0.5, "xavier": (3 / inputs) ** 0.5}
+    return uniform(bounds[how]) if how in bounds else nn.initializers.normal(float(how))
+
+
+class Conv(nn.Module):
+    """A convolution over maps [B, H, W, C] that keeps their size; a bias starts at 0, or as torch does."""
+
+    features: int
+    size: int
+    dtype: Any
+    start: str
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        cells, channels = self.size**2, x.shape[-1]
+        first_values = kernel_start(self.start, cells * channels, cells * self.features)
+        kernel = self.param("kernel", first_values, (self.size, self.size, channels, self.features))
+        first = uniform((cells * channels) ** -0.5) if self.start == "torch" else nn.initializers.zeros
+        bias = self.param("bias", first, (self.features,)) if self.bias else jnp.zeros(self.features, kernel.dtype)
+        x = x.astype(self.dtype)
+        if self.size == 1:
+            return linear(x, kernel[0, 0], bias)
+        return convolve(x, kernel) + bias.astype(x.dtype)
+
+
+class Deconv(nn.Module):
+    """A transposed convolution of 2 x 2 cells at stride 2: maps [B, H, W, C] → [B, 2 H, 2 W, F]."""
+
+    features: int
+    dtype: Any
+    start: str = "torch"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # torch counts a transposed kernel's inputs and outputs the other way around.
+        first_values = kernel_start(self.start, 4 * self.features, 4 * x.shape[-1])
+        kernel = self.param("kernel", first_values, (x.shape[-1], 2, 2, self.features))
+        first = uniform((4 * self.features) ** -0.5) if self.start == "torch" else nn.initializers.zeros
+        bias = self.param("bias", first, (self.features,))
+        parts = linear(x.astype(self.dtype), kernel, jnp.zeros(kernel.shape[1:], kernel.dtype))
+        return depth_to_space(parts) + bias.astype(x.dtype)
+
+
+class GroupNorm(nn.Module):
+    """Group norm (arXiv 1803.08494) of maps [B, H, W, C]: statistics of each image alone, float32."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        groups = int(np.gcd(width, GROUPS))
+        scale = self.param("scale", nn.initializers.ones, (width,))
+        bias = self.param("bias", nn.initializers.zeros, (width,))
+        wide = x.astype(jnp.float32).reshape(*x.shape[:-1], groups, width // groups)
+        mean = wide.mean((1, 2, 4), keepdims=True)
+        rate = jax.lax.rsqrt(jnp.square(wide - mean).mean((1, 2, 4), keepdims=True) + EPS)
+        return (((wide - mean) * rate).reshape(x.shape) * scale + bias).astype(self.dtype)
+
+
+def map_norm(kind: str, dtype: Any, name: str) -> Callable[[jax.Array], jax.Array]:
+    """Returns the norm of maps: 'layer', over the channels of each cell, 'group' or 'none'."""
+    norms = {"layer": layer_norm, "group": lambda dtype, name: GroupNorm(dtype, name=name),
+             "none": lambda *_: lambda x: x}
+    return norms[kind](dtype, name)
+
+
+class Scale(nn.Module):
+    """A map [B, H, W, D] at 4, 2, 1 or 1/2 times its size; with `narrow`, each doubling halves the channels (ViTDet).
+    """
+
+    scale: float
+    narrow: bool
+    norm: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        if self.scale == 0.5:
+            return halve(x)
+        for number in range(int(np.log2(self.scale))):
+            if number:
+                x = gelu(map_norm(self.norm, self.dtype, "norm")(x))
+            width = width // 2 if self.narrow else width
+            x = Deconv(width, self.dtype, name=f"deconv{number + 1}")(x)
+        return x
+
+
+class SimplePyramid(nn.Module):
+    """ViTDet's pyramid (arXiv 2203.16527, section 3): each map is made of the last one [B, H, W, D], and of no other.
+
+    Gives maps [B, H · s, W · s, width] for each of the scales, and `extra` more, each every second cell of the one
+    before.
+    """
+
+    scales: tuple[float, ...]
+    extra: int
+    width: int
+    norm: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, maps: list[jax.Array]) -> list[jax.Array]:
+        found = []
+        for number, scale in enumerate(self.scales):
+            x = Scale(scale, True, self.norm, self.dtype, name=f"scale{number}")(maps[-1])
+            for name, size in (("lateral", 1), ("output", 3)):
+                x = Conv(self.width, size, self.dtype, "torch", self.norm == "none", name=f"{name}{number}")(x)
+                x = map_norm(self.norm, self.dtype, f"{name}{number}_norm")(x)
+            found.append(x)
+        return with_extra(found, self.extra)
+
+
+class FeaturePyramid(nn.Module):
+    """A feature pyramid (arXiv 1612.03144) of maps of several blocks, one for each scale (2111.11429, section 3).
+
+    Coarse maps are added to finer ones. Gives what `SimplePyramid` gives.
+    """
+
+    scales: tuple[float, ...]
+    extra: int
+    width: int
+    norm: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, maps: list[jax.Array]) -> list[jax.Array]:
+        laterals = []
+        for number, (x, scale) in enumerate(zip(maps, self.scales, strict=True)):
+            x = Scale(scale, False, "group", self.dtype, name=f"scale{number}")(x)
+            x = Conv(self.width, 1, self.dtype, "xavier", self.norm == "none", name=f"lateral{number}")(x)
+            laterals.append(map_norm(self.norm, self.dtype, f"lateral{number}_norm")(x))
+        found: list[jax.Array] = []
+        for number in reversed(range(len(laterals))):
+            x = laterals[number]
+            laterals[number] = x = x + double(laterals[number + 1]) if number + 1 < len(laterals) else x
+            x = Conv(self.width, 3, self.dtype, "xavier", self.norm == "none", name=f"output{number}")(x)
+            found.insert(0, map_norm(self.norm, self.dtype, f"output{number}_norm")(x))
+        return with_extra(found, self.extra)
+
+
+def with_extra(maps: list[jax.Array], extra: int) -> list[jax.Array]:
+    """Returns the maps and so many more, each every second cell of the one before."""
+    for _ in range(extra):
+        maps = [*maps, maps[-1][:, ::2, ::2]]
+    return maps
+
+
+PYRAMIDS = {"simple": SimplePyramid, "blocks": FeaturePyramid}

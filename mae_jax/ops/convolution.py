@@ -1,0 +1,57 @@
+"""Convolutions over maps [B, rows, columns, C], with gradients of kernels that are summed in float32."""
+
+import jax
+import jax.numpy as jnp
+
+from mae_jax.ops import partitioning
+
+MAPS = ("NHWC", "HWIO", "NHWC")
+
+
+@jax.custom_vjp
+def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns x [B, H, W, C] convolved with a kernel [k, k, C, F], k odd, as [B, H, W, F] in the dtype of x.
+
+    The map is padded with zeros. The gradient of the kernel is summed, and leaves, in its own dtype, as that of
+    `linear` does.
+    """
+    return _forward(x, kernel)[0]
+
+
+def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    whole = partitioning.gather(kernel.astype(x.dtype), "")
+    return _product(x, whole), (x, whole, kernel)
+
+
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=MAPS)
+
+
+def _backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, whole, kernel = saved
+    dx = _product(dy, whole[::-1, ::-1].swapaxes(2, 3))
+    around = [(side // 2, side // 2) for side in kernel.shape[:2]]
+    # Images are what is summed over, and take the place of channels; the gradient is the kernel that slides.
+    dkernel = jax.lax.conv_general_dilated(x, dy, (1, 1), around, dimension_numbers=("CHWN", "IHWO", "HWNC"),
+                                           preferred_element_type=kernel.dtype)
+    return dx, dkernel
+
+
+convolve.defvjp(_forward, _backward)
+
+
+def depth_to_space(x: jax.Array) -> jax.Array:
+    """Returns [B, 2 H, 2 W, F] of [B, H, W, 2, 2, F]: each cell becomes four, row and column in it first."""
+    images, rows, columns, _, _, width = x.shape
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(images, 2 * rows, 2 * columns, width)
+
+
+def halve(x: jax.Array) -> jax.Array:
+    """Returns the greatest of each 2 x 2 cells of a map [B, H, W, C], for even H and W."""
+    images, rows, columns, width = x.shape
+    return x.reshape(images, rows // 2, 2, columns // 2, 2, width).max((2, 4))
+
+
+def double(x: jax.Array) -> jax.Array:
+    """Returns a map [B, H, W, C] with each cell repeated in 2 x 2."""
+    return jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
