@@ -49,8 +49,8 @@ def depth_to_space(x: jax.Array) -> jax.Array:
 def halve(x: jax.Array) -> jax.Array:
     """Returns the greatest of each 2 x 2 cells of a map [B, H, W, C], for even H and W.
 
-    Of equal ones the first has the gradient, as in torch. That of a reduction by `max` is divided among those that equal
-    it, by comparison with what may have been computed anew in other bits, and then equals nothing: 0 / 0.
+    Of equal ones the first has the gradient, as in torch. That of `x.max` would be divided among those that equal it,
+    by comparison with what may have been computed anew in other bits, and then equals nothing: 0 / 0.
     """
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
 

@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 MUST_MATCH = ("model.heads", "model.patch", "model.gelu")
 # Parts that an encoder may have more or fewer of: the norm after the last block gives way to that of the pooled mean.
 OPTIONAL = re.compile(r"encoder/(pos_embed|mask_token|norm/(scale|bias)|block_\d+/experts/gate/kernel)")
-# Parts that an encoder may begin with: relative positions of 0 leave it the function that it was, LayerScales of 1 too.
+# Parts that an encoder may begin with: relative positions of 0 leave it the function that it was, and so do LayerScales
+# of 1.
 ADDED = re.compile(r"encoder/block_\d+/attn/rel_pos_[hw]")
 SCALES = re.compile(r"encoder/block_\d+/ls[12]/gamma")
 
