@@ -47,9 +47,12 @@ def depth_to_space(x: jax.Array) -> jax.Array:
 
 
 def halve(x: jax.Array) -> jax.Array:
-    """Returns the greatest of each 2 x 2 cells of a map [B, H, W, C], for even H and W."""
-    images, rows, columns, width = x.shape
-    return x.reshape(images, rows // 2, 2, columns // 2, 2, width).max((2, 4))
+    """Returns the greatest of each 2 x 2 cells of a map [B, H, W, C], for even H and W.
+
+    Of equal ones the first has the gradient, as in torch. That of `x.max` would be divided among those that equal it,
+    by comparison with what may have been computed anew in other bits, and then equals nothing: 0 / 0.
+    """
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
 
 
 def double(x: jax.Array) -> jax.Array:

@@ -31,8 +31,10 @@ logger = logging.getLogger(__name__)
 MUST_MATCH = ("model.heads", "model.patch", "model.gelu")
 # Parts that an encoder may have more or fewer of: the norm after the last block gives way to that of the pooled mean.
 OPTIONAL = re.compile(r"encoder/(pos_embed|mask_token|norm/(scale|bias)|block_\d+/experts/gate/kernel)")
-# Parts that an encoder may begin with: relative positions of 0 and LayerScales of 1 leave it the function that it was.
-ADDED = re.compile(r"encoder/block_\d+/(attn/rel_pos_[hw]|ls[12]/gamma)")
+# Parts that an encoder may begin with: relative positions of 0 leave it the function that it was, and so do LayerScales
+# of 1.
+ADDED = re.compile(r"encoder/block_\d+/attn/rel_pos_[hw]")
+SCALES = re.compile(r"encoder/block_\d+/ls[12]/gamma")
 
 
 def load(config: ConfigDict, params: Any, classes: Sequence[str] = ()) -> dict[str, Any]:
@@ -60,7 +62,8 @@ def load(config: ConfigDict, params: Any, classes: Sequence[str] = ()) -> dict[s
     loaded = upcycle(_without_other_classes(loaded, config, params, classes), params)
     there, here = param_tree.flatten(loaded).keys(), param_tree.flatten(params).keys()
     allowed = {name for name in there ^ here if OPTIONAL.fullmatch(name)}
-    allowed |= {name for name in here - there if ADDED.fullmatch(name) and config.model.layer_scale in (0, 1)}
+    allowed |= {name for name in here - there if ADDED.fullmatch(name)}
+    allowed |= {name for name in here - there if SCALES.fullmatch(name) and config.model.layer_scale == 1}
     if "encoder/cls_token" not in here and not config.method.get("class_token", True):
         allowed.add("encoder/cls_token")  # a detector of patches alone
     strange = [name for name in sorted((there ^ here) - allowed) if name.startswith("encoder/")]

@@ -50,6 +50,13 @@ def test_a_layer_scale_may_begin_at_1_alone(tmp_path):
         started(source, detector({"model.layer_scale": 0.1}))
 
 
+def test_an_encoder_with_layer_scales_begins_with_relative_positions_too(tmp_path):
+    scaled = {"model.layer_scale": 0.1}
+    source, theirs = written(tmp_path, tiny_config(scaled))
+    ours, _ = started(source, detector(scaled))
+    np.testing.assert_array_equal(ours["encoder/block_00/ls1/gamma"], theirs["encoder"]["block_00"]["ls1"]["gamma"])
+
+
 def test_relative_positions_of_a_detector_are_no_part_of_another_encoder(tmp_path):
     source, _ = written(tmp_path, detector())
     with pytest.raises(UserError, match="holds another encoder: encoder/block_00/attn/rel_pos_h"):
