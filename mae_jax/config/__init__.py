@@ -69,11 +69,14 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "eval_split": "test",  # '' turns evaluation off
         "classes": "",  # keep images of these alone: 'cat,dog', '0-9', imagenet_organisms, imagenet_rest; '': all
         "image_size": (224, 224),  # height, width in pixels
-        "augment": "random",  # crop: none, fixed, random (MAE Table 1e), simple (DeiT III), single (BYOL)
-        "color": "none",  # none, jitter (MAE Table 1e), three (3-Augment, DeiT III), rand (RandAugment)
+        # Crop: none, fixed, random (MAE Table 1e), simple (DeiT III), single (BYOL), scaled (of any scale; mmseg).
+        "augment": "random",
+        # none, jitter (MAE Table 1e), three (3-Augment, DeiT III), rand (RandAugment), distort (of photographs; mmseg)
+        "color": "none",
         "repeats": 1,  # views of each image in a batch (repeated augmentation)
         "crop_scale": (0.2, 1.0),  # share of the area, MAE A.1
         "crop_ratio": (3 / 4, 4 / 3),
+        "scales": (0.5, 2.0),  # of augment=scaled: how large the image is, next to one that the crop just fits
         "flip": True,
         "exif": "auto",  # apply: images are turned as their EXIF says; ignore; auto: apply, but in runs from before
         # Of images of more than 8 bits, what becomes black and white: auto, told and stored: 0 and the highest value of
@@ -118,6 +121,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
     "optim": {
         "name": "adamw",  # what turns gradients into updates
         "lr": 1.5e-4,  # per 256 images: the peak is lr · batch_size / 256
+        "schedule": "cosine",  # after the warm-up; poly: linear (mmsegmentation, power 1)
         "min_lr": 0.0,
         "warmup": "40 epochs",
         "warmup_lr": 0.0,  # where the warm-up starts

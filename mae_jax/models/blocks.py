@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mae_jax.models.layers import GELUS, Dense, DenseQKV, LayerScale, ResidualNorm
 from mae_jax.models.moe import GATES, Experts, Gating
+from mae_jax.ops import relative_bias
 from mae_jax.ops.attention import AttentionMask, attention
 from mae_jax.ops.normalization import has_kernel
 from mae_jax.ops.partitioning import ROWS, constrain, platform
@@ -20,6 +21,8 @@ REMATS: dict[str, Callable[..., Any] | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
+BIAS_TABLE = "relative_position_bias"  # the parameter
+
 
 class Attention(nn.Module):
     """Multi-head self-attention over tokens [B, T, D]; the softmax is float32."""
@@ -28,10 +31,17 @@ class Attention(nn.Module):
     dtype: Any
     init: str = "xavier"
     kept: AttentionMask | None = None
+    bias_grid: tuple[int, int] | None = None  # of the patches that follow a class token, with biases as BEiT has them
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        out = attention(*DenseQKV(self.dtype, self.init, name="qkv")(x), self.heads, self.kept)
+        parts = DenseQKV(self.dtype, self.init, name="qkv")(x)
+        if self.bias_grid:
+            shape = (relative_bias.entries(self.bias_grid), self.heads)
+            table = self.param(BIAS_TABLE, nn.initializers.zeros, shape)
+            out = relative_bias.attention(*parts, relative_bias.biases(table, self.bias_grid), self.heads)
+        else:
+            out = attention(*parts, self.heads, self.kept)
         return Dense(x.shape[-1], self.dtype, "in", self.init, name="proj")(out)
 
 
@@ -64,6 +74,7 @@ class Block(nn.Module):
     init: str = "xavier"
     kept: AttentionMask | None = None  # keys of the attention
     gating: Gating | None = None  # experts in place of the perceptron
+    bias_grid: tuple[int, int] | None = None  # relative position bias of the attention
 
     @nn.compact
     def __call__(self, x: jax.Array, drop_path_mask: jax.Array | None = None,
@@ -76,7 +87,7 @@ class Block(nn.Module):
 
         x = constrain(x, ROWS)
         x, y = ResidualNorm(self.dtype, name="norm1")(x, last_biases[0])
-        x = _plus(x, branch(Attention(self.heads, self.dtype, self.init, self.kept, name="attn")(y), 0))
+        x = _plus(x, branch(Attention(self.heads, self.dtype, self.init, self.kept, self.bias_grid, name="attn")(y), 0))
         x, y = ResidualNorm(self.dtype, name="norm2")(x, last_biases[1])
         shape = (self.mlp_ratio, self.gelu, self.dtype, self.init)
         if self.gating:
@@ -131,28 +142,38 @@ class Blocks(nn.Module):
     init_kind: str = "xavier"
     kept: tuple[AttentionMask | None, ...] = ()  # of each block's attention; () as (None,) · depth
     gating: tuple[Gating | None, ...] = ()  # of each block, likewise
+    bias_grid: tuple[int, int] | None = None  # of all blocks, whose tokens are then a class token and a grid in order
 
     def block(self, index: int, **options: Any) -> Block:
         """Returns the module of one block."""
         kept, gating = (parts[index] if parts else None for parts in (self.kept, self.gating))
         return Block(self.heads, self.mlp_ratio, self.gelu, self.dtype, self.layer_scale, self.init_kind, kept, gating,
-                     **options)
+                     self.bias_grid, **options)
 
     def run_blocks(self, x: jax.Array, depth: int | None = None, drop_path_mask: jax.Array | None = None,
-                   choices: Mapping[int, Choice | jax.Array] | None = None) -> jax.Array:
+                   choices: Mapping[int, Choice | jax.Array] | None = None,
+                   after: list[jax.Array] | None = None, wanted: tuple[int, ...] = ()) -> jax.Array:
         """Applies the first `depth` blocks (all when None) to tokens [B, T, D].
 
         Args:
           drop_path_mask: float32 [depth, 2, B] of `drop_path`; None: nothing is dropped.
           choices: of the blocks with experts, by number; where tokens choose, the noise of their gate or nothing.
+          after: takes the tokens after each of the blocks that are `wanted`, in their order.
         """
         blocks = [self.block(index, name=f"block_{index:02d}") for index in range(self.depth)]
         if self.is_initializing():
             for index, module in enumerate(blocks):
                 x = module(x, None, (choices or {}).get(index))
+                if after is not None and index in wanted:
+                    after.append(x)
             return x
         params = [self.variables["params"][module.name] for module in blocks][:depth]
-        for _, alike in itertools.groupby(range(len(params)), lambda index: (blocks[index].kept, blocks[index].gating)):
+
+        def kind(index: int) -> tuple[Any, ...]:
+            stage = sum(number < index for number in wanted)
+            return blocks[index].kept, blocks[index].gating, stage
+
+        for _, alike in itertools.groupby(range(len(params)), kind):
             numbers = list(alike)
             inputs = [(params[index], None if drop_path_mask is None else drop_path_mask[index],
                        (choices or {}).get(index)) for index in numbers]
@@ -160,6 +181,8 @@ class Blocks(nn.Module):
             for number, gate in zip(numbers, gates, strict=True):
                 if gate:
                     self.sow(GATES, f"of_block_{number:02d}", gate[GATES]["experts"]["gate"]["probabilities"][0])
+            if after is not None and numbers[-1] in wanted:
+                after.append(x)
         return x
 
     def _alike(self, x: jax.Array, block: Block, inputs: list[tuple[Any, ...]]) -> tuple[jax.Array, list[Any]]:

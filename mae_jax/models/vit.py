@@ -1,6 +1,7 @@
 """The Vision Transformer encoder and MAE's decoder, both over tokens in any order."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,6 +11,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.models.blocks import Blocks
 from mae_jax.models.layers import TOKEN_STD, Dense, embed_positions, layer_norm, sincos_positions
+from mae_jax.ops import pos_embed
 from mae_jax.ops.linear import linear
 from mae_jax.ops.patches import PatchGrid
 from mae_jax.ops.routing import Choice
@@ -42,8 +44,8 @@ class Encoder(Blocks):
     @nn.compact
     def __call__(self, patches: jax.Array, order: jax.Array, mask_tokens: int = 0, block: int = -1,
                  drop_path_mask: jax.Array | None = None, grid: tuple[int, int] | None = None,
-                 added: jax.Array | None = None, choices: Mapping[int, Choice | jax.Array] | None = None
-                 ) -> jax.Array:
+                 added: jax.Array | None = None, choices: Mapping[int, Choice | jax.Array] | None = None,
+                 maps: tuple[int, ...] = ()) -> jax.Array | list[jax.Array]:
         """Encodes patches.
 
         Args:
@@ -55,6 +57,7 @@ class Encoder(Blocks):
           grid: patches along (height, width), where they are not those of the encoder; positions are then fixed ones.
           added: further embeddings of the patches, [..., T, D].
           choices: block → which expert each image goes through there (MoCE); where tokens choose, see `Experts`.
+          maps: blocks, ascending, whose tokens without the final norm are returned in place of `block`'s, in a list.
 
         Returns:
           [B, 1 + T + mask_tokens, D] tokens of dtype `self.dtype`; without `class_token`, no first one.
@@ -71,6 +74,10 @@ class Encoder(Blocks):
         if self.class_token:
             cls_token = self.param("cls_token", token_init, (1, 1, self.width))
             x = jnp.concatenate([jnp.broadcast_to(cls_token, (images, 1, self.width)).astype(x.dtype), x], 1)
+        if maps:
+            found: list[jax.Array] = []
+            self.run_blocks(x, max(maps) + 1, drop_path_mask, choices, found, maps)
+            return found
         if block >= 0:
             return self.run_blocks(x, block + 1, drop_path_mask, choices)
         return layer_norm(self.dtype, "norm")(self.run_blocks(x, drop_path_mask=drop_path_mask, choices=choices))
@@ -120,6 +127,19 @@ def make_encoder(config: ConfigDict) -> Encoder:
     m = config.model
     return Encoder(m.width, m.depth, m.heads, m.mlp_ratio, m.gelu, jnp.dtype(m.dtype), m.scan, m.remat,
                    m.layer_scale, m.init, grid=PatchGrid.of(config).shape, positions=m.positions)
+
+
+def with_grid(encoder: Encoder, params: Any, grid: tuple[int, int]) -> tuple[Encoder, Any]:
+    """Returns the encoder and its parameters for images of another grid of patches, with its positions resized.
+
+    As torch's interpolate has it (`pos_embed.resize`), fixed ones too: they would otherwise say other places.
+    """
+    table = params["pos_embed"] if "pos_embed" in params else sincos_positions(encoder.grid, encoder.width)
+    rows, columns = (pos_embed.cubic(size, to).astype(np.float32) for size, to in zip(encoder.grid, grid, strict=True))
+    table = jnp.einsum("yr,xc,rcd->yxd", rows, columns, table.reshape(*encoder.grid, -1), precision="highest")
+    params = {**params, "pos_embed": table.reshape(grid[0] * grid[1], -1)}
+    positions = "learned" if encoder.positions == "fixed" else encoder.positions
+    return encoder.clone(grid=grid, positions=positions), params
 
 
 def drop_path_rates(config: ConfigDict) -> np.ndarray:

@@ -22,8 +22,8 @@ Mask = Callable[[Params], Any]  # parameters → tree of booleans
 Transformations = list[optax.GradientTransformation]
 
 LARS_TRUST = 1e-3  # of LARS: MAE's published linear probe, and the LARS paper (arXiv 1708.03888) for AlexNet
-SHARED = {"name", "lr", "min_lr", "warmup", "warmup_lr", "weight_decay", "final_weight_decay", "layer_decay", "clip",
-          "ema"}  # fields of config.optim that are read outside the rules
+SHARED = {"name", "lr", "schedule", "min_lr", "warmup", "warmup_lr", "weight_decay", "final_weight_decay",
+          "layer_decay", "clip", "ema"}  # fields of config.optim that are read outside the rules
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,24 @@ def warmup_cosine(peak: float, minimum: float, warmup: int, total: int, start: f
     return schedule
 
 
+def poly(peak: float, minimum: float, warmup: int, total: int, start: float = 0.0) -> Schedule:
+    """Returns step → learning rate: linear from `peak` at step 0 to `minimum` at `total`, times that of the warm-up.
+
+    As mmsegmentation has it with power 1: the fall begins at step 0, under the warm-up, whose factor rises linearly
+    from start / peak to 1 in `warmup` steps.
+    """
+    def schedule(step: jax.Array) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        fall = minimum + (peak - minimum) * (1 - jnp.clip(step / max(total, 1), 0, 1))
+        missing = (1 - jnp.clip(step / max(warmup, 1), 0, 1)) * (1 - start / peak if peak else 0)
+        return jnp.where(step < warmup, fall * (1 - missing), fall)
+
+    return schedule
+
+
+SCHEDULES = {"cosine": warmup_cosine, "poly": poly}  # by optim.schedule
+
+
 def global_norm(grads: Params) -> jax.Array:
     """Returns the norm of all gradients together, float32 [].
 
@@ -110,7 +128,7 @@ def make_schedule(method: Method) -> Schedule:
     `lr` is per 256 images; `min_lr` and `warmup_lr` are not, as in MAE and timm.
     """
     o, timeline = method.config.optim, method.timeline
-    return warmup_cosine(peak_lr(method.config), o.min_lr, timeline.warmup, timeline.total, o.warmup_lr)
+    return SCHEDULES[o.schedule](peak_lr(method.config), o.min_lr, timeline.warmup, timeline.total, o.warmup_lr)
 
 
 def layer_rate(name: str, decay: float, depth: int) -> float:
