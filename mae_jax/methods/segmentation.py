@@ -70,7 +70,8 @@ class Segment(Method):
         self.depth = max(self.maps) + 1 if self.maps else m.block + 1 or config.model.depth  # how many blocks run
         self.head = Head(self.classes, HEAD_STD)
         factors = upernet.OF_PATCH_8 if self.grid.patch == (8, 8) else upernet.FACTORS
-        self.upernet = upernet.UperNet(self.classes, m.head_width, m.aux_width, m.norm, self.encoder.dtype, factors)
+        self.upernet = upernet.UperNet(self.classes, m.head_width or config.model.width, m.aux_width, m.norm,
+                                       self.encoder.dtype, factors)
         self.loss_spans_batch = bool(self.maps) and m.norm == "batch"
         self.test = m.test
         self.stride: tuple[int, int] = tuple(step or side * 2 // 3 for step, side in
@@ -183,7 +184,7 @@ class Segment(Method):
         kept = None, None
         if m.dropout:
             kept = tuple(jax.random.bernoulli(jax.random.fold_in(key, n), 1 - m.dropout, (images, width))
-                         / (1 - m.dropout) for n, width in enumerate((m.head_width, m.aux_width), 1))
+                         / (1 - m.dropout) for n, width in enumerate((self.upernet.width, m.aux_width), 1))
         logits, changed = self.upernet.apply(state, maps, batch["valid"], kept, mutable=[upernet.MOMENTS])
         return logits, {**extras, MOMENTS: changed[upernet.MOMENTS]} if MOMENTS in extras else extras
 
@@ -238,9 +239,9 @@ def _check_upernet(config: ConfigDict) -> None:
     if m.block != -1:
         raise UserError(f"method.block={m.block} is of method.head=linear; upernet has method.blocks")
     map_blocks(config)
-    for field in ("head_width", "aux_width"):
-        if m[field] < 1:
-            raise UserError(f"method.{field}={m[field]}; it must be at least 1")
+    for field, least in (("head_width", 0), ("aux_width", 1)):
+        if m[field] < least:
+            raise UserError(f"method.{field}={m[field]}; it must be at least {least}")
     if not 0 <= m.dropout < 1:
         raise UserError(f"method.dropout={m.dropout}; expected 0 to below 1")
     if m.aux_weight < 0:
