@@ -4,9 +4,9 @@ r"""Semantic segmentation by UperNet on an encoder that is fine-tuned: what pape
       --config.data.path=ADEChallengeData2016/images --config.data.mask_key=ADEChallengeData2016/annotations
 
 Figures of different protocols are not comparable; name the protocol beside the number. All train 160,000 steps of 16
-images of 512 x 512, which is 127 epochs. The encoder has the shape of that of `init_from`; the values are those that are
-published for ViT-B, whatever its size. eval/own_size/miou is what the papers report: at the annotations' own size. No
-published figure has been reproduced with these recipes.
+images of 512 x 512, which is 127 epochs. The encoder has the shape of that of `init_from`; the values are those of
+ViT-B, whatever its size. eval/own_size/miou is what the papers report: at the annotations' own size. No published
+figure has been reproduced with these recipes.
 
 The protocol, one of them:
   mae        the default: MAE's, in its reproduction (implus/mae_segmentation). Relative position biases and a layer

@@ -18,9 +18,13 @@ def pixels(mask: jax.Array, grid: PatchGrid) -> jax.Array:
     return tiles.reshape(-1, *grid.image_size)
 
 
-def upsample(logits: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Resizes logits [B, gh, gw, C] bilinearly to float32 [B, *size, C]; size: height and width in pixels."""
-    return resampling.resize(logits.astype(jnp.float32), size)
+def upsample(logits: jax.Array, patch: tuple[int, int]) -> jax.Array:
+    """Enlarges logits of patches [B, gh, gw, C] bilinearly to pixels float32 [B, gh · height, gw · width, C].
+
+    `patch` is (height, width) in pixels.
+    """
+    rows, columns = (cells * pixels for cells, pixels in zip(logits.shape[1:3], patch, strict=True))
+    return resampling.resize(logits.astype(jnp.float32), (rows, columns))
 
 
 def cross_entropy(logits: jax.Array, mask: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ from mae_jax.models.blocks import BIAS_TABLE
 from mae_jax.models.heads import Head
 from mae_jax.models.layers import layer_norm
 from mae_jax.models.vit import make_encoder, with_grid
+from mae_jax.ops import resampling
 from mae_jax.ops.flops import blocks_flops
 from mae_jax.ops.patches import PatchGrid, normalize
 
@@ -124,7 +125,7 @@ class Segment(Method):
 
     def pixel_logits(self, params: Params, extras: Extras, batch: Batch) -> jax.Array:
         """Returns float32 [B, height, width, C], at the model's size."""
-        return segmentation.upsample(self.cell_logits(params, extras, batch), self.grid.image_size)
+        return resampling.resize(self.cell_logits(params, extras, batch), self.grid.image_size)
 
     def pixel_classes(self, batch: Batch) -> jax.Array:
         """Returns uint8 [B, height, width]: classes, or 255 for pixels without one and all of invalid images."""
