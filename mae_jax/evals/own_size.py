@@ -59,9 +59,11 @@ class OwnSize(Evaluation):
             return {}
         counts = np.zeros((ctx.method.classes,) * 2, np.int64)
         numbers = own_numbers(ctx.method.config, source.size)
-        for _, mask, found in predictions(ctx.method, ctx.params, ctx.extras, ctx.mesh, source, numbers, ctx.data.bad):
-            if mask is not None:
-                counts += confusion(mask, found, ctx.method.classes)
+        for found in predictions(ctx.method, ctx.params, ctx.extras, ctx.mesh, source, numbers, Reading.of(data)):
+            if found.error:
+                ctx.data.bad.append(f"{source.name(found.number)}: {found.error}")
+            elif found.mask is not None:
+                counts += confusion(found.mask, found.classes, ctx.method.classes)
         return {f"own_size/{name}": value for name, value in figures(summed(counts)).items()}
 
 
@@ -99,6 +101,22 @@ def figures(counts: np.ndarray) -> dict[str, float]:
             "pixel_accuracy": float(np.trace(counts) / (there.sum() or np.nan))}
 
 
+class Predicted(NamedTuple):
+    """What is said of an image.
+
+    Attributes:
+      number: of the example.
+      classes: of each pixel, uint8 [height, width] in its own size; None where it cannot be read.
+      mask: the true ones, likewise; None where they are not known.
+      error: why it cannot be read; '' where it can.
+    """
+
+    number: int
+    classes: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    error: str = ""
+
+
 class Opened(NamedTuple):
     """An image on the host.
 
@@ -122,19 +140,26 @@ def layout_of(method: Any, size: tuple[int, int]) -> windows.Layout:
 
 
 def predictions(method: Any, params: Any, extras: Any, mesh: Mesh, source: Source, numbers: np.ndarray,
-                bad: deque[str]) -> Iterator[tuple[int, np.ndarray | None, np.ndarray]]:
-    """Yields (number, mask or None, predicted classes), uint8 [height, width] at their own size, of examples.
+                reading: Reading) -> Iterator[Predicted]:
+    """Yields what is said of the examples of these numbers, in their order.
 
-    Those that cannot be read are named in `bad`, and are not yielded. All processes go along, each with numbers of its
-    own, more or fewer; every batch is of one shape of windows, on which they agree, and rows may be left over in it.
+    All processes go along, each with numbers of its own, more or fewer; every batch is of one shape of windows, on
+    which they agree, and rows may be left over in it.
     """
-    waiting, images = Waiting(method, mesh), _read_ahead(method, source, numbers, bad)
-    while True:
+    waiting, images = Waiting(method, mesh), _read_ahead(method, source, numbers, reading)
+    done: dict[int, Predicted] = {}
+    order = deque(numbers.tolist())
+    more = True
+    while more:
         while not waiting.full and (opened := next(images, None)) is not None:
-            waiting.add(opened)
-        if not waiting.someone_waits():
-            return
-        yield from waiting.run(params, extras)
+            if isinstance(opened, Predicted):
+                done[opened.number] = opened
+            else:
+                waiting.add(opened)
+        if more := waiting.someone_waits():  # once a turn, in all processes
+            done |= {found.number: found for found in waiting.run(params, extras)}
+        while order and order[0] in done:
+            yield done.pop(order.popleft())
 
 
 class Waiting:
@@ -159,7 +184,7 @@ class Waiting:
         """Whether windows wait in any process; all of them ask alike."""
         return bool(peers.first_true(any(self.queues.values())))
 
-    def run(self, params: Any, extras: Any) -> Iterator[tuple[int, np.ndarray | None, np.ndarray]]:
+    def run(self, params: Any, extras: Any) -> Iterator[Predicted]:
         """Runs a batch, and yields the images that are complete with it."""
         longest = max(self.queues, key=lambda shape: len(self.queues[shape]), default=(0, 0))
         shape: tuple[int, int] = tuple(peers.first_true(list(longest) if self.queues.get(longest) else []))
@@ -180,7 +205,7 @@ class Waiting:
             if len(there) == len(opened.layout):
                 del self.found[opened.number]
                 found = windows.predicted(opened.layout, [there[n] for n in range(len(there))])
-                yield opened.number, opened.mask, found
+                yield Predicted(opened.number, found, opened.mask)
 
 
 @functools.lru_cache(maxsize=64)
@@ -195,31 +220,27 @@ def _local(array: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(parts[start].data, np.float32) for start in sorted(parts)])
 
 
-def _read_ahead(method: Any, source: Source, numbers: np.ndarray, bad: deque[str]) -> Iterator[Opened]:
+def _read_ahead(method: Any, source: Source, numbers: np.ndarray, reading: Reading) -> Iterator[Opened | Predicted]:
     """Yields examples in order, decoded by threads that are a few ahead."""
     count = threads(method.config.data)
     with ThreadPoolExecutor(count, "own-size") as pool:
-        ahead: deque[Future[Opened | str]] = deque()
+        ahead: deque[Future[Opened | Predicted]] = deque()
         left = iter(numbers.tolist())
         while True:
             while len(ahead) < 2 * count and (number := next(left, None)) is not None:
-                ahead.append(pool.submit(_open, method, source, number))
+                ahead.append(pool.submit(_open, method, source, number, reading))
             if not ahead:
                 return
-            found = ahead.popleft().result()
-            if isinstance(found, str):
-                bad.append(found)
-            else:
-                yield found
+            yield ahead.popleft().result()
 
 
-def _open(method: Any, source: Source, number: int) -> Opened | str:
-    """Returns an example, or its name and why it cannot be read."""
+def _open(method: Any, source: Source, number: int, reading: Reading) -> Opened | Predicted:
+    """Returns an example, or why it cannot be read."""
     try:
         example = source.read(number)
-        stored = StoredImage(example.image, reading=Reading.of(method.config.data))
+        stored = StoredImage(example.image, reading=reading)
         mask = mask_image(stored, example.mask)
         layout = layout_of(method, (stored.height, stored.width))
         return Opened(number, stored.whole(), None if mask is None else np.asarray(mask), layout)
     except (BadImage, OSError) as error:
-        return f"{source.name(number)}: {error}"
+        return Predicted(number, error=str(error))
