@@ -64,7 +64,7 @@ class OwnSize(Evaluation):
                 ctx.data.bad.append(f"{source.name(found.number)}: {found.error}")
             elif found.mask is not None:
                 counts += confusion(found.mask, found.classes, ctx.method.classes)
-        return {f"own_size/{name}": value for name, value in figures(summed(counts)).items()}
+        return named(summed(counts))
 
 
 def own_numbers(config: Any, size: int) -> np.ndarray:
@@ -99,6 +99,11 @@ def figures(counts: np.ndarray) -> dict[str, float]:
     return {"miou": float(ious.sum() / (len(ious) or np.nan)),
             "mean_accuracy": float(accuracies.sum() / (len(accuracies) or np.nan)),
             "pixel_accuracy": float(np.trace(counts) / (there.sum() or np.nan))}
+
+
+def named(counts: np.ndarray) -> dict[str, float]:
+    """Returns the figures by the names that the evaluation gives them."""
+    return {f"own_size/{name}": value for name, value in figures(counts).items()}
 
 
 class Predicted(NamedTuple):
