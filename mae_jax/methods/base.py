@@ -103,6 +103,7 @@ class Method:
     small: ClassVar[dict[str, Any]] = {}  # what `runlocal` makes of these; ours are in methods/fields.py
     uses_labels: bool = False  # what it is evaluated on must not be trained on
     has_class_head: bool = False  # its head has a row for each class of the data, in their order
+    class_parameters: str = ""  # besides a head: paths, as a regular expression, of what has a part for each class
     loss_spans_batch: bool = False  # the loss has terms across images: accumulation is refused
     extra_encode_fields: tuple[str, ...] = ()  # batch fields that `encode` reads besides images and orders
     num_clusters: int = 1  # ids that the batch field `cluster` may have, where there is one

@@ -39,6 +39,7 @@ class Segment(Method):
     task = "segmentation"
     uses_labels = True
     defaults = fields.SEGMENT
+    class_parameters = r"upernet/(main|aux)_classes/.*"
     # Of BEiT's code, weight decay leaves out what has one axis; of ours, also positions.
     decay_suffixes = (*Method.decay_suffixes, BIAS_TABLE)
 

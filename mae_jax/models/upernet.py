@@ -71,8 +71,25 @@ class ConvNorm(nn.Module):
         square = (self.side, self.side) * (self.side > 1)
         kernel = self.param("kernel", HE, (*square, x.shape[-1], self.features))
         x = x.astype(self.dtype)
-        x = convolution.conv(x, kernel) if square else linear(x, kernel, jnp.zeros(self.features, kernel.dtype))
+        x = convolution.convolve(x, kernel) if square else linear(x, kernel, jnp.zeros(self.features, kernel.dtype))
         return jax.nn.relu(Norm(self.norm, self.dtype, name="norm")(x, weight))
+
+
+def doubled(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """Returns the transposed convolution of stride 2 of x [B, h, w, C] with kernel [C, 2, 2, F]: [B, 2 h, 2 w, F].
+
+    Its windows do not overlap, so it is a dense layer to four cells each:
+    out[2 i + a, 2 j + b] = x[i, j] · kernel[:, a, b] + bias [F].
+    """
+    return convolution.depth_to_space(linear(x, kernel, jnp.broadcast_to(bias, kernel.shape[1:])))
+
+
+def greatest(x: jax.Array, side: int) -> jax.Array:
+    """Returns the maxima of x [B, h, w, C] over whole squares of `side` cells: [B, h // side, w // side, C]."""
+    images, rows, columns, channels = x.shape
+    rows, columns = rows // side, columns // side
+    squares = x[:, :rows * side, :columns * side].reshape(images, rows, side, columns, side, channels)
+    return squares.max((2, 4))
 
 
 class Double(nn.Module):
@@ -85,7 +102,7 @@ class Double(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", DOUBLING, (x.shape[-1], 2, 2, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return convolution.double(x.astype(self.dtype), kernel, bias)
+        return doubled(x.astype(self.dtype), kernel, bias)
 
 
 class Rescale(nn.Module):
@@ -98,7 +115,7 @@ class Rescale(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, weight: jax.Array | None) -> jax.Array:
         if self.factor < 1:
-            return convolution.max_pool(x, round(1 / self.factor))
+            return greatest(x, round(1 / self.factor))
         if self.factor > 1:
             x = Double(x.shape[-1], self.dtype, name="double")(x)
         if self.factor > 2:

@@ -1,62 +1,57 @@
-"""Convolutions with gradients that keep float32 sums, and transposed ones as dense layers."""
+"""Convolutions over maps [B, rows, columns, C], with gradients of kernels that are summed in float32."""
 
 import jax
 import jax.numpy as jnp
 
 from mae_jax.ops import partitioning
-from mae_jax.ops.linear import linear
 
-FORWARD = ("NHWC", "HWIO", "NHWC")
-KERNEL_GRADIENT = ("CHWN", "IHWO", "HWNC")  # images are summed over, as channels are forward
+MAPS = ("NHWC", "HWIO", "NHWC")
 
 
 @jax.custom_vjp
-def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Returns the convolution of x [B, h, w, C] with kernel [k, k, C, F], k odd, zeros around: [B, h, w, F], as x.
+def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns x [B, H, W, C] convolved with a kernel [k, k, C, F], k odd, as [B, H, W, F] in the dtype of x.
 
-    What deep learning calls so: the kernel is not flipped. As `linear`, the gradient of the kernel is summed, and
-    leaves, in the dtype of the kernel whatever that of x.
+    The map is padded with zeros. The gradient of the kernel is summed, and leaves, in its own dtype, as that of
+    `linear` does.
     """
     return _forward(x, kernel)[0]
 
 
 def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     whole = partitioning.gather(kernel.astype(x.dtype), "")
-    out = jax.lax.conv_general_dilated(x, whole, (1, 1), _around(kernel), dimension_numbers=FORWARD)
-    return out, (x, whole, kernel)
+    return _product(x, whole), (x, whole, kernel)
 
 
-def _backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, ...]:
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=MAPS)
+
+
+def _backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, whole, kernel = saved
-    turned = whole[::-1, ::-1].swapaxes(2, 3)
-    dx = jax.lax.conv_general_dilated(dy, turned, (1, 1), _around(kernel), dimension_numbers=FORWARD)
-    dkernel = jax.lax.conv_general_dilated(x, dy, (1, 1), _around(kernel), dimension_numbers=KERNEL_GRADIENT,
+    dx = _product(dy, whole[::-1, ::-1].swapaxes(2, 3))
+    around = [(side // 2, side // 2) for side in kernel.shape[:2]]
+    # Images are what is summed over, and take the place of channels; the gradient is the kernel that slides.
+    dkernel = jax.lax.conv_general_dilated(x, dy, (1, 1), around, dimension_numbers=("CHWN", "IHWO", "HWNC"),
                                            preferred_element_type=kernel.dtype)
     return dx, dkernel
 
 
-conv.defvjp(_forward, _backward)
+convolve.defvjp(_forward, _backward)
 
 
-def _around(kernel: jax.Array) -> list[tuple[int, int]]:
-    """Returns how many zeros lie before and behind rows and columns."""
-    return [(size // 2, size // 2) for size in kernel.shape[:2]]
+def depth_to_space(x: jax.Array) -> jax.Array:
+    """Returns [B, 2 H, 2 W, F] of [B, H, W, 2, 2, F]: each cell becomes four, row and column in it first."""
+    images, rows, columns, _, _, width = x.shape
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(images, 2 * rows, 2 * columns, width)
 
 
-def double(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """Returns the transposed convolution of stride 2 of x [B, h, w, C] with kernel [C, 2, 2, F]: [B, 2 h, 2 w, F].
-
-    Its windows do not overlap, so it is a dense layer to four cells each:
-    out[2 i + a, 2 j + b] = x[i, j] · kernel[:, a, b] + bias [F].
-    """
-    cells = linear(x, kernel, jnp.broadcast_to(bias, kernel.shape[1:]))
-    images, rows, columns, *_, features = cells.shape
-    return cells.swapaxes(2, 3).reshape(images, 2 * rows, 2 * columns, features)
+def halve(x: jax.Array) -> jax.Array:
+    """Returns the greatest of each 2 x 2 cells of a map [B, H, W, C], for even H and W."""
+    images, rows, columns, width = x.shape
+    return x.reshape(images, rows // 2, 2, columns // 2, 2, width).max((2, 4))
 
 
-def max_pool(x: jax.Array, side: int) -> jax.Array:
-    """Returns the maxima of x [B, h, w, C] over squares of `side` cells: [B, h // side, w // side, C]."""
-    images, rows, columns, channels = x.shape
-    rows, columns = rows // side, columns // side
-    squares = x[:, :rows * side, :columns * side].reshape(images, rows, side, columns, side, channels)
-    return squares.max((2, 4))
+def double(x: jax.Array) -> jax.Array:
+    """Returns a map [B, H, W, C] with each cell repeated in 2 x 2."""
+    return jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)

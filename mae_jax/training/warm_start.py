@@ -4,7 +4,6 @@ Those are a file, of safetensors or of torch.save, or a folder as transformers a
 `mae_jax.interop.layouts` that is read.
 """
 
-import itertools
 import logging
 import math
 import re
@@ -18,7 +17,6 @@ from mae_jax import methods, param_tree
 from mae_jax.errors import UserError
 from mae_jax.interop import layouts
 from mae_jax.interop.timm import folded
-from mae_jax.models.blocks import BIAS_TABLE
 from mae_jax.models.layers import sincos_positions
 from mae_jax.models.upcycling import upcycle
 from mae_jax.ops import pos_embed
@@ -33,9 +31,8 @@ logger = logging.getLogger(__name__)
 MUST_MATCH = ("model.heads", "model.patch", "model.gelu")
 # Parts that an encoder may have more or fewer of: the norm after the last block gives way to that of the pooled mean.
 OPTIONAL = re.compile(r"encoder/(pos_embed|mask_token|norm/(scale|bias)|block_\d+/experts/gate/kernel)")
-# Parts that the model may have and the encoder that it starts from not: at their start they change nothing.
-ADDED = re.compile(rf"encoder/block_\d+/attn/{BIAS_TABLE}")
-ADDED_SCALES = re.compile(r"encoder/block_\d+/ls[12]/gamma")  # likewise where model.layer_scale is 1
+# Parts that an encoder may begin with: relative positions of 0 and LayerScales of 1 leave it the function that it was.
+ADDED = re.compile(r"encoder/block_\d+/(attn/(rel_pos_[hw]|relative_position_bias)|ls[12]/gamma)")
 
 
 def load(config: ConfigDict, params: Any, classes: Sequence[str] = ()) -> dict[str, Any]:
@@ -60,23 +57,20 @@ def load(config: ConfigDict, params: Any, classes: Sequence[str] = ()) -> dict[s
     else:
         _check_described(config)
     loaded = _without_other_head(_with_positions(loaded, theirs, config, params), theirs, config, params, classes)
-    loaded = upcycle(_without_other_pixel_classes(loaded, config, params), params)
-    theirs_only, ours_only = (first.keys() - second.keys() for first, second in itertools.permutations(
-        (param_tree.flatten(loaded), param_tree.flatten(params))))
-    added = {name for name in ours_only if _is_added(name, config)}
-    strange = [name for name in sorted(theirs_only | ours_only - added)
-               if name.startswith("encoder/") and not OPTIONAL.fullmatch(name)]
+    loaded = upcycle(_without_other_classes(loaded, config, params, classes), params)
+    there, here = param_tree.flatten(loaded).keys(), param_tree.flatten(params).keys()
+    allowed = {name for name in there ^ here if OPTIONAL.fullmatch(name)}
+    allowed |= {name for name in here - there if ADDED.fullmatch(name)
+                and (config.model.layer_scale == 1 or not name.endswith("/gamma"))}
+    if "encoder/cls_token" not in here and not config.method.get("class_token", True):
+        allowed.add("encoder/cls_token")  # a detector of patches alone
+    strange = [name for name in sorted((there ^ here) - allowed) if name.startswith("encoder/")]
     if strange:
         hint = "; python -m mae_jax export --for-task=vote cuts one encoder out of a mixture of experts"
         raise UserError(f"init_from={config.init_from} holds another encoder: {strange[0]} and {len(strange) - 1} more "
                         f"parameters are in one of the two only{hint if '/experts/' in ' '.join(strange) else ''}")
     param_tree.common(params, loaded)
     return loaded
-
-
-def _is_added(name: str, config: ConfigDict) -> bool:
-    """Says whether a parameter of the model may be new, since it changes nothing as it starts."""
-    return bool(ADDED.fullmatch(name) or (config.model.layer_scale == 1 and ADDED_SCALES.fullmatch(name)))
 
 
 def _read(config: ConfigDict, theirs: ConfigDict | None) -> dict[str, Any]:
@@ -134,20 +128,17 @@ def _without_other_head(loaded: dict[str, Any], theirs: ConfigDict | None, confi
     return {("another head" if name == "head" else name): value for name, value in loaded.items()}
 
 
-def _without_other_pixel_classes(loaded: dict[str, Any], config: ConfigDict, params: Any) -> dict[str, Any]:
-    """Leaves out the classifiers of an UperNet for another number of classes, or where init_head=new, and says so."""
-    old, new = (tree.get("upernet", {}) for tree in (loaded, params))
-    if not old or not new:
+def _without_other_classes(loaded: dict[str, Any], config: ConfigDict, params: Any,
+                           classes: Sequence[str]) -> dict[str, Any]:
+    """Leaves out a dense head's parameters of each class where those are other ones than ours; the report names them."""
+    pattern = methods.get(config.method.name).class_parameters
+    there, here = (param_tree.flatten(tree) for tree in (loaded, params))
+    own = [name for name in there.keys() & here.keys() if pattern and re.fullmatch(pattern, name)]
+    if not own or config.init_head == "keep":
         return loaded
-    theirs, ours = (np.shape(tree["main_classes"]["classifier"]["kernel"]) for tree in (old, new))
-    if theirs == ours and config.init_head != "new":
+    if all(there[name].shape == here[name].shape for name in own) and _keeps_head(config, classes):
         return loaded
-    if config.init_head == "keep":
-        raise UserError(f"init_head=keep asks for the head of init_from={config.init_from}, which has {theirs[1]} "
-                        f"classes; this config has {ours[1]}")
-    logger.warning("init_from %s: new classifiers are made, of %d classes; theirs are of %d", config.init_from,
-                   ours[1], theirs[1])
-    return {**loaded, "upernet": {name: part for name, part in old.items() if not name.endswith("_classes")}}
+    return param_tree.nest({(f"other classes/{name}" if name in own else name): leaf for name, leaf in there.items()})
 
 
 def _keeps_head(config: ConfigDict, classes: Sequence[str]) -> bool:
@@ -176,7 +167,7 @@ def _with_positions(loaded: dict[str, Any], theirs: ConfigDict | None, config: C
     learned, wanted = "pos_embed" in encoder, "pos_embed" in params["encoder"]
     if learned and not wanted:
         raise UserError(f"init_from={config.init_from} has learned positions; use model.positions=learned")
-    if not wanted or "cls_token" not in encoder:
+    if not wanted:
         return loaded
     here = PatchGrid.of(config).shape
     there = _grid_of(encoder["pos_embed"], theirs) if learned else (PatchGrid.of(theirs).shape if theirs else here)

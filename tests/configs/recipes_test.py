@@ -141,7 +141,8 @@ def test_upernet_is_that_of_its_protocol(text, own):
     method = method_of(config)
     assert {name: config.method[name] for name in own} == own
     assert (method.maps, method.stride, method.classes) == ((3, 5, 7, 11), (341, 341), 150)
-    assert (method.upernet.width, method.upernet.aux_width, method.upernet.norm) == (own["head_width"] or 768, 256, "batch")
+    head = method.upernet
+    assert (head.width, head.aux_width, head.norm) == (own["head_width"] or 768, 256, "batch")
     assert (config.method.aux_weight, config.method.dropout, config.method.train_blocks) == (0.4, 0.1, -1)
     assert (config.data.augment, config.data.color, config.data.scales, config.data.mask_offset) == (
         "scaled", "distort", (0.5, 2.0), 1)

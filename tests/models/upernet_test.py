@@ -9,6 +9,7 @@ import pytest
 
 from mae_jax.interop.upernet import from_hf
 from mae_jax.methods.segmentation import MOMENTS
+from mae_jax.models import upernet
 from mae_jax.ops.patches import PatchGrid
 from mae_jax.param_tree import flatten
 from tests.helpers.tiny import tiny_method, tiny_segment
@@ -94,3 +95,31 @@ def test_images_that_do_not_count_change_neither_the_others_nor_the_moments(give
     np.testing.assert_allclose(padded, loss, rtol=1e-5)
     for name, value in flatten(after).items():
         np.testing.assert_allclose(flatten(also)[name], value, atol=1e-5 * float(jnp.abs(value).max()))
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def test_doubling_lays_four_cells_for_each_and_its_gradient_gathers_them():
+    x, kernel, bias = normal(0, 2, 3, 4, 5), normal(1, 5, 2, 2, 6), normal(2, 6)
+    out, pull = jax.vjp(upernet.doubled, x, kernel, bias)
+    for a in range(2):
+        for b in range(2):
+            np.testing.assert_allclose(out[:, a::2, b::2], x @ kernel[:, a, b] + bias, atol=1e-5)
+    dy = normal(3, *out.shape)
+    dx, dkernel, dbias = pull(dy)
+    np.testing.assert_allclose(dbias, dy.sum((0, 1, 2)), atol=1e-4)
+    np.testing.assert_allclose(dx, sum(dy[:, a::2, b::2] @ kernel[:, a, b].T for a in range(2) for b in range(2)),
+                               atol=1e-4)
+    np.testing.assert_allclose(dkernel[:, 1, 0], np.einsum("byxc,byxf->cf", x, dy[:, 1::2, ::2]), atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [2, 4])
+def test_pooling_takes_the_largest_of_each_whole_square(side):
+    x = normal(0, 2, 9, 8, 3)
+    found = np.asarray(upernet.greatest(jnp.asarray(x), side))
+    assert found.shape == (2, 9 // side, 8 // side, 3)
+    for i, j in np.ndindex(found.shape[1:3]):
+        square = x[:, i * side:(i + 1) * side, j * side:(j + 1) * side]
+        np.testing.assert_array_equal(found[:, i, j], square.max((1, 2)))

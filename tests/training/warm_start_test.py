@@ -246,10 +246,10 @@ def test_what_upernet_adds_to_an_encoder_is_new_and_told_and_changes_nothing_at_
 
 
 @pytest.mark.parametrize(("theirs", "ours", "line"), [
-    ({}, {**UPERNET, "model.layer_scale": 0.1}, "was trained without LayerScale; add --config.model.layer_scale=0"),
+    ({}, {**BIASED, "model.layer_scale": 0.1}, "was trained without LayerScale; add --config.model.layer_scale=0"),
     (BIASED, UPERNET, "was trained with LayerScale"),
     ({**BIASED, "model.layer_scale": 0.0}, UPERNET, "holds another encoder: encoder/block_00/attn/relative_position"),
-    (UPERNET, {**UPERNET, "method.classes": 4, "init_head": "keep"}, "which has 3 classes; this config has 4")])
+    (UPERNET, {**UPERNET, "method.classes": 4, "init_head": "keep"}, "has shape (3,), but this model needs (4,)")])
 def test_another_function_than_that_of_the_encoder_is_refused(tmp_path, theirs, ours, line):
     source, _ = written(tmp_path, tiny_segment({"model.positions": "learned", **theirs}))
     with pytest.raises(UserError, match=r"^[^\n]+$") as error:
@@ -257,13 +257,19 @@ def test_another_function_than_that_of_the_encoder_is_refused(tmp_path, theirs, 
     assert line in str(error.value)
 
 
-def test_an_upernet_of_other_classes_starts_with_new_classifiers_and_says_so(tmp_path, caplog):
+def test_an_upernet_of_other_classes_starts_with_new_classifiers_and_says_so(tmp_path):
     source, theirs = written(tmp_path, tiny_segment(UPERNET))
     ours, report = started(source, tiny_segment({**UPERNET, "method.classes": 5}))
     np.testing.assert_array_equal(ours["upernet/fuse/kernel"], theirs["upernet"]["fuse"]["kernel"])
     assert ours["upernet/main_classes/classifier/kernel"].shape == (8, 5)
-    assert "upernet/aux_classes, upernet/main_classes" in report
-    assert "new classifiers are made, of 5 classes; theirs are of 3" in caplog.text
+    assert "new: 4 (upernet/aux_classes, upernet/main_classes)" in report
+    assert "left over: 4 (other classes/upernet)" in report
     same, _ = started(source, tiny_segment(UPERNET))
     np.testing.assert_array_equal(same["upernet/main_classes/classifier/kernel"],
                                   theirs["upernet"]["main_classes"]["classifier"]["kernel"])
+
+
+def test_tables_are_added_to_an_encoder_that_has_a_layer_scale_of_its_own(tmp_path):
+    source, theirs = written(tmp_path, tiny_config({"model.layer_scale": 0.1}))
+    ours, _ = started(source, tiny_segment({**BIASED, "model.layer_scale": 0.1}))
+    np.testing.assert_array_equal(ours["encoder/block_00/ls1/gamma"], theirs["encoder"]["block_00"]["ls1"]["gamma"])

@@ -8,8 +8,8 @@ r"""Says what a classifier or a segmentation sees in images, and how often it is
 Without --images and --config, the images are those of the run's evaluation split. A line for each image, in their
 order: its file, its label where that is known, the likeliest classes with probabilities, and why it could not be read,
 if so. An image in a folder that is called as a class has that label; with labels, accuracy is printed, and a table of
-confusions is written beside (*_confusion.csv, *_confusion.png). Masks are PNGs in the images' own size where the run is evaluated so
-(method.test), else in the model's.
+confusions is written beside (*_confusion.csv, *_confusion.png). Masks are PNGs in the images' own size where the run is
+evaluated so (method.test), else in the model's.
 """
 
 from absl import flags
