@@ -1,8 +1,8 @@
-"""Hugging Face's UperNetForSemanticSegmentation on BEiT's backbone, to and from our UperNet.
+"""UperNet on a plain ViT as others have it, to our parameters: transformers' UperNetForSemanticSegmentation on BEiT's
+backbone, and checkpoints of mmsegmentation's head on the backbones of BEiT's and MAE's segmentation code.
 
 Convolutions are [out, in, row, column] there and [row, column, in, out] here; transposed ones [in, out, row, column]
-and [in, row, column, out]. BEiT's keys have no bias: ours is zero, which adds the same to all scores of a query, and a
-bias that is not has no place there. Its class token may have a position, which joins the token here.
+and [in, row, column, out]. BEiT's keys have no bias: ours is then zero. The class token's position joins the token.
 """
 
 import re
@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mae_jax.errors import UserError
+from mae_jax.errors import UserError, printable
+from mae_jax.interop.layouts import Layout
 from mae_jax.models.blocks import BIAS_TABLE
 from mae_jax.param_tree import nest
 
@@ -35,8 +36,51 @@ HEAD = (  # the other beginnings, there and here
     (r"auxiliary_head\.convs\.0\.", "upernet/aux/"),
     (r"auxiliary_head\.classifier\.", "upernet/aux_classes/classifier/"),
 )
+MMSEG = (  # names of mmsegmentation's head and of those backbones, in transformers'
+    (r"^backbone\.blocks\.(\d+)\.", r"backbone.encoder.layer.\1."),
+    (r"^(backbone\.encoder\.layer\.\d+\.)norm1\.", r"\1layernorm_before."),
+    (r"^(backbone\.encoder\.layer\.\d+\.)norm2\.", r"\1layernorm_after."),
+    (r"^(backbone\.encoder\.layer\.\d+\.)attn\.proj\.", r"\1attention.output.dense."),
+    (r"^(backbone\.encoder\.layer\.\d+\.)attn\.relative_position_bias_table$", rf"\1{TABLE}"),
+    (r"^(backbone\.encoder\.layer\.\d+\.)mlp\.fc1\.", r"\1intermediate.dense."),
+    (r"^(backbone\.encoder\.layer\.\d+\.)mlp\.fc2\.", r"\1output.dense."),
+    (r"^(backbone\.encoder\.layer\.\d+\.)gamma_([12])$", r"\1lambda_\2"),
+    (r"^backbone\.patch_embed\.proj\.", "backbone.embeddings.patch_embeddings.projection."),
+    (r"^backbone\.cls_token$", "backbone.embeddings.cls_token"),
+    (r"^backbone\.pos_embed$", "backbone.embeddings.position_embeddings"),
+    (r"\.bn\.", ".batch_norm."),
+    (r"\.conv_seg\.", ".classifier."),
+)
+QKV = re.compile(r"(backbone\.encoder\.layer\.\d+\.)attn\.(qkv\.(weight|bias)|([qv])_bias)$")
+NO_PARAMETER = ("num_batches_tracked", "relative_position_index")
 MOMENTS = {"running_mean": "mean", "running_var": "var"}
-NORM = re.compile(r"(batch_norm\.|/norm/)")
+
+
+def from_mmseg(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns what `from_hf` does, of the names of mmsegmentation's head on BEiT's or MAE's backbone."""
+    renamed: dict[str, Any] = {}
+    for key, value in state.items():
+        name = key
+        for theirs, ours in MMSEG:
+            name = re.sub(theirs, ours, name)
+        found = QKV.fullmatch(name)
+        if not found:
+            renamed[name] = value
+        elif found[3]:
+            for part, rows in zip(("query", "key", "value"), np.split(np.asarray(value), 3), strict=True):
+                renamed[f"{found[1]}{ATTENTION}{part}.{found[3]}"] = rows
+        else:
+            renamed[f"{found[1]}{ATTENTION}{ {'q': 'query', 'v': 'value'}[found[4]]}.bias"] = value
+    return from_hf(renamed)
+
+
+def read(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns our parameters of either's state dict; the moments of the batch norms are left out.
+
+    Raises:
+      UserError: an unknown key.
+    """
+    return from_mmseg(state)[0]
 
 
 def from_hf(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -50,7 +94,7 @@ def from_hf(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     parts: dict[str, dict[str, np.ndarray]] = {}
     for key, value in state.items():
         array = np.asarray(value, np.float32)
-        if key.endswith("num_batches_tracked"):
+        if key.endswith(NO_PARAMETER):
             continue
         block = re.match(r"backbone\.encoder\.layer\.(\d+)\.(.+)", key)
         if block and block[2].startswith(ATTENTION) and block[2] != TABLE:
@@ -64,9 +108,10 @@ def from_hf(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
             leaf = _leaf(name)
             params[leaf] = _ours(leaf, array)
     for name, fused in parts.items():
-        zero = np.zeros(len(fused["query.bias"]), np.float32)
-        params[f"{name}/kernel"] = np.concatenate([fused[f"{part}.weight"].T for part in ("query", "key", "value")], 1)
-        params[f"{name}/bias"] = np.concatenate([fused["query.bias"], zero, fused["value.bias"]])
+        fused.setdefault("key.bias", np.zeros_like(fused["query.bias"]))
+        parts_of = ("query", "key", "value")
+        params[f"{name}/kernel"] = np.concatenate([fused[f"{part}.weight"].T for part in parts_of], 1)
+        params[f"{name}/bias"] = np.concatenate([fused[f"{part}.bias"] for part in parts_of])
     if "positions" in params:
         table = params.pop("positions")[0]
         params["encoder/cls_token"] = params["encoder/cls_token"] + table[:1]
@@ -84,7 +129,7 @@ def _of_block(number: int, rest: str) -> str:
     for theirs, ours in BLOCK:
         if rest.startswith(theirs):
             return start + ours + rest.removeprefix(theirs)
-    raise UserError(f"{rest!r} is no part of a block of BEiT")
+    raise UserError(f"{printable(rest)} is no part of a block of BEiT")
 
 
 def _of_head(key: str) -> str:
@@ -99,7 +144,7 @@ def _of_head(key: str) -> str:
         if found := re.match(theirs, key):
             rest = key[found.end():].replace("conv.", "").replace("batch_norm.", "norm/")
             return found.expand(ours) + rest
-    raise UserError(f"{key!r} is no part of UperNetForSemanticSegmentation on BEiT")
+    raise UserError(f"{printable(key)} is no part of an UperNet on BEiT's or MAE's backbone")
 
 
 def _leaf(name: str) -> str:
@@ -122,3 +167,10 @@ def _ours(name: str, array: np.ndarray) -> np.ndarray:
         array = array.transpose(2, 3, 1, 0)
         return array[0, 0] if array.shape[:2] == (1, 1) else array
     return array.T
+
+
+LAYOUT = Layout(
+    from_=lambda state, config: read(state),
+    recognizes=lambda names: any(name.startswith("decode_head.") for name in names),
+    refuses=lambda config: "is not written in this layout, which is read alone; use --layout=mae_jax",
+)

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax.interop.upernet import from_hf
+from mae_jax.errors import UserError
+from mae_jax.interop import layouts
+from mae_jax.interop.upernet import from_hf, from_mmseg
 from mae_jax.methods.segmentation import MOMENTS
 from mae_jax.models import upernet
 from mae_jax.ops.patches import PatchGrid
@@ -123,3 +125,40 @@ def test_pooling_takes_the_largest_of_each_whole_square(side):
     for i, j in np.ndindex(found.shape[1:3]):
         square = x[:, i * side:(i + 1) * side, j * side:(j + 1) * side]
         np.testing.assert_array_equal(found[:, i, j], square.max((1, 2)))
+
+
+def test_names_of_mmsegmentation_give_the_same_parameters(golden):
+    """By a renaming of transformers' that is written out here a second time."""
+    state, renamed = under(golden, "weights/"), {}
+    layer = {"layernorm_before": "norm1", "layernorm_after": "norm2", "attention.output.dense": "attn.proj",
+             "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2", "lambda_1": "gamma_1", "lambda_2": "gamma_2",
+             "attention.attention.relative_position_bias.relative_position_bias_table":
+             "attn.relative_position_bias_table"}
+    for key, value in state.items():
+        name = key.replace("embeddings.patch_embeddings.projection", "patch_embed.proj")
+        name = name.replace("embeddings.cls_token", "cls_token").replace("embeddings.position_embeddings", "pos_embed")
+        name = name.replace("batch_norm", "bn").replace("head.classifier", "head.conv_seg")
+        if name.startswith("backbone.encoder.layer."):
+            number, rest = name.removeprefix("backbone.encoder.layer.").split(".", 1)
+            if ".query." in rest or ".key." in rest or ".value." in rest:
+                continue
+            name = next(f"backbone.blocks.{number}.{rest.replace(theirs, ours)}" for theirs, ours in layer.items()
+                        if rest.startswith(theirs))
+        renamed[name] = value
+    for number in range(4):
+        start = f"backbone.encoder.layer.{number}.attention.attention."
+        parts = [state[f"{start}{part}.weight"] for part in ("query", "key", "value")]
+        renamed[f"backbone.blocks.{number}.attn.qkv.weight"] = np.concatenate(parts)
+        renamed[f"backbone.blocks.{number}.attn.q_bias"] = state[f"{start}query.bias"]
+        renamed[f"backbone.blocks.{number}.attn.v_bias"] = state[f"{start}value.bias"]
+        renamed[f"backbone.blocks.{number}.attn.relative_position_index"] = np.zeros(3)
+    wanted, moments = from_hf(state)
+    found, also = from_mmseg(renamed)
+    for ours, theirs in ((found, wanted), (also, moments), (layouts.read(renamed, None), wanted),
+                         (layouts.read(state, None), wanted)):
+        ours, theirs = flatten(ours), flatten(theirs)
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            np.testing.assert_array_equal(ours[name], value, err_msg=name)
+    with pytest.raises(UserError, match="is no part of an UperNet"):
+        layouts.read({**renamed, "decode_head.other.weight": np.zeros(3)}, None)
