@@ -66,21 +66,21 @@ def peak(config: ConfigDict, lr: float) -> None:
 def mae(config: ConfigDict) -> None:
     """Learned relative positions and scales that are added in fine-tuning alone."""
     peak(config, 1e-4)
-    config.method.relative_positions = True
+    config.method.relative_position_bias = True
     config.model.layer_scale = 1.0
 
 
 def beit(config: ConfigDict) -> None:
     """The layer scale is that of the encoder."""
     peak(config, 7e-4)
-    config.method.relative_positions = True
+    config.method.relative_position_bias = True
     config.model.update(layer_scale=0.0, auto=(*SHAPE, "layer_scale"))
 
 
 def ibot(config: ConfigDict) -> None:
     """Plain blocks, and the encoder's norm on each of the four maps."""
     peak(config, 8e-5)
-    config.method.update(relative_positions=False, encoder_norm=True)
+    config.method.update(relative_position_bias=False, encoder_norm=True)
     config.model.update(layer_scale=0.0, auto=(*SHAPE, "layer_scale"))
 
 
@@ -88,7 +88,7 @@ def xcit(config: ConfigDict) -> None:
     """Plain blocks, one learning rate for all of them."""
     peak(config, 6e-5)
     config.optim.update(weight_decay=0.01, layer_decay=1.0)
-    config.method.update(relative_positions=False, head_width=512, test="whole")
+    config.method.update(relative_position_bias=False, head_width=512, test="whole")
     config.model.update(layer_scale=0.0, drop_path=0.05, auto=(*SHAPE, "layer_scale"))
 
 

@@ -106,7 +106,7 @@ SEGMENT: dict[str, Any] = {
     # 24, and the like.
     "blocks": "auto",
     "encoder_norm": False,  # the encoder's norm is applied to the maps (iBOT)
-    "relative_positions": False,  # a learned bias for each displacement of two patches, 0 at first (BEiT, MAE)
+    "relative_position_bias": False,  # a learned bias for each displacement of two patches, 0 at first (BEiT, MAE)
     "head_width": 0,  # of the pyramid; 0: as the encoder
     "aux_width": 256,  # of the auxiliary head
     "aux_weight": 0.4,  # of its loss

@@ -66,8 +66,6 @@ class Segment(Method):
         m = config.method
         self.classes, self.background = m.classes, m.background
         self.encoder = make_encoder(config)
-        if m.relative_positions:
-            self.encoder = self.encoder.clone(bias_grid=self.grid.shape)
         self.maps = map_blocks(config) if m.head == "upernet" else ()
         self.depth = max(self.maps) + 1 if self.maps else m.block + 1 or config.model.depth  # how many blocks run
         self.head = Head(self.classes, HEAD_STD)
@@ -234,7 +232,7 @@ def upsampling_flops(cells: tuple[int, int], size: tuple[int, int], classes: int
 def _check_upernet(config: ConfigDict) -> None:
     m = config.method
     if m.head == "linear":
-        for field in ("blocks", "encoder_norm", "relative_positions"):
+        for field in ("blocks", "encoder_norm", "relative_position_bias"):
             if m[field] != fields.SEGMENT[field]:
                 raise UserError(f"method.{field}={m[field]!r} is of method.head=upernet; a linear one has method.block")
         return
@@ -252,5 +250,5 @@ def _check_upernet(config: ConfigDict) -> None:
     if min(grid) < smallest:
         raise UserError(f"method.head=upernet halves maps of patches, and data.image_size has {grid[0]} x {grid[1]} of "
                         f"them; expected {smallest} x {smallest} at least")
-    if m.relative_positions and m.test == "whole":
-        raise UserError("method.relative_positions are of one size of images; use method.test=slide")
+    if m.relative_position_bias and m.test == "whole":
+        raise UserError("method.relative_position_bias are of one size of images; use method.test=slide")

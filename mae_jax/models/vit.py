@@ -124,9 +124,10 @@ class Decoder(Blocks):
 
 def make_encoder(config: ConfigDict) -> Encoder:
     """Builds the encoder that `config.model` describes."""
-    m = config.model
+    m, grid = config.model, PatchGrid.of(config).shape
+    biased = config.method.get("relative_position_bias", False)
     return Encoder(m.width, m.depth, m.heads, m.mlp_ratio, m.gelu, jnp.dtype(m.dtype), m.scan, m.remat,
-                   m.layer_scale, m.init, grid=PatchGrid.of(config).shape, positions=m.positions)
+                   m.layer_scale, m.init, bias_grid=grid if biased else None, grid=grid, positions=m.positions)
 
 
 def with_grid(encoder: Encoder, params: Any, grid: tuple[int, int]) -> tuple[Encoder, Any]:

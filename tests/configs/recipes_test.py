@@ -132,10 +132,10 @@ def test_the_learning_rate_rises_from_and_falls_to_what_is_published(text, start
 
 
 @pytest.mark.parametrize(("text", "own"), [
-    ("upernet", {"relative_positions": True, "encoder_norm": False, "head_width": 0, "test": "slide"}),
-    ("upernet:beit", {"relative_positions": True, "encoder_norm": False, "head_width": 0, "test": "slide"}),
-    ("upernet:ibot", {"relative_positions": False, "encoder_norm": True, "head_width": 0, "test": "slide"}),
-    ("upernet:xcit", {"relative_positions": False, "encoder_norm": False, "head_width": 512, "test": "whole"})])
+    ("upernet", {"relative_position_bias": True, "encoder_norm": False, "head_width": 0, "test": "slide"}),
+    ("upernet:beit", {"relative_position_bias": True, "encoder_norm": False, "head_width": 0, "test": "slide"}),
+    ("upernet:ibot", {"relative_position_bias": False, "encoder_norm": True, "head_width": 0, "test": "slide"}),
+    ("upernet:xcit", {"relative_position_bias": False, "encoder_norm": False, "head_width": 512, "test": "whole"})])
 def test_upernet_is_that_of_its_protocol(text, own):
     config = resolved(text)
     method = method_of(config)

@@ -111,14 +111,14 @@ def test_flops_agree_with_the_compilers_count_of_the_forward_pass():
     ({"method.train_blocks": 3}, "method.train_blocks=3; expected 0 to 2"),
     ({"method.head": "uper"}, "method.head='uper'; did you mean 'upernet'?"),
     ({"method.blocks": "0,1"}, "method.blocks='0,1' is of method.head=upernet"),
-    ({"method.relative_positions": True}, "method.relative_positions=True is of method.head=upernet"),
+    ({"method.relative_position_bias": True}, "method.relative_position_bias=True is of method.head=upernet"),
     ({"method.head": "upernet", "method.block": 1}, "method.block=1 is of method.head=linear"),
     ({"method.head": "upernet", "method.blocks": "0,0,1,2"}, "expected 4 of the blocks 0 to 1"),
     ({"method.head": "upernet", "method.blocks": "1,0,1,1"}, "in their order"),
     ({"method.head": "upernet", "method.norm": "group"}, "method.norm='group'"),
     ({"method.head": "upernet", "method.dropout": 1.0}, "method.dropout=1.0; expected 0 to below 1"),
     ({"method.head": "upernet", "method.aux_width": 0}, "method.aux_width=0; it must be at least 1"),
-    ({"method.head": "upernet", "method.relative_positions": True, "method.test": "whole"}, "use method.test=slide"),
+    ({"method.head": "upernet", "method.relative_position_bias": True, "method.test": "whole"}, "use method.test=slide"),
     ({"method.test": "slide", "method.stride": (17, 4)}, "method.stride=(17, 4)"),
     ({"data.scales": (2.0, 0.5)}, "data.scales=(2.0, 0.5); expected two numbers above 0"),
 ])
@@ -146,7 +146,7 @@ def test_maps_are_of_the_published_blocks_or_of_those_that_are_named(depth, text
     ({"method.train_blocks": 1}, {"encoder/norm/scale", "encoder/block_00/attn/qkv/kernel",
                                   "encoder/patch_embed/kernel"})])
 def test_what_upernet_reads_learns_and_nothing_else(fields, still):
-    config = tiny_segment({**UPERNET, "method.relative_positions": True, **fields})
+    config = tiny_segment({**UPERNET, "method.relative_position_bias": True, **fields})
     method, batch = tiny_method(config), tiny_segment_batch(config)
     params = tiny_params(config)
     _, extras = jax.jit(method.init)(jax.random.key(0), batch)

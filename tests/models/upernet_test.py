@@ -35,7 +35,7 @@ def given(golden):
     config = tiny_segment({
         "batch_size": 3, "data.image_size": (64, 64), "model.patch": (16, 16), "model.width": 16, "model.depth": 4,
         "model.heads": 2, "model.positions": "learned", "model.layer_scale": 0.1, "method.classes": 5,
-        "method.head": "upernet", "method.blocks": "0,1,2,3", "method.relative_positions": True,
+        "method.head": "upernet", "method.blocks": "0,1,2,3", "method.relative_position_bias": True,
         "method.head_width": 12, "method.aux_width": 8, "method.dropout": 0.0, "method.train_blocks": -1})
     params, moments = from_hf(under(golden, "weights/"))
     zeros = np.zeros(16, np.float32)

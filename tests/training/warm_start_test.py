@@ -231,7 +231,7 @@ def test_positions_that_are_no_square_need_a_config(tmp_path):
 
 UPERNET = {"method.head": "upernet", "method.train_blocks": -1, "method.head_width": 8, "method.aux_width": 4,
            "model.positions": "learned"}
-BIASED = {**UPERNET, "method.relative_positions": True, "model.layer_scale": 1.0}
+BIASED = {**UPERNET, "method.relative_position_bias": True, "model.layer_scale": 1.0}
 
 
 def test_what_upernet_adds_to_an_encoder_is_new_and_told_and_changes_nothing_at_first(tmp_path):
