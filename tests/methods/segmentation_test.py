@@ -118,7 +118,8 @@ def test_flops_agree_with_the_compilers_count_of_the_forward_pass():
     ({"method.head": "upernet", "method.norm": "group"}, "method.norm='group'"),
     ({"method.head": "upernet", "method.dropout": 1.0}, "method.dropout=1.0; expected 0 to below 1"),
     ({"method.head": "upernet", "method.aux_width": 0}, "method.aux_width=0; it must be at least 1"),
-    ({"method.head": "upernet", "method.relative_position_bias": True, "method.test": "whole"}, "use method.test=slide"),
+    ({"method.head": "upernet", "method.relative_position_bias": True, "method.test": "whole"},
+     "use method.test=slide"),
     ({"method.test": "slide", "method.stride": (17, 4)}, "method.stride=(17, 4)"),
     ({"data.scales": (2.0, 0.5)}, "data.scales=(2.0, 0.5); expected two numbers above 0"),
 ])
