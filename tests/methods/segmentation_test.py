@@ -140,6 +140,7 @@ def test_maps_are_of_the_published_blocks_or_of_those_that_are_named(depth, text
     assert map_blocks(config) == blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fields", "still"), [
     ({}, {"encoder/norm/scale"}),
     ({"method.encoder_norm": True}, set()),
@@ -162,6 +163,7 @@ def test_what_upernet_reads_learns_and_nothing_else(fields, still):
                       if f"encoder/block_{n:02d}/attn/qkv/kernel" not in still}
 
 
+@pytest.mark.slow
 def test_channels_are_dropped_by_the_address_of_the_image_and_scaled_up():
     config = tiny_segment({**UPERNET, "method.dropout": 0.5, "method.norm": "layer"})
     method, batch, params = tiny_method(config), tiny_segment_batch(config), tiny_params(config)
@@ -177,10 +179,11 @@ def test_channels_are_dropped_by_the_address_of_the_image_and_scaled_up():
     assert np.abs(np.mean(whole, 0) - none).mean() < 3 * spread
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 def test_upernet_learns_what_the_color_tells_and_follows_the_moments_of_its_batches(norm):
     config = tiny_segment({**UPERNET, "method.norm": norm, "optim.lr": 0.3, "optim.schedule": "poly",
-                           "train.duration": "30 steps", "model.positions": "learned"})
+                           "train.duration": "60 steps", "model.positions": "learned"})
     batch = tiny_segment_batch(config)
     bright = batch["patches"].reshape(8, 16, 16, 3).mean(-1) > 128
     batch["pixel_label"] = bright.astype(np.uint8)
@@ -188,7 +191,7 @@ def test_upernet_learns_what_the_color_tells_and_follows_the_moments_of_its_batc
     params, extras = jax.jit(method.init)(jax.random.key(0), batch)
     step, state, losses = tiny_step(config), tiny_state(config, extras)._replace(params=params), []
     before = flatten(jax.device_get(extras))
-    for _ in range(30):
+    for _ in range(60):
         state, metrics = step(state, batch)
         losses.append(float(metrics["main_loss"][0] / metrics["main_loss"][1]))
     assert losses[-1] < 0.6 * losses[0]

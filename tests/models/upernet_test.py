@@ -66,6 +66,7 @@ def test_logits_and_loss_as_it_predicts_are_those_of_transformers(given, golden)
         np.testing.assert_array_equal(found, before)
 
 
+@pytest.mark.slow
 def test_loss_gradients_and_running_moments_as_it_trains_are_those_of_transformers(given, golden):
     method, params, extras, batch = given
     compute = jax.jit(jax.value_and_grad(method.loss, has_aux=True), static_argnums=5)
@@ -77,8 +78,9 @@ def test_loss_gradients_and_running_moments_as_it_trains_are_those_of_transforme
     wanted, grads = flatten(wanted), flatten(grads)
     compared = [name for name, value in wanted.items() if value.any()]
     assert len(compared) == len(under(golden, "train/gradient/"))
-    for name in compared:
-        np.testing.assert_allclose(grads[name], wanted[name], atol=1e-4 * np.abs(wanted[name]).max(), err_msg=name)
+    for name in compared:  # that of a bias before a batch norm is 0, but for rounding
+        tolerance = max(1e-4 * np.abs(wanted[name]).max(), 1e-7)
+        np.testing.assert_allclose(grads[name], wanted[name], atol=tolerance, err_msg=name)
     _, moments = from_hf(under(golden, "train/moments/"))
     moments, after = flatten(moments), flatten(after[MOMENTS])
     assert moments.keys() == after.keys()
@@ -86,6 +88,7 @@ def test_loss_gradients_and_running_moments_as_it_trains_are_those_of_transforme
         np.testing.assert_allclose(after[name], value, atol=2e-5 * np.abs(value).max(), err_msg=name)
 
 
+@pytest.mark.slow
 def test_images_that_do_not_count_change_neither_the_others_nor_the_moments(given):
     method, params, extras, batch = given
     compute = jax.jit(method.loss, static_argnums=5)
