@@ -100,12 +100,11 @@ def ade20k(config: ConfigDict) -> None:
 
 def mosaic(config: ConfigDict) -> None:
     """Photographs in three parts; no class is a background."""
-    config.batch_size = 32
     config.data.update(source="photo_mosaic", name="", eval_split="test", mask_offset=0, image_size=(40, 40),
                        scales=(1.0, 1.6))
     config.model.update(width=128, depth=6, heads=4, patch=(4, 4))
-    config.method.update(classes=17, head_width=64, aux_width=32)
-    config.optim.update(lr=8e-3, warmup="50 steps", warmup_lr=0.0)
+    config.method.update(classes=17, head_width=32, aux_width=16)
+    config.optim.update(lr=1.6e-2, warmup="50 steps", warmup_lr=0.0)
     config.train.duration = "600 steps"
     config.checkpoint.every = config.eval.every = "200 steps"
     config.log.every = "20 steps"

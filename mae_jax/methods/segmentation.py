@@ -69,7 +69,7 @@ class Segment(Method):
         self.maps = map_blocks(config) if m.head == "upernet" else ()
         self.depth = max(self.maps) + 1 if self.maps else m.block + 1 or config.model.depth  # how many blocks run
         self.head = Head(self.classes, HEAD_STD)
-        factors = upernet.OF_PATCH_8 if self.grid.patch == (8, 8) else upernet.FACTORS
+        factors = upernet.OF_PATCH_8 if has_small_patches(config) else upernet.FACTORS
         self.upernet = upernet.UperNet(self.classes, m.head_width or config.model.width, m.aux_width, m.norm,
                                        self.encoder.dtype, factors)
         self.loss_spans_batch = bool(self.maps) and m.norm == "batch"
@@ -224,6 +224,11 @@ def map_blocks(config: ConfigDict) -> tuple[int, ...]:
     return blocks
 
 
+def has_small_patches(config: ConfigDict) -> bool:
+    """Whether UperNet's maps are rescaled as published for patches of 8 pixels; below that, it is our choice."""
+    return max(config.model.patch) <= 8
+
+
 def upsampling_flops(cells: tuple[int, int], size: tuple[int, int], classes: int) -> int:
     """Returns the FLOPs of the two products that enlarge logits [h, w] to pixels."""
     return 2 * size[0] * cells[1] * (cells[0] + size[1]) * classes
@@ -246,7 +251,7 @@ def _check_upernet(config: ConfigDict) -> None:
         raise UserError(f"method.dropout={m.dropout}; expected 0 to below 1")
     if m.aux_weight < 0:
         raise UserError(f"method.aux_weight={m.aux_weight}; it must not be negative")
-    grid, smallest = PatchGrid.of(config).shape, 4 if tuple(config.model.patch) == (8, 8) else 2
+    grid, smallest = PatchGrid.of(config).shape, 4 if has_small_patches(config) else 2
     if min(grid) < smallest:
         raise UserError(f"method.head=upernet halves maps of patches, and data.image_size has {grid[0]} x {grid[1]} of "
                         f"them; expected {smallest} x {smallest} at least")

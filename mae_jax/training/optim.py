@@ -99,9 +99,9 @@ def poly(peak: float, minimum: float, warmup: int, total: int, start: float = 0.
     """
     def schedule(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
-        fall = minimum + (peak - minimum) * (1 - jnp.clip(step / max(total, 1), 0, 1))
-        missing = (1 - jnp.clip(step / max(warmup, 1), 0, 1)) * (1 - start / peak if peak else 0)
-        return jnp.where(step < warmup, fall * (1 - missing), fall)
+        fall = minimum + (peak - minimum) * jnp.clip((total - step) / max(total, 1), 0, 1)
+        risen = jnp.clip(step / max(warmup, 1), 0, 1)
+        return fall * (risen + (1 - risen) * (start / peak if peak else 0)) if warmup else fall
 
     return schedule
 

@@ -148,3 +148,34 @@ def test_data_without_numbers_are_refused_in_one_line():
     with pytest.raises(UserError, match=r"^method.test='slide'[^\n]+$"):
         own_size.OwnSize().applies(method_of("slide")[0], Inputs())
     assert not own_size.OwnSize().applies(method_of("none")[0], Inputs())
+
+
+def test_processes_share_the_images_and_each_counts_once(monkeypatch):
+    config = tiny_segment({"eval.max_examples": 10})
+    shares = []
+    for process in range(3):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        monkeypatch.setattr(jax, "process_count", lambda: 3)
+        shares.append(own_size.own_numbers(config, 40))
+    assert sorted(len(share) for share in shares) == [3, 3, 4]
+    together = np.sort(np.concatenate(shares))
+    assert len(np.unique(together)) == 10
+    monkeypatch.undo()
+    np.testing.assert_array_equal(together, own_size.own_numbers(config, 40))
+
+
+def test_a_process_without_windows_runs_the_batches_of_the_others(monkeypatch):
+    """As though another process had two more batches, one of them of a shape of its own."""
+    method, params = method_of("whole")
+    shapes, asked = [[16, 16], [16, 32]], []
+
+    def first_true(value):
+        if isinstance(value, list):
+            asked.append(value or shapes.pop(0))
+            return asked[-1]
+        return value or bool(shapes)
+
+    monkeypatch.setattr(own_size.peers, "first_true", first_true)
+    assert sorted(run(method, params, [0, 1])) == [0, 1]
+    assert asked[-2:] == [[16, 16], [16, 32]]
+    assert not shapes
