@@ -87,8 +87,8 @@ def doubled(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
 def greatest(x: jax.Array, side: int) -> jax.Array:
     """Returns the maxima of x [B, h, w, C] over whole squares of `side` cells: [B, h // side, w // side, C].
 
-    Not as a reduction, whose gradient divides by how many values equal the greatest: where XLA computes x once more, and
-    rounds otherwise, none does.
+    Not as a reduction, whose gradient divides by how many values equal the greatest: where XLA computes x once more,
+    and rounds otherwise, none does.
     """
     window = (1, side, side, 1)
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, window, "VALID")
