@@ -105,7 +105,7 @@ def mosaic(config: ConfigDict) -> None:
     config.model.update(width=128, depth=6, heads=4, patch=(4, 4))
     config.method.update(classes=17, head_width=32, aux_width=16)
     config.optim.update(lr=1.6e-2, warmup="50 steps", warmup_lr=0.0)
-    config.train.duration = "600 steps"
+    config.train.duration = "400 steps"
     config.checkpoint.every = config.eval.every = "200 steps"
     config.log.every = "20 steps"
 
