@@ -69,13 +69,15 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "eval_split": "test",  # '' turns evaluation off
         "classes": "",  # keep images of these alone: 'cat,dog', '0-9', imagenet_organisms, imagenet_rest; '': all
         "image_size": (224, 224),  # height, width in pixels
-        # Crop: none, fixed, random (MAE Table 1e), simple (DeiT III), single (BYOL); of images with objects: none, lsj
-        # (ViTDet), multi_scale (DETR; XCiT's and iBOT's protocols).
+        # Crop: none, fixed, random (MAE Table 1e), simple (DeiT III), single (BYOL), scaled (of any scale; mmseg); of
+        # images with objects: none, lsj (ViTDet), multi_scale (DETR; XCiT's and iBOT's protocols).
         "augment": "random",
-        "color": "none",  # none, jitter (MAE Table 1e), three (3-Augment, DeiT III), rand (RandAugment)
+        # none, jitter (MAE Table 1e), three (3-Augment, DeiT III), rand (RandAugment), distort (of photographs; mmseg)
+        "color": "none",
         "repeats": 1,  # views of each image in a batch (repeated augmentation)
         "crop_scale": (0.2, 1.0),  # share of the area, MAE A.1
         "crop_ratio": (3 / 4, 4 / 3),
+        "scales": (0.5, 2.0),  # of augment=scaled: how large the image is, next to one that the crop just fits
         "lsj_scale": (0.1, 2.0),  # of augment=lsj: least and largest size of images, as shares of image_size (ViTDet)
         "max_objects": 100,  # of an image with objects that are trained on; rows of the batch fields of objects
         "flip": True,
@@ -122,6 +124,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
     "optim": {
         "name": "adamw",  # what turns gradients into updates
         "lr": 1.5e-4,  # per 256 images: the peak is lr · batch_size / 256
+        "schedule": "cosine",  # after the warm-up; poly: linear (mmsegmentation, power 1)
         "min_lr": 0.0,
         "warmup": "40 epochs",
         "warmup_lr": 0.0,  # where the warm-up starts

@@ -11,7 +11,7 @@ from mae_jax.errors import UserError, did_you_mean
 CHOICES: dict[str, Collection[str]] = {  # and those of `config.choices`
     "data.layout": ("auto", "flat", "classes", "splits", "0.1.0"),
     "init_head": ("match", "keep", "new"),
-    "data.augment": ("none", "fixed", "simple", "single", "random", "lsj", "multi_scale"),
+    "data.augment": ("none", "fixed", "simple", "single", "random", "scaled", "lsj", "multi_scale"),
     "data.exif": ("auto", "apply", "ignore"),
     "data.formats": ("auto", "all", "common"),
     "data.resize": ("exact", "fast", "graph"),
@@ -22,12 +22,14 @@ CHOICES: dict[str, Collection[str]] = {  # and those of `config.choices`
     "model.positions": ("fixed", "learned", "random"),
     "model.drop_path_rates": ("linear", "constant"),
     "model.init": ("xavier", "normal"),
+    "optim.schedule": ("cosine", "poly"),
     "checkpoint.best_mode": ("auto", "min", "max"),
     "model.remat": ("none", "full", "dots"),
     "mesh.zero": ("auto", "on", "off"),
     "mesh.reduce": ("float32", "bfloat16"),
 }
-PAIRS = ("data.image_size", "data.crop_scale", "data.crop_ratio", "data.lsj_scale", "model.patch", "optim.betas")
+PAIRS = ("data.image_size", "data.crop_scale", "data.crop_ratio", "data.scales", "data.lsj_scale", "model.patch",
+         "optim.betas")
 POSITIVE = ("batch_size", "data.image_size", "model.patch", "model.width", "model.depth", "model.heads",
             "model.mlp_ratio", "train.accumulate", "checkpoint.keep_last", "data.prefetch", "eval.max_examples",
             "eval.knn_k", "eval.pictures", "guard.max_nonfinite", "data.repeats", "data.max_objects")
@@ -77,7 +79,7 @@ def check_ranges(values: dict[str, Any]) -> None:
     for key in NOT_NEGATIVE:
         if np.min(values[key]) < 0:
             raise UserError(f"{key}={values[key]}; it must not be negative")
-    for key in ("data.crop_scale", "data.crop_ratio", "data.lsj_scale"):
+    for key in ("data.crop_scale", "data.crop_ratio", "data.scales", "data.lsj_scale"):
         low, high = values[key]
         if not 0 < low <= high:
             raise UserError(f"{key}={(low, high)}; expected two numbers above 0, the smaller one first")

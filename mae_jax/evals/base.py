@@ -24,6 +24,7 @@ class Evaluation:
 
     name: ClassVar[str]
     when: ClassVar[When] = "periodic"
+    of_crops: ClassVar[bool] = True  # whether its figures change with the crop of eval.crop_ratio
 
     def applies(self, method: Method, data: Any) -> bool:
         """Says whether a method is evaluated by this on `data.Inputs`; all that follows is called only then."""

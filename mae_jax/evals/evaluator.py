@@ -23,6 +23,7 @@ from mae_jax.evals.further_sets import FurtherSets
 from mae_jax.evals.held_out_loss import HeldOutLoss
 from mae_jax.evals.knn import KNN
 from mae_jax.evals.linear_probe import LinearProbe
+from mae_jax.evals.own_size import OwnSize
 from mae_jax.evals.pixel_baseline import PixelBaseline
 from mae_jax.evals.rankme import RankMe
 from mae_jax.evals.reconstruction import Reconstruction
@@ -41,6 +42,7 @@ EVALUATIONS: tuple[Evaluation, ...] = (  # in this order their figures are recor
     Reconstruction(),
     Segmentation(),
     Detection(),
+    OwnSize(),
     AttentionMaps(),
     AttentionOverlap(),
     FrozenProbes(),
@@ -118,7 +120,8 @@ class Evaluator:
         for kind, params in self._weights(state):
             for ratio in config.eval.crop_ratio[1:]:
                 prefix, source = f"eval/{kind}crop_{ratio:g}/", partial(self.inputs.evaluate, ratio)
-                out |= self._run(self._those("periodic"), prefix, params, state, "eval", source)
+                those = tuple(each for each in self._those("periodic") if each.of_crops)
+                out |= self._run(those, prefix, params, state, "eval", source)
             out |= self._run(self._those("final"), f"eval/{kind}", params, state, "eval")
         return out
 

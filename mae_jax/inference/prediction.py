@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mae_jax.errors import UserError, pluralize
-from mae_jax.evals import classification, detected, segmentation
+from mae_jax.data.reading import Reading
+from mae_jax.data.sources.base import Source
+from mae_jax.errors import UserError, pluralize, printable
+from mae_jax.evals import classification, detected, own_size, segmentation
 from mae_jax.evals.accumulators import add
 from mae_jax.inference import passes, progress
 from mae_jax.inference.encoder import Encoder
-from mae_jax.inference.images import ImageLike, as_list
+from mae_jax.inference.images import ImageLike, as_example, as_list
 from mae_jax.inference.parts import Part
 from mae_jax.methods.base import Batch
 
@@ -27,7 +29,8 @@ class Prediction(NamedTuple):
       name: of the image; '' where it has none.
       classes: the names of the likeliest classes, the likeliest first; () of a segmentation.
       probabilities: of these, float64; of several labels each in 0..1 on its own.
-      mask: of a segmentation, uint8 [height, width] in the model's image size, the class of each pixel.
+      mask: of a segmentation, uint8 [height, width], the class of each pixel: in the image's own size where the run is
+        evaluated so (method.test), else in the model's image size.
       objects: of a detector, what was found, in pixels of the image itself.
       image: of a detector, the image as it saw it, uint8 [height, width, 3].
       label: the name of the true class, or names; '' where it is not known.
@@ -72,6 +75,8 @@ class Score:
             logits, labels = (np.concatenate(each) for each in zip(*self.several, strict=True))
             return {"map": classification.mean_ap(logits, labels, "voc11"),
                     "map_all": classification.mean_ap(logits, labels)}
+        if own_size.OwnSize.name in self.counts:
+            return own_size.named(self.counts[own_size.OwnSize.name])
         if "pixels" in self.counts and self.counts["pixels"].any():
             return segmentation.summary(self.counts["pixels"])
         if "class_totals" in self.counts and self.counts["class_totals"].any():
@@ -106,6 +111,9 @@ def predictions(encoder: Encoder, part: Part, score: Score, top: int = 5) -> Ite
       top: classes of each image, at most.
     """
     check(encoder)
+    if encoder.method.test != "none" and isinstance(part.source, Source):
+        yield from _of_own_size(encoder, part, score)
+        return
     function = _function(encoder)
     with jax.set_mesh(encoder.mesh), progress.told(part.size, 0, "predict") as tell:
         for rows in passes.rows_of(encoder, part, "predict", function, tell, renumber=_renumber(encoder, part)):
@@ -121,16 +129,40 @@ def predictions(encoder: Encoder, part: Part, score: Score, top: int = 5) -> Ite
                 yield made
 
 
+def _of_own_size(encoder: Encoder, part: Part, score: Score) -> Iterator[Prediction]:
+    """Yields masks in the images' own size, as the run is evaluated."""
+    numbers, reading = np.arange(part.size), Reading.of(part.config.data)
+    with jax.set_mesh(encoder.mesh), progress.told(part.size, 0, "predict") as tell:
+        for found in own_size.predictions(encoder.method, encoder.params, encoder.extras, encoder.mesh, part.source,
+                                          numbers, reading):
+            if found.mask is not None:
+                counts = own_size.confusion(found.mask, found.classes, encoder.method.classes)
+                score.counts = add(score.counts, {own_size.OwnSize.name: counts})
+            made = Prediction(part.name(found.number), mask=found.classes, error=found.error)
+            score.add(made)
+            tell(1)
+            yield made
+
+
 def of_images(encoder: Encoder, images: ImageLike | Sequence[ImageLike], top: int = 5) -> list[Prediction]:
     """Returns what is said of a program's own images: arrays, PIL images or paths; raises UserError."""
     check(encoder)
     if encoder.method.task == "detection":
         raise UserError(f"{encoder.source} is a detector, which is asked of files: a folder or a pattern, or mae_jax "
                         "predict --images=...")
-    given, function = as_list(images), _function(encoder, counted=False)
+    given = as_list(images)
+    names = [str(image) if isinstance(image, str) or hasattr(image, "__fspath__") else "" for image in given]
+    if encoder.method.test != "none":
+        upright = encoder.config.data.exif != "ignore"
+        source = Source(len(given), lambda number: as_example(given[number], upright), names.__getitem__)
+        made = list(_of_own_size(encoder, Part(encoder.config, "images", source), Score(encoder)))
+        for number, each in enumerate(made):
+            if each.error:
+                raise UserError(f"{printable(each.name) or f'image {number}'} cannot be read: {each.error}")
+        return made
+    function = _function(encoder, counted=False)
     program = encoder.compiled("predict images", lambda params, extras, batch: function(params, extras, batch)[0])
     found = [row for outputs in encoder.run(program, given) for row in outputs]
-    names = [str(image) if isinstance(image, str) or hasattr(image, "__fspath__") else "" for image in given]
     return [_prediction(encoder, name, output, {}, 0, top, "") for name, output in zip(names, found, strict=True)]
 
 

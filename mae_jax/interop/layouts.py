@@ -33,6 +33,7 @@ LAYOUTS = {  # name → module:attribute
     "mae_jax": "mae_jax.interop.ours:LAYOUT",
     "mae": "mae_jax.interop.mae:LAYOUT",
     "timm": "mae_jax.interop.timm:LAYOUT",
+    "upernet": "mae_jax.interop.upernet:LAYOUT",
     "hf": "mae_jax.interop.hf:LAYOUT",
     "stablehlo": "mae_jax.interop.stablehlo:LAYOUT",
     "detectron2": "mae_jax.interop.detectron2:LAYOUT",

@@ -46,7 +46,7 @@ def timm_arguments(config: ConfigDict, classes: int) -> dict[str, Any]:
         "depth": m.depth, "num_heads": m.heads, "mlp_ratio": m.mlp_ratio, "num_classes": classes,
         "global_pool": "avg" if m.pool == "mean" else "token",
         # A mean of tokens is normalised after pooling where a classifier was fine-tuned on it, else before.
-        "fc_norm": m.pool == "mean" and config.method.get("head") == "linear",
+        "fc_norm": m.pool == "mean" and config.method.name != "segment" and config.method.get("head") == "linear",
     }
     if m.gelu == "tanh":
         arguments["act_layer"] = "gelu_tanh"

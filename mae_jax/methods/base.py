@@ -86,8 +86,10 @@ class Method:
     Its `task` says what it is evaluated by: 'pretraining' by probes of its features; 'classification' by its
     `logits(params, extras, batch)`, float32 [B, C] of `self.classes`; 'segmentation' by its `pixel_logits(params,
     extras, batch)`, float32 [B, height, width, C] of `self.classes`, and `pixel_classes(batch)`, uint8 [B, height,
-    width], 255 for none; where one of the classes is no foreground, by its `background`; 'detection' by its
-    `detections(params, extras, batch)`, see `methods/detection.py`, of `self.classes`.
+    width], 255 for none; where one of the classes is no foreground, by its `background`. Where its `test` is 'slide' or
+    'whole', also at the images' own size, by its `cell_logits(params, extras, batch, grid)`, float32 [B, h, w, C] of
+    `patches` and `order` in raster order, of any `grid` where it is 'whole'; 'detection' by its `detections(params,
+    extras, batch)`, see `methods/detection.py`, of `self.classes`.
     One that `reconstructs` has `reconstruct(params, extras, batch)`, whose item 'pixels' are the masked patches as
     normalised pixels, float32 [B, M, P]: the last M in the batch's order.
     """
@@ -106,6 +108,8 @@ class Method:
     loss_spans_batch: bool = False  # the loss has terms across images: accumulation is refused
     extra_encode_fields: tuple[str, ...] = ()  # batch fields that `encode` reads besides images and orders
     num_clusters: int = 1  # ids that the batch field `cluster` may have, where there is one
+    test: str = "none"  # of a segmentation: how images are evaluated at their own size, if they are
+    stride: tuple[int, int] = (0, 0)  # of 'slide': pixels from window to window
     background: int = -1  # of a segmentation's classes, what is around things; -1: none
     # Weight decay, by last name of the path; what `decays` goes by.
     decay_suffixes: ClassVar[tuple[str, ...]] = ("kernel", "cls_token", "mask_token")

@@ -96,8 +96,22 @@ SUPERVISED: dict[str, Any] = {
 SEGMENT: dict[str, Any] = {
     "classes": 2,  # of the pixels, as numbers from 0; pixels of higher numbers are ignored
     "background": 0,  # the class around things, for how well attention covers them; -1: none
-    "block": -1,  # whose tokens are classified; -1: the last, after the encoder's norm
+    "head": "linear",  # or upernet: pyramid pooling and a feature pyramid of four blocks (arXiv 1807.10221)
+    "block": -1,  # of a linear head: whose tokens are classified; -1: the last, after the encoder's norm
     "train_blocks": 0,  # how many of the last blocks learn with the head; -1: the whole encoder
+    # How images are evaluated besides at the model's size: slide, whole: at their own (docs/segmentation.md); none.
+    "test": "none",
+    "stride": (0, 0),  # pixels from window to window of slide, down and across; 0: two thirds of a window
+    # All that follows is of upernet. Its four maps are of blocks such as '3,5,7,11'; auto: these of 12, '7,11,15,23' of
+    # 24, and the like.
+    "blocks": "auto",
+    "encoder_norm": False,  # the encoder's norm is applied to the maps (iBOT)
+    "relative_position_bias": False,  # a learned bias for each displacement of two patches, 0 at first (BEiT, MAE)
+    "head_width": 0,  # of the pyramid; 0: as the encoder
+    "aux_width": 256,  # of the auxiliary head
+    "aux_weight": 0.4,  # of its loss
+    "dropout": 0.1,  # of whole channels, before the classifiers
+    "norm": "batch",  # over the global batch; or layer, over the channels: our choice for batches below 8
 }
 DETECTION: dict[str, Any] = {  # the values are ViTDet's Mask R-CNN (arXiv 2203.16527), where nothing else is said
     "classes": 0,  # 0: as many as the data has
@@ -154,5 +168,5 @@ SMALL: dict[str, Any] = {  # what `runlocal` makes of them
     "window": 4, "global_blocks": (1,), "map_blocks": (0, 1), "scales": (2.0, 1.0), "channels": 16,
     "anchor_sizes": (8.0, 16.0, 32.0), "candidates": (32, 32), "proposals": (32, 32), "anchor_samples": 32,
     "regions": 16, "box_convs": 1, "box_width": 32, "mask_convs": 1, "samples": 2,
-    "out_dim": 64, "head_width": 32, "bottleneck": 16, "local_views": 2, "local_size": (16, 16),
+    "out_dim": 64, "head_width": 32, "aux_width": 16, "bottleneck": 16, "local_views": 2, "local_size": (16, 16),
 }

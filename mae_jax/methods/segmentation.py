@@ -1,4 +1,4 @@
-"""Dense probe: a linear classifier of patches, its logits upsampled to pixels."""
+"""Classes of pixels: a linear probe of patches, or UperNet on four blocks of the encoder."""
 
 import re
 
@@ -10,30 +10,43 @@ from mae_jax.data.info import DataInfo
 from mae_jax.errors import UserError
 from mae_jax.losses import segmentation
 from mae_jax.methods import fields
-from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params
+from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices
+from mae_jax.models import upernet
+from mae_jax.models.blocks import BIAS_TABLE
 from mae_jax.models.heads import Head
-from mae_jax.models.vit import make_encoder
+from mae_jax.models.layers import layer_norm
+from mae_jax.models.vit import make_encoder, with_grid
+from mae_jax.ops import resampling
 from mae_jax.ops.flops import blocks_flops
-from mae_jax.ops.patches import normalize
+from mae_jax.ops.patches import PatchGrid, normalize
 
 HEAD_STD = 0.01  # initial deviation of the head's kernel, as MAE's linear probe has it (A.1)
-EPS = 1e-6  # of the norm before the head
+EPS = 1e-6  # of the norm before the linear head
+HEADS, NORMS, TESTS = ("linear", "upernet"), ("batch", "layer"), ("none", "slide", "whole")
+MAPS = 4  # blocks that UperNet sees
+MOMENTS = "moments"  # of the extras: running means and variances of UperNet's batch norms
 
 
 class Segment(Method):
-    """Gives every pixel a class, from the patch tokens of one block: DINOv2's linear protocol (arXiv 2304.07193, 7.4).
+    """Gives every pixel a class. `method.head` says by what:
 
-    Before the classifier comes the encoder's norm, or after an earlier block a layer norm without parameters, where
-    DINOv2 has a batch norm (our choice: no statistics of other images are needed).
+    linear: the patch tokens of one block, DINOv2's linear protocol (arXiv 2304.07193, 7.4). Before the classifier comes
+    the encoder's norm, or after an earlier block a layer norm without parameters, where DINOv2 has a batch norm (our
+    choice: no statistics of other images are needed).
+    upernet: the protocol of MAE and BEiT on ADE20K, and what others made of it (docs/segmentation.md).
     """
 
     task = "segmentation"
     uses_labels = True
     defaults = fields.SEGMENT
+    class_parameters = r"upernet/(main|aux)_classes/.*"
+    # Of BEiT's code, weight decay leaves out what has one axis; of ours, also positions.
+    decay_suffixes = (*Method.decay_suffixes, BIAS_TABLE)
 
     @staticmethod
     def validate(config: ConfigDict) -> None:
         m, depth = config.method, config.model.depth
+        check_choices(m, head=HEADS, norm=NORMS, test=TESTS)
         if not 2 <= m.classes <= segmentation.IGNORED:
             raise UserError(f"method.classes={m.classes}; expected 2 to {segmentation.IGNORED}")
         if not -1 <= m.background < m.classes:
@@ -42,13 +55,27 @@ class Segment(Method):
             raise UserError(f"method.block={m.block}; expected 0 to {depth - 1}, or -1 for the last")
         if not -1 <= m.train_blocks <= depth:
             raise UserError(f"method.train_blocks={m.train_blocks}; expected 0 to {depth}, or -1 for the whole encoder")
+        if len(m.stride) != 2 or not all(0 <= step <= side
+                                         for step, side in zip(m.stride, config.data.image_size, strict=True)):
+            raise UserError(f"method.stride={tuple(m.stride)}; expected two numbers of pixels, at most those of "
+                            f"data.image_size={tuple(config.data.image_size)}, or 0")
+        _check_upernet(config)
 
     def __init__(self, config: ConfigDict, data: DataInfo):
         super().__init__(config, data)
+        m = config.method
+        self.classes, self.background = m.classes, m.background
         self.encoder = make_encoder(config)
-        self.classes, self.background = config.method.classes, config.method.background
+        self.maps = map_blocks(config) if m.head == "upernet" else ()
+        self.depth = max(self.maps) + 1 if self.maps else m.block + 1 or config.model.depth  # how many blocks run
         self.head = Head(self.classes, HEAD_STD)
-        self.depth = config.method.block + 1 or config.model.depth  # how many blocks run
+        factors = upernet.OF_PATCH_8 if has_small_patches(config) else upernet.FACTORS
+        self.upernet = upernet.UperNet(self.classes, m.head_width or config.model.width, m.aux_width, m.norm,
+                                       self.encoder.dtype, factors)
+        self.loss_spans_batch = bool(self.maps) and m.norm == "batch"
+        self.test = m.test
+        self.stride: tuple[int, int] = tuple(step or side * 2 // 3 for step, side in
+                                             zip(m.stride, self.grid.image_size, strict=True))
 
     def eval_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         spec = super().eval_spec()
@@ -57,20 +84,26 @@ class Segment(Method):
 
     def is_trainable(self, path: str) -> bool:
         trained, block = self.config.method.train_blocks, re.search(r"block_(\d+)/", path)
-        if path.startswith("head/"):
+        if path.startswith(("head/", "upernet/")):
             return True
         if block:
             return int(block[1]) < self.depth and (trained < 0 or int(block[1]) >= self.depth - trained)
         if path.startswith("encoder/norm/"):
-            return trained != 0 and self.config.method.block == -1
+            used = self.config.method.encoder_norm if self.maps else self.config.method.block == -1
+            return trained != 0 and used
         return trained < 0
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
         encoder_key, head_key = jax.random.split(key)
         tokens, encoder = self.encoder.init_with_output(
             encoder_key, normalize(batch["patches"][:1]), batch["order"][:1])
-        head = self.head.init(head_key, tokens.astype(jnp.float32))
-        return {"encoder": encoder["params"], "head": head["params"]}, {}
+        if not self.maps:
+            head = self.head.init(head_key, tokens.astype(jnp.float32))
+            return {"encoder": encoder["params"], "head": head["params"]}, {}
+        maps = [jnp.zeros((1, *self.grid.shape, tokens.shape[-1]), tokens.dtype)] * MAPS
+        head = self.upernet.init(head_key, maps)
+        extras = {MOMENTS: head[upernet.MOMENTS]} if upernet.MOMENTS in head else {}
+        return {"encoder": encoder["params"], "upernet": head["params"]}, extras
 
     def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1,
                drop_path_mask: jax.Array | None = None) -> jax.Array:
@@ -78,14 +111,20 @@ class Segment(Method):
         return self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], block=block,
                                   drop_path_mask=drop_path_mask)
 
-    def pixel_logits(self, params: Params, extras: Extras, batch: Batch,
-                     drop_path_mask: jax.Array | None = None) -> jax.Array:
-        """Returns float32 [B, height, width, C]; `drop_path_mask` is that of the encoder."""
-        tokens = self.encode(params, extras, batch, self.config.method.block, drop_path_mask)[:, 1:].astype(jnp.float32)
-        if self.config.method.block >= 0:
-            tokens = jax.nn.standardize(tokens, epsilon=EPS)
-        logits = self.head.apply({"params": params["head"]}, tokens)
-        return segmentation.upsample(logits.reshape(-1, *self.grid.shape, logits.shape[-1]), self.grid.patch)
+    def cell_logits(self, params: Params, extras: Extras, batch: Batch, grid: tuple[int, int] | None = None
+                    ) -> jax.Array:
+        """Returns float32 [B, h, w, C], which are to be enlarged to the pixels: of patches, or of smaller cells.
+
+        Args:
+          grid: patches along (height, width), where they are not those of the model: positions are then resized.
+        """
+        if self.maps:
+            return self._upernet_logits(params, extras, batch, grid)[0][0]
+        return self._linear_logits(params, extras, batch, None, grid)
+
+    def pixel_logits(self, params: Params, extras: Extras, batch: Batch) -> jax.Array:
+        """Returns float32 [B, height, width, C], at the model's size."""
+        return resampling.resize(self.cell_logits(params, extras, batch), self.grid.image_size)
 
     def pixel_classes(self, batch: Batch) -> jax.Array:
         """Returns uint8 [B, height, width]: classes, or 255 for pixels without one and all of invalid images."""
@@ -95,19 +134,126 @@ class Segment(Method):
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
-        """Cross-entropy, the mean over all pixels of the batch that have a class."""
+        """Cross-entropy, the mean over all pixels of the batch that have a class; UperNet's auxiliary one is added.
+
+        mmsegmentation divides by all pixels, those without a class too: its loss is smaller by their share.
+        """
         params = self.stop_frozen_gradients(params)
-        drop_path_mask = self.drop_path_mask(key, len(batch["order"])) if train else None
-        logits, classes = self.pixel_logits(params, extras, batch, drop_path_mask), self.pixel_classes(batch)
+        if self.maps:
+            logits, extras = self._upernet_logits(params, extras, batch, key=key if train else None)
+        else:
+            drop_path_mask = self.drop_path_mask(key, len(batch["order"])) if train else None
+            logits = (self._linear_logits(params, extras, batch, drop_path_mask),)
+        classes = self.pixel_classes(batch)
         weight = (classes != segmentation.IGNORED).sum(dtype=jnp.float32)
-        total = segmentation.cross_entropy(logits, classes).sum()
-        right = (logits.argmax(-1) == classes).sum(dtype=jnp.float32)
-        metrics = {"loss": (total, weight), "pixel_accuracy": (right, weight)}
-        return total / jnp.maximum(weight, 1), (metrics, extras)
+        total, right = segmentation.over_pixels(logits[0], classes)
+        metrics = {"pixel_accuracy": (right, weight)}
+        for aux in logits[1:]:
+            own, _ = segmentation.over_pixels(aux, classes)
+            metrics |= {"main_loss": (total, weight), "aux_loss": (own, weight)}
+            total = total + self.config.method.aux_weight * own
+        return total / jnp.maximum(weight, 1), ({"loss": (total, weight), **metrics}, extras)
+
+    def _linear_logits(self, params: Params, extras: Extras, batch: Batch, drop_path_mask: jax.Array | None,
+                       grid: tuple[int, int] | None = None) -> jax.Array:
+        encoder, weights = self._at(params, grid)
+        block = self.config.method.block
+        tokens = encoder.apply({"params": weights}, normalize(batch["patches"]), batch["order"], block=block,
+                               drop_path_mask=drop_path_mask)[:, 1:].astype(jnp.float32)
+        if block >= 0:
+            tokens = jax.nn.standardize(tokens, epsilon=EPS)
+        logits = self.head.apply({"params": params["head"]}, tokens)
+        return logits.reshape(-1, *encoder.grid, logits.shape[-1])
+
+    def _upernet_logits(self, params: Params, extras: Extras, batch: Batch, grid: tuple[int, int] | None = None,
+                        key: jax.Array | None = None) -> tuple[tuple[jax.Array, jax.Array], Extras]:
+        """Returns the logits of the main and of the auxiliary head, and new extras; key: in training."""
+        m, images = self.config.method, len(batch["order"])
+        encoder, weights = self._at(params, grid)
+        wanted = tuple(sorted(set(self.maps)))
+        found = encoder.apply({"params": weights}, normalize(batch["patches"]), batch["order"], maps=wanted,
+                              drop_path_mask=None if key is None else self.drop_path_mask(key, images))
+        tokens = dict(zip(wanted, found, strict=True))
+        if m.encoder_norm:
+            norm = layer_norm(encoder.dtype, "norm")
+            tokens = {number: norm.apply({"params": weights["norm"]}, x) for number, x in tokens.items()}
+        maps = [tokens[number][:, 1:].reshape(images, *encoder.grid, -1) for number in self.maps]
+        state = {"params": params["upernet"], **({upernet.MOMENTS: extras[MOMENTS]} if MOMENTS in extras else {})}
+        if key is None:
+            return self.upernet.apply(state, maps), extras
+        kept = None, None
+        if m.dropout:
+            kept = tuple(jax.random.bernoulli(jax.random.fold_in(key, n), 1 - m.dropout, (images, width))
+                         / (1 - m.dropout) for n, width in enumerate((self.upernet.width, m.aux_width), 1))
+        logits, changed = self.upernet.apply(state, maps, batch["valid"], kept, mutable=[upernet.MOMENTS])
+        return logits, {**extras, MOMENTS: changed[upernet.MOMENTS]} if MOMENTS in extras else extras
+
+    def _at(self, params: Params, grid: tuple[int, int] | None) -> tuple:
+        """Returns the encoder and its parameters, for images of a grid of their own."""
+        if grid is None or grid == self.grid.shape:
+            return self.encoder, params["encoder"]
+        return with_grid(self.encoder, params["encoder"], grid)
 
     def forward_flops(self) -> int:
         m, classes, patches = self.config.model, self.classes, self.grid.num_patches
         height, width = self.grid.image_size
-        embed_and_head = 2 * patches * m.width * (self.grid.patch_dim + classes)
-        upsampling = 2 * height * self.grid.columns * (self.grid.rows + width) * classes
-        return embed_and_head + blocks_flops(1 + patches, m.width, self.depth, m.mlp_ratio) + upsampling
+        encoder = 2 * patches * m.width * self.grid.patch_dim + blocks_flops(1 + patches, m.width, self.depth,
+                                                                             m.mlp_ratio)
+        if not self.maps:
+            head = 2 * patches * m.width * classes
+            return encoder + head + upsampling_flops(self.grid.shape, (height, width), classes)
+        largest = tuple(int(side * self.upernet.factors[0]) for side in self.grid.shape)
+        third = tuple(int(side * self.upernet.factors[2]) for side in self.grid.shape)
+        upsampling = sum(upsampling_flops(cells, (height, width), classes) for cells in (largest, third))
+        return encoder + upernet.flops(self.grid.shape, m.width, self.upernet) + upsampling
+
+
+def map_blocks(config: ConfigDict) -> tuple[int, ...]:
+    """Returns the four blocks that method.blocks names, from 0; raises UserError.
+
+    'auto': those after a third, half, two thirds and all of the blocks, as published for 12 and for 24.
+    """
+    text, depth = config.method.blocks, config.model.depth
+    if text == "auto":
+        return tuple(max(depth * share // 6 - 1, 0) for share in (2, 3, 4, 6))
+    parts = [part.strip() for part in text.split(",")]
+    blocks = tuple(int(part) for part in parts if re.fullmatch(r"\d{1,4}", part))
+    if len(parts) != MAPS or len(blocks) != MAPS or list(blocks) != sorted(blocks) or blocks[-1] >= depth:
+        raise UserError(f"method.blocks={text!r}; expected {MAPS} of the blocks 0 to {depth - 1} in their order, as "
+                        "'3,5,7,11', or auto")
+    return blocks
+
+
+def has_small_patches(config: ConfigDict) -> bool:
+    """Whether UperNet's maps are rescaled as published for patches of 8 pixels; below that, it is our choice."""
+    return max(config.model.patch) <= 8
+
+
+def upsampling_flops(cells: tuple[int, int], size: tuple[int, int], classes: int) -> int:
+    """Returns the FLOPs of the two products that enlarge logits [h, w] to pixels."""
+    return 2 * size[0] * cells[1] * (cells[0] + size[1]) * classes
+
+
+def _check_upernet(config: ConfigDict) -> None:
+    m = config.method
+    if m.head == "linear":
+        for field in ("blocks", "encoder_norm", "relative_position_bias"):
+            if m[field] != fields.SEGMENT[field]:
+                raise UserError(f"method.{field}={m[field]!r} is of method.head=upernet; a linear one has method.block")
+        return
+    if m.block != -1:
+        raise UserError(f"method.block={m.block} is of method.head=linear; upernet has method.blocks")
+    map_blocks(config)
+    for field, least in (("head_width", 0), ("aux_width", 1)):
+        if m[field] < least:
+            raise UserError(f"method.{field}={m[field]}; it must be at least {least}")
+    if not 0 <= m.dropout < 1:
+        raise UserError(f"method.dropout={m.dropout}; expected 0 to below 1")
+    if m.aux_weight < 0:
+        raise UserError(f"method.aux_weight={m.aux_weight}; it must not be negative")
+    grid, smallest = PatchGrid.of(config).shape, 4 if has_small_patches(config) else 2
+    if min(grid) < smallest:
+        raise UserError(f"method.head=upernet halves maps of patches, and data.image_size has {grid[0]} x {grid[1]} of "
+                        f"them; expected {smallest} x {smallest} at least")
+    if m.relative_position_bias and m.test == "whole":
+        raise UserError("method.relative_position_bias are of one size of images; use method.test=slide")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mae_jax.models.layers import GELUS, Dense, DenseQKV, LayerScale, ResidualNorm
 from mae_jax.models.moe import GATES, Experts, Gating
+from mae_jax.ops import relative_bias
 from mae_jax.ops.attention import AttentionMask, attention
 from mae_jax.ops.normalization import has_kernel
 from mae_jax.ops.partitioning import ROWS, constrain, platform
@@ -22,6 +23,7 @@ REMATS: dict[str, Callable[..., Any] | None] = {
 }
 
 RELATIVE = ("rel_pos_h", "rel_pos_w")  # parameters of relative positions, by Detectron2's names
+BIAS_TABLE = "relative_position_bias"  # the parameter
 
 
 class Attention(nn.Module):
@@ -32,6 +34,7 @@ class Attention(nn.Module):
     init: str = "xavier"
     kept: AttentionMask | None = None
     spatial: Spatial | None = None  # of patches in raster order; without windows and positions, others may precede them
+    bias_grid: tuple[int, int] | None = None  # of the patches that follow a class token, with biases as BEiT has them
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -42,6 +45,10 @@ class Attention(nn.Module):
         if spatial:
             tables = self._tables(spatial.sides, x.shape[-1] // self.heads) if spatial.relative else None
             out = relative_attention(*parts, self.heads, tables, spatial.sides)
+        elif self.bias_grid:
+            shape = (relative_bias.entries(self.bias_grid), self.heads)
+            table = self.param(BIAS_TABLE, nn.initializers.zeros, shape)
+            out = relative_bias.attention(*parts, relative_bias.biases(table, self.bias_grid), self.heads)
         else:
             out = attention(*parts, self.heads, self.kept)
         out = Dense(given.shape[-1], self.dtype, "in", self.init, name="proj")(out)
@@ -84,6 +91,7 @@ class Block(nn.Module):
     kept: AttentionMask | None = None  # keys of the attention
     gating: Gating | None = None  # experts in place of the perceptron
     spatial: Spatial | None = None  # windows and relative positions of the attention
+    bias_grid: tuple[int, int] | None = None  # relative position bias of the attention
 
     @nn.compact
     def __call__(self, x: jax.Array, drop_path_mask: jax.Array | None = None,
@@ -96,7 +104,8 @@ class Block(nn.Module):
 
         x = constrain(x, ROWS)
         x, y = ResidualNorm(self.dtype, name="norm1")(x, last_biases[0])
-        x = _plus(x, branch(Attention(self.heads, self.dtype, self.init, self.kept, self.spatial, name="attn")(y), 0))
+        attended = Attention(self.heads, self.dtype, self.init, self.kept, self.spatial, self.bias_grid, name="attn")(y)
+        x = _plus(x, branch(attended, 0))
         x, y = ResidualNorm(self.dtype, name="norm2")(x, last_biases[1])
         shape = (self.mlp_ratio, self.gelu, self.dtype, self.init)
         if self.gating:
@@ -152,12 +161,13 @@ class Blocks(nn.Module):
     kept: tuple[AttentionMask | None, ...] = ()  # of each block's attention; () as (None,) · depth
     gating: tuple[Gating | None, ...] = ()  # of each block, likewise
     spatial: tuple[Spatial | None, ...] = ()  # of each block's attention, likewise
+    bias_grid: tuple[int, int] | None = None  # of all blocks, whose tokens are then a class token and a grid in order
 
     def block(self, index: int, **options: Any) -> Block:
         """Returns the module of one block."""
         own = (parts[index] if parts else None for parts in (self.kept, self.gating, self.spatial))
         return Block(self.heads, self.mlp_ratio, self.gelu, self.dtype, self.layer_scale, self.init_kind, *own,
-                     **options)
+                     self.bias_grid, **options)
 
     def run_blocks(self, x: jax.Array, depth: int | None = None, drop_path_mask: jax.Array | None = None,
                    choices: Mapping[int, Choice | jax.Array] | None = None,

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from mae_jax.errors import UserError
+from mae_jax.models.blocks import BIAS_TABLE
 from mae_jax.models.layers import DenseQKV, layer_norm
 from mae_jax.models.vit import Encoder
+from mae_jax.ops import relative_bias
 from mae_jax.ops.patches import normalize
 
 
@@ -50,7 +52,7 @@ def attention_weights(encoder: Encoder, params: Any, tokens: jax.Array) -> jax.A
 
 
 def attention_scores(encoder: Encoder, params: Any, tokens: jax.Array) -> jax.Array:
-    """Returns q kᵀ / √d of one block, float32 [B, H, T, T].
+    """Returns q kᵀ / √d of one block, float32 [B, H, T, T], with its relative position bias where it has one.
 
     Args:
       encoder: the module.
@@ -60,7 +62,10 @@ def attention_scores(encoder: Encoder, params: Any, tokens: jax.Array) -> jax.Ar
     x = layer_norm(encoder.dtype, "norm1").apply({"params": params["norm1"]}, tokens)
     q, k, _ = DenseQKV(encoder.dtype).apply({"params": params["attn"]["qkv"]}, x)
     q, k = (part.reshape(*part.shape[:2], encoder.heads, -1) for part in (q, k))
-    return jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    if encoder.bias_grid:
+        scores = scores + relative_bias.biases(params["attn"][BIAS_TABLE], encoder.bias_grid)
+    return scores
 
 
 def unshuffle(x: jax.Array, order: jax.Array, grid: tuple[int, int]) -> jax.Array:

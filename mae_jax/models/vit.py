@@ -1,6 +1,7 @@
 """The Vision Transformer encoder and MAE's decoder, both over tokens in any order."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,6 +11,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.models.blocks import Blocks
 from mae_jax.models.layers import TOKEN_STD, Dense, embed_positions, layer_norm, sincos_positions
+from mae_jax.ops import pos_embed
 from mae_jax.ops.linear import linear
 from mae_jax.ops.patches import PatchGrid
 from mae_jax.ops.routing import Choice
@@ -122,9 +124,23 @@ class Decoder(Blocks):
 
 def make_encoder(config: ConfigDict) -> Encoder:
     """Builds the encoder that `config.model` describes."""
-    m = config.model
+    m, grid = config.model, PatchGrid.of(config).shape
+    biased = config.method.get("relative_position_bias", False)
     return Encoder(m.width, m.depth, m.heads, m.mlp_ratio, m.gelu, jnp.dtype(m.dtype), m.scan, m.remat,
-                   m.layer_scale, m.init, grid=PatchGrid.of(config).shape, positions=m.positions)
+                   m.layer_scale, m.init, bias_grid=grid if biased else None, grid=grid, positions=m.positions)
+
+
+def with_grid(encoder: Encoder, params: Any, grid: tuple[int, int]) -> tuple[Encoder, Any]:
+    """Returns the encoder and its parameters for images of another grid of patches, with its positions resized.
+
+    As torch's interpolate has it (`pos_embed.resize`), fixed ones too: they would otherwise say other places.
+    """
+    table = params["pos_embed"] if "pos_embed" in params else sincos_positions(encoder.grid, encoder.width)
+    rows, columns = (pos_embed.cubic(size, to).astype(np.float32) for size, to in zip(encoder.grid, grid, strict=True))
+    table = jnp.einsum("yr,xc,rcd->yxd", rows, columns, table.reshape(*encoder.grid, -1), precision="highest")
+    params = {**params, "pos_embed": table.reshape(grid[0] * grid[1], -1)}
+    positions = "learned" if encoder.positions == "fixed" else encoder.positions
+    return encoder.clone(grid=grid, positions=positions), params
 
 
 def drop_path_rates(config: ConfigDict) -> np.ndarray:

@@ -24,8 +24,8 @@ Transformations = list[optax.GradientTransformation]
 
 LARS_TRUST = 1e-3  # of LARS: MAE's published linear probe, and the LARS paper (arXiv 1708.03888) for AlexNet
 STEP = 0.1  # what the learning rate is multiplied by at each of optim.milestones
-SHARED = {"name", "lr", "min_lr", "warmup", "warmup_lr", "weight_decay", "final_weight_decay", "layer_decay",
-          "milestones", "clip", "ema"}  # fields of config.optim that are read outside the rules
+SHARED = {"name", "lr", "schedule", "min_lr", "warmup", "warmup_lr", "weight_decay", "final_weight_decay",
+          "layer_decay", "milestones", "clip", "ema"}  # fields of config.optim that are read outside the rules
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,24 @@ def warmup_steps(peak: float, milestones: tuple[float, ...], warmup: int, total:
     return schedule
 
 
+def poly(peak: float, minimum: float, warmup: int, total: int, start: float = 0.0) -> Schedule:
+    """Returns step → learning rate: linear from `peak` at step 0 to `minimum` at `total`, times that of the warm-up.
+
+    As mmsegmentation has it with power 1: the fall begins at step 0, under the warm-up, whose factor rises linearly
+    from start / peak to 1 in `warmup` steps.
+    """
+    def schedule(step: jax.Array) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        fall = minimum + (peak - minimum) * jnp.clip((total - step) / max(total, 1), 0, 1)
+        risen = jnp.clip(step / max(warmup, 1), 0, 1)
+        return fall * (risen + (1 - risen) * (start / peak if peak else 0)) if warmup else fall
+
+    return schedule
+
+
+SCHEDULES = {"cosine": warmup_cosine, "poly": poly}  # by optim.schedule
+
+
 def global_norm(grads: Params) -> jax.Array:
     """Returns the norm of all gradients together, float32 [].
 
@@ -129,7 +147,7 @@ def make_schedule(method: Method) -> Schedule:
     o, timeline = method.config.optim, method.timeline
     if o.milestones:
         return warmup_steps(peak_lr(method.config), o.milestones, timeline.warmup, timeline.total, o.warmup_lr)
-    return warmup_cosine(peak_lr(method.config), o.min_lr, timeline.warmup, timeline.total, o.warmup_lr)
+    return SCHEDULES[o.schedule](peak_lr(method.config), o.min_lr, timeline.warmup, timeline.total, o.warmup_lr)
 
 
 def layer_rate(name: str, decay: float, depth: int) -> float:

@@ -33,7 +33,7 @@ MUST_MATCH = ("model.heads", "model.patch", "model.gelu")
 OPTIONAL = re.compile(r"encoder/(pos_embed|mask_token|norm/(scale|bias)|block_\d+/experts/gate/kernel)")
 # Parts that an encoder may begin with: relative positions of 0 leave it the function that it was, and so do LayerScales
 # of 1.
-ADDED = re.compile(r"encoder/block_\d+/attn/rel_pos_[hw]")
+ADDED = re.compile(r"encoder/block_\d+/attn/(rel_pos_[hw]|relative_position_bias)")
 SCALES = re.compile(r"encoder/block_\d+/ls[12]/gamma")
 
 
@@ -132,7 +132,7 @@ def _without_other_head(loaded: dict[str, Any], theirs: ConfigDict | None, confi
 
 def _without_other_classes(loaded: dict[str, Any], config: ConfigDict, params: Any,
                            classes: Sequence[str]) -> dict[str, Any]:
-    """Leaves out a detector's parameters of each class where those are other ones than ours; the report names them."""
+    """Leaves out what a dense head has for each class where its classes are other ones; the report names it."""
     pattern = methods.get(config.method.name).class_parameters
     there, here = (param_tree.flatten(tree) for tree in (loaded, params))
     own = [name for name in there.keys() & here.keys() if pattern and re.fullmatch(pattern, name)]

@@ -96,10 +96,17 @@ DEIT3 = {  # facebookresearch/deit, README_revenge.md; 400 epochs: affjljoo3581/
     "deit3:H,in21k_to_1k": Row(3e-4, 1e-5, 2048, 31_278, 3_127, 0.02, 1, (0.45, 0.45), 224, 256),
 }
 
+UPERNET = {  # implus/mae_segmentation; microsoft/unilm, beit; bytedance/ibot; facebookresearch/xcit
+    "upernet": Row(1e-4, 0, 16, 160_000, 1_500, 0.05, 3.70e-3, (0, 0.1), 512, 1024),
+    "upernet:beit": Row(7e-4, 0, 16, 160_000, 1_500, 0.05, 3.70e-3, (0, 0.1), 512, 1024),
+    "upernet:ibot": Row(8e-5, 0, 16, 160_000, 1_500, 0.05, 3.70e-3, (0, 0.1), 512, 1024),
+    "upernet:xcit": Row(6e-5, 0, 16, 160_000, 1_500, 0.01, 1, (0, 0.05), 512, 1024),
+}
 
-@pytest.mark.parametrize("text", [*MAE, *DEIT3])
+
+@pytest.mark.parametrize("text", [*MAE, *DEIT3, *UPERNET])
 def test_a_recipe_comes_to_the_published_numbers(text):
-    config, row = resolved(text), {**MAE, **DEIT3}[text]
+    config, row = resolved(text), {**MAE, **DEIT3, **UPERNET}[text]
     validate(config)
     examples = IMAGENET_21K if text.endswith("in21k") else IMAGENET
     o, rates, patches = config.optim, drop_path_rates(config), PatchGrid.of(config).shape
@@ -122,6 +129,26 @@ def test_the_learning_rate_rises_from_and_falls_to_what_is_published(text, start
     total, warmup = (steps(duration, config.batch_size, IMAGENET)
                      for duration in (config.train.duration, config.optim.warmup))
     assert [float(schedule(step)) for step in (0, warmup, total)] == pytest.approx([start, peak, end], rel=1e-5)
+
+
+@pytest.mark.parametrize(("text", "own"), [
+    ("upernet", {"relative_position_bias": True, "encoder_norm": False, "head_width": 0, "test": "slide"}),
+    ("upernet:beit", {"relative_position_bias": True, "encoder_norm": False, "head_width": 0, "test": "slide"}),
+    ("upernet:ibot", {"relative_position_bias": False, "encoder_norm": True, "head_width": 0, "test": "slide"}),
+    ("upernet:xcit", {"relative_position_bias": False, "encoder_norm": False, "head_width": 512, "test": "whole"})])
+def test_upernet_is_that_of_its_protocol(text, own):
+    config = resolved(text)
+    method = method_of(config)
+    assert {name: config.method[name] for name in own} == own
+    assert (method.maps, method.stride, method.classes) == ((3, 5, 7, 11), (341, 341), 150)
+    head = method.upernet
+    assert (head.width, head.aux_width, head.norm) == (own["head_width"] or 768, 256, "batch")
+    assert (config.method.aux_weight, config.method.dropout, config.method.train_blocks) == (0.4, 0.1, -1)
+    assert (config.data.augment, config.data.color, config.data.scales, config.data.mask_offset) == (
+        "scaled", "distort", (0.5, 2.0), 1)
+    assert config.optim.warmup_lr == pytest.approx(1e-6 * peak_lr(config))
+    assert ("layer_scale" in config.model.auto) == (text != "upernet")
+    assert config.model.layer_scale == (text == "upernet")
 
 
 @pytest.mark.parametrize(("size", "last"), [("B", 0.65), ("L", 0.75), ("H", 0.75)])

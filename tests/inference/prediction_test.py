@@ -3,18 +3,28 @@
 import csv
 import json
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
 
+from mae_jax.commands.export import weights
+from mae_jax.data.sources import photo_mosaic, splits
 from mae_jax.errors import UserError
 from mae_jax.evals.segmentation import palette
 from mae_jax.inference import asked, prediction, prediction_files
 from mae_jax.inference.encoder import open_encoder
 from mae_jax.training import loop
 from tests.helpers.stored import store_images, store_run
-from tests.helpers.tiny import tiny_config, tiny_params, tiny_segment, tiny_supervised
+from tests.helpers.tiny import (
+    tiny_config,
+    tiny_method,
+    tiny_params,
+    tiny_segment,
+    tiny_segment_batch,
+    tiny_supervised,
+)
 
 CLASSES = ("a", "b", "c")
 
@@ -163,6 +173,39 @@ def test_masks_are_what_the_segmentation_counts(tmp_path):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     counted = {name: value for line in lines for name, value in line.items()}
     assert {f"eval/{name}": value for name, value in score.figures().items()}.items() <= counted.items()
+
+
+@pytest.mark.slow
+def test_masks_in_the_images_own_size_are_what_the_evaluation_counts_also_of_an_export(tmp_path):
+    config = tiny_segment({"data.source": "photo_mosaic", "method.classes": 17, "data.eval_split": "test[:10]",
+                           "method.background": -1, "data.mask_key": "", "method.head": "upernet",
+                           "method.test": "slide", "method.head_width": 8, "method.aux_width": 4,
+                           "method.relative_position_bias": True, "data.image_size": (24, 16)})
+    method = tiny_method(config)
+    _, extras = jax.jit(method.init)(jax.random.key(0), tiny_segment_batch(config))
+    extras = jax.tree.map(lambda x: x + 0.5, jax.device_get(extras))  # moments that say something
+    run = store_run(tmp_path / "run", config, extras=extras)
+    encoder = open_encoder(str(run), batch_size=4)
+    score, _ = predict(encoder, tmp_path / "masks")
+    listed = rows(tmp_path / "masks" / "masks.csv")
+    assert len(listed) == 10
+    with Image.open(tmp_path / "masks" / listed[3]["mask"]) as mask:
+        assert (mask.mode, mask.size) == ("P", (64, 64))
+        wanted = np.asarray(mask)
+    loop.evaluate(str(run))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    counted = {name: value for line in lines for name, value in line.items()}
+    figures = {f"eval/{name}": value for name, value in score.figures().items()}
+    assert figures.keys() == {f"eval/own_size/{name}" for name in ("miou", "mean_accuracy", "pixel_accuracy")}
+    assert figures.items() <= counted.items()
+    assert "eval/miou" in counted
+    weights.export(str(run), str(tmp_path / "out.safetensors"), "mae_jax")
+    pixels = photo_mosaic.load(config.data, splits.parse("test")).read(3).image
+    for source in (str(run), str(tmp_path / "out.safetensors")):
+        said, = prediction.of_images(open_encoder(source, batch_size=4), pixels)
+        np.testing.assert_array_equal(said.mask, wanted)
+    with pytest.raises(UserError, match="relative_position_bias"):
+        weights.export(str(run), str(tmp_path / "timm"), "timm")
 
 
 def test_a_name_does_not_lead_out_of_the_folder_of_masks(tmp_path):

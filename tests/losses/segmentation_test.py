@@ -9,6 +9,7 @@ import scipy.ndimage
 import skimage.transform
 
 from mae_jax.losses import segmentation
+from mae_jax.ops import resampling
 from mae_jax.ops.patches import PatchGrid
 
 
@@ -37,6 +38,20 @@ def test_upsampling_is_bilinear_about_pixel_centers_with_the_edge_repeated(grid,
 def test_upsampling_keeps_float32_whatever_the_logits_are():
     logits = jnp.arange(8, dtype=jnp.bfloat16).reshape(1, 2, 2, 2)
     assert segmentation.upsample(logits, (4, 4)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("size", [(12, 20), (7, 5)])
+def test_sums_over_pixels_made_strip_by_strip_are_those_of_the_whole_and_so_are_gradients(size):
+    rng = np.random.default_rng(0)
+    logits, mask = rng.normal(size=(3, 4, 5, 6)).astype(np.float32) * 5, rng.integers(6, size=(3, *size))
+    mask = np.where(rng.random(mask.shape) < 0.3, segmentation.IGNORED, mask).astype(np.uint8)
+    (loss, right), slopes = jax.value_and_grad(segmentation.over_pixels, has_aux=True)(jnp.asarray(logits), mask)
+    whole = resampling.resize(jnp.asarray(logits), size)
+    wanted, wanted_slopes = jax.value_and_grad(
+        lambda x: segmentation.cross_entropy(resampling.resize(x, size), mask).sum())(jnp.asarray(logits))
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    np.testing.assert_allclose(slopes, wanted_slopes, atol=1e-4)
+    assert right == (whole.argmax(-1) == mask).sum()
 
 
 def test_the_loss_of_a_pixel_is_the_cross_entropy_and_zero_where_it_is_ignored():

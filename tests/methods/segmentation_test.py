@@ -8,8 +8,17 @@ import pytest
 from mae_jax.config import default, validate
 from mae_jax.errors import UserError
 from mae_jax.losses import segmentation
+from mae_jax.methods.segmentation import map_blocks, upsampling_flops
 from mae_jax.param_tree import flatten
-from tests.helpers.tiny import tiny_method, tiny_params, tiny_segment, tiny_segment_batch, tiny_state, tiny_step
+from tests.helpers.tiny import (
+    tiny_method,
+    tiny_params,
+    tiny_program,
+    tiny_segment,
+    tiny_segment_batch,
+    tiny_state,
+    tiny_step,
+)
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_pixels_that_have_a_class():
@@ -17,7 +26,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_pixels_that_have_a_class():
     method, batch = tiny_method(config), tiny_segment_batch(config)
     batch["valid"][2] = 0
     logits = np.random.default_rng(1).normal(size=(8, 16, 16, 3)).astype(np.float32)
-    method.pixel_logits = lambda *_: jnp.asarray(logits)
+    method._linear_logits = lambda *_: jnp.asarray(logits)
     loss, (metrics, _) = method.loss({}, {}, batch, None, 0, False)
     mask = batch["pixel_label"].reshape(8, 4, 4, 4, 4).swapaxes(2, 3).reshape(8, 16, 16)
     known = (mask < 3) & (batch["valid"] > 0)[:, None, None]
@@ -100,8 +109,112 @@ def test_flops_agree_with_the_compilers_count_of_the_forward_pass():
     ({"method.background": 3}, "method.background=3; expected 0 to 2, or -1 for none"),
     ({"method.block": 2}, "method.block=2; expected 0 to 1"),
     ({"method.train_blocks": 3}, "method.train_blocks=3; expected 0 to 2"),
+    ({"method.head": "uper"}, "method.head='uper'; did you mean 'upernet'?"),
+    ({"method.blocks": "0,1"}, "method.blocks='0,1' is of method.head=upernet"),
+    ({"method.relative_position_bias": True}, "method.relative_position_bias=True is of method.head=upernet"),
+    ({"method.head": "upernet", "method.block": 1}, "method.block=1 is of method.head=linear"),
+    ({"method.head": "upernet", "method.blocks": "0,0,1,2"}, "expected 4 of the blocks 0 to 1"),
+    ({"method.head": "upernet", "method.blocks": "1,0,1,1"}, "in their order"),
+    ({"method.head": "upernet", "method.norm": "group"}, "method.norm='group'"),
+    ({"method.head": "upernet", "method.dropout": 1.0}, "method.dropout=1.0; expected 0 to below 1"),
+    ({"method.head": "upernet", "method.aux_width": 0}, "method.aux_width=0; it must be at least 1"),
+    ({"method.head": "upernet", "method.relative_position_bias": True, "method.test": "whole"},
+     "use method.test=slide"),
+    ({"method.test": "slide", "method.stride": (17, 4)}, "method.stride=(17, 4)"),
+    ({"data.scales": (2.0, 0.5)}, "data.scales=(2.0, 0.5); expected two numbers above 0"),
 ])
 def test_fields_that_cannot_work_are_refused_in_one_line(fields, line):
     with pytest.raises(UserError, match=r"^[^\n]+$") as error:
         tiny_segment(fields)
     assert line in str(error.value)
+
+
+UPERNET = {"method.head": "upernet", "method.train_blocks": -1, "method.head_width": 8, "method.aux_width": 4}
+
+
+@pytest.mark.parametrize(("depth", "text", "blocks"), [
+    (12, "auto", (3, 5, 7, 11)), (24, "auto", (7, 11, 15, 23)), (2, "auto", (0, 0, 0, 1)),
+    (6, "1, 2,3,5", (1, 2, 3, 5))])
+def test_maps_are_of_the_published_blocks_or_of_those_that_are_named(depth, text, blocks):
+    config = tiny_segment({"model.depth": depth, "method.head": "upernet", "method.blocks": text})
+    assert map_blocks(config) == blocks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fields", "still"), [
+    ({}, {"encoder/norm/scale"}),
+    ({"method.encoder_norm": True}, set()),
+    ({"method.blocks": "0,0,0,0"}, {"encoder/norm/scale", "encoder/block_01/attn/qkv/kernel"}),
+    ({"method.train_blocks": 1}, {"encoder/norm/scale", "encoder/block_00/attn/qkv/kernel",
+                                  "encoder/patch_embed/kernel"})])
+def test_what_upernet_reads_learns_and_nothing_else(fields, still):
+    config = tiny_segment({**UPERNET, "method.relative_position_bias": True, **fields})
+    method, batch = tiny_method(config), tiny_segment_batch(config)
+    params = tiny_params(config)
+    _, extras = jax.jit(method.init)(jax.random.key(0), batch)
+    grads = flatten(jax.jit(jax.grad(lambda p: method.loss(p, extras, batch, jax.random.key(0), 0, True)[0]))(params))
+    moved = {name for name, leaf in grads.items() if np.any(np.abs(leaf) > 1e-9)}
+    watched = {"encoder/norm/scale", "encoder/patch_embed/kernel", "encoder/block_00/attn/qkv/kernel",
+               "encoder/block_01/attn/qkv/kernel"}
+    assert watched - moved == still
+    assert moved == {name for name in grads if method.is_trainable(name)}
+    tables = {name for name in moved if name.endswith("relative_position_bias")}
+    assert tables == {f"encoder/block_{n:02d}/attn/relative_position_bias" for n in range(2)
+                      if f"encoder/block_{n:02d}/attn/qkv/kernel" not in still}
+
+
+@pytest.mark.slow
+def test_channels_are_dropped_by_the_address_of_the_image_and_scaled_up():
+    config = tiny_segment({**UPERNET, "method.dropout": 0.5, "method.norm": "layer"})
+    method, batch, params = tiny_method(config), tiny_segment_batch(config), tiny_params(config)
+    def train(key):
+        return method._upernet_logits(params, {}, batch, key=key)[0]
+    first, again, other = (jax.jit(train)(jax.random.key(n))[0] for n in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 1e-3
+    none, whole = method._upernet_logits(params, {}, batch)[0][0], []
+    for n in range(64):
+        whole.append(jax.jit(train)(jax.random.key(n))[0])
+    spread = np.std(whole, 0).mean() / 8
+    assert np.abs(np.mean(whole, 0) - none).mean() < 3 * spread
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_upernet_learns_what_the_color_tells_and_follows_the_moments_of_its_batches(norm):
+    config = tiny_segment({**UPERNET, "method.norm": norm, "optim.lr": 0.3, "optim.schedule": "poly",
+                           "train.duration": "60 steps", "model.positions": "learned"})
+    batch = tiny_segment_batch(config)
+    bright = batch["patches"].reshape(8, 16, 16, 3).mean(-1) > 128
+    batch["pixel_label"] = bright.astype(np.uint8)
+    method = tiny_method(config)
+    params, extras = jax.jit(method.init)(jax.random.key(0), batch)
+    step, state, losses = tiny_step(config), tiny_state(config, extras)._replace(params=params), []
+    before = flatten(jax.device_get(extras))
+    for _ in range(60):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["main_loss"][0] / metrics["main_loss"][1]))
+    assert losses[-1] < 0.6 * losses[0]
+    after = flatten(state.extras)
+    assert bool(before) == (norm == "batch")
+    assert all(np.abs(after[name] - value).max() > 1e-3 for name, value in before.items())
+
+
+def test_batch_norm_refuses_micro_batches_and_layer_norm_takes_them():
+    config = tiny_segment({**UPERNET, "train.accumulate": 2})
+    with pytest.raises(UserError, match=r"train\.accumulate=2"):
+        tiny_program(config, jax.devices()[:1])
+    tiny_program(tiny_segment({**UPERNET, "train.accumulate": 2, "method.norm": "layer"}), jax.devices()[:1])
+
+
+@pytest.mark.slow
+def test_flops_of_upernet_agree_with_the_compilers_count_of_the_forward_pass():
+    config = default("segment")
+    config.data.image_size, config.batch_size = (256, 256), 1
+    config.method.update(classes=150, head="upernet")
+    validate(config)
+    method = tiny_method(config)
+    params, extras = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec())
+    lowered = jax.jit(lambda p, e, b: [method._upernet_logits(p, e, b)[0]]).lower(params, extras, method.batch_spec())
+    upsampled = method.forward_flops() - sum(upsampling_flops(cells, (256, 256), 150) for cells in ((64, 64), (16, 16)))
+    assert upsampled == pytest.approx(lowered.cost_analysis()["flops"], rel=0.05)

@@ -12,12 +12,14 @@ import numpy as np
 from mae_jax.config import resolved
 from mae_jax.runtime import sharding
 from mae_jax.training.train_step import gradients
-from tests.helpers.tiny import tiny_batch, tiny_config, tiny_method, tiny_params, tiny_state
+from tests.helpers.tiny import tiny_batch, tiny_config, tiny_method, tiny_params, tiny_segment_batch, tiny_state
 
 LARGE = {"batch_size": 16, "model.width": 128, "model.heads": 4}
 DECODER = {"method.decoder_width": 64, "method.decoder_heads": 4}
 FIELDS = {"splitmask": DECODER, "dino": {}, "beit": {}, "mixedae": DECODER | {"batch_size": 32},
           "moce": DECODER | {"method.experts": 8, "method.num_clusters": 6},
+          "segment": {"method.head": "upernet", "method.train_blocks": -1, "method.head_width": 64,
+                      "method.relative_position_bias": True},
           "moce/token": DECODER | {"method.experts": 4, "method.gate": "token"}}  # fewer experts than devices
 MESHES = {"4 devices": (4, {}), "8 devices": (8, {"mesh.zero": "on"}), "4 x 2": (8, {"mesh.tensor": 2}),
           "2 slices": (8, {"mesh.slices": 2, "mesh.zero": "on"})}
@@ -28,11 +30,12 @@ def made(name, devices, fields):
     fields, name = LARGE | FIELDS[name] | fields, name.split("/")[0]
     config = tiny_config(fields, name)
     mesh, method = sharding.make_mesh(resolved(config), devices), tiny_method(config)
-    batch = tiny_batch(config)
+    batch = tiny_segment_batch(config) if name == "segment" else tiny_batch(config)
     batch["valid"][5] = 0
     draws = np.random.default_rng(2)
     extras = jax.tree.map(np.asarray, {
         "mixedae": dict,
+        "segment": lambda: jax.jit(method.init)(jax.random.key(0), batch)[1],
         "moce": lambda: {"centroids": draws.normal(size=(6, 128)).astype(np.float32), "share": np.full(6, 1 / 6)
                          } if config.method.gate == "cluster" else {},
         "dino": lambda: {"teacher": tiny_params(config, 1), "center": np.zeros(config.method.out_dim, np.float32)},

@@ -81,6 +81,18 @@ def test_the_learning_rate_is_a_tenth_after_each_milestone():
     np.testing.assert_allclose(rates[10:], [1e-3] * 35 + [1e-4] * 35 + [1e-5] * 10, rtol=1e-5)
 
 
+def test_the_poly_schedule_falls_from_the_first_step_on_under_its_warm_up():
+    """mmsegmentation's: lr (1 - t / T), times 1 - (1 - t / w) (1 - ratio) in the warm-up."""
+    config = tiny_config({"batch_size": 16, "train.duration": "160000 steps", "optim.warmup": "1500 steps",
+                          "optim.schedule": "poly", "optim.lr": 1.6e-3, "optim.warmup_lr": 1e-10})
+    schedule = optim.make_schedule(tiny_method(config))
+    places = np.array([0, 1, 750, 1499, 1500, 80_000, 159_999, 160_000])
+    wanted = 1e-4 * (1 - places / 160_000) * np.where(places < 1500, 1 - (1 - places / 1500) * (1 - 1e-6), 1)
+    np.testing.assert_allclose([schedule(step) for step in places], wanted, rtol=2e-5, atol=1e-12)
+    assert optim.poly(1.0, 0.25, 0, 10)(10) == pytest.approx(0.25)
+    assert optim.poly(0.0, 0.0, 5, 10)(0) == 0
+
+
 def test_only_kernels_and_the_class_and_mask_tokens_decay():
     config = tiny_config({"method.encoder_mask_tokens": True})
     tree, method = tiny_params(config), tiny_method(config)

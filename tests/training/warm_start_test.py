@@ -22,7 +22,7 @@ from mae_jax.storage import safetensors_file
 from mae_jax.storage.checkpoint import Checkpoints
 from mae_jax.training import workdir
 from mae_jax.training.warm_start import load
-from tests.helpers.tiny import tiny_config, tiny_params, tiny_state, tiny_supervised
+from tests.helpers.tiny import tiny_config, tiny_params, tiny_segment, tiny_state, tiny_supervised
 
 LEARNED = {"model.positions": "learned"}
 LARGER = {"data.image_size": (24, 32)}  # 6 x 8 patches
@@ -227,3 +227,49 @@ def test_positions_that_are_no_square_need_a_config(tmp_path):
         started(source, tiny_supervised(LEARNED))
     written(tmp_path, wide)
     assert started(source, tiny_supervised(LEARNED))[0]["encoder/pos_embed"].shape == (16, 32)
+
+
+UPERNET = {"method.head": "upernet", "method.train_blocks": -1, "method.head_width": 8, "method.aux_width": 4,
+           "model.positions": "learned"}
+BIASED = {**UPERNET, "method.relative_position_bias": True, "model.layer_scale": 1.0}
+
+
+def test_what_upernet_adds_to_an_encoder_is_new_and_told_and_changes_nothing_at_first(tmp_path):
+    source, theirs = written(tmp_path, tiny_config())
+    ours, report = started(source, tiny_segment(BIASED))
+    np.testing.assert_array_equal(ours["encoder/block_01/attn/qkv/kernel"],
+                                  theirs["encoder"]["block_01"]["attn"]["qkv"]["kernel"])
+    new = report.partition("new: ")[2].partition("left over")[0]
+    for name in ("encoder/block_*", "encoder/pos_embed", "upernet/fuse", "upernet/aux_classes"):
+        assert (name in new) == (name != "encoder/pos_embed")  # which starts from fixed ones
+    assert "encoder/block_*" not in report.partition("new: ")[0].replace("encoder/block_*", "", 1)
+
+
+@pytest.mark.parametrize(("theirs", "ours", "line"), [
+    ({}, {**BIASED, "model.layer_scale": 0.1}, "was trained without LayerScale; add --config.model.layer_scale=0"),
+    (BIASED, UPERNET, "was trained with LayerScale"),
+    ({**BIASED, "model.layer_scale": 0.0}, UPERNET, "holds another encoder: encoder/block_00/attn/relative_position"),
+    (UPERNET, {**UPERNET, "method.classes": 4, "init_head": "keep"}, "has shape (3,), but this model needs (4,)")])
+def test_another_function_than_that_of_the_encoder_is_refused(tmp_path, theirs, ours, line):
+    source, _ = written(tmp_path, tiny_segment({"model.positions": "learned", **theirs}))
+    with pytest.raises(UserError, match=r"^[^\n]+$") as error:
+        started(source, tiny_segment(ours))
+    assert line in str(error.value)
+
+
+def test_an_upernet_of_other_classes_starts_with_new_classifiers_and_says_so(tmp_path):
+    source, theirs = written(tmp_path, tiny_segment(UPERNET))
+    ours, report = started(source, tiny_segment({**UPERNET, "method.classes": 5}))
+    np.testing.assert_array_equal(ours["upernet/fuse/kernel"], theirs["upernet"]["fuse"]["kernel"])
+    assert ours["upernet/main_classes/classifier/kernel"].shape == (8, 5)
+    assert "new: 4 (upernet/aux_classes, upernet/main_classes)" in report
+    assert "left over: 4 (other classes/upernet)" in report
+    same, _ = started(source, tiny_segment(UPERNET))
+    np.testing.assert_array_equal(same["upernet/main_classes/classifier/kernel"],
+                                  theirs["upernet"]["main_classes"]["classifier"]["kernel"])
+
+
+def test_tables_are_added_to_an_encoder_that_has_a_layer_scale_of_its_own(tmp_path):
+    source, theirs = written(tmp_path, tiny_config({"model.layer_scale": 0.1}))
+    ours, _ = started(source, tiny_segment({**BIASED, "model.layer_scale": 0.1}))
+    np.testing.assert_array_equal(ours["encoder/block_00/ls1/gamma"], theirs["encoder"]["block_00"]["ls1"]["gamma"])

@@ -9,9 +9,10 @@ r"""Says what a classifier, a segmentation or a detector sees in images, and how
 Without --images and --config, the images are those of the run's evaluation split. A line for each image, in their
 order: its file, its label where that is known, the likeliest classes with probabilities, and why it could not be read,
 if so. An image in a folder that is called as a class has that label; with labels, accuracy is printed, and a table of
-confusions is written beside (*_confusion.csv, *_confusion.png). Masks are PNGs in the model's image size. What a
-detector finds is a JSON file, boxes as x, y, width, height and masks as COCO's run lengths, both in pixels of the image
-itself; in a folder it is detections.json, beside PNGs of the images with what is in them.
+confusions is written beside (*_confusion.csv, *_confusion.png). Masks are PNGs in the images' own size where the run is
+evaluated so (method.test), else in the model's. What a detector finds is a JSON file, boxes as x, y, width, height and
+masks as COCO's run lengths, both in pixels of the image itself; in a folder it is detections.json, beside PNGs of the
+images with what is in them.
 """
 
 from absl import flags

@@ -39,6 +39,9 @@ def load(data: ConfigDict, split: splits.Split) -> Source | RecordStream:
     if data.mask_key and not isinstance(features.get(data.mask_key), module.features.Image):
         raise UserError(f"data.name={data.name!r} has no mask data.mask_key={data.mask_key!r}; "
                         f"{did_you_mean(data.mask_key, features)}")
+    if data.mask_key and builder.info.name == "scene_parse150":
+        raise UserError("data.name='scene_parse150': TFDS's masks are of 100 kinds of instances, not of the 150 "
+                        "classes; --config=upernet and --config=segment:scene_parse150 read ADEChallengeData2016")
     classes, multi_label = _classes(module, features.get(label_key))
     info = builder.info.splits[split.name]
     check_size("/".join(filter(None, (builder.info.name, builder.info.config_name))), split.name, info.num_examples)

@@ -48,6 +48,33 @@ def three(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return jitter(change(image, rng), rng, THREE_JITTER)
 
 
+def distort(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Changes brightness, contrast, saturation and hue, each half the time (mmsegmentation's PhotoMetricDistortion).
+
+    Brightness by up to 32 of 255 comes first; contrast, by a factor, second or last; saturation, likewise, and hue, by
+    up to a tenth of its circle, are those of HSV. Values are cut to 0 to 255 after each.
+    """
+    brighter, contrasted, early, saturated, turned = rng.random(5) < 0.5
+    shift, (contrast, saturation), turn = rng.uniform(-32, 32), rng.uniform(0.5, 1.5, 2), int(rng.integers(-18, 18))
+    if brighter:
+        image = _by_value(image, 1, shift)
+    if contrasted and early:
+        image = _by_value(image, contrast, 0)
+    if saturated or turned:
+        h, s, v = image.convert("HSV").split()
+        s = _by_value(s, saturation, 0) if saturated else s
+        if turned:
+            h = h.point([(value + round(turn / 180 * 256)) % 256 for value in range(256)])
+        image = Image.merge("HSV", (h, s, v)).convert("RGB")
+    return _by_value(image, contrast, 0) if contrasted and not early else image
+
+
+def _by_value(image: Image.Image, factor: float, shift: float) -> Image.Image:
+    """Returns each value of each channel times a factor, plus a shift, cut to whole numbers from 0 to 255."""
+    table = (np.arange(256) * factor + shift).clip(0, 255).astype(np.uint8).tolist()
+    return image.point(table * len(image.getbands()))
+
+
 def adjust(image: Image.Image, name: str, amount: float) -> Image.Image:
     """Changes one property of the colours; an amount of 0 changes nothing.
 
@@ -98,7 +125,8 @@ class Moving(NamedTuple):
 
 
 # data.color → a function of image and generator, or a `Moving`.
-COLOR_POLICIES: dict[str, Any] = {"none": none, "jitter": jitter, "three": three, "rand": Moving(rand_augment)}
+COLOR_POLICIES: dict[str, Any] = {"none": none, "jitter": jitter, "three": three, "rand": Moving(rand_augment),
+                                  "distort": distort}
 
 
 @functools.cache

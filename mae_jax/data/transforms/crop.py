@@ -11,6 +11,7 @@ from PIL import Image
 
 from mae_jax.data.decode import SIDEWAYS, BadImage, Box, StoredImage
 from mae_jax.data.masking import ColorAugmentation, View
+from mae_jax.data.transforms import scaled_crop
 from mae_jax.data.transforms.color import change, policy
 
 CROP_TRIES = 10  # torchvision's RandomResizedCrop
@@ -25,7 +26,8 @@ def augment(stored: StoredImage, rng: np.random.Generator, config: ConfigDict,
 
     'random': crop of random size and shape, resized. 'single': the same of one draw, cut to what the image has
     (linear probing). 'simple': resized to just cover the target, cut at a random place (DeiT III). 'fixed': crop of
-    fixed size at a random place. 'none': the evaluation's centre crop, never flipped.
+    fixed size at a random place. 'scaled': a part of the image at a random size, ratio kept, padded behind its colors
+    and flip (`scaled_crop`). 'none': the evaluation's centre crop, never flipped.
 
     Args:
       mask: uint8 [height, width] of the image. Its values are picked, never mixed; 255 where RandAugment moved the
@@ -41,7 +43,8 @@ def augment(stored: StoredImage, rng: np.random.Generator, config: ConfigDict,
     image, mask = _crop(stored, mask_image(stored, mask), rng, config)
     if data.flip and data.augment != "none" and rng.random() < 0.5:
         image, mask = _flip(image), mask and _flip(mask)
-    return _pixels(*policy(data.color)(image, rng, mask))
+    image, mask = policy(data.color)(image, rng, mask)
+    return _pixels(*scaled_crop.pad(image, mask, tuple(data.image_size)))
 
 
 def augment_view(stored: StoredImage, rng: np.random.Generator, view: View, colors: ColorAugmentation,
@@ -122,6 +125,8 @@ def _draw_place(rng: np.random.Generator, size: tuple[int, int], h: int, w: int)
 def _crop(stored: StoredImage, mask: Image.Image | None, rng: np.random.Generator, config: ConfigDict) -> Images:
     """Cuts out what data.augment says, in the size of the model's images."""
     data, target = config.data, tuple(config.data.image_size)
+    if data.augment == "scaled":
+        return scaled_crop.crop(stored, mask, rng, data)
     if data.augment == "simple":
         return _simple_crop(stored, mask, target, rng.random(), rng.random())
     if data.augment in ("none", "fixed"):

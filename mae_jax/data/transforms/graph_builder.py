@@ -102,6 +102,8 @@ class GraphBuilder(ExampleBuilder):
 def check(config: ConfigDict, spec: Spec, views: tuple[masking.View, ...]) -> None:
     """Raises UserError for a recipe that the graph does not have."""
     data, method = config.data, config.method.name
+    if data.augment == "scaled":
+        raise UserError(f"data.resize='graph' has no data.augment='scaled'; {_EXACT}, or another augmentation")
     if data.color != "none":
         raise UserError(f"data.resize='graph' has no data.color={data.color!r}; {_EXACT}, or data.color=none")
     if views:

@@ -1,0 +1,213 @@
+"""UperNet (arXiv 1807.10221) on a plain ViT: four blocks' maps become a pyramid, and that the classes of pixels."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mae_jax.models.heads import Head
+from mae_jax.models.layers import LayerNorm
+from mae_jax.ops import batch_norm, convolution, resampling
+from mae_jax.ops.linear import gelu, linear
+
+MOMENTS = "moments"  # the collection of running means and variances
+POOLED = (1, 2, 3, 6)  # cells along a side, of the pyramid pooling (PSPNet, arXiv 1612.01105)
+EPS = 1e-5  # of batch norm, torch's default
+HEAD_STD = 0.01  # of the classifiers' kernels, as mmsegmentation has them
+FACTORS = (4.0, 2.0, 1.0, 0.5)  # by which the maps are enlarged: to strides of 4, 8, 16 and 32 pixels of patches of 16
+OF_PATCH_8 = (2.0, 1.0, 0.5, 0.25)  # the same strides
+HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # of convolutions, as mmsegmentation has them
+DOUBLING = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform", in_axis=0, out_axis=3)  # torch's default
+
+
+class Norm(nn.Module):
+    """Normalises maps [B, h, w, C] and scales and shifts their channels, in `dtype`; float32 inside.
+
+    'batch': over all cells of all images of the global batch in training, whose means and variances the collection
+    MOMENTS follows, and by these otherwise. 'layer': over the channels of a cell.
+    """
+
+    kind: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, weight: jax.Array | None) -> jax.Array:
+        """Args: weight: float32 [B], 0 for images that do not count, in training; None: otherwise."""
+        if self.kind == "layer":
+            return LayerNorm(self.dtype, name="layer")(x)
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        running = {name: self.variable(MOMENTS, name, lambda value=value: value)
+                   for name, value in batch_norm.start(channels).items()}
+        before = {name: variable.value for name, variable in running.items()}
+        if weight is None or self.is_initializing():
+            normal = batch_norm.apply(x.astype(jnp.float32), before, EPS)
+            return (normal * scale + bias).astype(self.dtype)
+
+        @jax.checkpoint  # of the maps, what is kept is in their own dtype
+        def of_batch(x: jax.Array, weight: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, Any]:
+            normal, moments = batch_norm.train(x.astype(jnp.float32), weight, before, EPS)
+            return (normal * scale + bias).astype(self.dtype), moments
+
+        out, moments = of_batch(x, weight, scale, bias)
+        for name, variable in running.items():
+            variable.value = moments[name]
+        return out
+
+
+class ConvNorm(nn.Module):
+    """A convolution without bias, `Norm` and ReLU, of maps [B, h, w, C]."""
+
+    features: int
+    side: int  # of the kernel
+    norm: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, weight: jax.Array | None) -> jax.Array:
+        square = (self.side, self.side) * (self.side > 1)
+        kernel = self.param("kernel", HE, (*square, x.shape[-1], self.features))
+        x = x.astype(self.dtype)
+        x = convolution.convolve(x, kernel) if square else linear(x, kernel, jnp.zeros(self.features, kernel.dtype))
+        return jax.nn.relu(Norm(self.norm, self.dtype, name="norm")(x, weight))
+
+
+def doubled(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """Returns the transposed convolution of stride 2 of x [B, h, w, C] with kernel [C, 2, 2, F]: [B, 2 h, 2 w, F].
+
+    Its windows do not overlap, so it is a dense layer to four cells each:
+    out[2 i + a, 2 j + b] = x[i, j] · kernel[:, a, b] + bias [F].
+    """
+    return convolution.depth_to_space(linear(x, kernel, jnp.broadcast_to(bias, kernel.shape[1:])))
+
+
+def greatest(x: jax.Array, side: int) -> jax.Array:
+    """Returns the maxima of x [B, h, w, C] over whole squares of `side` cells: [B, h // side, w // side, C].
+
+    Not as a reduction, whose gradient divides by how many values equal the greatest: where XLA computes x once more,
+    and rounds otherwise, none does.
+    """
+    window = (1, side, side, 1)
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, window, "VALID")
+
+
+class Double(nn.Module):
+    """A transposed convolution of stride 2: maps [B, h, w, C] become [B, 2 h, 2 w, F]."""
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", DOUBLING, (x.shape[-1], 2, 2, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return doubled(x.astype(self.dtype), kernel, bias)
+
+
+class Rescale(nn.Module):
+    """Enlarges maps [B, h, w, D] by 4 or 2, or shrinks them by 2 or 4; 1 leaves them as they are."""
+
+    factor: float
+    norm: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, weight: jax.Array | None) -> jax.Array:
+        if self.factor < 1:
+            return greatest(x, round(1 / self.factor))
+        if self.factor > 1:
+            x = Double(x.shape[-1], self.dtype, name="double")(x)
+        if self.factor > 2:
+            x = gelu(Norm(self.norm, self.dtype, name="norm")(x, weight))
+            x = Double(x.shape[-1], self.dtype, name="double_again")(x)
+        return x
+
+
+class Classes(nn.Module):
+    """Float32 logits [B, h, w, C] of maps [B, h, w, F], of which whole channels may be dropped."""
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, kept: jax.Array | None) -> jax.Array:
+        """Args: kept: float32 [B, F], by which channels are multiplied."""
+        if kept is not None:
+            x = x * kept[:, None, None].astype(x.dtype)
+        return Head(self.classes, HEAD_STD, name="classifier")(x.astype(jnp.float32))
+
+
+class UperNet(nn.Module):
+    """Logits of four maps of a ViT: pyramid pooling of the last, a feature pyramid of all, and an auxiliary head.
+
+    As mmsegmentation has it for MAE and BEiT (UPerHead, FCNHead), where transposed convolutions rescale the maps.
+    """
+
+    classes: int
+    width: int  # of the pyramid
+    aux_width: int  # of the auxiliary head
+    norm: str = "batch"  # or layer
+    dtype: Any = jnp.float32
+    factors: Sequence[float] = FACTORS
+
+    def conv(self, name: str, side: int, features: int = 0) -> ConvNorm:
+        return ConvNorm(features or self.width, side, self.norm, self.dtype, name=name)
+
+    @nn.compact
+    def __call__(self, maps: Sequence[jax.Array], weight: jax.Array | None = None,
+                 kept: tuple[jax.Array | None, jax.Array | None] = (None, None)) -> tuple[jax.Array, jax.Array]:
+        """Classifies the cells of the largest map.
+
+        Args:
+          maps: four of [B, h, w, D], of early to late blocks.
+          weight: float32 [B], in training: 0 for images that do not count; None: otherwise.
+          kept: by what the channels of the pyramid [B, width] and of the auxiliary head [B, aux_width] are multiplied.
+
+        Returns:
+          float32 [B, 4 h, 4 w, C], of the first of the factors, and of the auxiliary head [B, h, w, C], of the third.
+        """
+        levels = [Rescale(factor, self.norm, self.dtype, name=f"rescale_{n}")(x.astype(self.dtype), weight)
+                  for n, (x, factor) in enumerate(zip(maps, self.factors, strict=True))]
+        sides = [level.shape[1:3] for level in levels]
+        tops = [self.conv(f"lateral_{n}", 1)(level, weight) for n, level in enumerate(levels[:-1])]
+        tops.append(self.pooled(levels[-1], weight))
+        for n in range(len(tops) - 1, 0, -1):
+            tops[n - 1] = tops[n - 1] + resampling.resize(tops[n], sides[n - 1])
+        tops[:-1] = [self.conv(f"pyramid_{n}", 3)(top, weight) for n, top in enumerate(tops[:-1])]
+        joined = jnp.concatenate([resampling.resize(top, sides[0]) for top in tops], -1)
+        fused = self.conv("fuse", 3)(joined, weight)
+        aux = self.conv("aux", 3, self.aux_width)(levels[2], weight)
+        return (Classes(self.classes, name="main_classes")(fused, kept[0]),
+                Classes(self.classes, name="aux_classes")(aux, kept[1]))
+
+    def pooled(self, x: jax.Array, weight: jax.Array | None) -> jax.Array:
+        """Returns maps [B, h, w, width] of x [B, h, w, D] and of its means over squares of four sizes."""
+        parts = [x]
+        for n, cells in enumerate(POOLED):
+            mean = self.conv(f"pool_{n}", 1)(resampling.pool(x, (cells, cells)), weight)
+            parts.append(resampling.resize(mean, x.shape[1:3]))
+        return self.conv("pool", 3)(jnp.concatenate(parts, -1), weight)
+
+
+def conv_flops(cells: int, side: int, inputs: int, features: int) -> int:
+    """Returns the FLOPs of a convolution, 2 per multiply-add, zeros around the maps included."""
+    return 2 * cells * side**2 * inputs * features
+
+
+def flops(grid: tuple[int, int], depth_width: int, net: UperNet) -> int:
+    """Returns the forward FLOPs of one image: maps [h, w] of `grid`, of the width of the encoder."""
+    cells = [int(grid[0] * factor) * int(grid[1] * factor) for factor in net.factors]
+    total, width = 0, net.width
+    for factor in net.factors:
+        area, size = grid[0] * grid[1], factor
+        while size > 1:
+            total += conv_flops(area, 2, depth_width, depth_width)
+            area, size = area * 4, size / 2
+    total += sum(conv_flops(area, 1, depth_width, width) + conv_flops(area, 3, width, width) for area in cells[:-1])
+    total += sum(conv_flops(side**2, 1, depth_width, width) for side in POOLED)
+    total += conv_flops(cells[-1], 3, depth_width + len(POOLED) * width, width)
+    total += conv_flops(cells[0], 3, len(cells) * width, width) + conv_flops(cells[0], 1, width, net.classes)
+    return total + conv_flops(cells[2], 3, depth_width, net.aux_width) + conv_flops(cells[2], 1, net.aux_width,
+                                                                                      net.classes)
