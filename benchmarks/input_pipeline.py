@@ -11,6 +11,7 @@ processor time, which neighbours on the machine disturb less. With --arms, neith
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -173,7 +174,9 @@ def summarize(rounds: list[dict[tuple[str, int], dict[str, float]]], load: float
             "times_torchvision": ratio((arm, workers), ("torchvision", workers)),
         }
     names = ["pillow", "numpy", *(["torch", "torchvision"] if "torchvision" in arms else [])]
-    names += ["tensorflow"] if any("graph" in arm or "fast" in arm for arm in arms) else []
+    tensorflow = "tensorflow" if importlib.util.find_spec("tensorflow") else ""
+    names += [each for each in metadata.packages_distributions().get(tensorflow, []) if each.startswith("tensorflow")
+              ][:1] if any("graph" in arm or "fast" in arm for arm in arms) else []
     return {"arms": arms, "rounds": len(rounds), "cores": os.cpu_count(), "load_average_before": round(load, 1),
             "jpeg_bytes": round(size), "processor": platform.processor() or platform.machine(),
             "versions": {name: metadata.version(name) for name in names}}

@@ -6,12 +6,17 @@
 Compiles the attention of a block with its products, forward and backward pass in one program, and prints for each way
 the sum of the compiler's estimated cycles, its seconds, and the --kinds kinds of operation that take the most cycles.
 A way is how often scores are taken, then how many heads lie side by side, or that they stay in place, then 'inner'
-where the backward pass sums each head's products by a product; or it is 'plain'. With --block, the layer norms and the
-perceptron of a block are there too.
+where the backward pass sums each head's products by a product; or it is 'plain', or 'kernel', our own, which the
+compiler's cycles leave out: theirs are what the compiler has scheduled for one program, bundles of instructions of a
+cycle each, times the programs. With --block, the layer norms and the perceptron of a block are there too.
 Needs libtpu, no TPU; half a minute per way.
 """
 
+import math
 import os
+import re
+import tempfile
+from pathlib import Path
 from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs, and a TPU of this machine stays free
@@ -28,7 +33,7 @@ from mae_jax.commands import cli
 from mae_jax.commands.plan import tpu, tpu_text
 from mae_jax.commands.plan.collectives import withheld_seconds
 from mae_jax.models.blocks import Attention, Block
-from mae_jax.ops import attention, attention_tpu
+from mae_jax.ops import attention, attention_tpu, attention_tpu_kernel
 from mae_jax.runtime.sharding import AXES
 
 TOPOLOGY = flags.DEFINE_string("topology", "v5e:1x1", "a TPU slice, of which one device counts")
@@ -71,7 +76,23 @@ def compiled(device: jax.Device) -> jax.stages.Compiled:
         return jax.jit(passes).lower(jax.tree.map(placed, params), x, x).compile()
 
 
+def kernel_cycles(schedules: Path) -> int:
+    """Returns the cycles of the kernels' schedules, 0 where there is none; removes what was written of them."""
+    total, programs = 0, attention_tpu_kernel.grid(IMAGES.value, TOKENS.value, WIDTH.value)
+    for file in schedules.iterdir():
+        if re.search(r"-attention(_gradient)?\.\d+-\d+-schedule-analysis_packed-bundles-post-ra", file.name):
+            total += int(re.search(r"total scheduled bundles: *(\d+)", file.read_text())[1]) * math.prod(programs)
+        file.unlink()
+    return total
+
+
 def main() -> int:
+    with tempfile.TemporaryDirectory(prefix="tpu_attention_") as schedules:
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={schedules} --xla_jf_dump_llo_text=true"  # read with libtpu
+        return compare(Path(schedules))
+
+
+def compare(schedules: Path) -> int:
     device = tpu.devices(TOPOLOGY.value)[0]
     for way in WAYS.value:
         own = implementation(way, WIDTH.value // HEADS.value)
@@ -79,7 +100,8 @@ def main() -> int:
             program = compiled(device)
         text, kinds = program.as_text(), tpu_text.cycles(program.as_text())
         seconds = program.cost_analysis()["optimal_seconds"] + withheld_seconds(text)
-        print(f"{way}: {sum(kinds.values()) / 1e6:.2f} Mcycles, {seconds * 1e3:.2f} ms", flush=True)
+        print(f"{way}: {sum(kinds.values()) / 1e6:.2f} Mcycles, {seconds * 1e3:.2f} ms; "
+              f"kernels {kernel_cycles(schedules) / 1e6:.2f} Mcycles more", flush=True)
         for kind, number in list(kinds.items())[: KINDS.value]:
             print(f"{number / 1e6:9.3f}  {'backward' if kind.backward else 'forward':8}  {kind.operation}", flush=True)
     return errors.FINISHED

@@ -46,19 +46,24 @@ def _on_each_device(kernel: Any, depth: int, results: int, products: int, name: 
     """Returns what a kernel makes of arrays [B, T, D]: `results` such arrays, by so many products for each head."""
     def local(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         images, tokens, width = arrays[0].shape
-        some = max(n for n in range(1, max(1, TOKENS // tokens) + 1) if images % n == 0)
-        block = pl.BlockSpec((some, tokens, LANES), lambda image, group: (image, 0, group))
+        programs = grid(images, tokens, width)
+        block = pl.BlockSpec((images // programs[0], tokens, LANES), lambda image, group: (image, 0, group))
         scores = images * width // depth * tokens**2
         cost = pl.CostEstimate(  # multiplications by zero counted, as XLA counts them where it multiplies so
             flops=2 * LANES * products * scores, transcendentals=scores,
             bytes_accessed=(len(arrays) + results) * arrays[0].size * arrays[0].dtype.itemsize)
         shape = jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype)
         call = _call(partial(kernel, depth), [shape] * results, name=name, cost_estimate=cost,
-                     grid=(images // some, width // LANES), in_specs=[block] * len(arrays),
-                     out_specs=[block] * results)
+                     grid=programs, in_specs=[block] * len(arrays), out_specs=[block] * results)
         return tuple(call(*arrays))
 
     return partitioning.on_each_device(local, (SPEC,) * len(given), (SPEC,) * results)(*given)
+
+
+def grid(images: int, tokens: int, width: int) -> tuple[int, int]:
+    """Returns how many programs share the images, and how many the lanes, of arrays [B, T, D]."""
+    some = max(n for n in range(1, max(1, TOKENS // tokens) + 1) if images % n == 0)
+    return images // some, width // LANES
 
 
 def _call(kernel: Any, results: Any, **how: Any) -> Any:

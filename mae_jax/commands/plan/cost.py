@@ -31,8 +31,8 @@ from mae_jax.training import throughput
 from mae_jax.training.train_step import TrainStep, build
 
 PACKAGE = Path(__file__).parents[2]
-# Images per second that one core makes, by data.resize and the size to which it crops JPEGs of 500 x 375
-# (docs/performance.md, benchmarks/input_pipeline.py). Of other sizes nothing was measured.
+# Images per second that one core makes, by data.resize and the size to which it crops JPEGs of 500 x 375, on the
+# faster of two processors that were tried (docs/performance.md). Of other sizes nothing was measured.
 IMAGES_PER_CORE = {("exact", (224, 224)): 517, ("fast", (224, 224)): 763}
 TIMES = ("compiler_seconds", "memory_seconds", "product_seconds", "memory_rate", "product_rate", "assumed",
          "communication_seconds", "estimated_step_seconds")  # of a page; those that its kind of device has

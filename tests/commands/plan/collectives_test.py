@@ -137,7 +137,8 @@ def test_loops_and_custom_calls_are_named_because_the_compiler_does_not_price_th
     text = """  %w = (s32[], f32[8]) while(%t), condition=%c, body=%b
   %a = f32[8] custom-call(), custom_call_target="AllocateBuffer"
   %c = f32[8] custom-call(%p, %q), custom_call_target="ConcatBitcast"
-  %k = f32[8] custom-call(%a), custom_call_target="tpu_custom_call" """
+  %k = f32[8] custom-call(%a), custom_call_target="tpu_custom_call"
+  %m = f32[8] custom-call(%a), custom_call_target="priced", backend_config={"cost_estimate":{"flops":"8"}} """
     assert collectives.unpriced(text) == ["custom call tpu_custom_call", "while"]
     assert collectives.withheld_seconds(text) == 1
 
