@@ -184,7 +184,8 @@ def test_channels_are_dropped_by_the_address_of_the_image_and_scaled_up():
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 def test_upernet_learns_what_the_color_tells_and_follows_the_moments_of_its_batches(norm):
     config = tiny_segment({**UPERNET, "method.norm": norm, "optim.lr": 0.3, "optim.schedule": "poly",
-                           "train.duration": "60 steps", "model.positions": "learned"})
+                           "train.duration": "60 steps", "model.positions": "learned", "method.dropout": 0.0,
+                           "method.head_width": 32, "method.aux_width": 16})
     batch = tiny_segment_batch(config)
     bright = batch["patches"].mean(-1, keepdims=True) > 128
     batch["pixel_label"] = np.broadcast_to(bright, (8, 16, 16)).astype(np.uint8)
@@ -196,7 +197,7 @@ def test_upernet_learns_what_the_color_tells_and_follows_the_moments_of_its_batc
         state, metrics = step(state, batch)
         losses.append(float(metrics["main_loss"][0] / metrics["main_loss"][1]))
     assert losses[0] > 1
-    assert losses[-1] < 0.45  # knowing how many of each class there are gives ln 2 = 0.69
+    assert losses[-1] < 0.35  # knowing how many of each class there are gives ln 2 = 0.69
     after = flatten(state.extras)
     assert bool(before) == (norm == "batch")
     assert all(np.abs(after[name] - value).max() > 1e-3 for name, value in before.items())
