@@ -157,7 +157,8 @@ def test_what_upernet_reads_learns_and_nothing_else(fields, still):
     watched = {"encoder/norm/scale", "encoder/patch_embed/kernel", "encoder/block_00/attn/qkv/kernel",
                "encoder/block_01/attn/qkv/kernel"}
     assert watched - moved == still
-    assert moved == {name for name in grads if method.is_trainable(name)}
+    before_norm = {"upernet/rescale_0/double/bias"}  # whose gradient is 0, but for rounding
+    assert moved | before_norm == {name for name in grads if method.is_trainable(name)}
     tables = {name for name in moved if name.endswith("relative_position_bias")}
     assert tables == {f"encoder/block_{n:02d}/attn/relative_position_bias" for n in range(2)
                       if f"encoder/block_{n:02d}/attn/qkv/kernel" not in still}
@@ -183,10 +184,11 @@ def test_channels_are_dropped_by_the_address_of_the_image_and_scaled_up():
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 def test_upernet_learns_what_the_color_tells_and_follows_the_moments_of_its_batches(norm):
     config = tiny_segment({**UPERNET, "method.norm": norm, "optim.lr": 0.3, "optim.schedule": "poly",
-                           "train.duration": "60 steps", "model.positions": "learned"})
+                           "train.duration": "60 steps", "model.positions": "learned", "method.dropout": 0.0,
+                           "method.head_width": 32, "method.aux_width": 16})
     batch = tiny_segment_batch(config)
-    bright = batch["patches"].reshape(8, 16, 16, 3).mean(-1) > 128
-    batch["pixel_label"] = bright.astype(np.uint8)
+    bright = batch["patches"].mean(-1, keepdims=True) > 128
+    batch["pixel_label"] = np.broadcast_to(bright, (8, 16, 16)).astype(np.uint8)
     method = tiny_method(config)
     params, extras = jax.jit(method.init)(jax.random.key(0), batch)
     step, state, losses = tiny_step(config), tiny_state(config, extras)._replace(params=params), []
@@ -194,7 +196,8 @@ def test_upernet_learns_what_the_color_tells_and_follows_the_moments_of_its_batc
     for _ in range(60):
         state, metrics = step(state, batch)
         losses.append(float(metrics["main_loss"][0] / metrics["main_loss"][1]))
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[0] > 1
+    assert losses[-1] < 0.35  # knowing how many of each class there are gives ln 2 = 0.69
     after = flatten(state.extras)
     assert bool(before) == (norm == "batch")
     assert all(np.abs(after[name] - value).max() > 1e-3 for name, value in before.items())
