@@ -132,7 +132,7 @@ def _without_other_head(loaded: dict[str, Any], theirs: ConfigDict | None, confi
 
 def _without_other_classes(loaded: dict[str, Any], config: ConfigDict, params: Any,
                            classes: Sequence[str]) -> dict[str, Any]:
-    """Leaves out what a dense head has for each class where its classes are other ones; the report names it."""
+    """Leaves out a detector's parameters of each class where those are other ones than ours; the report names them."""
     pattern = methods.get(config.method.name).class_parameters
     there, here = (param_tree.flatten(tree) for tree in (loaded, params))
     own = [name for name in there.keys() & here.keys() if pattern and re.fullmatch(pattern, name)]
