@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mae_jax import methods, plugins
+from mae_jax.data.sources.base import Example, Source
 from mae_jax.errors import UserError
 from mae_jax.evals import evaluator as evaluators
 from mae_jax.evals.base import Evaluation, When
@@ -73,8 +74,13 @@ def test_the_names_that_an_evaluation_tells_are_those_of_its_figures(case):
 def test_every_evaluation_has_a_name_of_its_own_and_a_case_above():
     assert len({each.name for each in EVALUATIONS}) == len(EVALUATIONS)
     assert {each.when for each in EVALUATIONS} == set(get_args(When))
-    applying = {each for name, fields in CASES.values() for each in EVALUATIONS
-                if each.applies(tiny_method(tiny_config(fields, name)), SimpleNamespace(classes=("a", "b"), parts={}))}
+    own_size = "segment", {"method.test": "slide"}  # of images, not of batches: tests/evals/own_size_test.py
+    applying = set()
+    for name, fields in [*CASES.values(), own_size]:
+        config = tiny_config(fields, name)
+        one = Source(1, lambda number: Example(b""), str)
+        data = SimpleNamespace(classes=("a", "b"), parts={config.data.eval_split: one, config.data.val_split: one})
+        applying |= {each for each in EVALUATIONS if each.applies(tiny_method(config), data)}
     assert applying == set(EVALUATIONS)
 
 

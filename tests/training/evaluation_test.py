@@ -54,7 +54,7 @@ def test_the_end_reports_last_averaged_and_best_weights_and_other_crops(evaluate
 
 def test_what_was_best_by_k_nn_is_printed_and_figures_of_single_experts_are_only_recorded(capsys):
     periodic, recorded = PeriodicEvaluation.__new__(PeriodicEvaluation), []
-    periodic.part, periodic.evaluator = "val", SimpleNamespace(images=lambda *_: [])
+    periodic.part, periodic.evaluator = "val", SimpleNamespace(images=lambda *_: [], files=lambda *_: [])
     periodic.recorder = SimpleNamespace(write_scalars=lambda step, values: recorded.extend(values))
     figures = {"eval/best/knn/top1": 0.5, "eval/purity/block_01": 0.25, "eval/share/block_03/7": 0.125}
     periodic.write(None, 4, figures, time.monotonic())
