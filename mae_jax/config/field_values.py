@@ -86,6 +86,9 @@ def check_ranges(values: dict[str, Any]) -> None:
     ratios = values["eval.crop_ratio"]
     if values["data.crop_scale"][1] > 1 or not ratios or not all(0 < ratio <= 1 for ratio in ratios):
         raise UserError("data.crop_scale and eval.crop_ratio are shares of a picture: above 0, at most 1")
+    if values["optim.milestones"] and (values["optim.schedule"] != "cosine" or values["optim.min_lr"]):
+        raise UserError("optim.milestones are a schedule of their own: leave optim.schedule and optim.min_lr as they "
+                        "are, or set optim.milestones=()")
     if values["optim.layer_decay"] > 1:
         raise UserError(f"optim.layer_decay={values['optim.layer_decay']}; it must be at most 1")
     for key in BELOW_ONE:

@@ -10,6 +10,7 @@ import numpy as np
 FIRST = 48  # letter of the value 0
 BITS, MORE = 5, 0x20
 MOST_PIECES = 7  # of a length; more than 31 bits need no image
+MOST_PIXELS = 2**28  # of an image that runs are of (our choice)
 
 
 def runs(counts: str | bytes | list[int], size: tuple[int, int]) -> np.ndarray:
@@ -27,6 +28,10 @@ def runs(counts: str | bytes | list[int], size: tuple[int, int]) -> np.ndarray:
         found = _read(counts.encode("ascii", "replace") if isinstance(counts, str) else counts)
     if len(found) and found.min() < 0:
         raise ValueError("a run is shorter than 0")
+    if size[0] * size[1] >= MOST_PIXELS:
+        raise ValueError(f"it is of an image of {size[0]} x {size[1]} pixels")
+    if len(found) and found.max() > size[0] * size[1]:
+        raise ValueError("a run is longer than its image")
     if found.sum() != size[0] * size[1]:
         raise ValueError(f"its runs have {found.sum()} pixels, the image {size[0] * size[1]}")
     return found

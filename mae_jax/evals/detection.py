@@ -33,7 +33,9 @@ class Detection(Evaluation):
         return method.task == "detection"
 
     def metric_names(self, method: Method, data: Any) -> list[str]:
-        found = [each for part in data.parts.values() if (each := _annotations(part))]
+        config = method.config.data
+        parts = [data.parts.get(split) for split in (config.val_split, config.eval_split) if split]
+        found = [each for part in parts if part is not None and (each := _annotations(part))]
         return _names(all(each.masks for each in found)) if found else []
 
     def scalars(self, ctx: Context) -> dict[str, float]:

@@ -27,9 +27,8 @@ def panel(image: np.ndarray, found: Found, classes: Sequence[str], size: tuple[i
       classes: their names.
       size: height, width.
     """
-    times = max(1, -(-LEAST // min(image.shape[:2])))
-    shrink = min(1.0, MOST / max(image.shape[:2]))
-    shape = tuple(max(1, round(side * times * shrink)) for side in image.shape[:2])
+    times = min(max(1, -(-LEAST // min(image.shape[:2]))), MOST / max(image.shape[:2]))
+    shape = tuple(max(1, round(side * times)) for side in image.shape[:2])
     pixels = np.asarray(Image.fromarray(image).resize(shape[::-1], Image.Resampling.NEAREST if times > 1 else
                                                       Image.Resampling.BILINEAR)).astype(np.float32)
     shown = [k for k in range(len(found.label)) if found.score is None or found.score[k] >= SHOWN]
@@ -69,6 +68,7 @@ def with_objects(images: np.ndarray, batch: Mapping[str, np.ndarray]) -> np.ndar
         pixels = image.astype(np.float32)
         for k in np.flatnonzero(batch["box_valid"][i]):
             x1, y1, x2, y2 = np.rint(batch["box"][i, k]).astype(int).tolist()
+            x1, y1 = min(x1, pixels.shape[1] - 1), min(y1, pixels.shape[0] - 1)  # of a sliver at the edge
             x2, y2, hue = max(x2, x1 + 1), max(y2, y1 + 1), np.array(color(int(batch["box_class"][i, k])), np.float32)
             cells = np.asarray(unpack(batch["box_mask"][i, k]))
             rows, columns = ((np.arange(side) + 0.5) * MASK_SIDE / side for side in (y2 - y1, x2 - x1))

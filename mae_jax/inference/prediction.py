@@ -111,7 +111,10 @@ def predictions(encoder: Encoder, part: Part, score: Score, top: int = 5) -> Ite
       top: classes of each image, at most.
     """
     check(encoder)
-    if encoder.method.test != "none" and isinstance(part.source, Source):
+    if encoder.method.test != "none" and not isinstance(part.source, Source):
+        raise UserError(f"method.test={encoder.method.test!r} asks for images by their numbers, which a stream of "
+                        "records has not; name a folder or a pattern (images)")
+    if encoder.method.test != "none":
         yield from _of_own_size(encoder, part, score)
         return
     function = _function(encoder)

@@ -144,6 +144,8 @@ def _refuses(config: ConfigDict) -> str:
         return "is no detector, and Detectron2's names are those of one; export it with --layout=timm"
     if m.pyramid != "simple" or m.norm != "layer" or m.class_token or tuple(m.scales) != (4.0, 2.0, 1.0, 0.5):
         return "is no ViTDet: Detectron2's names are those of method.pyramid=simple with four scales and layer norm"
+    if config.model.positions != "learned":
+        return "has no table of positions, which Detectron2's names hold: it takes model.positions=learned"
     return ""
 
 

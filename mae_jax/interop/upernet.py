@@ -107,11 +107,18 @@ def from_hf(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         else:
             leaf = _leaf(name)
             params[leaf] = _ours(leaf, array)
+    parts_of = ("query", "key", "value")
     for name, fused in parts.items():
+        for each in parts_of:
+            for leaf in ("weight", "bias"):
+                if f"{each}.{leaf}" not in fused and (each, leaf) != ("key", "bias"):
+                    raise UserError(f"an UperNet on BEiT's or MAE's backbone has {ATTENTION}{each}.{leaf} in each "
+                                    f"block; {name.rsplit('/', 2)[0]} has none")
         fused.setdefault("key.bias", np.zeros_like(fused["query.bias"]))
-        parts_of = ("query", "key", "value")
         params[f"{name}/kernel"] = np.concatenate([fused[f"{part}.weight"].T for part in parts_of], 1)
         params[f"{name}/bias"] = np.concatenate([fused[f"{part}.bias"] for part in parts_of])
+    if "encoder/cls_token" not in params:
+        raise UserError("an UperNet on BEiT's or MAE's backbone has backbone.embeddings.cls_token; it is missing")
     if "positions" in params:
         table = params.pop("positions")[0]
         params["encoder/cls_token"] = params["encoder/cls_token"] + table[:1]

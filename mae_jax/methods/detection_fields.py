@@ -36,15 +36,20 @@ def check(config: ConfigDict) -> None:
     for key in ("anchor_overlaps", "candidates", "proposals"):
         if len(m[key]) != 2:
             refuse(key, "two numbers")
+    for count, share in (("anchor_samples", "anchor_positives"), ("regions", "region_positives")):
+        if int(m[count] * m[share]) < 1:
+            refuse(share, f"a share of method.{count}={m[count]} that is one of them at least")
     for key in ("global_blocks", "map_blocks"):
         if list(m[key]) != sorted({block for block in m[key] if 0 <= block < depth}):
             refuse(key, f"some of the blocks 0 to {depth - 1}, ascending")
-    if list(m.scales) != [scale for scale in SCALES if scale in m.scales]:
+    if not set(m.scales) <= set(SCALES) or any(a != 2 * b for a, b in itertools.pairwise(m.scales)):
         refuse("scales", f"some of {SCALES}, in this order and each half of the one before")
     if not 0 <= len(m.anchor_sizes) - len(m.scales) <= 1:
         refuse("anchor_sizes", f"{len(m.scales)} sizes, one for each of method.scales, or one more")
     if m.pyramid == "blocks" and len(m.map_blocks) != len(m.scales):
         refuse("map_blocks", f"{len(m.scales)} blocks, one for each of method.scales")
+    if m.pyramid == "blocks" and m.map_blocks[-1] != depth - 1:
+        refuse("map_blocks", f"the last block, {depth - 1}, among them: blocks behind it would learn nothing")
     if len(m.stage_overlaps) not in (1, 3) or len(m.stage_weights) != len(m.stage_overlaps):
         refuse("stage_overlaps", "one stage, or the three of a cascade, and as many method.stage_weights")
     if m.class_token and (m.window or m.relative_positions):

@@ -5,6 +5,7 @@ numbers, little end first, in rows, as many as its shape says.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -49,9 +50,27 @@ class Array:
             raise ValueError("an array is not described as NumPy does it")
         dtype = self.dtype.known()
         size = math.prod(self.shape) * dtype.itemsize
-        if not isinstance(self.content, bytes | bytearray) or len(self.content) != size:
+        content = self.content
+        if isinstance(content, Encoded) and isinstance(content.text, str) and len(content.text) == size:
+            content = content.text.encode("latin1")  # of as many letters; others raise ValueError
+        if not isinstance(content, bytes | bytearray) or len(content) != size:
             raise ValueError(f"an array of {list(self.shape)} has not as many numbers")
-        return np.frombuffer(bytes(self.content), dtype).reshape(self.shape, order="F" if self.by_columns else "C")
+        return np.frombuffer(bytes(content), dtype).reshape(self.shape, order="F" if self.by_columns else "C")
+
+
+class Call:
+    """A function that a pickle may call, and not change: BUILD would set attributes of the function itself."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("it changes what it may only call")
 
 
 def reconstruct(*args: Any) -> Array:
@@ -64,17 +83,28 @@ def from_buffer(content: Any = b"", dtype: Any = None, shape: Any = (), order: A
     return Array(content, dtype, shape, order)
 
 
-def encode(text: Any = "", *codec: Any) -> bytes:
-    """Stands for `_codecs.encode`, by which protocol 2 writes bytes: of Latin-1 alone."""
-    return text.encode("latin1") if isinstance(text, str) else b""
+class Encoded:
+    """Stands for what `_codecs.encode` gives, by which protocol 2 writes bytes: Latin-1, made when it is read.
+
+    A pickle may encode one long text many times over.
+    """
+
+    def __init__(self, text: Any = "", *codec: Any):
+        self.text = text
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("it changes bytes")
 
 
 class Kind:
     """Stands for `numpy.ndarray`, which is only named."""
 
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("it changes a kind of arrays")
+
 
 KNOWN: dict[str, Any] = {
-    **{f"numpy.{core}.multiarray._reconstruct": reconstruct for core in ("core", "_core")},
-    **{f"numpy.{core}.numeric._frombuffer": from_buffer for core in ("core", "_core")},
-    "numpy.ndarray": Kind, "numpy.dtype": Dtype, "_codecs.encode": encode,
+    **{f"numpy.{core}.multiarray._reconstruct": Call(reconstruct) for core in ("core", "_core")},
+    **{f"numpy.{core}.numeric._frombuffer": Call(from_buffer) for core in ("core", "_core")},
+    "numpy.ndarray": Kind, "numpy.dtype": Dtype, "_codecs.encode": Call(Encoded),
 }

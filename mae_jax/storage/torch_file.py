@@ -49,6 +49,18 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
 
 
+class _Dtype:
+    """A dtype that a pickle names. NumPy's own would be at its mercy: one object serves the whole process."""
+
+    __slots__ = ("known",)
+
+    def __init__(self, known: Any):
+        self.known = np.dtype(known)
+
+    def __setstate__(self, state: Any) -> None:
+        raise _Refused("it changes a dtype")
+
+
 class _Storage(NamedTuple):
     """Numbers in the file, of which tensors are views."""
 
@@ -247,9 +259,9 @@ class _Reader(pickle.Unpickler):
         if full in KNOWN:
             return KNOWN[full]
         if module in ("torch", "torch.storage") and name in STORAGES:
-            return np.dtype(STORAGES[name])
+            return _Dtype(STORAGES[name])
         if module == "torch" and name in DTYPES:
-            return np.dtype(DTYPES[name])
+            return _Dtype(DTYPES[name])
         if any(full == each or (each.endswith(".") and full.startswith(each)) for each in NEEDLESS) and not any(
                 full.startswith(each) for each in NOT_NEEDLESS):
             return _Needless
@@ -260,11 +272,11 @@ class _Reader(pickle.Unpickler):
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
             raise _Refused("it names its tensors as torch.save does not")
         _, dtype, key, _, size = pid[:5]
-        if not (isinstance(dtype, np.dtype) and isinstance(key, str) and _is_size(size)):
+        if not (isinstance(dtype, _Dtype) and isinstance(key, str) and _is_size(size)):
             raise _Refused("it describes its tensors as torch.save does not")
         if len(pid) == 6 and pid[5] is not None:
             raise _Refused("its tensors are views of each other, as PyTorch before 0.4 wrote them; save it anew")
-        return self._storage(key, dtype, size)
+        return self._storage(key, dtype.known, size)
 
 
 def _is_size(value: Any) -> bool:
@@ -273,7 +285,7 @@ def _is_size(value: Any) -> bool:
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *further: Any) -> Tensor:
     """Returns a view of a storage, as torch's _rebuild_tensor_v2 and v3 (whose 6th argument is the dtype) do."""
-    dtype = next((each for each in further if isinstance(each, np.dtype)), None)
+    dtype = next((each.known for each in further if isinstance(each, _Dtype)), None)
     plain = isinstance(storage, _Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)
     if not plain or len(shape) != len(strides) or not all(map(_is_size, (offset, *shape, *strides))):
         raise _Refused("it describes a tensor as torch.save does not")
@@ -302,8 +314,8 @@ ARRAYS = (Tensor, pickled_arrays.Array)
 KNOWN: dict[str, Any] = {
     **pickled_arrays.KNOWN,
     "collections.OrderedDict": _Ordered,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch.nn.parameter.Parameter": _parameter,
+    "torch._utils._rebuild_tensor_v2": pickled_arrays.Call(_tensor),
+    "torch._utils._rebuild_tensor_v3": pickled_arrays.Call(_tensor),
+    "torch._utils._rebuild_parameter": pickled_arrays.Call(_parameter),
+    "torch.nn.parameter.Parameter": pickled_arrays.Call(_parameter),
 }

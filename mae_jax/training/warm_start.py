@@ -19,7 +19,7 @@ from mae_jax.interop import layouts
 from mae_jax.interop.timm import folded
 from mae_jax.models.layers import sincos_positions
 from mae_jax.models.upcycling import upcycle
-from mae_jax.ops import pos_embed
+from mae_jax.ops import pos_embed, windows
 from mae_jax.ops.patches import PatchGrid
 from mae_jax.storage import paths
 from mae_jax.storage.checkpoint import load_params
@@ -59,7 +59,8 @@ def load(config: ConfigDict, params: Any, classes: Sequence[str] = ()) -> dict[s
     else:
         _check_described(config)
     loaded = _without_other_head(_with_positions(loaded, theirs, config, params), theirs, config, params, classes)
-    loaded = upcycle(_without_other_classes(loaded, config, params, classes), params)
+    loaded = _with_relative_positions(_without_other_classes(loaded, config, params, classes), params)
+    loaded = upcycle(loaded, params)
     there, here = param_tree.flatten(loaded).keys(), param_tree.flatten(params).keys()
     allowed = {name for name in there ^ here if OPTIONAL.fullmatch(name)}
     allowed |= {name for name in here - there if ADDED.fullmatch(name)}
@@ -176,6 +177,19 @@ def _with_positions(loaded: dict[str, Any], theirs: ConfigDict | None, config: C
     table = np.asarray(encoder["pos_embed"]) if learned else sincos_positions(there, config.model.width)
     table = table if there == here else pos_embed.resize(table, there, here)
     return {**loaded, "encoder": {**encoder, "pos_embed": table}}
+
+
+def _with_relative_positions(loaded: dict[str, Any], params: Any) -> dict[str, Any]:
+    """Resizes decomposed relative positions to the grid and the windows of here, as Detectron2 does."""
+    here, there = param_tree.flatten(params), param_tree.flatten(loaded)
+    other = [name for name in there.keys() & here.keys() if re.search("/rel_pos_[hw]$", name)
+             and here[name].shape[1:] == there[name].shape[1:] and here[name].shape != there[name].shape]
+    if not other:
+        return loaded
+    logger.info("init_from: relative positions are resized, as %s from %d to %d", min(other), len(there[min(other)]),
+                len(here[min(other)]))
+    return param_tree.nest({name: windows.resized(np.asarray(leaf), len(here[name])) if name in other else leaf
+                            for name, leaf in there.items()})
 
 
 def _grid_of(table: Any, theirs: ConfigDict | None) -> tuple[int, int]:

@@ -80,7 +80,7 @@ def test_boxes_alone_have_no_figures_of_masks(root):
                     [square(1, 70, 4, 6, 14, segmentation=[])])
     evaluator, state = made(root, 0.0)
     figures = evaluator.scalars(state)
-    assert figures["eval/box_ap"] == 1
+    assert figures["eval/box_ap"] == pytest.approx(1)
     assert "eval/mask_ap" not in figures
 
 
@@ -147,3 +147,18 @@ def test_the_grid_of_the_first_batch_shows_images_with_and_without_their_objects
     assert drawn.shape[1] == plain.shape[1]
     assert drawn.shape[0] - plain.shape[0] > 90  # one more panel, as high as the canvas
     assert (drawn == object_figures.color(2)).all(-1).sum() > 50
+
+
+def test_slivers_at_the_edges_are_drawn():
+    batch = {"box": np.array([[[31.6, 4, 32, 9], [4, 31.7, 9, 32]]], np.float32),
+             "box_class": np.zeros((1, 2), np.int32), "box_valid": np.ones((1, 2), np.float32),
+             "box_mask": np.full((1, 2, 1568), 255, np.uint8)}
+    drawn = object_figures.with_objects(np.zeros((1, 32, 32, 3), np.uint8), batch)[0]
+    assert drawn[5, 31].any()
+    assert drawn[31, 5].any()
+
+
+def test_panels_of_long_images_are_bounded():
+    found = Found(np.zeros((0, 4)), np.zeros(0, np.int64))
+    for shape in ((10, 2000), (1, 10_000), (3000, 2000)):
+        assert max(object_figures.panel(np.zeros((*shape, 3), np.uint8), found, (), shape).shape) <= object_figures.MOST

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import tracemalloc
 import zipfile
 
 import ml_dtypes
@@ -171,3 +172,35 @@ def test_views_of_one_storage_read_it_once_and_do_not_keep_it(tmp_path):
     found, _ = read(tmp_path, zipped({**views, "whole": np.arange(1000, dtype=np.float32)}))
     np.testing.assert_array_equal(found["7"], np.arange(70, 80))
     assert found["7"].base is None
+
+
+@pytest.mark.parametrize("name", ["torch BFloat16Storage", "torch float32", "torch._utils _rebuild_tensor_v2",
+                                  "torch._utils _rebuild_parameter", "numpy.core.multiarray _reconstruct",
+                                  "_codecs encode", "numpy ndarray", "numpy dtype", "collections OrderedDict"])
+@pytest.mark.parametrize("state", [(3, "<", None, None, None, 1000, 1, 0), (None, {"__defaults__": ("evil",)}),
+                                   {"evil": 1}])
+def test_what_a_pickle_names_cannot_be_changed_by_it(tmp_path, name, state):
+    """BUILD gives an object a state: here what was only named, and serves the whole process."""
+    before = np.dtype(ml_dtypes.bfloat16).itemsize, np.dtype("f4").itemsize
+    kept = {id(each): dict(vars(each)) for each in torch_file.KNOWN.values() if hasattr(each, "__dict__")}
+    module, attribute = name.split()
+    state = pickle.dumps(state, protocol=2)[2:-1]
+    program = b"\x80\x02" + f"c{module}\n{attribute}\n".encode() + state + b"b."
+    with pytest.raises(UserError, match=r"weights\.pth"):
+        read(tmp_path, program)
+    assert (np.dtype(ml_dtypes.bfloat16).itemsize, np.dtype("f4").itemsize) == before
+    assert kept == {id(each): dict(vars(each)) for each in torch_file.KNOWN.values() if hasattr(each, "__dict__")}
+    assert torch_file._tensor.__defaults__ is None
+    assert torch_file.pickled_arrays.from_buffer.__defaults__ != ("evil",)
+
+
+def test_one_long_text_that_is_encoded_many_times_takes_little_memory(tmp_path):
+    text = b"X" + (10**6).to_bytes(4, "little") + b"a" * 10**6
+    program = (b"\x80\x02c_codecs\nencode\nq\x00" + b"(" + text + b"X\x06\x00\x00\x00latin1tq\x010"
+               + b"(" + b"h\x00h\x01R" * 500 + b"l.")
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"weights\.pth"):
+        read(tmp_path, program)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6

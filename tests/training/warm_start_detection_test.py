@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mae_jax.errors import UserError
-from mae_jax.ops import pos_embed
+from mae_jax.ops import pos_embed, windows
 from tests.helpers.tiny import tiny_config
 from tests.training.warm_start_test import started, written
 
@@ -75,3 +75,12 @@ def test_a_detector_of_other_classes_gives_all_but_its_classes(tmp_path):
     assert "other classes/boxes" in report
     kept, _ = started(source, detector({"init_head": "keep"}), ("a", "b", "z"))
     np.testing.assert_array_equal(kept["boxes/logits/kernel"], theirs["boxes"]["logits"]["kernel"])
+
+
+def test_relative_positions_of_another_grid_are_resized(tmp_path):
+    fields = {"data.image_size": (32, 32), "method.window": 0}
+    source, theirs = written(tmp_path, detector({"method.window": 0}))
+    ours, _ = started(source, detector(fields))
+    table = theirs["encoder"]["block_00"]["attn"]["rel_pos_h"]
+    assert len(ours["encoder/block_00/attn/rel_pos_h"]) == 2 * 8 - 1 != len(table)
+    np.testing.assert_array_equal(ours["encoder/block_00/attn/rel_pos_h"], windows.resized(table, 15))

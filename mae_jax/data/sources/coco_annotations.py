@@ -25,6 +25,7 @@ NO_OUTLINE, POLYGONS, RUNS = 0, 1, 2  # what an annotation's mask is made of
 NOTHING = np.zeros(0, np.float32)
 MAX_NAMED = 8  # annotations that a line names
 BEYOND = 1.0  # pixels that a box may reach beyond its image before that is told
+FAR = 8  # sides of its image, from whose middle on a point is taken for a mistake: COCO's routine dies of some
 CUT, BOX_ALONE = "bbox reaches beyond the image, and is cut", "no outline, for which the bbox stands in"
 SAME_ID, PART = "id of several annotations", "outline with a part that is none, which is left out"
 KEPT = (CUT, BOX_ALONE, SAME_ID, PART)  # what is told of annotations that are used all the same
@@ -226,13 +227,13 @@ class _Columns:
                 raise ValueError("no whole number as image_id and category_id")
             corners = _corners(box)
             kind, extent, pixels, size = self._mask(outline)
+            if corners is None and kind == RUNS:
+                lengths = np.array(self.runs[before[1]:], np.int64)
+                extent = tight(rle.decoded(lengths, size))
         except ValueError as error:
             del self.points[before[0]:], self.runs[before[1]:]
             self.faults.append((str(error), number, image if _whole(image) else 0))
             return
-        if corners is None and kind == RUNS:
-            lengths = np.array(self.runs[before[1]:], np.int64)
-            extent = tight(rle.decoded(lengths, size))
         corners = corners if corners is not None else extent
         if corners is None:
             self.faults.append(("neither a bbox nor an outline", number, image))
@@ -297,12 +298,15 @@ class _Columns:
         sized = (box[:, 2:] > box[:, :2]).all(1)
         inside = (cut[:, 2:] > cut[:, :2]).all(1) & (cut_extent[:, 2:] > cut_extent[:, :2]).all(1)
         meet = (np.minimum(box, extent)[:, 2:] > np.maximum(box, extent)[:, :2]).all(1)
+        reach = np.abs(extent - limits / 2).max(1, initial=0)
+        stray = (kind == POLYGONS) & (reach > FAR * limits.max(1, initial=0))
         _, at, times = np.unique(numbers, return_inverse=True, return_counts=True)
         usable = np.ones(len(numbers), bool)
         for what, bad in (
                 ("image_id of no image", ~known), ("category_id of no category", ~meant),
                 ("bbox of no width or height", ~sized), ("bbox or outline outside the image", known & ~inside),
                 ("run-length mask of another size than the image", known & (kind == RUNS) & (size != of).any(1)),
+                ("outline with a point far outside the image", known & stray),
                 ("bbox and outline that do not meet", (kind == POLYGONS) & ~meet)):
             self.faults += [(what, int(numbers[k]), self.images[k]) for k in np.flatnonzero(usable & bad)]
             usable &= ~bad

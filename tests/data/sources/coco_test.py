@@ -162,6 +162,9 @@ BROKEN = {  # what is said → an annotation
     "run-length mask of another size": square(1, 10, 5, 5, 9, segmentation={"size": [60, 40], "counts": [9, 2391]}),
     "run-length mask without size and counts": square(1, 10, 5, 5, 9, segmentation={"counts": [9, 2391]}),
     "bbox and outline that do not meet": square(1, 10, 5, 5, 9, bbox=[30, 30, 5, 5]),
+    "outline with a point far outside": square(1, 10, 5, 5, 9, segmentation=[[5, 5, 1e9, 5, 14, 14, 5, 14]]),
+    "run-length mask that does not fill": square(1, 10, 5, 5, 9, segmentation={
+        "size": list(SIZE), "counts": [2**63 - 1, 2**63 - 1, SIZE[0] * SIZE[1] + 2]}),
     "no whole number as image_id": square(1, "10", 5, 5, 9),
     "no whole number as image_id and category_id": 17,
 }
