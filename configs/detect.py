@@ -35,7 +35,7 @@ and group norm where maps are enlarged. benchmarking has decomposed positions of
 tables, windows of 16 as its public reimplementation, and for L the rates that are known of B. ibot and xcit keep the
 class token, which is not in their maps; their images lie on a canvas of 1,344 x 1,344; each stage of ibot's cascade
 trains on all regions of the one before and not on a new sample, with gradients to the maps shared among the stages;
-masks are of the first stage's regions alone (MMDetection is remembered to have a mask head for each stage); weight decay
+masks are of the first stage alone (MMDetection is remembered to have a mask head for each stage); weight decay
 of xcit and ibot is on kernels and the class token (theirs is remembered to spare norms and positions alone);
 the warm-up of both is remembered of MMDetection. vitdet_h wants weights for patches of 16 pixels: MAE's have 14.
 None of the protocols on COCO has been run.

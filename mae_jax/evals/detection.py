@@ -51,7 +51,8 @@ class Detection(Evaluation):
                         wanted)
         truth = [annotations.truth(each.id) for each in found]
         known = [detected.annotated(each.objects) for each in truth]
-        ctx.notes[self.name] = {each.id: (objects, each) for objects, each in zip(known, found, strict=True)}
+        ctx.notes[self.name] = {each.id: (objects, each, own.image_id)
+                                for objects, each, own in zip(known, found, truth, strict=True)}
         values: list[float] = []
         for masks in (False, True)[:1 + annotations.masks]:
             values += average_precision.figures(known, [each.found for each in found], masks).values()
@@ -61,18 +62,18 @@ class Detection(Evaluation):
     def files(self, ctx: Context) -> Iterator[tuple[str, str]]:
         annotations, noted = _annotations(_part(ctx)), ctx.notes.get(self.name)
         if annotations and noted:
-            found = [each for _, each in noted.values()]
-            ids = [annotations.truth(each.id).image_id for each in found]
-            yield f"detections_{ctx.part}.json", json.dumps(detected.results(found, ids, annotations.category_ids))
+            _, found, ids = zip(*noted.values(), strict=True)
+            yield f"detections_{ctx.part}.json", json.dumps(
+                detected.results(list(found), list(ids), annotations.category_ids))
 
     def images(self, ctx: Context) -> Iterator[tuple[str, np.ndarray]]:
         noted, batch = ctx.notes.get(self.name), {name: np.asarray(value) for name, value in ctx.shown.items()}
         canvases, rows = ctx.method.grid.unpatchify(batch["patches"], batch["order"]), []
         for i, number in enumerate(example_ids.whole(batch["id"]).tolist()):
             if noted and number in noted:
-                rows.append(_row(canvases[i], batch["size"][i], *noted[number], ctx.data.classes))
+                rows.append(_row(canvases[i], batch["size"][i], *noted[number][:2], ctx.data.classes))
         if rows:
-            objects = sum(len(truth.label) for truth, _ in noted.values())
+            objects = sum(len(truth.label) for truth, _, _ in noted.values())
             yield "detection", tile(paired(_same_size(rows)), ("truth", "detected") * 2,
                                     f"scores from {object_figures.SHOWN:g}; of {pluralize(objects, 'object')} in all")
 

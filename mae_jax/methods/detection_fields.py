@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.errors import UserError
-from mae_jax.ops.flops import blocks_flops
+from mae_jax.ops.flops import blocks_flops, conv_flops
 from mae_jax.ops.patches import PatchGrid
 
 SCALES = (4.0, 2.0, 1.0, 0.5)
@@ -82,11 +82,6 @@ def decays(which: str, path: str) -> bool:
     return last != "pos_embed" and not re.search(r"^encoder/.*norm\d?/", path)
 
 
-def conv(cells: float, size: int, inputs: int, outputs: int) -> int:
-    """Returns the FLOPs of a convolution by size x size cells at so many places."""
-    return int(2 * cells * size**2 * inputs * outputs)
-
-
 def flops(method: Any) -> int:
     """Returns the FLOPs of one image's forward pass in training: matrix products, 2 per multiply-add.
 
@@ -106,16 +101,17 @@ def flops(method: Any) -> int:
         inputs = width
         for number in range(int(np.log2(max(scale, 1)))):
             outputs = inputs // 2 if narrow else inputs
-            total += conv(patches * 4**number, 1, inputs, 4 * outputs)
+            total += conv_flops(patches * 4**number, 1, inputs, 4 * outputs)
             inputs = outputs
         cells = patches * scale**2
-        total += conv(cells, 1, inputs, channels) + conv(cells, 3, channels, channels)
-        total += m.proposal_convs * conv(cells, 3, channels, channels) + conv(cells, 1, channels, 5 * anchors)
+        total += conv_flops(cells, 1, inputs, channels) + conv_flops(cells, 3, channels, channels)
+        total += m.proposal_convs * conv_flops(cells, 3, channels, channels)
+        total += conv_flops(cells, 1, channels, 5 * anchors)
     flat = 7 * 7 * channels
     layers = [flat, *[m.box_width] * m.box_layers]
-    head = m.box_convs * conv(7 * 7, 3, channels, channels) + sum(
-        conv(1, 1, a, b) for a, b in itertools.pairwise(layers))
-    head += conv(1, 1, layers[-1], method.classes + 1 + 4 * (method.classes if m.class_boxes else 1))
+    head = m.box_convs * conv_flops(7 * 7, 3, channels, channels) + sum(
+        conv_flops(1, 1, a, b) for a, b in itertools.pairwise(layers))
+    head += conv_flops(1, 1, layers[-1], method.classes + 1 + 4 * (method.classes if m.class_boxes else 1))
     total += len(m.stage_overlaps) * m.regions * head
-    masks = m.mask_convs * conv(14 * 14, 3, channels, channels) + conv(14 * 14, 1, channels, 4 * channels)
-    return total + method.positives * (masks + conv(28 * 28, 1, channels, method.classes))
+    masks = m.mask_convs * conv_flops(14 * 14, 3, channels, channels) + conv_flops(14 * 14, 1, channels, 4 * channels)
+    return total + method.positives * (masks + conv_flops(28 * 28, 1, channels, method.classes))

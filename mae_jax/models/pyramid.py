@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mae_jax.models.layers import layer_norm
-from mae_jax.ops.convolution import convolve, depth_to_space, double, halve
+from mae_jax.ops.convolution import convolve, depth_to_space, double, greatest
 from mae_jax.ops.linear import gelu, linear
 
 GROUPS = 32  # of group norm (arXiv 1803.08494), at the most
@@ -111,7 +111,7 @@ class Scale(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         if self.scale == 0.5:
-            return halve(x)
+            return greatest(x)
         for number in range(int(np.log2(self.scale))):
             if number:
                 x = gelu(map_norm(self.norm, self.dtype, "norm")(x))

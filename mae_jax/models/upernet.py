@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from mae_jax.models.heads import Head
 from mae_jax.models.layers import LayerNorm
 from mae_jax.ops import batch_norm, convolution, resampling
+from mae_jax.ops.flops import conv_flops
 from mae_jax.ops.linear import gelu, linear
 
 MOMENTS = "moments"  # the collection of running means and variances
@@ -84,16 +85,6 @@ def doubled(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     return convolution.depth_to_space(linear(x, kernel, jnp.broadcast_to(bias, kernel.shape[1:])))
 
 
-def greatest(x: jax.Array, side: int) -> jax.Array:
-    """Returns the maxima of x [B, h, w, C] over whole squares of `side` cells: [B, h // side, w // side, C].
-
-    Not as a reduction, whose gradient divides by how many values equal the greatest: where XLA computes x once more,
-    and rounds otherwise, none does.
-    """
-    window = (1, side, side, 1)
-    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, window, "VALID")
-
-
 class Double(nn.Module):
     """A transposed convolution of stride 2: maps [B, h, w, C] become [B, 2 h, 2 w, F]."""
 
@@ -117,7 +108,7 @@ class Rescale(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, weight: jax.Array | None) -> jax.Array:
         if self.factor < 1:
-            return greatest(x, round(1 / self.factor))
+            return convolution.greatest(x, round(1 / self.factor))
         if self.factor > 1:
             x = Double(x.shape[-1], self.dtype, name="double")(x)
         if self.factor > 2:
@@ -189,11 +180,6 @@ class UperNet(nn.Module):
             mean = self.conv(f"pool_{n}", 1)(resampling.pool(x, (cells, cells)), weight)
             parts.append(resampling.resize(mean, x.shape[1:3]))
         return self.conv("pool", 3)(jnp.concatenate(parts, -1), weight)
-
-
-def conv_flops(cells: int, side: int, inputs: int, features: int) -> int:
-    """Returns the FLOPs of a convolution, 2 per multiply-add, zeros around the maps included."""
-    return 2 * cells * side**2 * inputs * features
 
 
 def flops(grid: tuple[int, int], depth_width: int, net: UperNet) -> int:

@@ -46,13 +46,14 @@ def depth_to_space(x: jax.Array) -> jax.Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(images, 2 * rows, 2 * columns, width)
 
 
-def halve(x: jax.Array) -> jax.Array:
-    """Returns the greatest of each 2 x 2 cells of a map [B, H, W, C], for even H and W.
+def greatest(x: jax.Array, side: int = 2) -> jax.Array:
+    """Returns the maxima of a map [B, H, W, C] over whole squares of `side` cells: [B, H // side, W // side, C].
 
     Of equal ones the first has the gradient, as in torch. That of `x.max` would be divided among those that equal it,
     by comparison with what may have been computed anew in other bits, and then equals nothing: 0 / 0.
     """
-    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    window = (1, side, side, 1)
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, window, "VALID")
 
 
 def double(x: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from mae_jax.models.detection import BoxHead, MaskHead, ProposalHead
 from mae_jax.models.pyramid import Conv, Deconv, FeaturePyramid, GroupNorm, SimplePyramid
 from mae_jax.models.vit import Encoder
 from mae_jax.ops import pos_embed, windows
-from mae_jax.ops.convolution import convolve, halve
+from mae_jax.ops.convolution import convolve, greatest
 from mae_jax.ops.patches import PatchGrid
 from mae_jax.ops.windows import Spatial
 from mae_jax.param_tree import flatten, nest
@@ -168,9 +168,9 @@ def test_the_gradient_of_a_kernel_is_float32_whatever_the_activations_are():
 
 def test_the_gradient_of_a_maximum_goes_to_the_first_of_equal_cells():
     x = jnp.asarray([[[1, 5, 2, 2], [5, 0, 2, 2]]], jnp.float32)[..., None]
-    gradient = jax.jit(jax.grad(lambda x: (halve(x) * jnp.array([[[[3.0], [7.0]]]])).sum()))(x)
+    gradient = jax.jit(jax.grad(lambda x: (greatest(x) * jnp.array([[[[3.0], [7.0]]]])).sum()))(x)
     np.testing.assert_array_equal(gradient[0, ..., 0], [[0, 3, 7, 0], [0, 0, 0, 0]])
-    np.testing.assert_array_equal(halve(x)[0, ..., 0], [[5, 2]])
+    np.testing.assert_array_equal(greatest(x)[0, ..., 0], [[5, 2]])
 
 
 def starts(module, *given):

@@ -12,6 +12,7 @@ from mae_jax.interop import layouts
 from mae_jax.interop.upernet import from_hf, from_mmseg
 from mae_jax.methods.segmentation import MOMENTS
 from mae_jax.models import upernet
+from mae_jax.ops.convolution import greatest
 from mae_jax.ops.patches import PatchGrid
 from mae_jax.param_tree import flatten
 from tests.helpers.tiny import tiny_method, tiny_segment
@@ -123,7 +124,7 @@ def test_doubling_lays_four_cells_for_each_and_its_gradient_gathers_them():
 @pytest.mark.parametrize("side", [2, 4])
 def test_pooling_takes_the_largest_of_each_whole_square(side):
     x = normal(0, 2, 9, 8, 3)
-    found = np.asarray(upernet.greatest(jnp.asarray(x), side))
+    found = np.asarray(greatest(jnp.asarray(x), side))
     assert found.shape == (2, 9 // side, 8 // side, 3)
     for i, j in np.ndindex(found.shape[1:3]):
         square = x[:, i * side:(i + 1) * side, j * side:(j + 1) * side]
