@@ -23,7 +23,7 @@ class Chunks:
     Files 00000.npz ... have the columns; about.json says what they are of, complete.json the number of chunks.
     """
 
-    def __init__(self, folder: epath.Path, about: dict[str, Any], rows: int,
+    def __init__(self, folder: epath.Path, about: dict[str, Any], rows: int = 0,
                  verify: Callable[[], None] = lambda: None):
         """Binds chunks to a folder.
 
