@@ -38,7 +38,7 @@ HEIGHT, WIDTH, QUALITY, DISTINCT = 375, 500, 90, 256
 
 def make_images(folder: Path, count: int) -> None:
     """Writes cuts of photographs; beyond DISTINCT ones, links to these."""
-    photographs, draws = photo_crops._paths(), np.random.default_rng(0)
+    photographs, draws = photo_crops.paths(), np.random.default_rng(0)
     for number in range(min(count, DISTINCT)):
         photograph = Image.open(photographs[number % len(photographs)]).convert("RGB")
         scale = draws.uniform(0.6, 1.0) * min(photograph.width / WIDTH, photograph.height / HEIGHT)

@@ -42,7 +42,7 @@ def make_pictures(folder: Path) -> float:
     from mae_jax.data.sources import photo_crops
 
     names = ("chelsea", "china", "coffee", "grass", "gravel", "hubble_deep_field", "ihc", "motorcycle_left")
-    paths = [path for path in photo_crops._paths() if path.stem in names]
+    paths = [path for path in photo_crops.paths() if path.stem in names]
     draws, sizes = np.random.default_rng(0), []
     for i in range(PICTURES):
         photograph = Image.open(paths[i % len(paths)]).convert("RGB")

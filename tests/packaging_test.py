@@ -140,7 +140,7 @@ def test_an_installed_wheel_trains_the_quickstart_by_name_from_another_folder(el
     where = run(programs / "python", "-c", "import mae_jax; print(mae_jax.__file__)").stdout
     assert where.startswith(str(programs.parent))
     assert run(programs / "mae_jax", "--version").stdout == f"mae_jax {__version__}\n"
-    assert "deit3, finetune, folder" in run(programs / "mae_jax", "train", "--help").stdout
+    assert "deit3, detect, finetune, folder" in run(programs / "mae_jax", "train", "--help").stdout
     done = run(programs / "mae_jax", "train", "--config=quickstart:runlocal", "--workdir=run")
     assert done.returncode == 0, done.stderr
     assert "finished 2 steps" in done.stdout

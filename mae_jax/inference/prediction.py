@@ -134,11 +134,12 @@ def predictions(encoder: Encoder, part: Part, score: Score, top: int = 5) -> Ite
 
 def _of_own_size(encoder: Encoder, part: Part, score: Score) -> Iterator[Prediction]:
     """Yields masks in the images' own size, as the run is evaluated."""
+    assert isinstance(part.source, Source)
     numbers, reading = np.arange(part.size), Reading.of(part.config.data)
     with jax.set_mesh(encoder.mesh), progress.told(part.size, 0, "predict") as tell:
         for found in own_size.predictions(encoder.method, encoder.params, encoder.extras, encoder.mesh, part.source,
                                           numbers, reading):
-            if found.mask is not None:
+            if found.mask is not None and found.classes is not None:
                 counts = own_size.confusion(found.mask, found.classes, encoder.method.classes)
                 score.counts = add(score.counts, {own_size.OwnSize.name: counts})
             made = Prediction(part.name(found.number), mask=found.classes, error=found.error)
