@@ -7,9 +7,10 @@ Compiles the attention of a block with its products, forward and backward pass i
 the sum of the compiler's estimated cycles, its seconds, and the --kinds kinds of operation that take the most cycles.
 A way is how often scores are taken, then how many heads lie side by side, or that they stay in place, then 'inner'
 where the backward pass sums each head's products by a product; or it is 'plain', or 'kernel', our own, which the
-compiler's cycles leave out: theirs are what the compiler has scheduled for one program, bundles of instructions of a
-cycle each, times the programs. With --block, the layer norms and the perceptron of a block are there too.
-Needs libtpu, no TPU; half a minute per way.
+compiler's cycles leave out. With --schedules, theirs are told besides: what the compiler has scheduled for one program,
+bundles of instructions of a cycle each, times the programs; for that libtpu writes gigabytes of text to a temporary
+folder. With --block, the layer norms and the perceptron of a block are there too.
+Needs libtpu, no TPU; half a minute per way, with --schedules up to five.
 """
 
 import math
@@ -43,6 +44,7 @@ WIDTH = flags.DEFINE_integer("width", 512, "channels of a token")
 HEADS = flags.DEFINE_integer("heads", 16, "heads")
 BLOCK = flags.DEFINE_bool("block", False, "the whole block")
 WAYS = flags.DEFINE_multi_string("way", ["3", "3,in_place"], "a way of attention")
+SCHEDULES = flags.DEFINE_bool("schedules", False, "also the cycles of kernels, by their schedules")
 KINDS = flags.DEFINE_integer("kinds", 10, "kinds of operation to print of each way")
 
 
@@ -87,12 +89,14 @@ def kernel_cycles(schedules: Path) -> int:
 
 
 def main() -> int:
+    if not SCHEDULES.value:
+        return compare(None)
     with tempfile.TemporaryDirectory(prefix="tpu_attention_") as schedules:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={schedules} --xla_jf_dump_llo_text=true"  # read with libtpu
         return compare(Path(schedules))
 
 
-def compare(schedules: Path) -> int:
+def compare(schedules: Path | None) -> int:
     device = tpu.devices(TOPOLOGY.value)[0]
     for way in WAYS.value:
         own = implementation(way, WIDTH.value // HEADS.value)
@@ -100,8 +104,8 @@ def compare(schedules: Path) -> int:
             program = compiled(device)
         text, kinds = program.as_text(), tpu_text.cycles(program.as_text())
         seconds = program.cost_analysis()["optimal_seconds"] + withheld_seconds(text)
-        print(f"{way}: {sum(kinds.values()) / 1e6:.2f} Mcycles, {seconds * 1e3:.2f} ms; "
-              f"kernels {kernel_cycles(schedules) / 1e6:.2f} Mcycles more", flush=True)
+        more = f"; kernels {kernel_cycles(schedules) / 1e6:.2f} Mcycles more" if schedules else ""
+        print(f"{way}: {sum(kinds.values()) / 1e6:.2f} Mcycles, {seconds * 1e3:.2f} ms{more}", flush=True)
         for kind, number in list(kinds.items())[: KINDS.value]:
             print(f"{number / 1e6:9.3f}  {'backward' if kind.backward else 'forward':8}  {kind.operation}", flush=True)
     return errors.FINISHED

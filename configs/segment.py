@@ -28,7 +28,6 @@ this recipe; all values are our choice, and none of the last three has been run.
 
 from ml_collections import ConfigDict
 
-from mae_jax import config as configs
 from mae_jax import presets
 from mae_jax.config import SHAPE, default, resolve, vit
 
@@ -85,10 +84,5 @@ def large(config: ConfigDict, **data: object) -> None:
 
 
 def runlocal(config: ConfigDict) -> None:
-    """As for every recipe, but on pictures that have masks."""
-    own = presets.own_data()
-    if not own:
-        mosaic(config)
-    configs.runlocal(config)
-    if not own:
-        config.data.update(source="photo_mosaic", mask_offset=0)
+    """As for every recipe, but on images that have masks."""
+    presets.runlocal_with_masks(config, mosaic)

@@ -34,7 +34,6 @@ antialiased bicubic filter). The loss is the mean over the pixels that have a cl
 
 from ml_collections import ConfigDict
 
-from mae_jax import config as configs
 from mae_jax import presets
 from mae_jax.config import default, resolve, vit
 
@@ -111,10 +110,5 @@ def mosaic(config: ConfigDict) -> None:
 
 
 def runlocal(config: ConfigDict) -> None:
-    """As for every recipe, but on pictures that have masks."""
-    own = presets.own_data()
-    if not own:
-        mosaic(config)
-    configs.runlocal(config)
-    if not own:
-        config.data.update(source="photo_mosaic", mask_offset=0)
+    """As for every recipe, but on images that have masks."""
+    presets.runlocal_with_masks(config, mosaic)

@@ -58,6 +58,16 @@ def runlocal(config: ConfigDict) -> None:
     config.eval.update(max_examples=64, sets=())
 
 
+def runlocal_with_masks(config: ConfigDict, mosaic: Preset) -> None:
+    """Does the same to a recipe that needs images with masks: its preset `mosaic` has embedded ones."""
+    own = own_data()
+    if not own:
+        mosaic(config)
+    runlocal(config)
+    if not own:
+        config.data.update(source="photo_mosaic", mask_offset=0)
+
+
 def resolve(config: ConfigDict, arg: str, *choices: Mapping[str, Preset], **presets: Preset) -> ConfigDict:
     """Applies the presets named in `arg` (comma-separated) and returns the locked config.
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from mae_jax.data.transforms.detection import MASK_SIDE
 from mae_jax.errors import printable
 from mae_jax.evals.average_precision import Found
+from mae_jax.ops.detection.crops import CROP
 from mae_jax.ops.detection.instance_masks import unpack
 
 LEAST, MOST = 256, 512  # screen pixels along the short and the long side of a panel
@@ -71,7 +71,7 @@ def with_objects(images: np.ndarray, batch: Mapping[str, np.ndarray]) -> np.ndar
             x1, y1 = min(x1, pixels.shape[1] - 1), min(y1, pixels.shape[0] - 1)  # of a sliver at the edge
             x2, y2, hue = max(x2, x1 + 1), max(y2, y1 + 1), np.array(color(int(batch["box_class"][i, k])), np.float32)
             cells = np.asarray(unpack(batch["box_mask"][i, k]))
-            rows, columns = ((np.arange(side) + 0.5) * MASK_SIDE / side for side in (y2 - y1, x2 - x1))
+            rows, columns = ((np.arange(side) + 0.5) * CROP / side for side in (y2 - y1, x2 - x1))
             mask = cells[np.ix_(rows.astype(int), columns.astype(int))]
             part = pixels[y1:y2, x1:x2]
             mask = mask[:part.shape[0], :part.shape[1]]

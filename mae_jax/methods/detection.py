@@ -16,7 +16,7 @@ from mae_jax.methods.detection_fields import check, decays, flops
 from mae_jax.models.detection import BoxHead, MaskHead, ProposalHead
 from mae_jax.models.pyramid import PYRAMIDS
 from mae_jax.models.vit import make_encoder
-from mae_jax.ops.detection import instance_masks, selection
+from mae_jax.ops.detection import crops, instance_masks, selection
 from mae_jax.ops.detection.anchors import anchors
 from mae_jax.ops.detection.assignment import POSITIVE
 from mae_jax.ops.detection.boxes import clip, decode, encode
@@ -89,7 +89,7 @@ class Detection(Method):
         del spec["label"]
         objects = self.config.data.max_objects
         own = {"box": ((objects, 4), jnp.float32), "box_class": ((objects,), jnp.int32),
-               "box_valid": ((objects,), jnp.float32), "box_mask": ((objects, instance_masks.PACKED), jnp.uint8),
+               "box_valid": ((objects,), jnp.float32), "box_mask": ((objects, crops.PACKED), jnp.uint8),
                "size": ((2,), jnp.int32), "original_size": ((2,), jnp.int32)}
         return spec | {name: jax.ShapeDtypeStruct((self.config.batch_size, *shape), dtype)
                        for name, (shape, dtype) in own.items()}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mae_jax.models.layers import layer_norm
-from mae_jax.ops.convolution import convolve, depth_to_space, double, greatest
+from mae_jax.ops.convolution import convolve, double, greatest, transposed
 from mae_jax.ops.linear import gelu, linear
 
 GROUPS = 32  # of group norm (arXiv 1803.08494), at the most
@@ -70,8 +70,7 @@ class Deconv(nn.Module):
         kernel = self.param("kernel", first_values, (x.shape[-1], 2, 2, self.features))
         first = uniform((4 * self.features) ** -0.5) if self.start == "torch" else nn.initializers.zeros
         bias = self.param("bias", first, (self.features,))
-        parts = linear(x.astype(self.dtype), kernel, jnp.zeros(kernel.shape[1:], kernel.dtype))
-        return depth_to_space(parts) + bias.astype(x.dtype)
+        return transposed(x.astype(self.dtype), kernel, bias)
 
 
 class GroupNorm(nn.Module):
@@ -120,11 +119,10 @@ class Scale(nn.Module):
         return x
 
 
-class SimplePyramid(nn.Module):
-    """ViTDet's pyramid (arXiv 2203.16527, section 3): each map is made of the last one [B, H, W, D], and of no other.
+class Pyramid(nn.Module):
+    """What makes maps [B, H · s, W · s, width] for each of the scales s out of those of blocks [B, H, W, D].
 
-    Gives maps [B, H · s, W · s, width] for each of the scales, and `extra` more, each every second cell of the one
-    before.
+    It gives `extra` more, each every second cell of the one before.
     """
 
     scales: tuple[float, ...]
@@ -132,6 +130,10 @@ class SimplePyramid(nn.Module):
     width: int
     norm: str
     dtype: Any
+
+
+class SimplePyramid(Pyramid):
+    """ViTDet's pyramid (arXiv 2203.16527, section 3): each map is made of the last block's, and of no other."""
 
     @nn.compact
     def __call__(self, maps: list[jax.Array]) -> list[jax.Array]:
@@ -145,17 +147,11 @@ class SimplePyramid(nn.Module):
         return with_extra(found, self.extra)
 
 
-class FeaturePyramid(nn.Module):
+class FeaturePyramid(Pyramid):
     """A feature pyramid (arXiv 1612.03144) of maps of several blocks, one for each scale (2111.11429, section 3).
 
-    Coarse maps are added to finer ones. Gives what `SimplePyramid` gives.
+    Coarse maps are added to finer ones.
     """
-
-    scales: tuple[float, ...]
-    extra: int
-    width: int
-    norm: str
-    dtype: Any
 
     @nn.compact
     def __call__(self, maps: list[jax.Array]) -> list[jax.Array]:

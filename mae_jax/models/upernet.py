@@ -76,15 +76,6 @@ class ConvNorm(nn.Module):
         return jax.nn.relu(Norm(self.norm, self.dtype, name="norm")(x, weight))
 
 
-def doubled(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """Returns the transposed convolution of stride 2 of x [B, h, w, C] with kernel [C, 2, 2, F]: [B, 2 h, 2 w, F].
-
-    Its windows do not overlap, so it is a dense layer to four cells each:
-    out[2 i + a, 2 j + b] = x[i, j] · kernel[:, a, b] + bias [F].
-    """
-    return convolution.depth_to_space(linear(x, kernel, jnp.broadcast_to(bias, kernel.shape[1:])))
-
-
 class Double(nn.Module):
     """A transposed convolution of stride 2: maps [B, h, w, C] become [B, 2 h, 2 w, F]."""
 
@@ -95,7 +86,7 @@ class Double(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", DOUBLING, (x.shape[-1], 2, 2, self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return doubled(x.astype(self.dtype), kernel, bias)
+        return convolution.transposed(x.astype(self.dtype), kernel, bias)
 
 
 class Rescale(nn.Module):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from mae_jax.ops import partitioning
+from mae_jax.ops.linear import linear
 
 MAPS = ("NHWC", "HWIO", "NHWC")
 
@@ -44,6 +45,15 @@ def depth_to_space(x: jax.Array) -> jax.Array:
     """Returns [B, 2 H, 2 W, F] of [B, H, W, 2, 2, F]: each cell becomes four, row and column in it first."""
     images, rows, columns, _, _, width = x.shape
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(images, 2 * rows, 2 * columns, width)
+
+
+def transposed(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """Returns the transposed convolution of stride 2 of x [B, h, w, C] with kernel [C, 2, 2, F]: [B, 2 h, 2 w, F].
+
+    Its windows do not overlap, so it is a dense layer to four cells each:
+    out[2 i + a, 2 j + b] = x[i, j] · kernel[:, a, b] + bias [F].
+    """
+    return depth_to_space(linear(x, kernel, jnp.broadcast_to(bias, kernel.shape[1:])))
 
 
 def greatest(x: jax.Array, side: int = 2) -> jax.Array:

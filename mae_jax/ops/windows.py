@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mae_jax.ops.attention import attention, implementation, plain
+from mae_jax.ops.resampling import interpolation
 
 TOGETHER = 512  # queries whose scores are in memory at once, where there are many (our choice)
 MANY = 1024  # tokens from which on they are parted (our choice)
@@ -121,6 +122,4 @@ def _by_parts(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array
 
 def resized(table: np.ndarray, to: int) -> np.ndarray:
     """Returns relative positions [to, D] of [L, D], linear between them, as Detectron2 resizes them."""
-    place = ((np.arange(to) + 0.5) * len(table) / to - 0.5).clip(0, len(table) - 1)
-    weights = np.maximum(0, 1 - np.abs(place[:, None] - np.arange(len(table))))
-    return (weights @ table).astype(np.float32)
+    return (interpolation(len(table), to) @ table).astype(np.float32)

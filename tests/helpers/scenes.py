@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from mae_jax.ops.detection.instance_masks import CROP, pack
+from mae_jax.ops.detection.crops import CROP, PACKED, pack
 from mae_jax.ops.patches import PatchGrid
 
 GRAY = (124, 116, 104)
@@ -33,7 +33,7 @@ def scenes(config: ConfigDict, seed: int = 0, objects: int | None = None, classe
     count, (height, width) = config.batch_size, grid.image_size
     found: dict[str, Any] = {
         "box": np.zeros((count, most, 4), np.float32), "box_class": np.zeros((count, most), np.int32),
-        "box_valid": np.zeros((count, most), np.float32), "box_mask": np.zeros((count, most, CROP**2 // 8), np.uint8),
+        "box_valid": np.zeros((count, most), np.float32), "box_mask": np.zeros((count, most, PACKED), np.uint8),
         "size": np.tile(np.array([height, width], np.int32), (count, 1))}
     images = np.zeros((count, height, width, 3), np.uint8) + np.array(GRAY, np.uint8)
     for row in range(count):

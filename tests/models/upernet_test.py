@@ -11,8 +11,7 @@ from mae_jax.errors import UserError
 from mae_jax.interop import layouts
 from mae_jax.interop.upernet import from_hf, from_mmseg
 from mae_jax.methods.segmentation import MOMENTS
-from mae_jax.models import upernet
-from mae_jax.ops.convolution import greatest
+from mae_jax.ops.convolution import greatest, transposed
 from mae_jax.ops.patches import PatchGrid
 from mae_jax.param_tree import flatten
 from tests.helpers.tiny import tiny_method, tiny_segment
@@ -109,7 +108,7 @@ def normal(seed, *shape):
 
 def test_doubling_lays_four_cells_for_each_and_its_gradient_gathers_them():
     x, kernel, bias = normal(0, 2, 3, 4, 5), normal(1, 5, 2, 2, 6), normal(2, 6)
-    out, pull = jax.vjp(upernet.doubled, x, kernel, bias)
+    out, pull = jax.vjp(transposed, x, kernel, bias)
     for a in range(2):
         for b in range(2):
             np.testing.assert_allclose(out[:, a::2, b::2], x @ kernel[:, a, b] + bias, atol=1e-5)

@@ -33,6 +33,17 @@ def operands(dtype=np.float32, scale=1.0, heads=3, depth=8):
     return [jnp.asarray(scale * a, dtype) for a in draws]
 
 
+def compare_with_textbook(q, k, v, dout, by, tolerance):
+    """Holds an implementation and its gradients, in the dtype of [B, T, H, d], beside the textbook's in float64."""
+    out, backward = jax.vjp(partial(attention, by=by), q, k, v)
+    with jax.enable_x64(True):
+        truth, exact = jax.vjp(textbook, *(np.float64(np.float32(a)) for a in (q, k, v)))
+        gradients = exact(np.float64(np.float32(dout)))
+    for ours, expected in zip((out, *backward(dout)), (truth, *gradients), strict=True):
+        assert ours.dtype == q.dtype
+        np.testing.assert_allclose(np.float32(ours), expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
 on_any_device = pytest.mark.parametrize("by", ["plain", "cudnn", *attention_tpu.WAYS])
 
 
@@ -50,14 +61,7 @@ def _kernels_in_jax(monkeypatch):
 @on_any_device
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
 def test_attention_and_its_gradients_are_those_of_the_textbook(dtype, tolerance, heads, depth, by):
-    *inputs, dout = operands(dtype, heads=heads, depth=depth)
-    out, backward = jax.vjp(partial(attention, by=by), *inputs)
-    with jax.enable_x64(True):
-        truth, exact = jax.vjp(textbook, *(np.float64(np.float32(a)) for a in inputs))
-        gradients = exact(np.float64(np.float32(dout)))
-    for ours, expected in zip((out, *backward(dout)), (truth, *gradients), strict=True):
-        assert ours.dtype == dtype
-        np.testing.assert_allclose(np.float32(ours), expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    compare_with_textbook(*operands(dtype, heads=heads, depth=depth), by, tolerance)
 
 
 @on_any_device
@@ -90,13 +94,7 @@ def test_the_kernels_of_tpus_are_the_attention_of_the_textbook(images, tokens, h
     monkeypatch.setattr(attention_tpu_kernel, "TOKENS", 2 * tokens)
     draws = np.random.default_rng(0).standard_normal((4, images, tokens, heads, depth), np.float32)
     *inputs, dout = (jnp.asarray(a, dtype) for a in draws)
-    out, backward = jax.vjp(partial(attention, by="tpu kernel"), *inputs)
-    with jax.enable_x64(True):
-        truth, exact = jax.vjp(textbook, *(np.float64(np.float32(a)) for a in inputs))
-        gradients = exact(np.float64(np.float32(dout)))
-    for ours, expected in zip((out, *backward(dout)), (truth, *gradients), strict=True):
-        assert ours.dtype == dtype
-        np.testing.assert_allclose(np.float32(ours), expected, rtol=0, atol=tolerance * np.abs(expected).max())
+    compare_with_textbook(*inputs, dout, "tpu kernel", tolerance)
     large = [100 * x for x in inputs]
     out, backward = jax.vjp(partial(attention, by="tpu kernel"), *large)
     assert all(np.isfinite(np.float32(x)).all() for x in (out, *backward(dout)))

@@ -19,12 +19,12 @@ from mae_jax.data.decode import SIDEWAYS, BadImage, StoredImage
 from mae_jax.data.objects import Objects, Region, none, tight
 from mae_jax.data.transforms.color import COLOR_POLICIES, Moving, policy
 from mae_jax.errors import UserError, did_you_mean
+from mae_jax.ops.detection import crops
 
 log = logging.getLogger(__name__)
 
 AUGMENT = ("none", "lsj", "multi_scale")  # values of data.augment that objects go along with
 AROUND = (124, 116, 104)  # ImageNet's mean color in whole numbers: 0 after normalizing, but for the rounding
-MASK_SIDE = 112  # cells along a mask in the frame of its box, as in TensorFlow's Mask R-CNN
 LEAST_SIDE = 1e-5  # pixels of the canvas that a box must exceed (detectron2's filter_empty_instances)
 # DETR's multi-scale augmentation, as XCiT's and iBOT's Mask R-CNN have it, in pixels where the long side is at most
 # 1333. That is a canvas of 1344, the next multiple of 32; on another one all lengths are so much shorter.
@@ -202,7 +202,7 @@ def fields(objects: Objects, place: Placement, original: tuple[int, int], most: 
       that is seen; rows without one are 0. `size` and `original_size` int32 [2]: height, width.
     """
     box, label = np.zeros((most, 4), np.float32), np.zeros(most, np.int32)
-    valid, masks = np.zeros(most, np.float32), np.zeros((most, MASK_SIDE * MASK_SIDE // 8), np.uint8)
+    valid, masks = np.zeros(most, np.float32), np.zeros((most, crops.PACKED), np.uint8)
     count = 0
     for i in np.flatnonzero(~objects.crowd):
         seen = visible(objects.box[i], objects.regions[i], place.part)
@@ -215,7 +215,7 @@ def fields(objects: Objects, place: Placement, original: tuple[int, int], most: 
         box[count] = np.clip(placed, 0, (place.size[1], place.size[0]) * 2)
         label[count], valid[count] = objects.label[i], 1
         cells = resampled(objects.regions[i], seen)
-        masks[count] = np.packbits(cells[:, ::-1] if place.flip else cells)
+        masks[count] = crops.pack(cells[:, ::-1] if place.flip else cells)
         count += 1
     return {"box": box, "box_class": label, "box_valid": valid, "box_mask": masks,
             "size": np.array(place.size, np.int32), "original_size": np.array(original, np.int32)}
@@ -258,6 +258,6 @@ def resampled(region: Region, box: np.ndarray) -> np.ndarray:
     corner = np.array((region.left, region.top) * 2)
     frame = np.clip(box - corner, 0, (columns, rows) * 2)
     if not (frame[2:] > frame[:2]).all():
-        return np.zeros((MASK_SIDE, MASK_SIDE), bool)
+        return np.zeros((crops.CROP, crops.CROP), bool)
     values = Image.fromarray(region.values.astype(np.uint8) * 255)
-    return np.asarray(values.resize((MASK_SIDE, MASK_SIDE), Image.Resampling.BILINEAR, tuple(frame.tolist()))) >= 128
+    return np.asarray(values.resize((crops.CROP, crops.CROP), Image.Resampling.BILINEAR, tuple(frame.tolist()))) >= 128

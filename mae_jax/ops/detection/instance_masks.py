@@ -1,19 +1,13 @@
-"""Masks of objects: crops as the host sends them, what a mask head is trained for, and masks put back into an image."""
+"""Masks of objects: of what the host sends, what a mask head is trained for; and masks put back into an image."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mae_jax.ops.detection.boxes import MIN_SIDE, sides
+from mae_jax.ops.detection.crops import CROP
 
-CROP = 112  # cells per side of the crop of an object's mask, in the frame of its box (our choice; TF Vision's)
-PACKED = CROP**2 // 8  # bytes of it
 SAMPLES = 4  # per side of a target's cell: a box that is its object's has so many cells of a crop in it
-
-
-def pack(crop: np.ndarray) -> np.ndarray:
-    """Returns uint8 [..., PACKED] for bool [..., CROP, CROP]."""
-    return np.packbits(crop.reshape(*crop.shape[:-2], -1), -1)
 
 
 def unpack(packed: jax.Array) -> jax.Array:

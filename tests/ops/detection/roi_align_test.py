@@ -7,6 +7,7 @@ import pytest
 
 from mae_jax.ops import partitioning
 from mae_jax.ops.detection import instance_masks, roi_align
+from mae_jax.ops.detection.crops import CROP, PACKED, pack
 
 GOLDEN = dict(np.load(Path(__file__).parents[2] / "golden/detection.npz"))
 STRIDES = (4, 8)
@@ -86,14 +87,14 @@ def crops():
     bitmaps = np.unpackbits(GOLDEN["masks/bitmaps"], -1).astype(bool)
     found = []
     for bitmap, (x1, y1, x2, y2) in zip(bitmaps, GOLDEN["masks/boxes"], strict=True):
-        share = (np.arange(instance_masks.CROP) + 0.5) / instance_masks.CROP
+        share = (np.arange(CROP) + 0.5) / CROP
         found.append(bitmap[np.ix_((y1 + share * (y2 - y1)).astype(int), (x1 + share * (x2 - x1)).astype(int))])
     return np.stack(found)
 
 
 def test_mask_targets_are_the_bitmaps_in_the_proposals():
-    packed = instance_masks.pack(crops())
-    assert packed.shape == (5, instance_masks.PACKED)
+    packed = pack(crops())
+    assert packed.shape == (5, PACKED)
     unpacked = jax.jit(instance_masks.unpack)(packed)
     np.testing.assert_array_equal(unpacked, crops())
     found = targets(unpacked, GOLDEN["masks/boxes"], GOLDEN["masks/proposals"], 28)
@@ -105,7 +106,7 @@ def test_mask_targets_are_the_bitmaps_in_the_proposals():
 
 
 def test_a_target_is_empty_outside_its_object_and_of_an_empty_object():
-    full = np.ones((2, instance_masks.CROP, instance_masks.CROP), bool)
+    full = np.ones((2, CROP, CROP), bool)
     objects = np.array([[10, 10, 20, 20], [0, 0, 0, 0]], np.float32)
     found = targets(full, objects, np.array([[20, 0, 40, 30], [0, 0, 8, 8]], np.float32), 28)
     assert not found.any()
