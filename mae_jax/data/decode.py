@@ -15,6 +15,7 @@ import hashlib
 import io
 import os
 import threading
+import time
 import warnings
 from types import ModuleType
 from typing import NamedTuple
@@ -45,6 +46,8 @@ MAX_REMEMBERED = 10_000  # bad images, of each a hash and the reason: 2 MB
 STRIP = 1_000_000  # pixels that are laid over white at a time
 IGNORED = 255  # in a mask: a pixel of no class
 FAST_MARGIN = 1.5  # how much larger than the target a part must remain that the decoder shrinks
+PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EINTR)
+WAITS = (0.1, 0.5, 2.0)  # seconds before each further try; our choice
 ORIENTATION = 0x0112  # EXIF's tag
 TURNS = {  # its values → what makes the image upright; others stand for pixels that are stored as they are to be seen
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -223,13 +226,24 @@ def _orientation(image: Image.Image) -> int:
 
 
 def read_file(path: epath.Path) -> bytes:
-    """Returns the bytes of an image's file.
+    """Returns the bytes of an image's file; what a network's disk fails with in passing is tried again.
 
     Raises:
       BadImage: they are more than an image may have.
       OSError: it cannot be read.
       UserError, MemoryError: the machine is at its end, which is no fault of the file.
     """
+    for wait in WAITS:
+        try:
+            return _read_once(path)
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+        time.sleep(wait)
+    return _read_once(path)
+
+
+def _read_once(path: epath.Path) -> bytes:
     try:
         if "://" not in str(path):
             check_bytes(os.stat(path).st_size)

@@ -281,6 +281,26 @@ def test_a_machine_at_its_end_is_no_fault_of_an_image(tmp_path, monkeypatch, num
         decode.read_file(file)
 
 
+@pytest.mark.parametrize(("number", "failures", "read"), [(5, 3, True), (116, 1, True), (5, 4, False), (13, 1, False)])
+def test_what_passes_is_tried_again_and_what_stays_is_raised(tmp_path, monkeypatch, number, failures, read):
+    left = [OSError(number, os.strerror(number))] * failures
+
+    def fails(path):
+        if left:
+            raise left.pop()
+        return b"any"
+
+    file = epath.Path(tmp_path / "a.png")
+    file.write_bytes(b"any")
+    monkeypatch.setattr(type(file), "read_bytes", fails)
+    monkeypatch.setattr(decode, "WAITS", (0.0, 0.0, 0.0))
+    if read:
+        assert decode.read_file(file) == b"any"
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            decode.read_file(file)
+
+
 def test_of_a_file_that_is_too_large_nothing_is_read(tmp_path):
     file = epath.Path(tmp_path / "a.jpg")
     with open(file, "wb") as sparse:
