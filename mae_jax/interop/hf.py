@@ -7,7 +7,7 @@ which version 5 renames as it loads them; version 4 would leave those of version
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -197,6 +197,14 @@ def _in_folder(params: Any, config: ConfigDict) -> dict[str, np.ndarray]:
     return {name.removeprefix("vit."): array for name, array in state.items()} | pooler
 
 
+def distinct(names: Sequence[str]) -> list[str]:
+    """Returns names of classes, with their numbers where one is used twice: ImageNet has two cranes.
+
+    label2id, from a name to a number, would lose one of them.
+    """
+    return [f"{name} ({number})" if names.count(name) > 1 else name for number, name in enumerate(names)]
+
+
 def _beside(exported: Exported) -> dict[str, str]:
     """Returns config.json, and preprocessor_config.json: images as evaluations see them."""
     config, kind = exported.config, kind_of(exported.params)
@@ -204,6 +212,7 @@ def _beside(exported: Exported) -> dict[str, str]:
             **hf_config(config, kind)}
     if kind == CLASSIFIER:
         names = exported.classes or [UNNAMED.format(number) for number in range(exported.outputs)]
+        names = distinct(names)
         several = config.method.get("multi_label", False)
         said |= {"id2label": {str(number): name for number, name in enumerate(names)},
                  "label2id": {name: number for number, name in enumerate(names)},

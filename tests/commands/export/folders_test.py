@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from mae_jax.commands.export import publishing, weights
 from mae_jax.errors import UserError
-from mae_jax.interop import layouts
+from mae_jax.interop import hf, layouts
 from mae_jax.param_tree import flatten, nest
 from mae_jax.storage import safetensors_file
 from mae_jax.storage.checkpoint import Checkpoints, load_params
@@ -91,6 +91,10 @@ def test_hugging_faces_folder_says_which_of_its_models_it_is_and_how_images_are_
         np.testing.assert_array_equal(arrays["pooler.dense.weight"], np.eye(32))
         assert said["pooler_act"] == "linear"
         assert "encoder.layer.0.attention.attention.query.weight" in arrays
+
+
+def test_classes_of_one_name_stay_apart():
+    assert hf.distinct(("crane", "ant", "crane")) == ["crane (0)", "ant", "crane (2)"]
 
 
 def test_timms_folder_has_all_that_its_hub_reads(run, tmp_path):
