@@ -3,6 +3,7 @@ r"""Exports loaded by timm and transformers, in environments of their own, and w
   python -m tests.interop.check_exports make FOLDER       # here
   python tests/interop/check_exports.py load FOLDER       # where torch and transformers or timm are; once in each
   python -m tests.interop.check_exports read FOLDER       # here again: writes tests/interop/results/exports.{json,md}
+  python -m tests.interop.check_exports onnx FOLDER       # with the extra `onnx`: ViT-B in onnxruntime
 
 `make` exports random models, and keeps images and what ours computes of them. `load` needs nothing of ours.
 """
@@ -18,6 +19,8 @@ TOLERANCE = 1e-5  # of the largest value
 IMAGES = 2
 TINY = {"width": 96, "depth": 3, "heads": 3, "patch": (8, 8)}
 BASE = {"width": 768, "depth": 12, "heads": 12, "patch": (16, 16)}
+LARGE = {"width": 1024, "depth": 24, "heads": 16, "patch": (16, 16)}
+HUGE = {"width": 1280, "depth": 32, "heads": 16, "patch": (14, 14)}
 CASES = {  # name → method, image side, fields of model, layouts
     "mae, tiny": ("mae", 32, TINY, ("hf", "timm")),
     "mae, tiny, tanh": ("mae", 32, TINY | {"gelu": "tanh"}, ("hf", "timm")),
@@ -28,35 +31,62 @@ CASES = {  # name → method, image side, fields of model, layouts
     "mae, ViT-B/16": ("mae", 224, BASE, ("hf", "timm")),
     "class token, ViT-B/16": ("supervised", 224, BASE | {"pool": "cls"}, ("hf", "timm")),
     "mean, ViT-B/16": ("supervised", 224, BASE | {"pool": "mean", "positions": "learned"}, ("timm",)),
+    "mae, ViT-L/16": ("mae", 224, LARGE, ("hf", "timm", "mae")),
+    "mae, ViT-H/14": ("mae", 224, HUGE, ("hf", "timm", "mae")),
+    "class token, ViT-L/16": ("supervised", 224, LARGE | {"pool": "cls"}, ("hf", "timm", "mae")),
 }
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 RESULTS = Path(__file__).parent / "results"
 
 
 def make(folder: Path) -> None:
-    """Exports random models of all cases, by the code of `mae_jax export`."""
+    """Exports random models of all cases."""
     import jax
-    from etils import epath
-
-    from mae_jax.commands.export import card, publishing, weights
-    from mae_jax.interop import layouts
-    from mae_jax.training import workdir
 
     for number, (name, (method, side, fields, names)) in enumerate(CASES.items()):
         config = _config(method, side, fields)
         tree = _random(config, number)
         place = folder / f"case{number}"
         for layout in names:
-            classes = CLASSES if method == "supervised" else ()
-            exported = weights.of_layout(tree, config, layout, name, classes)
-            texts = layouts.get(layout).beside(exported) | {
-                "README.md": card.text(exported, layout, epath.Path(folder / "none"), -1)}
-            print(publishing.publish(exported, layout, epath.Path(place / layout), texts,
-                                     workdir.metadata(config, layout, exported.classes), False))
+            _export(tree, config, layout, name, place / layout)
         rng = np.random.default_rng(number)
         images = rng.integers(0, 256, (IMAGES, side, side, 3), np.uint8)
         found = _ours(config, tree, images, rng)
         np.savez(place / "ours.npz", images=images, **jax.device_get(found))
+
+
+def onnx(folder: Path) -> None:
+    """Exports ViT-B's features and logits as ONNX, and compares what onnxruntime makes of three images."""
+    import jax
+    import onnxruntime
+
+    from mae_jax.interop.forward import forward
+
+    for name in ("mae, ViT-B/16", "class token, ViT-B/16"):
+        method, side, fields, _ = CASES[name]
+        config = _config(method, side, fields)
+        tree, place = _random(config, 0), folder / f"onnx_{method}"
+        _export(tree, config, "onnx", name, place)
+        images = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), np.uint8)
+        outputs = onnxruntime.InferenceSession(place / "model.onnx").run(None, {"images": images})
+        for found, (key, wanted) in zip(outputs, jax.device_get(jax.jit(forward(config))(tree, images)).items(),
+                                        strict=False):
+            print(f"{name}, {key}: off by {np.abs(found - wanted).max() / np.abs(wanted).max():.1e}")
+
+
+def _export(tree, config, layout: str, name: str, place: Path) -> None:
+    """Exports parameters by the code of `mae_jax export`."""
+    from etils import epath
+
+    from mae_jax.commands.export import card, publishing, weights
+    from mae_jax.interop import layouts
+    from mae_jax.training import workdir
+
+    exported = weights.of_layout(tree, config, layout, name, CLASSES if config.method.name == "supervised" else ())
+    texts = layouts.get(layout).beside(exported) | {
+        "README.md": card.text(exported, layout, epath.Path(place.parent / "none"), -1)}
+    print(publishing.publish(exported, layout, epath.Path(place), texts,
+                             workdir.metadata(config, layout, exported.classes), False))
 
 
 def _config(method: str, side: int, fields: dict):
@@ -253,4 +283,4 @@ def _table(lines: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    {"make": make, "load": load, "read": read}[sys.argv[1]](Path(sys.argv[2]).resolve())
+    {"make": make, "load": load, "read": read, "onnx": onnx}[sys.argv[1]](Path(sys.argv[2]).resolve())
