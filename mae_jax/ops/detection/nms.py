@@ -9,7 +9,7 @@ from mae_jax.ops.detection.boxes import iou
 def kept(boxes: jax.Array, valid: jax.Array, threshold: float, group: jax.Array | None = None) -> jax.Array:
     """Returns which boxes greedy suppression keeps, bool [K]; exactly.
 
-    Greedy suppression visits boxes by descending score and drops a box whose IoU with a kept one is above the threshold.
+    Greedy suppression visits boxes by descending score and drops those whose IoU with a kept box exceeds the threshold.
     Its result is the only fixed point of "a box is kept unless a kept box with a higher score overlaps it". Iterating
     this rule takes some 5 to 8 steps for 1,000 to 2,000 boxes, where a serial loop takes one step per box.
 
