@@ -163,7 +163,7 @@ def test_without_its_package_a_line_names_the_extra(monkeypatch):
 
 @pytest.mark.parametrize("flag", ["--workdir", "init_from", "--to", ""])
 def test_what_is_written_or_is_no_data_is_refused_on_s3(flag):
-    with pytest.raises(UserError, match="s3:// is read as data alone"):
+    with pytest.raises(UserError, match="s3:// is supported for data only"):
         paths.normalized("s3://images/run", flag)
 
 
