@@ -86,7 +86,7 @@ def test_a_pickle_of_the_model_zoo_is_what_a_run_starts_from(tmp_path, params, p
 def test_arrays_of_other_things_than_numbers_are_refused(tmp_path, array):
     file = tmp_path / "model.pkl"
     file.write_bytes(pickle.dumps({"model": {"backbone.simfp_2.0.bias": array}}))
-    with pytest.raises(UserError, match=r"^[^\n]*(plain numbers|asks for)[^\n]*$"):
+    with pytest.raises(UserError, match=r"^[^\n]*(plain little-endian numbers|pickle names)[^\n]*$"):
         load_params(file)
 
 
