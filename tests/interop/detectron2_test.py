@@ -96,16 +96,16 @@ def test_unknown_names_are_refused_with_the_nearest(params):
         from_detectron2(state)
 
 
-@pytest.mark.parametrize(("fields", "why"), [({}, ""), ({"method.norm": "group"}, "is no ViTDet"), (
+@pytest.mark.parametrize(("fields", "why"), [({}, ""), ({"method.norm": "group"}, "is not a ViTDet"), (
     {"method.pyramid": "blocks", "method.map_blocks": (0, 1), "method.scales": (2.0, 1.0),
-     "method.anchor_sizes": (4.0, 8.0)}, "is no ViTDet")])
+     "method.anchor_sizes": (4.0, 8.0)}, "is not a ViTDet")])
 def test_what_detectron2_has_no_names_for_is_refused(fields, why):
     assert LAYOUT.refuses(detector(fields)).startswith(why)
     assert bool(LAYOUT.refuses(detector(fields))) == bool(why)
 
 
 def test_other_methods_are_refused():
-    assert "is no detector" in LAYOUT.refuses(tiny_config())
+    assert "is not a detector" in LAYOUT.refuses(tiny_config())
     with pytest.raises(UserError, match="no place in Detectron2"):
         to_detectron2(tiny_params(tiny_config()) | {"boxes": {}})
 
