@@ -1,7 +1,7 @@
 """Self-supervised pre-training of Vision Transformers in JAX.
 
-From Python: `mae_jax.load`, `embed`, `predict`, `recipe` and `train` (`mae_jax.api`), which are imported when they are
-asked for, and JAX with them.
+The Python API is `mae_jax.load`, `embed`, `predict`, `recipe` and `train` (module `mae_jax.api`). It is imported, and
+JAX with it, when one of these attributes is first read.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Durations as a config writes them: '800 epochs', '100 steps', '5e6 examples', and the lesser of two of these."""
+"""Durations in configs: '800 epochs', '100 steps', '5e6 examples', or the shorter of two of these."""
 
 import math
 import re
@@ -7,25 +7,41 @@ from typing import Any, NamedTuple
 from mae_jax.errors import UserError
 
 _LIMIT = ", at most "
-MAX_STEPS = 2**31 - 1  # of a run: TrainState counts them in 32 bits
+MAX_STEPS = 2**31 - 1  # most steps of a run: TrainState counts them in 32 bits
 
 
 class Timeline(NamedTuple):
-    """When what happens in a run, in steps."""
+    """The durations of a run, in steps. Periods are at least 1, or 0 if off.
+
+    Attributes:
+      batch_size: examples per step.
+      examples: examples per epoch.
+      total: length of the run.
+      warmup: of the learning rate, at most `total`.
+      save_every: period of checkpoints.
+      keep_every: period of the checkpoints that are never deleted.
+      eval_every: period of evaluations.
+      log_every: period of logged metrics.
+      patience: time since the best evaluation after which the run ends early; 0: off.
+    """
 
     batch_size: int
-    examples: int  # of an epoch
+    examples: int
     total: int
-    warmup: int  # of the learning rate, at most `total`
-    save_every: int  # the periods are at least 1, or 0 where they are off
+    warmup: int
+    save_every: int
     keep_every: int
     eval_every: int
     log_every: int
-    patience: int  # since the best evaluation, before a run ends early; 0: off
+    patience: int
 
     @classmethod
     def of(cls, config: Any, examples: int) -> "Timeline":
-        """Returns the timeline of a config, whose training split has so many examples; raises UserError."""
+        """Returns the timeline of a config whose training split has `examples` examples.
+
+        Raises:
+          UserError: a duration cannot be parsed, or the run is longer than MAX_STEPS.
+        """
         def count(duration: str) -> int:
             return steps(duration, config.batch_size, examples)
 
@@ -40,22 +56,21 @@ class Timeline(NamedTuple):
                    period(config.log.every), period(config.train.patience))
 
     def steps(self, duration: str) -> int:
-        """Returns a duration of this run in steps; raises UserError."""
+        """Converts a duration to steps of this run; raises UserError if it cannot be parsed."""
         return steps(duration, self.batch_size, self.examples)
 
 
 def steps(duration: str, batch_size: int, examples: int) -> int:
-    """Converts a duration to steps: '800 epochs', '100 steps' or '5e6 examples'; '' gives 0.
-
-    Epochs are floor(examples · epochs / batch_size) steps. '4e8 examples, at most 5000 epochs' is the shorter of two.
+    """Converts a duration to steps, rounded down.
 
     Args:
-      duration: the text.
+      duration: '800 epochs', '100 steps' or '5e6 examples'; '4e8 examples, at most 5000 epochs' is the shorter of two;
+        '' gives 0.
       batch_size: examples per step.
-      examples: of an epoch.
+      examples: examples per epoch.
 
     Raises:
-      UserError: the text is no duration.
+      UserError: the text is not a duration.
     """
     if not duration:
         return 0
@@ -69,5 +84,5 @@ def _steps(duration: str, batch_size: int, examples: int) -> int:
                         "two of these as '5e6 examples, at most 800 epochs'")
     amount, unit = float(match[1]), match[2].rstrip("s")
     per_step = {"epoch": batch_size / max(examples, 1), "step": 1, "example": batch_size}[unit]
-    # The nudge keeps 3 · (1/3) from flooring to 0: a millionth of a step is no step.
+    # The tolerance compensates for rounding: 3 · (1/3) must not become 0.
     return math.floor(amount / per_step + 1e-6)

@@ -1,35 +1,35 @@
-"""How a run ends early on purpose, and the words that go with it."""
+"""Exceptions with their exit codes and messages, and helpers for the text of messages."""
 
 import difflib
 import re
 import traceback
 from collections.abc import Iterable
 
-PLUG_INS: set[str] = set()  # top-level packages of plug-ins, which `mae_jax.plugins` adds
+PLUG_INS: set[str] = set()  # top-level packages of plug-ins; filled by `mae_jax.plugins`
 
 
 class UserError(Exception):
-    """Something the user can mend. Its text is the one line that is printed; the exit code is 2."""
+    """An error that the user can fix. Its text is printed as one line, without a traceback; the exit code is 2."""
 
 
 class GuardError(Exception):
-    """A guard stopped the run (non-finite gradients, too many bad pictures). The exit code is 3."""
+    """A guard stopped the run (non-finite gradients, too many unreadable images). The exit code is 3."""
 
 
 def printable(text: str) -> str:
-    """Returns a name from data as one line that any terminal shows: what is no printable character as its escape."""
-    if text.isprintable():  # most names of a million are
+    """Returns text from data in one line, with characters that are not printable replaced by their escapes."""
+    if text.isprintable():  # the common case, which must be fast
         return text
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def pluralize(count: int, what: str) -> str:
-    """Returns '1 picture', '2 pictures'."""
+    """Returns '1 image', '2 images'."""
     return f"{count} {what}{'s' * (count != 1)}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Returns the end of an error line: the nearest known name, then all of them."""
+    """Returns the end of an error message: the known name nearest to `word`, if any is close, then all known names."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
@@ -37,7 +37,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def root_cause(error: BaseException) -> str:
-    """Returns the first error of a chain in one line, without the specs that TensorStore appends."""
+    """Returns the root of a chain of exceptions as one line, without the specs that TensorStore appends."""
     while error.__cause__:
         error = error.__cause__
     specs = r" \[\w+(?:\[\d+\])?=|\. See full TensorStore|\. Tensorstore KvStore"
@@ -46,21 +46,21 @@ def root_cause(error: BaseException) -> str:
 
 
 LESS_MEMORY = "take fewer data.workers or data.threads, a smaller data.shuffle_mb, data.prefetch or batch_size"
-LESS_DEVICE_MEMORY = ("take a smaller batch_size, train.accumulate, model.remat or mesh.fsdp; mae_jax plan says what "
-                      "fits")
+LESS_DEVICE_MEMORY = ("take a smaller batch_size, train.accumulate, model.remat or mesh.fsdp; mae_jax plan computes "
+                      "what fits")
 TF_OF_MACHINE = ("PermissionDeniedError", "NotFoundError", "ResourceExhaustedError", "UnavailableError",
-                 "UnauthenticatedError", "DeadlineExceededError")  # what TensorFlow raises for files and buckets
-FINISHED, BUG, MISTAKE, GUARD, STOPPED = 0, 1, 2, 3, 75  # 75: EX_TEMPFAIL of sysexits.h, start the same command again
+                 "UnauthenticatedError", "DeadlineExceededError")  # raised by TensorFlow for files and buckets
+FINISHED, BUG, MISTAKE, GUARD, STOPPED = 0, 1, 2, 3, 75  # exit codes; 75: EX_TEMPFAIL of sysexits.h, run it again
 
 
 def explain(error: BaseException) -> tuple[int, str]:
-    """Returns the exit code of an error and what to print: one line, and a traceback before it for our own bugs."""
+    """Returns the exit code of an error and its message: one line, preceded by a traceback for bugs of this package."""
     if isinstance(error, UserError):
         return MISTAKE, f"error: {error}"
     if isinstance(error, GuardError):
         return GUARD, f"stopped: {error}"
     if isinstance(error, KeyboardInterrupt):
-        return STOPPED, "stopped before it was done"
+        return STOPPED, "stopped before the command was done"
     if why := _of_machine(error):
         return MISTAKE, f"error: {why}"
     trace = "".join(traceback.format_exception(error))
@@ -69,10 +69,10 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 
 def _of_machine(error: BaseException) -> str:
-    """Returns in one line what the machine, the network or the installation lacks; '' for any other error."""
+    """Returns a message for faults of the machine, the network or the installation; '' for any other error."""
     kind, text = type(error), " ".join(str(error).split())[:1000] or type(error).__name__
     top = kind.__module__.split(".")[0]
-    # No permission, no space, no such folder, a bucket that does not answer.
+    # Missing permissions, a full disk, a missing folder, a bucket that does not answer.
     if isinstance(error, OSError) or top in ("aiohttp", "gcsfs", "google"):
         return text
     if isinstance(error, MemoryError):
@@ -84,11 +84,11 @@ def _of_machine(error: BaseException) -> str:
     if top == "tensorflow" and kind.__name__ in TF_OF_MACHINE:
         return text
     if isinstance(error, ImportError) and (error.name or "").split(".")[0] != "mae_jax" and not _plug_in(error):
-        return f"{text}; a package is missing or of a version that does not fit: run pip check"
+        return f"{text}; a package is missing or has an incompatible version: run pip check"
     return ""
 
 
 def _plug_in(error: BaseException) -> str:
-    """Returns the first plug-in that the error went through on its way, '' for none."""
+    """Returns the first plug-in in the error's traceback; '' for none."""
     names = (str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__))
     return next((f"the plug-in {name}, not in mae_jax" for name in names if name.split(".")[0] in PLUG_INS), "")

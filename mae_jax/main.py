@@ -1,4 +1,4 @@
-"""`python -m mae_jax.main`: the same as `mae_jax train`, and with --mode=eval or --mode=replay as these verbs."""
+"""`python -m mae_jax.main`: the same as `mae_jax train`, and with --mode=eval or --mode=replay as these commands."""
 
 from mae_jax.commands import cli, train
 

@@ -1,4 +1,4 @@
-"""Parameter trees by path: names, the table printed at the start, and starting from other parameters."""
+"""Parameter trees by path: conversion to flat dicts, the table of parameters, and merging for warm starts."""
 
 import re
 from collections import Counter
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from mae_jax.errors import UserError
 
-MAX_PARTS = 64  # of a parameter's name; ours have 6
+MAX_PARTS = 64  # most parts of a parameter's path; this package's have 6
 
 
 def path(keys: tuple[Any, ...]) -> str:
@@ -20,15 +20,15 @@ def path(keys: tuple[Any, ...]) -> str:
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Returns path → leaf."""
+    """Flattens a tree to path → leaf, with paths as from `path`."""
     return {path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns nested dicts for paths joined by '/'.
+    """Converts path → leaf, with parts joined by '/', to nested dicts.
 
     Raises:
-      UserError: a path leads through another one's leaf, as 'a/b' and 'a', or has more than MAX_PARTS parts.
+      UserError: a path is the prefix of another one, such as 'a' and 'a/b', or has more than MAX_PARTS parts.
     """
     tree: dict[str, Any] = {}
     for name, leaf in flat.items():
@@ -39,15 +39,17 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
         for parent in parents:
             node = node.setdefault(parent, {}) if isinstance(node, dict) else node
         if not isinstance(node, dict) or last in node:
-            raise UserError(f"there is a parameter at {name!r}, and one above or below it; no tree holds both")
+            raise UserError(f"{name!r} names both a parameter and a subtree")
         node[last] = leaf
     return tree
 
 
 def table(params: Any, decay: Any) -> str:
-    """Returns the parameters, one row for all blocks alike, with shapes, copies and the word that `decay` has for each.
+    """Returns the table of parameters as text, with one row for equal parameters of all blocks.
 
-    The word says whether weight decay applies: 'yes', 'no' or 'frozen'.
+    Args:
+      params: the parameters.
+      decay: a tree like `params` with 'yes', 'no' (no weight decay) or 'frozen' for each.
     """
     words = flatten(decay)
     rows = Counter((re.sub(r"block_\d+", "block_*", name), str(leaf.shape), words[name])
@@ -59,7 +61,11 @@ def table(params: Any, decay: Any) -> str:
 
 
 def common(params: Any, loaded: Any) -> list[str]:
-    """Returns the paths that both trees have; raises UserError where shapes differ, or for no path at all."""
+    """Returns the paths that both trees have.
+
+    Raises:
+      UserError: the shapes at a common path differ, or there is no common path.
+    """
     ours, theirs = flatten(params), flatten(loaded)
     taken = sorted(ours.keys() & theirs.keys())
     for name in taken:
@@ -72,10 +78,11 @@ def common(params: Any, loaded: Any) -> list[str]:
 
 
 def merge(params: Any, loaded: Any) -> tuple[Any, str]:
-    """Replaces parameters by loaded ones of the same path.
+    """Replaces parameters by the loaded ones with the same path.
 
     Returns:
-      The merged tree, leaves placed as those of `params`, and a report: what was taken, is new, or was left over.
+      The merged tree, with the dtypes and shardings of `params`, and a report of the paths that were taken from
+      `loaded`, are new in `params`, or were left over in `loaded`.
 
     Raises:
       UserError: see `common`.
@@ -92,9 +99,9 @@ def merge(params: Any, loaded: Any) -> tuple[Any, str]:
 
 
 def split_eval_params(loaded: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits what a checkpoint held into parameters and extras: where a teacher is among these, its parameters.
+    """Splits the contents of a checkpoint into parameters and extras.
 
-    Those are what evaluations measured (`Method.eval_params`).
+    If the extras hold a teacher, its parameters replace the student's, as in evaluations (`Method.eval_params`).
     """
     extras = loaded.get("extras", {})
     parameters = {name: part for name, part in loaded.items() if name != "extras"}
@@ -102,9 +109,9 @@ def split_eval_params(loaded: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
 
 
 def place(values: Any, like: Any) -> Any:
-    """Returns a tree of host arrays on the devices, each in the dtype and where the leaf of `like` is.
+    """Puts a tree of host arrays on the devices, with the dtypes and shardings of the leaves of `like`.
 
-    What is on the devices already is copied.
+    Leaves that are JAX arrays are copied as they are.
     """
     return jax.tree.map(lambda value, like: value.copy() if isinstance(value, jax.Array) else _placed(value, like),
                         values, like)
@@ -116,14 +123,14 @@ def _placed(value: Any, like: jax.Array) -> jax.Array:
 
 
 def _summary(names: Any) -> str:
-    """Returns '126 (decoder, encoder)': how many, and under which two-level prefixes."""
+    """Returns the number of paths and their prefixes of two parts: '126 (decoder/embed, encoder/block_*)'."""
     names = list(names)
     prefixes = sorted({re.sub(r"block_\d+", "block_*", "/".join(name.split("/")[:2])) for name in names})
     return f"{len(names)} ({', '.join(prefixes)})" if names else "none"
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns {'data.path': value, ...}; tuples become lists, as JSON has them."""
+    """Flattens a config to {'data.path': value, ...}; tuples become lists, as in JSON."""
     out = {}
     for key, value in config.items():
         if isinstance(value, Mapping | ConfigDict):

@@ -1,8 +1,8 @@
-"""Plug-ins: what other packages add to the tables of methods, sources, optimizers and so on. Imports no JAX.
+"""Plug-ins: additions of other packages to the tables of methods, sources, optimizers and so on. Imports no JAX.
 
-There are two ways in. A package declares an entry point of the group `mae_jax.KIND` (name = module:object), which is
-imported when its name is asked for. Or the config names installed modules (`plugins=("package.module",)`), which are
-printed, imported, and call `register` meanwhile.
+There are two ways to add a plug-in. A package declares an entry point of the group `mae_jax.KIND`
+(name = module:object), which is imported when its name is looked up. Or the config names installed modules
+(`plugins=("package.module",)`), which are printed and imported, and call `register` during their import.
 """
 
 import functools
@@ -24,29 +24,29 @@ from typing import Any
 
 from mae_jax.errors import PLUG_INS, UserError, did_you_mean, printable
 
-KINDS = {  # kind → what each must be: a subclass or an instance of a class (named, since it imports JAX), or callable
+KINDS = {  # kind → the required type: relation, and the base class by name, since importing it would import JAX
     "methods": ("a subclass of", "mae_jax.methods.base.Method"),
     "sources": ("a function, or a module with a function load", ""),
-    "optimizers": ("an instance of", "mae_jax.training.optim.Rule"),  # as `reads` makes it
+    "optimizers": ("an instance of", "mae_jax.training.optim.Rule"),  # made by `reads`
     "evaluations": ("a subclass or an instance of", "mae_jax.evals.base.Evaluation"),
     "color_policies": ("a function, or an instance of", "mae_jax.data.transforms.color.Moving"),
     "layouts": ("an instance of", "mae_jax.interop.layouts.Layout"),
     "metric_sinks": ("a subclass of", "mae_jax.storage.metric_sinks.Sink"),
 }
 
-# kind → name → what, and the module that gave it
+# kind → name → the object, and the module that registered it
 _registered: dict[str, dict[str, tuple[Any, str]]] = {kind: {} for kind in KINDS}
-_loaded: set[str] = set()  # modules of config.plugins
-_printed: set[str] = set()  # entry points that were imported, as 'methods.ijepa'
-_recorded: dict[str, dict[str, str]] = {}  # what `used` returned in the run whose config.json was read last
+_loaded: set[str] = set()  # modules of config.plugins that were imported
+_printed: set[str] = set()  # entry points whose import was printed, such as 'methods.ijepa'
+_recorded: dict[str, dict[str, str]] = {}  # the result of `used` in the run whose config.json was read last
 PACKAGE = ("package", "version")
 
 
 def register(kind: str, name: str, value: Any) -> None:
-    """Adds an object to the table of a kind; a plug-in calls it while it is imported.
+    """Adds an object to the table of a kind; plug-ins call this during their import.
 
     Raises:
-      UserError: there is no such kind, or another module has given the name.
+      UserError: there is no such kind, or another module has registered the name.
     """
     caller = sys._getframe(1).f_globals.get("__name__", "?")
     if kind not in KINDS:
@@ -58,16 +58,16 @@ def register(kind: str, name: str, value: Any) -> None:
 
 
 def load(modules: Iterable[str], where: str = "config.plugins", stored: str = "") -> None:
-    """Imports modules that a config names, each printed on stderr before; twice does nothing.
+    """Imports the modules that a config names, and prints each on stderr before its import; loaded ones are skipped.
 
     Args:
       modules: names such as 'package.module'.
-      where: they are asked for, for messages.
-      stored: the folder of the file that names them, whose modules must be installed ones; '' where the user does, by
-        a recipe or a flag.
+      where: what names them, for messages.
+      stored: folder of the stored config that names them, which may name only installed modules; '' if the user names
+        them, in a recipe or by a flag.
 
     Raises:
-      UserError: a name that is none, a module that is not installed, or one whose import fails.
+      UserError: a name is invalid, or a module is not installed or fails when imported.
     """
     for name in [modules] if isinstance(modules, str) else modules:
         if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
@@ -82,13 +82,12 @@ def load(modules: Iterable[str], where: str = "config.plugins", stored: str = ""
 
 
 def table(kind: str, built_in: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns what is built in and what plug-ins add, by name.
+    """Returns the table of a kind, name → object: built-in objects and those of plug-ins.
 
-    Where a value is a string, 'module:attribute' or 'module', what it stands for is imported and returned when it is
-    asked for.
+    A string value, 'module:attribute' or 'module', stands for an object that is imported when its name is looked up.
 
     Raises:
-      UserError: a registered plug-in has the name of what is built in. Of an entry point: when its name is asked for.
+      UserError: a registered plug-in has a built-in name. For an entry point, the look-up of its name raises this.
     """
     for name, (_, module) in _registered[kind].items():
         if name in built_in:
@@ -97,23 +96,23 @@ def table(kind: str, built_in: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def find(kind: str, name: str, built_in: Mapping[str, Any], field: str, others: Iterable[str] = ()) -> Any:
-    """Returns what has a name in the table of a kind, as `table` does.
+    """Looks up a name in the table of a kind.
 
     Args:
-      kind, built_in: as of `table`.
-      name: what is asked for.
-      field: where it was named, as 'method.name', for messages.
-      others: further names that the field may have, for messages.
+      kind, built_in: as in `table`.
+      name: the name to look up.
+      field: the config field that holds it, such as 'method.name', for messages.
+      others: further valid values of the field, for messages.
 
     Raises:
-      UserError: the name is unknown, or given twice; the nearest one is named.
+      UserError: the name is unknown (the message has the nearest known one), or two plug-ins have it.
     """
     check(kind, name, built_in, field, others)
     return table(kind, built_in)[name]
 
 
 def check(kind: str, name: str, built_in: Mapping[str, Any], field: str, others: Iterable[str] = ()) -> None:
-    """Raises UserError as `find`, but imports nothing."""
+    """Raises UserError for an unknown name, as `find` does, but imports nothing."""
     known = table(kind, built_in)
     if name in known:
         return
@@ -123,19 +122,19 @@ def check(kind: str, name: str, built_in: Mapping[str, Any], field: str, others:
 
 
 def used(named: Mapping[str, Iterable[str]]) -> dict[str, dict[str, str]]:
-    """Returns the packages whose entry points have the names of each kind: 'KIND.NAME' → package, version."""
+    """Returns the packages whose entry points provide the given names of each kind: 'KIND.NAME' → package, version."""
     return {f"{kind}.{name}": {"package": point.dist.name, "version": point.dist.version}
             for kind, names in named.items() for name in names for point in _entry_points(kind).get(name, ())
             if point.dist}
 
 
 def expect(recorded: Mapping[str, dict[str, str]]) -> None:
-    """Takes what `used` returned in the run whose config is read, so that a package that is missing can be named.
+    """Stores the result of `used` from a run's config.json, so that messages can name missing packages.
 
-    What was taken of another run before is forgotten.
+    It replaces the result of a run that was read before.
 
     Raises:
-      ValueError: it is nothing that `used` returns.
+      ValueError: `recorded` is not a result of `used`.
     """
     _recorded.clear()
     for key, package in recorded.items():
@@ -145,13 +144,15 @@ def expect(recorded: Mapping[str, dict[str, str]]) -> None:
 
 
 def missing(kind: str, known: Iterable[str]) -> list[str]:
-    """Returns of what `expect` took of a kind, and what is not among the known names, which package gave it."""
+    """Returns a message for each name of a kind that `expect` stored and `known` lacks: which package provided it."""
     return [f"{printable(repr(name))} came from the package {_said(package)}, which does not give it here"
             for key, package in _recorded.items() for of, _, name in [key.partition(".")]
             if of == kind and name not in known]
 
 
 class _Table(Mapping[str, Any]):
+    """See `table`."""
+
     def __init__(self, kind: str, built_in: Mapping[str, Any]) -> None:
         self.kind, self.built_in = kind, built_in
 
@@ -169,11 +170,11 @@ class _Table(Mapping[str, Any]):
         givers = [f"the package {_package(point)}" for point in points]
         if name in self.built_in:
             if points:
-                raise UserError(f"{self.kind}: {givers[0]} gives {name!r}, which is built in; it must take another "
+                raise UserError(f"{self.kind}: {givers[0]} gives {name!r}, which is built in; it must choose another "
                                 "name")
             return _resolved(self.built_in[name])
         if len(points) > 1:
-            raise UserError(f"{self.kind}: {name!r} is given by {' and '.join(givers)}; one of them must go")
+            raise UserError(f"{self.kind}: {name!r} is given by {' and '.join(givers)}; uninstall one of them")
         value, module = _registered[self.kind].get(name, (None, ""))
         if points:
             found = _of_entry_point(self.kind, points[0])
@@ -187,7 +188,7 @@ class _Table(Mapping[str, Any]):
 
 
 def _checked(kind: str, name: str, found: Any, giver: str) -> Any:
-    """Returns what a plug-in gives; raises UserError where it is nothing of the kind."""
+    """Returns the object of a plug-in; raises UserError if its type does not fit the kind."""
     if fits(kind, found):
         return found
     what = f"the class {found.__qualname__}" if isinstance(found, type) else f"of the type {type(found).__name__}"
@@ -195,7 +196,7 @@ def _checked(kind: str, name: str, found: Any, giver: str) -> Any:
 
 
 def fits(kind: str, found: Any) -> bool:
-    """Says whether an object is what a kind's table holds; a class is known by its name, for nothing is imported."""
+    """Returns whether an object has the type that a kind requires; base classes are compared by name, not imported."""
     words, base = KINDS[kind]
 
     def derived(of: type) -> bool:
@@ -219,7 +220,7 @@ def _entry_points(kind: str) -> dict[str, tuple[importlib.metadata.EntryPoint, .
 
 
 def _of_entry_point(kind: str, point: importlib.metadata.EntryPoint) -> Any:
-    """Imports what an entry point names, printed on stderr before."""
+    """Imports the object of an entry point, and prints this on stderr before."""
     package = f"the package {_package(point)}"
     if f"{kind}.{point.name}" not in _printed:
         print(f"plug-in: importing {point.module} of {package}, for {point.name!r} of {kind}", file=sys.stderr,
@@ -238,7 +239,7 @@ def _package(point: importlib.metadata.EntryPoint) -> str:
 
 
 def _imported(module: str, what: str) -> Any:
-    """Imports a module of a plug-in; whatever goes wrong is a UserError that names it, with the error as its cause."""
+    """Imports a module of a plug-in; any error becomes the cause of a UserError that names the module."""
     PLUG_INS.add(module.split(".")[0])
     try:
         return importlib.import_module(module)
@@ -248,15 +249,15 @@ def _imported(module: str, what: str) -> Any:
         raise UserError(_failed(module, what, error)) from error
     except UserError as error:
         raise UserError(f"{what} cannot be used: {error}") from error
-    except (Exception, SystemExit) as error:  # a script that is no module ends the process
+    except (Exception, SystemExit) as error:  # SystemExit: a script instead of a module
         raise UserError(_failed(module, what, error)) from error
 
 
 def _check_installed(name: str, where: str, stored: str) -> None:
-    """Raises UserError unless a module is an installed one; imports nothing.
+    """Raises UserError unless a module belongs to an installed package; imports nothing.
 
-    `python -m` imports from the current folder too, where a workdir of somebody else's may lie: `runs.theirs.payload`
-    would be found there, without any __init__.py.
+    This keeps a stranger's workdir from running its own code: `python -m` also imports from the current folder, where
+    `runs.theirs.payload` would be found even without any __init__.py.
     """
     spec, parts = None, name.split(".")
     for count, part in enumerate(parts):
@@ -264,7 +265,7 @@ def _check_installed(name: str, where: str, stored: str) -> None:
         try:
             spec = (importlib.machinery.PathFinder.find_spec(module, spec.submodule_search_locations or ()) if spec
                     else importlib.util.find_spec(part))
-        except ValueError:  # of a module that was not imported, such as __main__
+        except ValueError:  # the module has no spec, such as __main__
             spec = None
         if spec is None:
             raise UserError(f"the plug-in {name} of {where} is not installed here: there is no module {module!r}")
@@ -281,18 +282,18 @@ def _check_installed(name: str, where: str, stored: str) -> None:
 
 
 def _not_installed(top: str, file: Path, depth: int, stored: str) -> str:
-    """Returns why the file of a module is none of an installed package, '' where it is one.
+    """Returns why a module's file does not belong to an installed package; '' if it does.
 
     Args:
       top: the first part of the module's name.
       file: of the module.
-      depth: number of folders of packages that it is in.
-      stored: as of `load`.
+      depth: number of package folders that contain it.
+      stored: as in `load`.
     """
-    base = file.parents[depth]  # which Python searches
+    base = file.parents[depth]  # the folder in Python's search path
     if _below(file, stored) and (_same(base, stored) or not _below(base, stored)):
         return f"{file} lies beside what names it"
-    given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]  # by the user
+    given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]  # the user trusts these
     if any(_below(base, place) for place in _places()) or any(_same(base, path) for path in given):
         return ""
     if _below(file, os.getcwd()) and not _editable(top, file):
@@ -301,14 +302,14 @@ def _not_installed(top: str, file: Path, depth: int, stored: str) -> str:
 
 
 def _places() -> list[str]:
-    """Returns the folders that an interpreter comes with and that installers write to."""
+    """Returns the folders of the standard library and of installed packages."""
     paths = sysconfig.get_paths()
     user = [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
     return [*(paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")), *site.getsitepackages(), *user]
 
 
 def _editable(top: str, file: Path) -> bool:
-    """Says whether a package that is installed as editable has a module of this name there (PEP 610)."""
+    """Returns whether an editable installation (PEP 610) has a top-level module of this name, and contains the file."""
     for package in importlib.metadata.distributions(path=_places()):
         direct = json.loads(package.read_text("direct_url.json") or "{}")
         if not direct.get("dir_info", {}).get("editable"):
@@ -321,7 +322,7 @@ def _editable(top: str, file: Path) -> bool:
 
 
 def _below(path: str | Path, folder: str | Path) -> bool:
-    """Says whether a path leads into a folder, or is the folder, by its name or by what links stand for."""
+    """Returns whether a path is a folder or inside it, with or without resolving symbolic links in either."""
     return any(Path(real(path)).is_relative_to(other(folder)) for real in (os.path.abspath, os.path.realpath)
                for other in (os.path.abspath, os.path.realpath))
 
@@ -331,7 +332,7 @@ def _same(one: str | Path, other: str | Path) -> bool:
 
 
 def _failed(module: str, what: str, error: BaseException) -> str:
-    """Returns one line: what failed, and where in it."""
+    """Returns the message of a failed import, with the plug-in's file and line."""
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [frame for frame in frames if "importlib" not in frame.filename and frame.filename != __file__]
     at = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
@@ -340,7 +341,11 @@ def _failed(module: str, what: str, error: BaseException) -> str:
 
 
 def _attribute(module: Any, names: str | None, what: str) -> Any:
-    """Returns 'object' or 'object.of.it' of a module, itself for ''; raises UserError that begins with `what`."""
+    """Returns a module's attribute, such as 'object' or 'object.part', or the module itself for '' or None.
+
+    Raises:
+      UserError: there is no such attribute; the message begins with `what`.
+    """
     found = module
     for attribute in names.split(".") if names else ():
         if not hasattr(found, attribute):
@@ -350,11 +355,11 @@ def _attribute(module: Any, names: str | None, what: str) -> Any:
 
 
 def _resolved(value: Any, what: str = "") -> Any:
-    """Returns what 'module:attribute', or 'module', stands for; what is no string as it is.
+    """Imports the object of a string 'module:attribute' or 'module'; returns other values unchanged.
 
     Args:
       value: from a table.
-      what: it is, for messages, where a plug-in registered it.
+      what: description for messages, if a plug-in registered the value.
     """
     if not isinstance(value, str):
         return value

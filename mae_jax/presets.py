@@ -1,6 +1,7 @@
-"""The arguments of a recipe, and what `runlocal` makes of it.
+"""Presets: the arguments of a recipe (--config=file.py:ARG), and the preset `runlocal` that all recipes share.
 
-A recipe is made before the command line sets its fields, and `runlocal` has to know which will be.
+A recipe is built before the command line overrides its fields, but `runlocal` depends on the overrides; `given`
+announces them.
 """
 
 import contextlib
@@ -12,12 +13,12 @@ from mae_jax import methods
 from mae_jax.errors import UserError, did_you_mean
 
 Preset = Callable[[ConfigDict], None]
-_given: set[str] = set()  # dotted names
+_given: set[str] = set()  # dotted names of the fields that the command line overrides
 
 
 @contextlib.contextmanager
 def given(fields: Collection[str]) -> Iterator[None]:
-    """Has the recipe that is made meanwhile know the fields that are set afterwards, by their dotted names."""
+    """Announces, while a recipe is built, the dotted names of the fields that will be overridden afterwards."""
     before = set(_given)
     _given.clear()
     _given.update(fields)
@@ -29,24 +30,25 @@ def given(fields: Collection[str]) -> Iterator[None]:
 
 
 def own_data() -> bool:
-    """Says whether the command line names data for the recipe's own source, which `runlocal` has to leave alone.
+    """Returns whether the command line sets data.path or data.name, but not data.source.
 
-    Where it names the source too, it is another one, and what the recipe says of its own does not hold.
+    The data then belong to the recipe's own source, so `runlocal` must keep the recipe's data fields. They do not apply
+    if data.source is set too.
     """
     return bool(_given & {"data.path", "data.name"}) and "data.source" not in _given
 
 
 def runlocal(config: ConfigDict) -> None:
-    """Shrinks a recipe in place until two steps take seconds on a laptop; method and recipe stay.
+    """Shrinks a recipe in place to two steps of a tiny model, which take seconds on a laptop.
 
-    So do the data, if the command line says where they are; else photo crops take their place.
+    Data given on the command line stay; otherwise photo crops replace the recipe's data.
     """
     patch = 4
     config.batch_size = 16
     if not own_data():
         config.data.update(source="photo_crops", path="", name="", train_split="train", val_split="",
                            eval_split="test", mask_key="")
-        config.checkpoint.best_metric = ""  # it is of the validation part
+        config.checkpoint.best_metric = ""  # it would need a validation split
     config.data.image_size = (8 * patch, 8 * patch)
     config.model.update(width=48, depth=2, heads=3, patch=(patch, patch), auto=())
     config.method.update(methods.small(config.method.name))
@@ -59,7 +61,7 @@ def runlocal(config: ConfigDict) -> None:
 
 
 def runlocal_with_masks(config: ConfigDict, mosaic: Preset) -> None:
-    """Does the same to a recipe that needs images with masks: its preset `mosaic` has embedded ones."""
+    """Applies `runlocal` to a recipe for images with masks; its preset `mosaic` selects embedded images with masks."""
     own = own_data()
     if not own:
         mosaic(config)
@@ -69,17 +71,19 @@ def runlocal_with_masks(config: ConfigDict, mosaic: Preset) -> None:
 
 
 def resolve(config: ConfigDict, arg: str, *choices: Mapping[str, Preset], **presets: Preset) -> ConfigDict:
-    """Applies the presets named in `arg` (comma-separated) and returns the locked config.
+    """Applies the presets named in `arg` and returns the locked config.
 
-    They apply in the order in which they are passed here, whatever that of `arg`, so that a size can come before what
-    depends on it.
+    Presets are applied in the order of the parameters, not of `arg`, so that a size precedes the presets that depend on
+    it. `runlocal` is always known and comes last; recipes that need other data than photo crops pass their own.
 
     Args:
       config: the recipe.
-      arg: what follows the colon in --config=file.py:arg; may be empty.
-      *choices: name → function that changes the config in place; of each of these tables `arg` names one at most.
-      **presets: the same, for any number. `runlocal` comes last; every recipe knows it, and one that needs other data
-        than photo crops has its own.
+      arg: the comma-separated text after the colon in --config=file.py:arg; may be empty.
+      *choices: tables of name → function that changes the config in place; `arg` may name at most one of each table.
+      **presets: name → such a function; `arg` may name any number of them.
+
+    Raises:
+      UserError: `arg` names an unknown preset, or two presets that exclude each other.
     """
     known = {name: change for table in (*choices, presets) for name, change in table.items()}
     known["runlocal"] = known.pop("runlocal", runlocal)

@@ -1,12 +1,13 @@
-"""What changed after runs were stored: behaviors by `recipe_version`, and names that fields have had before.
+"""Compatibility with stored runs: changes of behavior by `recipe_version`, and former names of fields.
 
-A run keeps the `recipe_version` that it began with, through resumes, evaluations and exports, and with it the behaviors
-of that version; a new run has the newest. A run of package 0.1.0, whose config.json does not say, has version 1.
+A run keeps the `recipe_version` that it was started with, and the behavior of that version, through resumes,
+evaluations and exports. A new run has the newest version. Runs of package 0.1.0, whose config.json has no version, have
+version 1.
 
-To change what a config trains: add 1 to `CURRENT` and a row to `BEHAVIORS`, keep what was beside what is, choose by
-`has`, and say in tests/recipe_version_test.py which stored workdir shows it. To rename a field: a row of `FIELDS` or
-`BATCH_FIELDS`; a name that a field once had is never given to another one. docs/migration.md has the same rows. Files
-of a workdir have kept their names.
+To change what a config trains: add 1 to `CURRENT` and a row to `BEHAVIORS`, keep the code of the old behavior, choose
+between the two by `has`, and name in tests/recipe_version_test.py the stored workdir that shows the difference. To
+rename a field: add a row to `FIELDS` or `BATCH_FIELDS`; a former name is never used for another field. The tables of
+docs/migration.md have the same rows. The files of a workdir have kept their names.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,13 +18,13 @@ from ml_collections import ConfigDict
 import mae_jax
 from mae_jax.errors import UserError
 
-CURRENT = 5  # of new runs
+CURRENT = 5  # version of new runs
 
 
 class Behavior(NamedTuple):
-    """What a config trains otherwise than before."""
+    """A change of what a config trains: the first recipe_version with it, the old behavior, and the new one."""
 
-    since: int  # the recipe_version
+    since: int
     before: str
     now: str
 
@@ -31,65 +32,68 @@ class Behavior(NamedTuple):
 BEHAVIORS: dict[str, Behavior] = {
     "published_blocks": Behavior(
         2,
-        "`method.masking=block` drew no block once fewer than 16 patches were left, and filled up with single patches",
-        "blocks as BEiT's released code draws them; what is then missing (of 14 x 14, less than one patch on average) "
-        "is added singly"),
+        "`method.masking=block` masked single patches once fewer than 16 patches were left to mask",
+        "blocks are drawn as in BEiT's released code; the patches then missing (of 14 x 14, less than one on average) "
+        "are masked singly"),
     "folder_layouts": Behavior(
         3,
-        "`data.source=folder` knew splits as `train/` beside `test/`, `val/` or `validation/` alone, had no classes "
-        "once an image lay beside their folders, and read what NAS and viewers leave; `data.layout=0.1.0` reads so",
-        "splits by all their usual names, also in a wrapping folder or inside of classes; strays beside class folders "
-        "and droppings are left out; lists of labels; names compare in Unicode NFC; two readings are refused"),
+        "`data.source=folder` recognized only the splits `train/` and `test/`, `val/` or `validation/`, had no classes "
+        "if any image lay beside the class folders, and read files that NAS devices and image viewers add; "
+        "`data.layout=0.1.0` still does so",
+        "splits are recognized by all usual names, also in a wrapping folder or inside class folders; images beside "
+        "class folders and such added files are skipped; lists of labels are read; names are compared in Unicode NFC; "
+        "ambiguous folders are refused"),
     "class_names_before_numbers": Behavior(
         3,
-        "numbers in `data.classes` were places in the sorted names, also where names are numbers: of folders 0 to 11, "
-        "`10-11` were 8 and 9",
-        "where the names of classes are numbers, these are meant"),
+        "numbers in `data.classes` were always indices into the sorted names: for folders named 0 to 11, `10-11` "
+        "selected 8 and 9",
+        "if the names of the classes are numbers, numbers in `data.classes` are names"),
     "exif_orientation": Behavior(
         4,
-        "pixels as they are stored, whatever EXIF said; `data.exif=ignore` reads so",
-        "images are turned as their EXIF says, as people see them, and their masks with them"),
+        "the EXIF orientation was ignored; `data.exif=ignore` still does so",
+        "images, and masks with them, are rotated to their EXIF orientation, as viewers show them"),
     "range_of_16_bits": Behavior(
         5,
-        "of 16 bits the upper 8 were taken, so that images of 12 bits in files of 16 were nearly black; "
-        "`data.range=upper` reads so",
-        "a range of values becomes 0 to 255: `data.range`, by default all bits that the training images have"),
+        "16-bit images were reduced to their upper 8 bits, so that 12-bit images in 16-bit files were nearly black; "
+        "`data.range=upper` still does so",
+        "a range of values is mapped to 0 to 255: `data.range`, by default all bits that the training images use"),
     "more_formats": Behavior(
         5,
-        "TIFF, AVIF and HEIC were no images, in folders and tars by their names; `data.formats=common` reads so",
+        "TIFF, AVIF and HEIC files were skipped, in folders and tars by their names; `data.formats=common` still does "
+        "so",
         "they are read"),
     "computed_order": Behavior(
         5,
-        "the order of an epoch of data with random access was drawn as a whole: 8 bytes of memory for each example",
-        "the example at each place of the order is computed, whatever the size (`mae_jax/rng.py`)"),
+        "the order of an epoch of data with random access was drawn as a whole, with 8 bytes of memory per example",
+        "the example at each position of the order is computed, for a data set of any size (`mae_jax/rng.py`)"),
 }
 
 
 class Renamed(NamedTuple):
-    """Today's name of what had another one."""
+    """The current name of a renamed field."""
 
     now: str
-    since: str  # version of the package
-    method: str = ""  # whose field it is; '': of every config
+    since: str  # version of the package that renamed it
+    method: str = ""  # the only method whose field was renamed; '': all
 
 
-FIELDS: dict[str, Renamed] = {  # of the config, by dotted path
+FIELDS: dict[str, Renamed] = {  # former dotted path of a config field → current one
     "data.colour": Renamed("data.color", "0.2.0"),
     "method.normalise": Renamed("method.normalize", "0.2.0", method="splitmask"),
     "checkpoint.best": Renamed("checkpoint.best_metric", "0.2.0"),
 }
-BATCH_FIELDS: dict[str, Renamed] = {  # as folders of data.source=batches store them
+BATCH_FIELDS: dict[str, Renamed] = {  # former name of a stored batch's field (data.source=batches) → current one
     "mask": Renamed("pixel_label", "0.2.0"),
 }
 
 
 def has(config: ConfigDict, behavior: str) -> bool:
-    """Says whether a run has what is now the behavior."""
+    """Returns whether a run has the new behavior of a row of BEHAVIORS."""
     return config.recipe_version >= BEHAVIORS[behavior].since
 
 
 def check(version: int) -> None:
-    """Raises UserError for a recipe_version that is not known here."""
+    """Raises UserError for a recipe_version that this package does not know."""
     if not 1 <= version <= CURRENT:
         newer = "install the newer mae_jax that has it, or " if version > CURRENT else ""
         raise UserError(f"recipe_version={version}; mae_jax {mae_jax.__version__} knows 1 to {CURRENT}: {newer}"
@@ -97,11 +101,11 @@ def check(version: int) -> None:
 
 
 def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the nested fields of a stored config under today's names, with its recipe_version.
+    """Renames the fields of a stored config (nested dicts) to current names, and adds recipe_version 1 if missing.
 
     Raises:
-      UserError: its recipe_version is not known here.
-      ValueError: a field is there under both its names.
+      UserError: this package does not know its recipe_version.
+      ValueError: the config has a field under both its names.
     """
     out: dict[str, Any] = {"recipe_version": 1, **{key: {**value} if isinstance(value, Mapping) else value
                                                    for key, value in values.items()}}
@@ -117,13 +121,16 @@ def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stored_name(field: str, present: Collection[str]) -> str:
-    """Returns the name that a batch field has among those present: today's, or the one that it had before."""
+    """Returns the name under which stored batches hold a field: the former name if only that is present."""
     before = {renamed.now: old for old, renamed in BATCH_FIELDS.items()}
     return field if field in present or before.get(field, field) not in present else before[field]
 
 
 def former(field: str) -> str:
-    """Returns what a former name of a config field, dotted or its last word, is now, for an error line; or ''."""
+    """Returns the current name of a renamed config field for an error message; '' if it was not renamed.
+
+    `field` is a former dotted path or its last part.
+    """
     found = [f"{old} is {renamed.now} since mae_jax {renamed.since}" for old, renamed in FIELDS.items()
              if field in (old, old.split(".")[-1])]
     return "; ".join(found)

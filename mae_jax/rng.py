@@ -1,4 +1,4 @@
-"""Addressed randomness: every draw is a function of (seed, stream, position), on the host and on the device."""
+"""Stateless random numbers: every draw is a function of (seed, stream, position), on the host and on the device."""
 
 import functools
 import math
@@ -16,21 +16,21 @@ _lock = threading.Lock()
 
 
 def rng(seed: int, stream: str, position: int, view: int = 0) -> np.random.Generator:
-    """Returns the generator of one address.
+    """Returns the NumPy generator for one position of a stream.
 
     Args:
       seed: the run's seed, any integer.
-      stream: what the draws are for ('augment', 'order', ...).
+      stream: name of the kind of draw ('augment', 'order', ...).
       position: step · batch_size + row, an epoch, or the index of an example; below 2**56.
-      view: which view of the image, below 256.
+      view: index of the view of the image, below 256.
     """
     key = [_mix(_mix(seed & _WORD) ^ zlib.crc32(stream.encode())), position << 8 | view]
     return np.random.Generator(np.random.Philox(key=np.array(key, np.uint64)))
 
 
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """Returns the order of an epoch as runs from before have it, int64 [size], drawn once and cached (read-only)."""
-    with _lock:  # threads that cross into an epoch together shall draw its permutation once
+    """Returns the order of an epoch before recipe_version 5, int64 [size] (read-only), drawn once and cached."""
+    with _lock:  # several threads may begin an epoch at once; only one draws its permutation
         return _permutation(seed, epoch, size)
 
 
@@ -41,22 +41,25 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return order
 
 
-ROUNDS = 12  # of `example_at`; from 10 on, chi-squares over places, pairs and orders of a few examples show nothing
+ROUNDS = 12  # Feistel rounds of `example_at`; with 10 or more, chi-squared tests of small permutations find no bias
 
 
 def example_at(seed: int, epoch: int, size: int, place: Any, stream: str = "epoch") -> Any:
-    """Returns which example stands at a place of an epoch's order: for all places together, a permutation.
+    """Returns the example at each place of an epoch's order, a pseudorandom permutation that takes no memory.
 
-    A generalized Feistel network (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"): a number is written
-    with two digits of bases a and b, a · b being at least the size; in turns each digit is shifted by a keyed hash of
-    the other one. Results that are no example are put in again until one is. Nothing is stored, whatever the size.
+    It is a generalized Feistel network (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). A number has
+    two digits with the bases a and b, where a · b ≥ size; in turns, each digit is shifted by a keyed hash of the other.
+    Results that are not below `size` are encrypted again until they are (cycle walking).
 
     Args:
       seed: the run's seed.
-      epoch: whose order it is; each has keys of its own.
+      epoch: index of the epoch; each epoch has its own order.
       size: the number of examples, below 2**62.
-      place: int, or an array of uint64, each below the size.
-      stream: what the order is for.
+      place: int, or uint64 array [...], below `size`.
+      stream: name of the kind of draw.
+
+    Returns:
+      Indices of examples, like `place`.
     """
     a = math.isqrt(size - 1) + 1
     b = -(-size // a)
@@ -87,10 +90,7 @@ def _keys(seed: int, epoch: int, stream: str) -> tuple[int, ...]:
 
 
 def _mix(word: Any) -> Any:
-    """Spreads 64 bits, of an int or an array of uint64, so that near seeds have far keys.
-
-    It is the finaliser of splitmix64 (Steele, Lea and Flood 2014).
-    """
+    """Hashes 64 bits, an int or a uint64 array, by the finalizer of splitmix64 (Steele, Lea and Flood 2014)."""
     word = (word + 0x9E3779B97F4A7C15) & _WORD
     word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & _WORD
     word = (word ^ word >> 27) * 0x94D049BB133111EB & _WORD
@@ -98,7 +98,7 @@ def _mix(word: Any) -> Any:
 
 
 def stream_key(seed: int, step: "jax.Array | int", stream: str) -> "jax.Array":
-    """Returns the random key of a named stream at a step."""
-    import jax  # which the processes that make examples do without
+    """Returns the JAX random key of a named stream at a step."""
+    import jax  # imported here, since worker processes of the data run without JAX
 
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), zlib.crc32(stream.encode()))

@@ -1,4 +1,4 @@
-"""The train state: all that a checkpoint holds."""
+"""The train state."""
 
 from typing import Any, NamedTuple
 
@@ -8,9 +8,16 @@ from mae_jax.methods.base import Extras, Params
 
 
 class TrainState(NamedTuple):
-    """All that a checkpoint holds. `step` numbers the next batch; `bad_steps` counts non-finite ones in a row.
+    """The state of a run, which checkpoints hold.
 
-    `history` holds what loss spikes are measured against, where `guard.spike` is on.
+    Attributes:
+      step: int32 [], the index of the next batch.
+      params: parameters, float32.
+      opt: state of the optimizer.
+      extras: state of the method without gradients, such as an EMA teacher.
+      ema: moving average of the parameters; {} if `optim.ema` is off.
+      bad_steps: int32 [], the number of consecutive steps with non-finite gradients so far.
+      history: metrics of recent steps that spikes are compared with; () if `guard.spike` is off.
     """
 
     step: jax.Array

@@ -1,1 +1,1 @@
-"""A trained encoder asked about images: features of any source, predictions, and arrays from Python."""
+"""Inference with a trained encoder: features and predictions of images from files, sources or arrays."""

@@ -1,4 +1,4 @@
-"""What `embed` and `predict` share: which encoder is asked, about which images, and how it ends."""
+"""Shared by the commands `embed` and `predict`: opening of the encoder and the images, and the exit code."""
 
 from ml_collections import ConfigDict
 
@@ -11,23 +11,22 @@ from mae_jax.inference.parts import Part
 
 def opened(source: str, images: str, config: ConfigDict | None, split: str, all_splits: bool, batch_size: int = 0,
            heads: int = 0) -> tuple[Encoder, list[Part]]:
-    """Opens an encoder and the images that it is asked about; arguments and errors as of `open_encoder` and `parts_of`.
-    """
+    """Opens an encoder and its input images; arguments and errors as in `open_encoder` and `parts_of`."""
     encoder = open_encoder(source, batch_size, heads=heads)
     return encoder, parts_of(encoder, images, config, split, all_splits)
 
 
 def parts_of(encoder: Encoder, images: str, config: ConfigDict | None, split: str, all_splits: bool) -> list[Part]:
-    """Opens the images that an encoder is asked about.
+    """Opens the input images of an encoder.
 
     Args:
-      encoder: in whose image size they are read.
-      images: a file, a folder or a pattern; '': the data of `config`, or without one the run's own.
-      config: whose group `data` is read.
-      split, all_splits: as of `parts.of_config`.
+      encoder: determines the image size.
+      images: a file, a folder or a pattern; '': the data of `config`, or without `config` the run's own data.
+      config: a config, of which only `data` is read.
+      split, all_splits: as in `parts.of_config`.
 
     Raises:
-      UserError: no images are there, or both kinds are named.
+      UserError: there are no images, or both `images` and a config or split are given.
     """
     for flag, given in (("config", config is not None), ("split", split)):
         if images and given:
@@ -35,12 +34,21 @@ def parts_of(encoder: Encoder, images: str, config: ConfigDict | None, split: st
     if images:
         return [parts.of_images(encoder.config, images, encoder.class_names)]
     if config is None and not encoder.of_run:
-        raise UserError(f"{encoder.source} does not say which images it was trained on; name some (images, config)")
+        raise UserError(f"{encoder.source} does not record which images it was trained on; give images or config")
     return parts.of_config(encoder.config, config, split, all_splits)
 
 
 def exit_code(encoder: Encoder, images: int, unreadable: int) -> int:
-    """Returns the exit code of a pass that is done; raises GuardError where too many images could not be read."""
+    """Returns the exit code after a finished pass.
+
+    Args:
+      encoder: whose config has the guard.
+      images: number of images that were read.
+      unreadable: number of images that could not be read.
+
+    Raises:
+      GuardError: more than `guard.max_bad_fraction` of the images could not be read.
+    """
     most = encoder.config.guard.max_bad_fraction
     if unreadable > most * (images + unreadable):
         raise GuardError(f"{unreadable} of {images + unreadable} images could not be read, more than "

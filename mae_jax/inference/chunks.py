@@ -1,4 +1,5 @@
-"""Rows of a long computation, on disk in chunks: it goes on where it was cut off, and loses or repeats none."""
+"""Resumable computations: results are stored as chunks of rows, so that an interrupted one repeats and loses no chunk.
+"""
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -13,43 +14,42 @@ from mae_jax.runtime import bounded_json, peers
 from mae_jax.storage.file_kinds import unreadable
 from mae_jax.storage.npz import opened
 
-MAX_SHOWN = 60  # letters of a value that differs, in a message
-Columns = Mapping[str, np.ndarray]  # name → [n, ...], the rows of one batch or chunk
+MAX_SHOWN = 60  # most characters of a value in a message
+Columns = Mapping[str, np.ndarray]  # name → [n, ...], n rows of a batch or chunk
 
 
 class Chunks:
-    """Columns of equal length under a folder, `rows` rows in each chunk but the last one.
+    """Columns of equal length in a folder, in chunks of `rows` rows; the last chunk may have fewer.
 
-    Files 00000.npz ... have the columns; about.json says what they are of, complete.json the number of chunks.
+    The files 00000.npz ... hold the columns, about.json describes them, and complete.json, which is written last, holds
+    the number of chunks.
     """
 
     def __init__(self, folder: epath.Path, about: dict[str, Any], rows: int = 0,
                  verify: Callable[[], None] = lambda: None):
-        """Binds chunks to a folder.
+        """Creates the chunks of a folder, without touching it.
 
         Args:
-          folder: made by `fill`.
-          about: what the rows are of, which must be that of those that are there.
-          rows: as above.
-          verify: returns where the folder is sure to be this process's to write, raises elsewhere.
+          folder: created by `fill`.
+          about: description of the computation, of JSON's types; it must equal that of existing chunks.
+          rows: rows per chunk.
+          verify: called before each write; raises if this process may not write to the folder.
         """
         self.folder, self.about, self.rows, self._verify = folder, bounded_json.as_read(about), rows, verify
 
     def files(self) -> list[epath.Path]:
-        """Returns the chunks that are there, in order."""
-        # Not by a glob, for which the folder's own name would be a pattern too.
+        """Returns the files of the existing chunks, in order."""
+        # No glob: characters of the folder's own name would be a pattern.
         return sorted(file for file in self.folder.iterdir() if file.name[0].isdigit() and file.suffix == ".npz")
 
     def fill(self, batches: Callable[[int], Iterator[Columns]]) -> None:
-        """Writes the chunks that are missing; what is there is not computed again.
-
-        All processes call it, and the first one writes.
+        """Computes and writes the missing chunks. All processes call it, and process 0 writes.
 
         Args:
-          batches: the number of rows that are there → the columns of the others, a few rows at a time.
+          batches: maps the number of existing rows to an iterator over the columns of all further rows.
 
         Raises:
-          UserError: the folder holds rows of something else.
+          UserError: the folder holds chunks of another computation.
         """
         done, whole = self._begin()
         if whole:
@@ -63,22 +63,22 @@ class Chunks:
             self._write(done, _joined(waiting))
         if jax.process_index() == 0:
             (self.folder / "complete.json").write_text(json.dumps(len(self.files())) + "\n")
-        peers.broadcast(None)  # the others wait until all is there
+        peers.broadcast(None)  # a barrier: the others wait until everything is written
 
     def rows_there(self) -> int:
-        """Returns how many rows are there, at least so many but for the last chunk; 0 where the folder is not."""
+        """Returns the number of existing rows, counting the last chunk as full; 0 if there is no folder."""
         return len(self.files()) * self.rows if self.folder.is_dir() else 0
 
     def read(self, names: Collection[str] = ()) -> Iterator[dict[str, np.ndarray]]:
-        """Yields the columns of each chunk, all or those of some names; raises UserError for a damaged one."""
+        """Yields the columns of each chunk, all or those in `names`; raises UserError for a damaged file."""
         for path in self.files():
             with opened(path, f"; remove {self.folder}") as stored:
                 yield {name: stored[name] for name in names or stored.files}
 
     def _begin(self) -> tuple[int, bool]:
-        """Returns how many chunks are there, and whether these are all; on all processes alike."""
+        """Returns the number of existing chunks and whether all exist, the same on all processes."""
         done, whole, why = 0, False, ""
-        if jax.process_index() == 0:  # alone: to the others, the folder need not show yet
+        if jax.process_index() == 0:  # the folder may not be visible to other processes yet
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._claim()
@@ -92,7 +92,7 @@ class Chunks:
         return done, whole
 
     def _claim(self) -> None:
-        """Notes what the rows are of; raises UserError where there are others."""
+        """Writes about.json; raises UserError if it exists with another description."""
         file = self.folder / "about.json"
         content = file.read_bytes() if file.is_file() else None
         try:
@@ -106,7 +106,7 @@ class Chunks:
             file.write_text(json.dumps(self.about) + "\n")
 
     def _write(self, number: int, columns: Columns) -> Columns:
-        """Writes one chunk; returns the rows that are too many for it."""
+        """Writes one chunk; returns the rows that exceed it."""
         if jax.process_index() == 0:
             self._verify()
             partial = self.folder / f"partial_{number:05d}.npz"
@@ -118,13 +118,13 @@ class Chunks:
 
 
 def difference(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Returns 'key (before, now after)' of the first key whose value is another one, '' for none."""
+    """Returns 'key (old value, now new value)' for the first key whose value differs; '' if none does."""
     return next((f"{key} ({_shortened(there.get(key))}, now {_shortened(now.get(key))})"
                  for key in {**now, **there} if there.get(key) != now.get(key)), "")
 
 
 def _shortened(value: Any) -> str:
-    """Returns a value as text that fits into a line."""
+    """Returns a value as text of at most about MAX_SHOWN characters."""
     text = printable(str(value))
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 

@@ -1,4 +1,4 @@
-"""Features of all images of some parts in one file: in bounded memory, going on where it was stopped."""
+"""Embedding: writes the features of all images to one file, in bounded memory and resumable."""
 
 import logging
 import os
@@ -22,21 +22,21 @@ from mae_jax.runtime import bounded_json, peers
 from mae_jax.storage import workdir_lock
 
 logger = logging.getLogger(__name__)
-FORMAT = 1  # of what the file says of itself
-CHUNK_BYTES, CHUNK_ROWS = 64 * 2**20, 16_384  # of features that are held at a time, at most
-MAX_NAMED = 1000  # images that could not be read, named in the file
-# Of what a file says of itself: where its encoder lay, and what is known at the end alone.
+FORMAT = 1  # version of the file's description
+CHUNK_BYTES, CHUNK_ROWS = 64 * 2**20, 16_384  # most bytes of features, and most rows, per chunk
+MAX_NAMED = 1000  # most unreadable images whose names the file holds
+# Fields of the description that may differ when a call resumes: the encoder's location, and results.
 NOT_COMPARED = ("from", "mae_jax", "images", "unreadable", "unreadable_count")
 
 
 class Embedded(NamedTuple):
-    """What was written.
+    """The result of `embed`.
 
     Attributes:
-      path: the file.
-      images: how many have a row.
-      unreadable: (name, reason) of those that have none, the first 1,000.
-      unreadable_count: how many these are.
+      path: of the file.
+      images: number of rows.
+      unreadable: (name, reason) of the images without a row, at most 1,000.
+      unreadable_count: number of images without a row.
     """
 
     path: str
@@ -47,19 +47,20 @@ class Embedded(NamedTuple):
 
 def embed(encoder: Encoder, parts: list[Part], to: epath.Path, features: str = "pool", block: int = -1,
           images: str = "") -> Embedded:
-    """Writes the features of all images of the parts. The same call goes on where one was stopped.
+    """Writes the features of all images of the parts to a file. The same call resumes an interrupted one.
 
-    Until the file is whole, its rows are in the folder <to>.parts.
+    Until the file is complete, its rows are in the folder <to>.parts.
 
     Args:
       encoder: with a mesh of all devices.
-      parts: of which all images are embedded, in order.
+      parts: the images, in order.
       to: *.parquet or *.npz.
-      features, block: as of `Encoder`.
-      images: the path or pattern, where the images were given so.
+      features, block: as in `Encoder.__call__`.
+      images: the path or pattern that names the images, if any.
 
     Raises:
-      UserError: there is a file, or a part of one, of something else; too little room.
+      UserError: the file or the folder holds other features, the processes have different encoders or images, or
+        features are not finite.
     """
     writer = embedding_files.writer_of(to)
     about = bounded_json.as_read(_about(encoder, parts, features, block, images))
@@ -95,9 +96,9 @@ def _parts_of(to: epath.Path) -> epath.Path:
 
 
 def _remove(folder: epath.Path) -> None:
-    """Removes what the file was made of, as long as it is held: the next call may begin in it at once.
+    """Removes the folder of chunks while this process still holds its lease.
 
-    The lock of a bucket stays, which is deleted as it is given back.
+    In a bucket, the lock is not removed here; giving back the lease deletes it.
     """
     for each in folder.iterdir() if str(folder).startswith("gs://") else [folder]:
         if each.is_dir():
@@ -105,12 +106,12 @@ def _remove(folder: epath.Path) -> None:
 
 
 def _classes(parts: list[Part]) -> tuple[str, ...]:
-    """Returns the names of the classes that labels are numbers of: those of the first part that has some."""
+    """Returns the names of the classes that labels index: those of the first part with classes."""
     return next((part.source.classes for part in parts if part.source.classes), ())
 
 
 def _about(encoder: Encoder, parts: list[Part], features: str, block: int, images: str) -> dict[str, Any]:
-    """Returns what the file says of itself: all that its rows depend on."""
+    """Returns the description of the file: everything that its rows depend on."""
     config = encoder.config
     source = {"images": _absolute(images)} if images else data_of(parts[0].config)
     classes = _classes(parts)
@@ -128,12 +129,12 @@ def _about(encoder: Encoder, parts: list[Part], features: str, block: int, image
 
 
 def _absolute(images: str) -> str:
-    """Returns the path or pattern that means the same from any folder."""
+    """Returns an absolute path or pattern."""
     return images if "://" in images else os.path.abspath(images)
 
 
 def _there(to: epath.Path, about: dict[str, Any]) -> Embedded | None:
-    """Returns what is in a whole file that is there; raises UserError where it is of something else."""
+    """Returns the result for a complete file if it exists already; raises UserError if it holds other features."""
     said, why = None, ""
     if jax.process_index() == 0 and to.exists():
         try:
@@ -150,7 +151,7 @@ def _there(to: epath.Path, about: dict[str, Any]) -> Embedded | None:
     if said is None:
         return None
     logger.info("%s: there already", to)
-    if jax.process_index() == 0 and (left := _parts_of(to)).is_dir():  # the call before was stopped at its very end
+    if jax.process_index() == 0 and (left := _parts_of(to)).is_dir():  # left by a call that was stopped at its very end
         left.rmtree()
     return Embedded(str(to), said["images"], [tuple(each) for each in said["unreadable"]], said["unreadable_count"])
 
@@ -168,7 +169,7 @@ def _columns(encoder: Encoder, part: Part, features: str, block: int, tell: prog
 
 
 def _unreadable(parts: list[Part], chunks: list[Chunks], to: str) -> Embedded:
-    """Counts rows, and names the images that have none."""
+    """Returns the number of rows, and the names of the images without one."""
     images, named, lost = 0, list[tuple[str, str]](), 0
     for part, each in zip(parts, chunks, strict=True):
         first = 0
@@ -195,14 +196,14 @@ def _records(parts: list[Part], chunks: list[Chunks], classes: tuple[str, ...]) 
 
 
 def _names(label: np.ndarray, labels: np.ndarray | None, kept: np.ndarray, classes: tuple[str, ...]) -> list[str]:
-    """Returns the names of labels, '' where there is none; of several labels, all of them."""
+    """Returns the names of each row's label or labels, comma-separated; '' without a label."""
     if labels is not None:
         return [", ".join(classes[k] for k in np.flatnonzero(labels[row])) for row in kept]
     return [classes[each] if 0 <= each < len(classes) else "" for each in label]
 
 
 def told(found: Embedded) -> str:
-    """Returns what to print at the end."""
+    """Returns the summary to print at the end."""
     lost = passes.summary_of_unreadable(found.unreadable, found.unreadable_count)
     return "\n".join(filter(None, (lost, f"{found.path}: features of {pluralize(found.images, 'image')}")))
 

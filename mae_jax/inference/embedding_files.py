@@ -1,8 +1,8 @@
-"""Files of features, Parquet and npz: written chunk by chunk, and what they say of themselves.
+"""Files of features in Parquet and npz, written chunk by chunk, with a description.
 
-Columns: `file`, `split`, `id` int64, which counts images over all splits in their order; `label` int32, -1 where it is
-not known; `label_name`; `features`, a list of as many float32 for each row. What the rows are of is a JSON object: in
-Parquet the metadata 'mae_jax' of the schema, in npz the array `about`.
+Columns: `file`; `split`; `id` int64, the image's index over all splits in order; `label` int32, -1 if unknown;
+`label_name`; `features`, a list of float32 with the same length in each row. The description is a JSON object: in
+Parquet the schema's metadata 'mae_jax', in npz the array `about`.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ KEY = b"mae_jax"
 
 
 class Record(NamedTuple):
-    """Rows of the file: the columns, as the file has them; all are of one split."""
+    """Rows of one split, as the columns of the file."""
 
     file: list[str]
     split: str
@@ -40,7 +40,7 @@ Writer = Callable[[epath.Path, dict[str, Any], int, Rows], None]
 
 
 def writer_of(to: epath.Path) -> Writer:
-    """Returns what writes a file of this ending; raises UserError for an unknown one, or for a folder."""
+    """Returns the writer for a file's ending; raises UserError for an unknown ending or a folder."""
     writers = {".parquet": write_parquet, ".npz": write_npz}
     if to.suffix.lower() not in writers:
         raise UserError(f"--to={to}: the file's name must end in .parquet or .npz")
@@ -50,7 +50,7 @@ def writer_of(to: epath.Path) -> Writer:
 
 
 def about_of(path: epath.Path) -> dict[str, Any]:
-    """Returns what a file of features says of itself; raises UserError where it is none."""
+    """Returns the description in a file of features; raises UserError if it is not such a file."""
     try:
         if path.suffix.lower() == ".npz":
             with opened(path) as arrays:
@@ -64,18 +64,18 @@ def about_of(path: epath.Path) -> dict[str, Any]:
 
 
 def chosen(path: epath.Path, most: int) -> tuple[dict[str, Any], int, Record]:
-    """Reads at most so many rows, evenly spread over the file; one group of rows of Parquet is held at a time.
+    """Reads at most `most` rows, evenly spread over the file, one row group of Parquet at a time.
 
     Args:
       path: *.parquet or *.npz.
-      most: rows.
+      most: largest number of rows.
 
     Returns:
-      What the file says of itself; how many rows it has; and the rows, `split` being that of each. Of features with
-      several vectors (`patches`, `tokens`) their mean, float32 [n, D].
+      The description; the number of rows in the file; and the rows. In these, `split` is an array with the split of
+      each row, and `features` is float32 [n, D], the mean if the features have several vectors (`patches`, `tokens`).
 
     Raises:
-      UserError: it is no file of features, or damaged.
+      UserError: it is not a file of features, has no rows, or is damaged.
     """
     about = about_of(path)
     try:
@@ -98,7 +98,7 @@ def chosen(path: epath.Path, most: int) -> tuple[dict[str, Any], int, Record]:
 
 
 def spread(count: int, most: int) -> np.ndarray:
-    """Returns at most so many of the numbers below `count`, ascending and evenly spread, int64."""
+    """Returns at most `most` integers below `count`, ascending and evenly spread, int64."""
     return np.arange(count) if count <= most else np.arange(most) * count // most
 
 
@@ -122,7 +122,7 @@ def _taken(columns: dict[str, Any], rows: Any, shape: tuple[int, ...]) -> Record
 
 
 def write_parquet(to: epath.Path, about: dict[str, Any], count: int, rows: Rows) -> None:
-    """Writes rows as Parquet, one group of rows for each chunk."""
+    """Writes a Parquet file with one row group per chunk."""
     values = int(np.prod(about["shape"]))
     schema = pa.schema([("file", pa.string()), ("split", pa.string()), ("id", pa.int64()), ("label", pa.int32()),
                         ("label_name", pa.string()), ("features", pa.list_(pa.float32(), values))],
@@ -137,7 +137,7 @@ def write_parquet(to: epath.Path, about: dict[str, Any], count: int, rows: Rows)
 
 
 def write_npz(to: epath.Path, about: dict[str, Any], count: int, rows: Rows) -> None:
-    """Writes rows as arrays of their names, each [n, ...], in a pass of its own."""
+    """Writes an npz file with one array [n, ...] per column, each in a separate pass over the rows."""
     longest = {"file": 1, "split": 1, "label_name": 1}
     for record in rows():
         texts = {"file": record.file, "split": [record.split], "label_name": record.label_name}
@@ -164,7 +164,7 @@ def _write_array(member: Any, name: str, kind: np.dtype, shape: list[int], count
 
 @contextlib.contextmanager
 def _whole(to: epath.Path) -> Iterator[epath.Path]:
-    """Gives the name under which a file is written; it has its own only when it is whole."""
+    """Context with a temporary path, which is renamed to `to` at the end, so that `to` is always complete."""
     make_folder(to.parent)
     partial = to.with_name(f"{to.name}.partial")
     try:

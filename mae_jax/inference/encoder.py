@@ -1,4 +1,4 @@
-"""An encoder as it is asked about images: loaded from any place that holds one, compiled for batches of one size."""
+"""A trained encoder for inference: loading from runs, exports and other libraries, and compiled forward passes."""
 
 import operator
 import os
@@ -29,26 +29,26 @@ from mae_jax.storage import paths
 from mae_jax.storage.checkpoint import load_params
 from mae_jax.training import workdir
 
-# pool: as the run's config says (model.pool); cls: the class token; mean: of the patch tokens; patches: their map;
-# tokens: all, class token first.
+# pool: as in the run's config (model.pool); cls: the class token; mean: the mean of the patch tokens; patches: the map
+# of patch tokens; tokens: all tokens, class token first.
 FEATURES = ("pool", "cls", "mean", "patches", "tokens")
-ROWS = {"cpu": 32}  # of a batch on each device, by platform
+ROWS = {"cpu": 32}  # platform → default rows of a batch per device
 ROWS_ELSEWHERE = 128
-UNUSED = ("norm/scale", "norm/bias", "mask_token")  # of an encoder, that its tokens may do without
+UNUSED = ("norm/scale", "norm/bias", "mask_token")  # optional parameters of an encoder
 
 
 class Encoder:
-    """An encoder of any method, with the transform that its evaluations use.
+    """An encoder of any method, with the image transform of its evaluations.
 
     Attributes:
-      config: of the run that trained it, as it is looked at here: without 'auto', of batches of `batch_size`.
-      method: with its heads, where it has some.
+      config: of the run that trained it, with 'auto' resolved and the batch size of inference.
+      method: with its heads, if it has any.
       params, extras: on the devices.
-      class_names: of those that its head knows, () without a head, or where nothing says them.
-      classes: likewise, their numbers where nothing says names.
-      step: of the checkpoint, -1 where nothing says it.
+      class_names: names of the head's classes; () without a head, or if they are unknown.
+      classes: the same, but their indices as text if the names are unknown.
+      step: of the checkpoint; -1 if unknown.
       source: where it was loaded from.
-      of_run: whether the config is of a run of ours, and so says what it was trained on.
+      of_run: whether the config is of a mae_jax run, and therefore names its data.
     """
 
     def __init__(self, config: ConfigDict, params: Any, extras: Any, mesh: Mesh, classes: Sequence[str] = (),
@@ -70,34 +70,42 @@ class Encoder:
 
     @property
     def batch_size(self) -> int:
-        """Images of a batch, over all devices."""
+        """Images per batch, over all devices."""
         return self.config.batch_size
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels to which images are cropped and resized."""
+        """Height and width in pixels of the input images, after resizing and cropping."""
         return self.grid.image_size
 
     @property
     def width(self) -> int:
-        """D, the values of a token."""
+        """D, the width of a token."""
         return self.config.model.width
 
     def shape(self, features: str = "pool") -> tuple[int, ...]:
-        """Returns the shape of one image's features."""
+        """Returns the shape of one image's features; raises UserError for unknown features."""
         check_features(features)
         return {"tokens": (1 + self.grid.num_patches, self.width), "patches": (*self.grid.shape, self.width)}.get(
             features, (self.width,))
 
     def patches(self, images: Sequence[ImageLike]) -> np.ndarray:
-        """Returns the patches of images' evaluation views, uint8 [n, N, P]; raises UserError."""
+        """Returns the patches of the images after the evaluation's transform, uint8 [n, N, P].
+
+        Raises:
+          UserError: an image cannot be used.
+        """
         ratio, upright = self.config.eval.crop_ratio[0], self.config.data.exif != "ignore"
         with ThreadPoolExecutor(self.config.data.threads or os.cpu_count() or 1) as pool:
             made = pool.map(lambda image: patches_of(self._builder, image, ratio, upright), images)
             return np.stack(list(made))
 
     def program(self, features: str = "pool", block: int = -1) -> Callable[..., jax.Array]:
-        """Returns the compiled function of (params, extras, batch) to features, float32 [B, ...]."""
+        """Returns the compiled function (params, extras, batch) → features, float32 [B, ...].
+
+        Raises:
+          UserError: unknown features, or the encoder has no such block or no class token.
+        """
         check_features(features)
         if not isinstance(block, int | np.integer) or not -1 <= block < self.config.model.depth:
             raise UserError(f"block={block}; the encoder has the blocks 0 to {self.config.model.depth - 1}, -1 is the "
@@ -107,16 +115,15 @@ class Encoder:
         return self.compiled((features, block), partial(_features, self.method, features, block))
 
     def compiled(self, key: Any, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns a compiled function of (params, extras, batch), whose outputs every process has whole; kept by key.
-        """
+        """Compiles a function of (params, extras, batch) with replicated outputs, once per key."""
         if key not in self._programs:
             self._programs[key] = jax.jit(function, out_shardings=sharding.replicated(self.mesh))
         return self._programs[key]
 
     def run(self, program: Callable[..., Any], images: Sequence[ImageLike]) -> list[Any]:
-        """Returns the outputs of a compiled function for images, a tree of arrays [n, ...] for each batch of them.
+        """Returns the outputs of a compiled function for each batch of the images, trees of host arrays [n, ...].
 
-        The last batch is filled up; a call with less than one batch takes the next power of two.
+        The last batch is padded. With less than one batch of images, the batch size is halved while they fit.
         """
         devices = self.mesh.devices.size
         size = self.batch_size
@@ -129,7 +136,7 @@ class Encoder:
                 for start, output in zip(starts, found, strict=True)]
 
     def _batch(self, images: Sequence[ImageLike], size: int) -> dict[str, np.ndarray]:
-        """Returns a batch of `size` rows of images in raster order; empty ones are added."""
+        """Returns a batch of `size` rows with patches in raster order, padded with black images."""
         patches = self.patches(images)
         empty = np.zeros((size - len(patches), *patches.shape[1:]), np.uint8)
         order = np.broadcast_to(np.arange(self.grid.num_patches, dtype=np.int32), (size, self.grid.num_patches))
@@ -140,15 +147,15 @@ class Encoder:
 
         Args:
           images: one or several arrays, PIL images or paths, of any sizes (`images.ImageLike`); an array
-            [B, height, width, 3] is several.
+            [B, height, width, 3] holds several.
           features: one of FEATURES.
-          block: whose tokens are taken, before any norm; -1: the encoder's output.
+          block: index of the block whose output tokens are used, without a norm; -1: the encoder's output.
 
         Returns:
-          float32 [B, D]; of 'patches' [B, rows, columns, D], of 'tokens' [B, 1 + N, D].
+          float32 [B, D]; for 'patches' [B, rows, columns, D], for 'tokens' [B, 1 + N, D].
 
         Raises:
-          UserError: an image that cannot be used, or unknown features.
+          UserError: an image cannot be used, or as in `program`.
         """
         program, given = self.program(features, block), as_list(images)
         if not given:
@@ -157,7 +164,7 @@ class Encoder:
 
 
 def check_features(features: str) -> None:
-    """Raises UserError for unknown features, with the nearest name."""
+    """Raises UserError, with the nearest name, for unknown features."""
     if features not in FEATURES:
         raise UserError(f"features={features!r}; {did_you_mean(str(features), FEATURES)}")
 
@@ -167,18 +174,18 @@ def open_encoder(source: str, batch_size: int = 0, image_size: tuple[int, int] |
     """Loads an encoder.
 
     Args:
-      source: a workdir (its newest good checkpoint), a step's folder in it, its best/, an export, or weights of another
-        library, a file or a folder.
-      batch_size: images at a time, over all devices; 0: 32 on each CPU device, 128 on each accelerator.
-      image_size: height and width in pixels, of weights of another library alone; None: as they say.
-      heads: likewise, where nothing says how many they are.
-      mesh_of: the devices; None: all.
+      source: a workdir (whose newest undamaged checkpoint is read), a step folder in it, its best/, an export, or
+        weights of another library as a file or a folder.
+      batch_size: images per batch, over all devices; 0: 32 per CPU device, 128 per accelerator.
+      image_size: height and width in pixels, only for weights of another library; None: as in their files.
+      heads: number of attention heads, only for weights whose files do not have it; 0: as in their files.
+      mesh_of: the devices to use; None: all.
 
     Raises:
-      UserError: nothing is there, it is damaged, or it has no single encoder.
+      UserError: there is no encoder at `source`, it is damaged, or the method has no single encoder.
     """
     if batch_size < 0:
-        raise UserError(f"batch_size={batch_size}; expected images at a time, or 0")
+        raise UserError(f"batch_size={batch_size}; expected images per batch, or 0")
     folder = paths.locate_checkpoints(str(source), "from")
     theirs = workdir.config_of(str(folder))
     loaded = load_params(folder, ema=True, extras=True, step=True)
@@ -189,23 +196,23 @@ def open_encoder(source: str, batch_size: int = 0, image_size: tuple[int, int] |
         config = foreign.config_of(str(folder), params, image_size, heads)
         params = foreign.fitted(str(folder), params, config)
     elif image_size or heads:
-        raise UserError(f"{source} says itself its image size and heads; leave them out")
+        raise UserError(f"{source} has its own image size and heads; leave them out")
     else:
         config = theirs
     devices = list(mesh_of or jax.devices())
     config = for_devices(config, batch_size, devices)
-    kept = {name: value for name, value in extras.items() if name != "teacher"}  # whose parameters these are
+    kept = {name: value for name, value in extras.items() if name != "teacher"}  # `params` are the teacher's
     classes = workdir.classes_of(str(folder)) if _outputs(params) else ()
     return Encoder(config, params, kept, sharding.make_mesh(config, devices), classes, step, str(source),
                    theirs is not None)
 
 
 def for_devices(config: ConfigDict, batch_size: int, devices: Sequence[jax.Device]) -> ConfigDict:
-    """Returns a run's config for batches of images on these devices, all of which share their rows.
+    """Returns a run's config for inference, with batches that are sharded over all devices.
 
     Args:
       config: of the run.
-      batch_size: rows, rounded up to a multiple of the devices; 0: as `open_encoder` says.
+      batch_size: images per batch, rounded up to a multiple of the devices; 0: as in `open_encoder`.
       devices: of one kind.
     """
     config = config.copy_and_resolve_references().unlock()
@@ -220,19 +227,19 @@ def for_devices(config: ConfigDict, batch_size: int, devices: Sequence[jax.Devic
 
 
 def _named(params: Any, classes: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names of a head's classes; their numbers where nothing says names of as many."""
+    """Returns the names of the head's classes; their indices as text if the number of names does not match."""
     count = _outputs(params)
     return tuple(classes) if len(classes) == count else tuple(map(str, range(count)))
 
 
 def _outputs(params: Any) -> int:
-    """Returns how many classes a head tells apart, or a detector finds; 0 without either."""
+    """Returns the number of classes of a classifier or a detector; 0 without either head."""
     flat = param_tree.flatten(params)
     return max((flat[name].shape[-1] for name in ("head/kernel", "masks/logits/kernel") if name in flat), default=0)
 
 
 def _check(method: Method, params: Any, source: str) -> None:
-    """Raises UserError where parameters are not those of the method's encoder and, where both have one, its head."""
+    """Raises UserError if the shapes of the encoder's parameters, or of the head's if any, are not the method's."""
     wanted, _ = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec())
     ours, theirs = ({name: leaf.shape for name, leaf in param_tree.flatten(tree).items()} for tree in (wanted, params))
     heads = [] if "head/kernel" not in ours or "head/kernel" not in theirs else [
@@ -243,7 +250,7 @@ def _check(method: Method, params: Any, source: str) -> None:
         if ours.get(name) != theirs.get(name):
             had, needed = (f"has the shape {found[name]}" if name in found else "is missing"
                            for found in (theirs, ours))
-            raise UserError(f"{source}: {name} {had}, and in the model that its config describes it {needed}")
+            raise UserError(f"{source}: {name} {had}, and in the model of its config it {needed}")
 
 
 def _features(method: Method, features: str, block: int, params: Any, extras: Any, batch: Batch) -> jax.Array:

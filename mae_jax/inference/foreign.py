@@ -1,7 +1,7 @@
-"""The config of an encoder that comes without one of ours: its shape from its arrays, the rest from what lies beside.
+"""Configs for encoders of other libraries, from the shapes of their arrays and the files beside them.
 
-What nothing says is taken as is usual, and told: image size 224, the heads of the ViTs of that width, ImageNet's mean
-and deviation.
+Values that neither has are set to the usual ones and logged: image size 224, the number of heads of published ViTs with
+this width, ImageNet's mean and standard deviation.
 """
 
 import logging
@@ -24,21 +24,21 @@ from mae_jax.storage.paths import locate, read_bytes
 from mae_jax.training import warm_shape, workdir
 
 logger = logging.getLogger(__name__)
-USUAL_SIZE = 224  # pixels, of the published encoders
+USUAL_SIZE = 224  # pixels; image size of most published encoders
 Params = dict[str, Any]
 
 
 def config_of(source: str, params: Params, image_size: tuple[int, int] | None, heads: int) -> ConfigDict:
-    """Returns a config of the encoder, and of the classifier where there is one.
+    """Returns a config for an encoder, and for its classifier if there is one.
 
     Args:
-      source: the file or folder that the parameters are of.
-      params: in our names.
-      image_size: in pixels; None: as the files say.
-      heads: of attention; 0: as the files say, or as usual for the width.
+      source: the file or folder of the parameters.
+      params: parameters under mae_jax's names.
+      image_size: height and width in pixels; None: as in the files.
+      heads: number of attention heads; 0: as in the files, or as usual for the width.
 
     Raises:
-      UserError: the shapes are not those of a ViT of ours, or nothing tells how many heads it has.
+      UserError: the parameters are not those of a supported ViT, or the number of heads is unknown.
     """
     flat, said = param_tree.flatten(params.get("encoder", {})), workdir.described(source)
     for name in ("cls_token", "patch_embed/kernel", "block_00/mlp/fc1/kernel"):
@@ -48,8 +48,8 @@ def config_of(source: str, params: Params, image_size: tuple[int, int] | None, h
     if heads:
         found["heads"], notes = heads, []
     if "heads" not in found:
-        raise UserError(f"{source} does not say how many heads it has, which shapes do not show, and no usual ViT has "
-                        f"the width {found['width']}; say heads=")
+        raise UserError(f"{source} does not record its number of attention heads, and no published ViT has the width "
+                        f"{found['width']}; give heads=")
     for note in notes:
         logger.info("%s: %s", source, note)
     classifier = "head" in params and "decoder" not in params
@@ -62,23 +62,26 @@ def config_of(source: str, params: Params, image_size: tuple[int, int] | None, h
 
 
 def fitted(source: str, params: Params, config: ConfigDict) -> Params:
-    """Returns the parameters for the config's image size, and for pixels normalized by ImageNet's mean and deviation.
+    """Adapts parameters to the config's image size and to ImageNet's normalization of pixels.
 
-    Learned positions are adapted to another grid as torch's bicubic does it. Where the files name another mean and
-    deviation, the patch embedding takes the difference: its products are those of pixels normalized by these.
+    Learned position embeddings are resized to another grid (`pos_embed.resize`). If the files have another mean and
+    standard deviation, the patch embedding is changed so that its outputs stay the same.
+
+    Raises:
+      UserError: the position embeddings must be resized, but are not those of a square grid.
     """
     encoder = dict(params["encoder"])
     rows, columns = (size // side for size, side in zip(config.data.image_size, config.model.patch, strict=True))
     if "pos_embed" in encoder and len(table := np.asarray(encoder["pos_embed"])) != rows * columns:
         side = math.isqrt(len(table))
         if side * side != len(table):
-            raise UserError(f"{source}: {len(table)} positions are no square grid")
+            raise UserError(f"{source}: {len(table)} positions are not a square grid")
         encoder["pos_embed"] = pos_embed.resize(table, (side, side), (rows, columns))
-        logger.info("%s: positions of %d x %d patches are adapted to %d x %d", source, side, side, rows, columns)
+        logger.info("%s: positions of %d x %d patches are resized to %d x %d", source, side, side, rows, columns)
     mean, deviation = _normalization(source)
     if (mean, deviation) != (MEAN, STD):
         encoder["patch_embed"] = _renormalized(encoder["patch_embed"], mean, deviation)
-        logger.info("%s: pixels are normalized by mean %s and deviation %s, as its files say", source, mean, deviation)
+        logger.info("%s: pixels are normalized by mean %s and deviation %s, as in its files", source, mean, deviation)
     return {**params, "encoder": encoder}
 
 
@@ -88,14 +91,14 @@ def _image_size(source: str, said: Mapping[str, Any], patch: tuple[int, int]) ->
     if isinstance(sides, list) and len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides):
         return sides[0], sides[1]
     if any(USUAL_SIZE % side for side in patch):
-        raise UserError(f"{source} does not say its image size, and {USUAL_SIZE} is no multiple of its patches of "
-                        f"{patch[0]}x{patch[1]} pixels; say image_size=")
-    logger.info("%s does not say its image size; %d is taken", source, USUAL_SIZE)
+        raise UserError(f"{source} does not record its image size, and {USUAL_SIZE} is not a multiple of its patches "
+                        f"of {patch[0]}x{patch[1]} pixels; give image_size=")
+    logger.info("%s does not record its image size; using %d", source, USUAL_SIZE)
     return USUAL_SIZE, USUAL_SIZE
 
 
 def _sides(input_size: Any) -> Any:
-    """Returns height and width of timm's [channels, height, width]."""
+    """Returns [height, width] of timm's [channels, height, width]; [] for anything else."""
     return input_size[1:] if isinstance(input_size, list) else []
 
 
@@ -110,7 +113,7 @@ def _of_timm(said: Mapping[str, Any], name: str, otherwise: Any) -> Any:
 
 
 def _normalization(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns mean and deviation of RGB in 0..1 that the files name; ImageNet's where they name none."""
+    """Returns mean and standard deviation of RGB in [0, 1] from the files; ImageNet's if they have none."""
     said = workdir.described(source)
     beside = _preprocessor(source)
     found = [(beside.get("image_mean"), beside.get("image_std")),
@@ -120,12 +123,12 @@ def _normalization(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
         if all(isinstance(each, list) and len(each) == 3 and all(isinstance(x, int | float) for x in each)
                for each in pair) and min(deviation) > 0:
             return tuple(map(float, mean)), tuple(map(float, deviation))
-    logger.info("%s does not say how pixels are normalized; ImageNet's mean and deviation are taken", source)
+    logger.info("%s does not record its normalization of pixels; using ImageNet's mean and deviation", source)
     return MEAN, STD
 
 
 def _preprocessor(source: str) -> dict[str, Any]:
-    """Returns what transformers' preprocessor_config.json beside the weights says, {} without one."""
+    """Returns the content of transformers' preprocessor_config.json beside the weights; {} without one."""
     path = locate(source)
     file = weight_files.file_of(path)
     beside = path / "preprocessor_config.json"
@@ -137,9 +140,10 @@ def _preprocessor(source: str) -> dict[str, Any]:
 
 
 def _renormalized(embed: Mapping[str, Any], mean: tuple[float, ...], deviation: tuple[float, ...]) -> dict[str, Any]:
-    """Returns the patch embedding of pixels normalized by ImageNet's numbers, for one of pixels normalized by others.
+    """Converts a patch embedding for pixels with another normalization to one for ImageNet's normalization.
 
-    With x ImageNet's, the others are s · x + t, s = STD / deviation, t = (MEAN - mean) / deviation; channel fastest.
+    If x are pixels with ImageNet's normalization, those with the other one are s · x + t, where s = STD / deviation and
+    t = (MEAN - mean) / deviation. The kernel is [P, D], channel fastest.
     """
     kernel = np.asarray(embed["kernel"], np.float64)
     repeats = len(kernel) // 3

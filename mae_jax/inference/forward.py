@@ -1,4 +1,4 @@
-"""Batches through a compiled program, and what comes out of it on the host while the devices go on."""
+"""Runs batches through a compiled program, with transfers to the host while the devices compute."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,17 +10,17 @@ from jax.sharding import Mesh
 
 from mae_jax.runtime.sharding import replicated, to_devices
 
-AHEAD = 1  # batches that the devices are at while the one before is taken from them
+AHEAD = 1  # batches in flight while an earlier one is transferred to the host
 
 
 def outputs(program: Callable[..., Any], params: Any, extras: Any, batches: Iterable[dict[str, np.ndarray]],
             mesh: Mesh, size: int) -> Iterator[Any]:
-    """Yields what a program makes of each batch, on the host, in order.
+    """Yields the outputs of a program for each batch, as host arrays, in order.
 
     Args:
-      program: compiled: (params, extras, batch on the devices) → a tree of arrays that each process has whole.
+      program: compiled function (params, extras, batch on the devices) → tree of replicated arrays.
       params, extras: of the method, on the devices.
-      batches: this process's rows.
+      batches: this process's rows of each batch.
       mesh: the devices.
       size: B, the rows of a global batch.
     """
@@ -34,7 +34,7 @@ def outputs(program: Callable[..., Any], params: Any, extras: Any, batches: Iter
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:
-    """Returns a tree of host arrays, which all processes have alike, whole on every device."""
+    """Replicates a tree of host arrays, which are equal on all processes, to every device."""
     def place(leaf: Any) -> jax.Array:
         value = np.asarray(leaf)
         return jax.make_array_from_callback(value.shape, replicated(mesh), lambda index: value[index])

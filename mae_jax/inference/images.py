@@ -1,4 +1,4 @@
-"""Images of a program's own, as what a source gives: the evaluation's transform makes of both the same patches."""
+"""Converts a caller's images to examples; the evaluation's transform then gives the same patches as for a source."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -14,17 +14,21 @@ from mae_jax.data.transforms.example import ExampleBuilder
 from mae_jax.errors import UserError, printable
 from mae_jax.storage.paths import locate
 
-# One image: pixels, uint8 [height, width, 3] (also [height, width], one channel, or four with transparency), or uint16
-# without transparency, of which data.range becomes 0 to 255; a PIL image; bytes of an encoded file; or a path.
+# One image: an array of pixels, uint8 [height, width, 3] (or [height, width], one channel, or four with transparency)
+# or uint16 without transparency, whose range data.range is mapped to 0 to 255; a PIL image; bytes of an encoded file;
+# or a path.
 ImageLike: TypeAlias = Any
 CHANNELS = (1, 3, 4)
-MODES_OF_NUMBERS = ("I", "F")  # of PIL: integers and floats of 32 bits
+MODES_OF_NUMBERS = ("I", "F")  # PIL's modes of 32-bit integers and floats
 
 
 def as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
-    """Returns a list of images: of one, of an array [B, height, width, channels], or of anything that iterates.
+    """Converts one image, an array [B, height, width, channels] or an iterable of images to a list of images.
 
-    An array of texts, or a column of a table, is a list of paths. Raises UserError for what is none of these.
+    An array of texts, or a column of a table, is a list of paths.
+
+    Raises:
+      UserError: the type or the shape of an array is none of these.
     """
     if isinstance(images, str | bytes | os.PathLike | Image.Image):
         return [images]
@@ -43,21 +47,21 @@ def as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
 
 
 def _channels_first(shape: tuple[int, ...]) -> str:
-    """Returns a hint for arrays as PyTorch has them, '' for others."""
+    """Returns a hint for arrays with channels first, as in PyTorch; '' for others."""
     return "; channels come last: numpy.moveaxis(image, 0, -1)" if len(shape) == 3 and shape[0] in CHANNELS else ""
 
 
 def as_example(image: ImageLike, upright: bool = True) -> Example:
-    """Returns an image as a source would give it.
+    """Converts an image to an example, as a source would give it.
 
     Args:
-      image: see `ImageLike`. Transparency is laid over white. Of 16 bits a PIL image has all where it is gray, and the
-        upper 8 where it is in color: Pillow drops the others.
-      upright: turns a PIL image as its EXIF says; of encoded bytes the transform does so.
+      image: see `ImageLike`. Transparency is composited over white. A PIL image with 16 bits keeps all of them if it is
+        gray, and only the upper 8 if it is in color, since Pillow drops the others.
+      upright: whether to rotate a PIL image to its EXIF orientation; for encoded bytes, the transform does so.
 
     Raises:
-      UserError: it is of another kind, shape or dtype, or its file is not there.
-      BadImage: it cannot be used.
+      UserError: the type, shape or dtype is not supported, or there is no such file.
+      BadImage: the image cannot be decoded.
     """
     if isinstance(image, bytes):
         return Example(image)
@@ -71,7 +75,17 @@ def as_example(image: ImageLike, upright: bool = True) -> Example:
 
 
 def patches_of(builder: ExampleBuilder, image: ImageLike, ratio: float, upright: bool) -> np.ndarray:
-    """Returns the patches of an image's evaluation view, uint8 [N, P]; raises UserError, which names a file."""
+    """Returns the patches of an image after the evaluation's transform, uint8 [N, P].
+
+    Args:
+      builder: has the transform.
+      image: see `ImageLike`.
+      ratio: crop ratio of the transform.
+      upright: as in `as_example`.
+
+    Raises:
+      UserError: the image cannot be used; the message names its file.
+    """
     try:
         return np.asarray(builder.evaluate(as_example(image, upright), 0, 0, ratio)["patches"])
     except BadImage as error:
@@ -85,37 +99,36 @@ def _content(path: str) -> bytes:
     except BadImage as error:
         raise UserError(f"{printable(path)} cannot be read: {error}") from None
     except OSError as error:
-        several = "; of a folder or a pattern, embed and predict take all images" * (
+        several = "; embed and predict accept a folder or a pattern" * (
             isinstance(error, IsADirectoryError) or bool(set("*?[") & set(path)))
         raise UserError(f"{printable(path)} cannot be read: {error.strerror or error}{several}") from None
 
 
 def _of_pil(image: Image.Image, upright: bool) -> np.ndarray:
-    """Returns uint8 or uint16 [height, width, 3] of a PIL image; raises BadImage."""
+    """Converts a PIL image to pixels, uint8 or uint16 [height, width, 3]; raises UserError or BadImage."""
     if 0 in image.size:
-        raise UserError(f"a PIL image of {image.width} x {image.height} pixels has none")
+        raise UserError(f"a PIL image of {image.width} x {image.height} pixels is empty")
     if image.mode in MODES_OF_NUMBERS:
-        raise UserError(f"a PIL image of mode {image.mode}, of which nothing says what is white; expected one of 8 "
-                        "or 16 bits")
+        raise UserError(f"a PIL image of mode {image.mode}, whose range of values is unknown; expected 8 or 16 bits")
     try:
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1)) if upright else None
         if image.mode.startswith("I;16"):
             image = image if turn is None else image.transpose(turn)
             return _of_array(np.asarray(image).astype(np.uint16))
         rgb = to_rgb(image)
-    except Exception as error:  # a file that PIL had only opened may be broken in many ways
+    except Exception as error:  # PIL decodes lazily, and raises many exceptions for damaged files
         raise BadImage(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
     return np.asarray(rgb if turn is None else rgb.transpose(turn))
 
 
 def _of_array(array: np.ndarray) -> np.ndarray:
-    """Returns uint8 or uint16 [height, width, 3] of pixels as `ImageLike` says."""
+    """Converts an array (see `ImageLike`) to pixels, uint8 or uint16 [height, width, 3]; raises UserError."""
     gray = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
     if not array.size or gray.ndim not in (2, 3) or (gray.ndim == 3 and gray.shape[2] not in CHANNELS):
         raise UserError(f"an image of shape {list(array.shape)}; expected pixels [height, width, 3] or [height, width]"
                         f"{_channels_first(array.shape)}")
     if gray.dtype != np.uint8 and (gray.dtype != np.uint16 or gray.shape[2:] == (4,)):
-        hint = "; of values in 0..1 take (255 * image).round().astype('uint8')" * (array.dtype.kind == "f")
+        hint = "; for values in 0..1, pass (255 * image).round().astype('uint8')" * (array.dtype.kind == "f")
         raise UserError(f"an image of {array.dtype} {list(array.shape)}; expected uint8, or uint16 without "
                         f"transparency{hint}")
     if gray.ndim == 2:

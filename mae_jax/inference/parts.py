@@ -1,4 +1,4 @@
-"""The images that an encoder is asked about, part by part: of any source, or files by name."""
+"""The input images of inference, one part per split: from any data source, or files by name."""
 
 import glob
 import os
@@ -25,18 +25,18 @@ from mae_jax.param_tree import flat
 from mae_jax.storage.paths import locate, normalized
 
 DATA = ("source", "name", "path", "train_split", "val_split", "eval_split", "classes", "image_size", "resize",
-        "image_key")  # fields of the group `data` that say which images there are, and how they are seen
-IMAGES = "images"  # the split of files that are given by name
+        "image_key")  # fields of the group `data` that determine the images and their preprocessing
+IMAGES = "images"  # name of the split of files that are given by name
 
 
 @dataclass(frozen=True)
 class Part:
-    """One split of what is asked about, its examples in order.
+    """One split of the input images, in order.
 
     Attributes:
-      config: by which it is read, in the encoder's image size.
-      split: what it is called.
-      source: its examples.
+      config: with the data's fields and the encoder's image size.
+      split: its name.
+      source: of its examples.
     """
 
     config: ConfigDict
@@ -49,16 +49,18 @@ class Part:
         return self.source.size
 
     def name(self, number: int) -> str:
-        """Returns what the image of a number, from 0, is called."""
+        """Returns the name of the image with an index from 0."""
         return self.source.name(number + getattr(self.source, "start", 0))
 
     def batches(self, spec: Spec, rows: np.ndarray, bad: deque[str], first: int = 0) -> Iterator[dict[str, Any]]:
-        """Yields these rows of the batches of evaluation views, from the image `first` on, patches in raster order.
+        """Yields batches with the evaluation's transform and patches in raster order, from the image `first` on.
 
         Args:
-          spec: fields that are wanted.
-          rows: of the global batch.
-          bad: is told 'name: reason' of each image that cannot be used; a gray one stands in, which is not valid.
+          spec: shape and dtype of the batches' fields.
+          rows: indices of the global batch's rows to yield.
+          bad: 'name: reason' is appended for each image that cannot be used; a gray image with `valid` False replaces
+            it.
+          first: index of the first image.
         """
         config = self.config
         builder = ExampleBuilder(config, PatchOrder("identity", PatchGrid.of(config).shape, num_masked=0), spec)
@@ -79,18 +81,18 @@ def of_config(config: ConfigDict, given: ConfigDict | None, split: str, all_spli
 
     Args:
       config: the encoder's.
-      given: whose group `data` is read in place of its own.
-      split: an expression as data.train_split has it; '': see below.
-      all_splits: without `split` all that the config names; else the evaluation split, or without one the training
-        split.
+      given: a config whose group `data` replaces that of `config`.
+      split: a split expression, as in data.train_split; '': see `all_splits`.
+      all_splits: without `split`, True selects all splits of the config; False selects the evaluation split, or the
+        training split if there is none.
 
     Raises:
-      UserError: nothing is there.
+      UserError: there are no such data.
     """
     span = config.data.range
     config = _readable(config if given is None else with_data(config, given))
     data = config.data
-    if data.range == "auto":  # of the data that the encoder was trained on, not of these
+    if data.range == "auto":  # the range is that of the encoder's training data, not of these data
         with config.unlocked():
             data.range = span
     if data.source == "batches":
@@ -102,17 +104,17 @@ def of_config(config: ConfigDict, given: ConfigDict | None, split: str, all_spli
 
 
 def of_images(config: ConfigDict, images: str, classes: Sequence[str]) -> Part:
-    """Returns the images that a path or pattern names.
+    """Opens the images of a path or pattern as one part.
 
     Args:
       config: the encoder's.
-      images: a file, a folder, of which all images at any depth are meant, or a pattern, in which ** is any depth.
-      classes: that the encoder's head knows; an image in a folder of such a name has that label; of a pattern's fixed
-        part the last folder counts alone. () where it has none: then the folders at the top are classes, if all images
-        lie in two or more.
+      images: a file; a folder, whose images at any depth are used; or a pattern, in which ** matches any depth.
+      classes: class names of the encoder's head. An image in a folder with a class name has this label; of the fixed
+        part of a pattern, only the last folder counts. If (), the top folders are classes, if all images are in two or
+        more of them.
 
     Raises:
-      UserError: no image is there.
+      UserError: there are no images.
     """
     root, names, paths = _found(images, config.data.formats)
     tops = {name.split("/")[0] if "/" in name else "" for name in names}
@@ -132,22 +134,22 @@ def of_images(config: ConfigDict, images: str, classes: Sequence[str]) -> Part:
 
 
 def reopened(about: Mapping[str, Any]) -> list[Part]:
-    """Opens again what a file of features is of; its `id` counts the images of the parts, one after another.
+    """Opens the images of a file of features again; the file's `id` is an index over all parts in order.
 
     Args:
-      about: what the file says of itself (`embedding_files.about_of`).
+      about: the file's description (`embedding_files.about_of`).
 
     Raises:
-      UserError: it is no longer there, or other images are.
+      UserError: the images do not exist any more, or have changed.
     """
     parts = opened_as(about)
     if not same_images(about, parts):
-        raise UserError("the images that the features are of have other names now, or there are others")
+        raise UserError("the images of the features have been renamed, added or removed since")
     return parts
 
 
 def opened_as(about: Mapping[str, Any]) -> list[Part]:
-    """Returns what now lies where a file of features had its images; arguments and errors as of `reopened`."""
+    """Opens the images at the location of a file of features, changed or not; arguments and errors as in `reopened`."""
     try:
         config = default()
         config.data.image_size = tuple(about["image_size"])
@@ -158,31 +160,31 @@ def opened_as(about: Mapping[str, Any]) -> list[Part]:
         config.data.image_size = tuple(about["image_size"])
         return [Part(_readable(config), split, registry.load(config.data, split)) for split, _ in about["splits"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"the file of features does not say where its images are ({type(error).__name__}: {error})"
+        raise UserError(f"the file of features does not record where its images are ({type(error).__name__}: {error})"
                         ) from None
 
 
 def same_images(about: Mapping[str, Any], parts: Sequence[Part]) -> bool:
-    """Says whether parts have the images, by their names and order, that a file of features is of."""
+    """Returns whether parts have the images of a file of features, by their names and order."""
     return [part.source.digest() for part in parts] == about["examples"]
 
 
 def stored(config: ConfigDict) -> dict[str, Any]:
-    """Returns of a config what `reopened` needs, and nothing that may be another one when a call goes on."""
+    """Returns the fields of a config that `reopened` needs, without those that may differ when a call resumes."""
     speed = ("threads", "prefetch", "readers", "shuffle_mb")
     return {"recipe_version": config.recipe_version,
             "data": {name: value for name, value in config.data.to_dict().items() if name not in speed}}
 
 
 def data_of(config: ConfigDict) -> dict[str, Any]:
-    """Returns what identifies the data of a config, and how an image was seen."""
-    upright = {"exif": "apply"} if config.data.exif == "apply" else {}  # clusters from before say nothing of it
+    """Returns the fields of a config that identify the data and the preprocessing of images."""
+    upright = {"exif": "apply"} if config.data.exif == "apply" else {}  # older clusters do not have this field
     return {name: value for name, value in flat(config.data).items() if name in DATA} | {
         "crop_ratio": config.eval.crop_ratio[0], **upright}
 
 
 def _readable(config: ConfigDict) -> ConfigDict:
-    """Returns a config whose evaluation reads all images, in order, as its recipe_version does."""
+    """Returns a config whose evaluation reads all images in order, with the behavior of its recipe_version."""
     config = read_as_begun(config.copy_and_resolve_references().unlock())
     config.data.update(augment="none", color="none", repeats=1, resize="exact")
     config.eval.max_examples = 1 << 31
@@ -190,7 +192,7 @@ def _readable(config: ConfigDict) -> ConfigDict:
 
 
 def _found(images: str, formats: str) -> tuple[epath.Path | None, Sequence[str], Sequence[str]]:
-    """Returns the folder, None without one, and the names and paths of the images that a path or pattern names."""
+    """Returns the folder (None for a file or a pattern), and the names and paths of the images of `images`."""
     text = normalized(images, "images")
     literal = set("*?[") & set(text) and text.startswith("gs://")
     path = None if literal or not text else locate(text, "images")
@@ -201,8 +203,8 @@ def _found(images: str, formats: str) -> tuple[epath.Path | None, Sequence[str],
     endings = folder_listing.extensions(formats)
     found = [each for each in found if each == text or each.lower().endswith(endings)]
     if not found:
-        raise UserError(f"no image fits images={printable(images)!r}; expected a file, a folder, or a pattern such as "
-                        f"'/data/**/*.jpg' of {', '.join(endings)}")
+        raise UserError(f"no image matches images={printable(images)!r}; expected a file, a folder, or a pattern such "
+                        f"as '/data/**/*.jpg' of {', '.join(endings)}")
     return None, tuple(found), tuple(found)
 
 
@@ -216,12 +218,12 @@ def _glob(pattern: str) -> list[str]:
 
 
 def _fixed(images: str) -> int:
-    """Returns how many characters of the names that fit a pattern lie above its last fixed folder."""
+    """Returns the length of a pattern's prefix before its last fixed folder."""
     text = normalized(images, "images")
     fixed = text[:min((text.find(each) for each in "*?[" if each in text), default=len(text))]
     return len(fixed.rpartition("/")[0].rpartition("/")[0])
 
 
 def _label(name: str, index: dict[str, int]) -> int:
-    """Returns the label of the nearest folder around an image that is called as a class."""
+    """Returns the label of the innermost folder in an image's path that has a class name; UNLABELED without one."""
     return next((index[part] for part in reversed(name.split("/")[:-1]) if part in index), UNLABELED)

@@ -1,4 +1,4 @@
-"""One pass of an encoder over a part of the images: outputs row by row, and which images could not be read."""
+"""A pass of an encoder over a part: outputs per image, and the images that could not be read."""
 
 import re
 from collections import deque
@@ -17,19 +17,19 @@ from mae_jax.inference.progress import Tell
 from mae_jax.methods.base import Batch, Method
 from mae_jax.runtime import peers, sharding
 
-FIELDS = ("label", "labels", "id", "valid")  # of a batch, that come along with what is computed of it
+FIELDS = ("label", "labels", "id", "valid")  # fields of a batch that are returned with the outputs
 
 
 class Rows(NamedTuple):
-    """Images that lie in order, from the number `first` of their part on.
+    """Results for n consecutive images of a part.
 
     Attributes:
-      first: number of the first one.
-      outputs, sums: of the function that `rows_of` is given; rows of n images, and what is added up of the batch.
-      fields: `label` int32 [n], `valid` bool [n], False where a gray image stood in; of several labels `labels` uint8
-        [n, C].
-      reasons: why, for each that is not valid: its place in these rows → text. On the first process; the others know
-        their own alone.
+      first: index of the first image in the part.
+      outputs, sums: results of the function of `rows_of`: arrays [n, ...], and sums over the batch.
+      fields: `label` int32 [n]; `valid` bool [n], False for an unreadable image, which a gray one replaced; with
+        several labels per image, `labels` uint8 [n, C].
+      reasons: index in these rows → reason, for images that are not valid. Complete on process 0; other processes have
+        only the reasons of their own images.
     """
 
     first: int
@@ -41,22 +41,22 @@ class Rows(NamedTuple):
 
 def rows_of(encoder: Encoder, part: Part, key: Any, function: Callable[..., tuple[Any, Any]], tell: Tell,
             first: int = 0, renumber: np.ndarray | None = None) -> Iterator[Rows]:
-    """Yields what a function makes of the images of a part, in order; all processes go along.
+    """Applies a function to the images of a part, in order; all processes must iterate together.
 
     Args:
-      encoder: whose parameters the function is given.
+      encoder: its parameters are the function's arguments.
       part: the images.
-      key: by which the compiled function is kept.
+      key: identifies the compiled function in the encoder's cache.
       function: (params, extras, batch) → (tree of arrays [B, ...], tree of sums over the batch).
-      tell: is told of progress.
-      first: number of the image to begin with.
-      renumber: int32 [classes of the part]: the label that each is; None: the same.
+      tell: called with the number of images after each batch.
+      first: index of the first image.
+      renumber: int32 [classes of the part], maps the part's labels to new labels; None: unchanged.
     """
     spec = Method.eval_spec(encoder.method)
     for field in ("labels", "pixel_label"):
         if field in part.source.fields and field in (own := encoder.method.eval_spec()):
             spec[field] = own[field]
-    if encoder.method.task == "detection":  # where an image lies in its canvas comes with the fields of its objects
+    if encoder.method.task == "detection":  # these fields include the image's position in its canvas
         spec |= encoder.method.eval_spec()
     bad: deque[str] = deque()
     rows = sharding.local_rows(encoder.mesh, encoder.batch_size)
@@ -81,7 +81,7 @@ def rows_of(encoder: Encoder, part: Part, key: Any, function: Callable[..., tupl
 
 
 def features_of(encoder: Encoder, features: str, block: int) -> Callable[..., tuple[jax.Array, tuple[()]]]:
-    """Returns the function to features, float32 [B, values]: each image's in one row."""
+    """Returns a function for `rows_of` that computes features, flattened to float32 [B, values]."""
     compute = encoder.program(features, block)
 
     def function(params: Any, extras: Any, batch: Batch) -> tuple[jax.Array, tuple[()]]:
@@ -92,12 +92,12 @@ def features_of(encoder: Encoder, features: str, block: int) -> Callable[..., tu
 
 
 def _learn(bad: deque[str], why: dict[str, str]) -> None:
-    """Moves 'name: reason' of all processes, which call it alike, to `why` of the first one."""
+    """Gathers 'name: reason' of all processes into `why` of process 0; all processes must call it together."""
     told = []
     while bad:
         told.append(bad.popleft())
     for text in (text for texts in peers.gather(told) for text in texts):
-        for colon in re.finditer(": ", text):  # a name may have one in it
+        for colon in re.finditer(": ", text):  # names may contain ': ' too
             why.setdefault(text[:colon.start()], text[colon.end():])
 
 
@@ -107,12 +107,12 @@ def _renumbered(batch: dict[str, np.ndarray], numbers: np.ndarray) -> dict[str, 
 
 
 def summary_of_unreadable(names: list[tuple[str, str]], count: int, listed: int = 20) -> str:
-    """Returns lines that name images which could not be read, '' for none.
+    """Returns lines that list images that could not be read; '' if there are none.
 
     Args:
-      names: (name, reason), of the first ones.
-      count: how many there are.
-      listed: lines at most.
+      names: (name, reason) of the first ones.
+      count: number of all.
+      listed: most images to list.
     """
     if not count:
         return ""

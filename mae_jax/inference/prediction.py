@@ -1,4 +1,4 @@
-"""What a classifier, a segmentation or a detector says of images, and how often it is right where labels exist."""
+"""Predictions of classifiers, segmentation models and detectors, and their metrics on labeled images."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,23 +18,23 @@ from mae_jax.inference.images import ImageLike, as_example, as_list
 from mae_jax.inference.parts import Part
 from mae_jax.methods.base import Batch
 
-SEEN = (*detected.FIELDS, "patches", "order")  # fields of a detector's batch, that what is found is told with
-MAX_NAMED = 1000  # images without a prediction that are kept by name
+SEEN = (*detected.FIELDS, "patches", "order")  # fields of a detector's batch that its predictions need
+MAX_NAMED = 1000  # most images without a prediction whose names are kept
 
 
 class Prediction(NamedTuple):
-    """What is said of one image.
+    """The prediction for one image.
 
     Attributes:
-      name: of the image; '' where it has none.
-      classes: the names of the likeliest classes, the likeliest first; () of a segmentation.
-      probabilities: of these, float64; of several labels each in 0..1 on its own.
-      mask: of a segmentation, uint8 [height, width], the class of each pixel: in the image's own size where the run is
+      name: of the image; '' if it has none.
+      classes: names of the most likely classes, in descending order; () for segmentation and detection.
+      probabilities: of these classes; they sum to at most 1, or are independent for several labels per image.
+      mask: for segmentation, the class of each pixel, uint8 [height, width]; in the image's own size if the run is
         evaluated so (method.test), else in the model's image size.
-      objects: of a detector, what was found, in pixels of the image itself.
-      image: of a detector, the image as it saw it, uint8 [height, width, 3].
-      label: the name of the true class, or names; '' where it is not known.
-      error: why there is no prediction, '' where there is one.
+      objects: for detection, the detected objects, in pixels of the original image.
+      image: for detection, the model's input image, uint8 [height, width, 3].
+      label: name of the true class, or names; '' if unknown.
+      error: why there is no prediction; '' if there is one.
     """
 
     name: str
@@ -48,12 +48,14 @@ class Prediction(NamedTuple):
 
 
 class Score:
-    """What is counted of a pass: figures where labels exist, and images without a prediction.
+    """Counts of a pass: metrics of labeled images, and images without a prediction.
 
     Attributes:
-      images: with a prediction.
-      unreadable: (name, reason) of the others, the first 1,000; unreadable_count: how many these are.
-      counts: sums of the tables of the evaluation, of images with labels.
+      images: number of images with a prediction.
+      unreadable: (name, reason) of images without one, at most 1,000.
+      unreadable_count: number of images without one.
+      counts: sums of the evaluation's counts over labeled images.
+      several: logits float32 [n, C] and labels [n, C] of each batch, for several labels per image.
     """
 
     def __init__(self, encoder: Encoder):
@@ -61,16 +63,16 @@ class Score:
         self.images = self.unreadable_count = 0
         self.unreadable: list[tuple[str, str]] = []
         self.counts: dict[str, np.ndarray] = {}
-        self.several: list[tuple[np.ndarray, np.ndarray]] = []  # logits and labels, of several labels per image
+        self.several: list[tuple[np.ndarray, np.ndarray]] = []
 
     @property
     def confusion(self) -> np.ndarray | None:
-        """The table of confusions of classes, true ones down, where labels exist and the classes are few."""
+        """The confusion matrix [true class, predicted class]; None without labels, or with many classes."""
         found = self.counts.get("confusion")
         return found if found is not None and found.any() else None
 
     def figures(self) -> dict[str, float]:
-        """Returns the figures of the evaluation, in 0..1; {} without labels."""
+        """Returns the metrics of the evaluation, 0 to 1, by name; {} without labels."""
         if self.several:
             logits, labels = (np.concatenate(each) for each in zip(*self.several, strict=True))
             return {"map": classification.mean_ap(logits, labels, "voc11"),
@@ -84,7 +86,7 @@ class Score:
         return {}
 
     def add(self, prediction: Prediction) -> None:
-        """Counts an image."""
+        """Counts the prediction of an image."""
         if not prediction.error:
             self.images += 1
             return
@@ -94,7 +96,7 @@ class Score:
 
 
 def check(encoder: Encoder) -> None:
-    """Raises UserError for a run that predicts nothing of images, with what to do."""
+    """Raises UserError, with a hint, for a pre-trained encoder, which has no predictions."""
     if encoder.method.task == "pretraining":
         raise UserError(f"{encoder.source} has no head: method.name={encoder.config.method.name} pre-trains an "
                         "encoder; fine-tune it (mae_jax train --config=folder_finetune --config.init_from=...), or "
@@ -102,18 +104,21 @@ def check(encoder: Encoder) -> None:
 
 
 def predictions(encoder: Encoder, part: Part, score: Score, top: int = 5) -> Iterator[Prediction]:
-    """Yields what is said of each image of a part, in order; all processes go along.
+    """Yields the prediction of each image of a part, in order; all processes must iterate together.
 
     Args:
       encoder: with a head.
       part: the images.
-      score: counts them, and how many are right.
-      top: classes of each image, at most.
+      score: updated with each batch.
+      top: most classes per image.
+
+    Raises:
+      UserError: the encoder has no head, or needs random access to the images.
     """
     check(encoder)
     if encoder.method.test != "none" and not isinstance(part.source, Source):
-        raise UserError(f"method.test={encoder.method.test!r} asks for images by their numbers, which a stream of "
-                        "records has not; name a folder or a pattern (images)")
+        raise UserError(f"method.test={encoder.method.test!r} needs random access to the images, which a stream of "
+                        "records does not have; give a folder or a pattern (images)")
     if encoder.method.test != "none":
         yield from _of_own_size(encoder, part, score)
         return
@@ -133,7 +138,7 @@ def predictions(encoder: Encoder, part: Part, score: Score, top: int = 5) -> Ite
 
 
 def _of_own_size(encoder: Encoder, part: Part, score: Score) -> Iterator[Prediction]:
-    """Yields masks in the images' own size, as the run is evaluated."""
+    """Yields masks in the images' own size (method.test)."""
     assert isinstance(part.source, Source)
     numbers, reading = np.arange(part.size), Reading.of(part.config.data)
     with jax.set_mesh(encoder.mesh), progress.told(part.size, 0, "predict") as tell:
@@ -149,11 +154,15 @@ def _of_own_size(encoder: Encoder, part: Part, score: Score) -> Iterator[Predict
 
 
 def of_images(encoder: Encoder, images: ImageLike | Sequence[ImageLike], top: int = 5) -> list[Prediction]:
-    """Returns what is said of a program's own images: arrays, PIL images or paths; raises UserError."""
+    """Returns the predictions for a caller's images: arrays, PIL images or paths (`images.ImageLike`).
+
+    Raises:
+      UserError: the encoder has no head or is a detector, or an image cannot be read.
+    """
     check(encoder)
     if encoder.method.task == "detection":
-        raise UserError(f"{encoder.source} is a detector, which is asked of files: a folder or a pattern, or mae_jax "
-                        "predict --images=...")
+        raise UserError(f"{encoder.source} is a detector, which takes files only: give a folder or a pattern, or use "
+                        "mae_jax predict --images=...")
     given = as_list(images)
     names = [str(image) if isinstance(image, str) or hasattr(image, "__fspath__") else "" for image in given]
     if encoder.method.test != "none":
@@ -171,8 +180,10 @@ def of_images(encoder: Encoder, images: ImageLike | Sequence[ImageLike], top: in
 
 
 def _function(encoder: Encoder, counted: bool = True) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-    """Returns the function of (params, extras, batch) to logits [B, C], masks uint8 [B, height, width] or what a
-    detector gives with SEEN, and counts.
+    """Returns the function (params, extras, batch) → (predictions, counts) of the encoder's task.
+
+    The predictions are logits float32 [B, C], masks uint8 [B, height, width], or a detector's outputs with the fields
+    SEEN of the batch.
     """
     method: Any = encoder.method
 
@@ -196,7 +207,7 @@ def _same_classes(encoder: Encoder, part: Part) -> bool:
 
 
 def _renumber(encoder: Encoder, part: Part) -> np.ndarray | None:
-    """Returns the encoder's number of each class of the part, -1 for one that it does not know; None for the same."""
+    """Returns the encoder's class index for each class of the part, -1 for unknown ones; None if they are the same."""
     theirs = tuple(part.source.classes)
     if encoder.method.task != "classification" or not theirs or theirs == encoder.classes:
         return None
@@ -206,9 +217,9 @@ def _renumber(encoder: Encoder, part: Part) -> np.ndarray | None:
 
 def _prediction(encoder: Encoder, name: str, output: Any, fields: dict[str, np.ndarray], row: int, top: int,
                 error: str, several: Sequence[str] = ()) -> Prediction:
-    """Returns what is said of one image, of its output and its batch's fields.
+    """Returns the prediction of one image from its output and row of the batch's fields.
 
-    `several` are the classes of the data, which `labels` are numbers of; `label` is a number of the encoder's classes.
+    `several` are the class names of the data, which `labels` index; `label` indexes the encoder's classes.
     """
     if encoder.method.task == "segmentation":
         return Prediction(name, mask=None if error else output, error=error)
@@ -224,16 +235,18 @@ def _prediction(encoder: Encoder, name: str, output: Any, fields: dict[str, np.n
     elif "label" in fields and fields["label"][row] >= 0:
         label = classes[fields["label"][row]]
     if not error and not np.isfinite(output).all():
-        error = "the model's numbers for it are not finite"
+        error = "the model's outputs are not finite"
     if error:
         return Prediction(name, label=label, error=error)
-    chosen = np.argsort(-output, kind="stable")[:top]  # of equal ones, the class of the lower number comes first
+    chosen = np.argsort(-output, kind="stable")[:top]  # among equal logits, the lower index comes first
     shares = probabilities(output, independent=encoder.config.method.get("loss") == "bce")[chosen]
     return Prediction(name, tuple(classes[k] for k in chosen), tuple(map(float, shares)), label=label)
 
 
 def probabilities(logits: np.ndarray, independent: bool) -> np.ndarray:
-    """Returns float64 [C] of logits [C]: the softmax, or, of what learned by binary cross-entropy, each one's sigmoid.
+    """Converts logits [C] to probabilities float64 [C].
+
+    They are sigmoids if `independent` (for models trained with binary cross-entropy), else a softmax.
     """
     values = logits.astype(np.float64)
     if independent:
@@ -243,7 +256,7 @@ def probabilities(logits: np.ndarray, independent: bool) -> np.ndarray:
 
 
 def told(score: Score) -> str:
-    """Returns what to print at the end."""
+    """Returns the summary to print at the end."""
     lost = passes.summary_of_unreadable(score.unreadable, score.unreadable_count)
     figures = ", ".join(f"{name} {value:.4f}" for name, value in score.figures().items())
     said = f"{pluralize(score.images, 'image')} predicted" + (f"; {figures}" if figures else "")

@@ -1,4 +1,4 @@
-"""Predictions as files: CSV or JSON, PNG masks, images with what was found in them, the table of confusions."""
+"""Files of predictions: CSV or JSON, PNG masks, images with detected objects, the confusion matrix."""
 
 import contextlib
 import csv
@@ -23,13 +23,13 @@ ENDINGS = (".csv", ".json")
 
 
 def check(to: epath.Path, task: str) -> None:
-    """Raises UserError where --to is no name for what this task writes."""
+    """Raises UserError if --to does not name a file or folder that fits the task."""
     if task == "segmentation":
         if to.suffix or to.is_file():
-            raise UserError(f"--to={to}: masks are many files; name a folder for them")
+            raise UserError(f"--to={to}: each mask is a file; name a folder for them")
     elif task == "detection":
         if to.suffix.lower() not in ("", ".json") or (to.is_dir() if to.suffix else to.is_file()):
-            raise UserError(f"--to={to}: what a detector finds is a file *.json, or a folder of it with images")
+            raise UserError(f"--to={to}: detections are written to a file *.json, or to a folder with it and images")
     elif to.suffix.lower() not in ENDINGS:
         raise UserError(f"--to={to}: the file's name must end in .csv or .json")
     elif to.is_dir():
@@ -38,15 +38,15 @@ def check(to: epath.Path, task: str) -> None:
 
 def write(to: epath.Path, encoder: Encoder, found: Iterator[Prediction], score: Score, top: int,
           about: dict[str, Any]) -> list[str]:
-    """Writes predictions as they come, in bounded memory; returns the paths of what was written.
+    """Writes predictions as they are computed, in bounded memory; returns the paths of the files.
 
     Args:
-      to: the file, or the folder of masks, or of a detector's images and JSON.
-      encoder: which made them.
-      found: the predictions, one for each image.
-      score: of these, when all have come.
-      top: classes of each.
-      about: what the JSON says besides.
+      to: the file, or the folder for masks or for a detector's images and JSON.
+      encoder: that made the predictions.
+      found: one prediction per image.
+      score: complete when `found` is exhausted.
+      top: most classes per image.
+      about: further fields of the JSON object.
     """
     if encoder.method.task == "segmentation":
         return [str(to), str(_masks(to, encoder, found))]
@@ -70,7 +70,7 @@ def write(to: epath.Path, encoder: Encoder, found: Iterator[Prediction], score: 
 
 
 def _csv(file: TextIO, found: Iterator[Prediction], top: int) -> None:
-    """Columns: file, label, class and probability, then those of the next likely classes, error."""
+    """Writes the columns file, label, class and probability of the most likely classes in turn, error."""
     writer = csv.writer(file, lineterminator="\n")
     numbers = ["", *(f"_{number}" for number in range(2, top + 1))]
     writer.writerow(["file", "label", *(name + number for number in numbers for name in ("class", "probability")),
@@ -83,7 +83,7 @@ def _csv(file: TextIO, found: Iterator[Prediction], top: int) -> None:
 
 def _json(file: TextIO, found: Iterator[Prediction], score: Score, about: dict[str, Any],
           classes: tuple[str, ...]) -> None:
-    """An object: what made it, `images` with an object each, a line each, and figures where labels exist."""
+    """Writes a JSON object with the fields of `about`, `images` (one line per image), `figures` and `unreadable`."""
     file.write(json.dumps(about)[:-1] + ',\n"images": [')
     for number, each in enumerate(found):
         said: dict[str, Any] = {"file": each.name}
@@ -103,13 +103,13 @@ def _json(file: TextIO, found: Iterator[Prediction], score: Score, about: dict[s
 
 
 def _coco(found: detected.Detected, classes: int) -> list[dict[str, Any]]:
-    """Returns what was found in an image as COCO's results, without the image, and with the classes' own numbers."""
+    """Returns the detections of an image in COCO's format of results, without image_id and with class indices."""
     entries = detected.results([found], [0], tuple(range(classes)))
     return [{name: value for name, value in entry.items() if name != "image_id"} for entry in entries]
 
 
 def _drawn(folder: epath.Path, encoder: Encoder, found: Iterator[Prediction]) -> Iterator[Prediction]:
-    """Writes a PNG of each image with its boxes, masks and scores, and hands the predictions on."""
+    """Writes a PNG of each image with its boxes, masks and scores, and yields the predictions unchanged."""
     for each in found:
         if each.objects and each.image is not None:
             content = io.BytesIO()
@@ -122,12 +122,12 @@ def _drawn(folder: epath.Path, encoder: Encoder, found: Iterator[Prediction]) ->
 
 
 def _inside(name: str) -> str:
-    """Returns a name, which comes from the data and may try to lead out of the folder, as a path that does not."""
+    """Returns a relative path for a name from the data, without parts that would lead out of the folder."""
     return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
 
 
 def _confusion(to: epath.Path, encoder: Encoder, score: Score) -> list[str]:
-    """Writes the table of confusions beside the predictions, as CSV and as a figure; returns the paths."""
+    """Writes the confusion matrix beside the predictions, as CSV and as a figure; returns the paths."""
     table = score.confusion
     if table is None:
         return []
@@ -143,7 +143,7 @@ def _confusion(to: epath.Path, encoder: Encoder, score: Score) -> list[str]:
 
 
 def _masks(to: epath.Path, encoder: Encoder, found: Iterator[Prediction]) -> epath.Path:
-    """Writes a PNG with a palette for each image, whose values are classes, and a list of them, which is returned."""
+    """Writes a PNG mask with a palette for each image, and masks.csv, which lists them; returns that path."""
     colors, rows = palette(encoder.method.classes), io.StringIO()
     writer = csv.writer(rows, lineterminator="\n")
     writer.writerow(["file", "mask", "error"])

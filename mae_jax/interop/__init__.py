@@ -1,1 +1,1 @@
-"""Weights in and out, in the layouts of other libraries; NumPy only."""
+"""Conversion of weights from and to the layouts of other libraries, and export of programs."""

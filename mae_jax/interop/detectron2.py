@@ -1,9 +1,9 @@
-"""Detectron2's Mask R-CNN and Cascade Mask R-CNN on ViTDet, to and from our parameter tree.
+"""Conversion between mae_jax's parameters and those of Detectron2's Mask R-CNN and Cascade Mask R-CNN on ViTDet.
 
-torch keeps a convolution's weight as [out, in, row, column] and a transposed one's as [in, out, row, column]; ours are
-[row, column, in, out] and [in, row, column, out]. The first linear layer of the box head reads a region channel by
-channel there, and cell by cell here. Its positions begin with the class token's, which it has no token for: a row of
-zeros on the way out.
+torch stores a convolution's weight as [out, in, row, column] and a transposed convolution's as [in, out, row, column];
+mae_jax as [row, column, in, out] and [in, row, column, out]. The first linear layer of the box head takes a region
+ordered by (channel, row, column) in Detectron2 and by (row, column, channel) here. Detectron2's position embeddings
+begin with a row for a class token, although ViTDet has none; this row is written as zeros.
 """
 
 import re
@@ -17,10 +17,10 @@ from mae_jax.errors import UserError, printable
 from mae_jax.interop.layouts import Layout, nearest
 from mae_jax.param_tree import flatten, nest
 
-SIDE = 7  # bins along each side of a region that the box head reads
-# What is computed, and no parameter.
+SIDE = 7  # bins per side of the regions that the box head takes
+# Buffers in a state dict, which are not parameters.
 BUFFERS = re.compile(r"pixel_(mean|std)|proposal_generator\.anchor_generator\..*|.*\.num_batches_tracked")
-PYRAMID = {  # our name of a layer → theirs; the scales 4, 2, 1 and 1/2 are simfp_2 to simfp_5
+PYRAMID = {  # layer of mae_jax → layer of Detectron2; the scales 4, 2, 1 and 1/2 are simfp_2 to simfp_5
     "scale0/deconv1": "simfp_2.0", "scale0/norm": "simfp_2.1", "scale0/deconv2": "simfp_2.3", "lateral0": "simfp_2.4",
     "output0": "simfp_2.5", "scale1/deconv1": "simfp_3.0", "lateral1": "simfp_3.1", "output1": "simfp_3.2",
     "lateral2": "simfp_4.0", "output2": "simfp_4.1", "lateral3": "simfp_5.1", "output3": "simfp_5.2"}
@@ -28,7 +28,7 @@ HEADS = {
     "proposals/logits": "proposal_generator.rpn_head.objectness_logits",
     "proposals/deltas": "proposal_generator.rpn_head.anchor_deltas", "masks/deconv": "roi_heads.mask_head.deconv",
     "masks/logits": "roi_heads.mask_head.predictor"}
-NUMBERED = (  # our pattern → theirs; and back
+NUMBERED = (  # pattern of mae_jax's paths → replacement with Detectron2's names
     (r"encoder/block_0*(\d+)/(attn/(?:qkv|proj)|mlp/fc[12]|norm[12])", r"backbone.net.blocks.\1.\2"),
     (r"encoder/block_0*(\d+)/attn/(rel_pos_[hw])", r"backbone.net.blocks.\1.attn.\2"),
     (r"encoder/patch_embed", "backbone.net.patch_embed.proj"),
@@ -42,7 +42,11 @@ NUMBERED = (  # our pattern → theirs; and back
 
 
 def to_detectron2(params: Any) -> dict[str, np.ndarray]:
-    """Returns the state dict, float32, of a detector of `method.pyramid=simple` with scales 4, 2, 1 and 1/2."""
+    """Converts parameters of a detector (`method.pyramid=simple`, scales 4, 2, 1 and 1/2) to a float32 state dict.
+
+    Raises:
+      UserError: Detectron2's ViTDet does not have one of the parameters.
+    """
     flat = flatten(params)
     stages = len({name.split("/")[0] for name in flat if name.startswith("boxes")})
     state = {}
@@ -53,19 +57,19 @@ def to_detectron2(params: Any) -> dict[str, np.ndarray]:
 
 
 def from_detectron2(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns our parameters of a state dict of Detectron2's; raises UserError for a name that is not known."""
+    """Converts a state dict of Detectron2 to parameters, float32; raises UserError for an unknown name."""
     arrays = {name: np.asarray(value, np.float32) for name, value in state.items() if not BUFFERS.fullmatch(name)}
     known = {_key(path, stages): path for stages in (1, 3) for path in _paths(arrays, stages)}
     found = {}
     for name, array in arrays.items():
         if name not in known:
-            raise UserError(f"{printable(name)} is no parameter of Detectron2's ViTDet; {nearest(name, known)}")
+            raise UserError(f"{printable(name)} is not a parameter of Detectron2's ViTDet; {nearest(name, known)}")
         found[known[name]] = _from(known[name], array)
     return nest(found)
 
 
 def _paths(names: Iterable[str], stages: int) -> list[str]:
-    """Returns our paths of all layers that a detector of these names may have."""
+    """Returns mae_jax's paths of all parameters that a detector with these names in its state dict may have."""
     blocks = {int(match[1]) for name in names if (match := re.match(r"backbone\.net\.blocks\.(\d+)\.", name))}
     linear = ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2")
     found = ["encoder/pos_embed", *_leaves("encoder/patch_embed")]
@@ -91,7 +95,7 @@ def _leaves(layer: str) -> list[str]:
 
 
 def _key(path: str, stages: int) -> str:
-    """Returns their name of one of our paths."""
+    """Returns Detectron2's name for a path of mae_jax."""
     layer, _, leaf = path.rpartition("/")
     own, name = ("", path) if leaf.startswith(("rel_pos", "pos_embed")) else (
         {"kernel": ".weight", "scale": ".weight", "bias": ".bias"}.get(leaf, f".{leaf}"), layer)
@@ -141,11 +145,11 @@ def _from(path: str, array: np.ndarray) -> np.ndarray:
 def _refuses(config: ConfigDict) -> str:
     m = config.method
     if m.name != "detection":
-        return "is no detector, and Detectron2's names are those of one; export it with --layout=timm"
+        return "is not a detector, as Detectron2's layout requires; export it with --layout=timm"
     if m.pyramid != "simple" or m.norm != "layer" or m.class_token or tuple(m.scales) != (4.0, 2.0, 1.0, 0.5):
-        return "is no ViTDet: Detectron2's names are those of method.pyramid=simple with four scales and layer norm"
+        return "is not a ViTDet: Detectron2's layout requires method.pyramid=simple with four scales and layer norm"
     if config.model.positions != "learned":
-        return "has no table of positions, which Detectron2's names hold: it takes model.positions=learned"
+        return "has no learned position embeddings: Detectron2's layout requires model.positions=learned"
     return ""
 
 

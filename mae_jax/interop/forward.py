@@ -1,4 +1,4 @@
-"""The encoder, and its classifier, as one function of images: for layouts that write a program, and to compare them."""
+"""The encoder and its classifier as one function of images, for exported programs and for their verification."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,15 +17,16 @@ Outputs = dict[str, jax.Array]
 
 
 def forward(config: ConfigDict) -> Callable[[Any, jax.Array], Outputs]:
-    """Returns (parameters, images uint8 [B, height, width, 3]) → 'features' [B, D] and, with a head, 'logits' [B, C].
+    """Returns the function (parameters, images uint8 [B, height, width, 3]) → outputs by name, float32.
 
-    All is float32, and so are products, on every kind of device. Features are those that evaluations pool (model.pool):
-    the class token, or the mean of the patches; a classifier of the mean has its norm behind them.
+    The outputs are 'features' [B, D] and, with a head, 'logits' [B, C]. Everything is computed in float32 with float32
+    products on every device. Features are pooled as in evaluations (model.pool): the class token, or the mean of the
+    patches before a classifier's norm.
     """
     config = config.copy_and_resolve_references()
     config.model.update(dtype="float32", scan=False, remat="none")
     grid, m = PatchGrid.of(config), config.model
-    # As learned ones, fixed positions are a table too: one program for all platforms, without a look-up.
+    # Fixed positions are passed as a learned table, so that the program has no platform-dependent look-up.
     encoder = make_encoder(config).clone(positions="learned")
 
     def outputs(params: Any, images: jax.Array) -> Outputs:
@@ -39,7 +40,7 @@ def forward(config: ConfigDict) -> Callable[[Any, jax.Array], Outputs]:
             tokens: Any = encoder.apply({"params": tree}, normalize(patches), order, block=-1 if "norm" in tree else
                                    m.depth - 1)
             features = tokens[:, 0] if m.pool == "cls" else tokens[:, 1:].mean(1)
-            if "bias" not in params.get("head", {}):  # none, or what DINO has by this name
+            if "bias" not in params.get("head", {}):  # no head, or DINO's projection head
                 return {"features": features}
             own = {name: params[name] for name in ("fc_norm", "head") if name in params}
             classifier = Classifier(np.shape(params["head"]["bias"])[0], "fc_norm" in own, 0.0)

@@ -1,6 +1,6 @@
-"""The table of layouts: with what names and shapes weights are written, and recognized where training starts from them.
+"""The table of layouts: names and shapes of weights in other libraries, for exports and warm starts.
 
-Importing this imports no JAX.
+The module does not import JAX.
 """
 
 import difflib
@@ -17,18 +17,18 @@ from mae_jax.errors import printable
 
 logger = logging.getLogger(__name__)
 
-# How the names of a whole model may begin: of PyTorch's wrappers and compiler, and of what people's code holds it in.
+# Prefixes of all names of a model, from PyTorch's wrappers and compiler, and from common attribute names.
 PREFIXES = ("module.", "_orig_mod.", "teacher.", "student.", "model.", "backbone.", "base_encoder.", "encoder.", "net.",
             "deit.")
-# Heads that pre-training leaves behind a ViT: of MoCo v3, DINO and BEiT, and transformers' pooler.
+# Heads of pre-training in files of ViTs: of MoCo v3, DINO and BEiT, and transformers' pooler.
 NO_PART = re.compile(r"head\.(\d+|mlp|last_layer)\.|lm_head\.|(vit\.)?pooler\.")
 EXAMPLES = ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "vit.embeddings.cls_token",
             "vit.embeddings.patch_embeddings.projection.weight", "vit.encoder.layer.0.attention.attention.query.weight",
             "vit.layers.0.attention.q_proj.weight", "encoder/patch_embed/kernel", "encoder/block_00/attn/qkv/kernel")
 Params = Any  # nested dict of arrays
 State = Mapping[str, Any]  # name → array
-OURS = "mae_jax"  # the only one that copies whole checkpoints too
-FILE = "model.safetensors"  # the arrays in a folder, as transformers and timm call them
+OURS = "mae_jax"  # the only layout that can copy whole checkpoints too
+FILE = "model.safetensors"  # name of the file of arrays in a folder, as in transformers and timm
 LAYOUTS = {  # name → module:attribute
     "mae_jax": "mae_jax.interop.ours:LAYOUT",
     "mae": "mae_jax.interop.mae:LAYOUT",
@@ -42,27 +42,32 @@ LAYOUTS = {  # name → module:attribute
 
 
 class Exported(NamedTuple):
-    """What a layout writes of a run."""
+    """The part of a run that a layout writes.
 
-    params: Params  # ours: all of them, or the encoder alone (`Layout.whole`)
+    Attributes:
+      params: mae_jax's parameters: all, or those of the encoder only (`Layout.whole`).
+      config: of the run.
+      classes: names of the head's classes; () if unknown.
+    """
+
+    params: Params
     config: ConfigDict
-    classes: tuple[str, ...] = ()  # names of what the head has rows for; () where they are not known
+    classes: tuple[str, ...] = ()
 
     @property
     def outputs(self) -> int:
-        """Rows of the classifier's head, 0 without one."""
+        """Number of outputs of the classifier's head; 0 without one."""
         return len(self.params.get("head", {}).get("bias", ()))
 
 
 class Program(NamedTuple):
-    """A file that computes what the encoder does, in place of a list of arrays or beside it.
+    """A file with a program that computes the encoder, with or without separate arrays.
 
     Attributes:
       file: its name in the folder.
       make: returns its content.
-      run: (that content, the arrays beside it, images uint8 [B, height, width, 3]) → name → float32 array, as
-        `forward.forward` gives them.
-      tolerance: how far results may be from ours, of the largest.
+      run: (content, arrays in the folder, images uint8 [B, height, width, 3]) → outputs as those of `forward.forward`.
+      tolerance: largest allowed error of the outputs, relative to the largest output.
     """
 
     file: str
@@ -72,22 +77,22 @@ class Program(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Weights as another library has them.
+    """A layout of weights.
 
     Attributes:
-      to: (our parameters, their config) → what is written: name → float32 array, or a nested dict of such. Raises
-        UserError for a parameter that has no place there. None: no arrays, the `program` holds them.
-      from_: (what was read, the config of the run that made it, or None) → our parameters; None: it is not read, or
-        another layout reads it. Raises UserError.
-      recognizes: (the names that a file has, up to the first '/') → whether `from_` reads it.
-      refuses: config → why nothing of its method can be written, as the end of a sentence about the run; '': it can.
-      whole: methods whose parameters are written whole; of the others the encoder alone is. None: whole of all.
-      describe: (config, what is written) → a line to print, such as the arguments of the library's model.
-      files: endings of a --to that is one file of weights; else it is a folder, with FILE and what lies beside it.
-      beside: name → text of further files in the folder.
-      loading: lines of Python that load the folder, which they call FOLDER, for its README.md.
-      library: the hub's name of the library that loads the folder; '' for none.
-      program: what is written in the folder besides.
+      to: (mae_jax's parameters, their config) → name → float32 array, or a nested dict of arrays; raises UserError for
+        a parameter that the layout does not have. None: the `program` holds the arrays.
+      from_: (name → array, the config of the run that made them or None) → mae_jax's parameters; raises UserError.
+        None: the layout cannot be read, or another layout reads it.
+      recognizes: (names in a file, up to the first '/') → whether `from_` reads the file.
+      refuses: config → why the method cannot be written, as the end of a sentence about the run; '': it can.
+      whole: methods of which all parameters are written; of others only the encoder's are. None: all methods.
+      describe: (config, result of `to`) → a line to print, such as the arguments of the library's model.
+      files: endings of --to for a single file of weights; any other --to is a folder with FILE and further files.
+      beside: returns the name → text of further files in the folder.
+      loading: lines of Python that load the folder, named FOLDER, for its README.md.
+      library: the Hugging Face Hub's name of the library that loads the folder; '' for none.
+      program: a program to write to the folder; None: none.
     """
 
     to: Callable[[Params, ConfigDict], Any] | None = None
@@ -104,26 +109,27 @@ class Layout(NamedTuple):
 
 
 def layouts() -> Mapping[str, Layout]:
-    """Returns the layouts by name, those of plug-ins too; a layout is imported when it is asked for."""
+    """Returns the layouts by name, including those of plug-ins; each is imported when it is looked up."""
     return plugins.table("layouts", LAYOUTS)
 
 
 def get(name: str) -> Layout:
-    """Returns a layout; raises UserError with the nearest name."""
+    """Returns a layout by name; raises UserError, with the nearest name, if there is none."""
     return plugins.find("layouts", name, LAYOUTS, "--layout")
 
 
 def read(state: State, config: ConfigDict | None) -> Params:
-    """Returns our parameters of what a file holds; as they are, where no layout recognizes it.
+    """Converts the content of a file to mae_jax's parameters; returns it unchanged if no layout recognizes it.
+
+    Common prefixes of the model's names are removed, such as 'module.' of PyTorch's wrappers or 'backbone.' of DINO's
+    code. Arrays without such a prefix and heads of pre-training are left out, which is logged.
 
     Args:
-      state: name → array, or a nested dict of such. Where all names of the model begin alike, as with 'module.' of
-        PyTorch's wrappers or 'backbone.' of DINO's code, that beginning does not count. What lies beside the model, and
-        heads of pre-training, are left over, and told.
-      config: of the run that made it, where that is known.
+      state: name → array, or a nested dict of arrays.
+      config: of the run that made the file, if known.
 
     Raises:
-      UserError: a name that the layout does not know, or one that it misses.
+      UserError: a name is unknown to the layout, or a required one is missing.
     """
     table, inside, begin = layouts(), dict(state), ""
     while inside:
@@ -144,26 +150,26 @@ def read(state: State, config: ConfigDict | None) -> Params:
 def _tell(state: State, inside: State, begin: str) -> None:
     if len(inside) < len(state):
         beside = sorted(name for name in state if not name.startswith(begin) or name.removeprefix(begin) not in inside)
-        logger.info("%d arrays of %d%s are read; left over are %s%s", len(inside), len(state),
-                    f" begin with {begin!r} and" if begin else "", ", ".join(map(printable, beside[:3])),
+        logger.info("read %d of %d arrays%s; left over are %s%s", len(inside), len(state),
+                    f", those that begin with {begin!r}" if begin else "", ", ".join(map(printable, beside[:3])),
                     " ..." if len(beside) > 3 else "")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns the end of a refusal: the known name that is the most like one that a file has."""
+    """Returns the end of an error message: the known name that is most similar to a name in a file."""
     return f"the nearest one expected is {difflib.get_close_matches(name, known, n=1, cutoff=0)[0]}"
 
 
 def strange(names: Iterable[str]) -> str:
-    """Returns why a file of these names is refused, as the end of a sentence: no layout knows them."""
+    """Returns why a file with these names is refused, as the end of a sentence: no layout recognizes them."""
     first = min(names, key=len, default="")
     if not first:
         return "it holds no arrays"
-    return f"it holds no ViT that is known here; of its names one is {printable(first)}, and {nearest(first, EXAMPLES)}"
+    return f"it holds no known ViT; it has a name {printable(first)}, and {nearest(first, EXAMPLES)}"
 
 
 def mixture(config: ConfigDict) -> str:
-    """Returns why a layout of one encoder refuses a mixture of experts; '' for other methods."""
+    """Returns why a layout for a single encoder refuses a mixture of experts; '' for other methods."""
     if config.method.name != "moce":
         return ""
-    return "is a mixture of experts, which no layout of others has: cut one encoder out of it with --for-task"
+    return "is a mixture of experts, which other libraries' layouts do not have: extract one encoder with --for-task"

@@ -1,10 +1,11 @@
-"""The state dict of the published MAE code, whose encoder half is timm's ViT, to and from our parameter tree.
+"""Conversion between mae_jax's parameters and state dicts of MAE's released code, whose encoder is timm's ViT.
 
-PyTorch keeps a linear layer's weight as [out, in] and a convolution's as [out, channel, row, column]; ours are
-[in, out], the patch embedding being a linear layer over (row, column, channel), channel fastest. The fused query, key
-and value rows have the same order in both. Fixed positions are not parameters here: they are recognised on the way in
-and made anew on the way out. Our class token has no position: the row in front of theirs is zero on the way out, and
-joins the token on the way in.
+PyTorch stores a linear layer's weight as [out, in] and a convolution's as [out, channel, row, column]. mae_jax stores
+[in, out], and its patch embedding is a linear layer over (row, column, channel), channel fastest. The rows of the fused
+query, key and value projection have the same order in both.
+
+Fixed position embeddings are not parameters in mae_jax: they are recognized when reading and computed when writing. The
+class token has no position embedding in mae_jax: its row is written as zeros, and is added to the token when reading.
 """
 
 import math
@@ -22,7 +23,7 @@ from mae_jax.ops.patches import PatchGrid
 from mae_jax.param_tree import flatten, nest
 
 POSITIONS = {"encoder": "pos_embed", "decoder": "decoder_pos_embed"}
-OUT = (  # our path to their key; the first that matches
+OUT = (  # pattern of a path of mae_jax → key of a state dict; the first match applies
     (r"encoder/patch_embed/", "patch_embed.proj."),
     (r"encoder/block_0*(\d+)/(?!ls)", r"blocks.\1."),
     (r"encoder/(norm/|cls_token$)", r"\1"),
@@ -32,7 +33,7 @@ OUT = (  # our path to their key; the first that matches
     (r"decoder/head/", "decoder_pred."),
     (r"decoder/(mask_token)$", r"\1"),
 )
-IN = (  # and back; blocks and leaves are finished by _path
+IN = (  # pattern of a key → path; `_path` converts block numbers and leaves
     (r"patch_embed\.proj\.", "encoder/patch_embed/"),
     (r"decoder_blocks\.", "decoder/block_"),
     (r"blocks\.", "encoder/block_"),
@@ -54,16 +55,16 @@ KNOWN = re.compile(rf"(encoder|decoder)/({LEAF})|{OWN_LEAF}")
 
 
 def to_mae(params: Any, grid: tuple[int, int], patch: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Returns the published code's state dict, float32, with positions; values are moved, never computed.
+    """Converts parameters to a float32 state dict of MAE's released code, with position embeddings.
 
     Args:
-      params: {'encoder': ..., 'decoder': ...} of a masked autoencoder, an encoder alone, or one with 'head' and, where
-        the mean of tokens is classified, 'fc_norm' (the published fine-tuning).
-      grid: number of patches along (height, width), for the positions.
-      patch: pixels along (height, width).
+      params: {'encoder': ..., 'decoder': ...} of a masked autoencoder, an encoder only, or an encoder with 'head' and,
+        for average pooling, 'fc_norm' (the released fine-tuning code).
+      grid: patches along (height, width), for the position embeddings.
+      patch: pixels of a patch along (height, width).
 
     Raises:
-      UserError: the layout cannot hold a parameter (mask tokens in the encoder, LayerScale, experts).
+      UserError: the layout does not have a parameter (mask tokens in the encoder, LayerScale, experts).
     """
     flat = flatten(params)
     learned = flat.pop("encoder/pos_embed", None)
@@ -72,21 +73,22 @@ def to_mae(params: Any, grid: tuple[int, int], patch: tuple[int, int]) -> dict[s
         if part in params:
             width = np.shape(flat[f"{part}/block_00/norm1/scale"])[0]
             table = sincos_positions(grid, width) if part == "decoder" or learned is None else np.asarray(learned)
-            state[key] = np.pad(table, ((1, 0), (0, 0)))[None]  # the class token's is zero
+            state[key] = np.pad(table, ((1, 0), (0, 0)))[None]  # zeros for the class token
     return state
 
 
 def from_mae(state: Mapping[str, Any], grid: tuple[int, int] | None = None) -> dict[str, Any]:
-    """Returns our parameters {'encoder': ...[, 'decoder': ..., 'fc_norm': ..., 'head': ...]}, float32.
+    """Converts a state dict to parameters {'encoder': ...[, 'decoder': ..., 'fc_norm': ..., 'head': ...]}, float32.
 
     Args:
-      state: key → array (NumPy, or anything that np.asarray takes) of the published code, or of a ViT or DeiT III of
-        timm's; an encoder alone will do.
-      grid: number of patches along (height, width), where it is known: it tells whether the positions begin with the
-        class token's. Otherwise they do unless their number is a square.
+      state: key → array (anything that np.asarray takes) of MAE's released code, or of timm's ViT or DeiT III; the
+        encoder's keys suffice.
+      grid: patches along (height, width), if known, to detect a row for the class token in the position embeddings.
+        Otherwise there is one unless the number of rows is a square.
 
     Raises:
-      UserError: an unknown key, a missing class token, or a decoder without the fixed sine-cosine positions.
+      UserError: a key is unknown, the class token is missing, or the decoder's position embeddings are not the fixed
+        sine-cosine ones.
     """
     close = {part: _tolerance(state[key]) for part, key in POSITIONS.items() if key in state}
     arrays = _of_beit({key: np.asarray(value, np.float32) for key, value in state.items()})
@@ -100,10 +102,10 @@ def from_mae(state: Mapping[str, Any], grid: tuple[int, int] | None = None) -> d
 
 
 def _of_beit(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Renames what BEiT's code has its own way: biases of query and value alone, and mask tokens in the encoder.
+    """Converts BEiT's keys: separate biases of query and value, and the mask token of an encoder.
 
     Raises:
-      UserError: the encoder has relative positions, which ours has not.
+      UserError: the encoder has relative positions, which this layout does not support, or a bias is missing.
     """
     if strange := next((key for key in arrays if "relative_position" in key), ""):
         raise UserError(f"{strange}: an encoder with relative positions, as BEiT's published ones, is another model")
@@ -123,11 +125,11 @@ def _key(path: str) -> str:
         if re.match(pattern, path):
             key = re.sub(pattern, name, path, count=1).replace("/", ".")
             return re.sub(r"(kernel|scale)$", "weight", key)
-    raise UserError(f"the parameter {path} has no place in the published MAE layout; use --layout=timm")
+    raise UserError(f"MAE's released layout does not have the parameter {path}; use --layout=timm")
 
 
 def _path(key: str) -> str:
-    key = re.sub(r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma", key)  # as DeiT III's own files have it
+    key = re.sub(r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma", key)  # DeiT III's own names
     for pattern, name in IN:
         if re.match(pattern, key):
             path = re.sub(pattern, name, key, count=1).replace(".", "/")
@@ -135,12 +137,12 @@ def _path(key: str) -> str:
             path = re.sub("weight$", "scale" if re.search(r"norm\d?/", path) else "kernel", path)
             if KNOWN.fullmatch(path):
                 return path
-    raise UserError(f"{printable(key)} is no parameter of a masked autoencoder or a ViT classifier; "
+    raise UserError(f"{printable(key)} is not a parameter of a masked autoencoder or a ViT classifier; "
                     f"{nearest(key, expected(key))}")
 
 
 def expected(key: str) -> list[str]:
-    """Returns the names that there are, those of blocks with the number of a key."""
+    """Returns all valid keys, for suggestions; those of blocks have the block number of `key`."""
     number = match[1] if (match := re.search(r"\.(\d+)\.", key)) else "0"
     leaves = [f"{layer}.{leaf}" for layer in LAYERS for leaf in ("weight", "bias")]
     return [*WHOLE, *(f"{start}.{number}.{leaf}" for start in ("blocks", "decoder_blocks") for leaf in leaves),
@@ -163,7 +165,8 @@ def _untransposed(path: str, array: np.ndarray) -> np.ndarray:
 
 def _positions(flat: Mapping[str, np.ndarray], table: np.ndarray, grid: tuple[int, int] | None,
                close: float) -> dict[str, Any]:
-    """Returns what position embeddings [N, D] or [1 + N, D] change: learned ones are a parameter, fixed ones none."""
+    """Returns the parameters that position embeddings [N, D] or [1 + N, D] set: the table if learned, the class token.
+    """
     if "encoder/cls_token" not in flat:
         raise UserError("cls_token is missing: encoders without a class token cannot be read")
     changed = {}
@@ -180,12 +183,12 @@ def _begins_with_class(rows: int, grid: tuple[int, int] | None) -> bool:
 
 
 def _tolerance(table: Any) -> float:
-    """Returns how far the rounding of its dtype may take a sine or cosine away."""
+    """Returns the largest rounding error of a sine or cosine in the table's dtype."""
     return {"float16": 1e-3, "bfloat16": 1e-2}.get(str(getattr(table, "dtype", "")), 1e-5)
 
 
 def _fixed(table: np.ndarray, close: float) -> bool:
-    """Says whether a table [N, D] holds the sine-cosine positions of some grid of N patches, so closely."""
+    """Returns whether a table [N, D] equals the sine-cosine positions of some grid of N patches, to a tolerance."""
     patches, width = table.shape
     grids = [(rows, patches // rows) for rows in range(1, patches + 1) if patches % rows == 0]
     return any(np.allclose(table, sincos_positions(grid, width), atol=close) for grid in grids)

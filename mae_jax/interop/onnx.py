@@ -1,7 +1,7 @@
-"""The encoder as an ONNX model of any number of images, made by jax2onnx (the extra `onnx`).
+"""Export of the encoder as an ONNX model for any batch size, by jax2onnx (extra `onnx`).
 
-jax2onnx knows no choice by platform, as our linear layers make between layouts of the same product: it is given the
-one of CPUs and GPUs.
+jax2onnx does not support `jax.lax.platform_dependent`, which the linear layers use; it gets the branch of CPUs and
+GPUs.
 """
 
 import logging
@@ -20,21 +20,21 @@ from mae_jax.interop.layouts import Exported, Layout, Program, mixture
 
 FILE = "model.onnx"
 PACKAGES = ("jax2onnx", "onnx", "onnxruntime")
-MAX_BYTES = 2**31 - 2**20  # of a protocol buffer, with room for what is no weight
+MAX_BYTES = 2**31 - 2**20  # most bytes of weights: the limit of a protocol buffer, minus 1 MiB for the graph
 INPUT = "images"
 
 
 def make(exported: Exported) -> bytes:
-    """Returns the model: 'images' uint8 [B, height, width, 3] → 'features' [B, D], 'logits' [B, C] of a head; float32.
+    """Returns the serialized ONNX model: 'images' uint8 [B, height, width, 3] → outputs of `forward.forward`.
 
     Raises:
-      UserError: it would be larger than such files can be.
+      UserError: the model would exceed the size limit of ONNX files.
     """
     import jax2onnx
 
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(exported.params))
     if size > MAX_BYTES:
-        raise UserError(f"--layout=onnx: an ONNX file ends at 2 GB, and the weights are {size / 1e9:.1f} GB; use "
+        raise UserError(f"--layout=onnx: an ONNX file has at most 2 GB, and the weights are {size / 1e9:.1f} GB; use "
                         "--layout=stablehlo")
     compute = forward(exported.config)
     names = ["features"] + ["logits"] * bool(exported.outputs)
@@ -46,7 +46,7 @@ def make(exported: Exported) -> bytes:
     images = jax.ShapeDtypeStruct(("B", *exported.config.data.image_size, 3), np.dtype(np.uint8))
     quiet = logging.getLogger("onnx_ir")
     before = quiet.level
-    quiet.setLevel(logging.ERROR)  # of shapes that it does not write, thousands of lines
+    quiet.setLevel(logging.ERROR)  # it logs thousands of lines about shapes
     try:
         with mock.patch.object(jax.lax, "platform_dependent", lambda *values, default, **others: default(*values)):
             made = jax2onnx.to_onnx(model, inputs=[images], model_name="encoder", input_names=[INPUT],
@@ -57,7 +57,7 @@ def make(exported: Exported) -> bytes:
 
 
 def run(content: bytes, arrays: Mapping[str, np.ndarray], images: np.ndarray) -> Mapping[str, Any]:
-    """Returns what onnxruntime makes of images."""
+    """Returns the outputs of an ONNX model for images uint8 [B, height, width, 3], by onnxruntime on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])

@@ -1,4 +1,4 @@
-"""Our own parameter tree, as it is."""
+"""The layout of mae_jax's own parameter tree, which is written and read unchanged."""
 
 from mae_jax.interop.layouts import Layout
 

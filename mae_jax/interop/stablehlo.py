@@ -1,6 +1,6 @@
-"""The encoder as a StableHLO program of `jax.export`, of any number of images, for CPUs, GPUs and TPUs.
+"""Export of the encoder as a StableHLO program by `jax.export`, for any batch size, on CPUs, GPUs and TPUs.
 
-It is called with the arrays beside it, by their names, and runs wherever JAX does, without this library or Flax.
+The program's arguments are the arrays of the export by name, and images. It needs only JAX, not mae_jax or Flax.
 """
 
 from collections.abc import Mapping
@@ -21,13 +21,14 @@ FILE = "encoder.stablehlo"
 
 
 def used(params: Any) -> dict[str, Any]:
-    """Returns what features and logits are of: no decoder, and no mask token."""
+    """Returns the parameters of features and logits, without a decoder and mask token."""
     kept = {name: params[name] for name in USED if name in params}
     return {**kept, "encoder": {name: leaf for name, leaf in kept["encoder"].items() if name != "mask_token"}}
 
 
 def make(exported: Exported) -> bytes:
-    """Returns the serialized program: (name → float32 array, images uint8 [b, height, width, 3]) → `forward`'s."""
+    """Returns the serialized program (name → float32 array, images uint8 [b, height, width, 3]) → outputs of `forward`.
+    """
     compute = forward(exported.config)
 
     def program(params: Mapping[str, jax.Array], images: jax.Array) -> dict[str, jax.Array]:
@@ -41,7 +42,7 @@ def make(exported: Exported) -> bytes:
 
 
 def run(content: bytes, arrays: Mapping[str, np.ndarray], images: np.ndarray) -> Mapping[str, Any]:
-    """Returns what a serialized program makes of images, as a user runs it."""
+    """Returns the outputs of a serialized program for images uint8 [B, height, width, 3]."""
     return jax.export.deserialize(bytearray(content)).call(dict(arrays), images)
 
 

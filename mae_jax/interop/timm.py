@@ -1,6 +1,7 @@
-"""timm's VisionTransformer, from our parameter tree, and the folders of its hub; `mae.from_mae` reads it back.
+"""Export to timm's VisionTransformer, as weights or a folder for the Hugging Face Hub; `mae.from_mae` reads it back.
 
-Its names are those of the published MAE code. DeiT III's models have LayerScale, and positions for the patches alone.
+timm's names are those of MAE's released code. DeiT III's models have LayerScale, and position embeddings of the patches
+only.
 """
 
 import json
@@ -17,8 +18,8 @@ from mae_jax.ops.batch_norm import EPS
 from mae_jax.ops.patches import MEAN, STD, PatchGrid
 from mae_jax.param_tree import flatten, nest
 
-PRETRAINING = r"decoder/|encoder/mask_token$"  # left out: timm's models have neither, and take mask tokens for DINOv2's
-ARCHITECTURES = {  # by width, depth and heads; any will do, since all arguments are given with it
+PRETRAINING = r"decoder/|encoder/mask_token$"  # left out: timm has no decoder, and mask tokens would mean DINOv2
+ARCHITECTURES = {  # (width, depth, heads) → architecture; any name works, since all arguments are given too
     (192, 12, 3): "vit_tiny_patch16_224", (384, 12, 6): "vit_small_patch16_224", (768, 12, 12): "vit_base_patch16_224",
     (1024, 24, 16): "vit_large_patch16_224", (1280, 32, 16): "vit_huge_patch14_224",
 }
@@ -26,9 +27,9 @@ SCALE = r"encoder/block_0*(\d+)/(ls[12])/gamma$"
 
 
 def to_timm(params: Any, grid: tuple[int, int], patch: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Returns the state dict, float32, of the VisionTransformer that `timm_arguments` describe, encoder and classifier.
+    """Converts encoder and classifier to a float32 state dict of the VisionTransformer with `timm_arguments`.
 
-    Args and errors are those of `to_mae`; a decoder and mask tokens are left out.
+    Arguments and errors are those of `to_mae`. A decoder and mask tokens are left out.
     """
     flat = {path: leaf for path, leaf in flatten(params).items() if not re.match(PRETRAINING, path)}
     scales = {path: np.asarray(flat.pop(path)) for path in list(flat) if re.match(SCALE, path)}
@@ -39,13 +40,13 @@ def to_timm(params: Any, grid: tuple[int, int], patch: tuple[int, int]) -> dict[
 
 
 def timm_arguments(config: ConfigDict, classes: int) -> dict[str, Any]:
-    """Returns the arguments of timm.models.VisionTransformer for a config of ours; 0 classes for an encoder alone."""
+    """Returns the arguments of timm.models.VisionTransformer for a config; `classes` is 0 for an encoder only."""
     m = config.model
     arguments = {
         "img_size": tuple(config.data.image_size), "patch_size": tuple(m.patch), "embed_dim": m.width,
         "depth": m.depth, "num_heads": m.heads, "mlp_ratio": m.mlp_ratio, "num_classes": classes,
         "global_pool": "avg" if m.pool == "mean" else "token",
-        # A mean of tokens is normalised after pooling where a classifier was fine-tuned on it, else before.
+        # With average pooling, a fine-tuned classifier has its norm after the pooling; others have it before.
         "fc_norm": m.pool == "mean" and config.method.name != "segment" and config.method.get("head") == "linear",
     }
     if m.gelu == "tanh":
@@ -54,7 +55,7 @@ def timm_arguments(config: ConfigDict, classes: int) -> dict[str, Any]:
 
 
 def folded(params: Mapping[str, Any], extras: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns parameters whose head does what a probe's batch norm and head do (MAE A.1); others as they are."""
+    """Folds the batch norm of a linear probe (MAE A.1) into its head; returns other parameters unchanged."""
     if "batch_norm" not in extras:
         return dict(params)
     mean, variance = (np.asarray(extras["batch_norm"][name], np.float64) for name in ("mean", "var"))
@@ -69,7 +70,7 @@ def _described(config: ConfigDict, state: Mapping[str, np.ndarray]) -> str:
 
 
 def _beside(exported: Exported) -> dict[str, str]:
-    """Returns config.json as timm's `push_to_hf_hub` writes it."""
+    """Returns a config.json like that of timm's `push_to_hf_hub`."""
     config, outputs = exported.config, exported.outputs
     m, arguments = config.model, timm_arguments(config, outputs)
     said = {

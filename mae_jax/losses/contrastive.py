@@ -1,4 +1,4 @@
-"""Contrastive losses: over the global batch, and over the tokens of a sequence."""
+"""Contrastive losses: between the images of the global batch, and between the tokens of a sequence."""
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +10,21 @@ from mae_jax.ops.normalization import unit
 
 def info_nce(pairs: jax.Array, valid: jax.Array, ids: jax.Array, temperature: float,
              normalize: bool = True) -> tuple[jax.Array, jax.Array]:
-    """InfoNCE between two descriptors of each image; the negatives are both descriptors of all other images.
+    """Returns the InfoNCE loss between two descriptors of each image, whose negatives come from all other images.
 
-    SplitMask (arXiv 2112.10740), as the two descriptors of an image are alike among those of the batch; the set of
-    negatives is that of SimCLR (arXiv 2002.05709, equation 1), which the article is taken to mean.
+    This is SplitMask's contrastive loss (arXiv 2112.10740), whose negatives are the other images of the batch. We take
+    both descriptors of each of them, as SimCLR does (arXiv 2002.05709, equation 1; our reading).
 
     Args:
-      pairs: float [B, 2, D].
-      valid: float32 [B]; an image of 0 is neither anchor nor negative.
-      ids: int32 [B], or [B, 2]; rows that show the same image, of a small data set, are not each other's negatives.
-      temperature: of the softmax.
-      normalize: cosines; else plain products.
+      pairs: two descriptors of each image, float [B, 2, D].
+      valid: float32 [B]; images with 0 are not used as negatives, and the caller must ignore their losses.
+      ids: example ids, int32 [B] or [B, 2]; rows with the same id are not negatives of each other.
+      temperature: divides the logits.
+      normalize: True: cosine similarities; False: dot products.
 
     Returns:
-      float32 [B], the mean of both directions, and bool [B], whether both found their partner.
+      Losses float32 [B], the mean over both anchors, and bool [B]: whether both anchors are most similar to their
+      positives.
     """
     images = len(pairs)
     both = pairs.reshape(2 * images, -1).astype(jnp.float32)  # every device keeps its rows
@@ -41,14 +42,15 @@ def info_nce(pairs: jax.Array, valid: jax.Array, ids: jax.Array, temperature: fl
 
 
 def supervised_contrast(features: jax.Array, same: np.ndarray, temperature: float) -> jax.Array:
-    """Contrast of each token with all others of its sequence, those of its own kind being alike; float32 [B, N].
+    """Returns the supervised contrastive loss of each token within its sequence, float32 [B, N].
 
-    MixedAE's homologous contrastive loss, taken to be SupCon's L_out (arXiv 2004.11362, equation 2): the mean over the
-    other tokens of the kind of -log(exp(s / τ) / sum of exp(s / τ) over all others), s being the cosine.
+    This is MixedAE's homologous contrastive loss (arXiv 2303.17152), computed as SupCon's L_out (arXiv 2004.11362,
+    equation 2; our reading): the mean over positives of -log(exp(s / τ) / Σ exp(s / τ) over all other tokens), where s
+    is the cosine similarity.
 
     Args:
       features: float [B, N, D].
-      same: bool [N, N], which tokens are of one kind; each has another one of its kind. Grey stand-ins are a kind too.
+      same: bool [N, N], which tokens are positives of each other; every token needs one besides itself.
       temperature: τ.
     """
     features = unit(features.astype(jnp.float32))

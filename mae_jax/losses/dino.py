@@ -1,16 +1,16 @@
-"""Self-distillation (DINO, arXiv 2104.14294): the loss over pairs of views, and the centre of the teacher's outputs."""
+"""Self-distillation (DINO, arXiv 2104.14294): the loss over pairs of views, and the center of the teacher's outputs."""
 
 import jax
 import jax.numpy as jnp
 
 
 def cross_entropy(targets: jax.Array, student_logits: jax.Array, same: bool = False) -> jax.Array:
-    """Returns each image's mean cross-entropy over pairs of a teacher's view and another one of the student's.
+    """Returns the mean cross-entropy of each image over pairs of a teacher's view and a different student's view.
 
     Args:
-      targets: float32 [B, T, K], probabilities of the teacher's views.
-      student_logits: float32 [B, T + S, K], logits of the student's; its first T views are those of the teacher.
-      same: compares each of the teacher's views with the student's same one instead (S is then 0).
+      targets: probabilities of the teacher, float32 [B, T, K], for T views.
+      student_logits: logits of the student, float32 [B, T + S, K]; the first T views are the teacher's.
+      same: True: pair each view of the teacher with the same view of the student instead; S must be 0.
 
     Returns:
       float32 [B].
@@ -23,9 +23,13 @@ def cross_entropy(targets: jax.Array, student_logits: jax.Array, same: bool = Fa
 
 
 def update_center(center: jax.Array, outputs: jax.Array, valid: jax.Array, momentum: float) -> jax.Array:
-    """Moves the centre [K] towards the mean of the global batch's outputs [B, T, K] (equation 4).
+    """Returns the moving average of the teacher's mean output over the global batch (equation 4).
 
-    Images whose `valid` float32 [B] is 0 do not count; where none is left the centre stays.
+    Args:
+      center: float32 [K].
+      outputs: of the teacher, float32 [B, T, K].
+      valid: float32 [B] of 0 and 1; images with 0 are ignored. If all are ignored, the center stays.
+      momentum: weight of the previous center.
     """
     weight = valid.sum()
     mean = (outputs.mean(1) * valid[:, None]).sum(0) / jnp.maximum(weight, 1)

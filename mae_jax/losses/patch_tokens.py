@@ -1,8 +1,8 @@
-"""Discrete tokens of patches: a vocabulary of V - 1 entries built from the training images, and token 0.
+"""Discrete tokens of patches: token 0, and V - 1 entries of a vocabulary built from the training images.
 
-Token 0 is that of constant patches (each channel has one value): no direction describes them, and the images of some
-data sets are full of them. SplitMask (arXiv 2112.10740) compares such simple vocabularies with the trained tokenizer of
-BEiT; how it prepares the patches is not known to us, so the preparations below are our choice.
+Token 0 stands for constant patches (one value per channel), which have no direction and are frequent in some data sets.
+SplitMask (arXiv 2112.10740) compares such simple vocabularies with the trained tokenizer of BEiT. The paper does not
+say how patches are preprocessed; the preprocessing here is our choice.
 """
 
 import jax
@@ -12,19 +12,20 @@ from mae_jax.errors import UserError, did_you_mean
 from mae_jax.ops.patches import normalize
 
 KINDS = ("kmeans", "patches", "projection")
-MIN_VOCABULARY = 3  # tokens: of constant patches, and two others
+MIN_VOCABULARY = 3  # token 0 and two entries
 
 
 def constant(patches: jax.Array) -> jax.Array:
-    """Returns bool [...]: which uint8 patches [..., P], channel fastest, have one value in each channel."""
+    """Returns which uint8 patches [..., P], channel fastest, have a single value per channel, bool [...]."""
     channels = patches.reshape(*patches.shape[:-1], -1, 3)
     return (channels.max(-2) == channels.min(-2)).all(-1)
 
 
 def prepared(patches: jax.Array, kind: str) -> jax.Array:
-    """Returns what is compared with the vocabulary, float32 [..., P]: for projections, without each channel's mean.
+    """Preprocesses uint8 patches [..., P] for comparison with the vocabulary; returns float32 [..., P].
 
-    Without that, nearly all patches would have the few tokens of directions near a plain colour.
+    Pixels are normalized. For the kind 'projection', the mean of each channel is removed too; otherwise nearly all
+    patches would get the few tokens whose directions are close to a plain color.
     """
     pixels = normalize(patches)
     if kind != "projection":
@@ -34,9 +35,15 @@ def prepared(patches: jax.Array, kind: str) -> jax.Array:
 
 
 def tokenize(patches: jax.Array, vocabulary: jax.Array, kind: str) -> jax.Array:
-    """Returns the tokens int32 [...] of uint8 patches [..., P]: the nearest entry by cosine or (kmeans) by distance.
+    """Returns the tokens int32 [...], 0 to V - 1, of uint8 patches [..., P].
 
-    The article gives a patch the entry of the highest cosine; k-means means distances.
+    The token is that of the entry with the highest cosine similarity, as in the paper, or for 'kmeans' with the
+    smallest Euclidean distance.
+
+    Args:
+      patches: uint8 [..., P], channel fastest.
+      vocabulary: float32 [V - 1, P].
+      kind: one of KINDS.
     """
     if kind == "kmeans":
         directions, shift = vocabulary, -jnp.square(vocabulary).sum(1) / 2
@@ -47,7 +54,11 @@ def tokenize(patches: jax.Array, vocabulary: jax.Array, kind: str) -> jax.Array:
 
 
 def check(kind: str, size: int, kinds: tuple[str, ...]) -> None:
-    """Raises UserError for an unknown target, or a vocabulary that is none."""
+    """Checks the config fields `method.target` and `method.vocabulary`.
+
+    Raises:
+      UserError: `kind` is not in `kinds`, or `size` is below MIN_VOCABULARY.
+    """
     if kind not in kinds:
         raise UserError(f"method.target={kind!r}; {did_you_mean(kind, kinds)}")
     if size < MIN_VOCABULARY:

@@ -1,4 +1,4 @@
-"""Pixels that have a class: masks and logits of patches to pixels, and the loss over them."""
+"""Semantic segmentation: upsampling of logits to pixels, and the cross-entropy per pixel."""
 
 from functools import partial
 
@@ -8,43 +8,43 @@ import jax.numpy as jnp
 from mae_jax.ops import resampling
 from mae_jax.ops.patches import PatchGrid
 
-IGNORED = 255  # of a mask: pixels that count nowhere
-MOST_STRIPS = 16  # into which `over_pixels` cuts an image
+IGNORED = 255  # mask value of pixels that losses and metrics ignore
+MOST_STRIPS = 16  # most strips into which `over_pixels` cuts an image
 
 
 def pixels(mask: jax.Array, grid: PatchGrid) -> jax.Array:
-    """Puts masks [B, N, p·p] of patches in raster order together to [B, height, width]."""
+    """Puts masks of patches in raster order, [B, N, patch height · patch width], together to [B, height, width]."""
     tiles = mask.reshape(-1, *grid.shape, *grid.patch).swapaxes(2, 3)
     return tiles.reshape(-1, *grid.image_size)
 
 
 def upsample(logits: jax.Array, patch: tuple[int, int]) -> jax.Array:
-    """Enlarges logits of patches [B, gh, gw, C] bilinearly to pixels float32 [B, gh · height, gw · width, C].
+    """Upsamples logits of patches [B, gh, gw, C] bilinearly to pixels, float32 [B, gh · height, gw · width, C].
 
-    `patch` is (height, width) in pixels.
+    `patch` is the (height, width) of a patch in pixels.
     """
     rows, columns = (cells * pixels for cells, pixels in zip(logits.shape[1:3], patch, strict=True))
     return resampling.resize(logits.astype(jnp.float32), (rows, columns))
 
 
 def cross_entropy(logits: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns float32 [...]: the cross-entropy of each pixel of logits [..., C] and mask [...]; 0 where it is ignored.
+    """Returns the cross-entropy of each pixel, float32 [...], for logits [..., C] and mask [...]; 0 where IGNORED.
 
-    The picked logit is a product with one-hot rows: the gradient of a look-up would be a scatter.
+    The true class's logit is a product with one-hot rows: the gradient of a look-up would be a scatter.
     """
     picked = (jax.nn.one_hot(mask, logits.shape[-1]) * logits).sum(-1)
     return jnp.where(mask == IGNORED, 0, jax.nn.logsumexp(logits, -1) - picked)
 
 
 def over_pixels(logits: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the sum of `cross_entropy`, and how many pixels are right, of logits that are upsampled to the mask.
+    """Returns the summed `cross_entropy` and the number of correct pixels of upsampled logits, float32 [] each.
 
-    The logits of all pixels never exist at once: they are made strip by strip, and once more in the backward pass. Of
-    150 classes at 512 x 512, they would take 157 MB for each image, and as much for each of their gradients.
+    The logits are upsampled strip by strip, and again in the backward pass, so that those of all pixels never exist at
+    once. With 150 classes at 512 x 512 pixels they would take 157 MB per image, and their gradients as much.
 
     Args:
-      logits: [B, gh, gw, C], of any size.
-      mask: uint8 [B, height, width]; 255 is ignored.
+      logits: [B, gh, gw, C], for any gh and gw; they are upsampled to the size of the mask.
+      mask: uint8 [B, height, width]; IGNORED pixels are excluded.
     """
     height, width = mask.shape[1:]
     rows, columns = (resampling.interpolation(cells, size) for cells, size in

@@ -1,1 +1,1 @@
-"""Flax modules of the encoder and decoder; the only folder that imports flax."""
+"""Flax modules: encoder, decoder, heads and experts. No other package imports Flax."""

@@ -1,4 +1,4 @@
-"""Transformer blocks: attention, a perceptron or several, and the stack that encoder and decoder are made of."""
+"""Transformer blocks (attention, then an MLP or experts), and the stack of them that encoder and decoder share."""
 
 import itertools
 from collections.abc import Callable, Mapping
@@ -22,19 +22,30 @@ REMATS: dict[str, Callable[..., Any] | None] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
-RELATIVE = ("rel_pos_h", "rel_pos_w")  # parameters of relative positions, by Detectron2's names
-BIAS_TABLE = "relative_position_bias"  # the parameter
+RELATIVE = ("rel_pos_h", "rel_pos_w")  # parameters of the decomposed relative positions, named as in Detectron2
+BIAS_TABLE = "relative_position_bias"  # parameter of BEiT's relative position bias
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens [B, T, D]; the softmax is float32."""
+    """Multi-head self-attention over tokens [B, T, D]; the softmax is float32.
+
+    Attributes:
+      heads: number of heads H, which divides D.
+      dtype: of the activations.
+      init: a key of `layers.INITS`.
+      kept: which keys each query attends to; None: all.
+      spatial: windows and decomposed relative positions. With either, the tokens are patches in raster order and
+        nothing else; with neither, other tokens may precede the patches.
+      bias_grid: rows and columns of patches, for BEiT's relative position bias; the tokens are then a class token and
+        these patches in raster order.
+    """
 
     heads: int
     dtype: Any
     init: str = "xavier"
     kept: AttentionMask | None = None
-    spatial: Spatial | None = None  # of patches in raster order; without windows and positions, others may precede them
-    bias_grid: tuple[int, int] | None = None  # of the patches that follow a class token, with biases as BEiT has them
+    spatial: Spatial | None = None
+    bias_grid: tuple[int, int] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -55,7 +66,8 @@ class Attention(nn.Module):
         return join(out, spatial.grid, spatial.window) if spatial and spatial.window else out
 
     def _tables(self, sides: tuple[int, int], depth: int) -> tuple[jax.Array, jax.Array]:
-        """Returns the relative positions of rows and of columns, which start at 0, as in ViTDet."""
+        """Returns the embeddings of relative rows and columns, float32 [2 · side - 1, depth]; zero at first, as ViTDet.
+        """
         rows, columns = (self.param(name, nn.initializers.zeros, (2 * side - 1, depth))
                          for name, side in zip(RELATIVE, sides, strict=True))
         return rows, columns
@@ -64,7 +76,7 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers with a GELU between them, over tokens [B, T, D]."""
 
-    ratio: int
+    ratio: int  # hidden width / D
     gelu: str
     dtype: Any
     init: str = "xavier"
@@ -76,22 +88,24 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm Transformer block over tokens [B, T, D]; its branches are scaled, and dropped, where that is asked.
+    """One pre-norm Transformer block over tokens [B, T, D], with optional LayerScale, stochastic depth and experts.
 
-    `drop_path_mask`, float32 [2, B], is a block's part of `drop_path`; `choice` says which expert an image goes
-    through, or where tokens choose, is the noise of their gate; `last_biases` are of `_without_last_biases`.
+    Its call takes, besides the tokens:
+      drop_path_mask: float32 [2, B], the row of `layers.drop_path` for this block; None: no branch is dropped.
+      choice: the expert of each image; with a token gate, noise [B, T, E] for the gate's logits, or None.
+      last_biases: the biases [D] that `_without_last_biases` sets apart, one per branch.
     """
 
     heads: int
     mlp_ratio: int
     gelu: str
     dtype: Any
-    layer_scale: float = 0.0
+    layer_scale: float = 0.0  # initial factor of LayerScale; 0: no LayerScale
     init: str = "xavier"
-    kept: AttentionMask | None = None  # keys of the attention
-    gating: Gating | None = None  # experts in place of the perceptron
-    spatial: Spatial | None = None  # windows and relative positions of the attention
-    bias_grid: tuple[int, int] | None = None  # relative position bias of the attention
+    kept: AttentionMask | None = None  # see `Attention`
+    gating: Gating | None = None  # experts in place of the MLP
+    spatial: Spatial | None = None  # see `Attention`
+    bias_grid: tuple[int, int] | None = None  # see `Attention`
 
     @nn.compact
     def __call__(self, x: jax.Array, drop_path_mask: jax.Array | None = None,
@@ -114,10 +128,10 @@ class Block(nn.Module):
 
 
 def _plus(x: jax.Array, out: jax.Array) -> jax.Array:
-    """Returns x + out.
+    """Returns x + out, [B, T, D].
 
-    On GPUs as matrices, like the product that `out` comes from, which then adds x itself. Of an x of another shape XLA
-    would make a copy first, to be written over.
+    On GPUs the sum is of matrices [B · T, D], the shape of the product that `out` comes from: XLA then fuses the sum
+    into the product. With any other shape, XLA first copies x.
     """
     if platform() != "gpu":
         return x + out
@@ -126,26 +140,32 @@ def _plus(x: jax.Array, out: jax.Array) -> jax.Array:
 
 
 def _without_last_biases(params: Any) -> tuple[Any, tuple[jax.Array | None, ...]]:
-    """Returns a block's parameters, and apart the biases that its branches end with, which alone get gradients.
+    """Stops the gradients of the last bias of each branch, and returns these biases separately, with gradients.
 
-    The gradient of a bias that is added to all tokens is the sum of theirs, which the norm before the branch reads
-    anyway (`residual_norm`).
+    The gradient of a bias that is added to all tokens is the sum of the tokens' gradients. The backward pass of
+    `residual_norm` reads these anyway, so it computes the sum too.
+
+    Returns:
+      The block's parameters, and the biases [D] of the attention and of the MLP; None for experts.
     """
     def stop(layer: Any) -> Any:
         return layer | {"bias": jax.lax.stop_gradient(layer["bias"])}
 
     attn = params["attn"] | {"proj": stop(params["attn"]["proj"])}
-    if "mlp" not in params:  # experts, whose biases are not added to all tokens
+    if "mlp" not in params:  # experts: each bias is added to the tokens of one expert only
         return params | {"attn": attn}, (params["attn"]["proj"]["bias"], None)
     mlp = params["mlp"] | {"fc2": stop(params["mlp"]["fc2"])}
     return params | {"attn": attn, "mlp": mlp}, (params["attn"]["proj"]["bias"], params["mlp"]["fc2"]["bias"])
 
 
 class Blocks(nn.Module):
-    """Base of encoder and decoder: a stack of blocks whose parameters are per-block leaves `block_00`, `block_01`, ...
+    """Base of encoder and decoder: a stack of blocks with one parameter subtree each, `block_00`, `block_01`, ...
 
-    `scan` compiles one block and stacks the leaves here, inside the forward pass, so that checkpoints, path rules and
-    the optimizer never see a stack. `remat` recomputes activations in the backward pass.
+    With `scan`, one block is compiled and the parameters are stacked inside the forward pass, so that checkpoints,
+    sharding rules and the optimizer never see a stack. `remat` names a policy of REMATS for recomputing activations in
+    the backward pass, or is 'none'.
+
+    `kept`, `gating` and `spatial` hold one entry per block; () stands for None in every block.
     """
 
     width: int
@@ -158,13 +178,13 @@ class Blocks(nn.Module):
     remat: str
     layer_scale: float = 0.0
     init_kind: str = "xavier"
-    kept: tuple[AttentionMask | None, ...] = ()  # of each block's attention; () as (None,) · depth
-    gating: tuple[Gating | None, ...] = ()  # of each block, likewise
-    spatial: tuple[Spatial | None, ...] = ()  # of each block's attention, likewise
-    bias_grid: tuple[int, int] | None = None  # of all blocks, whose tokens are then a class token and a grid in order
+    kept: tuple[AttentionMask | None, ...] = ()
+    gating: tuple[Gating | None, ...] = ()
+    spatial: tuple[Spatial | None, ...] = ()
+    bias_grid: tuple[int, int] | None = None  # of every block; see `Attention`
 
     def block(self, index: int, **options: Any) -> Block:
-        """Returns the module of one block."""
+        """Returns the module of block `index`; `options` go to its constructor."""
         own = (parts[index] if parts else None for parts in (self.kept, self.gating, self.spatial))
         return Block(self.heads, self.mlp_ratio, self.gelu, self.dtype, self.layer_scale, self.init_kind, *own,
                      self.bias_grid, **options)
@@ -172,12 +192,18 @@ class Blocks(nn.Module):
     def run_blocks(self, x: jax.Array, depth: int | None = None, drop_path_mask: jax.Array | None = None,
                    choices: Mapping[int, Choice | jax.Array] | None = None,
                    after: list[jax.Array] | None = None, wanted: tuple[int, ...] = ()) -> jax.Array:
-        """Applies the first `depth` blocks (all when None) to tokens [B, T, D].
+        """Applies the first `depth` blocks (None: all) to tokens [B, T, D].
 
         Args:
-          drop_path_mask: float32 [depth, 2, B] of `drop_path`; None: nothing is dropped.
-          choices: of the blocks with experts, by number; where tokens choose, the noise of their gate or nothing.
-          after: takes the tokens after each of the blocks that are `wanted`, in their order.
+          x: tokens [B, T, D].
+          depth: number of blocks to apply.
+          drop_path_mask: float32 [depth, 2, B] from `layers.drop_path`; None: no branch is dropped.
+          choices: block → `choice` of `Block`, for the blocks with experts.
+          after: list to which the tokens [B, T, D] after each block in `wanted` are appended, in ascending order.
+          wanted: indices of blocks.
+
+        Returns:
+          Tokens [B, T, D].
         """
         blocks = [self.block(index, name=f"block_{index:02d}") for index in range(self.depth)]
         if self.is_initializing():
@@ -205,10 +231,10 @@ class Blocks(nn.Module):
         return x
 
     def _alike(self, x: jax.Array, block: Block, inputs: list[tuple[Any, ...]]) -> tuple[jax.Array, list[Any]]:
-        """Applies blocks that differ in nothing but their inputs: parameters, part of `drop_path_mask`, choice.
+        """Applies consecutive blocks with the same module and different inputs (parameters, drop_path_mask, choice).
 
         Returns:
-          The tokens, and what each block's gate sowed.
+          The tokens [B, T, D], and for each block the GATES collection that its gate sowed.
         """
         def apply(x: jax.Array, item: tuple[Any, ...]) -> tuple[jax.Array, Any]:
             p, drop_path_mask, choice = item

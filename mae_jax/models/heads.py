@@ -1,4 +1,4 @@
-"""Heads over pooled features: classifiers, and the projection of joint embeddings."""
+"""Heads over pooled features: classifiers, and the projection heads of self-supervised methods."""
 
 from typing import Any
 
@@ -9,18 +9,19 @@ import jax.numpy as jnp
 from mae_jax.models.layers import GELUS, TOKEN_STD, Dense, layer_norm
 from mae_jax.ops.linear import linear
 
-MIN_NORM = 1e-6  # what lengths are divided by, at the least
+MIN_NORM = 1e-6  # lower bound of a norm that divides
 
 
 class Classifier(nn.Module):
-    """Float32 logits [B, C] of features [B, D]: a layer norm where the encoder has none at its end, then linear.
+    """Maps features [B, D] to float32 logits [B, C] by an optional layer norm and a linear layer.
 
-    `norm` belongs to average pooling, whose mean is normalised and not its terms (MAE's fine-tuning, timm's fc_norm).
+    `norm` is for average pooling: the mean of the tokens is normalized instead of each token (MAE's fine-tuning; timm's
+    `fc_norm`).
     """
 
     classes: int
     norm: bool
-    std: float  # of the first kernel
+    std: float  # initial standard deviation of the kernel
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -31,10 +32,10 @@ class Classifier(nn.Module):
 
 
 class Head(nn.Module):
-    """A linear layer in float32 that starts near zero."""
+    """A linear layer from features float32 [..., D] to logits [..., C]; the bias is zero at first."""
 
     classes: int
-    std: float
+    std: float  # initial standard deviation of the kernel
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -43,10 +44,10 @@ class Head(nn.Module):
 
 
 class Projection(nn.Module):
-    """DINO's head (arXiv 2104.14294, Appendix C): a perceptron, then cosines with learned directions; [B, D] → [B, K].
+    """DINO's projection head (arXiv 2104.14294, Appendix C), features [B, D] → float32 [B, K].
 
-    As published: three layers whose last is a narrow one, no batch norm for ViTs, and directions of length 1
-    (`norm_last_layer`).
+    A three-layer MLP with a narrow last layer and no batch norm, then a linear layer with l2-normalized inputs and
+    weights (`norm_last_layer`), as published.
     """
 
     hidden: int
@@ -64,7 +65,7 @@ class Projection(nn.Module):
 
 
 class Perceptron(nn.Module):
-    """Two linear layers with a GELU between them, [..., D] → [..., K]; the hidden one is `hidden` wide."""
+    """Two linear layers with a GELU between them, [..., D] → [..., outputs]."""
 
     hidden: int
     outputs: int
@@ -78,7 +79,8 @@ class Perceptron(nn.Module):
 
 
 class Directions(nn.Module):
-    """Cosines of [B, D] with learned directions, [B, K]; the lengths of a kernel's columns do not count."""
+    """A linear layer with l2-normalized inputs and weights: cosines [B, K] of inputs [B, D] with K learned directions.
+    """
 
     outputs: int
     dtype: Any

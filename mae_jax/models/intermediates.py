@@ -1,4 +1,4 @@
-"""What goes on inside an encoder: the tokens between its blocks, its attention weights, maps of patch features."""
+"""Intermediate activations of an encoder: block inputs, attention weights, feature maps of several blocks."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,15 +16,15 @@ from mae_jax.ops.patches import normalize
 
 def block_inputs(encoder: Encoder, params: Any, patches: jax.Array, order: jax.Array,
                  added: jax.Array | None = None) -> Iterator[jax.Array]:
-    """Yields the tokens [B, 1 + T, D] before each block, and those after the last one, without the final norm.
+    """Yields the tokens [B, 1 + T, D] before each block, then those after the last block, without the final norm.
 
-    One forward pass, which goes as far as it is asked to. Blocks are unrolled whatever `scan` says.
+    Each block runs when the next item is requested. Blocks are unrolled even with `encoder.scan`.
 
     Args:
       encoder: the module.
       params: its parameters.
-      patches: [B, T, P] normalised pixels.
-      order: int32 [B, T], the raster index of each token.
+      patches: normalized pixels [B, T, P].
+      order: int32 [B, T], the raster index of each patch.
       added: further embeddings of the patches, [..., T, D].
     """
     x = encoder.clone(depth=0, kept=(), gating=()).apply({"params": params}, patches, order, block=0, added=added)
@@ -35,29 +35,34 @@ def block_inputs(encoder: Encoder, params: Any, patches: jax.Array, order: jax.A
 
 
 def block_name(index: int) -> str:
-    """Returns the name of a block in the encoder's parameters."""
+    """Returns the name of a block's subtree in the encoder's parameters."""
     return f"block_{index:02d}"
 
 
 def resolve_block(block: int, depth: int) -> int:
-    """Returns the index of a block, -1 for the last one; raises UserError when there is none."""
+    """Returns the index of a block from 0 to depth - 1; -1 stands for the last block.
+
+    Raises:
+      UserError: the encoder has no such block.
+    """
     if not -1 <= block < depth:
         raise UserError(f"there is no block {block}; expected 0 to {depth - 1}, or -1 for the last")
     return block % depth
 
 
 def attention_weights(encoder: Encoder, params: Any, tokens: jax.Array) -> jax.Array:
-    """Returns softmax(q kᵀ / √d) of one block, float32 [B, H, T, T]: queries, then keys; rows sum to 1."""
+    """Returns softmax(q kᵀ / √d) of one block, float32 [B, H, T, T] (queries, keys); arguments of `attention_scores`.
+    """
     return jax.nn.softmax(attention_scores(encoder, params, tokens), -1)
 
 
 def attention_scores(encoder: Encoder, params: Any, tokens: jax.Array) -> jax.Array:
-    """Returns q kᵀ / √d of one block, float32 [B, H, T, T], with its relative position bias where it has one.
+    """Returns q kᵀ / √d of one block, float32 [B, H, T, T] (queries, keys), plus its relative position bias if any.
 
     Args:
       encoder: the module.
       params: the block's parameters.
-      tokens: [B, T, D], what enters the block.
+      tokens: the block's input [B, T, D].
     """
     x = layer_norm(encoder.dtype, "norm1").apply({"params": params["norm1"]}, tokens)
     q, k, _ = DenseQKV(encoder.dtype).apply({"params": params["attn"]["qkv"]}, x)
@@ -69,28 +74,31 @@ def attention_scores(encoder: Encoder, params: Any, tokens: jax.Array) -> jax.Ar
 
 
 def unshuffle(x: jax.Array, order: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Puts [B, N, ...] of a batch into raster order: [B, rows, columns, ...]. It gathers, so it is not for training."""
+    """Reorders x [B, N, ...] from the patch order int32 [B, N] to raster order, [B, rows, columns, ...].
+
+    The gather is slow on TPUs, so training does not use this function.
+    """
     index = jnp.argsort(order, 1).reshape(*order.shape, *(1,) * (x.ndim - 2))
     return jnp.take_along_axis(x, index, 1).reshape(x.shape[0], *grid, *x.shape[2:])
 
 
 def pyramid(encoder: Encoder, params: Any, batch: dict[str, jax.Array], blocks: Sequence[int]) -> list[jax.Array]:
-    """Returns the patch features of chosen blocks of whole images, for detectors and decoders outside.
+    """Returns the patch features after chosen blocks as maps, for dense decoders outside this package.
 
-    All of them have the stride of a patch. The strides 4, 8, 16 and 32 that a detector makes of them (ViTDet, arXiv
-    2203.16527, section 3) are learned, and so the detector's own.
+    Every map has one cell per patch. A detector's own, learned layers make strides 4 to 32 of them (ViTDet, arXiv
+    2203.16527, section 3).
 
     Args:
       encoder: the module.
       params: its parameters.
-      batch: `patches` uint8 [B, N, P] and `order` int32 [B, N].
-      blocks: which blocks, in this order; -1 is the last one with the final norm, all others come without it.
+      batch: `patches` uint8 [B, N, P] and `order` int32 [B, N] of whole images, in any order.
+      blocks: indices of blocks. -1 is the last block followed by the final norm; other entries have no norm.
 
     Returns:
-      One [B, rows, columns, D] per entry of `blocks`, in raster order whatever the batch's order is.
+      One map [B, rows, columns, D] in raster order per entry of `blocks`.
 
     Raises:
-      UserError: there is no such block.
+      UserError: the encoder has no such block.
     """
     numbers = [resolve_block(block, encoder.depth) for block in blocks]
     kept = {}

@@ -11,8 +11,8 @@ from mae_jax.ops import normalization
 from mae_jax.ops.linear import gelu, linear, linears
 from mae_jax.ops.partitioning import platform
 
-TOKEN_STD = 0.02  # initial deviation of class and mask tokens, as published
-INITS = {  # of kernels: MAE A.1; DeiT
+TOKEN_STD = 0.02  # initial standard deviation of class and mask tokens (MAE's released code)
+INITS = {  # initializers of kernels: MAE A.1; DeiT
     "xavier": nn.initializers.xavier_uniform(),
     "normal": nn.initializers.normal(TOKEN_STD),
 }
@@ -22,8 +22,8 @@ GELUS = {"erf": gelu, "tanh": lambda x: nn.gelu(x, approximate=True)}
 def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
     """Returns the fixed 2-D sine-cosine position embedding, float32 [N, width], in raster order.
 
-    The first half of the channels encodes the column, the second the row; within each half sines come first, with
-    frequencies 10000^(-k / (width / 4)) (MAE's released models; Transformer, section 3.5).
+    The first half of the channels encodes the column and the second half the row. Each half holds width / 4 sines, then
+    as many cosines, with frequencies 10000^(-k / (width / 4)) (MAE's released models; Transformer, section 3.5).
     """
     frequencies = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width // 4))
 
@@ -38,7 +38,7 @@ def sincos_positions(grid: tuple[int, int], width: int) -> np.ndarray:
 def embed_positions(grid: tuple[int, int], width: int, order: jax.Array, dtype: Any) -> jax.Array:
     """Returns the fixed position embeddings [B, T, width] of patches with raster indices `order`, int32 [B, T].
 
-    On TPUs as a product with one-hot rows, which gives the same numbers: their gathers go row by row.
+    On TPUs, where a gather goes row by row, the look-up is a product with one-hot rows. The numbers are the same.
     """
     table = jnp.asarray(sincos_positions(grid, width), dtype)
 
@@ -49,21 +49,26 @@ def embed_positions(grid: tuple[int, int], width: int, order: jax.Array, dtype: 
 
 
 def drop_path(key: jax.Array, rates: np.ndarray, images: int) -> jax.Array:
-    """Draws stochastic depth (arXiv 1603.09382): float32 [depth, 2, B], what each image's branches are multiplied by.
+    """Draws the factors of stochastic depth (arXiv 1603.09382), one per block, branch and image.
 
-    A branch is dropped with the rate of its block, and what stays is scaled up, so that its mean stays (timm).
+    A branch is dropped with its block's rate. A branch that stays is divided by 1 - rate, which keeps the mean (timm).
 
     Args:
-      rates: [depth], each below 1.
+      key: of the draw.
+      rates: drop rates [depth], each below 1.
+      images: B.
+
+    Returns:
+      float32 [depth, 2, B], 0 or 1 / (1 - rate).
     """
     keep = 1 - jnp.asarray(rates, jnp.float32)[:, None, None]
     return jax.random.bernoulli(key, keep, (len(rates), 2, images)) / keep
 
 
 class Dense(nn.Module):
-    """A linear layer over the last axis with zero bias.
+    """A linear layer [..., D] → [..., features] in `dtype`; the bias is zero at first.
 
-    `split` is the dimension of the kernel that devices along `tensor` share: 'in', 'out' or none.
+    `split` is the dimension of the kernel that is sharded along the mesh axis `tensor`: 'in', 'out' or '' for none.
     """
 
     features: int
@@ -79,10 +84,10 @@ class Dense(nn.Module):
 
 
 class DenseQKV(nn.Module):
-    """Queries, keys and values, three [B, T, D] for tokens [B, T, D], from one kernel [D, 3 D] as in timm and MAE.
+    """Maps tokens [B, T, D] to queries, keys and values [B, T, D] each, with one kernel [D, 3 D] as in timm and MAE.
 
-    Three products, not one whose result would have to be cut: its parts would be copied, and their gradients again. On
-    GPUs their gradients are put together, which is fewer kernels and bytes than three products of each kind.
+    The forward pass is three products: the slices of a single result, and of its gradient, would be copied. On GPUs the
+    backward pass joins the three gradients (`ops.linear.linears`), which takes fewer kernels and moves fewer bytes.
     """
 
     dtype: Any
@@ -100,7 +105,7 @@ class DenseQKV(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer norm of tokens [..., D], whose statistics are float32 whatever the activations are."""
+    """Layer norm of tokens [..., D] with float32 statistics and results in `dtype`."""
 
     dtype: Any
 
@@ -110,9 +115,10 @@ class LayerNorm(nn.Module):
 
 
 class ResidualNorm(nn.Module):
-    """Tokens [B, T, D] as they are, and their layer norm: what a branch is added to, and what goes into it.
+    """Returns tokens [B, T, D] unchanged, for the residual connection, and their layer norm, the input of the branch.
 
-    The two are one operation for the sake of its gradient; `normalization.residual_norm` also says what `added` is.
+    The two results belong to one operation so that one kernel computes its gradient. See
+    `ops.normalization.residual_norm`, also for `added`.
     """
 
     dtype: Any
@@ -127,14 +133,14 @@ def _scale_and_bias(norm: nn.Module, width: int) -> tuple[jax.Array, jax.Array]:
 
 
 def layer_norm(dtype: Any, name: str) -> LayerNorm:
-    """Layer norm whose statistics are float32 whatever the activations are."""
+    """Builds a `LayerNorm` with results in `dtype`."""
     return LayerNorm(dtype, name=name)
 
 
 class LayerScale(nn.Module):
-    """Multiplies the channels of a branch by learned factors (CaiT, arXiv 2103.17239, equation 4)."""
+    """Multiplies the channels of x [..., D] by learned factors [D] (CaiT, arXiv 2103.17239, equation 4)."""
 
-    first: float
+    first: float  # initial value of the factors
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Expert perceptrons in place of a block's own (MoCE, arXiv 2402.05382), and the gate of tokens beside it."""
+"""Mixture-of-experts layers: expert MLPs in place of a block's MLP (MoCE, arXiv 2402.05382), and a token-level gate."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,21 +11,28 @@ from mae_jax.models.layers import GELUS, INITS, TOKEN_STD
 from mae_jax.ops.expert_linear import expert_linear
 from mae_jax.ops.routing import Choice, choose
 
-GATES = "gates"  # the Flax collection of what gates inside blocks give each token: probabilities [B, T, E]
+GATES = "gates"  # the Flax collection in which token gates sow their probabilities, float32 [B, T, E]
 
 
 @dataclass(frozen=True)
 class Gating:
-    """The experts of a block. Who chooses is outside of it, or with `tokens`, a gate that reads each token."""
+    """Routing of a block with experts.
+
+    Attributes:
+      experts: number of experts E.
+      tokens: True: a gate inside the block routes each token; False: the caller routes each image.
+      temperature: of the token gate's softmax.
+      straight: see `routing.choose`.
+    """
 
     experts: int
     tokens: bool = False
-    temperature: float = 1.0  # of that gate
-    straight: bool = True  # see `routing.choose`
+    temperature: float = 1.0
+    straight: bool = True
 
 
 class ExpertLinear(nn.Module):
-    """A linear layer with one kernel per expert, [B, T, K] → [B, T, F]; each image goes through that of its own."""
+    """A linear layer with one kernel per expert, [B, T, K] → [B, T, features]; `expert`, int32 [B], selects kernels."""
 
     experts: int
     features: int
@@ -43,9 +50,12 @@ class ExpertLinear(nn.Module):
 
 
 class Experts(nn.Module):
-    """E perceptrons over tokens [B, T, D]: each image goes through the one of its choice, or each token.
+    """E expert MLPs over tokens [B, T, D], routed per image or per token.
 
-    Where tokens choose, `choice` is the noise of their gate, [B, T, E], or None.
+    Per image, `choice` is a `Choice` of B rows. Per token, it is noise [B, T, E] for the gate's logits, or None.
+
+    Raises:
+      ValueError: images are routed, and `choice` is None.
     """
 
     gating: Gating
@@ -61,18 +71,19 @@ class Experts(nn.Module):
             choice = TokenGate(self.gating, name="gate")(x, choice)
             x = x.reshape(-1, 1, shape[-1])
         elif choice is None:
-            raise ValueError("whose expert? the block was given no choice")
+            raise ValueError("experts block called without a routing choice")
         hidden = ExpertLinear(count, self.ratio * shape[-1], self.dtype, self.init, name="fc1")(x, choice.expert)
         hidden = GELUS[self.gelu](hidden)
         out = ExpertLinear(count, shape[-1], self.dtype, self.init, name="fc2")(hidden, choice.expert)
-        weighted = out.astype(jnp.float32) * choice.weight[:, None, None]  # whose gradient sums in float32
+        weighted = out.astype(jnp.float32) * choice.weight[:, None, None]  # float32: the weight's gradient is a sum
         return weighted.astype(out.dtype).reshape(shape)
 
 
 class TokenGate(nn.Module):
-    """Chooses an expert for each token [B, T, D] by what it is, as sparse mixtures do (V-MoE, arXiv 2106.05974).
+    """Routes each token of x [B, T, D] to one expert by a linear gate (V-MoE, arXiv 2106.05974); returns B · T choices.
 
-    Noise [B, T, E] joins the logits of the choice; what is sown, for the regularisers, has none.
+    `noise` [B, T, E] is added to the logits of the choice. The probabilities that the module sows into GATES, for the
+    regularizers, are without noise.
     """
 
     gating: Gating

@@ -1,4 +1,4 @@
-"""Between one perceptron and several: a dense encoder becomes one with experts, and one path of experts a dense one."""
+"""Conversions between dense encoders and encoders with experts: upcycling, and extraction of one path of experts."""
 
 import re
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ EXPERT = re.compile(r"(encoder/block_(\d+)/)experts/(fc[12]/(?:kernel|bias))")
 
 
 def upcycle(loaded: Any, params: Any) -> Any:
-    """Gives every expert of `params` a copy of the perceptron that `loaded` has in its block (arXiv 2212.05055).
+    """Initializes missing experts from the dense MLP of the same block (sparse upcycling, arXiv 2212.05055).
 
     Args:
-      loaded: parameters, of a dense encoder or of one with experts.
-      params: the model's, or their shapes.
+      loaded: parameters of a dense encoder or of one with experts.
+      params: the model's parameters or their shapes.
 
     Returns:
-      `loaded`, with the experts that it lacked; as it was where the model has none.
+      `loaded`, in which each MLP that the model replaces by E experts is repeated E times. Experts in `loaded` stay.
     """
     theirs = flatten(loaded)
     for name, leaf in flatten(params).items():
@@ -32,18 +32,18 @@ def upcycle(loaded: Any, params: Any) -> Any:
 
 
 def extract_path(encoder: Any, path: Mapping[int, int], scale: Mapping[int, float] | None = None) -> dict[str, Any]:
-    """Returns the parameters of the ordinary encoder that one path of experts is.
+    """Returns the parameters of the dense encoder that keeps one expert per block.
 
     Args:
       encoder: parameters of an encoder, without the prefix `encoder/`.
-      path: block → number of its expert.
-      scale: block → what the expert's output is multiplied by, folded into its last layer; 1 where nothing is said.
+      path: block → index of the expert to keep.
+      scale: block → factor of the expert's output, which is folded into its last layer; 1 for other blocks.
     """
     out = {}
     for name, leaf in flatten({"encoder": encoder}).items():
         found = EXPERT.fullmatch(name)
         if not found:
-            if "/experts/" not in name:  # the gate of tokens stays behind
+            if "/experts/" not in name:  # a dense encoder has no token gate
                 out[name] = leaf
             continue
         block = int(found[2])

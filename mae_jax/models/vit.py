@@ -1,4 +1,4 @@
-"""The Vision Transformer encoder and MAE's decoder, both over tokens in any order."""
+"""The Vision Transformer encoder and MAE's decoder. Both take tokens in any order."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,10 +18,13 @@ from mae_jax.ops.routing import Choice
 
 
 class Encoder(Blocks):
-    """A ViT over any subset of an image's patches; a class token, without a position, comes first.
+    """A ViT over any subset of an image's patches; a class token without position embedding comes first.
 
-    `positions`: 'fixed', sine-cosine; 'learned', which start as these (MAE's fine-tuning); 'random', learned from noise
-    (DeiT III).
+    Attributes:
+      grid: patches along (height, width).
+      positions: 'fixed': sine-cosine; 'learned': learned from the sine-cosine table (MAE's fine-tuning); 'random':
+        learned from noise (DeiT III).
+      class_token: whether there is a class token.
     """
 
     grid: tuple[int, int] = (0, 0)
@@ -29,7 +32,7 @@ class Encoder(Blocks):
     class_token: bool = True
 
     def embed_positions(self, order: jax.Array, grid: tuple[int, int]) -> jax.Array:
-        """Returns the position embeddings [B, T, D] of patches with raster indices `order` in `grid`."""
+        """Returns the position embeddings [B, T, D] of patches with raster indices `order`, int32 [B, T], in `grid`."""
         if self.positions == "fixed":
             return embed_positions(grid, self.width, order, self.dtype)
 
@@ -38,7 +41,7 @@ class Encoder(Blocks):
             return noise if self.positions == "random" else jnp.asarray(sincos_positions(self.grid, self.width))
 
         table = self.param("pos_embed", start, (self.grid[0] * self.grid[1], self.width))
-        # A product, whose gradient is one too: that of a look-up would be a scatter.
+        # A product with one-hot rows: the gradient of a look-up would be a scatter.
         return linear(jax.nn.one_hot(order, len(table), dtype=self.dtype), table, jnp.zeros(self.width, table.dtype))
 
     @nn.compact
@@ -49,18 +52,19 @@ class Encoder(Blocks):
         """Encodes patches.
 
         Args:
-          patches: [B, T, P] normalised pixels.
+          patches: normalized pixels [B, T, P].
           order: int32 [B, T + mask_tokens], the raster index of each token.
-          mask_tokens: learned tokens appended after the patches, for the rest of the order (MAE Table 1c).
-          block: the last block to run, without the final norm; -1 runs them all and the norm.
-          drop_path_mask: float32 [depth, 2, B] of `layers.drop_path`, for stochastic depth.
-          grid: patches along (height, width), where they are not those of the encoder; positions are then fixed ones.
+          mask_tokens: number of mask tokens that are appended to the patches, for the rest of `order` (MAE Table 1c).
+          block: index of the last block to run, without the final norm; -1 runs all blocks and the norm.
+          drop_path_mask: float32 [depth, 2, B] from `layers.drop_path`, for stochastic depth.
+          grid: patches along (height, width) of images with another size; only for fixed position embeddings.
           added: further embeddings of the patches, [..., T, D].
-          choices: block → which expert each image goes through there (MoCE); where tokens choose, see `Experts`.
-          maps: blocks, ascending, whose tokens without the final norm are returned in place of `block`'s, in a list.
+          choices: block → `choice` of `blocks.Block`, for the blocks with experts (MoCE).
+          maps: ascending indices of blocks; if given, the result is the list of their outputs without the final norm.
 
         Returns:
-          [B, 1 + T + mask_tokens, D] tokens of dtype `self.dtype`; without `class_token`, no first one.
+          Tokens [B, 1 + T + mask_tokens, D] of dtype `self.dtype`, or with `maps` a list of such arrays. Without
+          `class_token`, the first token is missing.
         """
         images = patches.shape[0]
         token_init = nn.initializers.normal(TOKEN_STD)
@@ -84,10 +88,14 @@ class Encoder(Blocks):
 
 
 class Decoder(Blocks):
-    """MAE's decoder (MAE section 3): fills mask tokens in from the encoded ones and predicts the hidden patches.
+    """MAE's decoder (MAE section 3): predicts masked patches from encoded tokens and mask tokens.
 
-    With `describes`, it also returns the mean of all its patches' outputs, behind the norm (SplitMask). Without
-    `class_token` the tokens that it is given have none (MixedAE).
+    Attributes:
+      grid: patches along (height, width).
+      outputs: values per predicted patch.
+      describes: whether to return also the mean of all tokens after the norm, a descriptor of the image (SplitMask).
+      head_init: initializer of the head, a key of `layers.INITS`.
+      class_token: whether the encoded tokens begin with a class token; MixedAE's do not.
     """
 
     grid: tuple[int, int] = (0, 0)
@@ -98,15 +106,16 @@ class Decoder(Blocks):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, order: jax.Array, num_masked: int) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """Predicts the last `num_masked` patches of the order.
+        """Predicts the last `num_masked` patches of `order`.
 
         Args:
-          tokens: [B, 1 + T, D] encoded class token, where there is one, and the first T patches of the order.
-          order: int32 [B, N]; N - T mask tokens are appended.
-          num_masked: how many rows, from the end, are predicted: the norm and the head run on these alone.
+          tokens: encoder outputs [B, 1 + T, D]: the class token, if any, and the first T patches of `order`.
+          order: int32 [B, N], the raster index of each token; N - T mask tokens are appended.
+          num_masked: number of patches to predict. The head runs on these tokens only; so does the norm without
+            `describes`.
 
         Returns:
-          float32 [B, num_masked, outputs]; with `describes`, and float32 [B, width].
+          Predictions float32 [B, num_masked, outputs]; with `describes`, also descriptors float32 [B, width].
         """
         x = Dense(self.width, self.dtype, name="embed")(tokens)
         mask_token = self.param("mask_token", nn.initializers.normal(TOKEN_STD), (1, 1, self.width))
@@ -123,7 +132,7 @@ class Decoder(Blocks):
 
 
 def make_encoder(config: ConfigDict) -> Encoder:
-    """Builds the encoder that `config.model` describes."""
+    """Builds the encoder of `config.model`."""
     m, grid = config.model, PatchGrid.of(config).shape
     biased = config.method.get("relative_position_bias", False)
     return Encoder(m.width, m.depth, m.heads, m.mlp_ratio, m.gelu, jnp.dtype(m.dtype), m.scan, m.remat,
@@ -131,9 +140,10 @@ def make_encoder(config: ConfigDict) -> Encoder:
 
 
 def with_grid(encoder: Encoder, params: Any, grid: tuple[int, int]) -> tuple[Encoder, Any]:
-    """Returns the encoder and its parameters for images of another grid of patches, with its positions resized.
+    """Returns the encoder and its parameters for images with another grid of patches.
 
-    As torch's interpolate has it (`pos_embed.resize`), fixed ones too: they would otherwise say other places.
+    Position embeddings are resized as by `pos_embed.resize`. Fixed ones are resized too, since the encoder was trained
+    with the values of its own grid.
     """
     table = params["pos_embed"] if "pos_embed" in params else sincos_positions(encoder.grid, encoder.width)
     rows, columns = (pos_embed.cubic(size, to).astype(np.float32) for size, to in zip(encoder.grid, grid, strict=True))
@@ -144,14 +154,14 @@ def with_grid(encoder: Encoder, params: Any, grid: tuple[int, int]) -> tuple[Enc
 
 
 def drop_path_rates(config: ConfigDict) -> np.ndarray:
-    """Returns each block's rate of stochastic depth, [depth]."""
+    """Returns the rate of stochastic depth of each block, float64 [depth]."""
     m = config.model
     return np.linspace(0 if m.drop_path_rates == "linear" else m.drop_path, m.drop_path, m.depth)
 
 
 def make_decoder(config: ConfigDict, outputs: int, describes: bool = False, head_init: str = "xavier",
                  class_token: bool = True) -> Decoder:
-    """Builds the decoder that `config.method` describes, with `outputs` values per patch."""
+    """Builds the decoder of `config.method`, with `outputs` values per patch; see `Decoder` for the other arguments."""
     m, d = config.model, config.method
     return Decoder(d.decoder_width, d.decoder_depth, d.decoder_heads, m.mlp_ratio, m.gelu, jnp.dtype(m.dtype),
                    m.scan, m.remat, grid=PatchGrid.of(config).shape, outputs=outputs, describes=describes,

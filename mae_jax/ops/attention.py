@@ -1,8 +1,8 @@
-"""Softmax attention: one function, and a table of how it is computed on which devices.
+"""Softmax attention: one function, and a table of its implementations for different devices.
 
-Every implementation gives the same numbers up to rounding, keeps little for its backward pass, and multiplies in the
-dtype of the activations. Autodiff would keep float32 weights, and multiply float32 gradients of the scores with
-bfloat16 keys and queries.
+Implementations differ by rounding only. Each saves little for its backward pass and multiplies in the dtype of the
+activations. Autodiff would save float32 attention weights, and multiply float32 gradients of the scores with bfloat16
+keys and queries.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,15 @@ import jax.numpy as jnp
 
 from mae_jax.ops import attention_cudnn, attention_tpu, attention_tpu_kernel, partitioning
 
-# Scores [..., T, T], queries then keys → bool: which keys a query may look at.
+# Maps scores [..., T, T] (queries, keys) to bool of a shape that broadcasts to theirs: which keys a query attends to.
 AttentionMask = Callable[[jax.Array], jax.Array]
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int, kept: AttentionMask | None = None) -> jax.Array:
     """Returns softmax(q kᵀ / √d) v, [B, T, D], for queries, keys and values [B, T, D] of `heads` heads.
 
-    The softmax is float32, over the keys that are `kept` of the float32 scores; no gradient goes through that choice.
+    The softmax is float32. `kept` selects the keys of each query from the float32 scores [B, H, T, T]; no gradient goes
+    through the selection.
     """
     return _attention(q, k, v, heads, kept, implementation(q, heads, kept))
 
@@ -32,11 +33,11 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
 
 
 def implementation(q: jax.Array, heads: int, kept: AttentionMask | None = None) -> str:
-    """Returns which of IMPLEMENTATIONS computes this on the devices of the surrounding mesh."""
+    """Returns the key of IMPLEMENTATIONS for queries [B, T, D] on the devices of the surrounding mesh."""
     device = partitioning.device()
     if kept or device is None:
         return "plain"
-    shared_evenly = q.shape[0] % partitioning.row_shares() == 0  # not the single image that shapes are made of
+    shared_evenly = q.shape[0] % partitioning.row_shares() == 0  # False for the single image of shape inference
     if device.platform == "tpu":
         if shared_evenly and attention_tpu_kernel.takes(device.device_kind, q, heads):
             return "tpu kernel"
@@ -65,10 +66,10 @@ _attention.defvjp(_forward, _backward)
 
 def plain_forward(heads: int, q: jax.Array, k: jax.Array, v: jax.Array,
                   kept: AttentionMask | None = None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Returns the attention [B, T, D], and what `plain_backward` needs; values may be of another width than queries.
+    """Returns the attention [B, T, D] and the residuals of `plain_backward`; values may be narrower than queries.
 
-    That is among others the softmax times its denominators [B, H, T, T] in the dtype of q, and those, float32
-    [B, T, H, 1]: the division comes after the product with the values, where it is over [B, T, H, d].
+    The weights [B, H, T, T] among the residuals, in the dtype of q, are not normalized. The division by their sums,
+    float32 [B, T, H, 1], follows the product with the values, where it is over the smaller [B, T, H, d].
     """
     given = q, k, v
     q, k, v = (_apart(x, heads) for x in given)
@@ -84,9 +85,9 @@ def plain_forward(heads: int, q: jax.Array, k: jax.Array, v: jax.Array,
 
 
 def plain_backward(heads: int, saved: tuple[jax.Array, ...], dout: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns the gradients of queries, keys and values.
+    """Returns the gradients of queries, keys and values for `dout`, the gradient of the attention [B, T, D].
 
-    Keys that were not kept have weights of zero, and so no gradient: the choice is not made again.
+    Masked keys have zero weights, and therefore no gradient, so the mask is not computed again.
     """
     *given, weights, totals, out = saved
     q, k, v, out, dout = (_apart(x, heads) for x in (*given, out, dout))
@@ -107,11 +108,11 @@ def _apart(x: jax.Array, heads: int) -> jax.Array:
 
 
 class Implementation(NamedTuple):
-    """How attention is computed.
+    """Forward and backward pass of attention.
 
     Attributes:
-      forward: (heads, q, k, v) → the attention [B, T, D] and what `backward` needs.
-      backward: (heads, that, gradient of the attention) → gradients of q, k, v.
+      forward: (heads, q, k, v) → the attention [B, T, D] and residuals for `backward`.
+      backward: (heads, residuals, gradient of the attention) → gradients of q, k, v.
     """
 
     forward: Callable[..., tuple[jax.Array, Any]]
@@ -119,13 +120,13 @@ class Implementation(NamedTuple):
 
 
 def on_tpu(way: attention_tpu.Way) -> Implementation:
-    """Returns the attention of a generation of TPUs that has that way."""
+    """Returns the implementation by XLA for a generation of TPUs."""
     return Implementation(partial(attention_tpu.forward, way), partial(attention_tpu.backward, way))
 
 
 IMPLEMENTATIONS = {
-    "plain": Implementation(plain_forward, plain_backward),  # anywhere; the only one that chooses keys
-    "cudnn": Implementation(attention_cudnn.forward, attention_cudnn.backward),  # bfloat16 on NVIDIA's GPUs
+    "plain": Implementation(plain_forward, plain_backward),  # all devices; the only one that supports masks
+    "cudnn": Implementation(attention_cudnn.forward, attention_cudnn.backward),  # bfloat16 on NVIDIA GPUs
     "tpu kernel": Implementation(attention_tpu_kernel.forward, attention_tpu_kernel.backward),  # bfloat16, v5e and v6e
-    **{kind: on_tpu(way) for kind, way in attention_tpu.WAYS.items()},  # 'tpu': of a kind that is not in the table
+    **{kind: on_tpu(way) for kind, way in attention_tpu.WAYS.items()},  # 'tpu': any other kind of TPU
 }

@@ -1,12 +1,12 @@
-"""Softmax attention by cuDNN: one kernel forward and a few back, which keep no scores in the GPU's memory.
+"""Softmax attention by cuDNN's fused kernels, which keep no scores in GPU memory.
 
-The custom calls are those that `jax.nn.dot_product_attention(implementation="cudnn")` compiles to. JAX's own wrapper
-(0.10) cannot be used. It wants an even number of tokens wherever there is a gradient, which cuDNN 9 wants only where
-there is a bias as well: the wrapper takes the empty array that stands for none for one. And it looks for cuDNN while it
-traces, so that no step could be traced where cuDNN is not.
+The custom calls are those that `jax.nn.dot_product_attention(implementation="cudnn")` compiles to. JAX's wrapper (0.10)
+is not used, for two reasons. It requires an even number of tokens whenever there is a gradient; cuDNN 9 requires this
+only with a bias, but the wrapper mistakes the empty array that means "no bias" for a bias. It also queries cuDNN while
+tracing, so that no step could be traced on a machine without cuDNN.
 
-cuDNN adds up the gradient of queries in any order unless it is asked not to: with `xla_gpu_deterministic_ops`, which is
-`train.deterministic`, XLA sets `force_deterministic` in the backward call when it compiles.
+cuDNN sums the gradient of the queries in any order by default. With `xla_gpu_deterministic_ops` (the config field
+`train.deterministic`), XLA sets `force_deterministic` in the backward call when it compiles.
 """
 
 import json
@@ -18,19 +18,19 @@ from jax.sharding import PartitionSpec as P
 
 from mae_jax.ops import partitioning
 
-BY_HEAD = (0, 2, 1, 3)  # XLA has cuDNN's results as [B, H, T, d]; in memory they are [B, T, H, d]
+BY_HEAD = (0, 2, 1, 3)  # layout of cuDNN's results: XLA's shape is [B, H, T, d], the memory order [B, T, H, d]
 TOKENS = P(partitioning.ROWS, None, "tensor")  # [B, T, D]
 STATISTICS = P(partitioning.ROWS, "tensor", None)  # [B, H, T]
 
 
 def takes(device: str, q: jax.Array, heads: int) -> bool:
-    """Says whether cuDNN computes this on a GPU of that name: queries [B, T, D] of so many heads."""
+    """Returns whether cuDNN supports queries like q [B, T, D] of `heads` heads on the GPU named `device`."""
     depth = q.shape[-1] // heads
     return q.dtype == jnp.bfloat16 and depth % 8 == 0 and depth <= 128 and not partitioning.OLDER.match(device)
 
 
 def forward(heads: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Returns the attention [B, T, D], and what `backward` needs."""
+    """Returns the attention [B, T, D] of q, k and v [B, T, D], and the residuals of `backward`."""
     def local(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         operands = [_apart(x, q.shape[-1] * heads // width) for x in (q, k, v)]
         images, tokens, own, depth = operands[0].shape
@@ -44,7 +44,7 @@ def forward(heads: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.A
 
 
 def backward(heads: int, saved: tuple[jax.Array, ...], dout: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns the gradients of queries, keys and values."""
+    """Returns the gradients of queries, keys and values for `dout`, the gradient of the attention [B, T, D]."""
     def local(q: jax.Array, k: jax.Array, v: jax.Array, statistics: jax.Array, out: jax.Array,
               dout: jax.Array) -> tuple[jax.Array, ...]:
         own = statistics.shape[1]
@@ -63,12 +63,12 @@ def _apart(x: jax.Array, heads: int) -> jax.Array:
 
 
 def _together(x: jax.Array) -> jax.Array:
-    """Returns [B, T, H · d] for [B, H, T, d], which in memory is the same."""
+    """Returns [B, T, H · d] for [B, H, T, d] in the layout BY_HEAD, whose memory order is the same."""
     x = x.swapaxes(1, 2)
     return x.reshape(*x.shape[:2], -1)
 
 
-# XLA's name of a product → (axes that are summed, axes of batches) of both operands. Queries, keys and values are
+# XLA's name of a product → (contracting axis of each operand, batch axes of each operand). Queries, keys and values are
 # [B, T, H, d], scores [B, H, T, T].
 FORWARD = {
     "bmm1": ((3, 3), ((0, 2), (0, 2))),  # queries, keys → scores
@@ -84,10 +84,10 @@ BACKWARD = {
 
 def _call(target: str, products: dict[str, Any], operands: list[jax.Array],
           results: list[tuple[tuple[int, ...], Any, tuple[int, ...] | None]]) -> list[jax.Array]:
-    """Calls cuDNN by XLA's `CudnnfMHABackendConfig`; results are (shape, dtype, axes in their order in memory)."""
+    """Calls cuDNN with XLA's `CudnnfMHABackendConfig`; each of `results` is (shape, dtype, layout)."""
     images, tokens, heads, depth = operands[0].shape
     config = {
-        # XLA chooses algorithm and workspace anew when it compiles.
+        # Placeholders: XLA chooses the algorithm and the workspace when it compiles.
         "algorithm": {"algo_id": "0", "math_type": "TENSOR_OP_MATH", "tuning_knobs": {"17": "1", "24": "0"},
                       "is_cudnn_frontend": True, "workspace_size": "0"},
         "fmha_scale": depth**-0.5, "dropout_rate": 0.0, "seed": 42, "mask_type": "NO_MASK", "is_flash_attention": True,

@@ -1,4 +1,4 @@
-"""Softmax attention by XLA as TPUs compute it fastest, each generation in its own way, where no kernel takes it."""
+"""Softmax attention by XLA, arranged for each generation of TPUs; used where `attention_tpu_kernel` is not."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,20 +10,19 @@ import numpy as np
 
 
 class Way(NamedTuple):
-    """How a generation of chips computes attention.
+    """Arrangement of attention for one generation of TPUs.
 
     Attributes:
-      scores: how often the product of queries and keys is taken. Three times (for the largest score, for the sum and
-        for the weights) keeps scores out of memory: XLA fuses a product with what follows it, but not with two things
-        in turn, and barriers keep it from merging the three. Twice, the scores are kept once the largest is known;
-        once, they are kept at all.
-      side_by_side: depth of a head → S, how many stay in one group of lanes; 1 of others. Groups are brought one after
-        the other, [B·H/S, T, S·d]. To part heads of half the lanes would double what is moved; the products tell them
-        apart by zeros in one operand, for which the matrix unit multiplies as many times more.
-      in_place: depths of heads that are not regrouped, but stay [B, T, H, d], which the compiler lays out as the
-        products like it.
-      inner_by_product: of heads that are regrouped, whether the products of `out` and its gradient are summed over each
-        by the matrix unit, before; else `out` is regrouped as well, and XLA writes the products in float32.
+      scores: how often the product of queries and keys is computed, 1 to 3. With 3 (for the maximum, the sum and the
+        weights) the scores never reach memory: XLA fuses each product with its one consumer, and barriers keep XLA from
+        merging the three products. With 2, the scores are stored after the maximum is known; with 1, before.
+      side_by_side: depth d of a head → S, the number of heads that share a group of lanes; 1 for other depths. Groups
+        are arrays [B·H/S, T, S·d]. Separating heads that fill half the lanes would move twice the bytes. The heads of a
+        group are told apart by zeros in one operand of each product, which costs the matrix unit S times the
+        multiplications.
+      in_place: depths of heads that are not regrouped. They stay [B, T, H, d], and the compiler chooses the layout.
+      inner_by_product: for regrouped heads, True sums the products of `out` and its gradient over each head by the
+        matrix unit, before the regrouping. False regroups `out` too, and XLA writes the products in float32.
     """
 
     scores: int
@@ -32,22 +31,22 @@ class Way(NamedTuple):
     inner_by_product: bool = False
 
     def together(self, heads: int, depth: int) -> int:
-        """Returns S, how many heads of that depth stay side by side."""
+        """Returns S, the number of heads per group: 1 if the number of heads is no multiple of it."""
         count = self.side_by_side.get(depth, 1)
         return count if heads % count == 0 else 1
 
 
-# Kind of device or platform → its way, by the compiler's estimates (benchmarks/results/tpu_step.md).
+# Kind of device, or platform → arrangement; chosen by the compiler's estimates (benchmarks/results/tpu_step.md).
 WAYS = {
     "TPU v3": Way(3, {64: 2}),
     "TPU v5 lite": Way(3, {64: 2}, in_place=(32,), inner_by_product=True),
     "TPU v6 lite": Way(3, {64: 2}, in_place=(32,), inner_by_product=True),
-    "tpu": Way(3, {64: 2}),  # all others, for which no other way was found to pay
+    "tpu": Way(3, {64: 2}),  # all other kinds, for which no other arrangement was estimated to be faster
 }
 
 
 def forward(way: Way, heads: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Returns the attention [B, T, D], and what `backward` needs."""
+    """Returns the attention [B, T, D] of q, k and v [B, T, D], and the residuals of `backward`."""
     images, tokens, width = q.shape
     given, depth = (q, k, v), width // heads
     if depth in way.in_place:
@@ -59,13 +58,13 @@ def forward(way: Way, heads: int, q: jax.Array, k: jax.Array, v: jax.Array) -> t
         q, k, v = (_groups(x, heads // together) for x in given)
         weights = _weights(partial(_scores, together=together, depth=depth), way.scores, q, k)
         out = _ungroup(jnp.einsum("nsqk,nskd->nqd", weights, _masked(v, together)), images)
-    # Without the barrier, XLA would keep what `out` is rounded from, in float32.
+    # Without the barrier, XLA would save the float32 values that `out` is rounded from.
     out = jax.lax.optimization_barrier(out)
     return out, (*given, weights.reshape(images, heads, tokens, tokens), out)
 
 
 def backward(way: Way, heads: int, saved: tuple[jax.Array, ...], dout: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns the gradients of queries, keys and values."""
+    """Returns the gradients of queries, keys and values for `dout`, the gradient of the attention [B, T, D]."""
     depth = dout.shape[-1] // heads
     if depth in way.in_place:
         return _backward_in_place(heads, *saved, dout)
@@ -83,7 +82,7 @@ def _backward_regrouped(way: Way, heads: int, q: jax.Array, k: jax.Array, v: jax
         weights = weights.reshape(len(q), -1, tokens, tokens)
     else:
         q, k, v, out, dout = (_groups(x, heads // together) for x in (q, k, v, out, dout))
-        out, dout = jax.lax.optimization_barrier((out, dout))  # else the float32 product below is regrouped
+        out, dout = jax.lax.optimization_barrier((out, dout))  # else XLA regroups the float32 product below instead
         weights = weights.reshape(len(q), -1, tokens, tokens)
         inner = _masked(dout.astype(jnp.float32) * out, together).sum(-1, keepdims=True)
     dweights = jnp.einsum("nqd,nskd->nsqk", dout, _masked(v, together), preferred_element_type=jnp.float32)
@@ -108,13 +107,13 @@ def _backward_in_place(heads: int, q: jax.Array, k: jax.Array, v: jax.Array, wei
 
 
 def _inner(heads: int, out: jax.Array, dout: jax.Array) -> jax.Array:
-    """Returns the products of `out` and its gradient [B, T, D], float32, summed over each head: [B, H, T]."""
+    """Returns Σ over each head of `out` · `dout` [B, T, D], float32 [B, H, T]."""
     of_head = np.repeat(np.eye(heads, dtype=np.float32), out.shape[-1] // heads, axis=0)
     return jnp.einsum("btd,dh->bht", dout.astype(jnp.float32) * out, of_head, precision=jax.lax.Precision.HIGHEST)
 
 
 def _weights(scores: Callable[[jax.Array, jax.Array], jax.Array], times: int, q: jax.Array, k: jax.Array) -> jax.Array:
-    """Returns the softmax of the scores in the dtype of q; `scores` is taken so many times."""
+    """Returns the softmax of the scores in the dtype of q, computing `scores(q, k)` `times` times."""
     largest = scores(q, k).max(-1, keepdims=True)
     q, k, largest = _anew(times > 1, (q, k, largest))
     total = largest + jnp.log(jnp.exp(scores(q, k) - largest).sum(-1, keepdims=True))
@@ -134,7 +133,8 @@ def _scores_in_place(q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _anew(wanted: bool, values: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Returns the values, from which XLA computes anew what it has computed before, where that is wanted."""
+    """Returns the values, behind a barrier if `wanted`: XLA then repeats computations on them instead of sharing them.
+    """
     return jax.lax.optimization_barrier(values) if wanted else values
 
 
@@ -156,7 +156,7 @@ def _ungroup(x: jax.Array, images: int) -> jax.Array:
 
 
 def _masked(x: jax.Array, together: int) -> jax.Array:
-    """Returns [N, S, T, S·d] for [N, T, S·d]: the s-th copy has zeros in all lanes but those of the s-th head."""
+    """Returns S copies [N, S, T, S·d] of x [N, T, S·d]; the s-th copy is zero outside the lanes of the s-th head."""
     if together == 1:
         return x[:, None]
     mask = np.repeat(np.eye(together), x.shape[-1] // together, axis=1)

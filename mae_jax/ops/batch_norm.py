@@ -6,25 +6,34 @@ import jax
 import jax.numpy as jnp
 
 EPS = 1e-6  # MAE's published linear probe
-MOMENTUM = 0.1  # of the newest batch in the running moments; torch's default
+MOMENTUM = 0.1  # weight of the newest batch in the running moments; torch's default
 Moments = dict[str, jax.Array]
 
 
 def start(width: int) -> Moments:
-    """Returns the running mean and variance [D] before the first batch."""
+    """Returns the initial running moments: mean 0 and variance 1, float32 [D] each."""
     return {"mean": jnp.zeros(width), "var": jnp.ones(width)}
 
 
 def apply(features: jax.Array, moments: Moments, eps: float = EPS) -> jax.Array:
-    """Normalises features [B, ..., D] by the given moments."""
+    """Normalizes features [B, ..., D] with the given moments [D]."""
     return (features - moments["mean"]) * jax.lax.rsqrt(moments["var"] + eps)
 
 
 def train(features: jax.Array, weight: jax.Array, running: Moments, eps: float = EPS) -> tuple[jax.Array, Moments]:
-    """Normalises features [B, ..., D] by their own moments; returns them and new running moments (unbiased variance).
+    """Normalizes features [B, ..., D] with the moments of the batch, over all axes but the last.
 
-    `weight`, float32 [B], is 0 for rows that do not count. The batch is the global one whatever the devices are; the
-    published code normalises over each GPU's share. Moments are over all axes but the last.
+    The moments are those of the global batch on any number of devices; MAE's released code normalizes over each GPU's
+    part of the batch.
+
+    Args:
+      features: [B, ..., D].
+      weight: float32 [B] of 0 and 1; 0 excludes a row, such as padding.
+      running: running moments [D], whose variance is unbiased.
+      eps: added to the variance.
+
+    Returns:
+      The normalized features and the updated running moments.
     """
     axes, each = tuple(range(features.ndim - 1)), math.prod(features.shape[1:-1])
     weights = weight.reshape(-1, *[1] * (features.ndim - 1))

@@ -1,4 +1,4 @@
-"""Products with one of E kernels per image: on each device its own images, in static shapes, none dropped."""
+"""Linear layers with one of E kernels per image, in static shapes and without dropped images."""
 
 import math
 from collections.abc import Callable
@@ -10,21 +10,21 @@ from jax.sharding import PartitionSpec as P
 
 from mae_jax.ops import partitioning
 
-# Sums over the rows of a group: both operands are cut into groups along their rows, and the result has one per group.
+# Sums x ⊗ dy over the rows of each group: the rows of both operands are grouped, and the result has an entry per group.
 OUTER = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
-ROWS_OF_A_TILE = 1024  # longer tiles are emptier, for shorter ones more kernels are copied (benchmarks/experts.py)
+ROWS_OF_A_TILE = 1024  # longer tiles have more padding, shorter ones copy more kernels (benchmarks/experts.py)
 
 
 @jax.custom_vjp
 def expert_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array, expert: jax.Array) -> jax.Array:
-    """Returns x · kernel[e] + bias[e], each image with its own expert e: [B, T, F] in the dtype of x.
+    """Returns x · kernel[e] + bias[e], [B, T, F] in the dtype of x, where e is the expert of each image.
 
-    On TPUs a device puts its images in the order of their experts and multiplies them group by group
-    (`jax.lax.ragged_dot`; how fast that is was not measured). Elsewhere that would multiply with all experts: on GPUs
-    images go into tiles of one expert each, on CPUs it goes from image to image, but by tiles where images are single
-    tokens (benchmarks/experts.py has the ways side by side). The gradient of the kernel is summed, and leaves, in the
-    dtype of the kernel, and goes straight to the devices that hold its pieces.
+    Each device multiplies its own images. TPUs sort the images by expert and use `jax.lax.ragged_dot` (its speed was
+    not measured). Elsewhere XLA expands `ragged_dot` to products with all experts, so GPUs put the images into tiles of
+    one expert each, and CPUs loop over images, or use tiles if T = 1. benchmarks/experts.py compares these.
+
+    The gradient of the kernel is summed and returned in the kernel's dtype, and reduce-scattered to its shards.
 
     Args:
       x: [B, T, K], T tokens of each image.
@@ -69,7 +69,7 @@ def _on_each_device(function: Callable[..., jax.Array], x: jax.Array, kernel: ja
 
 
 def _whole(x: jax.Array) -> bool:
-    """Says whether devices do not share the images: there is one, or it is the single image that shapes are made of."""
+    """Returns whether the images are not sharded: on a single device, or for the single image of shape inference."""
     mesh = partitioning.sizes()
     return not mesh or max(mesh.values()) == 1 or len(x) % math.prod(mesh[axis] for axis in partitioning.ROWS) > 0
 
@@ -95,7 +95,7 @@ def _grouped(x: jax.Array, kernel: jax.Array, expert: jax.Array, transposed: boo
 
 
 def _tiled(x: jax.Array, kernel: jax.Array, expert: jax.Array, transposed: bool = False) -> jax.Array:
-    """Puts the images into tiles, each of one expert, and multiplies tile by tile: one batched product."""
+    """Puts the images into tiles of one expert each, and multiplies all tiles in one batched product."""
     slot, image, owner = _tiles(expert, len(kernel), x.shape[1])
     tiles = _filled(x, image).reshape(len(owner), -1, x.shape[-1])
     out = tiles @ _turned(kernel[owner], transposed)
@@ -103,14 +103,14 @@ def _tiled(x: jax.Array, kernel: jax.Array, expert: jax.Array, transposed: bool 
 
 
 def _one_by_one(x: jax.Array, kernel: jax.Array, expert: jax.Array, transposed: bool = False) -> jax.Array:
-    def one(item: tuple[jax.Array, jax.Array]) -> jax.Array:  # turns one kernel, not all
+    def one(item: tuple[jax.Array, jax.Array]) -> jax.Array:  # transposes one kernel instead of all
         return item[0] @ _turned(jax.lax.dynamic_index_in_dim(kernel, item[1], keepdims=False), transposed)
 
     return jax.lax.map(one, (x, expert))
 
 
 def _outer(experts: int, dtype: jnp.dtype, x: jax.Array, dy: jax.Array, expert: jax.Array) -> jax.Array:
-    """Returns the sums over each expert's tokens of x [B, T, K] ⊗ dy [B, T, F]: [E, K, F]."""
+    """Returns Σ x ⊗ dy over each expert's tokens, [E, K, F], for x [B, T, K] and dy [B, T, F]."""
     tiled, grouped, one_by_one = (partial(way, experts, dtype)
                                   for way in (_outer_tiled, _outer_grouped, _outer_one_by_one))
     return jax.lax.platform_dependent(x, dy, expert, cpu=tiled if x.shape[1] == 1 else one_by_one, tpu=grouped,
@@ -135,16 +135,20 @@ def _outer_one_by_one(experts: int, dtype: jnp.dtype, x: jax.Array, dy: jax.Arra
         x, dy, expert = item
         return total.at[expert].add(jnp.matmul(x.T, dy, preferred_element_type=dtype)), None
 
-    # Zeros that XLA does not know: constants would be shared by layers, and copied for each to add to.
+    # Zeros that XLA cannot fold: a constant would be shared by all layers and copied for each.
     zeros = jnp.broadcast_to((expert[0] < -experts).astype(dtype), (experts, x.shape[-1], dy.shape[-1]))
     return jax.lax.scan(add, zeros, (x, dy, expert))[0]
 
 
 def _tiles(expert: jax.Array, experts: int, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns where each image is, int32 [B], which image is where, B for none, and the expert of each tile, int32.
+    """Assigns the images to tiles of one expert each.
 
-    Each expert has as many tiles as its images need, the last of which may not be full; there are enough for any
-    routing, and those at the end may be empty.
+    An expert has as many tiles as its images need; the last one may be partly empty. The number of tiles suffices for
+    any routing, so tiles at the end may be empty.
+
+    Returns:
+      The slot of each image, int32 [B]; the image in each slot, int32 [tiles · size], B for an empty slot; the expert
+      of each tile, int32 [tiles].
     """
     size = min(max(1, ROWS_OF_A_TILE // tokens), len(expert))  # images
     count = min((len(expert) + experts * (size - 1)) // size, len(expert))
@@ -161,11 +165,11 @@ def _tiles(expert: jax.Array, experts: int, tokens: int) -> tuple[jax.Array, jax
 
 
 def _filled(x: jax.Array, image: jax.Array) -> jax.Array:
-    """Returns the rows of x in the order of `image`, zeros where it is no row."""
+    """Returns the rows of x with the indices `image`; zeros where an index is out of range."""
     return x.at[image].get(mode="fill", fill_value=0)
 
 
 def _groups(expert: jax.Array, experts: int, tokens: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the order of images by expert, int32 [B], and how many tokens each expert has, int32 [E]."""
+    """Returns the order of images by expert, int32 [B], and the number of tokens of each expert, int32 [E]."""
     sizes = (expert[:, None] == jnp.arange(experts)).sum(0, dtype=jnp.int32) * tokens
     return jnp.argsort(expert, stable=True), sizes

@@ -1,7 +1,7 @@
-"""Homologous attention (MixedAE, arXiv 2303.17152): which keys of a mixed sequence a query looks at.
+"""Homologous attention (MixedAE, arXiv 2303.17152): masks of the keys that a query of a mixed sequence attends to.
 
-A mixed sequence has T tokens: a class token, where there is one, then N patches, of which each N / G neighbours come
-from the same image.
+A mixed sequence has T tokens: an optional class token, then N patches. Each run of N / G consecutive patches comes from
+one of the G images of a group.
 """
 
 from dataclasses import dataclass
@@ -13,33 +13,33 @@ import numpy as np
 
 from mae_jax.ops.normalization import unit
 
-BITS = 32  # of a score
+BITS = 32  # bits of a score
 LOWEST = np.iinfo(np.int32).min
 
 
 def sources(patches: int, group: int) -> np.ndarray:
-    """Returns which image of a group each patch of a mixed sequence comes from, int [N]."""
+    """Returns the index in its group of the image that each patch of a mixed sequence comes from, int [N]."""
     return np.arange(patches) // (patches // group)
 
 
 def same_source(patches: int, group: int) -> np.ndarray:
-    """Returns bool [N, N]: which patches of a mixed sequence come from one image."""
+    """Returns which pairs of patches of a mixed sequence come from the same image, bool [N, N]."""
     source = sources(patches, group)
     return source[:, None] == source
 
 
 @dataclass(frozen=True)
 class TopKMask:
-    """Keeps, for each query and head, the patches whose score is at least the K-th largest; ties are all kept.
+    """Keeps the K patches with the largest scores for each query and head; all patches tied with the K-th are kept.
 
-    The class token's key is always kept, and its query sees all keys.
+    The key of the class token is always kept, and the query of the class token keeps all keys.
     """
 
-    keep: int
-    patches: int
+    keep: int  # K
+    patches: int  # N
 
     def __call__(self, scores: jax.Array) -> jax.Array:
-        """Returns bool [..., T, T] for float32 scores [..., T, T]: queries, then keys."""
+        """Returns bool [..., T, T] for float32 scores [..., T, T] (queries, keys)."""
         first = scores.shape[-1] - self.patches
         free = jnp.arange(scores.shape[-1]) < first
         threshold = kth_largest(jnp.where(free, -jnp.inf, scores), self.keep)
@@ -48,68 +48,68 @@ class TopKMask:
 
 @dataclass(frozen=True)
 class OracleMask:
-    """Keeps the patches of the query's own image, which only the mixing knows; the class token as in `TopKMask`."""
+    """Keeps the patches of the query's own image, known from the mixing; the class token as in `TopKMask`."""
 
-    group: int
-    patches: int
+    group: int  # G
+    patches: int  # N
 
     def __call__(self, scores: jax.Array) -> jax.Array:
-        """Returns bool [T, T] for scores [..., T, T]."""
+        """Returns bool [T, T] for scores [..., T, T], of which it reads only the shape."""
         first = scores.shape[-1] - self.patches
         same = same_source(self.patches, self.group)
         return jnp.asarray(np.pad(same, ((first, 0), (first, 0)), constant_values=True))
 
 
 def kth_largest(values: jax.Array, k: int) -> jax.Array:
-    """Returns the k-th largest of each row of float32 [..., T], as [..., 1]; exactly.
+    """Returns the exact k-th largest value of each row of float32 [..., T], as [..., 1].
 
-    By bisection on CPUs, where no sort is as fast, and on TPUs, where no way was timed; by sorting on GPUs, where a
-    sort of floats takes a quarter of this loop's time (`benchmarks/top_k.py`).
+    CPUs and TPUs use bisection, GPUs sort. On CPUs bisection is the fastest; on GPUs sorting takes a quarter of its
+    time (`benchmarks/top_k.py`). TPUs were not timed.
     """
     bisected = partial(_bisected, k)
     return jax.lax.platform_dependent(values, cpu=bisected, tpu=bisected, default=partial(_sorted, k))
 
 
 def _sorted(k: int, values: jax.Array) -> jax.Array:
-    """Sorts integers, which devices do not flush to zero."""
+    """Sorts the bits as integers: devices may flush subnormal floats to zero."""
     found = jnp.sort(_in_order(values), -1)[..., -k, None]
     return jax.lax.bitcast_convert_type(_flipped(found), jnp.float32)
 
 
 def _bisected(k: int, values: jax.Array) -> jax.Array:
-    """Finds it bit by bit: the bits of a float, put in order as integers, are larger where the float is.
+    """Finds the k-th largest value bit by bit, on integers that are ordered as the floats are.
 
-    Each of 32 passes counts how many values of the row reach a candidate.
+    Each of 32 passes counts the values of a row that are at least the candidate.
     """
     ordered = _in_order(values)
 
     def add_bit(number: jax.Array, found: jax.Array) -> jax.Array:
-        candidate = found ^ jnp.left_shift(jnp.int32(1), BITS - 1 - number)  # the first bit is the sign: the rest add
+        candidate = found ^ jnp.left_shift(jnp.int32(1), BITS - 1 - number)  # pass 0 clears the sign bit
         reached = (ordered >= candidate).sum(-1, keepdims=True, dtype=jnp.int32)
         return jnp.where(reached >= k, candidate, found)
 
-    # As many values as there are reach the lowest number.
+    # The lowest integer is a valid start: all values are at least as large.
     found = jax.lax.fori_loop(0, BITS, add_bit, jnp.full((*values.shape[:-1], 1), LOWEST, jnp.int32))
     return jax.lax.bitcast_convert_type(_flipped(found), jnp.float32)
 
 
 def _in_order(values: jax.Array) -> jax.Array:
-    """Returns int32 [...] that compare as float32 values do, but that -0 is below 0."""
+    """Returns int32 [...] that are ordered as the float32 values are, except that -0 is below 0."""
     return _flipped(jax.lax.bitcast_convert_type(values, jnp.int32))
 
 
 def _flipped(bits: jax.Array) -> jax.Array:
-    """Reverses the order of negative floats' bits, or puts it back."""
+    """Reverses the order of the bit patterns of negative floats; its own inverse."""
     return jnp.where(bits < 0, bits ^ jnp.int32(~LOWEST), bits)
 
 
 def purity(scores: jax.Array, keep: int, group: int, patches: int) -> jax.Array:
-    """Returns the share of the kept patches that come from the query's image, float32 [B, H, N], of every query.
+    """Returns the share of each query's kept patches that come from the query's own image, float32 [B, H, N].
 
     Args:
-      scores: float32 [B, H, T, T] of one block.
-      keep: K.
-      group: G, images in a mixed sequence; by chance it is 1 / G.
+      scores: attention scores float32 [B, H, T, T] of one block.
+      keep: K of `TopKMask`.
+      group: G, the images in a mixed sequence; a random choice of keys has an expected purity of 1 / G.
       patches: N.
     """
     scores = scores[..., -patches:, -patches:]
@@ -118,7 +118,12 @@ def purity(scores: jax.Array, keep: int, group: int, patches: int) -> jax.Array:
 
 
 def neighbor_homology(tokens: jax.Array, group: int) -> jax.Array:
-    """Returns the share of tokens [B, N, D] whose nearest other one, by cosine, is of the same image: float32 [B]."""
+    """Returns the share of tokens whose nearest neighbor by cosine comes from the same image, float32 [B].
+
+    Args:
+      tokens: of the patches, [B, N, D].
+      group: G, the images in a mixed sequence.
+    """
     tokens = unit(tokens.astype(jnp.float32))
     alike = jnp.einsum("bnd,bmd->bnm", tokens, tokens, precision="highest")
     count = tokens.shape[1]

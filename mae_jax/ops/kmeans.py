@@ -1,26 +1,26 @@
-"""k-means, on the host that calls it; products run on its first device."""
+"""k-means of points in host memory; distances are computed on the first device."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-ITERATIONS = 20  # as in the public recipe of a vocabulary of patches, CCViT
-CHUNK = 4096  # points that are compared with all centres at a time
+ITERATIONS = 20  # as in the public recipe for a vocabulary of patches, CCViT
+CHUNK = 4096  # points per call to the device
 
 
 def kmeans(points: np.ndarray, clusters: int, rng: np.random.Generator, iterations: int = ITERATIONS) -> np.ndarray:
-    """Runs Lloyd's algorithm from random points.
+    """Runs Lloyd's algorithm from randomly chosen points.
 
-    A centre without points moves to the point that is farthest from its own centre; several, to several.
+    Centers that lose all their points move to the points that are farthest from their own centers.
 
     Args:
       points: float32 [n, D], n at least `clusters`.
-      clusters: number of centres.
-      rng: draws the first centres.
-      iterations: at most; it ends when no point changes its centre.
+      clusters: number of centers.
+      rng: draws the initial centers.
+      iterations: upper bound; the algorithm stops earlier when no point changes its center.
 
     Returns:
-      float32 [clusters, D].
+      Centers float32 [clusters, D].
     """
     centers = points[np.sort(rng.choice(len(points), clusters, replace=False))].astype(np.float32)
     before = None
@@ -37,7 +37,7 @@ def kmeans(points: np.ndarray, clusters: int, rng: np.random.Generator, iteratio
 
 
 def assign(points: np.ndarray, centers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns each point's nearest centre, int32 [n], and the squared distance to it, float32 [n]."""
+    """Returns the index of the center nearest to each point, int32 [n], and its squared distance, float32 [n]."""
     padded = np.concatenate([points, np.zeros((-len(points) % CHUNK, points.shape[1]), points.dtype)])
     parts = [jax.device_get(_nearest(part, centers)) for part in padded.reshape(-1, CHUNK, points.shape[1])]
     nearest, distances = (np.concatenate(column)[: len(points)] for column in zip(*parts, strict=True))
@@ -53,7 +53,7 @@ def _nearest(points: jax.Array, centers: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def _sums(points: np.ndarray, nearest: np.ndarray, clusters: int) -> np.ndarray:
-    """Returns the sum of the points of each centre, float32 [clusters, D]."""
+    """Returns the sum of the points of each center, float32 [clusters, D]."""
     order = np.argsort(nearest, kind="stable")
     starts = np.searchsorted(nearest[order], np.arange(clusters))
     filled = np.flatnonzero(np.bincount(nearest, minlength=clusters))

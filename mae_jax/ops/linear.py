@@ -1,4 +1,4 @@
-"""The linear layer and the GELU, with gradients that keep float32 sums and few saved activations."""
+"""The linear layer and the GELU, with gradients that sum in float32 and save few activations."""
 
 import math
 from functools import partial
@@ -13,14 +13,17 @@ from mae_jax.ops import partitioning
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array, split: str = "") -> jax.Array:
-    """Returns x · kernel + bias [..., *F] in the dtype of x [..., K], for kernel [K, *F] and bias [*F].
+    """Returns x · kernel + bias, [..., *F] in the dtype of x.
 
-    The gradient of the kernel is summed, and leaves, in the dtype of the kernel whatever that of x: autodiff would
-    round float32 sums to bfloat16 before they are added up over devices. Each device sums its own rows first; the
-    sums then go straight to the devices that hold that part of the kernel.
+    The gradient of the kernel is summed and returned in the kernel's dtype. Autodiff would round each device's float32
+    sum to the dtype of x, bfloat16, before summing over devices. Each device sums over its own rows; the sums are then
+    reduce-scattered to the kernel's shards.
 
     Args:
-      split: which dimension of the kernel the devices along `tensor` share: 'in' (K), 'out' (the last) or ''.
+      x: [..., K].
+      kernel: [K, *F].
+      bias: [*F].
+      split: dimension of the kernel that is sharded along the mesh axis `tensor`: 'in' (K), 'out' (the last) or ''.
     """
     return _linear_forward(x, kernel, bias, split)[0]
 
@@ -44,10 +47,10 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def linears(x: jax.Array, kernel: jax.Array, bias: jax.Array, split: str = "") -> tuple[jax.Array, ...]:
-    """Returns x · kernel[:, n] + bias[n] for each n, as `linear` would, for kernel [K, N, F] and bias [N, F].
+    """Returns x · kernel[:, n] + bias[n], [..., F], for each n, for x [..., K], kernel [K, N, F] and bias [N, F].
 
-    The gradients are those of one product, of the parts' gradients side by side: fewer passes over x and its gradient.
-    Forward, each part is a product of its own, since to part the result of one would copy it.
+    The backward pass joins the gradients of the N results and computes one product, with fewer passes over x and its
+    gradient than N calls of `linear`. The forward pass computes N products, since slices of one result would be copied.
     """
     return _linears_forward(x, kernel, bias, split)[0]
 
@@ -60,7 +63,7 @@ def _linears_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array,
 
 
 def _linears_backward(split: str, saved: tuple[jax.Array, ...], dys: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    # As a sum of padded parts and not a concatenation, XLA sums the bias's gradient in the same kernel.
+    # A sum of padded parts: unlike a concatenation, XLA fuses it with the sum of the bias's gradient.
     last = len(dys) - 1
     padded = [jnp.pad(dy[..., None, :], [(0, 0)] * (dy.ndim - 1) + [(n, last - n), (0, 0)]) for n, dy in enumerate(dys)]
     return _linear_backward(split, saved, sum(padded))
@@ -70,7 +73,7 @@ linears.defvjp(_linears_forward, _linears_backward)
 
 
 def _sum_over_rows(x: jax.Array, dy: jax.Array, kernel: jax.Array, split: str) -> jax.Array:
-    """Returns the kernel's gradient [K, *F], each device's part of it summed over all rows."""
+    """Returns the kernel's gradient [K, *F], summed over all rows of the global batch and sharded like the kernel."""
     mesh = partitioning.sizes()
     if not mesh or max(mesh.values()) == 1:
         return _rows_product(x, dy, kernel.dtype)
@@ -124,7 +127,7 @@ def _rows_product(x: jax.Array, dy: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """Returns the exact GELU, x · Φ(x) (arXiv 1606.08415), computed in float32; the gradient needs x alone."""
+    """Returns the exact GELU of x [...], x · Φ(x) (arXiv 1606.08415), computed in float32; only x is saved."""
     wide = x.astype(jnp.float32)
     return (wide * _normal_cdf(wide)).astype(x.dtype)
 
@@ -143,7 +146,7 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 def _as_rounded(x: jax.Array) -> jax.Array:
-    """Returns x; without it, XLA would keep what x was rounded from, in float32."""
+    """Returns x behind a barrier; without it, XLA would save the float32 values that x was rounded from."""
     return jax.lax.optimization_barrier(x)
 
 

@@ -1,4 +1,4 @@
-"""Normalization of vectors."""
+"""Normalization of vectors: to unit length, and layer norm."""
 
 import functools
 import importlib.util
@@ -8,32 +8,38 @@ import jax.numpy as jnp
 
 from mae_jax.ops import partitioning
 
-EPS = 1e-6  # of layer norm, as in MAE and timm
-WIDEST = 4096  # vectors of more features have no kernel on GPUs
+EPS = 1e-6  # added to the variance in layer norm, as in MAE and timm
+WIDEST = 4096  # most features that the GPU kernel supports
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """Returns vectors [..., D] scaled to length 1; those of no length stay, and have finite gradients."""
+    """Returns vectors [..., D] scaled to length 1; zero vectors stay zero, with finite gradients."""
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-12))
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Returns x [..., D], its vectors normalized (arXiv 1607.06450), times scale plus bias [D], in `dtype`.
+    """Returns the layer norm (arXiv 1607.06450) of x [..., D] with scale and bias [D], in `dtype`.
 
-    It is computed in float32 whatever x is. On GPUs the gradient is one kernel, which keeps x in its own dtype.
+    It is computed in float32 for any dtype of x. On GPUs the gradient is one kernel, which reads x in its own dtype.
     """
     return (_layer_norm_gpu if has_kernel(x.shape[-1]) else _layer_norm)(x, scale, bias, dtype)
 
 
 def residual_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: jnp.dtype,
                   added: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Returns x [B, T, D], for a branch to be added to, and its `layer_norm`, that branch's input.
+    """Returns x [B, T, D] unchanged, for the residual connection, and its `layer_norm`, the input of the branch.
 
-    On GPUs one kernel makes the gradient of x out of those of both.
+    On GPUs, one kernel computes the gradient of x from the gradients of both results.
 
     Args:
-      added: on such GPUs alone, a vector [D] that is part of what is added to all of x. It is not added here, but its
-        gradient is made here, in the same kernel; where it is added, no gradient may be taken.
+      x: [B, T, D].
+      scale, bias: [D].
+      dtype: of the layer norm.
+      added: a bias [D] that was added to all tokens of x; only for devices with the kernel (`has_kernel`). It is not
+        added here, but the kernel computes its gradient; the caller must stop the gradient where it adds the bias.
+
+    Raises:
+      ValueError: `added` is given, and the devices have no kernel.
     """
     if not has_kernel(x.shape[-1]):
         if added is not None:
@@ -43,7 +49,7 @@ def residual_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: jnp.dt
 
 
 def has_kernel(width: int) -> bool:
-    """Says whether the devices of the surrounding mesh have the kernel for the gradients of so many features."""
+    """Returns whether the devices of the surrounding mesh have the gradient kernel for `width` features."""
     device = partitioning.device()
     return (bool(device) and device.platform == "gpu" and not partitioning.OLDER.match(device.device_kind)
             and width <= WIDEST and _has_triton())
@@ -51,7 +57,7 @@ def has_kernel(width: int) -> bool:
 
 @functools.cache
 def _has_triton() -> bool:
-    """Says whether this JAX has Pallas for Triton; 0.12 announces that a later one will not."""
+    """Returns whether this JAX has Pallas for Triton; JAX 0.12 announces its removal."""
     return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
@@ -68,7 +74,7 @@ def _residual_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, added: jax.A
 
 
 def _gradients(saved: tuple[jax.Array, ...], *gradients: jax.Array) -> tuple[jax.Array, ...]:
-    from mae_jax.ops import normalization_gpu  # not every JAX has what this imports
+    from mae_jax.ops import normalization_gpu  # imports Pallas for Triton, which may be missing
 
     return normalization_gpu.backward(*saved, *gradients, eps=EPS)
 

@@ -1,7 +1,7 @@
-"""The gradient of layer norm on NVIDIA's GPUs: one Triton kernel, which reads and writes each array once.
+"""The gradient of layer norm on NVIDIA GPUs: one Triton kernel, which reads and writes each array once.
 
-XLA (jaxlib 0.10) makes no kernel that has sums over the features and sums over the vectors: it passes over x and the
-gradient for each kind, and once more where there are three sums over the vectors.
+XLA (jaxlib 0.10) does not fuse sums over the features with sums over the vectors. It reads x and the gradient once for
+each kind, and once more if there are three sums over the vectors.
 """
 
 from functools import partial
@@ -15,18 +15,22 @@ from jax.sharding import PartitionSpec as P
 
 from mae_jax.ops import partitioning
 
-PROGRAMS = 132  # the multiprocessors of an H100; each program writes sums of its own
-TILE = 8192  # values of each array that a program has at once: 16 for each of its threads
+PROGRAMS = 132  # streaming multiprocessors of an H100; each program writes partial sums
+TILE = 8192  # values of each array per step of a program: 16 per thread
 WARPS = 16
 
 
 def backward(x: jax.Array, scale: jax.Array, dy: jax.Array, residual: jax.Array | None = None, *,
              eps: float) -> tuple[jax.Array, ...]:
-    """Returns the gradients of x [B, ..., D] and of scale and bias [D], float32.
+    """Returns the gradients of x [B, ..., D], and of scale and bias, float32 [D].
 
     Args:
+      x: input of the norm, [B, ..., D].
+      scale: [D].
       dy: gradient of the norm, like x.
-      residual: a further gradient of x, like x, which is added. Its own sum over all vectors [D] is then returned too.
+      residual: a further gradient of x, like x, which is added to the result. Its sum over all vectors, float32 [D], is
+        then returned as a fourth array.
+      eps: added to the variance.
     """
     given = (x, dy) if residual is None else (x, dy, residual)
 
@@ -38,7 +42,7 @@ def backward(x: jax.Array, scale: jax.Array, dy: jax.Array, residual: jax.Array 
 
     spec = P(partitioning.ROWS)
     dx, sums = partitioning.on_each_device(local, (P(), *(spec,) * len(given)), (spec, spec))(scale, *given)
-    # One sum, and behind the barrier still one: who reads a vector of it takes it out.
+    # The barrier keeps this one sum; without it, XLA would compute a separate sum for each of the slices.
     return dx, *jax.lax.optimization_barrier(sums.sum(0))
 
 
@@ -48,7 +52,7 @@ def _call(kernel: Any, results: Any) -> Any:
 
 
 def _kernel(eps: float, scale_ref: Any, x_ref: Any, dy_ref: Any, *refs: Any) -> None:
-    """What one program does: rows of its own, a tile at a time, and the sums over these rows."""
+    """One program: computes its rows of dx, tile by tile, and the sums over these rows."""
     *residual_ref, dx_ref, sums_ref = refs
     count, width = x_ref.shape
     lanes = pl.next_power_of_2(width)

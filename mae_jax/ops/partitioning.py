@@ -1,7 +1,6 @@
-"""How arrays lie on the mesh: what operations must know of it, and nothing more. Without a mesh, all is the identity.
+"""Sharding of arrays inside operations. Without a mesh, every function here is the identity.
 
-The mesh is the one of the surrounding `jax.set_mesh`. Its axes and their roles are described in
-`mae_jax.runtime.sharding`.
+The mesh is that of the surrounding `jax.set_mesh`; `mae_jax.runtime.sharding` describes its axes.
 """
 
 import re
@@ -12,38 +11,38 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-ROWS = ("data", "zero", "fsdp")  # the axes that share the rows of a batch
-CUTS = ("zero", "fsdp")  # the axes that cut parameters, the first one into the largest pieces
-SMALL = 2**14  # values of a parameter below which a cut saves less than its messages cost (our choice)
+ROWS = ("data", "zero", "fsdp")  # mesh axes that shard the rows of a batch
+CUTS = ("zero", "fsdp")  # mesh axes that shard parameters, from the largest pieces to the smallest
+SMALL = 2**14  # parameters with fewer values are replicated (our choice): sharding would cost more than it saves
 
-# Names of GPUs with a compute capability below 8.0, or of another maker, for which cuDNN and Triton have no kernels.
+# Device kinds of GPUs without the kernels of cuDNN and Triton: compute capability below 8.0, or not by NVIDIA.
 OLDER = re.compile(r"NVIDIA (GeForce (GTX|RTX 20)|TITAN|Quadro)|(?!NVIDIA )")
 
 
 def sizes() -> dict[str, int]:
-    """Returns axis → size of the surrounding mesh; {} without one."""
+    """Returns axis → size of the surrounding mesh; {} without a mesh."""
     return dict(jax.sharding.get_abstract_mesh().shape)
 
 
 def device() -> jax.sharding.AbstractDevice | None:
-    """Returns platform and kind of the surrounding mesh's devices; None without a mesh, or where they differ."""
+    """Returns platform and kind of the surrounding mesh's devices; None without a mesh, or if devices differ."""
     return jax.sharding.get_abstract_mesh().abstract_device
 
 
 def platform() -> str:
-    """Returns what the devices of the surrounding mesh are, 'cpu', 'gpu' or 'tpu'; '' where `device` returns None."""
+    """Returns the platform of the surrounding mesh's devices, 'cpu', 'gpu' or 'tpu'; '' if `device` returns None."""
     kind = device()
     return kind.platform if kind else ""
 
 
 def row_shares() -> int:
-    """Returns among how many groups of devices the rows of a batch are shared."""
+    """Returns the number of shards of a batch's rows."""
     mesh = sizes()
     return _pieces(ROWS, mesh) if mesh else 1
 
 
 def on_each_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """Returns the function, applied by each device to its own part of the arguments."""
+    """Wraps a function with `jax.shard_map`, so that each device applies it to its own shards of the arguments."""
     mesh = sizes()
     if not mesh or max(mesh.values()) == 1:
         return function
@@ -51,15 +50,16 @@ def on_each_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) 
 
 
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:
-    """Lays x out on the mesh, one entry per leading dimension: an axis, a tuple of axes or None."""
+    """Constrains the sharding of x; `axes` has one entry per leading dimension: a mesh axis, a tuple of axes or None.
+    """
     return jax.lax.with_sharding_constraint(x, P(*axes)) if sizes() else x
 
 
 def kernel_spec(shape: tuple[int, ...], split: str, mesh: Mapping[str, int]) -> P:
-    """Returns where a parameter lies at rest.
+    """Returns how a parameter of this shape is sharded between its uses.
 
-    `tensor` cuts the first dimension ('in'), the last ('out') or none (''). The axes of CUTS then cut the first
-    dimension that they divide evenly; small parameters are whole everywhere.
+    The axis `tensor` shards the first dimension (`split` 'in'), the last ('out') or none (''). The axes of CUTS then
+    shard the first dimension that they divide evenly. They do not shard parameters of fewer than SMALL values.
     """
     parts: list[tuple[str, ...]] = [()] * len(shape)
     if split and mesh["tensor"] > 1 and shape[_dimension(split)] % mesh["tensor"] == 0:
@@ -73,9 +73,9 @@ def kernel_spec(shape: tuple[int, ...], split: str, mesh: Mapping[str, int]) -> 
 
 
 def gather(kernel: jax.Array, split: str) -> jax.Array:
-    """Collects a parameter from the devices that hold its pieces, one axis after the other, the smallest pieces first.
+    """All-gathers a parameter over the axes of CUTS, one axis after the other, the smallest pieces first.
 
-    One axis at a time because TPUs (libtpu 0.0.52) turn an all-gather over all devices at once into an all-reduce.
+    It gathers one axis at a time because libtpu 0.0.52 turns an all-gather over several axes into an all-reduce.
     """
     mesh = sizes()
     if not mesh:
@@ -90,9 +90,10 @@ def gather(kernel: jax.Array, split: str) -> jax.Array:
 
 
 def sum_to(partial: jax.Array, spec: P) -> jax.Array:
-    """Adds up what the devices hold of a parameter's gradient, inside shard_map: each keeps the piece of `spec`.
+    """Sums the devices' partial gradients of a parameter, inside `shard_map`; each device keeps its shard of `spec`.
 
-    Reduce-scatters over the axes that cut it, the largest pieces first, then all-reduces over the other axes of rows.
+    It reduce-scatters over the axes that shard the parameter, the largest pieces first, then all-reduces over the other
+    axes of ROWS.
     """
     mesh = sizes()
     for dimension, part in enumerate(spec):
@@ -104,7 +105,7 @@ def sum_to(partial: jax.Array, spec: P) -> jax.Array:
 
 
 def axes_of(spec: P) -> tuple[str, ...]:
-    """Returns the names of all axes in a spec."""
+    """Returns the names of all mesh axes in a spec."""
     return tuple(name for part in spec for name in _names(part))
 
 

@@ -1,4 +1,4 @@
-"""Pixels and patches: the grid of patches, images to patches and back, normalization."""
+"""The grid of patches, conversion of images to patches and back, and normalization of pixels."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,7 +16,7 @@ STD = (0.229, 0.224, 0.225)
 
 
 class PatchGrid(NamedTuple):
-    """How an RGB image is cut into N = rows · columns patches, in raster order."""
+    """The division of an RGB image into N = rows · columns patches in raster order."""
 
     rows: int
     columns: int
@@ -25,7 +25,11 @@ class PatchGrid(NamedTuple):
 
     @classmethod
     def of(cls, config: ConfigDict) -> "PatchGrid":
-        """Returns the grid of a config's images; raises UserError when a side does not divide."""
+        """Returns the grid of `config.data.image_size` and `config.model.patch`.
+
+        Raises:
+          UserError: a side of the image is not a multiple of the patch size.
+        """
         sides = []
         for name, pixels, patch in zip(("height", "width"), config.data.image_size, config.model.patch, strict=True):
             if pixels <= 0 or pixels % patch:
@@ -52,29 +56,29 @@ class PatchGrid(NamedTuple):
 
     @property
     def num_patches(self) -> int:
-        """N."""
+        """N, the number of patches."""
         return self.rows * self.columns
 
     @property
     def patch_dim(self) -> int:
-        """P, the values of a patch: its rows, the pixels in a row, their channels (fastest)."""
+        """P, the number of values of a patch, which are ordered by row, column and channel (fastest)."""
         return self.patch_height * self.patch_width * 3
 
     def patchify(self, image: np.ndarray) -> np.ndarray:
-        """Cuts [height, width, channels] into patches [N, patch height · width · channels] in raster order (host)."""
+        """Cuts an image [height, width, C] into patches [N, patch height · patch width · C] in raster order (host)."""
         channels = image.shape[-1]
         tiles = image.reshape(self.rows, self.patch_height, self.columns, self.patch_width, channels).swapaxes(1, 2)
         return tiles.reshape(self.num_patches, self.patch_height * self.patch_width * channels)
 
     def unpatchify(self, patches: np.ndarray, order: np.ndarray) -> np.ndarray:
-        """Puts permuted patches [B, N, P] back in raster order as images [B, height, width, 3] (host)."""
+        """Puts patches [B, N, P] in the order int32 [B, N] together to images [B, height, width, 3] (host)."""
         raster = np.empty_like(patches)
         np.put_along_axis(raster, order[..., None].astype(np.int64), patches, axis=1)
         tiles = raster.reshape(-1, *self.shape, *self.patch, 3)
         return tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, *self.image_size, 3)
 
     def coordinates(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the row and the column in the image, int32 [N, P] each, of every value of patches in raster order."""
+        """Returns the row and the column in the image of each value of the patches, int32 [N, P] each."""
         def spread(values: np.ndarray) -> np.ndarray:
             return np.repeat(self.patchify(values[..., None]), 3, axis=1)
 
@@ -83,7 +87,7 @@ class PatchGrid(NamedTuple):
 
 
 def normalize(patches: "jax.Array") -> "jax.Array":
-    """Maps uint8 patches [..., P], channel fastest, to float32 with ImageNet's mean and deviation removed."""
+    """Normalizes uint8 patches [..., P], channel fastest, with ImageNet's mean and standard deviation; float32."""
     repeats = patches.shape[-1] // 3
     # One multiply-add: x / 255 / std - mean / std.
     scale = np.tile(1 / (255 * np.array(STD)), repeats).astype(np.float32)
@@ -92,6 +96,6 @@ def normalize(patches: "jax.Array") -> "jax.Array":
 
 
 def denormalize(patches: np.ndarray) -> np.ndarray:
-    """Inverts `normalize` on the host: float [..., P] to float32 pixel values in 0..255, not clipped."""
+    """Inverts `normalize` on the host: float [..., P] → float32 pixel values, 0 to 255 but not clipped."""
     repeats = patches.shape[-1] // 3
     return (patches * np.tile(STD, repeats) + np.tile(MEAN, repeats)).astype(np.float32) * 255

@@ -1,15 +1,26 @@
-"""Learned position embeddings for another grid of patches."""
+"""Bicubic resizing of position embeddings to another grid of patches."""
 
 import numpy as np
 
-SHARPNESS = -0.75  # of the cubic kernel, as torch's interpolate has it; JAX's and PIL's is -0.5
+SHARPNESS = -0.75  # parameter a of the cubic kernel, as in torch's interpolate; JAX and Pillow use -0.5
 
 
 def resize(table: np.ndarray, grid: tuple[int, int], to: tuple[int, int]) -> np.ndarray:
-    """Returns position embeddings [N', D] for the grid `to`, of [N, D] for `grid`, both in raster order.
+    """Resizes position embeddings from one grid to another, as MAE and DeiT do.
 
-    Bicubic without antialiasing, pixel centres at halves and edges repeated: torch.nn.functional.interpolate with
-    mode='bicubic' and align_corners=False, as MAE and DeiT adapt theirs.
+    Bicubic without antialiasing, with pixel centers at halves and repeated edges: the same as
+    `torch.nn.functional.interpolate` with mode='bicubic' and align_corners=False.
+
+    Args:
+      table: [N, D] in raster order.
+      grid: its (rows, columns).
+      to: (rows, columns) of the result.
+
+    Returns:
+      float32 [N', D] in raster order.
+
+    Raises:
+      ValueError: N is not rows · columns.
     """
     if table.shape[0] != grid[0] * grid[1]:
         raise ValueError(f"{table.shape[0]} positions are no grid of {grid[0]} x {grid[1]}")
@@ -19,7 +30,7 @@ def resize(table: np.ndarray, grid: tuple[int, int], to: tuple[int, int]) -> np.
 
 
 def cubic(size: int, to: int) -> np.ndarray:
-    """Returns the weights [to, size] of cubic convolution along one axis (Keys 1981)."""
+    """Returns the weights, float64 [to, size], of cubic convolution along one axis (Keys 1981)."""
     centers = (np.arange(to) + 0.5) * size / to - 0.5
     taps = np.floor(centers).astype(int)[:, None] + np.arange(-1, 3)
     weights = np.zeros((to, size))

@@ -9,21 +9,21 @@ import numpy as np
 
 
 def entries(grid: tuple[int, int]) -> int:
-    """Returns how many biases a head has: one for each displacement in a grid, and three of the class token."""
+    """Returns the number of biases per head: one for each displacement in the grid, and three for the class token."""
     return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
 
 
 def biases(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Returns the biases float32 [H, 1 + N, 1 + N], queries then keys, of a class token and the patches of a grid.
+    """Returns the biases float32 [H, 1 + N, 1 + N] (queries, keys) of a class token and the patches of a grid.
 
     Args:
-      table: float32 [entries, H], as BEiT orders it: rows of (query - key) down, then across, each from its lowest;
-        then of the class token's query, of its key, and of both.
+      table: float32 [entries, H] in BEiT's order: by the displacement query - key in rows, then in columns, both
+        ascending; then three entries for the class token as query, as key, and as both.
       grid: patches along (height, width).
     """
     (rows, columns), heads = grid, table.shape[1]
     away = table[:-3].reshape(2 * rows - 1, 2 * columns - 1, heads)
-    # Products with one-hot rows, whose gradients are products too: that of a look-up would be a scatter.
+    # Products with one-hot rows: the gradient of a look-up would be a scatter.
     of_rows = jnp.einsum("qkr,rch->qkch", _one_hot(rows), away, precision="highest")
     patches = jnp.einsum("xyc,qkch->hqxky", _one_hot(columns), of_rows, precision="highest")
     patches = patches.reshape(heads, rows * columns, rows * columns)
@@ -33,7 +33,7 @@ def biases(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
 
 
 def _one_hot(side: int) -> np.ndarray:
-    """Returns float32 [queries, keys, displacements] along one side."""
+    """Returns the one-hot displacements query - key along one side, float32 [queries, keys, displacements]."""
     places = np.arange(side)
     away = places[:, None] - places + side - 1
     return (away[..., None] == np.arange(2 * side - 1)).astype(np.float32)
@@ -43,7 +43,7 @@ def _one_hot(side: int) -> np.ndarray:
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, heads: int) -> jax.Array:
     """Returns softmax(q kᵀ / √d + bias) v, [B, T, D], for q, k and v [B, T, D] and bias float32 [H, T, T].
 
-    The softmax and the gradient of the bias, which is the sum over the images, are float32.
+    The softmax is float32, and so is the gradient of the bias, a sum over the images.
     """
     return _forward(q, k, v, bias, heads)[0]
 

@@ -1,4 +1,4 @@
-"""Maps of another size: linear interpolation and adaptive pooling, each as two products with constant matrices."""
+"""Resizing of maps by linear interpolation and adaptive pooling, each as two products with constant matrices."""
 
 import jax
 import jax.numpy as jnp
@@ -6,20 +6,20 @@ import numpy as np
 
 
 def interpolation(cells: int, size: int) -> np.ndarray:
-    """Returns the float32 matrix [size, cells] that resizes a side of `cells` linearly.
+    """Returns the matrix float32 [size, cells] that resizes an axis from `cells` to `size` by linear interpolation.
 
-    The centre of pixel i is (i + 1/2) · cells / size - 1/2 in cells; past the outermost centres the edge is repeated.
-    This is what PyTorch calls bilinear without align_corners, and nothing is antialiased where it shrinks.
+    The center of pixel i is at cell (i + 1/2) · cells / size - 1/2; beyond the outermost cells the edge is repeated.
+    This is PyTorch's bilinear interpolation with align_corners=False, without antialiasing.
     """
     centers = np.clip((np.arange(size) + 0.5) * cells / size - 0.5, 0, cells - 1)
     return np.maximum(0, 1 - np.abs(centers[:, None] - np.arange(cells))).astype(np.float32)
 
 
 def pooling(cells: int, size: int) -> np.ndarray:
-    """Returns the float32 matrix [size, cells] of adaptive average pooling.
+    """Returns the matrix float32 [size, cells] of adaptive average pooling (PyTorch's AdaptiveAvgPool2d).
 
-    Bin i is the mean of the cells from floor(i · cells / size) to ceil((i + 1) · cells / size) - 1, which may overlap,
-    and repeat where there are fewer cells than bins (PyTorch's AdaptiveAvgPool2d).
+    Bin i is the mean of the cells floor(i · cells / size) to ceil((i + 1) · cells / size) - 1. Bins may overlap, and
+    repeat if there are more bins than cells.
     """
     first, last = np.arange(size) * cells // size, -(-np.arange(1, size + 1) * cells // size)
     inside = (np.arange(cells) >= first[:, None]) & (np.arange(cells) < last[:, None])
@@ -27,9 +27,9 @@ def pooling(cells: int, size: int) -> np.ndarray:
 
 
 def apply(rows: np.ndarray, columns: np.ndarray, maps: jax.Array) -> jax.Array:
-    """Multiplies maps [B, h, w, C] with rows [H, h] and columns [W, w]; returns float32 [B, H, W, C].
+    """Multiplies maps [B, h, w, C] with `rows` [H, h] and `columns` [W, w]; returns float32 [B, H, W, C].
 
-    Products in bfloat16, the default of TPUs for float32, would round logits.
+    Float32 maps are multiplied at the highest precision: the default of TPUs, bfloat16 products, would round logits.
     """
     precision = "highest" if maps.dtype == jnp.float32 else None
     tall = jnp.einsum("yh,bhwc->bywc", rows.astype(maps.dtype), maps, precision=precision,
@@ -39,7 +39,7 @@ def apply(rows: np.ndarray, columns: np.ndarray, maps: jax.Array) -> jax.Array:
 
 
 def resize(maps: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Resizes maps [B, h, w, C] bilinearly to [B, *size, C], in their dtype (see `interpolation`)."""
+    """Resizes maps [B, h, w, C] to [B, *size, C] by bilinear `interpolation`, in their dtype."""
     if maps.shape[1:3] == tuple(size):
         return maps
     rows, columns = (interpolation(cells, to) for cells, to in zip(maps.shape[1:3], size, strict=True))

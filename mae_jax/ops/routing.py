@@ -1,30 +1,31 @@
-"""Gates: which expert is chosen, how much its answer counts, and what keeps gates balanced and confident (MoCE)."""
+"""Routing to experts: top-1 choice with its weight, and the regularizers of gates (MoCE, arXiv 2402.05382)."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-MIN_PROBABILITY = 1e-9  # probability in a logarithm, whose gradient would have no end
+MIN_PROBABILITY = 1e-9  # lower bound inside a logarithm, which keeps its gradient finite
 
 
 class Choice(NamedTuple):
-    """One expert for each of B rows."""
+    """One expert for each of B rows, and the factor of its output."""
 
     expert: jax.Array  # int32 [B]
-    weight: jax.Array  # float32 [B], what its output is multiplied by
+    weight: jax.Array  # float32 [B]
 
     def of(self, rows: jax.Array) -> "Choice":
-        """Returns the choice for rows that are numbers of these, int32 [B']."""
+        """Returns the choices at the indices `rows`, int32 [B']."""
         return Choice(self.expert[rows], self.weight[rows])
 
 
 def choose(probabilities: jax.Array, straight: bool) -> Choice:
-    """Chooses the expert of the largest probability g for rows [B, E].
+    """Chooses the expert with the largest probability g for each row.
 
     Args:
-      probabilities: float32, of a softmax over all experts: after the choice it would be 1, and gates would not learn.
-      straight: the weight is g / stop_gradient(g), whose value is 1 and whose gradient is that of log g; else g.
+      probabilities: float32 [B, E], a softmax over all experts. A softmax over the chosen expert alone would be 1, and
+        the gate would not learn.
+      straight: True: the weight is g / stop_gradient(g), with the value 1 and the gradient of log g. False: it is g.
     """
     expert = probabilities.argmax(-1).astype(jnp.int32)
     gate = jnp.take_along_axis(probabilities, expert[:, None], -1)[:, 0]
@@ -32,20 +33,22 @@ def choose(probabilities: jax.Array, straight: bool) -> Choice:
 
 
 def imbalance(probabilities: jax.Array, share: jax.Array) -> jax.Array:
-    """Returns the squared coefficient of variation of experts' importance, 0 to E - 1 (V-MoE, arXiv 2106.05974, A.2).
+    """Returns the squared coefficient of variation of the experts' importance (V-MoE, arXiv 2106.05974, A.2).
 
     Args:
-      probabilities: float32 [m, E].
-      share: float32 [m], how much each row counts; sums to 1.
+      probabilities: float32 [m, E] of m rows.
+      share: float32 [m], the weight of each row; the weights sum to 1.
+
+    Returns:
+      float32 [], 0 to E - 1.
     """
     importance = share @ probabilities
     return importance.var() / jnp.square(importance.mean())
 
 
 def uncertainty(probabilities: jax.Array, share: jax.Array) -> jax.Array:
-    """Returns the mean entropy of the rows, 0 to ln E; arguments as of `imbalance`.
+    """Returns the mean entropy of the rows' probabilities, float32 [], 0 to ln E; arguments as in `imbalance`.
 
-    With a small imbalance, a small one means that the choice tells much of the row: together they are the mutual
-    information of the two.
+    A small entropy together with a small imbalance means a large mutual information between row and expert.
     """
     return -(share @ (probabilities * jnp.log(jnp.maximum(probabilities, MIN_PROBABILITY))).sum(-1))

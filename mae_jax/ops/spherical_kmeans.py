@@ -1,7 +1,7 @@
-"""Spherical k-means, and balanced clusters, of more points than memory holds: they are read anew in every pass.
+"""Spherical k-means and balanced clusters of points that do not fit into memory.
 
-Points are float32 [n, D] of length 1, in chunks of any size: a function that yields them, always in the same order.
-What stays between passes is one number per cluster, and the centroids.
+Points are float32 [n, D] of length 1. They come as a function that yields chunks of any size, always in the same order,
+and is called once per pass. Only the centroids and one number per cluster are kept between passes.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,22 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 
 Chunks = Callable[[], Iterator[np.ndarray]]
-CHUNK = 16_384  # points that are compared with all centroids at a time; smaller chunks are padded to a multiple of PAD
+CHUNK = 16_384  # points per call to the device; chunks are padded to a multiple of PAD
 PAD = 1024
-PER_CLUSTER = 128  # points of the sample that clusters begin with, for each cluster
-ITERATIONS = 50  # of k-means, at most
-SIMILARITY_TOLERANCE = 1e-5  # of the mean similarity, below which k-means ends
-EPSILON = 0.05  # of the entropy in Sinkhorn's iterations, three of them (SwAV, arXiv 2006.09882)
-SINKHORN = 3
-ROUNDS = 3  # of centroids that follow balanced clusters
-PASSES = 300  # over the points, at most, to balance hard counts
-FASTER, SLOWER = 1.2, 0.5  # of a price's step while its cluster stays too large or too small, and when it turns
+PER_CLUSTER = 128  # points per cluster in the sample for initialization
+ITERATIONS = 50  # upper bound for k-means
+SIMILARITY_TOLERANCE = 1e-5  # k-means stops when the mean similarity grows by less
+EPSILON = 0.05  # entropy weight in Sinkhorn's iterations (SwAV, arXiv 2006.09882)
+SINKHORN = 3  # number of Sinkhorn iterations (SwAV)
+ROUNDS = 3  # times that centroids are recomputed from balanced clusters
+PASSES = 300  # most passes over the points to balance hard counts
+FASTER, SLOWER = 1.2, 0.5  # factors of a price's step while its error keeps its sign, and when the sign changes
 log = getLogger(__name__)
 
 
 @jax.jit
 def _assigned(points: jax.Array, centroids: jax.Array, prices: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the centroid of each point's highest similarity less price, int32 [n], and the similarity [n]."""
+    """Returns the centroid with the highest similarity minus price per point, int32 [n], and the similarity [n]."""
     similar = jnp.matmul(points, centroids.T, precision="highest")
     chosen = (similar - prices).argmax(1).astype(jnp.int32)
     return chosen, jnp.take_along_axis(similar, chosen[:, None], 1)[:, 0]
@@ -35,7 +35,7 @@ def _assigned(points: jax.Array, centroids: jax.Array, prices: jax.Array) -> tup
 
 @jax.jit
 def _soft_counts(points: jax.Array, valid: jax.Array, centroids: jax.Array, potentials: jax.Array) -> jax.Array:
-    """Returns how many points each centroid has if each is shared by a softmax, float32 [m]."""
+    """Returns the sum of the points' soft assignments (a softmax over centroids), float32 [m]."""
     similar = jnp.matmul(points, centroids.T, precision="highest")
     return valid @ jax.nn.softmax(similar / EPSILON + potentials, 1)
 
@@ -46,20 +46,20 @@ def _sums(points: jax.Array, valid: jax.Array, chosen: jax.Array, like: jax.Arra
 
 
 def _padded(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the points with rows of zeros up to a multiple of PAD, and which are points."""
+    """Pads points [n, D] with zeros to a multiple of PAD rows; returns them and float32 [n'], 1 for points."""
     extra, valid = -len(points) % PAD, np.ones(len(points), np.float32)
     return (np.pad(points, ((0, extra), (0, 0))), np.pad(valid, (0, extra))) if extra else (points, valid)
 
 
 def unit(points: np.ndarray) -> np.ndarray:
-    """Returns points [n, D] scaled to length 1."""
+    """Returns points [n, D] scaled to length 1, on the host."""
     return points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
 
 
 def kmeans_pp_init(sample: np.ndarray, clusters: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns the first centroids, [clusters, D]: points of a sample that are far apart, drawn as k-means++ does.
+    """Draws initial centroids float32 [clusters, D] from a sample [k, D] by k-means++ (Arthur and Vassilvitskii 2007).
 
-    (Arthur and Vassilvitskii 2007; squared distances of points of length 1 are 2 - 2 cos.)
+    The squared distance of two points of length 1 is 2 - 2 cos.
     """
     chosen = [int(rng.integers(len(sample)))]
     nearest = np.full(len(sample), np.inf)
@@ -69,7 +69,7 @@ def kmeans_pp_init(sample: np.ndarray, clusters: int, rng: np.random.Generator) 
         total = nearest.sum()
         if total > 0:
             chosen.append(int(np.searchsorted(np.cumsum(nearest), rng.random() * total, side="right")))
-        else:  # fewer different points than clusters
+        else:  # fewer distinct points than clusters
             chosen.append(int(rng.integers(len(sample))))
     return sample[chosen].astype(np.float32)
 
@@ -77,15 +77,15 @@ def kmeans_pp_init(sample: np.ndarray, clusters: int, rng: np.random.Generator) 
 def kmeans(chunks: Chunks, centroids: np.ndarray, iterations: int = ITERATIONS) -> tuple[np.ndarray, float]:
     """Runs spherical k-means (Dhillon and Modha 2001): centroids are means scaled to length 1.
 
-    A centroid without points moves to the point that is least like its own; several, to several.
+    Centroids that lose all their points move to the points that are least similar to their own centroids.
 
     Args:
-      chunks: the points.
-      centroids: float32 [m, D] of length 1, from which it starts.
-      iterations: at most; it ends when the mean similarity grows by less than SIMILARITY_TOLERANCE.
+      chunks: yields the points.
+      centroids: initial centroids float32 [m, D] of length 1.
+      iterations: upper bound; it stops earlier when the mean similarity grows by less than SIMILARITY_TOLERANCE.
 
     Returns:
-      The centroids and the mean similarity of points to the nearest one.
+      Centroids float32 [m, D], and the mean similarity of points to their centroids.
     """
     before = -np.inf
     for number in range(iterations):
@@ -100,7 +100,7 @@ def kmeans(chunks: Chunks, centroids: np.ndarray, iterations: int = ITERATIONS) 
             similarity += float(similar.sum(dtype=np.float64))
             worst = np.argsort(similar, kind="stable")[: len(centroids)]
             far = sorted([*far, *((float(similar[i]), chunk[i].copy()) for i in worst)], key=lambda item: item[0])
-            far = far[: len(centroids)]  # copies, since rows would keep their chunks
+            far = far[: len(centroids)]  # copies: views would keep their chunks in memory
         mean = similarity / counts.sum()
         if mean - before < SIMILARITY_TOLERANCE:
             break
@@ -114,7 +114,13 @@ def kmeans(chunks: Chunks, centroids: np.ndarray, iterations: int = ITERATIONS) 
 
 
 def assign(chunks: Chunks, centroids: np.ndarray, prices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns each point's cluster, int32 [n], and its similarity to that centroid, float32 [n]."""
+    """Returns the cluster of each point, int32 [n], and its similarity to the cluster's centroid, float32 [n].
+
+    Args:
+      chunks: yields the points.
+      centroids: float32 [m, D].
+      prices: float32 [m], subtracted from the similarities; see `balance`.
+    """
     parts = []
     for chunk in chunks():
         chosen, similar = jax.device_get(_assigned(_padded(chunk)[0], centroids, prices))
@@ -124,16 +130,16 @@ def assign(chunks: Chunks, centroids: np.ndarray, prices: np.ndarray) -> tuple[n
 
 def balanced_kmeans(chunks: Chunks, sample: np.ndarray, clusters: int, ratio: float,
                     rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
-    """Clusters points into groups of nearly one size.
+    """Clusters points into clusters of nearly equal size.
 
-    What takes many passes is done on the sample first, which is in memory; few passes over all points remain.
+    Each stage runs on the sample in memory first, so that few passes over all points remain.
 
     Args:
-      chunks: the points.
-      sample: some of them, float32 [k, D], PER_CLUSTER times as many as clusters or all.
-      clusters: m.
+      chunks: yields the points.
+      sample: float32 [k, D], PER_CLUSTER points per cluster, or all points if there are fewer.
+      clusters: number of clusters m.
       ratio: see `balance`.
-      rng: of the first centroids.
+      rng: draws the initial centroids.
 
     Returns:
       Centroids float32 [m, D], prices float32 [m], and the mean similarity that k-means reached before balancing.
@@ -147,12 +153,12 @@ def balanced_kmeans(chunks: Chunks, sample: np.ndarray, clusters: int, ratio: fl
 
 
 def balanced(chunks: Chunks, sampled: Chunks, centroids: np.ndarray, ratio: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns centroids and prices of clusters of nearly one size: each follows the other a few times.
+    """Balances clusters, alternating ROUNDS times between prices and centroids; returns centroids and prices.
 
     Args:
-      chunks: the points.
-      sampled: some of them, which are balanced first each time.
-      centroids: float32 [m, D] of k-means.
+      chunks: yields the points.
+      sampled: yields a sample, which is balanced before all points are.
+      centroids: float32 [m, D] from k-means.
       ratio: see `balance`.
     """
     prices = balance(chunks, centroids, ratio, balance(sampled, centroids, ratio))
@@ -161,24 +167,25 @@ def balanced(chunks: Chunks, sampled: Chunks, centroids: np.ndarray, ratio: floa
         for chunk in chunks():
             points, valid = _padded(chunk)
             sums += np.asarray(_sums(points, valid, _assigned(points, centroids, prices)[0], centroids), np.float64)
-        gone = np.linalg.norm(sums, axis=1) < 1e-6  # without points, or with such as cancel out
+        gone = np.linalg.norm(sums, axis=1) < 1e-6  # no points, or points that cancel out
         centroids = np.where(gone[:, None], centroids, unit(sums)).astype(np.float32)
         prices = balance(chunks, centroids, ratio, balance(sampled, centroids, ratio, prices))
     return centroids, prices
 
 
 def size_ratio(counts: np.ndarray) -> float:
-    """Returns the points of the largest cluster over those of the smallest; a huge number where one is empty."""
+    """Returns the size of the largest cluster over that of the smallest; at least 1e9 if a cluster is empty."""
     return float(counts.max() / max(counts.min(), 1e-9))
 
 
 def balance(chunks: Chunks, centroids: np.ndarray, ratio: float, prices: np.ndarray | None = None) -> np.ndarray:
-    """Returns prices float32 [m] by which the largest cluster has at most `ratio` times the points of the smallest.
+    """Returns prices float32 [m] with which the largest cluster has at most `ratio` times the points of the smallest.
 
-    Points belong to the centroid of the highest similarity less price. Prices start as those given, or else as the
-    potentials of an entropic optimal transport with equal shares, which balance soft shares, not hard counts. So each
-    price then follows the hard count of its own cluster in each pass, in steps that grow while the sign stays and
-    shrink when it turns. Where PASSES do not suffice, as where points are equal, those of the best pass are returned.
+    A point belongs to the centroid with the highest similarity minus price. Without given `prices`, they start as the
+    potentials of an entropic optimal transport with equal shares (Sinkhorn), which balances soft assignments only. Each
+    pass then counts hard assignments and moves the price of each cluster against its error in size. Steps grow while
+    the error keeps its sign and shrink when the sign changes. If PASSES are not enough (equal points can make the goal
+    impossible), the prices of the best pass are returned.
     """
     prices = _sinkhorn(chunks, centroids) if prices is None else prices
     steps, signs = np.full(len(centroids), EPSILON / 10), np.zeros(len(centroids))
@@ -200,7 +207,7 @@ def balance(chunks: Chunks, centroids: np.ndarray, ratio: float, prices: np.ndar
 
 
 def _sinkhorn(chunks: Chunks, centroids: np.ndarray) -> np.ndarray:
-    """Returns prices float32 [m] under which a softmax gives all centroids the same share of the points."""
+    """Returns prices float32 [m] with which soft assignments give all centroids nearly the same share of the points."""
     potentials = np.zeros(len(centroids), np.float32)
     for _ in range(SINKHORN):
         counts = sum(np.asarray(_soft_counts(*_padded(chunk), centroids, potentials), np.float64) for chunk in chunks())

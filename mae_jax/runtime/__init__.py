@@ -1,1 +1,1 @@
-"""Processes and devices: sharding, discovery, peers, signals, the watchdog, the ends of a process."""
+"""Processes and devices: sharding, discovery and connection of processes, signals, the watchdog, process exit."""

@@ -1,6 +1,6 @@
-"""The one reader of JSON: whatever a text holds, it costs little, and nothing that follows breaks on what comes out.
+"""The JSON parser of this package, which bounds size, depth and integers, for input that is not trusted.
 
-Python's own reader takes any depth until its stack ends, and numbers of any length.
+Python's parser accepts any depth until its stack overflows, and integers of any length.
 """
 
 import codecs
@@ -9,16 +9,16 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any, BinaryIO
 
-MAX_BYTES = 100_000_000  # of a text; the largest are headers of safetensors files, whose specification says so
-MAX_DEPTH = 64  # of lists and objects in each other; ours have 6
-MAX_INTEGER = 2**64  # integers are smaller in size; ours are steps, seeds, bytes and checksums
-PIECE = 2**20  # bytes of a long text that are read at a time, at least
-MAX_ELEMENT = 2**25  # letters of an element of its lists
+MAX_BYTES = 100_000_000  # most bytes of a text; the limit for headers in the specification of safetensors
+MAX_DEPTH = 64  # deepest nesting of lists and objects; this package's have 6
+MAX_INTEGER = 2**64  # exclusive bound of an integer's magnitude: steps, seeds, bytes and checksums
+PIECE = 2**20  # least bytes that `listed` reads at a time
+MAX_ELEMENT = 2**25  # most characters of a value in `listed`
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def parse(text: bytes | str) -> Any:
-    """Returns what a text of JSON says; raises ValueError, with what is wrong in one line, for any other text."""
+    """Parses a JSON text; raises ValueError, with the reason in one line, if it is invalid or beyond the bounds."""
     if len(text) > MAX_BYTES:
         raise ValueError(f"it has {len(text)} bytes; at most {MAX_BYTES} are read")
     try:
@@ -26,7 +26,7 @@ def parse(text: bytes | str) -> Any:
     except RecursionError:
         raise ValueError(_DEEP) from None
     except UnicodeDecodeError:
-        raise ValueError("it is no text in UTF-8") from None
+        raise ValueError("it is not text in UTF-8") from None
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [item for part in level if isinstance(part, dict | list)
@@ -37,7 +37,7 @@ def parse(text: bytes | str) -> Any:
 
 
 def parse_object(text: bytes | str) -> dict[str, Any]:
-    """Returns the object that a text of JSON is; raises ValueError for any other text."""
+    """Parses a JSON text that holds an object; raises ValueError for any other text."""
     value = parse(text)
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}, where an object {{...}} is expected")
@@ -45,11 +45,11 @@ def parse_object(text: bytes | str) -> dict[str, Any]:
 
 
 def as_read(value: Any) -> Any:
-    """Returns a value of ours as it comes back from JSON: tuples become lists."""
+    """Returns a value as it is after a round trip through JSON: tuples become lists."""
     return json.loads(json.dumps(value))
 
 
-_DEEP = f"lists or objects lie more than {MAX_DEPTH} deep in each other"
+_DEEP = f"lists or objects are nested more than {MAX_DEPTH} deep"
 
 
 def _integer(digits: str) -> int:
@@ -59,26 +59,26 @@ def _integer(digits: str) -> int:
 
 
 def listed(file: BinaryIO, names: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """Yields (name, element) of each element of those lists of an object that have these names, in the text's order.
+    """Yields (name, element) for the elements of named lists in a JSON object, in the order of the text.
 
-    The text may be of any size: of it a few million bytes are held at a time. What else the object holds is passed by.
+    The text may have any size; a few million bytes of it are in memory at a time. Other values are skipped.
 
     Args:
-      file: gives the bytes of a text of JSON, which is an object.
-      names: of lists in it; one that it lacks gives nothing.
+      file: a JSON text that holds an object.
+      names: names of lists in the object; missing ones yield nothing.
 
     Raises:
-      ValueError: it is no object, one of the names is no list, or something in it cannot be read.
+      ValueError: the text is not an object, a named value is not a list, or the text is invalid.
     """
     text = _Text(file)
-    text.expect("{", "it is no object {...}")
+    text.expect("{", "it is not an object {...}")
     while not text.take("}"):
         name = text.value()
         text.expect(":", f"no value after {name!r:.40}")
         if name not in names:
             text.value()
         else:
-            text.expect("[", f"{name!r} is no list [...]")
+            text.expect("[", f"{name!r} is not a list [...]")
             while not text.take("]"):
                 yield name, text.value()
                 if not text.take(","):
@@ -90,7 +90,7 @@ def listed(file: BinaryIO, names: Collection[str]) -> Iterator[tuple[str, Any]]:
 
 
 class _Text:
-    """A text of JSON that is read piece by piece."""
+    """A JSON text that is read in pieces."""
 
     def __init__(self, file: BinaryIO):
         self._file, self._decoder = file, codecs.getincrementaldecoder("utf-8-sig")()
@@ -98,41 +98,42 @@ class _Text:
         self._json = json.JSONDecoder(parse_int=_integer)
 
     def _more(self) -> bool:
-        """Reads as much again as there is, which makes trying a value anew cheap; False at the end."""
+        """Reads at least as much as is buffered, so that parsing a value again is cheap; returns False at the end."""
         if self._ended:
             return False
         if len(self._text) - self._at > MAX_ELEMENT:
-            raise ValueError(f"a value in it has more than {MAX_ELEMENT} letters, or is broken")
+            raise ValueError(f"a value in it has more than {MAX_ELEMENT} characters, or is broken")
         try:
             part = self._file.read(max(PIECE, len(self._text) - self._at))
             text = self._decoder.decode(part, final=not part)
         except UnicodeDecodeError:
-            raise ValueError("it is no text in UTF-8") from None
+            raise ValueError("it is not text in UTF-8") from None
         self._text, self._at, self._ended = self._text[self._at:] + text, 0, not part
         return True
 
     def _skip(self) -> str:
-        """Passes white space by; returns the letter after it, '' at the end."""
+        """Skips white space; returns the next character, or '' at the end."""
         while True:
-            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]  # it matches nothing, too
+            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]  # it always matches
             if self._at < len(self._text):
                 return self._text[self._at]
             if not self._more():
                 return ""
 
     def take(self, letter: str) -> bool:
-        """Whether this letter comes next, which is then passed by."""
+        """Skips the next character if it is `letter`; returns whether it was."""
         if self._skip() != letter:
             return False
         self._at += 1
         return True
 
     def expect(self, letter: str, otherwise: str) -> None:
+        """Skips the next character; raises ValueError with the message `otherwise` if it is not `letter`."""
         if not self.take(letter):
             raise ValueError(otherwise if self._text[self._at:] else f"{otherwise}: the text ends too early")
 
     def value(self) -> Any:
-        """Returns the next value."""
+        """Parses the next value."""
         self._skip()
         while True:
             try:

@@ -1,4 +1,4 @@
-"""Which process of how many this one is: as the flags say, or as Slurm or a TPU VM says."""
+"""Detects the process id, the number of processes and the coordinator from flags, Slurm or the metadata of a TPU VM."""
 
 import glob
 import ipaddress
@@ -10,20 +10,20 @@ from typing import NamedTuple
 
 from mae_jax.errors import UserError
 
-TPU_PORT = 8476  # of process 0 on TPU VMs; our choice
-METADATA_SECONDS = 2.0  # a machine that is no TPU VM has no metadata server
-NVIDIA = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # where JAX looks for a GPU; the second in Docker, then in WSL2
+TPU_PORT = 8476  # port of process 0 on TPU VMs (our choice)
+METADATA_SECONDS = 2.0  # timeout of the metadata server, which exists on TPU VMs only
+NVIDIA = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")  # where JAX looks for a GPU: on a host, in Docker, in WSL2
 METADATA = "http://{}/computeMetadata/v1/instance/attributes/{}"
 
 
 class ProcessInfo(NamedTuple):
-    """One process among several."""
+    """One process of a run with several."""
 
-    coordinator_host: str  # where process 0 runs
+    coordinator_host: str  # of process 0
     coordinator_port: int
     process_id: int
     num_processes: int
-    local_device_ids: tuple[int, ...] | None = None  # that it uses; None: all
+    local_device_ids: tuple[int, ...] | None = None  # devices that this process uses; None: all
 
     @property
     def address(self) -> str:
@@ -32,7 +32,7 @@ class ProcessInfo(NamedTuple):
 
     @property
     def numeric(self) -> bool:
-        """Says whether process 0 is named by an IP address."""
+        """Whether the coordinator's host is an IP address."""
         return _numeric(self.coordinator_host)
 
 
@@ -49,17 +49,17 @@ def _numeric(host: str) -> bool:
 
 
 def find(coordinator: str, processes: int, process: int, environ: Mapping[str, str] = os.environ) -> ProcessInfo | None:
-    """Returns this process's place, None where it runs alone.
+    """Returns this process among several, or None for a single process.
 
     Args:
-      coordinator: HOST:PORT of process 0; 'off': alone, whatever the environment says; 'auto': several processes under
-        `srun` with more than one task, and on a TPU VM of more than one host or slice, else alone.
-      processes: how many, with HOST:PORT.
-      process: the number of this one, from 0, with HOST:PORT.
+      coordinator: HOST:PORT of process 0; 'off': a single process in any environment; 'auto': several processes under
+        `srun` with more than one task and on TPU VMs with more than one host or slice, else a single process.
+      processes: number of processes, with HOST:PORT; -1: not given.
+      process: index of this process, from 0, with HOST:PORT; -1: not given.
       environ: the environment variables.
 
     Raises:
-      UserError: the flags do not fit together.
+      UserError: the flags are invalid or do not fit together.
     """
     given = [name for name, value in (("--processes", processes), ("--process", process)) if value >= 0]
     if coordinator in ("auto", "off"):
@@ -81,22 +81,22 @@ def find(coordinator: str, processes: int, process: int, environ: Mapping[str, s
 
 def _slurm(environ: Mapping[str, str]) -> ProcessInfo | None:
     tasks, nodes = int(environ.get("SLURM_NTASKS", 1)), environ.get("SLURM_STEP_NODELIST", "")
-    if tasks < 2 or not nodes:  # without a node list this is the batch script, not a task of srun
+    if tasks < 2 or not nodes:  # the batch script has no node list, unlike a task of srun
         return None
     # 'node[001-015,020],other' → 'node001'
     first = re.sub(r"^([^\[,]*)\[(\w+).*", r"\1\2", nodes).split(",")[0]
-    port = 61440 + int(environ.get("SLURM_JOB_ID", 0)) % 4096  # the same on all nodes, another for each job
+    port = 61440 + int(environ.get("SLURM_JOB_ID", 0)) % 4096  # the same on all nodes, different for each job
     several = tasks > int(environ.get("SLURM_STEP_NUM_NODES", 1))
-    # Several tasks on a node share its GPUs, one each, unless Slurm itself shows each task its own alone.
+    # Several tasks on a node use one GPU each. If Slurm shows each task only its own GPU, no choice is needed.
     alone = environ.get("CUDA_VISIBLE_DEVICES", "").isdecimal()
     devices = (int(environ["SLURM_LOCALID"]),) if several and not alone else None
     return ProcessInfo(first, port, int(environ["SLURM_PROCID"]), tasks, devices)
 
 
 def _tpu(environ: Mapping[str, str]) -> ProcessInfo | None:
-    """Asks what GKE says in the environment, or the metadata server of a machine that has TPU chips.
+    """Reads GKE's environment variables, or on a machine with TPU chips its metadata server.
 
-    Of several slices, which are alike, the processes are numbered slice by slice.
+    With several slices, which must be of equal size, processes are numbered slice by slice.
     """
     if (environ.get("JAX_PLATFORMS") or "tpu").split(",")[0] != "tpu":
         return None
@@ -111,15 +111,16 @@ def _tpu(environ: Mapping[str, str]) -> ProcessInfo | None:
     slices, own = int(several.get("MEGASCALE_NUM_SLICES") or 1), int(several.get("MEGASCALE_SLICE_ID") or 0)
     if (slices == 1 and len(names) < 2) or not names or not number.isdecimal():
         return None
-    # It names the first process of the first slice; its port is that of libtpu.
+    # The address names the first process of the first slice; its port is libtpu's and is not used.
     first = several.get("MEGASCALE_COORDINATOR_ADDRESS", "").split(":")[0] if slices > 1 else ""
     return ProcessInfo(first or names[0], TPU_PORT, own * len(names) + int(number), slices * len(names))
 
 
 def quiet_libtpu(environ: MutableMapping[str, str]) -> None:
-    """Tells libtpu, where there is no TPU, what it would miss: it writes that to standard error, whatever one sets.
+    """Keeps libtpu from writing warnings to standard error on machines without a TPU.
 
-    Called before the devices are looked for. It finds none all the same.
+    It sets variables whose absence libtpu reports regardless of any log level. libtpu still finds no device. Call it
+    before JAX looks for devices.
     """
     if not _chips():
         environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -128,9 +129,9 @@ def quiet_libtpu(environ: MutableMapping[str, str]) -> None:
 
 
 def quiet_cuda(environ: MutableMapping[str, str]) -> None:
-    """Has JAX's CUDA plugin, where it is installed and no NVIDIA GPU is, not complain with a traceback that none is.
+    """Keeps JAX's CUDA plugin, if installed, from logging a traceback on machines without an NVIDIA GPU.
 
-    Called before the devices are looked for. It finds none all the same.
+    The plugin still finds no device. Call it before JAX looks for devices.
     """
     if not any(map(os.path.exists, NVIDIA)):
         environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")

@@ -1,4 +1,4 @@
-"""How a process ends: in order from its main thread, or at once from any."""
+"""Exit of the process: an orderly one from the main thread, or an immediate one from any thread."""
 
 import contextlib
 import os
@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-_STDERR = os.dup(2)  # as it is now: later it points to nowhere for a while (data/tensorflow_cpu.py)
+_STDERR = os.dup(2)  # a copy: data/tensorflow_cpu.py redirects descriptor 2 to nowhere for a while
 
 
 def write_stderr(line: str) -> None:
-    """Writes a line to standard error past Python's locks, which the main thread may hold, from any thread.
+    """Writes a line to standard error without Python's locks, which the main thread may hold; for any thread.
 
     The first line break ends a progress line.
     """
@@ -20,7 +20,7 @@ def write_stderr(line: str) -> None:
 
 
 def ending_signals() -> list[int]:
-    """Returns the signals that end a run in order: not SIGHUP where `nohup` has it ignored."""
+    """Returns the signals that end a run in order: SIGTERM, SIGINT and SIGHUP, unless `nohup` ignores the last."""
     hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
     return [signal.SIGTERM, signal.SIGINT, *[signal.SIGHUP] * hangs_up]
 
@@ -29,20 +29,21 @@ _busy = False
 
 
 def wait_for_no_thread() -> None:
-    """Says that threads may be busy for long with what was given up: the process ends without waiting for them."""
+    """Marks that abandoned IO threads may still run, so that `exit_process` does not join them."""
     global _busy
     _busy = True
 
 
 def exit_process(code: int) -> NoReturn:
-    """Ends the process in order, from its main thread. Its command is over: Ctrl-C no longer changes the exit code.
+    """Ends the process in order, from its main thread, when its command is done.
 
-    Python gives Ctrl-C its default action while it ends, which takes a while: a finished run would seem to be killed.
+    From here on Ctrl-C is ignored. Python restores its default action during the interpreter's shutdown, and a finished
+    run would look killed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if _busy:
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):  # the disk that the save was given up for may be that of the output
+            with contextlib.suppress(OSError):  # the output may be on the same failing disk as the abandoned save
                 stream.flush()
         exit_now(code)
     sys.exit(code)
@@ -53,7 +54,7 @@ _last: list[Callable[[], None]] = []
 
 @contextlib.contextmanager
 def on_forced_exit(action: Callable[[], None]) -> Iterator[None]:
-    """Has something done, which takes seconds at most, where `exit_now` ends the process meanwhile."""
+    """Context in which `exit_now` first runs `action`, which must take at most seconds."""
     _last.append(action)
     try:
         yield
@@ -62,7 +63,7 @@ def on_forced_exit(action: Callable[[], None]) -> Iterator[None]:
 
 
 def exit_now(code: int) -> NoReturn:
-    """Ends the process at once, from any thread, whatever the main thread is doing."""
+    """Ends the process immediately, from any thread, after the actions of `on_forced_exit`."""
     for action in list(_last):
         with contextlib.suppress(Exception):
             action()

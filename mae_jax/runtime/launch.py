@@ -1,4 +1,4 @@
-"""The flags of the commands that several processes run as one, and what such a command does with them."""
+"""The flags of commands that run as several processes, and the start of such a command."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -11,27 +11,27 @@ from mae_jax.runtime.discovery import ProcessInfo, find
 
 COORDINATOR = flags.DEFINE_string("coordinator", "auto", "HOST:PORT of process 0; off: one process; auto: several "
                                   "under srun and on TPU VMs of more than one host, else one")
-PROCESSES = flags.DEFINE_integer("processes", -1, "how many processes, with --coordinator=HOST:PORT")
-PROCESS = flags.DEFINE_integer("process", -1, "the number of this one, from 0, with --coordinator=HOST:PORT")
+PROCESSES = flags.DEFINE_integer("processes", -1, "number of processes, with --coordinator=HOST:PORT")
+PROCESS = flags.DEFINE_integer("process", -1, "index of this process, from 0, with --coordinator=HOST:PORT")
 START_SECONDS = flags.DEFINE_float("start_seconds", 300, "how long to wait for all processes", lower_bound=1,
                                    upper_bound=86_400)
-HEARTBEAT = flags.DEFINE_float("heartbeat_seconds", 100, "a process that is silent for so long is lost, and all end",
-                               lower_bound=1, upper_bound=86_400)
+HEARTBEAT = flags.DEFINE_float("heartbeat_seconds", 100, "a process that sends nothing for so long counts as lost, and "
+                               "all processes end", lower_bound=1, upper_bound=86_400)
 
 
 @functools.cache
 def here() -> ProcessInfo | None:
-    """Returns this process's place, None where it runs alone; raises UserError for flags that do not fit together."""
+    """Returns this process among several by the flags, or None for a single process; see `discovery.find`."""
     return find(COORDINATOR.value, PROCESSES.value, PROCESS.value)
 
 
 def run(command: Callable[[], int], same: Mapping[str, Any], config: ConfigDict | None) -> int:
-    """Runs the command alone or as one of several. Returns the exit code.
+    """Runs a command as a single process or as one of several, and returns its exit code.
 
     Args:
       command: returns the exit code.
-      same: what all processes must have been started with, by the name of the flag.
-      config: --config, likewise.
+      same: flags by name, with their values, which must be equal on all processes.
+      config: the config, which must be equal on all processes too; None: the command has none.
     """
     place = here()
     if place is None:

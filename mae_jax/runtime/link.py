@@ -1,8 +1,8 @@
-"""The connections that the processes of a run keep to its end, and what they say there.
+"""The connections between the processes of a run, and the protocol of their messages.
 
-A closed connection means a dead peer, a silent one a frozen peer. No message has anything to do with devices, so that
-none can be held up by a compilation or a collective. One thread has the connections, and waits for none of them: the
-others leave it what is to be sent.
+A closed connection means a dead process, a silent one a frozen process. Messages do not involve devices, so no
+compilation or collective can delay them. One thread owns the connections and never blocks on one of them; other threads
+queue their messages for it.
 """
 
 import contextlib
@@ -27,20 +27,20 @@ from mae_jax.runtime.exit import exit_now, write_stderr
 from mae_jax.runtime.rendezvous import Door
 from mae_jax.runtime.wire import LIMIT, Garbage, Line, encode
 
-LOST = 134  # exit code of a process whose peer was lost; also what shells report for JAX's own abort
-THREADS = ("main", "save")  # that gather
+LOST = 134  # exit code of a process whose peer was lost; shells report the same for JAX's own abort
+THREADS = ("main", "save")  # threads that may call `Link.meet`
 ALIVE = encode({"alive": None})
-SHORT = 2000  # characters of a reason to leave
-GRACE = 2.0  # seconds in which a process that is told to leave may end by itself
+SHORT = 2000  # most characters of the reason in a 'leave' message
+GRACE = 2.0  # seconds for a process that must leave to end by itself
 
 logger = logging.getLogger(__name__)
 
 
 class Link:
-    """The open connections of one process: of process 0 to all others, of every other one to process 0.
+    """The connections of one process: process 0 is connected to all others, every other process to process 0.
 
     Attributes:
-      verdict: (exit code, why) once the run is known to be over before its end.
+      verdict: (exit code, reason) once the run must end early; else None.
     """
 
     def __init__(self, place: ProcessInfo, lines: dict[int, Line], listener: socket.socket | None, heartbeat: float):
@@ -49,23 +49,23 @@ class Link:
         self._over = threading.Event()  # there is a verdict
         self._selector = selectors.DefaultSelector()
         self._door = Door(listener, self._selector) if listener else None
-        self._todo: deque[Callable[[], None]] = deque()  # what other threads ask of this one's, which they wake
+        self._todo: deque[Callable[[], None]] = deque()  # actions that other threads queue for the link's thread
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ, place.process_id)
-        self._heard = dict.fromkeys(lines, time.monotonic())  # when; the most silent one comes first
-        self._unsent: set[int] = set()  # whose lines have something to send
+        self._heard = dict.fromkeys(lines, time.monotonic())  # process → time of its last message, oldest first
+        self._unsent: set[int] = set()  # processes with messages that are not sent yet
         self._parted: set[int] = set()
         self._leaving = self._ended = False
         self._deadline = float("inf")
-        # None has another value to say before it has the answer to the last one. A number instead: who has ended.
+        # A process sends its next value only after the answer to the last one. An int in a queue: that process ended.
         self._values: dict[str, dict[int, Any]] = {name: {} for name in THREADS}
         self._whole: dict[str, queue.SimpleQueue[dict[int, Any] | int]] = {
             name: queue.SimpleQueue() for name in THREADS}
         self._done = 0
         self._stop_after: int | None = None
-        self._at: dict[int, int] = {}  # process → step, while a step to stop after is agreed on
-        self._moving = threading.Lock()  # held meanwhile, so that none takes another step
+        self._at: dict[int, int] = {}  # process → step, during the agreement on the last step
+        self._moving = threading.Lock()  # held during the agreement, so that no process takes another step
         for number, line in lines.items():
             line.limit = LIMIT
             self._selector.register(line.socket, selectors.EVENT_READ, number)
@@ -73,11 +73,17 @@ class Link:
         self._thread.start()
 
     def tell(self, message: Mapping[str, Any], urgent: bool = True) -> None:
-        """Has a message sent to all that are linked, which for process 0 are all; does not wait for it."""
+        """Queues a message to all connected processes; for process 0 these are all others."""
         self._post(functools.partial(self._put, encode(message), urgent))
 
     def meet(self, value: Any, choose: Callable[[list[Any]], Any], thread: str = "main") -> Any:
-        """Returns what `choose` makes, on process 0, of the values of all processes, in their order."""
+        """Sends the values of all processes to process 0, and returns `choose(values)` of process 0 on all processes.
+
+        Args:
+          value: this process's value, of JSON's types.
+          choose: maps the values, in the order of processes, to a value of JSON's types; called on process 0 only.
+          thread: the calling thread, one of THREADS.
+        """
         if self.place.process_id:
             self.tell({"value": [thread, value]}, urgent=False)
             return self._take(thread)[0]
@@ -87,10 +93,10 @@ class Link:
         return answer
 
     def _take(self, thread: str) -> dict[int, Any]:
-        """Returns the values of all that are linked, by their numbers."""
+        """Waits for the values of all connected processes; returns process → value."""
         values = self._whole[thread].get()
         if isinstance(values, int):
-            raise RuntimeError(f"process {values} came to its end while this one waits for what it says")
+            raise RuntimeError(f"process {values} ended while this process waits for its value")
         return values
 
     def request_stop(self) -> None:
@@ -98,49 +104,49 @@ class Link:
         self._post(functools.partial(self._handle, self.place.process_id, "stop", None))
 
     def should_stop(self, step: int) -> bool:
-        """Says whether to stop after `step`: the same on all processes."""
+        """Returns whether to stop after `step`; all processes get the same answer."""
         with self._moving:
             self._done = step
             return self._stop_after is not None and step >= self._stop_after
 
     def shutdown(self) -> None:
-        """Ends the link when all have come to their end."""
-        for number in (signal.SIGTERM, signal.SIGHUP):  # all is saved
+        """Waits until all processes have finished, and closes the connections."""
+        for number in (signal.SIGTERM, signal.SIGHUP):  # everything is saved
             signal.signal(number, signal.SIG_IGN)
         self._post(self._hang_up)
-        self.tell({"bye": None}, urgent=False)  # behind the last answer
+        self.tell({"bye": None}, urgent=False)  # after the last answer
         try:
             jax.distributed.shutdown()  # waits for all
         except jax.errors.JaxRuntimeError as error:
-            logger.warning("the others did not end in order: %s", str(error).split("\n")[0])
+            logger.warning("other processes did not shut down cleanly: %s", str(error).split("\n")[0])
         self._leaving = True
         self._wait(lambda: not (self._todo or self._unsent), GRACE)
         self._ended = True
         self._post(lambda: None)
         self._thread.join()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is the interpreter's own end
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the interpreter's shutdown remains
 
     def fail(self, error: BaseException) -> NoReturn:
-        """Ends this process and all others because of an error here, or with the verdict that caused the error."""
-        # A collective that fails is most often the echo of a lost peer, which the thread soon hears of.
+        """Ends all processes because of an error in this one, or with the verdict that caused the error."""
+        # A failing collective is usually the consequence of a lost process, which the link's thread will soon detect.
         self._over.wait(self.heartbeat + GRACE if _of_peers(error) else GRACE / 2)
         if self.verdict:
             self._deadline = time.monotonic()  # nothing is left to do here
         if self.verdict or self._leaving:
             time.sleep(60)  # another thread is about to end the process
         code, text = errors.explain(error)
-        with contextlib.suppress(OSError):  # a full disk; the others must hear of it all the same
+        with contextlib.suppress(OSError):  # a full disk must not keep the message from the others
             print(text, file=sys.stderr)
         self.leave(code, text.strip().splitlines()[-1])
 
     def leave(self, code: int, line: str) -> NoReturn:
-        """Ends this process at once, and tells the others to end with the same code."""
+        """Ends this process immediately, and the others with the same exit code."""
         self._leaving = True
         self._post(self._hang_up)
         self.tell({"leave": [code, line[:SHORT]]})
         if self.place.process_id:
             self._wait(lambda: not (self._todo or self._unsent), GRACE)
-        else:  # process 0 goes last: JAX aborts where it is gone
+        else:  # process 0 exits last: JAX aborts processes that lose it
             self._wait(lambda: not self.lines, 2 * GRACE)
         _exit(code)
 
@@ -150,12 +156,12 @@ class Link:
             time.sleep(0.01)
 
     def _post(self, action: Callable[[], None]) -> None:
-        """Has the thread do something."""
+        """Queues an action for the link's thread and wakes it."""
         self._todo.append(action)
-        with contextlib.suppress(OSError):  # it is awake, or has ended
+        with contextlib.suppress(OSError):  # the thread is awake already, or has ended
             self._wake.send(b"\0")
 
-    # From here on, all is done by the thread.
+    # All methods below run in the link's thread.
 
     def _watch(self) -> None:
         try:
@@ -166,12 +172,12 @@ class Link:
             _exit(code)
 
     def _serve(self) -> None:
-        """Listens, sends signs of life, and ends the process some time after the verdict."""
+        """Receives and sends messages and heartbeats, and ends the process some time after the verdict."""
         signed = time.monotonic()
-        # Many signs outlast a busy machine; of thousands of processes, they cost process 0 most of what it does.
+        # Frequent heartbeats tolerate a busy machine. With thousands of processes they are most of process 0's work.
         pause = self.heartbeat / (8 if self.place.num_processes < 1000 else 2)
         for number in list(self.lines):
-            self._hear(number)  # what came at once with the start
+            self._hear(number)  # messages that arrived together with the start
         while not self._ended:
             ready = self._selector.select(min(0.5, self.heartbeat / 8))
             now = time.monotonic()
@@ -193,27 +199,27 @@ class Link:
             end.close()
 
     def _judge(self, now: float) -> None:
-        """Finds out who is lost, and ends the process when the time has come."""
+        """Detects lost processes, and ends this process at the deadline of the verdict."""
         if self._door:
             self._door.sweep()
         for number in list(self._unsent):
             if (line := self.lines[number]).full or now - line.moved > self.heartbeat:
-                self._lost(number, f"it does not read what it is told, for {now - line.moved:.0f} s")
+                self._lost(number, f"it does not read its messages ({now - line.moved:.0f} s)")
         while self._heard and now - self._heard[number := next(iter(self._heard))] > self.heartbeat:
-            self._lost(number, f"nothing was heard of it for {self.heartbeat:g} s")
+            self._lost(number, f"it sent nothing for {self.heartbeat:g} s")
         last = self.place.process_id or not self.lines
         if self.verdict and now > self._deadline + (0 if last else GRACE):
             _exit(self.verdict[0])
 
     def _turn_away(self) -> None:
-        """Sends late callers away, without listening to them."""
+        """Rejects connections after the start without reading from them."""
         if not (door := self._door):
             return
         try:
             for line in door.accept():
-                door.turn_away(line, f"a run has begun at {self.place.address}, and all its processes are there; was "
-                               "this one started twice?")
-        except OSError:  # no descriptors are left: nobody need be told
+                door.turn_away(line, f"a run has begun at {self.place.address} with all its processes; was this one "
+                               "started twice?")
+        except OSError:  # no descriptors are left; late callers need no answer
             self._hang_up()
 
     def _hang_up(self) -> None:
@@ -233,7 +239,7 @@ class Link:
             self._selector.modify(line.socket, selectors.EVENT_READ | selectors.EVENT_WRITE * line.waits, number)
 
     def _attend(self, number: int, events: int, now: float) -> None:
-        """Writes to a peer, or reads."""
+        """Sends to or receives from a process whose connection is ready."""
         if not (line := self.lines.get(number)):
             return
         if events & selectors.EVENT_WRITE:
@@ -257,10 +263,14 @@ class Link:
                 for kind, value in message.items():
                     self._handle(number, kind, value)
         except Garbage as garbage:
-            self._lost(number, f"it says what no process of a run does: {garbage}")
+            self._lost(number, f"it sent an invalid message: {garbage}")
 
     def _handle(self, number: int, kind: str, value: Any) -> None:
-        """What the messages mean; 'stop' goes to process 0, which asks all how far they are and says after which."""
+        """Handles one message.
+
+        To stop, a process sends 'stop' to process 0. Process 0 asks all processes for their step ('where', answered by
+        'at') and sends them the step after which to stop ('after').
+        """
         match kind, value:
             case "alive", _:
                 pass
@@ -300,7 +310,7 @@ class Link:
                 raise Garbage(f"{kind[:40]!r}")
 
     def _drop(self, number: int) -> None:
-        line = self.lines.pop(number)  # nothing more is awaited of it
+        line = self.lines.pop(number)
         self._selector.unregister(line.socket)
         self._unsent.discard(number)
         del self._heard[number]
@@ -313,7 +323,7 @@ class Link:
                   "on all", number)
 
     def _end(self, code: int, line: str, origin: int) -> None:
-        """Takes the verdict, passes it on, and leaves some time to end by oneself."""
+        """Sets the verdict, forwards it, and leaves GRACE seconds for the process to end by itself."""
         if self.verdict or self._leaving:
             return
         self._hang_up()
@@ -324,7 +334,7 @@ class Link:
 
 
 def _of_peers(error: BaseException) -> bool:
-    """Says whether an error may come from a peer that is gone or silent."""
+    """Returns whether an error may be the consequence of a lost process."""
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
 
 
@@ -332,4 +342,4 @@ def _exit(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, RuntimeError):
             stream.flush()
-    exit_now(code)  # the main thread may wait for a peer that is gone, and so would JAX's own end
+    exit_now(code)  # the main thread may wait for a lost process, and so would JAX's shutdown

@@ -1,9 +1,9 @@
-"""Several processes as one run: who takes part, how they start, hear of each other, agree and end together.
+"""Runs of several processes: start, exchange of small values, and a common end.
 
-jax.distributed starts the processes as one, but names nobody when a peer is missing, and aborts when one is lost. So
-process 0 first listens at --coordinator itself. The others call it, say their number and what they were asked to run,
-and their connections stay open to the end of the run: a closed one means a dead peer, a silent one a frozen peer, and
-small messages pass what all must do alike (stop after the same step, leave with the same exit code).
+jax.distributed connects the processes, but does not name the missing process at the start, and aborts when one is lost.
+So process 0 first listens on --coordinator itself. Every other process connects and sends its index and its flags. The
+connections stay open to the end of the run. A closed connection means a dead process, a silent one a frozen process.
+Messages coordinate the processes: they stop after the same step and exit with the same code.
 """
 
 import logging
@@ -21,20 +21,21 @@ from mae_jax.runtime.discovery import ProcessInfo, address
 from mae_jax.runtime.exit import ending_signals
 from mae_jax.runtime.link import Link
 
-ANY = ("::", "0.0.0.0")  # a listener at these hears all addresses of the machine
+ANY = ("::", "0.0.0.0")  # wildcard addresses
 
 _peers: Link | None = None
 
 
 def peers() -> Link | None:
-    """Returns this process's link to the others, None where it runs alone."""
+    """Returns this process's link to the others, or None for a single process."""
     return _peers
 
 
 def gather(value: Any) -> list[Any]:
-    """Returns the values (of JSON's types) of all processes, in their order, on process 0; each other has its own.
+    """Gathers a JSON value of each process on process 0, in the order of processes; others return [value].
 
-    Of this and the next two: all processes must call the same one, and it returns when all have.
+    `gather`, `broadcast` and `first_true` are collective: all processes must make the same calls, and each call returns
+    when all processes have made it.
     """
     values = [value]
     if _peers:
@@ -43,37 +44,37 @@ def gather(value: Any) -> list[Any]:
 
 
 def broadcast(value: Any) -> Any:
-    """Returns the value of process 0 on all processes."""
+    """Returns the value of process 0, of JSON's types, on all processes."""
     return _peers.meet(value if _peers.place.process_id == 0 else None, lambda values: values[0]) if _peers else value
 
 
 def first_true(value: Any, thread: str = "main") -> Any:
-    """Returns the value of the first process that has a true one, on all; else one that is not.
+    """Returns the first true value among those of all processes, on all processes; a false value if there is none.
 
     Args:
-      value: this process's, of JSON's types.
-      thread: who asks, of THREADS; each has an order of its own.
+      value: this process's value, of JSON's types.
+      thread: the calling thread, one of `link.THREADS`; the calls of each thread are matched separately.
     """
     return _peers.meet(value, lambda values: next(filter(None, values), value), thread) if _peers else value
 
 
 def launch(command: Callable[[], int], place: ProcessInfo, same: Mapping[str, Any], start_seconds: float,
            heartbeat: float) -> int:
-    """Runs `command` as one of several processes, and ends when all end.
+    """Runs `command` as one of several processes, which end together.
 
     Args:
       command: returns the exit code.
-      place: which process this is.
-      same: what all processes must have been started with, by the name of the flag.
-      start_seconds: for all to come.
-      heartbeat: seconds of silence after which a peer counts as lost.
+      place: this process.
+      same: flags by name, with their values, which must be equal on all processes.
+      start_seconds: timeout for all processes to connect.
+      heartbeat: seconds of silence after which a process counts as lost.
 
     Returns:
-      The exit code, where all processes came to the end. Else the process ends here, with the code of the one that
-      stopped first, or `LOST`.
+      The exit code, if all processes finish. Otherwise the function does not return: the process exits with the code of
+      the process that failed first, or `LOST`.
 
     Raises:
-      UserError: not all came, or they do not fit together.
+      UserError: a process did not connect, or was started differently.
     """
     global _peers
     for number in ending_signals():
@@ -92,15 +93,15 @@ def launch(command: Callable[[], int], place: ProcessInfo, same: Mapping[str, An
 
 
 def _interrupt(*_: Any) -> None:
-    """Ends the run by a signal while there is no SignalHandler: nothing is lost."""
+    """Ends the run after a signal while there is no SignalHandler, and so nothing to save."""
     if not _peers:
         raise KeyboardInterrupt
-    # Not as an exception, which the interpreter may drop in a callback; and the main thread may be holding a lock.
+    # In a thread: the interpreter may drop an exception in a callback, and the main thread may hold a lock.
     threading.Thread(target=_peers.fail, args=(KeyboardInterrupt(),), daemon=True).start()
 
 
 def join(place: ProcessInfo, same: Mapping[str, Any], start_seconds: float, heartbeat: float) -> Link:
-    """Waits for all processes and starts jax.distributed; raises UserError naming who did not come."""
+    """Waits for all processes and starts jax.distributed; raises UserError that names the missing processes."""
     greeting = {"mae_jax": place.process_id, "where": f"{socket.gethostname()}, process id {os.getpid()}", "same": same}
     bound = ANY[0]
     if place.process_id:
@@ -115,17 +116,17 @@ def join(place: ProcessInfo, same: Mapping[str, Any], start_seconds: float, hear
         link.tell({"go": port})
     try:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        # On CPUs, a collective holds a thread until all processes have come to it. Seen on two cores: with fewer
-        # threads than collectives at a time, processes wait for each other for ever. XLA reads this variable.
+        # On CPUs, a collective blocks a thread until all processes reach it. With fewer threads than concurrent
+        # collectives, processes deadlock (seen on two cores). XLA reads this variable.
         os.environ.setdefault("NPROC", str(max(32, os.cpu_count() or 1)))
-        # One program at a time: gloo does not tell them apart.
+        # One program at a time: gloo cannot tell the collectives of concurrent programs apart.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
-        jax.config.update("jax_enable_preemption_service", False)  # Link.should_stop does its work, and at once
+        jax.config.update("jax_enable_preemption_service", False)  # Link.should_stop replaces it, without delay
         jax.distributed.initialize(
             address(place.coordinator_host, port), place.num_processes, place.process_id,
             local_device_ids=place.local_device_ids,
             cluster_detection_method="deactivate", initialization_timeout=max(1, int(start_seconds)),
-            # Longer than ours, which names who was lost.
+            # Longer than the link's timeout, whose message names the lost process.
             heartbeat_timeout_seconds=int(2 * heartbeat) + 10, shutdown_timeout_seconds=int(2 * heartbeat) + 10,
             coordinator_bind_address=None if bound in ANY else address(bound, port))
         jax.devices()  # the processes exchange their devices here

@@ -1,6 +1,6 @@
-"""How the processes of a run find each other: process 0 listens, the others call it and say who they are.
+"""Start of a run with several processes: process 0 listens, the others connect and send a greeting.
 
-A caller that says something else, too much or nothing is turned away by itself, whoever else is waited for.
+A caller with an invalid, too long or missing greeting is rejected without any effect on the others.
 """
 
 import errno
@@ -19,11 +19,11 @@ from mae_jax.runtime import bounded_json
 from mae_jax.runtime.discovery import ProcessInfo
 from mae_jax.runtime.wire import Garbage, Line, encode
 
-ANSWER = 2.0  # seconds for a greeting to arrive after its connection, and for a caller to read why it must leave
-PATIENCE = 0.2  # seconds between two calls
-GREETING = 100_000  # bytes
-STRANGERS = 256  # callers at a time that have not said who they are, or must leave
-SPARE = 64 + STRANGERS  # descriptors beside those of the other processes
+ANSWER = 2.0  # seconds for a greeting to arrive after the connection, and for a rejected caller to read the reason
+PATIENCE = 0.2  # seconds between attempts to connect
+GREETING = 100_000  # most bytes of a greeting
+STRANGERS = 256  # most concurrent connections without a valid greeting, or rejected
+SPARE = 64 + STRANGERS  # file descriptors besides those for the other processes
 
 logger = logging.getLogger(__name__)
 _repr = reprlib.Repr()
@@ -31,14 +31,17 @@ _repr.maxstring = _repr.maxother = 200
 
 
 def listen(place: ProcessInfo) -> socket.socket:
-    """Process 0: opens the port of --coordinator; raises UserError where it is taken.
+    """Opens the port of --coordinator on process 0.
 
-    A name may be another address to the others than to this machine, so one listens at all of its addresses for it.
+    For a host name it listens on all addresses of this machine, since the name may resolve differently on the others.
+
+    Raises:
+      UserError: the port is in use, or cannot be opened.
     """
     def at(host: str, **more: Any) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, place.coordinator_port), **{"family": family, **more},
-                                    backlog=max(128, place.num_processes))  # the kernel has a limit of its own
+                                    backlog=max(128, place.num_processes))  # the kernel may limit it further
 
     try:
         if place.coordinator_host == "localhost":
@@ -49,7 +52,7 @@ def listen(place: ProcessInfo) -> socket.socket:
             except OSError as error:
                 if error.errno != errno.EADDRNOTAVAIL:
                     raise
-                logger.warning("%s is no address of this machine; process 0 listens at all that it has",
+                logger.warning("%s is not an address of this machine; process 0 listens on all of its addresses",
                                place.coordinator_host)
         dual = socket.has_dualstack_ipv6()
         return at("", family=socket.AF_INET6, dualstack_ipv6=True) if dual else at("")
@@ -62,14 +65,18 @@ def listen(place: ProcessInfo) -> socket.socket:
 
 
 def receive(place: ProcessInfo, listener: socket.socket, own: Mapping[str, Any], seconds: float) -> dict[int, Line]:
-    """Process 0: waits for a call of every other process; returns number → connection."""
+    """Waits on process 0 for all other processes; returns process → connection.
+
+    Raises:
+      UserError: a process did not connect within `seconds`, or was started with other flags.
+    """
     allow_descriptors(place.num_processes)
     deadline = time.monotonic() + seconds
     with selectors.DefaultSelector() as selector:
         reception = Reception(place, Door(listener, selector), own)
         while absent := place.num_processes - 1 - len(reception.lines):
             if (left := deadline - time.monotonic()) <= 0:
-                reception.dismiss(f"{reception.absent(absent)} of {place.num_processes} did not come to "
+                reception.dismiss(f"{reception.absent(absent)} of {place.num_processes} did not connect to "
                                   f"{place.address} within {seconds:g} s; start the same command there too, each with "
                                   "its own --process")
             for key, _ in selector.select(min(left, PATIENCE)):
@@ -80,9 +87,13 @@ def receive(place: ProcessInfo, listener: socket.socket, own: Mapping[str, Any],
 
 
 def allow_descriptors(processes: int) -> None:
-    """Raises this process's limit of open files to what so many processes need; raises UserError where it is fixed."""
+    """Raises this process's limit of open files for connections to `processes` processes.
+
+    Raises:
+      UserError: the hard limit is too low.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * processes + 1024  # jax.distributed has a connection of each, too
+    wanted = 2 * processes + 1024  # jax.distributed opens a connection to each process too
     if hard != resource.RLIM_INFINITY:
         if hard < 2 * processes + SPARE - STRANGERS:
             raise UserError(f"process 0 of {processes} needs {wanted} open files, and may have {hard}; raise the limit "
@@ -93,10 +104,10 @@ def allow_descriptors(processes: int) -> None:
 
 
 class Door:
-    """Where process 0 listens, with the callers that are not let in: each is closed at a time of its own.
+    """The listening socket of process 0, and the connections that are not accepted as processes of the run.
 
     Attributes:
-      callers: those that have not said who they are, or must leave → when they are closed; in the order of that.
+      callers: connections without a valid greeting, or rejected → time at which they are closed, ascending.
     """
 
     def __init__(self, listener: socket.socket, selector: selectors.BaseSelector):
@@ -106,13 +117,13 @@ class Door:
         selector.register(listener, selectors.EVENT_READ)
 
     def accept(self) -> Iterator[Line]:
-        """Yields some of the callers that are there; raises OSError where there are no descriptors for them."""
-        for _ in range(64):  # then others are heard
+        """Yields new connections, at most 64; raises OSError if there are no file descriptors for them."""
+        for _ in range(64):  # a bound, so that established connections are served too
             try:
                 line = Line(self.listener.accept()[0], GREETING)
             except OSError as error:
                 if error.errno not in (errno.EMFILE, errno.ENFILE):
-                    return  # there is none, or it has gone
+                    return  # no caller is waiting, or it has gone
                 if not self.callers:
                     raise
                 self.drop(next(iter(self.callers)))
@@ -124,14 +135,14 @@ class Door:
             yield line
 
     def turn_away(self, line: Line, text: str) -> None:
-        """Says why a caller must leave, and gives it time to read that: closed at once, the text might not arrive."""
+        """Rejects a caller with a reason; the connection stays open for ANSWER seconds, so that the reason arrives."""
         line.put(encode({"leave": [errors.MISTAKE, text]}))
         self.selector.unregister(line.socket)
         self.callers.pop(line)
         self.callers[line] = time.monotonic() + ANSWER
 
     def drop(self, line: Line) -> None:
-        """Closes a connection, once: it may be ready in the very round in which it was closed."""
+        """Closes a connection; does nothing if it is closed, as it may be later in the round that closed it."""
         self.callers.pop(line, None)
         if line.socket.fileno() < 0:
             return
@@ -140,23 +151,23 @@ class Door:
         line.close()
 
     def close(self) -> None:
-        """Takes no more calls."""
+        """Closes all callers and the listening socket."""
         self.sweep(all_of_them=True)
         self.selector.unregister(self.listener)
         self.listener.close()
 
     def sweep(self, all_of_them: bool = False) -> None:
-        """Closes the callers whose time is over."""
+        """Closes the callers whose time is over, or all."""
         now = float("inf") if all_of_them else time.monotonic()
         while self.callers and now > next(iter(self.callers.values())):
             self.drop(next(iter(self.callers)))
 
 
 class Reception:
-    """Process 0 while the others come.
+    """The state of process 0 while the others connect.
 
     Attributes:
-      lines: number → connection of those that have come.
+      lines: process → connection, for the processes that are connected.
     """
 
     def __init__(self, place: ProcessInfo, door: Door, own: Mapping[str, Any]):
@@ -166,13 +177,14 @@ class Reception:
         self._same = bounded_json.as_read(own["same"])
 
     def hear(self, line: Line | None) -> None:
-        """Does what a connection, or the listener for None, is ready for."""
+        """Reads from a connection that is ready, or for None accepts new connections."""
         if line is None:
             try:
                 list(self.door.accept())
             except OSError as error:
-                raise UserError(f"process 0 of {self.place.num_processes} cannot take more calls: {error.strerror}; "
-                                "raise the limit of open files (ulimit -n) where it is started") from None
+                raise UserError(f"process 0 of {self.place.num_processes} cannot accept more connections: "
+                                f"{error.strerror}; raise the limit of open files (ulimit -n) where it is started"
+                                ) from None
             return
         try:
             lasts = line.read()
@@ -181,7 +193,7 @@ class Reception:
             lasts, message = False, None
         if line in self.door.callers and message is not None:
             self._greet(line, message)
-        elif not lasts or message is not None:  # who has come says nothing before all are there
+        elif not lasts or message is not None:  # connected processes must be silent until all are connected
             self.lines.pop(self._numbers.pop(line, 0), None)
             self.door.drop(line)
 
@@ -191,9 +203,9 @@ class Reception:
                     same.keys() & self._same.keys() or not self._same):
                 difference, where = _difference(same, self._same), errors.printable(where)[:200]
             case _:
-                return self.door.drop(line)  # something that came across the port
+                return self.door.drop(line)  # not a process of mae_jax
         if not 0 <= number < self.place.num_processes:
-            return self._refuse(line, f"{where} calls itself process {_repr.repr(number)} of a run of "
+            return self._refuse(line, f"{where} was started as process {_repr.repr(number)} of a run of "
                                 f"{self.place.num_processes}, from 0", difference)
         if difference:
             self.lines[-1] = line
@@ -212,13 +224,13 @@ class Reception:
         self.door.turn_away(line, f"{text}; {more}" if more else text)
 
     def absent(self, count: int) -> str:
-        """Returns the `count` processes that have not come, by their numbers."""
+        """Returns the text 'processes 1, 3' for the `count` processes that are not connected."""
         numbers = [number for number in range(1, self.place.num_processes) if number not in self.lines]
         rest = f" and {count - 20} more" if count > 20 else ""
         return f"process{'es' if count > 1 else ''} {', '.join(map(str, numbers[:20]))}{rest}"
 
     def dismiss(self, text: str) -> NoReturn:
-        """Tells all that have come why there will be no run, and raises UserError."""
+        """Sends the reason to all connected processes, which then end, and raises UserError."""
         for line in self.lines.values():
             line.put(encode({"leave": [errors.MISTAKE, text]}))
             line.close()
@@ -226,7 +238,11 @@ class Reception:
 
 
 def call(place: ProcessInfo, greeting: Mapping[str, Any], seconds: float) -> tuple[Line, int]:
-    """Other processes: calls process 0 until it answers; returns the connection and the port of jax.distributed."""
+    """Connects to process 0 from another process; returns the connection and the port of jax.distributed.
+
+    Raises:
+      UserError: process 0 does not answer within `seconds`, or rejects this process.
+    """
     deadline, state = time.monotonic() + seconds, "no answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
@@ -235,7 +251,7 @@ def call(place: ProcessInfo, greeting: Mapping[str, Any], seconds: float) -> tup
             state = str(error.strerror or error)
             time.sleep(PATIENCE)
             continue
-        reply = _answer(line, greeting, deadline + ANSWER)  # process 0 began to wait at another time
+        reply = _answer(line, greeting, deadline + ANSWER)  # process 0's own deadline may be somewhat later
         match reply:
             case {"go": int(port)}:
                 return line, port
@@ -243,17 +259,17 @@ def call(place: ProcessInfo, greeting: Mapping[str, Any], seconds: float) -> tup
                 line.close()
                 raise UserError(text)
         line.close()
-        state = "it takes the call and says nothing"
+        state = "it accepts connections and sends nothing"
         time.sleep(PATIENCE)
     raise UserError(f"coordinator {place.address} does not answer within {seconds:g} s ({state}); is process 0 running "
                     "there, and the port open?")
 
 
 def _answer(line: Line, greeting: Mapping[str, Any], deadline: float) -> dict[str, Any]:
-    """Returns what process 0 answers, {} where nothing that can be understood comes in time."""
+    """Sends the greeting and returns the answer of process 0; {} if there is no valid answer before the deadline."""
     line.put(lines := encode(greeting))
     if (size := sum(map(len, lines))) > GREETING:
-        raise UserError(f"flags and config are {size} bytes of text; processes compare {GREETING} at most")
+        raise UserError(f"flags and config are {size} bytes of text; processes can compare at most {GREETING}")
     with selectors.DefaultSelector() as selector:
         selector.register(line.socket, selectors.EVENT_READ)
         while (left := deadline - time.monotonic()) > 0:
@@ -271,14 +287,14 @@ def _answer(line: Line, greeting: Mapping[str, Any], deadline: float) -> dict[st
 
 
 def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    """Returns which flags differ, '' where none does."""
+    """Returns the first flags that differ, with both values; '' if none does."""
     names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     return "; ".join(f"{errors.printable(name)[:200]}={_repr.repr(theirs.get(name))} and {_repr.repr(ours.get(name))}"
                      for name in names[:3])
 
 
 def free_port(listener: socket.socket) -> int:
-    """Returns a port that nobody listens at, at the addresses of `listener`."""
+    """Returns a free port on the address of `listener`."""
     with socket.socket(listener.family) as free:
         free.bind((listener.getsockname()[0], 0))
         return free.getsockname()[1]

@@ -1,9 +1,9 @@
-"""The mesh, where arrays live on it, and the way of a host batch to the devices.
+"""The mesh, the shardings of arrays, and the transfer of a host batch to the devices.
 
-`config.mesh` has the axes `data` (devices share the rows of a batch), `fsdp` (they also cut every parameter, which is
-gathered where it is used) and `tensor` (they share heads and hidden units). ZeRO (arXiv 1910.02054) cuts parameters,
-optimizer and averages over `data` as well; in the mesh itself, that axis is then called `zero`. Each gradient is
-scattered to where its piece of the optimizer lives as it is summed, and each parameter is gathered once a step.
+`config.mesh` has the axes `data` (shards the rows of a batch), `fsdp` (shards rows and parameters; a parameter is
+gathered where it is used) and `tensor` (shards heads and hidden units). With ZeRO (arXiv 1910.02054), `data` also
+shards parameters, optimizer state and moving averages, and is called `zero` in the mesh. Gradients are then
+reduce-scattered to the shards of the optimizer state, and parameters are gathered once per step.
 """
 
 import math
@@ -23,31 +23,36 @@ from mae_jax.ops.partitioning import ROWS, kernel_spec
 from mae_jax.param_tree import path
 
 AXES = ("data", "zero", "fsdp", "tensor")
-# Path → the dimension that `tensor` cuts: hidden units and heads (Megatron-LM, section 3, arXiv 1909.08053). The kernel
-# of q, k and v is whole along `tensor`: its columns are three matrices side by side, and cutting them would not cut
-# heads.
+# Regex of paths → the dimension that `tensor` shards: hidden units and heads (Megatron-LM, arXiv 1909.08053, section
+# 3). The kernel of q, k and v is not sharded along `tensor`: its columns are three matrices side by side, so that its
+# shards would not be whole heads.
 TENSOR_RULES = ((r"block_\d+/mlp/fc1/(kernel|bias)$", "out"), (r"block_\d+/(attn/proj|mlp/fc2)/kernel$", "in"))
-# Kind of device or platform → who adds up first where a reduction over all devices has two stages: the second sends
-# pieces alone. One stage over the whole torus would be best, but there libtpu (0.0.52) makes an all-reduce of a
-# reduce-scatter, which sends twice as much: on v5e and v6e from 16 chips on, on v4 from 8.
-# - cores: the two of a chip, whose exchange needs no link.
+# Kind of device, or platform → the group that reduces first, if reductions over all devices have two stages. The second
+# stage sends shards only. One stage over the whole torus would be best, but libtpu (0.0.52) turns such a reduce-scatter
+# into an all-reduce, which sends twice as much: on v5e and v6e with 16 or more chips, on v4 with 8 or more.
+# - cores: the two cores of a chip, whose exchange needs no link.
 # - half: half of the slice, a box, over nearly all links of the torus. Pairs of neighbors first would send half of all
-#   bytes over one link of each chip. By the planner this takes 0.72 (v5e:4x4), 0.77 (v6e:4x4) times as long as one
-#   stage does, and 0.60 and 0.56 times as long as pairs first; on 8 chips 1.2 to 1.5 times as long as one stage.
-# - all: in one stage, since NCCL does as it is told.
+#   bytes over one link of each chip. By the planner's estimates, halves first take 0.72 (v5e:4x4) and 0.77 (v6e:4x4)
+#   times as long as one stage, and 0.60 and 0.56 times as long as pairs first; on 8 chips, 1.2 to 1.5 times as long as
+#   one stage.
+# - all: one stage, since NCCL keeps the reduce-scatter.
 STAGES = {"TPU v2": "cores", "TPU v3": "cores", "TPU7x": "cores", "tpu": "half", "gpu": "all", "cpu": "cores"}
-FEWEST = {"cores": 4, "half": 16, "all": math.inf}  # devices from which on there are two stages
+FEWEST = {"cores": 4, "half": 16, "all": math.inf}  # least number of devices for two stages
 
 
 def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
-    """Returns the mesh that `config.mesh` of a config without 'auto' describes over all devices, or those given.
+    """Builds the mesh of `config.mesh`, whose 'auto' values must be resolved.
 
-    Several slices are the outermost part of `data`; all other axes lie inside a slice. With ZeRO, `data` is then the
-    slices alone: a gradient is scattered over the devices of a slice, and its pieces are summed over the slices.
+    With several slices, `data` runs over the slices first; all other axes lie inside a slice. With ZeRO, `data` runs
+    over the slices only: gradients are scattered within a slice, and their shards are summed over the slices.
+
+    Args:
+      config: the config.
+      devices: the devices to use; None: all.
 
     Raises:
-      UserError: the axes do not multiply to the number of devices, do not fit the slices, the batch does not divide, or
-        gradients would be summed in less than activations have.
+      UserError: the axes do not multiply to the number of devices or do not fit the slices, the batch size is not
+        divisible, or gradients would be summed with less precision than activations have.
     """
     devices = jax.devices() if devices is None else devices
     data, fsdp, tensor = mesh_sizes(config, len(devices))
@@ -67,9 +72,9 @@ def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Me
 
 
 def _slices(config: ConfigDict, devices: list[jax.Device]) -> list[list[jax.Device]]:
-    """Returns the devices of each slice, in the order of the slices; raises UserError where mesh.slices does not fit.
+    """Returns the devices of each slice, in the order of slices; raises UserError if mesh.slices does not fit.
 
-    TPUs say which slice they are in. Others are parted in their order, which is by process.
+    TPU devices have a slice index. Other devices are split in their order, which is by process.
     """
     count = config.mesh.slices
     if count < 1 and count != -1:
@@ -89,21 +94,22 @@ def _slices(config: ConfigDict, devices: list[jax.Device]) -> list[list[jax.Devi
 
 
 def _slice_mesh(sizes: tuple[int, int, int, int], devices: list[jax.Device]) -> np.ndarray:
-    """Returns the devices of one slice as an array of the sizes of AXES, or with the axis that cuts parameters in two.
+    """Returns the devices of one slice as an array with the axes AXES.
 
-    Where all rows are along one axis that cuts parameters, `zero` and `fsdp` are the two stages of its reductions.
+    If either `zero` or `fsdp` alone shards the rows, the two axes become the two stages of its reductions.
     """
     data, zero, fsdp, tensor = sizes
     rows, first = zero * fsdp, STAGES.get(devices[0].device_kind) or STAGES[devices[0].platform]
     place = partial(mesh_utils.create_device_mesh, devices=devices, allow_split_physical_axes=True)
     if data > 1 or rows not in (zero, fsdp) or rows < FEWEST[first] or rows % 2:
         return place(sizes)
-    # The last axes are placed first, the closest together.
+    # create_device_mesh gives the last axes the nearest neighbors.
     return place((1, rows // 2, 2, tensor) if first == "cores" else (1, 2, rows // 2, tensor)).swapaxes(1, 2)
 
 
 def mesh_sizes(config: ConfigDict, devices: int) -> list[int]:
-    """Returns the sizes of data, fsdp and tensor, -1 resolved; raises UserError when they are not `devices`."""
+    """Returns the sizes of data, fsdp and tensor with -1 resolved; raises UserError if their product is not `devices`.
+    """
     sizes = [config.mesh[axis] for axis in ("data", "fsdp", "tensor")]
     text = f"mesh.data={sizes[0]}, mesh.fsdp={sizes[1]}, mesh.tensor={sizes[2]}"
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
@@ -124,40 +130,47 @@ def _check_batch(config: ConfigDict, parts: int) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of the global batch over all axes but `tensor`, along which devices hold the same rows."""
+    """Returns the sharding of a batch's rows, over all axes but `tensor`."""
     return NamedSharding(mesh, P(ROWS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same values on every device."""
+    """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
 def param_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Returns where the parameter of a path lives, and whatever has its path behind a prefix: moments, averages."""
+    """Returns the sharding of a parameter by its path, or of an array whose path ends with it: moments, averages."""
     split = next((split for pattern, split in TENSOR_RULES if re.search(pattern, name)), "")
     return NamedSharding(mesh, kernel_spec(shape, split, mesh.shape))
 
 
 def param_shardings(mesh: Mesh, shapes: Any) -> Any:
-    """Returns the tree of `param_sharding` for a tree of shapes: parameters, or a whole train state."""
+    """Returns the tree of `param_sharding` for a tree of shapes: of parameters, or of a whole train state."""
     return jax.tree_util.tree_map_with_path(lambda keys, leaf: param_sharding(mesh, path(keys), leaf.shape), shapes)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Returns the rows of the global batch that this process's devices hold, ascending, each once."""
+    """Returns the indices of the global batch's rows that this process's devices hold, int [b], ascending and unique.
+    """
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
-    """Makes global arrays [B, ...] of `local_rows` of a batch, which is what this process holds."""
+    """Puts a batch on the devices, as global arrays [B, ...].
+
+    Args:
+      batch: the rows `local_rows` of the batch, host arrays [b, ...].
+      mesh: the mesh.
+      batch_size: B.
+    """
     sharding, rows = batch_sharding(mesh), local_rows(mesh, batch_size)
 
     def place(value: np.ndarray) -> jax.Array:
         def part(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None  # JAX gives none for a scalar
-            # The rows of a device are contiguous in the batch, and so they are among this process's ascending rows.
+            assert index is not None  # None is for scalars only
+            # A device's rows are contiguous in the batch, and therefore among this process's rows, which ascend.
             start, stop, _ = index[0].indices(batch_size)
             first = int(np.searchsorted(rows, start))
             return value[first : first + stop - start]
@@ -168,7 +181,7 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dic
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """Returns the tree of shapes as ShapeDtypeStructs that carry their sharding; one sharding may stand for a tree."""
+    """Returns a tree of shapes as ShapeDtypeStructs with shardings; one sharding may apply to a whole subtree."""
     def join(sharding: NamedSharding, part: Any) -> Any:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), part)
 

@@ -1,8 +1,8 @@
-"""Stopping on a signal: SIGTERM, SIGHUP and Ctrl-C save at the current step, or end at once when nothing is lost.
+"""Stopping on a signal: after SIGTERM, SIGHUP or Ctrl-C, a run saves the current step, or ends at once if it is saved.
 
-Python runs signal handlers between bytecodes of the main thread, hence never while XLA compiles, which can take
-minutes. So the handlers here do nothing, and a daemon thread reads the bytes that CPython's C handler writes to
-`signal.set_wakeup_fd`.
+Python runs signal handlers between bytecodes of the main thread, and therefore not while XLA compiles, which can take
+minutes. So the handlers here do nothing, and a daemon thread reads the signal numbers, which CPython's C handler writes
+to `signal.set_wakeup_fd`.
 """
 
 import os
@@ -15,24 +15,24 @@ from mae_jax.errors import STOPPED
 from mae_jax.runtime import peers
 from mae_jax.runtime.exit import ending_signals, exit_now, write_stderr
 
-QUIT = 130  # 128 + SIGINT, as shells report it
+QUIT = 130  # exit code 128 + SIGINT, as shells report it
 
 
 class Stopper(Protocol):
-    """Is asked after each step whether to save and stop."""
+    """Decides after each step whether the loop saves and stops."""
 
     def mark_unsaved(self) -> None:
-        """The loop says: a step was taken, its result is not on disk yet."""
+        """Records that the state after the last step is not on disk yet."""
 
     def mark_saved(self) -> None:
-        """The loop says: the state as of now is committed on disk."""
+        """Records that the current state is committed on disk."""
 
     def should_stop(self, step: int) -> bool:
-        """Tells whether to save and stop after `step`."""
+        """Returns whether to save and stop after `step`."""
 
 
 class NoSignals:
-    """Never stops a run: for a process whose signals are not ours."""
+    """A Stopper that never stops a run, for a process that handles its signals itself."""
 
     def mark_unsaved(self) -> None:
         """See `Stopper`."""
@@ -46,12 +46,12 @@ class NoSignals:
 
 
 class SignalHandler:
-    """Context manager that turns `ending_signals` into a request to save and stop. Enter it in the main thread.
+    """Context manager that turns `ending_signals` into a request to save and stop; enter it in the main thread.
 
-    With several processes a signal to one of them stops all: after the same step, or at once.
+    With several processes, a signal to one of them stops all: after the same step, or at once.
 
     Attributes:
-      requested: set by the first signal to this process; the loop saves and exits with `STOPPED`.
+      requested: True after the first signal to this process; the loop then saves and exits with `STOPPED`.
     """
 
     def __init__(self) -> None:
@@ -60,15 +60,15 @@ class SignalHandler:
         self._interrupts = 0
 
     def mark_unsaved(self) -> None:
-        """The loop says: a step was taken, its result is not on disk yet."""
+        """See `Stopper`."""
         self._unsaved = True
 
     def mark_saved(self) -> None:
-        """The loop says: the state as of now is committed on disk."""
+        """See `Stopper`."""
         self._unsaved = False
 
     def should_stop(self, step: int) -> bool:
-        """Tells whether to save and stop after `step`; with several processes all get the same answer."""
+        """Returns whether to save and stop after `step`; all processes get the same answer."""
         return self._peers.should_stop(step) if self._peers else self.requested
 
     def __enter__(self) -> "SignalHandler":
@@ -100,7 +100,7 @@ class SignalHandler:
         if self._interrupts > 1:
             self._leave("stopped at once: steps since the last save are lost", QUIT)
         elif not self._unsaved:
-            self._leave("stopped: nothing to save, the same command goes on from here", STOPPED)
+            self._leave("stopped: nothing to save; the same command resumes from here", STOPPED)
         elif not self.requested:
             self.requested = True
             write_stderr("stopping: saving after this step; press Ctrl-C "
@@ -112,4 +112,4 @@ class SignalHandler:
         write_stderr(line)
         if self._peers:
             self._peers.leave(code, line)
-        exit_now(code)  # the main thread may be inside a compilation that no exception can interrupt
+        exit_now(code)  # the main thread may be in a compilation, which no exception can interrupt

@@ -1,14 +1,14 @@
-"""Where the time to the first step goes: one stop-watch per process, by a clock that nobody sets."""
+"""Timer of the phases before the first step, one per process, by a monotonic clock."""
 
 import itertools
 import time
 
-_marks = [("", time.monotonic())]  # a command imports this first
+_marks = [("", time.monotonic())]  # starts here, since a command imports this module first
 _begun = False
 
 
 def begin() -> None:
-    """Begins to count now, but for the first time, which counts from the import: a process may train several times."""
+    """Starts the timer, for a process that trains several times; the first run's time starts at the import instead."""
     global _begun
     if _begun:
         _marks[:] = [("", time.monotonic())]
@@ -16,12 +16,12 @@ def begin() -> None:
 
 
 def done(name: str) -> None:
-    """Ends the phase that began where the one before ended."""
+    """Ends the current phase, names it, and starts the next one."""
     _marks.append((name, time.monotonic()))
 
 
 def summary() -> str:
-    """Returns 'time to first step 12.3 s: imports 1.2, data 0.8, ...' and starts anew."""
+    """Returns the total and the phases, '12.3 s: imports 1.2, data 0.8, ...', and resets the timer."""
     parts = ", ".join(f"{name} {end - begin:.1f}" for (_, begin), (name, end) in itertools.pairwise(_marks))
     total = _marks[-1][1] - _marks[0][1]
     del _marks[:-1]

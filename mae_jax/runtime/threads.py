@@ -1,4 +1,4 @@
-"""Something done by a thread of its own, which no end of the process waits for."""
+"""Runs callables in daemon threads, which the exit of the process does not join."""
 
 import concurrent.futures
 import threading
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def start(action: Callable[[], Any]) -> concurrent.futures.Future:
-    """Starts an action; returns what will hold its result, or what it raised."""
+    """Runs `action` in a daemon thread; returns the Future of its result or exception."""
     future: concurrent.futures.Future = concurrent.futures.Future()
 
     def run() -> None:
@@ -21,5 +21,5 @@ def start(action: Callable[[], Any]) -> concurrent.futures.Future:
 
 
 def ends(future: concurrent.futures.Future, seconds: float) -> bool:
-    """Waits for so many seconds at most; returns whether the action has ended."""
+    """Waits for the future for at most `seconds`; returns whether it is done."""
     return not concurrent.futures.wait([future], seconds).not_done

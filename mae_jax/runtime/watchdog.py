@@ -1,4 +1,4 @@
-"""Ends a run that hangs: a step, a save, the input or an evaluation that takes too long, with all stacks on record."""
+"""Ends a run whose step, save, input or evaluation hangs, and writes the stacks of all threads."""
 
 import sys
 import threading
@@ -12,37 +12,42 @@ from mae_jax import errors
 from mae_jax.runtime import peers as runtime_peers
 from mae_jax.runtime.exit import exit_now, write_stderr
 
-TICK = 0.5  # seconds between two looks
-WRITING = 10.0  # seconds for the stacks to be written to the workdir, which may be what hangs
+TICK = 0.5  # seconds between checks
+WRITING = 10.0  # timeout for writing the stacks to the workdir, whose disk may be what hangs
 
 _running: "Watchdog | None" = None
 
 
 def heartbeat() -> None:
-    """Says that what takes long gets on; called for each batch of an evaluation."""
+    """Reports progress of a long operation, such as after each batch of an evaluation."""
     if _running:
         _running.turn += 1
 
 
 class Watchdog:
-    """Context manager with a thread that ends the process, with exit code 3, when one thing takes too long.
+    """Context manager with a thread that ends the process, with exit code 3, if an operation makes no progress.
 
-    Time is counted by the thread's own ticks: while the whole process is frozen (SIGSTOP, Ctrl-Z), none
-    passes. A main thread that holds Python's lock for ever is not noticed.
+    Time is counted by the thread's own ticks, so that no time passes while the process is frozen (SIGSTOP, Ctrl-Z). A
+    main thread that never releases Python's global lock is not detected.
 
     Attributes:
-      turn: changes whenever something begins or gets on.
+      turn: counter of beginnings and of `heartbeat` calls.
     """
 
     def __init__(self, seconds: float, workdir: epath.Path):
-        """Watches nothing before `on` is called, and nothing at all where `seconds` is 0."""
+        """Creates the watchdog.
+
+        Args:
+          seconds: timeout of an operation without progress; 0: none.
+          workdir: where the stacks are written.
+        """
         self.seconds, self.workdir = seconds, workdir
         self.turn, self._doing = 0, ""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def watch(self, doing: str) -> None:
-        """Says what begins now, as 'the input of step 7'; '' stops watching."""
+        """Starts the timeout of an operation, named such as 'the input of step 7'; '' stops it."""
         self._doing = doing
         self.turn += 1
 
@@ -74,8 +79,7 @@ class Watchdog:
         writer = threading.Thread(target=_write, args=(file, _stacks()), daemon=True)
         writer.start()
         writer.join(WRITING)
-        line = (f"stopped: {doing} took more than guard.stall_seconds={self.seconds:g}; what every thread was doing: "
-                f"{file}")
+        line = f"stopped: {doing} took more than guard.stall_seconds={self.seconds:g}; stacks of all threads: {file}"
         write_stderr(line)
         if peers := runtime_peers.peers():
             peers.leave(errors.GUARD, line)
@@ -83,7 +87,7 @@ class Watchdog:
 
 
 def _stacks() -> str:
-    """Returns what all threads are doing; touches no file, since a disk may be what hangs."""
+    """Returns the stacks of all threads; reads no source files, since a disk may be what hangs."""
     names, lines = {thread.ident: thread.name for thread in threading.enumerate()}, []
     for number, newest in sys._current_frames().items():
         frame: FrameType | None = newest
@@ -96,7 +100,7 @@ def _stacks() -> str:
 
 
 def _write(file: epath.Path, text: str) -> None:
-    """Writes the stacks to the workdir, or to the screen where that fails."""
+    """Writes the stacks to the workdir, or to standard error if that fails."""
     try:
         file.write_text(text)
     except Exception as error:

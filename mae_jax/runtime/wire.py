@@ -1,6 +1,7 @@
-"""One connection between two processes: messages are lines of JSON, and nothing here waits for the other end.
+"""A non-blocking connection between two processes, whose messages are lines of JSON.
 
-What is urgent (signs of life, ends) goes before values, which go in parts: it waits behind one part at most.
+Urgent messages (heartbeats, exits) precede others. Long messages are sent in parts, so that an urgent one waits for at
+most one part.
 """
 
 import contextlib
@@ -13,18 +14,18 @@ from typing import Any
 
 from mae_jax.runtime import bounded_json
 
-PART = 1 << 15  # bytes of a longer message that go at once
-LIMIT = 1 << 23  # bytes of a message: lists of steps, texts of errors, no arrays
-UNREAD = 4 * LIMIT  # bytes that may wait for the other end
-MORE, LAST = b"+", b"="  # begin the lines of a message in parts; others begin with '{'
+PART = 1 << 15  # most bytes of a part
+LIMIT = 1 << 23  # most bytes of a message: lists of steps, texts of errors, no arrays
+UNREAD = 4 * LIMIT  # most bytes that may wait to be sent
+MORE, LAST = b"+", b"="  # first byte of the lines of a message in parts; other lines begin with '{'
 
 
 class Garbage(Exception):
-    """What came is no message."""
+    """Received bytes that are not a valid message."""
 
 
 def encode(message: Mapping[str, Any]) -> list[bytes]:
-    """Returns a message as lines, for any number of `Line.put`; raises ValueError for one beyond LIMIT."""
+    """Encodes a message as lines for `Line.put`; raises ValueError if it is longer than LIMIT."""
     text = json.dumps(message).encode()
     if len(text) > LIMIT:
         raise ValueError(f"a message of {len(text)} bytes to other processes; at most {LIMIT}")
@@ -35,7 +36,7 @@ def encode(message: Mapping[str, Any]) -> list[bytes]:
 
 
 def decode(text: bytes) -> dict[str, Any]:
-    """Returns a message; raises Garbage."""
+    """Decodes a message; raises Garbage if it is not a JSON object."""
     try:
         return bounded_json.parse_object(text)
     except ValueError as error:
@@ -46,36 +47,36 @@ class Line:
     """A connection.
 
     Attributes:
-      socket: does not block.
-      limit: bytes of a message that is taken.
-      moved: when something was last taken by the other end's machine, or began to wait for it (time.monotonic).
+      socket: non-blocking.
+      limit: most bytes of a received message.
+      moved: time (time.monotonic) at which the kernel last accepted bytes, or bytes began to wait.
     """
 
     def __init__(self, connection: socket.socket, limit: int = LIMIT):
         self.socket, self.limit, self.moved = connection, limit, 0.0
         connection.setblocking(False)
-        with contextlib.suppress(OSError):  # a pair of Unix sockets has neither
+        with contextlib.suppress(OSError):  # Unix sockets have neither option
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # What the kernel holds back is sent before anything urgent.
+            # Bytes in the kernel's buffer precede urgent messages, so the buffer is kept short.
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, PART)
         self._urgent: deque[bytes] = deque()
         self._values: deque[bytes] = deque()
-        self._rest = memoryview(b"")  # of what was sent in part
+        self._rest = memoryview(b"")  # unsent rest of the current line
         self._unread = 0
         self._heard, self._parts = bytearray(), bytearray()
 
     @property
     def waits(self) -> bool:
-        """Says whether something is still to be sent."""
+        """Whether bytes wait to be sent."""
         return self._unread > 0
 
     @property
     def full(self) -> bool:
-        """Says whether more waits than may."""
+        """Whether more than UNREAD bytes wait to be sent."""
         return self._unread > UNREAD
 
     def put(self, lines: Sequence[bytes], urgent: bool = False) -> None:
-        """Has lines of `encode` sent, and sends what goes at once."""
+        """Queues lines from `encode`, and sends as much as possible without blocking."""
         if not self.waits:
             self.moved = time.monotonic()
         (self._urgent if urgent else self._values).extend(lines)
@@ -83,7 +84,7 @@ class Line:
         self.flush()
 
     def flush(self) -> None:
-        """Sends what goes without waiting; forgets all where the connection is closed, which reading will show."""
+        """Sends as much as possible without blocking; drops everything if the connection is closed (see `read`)."""
         try:
             while self._unread:
                 if not self._rest:
@@ -98,7 +99,7 @@ class Line:
             self._rest, self._unread = memoryview(b""), 0
 
     def read(self) -> bool:
-        """Reads once what has come; returns False at the connection's end."""
+        """Receives available bytes once; returns False if the connection is closed."""
         try:
             data = self.socket.recv(1 << 16)
         except BlockingIOError:
@@ -109,7 +110,7 @@ class Line:
         return bool(data)
 
     def next(self) -> dict[str, Any] | None:
-        """Returns the next message that has come whole, None where there is none; raises Garbage."""
+        """Returns the next complete message, or None; raises Garbage for an invalid or too long one."""
         while (end := self._heard.find(b"\n")) >= 0:
             text = bytes(self._heard[:end])
             del self._heard[:end + 1]
@@ -128,5 +129,5 @@ class Line:
             raise Garbage(f"more than {self.limit} bytes")
 
     def close(self) -> None:
-        """Closes the connection; what was sent still arrives."""
+        """Closes the connection; bytes that were sent still arrive."""
         self.socket.close()

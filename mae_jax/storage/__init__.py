@@ -1,1 +1,1 @@
-"""Files and buckets: checkpoints, the workdir's lock, metric files, weight files."""
+"""Files and buckets: checkpoints, the lock of a workdir, metrics, weights, caches."""

@@ -1,4 +1,4 @@
-"""What may fail without harm: tried, and told where it did."""
+"""Actions whose failure is only a warning."""
 
 import logging
 import time
@@ -11,9 +11,14 @@ logger = logging.getLogger(__name__)
 
 
 def attempt(what: str, action: Callable[[], Any], tries: int = 1) -> bool:
-    """Does something that may fail without harm; a warning says so.
+    """Runs an action up to `tries` times; returns whether it succeeded, and logs a warning if it did not.
 
-    More than one try, because a failed save's other writers may still be putting files into the folder to remove.
+    Several tries help to remove the folder of a failed save, into which other writers may still put files.
+
+    Args:
+      what: the action, for the warning: 'could not {what}: ...'.
+      action: may raise any exception.
+      tries: number of tries, 0.2 s apart.
     """
     for left in reversed(range(tries)):
         try:

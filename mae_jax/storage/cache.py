@@ -1,4 +1,4 @@
-"""What was made once from data that stay as they are, kept for the next start, in a folder of the user's."""
+"""A cache of files in the user's folder, for results that are computed once from unchanged data."""
 
 import contextlib
 import hashlib
@@ -18,18 +18,18 @@ from mae_jax.storage.paths import normalized
 
 
 def folder() -> Path:
-    """Returns $MAE_JAX_CACHE, or mae_jax in the user's folder for caches; it need not be there."""
+    """Returns the folder of the cache, which may not exist: $MAE_JAX_CACHE, or mae_jax in the user's cache folder."""
     if named := os.environ.get("MAE_JAX_CACHE", ""):
         return Path(normalized(named, "MAE_JAX_CACHE"))
     return Path(normalized(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME")) / "mae_jax"
 
 
 def arrays(key: Any, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Returns arrays, none of Python objects, from the cache, or makes and keeps them; a cache that fails is none.
+    """Returns arrays from the cache, or makes and stores them; a cache that cannot be read or written is ignored.
 
     Args:
-      key: whose repr says of what the arrays are made, and how: another one has other arrays.
-      make: makes them.
+      key: its repr must identify the inputs and the computation of the arrays.
+      make: returns the arrays by name; they must not hold Python objects.
     """
     if (there := found(key)) is not None:
         return there
@@ -39,7 +39,7 @@ def arrays(key: Any, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.
 
 
 def found(key: Any) -> dict[str, np.ndarray] | None:
-    """Returns arrays that `keep` kept under a key; None where there are none, or they cannot be read."""
+    """Returns the arrays that `keep` stored under a key; None if there are none, or they cannot be read."""
     file = _place(key, ".npz")
     if file.is_file():
         with contextlib.suppress(UserError), opened(epath.Path(file)) as there:
@@ -48,7 +48,7 @@ def found(key: Any) -> dict[str, np.ndarray] | None:
 
 
 def keep(key: Any, arrays: dict[str, np.ndarray]) -> None:
-    """Keeps arrays, none of Python objects, under a key, in place of others; where the cache fails, it does not."""
+    """Stores arrays without Python objects under a key and replaces former ones; does nothing if the cache fails."""
     file = _place(key, ".npz")
     partial = file.with_name(f"{file.name}.{secrets.token_hex(8)}.partial")
     try:
@@ -61,16 +61,16 @@ def keep(key: Any, arrays: dict[str, np.ndarray]) -> None:
 
 
 def file(key: Any, ending: str, size: int, write: Callable[[Path], None]) -> Path:
-    """Returns a file of the cache, which is made where it is not there yet.
+    """Returns a file of the cache, and makes it if it does not exist.
 
     Args:
-      key: as of `arrays`.
+      key: as in `arrays`.
       ending: of the file's name.
-      size: bytes that it takes, about.
-      write: writes it to a path.
+      size: approximate size of the file in bytes.
+      write: writes the file to a path.
 
     Raises:
-      UserError: the disk has no room for it, or it cannot be written.
+      UserError: the disk does not have enough space, or the file cannot be written.
     """
     place = _place(key, ending)
     if place.is_file():
@@ -93,7 +93,7 @@ def file(key: Any, ending: str, size: int, write: Callable[[Path], None]) -> Pat
 
 
 def forget(key: Any, ending: str) -> None:
-    """Removes a file that `file` made, which is damaged."""
+    """Removes a file that `file` made, such as a damaged one."""
     _place(key, ending).unlink(missing_ok=True)
 
 

@@ -1,9 +1,9 @@
-"""Checkpoints: saved asynchronously, verified array by array when read. The only file that knows orbax.
+"""Checkpoints, which are saved asynchronously and verified array by array when read. The only module that uses orbax.
 
-A checkpoint is a folder <workdir>/checkpoints/<step> with two items: `state`, the arrays under their paths
-('params/encoder/block_00/attn/qkv/kernel'), and `checksums`, the shape, dtype and 64 bits of checksum of each. Orbax
-notices a flipped bit in its metadata, but not in array data, and may even restore other values from damaged metadata;
-the checksums close that gap.
+A checkpoint is a folder <workdir>/checkpoints/<step> with two items: `state`, the arrays by path
+('params/encoder/block_00/attn/qkv/kernel'), and `checksums`, the shape, dtype and 64-bit checksum of each array. Orbax
+detects a flipped bit in its metadata, but not in array data, and may even restore wrong values from damaged metadata.
+The checksums detect both.
 """
 
 import contextlib
@@ -34,26 +34,26 @@ from mae_jax.storage.paths import make_folder
 logger = logging.getLogger(__name__)
 PyTree = Any
 
-SAVE_SECONDS = 600  # a save that takes longer has failed: TensorStore would retry a bucket for about 15 minutes
-MEETINGS = 2  # of all processes in a save: before and after process 0 commits it
-PATIENCE = 15  # seconds that training waits for a save without saying so
+SAVE_SECONDS = 600  # timeout of a save; TensorStore would retry a bucket for about 15 minutes
+MEETINGS = 2  # barriers of all processes in a save: before and after process 0 commits it
+PATIENCE = 15  # seconds that training waits for a save before it logs a warning
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every process creates one and calls the same methods in the same order.
+    """The checkpoints of one run. Every process creates an instance and calls the same methods in the same order.
 
     Attributes:
-      failed: why the last save failed, None if it did not. A failed save is a warning, not an exception: training goes
-        on, and earlier checkpoints stay.
+      failed: why the last save failed; None if it succeeded. A failed save is a warning, not an exception: training
+        continues, and earlier checkpoints stay.
     """
 
     def __init__(self, workdir: epath.PathLike, keep_last: int, keep_every: int = 0) -> None:
-        """Nothing is touched on disk before the first `save`, so that readers can look at a run in progress.
+        """Writes nothing before the first `save`, so that readers can open the workdir of a running run.
 
         Args:
           workdir: local or gs://.
-          keep_last: number of newest checkpoints that stay.
-          keep_every: checkpoints of steps that are a multiple of this stay for ever; 0: none.
+          keep_last: number of newest checkpoints to keep.
+          keep_every: checkpoints at multiples of this step are never deleted; 0: none.
         """
         self.failed: str | None = None
         self._root = step_dirs.absolute(workdir)
@@ -61,27 +61,27 @@ class Checkpoints:
         self._keep_last, self._keep_every = keep_last, keep_every
         self._pending: int | None = None
         self._refused: list[int] = []
-        self._there: list[int] = []  # the others that are committed, when the folder was last looked into
-        self._looked = False  # into a bucket, which is this run's alone, since the last save that failed
-        self._meetings, self._told = 0, False  # of the save that goes on; whether another process has failed in it
+        self._there: list[int] = []  # committed steps without refused ones, at the last listing
+        self._looked = False  # whether the bucket, which only this run writes, was listed since the last failed save
+        self._meetings, self._told = 0, False  # barriers passed in the current save; whether another process failed
         self._checkpointer = ocp.AsyncCheckpointer(_handler(), async_options=ocp.options.AsyncOptions(
             timeout_secs=SAVE_SECONDS, barrier_sync_fn=lambda **_: self._meet()))
 
     def latest(self) -> int | None:
-        """Returns the newest committed step that was not refused, None if there is none."""
+        """Returns the newest committed step that was not refused; None if there is none."""
         attempt("look for checkpoints", self._look)
         return max(peers.broadcast(self._there), default=None)
 
     def save(self, step: int, state: PyTree) -> None:
-        """Starts saving `state` (any tree of arrays) and returns once it may be donated; waits for the save before.
+        """Starts to save `state`, any tree of arrays, and returns when its buffers may be donated.
 
-        A step that is already there is not written again.
+        It first waits for the previous save. A step that exists already is not written again.
         """
         self.wait()
         arrays = flatten(state)
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(nest(arrays)),
                                    checksums=ocp.args.JsonSave(seal(describe(arrays))))
-        # Orbax's save waits for all processes, so none may enter it where one cannot.
+        # Orbax's save waits for all processes, so no process may enter it if another one cannot.
         if not self._all_could(step, functools.partial(self._prepare, step)):
             return
         if peers.broadcast(step in self._there):
@@ -96,28 +96,28 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Returns when the last save is committed, or has failed, and old checkpoints are deleted."""
+        """Waits until the last save is committed or has failed, and old checkpoints are deleted."""
         if self._pending is None:
             return
         step, self._pending = self._pending, None
         if not threads.ends(self._ending, PATIENCE):
-            logger.warning("training waits for the checkpoint of step %d: what it is written to is slow", step)
+            logger.warning("training waits for the checkpoint of step %d: its disk or bucket is slow", step)
         if self._all_could(step, self._ending.result):
             self.failed = None
 
     def restore(self, abstract: PyTree) -> PyTree | None:
-        """Reads the newest checkpoint that verifies.
+        """Reads the newest checkpoint that passes verification.
 
         Args:
-          abstract: the tree to fill, of jax.ShapeDtypeStruct with shardings, on any mesh.
+          abstract: tree of jax.ShapeDtypeStruct with shardings, on any mesh.
 
         Returns:
           The tree with every array as it was saved, bit for bit; None if there are no checkpoints.
 
         Raises:
-          UserError: there are checkpoints, and all are damaged; or they are of another model.
+          UserError: all checkpoints are damaged, or they belong to another model.
         """
-        if not attempt("look for checkpoints", self._look, tries=2):  # never taken for a folder without any
+        if not attempt("look for checkpoints", self._look, tries=2):  # a failure must not count as an empty folder
             raise UserError(f"cannot look for checkpoints in {self._folder}; see the warning above")
         steps, wanted = peers.broadcast(self._there), flatten(abstract)
         if workdir_lock.holds():
@@ -137,19 +137,19 @@ class Checkpoints:
         self.wait()
         if self.failed:
             attempt("clean up", self._sweep)
-        with contextlib.suppress(Exception):  # orbax raises the failure of a save once more; it has been reported
+        with contextlib.suppress(Exception):  # orbax raises the failure of a save again, which was reported already
             self._checkpointer.close()
 
     def _look(self) -> None:
-        if jax.process_index() == 0:  # on a network's file system, others may see other folders for a while
+        if jax.process_index() == 0:  # on a network file system, other processes may see other folders for a while
             self._there = [step for step in step_dirs.committed(self._folder) if step not in self._refused]
 
     def _tell_leftovers(self) -> None:
         for path in step_dirs.leftovers(self._folder) if self._folder.exists() else ():
-            logger.warning("%s is what an interrupted save left, and is not read", path)
+            logger.warning("%s is left over from an interrupted save and is ignored", path)
 
     def _try(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array] | None:
-        """Returns the arrays of a step, None where they are damaged."""
+        """Returns the arrays of a step; None if they are damaged."""
         for then in _tries(self._folder):
             arrays = self._read(step, wanted, then)
             if arrays is not None:
@@ -168,7 +168,7 @@ class Checkpoints:
         return arrays and self._all_read(step, lambda: _of_step(folder, verify(record, arrays)), then)
 
     def _all_read(self, step: int, read: Callable[[], Any], then: str) -> Any:
-        """Returns what `read` does, None where it finds damage on any process."""
+        """Returns `read()`, or None if it raises Damaged on any process."""
         result = None
         try:
             result = read()
@@ -177,10 +177,10 @@ class Checkpoints:
         return None if peers.first_true(result is None) else result
 
     def _meet(self) -> None:
-        """Waits for all processes, at both MEETINGS of a save; raises where one says that it failed.
+        """The barrier of all processes in a save; raises RuntimeError if one of them failed.
 
-        At orbax's own barrier the others would wait for one that failed for as long as a save may take. This one waits
-        for any that is busy: the main threads do so, too, before the next save.
+        At orbax's own barrier, the others would wait for a failed process until SAVE_SECONDS. This barrier has no
+        timeout for busy processes, and needs none: the main threads wait for all processes before the next save too.
         """
         self._meetings += 1
         if peers.first_true(False, "save"):
@@ -188,12 +188,12 @@ class Checkpoints:
             raise RuntimeError("another process failed")
 
     def _end(self, step: int, failed: Exception | None) -> None:
-        """In the background: waits for the last save, unless it failed at once, and deletes old checkpoints."""
+        """Waits in the background for a save, unless it failed at once, and deletes old checkpoints."""
         try:
             if failed:
                 raise failed
             self._checkpointer.wait_until_finished()
-            # Where one write fails others may be cancelled, which orbax takes for a wish, and says nothing.
+            # If one write fails, others may be cancelled, which orbax does not report as a failure.
             alone = jax.process_count() == 1
             written = (self._folder / str(step)).exists() if alone else self._meetings == MEETINGS
             if not written:
@@ -202,7 +202,7 @@ class Checkpoints:
                 self._check_readable(step)
         except Exception:
             if self._told:
-                return  # the other one says why
+                return  # the other process reports the reason
             if self._meetings < MEETINGS:
                 peers.first_true(True, "save")
             raise
@@ -210,7 +210,7 @@ class Checkpoints:
             attempt("delete old checkpoints", self._prune)
 
     def _check_readable(self, step: int) -> None:
-        """Raises OSError where what was committed cannot be read; the next save then moves it out of the way."""
+        """Raises OSError if a committed checkpoint cannot be read; the next save then moves it away."""
         for _ in _tries(self._folder):
             if why := workdir_lock.why_unwritable():
                 raise OSError(why)
@@ -219,14 +219,14 @@ class Checkpoints:
             except Damaged as error:
                 damage = error
         self._refused.append(step)
-        raise OSError(f"it was written and cannot be read: {damage}")
+        raise OSError(f"it was written, but cannot be read: {damage}")
 
     def _prepare(self, step: int) -> None:
-        """Before a save: removes what interrupted saves left, and moves out of the way what is no good checkpoint."""
+        """Prepares a save: removes the leftovers of interrupted saves, and moves damaged checkpoints away."""
         if jax.process_index() == 0:
             if why := workdir_lock.why_unwritable():
                 raise OSError(why)
-            if self._looked:  # `_prune` has looked since, in the background: 2,000 steps take a while to list
+            if self._looked:  # `_prune` has listed the folder in the background: 2,000 steps take a while to list
                 return
             make_folder(self._folder)
             self._sweep()
@@ -240,8 +240,8 @@ class Checkpoints:
     def _move_aside(self, step: int) -> None:
         folder = self._root / "refused"
         make_folder(folder)
-        # Also makes the folder exist on a bucket, where a rename asks for it.
-        (folder / "README.txt").write_text("Damaged checkpoints, kept to be looked at; nothing reads them.\n")
+        # This also makes the folder exist in a bucket, as a rename requires.
+        (folder / "README.txt").write_text("Damaged checkpoints, kept for inspection; mae_jax does not read them.\n")
         target = step_dirs.unused(folder, str(step))
         step_dirs.move(self._folder / str(step), target)
         logger.warning("the refused checkpoint of step %d is now in %s", step, target)
@@ -253,7 +253,7 @@ class Checkpoints:
                 attempt(f"delete the old checkpoint of step {step}", (self._folder / str(step)).rmtree)
 
     def _all_could(self, step: int, action: Callable[[], Any]) -> bool:
-        """Does a part of saving a step; returns whether no process failed, and says so where one did."""
+        """Runs a part of saving a step; returns whether it succeeded on all processes, and logs a failure."""
         why = ""
         try:
             action()
@@ -263,7 +263,7 @@ class Checkpoints:
             self.failed = f"checkpoint of step {step} not saved: {cause}"
             logger.warning("%s; training goes on, earlier checkpoints stay", self.failed)
             self._looked = False
-            wait_for_no_thread()  # orbax's may be busy with this save for many minutes
+            wait_for_no_thread()  # orbax's threads may be busy with this save for many minutes
             attempt("clean up", self._sweep)
         return not cause
 
@@ -274,23 +274,26 @@ class Checkpoints:
 
 
 def load_params(path: epath.PathLike, ema: bool = False, extras: bool = False, step: bool = False) -> dict[str, Any]:
-    """Reads the parameters alone, verified.
+    """Reads and verifies parameters only.
 
     Args:
-      path: a workdir (its newest good step), a step folder <workdir>/checkpoints/<step>, or a file of weights, or a
-        folder of one, as `weight_files` reads.
-      ema: the averaged parameters, where the checkpoint has them.
-      extras: the extras too, under 'extras', where the checkpoint has them.
-      step: the number of the step that was read too, under 'step', where it is a checkpoint.
+      path: a workdir (whose newest undamaged step is read), a step folder <workdir>/checkpoints/<step>, or a file of
+        weights or a folder with one, as in `weight_files`.
+      ema: read the averaged parameters instead, if the checkpoint has them.
+      extras: read the extras too, under 'extras', if the checkpoint has them.
+      step: return the number of the step too, under 'step', if `path` holds checkpoints.
 
     Returns:
-      Nested dict of np.ndarray. Raises UserError where nothing is there, or what is there is damaged.
+      Nested dict of np.ndarray.
+
+    Raises:
+      UserError: there are no parameters at `path`, or they are damaged.
     """
     path = step_dirs.absolute(path)
     if file := weight_files.file_of(path):
         found, where = weight_files.load(file)
         if where:
-            logger.info("%s: %s is read", file, where)
+            logger.info("%s: reading %s", file, where)
         return found
     folders = step_dirs.offered(path)
     if not folders:
@@ -306,7 +309,7 @@ def load_params(path: epath.PathLike, ema: bool = False, extras: bool = False, s
 
 
 def read_back(folder: epath.Path) -> Record:
-    """Reads all arrays of a step's folder; returns their record, or raises Damaged where one is not as it was saved."""
+    """Reads all arrays of a step folder; returns their record, or raises Damaged if one differs from what was saved."""
     with ocp.Checkpointer(_handler()) as reader:
         record = _read_record(reader, folder)
         arrays = _read_arrays(reader, folder, dict.fromkeys(record, ocp.RestoreArgs(restore_type=np.ndarray)))
@@ -325,7 +328,7 @@ def _load_step(reader: ocp.Checkpointer, folder: epath.Path, ema: bool, extras: 
 
 
 def _tries(folder: epath.Path) -> list[str]:
-    """Returns what follows each time that a step is found damaged: on the way from a bucket it may just have been."""
+    """Returns a message per try to read a step; two in a bucket, where the damage may be one of the transfer."""
     again = ["read damaged: {}; reading it again"] if str(folder).startswith("gs://") else []
     return [*again, "refused: {}; trying the one before"]
 
@@ -337,9 +340,9 @@ def _handler() -> ocp.CompositeCheckpointHandler:
 
 @functools.cache
 def _quiet() -> None:
-    """Keeps orbax's own output off the screen: all that concerns a user is said here, in one line each.
+    """Silences orbax, whose failures this module reports in one line each.
 
-    When one array cannot be read, orbax drops the reads of the others, and Python prints a traceback for each.
+    When an array cannot be read, orbax abandons the reads of the others, and Python prints a traceback for each.
     """
     inside = f"{os.sep}orbax{os.sep}"
     logging.getLogger("absl").addFilter(lambda record: inside not in record.pathname)
@@ -358,27 +361,27 @@ def _quiet() -> None:
 def _read_record(reader: ocp.Checkpointer, folder: epath.Path) -> Record:
     try:
         record = unseal(reader.restore(folder, args=ocp.args.Composite(checksums=ocp.args.JsonRestore())).checksums)
-        nest(record)  # raises for names that no tree has
+        nest(record)  # raises for names that do not form a tree
         return record
     except Exception as error:
         raise damage(folder / "checksums", error) from error
 
 
 def _read_arrays(reader: ocp.Checkpointer, folder: epath.Path, how: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:
-    """Returns the arrays of the paths in `how`; raises Damaged where one cannot be read."""
+    """Returns the arrays at the paths of `how`; raises Damaged if one cannot be read."""
     item = ocp.args.PyTreeRestore(nest(dict.fromkeys(how, 0)), restore_args=nest(how), partial_restore=True)
     try:
         arrays = flatten(reader.restore(folder, args=ocp.args.Composite(state=item)).state)
     except Exception as error:  # orbax and TensorStore raise anything from KeyError to XlaRuntimeError on damage
         raise damage(folder / "state", error) from error
-    # An array whose name got damaged comes back as the place-holder.
+    # An array with a damaged name comes back as the placeholder.
     return {path: array for path, array in arrays.items() if isinstance(array, jax.Array | np.ndarray)}
 
 
 def _open_all(folder: epath.Path) -> None:
-    """Opens the manifest, the checksums and what describes each array, not the arrays; raises Damaged.
+    """Reads the manifest, the checksums and the metadata of the arrays, but no array; raises Damaged.
 
-    Without a meeting of processes, as one of them does so alone.
+    It uses orbax's handlers without a Checkpointer, which would wait for all processes.
     """
     try:
         record = unseal(ocp.JsonCheckpointHandler().restore(folder / "checksums"))
@@ -387,11 +390,11 @@ def _open_all(folder: epath.Path) -> None:
         raise Damaged(root_cause(error)) from error
     there = {path: [list(leaf.shape), str(np.dtype(leaf.dtype))] for path, leaf in found.items()}
     if there != {path: about[:2] for path, about in record.items()}:
-        raise Damaged(f"{folder / 'state'}: not what was saved")
+        raise Damaged(f"{folder / 'state'}: it differs from what was saved")
 
 
 def _of_step(folder: epath.Path, arrays: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arrays; raises Damaged where they are of another step than the folder's: later ones would be lost."""
+    """Returns the arrays; raises Damaged if they belong to another step than the folder's."""
     if "step" in arrays and folder.name.isdecimal() and int(arrays["step"]) != int(folder.name):
-        raise Damaged(f"{folder}: what it holds is of step {int(arrays['step'])}")
+        raise Damaged(f"{folder}: it holds step {int(arrays['step'])}")
     return arrays

@@ -1,4 +1,4 @@
-"""Checksums of arrays: 64 bits that see every bit, and do not depend on how an array is sharded."""
+"""Checksums of arrays: 64 bits that depend on every bit of an array, and not on its sharding."""
 
 import json
 import zlib
@@ -12,19 +12,20 @@ import numpy as np
 from mae_jax.errors import UserError, did_you_mean, root_cause
 
 NO_DAMAGE = ("PermissionError", "PERMISSION_DENIED", "UNAUTHENTICATED", "MemoryError", "RESOURCE_EXHAUSTED",
-             "Too many open files")  # in what a failed read says
+             "Too many open files")  # parts of the messages of failed reads that do not mean damage
 Record = dict[str, list]  # path → [shape, dtype, word, word]
 
 
 class Damaged(Exception):
-    """What was read is not what was saved; the text names the first bad array or file."""
+    """Arrays or files differ from what was saved; the text names the first one."""
 
 
 def damage(what: object, error: Exception) -> Damaged:
-    """Returns the Damaged for what failed while something was read.
+    """Converts an error while reading `what` to Damaged.
 
     Raises:
-      UserError: it is no damage. A good step must not be refused, and later ones lost, for want of a permission.
+      UserError: the error is not damage but, for example, a missing permission. It must not make the caller fall back
+        to an older step.
     """
     why = root_cause(error)
     if any(word in why for word in NO_DAMAGE):
@@ -33,14 +34,14 @@ def damage(what: object, error: Exception) -> Damaged:
 
 
 def describe(arrays: Mapping[str, Any]) -> Record:
-    """Returns shape, dtype and the two checksum words of every array."""
-    # One at a time: many programs at once whose devices wait for each other can take all threads of simulated devices.
+    """Returns the shape, the dtype and the two checksum words of every array."""
+    # One at a time: many concurrent programs with collectives could block all threads of simulated devices.
     return {path: [list(array.shape), str(array.dtype), *map(int, jax.device_get(checksum(array)))]
             for path, array in arrays.items()}
 
 
 def verify(record: Record, arrays: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arrays; raises Damaged, naming the first, unless they are exactly those of `record`."""
+    """Returns the arrays; raises Damaged, which names the first difference, unless they match `record`."""
     found = describe(arrays)
     for path in sorted(record.keys() | found.keys()):
         if record.get(path) != found.get(path):
@@ -51,8 +52,14 @@ def verify(record: Record, arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same_model(folder: Any, record: Record, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-    """Raises UserError where what a folder's record is of differs from what is wanted, naming the first array."""
-    # Parameters first: they name what differs, the optimizer only follows them.
+    """Raises UserError, which names the first array that differs, unless a checkpoint has the wanted arrays.
+
+    Args:
+      folder: of the checkpoint, for the message.
+      record: of the checkpoint.
+      wanted: path → shape and dtype of the model in the config.
+    """
+    # Parameters first: the differences in the optimizer state follow from theirs.
     for path in sorted(record.keys() | wanted.keys(), key=lambda path: (not path.startswith("params/"), path)):
         if path not in wanted:
             raise UserError(f"{folder} is of another model or optimizer: it has {path}, this config does not; "
@@ -67,12 +74,12 @@ def check_same_model(folder: Any, record: Record, wanted: Mapping[str, jax.Shape
 
 
 def seal(record: Record) -> dict[str, Any]:
-    """Adds the record's own checksum: a damaged record must not be taken for another model."""
+    """Adds a checksum of the record itself, so that a damaged record does not look like another model."""
     return {"arrays": record, "crc32": zlib.crc32(json.dumps(record, sort_keys=True).encode())}
 
 
 def unseal(sealed: dict[str, Any]) -> Record:
-    """Returns the record in a sealed one; raises Damaged when its own checksum says so."""
+    """Returns the record from `seal`; raises Damaged if its own checksum does not match."""
     if seal(sealed["arrays"])["crc32"] != sealed["crc32"]:
         raise Damaged("the list of checksums is damaged")
     return sealed["arrays"]
@@ -80,14 +87,14 @@ def unseal(sealed: dict[str, Any]) -> Record:
 
 @jax.jit
 def checksum(array: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns two uint32 words that depend on every bit of every element and on its global index, not on the sharding.
+    """Returns two uint32 [] words that depend on every bit of every element and its global index, not on the sharding.
 
-    Each word is the sum, modulo 2³², of a bijection of an element's bits that its index selects; so a change of one
-    element always changes both words, and any other change goes unnoticed with probability 2⁻⁶⁴.
-    Compiled once per shape, which for a ViT costs a sixth of compiling one function of the whole tree.
+    Each word is the sum, modulo 2³², of a bijection of each element's bits, which the element's index selects. So a
+    change of one element always changes both words, and any other change goes undetected with probability 2⁻⁶⁴. The
+    function is compiled once per shape, which for a ViT costs a sixth of compiling one function for the whole tree.
 
     Args:
-      array: float, integer or bool of at most 32 bits per element; any sharding.
+      array: float, integer or bool [...] of at most 32 bits per element, with any sharding.
     """
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)
@@ -103,7 +110,7 @@ def checksum(array: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _mix(bits: jax.Array, first: int, second: int) -> jax.Array:
-    """A bijection of uint32: xor-shift and multiply, with the constants of C. Wellons' hash-prospector."""
+    """Applies a bijection of uint32 (xor-shift and multiply, with constants of C. Wellons' hash-prospector)."""
     bits = (bits ^ (bits >> 16)) * np.uint32(first)
     bits = (bits ^ (bits >> 15)) * np.uint32(second)
     return bits ^ (bits >> 16)

@@ -1,4 +1,4 @@
-"""Room on a run's disk: whether it can hold a checkpoint, and all that the run keeps."""
+"""Free space on a run's disk, for the checkpoints that the run will keep."""
 
 import logging
 import math
@@ -15,19 +15,21 @@ logger = logging.getLogger(__name__)
 
 
 def check_room(workdir: epath.Path, state: Any, more: int) -> None:
-    """Looks whether checkpoints fit on the disk of a workdir; a bucket has room.
+    """Checks that the disk of a workdir has space for checkpoints; logs a warning if not for all of them.
+
+    Buckets are not checked.
 
     Args:
-      workdir: of the run, which need not be there yet.
-      state: tree of arrays or their shapes: what a checkpoint holds, before it is compressed by a few percent.
-      more: how many checkpoints there will be at most that are not there now, the one that is being written before an
-        old one is deleted included.
+      workdir: of the run; it may not exist yet.
+      state: tree of arrays or shapes in a checkpoint. Compression, which saves a few percent, is not counted.
+      more: largest number of additional checkpoints at any time, including one that is being written before an old one
+        is deleted.
 
     Raises:
-      UserError: there is less room than for one.
+      UserError: there is not enough space for one checkpoint.
     """
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    free = free_bytes(workdir / "checkpoints")  # which may be a link to another disk
+    free = free_bytes(workdir / "checkpoints")  # may be a link to another disk
     if free is None or size * more <= free:
         return
     said = f"{workdir}: its disk has {_text(free)} left, a checkpoint of this run needs {_text(size)}"
@@ -37,7 +39,7 @@ def check_room(workdir: epath.Path, state: Any, more: int) -> None:
 
 
 def free_bytes(path: epath.PathLike) -> int | None:
-    """Returns how much may be written where a path is or is to be; None of a bucket, or where nothing tells it."""
+    """Returns the free bytes on the disk of a path, which may not exist yet; None for a bucket, or if unknown."""
     if str(path).startswith("gs://"):
         return None
     folder = os.path.abspath(path)
@@ -47,7 +49,7 @@ def free_bytes(path: epath.PathLike) -> int | None:
         usage = shutil.disk_usage(folder)
     except OSError:
         return None
-    return usage.free if usage.total else None  # some network file systems say 0 of all
+    return usage.free if usage.total else None  # some network file systems report 0 for everything
 
 
 def _text(size: int) -> str:

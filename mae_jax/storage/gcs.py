@@ -1,8 +1,8 @@
-"""Objects on gs://: what is found out before a run begins, and small files, with deadlines of our own.
+"""Objects in gs:// buckets: the check before a run, and small files, with deadlines of seconds.
 
-Checkpoints go through orbax, hence gcsfs and TensorStore, which try again for many minutes. The check at the start must
-be told within seconds, and what the loop itself writes (metrics, pictures, its lease) must not hold it up: that goes
-through google-cloud-storage, which verifies what it reads by the checksum that the bucket has.
+Checkpoints go through orbax, and thus through gcsfs and TensorStore, which retry for many minutes. The check must
+report within seconds, and the files that the training loop writes (metrics, figures, the lease) must not delay it. This
+module uses google-cloud-storage, which verifies downloads by the bucket's checksums.
 """
 
 import contextlib
@@ -27,39 +27,40 @@ from google.cloud.storage.retry import DEFAULT_RETRY
 from mae_jax.errors import UserError
 from mae_jax.runtime import threads
 
-CHECK_SECONDS = 8.0  # for the check at the start, all tries and the search for credentials together
-RETRY_SECONDS = 60.0  # seconds in which something that must not fail is tried again
-TIMEOUT = (4.0, 8.0)  # seconds of one request: to connect, and without a byte
+CHECK_SECONDS = 8.0  # timeout of `check`, including retries and the search for credentials
+RETRY_SECONDS = 60.0  # seconds of retries for operations that must not fail
+TIMEOUT = (4.0, 8.0)  # timeouts of a request in seconds: to connect, and between bytes
 ADDRESSES = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "API_ENDPOINT_OVERRIDE")
 ROLE = "roles/storage.objectAdmin"
 FAILURES = (exceptions.GoogleAPIError, GoogleAuthError, requests.RequestException, DataCorruption, InvalidResponse)
 
 
 class BucketError(OSError):
-    """A bucket cannot be reached, read or written; the text is one line with the path and what to do."""
+    """A bucket cannot be reached, read or written; the text is one line with the path and a hint."""
 
 
 class GenerationMismatch(Exception):
-    """An object is not of the generation that it was to be."""
+    """An object has another generation than required."""
 
 
 class StoredObject(NamedTuple):
-    """What an object holds, and its generation, a number that is another one after each write."""
+    """The content of an object, and its generation, a number that changes with each write."""
 
     content: bytes
     generation: int
 
 
 def check(path: str) -> None:
-    """Finds out in seconds whether a bucket can be looked into; called before gs:// is used in any other way.
+    """Checks within seconds that a bucket can be listed; call it before any other use of gs://.
 
     Raises:
-      UserError: it cannot, with the path and a hint; or credentials would be sent to a stranger.
+      UserError: it cannot be listed, with the path and a hint; or the environment would send credentials to a host that
+        is not Google's.
     """
     _check_addresses()
     _prepare()
     name, inside = _split(path)
-    # In a thread: looking for credentials and for addresses has no deadline.
+    # In a thread, since the searches for credentials and for host addresses have no timeout.
     looking = threads.start(lambda: _plainly(path, lambda: next(iter(_client().list_blobs(
         name, prefix=inside, max_results=1, timeout=TIMEOUT, retry=_retry(CHECK_SECONDS / 2))), None)))
     if not threads.ends(looking, CHECK_SECONDS):
@@ -72,14 +73,14 @@ def check(path: str) -> None:
 
 
 def read(path: str) -> StoredObject | None:
-    """Returns an object, None where it is not there; raises BucketError."""
+    """Returns an object, or None if it does not exist; raises BucketError."""
     return _plainly(path, lambda: _download(_blob(path)))
 
 
 def _download(blob: storage.Blob, tries: int = 2) -> StoredObject | None:
     try:
         return StoredObject(blob.download_as_bytes(timeout=TIMEOUT, retry=_retry(RETRY_SECONDS)), blob.generation)
-    except (DataCorruption, requests.exceptions.ChunkedEncodingError):  # on its way here, most often
+    except (DataCorruption, requests.exceptions.ChunkedEncodingError):  # usually damaged in transfer
         if tries == 1:
             raise
         return _download(blob, tries - 1)
@@ -90,11 +91,12 @@ def _download(blob: storage.Blob, tries: int = 2) -> StoredObject | None:
 
 
 def names(folder: str, pattern: str = "") -> list[str]:
-    """Returns the names of what is in a folder, those of folders with a '/' at their end; raises BucketError.
+    """Returns the names of objects and, with a '/' at the end, of folders in a folder; raises BucketError.
 
     Args:
       folder: gs://bucket/folder.
-      pattern: of the paths under the folder of objects to return instead, as '*/done.txt'; `*` is within one name.
+      pattern: if given, return the paths of objects under the folder that match it, such as '*/done.txt'; `*` does not
+        match '/'.
     """
     bucket, inside = _split(f"{folder.rstrip('/')}/")
     how = {"match_glob": inside + pattern} if pattern else {"delimiter": "/"}
@@ -109,17 +111,17 @@ def names(folder: str, pattern: str = "") -> list[str]:
 
 
 def write(path: str, content: bytes, seconds: float = RETRY_SECONDS, generation: int | None = None) -> int:
-    """Writes an object, which appears as a whole or not at all; returns its generation.
+    """Writes an object atomically; returns its generation.
 
     Args:
       path: gs://bucket/object.
-      content: what it will hold.
-      seconds: in which a failing bucket is tried again; one request more may come on top.
-      generation: of the object that is to give way, 0 where none is to be there; None: whatever is there.
+      content: of the object.
+      seconds: of retries; one more request may follow.
+      generation: generation of the object that may be replaced; 0: there must be no object; None: any.
 
     Raises:
-      BucketError: it was not written, as far as is known.
-      GenerationMismatch: an object of another generation is there.
+      BucketError: the write failed, or its result is unknown.
+      GenerationMismatch: the object has another generation.
     """
     blob = _blob(path)
     kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
@@ -129,7 +131,7 @@ def write(path: str, content: bytes, seconds: float = RETRY_SECONDS, generation:
 
 
 def delete(path: str, generation: int, seconds: float) -> None:
-    """Deletes an object of that generation where it is there; raises BucketError, and GenerationMismatch."""
+    """Deletes an object with this generation, if it exists; raises BucketError or GenerationMismatch."""
     def remove() -> None:
         with contextlib.suppress(exceptions.NotFound):
             _blob(path).delete(if_generation_match=generation, timeout=seconds, retry=None)
@@ -138,7 +140,7 @@ def delete(path: str, generation: int, seconds: float) -> None:
 
 
 def _plainly(path: str, action: Callable[[], Any]) -> Any:
-    """Returns what `action` does; raises one line where a bucket fails."""
+    """Returns `action()`, and converts the client's exceptions to BucketError and GenerationMismatch."""
     try:
         return action()
     except exceptions.PreconditionFailed as error:
@@ -150,12 +152,13 @@ def _plainly(path: str, action: Callable[[], Any]) -> Any:
 
 
 def _told(path: str, error: BaseException) -> str:
+    """Returns the message of a BucketError, with a hint."""
     bucket = f"gs://{_split(path)[0]}"
     said = " ".join(str(getattr(error, "message", None) or error).split())
-    reason = re.search(r'"message": "(.*?)"', said)  # of an upload, amid the whole answer
+    reason = re.search(r'"message": "(.*?)"', said)  # an upload's error holds the whole response
     said = reason[1] if reason else re.sub(r"^[A-Z]+ https?://\S+: |^.*Caused by ", "", said)[:300]
     if isinstance(error, exceptions.NotFound):
-        return f"{path}: there is no bucket {bucket}; look at its name, or: gcloud storage buckets create {bucket}"
+        return f"{path}: there is no bucket {bucket}; check its name, or run: gcloud storage buckets create {bucket}"
     if isinstance(error, exceptions.Forbidden):
         return f"{path}: access denied ({said}); the account needs {ROLE} on {bucket}"
     if isinstance(error, exceptions.Unauthorized | GoogleAuthError):
@@ -163,7 +166,7 @@ def _told(path: str, error: BaseException) -> str:
         return (f"{path}: no valid credentials ({said}); run: gcloud auth application-default login, or give the "
                 f"machine's service account {ROLE} on {bucket}")
     if isinstance(error, DataCorruption):
-        return f"{path}: what arrives is not what the bucket holds, twice; the checksums differ"
+        return f"{path}: the downloaded content does not match the bucket's checksum, twice"
     if isinstance(error, exceptions.GoogleAPICallError):
         return f"{path}: {bucket} answers with {error.code}: {said}"
     if isinstance(error, InvalidResponse):
@@ -184,8 +187,8 @@ def _blob(path: str) -> storage.Blob:
 @functools.cache
 def _client() -> storage.Client:
     try:
-        return storage.Client(project=None)  # a project is for making buckets; else it would look for one
-    except DefaultCredentialsError:  # will do for public data
+        return storage.Client(project=None)  # without this argument, it would search for a project
+    except DefaultCredentialsError:  # an anonymous client reads public data
         return storage.Client.create_anonymous_client()
 
 
@@ -194,7 +197,7 @@ def _retry(seconds: float) -> Any:
 
 
 def _check_addresses() -> None:
-    """Refuses variables that would send credentials to a host that is neither Google's nor this one."""
+    """Raises UserError for settings that would send credentials to a host that is neither Google's nor this one."""
     for name in ADDRESSES:
         value = os.environ.get(name)
         if value and not _trusted(value):
@@ -220,16 +223,16 @@ def _trusted(address: str) -> bool:
 
 @functools.cache
 def _prepare() -> None:
-    """Sets limits to what gcsfs and TensorStore wait for, and keeps them from printing what is told in our lines."""
+    """Sets timeouts of gcsfs and TensorStore, and silences logs whose content BucketError has."""
     for name in ("gcsfs", "fsspec", "google.auth"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # Other processes and TensorStore write too: what gcsfs remembers of a listing may be old.
+    # Other processes and TensorStore write too, so gcsfs's cached listings may be outdated.
     settings = fsspec.config.conf.setdefault("gcs", {})
     settings |= {"use_listings_cache": False,
                  "session_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=30)}}
     if os.environ.get("STORAGE_EMULATOR_HOST"):
-        settings["token"] = "anon"  # looks for no credentials
-    # A request without a byte for so long has failed; TensorStore reads these when it meets the first bucket.
+        settings["token"] = "anon"  # no search for credentials
+    # Timeouts of a stalled request; TensorStore reads these variables when it first opens a bucket.
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "60")
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
     os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", "10")

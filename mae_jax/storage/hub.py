@@ -1,6 +1,6 @@
-"""Weights of a repository of the Hugging Face hub, hf://owner/name[@revision], through huggingface_hub (extra `hub`).
+"""Weights of a Hugging Face Hub repository, hf://owner/name[@revision], through huggingface_hub (extra `hub`).
 
-Weights and what describes them are fetched into its cache, and nothing else of the repository: no code.
+Only weights and their configuration files are downloaded, into huggingface_hub's cache; never code.
 """
 
 import functools
@@ -20,7 +20,11 @@ BESIDE = ("config.json", "preprocessor_config.json")
 
 
 def check(source: str, flag: str = "") -> tuple[str, str | None]:
-    """Returns owner/name and the revision, None for the newest; raises UserError for what names no repository."""
+    """Parses hf://owner/name[@revision]; returns owner/name and the revision, None for the newest.
+
+    Raises:
+      UserError: `source` does not have this form; the message names `flag`.
+    """
     match = PATTERN.fullmatch(source.rstrip("/"))
     if not match or ".." in source:
         raise UserError(f"{f'{flag}=' if flag else ''}{printable(source)} names no repository of the hub; expected "
@@ -28,13 +32,13 @@ def check(source: str, flag: str = "") -> tuple[str, str | None]:
     return match[1], match[2]
 
 
-@functools.cache  # one look at the hub in a process
+@functools.cache  # the hub is queried once per process
 def fetched(source: str) -> str:
-    """Returns the local folder of a repository's weights, as huggingface_hub's cache has them.
+    """Downloads a repository's weights; returns their folder in huggingface_hub's cache.
 
     Raises:
-      UserError: huggingface_hub is missing, the repository is not there or is not open to us, it holds no weights that
-        are read, or the hub cannot be reached and they are not in the cache.
+      UserError: huggingface_hub is missing, the repository does not exist or is not accessible, it has no weights in a
+        known format, or the hub cannot be reached and the weights are not in the cache.
     """
     repository, revision = check(source)
     try:
@@ -44,10 +48,10 @@ def fetched(source: str) -> str:
         if (error.name or "").split(".")[0] != "huggingface_hub":
             raise
         raise UserError(f"{source} needs huggingface_hub; run: pip install 'mae_jax[hub]'") from None
-    unreached = ""  # why, where the hub could not be asked
+    unreached = ""  # why the hub could not be reached
 
     def file(name: str, at: str | None) -> str:
-        """Returns the local path of a file, '' where the repository has none, or the cache has none of it."""
+        """Returns the local path of a file; '' if the repository, or without a connection the cache, lacks it."""
         nonlocal unreached
         try:
             return huggingface_hub.hf_hub_download(repository, name, revision=at)
@@ -58,11 +62,10 @@ def fetched(source: str) -> str:
         except errors.RevisionNotFoundError:
             raise UserError(f"{source}: the repository has no revision {revision!r}") from None
         except errors.GatedRepoError:
-            raise UserError(f"{source}: its owner asks you to accept terms first, at the hub, and then for "
-                            "`hf auth login` here") from None
+            raise UserError(f"{source} is gated: accept its terms on the hub, then run `hf auth login` here") from None
         except errors.RepositoryNotFoundError:
-            raise UserError(f"{source}: there is no such repository, or it is private; `hf auth login` says who you "
-                            "are") from None
+            raise UserError(f"{source}: there is no such repository, or it is private; for a private one, run "
+                            "`hf auth login`") from None
         except (errors.HfHubHTTPError, OSError) as error:
             raise UserError(f"{source} cannot be fetched: {' '.join(str(error).split())[:200]}") from None
         return ""
@@ -81,14 +84,14 @@ def fetched(source: str) -> str:
     unknown = [name for name in BESIDE if not file(name, commit) and unreached]
     if unknown:
         logger.warning("%s: the hub cannot be reached, and the cache here has no %s: heads, image size or "
-                       "normalization may be other ones than what is taken now (%s)", source, " and no ".join(unknown),
+                       "normalization may differ from the values that are used (%s)", source, " and no ".join(unknown),
                        unreached)
     logger.info("%s: %s of commit %s, in %s", source, os.path.basename(found), commit[:12], folder)
     return folder
 
 
 def _parts(file: str) -> list[str]:
-    """Returns the names of the parts that an index of weights names; those that lead elsewhere its reader refuses."""
+    """Returns the file names in an index of weights, without invalid names, which the reader of the index refuses."""
     if not file.endswith(".index.json"):
         return []
     with open(file, "rb") as opened:

@@ -1,6 +1,6 @@
-"""What a folder is held by, so that one process writes to it: a lock on a disk, an object that is renewed in a bucket.
+"""Leases, by which one process at a time may write to a folder: a file lock on a disk, a renewed object in a bucket.
 
-`workdir_lock` says how long they last, and what a process does that finds its own taken.
+`workdir_lock` describes the protocol, and what a process does that has lost its lease.
 """
 
 import contextlib
@@ -23,32 +23,32 @@ from mae_jax.runtime import bounded_json
 from mae_jax.runtime import peers as runtime_peers
 from mae_jax.runtime.exit import exit_now, write_stderr
 
-RENEWED = 20.0  # seconds from one sign of life to the next
-DEAD = 90.0  # seconds without one
-FIRST, LAST = 10.0, 3.0  # seconds for what is done at the start and at the end
-MISSING_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)  # the last one where another host removed it
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems that know none
+RENEWED = 20.0  # seconds between renewals
+DEAD = 90.0  # seconds without a renewal after which the run counts as dead
+FIRST, LAST = 10.0, 3.0  # timeouts in seconds of taking and of giving back a lease
+MISSING_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)  # ESTALE: another host removed the file
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of file systems without locks
 
 logger = logging.getLogger(__name__)
 
 
 def _signature() -> bytes:
-    """Returns who this is, unlike any other run."""
+    """Returns a description of this run, unique among all runs, as JSON."""
     return json.dumps({"host": socket.gethostname(), "process": os.getpid(), "id": uuid.uuid4().hex,
                        "since": time.strftime("%Y-%m-%d %H:%M:%S %Z")}).encode()
 
 
 def _who(text: bytes) -> str:
-    """Returns who signed a lease."""
+    """Returns the run that a signature describes, for messages."""
     try:
         found = bounded_json.parse(text)
         return f"process {found['process']} on {found['host']}, since {found['since']}"
     except (ValueError, KeyError, TypeError):
-        return "a run that did not say who it is"
+        return "an unknown run"
 
 
 def _device(path: str) -> int:
-    """Returns the number of the device that a path is on, or would be once it is made; raises OSError."""
+    """Returns the device number of a path, or of its nearest existing parent; raises OSError."""
     path = os.path.abspath(path)
     while True:
         try:
@@ -60,13 +60,13 @@ def _device(path: str) -> int:
 
 
 class Lease:
-    """What a folder is held by.
+    """Base of the leases of a folder.
 
     Attributes:
-      path: of the lock, a file or an object of a bucket.
-      folder: that it holds.
-      ends_process: whether the process ends where the folder is lost.
-      lost: how it was, where the process goes on.
+      path: of the lock, a file or an object in a bucket.
+      folder: the folder that the lease protects.
+      ends_process: whether the loss of the lease ends the process.
+      lost: how the lease was lost, if the process continues; else ''.
     """
 
     def __init__(self, path: epath.Path, ends_process: bool = True, what: str = "--workdir"):
@@ -74,30 +74,30 @@ class Lease:
         self._what = what
 
     def take(self) -> None:
-        """Takes it; raises UserError, naming who has it."""
+        """Takes the lease; raises UserError, which names the holder, if another run has it."""
         raise NotImplementedError
 
     def give_back(self) -> None:
-        """Gives it back; what was lost, or never taken, stays as it is."""
+        """Gives the lease back; does nothing if it was lost or never taken."""
         raise NotImplementedError
 
     def why_unwritable(self) -> str:
-        """Returns why it is not sure that this process has it, '' where it is."""
+        """Returns why this process may not have the lease at present; '' if it certainly has."""
         raise NotImplementedError
 
     def wait_until_verified(self) -> None:
-        """Returns when it is sure that this process had it a moment ago; raises GuardError where it is lost."""
+        """Waits until the lease was verified recently; raises GuardError if it is lost."""
         if self.lost:
             raise GuardError(self.lost)
 
     def _in_use(self, text: bytes) -> UserError:
-        return UserError(f"{self.folder} is in use by a living run: {_who(text)}; wait for its end or use another "
+        return UserError(f"{self.folder} is in use by another run: {_who(text)}; wait for its end or use another "
                          f"{self._what}")
 
     def _stop(self, line: str) -> None:
-        """Ends all processes at once, from any thread: nothing that is still to do in order may be done.
+        """Ends all processes immediately, from any thread, since an orderly end would write to the folder.
 
-        Returns where the process is not ours to end.
+        If `ends_process` is False, it only sets `lost`.
         """
         if not self.ends_process:
             self.lost = line
@@ -109,16 +109,16 @@ class Lease:
 
 
 class FileLock(Lease):
-    """A lock on a file, which stays behind, but in a folder that was made for it and where nothing came of the run."""
+    """A lock on a file. The file stays after the run, unless the run made the folder and wrote nothing else to it."""
 
     def __init__(self, path: epath.Path, ends_process: bool = True, what: str = "--workdir"):
         super().__init__(path, ends_process, what)
         self.made = not self.folder.exists()
         self.descriptor, self.taken = -1, False
-        self.devices: dict[str, int] = {}  # of the folder, and of its checkpoints where these are a link
+        self.devices: dict[str, int] = {}  # path → device, of the folder and of its checkpoints if these are a link
 
     def take(self) -> None:
-        """Takes the lock; raises UserError, naming who holds it."""
+        """Takes the lock; raises UserError, which names the holder, if another run has it."""
         try:
             while self.descriptor < 0 or not self._is_there():
                 self._close()
@@ -129,16 +129,16 @@ class FileLock(Lease):
             raise self._in_use(text) from None
         except OSError as error:
             if self.descriptor < 0 or error.errno not in NO_LOCKS:
-                self._close()  # open, it would count as locked
+                self._close()  # an open descriptor would count as locked
                 why = "a file is in its place" if isinstance(error, FileExistsError) else error.strerror or error
                 raise UserError(f"cannot write the workdir {self.folder}: {why}") from None
-            logger.warning("the file system of %s has no locks: nothing keeps a second run out of it", self.path)
+            logger.warning("the file system of %s has no locks: a second run is not detected", self.path)
         self.taken = True
         if not self.devices:
             checkpoints = os.path.join(self.folder, "checkpoints")
             self.devices = {path: _device(path) for path in (str(self.folder), checkpoints)
                             if path != checkpoints or os.path.islink(path)}
-        with contextlib.suppress(OSError):  # a full disk; it is held all the same
+        with contextlib.suppress(OSError):  # the lock holds even on a full disk
             os.truncate(self.descriptor, 0)
             os.write(self.descriptor, _signature())
 
@@ -154,7 +154,7 @@ class FileLock(Lease):
                 os.close(descriptor)
 
     def _is_there(self) -> bool:
-        """Says whether the file was not removed: by a run that held it, before it was locked here, or since."""
+        """Returns whether the path still is the locked file, which another run or a person may have removed."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self.descriptor))
         except OSError as error:
@@ -163,16 +163,16 @@ class FileLock(Lease):
             return False
 
     def why_unwritable(self) -> str:
-        """Returns why it is not sure that this run has the lock; makes the file again where somebody removed it.
+        """Returns why this run may not have the lock; '' if it has. Locks the file anew if it was removed.
 
-        Ends the process where the folder is on another disk than it was: what is there now is what a mount had hidden,
-        and would be hidden again by the next one.
+        Ends the process if the folder is on another disk than at the start: its disk was unmounted, and files written
+        to the mount point now would be hidden by the next mount.
         """
         try:
             for path, device in self.devices.items():
                 if self.taken and _device(path) != device:
                     self._stop(f"{path} is not on the disk that it was on when the run began (unmounted?); nothing "
-                               "more is written; mount it again, and the same command goes on")
+                               "more is written; mount it again, and the same command resumes the run")
                     return self.lost
             if self.taken and (self.descriptor < 0 or not self._is_there()):
                 self.take()
@@ -182,8 +182,8 @@ class FileLock(Lease):
         return ""
 
     def give_back(self) -> None:
-        """Ends the lock."""
-        if not self.taken:  # what lies there may be another run's
+        """Releases the lock."""
+        if not self.taken:  # the file may be another run's
             return
         with contextlib.suppress(OSError):
             ours = self.descriptor >= 0 and self._is_there()
@@ -195,11 +195,11 @@ class FileLock(Lease):
 
 
 class BucketLease(Lease):
-    """An object that is renewed as long as this run lives.
+    """An object in a bucket that this run renews regularly.
 
     Attributes:
-      looked: when, by the monotonic clock, the last attempt to renew it ended.
-      renewed: when the last one that succeeded began.
+      looked: time (time.monotonic) at which the last attempt to renew it ended.
+      renewed: time at which the last successful renewal began.
     """
 
     def __init__(self, path: epath.Path, ends_process: bool = True, what: str = "--workdir"):
@@ -208,11 +208,15 @@ class BucketLease(Lease):
         self._name, self._text = str(path), _signature()
         self._generation = 0
         self._over = threading.Event()
-        self._writing = threading.RLock()  # `_lost` ends the process while it has it
+        self._writing = threading.RLock()  # reentrant: `_lost` ends the process, and gives back, while holding it
         self._failing = False
 
     def take(self) -> None:
-        """Takes the lease, after a dead run's time if need be; raises UserError, naming who holds it."""
+        """Takes the lease, if need be after DEAD seconds without a renewal by its holder.
+
+        Raises:
+          UserError: another run renews the lease (the message names it), or the bucket cannot be written.
+        """
         from mae_jax.storage import gcs
 
         seen, since = None, time.monotonic()
@@ -220,10 +224,10 @@ class BucketLease(Lease):
         try:
             while not self._try(seen.generation if seen and time.monotonic() - since > DEAD else 0):
                 found, began = gcs.read(self._name), time.monotonic()
-                if found is None:  # its run has ended
+                if found is None:  # the holder has ended
                     seen = None
                 elif seen is None:
-                    logger.warning("%s was left by %s; waiting to see whether that run lives: up to %g s for a sign",
+                    logger.warning("%s was left by %s; waiting up to %g s to see whether that run is alive",
                                    self.path, _who(found.content), DEAD)
                     seen, since = found, time.monotonic()
                 elif found.generation != seen.generation:
@@ -237,22 +241,23 @@ class BucketLease(Lease):
         threading.Thread(target=self._renew, name="lease", daemon=True).start()
 
     def wait_until_verified(self) -> None:
+        """Waits until the last attempt to renew the lease is recent; raises GuardError if it is lost."""
         while not self.lost and time.monotonic() - self.looked > DEAD / 2:
             time.sleep(0.05)
         super().wait_until_verified()
 
     def why_unwritable(self) -> str:
-        """Returns why another run may have the lease, '' where this one has it for a while yet."""
+        """Returns why another run may have the lease; '' if this run has it for at least RENEWED seconds more."""
         silent = time.monotonic() - self.renewed
-        return f"no sign of life could be given for {silent:.0f} s, so another run may have the workdir" * (
+        return f"the lease could not be renewed for {silent:.0f} s, so another run may have the workdir" * (
             silent > DEAD - RENEWED)
 
     def _try(self, generation: int) -> bool:
-        with self._writing:  # a signal waits for the answer a little, to give back what was taken
+        with self._writing:  # `give_back`, after a signal, waits for the result
             return not self._over.is_set() and self._write(generation, FIRST)
 
     def _write(self, generation: int, seconds: float) -> bool:
-        """Writes the object over the one of that generation, 0 for none; False where another's is there."""
+        """Writes the object if its generation is `generation`, 0 for none; returns False if it is another run's."""
         from mae_jax.storage import gcs
 
         try:
@@ -261,11 +266,11 @@ class BucketLease(Lease):
             found = gcs.read(self._name)
             if found is None or found.content != self._text:
                 return False
-            self._generation = found.generation  # ours: the answer to an earlier try was lost
+            self._generation = found.generation  # this run's: the response to an earlier try was lost
         return True
 
     def _renew(self) -> None:
-        """The thread: gives signs of life, and ends the process where another run has taken over."""
+        """Renews the lease, in its own thread, and ends the process if another run has taken over."""
         from mae_jax.storage import gcs
 
         while not self._over.wait(RENEWED / 4 if self._failing else RENEWED):
@@ -280,22 +285,23 @@ class BucketLease(Lease):
                     if self._failing:
                         logger.warning("%s is renewed again", self.path)
                     self._failing, self.renewed = False, began
-                except Exception as error:  # whatever it is, the thread must live
+                except Exception as error:  # the thread must survive any error
                     if not self._failing:
-                        logger.warning("cannot renew the run's lease: %s; training goes on, it is tried again", error)
+                        logger.warning("cannot renew the run's lease: %s; training goes on, and it is tried again",
+                                       error)
                     self._failing = True
                 self.looked = time.monotonic()
 
     def _lost(self, found: Any) -> None:
-        """Ends the process; `found`: the gcs.StoredObject of the run that took over, None where it has ended."""
+        """Ends the process; `found` is the StoredObject of the run that took over, None if that has ended."""
         silent, self._generation = time.monotonic() - self.renewed, 0
         by = _who(found.content) if found else "a run that has ended since"
-        line = (f"{self.folder} was taken over by {by}, after this run had given no sign of life for "
+        line = (f"{self.folder} was taken over by {by}, after this run had not renewed its lease for "
                 f"{silent:.0f} s; nothing more is written")
         self._stop(line)
 
     def give_back(self) -> None:
-        """Deletes the object, unless this was done or it is another's; a failure costs the next run a wait."""
+        """Deletes the object, if it is this run's. After a failure, the next run must wait DEAD seconds."""
         from mae_jax.storage import gcs
 
         self._over.set()
@@ -305,8 +311,7 @@ class BucketLease(Lease):
             if self._generation:
                 gcs.delete(self._name, self._generation, LAST)
         except (gcs.BucketError, gcs.GenerationMismatch) as error:
-            logger.warning("could not remove %s (%s): the next run waits %g s for a sign of life", self.path, error,
-                           DEAD)
+            logger.warning("could not remove %s (%s): the next run has to wait %g s", self.path, error, DEAD)
         finally:
             self._generation = 0
             self._writing.release()

@@ -1,4 +1,4 @@
-"""Metric sinks: where scalars and figures go besides metrics.jsonl."""
+"""Metric sinks: the outputs of scalars and figures besides metrics.jsonl."""
 
 from typing import ClassVar
 
@@ -13,51 +13,51 @@ SINKS = {  # name → module:class
     "tensorboard": "mae_jax.storage.tensorboard:TensorBoard",
     "wandb": "mae_jax.storage.weights_and_biases:WeightsAndBiases",
 }
-LOOP_RETRY_SECONDS = 5.0  # seconds in which a failing bucket is tried again while the loop waits
+LOOP_RETRY_SECONDS = 5.0  # seconds of retries of a failing bucket while the training loop waits
 
 
 class Sink:
-    """Base of all sinks, made without arguments; process 0 alone has any. All does nothing but what is overridden.
+    """Base of all sinks, whose methods do nothing. Sinks are created without arguments, on process 0 only.
 
-    Whatever a method raises is a warning, after which the sink is not called again: no metric is worth a run.
+    If a method raises any exception, a warning is logged and the sink is dropped: a metric must not end a run.
 
     Attributes:
-      what: what it writes, for that warning.
+      what: description of the output, for that warning.
     """
 
     what: ClassVar[str] = "metrics"
 
     def open(self, workdir: epath.Path, restored_step: float) -> None:
-        """Called once, first.
+        """Opens the output; called once, before all other methods.
 
         Args:
           workdir: of the run, local or in a bucket.
-          restored_step: of the checkpoint that the run goes on from, 0 of a new one: later steps come again. Infinite
-            where a finished or running workdir is evaluated: no step does.
+          restored_step: step of the checkpoint that the run resumes from, 0 for a new run; later steps are written
+            again. Infinite for an evaluation of a workdir, which repeats no step.
         """
 
     def write_config(self, fields: dict[str, bool | int | float | str]) -> None:
-        """Writes dotted config field → value, a tuple as its text; called at each start of a run, after `open`."""
+        """Writes dotted config field → value, with tuples as text; called at each start of a run, after `open`."""
 
     def write_scalars(self, step: int, values: dict[str, float]) -> None:
-        """Writes name → number of a step, which may be NaN; more of the same step may follow."""
+        """Writes name → value, which may be NaN, of a step; several calls may have the same step."""
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes a figure, uint8 [height, width, 3]."""
 
     def flush(self) -> None:
-        """Called at every checkpoint: what was written shall outlive the process."""
+        """Makes everything written so far durable; called at every checkpoint."""
 
     def close(self) -> None:
-        """Called once, last."""
+        """Closes the output; called once, after all other methods."""
 
 
 def find(name: str) -> type[Sink]:
-    """Returns the class of a sink; raises UserError with the nearest name."""
+    """Returns the class of a sink; raises UserError, with the nearest name, if there is none."""
     found: type[Sink] = plugins.find("metric_sinks", name, SINKS, "log.sinks")
     return found
 
 
 def names(log: ConfigDict) -> tuple[str, ...]:
-    """Returns the sinks that a config's group `log` asks for; a workdir always has its pictures."""
+    """Returns the names of the sinks of `config.log`; 'pictures', the figures in the workdir, is always among them."""
     return tuple(dict.fromkeys(("pictures", *("tensorboard",) * log.tensorboard, *log.sinks)))

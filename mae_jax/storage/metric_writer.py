@@ -1,4 +1,4 @@
-"""Metrics on their way out: metrics.jsonl, and the sinks that a run has besides."""
+"""Writes metrics to metrics.jsonl and to the sinks of a run."""
 
 import errno
 import io
@@ -21,31 +21,31 @@ from mae_jax.storage.metric_sinks import LOOP_RETRY_SECONDS, Sink
 from mae_jax.storage.paths import read_bytes, replace_bytes
 
 logger = logging.getLogger(__name__)
-ASIDE = "metrics_set_aside.jsonl"  # beside metrics.jsonl: its lines that are none
-REMOTE_PERIOD = 30.0  # seconds between rewrites of metrics.jsonl in a bucket, which cannot append
-FINAL_RETRY_SECONDS = 60.0  # the same at the end
+ASIDE = "metrics_set_aside.jsonl"  # file beside metrics.jsonl for its invalid lines
+REMOTE_PERIOD = 30.0  # seconds between rewrites of metrics.jsonl in a bucket, where appending is not possible
+FINAL_RETRY_SECONDS = 60.0  # seconds of retries at the end of a run
 
 
 class JsonLines:
-    """metrics.jsonl: one JSON object per line, each metric of a step once.
+    """metrics.jsonl: one JSON object per line, and each metric of a step once.
 
-    A line that cannot be written (a full disk) is kept and written with the next one. In a bucket the file is written
-    anew, on condition that nobody else has; an evaluation that has adds its lines, and both stay.
+    A line that cannot be written (a full disk) is kept and written with the next one. In a bucket the whole file is
+    rewritten if its generation is unchanged; if another process, such as an evaluation, has added lines, both are kept.
 
     Attributes:
-      seen: the (step, name) that the file held when it was opened.
+      seen: the (step, name) pairs in the file when it was opened.
     """
 
     def __init__(self, path: epath.Path, restored_step: float, active: bool = True, since: float = 0):
-        """Reads the file's end and, where `active`, cuts lines past `restored_step` and a torn last one.
+        """Reads the end of the file; if `active`, cuts lines after `restored_step` and an incomplete last line.
 
-        Other lines that are none, which no run of ours wrote, move to the file ASIDE.
+        Other invalid lines, which mae_jax does not write, are moved to the file ASIDE.
 
         Args:
           path: of the file.
-          restored_step: after which lines are cut.
-          active: whether they are.
-          since: lines before this step are not read, where the file is long.
+          restored_step: lines of later steps are cut.
+          active: whether to change the file.
+          since: lines of earlier steps need not be read, if the file is long.
         """
         self.path = path
         self.local = not str(path).startswith("gs://")
@@ -53,7 +53,7 @@ class JsonLines:
         self.written = time.monotonic()
         start, text = self._read(since)
         found = [(line, values_of(line)) for line in text.splitlines()]
-        if found and not found[-1][1] and not text.endswith("\n"):  # torn by a crash
+        if found and not found[-1][1] and not text.endswith("\n"):  # incomplete after a crash
             found.pop()
         bad = [line for line, values in found if not values]
         kept = [(line, values) for line, values in found if values and values["step"] <= restored_step]
@@ -62,8 +62,7 @@ class JsonLines:
             try:
                 self._set_aside(bad)
                 cut = len(text.splitlines()) - len(kept) - len(bad)
-                logger.info("%s: %s past step %g, and torn ones, are cut off", path, pluralize(cut, "line"),
-                            restored_step)
+                logger.info("%s: cut %s after step %g or incomplete", path, pluralize(cut, "line"), restored_step)
                 self._replace(start, content)
             except OSError as error:
                 raise UserError(f"cannot write {path}: {error.strerror or error}") from None
@@ -73,14 +72,14 @@ class JsonLines:
             return
         file = self.path.parent / ASIDE
         replace_bytes(file, (read_bytes(file) or b"") + _joined(bad).encode())
-        logger.warning("%s: %s that %s no figures of a step, such as %.60r; moved to %s", self.path,
+        logger.warning("%s: %s that %s no metrics of a step, such as %.60r; moved to %s", self.path,
                        pluralize(len(bad), "line"), "holds" if len(bad) == 1 else "hold", bad[0], file.name)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Appends a line; names that the file held at this step when it was opened are left out."""
+        """Appends a line, without the metrics of this step that the file had when it was opened."""
         new = {name: value for name, value in values.items() if (step, name) not in self.seen}
         if len(new) < len(values):
-            logger.info("%s has %d of these figures of step %d already: they stay as they are", self.path,
+            logger.info("%s already has %d of these metrics of step %d; they are not changed", self.path,
                         len(values) - len(new), step)
         values = new
         if not values:
@@ -90,9 +89,9 @@ class JsonLines:
             self.flush()
 
     def flush(self, seconds: float = LOOP_RETRY_SECONDS) -> None:
-        """Writes what is pending; a failure is a warning and is tried again at the next call.
+        """Writes pending lines; after a failure, which is a warning, they are written at the next call.
 
-        A bucket that fails is tried again for so many seconds.
+        A failing bucket is retried for `seconds`.
         """
         if not self.pending:
             return
@@ -104,12 +103,12 @@ class JsonLines:
             else:
                 self._rewrite(seconds)
             self.pending = []
-        except Exception as error:  # buckets raise errors of their own, and no metric is worth a run
+        except Exception as error:  # any error, since a metric must not end a run
             logger.warning("cannot write %s (%s); kept, and tried again", self.path, error)
         self.written = time.monotonic()
 
     def _read(self, since: float = 0) -> tuple[int, str]:
-        """Returns the text of the file from this step on, and the byte where it begins."""
+        """Returns the file's text from step `since` or earlier, and the byte at which the text starts."""
         if self.local and not self.path.exists():
             return 0, ""
         if not self.local:
@@ -129,7 +128,7 @@ class JsonLines:
     def _rewrite(self, seconds: float, tries: int = 2) -> None:
         from mae_jax.storage import gcs
 
-        # A line is there already where the answer to an earlier try was lost.
+        # The file may have the lines already, if the response to an earlier try was lost.
         lines = dict.fromkeys([*self.found.content.decode(errors="replace").splitlines(), *self.pending])
         text = _joined(list(lines)).encode()
         try:
@@ -146,7 +145,7 @@ def _joined(lines: list[str]) -> str:
 
 
 def _append(path: epath.Path, text: str) -> None:
-    """Appends all of the text or, when the disk is full, nothing."""
+    """Appends the whole text or, if the disk is full, nothing."""
     data = text.encode()
     with open(path, "ab", buffering=0) as file:
         size = file.tell()
@@ -159,7 +158,7 @@ def _append(path: epath.Path, text: str) -> None:
 
 
 def values_of(line: str) -> dict[str, Any]:
-    """Returns what a line of metrics.jsonl says, {} for one that is none: torn, or written by somebody else."""
+    """Parses a line of metrics.jsonl; returns {} for an invalid line: incomplete, or not written by mae_jax."""
     try:
         values = bounded_json.parse_object(line)
     except ValueError:
@@ -169,16 +168,26 @@ def values_of(line: str) -> dict[str, Any]:
 
 
 class MetricWriter:
-    """Writes scalars and figures of process 0 (`active`) to every sink; other processes read and write nothing.
+    """Writes scalars and figures to metrics.jsonl and every sink on process 0 (`active`); does nothing on others.
 
     Attributes:
-      jsonl: metrics.jsonl, which is always written: it is the record of what was measured. None in other processes.
-      sinks: name → sink, those that have not failed.
+      jsonl: metrics.jsonl, which is always written; None on other processes.
+      sinks: name → sink, for the sinks that have not failed.
     """
 
     def __init__(self, workdir: epath.Path, restored_step: float, sinks: Iterable[str], active: bool = True,
                  since: float = 0):
-        """Args: as of `JsonLines` and `Sink.open`; sinks: names. Raises UserError for an unknown one."""
+        """Opens metrics.jsonl and the sinks.
+
+        Args:
+          workdir, restored_step: as in `Sink.open`.
+          sinks: names of sinks.
+          active: whether this is process 0.
+          since: as in `JsonLines`.
+
+        Raises:
+          UserError: a sink is unknown, or metrics.jsonl cannot be written.
+        """
         self.jsonl = JsonLines(workdir / "metrics.jsonl", restored_step, since=since) if active else None
         self.sinks: dict[str, Sink] = {}
         for name in sinks if active else ():
@@ -186,17 +195,17 @@ class MetricWriter:
         self._each(lambda sink: sink.open(workdir, restored_step))
 
     def has(self, step: int, name: str) -> bool:
-        """Says whether metrics.jsonl held the metric at the step when the run began, as process 0 alone knows."""
+        """Returns whether metrics.jsonl had the metric of the step when it was opened; False on other processes."""
         return self.jsonl is not None and (step, name) in self.jsonl.seen
 
     def write_config(self, config: ConfigDict) -> None:
-        """Tells the sinks the fields of a run's config."""
+        """Writes the fields of a run's config to the sinks."""
         fields = {name: value if isinstance(value, bool | int | float | str) else str(tuple(value))
                   for name, value in param_tree.flat(config).items()}
         self._each(lambda sink: sink.write_config(fields))
 
     def write_scalars(self, step: int, values: dict[str, float]) -> None:
-        """Writes name → number; JSON has no NaN, so a number that is not finite is written as null."""
+        """Writes name → value; metrics.jsonl has null for values that are not finite, since JSON has no NaN."""
         if self.jsonl:
             self.jsonl.write(step, {k: float(v) if np.isfinite(v) else None for k, v in values.items()})
         self._each(lambda sink: sink.write_scalars(step, values))
@@ -206,11 +215,13 @@ class MetricWriter:
         self._each(lambda sink: sink.write_image(step, name, image))
 
     def flush(self) -> None:
+        """Makes everything written so far durable."""
         if self.jsonl:
             self.jsonl.flush()
         self._each(lambda sink: sink.flush())
 
     def close(self) -> None:
+        """Writes what is pending and closes the sinks."""
         if self.jsonl:
             self.jsonl.flush(FINAL_RETRY_SECONDS)
         self._each(lambda sink: sink.close())
@@ -219,7 +230,7 @@ class MetricWriter:
         for name, sink in list(self.sinks.items()):
             try:
                 call(sink)
-            except Exception as error:  # no TensorFlow, a full disk, a bucket out of reach: none is worth a run
+            except Exception as error:  # a missing package, a full disk, an unreachable bucket: none must end a run
                 _tell(sink.what, error)
                 del self.sinks[name]
 

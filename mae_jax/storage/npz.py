@@ -1,4 +1,4 @@
-"""Reading *.npz files, which hold arrays of numbers and texts: nothing in them is ever executed."""
+"""Reading of *.npz files with arrays of numbers and texts, without executing anything in them."""
 
 import contextlib
 import errno
@@ -17,42 +17,42 @@ from mae_jax.storage import file_kinds
 from mae_jax.storage.paths import read_bytes
 
 CANNOT = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ESTALE, errno.EMFILE,
-          errno.ENFILE, errno.ENOMEM)  # what is no fault of the bytes; broken ones make zipfile raise EINVAL
+          errno.ENFILE, errno.ENOMEM)  # errors that do not mean damage; for damaged files zipfile raises EINVAL
 DAMAGED = (OSError, ValueError, TypeError, KeyError, EOFError, SyntaxError, RuntimeError, MemoryError, struct.error,
-           tokenize.TokenError, zipfile.BadZipFile, zlib.error)  # what broken bytes make NumPy raise
+           tokenize.TokenError, zipfile.BadZipFile, zlib.error)  # exceptions of NumPy for damaged files
 
 
 @contextlib.contextmanager
 def opened(path: epath.Path, hint: str = "") -> Iterator[np.lib.npyio.NpzFile]:
-    """Opens a file whose arrays are read when they are asked for; one in a bucket as a whole.
+    """Context that opens a file; arrays are read when they are accessed, except that files in buckets are read whole.
 
     Args:
-      path: the file, which is there.
-      hint: ends the message of what is wrong, as '; remove it'.
+      path: an existing file.
+      hint: end of error messages, such as '; remove it'.
 
     Raises:
-      UserError: here or in the block that reads: the file is damaged, lacks the array, or has one of Python objects,
-        which NumPy would execute code to make.
+      UserError: here or inside the context: the file is damaged, lacks the array, or the array has Python objects,
+        for which NumPy would execute code.
     """
     try:
         with io.BytesIO(read_bytes(path) or b"") if "://" in str(path) else path.open("rb") as file:
             arrays = np.load(file, allow_pickle=False)
             if not isinstance(arrays, np.lib.npyio.NpzFile):
-                raise ValueError("one array, where *.npz has several with a name each")
+                raise ValueError("it holds one array, where *.npz holds named arrays")
             yield arrays
     except DAMAGED as error:
         raise UserError(f"{_why(path, error)}{hint}") from None
 
 
 def _why(path: epath.Path, error: Exception) -> str:
-    """Returns in one line why a file does not read."""
+    """Returns in one line why a file cannot be read."""
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and str(path).startswith("gs://"):
         return text  # a BucketError, which names the path
     if isinstance(error, OSError) and error.errno in CANNOT:
         return f"cannot read {path}: {error.strerror}"
     if isinstance(error, MemoryError):
-        return f"{path} has an array that memory does not hold, or is damaged: {text}"
+        return f"{path} has an array that does not fit into memory, or is damaged: {text}"
     if isinstance(error, KeyError) and "is not a file in the archive" in text:
         return f"{path} lacks an array: {text.split(' is not ')[0].lstrip(chr(34) + chr(39))}"
     begin = b""
@@ -62,4 +62,4 @@ def _why(path: epath.Path, error: Exception) -> str:
         text = "it has Python objects, which are never loaded"
     elif begin[:2] != b"PK" and not begin.startswith(b"\x93NUMPY") and (found := file_kinds.kind(begin)):
         text = f"it is {found}"
-    return f"{path} is damaged, or no file of arrays (*.npz): {text}"
+    return f"{path} is damaged, or not a file of arrays (*.npz): {text}"

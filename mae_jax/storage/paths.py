@@ -1,4 +1,4 @@
-"""Small files and folders, on a disk or in a bucket: read as a whole, written so that they are whole."""
+"""Paths of files and folders, local or in a bucket, and atomic reading and writing of small files."""
 
 import importlib.util
 import os
@@ -12,35 +12,36 @@ from etils import epath
 from mae_jax.errors import UserError, printable
 from mae_jax.storage import hub
 
-# Read when etils meets the first gs:// path: gcsfs serves it then, TensorFlow stays out.
+# etils reads this when it first opens a gs:// path, and then uses gcsfs without importing TensorFlow.
 os.environ.setdefault("EPATH_USE_TF", "false")
 
-GCS_MISREADS = "*?[]{}\\#"  # gcsfs and the bucket take them for a pattern, or for a generation
-ORBAX_MISREADS = "*?[]\\"  # a pattern, as its glob reads them
-# Of a config, besides init_from; data.path is as its source reads it.
+GCS_MISREADS = "*?[]{}\\#"  # gcsfs interprets these as patterns or as a generation
+ORBAX_MISREADS = "*?[]\\"  # orbax's glob interprets these as patterns
+# Config fields with paths, besides init_from and data.path, whose syntax depends on the source.
 FIELDS = ("data.tokens", "train.compilation_cache", "method.vocabulary_file", "method.clusters")
-# Flags that may name a repository of the hub; config_of and the like have none.
+# Flags and fields that may name a repository of the hub.
 FROM_HUB = ("", "init_from", "--from", "from")
 BUCKET = r"(gs|s3)://[a-z0-9][a-z0-9_.-]{1,220}[a-z0-9](/|$)"
-PACKAGES = {"gs": ("gcs", "gcsfs", "google.cloud.storage"), "s3": ("s3", "s3fs")}  # the extra, and its modules
-READ_ONLY = ("data.path", "data.mask_key")  # fields that may be on s3://, where data are read and nothing is written
+PACKAGES = {"gs": ("gcs", "gcsfs", "google.cloud.storage"), "s3": ("s3", "s3fs")}  # scheme → extra and its modules
+READ_ONLY = ("data.path", "data.mask_key")  # fields that may be on s3://, which is only read
 
 
 def normalized(path: str, flag: str = "") -> str:
-    """Returns a path that somebody gave as all of us mean it: `~` is a home; environment variables stay as written.
+    """Checks a path from the user, and expands `~`; environment variables are not expanded.
 
     Args:
       path: of a file, a folder or a pattern of files, local or gs://.
-      flag: that it was given by, as '--workdir' or 'data.path', for messages.
+      flag: the flag or field with the path, such as '--workdir' or 'data.path', for messages.
 
     Raises:
-      UserError: it is neither local nor gs:// (of data: nor s3://), `~` is of nobody, or no line can show it.
+      UserError: the path is neither local nor gs:// (for data also s3://), has an unknown user after `~`, or has
+        characters that cannot be printed.
     """
     said = f"{flag}={printable(path)}" if flag else printable(path)
     if any(category(char) in ("Cc", "Cs", "Zl", "Zp") for char in path):
-        raise UserError(f"{said}: a path cannot have line breaks, control characters or what is no UTF-8 in it")
+        raise UserError(f"{said}: a path must be valid UTF-8, without line breaks or control characters")
     if path.startswith("s3://") and flag not in READ_ONLY:
-        raise UserError(f"{said}: s3:// is read as data alone; a folder is local or gs://BUCKET/FOLDER")
+        raise UserError(f"{said}: s3:// is supported for data only; a folder is local or gs://BUCKET/FOLDER")
     if path.startswith(hub.SCHEME) and flag in FROM_HUB:
         hub.check(path, flag)
         return path
@@ -58,13 +59,14 @@ def normalized(path: str, flag: str = "") -> str:
 
 
 def locate(path: str, flag: str = "") -> epath.Path:
-    """Returns a file or a folder as a path: what it names is there literally, whatever characters its name has.
+    """Returns the path of a file or folder, whose name is literal, not a pattern.
 
-    Args: as of `normalized`.
+    Args:
+      path, flag: as in `normalized`.
 
     Raises:
-      UserError: as of `normalized`; or it is in a bucket, and the packages for that are missing, the bucket cannot be
-        looked into, or gcsfs would take the name for a pattern.
+      UserError: as in `normalized`; or the path is in a bucket, and the packages for buckets are missing, the bucket
+        cannot be listed, or gcsfs would interpret the name as a pattern.
     """
     path = normalized(path, flag)
     if path.startswith(("gs://", "s3://")):
@@ -74,14 +76,17 @@ def locate(path: str, flag: str = "") -> epath.Path:
 
 
 def _here(path: str) -> str:
-    """Returns a normalized path; of a repository of the hub, that of its copy here."""
+    """Returns a normalized path; for a repository of the hub, that of its local copy."""
     return hub.fetched(path) if path.startswith(hub.SCHEME) else path
 
 
 def output(path: str, flag: str) -> epath.Path | None:
-    """Returns a file that a command writes at its end, None without one; raises UserError where it cannot be written.
+    """Checks, before a command's work, the file that the command writes at its end; None for an empty path.
 
-    A mistake shows before minutes of measuring. What is in the file stays until then.
+    The content of an existing file stays until then.
+
+    Raises:
+      UserError: as in `locate`, or the file cannot be written.
     """
     if not path:
         return None
@@ -99,13 +104,13 @@ def output(path: str, flag: str) -> epath.Path | None:
 
 
 def for_orbax(path: str, flag: str = "") -> str:
-    """Returns the `normalized` path of a folder with checkpoints under it, or of a file.
+    """Returns the `normalized` path of a file, or of a folder that contains checkpoints.
 
-    Orbax looks for what its processes wrote by a pattern that begins with the folder's name as it is. So nothing of it
-    may be a pattern, nor of the current folder where the path is relative: what is saved there could not be read.
+    Orbax finds the files of its processes by a glob pattern that begins with the folder's absolute path. So the path
+    must not contain characters of patterns: checkpoints saved there could not be read.
 
     Raises:
-      UserError: as of `normalized`, or a part of it would be taken for a pattern.
+      UserError: as in `normalized`, or orbax would interpret a part of the path as a pattern.
     """
     path = _here(normalized(path, flag))
     if path.startswith("gs://") or not os.path.isfile(path):
@@ -114,33 +119,32 @@ def for_orbax(path: str, flag: str = "") -> str:
 
 
 def locate_checkpoints(path: str, flag: str) -> epath.Path:
-    """Returns a path as `locate`; raises UserError as `for_orbax` does, too."""
+    """Returns a path as `locate` does; raises UserError as `for_orbax` does too."""
     return locate(for_orbax(path, flag), flag)
 
 
 def check_fields(values: Mapping[str, Any]) -> None:
-    """Raises UserError for the first field of a config, by dotted name, whose path cannot be meant."""
+    """Raises UserError for the first config field, by dotted name, whose path `normalized` refuses."""
     for field in ("init_from", *FIELDS):
         normalized(values.get(field, ""), field)
 
 
 def _refuse(path: str, characters: str, flag: str) -> None:
-    """Raises UserError where a path has one of these characters."""
+    """Raises UserError if a path has one of these characters."""
     if found := sorted(set(path) & set(characters)):
         where = f"{flag}: " if flag else ""
-        raise UserError(f"{where}{printable(path)}: the path has {' '.join(found)} in it, which would be taken for a "
+        raise UserError(f"{where}{printable(path)}: the path contains {' '.join(found)}, which would be taken for a "
                         "pattern; name another folder")
 
 
 def check_bucket(path: str) -> None:
-    """Finds out in seconds whether what is named in a bucket, a pattern perhaps, can be looked into; raises UserError.
-    """
+    """Checks within seconds that a path or pattern in a bucket can be listed; raises UserError otherwise."""
     if not path.startswith(("gs://", "s3://")):
         return
     kind = path[:2]
     if not re.match(BUCKET, path):
-        raise UserError(f"{path}: no name of a bucket; expected {kind}://BUCKET/FOLDER, with 3 or more small letters, "
-                        "digits and - _ .")
+        raise UserError(f"{path}: not a valid bucket; expected {kind}://BUCKET/FOLDER, with 3 or more lower-case "
+                        "letters, digits and - _ .")
     extra, *modules = PACKAGES[kind]
     missing = [name for name in modules if not _importable(name)]
     if missing:
@@ -164,12 +168,12 @@ def _importable(name: str) -> bool:
 
 
 def version(file: epath.Path) -> tuple[str, int, int]:
-    """Returns a file's whole name, its size in bytes, and when it changed: another content has another one.
+    """Returns a file's absolute path, size in bytes and time of change (ns on a disk, else s), to detect changes.
 
-    On a disk that is the time of the inode, which copies that keep a file's own time do not keep.
+    On a disk, the time includes that of the inode, which changes even if a copy keeps the modification time.
 
     Raises:
-      UserError: it cannot be looked at.
+      UserError: the file's status cannot be read.
     """
     try:
         if "://" not in str(file):
@@ -182,13 +186,13 @@ def version(file: epath.Path) -> tuple[str, int, int]:
 
 
 def make_folder(folder: epath.Path) -> None:
-    """Makes a folder where there are folders: a bucket has none."""
+    """Creates a local folder and its parents; does nothing for a bucket, which has no folders."""
     if not str(folder).startswith("gs://"):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def read_bytes(file: epath.Path) -> bytes | None:
-    """Returns what a file holds, None where it is not there."""
+    """Returns the content of a file; None if it does not exist."""
     if str(file).startswith("gs://"):
         from mae_jax.storage import gcs
 
@@ -198,7 +202,7 @@ def read_bytes(file: epath.Path) -> bytes | None:
 
 
 def read_there(file: epath.Path) -> bytes:
-    """Returns what a file that must be there holds; raises UserError where it is not, or cannot be read."""
+    """Returns the content of a file; raises UserError if it does not exist or cannot be read."""
     try:
         content = read_bytes(file)
     except OSError as error:
@@ -209,19 +213,19 @@ def read_there(file: epath.Path) -> bytes:
 
 
 def read_text(file: epath.Path) -> str | None:
-    """Returns the text that a file holds, None where it is not there."""
+    """Returns the content of a UTF-8 file as text; None if it does not exist."""
     content = read_bytes(file)
     return None if content is None else content.decode()
 
 
 def replace_text(file: epath.Path, text: str) -> None:
-    """Writes a file so that it always holds the old text or the new one, also after a kill or on a full disk."""
+    """Replaces a file atomically: it holds the old or the new text, even after a kill or on a full disk."""
     replace_bytes(file, text.encode())
 
 
 def replace_bytes(file: epath.Path, content: bytes, seconds: float = 60.0) -> None:
-    """As `replace_text`; a bucket that fails is tried again for so many seconds, and raises OSError."""
-    if str(file).startswith("gs://"):  # an object appears when it is complete
+    """Replaces a file atomically; retries a failing bucket for `seconds`. Raises OSError."""
+    if str(file).startswith("gs://"):  # objects are written atomically
         from mae_jax.storage import gcs
 
         gcs.write(str(file), content, seconds)

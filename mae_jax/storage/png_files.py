@@ -1,4 +1,4 @@
-"""Figures as files."""
+"""Metric sink that writes figures as PNG files."""
 
 import io
 import logging
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class PngFiles(Sink):
-    """<workdir>/pictures/<name>_<step>.png; one that cannot be written is a warning, and the next one is tried."""
+    """Writes figures to <workdir>/pictures/<name>_<step>.png; a failed write is a warning, and the sink stays."""
 
     what = "pictures"
     folder: epath.Path
@@ -33,5 +33,5 @@ class PngFiles(Sink):
                 raise OSError(why)
             make_folder(path.parent)
             replace_bytes(path, content.getvalue(), LOOP_RETRY_SECONDS)
-        except OSError as error:  # a full disk, a bucket out of reach, or another run that holds the workdir
+        except OSError as error:  # a full disk, an unreachable bucket, or another run that may have the workdir
             logger.warning("cannot write %s (%s)", path, error)

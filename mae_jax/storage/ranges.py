@@ -1,4 +1,4 @@
-"""Files of data and parts of them, from any thread."""
+"""Thread-safe reading of files and of ranges of bytes, on a disk or in a bucket."""
 
 import os
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from etils import epath
 
 
 def read(path: str, start: int, size: int) -> bytes:
-    """Returns `size` bytes of a file on a disk or in a bucket, from the byte `start` on; raises OSError for fewer."""
+    """Returns `size` bytes of a file from the byte `start` on; raises OSError if there are fewer."""
     if "://" in path:
         import fsspec
 
@@ -28,12 +28,12 @@ def read(path: str, start: int, size: int) -> bytes:
 
 
 def read_whole(path: epath.Path) -> bytes:
-    """Returns what a file on a disk or in a bucket holds; raises OSError."""
+    """Returns the content of a file; raises OSError."""
     return asked(str(path), path.read_bytes)
 
 
 def asked(path: str, action: Callable[[], Any]) -> Any:
-    """Returns what `action` does; what s3:// fails with is an OSError of one line."""
+    """Returns `action()`; errors of s3:// become an OSError of one line."""
     if not path.startswith("s3://"):
         return action()
     from mae_jax.storage import s3

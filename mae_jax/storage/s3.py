@@ -1,6 +1,6 @@
-"""Data on s3://: what is found out before a run begins, and what fails on the way, each in one line.
+"""Data on s3://: the check before a run, and errors as one line each.
 
-s3fs reads; credentials, region and endpoint are those of AWS's own settings (AWS_PROFILE, AWS_ENDPOINT_URL ...).
+Files are read by s3fs. Credentials, region and endpoint come from AWS's settings (AWS_PROFILE, AWS_ENDPOINT_URL ...).
 """
 
 import functools
@@ -14,12 +14,12 @@ from botocore import exceptions
 from mae_jax.errors import UserError
 from mae_jax.runtime import threads
 
-CHECK_SECONDS = 12.0  # for the check at the start, all tries and the search for credentials together
+CHECK_SECONDS = 12.0  # timeout of `check`, including retries and the search for credentials
 LIMITS = {"connect_timeout": 5, "read_timeout": 30, "retries": {"mode": "standard", "max_attempts": 4}}
 
 
 def check(path: str) -> None:
-    """Finds out in seconds whether a bucket can be looked into; raises UserError with the path and a hint."""
+    """Checks within seconds that a bucket can be listed; raises UserError with the path and a hint otherwise."""
     _prepare()
     looking = threads.start(lambda: plainly(path, lambda: _look(path)))
     if not threads.ends(looking, CHECK_SECONDS):
@@ -32,7 +32,7 @@ def check(path: str) -> None:
 
 
 def plainly(path: str, action: Callable[[], Any]) -> Any:
-    """Returns what `action` does; raises an OSError of one line where a bucket fails, FileNotFoundError as it is."""
+    """Returns `action()`; converts a bucket's errors to an OSError of one line, except FileNotFoundError."""
     try:
         return action()
     except FileNotFoundError:
@@ -47,11 +47,12 @@ def _look(path: str) -> None:
     try:
         system.call_s3("list_objects_v2", Bucket=bucket, Prefix=inside, MaxKeys=1)
     except FileNotFoundError:
-        raise OSError(f"{path}: there is no bucket s3://{bucket}; look at its name, or: aws s3 mb s3://{bucket}"
+        raise OSError(f"{path}: there is no bucket s3://{bucket}; check its name, or run: aws s3 mb s3://{bucket}"
                       ) from None
 
 
 def _told(path: str, error: BaseException) -> str:
+    """Returns the message of an error, with a hint."""
     bucket, said = f"s3://{path.removeprefix('s3://').partition('/')[0]}", " ".join(str(error).split())[:300]
     if said.startswith(path):
         return said
@@ -66,7 +67,7 @@ def _told(path: str, error: BaseException) -> str:
 
 @functools.cache
 def _prepare() -> None:
-    """Sets limits to what s3fs waits for, and keeps it from printing what is told in our lines."""
+    """Sets timeouts of s3fs, and silences logs whose content the messages here have."""
     for name in ("s3fs", "fsspec", "aiobotocore", "botocore"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     settings = fsspec.config.conf.setdefault("s3", {})

@@ -1,4 +1,4 @@
-"""Parameters in a *.safetensors file, with the checksums of their arrays."""
+"""Reading and writing of parameters in *.safetensors files, with checksums of the arrays."""
 
 import json
 from collections.abc import Mapping
@@ -23,9 +23,9 @@ def save(path: epath.PathLike, params: Any, metadata: Mapping[str, str]) -> None
     """Writes parameters to a *.safetensors file, under names such as 'encoder/block_00/attn/qkv/kernel'.
 
     Args:
-      path: local or gs://; replaced when it exists.
-      params: nested dict of arrays (float32; safetensors' NumPy reader knows no bfloat16).
-      metadata: texts for the header; the checksums join them under 'checksums'.
+      path: local or gs://; an existing file is replaced.
+      params: nested dict of float32 arrays (safetensors' NumPy reader does not support bfloat16).
+      metadata: texts for the header, to which the checksums are added under 'checksums'.
     """
     path = epath.Path(path)
     arrays = {name: np.ascontiguousarray(array) for name, array in flatten(params).items()}
@@ -35,7 +35,7 @@ def save(path: epath.PathLike, params: Any, metadata: Mapping[str, str]) -> None
 
 
 def _ordered(content: bytes) -> bytes:
-    """Returns a file with its metadata in the order of names; safetensors' own order differs between processes."""
+    """Returns the file's content with sorted metadata; safetensors' own order differs between processes."""
     size = int.from_bytes(content[:8], "little")
     header = bounded_json.parse_object(content[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -45,17 +45,17 @@ def _ordered(content: bytes) -> bytes:
 
 
 def load(path: epath.Path) -> dict[str, Any]:
-    """Returns the nested dict of arrays in a file; raises UserError where it is not there, or damaged."""
+    """Returns the nested dict of arrays in a file; raises UserError if it does not exist or is damaged."""
     content = paths.read_there(path)
     said = metadata(path, content)
     try:
         arrays = {name: _array(**entry) for name, entry in safetensors.deserialize(content)}
-        if sealed := said.get("checksums"):  # a file from elsewhere has none
+        if sealed := said.get("checksums"):  # files of other libraries have none
             verify(unseal(bounded_json.parse(sealed)), arrays)
     except MemoryError:
         raise
     except Exception as error:
-        raise UserError(f"{path} is a safetensors file, and damaged, or of values that are not read: "
+        raise UserError(f"{path} is a safetensors file that is damaged or has unsupported values: "
                         f"{root_cause(error)}") from error
     try:
         return nest(arrays)
@@ -64,22 +64,22 @@ def load(path: epath.Path) -> dict[str, Any]:
 
 
 def _array(dtype: str, shape: list[int], data: bytes) -> np.ndarray:
-    """Returns an array of a file; safetensors' own NumPy reader knows no bfloat16."""
+    """Returns an array of a file; safetensors' own NumPy reader does not support bfloat16."""
     if dtype not in DTYPES:
-        raise ValueError(f"an array of {dtype}, where {', '.join(DTYPES)} are read")
+        raise ValueError(f"an array of {dtype}; supported are {', '.join(DTYPES)}")
     return np.frombuffer(data, DTYPES[dtype]).reshape(shape)
 
 
 def metadata(path: object, content: bytes, size: int | None = None) -> dict[str, str]:
-    """Returns what the header of a file says of it beside the arrays: texts by name.
+    """Returns the metadata of a file's header, texts by name.
 
     Args:
-      path: which messages name.
-      content: the file, or its header at least.
-      size: of the whole file in bytes; None: of `content`.
+      path: of the file, for messages.
+      content: of the file, or at least its header.
+      size: of the whole file in bytes; None: the length of `content`.
 
     Raises:
-      UserError: it is no safetensors file; the line says what it is.
+      UserError: it is not a safetensors file; the message names its kind.
     """
     size, length = len(content) if size is None else size, int.from_bytes(content[:8], "little")
     try:
@@ -89,8 +89,8 @@ def metadata(path: object, content: bytes, size: int | None = None) -> dict[str,
             raise ValueError(f"its header has {length} bytes, the file {size}: it is cut short")
         said = bounded_json.parse_object(content[8:8 + length]).get("__metadata__", {})
         if not isinstance(said, dict) or not all(isinstance(text, str) for text in said.values()):
-            raise ValueError("the header's metadata are no texts by name")
+            raise ValueError("the header's metadata are not texts by name")
     except ValueError as error:
         found = file_kinds.kind(content)
-        raise UserError(f"{path} is {found or f'no safetensors file, or damaged: {error}'}") from None
+        raise UserError(f"{path} is {found or f'not a safetensors file, or damaged: {error}'}") from None
     return said

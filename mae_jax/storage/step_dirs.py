@@ -1,4 +1,4 @@
-"""Which folders of a workdir are whole checkpoints, and which are not."""
+"""The step folders of a workdir: complete checkpoints, and leftovers of interrupted saves."""
 
 import os
 import re
@@ -8,24 +8,24 @@ from etils import epath
 
 from mae_jax.storage.paths import for_orbax
 
-MARK = "commit_success.txt"  # orbax writes it last
-TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a folder that a save on a disk is writing
+MARK = "commit_success.txt"  # the last file that orbax writes
+TEMPORARY = ".orbax-checkpoint-tmp"  # part of the name of a local folder during a save
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """Returns the path as orbax wants it, gs:// or absolute; raises UserError where it would misread it."""
+    """Returns the gs:// or absolute path that orbax requires; raises UserError as `for_orbax` does."""
     path = for_orbax(os.fspath(path))
     return epath.Path(path if path.startswith("gs://") else os.path.abspath(path))
 
 
 def newest(path: epath.PathLike) -> epath.Path:
-    """Returns the step folder that `load_params` would read from; the path itself where there is none."""
+    """Returns the step folder that `load_params` would read; the path itself if there is none."""
     path = epath.Path(path)
     return next(iter(offered(path)), path) if path.is_dir() else path
 
 
 def offered(path: epath.Path) -> list[epath.Path]:
-    """Returns the steps that a workdir, its checkpoints folder or a step folder offers, newest first."""
+    """Returns the step folders of a workdir, of its checkpoints folder or of a step folder, newest first."""
     if (path / "state").exists():
         return [path]
     folder = path / "checkpoints" if (path / "checkpoints").exists() else path
@@ -42,7 +42,7 @@ def committed(folder: epath.Path) -> list[int]:
 
 
 def _marked(folder: epath.Path) -> list[int]:
-    """Returns the steps in a bucket that are marked as complete, ascending: one listing, however many there are."""
+    """Returns the complete steps in a bucket, ascending, by a single listing."""
     from mae_jax.storage import gcs
 
     found = (epath.Path(name) for name in gcs.names(str(folder), f"*/{MARK}"))
@@ -50,13 +50,13 @@ def _marked(folder: epath.Path) -> list[int]:
 
 
 def complete(path: epath.Path) -> bool:
-    """Says whether a step's folder holds all of its checkpoint."""
-    # A local save is renamed when complete; on a bucket it is written in place and marked.
+    """Returns whether a step folder holds a complete checkpoint."""
+    # A local save is renamed when complete; a save in a bucket is written in place and marked.
     return (path / MARK).exists() if os.fspath(path).startswith("gs://") else path.is_dir()
 
 
 def leftovers(folder: epath.Path) -> list[epath.Path]:
-    """Returns the folders that interrupted saves left; a file is never one."""
+    """Returns the folders left over from interrupted saves; never a file."""
     if os.fspath(folder).startswith("gs://"):
         from mae_jax.storage import gcs
 
@@ -68,14 +68,14 @@ def leftovers(folder: epath.Path) -> list[epath.Path]:
 
 
 def move(folder: epath.Path, target: epath.Path) -> None:
-    """Moves a folder; on a disk also to another one, as where `checkpoints` is a link."""
+    """Moves a folder, also to another disk, since `checkpoints` may be a link."""
     if os.fspath(folder).startswith("gs://"):
         folder.rename(target)
     else:
         try:
             shutil.move(folder, target)
         except OSError:
-            shutil.rmtree(target, ignore_errors=True)  # part of a copy
+            shutil.rmtree(target, ignore_errors=True)  # an incomplete copy
             raise
 
 
@@ -84,7 +84,7 @@ def _of_step(path: epath.Path) -> bool:
 
 
 def unused(folder: epath.Path, name: str) -> epath.Path:
-    """Returns a path in the folder, called `name` or with a number after it, that nothing is at."""
+    """Returns an unused path in the folder: `name`, or `name` with a number appended."""
     path, count = folder / name, 1
     while path.exists():
         path, count = folder / f"{name}_{count}", count + 1

@@ -1,4 +1,4 @@
-"""The end of a file of lines {"step": 12, ...}, whose steps ascend: read and replaced without the rest."""
+"""Reading and replacing the end of a file with lines {"step": 12, ...}, whose steps mostly ascend."""
 
 import io
 import os
@@ -7,19 +7,22 @@ import shutil
 
 from etils import epath
 
-BLOCK = 1 << 20  # bytes that are read at a time, from the end
+BLOCK = 1 << 20  # bytes per read, from the end
 STEP = re.compile(rb'^\{"step": ?(\d{1,18})[,}]', re.MULTILINE)
 
 
 def read(file: io.IOBase, step: float) -> tuple[int, bytes]:
-    """Returns where the lines of `step` and after it begin, or somewhat before, and what is there.
+    """Reads the end of the file that holds all lines of `step` and later steps.
 
-    Lines of an older step among them, which an evaluation of an older checkpoint adds, do not end it: a block without
-    newer ones does.
+    It reads blocks backwards until a block has lines of earlier steps only. Single lines of earlier steps, which an
+    evaluation of an older checkpoint adds, do not stop it.
 
     Args:
-      file: opened to read bytes, with random access.
-      step: the first one that is asked for.
+      file: opened for reading bytes, with random access.
+      step: the first step to include.
+
+    Returns:
+      The position in bytes, which may be somewhat before the first such line, and the content from there on.
     """
     start, blocks = file.seek(0, os.SEEK_END), []
     while start:
@@ -35,7 +38,7 @@ def read(file: io.IOBase, step: float) -> tuple[int, bytes]:
 
 
 def replace(path: epath.Path, start: int, text: str) -> None:
-    """Writes a file on a disk so that it always holds the old content or, from the byte `start` on, this text."""
+    """Atomically replaces the content of a local file from the byte `start` on."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         with open(path, "rb") as old, open(partial, "wb") as new:

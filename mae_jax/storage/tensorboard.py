@@ -1,4 +1,5 @@
-"""TensorBoard events: through clu where TensorFlow is there already, or the workdir is in a bucket; else without it."""
+"""Metric sink for TensorBoard: by clu if TensorFlow is imported already or the workdir is in a bucket, else without it.
+"""
 
 import io
 import os
@@ -15,14 +16,14 @@ from mae_jax.storage.metric_sinks import Sink
 
 
 class TensorBoard(Sink):
-    """<workdir>/tensorboard."""
+    """Writes events to <workdir>/tensorboard."""
 
     what = "TensorBoard events"
     writer: Any
 
     def open(self, workdir: epath.Path, restored_step: float) -> None:
         folder = workdir / "tensorboard"
-        # To import TensorFlow takes seconds, or it may be missing.
+        # TensorFlow may be missing, and its import takes seconds.
         if sys.modules.get("tensorflow") is None and not str(folder).startswith("gs://"):
             self.writer = Events(folder)
             return
@@ -47,7 +48,7 @@ class TensorBoard(Sink):
 
 
 class Events:
-    """A file of events on a disk, written by the package tensorboard alone; the methods are those of clu's writer."""
+    """Writes a local file of events by the package tensorboard, with the methods of clu's writer."""
 
     def __init__(self, folder: epath.Path):
         from tensorboard.compat.proto import event_pb2, summary_pb2
@@ -62,15 +63,15 @@ class Events:
     def write_hparams(self, fields: dict[str, Any]) -> None:
         """Writes name → value for the tab HPARAMS.
 
-        No Experiment, which would list fields and metrics: TensorBoard takes the first that it finds for all runs it
-        shows, and those of others would be missing. Without one it lists what any of them has.
+        It writes no Experiment, which lists fields and metrics: TensorBoard would use the first Experiment it finds for
+        all runs, and hide fields that only other runs have. Without any, it shows the fields of all runs.
         """
         from tensorboard.plugins.hparams import summary_v2
 
         self._write(summary=summary_v2.hparams_pb(fields))
 
     def write_scalars(self, step: int, values: dict[str, float]) -> None:
-        """Writes name → number."""
+        """Writes name → value."""
         self._write(step=step, summary=self._summary(value=[
             self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]))
 
@@ -87,7 +88,7 @@ class Events:
         self._write(step=step, summary=self._summary(value=found))
 
     def flush(self) -> None:
-        """Writes what is still in memory."""
+        """Writes buffered events to the file."""
         self._records.flush()
 
     def close(self) -> None:

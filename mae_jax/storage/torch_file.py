@@ -1,9 +1,9 @@
-"""Tensors in files that torch.save wrote, read without torch, and without executing anything that a file says.
+"""Reading of tensors in files of torch.save, without torch and without executing code of the file.
 
-A file is a pickle, which is a program. This reader lets it make tensors and plain containers, and knows the names of a
-few other things that people's checkpoints have (arguments of a script, paths, NumPy's scalars), which become nothing;
-any other name is refused. Two layouts: a zip archive (since PyTorch 1.6), and before it a row of pickles and the
-contents of the tensors behind them. A third is no file of torch.save: one pickle of NumPy's arrays by name.
+A file holds a pickle, which is a program. This reader lets it create tensors and plain containers only. A few other
+types that are common in checkpoints (arguments of a script, paths, NumPy scalars) are replaced by empty objects. Any
+other name is refused. There are two layouts: a zip archive (since PyTorch 1.6), and before that a sequence of pickles
+followed by the tensors' contents. A third layout is not of torch.save: a single pickle of NumPy arrays by name.
 """
 
 import functools
@@ -22,10 +22,10 @@ from etils import epath
 from mae_jax.errors import UserError, printable, root_cause
 from mae_jax.storage import file_kinds, paths, pickled_arrays
 
-MAX_NESTED = 64  # tuples or marks in a row: in a file of weights, at most a few
-MAX_OPERATIONS = 20_000_000  # of a pickle: a checkpoint with its optimizer has some ten thousands
+MAX_NESTED = 64  # most consecutive opcodes of NESTING; files of weights have a few
+MAX_OPERATIONS = 20_000_000  # most opcodes of a pickle; a checkpoint with its optimizer has some ten thousand
 NESTING = ("MARK", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "LIST", "DICT", "FROZENSET")
-MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the layout before PyTorch 1.6
+MAGIC = 0x1950A86A20F9469CFC6C  # value of the first pickle in the layout before PyTorch 1.6
 LEGACY_PROTOCOL = 1001
 STORAGES = {  # torch's name of a typed storage → dtype
     "DoubleStorage": "<f8", "FloatStorage": "<f4", "HalfStorage": "<f2", "BFloat16Storage": ml_dtypes.bfloat16,
@@ -34,7 +34,7 @@ STORAGES = {  # torch's name of a typed storage → dtype
 }
 DTYPES = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": ml_dtypes.bfloat16, "int64": "<i8",
           "int32": "<i4", "int16": "<i2", "int8": "i1", "uint8": "u1", "bool": "?"}
-# What a checkpoint may name and nobody needs: it becomes nothing. A name that ends in '.' stands for all behind it.
+# Names in checkpoints that become empty objects. A name that ends in '.' is a prefix.
 NEEDLESS = ("argparse.Namespace", "pathlib.", "numpy.", "omegaconf.", "yacs.config.CfgNode", "torch.device",
             "torch.Size", "typing.Any", "builtins.set", "builtins.slice", "builtins.complex", "__builtin__.set",
             "collections.defaultdict", "collections.Counter", "easydict.EasyDict", "ml_collections.",
@@ -43,14 +43,14 @@ NOT_NEEDLESS = ("numpy.testing", "numpy.distutils", "numpy.f2py", "numpy.load", 
 
 
 class Tensor(NamedTuple):
-    """An array in the file, which is read when it is asked for."""
+    """An array in the file, which is read by calling `read`."""
 
     read: Callable[[], np.ndarray]
     shape: tuple[int, ...]
 
 
 class _Dtype:
-    """A dtype that a pickle names. NumPy's own would be at its mercy: one object serves the whole process."""
+    """A dtype that a pickle names. NumPy's dtype objects are shared by the process, and a pickle could change them."""
 
     __slots__ = ("known",)
 
@@ -62,15 +62,15 @@ class _Dtype:
 
 
 class _Storage(NamedTuple):
-    """Numbers in the file, of which tensors are views."""
+    """A storage in the file, of which tensors are views."""
 
     dtype: np.dtype
-    size: int  # numbers
+    size: int  # number of elements
     content: Callable[[], bytes]
 
 
 class _Needless:
-    """Stands for what a pickle makes and nobody needs; takes all that is done to it."""
+    """Substitute for objects that are not needed; it accepts and ignores all operations of a pickle."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "_Needless":
         return super().__new__(cls)
@@ -85,21 +85,21 @@ class _Needless:
 
 
 class _Ordered(dict[Any, Any]):
-    """An OrderedDict, whose attributes nobody needs."""
+    """Substitute for OrderedDict, without attributes."""
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
 class _Refused(Exception):
-    """The file asks for what no file of weights needs; the text says what."""
+    """The file holds something that is not supported or not allowed; the text says what."""
 
 
 def load(path: epath.Path) -> dict[str, Any]:
-    """Returns what a file holds: nested dicts and lists of Tensor, numbers and texts; other things are left out.
+    """Returns the content of a file: nested dicts and lists of Tensor, numbers and texts.
 
     Raises:
-      UserError: it is not there, cannot be read, is damaged, or asks for more than tensors and plain containers.
+      UserError: the file does not exist, cannot be read, is damaged, or names anything that is not allowed.
     """
     content = paths.read_there(path)
     try:
@@ -108,9 +108,9 @@ def load(path: epath.Path) -> dict[str, Any]:
         raise UserError(f"{path} is not read: {refused}") from None
     except MemoryError:
         raise
-    except Exception as error:  # broken bytes make pickle and zipfile raise many kinds
+    except Exception as error:  # pickle and zipfile raise many exceptions for damaged files
         kind = "" if content[:2] in (b"PK", b"\x80\x02") else file_kinds.kind(content)
-        what = f"is {kind}" if kind else f"is no file of torch.save, or damaged: {root_cause(error)}"
+        what = f"is {kind}" if kind else f"is not a file of torch.save, or damaged: {root_cause(error)}"
         raise UserError(f"{path} {what}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a {type(found).__name__}; expected a state dict: names and tensors")
@@ -118,19 +118,21 @@ def load(path: epath.Path) -> dict[str, Any]:
 
 
 def state_of(found: Mapping[str, Any], path: object) -> tuple[dict[str, np.ndarray], str]:
-    """Returns the arrays of a state dict by name, and under which key of the file it was, '' for the file itself.
+    """Returns the arrays of a state dict by name, and the key of the file that holds the state dict, '' for none.
+
+    Of DINO's student and teacher, it returns the teacher, which DINO evaluates.
 
     Args:
-      found: what `load` returned. Of DINO's student and teacher, the teacher is taken, by which DINO is judged.
-      path: which messages name.
+      found: the result of `load`.
+      path: of the file, for messages.
 
     Raises:
-      UserError: there is no state dict in it, or an array is damaged.
+      UserError: the file has no state dict, or an array is damaged.
     """
     def tensors(value: Any) -> int:
         return sum(isinstance(each, ARRAYS) for each in value.values()) if isinstance(value, Mapping) else 0
 
-    # A checkpoint may have a tensor beside its state dict, as of a random state.
+    # A checkpoint may have a tensor beside its state dict, such as a random state.
     key = next((name for name in ("model", "state_dict", "teacher", "module", "model_state_dict", "net", "student")
                 if tensors(found.get(name)) > tensors(found)), "")
     if not key and not tensors(found):
@@ -152,10 +154,10 @@ def _zipped(content: bytes) -> Any:
     names = archive.namelist()
     program = next((name for name in names if name.endswith("/data.pkl") or name == "data.pkl"), "")
     if not program:
-        raise _Refused("it is a zip archive, and not of torch.save: there is no data.pkl in it")
+        raise _Refused("it is a zip archive, but not of torch.save: there is no data.pkl in it")
     folder = program.removesuffix("data.pkl")
     if f"{folder}byteorder" in names and _part(archive, f"{folder}byteorder") != b"little":
-        raise _Refused("its numbers are stored big end first, by a machine of another kind; save it anew on a PC")
+        raise _Refused("its numbers are big-endian; save it again on a little-endian machine")
     if f"{folder}constants.pkl" in names:
         raise _Refused("it is a TorchScript archive, a program; save its state_dict() instead")
 
@@ -165,21 +167,21 @@ def _zipped(content: bytes) -> Any:
         name = f"{folder}data/{key}"
         entry = archive.getinfo(name)
         if entry.file_size != size * dtype.itemsize:
-            raise _Refused(f"{name} has {entry.file_size} bytes, where {size} numbers of {dtype} are promised")
+            raise _Refused(f"{name} has {entry.file_size} bytes; expected {size} numbers of {dtype}")
         return wanted.setdefault(key, _Storage(dtype, size, functools.cache(lambda: _part(archive, name))))
 
     return _run(_part(archive, program), storage)[0]
 
 
 def _part(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Returns a member as it is stored; a packed one, which torch never writes, may unpack to any size."""
+    """Returns an uncompressed member. Torch writes no compressed ones, which might decompress to any size."""
     if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
-        raise _Refused(f"its member {name} is packed, which torch.save does not do")
+        raise _Refused(f"its member {name} is compressed, unlike those of torch.save")
     return archive.read(name)
 
 
 def _in_a_row(content: bytes) -> Any:
-    """Reads the layout before PyTorch 1.6: magic number, protocol, machine, the pickle, keys, and the storages."""
+    """Reads the layout before PyTorch 1.6: magic number, protocol, machine, state dict, keys, and the storages."""
     place, said = 0, []
     for number in range(3):
         value, length = _run(content[place:], _no_storage)
@@ -190,9 +192,9 @@ def _in_a_row(content: bytes) -> Any:
         said.append(value)
         place += length
     if said[:2] != [MAGIC, LEGACY_PROTOCOL]:
-        raise _Refused("it is a pickle, and not of torch.save")
+        raise _Refused("it is a pickle, but not of torch.save")
     if not isinstance(said[2], dict) or said[2].get("little_endian") is not True:
-        raise _Refused("its numbers are stored big end first, by a machine of another kind; save it anew on a PC")
+        raise _Refused("its numbers are big-endian; save it again on a little-endian machine")
     wanted: dict[str, _Storage] = {}
     places: dict[str, int] = {}
 
@@ -212,7 +214,7 @@ def _in_a_row(content: bytes) -> Any:
     place += length
     for key in keys if isinstance(keys, list) else ():
         if key not in wanted:
-            raise _Refused(f"the storage {_shown(key)} is of nothing")
+            raise _Refused(f"the storage {_shown(key)} belongs to no tensor")
         places[key] = place
         place += 8 + wanted[key].size * wanted[key].dtype.itemsize
     if places.keys() != wanted.keys() or place > len(content):
@@ -221,23 +223,23 @@ def _in_a_row(content: bytes) -> Any:
 
 
 def _no_storage(key: str, dtype: np.dtype, size: int) -> _Storage:
-    raise _Refused("it names tensors where there are none")
+    raise _Refused("it names tensors outside its state dict")
 
 
 def _run(program: bytes, storage: Callable[[str, np.dtype, int], _Storage]) -> tuple[Any, int]:
-    """Returns what the pickle that these bytes begin with makes, and its length."""
+    """Runs the pickle at the beginning of `program`; returns its result and its length in bytes."""
     length = _checked(program)
     return _Reader(program[:length], storage).load(), length
 
 
 def _checked(program: bytes) -> int:
-    """Returns the length of a pickle; raises _Refused for one that would take memory for nothing."""
+    """Returns the length of a pickle; raises _Refused for opcodes that would waste memory or stack."""
     nested = 0
     for number, (operation, argument, place) in enumerate(pickletools.genops(io.BytesIO(program))):
         if number > MAX_OPERATIONS:
             raise _Refused(f"its pickle has more than {MAX_OPERATIONS:,} operations")
-        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > number:  # the size of a table
-            raise _Refused("its pickle numbers what it makes beyond what it makes")
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > number:  # index of the memo table
+            raise _Refused("its pickle has a memo index beyond its number of operations")
         nested = nested + 1 if operation.name in NESTING else nested if "PUT" in operation.name or (
             operation.name == "MEMOIZE") else 0
         if nested > MAX_NESTED:
@@ -248,7 +250,7 @@ def _checked(program: bytes) -> int:
 
 
 class _Reader(pickle.Unpickler):
-    """Runs a pickle that can make tensors and plain containers alone."""
+    """Runs a pickle that can create tensors, plain containers and empty objects only."""
 
     def __init__(self, program: bytes, storage: Callable[[str, np.dtype, int], _Storage]):
         super().__init__(io.BytesIO(program), encoding="latin1")
@@ -265,7 +267,7 @@ class _Reader(pickle.Unpickler):
         if any(full == each or (each.endswith(".") and full.startswith(each)) for each in NEEDLESS) and not any(
                 full.startswith(each) for each in NOT_NEEDLESS):
             return _Needless
-        raise _Refused(f"its pickle asks for {_shown(full)}, which no file of weights needs; if you trust it, load it "
+        raise _Refused(f"its pickle names {_shown(full)}, which files of weights do not need; if you trust it, load it "
                        "with torch and save its state_dict()")
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -275,7 +277,7 @@ class _Reader(pickle.Unpickler):
         if not (isinstance(dtype, _Dtype) and isinstance(key, str) and _is_size(size)):
             raise _Refused("it describes its tensors as torch.save does not")
         if len(pid) == 6 and pid[5] is not None:
-            raise _Refused("its tensors are views of each other, as PyTorch before 0.4 wrote them; save it anew")
+            raise _Refused("its tensors are views of each other, as PyTorch before 0.4 wrote them; save it again")
         return self._storage(key, dtype.known, size)
 
 
@@ -294,14 +296,14 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *further: Any) 
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     count = math.prod(shape)
     if len(shape) > 32 or count > numbers or (count and last >= numbers):
-        raise _Refused(f"a tensor of {list(shape)} is larger than what it is a view of, {numbers} numbers")
+        raise _Refused(f"a tensor of shape {list(shape)} is larger than its storage of {numbers} numbers")
 
     def read() -> np.ndarray:
         if not count:
             return np.zeros(shape, dtype)
         steps = tuple(stride * dtype.itemsize for stride in strides)
         view = np.ndarray(shape, dtype, storage.content(), offset * dtype.itemsize, steps)
-        return view if count == numbers else view.copy()  # a part would keep the whole
+        return view if count == numbers else view.copy()  # a view would keep the whole storage in memory
 
     return Tensor(read, shape)
 

@@ -1,7 +1,7 @@
-"""Arrays in a file that torch.load reads, with weights_only too, written without torch.
+"""Writing of arrays for torch.load, also with weights_only, without torch.
 
-The layout is the zip archive since PyTorch 1.6. The file is {'model': {name: tensor}}, as the published MAE code
-has it; `torch_file` reads it.
+The layout is the zip archive of PyTorch 1.6 and later. The file holds {'model': {name: tensor}}, as those of MAE's
+released code; `torch_file` reads it.
 """
 
 import io
@@ -14,18 +14,18 @@ from etils import epath
 
 from mae_jax.storage import paths
 
-# What a pickle is made of (Python's pickletools has the list).
+# Opcodes of pickles (listed in Python's pickletools).
 PROTO, STOP, MARK, REDUCE, BINPERSID, NEWFALSE = b"\x80", b".", b"(", b"R", b"Q", b"\x89"
 EMPTY_DICT, SETITEMS, EMPTY_TUPLE, TUPLE, BINUNICODE, BININT = b"}", b"u", b")", b"t", b"X", b"J"
-ROOT = "archive"  # of the names in the zip; torch takes any
-HOOKS = b"ccollections\nOrderedDict\n" + EMPTY_TUPLE + REDUCE  # none
+ROOT = "archive"  # first part of the names in the zip; torch accepts any
+HOOKS = b"ccollections\nOrderedDict\n" + EMPTY_TUPLE + REDUCE  # no backward hooks
 
 
 def save(path: epath.Path, state: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
     """Writes float32 arrays by name.
 
     Args:
-      path: local or gs://; replaced when it exists.
+      path: local or gs://; an existing file is replaced.
       state: name → float32 array.
       metadata: not written; the layout has no place for it.
     """
@@ -48,7 +48,7 @@ def _pickle(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def _tensor(key: str, array: np.ndarray) -> bytes:
-    """Returns what makes a tensor of the storage of this key, as torch's own `_rebuild_tensor_v2` takes it."""
+    """Returns the opcodes that create a tensor from the storage `key` by torch's `_rebuild_tensor_v2`."""
     storage = _tuple((_text("storage"), b"ctorch\nFloatStorage\n", _text(key), _text("cpu"), _integer(array.size)))
     strides = [stride // array.itemsize for stride in array.strides]
     made_of = _tuple((storage + BINPERSID, _integer(0), _tuple(map(_integer, array.shape)),

@@ -1,4 +1,5 @@
-"""Weights of any library: what a file holds is told by its content; a folder has one, or its parts and their index."""
+"""Weights of any library: a file, whose kind is detected by its content, or a folder with a file or an index of parts.
+"""
 
 import re
 from typing import Any
@@ -11,12 +12,12 @@ from mae_jax.storage import safetensors_file, torch_file
 from mae_jax.storage.paths import read_bytes
 
 ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pytorch", ".pkl")
-IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")  # as transformers and timm call them; and, in parts:
-INDEX = ".index.json"
+IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")  # names in folders of transformers and timm
+INDEX = ".index.json"  # appended to such a name if the weights are in parts
 
 
 def file_of(path: epath.Path) -> epath.Path | None:
-    """Returns the file of weights that a path is, or that lies in a folder of another library; None for our folders."""
+    """Returns the file of weights at a path or in a folder of another library; None for other folders and workdirs."""
     if path.suffix.lower() in ENDINGS or path.is_file():
         return path
     if not path.is_dir() or (path / "checkpoints").exists():
@@ -26,24 +27,27 @@ def file_of(path: epath.Path) -> epath.Path | None:
 
 
 def is_safetensors(file: epath.Path) -> bool:
-    """Whether a file is to be read as safetensors: what begins neither as torch.save's do nor is an index of parts."""
+    """Returns whether to read a file as safetensors: if it is neither like a file of torch.save nor an index of parts.
+    """
     if file.name.endswith(INDEX):
         return False
     if not file.is_file():
         return True
     with file.open("rb") as opened:
         begin = opened.read(9)
-    # The size of a safetensors header may begin as the others do.
+    # The first bytes of safetensors, the size of the header, may equal those of the other kinds.
     return begin[8:9] == b"{" or (begin[:2] != b"PK" and begin[:1] != b"\x80")
 
 
 def load(file: epath.Path) -> tuple[dict[str, Any], str]:
-    """Returns the arrays of a file by name, and what to say of where in it they were, '' for nothing.
+    """Reads a file of weights.
 
-    A file of ours holds a nested dict.
+    Returns:
+      The arrays by name, or for a file of mae_jax a nested dict; and a description of the part of the file that holds
+      them, for messages, or ''.
 
     Raises:
-      UserError: it is not there, damaged, or no file of weights.
+      UserError: the file does not exist, is damaged, or is not a file of weights.
     """
     if file.name.endswith(INDEX):
         return _parts(file), ""
@@ -54,7 +58,7 @@ def load(file: epath.Path) -> tuple[dict[str, Any], str]:
 
 
 def _parts(index: epath.Path) -> dict[str, Any]:
-    """Returns the arrays of all files that an index names."""
+    """Returns the arrays of all files in an index."""
     content = read_bytes(index) or b""
     try:
         where = bounded_json.parse_object(content).get("weight_map")
@@ -62,7 +66,7 @@ def _parts(index: epath.Path) -> dict[str, Any]:
                 isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) for name in where.values()):
             raise ValueError("it has no 'weight_map' of names of files")
     except ValueError as error:
-        raise UserError(f"{index} is no index of weights, or damaged: {error}") from None
+        raise UserError(f"{index} is not an index of weights, or damaged: {error}") from None
     found: dict[str, Any] = {}
     for name in sorted(set(where.values())):
         found |= load(index.parent / name)[0]

@@ -1,4 +1,4 @@
-"""Weights & Biases, where the extra `wandb` is installed: the run by one id, whatever the restarts."""
+"""Metric sink for Weights & Biases (extra `wandb`); a resumed run continues under its id."""
 
 import json
 import os
@@ -14,21 +14,22 @@ from mae_jax.runtime import bounded_json, threads
 from mae_jax.storage.metric_sinks import Sink
 from mae_jax.storage.paths import make_folder, read_bytes, replace_text
 
-CLOSE_SECONDS = 120.0  # that the end of a run waits for what has not been sent
+CLOSE_SECONDS = 120.0  # timeout for unsent metrics at the end of a run
 OFFLINE = ("offline", "dryrun", "disabled")
-STEP = "step"  # the x-axis of all metrics: a run that goes on from a checkpoint repeats steps, which W&B's own cannot
+STEP = "step"  # x-axis of all metrics; a resumed run repeats steps, which W&B's own step does not allow
 
 
 def _ending_nothing(action: Callable[[], Any]) -> Any:
-    """Returns what an action of the package does; where it would end the process, an error."""
+    """Returns `action()`; converts the package's SystemExit to RuntimeError."""
     try:
         return action()
     except SystemExit as error:
-        raise RuntimeError(f"it would end the process ({error})") from None
+        raise RuntimeError(f"wandb tried to end the process ({error})") from None
 
 
 class WeightsAndBiases(Sink):
-    """A run of W&B. Its own environment variables (WANDB_PROJECT, WANDB_MODE=offline, ...) say where it goes."""
+    """Writes to a run of W&B, which its own environment variables configure (WANDB_PROJECT, WANDB_MODE=offline, ...).
+    """
 
     what = "Weights & Biases"
     wandb: Any
@@ -40,7 +41,7 @@ class WeightsAndBiases(Sink):
         except ImportError as error:
             raise RuntimeError(f"{error}; pip install 'mae_jax[wandb]'") from None
         if os.environ.get("WANDB_MODE", "online") not in OFFLINE and not wandb.login(prompt=False):
-            # `init` would ask for one, and wait.
+            # `init` would prompt for a key, and wait.
             raise RuntimeError("there is no API key: run 'wandb login', or set WANDB_MODE=offline")
         make_folder(workdir)
         local = not str(workdir).startswith("gs://")
@@ -64,12 +65,12 @@ class WeightsAndBiases(Sink):
     def close(self) -> None:
         ending = threads.start(self.run.finish)
         if not threads.ends(ending, CLOSE_SECONDS):
-            raise TimeoutError(f"not all was sent in {CLOSE_SECONDS:g} s; 'wandb sync' sends the rest")
+            raise TimeoutError(f"not everything was sent in {CLOSE_SECONDS:g} s; 'wandb sync' sends the rest")
         ending.result()
 
 
 def _id(file: epath.Path) -> str:
-    """Returns the id that a run had before, from a file in its workdir, or makes a new one and stores it."""
+    """Returns the run's id from a file in its workdir, or creates and stores a new one."""
     try:
         found = bounded_json.parse_object(read_bytes(file) or b"{}").get("id")
     except ValueError:

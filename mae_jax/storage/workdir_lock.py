@@ -1,16 +1,17 @@
-"""One living run per workdir: a second one is refused, and what a dead one left does not stop the next.
+"""Exclusive lock of a workdir: a second run is refused, and a new run takes over the lock of a dead one.
 
-On a disk it is a lock on <workdir>/lock, which the system takes away with the process. In a bucket <workdir>/lock is an
-object that its run writes anew every 20 s. Who finds one watches it: when its generation changes, a run lives there;
-when it stays for 90 s of the watcher's own clock (clocks of hosts are never compared), the run is dead, and the object
-is replaced on condition that it still has that generation. So of several runs one at most believes that it holds it.
+On a disk, the lock is a file lock on <workdir>/lock, which the operating system releases when the process ends. In a
+bucket, <workdir>/lock is an object that the run rewrites every 20 s. A new run that finds such an object watches its
+generation. If the generation changes, another run is alive, and the new run is refused. If it does not change for 90 s
+by the new run's own clock (clocks of different hosts are never compared), the other run is dead. The object is then
+replaced on condition that it still has this generation, so that at most one run holds the lock.
 
-A run that was frozen for so long may wake to find its workdir taken. Nothing it could still do in order, as to save or
-to write its metrics, is right then: its thread ends the process at once, and `wait_until_verified`, which the loop
-passes at each step, lets nothing be written before the thread has looked. While the bucket takes no sign of life,
-training goes on without checkpoints, metrics and pictures (`why_unwritable`).
+A run that was frozen for longer may find that another run has its workdir. It must then write nothing, neither a
+checkpoint nor metrics: the thread of the lease ends the process immediately, and `wait_until_verified`, which the
+training loop calls at each step, blocks until the thread has checked the lease. While the bucket cannot be written,
+training continues without checkpoints, metrics and figures (`why_unwritable`).
 
-Where the process is somebody else's, as a notebook's, it is not ended: nothing more is written, and
+A process that mae_jax does not own, such as a notebook's, is not ended. Nothing more is written, and
 `wait_until_verified` raises GuardError.
 """
 
@@ -25,20 +26,22 @@ from mae_jax.runtime import peers
 from mae_jax.runtime.exit import on_forced_exit
 from mae_jax.storage.leases import BucketLease, FileLock, Lease
 
-_held: Lease | None = None  # of the run of this process, which has one at most
-_lost = ""  # how the run's workdir was, where the process goes on
+_held: Lease | None = None  # lease of this process's run; a process has at most one run
+_lost = ""  # how the run's lease was lost, if the process continues
 
 
 @contextlib.contextmanager
 def hold(workdir: epath.Path, ends_process: bool = True) -> Iterator[None]:
-    """Holds a workdir for one run; of several processes the first one does. Makes the folder.
+    """Context that holds the lock of a workdir for this process's run; with several processes, process 0 holds it.
+
+    The workdir is created if need be.
 
     Args:
       workdir: local or gs://.
-      ends_process: whether the process ends where the workdir is lost; else see above.
+      ends_process: whether the loss of the lock ends the process; see the module's docstring.
 
     Raises:
-      UserError: a living run holds it, it cannot be written, or this process trains already.
+      UserError: another run holds the lock, the workdir cannot be written, or this process has a run already.
     """
     global _held, _lost
     if _held:
@@ -55,13 +58,13 @@ def hold(workdir: epath.Path, ends_process: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def taken(lease: Lease) -> Iterator[None]:
-    """Holds a folder beside the run that this process may have; of several processes the first one does.
+    """Context that holds a lease, independently of this process's run; with several processes, process 0 holds it.
 
     Raises:
-      UserError: as of `hold`.
+      UserError: another run holds the lease, or the folder cannot be written.
     """
     try:
-        with on_forced_exit(lease.give_back):  # also of one that is just being taken
+        with on_forced_exit(lease.give_back):  # also during `take`
             why = ""
             if jax.process_index() == 0:
                 try:
@@ -76,21 +79,18 @@ def taken(lease: Lease) -> Iterator[None]:
 
 
 def lease_of(folder: epath.Path, ends_process: bool, what: str = "--workdir") -> Lease:
-    """Returns what a folder, local or gs://, is held by; `what` names it for who finds it taken."""
+    """Returns the lease of a folder, local or gs://; `what` is the flag that names the folder, for messages."""
     kind = BucketLease if str(folder).startswith("gs://") else FileLock
     return kind(folder / "lock", ends_process, what)
 
 
 def holds() -> bool:
-    """Says whether this process holds a workdir."""
+    """Returns whether this process holds the lock of a workdir."""
     return _held is not None
 
 
 def wait_until_verified() -> None:
-    """Returns when it is sure that the workdir was this run's a moment ago.
-
-    Where it was taken, ends the process, or raises GuardError, as `hold` was told.
-    """
+    """Waits until the lock was verified recently; raises GuardError if it was lost and the process continues."""
     if _held:
         _held.wait_until_verified()
     elif _lost:
@@ -98,9 +98,8 @@ def wait_until_verified() -> None:
 
 
 def why_unwritable() -> str:
-    """Returns why nothing may be written to the workdir just now, '' where it is this run's for a while yet.
+    """Returns why nothing may be written to the workdir at present; '' if this run certainly has it.
 
-    A bucket that takes no sign of life from this run may take one from another run, which then has the workdir; so may
-    another run take a lock on a disk whose file was removed.
+    Another run may take the workdir if this run cannot renew its lease in a bucket, or if the lock file was removed.
     """
     return (_held.lost or _held.why_unwritable()) if _held else _lost

@@ -242,7 +242,7 @@ def test_a_second_living_run_on_a_disk_is_refused_and_a_killed_one_keeps_nobody_
     process = begin(place, "first", workdir=str(place / "disk"), pause=0.2)
     wait_until((place / "disk" / "config.json").exists, process)
     text = finish(place, "second", code=2, workdir=str(place / "disk"))
-    assert f"error: {place}/disk is in use by a living run: process {process.pid} on {os.uname().nodename}" in text
+    assert f"error: {place}/disk is in use by another run: process {process.pid} on {os.uname().nodename}" in text
     process.kill()
     process.wait()
     finish(place, "third", workdir=str(place / "disk"))

@@ -73,10 +73,10 @@ def test_what_is_written_is_json_or_a_folder(name, refused, tmp_path):
     if not refused:
         prediction_files.check(epath.Path(tmp_path / name), "detection")
         return
-    with pytest.raises(UserError, match=r"a file \*\.json, or a folder"):
+    with pytest.raises(UserError, match=r"a file \*\.json, or to a folder"):
         prediction_files.check(epath.Path(tmp_path / name), "detection")
 
 
 def test_arrays_are_refused_in_one_line(made):
-    with pytest.raises(UserError, match="is asked of files"):
+    with pytest.raises(UserError, match="takes files only"):
         prediction.of_images(made[1], np.zeros((8, 8, 3), np.uint8))

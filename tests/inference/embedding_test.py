@@ -142,7 +142,7 @@ def test_a_file_that_is_there_is_kept_and_another_one_refused(made, encoder, tmp
 
 
 def test_a_second_call_for_the_same_file_is_refused_while_one_lives(made, encoder, tmp_path):
-    with workdir_lock.hold(epath.Path(tmp_path / "a.npz.parts")), pytest.raises(UserError, match="in use by a living"):
+    with workdir_lock.hold(epath.Path(tmp_path / "a.npz.parts")), pytest.raises(UserError, match="in use by another"):
         embed(encoder, tmp_path / "a.npz")
 
 

@@ -90,7 +90,7 @@ def test_weights_of_others_say_their_shape(run, encoder, tmp_path, caplog, capsy
     assert (found.image_size, found.of_run, found.config.model.depth) == ((16, 16), False, 2)
     with pytest.raises(UserError, match="batch_size=-1"):
         open_encoder(str(run), batch_size=-1)
-    with pytest.raises(UserError, match="says itself"):
+    with pytest.raises(UserError, match="has its own image size"):
         open_encoder(str(run), image_size=(32, 32))
 
 

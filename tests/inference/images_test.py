@@ -84,8 +84,8 @@ def test_a_pil_image_is_turned_as_its_file_is(upright):
     (np.zeros((0, 4, 3), np.uint8), "shape .0, 4, 3."),
     (np.zeros(4, np.uint8), "shape .4."),
     (np.zeros((3, 40, 40), np.uint8), "channels come last"),
-    (Image.fromarray(np.zeros((4, 4), np.float32)), "mode F, of which nothing says"),
-    (Image.fromarray(np.zeros((4, 4), np.int32)), "mode I, of which nothing says"),
+    (Image.fromarray(np.zeros((4, 4), np.float32)), "mode F, whose range of values is unknown"),
+    (Image.fromarray(np.zeros((4, 4), np.int32)), "mode I, whose range of values is unknown"),
     (7, "type int"),
     ("nowhere.png", "nowhere.png cannot be read: No such file"),
     (b"no image", "an image cannot be read: not a JPEG")])

@@ -59,8 +59,8 @@ def test_folders_far_above_a_pattern_are_no_labels(tmp_path):
 
 def test_what_holds_no_image_is_refused(folder, tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    for images, line in ((f"{folder}/*.gif", "no image fits"), (str(tmp_path), "no pictures"), ("", "no image fits"),
-                         ("s3://bucket/a", "local or gs://")):
+    for images, line in ((f"{folder}/*.gif", "no image matches"), (str(tmp_path), "no pictures"),
+                         ("", "no image matches"), ("s3://bucket/a", "local or gs://")):
         with pytest.raises(UserError, match=line):
             of_images(tiny_config(), images, ())
 

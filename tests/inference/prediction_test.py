@@ -122,7 +122,7 @@ def test_images_without_labels_have_no_figures(made, encoder, tmp_path):
     score, written = predict(encoder, tmp_path / "a.csv", file)
     assert (score.figures(), score.confusion, written) == ({}, None, [str(tmp_path / "a.csv")])
     assert [(row["file"], row["label"]) for row in rows(tmp_path / "a.csv")] == [(str(file), "")]
-    with pytest.raises(UserError, match="no image fits"):
+    with pytest.raises(UserError, match="no image matches"):
         predict(encoder, tmp_path / "a.csv", f"{made}/data/*.gif")
 
 

@@ -150,7 +150,7 @@ def test_what_happens_to_one_ends_all_in_time_and_the_next_start_goes_on_bit_for
     else:
         assert set(found["codes"]) <= {134, -signal.SIGABRT}  # the second one: JAX was faster
     if fault == "freeze":
-        assert f"process {victim} of 2 was lost: nothing was heard of it for 5 s" in output(folder, 1 - victim)
+        assert f"process {victim} of 2 was lost: it sent nothing for 5 s" in output(folder, 1 - victim)
     finish(folder, place / "compiled", devices=2)
     assert same(folder, golden)
 
@@ -173,7 +173,7 @@ def main(place: Path, *flags: str) -> subprocess.CompletedProcess:
 def test_the_command_names_who_is_absent_and_leaves_nothing(tmp_path):
     done = main(tmp_path, f"--coordinator=127.0.0.1:{free_port()}", "--processes=2", "--process=0", "--start_seconds=1")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: process 1 of 2 did not come to 127.0.0.1:")
+    assert done.stderr.startswith("error: process 1 of 2 did not connect to 127.0.0.1:")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "main").exists()
 

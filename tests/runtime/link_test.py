@@ -221,7 +221,7 @@ def test_a_peer_that_talks_garbage_is_named_and_the_link_lives_on(exits, kind):
         sender.start()
         assert link._over.wait(10)
         assert link.verdict[0] == 134
-        assert link.verdict[1].startswith("process 2 of 3 was lost: it says what no process of a run does")
+        assert link.verdict[1].startswith("process 2 of 3 was lost: it sent an invalid message")
         assert others[1].hear("leave")[0] == 134
         assert link._thread.is_alive() or exits == [134]
         sender.join(10)

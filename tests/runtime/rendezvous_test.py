@@ -66,14 +66,14 @@ def test_the_absent_are_named_to_all_that_came():
     told = meet(4, [(2, SAME)])
     assert set(told) == {0, 2}
     for line in told.values():
-        assert re.match(r"processes 1, 3 of 4 did not come to 127\.0\.0\.1:\d+ within 0\.8 s; start the same", line)
+        assert re.match(r"processes 1, 3 of 4 did not connect to 127\.0\.0\.1:\d+ within 0\.8 s; start the same", line)
 
 
 def test_a_number_that_comes_twice_is_refused_and_the_missing_one_named():
     told = meet(3, [(1, SAME), (1, SAME)])
     assert told["second 1"].startswith("process 1 was started twice: host 1, and host 1; each needs its own --process")
     assert told[0] == told[1]
-    assert told[0].startswith("process 2 of 3 did not come")
+    assert told[0].startswith("process 2 of 3 did not connect")
 
 
 def test_processes_that_were_started_differently_are_told_how():
@@ -144,7 +144,7 @@ def test_process_0_listens_at_the_address_that_it_is_named_by(caplog):
             assert listener.getsockname()[0] == host
     with rendezvous.listen(ProcessInfo("192.0.2.1", free_port(), 0, 2)) as listener:  # of no machine: for documentation
         assert listener.getsockname()[0] in peers.ANY
-    assert "192.0.2.1 is no address of this machine" in caplog.text
+    assert "192.0.2.1 is not an address of this machine" in caplog.text
 
 
 GREETINGS = {
@@ -184,7 +184,7 @@ def test_hostile_greetings_are_turned_away_one_by_one_and_the_others_meet():
 
 def test_a_wrong_number_is_told_so_alone():
     told = meet(3, [(7, SAME | {"--processes": 8}), (2, SAME), (1, SAME)])
-    assert "calls itself process 7 of a run of 3" in told[7]
+    assert "was started as process 7 of a run of 3" in told[7]
     assert "--processes=8 and None" in told[7]
     assert [told[number] for number in range(3)] == ["all there"] * 3
 
@@ -206,7 +206,7 @@ def test_the_start_ends_in_time_whoever_calls_and_says_nothing(text):
     here = ProcessInfo("127.0.0.1", port, 0, 2)
     with rendezvous.listen(here) as listener:
         thread.start()
-        with pytest.raises(UserError, match=r"process 1 of 2 did not come .* 1 s"):
+        with pytest.raises(UserError, match=r"process 1 of 2 did not connect .* 1 s"):
             rendezvous.receive(here, listener, greeting(0), 1)
         assert time.monotonic() - began < 1.5
     stop.set()

@@ -54,7 +54,7 @@ def test_a_signal_during_compilation_before_the_first_step_ends_at_once_with_75(
     process.send_signal(number)
     code, out, err = finish(process)
     assert (code, "compiled" in out) == (75, False), err
-    assert err.strip() == "stopped: nothing to save, the same command goes on from here"
+    assert err.strip() == "stopped: nothing to save; the same command resumes from here"
 
 
 LOOP = """
@@ -135,7 +135,7 @@ def test_a_signal_in_an_evaluation_ends_at_once_since_the_state_was_saved_before
     wait_for(process, "hangs")
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process)
-    assert (code, "stopped: nothing to save, the same command goes on" in err) == (75, True), err
+    assert (code, "stopped: nothing to save; the same command resumes" in err) == (75, True), err
     assert (tmp_path / "run" / "checkpoints" / "4").is_dir()
 
 

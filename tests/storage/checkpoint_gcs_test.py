@@ -152,7 +152,7 @@ def test_a_slow_store_is_told_and_a_save_past_its_time_has_failed(run, gcs, monk
     gcs.add({"path": "upload.*/d/", "kind": "slow", "seconds": 1})
     checkpoints = save(run, 1)
     assert checkpoints.failed is None
-    assert "training waits for the checkpoint of step 1: what it is written to is slow" in caplog.text
+    assert "training waits for the checkpoint of step 1: its disk or bucket is slow" in caplog.text
     monkeypatch.setattr(checkpoint, "SAVE_SECONDS", 1)
     gcs.add({"path": "checkpoints/2/.*/d/", "method": "POST", "kind": "slow", "seconds": 5})
     began = time.monotonic()

@@ -97,7 +97,7 @@ def test_all_parts_that_an_index_names_are_fetched(served, weights):
 @pytest.mark.parametrize(("failing", "line"), [
     (Unreached("no network"), "hub cannot be reached, .* none of its weights: no network"),
     (Errors.RepositoryNotFoundError(), "no such repository, or it is private"),
-    (Errors.RevisionNotFoundError(), "no revision 'v2'"), (Errors.GatedRepoError(), "accept terms"),
+    (Errors.RevisionNotFoundError(), "no revision 'v2'"), (Errors.GatedRepoError(), "accept its terms"),
     (Errors.HfHubHTTPError("503\nbusy"), "cannot be fetched: 503 busy"),
     (Missing(), "holds none of model.safetensors")])
 def test_what_cannot_be_fetched_is_one_line(served, failing, line):

@@ -99,5 +99,5 @@ def test_a_folder_a_lacking_array_and_one_that_is_too_large_are_told_as_such(tmp
     array = b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header
     with zipfile.ZipFile(tmp_path / "c.npz", "w") as packed:
         packed.writestr("x.npy", array)
-    with pytest.raises(UserError, match=r"c\.npz has an array that memory does not hold"):
+    with pytest.raises(UserError, match=r"c\.npz has an array that does not fit into memory"):
         read(tmp_path / "c.npz")

@@ -139,7 +139,7 @@ def flipped(content: bytes) -> bytes:
     (flipped(zipped({"a": STATE["blocks.0.attn.qkv.weight"]})), "damaged: Bad CRC"),
     (b"\x80\x02}.", "not of torch.save|damaged"), (b"PK\x03\x04" + bytes(100), "damaged"), (b"<html>", "HTML"),
     (zipped(STATE, method=zipfile.ZIP_DEFLATED), "packed"), (zipped(STATE, more={"constants.pkl": b""}), "TorchScript"),
-    (b"\x80\x02" + b"r\xff\xff\xff\x7f" + b".", "numbers what it makes|damaged"),
+    (b"\x80\x02" + b"r\xff\xff\xff\x7f" + b".", "memo index|damaged"),
     (b"\x80\x04\x8e" + (2**60).to_bytes(8, "little") + b"x.", "damaged"),
     (b"\x80\x02" + b"(" * 100_000, "nests"), (b"\x80\x02}(" + b")" + b"\x85" * 3_000_000 + b"K\x01u.", "nests"),
     (b"\x80\x02" + b"]" * 1000 + b"a" * 999 + b".", "damaged|not of torch"),

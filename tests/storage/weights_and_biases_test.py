@@ -114,4 +114,4 @@ def test_an_end_that_does_not_come_is_not_waited_for(tmp_path, wandb, monkeypatc
     writer = opened(tmp_path)
     wandb.made[0].finish = lambda: time.sleep(0.2)
     writer.close()
-    assert "not all was sent in 0.01 s" in caplog.text
+    assert "not everything was sent in 0.01 s" in caplog.text

@@ -134,13 +134,13 @@ def test_a_run_whose_signs_of_life_do_not_arrive_writes_nothing_and_ends_when_it
     checkpoints, recorder = Checkpoints(workdir, 1), JsonLines(workdir / "metrics.jsonl", 0)
     gcs.add({"path": "cut/lock", "method": "POST", "status": 400, "times": -1})
     wait_until(workdir_lock.why_unwritable)
-    reason = r"no sign of life could be given for \d+ s, so another run may have the workdir"
+    reason = r"the lease could not be renewed for \d+ s, so another run may have the workdir"
     assert re.search(reason, workdir_lock.why_unwritable())
     workdir_lock.wait_until_verified()  # training goes on
     recorder.write(1, {"loss": 1.0})
     recorder.flush()
     checkpoints.save(1, {"a": np.zeros(3)})
-    assert "no sign of life" in checkpoints.failed
+    assert "could not be renewed" in checkpoints.failed
     assert [name for name in gcs.store.bucket("bucket") if name.startswith("cut/")] == ["cut/lock"]
     gcs.clear()
     storage_gcs.write("gs://bucket/cut/lock", b"another run")
@@ -222,8 +222,8 @@ def test_a_lock_that_was_removed_is_made_again_unless_another_run_has_it(tmp_pat
         take(str(tmp_path / "run"))
     (tmp_path / "run" / "lock").unlink()
     other = holder(str(tmp_path / "run"))
-    assert f"in use by a living run: process {other.pid} on" in lock.why_unwritable()
-    assert f"in use by a living run: process {other.pid} on" in lock.why_unwritable()
+    assert f"in use by another run: process {other.pid} on" in lock.why_unwritable()
+    assert f"in use by another run: process {other.pid} on" in lock.why_unwritable()
     monkeypatch.setattr(workdir_lock, "_held", lock)
     training_workdir.keep(epath.Path(tmp_path / "run"), tiny_config(), None)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
@@ -241,7 +241,7 @@ def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(leases.fcntl, "flock", none)
     take(str(tmp_path))
-    assert "has no locks: nothing keeps a second run out of it" in caplog.text
+    assert "has no locks: a second run is not detected" in caplog.text
 
 
 def test_a_workdir_that_cannot_be_made_is_the_users_mistake(tmp_path):

@@ -76,7 +76,7 @@ def test_what_all_names_begin_with_does_not_count_and_what_lies_beside_is_told(t
     check(tmp_path / "a.pth", params)
     assert f"begin with {prefix!r}" in caplog.text
     assert "left over are head.mlp.0.weight, queue" in caplog.text
-    assert "its state dict 'state_dict' is read" in caplog.text
+    assert "reading its state dict 'state_dict'" in caplog.text
 
 
 def test_of_moco_v3_the_encoder_is_taken_and_heads_and_momentum_encoder_are_told(tmp_path, params, published, caplog):

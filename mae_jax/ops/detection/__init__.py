@@ -1,1 +1,1 @@
-"""What detection computes of boxes and masks, in static shapes; all coordinates are (x1, y1, x2, y2) in pixels."""
+"""Operations on boxes and masks for detection, in static shapes. Boxes are (x1, y1, x2, y2) in pixels."""

@@ -1,4 +1,4 @@
-"""Anchors: the boxes that a region proposal network starts from, some at each cell of each map of the pyramid."""
+"""Anchors of a region proposal network: reference boxes at each cell of each map of a feature pyramid."""
 
 from collections.abc import Sequence
 
@@ -9,15 +9,15 @@ def anchors(image: tuple[int, int], strides: Sequence[int], sizes: Sequence[floa
             ratios: Sequence[float] = (0.5, 1.0, 2.0)) -> list[np.ndarray]:
     """Returns the anchors of each map of the pyramid, float32 [rows · columns · ratios, 4].
 
-    Their order is row, column, ratio. That of cell (row, column) is centered on its upper left corner,
-    (column · stride, row · stride), as Detectron2 has it; RoIAlign's half pixel belongs to that. They are neither
+    They are ordered by row, column and ratio. The anchors of a cell are centered on its upper left corner,
+    (column · stride, row · stride), as in Detectron2; RoIAlign's half-pixel offset matches this. They are neither
     rounded nor clipped.
 
     Args:
       image: (height, width) in pixels, padding included.
       strides: pixels per cell of each map.
-      sizes: of each map, the square root of an anchor's area in pixels.
-      ratios: height / width.
+      sizes: for each map, the square root of an anchor's area, in pixels.
+      ratios: height / width of the anchors.
     """
     found = []
     for stride, size in zip(strides, sizes, strict=True):

@@ -1,11 +1,11 @@
-"""Masks of objects as the host sends them: cut to their boxes, and packed. NumPy alone, for worker processes."""
+"""Packed crops of object masks, as the host sends them. It imports only NumPy, for worker processes."""
 
 import numpy as np
 
-CROP = 112  # cells per side of the crop of an object's mask, in the frame of its box (our choice; TF Vision's)
-PACKED = CROP**2 // 8  # bytes of it
+CROP = 112  # cells per side of an object's mask, which is cropped and resized to its box (our choice, as TF Vision)
+PACKED = CROP**2 // 8  # bytes per packed crop
 
 
 def pack(crop: np.ndarray) -> np.ndarray:
-    """Returns uint8 [..., PACKED] for bool [..., CROP, CROP]."""
+    """Packs crops bool [..., CROP, CROP] into bits, uint8 [..., PACKED]."""
     return np.packbits(crop.reshape(*crop.shape[:-2], -1), -1)

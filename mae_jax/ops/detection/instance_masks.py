@@ -1,4 +1,4 @@
-"""Masks of objects: of what the host sends, what a mask head is trained for; and masks put back into an image."""
+"""Instance masks: training targets of a mask head, and pasting of predicted masks into an image."""
 
 import jax
 import jax.numpy as jnp
@@ -7,25 +7,25 @@ import numpy as np
 from mae_jax.ops.detection.boxes import MIN_SIDE, sides
 from mae_jax.ops.detection.crops import CROP
 
-SAMPLES = 4  # per side of a target's cell: a box that is its object's has so many cells of a crop in it
+SAMPLES = 4  # per side of a target's cell; for targets of 28 cells, the cells of a crop if proposal and object coincide
 
 
 def unpack(packed: jax.Array) -> jax.Array:
-    """Returns bool [..., CROP, CROP] for uint8 [..., PACKED]."""
+    """Inverts `crops.pack` on the device: uint8 [..., PACKED] → bool [..., CROP, CROP]."""
     bits = (packed[..., None] >> jnp.arange(7, -1, -1, jnp.uint8)) & 1
     return bits.reshape(*packed.shape[:-1], CROP, CROP).astype(bool)
 
 
 def targets(crops: jax.Array, objects: jax.Array, proposals: jax.Array, side: int) -> jax.Array:
-    """Returns what the mask head is trained for, float32 [R, side, side] of 0 and 1.
+    """Returns the targets of the mask head, float32 [R, side, side] of 0 and 1 (arXiv 1703.06870, section 3.1).
 
-    It is the object's mask in its proposal: RoIAlign of the crop, and 0 outside it, from a half on (1703.06870, 3.1).
+    A target is the object's mask within the proposal: RoIAlign of the crop, with 0 outside, and a threshold of 1/2.
 
     Args:
-      crops: bool [R, CROP, CROP], of the objects' masks.
-      objects: float32 [R, 4], the boxes of these crops.
+      crops: of the objects' masks, bool [R, CROP, CROP].
+      objects: boxes of the crops, float32 [R, 4].
       proposals: float32 [R, 4].
-      side: cells per side.
+      side: cells per side of a target.
     """
     size = jnp.maximum(sides(objects), MIN_SIDE)
     scale = CROP / size
@@ -34,20 +34,24 @@ def targets(crops: jax.Array, objects: jax.Array, proposals: jax.Array, side: in
     place = begin[..., None] + (jnp.arange(side * SAMPLES) + 0.5) * step[..., None] - 0.5  # [R, 2 (x, y), ...]
     weights = jnp.maximum(0, 1 - jnp.abs(place[..., None] - jnp.arange(CROP)))
     x, y = weights.reshape(*weights.shape[:2], side, SAMPLES, CROP).mean(-2).swapaxes(0, 1)
-    # Products in bfloat16, the default of TPUs, would shift the edge.
+    # Products in bfloat16, the default of TPUs, would move the mask's edge.
     mean = jnp.einsum("ryh,rhw,rxw->ryx", y, crops.astype(jnp.float32), x, precision="highest")
     return (mean >= 0.5).astype(jnp.float32)
 
 
 def paste(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Returns a mask bool [height, width] of an image: probabilities [side, side] stretched over a box, from a half on.
+    """Resizes a predicted mask to its box, and returns the mask of the image with a threshold of 1/2.
 
-    Bilinear at the centers of pixels, 0 outside the box, as in Detectron2; on the host, since images have all sizes.
+    Interpolation is bilinear at the centers of pixels, with 0 outside the box, as in Detectron2. It runs on the host,
+    since every image has its own size.
 
     Args:
-      mask: float32 [side, side].
-      box: float [4], in pixels of that image.
-      size: (height, width).
+      mask: probabilities float32 [side, side].
+      box: float [4], in pixels of the image.
+      size: (height, width) of the image.
+
+    Returns:
+      bool [height, width].
     """
     rows, columns = (_stretched(low, high, length, side)
                      for low, high, length, side in zip(box[1::-1], box[3:1:-1], size, mask.shape, strict=True))
@@ -55,6 +59,6 @@ def paste(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.ndarra
 
 
 def _stretched(low: float, high: float, length: int, side: int) -> np.ndarray:
-    """Returns the matrix [length, side] that interpolates cells, from low to high, at the centers of pixels."""
+    """Returns the matrix [length, side] that interpolates `side` cells between low and high at pixel centers."""
     place = (np.arange(length) + 0.5 - low) / max(high - low, MIN_SIDE) * side - 0.5
     return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(side)))

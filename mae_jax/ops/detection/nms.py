@@ -7,17 +7,17 @@ from mae_jax.ops.detection.boxes import iou
 
 
 def kept(boxes: jax.Array, valid: jax.Array, threshold: float, group: jax.Array | None = None) -> jax.Array:
-    """Returns bool [K]: which boxes greedy suppression keeps, exactly.
+    """Returns which boxes greedy suppression keeps, bool [K]; exactly.
 
-    Greedy suppression goes from the best box to the worst and drops those that overlap a kept one by more than the
-    threshold. Its result is the only fixed point of "kept unless a kept better box overlaps it": a box is right once
-    all better ones are. Some 5 to 8 turns reach it for 1,000 to 2,000 boxes, where a serial loop takes one per box.
+    Greedy suppression visits boxes by descending score and drops those whose IoU with a kept box exceeds the threshold.
+    Its result is the only fixed point of "a box is kept unless a kept box with a higher score overlaps it". Iterating
+    this rule takes some 5 to 8 steps for 1,000 to 2,000 boxes, where a serial loop takes one step per box.
 
     Args:
       boxes: float32 [K, 4], by descending score.
-      valid: bool [K]; the others neither stay nor suppress.
-      threshold: IoU above which the worse box goes.
-      group: int32 [K]: boxes of different groups, levels or classes, leave each other alone.
+      valid: bool [K]; other boxes are neither kept nor suppress boxes.
+      threshold: IoU above which the box with the lower score is dropped.
+      group: int32 [K], such as levels or classes; boxes suppress only boxes of their own group.
     """
     better = jnp.triu(jnp.ones((len(boxes),) * 2, bool), 1)
     suppresses = (iou(boxes, boxes) > threshold) & better

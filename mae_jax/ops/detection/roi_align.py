@@ -1,8 +1,9 @@
-"""RoIAlign (1703.06870, section 3) over a pyramid of maps, with Detectron2's half pixel (`aligned`).
+"""RoIAlign (arXiv 1703.06870, section 3) over a feature pyramid, with Detectron2's half-pixel offset (`aligned`).
 
-Two forms of one function. Interpolation is linear in rows and in columns, so that it can be two matrix products per
-map, which accelerators like; or four reads per sample, with far fewer operations, for CPUs. Samples past a map's
-outermost centers take the edge's value: of a box that is clipped to the image, none lies further out than half a cell.
+There are two implementations. Bilinear interpolation is linear in rows and in columns, so it can be two matrix products
+per map, which suits accelerators. For CPUs it is four reads per sample, with far fewer operations. Samples beyond a
+map's outermost centers take the value of the edge; in a box that is clipped to the image, they are at most half a cell
+beyond.
 """
 
 import math
@@ -16,9 +17,9 @@ import numpy as np
 from mae_jax.ops import partitioning
 from mae_jax.ops.detection.boxes import area, sides
 
-MOST_SAMPLES = 16  # of an adaptive bin: enough for 448 pixels' length at stride 4 in 7 bins (our choice)
-TOGETHER = 64  # boxes whose products are in memory at once (our choice)
-CANONICAL = (224, 16)  # a box of this side in pixels has the map of this stride (1612.03144, eq. 1)
+MOST_SAMPLES = 16  # most samples per axis of an adaptive bin; enough for 448 pixels at stride 4 in 7 bins (our choice)
+TOGETHER = 64  # boxes per chunk, which bounds memory (our choice)
+CANONICAL = (224, 16)  # a box with this side in pixels belongs to the map of this stride (arXiv 1612.03144, equation 1)
 
 
 def roi_align(pyramid: Sequence[jax.Array], strides: Sequence[int], boxes: jax.Array, side: int, samples: int = 0,
@@ -32,8 +33,8 @@ def roi_align(pyramid: Sequence[jax.Array], strides: Sequence[int], boxes: jax.A
       strides: pixels per cell of each map, each twice the one before.
       boxes: float32 [B, R, 4] in pixels.
       side: bins per side.
-      samples: per bin and axis, at equal distances; 0: as many as a bin has cells, as Detectron2 takes them.
-      canonical: (side of a box in pixels, stride of its map): a box of twice the side has the next map.
+      samples: equidistant samples per bin and axis; 0: as many as the bin has cells, as in Detectron2.
+      canonical: (side of a box in pixels, stride of its map); a box with twice the side belongs to the next map.
     """
     boxes = jax.lax.stop_gradient(boxes)
     form = gathered if samples and partitioning.platform() == "cpu" else multiplied
@@ -42,7 +43,7 @@ def roi_align(pyramid: Sequence[jax.Array], strides: Sequence[int], boxes: jax.A
 
 
 def level(boxes: jax.Array, strides: Sequence[int], canonical: tuple[float, int] = CANONICAL) -> jax.Array:
-    """Returns int32 [...]: which of the maps a box [..., 4] has."""
+    """Returns the index of the map that each box [..., 4] belongs to, int32 [...]; arguments as in `roi_align`."""
     size, stride = canonical
     above = jnp.floor(jnp.log2(jnp.sqrt(area(boxes)) / size + 1e-8)).astype(jnp.int32)
     return jnp.clip(above + int(math.log2(stride / strides[0])), 0, len(strides) - 1)
@@ -50,7 +51,7 @@ def level(boxes: jax.Array, strides: Sequence[int], canonical: tuple[float, int]
 
 def multiplied(pyramid: Sequence[jax.Array], boxes: jax.Array, strides: Sequence[int], side: int, samples: int,
                canonical: tuple[float, int]) -> jax.Array:
-    """Returns the features [R, side, side, C] of one image by matrix products, some boxes at a time."""
+    """Returns the features [R, side, side, C] of one image by matrix products, in chunks of TOGETHER boxes."""
     @jax.checkpoint
     def some(boxes: jax.Array) -> jax.Array:
         own = level(boxes, strides, canonical)
@@ -73,7 +74,7 @@ def multiplied(pyramid: Sequence[jax.Array], boxes: jax.Array, strides: Sequence
 
 def gathered(pyramid: Sequence[jax.Array], boxes: jax.Array, strides: Sequence[int], side: int, samples: int,
              canonical: tuple[float, int]) -> jax.Array:
-    """Returns the same by reading four cells for each sample; `samples` is not 0."""
+    """Returns the same as `multiplied` by reading four cells per sample; `samples` must not be 0."""
     own = level(boxes, strides, canonical)
     shapes = np.array([maps.shape[:2] for maps in pyramid])
     starts = np.concatenate([[0], np.cumsum(shapes.prod(1))[:-1]])
@@ -97,7 +98,7 @@ def gathered(pyramid: Sequence[jax.Array], boxes: jax.Array, strides: Sequence[i
 def _samples(boxes: jax.Array, side: int, samples: int) -> tuple[jax.Array, jax.Array]:
     """Returns positions and weights of the samples of boxes [R, 4] in cells, float32 [R, 2 (x, y), side, samples].
 
-    `samples` of 0 takes one per cell of a bin, rounded up; the weights of those that are not taken are 0.
+    With `samples` 0 a bin has one sample per cell, rounded up, and at most MOST_SAMPLES; unused samples have weight 0.
     """
     step = sides(boxes)[:, :, None, None] / side
     taken = jnp.clip(jnp.ceil(step), 1, MOST_SAMPLES) if not samples else jnp.full_like(step, samples)
@@ -108,6 +109,6 @@ def _samples(boxes: jax.Array, side: int, samples: int) -> tuple[jax.Array, jax.
 
 
 def _interpolation(positions: jax.Array, weights: jax.Array, length: int) -> jax.Array:
-    """Returns matrices [R, side, length]: the mean of linear interpolations at positions [R, side, samples]."""
+    """Returns matrices [R, side, length] of linear interpolations at positions [R, side, samples], summed by weight."""
     inside = jnp.clip(positions, 0, length - 1)[..., None]
     return (jnp.maximum(0, 1 - jnp.abs(inside - jnp.arange(length))) * weights[..., None]).sum(-2)

@@ -1,6 +1,6 @@
-"""What one image's boxes become from stage to stage: proposals, regions to train on, detections; in static shapes.
+"""Selection of boxes in a two-stage detector, in static shapes: sampled anchors, proposals, regions, detections.
 
-Each takes one image's arrays, and no gradient goes through any of them.
+Each function takes the arrays of one image; `of_each_image` maps it over a batch and stops gradients.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from mae_jax.ops.detection.assignment import NEITHER, POSITIVE, match, sample
 from mae_jax.ops.detection.boxes import clip, decode, encode, iou, sides
 
 Weights = tuple[float, float, float, float]
-UNIT: Weights = (1.0, 1.0, 1.0, 1.0)  # of the coder of proposals
+UNIT: Weights = (1.0, 1.0, 1.0, 1.0)  # factors of the deltas between anchors and proposals
 
 
 class Objects(NamedTuple):
@@ -34,12 +34,12 @@ class Objects(NamedTuple):
 
 
 class Training(NamedTuple):
-    """What boxes of an image are trained for.
+    """Sampled boxes of an image and their assignment.
 
     Attributes:
-      index: int32 [S], which of the candidates they are.
-      kind: int32 [S], POSITIVE, NEGATIVE or NEITHER; the positives come first.
-      object: int32 [S], the matched object.
+      index: int32 [S], indices among the candidates.
+      kind: int32 [S], POSITIVE, NEGATIVE or NEITHER; positives come first.
+      object: int32 [S], index of the matched object.
     """
 
     index: jax.Array
@@ -48,13 +48,13 @@ class Training(NamedTuple):
 
 
 def of_each_image(function: Callable[..., Any], *arrays: Any) -> Any:
-    """Returns what a function of one image's arrays gives for each of B images, whose arrays are [B, ...].
+    """Maps a function of one image's arrays over B images, whose arrays are [B, ...], and stops gradients.
 
-    Each device does so for its own images, and none waits for another one. No gradient goes through.
+    Each device processes its own images, without communication.
     """
     arrays, each = jax.lax.stop_gradient(arrays), jax.vmap(function)
     rows = P(partitioning.ROWS)
-    if len(jax.tree.leaves(arrays)[0]) % partitioning.row_shares():  # few images that all devices hold, for figures
+    if len(jax.tree.leaves(arrays)[0]) % partitioning.row_shares():  # a few replicated images, for figures
         return each(*arrays)
     return partitioning.on_each_device(each, rows, rows)(*arrays)
 
@@ -62,16 +62,16 @@ def of_each_image(function: Callable[..., Any], *arrays: Any) -> Any:
 def sampled_anchors(key: jax.Array, objects: Objects, there: jax.Array, anchors: jax.Array,
                     overlaps: tuple[float, float], least: float, count: int,
                     positives: int) -> tuple[Training, jax.Array]:
-    """Returns the anchors that the proposals' head is trained on, and the targets of their deltas, float32 [S, 4].
+    """Samples anchors to train the proposal head on; returns them and their target deltas, float32 [S, 4].
 
     Args:
       key: of the image.
       objects: of the image.
-      there: bool [], whether there is an image.
+      there: bool [], False for padding of the batch.
       anchors: float32 [A, 4].
-      overlaps: IoU from which on an anchor is positive, and below which it is negative.
+      overlaps: the thresholds `positive` and `negative` of `match`.
       least: see `match`.
-      count, positives: see `sample`.
+      count, positives: see `sample`; S = count.
     """
     anchors = jnp.asarray(anchors)
     found = match(iou(objects.box, anchors), objects.real, *overlaps, True, least)
@@ -82,15 +82,15 @@ def sampled_anchors(key: jax.Array, objects: Objects, there: jax.Array, anchors:
 
 def proposals(logits: Sequence[jax.Array], deltas: Sequence[jax.Array], size: jax.Array, anchors: Sequence[jax.Array],
               each: int, total: int, overlap: float) -> tuple[jax.Array, jax.Array]:
-    """Returns the likeliest boxes of objects, float32 [total, 4], by descending logit, and which are there: bool.
+    """Returns the proposals of an image, float32 [total, 4], by descending logit, and bool [total]: False is padding.
 
     Args:
-      logits, deltas: of each map of the pyramid, float32 [A] and [A, 4].
-      size: int32 [2], (height, width) of the image without padding, to which boxes are cut.
-      anchors: of each map, float32 [A, 4].
-      each: of each map, the likeliest so many are taken.
-      total: of all maps together; those are by their logits alone.
-      overlap: IoU above which the less likely of two boxes of one map goes.
+      logits, deltas: for each map of the pyramid, float32 [A] and [A, 4].
+      size: int32 [2], (height, width) of the image without padding, to which boxes are clipped.
+      anchors: for each map, float32 [A, 4].
+      each: number of boxes with the highest logits to take from each map, before suppression.
+      total: number of boxes with the highest logits to keep from all maps together, after suppression.
+      overlap: IoU threshold of the suppression, which is within a map.
     """
     most = min(each, max(len(level) for level in logits))
     found = []
@@ -112,14 +112,14 @@ def proposals(logits: Sequence[jax.Array], deltas: Sequence[jax.Array], size: ja
 
 def sampled_regions(key: jax.Array, boxes: jax.Array, there: jax.Array, objects: Objects, overlap: float, count: int,
                     positives: int) -> tuple[jax.Array, Training]:
-    """Returns the regions that the heads are trained on, float32 [S, 4], and for what: of proposals and the objects.
+    """Samples regions to train the heads on; returns them, float32 [S, 4], and their assignment to objects.
 
     Args:
       key: of the image.
-      boxes, there: of `proposals`.
-      objects: of the image; they are candidates too, so that there are positives from the first step on.
-      overlap: IoU from which on a region is positive; below it is negative.
-      count, positives: see `sample`.
+      boxes, there: proposals as from `proposals`.
+      objects: of the image; their boxes are candidates too, so that there are positives from the first step on.
+      overlap: regions with at least this IoU are positive, others negative.
+      count, positives: see `sample`; S = count.
     """
     boxes, there = jnp.concatenate([boxes, objects.box]), jnp.concatenate([there, objects.real])
     found = match(iou(objects.box, boxes), objects.real, overlap, overlap, False)
@@ -128,7 +128,14 @@ def sampled_regions(key: jax.Array, boxes: jax.Array, there: jax.Array, objects:
 
 
 def relabeled(boxes: jax.Array, before: Training, objects: Objects, overlap: float) -> Training:
-    """Returns what regions that a stage has moved are trained for in the next one (1712.00726, section 4)."""
+    """Matches the regions [S, 4] that a cascade's stage has refined again, for the next stage (arXiv 1712.00726, 4).
+
+    Args:
+      boxes: refined regions, float32 [S, 4].
+      before: their assignment in the previous stage; NEITHER stays, and empty boxes become NEITHER.
+      objects: of the image.
+      overlap: regions with at least this IoU are positive, others negative.
+    """
     found = match(iou(objects.box, boxes), objects.real, overlap, overlap, False)
     there = (before.kind != NEITHER) & (sides(boxes) > 0).all(-1)
     return Training(before.index, jnp.where(there, found.kind, NEITHER), found.object)
@@ -136,24 +143,25 @@ def relabeled(boxes: jax.Array, before: Training, objects: Objects, overlap: flo
 
 def detections(scores: jax.Array, deltas: jax.Array, boxes: jax.Array, there: jax.Array, size: jax.Array,
                weights: Weights, threshold: float, overlap: float, candidates: int, most: int) -> dict[str, jax.Array]:
-    """Returns what is detected, by descending score and padded to `most` rows.
+    """Returns the detections of an image, by descending score and padded to `most` rows.
 
-    All pairs of a region and a class above the threshold are candidates, and of those the likeliest; greedy suppression
-    is within a class. It is exact where no more pairs are above the threshold, which `crowded` says.
+    The candidates are the pairs of a region and a class with a score above the threshold, at most `candidates` of them
+    by score. Greedy suppression is within a class. The result is exact if `crowded` is 0.
 
     Args:
-      scores: float32 [R, C], probabilities.
-      deltas: float32 [R, C, 4], or [R, 1, 4] for all classes.
-      boxes, there: of the regions, [R, 4] and [R].
+      scores: probabilities float32 [R, C].
+      deltas: float32 [R, C, 4] per class, or [R, 1, 4] for all classes.
+      boxes, there: regions float32 [R, 4], and bool [R]; False is padding.
       size: int32 [2], (height, width) of the image without padding.
-      weights: of the boxes' coder.
-      threshold: of scores.
-      overlap: IoU above which the less likely of two boxes of one class goes.
-      candidates: how many pairs at the most.
+      weights: see `boxes.decode`.
+      threshold: lower bound of scores.
+      overlap: IoU threshold of the suppression.
+      candidates: most pairs to consider.
+      most: number of rows of the result.
 
     Returns:
-      `box` float32 [most, 4], `score` float32 [most], `box_class` int32 [most], `detected` float32 [most], 1 or 0 for
-      padding; `crowded` float32 [], how many candidates there were too many.
+      `box` float32 [most, 4], `score` float32 [most], `box_class` int32 [most]; `detected` float32 [most], 1 or 0 for
+      padding; `crowded` float32 [], the number of pairs above the threshold that were not considered.
     """
     classes = scores.shape[1]
     flat = jnp.where(there[:, None] & (scores > threshold), scores, -1).reshape(-1)
@@ -171,6 +179,6 @@ def detections(scores: jax.Array, deltas: jax.Array, boxes: jax.Array, there: ja
 
 
 def positives(training: Training, count: int) -> Training:
-    """Returns the first so many of sampled boxes [..., S], among which all positives are; the others as NEITHER."""
+    """Returns the first `count` of sampled boxes [..., S], which must include all positives; others become NEITHER."""
     first = Training(*(part[..., :count] for part in training))
     return first._replace(kind=jnp.where(first.kind == POSITIVE, POSITIVE, NEITHER))

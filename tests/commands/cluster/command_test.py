@@ -91,5 +91,5 @@ def test_what_is_no_vocabulary_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"absent\.npz.* no file"):
         vocabulary.load(tmp_path / "absent.npz", "kmeans", (23, 48))
     np.savez(tmp_path / "other.npz", x=1)
-    with pytest.raises(UserError, match=r"other.npz is no vocabulary"):
+    with pytest.raises(UserError, match=r"other.npz is not a vocabulary"):
         vocabulary.load(tmp_path / "other.npz", "kmeans", (23, 48))

@@ -222,7 +222,7 @@ def test_a_missing_folder_is_one_line_and_exit_code_2(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("flags", "line"), [
     (["--to=s3://bucket/grid.png"], "a folder is local or gs://BUCKET/FOLDER"), (["--to={}"], "is a folder; expected"),
-    (["--to=gs://"], "no name of a bucket"), (["--size=0"], "--size=0"), (["--steps=-3"], "--steps=-3")])
+    (["--to=gs://"], "not a valid bucket"), (["--size=0"], "--size=0"), (["--steps=-3"], "--steps=-3")])
 def test_what_cannot_be_written_is_said_before_any_picture_is_read(tmp_path, flags, line):
     done = run("--config.data.source=folder", f"--config.data.path={make_folder(tmp_path / 'in')}",
                *(flag.format(tmp_path) for flag in flags))

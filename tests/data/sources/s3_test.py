@@ -136,7 +136,7 @@ def test_what_is_wrong_with_a_bucket_is_said_in_one_line(server, monkeypatch):
     server.buckets["secret"], server.forbidden = {}, {"secret"}
     assert "access denied" in one_line("s3://secret/folder")
     assert "is no folder" in one_line("s3://images/nothing")
-    assert "no name of a bucket" in one_line("s3://A/x")
+    assert "not a valid bucket" in one_line("s3://A/x")
     assert "no file fits" in one_line("s3://images/nothing-*.tar", "tar")
     assert "reads no s3://" in one_line("s3://images/x", "tfrecord")
     assert "parts . and .." in one_line("s3://images/../x")
@@ -163,7 +163,7 @@ def test_without_its_package_a_line_names_the_extra(monkeypatch):
 
 @pytest.mark.parametrize("flag", ["--workdir", "init_from", "--to", ""])
 def test_what_is_written_or_is_no_data_is_refused_on_s3(flag):
-    with pytest.raises(UserError, match="s3:// is read as data alone"):
+    with pytest.raises(UserError, match="s3:// is supported for data only"):
         paths.normalized("s3://images/run", flag)
 
 
