@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 import mae_jax
 from mae_jax.errors import UserError
 
-CURRENT = 5  # of new runs
+CURRENT = 6  # of new runs
 
 
 class Behavior(NamedTuple):
@@ -62,6 +62,12 @@ BEHAVIORS: dict[str, Behavior] = {
         5,
         "the order of an epoch of data with random access was drawn as a whole: 8 bytes of memory for each example",
         "the example at each place of the order is computed, whatever the size (`mae_jax/rng.py`)"),
+    "beit_start_and_decay": Behavior(
+        6,
+        "BEiT's kernels with `model.init=normal`, its tokens and its head started from a normal of deviation 0.02, and "
+        "its class token decayed",
+        "as BEiT's released code: with `model.init=normal` the normal is cut at one deviation (which leaves 0.0108), "
+        "the last kernels of the k-th block's branches are divided by the root of 2 k; the class token does not decay"),
 }
 
 
