@@ -1,4 +1,4 @@
-"""What the studies share: cells that are found again, rates that a validation part chooses, ranges of seeds."""
+"""What the studies share: cells that are found again, rates that a validation part chooses, figures by seed."""
 
 import argparse
 import io
@@ -72,21 +72,17 @@ def chosen(cells: list[Cell], **what: Any) -> float:
     return max(tried, key=lambda cell: (cell["val"], -cell["lr"]))["lr"]
 
 
+def by_seed(cells: Iterable[Cell], key: str) -> dict[int, float]:
+    """Returns seed → figure of an arm's cells, in the order of seeds; what `verdicts.judge` pairs."""
+    return {cell["seed"]: cell[key] for cell in sorted(cells, key=lambda cell: cell["seed"])}
+
+
 def text(values: list[float], digits: int = 3) -> str:
     """Returns 'mean (least to most)', '-' for none."""
     if not values:
         return "-"
     mean, low, high = (f"{value:.{digits}f}" for value in (statistics.mean(values), min(values), max(values)))
     return f"{mean} ({low} to {high})" if len(values) > 1 else mean
-
-
-def beside(ours: list[float], theirs: list[float]) -> str:
-    """Says whether ours are better: ranges of seeds that are apart count as a difference."""
-    if min(len(ours), len(theirs)) < 2:
-        return "not complete"
-    if min(ours) > max(theirs):
-        return "better"
-    return "worse" if max(ours) < min(theirs) else "not decidable"
 
 
 def positive(text: str) -> int:
