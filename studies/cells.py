@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -64,6 +65,22 @@ def _go_on(file: Path, cells: list[Cell], stages: Iterable[list[Cell]],
             with open(file, "a") as opened:
                 opened.write(json.dumps(done) + "\n")
             after()
+
+
+def limited(stages: Iterable[list[Cell]], cells: list[Cell], count: int = 0, hours: float = 0.0,
+            at_once: int = 1) -> Iterator[list[Cell]]:
+    """Yields stages, cut into parts of `at_once` cells, until `count` are done or `hours` have passed; 0: no limit.
+
+    What is begun is ended.
+    """
+    begun, there = time.monotonic(), len(cells)
+    for stage in stages:
+        todo = [cell for cell in stage if not any(matches(other, cell) for other in cells)]
+        for first in range(0, len(todo), at_once):
+            if (count and len(cells) - there >= count) or (hours and time.monotonic() - begun >= hours * 3600):
+                print("A limit is reached; the same command goes on.", file=sys.stderr)
+                return
+            yield todo[first:first + at_once]
 
 
 def chosen(cells: list[Cell], **what: Any) -> float:

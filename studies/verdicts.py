@@ -171,6 +171,11 @@ def power(effect: float, deviation: float, pairs: int, comparisons: int = 1) -> 
     return float(stats.nct.sf(critical, freedom, abs(effect) * np.sqrt(pairs) / deviation))
 
 
+def planned_power(pilot: Finding, seeds: int, comparisons: int) -> float:
+    """Returns the least power for a pilot's margin with so many seeds, at the upper limit of its deviation."""
+    return power(pilot.margin, upper_deviation(pilot.deviation, pilot.pairs), seeds, comparisons)
+
+
 def equivalence_power(margin: float, deviation: float, pairs: int, comparisons: int = 1) -> float:
     """Returns the least power of the two one-sided tests where there is no effect at all, likewise.
 
