@@ -6,10 +6,11 @@
 Arguments: `runlocal` (two small steps on a laptop).
 
 From BEiT's released code (beit/README.md): 75 of 196 patches masked in blocks, batch 2048, 1.5e-3, betas 0.9 and 0.98
-(its paper says 0.999), weight decay 0.05, clipping at 3, LayerScale 0.1, stochastic depth 0.1, 10 epochs of warm-up,
-crops of 8 % and more, colour jitter left out. Different: absolute positions instead of its relative position bias, the
-last kernel of a branch is not divided by the root of twice its block's number at the start, and tokens of a k-means
-vocabulary of the training pictures instead of those of a trained tokenizer. Tokens of another tokenizer:
+(its paper says 0.999), weight decay 0.05 of kernels and the mask token, clipping at 3, LayerScale 0.1, stochastic depth
+0.1, 10 epochs of warm-up, crops of 8 % and more, colour jitter left out. The start too: a normal of deviation 0.02 cut
+at one deviation, the last kernel of each branch divided by the root of twice its block's number. Different: absolute
+positions instead of its relative position bias, and tokens of a k-means vocabulary of the training images instead of
+those of a trained tokenizer. Tokens of another tokenizer:
 --config.method.target=tokens --config.data.tokens=FILE.npz --config.data.augment=none, of data with random access (TFDS
 stored as array_record, a folder).
 

@@ -10,7 +10,8 @@ From the article: the halves, the decoder of 2 blocks, the discrete targets of a
 the contrast of the pooled outputs of the decoder, 300 epochs. Its optimiser is not known to us; BEiT's, the natural
 reading, is here (batch 2048, 1.5e-3, weight decay 0.05, clipping at 3, LayerScale 0.1, stochastic depth 0.1, 10 epochs
 of warm-up). Ours: k-means as the vocabulary's kind, the decoder's width, the temperature 0.1 and the weight 1 of the
-contrast, and the lower bound 0.2 of the crops.
+contrast, the lower bound 0.2 of the crops, the start of the weights (xavier, as MAE's, not BEiT's) and that the class
+token decays.
 
 Expected, of the article and not ours (ImageNet-1K top-1, fine-tuned): 83.6, with ViT-S 81.5.
 """

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 import mae_jax
 from mae_jax.errors import UserError
 
-CURRENT = 5  # version of new runs
+CURRENT = 6  # version of new runs
 
 
 class Behavior(NamedTuple):
@@ -66,6 +66,12 @@ BEHAVIORS: dict[str, Behavior] = {
         5,
         "the order of an epoch of data with random access was drawn as a whole, with 8 bytes of memory per example",
         "the example at each position of the order is computed, for a data set of any size (`mae_jax/rng.py`)"),
+    "beit_start_and_decay": Behavior(
+        6,
+        "BEiT's kernels with `model.init=normal`, its tokens and its head started from a normal of deviation 0.02, and "
+        "its class token decayed",
+        "as BEiT's released code: with `model.init=normal` the normal is cut at one deviation (which leaves 0.0108), "
+        "the last kernels of the k-th block's branches are divided by the root of 2 k; the class token does not decay"),
 }
 
 

@@ -1,4 +1,4 @@
-"""What the studies share: cells that are found again, rates that a validation part chooses, ranges of seeds."""
+"""What the studies share: cells that are found again, rates that a validation part chooses, figures by seed."""
 
 import argparse
 import io
@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -66,10 +67,31 @@ def _go_on(file: Path, cells: list[Cell], stages: Iterable[list[Cell]],
             after()
 
 
+def limited(stages: Iterable[list[Cell]], cells: list[Cell], count: int = 0, hours: float = 0.0,
+            at_once: int = 1) -> Iterator[list[Cell]]:
+    """Yields stages, cut into parts of `at_once` cells, until `count` are done or `hours` have passed; 0: no limit.
+
+    What is begun is ended.
+    """
+    begun, there = time.monotonic(), len(cells)
+    for stage in stages:
+        todo = [cell for cell in stage if not any(matches(other, cell) for other in cells)]
+        for first in range(0, len(todo), at_once):
+            if (count and len(cells) - there >= count) or (hours and time.monotonic() - begun >= hours * 3600):
+                print("A limit is reached; the same command goes on.", file=sys.stderr)
+                return
+            yield todo[first:first + at_once]
+
+
 def chosen(cells: list[Cell], **what: Any) -> float:
     """Returns the rate of the best validation accuracy among the cells with seed 0; the lower one of two."""
     tried = [cell for cell in cells if matches(cell, {"seed": 0} | what)]
     return max(tried, key=lambda cell: (cell["val"], -cell["lr"]))["lr"]
+
+
+def by_seed(cells: Iterable[Cell], key: str) -> dict[int, float]:
+    """Returns seed → figure of an arm's cells, in the order of seeds; what `verdicts.judge` pairs."""
+    return {cell["seed"]: cell[key] for cell in sorted(cells, key=lambda cell: cell["seed"])}
 
 
 def text(values: list[float], digits: int = 3) -> str:
@@ -78,15 +100,6 @@ def text(values: list[float], digits: int = 3) -> str:
         return "-"
     mean, low, high = (f"{value:.{digits}f}" for value in (statistics.mean(values), min(values), max(values)))
     return f"{mean} ({low} to {high})" if len(values) > 1 else mean
-
-
-def beside(ours: list[float], theirs: list[float]) -> str:
-    """Says whether ours are better: ranges of seeds that are apart count as a difference."""
-    if min(len(ours), len(theirs)) < 2:
-        return "not complete"
-    if min(ours) > max(theirs):
-        return "better"
-    return "worse" if max(ours) < min(theirs) else "not decidable"
 
 
 def positive(text: str) -> int:

@@ -23,9 +23,10 @@ from tests.helpers.tiny import tiny_config, tiny_method
 
 SHOWN = {"published_blocks": "beit"}  # behavior → the method whose stored run shows it
 # Of data that no stored run has read, and of orders: shown by a stored config, in tests/data/sources/layouts_test.py,
-# tests/data/exif_test.py, tests/data/deep_images_test.py and tests/data/readers/order_test.py.
+# tests/data/exif_test.py, tests/data/deep_images_test.py and tests/data/readers/order_test.py; and in
+# tests/methods/beit_test.py.
 SHOWN_BY_CONFIG = {"folder_layouts", "class_names_before_numbers", "exif_orientation", "range_of_16_bits",
-                   "more_formats", "computed_order"}
+                   "more_formats", "computed_order", "beit_start_and_decay"}
 NEWEST = {"recipe_version": CURRENT}  # what a recipe has that states none
 
 

@@ -117,7 +117,8 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "layer_scale": 0.0,  # first value of each branch's scale (LayerScale); 0: none
         "drop_path": 0.0,  # highest rate of stochastic depth; 0: off
         "drop_path_rates": "linear",  # from 0 to the highest over the blocks (timm), or constant (DeiT III)
-        "init": "xavier",  # as MAE; normal: as DeiT, standard deviation 0.02
+        # xavier: as MAE; normal: as DeiT, standard deviation 0.02; with method.name=beit, as BEiT (methods/beit.py)
+        "init": "xavier",
         "scan": False,  # one compiled layer instead of depth; checkpoints do not change
         "remat": "none",  # none, full, dots
     },

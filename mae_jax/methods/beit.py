@@ -4,7 +4,11 @@ Differences from BEiT, ours: positions are absolute, its relative position bias 
 a simple vocabulary of the training images (as in SplitMask's ablation) instead of those of a trained tokenizer.
 """
 
+import math
+import re
+import zlib
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +26,12 @@ from mae_jax.models.layers import TOKEN_STD
 from mae_jax.models.vit import make_encoder
 from mae_jax.ops.flops import blocks_flops
 from mae_jax.ops.patches import PatchGrid, normalize
+from mae_jax.param_tree import path as path_of
+from mae_jax.recipe_version import has
 
 MASKINGS = ("block", "random")
+NOISE = ("/kernel", "_token", "/pos_embed")  # ends of the paths of what starts from noise
+LAST_OF_BRANCH = re.compile(r"block_(\d+)/(?:attn/proj|mlp/fc2)/kernel$")
 
 
 class BEiT(Method):
@@ -62,7 +70,15 @@ class BEiT(Method):
         pixels, order = normalize(batch["patches"][:1, : -self.masked]), batch["order"][:1]
         tokens, encoder = self.encoder.init_with_output(encoder_key, pixels, order, self.masked)
         head = self.head.init(head_key, tokens.astype(jnp.float32))
-        return {"encoder": encoder["params"], "head": head["params"]}, self.targets.start()
+        params = {"encoder": encoder["params"], "head": head["params"]}
+        if self.config.model.init == "normal" and has(self.config, "beit_start_and_decay"):
+            params = _published_start(key, params, self.config.model.positions)
+        return params, self.targets.start()
+
+    def decays(self, path: str) -> bool:
+        """Of tokens, the mask's alone decays, as in BEiT's released code (optim_factory.py)."""
+        kept = path.endswith("/cls_token") and has(self.config, "beit_start_and_decay")
+        return super().decays(path) and not kept
 
     def fit_extras(self, params: Params, extras: Extras, batches: Iterable[dict[str, np.ndarray]] | None) -> Extras:
         return self.targets.fit_extras(extras, batches)
@@ -97,3 +113,21 @@ class BEiT(Method):
 
     def frozen_flops(self) -> int:
         return self.targets.flops(self.masked)
+
+
+def _published_start(key: jax.Array, params: Params, positions: str) -> Params:
+    """Draws what starts from noise again, as BEiT's released code does (modeling_pretrain.py).
+
+    A normal of deviation 0.02, cut at one deviation, which leaves 0.0108; the last kernel of each branch of the k-th
+    block, counted from 1, is divided by the root of 2 k. Biases, norms, scales and sine-cosine positions stay.
+    """
+    def start(keys: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = path_of(keys)
+        if not name.endswith(NOISE if positions == "random" else NOISE[:-1]):
+            return leaf
+        named = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        drawn = TOKEN_STD * jax.random.truncated_normal(named, -1, 1, leaf.shape, leaf.dtype)
+        block = LAST_OF_BRANCH.search(name)
+        return drawn / math.sqrt(2 * (1 + int(block[1]))) if block else drawn
+
+    return jax.tree_util.tree_map_with_path(start, params)

@@ -12,7 +12,7 @@ from mae_jax.errors import UserError
 from mae_jax.losses import detection as losses
 from mae_jax.methods import fields
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices
-from mae_jax.methods.detection_fields import check, decays, flops
+from mae_jax.methods.detection_fields import check, decays, flops, learns
 from mae_jax.models.detection import BoxHead, MaskHead, ProposalHead
 from mae_jax.models.pyramid import PYRAMIDS
 from mae_jax.models.vit import make_encoder
@@ -94,6 +94,9 @@ class Detection(Method):
         return spec | {name: jax.ShapeDtypeStruct((self.config.batch_size, *shape), dtype)
                        for name, (shape, dtype) in own.items()}
 
+    def is_trainable(self, path: str) -> bool:
+        return learns(self.config.method.train_blocks, self.config.model.depth, path)
+
     def decays(self, path: str) -> bool:
         return decays(self.config.method.decayed, path)
 
@@ -147,7 +150,7 @@ class Detection(Method):
         # By an image's place in the global batch: what is drawn for it depends on no other image.
         anchor_keys, region_keys = (jax.vmap(partial(jax.random.fold_in, key))(np.arange(images))
                                     for key in (anchor_key, region_key))
-        there = batch["valid"] > 0
+        params, there = self.stop_frozen_gradients(params), batch["valid"] > 0
         objects = Objects(batch["box"], batch["box_class"], (batch["box_valid"] > 0) & there[:, None])
         maps = self.maps(params, batch, self.drop_path_mask(drop_key, images) if train else None)
         logits, deltas = self.ask_anchors(params, maps)

@@ -33,6 +33,8 @@ def check(config: ConfigDict) -> None:
             values = m[key] if isinstance(m[key], tuple) else (m[key],)
             if not values or not all(isinstance(x, int | float) and fits(x) for x in values):
                 refuse(key, expected)
+    if not -1 <= m.train_blocks <= depth:
+        refuse("train_blocks", f"0 to {depth}, or -1 for the whole encoder")
     for key in ("anchor_overlaps", "candidates", "proposals"):
         if len(m[key]) != 2:
             refuse(key, "two numbers")
@@ -66,6 +68,12 @@ def _check_grid(config: ConfigDict, grid: PatchGrid) -> None:
                         "half of that needs even numbers")
     if m.window and max(grid.shape) >= 2**12:
         raise UserError(f"data.image_size={config.data.image_size} has too many patches for windows")
+
+
+def learns(trained: int, depth: int, path: str) -> bool:
+    """Says whether the parameter of a path learns, by config.method.train_blocks."""
+    block = re.match(r"encoder/block_(\d+)/", path)
+    return trained < 0 or not path.startswith("encoder/") or bool(block and int(block[1]) >= depth - trained)
 
 
 def decays(which: str, path: str) -> bool:

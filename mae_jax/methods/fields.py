@@ -116,6 +116,7 @@ SEGMENT: dict[str, Any] = {
 DETECTION: dict[str, Any] = {  # the values are ViTDet's Mask R-CNN (arXiv 2203.16527), where nothing else is said
     "classes": 0,  # 0: as many as the data has
     # Of the encoder.
+    "train_blocks": -1,  # how many of the last blocks learn with pyramid and heads; -1: the whole encoder
     "class_token": False,  # whether it goes through the encoder; the maps are of patches alone
     "window": 14,  # patches per side of windows that do not see each other; 0: all blocks see all
     "global_blocks": (2, 5, 8, 11),  # blocks that see all

@@ -4,11 +4,13 @@
   python studies/finetune/study.py --from=runs/quickstart      (goes on where it was stopped)
 
 Every arm has the same pictures and 100 steps of 64 (all blocks and none also 300), and chooses its learning rate from
-the same three values, with seed 0 on the validation part of the training split; two more seeds then train at that rate.
-A cell reads the validation part and the test split with its last weights; only cells at the chosen rate enter the
+the same three values, with seed 0 on the validation part of the training split; the others then train at that rate. A
+cell reads the validation part and the test split with its last weights; only cells at the chosen rate enter the
 tables. One JSON line per cell in studies/finetune/results.jsonl, the tables in results.md beside it. The probe (no
 block learns) has three rates of its own (lines of a fourth, lower one were never chosen), a batch norm before its
-layer, fixed positions, and neither smoothing nor stochastic depth, as published.
+layer, fixed positions, and neither smoothing nor stochastic depth, as published. Verdicts are those of
+studies/verdicts.py; that two points matter is our choice. The committed cells are of three seeds, of which nothing
+follows; run again, it goes on to the eight that a verdict takes.
 """
 
 import argparse
@@ -21,19 +23,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of what the studies share
+from cells import Cell, by_seed, matches, read
+from verdicts import Comparison, judge
+from verdicts import table as verdict_table
+
 LABELS = {"10": "", "50": "labels50", "150": "all"}  # labelled crops per photograph → argument of the recipe
 ARMS = ("finetuned", "scratch")
 LRS = (4e-3, 2e-2, 1e-1)
 PROBE_LRS = (3.6e-2, 1.1e-1, 3.3e-1)
-SEEDS = (0, 1, 2)
+SEEDS = tuple(range(8))
+MARGIN = 0.02  # of accuracy: the smallest difference that matters
 STEPS, LONGER = 100, 300  # the longer ones for all blocks against none
 BLOCKS = (0, 0.5, 1, 2, 4, 6)  # of 6; with 50 labels per photograph
 RESULTS = Path(__file__).parent / "results.jsonl"
-Cell = dict[str, Any]
-
-
-def matches(cell: Cell, what: Cell) -> bool:
-    return all(cell[key] == value for key, value in what.items())
 
 
 def chosen_by_validation(cells: list[Cell], **what: Any) -> float:
@@ -74,46 +77,44 @@ def run(cell: Cell, encoder: str, programs: str) -> Cell:
             "seconds": round(lines[-1]["time"] - lines[0]["time"], 1)}
 
 
-def tests(cells: list[Cell], **what: Any) -> list[float]:
-    """Returns the test accuracies of an arm at the rate that it chose, one per seed; of STEPS if nothing is said."""
+def tests(cells: list[Cell], **what: Any) -> dict[int, float]:
+    """Returns seed → test accuracy of an arm at the rate that it chose; of STEPS if nothing is said."""
     arm = [cell for cell in cells if matches(cell, {"steps": STEPS} | what)]
     if not any(cell["seed"] for cell in arm):
-        return []
+        return {}
     rate = chosen_by_validation(arm)
-    return [cell["test"] for cell in arm if cell["lr"] == rate]
+    return by_seed((cell for cell in arm if cell["lr"] == rate), "test")
 
 
-def text(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else ""
-
-
-def verdict(first: list[float], second: list[float]) -> str:
-    """Says whether two arms differ by more than the spread of either: whether their ranges are apart."""
-    if not first or not second:
-        return ""
-    if min(first) > max(second):
-        return "better"
-    return "worse" if max(first) < min(second) else "not decidable"
+def text(values: dict[int, float]) -> str:
+    mean, low, high = (function(values.values()) if values else 0 for function in (statistics.mean, min, max))
+    return f"{mean:.3f} ({low:.3f} to {high:.3f})" if values else ""
 
 
 def table(cells: list[Cell]) -> str:
-    """Returns the Markdown tables: mean and range over the seeds."""
-    lines = ["Top-1 on the test crops of 17 photographs: mean (range) of three seeds.", "",
-             "| labels per photograph | fine-tuned | from scratch | fine-tuned is |", "|---|---|---|---|"]
+    """Returns the Markdown tables: mean and range over the seeds, and the verdicts."""
+    def of(blocks: float, arm: str = "finetuned", labels: str = "50", steps: int = STEPS) -> dict[int, float]:
+        return tests(cells, arm=arm, labels=labels, blocks=blocks, steps=steps)
+
+    lines = ["Top-1 on the test crops of 17 photographs: mean (range) of seeds.", "",
+             "| labels per photograph | fine-tuned | from scratch |", "|---|---|---|"]
+    claims = []
     for labels in LABELS:
-        tuned, scratch = (tests(cells, arm=arm, labels=labels, blocks=-1) for arm in ARMS)
-        lines.append(f"| {labels} | {text(tuned)} | {text(scratch)} | {verdict(tuned, scratch)} |")
-    lines += ["", "| blocks that learn (50 labels; 0: the probe) | fine-tuned | against all 6 |", "|---|---|---|"]
-    whole = tests(cells, arm="finetuned", labels="50", blocks=-1)
+        tuned, scratch = (of(-1, arm, labels) for arm in ARMS)
+        lines.append(f"| {labels} | {text(tuned)} | {text(scratch)} |")
+        claims.append(Comparison(f"{labels} labels: fine-tuned above scratch", tuned, scratch, MARGIN))
+    lines += ["", "| blocks that learn (50 labels; 0: the probe) | fine-tuned |", "|---|---|"]
     for blocks in BLOCKS:
-        found = tests(cells, arm="finetuned", labels="50", blocks=blocks if blocks < 6 else -1)
-        lines.append(f"| {blocks} | {text(found)} | {verdict(found, whole) if blocks < 6 else ''} |")
-    probe, floor = (tests(cells, arm=arm, labels="50", blocks=0) for arm in ("finetuned", "untrained"))
-    lines += ["", f"Linear probe (50 labels): {text(probe)}; of the untrained encoder {text(floor)}: "
-                  f"{verdict(probe, floor)}."]
-    probe, whole = (tests(cells, arm="finetuned", labels="50", blocks=blocks, steps=LONGER) for blocks in (0, -1))
-    lines += ["", f"After {LONGER} steps (50 labels): all 6 blocks {text(whole)}; the probe {text(probe)}: all of them "
-                  f"are {verdict(whole, probe)}."]
+        found = of(blocks if blocks < 6 else -1)
+        lines.append(f"| {blocks} | {text(found)} |")
+        if blocks < 6:
+            claims.append(Comparison(f"{blocks} of the blocks learn, above all 6", found, of(-1), MARGIN))
+    probe, floor, long_probe, whole = of(0), of(0, "untrained"), of(0, steps=LONGER), of(-1, steps=LONGER)
+    claims += [Comparison("the probe above the untrained encoder's", probe, floor, MARGIN),
+               Comparison(f"after {LONGER} steps: all 6 blocks above the probe", whole, long_probe, MARGIN)]
+    lines += ["", f"Linear probe (50 labels): {text(probe)}; of the untrained encoder {text(floor)}.",
+              "", f"After {LONGER} steps (50 labels): all 6 blocks {text(whole)}; the probe {text(long_probe)}.",
+              "", verdict_table(judge(claims))]
     return "\n".join(lines) + "\n"
 
 
@@ -121,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="encoder", default="runs/quickstart", help="workdir of the quickstart")
     encoder = parser.parse_args().encoder
-    cells = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    cells = read(RESULTS)
     with tempfile.TemporaryDirectory() as programs:
         for cell in plan(cells):
             if any(matches(done, cell) for done in cells):

@@ -245,6 +245,23 @@ def test_detections_are_of_pairs_of_region_and_class():
     assert few["crowded"] == 1
 
 
+@pytest.mark.parametrize(("blocks", "frozen"), [(-1, ()), (1, ("patch_embed", "pos_embed", "block_00")),
+                                                (0, ("patch_embed", "pos_embed", "block_00", "block_01"))])
+def test_so_many_of_the_last_blocks_learn_and_pyramid_and_heads_always(blocks, frozen):
+    config = detector({"method.train_blocks": blocks, "model.positions": "learned"})
+    names, learns = flatten(tiny_params(config)), tiny_method(config).is_trainable
+    held = tuple(f"encoder/{part}" for part in frozen)
+    assert {name for name in names if not learns(name)} == {name for name in names if held and name.startswith(held)}
+
+
+@pytest.mark.slow
+def test_no_gradient_reaches_an_encoder_that_is_held():
+    config = detector({"method.train_blocks": 0})
+    grads = loss_and_grads(config, tiny_params(config), scene_batch(config))[2]
+    assert not any(np.any(grad) for name, grad in grads.items() if name.startswith("encoder/"))
+    assert all(np.any(grads[f"{part}/kernel"]) for part in ("boxes/logits", "masks/logits", "proposals/conv0"))
+
+
 def test_weight_decay_is_as_detectron2_has_it():
     names = flatten(tiny_params(detector({"model.positions": "learned"})))
     kept = {which: {name for name in names if not tiny_method(detector({
@@ -292,6 +309,7 @@ def test_flops_agree_with_the_compilers_count_of_the_forward_pass():
     ({"method.stage_overlaps": (0.5, 0.6)}, "expected one stage, or the three of a cascade"),
     ({"method.class_token": True}, "method.class_token=True; expected False with windows"),
     ({"method.candidates": (10,)}, "method.candidates=(10,); expected two numbers"),
+    ({"method.train_blocks": 3}, "method.train_blocks=3; expected 0 to 2, or -1 for the whole encoder"),
     ({"method.score": 1.5}, "method.score=1.5; expected 0 to 1"),
     ({"method.regions": 0}, "method.regions=0; expected more than 0"),
     ({"model.patch": (4, 2)}, "need square patches"),

@@ -1,0 +1,233 @@
+"""Are detection and segmentation better from an encoder that was pre-trained as a MAE on the same images?
+
+  python studies/dense/study.py                       (goes on where it was stopped)
+  python studies/dense/study.py --cells=3             (so many more cells; --hours=1: cells that begin within an hour)
+  python studies/dense/study.py --steps=4             (a trial of every kind of cell, with results in --work)
+
+Two tasks on images that need no download (the extra `demo`): Mask R-CNN on digit_scenes (configs/detect.py, smaller)
+and UperNet on photo_mosaic (configs/upernet.py, the protocol without relative positions). Three arms of each, equal
+steps: `scratch`, the encoder from random weights; `mae`, from a MAE pre-trained on the same images without their
+labels; `frozen`, an encoder of random weights that never learns, with a head that does. Eight seeds, each with a
+pre-training of its own. Each arm chooses its learning rate from the same three with a run half as long, of seed 0, on
+a tenth of the training split that is held out of it; all others train on the whole split and read the test split once,
+with their last weights. `mae` has layer-wise decay 0.75, the others none, as in the recipes for fine-tuning and for
+training from scratch.
+
+Before anything is judged, `scratch` must lie between a floor and a ceiling of each measure, or there is nothing that
+pre-training could add; where no measure of a task does after three seeds, its other seeds are not run. Verdicts are
+those of studies/verdicts.py, corrected for all comparisons. Sizes, steps, rates, floors, ceilings and the differences
+that matter are ours.
+
+One JSON line per cell in studies/dense/results_cpu.jsonl, the tables in .md.
+"""
+
+import argparse
+import functools
+import itertools
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from mae_jax import recipe
+from mae_jax.config import default
+from mae_jax.training import loop
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of what the studies share
+import cells as shared
+from cells import Cell, matches, text
+from verdicts import MIN_SEEDS, Comparison, judge, planned_power
+from verdicts import table as verdict_table
+
+RESULTS = Path(__file__).parent / "results_cpu.jsonl"
+SEEDS, PILOT_SEEDS = tuple(range(MIN_SEEDS)), 3  # seeds before futility is looked at
+SCRATCH, MAE, FROZEN = ARMS = "scratch", "mae", "frozen"
+CLAIMS = ((MAE, SCRATCH), (MAE, FROZEN), (SCRATCH, FROZEN))  # the first above the second
+HELD = 10  # percent of the training split, which choose the rates
+
+
+class Measure(NamedTuple):
+    """A figure of the test split."""
+
+    key: str
+    margin: float  # the smallest difference that matters
+    floor: float  # what training from scratch must exceed
+    ceiling: float  # and stay below
+
+
+class Task(NamedTuple):
+    """What an encoder is judged by."""
+
+    recipe: str
+    fields: dict[str, Any]  # of the recipe, besides those of an arm
+    steps: int
+    pretraining: int  # steps of the MAE, of `images` each
+    images: int
+    rates: tuple[float, ...]
+    chooses: str  # metric of the part held out
+    measures: dict[str, Measure]
+
+
+TASKS = {
+    "detection": Task(
+        "detect:digits", {
+            "model.width": 96, "model.depth": 4, "method.map_blocks": (1, 2, 3), "method.channels": 32,
+            "method.candidates": (128, 128), "method.proposals": (64, 64), "method.regions": 24,
+            "method.box_width": 128, "method.mask_convs": 1, "optim.warmup": "40 steps"},
+        400, 1500, 64, (0.008, 0.016, 0.032), "val/box_ap",
+        {"box AP": Measure("eval/box_ap", 0.02, 0.05, 0.8), "mask AP": Measure("eval/mask_ap", 0.02, 0.02, 0.8)}),
+    "segmentation": Task(
+        "upernet:xcit,mosaic", {"model.width": 96, "model.depth": 4, "model.heads": 3, "optim.warmup": "30 steps"},
+        300, 1500, 64, (0.008, 0.016, 0.032), "val/own_size/miou",
+        {"mIoU": Measure("eval/own_size/miou", 0.02, 0.1, 0.9)}),
+}
+
+
+def common(config: ConfigDict, cell: Cell, steps: int, held: bool) -> ConfigDict:
+    """Sets the seed, the duration and the splits: a part is held out to choose by, or all is learned from."""
+    config.seed = cell["seed"]
+    config.data.train_split = f"train[:{100 - HELD}%]" if held else "train"
+    config.data.val_split = f"train[{100 - HELD}%:]" if held else ""
+    config.train.duration = config.checkpoint.every = config.eval.every = f"{steps} steps"
+    config.log.update(every="20 steps", tensorboard=False)
+    config.eval.test = not held
+    return config
+
+
+def pretraining(cell: Cell, steps: int) -> ConfigDict:
+    """Returns the config of a MAE on the images of a task, of the shape of its encoder."""
+    task, config = TASKS[cell["task"]], default("mae")
+    about = recipe(task.recipe, task.fields)
+    config.batch_size = task.images
+    config.data.update(source=about.data.source, image_size=about.data.image_size, crop_scale=(0.4, 1.0))
+    config.model.update({name: about.model[name] for name in ("width", "depth", "heads", "patch")})
+    config.method.update(target="pixel", decoder_width=96, decoder_depth=2, decoder_heads=3)
+    config.optim.update(lr=6e-3, warmup=f"{steps // 20} steps")  # as configs/quickstart.py
+    common(config, cell, steps, held=False)
+    config.eval.update(test=False)
+    return config.lock()
+
+
+def training(cell: Cell, steps: int, encoder: str) -> ConfigDict:
+    """Returns the config of an arm; `encoder`: the workdir of a MAE, for the arm that begins with it."""
+    task, mae = TASKS[cell["task"]], cell["arm"] == MAE
+    config = recipe(task.recipe, {
+        **task.fields, "model.drop_path": 0.0, "model.auto": (), "optim.lr": cell["lr"],
+        "optim.layer_decay": 0.75 if mae else 1.0, "method.train_blocks": 0 if cell["arm"] == FROZEN else -1,
+        "init_from": encoder if mae else ""})
+    common(config, cell, steps, held=cell["kind"] == "pilot")
+    return config.lock()
+
+
+def plan(cells: list[Cell]) -> Iterator[list[Cell]]:
+    """Yields stages of cells that need nothing of one another; a task that cannot be judged ends after three seeds."""
+    for seed in SEEDS:
+        tasks = [task for task in TASKS if seed < PILOT_SEEDS or any(passed(cells, task).values())]
+        yield [{"kind": "pretrained", "task": task, "seed": seed} for task in tasks]
+        arms = list(itertools.product(tasks, ARMS))
+        if not seed:
+            yield [{"kind": "pilot", "task": task, "arm": arm, "seed": 0, "lr": lr}
+                   for task, arm in arms for lr in TASKS[task].rates]
+        yield [{"kind": "trained", "task": task, "arm": arm, "seed": seed,
+                "lr": shared.chosen(cells, kind="pilot", task=task, arm=arm)} for task, arm in arms]
+
+
+def run(cell: Cell, work: Path, programs: str, steps: int = 0) -> Cell:
+    """Trains a cell and returns it with what was measured; pre-trained encoders stay under `work`."""
+    task, begun, cpu = TASKS[cell["task"]], time.monotonic(), cpu_seconds()
+    encoder = work / f"mae_{cell['task']}_{cell['seed']}"
+    if cell["kind"] == "pretrained" or (cell["arm"] == MAE and not (encoder / "DONE").exists()):
+        train(pretraining(cell, steps or task.pretraining), encoder, programs)  # that of an earlier call may be gone
+    found = {}
+    if cell["kind"] != "pretrained":
+        length = steps or (task.steps // 2 if cell["kind"] == "pilot" else task.steps)
+        last = train(training(cell, length, str(encoder)), Path(tempfile.mkdtemp(dir=programs)) / "run", programs)
+        found = {"val": last[task.chooses]} if cell["kind"] == "pilot" else {
+            name: last[measure.key] for name, measure in task.measures.items()}
+    spent = {"seconds": round(time.monotonic() - begun, 1), "cpu_seconds": round(cpu_seconds() - cpu, 1)}
+    return {**cell, **found, **spent}
+
+
+def cpu_seconds() -> float:
+    """Returns the seconds that cores have worked for this process and what it started."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def train(config: ConfigDict, folder: Path, programs: str) -> dict[str, float]:
+    """Returns the last value of each metric of a run."""
+    with config.unlocked():
+        config.train.compilation_cache = programs
+    if loop.train(config, str(folder)):
+        raise SystemExit(f"{folder} did not finish")
+    return shared.last_values(folder)
+
+
+def values(cells: list[Cell], task: str, arm: str, name: str) -> dict[int, float]:
+    """Returns seed → a measure of an arm."""
+    found = (cell for cell in cells if matches(cell, {"kind": "trained", "task": task, "arm": arm}))
+    return shared.by_seed(found, name)
+
+
+def passed(cells: list[Cell], task: str) -> dict[str, bool]:
+    """Says of each measure whether training from scratch leaves room: its mean is between floor and ceiling."""
+    found = {name: values(cells, task, SCRATCH, name).values() for name in TASKS[task].measures}
+    return {name: bool(found[name]) and measure.floor < statistics.mean(found[name]) < measure.ceiling
+            for name, measure in TASKS[task].measures.items()}
+
+
+def comparisons(cells: list[Cell]) -> list[Comparison]:
+    """Returns what is asked."""
+    return [Comparison(f"{task}, {name}: {higher} above {lower}", values(cells, task, higher, name),
+                       values(cells, task, lower, name), measure.margin, passed(cells, task)[name])
+            for task, about in TASKS.items() for name, measure in about.measures.items() for higher, lower in CLAIMS]
+
+
+def table(cells: list[Cell]) -> str:
+    """Returns the Markdown: figures, the manipulation check, verdicts, and before all seeds are there the power."""
+    lines = ["Of the test split, mean (range) of seeds; `room`: what training from scratch must lie between, and "
+             "whether it does.", "", f"| task | measure | {' | '.join(ARMS)} | room |", "|---" * (3 + len(ARMS)) + "|"]
+    for task, about in TASKS.items():
+        for name, measure in about.measures.items():
+            arms = [text([*values(cells, task, arm, name).values()]) for arm in ARMS]
+            room = f"{measure.floor:g} to {measure.ceiling:g}: {'yes' if passed(cells, task)[name] else 'no'}"
+            lines.append(f"| {task} | {name} | {' | '.join(arms)} | {room} |")
+    findings = judge(comparisons(cells))
+    lines += ["", verdict_table(findings), ""]
+    for found in findings:
+        if PILOT_SEEDS <= found.pairs < len(SEEDS) and found.deviation:
+            lines.append(f"- {found.claim}: with {len(SEEDS)} seeds, {found.margin:g} would be seen with a power of "
+                         f"{planned_power(found, len(SEEDS), len(findings)):.2f} at least")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/dense"), help="where pre-trained encoders stay")
+    parser.add_argument("--cells", type=shared.positive, default=0, help="end after so many more cells")
+    parser.add_argument("--hours", type=float, default=0.0, help="begin no cell after so many hours")
+    parser.add_argument("--workers", type=shared.positive, default=1, help="cells at once; --work must be kept")
+    parser.add_argument("--steps", type=shared.positive, default=0, help="so few of each: a trial, results in --work")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    results = options.work / f"trial_{options.steps}.jsonl" if options.steps else RESULTS
+    cells = shared.read(results)
+
+    def report() -> None:
+        results.with_suffix(".md").write_text(table(cells))
+
+    with tempfile.TemporaryDirectory() as programs:
+        one = functools.partial(run, work=options.work, programs=programs, steps=options.steps)
+        stages = shared.limited(plan(cells), cells, options.cells, options.hours, options.workers)
+        shared.go_on(results, cells, stages, one, report, options.workers)
+    print(table(cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The study of dense tasks: valid configs, cells in their order, and an end where nothing can be told."""
+
+import itertools
+
+import pytest
+
+from mae_jax.param_tree import flat
+from studies import cells as shared
+from studies.dense import study
+
+VALUES = {"box AP": 0.2, "mask AP": 0.1, "mIoU": 0.3}
+
+
+def done(cell, **values):
+    """Returns a cell with what a run would measure."""
+    found = {"pilot": {"val": -abs(cell.get("lr", 0) - 0.016)}, "pretrained": {}}.get(cell["kind"], VALUES | values)
+    return {**cell, **found}
+
+
+def run_all(**values):
+    """Returns all cells of the study, had every run measured the values."""
+    cells = []
+    for stage in study.plan(cells):
+        cells += [done(cell, **values) for cell in stage]
+    return cells
+
+
+def test_each_seed_pre_trains_and_trains_all_arms_at_the_rate_that_a_part_held_out_chose():
+    cells = run_all()
+    trained = [cell for cell in cells if cell["kind"] == "trained"]
+    assert len(trained) == 2 * 3 * 8
+    assert {cell["lr"] for cell in trained} == {0.016}
+    assert sum(cell["kind"] == "pretrained" for cell in cells) == 2 * 8
+    assert sum(cell["kind"] == "pilot" for cell in cells) == 2 * 3 * 3
+    for seed, task in itertools.product(range(8), study.TASKS):
+        kinds = [cell["kind"] for cell in cells if cell["seed"] == seed and cell["task"] == task]
+        assert kinds[0] == "pretrained"
+
+
+def test_a_task_without_room_ends_after_three_seeds_and_gets_no_verdict():
+    cells = run_all(mIoU=0.05)
+    seeds = {task: {cell["seed"] for cell in cells if cell["task"] == task} for task in study.TASKS}
+    assert seeds == {"detection": set(range(8)), "segmentation": {0, 1, 2}}
+    assert not study.passed(cells, "segmentation")["mIoU"]
+    assert all(not comparison.check for comparison in study.comparisons(cells) if "mIoU" in comparison.claim)
+    assert "| segmentation | mIoU |" in study.table(cells)
+
+
+def test_the_power_that_eight_seeds_will_have_is_told_before_they_are_there():
+    cells = [cell for cell in run_all() if cell["seed"] < 3]
+    for cell in cells:
+        if cell["kind"] == "trained":
+            cell["box AP"] += 0.01 * cell["seed"] * (cell["arm"] == "mae")
+    assert "detection, box AP: mae above scratch: with 8 seeds" in study.table(cells)
+    assert "with 8 seeds" not in study.table(run_all())
+
+
+@pytest.mark.parametrize("task", study.TASKS)
+def test_arms_differ_in_the_encoder_alone(task):
+    def config(arm, kind="trained"):
+        return study.training({"kind": kind, "task": task, "arm": arm, "seed": 3, "lr": 0.01}, 10, "encoder")
+
+    def differing(one, other):
+        one, other = (flat(each) for each in (one, other))
+        return {name for name in one if one[name] != other[name]}
+
+    scratch, mae, frozen = map(config, study.ARMS)
+    assert differing(scratch, mae) == {"init_from", "optim.layer_decay"}
+    assert differing(scratch, frozen) == {"method.train_blocks"}
+    assert (mae.init_from, scratch.init_from) == ("encoder", "")
+    assert scratch.eval.test
+    assert not config("scratch", "pilot").eval.test
+    pretrained = study.pretraining({"task": task, "seed": 3}, 10)
+    assert [pretrained.model[name] for name in ("width", "depth", "heads", "patch")] == [
+        scratch.model[name] for name in ("width", "depth", "heads", "patch")]
+    assert (pretrained.data.source, pretrained.seed) == (scratch.data.source, 3)
+
+
+def test_a_limit_ends_a_study_between_cells():
+    cells, stages = [{"n": 0}], [[{"n": 0}], [{"n": 1}, {"n": 2}, {"n": 3}], [{"n": 4}]]
+    found = []
+    for part in shared.limited(iter(stages), cells, count=2):
+        found.append(part)
+        cells += part
+    assert found == [[{"n": 1}], [{"n": 2}]]
+    assert list(shared.limited(iter(stages), cells, hours=1e-9)) == []
+    parts = [[{"n": 0}], [{"n": 1}, {"n": 2}], [{"n": 3}], [{"n": 4}]]
+    assert list(shared.limited(iter(stages), [], at_once=2)) == parts

@@ -1,0 +1,24 @@
+"""Committed tables are those of the committed cells, and give no verdict on fewer seeds than one takes."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from studies import cells as shared
+
+STUDIES = {"finetune": "results", "mixing": "results_cpu", "negative_transfer": "results_cpu",
+           "small_data": "results_cpu"}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_committed_table_is_that_of_the_committed_cells(name):
+    study = importlib.import_module(f"studies.{name}.study")
+    results = Path("studies", name, f"{STUDIES[name]}.jsonl")
+    size = (study.SIZES["cpu"],) if hasattr(study, "SIZES") else ()
+    assert results.with_suffix(".md").read_text() == study.table(*size, shared.read(results))
+
+
+def test_no_study_calls_ranges_that_are_apart_a_difference():
+    texts = {path: path.read_text() for path in Path("studies").rglob("*") if path.suffix in (".py", ".md")}
+    assert [path for path, text in texts.items() if "are apart" in text or "decidable" in text] == []
