@@ -15,6 +15,10 @@ Preset = Callable[[ConfigDict], None]
 _given: set[str] = set()  # dotted names
 
 
+class UnknownArgument(UserError):
+    """A recipe has no such argument."""
+
+
 @contextlib.contextmanager
 def given(fields: Collection[str]) -> Iterator[None]:
     """Has the recipe that is made meanwhile know the fields that are set afterwards, by their dotted names."""
@@ -58,6 +62,12 @@ def runlocal(config: ConfigDict) -> None:
     config.eval.update(max_examples=64, sets=())
 
 
+def held(config: ConfigDict) -> None:
+    """Holds a tenth of the training data out that chooses, and leaves the test data alone."""
+    config.data.update(train_split="train[:90%]", val_split="train[90%:]")
+    config.eval.test = False
+
+
 def runlocal_with_masks(config: ConfigDict, mosaic: Preset) -> None:
     """Does the same to a recipe that needs images with masks: its preset `mosaic` has embedded ones."""
     own = own_data()
@@ -86,7 +96,7 @@ def resolve(config: ConfigDict, arg: str, *choices: Mapping[str, Preset], **pres
     names = [name for name in arg.split(",") if name]
     for name in names:
         if name not in known:
-            raise UserError(f"unknown config argument {name!r}; {did_you_mean(name, known)}")
+            raise UnknownArgument(f"unknown config argument {name!r}; {did_you_mean(name, known)}")
     for table in choices:
         named = [name for name in table if name in names]
         if len(named) > 1:
