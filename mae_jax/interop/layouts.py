@@ -81,7 +81,8 @@ class Layout(NamedTuple):
         another layout reads it. Raises UserError.
       recognizes: (the names that a file has, up to the first '/') → whether `from_` reads it.
       refuses: config → why nothing of its method can be written, as the end of a sentence about the run; '': it can.
-      whole: methods whose parameters are written whole; of the others the encoder alone is. None: whole of all.
+      whole: config → whether all parameters are written; else the encoder alone is.
+      part: (our parameters, config) → those of them that are written, where others change nothing of what it computes.
       describe: (config, what is written) → a line to print, such as the arguments of the library's model.
       files: endings of a --to that is one file of weights; else it is a folder, with FILE and what lies beside it.
       beside: name → text of further files in the folder.
@@ -94,7 +95,8 @@ class Layout(NamedTuple):
     from_: Callable[[State, ConfigDict | None], Params] | None = None
     recognizes: Callable[[Iterable[str]], bool] = lambda names: False
     refuses: Callable[[ConfigDict], str] = lambda config: ""
-    whole: tuple[str, ...] | None = None
+    whole: Callable[[ConfigDict], bool] = lambda config: True
+    part: Callable[[Params, ConfigDict], Params] = lambda params, config: params
     describe: Callable[[ConfigDict, Mapping[str, np.ndarray]], str] = lambda config, state: ""
     files: tuple[str, ...] = (".safetensors",)
     beside: Callable[[Exported], dict[str, str]] = lambda exported: {}

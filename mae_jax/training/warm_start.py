@@ -81,7 +81,7 @@ def _read(config: ConfigDict, theirs: ConfigDict | None) -> dict[str, Any]:
     loaded, extras = param_tree.split_eval_params(load_params(config.init_from, ema=True, extras=True))
     if config.method.get("head") == "linear":  # a probe's head means nothing without its batch norm
         loaded = folded(loaded, extras)
-    return layouts.read(loaded, theirs)
+    return param_tree.split_eval_params(layouts.read(loaded, theirs))[0]  # moments of batch norms begin anew
 
 
 def _check_same_function(theirs: ConfigDict, ours: ConfigDict) -> None:
