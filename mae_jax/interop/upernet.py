@@ -148,7 +148,7 @@ def from_hf(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_hf(params: Any, config: ConfigDict) -> dict[str, np.ndarray]:
-    """Returns the state dict of transformers, float32 but for counts, of what `written` leaves of the parameters, and
+    """Returns the state dict of transformers, float32, of what `written` leaves of the parameters, and
     of the moments of the batch norms; raises UserError for one that has no place there.
     """
     state: dict[str, np.ndarray] = {}
@@ -158,7 +158,7 @@ def to_hf(params: Any, config: ConfigDict) -> dict[str, np.ndarray]:
         if not block:
             state[_key(path)] = _theirs(path, array, config)
             if path.endswith("/var"):  # torch's batch norm has a count beside it, by which nothing is computed
-                state[_key(path).replace("running_var", NO_PARAMETER[0])] = np.zeros((), np.int64)
+                state[_key(path).replace("running_var", NO_PARAMETER[0])] = np.zeros((), np.float32)
         elif block[2].startswith("attn/qkv/"):
             name = f"backbone.encoder.layer.{block[1]}.{ATTENTION}"
             for part, rows in zip(PARTS, np.split(array.T, 3), strict=True):
