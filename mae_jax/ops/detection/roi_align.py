@@ -15,6 +15,7 @@ import numpy as np
 
 from mae_jax.ops import partitioning
 from mae_jax.ops.detection.boxes import area, sides
+from mae_jax.ops.resampling import linear_weights
 
 MOST_SAMPLES = 16  # of an adaptive bin: enough for 448 pixels' length at stride 4 in 7 bins (our choice)
 TOGETHER = 64  # boxes whose products are in memory at once (our choice)
@@ -109,5 +110,4 @@ def _samples(boxes: jax.Array, side: int, samples: int) -> tuple[jax.Array, jax.
 
 def _interpolation(positions: jax.Array, weights: jax.Array, length: int) -> jax.Array:
     """Returns matrices [R, side, length]: the mean of linear interpolations at positions [R, side, samples]."""
-    inside = jnp.clip(positions, 0, length - 1)[..., None]
-    return (jnp.maximum(0, 1 - jnp.abs(inside - jnp.arange(length))) * weights[..., None]).sum(-2)
+    return (linear_weights(jnp.clip(positions, 0, length - 1), length) * weights[..., None]).sum(-2)
