@@ -40,7 +40,7 @@ class token, which is not in their maps; their images lie on a canvas of 1,344 x
 trains on all regions of the one before and not on a new sample, with gradients to the maps shared among the stages;
 masks are of the first stage alone (MMDetection is remembered to have a mask head for each stage); weight decay
 of xcit and ibot is on kernels and the class token (theirs is remembered to spare norms and positions alone);
-the warm-up of both is remembered of MMDetection. vitdet_h takes the patches of 14 pixels that MAE's weights have, resized to 16.
+the warm-up of both is remembered of MMDetection. vitdet_h takes MAE's weights, whose patches of 14 pixels become 16.
 None of the protocols on COCO has been run.
 """
 
