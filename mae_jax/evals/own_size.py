@@ -50,7 +50,7 @@ class OwnSize(Evaluation):
         return True
 
     def metric_names(self, method: Method, data: Any) -> list[str]:
-        return ["own_size/miou", "own_size/mean_accuracy", "own_size/pixel_accuracy"]
+        return list(named(np.zeros((1, 1), np.int64), method.config))
 
     def scalars(self, ctx: Context) -> dict[str, float]:
         data = ctx.method.config.data
@@ -64,7 +64,7 @@ class OwnSize(Evaluation):
                 ctx.data.bad.append(f"{source.name(found.number)}: {found.error}")
             elif found.mask is not None:
                 counts += confusion(found.mask, found.classes, ctx.method.classes)
-        return named(summed(counts))
+        return named(summed(counts), ctx.method.config)
 
 
 def own_numbers(config: Any, size: int) -> np.ndarray:
@@ -101,9 +101,12 @@ def figures(counts: np.ndarray) -> dict[str, float]:
             "pixel_accuracy": float(np.trace(counts) / (there.sum() or np.nan))}
 
 
-def named(counts: np.ndarray) -> dict[str, float]:
-    """Returns the figures by the names that the evaluation gives them."""
-    return {f"own_size/{name}": value for name, value in figures(counts).items()}
+def named(counts: np.ndarray, config: Any) -> dict[str, float]:
+    """Returns the figures by the names that the evaluation gives them: others where images are not seen once as they
+    are, which is another protocol.
+    """
+    plain = tuple(config.eval.scales) == (1.0,) and not config.eval.flip
+    return {f"{'own_size' if plain else 'multi_scale'}/{name}": value for name, value in figures(counts).items()}
 
 
 class Predicted(NamedTuple):
@@ -128,20 +131,21 @@ class Opened(NamedTuple):
     Attributes:
       number: of the example.
       image, mask: upright; the mask, uint8, is None where there is none.
-      layout: of its windows.
+      views: as which it is seen.
     """
 
     number: int
     image: Image.Image
     mask: np.ndarray | None
-    layout: windows.Layout
+    views: tuple[windows.View, ...]
 
 
-def layout_of(method: Any, size: tuple[int, int]) -> windows.Layout:
-    """Returns the windows of an image of a size (height, width), as method.test says."""
-    if method.test == "whole":
-        return windows.whole(size, method.grid.image_size, method.grid.patch, FEWEST)
-    return windows.sliding(size, method.grid.image_size, method.stride)
+def views_of(method: Any, size: tuple[int, int]) -> tuple[windows.View, ...]:
+    """Returns as what an image of a size (height, width) is seen, by method.test, eval.scales and eval.flip."""
+    own, model, asked = method.grid, method.grid.image_size, method.config.eval
+    layouts = [windows.whole(size, model, own.patch, FEWEST, scale) if method.test == "whole" else
+               windows.sliding(size, model, method.stride, scale) for scale in asked.scales]
+    return tuple(windows.View(layout, flipped) for layout in layouts for flipped in (False, True)[:1 + asked.flip])
 
 
 def predictions(method: Any, params: Any, extras: Any, mesh: Mesh, source: Source, numbers: np.ndarray,
@@ -173,8 +177,8 @@ class Waiting:
     def __init__(self, method: Any, mesh: Mesh):
         self.method, self.mesh, self.size = method, mesh, method.config.batch_size
         self.rows = len(local_rows(mesh, self.size))
-        self.queues: dict[tuple[int, int], deque[tuple[Opened, int, np.ndarray]]] = {}
-        self.found: dict[int, dict[int, np.ndarray]] = {}
+        self.queues: dict[tuple[int, int], deque[tuple[Opened, tuple[int, int], np.ndarray]]] = {}
+        self.found: dict[int, dict[tuple[int, int], np.ndarray]] = {}  # by the view and the window
 
     @property
     def full(self) -> bool:
@@ -182,8 +186,9 @@ class Waiting:
         return any(len(queue) >= self.rows for queue in self.queues.values())
 
     def add(self, opened: Opened) -> None:
-        queue = self.queues.setdefault(opened.layout.shape, deque())
-        queue.extend((opened, place, window) for place, window in enumerate(opened.layout.cut(opened.image)))
+        for number, view in enumerate(opened.views):
+            queue = self.queues.setdefault(view.layout.shape, deque())
+            queue.extend((opened, (number, place), window) for place, window in enumerate(view.cut(opened.image)))
 
     def someone_waits(self) -> bool:
         """Whether windows wait in any process; all of them ask alike."""
@@ -207,10 +212,11 @@ class Waiting:
         for (opened, place, _), cells in zip(taken, logits[:len(taken)], strict=True):
             there = self.found.setdefault(opened.number, {})
             there[place] = cells
-            if len(there) == len(opened.layout):
+            if len(there) == sum(len(view.layout) for view in opened.views):
                 del self.found[opened.number]
-                found = windows.predicted(opened.layout, [there[n] for n in range(len(there))])
-                yield Predicted(opened.number, found, opened.mask)
+                logits = [np.stack([there[number, n] for n in range(len(view.layout))])
+                          for number, view in enumerate(opened.views)]
+                yield Predicted(opened.number, windows.predicted(opened.views, logits), opened.mask)
 
 
 @functools.lru_cache(maxsize=64)
@@ -245,7 +251,7 @@ def _open(method: Any, source: Source, number: int, reading: Reading) -> Opened 
         example = source.read(number)
         stored = StoredImage(example.image, reading=reading)
         mask = mask_image(stored, example.mask)
-        layout = layout_of(method, (stored.height, stored.width))
-        return Opened(number, stored.whole(), None if mask is None else np.asarray(mask), layout)
+        views = views_of(method, (stored.height, stored.width))
+        return Opened(number, stored.whole(), None if mask is None else np.asarray(mask), views)
     except (BadImage, OSError) as error:
         return Predicted(number, error=str(error))

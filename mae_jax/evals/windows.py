@@ -88,15 +88,31 @@ class Layout(NamedTuple):
             yield total
 
 
-def sliding(size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int]) -> Layout:
-    """Returns the windows of an image of a size whose short side becomes that of a window.
+class View(NamedTuple):
+    """An image as it is seen once: at a size, and perhaps mirrored."""
+
+    layout: Layout
+    flipped: bool = False
+
+    def cut(self, image: Image.Image) -> Iterator[np.ndarray]:
+        """Yields the windows as `Layout.cut`."""
+        return self.layout.cut(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flipped else image)
+
+    def strips(self, logits: np.ndarray) -> Iterator[np.ndarray]:
+        """Yields logits of the image's own pixels as `Layout.strips`, mirrored back."""
+        for strip in self.layout.strips(logits):
+            yield strip[:, ::-1] if self.flipped else strip
+
+
+def sliding(size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int], scale: float = 1.0) -> Layout:
+    """Returns the windows of an image of a size whose short side becomes `scale` times that of a window.
 
     Of each side there are max(pixels - window + stride - 1, 0) // stride + 1, the last one shifted back to the end.
 
     Args:
       size, window, stride: (height, width) in pixels.
     """
-    resized = scaled_size(size, min(window))
+    resized = scaled_size(size, scale * min(window))
     axes = []
     for own, pixels, side, step in zip(size, resized, window, stride, strict=True):
         count = max(pixels - side + step - 1, 0) // step + 1
@@ -104,16 +120,36 @@ def sliding(size: tuple[int, int], window: tuple[int, int], stride: tuple[int, i
     return Layout(*axes)
 
 
-def whole(size: tuple[int, int], model: tuple[int, int], patch: tuple[int, int], fewest: int) -> Layout:
-    """Returns the one window of an image whose short side becomes that of the model's images.
+def whole(size: tuple[int, int], model: tuple[int, int], patch: tuple[int, int], fewest: int,
+          scale: float = 1.0) -> Layout:
+    """Returns the one window of an image whose short side becomes `scale` times that of the model's images.
 
     Its sides are the nearest multiples of those of a patch, `fewest` patches at least.
     """
     sides = [max(round(pixels / side), fewest) * side
-             for pixels, side in zip(scaled_size(size, min(model)), patch, strict=True)]
+             for pixels, side in zip(scaled_size(size, scale * min(model)), patch, strict=True)]
     return Layout(*(Axis(own, side, side, (0,)) for own, side in zip(size, sides, strict=True)))
 
 
-def predicted(layout: Layout, logits: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns the class of each pixel of an image, uint8 [height, width], of its windows' logits [h, w, C]."""
-    return np.concatenate([strip.argmax(-1).astype(np.uint8) for strip in layout.strips(np.stack(logits))])
+def predicted(views: Sequence[View], logits: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the class of each pixel of an image, uint8 [height, width]: the likeliest by the mean of the views'
+    probabilities (mmsegmentation's aug_test).
+
+    Args:
+      logits: of each view, those of its windows [windows, h, w, C].
+    """
+    first, *others = [view.strips(each) for view, each in zip(views, logits, strict=True)]
+    found = []
+    for strip in first:  # a view at a time, whose strips are of the same rows
+        if others:
+            strip = _softmax(strip)
+            for other in others:
+                strip += _softmax(next(other))
+        found.append(strip.argmax(-1).astype(np.uint8))
+    return np.concatenate(found)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    """Returns probabilities over the last axis, float32."""
+    shares = np.exp(logits - logits.max(-1, keepdims=True))
+    return shares / shares.sum(-1, keepdims=True)

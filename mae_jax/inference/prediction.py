@@ -78,7 +78,7 @@ class Score:
             return {"map": classification.mean_ap(logits, labels, "voc11"),
                     "map_all": classification.mean_ap(logits, labels)}
         if own_size.OwnSize.name in self.counts:
-            return own_size.named(self.counts[own_size.OwnSize.name])
+            return own_size.named(self.counts[own_size.OwnSize.name], self._method.config)
         if "pixels" in self.counts and self.counts["pixels"].any():
             return segmentation.summary(self.counts["pixels"])
         if "class_totals" in self.counts and self.counts["class_totals"].any():

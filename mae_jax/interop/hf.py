@@ -1,4 +1,5 @@
-"""Hugging Face's ViTMAE and ViT, to and from our parameter tree, and the folders that transformers reads.
+"""Hugging Face's ViTMAE and ViT, to and from our parameter tree, and the folders that transformers reads; those of
+UperNet are `upernet`'s.
 
 ViTMAEForPreTraining has a decoder, ViTForImageClassification a classifier of the class token, ViTModel neither. Weights
 are those of the published code with query, key and value apart and other names. Names of transformers 4 are written,
@@ -14,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mae_jax.errors import UserError, printable
+from mae_jax.interop import upernet
 from mae_jax.interop.layouts import Exported, Layout, mixture, nearest
 from mae_jax.interop.mae import expected, from_mae, to_mae
 from mae_jax.ops.patches import MEAN, STD, PatchGrid
@@ -165,6 +167,8 @@ def _refuses(config: ConfigDict) -> str:
         config.model.patch
     if why := mixture(config):
         return why
+    if has_upernet(config):
+        return upernet.refuses(config)
     if m.layer_scale:
         return "has LayerScale, which transformers' ViT has not: use --layout=timm"
     if name == "supervised" and m.pool == "mean":
@@ -176,8 +180,15 @@ def _refuses(config: ConfigDict) -> str:
     return ""
 
 
+def has_upernet(config: ConfigDict) -> bool:
+    """Whether a run is of UperNet, and is written with it."""
+    return config.method.name == "segment" and config.method.head == "upernet"
+
+
 def kind_of(params: Any) -> str:
     """Returns the class of transformers that has these parameters."""
+    if "upernet" in params:
+        return upernet.KIND
     return PRETRAINING if "decoder" in params else CLASSIFIER if "head" in params else ENCODER
 
 
@@ -187,6 +198,8 @@ def _in_folder(params: Any, config: ConfigDict) -> dict[str, np.ndarray]:
     Those of ViTModel have no prefix, and a pooler that changes nothing: transformers would make a random one, and call
     what comes out of it the model's output.
     """
+    if kind_of(params) == upernet.KIND:
+        return upernet.to_hf(params, config)
     if kind_of(params) == ENCODER:  # BEiT's mask token is of its pre-training, as a decoder is
         params = {"encoder": {name: leaf for name, leaf in params["encoder"].items() if name != "mask_token"}}
     state = to_hf(params, PatchGrid.of(config).shape, config.model.patch)
@@ -208,6 +221,8 @@ def distinct(names: Sequence[str]) -> list[str]:
 def _beside(exported: Exported) -> dict[str, str]:
     """Returns config.json, and preprocessor_config.json: images as evaluations see them."""
     config, kind = exported.config, kind_of(exported.params)
+    if kind == upernet.KIND:
+        return upernet.hf_beside(exported)
     said = {"model_type": "vit_mae" if kind == PRETRAINING else "vit", "architectures": [kind],
             **hf_config(config, kind)}
     if kind == CLASSIFIER:
@@ -230,6 +245,8 @@ def _beside(exported: Exported) -> dict[str, str]:
 
 def _loading(exported: Exported) -> str:
     kind = kind_of(exported.params)
+    if kind == upernet.KIND:
+        return upernet.HF_LOADING
     shown = {PRETRAINING: "logits  # [B, N, P], the pixels that the decoder predicts, of a random mask",
              CLASSIFIER: "logits.softmax(-1)  # [B, classes]",
              ENCODER: "last_hidden_state  # [B, 1 + N, D], the class token first"}[kind]
@@ -245,10 +262,11 @@ outputs = model(**processor(image, return_tensors="pt")).{shown}{encoder}"""
 
 LAYOUT = Layout(
     to=_in_folder,
-    from_=lambda state, config: from_hf(state),
+    from_=lambda state, config: (upernet.from_hf if upernet.LAYOUT.recognizes(state) else from_hf)(state),
     recognizes=lambda names: any(name.startswith(("vit.", "embeddings.")) for name in names),
     refuses=_refuses,
-    whole=("mae", "supervised"),
+    whole=lambda config: config.method.name in ("mae", "supervised") or has_upernet(config),
+    part=lambda params, config: upernet.written(params) if has_upernet(config) else params,
     files=(),
     beside=_beside,
     loading=_loading,

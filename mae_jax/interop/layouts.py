@@ -86,7 +86,8 @@ class Layout(NamedTuple):
         None: the layout cannot be read, or another layout reads it.
       recognizes: (names in a file, up to the first '/') → whether `from_` reads the file.
       refuses: config → why the method cannot be written, as the end of a sentence about the run; '': it can.
-      whole: methods of which all parameters are written; of others only the encoder's are. None: all methods.
+      whole: config → whether all parameters are written; otherwise only the encoder's are.
+      part: (mae_jax's parameters, config) → the parameters to write, without those that do not change the output.
       describe: (config, result of `to`) → a line to print, such as the arguments of the library's model.
       files: endings of --to for a single file of weights; any other --to is a folder with FILE and further files.
       beside: returns the name → text of further files in the folder.
@@ -99,7 +100,8 @@ class Layout(NamedTuple):
     from_: Callable[[State, ConfigDict | None], Params] | None = None
     recognizes: Callable[[Iterable[str]], bool] = lambda names: False
     refuses: Callable[[ConfigDict], str] = lambda config: ""
-    whole: tuple[str, ...] | None = None
+    whole: Callable[[ConfigDict], bool] = lambda config: True
+    part: Callable[[Params, ConfigDict], Params] = lambda params, config: params
     describe: Callable[[ConfigDict, Mapping[str, np.ndarray]], str] = lambda config, state: ""
     files: tuple[str, ...] = (".safetensors",)
     beside: Callable[[Exported], dict[str, str]] = lambda exported: {}

@@ -203,7 +203,7 @@ LAYOUT = Layout(
     from_=_from,
     recognizes=lambda names: any(name.startswith("blocks.") for name in names),
     refuses=mixture,
-    whole=("mae", "supervised"),
+    whole=lambda config: config.method.name in ("mae", "supervised"),
     files=(".safetensors", ".pth"),
     loading=lambda exported: """import safetensors.torch
 

@@ -83,7 +83,7 @@ session = onnxruntime.InferenceSession("FOLDER/{FILE}")
 
 LAYOUT = Layout(
     refuses=_refuses,
-    whole=("supervised",),
+    whole=lambda config: config.method.name == "supervised",
     files=(),
     loading=_loading,
     program=Program(FILE, make, run, 1e-4),

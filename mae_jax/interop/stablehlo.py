@@ -59,7 +59,7 @@ outputs = encoder.call(arrays, images)  # uint8 [b, {exported.config.data.image_
 LAYOUT = Layout(
     to=lambda params, config: used(params),
     refuses=mixture,
-    whole=("supervised",),
+    whole=lambda config: config.method.name == "supervised",
     files=(),
     loading=_loading,
     program=Program(FILE, make, run, 1e-5),

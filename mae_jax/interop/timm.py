@@ -99,7 +99,7 @@ outputs = model(transform(image)[None])  # {'logits' if exported.outputs else 'f
 LAYOUT = Layout(  # the layout `mae` reads it
     to=lambda params, config: to_timm(params, PatchGrid.of(config).shape, config.model.patch),
     refuses=mixture,
-    whole=("supervised",),
+    whole=lambda config: config.method.name == "supervised",
     describe=_described,
     beside=_beside,
     loading=_loading,

@@ -1,165 +1,251 @@
-"""UperNet on a plain ViT as others have it, to our parameters: transformers' UperNetForSemanticSegmentation on BEiT's
-backbone, and checkpoints of mmsegmentation's head on the backbones of BEiT's and MAE's segmentation code.
+"""UperNet on a plain ViT as others have it, to and from our parameters: transformers' UperNetForSemanticSegmentation on
+BEiT's backbone, and checkpoints of mmsegmentation's head on the backbones of BEiT's and MAE's segmentation code.
 
 Convolutions are [out, in, row, column] there and [row, column, in, out] here; transposed ones [in, out, row, column]
-and [in, row, column, out]. BEiT's keys have no bias: ours is then zero. The class token's position joins the token.
+and [in, row, column, out]. BEiT's keys have no bias: ours is then zero, and one that we have is left out, since it
+changes no attention. The class token's position joins the token, and is zero on the way out.
 """
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from mae_jax.errors import UserError, printable
-from mae_jax.interop.layouts import Layout
+from mae_jax.interop.layouts import Exported, Layout
 from mae_jax.models.blocks import BIAS_TABLE
-from mae_jax.param_tree import nest
+from mae_jax.models.upernet import EPS, MOMENTS, POOLED, has_small_patches, map_blocks
+from mae_jax.ops.patches import MEAN, STD
+from mae_jax.param_tree import flatten, nest
 
 ATTENTION = "attention.attention."
 TABLE = f"{ATTENTION}relative_position_bias.relative_position_bias_table"
-BLOCK = (  # what follows backbone.encoder.layer.N. there, and encoder/block_NN/ here
+BLOCKS = re.compile(r"backbone\.encoder\.layer\.(\d+)\.(.+)")
+BLOCK = (  # what follows a block's number there, and here
     ("layernorm_before.", "norm1/"), ("layernorm_after.", "norm2/"), ("attention.output.dense.", "attn/proj/"),
-    ("intermediate.dense.", "mlp/fc1/"), ("output.dense.", "mlp/fc2/"),
+    ("intermediate.dense.", "mlp/fc1/"), ("output.dense.", "mlp/fc2/"), (TABLE, f"attn/{BIAS_TABLE}"),
+    ("lambda_1", "ls1/gamma"), ("lambda_2", "ls2/gamma"),
 )
-HEAD = (  # the other beginnings, there and here
-    (r"backbone\.fpn1\.0\.", "upernet/rescale_0/double/"),
-    (r"backbone\.fpn1\.1\.", "upernet/rescale_0/norm/"),
-    (r"backbone\.fpn1\.3\.", "upernet/rescale_0/double_again/"),
-    (r"backbone\.fpn2\.0\.", "upernet/rescale_1/double/"),
-    (r"decode_head\.psp_modules\.(\d)\.1\.", r"upernet/pool_\1/"),
-    (r"decode_head\.bottleneck\.", "upernet/pool/"),
-    (r"decode_head\.lateral_convs\.(\d)\.", r"upernet/lateral_\1/"),
-    (r"decode_head\.fpn_convs\.(\d)\.", r"upernet/pyramid_\1/"),
-    (r"decode_head\.fpn_bottleneck\.", "upernet/fuse/"),
-    (r"decode_head\.classifier\.", "upernet/main_classes/classifier/"),
-    (r"auxiliary_head\.convs\.0\.", "upernet/aux/"),
-    (r"auxiliary_head\.classifier\.", "upernet/aux_classes/classifier/"),
+OTHERS = (  # the other beginnings, there and here; # is a number
+    ("backbone.embeddings.patch_embeddings.projection.", "encoder/patch_embed/"),
+    ("backbone.embeddings.cls_token", "encoder/cls_token"),
+    ("backbone.embeddings.position_embeddings", "encoder/pos_embed"),
+    ("backbone.fpn1.0.", "upernet/rescale_0/double/"),
+    ("backbone.fpn1.1.", "upernet/rescale_0/norm/"),
+    ("backbone.fpn1.3.", "upernet/rescale_0/double_again/"),
+    ("backbone.fpn2.0.", "upernet/rescale_1/double/"),
+    ("decode_head.psp_modules.#.1.", "upernet/pool_#/"),
+    ("decode_head.bottleneck.", "upernet/pool/"),
+    ("decode_head.lateral_convs.#.", "upernet/lateral_#/"),
+    ("decode_head.fpn_convs.#.", "upernet/pyramid_#/"),
+    ("decode_head.fpn_bottleneck.", "upernet/fuse/"),
+    ("decode_head.classifier.", "upernet/main_classes/classifier/"),
+    ("auxiliary_head.convs.0.", "upernet/aux/"),
+    ("auxiliary_head.classifier.", "upernet/aux_classes/classifier/"),
 )
-MMSEG = (  # names of mmsegmentation's head and of those backbones, in transformers'
-    (r"^backbone\.blocks\.(\d+)\.", r"backbone.encoder.layer.\1."),
-    (r"^(backbone\.encoder\.layer\.\d+\.)norm1\.", r"\1layernorm_before."),
-    (r"^(backbone\.encoder\.layer\.\d+\.)norm2\.", r"\1layernorm_after."),
-    (r"^(backbone\.encoder\.layer\.\d+\.)attn\.proj\.", r"\1attention.output.dense."),
-    (r"^(backbone\.encoder\.layer\.\d+\.)attn\.relative_position_bias_table$", rf"\1{TABLE}"),
-    (r"^(backbone\.encoder\.layer\.\d+\.)mlp\.fc1\.", r"\1intermediate.dense."),
-    (r"^(backbone\.encoder\.layer\.\d+\.)mlp\.fc2\.", r"\1output.dense."),
-    (r"^(backbone\.encoder\.layer\.\d+\.)gamma_([12])$", r"\1lambda_\2"),
-    (r"^backbone\.patch_embed\.proj\.", "backbone.embeddings.patch_embeddings.projection."),
-    (r"^backbone\.cls_token$", "backbone.embeddings.cls_token"),
-    (r"^backbone\.pos_embed$", "backbone.embeddings.position_embeddings"),
-    (r"\.bn\.", ".batch_norm."),
-    (r"\.conv_seg\.", ".classifier."),
+MMSEG_BLOCK = (  # what follows a block's number in transformers, and in BEiT's and MAE's segmentation code
+    ("layernorm_before.", "norm1."), ("layernorm_after.", "norm2."), ("attention.output.dense.", "attn.proj."),
+    ("intermediate.dense.", "mlp.fc1."), ("output.dense.", "mlp.fc2."),
+    (TABLE, "attn.relative_position_bias_table"), ("lambda_", "gamma_"),
 )
-QKV = re.compile(r"(backbone\.encoder\.layer\.\d+\.)attn\.(qkv\.(weight|bias)|([qv])_bias)$")
+MMSEG = (  # likewise the other beginnings
+    ("backbone.embeddings.patch_embeddings.projection.", "backbone.patch_embed.proj."),
+    ("backbone.embeddings.cls_token", "backbone.cls_token"),
+    ("backbone.embeddings.position_embeddings", "backbone.pos_embed"),
+)
+MMSEG_LAYERS = ((".batch_norm.", ".bn."), (".classifier.", ".conv_seg."))
+QKV = re.compile(r"attn\.(?:qkv\.(weight|bias)|([qv])_bias)")
+PARTS = ("query", "key", "value")
 NO_PARAMETER = ("num_batches_tracked", "relative_position_index")
-MOMENTS = {"running_mean": "mean", "running_var": "var"}
+LEAVES = {"running_mean": "mean", "running_var": "var"}  # of a batch norm
+KIND = "UperNetForSemanticSegmentation"
+ACTIVATIONS = {"erf": "gelu", "tanh": "gelu_pytorch_tanh"}
 
 
-def from_mmseg(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def from_mmseg(state: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what `from_hf` does, of the names of mmsegmentation's head on BEiT's or MAE's backbone."""
     renamed: dict[str, Any] = {}
     for key, value in state.items():
-        name = key
-        for theirs, ours in MMSEG:
-            name = re.sub(theirs, ours, name)
-        found = QKV.fullmatch(name)
-        if not found:
-            renamed[name] = value
-        elif found[3]:
-            for part, rows in zip(("query", "key", "value"), np.split(np.asarray(value), 3), strict=True):
-                renamed[f"{found[1]}{ATTENTION}{part}.{found[3]}"] = rows
+        block = re.fullmatch(r"backbone\.blocks\.(\d+)\.(.+)", key)
+        start = f"backbone.encoder.layer.{block[1]}." if block else ""
+        found = QKV.fullmatch(block[2]) if block else None
+        if found and found[1]:
+            for part, rows in zip(PARTS, np.split(np.asarray(value), 3), strict=True):
+                renamed[f"{start}{ATTENTION}{part}.{found[1]}"] = rows
+        elif found:
+            renamed[f"{start}{ATTENTION}{ {'q': 'query', 'v': 'value'}[found[2]]}.bias"] = value
+        elif block:
+            renamed[start + (_renamed(block[2], MMSEG_BLOCK, back=True) or block[2])] = value
         else:
-            renamed[f"{found[1]}{ATTENTION}{ {'q': 'query', 'v': 'value'}[found[4]]}.bias"] = value
+            name = _renamed(key, MMSEG, back=True) or key
+            for theirs, ours in MMSEG_LAYERS:
+                name = name.replace(ours, theirs)
+            renamed[name] = value
     return from_hf(renamed)
 
 
-def read(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns our parameters of either's state dict; the moments of the batch norms are left out.
+def to_mmseg(params: Any, config: ConfigDict) -> dict[str, np.ndarray]:
+    """Returns what `to_hf` does, by the names of mmsegmentation's head on BEiT's and MAE's backbone."""
+    whole, state = to_hf(params, config), {}
+    for key, value in whole.items():
+        block = BLOCKS.fullmatch(key)
+        if not block:
+            name = _renamed(key, MMSEG) or key
+            for theirs, ours in MMSEG_LAYERS:
+                name = name.replace(theirs, ours)
+            state[name] = value
+            continue
+        start, rest = f"backbone.blocks.{block[1]}.", block[2].removeprefix(ATTENTION)
+        if rest == block[2] or block[2] == TABLE:
+            state[start + _renamed(block[2], MMSEG_BLOCK)] = value
+        elif rest.endswith(".bias"):
+            state[f"{start}attn.{rest[0]}_bias"] = value
+        elif rest == "query.weight":
+            fused = [whole[key.replace("query", part)] for part in PARTS]
+            state[f"{start}attn.qkv.weight"] = np.concatenate(fused)
+    return state
+
+
+def from_hf(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns our parameters, float32, of a state dict of transformers, and under 'extras' the moments of its batch
+    norms.
 
     Raises:
-      UserError: an unknown key.
-    """
-    return from_mmseg(state)[0]
-
-
-def from_hf(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns our parameters and the moments of the batch norms, float32, of a state dict of transformers.
-
-    Raises:
-      UserError: an unknown key.
+      UserError: an unknown key, or one that is missing.
     """
     params: dict[str, np.ndarray] = {}
-    moments: dict[str, np.ndarray] = {}
     parts: dict[str, dict[str, np.ndarray]] = {}
     for key, value in state.items():
         array = np.asarray(value, np.float32)
         if key.endswith(NO_PARAMETER):
             continue
-        block = re.match(r"backbone\.encoder\.layer\.(\d+)\.(.+)", key)
+        block = BLOCKS.fullmatch(key)
         if block and block[2].startswith(ATTENTION) and block[2] != TABLE:
             place = f"encoder/block_{int(block[1]):02d}/attn/qkv"
             parts.setdefault(place, {})[block[2].removeprefix(ATTENTION)] = array
             continue
-        name = _of_block(int(block[1]), block[2]) if block else _of_head(key)
-        if name.rsplit("/", 1)[-1] in MOMENTS:
-            moments[name.removeprefix("upernet/").rsplit("/", 1)[0] + "/" + MOMENTS[name.rsplit("/", 1)[1]]] = array
-        else:
-            leaf = _leaf(name)
-            params[leaf] = _ours(leaf, array)
-    parts_of = ("query", "key", "value")
+        name = _path(key, block)
+        params[name] = _ours(name, array)
     for name, fused in parts.items():
-        for each in parts_of:
+        for part in PARTS:
             for leaf in ("weight", "bias"):
-                if f"{each}.{leaf}" not in fused and (each, leaf) != ("key", "bias"):
-                    raise UserError(f"an UperNet on BEiT's or MAE's backbone has {ATTENTION}{each}.{leaf} in each "
+                if f"{part}.{leaf}" not in fused and (part, leaf) != ("key", "bias"):
+                    raise UserError(f"an UperNet on BEiT's or MAE's backbone has {ATTENTION}{part}.{leaf} in each "
                                     f"block; {name.rsplit('/', 2)[0]} has none")
         fused.setdefault("key.bias", np.zeros_like(fused["query.bias"]))
-        params[f"{name}/kernel"] = np.concatenate([fused[f"{part}.weight"].T for part in parts_of], 1)
-        params[f"{name}/bias"] = np.concatenate([fused[f"{part}.bias"] for part in parts_of])
+        params[f"{name}/kernel"] = np.concatenate([fused[f"{part}.weight"].T for part in PARTS], 1)
+        params[f"{name}/bias"] = np.concatenate([fused[f"{part}.bias"] for part in PARTS])
     if "encoder/cls_token" not in params:
         raise UserError("an UperNet on BEiT's or MAE's backbone has backbone.embeddings.cls_token; it is missing")
-    if "positions" in params:
-        table = params.pop("positions")[0]
+    if "encoder/pos_embed" in params:
+        table = params["encoder/pos_embed"][0]
         params["encoder/cls_token"] = params["encoder/cls_token"] + table[:1]
         params["encoder/pos_embed"] = table[1:]
-    return nest(params), nest(moments)
+    return nest(params)
 
 
-def _of_block(number: int, rest: str) -> str:
-    """Returns the path of a key of a block, its leaf as there."""
-    start = f"encoder/block_{number:02d}/"
-    if rest == TABLE:
-        return f"{start}attn/{BIAS_TABLE}"
-    if rest in ("lambda_1", "lambda_2"):
-        return f"{start}ls{rest[-1]}/gamma"
-    for theirs, ours in BLOCK:
-        if rest.startswith(theirs):
-            return start + ours + rest.removeprefix(theirs)
-    raise UserError(f"{printable(rest)} is no part of a block of BEiT")
+def to_hf(params: Any, config: ConfigDict) -> dict[str, np.ndarray]:
+    """Returns the state dict of transformers, float32, of what `written` leaves of the parameters, and
+    of the moments of the batch norms; raises UserError for one that has no place there.
+    """
+    state: dict[str, np.ndarray] = {}
+    for path, leaf in flatten(written(params)).items():
+        array = np.asarray(leaf, np.float32)
+        block = re.fullmatch(r"encoder/block_0*(\d+)/(.+)", path)
+        if not block:
+            state[_key(path)] = _theirs(path, array, config)
+            if path.endswith("/var"):  # torch's batch norm has a count beside it, by which nothing is computed
+                state[_key(path).replace("running_var", NO_PARAMETER[0])] = np.zeros((), np.float32)
+        elif block[2].startswith("attn/qkv/"):
+            name = f"backbone.encoder.layer.{block[1]}.{ATTENTION}"
+            for part, rows in zip(PARTS, np.split(array.T, 3), strict=True):
+                if block[2].endswith("/kernel") or part != "key":
+                    state[f"{name}{part}.{'weight' if array.ndim == 2 else 'bias'}"] = np.ascontiguousarray(rows)
+        else:
+            name = _renamed(_their_leaf(block[2]), BLOCK, back=True)
+            if not name:
+                raise UserError(f"the parameter {path} has no place in BEiT's backbone")
+            state[f"backbone.encoder.layer.{block[1]}.{name}"] = _theirs(path, array, config)
+    return state
 
 
-def _of_head(key: str) -> str:
-    """Returns the path of another key, its leaf as there."""
-    if key == "backbone.embeddings.cls_token":
-        return "encoder/cls_token"
-    if key == "backbone.embeddings.position_embeddings":
-        return "positions"
-    if key.startswith("backbone.embeddings.patch_embeddings.projection."):
-        return "encoder/patch_embed/" + key.rsplit(".", 1)[1]
-    for theirs, ours in HEAD:
-        if found := re.match(theirs, key):
-            rest = key[found.end():].replace("conv.", "").replace("batch_norm.", "norm/")
-            return found.expand(ours) + rest
-    raise UserError(f"{printable(key)} is no part of an UperNet on BEiT's or MAE's backbone")
+def written(params: Any) -> dict[str, Any]:
+    """Returns what of an UperNet's parameters has a place there: neither the encoder's last norm, which nothing reads,
+    nor biases of keys, which change no attention.
+    """
+    flat = {name: np.asarray(leaf) for name, leaf in flatten(params).items() if not name.startswith("encoder/norm/")}
+    for name, leaf in flat.items():
+        if name.endswith("attn/qkv/bias"):
+            query, key, value = np.split(leaf, 3)
+            flat[name] = np.concatenate([query, np.zeros_like(key), value])
+    return nest(flat)
 
 
-def _leaf(name: str) -> str:
-    """Returns a path with our name of its leaf."""
+def refuses(config: ConfigDict) -> str:
+    """Returns why a run has no place in these layouts, as the end of a sentence; '' where it has one."""
+    m, (height, width), (rows, columns) = config.method, config.data.image_size, config.model.patch
+    if m.name != "segment" or m.head != "upernet":
+        return "is no UperNet (configs/upernet.py), whose layout this is; use --layout=timm or hf"
+    if m.norm != "batch" or m.encoder_norm:
+        what = "layer norm" if m.norm != "batch" else "the encoder's norm on its maps (method.encoder_norm)"
+        return f"has {what}, which UperNet on BEiT's backbone has not; use --layout=mae_jax"
+    if config.model.positions == "fixed":
+        return "has no table of positions, which BEiT's backbone holds: it takes model.positions=learned"
+    if has_small_patches(config):
+        return "has patches of 8 pixels or fewer, for which these layouts have no pyramid; use --layout=mae_jax"
+    if len(set(map_blocks(config))) < 4:
+        return "takes a map of one block twice, which BEiT's backbone gives once; use --layout=mae_jax"
+    if height != width or rows != columns:
+        return (f"has images of {height}x{width} pixels in patches of {rows}x{columns}, and BEiT's backbone takes "
+                "squares alone; use --layout=mae_jax")
+    return ""
+
+
+def _renamed(name: str, table: Iterable[tuple[str, str]], back: bool = False) -> str:
+    """Returns a name with the other beginning that a table gives it; '' where it has none. # stands for a number."""
+    for pair in table:
+        begin, other = reversed(pair) if back else pair
+        if found := re.match(re.escape(begin).replace(r"\#", r"(\d+)"), name):
+            return other.replace("#", found[1] if found.groups() else "#") + name[found.end():]
+    return ""
+
+
+def _path(key: str, block: re.Match[str] | None) -> str:
+    """Returns our path of a key of transformers; raises UserError."""
+    found = _renamed(block[2], BLOCK) if block else _renamed(key, OTHERS)
+    if not found:
+        raise UserError(f"{printable(block[2])} is no part of a block of BEiT" if block else
+                        f"{printable(key)} is no part of an UperNet on BEiT's or MAE's backbone")
+    name = f"encoder/block_{int(block[1]):02d}/{found}" if block else found
+    name = name.replace("/conv.", "/").replace("/batch_norm.", "/norm/")
     start, _, leaf = name.rpartition("/")
+    if leaf in LEAVES:
+        return f"extras/{MOMENTS}/{start.removeprefix('upernet/')}/{LEAVES[leaf]}"
     if leaf == "weight":
         leaf = "scale" if start.endswith(("norm", "norm1", "norm2")) else "kernel"
-    return f"{start}/{leaf}" if start else leaf
+    return f"{start}/{leaf}"
+
+
+def _their_leaf(path: str) -> str:
+    """Returns a path with the name of its leaf there."""
+    start, _, leaf = path.rpartition("/")
+    theirs = {"kernel": "weight", "scale": "weight", **{ours: name for name, ours in LEAVES.items()}}
+    return f"{start}/{theirs.get(leaf, leaf)}"
+
+
+def _key(path: str) -> str:
+    """Returns the key of transformers of a path of ours outside of blocks; raises UserError."""
+    name = _their_leaf(re.sub(rf"^extras/{MOMENTS}/", "upernet/", path))
+    key = _renamed(name, OTHERS, back=True)
+    if not key:
+        raise UserError(f"the parameter {path} has no place in an UperNet on BEiT's backbone")
+    if key.startswith(("decode_head.", "auxiliary_head.")) and ".classifier." not in key:
+        start, _, leaf = key.rpartition("norm/")
+        return f"{start}batch_norm.{leaf}" if start else re.sub(r"([^.]+)$", r"conv.\1", key)
+    return key
 
 
 def _ours(name: str, array: np.ndarray) -> np.ndarray:
@@ -176,8 +262,66 @@ def _ours(name: str, array: np.ndarray) -> np.ndarray:
     return array.T
 
 
+def _theirs(path: str, array: np.ndarray, config: ConfigDict) -> np.ndarray:
+    """Returns a parameter with its axes as theirs, by our path."""
+    if path == "encoder/pos_embed":
+        return np.pad(array, ((1, 0), (0, 0)))[None]
+    if not path.endswith("/kernel"):
+        return array
+    if "/double" in path:
+        return np.ascontiguousarray(array.transpose(0, 3, 1, 2))
+    if path == "encoder/patch_embed/kernel":
+        array = array.reshape(*config.model.patch, 3, -1)
+    elif path.startswith("upernet/") and array.ndim == 2:
+        array = array[None, None]
+    return np.ascontiguousarray(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T)
+
+
+def hf_config(config: ConfigDict) -> dict[str, Any]:
+    """Returns the config.json of transformers' UperNetForSemanticSegmentation."""
+    m, side, classes = config.model, config.data.image_size[0], config.method.classes
+    backbone = {
+        "model_type": "beit", "hidden_size": m.width, "num_hidden_layers": m.depth, "num_attention_heads": m.heads,
+        "intermediate_size": m.mlp_ratio * m.width, "hidden_act": ACTIVATIONS[m.gelu], "layer_norm_eps": 1e-6,
+        "image_size": side, "patch_size": m.patch[0], "layer_scale_init_value": m.layer_scale, "drop_path_rate": 0.0,
+        "use_absolute_position_embeddings": True, "use_mask_token": False, "add_fpn": True,
+        "batch_norm_eps": EPS,  # which transformers 4 reads, and has no default of
+        "use_relative_position_bias": config.method.relative_position_bias, "reshape_hidden_states": True,
+        "out_features": [f"stage{block + 1}" for block in map_blocks(config)]}
+    names = {str(number): f"LABEL_{number}" for number in range(classes)}
+    return {
+        "model_type": "upernet", "architectures": [KIND], "backbone_config": backbone,
+        "hidden_size": config.method.head_width or m.width, "pool_scales": list(POOLED), "use_auxiliary_head": True,
+        "auxiliary_loss_weight": config.method.aux_weight, "auxiliary_in_channels": m.width,
+        "auxiliary_channels": config.method.aux_width, "auxiliary_num_convs": 1, "auxiliary_in_index": 2,
+        "loss_ignore_index": 255, "id2label": names, "label2id": {name: int(key) for key, name in names.items()}}
+
+
+def hf_beside(exported: Exported) -> dict[str, str]:
+    """Returns config.json, and preprocessor_config.json: whole images in the size of the model's."""
+    side = exported.config.data.image_size[0]
+    images = {
+        "image_processor_type": "SegformerImageProcessor", "do_resize": True, "size": {"height": side, "width": side},
+        "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(MEAN),
+        "image_std": list(STD), "do_reduce_labels": exported.config.data.mask_offset == 1}
+    return {name: json.dumps(content, indent=2) + "\n" for name, content in
+            (("config.json", hf_config(exported.config)), ("preprocessor_config.json", images))}
+
+
+HF_LOADING = f"""import transformers
+
+processor = transformers.AutoImageProcessor.from_pretrained("FOLDER")
+model = transformers.{KIND}.from_pretrained("FOLDER").eval()
+logits = model(**processor(image, return_tensors="pt")).logits  # [B, classes, height, width], in the model's size"""
 LAYOUT = Layout(
-    from_=lambda state, config: read(state),
+    to=to_mmseg,
+    from_=lambda state, config: from_mmseg(state),
     recognizes=lambda names: any(name.startswith("decode_head.") for name in names),
-    refuses=lambda config: "is not written in this layout, which is read alone; use --layout=mae_jax",
+    refuses=refuses,
+    part=lambda params, config: written(params),
+    files=(".pth", ".safetensors"),
+    loading=lambda exported: """import safetensors.torch
+
+state = safetensors.torch.load_file("FOLDER/model.safetensors")
+model.load_state_dict(state, strict=False)  # of mmsegmentation's EncoderDecoder; indices of positions are its own""",
 )

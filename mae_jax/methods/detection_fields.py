@@ -41,7 +41,7 @@ def check(config: ConfigDict) -> None:
     for count, share in (("anchor_samples", "anchor_positives"), ("regions", "region_positives")):
         if int(m[count] * m[share]) < 1:
             refuse(share, f"a share of method.{count}={m[count]} that is one of them at least")
-    for key in ("global_blocks", "map_blocks"):
+    for key in ("global_blocks", "map_blocks")[:1 + (m.pyramid == "blocks")]:  # a simple one has the last block alone
         if list(m[key]) != sorted({block for block in m[key] if 0 <= block < depth}):
             refuse(key, f"some of the blocks 0 to {depth - 1}, ascending")
     if not set(m.scales) <= set(SCALES) or any(a != 2 * b for a, b in itertools.pairwise(m.scales)):

@@ -23,7 +23,6 @@ from mae_jax.ops.patches import PatchGrid, normalize
 HEAD_STD = 0.01  # initial deviation of the head's kernel, as MAE's linear probe has it (A.1)
 EPS = 1e-6  # of the norm before the linear head
 HEADS, NORMS, TESTS = ("linear", "upernet"), ("batch", "layer"), ("none", "slide", "whole")
-MAPS = 4  # blocks that UperNet sees
 MOMENTS = "moments"  # of the extras: running means and variances of UperNet's batch norms
 
 
@@ -66,10 +65,10 @@ class Segment(Method):
         m = config.method
         self.classes, self.background = m.classes, m.background
         self.encoder = make_encoder(config)
-        self.maps = map_blocks(config) if m.head == "upernet" else ()
+        self.maps = upernet.map_blocks(config) if m.head == "upernet" else ()
         self.depth = max(self.maps) + 1 if self.maps else m.block + 1 or config.model.depth  # how many blocks run
         self.head = Head(self.classes, HEAD_STD)
-        factors = upernet.OF_PATCH_8 if has_small_patches(config) else upernet.FACTORS
+        factors = upernet.OF_PATCH_8 if upernet.has_small_patches(config) else upernet.FACTORS
         self.upernet = upernet.UperNet(self.classes, m.head_width or config.model.width, m.aux_width, m.norm,
                                        self.encoder.dtype, factors)
         self.loss_spans_batch = bool(self.maps) and m.norm == "batch"
@@ -100,7 +99,7 @@ class Segment(Method):
         if not self.maps:
             head = self.head.init(head_key, tokens.astype(jnp.float32))
             return {"encoder": encoder["params"], "head": head["params"]}, {}
-        maps = [jnp.zeros((1, *self.grid.shape, tokens.shape[-1]), tokens.dtype)] * MAPS
+        maps = [jnp.zeros((1, *self.grid.shape, tokens.shape[-1]), tokens.dtype)] * upernet.MAPS
         head = self.upernet.init(head_key, maps)
         extras = {MOMENTS: head[upernet.MOMENTS]} if upernet.MOMENTS in head else {}
         return {"encoder": encoder["params"], "upernet": head["params"]}, extras
@@ -208,27 +207,6 @@ class Segment(Method):
         return encoder + upernet.flops(self.grid.shape, m.width, self.upernet) + upsampling
 
 
-def map_blocks(config: ConfigDict) -> tuple[int, ...]:
-    """Returns the four blocks that method.blocks names, from 0; raises UserError.
-
-    'auto': those after a third, half, two thirds and all of the blocks, as published for 12 and for 24.
-    """
-    text, depth = config.method.blocks, config.model.depth
-    if text == "auto":
-        return tuple(max(depth * share // 6 - 1, 0) for share in (2, 3, 4, 6))
-    parts = [part.strip() for part in text.split(",")]
-    blocks = tuple(int(part) for part in parts if re.fullmatch(r"\d{1,4}", part))
-    if len(parts) != MAPS or len(blocks) != MAPS or list(blocks) != sorted(blocks) or blocks[-1] >= depth:
-        raise UserError(f"method.blocks={text!r}; expected {MAPS} of the blocks 0 to {depth - 1} in their order, as "
-                        "'3,5,7,11', or auto")
-    return blocks
-
-
-def has_small_patches(config: ConfigDict) -> bool:
-    """Whether UperNet's maps are rescaled as published for patches of 8 pixels; below that, it is our choice."""
-    return max(config.model.patch) <= 8
-
-
 def upsampling_flops(cells: tuple[int, int], size: tuple[int, int], classes: int) -> int:
     """Returns the FLOPs of the two products that enlarge logits [h, w] to pixels."""
     return 2 * size[0] * cells[1] * (cells[0] + size[1]) * classes
@@ -243,7 +221,7 @@ def _check_upernet(config: ConfigDict) -> None:
         return
     if m.block != -1:
         raise UserError(f"method.block={m.block} is of method.head=linear; upernet has method.blocks")
-    map_blocks(config)
+    upernet.map_blocks(config)
     for field, least in (("head_width", 0), ("aux_width", 1)):
         if m[field] < least:
             raise UserError(f"method.{field}={m[field]}; it must be at least {least}")
@@ -251,7 +229,7 @@ def _check_upernet(config: ConfigDict) -> None:
         raise UserError(f"method.dropout={m.dropout}; expected 0 to below 1")
     if m.aux_weight < 0:
         raise UserError(f"method.aux_weight={m.aux_weight}; it must not be negative")
-    grid, smallest = PatchGrid.of(config).shape, 4 if has_small_patches(config) else 2
+    grid, smallest = PatchGrid.of(config).shape, 4 if upernet.has_small_patches(config) else 2
     if min(grid) < smallest:
         raise UserError(f"method.head=upernet halves maps of patches, and data.image_size has {grid[0]} x {grid[1]} of "
                         f"them; expected {smallest} x {smallest} at least")

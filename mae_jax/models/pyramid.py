@@ -62,13 +62,15 @@ class Deconv(nn.Module):
     features: int
     dtype: Any
     start: str = "torch"
+    zero_bias: bool = False  # at the start, where torch draws it
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         # torch counts a transposed kernel's inputs and outputs the other way around.
         first_values = kernel_start(self.start, 4 * self.features, 4 * x.shape[-1])
         kernel = self.param("kernel", first_values, (x.shape[-1], 2, 2, self.features))
-        first = uniform((4 * self.features) ** -0.5) if self.start == "torch" else nn.initializers.zeros
+        drawn = self.start == "torch" and not self.zero_bias
+        first = uniform((4 * self.features) ** -0.5) if drawn else nn.initializers.zeros
         bias = self.param("bias", first, (self.features,))
         return transposed(x.astype(self.dtype), kernel, bias)
 

@@ -1,26 +1,51 @@
 """UperNet (arXiv 1807.10221) on a plain ViT: four blocks' maps become a pyramid, and that the classes of pixels."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from mae_jax.errors import UserError
 from mae_jax.models.heads import Head
 from mae_jax.models.layers import LayerNorm
+from mae_jax.models.pyramid import Deconv
 from mae_jax.ops import batch_norm, convolution, resampling
 from mae_jax.ops.flops import conv_flops
 from mae_jax.ops.linear import gelu, linear
 
 MOMENTS = "moments"  # the collection of running means and variances
+MAPS = 4  # blocks that UperNet sees
 POOLED = (1, 2, 3, 6)  # cells along a side, of the pyramid pooling (PSPNet, arXiv 1612.01105)
 EPS = 1e-5  # of batch norm, torch's default
 HEAD_STD = 0.01  # of the classifiers' kernels, as mmsegmentation has them
 FACTORS = (4.0, 2.0, 1.0, 0.5)  # by which the maps are enlarged: to strides of 4, 8, 16 and 32 pixels of patches of 16
 OF_PATCH_8 = (2.0, 1.0, 0.5, 0.25)  # the same strides
 HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # of convolutions, as mmsegmentation has them
-DOUBLING = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform", in_axis=0, out_axis=3)  # torch's default
+
+
+def map_blocks(config: ConfigDict) -> tuple[int, ...]:
+    """Returns the four blocks that method.blocks names, from 0; raises UserError.
+
+    'auto': those after a third, half, two thirds and all of the blocks, as published for 12 and for 24.
+    """
+    text, depth = config.method.blocks, config.model.depth
+    if text == "auto":
+        return tuple(max(depth * share // 6 - 1, 0) for share in (2, 3, 4, 6))
+    parts = [part.strip() for part in text.split(",")]
+    blocks = tuple(int(part) for part in parts if re.fullmatch(r"\d{1,4}", part))
+    if len(parts) != MAPS or len(blocks) != MAPS or list(blocks) != sorted(blocks) or blocks[-1] >= depth:
+        raise UserError(f"method.blocks={text!r}; expected {MAPS} of the blocks 0 to {depth - 1} in their order, as "
+                        "'3,5,7,11', or auto")
+    return blocks
+
+
+def has_small_patches(config: ConfigDict) -> bool:
+    """Whether UperNet's maps are rescaled as published for patches of 8 pixels; below that, it is our choice."""
+    return max(config.model.patch) <= 8
 
 
 class Norm(nn.Module):
@@ -76,19 +101,6 @@ class ConvNorm(nn.Module):
         return jax.nn.relu(Norm(self.norm, self.dtype, name="norm")(x, weight))
 
 
-class Double(nn.Module):
-    """A transposed convolution of stride 2: maps [B, h, w, C] become [B, 2 h, 2 w, F]."""
-
-    features: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", DOUBLING, (x.shape[-1], 2, 2, self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return convolution.transposed(x.astype(self.dtype), kernel, bias)
-
-
 class Rescale(nn.Module):
     """Enlarges maps [B, h, w, D] by 4 or 2, or shrinks them by 2 or 4; 1 leaves them as they are."""
 
@@ -101,10 +113,10 @@ class Rescale(nn.Module):
         if self.factor < 1:
             return convolution.greatest(x, round(1 / self.factor))
         if self.factor > 1:
-            x = Double(x.shape[-1], self.dtype, name="double")(x)
+            x = Deconv(x.shape[-1], self.dtype, zero_bias=True, name="double")(x)
         if self.factor > 2:
             x = gelu(Norm(self.norm, self.dtype, name="norm")(x, weight))
-            x = Double(x.shape[-1], self.dtype, name="double_again")(x)
+            x = Deconv(x.shape[-1], self.dtype, zero_bias=True, name="double_again")(x)
         return x
 
 

@@ -5,6 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def linear_weights(places: np.ndarray | jax.Array, cells: int) -> np.ndarray | jax.Array:
+    """Returns by what a linear interpolation multiplies a side of `cells`, [..., cells], for places of it [...]: 0 is
+    the centre of the first cell. Of what is past the outermost ones, by a cell or more, all are 0.
+    """
+    module = jnp if isinstance(places, jax.Array) else np
+    return module.maximum(0, 1 - abs(places[..., None] - np.arange(cells)))
+
+
 def interpolation(cells: int, size: int) -> np.ndarray:
     """Returns the matrix float32 [size, cells] that resizes an axis from `cells` to `size` by linear interpolation.
 
@@ -12,7 +20,7 @@ def interpolation(cells: int, size: int) -> np.ndarray:
     This is PyTorch's bilinear interpolation with align_corners=False, without antialiasing.
     """
     centers = np.clip((np.arange(size) + 0.5) * cells / size - 0.5, 0, cells - 1)
-    return np.maximum(0, 1 - np.abs(centers[:, None] - np.arange(cells))).astype(np.float32)
+    return linear_weights(centers, cells).astype(np.float32)
 
 
 def pooling(cells: int, size: int) -> np.ndarray:

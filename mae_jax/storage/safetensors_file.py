@@ -28,7 +28,7 @@ def save(path: epath.PathLike, params: Any, metadata: Mapping[str, str]) -> None
       metadata: texts for the header, to which the checksums are added under 'checksums'.
     """
     path = epath.Path(path)
-    arrays = {name: np.ascontiguousarray(array) for name, array in flatten(params).items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in flatten(params).items()}  # scalars stay
     header = {**metadata, "checksums": json.dumps(seal(describe(arrays)))}
     paths.make_folder(path.parent)
     paths.replace_bytes(path, _ordered(safetensors.numpy.save(arrays, header)))

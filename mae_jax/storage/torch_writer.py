@@ -29,13 +29,13 @@ def save(path: epath.Path, state: Mapping[str, np.ndarray], metadata: Mapping[st
       state: name → float32 array.
       metadata: not written; the layout has no place for it.
     """
-    arrays = {name: np.ascontiguousarray(array, "<f4") for name, array in state.items()}
+    arrays = {name: np.asarray(array, "<f4", order="C") for name, array in state.items()}
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(f"{ROOT}/data.pkl", _pickle(arrays))
         archive.writestr(f"{ROOT}/byteorder", "little")
         for number, array in enumerate(arrays.values()):
-            archive.writestr(f"{ROOT}/data/{number}", array.data.cast("B") if array.size else b"")
+            archive.writestr(f"{ROOT}/data/{number}", array.tobytes())
         archive.writestr(f"{ROOT}/version", "3\n")
     paths.replace_bytes(path, out.getvalue())
 

@@ -28,7 +28,8 @@ from mae_jax.training import warm_shape, workdir
 logger = logging.getLogger(__name__)
 
 # What shapes do not show, and what would make the same numbers another function.
-MUST_MATCH = ("model.heads", "model.patch", "model.gelu")
+MUST_MATCH = ("model.heads", "model.gelu", "model.patch")
+DENSE = ("detection", "segmentation")  # tasks for which an encoder of other patches is adapted
 # Parts that an encoder may have more or fewer of: the norm after the last block gives way to that of the pooled mean.
 OPTIONAL = re.compile(r"encoder/(pos_embed|mask_token|norm/(scale|bias)|block_\d+/experts/gate/kernel)")
 # Parts that an encoder may begin with: relative positions of 0 leave it the function that it was, and so do LayerScales
@@ -54,10 +55,13 @@ def load(config: ConfigDict, params: Any, classes: Sequence[str] = ()) -> dict[s
     theirs = workdir.config_of(config.init_from)
     loaded = _read(config, theirs)
     warm_shape.check_same(config.init_from, loaded, config)
+    dense = methods.get(config.method.name).task in DENSE
+    if dense:
+        loaded, theirs = _with_patches(loaded, theirs, config)
     if theirs is not None:
         _check_same_function(theirs, config)
     else:
-        _check_described(config)
+        _check_described(config, MUST_MATCH[:2] if dense else MUST_MATCH)
     loaded = _without_other_head(_with_positions(loaded, theirs, config, params), theirs, config, params, classes)
     loaded = _with_relative_positions(_without_other_classes(loaded, config, params, classes), params)
     loaded = upcycle(loaded, params)
@@ -81,7 +85,7 @@ def _read(config: ConfigDict, theirs: ConfigDict | None) -> dict[str, Any]:
     loaded, extras = param_tree.split_eval_params(load_params(config.init_from, ema=True, extras=True))
     if config.method.get("head") == "linear":  # a probe's head means nothing without its batch norm
         loaded = folded(loaded, extras)
-    return layouts.read(loaded, theirs)
+    return param_tree.split_eval_params(layouts.read(loaded, theirs))[0]  # moments of batch norms begin anew
 
 
 def _check_same_function(theirs: ConfigDict, ours: ConfigDict) -> None:
@@ -96,14 +100,16 @@ def _check_same_function(theirs: ConfigDict, ours: ConfigDict) -> None:
                         f"--config.model.layer_scale={scale:g}")
 
 
-def _check_described(config: ConfigDict) -> None:
-    """Raises UserError where transformers' config.json beside the weights describes another model of their shapes."""
+def _check_described(config: ConfigDict, fields: Sequence[str]) -> None:
+    """Raises UserError where transformers' config.json beside the weights describes another model of their shapes, in
+    one of these fields.
+    """
     said = workdir.described(config.init_from)
     heads, activation, patch = (said.get(key) for key in ("num_attention_heads", "hidden_act", "patch_size"))
     ours = {"erf": "gelu", "tanh": "gelu_pytorch_tanh"}[config.model.gelu]
     for name, there, here in (("model.heads", heads, config.model.heads), ("model.gelu", activation, ours),
                               ("model.patch", patch, config.model.patch[0])):
-        if isinstance(there, int | str) and there != here:
+        if name in fields and isinstance(there, int | str) and there != here:
             raise UserError(f"init_from={config.init_from}: its config.json says {there!r} where this config has "
                             f"{name}={config.model[name.split('.')[1]]}")
     if not said:
@@ -177,6 +183,28 @@ def _with_positions(loaded: dict[str, Any], theirs: ConfigDict | None, config: C
     table = np.asarray(encoder["pos_embed"]) if learned else sincos_positions(there, config.model.width)
     table = table if there == here else pos_embed.resize(table, there, here)
     return {**loaded, "encoder": {**encoder, "pos_embed": table}}
+
+
+def _with_patches(loaded: dict[str, Any], theirs: ConfigDict | None, config: ConfigDict) -> tuple[Any, Any]:
+    """Returns parameters whose patch embedding is resized to patches of our size, and their config with these and
+    images of as many patches as before.
+
+    By torch's bicubic, as ViTDet takes MAE's ViT-H of 14 pixels (an author's answer: facebookresearch/long_seq_mae,
+    issue 2); sums over a larger patch become larger, which fine-tuning has to learn.
+    """
+    kernel = np.asarray(loaded["encoder"]["patch_embed"]["kernel"])
+    there, here = theirs.model.patch if theirs else (math.isqrt(len(kernel) // 3),) * 2, tuple(config.model.patch)
+    if there == here or math.prod(there) * 3 != len(kernel):
+        return loaded, theirs
+    rows, columns = (pos_embed.cubic(size, to) for size, to in zip(there, here, strict=True))
+    resized = np.einsum("yr,xc,rckd->yxkd", rows, columns, kernel.reshape(*there, 3, -1).astype(np.float64))
+    patches = {**loaded["encoder"]["patch_embed"], "kernel": resized.reshape(-1, kernel.shape[1]).astype(np.float32)}
+    logger.info("init_from: patches are resized, from %d x %d to %d x %d pixels", *there, *here)
+    if theirs:
+        grid, theirs = PatchGrid.of(theirs), theirs.copy_and_resolve_references().unlock()
+        theirs.model.patch = here
+        theirs.data.image_size = (grid.rows * here[0], grid.columns * here[1])
+    return {**loaded, "encoder": {**loaded["encoder"], "patch_embed": patches}}, theirs
 
 
 def _with_relative_positions(loaded: dict[str, Any], params: Any) -> dict[str, Any]:

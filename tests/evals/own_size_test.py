@@ -4,16 +4,18 @@ import jax
 import numpy as np
 import pytest
 import scipy.ndimage
+import scipy.special
 from PIL import Image
 from sklearn import metrics
 
+from mae_jax.config import validate
 from mae_jax.data.reading import Reading
 from mae_jax.data.sources.base import Example, Source
 from mae_jax.errors import UserError
 from mae_jax.evals import own_size, windows
 from mae_jax.ops.resampling import interpolation
 from mae_jax.runtime.sharding import make_mesh
-from tests.helpers.tiny import tiny_method, tiny_params, tiny_segment
+from tests.helpers.tiny import tiny_config, tiny_method, tiny_params, tiny_segment
 
 SIZES = ((23, 40), (16, 16), (40, 21), (9, 50), (31, 33), (23, 40), (17, 80))
 
@@ -46,10 +48,10 @@ def bilinear(x: np.ndarray, size: tuple[int, int]) -> np.ndarray:
                      for c in range(x.shape[-1])], -1)
 
 
-def reference(method, params, example: Example) -> np.ndarray:
+def reference(method, params, example: Example, scale: float = 1.0) -> np.ndarray:
     """Returns logits [height, width, C] of an image, window by window on a canvas, as mmsegmentation has them."""
     height, width = example.image.shape[:2]
-    factor = min(16 / min(height, width), 64 / max(height, width))
+    factor = scale * min(16 / min(height, width), 64 / max(height, width))
     resized = int(height * factor + 0.5), int(width * factor + 0.5)
     image = Image.fromarray(example.image).resize(resized[::-1], Image.Resampling.BICUBIC)
     total, count = np.zeros((*resized, 3)), np.zeros((*resized, 1))
@@ -89,6 +91,38 @@ def test_predictions_of_sliding_windows_are_those_of_a_canvas_and_every_image_co
         assert clear.mean() > 0.95
         np.testing.assert_array_equal(found[number][1][clear], logits.argmax(-1)[clear])
         np.testing.assert_array_equal(found[number][0], picture(number).mask)
+
+
+def test_probabilities_are_averaged_over_scales_and_mirrored_images():
+    method, params = method_of("slide", **{"eval.scales": (0.75, 1.5), "eval.flip": True})
+    views = own_size.views_of(method, SIZES[0])
+    assert [(view.layout.rows.resized, view.flipped) for view in views] == [(12, False), (12, True), (24, False),
+                                                                            (24, True)]
+    example = picture(0)
+    mirrored = Example(np.ascontiguousarray(example.image[:, ::-1]))
+    each = [reference(method, params, example, scale) for scale in (0.75, 1.5)]
+    each += [reference(method, params, mirrored, scale)[:, ::-1] for scale in (0.75, 1.5)]
+    shares = np.mean([scipy.special.softmax(logits, -1) for logits in each], 0)
+    top = np.sort(shares, -1)
+    clear = top[..., -1] - top[..., -2] > 1e-5
+    assert clear.mean() > 0.95
+    found = run(method, params, [0])[0][1]
+    np.testing.assert_array_equal(found[clear], shares.argmax(-1)[clear])
+    assert any((found != logits.argmax(-1)).any() for logits in each)  # not what one of them says
+    assert own_size.OwnSize().metric_names(method, None)[0] == "multi_scale/miou"  # another protocol
+    assert own_size.OwnSize().metric_names(method_of("slide")[0], None)[0] == "own_size/miou"
+    large = [own_size.views_of(method_of("whole", **{"eval.scales": (2.0,)})[0], (17, 80))[0].layout.shape]
+    assert large == [(28, 128)]
+
+
+def test_scales_and_mirroring_are_refused_where_nothing_is_seen_at_its_own_size():
+    for fields in ({"eval.scales": (0.5, 1.0)}, {"eval.flip": True}):
+        with pytest.raises(UserError, match=r"method\.test=slide"):
+            validate(tiny_segment({"method.test": "none"} | fields))
+        with pytest.raises(UserError, match=r"method\.test=slide"):
+            validate(tiny_config(fields))
+    with pytest.raises(UserError, match=r"eval\.scales=\(0\.5, 0\.0\)"):
+        validate(tiny_segment({"method.test": "slide", "eval.scales": (0.5, 0.0)}))
 
 
 def test_figures_are_scikit_learns_over_all_pixels_that_have_a_class():

@@ -21,6 +21,7 @@ TINY = {"width": 96, "depth": 3, "heads": 3, "patch": (8, 8)}
 BASE = {"width": 768, "depth": 12, "heads": 12, "patch": (16, 16)}
 LARGE = {"width": 1024, "depth": 24, "heads": 16, "patch": (16, 16)}
 HUGE = {"width": 1280, "depth": 32, "heads": 16, "patch": (14, 14)}
+UPERNET = TINY | {"depth": 6, "patch": (16, 16), "positions": "learned", "layer_scale": 0.1}
 CASES = {  # name → method, image side, fields of model, layouts
     "mae, tiny": ("mae", 32, TINY, ("hf", "timm")),
     "mae, tiny, tanh": ("mae", 32, TINY | {"gelu": "tanh"}, ("hf", "timm")),
@@ -30,6 +31,8 @@ CASES = {  # name → method, image side, fields of model, layouts
     "DeiT III, tiny": ("supervised", 32, TINY | {"pool": "cls", "layer_scale": 0.1, "positions": "random"}, ("timm",)),
     "mae, ViT-B/16": ("mae", 224, BASE, ("hf", "timm")),
     "class token, ViT-B/16": ("supervised", 224, BASE | {"pool": "cls"}, ("hf", "timm")),
+    "UperNet, tiny": ("segment", 64, UPERNET, ("hf",)),
+    "UperNet without biases, tiny": ("segment", 96, UPERNET | {"layer_scale": 0.0}, ("hf",)),
     "mean, ViT-B/16": ("supervised", 224, BASE | {"pool": "mean", "positions": "learned"}, ("timm",)),
     "mae, ViT-L/16": ("mae", 224, LARGE, ("hf", "timm", "mae")),
     "mae, ViT-H/14": ("mae", 224, HUGE, ("hf", "timm", "mae")),
@@ -97,6 +100,9 @@ def _config(method: str, side: int, fields: dict):
     config.model.update(dtype="float32", **fields)
     if method == "supervised":
         config.method.classes = len(CLASSES)
+    if method == "segment":
+        config.method.update(head="upernet", classes=len(CLASSES), head_width=24, aux_width=16,
+                             relative_position_bias=bool(config.model.layer_scale))
     if method == "mae" and side < 224:
         config.method.update(decoder_width=64, decoder_depth=2, decoder_heads=4)
     if method == "dino":
@@ -111,11 +117,13 @@ def _random(config, seed: int):
     from tests.helpers.tiny import tiny_method
 
     rng, method = np.random.default_rng(seed), tiny_method(config)
-    shapes, _ = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec())
+    shapes, extras = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec())
+    shapes |= {"extras": extras} if config.method.name == "segment" else {}
 
     def draw(keys, leaf):
         scale = leaf.shape[0] ** -0.5 if len(leaf.shape) == 2 else 0.3
-        return (scale * rng.standard_normal(leaf.shape) + (keys[-1].key in ("scale", "gamma"))).astype(np.float32)
+        values = scale * rng.standard_normal(leaf.shape) + (keys[-1].key in ("scale", "gamma"))
+        return (0.5 + values**2 if keys[-1].key == "var" else values).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
@@ -129,6 +137,10 @@ def _ours(config, tree, images: np.ndarray, rng: np.random.Generator) -> dict:
     method = tiny_method(config)
     patches = np.stack([method.grid.patchify(image) for image in images])
     order = np.tile(np.arange(patches.shape[1], dtype=np.int32), (IMAGES, 1))
+    if config.method.name == "segment":
+        batch = {"patches": patches, "order": order}
+        logits = jax.jit(method.pixel_logits)(tree, tree["extras"], batch)
+        return {"logits": logits.transpose(0, 3, 1, 2)}
     found = dict(jax.jit(forward(config))(tree, images))
     found["tokens"] = jax.jit(method.encode)(tree, {}, {"patches": patches, "order": order})
     if config.method.name == "mae":
@@ -189,6 +201,8 @@ def _transformers(place: Path, ours: dict, method: str) -> list[dict]:
             encoder, _ = loaded(transformers.ViTModel, add_pooling_layer=False)  # the decoder is left over
             tokens = encoder(_pixels(ours)).last_hidden_state
             lines.append(_line(library, "ViTModel of it", [], tokens, ours["tokens"]))
+        elif kind == "UperNetForSemanticSegmentation":
+            lines.append(_line(library, kind, names, model(_pixels(ours)).logits, ours["logits"]))
         elif kind == "ViTForImageClassification":
             lines.append(_line(library, kind, names, model(_pixels(ours)).logits, ours["logits"]))
             assert tuple(model.config.id2label.values()) == CLASSES
@@ -248,9 +262,9 @@ def read(folder: Path) -> None:
 
     lines = [line for file in sorted(folder.glob("loaded_*.json")) for line in json.loads(file.read_text())]
     for number, (name, (method, side, fields, _)) in enumerate(CASES.items()):
-        wanted = flatten(_random(_config(method, side, fields), number))
+        config = _config(method, side, fields)
+        wanted = flatten(layouts.get("hf").part(_random(config, number), config))
         for saved in sorted((folder / f"case{number}").glob("saved_*")):
-            config = _config(method, side, fields)
             found = flatten(layouts.read(weight_files.load(weight_files.file_of(epath.Path(saved)))[0], config))
             same = sum(np.array_equal(leaf, wanted[key]) for key, leaf in found.items())
             lines.append({"case": name, "library": saved.name.removeprefix("saved_").replace("-", " "),

@@ -7,9 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mae_jax.errors import UserError
-from mae_jax.interop import layouts
-from mae_jax.interop.upernet import from_hf, from_mmseg
+from mae_jax.interop.upernet import from_hf
 from mae_jax.methods.segmentation import MOMENTS
 from mae_jax.ops.convolution import greatest, transposed
 from mae_jax.ops.patches import PatchGrid
@@ -37,7 +35,8 @@ def given(golden):
         "model.heads": 2, "model.positions": "learned", "model.layer_scale": 0.1, "method.classes": 5,
         "method.head": "upernet", "method.blocks": "0,1,2,3", "method.relative_position_bias": True,
         "method.head_width": 12, "method.aux_width": 8, "method.dropout": 0.0, "method.train_blocks": -1})
-    params, moments = from_hf(under(golden, "weights/"))
+    params = from_hf(under(golden, "weights/"))
+    moments = params.pop("extras")[MOMENTS]
     zeros = np.zeros(16, np.float32)
     params["encoder"]["norm"] = {"scale": zeros + 1, "bias": zeros}  # which nothing reads
     images, labels = golden["images"], golden["labels"]
@@ -73,16 +72,16 @@ def test_loss_gradients_and_running_moments_as_it_trains_are_those_of_transforme
     (loss, (_, after)), grads = compute(params, extras, batch, jax.random.key(0), 0, True)
     np.testing.assert_allclose(loss, golden["train/loss"], rtol=1e-5)
     theirs = under(golden, "weights/")
-    wanted, _ = from_hf({**{name: np.zeros_like(value) for name, value in theirs.items()},
-                         **under(golden, "train/gradient/")})
+    wanted = from_hf({**{name: np.zeros_like(value) for name, value in theirs.items()},
+                      **under(golden, "train/gradient/")})
     wanted, grads = flatten(wanted), flatten(grads)
     compared = [name for name, value in wanted.items() if value.any()]
     assert len(compared) == len(under(golden, "train/gradient/"))
     for name in compared:  # that of a bias before a batch norm is 0, but for rounding
         tolerance = max(1e-4 * np.abs(wanted[name]).max(), 1e-7)
         np.testing.assert_allclose(grads[name], wanted[name], atol=tolerance, err_msg=name)
-    _, moments = from_hf({**theirs, **under(golden, "train/moments/")})
-    moments, after = flatten(moments), flatten(after[MOMENTS])
+    there = from_hf({**theirs, **under(golden, "train/moments/")})
+    moments, after = flatten(there["extras"][MOMENTS]), flatten(after[MOMENTS])
     assert moments.keys() == after.keys()
     for name, value in moments.items():
         np.testing.assert_allclose(after[name], value, atol=2e-5 * np.abs(value).max(), err_msg=name)
@@ -128,40 +127,3 @@ def test_pooling_takes_the_largest_of_each_whole_square(side):
     for i, j in np.ndindex(found.shape[1:3]):
         square = x[:, i * side:(i + 1) * side, j * side:(j + 1) * side]
         np.testing.assert_array_equal(found[:, i, j], square.max((1, 2)))
-
-
-def test_names_of_mmsegmentation_give_the_same_parameters(golden):
-    """By a renaming of transformers' that is written out here a second time."""
-    state, renamed = under(golden, "weights/"), {}
-    layer = {"layernorm_before": "norm1", "layernorm_after": "norm2", "attention.output.dense": "attn.proj",
-             "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2", "lambda_1": "gamma_1", "lambda_2": "gamma_2",
-             "attention.attention.relative_position_bias.relative_position_bias_table":
-             "attn.relative_position_bias_table"}
-    for key, value in state.items():
-        name = key.replace("embeddings.patch_embeddings.projection", "patch_embed.proj")
-        name = name.replace("embeddings.cls_token", "cls_token").replace("embeddings.position_embeddings", "pos_embed")
-        name = name.replace("batch_norm", "bn").replace("head.classifier", "head.conv_seg")
-        if name.startswith("backbone.encoder.layer."):
-            number, rest = name.removeprefix("backbone.encoder.layer.").split(".", 1)
-            if ".query." in rest or ".key." in rest or ".value." in rest:
-                continue
-            name = next(f"backbone.blocks.{number}.{rest.replace(theirs, ours)}" for theirs, ours in layer.items()
-                        if rest.startswith(theirs))
-        renamed[name] = value
-    for number in range(4):
-        start = f"backbone.encoder.layer.{number}.attention.attention."
-        parts = [state[f"{start}{part}.weight"] for part in ("query", "key", "value")]
-        renamed[f"backbone.blocks.{number}.attn.qkv.weight"] = np.concatenate(parts)
-        renamed[f"backbone.blocks.{number}.attn.q_bias"] = state[f"{start}query.bias"]
-        renamed[f"backbone.blocks.{number}.attn.v_bias"] = state[f"{start}value.bias"]
-        renamed[f"backbone.blocks.{number}.attn.relative_position_index"] = np.zeros(3)
-    wanted, moments = from_hf(state)
-    found, also = from_mmseg(renamed)
-    for ours, theirs in ((found, wanted), (also, moments), (layouts.read(renamed, None), wanted),
-                         (layouts.read(state, None), wanted)):
-        ours, theirs = flatten(ours), flatten(theirs)
-        assert ours.keys() == theirs.keys()
-        for name, value in theirs.items():
-            np.testing.assert_array_equal(ours[name], value, err_msg=name)
-    with pytest.raises(UserError, match="is no part of an UperNet"):
-        layouts.read({**renamed, "decode_head.other.weight": np.zeros(3)}, None)

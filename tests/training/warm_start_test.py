@@ -234,6 +234,24 @@ UPERNET = {"method.head": "upernet", "method.train_blocks": -1, "method.head_wid
 BIASED = {**UPERNET, "method.relative_position_bias": True, "model.layer_scale": 1.0}
 
 
+@pytest.mark.parametrize("described", [True, False])
+def test_patches_of_another_size_are_resized_for_dense_tasks_as_torch_does_it(tmp_path, caplog, described):
+    before = tiny_config({"model.positions": "learned"})  # 4 x 4 patches of 4 pixels
+    source, theirs = written(tmp_path, before)
+    if not described:
+        source = from_elsewhere(tmp_path, to_mae(theirs, (4, 4), (4, 4)))
+    with caplog.at_level("INFO"):
+        ours, _ = started(source, tiny_segment({"model.patch": (6, 6), "data.image_size": (48, 48), **LEARNED}))
+    kernel = theirs["encoder"]["patch_embed"]["kernel"].reshape(16, 3 * 32)
+    found = ours["encoder/patch_embed/kernel"].reshape(36, 3 * 32)
+    np.testing.assert_allclose(found, resize(kernel, (4, 4), (6, 6)), atol=1e-6)
+    table = resize(theirs["encoder"]["pos_embed"], (4, 4), (8, 8))
+    np.testing.assert_allclose(ours["encoder/pos_embed"], table, atol=1e-6)
+    assert "from 4 x 4 to 6 x 6 pixels" in caplog.text
+    with pytest.raises(UserError, match=r"patch|shape"):  # a classifier takes them as they are
+        started(source, tiny_supervised({"model.patch": (6, 6), "data.image_size": (48, 48)}))
+
+
 def test_what_upernet_adds_to_an_encoder_is_new_and_told_and_changes_nothing_at_first(tmp_path):
     source, theirs = written(tmp_path, tiny_config())
     ours, report = started(source, tiny_segment(BIASED))

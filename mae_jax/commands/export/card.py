@@ -52,7 +52,9 @@ def title(config: ConfigDict) -> str:
 
 def _front(exported: layouts.Exported, chosen: layouts.Layout, come_from: list[str]) -> str:
     said = {"library_name": chosen.library} if chosen.library else {}
-    said["pipeline_tag"] = "image-classification" if exported.outputs else "image-feature-extraction"
+    tasks = {"head": "image-classification", "upernet": "image-segmentation"}
+    said["pipeline_tag"] = next((task for part, task in tasks.items() if part in exported.params),
+                                "image-feature-extraction")
     said |= {"license": "cc-by-nc-4.0"} if any(map(NON_COMMERCIAL.search, come_from)) else {}
     lines = [f"{name}: {value}" for name, value in said.items()]
     return "\n".join(["---", *lines, f"tags: [mae_jax, vit, {exported.config.method.name}]", "---"])
@@ -61,7 +63,8 @@ def _front(exported: layouts.Exported, chosen: layouts.Layout, come_from: list[s
 def _about(exported: layouts.Exported) -> str:
     m = exported.config.model
     parts = {"encoder": f"an encoder of {m.depth} blocks of width {m.width} with {m.heads} heads",
-             "decoder": "a decoder", "head": f"a classifier of {exported.outputs} classes"}
+             "decoder": "a decoder", "head": f"a classifier of {exported.outputs} classes",
+             "upernet": f"an UperNet of {exported.config.method.get('classes', 0)} classes"}
     has = " and ".join(part for name, part in parts.items() if name in exported.params)
     pooled = "the class token" if m.pool == "cls" else "the mean of the patches"
     return f"It has {has}; its features are {pooled}. Written by mae_jax {__version__}."

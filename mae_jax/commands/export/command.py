@@ -5,9 +5,10 @@ r"""Writes a run for other libraries: a complete folder, which is read back and 
   mae_jax export --from=runs/quickstart/checkpoints/1250 --layout=mae --to=exports/quickstart.pth
   mae_jax export --from=runs/quickstart --layout=stablehlo --to=gs://BUCKET/program
 
---layout=hf is read by transformers (ViTMAEForPreTraining, ViTForImageClassification or ViTModel); --layout=timm, with
-encoder and classifier, by timm; --layout=mae has the names of the published MAE code; --layout=stablehlo is a program
-of jax.export, --layout=onnx (the extra `onnx`) one for onnxruntime. Each folder has a README.md. With mae_jax (the
+--layout=hf is read by transformers (ViTMAEForPreTraining, ViTForImageClassification, UperNetForSemanticSegmentation or
+ViTModel); --layout=timm, with encoder and classifier, by timm; --layout=mae has the names of the published MAE code,
+--layout=upernet those of mmsegmentation, --layout=detectron2 those of Detectron2; --layout=stablehlo is a program of
+jax.export, --layout=onnx (the extra `onnx`) one for onnxruntime. Each folder has a README.md. With mae_jax (the
 default), timm and mae a --to that ends in .safetensors is the weights alone. A probe's batch norm is
 folded into its head.
 

@@ -112,10 +112,10 @@ def of_layout(tree: Any, config: Any, layout: str, folder: Any, classes: Sequenc
     if layout != layouts.OURS and blocks != config.model.depth:
         raise UserError(f"{folder} has {blocks} of the {config.model.depth} blocks of its encoder: method.block needs "
                         "no later one. Export the run that it starts from")
-    if chosen.whole is not None and config.method.name not in chosen.whole:
+    if not chosen.whole(config):
         tree = {"encoder": tree["encoder"]}  # what their heads and decoders predict, no model of others does
         print(f"the encoder alone, without the parts of method.name={config.method.name!r}")
-    exported = layouts.Exported(tree, config)
+    exported = layouts.Exported(chosen.part(tree, config), config)
     if exported.outputs != len(classes):
         classes = ()
     return exported._replace(classes=tuple(map(printable, classes)))

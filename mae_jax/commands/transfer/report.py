@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections import Counter
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -17,13 +18,17 @@ ALL = "all"  # blocks
 class Cell(NamedTuple):
     """One training or probe of the table."""
 
-    data: str
+    data: str  # a name, or 'NAME=PATH'
     protocol: str = ""  # '' is the recipe as it stands
     blocks: str = ""  # '' is what the recipe says
 
     @property
     def folder(self) -> str:
-        return "_".join(filter(None, (self.data, self.protocol, self.blocks and f"blocks_{self.blocks}")))
+        """Of the suite; of a path the last part alone is in it."""
+        name, _, path = self.data.partition("=")
+        data = "-".join(filter(None, (name, path.rstrip("/").rpartition("/")[-1])))
+        protocol = self.protocol.replace(":", "_")
+        return "_".join(filter(None, (data, protocol, self.blocks and f"blocks_{self.blocks}")))
 
 
 class Row(NamedTuple):
@@ -35,15 +40,18 @@ class Row(NamedTuple):
     step: int | None
     lr: float | None  # that was chosen
     problem: str = ""
+    fits: bool = True  # False: the data set is none of the protocol's, and nothing was run
 
 
 def series(rows: list[Row]) -> dict[str, list[Row]]:
     """Returns what is comparable over data sets: protocol, blocks and probe in words → rows; no row has failed."""
     groups: dict[str, list[Row]] = {}
+    counts = Counter(row.cell for row in rows)
+    several = {cell.protocol for cell, count in counts.items() if count > 1} | {QUICK}
     for row in rows:
         if row.value is not None:
             words = (row.cell.protocol, row.cell.blocks and f"{row.cell.blocks} blocks",
-                     row.metric if row.cell.protocol == QUICK else "")
+                     row.metric if row.cell.protocol in several else "")
             groups.setdefault(" ".join(filter(None, words)), []).append(row)
     return groups
 
@@ -52,7 +60,8 @@ def table(rows: list[Row]) -> str:
     """Returns a Markdown table, means over the data sets of whatever ran on several, and then what failed and why."""
     lines = [("data", "protocol", "blocks", "metric", "value", "steps", "lr")]
     for row in rows:
-        lines.append((*row.cell, row.metric, "failed" if row.value is None else f"{row.value:.2%}",
+        lines.append((*row.cell, row.metric, f"{row.value:.2%}" if row.value is not None else
+                      "failed" if row.fits else "left out",
                       "" if row.step is None else str(row.step), "" if row.lr is None else f"{row.lr:g}"))
     for words, group in series(rows).items():
         if len(group) > 1:

@@ -1,76 +1,19 @@
 """A suite of transfers: the cells of one table, each trained or probed from one encoder in a workdir of its own."""
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+from collections.abc import Iterable
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax import config as configs
 from mae_jax import errors
-from mae_jax.commands import recipes
+from mae_jax.commands.transfer.protocols import Recipe
 from mae_jax.commands.transfer.report import ALL, QUICK, Cell, Row, joined, stored, table, write
-from mae_jax.config import SIZES
 from mae_jax.errors import GuardError, UserError
 from mae_jax.runtime import startup_timer
 
 QUICK_METRICS = ("linear/top1", "sgd/top1", "knn/top1")
-SHAPE = ("width", "depth", "heads", "patch", "mlp_ratio", "gelu", "layer_scale")  # what parameters fit
 DATA_GROUPS = ("data", "eval", "mesh", "log")  # of the recipe, when the encoder is looked at without training
-
-
-class Recipe:
-    """A recipe by name or path, the arguments that were given with it, and the overrides of the command line."""
-
-    def __init__(self, config: str, overrides: dict[str, Any]):
-        file, _, self.arg = recipes.locate(config).partition(":")
-        self.overrides = overrides
-        self.module = _module(Path(file))
-        self.stem = Path(file).stem
-
-    def config(self, *args: str, encoder: ConfigDict | None = None) -> ConfigDict:
-        """Returns the config for more arguments, fitted to the shape of an encoder, with the overrides; unlocked.
-
-        Raises:
-          UserError: an argument is unknown, or names a size that is not the encoder's.
-        """
-        size = self._size(encoder) if encoder else ""
-        arg = self._joined(size, *args)
-        config = (self.module.get_config(arg) if arg else self.module.get_config()).unlock()
-        if encoder:
-            config.model.update({field: encoder.model[field] for field in SHAPE}, auto=())
-            config.data.image_size = encoder.data.image_size
-            if encoder.model.positions != "fixed":
-                config.model.positions = "learned"
-        config.update_from_flattened_dict(self.overrides)
-        return config
-
-    def _size(self, encoder: ConfigDict) -> str:
-        """Returns the argument that names the encoder's size, '' where the recipe has none or it was given."""
-        known = getattr(self.module, "SIZES", ())
-        given = [name for name in self.arg.split(",") if name in known]
-        m = encoder.model
-        own = next((name for name, shape in SIZES.items() if shape == (m.width, m.depth, m.heads)), "")
-        if own in known and given and given != [own]:
-            raise UserError(f"the recipe's argument {','.join(given)} is for another size: the encoder's is {own}; "
-                            "leave it out")
-        return own if own in known and not given else ""
-
-    def metric(self, *args: str) -> str:
-        """Returns the metric that the recipe names, '' for none."""
-        return self.module.metric(self._joined(*args)) if hasattr(self.module, "metric") else ""
-
-    def _joined(self, *args: str) -> str:
-        return ",".join(filter(None, (self.arg, *args)))
-
-
-def _module(file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def rates(texts: list[str]) -> list[float]:
@@ -79,22 +22,6 @@ def rates(texts: list[str]) -> list[float]:
         return [float(text) for text in texts]
     except ValueError:
         raise UserError(f"--lrs={','.join(texts)}: no list of numbers; write for example 1e-4,3e-4,1e-3") from None
-
-
-def plan(recipe: Recipe, names: list[str], protocols: list[str], blocks: list[str]) -> list[Cell]:
-    """Returns the cells in the order in which they run; raises UserError for a number of blocks that is none."""
-    for text in blocks:
-        if text != ALL and not (text.replace(".", "", 1).isdecimal() and (float(text) == 0.5 or float(text) % 1 == 0)):
-            raise UserError(f"--blocks: {text!r}; write whole numbers, 0.5 (the MLP of the last block) or all")
-    def numbers(name: str, protocol: str) -> list[str]:
-        """What freezes the encoder by itself is not run for each number of blocks."""
-        frozen = protocol == QUICK or recipe.config(name, protocol).method.get("train_blocks") == 0
-        return blocks if blocks and not frozen else [""]
-
-    names, protocols = (list(dict.fromkeys(given)) or [""] for given in (names, protocols))
-    cells = [Cell(name, protocol, number) for name in names for protocol in protocols
-             for number in numbers(name, protocol)]
-    return [cell if cell.data else cell._replace(data=recipe.stem) for cell in dict.fromkeys(cells)]
 
 
 def encoder_config(source: str) -> ConfigDict:
@@ -135,10 +62,11 @@ class Suite:
 
     def config(self, cell: Cell, *args: str) -> ConfigDict:
         """Returns the config of a cell; raises UserError for what the recipe does not know."""
-        name = "" if cell.data == self.recipe.stem else cell.data
+        recipe, own_args = self.recipe.of(cell.protocol)
+        name = "" if cell.data == recipe.stem else cell.data
+        config = recipe.config(name, own_args, *args, encoder=self.encoder)
         if cell.protocol == QUICK:
-            return self._quick_config(self.recipe.config(name, encoder=self.encoder))
-        config = self.recipe.config(name, cell.protocol, *args, encoder=self.encoder)
+            return self._quick_config(config)
         config.init_from = self.source
         if config.train.compilation_cache == "auto":  # shared: many cells run the same programs
             config.train.compilation_cache = str(self.to / "compiled")
@@ -161,10 +89,15 @@ class Suite:
         config.train.update(duration="1 steps", accumulate=1)
         return config.lock()
 
-    def run(self, cells: list[Cell]) -> int:
+    def run(self, cells: list[Cell], left_out: Iterable[Row] = ()) -> int:
         """Runs the cells, and writes table and plot after each, with the rows of earlier calls; returns the exit code.
+
+        Args:
+          left_out: rows of what is not run, which are told.
         """
-        rows, codes = stored(self.to, self.source), [errors.FINISHED]
+        rows, codes = joined(stored(self.to, self.source), list(left_out)), [errors.FINISHED]
+        for row in left_out:
+            print(f"{row.cell.folder}: {row.problem}", flush=True)
         for cell in cells:
             try:
                 code, found = self.run_cell(cell)
@@ -196,8 +129,9 @@ class Suite:
                 return code, []
             config = with_lr(config, lr)
         code = loop.train(config, str(folder))
-        part = "eval/best" if config.checkpoint.best_metric else "eval"
-        return code, [self._row(cell, folder, self._metric(cell), lr, part)] if code == errors.FINISHED else []
+        if code != errors.FINISHED:
+            return code, []
+        return code, self._rows(cell, folder, lr, "eval/best" if config.checkpoint.best_metric else "eval")
 
     def _best_lr(self, cell: Cell, folder: epath.Path) -> tuple[int, float]:
         """Trains once per learning rate without the test data; returns an exit code and the best on data.val_split.
@@ -223,14 +157,26 @@ class Suite:
                 continue
             if code != errors.FINISHED:
                 return code, lr
-            scores[lr] = measured(folder / f"lr_{lr:g}", self._metric(cell), "val")[1]
+            scores[lr] = measured(folder / f"lr_{lr:g}", self._metrics(cell)[0], "val")[1]
         if not scores:
             raise stopped
         print("  ".join(f"lr {lr:g}: {score:.4f}" for lr, score in scores.items()), flush=True)
         return errors.FINISHED, max(scores, key=scores.__getitem__)
 
-    def _metric(self, cell: Cell) -> str:
-        return self.recipe.metric("" if cell.data == self.recipe.stem else cell.data)
+    def _metrics(self, cell: Cell) -> tuple[str, ...]:
+        recipe, _ = self.recipe.of(cell.protocol)
+        return recipe.metrics("" if cell.data == recipe.stem else cell.data)
+
+    def _rows(self, cell: Cell, folder: epath.Path, lr: float | None, part: str) -> list[Row]:
+        """Returns the rows of a trained cell; of further metrics those that its data have, as masks of objects."""
+        first, *more = self._metrics(cell)
+        rows = [self._row(cell, folder, first, lr, part)]
+        for metric in more:
+            try:
+                rows.append(self._row(cell, folder, metric, lr, part))
+            except UserError as error:
+                print(f"{cell.folder}: {error}", flush=True)
+        return rows
 
     def _row(self, cell: Cell, folder: epath.Path, metric: str, lr: float | None = None, part: str = "eval") -> Row:
         name, value, step = measured(folder, metric, part)

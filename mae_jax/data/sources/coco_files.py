@@ -122,4 +122,6 @@ def present(folder: epath.Path, names: list[str]) -> list[bool]:
 
 def _folders(path: epath.Path) -> list[epath.Path]:
     """Returns the folders in a folder, by name; none where it is not there."""
+    if "://" in os.fspath(path):  # one request, where asking each file for its kind would be one for each image
+        return sorted(path / name for name in next(iter(path.walk()), (path, [], []))[1])
     return sorted(each for each in path.iterdir() if each.is_dir()) if path.is_dir() else []

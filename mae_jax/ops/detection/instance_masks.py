@@ -6,6 +6,7 @@ import numpy as np
 
 from mae_jax.ops.detection.boxes import MIN_SIDE, sides
 from mae_jax.ops.detection.crops import CROP
+from mae_jax.ops.resampling import linear_weights
 
 SAMPLES = 4  # per side of a target's cell; for targets of 28 cells, the cells of a crop if proposal and object coincide
 
@@ -32,8 +33,7 @@ def targets(crops: jax.Array, objects: jax.Array, proposals: jax.Array, side: in
     begin = (proposals[:, :2] - objects[:, :2]) * scale
     step = sides(proposals) * scale / (side * SAMPLES)
     place = begin[..., None] + (jnp.arange(side * SAMPLES) + 0.5) * step[..., None] - 0.5  # [R, 2 (x, y), ...]
-    weights = jnp.maximum(0, 1 - jnp.abs(place[..., None] - jnp.arange(CROP)))
-    x, y = weights.reshape(*weights.shape[:2], side, SAMPLES, CROP).mean(-2).swapaxes(0, 1)
+    x, y = linear_weights(place, CROP).reshape(*place.shape[:2], side, SAMPLES, CROP).mean(-2).swapaxes(0, 1)
     # Products in bfloat16, the default of TPUs, would move the mask's edge.
     mean = jnp.einsum("ryh,rhw,rxw->ryx", y, crops.astype(jnp.float32), x, precision="highest")
     return (mean >= 0.5).astype(jnp.float32)
@@ -61,4 +61,4 @@ def paste(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.ndarra
 def _stretched(low: float, high: float, length: int, side: int) -> np.ndarray:
     """Returns the matrix [length, side] that interpolates `side` cells between low and high at pixel centers."""
     place = (np.arange(length) + 0.5 - low) / max(high - low, MIN_SIDE) * side - 0.5
-    return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(side)))
+    return linear_weights(place, side)

@@ -16,6 +16,7 @@ import numpy as np
 
 from mae_jax.ops import partitioning
 from mae_jax.ops.detection.boxes import area, sides
+from mae_jax.ops.resampling import linear_weights
 
 MOST_SAMPLES = 16  # most samples per axis of an adaptive bin; enough for 448 pixels at stride 4 in 7 bins (our choice)
 TOGETHER = 64  # boxes per chunk, which bounds memory (our choice)
@@ -110,5 +111,4 @@ def _samples(boxes: jax.Array, side: int, samples: int) -> tuple[jax.Array, jax.
 
 def _interpolation(positions: jax.Array, weights: jax.Array, length: int) -> jax.Array:
     """Returns matrices [R, side, length] of linear interpolations at positions [R, side, samples], summed by weight."""
-    inside = jnp.clip(positions, 0, length - 1)[..., None]
-    return (jnp.maximum(0, 1 - jnp.abs(inside - jnp.arange(length))) * weights[..., None]).sum(-2)
+    return (linear_weights(jnp.clip(positions, 0, length - 1), length) * weights[..., None]).sum(-2)

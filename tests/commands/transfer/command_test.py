@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 from etils import epath
 
-from mae_jax.commands.transfer.suite import Recipe
+from mae_jax.commands.transfer.protocols import Recipe
 from mae_jax.config import validate
 from mae_jax.data.sources import expected_sizes
 from mae_jax.errors import UserError

@@ -13,14 +13,15 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from mae_jax.commands.transfer.protocols import Recipe, plan
 from mae_jax.commands.transfer.report import Cell, Row, joined, plot, series, stored, table, write
-from mae_jax.commands.transfer.suite import Recipe, Suite, encoder_config, measured, plan, rates
+from mae_jax.commands.transfer.suite import Suite, encoder_config, measured, rates
 from mae_jax.config import default
 from mae_jax.errors import UserError
 from mae_jax.evals import linear_probe
 from mae_jax.storage import safetensors_file
 from mae_jax.storage.checkpoint import Checkpoints, load_params
-from mae_jax.training import loop, step_logger, workdir
+from mae_jax.training import loop, step_logger, warm_shape, workdir
 from mae_jax.training import run as training_run
 from tests.helpers.tiny import tiny_config, tiny_state
 
@@ -107,21 +108,84 @@ def test_the_shape_is_known_from_an_export_and_from_one_step_but_not_from_a_fore
 
 def test_a_grid_has_all_numbers_of_blocks_where_they_mean_something(tmp_path, encoder):
     some = suite(tmp_path, encoder)
-    cells = plan(some.recipe, ["crops", "more"], ["", "linear", "quick"], ["0", "0.5", "all"])
+    cells, _ = plan(some.recipe, ["crops", "more"], ["", "linear", "quick"], ["0", "0.5", "all"])
     assert [cell.folder for cell in cells[:5]] == ["crops_blocks_0", "crops_blocks_0.5", "crops_blocks_all",
                                                    "crops_linear", "crops_quick"]
     assert len(cells) == 10
-    assert plan(some.recipe, [], [], []) == [Cell("mine")]
-    assert plan(some.recipe, ["crops", "crops"], [], []) == [Cell("crops")]
+    assert plan(some.recipe, [], [], [])[0] == [Cell("mine")]
+    assert plan(some.recipe, ["crops", "crops"], [], [])[0] == [Cell("crops")]
     for wrong in ("some", "-1", "1.5", "nan", ""):
         with pytest.raises(UserError, match=r"--blocks: .*whole numbers"):
             plan(some.recipe, ["crops"], [], [wrong])
 
 
+def test_dense_protocols_are_recipes_with_data_and_sizes_of_images_of_their_own(tmp_path, encoder):
+    some = suite(tmp_path, encoder, overrides={"train.duration": "9 steps"})
+    detect = some.config(Cell("coco=/data/mine", "detect:benchmarking_b:25"))
+    assert (detect.method.name, detect.data.source, detect.data.path) == ("detection", "coco", "/data/mine")
+    assert (detect.data.image_size, detect.data.eval_split, detect.method.window) == ((1024, 1024), "val", 16)
+    assert (detect.train.duration, detect.init_from) == ("9 steps", str(encoder / "checkpoints" / "3"))
+    upernet = some.config(Cell("ade20k=/data/ade", "upernet:ibot"))
+    assert (upernet.data.path, upernet.data.mask_key) == ("/data/ade/images", "/data/ade/annotations")
+    assert (upernet.method.encoder_norm, upernet.data.image_size) == (True, (512, 512))
+    assert warm_shape.with_shape(upernet).model.width == 32
+    assert some.config(Cell("mosaic", "segment")).data.image_size == (40, 40)
+    assert some.config(Cell("digit_scenes", "detect"), "held").data.val_split == "train[90%:]"
+    assert some._metrics(Cell("digit_scenes", "detect")) == ("box_ap", "mask_ap")
+    assert some._metrics(Cell("mosaic", "upernet")) == ("own_size/miou",)
+    other = suite(tmp_path, encoder, overrides={"method.mixup": 0.8})
+    assert other.config(Cell("crops")).method.mixup == 0.8
+    with pytest.raises(UserError, match=r"method\.mixup: the recipe detect has no such field"):
+        other.config(Cell("digit_scenes", "detect"))
+
+
+def test_a_data_set_is_left_out_of_protocols_that_it_does_not_fit_and_a_misspelt_one_stops_all(tmp_path, encoder):
+    recipe = suite(tmp_path, encoder).recipe
+    cells, left_out = plan(recipe, ["crops", "digit_scenes", "coco=/a/b"], ["linear", "detect", "detect:vitdet_b"], [])
+    assert [cell.folder for cell in cells] == ["crops_linear", "digit_scenes_detect", "digit_scenes_detect_vitdet_b",
+                                               "coco-b_detect", "coco-b_detect_vitdet_b"]
+    assert [(row.cell.data, row.cell.protocol) for row in left_out] == [
+        ("crops", "detect"), ("crops", "detect:vitdet_b"), ("digit_scenes", "linear"), ("coco=/a/b", "linear")]
+    assert "digit_scenes is no data set of linear" in table(left_out)
+    for names, protocols, wrong in ((["crops", "digit_scene"], ["linear", "detect"], "'digit_scene'"),
+                                    (["crops"], ["linear", "linea"], "'linea'"),
+                                    (["digit_scenes"], ["detect:vitdet"], "'vitdet'")):
+        with pytest.raises(UserError, match=f"unknown config argument {wrong}"):
+            plan(recipe, names, protocols, [])
+    with pytest.raises(UserError, match="coco-b_detect"):
+        plan(recipe, ["coco=/a/b", "coco=/c/b/"], ["detect"], [])
+    assert plan(recipe, [], ["detect"], [])[0] == [Cell("detect", "detect")]
+
+
+@pytest.mark.slow
+def test_detection_and_segmentation_are_in_one_table_with_probes_and_the_same_command_goes_on(tmp_path, encoder):
+    pytest.importorskip("mlxtend")
+    overrides = {"train.duration": "2 steps", "optim.warmup": "1 steps", "eval.every": "2 steps", "batch_size": 4,
+                 "checkpoint.every": "2 steps", "eval.max_examples": 8}
+    some = suite(tmp_path, encoder, overrides)
+    cells, left_out = plan(some.recipe, ["crops", "digit_scenes", "mosaic"], ["quick", "detect", "upernet"], [])
+    some.check(cells)
+    for _ in range(2):
+        assert some.run(cells, left_out) == 0
+        found = {(row["data"], row["protocol"], row["metric"]): row for row in results(tmp_path) if row["fits"]}
+        assert set(found) == {("digit_scenes", "detect", "box_ap"), ("digit_scenes", "detect", "mask_ap"),
+                              ("mosaic", "upernet", "own_size/miou"), *(
+                                  ("crops", "quick", f"{name}/top1") for name in ("linear", "sgd", "knn"))}
+        assert sum(not row["fits"] for row in results(tmp_path)) == 6
+        for folder, metric in (("digit_scenes_detect", "box_ap"), ("mosaic_upernet", "own_size/miou")):
+            text = (tmp_path / "out" / folder / "metrics.jsonl").read_text()
+            own = [json.loads(line) for line in text.splitlines()]
+            row = next(row for (_, protocol, name), row in found.items() if (protocol, name) == (
+                folder.rpartition("_")[2], metric))
+            assert row["value"] == own[-1][f"eval/{metric}"]
+            assert sum("train/loss" in line for line in own) <= 2
+    assert (tmp_path / "out" / "transfer.png").exists()
+
+
 @pytest.mark.slow
 def test_a_suite_reports_every_cell_names_what_failed_and_skips_what_is_done(tmp_path, encoder, capsys):
     some = suite(tmp_path, encoder)
-    cells = plan(some.recipe, ["crops", "absent", "more"], ["", "quick"], [])
+    cells, _ = plan(some.recipe, ["crops", "absent", "more"], ["", "quick"], [])
     assert some.run(cells) == 2
     out = capsys.readouterr().out
     found = {(row["data"], row["protocol"], row["metric"]): row for row in results(tmp_path)}
@@ -212,7 +276,7 @@ def test_the_quick_protocol_probes_the_encoder_of_any_method(tmp_path, encoder, 
 @pytest.mark.slow
 def test_a_signal_stops_the_whole_suite_and_the_same_command_goes_on(tmp_path, encoder, monkeypatch):
     some = suite(tmp_path, encoder)
-    cells = plan(some.recipe, ["crops", "more"], [], [])
+    cells, _ = plan(some.recipe, ["crops", "more"], [], [])
     real = step_logger.StepLogger.record
 
     def push(self, done, metrics, ids):

@@ -2,9 +2,11 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 from ml_collections import ConfigDict
 
 from mae_jax.commands.inspect import report
@@ -17,7 +19,11 @@ from tests.helpers.coco_data import SIZE, square
 
 
 @pytest.fixture(autouse=True)
-def fresh():
+def forget_before():
+    forget()
+
+
+def forget():
     for cached in (coco_files.layout, coco_annotations.read, coco._files):
         cached.cache_clear()
 
@@ -52,6 +58,28 @@ def test_coco_as_it_is_published(tmp_path):
     assert train.read(1).objects.crowd.tolist() == [False, True]
     truth = val.annotations.truth(0)
     assert (truth.image_id, truth.objects.area.tolist()) == (7, [144.0])
+
+
+def test_a_bucket_gives_what_the_disk_gives_in_few_requests(gcs, tmp_path):
+    local, bucket = tmp_path / "coco", epath.Path("gs://bucket/coco")
+    coco_data.coco(local)
+    for number in range(40):  # without annotations
+        coco_data.image(local / "train2017", f"more{number}.png", number)
+    for file in filter(Path.is_file, local.rglob("*")):
+        (bucket / file.relative_to(local).as_posix()).write_bytes(file.read_bytes())
+    here = [(load(local, split), split) for split in ("train", "val")]
+    forget()
+    before = len(gcs.requests)
+    for source, split in here:
+        there = load(bucket, split)
+        assert names(there) == names(source)
+        assert there.classes == source.classes
+        for i in range(source.size):
+            assert there.read(i).image == source.read(i).image
+            np.testing.assert_array_equal(there.read(i).objects.box, source.read(i).objects.box)
+    assert len(gcs.requests) - before < 40
+    with pytest.raises(UserError, match="no folder and no file"):
+        load("gs://bucket/nothing")
 
 
 def test_a_run_length_mask_is_read_column_by_column(tmp_path):
