@@ -16,7 +16,7 @@ from mae_jax.evals.accumulators import HostRows, Means, add
 from mae_jax.methods.base import Batch, Method, Metrics, pool
 from mae_jax.ops import example_ids
 from mae_jax.rng import stream_key
-from mae_jax.runtime import watchdog
+from mae_jax.runtime import progress, watchdog
 from mae_jax.runtime.sharding import replicated, to_devices
 
 Value = TypeVar("Value")
@@ -76,6 +76,8 @@ class Context:
         for batch in (source or self.source)():
             watchdog.heartbeat()
             yield to_devices(batch, self.mesh, self.method.config.batch_size)
+            there = int((example_ids.whole(batch["id"]) >= 0).sum())  # padding has no id
+            progress.advance(there * jax.process_count())
 
     @cached_property
     def held_out(self) -> Pass:

@@ -7,16 +7,20 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-_STDERR = os.dup(2)  # as it is now: later it points to nowhere for a while (data/tensorflow_cpu.py)
+try:
+    _STDERR = os.dup(2)  # as it is now: later it points to nowhere for a while (data/tensorflow_cpu.py)
+except OSError:  # it was closed before Python began
+    _STDERR = os.open(os.devnull, os.O_WRONLY)
 
 
 def write_stderr(line: str) -> None:
     """Writes a line to standard error past Python's locks, which the main thread may hold, from any thread.
 
-    The first line break ends a progress line.
+    On a terminal it takes the place of a progress line (progress.py), and of the "^C" behind it.
     """
     with contextlib.suppress(OSError):
-        os.write(_STDERR, f"\n{line}\n".encode())
+        start = "\r\x1b[K" if os.isatty(_STDERR) and os.environ.get("TERM") != "dumb" else "\n"
+        os.write(_STDERR, f"{start}{line}\n".encode())
 
 
 def ending_signals() -> list[int]:

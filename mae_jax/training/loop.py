@@ -12,7 +12,7 @@ from mae_jax.config import profile_steps
 from mae_jax.errors import GuardError, UserError, pluralize
 from mae_jax.evals.evaluator import Evaluator, missing
 from mae_jax.methods.base import Batch, Metrics
-from mae_jax.runtime import peers, sharding, startup_timer
+from mae_jax.runtime import peers, progress, sharding, startup_timer
 from mae_jax.runtime.console import print_once
 from mae_jax.runtime.signals import NoSignals, SignalHandler, Stopper
 from mae_jax.runtime.watchdog import Watchdog
@@ -94,7 +94,8 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
         if finished := peers.broadcast(ending.finished(folder)):
             raise UserError(f"{folder} is of a run that finished {finished} steps, and has no checkpoint to go on "
                             "from; bring its folder checkpoints back, or use another --workdir")
-        state = initial_state(run)
+        with progress.doing("initializing the model"):
+            state = initial_state(run)
         print_once(param_tree.table(state.params, optim.decay_words(state.params, run.program.method)))
     elif int(state.step) > run.timeline.total:
         raise UserError(f"{folder} is at step {int(state.step)}, past train.duration={config.train.duration!r} "
@@ -111,7 +112,8 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
     recorder.write_config(config)
     try:
         periodic = PeriodicEvaluation(run, evaluator, recorder)
-        code = loop(run, state, checkpoints, periodic, stopper, watchdog)
+        with progress.doing("training", run.timeline.total, step, "step", logged=False) as line:
+            code = loop(run, state, checkpoints, periodic, stopper, watchdog, line)
     except BaseException:
         if not peers.peers():  # else the others may not come to wait for the last save
             checkpoints.close()
@@ -183,10 +185,10 @@ class Profile:
 
 
 def loop(run: Run, state: TrainState, checkpoints: Checkpoints, periodic: PeriodicEvaluation, stopper: Stopper,
-         watchdog: Watchdog) -> int:
-    """Steps from the state's step to the end. Returns the exit code."""
+         watchdog: Watchdog, line: progress.Line) -> int:
+    """Steps from the state's step to the end; `line` shows how far it is. Returns the exit code."""
     start, total = int(state.step), run.timeline.total
-    log, profile = StepLogger(run, periodic.recorder), Profile(run)
+    log, profile = StepLogger(run, periodic.recorder, line), Profile(run)
     save_every = run.timeline.save_every
     if periodic.is_overdue(start):
         watchdog.watch(f"the evaluation at step {start}")
