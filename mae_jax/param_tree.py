@@ -1,7 +1,6 @@
-"""Parameter trees by path: names, the table printed at the start, and starting from other parameters."""
+"""Parameter trees by path: names, and starting from other parameters."""
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,20 +41,6 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"there is a parameter at {name!r}, and one above or below it; no tree holds both")
         node[last] = leaf
     return tree
-
-
-def table(params: Any, decay: Any) -> str:
-    """Returns the parameters, one row for all blocks alike, with shapes, copies and the word that `decay` has for each.
-
-    The word says whether weight decay applies: 'yes', 'no' or 'frozen'.
-    """
-    words = flatten(decay)
-    rows = Counter((re.sub(r"block_\d+", "block_*", name), str(leaf.shape), words[name])
-                   for name, leaf in flatten(params).items())
-    width = max(len(name) for name, _, _ in rows)
-    lines = [f"{'parameter':<{width}}  {'shape':<18} {'copies':>6}  decay"]
-    lines += [f"{name:<{width}}  {shape:<18} {copies:>6}  {word}" for (name, shape, word), copies in rows.items()]
-    return "\n".join([*lines, f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters"])
 
 
 def common(params: Any, loaded: Any) -> list[str]:
