@@ -87,6 +87,7 @@ def test_the_best_checkpoint_is_the_one_that_is_used_and_the_same_images_are_nam
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_what_a_run_says_at_its_end_can_be_pasted_and_works(tmp_path, capsys):
     store_images(tmp_path / "data", count=12)
     workdir = tmp_path / "a run"
