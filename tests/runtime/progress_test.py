@@ -1,18 +1,16 @@
 """One live line on a terminal, lines of the log elsewhere, and neither in the way of what others write."""
 
-import os
-import pty
 import re
-import select
 import subprocess
 import sys
-import termios
 import time
 
+import jax
 import pytest
 
 from mae_jax.runtime import progress
 from mae_jax.runtime.progress import Line
+from tests.helpers.terminal import on_terminal, screen
 
 BEGIN = """
 import logging, signal, sys, time
@@ -53,47 +51,8 @@ with progress.doing("compiling"):
 """
 
 
-def on_terminal(code: str, columns: int = 80, interrupt_at: str = "", **environ: str) -> tuple[str, int]:
-    """Runs a program on a terminal of its own; returns all that was written to it, and the exit code."""
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, columns))
-    clean = {name: value for name, value in os.environ.items() if name not in ("CI", "TERM")}
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs,
-                               start_new_session=True, env={**clean, "TERM": "xterm", **environ})
-    os.close(theirs)
-    text, deadline = b"", time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if select.select([ours], [], [], 0.5)[0]:
-            try:
-                text += os.read(ours, 65536)
-            except OSError:  # the other end is closed
-                break
-        if interrupt_at and interrupt_at.encode() in text:
-            time.sleep(0.2)
-            process.send_signal(2)
-            interrupt_at = ""
-    os.close(ours)
-    return text.decode(), process.wait(timeout=60)
-
-
-def screen(written: str) -> list[str]:
-    """Returns the lines that a terminal shows after all that was written."""
-    lines, column = [""], 0
-    for token in re.findall(r"\x1b\[K|\r|\n|[^\r\n\x1b]+", written):
-        if token == "\x1b[K":
-            lines[-1] = lines[-1][:column]
-        elif token == "\r":
-            column = 0
-        elif token == "\n":
-            lines.append("")
-        else:
-            lines[-1] = lines[-1][:column] + token + lines[-1][column + len(token):]
-            column += len(token)
-    return lines
-
-
 def test_a_terminal_shows_a_live_line_and_keeps_the_lines_of_others_whole():
-    written, code = on_terminal(WRITERS)
+    written, code = on_terminal([sys.executable, "-c", WRITERS])
     assert code == 0
     assert re.search(r"\rtraining 3 of 10 steps +30%\|█+ +\|  loss 0\.5000\x1b\[K", written)
     assert re.search(r"\rsaving  0s\x1b\[K", written)
@@ -101,7 +60,7 @@ def test_a_terminal_shows_a_live_line_and_keeps_the_lines_of_others_whole():
 
 
 def test_a_narrow_terminal_gets_lines_that_fit():
-    written, _ = on_terminal(WRITERS, columns=30)
+    written, _ = on_terminal([sys.executable, "-c", WRITERS], columns=30)
     drawn = re.findall(r"\r([^\r\n\x1b]+)\x1b\[K", written)
     assert drawn
     assert max(map(len, drawn)) < 30
@@ -110,20 +69,20 @@ def test_a_narrow_terminal_gets_lines_that_fit():
 
 @pytest.mark.parametrize("variable", [{"TERM": "dumb"}, {"CI": "true"}])
 def test_a_terminal_that_cannot_or_nobody_watches_gets_plain_lines(variable):
-    written, _ = on_terminal(WRITERS, **variable)
+    written, _ = on_terminal([sys.executable, "-c", WRITERS], **variable)
     assert "\x1b" not in written
     assert "training: 3 of 10 steps, loss 0.5000\r\n" in written
 
 
 def test_a_process_that_ends_at_once_leaves_a_clean_terminal():
-    written, code = on_terminal(STUCK)
+    written, code = on_terminal([sys.executable, "-c", STUCK])
     assert code == 75
     assert "compiling  0s" in written
     assert screen(written) == ["stopped: nothing to save", ""]
 
 
 def test_an_interrupt_leaves_a_clean_terminal():
-    written, code = on_terminal(INTERRUPTED, interrupt_at="ready")
+    written, code = on_terminal([sys.executable, "-c", INTERRUPTED], interrupt_at="ready")
     assert code != 0
     assert not any("compiling  " in line for line in screen(written))
 
@@ -174,3 +133,11 @@ def test_a_quiet_line_is_not_logged_and_what_ends_first_need_not_have_begun_last
     assert "drawing" not in caplog.text
     assert "evaluating: 7 images, 0s" in caplog.text
     assert not progress._display.lines
+
+
+def test_one_of_several_processes_shows_it(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    for number in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda number=number: number)
+        with progress.doing("compiling") as line:
+            assert (line in progress._display.lines) == (number == 0)
