@@ -1,7 +1,6 @@
-"""Parameter trees by path: conversion to flat dicts, the table of parameters, and merging for warm starts."""
+"""Parameter trees by path: conversion to flat dicts, and merging for warm starts."""
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,22 +41,6 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"{name!r} names both a parameter and a subtree")
         node[last] = leaf
     return tree
-
-
-def table(params: Any, decay: Any) -> str:
-    """Returns the table of parameters as text, with one row for equal parameters of all blocks.
-
-    Args:
-      params: the parameters.
-      decay: a tree like `params` with 'yes', 'no' (no weight decay) or 'frozen' for each.
-    """
-    words = flatten(decay)
-    rows = Counter((re.sub(r"block_\d+", "block_*", name), str(leaf.shape), words[name])
-                   for name, leaf in flatten(params).items())
-    width = max(len(name) for name, _, _ in rows)
-    lines = [f"{'parameter':<{width}}  {'shape':<18} {'copies':>6}  decay"]
-    lines += [f"{name:<{width}}  {shape:<18} {copies:>6}  {word}" for (name, shape, word), copies in rows.items()]
-    return "\n".join([*lines, f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters"])
 
 
 def common(params: Any, loaded: Any) -> list[str]:

@@ -32,22 +32,3 @@ def test_parameters_of_another_model_are_refused(loaded, line):
     with pytest.raises(UserError, match=line):
         param_tree.merge(tree(), loaded)
 
-
-def test_the_table_has_one_row_for_all_blocks_and_the_total():
-    some = tree(bias=jnp.zeros(5))
-    words = {"encoder": {name: {"kernel": "yes"} for name in some["encoder"]}, "bias": "no"}
-    table = param_tree.table(some, words).splitlines()
-    assert [line.split()[0] for line in table] == ["parameter", "bias", "encoder/block_*/kernel", "17"]
-    assert table[1].split()[1:] == ["(5,)", "1", "no"]
-    assert table[2].split()[1:] == ["(2,", "3)", "2", "yes"]
-    assert table[-1] == "17 parameters"
-
-
-def test_the_table_has_a_row_of_its_own_for_the_blocks_that_are_frozen():
-    some = tree()
-    some["encoder"]["block_02"] = some["encoder"]["block_00"]
-    words = {"encoder": {"block_00": {"kernel": "frozen"}, "block_01": {"kernel": "frozen"},
-                         "block_02": {"kernel": "yes"}}}
-    rows = [line.split() for line in param_tree.table(some, words).splitlines()[1:-1]]
-    assert rows == [["encoder/block_*/kernel", "(2,", "3)", "2", "frozen"],
-                    ["encoder/block_*/kernel", "(2,", "3)", "1", "yes"]]

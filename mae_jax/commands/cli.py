@@ -106,10 +106,18 @@ def _help(module: str, usage: str | None) -> str:
     return "\n".join(about)
 
 
+class _OnStderr(logging.StreamHandler):
+    """Writes to what `sys.stderr` is at the moment: while a progress line is live, that writes above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def quiet_logs() -> None:
     """Shows our own INFO lines and the warnings of the libraries, on stderr."""
     absl_logging.set_verbosity(absl_logging.WARNING)
-    handler = logging.StreamHandler()
+    handler = _OnStderr()
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("mae_jax")
     ours.setLevel(logging.INFO)

@@ -16,7 +16,7 @@ it again, 134 another process was lost: start all again, 1 a bug.
 from absl import flags
 
 from mae_jax.commands import cli
-from mae_jax.runtime import launch, startup_timer
+from mae_jax.runtime import launch, progress, startup_timer
 
 REQUIRED = ("workdir",)
 CONFIG = cli.define_config()
@@ -29,9 +29,10 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "compile the train step, say how i
 
 
 def main() -> int:
-    from mae_jax import config
-    from mae_jax.errors import UserError
-    from mae_jax.training import loop
+    with progress.doing("starting"):
+        from mae_jax import config
+        from mae_jax.errors import UserError
+        from mae_jax.training import loop
 
     startup_timer.done("imports")
     if MODE.value == "replay" and CONFIG.value is not None:

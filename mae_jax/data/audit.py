@@ -1,7 +1,6 @@
 """What a split holds, seen by decoding every image in full: sizes, formats, labels, what is broken, and copies."""
 
 import hashlib
-import logging
 import os
 import time
 from collections import Counter
@@ -18,15 +17,12 @@ from mae_jax.data.sources import base
 from mae_jax.data.sources.base import Example
 from mae_jax.data.transforms.crop import mask_image
 from mae_jax.data.transforms.detection import check_size
-from mae_jax.runtime.console import clock
-
-log = logging.getLogger(__name__)
+from mae_jax.runtime import progress
 
 FORMATS_BY_EXTENSION = {".jpg": JPEGS, ".jpeg": JPEGS, ".png": ("PNG",), ".webp": ("WEBP",), ".bmp": ("BMP",),
                         ".gif": ("GIF",), ".tif": ("TIFF",), ".tiff": ("TIFF",), ".avif": ("AVIF",),
                         ".heic": ("HEIF",), ".heif": ("HEIF",)}
 DIGEST = 16  # bytes of an image's hash
-EVERY = 30  # seconds between lines that say how far it is
 
 
 class Look(NamedTuple):
@@ -78,17 +74,14 @@ def audit(source: writers.Found, threads: int, what: str, reading: Reading = AS_
     """Looks at every image of a split, read as the config says; says on the way how far it is with `what`."""
     size = source.size
     seen = Audit(source, np.zeros((size, 2), np.int32), np.zeros((size, DIGEST), np.uint8), np.zeros(size, bool))
-    began = said = time.monotonic()
-    found_each = writers.each(source, partial(look, reading=reading), threads, faults=seen.faults)
-    for done, (number, found) in enumerate(found_each, 1):
-        if isinstance(found, Exception):
-            seen.broken.append(f"{source.name(number)}: {found}")
-        else:
-            _add(seen, number - _first(source), found)
-        now = time.monotonic()
-        if now > said + EVERY:
-            log.info("%s: %d of %d pictures, %s left", what, done, size, clock((size - done) / done * (now - began)))
-            said = now
+    began = time.monotonic()
+    with progress.doing(f"looking at {what}", size) as line:
+        for number, found in writers.each(source, partial(look, reading=reading), threads, faults=seen.faults):
+            if isinstance(found, Exception):
+                seen.broken.append(f"{source.name(number)}: {found}")
+            else:
+                _add(seen, number - _first(source), found)
+            line.advance()
     seen.seconds = time.monotonic() - began
     return seen
 

@@ -22,6 +22,7 @@ from mae_jax.data.sources.base import Example, Source
 from mae_jax.errors import UserError
 from mae_jax.ops.example_ids import whole
 from mae_jax.rng import rng
+from mae_jax.runtime import progress
 
 QUALITY = 95  # of the JPEGs written
 PER_FILE = 4096  # records in a TFRecord file: about 150 MB of images with a short side of 256
@@ -180,11 +181,13 @@ def _joined(found: Iterable[random_access.Batch], spec: Spec) -> random_access.B
 def _good(source: Found, size: int, threads: int, broken: list[str], reading: Reading,
           mixed: bool = False) -> Iterator[Example]:
     """Yields the good examples with a short side of at most `size`, and notes the broken ones."""
-    for number, example in each(source, lambda example: shrink(example, size, reading), threads, mixed):
-        if isinstance(example, Exception):
-            broken.append(f"{source.name(number)}: {example}")
-        else:
-            yield example
+    with progress.doing("writing", source.size) as line:
+        for number, example in each(source, lambda example: shrink(example, size, reading), threads, mixed):
+            line.advance()
+            if isinstance(example, Exception):
+                broken.append(f"{source.name(number)}: {example}")
+            else:
+                yield example
 
 
 def _serialize(example: Example) -> bytes:

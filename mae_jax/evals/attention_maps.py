@@ -1,7 +1,7 @@
 """Where an encoder looks: attention maps of one block as pictures."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,8 @@ class AttentionMaps(Evaluation):
 
     def images(self, ctx: Context) -> Iterator[tuple[str, np.ndarray]]:
         c = ctx.method.config.eval
-        yield "attention", picture(ctx.method, ctx.params, ctx.extras, ctx.shown, c.attention_block, c.attention_query)
+        yield "attention", picture(ctx.method, ctx.params, ctx.extras, ctx.shown, c.attention_block, c.attention_query,
+                                   names=ctx.shown_names)
 
 
 def maps(method: Method, params: Any, extras: Any, batch: Batch, block: int = -1, query: str = "cls") -> jax.Array:
@@ -79,10 +80,10 @@ def _mapper(method: Method, block: int, query: str) -> Callable[..., jax.Array]:
 
 
 def picture(method: Method, params: Any, extras: Any, batch: Batch, block: int = -1, query: str = "cls",
-            name: str = "") -> np.ndarray:
+            name: str = "", names: Sequence[str] = ()) -> np.ndarray:
     """Returns the grid of `batch`: input, mean over heads laid over it, and each head; uint8 [height, width, 3].
 
-    Its title begins with `name`.
+    Its title begins with `name`; `names` are of the images.
     """
     weights = np.asarray(process_allgather(_mapper(method, block, query)(params, extras, batch), tiled=True))
     patch, heads = method.grid.patch, weights.shape[1]
@@ -94,8 +95,8 @@ def picture(method: Method, params: Any, extras: Any, batch: Batch, block: int =
     captions = ("input", "mean of heads", *(f"head {head}" for head in range(heads)))
     number = intermediates.resolve_block(block, method.config.model.depth)
     who = "class token" if query == "cls" else "mean patch"
-    title = f"{name}attention of the {who} in block {number}; each map from its lowest to its highest"
-    return tile(rows, captions, title)
+    title = f"{name}Attention of the {who} in block {number}; each map from its lowest, dark, to its highest"
+    return tile(rows, captions, title, below=names)
 
 
 def colors(heat: np.ndarray) -> np.ndarray:

@@ -1,23 +1,20 @@
 """Classification metrics: top-1, top-5, mean AP, confusion; over batches, and on paper."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageDraw
 
 from mae_jax.errors import UserError
+from mae_jax.evals import plots
 from mae_jax.evals.base import Evaluation
 from mae_jax.evals.context import Context
 from mae_jax.methods.base import Batch, Method
 
 CONFUSION_CLASSES = 100  # up to which the whole table of confusions is kept
-GAP, LINE, TEXT = 4, 18, 12  # screen pixels: around the table, per line of its title, and of a letter's height
-BLUE = np.array([8, 64, 129])  # of a cell that holds all of its row
-DARK = 0.5  # share from which a cell's number is white
 
 
 class Classification(Evaluation):
@@ -52,7 +49,7 @@ class Classification(Evaluation):
     def images(self, ctx: Context) -> Iterator[tuple[str, np.ndarray]]:
         part, confusion = ctx.notes.get(self.name, ("", None))
         if confusion is not None:
-            yield "confusion", confusion_picture(confusion, ctx.data.classes, part)
+            yield "confusion", plots.confusion(confusion, ctx.data.classes, part)
 
 
 @partial(jax.jit, static_argnames="classes")
@@ -149,37 +146,3 @@ def mean_ap(scores: np.ndarray, labels: np.ndarray, how: str = "all") -> float:
     if not len(occurs):
         return float("nan")
     return float(np.mean([average_precision(scores[:, c], labels[:, c], how) for c in occurs]))
-
-
-def confusion_picture(matrix: np.ndarray, names: Sequence[str], part: str) -> np.ndarray:
-    """Draws a table of confusions [C, C] of a part of the data, true classes down, as uint8 [height, width, 3].
-
-    A cell is as dark as its share of the row, and says it in percent where there is room.
-    """
-    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    cell = 30 if len(names) <= 30 else TEXT
-    labels = [_label(f" {name} ") for name in names]
-    margin = max(label.width for label in labels)
-    left, top, side = GAP + margin, 2 * LINE + margin, cell * len(names)
-    canvas = Image.new("RGB", (max(left + side, 220) + GAP, top + side + GAP), "white")
-    draw = ImageDraw.Draw(canvas)
-    draw.text((GAP, 2), f"true class down, predicted across\n{part}: % of the true class's pictures", fill="black")
-    tiles = np.rint(255 + shares[..., None] * (BLUE - 255)).astype(np.uint8)
-    canvas.paste(Image.fromarray(tiles).resize((side, side), Image.Resampling.NEAREST), (left, top))
-    for i, label in enumerate(labels):
-        offset = i * cell + (cell - TEXT) // 2
-        canvas.paste(label, (left - label.width, top + offset))
-        canvas.paste(label.transpose(Image.Transpose.ROTATE_90), (left + offset, top - label.width))
-    if cell > TEXT:
-        for (row, column), share in np.ndenumerate(shares):
-            center = (left + (column + 0.5) * cell, top + (row + 0.5) * cell)
-            number = f"{100 * share:.0f}" if share else ""
-            draw.text(center, number, fill="white" if share >= DARK else "black", anchor="mm")
-    return np.asarray(canvas)
-
-
-def _label(text: str) -> Image.Image:
-    """Draws one line of text as a picture as large as it."""
-    canvas = Image.new("RGB", (int(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(text)) + 1, TEXT), "white")
-    ImageDraw.Draw(canvas).text((0, TEXT // 2), text, fill="black", anchor="lm")
-    return canvas

@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 
 from mae_jax.data import cluster_ids
 from mae_jax.errors import UserError
-from mae_jax.evals import detected
+from mae_jax.evals import detected, input_grid
 from mae_jax.evals.accumulators import HostRows, Means, add
 from mae_jax.methods.base import Batch, Method, Metrics, pool
 from mae_jax.ops import example_ids
 from mae_jax.rng import stream_key
-from mae_jax.runtime import watchdog
+from mae_jax.runtime import progress, watchdog
 from mae_jax.runtime.sharding import replicated, to_devices
 
 Value = TypeVar("Value")
@@ -76,6 +76,8 @@ class Context:
         for batch in (source or self.source)():
             watchdog.heartbeat()
             yield to_devices(batch, self.mesh, self.method.config.batch_size)
+            there = int((example_ids.whole(batch["id"]) >= 0).sum())  # padding has no id
+            progress.advance(there * jax.process_count())
 
     @cached_property
     def held_out(self) -> Pass:
@@ -155,6 +157,18 @@ class Context:
         there = int((example_ids.whole(jax.device_get(whole["id"])) >= 0).sum())  # padding comes last
         count = min(max(min(config.eval.pictures, there) // group, 1) * group, config.batch_size)
         return {name: value[:count] for name, value in whole.items()}
+
+
+    @cached_property
+    def shown_names(self) -> list[str]:
+        """What the images of `shown` are called, and their classes, for captions; computed."""
+        if self.shown is None:
+            return []
+        data = self.method.config.data
+        part = self.data.parts.get(data.eval_split if self.part == "eval" else data.val_split)
+        batch = jax.device_get({name: value for name, value in self.shown.items() if "patches" not in name})
+        lines = [input_grid.caption(batch, i, self.data.classes, part) for i in range(len(batch["id"]))]
+        return ["  ".join(filter(None, line)) for line in lines]
 
 
 def labeled_rows(batch: Batch) -> jax.Array:

@@ -68,14 +68,16 @@ class Detection(Evaluation):
 
     def images(self, ctx: Context) -> Iterator[tuple[str, np.ndarray]]:
         noted, batch = ctx.notes.get(self.name), {name: np.asarray(value) for name, value in ctx.shown.items()}
-        canvases, rows = ctx.method.grid.unpatchify(batch["patches"], batch["order"]), []
+        canvases, rows, names = ctx.method.grid.unpatchify(batch["patches"], batch["order"]), [], []
         for i, number in enumerate(example_ids.whole(batch["id"]).tolist()):
             if noted and number in noted:
                 rows.append(_row(canvases[i], batch["size"][i], *noted[number][:2], ctx.data.classes))
+                names.append(ctx.shown_names[i])
         if rows:
             objects = sum(len(truth.label) for truth, _, _ in noted.values())
             yield "detection", tile(paired(_same_size(rows)), ("truth", "detected") * 2,
-                                    f"scores from {object_figures.SHOWN:g}; of {pluralize(objects, 'object')} in all")
+                                    f"Detections with a score of {object_figures.SHOWN:g} or more; "
+                                    f"{pluralize(objects, 'object')} in all images", below=names)
 
 
 def _names(masks: bool) -> list[str]:

@@ -29,6 +29,7 @@ from mae_jax.evals.rankme import RankMe
 from mae_jax.evals.reconstruction import Reconstruction
 from mae_jax.evals.segmentation import Segmentation
 from mae_jax.methods.base import Batch, Method
+from mae_jax.runtime import progress
 from mae_jax.state import TrainState
 
 EVALUATIONS: tuple[Evaluation, ...] = (  # in this order their figures are recorded and their images drawn
@@ -147,7 +148,8 @@ class Evaluator:
         if ctx.shown is None:
             return
         for each in those:
-            yield from each.images(ctx)
+            with progress.doing(f"drawing {_words(each)}"):
+                yield from each.images(ctx)
 
     def files(self, state: TrainState, part: str = "eval") -> Iterator[tuple[str, str]]:
         """Yields (name, text) of the periodic evaluations for the workdir, of what `scalars` found last."""
@@ -174,7 +176,7 @@ class Evaluator:
     def _run(self, those: tuple[Evaluation, ...], prefix: str, *about: Any, **more: Any) -> Figures:
         """Returns the figures of those, under a prefix, in one context of their own: see `_context`."""
         ctx = self._context(those, *about, **more)
-        figures = _figures((each, each.scalars(ctx)) for each in those)
+        figures = _figures((each, _measured(each, ctx)) for each in those)
         return {prefix + name: value for name, value in figures.items()}
 
     def _context(self, those: tuple[Evaluation, ...], params: Any, state: TrainState, part: str,
@@ -186,6 +188,15 @@ class Evaluator:
         """Returns what comes before the names of figures → parameters that they are of, the main ones first."""
         raw = [("raw/", state.params)] if state.ema and self.method.task == "classification" else []
         return [("", state.ema or state.params), *raw]
+
+
+def _measured(each: Evaluation, ctx: Context) -> dict[str, float]:
+    with progress.doing(f"evaluating {_words(each)}"):
+        return each.scalars(ctx)
+
+
+def _words(each: Evaluation) -> str:
+    return each.name.replace("_", " ")
 
 
 def _figures(given: Iterable[tuple[Evaluation, Mapping[str, Any]]]) -> dict[str, Any]:

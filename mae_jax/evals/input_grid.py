@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mae_jax.errors import printable
+from mae_jax.evals.image_grid import fitting
 from mae_jax.evals.object_figures import object_names, with_objects
 from mae_jax.methods.base import Method
 from mae_jax.ops import example_ids
@@ -16,7 +17,6 @@ GAP = 2  # pixels between images of the grid
 LEAST_WIDTH = 112  # pixels of an image in the grid: smaller ones are shown two, three ... times as large
 LINE = 12  # pixels of a line of a caption
 TEXT = 10  # pixels of its letters
-CUT = "..."
 
 
 def drawn(method: Method, batch: dict[str, np.ndarray], captions: Sequence[tuple[str, str]], title: str) -> np.ndarray:
@@ -66,7 +66,8 @@ def caption(batch: Mapping[str, Any], i: int, classes: Sequence[str], part: Any 
         return name, "cannot be read"
     if "box" in batch:
         return name, object_names(batch, i, classes)
-    present = np.flatnonzero(batch["labels"][i]) if "labels" in batch else [batch["label"][i]]
+    label = [batch["label"][i]] if "label" in batch else []
+    present = np.flatnonzero(batch["labels"][i]) if "labels" in batch else label
     return name, ", ".join(printable(classes[k]) if k < len(classes) else f"class {k}" for k in present if k >= 0)
 
 
@@ -82,12 +83,3 @@ def _text(lines: Sequence[str], width: int) -> np.ndarray:
     for place, line in enumerate(lines):
         draw.text((0, place * LINE), fitting(line, width - GAP, font), "black", font)
     return np.asarray(image)
-
-
-def fitting(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Returns the text, or as much of its end as there is room for."""
-    text = text.encode("latin-1", "replace").decode("latin-1") if isinstance(font, ImageFont.ImageFont) else text
-    if font.getlength(text) <= width:
-        return text
-    return next(short for start in range(1, len(text) + 1)
-                if font.getlength(short := CUT + text[start:]) <= width or start == len(text))

@@ -24,7 +24,7 @@ from mae_jax.evals.context import Context
 from mae_jax.evals.segmentation import iou
 from mae_jax.methods.base import Method
 from mae_jax.ops.patches import PatchGrid
-from mae_jax.runtime import peers, watchdog
+from mae_jax.runtime import peers, progress, watchdog
 from mae_jax.runtime.sharding import batch_sharding, local_rows, to_devices
 
 FEWEST = 4  # patches along a side of a whole image: UperNet halves maps up to twice
@@ -63,6 +63,7 @@ class OwnSize(Evaluation):
             if found.error:
                 ctx.data.bad.append(f"{source.name(found.number)}: {found.error}")
             elif found.mask is not None:
+                progress.advance(jax.process_count())
                 counts += confusion(found.mask, found.classes, ctx.method.classes)
         return named(summed(counts), ctx.method.config)
 

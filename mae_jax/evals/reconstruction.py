@@ -1,7 +1,7 @@
 """Pictures of what the model makes of hidden patches."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from mae_jax.methods.mixedae import MixedAE
 from mae_jax.ops.patches import denormalize
 
 RATIOS = (0.25, 0.5, 0.75, 0.9)  # of the picture at several masking ratios
-CAPTIONS = ("input", "visible", "prediction") * 2
+CAPTIONS = ("input", "visible patches", "reconstruction") * 2
 
 
 class Reconstruction(Evaluation):
@@ -29,7 +29,10 @@ class Reconstruction(Evaluation):
 
     def images(self, ctx: Context) -> Iterator[tuple[str, np.ndarray]]:
         about = ctx.method, ctx.params, ctx.extras, ctx.shown
-        yield "reconstruct", (mixtures if isinstance(ctx.method, MixedAE) else reconstructions)(*about)
+        if isinstance(ctx.method, MixedAE):
+            yield "reconstruct", mixtures(*about)
+        else:
+            yield "reconstruct", reconstructions(*about, ctx.shown_names)
         if ctx.method.mask_ratio is not None and ctx.method.group == 1:
             yield "ratios", at_ratios(*about)
 
@@ -59,11 +62,12 @@ def panels(method: Method, params: Any, extras: Any, batch: Batch) -> tuple[np.n
     return original, masked, pasted
 
 
-def reconstructions(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarray:
-    """Returns the grid of `batch`: input, visible patches, prediction; two pictures to a row."""
+def reconstructions(method: Method, params: Any, extras: Any, batch: Batch, names: Sequence[str] = ()) -> np.ndarray:
+    """Returns the grid of `batch`: input, visible patches, reconstruction, and its name; two images to a row."""
     rows = list(zip(*panels(method, params, extras, batch), strict=True))
-    share = "" if method.mask_ratio is None else f"{method.mask_ratio:.0%} hidden; "
-    return tile(paired(rows), CAPTIONS, share + method.reconstruction_note)
+    share = "" if method.mask_ratio is None else f"{method.mask_ratio:.0%} of the patches are masked, "
+    title = f"Reconstructions: {share}visible ones are shown as they are; {method.reconstruction_note}"
+    return tile(paired(rows), CAPTIONS, title, below=names)
 
 
 def mixtures(method: MixedAE, params: Any, extras: Any, batch: Batch) -> np.ndarray:
@@ -74,8 +78,9 @@ def mixtures(method: MixedAE, params: Any, extras: Any, batch: Batch) -> np.ndar
     mixed = method.grid.unpatchify(patches, order)
     rows = [(mixed[i], *sources[i * group : (i + 1) * group], *predicted[i * group : (i + 1) * group])
             for i in range(len(mixed))]
-    captions = ["mixed", *(f"source {i + 1}" for i in range(group)), *(f"prediction {i + 1}" for i in range(group))]
-    title = f"{group} pictures mixed, {1 - 1 / group:.0%} of each hidden; {method.reconstruction_note}"
+    captions = ["mixed", *(f"source {i + 1}" for i in range(group)), *(f"reconstruction {i + 1}" for i in range(group))]
+    title = f"Reconstructions: {group} images are mixed, {1 - 1 / group:.0%} of each is masked; " \
+            f"{method.reconstruction_note}"
     return tile(rows, captions, title)
 
 
@@ -89,6 +94,5 @@ def at_ratios(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndar
     for ratio in RATIOS:
         original, visible, predicted = panels(masking(method, ratio), params, extras, few)
         rows.append([panel for i in range(len(original)) for panel in (original[i], visible[i], predicted[i])])
-    title = f"hidden, from the top: {', '.join(f'{ratio:.0%}' for ratio in RATIOS)} (trained at " \
-            f"{method.mask_ratio:.0%}); {method.reconstruction_note}"
-    return tile(rows, CAPTIONS, title)
+    title = f"Reconstructions at several mask ratios: trained at {method.mask_ratio:.0%}; {method.reconstruction_note}"
+    return tile(rows, CAPTIONS, title, [f"{ratio:.0%} masked" for ratio in RATIOS])

@@ -1,23 +1,25 @@
 """Segmentation metrics and images: mIoU, pixel accuracy, predicted masks."""
 
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
+from mae_jax.errors import printable
 from mae_jax.evals.base import Evaluation
 from mae_jax.evals.context import Context
-from mae_jax.evals.image_grid import CAPTION, GAP, paired, tile
+from mae_jax.evals.image_grid import CAPTION, GAP, LETTER, fitting, paired, tile
 from mae_jax.losses.segmentation import IGNORED
 from mae_jax.methods.base import Batch, Method
 
 CREAM = (224, 224, 192)  # of pixels that count nowhere, as in the pictures of PASCAL VOC
-MAX_LISTED_CLASSES, KEY = 32, 44  # classes up to which their colours are listed; screen pixels for each
+MAX_LISTED_CLASSES, KEY = 32, 44  # classes up to which their colours are listed; screen pixels for each, at least
 CAPTIONS = ("input", "truth", "prediction") * 2
 
 
@@ -44,7 +46,8 @@ class Segmentation(Evaluation):
         return summary(found["pixels"]) if found else {}
 
     def images(self, ctx: Context) -> Iterator[tuple[str, np.ndarray]]:
-        yield "segment", pictures(ctx.method, ctx.params, ctx.extras, ctx.shown)
+        yield "segment", pictures(ctx.method, ctx.params, ctx.extras, ctx.shown, ctx.shown_names,
+                                  ctx.data.classes)
 
 
 @functools.lru_cache(maxsize=8)
@@ -56,27 +59,41 @@ def _predictor(method: Method) -> Callable[..., tuple[jax.Array, jax.Array]]:
     return jax.jit(predict)
 
 
-def pictures(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarray:
-    """Returns the grid of `batch`: input, true and predicted classes; cream is what counts nowhere."""
+def pictures(method: Method, params: Any, extras: Any, batch: Batch, names: Sequence[str] = (),
+             classes: Sequence[str] = ()) -> np.ndarray:
+    """Returns the grid of `batch`: input, true and predicted classes, and a legend where these are few.
+
+    Args:
+      method, params, extras: what predicts.
+      batch: of whole images.
+      names: of the images.
+      classes: of pixels, by name; otherwise they have numbers.
+    """
     truth, predicted = process_allgather(_predictor(method)(params, extras, batch), tiled=True)
     inputs = method.grid.unpatchify(np.asarray(batch["patches"]), np.asarray(batch["order"]))
     count = method.classes
     colors = palette(count)
     rows = list(zip(inputs, colors[truth], colors[predicted], strict=True))
-    picture = tile(paired(rows), CAPTIONS, f"{count} classes of pixels")
-    return np.concatenate([picture, legend(colors[:count],
-                                           picture.shape[1])]) if count <= MAX_LISTED_CLASSES else picture
+    picture = tile(paired(rows), CAPTIONS, f"Segmentation: {count} classes of pixels; what is cream does not count",
+                   below=names)
+    if count > MAX_LISTED_CLASSES:
+        return picture
+    named = [printable(name) for name in classes] if len(classes) == count else [str(k) for k in range(count)]
+    return np.concatenate([picture, legend(colors[:count], named, picture.shape[1])])
 
 
-def legend(colors: np.ndarray, width: int) -> np.ndarray:
-    """Returns the numbers of classes beside their colours [C, 3], as a uint8 picture [height, width, 3]."""
-    across = max(1, (width - GAP) // KEY)
+def legend(colors: np.ndarray, names: Sequence[str], width: int) -> np.ndarray:
+    """Returns the names of classes beside their colors [C, 3], as uint8 [height, width, 3]."""
+    font = ImageFont.load_default(LETTER)
+    longest = math.ceil(max(map(font.getlength, names)))
+    column = min(max(KEY, CAPTION + longest + 2 * GAP), width - GAP)
+    across = max(1, (width - GAP) // column)
     canvas = Image.new("RGB", (width, -(-len(colors) // across) * CAPTION + GAP), "white")
     draw = ImageDraw.Draw(canvas)
-    for number, color in enumerate(colors):
-        x, y = GAP + number % across * KEY, number // across * CAPTION
+    for number, (color, name) in enumerate(zip(colors, names, strict=True)):
+        x, y = GAP + number % across * column, number // across * CAPTION
         draw.rectangle((x, y + 2, x + CAPTION - 6, y + CAPTION - 4), fill=tuple(map(int, color)), outline="black")
-        draw.text((x + CAPTION, y + 2), str(number), fill="black")
+        draw.text((x + CAPTION, y + 2), fitting(name, column - CAPTION, font), "black", font)
     return np.asarray(canvas)
 
 

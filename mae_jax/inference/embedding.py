@@ -13,12 +13,12 @@ from etils import epath
 from mae_jax import __version__
 from mae_jax.data.cluster_ids import fingerprint
 from mae_jax.errors import UserError, pluralize
-from mae_jax.inference import embedding_files, passes, progress
+from mae_jax.inference import embedding_files, passes
 from mae_jax.inference.chunks import Chunks, Columns, difference
 from mae_jax.inference.embedding_files import Record
 from mae_jax.inference.encoder import Encoder
 from mae_jax.inference.parts import Part, data_of, stored
-from mae_jax.runtime import bounded_json, peers
+from mae_jax.runtime import bounded_json, peers, progress
 from mae_jax.storage import workdir_lock
 
 logger = logging.getLogger(__name__)
@@ -77,9 +77,9 @@ def embed(encoder: Encoder, parts: list[Part], to: epath.Path, features: str = "
         chunks = [Chunks(folder / str(number), {**about, "split": part.split, "chunk_rows": rows}, rows,
                          lease.wait_until_verified) for number, part in enumerate(parts)]
         done = sum(min(each.rows_there(), part.size) for each, part in zip(chunks, parts, strict=True))
-        with jax.set_mesh(encoder.mesh), progress.told(total, done, "embed") as tell:
+        with jax.set_mesh(encoder.mesh), progress.doing("embedding", total, done) as line:
             for each, part in zip(chunks, parts, strict=True):
-                each.fill(partial(_columns, encoder, part, features, block, tell))
+                each.fill(partial(_columns, encoder, part, features, block, line.advance))
         found = Embedded(str(to), 0, [], 0)
         if jax.process_index() == 0:
             found = _unreadable(parts, chunks, str(to))

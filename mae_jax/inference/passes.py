@@ -13,9 +13,9 @@ from mae_jax.errors import printable
 from mae_jax.inference import forward
 from mae_jax.inference.encoder import Encoder
 from mae_jax.inference.parts import Part
-from mae_jax.inference.progress import Tell
 from mae_jax.methods.base import Batch, Method
 from mae_jax.runtime import peers, sharding
+from mae_jax.runtime.progress import Tell
 
 FIELDS = ("label", "labels", "id", "valid")  # fields of a batch that are returned with the outputs
 

@@ -12,11 +12,12 @@ from mae_jax.data.sources.base import Source
 from mae_jax.errors import UserError, pluralize, printable
 from mae_jax.evals import classification, detected, own_size, segmentation
 from mae_jax.evals.accumulators import add
-from mae_jax.inference import passes, progress
+from mae_jax.inference import passes
 from mae_jax.inference.encoder import Encoder
 from mae_jax.inference.images import ImageLike, as_example, as_list
 from mae_jax.inference.parts import Part
 from mae_jax.methods.base import Batch
+from mae_jax.runtime import progress
 
 SEEN = (*detected.FIELDS, "patches", "order")  # fields of a detector's batch that its predictions need
 MAX_NAMED = 1000  # most images without a prediction whose names are kept
@@ -123,8 +124,9 @@ def predictions(encoder: Encoder, part: Part, score: Score, top: int = 5) -> Ite
         yield from _of_own_size(encoder, part, score)
         return
     function = _function(encoder)
-    with jax.set_mesh(encoder.mesh), progress.told(part.size, 0, "predict") as tell:
-        for rows in passes.rows_of(encoder, part, "predict", function, tell, renumber=_renumber(encoder, part)):
+    with jax.set_mesh(encoder.mesh), progress.doing("predicting", part.size) as line:
+        for rows in passes.rows_of(encoder, part, "predict", function, line.advance,
+                                   renumber=_renumber(encoder, part)):
             score.counts = add(score.counts, rows.sums)
             outputs, fields = rows.outputs, rows.fields
             if "labels" in fields and _same_classes(encoder, part):
@@ -141,7 +143,7 @@ def _of_own_size(encoder: Encoder, part: Part, score: Score) -> Iterator[Predict
     """Yields masks in the images' own size (method.test)."""
     assert isinstance(part.source, Source)
     numbers, reading = np.arange(part.size), Reading.of(part.config.data)
-    with jax.set_mesh(encoder.mesh), progress.told(part.size, 0, "predict") as tell:
+    with jax.set_mesh(encoder.mesh), progress.doing("predicting", part.size) as line:
         for found in own_size.predictions(encoder.method, encoder.params, encoder.extras, encoder.mesh, part.source,
                                           numbers, reading):
             if found.mask is not None and found.classes is not None:
@@ -149,7 +151,7 @@ def _of_own_size(encoder: Encoder, part: Part, score: Score) -> Iterator[Predict
                 score.counts = add(score.counts, {own_size.OwnSize.name: counts})
             made = Prediction(part.name(found.number), mask=found.classes, error=found.error)
             score.add(made)
-            tell(1)
+            line.advance()
             yield made
 
 

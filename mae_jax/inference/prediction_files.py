@@ -12,8 +12,7 @@ from etils import epath
 from PIL import Image
 
 from mae_jax.errors import UserError
-from mae_jax.evals import detected, object_figures
-from mae_jax.evals.classification import confusion_picture
+from mae_jax.evals import detected, object_figures, plots
 from mae_jax.evals.segmentation import palette
 from mae_jax.inference.encoder import Encoder
 from mae_jax.inference.prediction import Prediction, Score
@@ -135,7 +134,7 @@ def _confusion(to: epath.Path, encoder: Encoder, score: Score) -> list[str]:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["true \\ predicted", *encoder.classes])
     writer.writerows([name, *map(int, row)] for name, row in zip(encoder.classes, table, strict=True))
-    Image.fromarray(confusion_picture(table, encoder.classes, "images")).save(drawn, "PNG")
+    Image.fromarray(plots.confusion(table, encoder.classes, "predictions")).save(drawn, "PNG")
     places = [to.with_name(f"{to.stem}_confusion{ending}") for ending in (".csv", ".png")]
     replace_text(places[0], text.getvalue())
     replace_bytes(places[1], drawn.getvalue())

@@ -27,9 +27,9 @@ from mae_jax.ops.flops import blocks_flops
 from mae_jax.ops.patches import PatchGrid, normalize
 
 TARGETS = {  # method.target → what a reader must know about the colors of reconstructions
-    "norm_pix": "hidden patches un-normalised with their own true mean and deviation",
-    "pixel": "plain pixels, nothing known of the hidden patches",
-    "pca": "PCA of pixels",
+    "norm_pix": "colors of masked patches use their own true mean and deviation",
+    "pixel": "colors are predicted as they are",
+    "pca": "of pixels by PCA",
 }
 MASKINGS = ("random", "block", "grid")
 

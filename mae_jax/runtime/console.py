@@ -2,14 +2,14 @@
 
 import contextlib
 
-import jax
-
 
 def print_once(line: str) -> None:
     """Prints a line, once however many processes there are.
 
     Where standard output goes to a full disk or to a program that has ended, the run goes on.
     """
+    import jax  # here, since progress.py imports this before JAX is needed
+
     if jax.process_index() == 0:
         with contextlib.suppress(OSError):
             print(line, flush=True)

@@ -7,16 +7,20 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-_STDERR = os.dup(2)  # a copy: data/tensorflow_cpu.py redirects descriptor 2 to nowhere for a while
+try:
+    _STDERR = os.dup(2)  # a copy: data/tensorflow_cpu.py redirects descriptor 2 for a while
+except OSError:  # it was closed before Python began
+    _STDERR = os.open(os.devnull, os.O_WRONLY)
 
 
 def write_stderr(line: str) -> None:
     """Writes a line to standard error without Python's locks, which the main thread may hold; for any thread.
 
-    The first line break ends a progress line.
+    On a terminal it takes the place of a progress line (progress.py), and of the "^C" behind it.
     """
     with contextlib.suppress(OSError):
-        os.write(_STDERR, f"\n{line}\n".encode())
+        start = "\r\x1b[K" if os.isatty(_STDERR) and os.environ.get("TERM") != "dumb" else "\n"
+        os.write(_STDERR, f"{start}{line}\n".encode())
 
 
 def ending_signals() -> list[int]:

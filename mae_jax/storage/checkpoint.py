@@ -24,7 +24,7 @@ from etils import epath
 
 from mae_jax.errors import UserError, root_cause
 from mae_jax.param_tree import flatten, nest
-from mae_jax.runtime import peers, threads
+from mae_jax.runtime import peers, progress, threads
 from mae_jax.runtime.exit import wait_for_no_thread
 from mae_jax.storage import step_dirs, weight_files, workdir_lock
 from mae_jax.storage.attempt import attempt
@@ -100,8 +100,9 @@ class Checkpoints:
         if self._pending is None:
             return
         step, self._pending = self._pending, None
-        if not threads.ends(self._ending, PATIENCE):
-            logger.warning("training waits for the checkpoint of step %d: its disk or bucket is slow", step)
+        with progress.doing(f"writing the checkpoint of step {step:,}"):
+            if not threads.ends(self._ending, PATIENCE):
+                logger.warning("training waits for the checkpoint of step %d: its disk or bucket is slow", step)
         if self._all_could(step, self._ending.result):
             self.failed = None
 
@@ -123,7 +124,8 @@ class Checkpoints:
         if workdir_lock.holds():
             attempt("look for interrupted saves", self._tell_leftovers)
         for step in reversed(steps):
-            arrays = self._try(step, wanted)
+            with progress.doing(f"reading the checkpoint of step {step:,}"):
+                arrays = self._try(step, wanted)
             if arrays is not None:
                 return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in wanted])
             self._refused.append(step)

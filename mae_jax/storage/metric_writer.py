@@ -167,6 +167,24 @@ def values_of(line: str) -> dict[str, Any]:
     return values if type(step) in (int, float) and 0 <= step < math.inf else {}
 
 
+def series_of(content: bytes) -> tuple[dict[str, list[tuple[int, float]]], dict[int, float]]:
+    """Returns metric → (step, value), ascending, and step → seconds since 1970, of what metrics.jsonl holds.
+
+    A value that was not finite is NaN; lines that are none are left out.
+    """
+    found: dict[str, dict[int, float]] = {}
+    times: dict[int, float] = {}
+    for line in content.decode(errors="replace").splitlines():
+        values = values_of(line)
+        step = int(values.pop("step", 0))
+        if isinstance(at := values.pop("time", None), int | float):
+            times[step] = at
+        for name, value in values.items():
+            if value is None or isinstance(value, int | float):
+                found.setdefault(name, {})[step] = math.nan if value is None else float(value)
+    return {name: sorted(points.items()) for name, points in sorted(found.items())}, times
+
+
 class MetricWriter:
     """Writes scalars and figures to metrics.jsonl and every sink on process 0 (`active`); does nothing on others.
 

@@ -7,12 +7,12 @@ import time
 import jax
 from ml_collections import ConfigDict
 
-from mae_jax import errors, param_tree
+from mae_jax import errors
 from mae_jax.config import profile_steps
 from mae_jax.errors import GuardError, UserError, pluralize
 from mae_jax.evals.evaluator import Evaluator, missing
 from mae_jax.methods.base import Batch, Metrics
-from mae_jax.runtime import peers, sharding, startup_timer
+from mae_jax.runtime import peers, progress, sharding, startup_timer
 from mae_jax.runtime.console import print_once
 from mae_jax.runtime.signals import NoSignals, SignalHandler, Stopper
 from mae_jax.runtime.watchdog import Watchdog
@@ -20,7 +20,7 @@ from mae_jax.state import TrainState
 from mae_jax.storage import disk, metric_sinks, paths, step_dirs, workdir_lock
 from mae_jax.storage.checkpoint import Checkpoints
 from mae_jax.storage.metric_writer import MetricWriter
-from mae_jax.training import ending, evaluation, first_batch, optim, warm_start, workdir
+from mae_jax.training import ending, evaluation, first_batch, next_steps, parameter_table, warm_start, workdir
 from mae_jax.training.evaluation import PeriodicEvaluation
 from mae_jax.training.run import (
     Run,
@@ -94,8 +94,10 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
         if finished := peers.broadcast(ending.finished(folder)):
             raise UserError(f"{folder} is of a run that finished {finished} steps, and has no checkpoint to go on "
                             "from; bring its folder checkpoints back, or use another --workdir")
-        state = initial_state(run)
-        print_once(param_tree.table(state.params, optim.decay_words(state.params, run.program.method)))
+        with progress.doing("initializing the model"):
+            state = initial_state(run)
+        print_once(f"{parameter_table.summary(state.params, run.program.method)}; each by name in "
+                   f"{folder / parameter_table.FILE}")
     elif int(state.step) > run.timeline.total:
         raise UserError(f"{folder} is at step {int(state.step)}, past train.duration={config.train.duration!r} "
                         f"({run.timeline.total} steps)")
@@ -111,7 +113,12 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
     recorder.write_config(config)
     try:
         periodic = PeriodicEvaluation(run, evaluator, recorder)
-        code = loop(run, state, checkpoints, periodic, stopper, watchdog)
+        periodic.write_file(parameter_table.FILE, f"{parameter_table.table(state.params, run.program.method)}\n")
+        with progress.doing("training", run.timeline.total, step, "step", logged=False) as line:
+            code = loop(run, state, checkpoints, periodic, stopper, watchdog, line)
+        if code == errors.FINISHED:
+            best = periodic.best.step if periodic.best else 0
+            next_steps.conclude(run, recorder, peers.broadcast(ending.finished(folder)), best)
     except BaseException:
         if not peers.peers():  # else the others may not come to wait for the last save
             checkpoints.close()
@@ -183,10 +190,10 @@ class Profile:
 
 
 def loop(run: Run, state: TrainState, checkpoints: Checkpoints, periodic: PeriodicEvaluation, stopper: Stopper,
-         watchdog: Watchdog) -> int:
-    """Steps from the state's step to the end. Returns the exit code."""
+         watchdog: Watchdog, line: progress.Line) -> int:
+    """Steps from the state's step to the end; `line` shows how far it is. Returns the exit code."""
     start, total = int(state.step), run.timeline.total
-    log, profile = StepLogger(run, periodic.recorder), Profile(run)
+    log, profile = StepLogger(run, periodic.recorder, line), Profile(run)
     save_every = run.timeline.save_every
     if periodic.is_overdue(start):
         watchdog.watch(f"the evaluation at step {start}")

@@ -17,7 +17,7 @@ from mae_jax.config import fitting_mesh, resolved, validate, with_fitting_mesh
 from mae_jax.durations import Timeline
 from mae_jax.errors import UserError
 from mae_jax.methods.base import Batch, Method
-from mae_jax.runtime import sharding, startup_timer
+from mae_jax.runtime import progress, sharding, startup_timer
 from mae_jax.state import TrainState
 from mae_jax.storage import paths, vocabulary
 from mae_jax.training import optim, warm_shape, warm_start, workdir
@@ -137,9 +137,11 @@ def open_run(config: ConfigDict, folder: str, for_training: bool = True) -> Run:
     Args: as of `prepare`.
     """
     path = paths.locate_checkpoints(folder, "--workdir")
-    jax.devices()
+    with progress.doing("finding the devices"):
+        jax.devices()
     startup_timer.done("devices")
-    run = prepare(warm_shape.with_shape(workdir.continued(path, config)), path, for_training)
+    with progress.doing("opening the data"):
+        run = prepare(warm_shape.with_shape(workdir.continued(path, config)), path, for_training)
     log_changes(workdir.changes(path, run.config, run.inputs) + data_changes(run))
     startup_timer.done("data")
     return run

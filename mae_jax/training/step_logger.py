@@ -2,16 +2,18 @@
 
 import collections
 import logging
+import math
 
 import jax
 
 from mae_jax.evals.accumulators import Means
 from mae_jax.methods.base import Metrics
 from mae_jax.runtime.console import print_once
+from mae_jax.runtime.progress import Line
 from mae_jax.storage.metric_writer import MetricWriter
 from mae_jax.training.guards import Guards
 from mae_jax.training.run import Run
-from mae_jax.training.throughput import Speed, peak_flops, progress_line, train_flops
+from mae_jax.training.throughput import Speed, peak_flops, progress_line, progress_note, train_flops
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +24,9 @@ class StepLogger:
     It waits where one more step that is not finite stops the run: with guard.max_nonfinite=1, after each step.
     """
 
-    def __init__(self, run: Run, recorder: MetricWriter):
-        self.run, self.recorder = run, recorder
+    def __init__(self, run: Run, recorder: MetricWriter, line: Line | None = None):
+        """Args: run; recorder: to which metrics go; line: which shows on a terminal how far the run is."""
+        self.run, self.recorder, self.line = run, recorder, line or Line()
         self.every = run.timeline.log_every
         self.waiting: collections.deque[tuple[int, Metrics, jax.Array]] = collections.deque()
         self.means, self.guards = Means(), Guards(run)
@@ -55,6 +58,10 @@ class StepLogger:
     def _handle(self, done: int, metrics: Metrics, ids: jax.Array) -> None:
         values = jax.device_get(metrics)
         self.means.add(values)
+        total, weight = map(float, values["loss"])
+        self.line.done = done
+        self.line.note = progress_note(total / weight if weight else math.nan, self.speed.now(),
+                                       (self.run.timeline.total - done) * self.run.config.batch_size)
         self.guards.check(done, {name: float(total) for name, (total, _) in values.items()}, ids)
         if done % self.every == 0 or done == self.run.timeline.total:
             line = self.means.pop("train/") | self.speed.take()

@@ -63,6 +63,12 @@ class Speed:
         self.steps += 1
         return item
 
+    def now(self) -> float:
+        """Returns the images per second of the last whole stretch; of this one, where none was before. NaN: not yet."""
+        if not math.isnan(self.last["train/images_per_sec"]) or not self.steps:
+            return self.last["train/images_per_sec"]
+        return self.steps * self.batch_size / max(time.monotonic() - self.began, 1e-9)
+
     def take(self) -> dict[str, float]:
         """Returns the figures of the stretch and begins another; those of the one before where no step was taken.
 
@@ -78,6 +84,12 @@ class Speed:
         self.start()
         self.last = out
         return out
+
+
+def progress_note(loss: float, rate: float, images_left: int) -> str:
+    """Returns what the live line of a terminal says after each step, beside how many there are."""
+    speed = "" if math.isnan(rate) or not rate else f"  {rate:.0f} images/s  {clock(images_left / rate)} left"
+    return f"loss {loss:.4f}{speed}"
 
 
 def progress_line(step: int, total: int, values: dict[str, float], batch_size: int) -> str:

@@ -19,7 +19,7 @@ from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params
 from mae_jax.ops.partitioning import ROWS
 from mae_jax.param_tree import path
 from mae_jax.rng import stream_key
-from mae_jax.runtime import sharding
+from mae_jax.runtime import progress, sharding
 from mae_jax.state import TrainState
 from mae_jax.training import optim, spike_detector
 from mae_jax.training.optim import Schedule
@@ -73,7 +73,8 @@ class TrainStep:
 
     def compile(self) -> None:
         """Compiles `step`, so that its first call runs at once."""
-        self.step.lower(self.state, self.batch).compile()
+        with progress.doing("compiling the train step"):
+            self.step.lower(self.state, self.batch).compile()
 
 
 def build(config: ConfigDict, data: DataInfo, devices: list[jax.Device] | None = None) -> TrainStep:

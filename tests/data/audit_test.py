@@ -1,6 +1,7 @@
 """What an audit sees of a folder, and the lines that are made of it."""
 
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from mae_jax.commands.inspect import report
 from mae_jax.data.audit import audit, copies
 from mae_jax.data.sources import folder, registry
 from mae_jax.data.sources.base import Example, Source
+from mae_jax.runtime import progress
 from tests.helpers.records import config, describe, write_shards
 
 
@@ -151,6 +153,12 @@ def test_records_are_told_beside_what_was_promised_and_a_slice_is_numbered_right
 
 def test_a_long_audit_says_how_far_it_is(monkeypatch, caplog):
     caplog.set_level("INFO", logger="mae_jax")
-    monkeypatch.setattr("mae_jax.data.audit.EVERY", 0)
-    audit(Source(3, lambda i: Example(np.zeros((2, 2, 3), np.uint8)), str), 1, "train")
-    assert "train: 1 of 3 pictures, 0s left" in caplog.text
+    monkeypatch.setattr(progress, "TICK", 0.01)
+    monkeypatch.setattr(progress, "EVERY", 0)
+
+    def slow(number):
+        time.sleep(0.1 * number)
+        return Example(np.zeros((2, 2, 3), np.uint8))
+
+    audit(Source(3, slow, str), 1, "train")
+    assert "looking at train: 2 of 3 images, " in caplog.text

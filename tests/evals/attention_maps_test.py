@@ -112,8 +112,8 @@ def test_pictures_have_a_row_for_each_image_and_a_column_for_each_head():
     config = tiny_config()
     method, params, batch = tiny_method(config), tiny_params(config), tiny_batch(config)
     few = {name: jax.numpy.asarray(value[:3]) for name, value in batch.items()}
-    picture = attention_maps.picture(method, params, {}, few, query="mean")
-    assert picture.shape == (2 * CAPTION + 3 * (128 + GAP) + GAP, 4 * (128 + GAP) + GAP, 3)
+    picture = attention_maps.picture(method, params, {}, few, query="mean", names=("a/1.png  a", "b/1.png  b", "c"))
+    assert picture.shape == (2 * CAPTION + 3 * (128 + GAP + CAPTION) + GAP, 4 * (128 + GAP) + GAP, 3)
     assert picture.dtype == np.uint8
 
 

@@ -158,19 +158,3 @@ def test_the_mean_is_over_the_classes_that_occur(how):
     if how == "all":
         with warnings.catch_warnings(action="ignore"):
             assert metrics.average_precision_score(labels, scores, average=None)[2] == 0  # what is left out
-
-
-@pytest.mark.parametrize("classes", [2, 10, 100])
-def test_the_picture_of_confusions_is_dark_where_pictures_are(classes):
-    matrix = np.eye(classes, dtype=np.int64) * 7
-    matrix[-1] = 0  # a class that does not occur
-    picture = classification.confusion_picture(matrix, [f"class {i}" for i in range(classes)], "val")
-    assert picture.dtype == np.uint8
-    assert picture.shape[2] == 3
-    cell = 30 if classes <= 30 else 12
-    table = picture[-cell * classes - 4 : -4, -cell * classes - 4 : -4] if classes > 2 else picture
-    blue = (table == classification.BLUE).all(2)
-    assert blue.sum() > 0.5 * (classes - 1) * cell**2
-    if classes > 2:
-        corners = blue[:: cell, :: cell]
-        np.testing.assert_array_equal(corners, matrix > 0)

@@ -162,6 +162,26 @@ def test_tiles_lie_in_rows_with_whole_pixels():
     assert (picture[top + height + 4 : top + 2 * height + 4, 4 : 4 + width] == (0, 0, 255)).all()
 
 
+def test_captions_are_where_they_belong_and_do_not_run_into_each_other():
+    blank = np.full((128, 128, 3), 255, np.uint8)
+    rows = image_grid.paired([(blank, blank)] * 3)
+    bare = image_grid.tile(rows, (), "")
+    top, step = 2 * image_grid.CAPTION, 128 + image_grid.GAP
+    assert bare.shape == (top + 2 * step + image_grid.GAP, 4 * step + image_grid.GAP, 3)
+    long = "a very long name of a file " * 9
+    drawn = image_grid.tile(rows, (), "", below=("", long, long))
+    tall = step + image_grid.CAPTION
+    ink = [(drawn[top + y * tall + 128:top + (y + 1) * tall, x * step + 2:(x + 2) * step] < 200).any()
+           for y in (0, 1) for x in (0, 2)]
+    assert ink == [False, True, True, False]  # the third image is beside the first
+    words = image_grid.tile(rows, ("",), "a title that is too long " * 9)
+    assert words.shape[0] > bare.shape[0]
+    names = image_grid.tile(rows, (), "", names=("25% masked\nof all", ""))
+    assert names.shape[1] == bare.shape[1] + image_grid.NAME
+    assert (names[top:top + 128, :image_grid.NAME] < 200).any()
+    assert not (names[top + step:, :image_grid.NAME] < 200).any()
+
+
 @pytest.mark.slow
 def test_one_picture_is_shown_at_several_ratios_whatever_it_was_trained_with():
     config = tiny_config({"method.masking": "grid", "method.target": "pixel"})

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from mae_jax.runtime import progress
 from mae_jax.runtime.memory import peak_memory
 
 WARMUP = 3  # steps or batches that are not measured
@@ -71,7 +72,8 @@ class TimedStep:
         with jax.set_mesh(self.mesh):
             self.state = program.init(self.batch)
             began = time.monotonic()
-            self.step = program.step.lower(self.state, self.batch).compile()
+            with progress.doing("compiling the train step"):
+                self.step = program.step.lower(self.state, self.batch).compile()
         self.compile_seconds = time.monotonic() - began
         self.flops_per_image = throughput.train_flops(program.method)
         self.peak = throughput.peak_flops(jax.devices()[0])

@@ -16,6 +16,7 @@ from mae_jax.inference.chunks import Chunks, Columns
 from mae_jax.methods.base import Method, pool
 from mae_jax.ops import spherical_kmeans
 from mae_jax.ops.example_ids import whole as whole_ids
+from mae_jax.runtime.progress import Tell
 from mae_jax.runtime.sharding import replicated
 
 
@@ -23,13 +24,14 @@ class Features(Chunks):
     """The features of one split: columns `features` float32 [n, D], `ids` [n] and `valid` [n]."""
 
     def compute(self, method: Method, params: Any, extras: Any, batches: Iterator[dict[str, np.ndarray]],
-                mesh: Mesh) -> None:
+                mesh: Mesh, tell: Tell) -> None:
         """Writes the chunks that are missing; what was made of a batch before is not computed again.
 
         Args:
           method, params, extras: the encoder.
           batches: the split's, this process's rows, as an evaluation sees them.
           mesh: which its devices share.
+          tell: is told of progress.
         """
         size = method.config.batch_size
         params, extras = forward.placed((params, extras), mesh)
@@ -44,6 +46,7 @@ class Features(Chunks):
                 ids = whole_ids(ids)
                 there = ids >= 0
                 yield {"features": values[there].astype(np.float32), "ids": ids[there], "valid": valid[there]}
+                tell(int(there.sum()))
 
         self.fill(rest)
 

@@ -21,7 +21,7 @@ from mae_jax.ops import spherical_kmeans
 from mae_jax.ops.example_ids import whole as whole_ids
 from mae_jax.ops.patches import PatchGrid
 from mae_jax.param_tree import split_eval_params
-from mae_jax.runtime import bounded_json, peers, sharding
+from mae_jax.runtime import bounded_json, peers, progress, sharding
 from mae_jax.storage import paths, safetensors_file
 from mae_jax.storage.checkpoint import load_params
 from mae_jax.training import workdir
@@ -76,9 +76,11 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
     with jax.set_mesh(mesh):
         for number, (split, batches) in enumerate((split, made) for split, made in parts.items() if split):
             found[split] = Features(to_folder / "features" / str(number), {**about, "split": split})
-            found[split].compute(method, params, extras, batches(), mesh)
+            with progress.doing(f"features of {split}") as line:
+                found[split].compute(method, params, extras, batches(), mesh, line.advance)
     if jax.process_index() == 0:
-        made = made_of(found, config.data.train_split, clusters, ratio, seed)
+        with progress.doing(f"making {clusters} clusters"):
+            made = made_of(found, config.data.train_split, clusters, ratio, seed)
         made.meta.update(meta)
         uneven = "" if spherical_kmeans.size_ratio(made.sizes) <= ratio else summary(made)
     if uneven := peers.broadcast(uneven):

@@ -23,6 +23,7 @@ from mae_jax.commands import cli
 from mae_jax.commands.inspect import report as inspect_report
 from mae_jax.commands.inspect.speed import speed_lines
 from mae_jax.errors import UserError, printable
+from mae_jax.runtime import progress
 from mae_jax.runtime.memory import peak_memory
 from mae_jax.storage import paths
 
@@ -75,7 +76,9 @@ def main() -> int:
     if config.data.source != "batches":
         report(opened.config, to)
     try:
-        print("\n".join(speed_lines(config, opened, method, inputs, WANTED.value)), flush=True)
+        with progress.doing("measuring the speed of the input"):
+            lines = speed_lines(config, opened, method, inputs, WANTED.value)
+        print("\n".join(lines), flush=True)
         save_grid(next(inputs.train(0)), method, inputs, to)
     except UserError as error:  # of the data, named above: what can be looked at has been
         print(f"no speed and no pictures, and training would stop: {error}")

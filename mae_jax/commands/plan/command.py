@@ -46,8 +46,8 @@ def main() -> int:
     from mae_jax import param_tree
     from mae_jax.commands.plan import cost, sweep
     from mae_jax.commands.plan.page import page
-    from mae_jax.commands.plan.progress import progress
     from mae_jax.errors import UserError
+    from mae_jax.runtime.progress import doing
     from mae_jax.storage.paths import output
     from mae_jax.training.warm_shape import with_shape
 
@@ -62,10 +62,10 @@ def main() -> int:
         cost.simulate(DEVICES.value)
     target = cost.target(TOPOLOGY.value, DEVICES.value, config.mesh.slices)
     if cells:
-        result = sweep.run(config, target, cells, BEST.value, EXAMPLES.value, CACHE.value, progress)
+        result = sweep.run(config, target, cells, BEST.value, EXAMPLES.value, CACHE.value, doing)
         print(sweep.table(result, PRICE.value))
     else:
-        found = cost.measure(config, target, EXAMPLES.value, CACHE.value, progress)
+        found = cost.measure(config, target, EXAMPLES.value, CACHE.value, doing)
         result = cost.figures(config, target, found, EXAMPLES.value)
         print(page(config, result, PRICE.value))
     if to:

@@ -74,7 +74,7 @@ def target(topology: str, simulated: int, slices: int = 1) -> Target:
 
 
 def measure(config: ConfigDict, target: Target, examples: int, cache: str = "",
-            progress: Callable[[str], AbstractContextManager[None]] = nullcontext) -> dict[str, Any]:
+            progress: Callable[[str], AbstractContextManager[Any]] = nullcontext) -> dict[str, Any]:
     """Compiles the train step, or finds in the folder `cache` what was measured of the same step before.
 
     Args:

@@ -56,7 +56,7 @@ def changed(config: ConfigDict, cell: Cell) -> ConfigDict:
 
 
 def run(config: ConfigDict, target: cost.Target, cells: list[Cell], best: int, examples: int, cache: str,
-        progress: Callable[[str], AbstractContextManager[None]]) -> dict[str, Any]:
+        progress: Callable[[str], AbstractContextManager[Any]]) -> dict[str, Any]:
     """Measures the cells: all of them in a loop where they are more than `best`, then the best without loops.
 
     Returns:

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from mae_jax.errors import UserError, did_you_mean
+from mae_jax.runtime import progress
 
 GIB = 2**30
 
@@ -170,9 +171,13 @@ def torus(chip: Chip, devices: list[Any]) -> Torus:
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Drops what is written to file descriptor 2, where libtpu complains of the machine that it is not on."""
+    """Drops what is written to file descriptor 2, where libtpu complains of the machine that it is not on.
+
+    What Python writes to standard error is still seen: how long it takes, for one.
+    """
     kept = os.dup(2)
-    with tempfile.TemporaryFile() as sink:
+    with (tempfile.TemporaryFile() as sink, open(kept, "w", closefd=False) as seen,
+          contextlib.redirect_stderr(progress.above(seen))):
         os.dup2(sink.fileno(), 2)
         try:
             yield

@@ -12,6 +12,7 @@ from mae_jax.commands.report.figures import uri
 from mae_jax.errors import pluralize
 from mae_jax.inference import embedding_files
 from mae_jax.inference.embedding_files import Record, spread
+from mae_jax.runtime import progress
 
 NO_LABEL = "no label"
 MAX_NAME = 300  # characters of a file's name, of whose beginning the rest is left out
@@ -37,15 +38,17 @@ def made(path: epath.Path, most: int, tsne_most: int) -> Map:
     """
     about, count, rows = embedding_files.chosen(path, most)
     projection.check(rows.features)
-    shown = thumbnails.of(about, rows)
+    with progress.doing(f"reading thumbnails of {len(rows.file):,} images"):
+        shown = thumbnails.of(about, rows)
     names, numbers = _labels(rows)
     places, share = projection.pca(rows.features)
     near, cosines = projection.neighbors(rows.features)
     some = spread(len(rows.file), tsne_most)
     projections = [{"name": "PCA", "places": packed(places, "<f4")}]
     if len(some) >= projection.LEAST:
-        projections.append({"name": "t-SNE", "places": packed(projection.tsne(rows.features[some]), "<f4"),
-                            "of": packed(some, "<u4")})
+        with progress.doing(f"t-SNE of {len(some):,} images"):
+            tsne = projection.tsne(rows.features[some])
+        projections.append({"name": "t-SNE", "places": packed(tsne, "<f4"), "of": packed(some, "<u4")})
     splits = list(dict.fromkeys(rows.split))
     data = {
         "files": [_short(name) for name in rows.file], "splits": splits,

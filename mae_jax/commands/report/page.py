@@ -11,6 +11,7 @@ from mae_jax.commands.report.html import json_script, table, text
 from mae_jax.commands.report.html import page as whole_page
 from mae_jax.commands.report.map_data import Map
 from mae_jax.commands.report.record import Record
+from mae_jax.training.curves import COLORS, MAX_PANELS, panels
 
 LONGEST = 200  # characters of a value in a table
 TITLES = {"reconstruct": "Reconstructions", "ratios": "Reconstructions at other mask ratios",
@@ -45,8 +46,8 @@ def _legend(records: Sequence[Record]) -> str:
 
 
 def _swatch(number: int) -> str:
-    color = curves.COLORS[number % len(curves.COLORS)]
-    dash = ("solid", "dashed", "dotted", "dashed")[number // len(curves.COLORS) % 4]
+    color = COLORS[number % len(COLORS)]
+    dash = ("solid", "dashed", "dotted", "dashed")[number // len(COLORS) % 4]
     return f'<i class="swatch" style="border-top:3px {dash} {color}"></i>'
 
 
@@ -134,18 +135,18 @@ def _last_figures(records: Sequence[Record]) -> list[list[str]]:
             found = [(step, value) for step, value in each.series.get(name, ()) if math.isfinite(value)]
             row.append(f'{found[-1][1]:.4g} <small>step {found[-1][0]:,}</small>' if found else "")
         rows.append([text(name), *row])
-    if len(rows) <= curves.MAX_PANELS:
+    if len(rows) <= MAX_PANELS:
         return rows
-    return [*rows[:curves.MAX_PANELS], [f"and {len(rows) - curves.MAX_PANELS} more in metrics.jsonl"]]
+    return [*rows[:MAX_PANELS], [f"and {len(rows) - MAX_PANELS} more in metrics.jsonl"]]
 
 
 def _curves(records: Sequence[Record]) -> str:
-    found = curves.panels(records)
+    found = panels([each.series for each in records])
     if not found:
         return '<p class="note">There are no curves yet.</p>' if records else ""
     drawn = "".join(f"<figure><figcaption>{text(panel.name)}</figcaption>{curves.svg(panel)}</figure>"
-                    for panel in found[:curves.MAX_PANELS])
-    left = len(found) - curves.MAX_PANELS
+                    for panel in found[:MAX_PANELS])
+    left = len(found) - MAX_PANELS
     more = f" {left} more are in metrics.jsonl." if left > 0 else ""
     lines = "" if len(records) == 1 else f'<p class="legend">{_legend(records)}</p>'
     return (f'{lines}<p class="note">Over steps. Of the loss, lines are training\'s, dots evaluations\'.{more}</p>'
@@ -153,7 +154,7 @@ def _curves(records: Sequence[Record]) -> str:
 
 
 def _figures(records: Sequence[Record]) -> str:
-    names = list(dict.fromkeys(name for each in records for name in each.figures))
+    names = list(dict.fromkeys(name for each in records for name in each.figures if name != "curves"))  # drawn above
     names.sort(key=lambda name: (list(TITLES).index(name) if name in TITLES else len(TITLES), name))
     room = [figures.RUN_BYTES] * len(records)
     parts = []

@@ -13,14 +13,13 @@ from mae_jax.errors import UserError, pluralize, printable, root_cause
 from mae_jax.runtime import bounded_json
 from mae_jax.runtime.console import clock
 from mae_jax.storage import paths
-from mae_jax.storage.metric_writer import values_of
+from mae_jax.storage.metric_writer import series_of
 from mae_jax.training import ending, workdir
+from mae_jax.training.curves import Points
 
 FIGURE = re.compile(r"(.+)_(\d{7,18})\.png")  # as storage/png_files.py names them
 GUARD = re.compile(r"guard_(\d{1,18})\.json")  # as training/guards.py does
 UNTIMED = ("train/images_per_sec", "train/data_wait", "train/mfu")  # not finite where a step is not timed
-
-Points = list[tuple[int, float]]  # (step, value), ascending; NaN where it was not finite
 
 
 class Record(NamedTuple):
@@ -57,7 +56,7 @@ def read(folder: str, name: str) -> Record:
         stored = bounded_json.parse_object(paths.read_there(path / "config.json"))
     except ValueError as error:
         raise UserError(f"{path / 'config.json'} is damaged: {error}") from None
-    series, times = _series(paths.read_bytes(path / "metrics.jsonl") or b"")
+    series, times = series_of(paths.read_bytes(path / "metrics.jsonl") or b"")
     guards = sorted(int(found[1]) for found in map(GUARD.fullmatch, _names(path)) if found)
     return Record(name, path, config, changed(config), stored, series, _figures(path / "pictures"), guards,
                   _state(path, config, times))
@@ -89,21 +88,6 @@ def _figures(folder: epath.Path) -> dict[str, list[tuple[int, epath.Path]]]:
     return dict(sorted(found.items()))
 
 
-def _series(content: bytes) -> tuple[dict[str, Points], dict[int, float]]:
-    """Returns metric → points, and step → seconds since 1970, of metrics.jsonl; lines that are none are left out."""
-    found: dict[str, dict[int, float]] = {}
-    times: dict[int, float] = {}
-    for line in content.decode(errors="replace").splitlines():
-        values = values_of(line)
-        step = int(values.pop("step", 0))
-        if isinstance(at := values.pop("time", None), int | float):
-            times[step] = at
-        for name, value in values.items():
-            if value is None or isinstance(value, int | float):
-                found.setdefault(name, {})[step] = math.nan if value is None else float(value)
-    return {name: sorted(points.items()) for name, points in sorted(found.items())}, times
-
-
 def _state(path: epath.Path, config: ConfigDict, times: dict[int, float]) -> str:
     done = ending.finished(path)
     if not times:
@@ -119,13 +103,13 @@ def _state(path: epath.Path, config: ConfigDict, times: dict[int, float]) -> str
 
 
 def parameters(record: Record) -> str:
-    """Returns the table of a run's parameters, one line for each kind; without them, why there is none."""
+    """Returns the table of a run's parameters, one line for each kind of part; without them, why there is none."""
     import jax
 
-    from mae_jax import methods, param_tree
+    from mae_jax import methods
     from mae_jax.config import resolved
     from mae_jax.data import DataInfo
-    from mae_jax.training import optim
+    from mae_jax.training import parameter_table
 
     data = workdir.recorded_data(record.path)
     info = DataInfo(data.get("pictures") or 0, tuple(data.get("classes") or ()),
@@ -133,7 +117,7 @@ def parameters(record: Record) -> str:
     try:
         method = methods.build(resolved(with_fitting_mesh(record.config)), info)
         params, _ = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec())
-        return param_tree.table(params, optim.decay_words(params, method))
+        return parameter_table.summary(params, method)
     except (UserError, ImportError) as error:  # data that are not here, a plug-in that is missing
         return f"not known here: {root_cause(error)}"
 

@@ -18,7 +18,7 @@ from mae_jax.data import writers
 from mae_jax.data.decode import decode
 from mae_jax.data.sources import base, registry
 from mae_jax.errors import UserError
-from mae_jax.evals import input_grid
+from mae_jax.evals import image_grid, input_grid
 from tests.helpers.records import describe, harm, write_shards
 from tests.helpers.tiny import tiny_method
 
@@ -146,11 +146,11 @@ def test_an_image_of_the_grid_is_called_as_its_file_and_by_its_class(tmp_path):
 
 def test_a_caption_that_is_too_long_keeps_its_end():
     font = ImageFont.load_default(input_grid.TEXT)
-    text = input_grid.fitting("a_long_folder/" * 9 + "17.jpg", 100, font)
+    text = image_grid.fitting("a_long_folder/" * 9 + "17.jpg", 100, font)
     assert text.startswith("...")
     assert text.endswith("/17.jpg")
     assert 80 < font.getlength(text) <= 100
-    assert input_grid.fitting("17.jpg", 100, font) == "17.jpg"
+    assert image_grid.fitting("17.jpg", 100, font) == "17.jpg"
 
 
 @pytest.mark.parametrize(("each", "says"), [

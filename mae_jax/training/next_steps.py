@@ -1,0 +1,95 @@
+"""The last lines of a run: where what it made lies, and what to do with it, as commands that can be pasted."""
+
+import logging
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from mae_jax.config import changed
+from mae_jax.runtime import progress
+from mae_jax.runtime.console import print_once
+from mae_jax.storage import paths
+from mae_jax.storage.metric_writer import MetricWriter, series_of
+from mae_jax.training import curves
+from mae_jax.training.run import Run
+
+logger = logging.getLogger(__name__)
+
+# Of the group `data`, what another recipe must be told to read the same images, beside data.image_size.
+SAME_IMAGES = ("source", "path", "name", "layout", "classes", "image_key", "label_key", "formats", "exif")
+
+
+def conclude(run: Run, recorder: MetricWriter, step: int, best_step: int = 0) -> None:
+    """Draws the curves of a run that has ended, and prints `lines`; arguments as there, and where figures go."""
+    recorder.flush()
+    if jax.process_index() == 0:
+        try:
+            with progress.doing("drawing curves"):
+                series, _ = series_of(paths.read_bytes(run.workdir / "metrics.jsonl") or b"")
+                if (drawn := curves.figure(series, f"{run.workdir}, to step {step:,}")) is not None:
+                    recorder.write_image(step, "curves", drawn)
+        except Exception as error:  # no figure is worth a run
+            logger.warning("no figure of the curves: %s", str(error).split("\n")[0] or type(error).__name__)
+    print_once("\n".join(lines(run, step, best_step)))
+
+
+def lines(run: Run, step: int, best_step: int = 0) -> list[str]:
+    """Returns what to print at the end of a run.
+
+    Args:
+      run: which has ended.
+      step: its last one.
+      best_step: of the checkpoint in <workdir>/best; 0: there is none.
+    """
+    folder = run.workdir
+    best = f", the best of step {best_step:,} in {folder / 'best'}" if best_step else ""
+    return [f"  checkpoints  {folder / 'checkpoints'}, the last of step {step:,}{best}",
+            f"  figures      {folder / 'pictures'}",
+            "next:", *(f"  {command}" for command in commands(run, bool(best_step)))]
+
+
+def commands(run: Run, best: bool) -> list[str]:
+    """Returns commands for what has been trained, ready for a shell."""
+    folder, method = run.workdir, run.program.method
+    encoder = folder / "best" if best else folder
+    asked = {"predict": {"from": encoder, "to": folder / "predictions.csv"},
+             "export": {"from": encoder, "to": folder / "export"}}
+    masks, found = ({"predict": {"from": encoder, "to": folder / name}} for name in ("masks", "found"))
+    then: dict[str, Mapping[str, Any]] = {"classification": asked, "segmentation": masks, "detection": found,
+                                          "pretraining": _of_encoder(run, encoder)}[method.task]
+    if run.config.data.source == "batches":  # which holds patches, and no images to ask about
+        then = {verb: given for verb, given in then.items() if verb in ("export", "train")}
+    return [_command("report", {"from": folder, "to": folder / "report.html"}),
+            *(_command(verb, given) for verb, given in then.items())]
+
+
+def _of_encoder(run: Run, encoder: epath.Path) -> dict[str, Mapping[str, Any]]:
+    folder = run.workdir
+    if run.program.method.extra_encode_fields:  # one encoder of a mixture's many is made first
+        return {"export": {"from": encoder, "for-task": "vote", "to": folder / "encoder"}}
+    embed = {"from": encoder, "to": folder / "features.parquet"}
+    classes = len(run.inputs.classes) > 1 and run.config.data.source != "batches"
+    return {"embed": embed, **({"train": dict(_fine_tuning(run, encoder))} if classes else {})}
+
+
+def _fine_tuning(run: Run, encoder: epath.Path) -> Iterator[tuple[str, Any]]:
+    """Yields the flags that fine-tune the encoder on the labels of the images that it has seen."""
+    data = run.config.data
+    if data.source == "photo_crops":
+        yield "config", "quickstart_finetune"
+    else:
+        yield "config", "folder_finetune"
+        other = changed(run.config)
+        for name in SAME_IMAGES:
+            if f"data.{name}" in other and (name, data[name]) != ("source", "folder"):
+                yield f"config.data.{name}", data[name]
+        yield "config.data.image_size", tuple(data.image_size)
+    yield "config.init_from", encoder
+    yield "workdir", f"{run.workdir}_finetuned"
+
+
+def _command(verb: str, flags: Mapping[str, Any]) -> str:
+    return " ".join(["mae_jax", verb, *(f"--{name}={shlex.quote(str(value))}" for name, value in flags.items())])
