@@ -62,7 +62,7 @@ def imported(*folders: str) -> dict[str, Path]:
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
             for name in names:
                 top = name.split(".")[0]
-                if top in sys.stdlib_module_names or top in ("mae_jax", "tests", "benchmarks"):
+                if top in sys.stdlib_module_names or top in ("mae_jax", "tests", "benchmarks", "studies"):
                     continue
                 space = SPACES.get(".".join(name.split(".")[:2]))
                 found[plain(space or known.get(top, [top])[0])] = path

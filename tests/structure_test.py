@@ -125,7 +125,7 @@ def test_the_package_has_a_dozen_files_in_its_root_at_most():
 
 
 OWN_FOLDERS = {  # not of a package
-    "helpers", "faults", "multidevice", "golden", "gcs", "configs", "examples", "launch_tpu", "studies"}
+    "helpers", "faults", "multidevice", "golden", "gcs", "configs", "examples", "launch_tpu", "studies", "docs"}
 
 
 def test_folders_of_tests_are_those_of_the_package():

@@ -1,9 +1,8 @@
 """Checkpoints, which are saved asynchronously and verified array by array when read. The only module that uses orbax.
 
 A checkpoint is a folder <workdir>/checkpoints/<step> with two items: `state`, the arrays by path
-('params/encoder/block_00/attn/qkv/kernel'), and `checksums`, the shape, dtype and 64-bit checksum of each array. Orbax
-detects a flipped bit in its metadata, but not in array data, and may even restore wrong values from damaged metadata.
-The checksums detect both.
+('params/encoder/block_00/attn/qkv/kernel'), and `checksums`, the shape, dtype and 64-bit checksum of each array: Orbax
+detects a flipped bit in its metadata, but not in array data, and may restore wrong values from damaged metadata.
 """
 
 import contextlib
@@ -43,8 +42,7 @@ class Checkpoints:
     """The checkpoints of one run. Every process creates an instance and calls the same methods in the same order.
 
     Attributes:
-      failed: why the last save failed; None if it succeeded. A failed save is a warning, not an exception: training
-        continues, and earlier checkpoints stay.
+      failed: why the last save failed; None if it succeeded. Training continues, and earlier checkpoints stay.
     """
 
     def __init__(self, workdir: epath.PathLike, keep_last: int, keep_every: int = 0) -> None:
