@@ -1,4 +1,4 @@
-r"""DeiT III: plain ViTs from labels alone (arXiv 2204.07118), as facebookresearch/deit trains them (README_revenge.md).
+r"""DeiT III: supervised training of plain ViTs (arXiv 2204.07118), as in facebookresearch/deit (README_revenge.md).
 
   python -m mae_jax.main --config=configs/deit3.py:B --workdir=gs://BUCKET/deit3_b \
       --config.data.path=gs://BUCKET/tensorflow_datasets
@@ -11,16 +11,16 @@ r"""DeiT III: plain ViTs from labels alone (arXiv 2204.07118), as facebookresear
       --config.init_from=gs://BUCKET/deit3_b_21k --config.data.path=gs://BUCKET/tensorflow_datasets
 
 Arguments, separated by commas: a size, one stage, `runlocal` (two small steps on a laptop). Sizes: `S`, `B` (the
-default), `L` (ViT/16), `H` (ViT-H/14), `H52` (52 blocks, all else as H: "no new hyper-parameters"). Stages:
+default), `L` (ViT/16), `H` (ViT-H/14), `H52` (52 blocks, otherwise as H: "no new hyper-parameters"). Stages:
 
   `800`          (the default) ImageNet-1K from scratch, 800 epochs; S at 224 pixels, B and L at 192, H at 154
   `400`          the same for 400 epochs, with less weight decay and stochastic depth
-  `to224`        20 epochs more at 224 pixels: B, L, H
-  `to384`        20 epochs more at 384 pixels: S, B, L
+  `to224`        20 more epochs at 224 pixels: B, L, H
+  `to384`        20 more epochs at 384 pixels: S, B, L
   `in21k`        ImageNet-21K from scratch: S, B, L 240 epochs at 224 pixels, H 90 epochs at 126
-  `in21k_to_1k`  50 epochs of ImageNet-1K at 224 pixels behind `in21k`, with a new head
+  `in21k_to_1k`  50 epochs of ImageNet-1K at 224 pixels after `in21k`, with a new head
 
-Expected, all of it theirs and not ours (ImageNet-1K top-1, S / B / L / H):
+Expected (published figures, not reproduced here; ImageNet-1K top-1, S / B / L / H):
   `800`                at its own resolution 81.38 / 82.82 / 84.02 / 83.48
   `800`, `to224`       81.4 / 83.8 / 84.9 / 85.2, ImageNet-V2 70.5 / 73.6 / 75.1 / 75.9; H52 84.9 in all
   `800`, ..., `to384`  83.4 / 85.0 / 85.8, ImageNet-V2 73.1 / 74.8 / 76.7
@@ -28,22 +28,24 @@ Expected, all of it theirs and not ours (ImageNet-1K top-1, S / B / L / H):
   `in21k_to_1k`        83.1 / 85.7 / 87.0 / 87.2, ImageNet-V2 73.8 / 76.5 / 78.6 / 79.2
 ImageNet-V2 is read once, at the end, with --config.eval.sets="('imagenet_v2',)".
 
-Where this differs from their code, or sources differ from each other:
-- H: their 160 pixels are 11 patches of 14 and 6 pixels that no patch sees, their 128 are 9 and 2. Here pictures are
-  resized to the 154 and 126 pixels that are used; affjljoo3581/deit3-jax does so too and comes to 85.1 in 400 epochs.
-- `400` is not in the README. Here it is that of deit3-jax (weight decay 0.02, stochastic depth 0.0 / 0.1 / 0.4 / 0.5),
-  which reached 80.7 / 83.6 / 84.6 / 85.1 with it; naver-ai/rope-vit has 0.03 and the same depths without H. For `to224`
-  after it deit3-jax keeps those depths (--config.model.drop_path=0.1 for B), rope-vit has the ones used here. Table 1
-  of the paper (learning rate 3e-3 for all, weight decay 0.02) is not the final recipe.
-- Averaged parameters (0.99996 per step) are on by default in their script, but the figures above are those of the last
+Differences from the released code, and between sources:
+- H: the released code uses 160 pixels, which are 11 patches of 14 and 6 unused pixels, and 128, which are 9 and 2. Here
+  images are resized to the 154 and 126 pixels that are used, as in affjljoo3581/deit3-jax, which reached 85.1 in 400
+  epochs.
+- `400` is not in the README. Its values are those of deit3-jax (weight decay 0.02, stochastic depth
+  0.0 / 0.1 / 0.4 / 0.5), which reached 80.7 / 83.6 / 84.6 / 85.1; naver-ai/rope-vit has 0.03 and the same stochastic
+  depth, without H. In `to224` after it, deit3-jax keeps this stochastic depth (--config.model.drop_path=0.1 for B);
+  rope-vit has the values used here. Table 1 of the paper (learning rate 3e-3 for all, weight decay 0.02) is not the
+  final recipe.
+- The released script averages parameters (0.99996 per step) by default, but the figures above are those of the last
   weights: eval/raw/top1 here, where eval/top1 is the average's. The next stage starts from the average; with
-  --config.optim.ema=0 it starts from the last weights, as theirs. The short stages average nothing: over their few
-  steps an eighth or more of the average would still be the start.
-- Their learning rate changes once per epoch, and one epoch late; here it changes with every step.
-- LAMB clips gradients to the norm 1, which is hidden in their optimiser (FusedLAMB).
-- ImageNet-21K is not in TFDS: TFRecords with image and label, or --config.data.source=folder for class folders.
-  Nothing of it is held out here; --config.data.eval_split=test holds out the last tenth, of patterns without {split}.
-- Batches of 4096 on ImageNet-21K: --config.batch_size=4096 --config.optim.lr=9.375e-5, their 1.5e-3.
+  --config.optim.ema=0, it starts from the last weights, as in the released code. The short stages do not average: after
+  their few steps, an eighth or more of the average would still be the initial weights.
+- The learning rate of the released code changes once per epoch, and one epoch late; here it changes with every step.
+- LAMB clips gradients to the norm 1, as the released code's optimizer does internally (FusedLAMB).
+- ImageNet-21K is not in TFDS: use TFRecords with image and label, or --config.data.source=folder for class folders.
+  No part of it is held out; --config.data.eval_split=test holds out the last tenth, for patterns without {split}.
+- Batches of 4096 on ImageNet-21K: --config.batch_size=4096 --config.optim.lr=9.375e-5, the released code's 1.5e-3.
 """
 
 from functools import partial
@@ -53,13 +55,13 @@ from ml_collections import ConfigDict
 from mae_jax.config import default, resolve, vit
 from mae_jax.errors import UserError
 
-S, B, L, H = 384, 768, 1024, 1280  # widths, by which the tables tell sizes apart: H52 has the values of H
+S, B, L, H = 384, 768, 1024, 1280  # widths, which are the keys of the tables: H52 has the values of H
 IMAGENET = "imagenet2012:5.*.*"
 
-LR = {S: 4e-3, B: 3e-3, L: 3e-3, H: 3e-3}  # of a batch of 2048
+LR = {S: 4e-3, B: 3e-3, L: 3e-3, H: 3e-3}  # for a batch of 2048
 SIDE = {S: 224, B: 192, L: 192, H: 154}  # pixels
 WEIGHT_DECAY = {"800": 0.05, "400": 0.02}
-DROP_PATH = {  # stage → width → rate of every block; a size that is not there is not published
+DROP_PATH = {  # stage → width → rate of every block; missing sizes are not published
     "800": {S: 0.05, B: 0.2, L: 0.45, H: 0.6},
     "400": {S: 0.0, B: 0.1, L: 0.4, H: 0.5},
     "to224": {B: 0.2, L: 0.45, H: 0.55},
@@ -84,7 +86,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def size(config: ConfigDict, name: str) -> None:
-    """Sets the encoder's size, and for it the stage `800`."""
+    """Sets the encoder's size, and the stage `800` for it."""
     config.model.update(vit(name[0], patch=14 if name[0] == "H" else 16))
     if name == "H52":
         config.model.depth = 52
@@ -92,7 +94,7 @@ def size(config: ConfigDict, name: str) -> None:
 
 
 def regularize(config: ConfigDict, stage: str, weight_decay: float) -> None:
-    """Sets stochastic depth and weight decay; raises UserError for a size that the stage is not published for."""
+    """Sets stochastic depth and weight decay; raises UserError for a size for which the stage is not published."""
     rates = DROP_PATH[stage]
     if config.model.width not in rates:
         names = ", ".join(name for name, width in {"S": S, "B": B, "L": L, "H": H}.items() if width in rates)
@@ -102,7 +104,7 @@ def regularize(config: ConfigDict, stage: str, weight_decay: float) -> None:
 
 
 def lamb(config: ConfigDict, lr: float) -> None:
-    """LAMB for batches of 2048, at a learning rate that is not per 256 images."""
+    """Sets LAMB with batches of 2048; `lr` is for this batch, not per 256 images."""
     config.batch_size = 2048
     config.optim.update(name="lamb", lr=lr * 256 / 2048, clip=1.0)
 
@@ -112,7 +114,7 @@ def square(config: ConfigDict, side: int) -> None:
 
 
 def pretrain(config: ConfigDict, stage: str) -> None:
-    """ImageNet-1K from scratch: binary cross-entropy, 3-Augment, each picture three times in a batch."""
+    """Trains on ImageNet-1K from scratch: binary cross-entropy, 3-Augment, each image three times in a batch."""
     square(config, SIDE[config.model.width])
     config.data.update(color="three", repeats=3)
     config.method.update(loss="bce", mixup=0.8)
@@ -123,18 +125,18 @@ def pretrain(config: ConfigDict, stage: str) -> None:
 
 
 def cross_entropy(config: ConfigDict, mixup: float) -> None:
-    """What all other stages have in common."""
+    """Sets what all other stages have in common."""
     config.data.repeats = 1
     config.method.update(loss="cross_entropy", smoothing=0.1, mixup=mixup)
 
 
 def finetune(config: ConfigDict, stage: str) -> None:
-    """More epochs at the resolution of use: AdamW, RandAugment in place of 3-Augment."""
+    """Trains more epochs at the final resolution: AdamW, RandAugment in place of 3-Augment."""
     square(config, int(stage.removeprefix("to")))
     cross_entropy(config, mixup=0.8)
     config.batch_size = 512
     config.data.color = "rand"
-    # The rate ends where it is highest: their lowest is 1e-5 too, unless it is said otherwise.
+    # The learning rate is constant: the released code's minimum, 1e-5 by default, equals its maximum here.
     config.optim.update(name="adamw", lr=1e-5 * 256 / 512, clip=0.0, ema=0.0)
     config.train.duration = "20 epochs"
     config.checkpoint.every = config.eval.every = "5 epochs"
@@ -142,7 +144,7 @@ def finetune(config: ConfigDict, stage: str) -> None:
 
 
 def in21k(config: ConfigDict, stage: str) -> None:
-    """ImageNet-21K from scratch: the simple random crop, cross-entropy, cutmix alone."""
+    """Trains on ImageNet-21K from scratch: simple random crop, cross-entropy, cutmix without mixup."""
     huge = config.model.width == H
     square(config, 126 if huge else 224)
     cross_entropy(config, mixup=0.0)
@@ -153,7 +155,7 @@ def in21k(config: ConfigDict, stage: str) -> None:
 
 
 def in21k_to_1k(config: ConfigDict, stage: str) -> None:
-    """From ImageNet-21K to ImageNet-1K: as before, but gently."""
+    """Trains on ImageNet-1K after ImageNet-21K: the same at a lower learning rate."""
     square(config, 224)
     cross_entropy(config, mixup=0.0)
     config.data.augment = "simple"

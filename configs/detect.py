@@ -4,43 +4,48 @@ r"""Detection and instance segmentation: Mask R-CNN on a plain ViT, from any enc
   python -m mae_jax.main --config=configs/detect.py:vitdet_b --workdir=gs://BUCKET/vitdet_b \
       --config.init_from=gs://BUCKET/vit_b_mae --config.data.path=/data/coco
 
-Arguments, one protocol and what may follow it:
+Arguments, one protocol and options after it:
   digits           the default: digits on photographs (source digit_scenes), 96 x 96; minutes on a laptop. The encoder
-                   has the shape of that of init_from, where it is given
+                   has the shape of that of init_from, if given
   vitdet_b, vitdet_l, vitdet_h
                    ViTDet (arXiv 2203.16527) as Detectron2 publishes it: 1,024 x 1,024, 100 epochs (H: 75) of COCO;
-                   windows, 4 blocks that see all, decomposed relative positions, a simple pyramid, layer norm
-  cascade          after one of these three: Cascade R-CNN, boxes of all classes alike
+                   windowed attention, 4 blocks with global attention, decomposed relative positions, a simple pyramid,
+                   layer norm
+  cascade          after one of these three: Cascade R-CNN, class-agnostic boxes
   benchmarking_b, benchmarking_l
-                   "Benchmarking Detection Transfer Learning with Vision Transformers" (2111.11429), that of the table
-                   of MAE: a feature pyramid of 4 blocks, fixed positions, half a cosine, no layer decay; 25 or 50 after
-                   it for as many epochs in place of 100
-  ibot_cascade_b   iBOT's Cascade Mask R-CNN, 12 epochs; the table of MixedAE and MoCE is taken to be of it
+                   "Benchmarking Detection Transfer Learning with Vision Transformers" (2111.11429), the protocol of
+                   MAE's table: a feature pyramid of 4 blocks, fixed positions, half a cosine, no layer decay; followed
+                   by 25 or 50: as many epochs in place of 100
+  ibot_cascade_b   iBOT's Cascade Mask R-CNN, 12 epochs; we take it for the protocol of MixedAE and MoCE
   xcit_3x_s, xcit_3x_b
-                   XCiT's Mask R-CNN of 36 epochs, that of SplitMask
+                   XCiT's Mask R-CNN of 36 epochs, the protocol of SplitMask
   digit_scenes, fashion_scenes, coco
-                   the data, one of them, in place of the protocol's own; of the protocol is all else
-  held             trains on nine tenths of the training data and reads the rest of it in place of the test data
+                   data to use in place of the protocol's own; all other fields are the protocol's
+  held             trains on nine tenths of the training data and evaluates on the rest instead of the test data
   runlocal         two small steps of any of them
 
-Published, all of it theirs and not ours: box AP / mask AP on COCO val2017. Figures of different protocols do not
-compare.
+Published figures, not reproduced here: box AP / mask AP on COCO val2017. Figures of different protocols are not
+comparable.
   vitdet           from MAE: B 51.6 / 45.9, L 55.5 / 49.2, H 56.7 / 50.2 (Detectron2's table). Cascade: 54.0 / 46.7,
                    57.6 / 50.0, 58.7 / 51.0
   benchmarking     from MAE: B 50.3 / 44.9 (25 epochs 48.1 / 43.2, 50 epochs 50.1 / 44.6), L 53.3 / 47.2; supervised
                    47.9 / 42.9 and 49.3 / 43.9; MoCo v3 47.9 / 42.7 and 49.3 / 44.0; BEiT 49.8 / 44.4 and 53.3 / 47.1
   ibot_cascade_b   iBOT 51.2 / 44.2, DINO 50.1 / 43.4, BEiT 50.1 / 43.5, supervised 49.8 / 43.2
-  xcit_3x          SplitMask B, mask AP 42.1, remembered and not checked
+  xcit_3x          SplitMask B, mask AP 42.1, from memory and not checked
 
-What is ours, besides `digits` as a whole. Batches are the global one's: where others divide by a GPU's share of masks,
-this divides by all. Synchronized batch norm, which benchmarking and ibot have in pyramid and heads, is layer norm here,
-and group norm where maps are enlarged. benchmarking has decomposed positions of each block where it has two shared
-tables, windows of 16 as its public reimplementation, and for L the rates that are known of B. ibot and xcit keep the
-class token, which is not in their maps; their images lie on a canvas of 1,344 x 1,344; each stage of ibot's cascade
-trains on all regions of the one before and not on a new sample, with gradients to the maps shared among the stages;
-masks are of the first stage alone (MMDetection is remembered to have a mask head for each stage); weight decay
-of xcit and ibot is on kernels and the class token (theirs is remembered to spare norms and positions alone);
-the warm-up of both is remembered of MMDetection. vitdet_h takes MAE's weights, whose patches of 14 pixels become 16.
+Differences from the published protocols (`digits` is our choice as a whole):
+- The mask loss is a mean over the global batch, where others average over each GPU's part.
+- Layer norm replaces the synchronized batch norm of benchmarking and ibot in pyramid and heads; upsampled maps have
+  group norm.
+- benchmarking has decomposed relative positions in each block instead of two shared tables, windows of 16 as in its
+  public reimplementation, and for L the rates that are known for B.
+- ibot and xcit keep the class token, which is not part of their maps. Their images are padded to 1,344 x 1,344.
+- Each stage of ibot's cascade trains on all regions of the previous stage, not on a new sample, and the gradients to
+  the maps are divided among the stages. Only the first stage has masks (from memory, MMDetection has a mask head per
+  stage).
+- Weight decay of xcit and ibot applies to kernels and the class token (from memory, theirs excludes only norms and
+  positions). The warm-up of both is from memory of MMDetection.
+- vitdet_h accepts MAE's weights, whose patches of 14 pixels are resized to 16.
 None of the protocols on COCO has been run.
 """
 
@@ -83,7 +88,7 @@ def data(config: ConfigDict, source: str) -> None:
 
 
 def digits(config: ConfigDict) -> None:
-    """Sets the small detector of digits, and no other field than the protocols do."""
+    """Sets the small detector of digits; it sets only fields that the protocols set too."""
     config.batch_size = 16
     config.data.update(source="digit_scenes", eval_split="test", image_size=(96, 96), max_objects=16, augment="none",
                        flip=False)
@@ -99,7 +104,7 @@ def digits(config: ConfigDict) -> None:
 
 
 def coco(config: ConfigDict, size: str, side: int, augment: str) -> None:
-    """Sets what all protocols on COCO have in common, and the fields of the method to what they are by default."""
+    """Sets what all protocols on COCO have in common, and resets the method's fields to their defaults."""
     config.data.update(source="coco", eval_split="val", image_size=(side, side), max_objects=100, augment=augment,
                        flip=True)
     config.model.update(vit(size, patch=16), remat="full", auto=())
@@ -109,7 +114,7 @@ def coco(config: ConfigDict, size: str, side: int, augment: str) -> None:
 
 
 def vitdet(config: ConfigDict, size: str) -> None:
-    """Detectron2's projects/ViTDet, COCO/mask_rcnn_vitdet_{b,l,h}_*."""
+    """Sets ViTDet as in Detectron2's projects/ViTDet, COCO/mask_rcnn_vitdet_{b,l,h}_*."""
     coco(config, size, 1024, "lsj")
     config.batch_size = 64
     config.model.drop_path = {"B": 0.1, "L": 0.4, "H": 0.5}[size]
@@ -121,12 +126,12 @@ def vitdet(config: ConfigDict, size: str) -> None:
 
 
 def cascade(config: ConfigDict) -> None:
-    """Three stages; Detectron2's cascade_mask_rcnn_vitdet_*."""
+    """Sets three stages as in Detectron2's cascade_mask_rcnn_vitdet_*."""
     config.method.update(stage_overlaps=(0.5, 0.6, 0.7), stage_weights=(1.0, 1.0, 1.0), class_boxes=False)
 
 
 def benchmarking(config: ConfigDict, size: str) -> None:
-    """2111.11429, and hustvl/MIMDet's configs/benchmarking."""
+    """Sets the protocol of arXiv 2111.11429, as in hustvl/MIMDet's configs/benchmarking."""
     coco(config, size, 1024, "lsj")
     config.batch_size = 64
     config.model.update(drop_path=0.1, positions="fixed")
@@ -140,7 +145,7 @@ def epochs(config: ConfigDict, count: int) -> None:
 
 
 def ibot_cascade(config: ConfigDict) -> None:
-    """bytedance/ibot, cascade_rcnn/vit_base_giou_4conv1f_coco_3x with the overrides of its README."""
+    """Sets bytedance/ibot's cascade_rcnn/vit_base_giou_4conv1f_coco_3x with the overrides of its README."""
     mmdetection(config, "B", epochs=12, milestones=(8 / 12, 11 / 12))
     config.model.drop_path = 0.2
     config.method.update(stage_overlaps=(0.5, 0.6, 0.7), stage_weights=(1.0, 0.5, 0.25), beta=1 / 9,
@@ -149,14 +154,14 @@ def ibot_cascade(config: ConfigDict) -> None:
 
 
 def xcit_3x(config: ConfigDict, size: str) -> None:
-    """facebookresearch/xcit, mask_rcnn_xcit_*_3x_coco, for a plain ViT."""
+    """Sets facebookresearch/xcit's mask_rcnn_xcit_*_3x_coco, for a plain ViT."""
     mmdetection(config, size, epochs=36, milestones=(27 / 36, 33 / 36))
     config.model.drop_path = 0.05
     config.method.update(norm="none", box_convs=0, box_layers=2)
 
 
 def mmdetection(config: ConfigDict, size: str, epochs: int, milestones: tuple[float, ...]) -> None:
-    """Sets what the two protocols of MMDetection have in common."""
+    """Sets what the two protocols of MMDetection have in common: ibot_cascade and xcit_3x."""
     coco(config, size, 1344, "multi_scale")
     config.batch_size = 16
     config.method.update(class_token=True, window=0, global_blocks=(), relative_positions=False, pyramid="blocks",
@@ -167,7 +172,7 @@ def mmdetection(config: ConfigDict, size: str, epochs: int, milestones: tuple[fl
 
 
 def runlocal(config: ConfigDict) -> None:
-    """As for every recipe, but on scenes whose objects are known."""
+    """Shrinks the recipe as `presets.runlocal` does, with scenes of digits instead of photo crops."""
     own, wide = presets.own_data(), config.method.window
     configs.runlocal(config)
     if config.method.pyramid == "simple":

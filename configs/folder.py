@@ -1,19 +1,19 @@
-"""MAE on your own pictures, sized for small data.
+"""MAE on your own images, sized for small data.
 
   python -m mae_jax.main --config=configs/folder.py --workdir=runs/mine --config.data.path=/path/to/pictures
 
-Any depth of sub-folders; JPEG, PNG, WebP, BMP and GIF. Class sub-folders are optional: with them (path/<class>/*.jpg,
-or path/train/<class>/*.jpg and path/val/<class>/*.jpg) probes are run, without them the held-out loss and pictures.
-Look at the data first: python -m mae_jax inspect with the same flags says what is which.
-Where there are but a few pictures, say --config.data.eval_split='': the held-out tenth of them may be none.
+Images may be at any depth of sub-folders; `data.formats` lists the formats. Class folders are optional. With them
+(path/<class>/*.jpg, or path/train/<class>/*.jpg and path/val/<class>/*.jpg), probes are evaluated; without them, the
+held-out loss and reconstructions. Check the data first: python -m mae_jax inspect with the same flags shows how the
+folders are interpreted. With very few images, set --config.data.eval_split='': the held-out tenth might be empty.
 
-Arguments: `Ti` (the default, 5.5 M parameters in the encoder) or `S` (22 M); `runlocal` (two small steps, on your
-pictures too).
+Arguments: `Ti` (the default, 5.5 M parameters in the encoder) or `S` (22 M); `runlocal` (two small steps, also on your
+images).
 
-Nobody published a recipe for this; the choices are ours. Small data is seen for many epochs, which MAE bears well
-(SplitMask, arXiv 2112.10740, keeps the number of iterations constant as data shrinks), so the length is counted in
-examples, not epochs: 2 million. The batch is small, the decoder narrow (256, half of MAE's) and 4 blocks deep. It has
-not been run to its end; `python -m mae_jax bench` with the same flags tells how long it takes on your machine.
+There is no published recipe for this; all values are our choice. MAE tolerates many epochs of small data (SplitMask,
+arXiv 2112.10740, keeps the number of iterations constant as the data shrink), so the length is given in examples, 2
+million, instead of epochs. The batch is small; the decoder has half the width of MAE's, 256, and 4 blocks. The recipe
+has not been run to its end; `python -m mae_jax bench` with the same flags measures how long it takes on your machine.
 """
 
 from functools import partial
@@ -36,5 +36,5 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def size(config: ConfigDict, name: str) -> None:
-    """Sets the encoder's size, with patches of 8 pixels: 256 of them at 128 × 128."""
+    """Sets the encoder's size, with patches of 8 pixels: 256 patches at 128 × 128 pixels."""
     config.model.update(vit(name, patch=8))

@@ -1,24 +1,25 @@
-r"""Fine-tunes on your own pictures in class folders, sized for small data.
+r"""Fine-tuning on your own images in class folders, sized for small data.
 
   python -m mae_jax.main --config=configs/folder_finetune.py --workdir=runs/classifier \
       --config.data.path=/path/to/pictures --config.init_from=runs/mine
 
-path/<class>/*.jpg, or path/train/<class>/*.jpg and path/val/<class>/*.jpg. The encoder is that of configs/folder.py,
-trained on the same pictures or on more of them, which need no labels; without --config.init_from use `scratch`.
+Images are in path/<class>/*.jpg, or in path/train/<class>/*.jpg and path/val/<class>/*.jpg. The encoder is that of
+configs/folder.py, trained on the same images or on more of them, which need no labels; without --config.init_from use
+`scratch`.
 
-Of the training part, which is all but the held-out tenth or path/train, the last tenth by a hash of the file names
-chooses the checkpoint: it is evaluated every 5 epochs as val/top1, and the best state is kept under <workdir>/best. The
-held-out part is read once, at the end: eval/top1 for the last state, eval/best/top1 for the chosen one. Other shares:
+The training part is path/train, or all but a held-out tenth. Its last tenth, by a hash of the file names, selects the
+checkpoint: it is evaluated every 5 epochs as val/top1, and the best state is kept under <workdir>/best. The held-out
+part is evaluated once, at the end: eval/top1 for the last state, eval/best/top1 for the best one. Other shares:
 
   --config.data.train_split='train[:80%]' --config.data.val_split='train[80%:]'
 
 Arguments, separated by commas: `Ti` (the default) or `S` (with the same argument of configs/folder.py), `B` (ViT-B/16
 at 224 pixels, for encoders of configs/vit_b_mae.py or exported ones); `scratch` (random weights, three times as long,
-no layer-wise decay: what the encoder has to beat); `all` (learn from the whole training part, and keep the last state:
-for few pictures, when nothing is left to choose); `runlocal`.
+no layer-wise decay: the baseline for the encoder); `all` (train on the whole training part and keep the last state, for
+few images, when there is nothing to select); `runlocal`.
 
-Nobody published a recipe for this; the choices are ours, those of MAE's fine-tuning (configs/finetune.py) with smaller
-batches, and it has not been run to its end. Where colour or left and right tell the classes apart, say
+There is no published recipe for this; the values are our choice: those of MAE's fine-tuning (configs/finetune.py) with
+smaller batches. The recipe has not been run to its end. If classes differ by color, or by left and right, set
 --config.data.color=none or --config.data.flip=False.
 """
 
@@ -40,26 +41,26 @@ def get_config(arg: str = "") -> ConfigDict:
     config.checkpoint.update(every="5 epochs", best_metric="top1")
     config.eval.every = "5 epochs"
     size(config, "Ti")
-    config.model.auto = SHAPE  # of init_from, unless a size is named
+    config.model.auto = SHAPE  # the shape of init_from's encoder, unless a size is given
     sizes = {name: partial(size, name=name) for name in ("Ti", "S", "B")}
     return resolve(config, arg, sizes, scratch=scratch, all=everything)
 
 
 def size(config: ConfigDict, name: str) -> None:
-    """Sets the encoder's size and its pictures: 256 patches at 128 × 128 pixels, 196 at 224 × 224 for B."""
+    """Sets the encoder's and the images' size: 256 patches at 128 × 128 pixels, for B 196 at 224 × 224."""
     large = name == "B"
     config.data.image_size = (224, 224) if large else (128, 128)
     config.model.update(vit(name, patch=16 if large else 8), auto=())
-    config.optim.lr = 1e-3 if large else 2e-3  # per 256 images: small encoders bear more
+    config.optim.lr = 1e-3 if large else 2e-3  # per 256 images; small encoders tolerate more
 
 
 def scratch(config: ConfigDict) -> None:
-    """From random weights: every layer learns at the full rate, for longer."""
+    """Trains from random weights: longer, with the full learning rate in every layer."""
     config.optim.layer_decay = 1.0
     config.train.duration = "300 epochs"
 
 
 def everything(config: ConfigDict) -> None:
-    """All of the training part is learned from; there is no validation."""
+    """Trains on the whole training part, without validation."""
     config.data.update(train_split="train", val_split="")
     config.checkpoint.best_metric = ""

@@ -1,4 +1,4 @@
-"""Mixture of cluster-conditional experts on ImageNet-1K (MoCE, arXiv 2402.05382), started from a MAE on the same data.
+r"""Mixture of cluster-conditional experts on ImageNet-1K (MoCE, arXiv 2402.05382), from an MAE of the same data.
 
   python -m mae_jax cluster --from=gs://BUCKET/vit_b_mae --clusters=256 --to=gs://BUCKET/clusters
   python -m mae_jax.main --config=configs/moce.py --workdir=gs://BUCKET/moce --config.init_from=gs://BUCKET/vit_b_mae \
@@ -11,16 +11,16 @@
       --config.method.clusters=runs/clusters
 
 Arguments, separated by commas: a size, `B` (the default), `L` or `H`; `quickstart` (the encoder and data of
-configs/quickstart.py, 4 experts, 400 steps: minutes on a laptop); `token` (a sparse mixture that chooses for each
-token, the article's contrast); `value` (the expert's output times its gate); `runlocal` (two small steps on a laptop).
+configs/quickstart.py, 4 experts, 400 steps: minutes on a laptop); `token` (a sparse mixture with a gate per token, the
+paper's baseline); `value` (multiplies the expert's output by its gate); `runlocal` (two small steps on a laptop).
 
-Remembered of the article and not checked: 256 clusters, 8 experts in the last two odd blocks, top-1, experts that start
-as copies of the MAE's perceptron, 300 more epochs. Known: the gate reads the centroid of the picture's cluster, and two
-regularisers keep the routing stable and confident; their form here is ours (squared coefficient of variation of the
-experts' importance, and entropy of the gates), and so are their weights, the noise and the temperature. The optimiser
-is MAE's.
+From memory of the paper, and not checked: 256 clusters, 8 experts in the last two odd blocks, top-1 routing, experts
+that are initialized with the MAE's MLP, 300 more epochs. Known from the paper: the input of the gate is the centroid of
+the image's cluster, and two regularizers keep the routing stable and confident. Our choice: the form of the
+regularizers (squared coefficient of variation of the experts' importance, and entropy of the gates), their weights, the
+noise and the temperature. The optimizer is MAE's.
 
-Expected, the article's figure and not ours: 2.45 points above MAE, on the mean of 11 data sets.
+Expected (the paper's figure, not reproduced here): 2.45 points above MAE on average over 11 data sets.
 """
 
 from functools import partial
@@ -43,12 +43,12 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def size(config: ConfigDict, name: str) -> None:
-    """Sets the encoder's size; it must be that of the MAE."""
+    """Sets the encoder's size, which must be that of the MAE."""
     config.model.update(vit(name, patch=PATCHES[name]))
 
 
 def quickstart(config: ConfigDict) -> None:
-    """Goes on from the quickstart."""
+    """Sets the encoder and the data of configs/quickstart.py."""
     config.batch_size = 64
     config.data.update(source="photo_crops", name="", eval_split="test", image_size=(40, 40), crop_scale=(0.4, 1.0))
     config.eval.update(crop_ratio=(1.0,), every="200 steps")
@@ -60,10 +60,10 @@ def quickstart(config: ConfigDict) -> None:
 
 
 def token(config: ConfigDict) -> None:
-    """Chooses an expert for each token by what it is."""
+    """Routes each token by a gate on the token itself."""
     config.method.gate = "token"
 
 
 def value(config: ConfigDict) -> None:
-    """Multiplies by the gate: the first step is then not that of the MAE."""
+    """Multiplies by the gate, so that the first step differs from the MAE's."""
     config.method.gate_weight = "value"

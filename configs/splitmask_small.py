@@ -1,4 +1,4 @@
-"""SplitMask on small target data alone: the protocol of arXiv 2112.10740.
+r"""SplitMask pre-training on small target data only, the protocol of arXiv 2112.10740.
 
   python -m mae_jax.main --config=configs/splitmask_small.py:cars --workdir=runs/cars \
       --config.data.path=/path/to/tensorflow_datasets
@@ -7,20 +7,19 @@
 
 Arguments, separated by commas: the data, a size, `runlocal` (two small steps on a laptop). Sizes: `B` (the default),
 `S`. Data: `cars`, `sketch`, `clipart`, `painting` (DomainNet, TFDS's cleaned one), `food101`, `coco`, `imagenet_1pct`,
-`imagenet_10pct` (TFDS's subsets), prepared with `tfds build`; `folder` (the default), your own pictures.
+`imagenet_10pct` (TFDS's subsets), prepared with `tfds build`; `folder` (the default), your own images.
 
 The number of iterations is the same for all data, that of 300 epochs of ImageNet: 3,000 epochs on 10 % of it, 30,000 on
-1 %. Target data sets stop at 5,000 epochs, since longer hurt on Cars. What the vocabulary is made of is the training
-data alone. A twentieth of them is held out; every twentieth of the run, k-NN on it decides which checkpoint is kept
-under best/ (where there are no labels, and for `folder`, the held-out loss; with class folders choose
---config.checkpoint.best_metric=knn/top1). The last and the best are reported on the evaluation split, which is read
-once.
+1 %. Target data sets stop at 5,000 epochs, since longer training hurt on Cars. The vocabulary is built from the
+training data only. A twentieth of them is held out. Every twentieth of the run, k-NN on this part selects the
+checkpoint to keep under best/ (the held-out loss for data without labels and for `folder`; with class folders set
+--config.checkpoint.best_metric=knn/top1). The last and the best checkpoint are evaluated once on the evaluation split.
 
-The article's optimiser is not known to us: it is BEiT's, as in configs/vit_b_splitmask.py. The part held out and the
-metric are our choice. Shorter: --config.train.duration='1e6 examples'.
+The paper's optimizer is not known to us; we use BEiT's, as in configs/vit_b_splitmask.py. The held-out part and the
+metric are our choice. For a shorter run: --config.train.duration='1e6 examples'.
 
-Expected, the article's figures and not ours: fine-tuned on iNaturalist-2019 after pre-training on 1 % and on 10 % of
-ImageNet 74.8 and 75.4 (on all of it 75.4), on COCO 76.3 (Table 1); COCO's own detection after pre-training on COCO
+Expected (the paper's figures, not reproduced here): fine-tuned on iNaturalist-2019 after pre-training on 1 % and on
+10 % of ImageNet 74.8 and 75.4 (on all of it 75.4), on COCO 76.3 (Table 1); detection on COCO after pre-training on COCO
 46.8 box AP (Table 4).
 """
 
@@ -30,8 +29,8 @@ from ml_collections import ConfigDict
 
 from mae_jax.config import default, resolve, vit
 
-ITERATED = 300 * 1_281_167  # examples that every run shows, whatever its data
-WARMED = 10 * 1_281_167
+ITERATED = 300 * 1_281_167  # examples of every run, for any data
+WARMED = 10 * 1_281_167  # examples of the warm-up
 NAMES = {  # argument → data set of TFDS, and its held-out split
     "cars": ("cars196:2.*.*", "test"),
     "sketch": ("domainnet/sketch:1.*.*", "test"),
@@ -61,7 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def size(config: ConfigDict, name: str) -> None:
-    """Sets the encoder's size, and the decoder's width to its own."""
+    """Sets the encoder's size, and the decoder's width and heads to the same."""
     config.model.update(vit(name, patch=16))
     config.method.update(decoder_width=config.model.width, decoder_heads=config.model.heads)
 
@@ -72,6 +71,6 @@ def prepared(config: ConfigDict, name: str) -> None:
     config.data.update(source="tfds", name=found, eval_split=held_out)
     if name not in UNLABELED:
         config.checkpoint.best_metric = "knn/top1"
-    if name.startswith("imagenet"):  # as long as the article's
+    if name.startswith("imagenet"):  # without the limit in epochs, as in the paper
         config.train.duration, config.optim.warmup = f"{ITERATED} examples", f"{WARMED} examples"
         config.eval.every = config.checkpoint.every = f"{ITERATED // 20} examples"

@@ -1,30 +1,31 @@
-"""Fine-tuning on the data sets of the transfer tables: one recipe for each, from any encoder of this library.
+"""Fine-tuning of any encoder on the data sets of the papers' transfer tables, one recipe per data set.
 
   python -m mae_jax.main --config=configs/transfer.py:dtd --workdir=runs/dtd --config.init_from=runs/pretrained
   python -m mae_jax transfer --config=configs/transfer.py --names=cifar10,dtd --from=runs/pretrained --to=runs/suite
 
-The second runs many and fits the recipe to the encoder's size. Arguments, joined by commas in any order:
+The second command runs many data sets and adapts the recipe to the encoder's size. Arguments, joined by commas in any
+order:
   the data set: a name in `DATA` below (default: cifar10);
   the size: B (the default), L, H, Ti or S, with its layer decay and stochastic depth;
   the protocol: `finetune` (the default), or `linear`: a frozen encoder, batch norm and one layer. k-NN and a linear
     probe on features that are computed once need no recipe: mae_jax transfer --protocols=quick;
-  `held`: trains on a part of the training data and reads the rest of it (data.val_split) in place of the test data,
-    to choose a learning rate or a length; `runlocal` (not for voc2007, which has no small stand-in).
+  `held`: trains on a part of the training data and evaluates on the rest of it (data.val_split) instead of the test
+    data, to select a learning rate or a length; `runlocal` (not for voc2007, which has no small replacement).
 
 The 11 data sets of MoCE and MixedAE (aircraft to voc2007) have the splits and metrics of Kornblith and Ericsson, which
-these papers are taken to follow; the 7 of SplitMask's Table 3, cars and food101 of these 11 among them, have top-1.
-DomainNet is TFDS's cleaned one, a little smaller than SplitMask's. Those of TFDS are prepared with `tfds build`; two
-are not in TFDS and are read from folders beside it, $TFDS_DATA_DIR (else ~/tensorflow_datasets) /aircraft and
-/inaturalist2019:
+we assume these papers follow. The 7 of SplitMask's Table 3, among them cars and food101 of the 11, have top-1.
+DomainNet is TFDS's cleaned version, a little smaller than SplitMask's. Data sets of TFDS are prepared with
+`tfds build`. Two are not in TFDS and are read from the folders aircraft and inaturalist2019 in $TFDS_DATA_DIR (or
+~/tensorflow_datasets):
   aircraft/train/<variant>/*.jpg: the 6,667 of images_variant_trainval.txt; aircraft/test/<variant>/*.jpg: 3,333;
   inaturalist2019/train/<category>/*.jpg and inaturalist2019/val/<category>/*.jpg.
 
 `finetune` is MAE's Table 9 with the published code's values for each size (FINETUNE.md); `linear` is Table 10 with the
-crop of the published code. No paper gives the length and batch for these data sets as far as we know: batch 256 and
-5,000 steps (20,000 where there are 50,000 pictures or more; iNaturalist: 100 epochs at batch 1024, Table 9) are our
-choice; so are the values of Ti and S, and labels that include VOC's difficult objects. iBOT's protocol is 1,000 epochs
+crop of the released code. As far as we know, no paper states the length and the batch size for these data sets. Our
+choice are batches of 256 and 5,000 steps (20,000 with 50,000 or more images; iNaturalist: 100 epochs with batches of
+1024, Table 9), the values of Ti and S, and labels that include VOC's difficult objects. iBOT's protocol is 1,000 epochs
 (360 on iNaturalist). The learning rate matters on small data sets: try several with --lrs of mae_jax transfer.
-Expected: not known; nobody has run these to their end here.
+Expected: unknown; none of these has been run to its end.
 """
 
 import os
@@ -37,14 +38,14 @@ from mae_jax.config import SHAPE, default, resolve, vit
 
 
 class DataSet(NamedTuple):
-    """Where a data set is, how it is divided, and what is measured on it."""
+    """A data set with its splits and metric."""
 
-    name: str  # of TFDS; without a version, of a folder beside it
+    name: str  # TFDS's name; without a version, a folder in TFDS's folder
     classes: int
     metric: str = "top1"  # top1, mean_per_class, or map (11-point mean average precision)
     train: str = "train"
     test: str = "test"
-    held: tuple[str, str] = ("train[:90%]", "train[90%:]")  # where nothing is given, a tenth chooses (our choice)
+    held: tuple[str, str] = ("train[:90%]", "train[90%:]")  # `held`'s splits; the default tenth is our choice
     duration: str = "5000 steps"
     label_key: str = "label"
 
@@ -82,46 +83,46 @@ def get_config(arg: str = "") -> ConfigDict:
     config = default("supervised")
     data(config, "cifar10")
     size(config, "B")
-    config.model.auto = SHAPE  # of init_from, unless a size is named
+    config.model.auto = SHAPE  # the shape of init_from's encoder, unless a size is given
     presets = {**{name: partial(data, name=name) for name in DATA},
                **{name: partial(size, name=name) for name in SIZES},
                "finetune": finetune, "linear": linear, "held": held}
-    order = {name: place for place, name in enumerate(presets)}  # what a size sets, a protocol may change
+    order = {name: place for place, name in enumerate(presets)}  # a protocol may override a size's fields
     names = [name for name in arg.split(",") if name]
     names += ["finetune"] * ("linear" not in names)
     return resolve(config, ",".join(sorted(names, key=lambda name: order.get(name, len(order)))), **presets)
 
 
 def metric(arg: str = "") -> str:
-    """Returns the name of what is reported on the data set that the argument names."""
+    """Returns the metric of the data set in the recipe's argument."""
     return next((DATA[name].metric for name in arg.split(",") if name in DATA), DATA["cifar10"].metric)
 
 
 def data(config: ConfigDict, name: str) -> None:
-    """Sets what is read, how long, and whether a picture has several labels."""
+    """Sets the data set, the length, and whether images have several labels."""
     row = DATA[name]
     beside = os.path.join(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"), name)
     folder = name in FOLDERS
     config.data.update(source="folder" if folder else "tfds", name=row.name, path=beside if folder else "",
                        train_split=row.train, eval_split=row.test, label_key=row.label_key)
     config.batch_size = 1024 if row.duration.endswith("epochs") else 256
-    config.train.duration, config.eval.every = row.duration, "1e9 steps"  # the test data are read at the end alone
+    config.train.duration, config.eval.every = row.duration, "1e9 steps"  # evaluates the test data only at the end
     config.checkpoint.every = "5 epochs" if row.duration.endswith("epochs") else "1000 steps"
-    several = row.metric == "map"  # labels of one picture
+    several = row.metric == "map"  # several labels per image
     config.method.update(multi_label=several, loss="bce" if several else "cross_entropy",
                          classes=row.classes if several else 0)
 
 
 def size(config: ConfigDict, name: str) -> None:
-    """Sets the shape of the encoder, and what fine-tuning changes with it."""
+    """Sets the encoder's shape, and the fields of fine-tuning that depend on it."""
     config.model.update(vit(name, patch=14 if name == "H" else 16), auto=())
     config.optim.lr, config.optim.layer_decay, config.model.drop_path = SIZES[name]
 
 
 def finetune(config: ConfigDict) -> None:
-    """MAE Table 9: features are the mean of the patches, and positions learn, as in the published code.
+    """Sets MAE's Table 9, with the mean of the patches as features and learned positions, as in the released code.
 
-    Without mixing and smoothing where labels are several.
+    With several labels per image, there is no mixup, cutmix or label smoothing.
     """
     one = not config.method.multi_label
     config.data.update(crop_scale=(0.08, 1.0), color="rand")
@@ -132,7 +133,8 @@ def finetune(config: ConfigDict) -> None:
 
 
 def linear(config: ConfigDict) -> None:
-    """MAE Table 10: the class token of a frozen encoder, batch norm, one layer; LARS; crops drawn once and clamped."""
+    """Sets MAE's Table 10: class token of a frozen encoder, batch norm, one layer, LARS; crops drawn once and clamped.
+    """
     config.data.update(augment="single", crop_scale=(0.08, 1.0), color="none")
     config.model.update(pool="cls", drop_path=0.0)
     config.method.update(head="probe", train_blocks=0, erase=0.0, smoothing=0.0, mixup=0.0, cutmix=0.0, head_std=0.01)
@@ -140,13 +142,13 @@ def linear(config: ConfigDict) -> None:
 
 
 def warmup(config: ConfigDict) -> str:
-    """Returns a twentieth of the length, as Table 9 has it for 100 epochs."""
+    """Returns a twentieth of the length, as in Table 9 (5 of 100 epochs)."""
     length, unit = config.train.duration.split()
     return f"{int(length) // 20} {unit}"
 
 
 def held(config: ConfigDict) -> None:
-    """Holds the part of the training data out that chooses, and leaves the test data alone."""
+    """Holds out a part of the training data for selection, and disables the evaluation on test data."""
     row = next(row for row in DATA.values() if (row.name, row.train) == (config.data.name, config.data.train_split))
     config.data.train_split, config.data.val_split = row.held
     config.eval.test = False

@@ -1,36 +1,37 @@
-r"""Semantic segmentation by UperNet on an encoder that is fine-tuned: what papers report of ADE20K.
+r"""Semantic segmentation by UperNet with fine-tuning of the encoder, in the protocols of papers' ADE20K results.
 
   python -m mae_jax.main --config=configs/upernet.py --workdir=runs/upernet --config.init_from=runs/mine \
       --config.data.path=ADEChallengeData2016/images --config.data.mask_key=ADEChallengeData2016/annotations
 
-Figures of different protocols are not comparable; name the protocol beside the number. All train 160,000 steps of 16
-images of 512 x 512, which is 127 epochs. The encoder has the shape of that of `init_from`; the values are those of
-ViT-B, whatever its size. eval/own_size/miou is what the papers report: at the annotations' own size. No published
-figure has been reproduced with these recipes.
+Figures of different protocols are not comparable; state the protocol with the figure. All protocols train 160,000 steps
+of 16 images of 512 x 512, which are 127 epochs. The encoder has the shape of that of `init_from`; the other values are
+those of ViT-B for any size. The papers report eval/own_size/miou, at the annotations' own size. No published figure has
+been reproduced with these recipes.
 
 The protocol, one of them:
-  mae        the default: MAE's, in its reproduction (implus/mae_segmentation). Relative position biases and a layer
-             scale of 1 are added to the encoder; windows of 512 every 341. ViT-B: mIoU 48.15 there, 48.1 in the paper
-             (1,600 epochs of pre-training)
-  beit       BEiT's after self-supervision (microsoft/unilm). Relative position biases, the encoder's own layer scale;
-             windows likewise. ViT-B: 47.1, by MAE's Table 5
-  ibot       iBOT's, which MixedAE and MoCE are taken to use. The encoder's norm on its four maps, windows likewise.
-             iBOT ViT-B: 50.0
-  xcit       XCiT's (facebookresearch/xcit), which DeiT III and SplitMask are taken to use. A narrower head, no layer
-             decay, whole images. DeiT III ViT-B: 50.2, SplitMask ViT-B: 45.7, both remembered and not checked
+  mae        the default: MAE's, as in its reproduction (implus/mae_segmentation). Adds relative position biases and a
+             LayerScale of 1 to the encoder; evaluation in windows of 512 with stride 341. ViT-B: mIoU 48.15 there, 48.1
+             in the paper (1,600 epochs of pre-training)
+  beit       BEiT's after self-supervision (microsoft/unilm). Relative position biases, the encoder's own LayerScale;
+             the same windows. ViT-B: 47.1, by MAE's Table 5
+  ibot       iBOT's, which we assume MixedAE and MoCE use. The encoder's norm on its four maps, the same windows. iBOT
+             ViT-B: 50.0
+  xcit       XCiT's (facebookresearch/xcit), which we assume DeiT III and SplitMask use. A narrower head, no layer
+             decay, evaluation on whole images. DeiT III ViT-B: 50.2, SplitMask ViT-B: 45.7, both from memory and not
+             checked
 
 The data, one of them:
   ade20k     the default: the 150 classes, the authors' ADEChallengeData2016.zip unpacked (docs/segmentation.md).
-             Folders of your own likewise, with --config.data.name= --config.method.classes=... and, where 0 is a class,
+             For your own folders, set --config.data.name= --config.method.classes=... and, if 0 is a class,
              --config.data.mask_offset=0
-  mosaic     parts of photographs that need no download, and a small encoder: that of configs/quickstart.py. Minutes on
-             a laptop; all values are our choice
-  held       trains on nine tenths of the training data and reads the rest of it in place of the test data
+  mosaic     parts of photographs that need no download, and the small encoder of configs/quickstart.py. Minutes on a
+             laptop; all values are our choice
+  held       trains on nine tenths of the training data and evaluates on the rest instead of the test data
   runlocal   two small steps of any of them, on mosaics
 
-Of each paper, values that it or its code states are theirs. Ours are: weight decay (all kernels, class token and tables
-of biases; BEiT's code leaves out what has one axis alone), batch norm over the global batch, and image resizing (PIL's
-antialiased bicubic filter). The loss is the mean over the pixels that have a class; mmsegmentation divides by all.
+Values that a paper or its code states are as stated. Our choice: weight decay (on kernels, class token and tables of
+biases; BEiT's code excludes parameters with one axis), batch norm over the global batch, and image resizing (Pillow's
+antialiased bicubic filter). The loss is the mean over the pixels with a class; mmsegmentation divides by all pixels.
 """
 
 from ml_collections import ConfigDict
@@ -38,7 +39,7 @@ from ml_collections import ConfigDict
 from mae_jax import presets
 from mae_jax.config import default, resolve, vit
 
-SHAPE = ("width", "depth", "heads", "patch", "mlp_ratio", "gelu")  # of init_from
+SHAPE = ("width", "depth", "heads", "patch", "mlp_ratio", "gelu")  # fields that init_from's encoder sets
 BATCH = 16
 
 
@@ -69,33 +70,33 @@ def located(config: ConfigDict, path: str) -> None:
 
 
 def peak(config: ConfigDict, lr: float) -> None:
-    """Sets the highest learning rate, of a batch of 16; the warm-up starts a millionth as high."""
+    """Sets the peak learning rate for a batch of 16; the warm-up starts at a millionth of it."""
     config.optim.update(lr=lr * 256 / BATCH, warmup_lr=lr * 1e-6)
 
 
 def mae(config: ConfigDict) -> None:
-    """Learned relative positions and scales that are added in fine-tuning alone."""
+    """Adds relative position biases and LayerScale for fine-tuning."""
     peak(config, 1e-4)
     config.method.relative_position_bias = True
     config.model.layer_scale = 1.0
 
 
 def beit(config: ConfigDict) -> None:
-    """The layer scale is that of the encoder."""
+    """Adds relative position biases, and keeps the encoder's LayerScale."""
     peak(config, 7e-4)
     config.method.relative_position_bias = True
     config.model.update(layer_scale=0.0, auto=(*SHAPE, "layer_scale"))
 
 
 def ibot(config: ConfigDict) -> None:
-    """Plain blocks, and the encoder's norm on each of the four maps."""
+    """Keeps the encoder's blocks unchanged, and applies the encoder's norm to each of the four maps."""
     peak(config, 8e-5)
     config.method.update(relative_position_bias=False, encoder_norm=True)
     config.model.update(layer_scale=0.0, auto=(*SHAPE, "layer_scale"))
 
 
 def xcit(config: ConfigDict) -> None:
-    """Plain blocks, one learning rate for all of them."""
+    """Keeps the encoder's blocks unchanged, with the same learning rate in all of them."""
     peak(config, 6e-5)
     config.optim.update(weight_decay=0.01, layer_decay=1.0)
     config.method.update(relative_position_bias=False, head_width=512, test="whole")
@@ -103,13 +104,13 @@ def xcit(config: ConfigDict) -> None:
 
 
 def ade20k(config: ConfigDict) -> None:
-    """Masks whose 0 is everything else, which is ignored; folders training/ and validation/."""
+    """Sets ADE20K, whose masks have 0 for other, ignored pixels, in the folders training/ and validation/."""
     config.data.update(source="folder", name="ade20k", eval_split="val", mask_offset=1)
     config.method.classes = 150
 
 
 def mosaic(config: ConfigDict) -> None:
-    """Photographs in three parts; no class is a background."""
+    """Sets mosaics of three photographs each, without a background class."""
     config.data.update(source="photo_mosaic", name="", eval_split="test", mask_offset=0, image_size=(40, 40),
                        scales=(1.0, 1.6))
     config.model.update(width=128, depth=6, heads=4, patch=(4, 4))
@@ -121,5 +122,5 @@ def mosaic(config: ConfigDict) -> None:
 
 
 def runlocal(config: ConfigDict) -> None:
-    """As for every recipe, but on images that have masks."""
+    """Shrinks the recipe as `presets.runlocal` does, with images that have masks."""
     presets.runlocal_with_masks(config, mosaic)

@@ -1,13 +1,13 @@
-"""ViT-B/16 MAE on ImageNet-1K, the paper's recipe (arXiv 2111.06377, Table 8).
+r"""ViT-B/16 MAE on ImageNet-1K, the paper's recipe (arXiv 2111.06377, Table 8).
 
   python -m mae_jax.main --config=configs/vit_b_mae.py --workdir=gs://BUCKET/vit_b_mae \
       --config.data.path=gs://BUCKET/tensorflow_datasets
 
-Arguments: `paper` (the default: plain pixels, 800 epochs), `repo` (the published checkpoints: normalised pixels, 1600
-epochs), `runlocal` (two small steps on a laptop). The overrides for the rows of Table 1 are in configs/vit_l_mae.py.
+Arguments: `paper` (the default: plain pixels, 800 epochs), `repo` (the released checkpoints: normalized pixels, 1600
+epochs), `runlocal` (two small steps on a laptop). configs/vit_l_mae.py has the overrides for the rows of Table 1.
 
-Expected, all the paper's figures and not ours (ImageNet-1K top-1, fine-tuned): 83.3 with plain and 83.6 with normalised
-pixels (Tables 3 and 7); linear probe 68.0 (Table 12), both after 1600 epochs.
+Expected (the paper's figures, not reproduced here; ImageNet-1K top-1): fine-tuned 83.3 with plain and 83.6 with
+normalized pixels (Tables 3 and 7); linear probe 68.0 (Table 12), both after 1600 epochs.
 """
 
 from ml_collections import ConfigDict
@@ -25,10 +25,11 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def paper(config: ConfigDict) -> None:
-    """Table 8 with the defaults of Table 1: the recipe as it stands above, by name."""
+    """Keeps the recipe above: Table 8 with the defaults of Table 1."""
 
 
 def repo(config: ConfigDict) -> None:
-    """The published checkpoints (facebookresearch/mae, PRETRAIN.md): normalised pixels, 1600 epochs."""
+    """Sets the recipe of the released checkpoints (facebookresearch/mae, PRETRAIN.md): normalized pixels, 1600 epochs.
+    """
     config.method.target = "norm_pix"
     config.train.duration = "1600 epochs"

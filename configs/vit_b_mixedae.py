@@ -1,4 +1,4 @@
-"""ViT-B/16 MixedAE on ImageNet-1K (arXiv 2303.17152): pictures mixed in fours, and every patch finds its own kind.
+r"""ViT-B/16 MixedAE on ImageNet-1K (arXiv 2303.17152): reconstruction of mixed images with homologous recognition.
 
   python -m mae_jax.main --config=configs/vit_b_mixedae.py --workdir=gs://BUCKET/vit_b_mixedae \
       --config.data.path=gs://BUCKET/tensorflow_datasets
@@ -7,21 +7,22 @@
 Arguments, separated by commas: a length, `300`, `800` or `1600` epochs (the default); the ablations below; `runlocal`
 (two small steps on a laptop).
 
-  naive        mixing alone: global attention, no contrast, no segment embedding
-  oracle       attention inside the true sources, which only the mixing knows
-  no_segments  homologous attention and contrast without the segment embedding
-  half         two pictures to a mix (r = 0.5); the default is four (r = 0.25)
-  full         every picture in each of its group's mixes, for four times the work
-  first_half, last_half  homologous attention in those blocks alone
+  naive        mixing only: global attention, no contrastive loss, no segment embedding
+  oracle       attention within the true source images, known from the mixing
+  no_segments  homologous attention and contrastive loss without the segment embedding
+  half         two images per mix (r = 0.5); the default is four (r = 0.25)
+  full         every image in each of its group's mixes, at four times the cost
+  first_half, last_half  homologous attention in those blocks only
 
-The optimiser is MAE's (Table 8 of arXiv 2111.06377) with normalised pixels. The article's: mixing, homologous
-attention, contrast and segment embedding, r = 0.25. Remembered of it and not checked: r · N keys, in all blocks, the
-contrast on the encoder's output with a temperature of 0.25 and a weight of 0.1, and what `full` means. Ours: two layers
-and a width of 256 behind the contrast, segments of deviation 0.02 and without weight decay, one class token to a mix
-and none in the decoder, features pooled as the mean and attention drawn of it, since little trains that token.
+The optimizer is MAE's (Table 8 of arXiv 2111.06377), the target normalized pixels. From the paper: mixing, homologous
+attention, contrastive loss and segment embedding, r = 0.25. From memory of the paper, and not checked: r · N keys, in
+all blocks; the contrastive loss on the encoder's output with temperature 0.25 and weight 0.1; the meaning of `full`.
+Our choice: a projection of two layers with width 256 for the contrastive loss; segment embeddings with a standard
+deviation of 0.02 and no weight decay; one class token per mix and none in the decoder; features and attention figures
+from the mean of the patches, since the class token gets little training.
 
-Expected, the article's figures and not ours: fine-tuned on ImageNet-1K 0.3 points above MAE (83.6 after 1600 epochs),
-1.7 mIoU above it on ADE20K, 0.9 box AP above it on COCO, for 3 % more FLOPs.
+Expected (the paper's figures, not reproduced here): fine-tuned on ImageNet-1K 0.3 points above MAE (83.6 after 1600
+epochs), 1.7 mIoU above it on ADE20K, 0.9 box AP above it on COCO, for 3 % more FLOPs.
 """
 
 from ml_collections import ConfigDict
@@ -47,35 +48,35 @@ def lasting(config: ConfigDict, epochs: str) -> None:
 
 
 def naive(config: ConfigDict) -> None:
-    """Mixes as image augmentation does, with nothing that tells pictures apart."""
+    """Mixes images without homologous attention, contrastive loss and segment embedding."""
     config.method.update(attention="all", contrast_weight=0.0, segments=False)
 
 
 def oracle(config: ConfigDict) -> None:
-    """Lets a patch look at its own picture alone; the contrast stays."""
+    """Restricts the attention of a patch to its own image, with the contrastive loss."""
     config.method.attention = "oracle"
 
 
 def no_segments(config: ConfigDict) -> None:
-    """Leaves the tokens' appearance as the only trace of where they come from."""
+    """Removes the segment embedding."""
     config.method.segments = False
 
 
 def half(config: ConfigDict) -> None:
-    """Mixes two pictures, of which the encoder sees half each."""
+    """Mixes two images, with half of the patches of each."""
     config.method.ratio = 0.5
 
 
 def full(config: ConfigDict) -> None:
-    """Mixes the group as often as it has pictures."""
+    """Makes as many mixes of a group as it has images."""
     config.method.mixing = "full"
 
 
 def first_half(config: ConfigDict) -> None:
-    """Finds homologous keys in the first half of the blocks."""
+    """Uses homologous attention in the first half of the blocks."""
     config.method.blocks = "first_half"
 
 
 def last_half(config: ConfigDict) -> None:
-    """Finds homologous keys in the last half of the blocks."""
+    """Uses homologous attention in the last half of the blocks."""
     config.method.blocks = "last_half"

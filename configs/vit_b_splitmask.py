@@ -1,19 +1,19 @@
-"""ViT-B/16 SplitMask on ImageNet-1K, 300 epochs (arXiv 2112.10740).
+r"""ViT-B/16 SplitMask on ImageNet-1K, 300 epochs (arXiv 2112.10740).
 
   python -m mae_jax.main --config=configs/vit_b_splitmask.py --workdir=gs://BUCKET/vit_b_splitmask \
       --config.data.path=gs://BUCKET/tensorflow_datasets
 
-Arguments: `runlocal` (two small steps on a laptop). ViT-S is configs/vit_s_splitmask.py, small data
-configs/splitmask_small.py.
+Arguments: `runlocal` (two small steps on a laptop). configs/vit_s_splitmask.py is for ViT-S, configs/splitmask_small.py
+for small data.
 
-From the article: the halves, the decoder of 2 blocks, the discrete targets of a vocabulary of the training pictures,
-the contrast of the pooled outputs of the decoder, 300 epochs. Its optimiser is not known to us; BEiT's, the natural
-reading, is here (batch 2048, 1.5e-3, weight decay 0.05, clipping at 3, LayerScale 0.1, stochastic depth 0.1, 10 epochs
-of warm-up). Ours: k-means as the vocabulary's kind, the decoder's width, the temperature 0.1 and the weight 1 of the
-contrast, the lower bound 0.2 of the crops, the start of the weights (xavier, as MAE's, not BEiT's) and that the class
-token decays.
+From the paper: the two halves, the decoder of 2 blocks, the discrete targets of a vocabulary of the training images,
+the contrastive loss on the pooled outputs of the decoder, 300 epochs. The paper's optimizer is not known to us; we use
+BEiT's (batch 2048, learning rate 1.5e-3, weight decay 0.05, clipping at 3, LayerScale 0.1, stochastic depth 0.1, 10
+epochs of warm-up). Our choice: a k-means vocabulary, the decoder's width, the temperature 0.1 and the weight 1 of the
+contrastive loss, crops of at least 0.2 of the area, MAE's xavier initialization instead of BEiT's, and weight decay of
+the class token.
 
-Expected, of the article and not ours (ImageNet-1K top-1, fine-tuned): 83.6, with ViT-S 81.5.
+Expected (the paper's figures, not reproduced here; ImageNet-1K top-1, fine-tuned): 83.6, with ViT-S 81.5.
 """
 
 from ml_collections import ConfigDict

@@ -1,13 +1,13 @@
-"""ViT-H/14 MAE on ImageNet-1K, the paper's recipe (arXiv 2111.06377, Table 8).
+r"""ViT-H/14 MAE on ImageNet-1K, the paper's recipe (arXiv 2111.06377, Table 8).
 
   python -m mae_jax.main --config=configs/vit_h_mae.py --workdir=gs://BUCKET/vit_h_mae \
       --config.data.path=gs://BUCKET/tensorflow_datasets
 
-Arguments: `paper` (the default: plain pixels, 800 epochs), `repo` (the published checkpoints: normalised pixels, 1600
-epochs), `runlocal` (two small steps on a laptop). The overrides for the rows of Table 1 are in configs/vit_l_mae.py.
+Arguments: `paper` (the default: plain pixels, 800 epochs), `repo` (the released checkpoints: normalized pixels, 1600
+epochs), `runlocal` (two small steps on a laptop). configs/vit_l_mae.py has the overrides for the rows of Table 1.
 
-Expected, all the paper's figures and not ours (ImageNet-1K top-1, fine-tuned): 85.8 with `paper` and 34.5 hours on 128
-TPU-v3 cores (Table 2); with normalised pixels and 1600 epochs 86.9 (Table 3); linear probe 76.6 (Table 12).
+Expected (the paper's figures, not reproduced here; ImageNet-1K top-1): fine-tuned 85.8 with `paper` after 34.5 hours on
+128 TPU-v3 cores (Table 2), 86.9 with normalized pixels and 1600 epochs (Table 3); linear probe 76.6 (Table 12).
 """
 
 from ml_collections import ConfigDict
@@ -25,10 +25,11 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def paper(config: ConfigDict) -> None:
-    """Table 8 with the defaults of Table 1: the recipe as it stands above, by name."""
+    """Keeps the recipe above: Table 8 with the defaults of Table 1."""
 
 
 def repo(config: ConfigDict) -> None:
-    """The published checkpoints (facebookresearch/mae, PRETRAIN.md): normalised pixels, 1600 epochs."""
+    """Sets the recipe of the released checkpoints (facebookresearch/mae, PRETRAIN.md): normalized pixels, 1600 epochs.
+    """
     config.method.target = "norm_pix"
     config.train.duration = "1600 epochs"

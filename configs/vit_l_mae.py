@@ -1,13 +1,13 @@
-"""ViT-L/16 MAE on ImageNet-1K, the paper's recipe (arXiv 2111.06377, Table 8).
+r"""ViT-L/16 MAE on ImageNet-1K, the paper's recipe (arXiv 2111.06377, Table 8).
 
   python -m mae_jax.main --config=configs/vit_l_mae.py --workdir=gs://BUCKET/vit_l_mae \
       --config.data.path=gs://BUCKET/tensorflow_datasets
 
 Arguments: `paper` (the default: plain pixels, the ablations' base learning rate 1.5e-4, 800 epochs), `repo` (the
-published checkpoints: normalised pixels, 1600 epochs), `runlocal` (two small steps on a laptop).
+released checkpoints: normalized pixels, 1600 epochs), `runlocal` (two small steps on a laptop).
 
-Expected, all the paper's figures and not ours (ViT-L/16, ImageNet-1K top-1: fine-tuned / linear probe): 84.9 / 73.5
-with `paper`; 85.9 fine-tuned with `repo` (Table 3). One row of Table 1 is one override on top of `paper`:
+Expected (the paper's figures, not reproduced here; ViT-L/16, ImageNet-1K top-1, fine-tuned / linear probe): 84.9 / 73.5
+with `paper`; 85.9 fine-tuned with `repo` (Table 3). Each row of Table 1 is one override on top of `paper`:
 
   decoder depth   --config.method.decoder_depth=1      84.8 / 65.5     (2: 84.9 / 70.0, 4: 84.9 / 71.9, 12: 84.4 / 73.3)
   decoder width   --config.method.decoder_width=256    84.8 / 71.3     (128: 84.9 / 69.1, 768: 84.4 / 73.1,
@@ -22,7 +22,7 @@ with `paper`; 85.9 fine-tuned with `repo` (Table 3). One row of Table 1 is one o
   epochs          --config.train.duration='1600 epochs'  85.1 / 75.1   (Figure 7; 100: 82.3 / 57.3, 200: 83.3 / 64.4,
                                                                         400: 84.3 / 69.7)
 
-The paper trains 800 epochs in 15.4 hours on 128 TPU-v3 cores (Table 2). Its dVAE-token target is not here.
+The paper trains 800 epochs in 15.4 hours on 128 TPU-v3 cores (Table 2). Its dVAE-token target is not implemented.
 """
 
 from ml_collections import ConfigDict
@@ -40,10 +40,11 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def paper(config: ConfigDict) -> None:
-    """Table 8 with the defaults of Table 1: the recipe as it stands above, by name."""
+    """Keeps the recipe above: Table 8 with the defaults of Table 1."""
 
 
 def repo(config: ConfigDict) -> None:
-    """The published checkpoints (facebookresearch/mae, PRETRAIN.md): normalised pixels, 1600 epochs."""
+    """Sets the recipe of the released checkpoints (facebookresearch/mae, PRETRAIN.md): normalized pixels, 1600 epochs.
+    """
     config.method.target = "norm_pix"
     config.train.duration = "1600 epochs"

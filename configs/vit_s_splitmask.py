@@ -1,11 +1,11 @@
-"""ViT-S/16 SplitMask on ImageNet-1K, 300 epochs (arXiv 2112.10740).
+r"""ViT-S/16 SplitMask on ImageNet-1K, 300 epochs (arXiv 2112.10740).
 
   python -m mae_jax.main --config=configs/vit_s_splitmask.py --workdir=gs://BUCKET/vit_s_splitmask \
       --config.data.path=gs://BUCKET/tensorflow_datasets
 
-Arguments: `runlocal` (two small steps on a laptop). What is the article's and what is ours: configs/vit_b_splitmask.py.
+Arguments: `runlocal` (two small steps on a laptop). configs/vit_b_splitmask.py lists which values are the paper's.
 
-Expected, of the article and not ours (ImageNet-1K top-1, fine-tuned): 81.5.
+Expected (the paper's figure, not reproduced here; ImageNet-1K top-1, fine-tuned): 81.5.
 """
 
 from ml_collections import ConfigDict
