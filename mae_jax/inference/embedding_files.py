@@ -60,7 +60,7 @@ def about_of(path: epath.Path) -> dict[str, Any]:
                 text = (pq.read_schema(file).metadata or {}).get(KEY, b"").decode()
         return bounded_json.parse_object(text)
     except (pa.ArrowInvalid, ValueError, OSError, KeyError) as error:
-        raise UserError(f"{path} is no file of features, or damaged: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path} is not a file of features, or damaged: {' '.join(str(error).split())[:200]}") from None
 
 
 def chosen(path: epath.Path, most: int) -> tuple[dict[str, Any], int, Record]:
@@ -90,7 +90,7 @@ def chosen(path: epath.Path, most: int) -> tuple[dict[str, Any], int, Record]:
                 count = file.metadata.num_rows
                 records = list(_groups(file, spread(count, most), shape))
     except (pa.ArrowInvalid, ValueError, OSError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no file of features, or damaged: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path} is not a file of features, or damaged: {' '.join(str(error).split())[:200]}") from None
     if not records:
         raise UserError(f"{path} has no images")
     columns: list[Any] = [np.concatenate(parts) for parts in zip(*records, strict=True)]

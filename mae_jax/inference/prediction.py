@@ -29,7 +29,7 @@ class Prediction(NamedTuple):
     Attributes:
       name: of the image; '' if it has none.
       classes: names of the most likely classes, in descending order; () for segmentation and detection.
-      probabilities: of these classes; they sum to at most 1, or are independent for several labels per image.
+      probabilities: of these classes; a softmax, or sigmoids for models trained with binary cross-entropy.
       mask: for segmentation, the class of each pixel, uint8 [height, width]; in the image's own size if the run is
         evaluated so (method.test), else in the model's image size.
       objects: for detection, the detected objects, in pixels of the original image.

@@ -1,1 +1,1 @@
-"""Pure JAX functions that any method may use."""
+"""Pure functions of arrays, shared by all methods."""

@@ -31,7 +31,7 @@ class Way(NamedTuple):
     inner_by_product: bool = False
 
     def together(self, heads: int, depth: int) -> int:
-        """Returns S, the number of heads per group: 1 if the number of heads is no multiple of it."""
+        """Returns S, the number of heads per group; 1 if the number of heads is not a multiple of S."""
         count = self.side_by_side.get(depth, 1)
         return count if heads % count == 0 else 1
 

@@ -76,7 +76,7 @@ def _whole(x: jax.Array) -> bool:
 
 def _times(x: jax.Array, kernel: jax.Array, expert: jax.Array, transposed: bool = False) -> jax.Array:
     """Returns x [B, T, K] times each image's kernel, [B, T, F]; `transposed`: x [B, T, F] times its transpose."""
-    alone = x.shape[1] == 1  # every token has an expert of its own: a loop over them would be long
+    alone = x.shape[1] == 1  # tokens are routed one by one: a loop over them would be long
     tiled, grouped, one_by_one = (partial(way, transposed=transposed)
                                   for way in (_tiled, _grouped, _one_by_one))
     return jax.lax.platform_dependent(x, kernel, expert, cpu=tiled if alone else one_by_one, tpu=grouped,

@@ -163,7 +163,7 @@ class FileLock(Lease):
             return False
 
     def why_unwritable(self) -> str:
-        """Returns why this run may not have the lock; '' if it has. Locks the file anew if it was removed.
+        """Returns why this run may not have the lock; '' if it has. Creates and locks the file again if it was removed.
 
         Ends the process if the folder is on another disk than at the start: its disk was unmounted, and files written
         to the mount point now would be hidden by the next mount.
