@@ -79,7 +79,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def metric(arg: str = "") -> tuple[str, ...]:
-    """Returns the names of what is reported."""
+    """Returns the metrics to report."""
     return "box_ap", "mask_ap"
 
 

@@ -48,7 +48,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def metric(arg: str = "") -> str:
-    """Returns the name of what is reported."""
+    """Returns the metric to report."""
     return "miou"
 
 

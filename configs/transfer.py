@@ -22,9 +22,9 @@ DomainNet is TFDS's cleaned version, a little smaller than SplitMask's. Data set
 
 `finetune` is MAE's Table 9 with the published code's values for each size (FINETUNE.md); `linear` is Table 10 with the
 crop of the released code. As far as we know, no paper states the length and the batch size for these data sets. Our
-choice are batches of 256 and 5,000 steps (20,000 with 50,000 or more images; iNaturalist: 100 epochs with batches of
-1024, Table 9), the values of Ti and S, and labels that include VOC's difficult objects. iBOT's protocol is 1,000 epochs
-(360 on iNaturalist). The learning rate matters on small data sets: try several with --lrs of mae_jax transfer.
+choice: batches of 256 and 5,000 steps (20,000 with 50,000 or more images; iNaturalist: 100 epochs with batches of 1024,
+Table 9), the values of Ti and S, and labels that include VOC's difficult objects. iBOT's protocol is 1,000 epochs (360
+on iNaturalist). The learning rate matters on small data sets: try several with --lrs of mae_jax transfer.
 Expected: unknown; none of these has been run to its end.
 """
 

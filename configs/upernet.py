@@ -60,12 +60,12 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def metric(arg: str = "") -> str:
-    """Returns the name of what is reported."""
+    """Returns the metric to report."""
     return "own_size/miou"
 
 
 def located(config: ConfigDict, path: str) -> None:
-    """Sets a folder that holds `images` and `annotations`, as ADE20K is unpacked."""
+    """Sets a folder with `images` and `annotations`, such as that of ADE20K."""
     config.data.update(path=f"{path}/images", mask_key=f"{path}/annotations")
 
 

@@ -17,7 +17,7 @@ _given: set[str] = set()  # dotted names of the fields that the command line ove
 
 
 class UnknownArgument(UserError):
-    """A recipe has no such argument."""
+    """A recipe does not have a given argument."""
 
 
 @contextlib.contextmanager
@@ -65,7 +65,7 @@ def runlocal(config: ConfigDict) -> None:
 
 
 def held(config: ConfigDict) -> None:
-    """Holds a tenth of the training data out that chooses, and leaves the test data alone."""
+    """Holds out a tenth of the training data for selection, and disables the evaluation on test data."""
     config.data.update(train_split="train[:90%]", val_split="train[90%:]")
     config.eval.test = False
 

@@ -68,10 +68,11 @@ BEHAVIORS: dict[str, Behavior] = {
         "the example at each position of the order is computed, for a data set of any size (`mae_jax/rng.py`)"),
     "beit_start_and_decay": Behavior(
         6,
-        "BEiT's kernels with `model.init=normal`, its tokens and its head started from a normal of deviation 0.02, and "
-        "its class token decayed",
-        "as BEiT's released code: with `model.init=normal` the normal is cut at one deviation (which leaves 0.0108), "
-        "the last kernels of the k-th block's branches are divided by the root of 2 k; the class token does not decay"),
+        "BEiT's kernels with `model.init=normal`, its tokens and its head were initialized from a normal distribution "
+        "with standard deviation 0.02, and its class token had weight decay",
+        "as in BEiT's released code: with `model.init=normal`, the normal distribution is truncated at one standard "
+        "deviation (which leaves 0.0108), the last kernels of the k-th block's branches are divided by √(2 k), and the "
+        "class token has no weight decay"),
 }
 
 

@@ -6,8 +6,9 @@ import numpy as np
 
 
 def linear_weights(places: np.ndarray | jax.Array, cells: int) -> np.ndarray | jax.Array:
-    """Returns by what a linear interpolation multiplies a side of `cells`, [..., cells], for places of it [...]: 0 is
-    the centre of the first cell. Of what is past the outermost ones, by a cell or more, all are 0.
+    """Returns the weights [..., cells] of a linear interpolation between `cells` cells at places [...].
+
+    The center of the first cell is at 0. All weights are 0 for places one cell or more beyond the outermost centers.
     """
     module = jnp if isinstance(places, jax.Array) else np
     return module.maximum(0, 1 - abs(places[..., None] - np.arange(cells)))

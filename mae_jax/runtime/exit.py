@@ -9,14 +9,14 @@ from typing import NoReturn
 
 try:
     _STDERR = os.dup(2)  # a copy: data/tensorflow_cpu.py redirects descriptor 2 for a while
-except OSError:  # it was closed before Python began
+except OSError:  # descriptor 2 was closed before Python started
     _STDERR = os.open(os.devnull, os.O_WRONLY)
 
 
 def write_stderr(line: str) -> None:
     """Writes a line to standard error without Python's locks, which the main thread may hold; for any thread.
 
-    On a terminal it takes the place of a progress line (progress.py), and of the "^C" behind it.
+    On a terminal, the line overwrites a progress line (progress.py) and the "^C" after it.
     """
     with contextlib.suppress(OSError):
         start = "\r\x1b[K" if os.isatty(_STDERR) and os.environ.get("TERM") != "dumb" else "\n"

@@ -63,8 +63,8 @@ def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Me
                         "use model.dtype=bfloat16 or mesh.reduce=float32")
     slices = _slices(config, devices)
     if data % len(slices):
-        raise UserError(f"mesh.data={data} does not divide over {len(slices)} slices, over which only rows are sharded; "
-                        "lower mesh.fsdp or mesh.tensor, which lie inside a slice")
+        raise UserError(f"mesh.data={data} does not divide over {len(slices)} slices, which only shard rows; lower "
+                        "mesh.fsdp or mesh.tensor, which lie inside a slice")
     data //= len(slices)
     data, zero = (1, data) if config.mesh.zero == "on" else (data, 1)
     grids = [_slice_mesh((data, zero, fsdp, tensor), part) for part in slices]

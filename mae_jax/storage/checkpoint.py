@@ -379,10 +379,8 @@ def _read_arrays(reader: ocp.Checkpointer, folder: epath.Path, how: Mapping[str,
 
 
 def _open_all(folder: epath.Path) -> None:
-    """Reads the manifest, the checksums and the metadata of the arrays, but no array; raises Damaged.
-
-    It uses orbax's handlers without a Checkpointer, which would wait for all processes.
-    """
+    """Reads the manifest, the checksums and the metadata of the arrays, but no array; raises Damaged."""
+    # Orbax's handlers without a Checkpointer, which would wait for all processes.
     try:
         record = unseal(ocp.JsonCheckpointHandler().restore(folder / "checksums"))
         found = flatten(ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree)

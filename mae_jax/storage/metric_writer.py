@@ -168,9 +168,11 @@ def values_of(line: str) -> dict[str, Any]:
 
 
 def series_of(content: bytes) -> tuple[dict[str, list[tuple[int, float]]], dict[int, float]]:
-    """Returns metric → (step, value), ascending, and step → seconds since 1970, of what metrics.jsonl holds.
+    """Parses the content of metrics.jsonl.
 
-    A value that was not finite is NaN; lines that are none are left out.
+    Returns:
+      Metric → (step, value), with ascending steps and NaN for values that were not finite; and step → time in seconds
+      since 1970. Invalid lines are skipped.
     """
     found: dict[str, dict[int, float]] = {}
     times: dict[int, float] = {}

@@ -133,7 +133,7 @@ def test_a_file_that_is_there_is_kept_and_another_one_refused(made, encoder, tmp
     with pytest.raises(UserError, match=r"their (splits|examples|source)"):
         embed(encoder, tmp_path / "a.npz", split="train")
     (tmp_path / "b.parquet").write_bytes(b"mine")
-    with pytest.raises(UserError, match="no file of features"):
+    with pytest.raises(UserError, match="not a file of features"):
         embed(encoder, tmp_path / "b.parquet")
     assert (tmp_path / "b.parquet").read_bytes() == b"mine"
     for name, line in (("c.csv", "end in .parquet or .npz"), ("", "end in .parquet")):
