@@ -6,7 +6,7 @@ from pathlib import Path
 PAGE = Path("docs/our_choices.md")
 SAID = re.compile(r"\bour choices?\b|the choices are ours|Ours(?: are)?:|(?:BEiT|these), ours\b|What is ours|"
                   r"article's [\w ]+ is not known|which is ours|rule is ours|form here is ours|8 is ours|"
-                  r"those are is not known|remembered of the")
+                  r"those are is not known|remembered of the|our reading|[Ff]rom memory\b|not known to us")
 
 
 def spoken(path: Path) -> str:
