@@ -150,7 +150,7 @@ def test_kill_9_in_the_middle_of_an_upload_goes_on_from_the_step_before(place, g
     assert committed(gcs, "killed") == [4]
     gcs.clear()
     text = finish(place, "killed")
-    assert "waiting to see whether that run lives: up to 3 s for a sign" in text
+    assert "waiting up to 3 s to see whether that run is alive" in text
     assert "resumed at step 4" in text
     assert is_like(golden, "killed")
 

@@ -83,7 +83,7 @@ def test_weights_of_others_say_their_shape(run, encoder, tmp_path, caplog, capsy
     file = tmp_path / "theirs.safetensors"
     export(str(run), str(file), "mae")
     save_file(dict(flatten(safetensors_file.load(epath.Path(file)))), file)
-    with pytest.raises(UserError, match="how many heads"):
+    with pytest.raises(UserError, match="number of attention heads"):
         open_encoder(str(file))
     found = open_encoder(str(file), batch_size=4, image_size=(16, 16), heads=2)
     np.testing.assert_allclose(found(IMAGES[:4], "cls"), encoder(IMAGES[:4], "cls"), atol=2e-2)  # another crop

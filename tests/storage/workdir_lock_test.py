@@ -100,7 +100,7 @@ def test_kill_9_frees_a_disk_at_once_and_a_bucket_after_its_time(holder, workdir
     if workdir.startswith("gs://"):
         assert leases.DEAD < seconds < leases.DEAD + 2
         assert f"was left by process {process.pid} on" in caplog.text
-        assert "up to 1.5 s for a sign" in caplog.text
+        assert "waiting up to 1.5 s to see" in caplog.text
         assert "took over" in caplog.text
     else:
         assert seconds < 0.5

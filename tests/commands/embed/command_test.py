@@ -49,7 +49,7 @@ def test_it_embeds_the_runs_own_images_and_those_of_another_config(made, tmp_pat
     (["--to=a.txt"], 2, "the file's name must end in .parquet or .npz"),
     (["--features=mena", "--to=a.npz"], 2, "did you mean 'mean'?"),
     (["--block=7", "--to=a.npz"], 2, "the encoder has the blocks 0 to 1"),
-    (["--images=nowhere", "--to=a.npz"], 2, "no image fits images='nowhere'"),
+    (["--images=nowhere", "--to=a.npz"], 2, "no image matches images='nowhere'"),
     (["--images={made}/data/c/b*", "--to=a.npz"], 3, "1 of 1 images could not be read")])
 def test_a_mistake_is_one_line(made, tmp_path, flags, code, line):
     given = [flag.format(made=made).replace("--to=", f"--to={tmp_path}/") for flag in flags]

@@ -83,7 +83,7 @@ def test_where_all_images_are_gone_the_map_says_so(made):
     shutil.rmtree(folder / "images")
     drawn = map_data.made(epath.Path(features), 100, 0)
     assert (tiles(drawn.data) == tiles(drawn.data)[0, 0, 0, 0]).all()
-    assert any("The images are not here: no image fits" in note for note in drawn.notes)
+    assert any("The images are not here: no image matches" in note for note in drawn.notes)
 
 
 @pytest.mark.parametrize("count", [2, 5, 700])
