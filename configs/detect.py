@@ -33,8 +33,9 @@ compare.
   xcit_3x          SplitMask B, mask AP 42.1, remembered and not checked
 
 What is ours, besides `digits` as a whole. Batches are the global one's: where others divide by a GPU's share of masks,
-this divides by all. Synchronized batch norm, which benchmarking and ibot have in pyramid and heads, is layer norm here,
-and group norm where maps are enlarged. benchmarking has decomposed positions of each block where it has two shared
+this divides by all; so do batch norms, of images in pyramids and of regions in heads: benchmarking has them in both, as
+published, and group norm where maps are enlarged; ibot has one in the heads of boxes (that its pyramid and masks have
+none is remembered of MMDetection). benchmarking has decomposed positions of each block where it has two shared
 tables, windows of 16 as its public reimplementation, and for L the rates that are known of B. ibot and xcit keep the
 class token, which is not in their maps; their images lie on a canvas of 1,344 x 1,344; each stage of ibot's cascade
 trains on all regions of the one before and not on a new sample, with gradients to the maps shared among the stages;
@@ -130,7 +131,7 @@ def benchmarking(config: ConfigDict, size: str) -> None:
     coco(config, size, 1024, "lsj")
     config.batch_size = 64
     config.model.update(drop_path=0.1, positions="fixed")
-    config.method.update(window=16, global_blocks=GLOBAL[size], map_blocks=GLOBAL[size], pyramid="blocks")
+    config.method.update(window=16, global_blocks=GLOBAL[size], map_blocks=GLOBAL[size], pyramid="blocks", norm="batch")
     config.optim.update(lr=8e-5 * 256 / 64, warmup="0.25 epochs", weight_decay=0.1, clip=0.0)
     epochs(config, 100)
 
@@ -144,7 +145,7 @@ def ibot_cascade(config: ConfigDict) -> None:
     mmdetection(config, "B", epochs=12, milestones=(8 / 12, 11 / 12))
     config.model.drop_path = 0.2
     config.method.update(stage_overlaps=(0.5, 0.6, 0.7), stage_weights=(1.0, 0.5, 0.25), beta=1 / 9,
-                         proposals=(2000, 1000), box_loss="giou", box_weight=10.0)
+                         proposals=(2000, 1000), box_loss="giou", box_weight=10.0, norm="none", box_norm="batch")
     config.optim.layer_decay = 0.75
 
 

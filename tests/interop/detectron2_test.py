@@ -92,7 +92,7 @@ def test_arrays_of_other_things_than_numbers_are_refused(tmp_path, array):
 
 def test_unknown_names_are_refused_with_the_nearest(params):
     state = to_detectron2(params) | {"roi_heads.box_head.fc1.wait": np.zeros(1, np.float32)}
-    with pytest.raises(UserError, match=r"fc1\.wait is no parameter .* expected is roi_heads\.box_head\.fc1"):
+    with pytest.raises(UserError, match=r"fc1\.wait is not a parameter .* expected is roi_heads\.box_head\.fc1"):
         from_detectron2(state)
 
 
