@@ -146,7 +146,9 @@ def _refuses(config: ConfigDict) -> str:
     m = config.method
     if m.name != "detection":
         return "is not a detector, as Detectron2's layout requires; export it with --layout=timm"
-    if m.pyramid != "simple" or m.norm != "layer" or m.class_token or tuple(m.scales) != (4.0, 2.0, 1.0, 0.5):
+    norms = {m.norm, m.box_norm or m.norm}
+    simple = m.pyramid == "simple" and tuple(m.scales) == (4.0, 2.0, 1.0, 0.5)
+    if not simple or norms != {"layer"} or m.class_token:
         return "is not a ViTDet: Detectron2's layout requires method.pyramid=simple with four scales and layer norm"
     if config.model.positions != "learned":
         return "has no learned position embeddings: Detectron2's layout requires model.positions=learned"

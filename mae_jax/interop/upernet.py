@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 from mae_jax.errors import UserError, printable
 from mae_jax.interop.layouts import Exported, Layout
 from mae_jax.models.blocks import BIAS_TABLE
-from mae_jax.models.upernet import EPS, MOMENTS, POOLED, has_small_patches, map_blocks
+from mae_jax.models.map_norms import EPS, MOMENTS
+from mae_jax.models.upernet import POOLED, has_small_patches, map_blocks
 from mae_jax.ops.patches import MEAN, STD
 from mae_jax.param_tree import flatten, nest
 

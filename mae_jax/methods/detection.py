@@ -1,6 +1,7 @@
 """Detection and instance segmentation: Mask R-CNN (arXiv 1703.06870) on a plain ViT, as ViTDet has it (2203.16527)."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,12 @@ from mae_jax.methods import fields
 from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params, check_choices
 from mae_jax.methods.detection_fields import check, decays, flops, learns
 from mae_jax.models.detection import BoxHead, MaskHead, ProposalHead
+from mae_jax.models.map_norms import MOMENTS
 from mae_jax.models.pyramid import PYRAMIDS
 from mae_jax.models.vit import make_encoder
 from mae_jax.ops.detection import crops, instance_masks, selection
 from mae_jax.ops.detection.anchors import anchors
-from mae_jax.ops.detection.assignment import POSITIVE
+from mae_jax.ops.detection.assignment import NEITHER, POSITIVE
 from mae_jax.ops.detection.boxes import clip, decode, encode
 from mae_jax.ops.detection.roi_align import roi_align
 from mae_jax.ops.detection.selection import Objects, Training, of_each_image
@@ -27,6 +29,7 @@ from mae_jax.ops.windows import Spatial
 
 BOX_SIDE, MASK_SIDE = 7, 14  # bins of a region along each side
 CODERS: tuple[selection.Weights, ...] = ((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15))  # of each stage's boxes
+NORMS = ("layer", "group", "batch", "none")
 CANONICAL = 14  # patches along the side of a region that has the map of one patch per cell: 224 pixels for 16
 
 
@@ -40,6 +43,7 @@ class Detection(Method):
     (`ops/detection/instance_masks.py`).
 
     The loss is a mean over the global batch, wherever its images are. Detectron2 takes that of each GPU's masks.
+    Batch norms see the global batch too; their running moments are extras, by the part of the model.
     """
 
     task = "detection"
@@ -50,8 +54,8 @@ class Detection(Method):
 
     @staticmethod
     def validate(config: ConfigDict) -> None:
-        check_choices(config.method, pyramid=tuple(PYRAMIDS), norm=("layer", "group", "none"), box_loss=("l1", "giou"),
-                      decayed=("detectron2", "all", "kernels"))
+        check_choices(config.method, pyramid=tuple(PYRAMIDS), norm=NORMS, box_norm=("", *NORMS),
+                      box_loss=("l1", "giou"), decayed=("detectron2", "all", "kernels"))
         check(config)
 
     def check_data(self) -> None:
@@ -78,7 +82,8 @@ class Detection(Method):
         self.anchors = anchors(self.grid.image_size, strides, m.anchor_sizes, m.anchor_ratios)
         self.canonical = (CANONICAL * model.patch[0], model.patch[0])
         self.proposal_head = ProposalHead(m.proposal_convs, len(m.anchor_ratios), dtype)
-        box_head = BoxHead(m.box_convs, m.box_layers, m.box_width, self.classes, m.class_boxes, m.norm, dtype)
+        box_head = BoxHead(m.box_convs, m.box_layers, m.box_width, self.classes, m.class_boxes,
+                           m.box_norm or m.norm, dtype)
         self.box_heads = {f"boxes{number or ''}": box_head for number in range(len(m.stage_overlaps))}
         self.mask_head = MaskHead(m.mask_convs, self.classes, m.norm, dtype)
         self.positives = int(m.regions * m.region_positives)
@@ -109,7 +114,25 @@ class Detection(Method):
         parts = {"encoder": encoder, "pyramid": pyramid, "proposals": self.proposal_head.init(next(keys), maps[-1]),
                  **{name: head.init(next(keys), region) for name, head in self.box_heads.items()},
                  "masks": self.mask_head.init(next(keys), region)}
-        return {name: part["params"] for name, part in parts.items()}, {}
+        moments = {name: part[MOMENTS] for name, part in parts.items() if MOMENTS in part}
+        return {name: part["params"] for name, part in parts.items()}, {MOMENTS: moments} if moments else {}
+
+    def run(self, part: str, params: Params, extras: Extras, x: Any, weight: jax.Array | None) -> tuple[Any, Extras]:
+        """Returns what a part of the model makes of x, and the extras after it.
+
+        Args:
+          part: 'pyramid', 'masks' or a key of `box_heads`.
+          weight: in training: of a batch norm, 0 for images or regions that do not count.
+        """
+        module = {"pyramid": self.pyramid, "masks": self.mask_head, **self.box_heads}[part]
+        moments = extras.get(MOMENTS, {})
+        if part not in moments:
+            return module.apply({"params": params[part]}, x), extras
+        state = {"params": params[part], MOMENTS: moments[part]}
+        if weight is None:
+            return module.apply(state, x), extras
+        out, changed = module.apply(state, x, weight, mutable=[MOMENTS])
+        return out, {**extras, MOMENTS: {**moments, part: changed[MOMENTS]}}
 
     def as_maps(self, found: list[jax.Array]) -> list[jax.Array]:
         """Returns maps [B, rows, columns, D] of the tokens of blocks."""
@@ -126,11 +149,12 @@ class Detection(Method):
             jnp.asarray(columns, jnp.uint16) < batch["size"][:, 1:, None])
         return jnp.where(inside, normalize(batch["patches"]), 0)
 
-    def maps(self, params: Params, batch: Batch, drop_path_mask: jax.Array | None = None) -> list[jax.Array]:
-        """Returns the maps of the pyramid [B, rows, columns, channels], the finest first."""
+    def maps(self, params: Params, extras: Extras, batch: Batch, drop_path_mask: jax.Array | None = None,
+             weight: jax.Array | None = None) -> tuple[list[jax.Array], Extras]:
+        """Returns the maps of the pyramid [B, rows, columns, channels], the finest first, and the extras after it."""
         found = self.encoder.apply({"params": params["encoder"]}, self.pixels(batch), batch["order"],
                                    drop_path_mask=drop_path_mask, maps=self.blocks)
-        return self.pyramid.apply({"params": params["pyramid"]}, self.as_maps(found))
+        return self.run("pyramid", params, extras, self.as_maps(found), weight)
 
     def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1) -> jax.Array:
         """See `Method.encode`: block outputs without the final norm; where there is no class token, the mean is first.
@@ -152,7 +176,8 @@ class Detection(Method):
                                     for key in (anchor_key, region_key))
         params, there = self.stop_frozen_gradients(params), batch["valid"] > 0
         objects = Objects(batch["box"], batch["box_class"], (batch["box_valid"] > 0) & there[:, None])
-        maps = self.maps(params, batch, self.drop_path_mask(drop_key, images) if train else None)
+        drop_path_mask, weight = (self.drop_path_mask(drop_key, images), batch["valid"]) if train else (None, None)
+        maps, extras = self.maps(params, extras, batch, drop_path_mask, weight)
         logits, deltas = self.ask_anchors(params, maps)
         terms = dict(zip(("objectness", "proposals"), self.proposal_losses(
             anchor_keys, logits, deltas, objects, there), strict=True))
@@ -160,8 +185,10 @@ class Detection(Method):
         regions, training = of_each_image(partial(
             selection.sampled_regions, overlap=self.config.method.stage_overlaps[0], count=self.config.method.regions,
             positives=self.positives), region_keys, boxes, real & there[:, None], objects)
-        terms |= self.box_losses(params, maps, regions, training, objects, batch["size"])
-        terms["masks"] = self.mask_loss(params, maps, regions, training, objects, batch["box_mask"])
+        own, extras = self.box_losses(params, extras, maps, regions, training, objects, batch["size"], train)
+        terms |= own
+        terms["masks"], extras = self.mask_loss(params, extras, maps, regions, training, objects, batch["box_mask"],
+                                                train)
         total = sum(weight * value / jnp.maximum(count, 1) for (value, count), weight in (
             (term, self.weights().get(name, 1.0)) for name, term in terms.items()))
         count = there.sum(dtype=jnp.float32)
@@ -205,26 +232,27 @@ class Detection(Method):
         return roi_align(maps[:len(self.strides)], self.strides, boxes, side, self.config.method.samples,
                          self.canonical)
 
-    def box_losses(self, params: Params, maps: list[jax.Array], boxes: jax.Array, training: Training, objects: Objects,
-                   size: jax.Array) -> dict[str, losses.Term]:
-        """Returns the losses of classes and boxes of each stage, by name."""
+    def box_losses(self, params: Params, extras: Extras, maps: list[jax.Array], boxes: jax.Array, training: Training,
+                   objects: Objects, size: jax.Array, train: bool) -> tuple[dict[str, losses.Term], Extras]:
+        """Returns the losses of classes and boxes of each stage, by name, and the extras after them."""
         m, terms = self.config.method, {}
         logits = deltas = jnp.zeros(())
-        for number, (name, head) in enumerate(self.box_heads.items()):
+        for number, name in enumerate(self.box_heads):
             if number:
                 known = jnp.where(training.kind == POSITIVE, _at(objects.kind, training.object), -1)
                 boxes = self.refined(number, boxes, logits, deltas, size, known)
                 training = of_each_image(partial(selection.relabeled, overlap=m.stage_overlaps[number]), boxes,
                                          training, objects)
             features = _scaled_gradient(self.features(maps, boxes, BOX_SIDE), 1 / len(self.box_heads))
-            logits, deltas = head.apply({"params": params[name]}, features)
+            weight = (training.kind != NEITHER).astype(jnp.float32) if train else None
+            (logits, deltas), extras = self.run(name, params, extras, features, weight)
             coder = CODERS[number]
             targets = encode(_at(objects.box, training.object), boxes, coder)
             stage = str(number + 1) if number else ""
             decoded = partial(decode, proposals=boxes, weights=coder) if m.box_loss == "giou" else None
             terms[f"classes{stage}"], terms[f"boxes{stage}"] = losses.region_losses(
                 logits, deltas, training.kind, _at(objects.kind, training.object), targets, decoded)
-        return terms
+        return terms, extras
 
     def refined(self, stage: int, boxes: jax.Array, logits: jax.Array, deltas: jax.Array, size: jax.Array,
                 known: jax.Array | int = -1) -> jax.Array:
@@ -240,17 +268,21 @@ class Detection(Method):
         moved = decode(deltas[:, :, 0], boxes, CODERS[stage - 1])
         return jax.lax.stop_gradient(clip(moved, size))
 
-    def mask_loss(self, params: Params, maps: list[jax.Array], boxes: jax.Array, training: Training, objects: Objects,
-                  packed: jax.Array) -> losses.Term:
-        """Returns the loss of the masks of positives, which are first among the regions of the first stage."""
+    def mask_loss(self, params: Params, extras: Extras, maps: list[jax.Array], boxes: jax.Array, training: Training,
+                  objects: Objects, packed: jax.Array, train: bool) -> tuple[losses.Term, Extras]:
+        """Returns the loss of the masks of positives, which are first among the regions of the first stage, and the
+        extras after it.
+        """
         training, boxes = selection.positives(training, self.positives), boxes[:, :self.positives]
-        logits = self.mask_head.apply({"params": params["masks"]}, self.features(maps, boxes, MASK_SIDE))
+        weight = (training.kind == POSITIVE).astype(jnp.float32) if train else None
+        logits, extras = self.run("masks", params, extras, self.features(maps, boxes, MASK_SIDE), weight)
 
         def targets(packed: jax.Array, box: jax.Array, boxes: jax.Array, own: jax.Array) -> jax.Array:
             return instance_masks.targets(instance_masks.unpack(packed[own]), box[own], boxes, 2 * MASK_SIDE)
 
         wanted = of_each_image(targets, packed, objects.box, boxes, training.object)
-        return losses.mask_loss(logits, _at(objects.kind, training.object), wanted, training.kind == POSITIVE)
+        term = losses.mask_loss(logits, _at(objects.kind, training.object), wanted, training.kind == POSITIVE)
+        return term, extras
 
     def detections(self, params: Params, extras: Extras, batch: Batch) -> dict[str, jax.Array]:
         """Returns what is found in images, by descending score, K = method.max_detections rows, padded.
@@ -261,19 +293,19 @@ class Detection(Method):
           frame of the box; `crowded` float32 [B], how many pairs of a region and a class were too many to consider.
         """
         m, size = self.config.method, batch["size"]
-        maps = self.maps(params, batch)
+        maps, _ = self.maps(params, extras, batch)
         boxes, real = self.propose(*self.ask_anchors(params, maps), size, train=False)
         scores: list[jax.Array] = []
         logits = deltas = jnp.zeros(())
-        for number, (name, head) in enumerate(self.box_heads.items()):
+        for number, name in enumerate(self.box_heads):
             if number:
                 boxes = self.refined(number, boxes, logits, deltas, size)
-            logits, deltas = head.apply({"params": params[name]}, self.features(maps, boxes, BOX_SIDE))
+            (logits, deltas), _ = self.run(name, params, extras, self.features(maps, boxes, BOX_SIDE), None)
             scores.append(jax.nn.softmax(logits)[..., :-1])
         found = of_each_image(partial(
             selection.detections, weights=CODERS[len(scores) - 1], threshold=m.score, overlap=m.overlap,
             candidates=CANDIDATES, most=m.max_detections), sum(scores) / len(scores), deltas, boxes, real, size)
-        logits = self.mask_head.apply({"params": params["masks"]}, self.features(maps, found["box"], MASK_SIDE))
+        logits, _ = self.run("masks", params, extras, self.features(maps, found["box"], MASK_SIDE), None)
         own = jnp.einsum("brhwc,brc->brhw", logits, jax.nn.one_hot(found["box_class"], self.classes),
                          precision="highest")
         return found | {"mask": jax.nn.sigmoid(own)}

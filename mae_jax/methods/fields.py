@@ -126,7 +126,8 @@ DETECTION: dict[str, Any] = {  # the values are ViTDet's Mask R-CNN (arXiv 2203.
     "map_blocks": (2, 5, 8, 11),
     "scales": (4.0, 2.0, 1.0, 0.5),  # of the maps, times the grid of patches: 4, 2, 1 or 0.5
     "channels": 256,
-    "norm": "layer",  # in pyramid and heads; or group, none
+    "norm": "layer",  # in pyramid and heads; or group, batch, none
+    "box_norm": "",  # of the heads of boxes; '': the same
     # Of proposals. One more size than scales: a further map of every second cell, for proposals alone.
     "anchor_sizes": (32.0, 64.0, 128.0, 256.0, 512.0),  # pixels, of each map
     "anchor_ratios": (0.5, 1.0, 2.0),  # height / width

@@ -15,6 +15,7 @@ from mae_jax.models import upernet
 from mae_jax.models.blocks import BIAS_TABLE
 from mae_jax.models.heads import Head
 from mae_jax.models.layers import layer_norm
+from mae_jax.models.map_norms import MOMENTS
 from mae_jax.models.vit import make_encoder, with_grid
 from mae_jax.ops import resampling
 from mae_jax.ops.flops import blocks_flops
@@ -23,7 +24,6 @@ from mae_jax.ops.patches import PatchGrid, normalize
 HEAD_STD = 0.01  # initial deviation of the head's kernel, as MAE's linear probe has it (A.1)
 EPS = 1e-6  # of the norm before the linear head
 HEADS, NORMS, TESTS = ("linear", "upernet"), ("batch", "layer"), ("none", "slide", "whole")
-MOMENTS = "moments"  # of the extras: running means and variances of UperNet's batch norms
 
 
 class Segment(Method):
@@ -101,7 +101,7 @@ class Segment(Method):
             return {"encoder": encoder["params"], "head": head["params"]}, {}
         maps = [jnp.zeros((1, *self.grid.shape, tokens.shape[-1]), tokens.dtype)] * upernet.MAPS
         head = self.upernet.init(head_key, maps)
-        extras = {MOMENTS: head[upernet.MOMENTS]} if upernet.MOMENTS in head else {}
+        extras = {MOMENTS: head[MOMENTS]} if MOMENTS in head else {}
         return {"encoder": encoder["params"], "upernet": head["params"]}, extras
 
     def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1,
@@ -177,15 +177,15 @@ class Segment(Method):
             norm = layer_norm(encoder.dtype, "norm")
             tokens = {number: norm.apply({"params": weights["norm"]}, x) for number, x in tokens.items()}
         maps = [tokens[number][:, 1:].reshape(images, *encoder.grid, -1) for number in self.maps]
-        state = {"params": params["upernet"], **({upernet.MOMENTS: extras[MOMENTS]} if MOMENTS in extras else {})}
+        state = {"params": params["upernet"], **({MOMENTS: extras[MOMENTS]} if MOMENTS in extras else {})}
         if key is None:
             return self.upernet.apply(state, maps), extras
         kept = None, None
         if m.dropout:
             kept = tuple(jax.random.bernoulli(jax.random.fold_in(key, n), 1 - m.dropout, (images, width))
                          / (1 - m.dropout) for n, width in enumerate((self.upernet.width, m.aux_width), 1))
-        logits, changed = self.upernet.apply(state, maps, batch["valid"], kept, mutable=[upernet.MOMENTS])
-        return logits, {**extras, MOMENTS: changed[upernet.MOMENTS]} if MOMENTS in extras else extras
+        logits, changed = self.upernet.apply(state, maps, batch["valid"], kept, mutable=[MOMENTS])
+        return logits, {**extras, MOMENTS: changed[MOMENTS]} if MOMENTS in extras else extras
 
     def _at(self, params: Params, grid: tuple[int, int] | None) -> tuple:
         """Returns the encoder and its parameters, for images of a grid of their own."""

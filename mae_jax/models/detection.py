@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mae_jax.models.pyramid import Conv, Deconv, kernel_start, map_norm
+from mae_jax.models.map_norms import map_norm
+from mae_jax.models.pyramid import Conv, Deconv, kernel_start
 from mae_jax.ops.linear import linear
 
 PROPOSAL_STD = 0.01  # initial deviations of the proposals' kernels, and of the last ones of classes, boxes, masks
@@ -47,9 +48,11 @@ class BoxHead(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, weight: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Args: weight: float32 [B, R], 0 for regions that do not count for a batch norm, in training; None: otherwise.
+        """
         lead = x.shape[:2]
-        x = _convs(x.reshape(-1, *x.shape[2:]), self.convs, self.norm, self.dtype).reshape(*lead, -1)
+        x = _convs(x.reshape(-1, *x.shape[2:]), self.convs, self.norm, self.dtype, weight).reshape(*lead, -1)
         for number in range(self.layers):
             x = nn.relu(Linear(self.width, "xavier", self.dtype, name=f"fc{number + 1}")(x))
         x = x.astype(jnp.float32)
@@ -67,9 +70,10 @@ class MaskHead(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, weight: jax.Array | None = None) -> jax.Array:
+        """Args: weight: as of `BoxHead`."""
         lead, width = x.shape[:2], x.shape[-1]
-        x = _convs(x.reshape(-1, *x.shape[2:]), self.convs, self.norm, self.dtype)
+        x = _convs(x.reshape(-1, *x.shape[2:]), self.convs, self.norm, self.dtype, weight)
         x = nn.relu(Deconv(width, self.dtype, "msra", name="deconv")(x))
         logits = Conv(self.classes, 1, self.dtype, str(MASK_STD), name="logits")(x)
         return logits.reshape(*lead, *logits.shape[1:]).astype(jnp.float32)
@@ -89,9 +93,10 @@ class Linear(nn.Module):
         return linear(x.astype(self.dtype), kernel, self.param("bias", nn.initializers.zeros, (self.features,)))
 
 
-def _convs(x: jax.Array, count: int, norm: str, dtype: Any) -> jax.Array:
+def _convs(x: jax.Array, count: int, norm: str, dtype: Any, weight: jax.Array | None) -> jax.Array:
     """Returns maps [N, H, W, C] after so many 3 x 3 convolutions, each with a norm and a ReLU."""
+    weight = None if weight is None else weight.reshape(-1)
     for number in range(1, count + 1):
         x = Conv(x.shape[-1], 3, dtype, "msra", norm == "none", name=f"conv{number}")(x)
-        x = nn.relu(map_norm(norm, dtype, f"conv{number}_norm")(x))
+        x = nn.relu(map_norm(norm, dtype, f"conv{number}_norm")(x, weight))
     return x

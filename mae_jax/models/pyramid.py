@@ -1,6 +1,5 @@
 """Maps of several strides out of a plain ViT's one: ViTDet's simple pyramid, and a feature pyramid of four blocks."""
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -8,12 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mae_jax.models.layers import layer_norm
+from mae_jax.models.map_norms import map_norm
 from mae_jax.ops.convolution import convolve, double, greatest, transposed
 from mae_jax.ops.linear import gelu, linear
-
-GROUPS = 32  # of group norm (arXiv 1803.08494), at the most
-EPS = 1e-5  # of group norm, as torch's
 
 
 def uniform(bound: float) -> nn.initializers.Initializer:
@@ -75,30 +71,6 @@ class Deconv(nn.Module):
         return transposed(x.astype(self.dtype), kernel, bias)
 
 
-class GroupNorm(nn.Module):
-    """Group norm (arXiv 1803.08494) of maps [B, H, W, C]: statistics of each image alone, float32."""
-
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        width = x.shape[-1]
-        groups = int(np.gcd(width, GROUPS))
-        scale = self.param("scale", nn.initializers.ones, (width,))
-        bias = self.param("bias", nn.initializers.zeros, (width,))
-        wide = x.astype(jnp.float32).reshape(*x.shape[:-1], groups, width // groups)
-        mean = wide.mean((1, 2, 4), keepdims=True)
-        rate = jax.lax.rsqrt(jnp.square(wide - mean).mean((1, 2, 4), keepdims=True) + EPS)
-        return (((wide - mean) * rate).reshape(x.shape) * scale + bias).astype(self.dtype)
-
-
-def map_norm(kind: str, dtype: Any, name: str) -> Callable[[jax.Array], jax.Array]:
-    """Returns the norm of maps: 'layer', over the channels of each cell, 'group' or 'none'."""
-    norms = {"layer": layer_norm, "group": lambda dtype, name: GroupNorm(dtype, name=name),
-             "none": lambda *_: lambda x: x}
-    return norms[kind](dtype, name)
-
-
 class Scale(nn.Module):
     """A map [B, H, W, D] at 4, 2, 1 or 1/2 times its size; with `narrow`, each doubling halves the channels (ViTDet).
     """
@@ -109,13 +81,13 @@ class Scale(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, weight: jax.Array | None = None) -> jax.Array:
         width = x.shape[-1]
         if self.scale == 0.5:
             return greatest(x)
         for number in range(int(np.log2(self.scale))):
             if number:
-                x = gelu(map_norm(self.norm, self.dtype, "norm")(x))
+                x = gelu(map_norm(self.norm, self.dtype, "norm")(x, weight))
             width = width // 2 if self.narrow else width
             x = Deconv(width, self.dtype, name=f"deconv{number + 1}")(x)
         return x
@@ -124,7 +96,8 @@ class Scale(nn.Module):
 class Pyramid(nn.Module):
     """What makes maps [B, H · s, W · s, width] for each of the scales s out of those of blocks [B, H, W, D].
 
-    It gives `extra` more, each every second cell of the one before.
+    It gives `extra` more, each every second cell of the one before. In training a batch norm takes a weight, float32
+    [B], 0 for images that do not count.
     """
 
     scales: tuple[float, ...]
@@ -138,13 +111,13 @@ class SimplePyramid(Pyramid):
     """ViTDet's pyramid (arXiv 2203.16527, section 3): each map is made of the last block's, and of no other."""
 
     @nn.compact
-    def __call__(self, maps: list[jax.Array]) -> list[jax.Array]:
+    def __call__(self, maps: list[jax.Array], weight: jax.Array | None = None) -> list[jax.Array]:
         found = []
         for number, scale in enumerate(self.scales):
-            x = Scale(scale, True, self.norm, self.dtype, name=f"scale{number}")(maps[-1])
+            x = Scale(scale, True, self.norm, self.dtype, name=f"scale{number}")(maps[-1], weight)
             for name, size in (("lateral", 1), ("output", 3)):
                 x = Conv(self.width, size, self.dtype, "torch", self.norm == "none", name=f"{name}{number}")(x)
-                x = map_norm(self.norm, self.dtype, f"{name}{number}_norm")(x)
+                x = map_norm(self.norm, self.dtype, f"{name}{number}_norm")(x, weight)
             found.append(x)
         return with_extra(found, self.extra)
 
@@ -156,18 +129,18 @@ class FeaturePyramid(Pyramid):
     """
 
     @nn.compact
-    def __call__(self, maps: list[jax.Array]) -> list[jax.Array]:
+    def __call__(self, maps: list[jax.Array], weight: jax.Array | None = None) -> list[jax.Array]:
         laterals = []
         for number, (x, scale) in enumerate(zip(maps, self.scales, strict=True)):
-            x = Scale(scale, False, "group", self.dtype, name=f"scale{number}")(x)
+            x = Scale(scale, False, "group", self.dtype, name=f"scale{number}")(x, weight)
             x = Conv(self.width, 1, self.dtype, "xavier", self.norm == "none", name=f"lateral{number}")(x)
-            laterals.append(map_norm(self.norm, self.dtype, f"lateral{number}_norm")(x))
+            laterals.append(map_norm(self.norm, self.dtype, f"lateral{number}_norm")(x, weight))
         found: list[jax.Array] = []
         for number in reversed(range(len(laterals))):
             x = laterals[number]
             laterals[number] = x = x + double(laterals[number + 1]) if number + 1 < len(laterals) else x
             x = Conv(self.width, 3, self.dtype, "xavier", self.norm == "none", name=f"output{number}")(x)
-            found.insert(0, map_norm(self.norm, self.dtype, f"output{number}_norm")(x))
+            found.insert(0, map_norm(self.norm, self.dtype, f"output{number}_norm")(x, weight))
         return with_extra(found, self.extra)
 
 

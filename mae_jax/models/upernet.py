@@ -12,15 +12,14 @@ from ml_collections import ConfigDict
 from mae_jax.errors import UserError
 from mae_jax.models.heads import Head
 from mae_jax.models.layers import LayerNorm
+from mae_jax.models.map_norms import BatchNorm
 from mae_jax.models.pyramid import Deconv
-from mae_jax.ops import batch_norm, convolution, resampling
+from mae_jax.ops import convolution, resampling
 from mae_jax.ops.flops import conv_flops
 from mae_jax.ops.linear import gelu, linear
 
-MOMENTS = "moments"  # the collection of running means and variances
 MAPS = 4  # blocks that UperNet sees
 POOLED = (1, 2, 3, 6)  # cells along a side, of the pyramid pooling (PSPNet, arXiv 1612.01105)
-EPS = 1e-5  # of batch norm, torch's default
 HEAD_STD = 0.01  # of the classifiers' kernels, as mmsegmentation has them
 FACTORS = (4.0, 2.0, 1.0, 0.5)  # by which the maps are enlarged: to strides of 4, 8, 16 and 32 pixels of patches of 16
 OF_PATCH_8 = (2.0, 1.0, 0.5, 0.25)  # the same strides
@@ -48,40 +47,17 @@ def has_small_patches(config: ConfigDict) -> bool:
     return max(config.model.patch) <= 8
 
 
-class Norm(nn.Module):
-    """Normalises maps [B, h, w, C] and scales and shifts their channels, in `dtype`; float32 inside.
+class CellNorm(nn.Module):
+    """Layer norm over the channels of each cell of maps [B, h, w, C]."""
 
-    'batch': over all cells of all images of the global batch in training, whose means and variances the collection
-    MOMENTS follows, and by these otherwise. 'layer': over the channels of a cell.
-    """
-
-    kind: str
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, weight: jax.Array | None) -> jax.Array:
-        """Args: weight: float32 [B], 0 for images that do not count, in training; None: otherwise."""
-        if self.kind == "layer":
-            return LayerNorm(self.dtype, name="layer")(x)
-        channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
-        running = {name: self.variable(MOMENTS, name, lambda value=value: value)
-                   for name, value in batch_norm.start(channels).items()}
-        before = {name: variable.value for name, variable in running.items()}
-        if weight is None or self.is_initializing():
-            normal = batch_norm.apply(x.astype(jnp.float32), before, EPS)
-            return (normal * scale + bias).astype(self.dtype)
+        return LayerNorm(self.dtype, name="layer")(x)
 
-        @jax.checkpoint  # of the maps, what is kept is in their own dtype
-        def of_batch(x: jax.Array, weight: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, Any]:
-            normal, moments = batch_norm.train(x.astype(jnp.float32), weight, before, EPS)
-            return (normal * scale + bias).astype(self.dtype), moments
 
-        out, moments = of_batch(x, weight, scale, bias)
-        for name, variable in running.items():
-            variable.value = moments[name]
-        return out
+NORMS = {"batch": BatchNorm, "layer": CellNorm}
 
 
 class ConvNorm(nn.Module):
@@ -98,7 +74,7 @@ class ConvNorm(nn.Module):
         kernel = self.param("kernel", HE, (*square, x.shape[-1], self.features))
         x = x.astype(self.dtype)
         x = convolution.convolve(x, kernel) if square else linear(x, kernel, jnp.zeros(self.features, kernel.dtype))
-        return jax.nn.relu(Norm(self.norm, self.dtype, name="norm")(x, weight))
+        return jax.nn.relu(NORMS[self.norm](self.dtype, name="norm")(x, weight))
 
 
 class Rescale(nn.Module):
@@ -115,7 +91,7 @@ class Rescale(nn.Module):
         if self.factor > 1:
             x = Deconv(x.shape[-1], self.dtype, zero_bias=True, name="double")(x)
         if self.factor > 2:
-            x = gelu(Norm(self.norm, self.dtype, name="norm")(x, weight))
+            x = gelu(NORMS[self.norm](self.dtype, name="norm")(x, weight))
             x = Deconv(x.shape[-1], self.dtype, zero_bias=True, name="double_again")(x)
         return x
 

@@ -41,7 +41,8 @@ VITDET = {
     "method.beta": 0.0, "method.box_loss": "l1", "optim.name": "adamw", "optim.betas": (0.9, 0.999), "optim.clip": 0.0}
 BENCHMARKING = VITDET | {
     "model.positions": "fixed", "method.window": 16, "method.pyramid": "blocks", "method.map_blocks": (2, 5, 8, 11),
-    "method.global_blocks": (2, 5, 8, 11), "optim.milestones": (), "optim.warmup": "0.25 epochs"}
+    "method.global_blocks": (2, 5, 8, 11), "method.norm": "batch", "optim.milestones": (),
+    "optim.warmup": "0.25 epochs"}
 MMDETECTION = VITDET | {
     "data.augment": "multi_scale", "method.window": 0, "method.relative_positions": False, "method.class_token": True,
     "method.pyramid": "blocks", "method.map_blocks": (3, 5, 7, 11), "method.proposal_convs": 1,
@@ -56,7 +57,8 @@ SETTINGS = {
     "benchmarking_l": BENCHMARKING | {"method.map_blocks": (5, 11, 17, 23), "method.global_blocks": (5, 11, 17, 23)},
     "ibot_cascade_b": MMDETECTION | {
         "method.beta": 1 / 9, "method.proposals": (2000, 1000), "method.stage_overlaps": (0.5, 0.6, 0.7),
-        "method.stage_weights": (1.0, 0.5, 0.25), "method.box_loss": "giou", "method.box_weight": 10.0},
+        "method.stage_weights": (1.0, 0.5, 0.25), "method.box_loss": "giou", "method.box_weight": 10.0,
+        "method.norm": "none", "method.box_norm": "batch"},
     "xcit_3x_b": MMDETECTION | {"method.norm": "none", "method.box_convs": 0, "method.box_layers": 2},
 }
 
@@ -118,6 +120,6 @@ def test_runlocal_makes_any_protocol_small_and_keeps_what_it_is(text):
     config, small = resolved(f"detect:{text}"), resolved(f"detect:{text},runlocal")
     validate(small)
     assert (small.batch_size, small.model.depth, small.data.source) == (16, 2, "digit_scenes")
-    for field in ("pyramid", "stage_overlaps", "class_token", "relative_positions", "norm", "box_loss"):
+    for field in ("pyramid", "stage_overlaps", "class_token", "relative_positions", "norm", "box_norm", "box_loss"):
         assert small.method[field] == config.method[field]
     assert bool(small.method.window) == bool(config.method.window)

@@ -6,6 +6,7 @@ import pytest
 
 from mae_jax.errors import UserError
 from mae_jax.losses import detection as losses
+from mae_jax.models.map_norms import MOMENTS
 from mae_jax.ops.detection import boxes, selection
 from mae_jax.ops.detection.instance_masks import paste
 from mae_jax.param_tree import flatten
@@ -274,6 +275,36 @@ def test_weight_decay_is_as_detectron2_has_it():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("fields", "parts"), [
+    ({"method.norm": "batch", "method.box_convs": 1}, {"pyramid", "boxes", "masks"}),
+    ({"method.norm": "none", "method.box_norm": "batch", "method.box_convs": 1, **CASCADE},
+     {"boxes", "boxes1", "boxes2"})], ids=["all", "boxes alone"])
+def test_batch_norms_see_what_counts_and_what_they_saw_is_kept_for_detections(fields, parts):
+    config = detector(fields)
+    method, batch = tiny_method(config), scene_batch(config)
+    params, extras = jax.jit(method.init)(jax.random.key(0), batch)
+    assert set(extras[MOMENTS]) == parts
+    compute, key = tiny_loss(method), jax.random.key(0)
+    half = batch | {"valid": (np.arange(8) < 4).astype(np.float32)}
+    other = scene_batch(config, seed=5)
+    mixed = half | {name: np.concatenate([value[:4], other[name][4:]]) for name, value in batch.items()
+                    if name != "valid"}
+    (loss, (_, after)), (same, (_, also)) = (compute(params, extras, each, key, 0, True) for each in (half, mixed))
+    assert float(same) == pytest.approx(float(loss), rel=1e-6)
+    for name, value in flatten(after).items():
+        np.testing.assert_allclose(flatten(also)[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+        assert (value != flatten(extras)[name]).any(), name
+    _, (_, untouched) = compute(params, after, batch | {"valid": np.zeros(8, np.float32)}, key, 0, True)
+    _, (_, judged) = compute(params, after, batch, key, 0, False)
+    for name, value in flatten(after).items():
+        np.testing.assert_array_equal(flatten(untouched)[name], value, err_msg=name)
+        np.testing.assert_array_equal(flatten(judged)[name], value, err_msg=name)
+    before, found = (jax.jit(method.detections)(params, each, batch) for each in (extras, after))
+    assert all(np.isfinite(value).all() for value in found.values())
+    assert (np.asarray(before["score"]) != np.asarray(found["score"])).any()
+
+
+@pytest.mark.slow
 def test_flops_agree_with_the_compilers_count_of_the_forward_pass():
     config = detector({"data.image_size": (64, 64), "method.window": 4, "method.scales": (4.0, 2.0, 1.0, 0.5),
                        "method.anchor_sizes": (4.0, 8.0, 16.0, 32.0, 64.0), "method.channels": 32, "batch_size": 1,
@@ -284,7 +315,7 @@ def test_flops_agree_with_the_compilers_count_of_the_forward_pass():
 
     def forward(params, batch, regions, wide):
         """All matrix products but those of RoIAlign, which CPUs have not."""
-        maps = method.maps(params, batch)
+        maps, _ = method.maps(params, {}, batch)
         return (method.ask_anchors(params, maps), method.box_heads["boxes"].apply({"params": params["boxes"]}, regions),
                 method.mask_head.apply({"params": params["masks"]}, wide))
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mae_jax.models.detection import BoxHead, MaskHead, ProposalHead
-from mae_jax.models.pyramid import Conv, Deconv, FeaturePyramid, GroupNorm, SimplePyramid
+from mae_jax.models.map_norms import GroupNorm
+from mae_jax.models.pyramid import Conv, Deconv, FeaturePyramid, SimplePyramid
 from mae_jax.models.vit import Encoder
 from mae_jax.ops import pos_embed, windows
 from mae_jax.ops.convolution import convolve, greatest

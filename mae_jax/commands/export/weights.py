@@ -11,7 +11,7 @@ from mae_jax.commands.export import card, checkpoint_copy, publishing
 from mae_jax.errors import UserError, printable
 from mae_jax.interop import layouts
 from mae_jax.interop.timm import folded
-from mae_jax.methods.segmentation import MOMENTS
+from mae_jax.models.map_norms import MOMENTS
 from mae_jax.storage import paths, step_dirs
 from mae_jax.storage.checkpoint import load_params
 from mae_jax.training import workdir
@@ -56,7 +56,7 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
         tree, config, report = extract_expert(config, tree, extras, task, how, seed, clusters)
         print("\n".join(report))
     tree = folded(tree, extras)
-    if MOMENTS in extras:  # without which UperNet's batch norms know nothing of the images
+    if MOMENTS in extras:  # without which batch norms know nothing of the images
         tree = {**tree, "extras": {MOMENTS: extras[MOMENTS]}}
     exported = of_layout(tree, config, layout, folder, workdir.classes_of(source))
     metadata = workdir.metadata(config, layout, exported.classes if exported.outputs else ())

@@ -233,7 +233,7 @@ def figures(config: ConfigDict, target: Target, found: dict[str, Any], examples:
         "bytes_per_core": found.get("bytes_accessed"), "peak_flops_per_core": found["peak_flops"],
         "kernels": found.get("kernels"), "workspace_bytes": found.get("workspace_bytes"),
         "collectives": found.get("collectives"), "unpriced": found.get("unpriced", []), "no_time_because": why,
-        **time, "images_per_sec": rate,
+        "roofline": _roofline(target, found, model) if found.get("unpriced") else None, **time, "images_per_sec": rate,
         "mfu": model / step / found["peak_flops"] if step and found["peak_flops"] else None,
         "hours": steps * step / 3600 if step else None,
         "core_hours": steps * step / 3600 * len(target.devices) if step else None,
@@ -273,6 +273,19 @@ def _times(target: Target, found: dict[str, Any]) -> dict[str, Any]:
     else:
         compute = parts["compiler_seconds"] = found["optimal_seconds"]
     return parts | {"communication_seconds": communication, "estimated_step_seconds": compute + communication}
+
+
+def _roofline(target: Target, found: dict[str, Any], model_flops: float) -> dict[str, Any] | None:
+    """Returns the two sides of the roofline of a step without a time, by the counts that the page has, and the rates
+    that they are divided by: neither is a time of the step. None for simulated devices, and what nobody counted.
+    """
+    if not target.chip or not found["peak_flops"] or not found.get("bytes_accessed"):
+        return None
+    memory, products, assumed = gpu.rates(target.chip, found["peak_flops"]) if isinstance(target.chip, gpu.Card) else (
+        target.chip.hbm_rate, found["peak_flops"], [])
+    flops = max(model_flops, found.get("flops") or 0)
+    return {"product_seconds": flops / products, "memory_seconds": found["bytes_accessed"] / memory,
+            "product_rate": products, "memory_rate": memory, "assumed": assumed}
 
 
 def _why_no_time(target: Target, found: dict[str, Any]) -> str:

@@ -141,10 +141,20 @@ def _work(f: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _roofline(found: dict[str, Any] | None) -> list[str]:
+    """Returns the sides of the roofline where there is no time."""
+    if not found:
+        return []
+    rates = (f"{found['product_rate'] / 1e12:.3g} TFLOP/s", f"{found['memory_rate'] / 1e12:.3g} TB/s")
+    assumed = f" ({' and '.join(found['assumed'])} not measured on this card)" if found["assumed"] else ""
+    return [f"roofline, of these counts and no time of a step: products {seconds(found['product_seconds'])} at "
+            f"{rates[0]}, memory {seconds(found['memory_seconds'])} at {rates[1]}{assumed}"]
+
+
 def _time(f: dict[str, Any]) -> list[str]:
     """Returns the estimate, or why there is none."""
     if not f["estimated_step_seconds"]:
-        return [f"no time: {f['no_time_because']}"]
+        return [f"no time: {f['no_time_because']}", *_roofline(f["roofline"])]
     lines = ["estimates: operations and links at full speed, no waiting, nothing overlapped"]
     step, sent = f["estimated_step_seconds"], f["communication_seconds"]
     if f["kernels"]:

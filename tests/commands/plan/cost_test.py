@@ -132,6 +132,17 @@ def test_loops_of_unknown_length_leave_a_gpu_without_a_time():
     f = cost.figures(DEEP, H200, ON_GPU | {"unpriced": ["loops of unknown length"]}, examples=1000)
     assert f["estimated_step_seconds"] is None
     assert page.verdict(f) == "fits; no time: the compiler does not price all of: loops of unknown length"
+    assert f["roofline"]["product_seconds"] == pytest.approx(10e-3)
+    assert "no time of a step: products 10 ms at 790 TFLOP/s, memory 1 ms at 4.3 TB/s" in page.page(DEEP, f)
+
+
+def test_a_tpus_step_with_loops_has_the_sides_of_its_roofline_and_no_time():
+    f = cost.figures(CONFIG, V3, FOUND | {"unpriced": ["while"], "flops": 4e11}, examples=1000)
+    assert f["roofline"]["product_seconds"] == pytest.approx(0.25)  # of the model: the compiler counts loops once
+    assert f["roofline"]["memory_seconds"] == pytest.approx(5e9 / 450e9)
+    assert "products 250 ms at 4 TFLOP/s, memory 11.1 ms at 0.45 TB/s" in page.page(CONFIG, f)
+    assert cost.figures(CONFIG, V3, FOUND, examples=1000)["roofline"] is None
+    assert f["images_per_sec"] is None
 
 
 @pytest.mark.parametrize(("part", "fits", "words"), [
