@@ -1,4 +1,4 @@
-"""Sphinx builds the site from the repository's root, so that README, results and these pages link to each other as files:
+"""Sphinx builds the site from the repository's root: README, results and these pages link to each other as files.
 
   python -m sphinx -W -n --keep-going -c docs . build/site
 """

@@ -16,8 +16,8 @@ FIGURE = ROOT / "docs" / "images" / "layers.svg"
 WIDTH, ROW, LEFT = 980, 34, 46  # pixels
 NAME, GAP = 132, 8
 # What a layer is about, by its first module: its color, and those of the layers below it until the next one.
-COLORS = {"__main__": "#dbe7f6", "inference": "#dcefe0", "config": "#f6ecd2", "methods": "#f5dede", "storage": "#e7e1f3",
-          "losses": "#f5dede", "rng": "#ececec"}
+COLORS = {"__main__": "#dbe7f6", "inference": "#dcefe0", "config": "#f6ecd2", "methods": "#f5dede",
+          "storage": "#e7e1f3", "losses": "#f5dede", "rng": "#ececec"}
 
 
 def layers() -> list[list[str]]:
@@ -45,7 +45,8 @@ def drawn() -> str:
              '<marker id="head" markerWidth="8" markerHeight="8" refX="4" refY="4" orient="auto">'
              '<path d="M0 0L8 4L0 8z" fill="#555"/></marker>',
              f'<path d="M30 {2 * GAP}V{height - 2 * GAP}" stroke="#555" stroke-width="2" marker-end="url(#head)"/>',
-             f'<text transform="translate(20 {height // 2}) rotate(-90)" text-anchor="middle" fill="#555">imports</text>']
+             f'<text transform="translate(20 {height // 2}) rotate(-90)" text-anchor="middle" fill="#555">imports'
+             '</text>']
     for number, names in enumerate(rows):
         color = COLORS.get(names[0], color)
         top = GAP + number * ROW

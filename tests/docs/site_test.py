@@ -31,8 +31,8 @@ class Page(HTMLParser):
 def site(tmp_path_factory) -> Path:
     """Returns the folder of the site, built as CONTRIBUTING.md says."""
     to = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "-W", "-n", "--keep-going", "-q", "-c", "docs", "-d", to / "doctrees", ".",
-               to / "html"]
+    command = [sys.executable, "-m", "sphinx", "-W", "-n", "--keep-going", "-q", "-c", "docs", "-d", to / "doctrees",
+               ".", to / "html"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280,
                           env=os.environ | {"PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu"})
     assert done.returncode == 0, done.stderr
@@ -58,5 +58,6 @@ def test_the_site_builds_without_a_warning_and_every_link_within_it_leads_somewh
 
 
 def test_the_drawing_of_the_layers_is_what_is_enforced():
-    done = subprocess.run([sys.executable, "docs/make_layers.py", "--check"], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "docs/make_layers.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,8 @@ mae_jax() {
 }
 """
 TRAIN = ("--config.train.duration='2 steps' --config.optim.warmup='0 steps' --config.checkpoint.every='2 steps' "
-         "--config.eval.every='2 steps' --config.log.every='1 steps' --config.eval.max_examples=16 --config.batch_size=8")
+         "--config.eval.every='2 steps' --config.eval.max_examples=16 --config.log.every='1 steps' "
+         "--config.batch_size=8")
 TINY = f"{TRAIN} --config.model.depth=2 --config.model.width=48 --config.model.heads=3"
 SMALL = {  # page → verb → what is appended
     "unlabelled_folder": {"train": f"{TINY} --config.method.decoder_depth=1", "report": "--tsne_images=0"},
@@ -65,24 +66,25 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory):
-    """Returns a function that follows a page once, in a folder that all share, and returns the folder and the output."""
+    """Returns a function that follows a page once: page → the folder, which all share, and the output."""
     folder = tmp_path_factory.mktemp("reader")
     (folder / "docs").symlink_to(ROOT / "docs")
 
     def bash(text: str, page: str) -> str:
         small = {f"SMALL_{verb}": added for verb, added in SMALL[page].items()}
-        done = subprocess.run(["bash", "-euo", "pipefail", "-c", SHELL + text], cwd=folder, capture_output=True, text=True,
-                              timeout=600, env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-                              | {"PYTHON": sys.executable, "ROOT": str(ROOT), "JAX_PLATFORMS": "cpu"} | small)
+        variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        variables |= {"PYTHON": sys.executable, "ROOT": str(ROOT), "JAX_PLATFORMS": "cpu"} | small
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", SHELL + text], cwd=folder, capture_output=True,
+                              text=True, timeout=600, env=variables)
         assert done.returncode == 0, text + done.stdout + done.stderr
         return done.stdout + done.stderr
 
     @functools.cache
     def follow(page: str) -> tuple[Path, str]:
         before, command = BEFORE.get(page, ("", ""))
-        said = follow(before)[1] if before else ""
-        said = bash(command, page) if command else ""
-        exported = ""
+        if before:
+            follow(before)
+        said, exported = bash(command, page), ""
         for language, text in blocks(page):
             file = re.match(r'"""([\w/]+\.py):', text)
             if file:
