@@ -72,7 +72,7 @@ def read(tmp_path_factory):
 
     def bash(text: str, page: str) -> str:
         small = {f"SMALL_{verb}": added for verb, added in SMALL[page].items()}
-        variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "XLA_FLAGS")}
         variables |= {"PYTHON": sys.executable, "ROOT": str(ROOT), "JAX_PLATFORMS": "cpu"} | small
         done = subprocess.run(["bash", "-euo", "pipefail", "-c", SHELL + text], cwd=folder, capture_output=True,
                               text=True, timeout=600, env=variables)
