@@ -22,8 +22,10 @@ def write(folders: list[str], to: str, embeddings: str, images: str, config: Con
         raise UserError("--embeddings are there already; --images and --config are embedded first: give one of them")
     if embeds and len(folders) != 1:
         raise UserError(f"--images and --config are embedded by one encoder; give one --from, not {len(folders)}")
-    # Weights alone are asked about images, and no run is shown.
-    runs = [] if embeds and weight_files.file_of(paths.locate(folders[0], "--from")) else folders
+    weights = [folder for folder in folders if weight_files.file_of(paths.locate(folder, "--from"))]
+    if weights and not (embeds or embeddings):
+        raise UserError(f"--from={weights[0]} is weights, no run; --images=FOLDER shows what they see in images")
+    runs = [folder for folder in folders if folder not in weights]  # of weights the map is shown, and nothing else
     records = [record.read(folder, name) for folder, name in zip(runs, record.names_of(runs), strict=True)]
     if target.is_dir():
         raise UserError(f"--to={to} is a folder; expected the name of a file")

@@ -147,14 +147,31 @@ def test_the_sizes_of_the_page_are_bounded(tmp_path, monkeypatch):
     assert "is left out" in page.text
 
 
+def store_weights(folder):
+    """Writes what transformers has in a folder, as far as a page looks at it."""
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"arrays")
+    (folder / "config.json").write_text('{"hidden_size": 48}')
+
+
+def test_of_weights_that_made_the_features_the_map_alone_is_shown(tmp_path):
+    features = store_features(tmp_path / "f.parquet", store_images(tmp_path / "images"))
+    store_weights(tmp_path / "hub")
+    page = write(tmp_path / "r.html", tmp_path / "hub", embeddings=features)
+    check_whole(page)
+    assert len(page.scripts) == 2
+    assert "finished" not in page.text
+
+
 @pytest.mark.parametrize(("flags", "said"), [
     ({"folders": ["nowhere"]}, "not a workdir"), ({"to": "r.pdf"}, ".html"),
     ({"folders": []}, "--from or --embeddings"),
     ({"folders": ["{run}", "{run}"]}, "one run twice"), ({"embeddings": "none.parquet"}, "none.parquet"),
     ({"embeddings": "{run}/metrics.jsonl"}, "metrics.jsonl"), ({"images": "a", "embeddings": "b"}, "give one of them"),
-    ({"folders": ["{run}", "b"], "images": "a"}, "one --from, not 2")])
+    ({"folders": ["{run}", "b"], "images": "a"}, "one --from, not 2"),
+    ({"folders": ["{run}/hub"]}, "run/hub is weights, no run")])
 def test_a_mistake_is_one_line(tmp_path, flags, said):
-    store(tmp_path / "run")
+    store_weights(store(tmp_path / "run") / "hub")
     given = {"folders": ["{run}"], "to": "r.html", "embeddings": "", "images": "", "config": None, "most": 10,
              "tsne_most": 0} | flags
     given["folders"] = [each.format(run=tmp_path / "run") for each in given["folders"]]
