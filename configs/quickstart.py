@@ -18,12 +18,12 @@ from mae_jax.config import default, resolve
 def get_config(arg: str = "") -> ConfigDict:
     config = default("mae")
     config.batch_size = 16  # for a small model many steps of few images learn faster than few steps of many
-    config.data.update(source="letters", image_size=(32, 32), augment="none")  # each image is drawn anew, and unmirrored
+    config.data.update(source="letters", image_size=(32, 32), augment="none")  # mirrored letters are none
     config.data.workers = "0"  # letters are made faster than processes start
     config.model.update(width=96, depth=4, heads=4, patch=(4, 4), pool="mean")
     config.method.update(target="pixel", decoder_width=64, decoder_depth=1, decoder_heads=4)
     config.optim.update(lr=2e-2, warmup="100 steps", betas=(0.9, 0.98))  # a small model bears far more than a ViT-L
-    config.train.duration = "6000 steps"
+    config.train.duration = "4000 steps"
     config.checkpoint.every = "1000 steps"
     config.eval.update(every="2000 steps", max_examples=780, crop_ratio=(1.0,))
     config.log.every = "200 steps"

@@ -26,7 +26,8 @@ def train(seed: int) -> dict[str, object]:
     workdir = RUNS / str(seed)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "mae_jax.main", "--config=configs/quickstart.py", f"--workdir={workdir}",
-                    f"--config.seed={seed}", "--config.log.tensorboard=False"], check=True)
+                    f"--config.seed={seed}", "--config.log.tensorboard=False",
+                    f"--config.train.compilation_cache={RUNS / 'compiled'}"], check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     evaluations = [line for line in lines if "eval/loss" in line]
