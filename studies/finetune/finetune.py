@@ -1,7 +1,7 @@
-"""Fine-tunes the quickstart's encoder on photo crops, in minutes on a laptop.
+"""Fine-tunes a small encoder of photographs (study.py) on crops of these.
 
-  python -m mae_jax.main --config=configs/quickstart_finetune.py --workdir=runs/finetune \
-      --config.init_from=runs/quickstart
+  python -m mae_jax.main --config=studies/finetune/finetune.py --workdir=runs/finetune \
+      --config.init_from=runs/photographs
 
 Which of 17 photographs is a crop from? Ten labelled crops of each are learned from. Of the 200 that training may see,
 the last 50 of each choose the checkpoint; the test crops are read once, at the end. Crops to learn from and to choose

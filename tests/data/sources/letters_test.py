@@ -53,4 +53,4 @@ def test_each_font_draws_each_letter_in_its_own_way():
 
 def test_an_unknown_split_is_refused_with_the_known_ones():
     with pytest.raises(UserError, match="'train'"):
-        registry.load(DATA, "val")
+        registry.load(DATA, "trian")
