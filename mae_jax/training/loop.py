@@ -118,8 +118,9 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
             code = loop(run, state, checkpoints, periodic, stopper, watchdog, line)
         if code == errors.FINISHED:
             best = periodic.best.step if periodic.best else 0
-            next_steps.conclude(run, recorder, peers.broadcast(ending.finished(folder)), best)
+            recorder.flush()
             headline.show(run, periodic.part)
+            next_steps.conclude(run, recorder, peers.broadcast(ending.finished(folder)), best)
     except BaseException:
         if not peers.peers():  # else the others may not come to wait for the last save
             checkpoints.close()
