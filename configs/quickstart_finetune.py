@@ -29,7 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.update(width=96, depth=4, heads=4, patch=(4, 4), pool="mean", positions="learned", drop_path=0.1)
     config.method.update(smoothing=0.1)
     config.optim.update(lr=1.2e-2, warmup="20 steps", betas=(0.9, 0.999), layer_decay=0.75)
-    config.train.duration = "300 steps"  # however many labels
+    config.train.duration = "200 steps"  # however many labels
     labels(config, 10)
     config.model.auto = SHAPE  # of init_from
     return resolve(config, arg, labels50=partial(labels, number=50), all=partial(labels, number=900), scratch=scratch,

@@ -10,7 +10,7 @@ earlier block.
 Arguments, one of them:
   clipart          the default: drawings of Debian's package openclipart-png, 1231 to train on, and what is not
                    transparent in them: 2 classes. Here eval/attention_iou is of use, too
-  mosaic           parts of photographs that need no download, with the encoder of configs/quickstart.py: which of 17
+  mosaic           parts of photographs that need no download, with the encoder of folder:laptop: which of 17
                    photographs is a pixel from? Minutes on a laptop
   pets             Oxford-IIIT Pet of TFDS: pet, background, outline
   voc              PASCAL VOC 2012: --config.data.path=VOCdevkit/VOC2012/pictures

@@ -23,8 +23,8 @@ The data, one of them:
   ade20k     the default: the 150 classes, the authors' ADEChallengeData2016.zip unpacked (docs/segmentation.md).
              Folders of your own likewise, with --config.data.name= --config.method.classes=... and, where 0 is a class,
              --config.data.mask_offset=0
-  mosaic     parts of photographs that need no download, and a small encoder: that of configs/quickstart.py. Minutes on
-             a laptop; all values are our choice
+  mosaic     parts of photographs that need no download, and a small encoder: that of folder:laptop. Minutes on a
+             laptop; all values are our choice
   held       trains on nine tenths of the training data and reads the rest of it in place of the test data
   runlocal   two small steps of any of them, on mosaics
 

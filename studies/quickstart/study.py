@@ -4,7 +4,7 @@
 
 One JSON line per seed in studies/quickstart/results.jsonl, the table in studies/quickstart/results.md, the runs with
 their reconstructions in runs/quickstart_seeds. A seed passes where the linear probe of the trained encoder is at least
-MARGIN above both others; the test images are the same for all.
+MARGIN above both others; the test images are the same for all. Verdicts are those of studies/verdicts.py.
 """
 
 import json
@@ -14,14 +14,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of what the studies share
+from cells import Cell, read
+from verdicts import Comparison, judge
+from verdicts import table as verdict_table
+
 SEEDS = range(8)
-MARGIN = 0.10  # of top-1
+MARGIN = 0.10  # of top-1: what no seed may fall short of, and what matters to the verdicts
 RESULTS = Path(__file__).parent / "results.jsonl"
 RUNS = Path("runs/quickstart_seeds")
 PROBES = {"linear probe": "linear", "k-NN": "knn"}
 
 
-def train(seed: int) -> dict[str, object]:
+def train(seed: int) -> Cell:
     """Runs the quickstart with a seed; returns its evaluations before and after, and what they took."""
     workdir = RUNS / str(seed)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -35,14 +40,14 @@ def train(seed: int) -> dict[str, object]:
     return {"seed": seed, "before": evaluations[0], "after": evaluations[-1], "cpu_seconds": round(cpu, 1)}
 
 
-def three(cell: dict, probe: str) -> tuple[float, float, float]:
+def three(cell: Cell, probe: str) -> tuple[float, float, float]:
     """Returns top-1 of a probe: of raw pixels, of the untrained encoder, of the trained one."""
     name = f"eval/{probe}/"
     return cell["before"][f"{name}pixels_top1"], cell["before"][f"{name}top1"], cell["after"][f"{name}top1"]
 
 
-def table(cells: list[dict]) -> str:
-    """Returns the Markdown: mean and range over the seeds, and the smallest advantage in any of them."""
+def table(cells: list[Cell]) -> str:
+    """Returns the Markdown: mean and range over the seeds, the smallest advantage in any of them, and verdicts."""
     def text(values: list[float]) -> str:
         return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
@@ -60,12 +65,16 @@ def table(cells: list[dict]) -> str:
                  f"{text(error[1])} | |")
     passed = sum(three(cell, "linear")[2] - max(three(cell, "linear")[:2]) >= MARGIN for cell in cells)
     cpu = statistics.mean(cell["cpu_seconds"] for cell in cells)
+    by_seed = [{cell["seed"]: three(cell, "linear")[k] for cell in cells} for k in range(3)]
+    claims = [Comparison(f"linear probe: above {what}", by_seed[2], by_seed[k], MARGIN)
+              for k, what in enumerate(("raw pixels", "the untrained encoder"))]
     return "\n".join([*lines, "", f"The linear probe is {MARGIN:.0%} of the images or more above both in {passed} of "
-                      f"{len(cells)} seeds. A run took {cpu:.0f} seconds of one core."]) + "\n"
+                      f"{len(cells)} seeds. A run took {cpu:.0f} seconds of one core.",
+                      "", verdict_table(judge(claims))]) + "\n"
 
 
 def main() -> None:
-    cells = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    cells = read(RESULTS)
     for seed in SEEDS:
         if all(cell["seed"] != seed for cell in cells):
             cells.append(train(seed))
