@@ -1,9 +1,10 @@
 """letters: a white letter, A to Z, on a dark part of a photograph; the class is the letter.
 
 The letters are of fonts that matplotlib installs with itself, the photographs those of scikit-image and scikit-learn.
-No font is in both splits, and no pixel of a photograph: training shows the left of each, test the right (`scenes`).
-Place, size, slant, font and background say nothing of the class, so that pixels alone do not tell it. 26,000 images to
-train and 2,600 to test, 32 x 32; each is a function of its split and number alone. All values are our choice.
+No font is in both splits, though others of its family are, and no pixel of a photograph: training shows the left of
+each, test the right (`scenes`). Place, size, slant, font and background say nothing of the class, so pixels alone do
+not tell it. 26,000 images to train and 2,600 to test, 32 x 32; each is a function of its split and number alone. All
+values are our choice.
 """
 
 import functools
@@ -18,7 +19,7 @@ from mae_jax.data.sources.base import Example, Source, known_split, numbered_nam
 from mae_jax.data.sources.splits import Split
 from mae_jax.rng import rng
 
-FONTS = {  # every family in upright and slanted, thin and bold; test has faces of these families that training lacks
+FONTS = {  # a face is in one split alone; others of its family may be in the other
     "train": ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-BoldOblique", "DejaVuSansMono", "DejaVuSansMono-Oblique",
               "DejaVuSansMono-BoldOblique", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic",
               "STIXGeneral", "STIXGeneralItalic", "STIXGeneralBolIta", "cmb10", "cmmi10", "cmr10", "cmtt10"),
