@@ -57,7 +57,7 @@ setup(
         "pyarrow>=19,<30",
         "safetensors>=0.5,<1",
         "tqdm>=4.66,<5",
-        "matplotlib>=3.9,<4",  # the plot of mae_jax transfer
+        "matplotlib>=3.9,<4",  # figures; its fonts are the letters of the quickstart
         "scikit-image>=0.25,<1",  # with scikit-learn: the photographs of the quickstart
         "scikit-learn>=1.6,<2",
         "tensorboard>=2.19,<3",  # clu's metric writers import it and do not declare it

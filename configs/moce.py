@@ -50,10 +50,10 @@ def size(config: ConfigDict, name: str) -> None:
 def quickstart(config: ConfigDict) -> None:
     """Sets the encoder and the data of configs/quickstart.py."""
     config.batch_size = 64
-    config.data.update(source="photo_crops", name="", eval_split="test", image_size=(40, 40), crop_scale=(0.4, 1.0))
-    config.eval.update(crop_ratio=(1.0,), every="200 steps")
-    config.model.update(width=128, depth=6, heads=4, patch=(4, 4))
-    config.method.update(target="pixel", decoder_width=96, decoder_depth=2, decoder_heads=4, experts=4)
+    config.data.update(source="letters", name="", eval_split="test", image_size=(32, 32), augment="none", workers="0")
+    config.eval.update(crop_ratio=(1.0,), every="200 steps", max_examples=780)
+    config.model.update(width=96, depth=4, heads=4, patch=(4, 4), pool="mean")
+    config.method.update(target="pixel", decoder_width=64, decoder_depth=1, decoder_heads=4, experts=4)
     config.optim.update(lr=3e-3, warmup="20 steps")
     config.train.duration = "400 steps"
     config.checkpoint.every = "200 steps"

@@ -10,7 +10,7 @@ an earlier block.
 Arguments, one of them:
   clipart          the default: drawings of Debian's package openclipart-png, 1231 for training, with 2 classes:
                    transparent or not. eval/attention_iou is meaningful here too
-  mosaic           parts of photographs that need no download, with the encoder of configs/quickstart.py; the class of
+  mosaic           parts of photographs that need no download, with the encoder of folder:laptop; the class of
                    a pixel is its photograph, one of 17. Minutes on a laptop
   pets             Oxford-IIIT Pet of TFDS: pet, background, outline
   voc              PASCAL VOC 2012: --config.data.path=VOCdevkit/VOC2012/pictures

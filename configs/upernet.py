@@ -24,7 +24,7 @@ The data, one of them:
   ade20k     the default: the 150 classes, the authors' ADEChallengeData2016.zip unpacked (docs/segmentation.md).
              For your own folders, set --config.data.name= --config.method.classes=... and, if 0 is a class,
              --config.data.mask_offset=0
-  mosaic     parts of photographs that need no download, and the small encoder of configs/quickstart.py. Minutes on a
+  mosaic     parts of photographs that need no download, and the small encoder of folder:laptop. Minutes on a
              laptop; all values are our choice
   held       trains on nine tenths of the training data and evaluates on the rest instead of the test data
   runlocal   two small steps of any of them, on mosaics

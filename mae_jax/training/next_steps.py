@@ -78,7 +78,7 @@ def _of_encoder(run: Run, encoder: epath.Path) -> dict[str, Mapping[str, Any]]:
 def _fine_tuning(run: Run, encoder: epath.Path) -> Iterator[tuple[str, Any]]:
     """Yields the flags that fine-tune the encoder on the labels of the images that it has seen."""
     data = run.config.data
-    if data.source == "photo_crops":
+    if data.source == "letters":
         yield "config", "quickstart_finetune"
     else:
         yield "config", "folder_finetune"

@@ -108,7 +108,7 @@ def pretraining(cell: Cell, steps: int) -> ConfigDict:
     config.data.update(source=about.data.source, image_size=about.data.image_size, crop_scale=(0.4, 1.0))
     config.model.update({name: about.model[name] for name in ("width", "depth", "heads", "patch")})
     config.method.update(target="pixel", decoder_width=96, decoder_depth=2, decoder_heads=3)
-    config.optim.update(lr=6e-3, warmup=f"{steps // 20} steps")  # as configs/quickstart.py
+    config.optim.update(lr=6e-3, warmup=f"{steps // 20} steps")  # as folder:laptop
     common(config, cell, steps, held=False)
     config.eval.update(test=False)
     return config.lock()

@@ -1,7 +1,7 @@
-"""What is the quickstart's encoder worth? Fine-tuning against training from scratch, probes, and blocks that learn.
+"""What is a small encoder of photographs worth? Fine-tuning, training from scratch, probes, and blocks that learn.
 
-  python -m mae_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
-  python studies/finetune/study.py --from=runs/quickstart      (goes on where it was stopped)
+  python -m mae_jax train --config=folder:laptop --config.data.source=photo_crops --workdir=runs/photographs
+  python studies/finetune/study.py --from=runs/photographs      (goes on where it was stopped)
 
 Every arm has the same pictures and 100 steps of 64 (all blocks and none also 300), and chooses its learning rate from
 the same three values, with seed 0 on the validation part of the training split; the others then train at that rate. A
@@ -68,7 +68,7 @@ def run(cell: Cell, encoder: str, programs: str) -> Cell:
              "log.tensorboard=False", f"train.compilation_cache={programs}", f"train.duration={cell['steps']} steps"]
     flags += [f"init_from={encoder}"] * (cell["arm"] == "finetuned")
     with tempfile.TemporaryDirectory() as workdir:
-        config = f"configs/quickstart_finetune.py:{','.join(filter(None, arguments))}"
+        config = f"studies/finetune/finetune.py:{','.join(filter(None, arguments))}"
         subprocess.run([sys.executable, "-m", "mae_jax.main", f"--config={config}", f"--workdir={workdir}",
                         *(f"--config.{flag}" for flag in flags)], check=True)
         lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
@@ -120,7 +120,7 @@ def table(cells: list[Cell]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="encoder", default="runs/quickstart", help="workdir of the quickstart")
+    parser.add_argument("--from", dest="encoder", default="runs/photographs", help="workdir of the first command")
     encoder = parser.parse_args().encoder
     cells = read(RESULTS)
     with tempfile.TemporaryDirectory() as programs:

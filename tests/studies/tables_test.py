@@ -7,7 +7,7 @@ import pytest
 
 from studies import cells as shared
 
-STUDIES = {"finetune": "results", "mixing": "results_cpu", "negative_transfer": "results_cpu",
+STUDIES = {"finetune": "results", "quickstart": "results", "mixing": "results_cpu", "negative_transfer": "results_cpu",
            "small_data": "results_cpu"}
 
 

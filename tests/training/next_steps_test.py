@@ -94,6 +94,7 @@ def test_what_a_run_says_at_its_end_can_be_pasted_and_works(tmp_path, capsys):
     config = tiny_config({"data.source": "folder", "data.path": str(tmp_path / "data"), "train.duration": "2 steps"})
     assert loop.train(config, str(workdir)) == 0
     said = capsys.readouterr().out.splitlines()
+    assert sum("labels, names the class of" in line for line in said[said.index("next:") - 3:]) == 1
     commands = [line.strip() for line in said[said.index("next:") + 1:]]
     assert len(commands) == 3
     small = " --config.train.duration='2 steps' --config.batch_size=8 --config.optim.warmup='1 steps'"

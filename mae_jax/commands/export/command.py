@@ -2,7 +2,7 @@ r"""Writes a run for other libraries: a complete folder, which is read back and 
 
   mae_jax export --from=runs/quickstart --layout=hf --to=exports/hf
   mae_jax export --from=runs/finetune --layout=timm --to=exports/timm
-  mae_jax export --from=runs/quickstart/checkpoints/1250 --layout=mae --to=exports/quickstart.pth
+  mae_jax export --from=runs/quickstart/checkpoints/4000 --layout=mae --to=exports/quickstart.pth
   mae_jax export --from=runs/quickstart --layout=stablehlo --to=gs://BUCKET/program
 
 --layout=hf is read by transformers (ViTMAEForPreTraining, ViTForImageClassification, UperNetForSemanticSegmentation or

@@ -13,7 +13,7 @@ from mae_jax.data.sources.base import RecordStream, Source
 from mae_jax.errors import UserError
 from mae_jax.storage.paths import check_bucket, normalized
 
-BUILT_IN = ("digit_scenes", "mnist5k", "photo_crops", "photo_mosaic")  # sources that come with a package
+BUILT_IN = ("digit_scenes", "letters", "mnist5k", "photo_crops", "photo_mosaic")  # sources that come with a package
 NOT_ON_S3 = ("clipart", "coco", "fashion_scenes", "tfds", "tfrecord")  # the latter two are TensorFlow's to read
 # data.source → the module that has `load(data, split)`. Imported when asked for: some need packages of their own.
 # A plug-in gives such a module too, or the function.
@@ -23,6 +23,7 @@ MODULES = {
     "digit_scenes": "mae_jax.data.sources.digit_scenes",
     "fashion_scenes": "mae_jax.data.sources.fashion_scenes",
     "folder": "mae_jax.data.sources.folder",
+    "letters": "mae_jax.data.sources.letters",
     "mnist5k": "mae_jax.data.sources.mnist5k",
     "npz": "mae_jax.data.sources.npz",
     "photo_crops": "mae_jax.data.sources.photo_crops",

@@ -62,7 +62,7 @@ def source(name: str, split: str, things: Things, classes: tuple[str, ...]) -> S
 
 
 def _read(name: str, split: str, things: Things, i: int) -> Example:
-    pixels, found = scene(things, _backgrounds(split), rng(0, f"{name}/{split}", i))
+    pixels, found = scene(things, backgrounds(split), rng(0, f"{name}/{split}", i))
     mask = np.zeros(pixels.shape[:2], np.uint8)
     for label, region in zip(found.label, found.regions, strict=True):
         height, width = region.values.shape
@@ -75,8 +75,12 @@ def _truth(name: str, split: str, things: Things, i: int) -> Truth:
 
 
 @functools.cache
-def _backgrounds(split: str) -> list[np.ndarray]:
-    """Returns uint8 [96, 96, 3] each, the photographs taking turns."""
+def backgrounds(split: str) -> list[np.ndarray]:
+    """Returns the backgrounds of a split, uint8 [96, 96, 3] each, the photographs taking turns.
+
+    Raises:
+      UserError: scikit-image or scikit-learn is not installed.
+    """
     chosen = [(path, label) for path, label in zip(photo_crops.paths(), photo_crops.CLASSES, strict=True)
               if label not in WITHOUT]
     photographs = [(photo_crops.photograph(path), label) for path, label in chosen]

@@ -1,0 +1,55 @@
+"""Fine-tunes a small encoder of photographs (study.py) on crops of these.
+
+  python -m mae_jax.main --config=studies/finetune/finetune.py --workdir=runs/finetune \
+      --config.init_from=runs/photographs
+
+Which of 17 photographs is a crop from? Ten labelled crops of each are learned from. Of the 200 that training may see,
+the last 50 of each choose the checkpoint; the test crops are read once, at the end. Crops to learn from and to choose
+by overlap: with 150 labels the former cover 84 % of the latter's area, with 10 labels 16 %. Test crops overlap with
+neither.
+
+Arguments: `labels50` and `all` (50 and 150 labels for each photograph), `scratch` (no encoder to start from, and then
+no layer-wise decay), `probe` (the head alone learns, behind a batch norm), `runlocal`. All values are our choice.
+"""
+
+from functools import partial
+
+from ml_collections import ConfigDict
+
+from mae_jax.config import SHAPE, default, resolve
+
+PHOTOGRAPHS = 17  # neighbours in the training split come from different photographs
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = default("supervised")
+    config.batch_size = 64
+    config.data.update(image_size=(40, 40), crop_scale=(0.4, 1.0), val_split=f"train[{150 * PHOTOGRAPHS}:]")
+    config.eval.update(crop_ratio=(1.0,), every="100 steps")
+    config.checkpoint.update(every="100 steps", best_metric="top1")
+    config.model.update(width=128, depth=6, heads=4, patch=(4, 4), pool="mean", positions="learned", drop_path=0.1)
+    config.method.update(smoothing=0.1)
+    config.optim.update(lr=1.2e-2, warmup="20 steps", betas=(0.9, 0.999), layer_decay=0.75)
+    config.train.duration = "100 steps"  # however many labels
+    labels(config, 10)
+    config.model.auto = SHAPE  # of init_from
+    return resolve(config, arg, labels50=partial(labels, number=50), all=partial(labels, number=150), scratch=scratch,
+                   probe=probe)
+
+
+def labels(config: ConfigDict, number: int) -> None:
+    """Trains with so many labelled crops of each photograph."""
+    config.data.train_split = f"train[:{number * PHOTOGRAPHS}]"
+
+
+def scratch(config: ConfigDict) -> None:
+    """From random weights: every layer learns at the full rate, and drops out less."""
+    config.optim.layer_decay = 1.0
+    config.model.drop_path = 0.0
+
+
+def probe(config: ConfigDict) -> None:
+    """The encoder is frozen: batch norm without scale and shift, and one layer (MAE A.1, with AdamW)."""
+    config.model.update(positions="fixed", drop_path=0.0)
+    config.method.update(head="probe", head_std=0.01, train_blocks=0.0, smoothing=0.0)
+    config.optim.update(weight_decay=0.0, layer_decay=1.0)
