@@ -86,13 +86,13 @@ def mixtures(method: MixedAE, params: Any, extras: Any, batch: Batch) -> np.ndar
 
 def at_ratios(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarray:
     """Returns two pictures of `batch` at several masking ratios, one row each, with the same random orders."""
-    few = {name: np.asarray(value)[-2:] for name, value in batch.items()}
     # Drawn anew: the order of block and grid masking is random in its halves only where the training ratio cuts it.
-    shuffle = np.random.default_rng(0).permutation(few["order"].shape[1])
-    few |= {"patches": few["patches"][:, shuffle], "order": few["order"][:, shuffle]}
+    shuffle = np.random.default_rng(0).permutation(batch["order"].shape[1])
+    # All images, though two are shown: what predicts at the trained ratio is then compiled already.
+    shuffled = batch | {name: batch[name][:, shuffle] for name in ("patches", "order")}
     rows = []
     for ratio in RATIOS:
-        original, visible, predicted = panels(masking(method, ratio), params, extras, few)
-        rows.append([panel for i in range(len(original)) for panel in (original[i], visible[i], predicted[i])])
+        shown = zip(*(images[-2:] for images in panels(masking(method, ratio), params, extras, shuffled)), strict=True)
+        rows.append([panel for image in shown for panel in image])
     title = f"Reconstructions at several mask ratios: trained at {method.mask_ratio:.0%}; {method.reconstruction_note}"
     return tile(rows, CAPTIONS, title, [f"{ratio:.0%} masked" for ratio in RATIOS])

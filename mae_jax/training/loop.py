@@ -66,7 +66,10 @@ def _train(config: ConfigDict, folder: str, stopper: Stopper, stall_seconds: flo
     watchdog = Watchdog(stall_seconds, run.workdir)
     compiled, held = compiled_programs(config, run.workdir), workdir_lock.hold(run.workdir, ends_process)
     with held, jax.set_mesh(run.program.mesh), compiled, watchdog:
-        return resume(run, stopper, watchdog)
+        try:
+            return resume(run, stopper, watchdog)
+        finally:
+            run.program.leave()
 
 
 def _why_finished(run: Run) -> str:
@@ -94,6 +97,7 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
         if finished := peers.broadcast(ending.finished(folder)):
             raise UserError(f"{folder} is of a run that finished {finished} steps, and has no checkpoint to go on "
                             "from; bring its folder checkpoints back, or use another --workdir")
+        run.program.compile_ahead()
         with progress.doing("initializing the model"):
             state = initial_state(run)
         print_once(f"{parameter_table.summary(state.params, run.program.method)}; each by name in "
@@ -103,6 +107,7 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
                         f"({run.timeline.total} steps)")
     else:
         run.program.method.check_extras(state.extras)
+        run.program.compile_ahead()
         logger.info("resumed at step %d", state.step)
     startup_timer.done("state")
     _check_room(run)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from mae_jax.methods.base import Batch, Extras, Method, Metrics, Params
 from mae_jax.ops.partitioning import ROWS
 from mae_jax.param_tree import path
 from mae_jax.rng import stream_key
-from mae_jax.runtime import progress, sharding
+from mae_jax.runtime import exit, progress, sharding
 from mae_jax.state import TrainState
 from mae_jax.training import optim, spike_detector
 from mae_jax.training.optim import Schedule
@@ -70,10 +71,33 @@ class TrainStep:
                             donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh)),
                             compiler_options=COMPILER_OPTIONS | {
                                 "xla_gpu_deterministic_ops": config.train.deterministic})
+        self._ahead: Future | None = None
+
+    def compile_ahead(self) -> None:
+        """Begins to compile `step` in a thread, while the state is made and evaluated; `compile` waits for it.
+
+        Not on GPUs, where XLA chooses kernels by timing them, on devices that would have other work meanwhile.
+        """
+        if self.mesh.devices.flat[0].platform != "gpu":
+            executor = ThreadPoolExecutor(1, "compile")
+            self._ahead = executor.submit(self._compile)
+            executor.shutdown(wait=False)  # the thread ends when it is done; the end of a process waits for it
 
     def compile(self) -> None:
-        """Compiles `step`, so that its first call runs at once."""
+        """Compiles `step`, so that its first call runs at once; raises what that raises."""
         with progress.doing("compiling the train step"):
+            if self._ahead is None:
+                self._compile()
+            else:
+                self._ahead.result()
+
+    def leave(self) -> None:
+        """Says that nobody will wait for `compile_ahead`; what ends this process does not either."""
+        if self._ahead and not self._ahead.done():
+            exit.wait_for_no_thread()
+
+    def _compile(self) -> None:
+        with jax.set_mesh(self.mesh):  # each thread has its own
             self.step.lower(self.state, self.batch).compile()
 
 

@@ -25,6 +25,15 @@ def test_the_linear_probe_is_scikit_learns_logistic_regression(penalty):
     assert linear_probe.accuracy(weights, tests, truth) == pytest.approx(peer.score(tests, truth), abs=0.01)
 
 
+def test_a_fit_ends_at_the_same_weights_wherever_it_begins():
+    features, labels = blobs(300, seed=0)
+    share = np.full(300, 1 / 300, np.float32)
+    start = linear_probe.fit(features, labels, share, 1e-1, CLASSES)
+    from_zero, from_there = (linear_probe.fit(features, labels, share, 1e-2, CLASSES, at) for at in (None, start))
+    np.testing.assert_allclose(from_there, from_zero, atol=1e-3)
+    assert np.abs(from_zero - start).max() > 0.1
+
+
 def test_examples_without_a_share_are_not_fitted():
     features, labels = blobs(300, seed=0)
     share = np.where(np.arange(300) < 200, 1 / 200, 0).astype(np.float32)
