@@ -168,7 +168,7 @@ class Context:
         part = self.data.parts.get(data.eval_split if self.part == "eval" else data.val_split)
         batch = jax.device_get({name: value for name, value in self.shown.items() if "patches" not in name})
         lines = [input_grid.caption(batch, i, self.data.classes, part) for i in range(len(batch["id"]))]
-        return ["  ".join(filter(None, line)) for line in lines]
+        return [f"{name} ({classes})" if classes else name for name, classes in lines]
 
 
 def labeled_rows(batch: Batch) -> jax.Array:

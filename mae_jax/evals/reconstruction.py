@@ -66,7 +66,7 @@ def reconstructions(method: Method, params: Any, extras: Any, batch: Batch, name
     """Returns the grid of `batch`: input, visible patches, reconstruction, and its name; two images to a row."""
     rows = list(zip(*panels(method, params, extras, batch), strict=True))
     share = "" if method.mask_ratio is None else f"{method.mask_ratio:.0%} of the patches are masked, "
-    title = f"Reconstructions: {share}visible ones are shown as they are; {method.reconstruction_note}"
+    title = f"Reconstructions: {share}the visible ones are copied; {method.reconstruction_note}"
     return tile(paired(rows), CAPTIONS, title, below=names)
 
 

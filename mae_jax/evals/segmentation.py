@@ -78,12 +78,13 @@ def pictures(method: Method, params: Any, extras: Any, batch: Batch, names: Sequ
                    below=names)
     if count > MAX_LISTED_CLASSES:
         return picture
-    named = [printable(name) for name in classes] if len(classes) == count else [str(k) for k in range(count)]
-    return np.concatenate([picture, legend(colors[:count], named, picture.shape[1])])
+    return np.concatenate([picture, legend(count, classes, picture.shape[1])])
 
 
-def legend(colors: np.ndarray, names: Sequence[str], width: int) -> np.ndarray:
-    """Returns the names of classes beside their colors [C, 3], as uint8 [height, width, 3]."""
+def legend(count: int, classes: Sequence[str], width: int) -> np.ndarray:
+    """Returns the names of so many classes, or else their numbers, beside their colors, as uint8 [height, width, 3]."""
+    colors = palette(count)[:count]
+    names = [printable(name) for name in classes] if len(classes) == count else [str(k) for k in range(count)]
     font = ImageFont.load_default(LETTER)
     longest = math.ceil(max(map(font.getlength, names)))
     column = min(max(KEY, CAPTION + longest + 2 * GAP), width - GAP)

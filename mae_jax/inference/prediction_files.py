@@ -13,12 +13,13 @@ from PIL import Image
 
 from mae_jax.errors import UserError
 from mae_jax.evals import detected, object_figures, plots
-from mae_jax.evals.segmentation import palette
+from mae_jax.evals.segmentation import legend, palette
 from mae_jax.inference.encoder import Encoder
 from mae_jax.inference.prediction import Prediction, Score
 from mae_jax.storage.paths import make_folder, replace_bytes, replace_text
 
 ENDINGS = (".csv", ".json")
+LEGEND = 600  # pixels of the width of classes.png
 
 
 def check(to: epath.Path, task: str) -> None:
@@ -142,10 +143,17 @@ def _confusion(to: epath.Path, encoder: Encoder, score: Score) -> list[str]:
 
 
 def _masks(to: epath.Path, encoder: Encoder, found: Iterator[Prediction]) -> epath.Path:
-    """Writes a PNG mask with a palette for each image, and masks.csv, which lists them; returns that path."""
+    """Writes a PNG mask with a palette for each image, and masks.csv, which lists them; returns that path.
+
+    classes.png says which color is which class.
+    """
     colors, rows = palette(encoder.method.classes), io.StringIO()
     writer = csv.writer(rows, lineterminator="\n")
     writer.writerow(["file", "mask", "error"])
+    make_folder(to)
+    content = io.BytesIO()  # written first: should the mask of an image be called so, that one stays
+    Image.fromarray(legend(encoder.method.classes, encoder.classes, LEGEND)).save(content, "PNG")
+    replace_bytes(to / "classes.png", content.getvalue())
     for each in found:
         inside = ""
         if each.mask is not None:
@@ -156,6 +164,5 @@ def _masks(to: epath.Path, encoder: Encoder, found: Iterator[Prediction]) -> epa
             make_folder((to / inside).parent)
             replace_bytes(to / inside, content.getvalue())
         writer.writerow([each.name, inside, each.error])
-    make_folder(to)
     replace_text(to / "masks.csv", rows.getvalue())
     return to / "masks.csv"

@@ -99,7 +99,7 @@ class Method:
     task: ClassVar[Task] = "pretraining"
     reconstructs: ClassVar[bool] = False
     mask_ratio: float | None = None  # share that is masked, where `at_mask_ratio` gives another
-    reconstruction_note: str = "as the method reconstructs them"  # what images of masked patches say of their colors
+    reconstruction_note: str = "colors are as the method has them"  # what is said of images of masked patches
     defaults: ClassVar[dict[str, Any]] = {}  # own config fields under config.method
     small: ClassVar[dict[str, Any]] = {}  # what `runlocal` makes of these; ours are in methods/fields.py
     uses_labels: bool = False  # what it is evaluated on must not be trained on

@@ -27,9 +27,9 @@ from mae_jax.ops.flops import blocks_flops
 from mae_jax.ops.patches import PatchGrid, normalize
 
 TARGETS = {  # method.target → what a reader must know about the colors of reconstructions
-    "norm_pix": "colors of masked patches use their own true mean and deviation",
-    "pixel": "colors are predicted as they are",
-    "pca": "of pixels by PCA",
+    "norm_pix": "predictions are given each patch's own true mean and deviation",
+    "pixel": "pixels are predicted",
+    "pca": "components of pixels are predicted",
 }
 MASKINGS = ("random", "block", "grid")
 

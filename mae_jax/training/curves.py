@@ -66,8 +66,8 @@ def draw(axes: Any, panel: Panel, ink: str = "black") -> None:
         axes.plot(steps, values, color=COLORS[number % len(COLORS)], linewidth=1.2 if of_training else 1,
                   linestyle=DASHES[number // len(COLORS) % len(DASHES)] if of_training else (0, (2, 1)) if
                   panel.name == "loss" else "-", marker=None if of_training else "o", markersize=2.5)
-    values = [value for _, _, points in panel.lines for _, value in points if math.isfinite(value)]
-    if panel.name == "loss" and min(values) > 0 and max(values) > LOG * min(values):
+    finite = [value for _, _, points in panel.lines for _, value in points if math.isfinite(value)]
+    if panel.name == "loss" and min(finite) > 0 and max(finite) > LOG * min(finite):
         axes.set_yscale("log")
     axes.grid(color=ink, alpha=0.12, linewidth=0.5)
     axes.tick_params(length=2, width=0.6)

@@ -38,11 +38,17 @@ from mae_jax.training.step_logger import StepLogger
 logger = logging.getLogger(__name__)
 
 
-def train(config: ConfigDict, folder: str) -> int:
-    """Trains until `train.duration`, resuming what the workdir holds. Returns the exit code."""
+def train(config: ConfigDict, folder: str, alone: bool = True) -> int:
+    """Trains until `train.duration`, resuming what the workdir holds. Returns the exit code.
+
+    Args:
+      config: of the run.
+      folder: its workdir.
+      alone: False for one run of many, which does not say at its end what to do next.
+    """
     startup_timer.begin()
     with SignalHandler() as stopper:
-        return _train(config, folder, stopper, config.guard.stall_seconds)
+        return _train(config, folder, stopper, config.guard.stall_seconds, alone)
 
 
 def train_as_guest(config: ConfigDict, folder: str) -> None:
@@ -55,10 +61,11 @@ def train_as_guest(config: ConfigDict, folder: str) -> None:
       GuardError: a guard stopped the run, or the workdir was lost.
     """
     startup_timer.begin()
-    _train(config, folder, NoSignals(), 0, ends_process=False)
+    _train(config, folder, NoSignals(), 0, alone=True, ends_process=False)
 
 
-def _train(config: ConfigDict, folder: str, stopper: Stopper, stall_seconds: float, ends_process: bool = True) -> int:
+def _train(config: ConfigDict, folder: str, stopper: Stopper, stall_seconds: float, alone: bool,
+           ends_process: bool = True) -> int:
     run = open_run(config, folder)
     if why := peers.broadcast(_why_finished(run)):
         print_once(f"{run.workdir} is finished: {why}")
@@ -67,7 +74,7 @@ def _train(config: ConfigDict, folder: str, stopper: Stopper, stall_seconds: flo
     compiled, held = compiled_programs(config, run.workdir), workdir_lock.hold(run.workdir, ends_process)
     with held, jax.set_mesh(run.program.mesh), compiled, watchdog:
         try:
-            return resume(run, stopper, watchdog)
+            return resume(run, stopper, watchdog, alone)
         finally:
             run.program.leave()
 
@@ -85,8 +92,8 @@ def _why_finished(run: Run) -> str:
     return ""
 
 
-def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
-    """Restores or makes the state and trains on. Returns the exit code."""
+def resume(run: Run, stopper: Stopper, watchdog: Watchdog, alone: bool = True) -> int:
+    """Restores or makes the state and trains on; `alone` as of `train`. Returns the exit code."""
     config, folder = run.config, run.workdir
     evaluator = evaluation.check(run)
     checkpoints = Checkpoints(folder, config.checkpoint.keep_last, run.timeline.keep_every)
@@ -121,7 +128,7 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog) -> int:
         periodic.write_file(parameter_table.FILE, f"{parameter_table.table(state.params, run.program.method)}\n")
         with progress.doing("training", run.timeline.total, step, "step", logged=False) as line:
             code = loop(run, state, checkpoints, periodic, stopper, watchdog, line)
-        if code == errors.FINISHED:
+        if code == errors.FINISHED and alone:
             best = periodic.best.step if periodic.best else 0
             recorder.flush()
             headline.show(run, periodic.part)

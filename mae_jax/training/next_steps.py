@@ -55,11 +55,14 @@ def commands(run: Run, best: bool) -> list[str]:
     """Returns commands for what has been trained, ready for a shell."""
     folder, method = run.workdir, run.program.method
     encoder = folder / "best" if best else folder
-    asked = {"predict": {"from": encoder, "to": folder / "predictions.csv"},
-             "export": {"from": encoder, "to": folder / "export"}}
-    masks, found = ({"predict": {"from": encoder, "to": folder / name}} for name in ("masks", "found"))
-    then: dict[str, Mapping[str, Any]] = {"classification": asked, "segmentation": masks, "detection": found,
-                                          "pretraining": _of_encoder(run, encoder)}[method.task]
+    then: dict[str, Mapping[str, Any]] = {}
+    if method.task == "pretraining":
+        then = _of_encoder(run, encoder)
+    else:
+        to = {"classification": "predictions.csv", "segmentation": "masks", "detection": "found"}[method.task]
+        then["predict"] = {"from": encoder, "to": folder / to}
+    if method.task == "classification":
+        then["export"] = {"from": encoder, "to": folder / "export"}
     if run.config.data.source == "batches":  # which holds patches, and no images to ask about
         then = {verb: given for verb, given in then.items() if verb in ("export", "train")}
     return [_command("report", {"from": folder, "to": folder / "report.html"}),

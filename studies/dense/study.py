@@ -164,7 +164,7 @@ def train(config: ConfigDict, folder: Path, programs: str) -> dict[str, float]:
     """Returns the last value of each metric of a run."""
     with config.unlocked():
         config.train.compilation_cache = programs
-    if loop.train(config, str(folder)):
+    if loop.train(config, str(folder), alone=False):
         raise SystemExit(f"{folder} did not finish")
     return shared.last_values(folder)
 

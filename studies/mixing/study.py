@@ -245,7 +245,7 @@ def color(encoder: Path, clipart: str) -> dict[str, float]:
 
 def _train(config: ConfigDict, folder: Path, programs: str) -> dict[str, float]:
     config.train.compilation_cache = programs
-    if loop.train(config, str(folder)):
+    if loop.train(config, str(folder), alone=False):
         raise RuntimeError(f"{folder} did not finish")
     return shared.last_values(folder)
 

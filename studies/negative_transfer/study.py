@@ -220,7 +220,7 @@ class Study:
 
     def _train(self, config: ConfigDict, folder: Path) -> dict[str, float]:
         config.train.compilation_cache = self.programs
-        if loop.train(config, str(folder)):
+        if loop.train(config, str(folder), alone=False):
             raise RuntimeError(f"{folder} did not finish")
         return shared.last_values(folder)
 

@@ -194,7 +194,7 @@ def run(cell: Cell, cells: list[Cell], size: Size, work: Path, programs: str) ->
             run({**cell, "kind": "pretrained", "lr": lr}, cells, size, work, programs)
         config, folder = finetuning(cell, work, encoder, size.images), Path(tempfile.mkdtemp(dir=programs)) / "tuned"
     config.train.compilation_cache = programs
-    if loop.train(config, str(folder)):
+    if loop.train(config, str(folder), alone=False):
         raise SystemExit(f"{cell} did not finish")
     last = shared.last_values(folder)
     if cell["kind"] == "tuned":

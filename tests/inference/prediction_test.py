@@ -213,14 +213,16 @@ def test_a_name_does_not_lead_out_of_the_folder_of_masks(tmp_path):
         task, classes = "segmentation", 2
 
     class Encoder:
-        method = Method()
+        method, classes = Method(), ("cat", "dog")
 
     mask = np.zeros((4, 4), np.uint8)
     found = [prediction.Prediction("../../evil.png", mask=mask), prediction.Prediction("/etc/x", mask=mask),
              prediction.Prediction("bad", error="cut")]
     prediction_files.write(epath.Path(tmp_path / "masks"), Encoder(), iter(found), None, 1, {})
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")) == [
-        "masks/etc/x.png", "masks/evil.png.png"]
+        "masks/classes.png", "masks/etc/x.png", "masks/evil.png.png"]
+    with Image.open(tmp_path / "masks" / "classes.png") as legend:
+        assert {tuple(color) for color in palette(2)[:2].tolist()} <= {color for _, color in legend.getcolors(1 << 20)}
     assert rows(tmp_path / "masks" / "masks.csv")[2] == {"file": "bad", "mask": "", "error": "cut"}
 
 

@@ -128,7 +128,7 @@ class Suite:
             if code != errors.FINISHED:
                 return code, []
             config = with_lr(config, lr)
-        code = loop.train(config, str(folder))
+        code = loop.train(config, str(folder), alone=False)
         if code != errors.FINISHED:
             return code, []
         return code, self._rows(cell, folder, lr, "eval/best" if config.checkpoint.best_metric else "eval")
@@ -150,7 +150,7 @@ class Suite:
         scores = {}
         for lr in self.lrs:
             try:
-                code = loop.train(with_lr(config, lr), str(folder / f"lr_{lr:g}"))
+                code = loop.train(with_lr(config, lr), str(folder / f"lr_{lr:g}"), alone=False)
             except GuardError as error:
                 print(f"{cell.folder}: lr {lr:g}: {errors.explain(error)[1]}", flush=True)
                 stopped = error
