@@ -24,11 +24,10 @@ def show(run: Run, part: str) -> None:
     if jax.process_index() == 0:
         try:
             series, _ = series_of(paths.read_bytes(run.workdir / "metrics.jsonl") or b"")
-        except OSError as error:  # no line is worth a run
-            logger.warning("not said what was learned: %s", error)
-        else:
             if text := line(run, part, series):
                 print_once(text)
+        except Exception as error:  # no line is worth a run
+            logger.warning("not said what was learned: %s", str(error).split("\n")[0] or type(error).__name__)
 
 
 def line(run: Run, part: str, series: Mapping[str, list[tuple[int, float]]]) -> str:
