@@ -2,12 +2,10 @@
 
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from mae_jax.errors import UserError
 from mae_jax.evals import knn, linear_probe
 from mae_jax.evals.base import Evaluation
-from mae_jax.evals.context import Context, Pair
+from mae_jax.evals.context import Context
 from mae_jax.methods.base import Method
 
 
@@ -33,10 +31,5 @@ class FrozenProbes(Evaluation):
             if classes < 2 or not len(labels):
                 raise UserError(f"the split {split!r} has no labels of several classes: nothing to probe")
         swept, _ = linear_probe.sweep(train, test, classes, seed=config.seed)
-        return probes(train, test, classes, config.eval, "top1") | {"sgd/top1": swept}
-
-
-def probes(train: Pair, test: Pair, classes: int, c: ConfigDict, name: str) -> dict[str, float]:
-    """Returns 'linear/<name>' and 'knn/<name>', top-1 in 0..1 of `test`, read once; c: the group `eval`."""
-    return {f"linear/{name}": linear_probe.top1(train, test, classes),
-            f"knn/{name}": knn.top1(train, test, classes, c.knn_k, c.knn_temperature)}
+        neighbors = knn.top1(train, test, classes, config.eval.knn_k, config.eval.knn_temperature)
+        return {"linear/top1": linear_probe.top1(train, test, classes), "knn/top1": neighbors, "sgd/top1": swept}

@@ -104,9 +104,9 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog, alone: bool = True) -
         if finished := peers.broadcast(ending.finished(folder)):
             raise UserError(f"{folder} is of a run that finished {finished} steps, and has no checkpoint to go on "
                             "from; bring its folder checkpoints back, or use another --workdir")
-        run.program.compile_ahead()
+        _check_room(run)
         with progress.doing("initializing the model"):
-            state = initial_state(run)
+            state = initial_state(run, meanwhile=run.program.compile_ahead)
         print_once(f"{parameter_table.summary(state.params, run.program.method)}; each by name in "
                    f"{folder / parameter_table.FILE}")
     elif int(state.step) > run.timeline.total:
@@ -114,10 +114,10 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog, alone: bool = True) -
                         f"({run.timeline.total} steps)")
     else:
         run.program.method.check_extras(state.extras)
+        _check_room(run)
         run.program.compile_ahead()
         logger.info("resumed at step %d", state.step)
     startup_timer.done("state")
-    _check_room(run)
     # Not before all that a mistake can break has worked.
     workdir.record(folder, config, run.inputs, evaluator.names_applying)
     step, first = int(state.step), jax.process_index() == 0

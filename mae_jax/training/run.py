@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -106,14 +106,17 @@ def images_on_host(run: Run) -> Iterator[dict[str, np.ndarray]]:
         yield jax.device_get(jax.device_put(placed, everywhere))
 
 
-def initial_state(run: Run, for_training: bool = True) -> TrainState:
+def initial_state(run: Run, for_training: bool = True, meanwhile: Callable[[], None] | None = None) -> TrainState:
     """Makes the state before the first step, from `init_from` where it is given.
 
     Args:
       run: as `prepare` made it.
       for_training: False where the encoder alone is looked at: nothing is then computed of training images.
+      meanwhile: begins what goes on beside it, once `init_from` is read, which a mistake may break.
     """
     loaded = warm_start.load(run.config, run.program.state.params, run.inputs.classes) if run.config.init_from else {}
+    if meanwhile:
+        meanwhile()
     rows = len(sharding.local_rows(run.program.mesh, run.config.batch_size))
     batch = next(run.inputs.train(0)) if for_training else {
         name: np.zeros((rows, *struct.shape[1:]), struct.dtype) for name, struct in run.program.batch.items()}

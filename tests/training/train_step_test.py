@@ -1,6 +1,7 @@
 """The train step: accumulation, skipped steps under any optimizer, donation, determinism, going on from a copy."""
 
 import re
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -16,7 +17,8 @@ from mae_jax.methods.base import Method
 from mae_jax.methods.mae import MAE
 from mae_jax.param_tree import flatten
 from mae_jax.rng import stream_key
-from mae_jax.training.train_step import build_train_step, gradients, init_state, only_if
+from mae_jax.runtime import exit
+from mae_jax.training.train_step import TrainStep, build_train_step, gradients, init_state, only_if
 from tests.helpers.tiny import TINY_DATA, tiny_batch, tiny_config, tiny_state, tiny_step
 
 
@@ -269,3 +271,38 @@ def test_an_encoder_of_a_run_on_a_mesh_that_is_not_here_is_looked_at_on_what_is(
     config = frozen(tiny_config(fields), -1)
     assert config.mesh == default().mesh
     assert frozen(tiny_config(), -1).mesh == tiny_config().mesh  # which is not the default: it fits
+
+
+def test_what_compiles_ahead_raises_where_the_step_is_waited_for_and_not_before(monkeypatch):
+    program = TrainStep(Counting(CONFIG, TINY_DATA), fitting_mesh(CONFIG))
+    monkeypatch.setattr(program, "step", SimpleNamespace(lower=lambda *shapes: 1 / 0))
+    program.compile_ahead()
+    with pytest.raises(ZeroDivisionError):
+        program.compile()
+
+
+def test_what_compiled_ahead_is_not_compiled_again_and_leaves_no_thread(monkeypatch):
+    program = TrainStep(MAE(CONFIG, TINY_DATA), fitting_mesh(CONFIG))
+    lowered, lower = [], program.step.lower
+    spy = SimpleNamespace(lower=lambda *shapes: lowered.append(shapes) or lower(*shapes))
+    monkeypatch.setattr(program, "step", spy)
+    program.compile_ahead()
+    program.compile()
+    assert len(lowered) == 1
+    for thread in threading.enumerate():
+        if thread.name.startswith("compile"):
+            thread.join(10)
+    assert not any(thread.name.startswith("compile") for thread in threading.enumerate())
+
+
+def test_nobody_waits_for_a_compilation_that_is_given_up(monkeypatch):
+    program, given_up = TrainStep(MAE(CONFIG, TINY_DATA), fitting_mesh(CONFIG)), threading.Event()
+    monkeypatch.setattr(program, "step", SimpleNamespace(lower=lambda *shapes: given_up.wait() and 1 / 0))
+    said = []
+    monkeypatch.setattr(exit, "wait_for_no_thread", lambda: said.append(True))
+    program.leave()
+    program.compile_ahead()
+    assert not said
+    program.leave()
+    given_up.set()
+    assert said == [True]
