@@ -31,7 +31,8 @@ SMALL = {  # page → verb → what is appended
     "few_labels": {"train": TINY},
     "public_weights": {"train": TRAIN, "report": "--tsne_images=0"},
     "coco_like": {"train": TRAIN},
-    "rent": {"plan": "--config.model.depth=2 --config.method.decoder_depth=1 --cache=''"},
+    "rent": {"plan": "--config.model.depth=2 --config.model.width=48 --config.model.heads=3 --config.batch_size=16 "
+                     "--config.data.image_size='(32, 32)' --config.method.decoder_depth=1 --cache=''"},
     "extending": {},
 }
 BEFORE = {  # page → the page whose runs it goes on with, and a command for what its reader has
