@@ -78,7 +78,7 @@ def read(tmp_path_factory):
         variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "XLA_FLAGS")}
         variables |= {"PYTHON": sys.executable, "ROOT": str(ROOT), "JAX_PLATFORMS": "cpu"} | small
         done = subprocess.run(["bash", "-euo", "pipefail", "-c", SHELL + text], cwd=folder, capture_output=True,
-                              text=True, timeout=600, env=variables)
+                              text=True, timeout=900, env=variables)
         assert done.returncode == 0, text + done.stdout + done.stderr
         return done.stdout + done.stderr
 
