@@ -13,10 +13,10 @@ part is evaluated once, at the end: eval/top1 for the last state, eval/best/top1
 
   --config.data.train_split='train[:80%]' --config.data.val_split='train[80%:]'
 
-Arguments, separated by commas: `Ti` (the default) or `S` (with the same argument of configs/folder.py), `B` (ViT-B/16
-at 224 pixels, for encoders of configs/vit_b_mae.py or exported ones); `scratch` (random weights, three times as long,
-no layer-wise decay: the baseline for the encoder); `all` (train on the whole training part and keep the last state, for
-few images, when there is nothing to select); `runlocal`.
+Arguments, separated by commas: `Ti` (the default), `S` or `laptop` (with the same argument of configs/folder.py), `B`
+(ViT-B/16 at 224 pixels, for encoders of configs/vit_b_mae.py or exported ones); `scratch` (random weights, three times
+as long, no layer-wise decay: the baseline for the encoder); `all` (train on the whole training part and keep the last
+state, for few images, when there is nothing to select); `runlocal`.
 
 There is no published recipe for this; the values are our choice: those of MAE's fine-tuning (configs/finetune.py) with
 smaller batches. The recipe has not been run to its end. If classes differ by color, or by left and right, set
@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.eval.every = "5 epochs"
     size(config, "Ti")
     config.model.auto = SHAPE  # the shape of init_from's encoder, unless a size is given
-    sizes = {name: partial(size, name=name) for name in ("Ti", "S", "B")}
+    sizes = {"laptop": laptop, **{name: partial(size, name=name) for name in ("Ti", "S", "B")}}
     return resolve(config, arg, sizes, scratch=scratch, all=everything)
 
 
@@ -52,6 +52,15 @@ def size(config: ConfigDict, name: str) -> None:
     config.data.image_size = (224, 224) if large else (128, 128)
     config.model.update(vit(name, patch=16 if large else 8), auto=())
     config.optim.lr = 1e-3 if large else 2e-3  # per 256 images; small encoders tolerate more
+
+
+def laptop(config: ConfigDict) -> None:
+    """Sets the encoder's and the images' size to those of folder:laptop, and batches that a few images fill."""
+    config.batch_size = 32
+    config.data.update(image_size=(40, 40), crop_scale=(0.4, 1.0))
+    config.eval.crop_ratio = (1.0,)
+    config.model.update(width=128, depth=6, heads=4, patch=(4, 4), auto=())
+    config.optim.lr = 1.2e-2  # as configs/quickstart_finetune.py
 
 
 def scratch(config: ConfigDict) -> None:

@@ -289,7 +289,8 @@ def test_a_folders_validation_part_is_no_part_of_what_is_learned_from():
     assert everything.checkpoint.best_metric == ""
 
 
-@pytest.mark.parametrize(("size", "pretraining"), [("Ti", "folder:Ti"), ("S", "folder:S"), ("B", "vit_b_mae")])
+@pytest.mark.parametrize(("size", "pretraining"), [("Ti", "folder:Ti"), ("S", "folder:S"), ("B", "vit_b_mae"),
+                                                   ("laptop", "folder:laptop")])
 def test_a_folders_classifier_has_the_encoder_that_its_docstring_names(size, pretraining):
     ours, theirs = resolved(f"folder_finetune:{size}"), resolved(pretraining)
     for name in ("width", "depth", "heads", "patch", "mlp_ratio", "gelu"):

@@ -31,7 +31,8 @@ SMALL = {  # page → verb → what is appended
     "few_labels": {"train": TINY},
     "public_weights": {"train": TRAIN, "report": "--tsne_images=0"},
     "coco_like": {"train": TRAIN},
-    "rent": {"plan": "--config.model.depth=2 --config.method.decoder_depth=1 --cache=''"},
+    "rent": {"plan": "--config.model.depth=2 --config.model.width=48 --config.model.heads=3 --config.batch_size=16 "
+                     "--config.data.image_size='(32, 32)' --config.method.decoder_depth=1 --cache=''"},
     "extending": {},
 }
 BEFORE = {  # page → the page whose runs it goes on with, and a command for what its reader has
@@ -77,7 +78,7 @@ def read(tmp_path_factory):
         variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "XLA_FLAGS")}
         variables |= {"PYTHON": sys.executable, "ROOT": str(ROOT), "JAX_PLATFORMS": "cpu"} | small
         done = subprocess.run(["bash", "-euo", "pipefail", "-c", SHELL + text], cwd=folder, capture_output=True,
-                              text=True, timeout=600, env=variables)
+                              text=True, timeout=900, env=variables)
         assert done.returncode == 0, text + done.stdout + done.stderr
         return done.stdout + done.stderr
 
