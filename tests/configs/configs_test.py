@@ -54,7 +54,7 @@ def test_two_steps_of_a_recipe_leave_finite_losses_pictures_and_a_checkpoint(pat
     figure, pictures = SEEN[config.method.name]
     assert all(0 <= row[figure] <= 1 and row["eval/loss"] > 0 for row in evaluations)
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {
-        "inputs_0000000.png", *(f"{name}_0000002.png" for name in pictures)}
+        "inputs_0000000.png", *(f"{name}_0000002.png" for name in (*pictures, "curves"))}
     assert (tmp_path / "DONE").read_text() == "2\n"
     assert (tmp_path / "checkpoints" / "2").is_dir()
     assert any((tmp_path / "tensorboard").iterdir())

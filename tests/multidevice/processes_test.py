@@ -101,7 +101,8 @@ def test_every_held_out_example_is_counted_once_with_the_same_answer(one, place)
             assert metrics(folder, name) == [pytest.approx(peer.TOP1, rel=1e-6)]
     np.testing.assert_allclose(metrics(zero, "eval/loss"), metrics(one, "eval/loss"), rtol=1e-5)
     assert sorted(path.name for path in (zero / "pictures").iterdir()) == [
-        "attention_0000020.png", "inputs_0000000.png", "ratios_0000020.png", "reconstruct_0000020.png"]
+        "attention_0000020.png", "curves_0000020.png", "inputs_0000000.png", "ratios_0000020.png",
+        "reconstruct_0000020.png"]
     run, state = restored(one)
     with jax.set_mesh(run.program.mesh), margins.of_probes() as found:
         Evaluator(run.program.method, run.inputs, run.program.mesh).scalars(state)

@@ -9,8 +9,9 @@ from tests.helpers.terminal import on_terminal, screen
 
 TRAIN = [sys.executable, "-m", "mae_jax", "train", "--config=quickstart:runlocal", "--config.log.every=2 steps",
          "--config.eval.every=1000 steps", "--config.eval.max_examples=32"]
-PHASES = ("starting", "opening the data", "initializing the model", "compiling the train step", "training",
-          "evaluating linear probe", "drawing attention maps")
+PHASES = ("starting", "opening the data", "initializing the model", "training", "evaluating linear probe",
+          "drawing attention maps")  # and compiling, where that takes longer than what is done meanwhile
+LIVE = (*PHASES, "compiling", "writing", "finding")
 
 
 @pytest.mark.slow
@@ -23,7 +24,7 @@ def test_a_run_shows_its_phases_and_leaves_its_lines_alone(tmp_path):
     assert all(place >= 0 for place in places), dict(zip(PHASES, places, strict=True))
     assert places == sorted(places)
     shown = screen(written)
-    assert not [line for line in shown if line.startswith(PHASES)]
+    assert not [line for line in shown if line.startswith(LIVE)]
     assert sum(line.startswith("step ") for line in shown) == 15
     assert shown[-1] == ""
 
@@ -38,4 +39,4 @@ def test_an_interrupt_saves_and_leaves_a_clean_terminal(tmp_path):
     shown = screen(written)
     assert "stopping: saving after this step; press Ctrl-C again to quit at once" in shown
     assert re.fullmatch(r"stopped at step \d+ of 900000, state saved; the same command goes on", shown[-2])
-    assert not [line for line in shown if line.startswith(PHASES)]
+    assert not [line for line in shown if line.startswith(LIVE)]
