@@ -80,11 +80,11 @@ TASKS = {
             "model.width": 96, "model.depth": 4, "method.map_blocks": (1, 2, 3), "method.channels": 32,
             "method.candidates": (128, 128), "method.proposals": (64, 64), "method.regions": 24,
             "method.box_width": 128, "method.mask_convs": 1, "optim.warmup": "40 steps"},
-        400, 1500, 64, (0.008, 0.016, 0.032), "val/box_ap",
+        400, 1000, 64, (0.008, 0.016, 0.032), "val/box_ap",
         {"box AP": Measure("eval/box_ap", 0.02, 0.05, 0.8), "mask AP": Measure("eval/mask_ap", 0.02, 0.02, 0.8)}),
     "segmentation": Task(
         "upernet:xcit,mosaic", {"model.width": 96, "model.depth": 4, "model.heads": 3, "optim.warmup": "30 steps"},
-        300, 1500, 64, (0.008, 0.016, 0.032), "val/own_size/miou",
+        300, 1000, 64, (0.008, 0.016, 0.032), "val/own_size/miou",
         {"mIoU": Measure("eval/own_size/miou", 0.02, 0.1, 0.9)}),
 }
 
@@ -107,7 +107,7 @@ def pretraining(cell: Cell, steps: int) -> ConfigDict:
     config.batch_size = task.images
     config.data.update(source=about.data.source, image_size=about.data.image_size, crop_scale=(0.4, 1.0))
     config.model.update({name: about.model[name] for name in ("width", "depth", "heads", "patch")})
-    config.method.update(target="pixel", decoder_width=96, decoder_depth=2, decoder_heads=3)
+    config.method.update(target="pixel", decoder_width=64, decoder_depth=1, decoder_heads=2)
     config.optim.update(lr=6e-3, warmup=f"{steps // 20} steps")  # as folder:laptop
     common(config, cell, steps, held=False)
     config.eval.update(test=False)
