@@ -1,6 +1,6 @@
 """Are detection and segmentation better from an encoder that was pre-trained as a MAE on the same images?
 
-  python studies/dense/study.py                       (goes on where it was stopped)
+  python studies/dense/study.py                       (hours on two cores; goes on where it was stopped)
   python studies/dense/study.py --cells=3             (so many more cells; --hours=1: cells that begin within an hour)
   python studies/dense/study.py --steps=4             (a trial of every kind of cell, with results in --work)
 
