@@ -146,7 +146,8 @@ def run(cell: Cell, work: Path, programs: str, steps: int = 0) -> Cell:
         train(pretraining(cell, steps or task.pretraining), encoder, programs)  # that of an earlier call may be gone
     found = {}
     if cell["kind"] != "pretrained":
-        last = train(training(cell, steps or task.steps, str(encoder)), Path(tempfile.mkdtemp(dir=programs)) / "run", programs)
+        config = training(cell, steps or task.steps, str(encoder))
+        last = train(config, Path(tempfile.mkdtemp(dir=programs)) / "run", programs)
         found = {"val": last[task.chooses]} if cell["kind"] == "pilot" else {
             name: last[measure.key] for name, measure in task.measures.items()}
     spent = {"seconds": round(time.monotonic() - begun, 1), "cpu_seconds": round(cpu_seconds() - cpu, 1)}
