@@ -1,6 +1,6 @@
 """Are detection and segmentation better from an encoder that was pre-trained as a MAE on the same images?
 
-  python studies/dense/study.py                       (goes on where it was stopped)
+  python studies/dense/study.py                       (hours on two cores; goes on where it was stopped)
   python studies/dense/study.py --cells=3             (so many more cells; --hours=1: cells that begin within an hour)
   python studies/dense/study.py --steps=4             (a trial of every kind of cell, with results in --work)
 
@@ -8,9 +8,9 @@ Two tasks on images that need no download (the extra `demo`): Mask R-CNN on digi
 and UperNet on photo_mosaic (configs/upernet.py, the protocol without relative positions). Three arms of each, equal
 steps: `scratch`, the encoder from random weights; `mae`, from a MAE pre-trained on the same images without their
 labels; `frozen`, an encoder of random weights that never learns, with a head that does. Eight seeds, each with a
-pre-training of its own. Each arm chooses its learning rate from the same three with a run half as long, of seed 0, on
-a tenth of the training split that is held out of it; all others train on the whole split and read the test split once,
-with their last weights. `mae` has layer-wise decay 0.75, the others none, as in the recipes for fine-tuning and for
+pre-training of its own. Each arm chooses its learning rate from the same two with a run of seed 0, on a tenth of the
+training split that is held out of it; all others train on the whole split and read the test split once, with their last
+weights. `mae` has layer-wise decay 0.75, the others none, as in the recipes for fine-tuning and for
 training from scratch.
 
 Before anything is judged, `scratch` must lie between a floor and a ceiling of each measure, or there is nothing that
@@ -80,11 +80,11 @@ TASKS = {
             "model.width": 96, "model.depth": 4, "method.map_blocks": (1, 2, 3), "method.channels": 32,
             "method.candidates": (128, 128), "method.proposals": (64, 64), "method.regions": 24,
             "method.box_width": 128, "method.mask_convs": 1, "optim.warmup": "40 steps"},
-        400, 1500, 64, (0.008, 0.016, 0.032), "val/box_ap",
+        800, 600, 64, (0.016, 0.032), "val/box_ap",
         {"box AP": Measure("eval/box_ap", 0.02, 0.05, 0.8), "mask AP": Measure("eval/mask_ap", 0.02, 0.02, 0.8)}),
     "segmentation": Task(
         "upernet:xcit,mosaic", {"model.width": 96, "model.depth": 4, "model.heads": 3, "optim.warmup": "30 steps"},
-        300, 1500, 64, (0.008, 0.016, 0.032), "val/own_size/miou",
+        300, 600, 64, (0.016, 0.032), "val/own_size/miou",
         {"mIoU": Measure("eval/own_size/miou", 0.02, 0.1, 0.9)}),
 }
 
@@ -107,7 +107,7 @@ def pretraining(cell: Cell, steps: int) -> ConfigDict:
     config.batch_size = task.images
     config.data.update(source=about.data.source, image_size=about.data.image_size, crop_scale=(0.4, 1.0))
     config.model.update({name: about.model[name] for name in ("width", "depth", "heads", "patch")})
-    config.method.update(target="pixel", decoder_width=96, decoder_depth=2, decoder_heads=3)
+    config.method.update(target="pixel", decoder_width=64, decoder_depth=1, decoder_heads=2)
     config.optim.update(lr=6e-3, warmup=f"{steps // 20} steps")  # as folder:laptop
     common(config, cell, steps, held=False)
     config.eval.update(test=False)
@@ -146,8 +146,8 @@ def run(cell: Cell, work: Path, programs: str, steps: int = 0) -> Cell:
         train(pretraining(cell, steps or task.pretraining), encoder, programs)  # that of an earlier call may be gone
     found = {}
     if cell["kind"] != "pretrained":
-        length = steps or (task.steps // 2 if cell["kind"] == "pilot" else task.steps)
-        last = train(training(cell, length, str(encoder)), Path(tempfile.mkdtemp(dir=programs)) / "run", programs)
+        config = training(cell, steps or task.steps, str(encoder))
+        last = train(config, Path(tempfile.mkdtemp(dir=programs)) / "run", programs)
         found = {"val": last[task.chooses]} if cell["kind"] == "pilot" else {
             name: last[measure.key] for name, measure in task.measures.items()}
     spent = {"seconds": round(time.monotonic() - begun, 1), "cpu_seconds": round(cpu_seconds() - cpu, 1)}
