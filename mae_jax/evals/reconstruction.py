@@ -65,8 +65,8 @@ def panels(method: Method, params: Any, extras: Any, batch: Batch) -> tuple[np.n
 def reconstructions(method: Method, params: Any, extras: Any, batch: Batch, names: Sequence[str] = ()) -> np.ndarray:
     """Returns the grid of `batch`: input, visible patches, reconstruction, and its name; two images to a row."""
     rows = list(zip(*panels(method, params, extras, batch), strict=True))
-    share = "" if method.mask_ratio is None else f"{method.mask_ratio:.0%} of the patches are masked, "
-    title = f"Reconstructions: {share}the visible ones are copied; {method.reconstruction_note}"
+    share = "" if method.mask_ratio is None else f"{method.mask_ratio:.0%} of the patches are masked; "
+    title = f"Reconstructions: {share}visible patches are copied; {method.reconstruction_note}"
     return tile(paired(rows), CAPTIONS, title, below=names)
 
 

@@ -139,15 +139,15 @@ def test_a_method_without_fields_of_its_own_is_evaluated_by_all_that_applies(kin
 
 
 @pytest.mark.parametrize(("kind", "titles"), [
-    (Reconstructor, ["as the method reconstructs them"]),
-    (Rebuilt, ["38% hidden; all patches alike",
-               "hidden, from the top: 25%, 50%, 75%, 90% (trained at 38%); all patches alike"])])
+    (Reconstructor, ["Reconstructions: visible patches are copied; as the method reconstructs them"]),
+    (Rebuilt, ["Reconstructions: 38% of the patches are masked; visible patches are copied; all patches alike",
+               "Reconstructions at several mask ratios: trained at 38%; all patches alike"])])
 def test_images_of_masked_patches_say_what_the_method_says_of_them(kind, titles, monkeypatch):
     monkeypatch.setitem(methods.TABLE, "plain", kind)
     monkeypatch.setitem(tiny.OWN, "plain", {})
     evaluator, state = evaluated("plain", {})
     shown = []
-    monkeypatch.setattr(reconstruction, "tile", lambda rows, captions, title: shown.append((rows, title)))
+    monkeypatch.setattr(reconstruction, "tile", lambda rows, captions, title, *_, **__: shown.append((rows, title)))
     ctx = evaluator._context((), state.params, state, "eval")
     list(reconstruction.Reconstruction().images(ctx))
     assert [title for _, title in shown] == titles

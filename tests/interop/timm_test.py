@@ -124,8 +124,8 @@ def test_layer_scale_of_deit_iiis_own_files_is_read():
 
 def test_models_of_another_kind_are_refused_by_name():
     state = exported(supervised("deit3"), random_params(supervised("deit3")))
-    for changed, text in (({**state, "reg_token": np.zeros((1, 4, 24))}, "reg_token is no parameter"),
-                          ({**state, "blocks.0.attn.q_norm.weight": np.ones(8)}, "q_norm.weight is no parameter"),
+    for changed, text in (({**state, "reg_token": np.zeros((1, 4, 24))}, "reg_token is not a parameter"),
+                          ({**state, "blocks.0.attn.q_norm.weight": np.ones(8)}, "q_norm.weight is not a parameter"),
                           ({key: value for key, value in state.items() if key != "cls_token"}, "cls_token is missing")):
         with pytest.raises(UserError, match=text):
             from_mae(changed)

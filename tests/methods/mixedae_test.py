@@ -247,10 +247,10 @@ def test_losses_start_where_they_should_and_evaluations_add_figures():
 def test_the_picture_of_mixes_has_what_it_says_where_it_says(monkeypatch):
     method, params, batch = made()
     laid = {}
-    monkeypatch.setattr(reconstruction, "tile", lambda rows, captions, title: laid.update(
+    monkeypatch.setattr(reconstruction, "tile", lambda rows, captions, title, *_, **__: laid.update(
         rows=rows, captions=captions, title=title) or np.zeros((1, 1, 3), np.uint8))
     reconstruction.mixtures(method, params, {}, batch)
-    assert laid["captions"] == ["mixed", *(f"{what} {i}" for what in ("source", "prediction") for i in range(1, 5))]
+    assert laid["captions"] == ["mixed", *(f"{what} {i}" for what in ("source", "reconstruction") for i in range(1, 5))]
     inputs, _, predicted = reconstruction.panels(method, params, {}, batch)
     assert len(laid["rows"]) == 2
     for mix, (mixed, *others) in enumerate(laid["rows"]):

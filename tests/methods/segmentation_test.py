@@ -8,7 +8,8 @@ import pytest
 from mae_jax.config import default, validate
 from mae_jax.errors import UserError
 from mae_jax.losses import segmentation
-from mae_jax.methods.segmentation import map_blocks, upsampling_flops
+from mae_jax.methods.segmentation import upsampling_flops
+from mae_jax.models.upernet import map_blocks
 from mae_jax.param_tree import flatten
 from tests.helpers.tiny import (
     tiny_method,

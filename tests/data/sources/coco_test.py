@@ -256,7 +256,7 @@ def test_an_image_of_more_objects_than_rows_is_told(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(("content", "why"), [
-    ("[]", "no object"), ("{}", "no categories and no images"), ('{"images": 3}', "no list"),
+    ("[]", "not an object"), ("{}", "no categories and no images"), ('{"images": 3}', "not a list"),
     ('{"images": [', "ends"),
     ('{"images": [{}], "annotations": [], "categories": []}', "no categories"),
     ('{"images": [{}], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "id 1"),
