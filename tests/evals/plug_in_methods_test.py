@@ -139,7 +139,7 @@ def test_a_method_without_fields_of_its_own_is_evaluated_by_all_that_applies(kin
 
 
 @pytest.mark.parametrize(("kind", "titles"), [
-    (Reconstructor, ["Reconstructions: visible patches are copied; as the method reconstructs them"]),
+    (Reconstructor, ["Reconstructions: visible patches are copied; colors are as the method has them"]),
     (Rebuilt, ["Reconstructions: 38% of the patches are masked; visible patches are copied; all patches alike",
                "Reconstructions at several mask ratios: trained at 38%; all patches alike"])])
 def test_images_of_masked_patches_say_what_the_method_says_of_them(kind, titles, monkeypatch):
