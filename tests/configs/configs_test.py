@@ -14,6 +14,7 @@ pytestmark = pytest.mark.slow
 
 SEEN = {  # method → a figure and the pictures of its evaluations
     "beit": ("eval/knn/top1", ("attention",)),
+    "detection": ("eval/box_ap", ("detection",)),
     "dino": ("eval/knn/top1", ("attention",)),
     "mae": ("eval/knn/top1", ("attention", "ratios", "reconstruct")),
     "mixedae": ("eval/neighbour_homology", ("attention", "reconstruct")),

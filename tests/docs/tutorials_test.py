@@ -56,7 +56,7 @@ SAID = {  # page → what its commands print, as a regular expression
     "few_labels": r"eval/top1",
     "public_weights": r"eval/top1",
     "coco_like": r"eval/box_ap",
-    "rent": r"fits; .* hours",
+    "rent": r"fits; .* (hours|seconds)",
     "extending": r"eval/feature_length",
 }
 

@@ -279,7 +279,7 @@ def test_a_mixture_reports_who_sees_what(made):
         assert 0 <= last[f"eval/label_information/{block}"] <= 1
     assert {"eval/gate_cv", "eval/gate_confidence", "eval/balance_loss", "train/confidence_loss"} <= last.keys()
     assert {path.name.split("_")[0] for path in (made / "moce" / "pictures").iterdir()} == {
-        "attention", "experts", "inputs", "ratios", "reconstruct"}
+        "attention", "curves", "experts", "inputs", "ratios", "reconstruct"}
 
 
 def test_information_is_all_where_the_choice_is_the_label_and_nothing_where_it_is_not():

@@ -77,7 +77,8 @@ def test_a_bucket_gives_what_the_disk_gives_in_few_requests(gcs, tmp_path):
         for i in range(source.size):
             assert there.read(i).image == source.read(i).image
             np.testing.assert_array_equal(there.read(i).objects.box, source.read(i).objects.box)
-    assert len(gcs.requests) - before < 40
+    ours = [request for request in gcs.requests[before:] if "coco" in request]  # what other tests left may ask as well
+    assert len(ours) < 40, ours
     with pytest.raises(UserError, match="no folder and no file"):
         load("gs://bucket/nothing")
 
