@@ -50,7 +50,7 @@ class Audit:
     unlabeled: int = 0
     misnamed: list[str] = field(default_factory=list)  # 'name is FORMAT', for another extension
     broken: list[str] = field(default_factory=list)  # 'name: reason'
-    faults: list[str] = field(default_factory=list)  # record files that are damaged
+    faults: list[str] = field(default_factory=list)  # damaged or incomplete record files
     seconds: float = 0.0
 
     def name(self, number: int) -> str:

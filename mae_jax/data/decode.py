@@ -58,7 +58,7 @@ SIDEWAYS = tuple(TURNS[value] for value in (5, 6, 7, 8))
 # PIL raises above twice its limit, before it allocates memory even for a GIF's frame, and warns above the limit.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", module=r"PIL\.", category=UserWarning)  # odd metadata, which does not matter if the pixels decode
+warnings.filterwarnings("ignore", module=r"PIL\.", category=UserWarning)  # odd metadata; only pixels count
 
 
 class _Remembered:

@@ -73,7 +73,7 @@ def _png_parts(data: bytes) -> Iterator[tuple[int, int, bool]]:
         end = place + 12 + int.from_bytes(data[place:place + 4])
         kind = data[place + 4:place + 8]
         yield place, min(end, len(data)), kind not in UNPACKED
-        if kind == b"IEND":  # whatever follows is not looked at
+        if kind == b"IEND":  # anything after it is ignored
             return
         place = end
 
@@ -134,5 +134,5 @@ def _markers(data: bytes) -> Iterator[bytes]:
         yield found[0]
         if found[0] == END_MARKER:
             return
-        place = found.end() + int.from_bytes(data[found.end():found.end() + 2])  # past the segment, or the scan's header
+        place = found.end() + int.from_bytes(data[found.end():found.end() + 2])  # past the segment or scan header
     raise BadImage(f"it has more than {MAX_PARTS} parts")

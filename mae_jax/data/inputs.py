@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
     classes: tuple[str, ...]  # () without labels of the kind that the method needs
     description: str  # one line
     bad: deque[str]  # 'name: reason' of the images that this process replaced, newest last
-    parts: dict[str, Any] = {}  # split expression → its Source or RecordStream; none of cached batches
+    parts: dict[str, Any] = {}  # split expression → its Source or RecordStream; empty for cached batches
     identity: Callable[[], dict[str, Any]] = dict  # identifies the data at another path; {}: unknown
 
 
