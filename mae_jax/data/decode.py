@@ -308,7 +308,8 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts any PIL mode to RGB: transparency is composed over white, 16 bits lose the lower 8, CMYK is PIL's."""
+    """Converts any PIL mode to RGB: transparency is composed over white, 16 bits lose the lower 8, PIL converts CMYK.
+    """
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image.load()

@@ -134,11 +134,11 @@ def evaluate_example(source: Source, builder: ExampleBuilder, indices: np.ndarra
 
 
 def subset(size: int, most: int, group: int = 1, computed: bool = True) -> np.ndarray:
-    """Returns the indices of the examples that an evaluation reads: all, or a random subset that is the same in every
-    run; int64 [min(size, most)], sorted.
+    """Returns the indices of the examples that an evaluation reads, int64 [min(size, most)].
 
-    If neighboring rows are mixed, the indices are shuffled instead: files often lie in the order of their classes. With
-    `computed` False, the subset is drawn as in runs of earlier versions.
+    They are all examples, or a random subset that is the same in every run, sorted. If neighboring rows are mixed, they
+    are shuffled instead: files often lie in the order of their classes. With `computed` False, the subset is drawn as
+    in runs of earlier versions.
     """
     if size <= most and group == 1:
         return np.arange(size)

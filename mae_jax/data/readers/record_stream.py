@@ -293,8 +293,7 @@ def _opening(path: bytes) -> tuple[bytes, np.int64]:
 
 
 def _parse(stream: RecordStream, raw: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Parses image, label, labels uint8 [C] ([0] if there is one label) and mask, the arguments of
-    `RecordStream.example`.
+    """Parses image, label, labels uint8 [C] ([0] if there is one label) and mask, for `RecordStream.example`.
 
     A record without an image, or without its mask, gives empty bytes, which make it a bad image.
     """

@@ -69,9 +69,7 @@ class Source:
         return digest.hexdigest()[:16]
 
     def identity(self) -> dict[str, str]:
-        """Returns hashes that identify the examples independently of their path: of their names, and of the content of
-        64.
-        """
+        """Returns path-independent hashes of the examples: of all names, and of the content of 64 examples."""
         with ThreadPoolExecutor(READERS) as pool:
             content = pool.map(self._content, map(int, sampled(self.size)))
             return {"names": self.digest(), "content": short_hash(part for parts in content for part in parts)}
@@ -248,9 +246,7 @@ class RecordStream:
         return hashlib.sha256(repr((files, self.start, self.size)).encode()).hexdigest()[:16]
 
     def identity(self) -> dict[str, str]:
-        """Returns hashes that identify the records independently of their path: files with counts, and sizes with the
-        beginnings of 64 files.
-        """
+        """Returns path-independent hashes of the records: of file names and counts, and of how 64 files begin."""
         with ThreadPoolExecutor(READERS) as pool:
             begin = list(pool.map(_beginning, (self.files[i] for i in sampled(len(self.files)))))
         return {"names": self.digest(), "content": short_hash([f"{self.mean_bytes:.6f}".encode(), *begin])}

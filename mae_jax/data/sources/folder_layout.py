@@ -189,8 +189,7 @@ def _first_version(root: epath.Path) -> Layout:
 
 
 def folder_of(layout: Layout, name: str, field: str = "data.eval_split") -> str:
-    """Returns the folder name of a split; the held-out folder may have any of its usual names, whatever the config's
-    is.
+    """Returns the folder name of a split; any usual name of the held-out split finds the held-out folder.
 
     Args:
       layout: of kind splits or nested.
@@ -265,9 +264,7 @@ def few(beside: int, inside: int) -> bool:
 
 
 def _with_classes(layout: Layout, base: epath.Path, listing: Listing) -> Part:
-    """Returns a part with its first-level sub-folders as classes, if there are several; images beside them are left
-    out.
-    """
+    """Returns a part whose first-level sub-folders, if several, are classes; leaves out strays beside them."""
     direct, classes = listing.direct, tuple(sorted(listing.folders))
     if len(classes) < 2 or (direct and layout.plain):
         return Part(base, listing, ())
@@ -292,10 +289,10 @@ def _nested_part(layout: Layout, role: str) -> Part:
 
 
 def _unwrapped(base: epath.Path, listing: Listing, classes: tuple[str, ...] = ()) -> tuple[epath.Path, Listing]:
-    """Goes into the only folder of a split, again and again, unless it is a class."""
+    """Descends into the only sub-folder of a split, repeatedly, unless it is a class."""
     while len(listing.folders) == 1 and not listing.direct and not listing.folders.keys() & set(classes):
         names = {path.split("/", 1)[0] for path in listing.paths}
-        if len(names) > 1:  # two ways to spell it
+        if len(names) > 1:  # two Unicode spellings of one name
             break
         only = names.pop()
         base = base / only

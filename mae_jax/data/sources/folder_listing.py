@@ -178,9 +178,7 @@ def _in_order(held: dict[str, tuple[bytes, list[str]]], plain: bool) -> Iterator
 
 
 def _merged(held: dict[str, tuple[bytes, list[str]]], plain: bool) -> Iterator[tuple[bytes, bytes]]:
-    """Yields names and paths folder by folder, each at the place of its name with a '/', which sorts among other
-    characters.
-    """
+    """Yields names and paths folder by folder, where a folder sorts as its name with '/', among other characters."""
     def entries(name: bytes, path: bytes) -> Iterator[tuple[bytes, bytes, bool]]:
         joined, children = held[path.decode(*CODING)]
         own = [(_spelled(each, plain), each, False) for each in (joined.split(b"\0") if joined else ())]

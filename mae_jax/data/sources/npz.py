@@ -63,8 +63,12 @@ def _scheme(names: Collection[str]) -> tuple[str, str] | None:
 
 
 def _source(images: np.ndarray, labels: np.ndarray | None, name: str) -> Source:
-    """Builds a source from images uint8 [n, height, width], [.., 1] or [.., 3], and labels, integers [n] (or [n, 1]) or
-    0/1 [n, C]; raises UserError for others.
+    """Builds a source from images and labels; raises UserError for other shapes or dtypes.
+
+    Args:
+      images: uint8 [n, height, width], [.., 1] or [.., 3].
+      labels: integers [n] or [n, 1], or 0 and 1 [n, C].
+      name: of the array of images.
     """
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
         raise UserError(f"array {name!r} is {images.dtype} {list(images.shape)}; expected uint8 [n, height, width, 3] "

@@ -49,8 +49,7 @@ def augment(stored: StoredImage, rng: np.random.Generator, config: ConfigDict,
 
 def augment_view(stored: StoredImage, rng: np.random.Generator, view: View, colors: ColorAugmentation,
                  data: ConfigDict) -> np.ndarray:
-    """Returns one crop of a method's view: a random crop, flipped half the time if data.flip is set, then color
-    changes.
+    """Returns one crop of a method's view: a random crop, flipped half the time if data.flip, then color changes.
 
     Returns:
       uint8 [H, W, 3], of the view's size.
@@ -66,8 +65,7 @@ def augment_view(stored: StoredImage, rng: np.random.Generator, view: View, colo
 
 
 def center(stored: StoredImage, config: ConfigDict, ratio: float, mask: np.ndarray | None = None) -> Pixels:
-    """Returns the evaluation's view: the central `ratio` of the image, resized, and the same view of the mask (or
-    None).
+    """Returns the evaluation's view: the central `ratio` of the image, resized, and the mask's same view (or None).
 
     Shapes, dtypes and errors are those of `augment`.
     """
@@ -104,8 +102,7 @@ def random_box(rng: np.random.Generator, size: tuple[int, int], target: tuple[in
 
 def single_box(rng: np.random.Generator, size: tuple[int, int], target: tuple[int, int],
                scale: tuple[float, float], ratio: tuple[float, float]) -> Box:
-    """Draws a crop as BYOL does, and MAE for linear probing: `random_box` with one attempt, clipped to the image's
-    sides.
+    """Draws a crop as BYOL does, and MAE for linear probing: `random_box` with one attempt, clipped to the image.
 
     Args:
       size, target: height, width in pixels.
@@ -185,8 +182,10 @@ def _simple_crop(stored: StoredImage, mask: Image.Image | None, target: tuple[in
 
 def simple_places(size: tuple[int, int], target: tuple[int, int], down: float, right: float
                   ) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
-    """Returns the rows and columns of the resized image in `_simple_crop`, int [H] and [W], and its pixels' (height,
-    width) in pixels of the image.
+    """Returns the source rows and columns of `_simple_crop`, and the size of its pixels.
+
+    Returns:
+      int [H] and int [W], indices in the resized image; (height, width) of its pixels, in pixels of the image.
     """
     height, width = _covering_size(size, target)
     rows, columns = _reflected(height, target[0], down), _reflected(width, target[1], right)
@@ -194,9 +193,7 @@ def simple_places(size: tuple[int, int], target: tuple[int, int], down: float, r
 
 
 def _covering_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """Returns height, width of the image scaled to just cover the target; the long side is rounded down, as torchvision
-    does.
-    """
+    """Returns height, width of the image scaled to just cover the target; rounds the long side down, as torchvision."""
     height, width = size
     if height * target[1] <= width * target[0]:
         return target[0], max(target[1], int(target[0] * width / height))

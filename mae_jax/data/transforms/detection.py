@@ -102,8 +102,9 @@ def whole(size: tuple[int, int], canvas: tuple[int, int]) -> Placement:
 
 def lsj(size: tuple[int, int], canvas: tuple[int, int], scale: tuple[float, float], r: float, u: float,
         flip: bool) -> Placement:
-    """Places an image by ViTDet's large-scale jittering: flip, detectron2's ResizeScale(*scale), FixedSizeCrop(canvas,
-    pad=False).
+    """Places an image by ViTDet's large-scale jittering.
+
+    This is detectron2's random flip, ResizeScale(*scale) and FixedSizeCrop(canvas, pad=False).
 
     Args:
       size: height, width of the image.

@@ -51,9 +51,7 @@ def _enhance(kind: type) -> Callable[[Image.Image, float], Image.Image]:
 
 
 def _posterize(image: Image.Image, amount: float) -> Image.Image:
-    """Keeps the 4 highest bits or fewer; at full strength none: a black image, which newer Pillow versions refuse to
-    make.
-    """
+    """Keeps the 4 highest bits or fewer; at full strength none: a black image, which newer Pillow versions refuse."""
     dropped = 4 + int(4 * abs(amount))
     return image.point([value >> dropped << dropped for value in range(256)] * 3)
 
@@ -70,9 +68,7 @@ def _solarize_add(image: Image.Image, amount: float) -> Image.Image:
 
 
 def _affine(matrix: Callable[[float, int, int], tuple[float, ...]]) -> Callable[..., Image.Image]:
-    """Returns an affine transform; `matrix` maps amount, width, height to PIL's coefficients, from output to input
-    pixels.
-    """
+    """Returns an affine transform; `matrix` maps amount, width and height to PIL's coefficients, output to input."""
     return lambda image, amount, **how: image.transform(
         image.size, Image.Transform.AFFINE, matrix(amount, *image.size), **how)
 

@@ -61,9 +61,7 @@ def draw(rng: np.random.Generator, size: tuple[int, int], config: ConfigDict) ->
 
 
 def ratio(rows: Axis, columns: Axis) -> int:
-    """Returns the factor by which the decoder shrinks the image: the largest that leaves MARGIN times the target's
-    size.
-    """
+    """Returns the largest factor by which the decoder may shrink the image: MARGIN times the target's size remains."""
     return max(each for each in RATIOS if each == 1 or min(rows.scale, columns.scale) >= MARGIN * each)
 
 

@@ -21,9 +21,7 @@ Images = tuple[Image.Image, Image.Image | None]
 
 
 def scaled_size(size: tuple[int, int], short: float) -> tuple[int, int]:
-    """Returns height and width scaled to a short side of `short` pixels, or less if the long side would exceed LONGEST
-    · short.
-    """
+    """Returns height and width scaled to a short side of `short` pixels, but a long side of at most LONGEST · short."""
     factor = min(short / min(size), LONGEST * short / max(size))
     return max(1, int(size[0] * factor + 0.5)), max(1, int(size[1] * factor + 0.5))
 
