@@ -71,7 +71,7 @@ class Audit:
 
 
 def audit(source: writers.Found, threads: int, what: str, reading: Reading = AS_STORED) -> Audit:
-    """Decodes every image of a split, read as the config says; reports progress under the name `what`."""
+    """Decodes every image of a split by the config's reading; reports progress under the name `what`."""
     size = source.size
     seen = Audit(source, np.zeros((size, 2), np.int32), np.zeros((size, DIGEST), np.uint8), np.zeros(size, bool))
     began = time.monotonic()

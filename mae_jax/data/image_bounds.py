@@ -11,7 +11,7 @@ from collections.abc import Iterator
 MAX_PIXELS = 50_000_000  # decoding takes up to 0.6 GB, for WebP 1 GB (measured)
 MAX_SIDE = 65_535  # pixels, the limit of JPEG: resizing takes memory per row and column of the whole image
 MAX_BYTES = 500_000_000  # of a file: 50 megapixels of four 16-bit channels, uncompressed, have 400 MB
-MAX_SCANS = 100  # of a JPEG: progressive ones have about 10; each is a pass over all pixels, however short it is
+MAX_SCANS = 100  # of a JPEG: progressive files have about 10; each scan, however short, is a pass over all pixels
 MAX_SCANNED = 1_000_000_000  # pixels over all scans of a JPEG: 20 of 50 megapixels; 3 seconds
 MAX_PARTS = 100_000  # chunks of a PNG, segments of a JPEG's header, blocks of a GIF's: PIL takes microseconds for each
 TOO_LARGE = f"it declares more than {MAX_PIXELS // 1_000_000} megapixels"

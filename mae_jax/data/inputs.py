@@ -36,7 +36,7 @@ _PROVIDERS = {  # how to provide a field; formatted with the config group `data`
 class Inputs(NamedTuple):
     """The input of a run, for one process."""
 
-    train: Callable[[int], Iterator[Batch]]  # step → endless: this process's rows of batches step, step + 1, ...
+    train: Callable[[int], Iterator[Batch]]  # step → endless: this process's rows of the batches step, step + 1, ...
     support: Callable[..., Iterator[Batch]]  # the training split with the evaluation's view; finite, padded;
     #   optionally only some ids, if the data have random access
     evaluate: Callable[..., Iterator[Batch]]  # the evaluation split likewise; at a crop ratio, by default the first
@@ -122,18 +122,25 @@ class OpenedData:
 
     def batches(self, spec: Spec, order: PatchOrder, views: tuple[View, ...] = (),
                 rows: np.ndarray | None = None) -> Inputs:
-        """Returns the input.
+        """Returns the input, whose batches are dicts of NumPy arrays with the fields of `spec`.
 
-        Batches are dicts of NumPy arrays with the fields of `spec`: `patches` uint8 [B, N, P], permuted; `order` int32
-        [B, N], order[b, k] = raster index of the k-th patch; `label` int32 [B], -1 if unlabeled; `id` int32 [B], or [B,
-        2] if 31 bits do not count the examples (ops/example_ids.py), -1 in padding; `valid` float32 [B], 0 for gray
-        stand-ins and padding; `replaced` int32 [B], how many images failed before this one. If the order has blocks,
-        `blocks` int32 [B, M, K], indices in the order. If the spec has them and the data provide them: `labels` uint8
-        [B, C], 1 where a class is in the image; `pixel_label` uint8 [B, N, P / 3], the class of each pixel, 255 for
-        none; `tokens` int32 [B, N], from the file data.tokens; `cluster` int32 [B], from the folder that the method
-        needs; for M objects per image `box` float32 [B, M, 4], `box_class` int32 [B, M], `box_valid` float32 [B, M] and
-        `box_mask` uint8 [B, M, 1568], and with these `size` and `original_size` int32 [B, 2]
-        (`transforms/detection.fields`).
+        Fields of all data:
+          patches: uint8 [B, N, P], permuted.
+          order: int32 [B, N]; order[b, k] is the raster index of the k-th patch.
+          blocks: int32 [B, M, K], indices in the order, if it has blocks.
+          label: int32 [B], -1 if unlabeled.
+          id: int32 [B], or [B, 2] if 31 bits do not count the examples (ops/example_ids.py); -1 in padding.
+          valid: float32 [B], 0 for gray stand-ins and padding.
+          replaced: int32 [B], how many images failed before this one.
+
+        Fields of some data:
+          labels: uint8 [B, C], 1 where a class is in the image.
+          pixel_label: uint8 [B, N, P / 3], the class of each pixel, 255 for none.
+          tokens: int32 [B, N], from the file data.tokens.
+          cluster: int32 [B], from the folder that the method needs.
+          box, box_class, box_valid, box_mask: float32 [B, M, 4], int32 [B, M], float32 [B, M], uint8 [B, M, 1568], for
+            M objects per image (`transforms/detection.fields`).
+          size, original_size: int32 [B, 2], of images with objects.
 
         Args:
           spec: field → global shape [B, ...] and dtype, for evaluations.

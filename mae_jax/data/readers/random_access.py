@@ -27,7 +27,7 @@ TRIES = 4  # images tried for a position before a gray stand-in: the drawn one a
 FEW = 5000  # images below which the start of worker processes does not pay; our choice
 MOST_WORKERS = 32  # largest number with data.workers=auto
 SUBSET = 2**55  # epoch number, above any real one, whose order evaluations take the first examples of
-PADDING = -1  # id of the rows that fill the last batch of an evaluation
+PADDING = -1  # id of the padding rows in the last batch of an evaluation
 
 
 def draw(position: int, batch: int, repeats: int) -> int:

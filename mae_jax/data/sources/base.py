@@ -53,7 +53,7 @@ class Source:
     fields: tuple[str, ...] = ()  # of 'labels', 'pixel_label' and the fields of objects, those that the examples have
     label: Callable[[int], int] | None = None  # index → label, if known without decoding the image
     unknown_classes: tuple[str, ...] = ()  # classes that the training split lacks: unlabeled
-    drawn: Callable[[int, int], int] | None = None  # (seed, number of a training draw) → index; None: epochs' orders
+    drawn: Callable[[int, int], int] | None = None  # (seed, number of a training draw) → index; None: by epochs
     annotations: Annotations | None = None  # if its examples have objects
 
     def digest(self) -> str:
@@ -215,7 +215,7 @@ class RecordStream:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Which of 'labels' and 'pixel_label' its examples have."""
+        """Those of 'labels' and 'pixel_label' that its examples have."""
         return ("labels",) * self.multi_label + ("pixel_label",) * bool(self.mask_key)
 
     def example(self, image: bytes, label: int, labels: np.ndarray, mask: bytes) -> Example:

@@ -1,4 +1,4 @@
-"""data.source=coco: images with objects, folders of images and annotation files in COCO's format.
+"""data.source=coco: images with objects in COCO's format, as folders of images and annotation files.
 
 docs/detection_data.md describes the layouts. The classes are the categories, sorted by id, with or without gaps. Images
 without an object are left out of a training split, as in detectron2, but not of other splits. The mask of an object

@@ -27,7 +27,7 @@ MAX_STRAYS = 10  # images beside class folders that count as strays, if the fold
 MAX_STRAY_SHARE = 0.1  # or this share of all images
 LAYOUT = "--config.data.layout="
 MAX_NAMED = 6  # folders listed in a message
-# Folder names that are not classes: of images, and of their annotations.
+# Names of folders that are not classes: of images, and of their annotations.
 IMAGES = re.compile(r"(jpe?g|png|rgb|raw)?[_-]?(images?|imgs?|pictures?|photos?|rgb|frames)\d*", re.IGNORECASE)
 OF_IMAGES = re.compile(r"(\w*[_-])?(masks?|labels?|annotations?|anno|gt|ground_?truths?|trimaps?|depths?|edges?|"
                        r"alphas?|segmentation\w*|segmentclass\w*|seg)\d*", re.IGNORECASE)

@@ -19,7 +19,7 @@ from mae_jax.storage import ranges
 
 log = logging.getLogger(__name__)
 
-MAX_LISTED = 4  # names that a line counts one by one
+MAX_LISTED = 4  # names listed with counts in a line
 DROPPINGS = {  # lower-case names that NAS, viewers, archives and file systems create
     "@eadir", "@tmp", "@recycle", "@recently-snapshot", "@sharebin", "@sharesnap", "@appstore", "@database",
     "#recycle", "#snapshot", "~snapshot", "$recycle.bin", "recycler", "system volume information", "lost+found",

@@ -51,7 +51,7 @@ def find(places: Iterable[epath.Path], split: str, pictures: Sequence[str], clas
     for place in dict.fromkeys(places):
         files = [file for file in sorted(place.iterdir()) if file.name.lower().endswith(EXTENSIONS)
                  and "submission" not in file.name.lower()]  # Kaggle's sample submissions hold placeholders
-        if len(files) > MAX_FILES:  # captions of the images
+        if len(files) > MAX_FILES:  # such as one caption file per image
             files = [file for file in files if _is_for(file.name, split)][:MAX_FILES]
         for file in files:
             if not file.is_file() or file.stat().length > MAX_BYTES:

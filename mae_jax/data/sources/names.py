@@ -17,7 +17,7 @@ class Names(Sequence[str]):
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> "Names":
-        """Returns these texts."""
+        """Returns the sequence of these texts."""
         collected = Collector()
         for text in texts:
             collected.add(text.encode(*CODING))

@@ -74,7 +74,8 @@ def _index(bound: str, size: int) -> int:
 
 
 def overlap(one: Split, other: Split) -> bool:
-    """Whether two slices of one split may share examples; they may where one is in percent and the other is not."""
+    """Returns whether two slices of one split may share examples, as a slice in percent and one in examples always may.
+    """
     bounds = [bound for bound in (one.start, one.stop, other.start, other.stop) if bound]
     percent = {bound.endswith("%") for bound in bounds}
     if len(percent) > 1:

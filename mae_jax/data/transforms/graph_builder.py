@@ -27,7 +27,7 @@ _EXACT = "take data.resize=exact or fast"
 
 
 class GraphBuilder(ExampleBuilder):
-    """Makes the fields of `ExampleBuilder` for many examples at once."""
+    """Makes the fields of `ExampleBuilder`, for many examples at once."""
 
     def __init__(self, config: ConfigDict, order: masking.PatchOrder, spec: Spec, views: tuple[masking.View, ...] = ()):
         check(config, spec, views)
