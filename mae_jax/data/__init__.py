@@ -1,4 +1,5 @@
-"""The input: images to batches of permuted uint8 patches. The only package that imports TensorFlow, when built."""
+"""Input pipeline: images to batches of permuted uint8 patches. The only package that imports TensorFlow, on first use.
+"""
 
 from mae_jax.data.info import ASSUMED, NO_DATA, DataInfo, DataNeeds
 from mae_jax.data.inputs import Batch, Inputs, OpenedData, Spec, check_apart

@@ -1,4 +1,4 @@
-"""What a split holds, seen by decoding every image in full: sizes, formats, labels, what is broken, and copies."""
+"""Audits a split by decoding every image in full: sizes, formats, labels, broken images and duplicates."""
 
 import hashlib
 import os
@@ -26,52 +26,52 @@ DIGEST = 16  # bytes of an image's hash
 
 
 class Look(NamedTuple):
-    """What is seen of one good image."""
+    """Properties of one good image."""
 
     size: tuple[int, int]  # width, height
-    format: str  # '' of pixels that come decoded
+    format: str  # '' for decoded pixels
     converted: tuple[str, ...]  # see StoredImage.converted
-    digest: bytes  # of the file's bytes, or of the pixels that come decoded
-    blank: bool  # one colour alone
-    labels: tuple[int, ...]  # where it has objects, theirs
+    digest: bytes  # hash of the file's bytes, or of decoded pixels
+    blank: bool  # a single color
+    labels: tuple[int, ...]  # those of the objects, if it has any
 
 
 @dataclass
 class Audit:
-    """What is seen of a split; of a good image 25 bytes are kept. Numbers of examples count from 0."""
+    """Properties of a split, 25 bytes per good image. Examples are numbered from 0."""
 
     source: writers.Found
-    sizes: np.ndarray  # int32 [n, 2], width and height; 0 of what is broken or was not read
+    sizes: np.ndarray  # int32 [n, 2], width and height; 0 if broken or not read
     digests: np.ndarray  # uint8 [n, 16]
     blank: np.ndarray  # bool [n]
     formats: Counter[str] = field(default_factory=Counter)
     converted: Counter[str] = field(default_factory=Counter)
     labels: Counter[int] = field(default_factory=Counter)
     unlabeled: int = 0
-    misnamed: list[str] = field(default_factory=list)  # 'name is FORMAT', where the extension says another one
+    misnamed: list[str] = field(default_factory=list)  # 'name is FORMAT', for another extension
     broken: list[str] = field(default_factory=list)  # 'name: reason'
-    faults: list[str] = field(default_factory=list)  # files of records that are not as promised
+    faults: list[str] = field(default_factory=list)  # damaged or incomplete record files
     seconds: float = 0.0
 
     def name(self, number: int) -> str:
-        """Returns what to call an example."""
+        """Returns the name of an example."""
         return self.source.name(number + _first(self.source))
 
     def good(self) -> np.ndarray:
-        """Returns the numbers of the good images."""
+        """Returns the indices of the good images, int64 [k]."""
         return np.flatnonzero(self.sizes[:, 0])
 
     def shown(self) -> np.ndarray:
-        """Returns the numbers of the good images that show something: copies of a blank one tell nothing."""
+        """Returns the indices of the good images that are not blank; duplicates of blank images mean nothing."""
         return np.flatnonzero((self.sizes[:, 0] > 0) & ~self.blank)
 
     def keys(self) -> np.ndarray:
-        """Returns the hashes of the images that show something, as values that sort."""
+        """Returns the hashes of the images that are not blank, as sortable values [k]."""
         return self.digests[self.shown()].view(f"S{DIGEST}").ravel()
 
 
 def audit(source: writers.Found, threads: int, what: str, reading: Reading = AS_STORED) -> Audit:
-    """Looks at every image of a split, read as the config says; says on the way how far it is with `what`."""
+    """Decodes every image of a split by the config's reading; reports progress under the name `what`."""
     size = source.size
     seen = Audit(source, np.zeros((size, 2), np.int32), np.zeros((size, DIGEST), np.uint8), np.zeros(size, bool))
     began = time.monotonic()
@@ -87,7 +87,7 @@ def audit(source: writers.Found, threads: int, what: str, reading: Reading = AS_
 
 
 def look(example: Example, reading: Reading = AS_STORED) -> Look:
-    """Decodes an example in full; raises BadImage."""
+    """Decodes an example in full and returns its properties; raises BadImage."""
     data, stored = example.image, StoredImage(example.image, reading=reading)
     blank = stored.whole().getcolors(1) is not None
     mask_image(stored, example.mask)
@@ -102,7 +102,8 @@ def look(example: Example, reading: Reading = AS_STORED) -> Look:
 
 
 def copies(keys: np.ndarray) -> tuple[int, list[np.ndarray]]:
-    """Returns how many of the keys repeat another, and the places of each group of equal ones, in order."""
+    """Returns how many keys repeat another, and the indices of each group of equal keys, in order of first occurrence.
+    """
     order = np.argsort(keys, kind="stable")
     starts = np.flatnonzero(np.append(True, keys[order][1:] != keys[order][:-1])) if len(keys) else np.zeros(0, int)
     lengths = np.diff(np.append(starts, len(keys)))
@@ -124,5 +125,5 @@ def _add(seen: Audit, number: int, found: Look) -> None:
 
 
 def _first(source: writers.Found) -> int:
-    """Returns the number of the first example; records are numbered over all their files."""
+    """Returns the number of the first example; records are numbered across all their files."""
     return source.start if isinstance(source, base.RecordStream) else 0

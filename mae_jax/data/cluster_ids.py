@@ -1,12 +1,12 @@
-"""Clusters of images by the features of a frozen encoder: what `python -m mae_jax cluster --from=...` leaves behind.
+"""Clusters of images by the features of a frozen encoder: the output of `python -m mae_jax cluster --from=...`.
 
 A folder, local or gs://:
 
-  clusters.npz         centroids float32 [m, D] of length 1, prices float32 [m], mean float32 [D] of the features, and
-                       assigned/<split> int32 [n]: the cluster of the example of id i, -1 where there is none
-  meta.json            what they were made of, sizes and balance
-  encoder.safetensors  the frozen encoder, with its config: image size, crop and patch are those of the features
-  clusters.png         the images nearest to each centroid, a row for each
+  clusters.npz         centroids float32 [m, D] of length 1, prices float32 [m], mean float32 [D] of the features,
+                       sizes int64 [m], and assigned/<split> int32 [n]: the cluster by example id, -1 for none
+  meta.json            the data and the encoder behind them, sizes and balance
+  encoder.safetensors  the frozen encoder, with its config; image size, crop and patch are those of the features
+  clusters.png         the images nearest to each centroid, one row per centroid
 """
 
 import hashlib
@@ -35,33 +35,33 @@ Batch = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Clusters:
-    """Centroids of features that are centred and scaled to length 1, and whose image is whose."""
+    """Centroids of centered, unit-length features, and the cluster assignment of each image."""
 
     centroids: np.ndarray  # float32 [m, D]
-    prices: np.ndarray  # float32 [m], subtracted from similarities: what keeps clusters of one size
+    prices: np.ndarray  # float32 [m], subtracted from similarities to balance the cluster sizes
     mean: np.ndarray  # float32 [D]
     sizes: np.ndarray  # int64 [m], of the training split
     assigned: dict[str, np.ndarray] = field(default_factory=dict)  # split expression → int32 [n]
     meta: dict[str, Any] = field(default_factory=dict)
 
     def fingerprint(self) -> str:
-        """Returns a short hash of the centroids and of whose image is whose."""
+        """Returns a short hash of the centroids and the assignments."""
         return fingerprint({"centroids": self.centroids, "assigned": self.assigned})
 
     def standard(self) -> np.ndarray:
-        """Returns the centroids as gates read them, each normalised as by a layer norm, float32 [m, D]."""
+        """Returns the centroids as the gates read them, each normalized as by a layer norm, float32 [m, D]."""
         centered = self.centroids - self.centroids.mean(1, keepdims=True)
         return centered / np.sqrt(centered.var(1, keepdims=True) + EPS)
 
     def nearest(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the clusters int32 [n] of features [n, D] of the frozen encoder, and similarities float32 [n]."""
-        from mae_jax.ops import spherical_kmeans  # with JAX, which worker processes do without
+        from mae_jax.ops import spherical_kmeans  # imports JAX, which worker processes avoid
 
         points = spherical_kmeans.unit(features - self.mean).astype(np.float32)
         return spherical_kmeans.assign(lambda: iter([points]), self.centroids, self.prices)
 
     def write(self, folder: epath.Path) -> None:
-        """Writes meta.json and then clusters.npz, which is whole once it is there."""
+        """Writes meta.json, then clusters.npz, whose presence means that both are complete."""
         paths.replace_text(folder / "meta.json", json.dumps(self.meta, indent=1) + "\n")
         arrays = {name: getattr(self, name) for name in NAMES}
         content = io.BytesIO()
@@ -70,7 +70,7 @@ class Clusters:
 
     @classmethod
     def read(cls, folder: str) -> "Clusters":
-        """Reads what `write` wrote; raises UserError where it is not there or damaged."""
+        """Reads a folder that `write` wrote; raises UserError if it is missing or damaged."""
         path = paths.locate(folder, "method.clusters")
         if not folder or not (path / "clusters.npz").is_file():
             raise UserError(f"method.clusters={folder!r} holds no clusters.npz; python -m mae_jax cluster "
@@ -94,7 +94,7 @@ class Clusters:
 
 def _check(path: epath.Path, arrays: dict[str, np.ndarray], assigned: dict[str, np.ndarray],
            meta: dict[str, Any]) -> None:
-    """Raises UserError where a folder does not hold what `Clusters.write` writes."""
+    """Raises UserError if a folder does not have the content that `Clusters.write` writes."""
     wrong = ""
     if set(arrays) != set(NAMES):
         wrong = f"clusters.npz has the arrays {', '.join(sorted(arrays)) or 'none'}; expected {', '.join(NAMES)}"
@@ -112,7 +112,7 @@ def _check(path: epath.Path, arrays: dict[str, np.ndarray], assigned: dict[str, 
 
 def fingerprint(arrays: Any) -> str:
     """Returns a short hash of the values of nested dicts of arrays."""
-    from mae_jax.param_tree import flatten  # with JAX, which worker processes do without
+    from mae_jax.param_tree import flatten  # imports JAX, which worker processes avoid
 
     digest = hashlib.sha256()
     for name, array in sorted(flatten(arrays).items()):
@@ -121,16 +121,16 @@ def fingerprint(arrays: Any) -> str:
 
 
 def of_splits(found: Clusters, folder: str, data: ConfigDict, parts: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Returns split expression → cluster by id, int32, of the splits that the config names.
+    """Returns split expression → cluster by id, int32 [n], for the splits in the config.
 
     Args:
-      found: the clusters of the folder.
-      folder: which messages name.
-      data: the config's group `data`.
+      found: the clusters.
+      folder: their folder, for messages.
+      data: the config group `data`.
       parts: split expression → its examples, see `data.Inputs`.
 
     Raises:
-      UserError: the clusters are of other data, or of other splits of it.
+      UserError: the clusters belong to other data, or to other splits of the data.
     """
     for name in ("source", "name", "classes"):
         if data[name] != found.meta["data"][name]:
@@ -151,7 +151,7 @@ def of_splits(found: Clusters, folder: str, data: ConfigDict, parts: dict[str, A
 
 
 def joined(make: Callable[..., Iterator[Batch]], assigned: np.ndarray) -> Callable[..., Iterator[Batch]]:
-    """Returns `make` with the field `cluster` int32 [B] in its batches, -1 in padding."""
+    """Returns `make` with the field `cluster` int32 [B] added to its batches, -1 in padding."""
     def batches(*args: Any) -> Iterator[Batch]:
         for batch in make(*args):
             yield {**batch, FIELD: np.where(batch["id"] < 0, -1, assigned[batch["id"]]).astype(np.int32)}

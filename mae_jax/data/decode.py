@@ -1,12 +1,12 @@
-"""Encoded images to RGB, and the judgement that a file is broken.
+"""Decodes images to RGB, and defines which files are broken.
 
-Content decides, not the file's extension. Formats: JPEG, PNG, WebP, BMP, GIF (first frame), TIFF (first page), AVIF and
-HEIC. An image may be turned as its EXIF says, as people see it (data.exif); TFDS and torchvision give pixels as they
-are stored. TIFF and HEIC files say in tags of their own how they are turned, and always are. Of 16 bits a range becomes
-8 (data.range, `deep_images`).
+The format is detected from the content, not from the extension: JPEG, PNG, WebP, BMP, GIF (first frame), TIFF (first
+page), AVIF and HEIC. Images are rotated as EXIF says if data.exif wants it; TFDS and torchvision give pixels as stored.
+TIFF and HEIC files have orientation tags of their own, which always apply. A range of 16-bit values becomes 8 bits
+(data.range, `deep_images`).
 
-Every image costs bounded time and memory: `mae_jax.data.image_bounds` has the bounds, which are looked at before
-anything is decoded. An image that did not decode is remembered, and not decoded again.
+Every image costs bounded time and memory: the bounds of `mae_jax.data.image_bounds` are checked before decoding. An
+image that did not decode is remembered, and not decoded again.
 """
 
 import errno
@@ -41,38 +41,38 @@ from mae_jax.errors import UserError
 from mae_jax.storage import file_kinds
 from mae_jax.storage.ranges import read_whole
 
-MAX_REASON = 160  # letters of why an image is bad
-MAX_REMEMBERED = 10_000  # bad images, of each a hash and the reason: 2 MB
-STRIP = 1_000_000  # pixels that are laid over white at a time
-IGNORED = 255  # in a mask: a pixel of no class
-FAST_MARGIN = 1.5  # how much larger than the target a part must remain that the decoder shrinks
+MAX_REASON = 160  # characters of a reason
+MAX_REMEMBERED = 10_000  # bad images, each with a hash and the reason: 2 MB
+STRIP = 1_000_000  # pixels composed over white at a time
+IGNORED = 255  # value of mask pixels without a class
+FAST_MARGIN = 1.5  # times the target's size that a part keeps after the decoder shrinks it
 PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EINTR)
-WAITS = (0.1, 0.5, 2.0)  # seconds before each further try; our choice
-ORIENTATION = 0x0112  # EXIF's tag
-TURNS = {  # its values → what makes the image upright; others stand for pixels that are stored as they are to be seen
+WAITS = (0.1, 0.5, 2.0)  # seconds before each retry; our choice
+ORIENTATION = 0x0112  # EXIF tag
+TURNS = {  # orientation → transpose that makes the image upright; other values need none
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90}
 SIDEWAYS = tuple(TURNS[value] for value in (5, 6, 7, 8))
 
-# PIL refuses twice its limit, before it takes memory even for a GIF's frame, and warns above the limit.
+# PIL raises above twice its limit, before it allocates memory even for a GIF's frame, and warns above the limit.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", module=r"PIL\.", category=UserWarning)  # odd metadata; the pixels decide
+warnings.filterwarnings("ignore", module=r"PIL\.", category=UserWarning)  # odd metadata; only pixels count
 
 
 class _Remembered:
-    """Images that did not decode in this process: the next epoch need not find it out again.
+    """Images that did not decode in this process, so that the next epoch need not decode them again.
 
-    It goes by all of their bytes, and by nothing else: what is remembered is what would be found again.
+    The key is a hash of all bytes of an image, so a remembered reason equals that of a new attempt.
     """
 
     def __init__(self) -> None:
-        self._reasons: dict[int, dict[bytes, str]] = {}  # length → hash → reason; most lengths are of no bad image
+        self._reasons: dict[int, dict[bytes, str]] = {}  # length → hash → reason; most lengths need no hash
         self._count, self._changing = 0, threading.Lock()
 
     def reason(self, data: bytes) -> str:
-        """Returns why an image did not decode, '' for one that is not remembered."""
+        """Returns why an image did not decode; '' if it is not remembered."""
         known = self._reasons.get(len(data))
         return known.get(_digest(data), "") if known else ""
 
@@ -101,18 +101,18 @@ class Box(NamedTuple):
 
 
 class StoredImage:
-    """An encoded or decoded image: its size is known at once, its pixels are decoded when asked for."""
+    """An encoded or decoded image; its size is known at once, its pixels are decoded on demand."""
 
     def __init__(self, data: bytes | np.ndarray, fast: bool = False, reading: Reading = AS_STORED):
         """Reads the header.
 
         Args:
           data: an encoded file, or pixels uint8 or uint16 [height, width, 3].
-          fast: allows decoding the wanted part only, and at reduced size.
-          reading: how the config has images read.
+          fast: allows decoding only the needed part, and at reduced size.
+          reading: how images are read, by the config.
 
         Raises:
-          BadImage: no image, of an unknown format, cut off, or beyond one of the bounds above.
+          BadImage: the data are no image, of an unknown format, truncated, or exceed one of the bounds.
         """
         self._data, self._fast, self._rgb, self._reading = data, fast, None, reading
         if isinstance(data, np.ndarray):
@@ -123,24 +123,24 @@ class StoredImage:
             if self._image.format in JPEGS and not ends(data):
                 raise BadImage("cut off: no end marker after the last scan")
         self.format = self._image.format  # None for pixels
-        self.deep = self.format is not None and deep_images.is_deep(self._image)  # more than 8 bits a channel
-        # What is done to the stored pixels, if anything.
+        self.deep = self.format is not None and deep_images.is_deep(self._image)  # more than 8 bits per channel
+        # The transpose of the stored pixels, or None.
         self.turn = TURNS.get(_orientation(self._image)) if reading.upright and self.format else None
         self.width, self.height = self._image.size[::-1] if self.turn in SIDEWAYS else self._image.size
 
     @property
     def plain_jpeg(self) -> bool:
-        """Whether it is a JPEG of colors or gray that nothing turns: a part of it may be decoded alone."""
+        """Whether this is a color or gray JPEG without rotation, of which a part can be decoded alone."""
         return self.turn is None and self.format in JPEGS and self._image.mode in ("RGB", "L")
 
     def view(self, box: Box, target: tuple[int, int]) -> Image.Image:
-        """Cuts `box` out and resizes it to `target` (height, width), in RGB.
+        """Crops `box` and resizes it to `target` (height, width), in RGB.
 
-        Exact: PIL's antialiased bicubic filter on the cut, as torchvision does. Fast: see `_fast_view`.
+        Exact: PIL's antialiased bicubic filter on the crop, as in torchvision. Fast: see `_fast_view`.
 
         Raises:
           BadImage: the pixels do not decode.
-          MemoryError: there is none left.
+          MemoryError: memory is exhausted.
         """
         if not self._fused():
             part = self.whole().crop((box.left, box.top, box.left + box.width, box.top + box.height))
@@ -153,7 +153,7 @@ class StoredImage:
             raise _bad(self._data, error) from error
 
     def whole(self) -> Image.Image:
-        """Returns the image in RGB, decoded once; raises BadImage when the pixels do not decode, or did not before."""
+        """Returns the image in RGB, decoded once; raises BadImage if the pixels do not decode now or did not before."""
         if self._rgb is None and self.format is None:
             self._rgb = to_rgb(self._image)
         elif self._rgb is None:
@@ -185,7 +185,7 @@ class StoredImage:
         return deep_images.scaled(deep, low, high)
 
     def converted(self) -> tuple[str, ...]:
-        """Returns what of a file becomes something else in 8-bit RGB, or is ignored; () for pixels."""
+        """Returns the properties of the file that 8-bit RGB does not keep; () for pixels."""
         image, what = self._image, []
         if self.format is None:
             return ()
@@ -208,30 +208,30 @@ class StoredImage:
         return tuple(what)
 
     def _fused(self) -> bool:
-        """Whether a part may be decoded alone; a file that was cut has been refused already."""
+        """Whether a part can be decoded alone; truncated files were rejected before."""
         return self._fast and self.plain_jpeg
 
 
 def _orientation(image: Image.Image) -> int:
-    """Returns how an image's EXIF says that it is to be turned; 1, upright, where it has none that can be read.
+    """Returns the EXIF orientation of an image; 1, upright, if it has none that is readable.
 
-    Pillow turns a TIFF, and libheif a HEIC, by tags of their own.
+    Pillow rotates a TIFF, and libheif a HEIC, by tags of their own.
     """
     if image.format in ("TIFF", "HEIF"):
         return 1
     try:
         return image.getexif().get(ORIENTATION, 1) if image.info.get("exif") else 1
-    except Exception:  # broken bytes make PIL's reader raise many kinds
+    except Exception:  # PIL raises many types on broken bytes
         return 1
 
 
 def read_file(path: epath.Path) -> bytes:
-    """Returns the bytes of an image's file; what a network's disk fails with in passing is tried again.
+    """Returns the content of an image file; transient errors of network file systems are retried.
 
     Raises:
-      BadImage: they are more than an image may have.
-      OSError: it cannot be read.
-      UserError, MemoryError: the machine is at its end, which is no fault of the file.
+      BadImage: the file is larger than an image may be.
+      OSError: the file cannot be read.
+      UserError, MemoryError: file descriptors or memory are exhausted, which is no fault of the file.
     """
     for wait in WAITS:
         try:
@@ -270,25 +270,25 @@ def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
         return image
     except (BadImage, UserError):
         raise
-    except Exception as error:  # PIL's plugins raise many kinds on broken bytes; all mean the same here
+    except Exception as error:  # PIL's plugins raise many types on broken bytes; all mean a bad image
         raise _bad(data, error, formats) from error
 
 
 def _animated(image: Image.Image) -> bool:
     try:
         return getattr(image, "is_animated", False)
-    except Exception:  # of a GIF: its second frame is broken, which nobody sees
+    except Exception:  # a GIF whose second frame, which is not used, is broken
         return True
 
 
 def decode_mask(data: bytes, offset: int = 0) -> np.ndarray:
-    """Reads an image of class numbers, uint8 [height, width]; of several channels the first, of a palette the index.
+    """Decodes an image of class numbers, uint8 [height, width]: the first channel, or the palette index.
 
     Args:
-      offset: is subtracted; what lies below it becomes 255, and 255 (to ignore) stays.
+      offset: is subtracted; values below it become 255, and 255 (ignored) stays.
 
     Raises:
-      BadImage: it does not decode, has more than 8 bits, or is beyond a bound of images.
+      BadImage: the mask does not decode, has more than 8 bits, or exceeds a bound.
     """
     try:
         values = np.asarray(open_image(data))
@@ -308,7 +308,8 @@ def decode(data: bytes) -> np.ndarray:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts any PIL mode: transparency is laid over white, 16 bits lose the lower 8, CMYK as PIL converts it."""
+    """Converts any PIL mode to RGB: transparency is composed over white, 16 bits lose the lower 8, PIL converts CMYK.
+    """
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image.load()
@@ -318,7 +319,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    """Lays an image over white, a strip at a time: at once it would take three times as much memory."""
+    """Composes an image over white in strips, which takes a third of the memory of doing it at once."""
     whole, rows = Image.new("RGB", image.size), max(1, STRIP // image.width)
     for top in range(0, image.height, rows):
         part = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
@@ -328,11 +329,11 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def _fast_view(data: bytes, box: Box, target: tuple[int, int]) -> Image.Image:
-    """Decodes what `box` needs of a JPEG, and resizes it to `target`.
+    """Decodes the part `box` of a JPEG, and resizes it to `target`.
 
-    Below a factor of two OpenCV resizes without antialiasing, which matters little there: bilinear where it shrinks,
-    bicubic where it enlarges. Above, the JPEG decoder itself shrinks by 2, 4 or 8 where there is room for it, and
-    PIL's antialiased Hamming filter goes on from there.
+    Below a factor of two, OpenCV resizes without antialiasing, which matters little there: bilinear to shrink, bicubic
+    to enlarge. From two on, the JPEG decoder first shrinks by 2, 4 or 8 if enough pixels remain, and PIL's antialiased
+    Hamming filter does the rest.
     """
     from mae_jax.data.tensorflow_cpu import tf
 
@@ -354,7 +355,7 @@ def _fast_view(data: bytes, box: Box, target: tuple[int, int]) -> Image.Image:
 
 @functools.cache
 def opencv() -> ModuleType:
-    """Returns the module cv2, confined to the calling thread; raises UserError where it is missing."""
+    """Returns the module cv2, restricted to the calling thread; raises UserError if it is missing."""
     try:
         import cv2
     except ImportError:
@@ -364,7 +365,7 @@ def opencv() -> ModuleType:
 
 
 def _bad(data: bytes, error: Exception, formats: tuple[str, ...] = FORMATS) -> Exception:
-    """Returns the BadImage that says in one short line why; a MemoryError, which is no fault of the image."""
+    """Returns a BadImage with the reason in one short line; a MemoryError if memory is exhausted, not the image bad."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError" or "out of memory" in text:
         return MemoryError(f"while an image was decoded: {text[:120]}")

@@ -1,7 +1,7 @@
-"""Images of 16 bits a channel, of which all bits are read; a range of their values becomes 0 to 255 (data.range).
+"""Images of 16 bits per channel, read with all bits; a range of their values becomes 0 to 255 (data.range).
 
-Pillow has no mode of three channels of 16 bits: it unpacks the upper bytes. Unpacked as if their bytes came in the
-other order, the same file gives the lower ones.
+Pillow has no mode for three channels of 16 bits: it unpacks the upper bytes. Unpacked with the opposite byte order, the
+same file gives the lower bytes.
 """
 
 import functools
@@ -16,20 +16,20 @@ from PIL import Image
 from mae_jax.data import tiff
 
 HIGHEST = 65_535
-STRIP = 1_000_000  # pixels that are joined of two bytes at a time
-OTHER_END = {"L": "B", "B": "L", "N": "B" if np.little_endian else "L"}  # of 'RGB;16L'; N: that of the machine
+STRIP = 1_000_000  # pixels whose two bytes are joined at a time
+OTHER_END = {"L": "B", "B": "L", "N": "B" if np.little_endian else "L"}  # last letter of 'RGB;16L'; N: native order
 
 
 class Deep(NamedTuple):
-    """The pixels of an image of 16 bits a channel."""
+    """The pixels of an image of 16 bits per channel."""
 
     values: np.ndarray  # uint16 [height, width], or [.., 3]
     alpha: np.ndarray | None  # uint8 [height, width]; None: opaque
-    inverted: bool = False  # whether 0 stands for white
+    inverted: bool = False  # whether 0 is white
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether an opened image, whose pixels are not loaded yet, has more than 8 bits a channel."""
+    """Returns whether an opened image, whose pixels are not loaded yet, has more than 8 bits per channel."""
     return image.mode.startswith("I") or any(";16" in str(_raw(tile)) for tile in getattr(image, "tile", ()))
 
 
@@ -38,13 +38,13 @@ def read(image: Image.Image, data: bytes, again: Callable[[bytes], Image.Image])
 
     Args:
       image: opened, and not loaded.
-      data: its file.
-      again: opens a file.
+      data: the content of its file.
+      again: opens an image from the content of a file.
 
     Raises:
-      What Pillow raises for pixels that do not decode.
+      Pillow's exceptions for pixels that do not decode.
     """
-    if str(_raw(image.tile[0])).startswith("LA;16"):  # of a PNG; its pixels have the bytes of RGBA with 8 bits
+    if str(_raw(image.tile[0])).startswith("LA;16"):  # a PNG; a pixel has the bytes of an 8-bit RGBA pixel
         pixels = np.asarray(again(_png_as_rgba(data)))
         return Deep(pixels[..., 0].astype(np.uint16) << 8 | pixels[..., 1], pixels[..., 2])
     transparent = image.info.get("transparency")
@@ -62,7 +62,7 @@ def read(image: Image.Image, data: bytes, again: Callable[[bytes], Image.Image])
 
 
 def scaled(deep: Deep, low: float, high: float) -> Image.Image:
-    """Returns the image in 8 bits: `low` becomes 0 and `high` 255, what lies beyond either is cut."""
+    """Returns the image in 8 bits: `low` becomes 0 and `high` 255; values outside are clipped."""
     table = _table(low, high)
     pixels = (255 - table if deep.inverted else table)[deep.values]
     if deep.alpha is None:
@@ -73,12 +73,13 @@ def scaled(deep: Deep, low: float, high: float) -> Image.Image:
 
 @functools.lru_cache(maxsize=8)
 def _table(low: float, high: float) -> np.ndarray:
-    """Returns what each value of 16 bits becomes, uint8 [65536]; halves are rounded to even numbers."""
+    """Returns the 8-bit value of each 16-bit value, uint8 [65536]; halves are rounded to even."""
     return np.clip(np.rint((np.arange(HIGHEST + 1) - low) * (255 / (high - low))), 0, 255).astype(np.uint8)
 
 
 def _opacity(values: np.ndarray, transparent: object) -> np.ndarray | None:
-    """Returns 0 where a pixel has the value, or the three, that a PNG calls transparent."""
+    """Returns uint8 [height, width], 0 where a pixel has the value or color that a PNG declares transparent, or None.
+    """
     if not isinstance(transparent, int | tuple):
         return None
     same = values == np.array(transparent, np.uint16)
@@ -86,7 +87,7 @@ def _opacity(values: np.ndarray, transparent: object) -> np.ndarray | None:
 
 
 def _raw(tile: object) -> object:
-    """Returns how the bytes of a tile are packed, as 'RGB;16B'."""
+    """Returns the raw mode of a tile, such as 'RGB;16B'."""
     args = getattr(tile, "args", "")
     return args[0] if isinstance(args, tuple) and args else args
 
@@ -98,7 +99,7 @@ def _swapped(tile: object) -> object:
 
 
 def _png_as_rgba(data: bytes) -> bytes:
-    """Returns a PNG of gray and transparency with 16 bits as one of four channels with 8 bits: each byte is one."""
+    """Returns a 16-bit PNG of gray and alpha as an 8-bit PNG of four channels, one per byte."""
     header = b"IHDR" + data[16:24] + bytes([8, 6]) + data[26:29]
     return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
 

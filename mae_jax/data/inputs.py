@@ -1,4 +1,5 @@
-"""The input: images to batches of permuted uint8 patches. What reads TFDS and TFRecords imports TensorFlow."""
+"""Input pipeline: images to batches of permuted uint8 patches. Only the readers of TFDS and TFRecord import TensorFlow.
+"""
 
 import functools
 import logging
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Batch = dict[str, np.ndarray]
 Spec = dict[str, "jax.ShapeDtypeStruct"]
-FIELDS = ("patches", "order", "blocks", "label", "id", "valid", "replaced")  # blocks: where the order has some
-BAD_NAMES = 100  # the last so many images that were replaced are kept by name
+FIELDS = ("patches", "order", "blocks", "label", "id", "valid", "replaced")  # blocks: if the order has any
+BAD_NAMES = 100  # replaced images whose names are kept, newest last
 _OBJECTS = "sources whose images have objects are coco, digit_scenes and fashion_scenes"
-_PROVIDERS = {  # what would give a field; formatted with the config's group `data`
+_PROVIDERS = {  # how to provide a field; formatted with the config group `data`
     **dict.fromkeys(objects.FIELDS, _OBJECTS),
     "labels": "data.label_key={0.label_key!r} names no list of classes, nor an array [n, C] of 0 and 1",
     "pixel_label": "data.mask_key={0.mask_key!r} names no masks there",
@@ -33,40 +34,40 @@ _PROVIDERS = {  # what would give a field; formatted with the config's group `da
 
 
 class Inputs(NamedTuple):
-    """The input of a run, as one process sees it."""
+    """The input of a run, for one process."""
 
-    train: Callable[[int], Iterator[Batch]]  # step → endless: this process's rows of batches step, step + 1, ...
-    support: Callable[..., Iterator[Batch]]  # of the training split, as the evaluation sees images; finite, padded;
-    #   of some ids alone, where that is asked and the data have random access
-    evaluate: Callable[..., Iterator[Batch]]  # of the evaluation split likewise; at a crop ratio, by default the first
-    validate: Callable[[], Iterator[Batch]]  # of the validation split likewise; both are empty without a split
-    extra: Callable[[str], Iterator[Batch]]  # of a further test set (eval.sets), with labels of the training classes
+    train: Callable[[int], Iterator[Batch]]  # step → endless: this process's rows of the batches step, step + 1, ...
+    support: Callable[..., Iterator[Batch]]  # the training split with the evaluation's view; finite, padded;
+    #   optionally only some ids, if the data have random access
+    evaluate: Callable[..., Iterator[Batch]]  # the evaluation split likewise; at a crop ratio, by default the first
+    validate: Callable[[], Iterator[Batch]]  # the validation split likewise; both are empty without a split
+    extra: Callable[[str], Iterator[Batch]]  # a further test set (eval.sets), with labels of the training classes
     num_train: int
     num_val: int
-    classes: tuple[str, ...]  # () without labels of the kind that the method asked for
+    classes: tuple[str, ...]  # () without labels of the kind that the method needs
     description: str  # one line
     bad: deque[str]  # 'name: reason' of the images that this process replaced, newest last
-    parts: dict[str, Any] = {}  # split expression → its Source or RecordStream; none of cached batches
-    identity: Callable[[], dict[str, Any]] = dict  # by what the data are known at another path; {}: not known
+    parts: dict[str, Any] = {}  # split expression → its Source or RecordStream; empty for cached batches
+    identity: Callable[[], dict[str, Any]] = dict  # identifies the data at another path; {}: unknown
 
 
 class OpenedData:
-    """A config's data, opened: what they have is known, and batches can be made once a method says which.
+    """A config's data, opened: its properties are known, and batches can be made for a method.
 
     Attributes:
-      config: the config, without 'auto'; of data.range too, which the data decide.
-      needs: what the method asks of the data.
-      info: what a method is built from.
+      config: the config with all 'auto' resolved, also data.range, which depends on the data.
+      needs: the method's needs.
+      info: the properties that a method is built from.
     """
 
-    meta: dict[str, Any]  # of cached batches alone, and of all others:
+    meta: dict[str, Any]  # set for cached batches alone; the rest for all others:
     train: Any  # the training split, a Source or a RecordStream (data/sources/base.py)
     val: Any  # the validation split likewise, or None
     eval: Any  # the evaluation split likewise, or None
     left_over: range  # records of a stream that no reader reads
 
     def __init__(self, config: ConfigDict, needs: DataNeeds = NO_NEEDS):
-        """Opens the splits of a config, for a method that needs this of them; raises UserError."""
+        """Opens the splits of a config, for a method with these needs; raises UserError."""
         self.config, self.needs = config, needs
         clusters = None if needs.clusters is None else Clusters.read(needs.clusters)
         if config.data.source == "batches":
@@ -101,7 +102,7 @@ class OpenedData:
             self.left_over = record_stream.dropped_records(self.train, self.config, self.needs.mixing_group)
 
     def _decide_range(self) -> None:
-        """Puts what data.range=auto stands for into the config; says it where images have more than 8 bits."""
+        """Resolves data.range=auto in the config; logs the result if images have more than 8 bits."""
         from mae_jax.data import value_range
 
         if self.config.data.range == "auto":
@@ -111,7 +112,7 @@ class OpenedData:
                 log.info(text)
 
     def check_labels(self) -> None:
-        """Raises UserError where a classifier would learn, or be judged, without labels, or by other classes."""
+        """Raises UserError if a classifier would train, or be evaluated, without labels or with other classes."""
         if self.config.data.source == "batches":
             labels.check_batches(self.config)
             return
@@ -121,27 +122,34 @@ class OpenedData:
 
     def batches(self, spec: Spec, order: PatchOrder, views: tuple[View, ...] = (),
                 rows: np.ndarray | None = None) -> Inputs:
-        """Returns the input.
+        """Returns the input, whose batches are dicts of NumPy arrays with the fields of `spec`.
 
-        Batches are dicts of NumPy arrays with the fields of `spec`: `patches` uint8 [B, N, P], cut and permuted;
-        `order` int32 [B, N], order[b, k] = raster index of the k-th patch; `label` int32 [B], -1 unlabelled; `id` int32
-        [B], or [B, 2] where 31 bits do not count the examples (ops/example_ids.py), -1 in padding; `valid` float32
-        [B], 0 for grey stand-ins and padding; `replaced` int32 [B], how many
-        images failed before this one. Where the order has blocks, `blocks` int32 [B, M, K], places in the order.
-        Where the spec asks for them and the data have them: `labels` uint8 [B, C], 1 where a class is in the image;
-        `pixel_label` uint8 [B, N, P / 3], the class of each pixel, 255 where it has none; `tokens` int32 [B, N], of the
-        file data.tokens; `cluster` int32 [B], of the folder that the method needs; of M objects of an image `box`
-        float32 [B, M, 4], `box_class` int32 [B, M], `box_valid` float32 [B, M] and `box_mask` uint8 [B, M, 1568], and
-        with these `size` and `original_size` int32 [B, 2] (`transforms/detection.fields`).
+        Fields of all data:
+          patches: uint8 [B, N, P], permuted.
+          order: int32 [B, N]; order[b, k] is the raster index of the k-th patch.
+          blocks: int32 [B, M, K], indices in the order, if it has blocks.
+          label: int32 [B], -1 if unlabeled.
+          id: int32 [B], or [B, 2] if 31 bits do not count the examples (ops/example_ids.py); -1 in padding.
+          valid: float32 [B], 0 for gray stand-ins and padding.
+          replaced: int32 [B], how many images failed before this one.
+
+        Fields of some data:
+          labels: uint8 [B, C], 1 where a class is in the image.
+          pixel_label: uint8 [B, N, P / 3], the class of each pixel, 255 for none.
+          tokens: int32 [B, N], from the file data.tokens.
+          cluster: int32 [B], from the folder that the method needs.
+          box, box_class, box_valid, box_mask: float32 [B, M, 4], int32 [B, M], float32 [B, M], uint8 [B, M, 1568], for
+            M objects per image (`transforms/detection.fields`).
+          size, original_size: int32 [B, 2], of images with objects.
 
         Args:
-          spec: field → global shape [B, ...] and dtype, as evaluations want them.
-          order: how the method hides patches.
-          views: what the batches of training have in place of `patches` and `order`, if anything.
+          spec: field → global shape [B, ...] and dtype, for evaluations.
+          order: how the method masks patches.
+          views: views whose fields replace `patches` and `order` in training batches; () for none.
           rows: the global rows that this process feeds; None: all of them.
 
         Raises:
-          UserError: the data cannot give a field of the spec.
+          UserError: the data cannot provide a field of the spec.
         """
         config, clusters = self.config, self.info.clusters
         rows = np.arange(config.batch_size) if rows is None else np.asarray(rows)
@@ -164,8 +172,8 @@ class OpenedData:
         return _in_words(inputs) if self.info.wide_ids else inputs
 
     def _read(self, spec: Spec, order: PatchOrder, rows: np.ndarray, views: tuple[View, ...]) -> Inputs:
-        """Makes the input of what has random access or is a stream, without the fields that are joined by id."""
-        import jax  # which worker processes do without
+        """Builds the input from sources and streams, without the fields that are joined by id."""
+        import jax  # which worker processes avoid
 
         from mae_jax.data.readers import random_access
         from mae_jax.data.sources import base, registry
@@ -177,9 +185,9 @@ class OpenedData:
         if token_maps.FIELD in spec and any(isinstance(part, base.RecordStream) for part in parts.values()):
             raise UserError(f"data.tokens={data.tokens!r} names examples by their place in the split, which streams do "
                             "not know; use a source with random access: folder, npz, or TFDS stored as array_record")
-        later = (token_maps.FIELD, cluster_ids.FIELD)  # which are joined by the examples' ids
+        later = (token_maps.FIELD, cluster_ids.FIELD)  # joined by the examples' ids
         spec = {name: struct for name, struct in spec.items() if name not in later}
-        if self.info.wide_ids:  # on the host a number is one
+        if self.info.wide_ids:  # on the host an id is one number
             spec["id"] = jax.ShapeDtypeStruct((config.batch_size,), np.int64)
         for part in (source, self.val, self.eval):
             _check_fields(part, spec, data)
@@ -191,7 +199,7 @@ class OpenedData:
 
         def reader(part: base.Source | base.RecordStream) -> Any:
             if isinstance(part, base.RecordStream):
-                from mae_jax.data.readers import record_stream  # with TensorFlow
+                from mae_jax.data.readers import record_stream  # imports TensorFlow
 
                 return record_stream
             return random_access
@@ -203,7 +211,7 @@ class OpenedData:
         def support(ids: np.ndarray | None = None) -> Iterator[Batch]:
             if ids is None:
                 return evaluate(source)
-            assert isinstance(source, base.Source)  # a stream has no numbers to ask by
+            assert isinstance(source, base.Source)  # a stream has no access by id
             return _renumbered(evaluate(source.only(ids)), "id", ids)
 
         def extra(name: str) -> Iterator[Batch]:
@@ -216,7 +224,7 @@ class OpenedData:
             support=support, evaluate=functools.partial(evaluate, self.eval),
             validate=functools.partial(evaluate, self.val), extra=extra,
             num_train=self.info.num_train, num_val=self.val.size if self.val else 0,
-            # Where an image has any number of labels, the batch field `label` says none.
+            # With any number of labels per image, the batch field `label` is not set.
             classes=self.info.classes if "labels" in spec else self.info.single_label_classes,
             bad=bad, description=self._describe(), parts=parts,
             identity=functools.cache(lambda: {split: part.identity() for split, part in parts.items()}))
@@ -242,7 +250,7 @@ class OpenedData:
 
 
 def _joined(data: ConfigDict, inputs: Inputs, join: Callable[..., Any], tables: dict[str, np.ndarray]) -> Inputs:
-    """Adds a field to all batches from the table of each split, by the examples' ids."""
+    """Adds a field to all batches from a table per split, by example id."""
     parts = {"train": data.train_split, "support": data.train_split, "validate": data.val_split,
              "evaluate": data.eval_split}
     made = {name: join(getattr(inputs, name), tables[split]) for name, split in parts.items() if split}
@@ -250,7 +258,7 @@ def _joined(data: ConfigDict, inputs: Inputs, join: Callable[..., Any], tables: 
 
 
 def _in_words(inputs: Inputs) -> Inputs:
-    """Has the ids of all batches as devices take them, int32 [B, 2]."""
+    """Splits the ids of all batches into two words for the devices, int32 [B, 2]."""
     def made(make: Callable[..., Iterator[Batch]], *args: Any) -> Iterator[Batch]:
         for batch in make(*args):
             yield {**batch, "id": example_ids.words(batch["id"])}
@@ -268,7 +276,7 @@ def _with_tokens(identity: Callable[[], dict[str, Any]], tokens: dict[str, np.nd
 
 
 def check_apart(data: ConfigDict, first: str, second: str) -> None:
-    """Raises UserError when two splits of the config, by the names of their fields, may share images."""
+    """Raises UserError if two splits of the config, given by their field names, may share images."""
     from mae_jax.data.sources import registry
     from mae_jax.data.sources import splits as sources_splits
 
@@ -282,7 +290,7 @@ def check_apart(data: ConfigDict, first: str, second: str) -> None:
 
 
 def _check_classes(part: Any, source: Any, data: ConfigDict) -> None:
-    """Raises UserError when a part has a class that the training data lack."""
+    """Raises UserError if a split has a class that the training split lacks, or has its classes in another order."""
     if part and source.classes and list(part.classes) != [name for name in source.classes if name in part.classes] and (
             set(part.classes) <= set(source.classes)):
         raise UserError(f"data.source={data.source!r}: the classes of the held-out pictures come in another order than "
@@ -296,7 +304,7 @@ def _check_classes(part: Any, source: Any, data: ConfigDict) -> None:
 
 
 def _check_fields(part: Any, spec: Spec, data: ConfigDict) -> None:
-    """Raises UserError when a split cannot give a field of the spec; `part` is None without a split."""
+    """Raises UserError if a split cannot provide a field of the spec; `part` is None without a split."""
     given = (*FIELDS, *(part.fields if part else ("labels", "pixel_label", *objects.FIELDS)))
     for name in spec:
         if name not in given:
@@ -308,6 +316,6 @@ def _check_fields(part: Any, spec: Spec, data: ConfigDict) -> None:
 
 
 def _renumbered(batches: Iterator[Batch], name: str, numbers: np.ndarray) -> Iterator[Batch]:
-    """Yields the batches with numbers[k] for k in a field; those below 0 stay."""
+    """Yields the batches with numbers[k] for each k in a field; negative values stay."""
     for batch in batches:
         yield {**batch, name: np.where(batch[name] < 0, batch[name], numbers[batch[name]]).astype(batch[name].dtype)}

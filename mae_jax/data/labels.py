@@ -1,4 +1,4 @@
-"""Whether what a run is judged by has labels, and the classes that it learns: asked before the first step."""
+"""Label checks before the first step: the splits have labels, and training covers their classes."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -12,19 +12,19 @@ from mae_jax.storage.paths import locate
 
 log = logging.getLogger(__name__)
 
-MAX_NAMED = 8  # classes that a message names
-AT_HAND = ("folder", "npz", "parquet", "table", "tar")  # sources whose labels are all known without reading images
+MAX_NAMED = 8  # classes listed in a message
+AT_HAND = ("folder", "npz", "parquet", "table", "tar")  # sources that know all labels without reading images
 OTHER = "; name another split that has, or train without:"
 WITHOUT = {"train_split": "", "val_split": f"{OTHER} --config.data.val_split=''",
            "eval_split": f"{OTHER} --config.eval.test=False"}  # which a run may change on its way
 
 
 def check(data: ConfigDict, parts: Mapping[str, Any]) -> None:
-    """Raises UserError where a part of the data has no label, or classes that the training split lacks.
+    """Raises UserError if a split has no labels, or has classes that the training split lacks.
 
     Args:
-      data: the group `data` of a config.
-      parts: 'train_split', and of the others those that are read → a Source or RecordStream, of one label an image.
+      data: the config group `data`.
+      parts: 'train_split', and the other splits that are read → a Source or RecordStream with one label per image.
     """
     train = parts["train_split"]
     ours = f"the classes of data.train_split={data.train_split!r} are {some(train.classes)}"
@@ -48,7 +48,7 @@ def check(data: ConfigDict, parts: Mapping[str, Any]) -> None:
 
 
 def check_batches(config: ConfigDict) -> None:
-    """Raises UserError where stored batches of a part that is read have no label."""
+    """Raises UserError if the cached batches of a split that is read have no label."""
     stored = {"train_split": "train", "val_split": "validate", "eval_split": "evaluate" if config.eval.test else ""}
     for field, name in stored.items():
         file = locate(config.data.path, "data.path") / f"{name}.npz"
@@ -60,7 +60,7 @@ def check_batches(config: ConfigDict) -> None:
 
 
 def labeled(part: Any) -> bool:
-    """Whether a Source or RecordStream has a label at all; reads up to the first one."""
+    """Returns whether a Source or RecordStream has any label; reads examples up to the first labeled one."""
     from mae_jax.data.sources.base import RecordStream
 
     if "labels" in part.fields:
@@ -84,7 +84,7 @@ def _read(part: Any, i: int) -> int:
 
 
 def some(names: Iterable[str]) -> str:
-    """Returns the first few names, and how many more there are."""
+    """Returns the first MAX_NAMED names, and how many more there are, as text."""
     known = list(names)
     more = f" and {len(known) - MAX_NAMED} more" if len(known) > MAX_NAMED else ""
     return (", ".join(map(printable, known[:MAX_NAMED])) or "none") + more

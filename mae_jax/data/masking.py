@@ -1,4 +1,4 @@
-"""Orders: which patches of an image come first, and which, last, are hidden; views that have them. NumPy only."""
+"""Patch orders, which define the visible and the masked patches of an image, and views with orders. NumPy only."""
 
 import math
 from typing import Any, NamedTuple, Protocol
@@ -7,73 +7,73 @@ import numpy as np
 
 from mae_jax.errors import UserError, did_you_mean
 
-BLOCK_PATCHES = 16  # smallest block, BEiT section 2.3, Algorithm 1
-BLOCK_ASPECT = 0.3  # aspect ratios from 0.3 to 1/0.3, the same place
-BLOCK_TRIES = 10  # places tried for a block before none is, as in BEiT's released code
+BLOCK_PATCHES = 16  # smallest block (BEiT section 2.3, Algorithm 1)
+BLOCK_ASPECT = 0.3  # aspect ratios from 0.3 to 1/0.3 (same source)
+BLOCK_TRIES = 10  # attempts to place a block, as in BEiT's released code
 
 
 class Generator(Protocol):
-    """A method's own way to draw orders, in place of a named kind; with blocks of patches where it has some.
+    """A method's own generator of orders, in place of a named kind; it can draw blocks of patches too.
 
-    It is a NamedTuple of plain values, since cached batches store what they were drawn by, and compare it.
+    It is a NamedTuple of plain values, because cached batches store and compare it.
     """
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Name in messages."""
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """M blocks of K patches each, which may overlap each other; (0, 0): none."""
+        """(M, K): M blocks of K patches each, which may overlap; (0, 0) for none."""
 
     def __call__(self, order: "PatchOrder", rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Returns a permutation [N] of raster indices, the hidden ones last, and the blocks' raster indices [M, K]."""
+        """Returns a permutation [N] of raster indices, masked ones last, and raster indices [M, K] of the blocks."""
 
 
 class PatchOrder(NamedTuple):
-    """How a method hides patches."""
+    """How the patches of an image are ordered and masked."""
 
-    # 'random' | 'published_block' | 'block' (of recipe_version 1) | 'grid' | 'identity', or the method's own
+    # 'random' | 'published_block' | 'block' (of recipe_version 1) | 'grid' | 'identity', or a method's generator
     kind: str | Generator
     grid: tuple[int, int]  # patches along (height, width)
-    num_masked: int  # M: the last M patches of the order are hidden
-    group: int = 1  # G: so many neighbours of a batch share one permutation, the i-th rolled back by i · N / G
+    num_masked: int  # M: the last M patches of the order are masked
+    group: int = 1  # G: neighboring rows that share one permutation, the i-th rolled back by i · N / G
 
 
 class ColorAugmentation(NamedTuple):
-    """How likely each change of a view's colours is; they come in this order (DINO, arXiv 2104.14294, after BYOL)."""
+    """Probabilities of the color changes of a view, in order of application (DINO, arXiv 2104.14294, after BYOL)."""
 
     jitter: float
     gray: float
     blur: float
     solarize: float
-    radius: tuple[float, float] = (0.1, 2.0)  # of the blur, its standard deviation in pixels
+    radius: tuple[float, float] = (0.1, 2.0)  # range of the blur's standard deviation, in pixels
 
 
 class View(NamedTuple):
-    """Random crops of each image that a method trains on, in place of the single view of the config.
+    """Random crops of each image, which replace the config's single view in training.
 
-    Views `x` are the batch fields `x/patches` uint8 [B, n, N, P] and `x/order` int32 [B, n, N].
+    The n crops of a view named `x` are the batch fields `x/patches` uint8 [B, n, N, P] and `x/order` int32 [B, n, N].
     """
 
     name: str
     size: tuple[int, int]  # height, width in pixels
     scale: tuple[float, float]  # share of the image's area
-    colors: tuple[ColorAugmentation, ...]  # of each of the n views
+    colors: tuple[ColorAugmentation, ...]  # one per crop, n in all
     order: PatchOrder  # of N patches
 
 
 def block_shape(order: PatchOrder) -> tuple[int, ...]:
-    """Returns (M, K), the shape of an image's batch field `blocks`; () where its order has none."""
+    """Returns (M, K), the shape per image of the batch field `blocks`; () if the order has no blocks."""
     return () if isinstance(order.kind, str) or not order.kind.blocks[0] else order.kind.blocks
 
 
 def with_views(spec: dict[str, Any], views: tuple[View, ...]) -> dict[str, Any]:
-    """Returns a batch's fields with those of the views, where there are any, in place of the single view's.
+    """Returns the fields of a training batch: those of the views, if any, replace those of the single view.
 
     Args:
-      spec: name → global shape and dtype, objects whose class takes the two.
-      views: what the method trains on.
+      spec: name → global shape and dtype, of a class that is built from the two.
+      views: the method's views.
     """
     if not views:
         return spec
@@ -89,7 +89,7 @@ def with_views(spec: dict[str, Any], views: tuple[View, ...]) -> dict[str, Any]:
 
 
 def check(order: PatchOrder) -> None:
-    """Raises UserError when no image can have such an order."""
+    """Raises UserError if no image can have such an order."""
     height, width = order.grid
     patches = height * width
     if isinstance(order.kind, str) and order.kind not in _KINDS:
@@ -110,7 +110,7 @@ def check(order: PatchOrder) -> None:
 
 
 def _try_out(order: PatchOrder, generator: Generator) -> None:
-    """Raises UserError where what a method's own generator draws is no order, or has other blocks than it says."""
+    """Raises UserError if a method's generator draws no permutation, or other blocks than it declares."""
     patches = math.prod(order.grid)
     drawn, blocks = generator(order, np.random.default_rng(0))
     if not np.array_equal(np.sort(drawn), np.arange(patches)):
@@ -125,16 +125,16 @@ def _try_out(order: PatchOrder, generator: Generator) -> None:
 
 
 def draw(order: PatchOrder, rng: np.random.Generator, member: int = 0) -> dict[str, np.ndarray]:
-    """Returns the fields that say where an image's patches are.
+    """Draws the order of one image.
 
     Args:
-      order: how patches are hidden.
-      rng: the draws, which the members of a group share.
-      member: the place in the group, below G.
+      order: how patches are masked.
+      rng: the generator, in the same state for all members of a group.
+      member: index within the group, below G.
 
     Returns:
-      `order` int32 [N], a permutation: entry k is the raster index of the k-th patch; the last M are hidden. Where the
-      order has blocks, also `blocks` int32 [M, K]: the places k of their patches in `order`.
+      `order` int32 [N], a permutation: entry k is the raster index of the k-th patch; the last M are masked. If the
+        order has blocks, also `blocks` int32 [M, K]: the indices k of their patches in `order`.
     """
     if isinstance(order.kind, str):
         return {"order": rolled(_KINDS[order.kind](order, rng).astype(np.int32), member, order.group)}
@@ -144,7 +144,7 @@ def draw(order: PatchOrder, rng: np.random.Generator, member: int = 0) -> dict[s
 
 
 def rolled(permutation: np.ndarray, member: int, group: int) -> np.ndarray:
-    """Returns the order [N] of a member of a group: the shared permutation from its own N / G patches on."""
+    """Returns the order [N] of a group member: the shared permutation, rolled back by `member` · N / G patches."""
     return np.roll(permutation, -member * (len(permutation) // group))
 
 
@@ -160,22 +160,23 @@ def _identity(order: PatchOrder, rng: np.random.Generator) -> np.ndarray:
 
 
 def _random(order: PatchOrder, rng: np.random.Generator) -> np.ndarray:
-    """Every permutation alike likely (MAE section 3, 'Masking')."""
+    """Returns a uniformly random permutation (MAE section 3, 'Masking')."""
     return rng.permutation(math.prod(order.grid))
 
 
 def _grid(order: PatchOrder, rng: np.random.Generator) -> np.ndarray:
-    """Keeps the first patch of each 2 x 2 (MAE Figure 6, 'grid')."""
+    """Keeps the first patch of each 2 x 2 visible (MAE Figure 6, 'grid')."""
     hidden = np.ones(order.grid, bool)
     hidden[::2, ::2] = False
     return _visible_first(hidden)
 
 
 def _published_block(order: PatchOrder, rng: np.random.Generator) -> np.ndarray:
-    """Hides rectangles until M patches are hidden, as BEiT's released code (Algorithm 1) does.
+    """Masks rectangles until M patches are masked, as BEiT's released code (Algorithm 1) does.
 
-    That ends short where no block fits any more: of 196 patches by half a patch of 75 on average. Here M are hidden in
-    every image: what is missing is added one by one beside what is hidden, so that few stand alone, as published.
+    The released code stops early if no block fits any more: with M = 75 of 196 patches, it falls short by half a patch
+    on average. Here every image has exactly M: the missing patches are added one by one beside masked ones, so that few
+    are isolated, as in the published masks.
     """
     hidden = np.zeros(order.grid, bool)
     while (left := order.num_masked - int(hidden.sum())) and _add_published_block(hidden, left, rng):
@@ -187,12 +188,12 @@ def _published_block(order: PatchOrder, rng: np.random.Generator) -> np.ndarray:
 
 
 def _add_published_block(hidden: np.ndarray, left: int, rng: np.random.Generator) -> bool:
-    """Hides one more rectangle, smaller than the grid along both sides; False when none was found.
+    """Masks one more rectangle, smaller than the grid along both sides; returns False if none was found.
 
-    Its area is drawn between 16 and `left`, also where that is the smaller one; it hides `left` more patches at most.
+    Its area is drawn between 16 and `left`, even if `left` is smaller; it masks at most `left` more patches.
     """
     rows, columns = hidden.shape
-    for sized, shaped, down, right in rng.random((BLOCK_TRIES, 4)).tolist():  # in one call: it is the host's time
+    for sized, shaped, down, right in rng.random((BLOCK_TRIES, 4)).tolist():  # one call, to save host time
         area = BLOCK_PATCHES + (left - BLOCK_PATCHES) * sized
         aspect = BLOCK_ASPECT ** (2 * shaped - 1)
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -207,13 +208,13 @@ def _add_published_block(hidden: np.ndarray, left: int, rng: np.random.Generator
 
 
 def _touching(hidden: np.ndarray) -> np.ndarray:
-    """Says of each patch whether one above, below or beside it is hidden: bool [rows, columns]."""
+    """Returns whether each patch has a masked neighbor above, below or beside it: bool [rows, columns]."""
     padded = np.pad(hidden, 1)
     return padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
 
 
 def _block(order: PatchOrder, rng: np.random.Generator) -> np.ndarray:
-    """Hides rectangles, and the last patches one by one: block masks of recipe_version 1, kept as they are."""
+    """Masks rectangles, then single patches: the block masks of recipe_version 1, kept unchanged."""
     hidden = np.zeros(order.grid, bool)
     while (left := order.num_masked - int(hidden.sum())) and _add_block(hidden, left, rng):
         pass
@@ -223,7 +224,7 @@ def _block(order: PatchOrder, rng: np.random.Generator) -> np.ndarray:
 
 
 def _add_block(hidden: np.ndarray, left: int, rng: np.random.Generator) -> bool:
-    """Hides one more rectangle that adds at most `left` patches; False when none was found."""
+    """Masks one more rectangle that adds at most `left` patches; returns False if none was found."""
     if left < BLOCK_PATCHES:
         return False
     rows, columns = hidden.shape
@@ -242,7 +243,7 @@ def _add_block(hidden: np.ndarray, left: int, rng: np.random.Generator) -> bool:
 
 
 def _visible_first(hidden: np.ndarray) -> np.ndarray:
-    """Turns a mask [rows, columns] into an order: visible patches, then hidden ones, each in raster order."""
+    """Converts a mask bool [rows, columns] to an order [N]: visible patches, then masked ones, each in raster order."""
     return np.argsort(hidden.ravel(), kind="stable")
 
 

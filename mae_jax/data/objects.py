@@ -1,7 +1,7 @@
-"""The objects of an image as its source has them: boxes, classes and masks, in the image's own pixels.
+"""The annotated objects of an image: boxes, classes and masks, in pixels of the image.
 
 Coordinates are continuous, x to the right and y down, and pixel i covers [i, i + 1): a box (x1, y1, x2, y2) is x2 - x1
-wide. All are of the image as people see it, turned as its EXIF says.
+wide. They refer to the upright image, rotated as its EXIF says.
 """
 
 from collections.abc import Callable
@@ -10,19 +10,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-# The batch fields that are made of them, by `mae_jax.data.transforms.detection`.
+# The batch fields that `mae_jax.data.transforms.detection` makes from objects.
 FIELDS = ("box", "box_class", "box_valid", "box_mask", "size", "original_size")
 
 
 class Region(NamedTuple):
-    """A mask, cut to a rectangle of whole pixels outside of which it is 0."""
+    """A mask, cropped to a rectangle of whole pixels; it is 0 outside."""
 
     left: int
     top: int
     values: np.ndarray  # bool [height, width]
 
     def whole(self, size: tuple[int, int]) -> np.ndarray:
-        """Returns the mask uint8 [height, width] of an image of this size."""
+        """Returns the full mask, uint8 [height, width], for an image of `size`."""
         mask = np.zeros(size, np.uint8)
         height, width = self.values.shape
         mask[self.top:self.top + height, self.left:self.left + width] = self.values
@@ -30,31 +30,31 @@ class Region(NamedTuple):
 
 
 class Objects(NamedTuple):
-    """The n objects of one image; B, M and the like are of batches alone."""
+    """The n objects of one image, not batched."""
 
-    size: tuple[int, int]  # height, width of the image that they are of
+    size: tuple[int, int]  # height, width of the image
     box: np.ndarray  # float32 [n, 4]
     label: np.ndarray  # int32 [n], class numbers
-    crowd: np.ndarray  # bool [n]: many objects at once, which nobody told apart
-    area: np.ndarray  # float32 [n], of the mask in square pixels, as it was annotated
+    crowd: np.ndarray  # bool [n]: many objects annotated as one
+    area: np.ndarray  # float32 [n], annotated area of the mask in square pixels
     regions: tuple[Region, ...]  # their masks
 
 
 class Truth(NamedTuple):
-    """What an evaluation compares with."""
+    """The ground truth of one image, for evaluation."""
 
-    image_id: int  # as the data call the image
+    image_id: int  # id of the image in the data set
     objects: Objects
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """What a split with objects has besides its images.
+    """The annotations of a split with objects.
 
     Attributes:
-      truth: index → what is in the image, crowds too; pixels are not decoded for it.
-      category_ids: as the data call the classes, in their order.
-      masks: whether objects have masks; where not, boxes stand in for them.
+      truth: index → the objects of an image, crowds included; decodes no pixels.
+      category_ids: the data set's ids of the classes, in the order of the classes.
+      masks: whether objects have masks; if not, boxes stand in for them.
     """
 
     truth: Callable[[int], Truth]
@@ -63,7 +63,7 @@ class Annotations:
 
 
 def tight(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Returns left, top, right and bottom of what is not 0 in [height, width]; of nothing, all 0."""
+    """Returns left, top, right and bottom of the nonzero part of a mask [height, width]; all 0 for an empty mask."""
     columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     if not len(columns):
         return 0, 0, 0, 0
@@ -71,6 +71,6 @@ def tight(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def none(size: tuple[int, int]) -> Objects:
-    """Returns the objects of an image (height, width) without any."""
+    """Returns the objects of an image (height, width) that has none."""
     return Objects(size, np.zeros((0, 4), np.float32), np.zeros(0, np.int32), np.zeros(0, bool),
                    np.zeros(0, np.float32), ())

@@ -1,6 +1,6 @@
-"""Polygons to masks: by pycocotools where it is installed (extra `coco`), else by scikit-image.
+"""Converts polygons to masks, by pycocotools if it is installed (extra `coco`), else by scikit-image.
 
-The first draws outlines on a grid five times as fine, and rounds; the second takes the pixels whose centers lie inside.
+pycocotools draws outlines on a five times finer grid, and rounds; scikit-image takes the pixels with centers inside.
 """
 
 import functools
@@ -16,7 +16,7 @@ from mae_jax.data.objects import Region
 
 @functools.cache
 def routine() -> ModuleType | None:
-    """Returns pycocotools.mask, None where it is not installed."""
+    """Returns pycocotools.mask, or None if it is not installed."""
     try:
         from pycocotools import mask
     except ImportError:
@@ -29,13 +29,13 @@ def region(polygons: Sequence[np.ndarray], box: np.ndarray) -> Region:
 
     Args:
       polygons: its parts, float [2 k] each: x0, y0, x1, y1, ... in pixels of the image.
-      box: around it, inside the image, float [4].
+      box: the box around the object, inside the image, float [4].
     """
     left, top = math.floor(box[0]), math.floor(box[1])
     width, height = max(math.ceil(box[2]) - left, 1), max(math.ceil(box[3]) - top, 1)
     moved = [(part.reshape(-1, 2) - (left, top)) for part in polygons]
     values = _coco(moved, height, width) if routine() else _centers(moved, height, width)
-    if not values.any():  # a part too thin for any pixel: the pixels around it
+    if not values.any():  # too thin to cover any pixel: take the whole box
         values[:] = True
     return Region(left, top, values)
 
@@ -44,7 +44,7 @@ def _coco(polygons: list[np.ndarray], height: int, width: int) -> np.ndarray:
     coco = routine()
     assert coco is not None
     parts = coco.frPyObjects([part.ravel().astype(np.float64).tolist() for part in polygons], height, width)
-    # Its own decode warns with NumPy 2.
+    # pycocotools' own decode warns with NumPy 2.
     return rle.decoded(rle.runs(coco.merge(parts)["counts"], (height, width)), (height, width))
 
 

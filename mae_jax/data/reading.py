@@ -1,4 +1,4 @@
-"""How the config has images read: which formats, turned or not, and which values of 16 bits become 8."""
+"""How images are read, by the config: accepted formats, EXIF orientation, and the conversion of 16 bits to 8."""
 
 import functools
 import logging
@@ -15,26 +15,26 @@ from mae_jax.storage import file_kinds
 
 log = logging.getLogger(__name__)
 
-COMMON = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # all that mae_jax 0.2 read: data.formats=common
+COMMON = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # the formats of mae_jax 0.2: data.formats=common
 FORMATS = (*COMMON, "TIFF", "AVIF", "HEIF")
 NAMES = {COMMON: "a JPEG, PNG, WebP, BMP or GIF picture",
          FORMATS: "a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or HEIC picture"}
-EXTENSIONS = {"common": (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")}  # data.formats → of files that are images
+EXTENSIONS = {"common": (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")}  # data.formats → extensions of image files
 EXTENSIONS["all"] = (*EXTENSIONS["common"], ".tif", ".tiff", ".avif", ".heic", ".heif")
 _WITHOUT = "or leave such files out: --config.data.formats=common"
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # there are threads, or processes, of ours
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # images are decoded in parallel already
 
 
 class Reading(NamedTuple):
-    """How images are read, as the config says."""
+    """How images are read, by the config."""
 
-    upright: bool = False  # turned as EXIF says
-    span: tuple[float, float] | None = None  # of 16 bits: what becomes 0 and 255; None: the upper 8 bits
+    upright: bool = False  # rotated as EXIF says
+    span: tuple[float, float] | None = None  # 16-bit values that become 0 and 255; None: the upper 8 bits
     formats: tuple[str, ...] = FORMATS
 
     @classmethod
     def of(cls, data: ConfigDict) -> "Reading":
-        """Returns that of the group `data` of a config without 'auto'."""
+        """Returns the reading for the config group `data`, whose 'auto' values are resolved."""
         return cls(data.exif != "ignore", span(data.range), COMMON if data.formats == "common" else FORMATS)
 
 
@@ -42,10 +42,10 @@ AS_STORED = Reading()
 
 
 def span(text: str) -> tuple[float, float] | None:
-    """Returns what data.range says: two numbers, None for the upper 8 bits; all of 16 bits where nothing is decided.
+    """Parses data.range: two numbers, or None for the upper 8 bits; an unresolved 'auto' is the full range of 16 bits.
 
     Raises:
-      UserError: it says neither.
+      UserError: the text is none of these.
     """
     if text == "upper":
         return None
@@ -62,10 +62,10 @@ def span(text: str) -> tuple[float, float] | None:
 
 
 def readers(data: bytes, formats: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns which formats Pillow is to try: HEIF for a file that may be one alone, since that needs its package.
+    """Returns the formats for Pillow to try; HEIF only for a file that may be HEIF, since it needs a package.
 
     Raises:
-      UserError: for an AVIF or HEIC that the config would have read, where no installed package reads it.
+      UserError: the image is AVIF or HEIC, the config accepts it, and no installed package reads it.
     """
     common = tuple(name for name in formats if name != "HEIF")
     if data[4:8] != b"ftyp":
@@ -81,7 +81,7 @@ def readers(data: bytes, formats: tuple[str, ...]) -> tuple[str, ...]:
 
 @functools.cache
 def need_heif() -> None:
-    """Has Pillow open HEIC; raises UserError where the package for that is missing."""
+    """Registers HEIC with Pillow; raises UserError if the package for it is missing."""
     try:
         import pillow_heif
     except ImportError:
@@ -91,7 +91,7 @@ def need_heif() -> None:
 
 
 def from_array(values: np.ndarray, span: tuple[float, float] | None) -> np.ndarray:
-    """Returns pixels of 16 bits in 8."""
+    """Converts pixels of 16 bits to uint8 of the same shape."""
     if span is None:
         return (values >> 8).astype(np.uint8)
     tell_cut(int(values.max()), *span)
@@ -99,7 +99,7 @@ def from_array(values: np.ndarray, span: tuple[float, float] | None) -> np.ndarr
 
 
 def tell_cut(highest: int, low: float, high: float) -> None:
-    """Says once in a process that values lie above data.range."""
+    """Warns once per process that values exceed data.range."""
     if highest > high:
         _tell_range(f"{low:g},{high:g}")
 

@@ -1,8 +1,8 @@
-"""TFRecord files, looked at before TensorFlow reads them.
+"""Checks of TFRecord files before TensorFlow reads them.
 
-TensorFlow takes memory for what a record's header says is to come, and ends the process where there is none; and it has
-to be told how a file is compressed. A file on a disk is read once in a run through all of its headers, which brings it
-into memory for TensorFlow; of one in a bucket, whose objects come with checksums, the first header is looked at.
+TensorFlow allocates the length that a record's header declares, and ends the process if memory is exhausted; it also
+must know the compression of a file. For a local file, all headers are read once per run, which also brings the file
+into the page cache for TensorFlow. For a file in a bucket, whose objects have checksums, only the first header is read.
 """
 
 import functools
@@ -17,25 +17,25 @@ from mae_jax.storage import file_kinds
 from mae_jax.storage.paths import version
 
 FRAME, TAIL = 12, 4  # bytes before a record (length, its checksum) and after it
-BUFFER = 1_000_000  # bytes that are read at a time
+BUFFER = 1_000_000  # bytes read at a time
 NO_HEADER = "the header of record {} is not what its checksum says"
-WINDOWS = {"GZIP": 31, "ZLIB": 15}  # compression, as TensorFlow names it → zlib's wbits
+WINDOWS = {"GZIP": 31, "ZLIB": 15}  # TensorFlow's name of a compression → zlib's wbits
 
 
 class Look(NamedTuple):
-    """What was seen of a file."""
+    """Properties of a file, from its headers."""
 
     compression: str  # 'GZIP', 'ZLIB', '': none
-    records: int  # whole ones, as their headers say
-    size: int  # bytes, unpacked
-    problem: str  # of what comes after these records, '' for none
+    records: int  # complete ones, by their headers
+    size: int  # bytes, decompressed
+    problem: str  # of the data after these records; '' for none
 
 
 def look(file: epath.Path | str) -> Look:
-    """Returns what the headers of all records say, which are read once as long as the file stays as it is.
+    """Reads the headers of all records, once as long as the file stays unchanged.
 
     Raises:
-      UserError: it cannot be read, or is no TFRecord file.
+      UserError: the file cannot be read, or is no TFRecord file.
     """
     file = epath.Path(file)
     with _readable(file):
@@ -43,7 +43,7 @@ def look(file: epath.Path | str) -> Look:
 
 
 def first_look(file: epath.Path | str) -> str:
-    """Returns how a file is compressed, by its first record's header; raises UserError as `look`."""
+    """Returns a file's compression, from its first record's header; raises UserError as `look`."""
     file = epath.Path(file)
     with _readable(file), file.open("rb") as opened:
         begin = opened.read(file_kinds.ENOUGH)
@@ -51,7 +51,7 @@ def first_look(file: epath.Path | str) -> str:
 
 
 def opening(file: str) -> tuple[str, int]:
-    """Returns how a file is compressed, and how many records TensorFlow may read of it: -1 for all."""
+    """Returns a file's compression, and how many records TensorFlow may read from it: -1 for all."""
     if not _local(file):
         return first_look(file), -1
     found = look(file)
@@ -59,7 +59,7 @@ def opening(file: str) -> tuple[str, int]:
 
 
 class _readable:
-    """Turns an OSError within the block into the line that says what cannot be read."""
+    """Context manager that converts an OSError to a UserError naming the file."""
 
     def __init__(self, file: epath.Path):
         self.file = file
@@ -105,7 +105,7 @@ def _plain(opened: IO[bytes], size: int) -> Look:
 
 
 def _packed(opened: IO[bytes], compression: str) -> Look:
-    """As `_plain`, of a stream that is unpacked on the way."""
+    """As `_plain`, for a compressed file."""
     held, at, skip, place, count = b"", 0, 0, 0, 0
     try:
         for piece in _unpacked(opened, WINDOWS[compression]):
@@ -127,7 +127,7 @@ def _packed(opened: IO[bytes], compression: str) -> Look:
 
 
 def _unpacked(opened: IO[bytes], window: int) -> Iterator[bytes]:
-    """Yields what is packed, in pieces of a bounded size; raises EOFError where it is cut."""
+    """Yields the decompressed data in pieces of bounded size; raises EOFError if the file is truncated."""
     unpack = None
     while packed := opened.read(BUFFER):
         while packed:
@@ -153,7 +153,7 @@ def _compression(file: epath.Path, begin: bytes) -> str:
 
 
 def _is_header(begin: bytes) -> bool:
-    """Says whether the first 12 bytes are a record's length and its masked CRC-32C."""
+    """Returns whether the first 12 bytes are a record's length and its masked CRC-32C."""
     crc = 0xFFFFFFFF
     for byte in begin[:8]:
         crc = crc >> 8 ^ _TABLE[(crc ^ byte) & 255]

@@ -1,24 +1,27 @@
-"""Masks as COCO stores them, by the lengths of their runs: of 0 first, then of 1, and so on, column by column.
+"""COCO's run-length encoding (RLE) of masks: lengths of runs in column order, alternating between 0 and 1, 0 first.
 
-In text each length, from the third of its kind on the difference to the one two before, is cut into pieces of five
-bits, the lowest first; a sixth bit says that more follow, the highest of the last piece is the sign, and 48 is added to
-make letters of them.
+In text, each length from the fourth on is stored as the difference to the length two before. Each value is split into
+groups of five bits, lowest first; a sixth bit marks that more follow, and the highest bit of the last group is the
+sign. Adding 48 makes each group a printable character.
 """
 
 import numpy as np
 
-FIRST = 48  # letter of the value 0
+FIRST = 48  # character code of the value 0
 BITS, MORE = 5, 0x20
-MOST_PIECES = 7  # of a length; more than 31 bits need no image
-MOST_PIXELS = 2**28  # of an image that runs are of (our choice)
+MOST_PIECES = 7  # five-bit groups of a length; no image needs more than 31 bits
+MOST_PIXELS = 2**28  # pixels of an image with a mask (our choice)
 
 
 def runs(counts: str | bytes | list[int], size: tuple[int, int]) -> np.ndarray:
-    """Returns lengths of runs, int64 [k], of a list or a text of them; raises ValueError where they are none.
+    """Returns run lengths, int64 [k], from a list or a text.
 
     Args:
-      counts: as COCO has them.
-      size: height, width of the image, which they must fill.
+      counts: as in COCO.
+      size: height, width of the image, which the runs must fill.
+
+    Raises:
+      ValueError: the counts are not valid runs for this size.
     """
     if isinstance(counts, list):
         if not all(isinstance(run, int) for run in counts):
@@ -42,7 +45,7 @@ def _read(text: bytes) -> np.ndarray:
     if len(letters) and (letters.min() < 0 or letters.max() >= 2 * MORE or letters[-1] & MORE):
         raise ValueError("its runs are no text of RLE")
     last = (letters & MORE) == 0
-    number = np.append(0, np.cumsum(last)[:-1]) if len(letters) else np.zeros(0, np.int64)  # which each letter is of
+    number = np.append(0, np.cumsum(last)[:-1]) if len(letters) else np.zeros(0, np.int64)  # length of each letter
     starts = np.flatnonzero(np.append(True, last[:-1])) if len(letters) else np.zeros(0, np.int64)
     place = np.arange(len(letters)) - starts[number]
     if len(place) and place.max() >= MOST_PIECES:
@@ -50,24 +53,25 @@ def _read(text: bytes) -> np.ndarray:
     values = np.bincount(number, (letters & (MORE - 1)) << (BITS * place)).astype(np.int64)
     negative = letters[last] & (MORE >> 1) != 0
     values -= negative.astype(np.int64) << (BITS * (place[last] + 1))
-    for kind in (1, 2):  # sums of every other difference; the first two, and the third, are lengths themselves
+    for kind in (1, 2):  # cumulative sums of every other value, from the second and third on
         values[kind::2] = np.cumsum(values[kind::2])
     return values
 
 
 def decoded(lengths: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Returns the mask bool [height, width] of runs that fill it."""
+    """Returns the mask bool [height, width] of runs that fill an image of `size`."""
     values = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
     return values.reshape(size[::-1]).T
 
 
 def encoded(mask: np.ndarray) -> str:
-    """Returns the text of a mask [height, width]; not 0 is 1."""
+    """Returns the RLE text of a mask [height, width]; nonzero values are 1."""
     return encoded_region(mask, 0, 0, mask.shape)
 
 
 def encoded_region(values: np.ndarray, left: int, top: int, size: tuple[int, int]) -> str:
-    """Returns the text of a mask of an image (height, width) that is 0 but for values [h, w] from left and top on."""
+    """Returns the RLE text of a mask of `size` (height, width) that has `values` [h, w] at (left, top) and 0 elsewhere.
+    """
     columns = np.zeros((values.shape[1], size[0]), bool)
     columns[:, top:top + len(values)] = values.T != 0
     flat, pixels = np.concatenate([[False], columns.ravel(), [False]]), size[0] * size[1]

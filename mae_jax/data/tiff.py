@@ -1,8 +1,8 @@
-"""TIFF files before Pillow opens them: the tags of the first page that say how its pixels are stored, and none else.
+"""Rewrites TIFF files before Pillow opens them: keeps only the first page, and only the tags that define its pixels.
 
-Pillow and libtiff read whatever a directory of tags points to, and go through all pages. A small file can point to
-itself 65,535 times. So the first page gets a directory of its own, of a few tags whose sizes have been looked at; color
-profiles, EXIF and further pages are left out. TIFF 6.0 (Adobe, 1992) numbers the tags, BigTIFF widens their fields.
+Pillow and libtiff follow every offset in a directory of tags, and go through all pages. A small file can refer to
+itself 65,535 times. So the first page gets a new directory of the few tags in KEPT, whose sizes are checked; color
+profiles, EXIF and further pages are dropped. Tag numbers are from TIFF 6.0 (Adobe, 1992); BigTIFF has wider fields.
 """
 
 import struct
@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from mae_jax.data.image_bounds import MAX_PARTS, MAX_SCANNED, SCAN_MARKER, BadImage, check_size
 
-MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # small or big end first, and the same of BigTIFF
-# Bytes of the types of values.
+MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # little- and big-endian; the same for BigTIFF
+# Field type → bytes per value.
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-LETTERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # types that numbers have here, as `struct` calls them
+LETTERS = {1: "B", 3: "H", 4: "I", 16: "Q"}  # field types read as numbers → `struct` formats
 WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, OFFSETS = 256, 257, 258, 259, 262, 273
 CHANNELS, ROWS, PLANAR, TILE_WIDTH, TILE_HEIGHT, TILES, EXTRA, KIND = 277, 278, 284, 322, 323, 324, 338, 339
 DNG = 50706
@@ -27,37 +27,37 @@ KINDS = {2: "signed numbers", 3: "floating-point numbers", 5: "complex numbers",
 
 
 class Page(NamedTuple):
-    """What the tags of the first page say."""
+    """The tags of the first page."""
 
-    entries: dict[int, bytes]  # tag → its entry in the directory
-    values: dict[int, tuple[int, ...]]  # tag → numbers, of those that are a few
+    entries: dict[int, bytes]  # tag → its directory entry
+    values: dict[int, tuple[int, ...]]  # tag → its first 64 numbers
     others: bool  # whether further pages follow
 
     def first(self, tag: int, default: int) -> int:
-        """Returns the first number of a tag."""
+        """Returns the first number of a tag, or `default` without one."""
         return (self.values.get(tag) or (default,))[0]
 
 
 class _Form(NamedTuple):
-    """How the fields of a directory are stored."""
+    """Byte order and field widths of a directory."""
 
     end: str  # '<' or '>'
-    count: str  # the letter of the number of entries, of offsets
+    count: str  # `struct` format of the number of entries; next, that of offsets
     offset: str
 
     @property
     def entry(self) -> int:
-        """Bytes of an entry: tag, type, count, value or offset."""
+        """Bytes per entry: tag, type, count, and value or offset."""
         return 4 + 2 * struct.calcsize(self.offset)
 
 
 def is_tiff(data: bytes) -> bool:
-    """Whether bytes begin as a TIFF does."""
+    """Returns whether the data begin with a TIFF signature."""
     return data[:4] in MARKS
 
 
 def page(data: bytes) -> Page:
-    """Reads the directory of the first page; raises BadImage where it is damaged, or too large."""
+    """Reads the directory of the first page; raises BadImage if it is damaged or too large."""
     form = _form(data)
     (place,) = _unpacked(form, form.offset, data, 4 if form.count == "H" else 8)
     (count,) = _unpacked(form, form.count, data, place)
@@ -79,10 +79,10 @@ def page(data: bytes) -> Page:
 
 
 def alone(data: bytes) -> bytes:
-    """Returns a TIFF that has the first page alone, with the tags that say how its pixels are stored.
+    """Returns a TIFF that has only the first page, with the tags that define its pixels.
 
     Raises:
-      BadImage: it is damaged, beyond a bound, or of pixels that are none of an image of 8 or 16 bits.
+      BadImage: the file is damaged, exceeds a bound, or its pixels are not those of an image with 8 or 16 bits.
     """
     found, form = page(data), _form(data)
     _check(data, found)
@@ -95,12 +95,12 @@ def alone(data: bytes) -> bytes:
 
 
 def is_inverted(data: bytes) -> bool:
-    """Whether 0 stands for white, which Pillow heeds up to 8 bits alone."""
+    """Returns whether 0 is white, which Pillow handles only up to 8 bits."""
     return page(data).first(PHOTOMETRIC, 1) == WHITE_IS_ZERO
 
 
 def _check(data: bytes, found: Page) -> None:
-    """Raises BadImage for what is no image of 8 or 16 bits with up to three channels, or takes long to decode."""
+    """Raises BadImage unless the page is an image of up to 16 bits that decodes in bounded time."""
     width, height = found.first(WIDTH, 0), found.first(HEIGHT, 0)
     check_size(width, height)
     bits = set(found.values.get(BITS) or (1,))
@@ -134,7 +134,7 @@ def _unpacked(form: _Form, letters: str, data: bytes, place: int) -> tuple[int, 
 
 
 def _numbers(data: bytes, form: _Form, entry: bytes) -> tuple[int, ...]:
-    """Returns the numbers of an entry, the first 64 of them; raises BadImage for too many, or beyond the end."""
+    """Returns the first 64 numbers of an entry; raises BadImage if there are too many, or they lie beyond the end."""
     kind, count = struct.unpack_from(f"{form.end}H{form.offset}", entry, 2)
     if kind not in SIZES:
         raise BadImage(f"TIFF with a tag of the unknown type {kind}")

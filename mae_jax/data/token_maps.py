@@ -1,7 +1,7 @@
-"""Token maps that another tokenizer made of the images beforehand: the batch field `tokens`. NumPy only.
+"""Token maps precomputed by another tokenizer: the batch field `tokens`. NumPy only.
 
-A file *.npz with one integer array [n, N] per split, by the split's expression in the config ('train', 'train[90%:]'):
-the tokens of its example of id i, patches in raster order, in row i.
+A file *.npz has one integer array [n, N] per split, named by the split's expression in the config ('train',
+'train[90%:]'). Row i holds the tokens of the example with id i, patches in raster order.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,19 +20,19 @@ FIELD = "tokens"
 
 
 def load(config: ConfigDict, sizes: dict[str, int], patches: int, vocabulary: int) -> dict[str, np.ndarray]:
-    """Reads the maps of the splits that the config names.
+    """Loads the token maps of the splits in the config.
 
     Args:
-      config: whose data.tokens is the file, and whose views must show every image as the tokenizer saw it.
+      config: names the file in data.tokens; its views must show every image as the tokenizer saw it.
       sizes: split expression → number of examples.
       patches: N.
-      vocabulary: tokens are below it.
+      vocabulary: exclusive upper bound of the tokens.
 
     Returns:
-      split expression → int32 [n, N].
+      Split expression → int32 [n, N].
 
     Raises:
-      UserError: crops or colours are random, or the file does not hold what is needed.
+      UserError: crops or colors are random, or the file lacks an array or has one that does not fit.
     """
     data, file = config.data, locate(config.data.tokens, "data.tokens")
     if (data.augment, data.color) != ("none", "none"):
@@ -64,7 +64,7 @@ def _check(file: epath.Path, name: str, tokens: np.ndarray, shape: tuple[int, in
 
 
 def joined(make: Callable[..., Iterator[Batch]], tokens: np.ndarray) -> Callable[..., Iterator[Batch]]:
-    """Returns `make` with the field `tokens` int32 [B, N] in its batches, permuted as their patches."""
+    """Returns `make` with the field `tokens` int32 [B, N] added to its batches, permuted like their patches."""
     def batches(*args: Any) -> Iterator[Batch]:
         for batch in make(*args):
             yield {**batch, FIELD: np.take_along_axis(tokens[batch["id"]], batch["order"], axis=1)}

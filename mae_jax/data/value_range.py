@@ -1,4 +1,4 @@
-"""Which values of images of more than 8 bits become black and white, where data.range=auto leaves it to the data."""
+"""Chooses the values that become black and white in images of more than 8 bits, for data.range=auto."""
 
 import itertools
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from mae_jax.data.image_bounds import BadImage
 from mae_jax.data.reading import Reading
 from mae_jax.data.sources.base import READERS, Example, RecordStream, Source
 
-BITS = (8, 10, 12, 14, 16)  # of cameras, scanners and monitors
+BITS = (8, 10, 12, 14, 16)  # bit depths of cameras, scanners and monitors
 
 
 def _values(source: Source | RecordStream, highest: Callable[[Example], int]) -> list[int]:
-    """Returns `highest` of the images that are looked at, and that can be read."""
+    """Returns `highest` of the sampled images; -1 for images of a Source that cannot be read."""
     if isinstance(source, RecordStream):
         from mae_jax.data.readers import record_stream
 
@@ -34,14 +34,17 @@ def _values(source: Source | RecordStream, highest: Callable[[Example], int]) ->
 
 
 def chosen(source: Source | RecordStream, data: ConfigDict) -> tuple[str, str]:
-    """Returns the range, as '0,4095', and a line about it; '' where no image looked at has more than 8 bits.
+    """Chooses the range of values from the training images.
 
-    64 images are looked at: of data with random access as far apart as may be, the first ones of a stream. From 0, the
-    range has as many bits as the largest value needs: the same data decide the same, on every machine.
+    The sample has 64 images: evenly spaced with random access, the first ones of a stream. The range starts at 0 and
+    has as many bits as the largest value needs, so that the same data give the same range on every machine.
 
     Args:
       source: the training split.
-      data: the group `data` of a config.
+      data: the config group `data`.
+
+    Returns:
+      The range, as '0,4095', and a line about it, '' if no sampled image has more than 8 bits.
     """
     reading = Reading.of(data)
 

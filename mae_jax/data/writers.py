@@ -1,4 +1,4 @@
-"""Storing images once, resized: as plain TFRecord files, as array_record through TFDS, or as finished batches."""
+"""Writes resized images once: as TFRecord files, as array_record through TFDS, or as finished batches."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ from mae_jax.ops.example_ids import whole
 from mae_jax.rng import rng
 from mae_jax.runtime import progress
 
-QUALITY = 95  # of the JPEGs written
+QUALITY = 95  # JPEG quality
 PER_FILE = 4096  # records in a TFRecord file: about 150 MB of images with a short side of 256
 NAME, VERSION = "pictures", "1.0.0"  # of the data set that TFDS writes
 READ_AHEAD = 256  # images that are read ahead
@@ -34,7 +34,7 @@ Changed = TypeVar("Changed")
 
 
 def stored(source: Found, mixed: bool, faults: list[str] | None) -> Iterator[tuple[int, Callable[[], Example]]]:
-    """Yields number and reader of every example; `mixed` puts sources with random access into a fixed random order."""
+    """Yields number and reader of every example; `mixed` visits sources with random access in a fixed random order."""
     if isinstance(source, base.RecordStream):
         from mae_jax.data.readers import record_stream
 
@@ -48,9 +48,10 @@ def stored(source: Found, mixed: bool, faults: list[str] | None) -> Iterator[tup
 
 def each(source: Found, change: Callable[[Example], Changed], threads: int, mixed: bool = False,
          faults: list[str] | None = None) -> Iterator[tuple[int, Changed | BadImage | OSError]]:
-    """Yields number, as the source's `name` takes it, and `change`, made in threads, of every example; few in memory.
+    """Yields the number of every example, and `change` of it, computed in threads; holds few examples in memory.
 
-    In place of the change of a bad image stands its error. For `faults`, see `record_stream.stored`.
+    The number is an argument of the source's `name`. A bad image yields its error instead. For `faults`, see
+    `record_stream.stored`.
     """
     def one(item: tuple[int, Callable[[], Example]]) -> tuple[int, Changed | BadImage | OSError]:
         number, read = item
@@ -68,7 +69,7 @@ def each(source: Found, change: Callable[[Example], Changed], threads: int, mixe
 def shrink(example: Example, size: int, reading: Reading = AS_STORED) -> Example:
     """Returns the example, without mask, as a JPEG with a short side of at most `size`; a small JPEG stays as it is.
 
-    What is written anew has no EXIF: it is upright, or as its pixels were stored.
+    A re-encoded image has no EXIF: it is upright, or in stored orientation.
 
     Raises:
       BadImage: the image does not decode.
@@ -88,10 +89,13 @@ def shrink(example: Example, size: int, reading: Reading = AS_STORED) -> Example
 
 def write_tfrecord(found: dict[str, Found], folder: epath.Path, size: int, threads: int,
                     reading: Reading = AS_STORED) -> dict[str, list[str]]:
-    """Writes splits as TFRecord files and a records.json beside them; data.source='tfrecord' reads the folder.
+    """Writes splits as TFRecord files with a records.json; data.source='tfrecord' reads the folder.
 
     Returns:
-      split → names of the broken images, which are left out, with the reason.
+      Split → names of the broken images, which are left out, with the reason.
+
+    Raises:
+      UserError: the folder has records already, or images have several labels.
     """
     _check_storable(found)
     from mae_jax.data.sources import tfrecord
@@ -115,7 +119,7 @@ def write_tfrecord(found: dict[str, Found], folder: epath.Path, size: int, threa
 
 def write_array_record(found: dict[str, Found], folder: epath.Path, size: int, threads: int,
                     reading: Reading = AS_STORED) -> dict[str, list[str]]:
-    """Writes splits as a TFDS data set stored as array_record, which has random access; returns as `write_tfrecord`."""
+    """Writes splits as a TFDS data set in array_record, which has random access; otherwise as `write_tfrecord`."""
     from mae_jax.data.sources import tfds
 
     api = tfds.api()
@@ -133,7 +137,7 @@ def write_array_record(found: dict[str, Found], folder: epath.Path, size: int, t
             yield key, {"image": io.BytesIO(example.image), **({"label": example.label} if classes else {})}
 
     api.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):  # it speaks of downloading
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints a line about downloading
         api.dataset_builders.store_as_tfds_dataset(
             NAME, VERSION, features=api.features.FeaturesDict(features), data_dir=str(folder),
             file_format="array_record", split_datasets={split: keyed(split) for split in found})
@@ -148,13 +152,16 @@ def _check_storable(found: dict[str, Found]) -> None:
 
 def write_batches(opened: OpenedData, inputs: Inputs, spec: Spec, order: PatchOrder, views: tuple[View, ...],
                   folder: epath.Path, steps: int) -> None:
-    """Writes the first batches of a run and its evaluations; data.source='batches' reads the folder.
+    """Writes the first training batches of a run, and its evaluations; data.source='batches' reads the folder.
 
     Args:
       opened: the data.
-      inputs: as `opened` made them of spec, order and views.
-      folder: which is made, and must not hold batches.
-      steps: how many batches of training are written.
+      inputs: from `opened.batches`, with the same spec, order and views.
+      folder: is created, and must not hold batches.
+      steps: number of training batches to write.
+
+    Raises:
+      UserError: the folder holds batches already.
     """
     if (folder / "meta.json").exists():
         raise UserError(f"{folder} holds cached batches already; name another folder, or remove this one")
@@ -171,7 +178,7 @@ def write_batches(opened: OpenedData, inputs: Inputs, spec: Spec, order: PatchOr
 
 
 def _joined(found: Iterable[random_access.Batch], spec: Spec) -> random_access.Batch:
-    """Returns the fields of all batches, joined and without padding; empty ones if there is no batch."""
+    """Concatenates the fields of all batches, without padding; returns empty fields if there is no batch."""
     found = list(found) or [{name: np.zeros((0, *struct.shape[1:]), struct.dtype) for name, struct in spec.items()}]
     fields = {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
     real = whole(fields["id"]) != random_access.PADDING
@@ -180,7 +187,7 @@ def _joined(found: Iterable[random_access.Batch], spec: Spec) -> random_access.B
 
 def _good(source: Found, size: int, threads: int, broken: list[str], reading: Reading,
           mixed: bool = False) -> Iterator[Example]:
-    """Yields the good examples with a short side of at most `size`, and notes the broken ones."""
+    """Yields the good examples with a short side of at most `size`, and adds the broken ones to `broken`."""
     with progress.doing("writing", source.size) as line:
         for number, example in each(source, lambda example: shrink(example, size, reading), threads, mixed):
             line.advance()

@@ -1,8 +1,7 @@
-"""batches: examples made beforehand (inspect --write=batches), for machines without TensorFlow. NumPy only.
+"""data.source=batches: examples made beforehand (inspect --write=batches), for machines without TensorFlow. NumPy only.
 
-A folder, local or gs://, with train.npz, support.npz, evaluate.npz and perhaps validate.npz, whose arrays are batch
-fields [n, ...], and meta.json with the class names, the number of training images that were there, and how patches
-are hidden.
+A folder, local or gs://, with train.npz, support.npz, evaluate.npz and optionally validate.npz, whose arrays are batch
+fields [n, ...], and meta.json with the class names, the number of training images, and how patches are masked.
 """
 
 import itertools
@@ -28,7 +27,7 @@ from mae_jax.storage.paths import locate, read_bytes
 if TYPE_CHECKING:
     import jax
 
-# Of the rows that fill the last batch; the other fields repeat the first example.
+# Values in the padding of the last batch; other fields repeat the first example.
 PADDING = {"valid": 0, "label": -1, "labels": 0, "pixel_label": 255, "id": -1, "replaced": 0,
            "box_valid": 0}
 Arrays = dict[str, np.ndarray]
@@ -36,21 +35,21 @@ Spec = dict[str, "jax.ShapeDtypeStruct"]
 
 
 def hiding(order: PatchOrder, views: tuple[View, ...]) -> dict[str, Any]:
-    """Returns what meta.json says of orders and views, as JSON gives it back."""
+    """Returns the entries of meta.json on orders and views, as JSON parses them."""
     return bounded_json.as_read({"order": order, "views": views})
 
 
 def joined_from(config: ConfigDict, clusters: Clusters | None) -> dict[str, str]:
-    """Returns what meta.json says of the images that were kept, and of the clusters that were joined."""
+    """Returns the entries of meta.json on the classes kept and the clusters joined."""
     return {"kept": config.data.get("classes", ""), "clusters": clusters.fingerprint() if clusters else ""}
 
 
 def open_folder(config: ConfigDict, meta: dict[str, Any], info: DataInfo, spec: Spec, views: tuple[View, ...],
                 order: PatchOrder, rows: np.ndarray) -> dict[str, Any]:
-    """Returns the fields of `data.Inputs`; raises UserError when the folder does not hold what is asked for.
+    """Returns the fields of `data.Inputs`; raises UserError if the folder does not match the config.
 
-    Batches that were made with views serve to look at an encoder without them, but not to train. `meta` is what
-    `read_meta` returned.
+    Batches that were made with views can evaluate an encoder without views, but not train one. `meta` is the result of
+    `read_meta`.
     """
     folder = locate(config.data.path, "data.path")
     wanted = hiding(order, views)
@@ -111,7 +110,7 @@ def _identity(arrays: Arrays, size: int) -> dict[str, str]:
 
 
 def read_meta(path: str) -> dict[str, Any]:
-    """Reads what is said of the batches; raises UserError."""
+    """Reads meta.json of the cached batches; raises UserError."""
     file = locate(path, "data.path") / "meta.json"
     content = read_bytes(file) if path else None
     if content is None:
@@ -129,7 +128,7 @@ def read_meta(path: str) -> dict[str, Any]:
 
 
 def multi_label(path: str, meta: dict[str, Any]) -> bool:
-    """Says whether the images of a folder have any number of labels; folders of 0.1.0 do not say so themselves."""
+    """Returns whether images can have any number of labels; for folders of 0.1.0, this is read from the arrays."""
     file = locate(path, "data.path") / "evaluate.npz"
     if "multi_label" in meta or not file.is_file():
         return meta.get("multi_label", False)
@@ -138,7 +137,7 @@ def multi_label(path: str, meta: dict[str, Any]) -> bool:
 
 
 def _load(path: epath.Path, spec: Spec) -> Arrays:
-    """Reads the fields of the spec from one file and compares shapes and types."""
+    """Reads the fields of the spec from one file; raises UserError if shapes or dtypes differ."""
     if not path.is_file():
         raise UserError(f"cached batches lack {path}")
     with opened(path) as stored:
@@ -156,14 +155,14 @@ def _load(path: epath.Path, spec: Spec) -> Arrays:
 
 
 def _endless(arrays: Arrays, size: int, batch: int, rows: np.ndarray, step: int) -> Iterator[Arrays]:
-    """Yields these rows of the batches from `step` on; the file is read over and over."""
+    """Yields these rows of the batches from `step` on, cycling through the file."""
     for number in itertools.count(step):
         chosen = (number * batch + rows) % size
         yield {name: array[chosen] for name, array in arrays.items()}
 
 
 def _finite(arrays: Arrays, size: int, batch: int, rows: np.ndarray, group: int) -> Iterator[Arrays]:
-    """Yields these rows of all batches, the last one padded; padding has the order of its place in a group."""
+    """Yields these rows of all batches, the last one padded; padding rows have the order of their place in a group."""
     for first in range(0, size, batch):
         positions = first + rows
         beyond = positions >= size

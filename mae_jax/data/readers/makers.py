@@ -1,4 +1,4 @@
-"""What makes the rows of batches: a function of the position, or streams that each make some of the rows."""
+"""Makers of batch rows: by position, or from streams that each make some of the rows."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 
 Batch = dict[str, np.ndarray]
-MOST_AT_ONCE = 8  # rows that a worker process is given at once; more save messages, fewer share the work out evenly
+MOST_AT_ONCE = 8  # rows per task of a worker process; more save messages, fewer balance the work
 
 
 @dataclass
 class ExampleMaker:
-    """Rows that are made one by one, in any order, by anyone.
+    """Makes rows one by one, in any order, on any worker.
 
     Attributes:
-      example: names of what is bad, to add to; position of the run → fields.
+      example: (list for names of bad images, position of the run) → fields.
       rows: the global rows that are made here.
       size: rows of a global batch.
       first: the step of batch 0.
-      examples: where rows are made together, the same of several positions; in place of `example`.
+      examples: replaces `example` if rows are made together: (list, several positions) → fields of each.
     """
 
     example: Callable[[deque[str], int], Mapping[str, Any]]
@@ -34,17 +34,17 @@ class ExampleMaker:
         return len(self.rows)
 
     def tasks(self, workers: int) -> list[tuple[int | None, range]]:
-        """Returns the parts of a batch that are made one after another: who makes each (None: anyone), which rows."""
+        """Returns the tasks of a batch, in order: the worker (None: any) and its rows."""
         at_once = max(1, min(MOST_AT_ONCE, len(self.rows) // (2 * workers)))
         starts = range(0, len(self.rows), at_once)
         return [(None, range(start, min(start + at_once, len(self.rows)))) for start in starts]
 
     def again(self, rows: range) -> list[range]:
-        """Returns the parts of what a worker did not finish, for another: single rows, so that a bad one is found."""
+        """Splits the rows of a task that a worker did not finish: single rows, so that a bad one is found."""
         return [range(row, row + 1) for row in rows]
 
     def fill(self, arrays: Batch, number: int, rows: range, bad: deque[str]) -> None:
-        """Writes these rows of a batch."""
+        """Writes these rows of batch `number` into `arrays`."""
         positions = [(self.first + number) * self.size + int(self.rows[row]) for row in rows]
         made = self.examples(bad, positions) if self.examples else (self.example(bad, each) for each in positions)
         for row, fields in zip(rows, made, strict=True):
@@ -53,12 +53,12 @@ class ExampleMaker:
 
 @dataclass
 class StreamMaker:
-    """Rows that streams make, in their order: each worker runs some of the readers, and makes the rows that are theirs.
+    """Makes rows from streams, in order: each worker runs some of the readers, and makes the rows of those.
 
     Attributes:
-      open: step, global rows, names of what is bad → these rows of the batches step, step + 1, ...
+      open: (step, global rows, list for names of bad images) → these rows of the batches step, step + 1, ...
       rows: the global rows that are made here.
-      share: so many consecutive global rows are of one reader.
+      share: number of consecutive global rows that one reader makes.
       first: the step of batch 0.
     """
 
@@ -75,7 +75,7 @@ class StreamMaker:
         return len(np.unique(self.rows // self.share))
 
     def tasks(self, workers: int) -> list[tuple[int | None, range]]:
-        """Returns which rows each worker makes: those of neighbouring readers."""
+        """Returns the tasks of a batch: each worker, and the rows of its neighboring readers."""
         reader_of = self.rows // self.share
         parts = np.array_split(np.unique(reader_of), workers)
         ends = np.searchsorted(reader_of, [part[-1] for part in parts], "right")
@@ -83,11 +83,11 @@ class StreamMaker:
                 enumerate(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))]
 
     def again(self, rows: range) -> list[range]:
-        """Returns the parts of what a worker did not finish: it is the worker that is there in its place."""
+        """Returns the rows of a task that a worker did not finish, unsplit: the worker that replaces it makes them."""
         return [rows]
 
     def fill(self, arrays: Batch, number: int, rows: range, bad: deque[str]) -> None:
-        """Writes these rows of a batch; they are those of the same readers each time."""
+        """Writes these rows of batch `number` into `arrays`; every call has rows of the same readers."""
         if number != self._next:
             self._bad = deque()
             own = self.rows[rows.start : rows.stop]
@@ -104,7 +104,7 @@ Maker = ExampleMaker | StreamMaker
 
 
 def write(fields: Mapping[str, Any], arrays: Batch, row: int) -> None:
-    """Writes an example's fields into a row of a batch."""
+    """Writes an example's fields into a row of a batch; raises ValueError if a shape differs."""
     for name, array in arrays.items():
         value = np.asarray(fields[name])
         if value.shape != array.shape[1:]:

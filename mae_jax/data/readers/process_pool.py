@@ -1,9 +1,9 @@
-"""Batches that worker processes make ahead of time, in their order, in memory that they share with the run.
+"""Batches that worker processes make ahead of time, in order, in memory shared with the run.
 
-grain's `mp_prefetch` (0.2.18) does much of this, and was tried first. It stays out: its workers outlive a run that is
-killed, and leave their segments in /dev/shm; a full /dev/shm ends them by SIGBUS, told as exit code -7; each worker
-makes whole batches, so that the first one comes no sooner with many workers, each of which holds batches of its own;
-and each batch is a new segment.
+grain's `mp_prefetch` (0.2.18) does much of this, and was tried first. It is not used, because: its workers outlive a
+run that is killed, and leave their segments in /dev/shm; a full /dev/shm ends them by SIGBUS, reported as exit code -7;
+each worker makes whole batches, so that more workers do not speed up the first batch, and each holds batches of its
+own; and each batch is a new segment.
 """
 
 import atexit
@@ -30,7 +30,7 @@ from mae_jax.data.transforms.example import Spec
 from mae_jax.errors import UserError
 
 log = logging.getLogger(__name__)
-MAX_RESTARTS = 3  # of one iterator, after its supervisor died
+MAX_RESTARTS = 3  # per iterator, after its supervisor died
 CODE = "import sys; sys.path[:] = sys.argv[2:]; from mae_jax.data.readers import worker_process; " \
        "worker_process.start(int(sys.argv[1]))"
 PRELOADED = ("mae_jax", "tensorflow_datasets")  # packages that the fork server imports for all supervisors
@@ -40,11 +40,11 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THR
 
 
 class NotPicklable(Exception):
-    """What makes the examples cannot be handed to other processes."""
+    """The maker of the examples cannot be sent to other processes."""
 
 
 class _ForkServer:
-    """The process that starts all others. It has a process group of its own: Ctrl-C is not for it."""
+    """The process that starts all others. It has its own process group, so that Ctrl-C does not reach it."""
 
     def __init__(self) -> None:
         self._orders, theirs = socket.socketpair()
@@ -61,7 +61,7 @@ class _ForkServer:
         return Channel(ours.detach())
 
     def stop(self) -> None:
-        """Ends it, and with it nothing else: supervisors end with their iterators."""
+        """Ends the fork server alone; supervisors end with their iterators."""
         self._orders.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(10)
@@ -72,7 +72,7 @@ _starting = threading.Lock()
 
 
 def _supervisor(memory: int, modules: list[str]) -> Channel:
-    """Returns the connection to a new supervisor, of a fork server that is alive as far as that can be known."""
+    """Returns the connection to a new supervisor; starts a fork server if none is alive."""
     global _fork_server
     with _starting:
         if _fork_server and _fork_server.process.poll() is not None:
@@ -81,7 +81,7 @@ def _supervisor(memory: int, modules: list[str]) -> Channel:
         _fork_server = _fork_server or _ForkServer()
         try:
             return _fork_server.supervisor(memory, modules)
-        except OSError:  # it died just now
+        except OSError:  # it died since the check
             _fork_server.stop()
             _fork_server = _ForkServer()
             return _fork_server.supervisor(memory, modules)
@@ -96,7 +96,7 @@ def _stop() -> None:
 
 
 class _Pickler(pickle.Pickler):
-    """A pickler that notes the modules of what it meets: those of plug-ins and libraries are imported where needed."""
+    """A pickler that records the modules of the pickled values, for the fork server to import."""
 
     def __init__(self, to: io.BytesIO):
         super().__init__(to, pickle.HIGHEST_PROTOCOL)
@@ -110,7 +110,7 @@ class _Pickler(pickle.Pickler):
 
 
 def _pickled(job: worker_process.Job) -> tuple[bytes, list[str]]:
-    """Returns a job pickled, and modules that are imported to read it; raises NotPicklable."""
+    """Returns a pickled job, and the modules to import before it is read; raises NotPicklable."""
     content = io.BytesIO()
     pickler = _Pickler(content)
     try:
@@ -121,7 +121,7 @@ def _pickled(job: worker_process.Job) -> tuple[bytes, list[str]]:
 
 
 class _Pool:
-    """The batches that one supervisor's workers are at."""
+    """The batches that one supervisor's workers make."""
 
     def __init__(self, maker: Maker, layout: Layout, count: int, workers: int, plugins: tuple[str, ...],
                  name: Callable[[int, int], str]):
@@ -131,22 +131,22 @@ class _Pool:
         self._begin()
 
     def _begin(self) -> None:
-        """Starts a supervisor, on memory of its own: that of one that died may still be written to."""
+        """Starts a supervisor, with new memory: workers of a dead one may still write to the old memory."""
         memory = shared_slots.reserve(self._layout, "data.prefetch or batch_size")
         try:
             self._ring = Ring(self._layout, memory)
             self._supervisor = _supervisor(memory, self._modules)
         finally:
             os.close(memory)
-        self._ordered = self._taken  # the next batch that is to be ordered
+        self._ordered = self._taken  # the next batch to request
         self._slots: dict[int, int] = {}  # number of a batch → its slot
-        self._done: dict[int, list[str]] = {}  # number of a whole batch → names of what is bad
-        with contextlib.suppress(OSError):  # it died: its end is read
+        self._done: dict[int, list[str]] = {}  # number of a complete batch → names of bad images
+        with contextlib.suppress(OSError):  # it died: `take` reads the end of its socket
             self._supervisor.send(self._plugins)
             self._supervisor.send_bytes(self._job)
 
     def take(self, bad: deque[str]) -> Batch:
-        """Returns the next batch when it is whole; raises what went wrong in any example."""
+        """Returns the next batch once it is complete; raises the exception of any example."""
         while True:
             try:
                 self._order()
@@ -161,7 +161,7 @@ class _Pool:
         return self._ring.hand_out(self._slots.pop(number))
 
     def stop(self) -> None:
-        """Has the processes end."""
+        """Closes the connection, which ends the processes."""
         self._supervisor.close()
 
     def _order(self) -> None:
@@ -197,7 +197,7 @@ class _Pool:
 
 
 def _why(how: str, workers: int) -> str:
-    """Returns what to do about a death, where that is known."""
+    """Returns advice about a death, if its cause is known."""
     lower = f", or fewer data.workers (here {workers})" if workers > 1 else ""
     return f" (the system does so where memory is short: take a smaller batch_size{lower})" if "SIGKILL" in how else ""
 
@@ -207,22 +207,22 @@ _running: weakref.WeakSet[_Pool] = weakref.WeakSet()
 
 def batches(maker: Maker, spec: Spec, count: int, workers: int, ahead: int, plugins: tuple[str, ...],
             bad: deque[str], name: Callable[[int, int], str] = lambda number, row: "") -> Iterator[Batch]:
-    """Yields `count` batches of the maker's rows, in their order.
+    """Yields `count` batches of the maker's rows, in order.
 
     Args:
-      maker: picklable; of its batches 0, 1, ...
-      spec: name → shape [B, ...] and dtype of the fields that are wanted.
-      count: batches.
-      workers: processes at most.
-      ahead: batches that are ready ahead.
-      plugins: what the workers import first.
-      bad: gets the names of what is bad, with the batch that it is in.
-      name: number of a batch, row → what to call an example that kills its worker.
+      maker: picklable; makes the batches 0, 1, ...
+      spec: name → shape [B, ...] and dtype of the fields.
+      count: number of batches.
+      workers: largest number of processes.
+      ahead: number of batches made ahead.
+      plugins: modules that the workers import first.
+      bad: receives the names of bad images, with the batch that they are in.
+      name: (number of a batch, row) → name of an example that kills its worker.
 
     Raises:
-      UserError: there is not enough memory, or workers die again and again.
-      NotPicklable: the maker is not, such as with a plug-in's source that is made of functions within functions.
-      What the maker raises, at the next batch.
+      UserError: memory is too small, or workers die again and again.
+      NotPicklable: the maker is not picklable, such as one with a plug-in's source made of nested functions.
+      The exceptions of the maker, at the next batch.
     """
     workers = min(workers, maker.most_workers())
     layout = Layout.of(spec, len(maker.rows), ahead + 1 + shared_slots.HELD)

@@ -1,4 +1,4 @@
-"""Sources with random access to batches: a pure function of the position, computed by threads or worker processes."""
+"""Batches from sources with random access: a pure function of the position, computed by threads or worker processes."""
 
 import dataclasses
 import functools
@@ -23,19 +23,19 @@ from mae_jax.errors import UserError
 from mae_jax.rng import example_at, permutation, rng
 
 log = logging.getLogger(__name__)
-TRIES = 4  # images tried for one position before a grey one stands in: the drawn one and three more
-FEW = 5000  # images that threads make before worker processes have paid for their start; our choice
-MOST_WORKERS = 32  # that data.workers=auto takes
-SUBSET = 2**55  # in place of an epoch, of which there are fewer: whose order evaluations take the first examples of
-PADDING = -1  # id of the rows that fill the last batch of an evaluation
+TRIES = 4  # images tried for a position before a gray stand-in: the drawn one and three more
+FEW = 5000  # images below which the start of worker processes does not pay; our choice
+MOST_WORKERS = 32  # largest number with data.workers=auto
+SUBSET = 2**55  # epoch number, above any real one, whose order evaluations take the first examples of
+PADDING = -1  # id of the padding rows in the last batch of an evaluation
 
 
 def draw(position: int, batch: int, repeats: int) -> int:
-    """Returns which draw from the epochs' orders the row at a position of the run shows.
+    """Returns the index, among all draws of a run, that the row at a position of the run shows.
 
     With R repeats, a batch of B rows shows D = ceil(B / R) examples: row r the example r % D. Copies lie D rows apart,
-    so that no D neighbouring rows show an example twice. (Hoffer et al. 2020 put the copies of an example in one
-    batch too; DeiT's sampler, which draws without addresses, shows only 1/R of the examples in each of its epochs.)
+    so that no D neighboring rows show an example twice. (Hoffer et al. 2020 also put the copies of an example in one
+    batch; DeiT's sampler shows only 1/R of the examples in each of its epochs.)
     """
     step, row = divmod(position, batch)
     distinct = -(-batch // repeats)
@@ -46,9 +46,9 @@ def train_example(source: Source, builder: ExampleBuilder, config: ConfigDict, b
                   position: int) -> Fields:
     """Returns all fields of the example at a position of the run.
 
-    Every epoch visits each example once, in an order of its own; batches straddle epochs. A bad image gives way to
-    the next of the epoch's order that may stand in (`_candidates`). With data.repeats = R, a pass takes as many rows as
-    R epochs of the config's durations, and its examples are shown R times each, in views of their own.
+    Every epoch visits each example once, in its own order; batches straddle epochs. A bad image is replaced by the next
+    allowed one in the epoch's order (`_candidates`). With data.repeats = R, a pass over the data takes as many rows as
+    R epochs of the config's durations, and shows each example R times, in different views.
     """
     candidates = _candidates(source.size, builder.group, config, position, source.drawn)
     for tries, index in enumerate(itertools.islice(candidates, TRIES)):
@@ -62,7 +62,7 @@ def train_example(source: Source, builder: ExampleBuilder, config: ConfigDict, b
 
 def train_examples(source: Source, builder: GraphBuilder, config: ConfigDict, bad: deque[str],
                    positions: Sequence[int]) -> list[Fields]:
-    """Returns what `train_example` does of each position; the examples are made together."""
+    """Returns the result of `train_example` for each position; the examples are made together."""
     made: dict[int, Fields] = {}
     left = {position: enumerate(itertools.islice(
         _candidates(source.size, builder.group, config, position, source.drawn), TRIES)) for position in positions}
@@ -92,10 +92,11 @@ def train_examples(source: Source, builder: GraphBuilder, config: ConfigDict, ba
 
 def _candidates(size: int, group: int, config: ConfigDict, position: int,
                 other: Callable[[int, int], int] | None = None) -> Iterator[int]:
-    """Yields the example that is drawn for a position, then those that may stand in for it.
+    """Yields the index of the example drawn for a position, then those of its possible replacements.
 
-    Where a group of neighbours is mixed, these are the members of the next groups that its own mix was not to show, so
-    that no stand-in is mixed with itself. (A mix that straddles two epochs may show an image twice.)
+    If groups of neighboring rows are mixed, the replacements come from the same place in the next groups, without the
+    examples of the row's own group, so that none is mixed with itself. (A group that straddles two epochs may show an
+    image twice.)
     """
     computed = recipe_version.has(config, "computed_order")
 
@@ -119,7 +120,7 @@ def _candidates(size: int, group: int, config: ConfigDict, position: int,
 
 def evaluate_example(source: Source, builder: ExampleBuilder, indices: np.ndarray, ratio: float, bad: deque[str],
                      position: int) -> Fields:
-    """Returns all fields of the example at a position of an evaluation; past the end, padding."""
+    """Returns all fields of the example at a position of an evaluation; padding past the end."""
     gray = builder.gray(position)
     if position >= len(indices):
         return {**gray, "id": PADDING, "replaced": 0}
@@ -133,10 +134,11 @@ def evaluate_example(source: Source, builder: ExampleBuilder, indices: np.ndarra
 
 
 def subset(size: int, most: int, group: int = 1, computed: bool = True) -> np.ndarray:
-    """Returns which examples an evaluation reads: all, or a random part that is the same in every run; sorted.
+    """Returns the indices of the examples that an evaluation reads, int64 [min(size, most)].
 
-    Where a group of neighbours is mixed, they are shuffled: files often lie in the order of their classes. What is not
-    computed is drawn of all, as runs from before have it.
+    They are all examples, or a random subset that is the same in every run, sorted. If neighboring rows are mixed, they
+    are shuffled instead: files often lie in the order of their classes. With `computed` False, the subset is drawn as
+    in runs of earlier versions.
     """
     if size <= most and group == 1:
         return np.arange(size)
@@ -178,7 +180,7 @@ def evaluate(source: Source, ratio: float, builder: ExampleBuilder, config: Conf
 
 
 def _unlabeled(source: Source) -> Source:
-    """Returns what worker processes need of a source."""
+    """Returns the source without `label`, which worker processes do not need."""
     return dataclasses.replace(source, label=None)
 
 
@@ -188,18 +190,18 @@ def batches(example: Callable[[deque[str], int], Fields], spec: Spec, rows: np.n
     """Yields these rows of the global batches of `steps`.
 
     Args:
-      example: names of bad images, position → fields; called from many threads, or processes.
-      spec: name → global shape and dtype of the fields that are wanted.
+      example: (list for names of bad images, position) → fields; called from many threads, or processes.
+      spec: name → global shape and dtype of the fields.
       rows: global rows, each below the global batch size.
-      steps: whose batches are wanted.
+      steps: steps of the batches.
       config: the config.
-      bad: gets the names of bad images.
-      images: how many there are: data.workers=auto has few of them made by threads.
-      name: position → what to call the example that kills a worker process.
-      together: the same as `example` of several positions, where that is faster.
+      bad: receives the names of bad images.
+      images: number of images; with data.workers=auto, threads make the examples of few images.
+      name: position → name of an example that kills a worker process.
+      together: `example` for several positions, if that is faster.
 
     Raises:
-      UserError: there is not enough memory for data.workers, or the source cannot be handed to them.
+      UserError: memory is too small for data.workers, or the source cannot be sent to them.
     """
     data, size = config.data, next(iter(spec.values())).shape[0]
     maker = ExampleMaker(example, rows, size, steps.start, together)
@@ -225,8 +227,8 @@ def workers(data: ConfigDict, images: int) -> int:
     """Returns the number of worker processes that make examples, 0 for threads of this process.
 
     Args:
-      data: the group `data` of a config.
-      images: how many images there are to make examples of.
+      data: the config group `data`.
+      images: number of images to make examples from.
     """
     if data.workers != "auto":
         return int(data.workers)
@@ -235,10 +237,10 @@ def workers(data: ConfigDict, images: int) -> int:
 
 
 def threads(data: ConfigDict) -> int:
-    """Returns the number of host threads that make examples: where nobody says, the cores that this process may use."""
+    """Returns the number of host threads that make examples: data.threads, by default the cores of this process."""
     return data.threads or cores()
 
 
 def cores() -> int:
-    """Returns how many cores this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

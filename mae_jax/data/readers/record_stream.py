@@ -1,9 +1,9 @@
-"""TFRecord streams, of TFDS and plain: cut into logical readers, each with its own order, resumed by skipping.
+"""Batches from TFRecord streams, of TFDS and plain: split among logical readers, each with its own order.
 
-Of R = data.readers readers, reader r owns the r-th R-th of the records and the r-th R-th of the rows of every global
-batch; of data.repeats, a reader's rows hold copies as those of a whole batch do (see random_access.draw). Which record
-is where therefore depends on the config, seed and step alone, not on how many processes there are: a process runs the
-readers whose rows it feeds. The records that do not divide by R are left out.
+Of R = data.readers readers, reader r owns the r-th of R equal parts of the records, and of the rows of every global
+batch. With data.repeats, copies lie among a reader's rows as they lie among a whole batch's (see random_access.draw).
+The record at a position therefore depends only on the config, seed and step, not on the number of processes: a process
+runs the readers whose rows it feeds. Records that do not divide by R are left out. A run resumes by skipping records.
 """
 
 import bisect
@@ -34,16 +34,16 @@ from mae_jax.errors import UserError, printable
 from mae_jax.rng import rng
 
 log = logging.getLogger(__name__)
-AHEAD = 16  # encoded records that each reader holds ready; our choice
+AHEAD = 16  # encoded records that each reader prefetches; our choice
 
 
 def dropped_records(stream: RecordStream, config: ConfigDict, group: int = 1) -> range:
-    """Returns the records, numbered over all files, that no reader reads.
+    """Returns the records, numbered across all files, that no reader reads.
 
     Args:
       stream: the training split.
       config: the config.
-      group: so many neighbours of a batch are mixed.
+      group: number of neighboring rows that are mixed.
 
     Raises:
       UserError: the readers cannot share batch and records evenly, or copies of an image lie too close together.
@@ -66,8 +66,8 @@ def train(stream: RecordStream, step: int, builder: ExampleBuilder, config: Conf
           bad: deque[str]) -> Iterator[Batch]:
     """Yields these rows of the batches step, step + 1, ... without end.
 
-    A bad image's row becomes a copy of a good one of the same reader in the same batch (`replace_bad_rows`), or stays
-    grey. Raises UserError for a corrupt file, or one with other than the promised number of records.
+    A bad image's row becomes a copy of a good one of the same reader in the same batch (`replace_bad_rows`), or is a
+    gray stand-in. Raises UserError for a corrupt file, or one with another number of records than declared.
     """
     if processes := random_access.workers(config.data, stream.size):
         alone = config.copy_and_resolve_references()
@@ -88,7 +88,7 @@ def _read(stream: RecordStream, *stored: Any) -> Example | BadImage:
 
 def _part_of_train(stream: RecordStream, builder: ExampleBuilder, config: ConfigDict, spec: Spec, step: int,
                    rows: np.ndarray, bad: deque[str]) -> Iterator[Batch]:
-    """Yields what `_train` does, in a worker process, which has rows of its own."""
+    """As `_train`, in a worker process and for its rows."""
     return _train(stream, step, builder, config, spec, rows, bad)
 
 
@@ -142,9 +142,9 @@ def replace_bad_rows(batch: Batch, share: int, group: int = 1) -> Batch:
 
     Args:
       batch: fields [rows, ...]; `share` consecutive rows belong to one reader.
-      group: so many rows are mixed, and an image not with itself: the next rows are those of the next groups, without
-        images of the row's own. A row keeps its order, which others of its group complete; patches and masks follow
-        it.
+      group: number of rows that are mixed. So that no image is mixed with itself, replacements come from the next
+        groups, without images of the row's own group. A row keeps its order, which completes those of its group;
+        patches and masks are permuted to match.
     """
     broken = batch["replaced"] > 0
     if not broken.any():
@@ -160,7 +160,7 @@ def replace_bad_rows(batch: Batch, share: int, group: int = 1) -> Batch:
         replaced[row] = good[0] if good else TRIES
     new = {**{name: value[source] for name, value in batch.items()}, "replaced": replaced}
     if group > 1:
-        # Where the copy has the patches of the row's own order.
+        # Index in the copy of each patch of the row's own order.
         place = np.take_along_axis(np.argsort(new["order"], 1), batch["order"], 1)[..., None]
         for name in ("patches", "pixel_label"):
             if name in new:
@@ -174,7 +174,8 @@ def evaluate(stream: RecordStream, ratio: float, builder: ExampleBuilder, config
              bad: deque[str]) -> Iterator[Batch]:
     """Yields these rows of the first eval.max_examples records, the central `ratio` of each, padded to full batches.
 
-    Every process reads all of them and decodes its own rows. Methods that mix neighbours mix those of the files' order.
+    Every process reads all records and decodes its own rows. Methods that mix neighboring rows mix records in file
+    order.
     """
     size, batch = min(stream.size, config.eval.max_examples), config.batch_size
     padding = -size % batch
@@ -201,7 +202,7 @@ def evaluate(stream: RecordStream, ratio: float, builder: ExampleBuilder, config
 
 def _readers(stream: RecordStream, config: ConfigDict, own: np.ndarray, share: int, epoch: int,
              skip: int) -> tf.data.Dataset:
-    """Returns (count, record, *what `_parse` gives) without end: `share` of each own reader in turn."""
+    """Returns (count, record, *result of `_parse`) without end: `share` records of each own reader in turn."""
     per_reader = stream.size // config.data.readers
     parts = [np.array(stream.instructions(int(number) * per_reader, per_reader), np.int64) for number in own]
     keys = np.array([rng(config.seed, "reader", int(number)).integers(1 << 62) for number in own])
@@ -219,7 +220,7 @@ def _readers(stream: RecordStream, config: ConfigDict, own: np.ndarray, share: i
     distinct = int(sources.max()) + 1
     turns = numbers.interleave(reader, cycle_length=len(own), block_length=distinct, num_parallel_calls=len(own),
                                deterministic=True)
-    if distinct < share:  # not by unbatch, which crashes the process on fields of no values (TensorFlow 2.21)
+    if distinct < share:  # not by unbatch, which crashes the process on empty fields (TensorFlow 2.21)
         turns = turns.batch(distinct).flat_map(lambda *item: tf.data.Dataset.from_tensor_slices(
             tuple(tf.gather(field, sources) for field in item)))
     return turns.enumerate().map(lambda count, item: (count, *item))
@@ -230,7 +231,7 @@ def _epoch(stream: RecordStream, parts: tf.Tensor, key: tf.Tensor, epoch: tf.Ten
 
     Args:
       parts: the reader's instructions, int64 [n, 3].
-      key: the reader's own random number; the draws are a function of it and the epoch.
+      key: the reader's random key; draws are a function of the key and the epoch.
       held: records in the shuffle buffer.
     """
     order = tf.argsort(tf.random.stateless_uniform([tf.shape(parts)[0]], [key, epoch]))
@@ -243,8 +244,8 @@ def stored(stream: RecordStream, faults: list[str] | None = None) -> Iterator[tu
     """Yields record number and the arguments of `RecordStream.example` of every record, in order.
 
     Args:
-      stream: whose files may not be as promised.
-      faults: is told of each such file, of which what can be read is yielded; None: UserError is raised.
+      stream: its files may be damaged or incomplete.
+      faults: receives a message per such file, of which the readable records are yielded; None: UserError is raised.
     """
     parts = stream.instructions(0, stream.size)
     while parts:
@@ -258,7 +259,7 @@ def stored(stream: RecordStream, faults: list[str] | None = None) -> Iterator[tu
             ends = list(itertools.accumulate(take for _, _, take in parts))
             at = bisect.bisect_left(ends, done)
             wrong = fault(stream, parts[at][0])
-            if not wrong and done == ends[at] < ends[-1]:  # it is the next part, at its first record
+            if not wrong and done == ends[at] < ends[-1]:  # the fault is in the next part, at its first record
                 at += 1
                 wrong = fault(stream, parts[at][0])
             if faults is None:
@@ -268,13 +269,13 @@ def stored(stream: RecordStream, faults: list[str] | None = None) -> Iterator[tu
 
 
 def _records(stream: RecordStream, instructions: list[Instruction]) -> tf.data.Dataset:
-    """Returns (record, *what `_parse` gives) of the instructions, in order."""
+    """Returns (record, *result of `_parse`) of the instructions, in order."""
     parts = tf.data.Dataset.from_tensor_slices(np.array(instructions, np.int64).reshape(-1, 3))
     return parts.flat_map(lambda part: _part(stream, part)).map(lambda record, raw: (record, *_parse(stream, raw)))
 
 
 def _part(stream: RecordStream, part: tf.Tensor) -> tf.data.Dataset:
-    """Returns (record, raw bytes) of one instruction; fails if the file does not hold what was promised."""
+    """Returns (record, raw bytes) of one instruction; fails if the file has another number of records than declared."""
     file, skip, take = tf.unstack(part, 3)
     offsets = np.concatenate([[0], np.cumsum(stream.counts)[:-1]]).astype(np.int64)
     to_the_end = tf.equal(skip + take, tf.gather(np.array(stream.counts, np.int64), file))
@@ -292,10 +293,9 @@ def _opening(path: bytes) -> tuple[bytes, np.int64]:
 
 
 def _parse(stream: RecordStream, raw: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Reads image, label, labels uint8 [C] ([0] if there is one label) and mask, as `RecordStream.example` takes
-    them.
+    """Parses image, label, labels uint8 [C] ([0] if there is one label) and mask, for `RecordStream.example`.
 
-    A record without an image gives no bytes, which makes it a bad one; so does one without its mask.
+    A record without an image, or without its mask, gives empty bytes, which make it a bad image.
     """
     features = {key: tf.io.FixedLenFeature([], tf.string, "") for key in (stream.image_key, stream.mask_key) if key}
     if stream.label_key:
@@ -312,7 +312,7 @@ def _parse(stream: RecordStream, raw: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, 
 
 
 def _guarded(stream: RecordStream, batches: Iterator[Any], skipped: int) -> Iterator[Any]:
-    """Yields the batches; says how long skipping took, and which file it was when reading fails."""
+    """Yields the batches; logs the time that skipping took, and names the file in the error if reading fails."""
     begin = time.monotonic()
     try:
         for number, batch in enumerate(batches):
@@ -325,7 +325,7 @@ def _guarded(stream: RecordStream, batches: Iterator[Any], skipped: int) -> Iter
 
 
 def fault(stream: RecordStream, file: int) -> str:
-    """Reads a file to the end; returns in what it is not as promised, '' when it is."""
+    """Reads a file to its end; returns how it differs from what is declared, '' if it does not."""
     name, promised, found = printable(stream.files[file]), stream.counts[file], 0
     try:
         compression, readable = record_files.opening(stream.files[file])
@@ -335,7 +335,7 @@ def fault(stream: RecordStream, file: int) -> str:
             found += 1
         if readable >= 0 and found != promised and found == readable:
             problem = record_files.look(stream.files[file]).problem
-            if not problem.startswith("it ends within"):  # as one that lacks whole records
+            if not problem.startswith("it ends within"):  # like a file that lacks whole records
                 return f"{name} is damaged after record {found} of {promised}: {problem}"
     except UserError as error:
         return str(error)

@@ -1,4 +1,4 @@
-"""Memory that processes share: a ring of slots, each of which holds one batch."""
+"""Shared memory: a ring of slots, each of which holds one batch."""
 
 import errno
 import mmap
@@ -15,15 +15,15 @@ import numpy as np
 from mae_jax.data.transforms.example import Spec
 from mae_jax.errors import UserError
 
-ALIGNMENT = 64  # bytes: of an array that JAX on CPU takes as it is
-HELD = 2  # slots that the consumer may hold while others are filled; of what it holds beyond, it has copies
+ALIGNMENT = 64  # bytes; JAX on CPU takes arrays with this alignment without a copy
+HELD = 2  # slots that the consumer may hold while others are filled; it gets copies of further batches
 NO_ROOM = (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT)
 
 Batch = dict[str, np.ndarray]
 
 
 class Field(NamedTuple):
-    """Where a field of a batch lies in a slot."""
+    """Location of a batch field in a slot."""
 
     name: str
     start: int  # bytes from the beginning of the slot
@@ -32,12 +32,12 @@ class Field(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
 
 class Layout(NamedTuple):
-    """How the memory is divided."""
+    """Division of the memory into slots and fields."""
 
     slots: int
     slot_bytes: int
@@ -45,12 +45,12 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, spec: Spec, rows: int, slots: int) -> "Layout":
-        """Returns the layout of `slots` batches of so many rows.
+        """Returns the layout of `slots` batches of `rows` rows.
 
         Args:
           spec: name → shape [B, ...] and dtype.
-          rows: of a batch here, in place of B.
-          slots: how many batches.
+          rows: rows per batch here, in place of B.
+          slots: number of batches.
         """
         fields, place = [], 0
         for name, struct in spec.items():
@@ -61,25 +61,25 @@ class Layout(NamedTuple):
         return cls(slots, max(page, -(-place // page) * page), tuple(fields))
 
     def arrays(self, memory: mmap.mmap, slot: int) -> Batch:
-        """Returns the arrays of a slot; all of them, and what is cut from them, keep one array of its bytes alive."""
+        """Returns the arrays of a slot; they, and all views of them, keep one array of the slot's bytes alive."""
         whole = np.frombuffer(memory, np.uint8, self.slot_bytes, slot * self.slot_bytes)
         return {field.name: whole[field.start : field.start + field.size].view(field.dtype).reshape(field.shape)
                 for field in self.fields}
 
 
 def reserve(layout: Layout, fields: str) -> int:
-    """Returns a file descriptor of memory that has no name, and that the system has set aside in full.
+    """Returns a file descriptor of anonymous memory, allocated in full.
 
-    It has no name in /dev/shm, and does not count against the size of /dev/shm, which containers keep small; nothing is
-    left behind however the processes end. Without the second, memory would be missing only where a page is written
-    first, which kills a process by SIGBUS.
+    The memory has no name in /dev/shm, and does not count against the size of /dev/shm, which is small in containers;
+    nothing remains however the processes end. Without full allocation, a lack of memory would show only at the first
+    write to a page, which kills a process by SIGBUS.
 
     Args:
-      layout: says how much.
-      fields: what to lower where there is too little, for the message.
+      layout: defines the size.
+      fields: config fields to lower if memory is too small, for the message.
 
     Raises:
-      UserError: there is not so much.
+      UserError: memory is too small.
     """
     size, free = layout.slots * layout.slot_bytes, free_memory()
     text = (f"worker processes need {size} bytes of memory for {layout.slots} batches of {layout.slot_bytes}, and "
@@ -89,7 +89,7 @@ def reserve(layout: Layout, fields: str) -> int:
     fd = _nameless()
     try:
         os.ftruncate(fd, size)
-        if hasattr(os, "posix_fallocate"):  # macOS has none
+        if hasattr(os, "posix_fallocate"):  # macOS lacks it
             os.posix_fallocate(fd, 0, size)
     except OSError as error:
         os.close(fd)
@@ -100,7 +100,7 @@ def reserve(layout: Layout, fields: str) -> int:
 
 
 def _nameless() -> int:
-    """Opens a file in memory that no folder has; where the system has no such files, one that is deleted at once."""
+    """Opens an anonymous file in memory; on systems without such files, a temporary file that is unlinked at once."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("mae_jax batches", os.MFD_CLOEXEC)
     fd, name = tempfile.mkstemp()
@@ -109,7 +109,7 @@ def _nameless() -> int:
 
 
 def free_memory() -> int:
-    """Returns how many bytes this process may take, by the machine and by its control groups; 2**62 if nobody says."""
+    """Returns the bytes that this process may allocate, by the machine and its control groups; 2**62 if unknown."""
     free = [2**62]
     if found := re.search(r"^MemAvailable:\s+(\d+) kB", _text("/proc/meminfo"), re.M):
         free.append(int(found[1]) * 1024)
@@ -120,7 +120,7 @@ def free_memory() -> int:
         root = "/sys/fs/cgroup/memory" if kinds else "/sys/fs/cgroup"
         limit, used, cached = (("limit_in_bytes", "usage_in_bytes", "total_inactive_file") if kinds else
                                ("max", "current", "inactive_file"))
-        for place in (f"{root}{group}", root):  # in a container the group's own folder may not be seen
+        for place in (f"{root}{group}", root):  # in a container the group's own folder may not be visible
             most, taken = (_text(f"{place}/memory.{name}").strip() for name in (limit, used))
             if most.isdigit() and taken.isdigit():
                 again = re.search(rf"^{cached} (\d+)$", _text(f"{place}/memory.stat"), re.M)
@@ -136,9 +136,9 @@ def _text(file: str) -> str:
 
 
 class Ring:
-    """The slots as the consumer of batches sees them: which are free, and which it still holds.
+    """The consumer's view of the slots: which are free, and which are still in use.
 
-    A slot is free again when nothing refers to its arrays any more, be it JAX, which on CPU takes them as they are.
+    A slot becomes free when nothing refers to its arrays any more; on CPU, JAX may refer to them without a copy.
     """
 
     def __init__(self, layout: Layout, fd: int):
@@ -146,11 +146,11 @@ class Ring:
         self._free, self._held = deque(range(layout.slots)), set[int]()
 
     def take(self) -> int | None:
-        """Returns a slot to fill, None where none is free."""
+        """Returns a free slot, or None."""
         return self._free.popleft() if self._free else None
 
     def hand_out(self, slot: int) -> Batch:
-        """Returns the batch in a slot: its own memory, or a copy where the consumer holds several already."""
+        """Returns the batch in a slot: without a copy, or as a copy if the consumer holds HELD slots already."""
         arrays = self._layout.arrays(self._memory, slot)
         if len(self._held) >= HELD:
             copies = {name: array.copy() for name, array in arrays.items()}

@@ -1,4 +1,4 @@
-"""Items of a tf.data stream to batches of examples that Python makes of them, in their order."""
+"""Turns the items of a tf.data stream into batches of examples that Python makes, in order."""
 
 import atexit
 import weakref
@@ -34,7 +34,7 @@ def one_by_one(items: tf.data.Dataset, example: Callable[..., Fields], spec: Spe
 
 def together(items: tf.data.Dataset, examples: Callable[[list[Item]], list[Fields]], spec: Spec, size: int,
              data: ConfigDict) -> Iterator[Batch]:
-    """Yields what `one_by_one` does; several items, of one batch, are made by one call.
+    """As `one_by_one`, with one call for several items of a batch.
 
     Args:
       examples: items → the fields of each; called from many threads.
@@ -63,7 +63,7 @@ def _run(items: tf.data.Dataset, make: Callable[..., list[np.ndarray]], shapes: 
     def call(*values: Any) -> list[np.ndarray]:
         try:
             return make(*values)
-        except Exception as error:  # raised in TensorFlow's thread, it would come out as TensorFlow's account of it
+        except Exception as error:  # raised in TensorFlow's thread, it would be replaced by an error of TensorFlow
             failures.append(error)
             return [np.zeros(shape, struct.dtype) for shape, struct in zip(shapes, spec.values(), strict=True)]
 
@@ -95,6 +95,6 @@ _running: weakref.WeakSet[Iterator[Batch]] = weakref.WeakSet()
 
 @atexit.register
 def _stop() -> None:
-    """Ends what still runs: TensorFlow's threads call Python, and hang the process when Python is already gone."""
+    """Closes open iterators: TensorFlow's threads call Python, and would hang the process once Python has shut down."""
     for batches in list(_running):
         batches.close()

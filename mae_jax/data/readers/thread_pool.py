@@ -1,4 +1,4 @@
-"""Batches of examples that threads make ahead of time, in their order."""
+"""Batches of examples that threads make ahead of time, in order."""
 
 import atexit
 import threading
@@ -11,11 +11,11 @@ from mae_jax.data.readers.makers import Batch
 from mae_jax.data.transforms.example import Spec
 
 Fill = Callable[[Batch, int, range], None]
-JOIN_SECONDS = 10.0  # in which a thread ends its example when the process ends
+JOIN_SECONDS = 10.0  # for a thread to finish its example when the process ends
 
 
 class _Filling:
-    """A batch that is being made."""
+    """An unfinished batch."""
 
     def __init__(self, spec: Spec, size: int):
         self.arrays = {name: np.empty((size, *struct.shape[1:]), struct.dtype) for name, struct in spec.items()}
@@ -23,16 +23,15 @@ class _Filling:
 
 
 class _Makers:
-    """The threads, and the batches that they are at.
+    """The threads, and the batches they work on.
 
-    They take parts of batches one by one in their order, and none beyond `ahead` batches after the one that is taken
-    next.
+    Threads take parts of batches in order, up to `ahead` batches after the next one to be taken.
     """
 
     def __init__(self, fill: Fill, spec: Spec, parts: Sequence[range], count: int, workers: int, ahead: int):
         self._fill, self._spec, self._parts, self._count, self._ahead = fill, spec, parts, count, ahead
         self._changed = threading.Condition()
-        self._filling: dict[int, _Filling] = {}  # by the number of the batch
+        self._filling: dict[int, _Filling] = {}  # number of a batch → the batch
         self._next = self._taken = 0  # part, batch
         self._failure: BaseException | None = None
         self._stopped = False
@@ -41,7 +40,7 @@ class _Makers:
             thread.start()
 
     def take(self) -> Batch:
-        """Returns the next batch when it is whole; raises what went wrong in any example."""
+        """Returns the next batch once it is complete; raises the exception of any example."""
         with self._changed:
             number = self._taken
             self._changed.wait_for(lambda: self._failure or (
@@ -53,7 +52,7 @@ class _Makers:
             return self._filling.pop(number).arrays
 
     def stop(self, seconds: float = 0.0) -> None:
-        """Has the threads end after their example; waits so long for them at most."""
+        """Tells the threads to end after their example; waits at most `seconds` for each."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -78,7 +77,7 @@ class _Makers:
                     self._changed.notify_all()
 
     def _claim(self) -> int | None:
-        """Returns the next part, and makes room for its batch; None when there is none, or all is over."""
+        """Returns the index of the next part, and allocates its batch; None if there is none, or after `stop`."""
         with self._changed:
             while not self._stopped and self._next < self._count * len(self._parts):
                 number = self._next // len(self._parts)
@@ -92,18 +91,18 @@ class _Makers:
 
 
 def batches(fill: Fill, spec: Spec, parts: Sequence[range], count: int, workers: int, ahead: int) -> Iterator[Batch]:
-    """Yields `count` batches, in their order.
+    """Yields `count` batches, in order.
 
     Args:
-      fill: arrays of a batch, its number, rows: writes these rows; called from many threads.
-      spec: name → shape [B, ...] and dtype of the fields that are wanted.
-      parts: the rows that are made at once, all of a batch in their order.
-      count: batches.
-      workers: threads.
-      ahead: batches that are ready ahead.
+      fill: (arrays of a batch, its number, rows) → writes these rows; called from many threads.
+      spec: name → shape [B, ...] and dtype of the fields.
+      parts: the rows that are made at once, covering a batch in order.
+      count: number of batches.
+      workers: number of threads.
+      ahead: number of batches made ahead.
 
     Raises:
-      What `fill` raises, at the next batch.
+      The exceptions of `fill`, at the next batch.
     """
     makers = _Makers(fill, spec, parts, count, workers, ahead)
     _running.add(makers)
@@ -119,7 +118,7 @@ _running: weakref.WeakSet[_Makers] = weakref.WeakSet()
 
 @atexit.register
 def _stop() -> None:
-    """Ends what still runs, so that no thread is inside an image library when the interpreter is taken down."""
+    """Ends running threads, so that none is inside an image library when the interpreter shuts down."""
     running = list(_running)
     for makers in running:
         makers.stop()

@@ -1,13 +1,13 @@
-"""The processes that make examples: they write rows of batches into memory that the run maps too.
+"""The processes that make examples: they write rows of batches into memory shared with the run.
 
-The run starts one process, the fork server, which imports what examples are made with, and neither JAX nor, where the
-data do not need it, TensorFlow. For each iterator over batches it forks a supervisor; that unpickles the maker, forks
-the workers, which thus share its memory until they write to it, and gives them rows. A fork is safe here: none of them
-has threads yet.
+The run starts one process, the fork server, which imports the modules that make examples, but not JAX, and TensorFlow
+only if the data need it. For each iterator over batches it forks a supervisor. The supervisor unpickles the maker,
+forks the workers, which share its memory copy-on-write, and assigns rows to them. Forking is safe here: none of these
+processes has threads yet.
 
-When the run ends, however it ends, the fork server and the supervisors read the end of their sockets; workers also end
-with their supervisor, by PR_SET_PDEATHSIG. The signals of a terminal and of service managers are left to the run. A
-worker that is killed is replaced, and its rows are made again: an example is a function of its position.
+When the run ends in any way, the fork server and the supervisors read the end of their sockets; workers also end with
+their supervisor, by PR_SET_PDEATHSIG. Signals of terminals and service managers are left to the run. A worker that is
+killed is replaced, and its rows are made again: an example is a function of its position.
 """
 
 import contextlib
@@ -34,17 +34,17 @@ from mae_jax.data.readers.makers import Maker
 from mae_jax.data.readers.shared_slots import Batch, Layout
 from mae_jax.errors import UserError
 
-IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the run decides, and these processes end with it
-AT_ONCE = 2  # tasks that a worker has: the next one waits while it is at one
-HEAD = 4  # bytes of an order that say how long the names of modules are
-MAX_DEATHS = 100  # of workers of one iterator
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the run handles them, and these processes end with it
+AT_ONCE = 2  # tasks per worker: the current one and the next
+HEAD = 4  # bytes of an order that hold the length of the module names
+MAX_DEATHS = 100  # workers of one iterator
 PR_SET_PDEATHSIG = 1
 
 
 class Channel(Connection):
-    """A connection that may be closed after the garbage collector has.
+    """A connection that may be closed after the garbage collector has closed it.
 
-    `Connection` keeps the number of the descriptor then: closing it again would close what has the number by now.
+    `Connection` keeps its descriptor number then: a second close would close another file that has this number by now.
     """
 
     def __del__(self) -> None:
@@ -52,7 +52,7 @@ class Channel(Connection):
 
 
 class Job(NamedTuple):
-    """What a supervisor gets: the maker, where batches lie, and how many workers to start."""
+    """The input of a supervisor: the maker, the layout of batches, and how many workers to start."""
 
     maker: Maker
     layout: Layout
@@ -65,27 +65,27 @@ class Task(NamedTuple):
     number: int  # of the batch
     slot: int
     rows: range
-    before: int = 0  # workers that died over it
+    before: int = 0  # workers that died while making it
 
 
-# What a supervisor tells the run: ('done', number, bad names), ('died', text), ('failed', error).
+# Messages of a supervisor to the run: ('done', number, bad names), ('died', text), ('failed', error).
 Message = tuple[str, Any] | tuple[str, int, list[str]]
 
 
 def start(fd: int) -> NoReturn:
-    """Is the fork server: forks a supervisor for each order that comes by a socket.
+    """Runs the fork server, which forks a supervisor for each order from a socket.
 
-    An order is two file descriptors, a socket and memory, and the modules that the run has imported for its data: here
-    they are imported once for all supervisors.
+    An order has two file descriptors, a socket and memory, and the modules that the run has imported for its data. They
+    are imported here, once for all supervisors.
     """
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors that end leave nothing to wait for
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps supervisors
     orders = socket.socket(fileno=fd)
     while True:
         fds, modules = _next_order(orders)
         for name in modules:
-            with contextlib.suppress(Exception):  # whoever needs it tells
+            with contextlib.suppress(Exception):  # the user of the module reports it
                 importlib.import_module(name)
         if os.fork() == 0:
             orders.close()
@@ -96,19 +96,19 @@ def start(fd: int) -> NoReturn:
 
 
 def _lead(run: int, memory: int) -> None:
-    """Is a supervisor."""
+    """Runs a supervisor."""
     _Supervisor(Channel(run), memory).run()
 
 
 def send_order(orders: socket.socket, fds: Sequence[int], modules: Sequence[str]) -> None:
-    """Gives the fork server an order."""
+    """Sends an order to the fork server."""
     names = "\n".join(modules).encode()
     socket.send_fds(orders, [struct.pack("!I", len(names))], list(fds))
     orders.sendall(names)
 
 
 def _next_order(orders: socket.socket) -> tuple[list[int], list[str]]:
-    """Returns file descriptors and modules of the next order; ends the process where the run has ended."""
+    """Returns file descriptors and modules of the next order; ends the process if the run has ended."""
     try:
         head, fds, _, _ = socket.recv_fds(orders, HEAD, 2)
         names, left = b"", struct.unpack("!I", head)[0] if len(head) == HEAD else -1
@@ -122,12 +122,12 @@ def _next_order(orders: socket.socket) -> tuple[list[int], list[str]]:
 
 
 def _ending(what: Any) -> NoReturn:
-    """Does something and ends the process, without what the interpreter does at its end."""
+    """Calls a function and ends the process, skipping the interpreter's shutdown."""
     code = 1
     try:
         what()
         code = 0
-    except (EOFError, OSError):  # the run, or the supervisor, is gone
+    except (EOFError, OSError):  # the run, or the supervisor, has ended
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -136,20 +136,20 @@ def _ending(what: Any) -> NoReturn:
 
 
 class _Worker:
-    """A worker as its supervisor sees it."""
+    """The supervisor's record of a worker."""
 
     def __init__(self, number: int, pid: int, connection: Channel):
         self.number, self.pid, self.connection = number, pid, connection
-        self.tasks: deque[Task] = deque()  # that it was given, the one that it is at first
+        self.tasks: deque[Task] = deque()  # tasks sent to the worker, the current one first
 
 
 class _Supervisor:
-    """Gives rows to workers, and tells the run which batches are whole."""
+    """Assigns rows to workers, and reports complete batches to the run."""
 
     def __init__(self, run: Channel, memory_fd: int):
         self._run = run
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # the run has said which plug-ins are imported
+            with contextlib.redirect_stderr(io.StringIO()):  # the run has printed which plug-ins are imported
                 plugins.load(run.recv())
             self._job: Job = pickle.loads(run.recv_bytes())
         except Exception as error:
@@ -159,9 +159,9 @@ class _Supervisor:
         self._memory = mmap.mmap(memory_fd, size)
         os.close(memory_fd)
         self._tasks = self._job.maker.tasks(self._job.workers)
-        self._common: deque[Task] = deque()  # for anyone
+        self._common: deque[Task] = deque()  # for any worker
         self._own: list[deque[Task]] = [deque() for _ in range(self._job.workers)]
-        self._left: dict[int, int] = {}  # number of a batch → rows that are not made
+        self._left: dict[int, int] = {}  # number of a batch → rows not yet made
         self._bad: dict[int, list[str]] = {}
         self._deaths = 0
         self._selector = selectors.DefaultSelector()
@@ -169,7 +169,7 @@ class _Supervisor:
         self._workers: dict[int, _Worker] = {}
 
     def run(self) -> None:
-        """Works until the run closes its end."""
+        """Runs until the run closes its end."""
         for number in range(self._job.workers):
             self._fork(number)
         while True:
@@ -202,20 +202,20 @@ class _Supervisor:
         return [layout.arrays(self._memory, slot) for slot in range(layout.slots)]
 
     def _add(self, number: int, slot: int) -> None:
-        """Has a batch made in a slot."""
+        """Queues the tasks of a batch in a slot."""
         self._left[number], self._bad[number] = sum(len(rows) for _, rows in self._tasks), []
         for who, rows in self._tasks:
             (self._common if who is None else self._own[who]).append(Task(number, slot, rows))
 
     def _give(self, worker: _Worker) -> None:
-        """Gives a worker what it can take."""
+        """Sends tasks to a worker, up to AT_ONCE."""
         own = self._own[worker.number]
         while len(worker.tasks) < AT_ONCE and (own or self._common):
             task = (own or self._common).popleft()
             worker.tasks.append(task)
             try:
                 worker.connection.send(task)
-            except OSError:  # it died: its end is read next
+            except OSError:  # it died: the end of its socket is read next
                 return
 
     def _hear(self, worker: _Worker) -> None:
@@ -235,7 +235,7 @@ class _Supervisor:
             self._run.send(("done", task.number, self._bad.pop(task.number)))
 
     def _replace(self, worker: _Worker) -> None:
-        """Starts another worker for one that died, and has its rows made again; gives up where that does not help."""
+        """Replaces a worker that died, and queues its rows again; gives up after repeated deaths."""
         self._selector.unregister(worker.connection)
         worker.connection.close()
         how = _ended(os.waitpid(worker.pid, 0)[1])
@@ -247,7 +247,7 @@ class _Supervisor:
             return
         self._run.send(("died", worker.pid, how))
         for place, task in enumerate(reversed(worker.tasks)):
-            struck = place == len(worker.tasks) - 1  # the one that it was at
+            struck = place == len(worker.tasks) - 1  # the task during which it died
             parts = self._job.maker.again(task.rows) if struck else [task.rows]
             queue = self._common if self._tasks[0][0] is None else self._own[worker.number]
             queue.extendleft(Task(task.number, task.slot, rows, task.before + struck) for rows in reversed(parts))
@@ -256,7 +256,7 @@ class _Supervisor:
 
 
 def _work(connection: Channel, maker: Maker, views: list[Batch]) -> None:
-    """Is a worker: makes rows until the supervisor's end is closed."""
+    """Runs a worker, which makes rows until the supervisor's end is closed."""
     while True:
         task: Task = connection.recv()
         bad: deque[str] = deque()
@@ -269,7 +269,8 @@ def _work(connection: Channel, maker: Maker, views: list[Batch]) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Has the kernel kill this process when its parent ends; elsewhere than on Linux the socket's end must do."""
+    """Makes the kernel kill this process when its parent ends; other systems than Linux rely on the end of the socket.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
@@ -282,7 +283,7 @@ def _ended(status: int) -> str:
 
 
 def _portable(error: Exception) -> Exception:
-    """Returns the error as it can be pickled, with its traceback as a note."""
+    """Returns a picklable form of the error, with its traceback as a note."""
     if not isinstance(error, UserError):
         error.add_note(f"In a worker process:\n{''.join(traceback.format_exception(error))}")
     try:

@@ -1,4 +1,4 @@
-"""What every source gives: examples with random access, or streams of records."""
+"""Interfaces of the sources: examples with random access, or streams of records."""
 
 import bisect
 import functools
@@ -21,11 +21,11 @@ from mae_jax.data.objects import Annotations, Objects
 from mae_jax.data.sources import splits
 from mae_jax.errors import UserError, did_you_mean, printable
 
-MAX_DIGESTED = 50_000_000  # names that are hashed, or up to twice as many
-MAX_CLASSES = 1_000_000  # beyond it, labels are taken for something else
+MAX_DIGESTED = 50_000_000  # names that are hashed; up to twice as many
+MAX_CLASSES = 1_000_000  # higher labels are not class numbers
 UNLABELED = -1
-BEGINNING = 65_536  # bytes of a file of records likewise
-READERS = 16  # threads that read them: a bucket answers slowly, and many at once
+BEGINNING = 65_536  # bytes hashed at the beginning of a record file
+READERS = 16  # threads that read: a bucket has a high latency, but serves many requests at once
 
 
 class Example(NamedTuple):
@@ -33,8 +33,8 @@ class Example(NamedTuple):
 
     image: bytes | np.ndarray  # an encoded file, or uint8 [height, width, 3]
     label: int = UNLABELED
-    labels: np.ndarray | None = None  # several labels: uint8 [C], 1 where a class is there
-    mask: np.ndarray | None = None  # uint8 [height, width], the class of each pixel; 255: to ignore
+    labels: np.ndarray | None = None  # multiple labels: uint8 [C], 1 where a class is in the image
+    mask: np.ndarray | None = None  # uint8 [height, width], the class of each pixel; 255: ignored
     objects: Objects | None = None
 
 
@@ -42,34 +42,34 @@ class Example(NamedTuple):
 class Source:
     """A split whose examples can be read in any order, from any thread.
 
-    `read` and `name` are functions of a module, or partial ones, as `pickle` wants them for worker processes; what they
-    hold is sent. Where they are functions within functions, threads make the examples.
+    To be picklable for worker processes, `read` and `name` must be functions of a module, or `functools.partial` of
+    one; the arguments they hold are sent along. For nested functions, threads make the examples.
     """
 
     size: int
     read: Callable[[int], Example]  # index → example; OSError and BadImage mean a bad image
-    name: Callable[[int], str]  # index → what to call the example in a message
+    name: Callable[[int], str]  # index → name of the example in messages
     classes: tuple[str, ...] = ()
-    fields: tuple[str, ...] = ()  # which of 'labels', 'pixel_label' and those of objects its examples have
-    label: Callable[[int], int] | None = None  # index → label, where it is known without decoding the image
-    unknown_classes: tuple[str, ...] = ()  # names of classes in it that the training split lacks: without a label
-    drawn: Callable[[int, int], int] | None = None  # (seed, number of a training draw) → index; None: epochs' orders
-    annotations: Annotations | None = None  # where its examples have objects
+    fields: tuple[str, ...] = ()  # of 'labels', 'pixel_label' and the fields of objects, those that the examples have
+    label: Callable[[int], int] | None = None  # index → label, if known without decoding the image
+    unknown_classes: tuple[str, ...] = ()  # classes that the training split lacks: unlabeled
+    drawn: Callable[[int, int], int] | None = None  # (seed, number of a training draw) → index; None: by epochs
+    annotations: Annotations | None = None  # if its examples have objects
 
     def digest(self) -> str:
-        """Returns a short hash of which examples these are, by their names in their order; of very many, by some.
+        """Returns a short hash of the examples' names in order; for very many examples, of some names.
 
-        Names that are mere numbers, as of npz files and TFDS, tell no more than how many there are.
+        Names that are only indices, as in npz files and TFDS, identify no more than the number of examples.
         """
         digest, every = hashlib.sha256(), max(1, self.size // MAX_DIGESTED)
-        if every > 1:  # a billion names take many minutes
+        if every > 1:  # hashing a billion names takes many minutes
             digest.update(str(self.size).encode())
         for i in range(0, self.size, every):
             digest.update(self.name(i).encode() + b"\0")
         return digest.hexdigest()[:16]
 
     def identity(self) -> dict[str, str]:
-        """Returns what the examples are known by at another place: their names, and the content of 64 of them."""
+        """Returns path-independent hashes of the examples: of all names, and of the content of 64 examples."""
         with ThreadPoolExecutor(READERS) as pool:
             content = pool.map(self._content, map(int, sampled(self.size)))
             return {"names": self.digest(), "content": short_hash(part for parts in content for part in parts)}
@@ -86,7 +86,7 @@ class Source:
                 for field in fields]
 
     def only(self, indices: np.ndarray) -> "Source":
-        """Returns the source of these examples, in this order."""
+        """Returns the source of the examples with these indices, int [n], in this order."""
         of = functools.partial
         return Source(len(indices), of(_chosen, self.read, indices), of(_chosen, self.name, indices), self.classes,
                       self.fields, self.label and of(_chosen, self.label, indices), self.unknown_classes,
@@ -94,7 +94,7 @@ class Source:
                           self.annotations, truth=of(_chosen, self.annotations.truth, indices)))
 
     def sliced(self, split: splits.Split) -> "Source":
-        """Returns the part of this split that an expression names."""
+        """Returns the slice of this split that an expression defines."""
         start, stop = split.bounds(self.size)
         if (start, stop) == (0, self.size):
             return self
@@ -122,12 +122,12 @@ def _either(size: int, ours: Callable[[int], Any], theirs: Callable[[int], Any],
 
 
 def numbered_name(name: str, i: int) -> str:
-    """Returns 'name[i]', which is what an example without a name of its own is called."""
+    """Returns 'name[i]', the name of an example without a name of its own."""
     return f"{name}[{i}]"
 
 
 def printable_name(names: Sequence[str], i: int) -> str:
-    """Returns the i-th name as one line that any terminal shows."""
+    """Returns the i-th name as one line that any terminal can show."""
     return printable(names[i])
 
 
@@ -140,7 +140,7 @@ def _beginning(file: str) -> bytes:
 
 
 def numbered_classes(labels: np.ndarray) -> tuple[str, ...]:
-    """Returns '0' ... for the classes of integer labels [n], up to the highest; raises UserError for absurd ones."""
+    """Returns '0', '1', ... up to the highest of the integer labels [n]; raises UserError if it is absurdly high."""
     highest = int(labels.max(initial=UNLABELED))
     if highest >= MAX_CLASSES:
         raise UserError(f"the label {highest} is no class number; expected 0 to {MAX_CLASSES - 1}, or -1 for none")
@@ -148,14 +148,14 @@ def numbered_classes(labels: np.ndarray) -> tuple[str, ...]:
 
 
 def class_numbers(values: np.ndarray, what: str) -> np.ndarray:
-    """Returns labels, int64 [n], of numbers of any type; of floats whole ones, NaN being none.
+    """Converts labels of any numeric type to int64 [n]; floats must be whole, NaN means no label.
 
     Args:
       values: [n].
-      what: they are called in a message.
+      what: their name in messages.
 
     Raises:
-      UserError: they are no numbers of classes.
+      UserError: the values are no class numbers.
     """
     if values.dtype.kind == "f":
         known = np.where(np.isnan(values), UNLABELED, values)
@@ -180,7 +180,7 @@ def multi_hot(present: np.ndarray, classes: int) -> np.ndarray:
 
 
 def package_folder(module: str, package: str, why: str) -> Path:
-    """Returns the folder of an installed package without importing it; raises UserError with the pip line."""
+    """Returns the folder of an installed package without importing it; raises UserError with the pip command."""
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"data.source={why!r} reads files of the package {package}: pip install {package}")
@@ -198,7 +198,7 @@ Instruction = tuple[int, int, int]  # file, records to skip, records to take
 
 @dataclass(frozen=True)
 class RecordStream:
-    """A split stored as TFRecord files of tf.train.Example, or a slice of it."""
+    """A split stored as TFRecord files of tf.train.Example, or a slice of one."""
 
     files: tuple[str, ...]
     counts: tuple[int, ...]  # records in each file
@@ -208,23 +208,24 @@ class RecordStream:
     image_key: str
     label_key: str  # '' without labels
     classes: tuple[str, ...] = ()
-    multi_label: bool = False  # label_key names a list of classes
+    multi_label: bool = False  # label_key is a list of classes
     mask_key: str = ""  # '' without masks
     mask_offset: int = 0  # see decode_mask
-    promised_by: str = ""  # what says how many records there are; '' where they were counted
+    promised_by: str = ""  # origin of the declared counts; '' if records were counted
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Which of 'labels' and 'pixel_label' its examples have."""
+        """Those of 'labels' and 'pixel_label' that its examples have."""
         return ("labels",) * self.multi_label + ("pixel_label",) * bool(self.mask_key)
 
     def example(self, image: bytes, label: int, labels: np.ndarray, mask: bytes) -> Example:
-        """Returns the example of a parsed record; raises BadImage for a mask that does not decode."""
+        """Returns the example of a parsed record; raises BadImage if its mask does not decode."""
         return Example(image, label, labels if self.multi_label else None,
                        decode_mask(mask, self.mask_offset) if self.mask_key else None)
 
     def joined(self, other: "RecordStream") -> "RecordStream":
-        """Returns the records of both splits, this one's first; raises UserError where one is cut at the seam."""
+        """Returns the records of both splits, this one's first; raises UserError if a slice leaves a gap between them.
+        """
         if self.start + self.size < sum(self.counts) or other.start:
             raise UserError("a sum of slices of TFRecord files needs the end of the first and the start of the second; "
                             "write for example 'train+validation'")
@@ -234,24 +235,24 @@ class RecordStream:
                        mean_bytes=mean_bytes)
 
     def name(self, record: int) -> str:
-        """Returns what to call a record, numbered over all files."""
+        """Returns the name of a record, numbered across all files."""
         ends = list(itertools.accumulate(self.counts))
         file = bisect.bisect_right(ends, record)
         return f"{printable(self.files[file])}, record {record - ends[file] + self.counts[file]}"
 
     def digest(self) -> str:
-        """Returns a short hash of which records these are, by files and counts."""
+        """Returns a short hash of the records' files and counts."""
         files = [(file.rsplit("/", 1)[-1], count) for file, count in zip(self.files, self.counts, strict=True)]
         return hashlib.sha256(repr((files, self.start, self.size)).encode()).hexdigest()[:16]
 
     def identity(self) -> dict[str, str]:
-        """Returns what the records are known by at another place: files with counts, sizes, and how 64 files begin."""
+        """Returns path-independent hashes of the records: of file names and counts, and of how 64 files begin."""
         with ThreadPoolExecutor(READERS) as pool:
             begin = list(pool.map(_beginning, (self.files[i] for i in sampled(len(self.files)))))
         return {"names": self.digest(), "content": short_hash([f"{self.mean_bytes:.6f}".encode(), *begin])}
 
     def instructions(self, start: int, size: int) -> list[Instruction]:
-        """Returns which parts of which files hold records start ... start + size - 1 of this slice."""
+        """Returns the parts of files that hold records start ... start + size - 1 of this slice."""
         first, last, offset, found = self.start + start, self.start + start + size, 0, []
         for file, count in enumerate(self.counts):
             low, high = max(first, offset), min(last, offset + count)

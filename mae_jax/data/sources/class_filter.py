@@ -1,4 +1,4 @@
-"""data.classes: keeping the images of some classes alone, to pre-train on a part of the world."""
+"""data.classes: keeps only the images of some classes, to pre-train on a subset of the classes."""
 
 import functools
 import re
@@ -14,21 +14,21 @@ from mae_jax.errors import UserError, did_you_mean
 
 log = getLogger(__name__)
 
-# ImageNet-1K by class number, as MoCE (arXiv 2402.05382, Figure 1) splits it by WordNet; which classes those are is not
+# ImageNet-1K by class number. MoCE (arXiv 2402.05382, Figure 1) splits it by WordNet; the exact classes are not
 # known to us, and these are our approximation: animals (0 to 397), and fruits, flowers and fungi (984 to 998).
 LISTS = {"imagenet_organisms": "0-397,984-998", "imagenet_rest": "398-983,999"}
 
 
 def keep_classes(source: Source, text: str, by_place: bool = False) -> Source:
-    """Returns the examples of the classes that `text` names, numbered anew in their old order.
+    """Returns the examples of the classes in `text`, renumbered in their old order.
 
     Args:
-      source: with one label for each example.
+      source: has one label per example.
       text: a key of LISTS, or names, numbers and ranges of numbers, separated by commas: 'cat,dog', '0-9,12'.
-      by_place: numbers are places among the classes also where the classes' names are numbers, as in mae_jax 0.1.0.
+      by_place: numbers are indices of classes even if class names are numbers, as in mae_jax 0.1.0.
 
     Raises:
-      UserError: there are no such classes, or no labels to choose by.
+      UserError: there are no such classes, or no labels to select by.
     """
     if not source.classes or "labels" in source.fields or source.annotations:
         raise UserError(f"data.classes={text!r} needs pictures with one label each")
@@ -61,9 +61,9 @@ def _read_anew(read: Callable[[int], Example], anew: Mapping[int, int], i: int) 
 
 
 def numbers(part: str, classes: tuple[str, ...]) -> range | list[int]:
-    """Returns the class numbers that a name, a number or a range stands for; raises UserError for none.
+    """Returns the class indices for a name, a number or a range; raises UserError if there are none.
 
-    Where the names of classes are numbers, these are meant, and else the places among the classes, from 0.
+    If class names are numbers, numbers mean the names; otherwise the indices of classes, from 0.
     """
     part = unicodedata.normalize("NFC", part)
     if part in classes:
@@ -87,7 +87,7 @@ def numbers(part: str, classes: tuple[str, ...]) -> range | list[int]:
 
 
 def places(part: str, classes: tuple[str, ...]) -> range | list[int]:
-    """Returns likewise; numbers are places among the classes, whatever these are called."""
+    """As `numbers`, but numbers always are indices of classes."""
     if part in classes:
         return [classes.index(part)]
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)

@@ -1,8 +1,8 @@
-"""clipart: drawings of things with exact outlines, the PNG files of Debian's package openclipart-png (public domain).
+"""data.source=clipart: drawings with exact outlines, the PNG files of Debian's package openclipart-png (public domain).
 
-`apt-get install openclipart-png` puts them under /usr/share/openclipart/png, or data.path says where they are. The
-class is the first folder. What is not transparent is the thing: mask 1 where alpha is above 127, else 0. Release 0.18
-has 1231 images to train and 330 to test, of about 400 x 400 pixels; the masks of 31 of them are 1, or 0, all over.
+`apt-get install openclipart-png` installs them under /usr/share/openclipart/png; data.path names another folder. The
+class is the first folder. The mask is 1 where alpha exceeds 127, else 0. Release 0.18 has 1231 images to train and 330
+to test, of about 400 x 400 pixels; 31 of the masks are constant.
 """
 
 import functools
@@ -30,9 +30,9 @@ TEST_SHARE = 0.2  # a tenth would leave some classes with one or two images
 
 
 def load(data: ConfigDict, split: splits.Split) -> Source:
-    """Opens 'train', 'test' or a slice in percent; raises UserError when the package is not installed.
+    """Opens 'train', 'test' or a slice in percent; raises UserError if the package is not installed.
 
-    An image's split is a hash of its name without the number at the end: variants of a drawing stay together.
+    An image's split is a hash of its name without the trailing number, so that variants of a drawing stay together.
     """
     known_split(split, ("train", "test"))
     root = locate(data.path or FOLDER, "data.path")
@@ -55,13 +55,13 @@ def _label(files: tuple[str, ...], i: int) -> int:
 
 
 def series(name: str) -> str:
-    """Returns what the names of a drawing's variants have in common: 'food/apple' of 'food/apple_02.png'."""
+    """Returns the common part of the names of a drawing's variants: 'food/apple' for 'food/apple_02.png'."""
     return re.sub(r"[\d_-]*\.png$", "", name)
 
 
 @functools.lru_cache(maxsize=4)  # a run opens the folder for each split
 def pictures(root: epath.Path) -> tuple[str, ...]:
-    """Returns the usable images, relative and sorted: by their headers, with transparency and of a usable size."""
+    """Returns the usable images, relative and sorted: those with transparency and a usable size, by their headers."""
     names = [os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
              for label in CLASSES for folder, _, files in os.walk(root / label) for name in files]
     usable = tuple(sorted(name for name in names if _usable(root, name)))
@@ -72,7 +72,7 @@ def pictures(root: epath.Path) -> tuple[str, ...]:
 
 
 def _usable(root: epath.Path, name: str) -> bool:
-    """Leaves out links, too: they show an image a second time, often in another class."""
+    """Returns whether an image is usable; links are not: they repeat an image, often in another class."""
     path = os.path.join(root, name)
     if not name.endswith(".png") or name.startswith(SIGNS) or os.path.islink(path):
         return False
@@ -80,13 +80,13 @@ def _usable(root: epath.Path, name: str) -> bool:
         with Image.open(path, formats=("PNG",)) as image:
             return SIDES[0] <= min(image.size) and max(image.size) <= SIDES[1] and image.has_transparency_data
     except Image.DecompressionBombError:
-        return False  # larger than the largest
-    except Exception:  # PIL raises many kinds on broken bytes; a bad image, which is named where it would be shown
+        return False  # larger than SIDES[1]
+    except Exception:  # PIL raises many types on broken bytes; the bad image is reported when it is read
         return True
 
 
 def _decode(data: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the image over white, uint8 [height, width, 3], and its mask uint8 [height, width]."""
+    """Returns the image over white, uint8 [height, width, 3], and its mask, uint8 [height, width]."""
     try:
         image = open_image(data, ("PNG",)).convert("RGBA")
     except Exception as error:

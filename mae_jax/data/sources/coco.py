@@ -1,7 +1,8 @@
-"""coco: images with objects, in COCO's format: folders of images, and files of annotations (docs/detection_data.md).
+"""data.source=coco: images with objects in COCO's format, as folders of images and annotation files.
 
-The classes are the categories, by their ids, whatever gaps these have. Of a training split, images without an object
-are left out, as detectron2 does; of other splits none are. Objects without an outline have their box as a mask.
+docs/detection_data.md describes the layouts. The classes are the categories, sorted by id, with or without gaps. Images
+without an object are left out of a training split, as in detectron2, but not of other splits. The mask of an object
+without an outline is its box.
 """
 
 import functools
@@ -23,14 +24,14 @@ from mae_jax.errors import UserError, pluralize, printable
 from mae_jax.storage.paths import locate
 
 log = logging.getLogger(__name__)
-MAX_NAMED = 5  # images that a line names
+MAX_NAMED = 5  # images listed in a line
 
 
 def load(data: ConfigDict, split: splits.Split) -> Source:
-    """Opens a split, or a slice of it; says which images are left out.
+    """Opens a split, or a slice of it; logs which images are left out.
 
     Raises:
-      UserError: there are no annotations of this split, they cannot be read, or none of their images is there.
+      UserError: the split has no annotations, they are unreadable, or none of its images exists.
     """
     root = _path(data)
     found = coco_files.layout(root)
@@ -60,7 +61,7 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
 
 
 def _check_classes(data: ConfigDict, found: coco_files.Layout, file: epath.Path, table: Table) -> None:
-    """Raises UserError where a file has other classes than that of the training split, by whose places they count."""
+    """Raises UserError if a file has other classes than the training split, whose labels would then differ."""
     for part in splits.parts(data.train_split):
         other = found.files.get(splits.role(part.name), file)
         classes = coco_annotations.read(other).classes
@@ -71,12 +72,12 @@ def _check_classes(data: ConfigDict, found: coco_files.Layout, file: epath.Path,
 
 
 def split_name(data: ConfigDict, name: str) -> str:
-    """Returns what a split is called by its role."""
+    """Returns the name of a split by its role."""
     return splits.held_out_name(name) if "" in coco_files.layout(_path(data)).files else splits.role(name) or name
 
 
 def describe(data: ConfigDict, opened: Mapping[str, Any]) -> str:
-    """Returns one line about what was found."""
+    """Returns one line about the images, objects and masks that were found."""
     found = coco_files.layout(_path(data))
     each = []
     for field, source in opened.items():
@@ -98,7 +99,7 @@ def _path(data: ConfigDict) -> epath.Path:
 
 @functools.lru_cache(maxsize=4)
 def _files(file: epath.Path, root: epath.Path) -> tuple[epath.Path, list[str], np.ndarray]:
-    """Returns the folder of images, their names in it, and which of them are there, bool [n]."""
+    """Returns the folder of images, their names in it, and whether each exists, bool [n]."""
     names = coco_annotations.read(file).images.names
     if not names:
         raise UserError(f"{file} has no images")
@@ -107,13 +108,13 @@ def _files(file: epath.Path, root: epath.Path) -> tuple[epath.Path, list[str], n
 
 
 def _objects(table: Table) -> np.ndarray:
-    """Returns of each image how many objects it has, crowds left out, int64 [n]."""
+    """Returns the number of objects of each image, without crowds, int64 [n]."""
     before = np.append(0, np.cumsum(~table.crowd))
     return before[table.first[1:]] - before[table.first[:-1]]
 
 
 def _told(chosen: np.ndarray, good: np.ndarray, table: Table, text: str) -> np.ndarray:
-    """Returns the images that are good; says which are not."""
+    """Returns the good images; logs the others."""
     bad = chosen[~good]
     if len(bad):
         more = f" and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else ""

@@ -1,6 +1,6 @@
-"""Reads annotations in COCO's format into compact arrays, and says which of them cannot be used.
+"""Reads annotations in COCO's format into compact arrays, and reports those that cannot be used.
 
-A file of any size is read piece by piece, and what stays of it are arrays, most of it points of outlines.
+A file of any size is read in pieces; the arrays that stay in memory hold mostly points of polygons.
 """
 
 import functools
@@ -21,42 +21,42 @@ from mae_jax.runtime import bounded_json
 log = logging.getLogger(__name__)
 
 LISTS = ("images", "annotations", "categories")
-NO_OUTLINE, POLYGONS, RUNS = 0, 1, 2  # what an annotation's mask is made of
+NO_OUTLINE, POLYGONS, RUNS = 0, 1, 2  # representations of an annotation's mask
 NOTHING = np.zeros(0, np.float32)
-MAX_NAMED = 8  # annotations that a line names
-BEYOND = 1.0  # pixels that a box may reach beyond its image before that is told
-FAR = 8  # sides of its image, from whose middle on a point is taken for a mistake: COCO's routine dies of some
+MAX_NAMED = 8  # annotations listed in a line
+BEYOND = 1.0  # pixels by which a box may exceed its image without a warning
+FAR = 8  # image sides; a point farther from the image's center is a mistake, and can crash COCO's routine
 CUT, BOX_ALONE = "bbox reaches beyond the image, and is cut", "no outline, for which the bbox stands in"
 SAME_ID, PART = "id of several annotations", "outline with a part that is none, which is left out"
-KEPT = (CUT, BOX_ALONE, SAME_ID, PART)  # what is told of annotations that are used all the same
+KEPT = (CUT, BOX_ALONE, SAME_ID, PART)  # faults of annotations that are used nevertheless
 
 
 class Images(NamedTuple):
-    """The images of a file, those that can be used."""
+    """The usable images of a file."""
 
     ids: np.ndarray  # int64 [n]
     names: list[str]
-    sizes: np.ndarray  # int32 [n, 2], height and width
+    sizes: np.ndarray  # int32 [n, 2], height and width in pixels
 
 
 @dataclass
 class Table:
-    """The annotations of a file, those that can be used, ordered by image.
+    """The usable annotations of a file, ordered by image.
 
     Attributes:
-      images: n of them.
-      category_ids, classes: ids and names of the categories, by id.
-      first: int64 [n + 1]; those of image i are first[i] to first[i + 1] - 1.
-      label: int32 [m], places among the categories.
+      images: n images.
+      category_ids, classes: ids and names of the categories, sorted by id.
+      first: int64 [n + 1]; image i has the annotations first[i] to first[i + 1] - 1.
+      label: int32 [m], indices of categories.
       crowd: bool [m].
       area: float32 [m], square pixels of the mask.
-      box: float32 [m, 4], x1, y1, x2, y2 in pixels, cut to the image.
-      extent: float32 [m, 4], likewise around the outline.
-      kind: int8 [m], what the mask is made of.
-      span: int64 [m, 2], which of `points` or `runs` are the mask's.
+      box: float32 [m, 4], x1, y1, x2, y2 in pixels, clipped to the image.
+      extent: float32 [m, 4], the same around the outline.
+      kind: int8 [m], representation of the mask.
+      span: int64 [m, 2], range of the mask in `points` or `runs`.
       points: float32 [...], x, y, x, y ...; NaN between the parts of an outline.
       runs: int32 [...].
-      faults: what is wrong → ids of annotations, or of images, with the name of the image.
+      faults: kind of fault → ids of annotations, or of images, with the name of the image.
     """
 
     images: Images
@@ -75,7 +75,7 @@ class Table:
     faults: dict[str, list[str]]
 
     def objects(self, i: int, as_annotated: bool = False) -> Objects:
-        """Returns the objects of the i-th image; their boxes are around the masks, or as they were annotated."""
+        """Returns the objects of the i-th image, with boxes around the masks, or as annotated."""
         size = (int(self.images.sizes[i, 0]), int(self.images.sizes[i, 1]))
         part = slice(int(self.first[i]), int(self.first[i + 1]))
         made = [self._mask(k, size) for k in range(part.start, part.stop)]
@@ -84,7 +84,7 @@ class Table:
                        tuple(region for _, region in made))
 
     def _mask(self, k: int, size: tuple[int, int]) -> tuple[np.ndarray, Region]:
-        """Returns the box around the mask of an annotation, float32 [4], and the mask."""
+        """Returns the box around an annotation's mask, float32 [4], and the mask."""
         start, stop = self.span[k]
         if self.kind[k] == POLYGONS:
             points = self.points[start:stop]
@@ -109,12 +109,12 @@ def _between(gaps: np.ndarray, end: int) -> list[tuple[int, int]]:
     return list(zip([0, *(gaps + 1)], [*gaps, end], strict=True))
 
 
-@functools.lru_cache(maxsize=4)  # each split of a run opens the file
+@functools.lru_cache(maxsize=4)  # every split of a run opens the file
 def read(file: epath.Path) -> Table:
-    """Reads a file; says in a line for each kind of fault which annotations have it.
+    """Reads a file; logs a line per kind of fault with the annotations that have it.
 
     Raises:
-      UserError: it is no file of annotations, or none of them can be used.
+      UserError: the file is no annotation file, or none of its annotations is usable.
     """
     entries: dict[str, list[Any]] = {"images": [], "categories": []}
     columns, missing = _Columns(), set(LISTS)
@@ -145,7 +145,7 @@ def read(file: epath.Path) -> Table:
 
 
 def told(faults: dict[str, list[str]], file: epath.Path) -> list[str]:
-    """Returns a line for each kind of fault."""
+    """Returns a line per kind of fault."""
     lines = []
     for what, names in faults.items():
         more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
@@ -163,7 +163,7 @@ def _whole(value: Any) -> bool:
 
 
 def _images(entries: Sequence[tuple[Any, ...]]) -> tuple[Images, dict[str, list[str]]]:
-    """Returns the images that can be used, and what is wrong with the others."""
+    """Returns the usable images, and the faults of the others."""
     faults: dict[str, list[str]] = {}
     found: dict[int, tuple[str, int, int]] = {}
     for place, (number, name, height, width) in enumerate(entries):
@@ -181,7 +181,7 @@ def _images(entries: Sequence[tuple[Any, ...]]) -> tuple[Images, dict[str, list[
 
 
 def _categories(entries: Sequence[tuple[Any, ...]], file: epath.Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Returns ids and names of the categories, by id; raises UserError."""
+    """Returns ids and names of the categories, sorted by id; raises UserError."""
     if not entries:
         raise UserError(f"{file} has no categories")
     for number, name in entries:
@@ -197,7 +197,7 @@ def _categories(entries: Sequence[tuple[Any, ...]], file: epath.Path) -> tuple[t
 
 @dataclass
 class _Columns:
-    """Annotations as they come, before images and categories are known."""
+    """Annotations in file order, before images and categories are known."""
 
     ids: array = field(default_factory=lambda: array("q"))
     images: array = field(default_factory=lambda: array("q"))
@@ -208,15 +208,15 @@ class _Columns:
     extent: array = field(default_factory=lambda: array("f"))
     kind: array = field(default_factory=lambda: array("b"))
     span: array = field(default_factory=lambda: array("q"))
-    size: array = field(default_factory=lambda: array("i"))  # of the image, as runs say it
+    size: array = field(default_factory=lambda: array("i"))  # image size declared by runs
     points: array = field(default_factory=lambda: array("f"))
     runs: array = field(default_factory=lambda: array("i"))
-    faults: list[tuple[str, int, int]] = field(default_factory=list)  # what, id, image id
+    faults: list[tuple[str, int, int]] = field(default_factory=list)  # kind of fault, id, image id
     count: int = 0
-    partly: bool = False  # of the last outline only some parts are used
+    partly: bool = False  # whether only some parts of the last outline are used
 
     def add(self, entry: Any) -> None:
-        """Adds an annotation, or what is wrong with it."""
+        """Adds an annotation, or its fault."""
         self.count += 1
         number, image, category, crowd, area, box, outline = _kept(
             entry, ("id", "image_id", "category_id", "iscrowd", "area", "bbox", "segmentation"))
@@ -250,10 +250,10 @@ class _Columns:
         self.span.extend(where)
 
     def _mask(self, outline: Any) -> tuple[int, tuple[float, ...] | None, float, tuple[int, int]]:
-        """Keeps what a mask is made of; returns its kind, extent, area and, of runs, the image's size.
+        """Stores a mask; returns its kind, extent, area and, for runs, the image's size.
 
         Raises:
-          ValueError: what is wrong with it.
+          ValueError: the outline is invalid; the text is the kind of fault.
         """
         if isinstance(outline, dict):
             size = outline.get("size")
@@ -286,7 +286,7 @@ class _Columns:
 
     def table(self, images: Images, ids: tuple[int, ...], classes: tuple[str, ...],
               faults: dict[str, list[str]]) -> Table:
-        """Returns what can be used of it, by image."""
+        """Returns the usable annotations, by image."""
         image, known = _places(images.ids, np.array(self.images, np.int64))
         label, meant = _places(np.array(ids, np.int64), np.array(self.categories, np.int64))
         numbers, kind = np.array(self.ids, np.int64), np.array(self.kind, np.int8)
@@ -326,7 +326,7 @@ class _Columns:
 
 
 def _places(ids: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the place of each id among `ids`, and whether it is there."""
+    """Returns the index in `ids` of each wanted id, int64 [k], and whether it exists, bool [k]."""
     if not len(ids):
         return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), bool)
     order = np.argsort(ids)
@@ -335,7 +335,7 @@ def _places(ids: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _corners(box: Any) -> tuple[float, float, float, float] | None:
-    """Returns x1, y1, x2, y2 of COCO's x, y, width, height; None without; raises ValueError."""
+    """Converts COCO's x, y, width, height to x1, y1, x2, y2; None without a box; raises ValueError."""
     if box is None or box == []:
         return None
     if not (isinstance(box, list) and len(box) == 4 and all(isinstance(n, int | float) and abs(n) < 1e9 for n in box)):
@@ -344,7 +344,7 @@ def _corners(box: Any) -> tuple[float, float, float, float] | None:
 
 
 def _points(part: Any) -> np.ndarray:
-    """Returns the points of a part of an outline, float32 [2 k]; none of what is no part."""
+    """Returns the points of a part of an outline, float32 [2 k]; none if it is invalid."""
     try:
         points = np.array(part, np.float32)
     except (ValueError, TypeError, OverflowError):
@@ -354,9 +354,9 @@ def _points(part: Any) -> np.ndarray:
 
 
 def _area(points: np.ndarray) -> float:
-    """Returns the square pixels inside of a part of an outline."""
+    """Returns the area of a part of an outline, in square pixels (shoelace formula)."""
     if not len(points):
         return 0.0
     x, y = points.reshape(-1, 2).T.astype(np.float64)
-    x, y = x - x[0], y - y[0]  # which leaves nothing between the last point and the first
+    x, y = x - x[0], y - y[0]  # makes the term from the last point to the first 0
     return float(abs(x[:-1] @ y[1:] - y[:-1] @ x[1:]) / 2)

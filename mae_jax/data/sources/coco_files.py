@@ -1,8 +1,7 @@
-"""Where a data set in COCO's format has its annotations, and where its images: as COCO itself, CVAT, labelme2coco and
-Roboflow lay them out, and the like.
+"""Finds the annotations and images of a data set in COCO's format, as laid out by COCO, CVAT, labelme2coco or Roboflow.
 
-A file of annotations is of the split that its name says, or else the folder that it lies in; where none of them says
-one, the only one is all there is, and a tenth of its images is held out by a hash of their names.
+The split of an annotation file is given by its name, or by its folder. If neither has a split, a single file holds all
+data, and a tenth of its images is held out by a hash of their names.
 """
 
 import functools
@@ -15,19 +14,19 @@ from etils import epath
 from mae_jax.data.sources import splits
 from mae_jax.errors import UserError, did_you_mean
 
-OTHER = ("captions_", "person_keypoints_", "panoptic_", "stuff_", "image_info_")  # of COCO's annotations, not these
-NO_WORDS = re.compile(r"instances?|annotations?|coco|default|labels?|result|\d{4}")  # in names, which say no split
-SAMPLED = 50  # images by which their folder is found
+OTHER = ("captions_", "person_keypoints_", "panoptic_", "stuff_", "image_info_")  # prefixes of unused COCO files
+NO_WORDS = re.compile(r"instances?|annotations?|coco|default|labels?|result|\d{4}")  # parts of names without a split
+SAMPLED = 50  # images looked up to find their folder
 
 
 class Layout(NamedTuple):
-    """The files of annotations in a folder; by '' a file that is of no split alone."""
+    """The annotation files in a folder; the key '' stands for a file of no particular split."""
 
     root: epath.Path
     files: dict[str, epath.Path]  # role ('train', 'val', 'test') or ''
 
     def file(self, name: str) -> epath.Path:
-        """Returns the annotations of a split; raises UserError."""
+        """Returns the annotation file of a split; raises UserError."""
         if "" in self.files:
             return self.files[""]
         role = splits.role(name)
@@ -38,10 +37,10 @@ class Layout(NamedTuple):
 
 @functools.lru_cache(maxsize=4)
 def layout(path: epath.Path) -> Layout:
-    """Finds the files of annotations; raises UserError.
+    """Finds the annotation files; raises UserError.
 
     Args:
-      path: a folder, or one such file.
+      path: a folder, or one annotation file.
     """
     if path.is_file():
         return Layout(path.parent, {"": path})
@@ -55,7 +54,7 @@ def layout(path: epath.Path) -> Layout:
     if not found:
         raise UserError(f"{path} has no annotations: no *.json in it or in a folder of it")
     if set(found) != {""}:
-        found.pop("", None)  # as labels of something else, beside those of the splits
+        found.pop("", None)  # beside files of splits, others hold something else
     for role, files in found.items():
         if len(files) > 1:
             names = ", ".join(str(file.relative_to(path)) for file in files[:4])
@@ -65,7 +64,7 @@ def layout(path: epath.Path) -> Layout:
 
 
 def _role(file: epath.Path, root: epath.Path) -> str:
-    """Returns which split a file of annotations is of, '' where nothing says it."""
+    """Returns the split of an annotation file, '' if neither its name nor its folder has one."""
     for name in (file.stem, *((file.parent.name,) if file.parent != root else ())):
         if role := splits.role(NO_WORDS.sub(" ", name.replace("_", " "))):
             return role
@@ -73,15 +72,15 @@ def _role(file: epath.Path, root: epath.Path) -> str:
 
 
 def image_folder(file: epath.Path, root: epath.Path, names: list[str]) -> tuple[epath.Path, list[str]]:
-    """Returns the folder that has the images, and the images' names in it.
+    """Returns the folder of the images, and the images' names in it.
 
     Args:
-      file: of annotations.
-      root: of the data set.
-      names: of images as `file` has them. Paths of another machine count by their last part.
+      file: the annotation file.
+      root: the folder of the data set.
+      names: image names from `file`; absolute paths of another machine are reduced to their last part.
 
     Raises:
-      UserError: nothing is there.
+      UserError: no image is found.
     """
     names = [name.replace("\\", "/") for name in names]
     short = [name.rsplit("/", 1)[-1] for name in names]
@@ -102,7 +101,7 @@ def image_folder(file: epath.Path, root: epath.Path, names: list[str]) -> tuple[
 
 
 def _candidates(file: epath.Path, root: epath.Path) -> list[epath.Path]:
-    """Returns folders that may have the images, the likeliest first."""
+    """Returns folders that may hold the images, most likely first."""
     images = root / "images"
     inside = [each for folder in (root, images) for each in _folders(folder)]
     mine = [each for each in inside if splits.role(each.name) == _role(file, root)]
@@ -110,7 +109,7 @@ def _candidates(file: epath.Path, root: epath.Path) -> list[epath.Path]:
 
 
 def present(folder: epath.Path, names: list[str]) -> list[bool]:
-    """Returns of each name whether the folder has it; each folder is listed once."""
+    """Returns whether the folder has each name; every sub-folder is listed once."""
     listed: dict[str, set[str]] = {}
     for inside in {os.path.dirname(name) for name in names}:
         where = folder / inside
@@ -121,7 +120,7 @@ def present(folder: epath.Path, names: list[str]) -> list[bool]:
 
 
 def _folders(path: epath.Path) -> list[epath.Path]:
-    """Returns the folders in a folder, by name; none where it is not there."""
-    if "://" in os.fspath(path):  # one request, where asking each file for its kind would be one for each image
+    """Returns the sub-folders of a folder, sorted by name; [] if it does not exist."""
+    if "://" in os.fspath(path):  # one request, not one per file
         return sorted(path / name for name in next(iter(path.walk()), (path, [], []))[1])
     return sorted(each for each in path.iterdir() if each.is_dir()) if path.is_dir() else []

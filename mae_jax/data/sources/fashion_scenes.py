@@ -1,8 +1,8 @@
-"""fashion_scenes: grey clothes and shoes on parts of photographs, each with its box and mask.
+"""data.source=fashion_scenes: gray clothes and shoes on parts of photographs, each with its box and mask.
 
-6000 scenes to train and 600 to test, 96 x 96, of the 60,000 and 10,000 images of Fashion-MNIST (arXiv 1708.07747, MIT
-licence) that Debian's package dataset-fashion-mnist installs under /usr/share/datasets/fashion-mnist; data.path says
-where they are instead. See `scenes` for how they are made.
+6000 scenes to train and 600 to test, 96 x 96, from the 60,000 and 10,000 images of Fashion-MNIST (arXiv 1708.07747, MIT
+license). Debian's package dataset-fashion-mnist installs these under /usr/share/datasets/fashion-mnist; data.path names
+another folder. See `scenes` for how scenes are made.
 """
 
 import functools
@@ -23,11 +23,11 @@ FOLDER = "/usr/share/datasets/fashion-mnist"
 FILES = {"train": "train", "test": "t10k"}
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 SIDE = 28
-INK = 15  # gray levels above which a pixel is the thing's: 6 % of white, so that dark clothes have pixels
+INK = 15  # gray level above which a pixel belongs to the thing: 6 % of white, so that dark clothes have pixels
 
 
 def load(data: ConfigDict, split: Split) -> Source:
-    """Opens 'train' (6000 scenes) or 'test' (600), or a slice; raises UserError where the files are not there."""
+    """Opens 'train' (6000 scenes) or 'test' (600), or a slice; raises UserError if the files do not exist."""
     known_split(split, tuple(scenes.SIZES))
     images, labels = _clothes(locate(data.path or FOLDER, "data.path"), FILES[split.name])
     things = scenes.Things(functools.partial(_image, images), labels, INK, pasted)
@@ -39,7 +39,7 @@ def _image(images: np.ndarray, number: int) -> np.ndarray:
 
 
 def pasted(part: np.ndarray, thing: np.ndarray, draws: np.random.Generator) -> np.ndarray:
-    """Lays a thing on a part of a photograph as it is, where it is not black."""
+    """Pastes a thing unchanged on a part of a photograph, except its black pixels."""
     return np.where((thing > INK)[..., None], thing[..., None], part)
 
 
@@ -51,7 +51,7 @@ def _clothes(folder: epath.Path, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _idx(file: epath.Path, header: int) -> np.ndarray:
-    """Returns the bytes of a file of the MNIST format behind its header, uint8 [n]; raises UserError."""
+    """Returns the bytes after the header of a file in MNIST's format, uint8 [n]; raises UserError."""
     if not file.is_file():
         raise UserError(f"{file.parent} holds no {file.name}; run: apt-get install dataset-fashion-mnist, or set "
                         "data.path to the folder of its files")

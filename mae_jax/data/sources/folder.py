@@ -1,10 +1,10 @@
-"""folder: the images under a folder, at any depth, local or gs://.
+"""data.source=folder: the images under a folder, at any depth, local or gs://.
 
-How it is laid out is recognized in `folder_layout`: splits and classes by sub-folders, or neither. Without splits each
-image belongs where the hash of its relative path says, so that adding files moves none: 'test' is a tenth, if the
-config uses it, and 'train' the rest. A held-out split without class folders may have a list of labels (`label_lists`).
-The masks of data.mask_key lie in a folder of the same shape, as PNG files of the same names. Links are followed, to
-read. Names of files compare in Unicode's form NFC.
+`folder_layout` recognizes the layout: splits and classes by sub-folders, or neither. Without splits, the hash of an
+image's relative path decides its split, so that adding files moves no image: 'test' is a tenth, if the config uses it,
+and 'train' the rest. A held-out split without class folders may have a label list (`label_lists`). The masks of
+data.mask_key lie in a folder of the same structure, as PNG files of the same names. Symbolic links are followed for
+reading. File names are compared in Unicode's form NFC.
 """
 
 import functools
@@ -30,19 +30,19 @@ from mae_jax.storage.paths import locate
 
 log = logging.getLogger(__name__)
 
-# Of images that are not read, so that a run says so.
+# Extensions of images that are not read, which a run reports.
 UNREAD = (".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jfif", ".ppm", ".pgm", ".dng", ".nef", ".cr2", ".arw",
           ".svg", ".psd", ".dcm", ".exr", ".npy", "")
 
 OF_FILES = {".tar": "tar", ".parquet": "parquet", ".csv": "table", ".tsv": "table", ".txt": "table", ".npz": "npz",
             ".tfrecord": "tfrecord"}  # extension → the source that reads such files
-MAX_LISTED_EXTENSIONS = 5  # extensions of other files that are counted one by one
-MAX_LISTED_CLASSES = 10  # that the line about a layout names
+MAX_LISTED_EXTENSIONS = 5  # extensions of other files that are listed with counts
+MAX_LISTED_CLASSES = 10  # classes or names listed in the line about a layout
 FIELDS = ("train_split", "val_split", "eval_split")
 
 
 class Opened(NamedTuple):
-    """A folder, and how it is laid out."""
+    """A folder, and its layout."""
 
     root: epath.Path  # data.path
     layout: Layout
@@ -50,7 +50,7 @@ class Opened(NamedTuple):
 
 
 def load(data: ConfigDict, split: splits.Split) -> Source:
-    """Opens a split; raises UserError when the folder is missing, has no images, or has no such split."""
+    """Opens a split; raises UserError if the folder is missing, has no images, or has no such split."""
     opened = _open(data)
     part = _part(data, opened, split.name)
     whole = opened.layout.kind in ("splits", "nested")
@@ -69,7 +69,7 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
 
 
 def split_name(data: ConfigDict, name: str) -> str:
-    """Returns what a split is called in the folder."""
+    """Returns the name of a split in the folder."""
     layout = _layout(data)
     if layout.kind in ("splits", "nested"):
         return folder_layout.folder_of(layout, name, _field(data, name))
@@ -77,11 +77,11 @@ def split_name(data: ConfigDict, name: str) -> str:
 
 
 def describe(data: ConfigDict, opened: Mapping[str, Source]) -> str:
-    """Returns one line about how the folder was read.
+    """Returns one line about the layout of the folder.
 
     Args:
-      data: the group `data` of a config.
-      opened: 'train_split' ... → its source, of those that the config has.
+      data: the config group `data`.
+      opened: 'train_split' ... → its source, for the splits in the config.
     """
     texts = []
     for field, source in opened.items():
@@ -100,7 +100,7 @@ def describe(data: ConfigDict, opened: Mapping[str, Source]) -> str:
 
 
 def _what(data: ConfigDict, field: str) -> tuple[str, str]:
-    """Returns what a split is called in the line, and where it is read from."""
+    """Returns the name of a split for the line, and the place it is read from."""
     opened, expression, wheres, roles = _open(data), data[field], [], set()
     for split in splits.parts(expression):
         if opened.layout.kind in ("splits", "nested"):
@@ -125,7 +125,7 @@ def _what(data: ConfigDict, field: str) -> tuple[str, str]:
 
 
 def _left_out(data: ConfigDict) -> list[str]:
-    """Returns what the folder has besides, that nobody asks for, for the line about its layout."""
+    """Returns texts about the content that no split of the config reads, for the line about the layout."""
     opened, texts = _open(data), []
     parts = {_part(data, opened, split.name) for field in FIELDS if data[field] for split in splits.parts(data[field])}
     strays = sorted({_inside(opened.root, part.base / name) for part in parts for name in part.strays})
@@ -166,7 +166,7 @@ def _part(data: ConfigDict, opened: Opened, name: str) -> Part:
 
 
 def _field(data: ConfigDict, name: str) -> str:
-    """Returns which field of the config has the name of a split."""
+    """Returns the config field that holds the name of a split."""
     for field in reversed(FIELDS):
         if any(split.name == name for split in splits.parts(data.get(field) or "train")):
             return f"data.{field}"
@@ -183,7 +183,7 @@ def _root(path: str) -> epath.Path:
 
 
 def _masks(data: ConfigDict, root: epath.Path, base: epath.Path, files: Names) -> epath.Path | None:
-    """Returns the folder of a split's masks, which must have that of its first image; None without masks."""
+    """Returns the folder of a split's masks, checked for the mask of the first image; None without masks."""
     if not data.mask_key:
         return None
     masks = locate(data.mask_key, "data.mask_key") / os.path.relpath(base, root)
@@ -194,7 +194,7 @@ def _masks(data: ConfigDict, root: epath.Path, base: epath.Path, files: Names) -
 
 
 def _labels(data: ConfigDict, opened: Opened, part: Part, split: splits.Split) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Returns the labels of a part, int32 [images], and names of classes in it that the training images lack."""
+    """Returns the labels of a part, int32 [images], and the names of its classes that the training images lack."""
     names, classes = part.listing.pictures, part.classes
     if listed := _list_of(opened, part, split_name(data, split.name)):
         return listed.labels, listed.unknown
@@ -202,15 +202,15 @@ def _labels(data: ConfigDict, opened: Opened, part: Part, split: splits.Split) -
     firsts = [sys.intern(name.split("/")[0]) if "/" in name else "" for name in names]
     labels = np.array([index.get(first, UNLABELED) for first in firsts], np.int32)
     strange = [names[i] for i in np.flatnonzero(labels < 0)] if classes else []
-    if strange:  # no error: where nobody asks for labels, the folders may stand for anything
+    if strange:  # no error: if labels are not used, folders may have any meaning
         log.warning("%d of %d pictures of %r are in no class folder that the training pictures have, such as %s: they "
                     "count as unlabelled", len(strange), len(names), str(split), part.base / printable(strange[0]))
-    known = not classes or opened.layout.plain  # 0.1.0 went on without a word
+    known = not classes or opened.layout.plain  # 0.1.0 continued silently
     return labels, () if known else tuple(sorted(set(firsts) - index.keys() - {""}))
 
 
 def _list_of(opened: Opened, part: Part, split: str) -> label_lists.LabelList | None:
-    """Returns the list of labels of a held-out part without class folders, None where there is none."""
+    """Returns the label list of a held-out part without class folders, or None."""
     names = part.listing.pictures
     if part is opened.train or opened.layout.kind != "splits" or opened.layout.plain or not part.classes or (
             part.listing.folders.keys() & set(part.classes)):
@@ -235,7 +235,7 @@ def _read(base: epath.Path, files: tuple[str, ...], labels: np.ndarray, masks: e
 
 
 def unread(data: ConfigDict, expressions: Iterable[str]) -> list[str]:
-    """Returns lines about what lies in the folder and is in none of these splits, by sub-folder or by extension."""
+    """Returns lines about files in the folder that are in none of these splits, by sub-folder or by extension."""
     opened, lines = _open(data), list[str]()
     root, layout = opened.root, opened.layout
     names = {split.name for text in expressions for split in splits.parts(text)}
@@ -261,14 +261,14 @@ def unread(data: ConfigDict, expressions: Iterable[str]) -> list[str]:
 
 
 def _tops(opened: Opened) -> list[epath.Path]:
-    """Returns the folders of which one folder, or one of splits, is read, and nothing else."""
+    """Returns the folders of which only one sub-folder, or only those of splits, is read."""
     layout = opened.layout
     tops = [top for top in (layout.root, *layout.root.parents) if top.is_relative_to(opened.root)]
     return tops if layout.kind == "splits" else tops[1:]
 
 
 def _beside(opened: Opened, folder: epath.Path) -> list[str]:
-    """Returns the images that lie in the folder itself, relative to the root."""
+    """Returns the images directly in a folder, relative to the root."""
     endings = folder_listing.extensions(opened.layout.formats)
     return sorted(_inside(opened.root, file) for file in folder.iterdir()
                   if not file.name.startswith(".") and file.name.lower().endswith(endings))

@@ -1,4 +1,4 @@
-"""How a folder of images is laid out; the one place that says so.
+"""Recognizes the layout of a folder of images.
 
   flat     images at any depth, without classes
   classes  the first sub-folders are classes
@@ -6,8 +6,8 @@
            ...: `splits.role`), each flat or of classes
   nested   classes, each with sub-folders of splits
 
-Folders that wrap all the rest are gone through. What has two readings raises UserError with both of them, and with the
-value of data.layout, or the split, that decides.
+A folder that contains all the rest is descended into. An ambiguous folder raises UserError with both readings, and the
+value of data.layout, or the split, that selects each.
 """
 
 import re
@@ -23,43 +23,43 @@ from mae_jax.data.sources.folder_listing import Listing, files, folders, nfc, pi
 from mae_jax.data.sources.names import Names
 from mae_jax.errors import UserError, did_you_mean, pluralize, printable
 
-MAX_STRAYS = 10  # images beside class folders that are taken for strays, where the folders hold more
-MAX_STRAY_SHARE = 0.1  # of all images; or so many
+MAX_STRAYS = 10  # images beside class folders that count as strays, if the folders hold more
+MAX_STRAY_SHARE = 0.1  # or this share of all images
 LAYOUT = "--config.data.layout="
-MAX_NAMED = 6  # folders that a message names
-# What data sets keep apart, and no classes: images, and what is said of them.
+MAX_NAMED = 6  # folders listed in a message
+# Names of folders that are not classes: of images, and of their annotations.
 IMAGES = re.compile(r"(jpe?g|png|rgb|raw)?[_-]?(images?|imgs?|pictures?|photos?|rgb|frames)\d*", re.IGNORECASE)
 OF_IMAGES = re.compile(r"(\w*[_-])?(masks?|labels?|annotations?|anno|gt|ground_?truths?|trimaps?|depths?|edges?|"
                        r"alphas?|segmentation\w*|segmentclass\w*|seg)\d*", re.IGNORECASE)
 
 
 class Layout(NamedTuple):
-    """What `recognize` found."""
+    """The result of `recognize`."""
 
     kind: str  # flat, classes, splits, nested
-    root: epath.Path  # that has all of it: data.path, or a folder that wraps the rest
-    folders: dict[str, tuple[str, ...]] = {}  # of splits and nested: what a split is for → its folders' names
-    plain: bool = False  # as mae_jax 0.1.0 read it
-    forced: bool = False  # data.layout says so
+    root: epath.Path  # data.path, or the sub-folder that contains all the rest
+    folders: dict[str, tuple[str, ...]] = {}  # for splits and nested: role of a split → names of its folders
+    plain: bool = False  # as in mae_jax 0.1.0
+    forced: bool = False  # set by data.layout
     formats: str = "all"  # data.formats
 
 
 class Part(NamedTuple):
-    """The images of a split; without splits, of the whole."""
+    """The images of a split, or of the whole folder if it has no splits."""
 
     base: epath.Path
     listing: Listing  # relative to base
-    classes: tuple[str, ...]  # class folders: the first ones under base
+    classes: tuple[str, ...]  # class folders: the first level under base
     strays: tuple[str, ...] = ()  # images beside class folders, which are left out
 
 
 def recognize(root: epath.Path, how: str = "auto", formats: str = "all") -> Layout:
-    """Returns the layout of a folder; raises UserError for one with two readings, or none.
+    """Returns the layout of a folder; raises UserError if it is ambiguous, or not the requested one.
 
     Args:
       root: the folder.
-      how: data.layout: auto; flat, classes or splits, which it then must have; 0.1.0, as that version read it.
-      formats: data.formats, which says what images are.
+      how: data.layout: auto; flat, classes or splits, which the folder then must have; 0.1.0, as in that version.
+      formats: data.formats, which defines image files.
     """
     if how == "0.1.0":
         return _first_version(root)._replace(formats=formats)
@@ -69,7 +69,7 @@ def recognize(root: epath.Path, how: str = "auto", formats: str = "all") -> Layo
 
 
 def _recognized(root: epath.Path, how: str, formats: str) -> Layout:
-    """Returns the layout by the names of sub-folders; goes on in the only one."""
+    """Returns the layout by the names of sub-folders; descends into a single one."""
     named = {role: tuple(name for name in folders(root) if splits.role(name) == role) for role in splits.ROLES}
     train, held = named["train"], named["val"] + named["test"]
     if train and held and how != "classes":
@@ -101,7 +101,7 @@ def _recognized(root: epath.Path, how: str, formats: str) -> Layout:
 
 def _half_split(root: epath.Path, train: tuple[str, ...], held: tuple[str, ...], others: list[str], beside: int,
                 how: str, formats: str) -> Layout:
-    """Returns the layout where one folder at least has the name of a split, but those of train or held out miss."""
+    """Returns the layout if a folder is named like a split, but there is not both a training and a held-out split."""
     if train and (how == "splits" or not others):
         return Layout("splits", root, {"train": train}) if len(train) > 1 else \
             _recognized_train(root / train[0], how, formats)
@@ -118,19 +118,19 @@ def _half_split(root: epath.Path, train: tuple[str, ...], held: tuple[str, ...],
         _refuse(root, f"{_some(held)} is held out from the {pluralize(beside, 'picture')} beside it: move those into a "
                 "folder train/", f"it is no split: {LAYOUT}flat")
     inner = _recognized(root / held[0], how, formats) if len(held) == 1 and how == "auto" else None
-    if inner and inner.kind in ("splits", "nested"):  # its name says what all of it is for
+    if inner and inner.kind in ("splits", "nested"):  # its name applies to the whole folder
         return inner
     return _refuse(root, f"{_some(held)} without a folder to train on; to read one alone: "
                    f"--config.data.path={root / held[0]}", as_classes)
 
 
 def _recognized_train(folder: epath.Path, how: str, formats: str) -> Layout:
-    """Returns the layout of the only split there is, of which a part may be held out."""
+    """Returns the layout of the only split, of which a part may be held out."""
     return _recognized(folder, "auto" if how == "splits" else how, formats)
 
 
 def _check_kinds(root: epath.Path, others: list[str]) -> None:
-    """Raises UserError for images beside their masks: these would be trained on."""
+    """Raises UserError for folders of images beside folders of masks, which would be trained on."""
     images = [name for name in others if IMAGES.fullmatch(name)]
     if images and any(OF_IMAGES.fullmatch(name) for name in others):
         _refuse(root, f"the images are {_some(images)} alone: --config.data.path={root / images[0]} (and data.mask_key "
@@ -138,7 +138,7 @@ def _check_kinds(root: epath.Path, others: list[str]) -> None:
 
 
 def _check_names(root: epath.Path, others: list[str]) -> None:
-    """Raises UserError for names of splits with a letter or number behind, as trainA and testA beside trainB."""
+    """Raises UserError for names of splits with a suffix, such as trainA and testA beside trainB."""
     roles = {name: splits.role(re.sub(r"[_-]?([A-Za-z]|\d+)$", "", name)) for name in others}
     train = [name for name in others if roles[name] == "train"]
     if train and {"val", "test"} & set(roles.values()):
@@ -148,7 +148,7 @@ def _check_names(root: epath.Path, others: list[str]) -> None:
 
 
 def _check_alike(root: epath.Path, others: list[str], formats: str) -> None:
-    """Raises UserError for folders that have the same sub-folders each, as folds of the same classes have."""
+    """Raises UserError for folders that have the same sub-folders each, such as folds of the same classes."""
     inside: dict[str, set[str]] = {name: set() for name in others}
     for path in files(root, formats=formats).pictures:
         first, _, rest = path.partition("/")
@@ -161,7 +161,7 @@ def _check_alike(root: epath.Path, others: list[str], formats: str) -> None:
 
 
 def _nested(root: epath.Path, others: list[str], how: str, formats: str) -> Layout | None:
-    """Returns the layout of classes, each with folders of splits; None where there is none such."""
+    """Returns the layout of classes that each have sub-folders of splits, or None."""
     inside: dict[str, set[str]] = defaultdict(set)
     for name in files(root, formats=formats).pictures:
         first, _, rest = name.partition("/")
@@ -181,7 +181,7 @@ def _nested(root: epath.Path, others: list[str], how: str, formats: str) -> Layo
 
 
 def _first_version(root: epath.Path) -> Layout:
-    """Returns the layout as mae_jax 0.1.0 read it: splits by four names, classes where no image lies beside them."""
+    """Returns the layout as in mae_jax 0.1.0: splits by four names; classes if no image lies beside them."""
     children = folders(root, True)
     if "train" in children and set(children) & set(splits.HELD_OUT):
         return Layout("splits", root, {name: (name,) for name in children}, plain=True)
@@ -189,12 +189,12 @@ def _first_version(root: epath.Path) -> Layout:
 
 
 def folder_of(layout: Layout, name: str, field: str = "data.eval_split") -> str:
-    """Returns the name of the folder of a split; the held-out one may have any of its names, whatever the config says.
+    """Returns the folder name of a split; any usual name of the held-out split finds the held-out folder.
 
     Args:
-      layout: of splits, or nested.
+      layout: of kind splits or nested.
       name: of the split.
-      field: which has it, for a message.
+      field: the config field with the name, for messages.
     """
     known = [folder for found in layout.folders.values() for folder in found]
     if layout.plain:
@@ -217,7 +217,7 @@ def folder_of(layout: Layout, name: str, field: str = "data.eval_split") -> str:
 
 
 def training(layout: Layout, expression: str = "train") -> Part:
-    """Returns the images of the training split, or of all splits where there are none, with the classes."""
+    """Returns the images of the training split, or of the whole folder without splits, with the classes."""
     named = [split.name for split in splits.parts(expression) if splits.role(split.name) == "train"]
     names = [] if layout.plain else named  # 0.1.0 took the classes of train/
     if layout.kind == "nested":
@@ -233,13 +233,13 @@ def training(layout: Layout, expression: str = "train") -> Part:
 
 
 def part(layout: Layout, name: str, field: str, train: Part) -> Part:
-    """Returns the images of a split; of `training` where the layout has no splits.
+    """Returns the images of a split, or those of `training` if the layout has no splits.
 
     Args:
-      layout: as `recognize` gave it.
+      layout: the result of `recognize`.
       name: of the split.
-      field: of the config, which has the name.
-      train: as `training` gave it: its classes are those of all splits.
+      field: the config field with the name, for messages.
+      train: the result of `training`; its classes are those of all splits.
     """
     if layout.kind in ("flat", "classes"):
         return train
@@ -259,12 +259,12 @@ def part(layout: Layout, name: str, field: str, train: Part) -> Part:
 
 
 def few(beside: int, inside: int) -> bool:
-    """Whether images beside folders are strays, by their number and that of the images in the folders."""
+    """Returns whether images beside class folders are few enough to be strays."""
     return beside <= MAX_STRAY_SHARE * (beside + inside) or (beside <= MAX_STRAYS and beside < inside)
 
 
 def _with_classes(layout: Layout, base: epath.Path, listing: Listing) -> Part:
-    """Returns a part with its first sub-folders as classes, if there are several; strays beside them are left out."""
+    """Returns a part whose first-level sub-folders, if several, are classes; leaves out strays beside them."""
     direct, classes = listing.direct, tuple(sorted(listing.folders))
     if len(classes) < 2 or (direct and layout.plain):
         return Part(base, listing, ())
@@ -289,10 +289,10 @@ def _nested_part(layout: Layout, role: str) -> Part:
 
 
 def _unwrapped(base: epath.Path, listing: Listing, classes: tuple[str, ...] = ()) -> tuple[epath.Path, Listing]:
-    """Goes into the only folder of a split, again and again, unless it is a class."""
+    """Descends into the only sub-folder of a split, repeatedly, unless it is a class."""
     while len(listing.folders) == 1 and not listing.direct and not listing.folders.keys() & set(classes):
         names = {path.split("/", 1)[0] for path in listing.paths}
-        if len(names) > 1:  # two ways to spell it
+        if len(names) > 1:  # two Unicode spellings of one name
             break
         only = names.pop()
         base = base / only

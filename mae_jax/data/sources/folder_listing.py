@@ -1,4 +1,4 @@
-"""What lies under a folder: images, other files, and what file servers and viewers have dropped there."""
+"""Lists the images and other files under a folder, without the files that file servers and viewers create."""
 
 import functools
 import logging
@@ -19,8 +19,8 @@ from mae_jax.storage import ranges
 
 log = logging.getLogger(__name__)
 
-MAX_LISTED = 4  # names that a line counts one by one
-DROPPINGS = {  # names, in small letters, that no person gives: of NAS, viewers, archives and file systems
+MAX_LISTED = 4  # names listed with counts in a line
+DROPPINGS = {  # lower-case names that NAS, viewers, archives and file systems create
     "@eadir", "@tmp", "@recycle", "@recently-snapshot", "@sharebin", "@sharesnap", "@appstore", "@database",
     "#recycle", "#snapshot", "~snapshot", "$recycle.bin", "recycler", "system volume information", "lost+found",
     "found.000", "network trash folder", "temporary items", "thedbvolume", "thevolumesettingsfolder", "__macosx",
@@ -34,13 +34,13 @@ class Listing:
     """The files under a folder, relative to it; names are in Unicode's form NFC, and sorted."""
 
     pictures: Names  # by their extension
-    paths: Names  # what the disk calls them; the same object where that is the same
+    paths: Names  # names on disk; the same object if they are equal
     others: Names
-    ignored: tuple[tuple[str, int], ...]  # name of a dropping → how many
+    ignored: tuple[tuple[str, int], ...]  # name that is left out → count
 
     @classmethod
     def of(cls, arrays: listing_index.Arrays) -> "Listing":
-        """Returns what `_arrays` made arrays of."""
+        """Returns the listing from the arrays of `_arrays`."""
         pictures, others = (Names(arrays[f"{what}_letters"], arrays[f"{what}_ends"]) for what in ("picture", "other"))
         paths = Names(arrays["path_letters"], arrays["path_ends"]) if "path_ends" in arrays else pictures
         ignored = Names(arrays["ignored_letters"], arrays["ignored_ends"])
@@ -48,54 +48,54 @@ class Listing:
 
     @functools.cached_property
     def direct(self) -> tuple[str, ...]:
-        """The images that lie in the folder itself."""
+        """The images directly in the folder."""
         return tuple(name for name in self.pictures if "/" not in name)
 
     @functools.cached_property
     def folders(self) -> Counter[str]:
-        """The first sub-folders that have images, at any depth → how many."""
+        """First-level sub-folder → number of images in it, at any depth."""
         return Counter(name.split("/", 1)[0] for name in self.pictures if "/" in name)
 
     def only(self, kept: np.ndarray | Sequence[int]) -> "Listing":
-        """Returns the listing with these images alone."""
+        """Returns the listing with only these images, by index."""
         pictures = self.pictures.only(kept)
         return replace(self, pictures=pictures,
                        paths=pictures if self.paths is self.pictures else self.paths.only(kept))
 
 
 def nfc(name: str) -> str:
-    """Returns a name as it compares: a disk of macOS may spell the same letters otherwise than Linux's."""
+    """Returns a name in Unicode's form NFC, for comparison: macOS may encode the same letters differently."""
     return unicodedata.normalize("NFC", name)
 
 
 def is_dropping(name: str) -> bool:
-    """Whether a file or folder is hidden, or is what file servers and viewers leave behind."""
+    """Returns whether a file or folder is hidden, or created by file servers and viewers."""
     return name.startswith((".", "~$")) or name.casefold() in DROPPINGS
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is hidden: all that mae_jax 0.1.0 left out."""
+    """Returns whether a file or folder is hidden; mae_jax 0.1.0 left out only these."""
     return name.startswith(".")
 
 
 def some(names: Iterable[tuple[str, int]]) -> str:
-    """Returns '@eaDir 12, Thumbs.db 1', the most frequent of the names that are counted."""
+    """Returns the most frequent names with counts, such as '@eaDir 12, Thumbs.db 1'."""
     found = Counter(dict(names)).most_common()
     more = f", {len(found) - MAX_LISTED} more names" if len(found) > MAX_LISTED else ""
     return ", ".join(f"{printable(name)} {count}" for name, count in found[:MAX_LISTED]) + more
 
 
-@functools.lru_cache(maxsize=8)  # a run opens a folder for training, for evaluation and for its classes
+@functools.lru_cache(maxsize=8)  # a run opens a folder several times: for training, evaluation and classes
 def files(base: epath.Path, plain: bool = False, formats: str = "all") -> Listing:
     """Lists a folder at any depth.
 
     Args:
       base: the folder.
-      plain: as mae_jax 0.1.0 did, by the names on the disk, with the droppings.
-      formats: data.formats, which says what extensions images have.
+      plain: list as mae_jax 0.1.0 did: names as on disk, files of servers and viewers included.
+      formats: data.formats, which defines the extensions of images.
 
     Raises:
-      OSError: a folder in it cannot be listed: its images would be lost without a word.
+      OSError: a sub-folder cannot be listed, so its images would be silently lost.
     """
     place, left_out = os.fspath(base), _Droppings(plain)
     if "://" in place:
@@ -105,7 +105,7 @@ def files(base: epath.Path, plain: bool = False, formats: str = "all") -> Listin
 
 
 class _Droppings:
-    """Says which names are left out, and counts them."""
+    """Predicate of the names that are left out; counts them."""
 
     def __init__(self, plain: bool):
         self._drop, self.counts = is_hidden if plain else is_dropping, Counter[str]()
@@ -118,7 +118,7 @@ class _Droppings:
 
 
 def pictures(base: epath.Path, plain: bool = False, formats: str = "all") -> Listing:
-    """Returns `files` of a folder; raises UserError where there are no images."""
+    """Returns `files` of a folder; raises UserError if there are no images."""
     found = files(base, plain, formats)
     if not found.pictures:
         others = found.others
@@ -129,13 +129,13 @@ def pictures(base: epath.Path, plain: bool = False, formats: str = "all") -> Lis
 
 
 def folders(base: epath.Path, plain: bool = False) -> list[str]:
-    """Returns the names on the disk of the folders in a folder, sorted, without those that are left out."""
+    """Returns the names, as on disk, of the sub-folders of a folder that are not left out, sorted."""
     drop = is_hidden if plain else is_dropping
     return sorted(child.name for child in base.iterdir() if not drop(child.name) and child.is_dir())
 
 
 def extensions(formats: str) -> tuple[str, ...]:
-    """Returns what the names of images end with, in small letters."""
+    """Returns the extensions of image files, in lower case."""
     return EXTENSIONS["common" if formats == "common" else "all"]
 
 
@@ -143,13 +143,13 @@ Walk = Iterator[tuple[str, list[str], list[str]]]  # a folder ('' or 'a/b/'), an
 
 
 def _arrays(walk: Walk, left_out: _Droppings, plain: bool, formats: str) -> listing_index.Arrays:
-    """Returns what a walk found, as `Listing.of` takes it."""
+    """Returns the result of a walk as arrays for `Listing.of`."""
     held = {folder: (b"\0".join(name.encode(*CODING) for name in names), children) for folder, names, children in walk}
     endings = tuple(ending.encode() for ending in extensions(formats))
     pictures, paths, others, same = Collector(), Collector(), Collector(), True
     for name, path in _in_order(held, plain):
         if name.lower().endswith(endings):
-            if same and name != path:  # so far they were the same
+            if same and name != path:  # equal for all files before
                 same, paths = False, Collector.of(pictures.names())
             pictures.add(name)
             if not same:
@@ -168,7 +168,7 @@ def _in_order(held: dict[str, tuple[bytes, list[str]]], plain: bool) -> Iterator
     """Yields each file's name and path, sorted."""
     last = (b"", b"")
     for found in _merged(held, plain):
-        if found < last:  # two folders have one name in NFC, and their files mingle
+        if found < last:  # two folders have the same name in NFC, so their files interleave
             break
         last = found
     else:
@@ -178,7 +178,7 @@ def _in_order(held: dict[str, tuple[bytes, list[str]]], plain: bool) -> Iterator
 
 
 def _merged(held: dict[str, tuple[bytes, list[str]]], plain: bool) -> Iterator[tuple[bytes, bytes]]:
-    """Yields likewise, folder by folder at the place of its name: '/' sorts among the letters of names."""
+    """Yields names and paths folder by folder, where a folder sorts as its name with '/', among other characters."""
     def entries(name: bytes, path: bytes) -> Iterator[tuple[bytes, bytes, bool]]:
         joined, children = held[path.decode(*CODING)]
         own = [(_spelled(each, plain), each, False) for each in (joined.split(b"\0") if joined else ())]
@@ -198,12 +198,12 @@ def _merged(held: dict[str, tuple[bytes, list[str]]], plain: bool) -> Iterator[t
 
 
 def _spelled(name: bytes, plain: bool) -> bytes:
-    """Returns a name as it compares."""
+    """Returns a name in the form that is compared."""
     return name if plain or name.isascii() else nfc(name.decode(*CODING)).encode(*CODING)
 
 
 def _walk_bucket(base: epath.Path, left_out: Callable[[str], bool]) -> Walk:
-    """Yields each folder of a bucket, but for names that are left out."""
+    """Walks the folders of a bucket, without names that are left out."""
     if os.fspath(base).startswith("s3://"):
         yield from _walk_objects(os.fspath(base), left_out)
         return
@@ -214,7 +214,7 @@ def _walk_bucket(base: epath.Path, left_out: Callable[[str], bool]) -> Walk:
 
 
 def _walk_objects(base: str, left_out: Callable[[str], bool]) -> Walk:
-    """Yields likewise, as fsspec lists each folder."""
+    """Walks the folders of a bucket by fsspec."""
     import fsspec
 
     system, inside = fsspec.core.url_to_fs(base.rstrip("/"))
@@ -231,8 +231,7 @@ def _walk_objects(base: str, left_out: Callable[[str], bool]) -> Walk:
 
 
 def _walk_local(base: str, left_out: Callable[[str], bool], folders: listing_index.Folders) -> Walk:
-    """Yields likewise. Links are followed, to folders too, but into no folder that is read already: a loop ends there.
-    """
+    """Walks a local folder. Symbolic links are followed, except to folders that are read already, which ends loops."""
     top = os.path.realpath(base)
     read, pending, odd = [top], [""], defaultdict(list)
     while pending:
@@ -261,7 +260,7 @@ def _walk_local(base: str, left_out: Callable[[str], bool], folders: listing_ind
                 pending.append(f"{name}/")
                 children.append(entry.name)
             elif os.path.isfile(entry.path) or not os.path.exists(entry.path):
-                names.append(entry.name)  # also what a link promises and is not there: a broken image, by name
+                names.append(entry.name)  # also dangling links: reported as broken images, by name
             else:
                 odd["file", "left out, no regular one"].append(name)
         yield folder, names, children

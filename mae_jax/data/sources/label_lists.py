@@ -1,8 +1,8 @@
-"""Lists of labels beside the images of a split that has no class folders, as ImageNet's validation set comes.
+"""Label lists beside the images of a split without class folders, such as ImageNet's validation set.
 
-Read are text files that name each image and its class (Tiny-ImageNet's val_annotations.txt, LOC_val_solution.csv of
-Kaggle's ImageNet, Caffe's val.txt with numbers of the sorted classes), or that have a class for each image, in the
-order of the images' names (imagenet_2012_validation_synset_labels.txt).
+Text files that name each image and its class are read (Tiny-ImageNet's val_annotations.txt, LOC_val_solution.csv of
+Kaggle's ImageNet, Caffe's val.txt with numbers of the sorted classes), and files with one class per image in the order
+of the images' names (imagenet_2012_validation_synset_labels.txt).
 """
 
 import logging
@@ -22,36 +22,36 @@ from mae_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 EXTENSIONS = (".txt", ".csv", ".tsv")
-MAX_BYTES = 1 << 28  # of a file that is looked at
-MAX_FILES = 64  # of a folder, that are looked at
+MAX_BYTES = 1 << 28  # largest file that is considered
+MAX_FILES = 64  # most files of a folder that are considered
 
 
 class LabelList(NamedTuple):
-    """The labels of the images of a split, by a file."""
+    """The labels of a split's images, from a file."""
 
     file: epath.Path
     labels: np.ndarray  # int32 [images], -1 without one
-    unknown: tuple[str, ...]  # names in it that are no class
+    unknown: tuple[str, ...]  # names in the file that are no class
 
 
 def find(places: Iterable[epath.Path], split: str, pictures: Sequence[str], classes: tuple[str, ...]
          ) -> LabelList | None:
-    """Returns the list that labels most images of a split; None where no file is one.
+    """Returns the list that labels the most images of a split; None if no file is a label list.
 
     Args:
-      places: folders whose files are looked at.
-      split: the name of the split's folder; a file without names of images must have a name for the same split.
+      places: folders whose files are considered.
+      split: the name of the split's folder; a file without image names must be named for the same split.
       pictures: names of the images.
       classes: names of the classes.
 
     Raises:
-      UserError: a list has numbers that cannot be told to be those of the sorted classes.
+      UserError: a list has numbers that are not clearly those of the sorted classes.
     """
     best = None
     for place in dict.fromkeys(places):
         files = [file for file in sorted(place.iterdir()) if file.name.lower().endswith(EXTENSIONS)
-                 and "submission" not in file.name.lower()]  # Kaggle's samples hold placeholders
-        if len(files) > MAX_FILES:  # captions of the images
+                 and "submission" not in file.name.lower()]  # Kaggle's sample submissions hold placeholders
+        if len(files) > MAX_FILES:  # such as one caption file per image
             files = [file for file in files if _is_for(file.name, split)][:MAX_FILES]
         for file in files:
             if not file.is_file() or file.stat().length > MAX_BYTES:
@@ -80,7 +80,7 @@ def _read(file: epath.Path, split: str, pictures: Sequence[str], classes: tuple[
     found = {label for _, label in named}
     if found.isdisjoint(classes) and all(re.fullmatch(r"\d+", label) for label in found) and not (
             _is_for(file.name, split) and len(named) == len(rows)):
-        return None  # any table of images has numbers, which need not be those of classes
+        return None  # a table of images has numbers that need not be class numbers
     if len(found) == 1 and len(classes) > 1 and len(named) > 1:
         log.warning("%s gives one class to all images: it is not taken for a list of labels", file)
         return None
@@ -92,7 +92,7 @@ def _read(file: epath.Path, split: str, pictures: Sequence[str], classes: tuple[
 
 
 def _classes_second(rows: list[list[str]], classes: tuple[str, ...]) -> list[list[str]]:
-    """Returns the rows with what is most often a class second: a table may have other columns before it."""
+    """Returns the rows with the class column second: the column that names a class most often."""
     def hits(column: int) -> int:
         return sum(len(row) > column and row[column] in known for row in rows)
 
@@ -102,7 +102,7 @@ def _classes_second(rows: list[list[str]], classes: tuple[str, ...]) -> list[lis
 
 
 def _check_order(file: epath.Path, pictures: Sequence[str]) -> None:
-    """Raises UserError where the names' order as texts is not that of the numbers in them: 10.jpg before 2.jpg."""
+    """Raises UserError if the names sort differently as texts than by their numbers, as 10.jpg and 2.jpg."""
     natural = sorted(pictures, key=lambda name: [int(part) if part.isdigit() else part
                                                  for part in re.split(r"(\d+)", name)])
     if natural != list(pictures):
@@ -112,7 +112,7 @@ def _check_order(file: epath.Path, pictures: Sequence[str]) -> None:
 
 
 def _fields(line: str) -> list[str]:
-    """Returns the fields of a line; of the second, its first word: after it, LOC_val_solution.csv has boxes."""
+    """Splits a line into fields; LOC_val_solution.csv has boxes after the class, which are removed."""
     separator = next((each for each in ("\t", ",", ";") if each in line), None)
     fields = [field.strip().strip('"') for field in line.strip().split(separator)]
     if len(fields) > 1 and fields[1] and separator == ",":
@@ -122,13 +122,13 @@ def _fields(line: str) -> list[str]:
 
 
 def _is_for(name: str, split: str) -> bool:
-    """Whether the name of a file says that it is for a split."""
+    """Returns whether a file name contains the name of a split."""
     words = re.findall(r"[a-z]+", name.casefold())
     return splits.role(split) in {splits.role(word) for word in words}
 
 
 def _index(file: epath.Path, found: set[str], classes: tuple[str, ...]) -> dict[str, int]:
-    """Returns what the list calls a class → its number; names go before numbers."""
+    """Returns the list's name of a class → its number; names take precedence over numbers."""
     index = {name: number for number, name in enumerate(classes)}
     if found & index.keys() or not all(re.fullmatch(r"\d+", label) for label in found):
         return index

@@ -1,10 +1,9 @@
-"""letters: a white letter, A to Z, on a dark part of a photograph; the class is the letter.
+"""data.source=letters: a white letter, A to Z, on a dark part of a photograph; the class is the letter.
 
-The letters are of fonts that matplotlib installs with itself, the photographs those of scikit-image and scikit-learn.
-No font is in both splits, though others of its family are, and no pixel of a photograph: training shows the left of
-each, test the right (`scenes`). Place, size, slant, font and background say nothing of the class, so pixels alone do
-not tell it. 26,000 images to train and 2,600 to test, 32 x 32; each is a function of its split and number alone. All
-values are our choice.
+The fonts are those that matplotlib installs, the photographs those of scikit-image and scikit-learn. No font is in both
+splits, though others of its family are, and no pixel of a photograph: training uses the left of each, test the right
+(`scenes`). Position, size, slant, font and background are independent of the class. 26,000 images to train and 2,600 to
+test, 32 x 32; each is a function of its split and number alone. All values are our choice.
 """
 
 import functools
@@ -19,7 +18,7 @@ from mae_jax.data.sources.base import Example, Source, known_split, numbered_nam
 from mae_jax.data.sources.splits import Split
 from mae_jax.rng import rng
 
-FONTS = {  # a face is in one split alone; others of its family may be in the other
+FONTS = {  # a font is in one split only; others of its family may be in the other
     "train": ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-BoldOblique", "DejaVuSansMono", "DejaVuSansMono-Oblique",
               "DejaVuSansMono-BoldOblique", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic",
               "STIXGeneral", "STIXGeneralItalic", "STIXGeneralBolIta", "cmb10", "cmmi10", "cmr10", "cmtt10"),
@@ -28,21 +27,21 @@ FONTS = {  # a face is in one split alone; others of its family may be in the ot
 CLASSES = tuple(string.ascii_uppercase)
 SIZES = {"train": 26_000, "test": 2_600}
 SIDE = 32  # of an image, in pixels
-GLYPH_SIDE = 64  # of the square in whose middle a letter is kept, in pixels
-GLYPH_HEIGHT = 2 / 3  # of a capital letter in it, as a share
-HEIGHTS = (0.5, 0.75)  # lowest and highest capital, as shares of the image
-WIDTHS = (0.8, 1.2)  # of letters, as shares of the font's
-SLANT = 10  # degrees to either side
+GLYPH_SIDE = 64  # of the square around a letter, in pixels
+GLYPH_HEIGHT = 2 / 3  # height of a capital letter, as a share of the square
+HEIGHTS = (0.5, 0.75)  # smallest and largest height of a capital, as shares of the image
+WIDTHS = (0.8, 1.2)  # smallest and largest width, as shares of the font's
+SLANT = 10  # degrees in either direction
 GROUND_SIDES = (24, 64)  # smallest and largest part of a background, in pixels
-BRIGHTNESS, CONTRAST = 0.5, 0.35  # of the background: of its mean color, and of what differs from it
-SAMPLES = 2  # of a pixel, in each direction
+BRIGHTNESS, CONTRAST = 0.5, 0.35  # factors of the background's mean color, and of the deviation from it
+SAMPLES = 2  # samples per pixel, in each direction
 
 
 def load(data: ConfigDict, split: Split) -> Source:
     """Opens 'train' (26,000 images) or 'test' (2,600), or a slice; neighbors have different letters.
 
     Raises:
-      UserError: there is no such split, or matplotlib, scikit-image or scikit-learn is not installed.
+      UserError: the split is unknown, or matplotlib, scikit-image or scikit-learn is not installed.
     """
     known_split(split, tuple(SIZES))
     return Source(SIZES[split.name], functools.partial(_read, split.name),
@@ -50,7 +49,7 @@ def load(data: ConfigDict, split: Split) -> Source:
 
 
 def label(i: int) -> int:
-    """Returns the class of the i-th image: the letters take turns."""
+    """Returns the class of the i-th image: the letters alternate."""
     return i % len(CLASSES)
 
 
@@ -63,7 +62,7 @@ def _read(split: str, i: int) -> Example:
 
 
 def _ground(backgrounds: list[np.ndarray], draws: np.random.Generator) -> np.ndarray:
-    """Returns a dark and flat part of a random photograph, float32 [32, 32, 3] in 0..255."""
+    """Returns a darkened part of a random photograph with reduced contrast, float32 [32, 32, 3] in 0..255."""
     whole = backgrounds[int(draws.integers(len(backgrounds)))]
     side = int(draws.integers(GROUND_SIDES[0], GROUND_SIDES[1] + 1))
     top, left = draws.integers(scenes.SIDE - side + 1, size=2)
@@ -74,12 +73,12 @@ def _ground(backgrounds: list[np.ndarray], draws: np.random.Generator) -> np.nda
 
 
 def _placed(glyph: Image.Image, draws: np.random.Generator) -> np.ndarray:
-    """Returns a letter in random size, width, slant and place, uint8 [32, 32]: how much ink covers each pixel."""
+    """Returns a letter at random size, width, slant and position, uint8 [32, 32]: the ink coverage of each pixel."""
     height = draws.uniform(*HEIGHTS) * SIDE
     width, angle = draws.uniform(*WIDTHS), np.deg2rad(draws.uniform(-SLANT, SLANT))
     center = SIDE / 2 + draws.uniform(-1, 1, 2) * (SIDE - height) / 2
-    zoom = GLYPH_SIDE * GLYPH_HEIGHT / height  # pixels of the glyph to one of the image
-    # From the image to the glyph, as PIL wants it.
+    zoom = GLYPH_SIDE * GLYPH_HEIGHT / height  # pixels of the glyph per pixel of the image
+    # From the image to the glyph, as PIL expects it.
     matrix = zoom * np.array([[np.cos(angle) / width, np.sin(angle) / width], [-np.sin(angle), np.cos(angle)]])
     offset = GLYPH_SIDE / 2 - matrix @ center
     rows = np.column_stack([matrix / SAMPLES, offset])
@@ -90,14 +89,14 @@ def _placed(glyph: Image.Image, draws: np.random.Generator) -> np.ndarray:
 
 @functools.cache
 def _faces(split: str) -> list[list[Image.Image]]:
-    """Returns the letters of each font of a split."""
+    """Returns the letters of each font of a split, white on black."""
     folder = package_folder("matplotlib", "matplotlib", "letters") / "mpl-data" / "fonts" / "ttf"
     fonts = [ImageFont.truetype(str(folder / f"{name}.ttf"), GLYPH_SIDE) for name in FONTS[split]]
     return [[_glyph(font, letter) for letter in CLASSES] for font in fonts]
 
 
 def _glyph(font: ImageFont.FreeTypeFont, letter: str) -> Image.Image:
-    """Returns a letter, white on black, in a square: all capitals of all fonts are equally high."""
+    """Returns a letter, white on black, in a square; capitals of all fonts have the same height."""
     left, _, right, _ = font.getbbox(letter)
     _, top, _, bottom = font.getbbox("H")
     side = (bottom - top) / GLYPH_HEIGHT

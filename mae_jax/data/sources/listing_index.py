@@ -1,8 +1,7 @@
-"""The listing of a large folder, kept until one of its folders changes: then it is made anew.
+"""Cache of the listing of a large folder, valid until one of its sub-folders changes.
 
-Adding, removing or renaming a file changes the time of the folder that it lies in, which the kernel sets; looking at
-the folders takes as long as there are folders, not files. What links lead to changes elsewhere: a folder with links in
-it is listed at each start.
+Adding, removing or renaming a file changes the time of its folder, which the kernel sets; checking the times takes time
+per folder, not per file. The targets of links change elsewhere, so a folder with links is listed at each start.
 """
 
 import os
@@ -15,26 +14,26 @@ import numpy as np
 from mae_jax.data.sources.names import Names
 from mae_jax.storage import cache
 
-VERSION = 1  # of what is kept
-FROM = 50_000  # files; fewer are listed as fast
-SETTLED = 2_000_000_000  # nanoseconds after its last change in which a folder may change within the clock's precision
+VERSION = 1  # of the cached arrays
+FROM = 50_000  # files; fewer are listed as fast without a cache
+SETTLED = 2_000_000_000  # nanoseconds; a later change within the clock's precision could leave the time as it is
 Arrays = dict[str, np.ndarray]
 
 
 class Folders:
-    """The folders that a listing has gone through, and when each changed before it was read."""
+    """The folders that a listing has visited, and the time of each one's last change before it was read."""
 
     def __init__(self) -> None:
-        self.links = False  # whether one leads elsewhere
+        self.links = False  # whether there are symbolic links
         self._names, self._times, self._began = list[str](), list[int](), time.time_ns()
 
     def add(self, base: str, name: str) -> None:
-        """Takes note of a folder that is about to be read."""
+        """Records a folder that is about to be read."""
         self._names.append(name)
         self._times.append(_changed(os.path.join(base, name)))
 
     def arrays(self) -> Arrays | None:
-        """Returns what is kept of the folders, None where it would not tell a change."""
+        """Returns the arrays to cache for the folders; None if they could not reveal a change."""
         if self.links or max(self._times, default=0) > self._began - SETTLED:
             return None
         names = Names.of(self._names)
@@ -42,12 +41,13 @@ class Folders:
 
 
 def kept(base: str, how: Any, make: Callable[[Folders], Arrays]) -> Arrays:
-    """Returns the listing of a folder on a disk, as `make` gives it.
+    """Returns the listing of a local folder, from the cache or by `make`.
 
     Args:
       base: the folder.
-      how: it is listed; another value, another listing.
-      make: lists the folder, and tells `Folders` of each that it reads; it has `picture_ends` and `other_ends`.
+      how: options of the listing, part of the cache key.
+      make: lists the folder, and adds each folder it reads to `Folders`; its result has `picture_ends` and
+        `other_ends`.
     """
     key = ("folder", VERSION, os.path.realpath(base), how)
     found = cache.found(key)
@@ -67,7 +67,7 @@ def _unchanged(base: str, found: Arrays) -> bool:
 
 
 def _changed(folder: str) -> int:
-    """Returns when a folder changed, in nanoseconds; -1 where it is not there."""
+    """Returns the time of a folder's last change, in nanoseconds; -1 if it does not exist."""
     try:
         stat = os.stat(folder)
     except OSError:

@@ -1,10 +1,10 @@
 """data.mix: several folders, or other data of one source, each with a weight: "3:/data/photos", "1:/data/drawings".
 
-A weight says how often a draw is from there, whatever the sizes: of each 4 draws in a row that begin at a multiple of
-4, 3 are photos and 1 is a drawing, in an order of their own. Where the k-th draw comes from is a function of (seed, k),
-and so is how many came from there before it: each part goes through all its examples, in orders of its own, before it
-begins again. An epoch of the config's durations is as many draws as all parts have examples; evaluations read each
-example once. Classes are one by their names.
+Weights are relative frequencies of draws, whatever the sizes: of each 4 consecutive draws that begin at a multiple of
+4, 3 are photos and 1 is a drawing, in random order. The part of the k-th draw is a function of (seed, k), and so is the
+number of earlier draws from that part: each part visits all its examples, in its own random order, before it repeats.
+An epoch of the config's durations is as many draws as all parts have examples; evaluations read each example once.
+Classes of the same name are merged.
 """
 
 import functools
@@ -22,19 +22,19 @@ from mae_jax.data.sources.base import UNLABELED, Example, RecordStream, Source
 from mae_jax.errors import UserError, pluralize, printable
 from mae_jax.rng import example_at
 
-MOST = 10_000  # draws after which the weights have come out even
+MOST = 10_000  # largest sum of the weights in lowest terms
 PART = re.compile(r"(\d+(?:\.\d+)?):(.+)", re.DOTALL)
 
 
 class Mix(NamedTuple):
     """The parts of data.mix."""
 
-    weights: tuple[int, ...]  # of so many draws in a row
+    weights: tuple[int, ...]  # draws from each part, per sum of the weights
     paths: tuple[str, ...]
 
 
 def parsed(parts: Sequence[str]) -> Mix:
-    """Reads data.mix; raises UserError."""
+    """Parses data.mix; raises UserError."""
     found = [PART.fullmatch(part) for part in parts]
     for part, match in zip(parts, found, strict=True):
         if not match or not Fraction(match[1]):
@@ -52,7 +52,7 @@ def parsed(parts: Sequence[str]) -> Mix:
 
 
 def parts(data: ConfigDict) -> list[ConfigDict]:
-    """Returns the group `data` of each part; of data without a mix, itself; raises UserError."""
+    """Returns the config group `data` of each part, or itself for data without a mix; raises UserError."""
     if not data.get("mix"):
         return [data]
     if data.get("path"):
@@ -68,7 +68,7 @@ def parts(data: ConfigDict) -> list[ConfigDict]:
 
 
 def mixed(data: ConfigDict, opened: Sequence[Source | RecordStream]) -> Source:
-    """Returns the examples of all parts, whose training draws go by the weights; raises UserError for streams."""
+    """Returns the examples of all parts, with training draws by the weights; raises UserError for streams."""
     mix = parsed(data.mix)
     sources = [source for source in opened if isinstance(source, Source)]
     if len(sources) < len(opened):
@@ -95,7 +95,7 @@ def mixed(data: ConfigDict, opened: Sequence[Source | RecordStream]) -> Source:
 
 
 def _place(ends: Sequence[int], index: int) -> tuple[int, int]:
-    """Returns which part has an example, and its number there."""
+    """Returns the part that has an example, and the index of the example there."""
     part = bisect_right(ends, index)
     return part, index - (ends[part - 1] if part else 0)
 
@@ -123,7 +123,7 @@ def _name(ends: Sequence[int], paths: Sequence[str], names: Sequence[Callable[[i
 
 
 def drawn(weights: tuple[int, ...], sizes: tuple[int, ...], seed: int, number: int) -> int:
-    """Returns which example of all the parts a draw shows, by its number in the run."""
+    """Returns the index, among the examples of all parts, that a draw shows, by the draw's number in the run."""
     total = sum(weights)
     block, place = divmod(number, total)
     at = example_at(seed, block, total, place, "mix")
@@ -135,7 +135,7 @@ def drawn(weights: tuple[int, ...], sizes: tuple[int, ...], seed: int, number: i
 
 
 def describe(data: ConfigDict, opened: Mapping[str, Source], lines: Sequence[str]) -> str:
-    """Returns a line about the mix, and that of each part."""
+    """Returns a line about the mix, including the line of each part."""
     mix, train = parsed(data.mix), opened["train_split"]
     shares = ", ".join(f"{weight} of {sum(mix.weights)} draws from {printable(path)}"
                        for weight, path in zip(mix.weights, mix.paths, strict=True))

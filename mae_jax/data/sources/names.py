@@ -1,23 +1,23 @@
-"""Millions of names in the memory that their letters take."""
+"""Compact storage of millions of names."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-CODING = ("utf-8", "surrogatepass")  # whose bytes sort as the texts do, and which has what a disk's bytes that are no
-# UTF-8 become
+CODING = ("utf-8", "surrogatepass")  # bytes sort like the texts, and file names that are not UTF-8
+# can be encoded
 
 
 class Names(Sequence[str]):
-    """Texts, in order: one array of bytes, and where each ends."""
+    """A sequence of texts, stored as one array of bytes and the end of each."""
 
     def __init__(self, letters: np.ndarray, ends: np.ndarray):
-        """Takes uint8 [bytes] and int64 [n]."""
+        """Takes the bytes, uint8 [bytes], and the end of each text, int64 [n]."""
         self.letters, self.ends = letters, ends
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> "Names":
-        """Returns these texts."""
+        """Returns the sequence of these texts."""
         collected = Collector()
         for text in texts:
             collected.add(text.encode(*CODING))
@@ -33,7 +33,7 @@ class Names(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         begin = 0
-        for first in range(0, len(self.ends), 10_000):  # the whole would have a number object for each
+        for first in range(0, len(self.ends), 10_000):  # in parts: a list of all ends would take much memory
             ends = self.ends[first:first + 10_000].tolist()
             part, start = self.letters[begin:ends[-1]].tobytes(), begin
             for end in ends:
@@ -41,7 +41,7 @@ class Names(Sequence[str]):
                 begin = end
 
     def only(self, kept: np.ndarray | Sequence[int]) -> "Names":
-        """Returns those at these places, in this order."""
+        """Returns the texts at these indices, in this order."""
         kept = np.asarray(kept, np.int64)
         if len(kept) == len(self) and (np.diff(kept) == 1).all():
             return self
@@ -59,7 +59,7 @@ class Names(Sequence[str]):
 
 
 class Collector:
-    """Names on their way into memory."""
+    """Collects names into compact storage."""
 
     def __init__(self) -> None:
         self._letters, self._sizes = bytearray(), [np.zeros(0, np.int64)]
@@ -67,21 +67,21 @@ class Collector:
 
     @classmethod
     def of(cls, names: Names) -> "Collector":
-        """Returns one that has these already."""
+        """Returns a collector that starts with these names."""
         collected = cls()
         collected._letters += names.letters.tobytes()
         collected._sizes.append(np.diff(names.ends, prepend=0))
         return collected
 
     def add(self, name: bytes) -> None:
-        """Appends a name, as CODING has it."""
+        """Appends a name, encoded by CODING."""
         self._letters += name
         self._last.append(len(name))
         if len(self._last) == 100_000:
             self._pack()
 
     def names(self) -> Names:
-        """Returns all that were added."""
+        """Returns all added names."""
         self._pack()
         return Names(np.frombuffer(self._letters, np.uint8), np.cumsum(np.concatenate(self._sizes)))
 

@@ -1,9 +1,8 @@
-"""npz: arrays of images in one NumPy file, held in memory.
+"""data.source=npz: arrays of images in one NumPy file, held in memory.
 
-Either x_train, y_train, x_test and y_test (Keras), or train_images, train_labels, val_images ... (MedMNIST), or the
-arrays named by data.image_key and data.label_key, of which a tenth, chosen by a hash of the index, is 'test' if the
-config uses it. Labels are optional: class numbers [n], or uint8 or
-bool [n, C], 1 where a class is in the image.
+The arrays are x_train, y_train, x_test and y_test (Keras), or train_images, train_labels, val_images ... (MedMNIST), or
+those named by data.image_key and data.label_key. Of the latter, a tenth, by a hash of the index, is 'test' if the
+config uses it. Labels are optional: class numbers [n], or uint8 or bool [n, C], 1 where a class is in the image.
 """
 
 import functools
@@ -30,7 +29,7 @@ SCHEMES = (("x_{}", "y_{}"), ("{}_images", "{}_labels"))
 
 
 def load(data: ConfigDict, split: splits.Split) -> Source:
-    """Opens a split; raises UserError when the file or its arrays are not as described."""
+    """Opens a split; raises UserError if the file or its arrays are not as described."""
     path = epath.Path(data.path)
     if not data.path or not path.is_file():
         raise UserError(f"data.path={data.path!r} is no file; data.source='npz' needs one")
@@ -53,18 +52,24 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
 
 
 def split_name(data: ConfigDict, name: str) -> str:
-    """Returns what a split is called in the file."""
+    """Returns the name of a split in the file."""
     with opened(epath.Path(data.path)) as arrays:
         return name if _scheme(arrays.files) else splits.held_out_name(name)
 
 
 def _scheme(names: Collection[str]) -> tuple[str, str] | None:
-    """Returns how the arrays of images and labels of a split are called; None where there are no splits."""
+    """Returns the name patterns of the arrays of images and labels per split; None without splits."""
     return next((scheme for scheme in SCHEMES if scheme[0].format("train") in names), None)
 
 
 def _source(images: np.ndarray, labels: np.ndarray | None, name: str) -> Source:
-    """Checks the arrays; uint8 [n, height, width], [.., 1] or [.., 3], and integers [n] (or [n, 1]) or 0/1 [n, C]."""
+    """Builds a source from images and labels; raises UserError for other shapes or dtypes.
+
+    Args:
+      images: uint8 [n, height, width], [.., 1] or [.., 3].
+      labels: integers [n] or [n, 1], or 0 and 1 [n, C].
+      name: of the array of images.
+    """
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
         raise UserError(f"array {name!r} is {images.dtype} {list(images.shape)}; expected uint8 [n, height, width, 3] "
                         "or [n, height, width]")
@@ -89,7 +94,7 @@ def _read(images: np.ndarray, labels: np.ndarray, several: np.ndarray | None, i:
 
 
 def _several(labels: np.ndarray, images: int, name: str) -> np.ndarray | None:
-    """Returns labels that say of each class whether it is there, uint8 [n, C]; None for class numbers."""
+    """Returns multi-hot labels, uint8 [n, C]; None for class numbers."""
     if labels.ndim != 2 or labels.shape[1] == 1 or len(labels) != images or labels.dtype not in (np.uint8, bool):
         return None
     if labels.max(initial=0) > 1:

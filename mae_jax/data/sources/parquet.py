@@ -1,12 +1,12 @@
-"""parquet: Parquet files of encoded images, as Hugging Face's `datasets` writes them and its hub keeps them.
+"""data.source=parquet: Parquet files of encoded images, as written by Hugging Face's `datasets` and stored on its hub.
 
-data.path is a folder, or a pattern (`patterns`), local or in a bucket; files are told apart by splits as the hub names
-them (train-00000-of-00002.parquet); without splits a tenth is held out by a hash of the row, if the config uses it. The
-column of images (data.image_key, or the one that the files' metadata call an image) has bytes, or a struct of `bytes`
-and `path`; that of labels (data.label_key) numbers or texts, with names of classes from the metadata.
+data.path is a folder or a pattern (`patterns`), local or in a bucket. Files are assigned to splits by the hub's names
+(train-00000-of-00002.parquet); without splits, a tenth is held out by a hash of the row, if the config uses it. The
+image column (data.image_key, or the one that the metadata declare an image) has bytes, or a struct of `bytes` and
+`path`; the label column (data.label_key) has numbers or texts, with class names from the metadata.
 
-A Parquet file is read in groups of many rows: for random access each is copied once, in Arrow's own format, to the
-folder of `storage.cache`, and mapped into memory.
+A Parquet file is read in groups of many rows. For random access, each file is copied once, in Arrow's format, to the
+folder of `storage.cache`, and memory-mapped.
 """
 
 import bisect
@@ -35,28 +35,28 @@ log = logging.getLogger(__name__)
 
 VERSION = 2  # of the copy
 ENDING = ".parquet"
-BATCH = 64  # rows that are copied at once
+BATCH = 64  # rows copied at once
 
 
 class Columns(NamedTuple):
-    """Which columns are read, and what their metadata say."""
+    """The columns that are read, and their metadata."""
 
     image: str
     label: str  # '' for none
     mask: str  # '' for none
-    classes: tuple[str, ...]  # names by number, () where nothing says
+    classes: tuple[str, ...]  # names by number, () without metadata
 
 
 class Rows(NamedTuple):
-    """The rows of one file, mapped into memory."""
+    """The rows of one file, memory-mapped."""
 
     batches: tuple[pa.RecordBatch, ...]
     ends: tuple[int, ...]  # rows up to the end of each batch
-    labels: np.ndarray  # int64 [n], or texts
+    labels: np.ndarray  # int64 or str [n]
 
 
 def load(data: ConfigDict, split: splits.Split) -> Source:
-    """Opens a split; raises UserError when no file fits, or one has no such columns or is damaged."""
+    """Opens a split; raises UserError if no file fits, or one lacks the columns or is damaged."""
     files, columns = _files(data, split.name)
     rows = [_rows(file, columns) for file in files]
     every = _source(data, split.name, files, columns, rows)
@@ -64,12 +64,12 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
 
 
 def split_name(data: ConfigDict, name: str) -> str:
-    """Returns what a split is called in the files."""
+    """Returns the name of a split in the files."""
     return patterns.split_name(data.path, ENDING, name)
 
 
 def describe(data: ConfigDict, opened: Mapping[str, Source]) -> str:
-    """Returns one line about which columns were read."""
+    """Returns one line about the columns that were read."""
     files, columns = _files(data, splits.parts(data.get("train_split") or "train")[0].name)
     parts = told(data, opened)
     label = f"labels from {printable(columns.label)!r}" if columns.label else "no labels"
@@ -105,7 +105,7 @@ def _name(names: list[str], ends: list[int], i: int) -> str:
 
 
 def _place(ends: list[int], i: int) -> tuple[int, int]:
-    """Returns which file an example is in, and its row there."""
+    """Returns the index of the file with an example, and the row there."""
     file = bisect.bisect_right(ends, i)
     return file, i - (ends[file - 1] if file else 0)
 
@@ -114,10 +114,11 @@ def _labels(data: ConfigDict, split: str, columns: Columns, rows: list[Rows]
             ) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
     """Returns labels, int [rows], classes, and names of classes that the training split lacks.
 
-    Names go before numbers: a split whose metadata number the classes otherwise has those of the training split.
+    Names take precedence over numbers: a split whose metadata number the classes differently gets the numbers of the
+    training split.
 
     Raises:
-      UserError: a number is beyond the names, or that of no class.
+      UserError: a number exceeds the names, or is no class number.
     """
     values = np.concatenate([each.labels for each in rows])
     numbers = np.issubdtype(values.dtype, np.integer)
@@ -158,7 +159,7 @@ def _files(data: ConfigDict, split: str) -> tuple[list[epath.Path], Columns]:
 
 @lru_cache(maxsize=100_000)
 def _columns(name: str, size: int, changed: int, image: str, label: str, mask: str, unlabeled: bool) -> Columns:
-    """Finds the columns of a file; '' stands for what nobody named."""
+    """Finds the columns of a file; '' stands for a column that is not configured."""
     file = epath.Path(name)
     schema = _opened(file, lambda opened: opened.schema_arrow)
     if len(set(schema.names)) < len(schema.names):
@@ -193,7 +194,7 @@ def _columns(name: str, size: int, changed: int, image: str, label: str, mask: s
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
-    """Returns the type of the values of a dictionary, and any other type as it is."""
+    """Returns the value type of a dictionary, and any other type unchanged."""
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
@@ -202,7 +203,7 @@ def _numeric(kind: pa.DataType) -> bool:
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
-    """Returns what `datasets` says of the columns, {} where it does not."""
+    """Returns the column features from the metadata of `datasets`, {} without these."""
     try:
         said = bounded_json.parse_object((schema.metadata or {}).get(b"huggingface", b"{}"))
         features = said.get("info", {}).get("features", {})
@@ -212,7 +213,7 @@ def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
 
 
 def _bytes_of(kind: pa.DataType) -> bool:
-    """Whether a column may hold encoded images: bytes, or a struct that has some as `bytes`."""
+    """Returns whether a column may hold encoded images: bytes, or a struct with bytes in the field `bytes`."""
     if pa.types.is_struct(kind):
         place = kind.get_field_index("bytes")
         return place >= 0 and _bytes_of(kind.field(place).type)
@@ -220,12 +221,12 @@ def _bytes_of(kind: pa.DataType) -> bool:
 
 
 def _opened(file: epath.Path, what: Any) -> Any:
-    """Returns what a function makes of an opened file; raises UserError for a damaged one."""
+    """Returns the result of a function of the opened file; raises UserError for a damaged file."""
     try:
         with file.open("rb") as opened:
             return what(pq.ParquetFile(opened))
     except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # pyarrow gives some damage as an OSError without a number
+        if isinstance(error, OSError) and error.errno:  # pyarrow reports some damage as an OSError without errno
             raise
         with file.open("rb") as opened:
             begin = opened.read(file_kinds.ENOUGH)
@@ -236,12 +237,12 @@ def _opened(file: epath.Path, what: Any) -> Any:
 
 @lru_cache(maxsize=100_000)
 def _mapped(name: str, size: int, changed: int, columns: Columns) -> Rows:
-    """Maps the copy of a file into memory; makes it where it is not there."""
+    """Memory-maps the copy of a file, which is made if it does not exist."""
     file = epath.Path(name)
     key = ("parquet", VERSION, name, size, changed, columns[:3])
     try:
         batches = _opened_copy(key, size, file, columns)
-    except pa.ArrowException:  # it was cut: made anew
+    except pa.ArrowException:  # the copy was truncated: make it again
         cache.forget(key, ".arrow")
         batches = _opened_copy(key, size, file, columns)
     labels = [batch.column("label").to_numpy(zero_copy_only=False) for batch in batches]
@@ -285,7 +286,7 @@ def _bytes(column: pa.Array) -> pa.Array:
 
 
 def _label(file: epath.Path, batch: pa.RecordBatch, name: str, kind: pa.DataType) -> pa.Array:
-    """Returns labels without nulls: -1, or ''; raises UserError for numbers of no class."""
+    """Returns labels with -1 or '' for nulls; raises UserError for numbers that are no class numbers."""
     if not name:
         return pa.array(np.full(batch.num_rows, UNLABELED))
     column = batch.column(name)
@@ -296,7 +297,7 @@ def _label(file: epath.Path, batch: pa.RecordBatch, name: str, kind: pa.DataType
     try:
         numbers[np.asarray(column.is_valid())] = class_numbers(values, f"{file}: the labels of the column {name!r}")
     except UserError as error:
-        if name != USUAL["label_key"] or values.dtype.kind != "f":  # somebody named it, or it has whole numbers
+        if name != USUAL["label_key"] or values.dtype.kind != "f":  # the column is configured, or has integers
             raise
         log.warning("%s: they are not taken for class numbers", error)
     return pa.array(numbers)

@@ -1,4 +1,5 @@
-"""Files of a split by a pattern: '{split}' for its name, braces for ranges and choices, and * ? [] as in a shell."""
+"""Finds the files of a split by a pattern: '{split}' for its name, braces for ranges and choices, * ? [] as in a shell.
+"""
 
 import functools
 import glob
@@ -14,16 +15,16 @@ from mae_jax.errors import UserError, pluralize, printable
 log = logging.getLogger(__name__)
 
 SPLIT = "{split}"
-HELD = ("val", "test")  # roles of what is held out
-MAX_FILES = 1_000_000  # beyond it, such braces mean something else
-OF = re.compile(r"-(\d+)-of-(\d+)(?=[.-]|$)")  # in a file's name: which of how many it is
+HELD = ("val", "test")  # roles of held-out splits
+MAX_FILES = 1_000_000  # largest number that braces can stand for
+OF = re.compile(r"-(\d+)-of-(\d+)(?=[.-]|$)")  # in a file's name: its index and the number of files
 BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")  # {000..127} or {a,b}
 
 
 def expand(pattern: str) -> list[str]:
-    """Returns the patterns without braces that one with braces stands for, in order; raises UserError for too many.
+    """Expands the braces of a pattern, in order; raises UserError for too many results.
 
-    Numbers keep the digits of the first one: {000..127}.
+    Numbers have as many digits as the first one: {000..127}.
     """
     found = [pattern]
     while any(BRACES.search(each) for each in found):
@@ -49,16 +50,16 @@ def _expanded(pattern: str) -> Iterator[str]:
 
 
 def by_split(path: str, ending: str) -> bool:
-    """Whether the files tell the splits apart: by '{split}', or in a folder by their names."""
+    """Returns whether the files are separated by split: by '{split}', or in a folder by their names."""
     if SPLIT in path or not _is_folder(path):
         return SPLIT in path
     return any(_role(file) for file in _inside(path, ending))
 
 
 def split_name(path: str, ending: str, name: str) -> str:
-    """Returns what a split is called in the files; several names may mean the same one.
+    """Returns the name of a split in the files; several names may mean the same split.
 
-    Where they have no files of that name, it is the one held-out split that they have, under any of its usual names.
+    If no file has the name, it is that of the single held-out split in the files, under any of its usual names.
     """
     if not by_split(path, ending):
         return splits.held_out_name(name)
@@ -72,28 +73,28 @@ def split_name(path: str, ending: str, name: str) -> str:
 
 
 def _there(path: str, word: str) -> bool:
-    """Whether the pattern has a file for that word, as its first one."""
+    """Returns whether the first expansion of the pattern with this word matches a file."""
     first = expand(path.replace(SPLIT, word))[0]
     return _is_file(first) or bool(_glob(first))
 
 
 def _one_of(name: str, there: set[str]) -> str:
-    """Returns the name, or the one held-out split that is there in its place."""
+    """Returns the name, or that of the single held-out split that exists in its place."""
     held = [each for each in there if splits.role(each) in HELD]
     return held[0] if name not in there and splits.role(name) in HELD and len(held) == 1 else name
 
 
 def files(path: str, ending: str, split: str) -> list[epath.Path]:
-    """Returns the files of a split, in the order of their names within each pattern.
+    """Returns the files of a split, sorted by name within each pattern.
 
     Args:
-      path: data.path: a pattern, a file, or a folder, of which files with this ending are meant; where these are named
-        after splits ('train-000.tar', 'val-000.tar'), the split's.
-      ending: as '.tar'.
+      path: data.path: a pattern, a file, or a folder, of which files with this ending are read; if these are named by
+        splits ('train-000.tar', 'val-000.tar'), those of the split.
+      ending: the extension, such as '.tar'.
       split: the split's name.
 
     Raises:
-      UserError: there is none, braces name a file that is not there, or a pattern joins files of several splits.
+      UserError: there are no files, braces name a missing file, or a pattern joins files of several splits.
     """
     called = split_name(path, ending, split) if by_split(path, ending) else split
     if _is_folder(path):
@@ -141,7 +142,7 @@ def _matching(pattern: str) -> list[epath.Path]:
 
 
 def promised(names: set[str]) -> set[str]:
-    """Returns the names of the files that those of some ('-00003-of-00008') say there are."""
+    """Returns the names of all files that some names ('-00003-of-00008') imply."""
     found = set()
     for name in names:
         of = OF.search(name)
@@ -181,6 +182,6 @@ def _inside(folder: str, ending: str) -> list[epath.Path]:
 
 
 def _role(file: epath.Path) -> str:
-    """Returns which split the name of a file says: 'train' of imagenet-train-000012.tar."""
+    """Returns the split in a file name: 'train' for imagenet-train-000012.tar."""
     words = re.findall(r"[^\W\d_]+", file.name.split(".")[0])
     return next((role for word in words if (role := splits.role(word))), "")

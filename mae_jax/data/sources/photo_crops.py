@@ -1,7 +1,7 @@
-"""photo_crops: square crops of the 17 photographs that scikit-image and scikit-learn install with themselves.
+"""data.source=photo_crops: square crops of the 17 photographs that scikit-image and scikit-learn install.
 
-The label says from which photograph a crop comes: scene and texture identification, not object recognition. Training
-crops come from the left of each photograph, test crops from its right, with a gap between: no pixel is in both.
+The label is the photograph of a crop: scene and texture identification, not object recognition. Training crops come
+from the left of each photograph, test crops from its right, with a gap in between: no pixel is in both.
 """
 
 import functools
@@ -28,7 +28,7 @@ SIDES = (32, 64)  # smallest and largest side of a crop, in pixels of the photog
 
 
 def load(data: ConfigDict, split: Split) -> Source:
-    """Opens 'train' (200 crops per photograph) or 'test' (60), or a slice; neighbours have different labels."""
+    """Opens 'train' (200 crops per photograph) or 'test' (60), or a slice; neighbors have different labels."""
     known_split(split, tuple(CROPS))
     crops = _crops(split.name)
     classes = len(CLASSES)
@@ -51,7 +51,7 @@ def _name(i: int) -> str:
 
 
 def regions(width: int) -> dict[str, tuple[int, int]]:
-    """Returns the columns [first, past last] of each split: the gap is the largest side where there is room for it."""
+    """Returns the columns [first, past last] of each split; the gap is the largest side of a crop, if it fits."""
     left = int(width * TRAIN_SHARE)
     gap = min(SIDES[1], width - left - SIDES[1])
     return {"train": (0, left), "test": (left + max(gap, 0), width)}
@@ -59,13 +59,13 @@ def regions(width: int) -> dict[str, tuple[int, int]]:
 
 @functools.cache
 def _crops(split: str) -> list[np.ndarray]:
-    """Returns the crops, uint8 [side, side, 3], the classes taking turns."""
+    """Returns the crops, uint8 [side, side, 3], with alternating classes."""
     photographs = [photograph(path) for path in paths()]
     return [_crop(photographs[label], split, label, k) for k in range(CROPS[split]) for label in range(len(CLASSES))]
 
 
 def paths() -> list[Path]:
-    """Returns the files of the photographs, in the order of CLASSES; raises UserError where a package is missing."""
+    """Returns the files of the photographs, in the order of CLASSES; raises UserError if a package is missing."""
     images = package_folder("skimage", "scikit-image", "photo_crops") / "data"
     learn = package_folder("sklearn", "scikit-learn", "photo_crops") / "datasets" / "images"
     return [images / name for name in SCIKIT_IMAGE] + [learn / name for name in SCIKIT_LEARN]
@@ -77,7 +77,7 @@ def photograph(path: Path) -> np.ndarray:
 
 
 def _crop(photograph: np.ndarray, split: str, label: int, k: int) -> np.ndarray:
-    """Cuts the k-th crop of a photograph: the same in every run, whatever its seed."""
+    """Returns the k-th crop of a photograph, the same in every run, for any seed."""
     draws = rng(0, f"photo_crops/{split}/{CLASSES[label]}", k)
     first, last = regions(photograph.shape[1])[split]
     side = int(draws.integers(SIDES[0], min(SIDES[1], last - first) + 1))

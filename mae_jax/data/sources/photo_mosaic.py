@@ -1,7 +1,7 @@
-"""photo_mosaic: images of three parts, each cut from another photograph; the class of a pixel is its photograph.
+"""data.source=photo_mosaic: images of three parts, each from another photograph, which is the class of its pixels.
 
-Made of the crops of the source photo_crops, with whose splits they are made: no pixel is in both. The masks are exact.
-What is asked for is to tell scenes and textures apart; there is no foreground.
+The parts are crops of the same split of the source photo_crops: no pixel is in both splits. The masks are exact. The
+task is to distinguish scenes and textures; there is no foreground.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ def _read(crops: Source, split: str, i: int) -> Example:
 
 
 def _mosaic(crops: Source, draws: np.random.Generator) -> Example:
-    """Lays crops of three photographs over each other: each pixel belongs to the nearest of three random points."""
+    """Combines crops of three photographs: each pixel belongs to the nearest of three random points."""
     photographs = draws.permutation(len(photo_crops.CLASSES))[:PARTS]
     numbers = draws.integers(crops.size // len(photo_crops.CLASSES), size=PARTS) * len(photo_crops.CLASSES)
     layers = np.stack([_enlarged(crops.read(int(i)).image) for i in numbers + photographs])

@@ -13,10 +13,10 @@ from mae_jax.data.sources.base import RecordStream, Source
 from mae_jax.errors import UserError
 from mae_jax.storage.paths import check_bucket, normalized
 
-BUILT_IN = ("digit_scenes", "letters", "mnist5k", "photo_crops", "photo_mosaic")  # sources that come with a package
-NOT_ON_S3 = ("clipart", "coco", "fashion_scenes", "tfds", "tfrecord")  # the latter two are TensorFlow's to read
-# data.source → the module that has `load(data, split)`. Imported when asked for: some need packages of their own.
-# A plug-in gives such a module too, or the function.
+BUILT_IN = ("digit_scenes", "letters", "mnist5k", "photo_crops", "photo_mosaic")  # sources within Python packages
+NOT_ON_S3 = ("clipart", "coco", "fashion_scenes", "tfds", "tfrecord")  # TensorFlow reads the last two
+# data.source → the module with `load(data, split)`. Imported on demand: some need further packages.
+# A plug-in provides such a module too, or the function.
 MODULES = {
     "clipart": "mae_jax.data.sources.clipart",
     "coco": "mae_jax.data.sources.coco",
@@ -40,7 +40,7 @@ def load(data: ConfigDict, expression: str) -> Source | RecordStream:
     """Opens one split of the config's source, or a sum of several ('train+validation').
 
     Raises:
-      UserError: an unknown source or split, nothing there, an empty split, or a sum that cannot be read.
+      UserError: the source or split is unknown, missing or empty, or its splits cannot be joined.
     """
     if data.get("mix"):
         return mixture.mixed(data, [load(part, expression) for part in mixture.parts(data)])
@@ -74,9 +74,9 @@ def load(data: ConfigDict, expression: str) -> Source | RecordStream:
 
 
 def _located(data: ConfigDict) -> ConfigDict:
-    """Returns the group with data.path as a source reads it, which may be a pattern; raises UserError."""
+    """Returns the group with data.path normalized, which may be a pattern; raises UserError."""
     given = data.get("path") or ""
-    if data.source not in MODULES:  # a plug-in may read what we do not
+    if data.source not in MODULES:  # a plug-in may read other paths
         return data
     path = normalized(given, "data.path")
     if path == given:
@@ -87,12 +87,12 @@ def _located(data: ConfigDict) -> ConfigDict:
 
 
 def _found(data: ConfigDict) -> Any:
-    """Returns the module, or the function, that data.source names; raises UserError with the nearest name."""
+    """Returns the module or function of data.source; raises UserError with the nearest name."""
     return plugins.find("sources", data.source, MODULES, "data.source", others=("batches",))
 
 
 def _nothing(data: ConfigDict, expression: str) -> str:
-    """Returns what to say of a split without images: what to set, by the field that names it."""
+    """Returns the message for a split without images: which setting to change, by the field with the split."""
     used = {"eval_split": "trains without an evaluation split, and another slice, as 'train[70%:]' with "
                           "--config.data.train_split='train[:70%]', may have some",
             "val_split": "(with --config.checkpoint.best_metric='') trains without a part to choose by",
@@ -104,11 +104,11 @@ def _nothing(data: ConfigDict, expression: str) -> str:
 
 
 def describe(data: ConfigDict, opened: Mapping[str, Any]) -> str:
-    """Returns one line about how the splits were found, '' where the source does not say.
+    """Returns one line about how the splits were found; '' if the source has none.
 
     Args:
-      data: the group `data` of a config.
-      opened: 'train_split', 'val_split' and 'eval_split', as far as the config has them → what `load` gave.
+      data: the config group `data`.
+      opened: 'train_split', 'val_split' and 'eval_split', those in the config → result of `load`.
     """
     how = getattr(_found(data), "describe", None)
     if data.get("mix"):
@@ -120,8 +120,7 @@ def describe(data: ConfigDict, opened: Mapping[str, Any]) -> str:
 
 
 def same_split(data: ConfigDict, one: str, other: str) -> bool:
-    """Whether two names of splits mean the same images: data without splits have one held-out part, 'test' or 'val'.
-    """
+    """Returns whether two split names mean the same images, as 'test' and 'val' do in data without splits."""
     if data.get("mix"):
         return any(same_split(part, one, other) for part in mixture.parts(data))
     named, data = getattr(_found(data), "split_name", lambda data, name: name), _located(data)
@@ -129,17 +128,18 @@ def same_split(data: ConfigDict, one: str, other: str) -> bool:
 
 
 def open_test_set(data: ConfigDict, text: str, classes: tuple[str, ...]) -> tuple[Source | RecordStream, np.ndarray]:
-    """Opens a further test set of TFDS: 'imagenet_v2', or 'NAME:SPLIT' where the split is not 'test'.
+    """Opens a further test set of TFDS: 'imagenet_v2', or 'NAME:SPLIT' if the split is not 'test'.
 
     Args:
-      data: where the training data are, with TFDS's name for their label.
+      data: the config group of the training data, with the label key of TFDS.
+      text: the test set.
       classes: names of the training classes.
 
     Returns:
-      The set, and int32 [its classes]: the training class that has the name of each.
+      The set, and the training class of each of its classes, by name, int32 [classes of the set].
 
     Raises:
-      UserError: it is not there, or has a class that the training data lack.
+      UserError: the set is missing, or has a class that the training data lack.
     """
     if data.source != "tfds":
         raise UserError(f"eval.sets={text!r} is a set of TFDS, beside training data with data.source='tfds', "

@@ -1,10 +1,10 @@
-"""What digit_scenes and fashion_scenes share: small things pasted on crops of photographs, with exact masks.
+"""Shared by digit_scenes and fashion_scenes: small things pasted on crops of photographs, with exact masks.
 
 A scene is a function of its split and number alone. Its background is a part of a photograph of scikit-image or
-scikit-learn, as in the source photo_crops: training shows the left of each, test the right. On it lie one to six
-things, of a longest side of 16 to 48 pixels, log-uniform, and each in its own place: a thing is laid down only where
-every earlier one keeps 60 % of its pixels. Boxes are tight around what can be seen. Split, size, numbers of things and
-that share are our choice.
+scikit-learn, as in the source photo_crops: training uses the left of each, test the right. A scene has one to six
+things with a longest side of 16 to 48 pixels, log-uniform. A thing is placed only where every earlier one keeps 60 % of
+its pixels visible. Boxes are tight around the visible pixels. Split, size, numbers of things and the 60 % are our
+choice.
 """
 
 import functools
@@ -24,24 +24,24 @@ SIZES = {"train": 6000, "test": 600}
 SIDE = 96  # of a scene, in pixels
 MOST_THINGS = 6
 LENGTHS = (16, 48)  # shortest and longest of a thing's longest sides, in pixels
-KEPT = 0.6  # of the pixels of a thing stay in sight
-PLACES = 20  # that are tried for a thing
-CROPS = 24  # backgrounds of a photograph
-CROP_SIDES = (96, 192)  # in pixels of the photograph; smaller where it has less
+KEPT = 0.6  # smallest visible share of a thing's pixels
+PLACES = 20  # attempts to place a thing
+CROPS = 24  # backgrounds per photograph
+CROP_SIDES = (96, 192)  # in pixels of the photograph; smaller if the photograph is
 # The photographs in color with many things or textures; dark or plain ones make digits too easy.
 WITHOUT = ("cell", "hubble_deep_field", "moon", "retina")
 FIELDS = ("pixel_label", *objects.FIELDS)
 
 
 class Things(NamedTuple):
-    """What is pasted.
+    """The things to paste.
 
     Attributes:
       image: number → uint8 [height, width], light on black.
       labels: int [n], class numbers.
-      level: gray levels above which a pixel is the thing's, and not what is behind it.
-      pasted: (background's part uint8 [h, w, 3], the thing in its size uint8 [h, w], generator) → the part with the
-        thing on it.
+      level: gray level above which a pixel belongs to the thing.
+      pasted: (part of the background uint8 [h, w, 3], resized thing uint8 [h, w], generator) → the part with the thing,
+        uint8 [h, w, 3].
     """
 
     image: Callable[[int], np.ndarray]
@@ -51,9 +51,9 @@ class Things(NamedTuple):
 
 
 def source(name: str, split: str, things: Things, classes: tuple[str, ...]) -> Source:
-    """Returns the scenes of a split, 'train' or 'test', of the things of that split.
+    """Returns the scenes of a split, 'train' or 'test', with the things of that split.
 
-    The class of a pixel is that of its thing + 1, and 0 between things.
+    The class of a pixel is that of its thing + 1, and 0 in the background.
     """
     truth = functools.partial(_truth, name, split, things)
     return Source(SIZES[split], functools.partial(_read, name, split, things),
@@ -76,7 +76,7 @@ def _truth(name: str, split: str, things: Things, i: int) -> Truth:
 
 @functools.cache
 def backgrounds(split: str) -> list[np.ndarray]:
-    """Returns the backgrounds of a split, uint8 [96, 96, 3] each, the photographs taking turns.
+    """Returns the backgrounds of a split, uint8 [96, 96, 3] each, alternating between photographs.
 
     Raises:
       UserError: scikit-image or scikit-learn is not installed.
@@ -98,10 +98,10 @@ def _background(photograph: np.ndarray, split: str, label: str, k: int) -> np.nd
 
 
 def scene(things: Things, backgrounds: list[np.ndarray], draws: np.random.Generator) -> tuple[np.ndarray, Objects]:
-    """Returns the pixels uint8 [96, 96, 3] of a scene, and its objects; a later thing covers earlier ones."""
+    """Returns the pixels of a scene, uint8 [96, 96, 3], and its objects; later things cover earlier ones."""
     pixels = backgrounds[int(draws.integers(len(backgrounds)))].copy()
     wanted, labels = int(draws.integers(1, MOST_THINGS + 1)), []
-    owner, laid = np.full((SIDE, SIDE), -1, np.int8), []  # of each pixel the thing; pixels that each thing had at first
+    owner, laid = np.full((SIDE, SIDE), -1, np.int8), []  # index of the thing at each pixel; pixels of each whole thing
     for _ in range(wanted):
         number = int(draws.integers(len(things.labels)))
         thing = _resized(things.image(number), draws)
@@ -121,7 +121,7 @@ def scene(things: Things, backgrounds: list[np.ndarray], draws: np.random.Genera
 
 
 def _resized(image: np.ndarray, draws: np.random.Generator) -> np.ndarray:
-    """Cuts a thing's rectangle out, and resizes it to a random longest side."""
+    """Crops a thing's image to its bounding box, and resizes it to a random longest side."""
     left, top, right, bottom = tight(image > 0)
     length = np.exp(draws.uniform(*np.log(LENGTHS)))
     scale = length / max(right - left, bottom - top)
@@ -130,7 +130,7 @@ def _resized(image: np.ndarray, draws: np.random.Generator) -> np.ndarray:
 
 
 def _stay_in_sight(owner: np.ndarray, laid: list[int], part: tuple[slice, slice], covers: np.ndarray) -> bool:
-    """Whether every earlier thing keeps its share of pixels where `covers` is laid on a part."""
+    """Returns whether every earlier thing keeps its share of visible pixels if `covers` is placed on a part."""
     covered = np.bincount(owner[part][covers].astype(np.int64) + 1, minlength=len(laid) + 1)[1:]
     left = np.bincount(owner.ravel().astype(np.int64) + 1, minlength=len(laid) + 1)[1:] - covered if laid else []
     return all(pixels >= KEPT * first for pixels, first in zip(left, laid, strict=True))

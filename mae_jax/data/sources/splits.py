@@ -12,28 +12,28 @@ from ml_collections import ConfigDict
 from mae_jax.errors import UserError, did_you_mean
 
 HELD_OUT = ("test", "val", "validation")  # the usual names of the held-out split; `role` knows others
-ROLES = {  # what a split is for → the words that say so
+ROLES = {  # role of a split → its usual names
     "train": ("train", "training", "trn", "trainval"),
     "val": ("val", "valid", "validation", "validate", "validating", "dev", "devel", "development", "vali"),
     "test": ("test", "testing", "tst", "eval", "evaluation", "evaluate", "heldout", "holdout"),
 }
-# What may stand beside such a word in the name of a folder: ILSVRC2012_img_train, test_set, seg_train, train2017.
+# Words that may accompany such a name in a folder's name: ILSVRC2012_img_train, test_set, seg_train, train2017.
 _FILLERS = {"set", "data", "dataset", "split", "image", "images", "img", "imgs", "picture", "pictures", "pics", "photo",
             "photos", "jpg", "jpeg", "png", "ilsvrc", "imagenet", "clsloc", "cls", "loc", "seg", "my", "the", "all"}
-HELD_OUT_SHARE = 0.1  # of data that come without splits
+HELD_OUT_SHARE = 0.1  # of data without splits
 
 _EXPRESSION = re.compile(r"(?P<name>[\w.-]+)(\[(?P<start>\d+%?)?:(?P<stop>\d+%?)?\])?")
 
 
 class Split(NamedTuple):
-    """A named part of a data set and the slice of it that is meant."""
+    """A named part of a data set, and a slice of it."""
 
     name: str
     start: str = ""  # '' | '500' | '10%'
     stop: str = ""
 
     def shares(self, low: float, high: float) -> tuple[float, float]:
-        """Returns the slice of the shares [low, high); raises UserError where a bound counts examples."""
+        """Returns the slice of the shares [low, high); raises UserError if a bound counts examples."""
         if any(bound and not bound.endswith("%") for bound in (self.start, self.stop)):
             raise UserError(f"the split {str(self)!r}: a folder is sliced in percent, by a hash of each file's name; "
                             f"write for example '{self.name}[:10%]'")
@@ -50,7 +50,7 @@ class Split(NamedTuple):
 
 
 def parse(expression: str) -> Split:
-    """Reads a split expression; raises UserError."""
+    """Parses a split expression; raises UserError."""
     match = _EXPRESSION.fullmatch(expression.strip())
     if not match:
         raise UserError(f"cannot read the split {expression!r}; write 'train', 'train[:10%]' or 'train[100:500]'")
@@ -62,7 +62,7 @@ def parse(expression: str) -> Split:
 
 
 def parts(expression: str) -> list[Split]:
-    """Reads a sum of splits, 'train+validation', or a single one; raises UserError."""
+    """Parses a sum of splits, 'train+validation', or a single split; raises UserError."""
     return [parse(part) for part in expression.split("+")]
 
 
@@ -74,7 +74,8 @@ def _index(bound: str, size: int) -> int:
 
 
 def overlap(one: Split, other: Split) -> bool:
-    """Whether two slices of one split may share examples; they may where one is in percent and the other is not."""
+    """Returns whether two slices of one split may share examples, as a slice in percent and one in examples always may.
+    """
     bounds = [bound for bound in (one.start, one.stop, other.start, other.stop) if bound]
     percent = {bound.endswith("%") for bound in bounds}
     if len(percent) > 1:
@@ -85,7 +86,7 @@ def overlap(one: Split, other: Split) -> bool:
 
 
 def role(name: str) -> str:
-    """Returns what a split is for by its usual names in any case: 'train', 'val', 'test', or '' for another name."""
+    """Returns the role of a split from its usual names, in any case: 'train', 'val', 'test', or '' for another name."""
     text = unicodedata.normalize("NFC", name).casefold()
     words = re.findall(r"[^\W\d_]+", re.sub(r"held[\W_]?out", "heldout", re.sub(r"hold[\W_]?out", "holdout", text)))
     words = [word for word in words if word not in _FILLERS]
@@ -101,22 +102,25 @@ def role(name: str) -> str:
 
 
 def held_out_name(name: str) -> str:
-    """Returns what a split is called in data without splits, whose held-out part has several names."""
+    """Returns the name of a split in data without splits, whose held-out part has several names."""
     return {"val": HELD_OUT[0], "test": HELD_OUT[0], "train": "train"}.get(role(name), name)
 
 
 def holds_out(data: ConfigDict) -> bool:
-    """Whether the config takes a held-out part from data that come without splits."""
+    """Returns whether the config uses a held-out part of data without splits."""
     used = (data.train_split, data.val_split, data.eval_split)
     return any(held_out_name(split.name) == HELD_OUT[0] for text in used if text for split in parts(text))
 
 
 def part(name: str, held_out: bool) -> tuple[float, float]:
-    """Returns the shares [low, high) of data without splits that are 'train' or the held-out tenth.
+    """Returns the shares [low, high) of data without splits for 'train' or the held-out tenth.
 
     Args:
       name: 'train', or 'test' under any of its names.
       held_out: whether anything is held out; if not, 'train' is everything.
+
+    Raises:
+      UserError: the name is unknown.
     """
     if not role(name):
         raise UserError(f"unknown split {name!r}; {did_you_mean(name, ('train', *HELD_OUT))}")
@@ -125,5 +129,5 @@ def part(name: str, held_out: bool) -> tuple[float, float]:
 
 
 def share(name: str) -> float:
-    """Returns where in [0, 1) the hash of an example's name lies: the same whatever else is in the data."""
+    """Returns the hash of an example's name as a number in [0, 1), independent of other examples."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=6).digest()) / 2**48

@@ -1,11 +1,10 @@
-"""table: a list of images, one a line: CSV, TSV, or a path and a label separated by a blank, as Caffe's lists are.
+"""data.source=table: a list of images, one per line: CSV, TSV, or a path and a label separated by a blank, as in Caffe.
 
-Columns go by their names: the image's path (data.image_key, or one of PATHS), relative to the list's folder; its label
-(data.label_key, or one of LABELS), a class's name or number; its split (one of SPLITS, where it has names of splits);
-a mask's path (data.mask_key). Blank lines, and comments that begin with #, count for nothing. Without a line of names,
-the first column is the path and the second one the label. Without a column of splits a tenth is held out by a hash of
-the path, if the config uses it. Every image that is named must be there: all are looked for once, then a thousand at
-each start.
+Columns are found by name: the image's path (data.image_key, or one of PATHS), relative to the list's folder; its label
+(data.label_key, or one of LABELS), a class name or number; its split (one of SPLITS, if it has names of splits); a
+mask's path (data.mask_key). Blank lines, and comments that begin with #, are ignored. Without a header, the first
+column is the path and the second the label. Without a column of splits, a tenth is held out by a hash of the path, if
+the config uses it. Every listed image must exist: all are checked once, then a thousand at each start.
 """
 
 import csv
@@ -34,8 +33,8 @@ log = logging.getLogger(__name__)
 
 PATHS = ("image", "path", "file", "filename", "file_name", "filepath", "file_path", "image_path", "img_path", "img",
          "image_id")
-IMAGE = re.compile(r"#\S+\.\w{2,5}(\s|[,;]|$)")  # what is a path though it begins as a comment does
-SAMPLED = 1000  # of a longer list whose files have all been seen once, so many are looked for at the next start
+IMAGE = re.compile(r"#\S+\.\w{2,5}(\s|[,;]|$)")  # a path that begins like a comment
+SAMPLED = 1000  # files of a longer list that are checked at a start after all were found once
 LABELS = ("label", "class", "target", "category", "label_name", "class_name", "classname", "labels", "species")
 FIELDS = ("train_split", "val_split", "eval_split")
 SPLITS = ("split", "set", "subset", "partition")
@@ -43,9 +42,9 @@ KEYS = ("image_key", "label_key", "mask_key")  # fields of the group `data` that
 
 
 class Table(NamedTuple):
-    """The columns of a list that are read; each is a tuple of texts, () for one that is not there."""
+    """The columns of a list that are read; each is a tuple of texts, () if it is absent."""
 
-    names: dict[str, str]  # 'path', 'label', 'split', 'mask' → what the column is called
+    names: dict[str, str]  # 'path', 'label', 'split', 'mask' → name of the column
     paths: tuple[str, ...]
     labels: tuple[str, ...]
     splits: tuple[str, ...]
@@ -53,7 +52,7 @@ class Table(NamedTuple):
 
 
 def load(data: ConfigDict, split: splits.Split) -> Source:
-    """Opens a split; raises UserError when the list cannot be read, has no such split, or names what is not there."""
+    """Opens a split; raises UserError if the list is unreadable, has no such split, or names missing files."""
     file, table = _open(data)
     train = _rows(data, table, "train") if not table.splits else _rows(data, table, _training(data, table))
     rows = _rows(data, table, split.name, (split.start, split.stop))
@@ -76,13 +75,13 @@ def _read(file: epath.Path, paths: list[str], labels: np.ndarray, masks: list[st
 
 
 def split_name(data: ConfigDict, name: str) -> str:
-    """Returns what a split is called in the list."""
+    """Returns the name of a split in the list."""
     table = _open(data)[1]
     return _named(data, table, name) if table.splits else splits.held_out_name(name)
 
 
 def describe(data: ConfigDict, opened: Mapping[str, Source]) -> str:
-    """Returns one line about which columns were read, and what each split is."""
+    """Returns one line about the columns that were read, and the splits."""
     file, table = _open(data)
     columns = ", ".join(f"{what} {printable(name)!r}" for what, name in table.names.items())
     parts = text_labels.told(data, opened)
@@ -117,7 +116,7 @@ def _tell_no_splits(file: str, column: str, value: str) -> None:
 
 @lru_cache(maxsize=8)
 def _table(name: str, size: int, changed: int, keys: tuple[str, ...], unlabeled: bool) -> Table:
-    """Reads a list as long as it stays as it is; `keys` are the columns that somebody named, for path, label, mask."""
+    """Reads a list, cached while it is unchanged; `keys` are the configured columns of path, label and mask."""
     file = epath.Path(name)
     rows, numbers = _parsed(file)
     head = [field.casefold() for field in rows[0]]
@@ -147,7 +146,7 @@ def _table(name: str, size: int, changed: int, keys: tuple[str, ...], unlabeled:
 
 
 def _parsed(file: epath.Path) -> tuple[list[list[str]], list[int]]:
-    """Returns the lines that are neither empty nor comments, cut into fields, and their numbers."""
+    """Returns the lines that are neither empty nor comments, split into fields, and their numbers."""
     try:
         text = (read_bytes(file) or b"").decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -171,7 +170,7 @@ def _parsed(file: epath.Path) -> tuple[list[list[str]], list[int]]:
 
 
 def _uncommented(line: str) -> str:
-    """Returns a line, '' for a comment: the names of columns may have # before them, and so may an image's name."""
+    """Returns a line, '' for a comment; a header, or an image's name, may also begin with #."""
     if not line.startswith("#") or IMAGE.match(line):
         return line
     bare = line.lstrip("# ")
@@ -180,7 +179,7 @@ def _uncommented(line: str) -> str:
 
 
 def _nameless(file: epath.Path, rows: list[list[str]], numbers: list[int]) -> Table:
-    """Returns the columns of a list without names: a path, and a label perhaps."""
+    """Returns the columns of a list without a header: a path, and optionally a label."""
     width = max(map(len, rows))
     if width > 2 or not re.search(r"\.\w{2,5}$", rows[0][0]):
         raise UserError(f"{file}: no column of its first line is called as a path is, and it is no list of paths and "
@@ -198,7 +197,7 @@ def _field(file: epath.Path, number: int, row: list[str], place: int) -> str:
 
 
 def _rows(data: ConfigDict, table: Table, name: str, bounds: tuple[str, str] = ("", "")) -> list[int]:
-    """Returns which lines are of a split."""
+    """Returns the indices of the lines of a split."""
     split = splits.Split(name, *bounds)
     if table.splits:
         called = _named(data, table, name)
@@ -211,7 +210,7 @@ def _rows(data: ConfigDict, table: Table, name: str, bounds: tuple[str, str] = (
 
 
 def _check_once(file: epath.Path, table: Table) -> None:
-    """Raises UserError where an image has two labels, or is in two splits, under any spelling of its path."""
+    """Raises UserError if an image has two labels, or is in two splits, under any spelling of its path."""
     seen: dict[str, tuple[str, str]] = {}
     for i, path in enumerate(table.paths):
         said = (table.labels[i] if table.labels else "", table.splits[i] if table.splits else "")
@@ -222,7 +221,7 @@ def _check_once(file: epath.Path, table: Table) -> None:
 
 
 def _named(data: ConfigDict, table: Table, name: str) -> str:
-    """Returns what the column of splits calls a split: by its name, or by one that means the same."""
+    """Returns the name of a split in the column of splits: the same name, or another one of the same role."""
     known = sorted(set(table.splits) - {""})
     alike = [each for each in known if splits.role(each) == splits.role(name) != ""]
     if name in known or len(alike) == 1:
@@ -239,14 +238,14 @@ def _training(data: ConfigDict, table: Table) -> str:
 
 
 def _place(file: epath.Path, path: str) -> epath.Path:
-    """Returns where an image lies; raises UserError for an address that is neither local nor in a bucket."""
+    """Returns the path of an image; raises UserError for an address that is neither local nor in a bucket."""
     if "://" in path and not path.startswith(("gs://", "s3://")):
         raise UserError(f"{file} names {printable(path)}; an image is a file, or in a bucket gs:// or s3://")
     return epath.Path(path) if "://" in path else file.parent / path
 
 
 def _check_there(file: epath.Path, paths: list[str]) -> None:
-    """Raises UserError where the list names files that are not there; those of a bucket are found out by reading."""
+    """Raises UserError if listed local files are missing; missing files of a bucket show when they are read."""
     key = ("there", *version(file), short_hash(path.encode() for path in paths))
     if len(paths) > SAMPLED and cache_of_files.found(key) is not None:
         some = [paths[i] for i in np.linspace(0, len(paths) - 1, SAMPLED).astype(int)]
@@ -262,7 +261,7 @@ def _check_there(file: epath.Path, paths: list[str]) -> None:
 
 
 def _are_there(file: epath.Path, paths: list[str]) -> tuple[list[int], np.ndarray]:
-    """Returns which of the paths are on a disk, and bool for each of them: whether it is there."""
+    """Returns the indices of the local paths, and whether each of these exists, bool."""
     places = [_place(file, path) for path in paths]
     local = [i for i, place in enumerate(places) if "://" not in str(place)]
     with ThreadPoolExecutor(READERS) as pool:

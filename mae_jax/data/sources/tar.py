@@ -1,10 +1,10 @@
-"""tar: shards of WebDataset, plain tar archives whose members of one key are an example: 000123.jpg and 000123.cls.
+"""data.source=tar: WebDataset shards, tar archives in which members of one key are an example: 000123.jpg, 000123.cls.
 
-data.path is a folder, or a pattern (`patterns`), local or in a bucket; without splits a tenth is held out by a hash of
-shard and key, if the config uses it. An index of all members, made once and kept (`storage.cache`), gives random
-access. A key is a member's name up to the first dot behind its last slash, the rest is the member's kind. The image is
-of the kind data.image_key, or of the first one in IMAGES; the label is the text of data.label_key, or that field of
-.json; by default of .cls, else of the field `label` of .json, else of .txt where its texts look like labels.
+data.path is a folder or a pattern (`patterns`), local or in a bucket. Without splits, a tenth is held out by a hash of
+shard and key, if the config uses it. An index of all members, made once and cached (`storage.cache`), gives random
+access. A key is a member's name up to the first dot after its last slash; the rest is the member's kind. The image is
+the member of kind data.image_key, or of the first kind in IMAGES. The label is the text of data.label_key, or that
+field of .json; by default of .cls, else the field `label` of .json, else .txt if its texts look like labels.
 """
 
 import functools
@@ -33,28 +33,28 @@ from mae_jax.storage.paths import version
 log = logging.getLogger(__name__)
 
 VERSION = 3  # of the index
-IMAGES = {"common": ("jpg", "jpeg", "png", "webp", "bmp", "gif", "img", "image")}  # data.formats → kinds of images
+IMAGES = {"common": ("jpg", "jpeg", "png", "webp", "bmp", "gif", "img", "image")}  # data.formats → image kinds
 IMAGES["all"] = (*IMAGES["common"], "tif", "tiff", "avif", "heic", "heif")
 ENDING, BLOCK = ".tar", tarfile.BLOCKSIZE
 MAX_LABEL = 256  # bytes of a text that may be a label
-MAX_JSON = 1 << 20  # bytes of a .json that is looked into
+MAX_JSON = 1 << 20  # bytes of a .json that is parsed
 
 
 class Members(NamedTuple):
-    """The examples of one shard, in the order of their images; arrays of n."""
+    """The examples of one shard, in the order of their images; n is their number."""
 
-    keys: np.ndarray  # texts
-    starts: np.ndarray  # int64: where the image begins
-    sizes: np.ndarray  # int64: its bytes
+    keys: np.ndarray  # str [n]
+    starts: np.ndarray  # int64 [n]: first byte of the image
+    sizes: np.ndarray  # int64 [n]: bytes of the image
     masks: np.ndarray  # int64 [n, 2], start and size; -1 for none
-    labels: np.ndarray  # texts, '' for none
-    captions: np.ndarray  # texts of .txt that may be labels; [0] where some is missing, or has blanks
-    kinds: np.ndarray  # texts of the kinds of members that are there, the image's first; of any length
-    without: np.ndarray  # int64 [2]: keys that have no image; members that are symbolic links or sparse
+    labels: np.ndarray  # str [n], '' for none
+    captions: np.ndarray  # str [n], texts of .txt that may be labels; [0] if any is missing or has blanks
+    kinds: np.ndarray  # str [any], kinds of the members, the image's first
+    without: np.ndarray  # int64 [2]: keys without an image; members that are symbolic links or sparse
 
 
 class _Wanted(NamedTuple):
-    """Which kinds of members are read, '' where nobody names one."""
+    """The kinds of members to read; '' if not configured."""
 
     image: str
     label: str
@@ -63,19 +63,19 @@ class _Wanted(NamedTuple):
 
 
 def load(data: ConfigDict, split: splits.Split) -> Source:
-    """Opens a split; raises UserError when no shard fits, or one is cut short or damaged."""
+    """Opens a split; raises UserError if no shard fits, or one is truncated or damaged."""
     shards, found = _members(data, split.name)
     every = _source(data, split.name, shards, found)
     return sliced(data, every, split, ENDING)
 
 
 def split_name(data: ConfigDict, name: str) -> str:
-    """Returns what a split is called in the shards."""
+    """Returns the name of a split in the shards."""
     return patterns.split_name(data.path, ENDING, name)
 
 
 def describe(data: ConfigDict, opened: Mapping[str, Source]) -> str:
-    """Returns one line about what was taken for images and labels."""
+    """Returns one line about the members that are images and labels."""
     shards, found = _members(data, splits.parts(data.get("train_split") or "train")[0].name)
     kinds = sorted({str(members.kinds[0]) for members in found if len(members.kinds)})
     label = _label_of(data, found) if any(source.classes for source in opened.values()) else ""
@@ -88,7 +88,7 @@ def describe(data: ConfigDict, opened: Mapping[str, Source]) -> str:
 
 
 def _source(data: ConfigDict, split: str, shards: tuple[epath.Path, ...], found: tuple[Members, ...]) -> Source:
-    """Returns the source of all examples of these shards."""
+    """Returns the source of all examples in these shards."""
     paths, names = [str(shard) for shard in shards], [shard.name for shard in shards]
     shard_of = np.repeat(np.arange(len(found)), [len(members.keys) for members in found])
     columns = {field: np.concatenate([getattr(members, field) for members in found])
@@ -131,7 +131,7 @@ def _texts(members: Members, label: str) -> list[str]:
 
 
 def _label_of(data: ConfigDict, found: tuple[Members, ...]) -> str:
-    """Returns where labels come from, '' for nowhere: '.txt' by default only where its texts look like labels."""
+    """Returns the origin of the labels, '' for none; by default, '.txt' only if its texts look like labels."""
     key = data.get("label_key", "")
     if not key:
         return ""
@@ -154,7 +154,7 @@ def _label_of(data: ConfigDict, found: tuple[Members, ...]) -> str:
 
 
 def _members(data: ConfigDict, split: str) -> tuple[tuple[epath.Path, ...], tuple[Members, ...]]:
-    """Returns the shards of a split and what is in each."""
+    """Returns the shards of a split, and the members of each."""
     if not data.path:
         raise UserError("data.source='tar' needs data.path: a folder of *.tar, or a pattern of them")
     shards = patterns.files(data.path, ENDING, split)
@@ -176,7 +176,7 @@ def _members(data: ConfigDict, split: str) -> tuple[tuple[epath.Path, ...], tupl
 
 @lru_cache(maxsize=100_000)
 def _kept(shard: str, size: int, changed: int, wanted: _Wanted) -> Members:
-    """Returns what is in a shard, from the cache as long as it stays as it is."""
+    """Returns the members of a shard, from the cache as long as the shard is unchanged."""
     key = ("tar", VERSION, shard, size, changed, tuple(wanted))
     return Members(**cache.arrays(key, lambda: _scan(epath.Path(shard), wanted)._asdict()))
 
@@ -184,7 +184,7 @@ def _kept(shard: str, size: int, changed: int, wanted: _Wanted) -> Members:
 def _scan(shard: epath.Path, wanted: _Wanted) -> Members:
     """Reads the headers of all members, and the texts that may be labels; raises UserError for a damaged shard."""
     examples: dict[str, dict[str, Any]] = {}
-    places: dict[str, tuple[int, int]] = {}  # of regular members, for hard links to them
+    places: dict[str, tuple[int, int]] = {}  # of regular members, for hard links
     others = 0
     try:
         with shard.open("rb") as file:
@@ -193,7 +193,7 @@ def _scan(shard: epath.Path, wanted: _Wanted) -> Members:
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 while (member := archive.next()) is not None:
-                    archive.members.clear()  # else all stay in memory
+                    archive.members.clear()  # otherwise all stay in memory
                     if member.islnk() and member.linkname in places:
                         _add(shard, examples, member, places[member.linkname], file)
                     elif member.isreg() and not member.sparse:
@@ -211,7 +211,7 @@ def _scan(shard: epath.Path, wanted: _Wanted) -> Members:
 
 
 def _check_end(shard: epath.Path, file: IO[bytes], end: int) -> None:
-    """Raises UserError unless the archive ends with its marker, and nothing comes behind it."""
+    """Raises UserError unless the archive ends with its marker, and no data follow."""
     file.seek(end)
     rest = file.read(BLOCK)
     if rest != bytes(BLOCK):
@@ -235,10 +235,10 @@ def _not_tar(file: IO[bytes]) -> str:
 
 def _add(shard: epath.Path, examples: dict[str, dict[str, Any]], member: tarfile.TarInfo, place: tuple[int, int],
          file: IO[bytes]) -> None:
-    """Adds a member, whose content is at a place (start, size), to its example; raises UserError for a second one."""
+    """Adds a member, whose content is at `place` (start, size), to its example; raises UserError for a duplicate."""
     folder, slash, name = member.name.removeprefix("./").rpartition("/")
     stem, _, kind = name.partition(".")
-    if not stem or not kind:  # hidden ones, and those of no kind
+    if not stem or not kind:  # hidden members, and those without a kind
         return
     kind, text, (start, size) = kind.lower(), None, place
     if size <= (MAX_JSON if kind == "json" else MAX_LABEL):
@@ -274,10 +274,10 @@ def _columns(shard: epath.Path, examples: dict[str, dict[str, Any]], wanted: _Wa
 
 
 def _image(shard: epath.Path, key: str, members: Mapping[str, Any], wanted: _Wanted, plain: bool) -> str:
-    """Returns which member is the image, '' for none: never the mask, and 'x.png' only where no key has a plain 'png'.
+    """Returns the kind of the image member, '' for none: never the mask, and 'x.png' only if no key has a plain 'png'.
 
     Raises:
-      UserError: there are several that it may be.
+      UserError: several members may be the image.
     """
     if wanted.image:
         return wanted.image if wanted.image in members else ""
@@ -305,7 +305,7 @@ def _label(shard: epath.Path, key: str, members: Mapping[str, Any], wanted: str)
 
 
 def _text(member: Any) -> str:
-    """Returns the text of a member that may be a label, '' for one that is too long or no text."""
+    """Returns the text of a member that may be a label; '' if it is too long or no text."""
     content = member[2] if member else None
     if content is None or len(content) > MAX_LABEL:
         return ""

@@ -1,4 +1,4 @@
-"""What sources of files with labels share: labels that come as texts, slices, and what is said of labels."""
+"""Text labels, slices and label counts, shared by the sources of files with labels."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,15 +10,15 @@ from mae_jax.data.sources import patterns, splits
 from mae_jax.data.sources.base import UNLABELED, Source, numbered_classes
 from mae_jax.errors import pluralize
 
-USUAL = {"image_key": "image", "label_key": "label"}  # of the group `data`, where nobody names anything
+USUAL = {"image_key": "image", "label_key": "label"}  # defaults of the config group `data`
 NUMBER = re.compile(r"-1|\d{1,9}")
 
 
 def classes_of(texts: Iterable[str]) -> tuple[str, ...]:
-    """Returns the names of the classes of labels, '' being none: sorted, or '0' to the highest where all are numbers.
+    """Returns the class names of text labels, without '': sorted, or '0' to the highest if all are numbers.
 
     Raises:
-      UserError: a number is too high to be one of a class.
+      UserError: a number is too high to be a class number.
     """
     names = set(texts) - {""}
     if names and all(NUMBER.fullmatch(name) for name in names):
@@ -27,9 +27,9 @@ def classes_of(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def numbers(texts: Sequence[str], classes: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Returns the labels, int32 [texts], -1 for none, and the sorted names among them that are no class."""
+    """Returns the labels, int32 [texts], -1 for none, and the sorted texts that are no class."""
     index = {name: number for number, name in enumerate(classes)}
-    counted = classes == tuple(map(str, range(len(classes))))  # '007' is 7 there
+    counted = classes == tuple(map(str, range(len(classes))))  # then '007' is 7
     known: dict[str, int] = {"": UNLABELED}
     for text in set(texts) - {""}:
         name = str(int(text)) if counted and NUMBER.fullmatch(text) else text
@@ -39,9 +39,9 @@ def numbers(texts: Sequence[str], classes: tuple[str, ...]) -> tuple[np.ndarray,
 
 
 def sliced(data: ConfigDict, source: Source, split: splits.Split, ending: str) -> Source:
-    """Returns the part of all examples of a split's files that the split's expression means, by a hash of their names.
+    """Returns the examples in the slice of a split, selected by a hash of their names.
 
-    By their places, a slice of files that are sorted by class would be one of classes.
+    A slice by index, of files that are sorted by class, would hold only some classes.
 
     Raises:
       UserError: the slice counts examples.
@@ -55,7 +55,7 @@ def sliced(data: ConfigDict, source: Source, split: splits.Split, ending: str) -
 
 
 def told(data: ConfigDict, opened: Mapping[str, Source]) -> list[str]:
-    """Returns what a line about splits says of each: images, classes of the training split, images without a label."""
+    """Returns a text per split: its images, the classes of the training split, and the images without a label."""
     parts = []
     for field, source in opened.items():
         classes = f" in {len(source.classes)} classes" if source.classes and field == "train_split" else ""
@@ -64,12 +64,12 @@ def told(data: ConfigDict, opened: Mapping[str, Source]) -> list[str]:
 
 
 def asked(data: ConfigDict, key: str) -> str:
-    """Returns the name that a field of the group `data` has, '' for that which it has where nobody names one."""
+    """Returns the value of a field of the config group `data`, '' if it is the default."""
     name = data.get(key, "")
     return "" if name == USUAL.get(key, "") else name
 
 
 def _unlabeled(source: Source) -> str:
-    """Returns what a line about a split says of images without a label, '' where all have one or none has."""
+    """Returns the text about images without a label, '' if there are none."""
     lost = sum(source.label(i) < 0 for i in range(source.size)) if source.classes and source.label else 0
     return f" ({lost} without a label)" if lost else ""

@@ -1,7 +1,7 @@
-"""tfds: a prepared data set of TensorFlow Datasets, read from data.path (its data_dir), local or gs://.
+"""data.source=tfds: a prepared data set of TensorFlow Datasets, read from data.path (its data_dir), local or gs://.
 
-Nothing is downloaded, and nothing that the data set's metadata say is executed or leads out of its folder. Data stored
-as array_record have random access; TFRecord files are a stream.
+Nothing is downloaded; nothing in the data set's metadata is executed, or leads out of its folder. Data stored as
+array_record have random access; TFRecord files are a stream.
 """
 
 import difflib
@@ -22,12 +22,12 @@ from mae_jax.runtime import bounded_json
 from mae_jax.storage.file_kinds import unreadable
 from mae_jax.storage.paths import locate
 
-METADATA = {"features.json": "pythonClassName", "dataset_info.json": "splits"}  # file → what it must have
-FETCHED = 1024  # records at a time, where only their labels are wanted
+METADATA = {"features.json": "pythonClassName", "dataset_info.json": "splits"}  # file → key that it must have
+FETCHED = 1024  # records fetched at a time for their labels
 
 
 def load(data: ConfigDict, split: splits.Split) -> Source | RecordStream:
-    """Opens a split; raises UserError when the data set is unknown, not prepared, or without images."""
+    """Opens a split; raises UserError if the data set is unknown, not prepared, or without images."""
     module = api()
     builder = _builder(module, data)
     known_split(split, tuple(builder.info.splits))
@@ -58,7 +58,7 @@ def load(data: ConfigDict, split: splits.Split) -> Source | RecordStream:
 
 @functools.cache
 def api() -> Any:
-    """Returns the tensorflow_datasets module; raises UserError with the pip line without it."""
+    """Returns the tensorflow_datasets module; raises UserError with the pip command without it."""
     try:
         import tensorflow_datasets
     except ImportError as error:
@@ -69,7 +69,7 @@ def api() -> Any:
 
 
 def _keep_from_importing(connector: Any) -> None:
-    """Has TFDS make its own kinds of features alone: it would import any module that a features.json names."""
+    """Restricts TFDS to its own feature classes: it would import any module that a features.json names."""
     make = connector.cls_from_name
 
     def checked(name: str) -> Any:
@@ -84,7 +84,7 @@ def _keep_from_importing(connector: Any) -> None:
 
 
 def _check_files(builder: Any, info: Any) -> None:
-    """Raises UserError when files of a split lie outside of the data set's folder, or are missing."""
+    """Raises UserError if files of a split lie outside the data set's folder, or are missing."""
     root, paths = builder.data_path, [epath.Path(path) for path in info.filepaths]
     outside = [path for path in paths if not path.is_relative_to(root) or ".." in path.parts]
     if outside:
@@ -100,18 +100,18 @@ def _builder(module: Any, data: ConfigDict) -> Any:
     if not data.name:
         raise UserError("data.source='tfds' needs data.name, such as 'imagenet2012' or 'imagenet_resized/64x64'")
     try:
-        if module.core.naming.parse_builder_name_kwargs(data.name)[0].namespace:  # NAME:VERSION has none
+        if module.core.naming.parse_builder_name_kwargs(data.name)[0].namespace:  # NAME:VERSION has no namespace
             raise UserError(f"data.name={data.name!r} names another catalogue, whose code would be downloaded and run; "
                             "prepare the data set beforehand, and name it alone, or as NAME:VERSION")
         builder = module.builder(data.name, data_dir=data.path or None)
     except UserError:
         raise
-    except Exception as error:  # of broken metadata TFDS raises many kinds, also that there is no such data set
+    except Exception as error:  # TFDS raises many types for broken metadata, DatasetNotFoundError too
         if wrong := _unreadable_metadata(data):
             raise UserError(wrong) from None
         if not isinstance(error, module.core.DatasetNotFoundError | ValueError):
             raise
-        known = module.list_builders(with_community_datasets=False)  # those would be looked up in a bucket
+        known = module.list_builders(with_community_datasets=False)  # those are looked up in a bucket
         close = difflib.get_close_matches(data.name, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise UserError(f"TFDS knows no data set {data.name!r}, and data.path={data.path!r} holds none"
@@ -123,7 +123,7 @@ def _builder(module: Any, data: ConfigDict) -> Any:
 
 
 def _unreadable_metadata(data: ConfigDict) -> str:
-    """Returns what is wrong with the first file of a data set's metadata that does not read, '' for none."""
+    """Returns what is wrong with the first unreadable metadata file of a data set; '' for none."""
     root = locate(data.path or "~/tensorflow_datasets", "data.path") / data.name.split(":")[0]
     for pattern in ("*/", "*/*/") if root.is_dir() else ():
         for name, key in METADATA.items():
@@ -138,7 +138,7 @@ def _unreadable_metadata(data: ConfigDict) -> str:
 
 
 def _classes(module: Any, feature: Any) -> tuple[tuple[str, ...], bool]:
-    """Returns the class names of a feature, () if it is no label, and whether images have several."""
+    """Returns the class names of a feature, () if it is no label, and whether images have several labels."""
     several = isinstance(feature, module.features.Sequence)
     label = feature.feature if several else feature
     return (tuple(label.names), several) if isinstance(label, module.features.ClassLabel) else ((), False)
@@ -159,7 +159,7 @@ def _random_access(module: Any, builder: Any, data: ConfigDict, split: str, clas
 
 
 class _Wanted(NamedTuple):
-    """Names of features, '' for what is not read."""
+    """Names of the features to read, '' for none."""
 
     image: str
     label: str
@@ -171,7 +171,7 @@ def _read(rows: Any, wanted: _Wanted, classes: int, multi_label: bool, offset: i
         row = rows[i]
     except Exception as error:  # array_record raises RuntimeError for damage
         raise BadImage(f"the record does not read: {str(error).splitlines()[0][:80]}") from error
-    if any(row[key] is None for key in wanted if key):  # how array_record reads beyond a cut
+    if any(row[key] is None for key in wanted if key):  # array_record returns None past a truncation
         raise BadImage("the record is empty")
     return Example(row[wanted.image], int(row[wanted.label]) if classes and not multi_label else UNLABELED,
                    multi_hot(row[wanted.label], classes) if multi_label else None,
@@ -181,20 +181,20 @@ def _read(rows: Any, wanted: _Wanted, classes: int, multi_label: bool, offset: i
 def _labels(rows: Any, first: int, label_key: str) -> np.ndarray:
     """Returns the labels of rows first, first + 1, ..., int32 [FETCHED], or fewer at the end.
 
-    Many are fetched at a time, as a bucket answers slowly; a record comes whole, with its image.
+    Rows are fetched in batches, since a bucket has a high latency; each record is fetched in full, with its image.
     """
     numbers = range(first, min(first + FETCHED, len(rows)))
     try:
         return np.array([row[label_key] for row in rows.__getitems__(numbers)], np.int32)
-    except Exception:  # one of them is damaged: none of it is fetched
+    except Exception:  # a damaged record: the whole batch fails
         return np.array([_label(rows, number, label_key) for number in numbers], np.int32)
 
 
 def _label(rows: Any, number: int, label_key: str) -> int:
     try:
         return int(rows[number][label_key])
-    except Exception:  # array_record raises RuntimeError for damage, and gives None beyond a cut
+    except Exception:  # RuntimeError for damage, None past a truncation
         return UNLABELED
 
 
-tf.get_logger().setLevel("ERROR")  # TFDS speaks through it
+tf.get_logger().setLevel("ERROR")  # TFDS logs through it

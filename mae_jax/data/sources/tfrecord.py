@@ -1,9 +1,9 @@
-"""tfrecord: TFRecord files of tf.train.Example, named by a pattern in data.path, local or gs://.
+"""data.source=tfrecord: TFRecord files of tf.train.Example, given by a pattern in data.path, local or gs://.
 
-'{split}' in the pattern stands for the split's name; without it, 'test' is the last tenth of the records if the config
-uses it. A folder with records.json (as inspect --write makes it) can be named without a pattern. Counts and classes
-come from a records.json beside the files; without one they are counted at every start. A file that records.json or the
-names of the others ('-00003-of-00008') promise, and that fits the pattern, must be there.
+'{split}' in the pattern stands for the split's name; without it, 'test' is the last tenth of the records, if the config
+uses it. A folder with records.json (as inspect --write makes it) can be given without a pattern. Counts and classes
+come from records.json beside the files; without it, records are counted at every start. Files that records.json
+declares, or that the names of others imply ('-00003-of-00008'), must exist if they fit the pattern.
 """
 
 import fnmatch
@@ -29,14 +29,14 @@ from mae_jax.storage.file_kinds import unreadable
 log = logging.getLogger(__name__)
 
 RECORDS = "records.json"  # {"records": {file name: count}, "classes": [names]}
-PATTERN = "{split}-*.tfrecord"  # of the files beside it
+PATTERN = "{split}-*.tfrecord"  # of the files beside records.json
 MAX_RECORDS = 2**40  # of a file
-BY_SPLIT = re.compile(r"(train|val|validation|test)-.*")  # names of files in a folder that says nothing of them
+BY_SPLIT = re.compile(r"(train|val|validation|test)-.*")  # names of files in a folder without records.json
 LISTS = {"bytes_list": "text", "float_list": "fractions", "int64_list": "whole numbers"}  # of tf.train.Feature
 
 
 def load(data: ConfigDict, split: splits.Split) -> RecordStream:
-    """Opens a split; raises UserError when no file fits, or the records have no such feature."""
+    """Opens a split; raises UserError if no file fits, or the records lack the features."""
     pattern = _pattern(data.path).replace("{split}", split.name)
     files = _files(pattern, split.name)
     labeled = _check_features(files, data)
@@ -57,15 +57,15 @@ def load(data: ConfigDict, split: splits.Split) -> RecordStream:
 
 
 def split_name(data: ConfigDict, name: str) -> str:
-    """Returns what a split is called in the files."""
+    """Returns the name of a split in the files."""
     return name if "{split}" in _pattern(data.path) else splits.held_out_name(name)
 
 
 def _pattern(path: str) -> str:
-    """Returns the pattern of the files, also where only their folder is named.
+    """Returns the pattern of the files, also for a folder.
 
     Raises:
-      UserError: a folder has no records.json, and its files other names than the one that would write has.
+      UserError: a folder has no records.json, and its file names do not follow the usual pattern of splits.
     """
     if not path or (path.startswith("gs://") and "*" in path) or not epath.Path(path).is_dir():
         return path
@@ -84,7 +84,7 @@ def _pattern(path: str) -> str:
 def _files(pattern: str, split: str) -> list[epath.Path]:
     """Returns the files of a split, sorted."""
     folder, slash, name = pattern.rpartition("/")
-    # A folder of just that name is meant, whatever else its name would fit as a pattern.
+    # An existing folder of exactly this name takes precedence over its name as a pattern.
     literal = glob.escape(folder) + slash + name if tf.io.gfile.isdir(folder) else pattern
     found = tf.io.gfile.glob(literal) if pattern else []
     names = sorted(name for name in found if name.rpartition("/")[2] != RECORDS)
@@ -100,7 +100,7 @@ def _files(pattern: str, split: str) -> list[epath.Path]:
 
 
 def _check_features(files: list[epath.Path], data: ConfigDict) -> bool:
-    """Looks at the first record of all; returns whether it has an integer data.label_key."""
+    """Checks the first of all records; returns whether it has an integer data.label_key."""
     file = next((file for file in files if file.stat().length), None)
     if file is None:
         raise UserError(f"{pluralize(len(files), 'file')} of data.path={data.path!r}, such as {files[0]}: all empty")
@@ -125,7 +125,7 @@ def _check_features(files: list[epath.Path], data: ConfigDict) -> bool:
 
 
 def _described(folder: epath.Path) -> tuple[dict[str, int], tuple[str, ...]] | None:
-    """Returns records per file name, and class names, as records.json in the folder says; None without one."""
+    """Returns records per file name, and class names, from the folder's records.json; None without one."""
     file = folder / RECORDS
     if not file.is_file():
         return None
@@ -146,7 +146,7 @@ def _described(folder: epath.Path) -> tuple[dict[str, int], tuple[str, ...]] | N
 
 def _promised(files: list[epath.Path], pattern: str, records: dict[str, int], classes: tuple[str, ...]
               ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Returns records per file, and class names, of records.json; what it names and the pattern fits must be there."""
+    """Returns records per file, and class names, from records.json; raises UserError if declared files are missing."""
     found, folder = {file.name for file in files}, files[0].parent
     if unknown := sorted(found - records.keys()):
         raise UserError(f"{folder / RECORDS} does not name {unknown[0]}; remove it to have the records counted")
@@ -155,7 +155,7 @@ def _promised(files: list[epath.Path], pattern: str, records: dict[str, int], cl
 
 
 def _check_names(files: list[epath.Path], pattern: str) -> None:
-    """Raises UserError when files are missing by the names of those that are there."""
+    """Raises UserError if files are missing according to the names of the others."""
     found = {file.name for file in files}
     _check_there(sorted(patterns.promised(found) - found), files[0].parent, pattern, "the names of the others")
 
@@ -168,7 +168,7 @@ def _check_there(missing: list[str], folder: epath.Path, pattern: str, promised_
 
 
 def _counted(files: list[epath.Path], label_key: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Returns records per file, and class names ('' as the label: none), by reading the files."""
+    """Counts the records per file, and collects the classes (label_key '': none), by reading the files."""
     begin = time.monotonic()
     found, broken = [], []
     for file in files:
@@ -188,7 +188,7 @@ def _counted(files: list[epath.Path], label_key: str) -> tuple[tuple[int, ...], 
 
 
 def count_records(file: epath.Path) -> int:
-    """Counts the records of a file by its headers; raises UserError when they do not lead to its end."""
+    """Counts the records of a file by their headers; raises UserError if the file is truncated or damaged."""
     found = record_files.look(file)
     if found.problem:
         raise UserError(f"{file} is cut short or damaged: {found.problem}")
@@ -196,7 +196,7 @@ def count_records(file: epath.Path) -> int:
 
 
 def _labels(file: epath.Path, label_key: str) -> np.ndarray:
-    """Returns the labels of all records, int64 [records]; raises UserError when they do not lead to the file's end."""
+    """Returns the labels of all records, int64 [records]; raises UserError if the file is truncated or damaged."""
     count_records(file)
     feature, labels = {label_key: tf.io.FixedLenFeature([], tf.int64, -1)}, [np.zeros(0, np.int64)]
     dataset = tf.data.TFRecordDataset(str(file), record_files.look(file).compression).batch(1024)
@@ -210,12 +210,12 @@ def _labels(file: epath.Path, label_key: str) -> np.ndarray:
 
 
 def odd_record(file: str, image_key: str = "", label_key: str = "") -> str:
-    """Returns what is wrong with the first record that is no example of an image and a label, '' where all are.
+    """Returns what is wrong with the first record that is no example of an image and a label; '' if all are.
 
     Args:
-      file: whose headers are sound.
-      image_key: of one encoded image; '' is not looked at.
-      label_key: of one class number at most; '' is not looked at.
+      file: has valid headers.
+      image_key: feature of one encoded image; '' is not checked.
+      label_key: feature of at most one class number; '' is not checked.
     """
     compression, readable = record_files.opening(file)
     records = tf.data.TFRecordDataset(file, compression).take(readable).with_options(tensorflow_cpu.options())
@@ -234,7 +234,7 @@ def odd_record(file: str, image_key: str = "", label_key: str = "") -> str:
 
 
 def _odd(features: Any, key: str, wanted: str) -> str:
-    """Returns what a record has in place of one value, '' for one or none."""
+    """Returns what a record has instead of one value; '' for one or none."""
     kind = features[key].WhichOneof("kind") if key and key in features else None
     values = len(getattr(features[key], kind).value) if kind else 0
     if not values or (kind == wanted and values == 1):

@@ -1,7 +1,7 @@
-"""Colours on the host: what becomes of the colours of a cut image, in RGB.
+"""Color augmentations of cropped RGB images, on the host.
 
-Every random choice comes from the generator that is passed in. Each operation gives the bits that torchvision gives
-for PIL images.
+Every random choice comes from the generator that is passed in. Each operation gives the same bits as torchvision on PIL
+images.
 """
 
 import functools
@@ -15,18 +15,18 @@ from mae_jax import plugins
 from mae_jax.data.masking import ColorAugmentation
 from mae_jax.data.transforms.rand_augment import rand_augment
 
-# How far each factor may lie from 1, and how much of its circle the hue may turn, to either side.
+# Largest deviation of each factor from 1, and largest hue shift as a share of its circle, in either direction.
 # MAE's jitter (Table 1e gives no strengths) is our choice: SimCLR's at half strength.
 MAE_JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
 THREE_JITTER = {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3}  # DeiT III Table 1 and its released recipe
-DINO_JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}  # of its released code
-SOLARIZE_FROM = 128  # pixel values from here on are inverted
-BLUR = (0.1, 2.0)  # radius in pixels
+DINO_JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}  # DINO's released code
+SOLARIZE_FROM = 128  # smallest pixel value that is inverted
+BLUR = (0.1, 2.0)  # standard deviation in pixels
 ENHANCE = {"brightness": ImageEnhance.Brightness, "contrast": ImageEnhance.Contrast, "saturation": ImageEnhance.Color}
 
 
 def none(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Leaves the colours as they are."""
+    """Returns the image unchanged."""
     return image
 
 
@@ -34,7 +34,7 @@ def jitter(image: Image.Image, rng: np.random.Generator, strengths: dict[str, fl
     """Changes brightness, contrast, saturation and hue by uniform factors, in random order (torchvision's ColorJitter).
 
     Args:
-      strengths: of each change, as in `MAE_JITTER`.
+      strengths: largest deviation of each property, as in `MAE_JITTER`.
     """
     names, draws = tuple(strengths), rng.uniform(-1, 1, len(strengths))
     for which in rng.permutation(len(names)):
@@ -43,7 +43,7 @@ def jitter(image: Image.Image, rng: np.random.Generator, strengths: dict[str, fl
 
 
 def three(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """3-Augment (DeiT III section 3.2): exactly one of grey, solarised and blurred, each as likely; then jitter."""
+    """Applies 3-Augment (DeiT III section 3.2): grayscale, solarization or blur, equally likely; then jitter."""
     change = (gray, solarize, blur)[rng.integers(3)]
     return jitter(change(image, rng), rng, THREE_JITTER)
 
@@ -51,8 +51,8 @@ def three(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 def distort(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Changes brightness, contrast, saturation and hue, each half the time (mmsegmentation's PhotoMetricDistortion).
 
-    Brightness by up to 32 of 255 comes first; contrast, by a factor, second or last; saturation, likewise, and hue, by
-    up to a tenth of its circle, are those of HSV. Values are cut to 0 to 255 after each.
+    Brightness, by up to 32 of 255, comes first; contrast, by a factor, second or last. Saturation, by a factor, and
+    hue, by up to a tenth of its circle, are changed in HSV. Values are clipped to 0 to 255 after each change.
     """
     brighter, contrasted, early, saturated, turned = rng.random(5) < 0.5
     shift, (contrast, saturation), turn = rng.uniform(-32, 32), rng.uniform(0.5, 1.5, 2), int(rng.integers(-18, 18))
@@ -70,16 +70,16 @@ def distort(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def _by_value(image: Image.Image, factor: float, shift: float) -> Image.Image:
-    """Returns each value of each channel times a factor, plus a shift, cut to whole numbers from 0 to 255."""
+    """Multiplies each value by a factor, adds a shift, and truncates to integers from 0 to 255."""
     table = (np.arange(256) * factor + shift).clip(0, 255).astype(np.uint8).tolist()
     return image.point(table * len(image.getbands()))
 
 
 def adjust(image: Image.Image, name: str, amount: float) -> Image.Image:
-    """Changes one property of the colours; an amount of 0 changes nothing.
+    """Changes one property of the colors; an amount of 0 changes nothing.
 
     Args:
-      name: 'hue', turned by `amount` of its circle, or a key of `ENHANCE`, multiplied by 1 + amount.
+      name: 'hue', shifted by `amount` of its circle, or a key of `ENHANCE`, multiplied by 1 + amount.
     """
     if name != "hue":
         return ENHANCE[name](image).enhance(1 + amount)
@@ -89,7 +89,7 @@ def adjust(image: Image.Image, name: str, amount: float) -> Image.Image:
 
 
 def gray(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Takes the colours out (ITU-R 601 luma)."""
+    """Converts to grayscale (ITU-R 601 luma), in three channels."""
     return image.convert("L").convert("RGB")
 
 
@@ -99,12 +99,12 @@ def solarize(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def blur(image: Image.Image, rng: np.random.Generator, radius: tuple[float, float] = BLUR) -> Image.Image:
-    """Blurs with a Gaussian whose standard deviation in pixels is uniform between two bounds."""
+    """Applies a Gaussian blur whose standard deviation in pixels is uniform between the bounds `radius`."""
     return image.filter(ImageFilter.GaussianBlur(rng.uniform(*radius)))
 
 
 def change(image: Image.Image, rng: np.random.Generator, chances: ColorAugmentation) -> Image.Image:
-    """Makes the changes of a view: jitter, grey, blur and solarise, each with its own probability."""
+    """Applies the color changes of a view: jitter, grayscale, blur and solarization, each with its own probability."""
     if rng.random() < chances.jitter:
         image = jitter(image, rng, DINO_JITTER)
     if rng.random() < chances.gray:
@@ -115,10 +115,10 @@ def change(image: Image.Image, rng: np.random.Generator, chances: ColorAugmentat
 
 
 class Moving(NamedTuple):
-    """A policy that moves pixels too, and those of the mask with them.
+    """A color policy that also moves pixels, and moves those of the mask with them.
 
     Attributes:
-      change: (image in RGB, generator, mask or None) → the two.
+      change: (RGB image, generator, mask or None) → image and mask.
     """
 
     change: Callable[..., tuple[Image.Image, Image.Image | None]]
@@ -131,10 +131,10 @@ COLOR_POLICIES: dict[str, Any] = {"none": none, "jitter": jitter, "three": three
 
 @functools.cache
 def policy(name: str) -> Callable[..., tuple[Image.Image, Image.Image | None]]:
-    """Returns what data.color names as a function of image, generator and mask (or None) that returns image and mask.
+    """Returns the policy data.color as a function of image, generator and mask (or None) that returns image and mask.
 
     Raises:
-      UserError: it is unknown.
+      UserError: the policy is unknown.
     """
     found = plugins.find("color_policies", name, COLOR_POLICIES, "data.color")
     return found.change if isinstance(found, Moving) else lambda image, rng, mask: (found(image, rng), mask)

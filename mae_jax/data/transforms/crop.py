@@ -1,6 +1,6 @@
-"""Geometry on the host: an image, and its mask where it has one, to uint8 pixels of the model's size.
+"""Crops on the host: an image, and its mask if any, to uint8 pixels of the model's size.
 
-Every random choice comes from the generator that is passed in. Colors are in `color` and `rand_augment` beside it.
+Every random choice comes from the generator that is passed in. Color augmentations are in `color` and `rand_augment`.
 """
 
 import math
@@ -15,29 +15,29 @@ from mae_jax.data.transforms import scaled_crop
 from mae_jax.data.transforms.color import change, policy
 
 CROP_TRIES = 10  # torchvision's RandomResizedCrop
-SIMPLE_PADDING = 4  # pixels that a simple crop may reach beyond the resized image (DeiT III section 3.2)
+SIMPLE_PADDING = 4  # pixels by which a simple crop may exceed the resized image (DeiT III section 3.2)
 Pixels = tuple[np.ndarray, np.ndarray | None]
 Images = tuple[Image.Image, Image.Image | None]
 
 
 def augment(stored: StoredImage, rng: np.random.Generator, config: ConfigDict,
             mask: np.ndarray | None = None) -> Pixels:
-    """Returns a training view as data.augment, data.flip and data.color say, and the mask's same view (or None).
+    """Returns a training view by data.augment, data.flip and data.color, and the same view of the mask (or None).
 
-    'random': crop of random size and shape, resized. 'single': the same of one draw, cut to what the image has
-    (linear probing). 'simple': resized to just cover the target, cut at a random place (DeiT III). 'fixed': crop of
-    fixed size at a random place. 'scaled': a part of the image at a random size, ratio kept, padded behind its colors
-    and flip (`scaled_crop`). 'none': the evaluation's centre crop, never flipped.
+    'random': crop of random size and aspect ratio, resized. 'single': the same from a single draw, clipped to the image
+    (linear probing). 'simple': resized to just cover the target, cropped at a random place (DeiT III). 'fixed': crop of
+    fixed size at a random place. 'scaled': a part of the image at a random size, ratio kept, padded after flip and
+    color (`scaled_crop`). 'none': the evaluation's center crop, never flipped.
 
     Args:
-      mask: uint8 [height, width] of the image. Its values are picked, never mixed; 255 where RandAugment moved the
-        image away.
+      mask: uint8 [height, width] of the image. It is resized by nearest neighbor; 255 where RandAugment moved the image
+        away.
 
     Returns:
       uint8 [H, W, 3] and uint8 [H, W], of data.image_size.
 
     Raises:
-      BadImage: the pixels do not decode, or the mask has another size.
+      BadImage: the pixels do not decode, or the mask does not fit the image.
     """
     data = config.data
     image, mask = _crop(stored, mask_image(stored, mask), rng, config)
@@ -49,7 +49,7 @@ def augment(stored: StoredImage, rng: np.random.Generator, config: ConfigDict,
 
 def augment_view(stored: StoredImage, rng: np.random.Generator, view: View, colors: ColorAugmentation,
                  data: ConfigDict) -> np.ndarray:
-    """Returns one of a method's views: a random crop, flipped half the time where data.flip says so, then coloured.
+    """Returns one crop of a method's view: a random crop, flipped half the time if data.flip, then color changes.
 
     Returns:
       uint8 [H, W, 3], of the view's size.
@@ -73,17 +73,18 @@ def center(stored: StoredImage, config: ConfigDict, ratio: float, mask: np.ndarr
 
 
 def draw_box(rng: np.random.Generator, size: tuple[int, int], data: ConfigDict) -> Box:
-    """Draws what data.augment=random or single cuts out of an image of a size (height, width in pixels)."""
+    """Draws the crop of data.augment=random or single, for an image of `size` (height, width in pixels)."""
     draw = single_box if data.augment == "single" else random_box
     return draw(rng, size, tuple(data.image_size), data.crop_scale, data.crop_ratio)
 
 
 def random_box(rng: np.random.Generator, size: tuple[int, int], target: tuple[int, int],
                scale: tuple[float, float], ratio: tuple[float, float]) -> Box:
-    """Draws a crop as torchvision's RandomResizedCrop does: uniform in area, log-uniform in shape.
+    """Draws a crop as torchvision's RandomResizedCrop does: uniform in area, log-uniform in aspect ratio.
 
-    Ten draws; if none lies inside the image, the largest central crop of an allowed shape. `ratio` (width over
-    height) is relative to the target's own, so that it bounds the distortion; for square targets that is torchvision's.
+    Ten attempts; if no crop lies inside the image, the largest central crop of an allowed aspect ratio. `ratio` (width
+    over height) is relative to the target's own, so that it bounds the distortion; for square targets, this is
+    torchvision's.
 
     Args:
       size, target: height, width in pixels.
@@ -101,7 +102,7 @@ def random_box(rng: np.random.Generator, size: tuple[int, int], target: tuple[in
 
 def single_box(rng: np.random.Generator, size: tuple[int, int], target: tuple[int, int],
                scale: tuple[float, float], ratio: tuple[float, float]) -> Box:
-    """Draws a crop as BYOL does, and MAE for linear probing: `random_box` with one draw, cut to the image's sides.
+    """Draws a crop as BYOL does, and MAE for linear probing: `random_box` with one attempt, clipped to the image.
 
     Args:
       size, target: height, width in pixels.
@@ -112,7 +113,7 @@ def single_box(rng: np.random.Generator, size: tuple[int, int], target: tuple[in
 
 def _draw_size(rng: np.random.Generator, size: tuple[int, int], target: tuple[int, int],
                scale: tuple[float, float], ratio: tuple[float, float]) -> tuple[int, int]:
-    """Draws height and width of a crop; they may exceed the image's."""
+    """Draws height and width of a crop, which may exceed the image's."""
     area = size[0] * size[1] * rng.uniform(*scale)
     aspect = target[1] / target[0] * math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
     return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
@@ -123,7 +124,7 @@ def _draw_place(rng: np.random.Generator, size: tuple[int, int], h: int, w: int)
 
 
 def _crop(stored: StoredImage, mask: Image.Image | None, rng: np.random.Generator, config: ConfigDict) -> Images:
-    """Cuts out what data.augment says, in the size of the model's images."""
+    """Crops by data.augment, to the model's image size; 'scaled' crops may be smaller."""
     data, target = config.data, tuple(config.data.image_size)
     if data.augment == "scaled":
         return scaled_crop.crop(stored, mask, rng, data)
@@ -139,13 +140,13 @@ def _crop(stored: StoredImage, mask: Image.Image | None, rng: np.random.Generato
 
 def _covering_crop(stored: StoredImage, mask: Image.Image | None, target: tuple[int, int], ratio: float,
                    down: float, right: float) -> Images:
-    """Cuts `ratio` of the largest part that has the target's shape, and resizes it.
+    """Crops `ratio` of the largest part with the target's aspect ratio, and resizes it.
 
-    The same as torchvision's Resize of the short side and crop of the target's size, with no rounding between the two:
-    PIL's resize takes a box in fractions of pixels and filters with what lies around it.
+    The same as torchvision's Resize of the short side and crop of the target's size, without rounding in between: PIL's
+    resize takes a box in fractions of pixels, and filters with the pixels around it.
 
     Args:
-      down, right: where the crop lies, in shares of the free space; 0.5 is the middle.
+      down, right: position of the crop, as shares of the free space; 0.5 is the center.
     """
     box = covering_box((stored.height, stored.width), target, ratio, down, right)
     return _resize(stored, mask, target[::-1], box)
@@ -153,7 +154,7 @@ def _covering_crop(stored: StoredImage, mask: Image.Image | None, target: tuple[
 
 def covering_box(size: tuple[int, int], target: tuple[int, int], ratio: float, down: float,
                  right: float) -> tuple[float, float, float, float]:
-    """Returns left, top, right and bottom of what `_covering_crop` cuts out of an image of a size."""
+    """Returns left, top, right and bottom of the crop of `_covering_crop`, for an image of `size`."""
     (rows, columns), (height, width) = size, target
     unit = min(rows / height, columns / width) * ratio
     h, w = unit * height, unit * width
@@ -163,13 +164,13 @@ def covering_box(size: tuple[int, int], target: tuple[int, int], ratio: float, d
 
 def _simple_crop(stored: StoredImage, mask: Image.Image | None, target: tuple[int, int],
                  down: float, right: float) -> Images:
-    """Resizes the image to just cover the target, mirrors 4 pixels at its edges and cuts the target's size out.
+    """Resizes the image to just cover the target, pads 4 pixels by reflection and crops the target's size.
 
-    For square targets that is the simple random crop of DeiT III: torchvision's Resize of the short side and
-    RandomCrop(padding=4, padding_mode='reflect'). Only what the crop needs is resized.
+    For square targets, this is the simple random crop of DeiT III: torchvision's Resize of the short side and
+    RandomCrop(padding=4, padding_mode='reflect'). Only the pixels of the crop are resized.
 
     Args:
-      down, right: in [0, 1): where the crop lies among the places that it can have, each as likely.
+      down, right: in [0, 1): position of the crop among the possible ones, all equally likely.
     """
     rows, columns, (y, x) = simple_places((stored.height, stored.width), target, down, right)
     (top, left), (bottom, end) = (rows.min(), columns.min()), (rows.max() + 1, columns.max() + 1)
@@ -181,14 +182,18 @@ def _simple_crop(stored: StoredImage, mask: Image.Image | None, target: tuple[in
 
 def simple_places(size: tuple[int, int], target: tuple[int, int], down: float, right: float
                   ) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
-    """Returns which rows and columns of the resized image `_simple_crop` shows, and its pixels' sizes in the image."""
+    """Returns the source rows and columns of `_simple_crop`, and the size of its pixels.
+
+    Returns:
+      int [H] and int [W], indices in the resized image; (height, width) of its pixels, in pixels of the image.
+    """
     height, width = _covering_size(size, target)
     rows, columns = _reflected(height, target[0], down), _reflected(width, target[1], right)
     return rows, columns, (size[0] / height, size[1] / width)
 
 
 def _covering_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """Returns height, width of the image scaled to just cover the target; the long side is cut, as torchvision's."""
+    """Returns height, width of the image scaled to just cover the target; rounds the long side down, as torchvision."""
     height, width = size
     if height * target[1] <= width * target[0]:
         return target[0], max(target[1], int(target[0] * width / height))
@@ -196,14 +201,14 @@ def _covering_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int,
 
 
 def _reflected(size: int, target: int, share: float) -> np.ndarray:
-    """Returns which of `size` rows a crop of `target` rows shows, int [target], at a place of the mirrored padding."""
+    """Returns the rows, int [target], that a crop of `target` of `size` rows shows, with reflection at the edges."""
     first = int(share * (size + 2 * SIMPLE_PADDING - target + 1)) - SIMPLE_PADDING
-    rows = np.abs(np.arange(first, first + target)) % max(2 * (size - 1), 1)  # mirrored: a period of twice the steps
+    rows = np.abs(np.arange(first, first + target)) % max(2 * (size - 1), 1)  # reflection: a period of twice the steps
     return np.minimum(rows, abs(2 * (size - 1) - rows))
 
 
 def _resize(stored: StoredImage, mask: Image.Image | None, size: tuple[int, int], box: tuple[float, ...]) -> Images:
-    """Resizes what lies in `box` (left, top, right, bottom) to `size` (width, height)."""
+    """Resizes the part in `box` (left, top, right, bottom) to `size` (width, height)."""
     image = stored.whole().resize(size, Image.Resampling.BICUBIC, box)
     return image, mask and mask.resize(size, Image.Resampling.NEAREST, box)
 
@@ -213,10 +218,10 @@ def _flip(image: Image.Image) -> Image.Image:
 
 
 def mask_image(stored: StoredImage, mask: np.ndarray | None) -> Image.Image | None:
-    """Returns the mask as PIL has it, None without one; it is turned as the image is, where its shape says so.
+    """Returns the mask as a PIL image, None without one; it is rotated like the image if its shape requires it.
 
     Raises:
-      BadImage: it is not of the image's size, or nothing tells whether it is to be turned.
+      BadImage: the mask does not have the image's size, or may or may not be rotated already.
     """
     if mask is None:
         return None

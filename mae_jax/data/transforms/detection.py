@@ -1,8 +1,7 @@
-"""Geometry of images with objects: which part lies how large on the canvas, and its objects with it.
+"""Views of images with objects: which part of the image is shown at which size on the canvas, and its objects there.
 
-The image lies in the canvas's top left corner; around it is the mean color. Every random choice comes from the
-generator that is passed in. What is resized after it was cut is resized once, of both: PIL's resize takes a box in
-fractions of pixels.
+The image lies in the canvas's top left corner; the rest has the mean color. Every random choice comes from the
+generator that is passed in. Crop and resize are one operation: PIL's resize takes a box in fractions of pixels.
 """
 
 import functools
@@ -23,25 +22,25 @@ from mae_jax.ops.detection import crops
 
 log = logging.getLogger(__name__)
 
-AUGMENT = ("none", "lsj", "multi_scale")  # values of data.augment that objects go along with
-AROUND = (124, 116, 104)  # ImageNet's mean color in whole numbers: 0 after normalizing, but for the rounding
+AUGMENT = ("none", "lsj", "multi_scale")  # values of data.augment that support objects
+AROUND = (124, 116, 104)  # ImageNet's mean color in whole numbers: 0 after normalizing, up to rounding
 LEAST_SIDE = 1e-5  # pixels of the canvas that a box must exceed (detectron2's filter_empty_instances)
-# DETR's multi-scale augmentation, as XCiT's and iBOT's Mask R-CNN have it, in pixels where the long side is at most
-# 1333. That is a canvas of 1344, the next multiple of 32; on another one all lengths are so much shorter.
+# DETR's multi-scale augmentation, as in XCiT's and iBOT's Mask R-CNN, in pixels for a long side of at most 1333. This
+# is a canvas of 1344, the next multiple of 32; on another canvas, all lengths scale in proportion.
 MULTI_SCALE_CANVAS, LONG = 1344, 1333
 SHORT = tuple(range(480, 801, 32))
 FIRST_SHORT, CROP = (400, 500, 600), (384, 600)
 
 
 class Placement(NamedTuple):
-    """A part of an image, and its place on the canvas."""
+    """A part of an image, and its size on the canvas."""
 
     part: tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image
     size: tuple[int, int]  # height, width in pixels of the canvas
-    flip: bool = False  # left and right change places
+    flip: bool = False  # mirror left and right
 
     def boxes(self, box: np.ndarray) -> np.ndarray:
-        """Returns boxes of the image, float [n, 4], as boxes of the canvas."""
+        """Converts boxes, float [n, 4], from pixels of the image to pixels of the canvas."""
         left, top, right, bottom = self.part
         height, width = self.size
         x = (box[:, 0::2] - left) * (width / (right - left))
@@ -51,7 +50,7 @@ class Placement(NamedTuple):
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError for ways of seeing images that objects do not go along with."""
+    """Raises UserError for transforms that do not support objects."""
     data = config.data
     if data.augment not in AUGMENT:
         raise UserError(f"data.augment={data.augment!r} leaves boxes behind; {did_you_mean(data.augment, AUGMENT)}")
@@ -67,10 +66,10 @@ def check(config: ConfigDict) -> None:
 
 def augment(stored: StoredImage, objects: Objects | None, rng: np.random.Generator, config: ConfigDict,
             most: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Returns a training view as data.augment, data.flip and data.color say, uint8 [H, W, 3], and `fields`.
+    """Returns a training view by data.augment, data.flip and data.color, uint8 [H, W, 3], and its `fields`.
 
     Raises:
-      BadImage: the pixels do not decode, or the objects are of another image.
+      BadImage: the pixels do not decode, or the objects belong to another image.
     """
     data, canvas = config.data, tuple(config.data.image_size)
     size = (stored.height, stored.width)
@@ -86,15 +85,15 @@ def augment(stored: StoredImage, objects: Objects | None, rng: np.random.Generat
 
 def evaluate(stored: StoredImage, objects: Objects | None, config: ConfigDict,
              most: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Returns the evaluation's view: the whole image, as large as the canvas has room for; else as `augment`."""
+    """Returns the evaluation's view: the whole image, as large as the canvas allows; otherwise as `augment`."""
     canvas = tuple(config.data.image_size)
     return _view(stored, objects, whole((stored.height, stored.width), canvas), canvas, most)
 
 
 def whole(size: tuple[int, int], canvas: tuple[int, int]) -> Placement:
-    """Places a whole image (height, width) such that it just fits into the canvas (height, width).
+    """Places a whole image (height, width) so that it just fits into the canvas (height, width).
 
-    On a square canvas that is detectron2's ResizeShortestEdge(side, side).
+    On a square canvas, this is detectron2's ResizeShortestEdge(side, side).
     """
     (height, width), scale = size, min(canvas[0] / size[0], canvas[1] / size[1])
     fitted = [min(max(int(length * scale + 0.5), 1), most) for length, most in zip(size, canvas, strict=True)]
@@ -103,15 +102,17 @@ def whole(size: tuple[int, int], canvas: tuple[int, int]) -> Placement:
 
 def lsj(size: tuple[int, int], canvas: tuple[int, int], scale: tuple[float, float], r: float, u: float,
         flip: bool) -> Placement:
-    """Large-scale jittering as ViTDet has it: flip, detectron2's ResizeScale(*scale), FixedSizeCrop(canvas, pad=False).
+    """Places an image by ViTDet's large-scale jittering.
+
+    This is detectron2's random flip, ResizeScale(*scale) and FixedSizeCrop(canvas, pad=False).
 
     Args:
       size: height, width of the image.
       canvas: height, width.
       scale: least and largest share of the canvas; (0.1, 2.0) in ViTDet.
-      r: in [0, 1): which scale.
-      u: in [0, 1): where what is too large is cut; one number for both axes, as detectron2 has it.
-      flip: whether the image is mirrored first.
+      r: in [0, 1): position between the two scales.
+      u: in [0, 1): offset of the crop if the image exceeds the canvas; one number for both axes, as in detectron2.
+      flip: whether to mirror the image first.
     """
     share = scale[0] + (scale[1] - scale[0]) * r
     factor = min(canvas[0] * share / size[0], canvas[1] * share / size[1])
@@ -122,7 +123,7 @@ def lsj(size: tuple[int, int], canvas: tuple[int, int], scale: tuple[float, floa
 
 
 def _cut(size: tuple[int, int], resized: np.ndarray, first: np.ndarray, shown: np.ndarray, flip: bool) -> Placement:
-    """Places what a crop [first, first + shown) shows of the mirrored or plain image after it was resized."""
+    """Places the crop [first, first + shown) of the resized image, mirrored or not."""
     (top, left), (bottom, right) = first / resized * size, np.minimum((first + shown) / resized, 1) * size
     if flip:
         left, right = size[1] - right, size[1] - left
@@ -130,10 +131,11 @@ def _cut(size: tuple[int, int], resized: np.ndarray, first: np.ndarray, shown: n
 
 
 def multi_scale(size: tuple[int, int], canvas: tuple[int, int], rng: np.random.Generator, flip: bool) -> Placement:
-    """DETR's multi-scale augmentation: flip, then one of two, each as likely.
+    """Places an image by DETR's multi-scale augmentation: flip, then one of two branches, equally likely.
 
-    The short side to one of 480, 512, ..., 800 with the long one at most 1333; or the short side to 400, 500 or 600, a
-    crop whose sides are uniform in 384 to 600, and that resized likewise. All lengths are in proportion to the canvas.
+    One resizes the short side to one of 480, 512, ..., 800, with the long side at most 1333. The other resizes the
+    short side to 400, 500 or 600, crops with sides uniform in 384 to 600, and resizes the crop like the first. All
+    lengths are in proportion to the canvas.
     """
     unit = min(canvas) / MULTI_SCALE_CANVAS
     if rng.random() < 0.5:
@@ -154,7 +156,7 @@ def multi_scale(size: tuple[int, int], canvas: tuple[int, int], rng: np.random.G
 
 
 def _keeping_ratio(size: tuple[float, float], short: float, long: float, canvas: tuple[int, int]) -> np.ndarray:
-    """Returns height and width, int [2], scaled to a short side, or to a long one where that would be exceeded."""
+    """Returns height and width, int [2], scaled to the short side, or to the long side if that would be exceeded."""
     scale = min(short / min(size), long / max(size))
     return np.clip(np.floor(np.multiply(size, scale) + 0.5).astype(int), 1, canvas)
 
@@ -173,7 +175,7 @@ def _view(stored: StoredImage, objects: Objects | None, place: Placement, canvas
 
 
 def check_size(stored: StoredImage, objects: Objects) -> None:
-    """Raises BadImage where the objects are of an image of another size, or perhaps of one that lies otherwise."""
+    """Raises BadImage if the objects belong to an image of another size, or possibly of another orientation."""
     size = (stored.height, stored.width)
     if stored.turn is not None and objects.size == size and (size[0] == size[1] or stored.turn not in SIDEWAYS):
         raise BadImage("EXIF turns it, and nothing tells whether its objects are turned already; store it upright, or "
@@ -184,22 +186,22 @@ def check_size(stored: StoredImage, objects: Objects) -> None:
 
 
 def empty(canvas: tuple[int, int], most: int) -> dict[str, np.ndarray]:
-    """Returns the fields of a gray stand-in for an image, which has no object."""
+    """Returns the fields of a gray stand-in image, which has no objects."""
     return fields(none(canvas), Placement((0.0, 0.0, *canvas[::-1]), canvas), canvas, most)
 
 
 def fields(objects: Objects, place: Placement, original: tuple[int, int], most: int) -> dict[str, np.ndarray]:
-    """Returns what a view shows of an image's objects, as batches have it; crowds are left out.
+    """Returns the batch fields of the objects in a view; crowds are left out.
 
     Args:
       objects: of the image.
       place: the view.
       original: height, width of the image.
-      most: M; of more objects the first M are kept, and that is told.
+      most: M; of more objects, the first M are kept, with a warning.
 
     Returns:
-      `box` float32 [M, 4], `box_class` int32 [M], `box_valid` float32 [M], `box_mask` uint8 [M, 1568]: of each object
-      that is seen; rows without one are 0. `size` and `original_size` int32 [2]: height, width.
+      `box` float32 [M, 4], `box_class` int32 [M], `box_valid` float32 [M], `box_mask` uint8 [M, 1568]: of each visible
+      object; unused rows are 0. `size` and `original_size` int32 [2]: height, width.
     """
     box, label = np.zeros((most, 4), np.float32), np.zeros(most, np.int32)
     valid, masks = np.zeros(most, np.float32), np.zeros((most, crops.PACKED), np.uint8)
@@ -228,10 +230,10 @@ def _tell_more(most: int) -> None:
 
 
 def visible(box: np.ndarray, region: Region, part: tuple[float, float, float, float]) -> np.ndarray | None:
-    """Returns the box around what a part of the image shows of an object, float64 [4]; None where it shows nothing.
+    """Returns the box around the visible part of an object, float64 [4]; None if nothing is visible.
 
-    A side whose outermost mask pixels are still seen stays where the box has it, in fractions of pixels; another one
-    moves to the outermost mask pixel that is.
+    A side whose outermost mask pixels are visible keeps its fractional coordinate in `box`; another side moves to the
+    outermost visible mask pixel.
     """
     corner, cells = (region.left, region.top) * 2, region.values
     rows, columns = cells.shape
@@ -252,8 +254,7 @@ def visible(box: np.ndarray, region: Region, part: tuple[float, float, float, fl
 
 
 def resampled(region: Region, box: np.ndarray) -> np.ndarray:
-    """Returns an object's mask in the frame of a box of its image, bool [112, 112]: at least half of a cell is covered.
-    """
+    """Returns an object's mask in the frame of a box of its image, bool [112, 112]: cells at least half covered."""
     rows, columns = region.values.shape
     corner = np.array((region.left, region.top) * 2)
     frame = np.clip(box - corner, 0, (columns, rows) * 2)

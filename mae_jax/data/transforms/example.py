@@ -1,4 +1,4 @@
-"""From a stored image to the fields of one example: augmented, cut into patches, permuted."""
+"""Turns a stored image into the fields of one example: augmented, patchified, permuted."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,12 +20,12 @@ from mae_jax.rng import rng
 if TYPE_CHECKING:
     import jax
 
-GRAY = 127  # every pixel of the image that stands in where none could be read
+GRAY = 127  # pixel value of the stand-in for unreadable images
 Fields = dict[str, np.ndarray | int | float]
 
 
 class FieldSpec(NamedTuple):
-    """Shape and dtype of a batch field, as `jax.ShapeDtypeStruct` has them, where JAX is not imported."""
+    """Shape and dtype of a batch field, like `jax.ShapeDtypeStruct`, without importing JAX."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -37,10 +37,10 @@ Spec = Mapping[str, "jax.ShapeDtypeStruct | FieldSpec"]
 class ExampleBuilder:
     """Makes the fields `patches` uint8 [N, P], `order` int32 [N] and `label` of examples.
 
-    N patches of P values: rows of the patch, pixels in the row, channels (fastest). Where the order has blocks, also
-    `blocks` int32 [M, K], places in the order (`masking.draw`). Where the spec has them, also `labels` uint8 [C] and
+    N patches of P values: rows of the patch, pixels in the row, channels (fastest). If the order has blocks, also
+    `blocks` int32 [M, K], indices in the order (`masking.draw`). If the spec has them, also `labels` uint8 [C] and
     `pixel_label` uint8 [N, P / 3], the class of each pixel of the same patches, or the objects of images, which then
-    lie on a canvas (`detection.fields`). Where a method has views of its own, training has their fields in place of
+    lie on a canvas (`detection.fields`). If a method has views of its own, training has their fields in place of
     patches, order and blocks (`masking.View`).
     """
 
@@ -50,9 +50,9 @@ class ExampleBuilder:
         self._config, self._order, self._views = config, order, views
         self._spec = {name: FieldSpec(tuple(struct.shape), np.dtype(struct.dtype)) for name, struct in spec.items()}
         self._grid, self._reading = PatchGrid.of(config), Reading.of(config.data)
-        self.group = order.group  # neighbours whose orders belong together
-        self._most = self._spec["box"].shape[1] if "box" in self._spec else 0  # objects of an image
-        policy(config.data.color)  # says at once what is missing
+        self.group = order.group  # neighboring rows that share a permutation
+        self._most = self._spec["box"].shape[1] if "box" in self._spec else 0  # objects per image
+        policy(config.data.color)  # fails early if it is unknown
         if self._most:
             detection.check(config)
         elif config.data.augment in detection.AUGMENT and config.data.augment != "none":
@@ -62,7 +62,7 @@ class ExampleBuilder:
             opencv()  # likewise
 
     def train(self, example: Example, position: int) -> Fields:
-        """Returns the augmented view, or views, that belong to a position of the run; raises BadImage."""
+        """Returns the augmented view, or views, for a position of the run; raises BadImage."""
         if self._views:
             stored = StoredImage(example.image, reading=self._reading)
             return {**self._labels(example), **self._several(stored, position)}
@@ -75,9 +75,9 @@ class ExampleBuilder:
         return {**self._labels(example), **self._cut(pixels, mask, drawn)}
 
     def evaluate(self, example: Example, index: int, position: int, ratio: float) -> Fields:
-        """Returns the evaluation's view, the central `ratio`; of images with objects the whole.
+        """Returns the evaluation's view: the central `ratio`, or the whole image if it has objects.
 
-        Its order depends on the example's index alone, but where orders belong to groups, on its position.
+        The order depends only on the example's index, or on its position if orders are drawn per group.
 
         Raises:
           BadImage: the image, or its mask, cannot be used.
@@ -91,14 +91,14 @@ class ExampleBuilder:
         return {**self._labels(example), **self._cut(pixels, mask, drawn)}
 
     def gray_train(self, position: int) -> Fields:
-        """Returns what stands in, at a position of the run, for an image that cannot be read."""
+        """Returns the fields of a gray stand-in for an unreadable image at a position of the run."""
         if not self._views:
             return self._gray(self._drawn(self._config.seed, "order", position))
         stored = StoredImage(np.full((1, 1, 3), GRAY, np.uint8))
         return {**self._several(stored, position), "label": UNLABELED, "valid": 0.0}
 
     def gray(self, position: int) -> Fields:
-        """Returns what stands in, in an evaluation, for an unreadable image, and as padding."""
+        """Returns the fields of a gray stand-in in an evaluation, for an unreadable image or as padding."""
         return self._gray(self._drawn(0, "evaluate", position))
 
     def _gray(self, drawn: dict[str, np.ndarray]) -> Fields:
@@ -118,7 +118,7 @@ class ExampleBuilder:
         return {"label": example.label, **({} if example.labels is None else {"labels": example.labels})}
 
     def _several(self, stored: StoredImage, position: int) -> Fields:
-        """Returns the fields of all views of an image, which is decoded once; each view has draws of its own."""
+        """Returns the fields of all views of an image, which is decoded once; each crop has its own draws."""
         config, fields, number = self._config, {}, 0
         for kind in self._views:
             made, grid = [], PatchGrid(*kind.order.grid, *self._grid.patch)
@@ -132,7 +132,7 @@ class ExampleBuilder:
         return fields
 
     def _drawn(self, seed: int, stream: str, position: int) -> dict[str, np.ndarray]:
-        """Returns the order of the image at a position, and its blocks, as `masking.draw`."""
+        """Returns the order of the image at a position, and its blocks if any, as `masking.draw`."""
         group, member = divmod(position, self._order.group)
         return masking.draw(self._order, rng(seed, stream, group), member)
 

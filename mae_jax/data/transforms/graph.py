@@ -1,8 +1,8 @@
-"""JPEGs to permuted patches in one graph of TensorFlow: decoded in part, resized, cut. Python calls it once for many.
+"""TensorFlow graph from JPEGs to permuted patches: decodes partially, resizes and patchifies many images per call.
 
-The filter is the recipe's, antialiased bicubic (a = -0.5) as PIL has it, in float32. One direction after the other, a
-block of as many rows as a patch has is a product of two matrices: its weights, and the rows of the image that it
-reads. `tf.image.resize(antialias=True)` takes about twice as long.
+The filter is the recipe's, antialiased bicubic (a = -0.5) as in PIL, in float32. Per direction, a block of as many rows
+as a patch has is a product of two matrices: the filter weights, and the rows of the image that the block reads.
+`tf.image.resize(antialias=True)` takes about twice as long.
 """
 
 import functools
@@ -16,11 +16,11 @@ from mae_jax.ops.patches import PatchGrid
 
 
 class Job(NamedTuple):
-    """What is made of one JPEG."""
+    """The arguments of the graph for one JPEG."""
 
     data: bytes
-    window: tuple[int, int, int, int]  # top, left, height, width, of the image as the decoder shrinks it
-    ratio: int  # by which it does
+    window: tuple[int, int, int, int]  # top, left, height, width, in pixels after the decoder shrinks the image
+    ratio: int  # factor by which the decoder shrinks the image
     rows: np.ndarray  # float32 [H], centers of the view's rows, in pixels of the window
     columns: np.ndarray  # float32 [W] likewise
     scales: tuple[float, float]  # pixels of the window per pixel of the view, down and across
@@ -32,7 +32,7 @@ def patches(grid: PatchGrid, jobs: list[Job]) -> np.ndarray:
     """Returns the permuted patches of JPEGs, uint8 [jobs, N, P].
 
     Raises:
-      tf.errors.OpError: one of them does not decode.
+      tf.errors.OpError: a JPEG does not decode.
     """
     made = _compiled(grid)(
         tf.constant([job.data for job in jobs]), np.array([job.window for job in jobs], np.int32),
@@ -44,7 +44,7 @@ def patches(grid: PatchGrid, jobs: list[Job]) -> np.ndarray:
 
 @functools.cache
 def _compiled(grid: PatchGrid) -> tf.types.experimental.ConcreteFunction:
-    """Returns the graph as a function of the fields of `Job`, each with one dimension more."""
+    """Returns the graph as a function of the fields of `Job`, each with a leading batch dimension."""
     height, width = grid.image_size
     signature = [tf.TensorSpec([None, *shape], dtype) for shape, dtype in (
         ([], tf.string), ([4], tf.int32), ([], tf.int32), ([height], tf.float32), ([width], tf.float32),
@@ -73,7 +73,7 @@ def _cut(pixels: tf.Tensor, rows: tf.Tensor, columns: tf.Tensor, scales: tf.Tens
     """Returns the patches of a view in raster order, uint8 [N, P]; the arguments are those of `Job`.
 
     Args:
-      pixels: uint8 [h, w, 3], of the window.
+      pixels: uint8 [h, w, 3], the window.
     """
     (high, wide), (down, across) = grid.image_size, grid.patch
     shape = tf.shape(pixels)
@@ -89,7 +89,7 @@ def _cut(pixels: tf.Tensor, rows: tf.Tensor, columns: tf.Tensor, scales: tf.Tens
 
 
 def _band(centers: tf.Tensor, scale: tf.Tensor, bounds: tf.Tensor, block: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns which rows each block of the view reads, int32 [blocks, K], and with what weights [blocks, block, K]."""
+    """Returns the rows that each block of the view reads, int32 [blocks, K], and their weights [blocks, block, K]."""
     stretch = tf.maximum(scale, 1.0)
     centers = tf.reshape(centers, [-1, block])
     low, high = bounds[0], bounds[1]

@@ -1,5 +1,8 @@
-"""data.resize=graph: what training makes of many JPEGs at once. Draws are those of data.resize=exact, and so are ids,
-boxes, flips and orders; pixels differ by rounding. What the graph does not decode is made as exact makes it."""
+"""Training examples for data.resize=graph, which makes the patches of many JPEGs in one call.
+
+Draws, and so ids, boxes, flips and orders, are those of data.resize=exact; pixels differ by rounding. Images that the
+graph cannot decode are made as for exact.
+"""
 
 import logging
 from typing import TYPE_CHECKING
@@ -24,17 +27,17 @@ _EXACT = "take data.resize=exact or fast"
 
 
 class GraphBuilder(ExampleBuilder):
-    """Makes the fields of `ExampleBuilder` for many examples at once."""
+    """Makes the fields of `ExampleBuilder`, for many examples at once."""
 
     def __init__(self, config: ConfigDict, order: masking.PatchOrder, spec: Spec, views: tuple[masking.View, ...] = ()):
         check(config, spec, views)
         super().__init__(config, order, spec, views)
-        from mae_jax.data.transforms import graph  # with TensorFlow, of which it says at once where it is missing
+        from mae_jax.data.transforms import graph  # imports TensorFlow, and fails early without it
 
-        self._patches, self._job_of = graph.patches, graph.Job  # pickled, they have worker processes share the import
+        self._patches, self._job_of = graph.patches, graph.Job  # pickled: the fork server imports them
 
     def look_at(self, source: Source) -> None:
-        """Raises UserError for images that are no encoded files; says where they are no JPEGs, by the first one."""
+        """Raises UserError if images are not encoded files; warns if they are not plain JPEGs, by the first one."""
         try:
             image = source.read(0).image
             if isinstance(image, np.ndarray):
@@ -48,7 +51,7 @@ class GraphBuilder(ExampleBuilder):
                         "data.resize=exact makes it, and no faster", source.name(0))
 
     def train_many(self, items: list[tuple[Example, int]]) -> list[Fields | BadImage]:
-        """Returns what `train` does of each example and position of the run, or the BadImage that it raises."""
+        """Returns the result of `train` for each example and position of the run, or the BadImage that it raises."""
         results: list[Fields | BadImage | None] = [None] * len(items)
         jobs = {}
         for place, (example, position) in enumerate(items):
@@ -71,7 +74,7 @@ class GraphBuilder(ExampleBuilder):
             return error
 
     def _job(self, data: bytes, stored: StoredImage, position: int) -> "tuple[graph.Job, dict[str, np.ndarray]]":
-        """Returns what the graph is told of a JPEG, and the fields of its order."""
+        """Returns the graph's arguments for a JPEG, and the fields of its order."""
         drawn, size = self._drawn(self._config.seed, "order", position), (stored.height, stored.width)
         axes = sampling.draw(rng(self._config.seed, "augment", position), size, self._config)
         ratio = sampling.ratio(*axes)
@@ -86,7 +89,7 @@ class GraphBuilder(ExampleBuilder):
              min(columns.high - left, width)), drawn["order"]), drawn
 
     def _made(self, jobs: "list[graph.Job]") -> list[np.ndarray | None]:
-        """Returns the patches of each JPEG, None for those that do not decode."""
+        """Returns the patches of each JPEG, uint8 [N, P]; None for those that do not decode."""
         from mae_jax.data.tensorflow_cpu import tf
 
         if not jobs:
@@ -95,12 +98,12 @@ class GraphBuilder(ExampleBuilder):
             return list(self._patches(self._grid, jobs))
         except tf.errors.ResourceExhaustedError as error:
             raise MemoryError(f"while images were decoded: {error.message[:120]}") from None
-        except tf.errors.InvalidArgumentError:  # which one, the error does not say
+        except tf.errors.InvalidArgumentError:  # the error does not say which JPEG failed
             return [None] if len(jobs) == 1 else [self._made([job])[0] for job in jobs]
 
 
 def check(config: ConfigDict, spec: Spec, views: tuple[masking.View, ...]) -> None:
-    """Raises UserError for a recipe that the graph does not have."""
+    """Raises UserError for a recipe that the graph does not support."""
     data, method = config.data, config.method.name
     if data.augment == "scaled":
         raise UserError(f"data.resize='graph' has no data.augment='scaled'; {_EXACT}, or another augmentation")
@@ -116,5 +119,5 @@ def check(config: ConfigDict, spec: Spec, views: tuple[masking.View, ...]) -> No
 
 def builder(config: ConfigDict, order: masking.PatchOrder, spec: Spec, views: tuple[masking.View, ...]
             ) -> ExampleBuilder:
-    """Returns what makes the examples of a config, by data.resize."""
+    """Returns the example builder for data.resize."""
     return (GraphBuilder if config.data.resize == "graph" else ExampleBuilder)(config, order, spec, views)

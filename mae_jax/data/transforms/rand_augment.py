@@ -1,7 +1,7 @@
-"""RandAugment (Cubuk et al. 2020) as MAE fine-tunes with it: timm's policy 'rand-m9-mstd0.5-inc1'.
+"""RandAugment (Cubuk et al. 2020) as in MAE's fine-tuning: timm's policy 'rand-m9-mstd0.5-inc1'.
 
-An operation takes an amount between -1 and 1: its size is the strength (magnitude / 10), its sign the direction. Most
-strengths are near 0.9. 'Increasing' operations change more with more strength.
+An operation takes an amount between -1 and 1: its absolute value is the strength (magnitude / 10), its sign the
+direction. Most strengths are near 0.9. 'Increasing' operations change more with more strength.
 """
 
 from collections.abc import Callable
@@ -13,20 +13,20 @@ OPERATIONS = 2  # drawn per image, with replacement
 PROBABILITY = 0.5  # that a drawn operation is applied
 MAGNITUDE, DEVIATION, HIGHEST = 9, 0.5, 10
 DEGREES, SHEAR, SHIFT = 30, 0.3, 0.45  # at full strength; the shift in shares of the side
-FILL = (124, 116, 104)  # the mean colour of ImageNet, where an image was moved away
-IGNORED = 255  # in a mask, likewise
+FILL = (124, 116, 104)  # ImageNet's mean color, where an image was moved away
+IGNORED = 255  # the same for a mask
 
 
 def rand_augment(image: Image.Image, rng: np.random.Generator,
                  mask: Image.Image | None = None) -> tuple[Image.Image, Image.Image | None]:
-    """Changes an image in RGB by up to two operations, and moves the classes in `mask` (if any) with its pixels."""
+    """Applies up to two operations to an RGB image, and moves the classes in `mask` (if any) with its pixels."""
     for name, amount in draw(rng):
         image, mask = apply(image, name, amount, mask)
     return image, mask
 
 
 def draw(rng: np.random.Generator) -> list[tuple[str, float]]:
-    """Draws name and amount of each operation to apply: none, one or two."""
+    """Draws the name and amount of each operation to apply: none, one or two."""
     drawn = []
     for which in rng.integers(len(NAMES), size=OPERATIONS):
         applied, strength, sign = rng.random() < PROBABILITY, rng.normal(MAGNITUDE, DEVIATION), rng.choice((-1, 1))
@@ -37,7 +37,7 @@ def draw(rng: np.random.Generator) -> list[tuple[str, float]]:
 
 def apply(image: Image.Image, name: str, amount: float,
           mask: Image.Image | None = None) -> tuple[Image.Image, Image.Image | None]:
-    """Applies one operation; see the module on `amount`."""
+    """Applies one operation; the module docstring defines `amount`."""
     if name in COLORS:
         return COLORS[name](image, amount), mask
     move = MOVES[name]
@@ -46,29 +46,29 @@ def apply(image: Image.Image, name: str, amount: float,
 
 
 def _enhance(kind: type) -> Callable[[Image.Image, float], Image.Image]:
-    """Returns an operation that blends with what PIL's enhancer degrades to, or away from it."""
+    """Returns an operation that blends with the degraded image of PIL's enhancer, or away from it."""
     return lambda image, amount: kind(image).enhance(1 + 0.9 * amount)
 
 
 def _posterize(image: Image.Image, amount: float) -> Image.Image:
-    """Keeps the 4 highest bits or fewer; at full strength none: a black image, which newer Pillows refuse to make."""
+    """Keeps the 4 highest bits or fewer; at full strength none: a black image, which newer Pillow versions refuse."""
     dropped = 4 + int(4 * abs(amount))
     return image.point([value >> dropped << dropped for value in range(256)] * 3)
 
 
 def _solarize(image: Image.Image, amount: float) -> Image.Image:
-    """Inverts what is at least as bright as a threshold that falls with the strength."""
+    """Inverts values at or above a threshold that falls with the strength."""
     return ImageOps.solarize(image, 256 - int(256 * abs(amount)))
 
 
 def _solarize_add(image: Image.Image, amount: float) -> Image.Image:
-    """Brightens what is darker than 128."""
+    """Brightens values below 128."""
     add = int(110 * abs(amount))
     return image.point([min(value + add, 255) if value < 128 else value for value in range(256)] * 3)
 
 
 def _affine(matrix: Callable[[float, int, int], tuple[float, ...]]) -> Callable[..., Image.Image]:
-    """Returns a move by what `matrix` gives for amount, width and height: from a pixel to where its value lies."""
+    """Returns an affine transform; `matrix` maps amount, width and height to PIL's coefficients, output to input."""
     return lambda image, amount, **how: image.transform(
         image.size, Image.Transform.AFFINE, matrix(amount, *image.size), **how)
 

@@ -1,6 +1,6 @@
-"""Where the pixels of a training view lie in the stored image: what data.resize=graph is told of each image.
+"""Locations of a training view's pixels in the stored image, for data.resize=graph.
 
-The draws are those of `crop.augment`, in its order: the same position has the same box and flip in both.
+The draws are those of `crop.augment`, in the same order: a position has the same box and flip in both.
 """
 
 from typing import NamedTuple
@@ -10,26 +10,26 @@ from ml_collections import ConfigDict
 
 from mae_jax.data.transforms import crop
 
-SUPPORT = 2.0  # of the bicubic filter, in pixels of what is made, or of the stored image where that is enlarged
-CONTEXT = 2  # pixels around what is read, from which the JPEG decoder takes the colors at its edges
-MARGIN = 2.0  # how much larger than the target a part must remain that the decoder shrinks; our choice
-RATIOS = (1, 2, 4, 8)  # by which it can
+SUPPORT = 2.0  # half width of the bicubic filter, in pixels of the view, or of the stored image if it is enlarged
+CONTEXT = 2  # pixels around those read, from which the JPEG decoder interpolates colors at the edges
+MARGIN = 2.0  # times the target's size that a part keeps after the decoder shrinks it; our choice
+RATIOS = (1, 2, 4, 8)  # factors by which the decoder can shrink
 
 
 class Axis(NamedTuple):
     """One direction of a view; lengths are in pixels of the stored image."""
 
     centers: np.ndarray  # float64 [n], of the n rows or columns of the view
-    scale: float  # from one of them to the next
+    scale: float  # distance between neighboring centers
     low: int  # the first row or column that the filter may read
-    high: int  # behind the last one
+    high: int  # one past the last
 
     def shrunk(self, ratio: int) -> "Axis":
-        """Returns the same in an image that the decoder has shrunk."""
+        """Returns the axis in an image that the decoder has shrunk."""
         return Axis(self.centers / ratio, self.scale / ratio, self.low // ratio, -(-self.high // ratio))
 
     def window(self, size: int) -> tuple[int, int]:
-        """Returns which part, first and length, of the image's `size` rows or columns is to be decoded."""
+        """Returns the first index and the length of the part of the image's `size` rows or columns to decode."""
         reach = SUPPORT * max(self.scale, 1.0)
         first = max(self.low, int(self.centers.min() - reach)) - CONTEXT
         last = min(self.high, int(self.centers.max() + reach) + 1) + CONTEXT
@@ -37,10 +37,10 @@ class Axis(NamedTuple):
 
 
 def draw(rng: np.random.Generator, size: tuple[int, int], config: ConfigDict) -> tuple[Axis, Axis]:
-    """Draws the rows and the columns of a view, as data.augment and data.flip say.
+    """Draws the rows and columns of a view by data.augment and data.flip.
 
     Args:
-      size: of the stored image, height and width.
+      size: height, width of the stored image.
     """
     data, target = config.data, tuple(config.data.image_size)
     if data.augment == "simple":
@@ -61,7 +61,7 @@ def draw(rng: np.random.Generator, size: tuple[int, int], config: ConfigDict) ->
 
 
 def ratio(rows: Axis, columns: Axis) -> int:
-    """Returns by how much the decoder may shrink the image: what remains is at least MARGIN times as large."""
+    """Returns the largest factor by which the decoder may shrink the image: MARGIN times the target's size remains."""
     return max(each for each in RATIOS if each == 1 or min(rows.scale, columns.scale) >= MARGIN * each)
 
 

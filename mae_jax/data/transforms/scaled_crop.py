@@ -1,6 +1,6 @@
-"""Training crops of segmentation: the image at a random size, its ratio kept, and a part of it of the model's size.
+"""Training crops for segmentation: the image resized to a random size, ratio kept, then cropped to the model's size.
 
-As mmsegmentation's recipes for ADE20K (Resize, RandomCrop, Pad), but that images are resized as everywhere here: by
+As mmsegmentation's recipes for ADE20K (Resize, RandomCrop, Pad), except that images are resized as everywhere here, by
 PIL's antialiased bicubic filter. Every random choice comes from the generator that is passed in.
 """
 
@@ -13,25 +13,23 @@ from PIL import Image
 from mae_jax.data.decode import IGNORED, StoredImage
 from mae_jax.ops.patches import MEAN
 
-LONGEST = 4  # how much longer than its short side an image may be before the long one decides: 2048 to 512
-MOST_OF_ONE = 0.75  # share of a crop's labelled pixels that one class may have (mmsegmentation's cat_max_ratio)
-REDRAWS = 10  # of a crop in which one class has more
-FILL = tuple(round(255 * value) for value in MEAN)  # of what the image does not cover: normalised, within 0.01 of 0
+LONGEST = 4  # ratio of the sides above which the long one sets the scale: 2048 to 512
+MOST_OF_ONE = 0.75  # bound on one class's share of a crop's labeled pixels (mmsegmentation's cat_max_ratio)
+REDRAWS = 10  # of a crop where one class exceeds it
+FILL = tuple(round(255 * value) for value in MEAN)  # color of the padding: within 0.01 of 0 after normalization
 Images = tuple[Image.Image, Image.Image | None]
 
 
 def scaled_size(size: tuple[int, int], short: float) -> tuple[int, int]:
-    """Returns height and width of an image of a size, its short side `short` pixels and its long one LONGEST times
-    that at most.
-    """
+    """Returns height and width scaled to a short side of `short` pixels, but a long side of at most LONGEST · short."""
     factor = min(short / min(size), LONGEST * short / max(size))
     return max(1, int(size[0] * factor + 0.5)), max(1, int(size[1] * factor + 0.5))
 
 
 def crop(stored: StoredImage, mask: Image.Image | None, rng: np.random.Generator, data: ConfigDict) -> Images:
-    """Returns a part of the image, and of its mask, of data.image_size at most, at one of data.scales.
+    """Returns a crop of the image and of its mask, of at most data.image_size, at a scale from data.scales.
 
-    Where the mask has one class in MOST_OF_ONE of its labelled pixels, or more, another part is drawn, a few times.
+    If one class has MOST_OF_ONE or more of the crop's labeled pixels, the crop is redrawn, up to REDRAWS times.
 
     Raises:
       BadImage: the pixels do not decode.
@@ -57,13 +55,13 @@ def crop(stored: StoredImage, mask: Image.Image | None, rng: np.random.Generator
 
 
 def is_varied(mask: np.ndarray) -> bool:
-    """Says whether a mask has several classes, none of which has MOST_OF_ONE or more of the labelled pixels."""
+    """Returns whether a mask has several classes, each with less than MOST_OF_ONE of the labeled pixels."""
     counts = np.bincount(mask.ravel(), minlength=IGNORED + 1)[:IGNORED]
     return int((counts > 0).sum()) > 1 and int(counts.max()) < MOST_OF_ONE * int(counts.sum())
 
 
 def pad(image: Image.Image, mask: Image.Image | None, target: tuple[int, int]) -> Images:
-    """Lays an image and its mask in the top left corner of FILL, and of what is ignored, of a size (height, width)."""
+    """Pads image and mask at the bottom and right to a size (height, width), with FILL and IGNORED."""
     def laid(on: str, fill: Any, part: Image.Image) -> Image.Image:
         if part.size == target[::-1]:
             return part
