@@ -67,7 +67,7 @@ def evaluations() -> tuple[Evaluation, ...]:
 
 
 def missing() -> list[str]:
-    """Returns the plug-ins of evaluations that the run of the config had and that are not installed here."""
+    """Returns a message for each evaluation of the stored run that is missing here: which package provided it."""
     return plugins.missing("evaluations", _table())
 
 
