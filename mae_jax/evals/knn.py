@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification of frozen features (Wu et al. 2018; DINO, section 4.1)."""
+"""Weighted k-nearest-neighbor classification of frozen features (Wu et al. 2018; DINO, section 4.1)."""
 
 from functools import partial
 

@@ -83,15 +83,17 @@ def mean_square(error: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Arra
 class Method:
     """Base class of methods. B images have N patches of P values each; `self.encoder` is the encoder.
 
-    `task` selects the evaluations, and with them the further methods that a subclass has:
-      'pretraining': probes of the features of `encode`.
-      'classification': `logits(params, extras, batch)` → float32 [B, C], C = `self.classes`.
-      'segmentation': `pixel_logits(params, extras, batch)` → float32 [B, height, width, C], and `pixel_classes(batch)`
-        → uint8 [B, height, width], 255 for pixels without a class. If `test` is 'slide' or 'whole', there is also
-        `cell_logits(params, extras, batch, grid)` → float32 [B, h, w, C] for `patches` and `order` in raster order;
-        'whole' requires it for any `grid`.
-      'detection': `detections(params, extras, batch)`, see `methods/detection.py`.
-    With `reconstructs`, a method has `reconstruct(params, extras, batch)`, whose item 'pixels' has the masked patches
+    `task` selects the evaluations, and with them the functions that a subclass must have:
+
+    - 'pretraining': none; the features of `encode` are probed.
+    - 'classification': `logits(params, extras, batch)` → float32 [B, C], C = `self.classes`.
+    - 'segmentation': `pixel_logits(params, extras, batch)` → float32 [B, height, width, C], and `pixel_classes(batch)`
+      → uint8 [B, height, width], 255 for pixels without a class. If `test` is 'slide' or 'whole', also
+      `cell_logits(params, extras, batch, grid)` → float32 [B, h, w, C] for `patches` and `order` in raster order;
+      'whole' requires it for any `grid`.
+    - 'detection': `detections(params, extras, batch)`, see `methods/detection.py`.
+
+    If `reconstructs` is True, there is `reconstruct(params, extras, batch)`, whose item 'pixels' has the masked patches
     as normalized pixels, float32 [B, M, P]: the last M patches in the batch's order.
     """
 
@@ -294,7 +296,7 @@ class Method:
           block: index of the block whose output is returned; -1: the last, after the final norm.
 
         Returns:
-          Tokens [B, 1 + N, D] in the model's dtype: class token first, then patches in the batch's order.
+          Tokens [B, 1 + N, D] in the model's dtype, the class token first, then patches in the batch's order.
         """
         pixels, weights = normalize(batch["patches"]), self.eval_params(params, extras)["encoder"]
         return self.encoder.apply({"params": weights}, pixels, batch["order"], block=block)

@@ -2,11 +2,12 @@
 
 The student predicts, from one view of an image, the output of the EMA teacher on another view. The implementation
 follows the released code except for these, ours:
-  - Gradients are clipped by their global norm, not per parameter.
-  - Positions are fixed, for the grid of each view.
-  - Learning rate, weight decay and momentum change with every step.
-  - The directions of the last layer are initialized with standard deviation 0.02; torch's default is 0.036.
-  - While the last layer is frozen its gradient is zero. Adam counts these steps, and takes larger steps just after.
+
+- Gradients are clipped by their global norm, not per parameter.
+- Positions are fixed, for the grid of each view.
+- All schedules, that of the teacher's temperature included, change with every step.
+- The directions of the last layer are initialized with standard deviation 0.02; torch's default is 0.036.
+- While the last layer is frozen its gradient is zero. Adam counts these steps, and takes larger steps just after.
 """
 
 import itertools
