@@ -18,7 +18,7 @@ class Evaluation:
 
     Attributes:
       name: unique name in the table of `mae_jax.evals.evaluator`.
-      when: 'first': once, before the first step; 'periodic': every eval.every steps, and for each crop of
+      when: 'first': once, before the first step; 'periodic': every eval.every, and for each crop of
         eval.crop_ratio at the end; 'final': once, at the end of a run; 'on_demand': when a command requests it by name.
       of_crops: whether the metrics depend on the crop of eval.crop_ratio.
     """

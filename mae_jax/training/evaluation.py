@@ -126,7 +126,7 @@ def check(run: Run) -> Evaluator:
 
 
 class PeriodicEvaluation:
-    """Evaluates a run every eval.every steps on its validation part or, without one, on the evaluation split.
+    """Evaluates a run every eval.every on its validation part or, without one, on the evaluation split.
 
     With a validation part, the evaluation split is used once, at the end.
     """
