@@ -143,7 +143,7 @@ def gradients(method: Method, state: TrainState, batch: Batch, key: jax.Array,
       method: the method.
       state: the train state; gradients are with respect to its params.
       batch: the global batch.
-      key: key of the loss; micro-batch j uses fold_in(key, j).
+      key: key of the loss; if there are several micro-batches, number j uses fold_in(key, j).
       accumulate: number of micro-batches.
     """
     def loss(params: Params, *args: Any) -> tuple[jax.Array, tuple[Metrics, Extras]]:
