@@ -10,7 +10,7 @@ from mae_jax.runtime.sharding import replicated
 
 
 class HostRows:
-    """Collects rows of global arrays on every host, those that are wanted."""
+    """Collects selected rows of global arrays on every host."""
 
     def __init__(self, mesh: Mesh):
         self.sharding, self.parts = replicated(mesh), []
@@ -20,12 +20,12 @@ class HostRows:
         self.parts.append(self.whole(keep, *arrays))
 
     def whole(self, keep: jax.Array, *arrays: jax.Array) -> list[np.ndarray]:
-        """Returns these rows, whole on every host."""
+        """Returns these rows, the same NumPy arrays on every host, without adding them."""
         keep, *rows = jax.device_get(jax.device_put((keep, *arrays), self.sharding))
         return [x[keep] for x in rows]
 
     def collect(self) -> list[np.ndarray]:
-        """Returns the arrays that were added, row by row."""
+        """Returns the added arrays, concatenated along the rows."""
         return [np.concatenate(column) for column in zip(*self.parts, strict=True)]
 
 
@@ -41,12 +41,12 @@ class Means:
             self.sums[name] = (old_total + float(total), old_weight + float(weight))
 
     def pop(self, prefix: str = "") -> dict[str, float]:
-        """Returns prefix + name → mean and starts anew; a metric without weight is NaN."""
+        """Returns prefix + name → mean, NaN for a metric of weight 0, and resets the sums."""
         out = {prefix + name: total / weight if weight else float("nan") for name, (total, weight) in self.sums.items()}
         self.sums = {}
         return out
 
 
 def add(total: dict[str, np.ndarray], part: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Returns the int64 sums of what was counted so far, {} at first, and of one batch more."""
+    """Returns the int64 sums of `total`, {} before the first batch, and of the counts `part` of one more batch."""
     return {name: total.get(name, 0) + np.asarray(count, np.int64) for name, count in part.items()}

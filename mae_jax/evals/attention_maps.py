@@ -1,4 +1,4 @@
-"""Where an encoder looks: attention maps of one block as pictures."""
+"""Attention maps of one encoder block, as images."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -18,18 +18,18 @@ from mae_jax.methods.base import Batch, Method
 from mae_jax.models import intermediates
 from mae_jax.ops.patches import normalize
 
-# Dark to bright with rising lightness: weights that are twice as large look it, also in grey.
+# Colors from dark to bright with increasing lightness, so that the order of weights is also visible in grayscale.
 RAMP = np.array([(0, 0, 30), (70, 10, 110), (190, 50, 90), (250, 150, 30), (255, 255, 180)])
-BLEND = 0.6  # share of the colour in an overlay
+BLEND = 0.6  # opacity of the map in an overlay
 
 
 class AttentionMaps(Evaluation):
-    """No figures: the attention of eval.attention_block, as eval.attention_query looks, on a few images."""
+    """Draws the attention maps of block eval.attention_block and query eval.attention_query; no metrics."""
 
     name = "attention_maps"
 
     def applies(self, method: Method, data: Any) -> bool:
-        return method.task != "detection"  # whose blocks attend in windows, and have no class token
+        return method.task != "detection"  # its blocks use windowed attention and have no class token
 
     def images(self, ctx: Context) -> Iterator[tuple[str, np.ndarray]]:
         c = ctx.method.config.eval
@@ -38,20 +38,20 @@ class AttentionMaps(Evaluation):
 
 
 def maps(method: Method, params: Any, extras: Any, batch: Batch, block: int = -1, query: str = "cls") -> jax.Array:
-    """Returns how much each patch of whole images is attended to, per head, in raster order.
+    """Returns the attention weight of each patch of unmasked images, per head, in raster order.
 
     Args:
-      method: any that has an encoder with a class token.
-      params, extras: its state.
-      batch: `patches` uint8 [B, N, P], `order` int32 [B, N], and whatever else `encode` reads.
-      block: whose attention; -1 is the last.
-      query: who looks: 'cls', the class token; or 'mean', the mean over all patches, where nothing trained that token.
+      method: a method whose encoder has a class token.
+      params, extras: the state of the method.
+      batch: `patches` uint8 [B, N, P], `order` int32 [B, N], and all other fields that `encode` reads.
+      block: index of the block; -1 is the last.
+      query: 'cls', the class token; or 'mean', the mean over all patches, for encoders with an untrained class token.
 
     Returns:
-      float32 [B, H, rows, columns]. A map sums to 1 less what goes to the class token itself.
+      float32 [B, H, rows, columns]. A map sums to 1 minus the weight of the class token.
 
     Raises:
-      UserError: no such block or query.
+      UserError: the block or the query does not exist.
     """
     queries = CHOICES["eval.attention_query"]
     if query not in queries:
@@ -66,7 +66,7 @@ def maps(method: Method, params: Any, extras: Any, batch: Batch, block: int = -1
 
 
 def _entering(method: Method, params: Any, extras: Any, batch: Batch, block: int) -> jax.Array:
-    """Returns the tokens [B, 1 + N, D] that enter a block."""
+    """Returns the inputs of a block, tokens [B, 1 + N, D]."""
     if block:
         return method.encode(params, extras, batch, block - 1)
     encoder = method.eval_params(params, extras)["encoder"]
@@ -75,15 +75,21 @@ def _entering(method: Method, params: Any, extras: Any, batch: Batch, block: int
 
 @functools.lru_cache(maxsize=8)
 def _mapper(method: Method, block: int, query: str) -> Callable[..., jax.Array]:
-    """Returns the compiled `maps`; kept from one evaluation to the next."""
+    """Returns the compiled `maps`, cached across evaluations."""
     return jax.jit(functools.partial(maps, method, block=block, query=query))
 
 
 def picture(method: Method, params: Any, extras: Any, batch: Batch, block: int = -1, query: str = "cls",
             name: str = "", names: Sequence[str] = ()) -> np.ndarray:
-    """Returns the grid of `batch`: input, mean over heads laid over it, and each head; uint8 [height, width, 3].
+    """Draws the attention maps of a batch: the input, an overlay of the mean over heads, and each head.
 
-    Its title begins with `name`; `names` are of the images.
+    Args:
+      method, params, extras, batch, block, query: as for `maps`.
+      name: prefix of the title.
+      names: captions of the images.
+
+    Returns:
+      uint8 [height, width, 3].
     """
     weights = np.asarray(process_allgather(_mapper(method, block, query)(params, extras, batch), tiled=True))
     patch, heads = method.grid.patch, weights.shape[1]
@@ -100,7 +106,7 @@ def picture(method: Method, params: Any, extras: Any, batch: Batch, block: int =
 
 
 def colors(heat: np.ndarray) -> np.ndarray:
-    """Returns uint8 [..., height, width, 3] for maps [..., height, width], each spread over the whole ramp."""
+    """Returns uint8 [..., height, width, 3] for maps [..., height, width], each scaled to the full color range."""
     low, high = heat.min((-2, -1), keepdims=True), heat.max((-2, -1), keepdims=True)
     place = np.nan_to_num((heat - low) / np.maximum(high - low, 1e-12)) * (len(RAMP) - 1)
     return np.stack([np.interp(place, np.arange(len(RAMP)), RAMP[:, channel]) for channel in range(3)],

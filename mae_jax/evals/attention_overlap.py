@@ -1,4 +1,4 @@
-"""How well attention covers the foreground."""
+"""Overlap (IoU) of attention maps with the foreground of segmentation masks."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -15,11 +15,11 @@ from mae_jax.losses.segmentation import IGNORED, upsample
 from mae_jax.methods.base import Batch, Method
 from mae_jax.ops.partitioning import constrain
 
-MASSES = tuple(np.arange(1, 20) / 20)  # shares of the attention that are tried; DINO (arXiv 2104.14294, 4.2.2) has 0.6
+MASSES = tuple(np.arange(1, 20) / 20)  # candidate attention masses; DINO (arXiv 2104.14294, 4.2.2) uses 0.6
 
 
 class AttentionOverlap(Evaluation):
-    """The figures of `iou`, chosen on the validation part or, without one, on the training split."""
+    """The metrics of `iou`; head and mass are chosen on the validation part or, without one, on the training split."""
 
     name, when = "attention_overlap", "final"
 
@@ -37,9 +37,14 @@ class AttentionOverlap(Evaluation):
 
 
 def covers(weights: jax.Array, masses: tuple[float, ...]) -> jax.Array:
-    """Returns the fewest pixels that hold each share of a map, bool [len(masses), ..., height, width].
+    """Thresholds attention maps by mass (DINO, section 4.2.2): keeps the fewest pixels whose weights sum to the mass.
 
-    DINO's thresholding (section 4.2.2) of maps [..., height, width], which are not negative. Ties are all kept.
+    Args:
+      weights: float [..., height, width], not negative.
+      masses: shares of the total weight, in 0..1.
+
+    Returns:
+      bool [len(masses), ..., height, width]. All pixels that tie with the last one are kept.
     """
     flat = weights.reshape(*weights.shape[:-2], -1)
     falling = -jnp.sort(-flat, -1)
@@ -50,9 +55,11 @@ def covers(weights: jax.Array, masses: tuple[float, ...]) -> jax.Array:
 
 @functools.lru_cache(maxsize=8)
 def _overlaps(method: Method, block: int, query: str) -> Callable[..., tuple[jax.Array, ...]]:
-    """Returns the compiled function to (sums over pictures of IoU [masses, 1 + H], of that of all pixels, pictures).
+    """Returns a compiled function of (params, extras, batch) that sums over the images of a batch.
 
-    A picture counts where it has foreground, any class but the background. The first map is the mean of the heads.
+    It returns the sum of IoU float32 [masses, 1 + H], where map 0 is the mean over heads; the sum of the IoU of
+    predicting every pixel, float32 []; and the number of images, float32 []. Only images with foreground (any class
+    except the background) count.
     """
     def measure(params: Any, extras: Any, batch: Batch) -> tuple[jax.Array, ...]:
         weights = maps(method, params, extras, batch, block, query).transpose(0, 2, 3, 1)
@@ -72,20 +79,20 @@ def _overlaps(method: Method, block: int, query: str) -> Callable[..., tuple[jax
 
 def iou(method: Method, params: Any, extras: Any, choose: Iterable[Batch], test: Iterable[Batch], block: int = -1,
         query: str = "cls") -> dict[str, float]:
-    """Returns how well attention covers the foreground: the mean over pictures of intersection over union.
+    """Returns the mean IoU over images of thresholded attention and foreground.
 
-    The map (a head, or the mean of all) and the share of attention that is kept are those that are best on `choose`;
-    `test` is read once with them.
+    The map (a head, or the mean over heads) and the attention mass are those with the best IoU on `choose`; `test` is
+    evaluated once with them.
 
     Args:
-      method: one of the task 'segmentation'.
-      params, extras: its state.
-      choose, test: batches of pictures apart.
-      block, query: see `maps`.
+      method: a method of the task 'segmentation'.
+      params, extras: the state of the method.
+      choose, test: batches of disjoint sets of images.
+      block, query: as for `maps`.
 
     Returns:
-      'attention_iou', 'attention_mass' (the share), 'attention_head' (-1: the mean), and the floor 'foreground_share':
-      the IoU of taking every pixel. {} where nothing is known of foreground.
+      'attention_iou', 'attention_mass' (in 0..1), 'attention_head' (-1: the mean over heads), and the baseline
+      'foreground_share', the IoU of predicting every pixel. {} without a background class or without foreground.
     """
     if method.background < 0:
         return {}

@@ -1,8 +1,9 @@
-"""COCO's average precision: by pycocotools where it is installed, else by the same rules in NumPy.
+"""COCO's average precision: computed by pycocotools where it is installed, otherwise by the same rules in NumPy.
 
-The rules are those of COCO's detection evaluation: IoU 0.50, 0.55 ... 0.95; precision at 101 recalls, made monotone;
-objects, and detections that match none, within a range of areas; 100 detections of an image and class; crowds are no
-objects, and what lies in them is no mistake. A figure is the mean over classes that have objects.
+The rules are those of COCO's detection evaluation: IoU thresholds 0.50, 0.55 ... 0.95; monotone precision at 101
+recalls; objects and unmatched detections limited to a range of areas; at most 100 detections per image and class. A
+crowd is not an object, and a detection inside it is not a false positive. A metric is the mean over classes that have
+objects.
 """
 
 import contextlib
@@ -22,15 +23,15 @@ log = logging.getLogger(__name__)
 
 OVERLAPS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
-MOST = 100  # detections of an image and class that count
-AREAS = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))  # all, small, medium, large: square pixels
+MOST = 100  # detections per image and class
+AREAS = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))  # square pixels: all, small, medium, large
 FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 
 
 class Mask(NamedTuple):
-    """A mask as COCO's results have it."""
+    """A mask in the compressed RLE format of COCO's results."""
 
-    counts: str  # its runs
+    counts: str  # run lengths
     size: tuple[int, int]  # height, width of the image
 
     @classmethod
@@ -38,34 +39,34 @@ class Mask(NamedTuple):
         return cls(rle.encoded_region(region.values, region.left, region.top, size), size)
 
     def whole(self) -> np.ndarray:
-        """Returns bool [height, width]."""
+        """Returns the decoded mask, bool [height, width]."""
         return rle.decoded(rle.runs(self.counts, self.size), self.size)
 
 
 class Found(NamedTuple):
-    """Objects of one image, annotated or detected; boxes (x1, y1, x2, y2) in its own pixels."""
+    """Annotated or detected objects of one image; boxes (x1, y1, x2, y2) in pixels of the original image."""
 
     box: np.ndarray  # float64 [n, 4]
     label: np.ndarray  # int [n]
     masks: tuple[Mask, ...] = ()
-    score: np.ndarray | None = None  # float [n], of detections
-    area: np.ndarray | None = None  # float [n], of annotated objects
-    crowd: np.ndarray | None = None  # bool [n], likewise
+    score: np.ndarray | None = None  # float [n]; None for annotations
+    area: np.ndarray | None = None  # float [n] in square pixels; None for detections
+    crowd: np.ndarray | None = None  # bool [n]; None for detections
 
 
 def figures(truth: Sequence[Found], detected: Sequence[Found], masks: bool) -> dict[str, float]:
-    """Returns name of FIGURES → figure in 0..1, NaN where no object is of that range of areas.
+    """Returns name of FIGURES → average precision in 0..1, NaN for a range of areas without objects.
 
     Args:
-      truth, detected: of the same images, in their order.
-      masks: overlaps are of masks; False: of boxes.
+      truth, detected: annotated and detected objects of the same images, in the same order.
+      masks: True for the IoU of masks, False for that of boxes.
     """
     return of_pycocotools(truth, detected, masks) if _installed() else of_numpy(truth, detected, masks)
 
 
 @functools.cache
 def _installed() -> bool:
-    """Whether pycocotools is; says once where it is not."""
+    """Returns whether pycocotools is installed; logs once if it is not."""
     found = importlib.util.find_spec("pycocotools") is not None
     if not found:
         log.info("average precision is computed in NumPy; pip install 'mae_jax[coco]' brings COCO's own code")
@@ -73,14 +74,14 @@ def _installed() -> bool:
 
 
 def of_pycocotools(truth: Sequence[Found], detected: Sequence[Found], masks: bool) -> dict[str, float]:
-    """Returns `figures` as pycocotools computes them, or `of_numpy` where nothing is detected: it refuses that."""
+    """Returns `figures` by pycocotools, or by `of_numpy` without any detection, which pycocotools does not accept."""
     if not any(len(found.label) for found in detected):
         return of_numpy(truth, detected, masks)
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     labels = sorted({int(label) for found in (*truth, *detected) for label in found.label})
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints tables
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints tables
         known = COCO()
         images = [(i, *_size(each, found)) for i, (each, found) in enumerate(zip(truth, detected, strict=True))]
         known.dataset = {"images": [{"id": i, "height": height, "width": width} for i, height, width in images],
@@ -95,17 +96,17 @@ def of_pycocotools(truth: Sequence[Found], detected: Sequence[Found], masks: boo
 
 
 def _size(*found: Found) -> tuple[int, int]:
-    """Returns height and width of an image that has masks."""
+    """Returns (height, width) of an image from its masks; (1, 1) without masks."""
     return next((mask.size for each in found for mask in each.masks), (1, 1))
 
 
 def _entries(images: Sequence[Found], masks: bool) -> list[dict[str, Any]]:
-    """Returns annotations, or results, as pycocotools takes them; ids begin with 1, since it takes 0 for none."""
+    """Returns annotations or results in COCO's format; ids begin with 1, since pycocotools treats 0 as no match."""
     entries: list[dict[str, Any]] = []
     for image, found in enumerate(images):
         for k, (x1, y1, x2, y2) in enumerate(found.box.tolist()):
             entry: dict[str, Any] = {"image_id": image, "category_id": int(found.label[k]), "id": len(entries) + 1}
-            if masks:  # beside which a box of results would say how large they are
+            if masks:  # without a box: pycocotools would take the area of a result from its box
                 entry["segmentation"] = {"size": list(found.masks[k].size), "counts": found.masks[k].counts}
             if not masks or found.score is None:
                 entry["bbox"] = [x1, y1, x2 - x1, y2 - y1]
@@ -118,7 +119,7 @@ def _entries(images: Sequence[Found], masks: bool) -> list[dict[str, Any]]:
 
 
 def of_numpy(truth: Sequence[Found], detected: Sequence[Found], masks: bool) -> dict[str, float]:
-    """Returns `figures` without a library."""
+    """Returns `figures`, computed in NumPy."""
     tables = [precisions(truth, detected, label, masks) for label in sorted({
         int(label) for found in truth for label in found.label})]
     table = np.stack(tables) if tables else np.full((0, len(AREAS), len(OVERLAPS), len(RECALLS)), -1.0)  # [C, A, T, R]
@@ -128,7 +129,7 @@ def of_numpy(truth: Sequence[Found], detected: Sequence[Found], masks: bool) -> 
 
 
 def precisions(truth: Sequence[Found], detected: Sequence[Found], label: int, masks: bool) -> np.ndarray:
-    """Returns the precision of one class, float64 [areas, overlaps, recalls]; -1 in ranges of areas without objects."""
+    """Returns the precision of one class, float64 [areas, overlaps, recalls]; -1 for areas without objects."""
     out = np.full((len(AREAS), len(OVERLAPS), len(RECALLS)), -1.0)
     images = [_of_class(objects, found, label, masks) for objects, found in zip(truth, detected, strict=True)]
     images = [image for image in images if len(image.score) or len(image.crowd)]
@@ -153,9 +154,9 @@ def precisions(truth: Sequence[Found], detected: Sequence[Found], label: int, ma
 
 
 class _Image(NamedTuple):
-    """One image's objects [G] and detections [D] of one class, these by descending score."""
+    """Objects [G] and detections [D] of one class in one image; detections by descending score."""
 
-    overlap: np.ndarray  # [D, G]
+    overlap: np.ndarray  # IoU [D, G]
     crowd: np.ndarray
     area: np.ndarray
     score: np.ndarray
@@ -178,7 +179,7 @@ def _of_class(truth: Found, found: Found, label: int, masks: bool) -> _Image:
 
 
 def box_overlaps(found: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """Returns IoU [D, G] of boxes [D, 4] and [G, 4]; with a crowd the share of the detection that lies in it."""
+    """Returns the IoU [D, G] of boxes [D, 4] and [G, 4]; for a crowd, the share of the detection inside the crowd."""
     low = np.maximum(found[:, None, :2], truth[None, :, :2])
     high = np.minimum(found[:, None, 2:], truth[None, :, 2:])
     both = np.clip(high - low, 0, None).prod(2)
@@ -188,7 +189,7 @@ def box_overlaps(found: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> np.
 
 
 def mask_overlaps(found: list[Mask], truth: list[Mask], crowd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns likewise IoU [D, G] of masks, and the pixels [D] of those that were detected."""
+    """Returns the IoU [D, G] of masks, as `box_overlaps` for boxes, and the areas [D] of detected masks in pixels."""
     ours, theirs = (np.stack([mask.whole().ravel() for mask in part]).astype(np.float32) if part else None
                     for part in (found, truth))
     area = np.zeros(0) if ours is None else ours.sum(1, dtype=np.float64)
@@ -200,16 +201,18 @@ def mask_overlaps(found: list[Mask], truth: list[Mask], crowd: np.ndarray) -> tu
 
 
 def matches(overlap: np.ndarray, ignored: np.ndarray, crowd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Matches detections of an image and class to objects, the likeliest first: each takes the most overlapping object
-    that is left, and one to be ignored where no other overlaps enough.
+    """Matches detections of one image and class to objects, by descending score.
+
+    Each detection matches the unmatched object with the largest IoU; an ignored object only if no other one reaches the
+    threshold.
 
     Args:
-      overlap: [D, G], detections by descending score.
+      overlap: IoU [D, G], detections by descending score.
       ignored: bool [G], objects that do not count.
-      crowd: bool [G], those that any number of detections may match.
+      crowd: bool [G], objects that any number of detections may match.
 
     Returns:
-      bool [overlaps, D] each: which detections match, and which match what is ignored.
+      Two arrays bool [overlaps, D]: detections that match an object, and detections that match an ignored object.
     """
     shape = len(OVERLAPS), len(overlap)
     hit, nothing = np.zeros(shape, bool), np.zeros(shape, bool)
@@ -219,7 +222,7 @@ def matches(overlap: np.ndarray, ignored: np.ndarray, crowd: np.ndarray) -> tupl
             enough = (free | crowd) & (row >= min(least, 1 - 1e-10))
             for wanted in (enough & ~ignored, enough & ignored):
                 if wanted.any():
-                    chosen = len(row) - 1 - np.where(wanted, row, -1.0)[::-1].argmax()  # of equal ones the last
+                    chosen = len(row) - 1 - np.where(wanted, row, -1.0)[::-1].argmax()  # the last one of equal IoU
                     hit[t, d], nothing[t, d], free[chosen] = True, ignored[chosen], False
                     break
     return hit, nothing

@@ -1,4 +1,4 @@
-"""What an evaluation is: when it applies, what its metrics are called, its figures and its images."""
+"""The interface of evaluations: when one applies, the names of its metrics, its scalars, files and images."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
@@ -14,59 +14,61 @@ When = Literal["first", "periodic", "final", "on_demand"]
 
 
 class Evaluation:
-    """Base of all evaluations. An instance holds no state: it is shared by all runs of a process.
+    """Base class of evaluations. Instances are stateless and shared by all runs of a process.
 
     Attributes:
-      name: unique in the table of `mae_jax.evals.evaluator`.
-      when: 'first': once, before the first step; 'periodic': every eval.every, and of each crop of eval.crop_ratio at
-        the end; 'final': once, at the end of a run; 'on_demand': where a command asks for it by name.
+      name: unique name in the table of `mae_jax.evals.evaluator`.
+      when: 'first': once, before the first step; 'periodic': every eval.every, and for each crop of
+        eval.crop_ratio at the end; 'final': once, at the end of a run; 'on_demand': when a command requests it by name.
+      of_crops: whether the metrics depend on the crop of eval.crop_ratio.
     """
 
     name: ClassVar[str]
     when: ClassVar[When] = "periodic"
-    of_crops: ClassVar[bool] = True  # whether its figures change with the crop of eval.crop_ratio
+    of_crops: ClassVar[bool] = True
 
     def applies(self, method: Method, data: Any) -> bool:
-        """Says whether a method is evaluated by this on `data.Inputs`; all that follows is called only then."""
+        """Returns whether the evaluation applies to a method and `data.Inputs`; other methods are called only if so."""
         return True
 
     def metric_names(self, method: Method, data: Any) -> list[str]:
-        """Returns the names that `scalars` gives of a part with labelled images, without 'eval/', from shapes alone."""
+        """Returns the keys of `scalars` for a part with labeled images, without 'eval/', computed from shapes only."""
         return []
 
     def counts(self, method: Method, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-        """Returns tables of whole numbers of a batch, whose sums over the part are `ctx.held_out.counts`; jitted.
+        """Returns name → integer array of counts of a batch; jitted. `ctx.held_out.counts` has the sums over the part.
 
-        Those of evaluations of another `when` are not counted.
+        Called only for evaluations of the `when` that is being run.
 
         Args:
-          method: what is evaluated.
-          outputs: features [B, D] of pre-training, logits [B, C], or [B, height, width, C] of pixels.
-          batch: the global batch; padding is not valid.
+          method: the evaluated method.
+          outputs: pooled features [B, D] for pre-training, logits [B, C] for classification, logits [B, height, width,
+            C] for segmentation, or the arrays of `Detection.detections`.
+          batch: the global batch; `valid` is 0 for padding.
         """
         return {}
 
     def scalars(self, ctx: Context) -> dict[str, float]:
-        """Returns name → figure, NaN for what is none; called on every process, and the same on all of them."""
+        """Returns name → metric, NaN where undefined. Called on every process, with the same result on all of them."""
         return {}
 
     def files(self, ctx: Context) -> Iterator[tuple[str, str]]:
-        """Yields (name, text) of files in the workdir, which are written anew each time, after `scalars`."""
+        """Yields (name, text) of files for the workdir, which replace those of earlier evaluations; after `scalars`."""
         yield from ()
 
     def images(self, ctx: Context) -> Iterator[tuple[str, np.ndarray]]:
-        """Yields (name, uint8 [height, width, 3]): PNGs of a periodic evaluation, after `scalars`, on every process.
+        """Yields (name, image uint8 [height, width, 3]) of a periodic evaluation; on every process, after `scalars`.
 
-        `ctx.shown` has the images to show; there is at least one.
+        `ctx.shown` has the images to show, at least one.
         """
         yield from ()
 
 
 class Probe(Evaluation):
-    """Base of probes: top-1 of the held-out images of pre-training by frozen features of the training split.
+    """Base class of probes of pre-training: fit on frozen features of the training split, top-1 on held-out images.
 
     Attributes:
-      metric: what it is called, without 'eval/'.
+      metric: name of the metric, without 'eval/'.
     """
 
     metric: ClassVar[str]
@@ -83,5 +85,11 @@ class Probe(Evaluation):
         return {self.metric: self.accuracy(*ctx.probed, len(ctx.data.classes), ctx.method.config.eval)}
 
     def accuracy(self, train: Pair, test: Pair, classes: int, c: ConfigDict) -> float:
-        """Returns the top-1 of `test`, read once, in 0..1; c: the group `eval`."""
+        """Returns the top-1 accuracy on `test` in 0..1.
+
+        Args:
+          train, test: features float32 [n, D] and labels int32 [n]; `test` is used once.
+          classes: number of classes.
+          c: the config group `eval`.
+        """
         raise NotImplementedError

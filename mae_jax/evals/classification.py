@@ -1,4 +1,4 @@
-"""Classification metrics: top-1, top-5, mean AP, confusion; over batches, and on paper."""
+"""Classification metrics: top-1, top-5, mean average precision, and the confusion matrix."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -14,13 +14,13 @@ from mae_jax.evals.base import Evaluation
 from mae_jax.evals.context import Context
 from mae_jax.methods.base import Batch, Method
 
-CONFUSION_CLASSES = 100  # up to which the whole table of confusions is kept
+CONFUSION_CLASSES = 100  # up to which the confusion matrix is computed
 
 
 class Classification(Evaluation):
-    """The figures of `summary`; of several labels per image, VOC's mean average precision ('map') and the plain one.
+    """The metrics of `summary`; for multi-label data, VOC's mean AP ('map') and the non-interpolated one ('map_all').
 
-    The figure is the table of confusions of the last `scalars`, where there are few classes.
+    The image is the confusion matrix of the last `scalars`, for at most CONFUSION_CLASSES classes.
     """
 
     name = "classification"
@@ -54,22 +54,22 @@ class Classification(Evaluation):
 
 @partial(jax.jit, static_argnames="classes")
 def counts(logits: jax.Array, label: jax.Array, valid: jax.Array, classes: int) -> dict[str, jax.Array]:
-    """Counts what a batch adds to the figures of `summary`; sums of whole numbers, so exact on any number of devices.
+    """Returns the counts of a batch for `summary`; integers, and so exact on any number of devices.
 
-    Of equal logits the class of the lower index comes first. A picture with a NaN among its logits is a miss.
+    Ties between logits go to the class of the lower index. An image with a NaN among its logits is a miss.
 
     Args:
       logits: float32 [B, C].
       label: int32 [B], -1 for none.
-      valid: float32 [B], 0 for a row that is no picture.
+      valid: float32 [B], 0 for a row without an image.
       classes: C.
 
     Returns:
-      int32 'top1' and 'top5' [], hits; 'class_hits' and 'class_totals' [C]; and 'confusion' [C, C], true classes down,
-      predicted ones across, without the pictures that have a NaN, where C is at most CONFUSION_CLASSES.
+      int32 'top1' and 'top5' [], the hits; 'class_hits' and 'class_totals' [C]; and, for C up to CONFUSION_CLASSES,
+      'confusion' [C, C] with true classes as rows and predicted classes as columns, without images that have a NaN.
 
     Raises:
-      UserError: the logits are not of C classes.
+      UserError: the logits do not have C classes.
     """
     if logits.shape[1] != classes:
         raise UserError(f"the model's head has {logits.shape[1]} classes and the evaluated data {classes}")
@@ -83,15 +83,15 @@ def counts(logits: jax.Array, label: jax.Array, valid: jax.Array, classes: int) 
            "class_hits": (truth & (rank < 1)[:, None]).sum(0)}
     if classes <= CONFUSION_CLASSES:
         predicted = (logits.argmax(1)[:, None] == number) & defined[:, None]
-        # A product in float32 is exact: whole numbers, up to the batch size.
+        # The float32 product is exact: its values are integers up to the batch size.
         out["confusion"] = truth.astype(jnp.float32).T @ predicted.astype(jnp.float32)
     return jax.tree.map(lambda count: count.astype(jnp.int32), out)
 
 
 def summary(total: dict[str, np.ndarray]) -> dict[str, float]:
-    """Returns the shares, in 0..1, of summed `counts`; NaN where nothing was counted.
+    """Returns the metrics of summed `counts`, in 0..1; NaN if nothing was counted.
 
-    'top1'; 'top5' where there are more than 5 classes; 'mean_per_class', the mean accuracy of the classes that occur.
+    'top1'; 'top5' for more than 5 classes; 'mean_per_class', the mean accuracy over the classes that occur.
     """
     hits, totals = total["class_hits"], total["class_totals"]
     examples = int(totals.sum()) or np.nan
@@ -103,12 +103,12 @@ def summary(total: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def subset_top1(logits: np.ndarray, labels: np.ndarray, classes_present: np.ndarray) -> float:
-    """Returns the accuracy among some of the classes that a head knows, as ImageNet-A and ImageNet-R are measured.
+    """Returns the top-1 accuracy restricted to a subset of the classes, the protocol of ImageNet-A and ImageNet-R.
 
     Args:
-      logits: float [n, C] of all classes; a row with a NaN among those present is a miss.
+      logits: float [n, C] of all classes; a row with a NaN among the present classes is a miss.
       labels: int [n] in 0..C - 1.
-      classes_present: int [k], the classes that the data has (arXiv 2006.16241, 1907.07174).
+      classes_present: int [k], the classes that occur in the data (arXiv 2006.16241, 1907.07174).
     """
     present = np.unique(classes_present)
     chosen = logits[:, present]
@@ -116,32 +116,38 @@ def subset_top1(logits: np.ndarray, labels: np.ndarray, classes_present: np.ndar
 
 
 def average_precision(scores: np.ndarray, positives: np.ndarray, how: str = "all") -> float:
-    """Returns the average precision of a ranking; pictures of equal score are ranked as one.
+    """Returns the average precision of a ranking; images of equal score share one rank.
 
     Args:
       scores: float [n], high for the class.
-      positives: bool or 0/1 [n], whether the picture has the class.
-      how: 'all': sum of the precision at each positive rank times the recall it adds, not interpolated (as scikit-learn
-        has it); 'voc11': mean over the recalls 0, 0.1 ... 1 of the highest precision at that recall or a higher one
-        (VOC2007, its official figure: Everingham et al. 2010).
+      positives: bool or 0/1 [n], whether the image has the class.
+      how: 'all': sum of precision times the increase of recall, not interpolated (as in scikit-learn); 'voc11': mean
+        over the recalls 0, 0.1 ... 1 of the highest precision at that recall or above (VOC2007's official metric:
+        Everingham et al. 2010).
 
     Returns:
       A number in 0..1; NaN without positives.
     """
     order = np.argsort(-scores, kind="stable")
-    last = np.append(np.diff(scores[order]) != 0, True)  # of a run of equal scores
+    last = np.append(np.diff(scores[order]) != 0, True)  # whether a row is the last of its run of equal scores
     hits = np.cumsum(positives[order].astype(np.int64))
     precision, hits = (hits / np.arange(1, len(hits) + 1))[last], hits[last]
     if hits[-1] == 0:
         return float("nan")
     if how == "all":
         return float(precision @ np.diff(hits, prepend=0) / hits[-1])
-    # Recall is compared in whole numbers: 3 of 10 reach a recall of 0.3, which 0.1 · 3 exceeds.
+    # Recalls are compared as integers: 3 of 10 must reach a recall of 0.3, but 0.1 · 3 is larger in floating point.
     return float(np.mean([precision[10 * hits >= tenth * hits[-1]].max() for tenth in range(11)]))
 
 
 def mean_ap(scores: np.ndarray, labels: np.ndarray, how: str = "all") -> float:
-    """Returns the mean over the classes that occur of `average_precision`; scores float [n, C], labels uint8 [n, C]."""
+    """Returns the mean of `average_precision` over the classes that occur; NaN if none does.
+
+    Args:
+      scores: float [n, C].
+      labels: uint8 [n, C], 1 for each class of an image.
+      how: as for `average_precision`.
+    """
     occurs = np.flatnonzero(labels.any(0))
     if not len(occurs):
         return float("nan")

@@ -1,4 +1,4 @@
-"""What evaluations share: one state of a method, one part of the data, and what is computed of both only once."""
+"""The context that evaluations share: a state, a part of the data, and results that are computed once from both."""
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -25,7 +25,7 @@ Source = Callable[[], Iterator[dict[str, np.ndarray]]]  # opens a part of the da
 
 
 class Counter(Protocol):
-    """What a pass over a part needs of an evaluation."""
+    """The interface of an evaluation that a pass over a part uses."""
 
     name: ClassVar[str]
 
@@ -34,14 +34,14 @@ class Counter(Protocol):
 
 
 class Pass(NamedTuple):
-    """What one pass over the evaluated part leaves on every host; rows are its valid images, in their order.
+    """Results of one pass over the evaluated part, the same on every host; the n rows are its valid images, in order.
 
     Attributes:
-      losses: the means of the loss's metrics.
-      counts: the sums of the tables that evaluations count, int64; {} without a batch.
-      rows: arrays by name: of pre-training `features` float32 [n, D], `label` int32 [n] and, where batches have it,
-        `cluster` int32 [n]; of several labels per image `logits` float32 [n, C] and `labels` uint8 [n, C]; of objects
-        `detections` [n], each a `Detected`; of the rest nothing. {} without a batch.
+      losses: name → mean of each metric of the loss.
+      counts: name → int64 sum of the counts of evaluations; {} without a batch.
+      rows: name → array. For pre-training, `features` float32 [n, D], `label` int32 [n] and, where batches have it,
+        `cluster` int32 [n]; for multi-label data, `logits` float32 [n, C] and `labels` uint8 [n, C]; for detection,
+        `detections`, n times a `Detected`; {} for other tasks and without a batch.
     """
 
     losses: dict[str, float]
@@ -50,29 +50,30 @@ class Pass(NamedTuple):
 
 
 class Context:
-    """What an evaluation may read. What is said to be computed is so when first asked for, and once.
+    """The inputs of an evaluation. Cached properties are computed once, on first access.
 
-    Every process makes the same ones in the same order: computing goes over all devices.
+    Every process creates the same contexts in the same order, since computations use all devices.
 
     Attributes:
-      method: what is evaluated.
-      params, extras: its state; where parameters are averaged, the average or, in a context of its own, the last ones.
+      method: the evaluated method.
+      params, extras: the state of the method. With averaged parameters, `params` are the average or, in a separate
+        context, the last parameters.
       data: `data.Inputs` of the run.
       mesh: the devices.
-      part: what is evaluated, for titles: 'eval' or 'val', the validation part of the training data.
+      part: name of the evaluated part, for titles: 'eval', or 'val' for the validation part of the training data.
       source: opens that part.
-      notes: what an evaluation's `scalars` leaves for its `images`, by the evaluation's name.
+      notes: evaluation name → values that its `scalars` stores for its `images`.
     """
 
     def __init__(self, method: Method, params: Any, extras: Any, data: Any, mesh: Mesh, part: str, source: Source,
                  counting: tuple[Counter, ...] = (), notes: dict[str, Any] | None = None):
-        """Args: as the attributes; counting: evaluations whose `counts` the pass over the part adds up."""
+        """Args: as the attributes; counting: evaluations whose `counts` are summed in the pass over the part."""
         self.method, self.params, self.extras, self.data, self.mesh = method, params, extras, data, mesh
         self.part, self.source, self.counting = part, source, counting
         self.notes = {} if notes is None else notes
 
     def batches(self, source: Source | None = None) -> Iterator[Batch]:
-        """Yields global batches on the devices, of the evaluated part or of another one; padding is not valid."""
+        """Yields global batches of the evaluated part, or of `source`, on the devices; `valid` is 0 for padding."""
         for batch in (source or self.source)():
             watchdog.heartbeat()
             yield to_devices(batch, self.mesh, self.method.config.batch_size)
@@ -81,7 +82,7 @@ class Context:
 
     @cached_property
     def held_out(self) -> Pass:
-        """The one pass over the evaluated part, computed."""
+        """The results of the pass over the evaluated part."""
         means, rows = Means(), HostRows(self.mesh)
         finds: list[detected.Detected] = []
         sums: dict[str, np.ndarray] = {}
@@ -92,7 +93,7 @@ class Context:
             means.add(jax.device_get(metrics))
             sums = add(sums, jax.device_get(counts))
             kept = self._kept(batch, outputs)
-            if self.method.task == "detection":  # whose masks, 28 x 28 each, are too many for all images at once
+            if self.method.task == "detection":  # 28 x 28 masks of all images would need too much memory
                 whole = rows.whole(batch["valid"] > 0, *kept.values())
                 finds += detected.compact(dict(zip(kept, whole, strict=True)))
                 continue
@@ -104,7 +105,7 @@ class Context:
         return Pass(means.pop(), sums, dict(zip(names, rows.collect(), strict=True)) if names else {})
 
     def _kept(self, batch: Batch, outputs: Any) -> dict[str, jax.Array]:
-        """Returns the arrays of a batch [B, ...] that `Pass.rows` has."""
+        """Returns the arrays [B, ...] of a batch that go into `Pass.rows`."""
         if outputs is None:
             return {}
         if self.method.task == "pretraining":
@@ -117,9 +118,9 @@ class Context:
 
     @cached_property
     def probed(self) -> tuple[Pair, Pair] | None:
-        """(features, labels) of the labelled images of the training split and of the evaluated part, computed.
+        """(features, labels) of the labeled images of the training split, and of those of the evaluated part.
 
-        None where one of them has no labelled image.
+        None if one of the two has no labeled image.
         """
         rows = self.held_out.rows
         known = rows["label"] >= 0 if rows else np.zeros(0, bool)
@@ -129,11 +130,11 @@ class Context:
         return (train, (rows["features"][known], rows["label"][known])) if len(train[1]) else None
 
     def pooled(self, source: Source) -> Pair:
-        """Returns (features, labels) of the labelled images of a part, without the loss: of any method's encoder."""
+        """Returns (features, labels) of the labeled images of a part, for any method; does not compute the loss."""
         return self._labeled(source, _features(self.method, self.mesh))
 
     def logits(self, source: Source) -> Pair:
-        """Returns (logits [n, C], labels [n]) of the labelled images of a part, likewise: of a classification."""
+        """Returns (logits float32 [n, C], labels int32 [n]) of the labeled images of a part, for classification."""
         return self._labeled(source, _logits(self.method, self.mesh))
 
     def _labeled(self, source: Source, outputs_of: Callable[..., jax.Array]) -> Pair:
@@ -145,9 +146,9 @@ class Context:
 
     @cached_property
     def shown(self) -> Batch | None:
-        """The few first images of the part for figures, whole on every device, computed; None where it has none.
+        """The first eval.pictures images of the part, replicated on every device; None for a part without images.
 
-        Padding is not shown, but where a mix has to be whole.
+        Whole groups of mixed images are kept, and so padding can be among them.
         """
         batch = next(self.batches(), None)
         if batch is None:
@@ -161,7 +162,7 @@ class Context:
 
     @cached_property
     def shown_names(self) -> list[str]:
-        """What the images of `shown` are called, and their classes, for captions; computed."""
+        """Captions of the images of `shown`: name and classes."""
         if self.shown is None:
             return []
         data = self.method.config.data
@@ -172,24 +173,24 @@ class Context:
 
 
 def labeled_rows(batch: Batch) -> jax.Array:
-    """Returns bool [B]: which rows are images with a label, and neither padding nor gray stand-ins."""
+    """Returns bool [B]: rows with a labeled image; False for padding and gray substitutes of unreadable images."""
     return (batch["valid"] > 0) & (batch["label"] >= 0)
 
 
 def pooled_features(method: Method, params: Any, extras: Any, batch: Batch) -> jax.Array:
-    """Returns the features of whole images, float32 [B, D]."""
+    """Returns the pooled features of unmasked images, float32 [B, D]."""
     return pool(method.encode(params, extras, batch), method.config.model.pool)
 
 
 @functools.lru_cache(maxsize=8)
 def _features(method: Method, mesh: Mesh) -> Callable[..., jax.Array]:
-    """Returns the compiled `pooled_features`; kept from one evaluation to the next."""
+    """Returns the compiled `pooled_features`, cached across evaluations."""
     return jax.jit(functools.partial(pooled_features, method), out_shardings=replicated(mesh))
 
 
 @functools.lru_cache(maxsize=8)
 def _logits(method: Method, mesh: Mesh) -> Callable[..., jax.Array]:
-    """Returns the compiled `logits` of the method; kept likewise."""
+    """Returns the compiled `logits` of a classification method, cached across evaluations."""
     of_classifier: Any = method
     return jax.jit(of_classifier.logits, out_shardings=replicated(mesh))
 
@@ -197,23 +198,23 @@ def _logits(method: Method, mesh: Mesh) -> Callable[..., jax.Array]:
 @functools.lru_cache(maxsize=8)
 def _measure(method: Method, mesh: Mesh, counting: tuple[Counter, ...]
              ) -> Callable[..., tuple[Metrics, dict[str, jax.Array], jax.Array | None]]:
-    """Returns the compiled `measure`; kept likewise."""
+    """Returns the compiled `measure`, cached across evaluations."""
     return jax.jit(functools.partial(measure, method, counting), out_shardings=replicated(mesh))
 
 
 def measure(method: Method, counting: tuple[Counter, ...], params: Any, extras: Any, batch: Batch
             ) -> tuple[Metrics, dict[str, jax.Array], jax.Array | None]:
-    """Returns the loss's metrics, tables of counts and outputs of a batch; jitted.
+    """Returns the metrics of the loss, the counts and the outputs of a batch; jitted.
 
-    Outputs are the pooled features [B, D] of pre-training, the logits [B, C], or what `detections` returns; None of
-    pixels, which are too many.
+    Outputs are pooled features float32 [B, D] for pre-training, logits float32 [B, C] for classification, the result of
+    `detections` for detection; None for segmentation, whose logits of all pixels are too large.
     """
     outputs_of = {"pretraining": pooled_features, "classification": lambda m, *args: m.logits(*args),
                   "segmentation": lambda m, *args: m.pixel_logits(*args),
                   "detection": lambda m, *args: m.detections(*args)}[method.task]
-    # The key is the same at every evaluation: what changes between two of them is the model.
+    # All evaluations use the same key, so that only the model differs between them.
     key = stream_key(method.config.seed, 0, "evaluate")
-    no_step: Any = 0  # a number, so that nothing of it is compiled
+    no_step: Any = 0  # a Python number, and so a constant of the compiled function
     _, (metrics, _) = method.loss(params, extras, batch, key, no_step, False)
     outputs = outputs_of(method, params, extras, batch)
     counts = united("count", ((each.name, each.counts(method, outputs, batch)) for each in counting))
@@ -221,12 +222,15 @@ def measure(method: Method, counting: tuple[Counter, ...], params: Any, extras: 
 
 
 def united(what: str, given: Iterable[tuple[str, Mapping[str, Value]]], own: Collection[str] = ()) -> dict[str, Value]:
-    """Returns what several evaluations give; raises UserError where two give the same name.
+    """Merges the results of several evaluations.
 
     Args:
-      what: they give, for the message.
-      given: of each its name, and name → value.
-      own: names of evaluations among which a later one may give a figure instead of an earlier one.
+      what: kind of the values, for the message.
+      given: (name of the evaluation, name → value) of each evaluation.
+      own: names of evaluations that may replace a value of an earlier one of these.
+
+    Raises:
+      UserError: two evaluations return the same name.
     """
     values: dict[str, Value] = {}
     givers: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""What a detector found, as it is kept: in pixels of the images themselves, masks as COCO stores them."""
+"""Detections on the host: boxes in pixels of the original images, masks in COCO's run-length encoding."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,23 +10,23 @@ from mae_jax.evals.average_precision import Found, Mask
 from mae_jax.ops import example_ids
 from mae_jax.ops.detection.instance_masks import paste
 
-FIELDS = ("id", "size", "original_size")  # of a batch, that are needed beside what was detected
+FIELDS = ("id", "size", "original_size")  # batch fields that `compact` needs besides the detections
 
 
 class Detected(NamedTuple):
-    """What was found in one image."""
+    """The detections of one image."""
 
     id: int  # of the example
     size: tuple[int, int]  # height, width of the image
-    found: Found  # by descending score
-    crowded: float  # pairs of a region and a class that were too many to look at
+    found: Found  # boxes in pixels of the original image, by descending score
+    crowded: float  # (region, class) pairs beyond the number of candidates of an image
 
 
 def compact(rows: Mapping[str, np.ndarray]) -> list[Detected]:
-    """Returns what was found in each row, on the host.
+    """Returns the detections of each image, on the host.
 
     Args:
-      rows: of valid images, what `Detection.detections` returns, and FIELDS of their batch; [n, ...].
+      rows: arrays [n, ...] of n valid images: the result of `Detection.detections`, and the batch fields FIELDS.
     """
     ids = example_ids.whole(rows["id"])
     return [_of_image(int(ids[i]), {name: value[i] for name, value in rows.items()}) for i in range(len(ids))]
@@ -43,9 +43,15 @@ def _of_image(number: int, row: dict[str, Any]) -> Detected:
 
 
 def pasted(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> Mask:
-    """Returns the mask of an image (height, width) of probabilities [28, 28] in the frame of a box of it.
+    """Pastes a mask into an image.
 
-    Nothing outside of the box can be above a half, and so only pixels of it are looked at.
+    Args:
+      mask: probabilities [28, 28] in the frame of the box.
+      box: float [4], (x1, y1, x2, y2) in pixels of the image.
+      size: (height, width) of the image.
+
+    Returns:
+      The pixels with a probability above 0.5. Only pixels inside the box are computed: no other ones exceed 0.5.
     """
     left, top = (int(max(np.floor(low), 0)) for low in box[:2])
     right, bottom = (int(min(np.ceil(high), most)) for high, most in zip(box[2:], size[::-1], strict=True))
@@ -56,14 +62,14 @@ def pasted(mask: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> Mask:
 
 
 def annotated(objects: Objects) -> Found:
-    """Returns the objects of an image as an evaluation compares with them."""
+    """Returns the annotated objects of an image as `Found`, the format that average precision compares."""
     return Found(objects.box.astype(np.float64), objects.label, tuple(
         Mask.of(region, objects.size) for region in objects.regions), None, objects.area.astype(np.float64),
         objects.crowd)
 
 
 def results(detected: list[Detected], image_ids: list[int], category_ids: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Returns what was found as COCO's results: boxes as x, y, width, height in pixels of the images."""
+    """Returns the detections in COCO's format of results: boxes (x, y, width, height) in pixels of the images."""
     entries = []
     for each, image_id in zip(detected, image_ids, strict=True):
         found = each.found

@@ -1,4 +1,4 @@
-"""Average precision of detected boxes and masks, and what was detected: as COCO's results, and as figures."""
+"""Average precision of detected boxes and masks; the detections as a file of COCO results and as images."""
 
 import json
 import logging
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class Detection(Evaluation):
-    """COCO's figures of boxes, `box_ap` and the like, and of masks, where the data have some, `mask_ap` and the like.
+    """COCO's metrics: `box_ap`, `box_ap50` ... and, for data with masks, `mask_ap` ...
 
-    They are of all images that could be read, in pixels of the images themselves, with the boxes and areas that were
-    annotated. Beside them `crowded`: pairs of a region and a class, per image, that the method had no room for.
+    They cover all readable images, in pixels of the original images, with the annotated boxes and areas. `crowded` is
+    the mean number of (region, class) pairs per image beyond the method's number of candidates.
     """
 
     name = "detection"
@@ -89,20 +89,20 @@ def _annotations(part: Any) -> Annotations | None:
 
 
 def _part(ctx: Context) -> Any:
-    """Returns the Source of the evaluated part, None of cached batches."""
+    """Returns the Source of the evaluated part; None for cached batches."""
     data = ctx.method.config.data
     return ctx.data.parts.get(data.eval_split if ctx.part == "eval" else data.val_split)
 
 
 def _row(canvas: np.ndarray, size: np.ndarray, truth: Found, found: detected.Detected,
          classes: tuple[str, ...]) -> tuple[np.ndarray, ...]:
-    """Returns an image with what is there, and with what was found."""
+    """Returns the image with its annotated objects, and the image with its detections."""
     image = canvas[:size[0], :size[1]]
     return tuple(object_figures.panel(image, each, classes, found.size) for each in (truth, found.found))
 
 
 def _same_size(rows: list[tuple[np.ndarray, ...]]) -> list[tuple[np.ndarray, ...]]:
-    """Returns the panels with white around those that are smaller than others."""
+    """Pads the panels with white to the size of the largest one."""
     height, width = (max(panel.shape[axis] for row in rows for panel in row) for axis in (0, 1))
     return [tuple(np.pad(panel, ((0, height - panel.shape[0]), (0, width - panel.shape[1]), (0, 0)),
                          constant_values=255) for panel in row) for row in rows]

@@ -1,4 +1,4 @@
-"""The table of evaluations, and what runs those that apply to a method and its data."""
+"""The table of evaluations, and the Evaluator, which runs those that apply to a method and its data."""
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,7 +32,7 @@ from mae_jax.methods.base import Batch, Method
 from mae_jax.runtime import progress
 from mae_jax.state import TrainState
 
-EVALUATIONS: tuple[Evaluation, ...] = (  # in this order their figures are recorded and their images drawn
+EVALUATIONS: tuple[Evaluation, ...] = (  # the order of metrics and images
     HeldOutLoss(),
     ExpertRouting(),
     LinearProbe(),
@@ -53,10 +53,10 @@ Figures = dict[str, float]
 
 
 def evaluations() -> tuple[Evaluation, ...]:
-    """Returns all evaluations: those of the table, then those of plug-ins, which may be classes.
+    """Returns all evaluations: those of the table, then those of plug-ins; classes are instantiated.
 
     Raises:
-      UserError: a plug-in gives one by another name than its own, or what is none.
+      UserError: the name that a plug-in registers differs from the attribute `name`, or `name` is missing.
     """
     known = {name: _made(each) if isinstance(each, type) else each for name, each in _table().items()}
     for name, each in known.items():
@@ -67,7 +67,7 @@ def evaluations() -> tuple[Evaluation, ...]:
 
 
 def missing() -> list[str]:
-    """Returns of the evaluations that the run whose config was read had, and that are not here, who gave them."""
+    """Returns a message for each evaluation of the stored run that is missing here: which package provided it."""
     return plugins.missing("evaluations", _table())
 
 
@@ -81,11 +81,12 @@ def _made(kind: type[Evaluation]) -> Evaluation:
 
 
 class Evaluator:
-    """Evaluates train states on a run's data; every process runs it, and results are the same on all of them.
+    """Evaluates train states on the data of a run. Every process calls it and gets the same results.
 
     Attributes:
-      applying: the evaluations that apply; names_applying: their names.
-      notes: what those have noted in the last `scalars`, which their images show; by evaluation.
+      applying: the evaluations that apply.
+      names_applying: their names.
+      notes: evaluation name → values of the last `scalars` that the images show.
     """
 
     def __init__(self, method: Method, inputs: Any, mesh: Mesh):
@@ -98,10 +99,15 @@ class Evaluator:
             self._check_names()
 
     def scalars(self, state: TrainState, part: str = "eval") -> Figures:
-        """Returns '<part>/<figure>' of a split: 'eval', or 'val', the validation part of the training data.
+        """Runs the periodic evaluations.
 
-        Where parameters are averaged, the figures are those of the average; classifiers then have '<part>/raw/...' of
-        the last ones too.
+        Args:
+          state: the train state. With averaged parameters the average is evaluated; for classification, the last
+            parameters too, as '<part>/raw/...'.
+          part: 'eval', or 'val', the validation part of the training data.
+
+        Returns:
+          '<part>/<metric>' → value.
         """
         out: Figures = {}
         for kind, params in self._weights(state):
@@ -110,11 +116,14 @@ class Evaluator:
         return out
 
     def first_evaluations(self, state: TrainState, part: str = "eval") -> Figures:
-        """Returns what is measured of a split once, before the first step."""
+        """Returns '<part>/<metric>' → value of the evaluations that run once, before the first step."""
         return self._run(self._those("first"), f"{part}/", state.ema or state.params, state, part)
 
     def final_evaluations(self, state: TrainState) -> Figures:
-        """Returns what is measured of the evaluation split once, at a run's end: other crops, final evaluations."""
+        """Returns the metrics that are computed once, at the end of a run: further crops, and final evaluations.
+
+        They are those of data.eval_split; {} without one.
+        """
         config, out = self.method.config, Figures()
         if not config.data.eval_split:
             return out
@@ -127,7 +136,10 @@ class Evaluator:
         return out
 
     def on_demand(self, name: str, state: TrainState, part: str = "eval") -> Figures:
-        """Returns '<part>/<figure>' of one evaluation, {} where it does not apply; raises UserError for no such name.
+        """Returns '<part>/<metric>' → value of one evaluation; {} if it does not apply.
+
+        Raises:
+          UserError: no on-demand evaluation has this name.
         """
         known = {each.name: each for each in evaluations() if each.when == "on_demand"}
         if name not in known:
@@ -137,12 +149,12 @@ class Evaluator:
         return self._run((known[name],), f"{part}/", state.ema or state.params, state, part)
 
     def metric_names(self, state: TrainState) -> list[str]:
-        """Returns what `scalars` gives of a part whose images have labels, from shapes alone."""
+        """Returns the keys of `scalars` without '<part>/' for a part with labeled images, computed from shapes only."""
         names = [name for each in self._those("periodic") for name in each.metric_names(self.method, self.inputs)]
         return [kind + name for kind, _ in self._weights(state) for name in dict.fromkeys(names)]
 
     def images(self, state: TrainState, part: str = "eval") -> Iterator[tuple[str, np.ndarray]]:
-        """Yields (name, uint8 [height, width, 3]) of the periodic evaluations; none of a part without images."""
+        """Yields (name, uint8 [height, width, 3]) of the periodic evaluations; nothing for a part without images."""
         those = self._those("periodic")
         ctx = self._context(those, state.ema or state.params, state, part, notes=self.notes)
         if ctx.shown is None:
@@ -152,14 +164,14 @@ class Evaluator:
                 yield from each.images(ctx)
 
     def files(self, state: TrainState, part: str = "eval") -> Iterator[tuple[str, str]]:
-        """Yields (name, text) of the periodic evaluations for the workdir, of what `scalars` found last."""
+        """Yields (name, text) of the files of the periodic evaluations for the workdir, for the last `scalars`."""
         those = self._those("periodic")
         ctx = self._context(those, state.ema or state.params, state, part, notes=self.notes)
         for each in those:
             yield from each.files(ctx)
 
     def _check_names(self) -> None:
-        """Raises UserError, from shapes alone, where two evaluations give the same figure or count."""
+        """Raises UserError if two evaluations return the same metric or count; computes shapes only."""
         _figures((each, dict.fromkeys(each.metric_names(self.method, self.inputs)))
                  for each in self.applying if each.when != "on_demand")
 
@@ -174,7 +186,7 @@ class Evaluator:
         return tuple(each for each in self.applying if each.when == when)
 
     def _run(self, those: tuple[Evaluation, ...], prefix: str, *about: Any, **more: Any) -> Figures:
-        """Returns the figures of those, under a prefix, in one context of their own: see `_context`."""
+        """Returns prefix + metric → value of some evaluations, in one new context; for the arguments see `_context`."""
         ctx = self._context(those, *about, **more)
         figures = _figures((each, _measured(each, ctx)) for each in those)
         return {prefix + name: value for name, value in figures.items()}
@@ -185,7 +197,7 @@ class Evaluator:
                        those, notes)
 
     def _weights(self, state: TrainState) -> list[tuple[str, Any]]:
-        """Returns what comes before the names of figures → parameters that they are of, the main ones first."""
+        """Returns (prefix of the metrics, parameters to evaluate), the main parameters first."""
         raw = [("raw/", state.params)] if state.ema and self.method.task == "classification" else []
         return [("", state.ema or state.params), *raw]
 
@@ -200,6 +212,6 @@ def _words(each: Evaluation) -> str:
 
 
 def _figures(given: Iterable[tuple[Evaluation, Mapping[str, Any]]]) -> dict[str, Any]:
-    """Returns the figures of several evaluations; that of the loss may be given anew, but for plug-ins."""
+    """Merges the metrics of several evaluations; one of EVALUATIONS may replace a metric of another one of these."""
     own = [each.name for each in EVALUATIONS]
     return united("figure", ((each.name, figures) for each, figures in given), own)

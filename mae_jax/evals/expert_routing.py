@@ -1,4 +1,4 @@
-"""Who chooses which expert of a MoCE: shares, clusters, what that tells of the label, and what each expert sees."""
+"""Expert routing of MoCE: share of images and clusters per expert, information about the label, images per expert."""
 
 import itertools
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ from mae_jax.methods.base import Batch, Method
 from mae_jax.methods.moce import MoCE
 from mae_jax.models.intermediates import block_name
 
-IMAGES_PER_EXPERT = 10  # pictures of each expert
-MAX_SEARCHED_IMAGES = 4096  # pictures among which they are sought
+IMAGES_PER_EXPERT = 10
+MAX_SEARCHED_IMAGES = 4096  # images that are searched for them
 
 
 class ExpertRouting(Evaluation):
-    """The `figures` and the `picture` of a MoCE whose gates read clusters."""
+    """The metrics of `figures` and the image of `picture`, for a MoCE with cluster-conditional gates."""
 
     name = "expert_routing"
 
@@ -41,8 +41,8 @@ class ExpertRouting(Evaluation):
 
 
 def routes(method: MoCE, params: Any, extras: Any) -> dict[int, np.ndarray]:
-    """Returns block → the expert of each cluster, int [m], without noise."""
-    table = jax.jit(method.probabilities)(params, extras)  # whose rows may lie on several processes, as the centroids
+    """Returns block → expert of each cluster, int [m], without gate noise."""
+    table = jax.jit(method.probabilities)(params, extras)  # sharded over processes where the centroids are
     return {block: _whole(each).argmax(1) for block, each in table.items()}
 
 
@@ -51,15 +51,15 @@ def _whole(values: jax.Array) -> np.ndarray:
 
 
 def figures(method: MoCE, params: Any, extras: Any, cluster: np.ndarray, label: np.ndarray) -> dict[str, float]:
-    """Returns figures for each block with experts.
+    """Returns routing metrics for each block with experts; {} without images.
 
-    'share/<block>/<expert>' of the pictures; 'clusters/<block>/<expert>', how many it has; and where pictures have
-    labels, 'label_information/<block>': I(expert; label) / H(label), 0 to 1.
+    'share/<block>/<expert>', the share of images, 0 to 1; 'clusters/<block>/<expert>', the number of clusters; and,
+    for at least two labels, 'label_information/<block>': I(expert; label) / H(label), 0 to 1.
 
     Args:
-      method: whose gates read clusters.
-      params, extras: its state.
-      cluster, label: int [n] of the pictures; a label of -1 is none.
+      method: a MoCE with cluster-conditional gates.
+      params, extras: the state of the method.
+      cluster, label: int [n] of the images; label is -1 for unlabeled images.
     """
     if not len(cluster):
         return {}
@@ -77,7 +77,7 @@ def figures(method: MoCE, params: Any, extras: Any, cluster: np.ndarray, label: 
 
 
 def information(choice: np.ndarray, label: np.ndarray) -> float:
-    """Returns I(choice; label) / H(label) of two arrays of whole numbers [n]."""
+    """Returns I(choice; label) / H(label), the normalized mutual information of two integer arrays [n]."""
     joint = np.zeros((choice.max() + 1, label.max() + 1))
     np.add.at(joint, (choice, label), 1 / len(choice))
 
@@ -89,9 +89,9 @@ def information(choice: np.ndarray, label: np.ndarray) -> float:
 
 
 def picture(method: MoCE, params: Any, extras: Any, batches: Iterator[Batch]) -> np.ndarray:
-    """Returns a grid with a row for each block and expert: the first pictures that it is chosen for.
+    """Draws one row for each block and expert: the first images that are routed to it, uint8 [height, width, 3].
 
-    They are sought among the first MAX_SEARCHED_IMAGES, until each expert that has clusters has IMAGES_PER_EXPERT.
+    Searches the first MAX_SEARCHED_IMAGES images, until each expert that has clusters has IMAGES_PER_EXPERT.
     """
     config, table = method.config, routes(method, params, extras)
     count, share = config.method.experts, _whole(extras["share"])

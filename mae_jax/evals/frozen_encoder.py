@@ -1,4 +1,4 @@
-"""A frozen encoder: a config and a method that give features of any data, without training."""
+"""A frozen encoder: a config and a method that compute features of any data, without training."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ from mae_jax.methods.base import Method
 
 
 def frozen(config: ConfigDict, block: int) -> ConfigDict:
-    """Returns the config by which features are computed: of all images, on a mesh that fits here.
+    """Returns the config for computing features: all images, without augmentation, on a mesh that fits the devices.
 
     Raises:
-      UserError: there is no such block.
+      UserError: the encoder has no such block.
     """
     config = with_fitting_mesh(config).copy_and_resolve_references()
     config.eval.max_examples = 1 << 31
@@ -27,17 +27,17 @@ def frozen(config: ConfigDict, block: int) -> ConfigDict:
 
 
 def with_data(config: ConfigDict, other: ConfigDict) -> ConfigDict:
-    """Returns a config that sees the pictures of another one, in its own size and way."""
+    """Returns `config` with the data of `other`, and with its own image size and resizing."""
     config = config.copy_and_resolve_references().unlock()
     seen = {name: config.data[name] for name in ("image_size", "resize")}
     config.data.update(other.data)
     config.data.update(seen)
-    config.recipe_version = other.recipe_version  # by which the data are read; an encoder is the same in all
+    config.recipe_version = other.recipe_version  # of the reader of the data; the encoder does not depend on it
     return config.lock()
 
 
 class Frozen(Method):
-    """An encoder of any method, one block of it, and nothing else: no field but those of every picture is needed."""
+    """The encoder of any method up to one block; needs only the batch fields that all images have."""
 
     def __init__(self, config: ConfigDict, block: int):
         config = resolved(config)

@@ -1,4 +1,4 @@
-"""Probes of an encoder that is not trained further, whatever its method; `mae_jax transfer --protocols=quick`."""
+"""Probes of a frozen encoder of any method; used by `mae_jax transfer --protocols=quick`."""
 
 from typing import Any
 
@@ -10,21 +10,21 @@ from mae_jax.methods.base import Method
 
 
 class FrozenProbes(Evaluation):
-    """On features of whole images that are computed once: both probes of pre-training, and a layer trained by SGD.
+    """Linear probe, k-NN probe and a linear layer trained by SGD, all on the same features of unmasked images.
 
-    Its figure 'sgd/top1' is of the best of several learning rates.
+    'sgd/top1' is that of the learning rate chosen by `linear_probe.sweep`.
     """
 
     name, when = "frozen_probes", "on_demand"
 
     def applies(self, method: Method, data: Any) -> bool:
-        return method.task != "detection"  # whose images have objects, and no label
+        return method.task != "detection"  # its images have objects instead of labels
 
     def metric_names(self, method: Method, data: Any) -> list[str]:
         return ["linear/top1", "knn/top1", "sgd/top1"]
 
     def scalars(self, ctx: Context) -> dict[str, float]:
-        """Raises UserError where there is nothing to probe."""
+        """See `Evaluation.scalars`; raises UserError for a split without labels of several classes."""
         config, classes = ctx.method.config, len(ctx.data.classes)
         train, test = (ctx.pooled(source) for source in (ctx.data.support, ctx.source))
         for split, (_, labels) in ((config.data.train_split, train), (config.data.eval_split, test)):

@@ -12,7 +12,7 @@ from mae_jax.methods.base import Method
 
 
 class FurtherSets(Evaluation):
-    """Top-1 of each set of eval.sets, among the classes that occur in it, as ImageNet-A and ImageNet-R are measured."""
+    """Top-1 of each set of eval.sets among the classes that occur in it, the protocol of ImageNet-A and ImageNet-R."""
 
     name, when = "further_sets", "final"
 
@@ -32,6 +32,6 @@ def _metric(name: str) -> str:
 
 
 def among_present(ctx: Context, source: Source) -> float:
-    """Returns top-1 among the classes that occur in a part of the data; NaN where it has no labelled image."""
+    """Returns top-1 among the classes that occur in a part of the data; NaN for a part without labeled images."""
     logits, labels = ctx.logits(source)
     return subset_top1(logits, labels, np.unique(labels)) if len(labels) else float("nan")

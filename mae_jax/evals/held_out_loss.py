@@ -1,4 +1,4 @@
-"""The loss on images that were not trained on, and its parts."""
+"""The loss on held-out images, and its terms."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from mae_jax.methods.base import Batch, Method, Metrics
 
 
 class HeldOutLoss(Evaluation):
-    """The means of all metrics of the method's loss, as an evaluation sees images."""
+    """The means of all metrics of the method's loss, without augmentation of the images."""
 
     name = "held_out_loss"
 

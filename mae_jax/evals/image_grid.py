@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-CELL = 128  # smallest side of an image in a grid, in screen pixels
-GAP, CAPTION, NAME = 4, 18, 120  # screen pixels between images, for a line of text, and for text on the left
-LETTER, SMALL = 11, 9  # screen pixels of letters, and of those below images
+CELL = 128  # minimum side of an image in a grid, in screen pixels
+GAP, CAPTION, NAME = 4, 18, 120  # screen pixels: gap between images, line of text, text on the left
+LETTER, SMALL = 11, 9  # font sizes in pixels, of titles and captions, and of text below images
 CUT = "..."
 
 Row = tuple[np.ndarray, ...]
@@ -16,14 +16,14 @@ Row = tuple[np.ndarray, ...]
 
 def tile(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str], title: str, names: Sequence[str] = (),
          below: Sequence[str] = ()) -> np.ndarray:
-    """Lays rows of equally large uint8 images out, as uint8 [height, width, 3].
+    """Draws a grid of images, uint8 [height, width, 3].
 
     Args:
-      rows: of images [height, width, 3].
-      captions: above the columns.
-      title: at the top; as many lines as its width needs.
-      names: left of the rows.
-      below: one text for each image of a data set, of which a row may have several: below the first of its panels.
+      rows: rows of images uint8 [h, w, 3], all of one size.
+      captions: text above each column.
+      title: text at the top, wrapped to the width.
+      names: text left of each row.
+      below: text below the first panel of each data image. A row can show several data images, see `paired`.
     """
     height, width = rows[0][0].shape[:2]
     scale = max(1, -(-CELL // min(height, width)))
@@ -45,7 +45,7 @@ def tile(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str], title: s
         for x, image in enumerate(row):
             large = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
             canvas.paste(large, (left + x * step_x, top + y * step_y))
-    blocks = -(-len(below) // len(rows))  # data images side by side, see `paired`
+    blocks = -(-len(below) // len(rows))  # data images per row, see `paired`
     panels = len(rows[0]) // max(blocks, 1)
     for number, text in enumerate(below):
         block, y = divmod(number, len(rows))
@@ -55,14 +55,14 @@ def tile(rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str], title: s
 
 
 def paired(rows: Sequence[Sequence[np.ndarray]]) -> list[Row]:
-    """Returns the rows of uint8 images two and two side by side, the second half beside the first; white fills up."""
+    """Puts the second half of the rows beside the first half; pads an odd number of rows with white images."""
     half = (len(rows) + 1) // 2
     blank = (np.full_like(rows[0][0], 255),) * len(rows[0])
     return [(*left, *right) for left, right in itertools.zip_longest(rows[:half], rows[half:], fillvalue=blank)]
 
 
 def fitting(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Returns the text, or as much of its end as there is room for."""
+    """Returns the text, with its beginning replaced by '...' if it is wider than `width` pixels."""
     text = text.encode("latin-1", "replace").decode("latin-1") if isinstance(font, ImageFont.ImageFont) else text
     if font.getlength(text) <= width:
         return text
@@ -71,7 +71,7 @@ def fitting(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Imag
 
 
 def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Returns the text in lines that are not wider, but for single words."""
+    """Wraps the text into lines of at most `width` pixels; a single word can be wider."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".lstrip()

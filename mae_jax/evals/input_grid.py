@@ -1,4 +1,4 @@
-"""A grid of images as a method trains on them, with what each is called and its class below."""
+"""A grid of training inputs, with the name and the class of each image."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,21 +12,21 @@ from mae_jax.evals.object_figures import object_names, with_objects
 from mae_jax.methods.base import Method
 from mae_jax.ops import example_ids
 
-GRID_SIDE = 8  # images along and down the grid, at most
+GRID_SIDE = 8  # maximum number of images per row and per column
 GAP = 2  # pixels between images of the grid
-LEAST_WIDTH = 112  # pixels of an image in the grid: smaller ones are shown two, three ... times as large
-LINE = 12  # pixels of a line of a caption
-TEXT = 10  # pixels of its letters
+LEAST_WIDTH = 112  # minimum width of an image in pixels; smaller ones are enlarged by a whole factor
+LINE = 12  # height of a line of a caption, in pixels
+TEXT = 10  # font size of a caption, in pixels
 
 
 def drawn(method: Method, batch: dict[str, np.ndarray], captions: Sequence[tuple[str, str]], title: str) -> np.ndarray:
-    """Draws the first images of a batch as `Method.input_images` shows them, one below the other, above a caption.
+    """Draws the panels of `Method.input_images` for the first images of a batch, one below the other, with captions.
 
     Args:
-      method: what is trained.
-      batch: of training, on the host; whole groups.
-      captions: two lines for each image, or for as many as are drawn.
-      title: above all, before what each row is.
+      method: the method.
+      batch: a training batch on the host, of whole groups.
+      captions: two lines for each image; their number limits the number of images.
+      title: text at the top; the names of the panels are appended.
 
     Returns:
       uint8 [height, width, 3].
@@ -52,13 +52,13 @@ def drawn(method: Method, batch: dict[str, np.ndarray], captions: Sequence[tuple
 
 
 def caption(batch: Mapping[str, Any], i: int, classes: Sequence[str], part: Any = None) -> tuple[str, str]:
-    """Returns what the i-th image of a batch is called, or its number, and its class or classes, '' for none.
+    """Returns the name of the i-th image of a batch, and its classes, '' for none.
 
     Args:
-      batch: of training, on the host.
+      batch: a batch on the host.
       i: the row.
-      classes: their names.
-      part: the Source or RecordStream that it is of; None: it has no names.
+      classes: names of the classes.
+      part: the Source or RecordStream of the image; None: the name is the example's number.
     """
     number = int(example_ids.whole(batch["id"])[i])
     name = part.name(number) if part else f"{number}"
@@ -72,12 +72,12 @@ def caption(batch: Mapping[str, Any], i: int, classes: Sequence[str], part: Any 
 
 
 def _framed(image: np.ndarray, width: int) -> np.ndarray:
-    """Adds the gap below, and white on the right up to the width."""
+    """Pads an image with white to `width`, plus the gap on the right and below."""
     return np.pad(image, ((0, GAP), (0, width - image.shape[1] + GAP), (0, 0)), constant_values=255)
 
 
 def _text(lines: Sequence[str], width: int) -> np.ndarray:
-    """Draws lines of text, black on white, uint8 [lines, width, 3]; of what is too long the beginning is left out."""
+    """Draws lines of text, black on white, uint8 [height, width, 3]; a line that is too long loses its beginning."""
     image = Image.new("RGB", (width, LINE * len(lines) + GAP), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(TEXT)
     for place, line in enumerate(lines):

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification of frozen features (Wu et al. 2018; DINO, section 4.1)."""
+"""Weighted k-nearest-neighbor classification of frozen features (Wu et al. 2018; DINO, section 4.1)."""
 
 from functools import partial
 
@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 from mae_jax.evals.base import Probe
 from mae_jax.evals.context import Pair
 
-CHUNK = 1024  # queries at a time, to bound the similarity matrix
+CHUNK = 1024  # queries per call, to bound the size of the similarity matrix
 
 
 class KNN(Probe):
-    """Top-1 of the held-out images by their nearest neighbors in the training split."""
+    """Top-1 of held-out images by their nearest neighbors in the training split."""
 
     name, metric = "knn", "knn/top1"
 
@@ -25,17 +25,33 @@ class KNN(Probe):
 @partial(jax.jit, static_argnames=("classes", "k"))
 def vote(queries: jax.Array, bank: jax.Array, labels: jax.Array, classes: int, k: int,
          temperature: float) -> jax.Array:
-    """Returns class scores [n, classes]: each of the k nearest votes exp(cosine / temperature) for its label."""
-    # In bfloat16, the default of TPUs, near neighbours would be ties.
+    """Returns class scores: the sum of exp(cosine / temperature) over the k nearest neighbors, up to a factor per row.
+
+    Args:
+      queries: float32 [n, D], of norm 1.
+      bank: float32 [m, D], of norm 1.
+      labels: int32 [m].
+      classes: number of classes.
+      k: number of neighbors.
+      temperature: softmax temperature of the votes.
+
+    Returns:
+      float32 [n, classes].
+    """
+    # In bfloat16, the default precision of TPUs, near neighbors would tie.
     similarity, index = jax.lax.top_k(jnp.matmul(queries, bank.T, precision="highest"), k)
-    votes = jnp.exp((similarity - similarity[:, :1]) / temperature)  # a common factor changes no vote
+    votes = jnp.exp((similarity - similarity[:, :1]) / temperature)  # the common factor does not change the argmax
     return (jax.nn.one_hot(labels[index], classes) * votes[..., None]).sum(1)
 
 
 def top1(train: Pair, test: Pair, classes: int, k: int, temperature: float) -> float:
-    """Returns the accuracy of (features [n, D], labels [n]) `test` by its neighbours in `train`, cosine similarity.
+    """Returns the k-NN accuracy in 0..1 on `test` with the neighbors in `train`, by cosine similarity.
 
-    The temperature says how much more the nearer ones count; the larger, the more equal the votes.
+    Args:
+      train, test: features float32 [n, D] and labels int32 [n].
+      classes: number of classes.
+      k: number of neighbors, at most the number of training features.
+      temperature: weights the votes, exp(cosine / temperature); a larger one makes them more equal.
     """
     def unit(features: np.ndarray) -> np.ndarray:
         return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)

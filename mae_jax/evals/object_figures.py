@@ -1,4 +1,4 @@
-"""Figures of objects: boxes, masks, names and scores on images."""
+"""Drawings of objects on images: boxes, masks, class names and scores."""
 
 import colorsys
 from collections.abc import Mapping, Sequence
@@ -11,21 +11,24 @@ from mae_jax.evals.average_precision import Found
 from mae_jax.ops.detection.crops import CROP
 from mae_jax.ops.detection.instance_masks import unpack
 
-LEAST, MOST = 256, 512  # screen pixels along the short and the long side of a panel
-SHOWN = 0.3  # the score from which on detections are drawn
-SHARE = 0.45  # of a mask's color in what it covers
-TEXT = 11  # pixels of letters
-GOLDEN = 0.618  # of the circle of hues, between two classes
+LEAST, MOST = 256, 512  # screen pixels: minimum short side and maximum long side of a panel
+SHOWN = 0.3  # minimum score of drawn detections
+SHARE = 0.45  # opacity of a mask
+TEXT = 11  # font size in pixels
+GOLDEN = 0.618  # step in hue between successive classes, as a share of the color circle
 
 
 def panel(image: np.ndarray, found: Found, classes: Sequence[str], size: tuple[int, int]) -> np.ndarray:
-    """Draws objects on an image, uint8 [height, width, 3], as large as is good to look at.
+    """Draws objects on an image, resized to a legible size.
 
     Args:
-      image: uint8 [h, w, 3], in whatever size.
-      found: boxes and masks, in pixels of an image of `size`; detections below SHOWN are left out.
-      classes: their names.
-      size: height, width.
+      image: uint8 [h, w, 3], of any size.
+      found: boxes and masks in pixels of an image of `size`; detections with a score below SHOWN are not drawn.
+      classes: names of the classes.
+      size: (height, width) of the image that the boxes refer to.
+
+    Returns:
+      uint8 [height, width, 3].
     """
     times = min(max(1, -(-LEAST // min(image.shape[:2]))), MOST / max(image.shape[:2]))
     shape = tuple(max(1, round(side * times)) for side in image.shape[:2])
@@ -51,7 +54,7 @@ def panel(image: np.ndarray, found: Found, classes: Sequence[str], size: tuple[i
 
 
 def color(label: int) -> tuple[int, int, int]:
-    """Returns the color of a class; those of neighbours are far apart."""
+    """Returns the color (red, green, blue) of a class, in 0..255; successive classes have distinct hues."""
     red, green, blue = colorsys.hsv_to_rgb(label * GOLDEN % 1, 0.8, 1.0)
     return round(red * 255), round(green * 255), round(blue * 255)
 
@@ -62,13 +65,13 @@ def _name(label: int, classes: Sequence[str]) -> str:
 
 
 def with_objects(images: np.ndarray, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns images uint8 [B, height, width, 3] with the boxes and masks that a batch has of them, in whole pixels."""
+    """Draws the boxes and masks of a batch on its images uint8 [B, height, width, 3], at whole pixels."""
     drawn = []
     for i, image in enumerate(images):
         pixels = image.astype(np.float32)
         for k in np.flatnonzero(batch["box_valid"][i]):
             x1, y1, x2, y2 = np.rint(batch["box"][i, k]).astype(int).tolist()
-            x1, y1 = min(x1, pixels.shape[1] - 1), min(y1, pixels.shape[0] - 1)  # of a sliver at the edge
+            x1, y1 = min(x1, pixels.shape[1] - 1), min(y1, pixels.shape[0] - 1)  # for slivers at the edge
             x2, y2, hue = max(x2, x1 + 1), max(y2, y1 + 1), np.array(color(int(batch["box_class"][i, k])), np.float32)
             cells = np.asarray(unpack(batch["box_mask"][i, k]))
             rows, columns = ((np.arange(side) + 0.5) * CROP / side for side in (y2 - y1, x2 - x1))
@@ -82,7 +85,7 @@ def with_objects(images: np.ndarray, batch: Mapping[str, np.ndarray]) -> np.ndar
 
 
 def object_names(batch: Mapping[str, np.ndarray], i: int, classes: Sequence[str]) -> str:
-    """Returns how many objects of which classes a batch has of its i-th image, as "2 x dog, kite"."""
+    """Returns the classes of the objects of the i-th image of a batch with their counts, such as "2 x dog, kite"."""
     labels, counts = np.unique(batch["box_class"][i][batch["box_valid"][i] > 0], return_counts=True)
     return ", ".join(f"{count} x {_name(int(label), classes)}" if count > 1 else _name(int(label), classes)
                      for label, count in zip(labels, counts, strict=True))

@@ -1,4 +1,4 @@
-"""Segmentation at the images' own size: windows through the devices, put together on the host, and mIoU."""
+"""Segmentation at the original size of images: windows are run on the devices and merged on the host; mIoU."""
 
 import functools
 from collections import deque
@@ -27,12 +27,11 @@ from mae_jax.ops.patches import PatchGrid
 from mae_jax.runtime import peers, progress, watchdog
 from mae_jax.runtime.sharding import batch_sharding, local_rows, to_devices
 
-FEWEST = 4  # patches along a side of a whole image: UperNet halves maps up to twice
+FEWEST = 4  # minimum number of patches along a side of a whole image: UperNet halves maps up to twice
 
 
 class OwnSize(Evaluation):
-    """mIoU, mean accuracy of the classes and accuracy of the pixels (mmsegmentation's mIoU, mAcc, aAcc), of all pixels
-    of the part at the annotations' own size.
+    """mIoU, mean class accuracy and pixel accuracy (mmsegmentation's mIoU, mAcc, aAcc) at the size of the annotations.
     """
 
     name = "segmentation_own_size"
@@ -69,13 +68,15 @@ class OwnSize(Evaluation):
 
 
 def own_numbers(config: Any, size: int) -> np.ndarray:
-    """Returns the numbers of the examples that this process evaluates: of those that all do, every so many-th."""
+    """Returns the numbers of the examples that this process evaluates: every process_count-th of the evaluated ones."""
     numbers = subset(size, config.eval.max_examples, computed=recipe_version.has(config, "computed_order"))
     return numbers[jax.process_index()::jax.process_count()]
 
 
 def confusion(mask: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """Counts pixels by true class (down) and predicted class, int64 [C, C]; true ones that are no class do not count.
+    """Returns the confusion matrix int64 [C, C], true classes as rows, of two uint8 [height, width].
+
+    Pixels whose true value is not below C do not count.
     """
     known = mask < classes
     pairs = mask[known].astype(np.int64) * classes + predicted[known]
@@ -83,15 +84,15 @@ def confusion(mask: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarr
 
 
 def summed(counts: np.ndarray) -> np.ndarray:
-    """Returns the sum of what all processes counted, on all of them."""
+    """Returns the sum of the counts of all processes, on every process."""
     told = peers.gather(counts.tolist())
     return np.array(peers.broadcast(sum(np.array(each, np.int64) for each in told).tolist()), np.int64)
 
 
 def figures(counts: np.ndarray) -> dict[str, float]:
-    """Returns 'miou', 'mean_accuracy' and 'pixel_accuracy' in 0..1 of confusions [C, C]; NaN where nothing was counted.
+    """Returns 'miou', 'mean_accuracy' and 'pixel_accuracy' in 0..1 of a confusion matrix [C, C]; NaN without counts.
 
-    The means are over the classes that occur: of IoU in truth or prediction, of accuracy in truth.
+    The mean IoU is over the classes that occur in truth or prediction, the mean accuracy over those in truth.
     """
     there = counts.sum(1)
     accuracies = np.diag(counts)[there > 0] / there[there > 0]
@@ -103,21 +104,20 @@ def figures(counts: np.ndarray) -> dict[str, float]:
 
 
 def named(counts: np.ndarray, config: Any) -> dict[str, float]:
-    """Returns the figures by the names that the evaluation gives them: others where images are not seen once as they
-    are, which is another protocol.
-    """
+    """Returns the metrics of `figures` with a prefix: 'own_size/', or 'multi_scale/' with several scales or flips."""
     plain = tuple(config.eval.scales) == (1.0,) and not config.eval.flip
     return {f"{'own_size' if plain else 'multi_scale'}/{name}": value for name, value in figures(counts).items()}
 
 
 class Predicted(NamedTuple):
-    """What is said of an image.
+    """The prediction for one image.
 
     Attributes:
-      number: of the example.
-      classes: of each pixel, uint8 [height, width] in its own size; None where it cannot be read.
-      mask: the true ones, likewise; None where they are not known.
-      error: why it cannot be read; '' where it can.
+      number: number of the example.
+      classes: predicted class of each pixel, uint8 [height, width] at the original size; None if the image is
+        unreadable.
+      mask: true class of each pixel, uint8 [height, width]; None without an annotation.
+      error: why the image is unreadable; '' if it is readable.
     """
 
     number: int
@@ -127,12 +127,13 @@ class Predicted(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """An image on the host.
+    """A decoded image on the host.
 
     Attributes:
-      number: of the example.
-      image, mask: upright; the mask, uint8, is None where there is none.
-      views: as which it is seen.
+      number: number of the example.
+      image: the image, with the EXIF orientation applied.
+      mask: true classes uint8 [height, width], in the same orientation; None without an annotation.
+      views: the views (scales and flips) that are evaluated.
     """
 
     number: int
@@ -142,7 +143,7 @@ class Opened(NamedTuple):
 
 
 def views_of(method: Any, size: tuple[int, int]) -> tuple[windows.View, ...]:
-    """Returns as what an image of a size (height, width) is seen, by method.test, eval.scales and eval.flip."""
+    """Returns the views of an image of a size (height, width), by method.test, eval.scales and eval.flip."""
     own, model, asked = method.grid, method.grid.image_size, method.config.eval
     layouts = [windows.whole(size, model, own.patch, FEWEST, scale) if method.test == "whole" else
                windows.sliding(size, model, method.stride, scale) for scale in asked.scales]
@@ -151,10 +152,17 @@ def views_of(method: Any, size: tuple[int, int]) -> tuple[windows.View, ...]:
 
 def predictions(method: Any, params: Any, extras: Any, mesh: Mesh, source: Source, numbers: np.ndarray,
                 reading: Reading) -> Iterator[Predicted]:
-    """Yields what is said of the examples of these numbers, in their order.
+    """Yields the predictions for examples, in the order of `numbers`.
 
-    All processes go along, each with numbers of its own, more or fewer; every batch is of one shape of windows, on
-    which they agree, and rows may be left over in it.
+    Every process calls it, each with its own numbers, possibly of different counts. All processes run the same batches;
+    a batch has windows of one shape, and may have unused rows.
+
+    Args:
+      method, params, extras: a segmentation method and its state.
+      mesh: the devices.
+      source: the part of the data.
+      numbers: int [n], numbers of the examples of this process.
+      reading: how images are decoded.
     """
     waiting, images = Waiting(method, mesh), _read_ahead(method, source, numbers, reading)
     done: dict[int, Predicted] = {}
@@ -166,24 +174,24 @@ def predictions(method: Any, params: Any, extras: Any, mesh: Mesh, source: Sourc
                 done[opened.number] = opened
             else:
                 waiting.add(opened)
-        if more := waiting.someone_waits():  # once a turn, in all processes
+        if more := waiting.someone_waits():  # a collective: once per iteration on every process
             done |= {found.number: found for found in waiting.run(params, extras)}
         while order and order[0] in done:
             yield done.pop(order.popleft())
 
 
 class Waiting:
-    """Windows of this process that wait for a batch of their shape, and the logits of images that are not complete."""
+    """Queues of this process's windows by shape, and the logits of images whose windows have not all been run."""
 
     def __init__(self, method: Any, mesh: Mesh):
         self.method, self.mesh, self.size = method, mesh, method.config.batch_size
         self.rows = len(local_rows(mesh, self.size))
         self.queues: dict[tuple[int, int], deque[tuple[Opened, tuple[int, int], np.ndarray]]] = {}
-        self.found: dict[int, dict[tuple[int, int], np.ndarray]] = {}  # by the view and the window
+        self.found: dict[int, dict[tuple[int, int], np.ndarray]] = {}  # example → (view, window) → logits
 
     @property
     def full(self) -> bool:
-        """Whether this process's rows of a batch are full."""
+        """Whether a queue fills this process's rows of a batch."""
         return any(len(queue) >= self.rows for queue in self.queues.values())
 
     def add(self, opened: Opened) -> None:
@@ -192,11 +200,11 @@ class Waiting:
             queue.extend((opened, (number, place), window) for place, window in enumerate(view.cut(opened.image)))
 
     def someone_waits(self) -> bool:
-        """Whether windows wait in any process; all of them ask alike."""
+        """Returns whether any process has queued windows; a collective, called on every process."""
         return bool(peers.first_true(any(self.queues.values())))
 
     def run(self, params: Any, extras: Any) -> Iterator[Predicted]:
-        """Runs a batch, and yields the images that are complete with it."""
+        """Runs one batch and yields the predictions for images whose windows are now complete."""
         longest = max(self.queues, key=lambda shape: len(self.queues[shape]), default=(0, 0))
         shape: tuple[int, int] = tuple(peers.first_true(list(longest) if self.queues.get(longest) else []))
         queue = self.queues.setdefault(shape, deque())
@@ -222,18 +230,18 @@ class Waiting:
 
 @functools.lru_cache(maxsize=64)
 def _program(method: Any, mesh: Mesh, grid: tuple[int, int]) -> Callable[..., jax.Array]:
-    """Returns the compiled function to logits of cells, each device's rows its own; kept likewise."""
+    """Returns the compiled `cell_logits` for a grid, sharded by rows and cached across evaluations."""
     return jax.jit(functools.partial(method.cell_logits, grid=grid), out_shardings=batch_sharding(mesh))
 
 
 def _local(array: jax.Array) -> np.ndarray:
-    """Returns the rows that this process's devices hold, ascending, each once."""
+    """Returns the rows of a global array on this process's devices, float32, ascending and without duplicates."""
     parts = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
     return np.concatenate([np.asarray(parts[start].data, np.float32) for start in sorted(parts)])
 
 
 def _read_ahead(method: Any, source: Source, numbers: np.ndarray, reading: Reading) -> Iterator[Opened | Predicted]:
-    """Yields examples in order, decoded by threads that are a few ahead."""
+    """Yields examples in order; threads decode up to two examples per thread in advance."""
     count = threads(method.config.data)
     with ThreadPoolExecutor(count, "own-size") as pool:
         ahead: deque[Future[Opened | Predicted]] = deque()
@@ -247,7 +255,7 @@ def _read_ahead(method: Any, source: Source, numbers: np.ndarray, reading: Readi
 
 
 def _open(method: Any, source: Source, number: int, reading: Reading) -> Opened | Predicted:
-    """Returns an example, or why it cannot be read."""
+    """Returns a decoded example, or a `Predicted` with the error for an unreadable one."""
     try:
         example = source.read(number)
         stored = StoredImage(example.image, reading=reading)

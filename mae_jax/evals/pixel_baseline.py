@@ -1,4 +1,4 @@
-"""Probes of pixels: the floor that a learned feature must beat."""
+"""Probes on raw pixels: a baseline that learned features must beat."""
 
 from typing import Any
 
@@ -11,17 +11,18 @@ from mae_jax.evals.context import Context, Pair, Source, labeled_rows
 from mae_jax.methods.base import Method
 from mae_jax.rng import rng
 
-PIXEL_LIMIT = 12_288  # values of an image up to which raw pixels are probed (64 × 64 × 3)
-COMPONENTS = 256  # principal ones, that the linear probe gets (our choice): of all values it takes ten times as long
-SAMPLE = 1024  # training images that these are computed of (our choice)
-FLAT = 1e-6  # share of the largest variance below which a component is rounding
+PIXEL_LIMIT = 12_288  # maximum number of values of an image (64 × 64 × 3)
+COMPONENTS = 256  # principal components for the linear probe (our choice); with all values it takes ten times as long
+SAMPLE = 1024  # training images for computing the components (our choice)
+FLAT = 1e-6  # share of the largest variance below which a component is a rounding error
 
 
 class PixelBaseline(Evaluation):
-    """Both probes on the pixels of small images, where features are probed.
+    """The linear and the k-NN probe on the raw pixels of small images.
 
-    k-NN has all values as they are. The linear probe has them standardised, as features are, along their principal
-    axes: not whitened, its penalty means what it did, and what is left out is what it would penalise most.
+    k-NN uses all values without scaling. The linear probe uses the leading principal components of standardized pixels.
+    They are not whitened: its L2 penalty is that of standardized pixels, and the omitted components are those that it
+    penalizes most.
     """
 
     name, when = "pixel_baseline", "first"
@@ -45,10 +46,10 @@ class PixelBaseline(Evaluation):
 
 
 def principal_components(values: np.ndarray, *others: np.ndarray, most: int = COMPONENTS) -> list[np.ndarray]:
-    """Returns the coefficients of values [n, D], and of others, on their leading principal axes: [n, at most `most`].
+    """Returns the leading principal components [n, at most `most`] of values [n, D], and of `others` on the same axes.
 
-    The axes are those of at most SAMPLE of the values, always the same ones, by the eigenvectors of their Gram matrix:
-    D may be large.
+    The axes are fitted on a fixed random sample of at most SAMPLE rows, from the eigenvectors of its Gram matrix, so
+    that D can be large.
     """
     sample = values[np.sort(rng(0, "components", 0).permutation(len(values))[:SAMPLE])]
     mean = sample.mean(0)
@@ -60,7 +61,7 @@ def principal_components(values: np.ndarray, *others: np.ndarray, most: int = CO
 
 
 def _pixels(ctx: Context, source: Source) -> Pair:
-    """Returns (pixels in raster order, float32 [n, values] in 0..1; labels [n]) of the labelled images of a part."""
+    """Returns pixels in raster order, float32 [n, values] in 0..1, and labels int32 [n] of a part's labeled images."""
     rows = HostRows(ctx.mesh)
     for batch in ctx.batches(source):
         rows.add(labeled_rows(batch), batch["patches"], batch["order"], batch["label"])

@@ -1,4 +1,4 @@
-"""Plots by matplotlib as arrays, drawn without a screen and without pyplot's global state."""
+"""Matplotlib plots as arrays, drawn without a display and without pyplot's global state."""
 
 import contextlib
 import warnings
@@ -10,20 +10,20 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Names come from data: "$" is a dollar, and what a file's name is written in need not be in the font.
+# Names come from the data: "$" is a literal dollar sign, and the font may lack glyphs of a name.
 LOOK = {"text.parse_math": False, "font.size": 9, "axes.linewidth": 0.6, "axes.titlesize": 9, "path.simplify": True,
         "axes.formatter.limits": (-3, 4), "axes.formatter.use_mathtext": False, "axes.spines.top": False,
         "axes.spines.right": False}
-LONGEST = 24  # letters of a class's name
-CELL, NAME = 0.32, 0.085  # inches of a cell with a number, and of a letter
-SMALL_CELL = 0.13  # inches of a cell without one
-NUMBERED = 30  # classes up to which cells have numbers
-DARK = 0.5  # share from which a cell's number is white
+LONGEST = 24  # maximum length of a class name
+CELL, NAME = 0.32, 0.085  # inches: width of a cell with a number, and of a letter
+SMALL_CELL = 0.13  # width of a cell without a number, in inches
+NUMBERED = 30  # number of classes up to which cells have numbers
+DARK = 0.5  # share of the row from which a cell's number is white
 
 
 @contextlib.contextmanager
 def look(**more: Any) -> Iterator[None]:
-    """Has what is drawn inside look alike, without a word about letters that the font lacks."""
+    """Applies the style LOOK, updated with `more`, and silences warnings about missing glyphs."""
     import matplotlib
 
     with matplotlib.rc_context({**LOOK, **more}), warnings.catch_warnings():
@@ -32,7 +32,7 @@ def look(**more: Any) -> Iterator[None]:
 
 
 def figure(width: float, height: float) -> "Figure":
-    """Returns an empty figure of so many inches, which belongs to no window."""
+    """Returns an empty figure of a width and height in inches, with an off-screen canvas."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -42,21 +42,21 @@ def figure(width: float, height: float) -> "Figure":
 
 
 def pixels(drawn: "Figure") -> np.ndarray:
-    """Returns a figure as uint8 [height, width, 3]."""
+    """Renders a figure to uint8 [height, width, 3]."""
     canvas: Any = drawn.canvas
     canvas.draw()
     return np.array(canvas.buffer_rgba())[..., :3]
 
 
 def confusion(matrix: np.ndarray, names: Sequence[str], what: str) -> np.ndarray:
-    """Draws a table of confusions, as uint8 [height, width, 3].
+    """Draws a confusion matrix, uint8 [height, width, 3].
 
-    A cell is as dark as its share of the row, and says it in percent where there are few classes.
+    The color of a cell is its share of the row; with at most NUMBERED classes, cells also have it in percent.
 
     Args:
-      matrix: counts [C, C], true classes down, predicted ones across.
-      names: of the classes.
-      what: is counted, as "test".
+      matrix: counts [C, C], true classes as rows, predicted classes as columns.
+      names: names of the classes.
+      what: name of the evaluated part, such as "test".
     """
     total = matrix.sum(1)
     shares = matrix / np.maximum(total, 1)[:, None]

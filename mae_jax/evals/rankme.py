@@ -1,4 +1,4 @@
-"""RankMe: how many dimensions a representation uses, without labels (Garrido et al. 2023, arXiv 2210.02885)."""
+"""RankMe: the effective rank of features, computed without labels (Garrido et al. 2023, arXiv 2210.02885)."""
 
 from typing import Any
 
@@ -9,15 +9,15 @@ from mae_jax.evals.context import Context
 from mae_jax.methods.base import Method
 from mae_jax.rng import rng
 
-SAMPLES = 25_600  # images at most, as in the paper (section 3)
-EPSILON = 1e-7  # added to each share, the paper's value for float32 (equation 2)
+SAMPLES = 25_600  # maximum number of images, as in the paper (section 3)
+EPSILON = 1e-7  # added to each p_k, the paper's value for float32 (equation 2)
 
 
 class RankMe(Evaluation):
-    """'rankme' of the pooled features that are probed: 1 where all of them are one direction, at most their width.
+    """'rankme' of the pooled features of the probes: from 1, for features in one direction, to the feature width.
 
-    The paper's features are what a projector makes of training images. A MAE has no projector: here they are the
-    encoder's, after its last norm, of held-out images (our choices).
+    The paper uses projector outputs of training images. MAE has no projector: here, the features are the encoder's
+    outputs after its last norm, for held-out images (our choices).
     """
 
     name = "rankme"
@@ -34,7 +34,7 @@ class RankMe(Evaluation):
 
 
 def chosen(features: np.ndarray, most: int = SAMPLES) -> np.ndarray:
-    """Returns `most` rows of features [n, D] or all: drawn, since a split may come class by class, and always alike."""
+    """Returns a fixed random sample of `most` rows of features [n, D], or all; splits may be ordered by class."""
     count = len(features)
     return features if count <= most else features[np.sort(rng(0, "rankme", 0).permutation(count)[:most])]
 
@@ -42,15 +42,15 @@ def chosen(features: np.ndarray, most: int = SAMPLES) -> np.ndarray:
 def rankme(features: np.ndarray) -> float:
     """Returns exp(-Σ p log p) over p_k = σ_k / Σ σ + 1e-7, σ the singular values (equations 1 and 2).
 
-    The singular values are the roots of the eigenvalues of the smaller Gram matrix, in float64: they are exact to some
-    1e-8 of the largest one, below what 1e-7 blurs. Features are not centered, as in the paper.
+    The singular values are the square roots of the eigenvalues of the smaller Gram matrix, in float64. Their error is
+    about 1e-8 of the largest one, below the 1e-7 that is added. Features are not centered, as in the paper.
 
     Args:
       features: float [n, D].
 
     Returns:
-      About 1 to min(n, D); 0 for features that are all zero (our choice: the paper's formula divides by zero); NaN
-      where one is not finite.
+      About 1 to min(n, D); 0 if all features are zero (our choice: the paper's formula divides by zero); NaN if a
+      feature is not finite.
     """
     wide = np.asarray(features, np.float64)
     largest = np.abs(wide).max(initial=0.0)

@@ -1,4 +1,4 @@
-"""Pictures of what the model makes of hidden patches."""
+"""Images of reconstructed masked patches."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +15,12 @@ from mae_jax.methods.base import GRAY, Batch, Method
 from mae_jax.methods.mixedae import MixedAE
 from mae_jax.ops.patches import denormalize
 
-RATIOS = (0.25, 0.5, 0.75, 0.9)  # of the picture at several masking ratios
+RATIOS = (0.25, 0.5, 0.75, 0.9)  # masking ratios of `at_ratios`
 CAPTIONS = ("input", "visible patches", "reconstruction") * 2
 
 
 class Reconstruction(Evaluation):
-    """No figures but the loss's: images of what is made of masked patches, of a MixedAE of mixed images."""
+    """Images of reconstructed masked patches or, for MixedAE, of reconstructed mixed images; no metrics."""
 
     name = "reconstruction"
 
@@ -39,31 +39,34 @@ class Reconstruction(Evaluation):
 
 @functools.lru_cache(maxsize=8)
 def predictor(method: Method) -> Callable[..., dict[str, jax.Array]]:
-    """Returns the compiled `reconstruct` of the method; kept from one evaluation to the next."""
+    """Returns the compiled `reconstruct` of the method, cached across evaluations."""
     return jax.jit(method.reconstruct)
 
 
 @functools.lru_cache(maxsize=8)
 def masking(method: Method, ratio: float) -> Method:
-    """Returns the method at another masking ratio; kept likewise."""
+    """Returns the method at another masking ratio, cached across evaluations."""
     return method if ratio == method.mask_ratio else method.at_mask_ratio(ratio)
 
 
 def panels(method: Method, params: Any, extras: Any, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns (input, masked input, prediction with the visible patches pasted in), uint8 [B, height, width, 3]."""
+    """Returns input, masked input, and prediction with the visible patches copied in; uint8 [B, height, width, 3]."""
     predicted = process_allgather(predictor(method)(params, extras, batch)["pixels"], tiled=True)
     patches, order = np.asarray(batch["patches"]), np.asarray(batch["order"])
     visible = patches.shape[1] - predicted.shape[1]
     masked, pasted = patches.copy(), patches.copy()
     masked[:, visible:] = GRAY
-    pixels = np.nan_to_num(denormalize(predicted), nan=GRAY)  # a model that diverged gets its pictures too
+    pixels = np.nan_to_num(denormalize(predicted), nan=GRAY)  # predictions of a diverged model are drawn, too
     pasted[:, visible:] = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
     original, masked, pasted = (method.grid.unpatchify(x, order) for x in (patches, masked, pasted))
     return original, masked, pasted
 
 
 def reconstructions(method: Method, params: Any, extras: Any, batch: Batch, names: Sequence[str] = ()) -> np.ndarray:
-    """Returns the grid of `batch`: input, visible patches, reconstruction, and its name; two images to a row."""
+    """Draws input, visible patches and reconstruction of each image, two images per row; uint8 [height, width, 3].
+
+    `names` are the captions of the images.
+    """
     rows = list(zip(*panels(method, params, extras, batch), strict=True))
     share = "" if method.mask_ratio is None else f"{method.mask_ratio:.0%} of the patches are masked; "
     title = f"Reconstructions: {share}visible patches are copied; {method.reconstruction_note}"
@@ -71,7 +74,11 @@ def reconstructions(method: Method, params: Any, extras: Any, batch: Batch, name
 
 
 def mixtures(method: MixedAE, params: Any, extras: Any, batch: Batch) -> np.ndarray:
-    """Returns the grid of `batch`, whole groups of MixedAE: a mixed picture, its sources, what is made of each."""
+    """Draws each mixed image of a batch of whole groups, its source images and their reconstructions.
+
+    Returns:
+      uint8 [height, width, 3].
+    """
     group = method.group
     sources, _, predicted = panels(method, params, extras, batch)
     patches, order = (np.asarray(method.mixed(np.asarray(batch[name]))) for name in ("patches", "order"))
@@ -85,10 +92,14 @@ def mixtures(method: MixedAE, params: Any, extras: Any, batch: Batch) -> np.ndar
 
 
 def at_ratios(method: Method, params: Any, extras: Any, batch: Batch) -> np.ndarray:
-    """Returns two pictures of `batch` at several masking ratios, one row each, with the same random orders."""
-    # Drawn anew: the order of block and grid masking is random in its halves only where the training ratio cuts it.
+    """Draws the last two images of a batch at several masking ratios, one row each, with one random order of patches.
+
+    Returns:
+      uint8 [height, width, 3].
+    """
+    # A new order: that of block and grid masking is valid for the training ratio only.
     shuffle = np.random.default_rng(0).permutation(batch["order"].shape[1])
-    # All images, though two are shown: what predicts at the trained ratio is then compiled already.
+    # All images, though only two are drawn: at the trained ratio this batch shape is already compiled.
     shuffled = batch | {name: batch[name][:, shuffle] for name in ("patches", "order")}
     rows = []
     for ratio in RATIOS:

@@ -1,4 +1,4 @@
-"""Segmentation metrics and images: mIoU, pixel accuracy, predicted masks."""
+"""Segmentation metrics and images: mIoU, pixel accuracy, predicted masks, at the model's image size."""
 
 import functools
 import math
@@ -18,15 +18,15 @@ from mae_jax.evals.image_grid import CAPTION, GAP, LETTER, fitting, paired, tile
 from mae_jax.losses.segmentation import IGNORED
 from mae_jax.methods.base import Batch, Method
 
-CREAM = (224, 224, 192)  # of pixels that count nowhere, as in the pictures of PASCAL VOC
-MAX_LISTED_CLASSES, KEY = 32, 44  # classes up to which their colours are listed; screen pixels for each, at least
+CREAM = (224, 224, 192)  # color of ignored pixels, as in PASCAL VOC
+MAX_LISTED_CLASSES, KEY = 32, 44  # maximum number of classes of a legend; minimum width of its columns, screen pixels
 CAPTIONS = ("input", "truth", "prediction") * 2
 
 
 class Segmentation(Evaluation):
-    """The figures of `summary` over all pixels of the part, and `pictures`.
+    """The metrics of `summary` over all pixels of the part, and the image of `pictures`.
 
-    At the model's size and under the evaluation's crop: not comparable with figures at the images' own size.
+    They use the model's image size and the evaluation's crop, and are not comparable with metrics at the original size.
     """
 
     name = "segmentation"
@@ -52,7 +52,7 @@ class Segmentation(Evaluation):
 
 @functools.lru_cache(maxsize=8)
 def _predictor(method: Method) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Returns the compiled function to true and predicted classes, uint8 [B, height, width]."""
+    """Returns a compiled function of (params, extras, batch) → true and predicted classes, uint8 [B, height, width]."""
     def predict(params: Any, extras: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return method.pixel_classes(batch), method.pixel_logits(params, extras, batch).argmax(-1).astype(jnp.uint8)
 
@@ -61,13 +61,16 @@ def _predictor(method: Method) -> Callable[..., tuple[jax.Array, jax.Array]]:
 
 def pictures(method: Method, params: Any, extras: Any, batch: Batch, names: Sequence[str] = (),
              classes: Sequence[str] = ()) -> np.ndarray:
-    """Returns the grid of `batch`: input, true and predicted classes, and a legend where these are few.
+    """Draws input, true and predicted classes of each image, and a legend for at most MAX_LISTED_CLASSES classes.
 
     Args:
-      method, params, extras: what predicts.
-      batch: of whole images.
-      names: of the images.
-      classes: of pixels, by name; otherwise they have numbers.
+      method, params, extras: a segmentation method and its state.
+      batch: unmasked images.
+      names: captions of the images.
+      classes: names of the pixel classes; if their number differs from the method's, the legend has numbers.
+
+    Returns:
+      uint8 [height, width, 3].
     """
     truth, predicted = process_allgather(_predictor(method)(params, extras, batch), tiled=True)
     inputs = method.grid.unpatchify(np.asarray(batch["patches"]), np.asarray(batch["order"]))
@@ -82,7 +85,7 @@ def pictures(method: Method, params: Any, extras: Any, batch: Batch, names: Sequ
 
 
 def legend(count: int, classes: Sequence[str], width: int) -> np.ndarray:
-    """Returns the names of so many classes, or else their numbers, beside their colors, as uint8 [height, width, 3]."""
+    """Draws the colors of `count` classes with their names, or numbers without names; uint8 [height, width, 3]."""
     colors = palette(count)[:count]
     names = [printable(name) for name in classes] if len(classes) == count else [str(k) for k in range(count)]
     font = ImageFont.load_default(LETTER)
@@ -99,10 +102,10 @@ def legend(count: int, classes: Sequence[str], width: int) -> np.ndarray:
 
 
 def palette(classes: int) -> np.ndarray:
-    """Returns a colour for each value of a mask, uint8 [256, 3]: class 0 is black, ignored pixels are cream.
+    """Returns a color for each value of a mask, uint8 [256, 3]: class 0 is black, ignored pixels are cream.
 
-    As in the pictures of PASCAL VOC: bits of the class number, lowest first, go to the highest bits of red, green and
-    blue in turn, so that neighbours are far apart.
+    PASCAL VOC's color map: the bits of the class number, lowest first, become the highest bits of red, green and blue
+    in turn, so that successive classes have distinct colors.
     """
     numbers = np.arange(256)
     channels = [sum((numbers >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for channel in range(3)]
@@ -112,21 +115,21 @@ def palette(classes: int) -> np.ndarray:
     return colors
 
 
-CHUNK = 4096  # pixels of each picture that are counted at a time, so that the table of a class per pixel stays small
+CHUNK = 4096  # pixels per image that are counted at a time, to bound the size of the one-hot arrays
 
 
 def confusion(logits: jax.Array, mask: jax.Array, valid: jax.Array) -> jax.Array:
-    """Counts pixels by true class (down) and predicted class (across); whole numbers, exact on any number of devices.
+    """Returns the confusion matrix of a batch; integers, and so exact on any number of devices.
 
-    Of equal logits the class of the lower index is predicted.
+    Ties between logits go to the class of the lower index.
 
     Args:
       logits: float [B, M, C] of M pixels, fewer than 2**24.
-      mask: integers [B, M], the true classes; 255 and whatever else is not below C does not count.
-      valid: float32 [B], 0 for a row that is no picture.
+      mask: integers [B, M], the true classes; pixels with 255, or any value not below C, do not count.
+      valid: float32 [B], 0 for a row without an image.
 
     Returns:
-      int32 [C, C]. The sum over batches may need int64.
+      int32 [C, C], true classes as rows, predicted classes as columns. Sums over batches can need int64.
     """
     (images, pixels), classes = mask.shape, logits.shape[-1]
     truth = jnp.where((valid > 0)[:, None], mask.astype(jnp.int32), classes)
@@ -134,12 +137,12 @@ def confusion(logits: jax.Array, mask: jax.Array, valid: jax.Array) -> jax.Array
     chunk = min(CHUNK, pixels)
 
     def count(pictures: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
-        # A chunk that would go past the end starts before it: what an earlier one has counted is left out.
+        # The last chunk starts earlier to stay in range, and skips pixels that the previous one has counted.
         begin = jnp.minimum(start, pixels - chunk)
         new = begin + jnp.arange(chunk) >= start
         labels, guesses = (jax.lax.dynamic_slice_in_dim(x, begin, chunk, 1) for x in (truth, predicted))
         hot = jax.nn.one_hot(jnp.where(new, labels, classes), classes), jax.nn.one_hot(guesses, classes)
-        # A product in float32, picture by picture, is exact below 2**24; a scatter-add would be slow on TPUs.
+        # The float32 product per image is exact below 2**24; a scatter-add would be slow on TPUs.
         return pictures + jnp.einsum("bmt,bmp->btp", *hot), None
 
     start = jnp.zeros((images, classes, classes), jnp.float32)
@@ -148,14 +151,14 @@ def confusion(logits: jax.Array, mask: jax.Array, valid: jax.Array) -> jax.Array
 
 
 def iou(matrix: np.ndarray) -> np.ndarray:
-    """Returns float64 [C], pixels in truth and prediction over those in either; NaN for a class in neither."""
+    """Returns the IoU of each class, float64 [C], of a confusion matrix [C, C]; NaN for a class that does not occur."""
     both = np.diag(matrix)
     either = matrix.sum(0) + matrix.sum(1) - both
     return np.where(either > 0, both / np.maximum(either, 1), np.nan)
 
 
 def summary(matrix: np.ndarray) -> dict[str, float]:
-    """Returns 'miou' and 'pixel_accuracy' in 0..1 of a summed confusion [C, C]; NaN where nothing was counted.
+    """Returns 'miou' and 'pixel_accuracy' in 0..1 of a summed confusion matrix [C, C]; NaN without counts.
 
     The mean IoU is over the classes that occur in truth or prediction.
     """

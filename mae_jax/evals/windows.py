@@ -1,9 +1,9 @@
-"""Images at their own size through a model of one size: windows of static shape, and their logits put together.
+"""Sliding windows: images of any size for a model of one input size, and the merging of the windows' logits.
 
-As mmsegmentation does it (encoder_decoder.py): the image is resized, its ratio kept; the logits of overlapping windows
-are averaged, resized to the image's own size, and only then compared. Resizing, averaging and placing are linear and
-separable, so that all of them are one matrix for the rows and one for the columns of a window: on the host, strip by
-strip, no logits of a whole image are ever in memory.
+The protocol is mmsegmentation's (encoder_decoder.py): the image is resized with its aspect ratio kept; the logits of
+overlapping windows are averaged and resized to the original size, before the argmax. Resizing, averaging and placing
+are linear and separable, and so are combined in one matrix for the rows and one for the columns of a window. They are
+applied on the host in strips of rows: the logits of a whole image are never in memory.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,17 +15,17 @@ from PIL import Image
 from mae_jax.data.transforms.scaled_crop import FILL, scaled_size
 from mae_jax.ops.resampling import interpolation
 
-STRIP = 2**23  # logits that are made at a time
+STRIP = 2**23  # maximum number of logits of a strip
 
 
 class Axis(NamedTuple):
-    """How windows lie along one side of an image.
+    """The positions of windows along one side of an image, in pixels.
 
     Attributes:
-      own: pixels of the image.
-      resized: pixels that it is resized to.
-      window: pixels of a window; where the side is shorter, the rest of it is filled.
-      starts: the first pixel of each window.
+      own: side of the original image.
+      resized: side of the resized image.
+      window: side of a window; a shorter image is padded.
+      starts: first pixel of each window in the resized image.
     """
 
     own: int
@@ -34,7 +34,7 @@ class Axis(NamedTuple):
     starts: tuple[int, ...]
 
     def matrices(self, cells: int) -> list[np.ndarray]:
-        """Returns for each window float32 [own, cells]: what its cells' logits add to each pixel of the image."""
+        """Returns a matrix float32 [own, cells] for each window: the weights of its cells in the image's pixels."""
         inside = min(self.window, self.resized)
         enlarged = interpolation(cells, self.window)[:inside].astype(np.float64)
         count = np.zeros(self.resized)
@@ -45,7 +45,7 @@ class Axis(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How windows lie in an image; they come in rows."""
+    """The positions of windows in an image; windows are ordered row by row."""
 
     rows: Axis
     columns: Axis
@@ -59,7 +59,7 @@ class Layout(NamedTuple):
         return len(self.rows.starts) * len(self.columns.starts)
 
     def cut(self, image: Image.Image) -> Iterator[np.ndarray]:
-        """Yields the windows, uint8 [height, width, 3], of an image of its own size."""
+        """Yields the windows, uint8 [height, width, 3], of an image at its original size."""
         resized = image.resize((self.columns.resized, self.rows.resized), Image.Resampling.BICUBIC)
         canvas = Image.new("RGB", (max(self.columns.resized, self.columns.window),
                                    max(self.rows.resized, self.rows.window)), FILL)
@@ -70,10 +70,10 @@ class Layout(NamedTuple):
                 yield pixels[top:top + self.rows.window, left:left + self.columns.window]
 
     def strips(self, logits: np.ndarray) -> Iterator[np.ndarray]:
-        """Yields float32 [n, width, C], the logits of the image's own pixels, n rows after the others.
+        """Yields the logits of the original image's pixels in strips float32 [n, width, C], from top to bottom.
 
         Args:
-          logits: [windows, h, w, C] of the windows' cells.
+          logits: float [windows, h, w, C], the logits of the cells of each window.
         """
         height, width, classes = logits.shape[1:]
         down, across = self.rows.matrices(height), self.columns.matrices(width)
@@ -89,28 +89,29 @@ class Layout(NamedTuple):
 
 
 class View(NamedTuple):
-    """An image as it is seen once: at a size, and perhaps mirrored."""
+    """One view of an image in test-time augmentation: a size, optionally mirrored."""
 
     layout: Layout
     flipped: bool = False
 
     def cut(self, image: Image.Image) -> Iterator[np.ndarray]:
-        """Yields the windows as `Layout.cut`."""
+        """Yields the windows of the view, as `Layout.cut`."""
         return self.layout.cut(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flipped else image)
 
     def strips(self, logits: np.ndarray) -> Iterator[np.ndarray]:
-        """Yields logits of the image's own pixels as `Layout.strips`, mirrored back."""
+        """Yields strips of logits as `Layout.strips`, mirrored back for a mirrored view."""
         for strip in self.layout.strips(logits):
             yield strip[:, ::-1] if self.flipped else strip
 
 
 def sliding(size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int], scale: float = 1.0) -> Layout:
-    """Returns the windows of an image of a size whose short side becomes `scale` times that of a window.
+    """Returns the sliding windows of an image whose short side is resized to `scale` times that of a window.
 
-    Of each side there are max(pixels - window + stride - 1, 0) // stride + 1, the last one shifted back to the end.
+    Each side has max(pixels - window + stride - 1, 0) // stride + 1 windows; the last one is shifted back to the edge.
 
     Args:
       size, window, stride: (height, width) in pixels.
+      scale: size of the resized image relative to a window.
     """
     resized = scaled_size(size, scale * min(window))
     axes = []
@@ -122,9 +123,14 @@ def sliding(size: tuple[int, int], window: tuple[int, int], stride: tuple[int, i
 
 def whole(size: tuple[int, int], model: tuple[int, int], patch: tuple[int, int], fewest: int,
           scale: float = 1.0) -> Layout:
-    """Returns the one window of an image whose short side becomes `scale` times that of the model's images.
+    """Returns one window for a whole image whose short side is resized to `scale` times that of the model's images.
 
-    Its sides are the nearest multiples of those of a patch, `fewest` patches at least.
+    Its sides are rounded to multiples of the patch's sides, at least `fewest` patches.
+
+    Args:
+      size, model, patch: (height, width) in pixels, of the image, the model's images and a patch.
+      fewest: minimum number of patches along a side.
+      scale: size of the resized image relative to the model's images.
     """
     sides = [max(round(pixels / side), fewest) * side
              for pixels, side in zip(scaled_size(size, scale * min(model)), patch, strict=True)]
@@ -132,15 +138,17 @@ def whole(size: tuple[int, int], model: tuple[int, int], patch: tuple[int, int],
 
 
 def predicted(views: Sequence[View], logits: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns the class of each pixel of an image, uint8 [height, width]: the likeliest by the mean of the views'
-    probabilities (mmsegmentation's aug_test).
+    """Returns the predicted class of each pixel, uint8 [height, width].
+
+    It is the argmax of the mean of the views' probabilities (mmsegmentation's aug_test).
 
     Args:
-      logits: of each view, those of its windows [windows, h, w, C].
+      views: the views of the image.
+      logits: for each view, logits float [windows, h, w, C] of its windows.
     """
     first, *others = [view.strips(each) for view, each in zip(views, logits, strict=True)]
     found = []
-    for strip in first:  # a view at a time, whose strips are of the same rows
+    for strip in first:  # all views have strips of the same rows
         if others:
             strip = _softmax(strip)
             for other in others:
@@ -150,6 +158,6 @@ def predicted(views: Sequence[View], logits: Sequence[np.ndarray]) -> np.ndarray
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
-    """Returns probabilities over the last axis, float32."""
+    """Returns the softmax over the last axis, float32."""
     shares = np.exp(logits - logits.max(-1, keepdims=True))
     return shares / shares.sum(-1, keepdims=True)

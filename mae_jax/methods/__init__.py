@@ -1,4 +1,4 @@
-"""The table of methods, by name. A method's module, and with it JAX, is imported when it is asked for."""
+"""The table of methods, by name. Modules of methods, and with them JAX, are imported on first use."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -26,17 +26,17 @@ TABLE = {  # name → module:class
 
 
 def get(name: str) -> "type[Method]":
-    """Returns the class of a method, of the table or of a plug-in; raises UserError with the nearest name."""
+    """Returns the class of a method of the table or of a plug-in; raises UserError for an unknown name."""
     return plugins.find("methods", name, TABLE, "method.name")
 
 
 def build(config: "ConfigDict", data: "DataInfo") -> "Method":
-    """Builds the method of a config without 'auto' for data that have this; raises UserError."""
+    """Builds the method of a resolved config (without 'auto') for data with this info; raises UserError."""
     return get(config.method.name)(config, data)
 
 
 def with_data(config: "ConfigDict") -> "tuple[Method, OpenedData]":
-    """Opens the data of a config without 'auto', and builds its method for them; raises UserError."""
+    """Opens the data of a resolved config (without 'auto') and builds its method for them; raises UserError."""
     from mae_jax.data import OpenedData
 
     opened = OpenedData(config, get(config.method.name).data_needs(config))
@@ -44,12 +44,12 @@ def with_data(config: "ConfigDict") -> "tuple[Method, OpenedData]":
 
 
 def defaults(name: str) -> dict[str, Any]:
-    """Returns the method's own config fields; JAX is imported for a method outside the package alone."""
+    """Returns the method's own config fields; imports JAX only for a method of a plug-in."""
     return fields.TABLE[name] if name in fields.TABLE else get(name).defaults
 
 
 def own_defaults(method: "ConfigDict") -> dict[str, Any]:
-    """Returns `defaults` of a config's group `method`; raises UserError where it has the fields of another one."""
+    """Returns `defaults` for a config group `method`; raises UserError if it has fields of another method."""
     own = defaults(method.name)
     if other := sorted(set(method) ^ {"name", *own}):
         raise UserError(f"method.name={method.name!r} with the fields of another method (method.{other[0]} is of one "
@@ -58,6 +58,6 @@ def own_defaults(method: "ConfigDict") -> dict[str, Any]:
 
 
 def small(name: str) -> dict[str, Any]:
-    """Returns what `runlocal` makes of the method's own fields."""
+    """Returns the values of the method's own fields in `runlocal` configs."""
     return {key: fields.SMALL[key] for key in fields.SMALL.keys() & fields.TABLE[name]} if name in fields.TABLE \
         else get(name).small

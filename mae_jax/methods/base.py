@@ -1,4 +1,4 @@
-"""What every method provides: pure functions over plain nested dicts, bound to a config."""
+"""The base class of methods: pure functions over nested dicts of arrays, bound to a config."""
 
 import re
 from collections.abc import Iterable
@@ -24,23 +24,23 @@ Params = dict[str, Any]
 Extras = dict[str, Any]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name → (sum, weight)
 Task = Literal["pretraining", "classification", "segmentation", "detection"]
-GRAY = 127  # of a patch that a figure does not show
+GRAY = 127  # value of hidden patches in figures
 
 
 def pool(tokens: jax.Array, how: str) -> jax.Array:
-    """Pools tokens [B, 1 + N, D], class token first, to float32 features [B, D]: 'cls' or 'mean' of the patches."""
+    """Pools tokens [B, 1 + N, D], class token first, to features float32 [B, D]: 'cls', or 'mean' over the patches."""
     return tokens[:, 0].astype(jnp.float32) if how == "cls" else tokens[:, 1:].mean(1, dtype=jnp.float32)
 
 
 def check_choices(m: ConfigDict, **allowed: tuple[str, ...]) -> None:
-    """Raises UserError for the first field of the group config.method that has none of its allowed values."""
+    """Raises UserError for the first field of the group config.method whose value is not allowed."""
     for key, values in allowed.items():
         if m[key] not in values:
             raise UserError(f"method.{key}={m[key]!r}; {did_you_mean(m[key], values)}")
 
 
 def check_decoder(m: ConfigDict) -> None:
-    """Raises UserError for a decoder of the group config.method that cannot be built."""
+    """Raises UserError for an invalid width, depth or number of heads of the decoder in config.method."""
     for key in ("decoder_width", "decoder_depth", "decoder_heads"):
         if m[key] < 1:
             raise UserError(f"method.{key}={m[key]}; it must be at least 1")
@@ -50,7 +50,7 @@ def check_decoder(m: ConfigDict) -> None:
 
 
 def named_blocks(config: ConfigDict) -> set[int]:
-    """Returns the blocks that method.blocks names; raises UserError for what names none."""
+    """Returns the indices of the blocks in method.blocks; raises UserError for an invalid or empty selection."""
     text, depth = config.method.blocks, config.model.depth
     named = {"all": range(depth), "first_half": range(depth // 2), "last_half": range(depth // 2, depth),
              "last_two_odd": range(1, depth, 2)[-2:]}
@@ -70,7 +70,7 @@ def named_blocks(config: ConfigDict) -> set[int]:
 
 
 def kind_of_order(config: ConfigDict) -> str:
-    """Returns the kind of `PatchOrder` of method.masking: blocks as published, or as a stored run began with."""
+    """Returns the kind of `PatchOrder` of method.masking; an older recipe_version keeps its own block masking."""
     published = config.method.masking == "block" and has(config, "published_blocks")
     return "published_block" if published else config.method.masking
 
@@ -81,51 +81,54 @@ def mean_square(error: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 class Method:
-    """Base of all methods; B images, N patches of P values each. A method has its encoder as `self.encoder`.
+    """Base class of methods. B images have N patches of P values each; `self.encoder` is the encoder.
 
-    Its `task` says what it is evaluated by: 'pretraining' by probes of its features; 'classification' by its
-    `logits(params, extras, batch)`, float32 [B, C] of `self.classes`; 'segmentation' by its `pixel_logits(params,
-    extras, batch)`, float32 [B, height, width, C] of `self.classes`, and `pixel_classes(batch)`, uint8 [B, height,
-    width], 255 for none; where one of the classes is no foreground, by its `background`. Where its `test` is 'slide' or
-    'whole', also at the images' own size, by its `cell_logits(params, extras, batch, grid)`, float32 [B, h, w, C] of
-    `patches` and `order` in raster order, of any `grid` where it is 'whole'; 'detection' by its `detections(params,
-    extras, batch)`, see `methods/detection.py`, of `self.classes`.
-    One that `reconstructs` has `reconstruct(params, extras, batch)`, whose item 'pixels' are the masked patches as
-    normalised pixels, float32 [B, M, P]: the last M in the batch's order.
+    `task` selects the evaluations, and with them the functions that a subclass must have:
+
+    - 'pretraining': none; the features of `encode` are probed.
+    - 'classification': `logits(params, extras, batch)` → float32 [B, C], C = `self.classes`.
+    - 'segmentation': `pixel_logits(params, extras, batch)` → float32 [B, height, width, C], and `pixel_classes(batch)`
+      → uint8 [B, height, width], 255 for pixels without a class. If `test` is 'slide' or 'whole', also
+      `cell_logits(params, extras, batch, grid)` → float32 [B, h, w, C] for `patches` and `order` in raster order;
+      'whole' requires it for any `grid`.
+    - 'detection': `detections(params, extras, batch)`, see `methods/detection.py`.
+
+    If `reconstructs` is True, there is `reconstruct(params, extras, batch)`, whose item 'pixels' has the masked patches
+    as normalized pixels, float32 [B, M, P]: the last M patches in the batch's order.
     """
 
     encoder: Any  # models.vit.Encoder
-    classes: int  # of a classification or a segmentation
+    classes: int  # number of classes, except in pre-training
     task: ClassVar[Task] = "pretraining"
     reconstructs: ClassVar[bool] = False
-    mask_ratio: float | None = None  # share that is masked, where `at_mask_ratio` gives another
-    reconstruction_note: str = "colors are as the method has them"  # what is said of images of masked patches
+    mask_ratio: float | None = None  # share of masked patches, for methods with `at_mask_ratio`
+    reconstruction_note: str = "colors are as the method has them"  # note on the colors in captions
     defaults: ClassVar[dict[str, Any]] = {}  # own config fields under config.method
-    small: ClassVar[dict[str, Any]] = {}  # what `runlocal` makes of these; ours are in methods/fields.py
-    uses_labels: bool = False  # what it is evaluated on must not be trained on
-    has_class_head: bool = False  # its head has a row for each class of the data, in their order
-    class_parameters: str = ""  # besides a head: paths, as a regular expression, of what has a part for each class
-    loss_spans_batch: bool = False  # the loss has terms across images: accumulation is refused
-    extra_encode_fields: tuple[str, ...] = ()  # batch fields that `encode` reads besides images and orders
-    num_clusters: int = 1  # ids that the batch field `cluster` may have, where there is one
-    test: str = "none"  # of a segmentation: how images are evaluated at their own size, if they are
-    stride: tuple[int, int] = (0, 0)  # of 'slide': pixels from window to window
-    background: int = -1  # of a segmentation's classes, what is around things; -1: none
-    # Weight decay, by last name of the path; what `decays` goes by.
+    small: ClassVar[dict[str, Any]] = {}  # their values in `runlocal`; for built-in methods see methods/fields.py
+    uses_labels: bool = False  # training uses labels: training and evaluation splits must be disjoint
+    has_class_head: bool = False  # the head has one output per class of the data, in the data's order
+    class_parameters: str = ""  # regular expression of paths of further parameters that have one part per class
+    loss_spans_batch: bool = False  # the loss has terms across images, and so excludes gradient accumulation
+    extra_encode_fields: tuple[str, ...] = ()  # batch fields that `encode` reads besides `patches` and `order`
+    num_clusters: int = 1  # number of values of the batch field `cluster`
+    test: str = "none"  # segmentation at the original size of images: 'none', 'slide' or 'whole'
+    stride: tuple[int, int] = (0, 0)  # distance of the windows of 'slide' along (height, width), in pixels
+    background: int = -1  # class of the background in segmentation; -1: none
+    # Weight decay applies to parameters whose path ends in one of these names.
     decay_suffixes: ClassVar[tuple[str, ...]] = ("kernel", "cls_token", "mask_token")
 
     def __init__(self, config: ConfigDict, data: DataInfo):
-        """Binds the method to a config without 'auto', and to what the data have."""
+        """Binds the method to a resolved config (without 'auto') and to the properties of the data."""
         self.config, self.data, self.grid = config, data, PatchGrid.of(config)
         self.timeline = Timeline.of(config, data.num_train)
 
     @staticmethod
     def validate(config: ConfigDict) -> None:
-        """Raises UserError for own fields that cannot work."""
+        """Raises UserError for invalid values of the method's own config fields."""
 
     @staticmethod
     def data_needs(config: ConfigDict) -> DataNeeds:
-        """Returns what the method asks of the data before they are opened."""
+        """Returns the method's requirements of the data; called before the data are opened."""
         return DataNeeds()
 
     def check_data(self) -> None:
@@ -133,50 +136,50 @@ class Method:
 
     @staticmethod
     def heads(config: ConfigDict) -> dict[str, int]:
-        """Returns config field → number of attention heads, each of which `mesh.tensor` must divide."""
+        """Returns config field → number of attention heads; `mesh.tensor` must divide each number."""
         m = config.method
         own = {"method.decoder_heads": m.decoder_heads} if "decoder_heads" in m else {}
         return {"model.heads": config.model.heads, **own}
 
     def patch_order(self) -> PatchOrder:
-        """Returns how the host draws `order`."""
+        """Returns the distribution from which the host draws the batch field `order`."""
         return PatchOrder("identity", self.grid.shape, num_masked=0)
 
     @property
     def group(self) -> int:
-        """How many neighbours of the batch share an order, and so stay together on a device and in a micro-batch."""
+        """Number of consecutive images that share an order; each group stays on one device and in one micro-batch."""
         return self.patch_order().group
 
     def views(self) -> tuple[View, ...]:
-        """Returns the views that the batches of training have in place of `patches` and `order`, if there are any."""
+        """Returns the views that replace `patches` and `order` in training batches; () for none."""
         return ()
 
     def is_trainable(self, path: str) -> bool:
-        """Says whether the optimizer changes the parameter of a path; the others have no optimizer state."""
+        """Returns whether the parameter at a path is trained; frozen parameters have no optimizer state."""
         return True
 
     def decays(self, path: str) -> bool:
-        """Says whether weight decay applies to the parameter of a path."""
+        """Returns whether weight decay applies to the parameter at a path."""
         return path.rsplit("/", 1)[-1] in self.decay_suffixes
 
     def stop_frozen_gradients(self, params: Params) -> Params:
-        """Returns the parameters such that no gradient reaches, or is computed for, those that do not learn."""
+        """Returns the parameters with the gradients of frozen ones stopped, so that they are not computed."""
         return jax.tree_util.tree_map_with_path(
             lambda keys, leaf: leaf if self.is_trainable(path(keys)) else jax.lax.stop_gradient(leaf), params)
 
     def drop_path_mask(self, key: jax.Array, images: int) -> jax.Array | None:
-        """Draws stochastic depth of the encoder's blocks that learn, float32 [depth, 2, B]; None where it is off."""
+        """Draws the stochastic depth mask of trainable encoder blocks, float32 [depth, 2, B]; None if it is off."""
         if not self.config.model.drop_path:
             return None
         learning = [self.is_trainable(f"encoder/block_{number:02d}/mlp/") for number in range(self.config.model.depth)]
         return drop_path(key, drop_path_rates(self.config) * learning, images)
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns name → global shape and dtype of the fields of training's batches."""
+        """Returns name → global shape and dtype of the fields of training batches."""
         return with_views(self.eval_spec(), self.views())
 
     def eval_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns name → global shape and dtype of the fields of evaluations' batches."""
+        """Returns name → global shape and dtype of the fields of evaluation batches."""
         images, patches = self.config.batch_size, self.grid.num_patches
         shapes = {
             "patches": ((patches, self.grid.patch_dim), jnp.uint8),
@@ -192,60 +195,71 @@ class Method:
 
     @property
     def multi_label(self) -> bool:
-        """Whether an image has any number of classes, which batches have as `labels`, uint8 [B, C]."""
+        """Whether an image can have any number of classes; batches then have `labels`, uint8 [B, C]."""
         return "labels" in self.eval_spec()
 
     def at_mask_ratio(self, ratio: float) -> "Method":
-        """Returns the method, for the same parameters, with another share of randomly masked patches."""
+        """Returns the method with random masking at another ratio, for the same parameters."""
         raise NotImplementedError
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Extras]:
-        """Returns initial float32 parameters and the extras (state that no gradient touches)."""
+        """Returns initial parameters in float32, and the extras (state that is not trained by gradients)."""
         raise NotImplementedError
 
     def fit_extras(self, params: Params, extras: Extras, batches: Iterable[dict[str, np.ndarray]] | None) -> Extras:
-        """Returns the extras with what is computed once, before the first step, of parameters and training images.
+        """Returns the extras with the entries that are computed once before the first step, such as a vocabulary.
 
         Args:
-          params: those that training starts from.
-          extras: as `init` made them.
-          batches: of the training split as evaluations see it, with their global rows, on the host; none is
-            read where nothing is computed. None: the encoder alone is of interest, and nothing is.
+          params: the initial parameters, after a warm start.
+          extras: the extras from `init`.
+          batches: global batches of the training split on the host, without augmentation; read only if needed. None if
+            only the encoder is used: nothing is computed from images.
         """
         return extras
 
     def stored_vocabulary(self) -> tuple[str, str, tuple[int, int]] | None:
-        """Returns file, kind and shape (V - 1, P) of the vocabulary that the extras begin with, where one is given.
+        """Returns (file, kind, shape (V - 1, P)) of a stored vocabulary for the extras; None without one.
 
-        The run reads it: a method does no IO.
+        The run loads it, since methods do no IO.
         """
         return None
 
     def check_extras(self, extras: Extras) -> None:
-        """Raises UserError where restored extras do not belong to what the config names."""
+        """Raises UserError if restored extras do not match the files that the config names."""
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
-        """Returns the scalar loss, the metrics (among them 'loss') and new extras."""
+        """Computes the loss of a batch.
+
+        Args:
+          params, extras: the state.
+          batch: the fields of `batch_spec`, or of `eval_spec` where `train` is False.
+          key: key of the random numbers of this step.
+          step: int32 [], the number of the step.
+          train: False for evaluation: no augmentation, no stochastic depth.
+
+        Returns:
+          The scalar loss float32 []; metrics, name → (sum, weight), with 'loss' among them; and the new extras.
+        """
         raise NotImplementedError
 
     def after_update(self, params: Params, extras: Extras, step: jax.Array) -> Extras:
-        """Returns the extras after an accepted update; an EMA teacher lives here."""
+        """Returns the extras after an applied update; EMA teachers are updated here."""
         return extras
 
     def device_augmented(self, batch: Batch, key: jax.Array) -> jax.Array | None:
-        """Returns normalised pixels, float32 [B, N, P], as `loss` trains on them, where it changes images; else None.
+        """Returns the normalized pixels float32 [B, N, P] that `loss` trains on; None if it does not augment images.
 
-        Args: as of `loss`.
+        Args: as for `loss`.
         """
         return None
 
     def input_images(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns what training makes of images, for figures: caption → uint8 [B, height, width, 3], masks in gray.
+        """Returns the training inputs for figures: caption → uint8 [B, height, width, 3], masked patches in gray.
 
         Args:
-          batch: of training, on the host: whole groups of rows. `augmented`, where there is one, is what the device
-            makes of `patches`, likewise uint8.
+          batch: a training batch on the host, of whole groups. An optional field `augmented`, uint8 [B, N, P], has the
+            patches after augmentation on the device.
         """
         views = [(view, n) for view in self.views() for n in range(len(view.colors))]
         if views:
@@ -264,31 +278,41 @@ class Method:
         return images
 
     def only(self, batch: dict[str, np.ndarray], shown: np.ndarray | bool) -> np.ndarray:
-        """Returns images uint8 [B, height, width, 3] of a batch on the host.
+        """Returns the images uint8 [B, height, width, 3] of a batch on the host, with some patches only.
 
         Args:
           batch: `patches` and `order`.
-          shown: bool, to broadcast to [B, N]: of which patches, in their order; the others are gray.
+          shown: bool, broadcast to [B, N]: which patches are shown, in the batch's order; the others are gray.
         """
         shown = np.broadcast_to(shown, batch["order"].shape)[..., None]
         return self.grid.unpatchify(np.where(shown, batch["patches"], np.uint8(GRAY)), batch["order"])
 
     def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1) -> jax.Array:
-        """Returns tokens [B, 1 + N, D] of whole, unmasked images, class token first, patches in the batch's order."""
+        """Encodes unmasked images.
+
+        Args:
+          params, extras: the state.
+          batch: `patches` uint8 [B, N, P], `order` int32 [B, N], and `extra_encode_fields`.
+          block: index of the block whose output is returned; -1: the last, after the final norm.
+
+        Returns:
+          Tokens [B, 1 + N, D] in the model's dtype, the class token first, then patches in the batch's order.
+        """
         pixels, weights = normalize(batch["patches"]), self.eval_params(params, extras)["encoder"]
         return self.encoder.apply({"params": weights}, pixels, batch["order"], block=block)
 
     def eval_params(self, params: Params, extras: Extras) -> Params:
-        """Returns the parameters that evaluations, exports and warm starts are of: where the extras have a `teacher`, a
-        tree of parameters by their own names, these in place of the student's (`param_tree.split_eval_params` reads
-        them so).
+        """Returns the parameters for evaluation, export and warm starts: the EMA teacher's if the extras have one.
+
+        The extras' `teacher` is a tree with the names of the parameters that it replaces, which
+        `param_tree.split_eval_params` also does for checkpoints.
         """
         return {**params, **extras.get("teacher", {})}
 
     def forward_flops(self) -> int:
-        """Returns the FLOPs of one image's forward pass in training: matrix products, 2 per multiply-add."""
+        """Returns the FLOPs of the forward pass of one image in training: matrix products, 2 FLOPs per multiply-add."""
         raise NotImplementedError
 
     def frozen_flops(self) -> int:
-        """Returns the FLOPs of one image's share of what has no backward pass: a teacher, the naming of tokens."""
+        """Returns the FLOPs per image of computations without a backward pass, such as a teacher or a tokenizer."""
         return 0

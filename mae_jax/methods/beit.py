@@ -1,7 +1,7 @@
-"""BEiT-style masked prediction (Bao et al., 'BEiT', arXiv 2106.08254), with any target of patches.
+"""BEiT: masked image modeling (Bao et al., arXiv 2106.08254), with tokens or pixels as targets.
 
-Differences from BEiT, ours: positions are absolute, its relative position bias is left out, and the tokens are those of
-a simple vocabulary of the training images (as in SplitMask's ablation) instead of those of a trained tokenizer.
+Differences from BEiT, ours: absolute positions instead of a relative position bias, and tokens of a simple vocabulary
+of training patches (as in SplitMask's ablation) instead of those of a trained tokenizer.
 """
 
 import math
@@ -30,12 +30,12 @@ from mae_jax.param_tree import path as path_of
 from mae_jax.recipe_version import has
 
 MASKINGS = ("block", "random")
-NOISE = ("/kernel", "_token", "/pos_embed")  # ends of the paths of what starts from noise
+NOISE = ("/kernel", "_token", "/pos_embed")  # ends of the paths of randomly initialized parameters
 LAST_OF_BRANCH = re.compile(r"block_(\d+)/(?:attn/proj|mlp/fc2)/kernel$")
 
 
 class BEiT(Method):
-    """Encodes all tokens, masked ones as a learned token, and predicts the masked patches from their own tokens."""
+    """BEiT: encodes all patches, masked ones as a learned mask token, and predicts the targets of masked patches."""
 
     defaults = fields.BEIT
 
@@ -76,7 +76,7 @@ class BEiT(Method):
         return params, self.targets.start()
 
     def decays(self, path: str) -> bool:
-        """Of tokens, the mask's alone decays, as in BEiT's released code (optim_factory.py)."""
+        """See `Method.decays`; the mask token decays, the class token does not (BEiT's released optim_factory.py)."""
         kept = path.endswith("/cls_token") and has(self.config, "beit_start_and_decay")
         return super().decays(path) and not kept
 
@@ -87,7 +87,13 @@ class BEiT(Method):
         return self.targets.stored_vocabulary()
 
     def predict(self, params: Params, batch: Batch, drop_path_mask: jax.Array | None = None) -> jax.Array:
-        """Returns float32 [B, M, outputs] for the masked patches, the last M of the order."""
+        """Returns predictions float32 [B, M, outputs] for the masked patches, the last M of the order.
+
+        Args:
+          params: the parameters.
+          batch: `patches` uint8 [B, N, P] and `order` int32 [B, N].
+          drop_path_mask: stochastic depth mask float32 [depth, 2, B]; None: off.
+        """
         pixels = normalize(batch["patches"][:, : -self.masked])
         tokens = self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], self.masked,
                                     drop_path_mask=drop_path_mask)
@@ -95,7 +101,7 @@ class BEiT(Method):
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
-        """Mean loss over the masked patches (BEiT equation 2, with the targets of the config)."""
+        """See `Method.loss`; the mean loss over masked patches (BEiT, equation 2, with the target of the config)."""
         drop_path_mask = self.drop_path_mask(key, len(batch["valid"])) if train else None
         wanted = batch[self.targets.field][:, -self.masked :]
         losses, figures = self.targets.losses(self.predict(params, batch, drop_path_mask), wanted, extras)
@@ -116,10 +122,11 @@ class BEiT(Method):
 
 
 def _published_start(key: jax.Array, params: Params, positions: str) -> Params:
-    """Draws what starts from noise again, as BEiT's released code does (modeling_pretrain.py).
+    """Returns the parameters with BEiT's initialization of kernels and tokens (released code, modeling_pretrain.py).
 
-    A normal of deviation 0.02, cut at one deviation, which leaves 0.0108; the last kernel of each branch of the k-th
-    block, counted from 1, is divided by the root of 2 k. Biases, norms, scales and sine-cosine positions stay.
+    It is a normal distribution of standard deviation 0.02, truncated at one standard deviation, which leaves 0.0108.
+    The last kernel of each branch of the k-th block, counted from 1, is divided by sqrt(2 k). Biases, norms, layer
+    scales and sine-cosine positions are not changed.
     """
     def start(keys: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         name = path_of(keys)

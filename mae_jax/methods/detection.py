@@ -1,4 +1,4 @@
-"""Detection and instance segmentation: Mask R-CNN (arXiv 1703.06870) on a plain ViT, as ViTDet has it (2203.16527)."""
+"""Detection and instance segmentation: Mask R-CNN (arXiv 1703.06870) on a plain ViT, as in ViTDet (2203.16527)."""
 
 from functools import partial
 from typing import Any
@@ -27,30 +27,30 @@ from mae_jax.ops.detection.selection import Objects, Training, of_each_image
 from mae_jax.ops.patches import normalize
 from mae_jax.ops.windows import Spatial
 
-BOX_SIDE, MASK_SIDE = 7, 14  # bins of a region along each side
-CODERS: tuple[selection.Weights, ...] = ((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15))  # of each stage's boxes
+BOX_SIDE, MASK_SIDE = 7, 14  # RoIAlign bins along each side of a region
+CODERS: tuple[selection.Weights, ...] = ((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15))  # delta weights per stage
 NORMS = ("layer", "group", "batch", "none")
-CANONICAL = 14  # patches along the side of a region that has the map of one patch per cell: 224 pixels for 16
+CANONICAL = 14  # side, in patches, of regions assigned to the map of one patch per cell: 224 pixels for patches of 16
 
 
 class Detection(Method):
-    """Finds objects: their boxes, classes and masks.
+    """Mask R-CNN on a plain ViT: predicts boxes, classes and masks of objects.
 
-    A batch has patches in raster order. The image is in the upper left corner of its canvas, `size` int32 [B, 2]
-    (height, width); what is past it is 0 after normalising. Its M = data.max_objects objects, padded: `box` float32
-    [B, M, 4], (x1, y1, x2, y2) in pixels of the canvas; `box_class` int32 [B, M]; `box_valid` float32 [B, M], 1 or 0
-    for padding; `box_mask` uint8 [B, M, 1568], the bits of its mask in the frame of its box, 112 x 112
+    A batch has patches in raster order. The image is in the upper left corner of its canvas; `size` int32 [B, 2] is its
+    (height, width), and pixels outside it are 0 after normalization. Objects are padded to M = data.max_objects: `box`
+    float32 [B, M, 4], (x1, y1, x2, y2) in pixels of the canvas; `box_class` int32 [B, M]; `box_valid` float32 [B, M],
+    1, or 0 for padding; `box_mask` uint8 [B, M, 1568], the packed bits of the mask, 112 x 112 in the frame of the box
     (`ops/detection/instance_masks.py`).
 
-    The loss is a mean over the global batch, wherever its images are. Detectron2 takes that of each GPU's masks.
-    Batch norms see the global batch too; their running moments are extras, by the part of the model.
+    The loss is a mean over the global batch; Detectron2's mask loss is a mean over the masks of each GPU. Batch norms
+    also use the global batch; their running moments are extras, by part of the model.
     """
 
     task = "detection"
     defaults = fields.DETECTION
     uses_labels = has_class_head = True
     class_parameters = r"(boxes\d*/(logits|deltas)|masks/logits)/(kernel|bias)"
-    loss_spans_batch = True  # the masks of all images together are what their loss is divided by
+    loss_spans_batch = True  # the mask loss is divided by the number of masks in the batch
 
     @staticmethod
     def validate(config: ConfigDict) -> None:
@@ -118,11 +118,13 @@ class Detection(Method):
         return {name: part["params"] for name, part in parts.items()}, {MOMENTS: moments} if moments else {}
 
     def run(self, part: str, params: Params, extras: Extras, x: Any, weight: jax.Array | None) -> tuple[Any, Extras]:
-        """Returns what a part of the model makes of x, and the extras after it.
+        """Applies a part of the model to x, and returns its output and the new extras.
 
         Args:
           part: 'pyramid', 'masks' or a key of `box_heads`.
-          weight: in training: of a batch norm, 0 for images or regions that do not count.
+          params, extras: the state.
+          x: the input of the part.
+          weight: in training, weights of images or regions in batch norms, 0 for invalid ones; None in evaluation.
         """
         module = {"pyramid": self.pyramid, "masks": self.mask_head, **self.box_heads}[part]
         moments = extras.get(MOMENTS, {})
@@ -135,12 +137,12 @@ class Detection(Method):
         return out, {**extras, MOMENTS: {**moments, part: changed[MOMENTS]}}
 
     def as_maps(self, found: list[jax.Array]) -> list[jax.Array]:
-        """Returns maps [B, rows, columns, D] of the tokens of blocks."""
+        """Reshapes the tokens of blocks [B, N, D] to maps [B, rows, columns, D], without the class token."""
         first = int(self.config.method.class_token)
         return [x[:, first:].reshape(len(x), *self.grid.shape, -1) for x in found]
 
     def pixels(self, batch: Batch) -> jax.Array:
-        """Returns normalised pixels, float32 [B, N, P], 0 past the size of each image."""
+        """Returns normalized pixels, float32 [B, N, P], 0 outside the size of each image."""
         place = np.arange(self.grid.num_patches)
         height, width = self.grid.patch
         rows = place[:, None] // self.grid.columns * height + np.repeat(np.arange(height), width * 3)
@@ -151,14 +153,13 @@ class Detection(Method):
 
     def maps(self, params: Params, extras: Extras, batch: Batch, drop_path_mask: jax.Array | None = None,
              weight: jax.Array | None = None) -> tuple[list[jax.Array], Extras]:
-        """Returns the maps of the pyramid [B, rows, columns, channels], the finest first, and the extras after it."""
+        """Returns the maps of the pyramid, each [B, rows, columns, channels], the finest first, and the new extras."""
         found = self.encoder.apply({"params": params["encoder"]}, self.pixels(batch), batch["order"],
                                    drop_path_mask=drop_path_mask, maps=self.blocks)
         return self.run("pyramid", params, extras, self.as_maps(found), weight)
 
     def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1) -> jax.Array:
-        """See `Method.encode`: block outputs without the final norm; where there is no class token, the mean is first.
-        """
+        """See `Method.encode`; no final norm is applied, and without a class token the mean of the patches is first."""
         pixels = self.pixels(batch) if "size" in batch else normalize(batch["patches"])
         block = block if block >= 0 else self.config.model.depth - 1
         tokens = self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], block=block)
@@ -168,10 +169,10 @@ class Detection(Method):
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
-        """Returns the sum of the losses of objectness, proposals, classes, boxes and masks, each a mean."""
+        """See `Method.loss`; the weighted sum of the mean losses of objectness, proposals, classes, boxes and masks."""
         drop_key, anchor_key, region_key = jax.random.split(key, 3)
         images = len(batch["order"])
-        # By an image's place in the global batch: what is drawn for it depends on no other image.
+        # One key per position in the global batch: an image's random numbers do not depend on other images.
         anchor_keys, region_keys = (jax.vmap(partial(jax.random.fold_in, key))(np.arange(images))
                                     for key in (anchor_key, region_key))
         params, there = self.stop_frozen_gradients(params), batch["valid"] > 0
@@ -197,20 +198,27 @@ class Detection(Method):
         return total, (metrics, extras)
 
     def weights(self) -> dict[str, float]:
-        """Returns term of the loss → its weight, where that is not 1."""
+        """Returns name of a loss term → its weight; terms that are missing have weight 1."""
         m = self.config.method
         stages = [("" if not number else str(number + 1), weight) for number, weight in enumerate(m.stage_weights)]
         return {f"classes{stage}": weight for stage, weight in stages} | {
             f"boxes{stage}": weight * m.box_weight for stage, weight in stages}
 
     def ask_anchors(self, params: Params, maps: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Returns logits [B, A] and deltas [B, A, 4] of the anchors of each map, float32."""
+        """Returns the objectness logits [B, A] and box deltas [B, A, 4] of the A anchors of each map, float32."""
         asked = [self.proposal_head.apply({"params": params["proposals"]}, x) for x in maps]
         return [logits for logits, _ in asked], [deltas for _, deltas in asked]
 
     def proposal_losses(self, keys: jax.Array, logits: list[jax.Array], deltas: list[jax.Array], objects: Objects,
                         there: jax.Array) -> tuple[losses.Term, losses.Term]:
-        """Returns the losses of objectness and of the boxes of anchors."""
+        """Returns the loss terms of objectness and of the boxes of anchors.
+
+        Args:
+          keys: keys [B], one per image, for sampling anchors.
+          logits, deltas: the result of `ask_anchors`.
+          objects: the annotated objects.
+          there: bool [B], valid images.
+        """
         m = self.config.method
         training, targets = of_each_image(partial(
             selection.sampled_anchors, anchors=np.concatenate(self.anchors), overlaps=m.anchor_overlaps,
@@ -222,19 +230,28 @@ class Detection(Method):
 
     def propose(self, logits: list[jax.Array], deltas: list[jax.Array], size: jax.Array,
                 train: bool) -> tuple[jax.Array, jax.Array]:
-        """Returns boxes that may be objects, float32 [B, R, 4], and which of them are there, bool [B, R]."""
+        """Returns the proposals: boxes float32 [B, R, 4], in pixels of the canvas, and bool [B, R], False for padding.
+
+        Args:
+          logits, deltas: the result of `ask_anchors`.
+          size: int32 [B, 2], (height, width) of the images.
+          train: selects method.candidates and method.proposals of training or of evaluation.
+        """
         m = self.config.method
         return of_each_image(partial(selection.proposals, anchors=self.anchors, each=m.candidates[not train],
                                      total=m.proposals[not train], overlap=m.proposal_overlap), logits, deltas, size)
 
     def features(self, maps: list[jax.Array], boxes: jax.Array, side: int) -> jax.Array:
-        """Returns [B, R, side, side, channels] of boxes [B, R, 4]; maps of anchors alone have no part in it."""
+        """Returns the RoIAlign features [B, R, side, side, channels] of boxes [B, R, 4].
+
+        Maps that only have anchors, those beyond method.scales, are not used.
+        """
         return roi_align(maps[:len(self.strides)], self.strides, boxes, side, self.config.method.samples,
                          self.canonical)
 
     def box_losses(self, params: Params, extras: Extras, maps: list[jax.Array], boxes: jax.Array, training: Training,
                    objects: Objects, size: jax.Array, train: bool) -> tuple[dict[str, losses.Term], Extras]:
-        """Returns the losses of classes and boxes of each stage, by name, and the extras after them."""
+        """Returns name → loss term of the classes and boxes of each stage, and the new extras."""
         m, terms = self.config.method, {}
         logits = deltas = jnp.zeros(())
         for number, name in enumerate(self.box_heads):
@@ -256,11 +273,18 @@ class Detection(Method):
 
     def refined(self, stage: int, boxes: jax.Array, logits: jax.Array, deltas: jax.Array, size: jax.Array,
                 known: jax.Array | int = -1) -> jax.Array:
-        """Returns the regions of a stage, float32 [B, R, 4]: those of the one before, moved, without a gradient.
+        """Returns the regions of a cascade stage, float32 [B, R, 4]: the decoded boxes of the previous stage.
+
+        Gradients are stopped.
 
         Args:
-          known: int32 [B, R], the classes of positives, -1 for others: where boxes move otherwise for each class, those
-            move as the likeliest (MMDetection's rule).
+          stage: number of the stage, at least 1.
+          boxes: float32 [B, R, 4], regions of the previous stage.
+          logits: float32 [B, R, C + 1], classes of the previous stage.
+          deltas: float32 [B, R, C or 1, 4], box deltas of the previous stage.
+          size: int32 [B, 2], (height, width) of the images, to which boxes are clipped.
+          known: int32 [B, R], the classes of positives, -1 for other regions. With class-specific boxes, a region uses
+            the deltas of this class, and other regions those of their likeliest class (MMDetection's rule).
         """
         if self.config.method.class_boxes:
             kind = jnp.where(known < 0, logits[..., :-1].argmax(-1), known)
@@ -270,8 +294,12 @@ class Detection(Method):
 
     def mask_loss(self, params: Params, extras: Extras, maps: list[jax.Array], boxes: jax.Array, training: Training,
                   objects: Objects, packed: jax.Array, train: bool) -> tuple[losses.Term, Extras]:
-        """Returns the loss of the masks of positives, which are first among the regions of the first stage, and the
-        extras after it.
+        """Returns the loss term of the masks of positive regions, and the new extras.
+
+        Args:
+          boxes, training: the regions of the first stage, positives first.
+          packed: uint8 [B, M, 1568], the annotated masks.
+          params, extras, maps, objects, train: as for `box_losses`.
         """
         training, boxes = selection.positives(training, self.positives), boxes[:, :self.positives]
         weight = (training.kind == POSITIVE).astype(jnp.float32) if train else None
@@ -285,12 +313,12 @@ class Detection(Method):
         return term, extras
 
     def detections(self, params: Params, extras: Extras, batch: Batch) -> dict[str, jax.Array]:
-        """Returns what is found in images, by descending score, K = method.max_detections rows, padded.
+        """Returns the detections of each image by descending score, padded to K = method.max_detections.
 
         Returns:
-          `box` float32 [B, K, 4], in pixels of the canvas, within the image; `score` float32 [B, K]; `box_class` int32
-          [B, K]; `detected` float32 [B, K], 1 or 0 for padding; `mask` float32 [B, K, 28, 28], probabilities in the
-          frame of the box; `crowded` float32 [B], how many pairs of a region and a class were too many to consider.
+          `box` float32 [B, K, 4], (x1, y1, x2, y2) in pixels of the canvas, clipped to the image; `score` float32
+          [B, K]; `box_class` int32 [B, K]; `detected` float32 [B, K], 1, or 0 for padding; `mask` float32 [B, K, 28,
+          28], probabilities in the frame of the box; `crowded` float32 [B], (region, class) pairs beyond CANDIDATES.
         """
         m, size = self.config.method, batch["size"]
         maps, _ = self.maps(params, extras, batch)
@@ -314,15 +342,15 @@ class Detection(Method):
         return flops(self)
 
 
-CANDIDATES = 1000  # pairs of a region and a class that are considered in an image (our choice; Detectron2 has no limit)
+CANDIDATES = 1000  # maximum number of (region, class) pairs per image (our choice; Detectron2 has no limit)
 
 
 def _at(values: jax.Array, index: jax.Array) -> jax.Array:
-    """Returns values [B, S, ...] at the indices [B, S] of the second axis of [B, N, ...]."""
+    """Gathers rows [B, S, ...] of values [B, N, ...] at indices [B, S] of the second axis."""
     return jnp.take_along_axis(values, index.reshape(*index.shape, *(1,) * (values.ndim - 2)), 1)
 
 
 def _scaled_gradient(x: jax.Array, scale: float) -> jax.Array:
-    """Returns x, whose gradient is multiplied: so that stages together move the maps as one does (Detectron2)."""
+    """Returns x with its gradient scaled, so that the stages together contribute as much as one (Detectron2)."""
     fixed = jax.lax.stop_gradient(x)
     return x if scale == 1 else fixed + scale * (x - fixed)

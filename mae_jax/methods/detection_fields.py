@@ -1,4 +1,4 @@
-"""What the fields of method.name=detection must be, which parameters they have decay, and what a forward pass costs."""
+"""Config fields of method.name=detection: validation, trained and decayed parameters, FLOPs of the forward pass."""
 
 import itertools
 import re
@@ -21,7 +21,7 @@ SHARES = ("anchor_positives", "anchor_overlaps", "least_overlap", "proposal_over
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError for the first of the method's fields that cannot work."""
+    """Raises UserError for the first field of config.method with an invalid value."""
     m, depth = config.method, config.model.depth
 
     def refuse(key: str, expected: str) -> None:
@@ -41,7 +41,7 @@ def check(config: ConfigDict) -> None:
     for count, share in (("anchor_samples", "anchor_positives"), ("regions", "region_positives")):
         if int(m[count] * m[share]) < 1:
             refuse(share, f"a share of method.{count}={m[count]} that is one of them at least")
-    for key in ("global_blocks", "map_blocks")[:1 + (m.pyramid == "blocks")]:  # a simple one has the last block alone
+    for key in ("global_blocks", "map_blocks")[:1 + (m.pyramid == "blocks")]:  # 'simple' uses the last block only
         if list(m[key]) != sorted({block for block in m[key] if 0 <= block < depth}):
             refuse(key, f"some of the blocks 0 to {depth - 1}, ascending")
     if not set(m.scales) <= set(SCALES) or any(a != 2 * b for a, b in itertools.pairwise(m.scales)):
@@ -71,16 +71,17 @@ def _check_grid(config: ConfigDict, grid: PatchGrid) -> None:
 
 
 def learns(trained: int, depth: int, path: str) -> bool:
-    """Says whether the parameter of a path learns, by config.method.train_blocks."""
+    """Returns whether the parameter at a path is trained, by config.method.train_blocks."""
     block = re.match(r"encoder/block_(\d+)/", path)
     return trained < 0 or not path.startswith("encoder/") or bool(block and int(block[1]) >= depth - trained)
 
 
 def decays(which: str, path: str) -> bool:
-    """Says whether weight decay applies to the parameter of a path, by config.method.decayed.
+    """Returns whether weight decay applies to the parameter at a path, by config.method.decayed.
 
-    'detectron2': its default parameter groups keep normalisation layers of torch out, which its own layer norms of maps
-    are not, and ViTDet's keep out the positions: so all of pyramid and heads decays, and all biases do.
+    'detectron2': its default parameter groups exclude torch's normalization layers, and ViTDet's exclude the positions.
+    Detectron2's own layer norms of maps are not excluded, so that all parameters of pyramid and heads, and all biases,
+    decay.
     """
     last = path.rsplit("/", 1)[-1]
     if which == "all":
@@ -91,10 +92,10 @@ def decays(which: str, path: str) -> bool:
 
 
 def flops(method: Any) -> int:
-    """Returns the FLOPs of one image's forward pass in training: matrix products, 2 per multiply-add.
+    """Returns the FLOPs of the forward pass of one image in training: matrix products, 2 FLOPs per multiply-add.
 
-    Those of RoIAlign are not counted, since they are of its form, and CPUs have none; nor those of the decomposed
-    positions.
+    RoIAlign is not counted, since it has matrix products in some implementations only (not on CPUs); the decomposed
+    relative positions are not counted either.
     """
     m, model, grid = method.config.method, method.config.model, method.grid
     patches, width, channels = grid.num_patches, model.width, m.channels

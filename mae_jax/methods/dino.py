@@ -1,10 +1,13 @@
-"""DINO: self-distillation without labels (Caron et al., arXiv 2104.14294), the method that SplitMask is compared with.
+"""DINO: self-distillation without labels (Caron et al., arXiv 2104.14294), a baseline of SplitMask.
 
-Several views of an image; the student's view of the one shall tell what the teacher, its moving average, says of
-another. As its released code does it, but for these, ours: the norm of the whole gradient is clipped, not that of every
-parameter; positions are fixed ones, of each view's own grid; rates change with every step; the last layer's directions
-start from normal numbers of deviation 0.02, theirs from torch's default, of 0.036; while the last layer is held its
-gradient is zero, so that Adam counts these steps for it, too, and takes larger ones just after.
+The student predicts, from one view of an image, the output of the EMA teacher on another view. The implementation
+follows the released code except for these, ours:
+
+- Gradients are clipped by their global norm, not per parameter.
+- Positions are fixed, for the grid of each view.
+- All schedules, that of the teacher's temperature included, change with every step.
+- The directions of the last layer are initialized with standard deviation 0.02; torch's default is 0.036.
+- While the last layer is frozen its gradient is zero. Adam counts these steps, and takes larger steps just after.
 """
 
 import itertools
@@ -27,12 +30,13 @@ from mae_jax.models.vit import make_encoder
 from mae_jax.ops.flops import blocks_flops
 from mae_jax.ops.patches import normalize
 
-GLOBALS = 2  # large views, those of the teacher
-JITTER, GRAY = 0.8, 0.2  # how likely in every view; blur and solarising differ: released code, DataAugmentationDINO
+GLOBALS = 2  # number of global (large) views, which the teacher encodes
+JITTER, GRAY = 0.8, 0.2  # probabilities in all views; those of blur and solarization differ (DataAugmentationDINO)
 
 
 class DINO(Method):
-    """A student sees all views, its teacher the two large ones; each pair of different views is compared."""
+    """DINO: the student encodes all views, the teacher the two global ones; the loss compares pairs of distinct views.
+    """
 
     defaults = fields.DINO
     loss_spans_batch = True
@@ -94,7 +98,7 @@ class DINO(Method):
         return params, {"teacher": jax.tree.map(jnp.copy, params), "center": center}
 
     def fit_extras(self, params: Params, extras: Extras, batches: Iterable[dict[str, np.ndarray]] | None) -> Extras:
-        """Starts the teacher as the student, whatever that was loaded from."""
+        """See `Method.fit_extras`; copies the student's initial parameters, after a warm start, to the teacher."""
         return {**extras, "teacher": params}
 
     def project(self, params: Params, patches: jax.Array, order: jax.Array, grid: tuple[int, int] | None = None,
@@ -102,11 +106,11 @@ class DINO(Method):
         """Returns the head's outputs float32 [B, n, K] for n views of each image.
 
         Args:
-          params: the student's or the teacher's.
+          params: parameters of the student or of the teacher.
           patches: uint8 [B, n, N, P].
           order: int32 [B, n, N].
-          grid: of these patches, where they are not those of whole images.
-          drop_path_mask: float32 [depth, 2, B n] of stochastic depth; None: off.
+          grid: (rows, columns) of the patches; None: the grid of data.image_size.
+          drop_path_mask: stochastic depth mask float32 [depth, 2, B n]; None: off.
         """
         pixels, places = (value.reshape(-1, *value.shape[2:]) for value in (patches, order))
         tokens = self.encoder.apply({"params": params["encoder"]}, normalize(pixels), places,
@@ -115,10 +119,10 @@ class DINO(Method):
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
-        """Cross-entropy between teacher and student, the mean over pairs of different views (section 3.1, equation 3).
+        """See `Method.loss`; the mean cross-entropy over pairs of distinct views (section 3.1, equation 3).
 
-        An evaluation has one view of an image: teacher and student are then compared on the same, at the teacher's
-        first temperature, so that evaluations can be compared.
+        In evaluation an image has one view, on which teacher and student are compared. The teacher's temperature is the
+        first one, so that losses at different steps are comparable.
         """
         m, valid = self.config.method, batch["valid"]
         if "patches" in batch:
@@ -139,7 +143,7 @@ class DINO(Method):
 
     def _student(self, params: Params, batch: Batch, patches: jax.Array, order: jax.Array, key: jax.Array,
                  train: bool) -> jax.Array:
-        """Returns the student's outputs [B, n, K] for the large views, then the small ones."""
+        """Returns the student's outputs float32 [B, n, K], for the global views and then the local ones."""
         keys = jax.random.split(key) if train else (key, key)
         drop_path_mask = self.drop_path_mask(keys[0], patches.shape[0] * patches.shape[1]) if train else None
         student_logits = [self.project(params, patches, order, drop_path_mask=drop_path_mask)]
@@ -150,8 +154,7 @@ class DINO(Method):
         return jnp.concatenate(student_logits, 1)
 
     def _held(self, params: Params, step: jax.Array) -> Params:
-        """Stops the gradient of the last layer as long as method.freeze_last says; weight decay changes no direction.
-        """
+        """Stops the gradient of the last layer during method.freeze_last; weight decay does not change directions."""
         head = params["head"]
         frozen = step < self.timeline.steps(self.config.method.freeze_last)
         last = jax.tree.map(lambda p: jnp.where(frozen, jax.lax.stop_gradient(p), p), head["last"])
@@ -164,7 +167,7 @@ class DINO(Method):
         return m.first_teacher_temperature + share * (m.teacher_temperature - m.first_teacher_temperature)
 
     def after_update(self, params: Params, extras: Extras, step: jax.Array) -> Extras:
-        """Moves the teacher towards the student; the momentum rises from its first value to 1 (half a cosine)."""
+        """See `Method.after_update`; an EMA of the student, with a cosine momentum from method.momentum to 1."""
         total = max(self.timeline.total, 1)
         left = (1 - self.config.method.momentum) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(step / total, 0, 1)))
         teacher = jax.tree.map(lambda old, new: old + left * (new - old), extras["teacher"], params)
@@ -186,7 +189,7 @@ class DINO(Method):
 
 
 def _grid(config: ConfigDict, size: tuple[int, int]) -> tuple[int, int]:
-    """Returns the patches along (height, width) of views of `size`; raises UserError when a side does not divide."""
+    """Returns the grid (rows, columns) of views of `size` pixels; raises UserError if the patch does not divide it."""
     if len(size) != 2 or any(side < 1 or side % patch for side, patch in zip(size, config.model.patch, strict=True)):
         raise UserError(f"method.local_size={tuple(size)}; both sides must be multiples of model.patch="
                         f"{tuple(config.model.patch)}")

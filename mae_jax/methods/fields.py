@@ -1,6 +1,6 @@
-"""The own config fields of each method, under `config.method`: importing this imports no JAX, so that --help is fast.
+"""Default values of each method's own fields under `config.method`. This module does not import JAX: --help is fast.
 
-A plug-in's class states its own as `defaults`, and what `runlocal` makes of them as `small`.
+A plug-in's class has its own fields in `defaults`, and their values in `runlocal` in `small`.
 """
 
 from typing import Any

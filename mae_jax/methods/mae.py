@@ -26,7 +26,7 @@ from mae_jax.models.vit import make_decoder, make_encoder
 from mae_jax.ops.flops import blocks_flops
 from mae_jax.ops.patches import PatchGrid, normalize
 
-TARGETS = {  # method.target → what a reader must know about the colors of reconstructions
+TARGETS = {  # method.target → note on the colors of reconstructions
     "norm_pix": "predictions are given each patch's own true mean and deviation",
     "pixel": "pixels are predicted",
     "pca": "components of pixels are predicted",
@@ -35,19 +35,19 @@ MASKINGS = ("random", "block", "grid")
 
 
 def visible_patches(patches: int, mask_ratio: float) -> int:
-    """Returns V = int(N · (1 - r)), truncated in floating point as published: r = 0.9 leaves 4 of 50 visible."""
+    """Returns the number of visible patches int(N · (1 - r)), truncated as in MAE's code: r = 0.9 leaves 4 of 50."""
     return int(patches * (1 - mask_ratio))
 
 
 class MAE(Method):
-    """Encodes the visible patches alone, decodes all, and asks for the pixels of the hidden ones."""
+    """MAE: encodes the visible patches only, decodes all patches, and reconstructs the masked ones."""
 
     defaults = fields.MAE
     reconstructs = True
 
     @staticmethod
     def check_targets(config: ConfigDict) -> None:
-        """Raises UserError for a target or a decoder that cannot be, and for stochastic depth."""
+        """Raises UserError for an unknown target, an invalid decoder, or stochastic depth."""
         m = config.method
         check_choices(m, target=tuple(TARGETS))
         check_decoder(m)
@@ -69,7 +69,7 @@ class MAE(Method):
     def __init__(self, config: ConfigDict, data: DataInfo):
         super().__init__(config, data)
         self.target = config.method.target
-        self.mask_ratio = config.method.get("mask_ratio")  # which a subclass may do without
+        self.mask_ratio = config.method.get("mask_ratio")  # a subclass may lack this field
         self.reconstruction_note = TARGETS[self.target]
         self.outputs = self.grid.patch_dim
         if self.target == "pca":
@@ -82,7 +82,7 @@ class MAE(Method):
 
     @staticmethod
     def num_visible_of(config: ConfigDict, patches: int) -> int:
-        """Returns V, how many of N patches the encoder sees of an image."""
+        """Returns the number of visible patches V of an image with N patches."""
         return visible_patches(patches, config.method.mask_ratio)
 
     def at_mask_ratio(self, ratio: float) -> Method:
@@ -104,11 +104,11 @@ class MAE(Method):
         return {"encoder": encoder["params"], "decoder": decoder["params"]}, self.fitted_targets(batch)
 
     def fitted_targets(self, batch: Batch) -> Extras:
-        """Returns the extras of the first batch: the axes of PCA. MAE does not say of what it is (our choice)."""
+        """Returns the extras of target 'pca', fitted on the first batch (our choice: MAE does not name the data)."""
         return {"pca": pixel_targets.fit_pca(normalize(batch["patches"]), self.outputs)} if self.target == "pca" else {}
 
     def predict(self, params: Params, batch: Batch) -> jax.Array:
-        """Returns float32 [B, M, outputs]: the predicted targets of the hidden patches, in the batch's order."""
+        """Returns the predicted targets of the masked patches, float32 [B, M, outputs], in the batch's order."""
         masks = self.num_masked if self.config.method.encoder_mask_tokens else 0
         pixels = normalize(batch["patches"][:, : self.num_visible])
         seen = batch["order"][:, : self.num_visible + masks]
@@ -116,17 +116,17 @@ class MAE(Method):
         return self.decoder.apply({"params": params["decoder"]}, tokens, batch["order"], self.num_masked)
 
     def targets(self, extras: Extras, pixels: jax.Array) -> jax.Array:
-        """Returns what normalised pixels [B, M, P] are asked for: float32 [B, M, outputs]."""
+        """Returns the targets float32 [B, M, outputs] of normalized pixels float32 [B, M, P]."""
         if self.target == "norm_pix":
             return pixel_targets.norm_pix(pixels)
         return pixel_targets.project_pca(pixels, extras["pca"]) if self.target == "pca" else pixels
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
-        """Mean squared error over hidden patches (MAE 3.1); the evaluation adds that of a plain colour.
+        """See `Method.loss`; the mean squared error over masked patches (MAE, section 3).
 
-        `mean_colour_loss` is what predicting the mean colour of the visible patches would cost: the floor that any
-        reconstruction of pixels must beat. It is reported where the target is pixels.
+        For target 'pixel', evaluation adds the baseline `mean_colour_loss`: the error of predicting the mean color of
+        the visible patches.
         """
         pixels = normalize(batch["patches"][:, self.num_visible :])
         wanted, valid = self.targets(extras, pixels), batch["valid"]
@@ -150,16 +150,16 @@ class MAE(Method):
         return embed + encoder + join + decoder + head
 
     def reconstruct(self, params: Params, extras: Extras, batch: Batch) -> dict[str, Any]:
-        """Predicts the hidden patches as normalised pixels.
+        """Predicts the masked patches as normalized pixels.
 
         Returns:
-          'pixels': float32 [B, M, P]. A normalised-pixel prediction is un-normalised with the mean and deviation of
-          the hidden patch itself, which the model never saw: images of it must say so.
+          'pixels': float32 [B, M, P]. Predictions for target 'norm_pix' are scaled with the true mean and standard
+          deviation of each masked patch, which the model has not seen; captions must state this.
         """
         return {"pixels": self.as_pixels(self.predict(params, batch), extras, batch)}
 
     def as_pixels(self, predicted: jax.Array, extras: Extras, batch: Batch) -> jax.Array:
-        """Returns predictions [B, M, outputs] as normalised pixels [B, M, P]."""
+        """Converts predictions float32 [B, M, outputs] to normalized pixels float32 [B, M, P]."""
         if self.target == "norm_pix":
             mean, deviation = pixel_targets.patch_moments(normalize(batch["patches"][:, self.num_visible :]))
             return predicted * deviation + mean

@@ -24,16 +24,16 @@ from mae_jax.ops.patches import PatchGrid, normalize
 
 MIXINGS = ("compose", "full")
 ATTENTIONS = ("topk", "all", "oracle")
-GROUP_TOLERANCE = 1e-6  # of 1 / r, which must be a whole number
-MIN_RATIO = 1e-6  # r that is read at all
+GROUP_TOLERANCE = 1e-6  # relative tolerance of 1 / r, which must be an integer
+MIN_RATIO = 1e-6  # smallest accepted r
 
 
 class MixedAE(MAE):
-    """Mixes the patches of groups of images, asks each to find its own kind, and decodes every image apart.
+    """MixedAE: mixes the patches of a group of images, with homologous attention, and reconstructs every image.
 
-    The G = 1 / r images of a group, neighbours in the batch, share one permutation, image i rolled by i · N / G. So
-    their first N / G patches, side by side, are one sequence of N tokens with each place of the grid once: mixing and
-    un-mixing are reshapes.
+    The G = 1 / r images of a group are consecutive in the batch and share one permutation, which is rolled by i · N / G
+    for image i. The first N / G patches of the G images then cover each position of the grid once, and mixing and
+    unmixing are reshapes.
     """
 
     defaults = fields.MIXEDAE
@@ -104,9 +104,9 @@ class MixedAE(MAE):
         return params, self.fitted_targets(batch)
 
     def turned(self, values: jax.Array) -> jax.Array:
-        """Returns the rows that are mixed, [B · turns, ...], of [B, N, ...] or [B]: with full mixing there are G turns.
+        """Repeats values [B, N, ...] or [B] for each turn, to [B · turns, ...]; full mixing has G turns, otherwise 1.
 
-        In its j-th turn, every image of a group gives its j-th share of patches.
+        In turn j, every image of a group contributes its j-th share of patches.
         """
         if self.turns == 1:
             return values
@@ -116,42 +116,46 @@ class MixedAE(MAE):
         return jnp.stack(groups, 1).reshape(self.turns * len(values), *values.shape[1:])
 
     def mixed(self, values: jax.Array) -> jax.Array:
-        """Mixes [B, N, ...] to [B / G, N, ...]: token k of a mix is of the image k // (N / G) of its group."""
+        """Mixes values [B, N, ...] to [B / G, N, ...]: token k of a mix is from image k // (N / G) of the group."""
         return values[:, : self.num_visible].reshape(-1, self.patches, *values.shape[2:])
 
     def unmixed(self, tokens: jax.Array) -> jax.Array:
-        """Returns each image's own tokens [B, N / G, D] of mixed ones [B / G, 1 + N, D]; the class token goes."""
+        """Returns the tokens of each image [B, N / G, D] from mixed tokens [B / G, 1 + N, D], without class tokens."""
         return tokens[:, -self.patches :].reshape(-1, self.num_visible, tokens.shape[-1])
 
     def input_images(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """See `Method.input_images`; each image stands above the mix that it is in, with full mixing the first one."""
+        """See `Method.input_images`; also shows the (first) mix of each image, and the image's share of it."""
         mixes = self.grid.unpatchify(*(np.asarray(self.mixed(batch[name])) for name in ("patches", "order")))
         share = self.only(batch, np.arange(self.patches) < self.num_visible)
         return {"input": self.only(batch, True), "its share": share, "mix": np.repeat(mixes, self.group, 0)}
 
     def segments(self, params: Params) -> jax.Array | None:
-        """Returns what is added to the tokens of a mix, [N, D]: an embedding for each image of the group."""
+        """Returns the segment embeddings of the tokens of a mix, float32 [N, D], one per image; None if off."""
         return jnp.repeat(params["segments"], self.num_visible, 0) if self.config.method.segments else None
 
     def encode_mixed(self, params: Params, batch: Batch) -> jax.Array:
-        """Returns the encoded tokens [B / G, 1 + N, D] of a turned batch's mixes."""
+        """Encodes the mixes of a batch with turns to tokens [B / G, 1 + N, D]."""
         pixels, order = normalize(self.mixed(batch["patches"])), self.mixed(batch["order"])
         return self.mixer.apply({"params": params["encoder"]}, pixels, order, added=self.segments(params))
 
     def predict(self, params: Params, batch: Batch) -> jax.Array:
-        """Returns float32 [B, M, outputs]: the predicted targets of each image's hidden patches, in its order."""
+        """Returns the predicted targets of each image's masked patches, float32 [B, M, outputs], in its order."""
         return self.decode(params, self.encode_mixed(params, batch), batch["order"])
 
     def decode(self, params: Params, tokens: jax.Array, order: jax.Array) -> jax.Array:
-        """Decodes every image [B, N] from its own tokens of the mixes [B / G, 1 + N, D]."""
+        """Decodes every image, with order int32 [B, N], from its tokens in the mixes [B / G, 1 + N, D].
+
+        Returns:
+          float32 [B, M, outputs].
+        """
         return self.decoder.apply({"params": params["decoder"]}, self.unmixed(tokens), order, self.num_masked)
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
-        """The reconstruction's mean squared error over hidden patches, and the weighted homologous contrast.
+        """See `Method.loss`; the mean squared error over masked patches plus the weighted homologous contrast.
 
-        Evaluations add how well tokens find their kind: `purity` of each block (ops/homologous_attention; of the K
-        largest scores, whatever the attention is), their mean, and `neighbour_homology` of the encoder's output.
+        Evaluation adds how well homologous tokens are found: `purity` of each block (ops/homologous_attention; of the K
+        largest scores, for any method.attention), their mean, and `neighbour_homology` of the encoder's output.
         """
         m = self.config.method
         batch = {name: self.turned(batch[name]) for name in ("patches", "order", "valid")}
@@ -169,7 +173,7 @@ class MixedAE(MAE):
         return total / jnp.maximum(weight, 1), ({"loss": (total, weight), **metrics}, extras)
 
     def contrast(self, params: Params, tokens: jax.Array) -> jax.Array:
-        """Returns the contrastive loss of each image's tokens, mean, float32 [B]; tokens as `encode_mixed` gives."""
+        """Returns the contrastive loss float32 [B], the mean over each image's tokens, of tokens [B / G, 1 + N, D]."""
         features = tokens[:, -self.patches :]
         if self.config.method.projection:
             features = self.projector.apply({"params": params["projector"]}, features)
@@ -177,7 +181,7 @@ class MixedAE(MAE):
         return losses.reshape(-1, self.num_visible).mean(1)
 
     def homology(self, params: Params, batch: Batch, tokens: jax.Array) -> Metrics:
-        """Returns the figures of `loss` about who finds whom, over mixes of which every image is valid."""
+        """Returns the homology metrics of `loss`, over the mixes whose images are all valid."""
         whole = batch["valid"].reshape(-1, self.group).min(1)
         found = {f"purity/{name}": each.mean((1, 2)) for name, each in self.purities(params, batch)}
         found["purity"] = sum(found.values()) / len(found)
@@ -185,7 +189,7 @@ class MixedAE(MAE):
         return {name: ((value * whole).sum(), whole.sum()) for name, value in found.items()}
 
     def purities(self, params: Params, batch: Batch) -> Iterator[tuple[str, jax.Array]]:
-        """Yields each block's name and the purity of its heads' queries, float32 [B / G, H, N], of a turned batch."""
+        """Yields (name, purity of the queries of each head, float32 [B / G, H, N]) of each block."""
         pixels, order = normalize(self.mixed(batch["patches"])), self.mixed(batch["order"])
         between = intermediates.block_inputs(self.mixer, params["encoder"], pixels, order, self.segments(params))
         for number, entering in zip(range(self.config.model.depth), between, strict=False):
@@ -208,7 +212,7 @@ class MixedAE(MAE):
 
 
 def _group(config: ConfigDict) -> int:
-    """Returns G, the images of a mix; raises UserError when r is not one over a whole number above 1."""
+    """Returns the number of images of a mix G = 1 / r; raises UserError unless it is an integer above 1."""
     ratio = config.method.ratio
     group = round(1 / ratio) if MIN_RATIO < ratio < 1 else 0
     if group < 2 or abs(1 / ratio - group) > GROUP_TOLERANCE * group:
@@ -217,7 +221,10 @@ def _group(config: ConfigDict) -> int:
 
 
 def _sizes(config: ConfigDict, group: int) -> list[tuple[int, int]]:
-    """Returns the nearest smaller and larger sizes, in pixels, whose patches a group can share, two or more each."""
+    """Returns the nearest smaller and larger (height, width) in pixels whose number of patches is a multiple of G.
+
+    Each image then contributes at least two patches to a mix.
+    """
     height, width, *patch = PatchGrid.of(config)
     found = []
     for step in (-1, 1):

@@ -24,16 +24,17 @@ from mae_jax.rng import stream_key
 
 GATE_KINDS = ("cluster", "token")
 WEIGHTS = ("straight", "value")
-GATE_STD = 0.02  # of the first gates: small, and not zero, which would send every cluster to the first expert
+GATE_STD = 0.02  # initial standard deviation of gates; zero would route every cluster to the first expert
 EPS = 1e-6
-CENTROID_TOLERANCE = 1e-4  # how far centroids may be from those that were trained with
+CENTROID_TOLERANCE = 1e-4  # maximum difference of a centroid from that of training
 
 
 class MoCE(MAE):
-    """A masked autoencoder whose perceptrons are chosen by what cluster an image belongs to.
+    """MoCE: a masked autoencoder with a mixture of expert MLPs, routed by the cluster of an image.
 
-    The gate of a block reads the centroid of the image's cluster, so that all tokens of all its images go through
-    one expert, and one path of experts can be cut out for a task: an ordinary ViT.
+    The gate of a block reads the centroid of the image's cluster, so that all tokens of all images of a cluster use the
+    same expert. One path of experts can be extracted for a task, as an ordinary ViT. With method.gate='token', gates
+    read tokens instead.
     """
 
     defaults = fields.MOCE
@@ -67,7 +68,7 @@ class MoCE(MAE):
         m = config.method
         self.blocks = sorted(named_blocks(config))
         self.straight = m.gate_weight == "straight"
-        # Where no clusters were read (plan and bench open no data), as many as the config says.
+        # Without clusters (plan and bench do not open data), their number and width are those of the config.
         self.num_clusters, self.width = data.clusters.centroids.shape if data.clusters else (
             m.num_clusters or 1, m.centroid_width or config.model.width)
         self.by_token = m.gate == "token"
@@ -103,9 +104,10 @@ class MoCE(MAE):
         return params, extras
 
     def fit_extras(self, params: Params, extras: Extras, batches: Iterable[dict[str, np.ndarray]] | None) -> Extras:
-        """Adds the centroids, each normalised as by a layer norm, the share of images of each, and the first encoder.
+        """See `Method.fit_extras`; adds centroids, the share of images of each cluster, and the initial encoder.
 
-        The encoder that training starts from is that of the first expert: upcycling makes them all alike.
+        Centroids are normalized as by a layer norm. The initial encoder, for method.distill_weight, has the first
+        experts: upcycling makes all experts equal.
         """
         fitted: Extras = {}
         if found := self.data.clusters:
@@ -125,11 +127,11 @@ class MoCE(MAE):
                             "gates read other centroids")
 
     def probabilities(self, params: Params, extras: Extras, key: jax.Array | None = None) -> dict[int, jax.Array]:
-        """Returns the routing table: block → what its gate gives the experts of each cluster, float32 [m, E].
+        """Returns the routing table: block → gate probabilities of the experts for each cluster, float32 [m, E].
 
         Args:
           params, extras: the state.
-          key: draws the noise of training, for each block apart; None: no noise.
+          key: key of the gate noise in training, independent per block; None: no noise.
         """
         m, table = self.config.method, {}
         for block in self.blocks:
@@ -142,14 +144,18 @@ class MoCE(MAE):
 
     def choices(self, params: Params, extras: Extras, batch: Batch,
                 key: jax.Array | None = None) -> dict[int, Choice | jax.Array]:
-        """Returns block → the experts of images by their cluster, or in training, the noise of gates of tokens."""
+        """Returns block → `Choice` of the experts of the images.
+
+        With method.gate='token', tokens choose in the block: the result is block → gate noise float32 [B, 1 + V, E], {}
+        without noise.
+        """
         m = self.config.method
         if self.by_token:
             shape = (len(batch["order"]), 1 + self.num_visible, m.experts)
             return {} if key is None or not m.noise else {
                 block: m.noise / m.experts * jax.random.normal(jax.random.fold_in(key, block), shape)
                 for block in self.blocks}
-        rows = jnp.maximum(batch["cluster"], 0)  # padding has none
+        rows = jnp.maximum(batch["cluster"], 0)  # padding has no cluster
         return {block: choose(each, self.straight).of(rows)
                 for block, each in self.probabilities(params, extras, key).items()}
 
@@ -159,7 +165,11 @@ class MoCE(MAE):
 
     def encode_visible(self, params: Params, extras: Extras, batch: Batch,
                        key: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns tokens [B, 1 + V, D] of visible patches, and where tokens choose, block → probabilities [B, T, E]."""
+        """Encodes the visible patches.
+
+        Returns:
+          Tokens [B, 1 + V, D]; and, with method.gate='token', block → gate probabilities [B, 1 + V, E], otherwise {}.
+        """
         seen = normalize(batch["patches"][:, : self.num_visible]), batch["order"][:, : self.num_visible]
         tokens, sown = self.encoder.apply({"params": params["encoder"]}, *seen, mutable=[GATES],
                                           choices=self.choices(params, extras, batch, key))
@@ -167,9 +177,9 @@ class MoCE(MAE):
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
-        """The error over hidden patches, and what keeps gates balanced and confident (section 3.2, in our form).
+        """See `Method.loss`; the error over masked patches plus balance and confidence losses (3.2, in our form).
 
-        The noise of clusters depends on the step alone, so that micro-batches share it; that of tokens is their own.
+        The gate noise of clusters depends on the step only, so that micro-batches share it; that of tokens does not.
         """
         m, valid = self.config.method, batch["valid"]
         noise = key if self.by_token else stream_key(self.config.seed, step, "gates")
@@ -190,9 +200,10 @@ class MoCE(MAE):
 
     def about_gates(self, params: Params, extras: Extras, of_tokens: Mapping[str, jax.Array],
                     valid: jax.Array) -> dict[str, jax.Array]:
-        """Returns the regularisers, each a mean over blocks, the root of the imbalance, and the gates' confidence.
+        """Returns the metrics of the gates, each a mean over blocks, float32 [].
 
-        Of clusters they are exact, over all images of the data; of tokens, over those of the batch.
+        They are 'balance_loss', 'confidence_loss', 'gate_cv' (the square root of the imbalance) and 'gate_confidence'
+        (the mean largest probability): over all images of the data for cluster gates, over the batch for token gates.
         """
         if self.by_token:
             share = jnp.repeat(valid / jnp.maximum(valid.sum(), 1) / (1 + self.num_visible), 1 + self.num_visible)
@@ -208,7 +219,7 @@ class MoCE(MAE):
                 "gate_cv": jnp.sqrt(balance), "gate_confidence": mean(lambda table, share: share @ table.max(-1))}
 
     def distance(self, extras: Extras, batch: Batch, tokens: jax.Array) -> jax.Array:
-        """Returns how far visible tokens are from those of the first encoder, float32 [B]: Huber's, of layer norms."""
+        """Returns the distillation loss float32 [B]: Huber loss between normalized tokens and the initial encoder's."""
         seen = normalize(batch["patches"][:, : self.num_visible]), batch["order"][:, : self.num_visible]
         start = jax.lax.stop_gradient(self.dense.apply({"params": extras["start"]}, *seen))
 
@@ -220,7 +231,7 @@ class MoCE(MAE):
         return jnp.where(apart < 1, 0.5 * jnp.square(apart), apart - 0.5).mean((1, 2))
 
     def predict(self, params: Params, batch: Batch, extras: Extras | None = None) -> jax.Array:
-        """See `MAE.predict`; the routes of images are those of the extras."""
+        """See `MAE.predict`; images are routed by the centroids in the extras."""
         tokens, _ = self.encode_visible(params, extras or {}, batch)
         return self.decoder.apply({"params": params["decoder"]}, tokens, batch["order"], self.num_masked)
 

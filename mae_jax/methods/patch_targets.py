@@ -1,4 +1,4 @@
-"""What a patch that the encoder did not see is asked for: a discrete token, or its pixels."""
+"""Prediction targets of masked patches: token ids or pixels."""
 
 from collections.abc import Iterable
 
@@ -16,19 +16,19 @@ from mae_jax.ops.patches import PatchGrid, normalize
 from mae_jax.rng import rng
 
 PIXELS = ("norm_pix", "pixel")
-GIVEN = "tokens"  # of another tokenizer: the batch field of this name
-SAMPLED = 16  # patches sampled per entry of the vocabulary, where there are as many (our choice)
+GIVEN = "tokens"  # target of an external tokenizer, and the name of its batch field
+SAMPLED = 16  # maximum number of patches sampled per entry of the vocabulary (our choice)
 
 
 class PatchTargets:
-    """The target that config.method names, and the loss of predicting it."""
+    """The target of config.method.target, and the loss of predicting it."""
 
     def __init__(self, config: ConfigDict):
         m = config.method
         self.kind, self.size, self.seed = m.target, m.vocabulary, config.seed
         self.built = m.target in patch_tokens.KINDS
         self.discrete = self.built or m.target == GIVEN
-        self.field = GIVEN if m.target == GIVEN else "patches"  # of the batch, which says what is wanted
+        self.field = GIVEN if m.target == GIVEN else "patches"  # batch field of the targets
         self.file = m.vocabulary_file
         self.head_init = "normal" if self.discrete else "xavier"  # so that the cross-entropy starts at ln V
         self.values = PatchGrid.of(config).patch_dim
@@ -45,15 +45,15 @@ class PatchTargets:
                             f"{m.target!r}; use one of {', '.join(patch_tokens.KINDS)}")
 
     def fields(self, spec: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns what the batch needs besides the fields of `spec`."""
+        """Returns name → shape and dtype of the batch fields that the target needs besides those of `spec`."""
         return {GIVEN: jax.ShapeDtypeStruct(spec["order"].shape, jnp.int32)} if self.field == GIVEN else {}
 
     def start(self) -> Extras:
-        """Returns the extras before `fit_extras`: a vocabulary float32 [V - 1, P], where the target has one."""
+        """Returns the initial extras: a zero vocabulary float32 [V - 1, P] for targets that have one."""
         return {"vocabulary": jnp.zeros((self.size - 1, self.values), jnp.float32)} if self.built else {}
 
     def fit_extras(self, extras: Extras, batches: Iterable[dict[str, np.ndarray]] | None) -> Extras:
-        """Builds the vocabulary of patches of training images, where none was given; see `patch_vocabulary.build`."""
+        """Builds the vocabulary from training patches, unless method.vocabulary_file names one; see `build`."""
         if not self.built or self.file or batches is None:
             return extras
         return {**extras, "vocabulary": self.build(batches)[0]}
@@ -63,21 +63,21 @@ class PatchTargets:
         return (self.file, self.kind, (self.size - 1, self.values)) if self.built and self.file else None
 
     def build(self, batches: Iterable[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns a vocabulary float32 [V - 1, P], and the patches uint8 [n, P] that it was built of."""
+        """Returns a vocabulary float32 [V - 1, P], and the sampled patches uint8 [n, P] that it was built from."""
         sample = _sample(batches, SAMPLED * self.size, self.seed)
         return patch_vocabulary.build(sample, self.kind, self.size, rng(self.seed, "vocabulary", 0)), sample
 
     def losses(self, predicted: jax.Array, shown: jax.Array,
                extras: Extras) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns each image's mean loss over its predicted patches, and figures likewise.
+        """Returns the loss of each image, the mean over its predicted patches, and further metrics.
 
         Args:
           predicted: float32 [B, M, outputs].
-          shown: what was there, of the batch's `field`: patches uint8 [B, M, P], or their tokens int32 [B, M].
-          extras: with the vocabulary.
+          shown: the true values of the batch's `field`: patches uint8 [B, M, P] or tokens int32 [B, M].
+          extras: the extras, with the vocabulary.
 
         Returns:
-          float32 [B], and for tokens 'accuracy' → float32 [B].
+          float32 [B]; and, for tokens, 'accuracy' → float32 [B], otherwise {}.
         """
         if not self.discrete:
             pixels = normalize(shown)
@@ -88,14 +88,14 @@ class PatchTargets:
         return losses, {"accuracy": (predicted.argmax(-1) == wanted).mean(1, dtype=jnp.float32)}
 
     def flops(self, patches: int) -> int:
-        """Returns the FLOPs of naming so many patches."""
+        """Returns the FLOPs of tokenizing a number of patches."""
         return 2 * patches * self.values * (self.size - 1) if self.built else 0
 
 
 def _sample(batches: Iterable[dict[str, np.ndarray]], wanted: int, seed: int) -> np.ndarray:
-    """Returns up to `wanted` patches uint8 [n, P] of the valid images, a random sample of those not constant.
+    """Returns a uniform random sample of up to `wanted` non-constant patches of valid images, uint8 [n, P].
 
-    Every patch draws a number; those of the lowest ones are kept, so that no image counts more than another.
+    Every patch draws a random number, and the patches with the lowest numbers are kept.
     """
     kept, marks = [], []
     for number, batch in enumerate(batches):

@@ -9,8 +9,8 @@ from mae_jax.losses.patch_tokens import MIN_VOCABULARY, constant, prepared, toke
 from mae_jax.ops.kmeans import kmeans
 
 logger = logging.getLogger(__name__)
-PERPLEXITY_DIVISOR = 20  # the perplexity is at least V / 20: below, most patches share few tokens
-MIN_PATCHES_PER_ENTRY = 5  # sampled patches per entry: a larger vocabulary would know single patches by heart
+PERPLEXITY_DIVISOR = 20  # the perplexity must be at least V / 20: below, most patches share a few tokens
+MIN_PATCHES_PER_ENTRY = 5  # minimum of sampled patches per entry: a larger vocabulary would memorize single patches
 
 
 def build(patches: np.ndarray, kind: str, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -18,15 +18,15 @@ def build(patches: np.ndarray, kind: str, size: int, rng: np.random.Generator) -
 
     Args:
       patches: uint8 [n, P], sampled from the training images.
-      kind: 'kmeans' (centres of clusters), 'patches' (random ones of the sample) or 'projection' (random directions).
+      kind: 'kmeans' (cluster centers), 'patches' (random patches of the sample) or 'projection' (random directions).
       size: V.
-      rng: draws entries, or the first centres.
+      rng: generator of the entries, or of the initial centers.
 
     Returns:
       float32 [V - 1, P].
 
     Raises:
-      UserError: the sample is too small for the size, or its patches share too few tokens.
+      UserError: the sample is too small for the vocabulary, or the perplexity is too low.
     """
     varied = patches[~np.asarray(constant(patches))] if len(patches) else patches
     if len(varied) < MIN_PATCHES_PER_ENTRY * MIN_VOCABULARY:
@@ -54,7 +54,7 @@ def build(patches: np.ndarray, kind: str, size: int, rng: np.random.Generator) -
 
 
 def perplexity(tokens: np.ndarray) -> float:
-    """Returns how many tokens, used evenly, would be as uncertain: exp of the entropy of those that are not 0."""
+    """Returns the perplexity of tokens int [n], exp of their entropy; token 0 is left out."""
     shares = np.bincount(tokens[tokens > 0])
     shares = shares[shares > 0] / max(shares.sum(), 1)
     return float(np.exp(-(shares * np.log(shares)).sum()))

@@ -1,4 +1,4 @@
-"""Classes of pixels: a linear probe of patches, or UperNet on four blocks of the encoder."""
+"""Semantic segmentation: a linear head on patch tokens, or UperNet on the outputs of four encoder blocks."""
 
 import re
 
@@ -21,25 +21,25 @@ from mae_jax.ops import resampling
 from mae_jax.ops.flops import blocks_flops
 from mae_jax.ops.patches import PatchGrid, normalize
 
-HEAD_STD = 0.01  # initial deviation of the head's kernel, as MAE's linear probe has it (A.1)
+HEAD_STD = 0.01  # initial standard deviation of the head's kernel, that of MAE's linear probe (A.1)
 EPS = 1e-6  # of the norm before the linear head
 HEADS, NORMS, TESTS = ("linear", "upernet"), ("batch", "layer"), ("none", "slide", "whole")
 
 
 class Segment(Method):
-    """Gives every pixel a class. `method.head` says by what:
+    """Semantic segmentation with the head of `method.head`.
 
-    linear: the patch tokens of one block, DINOv2's linear protocol (arXiv 2304.07193, 7.4). Before the classifier comes
-    the encoder's norm, or after an earlier block a layer norm without parameters, where DINOv2 has a batch norm (our
-    choice: no statistics of other images are needed).
-    upernet: the protocol of MAE and BEiT on ADE20K, and what others made of it (docs/segmentation.md).
+    'linear': classifies the patch tokens of one block, as in DINOv2's linear protocol (arXiv 2304.07193, 7.4). The
+    tokens are normalized by the encoder's final norm or, after an earlier block, by a layer norm without parameters,
+    where DINOv2 has a batch norm (our choice: it needs no statistics of other images).
+    'upernet': the protocol of MAE and BEiT on ADE20K, and later variants (docs/segmentation.md).
     """
 
     task = "segmentation"
     uses_labels = True
     defaults = fields.SEGMENT
     class_parameters = r"upernet/(main|aux)_classes/.*"
-    # Of BEiT's code, weight decay leaves out what has one axis; of ours, also positions.
+    # BEiT's code excludes one-dimensional parameters from weight decay; this code also excludes positions.
     decay_suffixes = (*Method.decay_suffixes, BIAS_TABLE)
 
     @staticmethod
@@ -66,7 +66,7 @@ class Segment(Method):
         self.classes, self.background = m.classes, m.background
         self.encoder = make_encoder(config)
         self.maps = upernet.map_blocks(config) if m.head == "upernet" else ()
-        self.depth = max(self.maps) + 1 if self.maps else m.block + 1 or config.model.depth  # how many blocks run
+        self.depth = max(self.maps) + 1 if self.maps else m.block + 1 or config.model.depth  # blocks that run
         self.head = Head(self.classes, HEAD_STD)
         factors = upernet.OF_PATCH_8 if upernet.has_small_patches(config) else upernet.FACTORS
         self.upernet = upernet.UperNet(self.classes, m.head_width or config.model.width, m.aux_width, m.norm,
@@ -112,30 +112,32 @@ class Segment(Method):
 
     def cell_logits(self, params: Params, extras: Extras, batch: Batch, grid: tuple[int, int] | None = None
                     ) -> jax.Array:
-        """Returns float32 [B, h, w, C], which are to be enlarged to the pixels: of patches, or of smaller cells.
+        """Returns the logits float32 [B, h, w, C] of cells (patches or smaller), before upsampling to pixels.
 
         Args:
-          grid: patches along (height, width), where they are not those of the model: positions are then resized.
+          params, extras: the state.
+          batch: `patches` and `order`.
+          grid: (rows, columns) of the patches; positions are resized to it. None: the model's grid.
         """
         if self.maps:
             return self._upernet_logits(params, extras, batch, grid)[0][0]
         return self._linear_logits(params, extras, batch, None, grid)
 
     def pixel_logits(self, params: Params, extras: Extras, batch: Batch) -> jax.Array:
-        """Returns float32 [B, height, width, C], at the model's size."""
+        """Returns the logits of pixels float32 [B, height, width, C], at the model's image size."""
         return resampling.resize(self.cell_logits(params, extras, batch), self.grid.image_size)
 
     def pixel_classes(self, batch: Batch) -> jax.Array:
-        """Returns uint8 [B, height, width]: classes, or 255 for pixels without one and all of invalid images."""
+        """Returns the true classes uint8 [B, height, width]; 255 for ignored pixels and for invalid images."""
         mask = segmentation.pixels(batch["pixel_label"], self.grid)
         known = (mask < self.classes) & (batch["valid"] > 0)[:, None, None]
         return jnp.where(known, mask, jnp.uint8(segmentation.IGNORED))
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
-        """Cross-entropy, the mean over all pixels of the batch that have a class; UperNet's auxiliary one is added.
+        """See `Method.loss`; the mean cross-entropy over pixels with a class, plus UperNet's weighted auxiliary loss.
 
-        mmsegmentation divides by all pixels, those without a class too: its loss is smaller by their share.
+        mmsegmentation divides by the number of all pixels, ignored ones included, which makes its loss smaller.
         """
         params = self.stop_frozen_gradients(params)
         if self.maps:
@@ -166,7 +168,10 @@ class Segment(Method):
 
     def _upernet_logits(self, params: Params, extras: Extras, batch: Batch, grid: tuple[int, int] | None = None,
                         key: jax.Array | None = None) -> tuple[tuple[jax.Array, jax.Array], Extras]:
-        """Returns the logits of the main and of the auxiliary head, and new extras; key: in training."""
+        """Returns the logits float32 [B, h, w, C] of the main and the auxiliary head, and new extras.
+
+        `key` is the key of dropout and stochastic depth; None in evaluation.
+        """
         m, images = self.config.method, len(batch["order"])
         encoder, weights = self._at(params, grid)
         wanted = tuple(sorted(set(self.maps)))
@@ -188,7 +193,7 @@ class Segment(Method):
         return logits, {**extras, MOMENTS: changed[MOMENTS]} if MOMENTS in extras else extras
 
     def _at(self, params: Params, grid: tuple[int, int] | None) -> tuple:
-        """Returns the encoder and its parameters, for images of a grid of their own."""
+        """Returns the encoder and its parameters for a grid of patches, with resized positions; None: the model's."""
         if grid is None or grid == self.grid.shape:
             return self.encoder, params["encoder"]
         return with_grid(self.encoder, params["encoder"], grid)
@@ -208,7 +213,7 @@ class Segment(Method):
 
 
 def upsampling_flops(cells: tuple[int, int], size: tuple[int, int], classes: int) -> int:
-    """Returns the FLOPs of the two products that enlarge logits [h, w] to pixels."""
+    """Returns the FLOPs of the two matrix products that upsample logits [h, w, C] to [height, width, C]."""
     return 2 * size[0] * cells[1] * (cells[0] + size[1]) * classes
 
 

@@ -20,9 +20,11 @@ from mae_jax.ops.patches import PatchGrid, normalize
 
 
 class SplitMask(Method):
-    """Split: the order's two halves, encoded apart. Inpaint: each predicts the other. Match: they know each other.
+    """SplitMask: encodes two disjoint halves of the patches separately.
 
-    With an odd number of patches, the last one of the order is in neither half, and both predict it.
+    Each half predicts the patches of the other one (inpaint), and its pooled descriptor is matched with that of the
+    other half by InfoNCE (match). With an odd number of patches, the last one of the order is in neither half, and both
+    halves predict it.
     """
 
     defaults = fields.SPLITMASK
@@ -73,7 +75,7 @@ class SplitMask(Method):
         return self.targets.stored_vocabulary()
 
     def branches(self, values: jax.Array) -> jax.Array:
-        """Cuts [B, N, ...] into halves [2B, N // 2, ...]: rows 2b and 2b + 1 are the halves A and B of image b."""
+        """Splits [B, N, ...] into halves [2B, N // 2, ...]: rows 2b and 2b + 1 are the halves A and B of image b."""
         return values[:, : 2 * self.half].reshape(2 * len(values), self.half, *values.shape[2:])
 
     def swapped(self, values: jax.Array) -> jax.Array:
@@ -89,15 +91,15 @@ class SplitMask(Method):
 
     def predict(self, params: Params, batch: Batch,
                 drop_path_mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """Returns what each half makes of the rest of its image.
+        """Predicts the other patches of the image from each half.
 
         Args:
           params: the parameters.
-          batch: patches and order.
-          drop_path_mask: float32 [depth, 2, 2B] of stochastic depth; None: off.
+          batch: `patches` uint8 [B, N, P] and `order` int32 [B, N].
+          drop_path_mask: stochastic depth mask float32 [depth, 2, 2B]; None: off.
 
         Returns:
-          float32 [2B, N - N // 2, outputs], predictions in the order of `swapped`, and descriptors float32 [2B, D].
+          Predictions float32 [2B, N - N // 2, outputs], in the order of `swapped`; and descriptors float32 [2B, D].
         """
         pixels = normalize(self.branches(batch["patches"]))
         tokens = self.encoder.apply({"params": params["encoder"]}, pixels, self.branches(batch["order"]),
@@ -107,7 +109,7 @@ class SplitMask(Method):
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
-        """The loss of the unseen patches plus that of finding the other half among the batch (sections 3.2, 3.3)."""
+        """See `Method.loss`; the inpainting loss of unseen patches plus the weighted matching loss (3.2, 3.3)."""
         m, images = self.config.method, len(batch["valid"])
         drop_path_mask = self.drop_path_mask(key, 2 * images) if train else None
         predicted, described = self.predict(params, batch, drop_path_mask)

@@ -1,4 +1,4 @@
-"""Learning from labels: fine-tuning, probes and training from scratch (MAE A.1, DeiT III, arXiv 2204.07118)."""
+"""Supervised training: fine-tuning, probes, and training from scratch (MAE A.1; DeiT III, arXiv 2204.07118)."""
 
 import re
 
@@ -23,7 +23,7 @@ LOSSES = ("cross_entropy", "bce")
 
 
 class Supervised(Method):
-    """An encoder and a linear classifier; all of it learns, or its last blocks, or the classifier alone."""
+    """An encoder with a linear classifier; trains all parameters, the last blocks, or the classifier only."""
 
     task = "classification"
     defaults = fields.SUPERVISED
@@ -75,7 +75,7 @@ class Supervised(Method):
         self.classes = m.classes or len(data.classes)
         self.loss_spans_batch = m.head == "probe"
         self.encoder = make_encoder(config)
-        # The mean of patch tokens is normalised after pooling, not before: the encoder's own norm is left out.
+        # The mean of patch tokens is normalized after pooling, instead of by the encoder's final norm.
         self.norm_pooled = config.model.pool == "mean" and m.head == "linear"
         self.last_block = config.model.depth - 1 if self.norm_pooled else -1
         self.classifier = Classifier(self.classes, self.norm_pooled, m.head_std)
@@ -94,7 +94,10 @@ class Supervised(Method):
         return params, {"batch_norm": batch_norm.start(width)} if self.config.method.head == "probe" else {}
 
     def is_trainable(self, path: str) -> bool:
-        """As method.train_blocks says; with some of the blocks, the norms after them learn too (MAE 4.3)."""
+        """See `Method.is_trainable`; with method.train_blocks above 0, the norms after the blocks are trained, too.
+
+        Source: partial fine-tuning (MAE 4.3).
+        """
         blocks, depth = self.config.method.train_blocks, self.config.model.depth
         if blocks < 0 or not path.startswith("encoder/"):
             return True
@@ -108,14 +111,18 @@ class Supervised(Method):
 
     def encode(self, params: Params, extras: Extras, batch: Batch, block: int = -1,
                drop_path_mask: jax.Array | None = None) -> jax.Array:
-        """See `Method.encode`; where the mean is normalised after pooling, tokens come as the last block gives them."""
+        """See `Method.encode`; block -1 skips the final norm if the mean is normalized after pooling.
+
+        A batch field `pixels`, normalized float32 [B, N, P], takes precedence over `patches`. `drop_path_mask` is the
+        stochastic depth mask float32 [depth, 2, B]; None: off.
+        """
         block = self.last_block if block == -1 else block
         pixels = batch["pixels"] if "pixels" in batch else normalize(batch["patches"])
         return self.encoder.apply({"params": params["encoder"]}, pixels, batch["order"], block=block,
                                   drop_path_mask=drop_path_mask)
 
     def logits(self, params: Params, extras: Extras, batch: Batch) -> jax.Array:
-        """Returns float32 [B, C] for whole images, as evaluations want them."""
+        """Returns the logits float32 [B, C] of images without augmentation, for evaluation."""
         features = pool(self.encode(params, extras, batch), self.config.model.pool)
         if "batch_norm" in extras:
             features = batch_norm.apply(features, extras["batch_norm"])
@@ -127,7 +134,7 @@ class Supervised(Method):
 
     def loss(self, params: Params, extras: Extras, batch: Batch, key: jax.Array, step: jax.Array,
              train: bool) -> tuple[jax.Array, tuple[Metrics, Extras]]:
-        """Mean loss over the labelled images; the evaluation's is on the labels as they are."""
+        """See `Method.loss`; the mean over labeled images. Evaluation does not smooth labels."""
         weight = self.weight(batch)
         if train:
             weight = weight * self.partners_weight(weight)
@@ -139,29 +146,32 @@ class Supervised(Method):
         return total / jnp.maximum(weight, 1), ({"loss": (total, weight)}, extras)
 
     def weight(self, batch: Batch) -> jax.Array:
-        """Returns float32 [B]: 1 for images with a label, 0 for the others and for padding."""
+        """Returns the weights of images float32 [B]: 1 with a label, 0 without one and for padding."""
         return batch["valid"] if self.config.method.multi_label else batch["valid"] * (batch["label"] >= 0)
 
     def partners_weight(self, weight: jax.Array) -> jax.Array:
-        """Returns float32 [B]: the weight of the image that each is mixed with, 1 where nothing is mixed."""
+        """Returns float32 [B]: the weight of each image's mixing partner; 1 without mixing."""
         m = self.config.method
         return mixup.partners(weight, m.mix_group or len(weight)) if m.mixup or m.cutmix else jnp.ones_like(weight)
 
     def targets(self, batch: Batch, smoothing: float) -> jax.Array:
-        """Returns float32 [B, C]: the label's class has 1, less the smoothing that all classes share."""
+        """Returns the targets float32 [B, C]: multi-hot labels, or one-hot labels with label smoothing."""
         if self.config.method.multi_label:
             return batch["labels"].astype(jnp.float32)
         return optax.smooth_labels(jax.nn.one_hot(batch["label"], self.classes), smoothing)
 
     def losses(self, logits: jax.Array, targets: jax.Array) -> jax.Array:
-        """Returns float32 [B]; binary cross-entropy is averaged over classes, and any share of a label counts whole."""
+        """Returns the loss of each image, float32 [B], for logits and targets float32 [B, C].
+
+        Binary cross-entropy is a mean over classes, and any target above 0 counts as 1 (DeiT III).
+        """
         if self.config.method.loss == "bce":
             return optax.sigmoid_binary_cross_entropy(logits, (targets > 0).astype(jnp.float32)).mean(-1)
         return optax.softmax_cross_entropy(logits, targets)
 
     def training_logits(self, params: Params, extras: Extras, batch: Batch, key: jax.Array,
                         weight: jax.Array) -> tuple[jax.Array, jax.Array, Extras]:
-        """Returns logits and targets, float32 [B, C], of erased and mixed images, and new extras."""
+        """Returns logits and targets float32 [B, C] of augmented images (erasing, mixup, cutmix), and new extras."""
         params = self.stop_frozen_gradients(params)
         erase_key, mix_key, drop_key = jax.random.split(key, 3)
         pixels, targets = self.augmented(batch, erase_key, mix_key)
@@ -174,7 +184,7 @@ class Supervised(Method):
         return self.classify(params, features), targets, extras
 
     def augmented(self, batch: Batch, erase_key: jax.Array, mix_key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns normalised pixels [B, N, P] and targets [B, C] after random erasing, mixup and cutmix."""
+        """Returns normalized pixels float32 [B, N, P] and targets [B, C] after random erasing, mixup and cutmix."""
         m = self.config.method
         pixels, targets = normalize(batch["patches"]), self.targets(batch, m.smoothing)
         if m.erase:

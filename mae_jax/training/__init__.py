@@ -1,1 +1,1 @@
-"""A training run: set-up, the loop, the train step, the optimizer, evaluation in between, guards."""
+"""Training runs: set-up, the training loop, the train step, optimizers, periodic evaluation, guards."""

@@ -1,4 +1,4 @@
-"""Curves of metrics over steps: one small panel for each metric, of one run or of several."""
+"""Curves of metrics over steps: one panel per metric, for one run or several."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,30 +8,30 @@ import numpy as np
 
 from mae_jax.evals import plots
 
-# Legible on white and on black; then again, with other dashes.
+# Colors that are legible on white and on black; further runs repeat them with other line styles.
 COLORS = ("#4285d6", "#d9822b", "#2f9e72", "#b8519f", "#c94a44", "#7a6bd0", "#97783a", "#7f8792")
 DASHES = ("-", "--", ":", "-.")
-MAX_POINTS = 600  # of a curve; of more, the least and the greatest of each stretch
+MAX_POINTS = 600  # maximum number of points of a curve; longer ones keep the extremes of each interval
 MAX_PANELS = 48
-ACROSS = 3  # panels in a row of the figure
-FIRST = ("loss", "lr", "images_per_sec", "data_wait", "mfu", "grad_norm")  # of the panels
-LOG = 20.0  # of a loss whose greatest value is so many times its least, the axis is logarithmic
+ACROSS = 3  # panels per row
+FIRST = ("loss", "lr", "images_per_sec", "data_wait", "mfu", "grad_norm")  # the first panels
+LOG = 20.0  # ratio of the largest to the smallest loss above which its axis is logarithmic
 
-Points = list[tuple[int, float]]  # (step, value), ascending; NaN where it was not finite
+Points = list[tuple[int, float]]  # (step, value) by ascending step; NaN for values that were not finite
 
 
 class Panel(NamedTuple):
-    """One metric: name, and (number of the run, what to say of it in the legend, points)."""
+    """The curves of one metric: its name, and (number of the run, label of the legend, points) of each curve."""
 
     name: str
     lines: list[tuple[int, str, Points]]
 
 
 def panels(runs: Sequence[Mapping[str, Points]]) -> list[Panel]:
-    """Returns what has curves: metrics of two steps or more; training's and evaluation's loss in one.
+    """Returns the panels of all metrics that change over the steps; training and evaluation loss share one panel.
 
     Args:
-      runs: of each its metrics, name → points.
+      runs: metric → points, of each run.
     """
     found: dict[str, list[tuple[int, str, Points]]] = {}
     for number, series in enumerate(runs):
@@ -46,7 +46,7 @@ def panels(runs: Sequence[Mapping[str, Points]]) -> list[Panel]:
 
 
 def thinned(points: Points) -> Points:
-    """Returns at most MAX_POINTS points, extremes among them: a spike is seen however long the run is."""
+    """Returns at most MAX_POINTS points, the minimum and maximum of each interval, so that spikes stay visible."""
     if len(points) <= MAX_POINTS:
         return points
     kept, stretches = [], MAX_POINTS // 2
@@ -59,7 +59,7 @@ def thinned(points: Points) -> Points:
 
 
 def draw(axes: Any, panel: Panel, ink: str = "black") -> None:
-    """Draws a panel on matplotlib's axes: training's lines are whole, evaluations' have dots."""
+    """Draws a panel on matplotlib axes: solid lines for training, markers for evaluations."""
     for number, part, points in panel.lines:
         steps, values = zip(*points, strict=True)
         of_training = part == "train"
@@ -75,11 +75,11 @@ def draw(axes: Any, panel: Panel, ink: str = "black") -> None:
 
 
 def figure(series: Mapping[str, Points], title: str) -> np.ndarray | None:
-    """Returns a run's curves, as uint8 [height, width, 3]; None where it has none.
+    """Draws the curves of a run, uint8 [height, width, 3]; None without curves.
 
     Args:
-      series: metric → its points.
-      title: what to say above.
+      series: metric → points.
+      title: text above the panels.
     """
     found = panels([series])[:MAX_PANELS]
     if not found:

@@ -1,4 +1,4 @@
-"""When a run is evaluated, on which part of the data, and which of its checkpoints is the best."""
+"""Periodic evaluation of a run, its best checkpoint, and early stopping."""
 
 import json
 import logging
@@ -25,11 +25,11 @@ from mae_jax.training.run import Run
 logger = logging.getLogger(__name__)
 LOWER = re.compile(r"loss$")
 HIGHER = re.compile(r"(top\d+|_ap(\d+|_\w+)?|mean_per_class|map|map_all|iou|accuracy|rankme)$")
-OF_EXPERTS = re.compile(r"/block_\d+/")  # figures of single experts, eval/share/block_09/3, are not printed
+OF_EXPERTS = re.compile(r"/block_\d+/")  # metrics of single experts, such as eval/share/block_09/3; not printed
 
 
 def known_mode(metric: str) -> str:
-    """Returns which value of a figure is the best, 'max' or 'min'; raises UserError where its name does not say."""
+    """Returns 'max' or 'min', the best value of a metric by its name; raises UserError for an unknown name."""
     for mode, pattern in (("min", LOWER), ("max", HIGHER)):
         if pattern.search(metric):
             return mode
@@ -38,18 +38,18 @@ def known_mode(metric: str) -> str:
 
 
 class BestCheckpoint:
-    """The checkpoint that was best by a figure of the validation part, under <workdir>/best.
+    """The best checkpoint by a metric of the validation part, in <workdir>/best.
 
     Attributes:
-      score: of the best one, the higher the better: of what is best when low, it is less than 0; -inf before the first.
-      step: at which that was measured.
+      score: the best value of the metric, negated if lower is better; -inf before the first evaluation.
+      step: the step of the best value.
     """
 
     def __init__(self, folder: epath.Path, metric: str, mode: str = "auto", **how: float):
-        """Args: metric, mode: of the config's group `checkpoint`; how: it is measured."""
+        """Args: metric, mode: best_metric and best_mode of config.checkpoint; how: evaluation settings of the score."""
         self.metric, self.file = metric.removeprefix("val/"), folder / "best" / "score.json"
         self.sign = {"max": 1, "min": -1}[known_mode(self.metric) if mode == "auto" else mode]
-        # A score that was measured otherwise is none to compare with.
+        # A stored score with other evaluation settings is not comparable, and is ignored.
         self.of = {"metric": self.metric, **({} if mode == "auto" else {"mode": mode}), **how}
         self.checkpoints = Checkpoints(folder / "best", keep_last=1)
         self.score, self.step = peers.broadcast(self._read())
@@ -69,12 +69,16 @@ class BestCheckpoint:
                             ) from None
 
     def update(self, done: int, state: TrainState, figures: Figures) -> None:
-        """Keeps the state of step `done` if it is better than all before; of a loss, the lowest is the best."""
+        """Saves the state of step `done` if its metric is the best so far.
+
+        Raises:
+          UserError: `figures` lacks the metric.
+        """
         if f"val/{self.metric}" not in figures:
             raise UserError(f"checkpoint.best_metric={self.metric!r}: there is no such figure of the validation part: "
                             "perhaps it has no picture, or none with a label")
         score = figures[f"val/{self.metric}"] * self.sign
-        if score > self.score:  # which it is not where it is not a number
+        if score > self.score:  # False for NaN
             self.checkpoints.save(done, state)
             self.checkpoints.wait()
             if not self.checkpoints.failed:
@@ -84,16 +88,16 @@ class BestCheckpoint:
             try:
                 paths.replace_text(self.file, self.unwritten + "\n")
                 self.unwritten = ""
-            except OSError as error:  # tried again at the next evaluation; a start before compares with the one before
+            except OSError as error:  # the next evaluation retries; a restart before it uses the old score
                 logger.warning("cannot write %s: %s", self.file, error)
 
 
 def check(run: Run) -> Evaluator:
-    """Makes the evaluator of a run.
+    """Builds the evaluator of a run and checks its settings before the first step.
 
     Raises:
-      UserError: before the first step, for what evaluations, perhaps at the end only, cannot give; or the run goes on
-        without one that it had: its figures would be lost for good, and nobody reads the log of a job that goes on.
+      UserError: an evaluation, possibly one at the end of the run, cannot be computed; or an evaluation that a resumed
+        run had is missing, whose metrics would be lost.
     """
     config, best = run.config, run.config.checkpoint.best_metric.removeprefix("val/")
     for text in missing():
@@ -122,9 +126,9 @@ def check(run: Run) -> Evaluator:
 
 
 class PeriodicEvaluation:
-    """Evaluates a run every eval.every: on its validation part, where it has one, else on the evaluation split.
+    """Evaluates a run every eval.every on its validation part or, without one, on the evaluation split.
 
-    A run with a validation part reads the evaluation split once, at its end.
+    With a validation part, the evaluation split is used once, at the end.
     """
 
     def __init__(self, run: Run, evaluator: Evaluator, recorder: MetricWriter):
@@ -138,15 +142,15 @@ class PeriodicEvaluation:
         self.best = BestCheckpoint(run.workdir, by, mode, **how) if by else None
 
     def is_due(self, done: int) -> bool:
-        """Says whether the state of step `done` is to be evaluated; the first one, where others come before the last.
-        """
+        """Returns whether the state of step `done` is evaluated; step 0 is, unless only the last step is."""
         total = self.run.timeline.total
         return self.every > 0 and (done == total or (done % self.every == 0 and self.every < total))
 
     def ends_early(self, done: int) -> EarlyEnd | None:
-        """Returns why the run ends at step `done`, at which it is evaluated: nothing got better for train.patience.
+        """Returns the reason to stop at step `done`, if the best metric has not improved for train.patience; or None.
 
-        A function of score.json, which is written before the evaluation is on record: the same after a restart.
+        It depends on score.json only, which is written before the evaluation's metrics, and so is the same after a
+        restart.
         """
         patience, best = self.run.timeline.patience, self.best
         if not (patience and best and best.score > float("-inf") and self.is_due(done)):
@@ -154,16 +158,16 @@ class PeriodicEvaluation:
         return EarlyEnd(f"val/{best.metric}", best.step) if done - best.step >= patience else None
 
     def is_last(self, done: int) -> bool:
-        """Says whether what is reported of a run is reported after step `done`."""
+        """Returns whether step `done` is the last one, after which the final metrics are computed."""
         return done == self.run.timeline.total or self.ends_early(done) is not None
 
     def is_overdue(self, done: int) -> bool:
-        """Says whether that evaluation was due and is not on record, on all processes alike."""
+        """Returns whether the evaluation of step `done` is due and not yet recorded; the same on every process."""
         part = "eval" if self.is_last(done) and self.reports else self.part
         return self.is_due(done) and not peers.broadcast(self.recorder.has(done, f"{part}/loss"))
 
     def evaluate(self, state: TrainState, done: int) -> None:
-        """Evaluates, writes scalars and pictures, and prints one line; keeps the state if it is the best one."""
+        """Evaluates the state of step `done`, saves it if it is the best one, and writes and prints the results."""
         began = time.monotonic()
         figures = self.evaluator.scalars(state, self.part)
         figures |= self.evaluator.first_evaluations(state, self.part) if done == 0 else {}
@@ -176,29 +180,41 @@ class PeriodicEvaluation:
         self.write(state, done, figures, began)
 
     def final_metrics(self, state: TrainState, known: Figures) -> Figures:
-        """Returns the figures of the evaluation split: of the last state, `known` or not, and of the best one."""
+        """Returns the final metrics of the evaluation split, of the last state and of the best checkpoint.
+
+        Args:
+          state: the last state.
+          known: metrics of the last state that have been computed already; {} for none.
+        """
         if not self.reports:
             return {}
         best = self.best.checkpoints.restore(self.run.program.state) if self.best else None
         of_best = {} if best is None else {name.replace("eval/", "eval/best/", 1): value
                                            for name, value in self.evaluator.scalars(best).items()}
-        # The last state comes last: the table of confusions that is drawn is of its figures.
+        # The last state is evaluated after the best one, so that the drawn confusion matrix is that of the last state.
         return (known or self.evaluator.scalars(state)) | self.evaluator.final_evaluations(state) | of_best
 
     def write_file(self, name: str, text: str) -> None:
-        """Writes what an evaluation leaves in the workdir, in place of what the one before left."""
+        """Writes a file of an evaluation to the workdir, and replaces that of an earlier one."""
         if jax.process_index() == 0:
             try:
                 paths.replace_text(self.run.workdir / name, text)
-            except OSError as error:  # written again by the next evaluation
+            except OSError as error:  # the next evaluation writes it again
                 logger.warning("cannot write %s: %s", self.run.workdir / name, error)
 
     def write(self, state: TrainState, done: int, figures: Figures, began: float) -> None:
-        """Records figures and pictures of step `done`."""
+        """Writes metrics, images and files of the evaluation of step `done`, and prints the metrics.
+
+        Args:
+          state: the evaluated state.
+          done: its step.
+          figures: metric → value.
+          began: start of the evaluation, in seconds of time.monotonic.
+        """
         for name, picture in self.evaluator.images(state, self.part or "eval"):
             self.recorder.write_image(done, name, picture)
         for name, text in self.evaluator.files(state, self.part or "eval"):
             self.write_file(name, text)
-        self.recorder.write_scalars(done, figures)  # last: it marks the evaluation as done
+        self.recorder.write_scalars(done, figures)  # last, since scalars mark the evaluation as done
         text = "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if not OF_EXPERTS.search(name))
         print_once(f"evaluation at step {done}: {text}  ({time.monotonic() - began:.0f} s)")

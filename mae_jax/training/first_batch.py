@@ -1,4 +1,4 @@
-"""A figure of the batch that a run begins with, as the model sees it."""
+"""A figure of the first training batch, after augmentation."""
 
 import logging
 from collections.abc import Callable
@@ -19,14 +19,14 @@ logger = logging.getLogger(__name__)
 
 
 def figure(run: Run, batch: Batch) -> np.ndarray | None:
-    """Draws the first eval.pictures images of the first step; called on every process.
+    """Draws the first eval.pictures images of a batch; called on every process.
 
     Args:
-      run: what is trained.
-      batch: of its first step, on the devices.
+      run: the run.
+      batch: the global batch of its first step, on the devices.
 
     Returns:
-      uint8 [height, width, 3]; None, with one warning, where it cannot be drawn: no figure is worth a run.
+      uint8 [height, width, 3]; None, with a warning, after any error: a figure must not stop a run.
     """
     method, config = run.program.method, run.config
     try:
@@ -38,20 +38,25 @@ def figure(run: Run, batch: Batch) -> np.ndarray | None:
         count = min(config.eval.pictures, len(few["id"]))
         captions = [input_grid.caption(few, i, run.inputs.classes, part) for i in range(count)]
         return input_grid.drawn(method, few, captions, "the first training batch, as the model sees it")
-    except Exception as error:  # of a plug-in's method, perhaps
+    except Exception as error:  # such as an error in the method of a plug-in
         logger.warning("no figure of the first batch: %s", str(error).split("\n")[0] or type(error).__name__)
         return None
 
 
 def rows_trained_on(method: Method, count: int, sharding: jax.sharding.Sharding) -> Callable[[Batch], Batch]:
-    """Returns, compiled, batch → its first rows, of the first micro-batch where there are several, on every device.
+    """Returns a compiled function of a global batch that returns the first `count` rows of its first micro-batch.
 
-    Where the method changes images on the device, `augmented` is what it makes of them: normalised, float32.
+    If the method augments images on the device, the rows have `augmented`, normalized pixels float32 [count, N, P].
+
+    Args:
+      method: the method.
+      count: number of rows.
+      sharding: sharding of the result.
     """
     parts, seed = method.config.train.accumulate, method.config.seed
 
     def rows(batch: Batch) -> Batch:
-        key = stream_key(seed, jnp.zeros((), jnp.int32), "loss")  # as the train step draws it
+        key = stream_key(seed, jnp.zeros((), jnp.int32), "loss")  # the key of the train step
         if parts > 1:
             batch = jax.tree.map(lambda x: split_microbatches(x, parts, method.group)[0], batch)
             key = jax.random.fold_in(key, 0)

@@ -1,4 +1,4 @@
-"""What stops a run that goes wrong: gradients that stay not finite, too many bad images."""
+"""Guards that stop a run: repeated non-finite steps, and too many unreadable images."""
 
 import json
 import logging
@@ -14,26 +14,30 @@ from mae_jax.training.run import Run
 
 logger = logging.getLogger(__name__)
 
-MAX_LISTED_IMAGES = 20  # bad images named in the line that stops a run
-BAD_IMAGES_AFTER = 100  # images seen before their bad fraction can stop a run
+MAX_LISTED_IMAGES = 20  # unreadable images that the error names
+BAD_IMAGES_AFTER = 100  # images before the fraction of unreadable ones is checked
 
 
 class Guards:
-    """Looks at the sums of every step's metrics; on all processes alike, since the sums are global."""
+    """Checks the global metrics of every step and raises GuardError; identical on every process."""
 
     def __init__(self, run: Run):
         self.run = run
         self.seen = self.replaced = 0
-        self.in_a_row = run.config.guard.max_nonfinite  # steps that were not finite; before the first look, at worst
-        self.bad: list[tuple[int, jax.Array]] = []  # steps in a row that were not finite, and their examples
+        self.in_a_row = run.config.guard.max_nonfinite  # successive non-finite steps; the worst case first
+        self.bad: list[tuple[int, jax.Array]] = []  # successive non-finite steps, and the ids of their examples
 
     def check(self, done: int, sums: dict[str, float], ids: jax.Array) -> None:
-        """Raises GuardError when the step that made the run's steps `done` was one too many.
+        """Checks one step.
 
         Args:
-          done: steps taken, this one included.
-          sums: metric → its sum over the batch.
-          ids: of the examples, int32 [B].
+          done: number of steps so far, including this one.
+          sums: metric → sum over the batch.
+          ids: ids of the examples, int32 [B], or [B, 2] for large data sets.
+
+        Raises:
+          GuardError: there were guard.max_nonfinite successive non-finite steps, or more than guard.max_bad_fraction of
+            the images are unreadable.
         """
         guard = self.run.config.guard
         self.in_a_row = int(sums["bad_steps"])
@@ -52,11 +56,11 @@ class Guards:
                              f"{'; '.join(list(dict.fromkeys(self.run.inputs.bad))[:MAX_LISTED_IMAGES])}")
 
     def one_more_stops(self) -> bool:
-        """Says whether the run must stop if the next step is not finite either."""
+        """Returns whether another non-finite step would stop the run."""
         return self.in_a_row >= self.run.config.guard.max_nonfinite - 1
 
     def _record(self, step: int, sums: dict[str, float]) -> str:
-        """Writes what the bad steps were made of; returns where."""
+        """Writes the examples and keys of the non-finite steps to the workdir; returns the file for the message."""
         everywhere = sharding.replicated(self.run.program.mesh)
         seed = self.run.config.seed
         steps = [{"step": number, "ids": whole(jax.device_put(ids, everywhere)).tolist(),
@@ -68,7 +72,7 @@ class Guards:
                 if why := workdir_lock.why_unwritable():
                     raise OSError(why)
                 paths.replace_text(file, json.dumps({"seed": seed, **told, "steps": steps}) + "\n")
-            except OSError as error:  # the verdict stands all the same
+            except OSError as error:  # the run stops in any case
                 logger.warning("cannot write %s: %s", file, root_cause(error))
                 return "not on record"
         return f"in {file}"

@@ -1,4 +1,4 @@
-"""The line that a run of pre-training ends with: what a linear probe says that it has learned."""
+"""The last line of a pre-training run: linear probe accuracy, compared with the initial encoder and raw pixels."""
 
 import logging
 import math
@@ -16,30 +16,30 @@ from mae_jax.training.run import Run
 logger = logging.getLogger(__name__)
 
 PROBE, PIXELS = "linear/top1", "linear/pixels_top1"
-DEVIATIONS = 2  # of a difference between two shares of the images, below which it is not called one (our choice)
+DEVIATIONS = 2  # standard deviations above which a difference of accuracies counts as learned (our choice)
 
 
 def show(run: Run, part: str) -> None:
-    """Prints `line` of a run that has ended and whose metrics are written, where there is one; args: as there."""
+    """Prints `line` for a finished run whose metrics are written; after any error, logs a warning instead."""
     if jax.process_index() == 0:
         try:
             series, _ = series_of(paths.read_bytes(run.workdir / "metrics.jsonl") or b"")
             if text := line(run, part, series):
                 print_once(text)
-        except Exception as error:  # no line is worth a run
+        except Exception as error:  # the line must not stop a run
             logger.warning("not said what was learned: %s", str(error).split("\n")[0] or type(error).__name__)
 
 
 def line(run: Run, part: str, series: Mapping[str, list[tuple[int, float]]]) -> str:
-    """Returns how often the probe of the trained encoder names the class, beside the untrained one and raw pixels.
+    """Returns the probe's accuracy on the trained encoder, beside that on the initial encoder and on raw pixels.
 
     Args:
-      run: that has ended.
-      part: of the data that it was evaluated on all along, 'eval' or 'val'; '' for none.
-      series: metric → (step, value), ascending, as metrics.jsonl has them.
+      run: the finished run.
+      part: the part of the data of periodic evaluations, 'eval' or 'val'; '' for none.
+      series: metric → (step, value) by ascending step, from metrics.jsonl.
 
     Returns:
-      '' where one of the three was not measured, as of images without labels and of large ones, or where the labels
+      One line of text. '' if one of the three was not measured, such as for unlabeled or large images, or if the labels
       cannot be counted without reading the images.
     """
     data = run.config.data
@@ -60,7 +60,7 @@ def line(run: Run, part: str, series: Mapping[str, list[tuple[int, float]]]) -> 
 
 
 def _labels(run: Run, split: str) -> int:
-    """Returns how many of the images that evaluations read of a split have a label; 0 where that is not known."""
+    """Returns the number of labeled images among those that evaluations read of a split; 0 if it is not known."""
     from mae_jax.data.readers.random_access import subset
 
     part: Any = run.inputs.parts.get(split)

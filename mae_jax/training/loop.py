@@ -1,4 +1,4 @@
-"""The loop: restore, step, log, evaluate, save, stop cleanly. Nothing method-specific."""
+"""The training loop, for all methods: restore, step, log, evaluate, save, stop."""
 
 import logging
 import math
@@ -39,12 +39,12 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: ConfigDict, folder: str, alone: bool = True) -> int:
-    """Trains until `train.duration`, resuming what the workdir holds. Returns the exit code.
+    """Trains until `train.duration`, from the newest checkpoint of the workdir if there is one. Returns the exit code.
 
     Args:
-      config: of the run.
-      folder: its workdir.
-      alone: False for one run of many, which does not say at its end what to do next.
+      config: the config of the run.
+      folder: the workdir.
+      alone: False for one run of a series, which prints no next steps at its end.
     """
     startup_timer.begin()
     with SignalHandler() as stopper:
@@ -52,12 +52,12 @@ def train(config: ConfigDict, folder: str, alone: bool = True) -> int:
 
 
 def train_as_guest(config: ConfigDict, folder: str) -> None:
-    """Trains likewise inside a process that is somebody else's: takes no signals over, and never ends the process.
+    """Trains inside a host process, such as a notebook: installs no signal handlers and never ends the process.
 
-    What hangs is not noticed. An exception, KeyboardInterrupt among them, leaves what was saved; the same call goes on.
+    There is no watchdog. After an exception, KeyboardInterrupt included, the same call resumes from the last save.
 
     Raises:
-      UserError: a mistake of the user's, or a workdir that is in use.
+      UserError: the user made a mistake, or the workdir is in use.
       GuardError: a guard stopped the run, or the workdir was lost.
     """
     startup_timer.begin()
@@ -80,7 +80,7 @@ def _train(config: ConfigDict, folder: str, stopper: Stopper, stall_seconds: flo
 
 
 def _why_finished(run: Run) -> str:
-    """Returns why a run has nothing left to do, as its DONE says, and what goes on; '' where it goes on."""
+    """Returns why a run is finished by its DONE file, and how to continue it; '' for an unfinished run."""
     finished, early = ending.finished(run.workdir), ending.early_end(run.workdir)
     at = f"step {finished} of {run.timeline.total}"
     if finished >= run.timeline.total:
@@ -93,7 +93,7 @@ def _why_finished(run: Run) -> str:
 
 
 def resume(run: Run, stopper: Stopper, watchdog: Watchdog, alone: bool = True) -> int:
-    """Restores or makes the state and trains on; `alone` as of `train`. Returns the exit code."""
+    """Restores or initializes the state and trains; for `alone` see `train`. Returns the exit code."""
     config, folder = run.config, run.workdir
     evaluator = evaluation.check(run)
     checkpoints = Checkpoints(folder, config.checkpoint.keep_last, run.timeline.keep_every)
@@ -118,7 +118,7 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog, alone: bool = True) -
         run.program.compile_ahead()
         logger.info("resumed at step %d", state.step)
     startup_timer.done("state")
-    # Not before all that a mistake can break has worked.
+    # Only after all checks of the user's settings.
     workdir.record(folder, config, run.inputs, evaluator.names_applying)
     step, first = int(state.step), jax.process_index() == 0
     recorder = MetricWriter(folder, step, metric_sinks.names(config.log), first, since=step)
@@ -134,7 +134,7 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog, alone: bool = True) -
             headline.show(run, periodic.part)
             next_steps.conclude(run, recorder, peers.broadcast(ending.finished(folder)), best)
     except BaseException:
-        if not peers.peers():  # else the others may not come to wait for the last save
+        if not peers.peers():  # in a group, the other processes may not join to wait for the last save
             checkpoints.close()
         raise
     finally:
@@ -144,11 +144,11 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog, alone: bool = True) -
 
 
 def dry_run(config: ConfigDict, folder: str) -> int:
-    """Compiles the train step and says how the run would be laid out; writes nothing. Returns the exit code."""
+    """Compiles the train step and prints devices, mesh and rows per process; writes nothing. Returns the exit code."""
     run = open_run(config, folder)
     _check_room(run)
     if config.init_from and not peers.broadcast(step_dirs.committed(run.workdir / "checkpoints")):
-        warm_start.load(config, run.program.state.params, run.inputs.classes)  # as the run would
+        warm_start.load(config, run.program.state.params, run.inputs.classes)  # checks init_from as the run would
     mesh, rows = run.program.mesh, sharding.local_rows(run.program.mesh, config.batch_size)
     with jax.set_mesh(mesh):
         run.program.compile()
@@ -166,7 +166,7 @@ def dry_run(config: ConfigDict, folder: str) -> int:
 
 
 def _check_room(run: Run) -> None:
-    """Raises UserError in all processes where the disk cannot hold one more checkpoint."""
+    """Raises UserError on every process if the disk has no room for the run's checkpoints, at least one."""
     config, timeline, why = run.config.checkpoint, run.timeline, ""
     if jax.process_index() == 0:
         there = step_dirs.committed(run.workdir / "checkpoints")
@@ -205,7 +205,7 @@ class Profile:
 
 def loop(run: Run, state: TrainState, checkpoints: Checkpoints, periodic: PeriodicEvaluation, stopper: Stopper,
          watchdog: Watchdog, line: progress.Line) -> int:
-    """Steps from the state's step to the end; `line` shows how far it is. Returns the exit code."""
+    """Trains from the state's step to the end; `line` shows the progress. Returns the exit code."""
     start, total = int(state.step), run.timeline.total
     log, profile = StepLogger(run, periodic.recorder, line), Profile(run)
     save_every = run.timeline.save_every
@@ -214,7 +214,7 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, periodic: Period
         periodic.evaluate(state, start)
         watchdog.watch("")
         startup_timer.done("evaluation")
-    if periodic.ends_early(start):  # it was stopped before it could say so, or has less patience now
+    if periodic.ends_early(start):  # it stopped before DONE was written, or has a shorter patience now
         return finish(run, checkpoints, state, start, periodic.ends_early(start))
     run.program.compile()
     startup_timer.done("compile")
@@ -234,7 +234,7 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, periodic: Period
             log.speed.start()
         stop = stopper.should_stop(done)
         look = periodic.is_due(done)
-        # Also before an evaluation: a signal can then end it at once.
+        # Also before an evaluation, so that a signal can end the evaluation at once.
         save = look or done == total or (save_every > 0 and done % save_every == 0)
         try:
             log.record(done, metrics, batch["id"])
@@ -264,7 +264,7 @@ def loop(run: Run, state: TrainState, checkpoints: Checkpoints, periodic: Period
 
 
 def _show_first_step(run: Run, periodic: PeriodicEvaluation, done: int, batch: Batch, metrics: Metrics) -> None:
-    """Says how long it took to the first step of this start; draws the batch of the run's first one."""
+    """Logs the time to the first step since this start; draws the batch if it is the first one of the run."""
     jax.block_until_ready(metrics)
     startup_timer.done("first step")
     logger.info("time to first step %s", startup_timer.summary())
@@ -279,9 +279,13 @@ def _keep_config(run: Run, periodic: PeriodicEvaluation) -> None:
 
 def finish(run: Run, checkpoints: Checkpoints, state: TrainState, step: int,
            early: ending.EarlyEnd | None = None) -> int:
-    """Waits for the last save, tries it again if it failed, and says how the run ended. Returns the exit code."""
+    """Waits for the last save, retries it once if it failed, and prints how the run ended. Returns the exit code.
+
+    Raises:
+      UserError: the state could not be saved, or DONE cannot be written.
+    """
     checkpoints.wait()
-    if checkpoints.failed:  # perhaps by what was over a moment later, and no other save comes
+    if checkpoints.failed:  # the cause may have been temporary, and no other save follows
         checkpoints.save(step, state)
         checkpoints.wait()
     if checkpoints.failed:
@@ -305,7 +309,10 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
 
     Args:
       folder: the workdir.
-      config: the one it was made with, but for fields that a resumed run may change; None: the very one.
+      config: the stored config, except for fields that a resumed run may change; None: the stored config.
+
+    Raises:
+      UserError: the config does not match, there is no evaluation split, or there is no checkpoint.
     """
     path, given = paths.locate_checkpoints(folder, "--workdir"), config is not None
     if config is None:
@@ -313,7 +320,7 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
     else:
         config = workdir.continued(path, config)
         workdir.compare(workdir.read_config(path), config)
-    for text in missing():  # which loses nothing: it can be evaluated again
+    for text in missing():  # only a warning: the checkpoint can be evaluated again
         logger.warning("not measured: the evaluation %s", text)
     run = prepare(config, path)
     log_changes((workdir.changes(path, config, run.inputs) if given else []) + data_changes(run))
@@ -324,7 +331,7 @@ def evaluate(folder: str, config: ConfigDict | None = None) -> int:
     if state is None:
         raise UserError(f"{path} holds no checkpoint yet")
     run.program.method.check_extras(state.extras)
-    # Lines past this step stay: they may be those of a run in progress.
+    # Later lines are kept: they can belong to a run in progress.
     recorder = MetricWriter(path, math.inf, metric_sinks.names(run.config.log), jax.process_index() == 0,
                             since=int(state.step))
     with jax.set_mesh(run.program.mesh):

@@ -1,4 +1,4 @@
-"""The last lines of a run: where what it made lies, and what to do with it, as commands that can be pasted."""
+"""The last lines of a run: the paths of its outputs, and commands for next steps, ready for a shell."""
 
 import logging
 import shlex
@@ -18,12 +18,17 @@ from mae_jax.training.run import Run
 
 logger = logging.getLogger(__name__)
 
-# Of the group `data`, what another recipe must be told to read the same images, beside data.image_size.
+# Fields of config.data that another recipe needs to read the same images, besides data.image_size.
 SAME_IMAGES = ("source", "path", "name", "layout", "classes", "image_key", "label_key", "formats", "exif")
 
 
 def conclude(run: Run, recorder: MetricWriter, step: int, best_step: int = 0) -> None:
-    """Draws the curves of a run that has ended, and prints `lines`; arguments as there, and where figures go."""
+    """Draws the curves of a finished run, and prints `lines`.
+
+    Args:
+      run, step, best_step: as for `lines`.
+      recorder: writes the figure.
+    """
     recorder.flush()
     if jax.process_index() == 0:
         try:
@@ -31,18 +36,18 @@ def conclude(run: Run, recorder: MetricWriter, step: int, best_step: int = 0) ->
                 series, _ = series_of(paths.read_bytes(run.workdir / "metrics.jsonl") or b"")
                 if (drawn := curves.figure(series, f"{run.workdir}, to step {step:,}")) is not None:
                     recorder.write_image(step, "curves", drawn)
-        except Exception as error:  # no figure is worth a run
+        except Exception as error:  # a figure must not stop a run
             logger.warning("no figure of the curves: %s", str(error).split("\n")[0] or type(error).__name__)
     print_once("\n".join(lines(run, step, best_step)))
 
 
 def lines(run: Run, step: int, best_step: int = 0) -> list[str]:
-    """Returns what to print at the end of a run.
+    """Returns the lines that are printed at the end of a run.
 
     Args:
-      run: which has ended.
-      step: its last one.
-      best_step: of the checkpoint in <workdir>/best; 0: there is none.
+      run: the finished run.
+      step: its last step.
+      best_step: step of the checkpoint in <workdir>/best; 0 without one.
     """
     folder = run.workdir
     best = f", the best of step {best_step:,} in {folder / 'best'}" if best_step else ""
@@ -52,7 +57,7 @@ def lines(run: Run, step: int, best_step: int = 0) -> list[str]:
 
 
 def commands(run: Run, best: bool) -> list[str]:
-    """Returns commands for what has been trained, ready for a shell."""
+    """Returns shell commands for the trained model; `best`: use the best checkpoint instead of the last one."""
     folder, method = run.workdir, run.program.method
     encoder = folder / "best" if best else folder
     then: dict[str, Mapping[str, Any]] = {}
@@ -63,7 +68,7 @@ def commands(run: Run, best: bool) -> list[str]:
         then["predict"] = {"from": encoder, "to": folder / to}
     if method.task == "classification":
         then["export"] = {"from": encoder, "to": folder / "export"}
-    if run.config.data.source == "batches":  # which holds patches, and no images to ask about
+    if run.config.data.source == "batches":  # cached batches have patches instead of images
         then = {verb: given for verb, given in then.items() if verb in ("export", "train")}
     return [_command("report", {"from": folder, "to": folder / "report.html"}),
             *(_command(verb, given) for verb, given in then.items())]
@@ -71,7 +76,7 @@ def commands(run: Run, best: bool) -> list[str]:
 
 def _of_encoder(run: Run, encoder: epath.Path) -> dict[str, Mapping[str, Any]]:
     folder = run.workdir
-    if run.program.method.extra_encode_fields:  # one encoder of a mixture's many is made first
+    if run.program.method.extra_encode_fields:  # MoCE: one encoder must be extracted from the mixture first
         return {"export": {"from": encoder, "for-task": "vote", "to": folder / "encoder"}}
     embed = {"from": encoder, "to": folder / "features.parquet"}
     classes = len(run.inputs.classes) > 1 and run.config.data.source != "batches"
@@ -79,7 +84,7 @@ def _of_encoder(run: Run, encoder: epath.Path) -> dict[str, Mapping[str, Any]]:
 
 
 def _fine_tuning(run: Run, encoder: epath.Path) -> Iterator[tuple[str, Any]]:
-    """Yields the flags that fine-tune the encoder on the labels of the images that it has seen."""
+    """Yields (name, value) of the flags that fine-tune the encoder on the labels of its training images."""
     data = run.config.data
     if data.source == "letters":
         yield "config", "quickstart_finetune"

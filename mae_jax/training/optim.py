@@ -1,4 +1,4 @@
-"""Optimizers, schedule, weight decay and freezing, all by parameter path and by the step of the train state."""
+"""Optimizers, schedules, weight decay and freezing, by parameter path and by the step of the train state."""
 
 import re
 from collections.abc import Callable
@@ -22,19 +22,19 @@ Schedule = Callable[[jax.Array], jax.Array]
 Mask = Callable[[Params], Any]  # parameters → tree of booleans
 Transformations = list[optax.GradientTransformation]
 
-LARS_TRUST = 1e-3  # of LARS: MAE's published linear probe, and the LARS paper (arXiv 1708.03888) for AlexNet
-STEP = 0.1  # what the learning rate is multiplied by at each of optim.milestones
+LARS_TRUST = 1e-3  # trust coefficient of MAE's published linear probe, and of LARS (arXiv 1708.03888) for AlexNet
+STEP = 0.1  # factor of the learning rate at each of optim.milestones
 SHARED = {"name", "lr", "schedule", "min_lr", "warmup", "warmup_lr", "weight_decay", "final_weight_decay",
-          "layer_decay", "milestones", "clip", "ema"}  # fields of config.optim that are read outside the rules
+          "layer_decay", "milestones", "clip", "ema"}  # fields of config.optim for all rules
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What turns gradients into updates, between the clipping of gradients and the learning rate.
+    """An update rule: the optax transformations between gradient clipping and the learning rate.
 
     Attributes:
-      build: (config.optim, weight decay by step, which parameters decay) → optax transformations in their order.
-      fields: of config.optim that `build` reads itself.
+      build: (config.optim, step → weight decay, mask of decayed parameters) → list of optax transformations.
+      fields: the fields of config.optim that `build` reads.
     """
 
     build: Callable[[ConfigDict, Schedule, Mask], Transformations]
@@ -42,29 +42,29 @@ class Rule:
 
 
 def reads(*fields: str) -> Callable[[Callable[[ConfigDict, Schedule, Mask], Transformations]], Rule]:
-    """Makes a `Rule` of the function below it, which reads these fields of config.optim."""
+    """Returns a decorator that makes a `Rule` of a function that reads these fields of config.optim."""
     return lambda build: Rule(build, fields)
 
 
 def get(name: str) -> Rule:
-    """Returns the rule that `optim.name` names."""
+    """Returns the rule of `optim.name`; raises UserError for an unknown name."""
     return plugins.find("optimizers", name, OPTIMIZERS, "optim.name")
 
 
 def unread(config: ConfigDict) -> list[str]:
-    """Returns the fields of config.optim that differ from their defaults and that its rule does not read."""
+    """Returns the fields of config.optim that differ from their defaults but are not read by the rule."""
     read = SHARED.union(get(config.optim.name).fields)
     return [f"optim.{field}" for field, value in DEFAULTS["optim"].items()
             if field not in read and config.optim[field] != value]
 
 
 def decay_mask(params: Params, decays: Callable[[str], bool]) -> Any:
-    """Returns a tree of booleans: which parameters weight decay applies to, by their paths."""
+    """Returns a tree of booleans, True for parameters with weight decay; `decays` is a function of the path."""
     return jax.tree_util.tree_map_with_path(lambda keys, _: decays(path(keys)), params)
 
 
 def decay_words(params: Params, method: Method) -> Any:
-    """Returns a tree of 'yes', 'no' and 'frozen': which parameters decay, and which the method holds fixed."""
+    """Returns a tree of strings: 'yes' or 'no' for weight decay, 'frozen' for parameters that are not trained."""
     def word(keys: tuple[Any, ...], decays: bool) -> str:
         return ("yes" if decays else "no") if method.is_trainable(path(keys)) else "frozen"
 
@@ -72,16 +72,16 @@ def decay_words(params: Params, method: Method) -> Any:
 
 
 def peak_lr(config: ConfigDict) -> float:
-    """Returns the learning rate at the top of the schedule: the base rate, per 256 images, scaled by the batch."""
+    """Returns the peak learning rate: the base rate optim.lr, per 256 images, scaled by the batch size."""
     return config.optim.lr * config.batch_size / 256
 
 
 def warmup_cosine(peak: float, minimum: float, warmup: int, total: int, start: float = 0.0) -> Schedule:
-    """Returns step → learning rate: linear from `start` in `warmup` steps, then half a cosine to `minimum` at `total`.
+    """Returns a schedule: linear warm-up from `start` to `peak`, then a half cosine to `minimum` at step `total`.
 
-    Per iteration, as MAE's published code does it. DeiT's rate changes once per epoch, one epoch late, and its cosine
-    counts from epoch 0 (timm 0.3.2); that is not copied. The argument is the step of the train state, not of the
-    optimizer.
+    The rate changes with every step, as in MAE's published code. DeiT's rate changes once per epoch, one epoch late,
+    and its cosine counts from epoch 0 (timm 0.3.2), which is not reproduced here. The schedule takes the step of the
+    train state, int32 [], not that of the optimizer, and returns float32 [].
     """
     def schedule(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
@@ -94,10 +94,13 @@ def warmup_cosine(peak: float, minimum: float, warmup: int, total: int, start: f
 
 
 def warmup_steps(peak: float, milestones: tuple[float, ...], warmup: int, total: int, start: float = 0.0) -> Schedule:
-    """Returns step → learning rate: linear from `start` in `warmup` steps; a tenth of it after each milestone.
+    """Returns a step schedule: linear warm-up from `start` to `peak`, then times STEP after each milestone.
 
     Args:
-      milestones: shares of the `total` steps.
+      peak: the learning rate after the warm-up.
+      milestones: positions as shares of the `total` steps.
+      warmup, total: numbers of steps.
+      start: the learning rate at step 0.
     """
     at = np.array([round(share * total) for share in milestones])
 
@@ -109,10 +112,10 @@ def warmup_steps(peak: float, milestones: tuple[float, ...], warmup: int, total:
 
 
 def poly(peak: float, minimum: float, warmup: int, total: int, start: float = 0.0) -> Schedule:
-    """Returns step → learning rate: linear from `peak` at step 0 to `minimum` at `total`, times that of the warm-up.
+    """Returns a polynomial schedule of power 1: linear from `peak` at step 0 to `minimum` at `total`, with warm-up.
 
-    As mmsegmentation has it with power 1: the fall begins at step 0, under the warm-up, whose factor rises linearly
-    from start / peak to 1 in `warmup` steps.
+    As in mmsegmentation, the decay begins at step 0. The warm-up is a further factor, which rises linearly from
+    start / peak to 1 in `warmup` steps.
     """
     def schedule(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
@@ -127,22 +130,22 @@ SCHEDULES = {"cosine": warmup_cosine, "poly": poly}  # by optim.schedule
 
 
 def global_norm(grads: Params) -> jax.Array:
-    """Returns the norm of all gradients together, float32 [].
+    """Returns the global norm of the gradients, float32 [].
 
-    On GPUs in one kernel for each matrix and few for the rest: a sum over all of one leaf takes two.
+    On GPUs, matrices are summed by rows first: this takes one kernel per matrix, a sum over a whole leaf takes two.
     """
     if partitioning.platform() != "gpu":
         return optax.tree.norm(grads)
     rows = [jnp.square(leaf.reshape(len(leaf), -1)).sum(-1) if leaf.ndim > 1 else jnp.square(leaf.ravel())
             for leaf in jax.tree.leaves(grads)]
-    # Without the barrier, XLA would sum each part for itself.
+    # Without the barrier, XLA would sum each part separately.
     return jnp.sqrt(jax.lax.optimization_barrier(jnp.concatenate(rows)).sum())
 
 
 def make_schedule(method: Method) -> Schedule:
-    """Builds the schedule of the method's config and timeline.
+    """Builds the learning rate schedule from the method's config and timeline.
 
-    `lr` is per 256 images; `min_lr` and `warmup_lr` are not, as in MAE and timm.
+    optim.lr is scaled by the batch size; optim.min_lr and optim.warmup_lr are not, as in MAE and timm.
     """
     o, timeline = method.config.optim, method.timeline
     if o.milestones:
@@ -151,10 +154,11 @@ def make_schedule(method: Method) -> Schedule:
 
 
 def layer_rate(name: str, decay: float, depth: int) -> float:
-    """Returns what layer-wise decay multiplies the learning rate of a path by: decay ** (depth + 1 - layer).
+    """Returns the factor of layer-wise learning rate decay for a parameter path: decay ** (depth + 1 - layer).
 
-    The layer is 0 for the encoder's embedding, i + 1 for its block i, and depth + 1 for all else: the last block has
-    `decay` and norm, head and decoder have 1 (MAE's fine-tuning, after BEiT, arXiv 2106.08254).
+    The layer is 0 for the encoder's embedding, i + 1 for its block i, and depth + 1 for other parameters: the factor is
+    `decay` for the last block, and 1 for final norm, head and decoder (MAE's fine-tuning, after BEiT, arXiv
+    2106.08254).
     """
     if re.match(r"encoder/(patch_embed/|(cls_token|mask_token|pos_embed)$)", name):
         layer = 0
@@ -165,7 +169,7 @@ def layer_rate(name: str, decay: float, depth: int) -> float:
 
 
 def weight_decay(method: Method) -> Schedule:
-    """Returns step → weight decay: constant, or half a cosine from weight_decay to final_weight_decay (DINO)."""
+    """Returns step → weight decay: constant, or a half cosine from weight_decay to final_weight_decay (DINO)."""
     o = method.config.optim
     if o.final_weight_decay < 0:
         return lambda step: o.weight_decay
@@ -173,17 +177,14 @@ def weight_decay(method: Method) -> Schedule:
 
 
 def make_optimizer(method: Method) -> optax.GradientTransformationExtraArgs:
-    """Builds the method's optimizer without its learning rate: the step multiplies updates by -schedule(step).
+    """Builds the method's optimizer without the learning rate; the train step multiplies updates by -schedule(step).
 
-    The gradient is clipped first, by its global norm. Layer-wise decay comes last, since it is a factor of the learning
-    rate: it multiplies decoupled weight decay too, and no trust ratio undoes it. Parameters that the method holds fixed
-    have no state, and their update is zero.
-
-    Args:
-      method: whose parameters, config and timeline these are.
+    Gradients are clipped first, by their global norm. Layer-wise learning rate decay comes last: it is a factor of the
+    learning rate, and so also scales decoupled weight decay and is not undone by a trust ratio. Frozen parameters have
+    no optimizer state, and their update is zero.
 
     Returns:
-      A transformation whose update takes the step of the train state as `step`.
+      A transformation whose `update` takes the step of the train state as the keyword `step`.
     """
     o = method.config.optim
     clip = [optax.clip_by_global_norm(o.clip)] if o.clip else []
@@ -194,7 +195,7 @@ def make_optimizer(method: Method) -> optax.GradientTransformationExtraArgs:
 
 
 def _add_decay(decay: Schedule, decayed: Mask) -> optax.GradientTransformation:
-    """Adds weight decay to the updates of what decays, by the step of the train state."""
+    """Adds weight decay, at the step of the train state, to the updates of the decayed parameters."""
     def update(updates: Params, state: Any, params: Params, *, step: jax.Array, **_: Any) -> tuple[Params, Any]:
         rate = decay(step)
         return jax.tree.map(lambda u, p: u + rate * p, updates, params), state
@@ -211,20 +212,20 @@ def adamw(o: ConfigDict, decay: Schedule, decayed: Mask) -> Transformations:
 
 @reads("betas", "eps")
 def lamb(o: ConfigDict, decay: Schedule, decayed: Mask) -> Transformations:
-    """LAMB (arXiv 1904.00962) as DeiT III trains with it: AdamW's update times |parameter| / |update|, per leaf.
+    """LAMB (arXiv 1904.00962) as in DeiT III: AdamW's update times |parameter| / |update|, per leaf.
 
-    The ratio is 1 for what does not decay, as in NVIDIA's FusedLAMB and timm, and where either norm is 0. FusedLAMB
-    also clips the gradient to the norm 1, where nothing says so: `optim.clip`.
+    The ratio is 1 for parameters without weight decay, as in NVIDIA's FusedLAMB and timm, and where either norm is 0.
+    FusedLAMB also clips the gradient to norm 1 by default; here `optim.clip` does.
     """
     return [*adamw.build(o, decay, decayed), optax.masked(optax.scale_by_trust_ratio(), decayed)]
 
 
 @reads("betas")
 def lion(o: ConfigDict, decay: Schedule, decayed: Mask) -> Transformations:
-    """Lion (arXiv 2302.06675, Algorithm 2): the sign of momentum and gradient interpolated, decoupled weight decay.
+    """Lion (arXiv 2302.06675, Algorithm 2): the sign of the interpolated momentum and gradient; decoupled weight decay.
 
-    The paper has betas (0.9, 0.99), and of AdamW's learning rate a third to a tenth, of its weight decay 3 to 10 times
-    as much (section 5).
+    The paper uses betas (0.9, 0.99), and suggests a learning rate 3 to 10 times smaller and a weight decay 3 to 10
+    times larger than those of AdamW (section 5).
     """
     b1, b2 = o.betas
     return [optax.scale_by_lion(b1, b2), _add_decay(decay, decayed)]
@@ -232,13 +233,13 @@ def lion(o: ConfigDict, decay: Schedule, decayed: Mask) -> Transformations:
 
 @reads("momentum")
 def sgd(o: ConfigDict, decay: Schedule, decayed: Mask) -> Transformations:
-    """SGD as in PyTorch: weight decay is added to the gradient, then momentum, not Nesterov's and not dampened."""
+    """SGD as in PyTorch: weight decay is added to the gradient before momentum; no Nesterov, no dampening."""
     return [_add_decay(decay, decayed), optax.trace(o.momentum)]
 
 
 @reads("momentum")
 def lars(o: ConfigDict, decay: Schedule, decayed: Mask) -> Transformations:
-    """LARS (arXiv 1708.03888) as MAE's linear probe has it: SGD whose decayed leaves are scaled before momentum.
+    """LARS (arXiv 1708.03888) as in MAE's linear probe: SGD whose decayed leaves are scaled before momentum.
 
     The factor, per leaf, is LARS_TRUST · |parameter| / |gradient with weight decay|; 1 where either norm is 0.
     """
@@ -256,7 +257,7 @@ def _layer_rates(decay: float, depth: int) -> optax.GradientTransformation:
 
 def _only(learns: Callable[[str], bool],
           inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
-    """Hides from `inner` the parameters that do not learn: they have no state, and their update is zero."""
+    """Applies `inner` to trainable parameters only; the others have no state, and their update is zero."""
     def hide(tree: Params) -> Params:
         return jax.tree_util.tree_map_with_path(
             lambda keys, leaf: leaf if learns(path(keys)) else optax.MaskedNode(), tree)

@@ -1,4 +1,4 @@
-"""The parameters of a model as text: a line for each kind of part, and a line for each parameter."""
+"""Tables of a model's parameters as text: a summary with one line per kind of module, and a full table."""
 
 import re
 from collections import Counter
@@ -9,11 +9,11 @@ from mae_jax.methods.base import Method
 from mae_jax.param_tree import flatten
 from mae_jax.training import optim
 
-FILE = "parameters.txt"  # in the workdir: every parameter by name
+FILE = "parameters.txt"  # the full table, in the workdir
 
 
 class Parameter(NamedTuple):
-    """One array: whether weight decay applies to it, 'yes', 'no' or 'frozen', and what multiplies its learning rate."""
+    """A parameter: its shape and dtype, weight decay ('yes', 'no' or 'frozen'), and the factor of its learning rate."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -29,11 +29,11 @@ class Parameter(NamedTuple):
 
 
 def summary(params: Any, method: Method) -> str:
-    """Returns a line for each kind of part: blocks that are alike are one line, and so is a head of several arrays.
+    """Returns a summary with one line per kind of module; equal blocks share one line.
 
     Args:
-      params: nested dicts of arrays, or of their shapes.
-      method: whose they are.
+      params: nested dicts of arrays or of their shapes.
+      method: the method of the parameters.
     """
     known = _parameters(params, method)
     nested = {name.split("/")[0] for name in known if name.count("/") > 1}
@@ -54,7 +54,7 @@ def summary(params: Any, method: Method) -> str:
 
 
 def table(params: Any, method: Method) -> str:
-    """Returns a line for each parameter: name, shape, dtype, decay and what multiplies its learning rate."""
+    """Returns one line per parameter: name, shape, dtype, weight decay and factor of the learning rate."""
     known = _parameters(params, method)
     rows = [["parameter", "shape", "dtype", "decay", "lr"]]
     rows += [[name, str(each.shape), each.dtype, each.decay, _rates([each.lr])] for name, each in known.items()]
@@ -70,25 +70,25 @@ def _parameters(params: Any, method: Method) -> dict[str, Parameter]:
 
 
 def _split(name: str, nested: set[str]) -> tuple[str, str]:
-    """Returns the part that a parameter is of, as encoder/block_03, decoder/norm or head, and its name inside."""
+    """Splits a path into the module, such as encoder/block_03, decoder/norm or head, and the name inside it."""
     names = name.split("/")
     length = 2 if names[0] in nested else 1
     return "/".join(names[:length]), "/".join(names[length:])
 
 
 def _alike(inside: dict[str, Parameter]) -> tuple[tuple[Any, ...], ...]:
-    """Returns what parts of one kind have in common: names, shapes, and what decays."""
+    """Returns (name, shape, decay) of the parameters of a module, which are equal for modules of one kind."""
     return tuple((name, each.shape, each.decay) for name, each in inside.items())
 
 
 def _place(kind: str) -> tuple[bool, str, int, str]:
-    """Returns what to sort by: the encoder first, and of each module embeddings, blocks, the rest."""
+    """Returns a sort key: the encoder first; in each module embeddings, then blocks, then the rest."""
     top, _, rest = kind.partition("/")
     return top != "encoder", top, 0 if re.search("embed|token", rest) else 1 if rest == "block_*" else 2, rest
 
 
 def _decay(words: Sequence[str]) -> str:
-    """Returns the one word, or how many of the arrays decay."""
+    """Returns the common word, or the number of parameters with weight decay."""
     return words[0] if len(set(words)) == 1 else f"{words.count('yes')} of {len(words)}" + (
         f", {words.count('frozen')} frozen" if "frozen" in words else "")
 

@@ -1,4 +1,4 @@
-"""Looks into the gradients of one step: which images and which parameters are not finite."""
+"""Replay of one step, to find the images and parameters whose loss or gradient is not finite."""
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,20 @@ from mae_jax.training.train_step import gradients
 
 
 def replay(folder: str, step: int) -> int:
-    """Computes the loss and gradients of `step` from the newest checkpoint's parameters, and prints what it finds.
+    """Computes loss and gradients of a step with the newest checkpoint, and prints what is not finite.
 
-    Steps whose gradients were not finite left the parameters as they were, so that the checkpoint saved when the guard
-    stopped the run holds those that such a step began with. Returns the exit code.
+    Non-finite steps do not change the parameters: the checkpoint that is saved when the guard stops a run has the
+    parameters with which these steps began.
+
+    Args:
+      folder: the workdir.
+      step: the step; negative: the last step before the checkpoint.
+
+    Returns:
+      The exit code.
+
+    Raises:
+      UserError: there is no checkpoint, or the step is after it.
     """
     path = paths.locate_checkpoints(folder, "--workdir")
     run = prepare(config_for_inspection(path), path)
@@ -48,9 +58,9 @@ def replay(folder: str, step: int) -> int:
 
 
 def _bad_examples(run: Run, state: TrainState, batch: Batch) -> list[str]:
-    """Returns the ids of the images whose own loss is not finite, evaluated alone and not mixed with others.
+    """Returns the ids of the images whose loss, evaluated one image at a time, is not finite.
 
-    Those that share an order of patches are evaluated together; what is not finite in one is said of all of them.
+    Images of a group, which share an order of patches, are evaluated together: all of them are returned.
     """
     key, group = stream_key(run.config.seed, int(state.step), "loss"), run.program.method.group
 

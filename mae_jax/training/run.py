@@ -1,4 +1,4 @@
-"""A run: config, workdir, method, train step and inputs, and the state that it starts from."""
+"""A run: config, workdir, train step and inputs, and its initial state."""
 
 import collections
 import contextlib
@@ -28,27 +28,29 @@ CACHE = "jax_compilation_cache_dir"
 
 
 class Run(NamedTuple):
-    """All that is fixed once config and data are known."""
+    """The fixed parts of a run."""
 
-    config: ConfigDict  # as config.json keeps it, with its 'auto': a run may go on elsewhere
+    config: ConfigDict  # as in config.json, with 'auto' unresolved: a run may be resumed on other devices
     workdir: epath.Path
     program: TrainStep
-    inputs: Any  # data.Inputs; data/ is imported only where the input is built
+    inputs: Any  # data.Inputs; mae_jax.data is imported only where inputs are built
 
     @property
     def timeline(self) -> Timeline:
-        """When what happens, in steps."""
+        """The periods of training in steps, such as the total, warm-up and evaluation interval."""
         return self.program.method.timeline
 
 
 def prepare(config: ConfigDict, folder: epath.Path, for_training: bool = True) -> Run:
-    """Checks the config, opens the data and builds the method; raises UserError before anything is written.
+    """Checks the config, opens the data and builds the method. Writes nothing.
 
     Args:
-      config: as config.json keeps it, with its 'auto'.
+      config: as in config.json, with 'auto' unresolved.
       folder: the workdir.
-      for_training: False where the encoder alone is looked at: data of any labels, or without what the loss needs,
-        will do.
+      for_training: False to use the encoder only: data need neither labels nor the fields of the loss.
+
+    Raises:
+      UserError: the config is invalid, or does not fit the data.
     """
     from mae_jax import data
 
@@ -82,7 +84,7 @@ def prepare(config: ConfigDict, folder: epath.Path, for_training: bool = True) -
 
 
 def _decided(config: ConfigDict, dataset: Any) -> ConfigDict:
-    """Returns the config, as config.json keeps it, with what the data have decided: a resume keeps to it."""
+    """Returns the config with data.range='auto' replaced by the range of the data, so that a resumed run keeps it."""
     if config.data.range == "auto" and recipe_version.has(config, "range_of_16_bits"):
         config = config.copy_and_resolve_references()
         config.data.range = dataset.config.data.range
@@ -90,7 +92,7 @@ def _decided(config: ConfigDict, dataset: Any) -> ConfigDict:
 
 
 def device_batches(run: Run, start: int) -> Iterator[Batch]:
-    """Yields the global batches of steps start, start + 1, ...; `data.prefetch` of them are on their way ahead."""
+    """Yields the global batches of steps start, start + 1, ..., on the devices; prefetches `data.prefetch` batches."""
     ready: collections.deque[Batch] = collections.deque()
     for batch in run.inputs.train(start):
         ready.append(sharding.to_devices(batch, run.program.mesh, run.config.batch_size))
@@ -99,7 +101,7 @@ def device_batches(run: Run, start: int) -> Iterator[Batch]:
 
 
 def images_on_host(run: Run) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the training split as evaluations see it, whole global batches of NumPy arrays, on all processes alike."""
+    """Yields global batches of the training split without augmentation, as NumPy arrays, the same on every process."""
     everywhere = sharding.replicated(run.program.mesh)
     for batch in run.inputs.support():
         placed = sharding.to_devices(batch, run.program.mesh, run.config.batch_size)
@@ -107,12 +109,15 @@ def images_on_host(run: Run) -> Iterator[dict[str, np.ndarray]]:
 
 
 def initial_state(run: Run, for_training: bool = True, meanwhile: Callable[[], None] | None = None) -> TrainState:
-    """Makes the state before the first step, from `init_from` where it is given.
+    """Returns the state before the first step, with the parameters of `init_from` if it is set.
 
     Args:
-      run: as `prepare` made it.
-      for_training: False where the encoder alone is looked at: nothing is then computed of training images.
-      meanwhile: begins what goes on beside it, once `init_from` is read, which a mistake may break.
+      run: the run.
+      for_training: False to use the encoder only: nothing is computed from training images.
+      meanwhile: starts background work; called after `init_from` has been read and checked.
+
+    Raises:
+      UserError: `init_from` or a stored vocabulary cannot be used.
     """
     loaded = warm_start.load(run.config, run.program.state.params, run.inputs.classes) if run.config.init_from else {}
     if meanwhile:
@@ -135,9 +140,9 @@ def initial_state(run: Run, for_training: bool = True, meanwhile: Callable[[], N
 
 
 def open_run(config: ConfigDict, folder: str, for_training: bool = True) -> Run:
-    """Returns the run of a config in a workdir, after all checks that need no device; nothing is written.
+    """Finds the devices, opens the data and returns the run of a config in a workdir. Writes nothing.
 
-    Args: as of `prepare`.
+    For the arguments and errors see `prepare`; changes of a resumed run are checked and logged.
     """
     path = paths.locate_checkpoints(folder, "--workdir")
     with progress.doing("finding the devices"):
@@ -151,21 +156,22 @@ def open_run(config: ConfigDict, folder: str, for_training: bool = True) -> Run:
 
 
 def data_changes(run: Run) -> list[str]:
-    """Returns how the data are other ones than those that the run began with; raises UserError for other classes."""
+    """Returns the differences of the data from those of the stored run; raises UserError for other classes."""
     return workdir.data_changes(run.workdir, run.inputs, run.program.method.has_class_head)
 
 
 def log_changes(changes: list[str]) -> None:
-    """Logs each change that a run goes on with."""
+    """Logs each change of a resumed run."""
     for change in changes:
         logger.info("changed since the run began: %s", change)
 
 
 @contextlib.contextmanager
 def compiled_programs(config: ConfigDict, folder: epath.Path) -> Iterator[None]:
-    """Keeps compiled programs where train.compilation_cache says; 'auto' where JAX was told, or else in the workdir.
+    """Sets JAX's compilation cache to train.compilation_cache; 'auto' is JAX's own setting, or else the workdir.
 
-    What is read there is executed. So only a run reads its own workdir's, and no command that looks into a workdir.
+    Cached programs are executed. For safety, only a training run uses the cache in its workdir; commands that inspect a
+    workdir do not.
     """
     place = config.train.compilation_cache
     before = getattr(jax.config, CACHE)
@@ -181,8 +187,9 @@ def compiled_programs(config: ConfigDict, folder: epath.Path) -> Iterator[None]:
 
 
 def config_for_inspection(path: epath.Path) -> ConfigDict:
-    """Returns the config that a workdir was made with, to look at the run: its mesh gives way where it does not fit.
+    """Returns the stored config of a workdir, for inspecting the run.
 
-    What was trained on many devices can be looked at on one, and what was summed in bfloat16 where that is not done.
+    If the stored group `mesh` does not fit these devices, the default mesh replaces it, so that a run on many devices,
+    or one that reduces gradients in bfloat16, can be inspected on others.
     """
     return with_fitting_mesh(workdir.read_config(path))

@@ -1,4 +1,4 @@
-"""What a run says of its steps: figures, speed, the names of bad images."""
+"""Logs train metrics, throughput and unreadable images, one step late."""
 
 import collections
 import logging
@@ -19,13 +19,13 @@ logger = logging.getLogger(__name__)
 
 
 class StepLogger:
-    """Reads metrics one step late, so that the device need not wait for the host; the guards look at them too.
+    """Reads the metrics of each step one step late, so that the device does not wait for the host, and checks guards.
 
-    It waits where one more step that is not finite stops the run: with guard.max_nonfinite=1, after each step.
+    If one more non-finite step would stop the run, it reads them without delay: with guard.max_nonfinite=1 always.
     """
 
     def __init__(self, run: Run, recorder: MetricWriter, line: Line | None = None):
-        """Args: run; recorder: to which metrics go; line: which shows on a terminal how far the run is."""
+        """Args: run: the run; recorder: writes the metrics; line: the progress line on a terminal."""
         self.run, self.recorder, self.line = run, recorder, line or Line()
         self.every = run.timeline.log_every
         self.waiting: collections.deque[tuple[int, Metrics, jax.Array]] = collections.deque()
@@ -34,23 +34,23 @@ class StepLogger:
         self.speed = Speed(run.config.batch_size, train_flops(run.program.method), peak_flops(jax.devices()[0]))
 
     def record(self, done: int, metrics: Metrics, ids: jax.Array) -> None:
-        """Takes what the step that has just been dispatched gives, and handles the step before.
+        """Queues the metrics of the step that has just been dispatched, and logs those of the previous step.
 
         Args:
-          done: steps taken, this one included.
+          done: number of steps so far, including this one.
           metrics: name → (sum, weight), on the devices.
-          ids: of the examples, int32 [B].
+          ids: ids of the examples, int32 [B], or [B, 2] for large data sets.
 
         Raises:
-          GuardError: the step before was one too many.
+          GuardError: a guard stops the run, see `Guards.check`.
         """
         self.waiting.append((done, metrics, ids))
-        # The step after the one that stops a run must not begin: the state to save is the one that it began with.
+        # No step may follow the one that stops a run, since the state after it is saved for replay.
         while len(self.waiting) > 1 or (self.waiting and self.guards.one_more_stops()):
             self._handle(*self.waiting.popleft())
 
     def flush(self) -> None:
-        """Handles all that waits and makes sure that it is on disk."""
+        """Logs all queued steps and writes them to disk; raises GuardError as `record`."""
         while self.waiting:
             self._handle(*self.waiting.popleft())
         self.recorder.flush()
@@ -70,7 +70,7 @@ class StepLogger:
             print_once(progress_line(done, self.run.timeline.total, line, self.run.config.batch_size))
 
     def _name_bad_images(self) -> None:
-        """Logs the images that this process could not read, each once."""
+        """Logs the name of each unreadable image of this process once."""
         for name in dict.fromkeys(self.run.inputs.bad):
             if name not in self.named:
                 logger.warning("replaced a bad picture: %s", name)

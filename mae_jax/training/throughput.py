@@ -1,4 +1,4 @@
-"""Images per second, share of time spent waiting for data, and MFU by the chip's peak."""
+"""Throughput: images per second, share of time spent waiting for data, and model FLOPs utilization (MFU)."""
 
 import math
 import time
@@ -11,7 +11,7 @@ from mae_jax.methods.base import Method
 from mae_jax.runtime.console import clock
 
 # Dense bfloat16 FLOP/s per JAX device, from the vendors' product pages; a TPU v2 or v3 device is one of a chip's two
-# cores. The first entry whose name the device kind contains is taken.
+# cores. The first entry whose name is part of the device kind applies.
 PEAKS = {
     "TPU v2": 22.5e12,
     "TPU v3": 61.5e12,
@@ -34,17 +34,17 @@ PEAKS = {
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Returns the device's peak in bfloat16 FLOP/s, or None when it is not in the table."""
+    """Returns the device's peak in bfloat16 FLOP/s; None for a device that is not in the table."""
     return next((peak for name, peak in PEAKS.items() if name in device.device_kind), None)
 
 
 def train_flops(method: Method) -> int:
-    """FLOPs of one image in a train step: the backward pass costs twice the forward pass that it belongs to."""
+    """Returns the FLOPs per image of a train step; the backward pass costs twice its forward pass."""
     return 3 * method.forward_flops() + method.frozen_flops()
 
 
 class Speed:
-    """Measures a stretch of steps: images per second, the share of time spent waiting for data, MFU, time left."""
+    """Measures images per second, the share of time spent waiting for data and MFU over an interval of steps."""
 
     def __init__(self, batch_size: int, flops_per_image: int, peak: float | None):
         self.batch_size, self.flops, self.peak = batch_size, flops_per_image, peak
@@ -52,11 +52,11 @@ class Speed:
         self.start()
 
     def start(self) -> None:
-        """Begins a stretch; call it after anything that is not training."""
+        """Begins an interval; call it after anything that is not training."""
         self.began, self.steps, self.waited = time.monotonic(), 0, 0.0
 
     def waiting(self, produce: Callable[[], Any]) -> Any:
-        """Returns produce(), counted as waiting for data."""
+        """Returns produce(), and counts its time as waiting for data."""
         before = time.monotonic()
         item = produce()
         self.waited += time.monotonic() - before
@@ -64,15 +64,16 @@ class Speed:
         return item
 
     def now(self) -> float:
-        """Returns the images per second of the last whole stretch; of this one, where none was before. NaN: not yet."""
+        """Returns images per second of the last complete interval, or of the current one before that; NaN at first."""
         if not math.isnan(self.last["train/images_per_sec"]) or not self.steps:
             return self.last["train/images_per_sec"]
         return self.steps * self.batch_size / max(time.monotonic() - self.began, 1e-9)
 
     def take(self) -> dict[str, float]:
-        """Returns the figures of the stretch and begins another; those of the one before where no step was taken.
+        """Returns the metrics of the interval and begins another one.
 
-        NaN where none was before either: the first step, with which programs are loaded, is not timed.
+        Without a step in the interval, returns those of the previous one. They are NaN at first: the first step, which
+        loads compiled programs, is not timed.
         """
         if not self.steps:
             return self.last
@@ -87,13 +88,13 @@ class Speed:
 
 
 def progress_note(loss: float, rate: float, images_left: int) -> str:
-    """Returns what the live line of a terminal says after each step, beside how many there are."""
+    """Returns the text of the progress line on a terminal: loss, images per second and time left."""
     speed = "" if math.isnan(rate) or not rate else f"  {rate:.0f} images/s  {clock(images_left / rate)} left"
     return f"loss {loss:.4f}{speed}"
 
 
 def progress_line(step: int, total: int, values: dict[str, float], batch_size: int) -> str:
-    """Returns the line that is printed every log.every steps."""
+    """Returns the line that is printed every log.every steps; `values` are the metrics of the interval."""
     line = f"step {step}/{total} ({step / total:.0%})  loss {values['train/loss']:.4f}  lr {values['train/lr']:.2e}"
     rate = values["train/images_per_sec"]
     if math.isnan(rate):  # not timed yet

@@ -1,4 +1,4 @@
-"""The one jitted train step, and where its state lives."""
+"""The jitted train step, and the sharding of its state."""
 
 import math
 from collections.abc import Callable
@@ -25,28 +25,31 @@ from mae_jax.state import TrainState
 from mae_jax.training import optim, spike_detector
 from mae_jax.training.optim import Schedule
 
-# XLA would merge products of one array, as those for queries, keys and values, and copy the result apart for cuDNN.
+# By default, XLA merges matrix products with a common operand, such as those for queries, keys and values, and then
+# copies the parts of the result for cuDNN.
 COMPILER_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
 T = TypeVar("T")
-Updated = tuple[Params, Any, Params, Extras]  # parameters, the optimizer's state, their average, extras
+Updated = tuple[Params, Any, Params, Extras]  # parameters, optimizer state, EMA, extras
 
 
 class TrainStep:
-    """All that is fixed once the method and the mesh are known.
+    """The compiled functions and shardings of a method on a mesh.
 
-    Calls of `init` and `step`, and whatever else runs the models, belong inside `jax.set_mesh(program.mesh)`.
+    Call `init`, `step` and other functions of the models inside `jax.set_mesh(program.mesh)`.
 
     Attributes:
       method, mesh: as given.
-      state: the train state's shapes, each with its sharding.
-      batch: the global batch's shapes, each with its sharding.
-      init: batch → state before the first step, jitted; no array exists whole where its sharding cuts it.
-      step: (state, batch) → (state, metrics), jitted, donating the state.
+      optimizer: the optimizer without the learning rate, see `optim.make_optimizer`.
+      schedule: step → learning rate.
+      state: tree of ShapeDtypeStruct of the train state, with shardings.
+      batch: name → ShapeDtypeStruct of the global batch, with shardings.
+      init: batch → state before the first step, jitted; sharded arrays are never materialized whole.
+      step: (state, batch) → (state, metrics), jitted; donates the state.
     """
 
     def __init__(self, method: Method, mesh: Mesh):
-        """Raises UserError for a config that cannot be shared among the mesh's devices, or among micro-batches."""
-        jax.config.update("jax_threefry_partitionable", True)  # what is drawn must not depend on the mesh
+        """Raises UserError if the batch cannot be split into the mesh's devices, or into micro-batches."""
+        jax.config.update("jax_threefry_partitionable", True)  # random numbers must not depend on the mesh
         self.method, self.mesh, config = method, mesh, method.config
         if config.train.accumulate > 1 and method.loss_spans_batch:
             raise UserError(f"train.accumulate={config.train.accumulate}: the loss of {config.method.name} has terms "
@@ -74,17 +77,17 @@ class TrainStep:
         self._ahead: Future | None = None
 
     def compile_ahead(self) -> None:
-        """Begins to compile `step` in a thread, while the state is made and evaluated; `compile` waits for it.
+        """Starts to compile `step` in a thread, while the state is initialized and evaluated; `compile` waits for it.
 
-        Not on GPUs, where XLA chooses kernels by timing them, on devices that would have other work meanwhile.
+        Does nothing on GPUs, where XLA selects kernels by timing them: other work would disturb the timing.
         """
         if self.mesh.devices.flat[0].platform != "gpu":
             executor = ThreadPoolExecutor(1, "compile")
             self._ahead = executor.submit(self._compile)
-            executor.shutdown(wait=False)  # the thread ends when it is done; the end of a process waits for it
+            executor.shutdown(wait=False)  # the thread ends after its task; the interpreter joins it at exit
 
     def compile(self) -> None:
-        """Compiles `step`, so that its first call runs at once; raises what that raises."""
+        """Compiles `step`, or waits for `compile_ahead`; raises the errors of the compilation."""
         with progress.doing("compiling the train step"):
             if self._ahead is None:
                 self._compile()
@@ -92,20 +95,25 @@ class TrainStep:
                 self._ahead.result()
 
     def leave(self) -> None:
-        """Says that nobody will wait for `compile_ahead`; what ends this process does not either."""
+        """Marks an unfinished `compile_ahead` as abandoned, so that `exit_process` does not join its thread."""
         if self._ahead and not self._ahead.done():
             exit.wait_for_no_thread()
 
     def _compile(self) -> None:
-        with jax.set_mesh(self.mesh):  # each thread has its own
+        with jax.set_mesh(self.mesh):  # the mesh is a setting per thread
             self.step.lower(self.state, self.batch).compile()
 
 
 def build(config: ConfigDict, data: DataInfo, devices: list[jax.Device] | None = None) -> TrainStep:
-    """Builds a config's step for data that have this, on all devices or those given ('auto' is what they have).
+    """Builds the train step of a config.
+
+    Args:
+      config: the config; 'auto' is resolved for the platform of the devices.
+      data: properties of the data.
+      devices: the devices; None: all.
 
     Raises:
-      UserError: the config does not fit the devices, or the method.
+      UserError: the config does not fit the devices or the method.
     """
     devices = jax.devices() if devices is None else devices
     config = for_platform(config, devices[0].platform)
@@ -125,13 +133,21 @@ def init_state(method: Method, optimizer: optax.GradientTransformation, batch: B
 
 def gradients(method: Method, state: TrainState, batch: Batch, key: jax.Array,
               accumulate: int) -> tuple[Params, Metrics, Extras]:
-    """Returns gradients, metrics and extras, over `accumulate` micro-batches one after the other.
+    """Returns gradients, metrics and new extras of a batch, accumulated over `accumulate` micro-batches.
 
-    Micro-batch j takes the rows j, j + accumulate, ... (or groups of rows): every device splits its own rows. The sum
-    is weighted by the weight of the loss, so that it is the gradient of the whole batch also where rows are invalid.
+    Micro-batch j has rows j, j + accumulate, ... (or groups of rows), so that every device splits its own rows.
+    Gradients are weighted by the weight of the loss: the result is the gradient of the whole batch, also with invalid
+    rows.
+
+    Args:
+      method: the method.
+      state: the train state; gradients are with respect to its params.
+      batch: the global batch.
+      key: key of the loss; if there are several micro-batches, number j uses fold_in(key, j).
+      accumulate: number of micro-batches.
     """
     def loss(params: Params, *args: Any) -> tuple[jax.Array, tuple[Metrics, Extras]]:
-        if method.config.mesh.reduce == "bfloat16":  # gradients of kernels are summed in the dtype that these have
+        if method.config.mesh.reduce == "bfloat16":  # gradients are reduced in the dtype of the kernels
             params = jax.tree_util.tree_map_with_path(
                 lambda keys, leaf: leaf.astype(jnp.bfloat16) if path(keys).endswith("/kernel") else leaf, params)
         return method.loss(params, *args)
@@ -159,17 +175,16 @@ def gradients(method: Method, state: TrainState, batch: Batch, key: jax.Array,
 
 
 def split_microbatches(x: jax.Array, parts: int, group: int) -> jax.Array:
-    """Deals the rows of [B, ...] out to micro-batches, [parts, B / parts, ...]; neighbours of a group stay together."""
+    """Splits [B, ...] into interleaved micro-batches [parts, B / parts, ...]; keeps groups of rows together."""
     return x.reshape(-1, parts, group, *x.shape[1:]).swapaxes(0, 1).reshape(parts, -1, *x.shape[1:])
 
 
 def build_train_step(method: Method, optimizer: optax.GradientTransformationExtraArgs,
                      schedule: Schedule) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns the pure function (state, batch) → (state, metrics) that the loop jits, donating the state.
+    """Returns the pure train step (state, batch) → (state, metrics), to be jitted.
 
-    Where a gradient is not finite, or the step is a spike and `guard.spike` is on, parameters, optimizer, EMA and
-    extras keep their values bit for bit, whatever the optimizer; `step` advances all the same, so that the batch is not
-    drawn again.
+    If the loss or a gradient is not finite, or guard.spike detects a spike, parameters, optimizer state, EMA and extras
+    are unchanged bit for bit, for every optimizer. `state.step` still advances, so that the batch is not repeated.
     """
     config = method.config
 
@@ -185,7 +200,7 @@ def build_train_step(method: Method, optimizer: optax.GradientTransformationExtr
             params, opt, ema, _ = kept
             updates, opt = optimizer.update(grads, opt, params, step=state.step)
             params = jax.tree.map(lambda p, u: p - lr * u, params, updates)
-            # As a difference: 0.9999 and 0.0001 rounded apart would shrink the average by 1.7e-4.
+            # In this form, the factors sum to 1: separately rounded, 0.9999 and 0.0001 would shrink the EMA by 1.7e-4.
             ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params) if decay else {}
             return params, opt, ema, method.after_update(params, new_extras, state.step)
 
@@ -205,10 +220,10 @@ def build_train_step(method: Method, optimizer: optax.GradientTransformationExtr
 
 
 def only_if(apply_update: jax.Array, advance: Callable[[T], T], kept: T) -> T:
-    """Returns `advance(kept)` where the step is taken, and otherwise `kept`, bit for bit.
+    """Returns `advance(kept)` if the update is applied, otherwise `kept`, bit for bit.
 
-    Accelerators compute the new values and choose, which they fuse with the update. On CPUs XLA would then copy what is
-    donated, moments and parameters, before it writes over them; a loop of one turn or none writes in place.
+    Accelerators compute the new values and select, which is fused with the update. On CPUs, XLA would then copy the
+    donated parameters and moments before overwriting them; a loop of one or zero iterations writes in place.
 
     Args:
       apply_update: bool [].
@@ -226,7 +241,15 @@ def only_if(apply_update: jax.Array, advance: Callable[[T], T], kept: T) -> T:
 
 def skip_on_spike(deviations: float, finite: jax.Array, state: TrainState, metrics: Metrics,
                   norm: jax.Array) -> tuple[jax.Array, Any, Metrics]:
-    """Returns whether the step is to be taken, the history with it, and the metric `spikes`."""
+    """Returns whether to apply the update (bool []), the new history, and the metric `spikes`.
+
+    Args:
+      deviations: guard.spike; 0: off.
+      finite: bool [], whether loss and gradients are finite.
+      state: the train state, with the history.
+      metrics: the metrics of the step.
+      norm: global norm of the gradients, float32 [].
+    """
     if not deviations:
         return finite, (), {}
     values = {"loss": metrics["loss"][0] / jnp.maximum(metrics["loss"][1], 1), "grad_norm": norm}

@@ -1,7 +1,7 @@
-"""The encoder's shape of weights that training starts from: where the recipe leaves it open, and to compare it.
+"""The shape of the encoder in `init_from`: fills the config fields that a recipe leaves open, and compares shapes.
 
-A recipe names the open fields in `model.auto`. They are closed before the run begins: config.json holds what was taken,
-and a resumed run does not look again.
+A recipe lists the open fields in `model.auto`. They are filled before the run begins: config.json has their values, and
+a resumed run uses these.
 """
 
 import logging
@@ -21,18 +21,18 @@ from mae_jax.training import workdir
 
 logger = logging.getLogger(__name__)
 
-HEADS = {width: heads for width, _, heads in SIZES.values()}  # of the published ViTs, which no shape shows
-GELUS = {"gelu": "erf", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_tanh": "tanh"}  # theirs → ours
-LAYER_SCALE = 1e-4  # where such a model would start (DeiT III); all of it is then loaded
+HEADS = {width: heads for width, _, heads in SIZES.values()}  # width → heads of published ViTs; shapes do not reveal it
+GELUS = {"gelu": "erf", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_tanh": "tanh"}  # their name → our name
+LAYER_SCALE = 1e-4  # initial value of a model with LayerScale (DeiT III), which loading replaces
 
 
 def with_shape(config: ConfigDict) -> ConfigDict:
-    """Returns the config with the shape of `init_from` in its open fields, and none open; says what was taken.
+    """Returns the config with its open fields set to the encoder shape of `init_from`, and logs them.
 
-    Without `init_from` they keep what the recipe has.
+    Without `init_from`, the open fields keep the values of the recipe.
 
     Raises:
-      UserError: nothing is there, or its number of heads is not known.
+      UserError: `init_from` does not exist, or its number of heads or patch size is not known.
     """
     if not config.model.auto:
         return config
@@ -53,14 +53,14 @@ def with_shape(config: ConfigDict) -> ConfigDict:
 
 
 def shape_of(source: str, heads: bool = True) -> tuple[dict[str, Any], list[str]]:
-    """Returns field of config.model → value, of the encoder that a source holds, and notes on where they are from.
+    """Returns field of config.model → value for the encoder in a source, and notes on the origin of the values.
 
     Args:
-      source: as config.init_from.
-      heads: whether their number must be known.
+      source: a value of config.init_from.
+      heads: whether the number of heads is required.
 
     Raises:
-      UserError: nothing is there, or the number of heads or the shape of patches is not known.
+      UserError: the source does not exist or has no encoder, or its number of heads or patch size is not known.
     """
     theirs = workdir.config_of(source)
     if theirs is not None:
@@ -77,16 +77,16 @@ def shape_of(source: str, heads: bool = True) -> tuple[dict[str, Any], list[str]
 
 
 def of_weights(source: str, params: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Returns field of config.model → value, of weights without a config of ours, and notes on where they are from.
+    """Returns field of config.model → value for weights without our config, and notes on the origin of the values.
 
-    Heads are left out where nothing tells how many they are, `gelu` where nothing says which.
+    `heads` and `gelu` are missing if they are not known.
 
     Args:
-      source: the file or folder, beside which a config.json may lie.
-      params: in our names.
+      source: the file or folder of the weights; a config.json beside them is read.
+      params: the parameters, with our names.
 
     Raises:
-      UserError: the shape of patches is not known, or MLPs are no whole number of times as wide as tokens.
+      UserError: the patch size is not known, or the MLP width is not a multiple of the token width.
     """
     found, notes, said = of_params(params), [], workdir.described(source)
     if not isinstance(found.get("mlp_ratio", 0), int):
@@ -115,18 +115,23 @@ def of_weights(source: str, params: Mapping[str, Any]) -> tuple[dict[str, Any], 
 
 
 def described_as(said: Mapping[str, Any], transformers: str, timm: str) -> Any:
-    """Returns what a config.json of transformers, or of timm's hub, says; None for nothing."""
+    """Returns a field of a config.json of transformers, or of timm's hub; None without it.
+
+    Args:
+      said: the content of config.json.
+      transformers, timm: the names of the field in the two formats.
+    """
     arguments = said.get("model_args")
     return said.get(transformers, arguments.get(timm) if isinstance(arguments, dict) else None)
 
 
 def of_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what the shapes of our parameters, or of others', show: field of config.model → value."""
+    """Returns field of config.model → value, from the shapes of parameters with our names."""
     encoder = params["encoder"]
     blocks = [name for name in encoder if name.startswith("block_")]
     found: dict[str, Any] = {"width": np.shape(encoder["patch_embed"]["kernel"])[-1], "depth": len(blocks)}
     first = encoder[min(blocks)] if blocks else {}
-    if "mlp" in first:  # a mixture has experts in some blocks
+    if "mlp" in first:  # blocks with experts have no MLP
         width, hidden = np.shape(first["mlp"]["fc1"]["kernel"])
         found["mlp_ratio"] = hidden // width if hidden % width == 0 else hidden / width
     if blocks:
@@ -137,7 +142,7 @@ def of_params(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_same(source: str, loaded: Mapping[str, Any], config: ConfigDict) -> None:
-    """Raises UserError, with both, where the shapes of loaded parameters are other ones than the config's."""
+    """Raises UserError if width, depth or MLP ratio of the loaded encoder differ from the config."""
     if "patch_embed" not in loaded.get("encoder", {}):
         raise UserError(f"init_from={source}: {layouts.strange(flatten(loaded))}")
     found = of_params(loaded)

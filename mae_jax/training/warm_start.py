@@ -1,7 +1,7 @@
-"""Starting from other parameters: `init_from` a workdir, a step's folder in it, or weights of another library.
+"""Warm starts: `init_from` is a workdir, the folder of a step in it, or weights of another library.
 
-Those are a file, of safetensors or of torch.save, or a folder as transformers and timm write it, in any layout of
-`mae_jax.interop.layouts` that is read.
+The weights of other libraries are a file of safetensors or torch.save, or a folder as written by transformers and timm,
+in any readable layout of `mae_jax.interop.layouts`.
 """
 
 import logging
@@ -27,31 +27,28 @@ from mae_jax.training import warm_shape, workdir
 
 logger = logging.getLogger(__name__)
 
-# What shapes do not show, and what would make the same numbers another function.
+# Fields that the shapes of parameters do not reveal, but that change the function of the encoder.
 MUST_MATCH = ("model.heads", "model.gelu", "model.patch")
-DENSE = ("detection", "segmentation")  # tasks for which an encoder of other patches is adapted
-# Parts that an encoder may have more or fewer of: the norm after the last block gives way to that of the pooled mean.
+DENSE = ("detection", "segmentation")  # tasks for which the patch embedding is resized to another patch size
+# Parameters that either encoder may lack: the final norm, for example, is replaced by the norm of the pooled mean.
 OPTIONAL = re.compile(r"encoder/(pos_embed|mask_token|norm/(scale|bias)|block_\d+/experts/gate/kernel)")
-# Parts that an encoder may begin with: relative positions of 0 leave it the function that it was, and so do LayerScales
-# of 1.
+# Parameters that may be added: relative positions of 0, and LayerScales of 1, do not change the encoder's function.
 ADDED = re.compile(r"encoder/block_\d+/attn/(rel_pos_[hw]|relative_position_bias)")
 SCALES = re.compile(r"encoder/block_\d+/ls[12]/gamma")
 
 
 def load(config: ConfigDict, params: Any, classes: Sequence[str] = ()) -> dict[str, Any]:
-    """Returns the parameters that config.init_from holds, made to fit a model whose parameters have these shapes.
-
-    `param_tree.merge` puts them into the model.
+    """Returns the parameters of config.init_from, adapted to a model; `param_tree.merge` inserts them.
 
     Args:
-      config: of the run.
+      config: the config of the run.
       params: the model's parameters, or their shapes.
-      classes: of the data, by name.
+      classes: names of the classes of the data.
 
     Raises:
-      UserError: nothing is there, or it belongs to another encoder.
+      UserError: init_from does not exist, or has another encoder.
     """
-    paths.for_orbax(config.init_from, "init_from")  # a resumed run may have moved from it, and does not read it
+    paths.for_orbax(config.init_from, "init_from")  # checked only here, since a resumed run does not read init_from
     theirs = workdir.config_of(config.init_from)
     loaded = _read(config, theirs)
     warm_shape.check_same(config.init_from, loaded, config)
@@ -70,7 +67,7 @@ def load(config: ConfigDict, params: Any, classes: Sequence[str] = ()) -> dict[s
     allowed |= {name for name in here - there if ADDED.fullmatch(name)}
     allowed |= {name for name in here - there if SCALES.fullmatch(name) and config.model.layer_scale == 1}
     if "encoder/cls_token" not in here and not config.method.get("class_token", True):
-        allowed.add("encoder/cls_token")  # a detector of patches alone
+        allowed.add("encoder/cls_token")  # for detectors without a class token
     strange = [name for name in sorted((there ^ here) - allowed) if name.startswith("encoder/")]
     if strange:
         hint = "; python -m mae_jax export --for-task=vote cuts one encoder out of a mixture of experts"
@@ -81,11 +78,11 @@ def load(config: ConfigDict, params: Any, classes: Sequence[str] = ()) -> dict[s
 
 
 def _read(config: ConfigDict, theirs: ConfigDict | None) -> dict[str, Any]:
-    """Reads parameters of ours, or in another layout."""
+    """Reads parameters in our layout or in another one; returns them with our names."""
     loaded, extras = param_tree.split_eval_params(load_params(config.init_from, ema=True, extras=True))
-    if config.method.get("head") == "linear":  # a probe's head means nothing without its batch norm
+    if config.method.get("head") == "linear":  # a probe's head needs its batch norm
         loaded = folded(loaded, extras)
-    return param_tree.split_eval_params(layouts.read(loaded, theirs))[0]  # moments of batch norms begin anew
+    return param_tree.split_eval_params(layouts.read(loaded, theirs))[0]  # without the moments of batch norms
 
 
 def _check_same_function(theirs: ConfigDict, ours: ConfigDict) -> None:
@@ -101,9 +98,7 @@ def _check_same_function(theirs: ConfigDict, ours: ConfigDict) -> None:
 
 
 def _check_described(config: ConfigDict, fields: Sequence[str]) -> None:
-    """Raises UserError where transformers' config.json beside the weights describes another model of their shapes, in
-    one of these fields.
-    """
+    """Raises UserError if transformers' config.json beside the weights differs from the config in one of the fields."""
     said = workdir.described(config.init_from)
     heads, activation, patch = (said.get(key) for key in ("num_attention_heads", "hidden_act", "patch_size"))
     ours = {"erf": "gelu", "tanh": "gelu_pytorch_tanh"}[config.model.gelu]
@@ -119,9 +114,9 @@ def _check_described(config: ConfigDict, fields: Sequence[str]) -> None:
 
 def _without_other_head(loaded: dict[str, Any], theirs: ConfigDict | None, config: ConfigDict, params: Any,
                         classes: Sequence[str]) -> dict[str, Any]:
-    """Leaves out a head that is not what ours is: the report names it among the new and the left over.
+    """Drops a head of other classes or of another method, or any head if the model has a probe's batch norm.
 
-    It is of other classes or another method, or ours learns behind a batch norm, which starts anew.
+    It is renamed, so that `param_tree.merge` reports it as unused. Raises UserError if init_head=keep excludes that.
     """
     old, new = (param_tree.flatten(tree).get("head/kernel") for tree in (loaded, params))
     fits = (old is not None and new is not None and old.shape == new.shape and config.method.get("head") != "probe"
@@ -139,7 +134,7 @@ def _without_other_head(loaded: dict[str, Any], theirs: ConfigDict | None, confi
 
 def _without_other_classes(loaded: dict[str, Any], config: ConfigDict, params: Any,
                            classes: Sequence[str]) -> dict[str, Any]:
-    """Leaves out a detector's parameters of each class where those are other ones than ours; the report names them."""
+    """Drops a detector's parameters per class if its classes are others; renamed, so that `merge` reports them."""
     pattern = methods.get(config.method.name).class_parameters
     there, here = (param_tree.flatten(tree) for tree in (loaded, params))
     own = [name for name in there.keys() & here.keys() if pattern and re.fullmatch(pattern, name)]
@@ -151,7 +146,7 @@ def _without_other_classes(loaded: dict[str, Any], config: ConfigDict, params: A
 
 
 def _keeps_head(config: ConfigDict, classes: Sequence[str]) -> bool:
-    """Whether a head of as many classes is taken, by config.init_head and the names of the classes; says why."""
+    """Returns whether a head of equal shape is kept, by config.init_head and the class names; logs the reason."""
     if config.init_head == "new":
         return False
     if not methods.get(config.method.name).has_class_head:
@@ -171,7 +166,11 @@ def _keeps_head(config: ConfigDict, classes: Sequence[str]) -> bool:
 
 
 def _with_positions(loaded: dict[str, Any], theirs: ConfigDict | None, config: ConfigDict, params: Any) -> Any:
-    """Makes the position embeddings fit: learned ones are resized, fixed ones are where learned ones start from."""
+    """Adapts the position embedding: resizes a learned one; initializes a learned one from fixed positions.
+
+    Raises:
+      UserError: the loaded positions are learned, but those of the config are not.
+    """
     encoder = loaded.get("encoder", {})
     learned, wanted = "pos_embed" in encoder, "pos_embed" in params["encoder"]
     if learned and not wanted:
@@ -186,11 +185,11 @@ def _with_positions(loaded: dict[str, Any], theirs: ConfigDict | None, config: C
 
 
 def _with_patches(loaded: dict[str, Any], theirs: ConfigDict | None, config: ConfigDict) -> tuple[Any, Any]:
-    """Returns parameters whose patch embedding is resized to patches of our size, and their config with these and
-    images of as many patches as before.
+    """Resizes the patch embedding to the config's patch size.
 
-    By torch's bicubic, as ViTDet takes MAE's ViT-H of 14 pixels (an author's answer: facebookresearch/long_seq_mae,
-    issue 2); sums over a larger patch become larger, which fine-tuning has to learn.
+    Returns the parameters, and their config with the new patch size and an image size of the same number of patches.
+    The kernel is resized by torch's bicubic interpolation, as ViTDet does for MAE's ViT-H/14 (an author's answer:
+    facebookresearch/long_seq_mae, issue 2). Sums over a larger patch are larger; fine-tuning must adapt to that.
     """
     kernel = np.asarray(loaded["encoder"]["patch_embed"]["kernel"])
     there, here = theirs.model.patch if theirs else (math.isqrt(len(kernel) // 3),) * 2, tuple(config.model.patch)
@@ -208,7 +207,7 @@ def _with_patches(loaded: dict[str, Any], theirs: ConfigDict | None, config: Con
 
 
 def _with_relative_positions(loaded: dict[str, Any], params: Any) -> dict[str, Any]:
-    """Resizes decomposed relative positions to the grid and the windows of here, as Detectron2 does."""
+    """Resizes decomposed relative positions to the model's grid and windows, as in Detectron2."""
     here, there = param_tree.flatten(params), param_tree.flatten(loaded)
     other = [name for name in there.keys() & here.keys() if re.search("/rel_pos_[hw]$", name)
              and here[name].shape[1:] == there[name].shape[1:] and here[name].shape != there[name].shape]
@@ -221,7 +220,11 @@ def _with_relative_positions(loaded: dict[str, Any], params: Any) -> dict[str, A
 
 
 def _grid_of(table: Any, theirs: ConfigDict | None) -> tuple[int, int]:
-    """Returns the grid that learned positions [N, D] belong to: the config's, or a square one."""
+    """Returns the grid (rows, columns) of learned positions [N, D]: that of the config, or a square one without it.
+
+    Raises:
+      UserError: there is no config, and N is not a square number.
+    """
     if theirs is not None:
         return PatchGrid.of(theirs).shape
     side = math.isqrt(table.shape[0])

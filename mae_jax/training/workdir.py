@@ -1,4 +1,4 @@
-"""What a run leaves behind besides checkpoints: config.json, and the check of a resumed config."""
+"""The config.json of a workdir: writing, reading, and the check of a resumed config and its data."""
 
 import contextlib
 import fnmatch
@@ -26,17 +26,17 @@ from mae_jax.storage.paths import locate, make_folder, read_bytes, replace_text
 
 logger = logging.getLogger(__name__)
 
-# What a resumed run may change: it alters how a run is watched, placed or ended, never what was trained so far.
+# Fields that a resumed run may change: they affect monitoring, placement and the end of a run, not past training.
 MAY_CHANGE = ("train.duration", "train.patience", "mesh.*", "eval.*", "checkpoint.*", "log.*", "guard.max_*",
               "guard.stall_seconds", "data.threads", "data.workers", "data.prefetch", "train.compilation_cache",
-              "model.scan", "model.remat", "plugins", "method.clusters")  # whose content is compared
-# And what it may change where the data are the same by their names and by samples of their content.
+              "model.scan", "model.remat", "plugins", "method.clusters")  # its content is compared
+# Fields that it may also change if the data are the same, by the names of examples and samples of their content.
 MAY_MOVE = ("data.path", "data.layout", "data.mask_key", "data.tokens")
-MAX_LISTED_CLASSES = 10  # classes that a message names
-ARCHIVED = "$Format:%H$"  # `git archive` writes the commit here, as .gitattributes asks
-DAMAGED = (ValueError, KeyError, AttributeError, TypeError)  # what the content of a damaged file raises
+MAX_LISTED_CLASSES = 10  # maximum number of names in a message
+ARCHIVED = "$Format:%H$"  # `git archive` inserts the commit here, by .gitattributes
+DAMAGED = (ValueError, KeyError, AttributeError, TypeError)  # errors from the content of a damaged file
 PACKAGES = ("mae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow", "numpy", "pillow")
-OTHER_NAMES = {  # under which the same package is distributed
+OTHER_NAMES = {  # other distributions of the same package
     "tensorflow": ("tensorflow-cpu", "tensorflow-intel", "tensorflow-macos", "tensorflow-rocm", "tf-nightly",
                    "tf-nightly-cpu"),
     "pillow": ("pillow-simd",),
@@ -44,13 +44,13 @@ OTHER_NAMES = {  # under which the same package is distributed
 
 
 def changes(workdir: epath.Path, config: ConfigDict, inputs: Any = None, origin: epath.Path | None = None) -> list[str]:
-    """Returns what a resumed run changes, as text; raises UserError when a field that must not change has changed.
+    """Returns the changes of a resumed run as text; raises UserError if a field has changed that must not.
 
     Args:
-      workdir: of the run.
-      config: of the run.
-      inputs: data.Inputs; without them the data must lie where they lay, or be those of `origin`.
-      origin: another workdir, whose data are meant.
+      workdir: the workdir.
+      config: the config of the resumed run.
+      inputs: data.Inputs; None: the paths of the data must not change, unless `origin` is given.
+      origin: another workdir with the data of `config`, which are compared instead of `inputs`.
     """
     def why_other_data() -> str:
         after = _data_of(inputs) if inputs else recorded_data(origin) if origin else {}
@@ -61,11 +61,10 @@ def changes(workdir: epath.Path, config: ConfigDict, inputs: Any = None, origin:
 
 
 def continued(workdir: epath.Path, config: ConfigDict) -> ConfigDict:
-    """Returns the config with which a run goes on: where there is one, with the recipe_version that it began with, and
-    with what data.range=auto was decided to be.
+    """Returns the config of a resumed run, with the stored values of the fields that the first start has resolved.
 
-    The newest version gives way, since a recipe has that where it states none; another one must be the run's. Open
-    fields of the model are those that the run found in `init_from`.
+    These are data.range=auto, the fields of model.auto, and recipe_version if it is the current one, which is the
+    default of recipes; any other recipe_version is kept, and must be that of the run. A new run's config is unchanged.
     """
     stored = _stored_config(workdir)
     newest = recipe_version.CURRENT
@@ -84,15 +83,15 @@ def continued(workdir: epath.Path, config: ConfigDict) -> ConfigDict:
 
 
 def data_changes(workdir: epath.Path, inputs: Any, has_class_head: bool) -> list[str]:
-    """Returns how the data are other ones than those that the run began with, as text.
+    """Returns the differences of the data from those recorded in the workdir, as text.
 
     Args:
-      workdir: of the run.
+      workdir: the workdir.
       inputs: data.Inputs.
       has_class_head: whether the classes must be the same.
 
     Raises:
-      UserError: they must, and are not.
+      UserError: the classes differ, and `has_class_head` is True.
     """
     before = recorded_data(workdir)
     if not before:
@@ -112,7 +111,7 @@ def data_changes(workdir: epath.Path, inputs: Any, has_class_head: bool) -> list
 
 
 def other_classes(before: Sequence[str], after: Sequence[str]) -> str:
-    """Returns how classes are other ones than before, as text; '' for the same in the same order."""
+    """Returns the differences of two lists of class names as text; '' for the same names in the same order."""
     before, after = ([unicodedata.normalize("NFC", name) for name in names] for names in (before, after))
     if before == after:
         return ""
@@ -123,7 +122,7 @@ def other_classes(before: Sequence[str], after: Sequence[str]) -> str:
 
 
 def recorded_data(workdir: epath.Path) -> dict[str, Any]:
-    """Returns what config.json says of the data; {} where an older run did not say."""
+    """Returns the properties of the data in config.json; {} for runs of old versions, which lack them."""
     content = read_bytes(workdir / "config.json")
     found = bounded_json.parse_object(content).get("data") if content else None
     if not isinstance(found, dict):
@@ -133,24 +132,24 @@ def recorded_data(workdir: epath.Path) -> dict[str, Any]:
 
 
 def _texts(found: Any) -> list[str]:
-    """Returns what is a list of texts; of anything else nothing."""
+    """Returns a list of strings as it is, and [] for anything else."""
     return found if isinstance(found, list) and all(isinstance(text, str) for text in found) else []
 
 
 def _data_of(inputs: Any, identified: bool = True) -> dict[str, Any]:
-    """Returns what config.json says of the data; what identifies them, which reads samples, where that is wanted."""
+    """Returns the properties of the data for config.json; with `identified`, their identity, which reads samples."""
     return {"pictures": inputs.num_train, "classes": list(inputs.classes),
             "identity": inputs.identity() if identified else {}}
 
 
 def _other_splits(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Returns the splits that are not what they were, of two results of `_data_of`."""
+    """Returns the splits whose identity differs between two results of `_data_of`."""
     old, new = before["identity"], after["identity"]
     return [split for split in sorted({*old, *new}) if old.get(split) != new.get(split)]
 
 
 def _why_other_data(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Returns why data at another path may be other ones than a run began with, '' where they are the same."""
+    """Returns why data at another path may differ from the recorded ones; '' if they are the same."""
     if not before.get("identity") or not after.get("identity"):
         return "it is not on record by what the data are known: the run needs them where they were, or a link there"
     if text := other_classes(before.get("classes") or (), after.get("classes") or ()):
@@ -160,9 +159,9 @@ def _why_other_data(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 
 
 def keep(workdir: epath.Path, config: ConfigDict, inputs: Any, evaluations: Iterable[str] = ()) -> None:
-    """Writes config.json again where somebody removed it from a disk: without it, nothing accepts what is saved."""
+    """Writes config.json again if it was deleted: without it, no command can read the checkpoints."""
     try:
-        # Where another run has it, that one's is to come.
+        # If another run holds the workdir, that run writes it.
         if str(workdir).startswith("gs://") or workdir_lock.why_unwritable():
             return
         if not (workdir / "config.json").exists():
@@ -172,16 +171,16 @@ def keep(workdir: epath.Path, config: ConfigDict, inputs: Any, evaluations: Iter
 
 
 def record(workdir: epath.Path, config: ConfigDict, inputs: Any = None, evaluations: Iterable[str] = ()) -> None:
-    """Writes config.json, with what `data_changes` compares, and makes the folder.
+    """Creates the workdir and writes config.json, with the data properties that `data_changes` compares.
 
     Args:
-      workdir: of the run.
-      config: of the run.
+      workdir: the workdir.
+      config: the config of the run.
       inputs: data.Inputs.
-      evaluations: names of those that the run has.
+      evaluations: names of the run's evaluations.
 
     Raises:
-      UserError: it cannot be written, or another run has written another one meanwhile.
+      UserError: it cannot be written, or another run has meanwhile written a different config.
     """
     file = workdir / "config.json"
     content = {"config": config.to_dict(), "git_commit": git_commit(), "versions": versions(),
@@ -200,14 +199,14 @@ def record(workdir: epath.Path, config: ConfigDict, inputs: Any = None, evaluati
 
 
 def _used(config: ConfigDict, **others: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Returns `plugins.used` of what a config names and of others: kind → names."""
+    """Returns `plugins.used` for the names in a config and for `others`, kind → names."""
     return plugins.used({"methods": [config.method.name], "sources": [config.data.source],
                          "optimizers": [config.optim.name], "color_policies": [config.data.color],
                          "metric_sinks": metric_sinks.names(config.log), **others})
 
 
 def read_config(workdir: epath.Path) -> ConfigDict:
-    """Returns the config that a workdir was made with; raises UserError when there is none."""
+    """Returns the stored config of a workdir; raises UserError without one."""
     stored = _stored_config(workdir)
     if stored is None:
         raise UserError(f"{workdir} holds no config.json: not a workdir of mae_jax")
@@ -232,16 +231,16 @@ def _stored_config(workdir: epath.Path) -> ConfigDict | None:
 
 def _completed(values: dict[str, Any], where: Any, folder: epath.Path, recorded: dict[str, dict[str, str]]
                ) -> ConfigDict:
-    """Makes a config of what was stored; a field that it lacks is younger and had what is now its default.
+    """Builds a config from stored values; a missing field is newer than they are, and gets its default.
 
     Args:
       values: the stored config.
-      where: it was stored, for messages.
-      folder: the same, out of which no plug-in is imported.
-      recorded: as `plugins.used` gave it.
+      where: its file or source, for messages.
+      folder: its folder, from which no plug-in is imported.
+      recorded: the stored result of `plugins.used`.
 
     Raises:
-      UserError: a newer version wrote it: its recipe_version or a field is not known here; a plug-in is missing.
+      UserError: the recipe_version or a field is unknown, since a newer version wrote it; or a plug-in is missing.
     """
     try:
         stored = configs.from_dict(recipe_version.upgrade(values))
@@ -259,16 +258,16 @@ def _completed(values: dict[str, Any], where: Any, folder: epath.Path, recorded:
 
 
 def of_checkpoint(path: epath.Path) -> epath.Path:
-    """Returns the workdir that a path is, or that a step's folder or the best checkpoint lies in."""
+    """Returns the workdir of a path, which is a workdir, the folder of a step, or that of the best checkpoint."""
     folder = path.parent.parent if path.parent.name == "checkpoints" else path
     return folder.parent if folder.name == "best" and not (folder / "config.json").exists() else folder
 
 
 def config_of(source: str) -> ConfigDict | None:
-    """Returns the config behind parameters: a workdir's, a step's folder's or an exported file's; None without one.
+    """Returns the config stored with parameters, of a workdir, a step's folder or an exported file; None without one.
 
     Raises:
-      UserError: a file that cannot be read.
+      UserError: the file cannot be read or is damaged, or a plug-in is missing.
     """
     path = locate(source)
     file = weight_files.file_of(path)
@@ -290,7 +289,7 @@ def config_of(source: str) -> ConfigDict | None:
 
 
 def _said(file: epath.Path) -> dict[str, str]:
-    """Returns what a file of weights says of itself, {} for nothing; raises what its damage does."""
+    """Returns the metadata of a safetensors file, {} for other files; raises one of DAMAGED for a damaged file."""
     if not weight_files.is_safetensors(file):
         return {}
     with file.open("rb") as opened:
@@ -300,7 +299,7 @@ def _said(file: epath.Path) -> dict[str, str]:
 
 
 def classes_of(source: str) -> tuple[str, ...]:
-    """Returns the names of the classes behind parameters that `config_of` can read; () where nothing says them."""
+    """Returns the class names stored with parameters, for the sources of `config_of`; () without names."""
     path = locate(source)
     file = weight_files.file_of(path)
     if file is None:
@@ -314,7 +313,7 @@ def classes_of(source: str) -> tuple[str, ...]:
 
 
 def described(source: str) -> dict[str, Any]:
-    """Returns what config.json beside weights of another library says, as transformers writes it; {} without one."""
+    """Returns the content of transformers' config.json beside the weights of another library; {} without one."""
     path = locate(source)
     file = weight_files.file_of(path)
     content = read_bytes(path / "config.json") if file is not None and file != path else None
@@ -328,8 +327,7 @@ def described(source: str) -> dict[str, Any]:
 
 
 def metadata(config: ConfigDict, layout: str = layouts.OURS, classes: Sequence[str] = ()) -> dict[str, str]:
-    """Returns what an exported file says of itself: the config, which `config_of` reads, and classes, if it has a head.
-    """
+    """Returns the metadata of an exported file: the config, for `config_of`, and the class names of its head."""
     used = _used(config, layouts=[layout])
     more = {"plugins": used, "classes": classes}
     return {"format": "pt", "config": json.dumps(config.to_dict()),
@@ -337,14 +335,14 @@ def metadata(config: ConfigDict, layout: str = layouts.OURS, classes: Sequence[s
 
 
 def compare(old: ConfigDict, new: ConfigDict, why_other_data: Callable[[], str] = str) -> list[str]:
-    """Returns the allowed changes as text; raises UserError with the list of the others.
+    """Returns the allowed changes as text; raises UserError with a list of the other changes.
 
     Args:
-      old, new: configs.
-      why_other_data: why what lies at another path is none of the run's data; '', the default: it is.
+      old, new: the stored and the new config.
+      why_other_data: returns why data at another path are not those of the run; '', the default, if they are.
     """
     before, after = param_tree.flat(old), param_tree.flat(new)
-    if before.get("data.range") == "auto":  # recorded before the data had decided it
+    if before.get("data.range") == "auto":  # stored by a version that did not resolve it
         before["data.range"] = after.get("data.range")
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     texts = {key: f"{key}: {before.get(key)!r} -> {after.get(key)!r}" for key in changed}
@@ -363,10 +361,9 @@ def compare(old: ConfigDict, new: ConfigDict, why_other_data: Callable[[], str] 
 
 
 def git_commit() -> str:
-    """Returns the commit of the source, '' where it is neither an archive of git's nor a checkout.
+    """Returns the commit of the source code; '' if it is neither a git archive nor a checkout.
 
-    Of a checkout, the last commit that touched this file's folder: '' for an installed copy inside somebody else's
-    repository.
+    In a checkout it is the last commit of the package's folder: '' for a copy installed inside another repository.
     """
     if not ARCHIVED.startswith("$"):
         return ARCHIVED
@@ -379,7 +376,7 @@ def git_commit() -> str:
 
 
 def versions() -> dict[str, Any]:
-    """Returns package → version, null where it is not installed."""
+    """Returns package → version, None for packages that are not installed."""
     found: dict[str, Any] = dict.fromkeys(PACKAGES)
     for package in PACKAGES:
         for name in (package, *OTHER_NAMES.get(package, ())):
