@@ -28,9 +28,9 @@ SIZES = {  # width, depth, heads: MAE section 4 (B, L, H), DeiT Table 1 (Ti, S)
     "L": (1024, 24, 16),
     "H": (1280, 32, 16),
 }
-# Fields of config.model that the weights of an encoder decide: what recipes that start from one name in model.auto.
+# Fields of config.model that the weights of an encoder decide; recipes that start from an encoder list them in model.auto.
 SHAPE = ("width", "depth", "heads", "patch", "mlp_ratio", "gelu", "layer_scale", "positions")
-OPTIMIZERS = {  # optim.name → module:rule, which training/optim.py imports when it is asked for one
+OPTIMIZERS = {  # optim.name → module:rule, imported on demand by training/optim.py
     "adamw": "mae_jax.training.optim:adamw",
     "lamb": "mae_jax.training.optim:lamb",
     "lars": "mae_jax.training.optim:lars",
@@ -40,7 +40,7 @@ OPTIMIZERS = {  # optim.name → module:rule, which training/optim.py imports wh
 
 
 def vit(size: str, patch: int) -> dict[str, Any]:
-    """Returns the encoder's shape fields for a named size and a square patch of `patch` pixels."""
+    """Returns the encoder's shape fields for a named size and square patches of `patch` pixels; raises UserError."""
     if size not in SIZES:
         raise UserError(f"unknown model size {size!r}; {did_you_mean(size, SIZES)}")
     width, depth, heads = SIZES[size]
@@ -197,21 +197,21 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
 
 
 def choices() -> dict[str, Collection[str]]:
-    """Returns the values that a field may have, by dotted name, where these are a few words; those of plug-ins too.
+    """Returns dotted name → allowed values for fields with a few named values, including those of plug-ins.
 
-    Those of data.color are in its table, `mae_jax.data.transforms.color`, with which JAX is imported.
+    data.color is missing: its table, `mae_jax.data.transforms.color`, imports JAX.
     """
     return {**field_values.CHOICES, "optim.name": plug_ins.table("optimizers", OPTIMIZERS)}
 
 
 def default(method: str = "mae", plugins: tuple[str, ...] = ()) -> ConfigDict:
-    """Returns the defaults of every field, with the own fields of `method` under `config.method`.
+    """Returns the default config, with the fields of `method` under `config.method`.
 
-    They are locked: a recipe that misspells a field fails with the nearest name.
+    It is locked: a misspelled field in a recipe raises an error with the most similar name.
 
     Args:
-      method: its name.
-      plugins: installed modules that are imported first, since the method or something else comes from them.
+      method: name of the method.
+      plugins: installed modules to import first, as ('package.module',).
     """
     plug_ins.load(plugins)
     own = {"name": method, **methods.defaults(method)}
@@ -219,7 +219,7 @@ def default(method: str = "mae", plugins: tuple[str, ...] = ()) -> ConfigDict:
 
 
 def changed(config: ConfigDict) -> dict[str, Any]:
-    """Returns the fields whose values are not the defaults of the config's method: dotted name → value."""
+    """Returns dotted name → value for the fields that differ from the defaults of the config's method."""
     from mae_jax.param_tree import flat
 
     before = flat(default(config.method.name))
@@ -227,7 +227,7 @@ def changed(config: ConfigDict) -> dict[str, Any]:
 
 
 def profile_steps(config: ConfigDict) -> tuple[int, int]:
-    """Returns the first and the last step of the profiler trace, (0, 0) for none; raises UserError."""
+    """Returns the first and the last step of the profiler trace; (0, 0): no trace. Raises UserError."""
     text = config.log.profile_steps
     match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
     if text and (not match or int(match[1]) > int(match[2])):
@@ -236,7 +236,7 @@ def profile_steps(config: ConfigDict) -> tuple[int, int]:
 
 
 def from_dict(values: dict[str, Any]) -> ConfigDict:
-    """Makes a config of what JSON gave back; lists become the tuples that they were."""
+    """Returns a locked config from parsed JSON; lists become tuples."""
     def tuples(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: tuples(item) for key, item in value.items()}
@@ -246,9 +246,9 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
 
 
 def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
-    """Returns a copy with what 'auto' stands for on 'cpu', 'gpu' or 'tpu'.
+    """Returns a copy with 'auto' fields resolved for a platform, 'cpu', 'gpu' or 'tpu'.
 
-    The config that is stored keeps its 'auto': a run may go on elsewhere.
+    The stored config keeps 'auto', since a run may be resumed on another platform.
     """
     config = config.copy_and_resolve_references()
     if config.model.dtype == "auto":
@@ -259,7 +259,7 @@ def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
 
 
 def read_as_begun(config: ConfigDict) -> ConfigDict:
-    """Has the data of an unlocked config read as its recipe_version did; returns it."""
+    """Resolves the 'auto' fields of config.data to the behavior of its recipe_version, in place; returns the config."""
     if config.data.layout == "auto" and not recipe_version.has(config, "folder_layouts"):
         config.data.layout = "0.1.0"
     if config.data.exif == "auto":
@@ -272,14 +272,14 @@ def read_as_begun(config: ConfigDict) -> ConfigDict:
 
 
 def resolved(config: ConfigDict) -> ConfigDict:
-    """Returns `for_platform` of this process's devices."""
+    """Returns a copy with 'auto' fields resolved for the platform of this process's devices."""
     import jax
 
     return for_platform(config, jax.devices()[0].platform)
 
 
 def fitting_mesh(config: ConfigDict, devices: Any = None) -> Any:
-    """Makes the mesh of a config without 'auto'; raises UserError where devices or the method's heads do not fit it."""
+    """Returns the mesh of a config without 'auto'; raises UserError if the devices or the method's heads do not fit it."""
     from mae_jax.runtime import sharding
 
     mesh = sharding.make_mesh(config, devices)
@@ -291,7 +291,7 @@ def fitting_mesh(config: ConfigDict, devices: Any = None) -> Any:
 
 
 def with_fitting_mesh(config: ConfigDict) -> ConfigDict:
-    """Returns the config, to look at a run: with all devices along mesh.data where its own mesh does not fit here."""
+    """Returns the config of a run, with all devices along mesh.data if its own mesh does not fit these devices."""
     try:
         fitting_mesh(resolved(config))
     except UserError:
@@ -302,15 +302,15 @@ def with_fitting_mesh(config: ConfigDict) -> ConfigDict:
 
 
 def validate(config: ConfigDict, for_training: bool = True) -> None:
-    """Raises UserError for the first field whose value cannot work, whatever the data.
+    """Raises UserError for the first invalid field, independent of the data.
 
     Args:
-      config: as a recipe gives it, or with 'auto' resolved.
-      for_training: False where the encoder alone is looked at: the method's own fields are not.
+      config: a config, with or without 'auto' resolved.
+      for_training: False to use the encoder alone; the method's own fields are then not checked.
     """
     from mae_jax.data.reading import span
     from mae_jax.data.transforms import color
-    from mae_jax.ops.patches import PatchGrid  # with JAX, which a recipe and --help do without
+    from mae_jax.ops.patches import PatchGrid  # imports JAX, which recipes and --help do not need
     from mae_jax.param_tree import flat
     from mae_jax.storage import metric_sinks
     from mae_jax.storage.paths import check_fields
