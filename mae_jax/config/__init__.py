@@ -28,7 +28,7 @@ SIZES = {  # width, depth, heads: MAE section 4 (B, L, H), DeiT Table 1 (Ti, S)
     "L": (1024, 24, 16),
     "H": (1280, 32, 16),
 }
-# Fields of config.model that the weights of an encoder decide; recipes that start from an encoder list them in model.auto.
+# Fields of config.model that the weights of an encoder decide. Recipes that start from one list them in model.auto.
 SHAPE = ("width", "depth", "heads", "patch", "mlp_ratio", "gelu", "layer_scale", "positions")
 OPTIMIZERS = {  # optim.name → module:rule, imported on demand by training/optim.py
     "adamw": "mae_jax.training.optim:adamw",
@@ -279,7 +279,7 @@ def resolved(config: ConfigDict) -> ConfigDict:
 
 
 def fitting_mesh(config: ConfigDict, devices: Any = None) -> Any:
-    """Returns the mesh of a config without 'auto'; raises UserError if the devices or the method's heads do not fit it."""
+    """Returns the mesh of a config without 'auto'; raises UserError if devices or the method's heads do not fit it."""
     from mae_jax.runtime import sharding
 
     mesh = sharding.make_mesh(config, devices)

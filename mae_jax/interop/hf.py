@@ -1,9 +1,9 @@
 """Converts Hugging Face's ViTMAE and ViT to and from our parameters, and writes folders for transformers.
 
-ViTMAEForPreTraining has a decoder, ViTForImageClassification a classifier of the class token, ViTModel neither. Compared
-with the published code, query, key and value are separate and names differ. We write the names of transformers 4:
-version 5 renames them when it loads, while version 4 would leave parameters with the names of version 5 random. Both are
-read. UperNet is in `upernet`.
+ViTMAEForPreTraining has a decoder, ViTForImageClassification a classifier of the class token, ViTModel neither. Names
+differ from those of the published code, and query, key and value are separate. We write the names of transformers 4:
+version 5 renames them when it loads, while version 4 would leave parameters with the names of version 5 random. Both
+are read. UperNet is in `upernet`.
 """
 
 import json
@@ -108,8 +108,7 @@ def hf_config(config: ConfigDict, kind: str = PRETRAINING) -> dict[str, Any]:
 
 
 def _written(key: str, every: bool = False) -> tuple[str, ...]:
-    """Returns transformers 4's name for a name in the published code ('' if none); with `every`, that of version 5, too.
-    """
+    """Returns transformers 4's name for a name in the published code, '' if none; with `every`, version 5's, too."""
     names = (_renamed(key, {ours: names[place] for ours, *names in PARTS},
                       {ours: names[place] for ours, *names in OF_BLOCKS}) for place in ((0, -1) if every else (0,)))
     return tuple(names)

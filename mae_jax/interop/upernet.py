@@ -113,7 +113,7 @@ def to_mmseg(params: Any, config: ConfigDict) -> dict[str, np.ndarray]:
 
 
 def from_hf(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns our parameters, float32, from a state dict of transformers, with the moments of batch norms under 'extras'.
+    """Returns our parameters, float32, from a state dict of transformers; 'extras' has the moments of batch norms.
 
     Raises:
       UserError: an unknown or a missing key.
@@ -304,7 +304,7 @@ def hf_config(config: ConfigDict) -> dict[str, Any]:
 
 
 def hf_beside(exported: Exported) -> dict[str, str]:
-    """Returns file name → content of config.json and preprocessor_config.json (whole images, resized to the model's)."""
+    """Returns file name → content of config.json and preprocessor_config.json (images resized as a whole)."""
     side = exported.config.data.image_size[0]
     images = {
         "image_processor_type": "SegformerImageProcessor", "do_resize": True, "size": {"height": side, "width": side},

@@ -7,12 +7,12 @@ r"""Predicts images by a classifier, a segmentation or a detector, and measures 
   mae_jax predict --from=runs/detect --images=/path/to/images --to=found/
 
 Without --images and --config, the images are those of the run's evaluation split. The file has a line for each image,
-in order: file, label if known, the likeliest classes with probabilities, and the error if it could not be read. An image
-An image in a folder with the name of a class has that label. With labels, accuracy is printed, and a confusion matrix
-is written beside the file (*_confusion.csv, *_confusion.png). Masks are PNGs, in the size of the images if the run is
-evaluated so (method.test), else in that of the model. Detections are a JSON file: boxes as x, y, width, height and masks
-in COCO's run-length encoding, both in pixels of the original image. In a folder this file is detections.json, beside
-PNGs of the images with their detections.
+in order: file, label if known, the likeliest classes with probabilities, and the error if it could not be read. An
+image in a folder with the name of a class has that label. With labels, accuracy is printed, and a confusion matrix is
+written beside the file (*_confusion.csv, *_confusion.png). Masks are PNGs, in the size of the images if the run is
+evaluated so (method.test), else in that of the model. Detections are a JSON file: boxes as x, y, width, height and
+masks in COCO's run-length encoding, both in pixels of the original image. In a folder this file is detections.json,
+beside PNGs of the images with their detections.
 """
 
 from absl import flags

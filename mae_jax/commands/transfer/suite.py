@@ -135,7 +135,7 @@ class Suite:
         return code, self._rows(cell, folder, lr, "eval/best" if config.checkpoint.best_metric else "eval")
 
     def _best_lr(self, cell: Cell, folder: epath.Path) -> tuple[int, float]:
-        """Trains once per learning rate without the test data; returns an exit code and the best rate by data.val_split.
+        """Trains once per learning rate without the test data; returns an exit code and the best by data.val_split.
 
         Rates at which a guard stops the training are excluded.
 
