@@ -48,12 +48,12 @@ def vit(size: str, patch: int) -> dict[str, Any]:
 
 
 DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the method has
-    # Whose behaviors the run has, where they changed (docs/migration.md); a resumed run has the one it began with.
+    # Version whose behavior the run has, if it changed (docs/migration.md); a resumed run keeps that of its start.
     "recipe_version": recipe_version.CURRENT,
     "seed": 0,
     "batch_size": 256,  # images per step, over all devices
     "init_from": "",  # start from the parameters of a workdir, a step folder in it, or weights of another library
-    "init_head": "match",  # of init_from: match, taken where its classes are ours, or not known; keep; new
+    "init_head": "match",  # head of init_from: match: taken if its classes are the same, or not known; keep; new
     "plugins": (),  # installed modules to import, as ('package.module',): docs/plugins.md
     "data": {
         "source": "photo_crops",
@@ -77,9 +77,9 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "repeats": 1,  # views of each image in a batch (repeated augmentation)
         "crop_scale": (0.2, 1.0),  # share of the area, MAE A.1
         "crop_ratio": (3 / 4, 4 / 3),
-        "scales": (0.5, 2.0),  # of augment=scaled: how large the image is, next to one that the crop just fits
+        "scales": (0.5, 2.0),  # of augment=scaled: size of the image, relative to one that the crop just fits
         "lsj_scale": (0.1, 2.0),  # of augment=lsj: least and largest size of images, as shares of image_size (ViTDet)
-        "max_objects": 100,  # of an image with objects that are trained on; rows of the batch fields of objects
+        "max_objects": 100,  # most objects of an image that are trained on; rows of the objects' batch fields
         "flip": True,
         "exif": "auto",  # apply: images are turned as their EXIF says; ignore; auto: apply, but in runs from before
         # Of images of more than 8 bits, what becomes black and white: auto, told and stored: 0 and the highest value of
@@ -96,7 +96,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         # likewise of masks: the image of classes in TFDS; for source folder, a folder of PNGs like path
         "mask_key": "",
         "tokens": "",  # *.npz of token maps made beforehand, for method.target=tokens (see data/token_maps.py)
-        "mask_offset": 0,  # taken from a mask's numbers; what is below it becomes 255, which is ignored
+        "mask_offset": 0,  # subtracted from a mask's values; values below it become 255, which is ignored
         "readers": 16,  # logical readers of a TFRecord stream
         "shuffle_mb": 1024,  # encoded bytes held for shuffling, over all readers
         # Processes that make examples; 0: threads alone; auto: as many as data.threads, but threads for few images.
@@ -123,7 +123,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "remat": "none",  # none, full, dots
     },
     "optim": {
-        "name": "adamw",  # what turns gradients into updates
+        "name": "adamw",  # the optimizer
         "lr": 1.5e-4,  # per 256 images: the peak is lr · batch_size / 256
         "schedule": "cosine",  # after the warm-up; poly: linear (mmsegmentation, power 1)
         "min_lr": 0.0,
@@ -133,7 +133,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "eps": 1e-8,  # of adamw and lamb
         "momentum": 0.9,  # of lars and sgd
         "weight_decay": 0.05,
-        "final_weight_decay": -1.0,  # where half a cosine takes it, as in DINO; negative: it stays
+        "final_weight_decay": -1.0,  # final value, reached by half a cosine, as in DINO; negative: constant
         "layer_decay": 1.0,  # factor of the learning rate from each block to the one before it
         # Shares of the run after which the learning rate is a tenth of what it was, as (8 / 9, 26 / 27); (): half a
         # cosine.
@@ -143,7 +143,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
     },
     "train": {
         "duration": "800 epochs",
-        "patience": "",  # end after so long without a better checkpoint.best_metric, as '20 epochs'; '': never
+        "patience": "",  # end if checkpoint.best_metric does not improve for this long, as '20 epochs'; '': never
         "accumulate": 1,  # gradient accumulation: micro-batches per step
         "deterministic": False,  # GPUs: bit-identical runs, slower kernels
         "compilation_cache": "auto",  # folder of compiled programs; auto: <workdir>/compiled; '': none
@@ -152,9 +152,9 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "data": -1,  # devices that share the rows of a batch; -1: the rest, here and below
         "fsdp": 1,  # devices that share rows, and hold a part of each parameter
         "tensor": 1,  # devices that share heads and hidden units
-        "zero": "auto",  # on, off: parameters and optimizer cut over `data` too (ZeRO); auto: on, but for CPUs
-        "slices": -1,  # joined by the data-centre network, each with a copy of what is cut; -1: as many as TPUs are in
-        "reduce": "float32",  # in which the gradients of kernels are summed over devices; or bfloat16
+        "zero": "auto",  # on, off: parameters and optimizer sharded over `data`, too (ZeRO); auto: on, except on CPUs
+        "slices": -1,  # TPU slices, joined by the data-center network; each has all parts of sharded arrays; -1: all
+        "reduce": "float32",  # dtype in which gradients of kernels are summed over devices; or bfloat16
     },
     "checkpoint": {
         "every": "20 epochs",
@@ -163,12 +163,12 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         # Keep the best checkpoint by this figure of data.val_split, as 'top1'; 'loss' and 'rankme' need no labels; '':
         # none.
         "best_metric": "",
-        "best_mode": "auto",  # max, min: which of its values is the best; auto: known of the figures built in
+        "best_mode": "auto",  # max, min: whether larger or smaller is better; auto: known for built-in figures
     },
     "eval": {
-        "every": "20 epochs",  # and at the ends; as long as train.duration, or longer: at the last step alone
+        "every": "20 epochs",  # also at both ends; if at least train.duration: at the last step alone
         "max_examples": 100_000,  # read of the training split for probes and vocabularies, and of the evaluation split
-        "crop_ratio": (224 / 256,),  # share of the short side that the centre crop keeps; more: a curve
+        "crop_ratio": (224 / 256,),  # share of the short side that the center crop keeps; more: a curve
         # Of method.test=slide and whole: sizes at which an image is seen, times that of the model's images; the
         # probabilities are averaged (docs/segmentation.md).
         "scales": (1.0,),
@@ -178,20 +178,20 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "knn_k": 20,
         "knn_temperature": 0.07,  # of the vote, as in DINO
         "pictures": 16,  # in the grids of reconstructions and of attention
-        "attention_block": -1,  # whose attention is drawn; -1: the last
-        "attention_query": "cls",  # who looks: the class token, or mean: all patches
+        "attention_block": -1,  # block whose attention is drawn; -1: the last
+        "attention_query": "cls",  # query of the drawn attention: the class token, or mean: all patches
     },
     "log": {
         "every": "50 steps",
         "tensorboard": True,
-        "sinks": (),  # where metrics and figures go besides, by name (mae_jax/storage/metric_sinks.py)
+        "sinks": (),  # further outputs of metrics and figures, by name (mae_jax/storage/metric_sinks.py)
         "profile_steps": "",  # the first and the last of a profiler trace: '20:25'; '': none
     },
     "guard": {
         "max_nonfinite": 10,  # steps in a row whose loss or gradients are not finite
-        "max_bad_fraction": 0.1,  # of images that could not be read
+        "max_bad_fraction": 0.1,  # largest share of images that could not be read
         "spike": 0.0,  # skip steps of a loss or gradient norm so many deviations above the last 128; 0: none; OLMo: 6
-        "stall_seconds": 1800.0,  # that a step, a save, the input or a batch of an evaluation may take; 0: any time
+        "stall_seconds": 1800.0,  # longest time of a step, a save, the input or a batch of an evaluation; 0: no limit
     },
 }
 
