@@ -60,7 +60,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "path": "",  # folder, TFRecord pattern, npz file or TFDS data_dir; local or gs://
         "mix": (),  # several paths with weights, in place of data.path, as ('3:/data/a', '1:/data/b'): docs/data.md
         "name": "",  # TFDS name; of a folder, one in data/sources/expected_sizes.py: its size is checked
-        # How a folder is read (docs/data.md): auto says how, or asks; flat: no classes; classes, splits: by its
+        # How a folder is read (docs/data.md): auto detects it, or asks; flat: no classes; classes, splits: by its
         # sub-folders; 0.1.0: as that version read folders, and numbers in data.classes.
         "layout": "auto",
         "train_split": "train",
@@ -82,7 +82,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "max_objects": 100,  # most objects of an image that are trained on; rows of the objects' batch fields
         "flip": True,
         "exif": "auto",  # apply: images are turned as their EXIF says; ignore; auto: apply, but in runs from before
-        # Of images of more than 8 bits, what becomes black and white: auto, told and stored: 0 and the highest value of
+        # Values of black and white in images of more than 8 bits: auto, printed and stored: 0 and the highest value of
         # as many bits as 64 training images need; two numbers, as 0,4095; upper: the upper 8 bits, as before.
         "range": "auto",
         # Files that are read: all: JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF, HEIC; common: the first five; auto: all, but
@@ -190,7 +190,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
     "guard": {
         "max_nonfinite": 10,  # steps in a row whose loss or gradients are not finite
         "max_bad_fraction": 0.1,  # largest share of images that could not be read
-        "spike": 0.0,  # skip steps of a loss or gradient norm so many deviations above the last 128; 0: none; OLMo: 6
+        "spike": 0.0,  # skip steps with loss or gradient norm this many deviations above the last 128; 0: none; OLMo: 6
         "stall_seconds": 1800.0,  # longest time of a step, a save, the input or a batch of an evaluation; 0: no limit
     },
 }

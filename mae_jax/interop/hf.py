@@ -50,7 +50,7 @@ UNNAMED = "LABEL_{}"  # transformers' name of a class without a name
 
 
 def to_hf(params: Any, grid: tuple[int, int], patch: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Returns the state dict of ViTMAEForPreTraining, or of ViTForImageClassification where there is a head, float32.
+    """Returns the state dict of ViTMAEForPreTraining or, with a head, of ViTForImageClassification, float32.
 
     Arguments and errors are those of `to_mae`. For an encoder alone, these are the arrays under 'vit.' of both classes.
     """

@@ -32,7 +32,7 @@ def copy(source: epath.Path, to: epath.Path) -> str:
       One line about the copy.
 
     Raises:
-      UserError: nothing good is there, or `to` belongs to another run.
+      UserError: there is no good checkpoint, `to` belongs to another run, or the copy came out damaged.
     """
     source, to = step_dirs.absolute(source), step_dirs.absolute(to)
     origin = workdir.of_checkpoint(source)
