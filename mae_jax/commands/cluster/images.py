@@ -32,7 +32,7 @@ MAX_SEARCHED_IMAGES = 16_384
 
 
 def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed: int, data: ConfigDict | None) -> int:
-    """Writes the clusters of a run's images to a folder. Returns the exit code.
+    """Writes the clusters of a run's images to a folder. Returns the exit code; raises UserError.
 
     Args:
       source: a workdir, or one step's folder in it.
@@ -42,10 +42,6 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
       ratio: the largest permitted ratio of the sizes of the largest and the smallest cluster.
       seed: seed of the initial centroids.
       data: a config whose group `data` replaces the run's own.
-
-    Raises:
-      UserError: the run is a mixture of experts, there are too few images, the folder holds other clusters, the
-        processes do not read the same data, or the ratio was not reached.
     """
     folder = paths.locate_checkpoints(source, "--from")
     config = workdir.read_config(workdir.of_checkpoint(folder))
