@@ -1,11 +1,11 @@
-"""What `mae_jax embed` makes of its input and its encoder: reading alone, the forward pass alone, and both.
+"""Throughput of `mae_jax embed`, compared with its input alone and its forward pass alone.
 
   python benchmarks/embed.py --images=10000 --size=S
 
-On a CPU both share the cores, so at best images per second are 1 / (1 / input + 1 / forward); the figure is the share
-of that which `embed` reaches, writing its file included. On an accelerator they go on at once, and the figure is the
-share of the slower one. The encoder has random parameters of a ViT's shape; images are JPEGs of 500 x 375 pixels, cut
-from installed photographs. The arms take turns, each once a round; what is printed is of the medians.
+On a CPU both share the cores, so the upper bound of images per second is 1 / (1 / input + 1 / forward). On an
+accelerator they overlap, and the bound is the slower one. The figure is the fraction of this bound that `embed`
+reaches, including the writing of its file. The encoder is a ViT with random parameters; images are JPEGs of 500 x 375
+pixels, cropped from installed photographs. The arms alternate, once per round; medians are printed.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""How to multiply each image with the kernel of its expert: by groups, by tiles, or image by image.
+"""Ways to multiply each image with the kernel of its expert: by groups, by tiles, or image by image.
 
   python benchmarks/experts.py                        (this machine's first device)
   python benchmarks/experts.py --images=256 --experts 8 32       (one GPU)
 
-One product of a mixture in ViT-B's MLP, tokens [B, 50, 768] times kernels [E, 768, 3072], the gradients of both, and
-that of the same product with one kernel for all (`dense`), which is what a mixture costs at least. Routing is random.
-Written to benchmarks/results/experts_<device>.json and .md; times are medians of alternating rounds.
+Times one product of a mixture in ViT-B's MLP, tokens [B, 50, 768] times kernels [E, 768, 3072], with both gradients.
+The same product with a single kernel (`dense`) is the lower bound. Routing is random. Writes
+benchmarks/results/experts_<device>.json and .md; times are medians over alternating rounds.
 """
 
 import argparse

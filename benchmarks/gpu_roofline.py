@@ -1,12 +1,12 @@
-"""The least time that a config's train step can take on an H200, from what XLA compiles for it; no GPU is needed.
+"""Lower bound of the time of a config's train step on an H200, from XLA's compiled text; no GPU is needed.
 
   python benchmarks/gpu_roofline.py --config=configs/vit_b_mae.py --config.batch_size=256
   python benchmarks/gpu_roofline.py --config=configs/vit_l_mae.py --config.batch_size=256 --top=40 --hlo=step.txt
 
-Needs jax[cuda12]. The step is compiled with its layers one after the other, in one micro-batch and bfloat16. The least
-time is that of the bytes that all kernels move (mae_jax/commands/plan/gpu_text.py counts them), at the rate that copies
-reach, and of the model's FLOPs, at the rate that large products reach. XLA cannot choose among implementations of a
-product where there is no GPU, so that kernels differ from those of a real one in that.
+Needs jax[cuda12]. The step is compiled with unrolled layers, one micro-batch and bfloat16. The bound has two parts: the
+bytes that all kernels move (counted by mae_jax/commands/plan/gpu_text.py), at the rate that copies reach, and the
+model's FLOPs, at the rate that large products reach. Without a GPU, XLA cannot autotune the implementation of products,
+so that these kernels differ from those on a real GPU.
 """
 
 import os

@@ -1,13 +1,13 @@
-"""The MAE step on a GPU: the planner's prediction beside what is measured, and Hugging Face's ViTMAE, in one run.
+"""The MAE step on a GPU: the planner's prediction, our measured step, and Hugging Face's ViTMAE, in one run.
 
   python benchmarks/gpu_step.py --predict                     (no GPU: writes results/gpu_step_predicted.json)
   python benchmarks/gpu_step.py --size=B                      (one H200, 5 minutes; --size=L likewise)
   python benchmarks/gpu_step.py --size=Ti --batches=8 --rounds=1 --peers=hf_eager    (a trial on a CPU)
 
 For each batch size, all in bfloat16 and alternating: our jitted, donating step, and ViTMAE with fused AdamW, eager and
-compiled. The bytes of the text that is compiled there, with autotuning, stand beside those of the text that is compiled
-without a GPU. Last, in a process with `train.deterministic`: six steps, and three that are saved, read back and gone on
-from for three more, must end with the same bits.
+compiled. Bytes moved are reported for the text compiled on the GPU, with autotuning, and for the text compiled without
+one. Last, a process with `train.deterministic` checks that six steps, and three steps that are saved, restored and
+continued for three more, give bit-identical results.
 """
 
 import argparse

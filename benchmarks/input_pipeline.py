@@ -1,13 +1,13 @@
-"""The input pipeline against a torchvision loader that does the same work, side by side, by worker processes.
+"""The input pipeline compared with a torchvision loader that does the same work, by number of worker processes.
 
   python benchmarks/input_pipeline.py --workers=1,2 --rounds=5
   python benchmarks/input_pipeline.py --workers=1,2,4,8,16 --arms="ours exact,ours fast" --rounds=3   # without torch
 
 Work: 500 x 375 photographs as JPEGs of about 100 kB, random resized crop (0.2 to 1, bicubic, antialiased) to 224 x 224
-and flip. Ours ends in permuted uint8 patches (normalisation is done on the device), torchvision's in normalised float32
-tensors. Both have equally many worker processes; the arms with threads have so many threads. The arms take turns, each
-in a process of its own. Told are images per second by the clock, once batches come steadily, and per second of
-processor time, which neighbours on the machine disturb less. With --arms, neither TensorFlow nor torch is needed.
+and flip. Ours ends in permuted uint8 patches (the device normalizes them), torchvision's in normalized float32 tensors.
+Both have the same number of worker processes; the arms with threads have as many threads. The arms alternate, each in
+its own process. Reported are images per second of wall-clock time, in the steady state, and per CPU second, which other
+processes on the machine disturb less. With --arms, neither TensorFlow nor torch is needed.
 """
 
 import argparse

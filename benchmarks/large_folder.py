@@ -1,9 +1,9 @@
-"""Time and memory of listing a folder of very many images: real empty files, or ten million that are only pretended.
+"""Time and memory of listing a folder of very many images: real empty files, or ten million simulated ones.
 
   python -m benchmarks.large_folder --files=1000000 --in=/tmp
   python -m benchmarks.large_folder --files=10000000 --pretended
 
-Each line is of a process of its own: the folder listed anew, and by the index that the first one kept.
+Each line is measured in its own process: first the folder is listed, then the stored index is read.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""What the link between processes costs process 0, by how many there are: start, idling, values, a step to stop after.
+"""Cost of the link between processes for process 0, by the number of processes: start, idling, values, agreed stops.
 
   python benchmarks/link.py
   python benchmarks/link.py --processes=64,512 --idle=10        (a trial)
 
-Process 0 and two others are real: `mae_jax.runtime.peers.launch` and a jax.distributed of these three, which sum an
-array on their devices. The rest are played, over loopback, by one more process that holds a connection for each, sends
-its greeting and its signs of life, and answers. All share this machine's cores. Seconds are by the clock; all begin
-when the three have imported JAX, and the start includes that of jax.distributed. Memory is what process 0 has more than
-after its imports. Idling is measured for the link's thread and for the whole process, in which JAX has threads of its
-own. Written to benchmarks/results/link.json and link.md.
+Process 0 and two others are real: `mae_jax.runtime.peers.launch` and jax.distributed with three processes, which sum an
+array on their devices. One more process simulates the rest over loopback: it holds a connection for each, sends its
+greeting and its heartbeats, and answers. All share this machine's cores. Seconds are wall-clock time; they start after
+the three have imported JAX, and include the start of jax.distributed. Memory is that of process 0 in excess of its
+imports. Idling is measured for the link's thread and for the whole process, which includes JAX's own threads. Writes
+benchmarks/results/link.json and link.md.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""How well the methods use the machine: the train step's achieved FLOP/s and its time beside MAE's, alternating.
+"""Utilization by method: achieved FLOP/s of the train step, and its time relative to MAE's, measured alternately.
 
   python benchmarks/methods.py                       (ViT-B/16 at 224 pixels)
   python benchmarks/methods.py --batch=256 --rounds=30       (one GPU)
   python benchmarks/methods.py --experts=8 --batch=64 --rounds=5     (MoCE beside MAE: methods_8_experts_<device>)
 
-FLOPs are the matrix products counted on paper (`Method.forward_flops`), by which methods with other amounts of work can
-be compared. The figures are written to benchmarks/results/methods_<device>.json, with each round's times, and .md.
+FLOPs are those of the matrix products, counted analytically (`Method.forward_flops`), so that methods with different
+amounts of work can be compared. Writes benchmarks/results/methods_<device>.json, with each round's times, and .md.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""A million features clustered in bounded memory, beside scikit-learn's MiniBatchKMeans.
+"""Clusters a million features in bounded memory, compared with scikit-learn's MiniBatchKMeans.
 
   python benchmarks/million_clusters.py
   python benchmarks/million_clusters.py --points=100000 --clusters=64         (a trial)
 
-The features are synthetic: 768 values around 400 directions of very different frequency, written to disk in chunks.
-Ours is `spherical_kmeans.balanced_kmeans`: k-means to convergence, then clusters whose largest is at most 3 times the
-smallest. Theirs is MiniBatchKMeans on the same unit vectors, from first centroids drawn of the same sample, in as many
-passes over the chunks (partial_fit) as ours took for k-means; it does not balance. Memory is the peak of each process,
-which does nothing else, less what it had before the first chunk; a last pass that only counts is left out. Written to
-benchmarks/results/million_clusters.json.
+The features are synthetic: 768 dimensions, around 400 directions of very different frequency, written to disk in
+chunks. Ours is `spherical_kmeans.balanced_kmeans`: k-means to convergence, then balancing until the largest cluster is
+at most 3 times the smallest. Theirs is MiniBatchKMeans on the same unit vectors, with initial centroids from the same
+sample and as many passes over the chunks (partial_fit) as ours took for k-means; it does not balance. Memory is the
+peak of each process, which does nothing else, minus its memory before the first chunk; a last pass that only counts is
+excluded. Writes benchmarks/results/million_clusters.json.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Configs that several benchmarks time."""
+"""Configs that several benchmarks share."""
 
 from ml_collections import ConfigDict
 

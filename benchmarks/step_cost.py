@@ -1,11 +1,11 @@
-"""Compares versions of the train step: one process each, alternating step by step.
+"""Compares versions of the train step, each in its own process, alternating step by step.
 
   git worktree add ../before HEAD~1
   python benchmarks/step_cost.py before=../before now=. --rounds=15
   python benchmarks/step_cost.py now=. huge=.,GLIBC_TUNABLES=glibc.malloc.hugetlb=1 --config.batch_size=4
 
-Each version is a checkout of this repository, with environment variables of its own where given. What stands behind
---config changes the ViT-B/16 recipe. Ratios are those of the first version to each other one: above 1 is faster.
+Each version is a checkout of this repository, with optional environment variables. Flags --config.FIELD=VALUE change
+the ViT-B/16 recipe. Ratios compare the first version with each other one: above 1 is faster.
 """
 
 import argparse

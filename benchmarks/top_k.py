@@ -1,12 +1,12 @@
-"""How to find the K-th largest score of each query: bisection over the bits, lax.top_k, or a sort. All are exact.
+"""Ways to find the K-th largest score of each query: bisection over the bits, lax.top_k, or a sort. All are exact.
 
   python benchmarks/top_k.py                            (this machine's first device)
   python benchmarks/top_k.py --topology=v3:2x2          (the TPU compiler's own estimate, on a machine without a TPU)
 
-The scores are those of one block of ViT-B at batch 8 in mixed sequences of four: [2, 12, 196, 196], K = 49. Beside them
-is attention over the same scores without any choice, forward. Written to benchmarks/results/top_k_<device>.{json,md}.
-The compiler's estimate counts a loop once, so that bisection is unrolled for it; of a sort it seems to price the bytes
-alone, so that it does not say which is faster on a TPU.
+The scores are those of one block of ViT-B at batch 8 in mixed sequences of four: [2, 12, 196, 196], K = 49. For
+comparison, the forward pass of attention over the same scores without a choice. Writes
+benchmarks/results/top_k_<device>.{json,md}. The compiler's estimate counts a loop once, so bisection is unrolled for
+it. It seems to price only the bytes of a sort, so it does not show which is faster on a TPU.
 """
 
 import argparse

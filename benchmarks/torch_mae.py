@@ -1,12 +1,12 @@
-"""The MAE train step, ours and Hugging Face's ViTMAE in PyTorch, eager and compiled, alternating in one run.
+"""The MAE train step: ours and Hugging Face's ViTMAE in PyTorch, eager and compiled, alternating in one run.
 
   python benchmarks/torch_mae.py                  (CPU: ViT-B/16, batch 8, float32; about 5 minutes)
   taskset -c 0 python benchmarks/torch_mae.py     (the same with one thread each)
   python benchmarks/torch_mae.py --device=gpu     (ViT-B and ViT-L, bfloat16, several batch sizes)
 
 Ours is the package's own jitted, donating step from uint8 patches. Hugging Face's gets pixels that are already
-normalised floats, fused AdamW, and on GPUs bfloat16 autocast. All data lie on the device. Both sides have the same
-number of threads; the process's CPU time counts what others on the machine cannot disturb.
+normalized floats, fused AdamW, and on GPUs bfloat16 autocast. All data are on the device. Both sides have the same
+number of threads. CPU time is reported as well, since other processes on the machine do not disturb it.
 """
 
 import argparse

@@ -1,16 +1,16 @@
-"""What ways of attention cost on one TPU chip that is not there, by the compiler's estimate.
+"""Cost of variants of attention on one TPU chip by the compiler's estimate; no TPU is needed.
 
   python benchmarks/tpu_attention.py --topology=v5e:1x1 --tokens=197 --width=512 --way=3 --way=3,in_place
   python benchmarks/tpu_attention.py --topology=v5e:1x1 --tokens=50 --width=1024 --way=plain --way=3,2
 
 Compiles the attention of a block with its products, forward and backward pass in one program, and prints for each way
-the sum of the compiler's estimated cycles, its seconds, and the --kinds kinds of operation that take the most cycles.
-A way is how often scores are taken, then how many heads lie side by side, or that they stay in place, then 'inner'
-where the backward pass sums each head's products by a product; or it is 'plain', or 'kernel', our own, which the
-compiler's cycles leave out. With --schedules, theirs are told besides: what the compiler has scheduled for one program,
-bundles of instructions of a cycle each, times the programs; for that libtpu writes gigabytes of text to a temporary
-folder. With --block, the layer norms and the perceptron of a block are there too.
-Needs libtpu, no TPU; half a minute per way, with --schedules up to five.
+the sum of the compiler's estimated cycles, its seconds, and the --kinds kinds of operation that take the most cycles. A
+--way gives the number of times that scores are computed, then the number of heads side by side or 'in_place', then
+'inner' if the backward pass sums each head's products by a matrix product. Or it is 'plain', or 'kernel', our own,
+which the compiler's cycles leave out. --schedules also reports the cycles of kernels: the instruction bundles (one
+cycle each) that the compiler schedules for one program, times the number of programs; for that libtpu writes gigabytes
+of text to a temporary folder. --block adds the layer norms and the MLP of a block. Needs libtpu, no TPU; half a minute
+per way, with --schedules up to five.
 """
 
 import math

@@ -1,10 +1,10 @@
-"""What it costs to sum gradients and to gather parameters on TPU slices that are not there, by the planner's model.
+"""Cost of summing gradients and gathering parameters on TPU slices, by the planner's model; no TPU is needed.
 
   python benchmarks/tpu_stages.py --topology=v5e:8x8 --topology=v5p:4x4x4
 
-For each slice, one line for the mesh that a run has there, and one for a single stage over all devices, which the
-compiler would turn into an all-reduce: milliseconds in which --parameters are reduced and scattered in float32, and
-gathered in bfloat16. Nothing is compiled. Needs libtpu, no TPU; seconds.
+For each slice it prints one line for the mesh of a run there, and one for a single stage over all devices, which the
+compiler would turn into an all-reduce: milliseconds to reduce-scatter --parameters in float32, and to all-gather them
+in bfloat16. Nothing is compiled. Needs libtpu, no TPU; seconds.
 """
 
 import os

@@ -1,15 +1,15 @@
-"""What each property of the train step is worth on TPUs, by the compiler's own estimate: the step without it.
+"""Ablations of the train step on TPUs by the compiler's own estimate: the step without each of its properties.
 
   python benchmarks/tpu_step.py --config=configs/vit_l_mae.py      (needs libtpu, no TPU; two to five minutes per row)
   python benchmarks/tpu_step.py --only=final --config=configs/vit_b_mae.py --topology=v3:4x4 --config.batch_size=1024
 
-Compiles the step for TPU cores that are not there, and writes a line per row to --to: seconds (`optimal_seconds`:
-for each operation the longer of its multiplications at the peak and its bytes at the memory's rate; no communication),
+Compiles the step ahead of time for TPU cores, and writes a line per row to --to: seconds (`optimal_seconds`: for each
+operation the larger of its multiplications at the peak rate and its bytes at the memory bandwidth; no communication),
 gigabytes moved to and from a core's memory, gibibytes held in it, and the sum of the compiler's estimated cycles, which
-also prices the vector unit; the first --kinds kinds of operation that take the most of these are printed. Rows that
---to already has are not done again.
+also price the vector unit. The --kinds kinds of operation with the most cycles are printed. Rows that --to already has
+are skipped.
 
-On chips with much on-chip memory (v5e, v6e) "bytes accessed" counts the traffic to it as well.
+On chips with much on-chip memory (v5e, v6e) "bytes accessed" also counts the traffic to it.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""What the studies share: cells that are found again, rates that a validation part chooses, figures by seed."""
+"""Shared code of the studies: stored cells, learning rates chosen on a validation part, figures by seed."""
 
 import argparse
 import io

@@ -1,21 +1,21 @@
-"""What a study may say of two arms: the statistics that all studies share, on differences paired by seed.
+"""Statistical verdicts on two arms of a study, from differences paired by seed; shared by all studies.
 
-A study states before it runs which comparisons it makes, in which direction each effect is claimed, and from which size
-on an effect would matter (its `margin`). All comparisons that a study makes are judged by one call of `judge`, since
-each is corrected for the number of them. A verdict is one of four:
+Before it runs, a study states its comparisons, the claimed direction of each effect, and the smallest effect size that
+matters (its `margin`). One call of `judge` takes all comparisons of a study, since it corrects for their number. A
+verdict is one of four:
 
-  seen                     the effect is there, in the direction claimed: t test, two-sided, Holm's correction
-  opposite seen            it is there, in the other direction
-  no effect larger than X  two one-sided tests (TOST), Holm's correction, say that it is smaller than the margin X
-  instrument insensitive   none of these: no statement about the effect; the table says what the study would have seen
+  seen                     an effect in the claimed direction: two-sided t test with Holm's correction
+  opposite seen            an effect in the other direction
+  no effect larger than X  two one-sided tests (TOST) with Holm's correction: the effect is smaller than the margin X
+  instrument insensitive   none of these: no statement about the effect; the table gives the detectable effect size
 
-The first two are kept wrong in at most `LEVEL` of all studies, whatever the number of comparisons, and so is the third.
-Fewer than `MIN_SEEDS` pairs, a manipulation check that failed, and differences that are all the same (arms at the floor
-or at the ceiling of the measure) give the fourth. A sign-flip test, exact up to `EXACT` pairs, stands beside each t
-test: it assumes no normal distribution, and where the two disagree, that is told.
+The family-wise error rate of the first two is at most `LEVEL`, and so is that of the third. The fourth verdict also
+follows from fewer than `MIN_SEEDS` pairs, a failed manipulation check, or identical differences (arms at the floor or
+at the ceiling of the measure). A sign-flip test, exact up to `EXACT` pairs, accompanies each t test: it assumes no
+normal distribution, and a disagreement of the two is reported.
 
-Power is planned at the upper 80 % limit of a pilot's deviation, not at the deviation itself, which a pilot of a few
-seeds underestimates half of the time (Browne, 1995).
+Power is planned at the upper 80 % confidence limit of a pilot's standard deviation. The deviation itself is too small
+in half of the pilots of a few seeds (Browne, 1995).
 """
 
 import functools

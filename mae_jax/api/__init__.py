@@ -1,4 +1,4 @@
-"""mae_jax from Python: load an encoder, ask it about images, train. No flags, no signals, no TensorFlow of its own.
+"""The Python API of mae_jax: load an encoder, compute features, predict, train. No flags, no signal handlers.
 
   import mae_jax
 
@@ -8,8 +8,8 @@
   mae_jax.predict("runs/classifier", "cat.jpg")[0].classes
   mae_jax.train(mae_jax.recipe("quickstart"), "runs/mine")
 
-All raise `UserError` with one line for what the caller can mend. What goes on is logged under the name 'mae_jax', at
-level INFO; nothing sets logging up.
+All functions raise `UserError` with one line for an error that the caller can mend. Progress is logged by the logger
+'mae_jax' at level INFO; logging is not configured. The API itself does not import TensorFlow.
 """
 
 import difflib
@@ -43,17 +43,18 @@ Path = str | os.PathLike[str]
 
 def load(path: Path, *, batch_size: int = 0, image_size: int | tuple[int, int] | None = None, heads: int = 0
          ) -> Encoder:
-    """Loads an encoder, to be called with images: `load(path)(images)`.
+    """Loads an encoder; `load(path)(images)` returns features, float32 [n, D].
 
     Args:
       path: a workdir (its newest good checkpoint), one step's folder in it, its `best`, an export, or a file or folder
         of weights of another library; local or gs://.
-      batch_size: images at a time, over this process's devices; 0: 32 on each CPU device, 128 on each accelerator.
-      image_size: in pixels, of weights of another library; None: as they say, else 224.
-      heads: of attention, likewise where nothing says how many.
+      batch_size: images per batch, over this process's devices; 0: 32 per CPU device, 128 per accelerator.
+      image_size: image size in pixels, (height, width) or one number, for weights of another library; None: the size
+        that they state, else 224.
+      heads: number of attention heads, for weights that do not state it.
 
     Raises:
-      UserError: nothing is there, it is damaged, or it has no single encoder.
+      UserError: the path does not exist, is damaged, or does not have exactly one encoder.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     return open_encoder(os.fspath(path), batch_size, size, heads, jax.local_devices())
@@ -61,19 +62,19 @@ def load(path: Path, *, batch_size: int = 0, image_size: int | tuple[int, int] |
 
 def embed(encoder: Encoder | Path, to: Path, *, images: Path | None = None, config: ConfigDict | None = None,
           split: str = "", features: str = "pool", block: int = -1) -> Embedded:
-    """Writes the features of every image to a file; the same call goes on where one was stopped.
+    """Writes the features of every image to a file; after an interruption, the same call resumes.
 
     Args:
-      encoder: as `load` gives it, or from where to load it.
-      to: *.parquet or *.npz, local or gs://; columns as `mae_jax embed` writes them.
-      images: a file, a folder or a pattern; None: the data of `config`, or without one the run's own.
-      config: whose group `data` is read.
-      split: of these; '': all that the config names.
+      encoder: an encoder of `load`, or the path to load one from.
+      to: *.parquet or *.npz, local or gs://, with the columns of `mae_jax embed`.
+      images: a file, a folder or a pattern; None: the data of `config` or, without one, of the run.
+      config: a config with the group `data`.
+      split: the split to read; '': all splits of the config.
       features: 'pool', 'cls', 'mean', 'patches' or 'tokens'.
-      block: whose tokens; -1: the encoder's output.
+      block: the block whose tokens are used; -1: the encoder's output.
 
     Raises:
-      UserError: see `load`; or the file is there, of something else.
+      UserError: see `load`; or the file exists with other features.
     """
     if images is not None and not isinstance(images, str | os.PathLike):
         raise UserError(f"images of type {type(images).__name__}; expected the name of a file or a folder, or a "
@@ -84,16 +85,16 @@ def embed(encoder: Encoder | Path, to: Path, *, images: Path | None = None, conf
 
 
 def predict(encoder: Encoder | Path, images: ImageLike | Sequence[ImageLike], *, top_k: int = 5) -> list[Prediction]:
-    """Returns what a classifier, a segmentation or, of a folder or a pattern, a detector says of images.
+    """Returns the predictions of a classifier or a segmentation or, for a folder or a pattern, also of a detector.
 
     Args:
-      encoder: as `load` gives it, or from where to load it; fine-tuned.
-      images: one or several arrays, PIL images or paths, as `Encoder` takes them; a folder or a pattern means all its
-        images, of which one that cannot be read has an `error`.
-      top_k: classes of each.
+      encoder: a fine-tuned encoder of `load`, or the path to load one from.
+      images: one or several arrays, PIL images or paths, as for `Encoder`; a folder or a pattern means all its images,
+        and an unreadable one gets a prediction with an `error`.
+      top_k: number of classes per image.
 
     Raises:
-      UserError: see `load`; it has no head; or one of several given images cannot be used.
+      UserError: see `load`; the encoder has no head; or one of several given images cannot be used.
     """
     if top_k < 1:
         raise UserError(f"top_k={top_k}; expected 1 class or more")
@@ -108,11 +109,11 @@ def recipe(name: str, fields: dict[str, Any] | None = None) -> ConfigDict:
     """Returns the config of a recipe.
 
     Args:
-      name: as --config takes it: 'quickstart', 'folder:S', or the path of a file of your own.
-      fields: dotted name → value, as {'data.path': '/images', 'optim.lr': 1e-3}.
+      name: a value of --config: 'quickstart', 'folder:S', or the path of your own file.
+      fields: overrides, dotted name → value, as {'data.path': '/images', 'optim.lr': 1e-3}.
 
     Raises:
-      UserError: no such recipe or field, or a value that cannot work.
+      UserError: no such recipe or field, or an invalid value.
     """
     fields = {field: os.fspath(value) if isinstance(value, os.PathLike) else value
               for field, value in (fields or {}).items()}
@@ -133,17 +134,17 @@ def recipe(name: str, fields: dict[str, Any] | None = None) -> ConfigDict:
 
 
 def train(config: ConfigDict, workdir: Path) -> str:
-    """Trains until `train.duration`, or goes on with what the workdir holds; returns the workdir.
+    """Trains until `train.duration`, resuming the run in the workdir if there is one; returns the workdir.
 
-    The process stays the caller's: no signal handler is changed, nothing ends it, and what hangs is not noticed. An
-    exception, KeyboardInterrupt among them, leaves the last checkpoint; the same call goes on from there.
+    Training changes no signal handler, never exits the process, and does not detect a hang. An exception, including
+    KeyboardInterrupt, leaves the last checkpoint; the same call resumes from it.
 
     Args:
-      config: as `recipe` gives it.
+      config: a config, as of `recipe`.
       workdir: a folder, local or gs://.
 
     Raises:
-      UserError: a mistake, a workdir that is in use, a full disk at the end.
+      UserError: an invalid config, a workdir that is in use, or a full disk at the end.
       GuardError: a guard stopped the run (losses that are not finite, too many bad images), or the workdir was lost.
     """
     if not isinstance(config, ConfigDict):
@@ -153,7 +154,7 @@ def train(config: ConfigDict, workdir: Path) -> str:
 
 
 def _from_file(recipe: str) -> ConfigDict:
-    """Returns the config of 'path[:argument]'; raises UserError where no recipe is there."""
+    """Returns the config of 'path[:argument]'; raises UserError if the file is not a recipe."""
     path, colon, argument = recipe.partition(":")
     if not os.path.isfile(path):
         raise UserError(f"cannot read the config file {path}: no such file")

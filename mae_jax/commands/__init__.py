@@ -1,1 +1,1 @@
-"""The commands, one module each: `mae_jax VERB`."""
+"""The commands of `mae_jax VERB`, one module or package each."""

@@ -1,4 +1,4 @@
-"""What all commands share: flags, --help with an example, one line for a user's mistake, exit codes."""
+"""The shared command-line code: flags, --help with an example, one line for a user's mistake, exit codes."""
 
 import contextlib
 import logging
@@ -24,18 +24,18 @@ HELP = ("-h", "-?", *(dashes + name for dashes in ("-", "--") for name in ("help
 
 
 def define_config() -> flags.FlagHolder[ConfigDict]:
-    """Defines --config=recipe[:argument] and its --config.field=value overrides, once in a process."""
+    """Defines --config=recipe[:argument] and its --config.field=value overrides, once per process."""
     if "config" in flags.FLAGS:
         return flags.FlagHolder(flags.FLAGS, flags.FLAGS["config"])
     try:
         return config_flags.DEFINE_config_file("config", None, "recipe by name or path: quickstart[:argument], "
                                                "configs/quickstart.py; --config.FIELD=VALUE changes a field")
-    except Exception as error:  # it reads the command line, and with it what --flagfile names
+    except Exception as error:  # the definition reads the command line, and the files that --flagfile names
         _refuse(_one_line(error))
 
 
 def run(command: Callable[[], int], usage: str | None, required: tuple[str, ...] = ()) -> None:
-    """Parses the flags, runs `command` and exits with its code, or with the code of what went wrong.
+    """Parses the flags, runs `command` and exits with its code, or with the code of the error.
 
     Args:
       command: returns the exit code.
@@ -60,21 +60,21 @@ def run(command: Callable[[], int], usage: str | None, required: tuple[str, ...]
 
     try:
         app.run(lambda _: exit_process(guarded(command)), flags_parser=parse)
-    except KeyboardInterrupt:  # before the command began
+    except KeyboardInterrupt:  # before the command started
         _end(explain(KeyboardInterrupt()))
 
 
 def _parsed(argv: list[str]) -> list[str]:
-    """Reads the flags, and with them the recipe; returns what is no flag. Ends the process at a mistake."""
+    """Parses the flags and loads the recipe; returns the remaining arguments. Ends the process at a mistake."""
     try:
         argv = [*argv[:1], *flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=False)]
         with presets.given(recipes.overridden(argv)):
             rest = flags.FLAGS(recipes.with_paths(argv) if "config" in flags.FLAGS else argv)
         if "config" in flags.FLAGS:
-            config = flags.FLAGS.config  # a missing config file fails only when it is looked at
+            config = flags.FLAGS.config  # a missing config file fails only at this access
             plugins.load(config.get("plugins", ()) if config is not None else (), "--config")
     except (SystemExit, BrokenPipeError):
-        if not any("helpxml" in arg for arg in argv):  # which absl prints, and exits
+        if not any("helpxml" in arg for arg in argv):  # for --helpxml absl prints its help and exits
             _refuse("the config file, or a plug-in of it, ends the process")
         _flush()
         sys.exit(FINISHED)
@@ -84,19 +84,19 @@ def _parsed(argv: list[str]) -> list[str]:
 
 
 def version() -> str:
-    """Returns what --version prints."""
+    """Returns the text that --version prints."""
     return f"mae_jax {mae_jax.__version__}"
 
 
 def show(text: str) -> None:
-    """Prints a text that ends a command; to a pipe that is closed, as much as is read of it."""
+    """Prints the last text of a command; ignores a closed pipe."""
     with contextlib.suppress(OSError):
         print(text)
     _flush()
 
 
 def _help(module: str, usage: str | None) -> str:
-    """Returns the text of --help: the usage, the flags of the command and, where --config is given, its fields."""
+    """Returns the text of --help: the usage, the flags of the command and, with --config, the fields of the recipe."""
     about = [usage or "", "Flags:"]
     about += filter(None, map(flags.FLAGS.module_help, (module, __name__, "mae_jax.runtime.launch")))
     if "config" in flags.FLAGS and flags.FLAGS.config is None:
@@ -107,7 +107,7 @@ def _help(module: str, usage: str | None) -> str:
 
 
 class _OnStderr(logging.StreamHandler):
-    """Writes to what `sys.stderr` is at the moment: while a progress line is live, that writes above it."""
+    """Logs to the current `sys.stderr`, which a live progress line replaces to have output written above it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -115,7 +115,7 @@ class _OnStderr(logging.StreamHandler):
 
 
 def quiet_logs() -> None:
-    """Shows our own INFO lines and the warnings of the libraries, on stderr."""
+    """Logs INFO lines of mae_jax and warnings of the libraries to stderr."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     handler = _OnStderr()
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -126,7 +126,7 @@ def quiet_logs() -> None:
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """Runs the command and turns what it raises into an exit code; only our own bugs show a traceback."""
+    """Runs the command and maps an exception to an exit code; only a bug of mae_jax shows a traceback."""
     quiet_logs()
     quiet_libtpu(os.environ)
     quiet_cuda(os.environ)
@@ -141,8 +141,8 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def _flush() -> None:
-    """Writes what still waits for standard output, or drops it where that fails: Python would then exit with 120."""
-    if sys.stdout is None:  # it was closed before Python began
+    """Flushes standard output; drops the rest if that fails, since Python would otherwise exit with 120."""
+    if sys.stdout is None:  # closed before Python started
         return
     try:
         sys.stdout.flush()
@@ -151,12 +151,12 @@ def _flush() -> None:
 
 
 def _one_line(error: Exception) -> str:
-    """Returns one line that says what is wrong with the flags or the config file."""
+    """Returns one line about an error in the flags or in the config file."""
     while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps a KeyError in an AttributeError
         error = error.args[0]
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     line = " ".join(text.split())
-    if "Traceback" in text:  # how ml_collections passes on what a config file raised
+    if "Traceback" in text:  # ml_collections passes an exception of the config file on as its traceback
         return f"the config file does not load: {text.strip().splitlines()[-1]}"
     if isinstance(error, flags.Error | UserError):
         return line.removeprefix("ERROR:: ")
@@ -169,7 +169,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _unknown_field(line: str) -> str:
-    """Returns ml_collections' account of an unknown field in our words; for a former name, what it is now."""
+    """Rewrites ml_collections' message about an unknown field; for a former name, gives the present one."""
     unknown = re.search(r'instead of "(.+?)"|Key "(.+?)" does not exist', line) or re.fullmatch(r"'(\w+)'", line)
     former = recipe_version.former(next(filter(None, unknown.groups()))) if unknown else ""
     if former:
@@ -180,7 +180,7 @@ def _unknown_field(line: str) -> str:
 
 
 def _no_config(line: str) -> str:
-    """Returns what is wrong with the path of the config file, with the nearest file beside it."""
+    """Returns the reason why the config file cannot be read, and the file in its folder with the most similar name."""
     found = re.search(r"\[Errno \d+\] (.+?): '(.+?)'", line)
     if not found:
         return f"the config file does not load: {line}"

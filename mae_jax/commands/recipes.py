@@ -1,4 +1,4 @@
-"""Recipes by name or path, and their fields with what the table of defaults says of each. Imports no JAX."""
+"""Recipes by name or path, and their fields with the comments in the table of defaults. Imports no JAX."""
 
 import ast
 import difflib
@@ -15,24 +15,24 @@ import mae_jax
 from mae_jax.config import choices
 from mae_jax.errors import UserError, did_you_mean
 
-MAX_LISTED_RECIPES = 8  # recipes that a message lists, at most
-VALUE_WIDTH = 36  # columns of --help up to where comments begin
+MAX_LISTED_RECIPES = 8  # in a message
+VALUE_WIDTH = 36  # columns of --help before the comments
 
 
 def folder() -> Path:
-    """Returns where the recipes are: inside an installed package, beside it in a checkout."""
+    """Returns the folder of the recipes: inside an installed package, beside the package in a checkout."""
     package = Path(mae_jax.__file__).parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def names() -> list[str]:
-    """Returns the names of the recipes that belong to the package."""
+    """Returns the names of the recipes in the package."""
     return sorted(file.stem for file in folder().glob("*.py") if file.stem != "__init__")
 
 
 def locate(recipe: str) -> str:
-    """Returns 'path[:argument]' for a recipe 'name[:argument]'; a path, with a '/' or ending in .py, stays as it is.
+    """Returns 'path[:argument]' for a recipe 'name[:argument]'; a path (with '/', or ending in .py) is unchanged.
 
     Raises:
       UserError: no recipe has the name.
@@ -47,16 +47,17 @@ def locate(recipe: str) -> str:
 
 
 def alike(name: str, known: list[str]) -> str:
-    """Returns the end of an error line: the nearest of the known names, and how many more there are."""
+    """Returns the end of an error line: the most similar known names, and the number of the others."""
     close = difflib.get_close_matches(name, known, n=MAX_LISTED_RECIPES, cutoff=0)
     more = f" and {len(known) - MAX_LISTED_RECIPES} more" if len(known) > MAX_LISTED_RECIPES else ""
     return did_you_mean(name, close) + more
 
 
 def with_paths(argv: list[str]) -> list[str]:
-    """Returns the command line with the path of the recipe that --config names; raises UserError for an unknown name.
+    """Replaces the name of a recipe in --config by its path, by which ml_collections loads it.
 
-    ml_collections loads recipes by path.
+    Raises:
+      UserError: no recipe has the name.
     """
     out = list(argv)
     for at, arg in enumerate(argv):
@@ -77,7 +78,7 @@ def overridden(argv: list[str]) -> set[str]:
 
 
 def fields(config: ConfigDict) -> str:
-    """Returns the fields of a config, one a line: name, value, and the comment of its default."""
+    """Returns the fields of a config, one per line: name, value, and the comment of its default."""
     said, allowed = comments("config/__init__.py", "DEFAULTS") | own_comments(config.method.name), choices()
     lines = [(f"  {name}={value!r}", with_choices(said.get(name, ""), allowed.get(name, ())))
              for name, value in leaves(config.to_dict())]
@@ -85,7 +86,7 @@ def fields(config: ConfigDict) -> str:
 
 
 def with_choices(text: str, allowed: Collection[str]) -> str:
-    """Returns what is said of a field, with the values that it may have where the text does not name them all."""
+    """Returns the description of a field, with its allowed values unless the text names them all."""
     missing = any(choice not in text for choice in allowed)
     return "; ".join(filter(None, (text, f"one of {', '.join(allowed)}"))) if missing else text
 
@@ -100,7 +101,7 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def own_comments(method: str) -> dict[str, str]:
-    """Returns {'method.field': comment} of a method; nothing for one that is not in the package's table."""
+    """Returns {'method.field': comment} for a method; {} for a method of a plug-in."""
     table = _assigned(ast.parse(_source("methods/fields.py")), "TABLE")
     rows = {ast.literal_eval(key): ast.unparse(value) for key, value in zip(table.keys, table.values, strict=True)
             if key is not None}
@@ -109,9 +110,10 @@ def own_comments(method: str) -> dict[str, str]:
 
 
 def comments(file: str, name: str) -> dict[str, str]:
-    """Returns {'data.path': comment} of the dict that is assigned to a name in a module of the package.
+    """Returns {'data.path': comment} for the dict that a module of the package assigns to a name.
 
-    A comment is at the end of the line of a field's value, which has no other field, or on lines of its own before.
+    The comment of a field is at the end of the line of its value, or on the lines before it. A line with such a comment
+    holds one field only.
     """
     source = _source(file)
     tree, said, alone = ast.parse(source), {}, set()

@@ -6,10 +6,10 @@ r"""Trains, evaluates or replays a config in a workdir.
       --coordinator=10.0.0.1:7654 --processes=2 --process=0   # and --process=1 on the other host
   mae_jax eval --workdir=runs/quickstart   # with --config, its eval.* may be other ones
 
-The same command resumes a run that was stopped; `python -m mae_jax.main` with the same flags is the same. On several
-hosts it is started on each; under srun and on TPU VMs the processes find each other without flags. Exit codes: 0
-finished, 2 your mistake (one line says which), 3 stopped by a guard, 75 stopped by a signal with the state saved: start
-it again, 134 another process was lost: start all again, 1 a bug.
+The same command resumes a run that was stopped; `python -m mae_jax.main` takes the same flags. On several hosts, start
+it on each; under srun and on TPU VMs the processes find each other without flags. Exit codes: 0 finished, 2 your
+mistake (one line names it), 3 stopped by a guard, 75 stopped by a signal with the state saved: start it again, 134
+another process was lost: start all again, 1 a bug.
 """
 
 
@@ -44,7 +44,7 @@ def main() -> int:
     if MODE.value == "replay" and launch.here():
         raise UserError("--mode=replay runs in one process, on whatever devices that has; say --coordinator=off")
     if CONFIG.value is not None and launch.here():
-        config.validate(CONFIG.value)  # before all have met
+        config.validate(CONFIG.value)  # before the processes connect
     same = {"--workdir": WORKDIR.value, "--mode": MODE.value, "--dry_run": DRY_RUN.value}
 
     def command() -> int:

@@ -28,9 +28,9 @@ SIZES = {  # width, depth, heads: MAE section 4 (B, L, H), DeiT Table 1 (Ti, S)
     "L": (1024, 24, 16),
     "H": (1280, 32, 16),
 }
-# Fields of config.model that the weights of an encoder decide: what recipes that start from one name in model.auto.
+# Fields of config.model that the weights of an encoder decide. Recipes that start from one list them in model.auto.
 SHAPE = ("width", "depth", "heads", "patch", "mlp_ratio", "gelu", "layer_scale", "positions")
-OPTIMIZERS = {  # optim.name → module:rule, which training/optim.py imports when it is asked for one
+OPTIMIZERS = {  # optim.name → module:rule, imported on demand by training/optim.py
     "adamw": "mae_jax.training.optim:adamw",
     "lamb": "mae_jax.training.optim:lamb",
     "lars": "mae_jax.training.optim:lars",
@@ -40,7 +40,7 @@ OPTIMIZERS = {  # optim.name → module:rule, which training/optim.py imports wh
 
 
 def vit(size: str, patch: int) -> dict[str, Any]:
-    """Returns the encoder's shape fields for a named size and a square patch of `patch` pixels."""
+    """Returns the encoder's shape fields for a named size and square patches of `patch` pixels; raises UserError."""
     if size not in SIZES:
         raise UserError(f"unknown model size {size!r}; {did_you_mean(size, SIZES)}")
     width, depth, heads = SIZES[size]
@@ -48,19 +48,19 @@ def vit(size: str, patch: int) -> dict[str, Any]:
 
 
 DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the method has
-    # Whose behaviors the run has, where they changed (docs/migration.md); a resumed run has the one it began with.
+    # Version whose behavior the run has, if it changed (docs/migration.md); a resumed run keeps that of its start.
     "recipe_version": recipe_version.CURRENT,
     "seed": 0,
     "batch_size": 256,  # images per step, over all devices
     "init_from": "",  # start from the parameters of a workdir, a step folder in it, or weights of another library
-    "init_head": "match",  # of init_from: match, taken where its classes are ours, or not known; keep; new
+    "init_head": "match",  # head of init_from: match: taken if its classes are the same, or not known; keep; new
     "plugins": (),  # installed modules to import, as ('package.module',): docs/plugins.md
     "data": {
         "source": "photo_crops",
         "path": "",  # folder, TFRecord pattern, npz file or TFDS data_dir; local or gs://
         "mix": (),  # several paths with weights, in place of data.path, as ('3:/data/a', '1:/data/b'): docs/data.md
         "name": "",  # TFDS name; of a folder, one in data/sources/expected_sizes.py: its size is checked
-        # How a folder is read (docs/data.md): auto says how, or asks; flat: no classes; classes, splits: by its
+        # How a folder is read (docs/data.md): auto detects it, or asks; flat: no classes; classes, splits: by its
         # sub-folders; 0.1.0: as that version read folders, and numbers in data.classes.
         "layout": "auto",
         "train_split": "train",
@@ -77,12 +77,12 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "repeats": 1,  # views of each image in a batch (repeated augmentation)
         "crop_scale": (0.2, 1.0),  # share of the area, MAE A.1
         "crop_ratio": (3 / 4, 4 / 3),
-        "scales": (0.5, 2.0),  # of augment=scaled: how large the image is, next to one that the crop just fits
+        "scales": (0.5, 2.0),  # of augment=scaled: size of the image, relative to one that the crop just fits
         "lsj_scale": (0.1, 2.0),  # of augment=lsj: least and largest size of images, as shares of image_size (ViTDet)
-        "max_objects": 100,  # of an image with objects that are trained on; rows of the batch fields of objects
+        "max_objects": 100,  # most objects of an image that are trained on; rows of the objects' batch fields
         "flip": True,
         "exif": "auto",  # apply: images are turned as their EXIF says; ignore; auto: apply, but in runs from before
-        # Of images of more than 8 bits, what becomes black and white: auto, told and stored: 0 and the highest value of
+        # Values of black and white in images of more than 8 bits: auto, printed and stored: 0 and the highest value of
         # as many bits as 64 training images need; two numbers, as 0,4095; upper: the upper 8 bits, as before.
         "range": "auto",
         # Files that are read: all: JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF, HEIC; common: the first five; auto: all, but
@@ -96,7 +96,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         # likewise of masks: the image of classes in TFDS; for source folder, a folder of PNGs like path
         "mask_key": "",
         "tokens": "",  # *.npz of token maps made beforehand, for method.target=tokens (see data/token_maps.py)
-        "mask_offset": 0,  # taken from a mask's numbers; what is below it becomes 255, which is ignored
+        "mask_offset": 0,  # subtracted from a mask's values; values below it become 255, which is ignored
         "readers": 16,  # logical readers of a TFRecord stream
         "shuffle_mb": 1024,  # encoded bytes held for shuffling, over all readers
         # Processes that make examples; 0: threads alone; auto: as many as data.threads, but threads for few images.
@@ -123,7 +123,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "remat": "none",  # none, full, dots
     },
     "optim": {
-        "name": "adamw",  # what turns gradients into updates
+        "name": "adamw",  # the optimizer
         "lr": 1.5e-4,  # per 256 images: the peak is lr · batch_size / 256
         "schedule": "cosine",  # after the warm-up; poly: linear (mmsegmentation, power 1)
         "min_lr": 0.0,
@@ -133,7 +133,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "eps": 1e-8,  # of adamw and lamb
         "momentum": 0.9,  # of lars and sgd
         "weight_decay": 0.05,
-        "final_weight_decay": -1.0,  # where half a cosine takes it, as in DINO; negative: it stays
+        "final_weight_decay": -1.0,  # final value, reached by half a cosine, as in DINO; negative: constant
         "layer_decay": 1.0,  # factor of the learning rate from each block to the one before it
         # Shares of the run after which the learning rate is a tenth of what it was, as (8 / 9, 26 / 27); (): half a
         # cosine.
@@ -143,7 +143,7 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
     },
     "train": {
         "duration": "800 epochs",
-        "patience": "",  # end after so long without a better checkpoint.best_metric, as '20 epochs'; '': never
+        "patience": "",  # end if checkpoint.best_metric does not improve for this long, as '20 epochs'; '': never
         "accumulate": 1,  # gradient accumulation: micro-batches per step
         "deterministic": False,  # GPUs: bit-identical runs, slower kernels
         "compilation_cache": "auto",  # folder of compiled programs; auto: <workdir>/compiled; '': none
@@ -152,9 +152,9 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "data": -1,  # devices that share the rows of a batch; -1: the rest, here and below
         "fsdp": 1,  # devices that share rows, and hold a part of each parameter
         "tensor": 1,  # devices that share heads and hidden units
-        "zero": "auto",  # on, off: parameters and optimizer cut over `data` too (ZeRO); auto: on, but for CPUs
-        "slices": -1,  # joined by the data-centre network, each with a copy of what is cut; -1: as many as TPUs are in
-        "reduce": "float32",  # in which the gradients of kernels are summed over devices; or bfloat16
+        "zero": "auto",  # on, off: parameters and optimizer sharded over `data`, too (ZeRO); auto: on, except on CPUs
+        "slices": -1,  # TPU slices, joined by the data-center network; each has all parts of sharded arrays; -1: all
+        "reduce": "float32",  # dtype in which gradients of kernels are summed over devices; or bfloat16
     },
     "checkpoint": {
         "every": "20 epochs",
@@ -163,12 +163,12 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         # Keep the best checkpoint by this figure of data.val_split, as 'top1'; 'loss' and 'rankme' need no labels; '':
         # none.
         "best_metric": "",
-        "best_mode": "auto",  # max, min: which of its values is the best; auto: known of the figures built in
+        "best_mode": "auto",  # max, min: whether larger or smaller is better; auto: known for built-in figures
     },
     "eval": {
-        "every": "20 epochs",  # and at the ends; as long as train.duration, or longer: at the last step alone
+        "every": "20 epochs",  # also at both ends; if at least train.duration: at the last step alone
         "max_examples": 100_000,  # read of the training split for probes and vocabularies, and of the evaluation split
-        "crop_ratio": (224 / 256,),  # share of the short side that the centre crop keeps; more: a curve
+        "crop_ratio": (224 / 256,),  # share of the short side that the center crop keeps; more: a curve
         # Of method.test=slide and whole: sizes at which an image is seen, times that of the model's images; the
         # probabilities are averaged (docs/segmentation.md).
         "scales": (1.0,),
@@ -178,40 +178,40 @@ DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the m
         "knn_k": 20,
         "knn_temperature": 0.07,  # of the vote, as in DINO
         "pictures": 16,  # in the grids of reconstructions and of attention
-        "attention_block": -1,  # whose attention is drawn; -1: the last
-        "attention_query": "cls",  # who looks: the class token, or mean: all patches
+        "attention_block": -1,  # block whose attention is drawn; -1: the last
+        "attention_query": "cls",  # query of the drawn attention: the class token, or mean: all patches
     },
     "log": {
         "every": "50 steps",
         "tensorboard": True,
-        "sinks": (),  # where metrics and figures go besides, by name (mae_jax/storage/metric_sinks.py)
+        "sinks": (),  # further outputs of metrics and figures, by name (mae_jax/storage/metric_sinks.py)
         "profile_steps": "",  # the first and the last of a profiler trace: '20:25'; '': none
     },
     "guard": {
         "max_nonfinite": 10,  # steps in a row whose loss or gradients are not finite
-        "max_bad_fraction": 0.1,  # of images that could not be read
-        "spike": 0.0,  # skip steps of a loss or gradient norm so many deviations above the last 128; 0: none; OLMo: 6
-        "stall_seconds": 1800.0,  # that a step, a save, the input or a batch of an evaluation may take; 0: any time
+        "max_bad_fraction": 0.1,  # largest share of images that could not be read
+        "spike": 0.0,  # skip steps with loss or gradient norm this many deviations above the last 128; 0: none; OLMo: 6
+        "stall_seconds": 1800.0,  # longest time of a step, a save, the input or a batch of an evaluation; 0: no limit
     },
 }
 
 
 def choices() -> dict[str, Collection[str]]:
-    """Returns the values that a field may have, by dotted name, where these are a few words; those of plug-ins too.
+    """Returns dotted name → allowed values for fields with a few named values, including those of plug-ins.
 
-    Those of data.color are in its table, `mae_jax.data.transforms.color`, with which JAX is imported.
+    data.color is missing: its table, `mae_jax.data.transforms.color`, imports JAX.
     """
     return {**field_values.CHOICES, "optim.name": plug_ins.table("optimizers", OPTIMIZERS)}
 
 
 def default(method: str = "mae", plugins: tuple[str, ...] = ()) -> ConfigDict:
-    """Returns the defaults of every field, with the own fields of `method` under `config.method`.
+    """Returns the default config, with the fields of `method` under `config.method`.
 
-    They are locked: a recipe that misspells a field fails with the nearest name.
+    It is locked: a misspelled field in a recipe raises an error with the most similar name.
 
     Args:
-      method: its name.
-      plugins: installed modules that are imported first, since the method or something else comes from them.
+      method: name of the method.
+      plugins: installed modules to import first, as ('package.module',).
     """
     plug_ins.load(plugins)
     own = {"name": method, **methods.defaults(method)}
@@ -219,7 +219,7 @@ def default(method: str = "mae", plugins: tuple[str, ...] = ()) -> ConfigDict:
 
 
 def changed(config: ConfigDict) -> dict[str, Any]:
-    """Returns the fields whose values are not the defaults of the config's method: dotted name → value."""
+    """Returns dotted name → value for the fields that differ from the defaults of the config's method."""
     from mae_jax.param_tree import flat
 
     before = flat(default(config.method.name))
@@ -227,7 +227,7 @@ def changed(config: ConfigDict) -> dict[str, Any]:
 
 
 def profile_steps(config: ConfigDict) -> tuple[int, int]:
-    """Returns the first and the last step of the profiler trace, (0, 0) for none; raises UserError."""
+    """Returns the first and the last step of the profiler trace; (0, 0): no trace. Raises UserError."""
     text = config.log.profile_steps
     match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text)
     if text and (not match or int(match[1]) > int(match[2])):
@@ -236,7 +236,7 @@ def profile_steps(config: ConfigDict) -> tuple[int, int]:
 
 
 def from_dict(values: dict[str, Any]) -> ConfigDict:
-    """Makes a config of what JSON gave back; lists become the tuples that they were."""
+    """Returns a locked config from parsed JSON; lists become tuples."""
     def tuples(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: tuples(item) for key, item in value.items()}
@@ -246,9 +246,9 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
 
 
 def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
-    """Returns a copy with what 'auto' stands for on 'cpu', 'gpu' or 'tpu'.
+    """Returns a copy with 'auto' fields resolved for a platform, 'cpu', 'gpu' or 'tpu'.
 
-    The config that is stored keeps its 'auto': a run may go on elsewhere.
+    The stored config keeps 'auto', since a run may be resumed on another platform.
     """
     config = config.copy_and_resolve_references()
     if config.model.dtype == "auto":
@@ -259,7 +259,7 @@ def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
 
 
 def read_as_begun(config: ConfigDict) -> ConfigDict:
-    """Has the data of an unlocked config read as its recipe_version did; returns it."""
+    """Resolves the 'auto' fields of config.data to the behavior of its recipe_version, in place; returns the config."""
     if config.data.layout == "auto" and not recipe_version.has(config, "folder_layouts"):
         config.data.layout = "0.1.0"
     if config.data.exif == "auto":
@@ -272,14 +272,14 @@ def read_as_begun(config: ConfigDict) -> ConfigDict:
 
 
 def resolved(config: ConfigDict) -> ConfigDict:
-    """Returns `for_platform` of this process's devices."""
+    """Returns a copy with 'auto' fields resolved for the platform of this process's devices."""
     import jax
 
     return for_platform(config, jax.devices()[0].platform)
 
 
 def fitting_mesh(config: ConfigDict, devices: Any = None) -> Any:
-    """Makes the mesh of a config without 'auto'; raises UserError where devices or the method's heads do not fit it."""
+    """Returns the mesh of a config without 'auto'; raises UserError if devices or the method's heads do not fit it."""
     from mae_jax.runtime import sharding
 
     mesh = sharding.make_mesh(config, devices)
@@ -291,7 +291,7 @@ def fitting_mesh(config: ConfigDict, devices: Any = None) -> Any:
 
 
 def with_fitting_mesh(config: ConfigDict) -> ConfigDict:
-    """Returns the config, to look at a run: with all devices along mesh.data where its own mesh does not fit here."""
+    """Returns the config of a run, with all devices along mesh.data if its own mesh does not fit these devices."""
     try:
         fitting_mesh(resolved(config))
     except UserError:
@@ -302,15 +302,15 @@ def with_fitting_mesh(config: ConfigDict) -> ConfigDict:
 
 
 def validate(config: ConfigDict, for_training: bool = True) -> None:
-    """Raises UserError for the first field whose value cannot work, whatever the data.
+    """Raises UserError for the first invalid field, independent of the data.
 
     Args:
-      config: as a recipe gives it, or with 'auto' resolved.
-      for_training: False where the encoder alone is looked at: the method's own fields are not.
+      config: a config, with or without 'auto' resolved.
+      for_training: False to use the encoder alone; the method's own fields are then not checked.
     """
     from mae_jax.data.reading import span
     from mae_jax.data.transforms import color
-    from mae_jax.ops.patches import PatchGrid  # with JAX, which a recipe and --help do without
+    from mae_jax.ops.patches import PatchGrid  # imports JAX, which recipes and --help do not need
     from mae_jax.param_tree import flat
     from mae_jax.storage import metric_sinks
     from mae_jax.storage.paths import check_fields

@@ -1,4 +1,4 @@
-"""What values single fields of the config may have; a method checks its own."""
+"""Allowed values of single config fields; each method checks its own fields."""
 
 import math
 from collections.abc import Collection
@@ -8,7 +8,7 @@ import numpy as np
 
 from mae_jax.errors import UserError, did_you_mean
 
-CHOICES: dict[str, Collection[str]] = {  # and those of `config.choices`
+CHOICES: dict[str, Collection[str]] = {  # `config.choices` adds those that plug-ins extend
     "data.layout": ("auto", "flat", "classes", "splits", "0.1.0"),
     "init_head": ("match", "keep", "new"),
     "data.augment": ("none", "fixed", "simple", "single", "random", "scaled", "lsj", "multi_scale"),
@@ -40,20 +40,20 @@ NOT_NEGATIVE = ("optim.lr", "optim.min_lr", "optim.eps", "optim.weight_decay", "
 BELOW_ONE = ("optim.betas", "optim.ema", "optim.momentum", "model.drop_path")
 EXAMPLES = {"plugins": ("package.module",), "eval.sets": ("imagenet_v2",), "log.sinks": ("tensorboard",),
             "data.mix": ("3:/data/a", "1:/data/b"), "model.auto": ("width", "heads")}
-LARGEST = {"seed": 2**63 - 1, "eval.max_examples": 2**31}  # where a number may have more than 31 bits
-LARGEST_SCALE = 8  # of eval.scales: an image is then seen in hundreds of windows
+LARGEST = {"seed": 2**63 - 1, "eval.max_examples": 2**31}  # fields that may exceed 31 bits
+LARGEST_SCALE = 8  # of eval.scales: an image then has hundreds of windows
 DURATIONS = ("train.duration", "train.patience", "optim.warmup", "checkpoint.every", "checkpoint.keep_every",
              "eval.every", "log.every")
 
 
 def check_types(values: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Raises UserError for the first value that is not of its default's kind, or is no finite number."""
+    """Raises UserError for the first value with another element type than its default, or that is not finite."""
     for key, default in defaults.items():
         value = values.get(key, default)
         if isinstance(default, list):
             whole = all(isinstance(item, int) for item in default)
             kinds: tuple[type, ...] = (int,) if whole else (int, float)
-            if not default:  # of a plug-in's field nothing tells what it holds
+            if not default:  # an empty default has no element type
                 kinds = (str,) if key in EXAMPLES else (object,)
             if not isinstance(value, list) or not all(isinstance(item, kinds) for item in value):
                 shown = tuple(default) or EXAMPLES.get(key, ("value",))
@@ -67,7 +67,7 @@ def check_types(values: dict[str, Any], defaults: dict[str, Any]) -> None:
 
 
 def check_ranges(values: dict[str, Any]) -> None:
-    """Raises UserError for the first value that is no choice of its field, or too small or large."""
+    """Raises UserError for the first value that is not an allowed choice, or is too small or too large."""
     for key, allowed in CHOICES.items():
         if values[key] not in allowed:
             raise UserError(f"{key}={values[key]!r}; {did_you_mean(str(values[key]), allowed)}")

@@ -1,9 +1,9 @@
-"""Hugging Face's ViTMAE and ViT, to and from our parameter tree, and the folders that transformers reads; those of
-UperNet are `upernet`'s.
+"""Converts Hugging Face's ViTMAE and ViT to and from our parameters, and writes folders for transformers.
 
-ViTMAEForPreTraining has a decoder, ViTForImageClassification a classifier of the class token, ViTModel neither. Weights
-are those of the published code with query, key and value apart and other names. Names of transformers 4 are written,
-which version 5 renames as it loads them; version 4 would leave those of version 5 random. Both are read.
+ViTMAEForPreTraining has a decoder, ViTForImageClassification a classifier of the class token, ViTModel neither. Names
+differ from those of the published code, and query, key and value are separate. We write the names of transformers 4:
+version 5 renames them when it loads, while version 4 would leave parameters with the names of version 5 random. Both
+are read. UperNet is in `upernet`.
 """
 
 import json
@@ -20,7 +20,7 @@ from mae_jax.interop.layouts import Exported, Layout, mixture, nearest
 from mae_jax.interop.mae import expected, from_mae, to_mae
 from mae_jax.ops.patches import MEAN, STD, PatchGrid
 
-# How a name begins: in the published code, in transformers 4 and, where that is another one, in transformers 5.
+# Prefixes in the published code, in transformers 4 and, if it differs, in transformers 5.
 PARTS = (
     ("cls_token", "vit.embeddings.cls_token"),
     ("pos_embed", "vit.embeddings.position_embeddings"),
@@ -32,7 +32,7 @@ PARTS = (
     ("mask_token", "decoder.mask_token"),
     ("head.", "classifier."),
 )
-# And what follows the number of a block; the published code has query, key and value in one.
+# Names after the block number, likewise; the published code has query, key and value in one array.
 OF_BLOCKS = (
     ("norm1.", "layernorm_before."),
     ("norm2.", "layernorm_after."),
@@ -46,13 +46,13 @@ OF_BLOCKS = (
 FUSED = re.compile(r"(.+\.attn)\.([qkv])\.(weight|bias)")
 ACTIVATIONS = {"erf": "gelu", "tanh": "gelu_pytorch_tanh"}
 PRETRAINING, CLASSIFIER, ENCODER = "ViTMAEForPreTraining", "ViTForImageClassification", "ViTModel"
-UNNAMED = "LABEL_{}"  # what transformers calls a class without a name
+UNNAMED = "LABEL_{}"  # transformers' name of a class without a name
 
 
 def to_hf(params: Any, grid: tuple[int, int], patch: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Returns the state dict of ViTMAEForPreTraining, or of ViTForImageClassification where there is a head, float32.
+    """Returns the state dict of ViTMAEForPreTraining or, with a head, of ViTForImageClassification, float32.
 
-    Arguments and errors as `to_mae`. Of an encoder alone it is what either has under 'vit.'.
+    Arguments and errors are those of `to_mae`. For an encoder alone, these are the arrays under 'vit.' of both classes.
     """
     state = {}
     for key, array in to_mae(params, grid, patch).items():
@@ -66,9 +66,9 @@ def to_hf(params: Any, grid: tuple[int, int], patch: tuple[int, int]) -> dict[st
 
 
 def from_hf(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns our parameters, float32, of a state dict of ViTMAEForPreTraining or, without decoder, ViTMAEModel.
+    """Returns our parameters, float32, from a state dict of ViTMAEForPreTraining or, without a decoder, ViTMAEModel.
 
-    ViTModel, whose pooler is left out, and ViTForImageClassification have the same names.
+    ViTModel, whose pooler is dropped, and ViTForImageClassification have the same names.
 
     Args:
       state: key → array (NumPy, or anything that np.asarray takes), named as in any version of transformers. The prefix
@@ -83,9 +83,9 @@ def from_hf(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hf_config(config: ConfigDict, kind: str = PRETRAINING) -> dict[str, Any]:
-    """Returns the fields of ViTMAEConfig or ViTConfig for a config of ours, and a class of transformers.
+    """Returns the fields of ViTMAEConfig or ViTConfig for our config and a class of transformers.
 
-    Their own layer norm epsilon (1e-12) is not MAE's.
+    The epsilon of layer norms is MAE's, 1e-6; transformers' default is 1e-12.
     """
     m, (height, width) = config.model, config.data.image_size
     fields = {
@@ -102,22 +102,20 @@ def hf_config(config: ConfigDict, kind: str = PRETRAINING) -> dict[str, Any]:
             "decoder_num_hidden_layers": d.decoder_depth, "decoder_intermediate_size": m.mlp_ratio * d.decoder_width,
             "mask_ratio": d.mask_ratio, "norm_pix_loss": d.target == "norm_pix",
         }
-    if kind == ENCODER:  # its pooler gives the class token as it is (`_in_folder`)
+    if kind == ENCODER:  # its pooler is the identity (`_in_folder`)
         fields["pooler_act"] = "linear"
     return fields
 
 
 def _written(key: str, every: bool = False) -> tuple[str, ...]:
-    """Returns the name in transformers 4 of a name in the published code, '' where it has none; with `every`, the
-    names in all versions.
-    """
+    """Returns transformers 4's name for a name in the published code, '' if none; with `every`, version 5's, too."""
     names = (_renamed(key, {ours: names[place] for ours, *names in PARTS},
                       {ours: names[place] for ours, *names in OF_BLOCKS}) for place in ((0, -1) if every else (0,)))
     return tuple(names)
 
 
 def _read(key: str) -> str:
-    """Returns the name in the published code of a name in any version of transformers; raises UserError."""
+    """Returns the published code's name for a name in any version of transformers; raises UserError."""
     full = key if key.startswith(("vit.", "decoder.", "classifier.")) else f"vit.{key}"
     known = _renamed(full, {name: ours for ours, *names in PARTS for name in names},
                      {name: ours for ours, *names in OF_BLOCKS for name in names})
@@ -129,7 +127,7 @@ def _read(key: str) -> str:
 
 
 def _renamed(key: str, parts: Mapping[str, str], of_blocks: Mapping[str, str]) -> str:
-    """Returns a key with another beginning, and another one after a block's number; '' where a table lacks it."""
+    """Replaces the prefix of a key and the name after its block number; '' if a table lacks one of them."""
     start = next((part for part in parts if key.startswith(part)), "")
     rest = key.removeprefix(start)
     number, _, leaf = rest.partition(".")
@@ -140,14 +138,14 @@ def _renamed(key: str, parts: Mapping[str, str], of_blocks: Mapping[str, str]) -
 
 
 def _apart(key: str, array: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the query, key and value rows by their names; what is none of them, as it is."""
+    """Splits a fused qkv array, [3 D, ...], into query, key and value; returns other arrays unchanged."""
     if ".attn.qkv." not in key:
         return {key: array}
     return {key.replace(".qkv.", f".{letter}."): part for letter, part in zip("qkv", np.split(array, 3), strict=True)}
 
 
 def _fused(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Stacks the query, key and value rows, in this order."""
+    """Concatenates query, key and value arrays, in this order, to the published code's fused ones; raises UserError."""
     fused = {}
     for key, value in state.items():
         match = FUSED.fullmatch(key)
@@ -181,26 +179,26 @@ def _refuses(config: ConfigDict) -> str:
 
 
 def has_upernet(config: ConfigDict) -> bool:
-    """Whether a run is of UperNet, and is written with it."""
+    """Returns whether a run trains UperNet, which is then exported, too."""
     return config.method.name == "segment" and config.method.head == "upernet"
 
 
 def kind_of(params: Any) -> str:
-    """Returns the class of transformers that has these parameters."""
+    """Returns the name of the class in transformers that has these parameters."""
     if "upernet" in params:
         return upernet.KIND
     return PRETRAINING if "decoder" in params else CLASSIFIER if "head" in params else ENCODER
 
 
 def _in_folder(params: Any, config: ConfigDict) -> dict[str, np.ndarray]:
-    """Returns the arrays of a folder.
+    """Returns the arrays of a folder by their names in transformers.
 
-    Those of ViTModel have no prefix, and a pooler that changes nothing: transformers would make a random one, and call
-    what comes out of it the model's output.
+    ViTModel has no prefix, and gets a pooler that is the identity: transformers would initialize a random one, and
+    return its output as the model's.
     """
     if kind_of(params) == upernet.KIND:
         return upernet.to_hf(params, config)
-    if kind_of(params) == ENCODER:  # BEiT's mask token is of its pre-training, as a decoder is
+    if kind_of(params) == ENCODER:  # BEiT's mask token is for pre-training only, like a decoder
         params = {"encoder": {name: leaf for name, leaf in params["encoder"].items() if name != "mask_token"}}
     state = to_hf(params, PatchGrid.of(config).shape, config.model.patch)
     if kind_of(params) != ENCODER:
@@ -211,15 +209,15 @@ def _in_folder(params: Any, config: ConfigDict) -> dict[str, np.ndarray]:
 
 
 def distinct(names: Sequence[str]) -> list[str]:
-    """Returns names of classes, with their numbers where one is used twice: ImageNet has two cranes.
+    """Appends its number to each class name that occurs twice (ImageNet has two cranes).
 
-    label2id, from a name to a number, would lose one of them.
+    Otherwise label2id, which maps a name to a number, would lose a class.
     """
     return [f"{name} ({number})" if names.count(name) > 1 else name for number, name in enumerate(names)]
 
 
 def _beside(exported: Exported) -> dict[str, str]:
-    """Returns config.json, and preprocessor_config.json: images as evaluations see them."""
+    """Returns file name → content of config.json and preprocessor_config.json (preprocessing as in evaluation)."""
     config, kind = exported.config, kind_of(exported.params)
     if kind == upernet.KIND:
         return upernet.hf_beside(exported)

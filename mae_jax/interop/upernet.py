@@ -1,9 +1,11 @@
-"""UperNet on a plain ViT as others have it, to and from our parameters: transformers' UperNetForSemanticSegmentation on
-BEiT's backbone, and checkpoints of mmsegmentation's head on the backbones of BEiT's and MAE's segmentation code.
+"""Converts UperNet on a plain ViT between our parameters and the layouts of transformers and mmsegmentation.
 
-Convolutions are [out, in, row, column] there and [row, column, in, out] here; transposed ones [in, out, row, column]
-and [in, row, column, out]. BEiT's keys have no bias: ours is then zero, and one that we have is left out, since it
-changes no attention. The class token's position joins the token, and is zero on the way out.
+transformers: UperNetForSemanticSegmentation on BEiT's backbone. mmsegmentation: its head on the backbones of BEiT's and
+MAE's segmentation code.
+
+Convolution kernels are [out, in, row, column] there and [row, column, in, out] here; transposed ones are
+[in, out, row, column] and [in, row, column, out]. BEiT's keys have no bias: it is read as zero, and not written, since
+it does not change attention. The position embedding of the class token is added to the token; it is written as zero.
 """
 
 import json
@@ -25,12 +27,12 @@ from mae_jax.param_tree import flatten, nest
 ATTENTION = "attention.attention."
 TABLE = f"{ATTENTION}relative_position_bias.relative_position_bias_table"
 BLOCKS = re.compile(r"backbone\.encoder\.layer\.(\d+)\.(.+)")
-BLOCK = (  # what follows a block's number there, and here
+BLOCK = (  # name after the block number: transformers', ours
     ("layernorm_before.", "norm1/"), ("layernorm_after.", "norm2/"), ("attention.output.dense.", "attn/proj/"),
     ("intermediate.dense.", "mlp/fc1/"), ("output.dense.", "mlp/fc2/"), (TABLE, f"attn/{BIAS_TABLE}"),
     ("lambda_1", "ls1/gamma"), ("lambda_2", "ls2/gamma"),
 )
-OTHERS = (  # the other beginnings, there and here; # is a number
+OTHERS = (  # prefixes outside of blocks: transformers', ours; # is a number
     ("backbone.embeddings.patch_embeddings.projection.", "encoder/patch_embed/"),
     ("backbone.embeddings.cls_token", "encoder/cls_token"),
     ("backbone.embeddings.position_embeddings", "encoder/pos_embed"),
@@ -47,12 +49,12 @@ OTHERS = (  # the other beginnings, there and here; # is a number
     ("auxiliary_head.convs.0.", "upernet/aux/"),
     ("auxiliary_head.classifier.", "upernet/aux_classes/classifier/"),
 )
-MMSEG_BLOCK = (  # what follows a block's number in transformers, and in BEiT's and MAE's segmentation code
+MMSEG_BLOCK = (  # name after the block number: transformers', that of BEiT's and MAE's segmentation code
     ("layernorm_before.", "norm1."), ("layernorm_after.", "norm2."), ("attention.output.dense.", "attn.proj."),
     ("intermediate.dense.", "mlp.fc1."), ("output.dense.", "mlp.fc2."),
     (TABLE, "attn.relative_position_bias_table"), ("lambda_", "gamma_"),
 )
-MMSEG = (  # likewise the other beginnings
+MMSEG = (  # likewise the prefixes outside of blocks
     ("backbone.embeddings.patch_embeddings.projection.", "backbone.patch_embed.proj."),
     ("backbone.embeddings.cls_token", "backbone.cls_token"),
     ("backbone.embeddings.position_embeddings", "backbone.pos_embed"),
@@ -67,7 +69,7 @@ ACTIVATIONS = {"erf": "gelu", "tanh": "gelu_pytorch_tanh"}
 
 
 def from_mmseg(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what `from_hf` does, of the names of mmsegmentation's head on BEiT's or MAE's backbone."""
+    """Returns our parameters, as `from_hf`, from a state dict of mmsegmentation's head on BEiT's or MAE's backbone."""
     renamed: dict[str, Any] = {}
     for key, value in state.items():
         block = re.fullmatch(r"backbone\.blocks\.(\d+)\.(.+)", key)
@@ -89,7 +91,7 @@ def from_mmseg(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_mmseg(params: Any, config: ConfigDict) -> dict[str, np.ndarray]:
-    """Returns what `to_hf` does, by the names of mmsegmentation's head on BEiT's and MAE's backbone."""
+    """Returns the arrays of `to_hf` with the names of mmsegmentation's head on BEiT's and MAE's backbone."""
     whole, state = to_hf(params, config), {}
     for key, value in whole.items():
         block = BLOCKS.fullmatch(key)
@@ -111,11 +113,10 @@ def to_mmseg(params: Any, config: ConfigDict) -> dict[str, np.ndarray]:
 
 
 def from_hf(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns our parameters, float32, of a state dict of transformers, and under 'extras' the moments of its batch
-    norms.
+    """Returns our parameters, float32, from a state dict of transformers; 'extras' has the moments of batch norms.
 
     Raises:
-      UserError: an unknown key, or one that is missing.
+      UserError: an unknown or a missing key.
     """
     params: dict[str, np.ndarray] = {}
     parts: dict[str, dict[str, np.ndarray]] = {}
@@ -149,8 +150,10 @@ def from_hf(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_hf(params: Any, config: ConfigDict) -> dict[str, np.ndarray]:
-    """Returns the state dict of transformers, float32, of what `written` leaves of the parameters, and
-    of the moments of the batch norms; raises UserError for one that has no place there.
+    """Returns the state dict of transformers, float32, for the parameters of `written` and the moments of batch norms.
+
+    Raises:
+      UserError: a parameter has no counterpart there.
     """
     state: dict[str, np.ndarray] = {}
     for path, leaf in flatten(written(params)).items():
@@ -158,7 +161,7 @@ def to_hf(params: Any, config: ConfigDict) -> dict[str, np.ndarray]:
         block = re.fullmatch(r"encoder/block_0*(\d+)/(.+)", path)
         if not block:
             state[_key(path)] = _theirs(path, array, config)
-            if path.endswith("/var"):  # torch's batch norm has a count beside it, by which nothing is computed
+            if path.endswith("/var"):  # torch's batch norm also has a counter, which is not used here
                 state[_key(path).replace("running_var", NO_PARAMETER[0])] = np.zeros((), np.float32)
         elif block[2].startswith("attn/qkv/"):
             name = f"backbone.encoder.layer.{block[1]}.{ATTENTION}"
@@ -174,8 +177,10 @@ def to_hf(params: Any, config: ConfigDict) -> dict[str, np.ndarray]:
 
 
 def written(params: Any) -> dict[str, Any]:
-    """Returns what of an UperNet's parameters has a place there: neither the encoder's last norm, which nothing reads,
-    nor biases of keys, which change no attention.
+    """Returns the parameters of an UperNet that the other layouts hold.
+
+    The encoder's last norm, which UperNet does not use, is removed, and biases of keys, which do not change attention,
+    are set to zero.
     """
     flat = {name: np.asarray(leaf) for name, leaf in flatten(params).items() if not name.startswith("encoder/norm/")}
     for name, leaf in flat.items():
@@ -186,7 +191,7 @@ def written(params: Any) -> dict[str, Any]:
 
 
 def refuses(config: ConfigDict) -> str:
-    """Returns why a run has no place in these layouts, as the end of a sentence; '' where it has one."""
+    """Returns why these layouts cannot hold a run, as the end of a sentence; '' if they can."""
     m, (height, width), (rows, columns) = config.method, config.data.image_size, config.model.patch
     if m.name != "segment" or m.head != "upernet":
         return "is no UperNet (configs/upernet.py), whose layout this is; use --layout=timm or hf"
@@ -206,7 +211,7 @@ def refuses(config: ConfigDict) -> str:
 
 
 def _renamed(name: str, table: Iterable[tuple[str, str]], back: bool = False) -> str:
-    """Returns a name with the other beginning that a table gives it; '' where it has none. # stands for a number."""
+    """Replaces the prefix of a name by its counterpart in a table; '' if the table lacks it. # stands for a number."""
     for pair in table:
         begin, other = reversed(pair) if back else pair
         if found := re.match(re.escape(begin).replace(r"\#", r"(\d+)"), name):
@@ -215,7 +220,7 @@ def _renamed(name: str, table: Iterable[tuple[str, str]], back: bool = False) ->
 
 
 def _path(key: str, block: re.Match[str] | None) -> str:
-    """Returns our path of a key of transformers; raises UserError."""
+    """Returns our path for a key of transformers; raises UserError for an unknown key."""
     found = _renamed(block[2], BLOCK) if block else _renamed(key, OTHERS)
     if not found:
         raise UserError(f"{printable(block[2])} is no part of a block of BEiT" if block else
@@ -231,14 +236,14 @@ def _path(key: str, block: re.Match[str] | None) -> str:
 
 
 def _their_leaf(path: str) -> str:
-    """Returns a path with the name of its leaf there."""
+    """Returns a path with transformers' name of its leaf."""
     start, _, leaf = path.rpartition("/")
     theirs = {"kernel": "weight", "scale": "weight", **{ours: name for name, ours in LEAVES.items()}}
     return f"{start}/{theirs.get(leaf, leaf)}"
 
 
 def _key(path: str) -> str:
-    """Returns the key of transformers of a path of ours outside of blocks; raises UserError."""
+    """Returns transformers' key for a path of ours outside of blocks; raises UserError if there is none."""
     name = _their_leaf(re.sub(rf"^extras/{MOMENTS}/", "upernet/", path))
     key = _renamed(name, OTHERS, back=True)
     if not key:
@@ -250,7 +255,7 @@ def _key(path: str) -> str:
 
 
 def _ours(name: str, array: np.ndarray) -> np.ndarray:
-    """Returns a parameter with its axes as ours, by our path."""
+    """Transposes a parameter of transformers to our order of axes; `name` is our path."""
     if not name.endswith("/kernel"):
         return array
     if "/double" in name:
@@ -264,7 +269,7 @@ def _ours(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def _theirs(path: str, array: np.ndarray, config: ConfigDict) -> np.ndarray:
-    """Returns a parameter with its axes as theirs, by our path."""
+    """Transposes a parameter to transformers' order of axes; `path` is our path."""
     if path == "encoder/pos_embed":
         return np.pad(array, ((1, 0), (0, 0)))[None]
     if not path.endswith("/kernel"):
@@ -286,7 +291,7 @@ def hf_config(config: ConfigDict) -> dict[str, Any]:
         "intermediate_size": m.mlp_ratio * m.width, "hidden_act": ACTIVATIONS[m.gelu], "layer_norm_eps": 1e-6,
         "image_size": side, "patch_size": m.patch[0], "layer_scale_init_value": m.layer_scale, "drop_path_rate": 0.0,
         "use_absolute_position_embeddings": True, "use_mask_token": False, "add_fpn": True,
-        "batch_norm_eps": EPS,  # which transformers 4 reads, and has no default of
+        "batch_norm_eps": EPS,  # transformers 4 reads it, and has no default
         "use_relative_position_bias": config.method.relative_position_bias, "reshape_hidden_states": True,
         "out_features": [f"stage{block + 1}" for block in map_blocks(config)]}
     names = {str(number): f"LABEL_{number}" for number in range(classes)}
@@ -299,7 +304,7 @@ def hf_config(config: ConfigDict) -> dict[str, Any]:
 
 
 def hf_beside(exported: Exported) -> dict[str, str]:
-    """Returns config.json, and preprocessor_config.json: whole images in the size of the model's."""
+    """Returns file name → content of config.json and preprocessor_config.json (images resized as a whole)."""
     side = exported.config.data.image_size[0]
     images = {
         "image_processor_type": "SegformerImageProcessor", "do_resize": True, "size": {"height": side, "width": side},

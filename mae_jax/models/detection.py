@@ -1,4 +1,4 @@
-"""The heads of Mask R-CNN (arXiv 1703.06870) as Detectron2 has them: proposals, boxes, masks."""
+"""The heads of Mask R-CNN (arXiv 1703.06870), as in Detectron2: proposals, boxes, masks."""
 
 from typing import Any
 
@@ -10,14 +10,15 @@ from mae_jax.models.map_norms import map_norm
 from mae_jax.models.pyramid import Conv, Deconv, kernel_start
 from mae_jax.ops.linear import linear
 
-PROPOSAL_STD = 0.01  # initial deviations of the proposals' kernels, and of the last ones of classes, boxes, masks
+PROPOSAL_STD = 0.01  # initial deviations of all proposal kernels, and of the last layers for classes, boxes and masks
 CLASS_STD, BOX_STD, MASK_STD = 0.01, 0.001, 0.001
 
 
 class ProposalHead(nn.Module):
-    """Gives each anchor a logit of being an object's, and what moves it there (arXiv 1506.01497, 3.1).
+    """The region proposal network (arXiv 1506.01497, section 3.1); one head serves all maps.
 
-    Of one map [B, H, W, C]: float32 [B, H · W · A] and [B, H · W · A, 4]. The same head is for all maps.
+    For a map [B, H, W, C] and A anchors per cell it returns objectness logits, float32 [B, H · W · A], and box deltas,
+    float32 [B, H · W · A, 4].
     """
 
     convs: int
@@ -35,22 +36,23 @@ class ProposalHead(nn.Module):
 
 
 class BoxHead(nn.Module):
-    """Gives regions [B, R, side, side, C] classes, float32 [B, R, classes + 1], the last one the background's, and what
-    moves their boxes, float32 [B, R, classes or 1, 4].
+    """The box head, on regions [B, R, side, side, C].
+
+    Returns class logits, float32 [B, R, classes + 1] with the background last, and box deltas, float32
+    [B, R, classes or 1, 4].
     """
 
     convs: int
     layers: int
-    width: int  # of the layers
+    width: int  # of the fully connected layers
     classes: int
-    specific: bool  # whether boxes move otherwise for each class
+    specific: bool  # whether box deltas are class-specific
     norm: str
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, weight: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """Args: weight: float32 [B, R], 0 for regions that do not count for a batch norm, in training; None: otherwise.
-        """
+        """Args: weight: in training, float32 [B, R], 0 for regions that a batch norm ignores; None in evaluation."""
         lead = x.shape[:2]
         x = _convs(x.reshape(-1, *x.shape[2:]), self.convs, self.norm, self.dtype, weight).reshape(*lead, -1)
         for number in range(self.layers):
@@ -62,7 +64,7 @@ class BoxHead(nn.Module):
 
 
 class MaskHead(nn.Module):
-    """Gives regions [B, R, side, side, C] a mask for each class, float32 logits [B, R, 2 side, 2 side, classes]."""
+    """The mask head: regions [B, R, side, side, C] → logits, float32 [B, R, 2 side, 2 side, classes]."""
 
     convs: int
     classes: int
@@ -71,7 +73,7 @@ class MaskHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, weight: jax.Array | None = None) -> jax.Array:
-        """Args: weight: as of `BoxHead`."""
+        """Args: weight: see `BoxHead`."""
         lead, width = x.shape[:2], x.shape[-1]
         x = _convs(x.reshape(-1, *x.shape[2:]), self.convs, self.norm, self.dtype, weight)
         x = nn.relu(Deconv(width, self.dtype, "msra", name="deconv")(x))
@@ -80,7 +82,7 @@ class MaskHead(nn.Module):
 
 
 class Linear(nn.Module):
-    """A linear layer over the last axis whose kernel starts as `kernel_start` says, its bias at 0."""
+    """A linear layer over the last axis, [..., C] → [..., features]; kernel by `kernel_start`, bias initially 0."""
 
     features: int
     start: str
@@ -94,7 +96,7 @@ class Linear(nn.Module):
 
 
 def _convs(x: jax.Array, count: int, norm: str, dtype: Any, weight: jax.Array | None) -> jax.Array:
-    """Returns maps [N, H, W, C] after so many 3 x 3 convolutions, each with a norm and a ReLU."""
+    """Applies `count` 3 x 3 convolutions, each with a norm and a ReLU, to maps [N, H, W, C]."""
     weight = None if weight is None else weight.reshape(-1)
     for number in range(1, count + 1):
         x = Conv(x.shape[-1], 3, dtype, "msra", norm == "none", name=f"conv{number}")(x)

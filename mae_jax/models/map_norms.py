@@ -1,4 +1,4 @@
-"""Norms of maps [B, H, W, C]: over the channels of a cell, over groups of channels of an image, over the batch."""
+"""Layer norm, group norm and batch norm of feature maps [B, H, W, C]."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +11,14 @@ import numpy as np
 from mae_jax.models.layers import layer_norm
 from mae_jax.ops import batch_norm
 
-MOMENTS = "moments"  # the collection of running means and variances
-GROUPS = 32  # of group norm (arXiv 1803.08494), at the most
+MOMENTS = "moments"  # the variable collection of running means and variances
+GROUPS = 32  # largest number of groups of group norm (arXiv 1803.08494)
 EPS = 1e-5  # of group norm and batch norm, as torch's
 Norm = Callable[[jax.Array, jax.Array | None], jax.Array]
 
 
 class GroupNorm(nn.Module):
-    """Group norm (arXiv 1803.08494) of maps [B, H, W, C]: statistics of each image alone, float32."""
+    """Group norm (arXiv 1803.08494) of maps [B, H, W, C], computed in float32."""
 
     dtype: Any
 
@@ -35,17 +35,17 @@ class GroupNorm(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Normalizes maps [B, h, w, C] and scales and shifts their channels, in `dtype`; float32 inside.
+    """Batch norm of maps [B, h, w, C], computed in float32, with output in `dtype`.
 
-    Over all cells of all images of the global batch in training, whose means and variances the collection MOMENTS
-    follows, and by these otherwise.
+    Training uses the statistics of the global batch and updates the running ones in the collection MOMENTS. Evaluation
+    uses the running statistics.
     """
 
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, weight: jax.Array | None) -> jax.Array:
-        """Args: weight: float32 [B], 0 for images that do not count, in training; None: otherwise."""
+        """Args: weight: in training, float32 [B], 0 for images to ignore; None in evaluation."""
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
@@ -56,22 +56,24 @@ class BatchNorm(nn.Module):
             normal = batch_norm.apply(x.astype(jnp.float32), before, EPS)
             return (normal * scale + bias).astype(self.dtype)
 
-        @jax.checkpoint  # of the maps, what is kept is in their own dtype
+        @jax.checkpoint  # keeps the maps for the backward pass in their own dtype, not in float32
         def of_batch(x: jax.Array, weight: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, Any]:
             normal, moments = batch_norm.train(x.astype(jnp.float32), weight, before, EPS)
             return (normal * scale + bias).astype(self.dtype), moments
 
         out, moments = of_batch(x, weight, scale, bias)
-        for name, variable in running.items():  # which a batch of nothing that counts leaves alone
+        for name, variable in running.items():  # unchanged by a batch without valid images
             variable.value = jnp.where(weight.any(), moments[name], before[name])
         return out
 
 
 def map_norm(kind: str, dtype: Any, name: str) -> Norm:
-    """Returns the norm of maps, a function of them and of `BatchNorm`'s weight.
+    """Returns a norm as a function of maps [B, H, W, C] and of `BatchNorm`'s weight, which other norms ignore.
 
     Args:
-      kind: 'layer', over the channels of each cell, 'group', 'batch' or 'none'.
+      kind: 'layer' (over the channels of each cell), 'group', 'batch' or 'none'.
+      dtype: dtype of the output; 'none' keeps that of the maps.
+      name: name of the Flax module.
     """
     if kind == "batch":
         return BatchNorm(dtype, name=name)

@@ -1,4 +1,4 @@
-"""Maps of several strides out of a plain ViT's one: ViTDet's simple pyramid, and a feature pyramid of four blocks."""
+"""Multi-scale feature maps from a plain ViT: ViTDet's simple pyramid, and an FPN over several blocks."""
 
 from typing import Any
 
@@ -13,16 +13,18 @@ from mae_jax.ops.linear import gelu, linear
 
 
 def uniform(bound: float) -> nn.initializers.Initializer:
-    """Returns what draws from -bound to bound."""
+    """Returns an initializer that draws uniformly from [-bound, bound)."""
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def kernel_start(how: str, inputs: int, outputs: int) -> nn.initializers.Initializer:
-    """Returns the first values of a kernel that sums over so many inputs for so many outputs, cells included.
+    """Returns the initializer of a kernel.
 
     Args:
-      how: 'torch', as torch starts convolutions; 'msra' (arXiv 1502.01852, by outputs) and 'xavier' (uniform, by
-        inputs) as Detectron2 fills them; or a number: the standard deviation of a normal.
+      how: 'torch', torch's default for convolutions; 'msra' (arXiv 1502.01852, normal, by fan-out) or 'xavier'
+        (uniform, by fan-in), as in Detectron2; or the standard deviation of a normal distribution, as a text.
+      inputs: fan-in, kernel size included.
+      outputs: fan-out, kernel size included.
     """
     if how == "msra":
         return nn.initializers.normal((2 / outputs) ** 0.5)
@@ -31,7 +33,7 @@ def kernel_start(how: str, inputs: int, outputs: int) -> nn.initializers.Initial
 
 
 class Conv(nn.Module):
-    """A convolution over maps [B, H, W, C] that keeps their size; a bias starts at 0, or as torch does."""
+    """A convolution of maps, [B, H, W, C] → [B, H, W, F]; the bias starts at 0, or for start='torch' as in torch."""
 
     features: int
     size: int
@@ -53,16 +55,16 @@ class Conv(nn.Module):
 
 
 class Deconv(nn.Module):
-    """A transposed convolution of 2 x 2 cells at stride 2: maps [B, H, W, C] → [B, 2 H, 2 W, F]."""
+    """A 2 x 2 transposed convolution with stride 2: maps [B, H, W, C] → [B, 2 H, 2 W, F]."""
 
     features: int
     dtype: Any
     start: str = "torch"
-    zero_bias: bool = False  # at the start, where torch draws it
+    zero_bias: bool = False  # initialize the bias to 0 where torch draws it
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        # torch counts a transposed kernel's inputs and outputs the other way around.
+        # torch swaps fan-in and fan-out of a transposed kernel.
         first_values = kernel_start(self.start, 4 * self.features, 4 * x.shape[-1])
         kernel = self.param("kernel", first_values, (x.shape[-1], 2, 2, self.features))
         drawn = self.start == "torch" and not self.zero_bias
@@ -72,8 +74,7 @@ class Deconv(nn.Module):
 
 
 class Scale(nn.Module):
-    """A map [B, H, W, D] at 4, 2, 1 or 1/2 times its size; with `narrow`, each doubling halves the channels (ViTDet).
-    """
+    """Rescales maps [B, H, W, D] by 4, 2, 1 or 1/2; with `narrow`, each doubling halves the channels (ViTDet)."""
 
     scale: float
     narrow: bool
@@ -94,10 +95,10 @@ class Scale(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """What makes maps [B, H · s, W · s, width] for each of the scales s out of those of blocks [B, H, W, D].
+    """Base class: from maps of blocks [B, H, W, D], returns maps [B, H · s, W · s, width] for each scale s.
 
-    It gives `extra` more, each every second cell of the one before. In training a batch norm takes a weight, float32
-    [B], 0 for images that do not count.
+    `extra` more maps follow, each with every second cell of the previous one. In training, a batch norm takes `weight`,
+    float32 [B], 0 for images to ignore.
     """
 
     scales: tuple[float, ...]
@@ -108,7 +109,7 @@ class Pyramid(nn.Module):
 
 
 class SimplePyramid(Pyramid):
-    """ViTDet's pyramid (arXiv 2203.16527, section 3): each map is made of the last block's, and of no other."""
+    """ViTDet's simple feature pyramid (arXiv 2203.16527, section 3): all maps come from the last block's map."""
 
     @nn.compact
     def __call__(self, maps: list[jax.Array], weight: jax.Array | None = None) -> list[jax.Array]:
@@ -123,9 +124,9 @@ class SimplePyramid(Pyramid):
 
 
 class FeaturePyramid(Pyramid):
-    """A feature pyramid (arXiv 1612.03144) of maps of several blocks, one for each scale (2111.11429, section 3).
+    """An FPN (arXiv 1612.03144) over maps of several blocks, one for each scale (arXiv 2111.11429, section 3).
 
-    Coarse maps are added to finer ones.
+    Each coarse map is upsampled and added to the next finer one.
     """
 
     @nn.compact
@@ -145,7 +146,7 @@ class FeaturePyramid(Pyramid):
 
 
 def with_extra(maps: list[jax.Array], extra: int) -> list[jax.Array]:
-    """Returns the maps and so many more, each every second cell of the one before."""
+    """Appends `extra` maps to maps [B, H, W, C], each with every second row and column of the previous one."""
     for _ in range(extra):
         maps = [*maps, maps[-1][:, ::2, ::2]]
     return maps

@@ -1,4 +1,4 @@
-"""UperNet (arXiv 1807.10221) on a plain ViT: four blocks' maps become a pyramid, and that the classes of pixels."""
+"""UperNet (arXiv 1807.10221) on a plain ViT: maps of four blocks, pyramid pooling, an FPN and per-pixel classifiers."""
 
 import re
 from collections.abc import Sequence
@@ -18,18 +18,18 @@ from mae_jax.ops import convolution, resampling
 from mae_jax.ops.flops import conv_flops
 from mae_jax.ops.linear import gelu, linear
 
-MAPS = 4  # blocks that UperNet sees
-POOLED = (1, 2, 3, 6)  # cells along a side, of the pyramid pooling (PSPNet, arXiv 1612.01105)
-HEAD_STD = 0.01  # of the classifiers' kernels, as mmsegmentation has them
-FACTORS = (4.0, 2.0, 1.0, 0.5)  # by which the maps are enlarged: to strides of 4, 8, 16 and 32 pixels of patches of 16
-OF_PATCH_8 = (2.0, 1.0, 0.5, 0.25)  # the same strides
-HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # of convolutions, as mmsegmentation has them
+MAPS = 4  # input maps, from four blocks
+POOLED = (1, 2, 3, 6)  # output sizes of the pyramid pooling (PSPNet, arXiv 1612.01105)
+HEAD_STD = 0.01  # initial deviation of the classifiers' kernels, as in mmsegmentation
+FACTORS = (4.0, 2.0, 1.0, 0.5)  # scale of each map: strides of 4, 8, 16 and 32 pixels for patches of 16
+OF_PATCH_8 = (2.0, 1.0, 0.5, 0.25)  # the same strides for patches of 8
+HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # of convolutions, as in mmsegmentation
 
 
 def map_blocks(config: ConfigDict) -> tuple[int, ...]:
-    """Returns the four blocks that method.blocks names, from 0; raises UserError.
+    """Returns the indices of the four blocks in method.blocks, from 0; raises UserError.
 
-    'auto': those after a third, half, two thirds and all of the blocks, as published for 12 and for 24.
+    'auto': the blocks at one third, half, two thirds and the end of the depth, as published for 12 and 24 blocks.
     """
     text, depth = config.method.blocks, config.model.depth
     if text == "auto":
@@ -43,12 +43,12 @@ def map_blocks(config: ConfigDict) -> tuple[int, ...]:
 
 
 def has_small_patches(config: ConfigDict) -> bool:
-    """Whether UperNet's maps are rescaled as published for patches of 8 pixels; below that, it is our choice."""
+    """Returns whether maps are rescaled as published for patches of 8 pixels; for smaller ones it is our choice."""
     return max(config.model.patch) <= 8
 
 
 class CellNorm(nn.Module):
-    """Layer norm over the channels of each cell of maps [B, h, w, C]."""
+    """Layer norm over the channels of maps [B, h, w, C]."""
 
     dtype: Any
 
@@ -61,10 +61,10 @@ NORMS = {"batch": BatchNorm, "layer": CellNorm}
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias, `Norm` and ReLU, of maps [B, h, w, C]."""
+    """A convolution without bias, a norm and a ReLU: maps [B, h, w, C] → [B, h, w, features]."""
 
     features: int
-    side: int  # of the kernel
+    side: int  # kernel size
     norm: str
     dtype: Any
 
@@ -78,7 +78,7 @@ class ConvNorm(nn.Module):
 
 
 class Rescale(nn.Module):
-    """Enlarges maps [B, h, w, D] by 4 or 2, or shrinks them by 2 or 4; 1 leaves them as they are."""
+    """Rescales maps [B, h, w, D] by 4, 2, 1, 1/2 or 1/4."""
 
     factor: float
     norm: str
@@ -97,22 +97,22 @@ class Rescale(nn.Module):
 
 
 class Classes(nn.Module):
-    """Float32 logits [B, h, w, C] of maps [B, h, w, F], of which whole channels may be dropped."""
+    """Classifies each cell: maps [B, h, w, F] → logits, float32 [B, h, w, classes], with channel dropout."""
 
     classes: int
 
     @nn.compact
     def __call__(self, x: jax.Array, kept: jax.Array | None) -> jax.Array:
-        """Args: kept: float32 [B, F], by which channels are multiplied."""
+        """Args: kept: float32 [B, F], multiplied with the channels (dropout); None: no dropout."""
         if kept is not None:
             x = x * kept[:, None, None].astype(x.dtype)
         return Head(self.classes, HEAD_STD, name="classifier")(x.astype(jnp.float32))
 
 
 class UperNet(nn.Module):
-    """Logits of four maps of a ViT: pyramid pooling of the last, a feature pyramid of all, and an auxiliary head.
+    """UperNet over four maps of a ViT: pyramid pooling of the last, an FPN over all, and an auxiliary head.
 
-    As mmsegmentation has it for MAE and BEiT (UPerHead, FCNHead), where transposed convolutions rescale the maps.
+    As in mmsegmentation for MAE and BEiT (UPerHead, FCNHead), where transposed convolutions upsample the maps.
     """
 
     classes: int
@@ -131,12 +131,14 @@ class UperNet(nn.Module):
         """Classifies the cells of the largest map.
 
         Args:
-          maps: four of [B, h, w, D], of early to late blocks.
-          weight: float32 [B], in training: 0 for images that do not count; None: otherwise.
-          kept: by what the channels of the pyramid [B, width] and of the auxiliary head [B, aux_width] are multiplied.
+          maps: four maps [B, h, w, D], from early to late blocks.
+          weight: in training, float32 [B], 0 for images to ignore; None in evaluation.
+          kept: channel dropout of the main classifier, float32 [B, width], and of the auxiliary one,
+            float32 [B, aux_width].
 
         Returns:
-          float32 [B, 4 h, 4 w, C], of the first of the factors, and of the auxiliary head [B, h, w, C], of the third.
+          Logits of the main classifier, float32 [B, h · f0, w · f0, C], and of the auxiliary one,
+          float32 [B, h · f2, w · f2, C], where f is `factors`.
         """
         levels = [Rescale(factor, self.norm, self.dtype, name=f"rescale_{n}")(x.astype(self.dtype), weight)
                   for n, (x, factor) in enumerate(zip(maps, self.factors, strict=True))]
@@ -153,7 +155,7 @@ class UperNet(nn.Module):
                 Classes(self.classes, name="aux_classes")(aux, kept[1]))
 
     def pooled(self, x: jax.Array, weight: jax.Array | None) -> jax.Array:
-        """Returns maps [B, h, w, width] of x [B, h, w, D] and of its means over squares of four sizes."""
+        """Pyramid pooling: x [B, h, w, D] and its means over grids of four sizes → maps [B, h, w, width]."""
         parts = [x]
         for n, cells in enumerate(POOLED):
             mean = self.conv(f"pool_{n}", 1)(resampling.pool(x, (cells, cells)), weight)
@@ -162,7 +164,7 @@ class UperNet(nn.Module):
 
 
 def flops(grid: tuple[int, int], depth_width: int, net: UperNet) -> int:
-    """Returns the forward FLOPs of one image: maps [h, w] of `grid`, of the width of the encoder."""
+    """Returns the forward FLOPs of one image, for maps of size `grid` with `depth_width` channels."""
     cells = [int(grid[0] * factor) * int(grid[1] * factor) for factor in net.factors]
     total, width = 0, net.width
     for factor in net.factors:

@@ -1,14 +1,14 @@
-"""Lines on standard output, once however many processes there are."""
+"""Lines on standard output, printed by process 0 only, and the format of durations."""
 
 import contextlib
 
 
 def print_once(line: str) -> None:
-    """Prints a line, once however many processes there are.
+    """Prints a line on process 0.
 
-    Where standard output goes to a full disk or to a program that has ended, the run goes on.
+    Ignores errors of standard output (a full disk, a closed pipe), so that the run continues.
     """
-    import jax  # here, since progress.py imports this before JAX is needed
+    import jax  # here, since progress.py imports this module before JAX is needed
 
     if jax.process_index() == 0:
         with contextlib.suppress(OSError):
@@ -16,7 +16,7 @@ def print_once(line: str) -> None:
 
 
 def clock(seconds: float) -> str:
-    """Returns '1h02m', '3m10s' or '12s'."""
+    """Formats a duration in seconds as '1h02m', '3m10s' or '12s'."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -1,12 +1,12 @@
-"""What a command is doing now: one live line below all others on a terminal, elsewhere a line of the log now and then.
+"""Progress of a command: a live line below the other output on a terminal, otherwise a log line every 30 seconds.
 
   with progress.doing("compiling the train step"):
       ...
   with progress.doing("embedding", total=1000, unit="image") as line:
       line.advance(32)
 
-A thread draws the line. So it lives while XLA compiles, and a training step pays for it with a few assignments. The
-innermost `doing` is what is shown.
+A thread draws the line, so that it stays live while XLA compiles, and costs a training step only a few assignments. The
+innermost `doing` is shown.
 """
 
 import contextlib
@@ -21,53 +21,53 @@ from typing import Any, Protocol, TextIO
 from mae_jax.runtime.console import clock
 from mae_jax.runtime.exit import on_forced_exit
 
-EVERY = 30.0  # seconds between two lines of the log
-TICK = 0.25  # seconds between two looks, and before a line is first drawn: what is over sooner does not flicker
+EVERY = 30.0  # seconds between two log lines
+TICK = 0.25  # seconds between updates, and before a line is first drawn, so that short work does not flicker
 BAR = 20  # characters
-ERASE = "\x1b[K"  # from the cursor to the end of the line, on every terminal but a dumb one
+ERASE = "\x1b[K"  # escape sequence: erase from the cursor to the end of the line
 
 logger = logging.getLogger(__name__)
 
 
 class Tell(Protocol):
-    """Is told how many more are done."""
+    """A callback for progress: takes the number of newly finished units."""
 
     def __call__(self, count: int = 1, /) -> object: ...
 
 
 class Line:
-    """Something that takes a while.
+    """The progress of one activity.
 
     Attributes:
-      done: how many of `total` there are; set by whoever does it.
-      note: what else to say of it, in place of speed and time left.
+      done: number of finished units; the caller may set it.
+      note: text in place of speed and remaining time.
     """
 
     def __init__(self, text: str = "", total: int = 0, done: int = 0, unit: str = "image", logged: bool = True):
-        """Args: as of `doing`."""
+        """Starts the clock; arguments as for `doing`."""
         self.text, self.total, self.done, self.unit, self.logged = text, total, done, unit, logged
         self.note = ""
         self._first = done
         self._began = self._said = time.monotonic()
 
     def advance(self, count: int = 1) -> None:
-        """Says that so many more are done."""
+        """Adds `count` finished units."""
         self.done += count
 
     def is_due(self, every: float) -> bool:
-        """Says whether it is time for another line of the log, and if so, counts from now."""
+        """Returns whether `every` seconds have passed since the last log line; if so, restarts this interval."""
         now = time.monotonic()
         due = self.logged and now >= self._said + every
         self._said = now if due else self._said
         return due
 
     def plain(self) -> str:
-        """Returns a line of the log."""
+        """Returns the text of a log line."""
         counted = f": {self._count()}" if self.total or self.done else ""
         return f"{self.text}{counted}, {self._rest()}"
 
     def drawn(self, width: int, ascii_only: bool) -> str:
-        """Returns the line for a terminal of so many columns."""
+        """Returns the text of the live line for a terminal of `width` columns."""
         from tqdm import tqdm
 
         count = self._count() if self.total or self.done else ""
@@ -82,7 +82,7 @@ class Line:
         return f"{self.done:,} of {self.total:,} {units}" if self.total else f"{self.done:,} {units}"
 
     def _rest(self) -> str:
-        """Returns the note; else speed and time left, or for how long it has been going on."""
+        """Returns the note; without one, speed and remaining time, or the elapsed time if these are not known."""
         passed = time.monotonic() - self._began
         if self.note:
             return self.note
@@ -93,11 +93,11 @@ class Line:
 
 
 class _Display:
-    """The lines that are under way, and the thread that shows the last of them."""
+    """The stack of active lines, and the thread that shows the innermost."""
 
     def __init__(self) -> None:
         self.lines: list[Line] = []
-        self.silent = False  # for good: the process is ending
+        self.silent = False  # permanently, once the process is ending
         self._lock = threading.RLock()
         self._terminal: TextIO | None = None
         self._drawn = False
@@ -120,7 +120,7 @@ class _Display:
 
     @contextlib.contextmanager
     def erased(self) -> Iterator[None]:
-        """Makes room for lines of others."""
+        """Erases the live line while other output is written, and draws it again."""
         with self._lock:
             was_drawn = self._drawn
             self._erase()
@@ -131,7 +131,7 @@ class _Display:
                     self._draw()
 
     def abandon(self) -> None:
-        """Leaves a clean terminal to a process that ends at once, from any thread, whoever holds the lock."""
+        """Erases the line before the process exits at once; may be called from any thread, even if the lock is held."""
         self.silent = True
         if self._lock.acquire(timeout=0.2):
             self._erase(whatever=True)
@@ -163,7 +163,7 @@ class _Display:
                     continue
                 line = self.lines[-1]
                 text = line.plain() if line.is_due(EVERY) else ""
-            if text:  # without the lock: who logs holds those of logging
+            if text:  # logged without our lock: other threads take it while they hold a lock of logging
                 logger.info("%s", text)
 
     def _draw(self) -> None:
@@ -175,7 +175,7 @@ class _Display:
             self._terminal.write(f"\r{self.lines[-1].drawn(width - 1, ascii_only)}{ERASE}")
             self._terminal.flush()
             self._drawn = True
-        except (OSError, ValueError):  # the terminal is gone, and the run goes on
+        except (OSError, ValueError):  # the terminal is gone; the run continues
             self._terminal = None
 
     def _erase(self, whatever: bool = False) -> None:
@@ -187,14 +187,14 @@ class _Display:
 
 
 class _Above:
-    """Standard output or error while a line is live: whole lines are written above it."""
+    """Replaces standard output or error while a line is live, and writes complete lines above it."""
 
     def __init__(self, display: _Display, stream: TextIO):
         self._display, self._stream, self._waiting = display, stream, ""
 
     @classmethod
     def put(cls, display: _Display, name: str) -> Any:
-        """Takes the place of `sys.stdout` or `sys.stderr`; returns what gives it back."""
+        """Replaces `sys.stdout` or `sys.stderr`; returns a function that restores it."""
         above = cls(display, getattr(sys, name))
         setattr(sys, name, above)
 
@@ -229,17 +229,17 @@ _display = _Display()
 
 @contextlib.contextmanager
 def doing(text: str, total: int = 0, done: int = 0, unit: str = "image", logged: bool = True) -> Iterator[Line]:
-    """Shows what is done, until the block has ended.
+    """Shows progress until the block ends.
 
-    On a terminal it is a live line: with a bar where a total is given, with the seconds otherwise. Elsewhere it is a
-    line of the log every EVERY seconds. Of several processes the first one shows it.
+    On a terminal this is a live line, with a bar if `total` is given and with the elapsed time otherwise. Elsewhere it
+    is a log line every EVERY seconds. With several processes, only process 0 shows it.
 
     Args:
-      text: what is being done, as "compiling the train step".
-      total: how many there are; 0: not known.
-      done: how many were done before.
-      unit: what is counted.
-      logged: False where the log has lines of its own about it.
+      text: the activity, as "compiling the train step".
+      total: number of units; 0: not known.
+      done: number of units that were finished before.
+      unit: singular name of a unit.
+      logged: False: no log lines, for activities that log their own.
     """
     line = Line(text, total, done, unit, logged)
     if not _is_first():
@@ -253,30 +253,30 @@ def doing(text: str, total: int = 0, done: int = 0, unit: str = "image", logged:
 
 
 def _is_first() -> bool:
-    """Says whether this is the first of the processes that do it together."""
+    """Returns whether this is process 0; True without jax.distributed."""
     jax = sys.modules.get("jax")
     return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def advance(count: int) -> None:
-    """Says that so many more are done of what is innermost, if it is counted from 0 without a total."""
+    """Adds `count` finished units to the innermost line, if that has no total."""
     if _display.lines and not _display.lines[-1].total:
         _display.lines[-1].advance(count)
 
 
 def above(stream: TextIO) -> Any:
-    """Returns what writes whole lines to a stream, above a live line where there is one."""
+    """Returns a stream that writes complete lines to `stream`, above the live line if there is one."""
     return _Above(_display, stream)
 
 
 def _terminal() -> TextIO | None:
-    """Returns the terminal to draw on; None where output goes to a file, a pipe, a notebook or a dumb terminal."""
+    """Returns the terminal to draw on; None if output goes to a file, a pipe, a notebook, a CI or a dumb terminal."""
     if os.environ.get("TERM") == "dumb" or os.environ.get("CI"):
         return None
     try:
         if not (sys.stdout.isatty() and sys.stderr.isatty()):
             return None
-        # A descriptor of its own: that of standard error points to nowhere while C++ libraries are kept quiet.
+        # A duplicate, since descriptor 2 is redirected while C++ libraries are silenced.
         return open(os.dup(sys.stderr.fileno()), "w", errors="replace")
-    except (AttributeError, OSError, ValueError):  # one of them is closed, or is no file
+    except (AttributeError, OSError, ValueError):  # a stream is closed, or is not a file
         return None

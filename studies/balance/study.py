@@ -1,9 +1,9 @@
-"""How even are the clusters of pictures, and what does that cost beside plain k-means?
+"""How balanced are clusters of images, and what does balancing cost compared with plain k-means?
 
   python studies/balance/study.py runs/mae_of_photographs runs/mae_of_clipart     (of trained encoders)
 
-For each workdir and 16 and 64 clusters: pictures, the sizes of the smallest and the largest cluster, and the mean
-similarity of a picture to its own centroid, beside that of k-means before its clusters were made even. Writes
+For each workdir and 16 and 64 clusters: the number of images, the sizes of the smallest and the largest cluster, and
+the mean similarity of an image to its own centroid, compared with that of k-means before balancing. Writes
 studies/balance/results.md and .json.
 """
 

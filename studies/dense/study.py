@@ -1,24 +1,23 @@
-"""Are detection and segmentation better from an encoder that was pre-trained as a MAE on the same images?
+"""Does MAE pre-training on the same images improve detection and segmentation?
 
-  python studies/dense/study.py                       (hours on two cores; goes on where it was stopped)
+  python studies/dense/study.py                       (hours on two cores; resumes after an interruption)
   python studies/dense/study.py --cells=3             (so many more cells; --hours=1: cells that begin within an hour)
   python studies/dense/study.py --steps=4             (a trial of every kind of cell, with results in --work)
 
 Two tasks on images that need no download (the extra `demo`): Mask R-CNN on digit_scenes (configs/detect.py, smaller)
-and UperNet on photo_mosaic (configs/upernet.py, the protocol without relative positions). Three arms of each, equal
-steps: `scratch`, the encoder from random weights; `mae`, from a MAE pre-trained on the same images without their
-labels; `frozen`, an encoder of random weights that never learns, with a head that does. Eight seeds, each with a
-pre-training of its own. Each arm chooses its learning rate from the same two with a run of seed 0, on a tenth of the
-training split that is held out of it; all others train on the whole split and read the test split once, with their last
-weights. `mae` has layer-wise decay 0.75, the others none, as in the recipes for fine-tuning and for
-training from scratch.
+and UperNet on photo_mosaic (configs/upernet.py, the protocol without relative positions). Each task has three arms with
+equal steps: `scratch`, an encoder from random weights; `mae`, from a MAE pre-trained on the same images without their
+labels; `frozen`, a frozen encoder of random weights with a trained head. There are eight seeds, each with its own
+pre-training. Each arm chooses its learning rate from the same two with a run of seed 0, on a held-out tenth of the
+training split; all other runs train on the whole split and read the test split once, with their last weights. `mae` has
+layer-wise decay 0.75, the others none, as in the recipes for fine-tuning and for training from scratch.
 
-Before anything is judged, `scratch` must lie between a floor and a ceiling of each measure, or there is nothing that
-pre-training could add; where no measure of a task does after three seeds, its other seeds are not run. Verdicts are
+As a manipulation check, `scratch` must lie between a floor and a ceiling of each measure, or pre-training could add
+nothing. If it does so for no measure of a task after three seeds, the task's other seeds are not run. Verdicts are
 those of studies/verdicts.py, corrected for all comparisons. Sizes, steps, rates, floors, ceilings and the differences
 that matter are ours.
 
-One JSON line per cell in studies/dense/results_cpu.jsonl, the tables in .md.
+One JSON line per cell is in studies/dense/results_cpu.jsonl, the tables in .md.
 """
 
 import argparse

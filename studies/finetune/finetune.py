@@ -3,13 +3,13 @@
   python -m mae_jax.main --config=studies/finetune/finetune.py --workdir=runs/finetune \
       --config.init_from=runs/photographs
 
-Which of 17 photographs is a crop from? Ten labelled crops of each are learned from. Of the 200 that training may see,
-the last 50 of each choose the checkpoint; the test crops are read once, at the end. Crops to learn from and to choose
-by overlap: with 150 labels the former cover 84 % of the latter's area, with 10 labels 16 %. Test crops overlap with
-neither.
+The task: from which of 17 photographs is a crop? Training has ten labeled crops of each. Of the 200 crops per
+photograph in the training split, the last 50 choose the checkpoint; the test crops are read once, at the end. Training
+and validation crops overlap: with 150 labels the former cover 84 % of the latter's area, with 10 labels 16 %. Test
+crops overlap with neither.
 
 Arguments: `labels50` and `all` (50 and 150 labels for each photograph), `scratch` (no encoder to start from, and then
-no layer-wise decay), `probe` (the head alone learns, behind a batch norm), `runlocal`. All values are our choice.
+no layer-wise decay), `probe` (trains the head alone, behind a batch norm), `runlocal`. All values are our choice.
 """
 
 from functools import partial

@@ -1,16 +1,16 @@
-"""What is a small encoder of photographs worth? Fine-tuning, training from scratch, probes, and blocks that learn.
+"""How useful is a small encoder of photographs? Fine-tuning of some or all blocks, training from scratch, and probes.
 
   python -m mae_jax train --config=folder:laptop --config.data.source=photo_crops --workdir=runs/photographs
-  python studies/finetune/study.py --from=runs/photographs      (goes on where it was stopped)
+  python studies/finetune/study.py --from=runs/photographs      (resumes after an interruption)
 
-Every arm has the same pictures and 100 steps of 64 (all blocks and none also 300), and chooses its learning rate from
-the same three values, with seed 0 on the validation part of the training split; the others then train at that rate. A
-cell reads the validation part and the test split with its last weights; only cells at the chosen rate enter the
-tables. One JSON line per cell in studies/finetune/results.jsonl, the tables in results.md beside it. The probe (no
-block learns) has three rates of its own (lines of a fourth, lower one were never chosen), a batch norm before its
-layer, fixed positions, and neither smoothing nor stochastic depth, as published. Verdicts are those of
-studies/verdicts.py; that two points matter is our choice. The committed cells are of three seeds, of which nothing
-follows; run again, it goes on to the eight that a verdict takes.
+Every arm has the same images and 100 steps of 64 (all blocks and none also 300), and chooses its learning rate from the
+same three values, with seed 0 on the validation part of the training split; the other seeds then train at that rate. A
+cell reads the validation part and the test split with its last weights; only cells at the chosen rate enter the tables.
+One JSON line per cell is in studies/finetune/results.jsonl, the tables are in results.md beside it. The probe (no block
+is trained) has its own three rates (lines of a fourth, lower one were never chosen), a batch norm before its layer,
+fixed positions, and neither label smoothing nor stochastic depth, as published. Verdicts are those of
+studies/verdicts.py; that two points matter is our choice. The committed cells have three seeds, too few for a
+conclusion; another run adds seeds up to the eight of a verdict.
 """
 
 import argparse

@@ -1,28 +1,28 @@
 """Does naive mixing hurt MAE, and does MixedAE help it? The questions of arXiv 2303.17152, at a small size.
 
   scripts/fetch_clipart.sh runs/openclipart
-  python studies/mixing/study.py --clipart=runs/openclipart       (goes on where it was stopped)
+  python studies/mixing/study.py --clipart=runs/openclipart       (resumes after an interruption)
   python studies/mixing/study.py --clipart=runs/openclipart --small=runs/small_clipart  (writes the drawings smaller)
   python studies/mixing/study.py --clipart=runs/small_clipart --size=gpu --workers=10  (cells at the same time; not run)
 
 MAE, naive mixing (global attention, no contrast, no segments) and MixedAE are pre-trained on clip art and on photo
-crops, eight seeds, as many pictures each and the same optimiser; `mae, longer` has MixedAE's time instead: its steps
-are MAE's times the ratio of their seconds per step, which are measured first, alternating and with nothing beside.
-Ablations have one seed, on clip art. An encoder is judged by linear probe and k-NN of the last evaluation (test split),
-by fine-tuning (the main arms; the rate is chosen from three with seed 0 on a tenth of the training split), and on clip
-art by a linear layer over patches (mIoU, test) and by how well the mean patch's attention covers the thing (IoU, test;
-head and threshold chosen on the training split). The encoder is `untrained` in one more arm. Figures of homology stand
-beside those before the first step; purity is also measured of queries that are one colour, and of the others.
+crops, with eight seeds, the same number of images and the same optimizer. `mae, longer` has MixedAE's training time
+instead: its steps are MAE's times the ratio of their seconds per step, measured first, alternating, on an idle machine.
+Ablations have one seed, on clip art. Encoders are evaluated by linear probe and k-NN of the last evaluation (test
+split), by fine-tuning (main arms; the rate is chosen from three with seed 0 on a tenth of the training split), and on
+clip art by a linear layer over patches (mIoU, test) and by the overlap of the mean patch's attention with the object
+(IoU, test; head and threshold chosen on the training split). One more arm is the `untrained` encoder. Homology is also
+reported before the first step; purity is also measured separately for queries of a single color and for the others.
 
-Features are pooled as the mean of patches in all arms. Widths, depths, rates and durations are ours, for two cores. One
-picture of clip art's 330 is 0.3 points, and 4 of them are byte for byte in the training split; the part of photo crops
-that chooses overlaps the rest, not the test. Verdicts are those of studies/verdicts.py, corrected for some 30
-comparisons; which differences matter is our choice. The committed cells are of three seeds, of which nothing follows;
-run again, it goes on to the eight that a verdict takes. One JSON line per cell in results_<size>.jsonl beside this
-file, the tables in .md, attention of the main arms on the same pictures in results_<size>_attention.png.
+All arms pool features as the mean of patches. Widths, depths, rates and durations are ours, for two cores. One of the
+330 test images of clip art is 0.3 points, and 4 of them are byte for byte in the training split; the validation part of
+photo crops overlaps the rest of the training split, not the test split. Verdicts are those of studies/verdicts.py,
+corrected for some 30 comparisons; which differences matter is our choice. The committed cells have three seeds, too few
+for a conclusion; another run adds seeds up to the eight of a verdict. One JSON line per cell is in results_<size>.jsonl
+beside this file, the tables in .md, attention of the main arms on the same images in results_<size>_attention.png.
 
-Of the committed table, homology and reconstruction of mixes were measured again, with the same weights, once
-evaluations mixed shuffled pictures; the probes are those of the first time.
+In the committed table, homology and reconstruction of mixes were measured again with the same weights after evaluations
+began to mix shuffled images; the probes were not repeated.
 """
 
 import argparse

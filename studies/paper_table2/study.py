@@ -1,12 +1,12 @@
-"""The MAE paper's Table 2, planned: hours of 800 epochs on 128 TPU-v3 cores at batch 4096, without a TPU.
+"""Plans the MAE paper's Table 2: hours of 800 epochs on 128 TPU-v3 cores at batch 4096, without a TPU.
 
-  python studies/paper_table2/study.py               (six compilations, minutes each; goes on where it was stopped)
-  python studies/paper_table2/study.py --extra       (ViT-H/14 and a ViT of two billion, cut over all cores: memory)
+  python studies/paper_table2/study.py               (six compilations, minutes each; resumes after an interruption)
+  python studies/paper_table2/study.py --extra       (memory of ViT-H/14 and a 2B ViT, sharded over all cores)
   python studies/paper_table2/study.py --only=L-dec1 (some cells)
 
 Each cell is one `python -m mae_jax plan`. Its figures are kept in studies/paper_table2/results.json (--to=), from which
-the table beside it, results.md, is made; delete the file to plan anew. The estimates are what nothing slows, the
-paper's hours were measured (with TensorFlow): their ratios compare.
+the table in results.md is made; delete the file to plan anew. The estimates assume full speed, while the paper's
+hours were measured (with TensorFlow): only ratios are comparable.
 """
 
 import argparse

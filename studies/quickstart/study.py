@@ -1,9 +1,9 @@
-"""Does the quickstart learn? Eight seeds; a linear probe and k-NN of raw pixels, of the untrained and trained encoder.
+"""Does the quickstart learn? Linear probe and k-NN of raw pixels, the untrained and the trained encoder; eight seeds.
 
-  python studies/quickstart/study.py            (goes on where it was stopped)
+  python studies/quickstart/study.py            (resumes after an interruption)
 
-One JSON line per seed in studies/quickstart/results.jsonl, the table in studies/quickstart/results.md, the runs with
-their reconstructions in runs/quickstart_seeds. A seed passes where the linear probe of the trained encoder is at least
+One JSON line per seed is in studies/quickstart/results.jsonl, the table in studies/quickstart/results.md, the runs with
+their reconstructions in runs/quickstart_seeds. A seed passes if the linear probe of the trained encoder is at least
 MARGIN above both others; the test images are the same for all. Verdicts are those of studies/verdicts.py.
 """
 

@@ -1,28 +1,28 @@
-"""Do masked-image methods lose less than DINO as the data to pre-train on shrink? The question of arXiv 2112.10740.
+"""Do masked-image methods lose less than DINO with less pre-training data? The question of arXiv 2112.10740.
 
   scripts/fetch_clipart.sh runs/openclipart                       (or apt-get install openclipart-png)
   python studies/small_data/study.py --prepare --clipart=runs/openclipart
-  python studies/small_data/study.py                                    (goes on where it was stopped)
+  python studies/small_data/study.py                                    (resumes after an interruption)
   python studies/small_data/study.py --size=gpu                         (one GPU: the whole grid)
 
-Every method is pre-trained on nested parts of a small data set, its vocabulary built of that part alone, for the same
-number of pictures shown; the encoder is then fine-tuned on the labels of the whole training split, but for a tenth that
-is held out to choose by. Of three learning rates a method pre-trains at the one whose pilot, a quarter as long on all
-of the data, has the best linear probe of the part held out. `scratch` is fine-tuned from random weights with a recipe
-of its own (every layer at the full rate, no stochastic depth), `scratch, longer` for as many pictures as pre-training
-and fine-tuning show together. The part held out chooses each arm's learning rate from the same three values, with seed
-0; the other seeds then train at that rate. A cell reads the test split once, with its last weights; only cells at the
-chosen rate enter the tables. Whether a method loses less than DINO is judged where both are seen above the better
-scratch on all of the data (studies/verdicts.py; a point and a half matters, our choice).
+Every method is pre-trained on nested subsets of a small data set, with a vocabulary built from that subset alone, for
+the same number of images seen. Then the encoder is fine-tuned on the labels of the whole training split, except for a
+held-out tenth for validation. Each method pre-trains at one of three learning rates: the one whose pilot, a quarter as
+long on all data, has the best linear probe on the validation part. `scratch` is fine-tuned from random weights with its
+own recipe (every layer at the full rate, no stochastic depth), `scratch, longer` for as many images as pre-training and
+fine-tuning together. The validation part chooses each arm's learning rate from the same three values, with seed 0; the
+other seeds then train at that rate. A cell reads the test split once, with its last weights; only cells at the chosen
+rate enter the tables. A method is compared with DINO only if both are seen above the better scratch on all data
+(studies/verdicts.py; a point and a half matters, our choice).
 
-DINO is pooled by its class token, which is what it trains, the others by the mean. Its teacher's momentum is 0.98, for
-a run of some 900 steps, and its last layer is held for 20 steps whatever the part. BEiT's masks are random: 38 % of 36
-patches are fewer than its smallest block. Clip art has 123 pictures to choose by and 330 to test: one picture is 0.8
-and 0.3 points; 4 of the 330 are byte for byte in the training split. The committed cells are of three seeds, of which
-nothing follows; run again, it goes on to the eight that a verdict takes.
+DINO is pooled by its class token, which it trains, the others by the mean. Its teacher's momentum is 0.98, for a run of
+some 900 steps, and its last layer is frozen for 20 steps for every subset. BEiT's masks are random: 38 % of 36 patches
+are fewer than its smallest block. Clip art has 123 validation and 330 test images: one image is 0.8 and 0.3 points; 4
+of the 330 are byte for byte in the training split. The committed cells have three seeds, too few for a conclusion;
+another run adds seeds up to the eight of a verdict.
 
-The speeds of the committed table were measured partly beside other work: benchmarks/methods.py compares train
-steps fairly. One JSON line per cell in studies/small_data/results_<size>.jsonl; the table in .md, the plot in .png.
+The speeds of the committed table were measured partly beside other work: benchmarks/methods.py compares train steps
+fairly. One JSON line per cell is in studies/small_data/results_<size>.jsonl; the table in .md, the plot in .png.
 """
 
 import argparse

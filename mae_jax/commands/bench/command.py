@@ -3,8 +3,8 @@
   mae_jax bench --config=vit_b_mae --parts=step --config.batch_size=8
   mae_jax bench --config=quickstart --to=speed.json
 
-The step alone runs on random data that already lies on the device and needs no TensorFlow; where no other part is asked
-for, the data is taken to be ImageNet-1K. FLOPs are the model's matrix products, counted on paper
+`step` runs on random data that is already on the device, and needs no TensorFlow. If it is the only part, the data set
+is assumed to be ImageNet-1K. FLOPs are those of the model's matrix products, counted analytically
 (`Method.forward_flops`); MFU is their share of the chip's dense bfloat16 peak.
 """
 

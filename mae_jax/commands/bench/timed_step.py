@@ -1,4 +1,4 @@
-"""A train step whose time is taken, and what `bench` measures with it."""
+"""The measurements of `bench`: the train step alone, the input alone, and both together."""
 
 import functools
 import itertools
@@ -11,12 +11,12 @@ from typing import Any
 from mae_jax.runtime import progress
 from mae_jax.runtime.memory import peak_memory
 
-WARMUP = 3  # steps or batches that are not measured
+WARMUP = 3  # steps or batches before the measurement
 GIB = 2**30
 
 
 def measure(config: Any, parts: list[str], seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (part, figures) for each part."""
+    """Yields (part, figures) for each of `parts`, measured for about `seconds` each."""
     from mae_jax import config as configs
     from mae_jax import methods
 
@@ -44,10 +44,15 @@ def measure(config: Any, parts: list[str], seconds: float) -> Iterator[tuple[str
 
 
 class TimedStep:
-    """The true, jitted, donating train step with a batch of random pixels on the device."""
+    """The jitted, donating train step of training, with a batch of random pixels on the device."""
 
     def __init__(self, config: Any, info: Any = None):
-        """Args: the config, and the `data.DataInfo` that the method is built for; None: that of ImageNet-1K."""
+        """Initializes the state and compiles the step.
+
+        Args:
+          config: a valid config.
+          info: the `data.DataInfo` for which the method is built; None: that of ImageNet-1K.
+        """
         import jax
         import numpy as np
 
@@ -79,7 +84,7 @@ class TimedStep:
         self.peak = throughput.peak_flops(jax.devices()[0])
 
     def run(self, batch: Any) -> None:
-        """Takes one step and waits until it is done."""
+        """Takes one step and blocks until it has finished."""
         import jax
 
         self.state, metrics = self.step(self.state, batch)
@@ -112,7 +117,7 @@ class TimedStep:
 
 
 def timed(call: Callable[[], Any], seconds: float) -> list[float]:
-    """Returns the seconds of each call after the warm-up, for about `seconds` and at least three calls."""
+    """Returns the durations of calls in seconds, after a warm-up; calls for about `seconds`, at least three times."""
     for _ in range(WARMUP):
         call()
     times: list[float] = []

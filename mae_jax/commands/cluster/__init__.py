@@ -1,1 +1,1 @@
-"""`mae_jax cluster`: k-means of images' features, or a vocabulary of patches."""
+"""`mae_jax cluster`: k-means of image features, or a vocabulary of patches."""

@@ -1,20 +1,20 @@
-r"""Clusters pictures by the features of an encoder, for MoCE, or patches, to the vocabulary of masked prediction.
+r"""Clusters images by an encoder's features, for MoCE, or patches, into a vocabulary for masked prediction.
 
   mae_jax cluster --from=runs/mae --clusters=64 --to=runs/clusters
 
-Pictures: the encoder of a workdir and the data that it was trained on (or those of --config) give clusters of nearly
-one size, which configs/moce.py takes as --config.method.clusters=runs/clusters. Features are computed once and kept in
-the folder, in chunks of 16,384 pictures: the same command goes on where it was stopped. clusters.png shows the pictures
-nearest to each centroid.
-Several processes compute the features together, started as those of a run are (python -m mae_jax.main --help).
+Images: clusters of nearly equal size, from the encoder of a workdir and the data that it was trained on (or the data of
+--config). configs/moce.py takes them as --config.method.clusters=runs/clusters. Features are computed once and kept in
+the folder, in chunks of 16,384 images: the same command resumes after an interruption. clusters.png shows the images
+nearest to each centroid. Several processes compute the features together if they are started like those of a training
+run (python -m mae_jax.main --help).
 
   mae_jax cluster --config=splitmask_small:folder --config.data.path=/path/to/pictures \
       --config.method.vocabulary=1024 --to=runs/vocabulary.npz
 
-Patches: what SplitMask and BEiT-style prediction are asked for. A run without a vocabulary builds the same before its
+Patches: the vocabulary of the tokens that SplitMask and BEiT predict. A run without one builds the same before its
 first step; several runs share one with the same flags and --config.method.vocabulary_file=runs/vocabulary.npz.
---config.method.target says of which kind it is: kmeans, patches or projection. Beside the file, vocabulary.png shows
-its entries, those that are most used first.
+--config.method.target chooses its kind: kmeans, patches or projection. Beside the file, vocabulary.png shows the
+entries, the most frequent first.
 """
 
 import math
@@ -38,10 +38,10 @@ RATIO = flags.DEFINE_float("ratio", 3.0, "how many times larger the largest clus
                            "is an error where that cannot be reached",
                            lower_bound=1.5)
 SEED = flags.DEFINE_integer("seed", 0, "of the first centroids", lower_bound=0)
-MAX_SHOWN_ENTRIES = 1024  # entries in the picture, at most
-ENTRIES_PER_ROW = 32  # of them in a row
-MIN_ENTRY_PIXELS = 16  # that an entry is wide, at least
-SAMPLE = 65_536  # patches whose tokens say how often an entry is used
+MAX_SHOWN_ENTRIES = 1024  # entries in vocabulary.png
+ENTRIES_PER_ROW = 32
+MIN_ENTRY_PIXELS = 16  # least width of an entry
+SAMPLE = 65_536  # patches that are tokenized to count how often each entry is used
 
 
 def main() -> int:
@@ -99,7 +99,7 @@ def vocabulary() -> int:
     entries, sample = PatchTargets(config).build(inputs.support())
     storage_vocabulary.save(file, entries, config.method.target)
     print(f"{file}: {len(entries)} entries and the token of constant patches")
-    if config.method.target != "projection":  # directions are no pictures
+    if config.method.target != "projection":  # directions of a projection cannot be shown as pixels
         named = np.asarray(patch_tokens.tokenize(jnp.asarray(sample[:SAMPLE]), jnp.asarray(entries),
                                                  config.method.target))
         most = np.argsort(-np.bincount(named, minlength=1 + len(entries))[1:], kind="stable")[:MAX_SHOWN_ENTRIES]
@@ -110,7 +110,7 @@ def vocabulary() -> int:
 
 
 def _sheet(entries: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
-    """Returns entries [n, P] as patches in rows of 32, uint8 [height, width, 3]."""
+    """Returns entries, float [n, P], as an image of patches in rows of ENTRIES_PER_ROW, uint8 [height, width, 3]."""
     from mae_jax.ops.patches import denormalize
 
     pixels = denormalize(entries).clip(0, 255).round().astype(np.uint8).reshape(-1, *patch, 3)

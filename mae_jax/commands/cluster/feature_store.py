@@ -1,6 +1,6 @@
-"""Features of whole splits, on disk in chunks: computed once, resumed where they were cut off, read again in passes.
+"""Features of whole splits, on disk in chunks: computed once, resumed after an interruption, read in several passes.
 
-A picture that cannot be read has the features of a grey one, which count for nothing but its own cluster.
+An unreadable image has the features of a gray one. They only decide its own cluster.
 """
 
 import itertools
@@ -21,17 +21,17 @@ from mae_jax.runtime.sharding import replicated
 
 
 class Features(Chunks):
-    """The features of one split: columns `features` float32 [n, D], `ids` [n] and `valid` [n]."""
+    """The features of one split: columns `features` float32 [n, D], `ids` int [n] and `valid` bool [n]."""
 
     def compute(self, method: Method, params: Any, extras: Any, batches: Iterator[dict[str, np.ndarray]],
                 mesh: Mesh, tell: Tell) -> None:
-        """Writes the chunks that are missing; what was made of a batch before is not computed again.
+        """Computes the features of the missing chunks and writes them.
 
         Args:
           method, params, extras: the encoder.
-          batches: the split's, this process's rows, as an evaluation sees them.
-          mesh: which its devices share.
-          tell: is told of progress.
+          batches: all batches of the split, this process's rows, preprocessed as for evaluation.
+          mesh: the devices over which a batch is sharded.
+          tell: called with the number of images that were added.
         """
         size = method.config.batch_size
         params, extras = forward.placed((params, extras), mesh)
@@ -51,25 +51,30 @@ class Features(Chunks):
         self.fill(rest)
 
     def chunks(self, readable: bool = True) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields (features [n, D], ids [n]) of the pictures that could be read, or of all; raises UserError."""
+        """Yields (features float32 [n, D], ids int [n]) of the readable images, or of all; raises UserError."""
         for columns in self.read():
             keep = columns["valid"] if readable else np.ones(len(columns["ids"]), bool)
             yield columns["features"][keep], columns["ids"][keep]
 
     def mean(self) -> np.ndarray:
-        """Returns the mean of all features, float32 [D]."""
+        """Returns the mean feature of the readable images, float32 [D]."""
         total, count = 0.0, 0
         for values, _ in self.chunks():
             total, count = total + values.sum(0, dtype=np.float64), count + len(values)
         return (total / count).astype(np.float32)
 
     def points(self, mean: np.ndarray, readable: bool = True) -> Iterator[np.ndarray]:
-        """Yields chunks of the features less their mean, scaled to length 1; of which pictures, see `chunks`."""
+        """Yields chunks of centered features at unit length, float32 [n, D].
+
+        Args:
+          mean: float32 [D], subtracted.
+          readable: leave unreadable images out.
+        """
         for values, _ in self.chunks(readable):
             yield spherical_kmeans.unit(values - mean).astype(np.float32)
 
     def sample(self, count: int, mean: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Returns at most `count` points, drawn from all chunks alike."""
+        """Returns at most `count` points, a uniform sample of all readable images, float32 [n, D]."""
         kept = np.zeros((0, len(mean)), np.float32)
         draws = np.zeros(0)
         for chunk in self.points(mean):

@@ -1,4 +1,4 @@
-"""Clusters the pictures of a run by the features of its encoder, for MoCE (arXiv 2402.05382, section 3.1)."""
+"""Clusters the images of a run by the features of its encoder, for MoCE (arXiv 2402.05382, section 3.1)."""
 
 from typing import Any
 
@@ -26,22 +26,22 @@ from mae_jax.storage import paths, safetensors_file
 from mae_jax.storage.checkpoint import load_params
 from mae_jax.training import workdir
 
-MAX_SHOWN_CLUSTERS, IMAGES_PER_CLUSTER = 32, 8  # clusters in the picture, and pictures of each
-# Pictures among which members for the picture are sought, where the data have no random access.
+MAX_SHOWN_CLUSTERS, IMAGES_PER_CLUSTER = 32, 8  # in clusters.png
+# Images that are searched for the members in clusters.png if the data have no random access.
 MAX_SEARCHED_IMAGES = 16_384
 
 
 def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed: int, data: ConfigDict | None) -> int:
-    """Writes the clusters of a run's pictures to a folder. Returns the exit code.
+    """Writes the clusters of a run's images to a folder. Returns the exit code; raises UserError.
 
     Args:
       source: a workdir, or one step's folder in it.
-      to: the folder, local or gs://; a second call goes on with features that are there.
-      clusters: m.
-      block: whose tokens are pooled to features; -1: the encoder's output.
-      ratio: the largest cluster has at most so many times the pictures of the smallest.
-      seed: of the first centroids.
-      data: config whose group `data` is read in place of the run's own.
+      to: the folder, local or gs://; a second call reuses the features in it.
+      clusters: the number of clusters.
+      block: the block whose tokens are pooled to features; -1: the encoder's output.
+      ratio: the largest permitted ratio of the sizes of the largest and the smallest cluster.
+      seed: seed of the initial centroids.
+      data: a config whose group `data` replaces the run's own.
     """
     folder = paths.locate_checkpoints(source, "--from")
     config = workdir.read_config(workdir.of_checkpoint(folder))
@@ -94,7 +94,7 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
 
 
 def write(made: Clusters, folder: epath.Path, params: Any, config: ConfigDict, features: Features) -> None:
-    """Writes the encoder, the picture and the clusters; these last, so that what has them is whole."""
+    """Writes the encoder, clusters.png and the clusters; the clusters last, as the mark of a complete folder."""
     safetensors_file.save(folder / "encoder.safetensors", {"encoder": params["encoder"]}, workdir.metadata(config))
     with (folder / "clusters.png").open("wb") as file:
         Image.fromarray(picture(made, config, features)).save(file, "PNG")
@@ -102,12 +102,13 @@ def write(made: Clusters, folder: epath.Path, params: Any, config: ConfigDict, f
 
 
 def pictures(method: Method, rows: np.ndarray | None = None) -> Inputs:
-    """Opens the images of a method's config with the fields that all have, no patch hidden; rows: see `batches`."""
+    """Opens the images of a method's config with the batch fields of every method, no patch masked; rows: see
+    `OpenedData.batches`."""
     return OpenedData(method.config).batches(Method.eval_spec(method), Method.patch_order(method), rows=rows)
 
 
 def other_arguments(folder: epath.Path, meta: dict[str, Any]) -> str:
-    """Returns which argument the clusters that a folder holds were made with another value of, '' for none."""
+    """Returns the first argument of `meta` whose value differs from that of the clusters in a folder; '' for none."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--to={folder} is a file; clusters of pictures are a folder")
     if not (folder / "clusters.npz").is_file():
@@ -117,7 +118,7 @@ def other_arguments(folder: epath.Path, meta: dict[str, Any]) -> str:
 
 
 def made_of(features: dict[str, Features], train: str, clusters: int, ratio: float, seed: int) -> Clusters:
-    """Runs k-means on the features of the training split, balances it, and gives every split's examples a cluster."""
+    """Runs balanced k-means on the features of the training split and assigns the examples of all splits."""
     rng, mean = np.random.default_rng(seed), features[train].mean()
     sample = features[train].sample(spherical_kmeans.PER_CLUSTER * clusters, mean, rng)
 
@@ -141,7 +142,7 @@ def made_of(features: dict[str, Features], train: str, clusters: int, ratio: flo
 
 
 def summary(made: Clusters) -> str:
-    """Returns one line about sizes and similarity."""
+    """Returns one line about cluster sizes and similarity."""
     meta = made.meta
     uneven = f" ({meta['largest'] / meta['smallest']:.2f} to 1)" if meta["smallest"] else ""
     return (f"{meta['clusters']} clusters of {meta['smallest']} to {meta['largest']} pictures{uneven}; "
@@ -149,9 +150,9 @@ def summary(made: Clusters) -> str:
 
 
 def nearest(made: Clusters, features: Features, split: str, shown: np.ndarray, most: float) -> list[np.ndarray]:
-    """Returns the ids of the IMAGES_PER_CLUSTER images nearest to the centroid of each cluster in `shown`, in order.
+    """Returns, for each cluster in `shown`, the ids of the IMAGES_PER_CLUSTER images nearest to its centroid, int [n].
 
-    They are sought among the first `most` pictures.
+    Only about the first `most` images are searched.
     """
     best = [(np.zeros(0, np.int64), np.zeros(0, np.float32)) for _ in shown]
     seen = 0
@@ -169,7 +170,7 @@ def nearest(made: Clusters, features: Features, split: str, shown: np.ndarray, m
 
 
 def picture(made: Clusters, config: ConfigDict, features: Features) -> np.ndarray:
-    """Returns a grid of the images nearest to the centroids of MAX_SHOWN_CLUSTERS clusters at most, a row for each."""
+    """Returns a grid of the images nearest to the centroids, at most MAX_SHOWN_CLUSTERS rows, uint8 [H, W, 3]."""
     from mae_jax.data.sources.base import Source  # imports TensorFlow
 
     shown = np.unique(np.linspace(0, len(made.centroids) - 1, min(MAX_SHOWN_CLUSTERS, len(made.centroids))).astype(int))

@@ -1,4 +1,4 @@
-r"""Writes the features of every image of a source, by an encoder that is not trained further.
+r"""Writes the features of every image of a source, computed by a frozen encoder.
 
   mae_jax embed --from=runs/quickstart --to=features.parquet
   mae_jax embed --from=runs/mine --images=/path/to/images --to=features.parquet
@@ -7,9 +7,9 @@ r"""Writes the features of every image of a source, by an encoder that is not tr
       --split=train --to=features.parquet
 
 Without --images and --config, the images are those that the run was trained and evaluated on. Columns: file, split, id,
-label (-1: not known), label_name, features. The same command goes on where it was stopped; until the file is whole, its
-rows are in the folder TO.parts. Images that cannot be read have no row: they are named at the end, and in the file.
-Several processes compute the features together, started as those of a run are (mae_jax train --help).
+label (-1: not known), label_name, features. The same command resumes after an interruption; until the file is complete,
+its rows are in the folder TO.parts. Images that cannot be read have no row: they are listed at the end and in the file.
+Several processes compute the features together if they are started like those of a training run (mae_jax train --help).
 """
 
 from absl import flags

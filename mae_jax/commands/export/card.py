@@ -1,4 +1,4 @@
-"""README.md of an export, as the hubs of models show it: what it is, how it was made, and how it is loaded."""
+"""README.md of an export, a model card: what the model is, how it was trained, and how to load it."""
 
 import json
 import re
@@ -15,21 +15,21 @@ from mae_jax.storage import paths
 from mae_jax.storage.metric_writer import values_of
 from mae_jax.training import workdir
 
-MAX_ORIGINS = 8  # runs that one after the other start from the one before
-# Paths of the machine that it was made on.
+MAX_ORIGINS = 8  # length of the chain of runs that each start from another one
+# Fields that hold paths of the machine on which the run was made.
 PRIVATE = ("data.path", "data.mask_key", "data.tokens", "train.compilation_cache", "init_from")
 # Published weights under CC-BY-NC 4.0, by the names of their files and repositories: MAE's, MoCo v3's.
 NON_COMMERCIAL = re.compile(r"mae_(pretrain|finetuned?|visualize)_|vit-mae-(base|large|huge)|patch\d+_224[._]mae|moco")
 
 
 def text(exported: layouts.Exported, layout: str, origin: epath.Path, step: int) -> str:
-    """Returns the Markdown.
+    """Returns the card as Markdown.
 
     Args:
-      exported: what is written.
-      layout: its name.
-      origin: the workdir that it comes from.
-      step: of the checkpoint; -1 where it is not known.
+      exported: the exported parameters and their config.
+      layout: name of the layout.
+      origin: the workdir that the checkpoint belongs to.
+      step: step of the checkpoint; -1: not known.
     """
     config, chosen = exported.config, layouts.get(layout)
     parts = [_front(exported, chosen, origins(config)), f"# {title(config)}\n\n{_about(exported)}"]
@@ -44,7 +44,7 @@ def text(exported: layouts.Exported, layout: str, origin: epath.Path, step: int)
 
 
 def title(config: ConfigDict) -> str:
-    """Returns the heading: size, patch and method."""
+    """Returns the title: model size, patch size and method."""
     m, (rows, columns) = config.model, config.model.patch
     size = next((name for name, shape in SIZES.items() if shape == (m.width, m.depth, m.heads)), f"{m.width}x{m.depth}")
     return f"ViT-{size}/{rows if rows == columns else f'{rows}x{columns}'}, method.name={config.method.name}"
@@ -91,7 +91,8 @@ def _training(config: ConfigDict, origin: epath.Path, step: int) -> str:
 
 
 def origins(config: ConfigDict) -> list[str]:
-    """Returns the names of what a run started from, and of what that started from, as far as it can be looked at."""
+    """Returns the names of the weights that a run started from, and of those that these started from, as far as known.
+    """
     found: list[str] = []
     current: ConfigDict | None = config
     while current is not None and current.init_from and len(found) < MAX_ORIGINS:
@@ -105,7 +106,7 @@ def origins(config: ConfigDict) -> list[str]:
 
 
 def licence(come_from: list[str]) -> str:
-    """Returns what is known of the licence of weights, by the names of those that they started from."""
+    """Returns the section on the license of the weights, by the names of the weights that they started from."""
     marked = [name for name in come_from if NON_COMMERCIAL.search(name)]
     if marked:
         return (f"## Licence\n\nIt started from `{marked[0]}`: published weights of that name are under CC BY-NC 4.0, "
@@ -115,7 +116,7 @@ def licence(come_from: list[str]) -> str:
 
 
 def metrics(origin: epath.Path, step: int) -> dict[str, tuple[float, int]]:
-    """Returns the last value of each metric up to a step, and its step: name → (value, step)."""
+    """Returns name → (value, step): the last value of each metric up to `step`; -1: of all."""
     found: dict[str, tuple[float, int]] = {}
     content = paths.read_bytes(origin / "metrics.jsonl") or b""
     for line in content.decode(errors="replace").splitlines():
@@ -128,7 +129,7 @@ def metrics(origin: epath.Path, step: int) -> dict[str, tuple[float, int]]:
 
 
 def _fields(config: ConfigDict) -> str:
-    """Returns the recipe: what differs from the defaults."""
+    """Returns the section on the recipe: the fields that differ from the defaults."""
     lines = [f"{name} = {json.dumps(value)}" for name, value in changed(config).items()
              if name not in PRIVATE and not name.startswith(("log.", "mesh."))]
     return "\n".join(["## Recipe\n", f"The fields of `default({config.method.name!r})` that have other values, paths "

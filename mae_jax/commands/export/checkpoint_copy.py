@@ -1,7 +1,7 @@
-"""A checkpoint copied to another folder, local or gs://, which `init_from`, `load_params` and --mode=eval read there.
+"""Copies a checkpoint to another folder, local or gs://, for `init_from`, `load_params`, --mode=eval and training.
 
-The copy is a workdir of its own: config.json and one step, all of it, so that training can go on there as well. What
-says that it is whole is written last; then it is read back and its arrays are compared with the source's checksums.
+The copy is a workdir with config.json and one complete step, so that training can resume from it. The mark of a
+complete checkpoint is written last. Then the copy is read back and compared with the checksums of the source.
 """
 
 import logging
@@ -16,23 +16,23 @@ from mae_jax.storage.checkpoint import read_back
 from mae_jax.storage.checksum import Damaged, Record
 from mae_jax.training import workdir
 
-READ_TRIES = 2  # of reading from a bucket: what arrives damaged may be so on its way only
+READ_TRIES = 2  # of reading from a bucket: data may be damaged in transit only
 
 logger = logging.getLogger(__name__)
 
 
 def copy(source: epath.Path, to: epath.Path) -> str:
-    """Copies the newest good step; the same command after an interruption does it again.
+    """Copies the newest good step; after an interruption, the same command copies it anew.
 
     Args:
       source: a workdir, or one step's folder in it.
       to: the folder, which may hold other steps of the same run.
 
     Returns:
-      What was done, in one line.
+      One line about the copy.
 
     Raises:
-      UserError: nothing good is there, or `to` belongs to another run.
+      UserError: there is no good checkpoint, `to` belongs to another run, or the copy came out damaged.
     """
     source, to = step_dirs.absolute(source), step_dirs.absolute(to)
     origin = workdir.of_checkpoint(source)
@@ -73,7 +73,7 @@ def _newest_good(source: epath.Path) -> tuple[epath.Path, Record]:
 
 
 def _verified(folder: epath.Path) -> Record | None:
-    """Returns what a step's folder holds, None where it is damaged."""
+    """Returns the checksums of a step's folder; None if it is damaged."""
     for _ in range(READ_TRIES if str(folder).startswith("gs://") else 1):
         try:
             return read_back(folder)
@@ -83,7 +83,7 @@ def _verified(folder: epath.Path) -> Record | None:
 
 
 def _same(folder: epath.Path, record: Record) -> bool:
-    """Says whether a step's folder is the good copy; raises UserError where it is another good checkpoint."""
+    """Returns whether a step's folder is a good copy; raises UserError if it is another good checkpoint."""
     found = _verified(folder)
     if found and found != record:
         raise UserError(f"{folder} is another checkpoint; choose another folder for --to")
@@ -93,7 +93,7 @@ def _same(folder: epath.Path, record: Record) -> bool:
 def _copy(folder: epath.Path, target: epath.Path) -> None:
     _remove(target)
     local = not str(target).startswith("gs://")
-    # A folder of this name is taken for what an interrupted save left.
+    # A folder of this name counts as the remains of an interrupted save.
     place = target.with_name(f"{target.name}.orbax-checkpoint-tmp-copy") if local else target
     _remove(place)
     for name in list(_files(folder)):
@@ -109,9 +109,9 @@ def _copy(folder: epath.Path, target: epath.Path) -> None:
 
 
 def _files(folder: epath.Path, inside: str = "") -> Iterator[str]:
-    """Yields the names of all files under a folder; raises UserError for one that would lead out of it.
+    """Yields the relative names of all files under a folder; raises UserError for a name that leads out of it.
 
-    In a bucket a name may have '..' in it; the empty object that some tools make for the folder itself is left out.
+    In a bucket a name may contain '..'. The empty object that some tools create for the folder itself is skipped.
     """
     for path in sorted(folder.iterdir()):
         if path.name == folder.name and not path.exists():
@@ -125,7 +125,7 @@ def _files(folder: epath.Path, inside: str = "") -> Iterator[str]:
 
 
 def _remove(folder: epath.Path) -> None:
-    """Removes a step's folder where there is one, first of all what says that it is whole."""
+    """Removes a step's folder if it exists, the mark of a complete checkpoint first."""
     if folder.exists():
         (folder / step_dirs.MARK).unlink(missing_ok=True)
         folder.rmtree()

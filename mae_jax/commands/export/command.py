@@ -1,28 +1,28 @@
-r"""Writes a run for other libraries: a complete folder, which is read back and compared before it is there.
+r"""Exports a run for other libraries: a complete folder, read back and compared before it appears.
 
   mae_jax export --from=runs/quickstart --layout=hf --to=exports/hf
   mae_jax export --from=runs/finetune --layout=timm --to=exports/timm
   mae_jax export --from=runs/quickstart/checkpoints/4000 --layout=mae --to=exports/quickstart.pth
   mae_jax export --from=runs/quickstart --layout=stablehlo --to=gs://BUCKET/program
 
---layout=hf is read by transformers (ViTMAEForPreTraining, ViTForImageClassification, UperNetForSemanticSegmentation or
-ViTModel); --layout=timm, with encoder and classifier, by timm; --layout=mae has the names of the published MAE code,
+transformers reads --layout=hf (ViTMAEForPreTraining, ViTForImageClassification, UperNetForSemanticSegmentation or
+ViTModel), and timm reads --layout=timm (encoder and classifier). --layout=mae has the names of the published MAE code,
 --layout=upernet those of mmsegmentation, --layout=detectron2 those of Detectron2; --layout=stablehlo is a program of
 jax.export, --layout=onnx (the extra `onnx`) one for onnxruntime. Each folder has a README.md. With mae_jax (the
-default), timm and mae a --to that ends in .safetensors is the weights alone. A probe's batch norm is
+default), timm and mae, a --to that ends in .safetensors is a file of the weights alone. The batch norm of a probe is
 folded into its head.
 
   mae_jax export --from=runs/quickstart --to=gs://BUCKET/quickstart/
 
-The default layout copies the newest good checkpoint into a folder, with its config.json, all of it, and verifies it by
-reading it back. `init_from`, --mode=eval and training go on from there.
+The default layout copies the newest good checkpoint as a whole into a folder, with its config.json, and verifies it by
+reading it back. `init_from`, --mode=eval and training read the copy.
 
   mae_jax export --from=runs/moce --for-task=vote --config=folder --to=pets.safetensors \
       --config.data.path=/path/to/pets
 
---for-task cuts one ordinary encoder out of a mixture of experts (method.name=moce), for the training pictures of the
-config: the path of experts of most votes (vote), the best one by a linear probe on a tenth of them (probe), or another
-one as a control (random, --seed). It is written, fine-tuned and exported as any masked autoencoder is.
+--for-task extracts one dense encoder from a mixture of experts (method.name=moce), for the training images of the
+config: the path of experts with the most votes (vote), the best by a linear probe on a tenth of the images (probe), or
+another one as a control (random, --seed). The result is an ordinary masked autoencoder.
 """
 
 from absl import flags

@@ -1,7 +1,7 @@
-"""One ordinary ViT of a mixture of cluster-conditional experts, for one task (MoCE, arXiv 2402.05382, section 3.3).
+"""Extracts a dense ViT for one task from a mixture of cluster-conditional experts.
 
-The task's training pictures are given to the clusters by the frozen encoder; their votes choose a path, the tuple of
-experts over all blocks that have them, which was trained together. The other experts are dropped.
+MoCE, arXiv 2402.05382, section 3.3. The frozen encoder assigns the task's training images to clusters. These votes
+choose a path: the tuple of one expert per block with experts, trained together. The other experts are dropped.
 """
 
 from typing import Any, NamedTuple
@@ -27,20 +27,20 @@ from mae_jax.storage import paths
 from mae_jax.storage.checkpoint import load_params
 from mae_jax.training import workdir
 
-MAX_PROBED_PATHS = 8  # paths, those of the most votes, that are probed at most
-HELD_OUT_SHARE = 0.1  # of the task's training pictures, on which probes choose
+MAX_PROBED_PATHS = 8  # the paths with the most votes
+HELD_OUT_SHARE = 0.1  # share of the task's training images on which probes are compared
 Path = tuple[int, ...]  # one expert per block with experts
 
 
 class Task(NamedTuple):
-    """What a task's training pictures are."""
+    """Statistics of a task's training images."""
 
-    votes: np.ndarray  # float64 [m], share of the pictures that each cluster has
-    feature: np.ndarray  # float32 [D], mean feature of the frozen encoder
+    votes: np.ndarray  # float64 [m], share of the images in each cluster
+    feature: np.ndarray  # float32 [D], mean feature by the frozen encoder
 
 
 class ExtractedExpert(NamedTuple):
-    """The result: parameters and config of a masked autoencoder without experts, and what to say of it."""
+    """Parameters and config of a masked autoencoder without experts, and lines to report to the user."""
 
     params: dict[str, Any]
     config: ConfigDict
@@ -49,19 +49,20 @@ class ExtractedExpert(NamedTuple):
 
 def extract_expert(config: ConfigDict, params: Any, extras: Any, task: ConfigDict, how: str, seed: int = 0,
                    clusters: str = "") -> ExtractedExpert:
-    """Cuts the path for a task out of a mixture of experts.
+    """Extracts the path for a task from a mixture of experts.
 
     Args:
-      config, params, extras: the mixture's.
-      task: config whose group `data` says what the task's training pictures are.
-      how: 'vote', the path of most votes, of equal ones that of the nearest centroid; 'probe', of the eight paths with
-        the most votes the best one by a linear probe on a tenth of the task's training split; 'random', any but the
-        most voted, as a control.
-      seed: of 'random'.
-      clusters: the folder of the clusters that the mixture was trained with; '' where its config says.
+      config, params, extras: those of the mixture.
+      task: a config whose group `data` describes the task's training images.
+      how: 'vote', the path with the most votes, the nearest centroid breaking ties; 'probe', the best of the eight
+        paths with the most votes, by a linear probe on a tenth of the task's training split; 'random', any path but the
+        one with the most votes, as a control.
+      seed: seed of 'random'.
+      clusters: the folder of the clusters that the mixture was trained with; '': the one in its config.
 
     Raises:
-      UserError: not a mixture whose clusters choose, the clusters are gone, or the task has no pictures or labels.
+      UserError: the run is no mixture with a gate by cluster, the clusters are gone, or the task has no images or
+        labels.
     """
     if config.method.name != "moce" or config.method.gate != "cluster":
         raise UserError("--for-task needs a run of method.name=moce whose clusters choose (method.gate=cluster)")
@@ -98,7 +99,7 @@ def extract_expert(config: ConfigDict, params: Any, extras: Any, task: ConfigDic
 
 
 def count_cluster_votes(found: Clusters, folder: epath.Path, task: ConfigDict) -> Task:
-    """Returns what the task's training pictures are to the frozen encoder of a folder of clusters."""
+    """Assigns the task's training images to clusters by the frozen encoder in the folder of the clusters."""
     file = str(folder / "encoder.safetensors")
     own = workdir.config_of(file)
     if own is None:
@@ -115,7 +116,7 @@ def count_cluster_votes(found: Clusters, folder: epath.Path, task: ConfigDict) -
 
 
 def pooled(method: Method, params: Any) -> Any:
-    """Yields (features [n, D], labels [n]) of the training images of a method's config, batch by batch."""
+    """Yields (features float [n, D], labels int [n]) of the training images of a method's config, batch by batch."""
     config = method.config
     mesh = sharding.make_mesh(method.config)
     inputs = OpenedData(config).batches(Method.eval_spec(method), Method.patch_order(method),
@@ -129,7 +130,7 @@ def pooled(method: Method, params: Any) -> Any:
 
 
 def votes_per_path(of_cluster: list[Path], votes: np.ndarray) -> dict[Path, float]:
-    """Returns path → share of the task's pictures."""
+    """Returns path → share of the task's images, from the path of each cluster and the votes, float64 [m]."""
     out: dict[Path, float] = dict.fromkeys(of_cluster, 0.0)
     for path, share in zip(of_cluster, votes, strict=True):
         out[path] += float(share)
@@ -137,12 +138,12 @@ def votes_per_path(of_cluster: list[Path], votes: np.ndarray) -> dict[Path, floa
 
 
 def ranked(votes: dict[Path, float]) -> list[tuple[Path, float]]:
-    """Returns the paths with their votes, the most voted first."""
+    """Returns (path, votes), the most votes first."""
     return sorted(votes.items(), key=lambda item: (-item[1], item[0]))
 
 
 def most_voted(votes: dict[Path, float], of_cluster: list[Path], found: Clusters, about: Task) -> Path:
-    """Returns the path of most votes; of several, that of the cluster whose centroid is nearest to the mean feature."""
+    """Returns the path with the most votes; among equals, the one of the centroid nearest to the mean feature."""
     best = [path for path, share in votes.items() if np.isclose(share, max(votes.values()))]
     similar = found.centroids @ (about.feature - found.mean)
     return max(best, key=lambda path: max(s for s, other in zip(similar, of_cluster, strict=True) if other == path))
@@ -150,10 +151,10 @@ def most_voted(votes: dict[Path, float], of_cluster: list[Path], found: Clusters
 
 def extracted(method: MoCE, params: Any, table: dict[int, np.ndarray], of_cluster: list[Path], about: Task,
               path: Path) -> tuple[dict[str, Any], float]:
-    """Returns the parameters without experts, and how far gates are from the folded mean: their mean relative error.
+    """Returns the parameters without experts, and the mean relative error of the folded gates.
 
-    Where the expert's output is multiplied by its gate, the mean gate of the task's pictures on that path is folded in;
-    the error is of the same pictures.
+    If the mixture multiplies an expert's output by its gate, the mean gate of the task's images on that path is folded
+    into the weights. The error is the mean deviation of these images' gates from it.
     """
     weights = about.votes * [other == path for other in of_cluster]
     weights = weights / weights.sum() if weights.sum() else np.array([float(other == path) for other in of_cluster])
@@ -168,7 +169,7 @@ def extracted(method: MoCE, params: Any, table: dict[int, np.ndarray], of_cluste
 
 
 def probe(config: ConfigDict, tree: dict[str, Any], task: ConfigDict) -> float:
-    """Returns the top-1 of logistic regression on a random tenth of the task's training pictures."""
+    """Returns the top-1 accuracy, in 0..1, of logistic regression on a held-out tenth of the task's training images."""
     own = frozen(with_data(dense_config(config), task), -1)
     parts = list(pooled(MAE(resolved(own), NO_DATA), tree))
     features, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -181,7 +182,7 @@ def probe(config: ConfigDict, tree: dict[str, Any], task: ConfigDict) -> float:
 
 
 def dense_config(config: ConfigDict) -> ConfigDict:
-    """Returns the config of the masked autoencoder that a path of the mixture is."""
+    """Returns the config of a masked autoencoder with the encoder and decoder of the mixture, without experts."""
     out = default("mae").unlock()
     out.update({name: value for name, value in config.items() if name != "method"})
     out.method.update({name: config.method[name] for name in out.method if name != "name"})

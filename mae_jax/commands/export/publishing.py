@@ -1,4 +1,4 @@
-"""An export appears when it is whole: written beside its place, read back and compared, then put there."""
+"""Publishes an export atomically: writes to a staging folder, reads back, compares, then moves to the target."""
 
 import contextlib
 import os
@@ -18,26 +18,26 @@ from mae_jax.interop.forward import forward
 from mae_jax.param_tree import flatten, nest
 from mae_jax.storage import paths, safetensors_file, torch_writer, weight_files, workdir_lock
 
-IMAGES = 2  # random ones, that programs are compared on
+IMAGES = 2  # random images on which programs are compared
 
 
 def publish(exported: layouts.Exported, layout: str, target: epath.Path, texts: Mapping[str, str],
             metadata: Mapping[str, str], alone: bool) -> str:
-    """Writes what a layout makes of parameters, and reads it back, before anything is at `target`.
+    """Writes parameters in a layout and reads them back, before anything appears at `target`.
 
     Args:
-      exported: what is written.
-      layout: its name.
+      exported: the parameters and their config.
+      layout: name of the layout.
       target: a folder, local or gs://, whose other files stay; with `alone`, a file of weights.
-      texts: name → content of further files of the folder.
-      metadata: of the file of safetensors.
+      texts: name → content of further files in the folder.
+      metadata: metadata of the safetensors file.
       alone: whether `target` is a file.
 
     Returns:
-      What was written, in one line.
+      One line about the written files.
 
     Raises:
-      UserError: what was read back is not what was to be written; nothing is at `target` then.
+      UserError: the read-back arrays or outputs differ; nothing appears at `target`.
     """
     with _staged(target) as stage:
         name, state = target.name if alone else layouts.FILE, _state(exported, layout)
@@ -60,7 +60,7 @@ def _state(exported: layouts.Exported, layout: str) -> Any:
 
 @contextlib.contextmanager
 def _staged(target: epath.Path) -> Iterator[Path]:
-    """Yields an empty folder on a disk: that of the target, where it has one, so that what is in it can be moved."""
+    """Yields an empty local folder; for a local target on the same disk, so that its content can be moved."""
     if str(target).startswith("gs://"):
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
@@ -69,7 +69,7 @@ def _staged(target: epath.Path) -> Iterator[Path]:
     folder = place.with_name(f".{place.name}.partial")
     with workdir_lock.taken(workdir_lock.lease_of(epath.Path(folder), ends_process=True, what="target")):
         stage = folder / "whole"
-        shutil.rmtree(stage, ignore_errors=True)  # of an export that was killed
+        shutil.rmtree(stage, ignore_errors=True)  # left by an export that was killed
         stage.mkdir()
         try:
             yield stage
@@ -78,13 +78,13 @@ def _staged(target: epath.Path) -> Iterator[Path]:
 
 
 def _check_arrays(file: Path, exported: layouts.Exported, layout: str, state: Any) -> None:
-    """Raises UserError where a file does not hold `state`, or our reader does not make our parameters of it again."""
+    """Raises UserError if a file does not hold `state`, or if reading it does not give the exported parameters."""
     found, _ = weight_files.load(epath.Path(file))
     _same(flatten(state), flatten(found), f"{file.name}, as it was read back,")
     chosen = layouts.get(layout)
     read = chosen.from_(found, exported.config) if chosen.from_ else layouts.read(found, exported.config)
     if read is found and layout != layouts.OURS:
-        return  # a plug-in's that is not read
+        return  # a layout of a plug-in that only writes
     ours, theirs = flatten(exported.params), flatten(read)
     _same({name: leaf for name, leaf in ours.items() if name in theirs}, theirs, f"what is read of {file.name}")
     again = _state(exported._replace(params=read), layout)
@@ -100,7 +100,7 @@ def _same(wanted: Mapping[str, Any], found: Mapping[str, Any], what: str) -> Non
 
 
 def _check_program(stage: Path, exported: layouts.Exported, program: layouts.Program) -> None:
-    """Raises UserError where a program computes something else than our own encoder does, for random images."""
+    """Raises UserError if the outputs of a program differ from those of the encoder, for random images."""
     images = np.random.default_rng(0).integers(0, 256, (IMAGES, *exported.config.data.image_size, 3), np.uint8)
     beside = stage / layouts.FILE
     arrays = flatten(weight_files.load(epath.Path(beside))[0]) if beside.exists() else {}
@@ -108,13 +108,13 @@ def _check_program(stage: Path, exported: layouts.Exported, program: layouts.Pro
     wanted = jax.jit(forward(exported.config))(nest(flatten(exported.params)), images)
     for name, array in wanted.items():
         off = np.abs(np.asarray(found[name]) - array).max() / max(np.abs(array).max(), 1e-30)
-        if not off <= program.tolerance:  # NaN is none
+        if not off <= program.tolerance:  # true for NaN, too
             raise UserError(f"{program.file} computes other {name} than the encoder: they are off by {off:.1e} of the "
                             f"largest, where {program.tolerance:g} is allowed; nothing was written")
 
 
 def _put(stage: Path, target: epath.Path, alone: bool, arrays: Mapping[str, Any]) -> str:
-    """Moves what was staged to its place, the weights last; returns a line about it."""
+    """Moves the staged files to the target, the weights last; returns a line about them."""
     names = sorted((file.name for file in stage.iterdir()), key=lambda name: (name == layouts.FILE, name))
     where = {name: target if alone else target / name for name in names}
     replaced = [path for path in where.values() if path.exists()]

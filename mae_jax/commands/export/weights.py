@@ -1,4 +1,4 @@
-"""What `export` does: weights with the names of a layout, in a folder that is complete, or in one file."""
+"""The work of `export`: writes weights in a layout to a folder or a single file, or copies a checkpoint."""
 
 import difflib
 from collections.abc import Sequence
@@ -17,32 +17,31 @@ from mae_jax.storage.checkpoint import load_params
 from mae_jax.training import workdir
 
 FILES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".th", ".tar", ".pkl", ".npz", ".npy", ".h5", ".msgpack",
-         ".onnx", ".gguf", ".zip", ".json")  # endings of what is no folder
+         ".onnx", ".gguf", ".zip", ".json")  # suffixes that no folder has
 
 
 def export(source: str, to: str, layout: str, task: Any = None, how: str = "", seed: int = 0,
            clusters: str = "") -> int:
-    """Writes the parameters that `source` holds to `to`, with the names of `layout`; or copies a checkpoint.
-
-    Returns the exit code.
+    """Writes the parameters of `source` to `to` in `layout`, or copies a checkpoint. Returns the exit code.
 
     Args:
-      source, to, layout: as the flags.
-      task, how, seed: config of the task for which a mixture of experts is cut down, and as `extract_expert` takes
-        them.
-      clusters: the folder of the mixture's clusters; '' where its config says.
+      source, to, layout: the flags of the same names (--from, --to, --layout).
+      task, how, seed, clusters: see `extract_expert`; how='': no expert is extracted.
+
+    Raises:
+      UserError: flags that do not fit each other, an unusable target, or a run that the layout cannot hold.
     """
     for flag, given in (("config", task is not None), ("clusters", clusters)):
         if given and not how:
             raise UserError(f"--{flag} is of --for-task=vote, probe or random; without it leave it out")
     target, folder = paths.locate(to, "--to"), paths.locate_checkpoints(source, "--from")
     origin = workdir.of_checkpoint(folder)
-    config = workdir.read_config(origin)  # which may name the plug-in that has the layout
+    config = workdir.read_config(origin)  # its plug-ins may add layouts
     chosen = layouts.get(layout)
     alone = check_destination(target, to, layout, chosen)
     if layout == layouts.OURS and not how and not alone:
         print(checkpoint_copy.copy(folder, target))
-        step, tree, _ = read_step(target)  # as whoever starts from it reads it
+        step, tree, _ = read_step(target)  # the copy, as `init_from` reads it
         paths.replace_text(target / "README.md", card.text(layouts.Exported(tree, config), layout, origin, step))
         return errors.FINISHED
     if not alone:
@@ -56,7 +55,7 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
         tree, config, report = extract_expert(config, tree, extras, task, how, seed, clusters)
         print("\n".join(report))
     tree = folded(tree, extras)
-    if MOMENTS in extras:  # without which batch norms know nothing of the images
+    if MOMENTS in extras:  # the running statistics of batch norms
         tree = {**tree, "extras": {MOMENTS: extras[MOMENTS]}}
     exported = of_layout(tree, config, layout, folder, workdir.classes_of(source))
     metadata = workdir.metadata(config, layout, exported.classes if exported.outputs else ())
@@ -68,7 +67,7 @@ def export(source: str, to: str, layout: str, task: Any = None, how: str = "", s
 
 
 def check_destination(target: epath.Path, to: str, layout: str, chosen: layouts.Layout) -> bool:
-    """Returns whether --to is one file of weights, not a folder; raises UserError for what is not written."""
+    """Returns whether --to is a file of weights, not a folder; raises UserError for a file that no layout writes."""
     if target.suffix in chosen.files:
         if target.is_dir():
             raise UserError(f"--to={to} is the name of a file; and there is a folder of this name")
@@ -85,13 +84,13 @@ def check_destination(target: epath.Path, to: str, layout: str, chosen: layouts.
 
 
 def check_no_run(folder: Any) -> None:
-    """Raises UserError where a folder is a run's, whose config.json that of another library would replace."""
+    """Raises UserError if a folder is a workdir, whose config.json another library's would overwrite."""
     if any((folder / name).exists() for name in ("checkpoints", "metrics.jsonl", "DONE")):
         raise UserError(f"--to={folder} is the workdir of a run; name another folder")
 
 
 def read_step(folder: epath.Path) -> tuple[int, Any, Any]:
-    """Returns the number of the newest good step, its parameters as evaluations use them, and its extras."""
+    """Returns the newest good step (-1: not known), its parameters for evaluation, and its extras; raises UserError."""
     offered = step_dirs.offered(step_dirs.absolute(folder)) or [folder]
     for one in offered:
         try:
@@ -104,7 +103,7 @@ def read_step(folder: epath.Path) -> tuple[int, Any, Any]:
 
 
 def of_layout(tree: Any, config: Any, layout: str, folder: Any, classes: Sequence[str]) -> layouts.Exported:
-    """Returns what of the parameters a layout takes; raises UserError for what it has not."""
+    """Returns the parameters that a layout holds; raises UserError if it cannot hold the run."""
     chosen = layouts.get(layout)
     if why := chosen.refuses(config):
         raise UserError(f"{folder} {why}")
@@ -113,7 +112,7 @@ def of_layout(tree: Any, config: Any, layout: str, folder: Any, classes: Sequenc
         raise UserError(f"{folder} has {blocks} of the {config.model.depth} blocks of its encoder: method.block needs "
                         "no later one. Export the run that it starts from")
     if not chosen.whole(config):
-        tree = {"encoder": tree["encoder"]}  # what their heads and decoders predict, no model of others does
+        tree = {"encoder": tree["encoder"]}  # no model of other libraries has these heads and decoders
         print(f"the encoder alone, without the parts of method.name={config.method.name!r}")
     exported = layouts.Exported(chosen.part(tree, config), config)
     if exported.outputs != len(classes):

@@ -1,1 +1,1 @@
-"""`mae_jax inspect`: counts, broken files, throughput and a grid of a data set."""
+"""`mae_jax inspect`: counts, broken images, throughput and a grid of a data set."""

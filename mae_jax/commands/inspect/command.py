@@ -1,13 +1,13 @@
-"""Looks at a data set: counts, broken pictures, speed, and a grid as the model will see it; or stores it once, resized.
+"""Inspects a data set: counts, broken images, speed, and a grid of model inputs; or stores it once, resized.
 
   mae_jax inspect --config=folder --config.data.path=/pictures --to=grid.png --images_per_second=6000
   mae_jax inspect --config=folder --config.data.path=/pictures --write=tfrecord --size=256 --to=DIR
   mae_jax inspect --config=quickstart --write=batches --steps=200 --to=DIR
 
---write=tfrecord is read back with data.source=tfrecord and data.path=DIR; array_record, which has random access, with
-data.source=tfds, data.name=pictures and data.path=DIR; batches, which need no TensorFlow, with data.source=batches and
-data.path=DIR. Every picture is decoded in full; broken ones are listed by name, and left out of what is written. What
-is said of copies means the same bytes: a picture that was saved anew is another one.
+Read the output of --write=tfrecord with data.source=tfrecord and data.path=DIR; that of array_record, which has random
+access, with data.source=tfds, data.name=pictures and data.path=DIR; that of batches, which need no TensorFlow, with
+data.source=batches and data.path=DIR. Every image is decoded in full; broken ones are listed by name and are not
+written. Copies are images with the same bytes: an image that was saved again does not count as one.
 """
 
 import io
@@ -42,7 +42,7 @@ STEPS = flags.DEFINE_integer("steps", 100, "with --write=batches: how many batch
 WANTED = flags.DEFINE_float("images_per_second", 0.0, "that the devices take, as mae_jax bench or mae_jax plan says: "
                             "tells how many cores feed them", lower_bound=0.0)
 
-MAX_LISTED_CLASSES = 20  # that are named
+MAX_LISTED_CLASSES = 20
 
 
 def main() -> int:
@@ -53,7 +53,7 @@ def main() -> int:
     config = with_shape(CONFIG.value)
     if WRITE.value and not TO.value:
         raise UserError("--write needs --to=FOLDER")
-    to = paths.locate(TO.value or "inspect.png", "--to")  # what cannot be written is said before all pictures are read
+    to = paths.locate(TO.value or "inspect.png", "--to")  # fail before all images are read
     if not WRITE.value:
         check_writable(to)
     validate(config)
@@ -63,7 +63,7 @@ def main() -> int:
         return errors.FINISHED
     method, opened = methods.with_data(config)
     inputs = opened.batches(method.eval_spec(), method.patch_order(), method.views())
-    print(inputs.description, flush=True)  # reading every picture may take long
+    print(inputs.description, flush=True)  # reading every image may take long
     if method.task == "classification" and "labels" not in method.eval_spec():
         warn_of_labels(opened)
     if WRITE.value == "batches":
@@ -80,7 +80,7 @@ def main() -> int:
             lines = speed_lines(config, opened, method, inputs, WANTED.value)
         print("\n".join(lines), flush=True)
         save_grid(next(inputs.train(0)), method, inputs, to)
-    except UserError as error:  # of the data, named above: what can be looked at has been
+    except UserError as error:  # of the data, already reported above
         print(f"no speed and no pictures, and training would stop: {error}")
         return errors.FINISHED
     print(f"peak host memory {peak_memory() / 2**20:.0f} MiB; the first pictures of the run, as the model sees them: "
@@ -89,8 +89,7 @@ def main() -> int:
 
 
 def save_grid(batch: "Batch", method: "Method", inputs: "Inputs", path: epath.Path) -> None:
-    """Writes the first images of a batch as a PNG: as the encoder sees them, what they are called, and their classes.
-    """
+    """Writes the first images of a batch, as the encoder sees them, as a PNG with their names and classes."""
     from PIL import Image
 
     from mae_jax.evals import input_grid
@@ -104,7 +103,7 @@ def save_grid(batch: "Batch", method: "Method", inputs: "Inputs", path: epath.Pa
 
 
 def warn_of_labels(opened: "OpenedData") -> None:
-    """Prints why training would not begin, if it is for want of labels."""
+    """Prints a warning if training would stop because labels are missing."""
     try:
         opened.check_labels()
     except UserError as error:
@@ -112,7 +111,7 @@ def warn_of_labels(opened: "OpenedData") -> None:
 
 
 def check_writable(file: epath.Path) -> None:
-    """Raises UserError where a file cannot be written, as far as that can be known; makes its folder."""
+    """Creates the folder of a file; raises UserError if the file evidently cannot be written."""
     if file.is_dir():
         raise UserError(f"--to={file} is a folder; expected the name of a picture")
     paths.make_folder(file.parent)
@@ -121,13 +120,13 @@ def check_writable(file: epath.Path) -> None:
 
 
 def splits(config: ConfigDict) -> dict[str, str]:
-    """Returns the name under which a split is stored → the config's expression for it."""
+    """Returns name of the stored split → the config's expression for it, as 'train[90%:]'."""
     named = {"train": config.data.train_split, "val": config.data.val_split, "test": config.data.eval_split}
     return {name: expression for name, expression in named.items() if expression}
 
 
 def report(config: ConfigDict, grid: epath.Path) -> None:
-    """Looks at every picture and prints what was seen; broken ones that are too many to print go to a file."""
+    """Decodes every image and prints a report; a long list of broken images also goes to a file."""
     from mae_jax.data.audit import audit
     from mae_jax.data.readers import random_access
     from mae_jax.data.reading import Reading
@@ -155,7 +154,7 @@ def report(config: ConfigDict, grid: epath.Path) -> None:
 
 
 def write_images(config: ConfigDict, kind: str, folder: epath.Path, size: int) -> dict[str, list[str]]:
-    """Stores the splits as `kind`; returns split → broken pictures, which are left out."""
+    """Stores the splits as `kind`, 'tfrecord' or 'array_record'; returns split → names of broken images, left out."""
     from mae_jax.data import value_range, writers
     from mae_jax.data.readers import random_access
     from mae_jax.data.reading import Reading
@@ -174,6 +173,6 @@ def write_images(config: ConfigDict, kind: str, folder: epath.Path, size: int) -
 
 
 def report_broken(broken: dict[str, list[str]]) -> None:
-    """Prints the broken pictures of each split by name, the first 50 of them."""
+    """Prints the names of the first 50 broken images of each split."""
     for split, names in broken.items():
         print("\n".join([f"{split}: {len(names)} broken pictures", *inspect_report.broken_names(names)]))

@@ -1,4 +1,4 @@
-"""The text of an audit (data/audit.py): a few lines for each split, and what several splits share."""
+"""The text of an audit (data/audit.py): a few lines for each split, and the images that several splits share."""
 
 import itertools
 from typing import TYPE_CHECKING
@@ -10,8 +10,8 @@ from mae_jax.errors import pluralize, printable
 if TYPE_CHECKING:
     from mae_jax.data.audit import Audit
 
-MAX_LISTED_IMAGES = 50  # broken pictures that are printed
-MAX_SHOWN_EXAMPLES = 3  # examples of anything else
+MAX_LISTED_IMAGES = 50  # broken images in the text
+MAX_SHOWN_EXAMPLES = 3  # examples of other findings
 INDENT = " " * 13
 
 
@@ -19,9 +19,9 @@ def split_lines(split: str, audit: "Audit", image_size: tuple[int, int]) -> list
     """Returns the lines about one split.
 
     Args:
-      split: what to call it.
-      audit: what was seen of it.
-      image_size: height and width of what the model sees.
+      split: its name in the text.
+      audit: its audit.
+      image_size: height and width of the model's images in pixels.
     """
     good = audit.good()
     read = len(good) + len(audit.broken)
@@ -43,13 +43,13 @@ def split_lines(split: str, audit: "Audit", image_size: tuple[int, int]) -> list
 
 
 def broken_names(broken: list[str]) -> list[str]:
-    """Returns the lines about the first 50 broken pictures, 'name: reason'."""
+    """Returns the lines about the first 50 broken images, each 'name: reason'."""
     rest = [f"  and {len(broken) - MAX_LISTED_IMAGES} more"] if len(broken) > MAX_LISTED_IMAGES else []
     return [f"  {name}" for name in broken[:MAX_LISTED_IMAGES]] + rest
 
 
 def leak_lines(audits: dict[str, "Audit"]) -> list[str]:
-    """Returns the lines about pictures that lie in more than one split."""
+    """Returns the lines about images that are in more than one split."""
     lines = []
     for (one, first), (other, second) in itertools.combinations(audits.items(), 2):
         known, keys = first.keys(), second.keys()
@@ -65,7 +65,7 @@ def leak_lines(audits: dict[str, "Audit"]) -> list[str]:
 
 
 def _records(audit: "Audit", read: int) -> list[str]:
-    """Returns how many records were read of how many, for data that are files of records."""
+    """Returns the lines about the number of records, for data in files of records; [] for other data."""
     counts = getattr(audit.source, "counts", ())
     if not counts:
         return []
@@ -95,7 +95,7 @@ def _labels(audit: "Audit") -> str:
 
 
 def _sizes(sizes: np.ndarray, image_size: tuple[int, int]) -> str:
-    """Describes width x height of pictures, int32 [n, 2], the least, median and largest by area."""
+    """Returns a text about width and height of images, int32 [n, 2]: least, median and largest by area."""
     order = np.argsort(sizes.prod(1, dtype=np.int64), kind="stable")
     least, median, largest = ("{} x {}".format(*sizes[order[at]]) for at in (0, len(order) // 2, -1))
     small = int((sizes < image_size[::-1]).any(1).sum())

@@ -1,4 +1,4 @@
-"""How fast the input is, what a worker process gives, and how many cores feed the devices of a recipe."""
+"""Throughput of the input pipeline, of one worker process, and the number of cores that the devices need."""
 
 import math
 import time
@@ -12,19 +12,19 @@ if TYPE_CHECKING:
     from mae_jax.data import Inputs, OpenedData
     from mae_jax.methods.base import Method
 
-SECONDS = 3.0  # that each speed is measured for
+SECONDS = 3.0  # duration of each measurement
 
 
 def speed_lines(config: ConfigDict, opened: "OpenedData", method: "Method", inputs: "Inputs", wanted: float
                 ) -> list[str]:
-    """Measures the input alone, after its first batch; returns what it gives, and what would feed the devices.
+    """Measures the input alone, after its first batch; returns lines about its throughput and the needed cores.
 
     Args:
-      config: the config, without 'auto'.
-      opened: its data.
-      method: its method.
-      inputs: the input as the config has it.
-      wanted: images/s that the devices take, 0 where nobody says.
+      config: a config without 'auto'.
+      opened: the data of the config.
+      method: the method of the config.
+      inputs: the input pipeline of the config.
+      wanted: images per second that the devices consume; 0: not known.
     """
     from mae_jax.data.readers import random_access
 
@@ -47,7 +47,7 @@ def speed_lines(config: ConfigDict, opened: "OpenedData", method: "Method", inpu
 
 
 def _rate(inputs: "Inputs") -> tuple[float, float]:
-    """Returns images per second by the clock, and seconds of this process's processor time for each."""
+    """Returns images per second of wall-clock time, and this process's CPU seconds per image."""
     batches = inputs.train(0)
     next(batches)
     begin, busy, images = time.monotonic(), time.process_time(), 0
@@ -57,7 +57,7 @@ def _rate(inputs: "Inputs") -> tuple[float, float]:
 
 
 def _need(wanted: float, each: float, cores: int, how: str) -> list[str]:
-    """Returns the line about the cores that devices need, none where nobody says what they take."""
+    """Returns the line about the cores that the devices need; [] if their consumption is not known."""
     if not wanted:
         return []
     count = math.ceil(wanted / each)

@@ -1,1 +1,1 @@
-"""`mae_jax plan`: memory and time of a train step on devices that are not there."""
+"""`mae_jax plan`: memory and time of a train step on devices that need not be present."""

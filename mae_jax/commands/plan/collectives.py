@@ -1,26 +1,26 @@
-"""The collectives in a compiled text, and the time that their bytes take between the chips of a TPU slice.
+"""The collectives in compiled HLO text, and an estimate of their time on the links of a TPU slice.
 
-The model, for one collective of S bytes per device (the whole array: what is reduced, or what was gathered):
+The model of one collective of S bytes per device (the size of the whole array, before a reduction or after a gather):
 
-- Of a group of devices, take the c chips that it spans and the p devices that it has on each.
-- Between chips, a reduce-scatter or an all-gather sends S (c - 1) / c bytes from each chip, an all-reduce twice that:
-  rings along the dimensions of the torus that the group spans, in both directions and along all of them at once. A
-  dimension gives 2 links where the group goes round a ring of the torus, else 1: the end of a line has no second one.
-- Groups that work at the same time and cover the same chips (as when each core of a chip is in a group of its own)
-  share its links: the bytes add up.
-- Between the p devices of a chip, S (p - 1) / p bytes, an all-reduce twice that, at the bandwidth of a device's memory.
-  (What a device itself reads and writes of a collective's operand and result is in the compiler's seconds already, as
-  compiling single collectives shows: libtpu 0.0.52 prices them as copies.)
-- An all-to-all sends as a reduce-scatter does, but each byte as far as the mean distance; in a permutation the longest
-  way counts, over one link.
+- A group of devices spans c chips, with p devices on each.
+- Between chips, a reduce-scatter or an all-gather sends S (c - 1) / c bytes from each chip, an all-reduce twice that.
+  It uses rings along all dimensions of the torus that the group spans, at once and in both directions. A dimension
+  counts 2 links if the group covers a ring of the torus, else 1, since the end of a line has no second link.
+- Concurrent groups that cover the same chips (for example one group per core of a chip) share the links: their bytes
+  add up.
+- Between the p devices of a chip, S (p - 1) / p bytes are exchanged, for an all-reduce twice that, at the bandwidth of
+  a device's memory. (The reads and writes of a device's own operand and result are part of the compiler's seconds:
+  compiling single collectives shows that libtpu 0.0.52 prices them as copies.)
+- An all-to-all sends the bytes of a reduce-scatter over the mean distance; a permutation takes the time of its longest
+  path, over one link.
 
 So an all-reduce over a whole 2-D torus takes 2 S (c - 1) / c / (4 rates). After "How to Scale Your Model", chapter 3
-(jax-ml/scaling-book); the sharing of links and the exchange inside a chip are our simplification. Latency and
-congestion are not counted, nor that communication may overlap with computation.
+(jax-ml/scaling-book); the sharing of links and the exchange inside a chip are our simplification. The model leaves out
+latency, congestion, and overlap of communication with computation.
 
-Several slices: libtpu compiles one of them. What goes on to the others, over the data-centre network, it writes as a
-`send` to its own run-time; to that, each device sends its S (n - 1) / n bytes of n slices, an all-reduce twice that, at
-its share of its host's network cards.
+Several slices: libtpu compiles one of them. Its text has a `send` to its own runtime for each collective over the
+data-center network. For n slices each device sends S (n - 1) / n bytes there, for an all-reduce twice that, at its
+share of its host's network cards.
 """
 
 import re
@@ -36,22 +36,21 @@ OPERATION = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ({KINDS})(-sta
 COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 BETWEEN = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = \((\S+), .* send\(.*_xla_megascale_target="
                      r'(?:"\{([\d,:]+)\}x.*_xla_megascale_transfer_type="(\w+)")?')
-DCN = "DCN "  # what the kind of such a collective begins with
+DCN = "DCN "  # prefix of the kind of a collective between slices
 SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
-# Custom calls that take no time: they reserve memory, begin or end a collective that other work overlaps (its parts are
-# counted once, below), or name as one what already lies in one piece.
+# Custom calls that take no time: they reserve memory, start or end an asynchronous collective (counted once, below), or
+# concatenate arrays that are contiguous already.
 NO_COST = ("AllocateBuffer", "AsyncCollectiveStart", "AsyncCollectiveDone", "ConcatBitcast")
 
 
 class Collective(NamedTuple):
-    """One collective of a compiled text.
+    """One collective in compiled HLO text.
 
     Attributes:
-      kind: all-reduce, reduce-scatter, all-gather, all-to-all or collective-permute; of slices: 'DCN all-reduce'.
-      dtype: of its arrays, as 'f32'.
-      bytes: of the whole array on one device, before it is scattered or after it is gathered.
-      groups: who takes part with whom, as positions in the mesh, or numbers of slices; pairs (from, to) for a
-        permutation.
+      kind: all-reduce, reduce-scatter, all-gather, all-to-all or collective-permute; between slices 'DCN all-reduce'.
+      dtype: dtype of its arrays, as 'f32'.
+      bytes: size of the whole array on one device, before a scatter or after a gather.
+      groups: the groups of devices, as positions in the mesh or numbers of slices; pairs (from, to) for a permutation.
     """
 
     kind: str
@@ -66,13 +65,13 @@ class Collective(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """Bytes that each device sends, at the least. Stages of one reduction or gathering add up to the whole one."""
+        """Least number of bytes that each device sends. The stages of one reduction or gather add up to it."""
         share = 1 if self.kind.endswith("permute") else (self.size - 1) / self.size
         return self.bytes * share * (2 if self.kind.endswith("all-reduce") else 1)
 
 
 def parse(text: str, devices: int) -> Iterator[Collective]:
-    """Yields the collectives of a compiled text, loops' once; raises ValueError for groups that cannot be read."""
+    """Yields the collectives in HLO text, those of a loop once; raises ValueError for an unknown form of groups."""
     computation, chains = "", set()
     for line in text.splitlines():
         if line.endswith("{") and (found := COMPUTATION.match(line)):
@@ -80,7 +79,7 @@ def parse(text: str, devices: int) -> Iterator[Collective]:
         elif "is_host_transfer=true" in line and (found := BETWEEN.match(line)):
             yield _of_slices(*found.groups())
         elif ("replica_groups=" in line or "source_target_pairs=" in line) and (found := OPERATION.match(line)):
-            # Where other work overlaps a collective, its start, its end and that work each hold a copy of it.
+            # The start and the end of an overlapped collective, and the overlapping work, each hold a copy of it.
             if (chain := re.search(r'chain_id="\d+"', line)) and chain[0] in chains:
                 continue
             chains |= {chain[0]} if chain else set()
@@ -88,26 +87,26 @@ def parse(text: str, devices: int) -> Iterator[Collective]:
             groups = _groups(line, devices)
             members = max(map(len, groups))
             size = _bytes(result)
-            if start and kind in ("all-gather", "reduce-scatter"):  # what is started has the type (operands, results)
+            if start and kind in ("all-gather", "reduce-scatter"):  # the type of a start is (operands, results)
                 size = size * members // (members + 1)
             elif start and kind == "collective-permute":  # (operand, result, two numbers)
                 size = (size - 8) // 2
             elif kind == "reduce-scatter":
                 size *= members
-            elif "all-reduce-scatter" in computation:  # libtpu's fusion: reduced, and only the own piece kept
+            elif "all-reduce-scatter" in computation:  # libtpu's fusion: an all-reduce that keeps one shard only
                 kind = "reduce-scatter"
             yield Collective(kind, "+".join(sorted({shape[1] for shape in SHAPE.finditer(result)})), size, groups)
 
 
 def withheld_seconds(text: str) -> float:
-    """Returns what the compiler's count of seconds is short by: libtpu 0.0.52 takes one off for each ConcatBitcast."""
+    """Returns the seconds missing from the compiler's estimate: libtpu 0.0.52 subtracts one for each ConcatBitcast."""
     return float(text.count('custom_call_target="ConcatBitcast"'))
 
 
 def _of_slices(shape: str, target: str | None, transfer: str | None) -> Collective:
-    """Returns the collective that a `send` begins, whose operand is `shape`.
+    """Returns the collective between slices that a `send` with an operand of `shape` starts.
 
-    Its target is the numbers of slices, as '1,2' or '1:2', or for a permutation something else.
+    Its target is the numbers of slices, as '1,2' or '1:2'. A permutation has another form, or none.
     """
     if not target or not transfer:
         return Collective(DCN + "permute", shape.split("[")[0], _bytes(shape), ((0, 1),))
@@ -119,9 +118,9 @@ def _of_slices(shape: str, target: str | None, transfer: str | None) -> Collecti
 
 
 def unpriced(text: str) -> list[str]:
-    """Returns what a compiler's count of seconds leaves out: loops, branches and the names of custom calls.
+    """Returns the parts that the compiler's seconds leave out: loops, branches and the names of custom calls.
 
-    A kernel of ours says itself what it multiplies and moves, of which the compiler makes seconds.
+    Our own kernels carry a cost estimate (FLOPs and bytes), which the compiler prices.
     """
     found = {f"custom call {call[1]}" for line in text.splitlines() if '"cost_estimate":{' not in line
              for call in re.finditer(r'custom_call_target="([^"]*)"', line) if call[1] not in NO_COST}
@@ -130,7 +129,7 @@ def unpriced(text: str) -> list[str]:
 
 
 def seconds_per_byte(kind: str, groups: tuple[tuple[int, ...], ...], torus: Torus) -> float:
-    """Returns the time that a collective takes per byte of its array, by the model above."""
+    """Returns the seconds that a collective takes per byte of its array, by the model above."""
     if kind.startswith(DCN):
         return Collective(kind, "", 1, groups).sent / torus.network_rate
     if kind == "collective-permute":
@@ -145,7 +144,7 @@ def seconds_per_byte(kind: str, groups: tuple[tuple[int, ...], ...], torus: Toru
 
 
 def table(collectives: list[Collective], torus: Torus | None) -> list[dict[str, Any]]:
-    """Returns one row per kind, dtype and group size, the most bytes first; seconds are None without a torus."""
+    """Returns one row per kind, dtype and group size, the most bytes first; 'seconds' is None without a torus."""
     rows: dict[tuple[str, str, int], dict[str, Any]] = {}
     rates: dict[Any, float] = {}
     for one in collectives:
@@ -164,13 +163,14 @@ def table(collectives: list[Collective], torus: Torus | None) -> list[dict[str, 
 
 
 def _bytes(shapes: str) -> int:
-    """Returns the bytes of all arrays in a text such as '(f32[2,3]{1,0}, bf16[4])'."""
+    """Returns the total bytes of the arrays in a shape such as '(f32[2,3]{1,0}, bf16[4])'."""
     return sum(int(np.prod([int(size) for size in dims.split(",") if size])) * max(int(bits or 8) // 8, 1)
                for _, bits, dims in SHAPE.findall(shapes))
 
 
 def _groups(line: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """Returns the groups, or the pairs of a permutation, of a collective's line, in any of XLA's four ways to write."""
+    """Returns the groups of a collective, or the pairs of a permutation, from its line, in any of XLA's four notations.
+    """
     if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})?\}", line):
         listed = tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", found[1] or ""))
         return listed or (tuple(range(devices)),)
@@ -192,7 +192,10 @@ def _groups(line: str, devices: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _span(coords: np.ndarray, torus: Torus) -> tuple[int, int, int, float]:
-    """Returns how many devices and chips a group has, the links of a chip that it uses, and its mean distance."""
+    """Returns the number of devices and of chips in a group, the links per chip that it uses, and its mean distance.
+
+    `coords` is int [devices, 3], the chips of the group's devices.
+    """
     sizes = [len(np.unique(coords[:, axis])) for axis in range(coords.shape[1])]
     whole = [size == all_of_it and ring for size, all_of_it, ring in zip(sizes, torus.shape, torus.rings, strict=True)]
     links = sum((2 if round_ else 1) for size, round_ in zip(sizes, whole, strict=True) if size > 1)
@@ -201,7 +204,7 @@ def _span(coords: np.ndarray, torus: Torus) -> tuple[int, int, int, float]:
 
 
 def _sharing(groups: list[np.ndarray], torus: Torus) -> int:
-    """Returns how many groups at most cover one chip, each a box around its chips."""
+    """Returns the largest number of groups that cover one chip; a group covers the bounding box of its chips."""
     covered = np.zeros(torus.shape, int)
     for coords in groups:
         low, high = coords.min(0), coords.max(0)
@@ -211,7 +214,8 @@ def _sharing(groups: list[np.ndarray], torus: Torus) -> int:
 
 
 def _permutation_seconds(pairs: tuple[tuple[int, ...], ...], torus: Torus) -> float:
-    """Returns the time per byte of a permutation: the longest way, and all that leaves one chip, over one link."""
+    """Returns the seconds per byte of a permutation: the longest path times the transfers from one chip, over one link.
+    """
     ends = torus.coords[np.array(pairs)]  # [pairs, 2, dimensions]
     steps = np.abs(ends[:, 0] - ends[:, 1])
     steps = np.where(torus.rings, np.minimum(steps, np.array(torus.shape) - steps), steps).sum(1)

@@ -1,4 +1,4 @@
-"""Plans a run before any device is rented: compiles its train step for TPUs or GPUs that are not there.
+"""Plans a run before any device is rented: compiles its train step for TPUs or GPUs that need not be present.
 
   mae_jax plan --config=vit_l_mae --topology=v3:8x8
   mae_jax plan --config=vit_l_mae --topology=h200:8 --price=3.50
@@ -6,13 +6,13 @@
   mae_jax plan --config=vit_l_mae --topology=v3:8x8 \\
       --sweep='batch_size=2048,4096;model.remat=none,full'
 
-TPUs are v2, v3, v4, v5e, v5p, v6e and 7x with the chips along each dimension, or accelerator types as Cloud TPU names
-them: v3-128 is v3:8x8, v5litepod-8 is v5e:2x4 (the number counts cores, on v5e and v6e chips). They need libtpu, the
-extra `plan`. GPUs are a100-40, a100-80, h100, h200 and l4, one to eight of a host; they need JAX's CUDA plugin, the
-extra `plan-gpu`. --config.mesh.slices=2 plans for two slices of TPUs. For --devices=N simulated devices there is no
-time. A sweep compiles every combination of the values; of more than --best of them, first with the layers in a loop,
-which compiles fast, and then without it those that fit and move the least memory per image. What was compiled is kept
-in --cache and found again while config, code and versions are the same.
+TPUs are v2, v3, v4, v5e, v5p, v6e and 7x with the number of chips along each dimension, or accelerator types of Cloud
+TPU: v3-128 is v3:8x8, v5litepod-8 is v5e:2x4 (the number counts cores, on v5e and v6e chips). They need libtpu, the
+extra `plan`. GPUs are a100-40, a100-80, h100, h200 and l4, one to eight per host; they need JAX's CUDA plugin, the
+extra `plan-gpu`. --config.mesh.slices=2 plans for two TPU slices. --devices=N simulates devices, without a time
+estimate. A sweep compiles every combination of the values. If there are more than --best, it first compiles them with
+the layers in a loop, which is fast, and then unrolls those that fit and move the least memory per image. Figures are
+kept in --cache and reused while config, code and versions are the same.
 """
 
 import json
@@ -57,7 +57,7 @@ def main() -> int:
     configs.validate(config)
     cells = sweep.parse(SWEEP.value, config) if SWEEP.value else []
     to = output(JSON.value, "--json")
-    jax.config.update("jax_platforms", "cpu")  # nothing runs, and a TPU of this machine stays free
+    jax.config.update("jax_platforms", "cpu")  # nothing is executed, and a TPU of this machine stays free
     if DEVICES.value:
         cost.simulate(DEVICES.value)
     target = cost.target(TOPOLOGY.value, DEVICES.value, config.mesh.slices)

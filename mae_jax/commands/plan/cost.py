@@ -1,6 +1,6 @@
-"""What the compiler says of a config's train step on devices that need not exist, and the figures that follow.
+"""The compiler's estimates for a config's train step on devices that need not be present, and the figures of the page.
 
-`measure` compiles, and returns what it found as plain values, which a folder may keep; `figures` computes from these.
+`measure` compiles and returns plain values, which a folder may cache; `figures` computes the page's figures from them.
 """
 
 import contextlib
@@ -31,11 +31,11 @@ from mae_jax.training import throughput
 from mae_jax.training.train_step import TrainStep, build
 
 PACKAGE = Path(__file__).parents[2]
-# Images per second that one core makes, by data.resize and the size to which it crops JPEGs of 500 x 375, on the
-# faster of two processors that were tried (docs/performance.md). Of other sizes nothing was measured.
+# Images per second per core by data.resize and image size, for JPEGs of 500 x 375 pixels, on the faster of two
+# processors (docs/performance.md). Other sizes were not measured.
 IMAGES_PER_CORE = {("exact", (224, 224)): 517, ("fast", (224, 224)): 763}
 TIMES = ("compiler_seconds", "memory_seconds", "product_seconds", "memory_rate", "product_rate", "assumed",
-         "communication_seconds", "estimated_step_seconds")  # of a page; those that its kind of device has
+         "communication_seconds", "estimated_step_seconds")  # those that a kind of device lacks are None
 
 
 class Target(NamedTuple):
@@ -43,8 +43,8 @@ class Target(NamedTuple):
 
     Attributes:
       name: 'v3:8x8', 'h200:8', or '8 simulated devices'.
-      devices: of the topology, or simulated ones.
-      chip: None where the devices are simulated.
+      devices: the devices of the topology, or simulated ones.
+      chip: the kind of chip or card; None for simulated devices.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Target(NamedTuple):
 
 
 def target(topology: str, simulated: int, slices: int = 1) -> Target:
-    """Returns the devices of so many slices of the topology, or where its name is empty that many simulated ones.
+    """Returns the devices of `slices` slices of a topology or, if its name is empty, `simulated` CPU devices.
 
     Raises:
       UserError: the topology is unknown, or its compiler is missing.
@@ -75,18 +75,18 @@ def target(topology: str, simulated: int, slices: int = 1) -> Target:
 
 def measure(config: ConfigDict, target: Target, examples: int, cache: str = "",
             progress: Callable[[str], AbstractContextManager[Any]] = nullcontext) -> dict[str, Any]:
-    """Compiles the train step, or finds in the folder `cache` what was measured of the same step before.
+    """Compiles the train step, or reads the measurements of the same step from the folder `cache`.
 
     Args:
-      config: 'auto' fields are those of the target.
-      target: what to compile for.
-      examples: of the training split, which the schedule's epochs count.
-      cache: a folder, or '' for none.
-      progress: is told what is compiled, and gives a context for as long as that takes.
+      config: a config, whose 'auto' fields are resolved for the target.
+      target: the devices to compile for.
+      examples: number of training examples per epoch of the schedule.
+      cache: a folder; '': none.
+      progress: from a text, makes a context that lasts as long as the compilation.
 
     Returns:
-      Plain values, sizes in bytes per device. Where memory is short, 'short' says so and what only a compiled step
-      knows is missing.
+      Plain values, sizes in bytes per device. If memory is too small, 'short' is not None, and the values of a compiled
+      step are missing.
 
     Raises:
       UserError: the config does not fit the devices.
@@ -95,10 +95,10 @@ def measure(config: ConfigDict, target: Target, examples: int, cache: str = "",
              "source": _source_digest()}
     key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]
     named = {"methods": [config.method.name], "optimizers": [config.optim.name]}
-    foreign = config.plugins or plugins.used(named)  # the code of plug-ins is in no digest
+    foreign = config.plugins or plugins.used(named)  # the digest does not cover the code of plug-ins
     file = Path(paths.normalized(cache, "--cache")) / f"{key}.json" if cache and not foreign else None
     if file and file.exists():
-        with contextlib.suppress(ValueError, OSError):  # what cannot be read is made anew
+        with contextlib.suppress(ValueError, OSError):  # an unreadable file is written anew
             stored = bounded_json.parse_object(file.read_bytes())
             if stored.pop("of", None) == bounded_json.as_read(known):
                 return stored | {"cached": True}
@@ -108,30 +108,30 @@ def measure(config: ConfigDict, target: Target, examples: int, cache: str = "",
         found = _shapes(program) | _compiled(program, target) | {"cached": False}
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")  # others may write the same file
+        part = file.with_suffix(f".{os.getpid()}")  # other processes may write the same file
         part.write_text(json.dumps(found | {"of": known}))
         part.rename(file)
     return found
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions that a compiled step depends on."""
+    """Returns the versions of the packages that a compiled step depends on."""
     packages = ("jax", "jaxlib", "libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "flax", "optax")
     names = [name for name in packages if importlib.util.find_spec(name)]
     return {name: importlib.metadata.version(name) for name in names}
 
 
 def _source_digest() -> str:
-    """Returns a digest of our code that the figures of a compiled step depend on."""
+    """Returns a digest of the source files that the figures of a compiled step depend on."""
     files = [file for file in sorted(PACKAGE.rglob("*.py"))
              if file.relative_to(PACKAGE).parts[0] not in ("data", "evals", "interop", "storage", "commands")]
-    files += [PACKAGE / "data" / name for name in ("info.py", "masking.py")]  # which shape the batch
-    files += sorted(Path(__file__).parent.glob("*.py"))  # which read the compiled text
+    files += [PACKAGE / "data" / name for name in ("info.py", "masking.py")]  # they decide the shapes of the batch
+    files += sorted(Path(__file__).parent.glob("*.py"))  # they parse the compiled text
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def _shapes(program: TrainStep) -> dict[str, Any]:
-    """Returns what follows from shapes and shardings alone."""
+    """Returns the values that follow from shapes and shardings alone, without a compilation."""
     state, mesh, config = program.state, program.mesh, program.method.config
     rows = sharding.batch_sharding(mesh).devices_indices_map((config.batch_size,))
     hosts: dict[int, set[tuple[Any, ...]]] = {}
@@ -153,7 +153,7 @@ def _shapes(program: TrainStep) -> dict[str, Any]:
 
 
 def held(tree: Any) -> int:
-    """Returns the bytes that one device holds of a tree of shapes with shardings."""
+    """Returns the bytes per device of a tree of `jax.ShapeDtypeStruct`s with shardings."""
     return sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
                for leaf in jax.tree.leaves(tree))
 
@@ -172,7 +172,7 @@ def _compiled(program: TrainStep, target: Target) -> dict[str, Any]:
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     text, devices = _text(compiled), list(program.mesh.devices.flat)
     torus = tpu.torus(target.chip, devices) if target.chip else None
-    members = len(torus.coords) if torus else len(devices)  # whom the text numbers
+    members = len(torus.coords) if torus else len(devices)  # devices of one slice, which the text numbers
     return {
         "short": None,
         "argument_bytes": memory.argument_size_in_bytes,
@@ -189,7 +189,7 @@ def _compiled(program: TrainStep, target: Target) -> dict[str, Any]:
 
 
 def _text(compiled: Any) -> str:
-    """Returns the compiled text; '' where jaxlib (0.10.2) cannot read it, as what libtpu (0.0.52) compiles for 7x."""
+    """Returns the HLO text; '' if jaxlib (0.10.2) cannot parse it, as for libtpu (0.0.52) and the chip 7x."""
     try:
         with tpu.quiet_stderr():
             return compiled.as_text()
@@ -198,7 +198,7 @@ def _text(compiled: Any) -> str:
 
 
 def _shortage(error: str) -> dict[str, float | str]:
-    """Returns the bytes that the compiler needed and had, where its error says so."""
+    """Returns the bytes that the compiler needed and had; if its error does not name them, its first line."""
     found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available \w+ \(([\d.]+)([KMGT])\)", error)
     if not found:
         return {"error": error.splitlines()[0]}
@@ -207,7 +207,7 @@ def _shortage(error: str) -> dict[str, float | str]:
 
 
 def figures(config: ConfigDict, target: Target, found: dict[str, Any], examples: int) -> dict[str, Any]:
-    """Returns the figures of the page: memory in GiB per device, times in seconds, None for what cannot be said."""
+    """Returns the figures of the page: memory in GiB per device, times in seconds, None for unknown values."""
     steps = Timeline.of(config, examples).total
     total = found.get("total_bytes")
     why = _why_no_time(target, found)
@@ -245,7 +245,7 @@ def figures(config: ConfigDict, target: Target, found: dict[str, Any], examples:
 
 
 def _fit(target: Target, found: dict[str, Any]) -> dict[str, Any]:
-    """Returns whether the step fits, None where nobody knows, and the part of a GPU's memory that JAX must be given."""
+    """Returns whether the step fits (None: not known), and the fraction of a GPU's memory that JAX must be allowed."""
     if not target.chip or found["short"]:
         return {"fits": False if target.chip else None, "memory_fraction": None}
     needed = found["total_bytes"] / target.chip.hbm
@@ -256,14 +256,14 @@ def _fit(target: Target, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chips(target: Target) -> int | None:
-    """Returns how many chips the devices are; None where they are simulated."""
+    """Returns the number of chips of the devices; None if they are simulated."""
     if isinstance(target.chip, tpu.Chip):
         return len({(getattr(device, "slice_index", 0), *device.coords) for device in target.devices})
     return len(target.devices) if target.chip else None
 
 
 def _times(target: Target, found: dict[str, Any]) -> dict[str, Any]:
-    """Returns the parts of the estimated time of a step, in seconds, and what of it rests on no measurement."""
+    """Returns the parts of the estimated step time in seconds, and the names of rates that were not measured."""
     communication, parts = sum(row["seconds"] for row in found["collectives"]), dict.fromkeys(TIMES)
     if isinstance(target.chip, gpu.Card):
         copied, products, parts["assumed"] = gpu.rates(target.chip, found["peak_flops"])
@@ -276,8 +276,9 @@ def _times(target: Target, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _roofline(target: Target, found: dict[str, Any], model_flops: float) -> dict[str, Any] | None:
-    """Returns the two sides of the roofline of a step without a time, by the counts that the page has, and the rates
-    that they are divided by: neither is a time of the step. None for simulated devices, and what nobody counted.
+    """Returns the two bounds of the roofline, in seconds, and their rates, for a step without a time estimate.
+
+    Neither bound is a step time. None for simulated devices, and if FLOPs or bytes are not known.
     """
     if not target.chip or not found["peak_flops"] or not found.get("bytes_accessed"):
         return None
@@ -289,7 +290,7 @@ def _roofline(target: Target, found: dict[str, Any], model_flops: float) -> dict
 
 
 def _why_no_time(target: Target, found: dict[str, Any]) -> str:
-    """Returns why the compiler's seconds may not be quoted; '' where they may."""
+    """Returns why there is no time estimate; '' if there is one."""
     if not target.chip:
         return "the devices are simulated"
     if found["short"]:
@@ -303,7 +304,7 @@ def _why_no_time(target: Target, found: dict[str, Any]) -> str:
 
 
 def simulate(count: int) -> None:
-    """Makes `count` simulated devices, before JAX has made its own; raises UserError."""
+    """Configures `count` simulated CPU devices, before JAX initializes its own; raises UserError for count < 1."""
     if count < 1:
         raise UserError(f"--devices={count}; write how many devices to simulate, as --devices=8")
     jax.config.update("jax_num_cpu_devices", count)

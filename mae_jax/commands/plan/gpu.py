@@ -1,7 +1,7 @@
-"""GPUs that are not there: what the cards hold and reach, and XLA's description of one to eight of them in a host.
+"""GPU topologies for ahead-of-time compilation: properties of the cards, and XLA's descriptions of them.
 
-JAX's CUDA plugin compiles for a card that is described to it, on a machine without one. Names are a card and how many
-of them share a host, as 'h200:8'.
+JAX's CUDA plugin compiles for a described card on a machine without a GPU. A topology is named by the card and the
+number of cards in one host, 1 to 8, as 'h200:8'.
 """
 
 import importlib.util
@@ -12,11 +12,11 @@ from mae_jax.commands.plan.tpu import quiet_stderr
 from mae_jax.errors import UserError
 
 MIB = 2**20
-MOST = 8  # of one host
-# Nothing runs, so that no kernels can be timed to choose among; what Triton makes of products fails without a choice.
+MOST = 8  # cards per host
+# Autotuning cannot time kernels without a GPU, and Triton's matrix products do not compile without autotuning.
 COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-# JAX takes this part of a card's memory at its start, and no more (docs.jax.dev, "GPU memory allocation"); another
-# part with XLA_PYTHON_CLIENT_MEM_FRACTION. The second is the most that we would advise.
+# The fraction of a card's memory that JAX preallocates by default (docs.jax.dev, "GPU memory allocation";
+# XLA_PYTHON_CLIENT_MEM_FRACTION changes it), and the largest one that we advise.
 TAKEN, TAKEABLE = 0.75, 0.95
 
 
@@ -24,12 +24,12 @@ class Card(NamedTuple):
     """One kind of GPU. Its peak in FLOP/s is in mae_jax.training.throughput.PEAKS.
 
     Attributes:
-      name: the device kind that JAX gives it.
+      name: JAX's device kind.
       hbm: bytes of memory, as CUDA reports them.
-      hbm_rate: bytes per second between that memory and the card, by the datasheet.
-      link_rate: bytes per second to other cards of its host, one way, by the datasheet.
-      link: what these links are.
-      capability: CUDA's compute capability.
+      hbm_rate: memory bandwidth in bytes per second, by the datasheet.
+      link_rate: bytes per second to other cards of the host, one way, by the datasheet.
+      link: name of these links.
+      capability: CUDA compute capability.
       description: fields of XLA's GpuDeviceInfoProto that differ between cards.
       copied: bytes per second that a copy reads and writes, measured; None: not measured.
       products: FLOP/s of large matrix products in bfloat16, measured; None: not measured.
@@ -47,7 +47,16 @@ class Card(NamedTuple):
 
 
 def _description(cores: int, units: int, shared_kib: int, threads: int, l2_mib: int, ghz: float) -> dict[str, float]:
-    """Returns multiprocessors, float32 units of each, its shared memory and threads, the L2 cache, the clock."""
+    """Returns the fields of XLA's GpuDeviceInfoProto that differ between cards.
+
+    Args:
+      cores: streaming multiprocessors.
+      units: float32 units of each.
+      shared_kib: shared memory of each, in KiB.
+      threads: threads of each.
+      l2_mib: L2 cache in MiB.
+      ghz: clock rate in GHz.
+    """
     return {"core_count": cores, "fpus_per_core": units, "shared_memory_per_core": shared_kib * 1024,
             "shared_memory_per_block_optin": (shared_kib - 1) * 1024, "threads_per_core_limit": threads,
             "l2_cache_size": l2_mib * MIB, "clock_rate_ghz": ghz}
@@ -68,15 +77,15 @@ CARDS = {
     "l4": Card("NVIDIA L4", 23034 * MIB, 300e9, 32e9, "PCIe", (8, 9),
                _description(58, 128, 100, 1536, 48, 2.04)),
 }
-# The share of the datasheet's bandwidth and peak that an H200 reaches: assumed of a card that was not measured.
+# The fractions of the datasheet's bandwidth and peak that an H200 reaches, assumed for cards that were not measured.
 COPIED_SHARE, PRODUCTS_SHARE = 4.3e12 / 4800e9, 790e12 / 989e12
 
 
 def parse(name: str) -> tuple[Card, int] | None:
-    """Returns the card of a name such as 'h200:8' and how many of them; None where it names no card.
+    """Returns the card and the number of cards of a name such as 'h200:8'; None if it names no known card.
 
     Raises:
-      UserError: no host has so many.
+      UserError: the number is not 1 to 8.
     """
     kind, colon, count = name.partition(":")
     if kind not in CARDS:
@@ -87,7 +96,11 @@ def parse(name: str) -> tuple[Card, int] | None:
 
 
 def devices(name: str) -> list[Any]:
-    """Returns GPUs that need not exist, for a mesh to compile for; raises UserError."""
+    """Returns the devices of a GPU topology, which need not be present, for a mesh to compile for.
+
+    Raises:
+      UserError: the CUDA plugin is missing, or it refuses the topology.
+    """
     found = parse(name)
     assert found
     card, count = found
@@ -106,7 +119,7 @@ def devices(name: str) -> list[Any]:
 
 
 def target_config(card: Card) -> str:
-    """Returns XLA's description of a card, a GpuTargetConfigProto as text."""
+    """Returns XLA's description of a card, a GpuTargetConfigProto in text format."""
     fields = {
         "threads_per_block_limit": 1024, "threads_per_warp": 32, "shared_memory_per_block": 48 * 1024,
         "block_dim_limit_x": 2**31 - 1, "block_dim_limit_y": 2**16 - 1, "block_dim_limit_z": 2**16 - 1,
@@ -122,6 +135,9 @@ def target_config(card: Card) -> str:
 
 
 def rates(card: Card, peak: float) -> tuple[float, float, list[str]]:
-    """Returns bytes and FLOPs per second to reckon with, and which of the two were not measured on the card."""
+    """Returns bytes per second, FLOP/s of products, and the names of those that were not measured on this card.
+
+    `peak` is the card's peak in FLOP/s.
+    """
     assumed = [what for what, measured in (("memory", card.copied), ("products", card.products)) if not measured]
     return card.copied or card.hbm_rate * COPIED_SHARE, card.products or peak * PRODUCTS_SHARE, assumed

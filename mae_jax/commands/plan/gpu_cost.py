@@ -1,11 +1,10 @@
-"""What XLA compiles of a train step for a GPU: its memory, kernels, bytes, FLOPs and collectives, and their time.
+"""Memory, kernels, bytes, FLOPs and collectives of a train step that XLA compiles for a GPU, and their time.
 
-The time is a roofline: all bytes that the kernels move, at the rate that copies reach, and then all FLOPs of the
-products, at the rate that large ones reach. Collectives follow, at the full rate of the links: of a group of n GPUs,
-each sends S (n - 1) / n bytes of an array of S, for an all-reduce twice that, as NCCL's rings do. What a collective
-reads and writes of a card's own memory is not counted, nor is the workspace that a library is lent, nor are launches,
-nor that anything runs at the same time. A step of ViT-B that took 81 ms on an H100
-is estimated as 78.
+The time is the sum of three terms: the bytes that all kernels move, at the rate that copies reach; the FLOPs of the
+matrix products, at the rate that large products reach; and the collectives, at the full rate of the links. In a group
+of n GPUs each sends S (n - 1) / n bytes of an array of S bytes, for an all-reduce twice that, as NCCL's rings do. The
+estimate leaves out a collective's traffic in a card's own memory, the workspace of libraries, launches and any overlap.
+It is 78 ms for a step of ViT-B that took 81 ms on an H100.
 """
 
 import math
@@ -21,14 +20,14 @@ from mae_jax.training.train_step import TrainStep
 
 LINKED = re.compile(rf"({collectives.KINDS})(-start|-done)?|async-(start|update|done)")
 DIMENSIONS = re.compile(r"\b[a-z]\w*\[([\d,]*)\]")
-WORKSPACE = re.compile(r"\b[su]8\[(\d+)\]")  # the last result of a call
+WORKSPACE = re.compile(r"\b[su]8\[(\d+)\]")  # the last result of a library call
 Shapes = dict[str, tuple[int, ...]]
 
 
 def compiled(program: TrainStep, card: gpu.Card) -> dict[str, Any]:
-    """Compiles the step for the mesh's GPUs; returns what `cost.measure` says of it, in bytes per device."""
+    """Compiles the step for the mesh's GPUs; returns the values of `cost.measure`, sizes in bytes per device."""
     began, devices = time.monotonic(), program.mesh.size
-    with jax.set_mesh(program.mesh), quiet_stderr():  # where XLA complains of how long it takes
+    with jax.set_mesh(program.mesh), quiet_stderr():  # XLA warns of slow compilations on stderr
         traced = program.step.trace(program.state, program.batch)
         step = traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=gpu.COMPILER_OPTIONS)
     memory, text = step.memory_analysis(), step.as_text()
@@ -58,18 +57,18 @@ def compiled(program: TrainStep, card: gpu.Card) -> dict[str, Any]:
 
 
 def workspace(kernels: list[gpu_text.Kernel]) -> int:
-    """Returns the bytes that a step's calls of libraries are lent besides, which gpu_text counts as written."""
+    """Returns the bytes of the workspace of library calls, which gpu_text counts as written."""
     return sum(kernel.runs * sum(map(int, WORKSPACE.findall(kernel.shape))) for kernel in kernels
                if kernel.kind.startswith("__cu"))
 
 
 def unknown_loops(text: str) -> bool:
-    """Says whether a loop of the text does not say how often it runs, so that its kernels are counted once."""
+    """Returns whether the text has a loop without a known trip count, whose kernels are then counted once."""
     return any(" while(" in line and not gpu_text.TRIPS.search(line) for line in text.splitlines())
 
 
 def product_flops(text: str, kernels: list[gpu_text.Kernel]) -> int:
-    """Returns the FLOPs of a step's matrix products, those of attention by cuDNN among them."""
+    """Returns the FLOPs of a step's matrix products, including those of cuDNN's attention."""
     shapes = {}
     for line in text.splitlines():
         if (found := gpu_text.INSTRUCTION.match(line.strip())) and (dims := DIMENSIONS.search(found[2])):
@@ -83,7 +82,7 @@ def _flops(kernel: gpu_text.Kernel, shapes: Shapes) -> int:
         left = shapes[gpu_text.NAME.findall(kernel.line.split(" custom-call(")[1])[0]]
         return 2 * math.prod(shapes[kernel.name]) * math.prod(left[axis] for axis in contracted)
     if kernel.kind.startswith("__cudnn$fmha"):
-        # Queries with keys, and weights with values; backwards, the scores once more and the gradients of all four.
+        # Forward: queries with keys, weights with values. Backward: the scores again, and the gradients of all four.
         products = 5 if "Backward" in kernel.kind else 2
         scores = _listed("dimensions", kernel.line)  # [batch, heads, queries, keys]
         return 2 * products * math.prod(scores) * shapes[kernel.name][-1]
@@ -91,6 +90,6 @@ def _flops(kernel: gpu_text.Kernel, shapes: Shapes) -> int:
 
 
 def _listed(name: str, line: str) -> list[int]:
-    """Returns the first list of this name in the line's backend_config, where numbers are in quotes."""
+    """Returns the first list of this name in the line's backend_config, whose numbers are quoted."""
     found = re.search(rf'"{name}": ?\[([\d", ]*)\]', line)
     return [int(number) for number in re.findall(r"\d+", found[1])] if found else []

@@ -1,10 +1,11 @@
-"""The kernels in the text that XLA compiles for a GPU, and the bytes that each moves to and from the GPU's memory.
+"""The kernels in HLO text that XLA compiled for a GPU, and the bytes that each moves to and from the GPU's memory.
 
-An instruction of the entry computation, or of one that it calls, is one kernel: a fusion, a product, a custom call, a
-copy. It reads its operands and writes its results, each once, a library's workspace among them. What is inside a fusion
-stays in registers and on-chip memory. A loop's kernels count as often as it runs, a branch's as if it were taken.
+Each instruction of the entry computation, or of a computation that it calls, counts as one kernel: a fusion, a product,
+a custom call or a copy. It reads its operands and writes its results, including a library's workspace, once. Values
+inside a fusion stay in registers and on-chip memory. A loop's kernels count once per trip, and every branch counts as
+taken.
 
-Divided by the rate of the memory, the bytes are a floor of the time that a step takes there.
+The bytes divided by the memory bandwidth are a lower bound of the step time.
 """
 
 import collections
@@ -12,7 +13,7 @@ import math
 import re
 from typing import NamedTuple
 
-# Bits of the element types that a step has; sub-byte types count as they are stored, a byte each.
+# Bits of the element types of a step; sub-byte types count as a byte, as they are stored.
 BITS = {"pred": 8, "s4": 8, "u4": 8, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "f16": 16, "bf16": 16, "s32": 32,
         "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128,
         "f8e4m3fn": 8, "f8e5m2": 8}
@@ -23,19 +24,19 @@ NAME = re.compile(r"%?([\w.\-]+)")
 CALLED = re.compile(r"(?:body|to_apply|calls|branch_computations)=\{?%?([\w.\-]+(?:, *%?[\w.\-]+)*)")
 TRIPS = re.compile(r'known_trip_count"?:\s*\{"n":"(\d+)"')
 FREE = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all")  # instructions without a kernel
-LIMIT = 64  # of calls inside calls; a text has far fewer
+LIMIT = 64  # depth of nested calls; real text has far fewer
 
 
 class Kernel(NamedTuple):
-    """One kernel of a compiled text.
+    """One kernel in HLO text.
 
     Attributes:
-      name: of the instruction.
-      kind: the operation; of a fusion also its kind, and of a custom call its target.
-      bytes: of operands and results, in one run.
-      runs: how often a step runs it.
-      shape: of the results, as text.
-      source: what the instruction was made of, as JAX names it; '' where the text says nothing.
+      name: name of the instruction.
+      kind: the operation; for a fusion also its kind, for a custom call its target.
+      bytes: bytes of operands and results, in one run.
+      runs: number of runs per step.
+      shape: shape of the results, as text.
+      source: JAX's name of the operation (`op_name`); '' if the text has none.
       line: the instruction.
     """
 
@@ -49,7 +50,7 @@ class Kernel(NamedTuple):
 
 
 def kernels(text: str) -> list[Kernel]:
-    """Returns the kernels of a compiled text, in its order; those of loops with their trips as `runs`.
+    """Returns the kernels in HLO text, in its order; kernels of a loop have its trip count as `runs`.
 
     Raises:
       ValueError: the text has no entry computation.
@@ -66,23 +67,23 @@ def kernels(text: str) -> list[Kernel]:
 
 
 def size(shape: str) -> int:
-    """Returns the bytes of all arrays in a text such as '(f32[2,3]{1,0}, bf16[4])'."""
+    """Returns the total bytes of the arrays in a shape such as '(f32[2,3]{1,0}, bf16[4])'."""
     return sum(BITS[dtype] // 8 * math.prod(int(length) for length in lengths.split(",") if length)
                for dtype, lengths in SHAPE.findall(shape))
 
 
 def count(found: list[Kernel]) -> int:
-    """Returns how many kernels a step launches, those of loops as often as they run."""
+    """Returns the number of kernel launches per step."""
     return sum(kernel.runs for kernel in found)
 
 
 def moved(found: list[Kernel]) -> int:
-    """Returns the bytes that a step moves."""
+    """Returns the bytes that the kernels move per step."""
     return sum(kernel.bytes * kernel.runs for kernel in found)
 
 
 def by_kind(found: list[Kernel]) -> dict[str, tuple[int, int]]:
-    """Returns kind → (launches, bytes) of a step, the most bytes first."""
+    """Returns kind → (launches, bytes) per step, the most bytes first."""
     launches, total = collections.Counter(), collections.Counter()
     for kernel in found:
         launches[kernel.kind] += kernel.runs
@@ -118,7 +119,7 @@ def _walk(computations: dict[str, list[str]], sizes: dict[str, int], name: str, 
             for names in CALLED.findall(line):
                 for called in NAME.findall(names):
                     out += _walk(computations, sizes, called, runs * int(trips[1] if trips else 1), depth - 1)
-            if operation != "conditional":  # which is counted itself as well: it copies what it gives
+            if operation != "conditional":  # a conditional also counts itself: it copies its result
                 continue
         operands = [sizes[operand] for operand in NAME.findall(rest.split(")", 1)[0]) if operand in sizes]
         source = re.search(r'op_name="([^"]+)"', line)

@@ -1,15 +1,15 @@
-"""The figures of a plan as one page, a verdict first."""
+"""The page of a plan: a verdict, then memory, work and time of a step."""
 
 import math
 from typing import Any
 
 from mae_jax.errors import pluralize
 
-LAUNCH = 3e-6  # seconds that a kernel's launch takes, about
+LAUNCH = 3e-6  # approximate seconds per kernel launch
 
 
 def page(config: Any, f: dict[str, Any], price: float | None = None) -> str:
-    """Returns the figures as one page; with the price of one device for an hour, what the recipe costs."""
+    """Returns the page for the figures `f` of `cost.figures`; `price` per device-hour adds the cost of the recipe."""
     m, d = config.model, config.method
     image = "x".join(map(str, config.data.image_size))
     what = f"{d.name}, width {m.width}, depth {m.depth}, {m.heads} heads, patches of {'x'.join(map(str, m.patch))}"
@@ -34,7 +34,7 @@ def page(config: Any, f: dict[str, Any], price: float | None = None) -> str:
 
 
 def verdict(f: dict[str, Any], price: float | None = None) -> str:
-    """Returns in a line whether the step fits, how long the recipe takes, what it costs, and what its input must do."""
+    """Returns one line: whether the step fits, duration and cost of the recipe, and the throughput its input needs."""
     if f["fits"] is None:
         return "simulated devices: neither a time, nor whether it fits"
     if not f["fits"]:
@@ -53,7 +53,7 @@ def verdict(f: dict[str, Any], price: float | None = None) -> str:
 
 
 def digits(value: float, count: int = 3) -> str:
-    """Returns a number with `count` digits, more only before the point: 12,345, 12.3, 0.00123."""
+    """Returns a number with `count` significant digits, or all digits before the point: 12,345, 12.3, 0.00123."""
     if value == 0 or abs(value) >= 10**count - 0.5:
         return f"{value:,.0f}"
     places = max(count - 1 - math.floor(math.log10(abs(value))), 0)
@@ -62,7 +62,7 @@ def digits(value: float, count: int = 3) -> str:
 
 
 def size(nbytes: float, base: int = 1000) -> str:
-    """Returns a number of bytes in its own unit: '1.31 GB', '4 B'; of base 1024 '1.31 GiB'."""
+    """Returns a number of bytes in a fitting unit: '1.31 GB', '4 B'; with base 1024 '1.31 GiB'."""
     units = ("B", "kB", "MB", "GB", "TB") if base == 1000 else ("B", "KiB", "MiB", "GiB", "TiB")
     for unit in units[:-1]:
         if nbytes < base:
@@ -86,7 +86,7 @@ def seconds(value: float) -> str:
 
 
 def money(value: float) -> str:
-    """Returns '1,234.50', and below 1 three digits."""
+    """Returns an amount as '1,234.50'; below 1 with three significant digits."""
     return f"{value:,.2f}" if value >= 1 else digits(value)
 
 
@@ -115,7 +115,7 @@ def _short(short: dict[str, Any] | None) -> str:
 
 
 def _work(f: dict[str, Any]) -> list[str]:
-    """Returns FLOPs, bytes, kernels and collectives of one step."""
+    """Returns the lines about FLOPs, bytes, kernels and collectives of one step."""
     lines = ["work per device and step",
              f"  FLOPs, model's matrix products {digits(f['model_flops_per_core'] / 1e12):>10} T"]
     if f["flops_per_core"]:
@@ -142,7 +142,7 @@ def _work(f: dict[str, Any]) -> list[str]:
 
 
 def _roofline(found: dict[str, Any] | None) -> list[str]:
-    """Returns the sides of the roofline where there is no time."""
+    """Returns the line about the roofline; [] without one."""
     if not found:
         return []
     rates = (f"{found['product_rate'] / 1e12:.3g} TFLOP/s", f"{found['memory_rate'] / 1e12:.3g} TB/s")
@@ -152,7 +152,7 @@ def _roofline(found: dict[str, Any] | None) -> list[str]:
 
 
 def _time(f: dict[str, Any]) -> list[str]:
-    """Returns the estimate, or why there is none."""
+    """Returns the lines about the time estimate, or about the reason why there is none."""
     if not f["estimated_step_seconds"]:
         return [f"no time: {f['no_time_because']}", *_roofline(f["roofline"])]
     lines = ["estimates: operations and links at full speed, no waiting, nothing overlapped"]

@@ -1,4 +1,4 @@
-"""Combinations of config values, compared by what the compiler says of each, and the one to take."""
+"""Compares combinations of config values by the compiler's estimates, and recommends one."""
 
 import itertools
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def parse(text: str, config: ConfigDict) -> list[Cell]:
 
 
 def _value(name: str, old: Any, text: str) -> Any:
-    """Returns the text as a value of the type that the field has."""
+    """Parses a text as a value of the type of `old`; raises UserError."""
     try:
         if isinstance(old, bool):
             return {"true": True, "false": False}[text.lower()]
@@ -48,7 +48,7 @@ def _value(name: str, old: Any, text: str) -> Any:
 
 
 def changed(config: ConfigDict, cell: Cell) -> ConfigDict:
-    """Returns a copy of the config with the cell's values; raises UserError where they cannot work."""
+    """Returns a copy of the config with the cell's values; raises UserError for invalid ones."""
     copy = configs.from_dict(config.to_dict()).unlock()
     copy.update_from_flattened_dict(cell)
     configs.validate(copy)
@@ -57,7 +57,7 @@ def changed(config: ConfigDict, cell: Cell) -> ConfigDict:
 
 def run(config: ConfigDict, target: cost.Target, cells: list[Cell], best: int, examples: int, cache: str,
         progress: Callable[[str], AbstractContextManager[Any]]) -> dict[str, Any]:
-    """Measures the cells: all of them in a loop where they are more than `best`, then the best without loops.
+    """Measures the cells; if there are more than `best`, all with the layers in a loop, then the best ones unrolled.
 
     Returns:
       'cells', each {'values', 'figures' or 'error'}, and 'recommended', the values of one of them, or None.
@@ -80,13 +80,13 @@ def run(config: ConfigDict, target: cost.Target, cells: list[Cell], best: int, e
 
 
 def _moved(config: ConfigDict, row: dict[str, Any]) -> tuple[float, float]:
-    """Returns what a cell costs: memory moved per image, then memory held."""
+    """Returns the cost of a cell, for ranking: bytes moved per image, then GiB held."""
     images = row["values"].get("batch_size", config.batch_size) / row["devices"]
     return row["bytes_per_core"] / images, row["hbm_gib_per_core"]
 
 
 def _recommended(config: ConfigDict, rows: list[dict[str, Any]]) -> Cell | None:
-    """Returns the values of the fastest cell that fits; where no cell has a time, of the one that moves least."""
+    """Returns the values of the fastest cell that fits; if no cell has a time, of the one that moves least."""
     timed = [row for row in rows if row.get("fits") and row["images_per_sec"]]
     if timed:
         return max(timed, key=lambda row: row["images_per_sec"])["values"]
@@ -95,7 +95,7 @@ def _recommended(config: ConfigDict, rows: list[dict[str, Any]]) -> Cell | None:
 
 
 def table(result: dict[str, Any], price: float | None = None) -> str:
-    """Returns the verdict on the cell to take and a table of all; with the price of a device-hour, their cost."""
+    """Returns the recommended cell with its verdict, and a table of all; `price` per device-hour adds their cost."""
     rows = [("values", "GiB", "fits", "GB moved", "step s", "images/s", "MFU", "hours", "cost")]
     for row in result["cells"]:
         values = " ".join(f"{name}={value}" for name, value in row["values"].items())

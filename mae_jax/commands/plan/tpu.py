@@ -1,8 +1,8 @@
-"""TPU topologies that are not there: what the chips hold, how they are wired, and libtpu's description of a slice.
+"""TPU topologies for ahead-of-time compilation: properties of the chips, the links between them, libtpu's devices.
 
-libtpu describes any slice on a machine without TPUs, and compiles for it. Names are those of libtpu, as 'v3:8x8': the
-chips along each dimension; or Cloud TPU's accelerator types, as 'v5litepod-8', of which tpu_types.csv says the shape. A
-device is what JAX calls one: a core on v2, v3 and 7x, a chip on the others.
+libtpu describes any slice on a machine without TPUs, and compiles for it. A topology is named as in libtpu, by the
+chips along each dimension ('v3:8x8'), or by Cloud TPU's accelerator type ('v5litepod-8', shapes in tpu_types.csv). A
+device is a JAX device: a core on v2, v3 and 7x, a chip on the others.
 """
 
 import contextlib
@@ -32,14 +32,14 @@ class Chip(NamedTuple):
 
     Attributes:
       hbm: bytes of memory per device.
-      hbm_rate: bytes per second between that memory and the device.
-      link_rate: bytes per second over one link, one way; each device's chip has two links per dimension.
-      dimensions: of the torus.
+      hbm_rate: memory bandwidth per device, in bytes per second.
+      link_rate: bytes per second over one link, one way; a chip has two links per dimension.
+      dimensions: number of dimensions of the torus.
       ring: a dimension whose size is a multiple of this, and above 2, is closed to a ring; the others are lines.
-      network_rate: bytes per second and chip between slices, over the network cards of its host.
-      most: chips of the largest pod.
-      name: what libtpu calls it.
-      options: what libtpu must be told besides.
+      network_rate: bytes per second and chip between slices, over the network cards of the host.
+      most: number of chips in the largest pod.
+      name: libtpu's name.
+      options: further options of libtpu's topology description.
     """
 
     hbm: float
@@ -68,21 +68,21 @@ CHIPS = {
     "v6e": Chip(32 * GIB, 1638e9, 100e9, 2, 16, 12.5e9, 256, "v6e"),
     "7x": Chip(96 * GIB, 3690e9, 100e9, 3, 4, 12.5e9, 9216, "tpu7x"),
 }
-# What a generation may be called → its name here.
+# Accepted names of a generation → its key in CHIPS.
 GENERATIONS = {**{name: name for name in CHIPS}, "tpu7x": "7x", "v7x": "7x", "v5litepod": "v5e"}
 EXAMPLES = {2: "8x8", 3: "4x4x4"}
-ATTEMPTS = 10  # to load libtpu while another process does; one second apart
+ATTEMPTS = 10  # to load libtpu while another process loads it; one second apart
 
 
 class Torus(NamedTuple):
-    """The chips of a slice: where each device sits and what the links carry.
+    """The chips of one slice: coordinates of the devices and rates of the links.
 
     Attributes:
       coords: int [devices, 3], the chip of each device, in the order of the mesh.
       rings: per dimension, whether its last chip is linked to its first.
       link_rate: bytes per second over one link, one way.
-      hbm_rate: bytes per second between a device and its memory.
-      slices: how many there are; the chips are those of one of them.
+      hbm_rate: memory bandwidth per device, in bytes per second.
+      slices: number of slices, which are alike.
       network_rate: bytes per second from a device to another slice.
     """
 
@@ -100,13 +100,13 @@ class Torus(NamedTuple):
 
 @functools.cache
 def types() -> dict[str, str]:
-    """Returns Cloud TPU's accelerator types → topology, as 'v5litepod-8' → 'v5e:2x4'."""
+    """Returns accelerator type of Cloud TPU → topology, as 'v5litepod-8' → 'v5e:2x4'."""
     lines = Path(__file__).with_name("tpu_types.csv").read_text().splitlines()
     return {name: topology for name, topology, _ in csv.reader(line for line in lines if not line.startswith("#"))}
 
 
 def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
-    """Returns the chip and the shape of a topology's name, as 'v3:8x8', or an accelerator type's; raises UserError."""
+    """Returns the chip and the shape of a topology ('v3:8x8') or an accelerator type ('v3-128'); raises UserError."""
     generation, sizes = (*re.split("[:-]", types().get(name, name), maxsplit=1), "")[:2]
     generation = GENERATIONS.get(generation, generation)
     if generation not in CHIPS:
@@ -136,12 +136,16 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
 
 
 def devices(name: str, slices: int = 1) -> list[Any]:
-    """Returns the devices of so many slices that need not exist, for a mesh to compile for; raises UserError."""
+    """Returns the devices of `slices` slices, which need not be present, for a mesh to compile for.
+
+    Raises:
+      UserError: the name is unknown, libtpu is missing or in use, or it refuses the topology.
+    """
     chip, shape = parse(name)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("planning for a TPU needs libtpu, the TPU compiler: pip install 'mae_jax[plan]'")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask what machine this is
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is taken, so several processes may plan
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # outside of Cloud TPU there is no metadata server
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is used, so several processes may plan
     from jax.experimental import topologies
 
     several = {"num_slices": slices} if slices > 1 else {}
@@ -161,19 +165,19 @@ def devices(name: str, slices: int = 1) -> list[Any]:
 
 
 def torus(chip: Chip, devices: list[Any]) -> Torus:
-    """Returns how the devices, in the order of the mesh, are wired: slices are alike, and one after the other."""
+    """Returns the torus of devices in the order of the mesh, in which equal slices follow one another."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     coords = np.array([device.coords for device in devices[: len(devices) // slices]])
     rings = tuple(bool(size > 2 and size % chip.ring == 0) for size in coords.max(0) + 1)
-    sharing = len(coords) // len(np.unique(coords, axis=0))  # devices of a chip
+    sharing = len(coords) // len(np.unique(coords, axis=0))  # devices per chip
     return Torus(coords, rings, chip.link_rate, chip.hbm_rate, slices, chip.network_rate / sharing)
 
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Drops what is written to file descriptor 2, where libtpu complains of the machine that it is not on.
+    """Drops output to file descriptor 2, such as libtpu's warnings about a machine without TPUs.
 
-    What Python writes to standard error is still seen: how long it takes, for one.
+    Python's own standard error, with the progress line, is still shown.
     """
     kept = os.dup(2)
     with (tempfile.TemporaryFile() as sink, open(kept, "w", closefd=False) as seen,

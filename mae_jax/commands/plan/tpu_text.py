@@ -1,7 +1,7 @@
-"""The compiler's cycles in the text that it compiles for a TPU, by kind of operation: a profile without a TPU.
+"""The compiler's estimated cycles in HLO text for a TPU, by kind of operation: a profile without a TPU.
 
-libtpu writes `estimated_cycles` at each instruction that it prices. Unlike its seconds, which are the longer of
-multiplications at the peak and bytes at the memory's rate, these cycles also price what fills a matrix unit badly, the
+libtpu writes `estimated_cycles` at each instruction that it prices. Its seconds are the larger of multiplications at
+the peak rate and bytes at the memory bandwidth. The cycles also include poor utilization of the matrix unit, the
 vector unit, and copies between layouts.
 """
 
@@ -12,17 +12,17 @@ from typing import NamedTuple
 INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?[\w.\-]+ = (?:\((?:[^()]|\([^()]*\))*\)|\S+) ([\w\-]+)\(")
 CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 SOURCE = re.compile(r'op_name="([^"]*)"')
-UNKNOWN = 2**60  # cycles of that many and above stand for none
+UNKNOWN = 2**60  # this many cycles and above mean that there is no estimate
 MOVES = ("copy", "transpose", "reshape", "copy-start", "slice-start", "convert")  # opcodes that compute nothing
 
 
 class Kind(NamedTuple):
-    """What instructions that are counted together have in common.
+    """A group of instructions that are counted together.
 
     Attributes:
-      backward: whether they are of a gradient.
-      scope: 'attn', 'mlp', 'norm', ..., the module that JAX names; '' where it names none.
-      operation: of JAX, as 'bhqk,bkhd->bqhd'; the compiler's opcode where that only moves values.
+      backward: whether they are of the backward pass.
+      scope: the module in JAX's `op_name`, as 'attn', 'mlp' or 'norm'; '' if there is none.
+      operation: JAX's operation, as 'bhqk,bkhd->bqhd'; the compiler's opcode if the instruction only moves values.
     """
 
     backward: bool
@@ -31,7 +31,7 @@ class Kind(NamedTuple):
 
 
 def cycles(text: str) -> dict[Kind, int]:
-    """Returns the estimated cycles of each kind of operation in a compiled text, the most first."""
+    """Returns kind of operation → estimated cycles in HLO text, the most first."""
     found: Counter[Kind] = Counter()
     for line in text.splitlines():
         number, instruction = CYCLES.search(line), INSTRUCTION.match(line)
@@ -42,7 +42,7 @@ def cycles(text: str) -> dict[Kind, int]:
 
 
 def kind(opcode: str, source: str) -> Kind:
-    """Returns the kind of an instruction of that opcode, made of what JAX calls `source`."""
+    """Returns the kind of an instruction, from its opcode and its `op_name` in JAX."""
     names = re.sub(r"\w+\(+|\)", "", source).split("/")
     scopes = [name for name in names if re.fullmatch(r"attn|mlp|experts|norm\d?|head|embed|patch_embed", name)]
     made = next((name for name in names if "->" in name), names[-1]) or opcode

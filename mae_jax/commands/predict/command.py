@@ -1,4 +1,4 @@
-r"""Says what a classifier, a segmentation or a detector sees in images, and how often it is right where labels exist.
+r"""Predicts images by a classifier, a segmentation or a detector, and measures accuracy on labeled images.
 
   mae_jax predict --from=runs/classifier --images=/path/to/images --to=predictions.csv
   mae_jax predict --from=runs/classifier --images='/path/*.jpg' --top_k=3 --to=predictions.json
@@ -6,13 +6,13 @@ r"""Says what a classifier, a segmentation or a detector sees in images, and how
   mae_jax predict --from=runs/dense --images=/path/to/images --to=masks/
   mae_jax predict --from=runs/detect --images=/path/to/images --to=found/
 
-Without --images and --config, the images are those of the run's evaluation split. A line for each image, in their
-order: its file, its label where that is known, the likeliest classes with probabilities, and why it could not be read,
-if so. An image in a folder that is called as a class has that label; with labels, accuracy is printed, and a table of
-confusions is written beside (*_confusion.csv, *_confusion.png). Masks are PNGs in the images' own size where the run is
-evaluated so (method.test), else in the model's. What a detector finds is a JSON file, boxes as x, y, width, height and
-masks as COCO's run lengths, both in pixels of the image itself; in a folder it is detections.json, beside PNGs of the
-images with what is in them.
+Without --images and --config, the images are those of the run's evaluation split. The file has a line for each image,
+in order: file, label if known, the likeliest classes with probabilities, and the error if it could not be read. An
+image in a folder with the name of a class has that label. With labels, accuracy is printed, and a confusion matrix is
+written beside the file (*_confusion.csv, *_confusion.png). Masks are PNGs, in the size of the images if the run is
+evaluated so (method.test), else in that of the model. Detections are a JSON file: boxes as x, y, width, height and
+masks in COCO's run-length encoding, both in pixels of the original image. In a folder this file is detections.json,
+beside PNGs of the images with their detections.
 """
 
 from absl import flags

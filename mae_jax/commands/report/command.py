@@ -1,4 +1,4 @@
-r"""Writes one HTML page about runs and images, which any browser shows without a network.
+r"""Writes a self-contained HTML page about runs and images, which a browser shows without a network.
 
   mae_jax report --from=runs/quickstart --to=report.html
   mae_jax report --from=runs/one --from=runs/two --to=report.html                # side by side
@@ -6,10 +6,10 @@ r"""Writes one HTML page about runs and images, which any browser shows without 
   mae_jax report --from=mae_pretrain_vit_base.pth --images=/path/to/images --to=report.html
   mae_jax report --from=runs/mine --embeddings=features.parquet --to=report.html
 
-Of a run, finished or not: what was trained, curves, reconstructions and attention over time, parameters and versions.
-Of images: a map of their features (PCA, t-SNE) to zoom into, to search by name and label, and to find the images most
-like one. --images embeds first, as mae_jax embed, to a file beside the page (report.parquet), and goes on where it was
-stopped; --config=folder --config.data.path=... embeds images of any source. The page is one file, thumbnails in it.
+For a run, finished or not: its config, curves, reconstructions and attention over time, parameters and versions. For
+images: a map of their features (PCA, t-SNE), with zoom, search by name and label, and nearest neighbors of an image.
+--images first embeds, as mae_jax embed does, to a file beside the page (report.parquet), and resumes after an
+interruption; --config=folder --config.data.path=... embeds images of any source. The page is one file, with thumbnails.
 """
 
 from absl import flags

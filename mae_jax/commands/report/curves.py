@@ -1,15 +1,15 @@
-"""Curves of several runs as SVG: one small panel for each metric, all runs in each."""
+"""Curves of several runs as SVG: one small panel per metric, with a curve for each run."""
 
 import io
 
 from mae_jax.evals import plots
 from mae_jax.training.curves import Panel, draw
 
-INK = "#010203"  # stands for the page's color of text, which is another one at night
+INK = "#010203"  # placeholder for the page's text color, which differs in dark mode
 
 
 def svg(panel: Panel) -> str:
-    """Returns a panel as an SVG element, whose texts are in the page's font and color."""
+    """Returns a panel as an SVG element, with text in the page's font and color."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     colors = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")

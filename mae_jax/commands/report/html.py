@@ -1,4 +1,4 @@
-"""Text, data and code of a page, so that nothing in a name ends what it stands in."""
+"""Escapes text and data for a page, and assembles the page with its style and script."""
 
 import base64
 import hashlib
@@ -10,23 +10,23 @@ from typing import Any
 
 from mae_jax.errors import printable
 
-# In JSON these are escapes for the same; in a script they could end it, or open a comment.
+# Characters that could end a script element or open a comment in it, as JSON escapes.
 UNSAFE = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 
 
 def text(value: Any) -> str:
-    """Returns a text as HTML shows it, in elements and in quoted attributes; what no screen shows as its escape."""
+    """Escapes a value for HTML elements and quoted attributes; unprintable characters become their escapes."""
     return html.escape(printable(str(value)))
 
 
 def json_script(name: str, data: Any) -> str:
-    """Returns data as a script element that is not executed, for `JSON.parse`."""
+    """Returns data as a script element of JSON, which is not executed; page.js reads it by `JSON.parse`."""
     content = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":")).translate(UNSAFE)
     return f'<script type="application/json" id="{text(name)}">{content}</script>'
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "") -> str:
-    """Returns a table of cells that are HTML already, the first one of each row being its heading."""
+    """Returns an HTML table; cells are HTML, and the first cell of each row is its heading."""
     lines = ["".join(f'<th scope="col">{cell}</th>' for cell in head)]
     for first, *rest in rows:
         lines.append(f'<th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest))
@@ -36,8 +36,8 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "") ->
 
 
 def page(title: str, body: str) -> str:
-    """Returns a whole page: what it shows, our style and our script, and a policy by which no other script runs and
-    nothing is fetched from anywhere."""
+    """Returns a complete HTML page with style and script, and a content security policy that forbids other scripts and
+    all network access."""
     here = importlib.resources.files("mae_jax.commands.report")
     style, script = (here.joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,5 +1,4 @@
-"""What the page's map is drawn from: places, names, labels, neighbors and thumbnails, as compact as a page can have
-them."""
+"""The data of the page's map in compact form: coordinates, names, labels, neighbors and thumbnails."""
 
 import base64
 from typing import Any, NamedTuple
@@ -15,11 +14,11 @@ from mae_jax.inference.embedding_files import Record, spread
 from mae_jax.runtime import progress
 
 NO_LABEL = "no label"
-MAX_NAME = 300  # characters of a file's name, of whose beginning the rest is left out
+MAX_NAME = 300  # last characters of a file's name that are kept
 
 
 class Map(NamedTuple):
-    """The map: `data` is JSON for page.js, `notes` are sentences that say what is shown and what is not."""
+    """The map: `data` is JSON for page.js, `notes` are sentences about the shown and the missing images."""
 
     data: dict[str, Any]
     notes: list[str]
@@ -30,11 +29,11 @@ def made(path: epath.Path, most: int, tsne_most: int) -> Map:
 
     Args:
       path: *.parquet or *.npz, as `embed` writes them.
-      most: images, evenly spread over the file.
-      tsne_most: images of these that t-SNE is computed of, evenly spread; 0: without t-SNE.
+      most: largest number of images, evenly spaced over the file.
+      tsne_most: largest number of these for t-SNE, evenly spaced; 0: no t-SNE.
 
     Raises:
-      UserError: it is no such file, or cannot be mapped.
+      UserError: the file is not one of `embed`, or its features are not finite.
     """
     about, count, rows = embedding_files.chosen(path, most)
     projection.check(rows.features)
@@ -61,7 +60,7 @@ def made(path: epath.Path, most: int, tsne_most: int) -> Map:
 
 
 def _labels(rows: Record) -> tuple[list[str], np.ndarray]:
-    """Returns the labels' names in order, what has none last, and of each row the number of its own."""
+    """Returns the sorted names of the labels, 'no label' last, and for each row the index of its label, int [n]."""
     given = [name or (f"class {label}" if label >= 0 else NO_LABEL)
              for name, label in zip(rows.label_name, rows.label, strict=True)]
     names = sorted(set(given), key=lambda name: (name == NO_LABEL, name))
@@ -97,5 +96,5 @@ def _notes(about: dict[str, Any], count: int, rows: Record, shown: thumbnails.Th
 
 
 def packed(values: np.ndarray, dtype: str) -> str:
-    """Returns numbers as base64 of their bytes in a dtype of little endian."""
+    """Returns an array as base64 of its bytes in a little-endian dtype such as '<f4'."""
     return base64.b64encode(np.ascontiguousarray(values, dtype).tobytes()).decode()

@@ -1,4 +1,4 @@
-"""The page: what of runs and of a map it shows, in which order and in which words."""
+"""The body of the page: its sections on the map, runs, curves, figures, parameters and environment."""
 
 import json
 import math
@@ -13,18 +13,18 @@ from mae_jax.commands.report.map_data import Map
 from mae_jax.commands.report.record import Record
 from mae_jax.training.curves import COLORS, MAX_PANELS, panels
 
-LONGEST = 200  # characters of a value in a table
+LONGEST = 200  # characters of a value in a table, at most
 TITLES = {"reconstruct": "Reconstructions", "ratios": "Reconstructions at other mask ratios",
           "attention": "Attention", "confusion": "Confusion"}
 
 
 def made(records: Sequence[Record], drawn: Map | None, source: str = "") -> str:
-    """Returns the HTML.
+    """Returns the page as HTML.
 
     Args:
-      records: of runs.
+      records: the runs.
       drawn: the map, if there is one.
-      source: what features were computed of, where no run is shown.
+      source: the name of the encoder or of the file of features, the title if no run is shown.
     """
     title = " · ".join(each.name for each in records) or source
     sections = [("Map", _map(drawn) if drawn else ""), ("Runs", _runs(records)), ("Curves", _curves(records)),
@@ -113,7 +113,7 @@ def _data(each: Record) -> str:
 
 
 def _speed(each: Record) -> str:
-    """Returns the median of the later half: the first figures have what is loaded and compiled in them."""
+    """Returns the median speed of the later half of the run: the first figures include loading and compilation."""
     said = []
     for name, form in (("images_per_sec", "{:,.0f} images/s"), ("data_wait", "{:.0%} of the time waiting for data"),
                        ("mfu", "{:.1%} of the devices' peak")):
@@ -125,7 +125,7 @@ def _speed(each: Record) -> str:
 
 
 def _last_figures(records: Sequence[Record]) -> list[list[str]]:
-    """Returns the rows of the last finite value of each metric, with its step."""
+    """Returns one row per metric: its last finite value in each run, with the step."""
     names = [name for name in dict.fromkeys(name for each in records for name in each.series)
              if name == "train/loss" or not name.startswith("train/")]
     rows = []
@@ -170,7 +170,7 @@ def _figures(records: Sequence[Record]) -> str:
 
 
 def _steps(files: Any, caption: str, room: int) -> tuple[str, int]:
-    """Returns one figure at several steps, of which page.js shows one at a time, and what is left of the room."""
+    """Returns one figure at several steps, of which page.js shows one at a time, and the bytes left of `room`."""
     images, lost = [], []
     for step, file in figures.shown(files):
         found = figures.encoded(file, room)

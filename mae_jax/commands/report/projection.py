@@ -1,4 +1,4 @@
-"""Features of images on a plane, and the nearest neighbors of each."""
+"""Projections of image features to a plane, PCA and t-SNE, and nearest neighbors."""
 
 import os
 
@@ -6,25 +6,29 @@ import numpy as np
 
 from mae_jax.errors import UserError, pluralize
 
-# Before scikit-learn's threads are made: threads that spin while they wait stand still where others want the cores.
+# Set before scikit-learn starts its threads: spinning threads take the cores from other processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 NEIGHBORS = 12
-ROWS = 512  # whose similarities to all are held at a time
+ROWS = 512  # rows of the similarity matrix in memory at a time
 PERPLEXITY = 30.0  # scikit-learn's default
-COMPONENTS = 50  # to which features are reduced before t-SNE, as van der Maaten and Hinton (2008), section 4.2, do
-FEW = 200  # images of which the exact method is as fast
-LEAST = 10  # images for t-SNE
+COMPONENTS = 50  # principal components before t-SNE (van der Maaten and Hinton, 2008, section 4.2)
+FEW = 200  # number of images below which the exact method is as fast
+LEAST = 10  # number of images for t-SNE
 
 
 def check(features: np.ndarray) -> None:
-    """Raises UserError for features [n, D] of which some are not finite."""
+    """Raises UserError if features, float [n, D], are not all finite."""
     bad = int((~np.isfinite(features).all(1)).sum())
     if bad:
         raise UserError(f"the features of {pluralize(bad, 'image')} are not finite: no map can be drawn of them")
 
 
 def pca(features: np.ndarray) -> tuple[np.ndarray, float]:
-    """Returns places float32 [n, 2] along the first two principal components, and their share of the variance."""
+    """Projects features, float [n, D], to their first two principal components.
+
+    Returns:
+      Coordinates, float32 [n, 2], and the components' share of the variance.
+    """
     from sklearn.decomposition import PCA
 
     if min(features.shape) < 2 or not features.std(0).any():  # one image, or images that are all alike
@@ -35,14 +39,17 @@ def pca(features: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def tsne(features: np.ndarray) -> np.ndarray:
-    """Returns places float32 [n, 2] by t-SNE of features of length 1, so that near means a high cosine; n >= LEAST."""
+    """Returns t-SNE coordinates, float32 [n, 2], of features, float [n, D], at unit length; n >= LEAST.
+
+    At unit length, small distances are high cosines.
+    """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
     units = unit(features)
     if min(units.shape) > COMPONENTS:
         units = PCA(COMPONENTS, random_state=0).fit_transform(units)
-    # Of images that are all alike, PCA knows no first places.
+    # PCA cannot initialize identical features.
     start = "pca" if units.std(0).any() else "random"
     method = "exact" if len(units) < FEW else "barnes_hut"
     model = TSNE(2, method=method, perplexity=min(PERPLEXITY, (len(units) - 1) / 3), init=start, random_state=0)
@@ -50,14 +57,14 @@ def tsne(features: np.ndarray) -> np.ndarray:
 
 
 def neighbors(features: np.ndarray, count: int = NEIGHBORS) -> tuple[np.ndarray, np.ndarray]:
-    """Returns of each image the others with the highest cosines, best first.
+    """Returns the other images with the highest cosines to each image, best first.
 
     Args:
       features: float [n, D].
       count: k, at most n - 1.
 
     Returns:
-      Their numbers, uint32 [n, k], and cosines, float32 [n, k].
+      Their indices, uint32 [n, k], and cosines, float32 [n, k].
     """
     units, count = unit(features), min(count, len(features) - 1)
     found = np.zeros((len(units), count), np.uint32)
@@ -75,6 +82,6 @@ def neighbors(features: np.ndarray, count: int = NEIGHBORS) -> tuple[np.ndarray,
 
 
 def unit(features: np.ndarray) -> np.ndarray:
-    """Returns features at length 1, float32 [n, D]; zeros stay."""
+    """Scales features [n, D] to unit length, float32; zeros stay zeros."""
     features = features.astype(np.float32)
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)

@@ -1,4 +1,4 @@
-"""What the workdir of a run says of it, finished or not: read, and nothing of it executed or changed."""
+"""Reads the workdir of a run, finished or not, for the page; executes and changes nothing in it."""
 
 import math
 import re
@@ -17,24 +17,24 @@ from mae_jax.storage.metric_writer import series_of
 from mae_jax.training import ending, workdir
 from mae_jax.training.curves import Points
 
-FIGURE = re.compile(r"(.+)_(\d{7,18})\.png")  # as storage/png_files.py names them
-GUARD = re.compile(r"guard_(\d{1,18})\.json")  # as training/guards.py does
-UNTIMED = ("train/images_per_sec", "train/data_wait", "train/mfu")  # not finite where a step is not timed
+FIGURE = re.compile(r"(.+)_(\d{7,18})\.png")  # names of storage/png_files.py
+GUARD = re.compile(r"guard_(\d{1,18})\.json")  # names of training/guards.py
+UNTIMED = ("train/images_per_sec", "train/data_wait", "train/mfu")  # not finite for steps that were not timed
 
 
 class Record(NamedTuple):
-    """A run.
+    """The record of a run.
 
     Attributes:
-      name: what it is called in the page: the end of its path, as much as tells it from others.
+      name: its name on the page: the shortest end of its path that is unique.
       path: its workdir.
-      config: that it was made with.
-      changed: the fields of it that are not the defaults.
-      stored: config.json as it is.
-      series: metric → its points.
+      config: its config.
+      changed: the config fields that differ from the defaults.
+      stored: the content of config.json.
+      series: metric → (step, value) points.
       figures: name → (step, file), ascending.
-      guards: the steps at which a guard stopped it.
-      state: whether it is finished, and how far it is, in words.
+      guards: the steps at which a guard stopped the run.
+      state: its progress, in words.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Record(NamedTuple):
 
 
 def read(folder: str, name: str) -> Record:
-    """Reads a workdir, local or gs://, or the one that a checkpoint lies in; raises UserError where there is none."""
+    """Reads a workdir, local or gs://, or the workdir of a checkpoint; raises UserError if there is none."""
     path = workdir.of_checkpoint(paths.locate_checkpoints(folder, "--from"))
     config = workdir.read_config(path)
     try:
@@ -63,7 +63,7 @@ def read(folder: str, name: str) -> Record:
 
 
 def names_of(folders: list[str]) -> list[str]:
-    """Returns for each path the shortest end of it that no other has; raises UserError where one is there twice."""
+    """Returns the shortest unique ends of the paths, all of equal length; raises UserError for a path given twice."""
     parts = [[part for part in folder.rstrip("/").split("/") if part] or [folder] for folder in folders]
     length = next((n for n in range(1, max(map(len, parts), default=0) + 2)
                    if len({tuple(each[-n:]) for each in parts}) == len(parts)), None)
@@ -73,7 +73,7 @@ def names_of(folders: list[str]) -> list[str]:
 
 
 def _names(folder: epath.Path) -> list[str]:
-    """Returns the names of the files in a folder, [] where it is not there."""
+    """Returns the names of the files in a folder; [] if it does not exist."""
     if str(folder).startswith("gs://"):
         from mae_jax.storage import gcs
 
@@ -103,7 +103,7 @@ def _state(path: epath.Path, config: ConfigDict, times: dict[int, float]) -> str
 
 
 def parameters(record: Record) -> str:
-    """Returns the table of a run's parameters, one line for each kind of part; without them, why there is none."""
+    """Returns the table of a run's parameters, one line for each kind of part, or the reason why there is none."""
     import jax
 
     from mae_jax import methods
@@ -118,12 +118,13 @@ def parameters(record: Record) -> str:
         method = methods.build(resolved(with_fitting_mesh(record.config)), info)
         params, _ = jax.eval_shape(method.init, jax.random.key(0), method.batch_spec())
         return parameter_table.summary(params, method)
-    except (UserError, ImportError) as error:  # data that are not here, a plug-in that is missing
+    except (UserError, ImportError) as error:  # missing data, or a missing plug-in
         return f"not known here: {root_cause(error)}"
 
 
 def troubles(record: Record) -> list[str]:
-    """Returns what went wrong on the way, one line each: images that were replaced, steps that were skipped, guards."""
+    """Returns the faults of a run, one line each: replaced images, bad or skipped steps, metrics that were not finite,
+    and guards."""
     found, series = [], record.series
     if any(value > 0 for _, value in series.get("train/replaced", ())):
         values = [value / record.config.batch_size for _, value in series["train/replaced"]]

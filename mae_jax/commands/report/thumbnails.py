@@ -1,4 +1,4 @@
-"""Small images of what was embedded, read again from where the file of features says they are."""
+"""Thumbnails of embedded images, read again from the source that the file of features names."""
 
 import io
 from collections import deque
@@ -17,19 +17,19 @@ from mae_jax.inference.parts import Part, opened_as, same_images
 from mae_jax.ops.patches import PatchGrid
 
 SIDE = 64  # pixels
-COLUMNS = 32  # of a sheet, and as many rows
-BATCH = 64  # images that are read at a time
-GRAY = 128  # of what is missing
-QUALITY = 75
+COLUMNS = 32  # columns and rows of a sheet
+BATCH = 64  # images read at a time
+GRAY = 128  # value of a missing image
+QUALITY = 75  # of WebP
 
 
 class Thumbnails(NamedTuple):
     """Thumbnails of images.
 
     Attributes:
-      pixels: uint8 [n, SIDE, SIDE, 3], gray where there is none.
-      there: bool [n].
-      note: what there is to say of where they come from, '' for nothing.
+      pixels: uint8 [n, SIDE, SIDE, 3], gray for missing images.
+      there: bool [n], False for missing images.
+      note: a sentence about a problem with the source; '': none.
     """
 
     pixels: np.ndarray
@@ -38,11 +38,11 @@ class Thumbnails(NamedTuple):
 
 
 def of(about: Mapping[str, Any], rows: Record) -> Thumbnails:
-    """Reads the central part, which the encoder saw, of each image again.
+    """Reads each image again and crops the central part that the encoder saw.
 
     Args:
-      about: what the file of features says of itself.
-      rows: of the file.
+      about: the metadata of the file of features.
+      rows: rows of the file.
     """
     pixels = np.full((len(rows.file), SIDE, SIDE, 3), GRAY, np.uint8)
     there, note = np.zeros(len(rows.file), bool), ""
@@ -64,21 +64,25 @@ def of(about: Mapping[str, Any], rows: Record) -> Thumbnails:
 
 
 def _by_id(about: Mapping[str, Any], rows: Record) -> np.ndarray:
-    """Returns the number of the part and the image's number in it, int64 [n, 2]; `id` counts all parts' images."""
+    """Returns the index of the part and of the image in it, int64 [n, 2]; `rows.id` counts over all parts."""
     starts = np.cumsum([0, *(size for _, size in about["splits"])])
     part = np.searchsorted(starts, rows.id, side="right") - 1
     return np.stack([part, rows.id - starts[part]], 1)
 
 
 def _by_name(parts: Sequence[Part], rows: Record) -> np.ndarray:
-    """Returns the same of the images that now have these names, -1 for none."""
+    """Returns, as `_by_id`, the images that now have the names of the rows, int64 [n, 2]; -1 if there is none."""
     known = {(part.split, part.name(k)): (number, k) for number, part in enumerate(parts) for k in range(part.size)}
     return np.array([known.get((split, file), (-1, -1)) for split, file in zip(rows.split, rows.file, strict=True)],
                     np.int64)
 
 
 def _read(part: Part, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns images uint8 [n, SIDE, SIDE, 3] of these numbers in the part, and which could be read, bool [n]."""
+    """Reads the images with these indices in a part.
+
+    Returns:
+      Pixels, uint8 [n, SIDE, SIDE, 3], and whether the image could be read, bool [n].
+    """
     wanted, inverse = np.unique(numbers, return_inverse=True)
     grid = PatchGrid.of(part.config)
     config = part.config.copy_and_resolve_references().unlock()
@@ -88,7 +92,7 @@ def _read(part: Part, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         "valid": ((), np.float32)}
     spec = {name: jax.ShapeDtypeStruct((BATCH, *shape), dtype) for name, (shape, dtype) in shapes.items()}
     source = part.source
-    if not isinstance(source, RecordStream):  # of a stream all are read, and those between left out
+    if not isinstance(source, RecordStream):  # a stream is read as a whole, and the other images dropped
         source, wanted = source.only(wanted), np.arange(len(wanted))
     found, valid, first = [], [], 0
     for batch in replace(part, config=config.lock(), source=source).batches(spec, np.arange(BATCH), deque()):
@@ -102,7 +106,7 @@ def _read(part: Part, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sheets(pixels: np.ndarray) -> list[bytes]:
-    """Returns thumbnails [n, SIDE, SIDE, 3] as WebP images of up to COLUMNS x COLUMNS of them, in raster order."""
+    """Returns thumbnails, uint8 [n, SIDE, SIDE, 3], as WebP sheets of COLUMNS x COLUMNS thumbnails in raster order."""
     made = []
     for first in range(0, len(pixels), COLUMNS * COLUMNS):
         part = pixels[first:first + COLUMNS * COLUMNS]

@@ -1,4 +1,4 @@
-"""From the flags to the page: which runs are read, what is embedded, and what is written."""
+"""The work of `report`: reads the runs, embeds images, and writes the page."""
 
 from ml_collections import ConfigDict
 
@@ -11,7 +11,13 @@ from mae_jax.storage import paths, weight_files
 
 def write(folders: list[str], to: str, embeddings: str, images: str, config: ConfigDict | None,
           most: int, tsne_most: int) -> int:
-    """Writes the page. Returns the exit code; arguments are the flags of the command."""
+    """Writes the page. Returns the exit code.
+
+    The arguments are the flags --from, --to, --embeddings, --images, --config, --max_images and --tsne_images.
+
+    Raises:
+      UserError: flags that do not fit each other, or an input that cannot be read.
+    """
     target = paths.locate(to, "--to")
     if target.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--to={to}: the page's name must end in .html")
@@ -25,7 +31,7 @@ def write(folders: list[str], to: str, embeddings: str, images: str, config: Con
     weights = [folder for folder in folders if weight_files.file_of(paths.locate(folder, "--from"))]
     if weights and not (embeds or embeddings):
         raise UserError(f"--from={weights[0]} is weights, no run; --images=FOLDER shows what they see in images")
-    runs = [folder for folder in folders if folder not in weights]  # of weights the map is shown, and nothing else
+    runs = [folder for folder in folders if folder not in weights]  # weights appear in the map only
     records = [record.read(folder, name) for folder, name in zip(runs, record.names_of(runs), strict=True)]
     if target.is_dir():
         raise UserError(f"--to={to} is a folder; expected the name of a file")

@@ -1,1 +1,1 @@
-"""`mae_jax transfer`: fine-tunings and probes of one encoder on many data sets."""
+"""`mae_jax transfer`: fine-tunes and probes one encoder on many data sets."""

@@ -1,4 +1,4 @@
-r"""Fine-tunes or probes one encoder on many data sets, one after the other: one table, one plot.
+r"""Fine-tunes or probes one encoder on many data sets, one after the other; writes one table and one plot.
 
   mae_jax transfer --config=transfer --names=cifar10,dtd --from=runs/pretrained --to=runs/suite
   mae_jax transfer --config=transfer --names=cars --protocols=finetune,linear,quick \
@@ -9,22 +9,23 @@ r"""Fine-tunes or probes one encoder on many data sets, one after the other: one
   mae_jax transfer --config=transfer --names=pets,digit_scenes,coco=/data/coco,ade20k=/data/ADEChallengeData2016 \
       --protocols=quick,detect:vitdet_b,upernet:ibot --from=runs/vit_b_mae --to=runs/dense
 
-A cell is a data set, a protocol and a number of blocks. It is trained in its own workdir TO/<cell> as by mae_jax.main,
-from the encoder of --from, whose shape and image size it takes, and the values that a recipe has for that size; what
---config.<field> says goes before. The protocol `quick` does not train: features are computed once for k-NN, logistic
-regression (linear), and a layer that SGD trains at the best of several learning rates (sgd). The protocols `detect`,
-`segment` and `upernet` are the recipes of these names, with their arguments after colons, their data sets and sizes of
-images. Any recipe will do for --config: its --names and other --protocols are arguments that it knows; without them it
-is run as it is. NAME=PATH says where a data set lies. Reported is what a recipe's own `metric(argument)` names, or else
-map or top1. A data set that is none of a protocol's is left out there, and named in the table.
+A cell is a data set, a protocol and a number of blocks. It is trained in its own workdir TO/<cell>, as by mae_jax.main,
+from the encoder of --from. It takes the encoder's shape and image size, and the recipe's values for that size;
+--config.<field> overrides them. The protocol `quick` does not train: it computes features once for k-NN, logistic
+regression (linear), and a linear layer that SGD trains at the best of several learning rates (sgd). The protocols
+`detect`, `segment` and `upernet` are the recipes of these names, with arguments after colons, and have their own data
+sets and image sizes. --config may be any recipe: --names and other --protocols are arguments of it; without them it is
+run as it is. NAME=PATH gives the path of a data set. The table reports the metrics of the recipe's own
+`metric(argument)`, or else map or top1. A data set that a protocol does not have is left out there, and the table says
+so.
 
-The same command goes on, and does not repeat what is finished. A cell that is your mistake (data that are not
-prepared) is named under the table, and the others go on. Exit codes: as mae_jax.main; 2 where a cell was a mistake, 3
-where a guard stopped one and none was a mistake.
+The same command resumes, and does not repeat finished cells. A cell that fails by your mistake (data that are not
+prepared) is listed under the table, and the others continue. Exit codes: as mae_jax.main; 2 if a cell was a mistake, 3
+if a guard stopped one and none was a mistake.
 
---lrs=1e-4,3e-4,1e-3 first trains every cell once for each, in TO/<cell>/lr_<x>, and chooses by the recipe's
-data.val_split or, where it has none, with its argument `held`. The test data are read by the chosen one alone, which is
-trained anew as the recipe says.
+--lrs=1e-4,3e-4,1e-3 first trains every cell once at each rate, in TO/<cell>/lr_<x>, and chooses by the recipe's
+data.val_split or, if it has none, with its argument `held`. Then the cell is trained anew at the chosen rate, as in the
+recipe. Only this training reads the test data.
 """
 
 from absl import flags
@@ -53,5 +54,5 @@ def main() -> int:
     suite = Suite(recipe, FROM.value, TO.value, rates(LRS.value))
     cells, left_out = plan(recipe, NAMES.value, PROTOCOLS.value, BLOCKS.value)
     suite.check(cells)  # a misspelt argument stops all before anything runs
-    with SignalHandler():  # also between two trainings a signal ends with its own code
+    with SignalHandler():  # a signal between two trainings also has its own exit code
         return suite.run(cells, left_out)

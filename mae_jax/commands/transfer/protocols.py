@@ -1,4 +1,4 @@
-"""The recipes that a suite runs, and the cells of its table: which data set, by which protocol, how many blocks."""
+"""The recipes of a suite, and the cells of its table: data set, protocol and number of blocks."""
 
 import importlib.util
 from pathlib import Path
@@ -14,12 +14,12 @@ from mae_jax.config import SIZES
 from mae_jax.errors import UserError
 from mae_jax.param_tree import flat
 
-SHAPE = ("width", "depth", "heads", "patch", "mlp_ratio", "gelu", "layer_scale")  # what parameters fit
-OWN_RECIPES = ("detect", "segment", "upernet")  # protocols that are recipes, with data sets and arguments of their own
+SHAPE = ("width", "depth", "heads", "patch", "mlp_ratio", "gelu", "layer_scale")  # fields that an encoder decides
+OWN_RECIPES = ("detect", "segment", "upernet")  # protocols that are recipes with their own data sets and arguments
 
 
 class Recipe:
-    """A recipe by name or path, the arguments that were given with it, and the overrides of the command line."""
+    """A recipe by name or path, its arguments, and the overrides of the command line."""
 
     def __init__(self, config: str, overrides: dict[str, Any]):
         file, _, self.arg = recipes.locate(config).partition(":")
@@ -28,9 +28,9 @@ class Recipe:
         self.stem = Path(file).stem
 
     def of(self, protocol: str) -> tuple["Recipe", str]:
-        """Returns the recipe of a protocol and its arguments there.
+        """Returns the recipe of a protocol, and the recipe's arguments.
 
-        A protocol is an argument of this recipe, or 'detect', or with arguments 'detect:vitdet_b:cascade'.
+        A protocol is an argument of this recipe, or the name of another one, as 'detect' or 'detect:vitdet_b:cascade'.
         """
         name, _, args = protocol.partition(":")
         if name not in OWN_RECIPES:
@@ -38,16 +38,19 @@ class Recipe:
         return (self if name == self.stem else Recipe(name, self.overrides)), args.replace(":", ",")
 
     def config(self, data: str, *args: str, encoder: ConfigDict | None = None) -> ConfigDict:
-        """Returns the config for more arguments, with the overrides; unlocked.
+        """Returns the config for further arguments, with the overrides; unlocked.
 
-        A recipe of classification is fitted to the shape and the image size of an encoder. Others have sizes of images
-        of their own, and take the shape, where they leave it open, as from every `init_from`.
+        A classification recipe takes the shape and the image size of the encoder. Other recipes have their own image
+        sizes; `init_from` decides the shape fields that they list in model.auto.
 
         Args:
-          data: one of the recipe's data sets; 'NAME=PATH': where it lies.
+          data: one of the recipe's data sets, or 'NAME=PATH' with its path.
+          *args: further arguments of the recipe.
+          encoder: the config of the encoder, if any.
 
         Raises:
-          UserError: an argument is unknown, or names a size that is not the encoder's; or the recipe has no such field.
+          UserError: an argument is unknown or names another size than the encoder's, or the recipe lacks an overridden
+            field.
         """
         name, at, path = data.partition("=")
         arg = self._joined(self._size(encoder) if encoder else "", name, *args)
@@ -69,7 +72,7 @@ class Recipe:
         return config
 
     def _size(self, encoder: ConfigDict) -> str:
-        """Returns the argument that names the encoder's size, '' where the recipe has none or it was given."""
+        """Returns the argument for the encoder's size; '' if the recipe has none, or if it was given."""
         known = getattr(self.module, "SIZES", ())
         given = [name for name in self.arg.split(",") if name in known]
         m = encoder.model
@@ -80,7 +83,7 @@ class Recipe:
         return own if own in known and not given else ""
 
     def metrics(self, data: str) -> tuple[str, ...]:
-        """Returns the metrics that the recipe names for a data set, the one that chooses first; ('',) for none."""
+        """Returns the recipe's metrics for a data set, first the one that chooses a learning rate; ('',) for none."""
         name = data.partition("=")[0]
         said = self.module.metric(self._joined(name)) if hasattr(self.module, "metric") else ""
         return (said,) if isinstance(said, str) else tuple(said)
@@ -101,11 +104,10 @@ def _module(file: Path) -> ModuleType:
 
 
 def plan(recipe: Recipe, names: list[str], protocols: list[str], blocks: list[str]) -> tuple[list[Cell], list[Row]]:
-    """Returns the cells in the order in which they run, and rows of those that are left out: their data set is none of
-    their protocol's.
+    """Returns the cells in the order in which they run, and rows for pairs whose protocol lacks the data set.
 
     Raises:
-      UserError: a number of blocks that is none, or a data set or a protocol that fits no other.
+      UserError: an invalid number of blocks, a data set that no protocol has, or a protocol with none of the data sets.
     """
     for text in blocks:
         if text != ALL and not (text.replace(".", "", 1).isdecimal() and (float(text) == 0.5 or float(text) % 1 == 0)):
@@ -134,7 +136,7 @@ def plan(recipe: Recipe, names: list[str], protocols: list[str], blocks: list[st
 
 def _configs(recipe: Recipe, pairs: list[tuple[str, str]]) -> tuple[dict[tuple[str, str], ConfigDict],
                                                                     dict[tuple[str, str], UserError]]:
-    """Returns the configs of (data set, protocol), and why others have none."""
+    """Returns (data set, protocol) → config, and → error for pairs that do not fit."""
     found, unfit = {}, {}
     for name, protocol in pairs:
         own, args = recipe.of(protocol)

@@ -1,4 +1,4 @@
-"""What a suite of transfers found: a table, a plot, and the same as JSON."""
+"""The results of a suite of transfers: a table, a plot and a JSON file."""
 
 import io
 import json
@@ -16,15 +16,15 @@ ALL = "all"  # blocks
 
 
 class Cell(NamedTuple):
-    """One training or probe of the table."""
+    """One training or probe: a cell of the suite."""
 
     data: str  # a name, or 'NAME=PATH'
-    protocol: str = ""  # '' is the recipe as it stands
-    blocks: str = ""  # '' is what the recipe says
+    protocol: str = ""  # '': the recipe without a protocol
+    blocks: str = ""  # '': the recipe's number of blocks
 
     @property
     def folder(self) -> str:
-        """Of the suite; of a path the last part alone is in it."""
+        """Name of the cell's folder in that of the suite; it contains only the last part of a path."""
         name, _, path = self.data.partition("=")
         data = "-".join(filter(None, (name, path.rstrip("/").rpartition("/")[-1])))
         protocol = self.protocol.replace(":", "_")
@@ -38,13 +38,13 @@ class Row(NamedTuple):
     metric: str
     value: float | None  # in 0..1
     step: int | None
-    lr: float | None  # that was chosen
+    lr: float | None  # the chosen learning rate
     problem: str = ""
-    fits: bool = True  # False: the data set is none of the protocol's, and nothing was run
+    fits: bool = True  # False: the protocol lacks the data set, and nothing was run
 
 
 def series(rows: list[Row]) -> dict[str, list[Row]]:
-    """Returns what is comparable over data sets: protocol, blocks and probe in words → rows; no row has failed."""
+    """Groups the successful rows that are comparable over data sets: protocol, blocks and probe in words → rows."""
     groups: dict[str, list[Row]] = {}
     counts = Counter(row.cell for row in rows)
     several = {cell.protocol for cell, count in counts.items() if count > 1} | {QUICK}
@@ -57,7 +57,7 @@ def series(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def table(rows: list[Row]) -> str:
-    """Returns a Markdown table, means over the data sets of whatever ran on several, and then what failed and why."""
+    """Returns a Markdown table, with means over data sets, followed by the failed cells and their errors."""
     lines = [("data", "protocol", "blocks", "metric", "value", "steps", "lr")]
     for row in rows:
         lines.append((*row.cell, row.metric, f"{row.value:.2%}" if row.value is not None else
@@ -76,7 +76,7 @@ def table(rows: list[Row]) -> str:
 
 
 def stored(to: epath.Path, source: str) -> list[Row]:
-    """Returns the rows that earlier calls left for the same encoder."""
+    """Reads the rows of earlier calls with the same encoder; raises UserError for a damaged file."""
     file = to / "results.json"
     if not file.is_file():
         return []
@@ -91,8 +91,7 @@ def stored(to: epath.Path, source: str) -> list[Row]:
 
 
 def joined(old: list[Row], new: list[Row]) -> list[Row]:
-    """Returns all rows; those of cells that ran again are new ones, but for a cell that had a figure and then failed.
-    """
+    """Merges rows: new ones replace old ones of the same cell, unless the cell had a value and then failed."""
     figures = {row.cell for row in old if row.value is not None}
     new = [row for row in new if row.value is not None or row.cell not in figures]
     again = {row.cell for row in new}
@@ -100,7 +99,7 @@ def joined(old: list[Row], new: list[Row]) -> list[Row]:
 
 
 def write(rows: list[Row], to: epath.Path, source: str, depth: int) -> None:
-    """Writes results.json, results.md and transfer.png; the plot only when something was measured."""
+    """Writes results.json, results.md and, if there is a value, transfer.png."""
     from mae_jax.storage.paths import replace_text
 
     to.mkdir(parents=True, exist_ok=True)
@@ -112,7 +111,7 @@ def write(rows: list[Row], to: epath.Path, source: str, depth: int) -> None:
 
 
 def plot(rows: list[Row], depth: int) -> bytes:
-    """Returns a PNG: bars for each data set, and a curve over the number of fine-tuned blocks where several ran."""
+    """Returns a PNG: bars for each data set, and curves over the number of fine-tuned blocks for cells with blocks."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -133,7 +132,7 @@ def plot(rows: list[Row], depth: int) -> bytes:
 
 
 def draw_bars(axes: Any, rows: list[Row], depth: int) -> None:
-    """Draws one group of bars for each data set, one colour for each protocol or probe."""
+    """Draws one group of bars per data set, with one color per protocol or probe."""
     names = list(dict.fromkeys(row.cell.data for row in rows))
     groups = series(rows)
     thick = 0.8 / len(groups)
@@ -149,7 +148,7 @@ def draw_bars(axes: Any, rows: list[Row], depth: int) -> None:
 
 
 def draw_curves(axes: Any, rows: list[Row], depth: int) -> None:
-    """Draws the metric over the number of fine-tuned blocks, which are spaced evenly; one curve for each data set."""
+    """Draws the metric over the number of fine-tuned blocks, evenly spaced; one curve per data set and protocol."""
     def blocks(text: str) -> float:
         return float(depth) if text == ALL else float(text)
 

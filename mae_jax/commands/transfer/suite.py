@@ -1,4 +1,4 @@
-"""A suite of transfers: the cells of one table, each trained or probed from one encoder in a workdir of its own."""
+"""A suite of transfers: each cell fine-tunes or probes the same encoder, in a workdir of its own."""
 
 from collections.abc import Iterable
 
@@ -13,11 +13,11 @@ from mae_jax.errors import GuardError, UserError
 from mae_jax.runtime import startup_timer
 
 QUICK_METRICS = ("linear/top1", "sgd/top1", "knn/top1")
-DATA_GROUPS = ("data", "eval", "mesh", "log")  # of the recipe, when the encoder is looked at without training
+DATA_GROUPS = ("data", "eval", "mesh", "log")  # config groups that `quick` takes from the recipe
 
 
 def rates(texts: list[str]) -> list[float]:
-    """Returns learning rates from the command line; raises UserError for what is no number."""
+    """Parses learning rates from the command line; raises UserError."""
     try:
         return [float(text) for text in texts]
     except ValueError:
@@ -25,7 +25,7 @@ def rates(texts: list[str]) -> list[float]:
 
 
 def encoder_config(source: str) -> ConfigDict:
-    """Returns the config of the run that made an encoder; raises UserError where it is not known."""
+    """Returns the config of the run that trained an encoder; raises UserError if it is not known."""
     from mae_jax.training import workdir
 
     config = workdir.config_of(source)
@@ -36,9 +36,9 @@ def encoder_config(source: str) -> ConfigDict:
 
 
 class Suite:
-    """All cells of one encoder under one folder.
+    """All cells of one encoder, in one folder.
 
-    The encoder is the newest step that a workdir has now: cells of a later one are refused, and want another folder.
+    The encoder of a workdir is its newest step at this time. Cells of a later step need another folder.
     """
 
     def __init__(self, recipe: Recipe, source: str, to: str, lrs: list[float]):
@@ -53,7 +53,7 @@ class Suite:
             raise UserError(f"--to={to} is a file; give the folder that the cells are to be under")
 
     def check(self, cells: list[Cell]) -> None:
-        """Raises UserError for the first cell, or learning rate, that cannot run, whatever the data."""
+        """Raises UserError for the first cell or learning rate whose config is invalid, independent of the data."""
         for cell in cells:
             config = self.config(cell)
             configs.validate(config, for_training=cell.protocol != QUICK)
@@ -61,7 +61,7 @@ class Suite:
                 configs.validate(with_lr(config, lr))
 
     def config(self, cell: Cell, *args: str) -> ConfigDict:
-        """Returns the config of a cell; raises UserError for what the recipe does not know."""
+        """Returns the config of a cell; raises UserError for arguments or fields that the recipe lacks."""
         recipe, own_args = self.recipe.of(cell.protocol)
         name = "" if cell.data == recipe.stem else cell.data
         config = recipe.config(name, own_args, *args, encoder=self.encoder)
@@ -93,7 +93,8 @@ class Suite:
         """Runs the cells, and writes table and plot after each, with the rows of earlier calls; returns the exit code.
 
         Args:
-          left_out: rows of what is not run, which are told.
+          cells: the cells to run.
+          left_out: rows of pairs that do not fit; they are printed and reported.
         """
         rows, codes = joined(stored(self.to, self.source), list(left_out)), [errors.FINISHED]
         for row in left_out:
@@ -114,7 +115,7 @@ class Suite:
         return errors.MISTAKE if errors.MISTAKE in codes else max(codes)
 
     def run_cell(self, cell: Cell) -> tuple[int, list[Row]]:
-        """Returns the exit code of a cell and, where it is finished, its rows."""
+        """Runs a cell; returns its exit code and, if it finished, its rows."""
         from mae_jax.training import loop
 
         folder, lr = self.to / cell.folder, None
@@ -134,19 +135,19 @@ class Suite:
         return code, self._rows(cell, folder, lr, "eval/best" if config.checkpoint.best_metric else "eval")
 
     def _best_lr(self, cell: Cell, folder: epath.Path) -> tuple[int, float]:
-        """Trains once per learning rate without the test data; returns an exit code and the best on data.val_split.
+        """Trains once per learning rate without the test data; returns an exit code and the best by data.val_split.
 
-        A rate at which a guard stops the training is out.
+        Rates at which a guard stops the training are excluded.
 
         Raises:
-          GuardError: they all are.
+          GuardError: all rates were excluded.
         """
         from mae_jax.training import loop
 
         config = self.config(cell)
         if not config.data.val_split:
             config = self.config(cell, "held")
-        config.eval.test = False  # held out, where data without splits are divided, and not read
+        config.eval.test = False  # the test part is held out of data without splits, and not read
         scores = {}
         for lr in self.lrs:
             try:
@@ -168,7 +169,7 @@ class Suite:
         return recipe.metrics("" if cell.data == recipe.stem else cell.data)
 
     def _rows(self, cell: Cell, folder: epath.Path, lr: float | None, part: str) -> list[Row]:
-        """Returns the rows of a trained cell; of further metrics those that its data have, as masks of objects."""
+        """Returns the rows of a trained cell; skips further metrics that its data lack, as those of masks."""
         first, *more = self._metrics(cell)
         rows = [self._row(cell, folder, first, lr, part)]
         for metric in more:
@@ -191,7 +192,7 @@ def with_lr(config: ConfigDict, lr: float) -> ConfigDict:
 
 
 def look(config: ConfigDict, folder: epath.Path) -> None:
-    """Probes the encoder of `init_from` without training it, in a workdir of its own, unless that is done."""
+    """Probes the encoder of `init_from` without training, in a workdir of its own, unless it was probed before."""
     import jax
 
     from mae_jax.evals.evaluator import Evaluator
@@ -205,7 +206,7 @@ def look(config: ConfigDict, folder: epath.Path) -> None:
     if (run.workdir / "DONE").exists():
         if workdir.read_config(folder).eval == config.eval:
             return
-        folder.rmtree()  # measured otherwise, in seconds
+        folder.rmtree()  # probed with other eval fields; probing again takes seconds
     with jax.set_mesh(run.program.mesh), training_run.compiled_programs(config, run.workdir):
         state = training_run.initial_state(run, for_training=False)
         evaluator = Evaluator(run.program.method, run.inputs, run.program.mesh)
@@ -217,7 +218,11 @@ def look(config: ConfigDict, folder: epath.Path) -> None:
 
 
 def measured(folder: epath.Path, metric: str, part: str) -> tuple[str, float, int]:
-    """Returns (metric, value, step): the last value of <part>/<metric> in metrics.jsonl; of map or top1 for ''."""
+    """Returns (metric, value, step): the last value of <part>/<metric> in metrics.jsonl; '' means map, else top1.
+
+    Raises:
+      UserError: there is no such value.
+    """
     from mae_jax.storage.metric_writer import values_of
 
     lines = [values_of(line) for line in (folder / "metrics.jsonl").read_bytes().decode(errors="replace").splitlines()]
