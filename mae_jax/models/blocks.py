@@ -248,7 +248,8 @@ class Blocks(nn.Module):
         if self.scan:
             x, gates = jax.lax.scan(apply, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs))
             return x, [jax.tree.map(lambda leaf, i=i: leaf[i], gates) for i in range(len(inputs))]
-        if platform() == "cpu":  # traced and lowered once for all blocks; XLA inlines it. Elsewhere not measured
+        mesh = jax.sharding.get_abstract_mesh()
+        if platform() == "cpu" and (mesh.empty or mesh.size == 1):  # traced and lowered once; elsewhere not measured
             apply = jax.jit(apply)
         gates = []
         for item in inputs:

@@ -100,7 +100,7 @@ def test_a_folder_of_another_scheme_is_refused(folder):
 
 @pytest.mark.parametrize("folder", ["gs://", "gs:///run", "gs://Bad_Bucket!!/run", "gs://ab/run", "gs://bucket-/run"])
 def test_what_cannot_be_the_name_of_a_bucket_is_refused(gcs, folder):
-    with pytest.raises(UserError, match=f"{re.escape(folder)}: no .*gs://BUCKET/FOLDER"):
+    with pytest.raises(UserError, match=f"{re.escape(folder)}: not a valid .*gs://BUCKET/FOLDER"):
         paths.locate(folder)
     assert gcs.requests == []
 
@@ -121,7 +121,7 @@ def test_another_universe_is_refused(gcs, monkeypatch):
 
 
 def test_a_name_that_is_a_pattern_is_refused(gcs):
-    with pytest.raises(UserError, match=r"gs://bucket/run\[1\]: .* \[ \] "):
+    with pytest.raises(UserError, match=r"gs://bucket/run\[1\]: .* \[ \],"):
         paths.locate("gs://bucket/run[1]")
     assert gcs.requests == []
 
@@ -146,7 +146,7 @@ def test_an_object_is_written_and_read_through_bursts_resets_lost_answers_and_a_
 def test_a_body_that_stays_damaged_is_an_error_that_says_so(gcs):
     storage_gcs.write(f"{RUN}/flipped", b"content")
     gcs.add({"path": "flipped", "method": "GET", "kind": "flip", "times": -1})
-    with pytest.raises(BucketError, match=r"twice; .*checksums"):
+    with pytest.raises(BucketError, match=r"checksum, twice"):
         storage_gcs.read(f"{RUN}/flipped")
 
 
