@@ -91,7 +91,8 @@ def test_the_best_checkpoint_is_the_one_that_is_used_and_the_same_images_are_nam
 def test_what_a_run_says_at_its_end_can_be_pasted_and_works(tmp_path, capsys):
     store_images(tmp_path / "data", count=12)
     workdir = tmp_path / "a run"
-    config = tiny_config({"data.source": "folder", "data.path": str(tmp_path / "data"), "train.duration": "2 steps"})
+    config = tiny_config({"data.source": "folder", "data.path": str(tmp_path / "data"), "train.duration": "2 steps",
+                          "eval.every": "1 steps"})
     assert loop.train(config, str(workdir)) == 0
     said = capsys.readouterr().out.splitlines()
     assert sum("labels, names the class of" in line for line in said[said.index("next:") - 3:]) == 1
