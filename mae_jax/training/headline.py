@@ -1,33 +1,14 @@
 """The last line of a pre-training run: linear probe accuracy, compared with the initial encoder and raw pixels."""
 
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from mae_jax import recipe_version
-from mae_jax.runtime.console import print_once
-from mae_jax.storage import paths
-from mae_jax.storage.metric_writer import series_of
 from mae_jax.training.run import Run
-
-logger = logging.getLogger(__name__)
 
 PROBE, PIXELS = "linear/top1", "linear/pixels_top1"
 DEVIATIONS = 2  # standard deviations above which a difference of accuracies counts as learned (our choice)
-
-
-def show(run: Run, part: str) -> None:
-    """Prints `line` for a finished run whose metrics are written; after any error, logs a warning instead."""
-    if jax.process_index() == 0:
-        try:
-            series, _ = series_of(paths.read_bytes(run.workdir / "metrics.jsonl") or b"")
-            if text := line(run, part, series):
-                print_once(text)
-        except Exception as error:  # the line must not stop a run
-            logger.warning("not said what was learned: %s", str(error).split("\n")[0] or type(error).__name__)
 
 
 def line(run: Run, part: str, series: Mapping[str, list[tuple[int, float]]]) -> str:

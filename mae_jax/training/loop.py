@@ -20,7 +20,7 @@ from mae_jax.state import TrainState
 from mae_jax.storage import disk, metric_sinks, paths, step_dirs, workdir_lock
 from mae_jax.storage.checkpoint import Checkpoints
 from mae_jax.storage.metric_writer import MetricWriter
-from mae_jax.training import ending, evaluation, first_batch, headline, next_steps, parameter_table, warm_start, workdir
+from mae_jax.training import ending, evaluation, first_batch, next_steps, parameter_table, warm_start, workdir
 from mae_jax.training.evaluation import PeriodicEvaluation
 from mae_jax.training.run import (
     Run,
@@ -130,9 +130,7 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog, alone: bool = True) -
             code = loop(run, state, checkpoints, periodic, stopper, watchdog, line)
         if code == errors.FINISHED and alone:
             best = periodic.best.step if periodic.best else 0
-            recorder.flush()
-            headline.show(run, periodic.part)
-            next_steps.conclude(run, recorder, peers.broadcast(ending.finished(folder)), best)
+            next_steps.conclude(run, recorder, periodic.part, peers.broadcast(ending.finished(folder)), best)
     except BaseException:
         if not peers.peers():  # in a group, the other processes may not join to wait for the last save
             checkpoints.close()

@@ -1,6 +1,5 @@
 """The last lines of a run: the paths of its outputs, and commands for next steps, ready for a shell."""
 
-import logging
 import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,32 +11,41 @@ from mae_jax.config import changed
 from mae_jax.runtime import progress
 from mae_jax.runtime.console import print_once
 from mae_jax.storage import paths
+from mae_jax.storage.attempt import attempt
 from mae_jax.storage.metric_writer import MetricWriter, series_of
-from mae_jax.training import curves
+from mae_jax.training import curves, headline
 from mae_jax.training.run import Run
-
-logger = logging.getLogger(__name__)
 
 # Fields of config.data that another recipe needs to read the same images, besides data.image_size.
 SAME_IMAGES = ("source", "path", "name", "layout", "classes", "image_key", "label_key", "formats", "exif")
 
 
-def conclude(run: Run, recorder: MetricWriter, step: int, best_step: int = 0) -> None:
-    """Draws the curves of a finished run, and prints `lines`.
+def conclude(run: Run, recorder: MetricWriter, part: str, step: int, best_step: int = 0) -> None:
+    """Prints what a finished run learned and `lines`, and draws its curves; a failure of these is only a warning.
 
     Args:
       run, step, best_step: as for `lines`.
-      recorder: writes the figure.
+      recorder: has the metrics, and writes the figure.
+      part: the part of the data of periodic evaluations, as for `headline.line`.
     """
     recorder.flush()
-    if jax.process_index() == 0:
-        try:
-            with progress.doing("drawing curves"):
-                series, _ = series_of(paths.read_bytes(run.workdir / "metrics.jsonl") or b"")
-                if (drawn := curves.figure(series, f"{run.workdir}, to step {step:,}")) is not None:
-                    recorder.write_image(step, "curves", drawn)
-        except Exception as error:  # a figure must not stop a run
-            logger.warning("no figure of the curves: %s", str(error).split("\n")[0] or type(error).__name__)
+    series: dict[str, list[tuple[int, float]]] = {}
+
+    def read() -> None:
+        series.update(series_of(paths.read_bytes(run.workdir / "metrics.jsonl") or b"")[0])
+
+    def tell() -> None:
+        if text := headline.line(run, part, series):
+            print_once(text)
+
+    def draw() -> None:
+        with progress.doing("drawing curves"):
+            if (drawn := curves.figure(series, f"{run.workdir}, to step {step:,}")) is not None:
+                recorder.write_image(step, "curves", drawn)
+
+    if jax.process_index() == 0 and attempt("read the metrics", read):
+        attempt("tell what was learned", tell)
+        attempt("draw the curves", draw)
     print_once("\n".join(lines(run, step, best_step)))
 
 

@@ -12,13 +12,17 @@ Arguments: `labels50` and `all` (50 and 150 labels for each photograph), `scratc
 no layer-wise decay), `probe` (trains the head alone, behind a batch norm), `runlocal`. All values are our choice.
 """
 
+import runpy
 from functools import partial
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from mae_jax.config import SHAPE, default, resolve
 
-PHOTOGRAPHS = 17  # neighbours in the training split come from different photographs
+PHOTOGRAPHS = 17  # neighbors in the training split come from different photographs
+# The arguments `scratch` and `probe` are those of the quickstart's fine-tuning.
+LETTERS = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "quickstart_finetune.py"))
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -33,23 +37,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.duration = "100 steps"  # however many labels
     labels(config, 10)
     config.model.auto = SHAPE  # of init_from
-    return resolve(config, arg, labels50=partial(labels, number=50), all=partial(labels, number=150), scratch=scratch,
-                   probe=probe)
+    return resolve(config, arg, labels50=partial(labels, number=50), all=partial(labels, number=150),
+                   scratch=LETTERS["scratch"], probe=LETTERS["probe"])
 
 
 def labels(config: ConfigDict, number: int) -> None:
-    """Trains with so many labelled crops of each photograph."""
+    """Trains with so many labeled crops of each photograph."""
     config.data.train_split = f"train[:{number * PHOTOGRAPHS}]"
-
-
-def scratch(config: ConfigDict) -> None:
-    """From random weights: every layer learns at the full rate, and drops out less."""
-    config.optim.layer_decay = 1.0
-    config.model.drop_path = 0.0
-
-
-def probe(config: ConfigDict) -> None:
-    """The encoder is frozen: batch norm without scale and shift, and one layer (MAE A.1, with AdamW)."""
-    config.model.update(positions="fixed", drop_path=0.0)
-    config.method.update(head="probe", head_std=0.01, train_blocks=0.0, smoothing=0.0)
-    config.optim.update(weight_decay=0.0, layer_decay=1.0)
