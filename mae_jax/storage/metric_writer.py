@@ -96,9 +96,8 @@ class JsonLines:
         if not self.pending:
             return
         try:
-            if why := workdir_lock.why_unwritable():
-                raise OSError(why)
             if self.local:
+                _check_writable()
                 _append(self.path, _joined(self.pending))
             else:
                 self._rewrite(seconds)
@@ -128,6 +127,7 @@ class JsonLines:
     def _rewrite(self, seconds: float, tries: int = 2) -> None:
         from mae_jax.storage import gcs
 
+        _check_writable()  # at each try: the generation may have changed since another run took the workdir over
         # The file may have the lines already, if the response to an earlier try was lost.
         lines = dict.fromkeys([*self.found.content.decode(errors="replace").splitlines(), *self.pending])
         text = _joined(list(lines)).encode()
@@ -138,6 +138,12 @@ class JsonLines:
             if tries == 1:
                 raise
             self._rewrite(seconds, tries - 1)
+
+
+def _check_writable() -> None:
+    """Raises OSError if another run may have the workdir."""
+    if why := workdir_lock.why_unwritable():
+        raise OSError(why)
 
 
 def _joined(lines: list[str]) -> str:

@@ -19,7 +19,8 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from mae_jax.errors import UserError
 from mae_jax.evals.accumulators import Means
-from mae_jax.storage import metric_sinks, metric_writer, tail
+from mae_jax.storage import gcs as storage_gcs
+from mae_jax.storage import metric_sinks, metric_writer, tail, workdir_lock
 from mae_jax.storage.metric_sinks import Sink
 from mae_jax.storage.metric_writer import JsonLines, MetricWriter
 from tests.helpers.tiny import tiny_config
@@ -193,6 +194,23 @@ def test_in_a_bucket_the_lines_of_an_evaluation_meanwhile_stay(gcs):
         evaluation.write(step, {"eval/loss": 1.0})
         evaluation.flush()
     assert in_bucket(gcs) == [1, 1, 2, 2]
+
+
+def test_a_run_that_was_frozen_before_its_request_adds_no_line_to_those_of_the_next(gcs, monkeypatch, caplog):
+    lines = JsonLines(epath.Path(PLACE), -1)
+    lines.write(1, {"train/loss": 1.0})
+    write = storage_gcs.write
+
+    def frozen_before(*args) -> int:  # meanwhile, another run takes the workdir over and writes the step itself
+        monkeypatch.setattr(storage_gcs, "write", write)
+        write(PLACE, b'{"step": 1, "train/loss": 2.0}\n')
+        monkeypatch.setattr(workdir_lock, "why_unwritable", lambda: "another run may have the workdir")
+        return write(*args)
+
+    monkeypatch.setattr(storage_gcs, "write", frozen_before)
+    lines.flush()
+    assert in_bucket(gcs) == [1]
+    assert "another run may have the workdir" in caplog.text
 
 
 def test_a_picture_that_a_bucket_does_not_take_is_a_warning_and_the_next_is_there(gcs, caplog):
