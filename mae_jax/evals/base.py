@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from mae_jax.evals.context import Context, Pair
 from mae_jax.methods.base import Batch, Method
 
-When = Literal["first", "periodic", "final", "on_demand"]
+When = Literal["periodic", "last", "final", "on_demand"]
 
 
 class Evaluation:
@@ -18,8 +18,9 @@ class Evaluation:
 
     Attributes:
       name: unique name in the table of `mae_jax.evals.evaluator`.
-      when: 'first': once, before the first step; 'periodic': every eval.every, and for each crop of
-        eval.crop_ratio at the end; 'final': once, at the end of a run; 'on_demand': when a command requests it by name.
+      when: 'periodic': every eval.every, and for each crop of eval.crop_ratio at the end; 'last': with the last
+        periodic evaluation, on the same part; 'final': at the end of a run, on data.eval_split; 'on_demand': when a
+        command requests it by name.
       of_crops: whether the metrics depend on the crop of eval.crop_ratio.
     """
 

@@ -115,9 +115,9 @@ class Evaluator:
             out |= self._run(self._those("periodic"), f"{part}/{kind}", params, state, part, notes=notes)
         return out
 
-    def first_evaluations(self, state: TrainState, part: str = "eval") -> Figures:
-        """Returns '<part>/<metric>' → value of the evaluations that run once, before the first step."""
-        return self._run(self._those("first"), f"{part}/", state.ema or state.params, state, part)
+    def last_evaluations(self, state: TrainState, part: str = "eval") -> Figures:
+        """Returns '<part>/<metric>' → value of the evaluations that run once, with the last periodic ones."""
+        return self._run(self._those("last"), f"{part}/", state.ema or state.params, state, part)
 
     def final_evaluations(self, state: TrainState) -> Figures:
         """Returns the metrics that are computed once, at the end of a run: further crops, and final evaluations.

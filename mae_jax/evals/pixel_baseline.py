@@ -25,7 +25,7 @@ class PixelBaseline(Evaluation):
     penalizes most.
     """
 
-    name, when = "pixel_baseline", "first"
+    name, when = "pixel_baseline", "last"
 
     def applies(self, method: Method, data: Any) -> bool:
         small = np.prod(method.config.data.image_size) * 3 <= PIXEL_LIMIT

@@ -170,10 +170,10 @@ class PeriodicEvaluation:
         """Evaluates the state of step `done`, saves it if it is the best one, and writes and prints the results."""
         began = time.monotonic()
         figures = self.evaluator.scalars(state, self.part)
-        figures |= self.evaluator.first_evaluations(state, self.part) if done == 0 else {}
         if self.best:
             self.best.update(done, state, figures)
         if self.is_last(done):
+            figures |= self.evaluator.last_evaluations(state, self.part)
             figures |= self.final_metrics(state, {} if self.part == "val" else figures)
         if early := self.ends_early(done):
             figures["val/best_step"] = early.best_step
@@ -203,7 +203,7 @@ class PeriodicEvaluation:
                 logger.warning("cannot write %s: %s", self.run.workdir / name, error)
 
     def write(self, state: TrainState, done: int, figures: Figures, began: float) -> None:
-        """Writes metrics, images and files of the evaluation of step `done`, and prints the metrics.
+        """Writes metrics and, after step 0, images and files of the evaluation of step `done`; prints the metrics.
 
         Args:
           state: the evaluated state.
@@ -211,10 +211,11 @@ class PeriodicEvaluation:
           figures: metric → value.
           began: start of the evaluation, in seconds of time.monotonic.
         """
-        for name, picture in self.evaluator.images(state, self.part or "eval"):
-            self.recorder.write_image(done, name, picture)
-        for name, text in self.evaluator.files(state, self.part or "eval"):
-            self.write_file(name, text)
+        if done > 0:  # at step 0, they would delay the first step and show little
+            for name, picture in self.evaluator.images(state, self.part or "eval"):
+                self.recorder.write_image(done, name, picture)
+            for name, text in self.evaluator.files(state, self.part or "eval"):
+                self.write_file(name, text)
         self.recorder.write_scalars(done, figures)  # last, since scalars mark the evaluation as done
         text = "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if not OF_EXPERTS.search(name))
         print_once(f"evaluation at step {done}: {text}  ({time.monotonic() - began:.0f} s)")

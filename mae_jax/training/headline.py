@@ -25,11 +25,11 @@ def line(run: Run, part: str, series: Mapping[str, list[tuple[int, float]]]) -> 
     """
     data = run.config.data
     learned, pixels = series.get(f"{part}/{PROBE}", []), series.get(f"{part}/{PIXELS}", [])
-    if len(learned) < 2 or not pixels or learned[0][0] != pixels[0][0]:
+    if len(learned) < 2 or not pixels or learned[0][0] > 0:
         return ""
     fitted, judged = (_labels(run, split) for split in (data.train_split,
                                                         data.val_split if part == "val" else data.eval_split))
-    before, after, floor = learned[0][1], learned[-1][1], pixels[0][1]
+    before, after, floor = learned[0][1], learned[-1][1], pixels[-1][1]
     if not (fitted and judged and math.isfinite(before + after + floor)):
         return ""
     best = max(before, floor)

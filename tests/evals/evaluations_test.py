@@ -136,12 +136,12 @@ class Rows(Evaluation):
 
 @pytest.mark.slow
 def test_a_pass_counts_for_the_evaluations_that_it_is_for(monkeypatch):
-    each = (Rows("before", "first"), Rows("often", "periodic"), Rows("once", "final"), Rows("asked", "on_demand"),
+    each = (Rows("often", "periodic"), Rows("late", "last"), Rows("once", "final"), Rows("asked", "on_demand"),
             Rows("asked_too", "on_demand"))
     monkeypatch.setattr(evaluators, "EVALUATIONS", each)
     evaluator, state = evaluated("segment", {})
-    assert evaluator.first_evaluations(state) == {"eval/before/before": 13}
     assert evaluator.scalars(state) == {"eval/often/often": 13}
+    assert evaluator.last_evaluations(state) == {"eval/late/late": 13}
     assert evaluator.final_evaluations(state) == {"eval/once/once": 13}
     assert evaluator.on_demand("asked", state) == {"eval/asked/asked": 13}
 
@@ -214,6 +214,6 @@ def test_an_evaluation_on_demand_is_asked_for_by_name():
     evaluator, state = evaluated("supervised", {})
     found = evaluator.on_demand("frozen_probes", state, "val")
     assert found.keys() == {"val/linear/top1", "val/knn/top1", "val/sgd/top1"}
-    assert evaluator.first_evaluations(state) == {}  # raw pixels are for features that are probed
+    assert evaluator.last_evaluations(state) == {}  # raw pixels are for features that are probed
     with pytest.raises(UserError, match=r"'frozen_probe'.*did you mean 'frozen_probes'"):
         evaluator.on_demand("frozen_probe", state)

@@ -95,7 +95,7 @@ def test_an_evaluation_split_without_labels_has_no_probes(mesh):
     inputs.evaluate = lambda: iter([tiny_batch(config) | {"label": np.full(8, -1, np.int32)}])
     evaluator = Evaluator(tiny_method(config), inputs, mesh)
     assert evaluator.scalars(tiny_state(config)).keys() == {"eval/loss", "eval/rankme"}
-    assert evaluator.first_evaluations(tiny_state(config)) == {}
+    assert evaluator.last_evaluations(tiny_state(config)) == {}
 
 
 def test_a_training_split_without_labels_has_no_probes(mesh):
@@ -104,7 +104,7 @@ def test_a_training_split_without_labels_has_no_probes(mesh):
     inputs.support = lambda: iter([tiny_batch(config) | {"label": np.full(8, -1, np.int32)}])
     evaluator = Evaluator(tiny_method(config), inputs, mesh)
     assert evaluator.scalars(tiny_state(config)).keys() == {"eval/loss", "eval/rankme"}
-    assert evaluator.first_evaluations(tiny_state(config)) == {}
+    assert evaluator.last_evaluations(tiny_state(config)) == {}
     with pytest.raises(UserError, match=r"'train' has no labels"):
         evaluator.on_demand("frozen_probes", tiny_state(config))
 
@@ -113,7 +113,7 @@ def test_a_training_split_without_labels_has_no_probes(mesh):
 def test_raw_pixels_are_probed_in_raster_order_as_the_floor(mesh):
     config = tiny_config()
     evaluator = Evaluator(tiny_method(config), Inputs(config), mesh)
-    values = evaluator.first_evaluations(tiny_state(config))
+    values = evaluator.last_evaluations(tiny_state(config))
     batches = list(Inputs(config).evaluate())
     patches, order, labels, valid = (np.concatenate([batch[name] for batch in batches])
                                      for name in ("patches", "order", "label", "valid"))

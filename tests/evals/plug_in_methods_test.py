@@ -135,7 +135,7 @@ def test_a_method_without_fields_of_its_own_is_evaluated_by_all_that_applies(kin
     assert all(image.dtype == np.uint8 and image.shape[2] == 3 for image in drawn.values())
     if kind is Classifier:
         assert "eval/sgd/top1" in evaluator.on_demand("frozen_probes", state)
-    assert bool(evaluator.first_evaluations(state)) == (evaluator.method.task == "pretraining")
+    assert bool(evaluator.last_evaluations(state)) == (evaluator.method.task == "pretraining")
 
 
 @pytest.mark.parametrize(("kind", "titles"), [

@@ -37,7 +37,7 @@ def measured(monkeypatch):
 
     monkeypatch.setattr(Evaluator, "scalars", scalars)
     monkeypatch.setattr(Evaluator, "images", lambda *_: [])
-    monkeypatch.setattr(Evaluator, "first_evaluations", lambda *_: {})
+    monkeypatch.setattr(Evaluator, "last_evaluations", lambda *_: {})
     monkeypatch.setattr(Evaluator, "final_evaluations", lambda *_: {})
     return asked
 

@@ -70,9 +70,11 @@ class Source:
 
     def identity(self) -> dict[str, str]:
         """Returns path-independent hashes of the examples: of all names, and of the content of 64 examples."""
+        indices = [int(index) for index in sampled(self.size)]
+        first = [self._content(index) for index in indices[:1]]  # alone, since it may fill caches for all others
         with ThreadPoolExecutor(READERS) as pool:
-            content = pool.map(self._content, map(int, sampled(self.size)))
-            return {"names": self.digest(), "content": short_hash(part for parts in content for part in parts)}
+            content = [*first, *pool.map(self._content, indices[1:])]
+        return {"names": self.digest(), "content": short_hash(part for parts in content for part in parts)}
 
     def _content(self, index: int) -> list[bytes]:
         try:
