@@ -76,6 +76,21 @@ def test_processes_share_vocabulary_negatives_and_center_as_the_devices_of_one_d
     np.testing.assert_allclose(states[1][name], states[0][name], atol=1e-5)
 
 
+def test_processes_end_early_at_the_same_step_and_stay_so(place):
+    fields = {"data.source": "photo_crops", "data.path": "", "data.train_split": "train[:64]",
+              "data.val_split": "train[3336:]", "data.eval_split": "test[:16]", "eval.max_examples": 16,
+              "eval.every": "2 steps", "optim.lr": 0.0,
+              "checkpoint.best_metric": "val/rankme", "train.patience": "4 steps"}  # nothing improves
+    outputs = finish(place / "early", place / "compiled", processes=2, devices=2, fields=fields)
+    assert f"finished 4 steps of {peer.STEPS}, early: val/rankme was best at step 0" in outputs[0]
+    assert (place / "early" / "DONE").read_text() == "4\nval/rankme was best at step 0\n"
+    assert json.loads((place / "early" / "best" / "score.json").read_text())["step"] == 0
+    assert metrics(place / "early", "eval/rankme") == metrics(place / "early", "eval/best/rankme")
+    outputs = finish(place / "early", place / "compiled", processes=2, devices=2, fields=fields)
+    assert f"is finished: step 4 of {peer.STEPS}, early" in outputs[0]
+    assert metrics(place / "early", "val/best_step") == [0.0]
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 def test_processes_train_as_one_on_the_same_examples_and_one_device_reads_what_they_saved(one, place, mesh):
     processes, devices, fields = MESHES[mesh]
