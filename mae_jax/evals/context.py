@@ -87,7 +87,7 @@ class Context:
         finds: list[detected.Detected] = []
         sums: dict[str, np.ndarray] = {}
         names: tuple[str, ...] = ()
-        measure = _measure(self.method, self.mesh, self.counting)
+        measure = compiled_measure(self.method, self.mesh, self.counting)
         for batch in self.batches():
             metrics, counts, outputs = measure(self.params, self.extras, batch)
             means.add(jax.device_get(metrics))
@@ -196,9 +196,8 @@ def _logits(method: Method, mesh: Mesh) -> Callable[..., jax.Array]:
 
 
 @functools.lru_cache(maxsize=8)
-def _measure(method: Method, mesh: Mesh, counting: tuple[Counter, ...]
-             ) -> Callable[..., tuple[Metrics, dict[str, jax.Array], jax.Array | None]]:
-    """Returns the compiled `measure`, cached across evaluations."""
+def compiled_measure(method: Method, mesh: Mesh, counting: tuple[Counter, ...]) -> Any:
+    """Returns the compiled `measure`, (params, extras, batch) → its result, cached across evaluations."""
     return jax.jit(functools.partial(measure, method, counting), out_shardings=replicated(mesh))
 
 

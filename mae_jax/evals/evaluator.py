@@ -1,6 +1,7 @@
 """The table of evaluations, and the Evaluator, which runs those that apply to a method and its data."""
 
 import functools
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from mae_jax.evals.attention_maps import AttentionMaps
 from mae_jax.evals.attention_overlap import AttentionOverlap
 from mae_jax.evals.base import Evaluation, When
 from mae_jax.evals.classification import Classification
-from mae_jax.evals.context import Context, Source, measure, united
+from mae_jax.evals.context import Context, Source, compiled_measure, measure, united
 from mae_jax.evals.detection import Detection
 from mae_jax.evals.expert_routing import ExpertRouting
 from mae_jax.evals.frozen_probes import FrozenProbes
@@ -30,6 +31,7 @@ from mae_jax.evals.reconstruction import Reconstruction
 from mae_jax.evals.segmentation import Segmentation
 from mae_jax.methods.base import Batch, Method
 from mae_jax.runtime import progress
+from mae_jax.runtime.sharding import batch_sharding, with_shardings
 from mae_jax.state import TrainState
 
 EVALUATIONS: tuple[Evaluation, ...] = (  # the order of metrics and images
@@ -95,8 +97,20 @@ class Evaluator:
         self.applying = tuple(each for each in evaluations() if each.applies(method, inputs))
         self.names_applying = tuple(each.name for each in self.applying)
         self.notes: dict[str, Any] = {}
+        self._compiling = threading.Lock()
         if not set(self.applying) <= set(EVALUATIONS):
             self._check_names()
+
+    def compile(self, state: TrainState) -> None:
+        """Compiles the pass over the evaluated part; for another thread, before `scalars`, which waits for it.
+
+        Args:
+          state: with jax.ShapeDtypeStruct as leaves.
+        """
+        with self._compiling:
+            batch = with_shardings(self.method.eval_spec(), batch_sharding(self.mesh))
+            program = compiled_measure(self.method, self.mesh, self._those("periodic"))
+            program.lower(state.ema or state.params, state.extras, batch).compile()
 
     def scalars(self, state: TrainState, part: str = "eval") -> Figures:
         """Runs the periodic evaluations.
@@ -109,7 +123,8 @@ class Evaluator:
         Returns:
           '<part>/<metric>' → value.
         """
-        out: Figures = {}
+        with self._compiling:
+            out: Figures = {}
         for kind, params in self._weights(state):
             notes = {} if out else self.notes
             out |= self._run(self._those("periodic"), f"{part}/{kind}", params, state, part, notes=notes)

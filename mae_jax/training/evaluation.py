@@ -7,6 +7,7 @@ import time
 
 import jax
 from etils import epath
+from ml_collections import ConfigDict
 
 from mae_jax.data import labels
 from mae_jax.errors import UserError, did_you_mean
@@ -125,6 +126,17 @@ def check(run: Run) -> Evaluator:
     return evaluator
 
 
+def is_due(run: Run, done: int) -> bool:
+    """Returns whether the state of step `done` is evaluated; step 0 is, unless only the last step is."""
+    total, every = run.timeline.total, run.timeline.eval_every if _part(run.config) else 0
+    return every > 0 and (done == total or (done % every == 0 and every < total))
+
+
+def _part(config: ConfigDict) -> str:
+    """Returns the part of periodic evaluations: 'val', 'eval', or '' for none."""
+    return "val" if config.data.val_split else "eval" if config.data.eval_split and config.eval.test else ""
+
+
 class PeriodicEvaluation:
     """Evaluates a run every eval.every on its validation part or, without one, on the evaluation split.
 
@@ -135,16 +147,14 @@ class PeriodicEvaluation:
         config = run.config
         self.run, self.evaluator, self.recorder = run, evaluator, recorder
         self.reports = bool(config.data.eval_split) and config.eval.test
-        self.part = "val" if config.data.val_split else "eval" if self.reports else ""
-        self.every = run.timeline.eval_every if self.part else 0
+        self.part = _part(config)
         how = {"max_examples": config.eval.max_examples, "crop_ratio": config.eval.crop_ratio[0]}
         by, mode = config.checkpoint.best_metric, config.checkpoint.best_mode
         self.best = BestCheckpoint(run.workdir, by, mode, **how) if by else None
 
     def is_due(self, done: int) -> bool:
-        """Returns whether the state of step `done` is evaluated; step 0 is, unless only the last step is."""
-        total = self.run.timeline.total
-        return self.every > 0 and (done == total or (done % self.every == 0 and self.every < total))
+        """See the function `is_due`."""
+        return is_due(self.run, done)
 
     def ends_early(self, done: int) -> EarlyEnd | None:
         """Returns the reason to stop at step `done`, if the best metric has not improved for train.patience; or None.

@@ -76,14 +76,17 @@ class TrainStep:
                                 "xla_gpu_deterministic_ops": config.train.deterministic})
         self._ahead: Future | None = None
 
-    def compile_ahead(self) -> None:
+    def compile_ahead(self, first: Callable[[], None] | None = None) -> None:
         """Starts to compile `step` in a thread, while the state is initialized and evaluated; `compile` waits for it.
 
         Does nothing on GPUs, where XLA selects kernels by timing them: other work would disturb the timing.
+
+        Args:
+          first: compiles what is needed before the first step; called in the thread before `step` is compiled.
         """
         if self.mesh.devices.flat[0].platform != "gpu":
             executor = ThreadPoolExecutor(1, "compile")
-            self._ahead = executor.submit(self._compile)
+            self._ahead = executor.submit(self._compile, first)
             executor.shutdown(wait=False)  # the thread ends after its task; the interpreter joins it at exit
 
     def compile(self) -> None:
@@ -99,8 +102,10 @@ class TrainStep:
         if self._ahead and not self._ahead.done():
             exit.wait_for_no_thread()
 
-    def _compile(self) -> None:
+    def _compile(self, first: Callable[[], None] | None = None) -> None:
         with jax.set_mesh(self.mesh):  # the mesh is a setting per thread
+            if first:
+                first()
             self.step.lower(self.state, self.batch).compile()
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shutil
+import threading
 import time
 
 import jax
@@ -15,6 +16,7 @@ from PIL import Image
 
 from mae_jax.data.sources import folder as sources_folder
 from mae_jax.errors import GuardError, UserError
+from mae_jax.evals import context
 from mae_jax.param_tree import flatten
 from mae_jax.rng import stream_key
 from mae_jax.storage.checkpoint import load_params
@@ -300,3 +302,16 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(t
     with pytest.raises(UserError, match=r"disk has 0\.0 MB left"):
         entry(tiny_config(), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mae", "mixedae", "dino", "supervised"])
+def test_the_pass_of_evaluations_is_traced_once_ahead_and_not_again(tmp_path, monkeypatch, method):
+    traced, measure = [], context.measure
+    monkeypatch.setattr(context, "measure", lambda *args: traced.append(threading.current_thread().name)
+                        or measure(*args))
+    config = tiny_config({"data.source": "photo_crops", "data.eval_split": "test[:16]", "eval.max_examples": 16,
+                          "train.duration": "2 steps", "eval.every": "1 steps",
+                          **({"method.classes": 0} if method == "supervised" else {})}, method)
+    assert loop.train(config, str(tmp_path)) == 0
+    assert [name.partition("_")[0] for name in traced] == ["compile"]
