@@ -4,7 +4,7 @@ import functools
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -58,13 +58,16 @@ def evaluations() -> tuple[Evaluation, ...]:
     """Returns all evaluations: those of the table, then those of plug-ins; classes are instantiated.
 
     Raises:
-      UserError: the name that a plug-in registers differs from the attribute `name`, or `name` is missing.
+      UserError: of a plug-in, the registered name differs from the attribute `name`, or `when` is unknown.
     """
     known = {name: _made(each) if isinstance(each, type) else each for name, each in _table().items()}
     for name, each in known.items():
         if getattr(each, "name", None) != name:
             raise UserError(f"the evaluation {name!r} of a plug-in calls itself {getattr(each, 'name', None)!r}; the "
                             "two must be the same")
+        if each.when not in get_args(When):
+            known_times = did_you_mean(each.when, get_args(When))
+            raise UserError(f"the evaluation {name!r} has when={each.when!r}; {known_times}")
     return tuple(known.values())
 
 
@@ -201,7 +204,7 @@ class Evaluator:
         return tuple(each for each in self.applying if each.when == when)
 
     def _run(self, those: tuple[Evaluation, ...], prefix: str, *about: Any, **more: Any) -> Figures:
-        """Returns prefix + metric → value of some evaluations, in one new context; for the arguments see `_context`."""
+        """Returns prefix + metric → value of evaluations, in one new context; for the arguments see `_context`."""
         ctx = self._context(those, *about, **more)
         figures = _figures((each, _measured(each, ctx)) for each in those)
         return {prefix + name: value for name, value in figures.items()}

@@ -198,6 +198,12 @@ def test_an_evaluation_of_a_plug_in_has_the_name_by_which_it_is_given(monkeypatc
         evaluators.evaluations()
 
 
+def test_an_evaluation_of_a_plug_in_that_would_never_run_is_refused(monkeypatch):
+    monkeypatch.setitem(plugins._registered["evaluations"], "early", (Rows("early", "first"), __name__))
+    with pytest.raises(UserError, match="'early' has when='first'.*known: final, last, on_demand, periodic"):
+        evaluators.evaluations()
+
+
 def test_the_evaluated_part_is_read_once_for_figures_and_the_training_split_once():
     evaluator, state = evaluated("mae", {})
     read, batches = [], evaluator.inputs.evaluate
