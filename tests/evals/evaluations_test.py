@@ -200,7 +200,7 @@ def test_an_evaluation_of_a_plug_in_has_the_name_by_which_it_is_given(monkeypatc
 
 def test_an_evaluation_of_a_plug_in_that_would_never_run_is_refused(monkeypatch):
     monkeypatch.setitem(plugins._registered["evaluations"], "early", (Rows("early", "first"), __name__))
-    with pytest.raises(UserError, match="'early' has when='first'.*known: final, last, on_demand, periodic"):
+    with pytest.raises(UserError, match=r"'early' has when='first'.*known: final, last, on_demand, periodic"):
         evaluators.evaluations()
 
 
