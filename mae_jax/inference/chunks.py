@@ -2,6 +2,7 @@
 """
 
 import json
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from mae_jax.storage.file_kinds import unreadable
 from mae_jax.storage.npz import opened
 
 MAX_SHOWN = 60  # most characters of a value in a message
+SAVE_SECONDS = 30.0  # after which the rows of an unfinished chunk are saved: the most that a kill -9 loses
 Columns = Mapping[str, np.ndarray]  # name → [n, ...], n rows of a batch or chunk
 
 
@@ -22,7 +24,7 @@ class Chunks:
     """Columns of equal length in a folder, in chunks of `rows` rows; the last chunk may have fewer.
 
     The files 00000.npz ... hold the columns, about.json describes them, and complete.json, which is written last, holds
-    the number of chunks.
+    the number of chunks. Until then begun_<chunk>.npz has the first rows of the next chunk.
     """
 
     def __init__(self, folder: epath.Path, about: dict[str, Any], rows: int = 0,
@@ -51,23 +53,38 @@ class Chunks:
         Raises:
           UserError: the folder holds chunks of another computation.
         """
-        done, whole = self._begin()
+        done, count, whole = self._begin()
         if whole:
             return
-        waiting: list[Columns] = []
-        for columns in batches(done * self.rows):
-            waiting.append(columns)
-            while sum(map(_length, waiting)) >= self.rows:
-                done, waiting = done + 1, [self._write(done, _joined(waiting))]
-        if sum(map(_length, waiting)):
-            self._write(done, _joined(waiting))
-        if jax.process_index() == 0:
+        writes, saved = jax.process_index() == 0, time.monotonic()
+        waiting: list[Columns] = [self._begun(done)] if writes and count else []
+        try:
+            for columns in batches(done * self.rows + count):
+                count += _length(columns)
+                waiting += [columns] * writes
+                while count >= self.rows:
+                    waiting = self._write(done, waiting)
+                    done, count, saved = done + 1, count - self.rows, time.monotonic()
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    waiting, saved = self._save_begun(done, waiting), time.monotonic()
+        except KeyboardInterrupt:
+            self._save_begun(done, waiting)
+            raise
+        if count:
+            self._write(done, waiting)
+        if writes:
             (self.folder / "complete.json").write_text(json.dumps(len(self.files())) + "\n")
         peers.broadcast(None)  # a barrier: the others wait until everything is written
 
     def rows_there(self) -> int:
-        """Returns the number of existing rows, counting the last chunk as full; 0 if there is no folder."""
-        return len(self.files()) * self.rows if self.folder.is_dir() else 0
+        """Returns the number of existing rows, counting the last chunk as full; 0 if there is no folder.
+
+        Only for process 0, which writes them.
+        """
+        if not self.folder.is_dir():
+            return 0
+        done = len(self.files())
+        return done * self.rows + _length(self._begun(done))
 
     def read(self, names: Collection[str] = ()) -> Iterator[dict[str, np.ndarray]]:
         """Yields the columns of each chunk, all or those in `names`; raises UserError for a damaged file."""
@@ -75,21 +92,23 @@ class Chunks:
             with opened(path, f"; remove {self.folder}") as stored:
                 yield {name: stored[name] for name in names or stored.files}
 
-    def _begin(self) -> tuple[int, bool]:
-        """Returns the number of existing chunks and whether all exist, the same on all processes."""
-        done, whole, why = 0, False, ""
+    def _begin(self) -> tuple[int, int, bool]:
+        """Returns the numbers of existing chunks and of rows of the next one, and whether all exist, on all processes.
+        """
+        done, count, whole, why = 0, 0, False, ""
         if jax.process_index() == 0:  # the folder may not be visible to other processes yet
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._claim()
                 done, complete = len(self.files()), self.folder / "complete.json"
                 whole = complete.is_file() and complete.read_text().strip() == str(done)
+                count = _length(self._begun(done))
             except UserError as error:
                 why = str(error)
         if why := peers.broadcast(why):
             raise UserError(why)
-        done, whole = peers.broadcast([done, whole])
-        return done, whole
+        done, count, whole = peers.broadcast([done, count, whole])
+        return done, count, whole
 
     def _claim(self) -> None:
         """Writes about.json; raises UserError if it exists with another description."""
@@ -105,16 +124,42 @@ class Chunks:
         if there is None:
             file.write_text(json.dumps(self.about) + "\n")
 
-    def _write(self, number: int, columns: Columns) -> Columns:
+    def _begun(self, number: int) -> Columns:
+        """Returns the first rows of an unfinished chunk; {} if there are none, or they are damaged."""
+        path = self._path_of_begun(number)
+        try:
+            with opened(path) as stored:
+                return {name: stored[name] for name in stored.files}
+        except (UserError, OSError):
+            return {}
+
+    def _path_of_begun(self, number: int) -> epath.Path:
+        return self.folder / f"begun_{number:05d}.npz"
+
+    def _save_begun(self, number: int, waiting: list[Columns]) -> list[Columns]:
+        """Saves the first rows of an unfinished chunk; returns them joined."""
+        if not waiting:  # on other processes than 0, too
+            return []
+        columns = _joined(waiting)
+        self._save(self._path_of_begun(number), columns)
+        return [columns]
+
+    def _write(self, number: int, waiting: list[Columns]) -> list[Columns]:
         """Writes one chunk; returns the rows that exceed it."""
-        if jax.process_index() == 0:
-            self._verify()
-            partial = self.folder / f"partial_{number:05d}.npz"
-            kept: dict[str, Any] = {name: column[:self.rows] for name, column in columns.items()}
-            with partial.open("wb") as file:
-                np.savez(file, **kept)
-            partial.replace(self.folder / f"{number:05d}.npz")
-        return {name: column[self.rows:] for name, column in columns.items()}
+        if not waiting:  # on other processes than 0
+            return []
+        columns = _joined(waiting)
+        self._save(self.folder / f"{number:05d}.npz", {name: column[:self.rows] for name, column in columns.items()})
+        self._path_of_begun(number).unlink(missing_ok=True)
+        rest = {name: column[self.rows:] for name, column in columns.items()}
+        return [rest] if _length(rest) else []
+
+    def _save(self, path: epath.Path, columns: Columns) -> None:
+        self._verify()
+        partial = self.folder / f"partial_{path.name}"
+        with partial.open("wb") as file:
+            np.savez(file, **dict[str, Any](columns))
+        partial.replace(path)
 
 
 def difference(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -130,7 +175,7 @@ def _shortened(value: Any) -> str:
 
 
 def _length(columns: Columns) -> int:
-    return len(next(iter(columns.values())))
+    return len(next(iter(columns.values()), ()))
 
 
 def _joined(parts: list[Columns]) -> dict[str, np.ndarray]:

@@ -76,7 +76,8 @@ def embed(encoder: Encoder, parts: list[Part], to: epath.Path, features: str = "
     with workdir_lock.taken(lease):
         chunks = [Chunks(folder / str(number), {**about, "split": part.split, "chunk_rows": rows}, rows,
                          lease.wait_until_verified) for number, part in enumerate(parts)]
-        done = sum(min(each.rows_there(), part.size) for each, part in zip(chunks, parts, strict=True))
+        done = peers.broadcast(sum(min(each.rows_there(), part.size) for each, part in zip(chunks, parts, strict=True))
+                               if jax.process_index() == 0 else 0)
         with jax.set_mesh(encoder.mesh), progress.doing("embedding", total, done) as line:
             for each, part in zip(chunks, parts, strict=True):
                 each.fill(partial(_columns, encoder, part, features, block, line.advance))

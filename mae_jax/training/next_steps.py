@@ -8,6 +8,7 @@ import jax
 from etils import epath
 
 from mae_jax.config import changed
+from mae_jax.interop import layouts
 from mae_jax.runtime import progress
 from mae_jax.runtime.console import print_once
 from mae_jax.storage import paths
@@ -75,7 +76,8 @@ def commands(run: Run, best: bool) -> list[str]:
         to = {"classification": "predictions.csv", "segmentation": "masks", "detection": "found"}[method.task]
         then["predict"] = {"from": encoder, "to": folder / to}
     if method.task == "classification":
-        then["export"] = {"from": encoder, "to": folder / "export"}
+        layout = {} if layouts.get("timm").refuses(run.config) else {"layout": "timm"}
+        then["export"] = {"from": encoder, **layout, "to": f"{folder}_export"}  # a workdir is not written into
     if run.config.data.source == "batches":  # cached batches have patches instead of images
         then = {verb: given for verb, given in then.items() if verb in ("export", "train")}
     return [_command("report", {"from": folder, "to": folder / "report.html"}),
@@ -85,7 +87,8 @@ def commands(run: Run, best: bool) -> list[str]:
 def _of_encoder(run: Run, encoder: epath.Path) -> dict[str, Mapping[str, Any]]:
     folder = run.workdir
     if run.program.method.extra_encode_fields:  # MoCE: one encoder must be extracted from the mixture first
-        return {"export": {"from": encoder, "for-task": "vote", "to": folder / "encoder"}}
+        return {"export": {"from": encoder, "for-task": "vote", **dict(_same_images(run, "folder", "quickstart")),
+                           "to": f"{folder}_encoder"}}
     embed = {"from": encoder, "to": folder / "features.parquet"}
     classes = len(run.inputs.classes) > 1 and run.config.data.source != "batches"
     return {"embed": embed, **({"train": dict(_fine_tuning(run, encoder))} if classes else {})}
@@ -93,18 +96,24 @@ def _of_encoder(run: Run, encoder: epath.Path) -> dict[str, Mapping[str, Any]]:
 
 def _fine_tuning(run: Run, encoder: epath.Path) -> Iterator[tuple[str, Any]]:
     """Yields (name, value) of the flags that fine-tune the encoder on the labels of its training images."""
-    data = run.config.data
-    if data.source == "letters":
-        yield "config", "quickstart_finetune"
-    else:
-        yield "config", "folder_finetune"
-        other = changed(run.config)
-        for name in SAME_IMAGES:
-            if f"data.{name}" in other and (name, data[name]) != ("source", "folder"):
-                yield f"config.data.{name}", data[name]
-        yield "config.data.image_size", tuple(data.image_size)
+    yield from _same_images(run, "folder_finetune", "quickstart_finetune")
+    if run.config.data.source != "letters":
+        yield "config.data.image_size", tuple(run.config.data.image_size)
     yield "config.init_from", encoder
     yield "workdir", f"{run.workdir}_finetuned"
+
+
+def _same_images(run: Run, recipe: str, of_letters: str) -> Iterator[tuple[str, Any]]:
+    """Yields (name, value) of the flags of a recipe that reads the run's images; `of_letters` if these are letters."""
+    data = run.config.data
+    if data.source == "letters":
+        yield "config", of_letters
+        return
+    yield "config", recipe
+    other = changed(run.config)
+    for name in SAME_IMAGES:
+        if f"data.{name}" in other and (name, data[name]) != ("source", "folder"):
+            yield f"config.data.{name}", data[name]
 
 
 def _command(verb: str, flags: Mapping[str, Any]) -> str:

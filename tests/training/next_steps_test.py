@@ -82,6 +82,7 @@ def test_the_best_checkpoint_is_the_one_that_is_used_and_the_same_images_are_nam
     assert flags == ["--config=folder_finetune", "--config.data.path=/my images", "--config.data.layout=classes",
                      "--config.data.image_size=(16, 16)", "--config.init_from=/runs/a run's/best",
                      "--workdir=/runs/a run's_finetuned"]
+    assert "--config=folder" in shlex.split(next_steps.commands(RUNS["mixture"], best=True)[1])  # --for-task needs images
     said = next_steps.lines(RUNS["folder"], 1200, best_step=900)
     assert said[0].endswith("checkpoints, the last of step 1,200, the best of step 900 in /runs/a run's/best")
 
@@ -96,17 +97,26 @@ def test_what_a_run_says_at_its_end_can_be_pasted_and_works(tmp_path, capsys):
     assert loop.train(config, str(workdir)) == 0
     said = capsys.readouterr().out.splitlines()
     assert sum("labels, names the class of" in line for line in said[said.index("next:") - 3:]) == 1
-    commands = [line.strip() for line in said[said.index("next:") + 1:]]
-    assert len(commands) == 3
     small = " --config.train.duration='2 steps' --config.batch_size=8 --config.optim.warmup='1 steps'"
-    for line in commands:
-        line = f"{shlex.quote(sys.executable)} -m {line}" + small * (" train " in line)
-        done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=250)
-        assert done.returncode == 0, done.stderr
+    tuned = pasted(said, ["report", "embed", "train"], small)
     assert (workdir / "report.html").is_file()
     assert (workdir / "features.parquet").is_file()
     assert (workdir / "pictures" / "curves_0000002.png").is_file()
     assert (workdir / "parameters.txt").read_text().splitlines()[-1].endswith(" parameters")
+    pasted(tuned.splitlines(), ["report", "predict", "export"])
     tuned = tmp_path / "a run_finetuned"
     assert (tuned / "DONE").is_file()
     assert list((tuned / "pictures").glob("confusion_*.png"))
+    assert (tuned / "predictions.csv").is_file()
+    assert (tmp_path / "a run_finetuned_export" / "model.safetensors").is_file()
+
+
+def pasted(said, verbs, small=""):
+    """Runs the commands at the end of what a run said; returns what the last one says. `small`: added to `train`."""
+    commands = [line.strip() for line in said[said.index("next:") + 1:]]
+    assert [line.split()[1] for line in commands] == verbs
+    for line in commands:
+        line = f"{shlex.quote(sys.executable)} -m {line}" + small * (" train " in line)
+        done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -41,10 +41,11 @@ class Features(Chunks):
             out_shardings=replicated(mesh))
 
         def rest(done: int) -> Iterator[Columns]:
-            left = itertools.islice(batches, done // size, None)
+            left, known = itertools.islice(batches, done // size, None), done % size
             for values, ids, valid in forward.outputs(encode, params, extras, left, mesh, size):
                 ids = whole_ids(ids)
-                there = ids >= 0
+                there = (ids >= 0) & (np.arange(len(ids)) >= known)
+                known = 0
                 yield {"features": values[there].astype(np.float32), "ids": ids[there], "valid": valid[there]}
                 tell(int(there.sum()))
 

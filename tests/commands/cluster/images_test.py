@@ -90,11 +90,14 @@ def test_the_same_command_gives_the_same_clusters_and_goes_on_with_features(made
     shutil.copytree(made / "clusters", tmp_path / "again")
     last = sorted((tmp_path / "again" / "features" / "1").glob("0*.npz"))[-1]
     before = last.read_bytes()
-    last.unlink()  # as if it had been stopped there
+    with np.load(last) as columns:  # as if it had been stopped within a batch of that chunk
+        np.savez(last.with_name(f"begun_{last.name}"), **{name: columns[name][:5] for name in columns.files})
+    last.unlink()
     (tmp_path / "again" / "clusters.npz").unlink()
     kept = sorted((tmp_path / "again" / "features" / "0").glob("0*.npz"))[0].stat().st_mtime_ns
     assert clustered(made / "mae", tmp_path / "again") == 0
     assert last.read_bytes() == before
+    assert not list(last.parent.glob("begun_*"))
     assert sorted((tmp_path / "again" / "features" / "0").glob("0*.npz"))[0].stat().st_mtime_ns == kept
     ours, theirs = (Clusters.read(str(folder / name)) for folder, name in ((tmp_path, "again"), (made, "clusters")))
     np.testing.assert_array_equal(ours.centroids, theirs.centroids)
