@@ -4,8 +4,9 @@ jax2onnx does not support `jax.lax.platform_dependent`, which the linear layers 
 GPUs.
 """
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 from unittest import mock
@@ -30,8 +31,6 @@ def make(exported: Exported) -> bytes:
     Raises:
       UserError: the model would exceed the size limit of ONNX files.
     """
-    import jax2onnx
-
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(exported.params))
     if size > MAX_BYTES:
         raise UserError(f"--layout=onnx: an ONNX file has at most 2 GB, and the weights are {size / 1e9:.1f} GB; use "
@@ -44,16 +43,27 @@ def make(exported: Exported) -> bytes:
         return tuple(found[name] for name in names)
 
     images = jax.ShapeDtypeStruct(("B", *exported.config.data.image_size, 3), np.dtype(np.uint8))
-    quiet = logging.getLogger("onnx_ir")
-    before = quiet.level
-    quiet.setLevel(logging.ERROR)  # it logs thousands of lines about shapes
-    try:
+    with _quiet("jax2onnx", "onnx_ir"):
+        import jax2onnx
+
         with mock.patch.object(jax.lax, "platform_dependent", lambda *values, default, **others: default(*values)):
             made = jax2onnx.to_onnx(model, inputs=[images], model_name="encoder", input_names=[INPUT],
                                     output_names=names)
-    finally:
-        quiet.setLevel(before)
     return made.SerializeToString()
+
+
+@contextlib.contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Context without warnings of these loggers: tracebacks of plug-ins that are not used, and lines about shapes."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, before, strict=True):
+            each.setLevel(level)
 
 
 def run(content: bytes, arrays: Mapping[str, np.ndarray], images: np.ndarray) -> Mapping[str, Any]:

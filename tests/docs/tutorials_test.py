@@ -1,4 +1,4 @@
-"""The commands of docs/tutorials and docs/extending.md, as printed, with overrides that make them small."""
+"""The commands of docs/tutorials, docs/extending.md and docs/export.md, as printed, with overrides that make them small."""
 
 import functools
 import os
@@ -11,7 +11,8 @@ import pytest
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-PAGES = {path.stem: path for path in [*(ROOT / "docs/tutorials").glob("*.md"), ROOT / "docs/extending.md"]}
+PAGES = {path.stem: path for path in [*(ROOT / "docs/tutorials").glob("*.md"), ROOT / "docs/extending.md",
+                                   ROOT / "docs/export.md"]}
 NOT_RUN = "# not run by a test: "
 # What the shell finds by these names: this Python, this checkout, and each verb with what is appended to it.
 SHELL = r"""
@@ -34,6 +35,7 @@ SMALL = {  # page → verb → what is appended
     "rent": {"plan": "--config.model.depth=2 --config.model.width=48 --config.model.heads=3 --config.batch_size=16 "
                      "--config.data.image_size='(32, 32)' --config.method.decoder_depth=1 --cache=''"},
     "extending": {},
+    "export": {"train": TINY},
 }
 BEFORE = {  # page → the page whose runs it goes on with, and a command for what its reader has
     "few_labels": ("unlabelled_folder", ""),
@@ -50,6 +52,8 @@ LEFT = {  # page → files that it speaks of
     "coco_like": ("objects.png", "runs/detector/pictures/detection_0000002.png", "found/detections.json"),
     "rent": ("runs/try/DONE",),
     "extending": ("discs.png", "runs/discs/DONE"),
+    "export": ("exports/hf/preprocessor_config.json", "exports/timm/config.json", "exports/quickstart.pth",
+               "exports/program/encoder.stablehlo", "exports/copy/config.json"),
 }
 SAID = {  # page → what its commands print, as a regular expression
     "unlabelled_folder": r"\w+\.png is most like \w+\.png",
@@ -58,6 +62,7 @@ SAID = {  # page → what its commands print, as a regular expression
     "coco_like": r"eval/box_ap",
     "rent": r"fits; .* (hours|seconds)",
     "extending": r"eval/feature_length",
+    "export": r"\(5, 48\)",
 }
 
 

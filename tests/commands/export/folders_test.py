@@ -1,6 +1,8 @@
 """Exports are complete folders, which are read back and compared before they are there."""
 
 import json
+import logging
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +15,7 @@ from safetensors.numpy import load_file
 
 from mae_jax.commands.export import publishing, weights
 from mae_jax.errors import UserError
-from mae_jax.interop import hf, layouts
+from mae_jax.interop import hf, layouts, onnx
 from mae_jax.param_tree import flatten, nest
 from mae_jax.storage import safetensors_file
 from mae_jax.storage.checkpoint import Checkpoints, load_params
@@ -148,6 +150,21 @@ def test_an_onnx_model_computes_features_and_logits_of_any_number_of_images(run,
         assert len(found) == 1 + (name in ("cls", "mean"))
         for array, each in zip(found, wanted.values(), strict=False):
             np.testing.assert_allclose(array, each[:count], rtol=0, atol=1e-4 * np.abs(each).max())
+
+
+def test_what_makes_an_onnx_model_warns_of_nothing_that_a_user_could_mend(monkeypatch, caplog):
+    converter, made = logging.getLogger("jax2onnx.plugins.plugin_system"), SimpleNamespace(SerializeToString=bytes)
+
+    def to_onnx(*args, **kwargs):
+        converter.warning("Skipping import of a plug-in")
+        converter.error("no rule for a primitive")
+        return made
+
+    monkeypatch.setitem(sys.modules, "jax2onnx", SimpleNamespace(to_onnx=to_onnx))
+    config = tiny_config()
+    onnx.make(layouts.Exported(tiny_params(config, 1), config))
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert converter.isEnabledFor(logging.WARNING)
 
 
 def test_the_layout_of_onnx_names_its_extra_where_it_is_missing(run, tmp_path, monkeypatch):
