@@ -376,6 +376,8 @@ def _bad(data: bytes, error: Exception, formats: tuple[str, ...] = FORMATS) -> E
         text = f"not {NAMES.get(formats, NAMES[COMMON])}{f', but {found}' if found else ''}"
         if "TIFF" in formats and tiff.is_tiff(data):
             text = "a TIFF of a kind that Pillow does not read"
+        elif found in [f"a {name} image" for name in formats]:
+            text = f"damaged: it begins as {found}, and cannot be opened"
     elif isinstance(error, Image.DecompressionBombError):
         text = TOO_LARGE
     return BadImage(text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}...")

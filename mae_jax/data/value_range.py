@@ -6,13 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ml_collections import ConfigDict
 
+from mae_jax.data import deep_images
 from mae_jax.data.decode import StoredImage
 from mae_jax.data.identity import SAMPLES, sampled
 from mae_jax.data.image_bounds import BadImage
-from mae_jax.data.reading import Reading
+from mae_jax.data.reading import Reading, span
 from mae_jax.data.sources.base import READERS, Example, RecordStream, Source
 
 BITS = (8, 10, 12, 14, 16)  # bit depths of cameras, scanners and monitors
+DARK = 4  # times that data.range is wider than images need, from which on `darkened` warns: one step of BITS
 
 
 def _values(source: Source | RecordStream, highest: Callable[[Example], int]) -> list[int]:
@@ -46,6 +48,31 @@ def chosen(source: Source | RecordStream, data: ConfigDict) -> tuple[str, str]:
     Returns:
       The range, as '0,4095', and a line about it, '' if no sampled image has more than 8 bits.
     """
+    found = _highest(source, data)
+    bits = _bits(found)
+    text = f"0,{(1 << bits) - 1}"
+    line = (f"data.range=auto: {text} ({bits} bits), by the largest value, {max(found)}, of {len(found)} images of "
+            f"more than 8 bits among {min(source.size, SAMPLES)} of the training split") if found else ""
+    return text, line
+
+
+def darkened(source: Source | RecordStream, data: ConfigDict) -> str:
+    """Returns a line if images of more than 8 bits leave most of data.range unused, so that they come out dark.
+
+    Arguments and sample as in `chosen`; the range is one of other images, such as those that an encoder was trained on.
+    """
+    found = _highest(source, data)
+    high = (span(data.range) or (0, deep_images.HIGHEST))[1]
+    if not found or (1 << _bits(found)) * DARK > high + 1:
+        return ""
+    bits = _bits(found)
+    return (f"the largest value of {len(found)} images of more than 8 bits is {max(found)}, and the encoder's "
+            f"data.range={data.range} makes {255 * max(found) / high:.0f} of 255 of it. To see {bits} bits of them: "
+            f"--config=folder --config.data.path=... --config.data.range=0,{(1 << bits) - 1}")
+
+
+def _highest(source: Source | RecordStream, data: ConfigDict) -> list[int]:
+    """Returns the largest value of each sampled image that can be read and has more than 8 bits per channel."""
     reading = Reading.of(data)
 
     def highest(example: Example) -> int:
@@ -55,9 +82,9 @@ def chosen(source: Source | RecordStream, data: ConfigDict) -> tuple[str, str]:
         except BadImage:
             return -1
 
-    found = [value for value in _values(source, highest) if value >= 0]
-    bits = next(bits for bits in BITS if max(found, default=65_535) < 1 << bits)
-    span = f"0,{(1 << bits) - 1}"
-    line = (f"data.range=auto: {span} ({bits} bits), by the largest value, {max(found)}, of {len(found)} images of "
-            f"more than 8 bits among {min(source.size, SAMPLES)} of the training split") if found else ""
-    return span, line
+    return [value for value in _values(source, highest) if value >= 0]
+
+
+def _bits(values: list[int]) -> int:
+    """Returns the bit depth of images with these largest values; 16 without any."""
+    return next(bits for bits in BITS if max(values, default=deep_images.HIGHEST) < 1 << bits)

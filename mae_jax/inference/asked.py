@@ -1,12 +1,17 @@
 """Shared by the commands `embed` and `predict`: opening of the encoder and the images, and the exit code."""
 
+import logging
+
 from ml_collections import ConfigDict
 
 from mae_jax import errors
+from mae_jax.data import value_range
 from mae_jax.errors import GuardError, UserError
 from mae_jax.inference import parts
 from mae_jax.inference.encoder import Encoder, open_encoder
 from mae_jax.inference.parts import Part
+
+logger = logging.getLogger(__name__)
 
 
 def opened(source: str, images: str, config: ConfigDict | None, split: str, all_splits: bool, batch_size: int = 0,
@@ -32,10 +37,16 @@ def parts_of(encoder: Encoder, images: str, config: ConfigDict | None, split: st
         if images and given:
             raise UserError(f"images={images} names the images itself; leave {flag} out")
     if images:
-        return [parts.of_images(encoder.config, images, encoder.class_names)]
-    if config is None and not encoder.of_run:
+        opened = [parts.of_images(encoder.config, images, encoder.class_names)]
+    elif config is None and not encoder.of_run:
         raise UserError(f"{encoder.source} does not record which images it was trained on; give images or config")
-    return parts.of_config(encoder.config, config, split, all_splits)
+    else:
+        opened = parts.of_config(encoder.config, config, split, all_splits)
+    data = opened[0].config.data
+    others = bool(images) or config is not None
+    if others and data.range == encoder.config.data.range and (text := value_range.darkened(opened[0].source, data)):
+        logger.warning(text)
+    return opened
 
 
 def exit_code(encoder: Encoder, images: int, unreadable: int) -> int:

@@ -266,6 +266,14 @@ def test_pixels_of_more_than_fifty_megapixels_are_refused_too():
 def test_other_formats_are_refused():
     with pytest.raises(BadImage, match="not a JPEG"):
         StoredImage(encode(pattern(), "PPM"))
+    with pytest.raises(BadImage, match="not a JPEG.* but a JPEG XL image"):
+        StoredImage(b"\xff\x0a and more")
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_what_begins_as_an_image_and_is_none_is_called_damaged(format):
+    with pytest.raises(BadImage, match=f"^damaged: it begins as a {format} image"):
+        StoredImage(encode(pattern(), format)[:9] + b"nothing of the kind")
 
 
 @pytest.mark.parametrize(("box", "target"), [

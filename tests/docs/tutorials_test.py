@@ -1,4 +1,4 @@
-"""The commands of docs/tutorials, docs/extending.md and docs/export.md, as printed, with overrides that make them small."""
+"""The commands of the tutorials and of docs/extending.md and export.md, as printed, with overrides for a small size."""
 
 import functools
 import os

@@ -1,9 +1,13 @@
 """Which images are meant by a path, a pattern or a config, and which labels they have."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from mae_jax.errors import UserError
+from mae_jax.inference import asked
 from mae_jax.inference.parts import IMAGES, of_config, of_images
 from tests.helpers.stored import store_images
 from tests.helpers.tiny import tiny_config
@@ -55,6 +59,25 @@ def test_folders_far_above_a_pattern_are_no_labels(tmp_path):
         assert part.source.label(0) == label
     (data / "00.png").write_bytes((data / "cat" / "00.png").read_bytes())
     assert of_images(tiny_config(), f"{data}/*.png", classes).source.label(0) == -1
+
+
+@pytest.mark.parametrize(("span", "highest", "bits"), [
+    ("0,65535", 3504, 12), ("auto", 3504, 12), ("upper", 3504, 12), ("0,65535", 16_000, 14), ("0,65535", 40_000, 0),
+    ("0,4095", 3504, 0), ("0,65535", 0, 0)])
+def test_deep_images_that_the_encoder_would_see_dark_are_told(tmp_path, caplog, span, highest, bits):
+    """An encoder of 8-bit images has the range of 16 bits, in which those of 12 bits are nearly black."""
+    pixels = np.full((9, 8), highest, np.uint16 if highest else np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    config = tiny_config({"data.range": span})
+    encoder = SimpleNamespace(config=config, class_names=(), of_run=True, source="runs/a")
+    asked.parts_of(encoder, str(tmp_path), None, "", all_splits=True)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * bool(bits)
+    assert not bits or f"--config.data.range=0,{2**bits - 1}" in caplog.text
+    given = tiny_config({"data.source": "folder", "data.path": str(tmp_path), "data.range": f"0,{2**12 - 1}",
+                         "data.eval_split": ""})
+    caplog.clear()
+    asked.parts_of(encoder, "", given, "", all_splits=True)
+    assert not caplog.records
 
 
 def test_what_holds_no_image_is_refused(folder, tmp_path):
