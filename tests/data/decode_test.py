@@ -270,10 +270,9 @@ def test_other_formats_are_refused():
         StoredImage(b"\xff\x0a and more")
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG"])
-def test_what_begins_as_an_image_and_is_none_is_called_damaged(format):
-    with pytest.raises(BadImage, match=f"^damaged: it begins as a {format} image"):
-        StoredImage(encode(pattern(), format)[:9] + b"nothing of the kind")
+def test_what_begins_as_an_image_and_is_none_is_called_damaged():
+    with pytest.raises(BadImage, match="^damaged: it begins as a JPEG image"):
+        StoredImage(b"\xff\xd8\xffnothing of the kind")
 
 
 @pytest.mark.parametrize(("box", "target"), [
