@@ -191,10 +191,11 @@ def open_encoder(source: str, batch_size: int = 0, image_size: tuple[int, int] |
     loaded = load_params(folder, ema=True, extras=True, step=True)
     step = int(loaded.pop("step", -1))
     params, extras = param_tree.split_eval_params(loaded)
-    params, more = param_tree.split_eval_params(layouts.read(params, theirs))
+    stored = params
+    params, more = param_tree.split_eval_params(layouts.read(stored, theirs))
     extras = {**extras, **more}
     if theirs is None:
-        config = foreign.config_of(str(folder), params, image_size, heads)
+        config = foreign.config_of(str(folder), params, image_size, heads, stored)
         params = foreign.fitted(str(folder), params, config)
     elif image_size or heads:
         raise UserError(f"{source} has its own image size and heads; leave them out")

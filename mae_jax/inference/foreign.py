@@ -1,11 +1,12 @@
 """Configs for encoders of other libraries, from the shapes of their arrays and the files beside them.
 
-Values that neither has are set to the usual ones and logged: image size 224, the number of heads of published ViTs with
-this width, ImageNet's mean and standard deviation.
+Values that neither has are set to the usual ones and logged: image size 224 where there are no positions to count, the
+number of heads of published ViTs with this width, ImageNet's mean and standard deviation.
 """
 
 import logging
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,10 +26,12 @@ from mae_jax.training import warm_shape, workdir
 
 logger = logging.getLogger(__name__)
 USUAL_SIZE = 224  # pixels; image size of most published encoders
+POSITIONS = ("pos_embed", "position_embeddings")  # the encoder's, by timm and the MAE code, and by transformers
 Params = dict[str, Any]
 
 
-def config_of(source: str, params: Params, image_size: tuple[int, int] | None, heads: int) -> ConfigDict:
+def config_of(source: str, params: Params, image_size: tuple[int, int] | None, heads: int,
+              loaded: Mapping[str, Any] | None = None) -> ConfigDict:
     """Returns a config for an encoder, and for its classifier if there is one.
 
     Args:
@@ -36,6 +39,8 @@ def config_of(source: str, params: Params, image_size: tuple[int, int] | None, h
       params: parameters under mae_jax's names.
       image_size: height and width in pixels; None: as in the files.
       heads: number of attention heads; 0: as in the files, or as usual for the width.
+      loaded: the arrays under the names of the files, whose position embeddings tell the image size if nothing else
+        does; `params` lack them where they are sines and cosines.
 
     Raises:
       UserError: the parameters are not those of a supported ViT, or the number of heads is unknown.
@@ -55,7 +60,7 @@ def config_of(source: str, params: Params, image_size: tuple[int, int] | None, h
     classifier = "head" in params and "decoder" not in params
     config = default("supervised" if classifier else "mae")
     config.model.update(found, pool="mean" if "fc_norm" in params else "cls")
-    config.data.image_size = image_size or _image_size(source, said, found["patch"])
+    config.data.image_size = image_size or _image_size(source, said, found["patch"], _side(loaded or {}))
     config.eval.crop_ratio = (_crop_ratio(said),)
     validate(config, for_training=False)
     return config.lock()
@@ -85,11 +90,30 @@ def fitted(source: str, params: Params, config: ConfigDict) -> Params:
     return {**params, "encoder": encoder}
 
 
-def _image_size(source: str, said: Mapping[str, Any], patch: tuple[int, int]) -> tuple[int, int]:
+def _side(loaded: Mapping[str, Any]) -> int:
+    """Returns the rows of the square grid of patches that position embeddings, [1, N, D] or [1, 1 + N, D], are of.
+
+    0 if there are none, or their grid is not a square.
+    """
+    for name, array in param_tree.flatten(loaded).items():
+        parts = re.split(r"[./]", name)
+        if parts[-1] in POSITIONS and "decoder" not in parts and np.ndim(array) > 1:
+            count = np.shape(array)[-2]
+            return next((side for rows in (count, count - 1) if (side := math.isqrt(rows)) ** 2 == rows), 0)
+    return 0
+
+
+def _image_size(source: str, said: Mapping[str, Any], patch: tuple[int, int], side: int) -> tuple[int, int]:
     found = said.get("image_size") or _sides(_of_timm(said, "input_size", []))
     sides = [found, found] if isinstance(found, int) else found
     if isinstance(sides, list) and len(sides) == 2 and all(isinstance(side, int) and side > 0 for side in sides):
         return sides[0], sides[1]
+    if side:
+        size = side * patch[0], side * patch[1]
+        if size != (USUAL_SIZE, USUAL_SIZE):
+            logger.info("%s does not record its image size; using %d x %d, by its positions of %d x %d patches",
+                        source, *size, side, side)
+        return size
     if any(USUAL_SIZE % side for side in patch):
         raise UserError(f"{source} does not record its image size, and {USUAL_SIZE} is not a multiple of its patches "
                         f"of {patch[0]}x{patch[1]} pixels; give image_size=")

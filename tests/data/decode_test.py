@@ -266,12 +266,12 @@ def test_pixels_of_more_than_fifty_megapixels_are_refused_too():
 def test_other_formats_are_refused():
     with pytest.raises(BadImage, match="not a JPEG"):
         StoredImage(encode(pattern(), "PPM"))
-    with pytest.raises(BadImage, match="not a JPEG.* but a JPEG XL image"):
+    with pytest.raises(BadImage, match=r"not a JPEG.* but a JPEG XL image"):
         StoredImage(b"\xff\x0a and more")
 
 
 def test_what_begins_as_an_image_and_is_none_is_called_damaged():
-    with pytest.raises(BadImage, match="^damaged: it begins as a JPEG image"):
+    with pytest.raises(BadImage, match=r"^damaged: it begins as a JPEG image"):
         StoredImage(b"\xff\xd8\xffnothing of the kind")
 
 

@@ -85,6 +85,9 @@ def test_weights_of_others_say_their_shape(run, encoder, tmp_path, caplog, capsy
     save_file(dict(flatten(safetensors_file.load(epath.Path(file)))), file)
     with pytest.raises(UserError, match="number of attention heads"):
         open_encoder(str(file))
+    assert open_encoder(str(file), heads=2).image_size == (16, 16)  # by its positions
+    found = open_encoder(str(file), batch_size=4, image_size=(32, 16), heads=2)
+    assert found(IMAGES[:1], "patches").shape == (1, 8, 4, 32)
     found = open_encoder(str(file), batch_size=4, image_size=(16, 16), heads=2)
     np.testing.assert_allclose(found(IMAGES[:4], "cls"), encoder(IMAGES[:4], "cls"), atol=2e-2)  # another crop
     assert (found.image_size, found.of_run, found.config.model.depth) == ((16, 16), False, 2)
