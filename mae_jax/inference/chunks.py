@@ -14,6 +14,7 @@ from mae_jax.errors import UserError, printable
 from mae_jax.runtime import bounded_json, peers
 from mae_jax.storage.file_kinds import unreadable
 from mae_jax.storage.npz import opened
+from mae_jax.storage.paths import naming
 
 MAX_SHOWN = 60  # most characters of a value in a message
 SAVE_SECONDS = 30.0  # after which the rows of an unfinished chunk are saved: the most that a kill -9 loses
@@ -157,7 +158,7 @@ class Chunks:
     def _save(self, path: epath.Path, columns: Columns) -> None:
         self._verify()
         partial = self.folder / f"partial_{path.name}"
-        with partial.open("wb") as file:
+        with naming(path), partial.open("wb") as file:
             np.savez(file, **dict[str, Any](columns))
         partial.replace(path)
 

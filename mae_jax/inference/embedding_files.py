@@ -19,7 +19,7 @@ from etils import epath
 from mae_jax.errors import UserError
 from mae_jax.runtime import bounded_json
 from mae_jax.storage.npz import opened
-from mae_jax.storage.paths import make_folder
+from mae_jax.storage.paths import make_folder, naming
 
 KEY = b"mae_jax"
 
@@ -168,7 +168,8 @@ def _whole(to: epath.Path) -> Iterator[epath.Path]:
     make_folder(to.parent)
     partial = to.with_name(f"{to.name}.partial")
     try:
-        yield partial
+        with naming(to):
+            yield partial
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

@@ -16,7 +16,7 @@ from mae_jax.evals import detected, object_figures, plots
 from mae_jax.evals.segmentation import legend, palette
 from mae_jax.inference.encoder import Encoder
 from mae_jax.inference.prediction import Prediction, Score
-from mae_jax.storage.paths import make_folder, replace_bytes, replace_text
+from mae_jax.storage.paths import make_folder, naming, replace_bytes, replace_text
 
 ENDINGS = (".csv", ".json")
 LEGEND = 600  # pixels of the width of classes.png
@@ -56,7 +56,7 @@ def write(to: epath.Path, encoder: Encoder, found: Iterator[Prediction], score: 
     make_folder(to.parent)
     partial = to.with_name(f"{to.name}.partial")
     try:
-        with partial.open("wb") as raw, io.TextIOWrapper(raw, "utf-8", newline="") as file:
+        with naming(to), partial.open("wb") as raw, io.TextIOWrapper(raw, "utf-8", newline="") as file:
             if to.suffix.lower() == ".csv":
                 _csv(file, found, min(top, len(encoder.classes)))
             else:

@@ -1,9 +1,11 @@
 """Paths of files and folders, local or in a bucket, and atomic reading and writing of small files."""
 
+import contextlib
+import errno
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from unicodedata import category
 
@@ -23,6 +25,7 @@ FIELDS = ("data.tokens", "train.compilation_cache", "method.vocabulary_file", "m
 FROM_HUB = ("", "init_from", "--from", "from")
 BUCKET = r"(gs|s3)://[a-z0-9][a-z0-9_.-]{1,220}[a-z0-9](/|$)"
 PACKAGES = {"gs": ("gcs", "gcsfs", "google.cloud.storage"), "s3": ("s3", "s3fs")}  # scheme → extra and its modules
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota or a file is full
 READ_ONLY = ("data.path", "data.mask_key")  # fields that may be on s3://, which is only read
 
 
@@ -232,8 +235,20 @@ def replace_bytes(file: epath.Path, content: bytes, seconds: float = 60.0) -> No
         return
     partial = file.with_name(f"{file.name}.partial")
     try:
-        partial.write_bytes(content)
-        partial.replace(file)
+        with naming(file):
+            partial.write_bytes(content)
+            partial.replace(file)
     except OSError:
         partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Context in which the error of a full disk, which comes from a write and names no file, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM and error.filename is None:
+            error.filename = str(path)
         raise

@@ -103,3 +103,9 @@ def test_a_damaged_chunk_is_named(tmp_path):
     (tmp_path / "00001.npz").write_bytes(content[:60])
     with pytest.raises(UserError, match=r"00001.npz.*remove"):
         read(chunks)
+
+
+def test_a_full_disk_is_told_by_the_name_of_the_chunk(tmp_path):
+    (tmp_path / "partial_00000.npz").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/00000.npz'"):
+        Chunks(epath.Path(tmp_path), ABOUT, 4).fill(rows(2, 6)[0])

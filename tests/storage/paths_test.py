@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
 from mae_jax.data.cluster_ids import Clusters
 from mae_jax.data.sources import registry
@@ -109,3 +110,12 @@ def test_a_file_to_write_at_the_end_is_tried_at_the_start(tmp_path):
     for path in (tmp_path, tmp_path / "there.json" / "x.json"):
         with pytest.raises(UserError, match=r"^--json="):
             paths.output(str(path), "--json")
+
+
+def test_a_full_disk_is_told_by_the_name_of_the_file(tmp_path):
+    (tmp_path / "page.html.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/page.html'"):
+        paths.replace_bytes(epath.Path(tmp_path / "page.html"), b"text")
+    assert not os.listdir(tmp_path)
+    with pytest.raises(OSError, match=r"Input/output error$"), paths.naming(tmp_path):  # perhaps of another file
+        raise OSError(5, "Input/output error")

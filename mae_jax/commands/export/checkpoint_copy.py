@@ -45,7 +45,8 @@ def copy(source: epath.Path, to: epath.Path) -> str:
         return f"{target}: there already, verified: {_size(record)}"
     paths.make_folder(to)
     paths.replace_text(to / "config.json", paths.read_text(origin / "config.json"))
-    _copy(folder, target)
+    with paths.naming(target):
+        _copy(folder, target)
     if not _same(target, record):
         _remove(target)
         raise UserError(f"{target} came out damaged and was removed again; run the same command once more")

@@ -72,7 +72,8 @@ def _staged(target: epath.Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)  # left by an export that was killed
         stage.mkdir()
         try:
-            yield stage
+            with paths.naming(target):
+                yield stage
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
