@@ -71,9 +71,9 @@ def split_name(data: ConfigDict, name: str) -> str:
 def describe(data: ConfigDict, opened: Mapping[str, Source]) -> str:
     """Returns one line about the columns that were read."""
     files, columns = _files(data, splits.parts(data.get("train_split") or "train")[0].name)
-    parts = told(data, opened)
+    parts, count = told(data, opened), patterns.count(data.path, ENDING, (data[field] for field in opened))
     label = f"labels from {printable(columns.label)!r}" if columns.label else "no labels"
-    return (f"{'; '.join(parts)}; from {pluralize(len(files), 'file')} such as {printable(files[0].name)}, images from "
+    return (f"{'; '.join(parts)}; from {pluralize(count, 'file')} such as {printable(files[0].name)}, images from "
             f"{printable(columns.image)!r}, {label}")
 
 

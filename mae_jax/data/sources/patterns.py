@@ -5,7 +5,7 @@ import functools
 import glob
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from etils import epath
 
@@ -116,8 +116,23 @@ def files(path: str, ending: str, split: str) -> list[epath.Path]:
                             f"set; write {SPLIT} in their place, or name the files of one")
     if not found:
         raise UserError(f"no file fits data.path={path!r} for the split {split!r}; expected a folder of *{ending}, or "
-                        f"a pattern such as '/data/{{split}}-*{ending}' or '/data/train-{{000..127}}{ending}'")
+                        f"a pattern such as '/data/{{split}}-*{ending}' or '/data/train-{{000..127}}{ending}'"
+                        f"{_below(path, ending)}")
     return found
+
+
+def count(path: str, ending: str, expressions: Iterable[str]) -> int:
+    """Returns the number of files of all splits in some split expressions, such as 'train[:90%]'."""
+    names = {part.name for expression in expressions for part in splits.parts(expression)}
+    return len({file for name in names for file in files(path, ending, name)})
+
+
+def _below(path: str, ending: str) -> str:
+    """Returns the end of a message that names a folder in `path` with such files, as in a clone of the hub; '' if none.
+    """
+    folders = sorted(epath.Path(path).iterdir(), key=str) if _is_folder(path) else []
+    found = next((folder for folder in folders if folder.is_dir() and _inside(str(folder), ending)), None)
+    return f"; there are some in {printable(str(found))}" if found else ""
 
 
 @functools.cache

@@ -77,11 +77,12 @@ def split_name(data: ConfigDict, name: str) -> str:
 def describe(data: ConfigDict, opened: Mapping[str, Source]) -> str:
     """Returns one line about the members that are images and labels."""
     shards, found = _members(data, splits.parts(data.get("train_split") or "train")[0].name)
+    count = patterns.count(data.path, ENDING, (data[field] for field in opened))
     kinds = sorted({str(members.kinds[0]) for members in found if len(members.kinds)})
     label = _label_of(data, found) if any(source.classes for source in opened.values()) else ""
     parts = told(data, opened)
     lost, links = (sum(int(members.without[i]) for members in found) for i in range(2))
-    return (f"{'; '.join(parts)}; from {pluralize(len(shards), 'shard')} such as {printable(shards[0].name)}, images "
+    return (f"{'; '.join(parts)}; from {pluralize(count, 'shard')} such as {printable(shards[0].name)}, images "
             f"from .{' and .'.join(kinds)}, {f'labels from {label}' if label else 'no labels'}"
             f"{f'; {lost} keys without an image' if lost else ''}"
             f"{f'; {links} members that are links or sparse files are not read' if links else ''}")

@@ -188,6 +188,24 @@ def test_the_line_of_a_run_says_what_was_taken(tmp_path):
                        "eval_split": "", "image_key": "image", "label_key": "label", "mask_key": ""})
     line = registry.describe(data, {"train_split": registry.load(data, "train")})
     assert line == "train: 12 images in 2 classes; from 1 shard such as a.tar, images from .png, labels from .cls"
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for name, numbers in (("a-train-0", range(4)), ("a-train-1", range(4, 8)), ("a-val-0", range(8, 12))):
+        shard(parts / f"{name}.tar", numbers)
+    data.update(path=str(parts), train_split="train[:75%]", val_split="train[75%:]", eval_split="test")
+    fields = ("train_split", "val_split", "eval_split")
+    assert "; from 3 shards such as a-train-0.tar" in registry.describe(
+        data, {field: registry.load(data, data[field]) for field in fields})
+
+
+def test_a_folder_that_has_shards_in_a_sub_folder_alone_says_so(tmp_path):
+    (tmp_path / "repo" / "data").mkdir(parents=True)
+    (tmp_path / "repo" / ".git").mkdir()
+    with pytest.raises(UserError, match=r"127}\.tar'$"):
+        load(tmp_path / "repo")
+    shard(tmp_path / "repo" / "data" / "a.tar", range(3))
+    with pytest.raises(UserError, match=f"; there are some in {tmp_path}/repo/data$"):
+        load(tmp_path / "repo")
 
 
 def test_a_key_that_comes_twice_is_refused_and_not_mixed(tmp_path):
