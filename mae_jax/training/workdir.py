@@ -354,6 +354,8 @@ def compare(old: ConfigDict, new: ConfigDict, why_other_data: Callable[[], str] 
         texts |= {key: f"{texts[key]} ({how or 'the same data, by their names and samples of their content'})"
                   for key in moved}
         refused = [texts[key] for key in moved if how]
+    if "method.name" in changed:  # nearly all fields differ, or are there no more
+        refused = [texts["method.name"], f"and {len(refused) - 1} more fields"]
     if refused:
         raise UserError(f"the workdir belongs to another config; {'; '.join(refused)}. "
                         "Use another --workdir, or the config it was made with")

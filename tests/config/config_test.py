@@ -202,6 +202,8 @@ def test_a_workdir_of_another_config_is_refused_with_the_list_and_left_alone(tmp
         workdir.changes(folder, other)
     assert "train.duration" not in str(error.value)
     assert (folder / "config.json").read_text() == before
+    with pytest.raises(UserError, match=r"config; method.name: 'mae' -> 'dino'; and \d+ more fields\. Use"):
+        workdir.changes(folder, tiny_config(method="dino"))
 
 
 def test_the_workdir_records_config_and_versions(tmp_path):

@@ -73,8 +73,8 @@ def _about(exported: layouts.Exported) -> str:
 def _images(config: ConfigDict) -> str:
     height, width = config.data.image_size
     return (f"## Images\n\n{height} x {width} pixels, RGB, in [0, 1] less the mean {MEAN}, over the deviation {STD}. "
-            f"Evaluations resize the central {config.eval.crop_ratio[0]:.4g} of the image's shorter side, by bicubic "
-            "filtering.")
+            f"Evaluations resize the central {100 * config.eval.crop_ratio[0]:.4g}% of the image's shorter side, by "
+            "bicubic filtering.")
 
 
 def _training(config: ConfigDict, origin: epath.Path, step: int) -> str:
