@@ -60,6 +60,8 @@ def _why(path: epath.Path, error: Exception) -> str:
         begin = file.read(file_kinds.ENOUGH)
     if "pickle" in text and begin[:2] == b"PK":
         text = "it has Python objects, which are never loaded"
+    elif "pickle" in text:  # NumPy's guess of any file that is no archive
+        text = f"it is {file_kinds.kind(begin) or 'no archive of arrays'}"
     elif begin[:2] != b"PK" and not begin.startswith(b"\x93NUMPY") and (found := file_kinds.kind(begin)):
         text = f"it is {found}"
     return f"{path} is damaged, or not a file of arrays (*.npz): {text}"

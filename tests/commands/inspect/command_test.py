@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from PIL import Image, ImageFont
 
 from mae_jax import config as configs
 from mae_jax import data
-from mae_jax.commands.inspect import speed
+from mae_jax.commands.inspect import command, speed
 from mae_jax.data import writers
 from mae_jax.data.decode import decode
 from mae_jax.data.sources import base, registry
@@ -202,6 +203,15 @@ def test_the_command_tells_of_lost_records_and_that_training_would_stop(tmp_path
     assert "no speed and no pictures, and training would stop: " in done.stdout
 
 
+@pytest.mark.parametrize("kind", ["tfrecord", "array_record", "batches"])
+def test_the_flags_that_read_what_was_stored_are_those_of_a_config(kind, tmp_path):
+    flags = shlex.split(command.written(kind, epath.Path(tmp_path / "a b")))
+    given = dict(flag.removeprefix("--config.data.").split("=") for flag in flags if flag.startswith("--config.data."))
+    assert given.pop("path") == f"{tmp_path}/a b"
+    assert given.pop("source") in {*registry.MODULES, "batches"}
+    assert given in ({}, {"name": "pictures"})
+
+
 @pytest.mark.slow
 def test_the_command_writes_both_splits(tmp_path):
     done = run("--write=tfrecord", "--size=16", f"--to={tmp_path}")
@@ -209,6 +219,8 @@ def test_the_command_writes_both_splits(tmp_path):
     described = json.loads((tmp_path / "records.json").read_text())
     assert sum(described["records"].values()) == 3400 + 1020
     assert len(described["classes"]) == 17
+    assert done.stdout.splitlines()[-1] == (f"{tmp_path} is read by --config.data.source=tfrecord "
+                                            f"--config.data.path={tmp_path}")
 
 
 @pytest.mark.slow
