@@ -12,7 +12,6 @@ written. Copies are images with the same bytes: an image that was saved again do
 
 import io
 import os
-import shlex
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -61,7 +60,7 @@ def main() -> int:
     config = resolved(config)
     if WRITE.value in ("tfrecord", "array_record"):
         report_broken(write_images(config, WRITE.value, to, SIZE.value))
-        print(written(WRITE.value, to))
+        print(inspect_report.written(WRITE.value, to))
         return errors.FINISHED
     method, opened = methods.with_data(config)
     inputs = opened.batches(method.eval_spec(), method.patch_order(), method.views())
@@ -72,7 +71,7 @@ def main() -> int:
         from mae_jax.data.writers import write_batches
 
         write_batches(opened, inputs, method.eval_spec(), method.patch_order(), method.views(), to, STEPS.value)
-        print(written(WRITE.value, to))
+        print(inspect_report.written(WRITE.value, to))
         return errors.FINISHED
     more = f" and {len(inputs.classes) - MAX_LISTED_CLASSES} more" if len(inputs.classes) > MAX_LISTED_CLASSES else ""
     print(f"classes: {', '.join(map(printable, inputs.classes[:MAX_LISTED_CLASSES])) or 'none'}{more}")
@@ -89,12 +88,6 @@ def main() -> int:
     print(f"peak host memory {peak_memory() / 2**20:.0f} MiB; the first pictures of the run, as the model sees them: "
           f"{to}")
     return errors.FINISHED
-
-
-def written(kind: str, folder: epath.Path) -> str:
-    """Returns a line about the data stored as `kind`, with the flags that read them."""
-    source = {"array_record": "tfds --config.data.name=pictures"}.get(kind, kind)
-    return f"{folder} is read by --config.data.source={source} --config.data.path={shlex.quote(str(folder))}"
 
 
 def save_grid(batch: "Batch", method: "Method", inputs: "Inputs", path: epath.Path) -> None:

@@ -1,9 +1,14 @@
-"""The text of an audit (data/audit.py): a few lines for each split, and the images that several splits share."""
+"""The text of an audit (data/audit.py): a few lines for each split, and the images that several splits share.
+
+And the line about data that were stored.
+"""
 
 import itertools
+import shlex
 from typing import TYPE_CHECKING
 
 import numpy as np
+from etils import epath
 
 from mae_jax.errors import pluralize, printable
 
@@ -132,3 +137,9 @@ def _counts(pairs: list[tuple[str, int]]) -> str:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:MAX_SHOWN_EXAMPLES]) + (", ..." if len(names) > MAX_SHOWN_EXAMPLES else "")
+
+
+def written(kind: str, folder: epath.Path) -> str:
+    """Returns a line about the data stored as `kind`, with the flags that read them."""
+    source = {"array_record": "tfds --config.data.name=pictures"}.get(kind, kind)
+    return f"{folder} is read by --config.data.source={source} --config.data.path={shlex.quote(str(folder))}"

@@ -14,7 +14,7 @@ from PIL import Image, ImageFont
 
 from mae_jax import config as configs
 from mae_jax import data
-from mae_jax.commands.inspect import command, speed
+from mae_jax.commands.inspect import report, speed
 from mae_jax.data import writers
 from mae_jax.data.decode import decode
 from mae_jax.data.sources import base, registry
@@ -205,7 +205,7 @@ def test_the_command_tells_of_lost_records_and_that_training_would_stop(tmp_path
 
 @pytest.mark.parametrize("kind", ["tfrecord", "array_record", "batches"])
 def test_the_flags_that_read_what_was_stored_are_those_of_a_config(kind, tmp_path):
-    flags = shlex.split(command.written(kind, epath.Path(tmp_path / "a b")))
+    flags = shlex.split(report.written(kind, epath.Path(tmp_path / "a b")))
     given = dict(flag.removeprefix("--config.data.").split("=") for flag in flags if flag.startswith("--config.data."))
     assert given.pop("path") == f"{tmp_path}/a b"
     assert given.pop("source") in {*registry.MODULES, "batches"}
