@@ -107,8 +107,8 @@ def resume(run: Run, stopper: Stopper, watchdog: Watchdog, alone: bool = True) -
                             "from; bring its folder checkpoints back, or use another --workdir")
         _check_room(run)
         with progress.doing("initializing the model"):
-            first = functools.partial(evaluator.compile, run.program.state) if evaluation.is_due(run, 0) else None
-            state = initial_state(run, meanwhile=functools.partial(run.program.compile_ahead, first))
+            ahead = functools.partial(evaluator.compile, run.program.state) if evaluation.is_due(run, 0) else None
+            state = initial_state(run, meanwhile=functools.partial(run.program.compile_ahead, ahead))
         print_once(f"{parameter_table.summary(state.params, run.program.method)}; each by name in "
                    f"{folder / parameter_table.FILE}")
     elif int(state.step) > run.timeline.total:
