@@ -4,10 +4,10 @@
 
 White letters, A to Z, in 16 fonts on dark parts of photographs (`mae_jax/data/sources/letters.py`; nothing is
 downloaded). It is not told the letters. Every 2000 steps a linear layer is fitted on the frozen features of 780 images
-whose letters it is told, and names those of 780 others, in fonts and on photographs that nothing was trained on; beside
-it stand the same layer on the untrained encoder and on raw pixels. Results: studies/quickstart/results.md. Pixels are
-predicted as they are (target 'pixel'), so that the pictures under runs/quickstart/pictures need no statistics of the
-hidden patches. All values are our choice.
+whose letters it is told, and names those of 780 others, in fonts and on parts of photographs that nothing was trained
+on. Beside it stand the same layer on the untrained encoder and on raw pixels. Results: studies/quickstart/results.md.
+Pixels are predicted as they are (target 'pixel'), so that the figures under runs/quickstart/pictures need no statistics
+of the hidden patches. All values are our choice.
 """
 
 from ml_collections import ConfigDict
