@@ -22,10 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
 HEADER = """# Configuration
 
-Every field of the config, its default and what it is. A recipe under `configs/` states only what differs from these;
-each field can be overridden on the command line: `--config.optim.lr=1e-4`, `--config.data.image_size='(128, 128)'`.
-Durations are one text: `'800 epochs'`, `'100 steps'`, `'5e6 examples'`. Generated from `mae_jax/config/__init__.py` and
-`mae_jax/methods/fields.py` by `python docs/make_configuration.py`; do not edit it.
+Every field of the config: its default, what it is, and where the default is from. A recipe under `configs/` states only
+what differs from these; each field can be overridden on the command line: `--config.optim.lr=1e-4`,
+`--config.data.image_size='(128, 128)'`. Durations are one text: `'800 epochs'`, `'100 steps'`, `'5e6 examples'`.
+`python docs/make_configuration.py` writes this page from `mae_jax/config/__init__.py` and `mae_jax/methods/fields.py`;
+do not edit it.
 """
 
 

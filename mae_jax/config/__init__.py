@@ -47,151 +47,173 @@ def vit(size: str, patch: int) -> dict[str, Any]:
     return {"width": width, "depth": depth, "heads": heads, "patch": (patch, patch)}
 
 
-DEFAULTS: dict[str, Any] = {  # and the group `method`: the name, and what the method has
-    # Version whose behavior the run has, if it changed (docs/migration.md); a resumed run keeps that of its start.
+DEFAULTS: dict[str, Any] = {  # besides the group `method`: its name, and the fields of that method
+    # Version of a run's behavior, where versions differ (docs/migration.md); a resumed run keeps that of its start.
     "recipe_version": recipe_version.CURRENT,
-    "seed": 0,
+    "seed": 0,  # of all random draws
     "batch_size": 256,  # images per step, over all devices
-    "init_from": "",  # start from the parameters of a workdir, a step folder in it, or weights of another library
-    "init_head": "match",  # head of init_from: match: taken if its classes are the same, or not known; keep; new
-    "plugins": (),  # installed modules to import, as ('package.module',): docs/plugins.md
+    "init_from": "",  # initial parameters: a workdir, a step folder in it, or weights of another library; '': random
+    # Head of init_from. match: used if its classes are those of the data, or unknown; keep: used; new: not used.
+    "init_head": "match",
+    "plugins": (),  # installed modules to import, as ('package.module',) (docs/plugins.md)
     "data": {
-        "source": "photo_crops",
+        "source": "photo_crops",  # kind of data set (docs/data.md)
         "path": "",  # folder, TFRecord pattern, npz file or TFDS data_dir; local or gs://
-        "mix": (),  # several paths with weights, in place of data.path, as ('3:/data/a', '1:/data/b'): docs/data.md
-        "name": "",  # TFDS name; of a folder, one in data/sources/expected_sizes.py: its size is checked
-        # How a folder is read (docs/data.md): auto detects it, or asks; flat: no classes; classes, splits: by its
-        # sub-folders; 0.1.0: as that version read folders, and numbers in data.classes.
+        "mix": (),  # several paths with weights instead of data.path, as ('3:/data/a', '1:/data/b') (docs/data.md)
+        # TFDS's name; for a folder, a name in data/sources/expected_sizes.py, whose number of images it must have.
+        "name": "",
+        # How a folder is read (docs/data.md). auto: detected, and refused if ambiguous; flat: without classes; classes,
+        # splits: by its sub-folders; 0.1.0: as that version read folders, and numbers in data.classes.
         "layout": "auto",
-        "train_split": "train",
-        # Part of the training data that chooses checkpoints, as 'train[90%:]': train_split is then 'train[:90%]'.
+        "train_split": "train",  # split to train on, as 'train' or 'train[:90%]'
+        # Part of the training data that selects the checkpoint, as 'train[90%:]' with train_split='train[:90%]'; '':
+        # none.
         "val_split": "",
-        "eval_split": "test",  # '' turns evaluation off
-        "classes": "",  # keep images of these alone: 'cat,dog', '0-9', imagenet_organisms, imagenet_rest; '': all
+        "eval_split": "test",  # split to evaluate on; '': no evaluation
+        "classes": "",  # classes whose images are used: 'cat,dog', '0-9', imagenet_organisms, imagenet_rest; '': all
         "image_size": (224, 224),  # height, width in pixels
-        # Crop: none, fixed, random (MAE Table 1e), simple (DeiT III), single (BYOL), scaled (of any scale; mmseg); of
-        # images with objects: none, lsj (ViTDet), multi_scale (DETR; XCiT's and iBOT's protocols).
+        # Crop of training images: none, fixed, random (MAE Table 1e), simple (DeiT III), single (BYOL), scaled (of any
+        # size; mmsegmentation). Of images with objects: none, lsj (ViTDet), multi_scale (DETR; protocols of XCiT and
+        # iBOT).
         "augment": "random",
-        # none, jitter (MAE Table 1e), three (3-Augment, DeiT III), rand (RandAugment), distort (of photographs; mmseg)
+        # Colors of training images: none, jitter (MAE Table 1e), three (3-Augment, DeiT III), rand (RandAugment),
+        # distort (mmsegmentation's photometric distortion).
         "color": "none",
-        "repeats": 1,  # views of each image in a batch (repeated augmentation)
-        "crop_scale": (0.2, 1.0),  # share of the area, MAE A.1
-        "crop_ratio": (3 / 4, 4 / 3),
+        "repeats": 1,  # views of each image in a batch (repeated augmentation; DeiT III: 3)
+        "crop_scale": (0.2, 1.0),  # share of the image's area in a random crop: least, largest (MAE A.1)
+        "crop_ratio": (3 / 4, 4 / 3),  # width / height of a random crop: least, largest (torchvision)
         "scales": (0.5, 2.0),  # of augment=scaled: size of the image, relative to one that the crop just fits
         "lsj_scale": (0.1, 2.0),  # of augment=lsj: least and largest size of images, as shares of image_size (ViTDet)
         "max_objects": 100,  # most objects of an image that are trained on; rows of the objects' batch fields
-        "flip": True,
-        "exif": "auto",  # apply: images are turned as their EXIF says; ignore; auto: apply, but in runs from before
-        # Values of black and white in images of more than 8 bits: auto, printed and stored: 0 and the highest value of
-        # as many bits as 64 training images need; two numbers, as 0,4095; upper: the upper 8 bits, as before.
+        "flip": True,  # True: half of the training images are mirrored
+        # EXIF orientation. apply: images are turned as it says; ignore: not; auto: apply, except in runs of an older
+        # recipe_version.
+        "exif": "auto",
+        # Values of black and white in images of more than 8 bits. auto: 0 and the highest value of as many bits as 64
+        # training images need, printed and stored; two numbers, as 0,4095; upper: the upper 8 bits, as before.
         "range": "auto",
-        # Files that are read: all: JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF, HEIC; common: the first five; auto: all, but
-        # in runs from before.
+        # Files that are read. all: JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF, HEIC; common: the first five; auto: all,
+        # except in runs of an older recipe_version.
         "formats": "auto",
-        # Of training images. exact: as PIL and torchvision do; fast: OpenCV, not antialiased; graph: exact's filter in
-        # TensorFlow's graph, many JPEGs at once (docs/performance.md).
+        # How training images are resized. exact: as PIL and torchvision do; fast: by OpenCV, not antialiased; graph:
+        # exact's filter in TensorFlow's graph, many JPEGs at once (docs/performance.md).
         "resize": "exact",
-        "image_key": "image",  # name of a TFRecord feature, npz array, Parquet or table column, or kind of tar member
-        "label_key": "label",  # likewise; '' reads no labels
-        # likewise of masks: the image of classes in TFDS; for source folder, a folder of PNGs like path
+        # Where the image is: name of a TFRecord feature, an npz array, a Parquet or table column, or the kind of a tar
+        # member.
+        "image_key": "image",
+        "label_key": "label",  # where the label is, likewise; '': no labels are read
+        # Where the mask is, likewise: in TFDS an image of classes; with source=folder a folder of PNGs like data.path;
+        # '': no masks.
         "mask_key": "",
-        "tokens": "",  # *.npz of token maps made beforehand, for method.target=tokens (see data/token_maps.py)
-        "mask_offset": 0,  # subtracted from a mask's values; values below it become 255, which is ignored
-        "readers": 16,  # logical readers of a TFRecord stream
-        "shuffle_mb": 1024,  # encoded bytes held for shuffling, over all readers
-        # Processes that make examples; 0: threads alone; auto: as many as data.threads, but threads for few images.
+        "tokens": "",  # *.npz of token ids, for method.target=tokens (mae_jax/data/token_maps.py)
+        "mask_offset": 0,  # subtracted from the values of a mask; values below it become 255, which is ignored
+        "readers": 16,  # number of logical readers of a TFRecord stream
+        "shuffle_mb": 1024,  # megabytes of encoded records held for shuffling, over all readers
+        # Number of processes that make examples. 0: threads only; auto: as many as data.threads, but threads for a few
+        # images.
         "workers": "auto",
-        "threads": 0,  # host threads; 0: one per core
-        "prefetch": 2,  # batches ready ahead, on the host and on the device
+        "threads": 0,  # number of host threads; 0: one per core
+        "prefetch": 2,  # number of batches that are ready ahead, on the host and on the device
     },
-    "model": {
-        **vit("B", patch=16),
-        # Fields of this group that the weights of init_from decide, where it is given, as ('width', 'heads'); what the
-        # command line sets is not among them.
+    "model": {  # of the encoder; its shape is that of ViT-B/16
+        "width": 768,  # width of the tokens, a multiple of model.heads and of 4
+        "depth": 12,  # number of blocks
+        "heads": 12,  # number of attention heads
+        "patch": (16, 16),  # height, width of a patch in pixels
+        # Fields of this group that are set from the weights of init_from, if given, as ('width', 'heads'); a field on
+        # the command line takes precedence.
         "auto": (),
-        "mlp_ratio": 4,
-        "dtype": "auto",  # activations: bfloat16 on accelerators, float32 on CPU
-        "gelu": "erf",  # erf (exact) or tanh
-        "pool": "cls",  # features of heads, probes and k-NN: the class token, or mean of the patch tokens
-        "positions": "fixed",  # sine-cosine; learned: starts from these; random: learned from noise (DeiT)
-        "layer_scale": 0.0,  # first value of each branch's scale (LayerScale); 0: none
+        "mlp_ratio": 4,  # width of a block's hidden layer, over that of the encoder
+        "dtype": "auto",  # of activations; auto: bfloat16 on accelerators, float32 on CPUs
+        "gelu": "erf",  # erf (exact) or tanh (its approximation)
+        "pool": "cls",  # features of heads, probes and k-NN. cls: the class token; mean: the mean of the patch tokens
+        # Position embedding. fixed: sine-cosine (MAE); learned: trained from these; random: trained from noise (DeiT).
+        "positions": "fixed",
+        "layer_scale": 0.0,  # initial scale of each branch (LayerScale); 0: none
         "drop_path": 0.0,  # highest rate of stochastic depth; 0: off
-        "drop_path_rates": "linear",  # from 0 to the highest over the blocks (timm), or constant (DeiT III)
-        # xavier: as MAE; normal: as DeiT, standard deviation 0.02; with method.name=beit, as BEiT (methods/beit.py)
+        "drop_path_rates": "linear",  # linear: from 0 to the highest over the blocks (timm); constant (DeiT III)
+        # Initial kernels. xavier: as MAE; normal: as DeiT, standard deviation 0.02, or with method.name=beit as BEiT.
         "init": "xavier",
-        "scan": False,  # one compiled layer instead of depth; checkpoints do not change
-        "remat": "none",  # none, full, dots
+        "scan": False,  # True: blocks run as a loop over one compiled block; checkpoints are the same
+        # Activations that the backward pass computes again. none; full: all of a block; dots: all but matrix products.
+        "remat": "none",
     },
     "optim": {
-        "name": "adamw",  # the optimizer
-        "lr": 1.5e-4,  # per 256 images: the peak is lr · batch_size / 256
-        "schedule": "cosine",  # after the warm-up; poly: linear (mmsegmentation, power 1)
-        "min_lr": 0.0,
-        "warmup": "40 epochs",
-        "warmup_lr": 0.0,  # where the warm-up starts
-        "betas": (0.9, 0.95),  # of adamw, lamb and lion
+        "name": "adamw",  # the optimizer (MAE Table 8)
+        "lr": 1.5e-4,  # learning rate per 256 images: the peak is lr · batch_size / 256 (MAE Table 8)
+        "schedule": "cosine",  # of the rate after the warm-up: half a cosine; poly: linear (mmsegmentation, power 1)
+        "min_lr": 0.0,  # learning rate at the end of the schedule, as it is, for any batch
+        "warmup": "40 epochs",  # duration in which the rate rises linearly (MAE Table 8)
+        "warmup_lr": 0.0,  # learning rate at the start of the warm-up, likewise as it is
+        "betas": (0.9, 0.95),  # of adamw, lamb and lion (MAE Table 8)
         "eps": 1e-8,  # of adamw and lamb
         "momentum": 0.9,  # of lars and sgd
-        "weight_decay": 0.05,
-        "final_weight_decay": -1.0,  # final value, reached by half a cosine, as in DINO; negative: constant
-        "layer_decay": 1.0,  # factor of the learning rate from each block to the one before it
-        # Shares of the run after which the learning rate is a tenth of what it was, as (8 / 9, 26 / 27); (): half a
-        # cosine.
+        "weight_decay": 0.05,  # weight decay at the start, of the parameters that have any (MAE Table 8)
+        "final_weight_decay": -1.0,  # weight decay at the end, reached by half a cosine (DINO); negative: constant
+        "layer_decay": 1.0,  # factor of the learning rate from each block to the one before it; 1: off
+        # Shares of the run after which the learning rate is divided by 10, as (8 / 9, 26 / 27); (): optim.schedule.
         "milestones": (),
-        "clip": 0.0,  # global norm; 0: off
+        "clip": 0.0,  # largest global norm of the gradient; 0: no clipping
         "ema": 0.0,  # decay per step of averaged parameters, which evaluations then use; 0: off
     },
     "train": {
-        "duration": "800 epochs",
-        "patience": "",  # end if checkpoint.best_metric does not improve for this long, as '20 epochs'; '': never
-        "accumulate": 1,  # gradient accumulation: micro-batches per step
-        "deterministic": False,  # GPUs: bit-identical runs, slower kernels
+        "duration": "800 epochs",  # length of the run (MAE Table 8)
+        # Duration without an improvement of checkpoint.best_metric after which a run ends, as '20 epochs'; '': off.
+        "patience": "",
+        "accumulate": 1,  # number of micro-batches per step (gradient accumulation)
+        "deterministic": False,  # True: runs on GPUs are bit-identical, by slower kernels
         "compilation_cache": "auto",  # folder of compiled programs; auto: <workdir>/compiled; '': none
     },
     "mesh": {
-        "data": -1,  # devices that share the rows of a batch; -1: the rest, here and below
-        "fsdp": 1,  # devices that share rows, and hold a part of each parameter
-        "tensor": 1,  # devices that share heads and hidden units
-        "zero": "auto",  # on, off: parameters and optimizer sharded over `data`, too (ZeRO); auto: on, except on CPUs
-        "slices": -1,  # TPU slices, joined by the data-center network; each has all parts of sharded arrays; -1: all
-        "reduce": "float32",  # dtype in which gradients of kernels are summed over devices; or bfloat16
+        "data": -1,  # number of devices that share the rows of a batch; -1: all that the others leave
+        "fsdp": 1,  # number of devices that share rows, and hold a part of each parameter; -1 likewise
+        "tensor": 1,  # number of devices that share attention heads and hidden units; -1 likewise
+        # ZeRO: on: parameters and optimizer state are sharded over `data`, too; off; auto: on, except on CPUs.
+        "zero": "auto",
+        # Number of TPU slices, joined by the data-center network; each holds all parts of sharded arrays; -1: all.
+        "slices": -1,
+        "reduce": "float32",  # dtype in which gradients of kernels are summed over devices: float32, bfloat16
     },
     "checkpoint": {
-        "every": "20 epochs",
-        "keep_last": 3,
-        "keep_every": "",
-        # Keep the best checkpoint by this figure of data.val_split, as 'top1'; 'loss' and 'rankme' need no labels; '':
-        # none.
+        "every": "20 epochs",  # period of checkpoints; one is also saved at the end
+        "keep_last": 3,  # number of the last checkpoints that are kept, at least 2
+        "keep_every": "",  # period of checkpoints that are never deleted, as '200 epochs'; '': none
+        # Metric on data.val_split by which the best checkpoint is kept, as 'top1'; 'loss' and 'rankme' need no labels;
+        # '': none.
         "best_metric": "",
-        "best_mode": "auto",  # max, min: whether larger or smaller is better; auto: known for built-in figures
+        "best_mode": "auto",  # max: larger is better; min: smaller; auto: known for built-in metrics
     },
     "eval": {
-        "every": "20 epochs",  # also at both ends; if at least train.duration: at the last step alone
-        "max_examples": 100_000,  # read of the training split for probes and vocabularies, and of the evaluation split
-        "crop_ratio": (224 / 256,),  # share of the short side that the center crop keeps; more: a curve
-        # Of method.test=slide and whole: sizes at which an image is seen, times that of the model's images; the
+        "every": "20 epochs",  # period, besides both ends of the run; at least train.duration: the last step only
+        # Most images that evaluations read: of the training split, for probes and vocabularies, and of the evaluation
+        # split.
+        "max_examples": 100_000,
+        "crop_ratio": (224 / 256,),  # share of the short side that the center crop keeps; several: a curve at the end
+        # For method.test=slide and whole: sizes at which an image is seen, times that of the model's images; the
         # probabilities are averaged (docs/segmentation.md).
         "scales": (1.0,),
-        "flip": False,  # likewise: each time mirrored, too
+        "flip": False,  # for method.test=slide and whole: True: an image is seen mirrored, too
         "test": True,  # False: data.eval_split is held out, and not read
         "sets": (),  # further test sets of TFDS for the last evaluation, as ('imagenet_v2',)
-        "knn_k": 20,
-        "knn_temperature": 0.07,  # of the vote, as in DINO
-        "pictures": 16,  # in the grids of reconstructions and of attention
+        "knn_k": 20,  # number of neighbors of k-NN, as in DINO
+        "knn_temperature": 0.07,  # of the neighbors' votes, as in DINO
+        "pictures": 16,  # number of images in the grids of reconstructions and of attention
         "attention_block": -1,  # block whose attention is drawn; -1: the last
-        "attention_query": "cls",  # query of the drawn attention: the class token, or mean: all patches
+        "attention_query": "cls",  # query of the drawn attention. cls: the class token; mean: the mean of all patches
     },
     "log": {
-        "every": "50 steps",
-        "tensorboard": True,
+        "every": "50 steps",  # period of training metrics, which are means over it
+        "tensorboard": True,  # True: metrics and figures are also written for TensorBoard
         "sinks": (),  # further outputs of metrics and figures, by name (mae_jax/storage/metric_sinks.py)
-        "profile_steps": "",  # the first and the last of a profiler trace: '20:25'; '': none
+        "profile_steps": "",  # first and last step of a profiler trace, as '20:25'; '': none
     },
     "guard": {
-        "max_nonfinite": 10,  # steps in a row whose loss or gradients are not finite
-        "max_bad_fraction": 0.1,  # largest share of images that could not be read
-        "spike": 0.0,  # skip steps with loss or gradient norm this many deviations above the last 128; 0: none; OLMo: 6
-        "stall_seconds": 1800.0,  # longest time of a step, a save, the input or a batch of an evaluation; 0: no limit
+        "max_nonfinite": 10,  # number of steps in a row without a finite loss and gradient that stops a run
+        "max_bad_fraction": 0.1,  # share of images that cannot be read above which a run stops
+        # Deviations above the last 128 steps at which loss or gradient norm is a spike, whose step is skipped; 0: off;
+        # OLMo: 6.
+        "spike": 0.0,
+        "stall_seconds": 1800.0,  # longest seconds of a step, a save, the input or an evaluation's batch; 0: off
     },
 }
 
