@@ -1,6 +1,6 @@
 """MAE on your own images, sized for small data.
 
-  python -m mae_jax.main --config=configs/folder.py --workdir=runs/mine --config.data.path=/path/to/pictures
+  python -m mae_jax.main --config=configs/folder.py --workdir=runs/mine --config.data.path=/path/to/images
 
 Images may be at any depth of sub-folders; `data.formats` lists the formats. Class folders are optional. With them
 (path/<class>/*.jpg, or path/train/<class>/*.jpg and path/val/<class>/*.jpg), probes are evaluated; without them, the

@@ -1,7 +1,7 @@
 r"""Fine-tuning on your own images in class folders, sized for small data.
 
   python -m mae_jax.main --config=configs/folder_finetune.py --workdir=runs/classifier \
-      --config.data.path=/path/to/pictures --config.init_from=runs/mine
+      --config.data.path=/path/to/images --config.init_from=runs/mine
 
 Images are in path/<class>/*.jpg, or in path/train/<class>/*.jpg and path/val/<class>/*.jpg. The encoder is that of
 configs/folder.py, trained on the same images or on more of them, which need no labels; without --config.init_from use

@@ -13,8 +13,8 @@ Arguments, one of them:
   mosaic           parts of photographs that need no download, with the encoder of folder:laptop; the class of
                    a pixel is its photograph, one of 17. Minutes on a laptop
   pets             Oxford-IIIT Pet of TFDS: pet, background, outline
-  voc              PASCAL VOC 2012: --config.data.path=VOCdevkit/VOC2012/pictures
-                   --config.data.mask_key=VOCdevkit/VOC2012/SegmentationClass, 20 classes and background. `pictures` has
+  voc              PASCAL VOC 2012: --config.data.path=VOCdevkit/VOC2012/images
+                   --config.data.mask_key=VOCdevkit/VOC2012/SegmentationClass, 20 classes and background. `images` has
                    train/ and val/ with the images of ImageSets/Segmentation, the other folder the masks likewise
   scene_parse150   the 150 classes of ADE20K's scene parsing; the authors' ADEChallengeData2016.zip unpacked to DIR:
                    --config.data.path=DIR/images --config.data.mask_key=DIR/annotations (TFDS's data set of this name

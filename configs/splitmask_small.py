@@ -3,7 +3,7 @@ r"""SplitMask pre-training on small target data only, the protocol of arXiv 2112
   python -m mae_jax.main --config=configs/splitmask_small.py:cars --workdir=runs/cars \
       --config.data.path=/path/to/tensorflow_datasets
   python -m mae_jax.main --config=configs/splitmask_small.py:folder,S --workdir=runs/mine \
-      --config.data.path=/path/to/pictures --config.batch_size=256
+      --config.data.path=/path/to/images --config.batch_size=256
 
 Arguments, separated by commas: the data, a size, `runlocal` (two small steps on a laptop). Sizes: `B` (the default),
 `S`. Data: `cars`, `sketch`, `clipart`, `painting` (DomainNet, TFDS's cleaned one), `food101`, `coco`, `imagenet_1pct`,

@@ -314,7 +314,7 @@ def test_the_rows_that_stay_together_are_those_of_the_plug_ins_patch_order(no_pl
     plugins.register("methods", "mixes", Mixes)
     config = default("mixes")
     config.batch_size = 6
-    with pytest.raises(UserError, match=r"batch_size=6\b.*\b4 pictures that mixes mixes"):
+    with pytest.raises(UserError, match=r"batch_size=6\b.*\b4 images that mixes mixes"):
         train_step.build(for_platform(config, "cpu"), ASSUMED)
 
 

@@ -86,7 +86,7 @@ def check_ranges(values: dict[str, Any]) -> None:
             raise UserError(f"{key}={(low, high)}; expected two numbers above 0, the smaller one first")
     ratios = values["eval.crop_ratio"]
     if values["data.crop_scale"][1] > 1 or not ratios or not all(0 < ratio <= 1 for ratio in ratios):
-        raise UserError("data.crop_scale and eval.crop_ratio are shares of a picture: above 0, at most 1")
+        raise UserError("data.crop_scale and eval.crop_ratio are shares of an image: above 0, at most 1")
     if not values["eval.scales"] or not all(0 < scale <= LARGEST_SCALE for scale in values["eval.scales"]):
         raise UserError(f"eval.scales={tuple(values['eval.scales'])}; expected numbers above 0, "
                         f"at most {LARGEST_SCALE}")

@@ -74,7 +74,7 @@ class Clusters:
         path = paths.locate(folder, "method.clusters")
         if not folder or not (path / "clusters.npz").is_file():
             raise UserError(f"method.clusters={folder!r} holds no clusters.npz; python -m mae_jax cluster "
-                            "--from=WORKDIR --to=FOLDER makes it, of the pictures and the encoder of a MAE")
+                            "--from=WORKDIR --to=FOLDER makes it, of the images and the encoder of a MAE")
         with opened(path / "clusters.npz", "; remove it, and cluster again") as stored:
             arrays = {name: stored[name] for name in stored.files}
         content = paths.read_bytes(path / "meta.json")

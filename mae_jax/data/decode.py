@@ -190,7 +190,7 @@ class StoredImage:
         if self.format is None:
             return ()
         if image.mode in ("1", "L", "LA") or image.mode.startswith("I"):
-            what.append("grey")
+            what.append("gray")
         elif image.mode in ("P", "PA"):
             what.append("with a palette")
         elif image.mode == "CMYK":

@@ -192,7 +192,7 @@ class OpenedData:
         for part in (source, self.val, self.eval):
             _check_fields(part, spec, data)
         if source.size < order.group:
-            raise UserError(f"data.train_split={data.train_split!r} has {source.size} pictures, and {order.group} are "
+            raise UserError(f"data.train_split={data.train_split!r} has {source.size} images, and {order.group} are "
                             "mixed with one another")
         bad: deque[str] = deque(maxlen=BAD_NAMES)
         common = {"builder": builder(config, order, spec, views), "config": config, "rows": rows, "bad": bad}
@@ -244,7 +244,7 @@ class OpenedData:
         if self.left_over:
             lost = (f"; left out by {data.readers} readers: {len(self.left_over)}, from "
                     f"{self.train.name(self.left_over[0])}")
-        return (f"{data.source}{f' {where}' if where else ''}: {self.train.size} pictures in {data.train_split}, "
+        return (f"{data.source}{f' {where}' if where else ''}: {self.train.size} images in {data.train_split}, "
                 f"{chosen_by}{self.eval.size if self.eval else 0} in {data.eval_split or 'no evaluation split'}; "
                 f"{named}{lost}")
 
@@ -285,7 +285,7 @@ def check_apart(data: ConfigDict, first: str, second: str) -> None:
     some, others = (sources_splits.parts(data[key]) if data[key] else [] for key in (first, second))
     if any(registry.same_split(data, one.name, other.name) and sources_splits.overlap(one, other)
            for one in some for other in others):
-        raise UserError(f"data.{first}={data[first]!r} shares pictures with data.{second}={data[second]!r}, or may; "
+        raise UserError(f"data.{first}={data[first]!r} shares images with data.{second}={data[second]!r}, or may; "
                         "write for example 'train[:90%]' to train on, 'train[90%:]' to choose by and 'test' to report")
 
 
@@ -293,12 +293,12 @@ def _check_classes(part: Any, source: Any, data: ConfigDict) -> None:
     """Raises UserError if a split has a class that the training split lacks, or has its classes in another order."""
     if part and source.classes and list(part.classes) != [name for name in source.classes if name in part.classes] and (
             set(part.classes) <= set(source.classes)):
-        raise UserError(f"data.source={data.source!r}: the classes of the held-out pictures come in another order than "
+        raise UserError(f"data.source={data.source!r}: the classes of the held-out images come in another order than "
                         f"those of data.train_split={data.train_split!r}, so that their numbers mean others: "
                         f"{labels.some(part.classes)}, and {labels.some(source.classes)}")
     unknown = sorted(set(part.classes) - set(source.classes)) if part and source.classes else []
     if unknown:
-        raise UserError(f"data.source={data.source!r}: {len(unknown)} classes of the held-out pictures are none of "
+        raise UserError(f"data.source={data.source!r}: {len(unknown)} classes of the held-out images are none of "
                         f"data.train_split={data.train_split!r}, such as {unknown[0]!r}; trained on are "
                         f"{labels.some(source.classes)}")
 

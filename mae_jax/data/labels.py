@@ -33,17 +33,17 @@ def check(data: ConfigDict, parts: Mapping[str, Any]) -> None:
         unknown = () if part is train else getattr(part, "unknown_classes", ())
         if unknown:
             raise UserError(f"data.{field}={data[field]!r} has classes that are not trained on: {some(unknown)}; {ours}"
-                            f". Call them alike, or take those pictures away{without}")
+                            f". Call them alike, or take those images away{without}")
         if not labeled(part):
             theirs = "" if part is train else f"; it has neither class folders nor a list of labels, {ours}" \
                 if data.source == "folder" else f"; {ours}"
-            raise UserError(f"data.{field}={data[field]!r} has no picture with a label, and a classifier needs them"
+            raise UserError(f"data.{field}={data[field]!r} has no image with a label, and a classifier needs them"
                             f"{theirs}{without}")
         if data.source in AT_HAND and part is not train and part.label:
             present = {part.label(i) for i in range(part.size)}
             missing = [name for number, name in enumerate(part.classes) if number not in present]
             if missing:
-                log.warning("data.%s=%r has no picture of %d of the %d classes: %s", field, data[field], len(missing),
+                log.warning("data.%s=%r has no image of %d of the %d classes: %s", field, data[field], len(missing),
                             len(part.classes), some(missing))
 
 
@@ -56,7 +56,7 @@ def check_batches(config: ConfigDict) -> None:
             with opened(file) as arrays:
                 found = "label" not in arrays.files or (arrays["label"] >= 0).any()
             if not found:
-                raise UserError(f"{file} has no picture with a label, and a classifier needs them{WITHOUT[field]}")
+                raise UserError(f"{file} has no image with a label, and a classifier needs them{WITHOUT[field]}")
 
 
 def labeled(part: Any) -> bool:

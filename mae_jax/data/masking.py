@@ -97,7 +97,7 @@ def check(order: PatchOrder) -> None:
     if not 0 <= order.num_masked <= patches:
         raise UserError(f"cannot hide {order.num_masked} of {patches} patches; expected 0 to {patches}")
     if patches % order.group:
-        raise UserError(f"{patches} patches cannot be shared evenly by a group of {order.group} pictures")
+        raise UserError(f"{patches} patches cannot be shared evenly by a group of {order.group} images")
     if not isinstance(order.kind, str):
         _try_out(order, order.kind)
     if order.kind != "grid":
@@ -120,7 +120,7 @@ def _try_out(order: PatchOrder, generator: Generator) -> None:
         raise UserError(f"the order of patches {generator.name!r} draws blocks {list(blocks.shape)} of the patches "
                         f"{blocks.min()} to {blocks.max()}, not {list(shape)} of 0 to {patches - 1}")
     if shape and order.group > 1:
-        raise UserError(f"the order of patches {generator.name!r} has blocks, which a group of {order.group} pictures "
+        raise UserError(f"the order of patches {generator.name!r} has blocks, which a group of {order.group} images "
                         "cannot share")
 
 

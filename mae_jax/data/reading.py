@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 COMMON = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # the formats of mae_jax 0.2: data.formats=common
 FORMATS = (*COMMON, "TIFF", "AVIF", "HEIF")
-NAMES = {COMMON: "a JPEG, PNG, WebP, BMP or GIF picture",
-         FORMATS: "a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or HEIC picture"}
+NAMES = {COMMON: "a JPEG, PNG, WebP, BMP or GIF image",
+         FORMATS: "a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or HEIC image"}
 EXTENSIONS = {"common": (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")}  # data.formats → extensions of image files
 EXTENSIONS["all"] = (*EXTENSIONS["common"], ".tif", ".tiff", ".avif", ".heic", ".heif")
 _WITHOUT = "or leave such files out: --config.data.formats=common"

@@ -30,7 +30,7 @@ try:
         tf.config.set_visible_devices([], "GPU")  # JAX needs all GPU memory
         tf.config.set_visible_devices([], "TPU")
 except ImportError as error:
-    raise UserError(f"reading pictures needs TensorFlow ({error}): pip install tensorflow; "
+    raise UserError(f"reading images needs TensorFlow ({error}): pip install tensorflow; "
                     "without it, data.source='batches' reads cached batches") from error
 
 

@@ -147,7 +147,7 @@ def write_array_record(found: dict[str, Found], folder: epath.Path, size: int, t
 def _check_storable(found: dict[str, Found]) -> None:
     for source in found.values():
         if "labels" in source.fields:
-            raise UserError("pictures are stored with one label each, and these have several; use --write=batches")
+            raise UserError("images are stored with one label each, and these have several; use --write=batches")
 
 
 def write_batches(opened: OpenedData, inputs: Inputs, spec: Spec, order: PatchOrder, views: tuple[View, ...],

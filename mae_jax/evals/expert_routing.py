@@ -110,7 +110,7 @@ def picture(method: MoCE, params: Any, extras: Any, batches: Iterator[Batch]) ->
             break
     blank = np.full((*config.data.image_size, 3), 255, np.uint8)
     names = [f"block {block}, expert {i}\n{(table[block] == i).sum()} of {method.num_clusters} clusters,\n"
-             f"{share[table[block] == i].sum():.0%} of pictures" for block, i in rows]
+             f"{share[table[block] == i].sum():.0%} of images" for block, i in rows]
     return tile([[*seen, *[blank] * (IMAGES_PER_EXPERT - len(seen))] for seen in rows.values()],
                 [""] * IMAGES_PER_EXPERT,
                 "what each expert sees", names)

@@ -66,7 +66,7 @@ class DINO(Method):
             raise UserError(f"model.positions={config.model.positions!r}; DINO's views have several grids: use 'fixed'")
         if data.color != "none" or data.augment != "random" or data.resize != "exact" or data.repeats != 1:
             raise UserError(f"data.augment={data.augment!r}, data.color={data.color!r}, data.resize={data.resize!r}, "
-                            f"data.repeats={data.repeats}: DINO's views are crops and colours of their own, cut from "
+                            f"data.repeats={data.repeats}: DINO's views are crops and colors of their own, cut from "
                             "one decoding; leave 'random', 'none', 'exact' and 1")
 
     def __init__(self, config: ConfigDict, data: DataInfo):

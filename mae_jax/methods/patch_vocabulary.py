@@ -30,12 +30,12 @@ def build(patches: np.ndarray, kind: str, size: int, rng: np.random.Generator) -
     """
     varied = patches[~np.asarray(constant(patches))] if len(patches) else patches
     if len(varied) < MIN_PATCHES_PER_ENTRY * MIN_VOCABULARY:
-        raise UserError(f"only {len(varied)} of the sampled patches are not of one colour: too few for a vocabulary; "
-                        "use method.target=norm_pix, or more pictures")
+        raise UserError(f"only {len(varied)} of the sampled patches are not of one color: too few for a vocabulary; "
+                        "use method.target=norm_pix, or more images")
     if len(varied) < MIN_PATCHES_PER_ENTRY * size:
         raise UserError(f"method.vocabulary={size} is more than a fifth of the {len(varied)} sampled patches that are "
                         f"not constant; use at most {len(varied) // MIN_PATCHES_PER_ENTRY}, or a larger "
-                        "eval.max_examples: no more pictures are sampled")
+                        "eval.max_examples: no more images are sampled")
     if kind == "projection":
         entries = rng.normal(size=(size - 1, patches.shape[1])).astype(np.float32)
     elif kind == "patches":

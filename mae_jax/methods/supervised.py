@@ -51,7 +51,7 @@ class Supervised(Method):
             raise UserError(f"method.mix_group={m.mix_group}; expected an even number that divides the {rows} rows of "
                             "a batch (or of a micro-batch)")
         if mixes and m.mix_group and config.data.repeats > 1 and -(-rows // config.data.repeats) < m.mix_group:
-            raise UserError(f"method.mix_group={m.mix_group} would mix a picture with its own repeats; "
+            raise UserError(f"method.mix_group={m.mix_group} would mix an image with its own repeats; "
                             f"use at most {rows // config.data.repeats // 2 * 2}")
 
     @staticmethod
@@ -63,8 +63,8 @@ class Supervised(Method):
         m, data = self.config.method, self.data
         wanted, there = m.classes, len(data.classes if m.multi_label else data.single_label_classes)
         if there < 2:
-            raise UserError(f"method.name=supervised needs pictures with one label each, of at least two classes; the "
-                            f"data has {there}: a folder needs two class sub-folders or more, and pictures with "
+            raise UserError(f"method.name=supervised needs images with one label each, of at least two classes; the "
+                            f"data has {there}: a folder needs two class sub-folders or more, and images with "
                             "several labels need method.multi_label=True")
         if wanted not in (0, there):
             raise UserError(f"method.classes={wanted}, but the data has {there} classes; leave it 0, or use other data")

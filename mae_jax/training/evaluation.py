@@ -77,7 +77,7 @@ class BestCheckpoint:
         """
         if f"val/{self.metric}" not in figures:
             raise UserError(f"checkpoint.best_metric={self.metric!r}: there is no such figure of the validation part: "
-                            "perhaps it has no picture, or none with a label")
+                            "perhaps it has no image, or none with a label")
         score = figures[f"val/{self.metric}"] * self.sign
         if score > self.score:  # False for NaN
             self.checkpoints.save(done, state)
@@ -111,7 +111,7 @@ def check(run: Run) -> Evaluator:
                             f"is reported at the end; did you mean {'val/' + best.removeprefix('eval/')!r}?")
         names = [name for name in evaluator.metric_names(run.program.state) if not OF_EXPERTS.search(name)]
         if best not in names:
-            why = "" if run.inputs.classes else ": the pictures have no classes"
+            why = "" if run.inputs.classes else ": the images have no classes"
             raise UserError(f"checkpoint.best_metric={best!r} is not evaluated{why}; {did_you_mean(best, names)}")
         if config.checkpoint.best_mode == "auto":
             known_mode(best)
@@ -119,7 +119,7 @@ def check(run: Run) -> Evaluator:
                      for name in each.metric_names(evaluator.method, run.inputs)]
         val = run.inputs.parts.get(config.data.val_split)
         if best in of_labels and val and not labels.labeled(val):
-            raise UserError(f"checkpoint.best_metric={best!r}: data.val_split={config.data.val_split!r} has no picture "
+            raise UserError(f"checkpoint.best_metric={best!r}: data.val_split={config.data.val_split!r} has no image "
                             "with a label; choose by 'loss' or 'rankme', or take a part that has labels")
     for name in config.eval.sets if config.data.eval_split and config.eval.test else ():
         run.inputs.extra(name)

@@ -51,7 +51,7 @@ class Guards:
         self.seen += self.run.config.batch_size
         self.replaced += int(sums["replaced"])
         if self.seen >= BAD_IMAGES_AFTER and self.replaced > guard.max_bad_fraction * self.seen:
-            raise GuardError(f"{self.replaced} of {self.seen} pictures could not be read, more than "
+            raise GuardError(f"{self.replaced} of {self.seen} images could not be read, more than "
                              f"guard.max_bad_fraction={guard.max_bad_fraction}: "
                              f"{'; '.join(list(dict.fromkeys(self.run.inputs.bad))[:MAX_LISTED_IMAGES])}")
 

@@ -59,7 +59,7 @@ class TrainStep:
         if rows % method.group:
             near = [str(n) for n in (config.batch_size // step * step, config.batch_size // step * step + step) if n]
             raise UserError(f"batch_size={config.batch_size} gives a device {rows} rows at a time, which is not a "
-                            f"multiple of the {method.group} pictures that {config.method.name} mixes; nearest: "
+                            f"multiple of the {method.group} images that {config.method.name} mixes; nearest: "
                             f"{' and '.join(near)}")
         self.optimizer = optim.make_optimizer(method)
         self.schedule = optim.make_schedule(method)

@@ -98,14 +98,14 @@ def data_changes(workdir: epath.Path, inputs: Any, has_class_head: bool) -> list
         return []
     after, texts = _data_of(inputs, bool(before.get("identity"))), []
     if before.get("pictures") != after["pictures"]:
-        texts.append(f"pictures to train on: {before.get('pictures')} -> {after['pictures']}")
+        texts.append(f"images to train on: {before.get('pictures')} -> {after['pictures']}")
     if text := other_classes(before.get("classes") or (), after["classes"]):
         texts.append(text)
         if has_class_head:
             raise UserError(f"the workdir belongs to other data; {texts[-1]}. Use another --workdir, or the data it "
                             "was made with")
     if before.get("identity") and not texts:
-        texts = [f"pictures of {split}: other ones, by their names or the content of samples"
+        texts = [f"images of {split}: other ones, by their names or the content of samples"
                  for split in _other_splits(before, after)]
     return texts
 
@@ -155,7 +155,7 @@ def _why_other_data(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     if text := other_classes(before.get("classes") or (), after.get("classes") or ()):
         return text
     splits = ", ".join(_other_splits(before, after))
-    return f"other pictures are there, by their names or the content of samples, for {splits}" if splits else ""
+    return f"other images are there, by their names or the content of samples, for {splits}" if splits else ""
 
 
 def keep(workdir: epath.Path, config: ConfigDict, inputs: Any, evaluations: Iterable[str] = ()) -> None:

@@ -41,25 +41,25 @@ def test_a_folder_is_told_in_a_few_lines(tmp_path):
     save(cat / "wide.jpg", (200, 31), mode="L")
     save(dog / "tall.png", (47, 300), "PNG", "RGBA")
     save(dog / "other.jpg", (60, 60), "PNG")
-    (dog / "text.jpg").write_text("no picture")
+    (dog / "text.jpg").write_text("no image")
     shutil.copy(cat / "1.jpg", cat / "9.jpg")
     shutil.copy(cat / "1.jpg", dog / "1.jpg")
     save(tmp_path / "val" / "cat" / "a.jpg", (48, 32), seed=9)
     _, told = lines(tmp_path)
-    assert told[0].startswith("train: 10 pictures, 1 broken; ")
+    assert told[0].startswith("train: 10 images, 1 broken; ")
     assert told[0].endswith("/s decoded in full")
     assert told[1:] == [
-        "  dog/text.jpg: not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or HEIC picture",
-        "  labels     2 classes of 3 (dog) to 6 (cat) pictures",
+        "  dog/text.jpg: not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or HEIC image",
+        "  labels     2 classes of 3 (dog) to 6 (cat) images",
         "  sizes      48 x 32 to 47 x 300, median 50 x 34; 2 have a side below data.image_size=(32, 48), and are "
         "enlarged",
         "  formats    7 JPEG, 2 PNG; 1 by another extension: dog/other.jpg is PNG",
-        "  converted  1 grey, 1 with transparency",
+        "  converted  1 gray, 1 with transparency",
         "  copies     2 of them repeat another, byte for byte:",
         "             cat/1.jpg = cat/9.jpg = dog/1.jpg"]
     _, told = lines(tmp_path, "test")
     assert told[1:] == [
-        "  labels     2 classes of 0 (dog) to 1 (cat) pictures; 1 without any: dog", "  sizes      all 48 x 32",
+        "  labels     2 classes of 0 (dog) to 1 (cat) images; 1 without any: dog", "  sizes      all 48 x 32",
         "  formats    1 JPEG"]
 
 
@@ -72,7 +72,7 @@ def test_copies_in_two_splits_are_a_leak_by_name(tmp_path):
     save(tmp_path / "val" / "d.png", (20, 20), "PNG", seed=99)
     audits = {split: lines(tmp_path, split)[0] for split in ("train", "test")}
     assert report.leak_lines(audits) == [
-        "leak: 4 pictures of test also in train:", "  test a.png = train 3.png", "  test b.png = train 0.png",
+        "leak: 4 images of test also in train:", "  test a.png = train 3.png", "  test b.png = train 0.png",
         "  test c.png = train 3.png", "  and 1 more"]
     assert report.leak_lines({"train": audits["train"]}) == []
 
@@ -87,7 +87,7 @@ def test_blank_pictures_are_told_and_are_no_copies_of_each_other():
     source = Source(4, lambda i: Example(np.full((4, 6, 3), i // 3, np.uint8)), str)
     seen = audit(source, 2, "train")
     assert report.split_lines("train", seen, (4, 6))[1:] == ["  sizes      all 6 x 4",
-                                                                   "  blank      4 of one colour alone"]
+                                                                   "  blank      4 of one color alone"]
     assert report.leak_lines({"train": seen, "test": seen}) == []
 
 
@@ -102,7 +102,7 @@ def test_more_than_a_few_are_summed_up():
     pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     source = Source(300, lambda i: Example(b"" if i < 60 else pixels + i % 20), lambda i: f"p{i}")
     told = report.split_lines("train", audit(source, 2, "train"), (2, 2))
-    assert told[0].startswith("train: 300 pictures, 60 broken; ")
+    assert told[0].startswith("train: 300 images, 60 broken; ")
     assert told[1:51] == [f"  p{i}: empty file" for i in range(50)]
     assert told[51:] == [
         "  and 10 more", "  sizes      all 2 x 2", "  copies     220 of them repeat another, pixel for pixel:",
@@ -114,7 +114,7 @@ def test_labels_that_are_missing_or_no_class_are_told():
     labels = [0, 0, 1, -1, 7]
     source = Source(5, lambda i: Example(np.zeros((2, 2, 3), np.uint8), labels[i]), str, classes=("a\n", "b"))
     told = report.split_lines("train", audit(source, 1, "train"), (2, 2))
-    assert told[1] == (r"  labels     2 classes of 1 (b) to 2 (a\n) pictures; 1 picture without a label; "
+    assert told[1] == (r"  labels     2 classes of 1 (b) to 2 (a\n) images; 1 image without a label; "
                        "1 label of no class, up to 7")
 
 
@@ -141,7 +141,7 @@ def test_records_are_told_beside_what_was_promised_and_a_slice_is_numbered_right
     path.write_bytes(path.read_bytes()[:-10])
     seen = audit(registry.load(c.data, "train"), 2, "train")
     told = report.split_lines("train", seen, (16, 16))
-    assert told[0].startswith("train: 49 pictures, none broken")
+    assert told[0].startswith("train: 49 images, none broken")
     assert told[1] == "  records    50 in 5 files of 0 to 20, as records.json promises; 1 not read:"
     assert told[2].endswith("train-3.tfrecord is damaged after record 19 of 20: " + told[2].split(": ")[-1])
     (tmp_path / "records.json").unlink()

@@ -14,7 +14,7 @@ from mae_jax.data.sources import photo_crops
 
 
 def pattern(height=40, width=60):
-    """A smooth picture, so that lossy formats stay close."""
+    """A smooth image, so that lossy formats stay close."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x * 4, y * 5, 255 - x * 2 - y], -1).astype(np.uint8)
 
@@ -108,11 +108,11 @@ def turned(orientation):
 
 
 @pytest.mark.parametrize(("make", "converted"), [
-    (lambda: encode(pattern(), "JPEG"), ()), (lambda: encode(pattern(), "JPEG", "L"), ("grey",)),
+    (lambda: encode(pattern(), "JPEG"), ()), (lambda: encode(pattern(), "JPEG", "L"), ("gray",)),
     (lambda: encode(pattern(), "JPEG", "CMYK"), ("CMYK",)),
     (lambda: encode(pattern(), "GIF", "P"), ("with a palette",)),
     (lambda: encode(pattern(), "PNG", "RGBA"), ("with transparency",)),
-    (lambda: encode_raw(np.zeros((4, 4), np.uint16)), ("grey", "of 16 bits")),
+    (lambda: encode_raw(np.zeros((4, 4), np.uint16)), ("gray", "of 16 bits")),
     (lambda: png(1, 1, bytes(6), bits=16, color=2), ("of 16 bits",)),
     (lambda: animation("WEBP"), ("animated (first frame)",)), (lambda: animation("PNG"), ("animated (first frame)",)),
     (lambda: animation("GIF"), ("with a palette", "animated (first frame)")),

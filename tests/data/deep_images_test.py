@@ -88,7 +88,7 @@ def test_runs_from_before_have_the_upper_eight_bits(pixels):
     assert (old.data.range, old.data.formats) == ("upper", "common")
     found = np.asarray(StoredImage(deep_png(pixels), reading=Reading.of(old.data)).whole())
     np.testing.assert_array_equal(found, np.broadcast_to((pixels >> 8).reshape(20, 30, -1), found.shape))
-    with pytest.raises(BadImage, match=r"not a JPEG, PNG, WebP, BMP or GIF picture, but a TIFF"):
+    with pytest.raises(BadImage, match=r"not a JPEG, PNG, WebP, BMP or GIF image, but a TIFF"):
         StoredImage(tif(pixels), reading=Reading.of(old.data))
 
 

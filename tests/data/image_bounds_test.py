@@ -114,7 +114,7 @@ def test_markers_in_what_follows_a_jpeg_or_in_its_metadata_are_no_scans():
 
 
 def in_header(kind, more):
-    """A picture with so much between its header and its pixels."""
+    """An image with so much between its header and its pixels."""
     data = encode(pattern(), kind)
     at = 2 if kind == "JPEG" else 13 + 3 * 256
     return data[:at] + more + data[at:]

@@ -140,10 +140,10 @@ def test_patches_are_cut_channel_fastest_and_permuted_by_their_order():
 
 
 def made(size=10, bad=()):
-    """A source of one-colour pictures; those named in `bad` are text."""
+    """A source of one-colour images; those named in `bad` are text."""
     def read(i):
         return Example(b"text" if i in bad else np.full((32, 48, 3), i, np.uint8), i % 3)
-    return Source(size, read, name=lambda i: f"picture {i}", classes=("a", "b", "c"))
+    return Source(size, read, name=lambda i: f"image {i}", classes=("a", "b", "c"))
 
 
 def examples(source, count, c=None):
@@ -177,11 +177,11 @@ def test_a_bad_picture_gives_way_to_the_next_of_the_epoch_and_is_named():
     assert found[place]["replaced"] == 1
     assert found[place]["valid"] == 1
     assert sum(fields["replaced"] for fields in found) == 1
-    assert list(bad) == ["picture 4: not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or HEIC picture"]
+    assert list(bad) == ["image 4: not a JPEG, PNG, WebP, BMP, GIF, TIFF, AVIF or HEIC image"]
 
 
 def write_odd_folder(root):
-    """Twelve pictures of all kinds, each of its number's grey, and six broken files; returns id → grey of the good."""
+    """Twelve images of all kinds, each of its number's grey, and six broken files; returns id → grey of the good."""
     def save(name, gray, kind, mode="RGB", **options):
         Image.new("RGB", (40, 30), (gray, gray, gray)).convert(mode).save(root / name, kind, **options)
 
@@ -195,7 +195,7 @@ def write_odd_folder(root):
     Image.fromarray(np.full((30, 40), 200 << 8 | 77, np.uint16)).save(root / "10.png")
     Image.new("RGB", (1, 1), (220, 220, 220)).save(root / "11.png")
     whole = (root / "00.jpg").read_bytes()
-    broken = {"text": b"no picture", "empty": b"", "half": whole[:len(whole) // 2], "head": whole[:100],
+    broken = {"text": b"no image", "empty": b"", "half": whole[:len(whole) // 2], "head": whole[:100],
               "end": whole[:-2], "bomb": whole.replace(struct.pack(">HH", 30, 40), struct.pack(">HH", 60_000, 60_000))}
     for name, content in broken.items():
         (root / f"bad_{name}.jpg").write_bytes(content)
@@ -242,7 +242,7 @@ def test_a_bad_picture_of_an_evaluation_has_no_weight_and_moves_no_other():
     found = [random_access.evaluate_example(made(bad={1}), views, np.arange(3), 1.0, bad, i) for i in range(4)]
     assert [fields["valid"] for fields in found] == [1, 0, 1, 0]
     assert [fields["id"] for fields in found] == [0, 1, 2, -1]
-    assert bad[0].startswith("picture 1:")
+    assert bad[0].startswith("image 1:")
 
 
 def test_an_error_of_ours_comes_out_as_itself():

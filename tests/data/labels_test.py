@@ -25,7 +25,7 @@ def test_a_tfds_test_set_whose_labels_are_withheld_is_refused(tmp_path, file_for
         "toy", "1.0.0", features=tfds.features.FeaturesDict(features), split_datasets=sets, data_dir=str(tmp_path),
         file_format=file_format, disable_shuffling=True)
     fields = {"source": "tfds", "name": "toy", "path": str(tmp_path), "readers": 1}
-    with pytest.raises(UserError, match=r"eval_split='test' has no picture with a label.*are a, b, c"):
+    with pytest.raises(UserError, match=r"eval_split='test' has no image with a label.*are a, b, c"):
         opened(**fields).check_labels()
     opened(**fields, eval_split="train").check_labels()
 
@@ -34,7 +34,7 @@ def test_records_without_labels_to_be_judged_by_are_refused(tmp_path):
     write(tmp_path / "train-0.tfrecord", [record(i) for i in range(9)])
     write(tmp_path / "test-0.tfrecord", [record(i, label=False) for i in range(5)])
     fields = {"source": "tfrecord", "path": str(tmp_path / "{split}-*.tfrecord"), "readers": 1}
-    with pytest.raises(UserError, match=r"eval_split='test' has no picture with a label.*are 0, 1, 2"):
+    with pytest.raises(UserError, match=r"eval_split='test' has no image with a label.*are 0, 1, 2"):
         opened(**fields).check_labels()
 
 
@@ -51,5 +51,5 @@ def test_stored_batches_without_labels_are_refused(tmp_path, name):
     for each in ("train", "evaluate"):
         np.savez(tmp_path / f"{each}.npz", label=np.full(4, -1 if each == name else 1, np.int32))
     config = tiny_config({"data.source": "batches", "data.path": str(tmp_path)}, "supervised")
-    with pytest.raises(UserError, match=rf"{name}\.npz has no picture with a label"):
+    with pytest.raises(UserError, match=rf"{name}\.npz has no image with a label"):
         labels.check_batches(config)

@@ -56,7 +56,7 @@ def test_the_fewest_pixels_that_hold_a_share_are_kept():
 
 
 def numpy_overlaps(method, state, batch) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (IoU [masses, 1 + H] and share of foreground), means over pictures with foreground, pixel by pixel."""
+    """Returns (IoU [masses, 1 + H] and share of foreground), means over images with foreground, pixel by pixel."""
     maps = np.asarray(attention_maps.maps(method, state.params, {}, batch))
     maps = np.concatenate([maps.mean(1, keepdims=True), maps], 1)
     large = np.asarray(upsample(maps.transpose(0, 2, 3, 1), method.grid.patch)).transpose(0, 3, 1, 2)

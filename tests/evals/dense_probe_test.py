@@ -1,4 +1,4 @@
-"""Scores of dense predictions against scikit-learn, and pictures of them."""
+"""Scores of dense predictions against scikit-learn, and images of them."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Writes augment.npz: what torchvision and timm make of two real pictures, with stated parameters.
+"""Writes augment.npz: what torchvision and timm make of two real images, with stated parameters.
 
   python tests/golden/make_augment.py      (needs torchvision, timm and scikit-image; its readers do not)
 

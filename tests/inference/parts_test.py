@@ -82,7 +82,7 @@ def test_deep_images_that_the_encoder_would_see_dark_are_told(tmp_path, caplog, 
 
 def test_what_holds_no_image_is_refused(folder, tmp_path):
     (tmp_path / "a.txt").write_text("text")
-    for images, line in ((f"{folder}/*.gif", "no image matches"), (str(tmp_path), "no pictures"),
+    for images, line in ((f"{folder}/*.gif", "no image matches"), (str(tmp_path), "no images"),
                          ("", "no image matches"), ("s3://bucket/a", "local or gs://")):
         with pytest.raises(UserError, match=line):
             of_images(tiny_config(), images, ())

@@ -1,4 +1,4 @@
-"""The same weights, pictures and visible sets as Hugging Face's ViTMAE: golden/make_vitmae.py wrote its results."""
+"""The same weights, images and visible sets as Hugging Face's ViTMAE: golden/make_vitmae.py wrote its results."""
 
 import itertools
 from pathlib import Path

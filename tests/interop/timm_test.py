@@ -50,7 +50,7 @@ def exported(config, params):
 
 @pytest.fixture(scope="module", params=list(CASES))
 def golden(request):
-    """(case, its state dict, pictures, logits), as timm has them."""
+    """(case, its state dict, images, logits), as timm has them."""
     with np.load(Path(__file__).parents[1] / "golden" / "timm.npz") as file:
         arrays = {key.removeprefix(f"{request.param}/"): file[key] for key in file if key.startswith(request.param)}
     state = {key.removeprefix("weight/"): value for key, value in arrays.items() if key.startswith("weight/")}

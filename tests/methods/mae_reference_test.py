@@ -89,7 +89,7 @@ def reference(params, raster, order, config, xp=np):
     pytest.param(("block", 0.5, "pixel"), id="block", marks=pytest.mark.slow),
     pytest.param(("grid", 0.75, "pixel"), id="grid", marks=pytest.mark.slow)])
 def problem(request):
-    """(method, random float32 parameters, raster patches, orders) for pictures that are not square."""
+    """(method, random float32 parameters, raster patches, orders) for images that are not square."""
     masking, mask_ratio, target = request.param
     config = default()
     config.batch_size = 3

@@ -114,9 +114,9 @@ def test_no_picture_stands_in_for_one_that_it_is_mixed_with(fields):
 
 
 def scattered(method, values, order, turn):
-    """Mixes by scattering: the place n of a mix is what its picture has there; returns [B / G, N, ...] in raster order.
+    """Mixes by scattering: the place n of a mix is what its image has there; returns [B / G, N, ...] in raster order.
 
-    The k-th patch of the shared permutation is of the picture k // (N / G), and in later turns of those after it.
+    The k-th patch of the shared permutation is of the image k // (N / G), and in later turns of those after it.
     """
     group, count, visible = method.group, method.patches, method.num_visible
     mixes = np.zeros((len(values) // group, *values.shape[1:]), values.dtype)

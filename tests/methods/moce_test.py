@@ -1,4 +1,4 @@
-"""MoCE: what an upcycled one is at its first step, what its gates learn, whose experts a picture goes through."""
+"""MoCE: what an upcycled one is at its first step, what its gates learn, whose experts an image goes through."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ FIELDS = {"method.num_clusters": COUNT, "method.centroid_width": 12, "method.clu
 
 
 def made(fields=None):
-    """Returns the method, parameters, extras and a batch of pictures of all clusters."""
+    """Returns the method, parameters, extras and a batch of images of all clusters."""
     config = tiny_config(FIELDS | (fields or {}), "moce")
     method, batch = tiny_method(config), tiny_batch(config)
     batch["cluster"] = (np.arange(config.batch_size) % COUNT).astype(np.int32)

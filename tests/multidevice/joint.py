@@ -1,4 +1,4 @@
-"""Run by multidevice_test on 8 simulated devices: losses with terms across pictures, on one device and on several.
+"""Run by multidevice_test on 8 simulated devices: losses with terms across images, on one device and on several.
 
 Prints method → mesh → the largest relative difference of the metrics, the largest difference of the new extras, and the
 largest difference of a gradient relative to the largest value of it.

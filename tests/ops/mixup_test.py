@@ -26,7 +26,7 @@ def patches(pictures):
 
 
 def pictures_of(values, where):
-    """Patches [B, N, P] of any kind back to pictures [B, height, width, 3]."""
+    """Patches [B, N, P] of any kind back to images [B, height, width, 3]."""
     grid = PatchGrid(where.size[0] // PATCH, where.size[1] // PATCH, PATCH, PATCH)
     order = np.tile(np.arange(grid.num_patches), (len(values), 1))
     return grid.unpatchify(np.asarray(values), order)
@@ -154,7 +154,7 @@ def assert_rectangle(hole):
 
 @pytest.fixture(scope="module")
 def erased():
-    """Noise of erasing on 4,000 pictures of 32 x 48 zeros, as pictures, with probability 0.25."""
+    """Noise of erasing on 4,000 images of 32 x 48 zeros, as images, with probability 0.25."""
     where = ops_mixup.Pixels.of(PatchGrid(4, 6, PATCH, PATCH))
     out = jax.jit(lambda key: ops_mixup.erase(key, jnp.zeros((4_000, 24, 192)), where, 0.25))(jax.random.key(7))
     return pictures_of(out, where)

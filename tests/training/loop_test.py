@@ -79,7 +79,7 @@ def test_other_data_at_a_resume_are_told_and_other_classes_of_a_classifier_refus
     with configs["mae"].unlocked():
         configs["mae"].train.duration = "3 steps"
     assert loop.train(configs["mae"], str(tmp_path / "mae")) == 0
-    assert "changed since the run began: pictures to train on: 16 -> 15" in caplog.text
+    assert "changed since the run began: images to train on: 16 -> 15" in caplog.text
     assert "changed since the run began: classes: 2 -> 2 (-ant, +cat)" in caplog.text
     for go_on in (loop.train, lambda config, folder: loop.evaluate(folder)):
         with pytest.raises(UserError, match=r"classes: 2 -> 2 \(-ant, \+cat\)"):

@@ -23,7 +23,7 @@ def pixels(seed):
 
 
 def pictures(folder, count=6, classes=("ant", "bee")):
-    """Writes pictures of classes, with a split for evaluation; returns the folder."""
+    """Writes images of classes, with a split for evaluation; returns the folder."""
     for split in ("train", "test"):
         for name in classes:
             (folder / split / name).mkdir(parents=True)
@@ -70,7 +70,7 @@ def test_another_layout_that_reads_the_same_pictures_is_taken_and_told(tmp_path)
 
 
 def again(tmp_path):
-    """Records a run on pictures; returns it and a copy of them."""
+    """Records a run on images; returns it and a copy of them."""
     run = recorded(tmp_path, of_folder(pictures(tmp_path / "a")))
     return run, shutil.copytree(tmp_path / "a", tmp_path / "b")
 
@@ -114,7 +114,7 @@ def test_other_pictures_in_the_same_folder_are_told(tmp_path):
     run = recorded(tmp_path, config)
     assert resumed(run, config) == []
     repaint(tmp_path / "a")
-    assert [text.partition(":")[0] for text in resumed(run, config)] == ["pictures of train"]
+    assert [text.partition(":")[0] for text in resumed(run, config)] == ["images of train"]
 
 
 def test_what_else_is_changed_is_refused_though_the_data_are_the_same(tmp_path):

@@ -8,7 +8,7 @@ the folder, in chunks of 16,384 images: the same command resumes after an interr
 nearest to each centroid. Several processes compute the features together if they are started like those of a training
 run (python -m mae_jax.main --help).
 
-  mae_jax cluster --config=splitmask_small:folder --config.data.path=/path/to/pictures \
+  mae_jax cluster --config=splitmask_small:folder --config.data.path=/path/to/images \
       --config.method.vocabulary=1024 --to=runs/vocabulary.npz
 
 Patches: the vocabulary of the tokens that SplitMask and BEiT predict. A run without one builds the same before its
@@ -31,8 +31,8 @@ from mae_jax.storage import paths
 REQUIRED = ("to",)
 CONFIG = cli.define_config()
 TO = flags.DEFINE_string("to", "", "the folder to write, or of patches the file *.npz; local or gs://")
-FROM = flags.DEFINE_string("from", "", "workdir of the encoder, or one step's folder in it: clusters of pictures")
-CLUSTERS = flags.DEFINE_integer("clusters", 256, "how many clusters of pictures", lower_bound=2)
+FROM = flags.DEFINE_string("from", "", "workdir of the encoder, or one step's folder in it: clusters of images")
+CLUSTERS = flags.DEFINE_integer("clusters", 256, "how many clusters of images", lower_bound=2)
 BLOCK = flags.DEFINE_integer("block", -1, "the block whose tokens make the features; -1: the encoder's output")
 RATIO = flags.DEFINE_float("ratio", 3.0, "how many times larger the largest cluster may be than the smallest; it "
                            "is an error where that cannot be reached",
@@ -51,7 +51,7 @@ def main() -> int:
         from mae_jax.commands.cluster.images import cluster
 
         if TO.value.endswith(".npz"):
-            raise UserError(f"--to={TO.value}: clusters of pictures are a folder; a vocabulary of patches is made "
+            raise UserError(f"--to={TO.value}: clusters of images are a folder; a vocabulary of patches is made "
                             "without --from")
         if not math.isfinite(RATIO.value):
             raise UserError(f"--ratio={RATIO.value} must be finite")
@@ -61,10 +61,10 @@ def main() -> int:
     if launch.here():
         raise UserError("a vocabulary of patches is built by one process; start one, with --coordinator=off")
     if CONFIG.value is None:
-        raise UserError("--from=WORKDIR clusters pictures, --config=RECIPE patches; --help shows examples")
+        raise UserError("--from=WORKDIR clusters images, --config=RECIPE patches; --help shows examples")
     for flag in (CLUSTERS, BLOCK, RATIO, SEED):
         if flag.present:
-            raise UserError(f"--{flag.name} is of clusters of pictures, which are made with --from=WORKDIR; for "
+            raise UserError(f"--{flag.name} is of clusters of images, which are made with --from=WORKDIR; for "
                             "patches see --config.method and --config.seed")
     return vocabulary()
 

@@ -54,7 +54,7 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
     if jax.process_index() == 0:
         print(inputs.description, flush=True)
     if inputs.num_train < 2 * clusters:
-        raise UserError(f"--clusters={clusters} of {inputs.num_train} pictures; take at most {inputs.num_train // 2}")
+        raise UserError(f"--clusters={clusters} of {inputs.num_train} images; take at most {inputs.num_train // 2}")
     params, extras = split_eval_params(load_params(folder, ema=True, extras=True))
     parts = {config.data.train_split: inputs.support, config.data.val_split: inputs.validate,
              config.data.eval_split: inputs.evaluate}
@@ -66,7 +66,7 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
     if unlike:
         raise UserError(f"{to} holds clusters made with other {unlike}; runs may read them: name another folder")
     if peers.first_true(peers.broadcast(about) != bounded_json.as_read(about)):
-        raise UserError(f"the processes do not see the same encoder or pictures; cluster with one step's folder, as "
+        raise UserError(f"the processes do not see the same encoder or images; cluster with one step's folder, as "
                         f"{source}/checkpoints/STEP, on storage that all of them share")
     if peers.broadcast((to_folder / "clusters.npz").is_file()):
         if jax.process_index() == 0:
@@ -84,7 +84,7 @@ def cluster(source: str, to: str, clusters: int, block: int, ratio: float, seed:
         made.meta.update(meta)
         uneven = "" if spherical_kmeans.size_ratio(made.sizes) <= ratio else summary(made)
     if uneven := peers.broadcast(uneven):
-        raise UserError(f"--ratio={ratio:g} to 1 was not reached: {uneven}. Are many pictures alike? Take fewer "
+        raise UserError(f"--ratio={ratio:g} to 1 was not reached: {uneven}. Are many images alike? Take fewer "
                         "--clusters, or a larger --ratio; the features stay")
     if jax.process_index() == 0:
         write(made, to_folder, params, config, found[config.data.train_split])
@@ -110,7 +110,7 @@ def pictures(method: Method, rows: np.ndarray | None = None) -> Inputs:
 def other_arguments(folder: epath.Path, meta: dict[str, Any]) -> str:
     """Returns the first argument of `meta` whose value differs from that of the clusters in a folder; '' for none."""
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--to={folder} is a file; clusters of pictures are a folder")
+        raise UserError(f"--to={folder} is a file; clusters of images are a folder")
     if not (folder / "clusters.npz").is_file():
         return ""
     there = Clusters.read(str(folder)).meta
@@ -145,7 +145,7 @@ def summary(made: Clusters) -> str:
     """Returns one line about cluster sizes and similarity."""
     meta = made.meta
     uneven = f" ({meta['largest'] / meta['smallest']:.2f} to 1)" if meta["smallest"] else ""
-    return (f"{meta['clusters']} clusters of {meta['smallest']} to {meta['largest']} pictures{uneven}; "
+    return (f"{meta['clusters']} clusters of {meta['smallest']} to {meta['largest']} images{uneven}; "
             f"similarity to the own centroid {meta['similarity']:.3f}, of k-means {meta['similarity_of_kmeans']:.3f}")
 
 
@@ -189,6 +189,6 @@ def picture(made: Clusters, config: ConfigDict, features: Features) -> np.ndarra
             rows[row][column] = grid.unpatchify(batch["patches"][one], batch["order"][one])[0]
         if not place:
             break
-    names = [f"cluster {number}\n{made.sizes[number]} pictures" for number in shown]
+    names = [f"cluster {number}\n{made.sizes[number]} images" for number in shown]
     return tile(rows, ["nearest", *[""] * (IMAGES_PER_CLUSTER - 1)],
                 f"{len(shown)} of {len(made.centroids)} clusters", names)

@@ -77,7 +77,7 @@ def extract_expert(config: ConfigDict, params: Any, extras: Any, task: ConfigDic
     of_cluster = [tuple(int(each[cluster].argmax()) for each in table.values()) for cluster in clusters]
     about = count_cluster_votes(found, paths.locate(config.method.clusters, "method.clusters"), task)
     votes = votes_per_path(of_cluster, about.votes)
-    report = [f"path {name(path)}: {share:.1%} of the task's pictures" for path, share in ranked(votes) if share > 0]
+    report = [f"path {name(path)}: {share:.1%} of the task's images" for path, share in ranked(votes) if share > 0]
     chosen = most_voted(votes, of_cluster, found, about)
     if how == "random":
         others = sorted(set(of_cluster) - {chosen})
@@ -93,7 +93,7 @@ def extract_expert(config: ConfigDict, params: Any, extras: Any, task: ConfigDic
         report += [f"path {name(path)}: {score:.4f} top-1 of a linear probe" for path, score in scores.items()]
     tree, error = extracted(method, params, table, of_cluster, about, chosen)
     if not method.straight:
-        report.append(f"folded the mean gate into the experts; gates of the task's pictures on this path are off by "
+        report.append(f"folded the mean gate into the experts; gates of the task's images on this path are off by "
                       f"{error:.1%} on average")
     return ExtractedExpert(tree, dense_config(config), [*report, f"taken: path {name(chosen)}"])
 
@@ -111,7 +111,7 @@ def count_cluster_votes(found: Clusters, folder: epath.Path, task: ConfigDict) -
         votes += np.bincount(found.nearest(values)[0], minlength=len(votes))
         feature += values.sum(0, dtype=np.float64)
     if not votes.sum():
-        raise UserError(f"no picture of data.source={task.data.source!r} {task.data.path} can be read")
+        raise UserError(f"no image of data.source={task.data.source!r} {task.data.path} can be read")
     return Task(votes / votes.sum(), (feature / votes.sum()).astype(np.float32))
 
 

@@ -1,7 +1,7 @@
 """Inspects a data set: counts, broken images, speed, and a grid of model inputs; or stores it once, resized.
 
-  mae_jax inspect --config=folder --config.data.path=/pictures --to=grid.png --images_per_second=6000
-  mae_jax inspect --config=folder --config.data.path=/pictures --write=tfrecord --size=256 --to=DIR
+  mae_jax inspect --config=folder --config.data.path=/images --to=grid.png --images_per_second=6000
+  mae_jax inspect --config=folder --config.data.path=/images --write=tfrecord --size=256 --to=DIR
   mae_jax inspect --config=quickstart --write=batches --steps=200 --to=DIR
 
 Read the output of --write=tfrecord with data.source=tfrecord and data.path=DIR; that of array_record, which has random
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 REQUIRED = ("config",)
 CONFIG = cli.define_config()
-TO = flags.DEFINE_string("to", "", "picture of the grid (default: inspect.png); with --write, the folder to write; "
+TO = flags.DEFINE_string("to", "", "figure of the grid (default: inspect.png); with --write, the folder to write; "
                                    "local or gs://")
 WRITE = flags.DEFINE_enum("write", None, ["tfrecord", "array_record", "batches"], "store the data instead")
 SIZE = flags.DEFINE_integer("size", 256, "with --write=tfrecord or array_record: pixels along the short side, at "
@@ -83,9 +83,9 @@ def main() -> int:
         print("\n".join(lines), flush=True)
         save_grid(next(inputs.train(0)), method, inputs, to)
     except UserError as error:  # of the data, already reported above
-        print(f"no speed and no pictures, and training would stop: {error}")
+        print(f"no speed and no images, and training would stop: {error}")
         return errors.FINISHED
-    print(f"peak host memory {peak_memory() / 2**20:.0f} MiB; the first pictures of the run, as the model sees them: "
+    print(f"peak host memory {peak_memory() / 2**20:.0f} MiB; the first images of the run, as the model sees them: "
           f"{to}")
     return errors.FINISHED
 
@@ -115,7 +115,7 @@ def warn_of_labels(opened: "OpenedData") -> None:
 def check_writable(file: epath.Path) -> None:
     """Creates the folder of a file; raises UserError if the file evidently cannot be written."""
     if file.is_dir():
-        raise UserError(f"--to={file} is a folder; expected the name of a picture")
+        raise UserError(f"--to={file} is a folder; expected the name of a figure, *.png")
     paths.make_folder(file.parent)
     if not str(file).startswith("gs://") and not os.access(file.parent, os.W_OK):
         raise UserError(f"--to={file}: no permission to write into {file.parent}")
@@ -146,13 +146,13 @@ def report(config: ConfigDict, grid: epath.Path) -> None:
         print(line)
     train, limit = audits.get("train"), config.guard.max_bad_fraction
     if train and len(train.broken) > limit * train.source.size:
-        print(f"training would stop: {len(train.broken)} of {train.source.size} pictures of train are broken, more "
+        print(f"training would stop: {len(train.broken)} of {train.source.size} images of train are broken, more "
               f"than guard.max_bad_fraction={limit}")
     if max(len(seen.broken) for seen in audits.values()) > inspect_report.MAX_LISTED_IMAGES:
         names = grid.with_suffix(".broken.txt")
         broken = [f"{split} {name}\n" for split, seen in audits.items() for name in seen.broken]
         paths.replace_text(names, "".join(broken))
-        print(f"all broken pictures by name: {names}")
+        print(f"all broken images by name: {names}")
 
 
 def write_images(config: ConfigDict, kind: str, folder: epath.Path, size: int) -> dict[str, list[str]]:
@@ -177,4 +177,4 @@ def write_images(config: ConfigDict, kind: str, folder: epath.Path, size: int) -
 def report_broken(broken: dict[str, list[str]]) -> None:
     """Prints the names of the first 50 broken images of each split."""
     for split, names in broken.items():
-        print("\n".join([f"{split}: {len(names)} broken pictures", *inspect_report.broken_names(names)]))
+        print("\n".join([f"{split}: {len(names)} broken images", *inspect_report.broken_names(names)]))

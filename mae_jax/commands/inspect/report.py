@@ -30,7 +30,7 @@ def split_lines(split: str, audit: "Audit", image_size: tuple[int, int]) -> list
     """
     good = audit.good()
     read = len(good) + len(audit.broken)
-    lines = [f"{split}: {pluralize(read, 'picture')}, {len(audit.broken) or 'none'} broken; "
+    lines = [f"{split}: {pluralize(read, 'image')}, {len(audit.broken) or 'none'} broken; "
              f"{read / audit.seconds:.0f}/s decoded in full", *broken_names(audit.broken), *_records(audit, read)]
     if not len(good):
         return lines
@@ -43,7 +43,7 @@ def split_lines(split: str, audit: "Audit", image_size: tuple[int, int]) -> list
     if audit.converted:
         lines.append(_row("converted", _counts(audit.converted.most_common())))
     if audit.blank.any():
-        lines.append(_row("blank", f"{audit.blank.sum()} of one colour alone"))
+        lines.append(_row("blank", f"{audit.blank.sum()} of one color alone"))
     return lines + _copies(audit)
 
 
@@ -61,7 +61,7 @@ def leak_lines(audits: dict[str, "Audit"]) -> list[str]:
         shared = np.flatnonzero(np.isin(keys, known))
         if not len(shared):
             continue
-        lines.append(f"leak: {pluralize(len(shared), 'picture')} of {other} also in {one}:")
+        lines.append(f"leak: {pluralize(len(shared), 'image')} of {other} also in {one}:")
         for place in shared[:MAX_SHOWN_EXAMPLES]:
             twin = first.shown()[np.flatnonzero(known == keys[place])[0]]
             lines.append(f"  {other} {second.name(int(second.shown()[place]))} = {one} {first.name(int(twin))}")
@@ -88,12 +88,12 @@ def _labels(audit: "Audit") -> str:
     least, most = int(np.argmin(counts)), int(np.argmax(counts))
     span = f"{counts[least]} ({classes[least]}) to {counts[most]} ({classes[most]})"
     objects = getattr(audit.source, "annotations", None) is not None
-    what = "objects" if objects else "pictures"
+    what = "objects" if objects else "images"
     text = f"{len(classes)} classes of {span if counts[least] < counts[most] else counts[most]} {what}"
     if empty := [name for name, count in zip(classes, counts, strict=True) if not count]:
         text += f"; {len(empty)} without any: {_some(empty)}"
     if audit.unlabeled:
-        text += f"; {pluralize(audit.unlabeled, 'picture')} without {'an object' if objects else 'a label'}"
+        text += f"; {pluralize(audit.unlabeled, 'image')} without {'an object' if objects else 'a label'}"
     if strange := sum(count for label, count in audit.labels.items() if label >= len(classes)):
         text += f"; {pluralize(strange, 'label')} of no class, up to {max(audit.labels)}"
     return text

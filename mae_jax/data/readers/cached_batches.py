@@ -64,7 +64,7 @@ def open_folder(config: ConfigDict, meta: dict[str, Any], info: DataInfo, spec: 
                         f"{', or train on them with recipe_version=1' * older}")
     trains = meta.get("views") == wanted["views"]
     if not trains and views:
-        raise UserError(f"the batches of {folder} were made for other views of the pictures than the config asks for; "
+        raise UserError(f"the batches of {folder} were made for other views of the images than the config asks for; "
                         "make them with this config")
     names = ("support", "evaluate", *(("validate",) if (folder / "validate.npz").is_file() else ()))
     parts = {name: _load(folder / f"{name}.npz", spec) for name in names}
@@ -73,7 +73,7 @@ def open_folder(config: ConfigDict, meta: dict[str, Any], info: DataInfo, spec: 
     sizes = {name: len(next(iter(arrays.values()))) for name, arrays in parts.items()}
     if sizes.get("train", 0) % order.group:
         raise UserError(f"{folder} has {sizes['train']} training examples, which is not a multiple of the "
-                        f"{order.group} pictures that share an order; make them with a batch_size that is")
+                        f"{order.group} images that share an order; make them with a batch_size that is")
 
     def train(step: int) -> Iterator[Arrays]:
         if not trains:
@@ -83,7 +83,7 @@ def open_folder(config: ConfigDict, meta: dict[str, Any], info: DataInfo, spec: 
     def finite(name: str) -> Callable[..., Iterator[Arrays]]:
         def batches(ratio: float = config.eval.crop_ratio[0]) -> Iterator[Arrays]:
             if ratio != config.eval.crop_ratio[0]:
-                raise UserError(f"cached batches hold one crop of each picture: no eval.crop_ratio={ratio} of {folder}")
+                raise UserError(f"cached batches hold one crop of each image: no eval.crop_ratio={ratio} of {folder}")
             if name not in parts:
                 return iter(())
             return _finite(parts[name], sizes[name], config.batch_size, rows, order.group)
@@ -98,7 +98,7 @@ def open_folder(config: ConfigDict, meta: dict[str, Any], info: DataInfo, spec: 
         "num_train": meta["num_train"], "num_val": sizes.get("validate", 0),
         "classes": info.classes if "labels" in spec else info.single_label_classes,
         "description": f"batches {folder}: {sizes.get('train', 0)} cached training examples of {meta['num_train']} "
-                       f"pictures, {sizes['evaluate']} for evaluation; {len(meta['classes']) or 'no'} classes",
+                       f"images, {sizes['evaluate']} for evaluation; {len(meta['classes']) or 'no'} classes",
         "bad": deque(maxlen=0),
         "identity": lambda: {name: _identity(parts[name], size) for name, size in sizes.items()},
     }

@@ -56,8 +56,8 @@ def dropped_records(stream: RecordStream, config: ConfigDict, group: int = 1) ->
         raise UserError(f"{stream.size} records are fewer than data.readers={readers}")
     apart = -(-batch // readers // config.data.repeats)
     if config.data.repeats > 1 and apart < group:
-        raise UserError(f"groups of {group} pictures would mix one with its own repeats: a reader's {batch // readers} "
-                        f"rows show {apart} pictures; use fewer data.readers")
+        raise UserError(f"groups of {group} images would mix one with its own repeats: a reader's {batch // readers} "
+                        f"rows show {apart} images; use fewer data.readers")
     used = stream.size // readers * readers
     return range(stream.start + used, stream.start + stream.size)
 

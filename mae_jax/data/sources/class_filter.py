@@ -31,7 +31,7 @@ def keep_classes(source: Source, text: str, by_place: bool = False) -> Source:
       UserError: there are no such classes, or no labels to select by.
     """
     if not source.classes or "labels" in source.fields or source.annotations:
-        raise UserError(f"data.classes={text!r} needs pictures with one label each")
+        raise UserError(f"data.classes={text!r} needs images with one label each")
     choose = places if by_place else numbers
     parts = [choose(part.strip(), source.classes) for part in LISTS.get(text, text).split(",")]
     chosen = sorted({number for part in parts for number in part})
@@ -45,10 +45,10 @@ def keep_classes(source: Source, text: str, by_place: bool = False) -> Source:
     labels = np.array([(source.label or read)(i) for i in range(source.size)])
     indices = np.flatnonzero(np.isin(labels, chosen))
     if not len(indices):
-        raise UserError(f"no picture is of data.classes={text!r}")
+        raise UserError(f"no image is of data.classes={text!r}")
     anew = {old: new for new, old in enumerate(chosen)}
     part = source.only(indices)
-    log.info("data.classes=%s keeps %d of %d pictures, %d of %d classes", text, part.size, source.size, len(chosen),
+    log.info("data.classes=%s keeps %d of %d images, %d of %d classes", text, part.size, source.size, len(chosen),
              len(source.classes))
     return Source(part.size, functools.partial(_read_anew, part.read, anew), part.name,
                   tuple(source.classes[number] for number in chosen), part.fields,

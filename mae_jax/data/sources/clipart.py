@@ -90,5 +90,5 @@ def _decode(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     try:
         image = open_image(data, ("PNG",)).convert("RGBA")
     except Exception as error:
-        raise BadImage(f"no PNG picture: {str(error)[:80]}") from error
+        raise BadImage(f"no PNG image: {str(error)[:80]}") from error
     return np.asarray(to_rgb(image)), (np.asarray(image)[..., 3] > 127).astype(np.uint8)

@@ -178,7 +178,7 @@ def _root(path: str) -> epath.Path:
     if root is None or not root.is_dir():
         ending = os.path.splitext(path)[1].lower()
         other = f"; --config.data.source={OF_FILES[ending]} reads such files" if ending in OF_FILES else ""
-        raise UserError(f"data.path={path!r} is no folder; data.source='folder' needs one that holds pictures{other}")
+        raise UserError(f"data.path={path!r} is no folder; data.source='folder' needs one that holds images{other}")
     return root
 
 
@@ -203,8 +203,8 @@ def _labels(data: ConfigDict, opened: Opened, part: Part, split: splits.Split) -
     labels = np.array([index.get(first, UNLABELED) for first in firsts], np.int32)
     strange = [names[i] for i in np.flatnonzero(labels < 0)] if classes else []
     if strange:  # no error: if labels are not used, folders may have any meaning
-        log.warning("%d of %d pictures of %r are in no class folder that the training pictures have, such as %s: they "
-                    "count as unlabelled", len(strange), len(names), str(split), part.base / printable(strange[0]))
+        log.warning("%d of %d images of %r are in no class folder that the training images have, such as %s: they "
+                    "count as unlabeled", len(strange), len(names), str(split), part.base / printable(strange[0]))
     known = not classes or opened.layout.plain  # 0.1.0 continued silently
     return labels, () if known else tuple(sorted(set(firsts) - index.keys() - {""}))
 
@@ -251,11 +251,11 @@ def unread(data: ConfigDict, expressions: Iterable[str]) -> list[str]:
                  for name in folder_listing.files(folder, layout.plain, layout.formats).pictures]
         lost += _beside(opened, top)
     if lost:
-        lines.append(f"{pluralize(len(lost), 'picture')} in no split of the config, such as {printable(lost[0])}")
+        lines.append(f"{pluralize(len(lost), 'image')} in no split of the config, such as {printable(lost[0])}")
     if others:
         kinds = Counter(printable(os.path.splitext(name)[1].lower()) or "none" for name in others)
         counts = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common(MAX_LISTED_EXTENSIONS))
-        lines.append(f"{pluralize(len(others), 'file')} not looked at, no picture by the extension ({counts}), such as "
+        lines.append(f"{pluralize(len(others), 'file')} not looked at, no image by the extension ({counts}), such as "
                      f"{printable(others[0])}")
     return lines
 

@@ -89,10 +89,10 @@ def _recognized(root: epath.Path, how: str, formats: str) -> Layout:
         return nested
     if how == "splits":
         raise UserError(f"data.layout='splits': {root} has no folder by a usual name of a split, as train/ and val/; "
-                        f"it has {_some(others) or 'no folders with pictures'}")
+                        f"it has {_some(others) or 'no folders with images'}")
     if how == "classes" and len(others) < 2:
         raise UserError(f"data.layout='classes': {root} has no folders of classes; it has "
-                        f"{_some(others) or pluralize(beside, 'picture')}")
+                        f"{_some(others) or pluralize(beside, 'image')}")
     if len(others) > 1 and how != "classes":
         _check_names(root, others)
         _check_alike(root, others, formats)
@@ -115,7 +115,7 @@ def _half_split(root: epath.Path, train: tuple[str, ...], held: tuple[str, ...],
         _refuse(root, f"{_some(held)} is held out from the classes {_some(others)}: move those into a folder train/ "
                 "beside it", as_classes)
     if beside:
-        _refuse(root, f"{_some(held)} is held out from the {pluralize(beside, 'picture')} beside it: move those into a "
+        _refuse(root, f"{_some(held)} is held out from the {pluralize(beside, 'image')} beside it: move those into a "
                 "folder train/", f"it is no split: {LAYOUT}flat")
     inner = _recognized(root / held[0], how, formats) if len(held) == 1 and how == "auto" else None
     if inner and inner.kind in ("splits", "nested"):  # its name applies to the whole folder
@@ -273,7 +273,7 @@ def _with_classes(layout: Layout, base: epath.Path, listing: Listing) -> Part:
     inside = listing.folders.total()
     if not layout.forced and not few(len(direct), inside):
         kept, whole = ("splits", f"--config.data.path={base} ") if layout.kind == "splits" else ("classes", "")
-        _refuse(base, f"{_some(classes)} with {pluralize(inside, 'picture')} are classes, and the {len(direct)} beside "
+        _refuse(base, f"{_some(classes)} with {pluralize(inside, 'image')} are classes, and the {len(direct)} beside "
                 f"them, such as {printable(direct[0])}, are left out: {LAYOUT}{kept}",
                 f"all of it, without classes: {whole}{LAYOUT}flat")
     return Part(base, _without(listing, direct), classes, direct)

@@ -124,7 +124,7 @@ def pictures(base: epath.Path, plain: bool = False, formats: str = "all") -> Lis
         others = found.others
         what = f"{pluralize(len(others), 'other file')}, such as {printable(others[0])}" if others else "it is empty"
         what += f"; left out: {some(found.ignored)}" if found.ignored else ""
-        raise UserError(f"no pictures ({', '.join(extensions(formats))}) under {base}: {what}")
+        raise UserError(f"no images ({', '.join(extensions(formats))}) under {base}: {what}")
     return found
 
 

@@ -99,5 +99,5 @@ def _several(labels: np.ndarray, images: int, name: str) -> np.ndarray | None:
         return None
     if labels.max(initial=0) > 1:
         raise UserError(f"the labels of {name!r} are {labels.dtype} {list(labels.shape)} up to {labels.max()}; "
-                        "expected 0 and 1 for several labels of each picture")
+                        "expected 0 and 1 for several labels of each image")
     return labels.astype(np.uint8)

@@ -99,8 +99,8 @@ def _nothing(data: ConfigDict, expression: str) -> str:
             "train_split": "trains on all there is"}
     field = next((name for name in used if data.get(name) == expression), "")
     value = "train" if field == "train_split" else ""
-    what = f": few pictures make an empty part; --config.data.{field}={value!r} {used[field]}" if field else ""
-    return f"the split {expression!r} of data.source={data.source!r} has no pictures{what}"
+    what = f": few images make an empty part; --config.data.{field}={value!r} {used[field]}" if field else ""
+    return f"the split {expression!r} of data.source={data.source!r} has no images{what}"
 
 
 def describe(data: ConfigDict, opened: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ def load(data: ConfigDict, split: splits.Split) -> Source | RecordStream:
     features, image_key, label_key = dict(builder.info.features), data.image_key, data.label_key
     if not isinstance(features.get(image_key), module.features.Image):
         pictures = [name for name, feature in features.items() if isinstance(feature, module.features.Image)]
-        raise UserError(f"data.name={data.name!r} has no picture data.image_key={image_key!r}; "
+        raise UserError(f"data.name={data.name!r} has no image data.image_key={image_key!r}; "
                         f"{did_you_mean(image_key, pictures)}")
     if data.mask_key and not isinstance(features.get(data.mask_key), module.features.Image):
         raise UserError(f"data.name={data.name!r} has no mask data.mask_key={data.mask_key!r}; "
@@ -77,7 +77,7 @@ def _keep_from_importing(connector: Any) -> None:
             raise ValueError("a feature of no class")
         if not name.startswith("tensorflow_datasets."):
             raise UserError(f"the data set's features.json asks for the class {printable(name)!r}, which is none of "
-                            "TFDS, and would be executed; read the pictures as data.source='tfrecord'")
+                            "TFDS, and would be executed; read the images as data.source='tfrecord'")
         return make(name)
 
     connector.cls_from_name = staticmethod(checked)
@@ -101,7 +101,7 @@ def _builder(module: Any, data: ConfigDict) -> Any:
         raise UserError("data.source='tfds' needs data.name, such as 'imagenet2012' or 'imagenet_resized/64x64'")
     try:
         if module.core.naming.parse_builder_name_kwargs(data.name)[0].namespace:  # NAME:VERSION has no namespace
-            raise UserError(f"data.name={data.name!r} names another catalogue, whose code would be downloaded and run; "
+            raise UserError(f"data.name={data.name!r} names another catalog, whose code would be downloaded and run; "
                             "prepare the data set beforehand, and name it alone, or as NAME:VERSION")
         builder = module.builder(data.name, data_dir=data.path or None)
     except UserError:

@@ -115,7 +115,7 @@ def _check_features(files: list[epath.Path], data: ConfigDict) -> bool:
                         f"{reason(error)}") from error
     image = features.get(data.image_key)
     if image is None or len(image.bytes_list.value) != 1:
-        raise UserError(f"the records of {file} have no encoded picture data.image_key={data.image_key!r}; "
+        raise UserError(f"the records of {file} have no encoded image data.image_key={data.image_key!r}; "
                         f"{did_you_mean(data.image_key, features)}")
     label = features.get(data.label_key)
     if label is not None and label.WhichOneof("kind") not in (None, "int64_list"):
@@ -241,5 +241,5 @@ def _odd(features: Any, key: str, wanted: str) -> str:
         return ""
     what = f"{values} values" if kind == wanted else LISTS[kind]
     if wanted == "bytes_list":
-        return f"{what} in data.image_key={key!r}; expected one encoded picture"
+        return f"{what} in data.image_key={key!r}; expected one encoded image"
     return f"{what} in data.label_key={key!r}; expected one class number (data.label_key='' reads none)"

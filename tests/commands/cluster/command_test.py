@@ -51,8 +51,8 @@ def test_it_writes_the_vocabulary_that_a_run_builds_and_a_picture_of_it(written,
 @pytest.mark.parametrize(("flags", "line"), [
     ([f"{RECIPE[:9]}configs/vit_b_mae.py:runlocal", "--to=v.npz"], "has no vocabulary; take splitmask or beit"),
     ([RECIPE, "--to=v.txt"], "the file's name must end in .npz"),
-    ([RECIPE, "--clusters=5", "--to=v.npz"], "--clusters is of clusters of pictures, which are made with --from"),
-    (["--from=nowhere", "--to=v.npz"], "clusters of pictures are a folder"),
+    ([RECIPE, "--clusters=5", "--to=v.npz"], "--clusters is of clusters of images, which are made with --from"),
+    (["--from=nowhere", "--to=v.npz"], "clusters of images are a folder"),
     ([RECIPE, "--config.method.vocabulary=100000", "--to=v.npz"], "use at most")])
 def test_a_mistake_is_one_line_and_exit_code_2(flags, line, tmp_path):
     done = cluster(*flags[:-1], f"--to={tmp_path / flags[-1].removeprefix('--to=')}")

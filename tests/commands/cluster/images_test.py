@@ -39,17 +39,17 @@ CROPS = {"data.source": "photo_crops", "data.train_split": "train[:400]", "train
 
 
 def make_folder(folder, count, broken):
-    """Writes pictures of noise, and files that are none."""
+    """Writes images of noise, and files that are none."""
     folder.mkdir()
     draws = np.random.default_rng(0)
     for number in range(count):
         Image.fromarray(draws.integers(0, 256, (20, 20, 3), np.uint8)).save(folder / f"{number:03d}.png")
     for number in range(broken):
-        (folder / f"broken{number}.png").write_bytes(b"no picture")
+        (folder / f"broken{number}.png").write_bytes(b"no image")
 
 
 def of_folder(folder):
-    """Returns the fields of a run on a folder of pictures, without an evaluation."""
+    """Returns the fields of a run on a folder of images, without an evaluation."""
     return {"data.source": "folder", "data.path": str(folder), "data.train_split": "train", "data.eval_split": "",
             "eval.every": ""}
 
@@ -138,7 +138,7 @@ def test_the_picture_shows_the_members_nearest_to_each_centroid(made, monkeypatc
     features = Features(folder, json.loads((folder / "about.json").read_text()))
     monkeypatch.setattr(images, "tile", lambda rows, captions, title, names: (rows, names))
     rows, names = images.picture(found, config, features)
-    assert names == [f"cluster {i}\n{size} pictures" for i, size in enumerate(found.sizes)]
+    assert names == [f"cluster {i}\n{size} images" for i, size in enumerate(found.sizes)]
     values, ids = (np.concatenate(part) for part in zip(*features.chunks(), strict=True))
     batches = list(images.pictures(frozen_encoder.Frozen(config, -1)).support())
     seen = {int(i): PatchGrid(4, 4, 4, 4).unpatchify(batch["patches"][k:k + 1], batch["order"][k:k + 1])[0]
@@ -181,7 +181,7 @@ def test_the_picture_of_experts_seeks_further_than_the_first_batch(monkeypatch):
     rows, names = expert_routing.picture(tiny_method(config), {}, extras, iter(batches))
     shades = [[int(picture[0, 0, 0]) for picture in row] for row in rows]
     assert shades == [[10] * 8 + [20] * 2, [255] * 10, [30] + [255] * 9, [255] * 10]
-    assert names[0] == "block 1, expert 0\n2 of 4 clusters,\n75% of pictures"
+    assert names[0] == "block 1, expert 0\n2 of 4 clusters,\n75% of images"
 
 
 @pytest.mark.slow
@@ -252,7 +252,7 @@ def test_pictures_that_cannot_be_read_count_for_their_own_cluster_alone(tmp_path
     assert found.assigned["train"].min() >= 0
     broken = tiny_config(CROPS | data | {"data.path": str(tmp_path / "junk")})
     make_folder(tmp_path / "junk", count=0, broken=4)
-    with pytest.raises(UserError, match=r"no picture of data.source='folder' .*junk"):
+    with pytest.raises(UserError, match=r"no image of data.source='folder' .*junk"):
         count_cluster_votes(found, tmp_path / "clusters", broken)
 
 
@@ -294,7 +294,7 @@ def test_information_is_all_where_the_choice_is_the_label_and_nothing_where_it_i
 @pytest.mark.slow
 def test_processes_that_see_other_encoders_or_pictures_are_refused(made, tmp_path, monkeypatch):
     monkeypatch.setattr(runtime_peers, "broadcast", lambda value: {**value, "encoder": "another"})
-    with pytest.raises(UserError, match=r"processes .*encoder or pictures"):
+    with pytest.raises(UserError, match=r"processes .*encoder or images"):
         clustered(made / "mae", tmp_path / "clusters")
 
 
@@ -323,7 +323,7 @@ def test_a_task_gets_an_ordinary_encoder_that_trains_on(made, tmp_path, how):
     params, extras = split_eval_params(load_params(folder, extras=True))
     task = tiny_config(CROPS | {"data.train_split": "train[400:600]"})
     tree, config, report = extract_expert(workdir.read_config(folder), params, extras, task, how)
-    shares = [float(line.split(": ")[1].split("%")[0]) for line in report if line.endswith("of the task's pictures")]
+    shares = [float(line.split(": ")[1].split("%")[0]) for line in report if line.endswith("of the task's images")]
     assert sum(shares) == pytest.approx(100, abs=1)
     assert shares == sorted(shares, reverse=True)
     taken = report[-1].removeprefix("taken: path ")

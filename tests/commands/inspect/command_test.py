@@ -25,7 +25,7 @@ from tests.helpers.tiny import tiny_method
 
 
 def make_folder(root, broken=True):
-    """Twenty pictures of two classes, 40 x 30; picture i is of grey i. One is cut short, one is text."""
+    """Twenty images of two classes, 40 x 30; image i is of grey i. One is cut short, one is text."""
     for i in range(20):
         path = root / "ab"[i % 2] / f"{i:02d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def make_folder(root, broken=True):
     if broken:
         cut = root / "a" / "00.jpg"
         cut.write_bytes(cut.read_bytes()[:-20])
-        (root / "b" / "01.jpg").write_text("no picture")
+        (root / "b" / "01.jpg").write_text("no image")
     return root
 
 
@@ -174,15 +174,15 @@ def test_the_command_tells_what_is_there_names_broken_pictures_and_draws_the_gri
                "--config.data.workers=2", "--images_per_second=1e9", f"--to={tmp_path / 'grid.png'}")
     assert done.returncode == 0, done.stderr
     for line in ("train: 80 images in 2 classes (a, b) from the class folders", "viewers: @eaDir 1", "classes: a, b",
-                 "train: 80 pictures, 62 broken", "  a/00.jpg: cut off",
+                 "train: 80 images, 62 broken", "  a/00.jpg: cut off",
                  "  b/01.jpg: not a JPEG", "  and 12 more", "  sizes      all 40 x 30", "  formats    18 JPEG",
-                 "1 file not looked at, no picture by the extension (.txt 1), such as notes.txt",
-                 f"all broken pictures by name: {tmp_path / 'grid.broken.txt'}", "images/s of 2 worker processes on",
+                 "1 file not looked at, no image by the extension (.txt 1), such as notes.txt",
+                 f"all broken images by name: {tmp_path / 'grid.broken.txt'}", "images/s of 2 worker processes on",
                  "; one alone makes ", "devices that take 1000000000 images/s need "):
         assert line in done.stdout
     names = (tmp_path / "grid.broken.txt").read_text().splitlines()
     assert len(names) == 62
-    assert "62 of 80 pictures of train are broken, more than guard.max_bad_fraction=" in done.stdout
+    assert "62 of 80 images of train are broken, more than guard.max_bad_fraction=" in done.stdout
     assert names[-1] == "train b/79.jpg: empty file"
     with Image.open(tmp_path / "grid.png") as drawn:
         # Below a line on what the rows are, 16 images four times as large, each above what the encoder sees and two
@@ -197,10 +197,10 @@ def test_the_command_tells_of_lost_records_and_that_training_would_stop(tmp_path
         harm("cut in the payload", tmp_path / f"train-{shard}.tfrecord")
     done = run("--config.data.source=tfrecord", f"--config.data.path={tmp_path}", f"--to={tmp_path / 'grid.png'}")
     assert done.returncode == 0, done.stderr
-    assert "train: 18 pictures, none broken" in done.stdout
+    assert "train: 18 images, none broken" in done.stdout
     assert "  records    50 in 5 files of 0 to 20, as records.json promises; 32 not read:" in done.stdout
     assert done.stdout.count("is damaged after record 5 of ") == 4
-    assert "no speed and no pictures, and training would stop: " in done.stdout
+    assert "no speed and no images, and training would stop: " in done.stdout
 
 
 @pytest.mark.parametrize("kind", ["tfrecord", "array_record", "batches"])

@@ -60,7 +60,7 @@ def test_what_is_read_is_the_file(tmp_path):
 def test_class_labels_are_those_of_the_training_folder_and_others_are_named(tmp_path, caplog):
     write(tmp_path, "train/b/a.png", "train/c/a.png", "test/a/a.png", "test/c/a.png")
     held_out = load(tmp_path, "test")
-    assert "1 of 2 pictures of 'test' are in no class folder" in caplog.text
+    assert "1 of 2 images of 'test' are in no class folder" in caplog.text
     assert "test/a/a.png" in caplog.text
     assert [held_out.read(i).label for i in range(2)] == [-1, 1]
 
@@ -190,15 +190,15 @@ def test_what_lies_in_no_split_or_is_no_picture_is_told(tmp_path):
     write(tmp_path, "train/cat/a.png", "train/dog/a.png", "val/cat/a.png", "spare/b.png", "c.png", ".hidden.png")
     (tmp_path / "train" / "cat" / "notes.TXT").touch()
     (tmp_path / "train" / "raw").touch()
-    told = ["2 files not looked at, no picture by the extension (.txt 1, none 1), such as train/cat/notes.TXT"]
+    told = ["2 files not looked at, no image by the extension (.txt 1, none 1), such as train/cat/notes.TXT"]
     assert unread(tmp_path, "train", "test") == [
-        "2 pictures in no split of the config, such as spare/b.png", *told]
-    assert unread(tmp_path, "train[:50%]")[0] == "3 pictures in no split of the config, such as spare/b.png"
+        "2 images in no split of the config, such as spare/b.png", *told]
+    assert unread(tmp_path, "train[:50%]")[0] == "3 images in no split of the config, such as spare/b.png"
     folder.folder_listing.files.cache_clear()
     write(tmp_path / "flat", "a.png", "x/b.png")
     assert unread(tmp_path / "flat", "train", "test") == []
     write(tmp_path / "lone", "train/a.png", "b.png")
-    assert unread(tmp_path / "lone", "train") == ["1 picture in no split of the config, such as b.png"]
+    assert unread(tmp_path / "lone", "train") == ["1 image in no split of the config, such as b.png"]
 
 
 @pytest.mark.parametrize(("files", "path", "text"), [
@@ -218,7 +218,7 @@ def test_splits_that_a_folder_cannot_have_are_refused(tmp_path, split, text):
 
 def test_a_split_without_pictures_is_refused(tmp_path):
     write(tmp_path, "a.png")
-    with pytest.raises(UserError, match="has no pictures"):
+    with pytest.raises(UserError, match="has no images"):
         [load(tmp_path, split) for split in ("train", "test")]
 
 

@@ -60,7 +60,7 @@ def test_images_that_are_not_read_are_counted_by_their_extension(tmp_path):
 
 def test_a_folder_without_folders_has_no_classes(tmp_path):
     write(tmp_path, "0.png", "1.png")
-    with pytest.raises(UserError, match=r"data\.layout='classes': .* 2 pictures"):
+    with pytest.raises(UserError, match=r"data\.layout='classes': .* 2 images"):
         told(tmp_path, layout="classes")
 
 

@@ -124,7 +124,7 @@ def test_one_wrapping_folder_of_classes_is_gone_through(tmp_path):
     (("train/a/", "train/b/", "bus/", "car/"), ["layout=splits", "bus/, car/", "layout=classes"]),
     (("val/a/", "val/b/"), ["without a folder to train on", "val", "layout=classes"]),
     (("val/", "test/"), ["without a folder to train on", "layout=classes"]),
-    (("val/", "0.png", "1.png"), ["held out from the 2 pictures beside it", "layout=flat"]),
+    (("val/", "0.png", "1.png"), ["held out from the 2 images beside it", "layout=flat"]),
     (("one/train/a/", "one/val/a/", "two/train/b/", "two/val/b/"), ["data.path=", "one", "layout=classes"]),
     (("one/train/", "one/val/", "cat/"), ["one/ with folders of splits", "layout=classes"]),
     (("JPEGImages/", "SegmentationClass/"), ["data.path=", "JPEGImages", "layout=classes"]),
@@ -258,7 +258,7 @@ def finetune(root, **changes):
 
 def test_a_classifier_is_refused_where_the_evaluation_has_no_label_or_other_classes(tmp_path):
     write(tmp_path / "flat", "train/cat/", "train/dog/", "val/", count=3)
-    with pytest.raises(UserError, match=r"eval_split='test' has no picture with a label.*cat, dog.*eval\.test=False"):
+    with pytest.raises(UserError, match=r"eval_split='test' has no image with a label.*cat, dog.*eval\.test=False"):
         finetune(tmp_path / "flat").check_labels()
     write(tmp_path / "other", "train/cat/", "train/dog/", "val/Katze/", "val/dog/", count=3)
     with pytest.raises(UserError, match=r"eval_split='test' has classes .*: Katze; .*'train' are cat, dog"):
@@ -269,16 +269,16 @@ def test_a_classifier_is_refused_where_the_evaluation_has_no_label_or_other_clas
 def test_a_held_out_part_that_lacks_a_class_is_told(tmp_path, caplog):
     write(tmp_path, "train/cat/", "train/dog/", "val/dog/", count=3)
     finetune(tmp_path).check_labels()
-    assert "data.eval_split='test' has no picture of 1 of the 2 classes: cat" in caplog.text
+    assert "data.eval_split='test' has no image of 1 of the 2 classes: cat" in caplog.text
 
 
 def test_arrays_without_labels_of_the_test_part_are_refused(tmp_path):
     pixels = np.zeros((6, 16, 16, 3), np.uint8)
     np.savez(tmp_path / "a.npz", x_train=pixels, y_train=np.arange(6) % 3, x_test=pixels)
-    with pytest.raises(UserError, match=r"eval_split='test' has no picture with a label"):
+    with pytest.raises(UserError, match=r"eval_split='test' has no image with a label"):
         finetune(tmp_path / "a.npz", source="npz").check_labels()
     np.savez(tmp_path / "b.npz", x_train=pixels, y_train=np.arange(6) % 3, x_test=pixels, y_test=np.full(6, -1))
-    with pytest.raises(UserError, match=r"eval_split='test' has no picture with a label"):
+    with pytest.raises(UserError, match=r"eval_split='test' has no image with a label"):
         finetune(tmp_path / "b.npz", source="npz").check_labels()
 
 

@@ -40,5 +40,5 @@ def test_a_sum_of_splits_has_the_examples_of_the_one_and_then_of_the_other():
 
 def test_what_is_trained_on_in_a_sum_may_not_choose():
     config = tiny_config({"data.train_split": "test+train[:50%]", "data.val_split": "train[40%:60%]"})
-    with pytest.raises(UserError, match="shares pictures"):
+    with pytest.raises(UserError, match="shares images"):
         data.OpenedData(config)

@@ -116,7 +116,7 @@ def test_a_class_that_is_not_trained_on_is_known(folder):
 @pytest.mark.parametrize(("text", "fields", "says"), [
     ("path,label\nimages/3.png,1\nimages/99.png,1\nimages/98.png,0\n", {}, r"2 files of 3 .*images/99\.png"),
     ("path,label\nimages/3.png,1\nimages/4.png\n", {}, "line 3 has 1 field"),
-    ("path,label\n", {}, "has no pictures"),
+    ("path,label\n", {}, "has no images"),
     ("", {}, "empty"),
     ("name,age\nx,3\n", {}, "data.image_key.*name, age"),
     ("path,label\nimages/3.png,1\n", {"label_key": "lable"}, "data.label_key='lable'.*did you mean 'label'"),

@@ -77,7 +77,7 @@ def test_every_image_of_the_splits_shards_is_read_at_random_with_its_label(tmp_p
     ({}, {"json": lambda i: json.dumps({"label": CLASSES[i % 3], "n": i % 2}).encode()}, CLASSES),
     ({"label_key": "n"}, {"json": lambda i: json.dumps({"label": CLASSES[i % 3], "n": i % 2}).encode()}, ("0", "1")),
     ({}, {"txt": lambda i: CLASSES[i % 3].encode() + b"\n"}, CLASSES),
-    ({}, {"txt": lambda i: b"a picture of number %d" % i}, ()),
+    ({}, {"txt": lambda i: b"an image of number %d" % i}, ()),
     ({"label_key": "txt"}, {"txt": lambda i: b"a " + CLASSES[i % 3].encode()}, tuple(f"a {name}" for name in CLASSES)),
     ({"label_key": ""}, {"cls": lambda i: b"1"}, ()),
     ({}, {"cls": lambda i: CLASSES[i % 3].encode(), "json": lambda i: b'{"label": 7}'}, CLASSES),

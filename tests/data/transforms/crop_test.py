@@ -149,7 +149,7 @@ def test_single_crops_follow_the_law_of_one_draw_cut_to_the_picture(size):
 
 
 def test_a_single_crop_takes_one_draw_where_a_random_crop_draws_until_it_fits():
-    """On a long picture a crop of most of the area never fits: the one is cut, the other is the centre."""
+    """On a long image a crop of most of the area never fits: the one is cut, the other is the centre."""
     limits = (40, 400), (224, 224), (0.9, 1.0), (3 / 4, 4 / 3)
     single = [transforms_crop.single_box(rng(0, "augment", i), *limits) for i in range(100)]
     random = [random_box(rng(0, "augment", i), *limits) for i in range(100)]

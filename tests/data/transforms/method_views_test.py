@@ -1,4 +1,4 @@
-"""Several views of a picture, as DINO trains on them."""
+"""Several views of an image, as DINO trains on them."""
 
 import functools
 import threading
@@ -83,7 +83,7 @@ def test_views_differ_as_published():
 
 
 def test_a_view_shows_the_share_of_the_picture_that_it_says():
-    """On a picture whose red is the column and green the row, the span of both is the box."""
+    """On an image whose red is the column and green the row, the span of both is the box."""
     config, side = tiny_config(method="dino"), 200
     rows, columns = np.mgrid[:side, :side]
     pixels = np.stack([columns, rows, 0 * rows], -1).astype(np.uint8)
@@ -103,7 +103,7 @@ def test_a_picture_that_cannot_be_read_leaves_gray_views_that_are_not_valid():
     config = tiny_config({"data.source": "photo_crops"}, "dino")
     method, bad = tiny_method(config), []
     views = ExampleBuilder(config, method.patch_order(), method.eval_spec(), method.views())
-    source = Source(8, lambda i: Example(b"no picture", 1), str, ("a", "b"))
+    source = Source(8, lambda i: Example(b"no image", 1), str, ("a", "b"))
     fields = train_example(source, views, config, bad, 3)
     assert (fields["valid"], fields["label"], len(bad)) == (0.0, -1, 4)
     assert fields["global/patches"].shape == (2, 16, 48)
