@@ -73,19 +73,19 @@ class Clusters:
         """Reads a folder that `write` wrote; raises UserError if it is missing or damaged."""
         path = paths.locate(folder, "method.clusters")
         if not folder or not (path / "clusters.npz").is_file():
-            raise UserError(f"method.clusters={folder!r} holds no clusters.npz; python -m mae_jax cluster "
-                            "--from=WORKDIR --to=FOLDER makes it, of the images and the encoder of a MAE")
+            raise UserError(f"method.clusters={folder!r} has no clusters.npz; make it with the encoder of a MAE: "
+                            "mae_jax cluster --from=WORKDIR --to=FOLDER")
         with opened(path / "clusters.npz", "; remove it, and cluster again") as stored:
             arrays = {name: stored[name] for name in stored.files}
         content = paths.read_bytes(path / "meta.json")
         if content is None:
-            raise UserError(f"{path} lacks the meta.json that was written beside clusters.npz; bring it back, or "
-                            "remove both, and cluster again")
+            raise UserError(f"{path} has no meta.json, which mae_jax cluster writes beside clusters.npz; restore it, "
+                            "or remove both and cluster again")
         try:
             meta = bounded_json.parse_object(content)
         except ValueError as error:
-            raise UserError(f"{unreadable(path / 'meta.json', content, error)}; bring back the one that was written "
-                            "beside clusters.npz") from None
+            raise UserError(f"{unreadable(path / 'meta.json', content, error)}; restore the one that mae_jax "
+                            "cluster wrote beside clusters.npz") from None
         named = [name for name in arrays if name.startswith(PREFIX)]
         assigned = {name.removeprefix(PREFIX): arrays.pop(name) for name in named}
         _check(path, arrays, assigned, meta)
@@ -107,7 +107,7 @@ def _check(path: epath.Path, arrays: dict[str, np.ndarray], assigned: dict[str, 
     elif not isinstance(meta.get("examples", {}), dict):
         wrong = "meta.json has no object 'examples'"
     if wrong:
-        raise UserError(f"{path} holds no clusters that mae_jax cluster wrote: {wrong}")
+        raise UserError(f"{path} was not written by mae_jax cluster, or is damaged: {wrong}")
 
 
 def fingerprint(arrays: Any) -> str:
@@ -134,19 +134,19 @@ def of_splits(found: Clusters, folder: str, data: ConfigDict, parts: dict[str, A
     """
     for name in ("source", "name", "classes"):
         if data[name] != found.meta["data"][name]:
-            raise UserError(f"the clusters of {folder} are of data.{name}={found.meta['data'][name]!r}, the config has "
-                            f"{data[name]!r}")
+            raise UserError(f"the clusters in {folder} were made with data.{name}={found.meta['data'][name]!r}; the "
+                            f"config has {data[name]!r}")
     for split, part in parts.items():
         if split not in found.assigned:
             raise UserError(f"{folder} has no clusters of the split {split!r}; it has {', '.join(found.assigned)}; "
                             "cluster with the config's splits")
         there = int((found.assigned[split] >= 0).sum())
         if there != part.size:
-            raise UserError(f"{folder} has clusters of {there} examples of {split!r}, the data has {part.size}: "
-                            "cluster again, into another folder")
+            raise UserError(f"{folder} has the clusters of {there} examples of {split!r}, but the data has "
+                            f"{part.size}; cluster again, into another folder")
         if found.meta.get("examples", {}).get(split) != part.digest():
-            raise UserError(f"{folder} has clusters of other examples of {split!r}, by their names or order, than the "
-                            "data has: cluster again, into another folder")
+            raise UserError(f"{folder} has the clusters of other examples of {split!r} than the data has, by their "
+                            "names or order; cluster again, into another folder")
     return found.assigned
 
 

@@ -165,8 +165,8 @@ class OpenedData:
             inputs = inputs._replace(identity=functools.partial(_with_tokens, inputs.identity, tokens))
         if cluster_ids.FIELD in spec:
             if self.needs.clusters is None or clusters is None:
-                raise UserError(f"the batch field {cluster_ids.FIELD!r} is of a folder that mae_jax cluster wrote; "
-                                f"method.name={config.method.name!r} names none in its data_needs")
+                raise UserError(f"method.name={config.method.name!r} asks for the batch field {cluster_ids.FIELD!r}, "
+                                "but its data_needs name no folder of mae_jax cluster")
             assigned = cluster_ids.of_splits(clusters, self.needs.clusters, config.data, inputs.parts)
             inputs = _joined(config.data, inputs, cluster_ids.joined, assigned)
         return _in_words(inputs) if self.info.wide_ids else inputs
@@ -183,8 +183,8 @@ class OpenedData:
         splits = {data.train_split: source, data.val_split: self.val, data.eval_split: self.eval}
         parts = {split: part for split, part in splits.items() if part}
         if token_maps.FIELD in spec and any(isinstance(part, base.RecordStream) for part in parts.values()):
-            raise UserError(f"data.tokens={data.tokens!r} names examples by their place in the split, which streams do "
-                            "not know; use a source with random access: folder, npz, or TFDS stored as array_record")
+            raise UserError(f"data.tokens={data.tokens!r} needs a source with random access, such as folder, npz, or "
+                            f"TFDS stored as array_record; data.source={data.source!r} is a stream here")
         later = (token_maps.FIELD, cluster_ids.FIELD)  # joined by the examples' ids
         spec = {name: struct for name, struct in spec.items() if name not in later}
         if self.info.wide_ids:  # on the host an id is one number
@@ -192,8 +192,8 @@ class OpenedData:
         for part in (source, self.val, self.eval):
             _check_fields(part, spec, data)
         if source.size < order.group:
-            raise UserError(f"data.train_split={data.train_split!r} has {source.size} images, and {order.group} are "
-                            "mixed with one another")
+            raise UserError(f"data.train_split={data.train_split!r} has {source.size} images, but {order.group} are "
+                            "needed for a mix")
         bad: deque[str] = deque(maxlen=BAD_NAMES)
         common = {"builder": builder(config, order, spec, views), "config": config, "rows": rows, "bad": bad}
 
@@ -286,20 +286,20 @@ def check_apart(data: ConfigDict, first: str, second: str) -> None:
     if any(registry.same_split(data, one.name, other.name) and sources_splits.overlap(one, other)
            for one in some for other in others):
         raise UserError(f"data.{first}={data[first]!r} shares images with data.{second}={data[second]!r}, or may; "
-                        "write for example 'train[:90%]' to train on, 'train[90%:]' to choose by and 'test' to report")
+                        "take parts that do not overlap, such as 'train[:90%]', 'train[90%:]' and 'test'")
 
 
 def _check_classes(part: Any, source: Any, data: ConfigDict) -> None:
     """Raises UserError if a split has a class that the training split lacks, or has its classes in another order."""
     if part and source.classes and list(part.classes) != [name for name in source.classes if name in part.classes] and (
             set(part.classes) <= set(source.classes)):
-        raise UserError(f"data.source={data.source!r}: the classes of the held-out images come in another order than "
-                        f"those of data.train_split={data.train_split!r}, so that their numbers mean others: "
+        raise UserError(f"data.source={data.source!r}: the classes of the held-out images have another order than "
+                        f"those of data.train_split={data.train_split!r}, so that equal numbers are different classes: "
                         f"{labels.some(part.classes)}, and {labels.some(source.classes)}")
     unknown = sorted(set(part.classes) - set(source.classes)) if part and source.classes else []
     if unknown:
-        raise UserError(f"data.source={data.source!r}: {len(unknown)} classes of the held-out images are none of "
-                        f"data.train_split={data.train_split!r}, such as {unknown[0]!r}; trained on are "
+        raise UserError(f"data.source={data.source!r}: {len(unknown)} classes of the held-out images are not in "
+                        f"data.train_split={data.train_split!r}, such as {unknown[0]!r}; its classes are "
                         f"{labels.some(source.classes)}")
 
 
@@ -309,9 +309,9 @@ def _check_fields(part: Any, spec: Spec, data: ConfigDict) -> None:
     for name in spec:
         if name not in given:
             hint = _PROVIDERS.get(name, f"it gives {', '.join(given)}").format(data)
-            raise UserError(f"data.source={data.source!r} gives no batch field {name!r}; {hint}")
+            raise UserError(f"data.source={data.source!r} has no batch field {name!r}; {hint}")
     if part and "labels" in spec and spec["labels"].shape[1] != len(part.classes):
-        raise UserError(f"data.label_key={data.label_key!r} has {len(part.classes)} classes, the method expects "
+        raise UserError(f"data.label_key={data.label_key!r} has {len(part.classes)} classes, but the method expects "
                         f"{spec['labels'].shape[1]}")
 
 

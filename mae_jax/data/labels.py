@@ -33,7 +33,7 @@ def check(data: ConfigDict, parts: Mapping[str, Any]) -> None:
         unknown = () if part is train else getattr(part, "unknown_classes", ())
         if unknown:
             raise UserError(f"data.{field}={data[field]!r} has classes that are not trained on: {some(unknown)}; {ours}"
-                            f". Call them alike, or take those images away{without}")
+                            f". Give equal classes equal names, or remove those images{without}")
         if not labeled(part):
             theirs = "" if part is train else f"; it has neither class folders nor a list of labels, {ours}" \
                 if data.source == "folder" else f"; {ours}"

@@ -93,20 +93,20 @@ def check(order: PatchOrder) -> None:
     height, width = order.grid
     patches = height * width
     if isinstance(order.kind, str) and order.kind not in _KINDS:
-        raise UserError(f"unknown order of patches {order.kind!r}; {did_you_mean(order.kind, _KINDS)}")
+        raise UserError(f"unknown patch order {order.kind!r}; {did_you_mean(order.kind, _KINDS)}")
     if not 0 <= order.num_masked <= patches:
-        raise UserError(f"cannot hide {order.num_masked} of {patches} patches; expected 0 to {patches}")
+        raise UserError(f"cannot mask {order.num_masked} of {patches} patches; expected 0 to {patches}")
     if patches % order.group:
-        raise UserError(f"{patches} patches cannot be shared evenly by a group of {order.group} images")
+        raise UserError(f"{patches} patches cannot be divided evenly among a group of {order.group} images")
     if not isinstance(order.kind, str):
         _try_out(order, order.kind)
     if order.kind != "grid":
         return
     if height % 2 or width % 2:
-        raise UserError(f"grid masking needs even numbers of patches along both sides, not {height} x {width}; "
+        raise UserError(f"grid masking needs an even number of patches along both sides, not {height} x {width}; "
                         f"nearest: {' or '.join(f'{h} x {w}' for h, w in _even(height, width))}")
     if 4 * order.num_masked != 3 * patches:
-        raise UserError(f"grid masking hides 3 of 4 patches ({3 * patches // 4} of {patches}), not {order.num_masked}")
+        raise UserError(f"grid masking masks 3 of 4 patches ({3 * patches // 4} of {patches}), not {order.num_masked}")
 
 
 def _try_out(order: PatchOrder, generator: Generator) -> None:
@@ -114,13 +114,13 @@ def _try_out(order: PatchOrder, generator: Generator) -> None:
     patches = math.prod(order.grid)
     drawn, blocks = generator(order, np.random.default_rng(0))
     if not np.array_equal(np.sort(drawn), np.arange(patches)):
-        raise UserError(f"the order of patches {generator.name!r} draws no permutation of {patches} patches")
+        raise UserError(f"the patch order {generator.name!r} does not draw a permutation of {patches} patches")
     shape = block_shape(order)
     if shape and (blocks.shape != shape or blocks.min() < 0 or blocks.max() >= patches):
-        raise UserError(f"the order of patches {generator.name!r} draws blocks {list(blocks.shape)} of the patches "
+        raise UserError(f"the patch order {generator.name!r} draws blocks {list(blocks.shape)} of the patches "
                         f"{blocks.min()} to {blocks.max()}, not {list(shape)} of 0 to {patches - 1}")
     if shape and order.group > 1:
-        raise UserError(f"the order of patches {generator.name!r} has blocks, which a group of {order.group} images "
+        raise UserError(f"the patch order {generator.name!r} has blocks, which a group of {order.group} images "
                         "cannot share")
 
 

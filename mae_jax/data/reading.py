@@ -72,7 +72,7 @@ def readers(data: bytes, formats: tuple[str, ...]) -> tuple[str, ...]:
         return common
     kind = "AVIF" if b"avif" in data[8:64] else file_kinds.kind(data).removeprefix("a file of the kind ")
     if kind == "AVIF" and "AVIF" in formats and not features.check("avif"):
-        raise UserError(f"an image is AVIF, which Pillow reads from version 11.3 on: pip install -U pillow; {_WITHOUT}")
+        raise UserError(f"an image is AVIF, which needs Pillow 11.3 or newer; run: pip install -U pillow; {_WITHOUT}")
     if kind in ("HEIC", "HEIF") and "HEIF" in formats:
         need_heif()
         return formats
@@ -106,4 +106,5 @@ def tell_cut(highest: int, low: float, high: float) -> None:
 
 @functools.cache
 def _tell_range(text: str) -> None:
-    log.warning("images have values above data.range=%s, which all become white; another range may be meant", text)
+    log.warning("images have values above data.range=%s, which become white; set data.range if another one is "
+                "meant", text)

@@ -66,7 +66,7 @@ class _readable:
 
     def __enter__(self) -> None:
         if self.file.is_dir():
-            raise UserError(f"{self.file} is a folder, where a TFRecord file is expected")
+            raise UserError(f"{self.file} is a folder; expected a TFRecord file")
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
@@ -149,7 +149,7 @@ def _compression(file: epath.Path, begin: bytes) -> str:
     found = file_kinds.kind(begin) or "no TFRecord file, or damaged at its first record: it begins with no header"
     if found.startswith("compressed"):
         found += ", which TensorFlow does not unpack; unpack it, or write it with GZIP"
-    raise UserError(f"{file} is {found}{'' if found.startswith('no ') else ', and no TFRecord file'}")
+    raise UserError(f"{file} is {found}{'' if found.startswith('no ') else ', and not a TFRecord file'}")
 
 
 def _is_header(begin: bytes) -> bool:

@@ -25,12 +25,12 @@ def runs(counts: str | bytes | list[int], size: tuple[int, int]) -> np.ndarray:
     """
     if isinstance(counts, list):
         if not all(isinstance(run, int) for run in counts):
-            raise ValueError("its runs are no whole numbers")
+            raise ValueError("its runs are not whole numbers")
         found = np.array(counts, np.int64)
     else:
         found = _read(counts.encode("ascii", "replace") if isinstance(counts, str) else counts)
     if len(found) and found.min() < 0:
-        raise ValueError("a run is shorter than 0")
+        raise ValueError("a run is negative")
     if size[0] * size[1] >= MOST_PIXELS:
         raise ValueError(f"it is of an image of {size[0]} x {size[1]} pixels")
     if len(found) and found.max() > size[0] * size[1]:
@@ -43,7 +43,7 @@ def runs(counts: str | bytes | list[int], size: tuple[int, int]) -> np.ndarray:
 def _read(text: bytes) -> np.ndarray:
     letters = np.frombuffer(text, np.uint8).astype(np.int64) - FIRST
     if len(letters) and (letters.min() < 0 or letters.max() >= 2 * MORE or letters[-1] & MORE):
-        raise ValueError("its runs are no text of RLE")
+        raise ValueError("its runs are not RLE text")
     last = (letters & MORE) == 0
     number = np.append(0, np.cumsum(last)[:-1]) if len(letters) else np.zeros(0, np.int64)  # length of each letter
     starts = np.flatnonzero(np.append(True, last[:-1])) if len(letters) else np.zeros(0, np.int64)

@@ -30,8 +30,8 @@ try:
         tf.config.set_visible_devices([], "GPU")  # JAX needs all GPU memory
         tf.config.set_visible_devices([], "TPU")
 except ImportError as error:
-    raise UserError(f"reading images needs TensorFlow ({error}): pip install tensorflow; "
-                    "without it, data.source='batches' reads cached batches") from error
+    raise UserError(f"this source needs TensorFlow ({error}); run: pip install tensorflow, or read cached batches, "
+                    "with data.source='batches'") from error
 
 
 def options(workers: int = 1) -> tf.data.Options:

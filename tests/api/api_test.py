@@ -175,7 +175,7 @@ def test_mistakes_and_guards_are_raised(tmp_path, guarded):
     with pytest.raises(mae_jax.GuardError, match="max_bad_fraction"):
         mae_jax.train(broken, tmp_path / "broken")
     broken.data.path = str(tmp_path / "nowhere")
-    with pytest.raises(mae_jax.UserError, match="is no folder"):
+    with pytest.raises(mae_jax.UserError, match="is not a folder"):
         mae_jax.train(broken, tmp_path / "other")
 
 

@@ -116,7 +116,7 @@ def test_without_an_evaluation_split_there_is_nothing_to_evaluate():
 def test_a_field_that_no_pipeline_gives_names_its_provider():
     c = config()
     wanted = {**spec(c), "cluster": jax.ShapeDtypeStruct((8,), np.int32)}
-    with pytest.raises(UserError, match=r"'cluster' is of .*mae_jax cluster.* data_needs"):
+    with pytest.raises(UserError, match=r"'cluster', but its data_needs .*mae_jax cluster"):
         data.OpenedData(c).batches(wanted, ORDER)
 
 

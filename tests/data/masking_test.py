@@ -206,7 +206,7 @@ def test_a_methods_own_generator_says_where_its_blocks_are_in_the_order():
 
 
 @pytest.mark.parametrize(("order", "text"), [
-    (PatchOrder(Corners(first=1), (4, 4), 4), "'corners' draws no permutation of 16"),
+    (PatchOrder(Corners(first=1), (4, 4), 4), "'corners' does not draw a permutation of 16"),
     (PatchOrder(Corners(shown=1), (4, 4), 4), r"\[1, 4\] of the patches 0 to 12, not \[2, 4\]"),
     (PatchOrder(Corners(), (4, 4), 4, group=2), "a group of 2"),
     (PatchOrder(Corners(), (4, 4), 17), "0 to 16"),

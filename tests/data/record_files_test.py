@@ -161,7 +161,7 @@ def test_what_is_no_file_of_records_is_told_by_what_it_is(tmp_path, content):
 def test_empty_files_folders_and_forbidden_files_are_named_as_such(tmp_path, monkeypatch):
     c = config("tfrecord", tmp_path / "*.tfrecord")
     (tmp_path / "a.tfrecord").write_bytes(b"")
-    with pytest.raises(UserError, match=r"1 file .*a\.tfrecord: all empty"):
+    with pytest.raises(UserError, match=r"1 file .*a\.tfrecord, are empty"):
         build(c)
     (tmp_path / "b.tfrecord").mkdir()
     with pytest.raises(UserError, match=r"b\.tfrecord is a folder"):

@@ -56,16 +56,16 @@ def open_folder(config: ConfigDict, meta: dict[str, Any], info: DataInfo, spec: 
     for name, value in joined_from(config, info.clusters).items() if "kept" in meta else ():
         if meta[name] != value:
             field = {"kept": "data.classes", "clusters": "method.clusters"}[name]
-            raise UserError(f"the batches of {folder} were made with another {field}; make them with this config")
+            raise UserError(f"the batches of {folder} were made with another {field}; make them again with this config")
     if meta.get("order") != wanted["order"]:
         older = order.kind == "published_block" and meta.get("order") == ["block", *wanted["order"][1:]]  # of 0.1.0
-        raise UserError(f"the batches of {folder} were made for the order of patches {meta.get('order')} (kind, grid, "
-                        f"hidden, group), the config asks for {wanted['order']}; make them with this config"
-                        f"{', or train on them with recipe_version=1' * older}")
+        raise UserError(f"the batches of {folder} were made for the patch order {meta.get('order')} (kind, grid, "
+                        f"masked, group), but the config asks for {wanted['order']}; make them again with this "
+                        f"config{', or train on them with recipe_version=1' * older}")
     trains = meta.get("views") == wanted["views"]
     if not trains and views:
         raise UserError(f"the batches of {folder} were made for other views of the images than the config asks for; "
-                        "make them with this config")
+                        "make them again with this config")
     names = ("support", "evaluate", *(("validate",) if (folder / "validate.npz").is_file() else ()))
     parts = {name: _load(folder / f"{name}.npz", spec) for name in names}
     if trains:
@@ -73,17 +73,17 @@ def open_folder(config: ConfigDict, meta: dict[str, Any], info: DataInfo, spec: 
     sizes = {name: len(next(iter(arrays.values()))) for name, arrays in parts.items()}
     if sizes.get("train", 0) % order.group:
         raise UserError(f"{folder} has {sizes['train']} training examples, which is not a multiple of the "
-                        f"{order.group} images that share an order; make them with a batch_size that is")
+                        f"{order.group} images that share an order; make them again, with a batch_size that is")
 
     def train(step: int) -> Iterator[Arrays]:
         if not trains:
-            raise UserError(f"the batches of {folder} were made for a method with views of its own")
+            raise UserError(f"the batches of {folder} were made for a method with its own views; make them again")
         return _endless(parts["train"], sizes["train"], config.batch_size, rows, step)
 
     def finite(name: str) -> Callable[..., Iterator[Arrays]]:
         def batches(ratio: float = config.eval.crop_ratio[0]) -> Iterator[Arrays]:
             if ratio != config.eval.crop_ratio[0]:
-                raise UserError(f"cached batches hold one crop of each image: no eval.crop_ratio={ratio} of {folder}")
+                raise UserError(f"{folder} has one crop of each image, and not eval.crop_ratio={ratio}; use the images")
             if name not in parts:
                 return iter(())
             return _finite(parts[name], sizes[name], config.batch_size, rows, order.group)
@@ -114,14 +114,14 @@ def read_meta(path: str) -> dict[str, Any]:
     file = locate(path, "data.path") / "meta.json"
     content = read_bytes(file) if path else None
     if content is None:
-        raise UserError(f"data.path={path!r} holds no meta.json of cached batches; "
-                        "python -m mae_jax inspect --config=... --to=DIR --write=batches makes them")
+        raise UserError(f"data.path={path!r} has no meta.json of cached batches; make them: "
+                        "mae_jax inspect --config=... --to=DIR --write=batches")
     try:
         meta = bounded_json.parse_object(content)
         if not isinstance(meta.get("num_train"), int) or not isinstance(meta.get("classes"), list):
-            raise ValueError("it lacks the number num_train or the list classes")
+            raise ValueError("it has no number num_train, or no list classes")
         if not all(isinstance(name, str) for name in meta["classes"]) or meta["num_train"] < 0:
-            raise ValueError("num_train is below 0, or a class is no text")
+            raise ValueError("num_train is negative, or a class is not a string")
     except ValueError as error:
         raise UserError(unreadable(file, content, error)) from None
     return meta
@@ -139,7 +139,7 @@ def multi_label(path: str, meta: dict[str, Any]) -> bool:
 def _load(path: epath.Path, spec: Spec) -> Arrays:
     """Reads the fields of the spec from one file; raises UserError if shapes or dtypes differ."""
     if not path.is_file():
-        raise UserError(f"cached batches lack {path}")
+        raise UserError(f"the cached batches have no {path}; make them again")
     with opened(path) as stored:
         names = {name: stored_name(name, stored.files) for name in spec}
         absent = [name for name, found in names.items() if found not in stored.files]
@@ -149,8 +149,9 @@ def _load(path: epath.Path, spec: Spec) -> Arrays:
     for name, struct in spec.items():
         shape, dtype = arrays[name].shape[1:], arrays[name].dtype
         if shape != struct.shape[1:] or dtype != struct.dtype:
-            raise UserError(f"{path}: {name!r} is {dtype} {list(shape)} per example, the config wants {struct.dtype} "
-                            f"{list(struct.shape[1:])}; the batches were made with another image_size or patch")
+            raise UserError(f"{path}: {name!r} is {dtype} {list(shape)} per example, but the config needs "
+                            f"{struct.dtype} {list(struct.shape[1:])}; the batches were made with another image_size "
+                            "or patch")
     return arrays
 
 

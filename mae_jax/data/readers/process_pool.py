@@ -177,12 +177,12 @@ class _Pool:
             self._done[number] = names
         elif kind == "died":
             pid, how = values
-            log.warning("worker process %d %s%s; another makes its examples again", pid, how, _why(how, self._workers))
+            log.warning("worker process %d %s%s; another one repeats its examples", pid, how, _why(how, self._workers))
         elif kind == "gave up":
             how, place, where = values
-            raise UserError(f"worker processes die again and again: the last one {how}{where}"
-                            f"{f', {self._name(*place)}' if place else ''}{_why(how, self._workers)}; data.workers=0 "
-                            "makes examples in threads of this process")
+            raise UserError(f"worker processes die repeatedly: the last one {how}{where}"
+                            f"{f', {self._name(*place)}' if place else ''}{_why(how, self._workers)}; use threads "
+                            "instead, with data.workers=0")
         else:
             raise values[0]
 
@@ -190,9 +190,9 @@ class _Pool:
         self._supervisor.close()
         self._restarts += 1
         if self._restarts > MAX_RESTARTS:
-            raise UserError("worker processes cannot be started, or are killed again and again; data.workers=0 makes "
-                            "examples in threads of this process")
-        log.warning("the process that leads the worker processes ended; they are started again")
+            raise UserError("worker processes cannot be started, or are killed repeatedly; use threads instead, with "
+                            "data.workers=0")
+        log.warning("the process that leads the worker processes ended; all are restarted")
         self._begin()
 
 

@@ -212,7 +212,7 @@ def batches(example: Callable[[deque[str], int], Fields], spec: Spec, rows: np.n
         except process_pool.NotPicklable as error:
             what = f"data.source={data.source!r} cannot be handed to worker processes ({error})"
             if data.workers != "auto":
-                raise UserError(f"{what}; take data.workers=0") from None
+                raise UserError(f"{what}; use data.workers=0") from None
             log.info("%s: threads make the examples", what)
 
     def fill(arrays: Batch, number: int, part: range) -> None:

@@ -53,11 +53,11 @@ def dropped_records(stream: RecordStream, config: ConfigDict, group: int = 1) ->
         nearest = min((n for n in range(1, batch + 1) if batch % n == 0), key=lambda n: abs(n - readers))
         raise UserError(f"batch_size={batch} is not a multiple of data.readers={readers}; nearest: {nearest}")
     if stream.size < readers:
-        raise UserError(f"{stream.size} records are fewer than data.readers={readers}")
+        raise UserError(f"data.readers={readers} is more than the {stream.size} records; use fewer")
     apart = -(-batch // readers // config.data.repeats)
     if config.data.repeats > 1 and apart < group:
-        raise UserError(f"groups of {group} images would mix one with its own repeats: a reader's {batch // readers} "
-                        f"rows show {apart} images; use fewer data.readers")
+        raise UserError(f"groups of {group} images would mix an image with its own repeats: the {batch // readers} "
+                        f"rows of a reader have {apart} images; use fewer data.readers")
     used = stream.size // readers * readers
     return range(stream.start + used, stream.start + stream.size)
 

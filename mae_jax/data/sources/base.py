@@ -145,7 +145,7 @@ def numbered_classes(labels: np.ndarray) -> tuple[str, ...]:
     """Returns '0', '1', ... up to the highest of the integer labels [n]; raises UserError if it is absurdly high."""
     highest = int(labels.max(initial=UNLABELED))
     if highest >= MAX_CLASSES:
-        raise UserError(f"the label {highest} is no class number; expected 0 to {MAX_CLASSES - 1}, or -1 for none")
+        raise UserError(f"the label {highest} is not a class number; expected 0 to {MAX_CLASSES - 1}, or -1 for none")
     return tuple(map(str, range(highest + 1)))
 
 
@@ -164,13 +164,13 @@ def class_numbers(values: np.ndarray, what: str) -> np.ndarray:
         if not (np.isfinite(known) & (known == np.rint(known)) & (np.abs(known) < 2**53)).all():
             odd = values[~(known == np.rint(known)) | ~np.isfinite(known) | (np.abs(known) >= 2**53)][0]
             raise UserError(f"{what} are {values.dtype}, such as {odd}; expected integers, or whole numbers of "
-                            "classes (data.label_key='' reads no labels)")
+                            "classes (or no labels, with data.label_key='')")
         return known.astype(np.int64)
     if values.dtype.kind not in "iub":
         raise UserError(f"{what} are {values.dtype}; expected integers")
     if len(values) and int(values.max()) >= MAX_CLASSES:
-        raise UserError(f"{what}: the label {values.max()} is no class number; expected 0 to {MAX_CLASSES - 1}, or -1 "
-                        "for none")
+        raise UserError(f"{what}: the label {values.max()} is not a class number; expected 0 to {MAX_CLASSES - 1}, or "
+                        "-1 for none")
     return values.astype(np.int64)
 
 
@@ -185,7 +185,7 @@ def package_folder(module: str, package: str, why: str) -> Path:
     """Returns the folder of an installed package without importing it; raises UserError with the pip command."""
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"data.source={why!r} reads files of the package {package}: pip install {package}")
+        raise UserError(f"data.source={why!r} needs the package {package}; run: pip install {package}")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -229,8 +229,8 @@ class RecordStream:
         """Returns the records of both splits, this one's first; raises UserError if a slice leaves a gap between them.
         """
         if self.start + self.size < sum(self.counts) or other.start:
-            raise UserError("a sum of slices of TFRecord files needs the end of the first and the start of the second; "
-                            "write for example 'train+validation'")
+            raise UserError("a sum of slices of TFRecord files must continue from the end of one split to the start of "
+                            "the next, as 'train+validation'")
         size = self.size + other.size
         mean_bytes = (self.mean_bytes * self.size + other.mean_bytes * other.size) / max(size, 1)
         return replace(self, files=self.files + other.files, counts=self.counts + other.counts, size=size,

@@ -45,7 +45,7 @@ def keep_classes(source: Source, text: str, by_place: bool = False) -> Source:
     labels = np.array([(source.label or read)(i) for i in range(source.size)])
     indices = np.flatnonzero(np.isin(labels, chosen))
     if not len(indices):
-        raise UserError(f"no image is of data.classes={text!r}")
+        raise UserError(f"no image has a class of data.classes={text!r}")
     anew = {old: new for new, old in enumerate(chosen)}
     part = source.only(indices)
     log.info("data.classes=%s keeps %d of %d images, %d of %d classes", text, part.size, source.size, len(chosen),
@@ -77,12 +77,13 @@ def numbers(part: str, classes: tuple[str, ...]) -> range | list[int]:
     by_place = range(first, last + 1) if first <= last < len(classes) else range(0)
     if len(named) < len(classes) and set(by_name) != set(by_place):
         shown = next(classes[place] for place in named)
-        raise UserError(f"data.classes: {part!r} can be read in two ways: some classes have numbers as names, such as "
-                        f"{shown!r}, others have not; write the names, separated by commas")
+        raise UserError(f"data.classes: {part!r} can be read in two ways: some classes, such as {shown!r}, have "
+                        "numbers as names, and others do not; write names, separated by commas")
     missing = {first, last} - {named[place] for place in by_name}
     if missing or not by_name:
-        raise UserError(f"data.classes: {part!r}, and no class is called {min(missing, default=first)}: where names of "
-                        f"classes are numbers, these are meant, here {min(named.values())} to {max(named.values())}")
+        raise UserError(f"data.classes: {part!r}, but no class is called {min(missing, default=first)}: if the names "
+                        f"of classes are numbers, numbers are names, here {min(named.values())} to "
+                        f"{max(named.values())}")
     return by_name
 
 

@@ -66,7 +66,7 @@ def pictures(root: epath.Path) -> tuple[str, ...]:
              for label in CLASSES for folder, _, files in os.walk(root / label) for name in files]
     usable = tuple(sorted(name for name in names if _usable(root, name)))
     if not usable:
-        raise UserError(f"{root} holds no clip art; run: apt-get install openclipart-png, or set data.path to the "
+        raise UserError(f"{root} has no clip art; run: apt-get install openclipart-png, or set data.path to the "
                         "folder of its PNG files")
     return usable
 
@@ -90,5 +90,5 @@ def _decode(data: bytes) -> tuple[np.ndarray, np.ndarray]:
     try:
         image = open_image(data, ("PNG",)).convert("RGBA")
     except Exception as error:
-        raise BadImage(f"no PNG image: {str(error)[:80]}") from error
+        raise BadImage(f"not a PNG image: {str(error)[:80]}") from error
     return np.asarray(to_rgb(image)), (np.asarray(image)[..., 3] > 127).astype(np.uint8)

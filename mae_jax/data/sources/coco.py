@@ -68,7 +68,7 @@ def _check_classes(data: ConfigDict, found: coco_files.Layout, file: epath.Path,
         if classes != table.classes:
             odd = sorted(set(classes) ^ set(table.classes))
             what = f"{printable(odd[0])!r} is in one of them alone" if odd else "they come in another order of ids"
-            raise UserError(f"{file} and {other} have different categories: {what}; both need the same list of them")
+            raise UserError(f"{file} and {other} have different categories: {what}; both must have the same")
 
 
 def split_name(data: ConfigDict, name: str) -> str:

@@ -129,11 +129,11 @@ def read(file: epath.Path) -> Table:
                 else:
                     entries[name].append(_kept(entry, ("id", "name")))
     except ValueError as error:
-        raise UserError(f"{file} is no file of COCO annotations: {error}") from None
+        raise UserError(f"{file} is not a file of COCO annotations: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from None
     if missing & {"images", "categories"}:
-        raise UserError(f"{file} is no file of COCO annotations: it has no {' and no '.join(sorted(missing))}")
+        raise UserError(f"{file} is not a file of COCO annotations: it has no {' and no '.join(sorted(missing))}")
     images, faults = _images(entries["images"])
     ids, classes = _categories(entries["categories"], file)
     table = columns.table(images, ids, classes, faults)
@@ -186,7 +186,7 @@ def _categories(entries: Sequence[tuple[Any, ...]], file: epath.Path) -> tuple[t
         raise UserError(f"{file} has no categories")
     for number, name in entries:
         if not _whole(number) or not isinstance(name, str):
-            raise UserError(f"{file}: a category has a whole number as id and a name; one has {number!r:.40} and "
+            raise UserError(f"{file}: a category needs a whole number as id, and a name; one has {number!r:.40} and "
                             f"{name!r:.40}")
     ids = [number for number, _ in entries]
     if len(set(ids)) < len(ids):

@@ -45,21 +45,21 @@ def layout(path: epath.Path) -> Layout:
     if path.is_file():
         return Layout(path.parent, {"": path})
     if not path.is_dir():
-        raise UserError(f"data.path={os.fspath(path)!r} is no folder and no file of annotations")
+        raise UserError(f"data.path={os.fspath(path)!r} is neither a folder nor a file of annotations")
     found: dict[str, list[epath.Path]] = {}
     for folder in (path, *_folders(path)):
         for file in sorted(folder.glob("*.json")):
             if not file.name.startswith((*OTHER, ".")):
                 found.setdefault(_role(file, path), []).append(file)
     if not found:
-        raise UserError(f"{path} has no annotations: no *.json in it or in a folder of it")
+        raise UserError(f"{path} has no annotations: neither it nor its sub-folders have a *.json")
     if set(found) != {""}:
         found.pop("", None)  # beside files of splits, others hold something else
     for role, files in found.items():
         if len(files) > 1:
             names = ", ".join(str(file.relative_to(path)) for file in files[:4])
             raise UserError(f"{path} has several annotations{f' of {role}' if role else ''}: {names}; name one file as "
-                            "data.path, or leave one there")
+                            "data.path, or keep only one")
     return Layout(path, {role: files[0] for role, files in found.items()})
 
 
@@ -95,7 +95,7 @@ def image_folder(file: epath.Path, root: epath.Path, names: list[str]) -> tuple[
         if best[0] == len(names[::step]):
             break
     if not best[0]:
-        raise UserError(f"none of the images of {file} is there, such as {names[0]!r}; looked for in "
+        raise UserError(f"none of the images of {file} exists, such as {names[0]!r}; looked for in "
                         f"{', '.join(str(folder) for folder in _candidates(file, root)[:6])} ...")
     return best[1], best[2]
 

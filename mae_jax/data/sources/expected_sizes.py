@@ -45,5 +45,5 @@ def check_size(name: str, split: str, size: int) -> None:
     """
     expected = SIZES.get(name, {}).get(split, size)
     if size != expected:
-        raise UserError(f"the data set {name} holds {size} of the expected {expected} examples in {split!r}; prepare "
+        raise UserError(f"the data set {name} has {size} of the expected {expected} examples in {split!r}; prepare "
                         "it again")

@@ -53,7 +53,7 @@ def _clothes(folder: epath.Path, name: str) -> tuple[np.ndarray, np.ndarray]:
 def _idx(file: epath.Path, header: int) -> np.ndarray:
     """Returns the bytes after the header of a file in MNIST's format, uint8 [n]; raises UserError."""
     if not file.is_file():
-        raise UserError(f"{file.parent} holds no {file.name}; run: apt-get install dataset-fashion-mnist, or set "
+        raise UserError(f"{file.parent} has no {file.name}; run: apt-get install dataset-fashion-mnist, or set "
                         "data.path to the folder of its files")
     try:
         content = gzip.decompress(file.read_bytes())

@@ -178,7 +178,7 @@ def _root(path: str) -> epath.Path:
     if root is None or not root.is_dir():
         ending = os.path.splitext(path)[1].lower()
         other = f"; --config.data.source={OF_FILES[ending]} reads such files" if ending in OF_FILES else ""
-        raise UserError(f"data.path={path!r} is no folder; data.source='folder' needs one that holds images{other}")
+        raise UserError(f"data.path={path!r} is not a folder; data.source='folder' needs a folder of images{other}")
     return root
 
 
@@ -188,8 +188,8 @@ def _masks(data: ConfigDict, root: epath.Path, base: epath.Path, files: Names) -
         return None
     masks = locate(data.mask_key, "data.mask_key") / os.path.relpath(base, root)
     if files and not (masks / files[0]).with_suffix(".png").is_file():
-        raise UserError(f"data.mask_key={data.mask_key!r} lacks the mask of {files[0]}: "
-                        f"{(masks / files[0]).with_suffix('.png')} is not there")
+        raise UserError(f"data.mask_key={data.mask_key!r} has no mask for {files[0]}: "
+                        f"{(masks / files[0]).with_suffix('.png')} does not exist")
     return masks
 
 
@@ -203,7 +203,7 @@ def _labels(data: ConfigDict, opened: Opened, part: Part, split: splits.Split) -
     labels = np.array([index.get(first, UNLABELED) for first in firsts], np.int32)
     strange = [names[i] for i in np.flatnonzero(labels < 0)] if classes else []
     if strange:  # no error: if labels are not used, folders may have any meaning
-        log.warning("%d of %d images of %r are in no class folder that the training images have, such as %s: they "
+        log.warning("%d of %d images of %r are in class folders that the training images do not have, such as %s: they "
                     "count as unlabeled", len(strange), len(names), str(split), part.base / printable(strange[0]))
     known = not classes or opened.layout.plain  # 0.1.0 continued silently
     return labels, () if known else tuple(sorted(set(firsts) - index.keys() - {""}))
@@ -255,8 +255,8 @@ def unread(data: ConfigDict, expressions: Iterable[str]) -> list[str]:
     if others:
         kinds = Counter(printable(os.path.splitext(name)[1].lower()) or "none" for name in others)
         counts = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common(MAX_LISTED_EXTENSIONS))
-        lines.append(f"{pluralize(len(others), 'file')} not looked at, no image by the extension ({counts}), such as "
-                     f"{printable(others[0])}")
+        lines.append(f"{pluralize(len(others), 'file')} not read, because the extension is not that of an image "
+                     f"({counts}), such as {printable(others[0])}")
     return lines
 
 

@@ -88,7 +88,7 @@ def _recognized(root: epath.Path, how: str, formats: str) -> Layout:
     if len(others) > 1 and how != "classes" and (nested := _nested(root, others, how, formats)):
         return nested
     if how == "splits":
-        raise UserError(f"data.layout='splits': {root} has no folder by a usual name of a split, as train/ and val/; "
+        raise UserError(f"data.layout='splits': {root} has no folder with a usual name of a split, as train/ and val/; "
                         f"it has {_some(others) or 'no folders with images'}")
     if how == "classes" and len(others) < 2:
         raise UserError(f"data.layout='classes': {root} has no folders of classes; it has "
@@ -110,13 +110,13 @@ def _half_split(root: epath.Path, train: tuple[str, ...], held: tuple[str, ...],
         deep = any(name.count("/") > 1 for name in files(root, formats=formats).pictures)
         if len(others) > 1 and not deep:  # vehicles: bus, car, train
             return Layout("classes", root)
-        _refuse(root, f"{train[0]}/ is what to train on, and {_some(others)} not read: {LAYOUT}splits", as_classes)
+        _refuse(root, f"{train[0]}/ is trained on, and {_some(others)} not read: {LAYOUT}splits", as_classes)
     if others:
         _refuse(root, f"{_some(held)} is held out from the classes {_some(others)}: move those into a folder train/ "
                 "beside it", as_classes)
     if beside:
         _refuse(root, f"{_some(held)} is held out from the {pluralize(beside, 'image')} beside it: move those into a "
-                "folder train/", f"it is no split: {LAYOUT}flat")
+                "folder train/", f"it is not a split: {LAYOUT}flat")
     inner = _recognized(root / held[0], how, formats) if len(held) == 1 and how == "auto" else None
     if inner and inner.kind in ("splits", "nested"):  # its name applies to the whole folder
         return inner
@@ -142,7 +142,7 @@ def _check_names(root: epath.Path, others: list[str]) -> None:
     roles = {name: splits.role(re.sub(r"[_-]?([A-Za-z]|\d+)$", "", name)) for name in others}
     train = [name for name in others if roles[name] == "train"]
     if train and {"val", "test"} & set(roles.values()):
-        _refuse(root, f"{_some(train)} {'is' if len(train) == 1 else 'are'} what to train on: "
+        _refuse(root, f"{_some(train)} {'is' if len(train) == 1 else 'are'} trained on: "
                 f"--config.data.path={root / train[0]} reads one alone",
                 f"{_some(others)} are classes: {LAYOUT}classes")
 
@@ -209,7 +209,7 @@ def folder_of(layout: Layout, name: str, field: str = "data.eval_split") -> str:
     for each in {"val": ("val", "test"), "test": ("test", "val")}.get(role, (role,)):
         found = list(layout.folders.get(each, ()))
         if len(found) > 1 and layout.kind == "splits":
-            raise UserError(f"{layout.root}: {_some(found)} may each be the split {name!r}; say which: "
+            raise UserError(f"{layout.root}: each of {_some(found)} may be the split {name!r}; name one: "
                             f"{' or '.join(f'--config.{field}={printable(folder)}' for folder in found)}")
         if found:
             return found[0]

@@ -82,7 +82,7 @@ def _read(file: epath.Path, split: str, pictures: Sequence[str], classes: tuple[
             _is_for(file.name, split) and len(named) == len(rows)):
         return None  # a table of images has numbers that need not be class numbers
     if len(found) == 1 and len(classes) > 1 and len(named) > 1:
-        log.warning("%s gives one class to all images: it is not taken for a list of labels", file)
+        log.warning("%s gives all images one class, and is not used as a list of labels", file)
         return None
     index = _index(file, found, classes)
     labels = np.full(len(pictures), UNLABELED, np.int32)
@@ -107,8 +107,8 @@ def _check_order(file: epath.Path, pictures: Sequence[str]) -> None:
                                                  for part in re.split(r"(\d+)", name)])
     if natural != list(pictures):
         first = next(a for a, b in zip(pictures, natural, strict=True) if a != b)
-        raise UserError(f"{file} has a class for each image and no names, and their order can be read in two ways "
-                        f"(at {first}: as texts, or by the numbers in the names): write name and class in each line")
+        raise UserError(f"{file} has one class per line without names, and the images can be sorted in two ways "
+                        f"(at {first}: as text, or by the numbers in the names); write name and class in each line")
 
 
 def _fields(line: str) -> list[str]:
@@ -136,5 +136,5 @@ def _index(file: epath.Path, found: set[str], classes: tuple[str, ...]) -> dict[
     if 0 not in numbers or max(numbers) >= len(classes):
         raise UserError(f"{file} has the numbers {min(numbers)} to {max(numbers)} for classes; expected the names of "
                         f"the {len(classes)} class folders, or 0 to {len(classes) - 1} in their sorted order "
-                        "(ImageNet's development kit numbers them otherwise): write the names, or take the file away")
+                        "(ImageNet's development kit numbers them otherwise); write the names, or remove the file")
     return {label: int(label) for label in found}

@@ -38,7 +38,8 @@ def parsed(parts: Sequence[str]) -> Mix:
     found = [PART.fullmatch(part) for part in parts]
     for part, match in zip(parts, found, strict=True):
         if not match or not Fraction(match[1]):
-            raise UserError(f"data.mix: {printable(part)!r} is no weight and path; write ('3:/data/a', '1:/data/b')")
+            raise UserError(f"data.mix: {printable(part)!r} is not a weight and a path; write ('3:/data/a', "
+                            "'1:/data/b')")
     weights = [Fraction(match[1]) for match in found]
     paths = tuple(match[2] for match in found)
     if len(set(paths)) < len(paths):
@@ -47,7 +48,7 @@ def parsed(parts: Sequence[str]) -> Mix:
     whole = [int(weight * scale) for weight in weights]
     whole = [weight // int(np.gcd.reduce(whole)) for weight in whole]
     if sum(whole) > MOST:
-        raise UserError(f"data.mix: weights of {len(str(sum(whole)))} digits; write simpler ones, as 3 and 1")
+        raise UserError(f"data.mix: weights of {len(str(sum(whole)))} digits; use smaller ones, as 3 and 1")
     return Mix(tuple(whole), paths)
 
 
@@ -56,9 +57,9 @@ def parts(data: ConfigDict) -> list[ConfigDict]:
     if not data.get("mix"):
         return [data]
     if data.get("path"):
-        raise UserError("data.mix and data.path are both given; data.mix has the paths")
+        raise UserError("data.mix and data.path are both given; leave out data.path")
     if data.get("classes"):
-        raise UserError("data.classes keeps classes of one set of data, and data.mix has several")
+        raise UserError("data.classes needs one data set, and data.mix has several")
     each = []
     for path in parsed(data.mix).paths:
         part = data.copy_and_resolve_references()
@@ -72,17 +73,17 @@ def mixed(data: ConfigDict, opened: Sequence[Source | RecordStream]) -> Source:
     mix = parsed(data.mix)
     sources = [source for source in opened if isinstance(source, Source)]
     if len(sources) < len(opened):
-        raise UserError("data.mix needs data with random access, which a stream of records has not: python -m mae_jax "
-                        "inspect --write=array_record stores them so")
+        raise UserError("data.mix needs random access, which a stream of records does not have; store the records with "
+                        "mae_jax inspect --write=array_record")
     if any(source.annotations for source in sources):
-        raise UserError("data.mix: the images of some have objects, whose classes are not one by their names; write "
-                        "one file of annotations for all of them")
+        raise UserError("data.mix cannot join data sets of images with objects; write one file of annotations for all "
+                        "of them")
     fields = {source.fields for source in sources}
     if len(fields) > 1:
         raise UserError(f"data.mix: some of {', '.join(mix.paths)} have several labels or masks, and some have none")
     classes = _union(sources)
     if "labels" in sources[0].fields and any(source.classes != sources[0].classes for source in sources):
-        raise UserError("data.mix: several labels of each image, and other classes in each part")
+        raise UserError("data.mix: images with several labels need the same classes in all data sets")
     ends = tuple(np.cumsum([source.size for source in sources]).tolist())
     tables = tuple(tuple(classes.index(name) for name in source.classes) for source in sources)
     labels = [source.label for source in sources if source.label]

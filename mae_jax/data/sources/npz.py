@@ -32,7 +32,7 @@ def load(data: ConfigDict, split: splits.Split) -> Source:
     """Opens a split; raises UserError if the file or its arrays are not as described."""
     path = epath.Path(data.path)
     if not data.path or not path.is_file():
-        raise UserError(f"data.path={data.path!r} is no file; data.source='npz' needs one")
+        raise UserError(f"data.path={data.path!r} is not a file; data.source='npz' needs one")
     with opened(path) as arrays:
         names, image_key, label_key = set(arrays.files), data.image_key, data.label_key
         if scheme := _scheme(names):

@@ -92,7 +92,7 @@ def _read(versions: list[tuple[str, int, int]], columns: Columns, ends: list[int
     batch, row = _batch(_mapped(*versions[file], columns), row)
     image = batch.column("image")[row].as_py()
     if image is None:
-        raise OSError("no bytes: a null, or a path alone")
+        raise OSError("it has no bytes, but null or a path")
     mask = batch.column("mask")[row].as_py() if columns.mask else None
     if columns.mask and mask is None:
         raise OSError(f"no mask {columns.mask!r}")
@@ -124,8 +124,8 @@ def _labels(data: ConfigDict, split: str, columns: Columns, rows: list[Rows]
     numbers = np.issubdtype(values.dtype, np.integer)
     if numbers and columns.classes:
         if len(values) and values.max() >= len(columns.classes):
-            raise UserError(f"data.path={data.path!r}: the column {columns.label!r} has the number {values.max()}, and "
-                            f"the metadata name {len(columns.classes)} classes")
+            raise UserError(f"data.path={data.path!r}: the column {columns.label!r} has the number {values.max()}, but "
+                            f"the metadata have {len(columns.classes)} classes")
         values = np.array([columns.classes[value] if value >= 0 else "" for value in values], np.str_)
     elif numbers:
         return np.maximum(values, UNLABELED), numbered_classes(values) if columns.label else (), ()
@@ -153,7 +153,7 @@ def _files(data: ConfigDict, split: str) -> tuple[list[epath.Path], Columns]:
     found = {_columns(*version(file), *keys, data.get("mask_key", ""), unlabeled): file for file in files}
     if len(found) > 1:
         (one, first), (other, second) = list(found.items())[:2]
-        raise UserError(f"{first} and {second} have other columns, or other names of classes: {one} and {other}")
+        raise UserError(f"{first} and {second} have different columns or names of classes: {one} and {other}")
     return files, next(iter(found))
 
 
@@ -163,7 +163,7 @@ def _columns(name: str, size: int, changed: int, image: str, label: str, mask: s
     file = epath.Path(name)
     schema = _opened(file, lambda opened: opened.schema_arrow)
     if len(set(schema.names)) < len(schema.names):
-        raise UserError(f"{file} has two columns of one name: {', '.join(map(printable, schema.names))}")
+        raise UserError(f"{file} has two columns with one name: {', '.join(map(printable, schema.names))}")
     features = _features(schema)
     images = [key for key, feature in features.items() if feature.get("_type") == "Image" and key != mask]
     images += [field.name for field in schema if _bytes_of(field.type) and field.name not in (*images, mask)]
@@ -185,8 +185,8 @@ def _columns(name: str, size: int, changed: int, image: str, label: str, mask: s
     kind = _plain(schema.field(labels).type) if labels else pa.int64()
     if not (_numeric(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         if label:
-            raise UserError(f"{file}: data.label_key={label!r} is a column of {kind}; expected class numbers, or texts")
-        log.warning("%s: the column %r is of %s, and is not taken for class numbers", file, labels, kind)
+            raise UserError(f"{file}: data.label_key={label!r} is a column of {kind}; expected class numbers, or text")
+        log.warning("%s: the column %r is of %s, and is not used as class numbers", file, labels, kind)
         labels = ""
     names = features.get(labels, {}).get("names") if labels else None
     classes = tuple(map(str, names)) if isinstance(names, list) else ()
@@ -232,7 +232,7 @@ def _opened(file: epath.Path, what: Any) -> Any:
             begin = opened.read(file_kinds.ENOUGH)
         found = "" if begin.startswith(b"PAR1") else file_kinds.kind(begin)
         text = f"it is {found}" if found else str(error).splitlines()[0]
-        raise UserError(f"{file} is no Parquet file, or damaged: {text}") from None
+        raise UserError(f"{file} is not a Parquet file, or damaged: {text}") from None
 
 
 @lru_cache(maxsize=100_000)
@@ -299,5 +299,5 @@ def _label(file: epath.Path, batch: pa.RecordBatch, name: str, kind: pa.DataType
     except UserError as error:
         if name != USUAL["label_key"] or values.dtype.kind != "f":  # the column is configured, or has integers
             raise
-        log.warning("%s: they are not taken for class numbers", error)
+        log.warning("%s: they are not used as class numbers", error)
     return pa.array(numbers)

@@ -30,7 +30,7 @@ def expand(pattern: str) -> list[str]:
     while any(BRACES.search(each) for each in found):
         found = [text for each in found for text in _expanded(each)]
         if len(found) > MAX_FILES:
-            raise UserError(f"data.path={pattern!r} stands for more than {MAX_FILES:,} files")
+            raise UserError(f"data.path={pattern!r} matches more than {MAX_FILES:,} files")
     return found
 
 
@@ -105,18 +105,18 @@ def files(path: str, ending: str, split: str) -> list[epath.Path]:
         if any(roles.values()):
             found = [file for file, role in roles.items() if role == called]
             if not found:
-                raise UserError(f"data.path={path!r} has no *{ending} of the split {split!r}, but of "
+                raise UserError(f"data.path={path!r} has no *{ending} of the split {split!r}, only of "
                                 f"{', '.join(sorted({role for role in roles.values() if role}))}")
             _tell_strays(path, tuple(file.name for file, role in roles.items() if not role))
     else:
         found = _matching(path.replace(SPLIT, called))
         mixed = sorted({role for file in found if (role := _role(file))})
         if len(mixed) > 1 and SPLIT not in path:
-            raise UserError(f"data.path={path!r} fits files of several splits, {', '.join(mixed)}, which would be one "
-                            f"set; write {SPLIT} in their place, or name the files of one")
+            raise UserError(f"data.path={path!r} matches files of several splits, {', '.join(mixed)}; write "
+                            f"{SPLIT} in their place, or match the files of one")
     if not found:
-        raise UserError(f"no file fits data.path={path!r} for the split {split!r}; expected a folder of *{ending}, or "
-                        f"a pattern such as '/data/{{split}}-*{ending}' or '/data/train-{{000..127}}{ending}'"
+        raise UserError(f"no file matches data.path={path!r} for the split {split!r}; expected a folder of *{ending}, "
+                        f"or a pattern such as '/data/{{split}}-*{ending}' or '/data/train-{{000..127}}{ending}'"
                         f"{_below(path, ending)}")
     return found
 
@@ -138,7 +138,7 @@ def _below(path: str, ending: str) -> str:
 @functools.cache
 def _tell_strays(path: str, names: tuple[str, ...]) -> None:
     if names:
-        log.warning("%s: %s of no split, by the name, not read, such as %s", path, pluralize(len(names), "file"),
+        log.warning("%s: %s not read, because the name has no split, such as %s", path, pluralize(len(names), "file"),
                     names[0])
 
 

@@ -51,8 +51,8 @@ def load(data: ConfigDict, expression: str) -> Source | RecordStream:
     data = _located(data)
     path = data.get("path") or ""
     if path.startswith("s3://") and data.source in NOT_ON_S3:
-        raise UserError(f"data.path={path!r}: data.source={data.source!r} reads no s3://; sources that do are folder, "
-                        "table, tar, parquet and npz")
+        raise UserError(f"data.path={path!r}: data.source={data.source!r} does not read s3://; folder, table, tar, "
+                        "parquet and npz do")
     check_bucket(path)
     opened = getattr(found, "load", found)
     parts = [opened(data, split) for split in splits.parts(expression)]
@@ -68,8 +68,8 @@ def load(data: ConfigDict, expression: str) -> Source | RecordStream:
     from mae_jax.data.sources.class_filter import keep_classes
 
     if not isinstance(source, Source):
-        raise UserError(f"data.classes={data.classes!r} needs data with random access, which a stream of records has "
-                        "not: python -m mae_jax inspect --write=array_record stores them so")
+        raise UserError(f"data.classes={data.classes!r} needs random access, which a stream of records does not have; "
+                        "store the records with mae_jax inspect --write=array_record")
     return keep_classes(source, data.classes, by_place=data.get("layout") == "0.1.0")
 
 
@@ -142,8 +142,8 @@ def open_test_set(data: ConfigDict, text: str, classes: tuple[str, ...]) -> tupl
       UserError: the set is missing, or has a class that the training data lack.
     """
     if data.source != "tfds":
-        raise UserError(f"eval.sets={text!r} is a set of TFDS, beside training data with data.source='tfds', "
-                        f"not {data.source!r}")
+        raise UserError(f"eval.sets={text!r} needs data.source='tfds', not {data.source!r}: further test sets are "
+                        "those of TFDS")
     name, _, split = text.partition(":")
     data = data.copy_and_resolve_references()
     data.name = name

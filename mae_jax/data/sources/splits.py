@@ -35,8 +35,8 @@ class Split(NamedTuple):
     def shares(self, low: float, high: float) -> tuple[float, float]:
         """Returns the slice of the shares [low, high); raises UserError if a bound counts examples."""
         if any(bound and not bound.endswith("%") for bound in (self.start, self.stop)):
-            raise UserError(f"the split {str(self)!r}: a folder is sliced in percent, by a hash of each file's name; "
-                            f"write for example '{self.name}[:10%]'")
+            raise UserError(f"the split {str(self)!r}: slices of a folder are in percent, by a hash of each file's "
+                            f"name, such as '{self.name}[:10%]'")
         start, stop = int(self.start[:-1] or 0), int(self.stop[:-1] or 100)
         return low + (high - low) * start / 100, low + (high - low) * stop / 100
 
@@ -57,7 +57,7 @@ def parse(expression: str) -> Split:
     split = Split(match["name"], match["start"] or "", match["stop"] or "")
     for bound in (split.start, split.stop):
         if bound.endswith("%") and int(bound[:-1]) > 100:
-            raise UserError(f"the split {expression!r} goes past 100%")
+            raise UserError(f"the split {expression!r} exceeds 100%")
     return split
 
 

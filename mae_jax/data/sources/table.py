@@ -98,7 +98,8 @@ def describe(data: ConfigDict, opened: Mapping[str, Source]) -> str:
 def _open(data: ConfigDict) -> tuple[epath.Path, Table]:
     file = locate(data.path, "data.path") if data.path else None
     if file is None or not file.is_file():
-        raise UserError(f"data.path={data.path!r} is no file; data.source='table' needs a list of images: CSV, TSV ...")
+        raise UserError(f"data.path={data.path!r} is not a file; data.source='table' needs a list of images: CSV, TSV "
+                        "...")
     keys = tuple(text_labels.asked(data, key) for key in KEYS)
     table = _table(*version(file), keys, data.get("label_key", "") == "")
     named = {split.name for field in FIELDS for split in splits.parts(data.get(field) or "train")}
@@ -111,7 +112,7 @@ def _open(data: ConfigDict) -> tuple[epath.Path, Table]:
 
 @cache
 def _tell_no_splits(file: str, column: str, value: str) -> None:
-    log.warning("%s: the column %r has no names of splits, such as %s, and is not read", file, column, printable(value))
+    log.warning("%s: the column %r has no names of splits, but %s, and is not read", file, column, printable(value))
 
 
 @lru_cache(maxsize=8)
@@ -124,7 +125,7 @@ def _table(name: str, size: int, changed: int, keys: tuple[str, ...], unlabeled:
     if not {*PATHS, image.casefold()} & set(head):
         if any(keys):
             key, value = next((key, value) for key, value in zip(KEYS, keys, strict=True) if value)
-            raise UserError(f"{file}: its first line names no column data.{key}={value!r}; "
+            raise UserError(f"{file}: the first line has no column data.{key}={value!r}; "
                             f"{did_you_mean(value, rows[0])}")
         return _nameless(file, rows, numbers)
     wanted = {"path": (image, PATHS, "image_key"), "label": (label, LABELS, "label_key"), "split": ("", SPLITS, ""),
@@ -135,8 +136,8 @@ def _table(name: str, size: int, changed: int, keys: tuple[str, ...], unlabeled:
             raise UserError(f"{file} has no column data.{field}={asked!r}; {did_you_mean(asked, rows[0])}")
         found = asked.casefold() if asked else next((name for name in usual if name in head), "")
         if found and head.count(found) > 1:
-            raise UserError(f"{file} has two columns {found!r}; data.{field or 'image_key'} names another one, or name "
-                            "them apart")
+            raise UserError(f"{file} has two columns {found!r}; name another one as data.{field or 'image_key'}, or "
+                            "rename one")
         if found and not (what == "label" and unlabeled):
             places[what], names[what] = head.index(found), rows[0][head.index(found)]
     columns = {what: tuple(_field(file, number, row, place)
@@ -150,7 +151,7 @@ def _parsed(file: epath.Path) -> tuple[list[list[str]], list[int]]:
     try:
         text = (read_bytes(file) or b"").decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is no text in UTF-8: byte {error.start}") from None
+        raise UserError(f"{file} is not UTF-8 text: byte {error.start}") from None
     lines = [_uncommented(line) for line in text.splitlines()]
     first = next((line for line in lines if line.strip()), "")
     separator = next((each for each in ("\t", ",", ";") if each in first), "")
@@ -162,7 +163,7 @@ def _parsed(file: epath.Path) -> tuple[list[list[str]], list[int]]:
             found = [(number, re.split(r"\s+(?=\S+$)", line.strip(), maxsplit=1))
                      for number, line in enumerate(lines, 1)]
     except csv.Error as error:
-        raise UserError(f"{file} is no list that can be read: {error}") from None
+        raise UserError(f"{file} cannot be read as a list: {error}") from None
     found = [(number, row) for number, row in found if any(row)]
     if not found:
         raise UserError(f"{file} is empty")
@@ -182,8 +183,8 @@ def _nameless(file: epath.Path, rows: list[list[str]], numbers: list[int]) -> Ta
     """Returns the columns of a list without a header: a path, and optionally a label."""
     width = max(map(len, rows))
     if width > 2 or not re.search(r"\.\w{2,5}$", rows[0][0]):
-        raise UserError(f"{file}: no column of its first line is called as a path is, and it is no list of paths and "
-                        f"labels; data.image_key names the column: {', '.join(map(printable, rows[0][:8]))}")
+        raise UserError(f"{file}: the first line has no usual name of a column of paths, and it is not a list of paths "
+                        f"and labels; name the column as data.image_key: {', '.join(map(printable, rows[0][:8]))}")
     paths = tuple(row[0] for row in rows)
     labels = tuple(_field(file, number, row, 1) for number, row in zip(numbers, rows, strict=True)
                    ) if width == 2 else ()
@@ -229,8 +230,8 @@ def _named(data: ConfigDict, table: Table, name: str) -> str:
     held_out = [each for each in known if splits.role(each) in ("val", "test")]
     if not alike and splits.role(name) in ("val", "test") and len(held_out) == 1:
         return held_out[0]
-    raise UserError(f"{data.path}: the column {table.names['split']!r} has no split {name!r}, or several that are "
-                    f"called alike; it has {', '.join(map(printable, known[:8]))}")
+    raise UserError(f"{data.path}: the column {table.names['split']!r} has no split {name!r}, or several with "
+                    f"similar names; it has {', '.join(map(printable, known[:8]))}")
 
 
 def _training(data: ConfigDict, table: Table) -> str:
@@ -256,7 +257,7 @@ def _check_there(file: epath.Path, paths: list[str]) -> None:
         cache_of_files.keep(key, {"there": np.array(len(paths))})
     if len(there) and not there.all():
         first = paths[local[int(np.argmin(there))]]
-        raise UserError(f"{file} names {pluralize(int((~there).sum()), 'file')} of {len(paths)} that are not there, "
+        raise UserError(f"{file} names {pluralize(int((~there).sum()), 'file')} of {len(paths)} that do not exist, "
                         f"such as {printable(first)}; paths are relative to {file.parent}")
 
 

@@ -141,15 +141,15 @@ def _label_of(data: ConfigDict, found: tuple[Members, ...]) -> str:
         kind = "cls" if key == USUAL["label_key"] else key
         return f".{kind}" if kind in kinds else f"the field {key!r} of .json"
     if key != USUAL["label_key"]:
-        raise UserError(f"data.label_key={key!r} is no kind of member of {data.path!r}, nor a field of a .json there; "
-                        f"{did_you_mean(key, kinds)}")
+        raise UserError(f"data.label_key={key!r} is neither a kind of member of {data.path!r} nor a field of a .json "
+                        f"there; {did_you_mean(key, kinds)}")
     if "txt" not in kinds:
         return ""
     texts = {str(text) for members in found for text in members.captions}
     if all(len(members.captions) == len(members.keys) for members in found) and (
             2 * len(texts) <= sum(len(members.keys) for members in found)):
         return ".txt"
-    log.warning("%s: the texts of .txt look like captions, and are not taken for labels; data.label_key=txt takes them",
+    log.warning("%s: the texts of .txt look like captions, and are not used as labels; data.label_key=txt uses them",
                 data.path)
     return ""
 
@@ -190,7 +190,7 @@ def _scan(shard: epath.Path, wanted: _Wanted) -> Members:
     try:
         with shard.open("rb") as file:
             if found := _not_tar(file):
-                raise UserError(f"{shard} is no plain tar archive: it is {found}")
+                raise UserError(f"{shard} is not a plain tar archive: it is {found}")
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 while (member := archive.next()) is not None:
@@ -221,8 +221,8 @@ def _check_end(shard: epath.Path, file: IO[bytes], end: int) -> None:
     place = end
     while rest:
         if rest.strip(b"\0"):
-            raise UserError(f"{shard} is damaged, or several archives in one file: there is more behind the end marker "
-                            f"at byte {end}, after byte {place}")
+            raise UserError(f"{shard} is damaged, or has several archives in one file: there are data behind the end "
+                            f"marker, at byte {end} after byte {place}")
         place += len(rest)
         rest = file.read(1 << 20)
 
@@ -247,8 +247,8 @@ def _add(shard: epath.Path, examples: dict[str, dict[str, Any]], member: tarfile
         text = file.read(size)
     example = examples.setdefault(f"{folder}{slash}{stem}", {})
     if kind in example:
-        raise UserError(f"{shard} has {printable(member.name)} twice: the members of a key are one example, and a key "
-                        "comes once in a shard; write it anew, with keys of their own")
+        raise UserError(f"{shard} has {printable(member.name)} twice: the members with one key are one example, so a "
+                        "key must be unique in a shard; write the shard again, with unique keys")
     example[kind] = (start, size, text)
 
 
@@ -287,8 +287,8 @@ def _image(shard: epath.Path, key: str, members: Mapping[str, Any], wanted: _Wan
     found = [kind for kind in members if kind.rpartition(".")[2] in wanted.images and kind != wanted.mask]
     if len(found) > 1:
         raise UserError(f"{shard}: {printable(key)} has several images, .{printable(found[0])} and "
-                        f".{printable(found[1])}; data.image_key names one kind. A key ends at its first dot: keys "
-                        "with dots in them are one example")
+                        f".{printable(found[1])}; name one kind as data.image_key. A key ends at its first dot: "
+                        "files with the same beginning are one example")
     return found[0] if found else ""
 
 
@@ -301,7 +301,7 @@ def _label(shard: epath.Path, key: str, members: Mapping[str, Any], wanted: str)
     try:
         value = bounded_json.parse_object(members["json"][2]).get(wanted or USUAL["label_key"], "")
     except ValueError as error:
-        raise UserError(f"{shard}: {printable(key)}.json is no object of JSON: {error}") from None
+        raise UserError(f"{shard}: {printable(key)}.json is not a JSON object: {error}") from None
     return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
 
 

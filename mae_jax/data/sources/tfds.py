@@ -76,8 +76,8 @@ def _keep_from_importing(connector: Any) -> None:
         if not name:
             raise ValueError("a feature of no class")
         if not name.startswith("tensorflow_datasets."):
-            raise UserError(f"the data set's features.json asks for the class {printable(name)!r}, which is none of "
-                            "TFDS, and would be executed; read the images as data.source='tfrecord'")
+            raise UserError(f"the data set's features.json names the class {printable(name)!r}, which is not TFDS's "
+                            "and would be executed; read the images with data.source='tfrecord'")
         return make(name)
 
     connector.cls_from_name = staticmethod(checked)
@@ -88,12 +88,12 @@ def _check_files(builder: Any, info: Any) -> None:
     root, paths = builder.data_path, [epath.Path(path) for path in info.filepaths]
     outside = [path for path in paths if not path.is_relative_to(root) or ".." in path.parts]
     if outside:
-        raise UserError(f"the data set's metadata lead out of its folder {root}, to {printable(str(outside[0]))}")
+        raise UserError(f"the data set's metadata point outside of its folder {root}, to {printable(str(outside[0]))}")
     there = {path for folder in {path.parent for path in paths} if folder.is_dir() for path in folder.iterdir()}
     missing = sorted(str(path) for path in paths if path not in there)
     if missing:
         raise UserError(f"{len(missing)} of the {len(paths)} files of {info.name!r} are missing, such as {missing[0]}; "
-                        "bring them back, or prepare the data set again")
+                        "restore them, or prepare the data set again")
 
 
 def _builder(module: Any, data: ConfigDict) -> Any:
@@ -102,7 +102,7 @@ def _builder(module: Any, data: ConfigDict) -> Any:
     try:
         if module.core.naming.parse_builder_name_kwargs(data.name)[0].namespace:  # NAME:VERSION has no namespace
             raise UserError(f"data.name={data.name!r} names another catalog, whose code would be downloaded and run; "
-                            "prepare the data set beforehand, and name it alone, or as NAME:VERSION")
+                            "prepare the data set first, and give its name only, or NAME:VERSION")
         builder = module.builder(data.name, data_dir=data.path or None)
     except UserError:
         raise
@@ -114,7 +114,7 @@ def _builder(module: Any, data: ConfigDict) -> Any:
         known = module.list_builders(with_community_datasets=False)  # those are looked up in a bucket
         close = difflib.get_close_matches(data.name, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"TFDS knows no data set {data.name!r}, and data.path={data.path!r} holds none"
+        raise UserError(f"TFDS has no data set {data.name!r}, and there is none in data.path={data.path!r}"
                         f"{hint}") from error
     if not builder.info.splits:
         raise UserError(f"{data.name} is not prepared under {builder.data_path}; prepare it with `tfds build "
@@ -170,7 +170,7 @@ def _read(rows: Any, wanted: _Wanted, classes: int, multi_label: bool, offset: i
     try:
         row = rows[i]
     except Exception as error:  # array_record raises RuntimeError for damage
-        raise BadImage(f"the record does not read: {str(error).splitlines()[0][:80]}") from error
+        raise BadImage(f"the record cannot be read: {str(error).splitlines()[0][:80]}") from error
     if any(row[key] is None for key in wanted if key):  # array_record returns None past a truncation
         raise BadImage("the record is empty")
     return Example(row[wanted.image], int(row[wanted.label]) if classes and not multi_label else UNLABELED,

@@ -91,11 +91,11 @@ def _files(pattern: str, split: str) -> list[epath.Path]:
     if not names and pattern and tf.io.gfile.isdir(folder) and name.startswith(f"{split}-"):
         there = sorted({each.split("-")[0] for each in tf.io.gfile.listdir(folder) if BY_SPLIT.fullmatch(each)})
         if there:
-            raise UserError(f"data.path={folder!r} has no files of the split {split!r}, but of {', '.join(there)}; "
-                            f"name one of them, as --config.data.eval_split={there[-1]}")
+            raise UserError(f"data.path={folder!r} has no files of the split {split!r}, only of {', '.join(there)}; "
+                            f"use one of them, as --config.data.eval_split={there[-1]}")
     if not names:
-        raise UserError(f"no file fits data.path={pattern!r} for the split {split!r}; data.source='tfrecord' needs a "
-                        "pattern such as '/data/{split}-*.tfrecord'")
+        raise UserError(f"no file matches data.path={pattern!r} for the split {split!r}; data.source='tfrecord' needs "
+                        "a pattern such as '/data/{split}-*.tfrecord'")
     return [epath.Path(name) for name in names]
 
 
@@ -103,7 +103,7 @@ def _check_features(files: list[epath.Path], data: ConfigDict) -> bool:
     """Checks the first of all records; returns whether it has an integer data.label_key."""
     file = next((file for file in files if file.stat().length), None)
     if file is None:
-        raise UserError(f"{pluralize(len(files), 'file')} of data.path={data.path!r}, such as {files[0]}: all empty")
+        raise UserError(f"{pluralize(len(files), 'file')} of data.path={data.path!r}, such as {files[0]}, are empty")
     compression, readable = record_files.opening(str(file))
     try:
         raw = next(iter(tf.data.TFRecordDataset(str(file), compression).take(readable)), None)
@@ -111,7 +111,7 @@ def _check_features(files: list[epath.Path], data: ConfigDict) -> bool:
             raise UserError(f"{file} is cut short or damaged: {record_files.look(file).problem or 'it has no records'}")
         features = tf.train.Example.FromString(raw.numpy()).features.feature
     except (*UNREADABLE, DecodeError) as error:
-        raise UserError(f"{file} is no TFRecord file of tf.train.Example, or damaged at its first record: "
+        raise UserError(f"{file} is not a TFRecord file of tf.train.Example, or damaged at its first record: "
                         f"{reason(error)}") from error
     image = features.get(data.image_key)
     if image is None or len(image.bytes_list.value) != 1:
@@ -119,7 +119,7 @@ def _check_features(files: list[epath.Path], data: ConfigDict) -> bool:
                         f"{did_you_mean(data.image_key, features)}")
     label = features.get(data.label_key)
     if label is not None and label.WhichOneof("kind") not in (None, "int64_list"):
-        log.warning("%s: data.label_key=%r holds %s, where class numbers are expected: read as unlabeled", file,
+        log.warning("%s: data.label_key=%r holds %s, and not class numbers: images are read as unlabeled", file,
                     data.label_key, LISTS[label.WhichOneof("kind")])
     return label is not None and bool(label.int64_list.value)
 
@@ -134,11 +134,11 @@ def _described(folder: epath.Path) -> tuple[dict[str, int], tuple[str, ...]] | N
         said = bounded_json.parse_object(content)
         records, classes = said.get("records"), said.get("classes")
         if not isinstance(records, dict) or not isinstance(classes, list):
-            raise ValueError("it lacks the object 'records' or the list 'classes'")
+            raise ValueError("it has no object 'records', or no list 'classes'")
         if not all(isinstance(count, int) and 0 <= count <= MAX_RECORDS for count in records.values()):
-            raise ValueError("a count that is none")
+            raise ValueError("a count is not a number of records")
         if not all(isinstance(name, str) for name in classes):
-            raise ValueError("a class that is no text")
+            raise ValueError("a class is not a string")
     except ValueError as error:
         raise UserError(f"{unreadable(file, content, error)}; remove it to have the records counted") from None
     return records, tuple(classes)
@@ -164,7 +164,7 @@ def _check_there(missing: list[str], folder: epath.Path, pattern: str, promised_
     wanted = [name for name in missing if fnmatch.fnmatch(name, pattern.rsplit("/", 1)[-1])]
     if wanted:
         raise UserError(f"{pluralize(len(wanted), 'file')} missing in {folder} by {promised_by}, such as {wanted[0]}; "
-                        "write the data again, or name what to read by a narrower pattern in data.path")
+                        "write the data again, or select files by a narrower pattern in data.path")
 
 
 def _counted(files: list[epath.Path], label_key: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -181,8 +181,8 @@ def _counted(files: list[epath.Path], label_key: str) -> tuple[tuple[int, ...], 
         raise UserError(broken[0] + more)
     counts = tuple(map(len, found)) if label_key else tuple(found)
     classes = numbered_classes(np.concatenate(found)) if label_key else ()
-    log.info("counted %d records in %s in %.1f s; a %s beside them saves this (python -m mae_jax inspect "
-             "--write=tfrecord makes one)", sum(counts),
+    log.info("counted %d records in %s in %.1f s; a %s beside them saves this (mae_jax inspect "
+             "--write=tfrecord writes one)", sum(counts),
              pluralize(len(files), "file"), time.monotonic() - begin, RECORDS)
     return counts, classes
 

@@ -176,7 +176,7 @@ def test_the_command_tells_what_is_there_names_broken_pictures_and_draws_the_gri
     for line in ("train: 80 images in 2 classes (a, b) from the class folders", "viewers: @eaDir 1", "classes: a, b",
                  "train: 80 images, 62 broken", "  a/00.jpg: cut off",
                  "  b/01.jpg: not a JPEG", "  and 12 more", "  sizes      all 40 x 30", "  formats    18 JPEG",
-                 "1 file not looked at, no image by the extension (.txt 1), such as notes.txt",
+                 "1 file not read, because the extension is not that of an image (.txt 1), such as notes.txt",
                  f"all broken images by name: {tmp_path / 'grid.broken.txt'}", "images/s of 2 worker processes on",
                  "; one alone makes ", "devices that take 1000000000 images/s need "):
         assert line in done.stdout
@@ -228,7 +228,7 @@ def test_a_missing_folder_is_one_line_and_exit_code_2(tmp_path):
     done = run("--config.data.source=folder", f"--config.data.path={tmp_path / 'none'}")
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
-    assert "is no folder" in done.stderr
+    assert "is not a folder" in done.stderr
 
 
 @pytest.mark.slow

@@ -153,7 +153,7 @@ def test_block_masks_of_0_1_0_are_for_runs_that_have_them(tmp_path):
     meta = json.loads((tmp_path / "meta.json").read_text()) | {"order": block}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     assert build(tmp_path, order=block).num_train == 100
-    with pytest.raises(UserError, match="make them with this config, or train on them with recipe_version=1"):
+    with pytest.raises(UserError, match="make them again with this config, or train on them with recipe_version=1"):
         build(tmp_path, order=block._replace(kind="published_block"))
 
 
@@ -161,7 +161,7 @@ def test_batches_of_another_order_of_patches_are_refused(tmp_path):
     write(tmp_path)
     meta = json.loads((tmp_path / "meta.json").read_text()) | {"order": ["block", [2, 2], 3, 1]}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(UserError, match="order of patches") as error:
+    with pytest.raises(UserError, match="patch order") as error:
         build(tmp_path)
     assert "recipe_version" not in str(error.value)
 

@@ -124,7 +124,7 @@ def test_left_over_records_are_named_and_not_counted(stored):
 
 @pytest.mark.parametrize(("fields", "text"), [
     ({"readers": 3}, "data.readers=3.* 2"), ({"readers": 0}, "data.readers=0.* 1"),
-    ({"train_split": "train[:3]"}, "fewer than"), ({"train_split": "trian"}, "'trian'.* 'train'"),
+    ({"train_split": "train[:3]"}, "more than the 3 records"), ({"train_split": "trian"}, "'trian'.* 'train'"),
     ({"image_key": "picture"}, "image")])
 def test_what_cannot_be_shared_or_found_is_refused(stored, fields, text):
     with pytest.raises(UserError, match=text):

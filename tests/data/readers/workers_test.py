@@ -170,7 +170,7 @@ def test_the_leading_process_may_be_killed_too(caplog):
     os.kill(supervisors[-1], 9)
     rest = [next(batches)["id"].tolist() for _ in range(20)]
     assert first + rest == [list(range(s, s + 8)) for s in range(0, 184, 8)]
-    assert "started again" in caplog.text
+    assert "restarted" in caplog.text
     server.kill()
     server.wait()
     assert next(pool(example))["id"].tolist() == list(range(8))

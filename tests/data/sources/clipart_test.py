@@ -96,5 +96,5 @@ def test_a_drawing_cut_short_is_a_bad_picture_and_not_left_out_without_a_word(tm
     draw(path)
     path.write_bytes(path.read_bytes()[:keep])
     assert clipart.pictures(clipart.epath.Path(tmp_path)) == ("food/a.png",)
-    with pytest.raises(BadImage, match="no PNG"):
+    with pytest.raises(BadImage, match="not a PNG"):
         clipart._decode(path.read_bytes())

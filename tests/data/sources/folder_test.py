@@ -60,7 +60,7 @@ def test_what_is_read_is_the_file(tmp_path):
 def test_class_labels_are_those_of_the_training_folder_and_others_are_named(tmp_path, caplog):
     write(tmp_path, "train/b/a.png", "train/c/a.png", "test/a/a.png", "test/c/a.png")
     held_out = load(tmp_path, "test")
-    assert "1 of 2 images of 'test' are in no class folder" in caplog.text
+    assert "1 of 2 images of 'test' are in class folders that" in caplog.text
     assert "test/a/a.png" in caplog.text
     assert [held_out.read(i).label for i in range(2)] == [-1, 1]
 
@@ -190,7 +190,7 @@ def test_what_lies_in_no_split_or_is_no_picture_is_told(tmp_path):
     write(tmp_path, "train/cat/a.png", "train/dog/a.png", "val/cat/a.png", "spare/b.png", "c.png", ".hidden.png")
     (tmp_path / "train" / "cat" / "notes.TXT").touch()
     (tmp_path / "train" / "raw").touch()
-    told = ["2 files not looked at, no image by the extension (.txt 1, none 1), such as train/cat/notes.TXT"]
+    told = ["2 files not read, because the extension is not that of an image (.txt 1, none 1), such as train/cat/notes.TXT"]
     assert unread(tmp_path, "train", "test") == [
         "2 images in no split of the config, such as spare/b.png", *told]
     assert unread(tmp_path, "train[:50%]")[0] == "3 images in no split of the config, such as spare/b.png"
@@ -202,7 +202,7 @@ def test_what_lies_in_no_split_or_is_no_picture_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(("files", "path", "text"), [
-    ((), "nowhere", "is no folder"), ((), "", "is empty"), (("a.txt", "b.md"), "", r"2 other files, such as a\.txt")])
+    ((), "nowhere", "is not a folder"), ((), "", "is empty"), (("a.txt", "b.md"), "", r"2 other files, such as a\.txt")])
 def test_a_folder_without_pictures_says_what_is_there(tmp_path, files, path, text):
     write(tmp_path, *files)
     with pytest.raises(UserError, match=text):
@@ -251,7 +251,7 @@ def test_masks_lie_in_a_folder_of_the_same_shape(tmp_path, split):
 def test_a_folder_without_masks_is_refused(tmp_path):
     (tmp_path / "pictures").mkdir()
     Image.new("L", (3, 2)).save(tmp_path / "pictures" / "b.jpg")
-    with pytest.raises(UserError, match=r"mask of b\.jpg.*b\.png"):
+    with pytest.raises(UserError, match=r"mask for b\.jpg.*b\.png"):
         load(tmp_path / "pictures", masks=tmp_path / "masks")
 
 

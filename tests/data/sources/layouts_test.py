@@ -120,7 +120,7 @@ def test_one_wrapping_folder_of_classes_is_gone_through(tmp_path):
 
 @pytest.mark.parametrize(("files", "readings"), [
     (("cat/", "dog/", "test/"), ["test/ is held out from the classes cat/, dog/", "layout=classes"]),
-    (("train/", "extra/"), ["train/ is what to train on, and extra/ not read", "layout=splits", "layout=classes"]),
+    (("train/", "extra/"), ["train/ is trained on, and extra/ not read", "layout=splits", "layout=classes"]),
     (("train/a/", "train/b/", "bus/", "car/"), ["layout=splits", "bus/, car/", "layout=classes"]),
     (("val/a/", "val/b/"), ["without a folder to train on", "val", "layout=classes"]),
     (("val/", "test/"), ["without a folder to train on", "layout=classes"]),
@@ -130,7 +130,7 @@ def test_one_wrapping_folder_of_classes_is_gone_through(tmp_path):
     (("JPEGImages/", "SegmentationClass/"), ["data.path=", "JPEGImages", "layout=classes"]),
     (("train/", "train/a/", "extra/"), ["extra/ not read", "layout=splits"]),
     (("images/train/", "images/val/", "masks/train/", "masks/val/"), ["data.path=", "images", "layout=classes"]),
-    (("trainA/", "trainB/", "testA/", "testB/"), ["trainA/, trainB/ are what to train on", "layout=classes"]),
+    (("trainA/", "trainB/", "testA/", "testB/"), ["trainA/, trainB/ are trained on", "layout=classes"]),
     (("fold1/a/", "fold1/b/", "fold2/a/", "fold2/b/"),
      ["a/, b/ are classes, in each of fold1/, fold2/", "layout=classes"]),
     (("train/images/", "train/masks/", "val/images/", "val/masks/"), ["data.path=", "images", "layout=classes"]),
@@ -174,7 +174,7 @@ def test_the_flag_decides(tmp_path):
     assert registry.load(fields(tmp_path / "two", layout="splits"), "train").classes == ("a", "b")
     assert registry.load(fields(tmp_path / "two", layout="classes"), "train").classes == ("bus", "train")
     assert registry.load(fields(tmp_path / "two", layout="flat"), "train").classes == ()
-    with pytest.raises(UserError, match=r"layout='splits'.*no folder by a usual name"):
+    with pytest.raises(UserError, match=r"layout='splits'.*no folder with a usual name"):
         registry.load(fields(tmp_path / "two" / "train", layout="splits"), "train")
 
 

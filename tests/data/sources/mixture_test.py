@@ -92,10 +92,10 @@ def test_a_bad_image_gives_way_to_another_draw(folders):
 
 
 @pytest.mark.parametrize(("fields", "line"), [
-    ({"data.mix": ("a",)}, "no weight and path"), ({"data.mix": ("0:/a",)}, "no weight and path"),
-    ({"data.mix": ("1:/a", "2:/a")}, "twice"), ({"data.mix": ("1.00001:/a", "2:/b")}, "simpler"),
+    ({"data.mix": ("a",)}, "not a weight and a path"), ({"data.mix": ("0:/a",)}, "not a weight and a path"),
+    ({"data.mix": ("1:/a", "2:/a")}, "twice"), ({"data.mix": ("1.00001:/a", "2:/b")}, "smaller"),
     ({"data.mix": ("1:/a", "1:/b"), "data.path": "/c"}, "both"),
-    ({"data.mix": ("1:/a", "1:/b"), "data.classes": "cat"}, "one set"),
+    ({"data.mix": ("1:/a", "1:/b"), "data.classes": "cat"}, "one data set"),
     ({"data.mix": ("1:/nothing/here", "1:/b")}, "/nothing/here")])
 def test_a_mix_that_is_none_is_refused(fields, line):
     with pytest.raises(UserError, match=line):

@@ -133,7 +133,7 @@ def test_uint8_labels_are_read_and_absurd_ones_refused(tmp_path):
     np.savez(tmp_path / "small.npz", image=images, label=np.array([0, 2, 1], np.uint8))
     assert load(tmp_path / "small.npz").classes == ("0", "1", "2")
     np.savez(tmp_path / "absurd.npz", image=images, label=np.array([0, 2, 900_000_000]))
-    with pytest.raises(UserError, match="no class number"):
+    with pytest.raises(UserError, match="not a class number"):
         load(tmp_path / "absurd.npz")
 
 
@@ -166,7 +166,7 @@ def test_labels_may_be_numbers_of_any_type(tmp_path, kind):
 
 @pytest.mark.parametrize("value", [2**64 - 1, 2**63])
 def test_labels_beyond_all_classes_do_not_become_negative(tmp_path, value):
-    with pytest.raises(UserError, match=f"{value} is no class number"):
+    with pytest.raises(UserError, match=f"{value} is not a class number"):
         load(save(tmp_path, image=IMAGES, label=np.full(200, value, np.uint64)))
 
 

@@ -135,9 +135,9 @@ def test_what_is_wrong_with_a_bucket_is_said_in_one_line(server, monkeypatch):
     assert "there is no bucket s3://not-there" in one_line("s3://not-there/folder")
     server.buckets["secret"], server.forbidden = {}, {"secret"}
     assert "access denied" in one_line("s3://secret/folder")
-    assert "is no folder" in one_line("s3://images/nothing")
+    assert "is not a folder" in one_line("s3://images/nothing")
     assert "not a valid bucket" in one_line("s3://A/x")
-    assert "no file fits" in one_line("s3://images/nothing-*.tar", "tar")
+    assert "no file matches" in one_line("s3://images/nothing-*.tar", "tar")
     assert "reads no s3://" in one_line("s3://images/x", "tfrecord")
     assert "parts . and .." in one_line("s3://images/../x")
 

@@ -172,7 +172,7 @@ def test_a_column_set_that_has_no_names_of_splits_is_no_column_of_splits(folder,
     rows = [(f"images/{i}.png", "cat", ("castle", "space")[i % 2]) for i in range(20)]
     source = load(write(folder, lines(",", rows, "path", "label", "set")), eval_split="")
     assert source.size == 20
-    assert "'set' has no names of splits, such as castle" in caplog.text
+    assert "'set' has no names of splits, but castle" in caplog.text
     named = write(folder, lines(",", rows, "path", "label", "set"), "named.csv")
     assert load(named, "castle", train_split="castle", eval_split="space").size == 10
 
@@ -194,5 +194,5 @@ def test_a_long_list_is_looked_through_once_and_what_vanishes_later_is_found_by_
     load(path)
     assert images() == 5
     (folder / "images" / "0.png").unlink()
-    with pytest.raises(UserError, match=r"1 file of 15 that are not there, such as images/0\.png"):
+    with pytest.raises(UserError, match=r"1 file of 15 that do not exist, such as images/0\.png"):
         load(path)

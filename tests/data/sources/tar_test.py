@@ -163,7 +163,7 @@ def test_a_damaged_shard_is_named(tmp_path, damage, says):
     ("a-{0..3}.tar", {}, r"2 files of 4 .*a-2\.tar"),
     ("a-0.tar", {"image_key": "jpg"}, r"image_key='jpg'.*\.png"),
     ("a-0.tar", {"label_key": "sort"}, r"label_key='sort'"),
-    ("", {"train_split": "training"}, r"of the split 'train', but of test"),
+    ("", {"train_split": "training"}, r"of the split 'train', only of test"),
 ])
 def test_what_is_not_there_is_named(tmp_path, path, fields, says):
     for number in range(2):

@@ -19,8 +19,8 @@ def stored(tmp_path_factory):
 
 @pytest.mark.parametrize(("fields", "text"), [
     ({"name": ""}, "data.name"), ({"name": "no_such_set"}, "'no_such_set'"),
-    ({"name": "mnist"}, "not prepared"), ({"name": "kaggle:toy"}, "catalogue"),
-    ({"name": "kaggle:toy:1.0.0"}, "catalogue"), ({"name": "toy:2.*.*"}, "'toy:2")])
+    ({"name": "mnist"}, "not prepared"), ({"name": "kaggle:toy"}, "another catalog"),
+    ({"name": "kaggle:toy:1.0.0"}, "another catalog"), ({"name": "toy:2.*.*"}, "'toy:2")])
 def test_data_sets_that_are_not_there_are_refused(stored, fields, text):
     c = tfds_config(stored)
     c.data.update(fields)
@@ -109,7 +109,7 @@ def test_metadata_of_a_data_set_do_not_lead_out_of_its_folder(tmp_path):
     store(tmp_path / "inside", "tfrecord")
     file = metadata(tmp_path / "inside", "dataset_info.json")
     file.write_text(file.read_text().replace("{DATASET}-", "../../../outside/toy/1.0.0/{DATASET}-"))
-    with pytest.raises(UserError, match="lead out of its folder"):
+    with pytest.raises(UserError, match="point outside of its folder"):
         build(tfds_config(tmp_path / "inside"))
 
 

@@ -149,7 +149,7 @@ def test_labels_are_read_although_the_first_record_has_none(shards):
 
 
 @pytest.mark.parametrize(("path", "text"), [
-    ("nothing-*", "no file fits"), ("", "no file fits"), ("*.txt", "no TFRecord")])
+    ("nothing-*", "no file matches"), ("", "no file matches"), ("*.txt", "no TFRecord")])
 def test_files_that_are_not_there_are_refused(tmp_path, path, text):
     (tmp_path / "a.txt").write_text("text, longer than a header of a record would be")
     c = config("tfrecord", tmp_path / path if path else "")
